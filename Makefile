@@ -1,0 +1,31 @@
+# Two commands matter: `make run` and `make test`. Both set up .venv first, from the locks.
+PYTHON ?= python3
+UPSTREAM ?=
+
+.PHONY: run test lint format lock setup-run setup-test clean
+
+run: .venv/.run
+	@exec .venv/bin/python -m demo $(if $(UPSTREAM),--upstream "$(UPSTREAM)")
+
+test: .venv/.dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	.venv/bin/python -m pytest
+
+format: .venv/.dev
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+lock: .venv/.dev
+	sh scripts/lock.sh .venv/bin/uv
+
+.venv/.run: requirements/run.lock pyproject.toml scripts/setup.sh
+	@PYTHON="$(PYTHON)" sh scripts/setup.sh run
+
+.venv/.dev: requirements/dev.lock pyproject.toml scripts/setup.sh
+	@PYTHON="$(PYTHON)" sh scripts/setup.sh dev
+
+clean:
+	rm -rf .venv .cairn .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,243 @@
+"""What the phases of a request hand each other: frozen structs and closed enums, nothing that does I/O.
+
+They are `msgspec.Struct` and not dataclasses: a frozen one of ten fields is made in a quarter of a microsecond
+instead of 1.5, and several are made for every request.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class Endpoint(enum.StrEnum):
+    """What a path asks for; the value is the metric label."""
+
+    CHAT = "chat_completions"
+    COMPLETIONS = "completions"
+    RESPONSES = "responses"
+    MESSAGES = "messages"
+    EMBEDDINGS = "embeddings"
+    MODELS = "models"
+    CACHING = "caching"
+    OTHER = "other"
+
+    @property
+    def is_generation(self) -> bool:
+        """True where a prompt is prefilled, so that prefixes matter and a second try is safe."""
+        return self in _GENERATION
+
+
+_GENERATION = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES, Endpoint.MESSAGES})
+
+
+class CacheStatus(enum.StrEnum):
+    """How much of the prompt the chosen replica was predicted to hold; in the metric label and `Cache-Status`."""
+
+    HIT = "hit"  # all but the last block
+    PARTIAL = "partial"
+    MISS = "miss"
+    BYPASS = "bypass"  # no prefix to speak of: not a generation, or under the size worth sharing
+
+
+class MissReason(enum.StrEnum):
+    """Why a prompt was not wholly found."""
+
+    NONE = "none"
+    COLD = "cold"  # no replica holds any of it
+    CHANGED = "changed"  # a prefix is known, then it differs
+    EVICTED = "evicted"
+    ELSEWHERE = "elsewhere"  # another replica holds more, its queue cost more
+    DOWN = "down"  # the holder is unreachable or draining
+    SHORT = "short"  # under the size worth sharing
+
+
+class RouteReason(enum.StrEnum):
+    """Why this replica; in `x-cairn-reason`, the log and the metric."""
+
+    WARM = "warm"  # it holds the longest prefix and costs least
+    SPREAD = "spread"  # another holds more, but waiting there costs more than computing here
+    COLD = "cold"  # none holds any: least cost, then rendezvous
+    SHORT = "short"  # nothing worth sharing: least work
+    PINNED = "pinned"  # the object it names lives there
+    ONLY = "only"  # one replica to choose from
+    RETRY = "retry"  # an earlier choice failed before its first byte
+
+
+class Ending(enum.StrEnum):
+    """How a request ended, on every path."""
+
+    COMPLETE = "complete"
+    UPSTREAM_STATUS = "upstream_status"  # answered with an error status, relayed
+    CLIENT_LEFT = "client_left"
+    UPSTREAM_FAILED = "upstream_failed"  # before the answer; the client got an error
+    UPSTREAM_BROKE = "upstream_broke"  # inside the answer; the client saw it break
+    TRUNCATED = "truncated"  # ended cleanly without the end that its format has
+    REFUSED = "refused"  # by Cairn: bad request, limits, no replica
+    INTERNAL = "internal"
+
+
+class Tenant(msgspec.Struct, frozen=True, gc=False):
+    """Who asks. `id` keys stored things and never leaves the process; `salt` goes first into every prefix chain."""
+
+    id: str
+    salt: bytes = b""
+    models: tuple[str, ...] = ("*",)
+
+
+class Usage(msgspec.Struct, frozen=True, gc=False):
+    """Tokens of one answer in the one normal form; cached and written tokens are part of `prompt_tokens`.
+
+    `cached_tokens` is None where the upstream did not say. `inconsistent` tells that values were clamped.
+    `prefill_seconds` is None but for engines that report it.
+    """
+
+    prompt_tokens: int
+    output_tokens: int = 0
+    cached_tokens: int | None = None
+    cache_write_5m_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    reasoning_tokens: int = 0
+    inconsistent: bool = False
+    prefill_seconds: float | None = None
+
+
+class Media(msgspec.Struct, frozen=True, gc=False):
+    """A picture, sound or file inside the prompt: hashed as bytes, counted in tokens by its kind."""
+
+    kind: str  # "image", "audio", "file"
+    size_bytes: int
+
+
+class UsageRequest(enum.Enum):
+    """What a body says about usage on its stream, hence which splice would ask for it."""
+
+    ASKED = "asked"  # include_usage true: nothing to do, nothing withheld
+    ABSENT = "absent"  # no stream_options: insert the member
+    REPLACE = "replace"  # null, {} or include_usage false: replace the value at `stream_options_span`
+    NOT_APPLICABLE = "not_applicable"  # no stream, or a dialect that always reports
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """A generation request as read: small values decoded, long content left as spans of the body.
+
+    `chain_salt` are the raw bytes that precede the prompt in the key (model, adapter, template arguments).
+    `spans` are zero-copy views in the order in which an engine renders them: tools, then each message (or the
+    prompt, or instructions and input items). A boundary stands at the end of each.
+    """
+
+    body: bytes
+    model: str
+    stream: bool
+    chain_salt: tuple[bytes, ...]
+    spans: tuple[memoryview | bytes, ...]
+    usage_request: UsageRequest = UsageRequest.NOT_APPLICABLE
+    stream_options_span: tuple[int, int] = (0, 0)
+    pinned_to: str | None = None  # previous_response_id, or the first file id
+    media: tuple[Media, ...] = ()
+    max_output_tokens: int | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all spans."""
+        return sum(map(len, self.spans))
+
+
+class Call(msgspec.Struct, frozen=True):
+    """An admitted request, free of the web framework. Header names are lower-case."""
+
+    request_id: str
+    tenant: Tenant
+    endpoint: Endpoint
+    method: str
+    target: str  # path and query as the client sent them
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+    received_seconds: float  # monotonic
+    deadline_seconds: float  # monotonic
+
+
+class Edit(msgspec.Struct, frozen=True, gc=False):
+    """Replace body[start:end] by `insert`: the only way in which a body is changed."""
+
+    start: int
+    end: int
+    insert: bytes
+
+
+class ReplicaView(msgspec.Struct, frozen=True, gc=False):
+    """A replica as the plan sees it: one frozen row of the fleet's snapshot.
+
+    `pending_tokens` are uncached tokens charged and not yet released, here and at the other proxies, less what the
+    running head must have done by now. `lateness_seconds` is how far its oldest unanswered request is past its
+    predicted first token.
+    """
+
+    id: int  # dense number within the process, the index's replica number
+    name: str
+    available: bool
+    rate_tokens_per_second: float
+    pending_tokens: float
+    in_flight: int
+    in_flight_limit: int | None
+    lateness_seconds: float
+    in_flight_seconds: float  # c of the cost rule: the price of one more request in flight
+    queued: int = 0
+
+
+class Candidate(msgspec.Struct, frozen=True, gc=False):
+    """One replica with what this prompt would cost there."""
+
+    replica: ReplicaView
+    matched_bytes: int
+    matched_tokens: float
+    uncached_tokens: float
+    cost_seconds: float
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """Replicas in the order to try, cheapest first, with why, and what to change in the body."""
+
+    candidates: tuple[Candidate, ...]
+    reason: RouteReason
+    miss: MissReason
+    cache: CacheStatus
+    prompt_tokens: float  # predicted
+    edits: tuple[Edit, ...] = ()
+
+    @property
+    def chosen(self) -> Candidate:
+        """The first to try."""
+        return self.candidates[0]
+
+
+class Times(msgspec.Struct, frozen=True, gc=False):
+    """Monotonic stamps of one request; None where it never came so far."""
+
+    received_seconds: float
+    sent_seconds: float | None = None  # request written to the upstream that answered
+    first_byte_seconds: float | None = None
+    first_token_seconds: float | None = None
+    ended_seconds: float = 0.0
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What became of a request; exactly one on every path. The only thing that settlement sees."""
+
+    call_id: str
+    endpoint: Endpoint
+    model: str | None
+    stream: bool
+    ending: Ending
+    status: int
+    times: Times
+    replica: ReplicaView | None = None
+    plan: Plan | None = None
+    usage: Usage | None = None
+    retries: int = 0
+    answer_bytes: int = 0
+    request_bytes: int = 0
+    tenant_id: str = ""
+    error_code: str | None = None
+    inter_token_buckets: tuple[int, ...] = ()
