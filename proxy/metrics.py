@@ -1,0 +1,329 @@
+"""Every metric of Cairn, in one place: its name, type, labels, buckets and meaning.
+
+A worker counts in plain dictionaries (`Recorder`), because a metric's update on the path of a request must cost
+tenths of a microsecond, and hands what came since the last time to the supervisor several times a second. There
+`Exposition` adds the workers up and is the collector that prometheus_client renders. So the figures survive a
+worker, no series belongs to a dead one, and a scrape asks no worker anything. This replaces prometheus_client's
+multiprocess mode, whose memory-mapped files cost 0.8 to 1.8 us an update and forbid a live gauge per worker.
+
+Label values come from closed enums and from names that the configuration or an upstream's model list made known.
+The only importer of prometheus_client. It must not know requests, replicas or prices.
+"""
+
+from __future__ import annotations
+
+import enum
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import msgspec
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+
+PREFIX = "cairn_"
+OTHER = "other"  # the label of a model that nobody configured or listed
+MODEL_NAMES_AT_MOST = 64
+
+# vLLM's own buckets, so that both can be laid over each other in one panel
+_TTFT_SECONDS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+)
+_DURATION_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_OVERHEAD_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+_INTER_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+_REDIS_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
+_LAG_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+_ERROR_TOKENS = (-65536, -16384, -4096, -1024, -256, -64, 0, 64, 256, 1024, 4096, 16384, 65536)
+
+
+class Kind(enum.Enum):
+    """How values of a metric are joined over time and workers."""
+
+    COUNTER = "counter"
+    GAUGE_SUM = "gauge_sum"  # live workers add up
+    GAUGE_MAX = "gauge_max"  # every worker sees the same thing; the worst or newest stands
+    HISTOGRAM = "histogram"
+
+
+class Spec(msgspec.Struct, frozen=True):
+    """One metric. `name` is without the prefix and without `_total`; `number` is its place in SPECS."""
+
+    number: int
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+SPECS: list[Spec] = []
+
+
+def _define(name: str, kind: Kind, text: str, labels: tuple[str, ...], buckets: tuple[float, ...] = ()) -> Spec:
+    SPECS.append(Spec(len(SPECS), name, kind, text, labels, buckets))
+    return SPECS[-1]
+
+
+def _counter(name: str, text: str, *labels: str) -> Spec:
+    return _define(name, Kind.COUNTER, text, labels)
+
+
+def _histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Spec:
+    return _define(name, Kind.HISTOGRAM, text, labels, buckets)
+
+
+def _sum(name: str, text: str, *labels: str) -> Spec:
+    return _define(name, Kind.GAUGE_SUM, text, labels)
+
+
+def _max(name: str, text: str, *labels: str) -> Spec:
+    return _define(name, Kind.GAUGE_MAX, text, labels)
+
+
+REQUESTS = _counter(
+    "requests", "Requests answered.", "endpoint", "model", "upstream", "status_class", "cache", "stream"
+)
+DURATION = _histogram(
+    "request_duration_seconds", "From the first byte in to the last byte out.", _DURATION_SECONDS,
+    "endpoint", "model", "cache",
+)  # fmt: skip
+OVERHEAD = _histogram(
+    "overhead_seconds", "Time in Cairn: all of it less waiting for the upstream.", _OVERHEAD_SECONDS, "endpoint"
+)
+TTFT = _histogram(
+    "time_to_first_token_seconds", "Until the first content, reasoning or tool call.", _TTFT_SECONDS,
+    "model", "upstream", "cache",
+)  # fmt: skip
+INTER_TOKEN = _histogram(
+    "inter_token_seconds", "Between streamed chunks after the first token.", _INTER_TOKEN_SECONDS, "model", "upstream"
+)
+TOKENS = _counter("tokens", "Tokens as the upstreams reported them.", "model", "upstream", "type")
+CACHED_UNKNOWN = _counter(
+    "cached_unknown_tokens", "Prompt tokens of answers that could not say what was cached; in input_fresh too.",
+    "model", "upstream",
+)  # fmt: skip
+USAGE_MISSING = _counter("usage_missing", "Answers cut before their usage came.", "model", "upstream")
+USAGE_INCONSISTENT = _counter("usage_inconsistent", "Usages that were clamped.", "model", "upstream")
+ROUTING_GAIN = _counter("routing_gain_tokens", "Cached tokens beyond what round robin would have had.", "model")
+PREDICTED_CACHED = _counter(
+    "predicted_cached_tokens", "Prompt tokens that the index expected to be cached.", "model", "upstream"
+)
+PREDICTION_ERROR = _histogram(
+    "prediction_error_tokens", "Reported less predicted cached tokens.", _ERROR_TOKENS, "model", "upstream"
+)
+COST = _counter("cost_usd", "What the answers cost.", "model", "upstream")
+UNCACHED_COST = _counter("uncached_cost_usd", "What they would have cost with nothing cached.", "model", "upstream")
+SAVINGS = _counter("savings_usd", "Input cost avoided by cached tokens.", "model", "upstream")
+SURCHARGE = _counter("cache_write_surcharge_usd", "What writing caches cost beyond plain input.", "model", "upstream")
+PREFILL_SAVED = _counter(
+    "prefill_seconds_saved", "Cached tokens over the replica's learned prefill rate.", "model", "upstream"
+)
+UNPRICED = _counter("unpriced_requests", "Answers with usage that no rate card prices.", "reason")
+ROUTE_DECISIONS = _counter("route_decisions", "Why a replica was chosen.", "reason")
+PREFIX_MISS = _counter("prefix_miss", "Why a prompt was not wholly found.", "reason")
+INDEX_BLOCKS = _max("index_blocks", "Blocks that the index holds for a replica.", "upstream")
+INDEX_BYTES = _max("index_bytes", "Prompt bytes that the index holds for a replica.", "upstream")
+INDEX_TOKENS = _max("index_tokens", "Tokens that the index holds for a replica.", "upstream")
+INDEX_EVICTIONS = _counter("index_evictions", "Blocks evicted from a replica's budget.", "upstream")
+CONTEXTS = _max("contexts", "Stored contexts.")
+CONTEXTS_BYTES = _max("contexts_bytes", "Bytes of stored contexts.")
+CONTEXTS_EVICTED = _counter("contexts_evicted", "Stored contexts dropped.", "reason")
+REDIS_DURATION = _histogram("redis_duration_seconds", "Operations on Redis.", _REDIS_SECONDS, "op")
+REDIS_ERRORS = _counter("redis_errors", "Failed operations on Redis.", "op", "kind")
+REDIS_BREAKER = _max("redis_breaker_state", "0 closed, 1 half open, 2 open.")
+JOURNAL_LAG = _max("journal_lag_seconds", "Age of the newest journal entry when it was applied.")
+JOURNAL_DROPPED = _counter("journal_dropped", "Journal changes dropped, by reason.", "reason")
+UPSTREAM_UP = _max("upstream_up", "1 while a replica takes requests.", "upstream")
+UPSTREAM_IN_FLIGHT = _sum("upstream_in_flight", "Requests at a replica.", "upstream")
+UPSTREAM_QUEUED = _sum("upstream_queued", "Requests that wait for a place at a replica.", "upstream")
+UPSTREAM_BREAKER = _max("upstream_breaker_state", "0 closed, 1 half open, 2 open.", "upstream")
+UPSTREAM_RATE = _max("upstream_prefill_tokens_per_second", "Learned or configured prefill rate.", "upstream")
+UPSTREAM_RETRIES = _counter("upstream_retries", "Requests tried again before their first byte.", "upstream", "reason")
+STREAM_ABORTS = _counter("stream_aborts", "Streams that did not end as they should.", "side", "phase")
+LOOP_LAG = _histogram("event_loop_lag_seconds", "How late the event loop ran a timer.", _LAG_SECONDS)
+IN_FLIGHT = _sum("in_flight_requests", "Requests inside Cairn.")
+REJECTED = _counter("rejected", "Requests refused by Cairn.", "reason")
+LOG_DROPPED = _counter("log_lines_dropped", "Access lines dropped because the log could not keep up.")
+WORKERS = _sum("workers", "Workers that report.")
+WORKER_RESTARTS = _counter("worker_restarts", "Workers that died and were started again.")
+RELOADS_FAILED = _counter("config_reload_failures", "Reloads that changed nothing because the file was bad.")
+RELOADED_AT = _max("config_last_reload_success_timestamp_seconds", "When the configuration in force was read.")
+BUILD = _max("build_info", "Always 1.", "version")
+
+Labels = tuple[str, ...]
+
+
+class Observed(msgspec.Struct, gc=False):
+    """A histogram's growth: counts per bucket (one more than bounds) and the sum of the values."""
+
+    counts: list[int]
+    total: float = 0.0
+
+
+class Delta(msgspec.Struct, gc=False):
+    """What a worker counted since its last delta; gauges are whole. Rows are (number in SPECS, labels, value)."""
+
+    counters: list[tuple[int, Labels, float]] = []
+    histograms: list[tuple[int, Labels, list[int], float]] = []
+    gauges: list[tuple[int, Labels, float]] = []
+
+
+class Recorder:
+    """Counts in plain memory. `inc` and `observe` cost some 0.3 us; nothing here does I/O."""
+
+    def __init__(self) -> None:
+        self._counters: list[dict[Labels, float]] = [{} for _ in SPECS]
+        self._histograms: list[dict[Labels, Observed]] = [{} for _ in SPECS]
+        self._gauges: dict[tuple[int, Labels], float] = {}
+
+    def inc(self, spec: Spec, labels: Labels = (), amount: float = 1) -> None:
+        """Add `amount`, not negative, to a counter."""
+        series = self._counters[spec.number]
+        series[labels] = series.get(labels, 0) + amount
+
+    def observe(self, spec: Spec, labels: Labels, value: float) -> None:
+        """Count `value` into a histogram."""
+        observed = self._observed(spec, labels)
+        observed.counts[bisect_left(spec.buckets, value)] += 1
+        observed.total += value
+
+    def observe_counts(self, spec: Spec, labels: Labels, counts: Sequence[int], total: float) -> None:
+        """Add values that were sorted into the buckets of `spec` already."""
+        observed = self._observed(spec, labels)
+        observed.counts = [old + new for old, new in zip(observed.counts, counts, strict=True)]
+        observed.total += total
+
+    def set(self, spec: Spec, labels: Labels, value: float) -> None:
+        """Set a gauge of this worker."""
+        self._gauges[spec.number, labels] = value
+
+    def replace_gauges(self, spec: Spec, values: Mapping[Labels, float]) -> None:
+        """Set all series of a gauge at once; those that are not in `values` go."""
+        for key in [key for key in self._gauges if key[0] == spec.number]:
+            del self._gauges[key]
+        for labels, value in values.items():
+            self._gauges[spec.number, labels] = value
+
+    def take(self) -> Delta:
+        """What was counted since the last call."""
+        delta = Delta(
+            [(n, labels, v) for n, series in enumerate(self._counters) for labels, v in series.items()],
+            [(n, labels, o.counts, o.total) for n, s in enumerate(self._histograms) for labels, o in s.items()],
+            [(n, labels, value) for (n, labels), value in self._gauges.items()],
+        )
+        for series in self._counters:
+            series.clear()
+        for histograms in self._histograms:
+            histograms.clear()
+        return delta
+
+    def _observed(self, spec: Spec, labels: Labels) -> Observed:
+        series = self._histograms[spec.number]
+        observed = series.get(labels)
+        if observed is None:
+            observed = series[labels] = Observed([0] * (len(spec.buckets) + 1))
+        return observed
+
+
+class Exposition:
+    """All workers' figures added up; what a scrape sees. Lives in the supervisor."""
+
+    def __init__(self) -> None:
+        self._counters: list[dict[Labels, float]] = [{} for _ in SPECS]
+        self._histograms: list[dict[Labels, Observed]] = [{} for _ in SPECS]
+        self._gauges: dict[int, list[tuple[int, Labels, float]]] = {}
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+
+    def apply(self, worker: int, delta: Delta) -> None:
+        """Add what `worker` counted and take its gauges in place of its last ones."""
+        for number, labels, value in delta.counters:
+            series = self._counters[number]
+            series[labels] = series.get(labels, 0) + value
+        for number, labels, counts, total in delta.histograms:
+            observed = self._histograms[number].setdefault(labels, Observed([0] * len(counts)))
+            observed.counts = [old + new for old, new in zip(observed.counts, counts, strict=True)]
+            observed.total += total
+        self._gauges[worker] = delta.gauges
+
+    def forget(self, worker: int) -> None:
+        """Drop the gauges of a worker that is gone; what it counted stays."""
+        self._gauges.pop(worker, None)
+
+    def value(self, spec: Spec, labels: Labels | None = None) -> float:
+        """The sum of a counter's series, or one of them; for the status page and tests."""
+        series = self._counters[spec.number]
+        return sum(series.values()) if labels is None else series.get(labels, 0)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The page for a scrape that sent `accept`: (body, content type); OpenMetrics where it is asked for."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    def collect(self) -> Iterator[Metric]:
+        """prometheus_client's collector protocol."""
+        gauges = self._joined_gauges()
+        for spec in SPECS:
+            if spec.kind is Kind.COUNTER:
+                yield self._counter_family(spec)
+            elif spec.kind is Kind.HISTOGRAM:
+                yield self._histogram_family(spec)
+            else:
+                family = GaugeMetricFamily(PREFIX + spec.name, spec.help, labels=spec.labels)
+                for labels, value in gauges[spec.number].items():
+                    family.add_metric(labels, value)
+                yield family
+
+    def _counter_family(self, spec: Spec) -> Metric:
+        family = CounterMetricFamily(PREFIX + spec.name, spec.help, labels=spec.labels)
+        series = self._counters[spec.number]
+        # a counter without labels is there from the start, so that a rate over its first increase is right
+        for labels, value in series.items() if series or spec.labels else [((), 0.0)]:
+            family.add_metric(labels, value)
+        return family
+
+    def _histogram_family(self, spec: Spec) -> Metric:
+        family = HistogramMetricFamily(PREFIX + spec.name, spec.help, labels=spec.labels)
+        bounds = [f"{float(bound)}" for bound in spec.buckets] + ["+Inf"]
+        for labels, observed in self._histograms[spec.number].items():
+            cumulated, rows = 0, []
+            for bound, count in zip(bounds, observed.counts, strict=True):
+                cumulated += count
+                rows.append((bound, cumulated))
+            family.add_metric(labels, rows, observed.total)
+        return family
+
+    def _joined_gauges(self) -> list[dict[Labels, float]]:
+        joined: list[dict[Labels, float]] = [{} for _ in SPECS]
+        for number, labels, value in _rows(self._gauges.values()):
+            series = joined[number]
+            if SPECS[number].kind is Kind.GAUGE_SUM:
+                series[labels] = series.get(labels, 0) + value
+            else:
+                series[labels] = max(series.get(labels, value), value)
+        return joined
+
+
+def _rows(workers: Iterable[list[tuple[int, Labels, float]]]) -> Iterator[tuple[int, Labels, float]]:
+    for rows in workers:
+        yield from rows
