@@ -1,0 +1,206 @@
+"""The side towards the client, on aiohttp's low-level server: bodies read within limits, answers written straight.
+
+The answer goes to the transport as bytes, head and body as one write where both are there, so that the headers of an
+upstream are never turned into a mapping and back. What aiohttp's own response class does beyond that (cookies,
+compression, ranges) a proxy must not do. It must not know replicas, prompts or JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from typing import Protocol, cast
+
+from aiohttp import HttpVersion11, web
+
+from proxy.errors import BadRequest, RequestTimeout, TooLarge
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+_JOIN_AT_MOST_BYTES = 32 * 1024  # below this a copy is cheaper than a second buffer in the system call
+_UNDECLARED_CHUNK_BYTES = 1024 * 1024  # how much of a body of unknown length may wait in aiohttp's buffer
+_BODYLESS_STATUS = frozenset({204, 304})
+
+
+class Downstream(Protocol):
+    """An answer to a client, as the relay writes it: `send`, or `begin`, `write`..., then `end` or `break_off`."""
+
+    @property
+    def begun(self) -> bool:
+        """True once a byte of the answer was written, after which nothing can be tried again."""
+        ...
+
+    def send(self, status: int, reason: bytes, headers: Headers, body: bytes) -> None:
+        """Write a whole answer."""
+        ...
+
+    def begin(self, status: int, reason: bytes, headers: Headers, length: int | None) -> None:
+        """Write the head of an answer whose body follows; `length` None means chunked or until the end."""
+        ...
+
+    async def write(self, piece: bytes | memoryview) -> None:
+        """Write a piece of the body; waits while the client reads slower than the upstream sends."""
+        ...
+
+    def end(self) -> None:
+        """Close the body's framing."""
+        ...
+
+    def break_off(self) -> None:
+        """End the connection without the body's end, so that nobody takes it for whole."""
+        ...
+
+
+class ClientAnswer(web.StreamResponse):
+    """`Downstream` on the transport of an aiohttp request; also what the handler returns to aiohttp.
+
+    Raises ConnectionResetError from `write` when the client is gone, and TimeoutError when it read nothing for
+    `write_seconds`.
+    """
+
+    def __init__(self, request: web.BaseRequest, write_seconds: float) -> None:
+        super().__init__()
+        self._request = request
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client left")
+        self._transport = cast("asyncio.WriteTransport", transport)
+        self._write_seconds = write_seconds
+        self._keep_alive = request.keep_alive
+        self._chunked_body = False
+        self._has_body = True
+        self._remaining_bytes: int | None = None
+        self._begun = False
+
+    @property
+    def begun(self) -> bool:
+        return self._begun
+
+    def send(self, status: int, reason: bytes, headers: Headers, body: bytes) -> None:
+        self._begin(status, reason, headers, len(body))
+        if not self._has_body or not body:
+            self._transport.write(self._head)
+        elif len(body) <= _JOIN_AT_MOST_BYTES:
+            self._transport.write(self._head + body)
+        else:
+            self._transport.writelines((self._head, body))
+        self._remaining_bytes = 0
+
+    def begin(self, status: int, reason: bytes, headers: Headers, length: int | None) -> None:
+        self._begin(status, reason, headers, length)
+        self._transport.write(self._head)
+
+    async def write(self, piece: bytes | bytearray | memoryview) -> None:
+        if not self._has_body or not piece:
+            return
+        transport = self._transport
+        if transport.is_closing():
+            raise ConnectionResetError("the client left")
+        if self._chunked_body:
+            transport.writelines((b"%x\r\n" % len(piece), piece, b"\r\n"))
+        else:
+            if self._remaining_bytes is not None:
+                self._remaining_bytes -= len(piece)
+            transport.write(piece)
+        if self._request.protocol.writing_paused:
+            async with asyncio.timeout(self._write_seconds):
+                await self._request.writer.drain()
+
+    def end(self) -> None:
+        if self._chunked_body and self._has_body:
+            self._transport.write(b"0\r\n\r\n")
+        elif self._remaining_bytes:
+            self.break_off()  # shorter than announced: the client must see that
+
+    def break_off(self) -> None:
+        self._keep_alive = False
+        self._transport.close()
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """aiohttp's hook before the body: the head was written already."""
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """aiohttp's hook after the handler: the end was written already."""
+
+    def _begin(self, status: int, reason: bytes, headers: Headers, length: int | None) -> None:
+        request = self._request
+        lines = [b"HTTP/1.1 %d %b\r\n" % (status, reason)]
+        lines += [b"%b: %b\r\n" % header for header in headers]
+        self._has_body = request.method != "HEAD" and status not in _BODYLESS_STATUS
+        if length is not None:
+            self._remaining_bytes = length if self._has_body else 0
+            if status not in _BODYLESS_STATUS:
+                lines.append(b"content-length: %d\r\n" % length)
+        elif self._has_body:
+            if request.version >= HttpVersion11:
+                self._chunked_body = True
+                lines.append(b"transfer-encoding: chunked\r\n")
+            else:
+                self._keep_alive = False  # HTTP/1.0: the end of the connection is the end of the body
+        if not self._keep_alive:
+            lines.append(b"connection: close\r\n")
+        elif request.version < HttpVersion11:
+            lines.append(b"connection: keep-alive\r\n")
+        lines.append(b"\r\n")
+        self._head = b"".join(lines)
+        self._begun = True
+
+
+async def read_body(request: web.BaseRequest, limit_bytes: int, limit_seconds: float) -> bytes:
+    """The whole body.
+
+    Raises:
+        TooLarge: it is, or says that it is, over `limit_bytes`; no more than that is ever held.
+        RequestTimeout: it did not arrive within `limit_seconds`.
+        BadRequest: its framing is broken.
+    """
+    declared = request.headers.get("Content-Length")
+    # aiohttp has refused a length that is no number
+    if declared is not None and int(declared) > limit_bytes:
+        raise TooLarge(f"The body has {declared} bytes; at most {limit_bytes} are read.")
+    content = request.content
+    if content.is_eof() and not content.exception():
+        return _within(content.read_nowait(), limit_bytes)
+    # one wake-up for many reads from the socket: a 2 MB body otherwise costs a pause and a resume for each 128 KB
+    content.set_read_chunk_size(int(declared) if declared is not None else _UNDECLARED_CHUNK_BYTES)
+    pieces: list[bytes] = []
+    size_bytes = 0
+    try:
+        async with asyncio.timeout(limit_seconds):
+            while piece := await content.readany():
+                pieces.append(piece)
+                size_bytes += len(piece)
+                if size_bytes > limit_bytes:
+                    raise TooLarge(f"The body has more than {limit_bytes} bytes, the most that is read.")
+    except TimeoutError:
+        raise RequestTimeout(f"The body did not arrive within {limit_seconds:g} seconds.") from None
+    except web.RequestPayloadError:
+        raise BadRequest("The framing of the body is broken.") from None
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _within(body: bytes, limit_bytes: int) -> bytes:
+    if len(body) > limit_bytes:
+        raise TooLarge(f"The body has {len(body)} bytes; at most {limit_bytes} are read.")
+    return body
+
+
+async def stream_body(request: web.BaseRequest, idle_seconds: float) -> AsyncIterator[bytes]:
+    """The body piece by piece, for what is passed through; memory holds some 128 KB of it.
+
+    Raises:
+        RequestTimeout: nothing came for `idle_seconds`.
+        BadRequest: its framing is broken.
+    """
+    content = request.content
+    try:
+        while True:
+            async with asyncio.timeout(idle_seconds):
+                piece = await content.readany()
+            if not piece:
+                return
+            yield piece
+    except TimeoutError:
+        raise RequestTimeout(f"Nothing of the body came for {idle_seconds:g} seconds.") from None
+    except web.RequestPayloadError:
+        raise BadRequest("The framing of the body is broken.") from None
