@@ -1,0 +1,121 @@
+"""Counting in workers and adding up in the supervisor."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from proxy import metrics
+from proxy.metrics import Delta, Exposition, Recorder
+
+LABELS = ("m", "u", "hit")
+
+
+def sample(page: str, name: str, **labels: str) -> float:
+    for family in parse_text(page):
+        for found in family.samples:
+            if found.name == name and labels.items() <= found.labels.items():
+                return found.value
+    raise KeyError(name)
+
+
+def page_of(exposition: Exposition) -> str:
+    return exposition.render("text/plain")[0].decode()
+
+
+def test_counters_of_workers_add_up_and_outlive_them() -> None:
+    """A worker that is gone takes its gauges along and leaves its counts."""
+    exposition = Exposition()
+    for worker in (1, 2):
+        recorder = Recorder()
+        recorder.inc(metrics.ROUTE_DECISIONS, ("warm",), 3)
+        recorder.set(metrics.IN_FLIGHT, (), 5)
+        exposition.apply(worker, recorder.take())
+    assert sample(page_of(exposition), "cairn_in_flight_requests") == 10
+    exposition.forget(1)
+    assert sample(page_of(exposition), "cairn_in_flight_requests") == 5
+    assert sample(page_of(exposition), "cairn_route_decisions_total", reason="warm") == 6
+
+
+def test_a_delta_holds_only_what_is_new() -> None:
+    """Taking twice counts nothing twice."""
+    recorder, exposition = Recorder(), Exposition()
+    recorder.inc(metrics.ROUTE_DECISIONS, ("warm",))
+    exposition.apply(1, recorder.take())
+    exposition.apply(1, recorder.take())
+    recorder.inc(metrics.ROUTE_DECISIONS, ("warm",))
+    exposition.apply(1, recorder.take())
+    assert exposition.value(metrics.ROUTE_DECISIONS) == 2
+
+
+@pytest.mark.parametrize(("value", "bucket"), [(0.001, "0.001"), (0.0011, "0.005"), (160.0, "160.0")])
+def test_a_value_on_a_bound_belongs_to_its_bucket(value: float, bucket: str) -> None:
+    """Bounds are inclusive, as Prometheus has them."""
+    recorder, exposition = Recorder(), Exposition()
+    recorder.observe(metrics.TTFT, LABELS, value)
+    exposition.apply(1, recorder.take())
+    page = page_of(exposition)
+    assert sample(page, "cairn_time_to_first_token_seconds_bucket", le=bucket) == 1
+    assert sample(page, "cairn_time_to_first_token_seconds_sum") == value
+
+
+def test_histograms_join_over_workers_and_sorted_counts() -> None:
+    """Buckets add up, whether observed one by one or handed in sorted."""
+    recorder, exposition = Recorder(), Exposition()
+    recorder.observe(metrics.INTER_TOKEN, ("m", "u"), 0.02)
+    counts = [0] * (len(metrics.INTER_TOKEN.buckets) + 1)
+    counts[3] = 4
+    recorder.observe_counts(metrics.INTER_TOKEN, ("m", "u"), counts, 0.04)
+    exposition.apply(1, recorder.take())
+    exposition.apply(2, recorder.take())
+    assert sample(page_of(exposition), "cairn_inter_token_seconds_count") == 5
+
+
+def test_gauges_that_all_workers_see_are_not_added() -> None:
+    """Each worker tells the same index; the largest view stands."""
+    exposition = Exposition()
+    for worker, blocks in ((1, 10.0), (2, 12.0)):
+        recorder = Recorder()
+        recorder.set(metrics.INDEX_BLOCKS, ("u",), blocks)
+        exposition.apply(worker, recorder.take())
+    assert sample(page_of(exposition), "cairn_index_blocks", upstream="u") == 12
+
+
+def test_replaced_gauges_lose_the_series_of_what_is_gone() -> None:
+    """A replica that was removed leaves no series behind."""
+    recorder = Recorder()
+    recorder.replace_gauges(metrics.UPSTREAM_UP, {("a",): 1, ("b",): 1})
+    recorder.replace_gauges(metrics.UPSTREAM_UP, {("b",): 0})
+    assert recorder.take().gauges == [(metrics.UPSTREAM_UP.number, ("b",), 0)]
+
+
+def test_a_delta_survives_the_control_socket() -> None:
+    """What one process packs the other reads alike."""
+    recorder = Recorder()
+    recorder.inc(metrics.TOKENS, ("m", "u", "output"), 7)
+    recorder.observe(metrics.TTFT, LABELS, 0.3)
+    delta = recorder.take()
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(delta), type=Delta) == delta
+
+
+def test_both_formats_parse_and_every_name_has_the_prefix() -> None:
+    """A scrape in either format is read by the reference parsers."""
+    recorder, exposition = Recorder(), Exposition()
+    for spec in metrics.SPECS:
+        labels = tuple("x" for _ in spec.labels)
+        if spec.kind is metrics.Kind.COUNTER:
+            recorder.inc(spec, labels)
+        elif spec.kind is metrics.Kind.HISTOGRAM:
+            recorder.observe(spec, labels, 0.1)
+        else:
+            recorder.set(spec, labels, 1)
+    exposition.apply(1, recorder.take())
+    text, _ = exposition.render("")
+    openmetrics, content_type = exposition.render("application/openmetrics-text; version=1.0.0")
+    assert "openmetrics" in content_type
+    names = {family.name for family in parse_text(text.decode())}
+    assert len(names) == len(metrics.SPECS)
+    assert all(name.startswith("cairn_") for name in names)
+    assert {family.name for family in parse_openmetrics(openmetrics.decode())} == names
