@@ -1,0 +1,79 @@
+"""The cut: boundaries that depend on the prefix alone, and hashes that stand for all bytes before them."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache.prefix import COARSE_BLOCK_BYTES, FINE_BLOCK_BYTES, FINE_REACH_BYTES, chain_root, cut
+
+sizes = st.lists(st.one_of(st.integers(0, 40), st.integers(0, 6_000), st.integers(14_000, 40_000)), max_size=6)
+
+
+def spans_of(lengths: list[int], fill: int = 7) -> list[bytes]:
+    return [bytes((fill * i + n) % 251 for n in range(size)) for i, size in enumerate(lengths)]
+
+
+def naive_ends(lengths: list[int]) -> list[int]:
+    total = sum(lengths)
+    ends = {sum(lengths[: i + 1]) for i in range(len(lengths))}
+    ends |= set(range(0, min(total, FINE_REACH_BYTES) + 1, FINE_BLOCK_BYTES))
+    ends |= set(range(FINE_REACH_BYTES, total + 1, COARSE_BLOCK_BYTES))
+    return sorted(end for end in ends if 0 < end <= total)
+
+
+@given(sizes)
+def test_boundaries_stand_at_span_ends_and_on_the_absolute_grid(lengths):
+    assert list(cut(1, spans_of(lengths)).ends) == naive_ends(lengths)
+
+
+@given(sizes, sizes)
+def test_an_appended_prompt_shares_every_boundary_of_the_shorter_one(first, more):
+    spans = spans_of(first + more)
+    short, long = cut(9, spans[: len(first)]), cut(9, spans)
+    assert long.hashes[: len(short)] == short.hashes
+    assert long.ends[: len(short)] == short.ends
+    assert long.size_bytes == sum(first) + sum(more)
+
+
+@given(sizes.filter(lambda lengths: sum(lengths) > 0), st.data())
+def test_a_changed_byte_changes_every_hash_from_its_block_on_and_none_before(lengths, data):
+    spans = spans_of(lengths)
+    before = cut(3, spans)
+    at = data.draw(st.integers(0, sum(lengths) - 1))
+    flat = bytearray(b"".join(spans))
+    flat[at] ^= 1
+    changed, start = [], 0
+    for span in spans:
+        changed.append(bytes(flat[start : start + len(span)]))
+        start += len(span)
+    after = cut(3, changed)
+    for end, old, new in zip(before.ends, before.hashes, after.hashes, strict=True):
+        assert (old == new) == (end <= at)
+
+
+def test_views_and_bytes_hash_alike():
+    body = bytes(range(256)) * 200
+    view = memoryview(body)
+    assert cut(5, [view[:700], view[700:]]).hashes == cut(5, [body[:700], body[700:]]).hashes
+
+
+def test_two_megabytes_make_about_a_thousand_boundaries_and_none_is_left_out():
+    fingerprint = cut(5, [bytes(2_000_000)])
+    assert 990 < len(fingerprint) < 1_010
+    assert fingerprint.size_bytes == 2_000_000
+
+
+def test_the_same_bytes_in_other_spans_are_another_prompt():
+    assert cut(1, [b"ab", b"c"]).hashes[-1] != cut(1, [b"a", b"bc"]).hashes[-1]
+
+
+def test_an_empty_prompt_has_no_boundary():
+    assert len(cut(1, [])) == 0
+    assert cut(1, [b"", b""]).size_bytes == 0
+
+
+def test_roots_tell_their_parts_apart_and_start_different_chains():
+    assert chain_root([b"ab", b"c"]) != chain_root([b"a", b"bc"])
+    assert chain_root([b"a", b""]) != chain_root([b"a"])
+    assert cut(chain_root([b"m1"]), [b"x"]).hashes != cut(chain_root([b"m2"]), [b"x"]).hashes
