@@ -1,0 +1,147 @@
+"""What a configuration must hold beyond the types of its values. Pure: a `Config` in, problems out."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from proxy.settings import Config, Pool, PoolKind, Replica, SecretUrl
+
+Problem = tuple[str, str]  # path, text
+
+_REDIS_SCHEMES = frozenset(
+    {"redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"}
+)
+# names that public resolvers do not know: RFC 6762, 8375, 9476 and what clusters use
+_PRIVATE_SUFFIXES = (".local", ".internal", ".lan", ".svc", ".home.arpa", ".test", ".localhost", ".cluster.local")
+
+
+def problems(config: Config) -> Iterator[Problem]:
+    """Everything wrong with `config`, each with its path, in the order of the tree."""
+    yield from _exposure(config)
+    yield from _redis(config.redis.url)
+    yield from _pools(config)
+    yield from _clients(config)
+
+
+def is_loopback(host: str) -> bool:
+    """True where only this machine can reach what is bound to `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def implied_kind(url: str) -> PoolKind:
+    """What a bare URL stands for: https to a public name is a provider, all else an engine of one's own.
+
+    An engine behind a public name loses little by the mistake: its placements end by time instead of by budget, and
+    who brings another key shares no prefix. The other mistake would let tenants infer each other's prompts.
+    """
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError:
+        return PoolKind.ENGINE
+    return PoolKind.PROVIDER if parts.scheme == "https" and not _is_private(host) else PoolKind.ENGINE
+
+
+def _is_private(host: str) -> bool:
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." not in host or host.endswith(_PRIVATE_SUFFIXES)
+
+
+def _exposure(config: Config) -> Iterator[Problem]:
+    server, admin = config.server, config.admin
+    if config.has_replica_keys and not config.clients and not server.open and not is_loopback(server.host):
+        yield (
+            "$.server.host",
+            f"{server.host} lets anyone use the replicas' keys: list clients, bind to loopback, or say --open",
+        )
+    if admin.token is None and not is_loopback(admin.host):
+        yield (
+            "$.admin.host",
+            f"{admin.host} is not loopback, so the admin port needs admin.token, token_env or token_file",
+        )
+    if server.port and server.port == admin.port:
+        yield "$.admin.port", f"{admin.port} is the port of the server too"
+
+
+def _redis(url: SecretUrl | None) -> Iterator[Problem]:
+    if url is None:
+        return
+    scheme = url.reveal().partition("://")[0]
+    if scheme not in _REDIS_SCHEMES:
+        yield "$.redis.url", "expected redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
+
+
+def _pools(config: Config) -> Iterator[Problem]:
+    pools: dict[str, str] = {}
+    replicas: dict[str, str] = {}
+    defaults: list[str] = []
+    for p, pool in enumerate(config.pools):
+        path = f"$.pools[{p}]"
+        yield from _twice(pools.setdefault(pool.name, path), path, "name", pool.name)
+        defaults += [path] if pool.default else []
+        if len(defaults) > 1 and pool.default:
+            yield f"{path}.default", f"{defaults[0]} is the default pool already"
+        yield from _models(path, pool.models)
+        for r, replica in enumerate(pool.replicas):
+            yield from _replica(f"{path}.replicas[{r}]", replica, pool, replicas)
+
+
+def _replica(path: str, replica: Replica, pool: Pool, seen: dict[str, str]) -> Iterator[Problem]:
+    if text := _bad_url(replica.url):
+        yield f"{path}.url", text
+        return
+    first = seen.setdefault(replica.label, path)
+    if first != path:
+        yield f"{path}.name", f"{first} is named {replica.label} too; give each a name of its own"
+    if pool.kind is PoolKind.PROVIDER and replica.capacity_tokens is not None:
+        yield f"{path}.capacity_tokens", "a provider's prefixes end by time (ttl_seconds), not by capacity"
+
+
+def _bad_url(url: str) -> str | None:
+    """Why `url` is no base of an upstream, or None. Never shows the URL: it may hold a password."""
+    try:
+        parts = urlsplit(url)
+        port, host = parts.port, parts.hostname
+    except ValueError:
+        return "is not a URL"
+    if parts.scheme not in ("http", "https"):
+        return "expected http:// or https://"
+    if not host or not url.isascii() or any(c <= " " or c == "\x7f" for c in url):
+        return "expected a host, and no white space"
+    if port == 0:
+        return "port 0 cannot be connected to"
+    if parts.username is not None or parts.password is not None:
+        return "holds a user or password; give the key in key_env or key_file"
+    if parts.query or parts.fragment:
+        return "has a query or fragment; a base URL has none"
+    return None
+
+
+def _models(path: str, models: tuple[str, ...]) -> Iterator[Problem]:
+    for m, pattern in enumerate(models):
+        if not pattern.isprintable() or pattern != pattern.strip():
+            yield f"{path}.models[{m}]", "is not the name of a model or a pattern of names"
+
+
+def _clients(config: Config) -> Iterator[Problem]:
+    names: dict[str, str] = {}
+    keys: dict[str, str] = {}
+    for c, client in enumerate(config.clients):
+        path = f"$.clients[{c}]"
+        yield from _twice(names.setdefault(client.name, path), path, "name", client.name)
+        yield from _twice(keys.setdefault(client.key_sha256.lower(), path), path, "key_sha256", "the same key")
+        yield from _models(path, client.models)
+
+
+def _twice(first: str, path: str, field: str, what: str) -> Iterator[Problem]:
+    if first != path:
+        yield f"{path}.{field}", f"{first} has {what} already"

@@ -1,0 +1,320 @@
+"""The shape of the configuration: one frozen tree of typed sections with their defaults, limits and meaning.
+
+Pure: it must not know files, flags or the environment; `proxy.config` fills it and checks what types cannot say.
+A secret is a type of its own that prints as `***` wherever it may end up.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import Annotated, Any
+from urllib.parse import SplitResult, urlsplit, urlunsplit
+
+import msgspec
+from msgspec import Meta
+
+MIB = 1024 * 1024
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_VERSION_SEGMENT = re.compile(r"v\d+\w*")  # v1, v4, v1beta
+_CREDENTIAL_IN_QUERY = re.compile(r"(?i)\b(password|token|key|secret)=[^&]*")
+
+Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: any free one, for tests and demonstrations
+Count = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+Wait = Annotated[float, Meta(ge=0, le=86_400)]  # seconds, and none is fine
+Name = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/\[\]-]*$", max_length=128)
+]  # safe in a label and a header
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f]{64}$")]
+Patterns = tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...]
+
+
+class Secret:
+    """A text that is shown as `***` by `str`, `repr` and every encoder; `reveal` is the only way to it."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        """The text itself, for the one place that needs it."""
+        return self._text
+
+    def redacted(self) -> str:
+        """What may be shown."""
+        return "***"
+
+    def __str__(self) -> str:
+        return self.redacted()
+
+    __repr__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a secret is not pickled")
+
+
+class SecretUrl(Secret):
+    """A URL whose user, password and query may be secret, while its hosts may be shown."""
+
+    __slots__ = ()
+
+    def redacted(self) -> str:
+        """The URL with `***` in place of what may be secret."""
+        try:
+            parts = urlsplit(self._text)
+        except ValueError:
+            return "***"
+        netloc = parts.netloc.rpartition("@")
+        shown = f"***@{netloc[2]}" if netloc[1] else netloc[2]
+        query = _CREDENTIAL_IN_QUERY.sub(r"\1=***", parts.query)
+        return urlunsplit(SplitResult(parts.scheme, shown, parts.path, query, ""))
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=False):
+    """A mapping of the configuration: frozen, and an unknown key in it is an error."""
+
+
+class Level(enum.StrEnum):
+    """How much is logged beside the access lines."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class PoolKind(enum.StrEnum):
+    """What stands behind a pool: engines hold prefixes by memory, providers by time."""
+
+    ENGINE = "engine"
+    PROVIDER = "provider"
+
+
+class Tenancy(enum.StrEnum):
+    """Whether clients may share a prefix: `isolated` salts every chain by who asks."""
+
+    SHARED = "shared"
+    ISOLATED = "isolated"
+
+
+class Server(Section, frozen=True):
+    """The port that clients use, and what one of them may take. Requests and bytes in flight are per worker."""
+
+    host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
+    port: Port = 8080
+    workers: Annotated[int, Meta(ge=1, le=256)] = 1
+    open: bool = False  # anyone who reaches the port may use the replicas' keys
+    backlog: Count = 2048  # connections that wait to be accepted, per worker
+    max_body_bytes: Count = 32 * MIB
+    max_header_bytes: Count = 32 * 1024  # one header line
+    header_seconds: Seconds = 10  # to send a request's head
+    body_seconds: Seconds = 300  # to send its body
+    request_seconds: Seconds = 3600  # until its answer has ended
+    keepalive_seconds: Seconds = 75  # a connection without a request
+    write_seconds: Seconds = 120  # an answer of which the client takes nothing
+    max_in_flight_requests: Count = 4096
+    max_in_flight_bytes: Count = 512 * MIB
+    drain_accept_seconds: Wait = 2  # after SIGTERM: not ready, still accepting, until balancers have seen it
+    drain_seconds: Wait = 30  # then: what runs may end
+
+
+class Admin(Section, frozen=True):
+    """The port of health, readiness, metrics and explanations. Without a token it binds to loopback only."""
+
+    host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
+    port: Port = 8090
+    token: Secret | None = None
+    token_env: str | None = None
+    token_file: str | None = None
+
+
+class Redis(Section, frozen=True):
+    """The store. Without a URL a private Valkey is started, whose files lie in `folder`."""
+
+    url: SecretUrl | None = None  # redis, rediss, unix; Sentinel and Cluster by their own schemes
+    url_env: str | None = None
+    url_file: str | None = None
+    operation_seconds: Seconds = 0.05  # an answer later than this counts as none
+    connect_seconds: Seconds = 1
+    folder: str | None = None  # by default in the user's own, one per port
+    max_memory_bytes: Annotated[int, Meta(ge=16 * MIB)] = 256 * MIB  # of the embedded one
+
+
+class Replica(Section, frozen=True):
+    """One endpoint of a pool. `name` labels metrics and the shared index; by default host and port."""
+
+    url: str
+    name: Name | None = None
+    key: Secret | None = None
+    key_env: str | None = None
+    key_file: str | None = None
+    capacity_tokens: Count | None = None
+    max_concurrent: Count | None = None
+    prefill_tokens_per_second: Annotated[float, Meta(gt=0)] | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, given or derived."""
+        return self.name or derived_name(self.url)
+
+    @property
+    def scheme(self) -> str:
+        """`http` or `https`."""
+        return urlsplit(self.url).scheme
+
+    @property
+    def host(self) -> str:
+        """The host without brackets."""
+        return urlsplit(self.url).hostname or ""
+
+    @property
+    def port(self) -> int:
+        """The port, given or the scheme's."""
+        parts = urlsplit(self.url)
+        return parts.port or _DEFAULT_PORTS[parts.scheme]
+
+    @property
+    def base_path(self) -> str:
+        """What stands upstream in place of the client's `/v1`.
+
+        That is the path of the URL, with `/v1` after it unless it names a version itself.
+
+        >>> [Replica(u).base_path for u in ("http://h", "http://h/v1/", "http://h/api", "https://h/v1beta/openai")]
+        ['/v1', '/v1', '/api/v1', '/v1beta/openai']
+        """
+        path = urlsplit(self.url).path.rstrip("/")
+        versioned = any(_VERSION_SEGMENT.fullmatch(segment) for segment in path.split("/"))
+        return path if versioned else path + "/v1"
+
+
+class Pool(Section, frozen=True):
+    """Replicas that serve one set of models."""
+
+    name: Name
+    replicas: Annotated[tuple[Replica, ...], Meta(min_length=1, max_length=1024)]
+    models: Annotated[Patterns, Meta(min_length=1)] = ("*",)
+    kind: PoolKind = PoolKind.ENGINE
+    default: bool = False  # paths that name no model go here
+    tenancy: Tenancy | None = None  # by default the configuration's
+    cache_salt: bool = False  # the engine knows the field of that name
+    ttl_seconds: Seconds = 300  # how long a provider keeps a prefix that nobody uses
+
+
+class Client(Section, frozen=True):
+    """Someone who may ask, by the SHA-256 of the key; `tenant` is the name unless given."""
+
+    name: Name
+    key_sha256: Sha256
+    tenant: Name | None = None
+    models: Annotated[Patterns, Meta(min_length=1)] = ("*",)
+
+
+class Tenants(Section, frozen=True):
+    """The secret of the hash that names tenants. Without one Redis keeps one that all proxies share."""
+
+    secret: Secret | None = None
+    secret_env: str | None = None
+    secret_file: str | None = None
+
+
+class Upstream(Section, frozen=True):
+    """Patience with replicas."""
+
+    connect_seconds: Seconds = 5
+    pool_seconds: Seconds = 10  # for a free connection, where all are in use
+    first_byte_seconds: Seconds = 600  # a long cold prefill comes before the first byte
+    idle_seconds: Seconds = 120  # inside an answer; keep-alive comments are no progress
+    keepalive_seconds: Wait = 15  # an unused connection is kept this long; engines close theirs soon
+    max_connections: Count = 1024  # to one replica, per worker
+    max_retries: Annotated[int, Meta(ge=0, le=10)] = 2  # of a generation of whose answer nothing came
+    backoff_seconds: Seconds = 0.5  # the first pause of a replica that failed; each further one doubles it
+    backoff_max_seconds: Seconds = 30
+    retry_after_max_seconds: Seconds = 60  # a replica's own Retry-After is honoured up to this
+    ca_file: str | None = None  # trusted beside the system's authorities
+
+
+class Routing(Section, frozen=True):
+    """Constants of the cost rule; see ARCHITECTURE.md."""
+
+    in_flight_seconds: Wait = 0.05  # c: what one more request in flight costs
+    growing_weight_max: Annotated[float, Meta(ge=1)] = 30  # the bound of a, which grows with the shortest queue
+    min_shareable_bytes: Annotated[int, Meta(ge=0)] = 4096  # shorter prompts are sent to where least is to do
+    prefill_tokens_per_second: Annotated[float, Meta(gt=0)] = 2000  # until a replica's own is learned
+
+
+class Log(Section, frozen=True):
+    """What is written: access lines as JSON to standard output, the rest to standard error."""
+
+    level: Level = Level.INFO
+    access: bool = True
+
+
+class Config(Section, frozen=True):
+    """The whole of it."""
+
+    server: Server = Server()
+    admin: Admin = Admin()
+    redis: Redis = Redis()
+    pools: tuple[Pool, ...] = ()
+    clients: tuple[Client, ...] = ()
+    tenancy: Tenancy = Tenancy.SHARED  # of pools that do not say
+    tenants: Tenants = Tenants()
+    upstream: Upstream = Upstream()
+    routing: Routing = Routing()
+    log: Log = Log()
+
+    @property
+    def default_pool(self) -> Pool | None:
+        """Where paths go that name no model: the pool marked so, or the only one."""
+        if len(self.pools) == 1:
+            return self.pools[0]
+        return next((pool for pool in self.pools if pool.default), None)
+
+    @property
+    def has_replica_keys(self) -> bool:
+        """True where whoever is let in spends a key of ours."""
+        return any(replica.key is not None for pool in self.pools for replica in pool.replicas)
+
+
+def derived_name(url: str) -> str:
+    """Host and port of `url` (the port only where it is not the scheme's own), and its path but for `/v1`.
+
+    >>> [derived_name(u) for u in ("http://10.0.0.7:8000/v1", "https://api.openai.com/v1", "http://h:1/a/v1")]
+    ['10.0.0.7:8000', 'api.openai.com', 'h:1/a']
+    """
+    parts = urlsplit(url)
+    path = parts.path.rstrip("/").removesuffix("/v1")
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
+    shown = "" if parts.port in (None, _DEFAULT_PORTS.get(parts.scheme)) else f":{parts.port}"
+    return host + shown + path
+
+
+def redact(thing: Any) -> Any:
+    """The hook of encoders whose output a person may see."""
+    if isinstance(thing, Secret):
+        return thing.redacted()
+    raise NotImplementedError(f"no encoding for {type(thing).__name__}")
+
+
+def reveal(thing: Any) -> Any:
+    """The hook of the encoder that writes to a worker's private socket, and of no other."""
+    if isinstance(thing, Secret):
+        return thing.reveal()
+    raise NotImplementedError(f"no encoding for {type(thing).__name__}")
+
+
+def make_secret(kind: type, value: Any) -> Any:
+    """The decoders' hook: text to `Secret` or `SecretUrl`."""
+    if not issubclass(kind, Secret):
+        raise NotImplementedError(f"no decoding for {kind.__name__}")
+    if not isinstance(value, str):
+        raise TypeError(f"Expected `str`, got `{type(value).__name__}`")
+    return kind(value)
