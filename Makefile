@@ -1,11 +1,15 @@
 # Two commands matter: `make run` and `make test`. Both set up .venv first, from the locks.
 PYTHON ?= python3
+# for `make run`: base URLs (by commas) to serve before in place of the local engines, and the ports on loopback
 UPSTREAM ?=
+PORT ?= 8080
+ADMIN_PORT ?= 8090
 
 .PHONY: run test lint format lock setup-run setup-test clean
 
 run: .venv/.run
-	@exec .venv/bin/python -m demo $(if $(UPSTREAM),--upstream "$(UPSTREAM)")
+	@exec .venv/bin/python -m demo --end-with-parent --port "$(PORT)" --admin-port "$(ADMIN_PORT)" \
+	  $(if $(UPSTREAM),--upstream "$(UPSTREAM)")
 
 test: .venv/.dev
 	.venv/bin/ruff format --check .

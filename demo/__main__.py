@@ -1,0 +1,182 @@
+"""`make run`: Cairn before two local engines with ten questions asked, or before upstreams that the caller names.
+
+It starts everything, shows what happens and ends everything. What the parts do is in the modules beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+from rich.live import Live
+
+from demo import cairn
+from demo.asking import Answer, AskFailed, ask
+from demo.processes import Child, StartFailed, python, start_replica
+from demo.questions import ten_questions
+from demo.report import summarise, table, verdict
+from demo.screen import Screen
+from demo.shapes import DEMO, MODEL_NAME, model_path
+from demo.tether import end_with_parent
+from proxy.clock import SystemClock
+
+STATE = Path(__file__).resolve().parent.parent / ".cairn"
+MODELS = STATE / "model"
+LOGS = STATE / "logs"
+REPLICAS = 2
+LOAD_SECONDS = 60.0  # a cold disk and a busy machine; one second is usual
+STEP_SECONDS = 300.0  # the longest step of making the model takes four on two cores
+WATCH_SECONDS = 0.5  # how soon a child that ended by itself is noticed
+
+
+class Stopped(BaseException):
+    """Someone asked for the end: a BaseException, so that no handler of errors on the way takes it for one."""
+
+
+class Demo:
+    """One run: its options, its screen, and the children that it must end."""
+
+    def __init__(self, options: argparse.Namespace, screen: Screen, children: contextlib.ExitStack) -> None:
+        self.options = options
+        self.screen = screen
+        self._children = children
+        self._clock = SystemClock()
+
+    def run(self) -> None:
+        """Set up, ask where the engines are ours, then serve until stopped; returns never but by an exception."""
+        for flag, port in (("PORT", self.options.port), ("ADMIN_PORT", self.options.admin_port)):
+            _refuse_taken_port(self.options.host, port, flag)
+        if self.options.upstream:
+            upstreams = [url.strip() for url in self.options.upstream.split(",") if url.strip()]
+            served = [self._start_cairn(upstreams=upstreams)]
+            self.screen.say(cairn.upstream_hint(self._address(), upstreams))
+        else:
+            engines = self._start_engines()
+            served = [*engines.values(), self._start_cairn(engines=list(engines))]
+            self._ask_all()
+            self.screen.say(cairn.local_hint(self._address(), MODEL_NAME))
+        self.screen.say(cairn.addresses(self._address(), self._address(admin=True), LOGS))
+        self._watch(served)
+
+    def _start_engines(self) -> dict[str, Child]:
+        """The replicas by base URL, all loading at once."""
+        model = self._make_model()
+        with self.screen.step(f"Starting {REPLICAS} llama.cpp replicas on it, one thread each"):
+            engines = [
+                self._keep(start_replica(f"replica {number}", model, LOGS / f"replica-{number}.log"))
+                for number in range(1, REPLICAS + 1)
+            ]
+            return {engine.served_at(LOAD_SECONDS): engine for engine in engines}
+
+    def _make_model(self) -> Path:
+        """Made by a process of its own, which can be ended at any point and whose libraries leave with it."""
+        path = model_path(MODELS, DEMO)
+        if path.exists():
+            self.screen.say(f"✓ The local model is there: {path.relative_to(STATE.parent)}")
+            return path
+        maker = self._keep(
+            Child("the model maker", python("demo.local_model", str(MODELS)), LOGS / "model.log", piped=True)
+        )
+        step = maker.next_line(STEP_SECONDS)
+        while step:
+            with self.screen.step(step):
+                step = maker.next_line(STEP_SECONDS)
+        if maker.process.wait() != 0 or not path.exists():
+            raise StartFailed(maker.last_words("failed"))
+        return path
+
+    def _start_cairn(self, engines: list[str] | None = None, upstreams: list[str] | None = None) -> Child:
+        with self.screen.step(f"Starting Valkey, and Cairn on {self._address()}"):
+            child = self._keep(cairn.start(self.options, STATE, LOGS, engines or [], upstreams or []))
+            cairn.wait_until_ready(child, self._address(admin=True), self._clock)
+            return child
+
+    def _ask_all(self) -> None:
+        questions = ten_questions()
+        answers: list[Answer] = []
+        self.screen.say()
+        with Live(table(answers), console=self.screen.console, auto_refresh=False) as live:
+            for question in questions:
+                answers.append(ask(self._address(), MODEL_NAME, question, self._clock))
+                live.update(table(answers), refresh=self.screen.console.is_terminal)
+        self.screen.say(f"\n{verdict(summarise(answers))}\n")
+
+    def _address(self, *, admin: bool = False) -> str:
+        return f"http://{self.options.host}:{self.options.admin_port if admin else self.options.port}"
+
+    def _keep(self, child: Child) -> Child:
+        """See to it that it ends with the run: the last started first, so that Cairn goes before its engines."""
+        self._children.callback(child.stop)
+        return child
+
+    def _watch(self, children: list[Child]) -> None:
+        """Stand by; a child that ends by itself ends the run, with its last words."""
+        pause = threading.Event()
+        while True:
+            pause.wait(WATCH_SECONDS)
+            for child in children:
+                if not child.running:
+                    raise StartFailed(child.last_words("ended by itself"))
+
+
+def _refuse_taken_port(host: str, port: int, flag: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StartFailed(
+                f"Port {port} of {host} cannot be had ({os.strerror(error.errno or 0)}). "
+                f"Choose another one: make run {flag}={port + 1_000}"
+            ) from error
+
+
+def _stop_once(*_: int | FrameType | None) -> None:
+    """The first signal begins the end; further ones change nothing about it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    raise Stopped
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make run", description=__doc__)
+    parser.add_argument("--upstream", default="", help="base URLs, by commas, in place of the local engines")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--admin-port", type=int, default=8090)
+    parser.add_argument("--end-with-parent", action="store_true", help="end when what started this is gone")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the demo; the exit code is 0 where a signal ended it and 1 where something failed."""
+    options = _options()
+    screen = Screen(SystemClock())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop_once)
+    if options.end_with_parent:
+        end_with_parent(signal.SIGTERM)
+    code = 0
+    try:
+        with contextlib.ExitStack() as children:
+            try:
+                Demo(options, screen, children).run()
+            except Stopped:
+                screen.say("\nStopping ...")
+            except (StartFailed, AskFailed) as failure:
+                code = 1
+                screen.say(f"\n{failure}", style="red")
+    except Stopped:  # the signal came while a failed run was being cleared away
+        pass
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

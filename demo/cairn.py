@@ -1,0 +1,114 @@
+"""Cairn as the demo starts it: its command and configuration, how to see that it is ready, and how to call it."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from demo.processes import Child, StartFailed, python
+from demo.shapes import SLOT_TOKENS, SLOTS
+from proxy.clock import Clock
+
+READY_SECONDS = 30.0  # Valkey and the workers; half a second is usual
+POLL_SECONDS = 0.05
+
+
+def configuration(state: Path, engines: list[str]) -> dict[str, Any]:
+    """What differs from the defaults. Nobody balances between Cairns here, so it need not linger when told to end.
+
+    Before engines of our own it remembers nothing of the last run: they are new ones with empty caches.
+    """
+    config: dict[str, Any] = {"server": {"drain_accept_seconds": 0, "drain_seconds": 5}}
+    if engines:
+        replicas = [
+            {"name": f"replica-{number}", "url": url, "capacity_tokens": SLOTS * SLOT_TOKENS}
+            for number, url in enumerate(engines, start=1)
+        ]
+        config["pools"] = [{"name": "demo", "replicas": replicas}]
+        config["redis"] = {"folder": str(state / "valkey")}
+    return config
+
+
+def start(options: argparse.Namespace, state: Path, logs: Path, engines: list[str], upstreams: list[str]) -> Child:
+    """Start `cairn serve` before the engines, or before the upstreams, tied to this process."""
+    if engines:
+        shutil.rmtree(state / "valkey", ignore_errors=True)
+    state.mkdir(parents=True, exist_ok=True)
+    written = state / "demo.yaml"  # JSON is YAML
+    written.write_text(json.dumps(configuration(state, engines), indent=2) + "\n", encoding="utf-8")
+    command = python("demo.tether", str(Path(sys.executable).with_name("cairn")), "serve", "--config", str(written))
+    command += ["--host", options.host, "--port", str(options.port), "--admin-port", str(options.admin_port)]
+    for url in upstreams:
+        command += ["--upstream", url]
+    return Child("Cairn", command, logs / "cairn.log")
+
+
+def wait_until_ready(child: Child, admin_url: str, clock: Clock) -> None:
+    """Return when /readyz of the admin port says 200; raises `StartFailed` where that does not come."""
+    pause = threading.Event()
+    until_seconds = clock.monotonic() + READY_SECONDS
+    while not _is_ready(admin_url):
+        if not child.running:
+            raise StartFailed(child.last_words("did not start"))
+        if clock.monotonic() > until_seconds:
+            raise StartFailed(child.last_words(f"was not ready within {READY_SECONDS:.0f} s"))
+        pause.wait(POLL_SECONDS)
+
+
+def _is_ready(admin_url: str) -> bool:
+    connection = http.client.HTTPConnection(urlsplit(admin_url).netloc, timeout=1)
+    try:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def local_hint(address: str, model: str) -> str:
+    """What to make of the local model, and a line to try."""
+    return (
+        "The local model has random weights, so its text makes no sense; its caching and these times are real.\n\n"
+        f"Try it:\n{_curl(address, model)}"
+    )
+
+
+def upstream_hint(address: str, upstreams: list[str]) -> str:
+    """A line to try before upstreams of the caller's; nothing was sent to them."""
+    key = '-H "Authorization: Bearer $OPENAI_API_KEY"'
+    return (
+        f"Cairn serves before {', '.join(upstreams)} and has sent nothing there by itself.\n\n"
+        f"Try it, with a model that is served there and a key if one is needed:\n{_curl(address, 'MODEL', key)}"
+    )
+
+
+def addresses(address: str, admin_address: str, logs: Path) -> str:
+    """Where everything is to be found, and how to end it."""
+    return (
+        f"\nAPI base URL       {address}/v1\n"
+        f"Status page        {admin_address}/\n"
+        f"Metrics            {admin_address}/metrics\n"
+        f"Logs               {logs}\n\n"
+        "Serving. Ctrl-C ends it all."
+    )
+
+
+def _curl(address: str, model: str, *options: str) -> str:
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16})
+    return " ".join(
+        [
+            "  curl -i",
+            f"{address}/v1/chat/completions",
+            *options,
+            "-H 'Content-Type: application/json'",
+            f"-d '{body}'",
+        ]
+    )
