@@ -1,0 +1,197 @@
+"""The client: one request on one connection of the right pool, and the names of what can go wrong on the way.
+
+It must not know what a request means: whether another replica is tried is the caller's decision, from the error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import TypeAlias
+
+from proxy.clock import Clock
+from proxy.errors import ConnectFailed, ResetBeforeAnswer
+from proxy.upstream.answer import UpstreamAnswer
+from proxy.upstream.deadlines import Deadlines
+from proxy.upstream.dial import dial
+from proxy.upstream.head import HeadWriter
+from proxy.upstream.origin import Limits, Origin
+from proxy.upstream.pool import Pool, PoolCounts
+from proxy.upstream.protocol import Connection
+
+Body: TypeAlias = bytes | Sequence[bytes | memoryview] | AsyncIterator[bytes]
+
+
+def default_ssl_context(_origin: Origin) -> ssl.SSLContext:
+    """The machine's trusted roots, host names checked, HTTP/1.1 announced."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+class _Upstream:
+    """What the client holds per origin."""
+
+    __slots__ = ("head", "origin", "pool", "ssl_context")
+
+    def __init__(self, origin: Origin, pool: Pool, ssl_context: ssl.SSLContext | None) -> None:
+        self.origin = origin
+        self.pool = pool
+        self.head = HeadWriter(origin)
+        self.ssl_context = ssl_context
+
+
+class UpstreamClient:
+    """An HTTP/1.1 client with a pool per origin. Made and used within one running loop."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        clock: Clock,
+        ssl_context: Callable[[Origin], ssl.SSLContext] = default_ssl_context,
+    ) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._ssl_context = ssl_context
+        self._loop = asyncio.get_running_loop()
+        self._deadlines = Deadlines(self._loop, clock)
+        self._upstreams: dict[Origin, _Upstream] = {}
+        self._closed = False
+
+    async def request(
+        self,
+        origin: Origin,
+        method: bytes,
+        target: bytes,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+        body: Body = b"",
+        *,
+        length: int | None = None,
+        limits: Limits | None = None,
+        retry_reused: bool = False,
+    ) -> UpstreamAnswer:
+        """Send a request; return when the head of the final answer is here.
+
+        `body` is bytes, buffers that are written without being joined, or an iterator, whose `length` in bytes may
+        be declared (else it is sent chunked). `limits` replaces the client's times for this request. With
+        `retry_reused` a request whose pooled connection turned out dead before any byte came is sent once more on
+        a fresh one. A body that cannot be sent twice is never risked on a pooled connection.
+
+        Raises ValueError (nothing sent) where the head cannot be written safely, PoolTimeout, ConnectFailed and its
+        kinds, ResetBeforeAnswer, FirstByteTimeout, BadAnswer, and what the iterator raises. On each of these, and on
+        cancellation, the connection is closed.
+        """
+        upstream = self._upstream(origin)
+        limits = limits or self._limits
+        streamed = not isinstance(body, bytes | list | tuple)
+        if not streamed:
+            length = len(body) if isinstance(body, bytes) else sum(map(len, body))  # type: ignore[arg-type]
+        head = upstream.head.write(method, target, headers, length)
+        fresh = streamed
+        while True:
+            connection = (None if fresh else upstream.pool.take()) or await self._connection(upstream, fresh, limits)
+            answer = connection.begin(limits, head_only=method == b"HEAD")
+            try:
+                if streamed:
+                    await self._upload(connection, answer, head, body, length, limits)  # type: ignore[arg-type]
+                else:
+                    connection.send(head, body)  # type: ignore[arg-type]
+                await answer.head_arrived()
+                return answer
+            except ResetBeforeAnswer as error:
+                if not (error.reused and retry_reused):
+                    raise
+                upstream.pool.retried += 1
+                fresh = True
+            except BaseException:
+                answer.abort()
+                raise
+
+    def counts(self) -> dict[Origin, PoolCounts]:
+        """Each origin's connections at this moment."""
+        return {origin: upstream.pool.counts for origin, upstream in self._upstreams.items()}
+
+    def check_limits(self) -> None:
+        """Expire what is late by the clock; the client's own timer does so too."""
+        self._deadlines.ring()
+
+    async def close(self) -> None:
+        """Close every connection, whatever is under way, and wait until all are gone."""
+        self._closed = True
+        for upstream in self._upstreams.values():
+            upstream.pool.close()
+        await self._deadlines.close()
+
+    def _upstream(self, origin: Origin) -> _Upstream:
+        if self._closed:
+            raise RuntimeError("the upstream client is closed")
+        upstream = self._upstreams.get(origin)
+        if upstream is None:
+            context = self._ssl_context(origin) if origin.scheme == "https" else None
+            upstream = self._upstreams[origin] = _Upstream(origin, Pool(self._loop, self._limits), context)
+        return upstream
+
+    async def _connection(self, upstream: _Upstream, fresh: bool, limits: Limits) -> Connection:
+        """A connection from the pool, else a new one."""
+        pool = upstream.pool
+        connection = await pool.obtain(fresh=fresh)
+        if connection is not None:
+            return connection
+
+        def make() -> Connection:
+            return Connection(self._loop, self._clock, self._deadlines, pool, limits)
+
+        try:
+            connection = await dial(self._loop, upstream.origin, upstream.ssl_context, make, limits.connect_seconds)
+        except BaseException:
+            pool.vacate()
+            raise
+        pool.opened += 1
+        if self._closed or not connection.usable:
+            connection.close()
+            raise ConnectFailed("the connection to the upstream closed as it opened")
+        return connection
+
+    async def _upload(
+        self,
+        connection: Connection,
+        answer: UpstreamAnswer,
+        head: bytes,
+        body: AsyncIterator[bytes],
+        length: int | None,
+        limits: Limits,
+    ) -> None:
+        """Send a body piece by piece, until it ends or the answer (or a failure) comes first.
+
+        No limit runs while the iterator is awaited: it is not the upstream that is late then.
+        """
+        connection.upload(unfinished=True)
+        connection.send(head, b"")
+        try:
+            async with asyncio.timeout(None) as scope:
+                answer.interrupt_with(lambda: scope.reschedule(self._loop.time()))
+                sent_bytes = 0
+                connection.wait_for_answer(math.inf)
+                async for piece in body:
+                    if not answer.pending:
+                        return
+                    if not piece:
+                        continue
+                    sent_bytes += len(piece)
+                    if length is not None and sent_bytes > length:
+                        raise ValueError("the request's body is longer than was declared")
+                    framed = (piece,) if length is not None else (b"%x\r\n" % len(piece), piece, b"\r\n")
+                    await connection.write(framed, limits.first_byte_seconds)
+                    connection.wait_for_answer(math.inf)
+                if length is not None and sent_bytes < length:
+                    raise ValueError("the request's body is shorter than was declared")
+                await connection.write((b"0\r\n\r\n",) if length is None else (), limits.first_byte_seconds)
+                connection.upload(unfinished=False)
+        except TimeoutError:
+            if not scope.expired():
+                raise  # the iterator's own
+        finally:
+            answer.interrupt_with(None)
+        connection.wait_for_answer(limits.first_byte_seconds)
