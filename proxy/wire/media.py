@@ -1,0 +1,104 @@
+"""Find pictures, sounds and files inside a prompt, so that their megabytes are not taken for text.
+
+Searching two megabytes for a marker costs as much as reading the whole body. So the body is sampled first: base64
+has neither spaces nor quotes nor escapes, and a run of samples without any is a reason to look closely. What is
+missed by that is short against the body, and text of that length is counted nearly right as text. A picture given
+by its address carries no bytes and is not media here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+from msgspec import Raw
+
+from proxy.model import Media
+
+MEDIA_BYTES_LEAST = 1024  # bytes; below that, a picture is worth no more tokens than text of its length
+_SAMPLES = 4096  # of one body: 5 us
+_STRIDE_LEAST = 31  # bytes; odd, so as not to keep step with escapes of six characters
+_RUN = b"b" * 24  # samples in a row that are base64: in prose one byte in five is not
+_BASE64 = bytes(
+    98 if chr(byte).isascii() and (chr(byte).isalnum() or chr(byte) in "+/=_-") else 32 for byte in range(256)
+)
+_EXACT_TYPES = {
+    "image": "image",
+    "image_url": "image",
+    "input_image": "image",
+    "audio": "audio",
+    "input_audio": "audio",
+    "audio_url": "audio",
+    "document": "file",
+    "file": "file",
+    "input_file": "file",
+    "video_url": "video",
+}
+
+
+class _Part(msgspec.Struct, gc=False):
+    """A content part of any dialect, with the raw values in which its bytes may stand."""
+
+    type: str = ""
+    image_url: Raw = Raw()
+    input_audio: Raw = Raw()
+    audio_url: Raw = Raw()
+    video_url: Raw = Raw()
+    file: Raw = Raw()
+    file_data: Raw = Raw()
+    source: Raw = Raw()
+    content: Raw = Raw()
+
+
+class _Message(msgspec.Struct, gc=False):
+    content: list[_Part] | None = None
+
+
+_decode_message = msgspec.json.Decoder(_Message).decode
+_decode_output = msgspec.json.Decoder(list[_Part]).decode
+
+
+def find_media(body: bytes, content: Iterable[Raw]) -> tuple[Media, ...]:
+    """Media in the messages or input items `content` of `body`, in their order; never raises.
+
+    Costs 1 us at 1 KB and under 10 us at 2 MB where there is none.
+    """
+    size = len(body)
+    if size < MEDIA_BYTES_LEAST:
+        return ()
+    stride = max(_STRIDE_LEAST, size // _SAMPLES) | 1
+    if _RUN not in body[::stride].translate(_BASE64):
+        return ()
+    found: list[Media] = []
+    for message in content:
+        if len(memoryview(message)) >= MEDIA_BYTES_LEAST:
+            found += _in_parts(_parts(message), nested=False)
+    return tuple(found)
+
+
+def _parts(message: Raw | bytes) -> list[_Part]:
+    try:
+        return _decode_message(message).content or []
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return []
+
+
+def _in_parts(parts: list[_Part], *, nested: bool) -> list[Media]:
+    found: list[Media] = []
+    for part in parts:
+        kind = _EXACT_TYPES.get(part.type)
+        if kind is not None:
+            values = (part.image_url, part.input_audio, part.audio_url, part.video_url)
+            size = sum(len(memoryview(value)) for value in (*values, part.file, part.file_data, part.source))
+            if size >= MEDIA_BYTES_LEAST:
+                found.append(Media(kind, size))
+        elif not nested and len(memoryview(part.content)) >= MEDIA_BYTES_LEAST:
+            found += _in_parts(_nested_parts(part.content), nested=True)
+    return found
+
+
+def _nested_parts(value: Raw) -> list[_Part]:
+    try:
+        return _decode_output(value)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return []

@@ -1,0 +1,53 @@
+"""Where a raw value lies in the body it was read from; knows nothing of what the value means.
+
+msgspec hands out `Raw` values that point into the body, and nothing in Python tells where. Searching for their bytes
+would find an equal text elsewhere first, so the two addresses are subtracted instead: 2 us, exact, any size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import msgspec
+
+
+class _Buffer(ctypes.Structure):
+    """`Py_buffer` of the stable ABI."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
+_get_buffer.argtypes = (ctypes.py_object, ctypes.POINTER(_Buffer), ctypes.c_int)
+_release_buffer = ctypes.pythonapi.PyBuffer_Release
+_release_buffer.argtypes = (ctypes.POINTER(_Buffer),)
+_release_buffer.restype = None
+
+
+def _address(value: bytes | memoryview | msgspec.Raw) -> int:
+    buffer = _Buffer()
+    _get_buffer(value, ctypes.byref(buffer), 0)
+    address: int = buffer.buf or 0
+    _release_buffer(ctypes.byref(buffer))
+    return address
+
+
+def span_of(body: bytes, part: memoryview | msgspec.Raw) -> tuple[int, int]:
+    """Start and end of `part`, a view into `body`, as offsets in bytes; ValueError where it is not one."""
+    start = _address(part) - _address(body)
+    end = start + len(memoryview(part))
+    if start < 0 or end > len(body):
+        raise ValueError("the part does not lie in this body")
+    return start, end

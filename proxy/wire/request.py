@@ -1,0 +1,356 @@
+"""Read a generation request as spans of its body; long content is never decoded, and nothing is judged that the
+upstream can judge.
+
+It knows no HTTP, no tenant and no replica. What the prefix chain is made of is decided here:
+
+- the salt: the model, the adapter, and the arguments that change how the engine renders the *head* of the prompt
+  (`reasoning_effort`, `chat_template_kwargs`, ...). Sampling never counts. `tool_choice` counts only as "none", which
+  takes the tools out of the prompt. `response_format` and guided decoding do not count: vLLM and SGLang apply them to
+  the sampler; the few that render them see a wrong guess corrected by the reported usage.
+- the spans: tools, then messages, as their JSON text stands. An absent, null and empty `tools` are the same.
+
+JSON is read as msgspec reads it: of duplicate keys the last wins, as in Python's json, orjson, pydantic and
+nlohmann. Only `model` twice is refused, since the model decides what a client may use.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from proxy.errors import BadRequest
+from proxy.model import Endpoint, Prompt, UsageRequest
+from proxy.wire.media import find_media
+from proxy.wire.offsets import span_of
+
+MODEL_NAME_BYTES_MOST = 512  # bytes; the longest names seen (paths of local models) stay under 300
+
+_NONE = Raw()
+_NOTHING = frozenset({b"", b"null", b"[]", b"{}"})
+
+
+class _Model(str):
+    """A type of its own, so that msgspec calls `_seen_model` once for every occurrence of the key."""
+
+    __slots__ = ()
+
+
+class _Seen(threading.local):
+    """Models met in the body being read; per thread, so that a body may be read in any."""
+
+    def __init__(self) -> None:
+        self.models: list[object] = []
+
+
+_seen = _Seen()
+
+
+def _seen_model(kind: type, value: Any) -> Any:
+    if kind is not _Model or not isinstance(value, str):
+        raise ValueError("model must be a string")
+    _seen.models.append(value)
+    return _Model(value)
+
+
+class _Common(msgspec.Struct, gc=False):
+    model: _Model = _Model()
+    stream: bool | None = None
+    stream_options: Raw = _NONE
+    tools: Raw = _NONE
+    tool_choice: Raw = _NONE
+    lora: Raw = _NONE
+    lora_path: Raw = _NONE
+    adapter: Raw = _NONE
+    cache_salt: Raw = _NONE
+    chat_template: Raw = _NONE
+    chat_template_kwargs: Raw = _NONE
+    add_special_tokens: Raw = _NONE
+    documents: Raw = _NONE
+    mm_processor_kwargs: Raw = _NONE
+    reasoning: Raw = _NONE
+    reasoning_effort: Raw = _NONE
+    enable_thinking: Raw = _NONE
+    thinking: Raw = _NONE
+    max_tokens: Raw = _NONE
+
+
+_TEMPLATE = (
+    "lora",
+    "lora_path",
+    "adapter",
+    "cache_salt",
+    "chat_template",
+    "chat_template_kwargs",
+    "add_special_tokens",
+    "documents",
+    "mm_processor_kwargs",
+    "reasoning",
+    "reasoning_effort",
+    "enable_thinking",
+    "thinking",
+)
+_template_values = operator.attrgetter(*_TEMPLATE)
+_NO_TEMPLATE_VALUES = (_NONE,) * len(_TEMPLATE)
+
+
+class _Chat(_Common, gc=False):
+    messages: list[Raw] | None = None
+    functions: Raw = _NONE
+    max_completion_tokens: Raw = _NONE
+
+
+class _Completion(_Common, gc=False):
+    prompt: Raw = _NONE
+    suffix: Raw = _NONE
+
+
+class _Responses(_Common, gc=False):
+    input: list[Raw] | None = None
+    instructions: Raw = _NONE
+    prompt: Raw = _NONE
+    max_output_tokens: Raw = _NONE
+    previous_response_id: Raw = _NONE
+    conversation: Raw = _NONE
+
+
+class _ResponsesText(_Responses, gc=False):
+    input: Raw = _NONE  # type: ignore[assignment]
+
+
+class _Messages(_Common, gc=False):
+    messages: list[Raw] | None = None
+    system: Raw = _NONE
+
+
+class _Embeddings(msgspec.Struct, gc=False):
+    model: _Model = _Model()
+
+
+def _decoder(kind: type) -> Callable[[bytes], Any]:
+    return msgspec.json.Decoder(kind, dec_hook=_seen_model).decode
+
+
+_decode_chat = _decoder(_Chat)
+_decode_completion = _decoder(_Completion)
+_decode_responses = _decoder(_Responses)
+_decode_responses_text = _decoder(_ResponsesText)
+_decode_messages = _decoder(_Messages)
+_decode_embeddings = _decoder(_Embeddings)
+
+
+def read(body: bytes, endpoint: Endpoint, *, file_ids: bool = False) -> Prompt:
+    """The prompt of `body`, by the dialect of `endpoint` (a generation, or embeddings).
+
+    `file_ids` asks for a search of the whole body for the first `file_id` (some 10 us per 64 KB), which is worth it
+    only where files were uploaded through this proxy. Raises BadRequest, whose `param` names the field.
+    """
+    prompt = _READERS[endpoint](body)
+    if file_ids and prompt.pinned_to is None:
+        prompt = _pin_to_file(prompt)
+    return prompt
+
+
+def _read_chat(body: bytes) -> Prompt:
+    fields = _decoded(_decode_chat, body)
+    messages = fields.messages
+    if messages is None:
+        raise BadRequest("messages must be an array", param="messages")
+    spans = [memoryview(message) for message in messages]
+    if fields.tools is not _NONE or fields.functions is not _NONE:
+        spans[:0] = _present(fields.tools, fields.functions)
+    limit = fields.max_completion_tokens
+    if limit is _NONE:
+        limit = fields.max_tokens
+    return _prompt(body, fields, spans, messages, limit)
+
+
+def _read_completion(body: bytes) -> Prompt:
+    fields = _decoded(_decode_completion, body)
+    spans = _present(fields.prompt, fields.suffix)
+    return _prompt(body, fields, spans, (), fields.max_tokens)
+
+
+def _read_messages(body: bytes) -> Prompt:
+    """Anthropic's dialect: a change of `tool_choice` keeps tools and system cached, not the messages."""
+    fields = _decoded(_decode_messages, body)
+    if fields.messages is None:
+        raise BadRequest("messages must be an array", param="messages")
+    spans = _present(fields.tools, fields.system, fields.tool_choice)
+    spans += map(memoryview, fields.messages)
+    return _prompt(body, fields, spans, fields.messages, fields.max_tokens, always_reports=True)
+
+
+def _read_responses(body: bytes) -> Prompt:
+    fields = _decoded_responses(body)
+    spans = _present(fields.tools, fields.instructions, fields.prompt)
+    items: list[Raw] = []
+    if isinstance(fields.input, Raw):
+        spans += _present(fields.input)
+    elif fields.input:
+        items = fields.input
+        spans += map(memoryview, items)
+    pinned = _text(fields.previous_response_id) or _conversation(fields.conversation)
+    return _prompt(body, fields, spans, items, fields.max_output_tokens, pinned, always_reports=True)
+
+
+def _read_embeddings(body: bytes) -> Prompt:
+    fields = _decoded(_decode_embeddings, body)
+    return Prompt(body, fields.model, False, (fields.model.encode(),), ())
+
+
+_READERS: dict[Endpoint, Callable[[bytes], Prompt]] = {
+    Endpoint.CHAT: _read_chat,
+    Endpoint.COMPLETIONS: _read_completion,
+    Endpoint.RESPONSES: _read_responses,
+    Endpoint.MESSAGES: _read_messages,
+    Endpoint.EMBEDDINGS: _read_embeddings,
+}
+
+
+def _prompt(
+    body: bytes,
+    fields: _Common,
+    spans: list[memoryview],
+    content: Iterable[Raw],
+    limit: Raw,
+    pinned_to: str | None = None,
+    *,
+    always_reports: bool = False,
+) -> Prompt:
+    asked, options = UsageRequest.NOT_APPLICABLE, (0, 0)
+    if fields.stream and not always_reports:
+        asked, options = _usage_request(body, fields.stream_options)
+    return Prompt(
+        body,
+        str(fields.model),
+        fields.stream is True,
+        _salt(fields),
+        tuple(spans),
+        asked,
+        options,
+        pinned_to,
+        find_media(body, content),
+        None if limit is _NONE else _count(limit),
+    )
+
+
+def _decoded(decode: Callable[[bytes], Any], body: bytes) -> Any:
+    """Fields of `body`, with `model` checked: there, once, not empty, not absurdly long."""
+    models = _seen.models
+    models.clear()
+    try:
+        fields = decode(body)
+    except msgspec.ValidationError as error:
+        raise _wrong_type(error) from None
+    except msgspec.DecodeError as error:
+        message = "the body is empty" if not body.strip() else f"the body is not valid JSON: {error}"
+        raise BadRequest(message) from None
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise BadRequest("the body is not valid UTF-8") from None
+    if len(models) != 1:
+        raise BadRequest("model is given twice" if models else "model is missing", param="model")
+    if not 0 < len(fields.model) <= MODEL_NAME_BYTES_MOST:
+        raise BadRequest("model is empty or too long", param="model")
+    return fields
+
+
+def _decoded_responses(body: bytes) -> Any:
+    """`input` is mostly an array; where it is a text, the first reading stops there and a second is made."""
+    try:
+        return _decoded(_decode_responses, body)
+    except BadRequest as error:
+        if error.param != "input":
+            raise
+    return _decoded(_decode_responses_text, body)
+
+
+def _wrong_type(error: msgspec.ValidationError) -> BadRequest:
+    """msgspec says "Expected `bool`, got `int` - at `$.stream`": no value of the body is in it."""
+    message, _, path = str(error).partition(" - at `$")
+    param = path.strip("`").lstrip(".").partition("[")[0].partition(".")[0] or None
+    return BadRequest(f"{param or 'the body'}: {message}", param=param)
+
+
+def _salt(fields: _Common) -> tuple[bytes, ...]:
+    model = fields.model.encode()
+    values = _template_values(fields)
+    if values == _NO_TEMPLATE_VALUES and fields.tool_choice is _NONE:
+        return (model,)
+    parts = [model]
+    for name, value in zip(_TEMPLATE, values, strict=True):
+        if value is not _NONE and bytes(value) not in _NOTHING:
+            parts += (name.encode(), bytes(value))
+    if bytes(fields.tool_choice) == b'"none"':
+        parts += (b"tool_choice", b"none")
+    return tuple(parts)
+
+
+def _present(*values: Raw) -> list[memoryview]:
+    """Views of those that say something."""
+    views = [memoryview(value) for value in values if value is not _NONE]
+    return [view for view in views if len(view) > 4 or bytes(view) not in _NOTHING]
+
+
+class _Options(msgspec.Struct, gc=False):
+    include_usage: bool | None = None
+
+
+_decode_options = msgspec.json.Decoder(_Options | None).decode
+
+
+def _usage_request(body: bytes, options: Raw) -> tuple[UsageRequest, tuple[int, int]]:
+    """What the body says about usage; options of a wrong type are left to the upstream's judgement."""
+    if options is _NONE:
+        return UsageRequest.ABSENT, (0, 0)
+    try:
+        asked = _decode_options(options)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return UsageRequest.NOT_APPLICABLE, (0, 0)
+    if asked is not None and asked.include_usage:
+        return UsageRequest.ASKED, (0, 0)
+    return UsageRequest.REPLACE, span_of(body, options)
+
+
+def _count(value: Raw) -> int | None:
+    """A positive whole number, or None for whatever else stands there: the upstream is its judge."""
+    text = bytes(value)
+    return int(text) if len(text) < 16 and text.isdigit() else None
+
+
+def _text(value: Raw) -> str | None:
+    """A non-empty string, else None."""
+    try:
+        return msgspec.json.decode(value, type=str) or None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+class _Conversation(msgspec.Struct, gc=False):
+    id: str | None = None
+
+
+def _conversation(value: Raw) -> str | None:
+    """The id of a conversation, given as a string or as {"id": ...}."""
+    if value is _NONE:
+        return None
+    try:
+        return msgspec.json.decode(value, type=_Conversation).id or None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return _text(value)
+
+
+def _pin_to_file(prompt: Prompt) -> Prompt:
+    start = prompt.body.find(b'"file_id"')
+    if start < 0:
+        return prompt
+    parts = prompt.body[start + len(b'"file_id"') : start + 600].split(b'"', 2)
+    if len(parts) < 3 or parts[0].strip() != b":":
+        return prompt
+    return msgspec.structs.replace(prompt, pinned_to=parts[1].decode(errors="replace"))

@@ -1,0 +1,64 @@
+"""Change a body by replacing bytes at known offsets: the only way in which a client's bytes are edited.
+
+A parse and a re-serialisation would break numbers and key order, and with them the upstream's own cache. Nothing of
+the body is copied: what is sent is a list of slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from proxy.model import Edit, Prompt, UsageRequest
+
+_ASK = b'{"include_usage":true}'
+_ASK_MEMBER = b'"stream_options":{"include_usage":true},'
+
+
+def apply(body: bytes, edits: Sequence[Edit]) -> tuple[list[bytes | memoryview], int]:
+    """The body with `edits` made, as buffers to be written in order, and their length in bytes.
+
+    Edits may come in any order; two that overlap, or one outside the body, raise ValueError. Without edits the
+    body itself is the one buffer. Several insertions at one offset keep their order.
+    """
+    if not edits:
+        return [body], len(body)
+    view = memoryview(body)
+    parts: list[bytes | memoryview] = []
+    length = at = 0
+    for edit in edits if len(edits) == 1 else sorted(edits, key=_place):
+        if not at <= edit.start <= edit.end <= len(body):
+            raise ValueError("edits overlap or lie outside the body")
+        for part in (view[at : edit.start], edit.insert):
+            if part:
+                parts.append(part)
+                length += len(part)
+        at = edit.end
+    if at < len(body):
+        parts.append(view[at:])
+    return parts, length + len(body) - at
+
+
+def _place(edit: Edit) -> tuple[int, int]:
+    return edit.start, edit.end
+
+
+def ask_usage(prompt: Prompt) -> Edit | None:
+    """The edit that makes the stream report usage, or None where it does so already or cannot."""
+    if prompt.usage_request is UsageRequest.ABSENT:
+        start = prompt.body.index(b"{") + 1
+        return Edit(start, start, _ASK_MEMBER)
+    if prompt.usage_request is UsageRequest.REPLACE:
+        start, end = prompt.stream_options_span
+        return Edit(start, end, _with_usage(prompt.body[start:end]))
+    return None
+
+
+def _with_usage(options: bytes) -> bytes:
+    """`options` (null or an object) with include_usage true; its other members keep their bytes."""
+    members = msgspec.json.decode(options, type=dict[str, msgspec.Raw] | None)
+    if not members:
+        return _ASK
+    members["include_usage"] = msgspec.Raw(b"true")
+    return msgspec.json.encode(members)
