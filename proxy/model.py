@@ -171,7 +171,8 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
 
     `pending_tokens` are uncached tokens charged and not yet released, here and at the other proxies, less what the
     running head must have done by now. `lateness_seconds` is how far its oldest unanswered request is past its
-    predicted first token.
+    predicted first token. `in_flight` leaves out what waits at the cold gate: it is not there yet. Not `available`
+    means that the breaker is open or that it drains; one that drains still serves what is pinned to it.
     """
 
     id: int  # dense number within the process, the index's replica number
@@ -184,6 +185,8 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
     lateness_seconds: float
     in_flight_seconds: float  # c of the cost rule: the price of one more request in flight
     queued: int = 0
+    draining: bool = False  # reachable, but to be given no new prefix
+    retry_after_seconds: float = 0.0  # where unavailable: until it is tried again
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
@@ -220,6 +223,7 @@ class Times(msgspec.Struct, frozen=True, gc=False):
     first_byte_seconds: float | None = None
     first_token_seconds: float | None = None
     ended_seconds: float = 0.0
+    waited_seconds: float = 0.0  # in the queue and at the cold gate, part of the time before `sent_seconds`
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -240,4 +244,5 @@ class Outcome(msgspec.Struct, frozen=True):
     request_bytes: int = 0
     tenant_id: str = ""
     error_code: str | None = None
-    inter_token_buckets: tuple[int, ...] = ()
+    inter_token_counts: tuple[int, ...] = ()  # gaps after the first token, sorted into the metric's buckets
+    inter_token_seconds: float = 0.0  # their sum

@@ -1,0 +1,372 @@
+"""All replicas of all pools: the one object that the phases tell what happens, and ask for a frozen snapshot.
+
+Every change is synchronous and cheap; nobody here opens a socket. Clocks are passed as `now_seconds` (monotonic). It
+must not know prompts, prefixes or why a replica was chosen.
+
+In-flight work of other proxies and workers comes in whole rows (`absorb`), never as differences, which drift for ever
+once one is lost; rows carry ages and not stamps, so that each reader ages them by its own clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import msgspec
+
+from proxy.fleet.breaker import Backoff, Breaker, BreakerState
+from proxy.fleet.rate import PrefillRate
+from proxy.fleet.work import Charge, Work
+from proxy.model import ReplicaView
+
+DEFAULT_RATE_TOKENS_PER_SECOND = 4_000.0
+"""Until anything is known of anybody: between a processor (some 500) and a large accelerator (20,000 and more)."""
+
+LEAST_IN_FLIGHT_SECONDS = 0.05
+MOST_IN_FLIGHT_SECONDS = 0.1
+"""Bounds of `c`. Below, a decode-heavy load herds on the holders of a hot prefix; above, hits are given away."""
+
+DECODE_SHARE = 1.0 / 64.0
+"""`c` as a share of the mean decode time."""
+
+DECODE_MEMORY = 1.0 / 64.0
+"""Weight of the newest decode time in the mean."""
+
+PEER_SILENCE_SECONDS = 1.0
+"""In-flight work of a proxy that has said nothing for so long died with it."""
+
+
+class ReplicaSpec(msgspec.Struct, frozen=True):
+    """A replica as configured. `name` is unique over all pools and the same in every proxy."""
+
+    name: str
+    pool: str
+    prefill_tokens_per_second: float | None = None
+    in_flight_limit: int | None = None
+
+
+class ShareRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One replica's work as one process has it, for the others. Ages are seconds before it was written.
+
+    `pending_tokens` is gross (the running head's progress not taken off, so that readers can take it off once for
+    all writers); `overdue_seconds` is how far the head is past its predicted first token, 0 where it is not.
+    """
+
+    pending_tokens: int
+    in_flight: int
+    head_tokens: int
+    working_seconds: float
+    overdue_seconds: float
+
+
+class _Peers:
+    """What all other processes have under way on one replica."""
+
+    __slots__ = ("head_tokens", "in_flight", "late_since", "pending_tokens", "working_since_seconds")
+
+    def __init__(self) -> None:
+        self.pending_tokens = 0
+        self.in_flight = 0
+        self.head_tokens = 0
+        self.working_since_seconds = 0.0
+        self.late_since: dict[str, float] = {}
+
+    def add(self, peer: str, row: ShareRow, now_seconds: float) -> None:
+        self.pending_tokens += row.pending_tokens
+        self.in_flight += row.in_flight
+        since = now_seconds - row.working_seconds
+        if row.pending_tokens and since >= self.working_since_seconds:
+            self.working_since_seconds = since
+            self.head_tokens = row.head_tokens
+        if row.overdue_seconds > 0:
+            self.late_since[peer] = now_seconds - row.overdue_seconds
+
+    def remove(self, peer: str, row: ShareRow) -> None:
+        self.pending_tokens -= row.pending_tokens
+        self.in_flight -= row.in_flight
+        self.late_since.pop(peer, None)
+
+
+class _Replica:
+    """One replica's state; the fleet's own."""
+
+    __slots__ = ("breaker", "draining", "id", "limit", "peers", "quiet_view", "rate", "rate_now", "spec", "work")
+
+    def __init__(self, number: int, spec: ReplicaSpec, breaker: Breaker) -> None:
+        self.id = number
+        self.spec = spec
+        self.breaker = breaker
+        self.work = Work()
+        self.peers = _Peers()
+        self.rate = PrefillRate(spec.prefill_tokens_per_second)
+        self.rate_now = DEFAULT_RATE_TOKENS_PER_SECOND
+        self.limit = spec.in_flight_limit
+        self.draining = False
+        self.quiet_view: ReplicaView | None = None
+
+    def load(self, now_seconds: float) -> tuple[float, float]:
+        """Pending tokens net of the running head's progress, and lateness in seconds, of all processes together."""
+        work, peers = self.work, self.peers
+        work.settle(now_seconds)
+        head = work.head
+        if head is None:
+            if not peers.pending_tokens:
+                return 0.0, 0.0
+            since, head_tokens, late = peers.working_since_seconds, float(peers.head_tokens), 0.0
+        else:
+            since, head_tokens = work.working_since_seconds, head.uncached_tokens
+            late = 0.0 if head.plain else max(now_seconds - head.due_seconds, 0.0)
+            if peers.pending_tokens and peers.working_since_seconds > since:
+                since, head_tokens = peers.working_since_seconds, float(peers.head_tokens)
+        for since_late in peers.late_since.values():
+            late = max(late, now_seconds - since_late)
+        total = work.pending_tokens + peers.pending_tokens
+        return max(total - min((now_seconds - since) * self.rate_now, head_tokens), 0.0), late
+
+    def view(self, now_seconds: float, in_flight_seconds: float) -> ReplicaView:
+        """A frozen row; the same object again while nothing happens here."""
+        if self.quiet_view is not None:
+            return self.quiet_view
+        pending, late = self.load(now_seconds)
+        in_flight = self.work.in_flight + self.peers.in_flight
+        closed = self.breaker.is_closed
+        allowed = closed or self.breaker.allows(now_seconds)
+        view = ReplicaView(
+            self.id,
+            self.spec.name,
+            allowed and not self.draining,
+            self.rate_now,
+            pending,
+            in_flight,
+            self.limit,
+            late,
+            in_flight_seconds,
+            0 if self.limit is None else max(in_flight - self.limit, 0),
+            self.draining and allowed,
+            0.0 if allowed else self.breaker.wait_seconds(now_seconds),
+        )
+        if closed and not in_flight and self.work.head is None and not self.peers.pending_tokens:
+            self.quiet_view = view
+        return view
+
+
+class Fleet:
+    """The replicas of every pool. `random` gives floats in [0, 1), for the jitter of back-offs."""
+
+    def __init__(self, random: Callable[[], float], backoff: Backoff | None = None) -> None:
+        self._random = random
+        self._backoff = backoff or Backoff()
+        self._replicas: list[_Replica] = []
+        self._ids: dict[str, int] = {}
+        self._pools: dict[str, list[_Replica]] = {}
+        self._in_flight_seconds: dict[str, float] = {}
+        self._decode_seconds: dict[str, float] = {}
+        self._shares: dict[str, tuple[float, dict[int, ShareRow]]] = {}
+        self._stale_at_seconds = float("inf")
+
+    # -- who there is
+
+    def add(self, spec: ReplicaSpec) -> int:
+        """Take a replica in, or take it up again under its old number with a new specification."""
+        number = self._ids.get(spec.name)
+        if number is None:
+            number = self._ids[spec.name] = len(self._replicas)
+            self._replicas.append(_Replica(number, spec, Breaker(self._backoff, self._random)))
+        else:
+            self.remove(number)
+            replica = self._replicas[number]
+            replica.spec, replica.limit, replica.draining = spec, spec.in_flight_limit, False
+            replica.rate.configured = spec.prefill_tokens_per_second
+        self._pools.setdefault(spec.pool, []).append(self._replicas[number])
+        self._rates_changed(spec.pool)
+        return number
+
+    def remove(self, number: int) -> None:
+        """No longer to be chosen; what is under way there ends as it ends. Its number is kept for its name."""
+        replica = self._replicas[number]
+        pool = self._pools.get(replica.spec.pool, [])
+        if replica in pool:
+            pool.remove(replica)
+
+    def drain(self, number: int, *, draining: bool = True) -> None:
+        """Give it no new prompt but what is pinned to it; or take that back."""
+        self._replicas[number].draining = draining
+        self._replicas[number].quiet_view = None
+
+    def number_of(self, name: str) -> int | None:
+        """The number of a name, also of one that was removed."""
+        return self._ids.get(name)
+
+    def name_of(self, number: int) -> str:
+        return self._replicas[number].spec.name
+
+    def set_limit(self, number: int, in_flight_limit: int | None) -> None:
+        """A limit of concurrent requests learned from the engine; a configured one stands."""
+        replica = self._replicas[number]
+        if replica.spec.in_flight_limit is None:
+            replica.limit = in_flight_limit
+            replica.quiet_view = None
+
+    def snapshot(self, pool: str, now_seconds: float) -> tuple[ReplicaView, ...]:
+        """Frozen rows of a pool's replicas, the other processes' work included."""
+        if now_seconds >= self._stale_at_seconds:
+            self._drop_silent_peers(now_seconds)
+        price = self._in_flight_seconds.get(pool, LEAST_IN_FLIGHT_SECONDS)
+        return tuple([replica.view(now_seconds, price) for replica in self._pools.get(pool, ())])
+
+    # -- work
+
+    def charge(
+        self, number: int, uncached_tokens: float, now_seconds: float, *, plain: bool = False, gated: bool = False
+    ) -> Charge:
+        """Claim a replica for a request at the moment of routing.
+
+        `plain` says that no first token will be seen; `gated` that it waits for another's prefill first.
+        """
+        replica = self._replicas[number]
+        replica.quiet_view = None
+        pending, _ = replica.load(now_seconds)
+        due = now_seconds + (pending + uncached_tokens) / replica.rate_now
+        charge = Charge(number, uncached_tokens, due, plain=plain, gated=gated)
+        replica.work.add(charge, now_seconds)
+        if not replica.breaker.is_closed:
+            charge.is_trial = replica.breaker.try_one(now_seconds)
+        return charge
+
+    def ungate(self, charge: Charge) -> None:
+        """What waited at the gate goes to the replica now."""
+        self._replicas[charge.replica].work.ungate(charge)
+
+    def first_token(self, charge: Charge, now_seconds: float) -> None:
+        """The prefill is done: release its part. May come twice."""
+        self._replicas[charge.replica].work.first_token(charge, now_seconds)
+
+    def finish(self, charge: Charge, now_seconds: float) -> None:
+        """The request is over: release all of it. May come twice, and after `client_left`."""
+        self._end_trial(charge)
+        self._replicas[charge.replica].work.end(charge, now_seconds)
+
+    def client_left(self, charge: Charge) -> None:
+        """Nobody waits for it any more, but the engine may still compute: what is pending decays at its rate."""
+        self._end_trial(charge)
+        self._replicas[charge.replica].work.leave(charge)
+
+    def _end_trial(self, charge: Charge) -> None:
+        if charge.is_trial:
+            charge.is_trial = False
+            self._replicas[charge.replica].breaker.abandon_trial()
+
+    # -- health
+
+    def answered(self, number: int) -> None:
+        """It answered, with any status that is not a failure of its own."""
+        breaker = self._replicas[number].breaker
+        breaker.succeeded()
+
+    def failed(self, number: int, now_seconds: float, *, unreachable: bool) -> bool:
+        """It could not be reached, or failed; True where it is left alone from now on."""
+        replica = self._replicas[number]
+        replica.quiet_view = None
+        return replica.breaker.failed(now_seconds, unreachable=unreachable)
+
+    def throttled(self, number: int, now_seconds: float, retry_after_seconds: float | None) -> None:
+        """It answered 429, 503 or 529: leave it alone for as long as it says."""
+        replica = self._replicas[number]
+        replica.quiet_view = None
+        replica.breaker.throttled(now_seconds, retry_after_seconds)
+
+    def breaker_state(self, number: int, now_seconds: float) -> BreakerState:
+        return self._replicas[number].breaker.state(now_seconds)
+
+    def probes(self, now_seconds: float) -> tuple[int, ...]:
+        """Replicas whose back-off is over, each claimed for a probe: say `answered` or `failed` of every one."""
+        return tuple(
+            replica.id
+            for pool in self._pools.values()
+            for replica in pool
+            if not replica.breaker.is_closed and replica.breaker.try_one(now_seconds)
+        )
+
+    # -- what is learned
+
+    def observe_prefill(self, number: int, uncached_tokens: float, ttft_seconds: float) -> None:
+        """One answer: tokens that the engine says it computed, and the time from sending to the first token."""
+        replica = self._replicas[number]
+        replica.rate.observe(uncached_tokens, ttft_seconds)
+        self._rates_changed(replica.spec.pool)
+
+    def observe_decode(self, number: int, decode_seconds: float) -> None:
+        """The time from one answer's first token to its end."""
+        pool = self._replicas[number].spec.pool
+        mean = self._decode_seconds.get(pool, decode_seconds)
+        mean += DECODE_MEMORY * (decode_seconds - mean)
+        self._decode_seconds[pool] = mean
+        self._in_flight_seconds[pool] = min(max(mean * DECODE_SHARE, LEAST_IN_FLIGHT_SECONDS), MOST_IN_FLIGHT_SECONDS)
+
+    def restarted(self, number: int) -> None:
+        """Another process answers under this name: what was learned of its speed is void."""
+        replica = self._replicas[number]
+        replica.rate.forget()
+        self._rates_changed(replica.spec.pool)
+
+    def rate_of(self, number: int) -> float:
+        """Uncached tokens per second: learned, configured, or the pool's median."""
+        return self._replicas[number].rate_now
+
+    def _rates_changed(self, pool: str) -> None:
+        replicas = self._pools.get(pool, ())
+        known = [own for replica in replicas if (own := replica.rate.own) is not None]
+        fallback = median(known) if known else DEFAULT_RATE_TOKENS_PER_SECOND
+        for replica in replicas:
+            own = replica.rate.own
+            rate = fallback if own is None else own
+            if rate != replica.rate_now:
+                replica.rate_now = rate
+                replica.quiet_view = None
+
+    # -- the other processes
+
+    def share(self, now_seconds: float) -> dict[str, ShareRow]:
+        """This process's own work by replica name, busy replicas only, for the others."""
+        rows = {}
+        for pool in self._pools.values():
+            for replica in pool:
+                work = replica.work
+                work.settle(now_seconds)
+                head = work.head
+                if head is not None:
+                    rows[replica.spec.name] = ShareRow(
+                        round(work.pending_tokens),
+                        work.in_flight,
+                        round(head.uncached_tokens),
+                        now_seconds - work.working_since_seconds,
+                        0.0 if head.plain else max(now_seconds - head.due_seconds, 0.0),
+                    )
+                elif work.in_flight:
+                    rows[replica.spec.name] = ShareRow(0, work.in_flight, 0, 0.0, 0.0)
+        return rows
+
+    def absorb(self, peer: str, rows: Mapping[str, ShareRow], now_seconds: float) -> None:
+        """Replace what is known of another process by its newest rows; names unknown here are left out."""
+        self.forget(peer)
+        kept = {number: row for name, row in rows.items() if (number := self._ids.get(name)) is not None}
+        for number, row in kept.items():
+            replica = self._replicas[number]
+            replica.peers.add(peer, row, now_seconds)
+            replica.quiet_view = None
+        self._shares[peer] = (now_seconds, kept)
+        self._stale_at_seconds = min(self._stale_at_seconds, now_seconds + PEER_SILENCE_SECONDS)
+
+    def forget(self, peer: str) -> None:
+        """Another process is gone, and its work with it."""
+        _, rows = self._shares.pop(peer, (0.0, {}))
+        for number, row in rows.items():
+            self._replicas[number].peers.remove(peer, row)
+
+    def _drop_silent_peers(self, now_seconds: float) -> None:
+        oldest = now_seconds - PEER_SILENCE_SECONDS
+        for peer in [peer for peer, (heard, _) in self._shares.items() if heard <= oldest]:
+            self.forget(peer)
+        self._stale_at_seconds = (
+            min(heard for heard, _ in self._shares.values()) + PEER_SILENCE_SECONDS if self._shares else float("inf")
+        )

@@ -1,0 +1,59 @@
+"""How fast a replica prefills, learned from what it did. It must not know the time."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+
+REMEMBERED = 64
+"""Observations kept: enough for a percentile, few enough to follow a change of hardware within minutes."""
+
+ENOUGH = 8
+"""Observations from which on the learned rate counts."""
+
+PERCENTILE = 0.9
+"""A TTFT holds the wait in the engine's own queue too, so most observations are too low; the fastest may be luck."""
+
+LEAST_TOKENS = 256.0
+"""Fewer uncached tokens than this tell the fixed cost of a request and not the rate."""
+
+LEAST_SECONDS = 0.0005
+"""A TTFT under this is a clock's grain, or an upstream that makes up its answers."""
+
+
+class PrefillRate:
+    """Uncached tokens per second of one replica."""
+
+    __slots__ = ("_order", "_sorted", "configured")
+
+    def __init__(self, configured: float | None = None) -> None:
+        self.configured = configured
+        self._order: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def observe(self, uncached_tokens: float, ttft_seconds: float) -> None:
+        """One answer: what it computed as the engine reported it, and the time from sending to its first token."""
+        if uncached_tokens < LEAST_TOKENS or ttft_seconds < LEAST_SECONDS:
+            return
+        rate = uncached_tokens / ttft_seconds
+        self._order.append(rate)
+        insort(self._sorted, rate)
+        if len(self._order) > REMEMBERED:
+            del self._sorted[bisect_left(self._sorted, self._order.popleft())]
+
+    def forget(self) -> None:
+        """The replica is another one now (restarted, moved)."""
+        self._order.clear()
+        self._sorted.clear()
+
+    @property
+    def learned(self) -> float | None:
+        """The 90th percentile of the last 64 observations, from 8 on."""
+        count = len(self._sorted)
+        return self._sorted[min(int(count * PERCENTILE), count - 1)] if count >= ENOUGH else None
+
+    @property
+    def own(self) -> float | None:
+        """Learned, else configured, else None: the pool's is for the caller to take."""
+        learned = self.learned
+        return self.configured if learned is None else learned

@@ -1,0 +1,169 @@
+"""Siblings of a cold prefix wait for the first token of the one that went ahead: one prefill instead of many.
+
+Engines share a prefix only once it is computed; two that arrive together compute it twice. The plan has placed the
+first (the leader) in the index, so a sibling matches it there, on a replica that does not have it yet. Which leader
+is told by one comparison: the chained hash at the sibling's deepest matched block stands at the same position in the
+leader's own chain, beyond what the leader itself found warm. Equal chained hashes at one position mean an equal
+prefix, so nothing has to be searched.
+
+Whether waiting is worth it is not asked here: the plan's cost holds the leader's pending tokens, so a sibling for
+which waiting costs more than a prefill elsewhere was not sent to this replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Sequence
+
+COLD_TOKENS = 1_024
+"""A prefix with fewer tokens under way is computed again sooner than it is worth waiting for."""
+
+PATIENCE = 2.0
+"""A sibling waits for at most this multiple of the leader's predicted prefill ..."""
+
+PATIENCE_SECONDS = 1.0
+"""... and this long on top; then it goes on alone."""
+
+
+class Passage(enum.Enum):
+    """How a sibling came through the gate."""
+
+    OPENED = "opened"  # the leader's first token came: the prefix is there
+    PROMOTED = "promoted"  # the leader failed: this one goes ahead and leads
+    EXPIRED = "expired"  # the leader took too long
+
+
+class Prefill:
+    """A request under way to a replica, of which a part is being computed: a leader to those that share that part."""
+
+    __slots__ = ("_followers", "_gate", "_hashes", "_replica", "_warm_blocks", "_warm_tokens")
+
+    def __init__(self, gate: Gate, replica: int, hashes: Sequence[int], warm_blocks: int, warm_tokens: float) -> None:
+        self._gate = gate
+        self._replica = replica
+        self._hashes = hashes
+        self._warm_blocks = warm_blocks  # of the chain: there, or another's to compute, when it was routed
+        self._warm_tokens = warm_tokens
+        self._followers: list[Follower] = []
+
+    def first_token(self) -> None:
+        """The prefix is computed: all that wait may go. May come twice, and after `failed`."""
+        self._gate._close(self)
+        followers, self._followers = self._followers, []
+        for follower in followers:
+            follower._pass(Passage.OPENED)
+
+    def failed(self) -> None:
+        """It ended, its first token unseen: the first that still waits goes ahead, and the others follow that one."""
+        self._gate._close(self)
+        followers, self._followers = self._followers, []
+        waiting = [follower for follower in followers if follower._passage is None]
+        if not waiting:
+            return
+        leader = waiting[0].prefill
+        leader._warm_blocks, leader._warm_tokens = self._warm_blocks, self._warm_tokens
+        self._gate._open(leader)
+        for follower in waiting[1:]:
+            if leader._shares(follower.prefill._hashes, follower.matched_blocks):
+                leader._followers.append(follower)
+            else:
+                follower._pass(Passage.OPENED)
+        waiting[0]._pass(Passage.PROMOTED)
+
+    def _shares(self, hashes: Sequence[int], matched_blocks: int) -> bool:
+        """True where what `hashes` matched, `matched_blocks` deep, ends in what this one computes now."""
+        return self._warm_blocks < matched_blocks <= len(self._hashes) and (
+            self._hashes[matched_blocks - 1] == hashes[matched_blocks - 1]
+        )
+
+
+class Follower:
+    """A sibling that waits; `prefill` is its own, to tell of in turn, and may have followers while it waits."""
+
+    __slots__ = ("_future", "_passage", "matched_blocks", "patience_seconds", "prefill")
+
+    def __init__(self, prefill: Prefill, matched_blocks: int, patience_seconds: float) -> None:
+        self.prefill = prefill
+        self.matched_blocks = matched_blocks
+        self.patience_seconds = patience_seconds
+        self._passage: Passage | None = None
+        self._future: asyncio.Future[None] | None = None
+
+    async def wait(self) -> Passage:
+        """Wait for the leader's first token. One that is cancelled is gone, and is never promoted."""
+        if self._passage is None:
+            loop = asyncio.get_running_loop()
+            self._future = loop.create_future()
+            alarm = loop.call_later(self.patience_seconds, self._pass, Passage.EXPIRED)
+            try:
+                await self._future
+            finally:
+                alarm.cancel()
+                self.leave()
+        return self._passage or Passage.EXPIRED
+
+    def leave(self) -> None:
+        """Wait no longer. May come twice, and after it passed."""
+        self._passage = self._passage or Passage.EXPIRED
+
+    def _pass(self, passage: Passage) -> None:
+        if self._passage is None:
+            self._passage = passage
+            if self._future is not None and not self._future.done():
+                self._future.set_result(None)
+
+
+class Gate:
+    """The prefills under way to every replica that are long enough to be waited for."""
+
+    def __init__(self, cold_tokens: float = COLD_TOKENS) -> None:
+        self._cold_tokens = cold_tokens
+        self._leaders: dict[int, list[Prefill]] = {}
+
+    def enter(
+        self,
+        replica: int,
+        hashes: Sequence[int],
+        matched_blocks: int,
+        matched_tokens: float,
+        prompt_tokens: float,
+        prefill_seconds: float,
+    ) -> Prefill | Follower | None:
+        """A request is being sent to `replica`, where the index matched so much of it.
+
+        None: nothing to wait for and nothing to lead. `Prefill`: go ahead, and say `first_token` or `failed`.
+        `Follower`: `await wait()` first, then go on with its `prefill` as above. `prefill_seconds` is what the
+        leader's prefill is predicted to take from now on, and bounds the wait.
+        """
+        cold_tokens = self._cold_tokens
+        leads = prompt_tokens - matched_tokens > cold_tokens
+        leaders = self._leaders.get(replica)
+        if not leads and leaders is None:
+            return None
+        own = Prefill(self, replica, hashes, matched_blocks, matched_tokens)
+        for leader in leaders or ():
+            if matched_tokens - leader._warm_tokens > cold_tokens and leader._shares(hashes, matched_blocks):
+                follower = Follower(own, matched_blocks, PATIENCE * prefill_seconds + PATIENCE_SECONDS)
+                leader._followers.append(follower)
+                if leads:
+                    self._open(own)
+                return follower
+        return self._open(own) if leads else None
+
+    def __len__(self) -> int:
+        """Prefills that somebody may wait for."""
+        return sum(map(len, self._leaders.values()))
+
+    def _open(self, prefill: Prefill) -> Prefill:
+        leaders = self._leaders.setdefault(prefill._replica, [])
+        if prefill not in leaders:
+            leaders.append(prefill)
+        return prefill
+
+    def _close(self, prefill: Prefill) -> None:
+        leaders = self._leaders.get(prefill._replica)
+        if leaders is not None and prefill in leaders:
+            leaders.remove(prefill)
+            if not leaders:
+                del self._leaders[prefill._replica]

@@ -1,0 +1,136 @@
+"""Where a request waits for a replica whose concurrent work is limited; the order is `proxy.line`'s.
+
+One `Queue` a replica and process. It wakes by events only: the end of a request, a raised limit, a deadline. It must
+not know what a request is beyond its seconds of work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+
+import msgspec
+
+from proxy.clock import Clock
+from proxy.errors import CairnError, Overloaded, RateLimited
+from proxy.line import Line
+
+
+class QueueLimits(msgspec.Struct, frozen=True, gc=False):
+    """`deadline_seconds` a request waits at most; `most_waiting` requests wait at most."""
+
+    deadline_seconds: float = 120.0
+    most_waiting: int = 1_024
+
+
+class Turn:
+    """One request at its replica, from its turn on; `async with` or `done` gives the place to the next."""
+
+    __slots__ = ("_queue",)
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue: Queue | None = queue
+
+    def done(self) -> None:
+        """The request is over. May come twice."""
+        queue, self._queue = self._queue, None
+        if queue is not None:
+            queue._ended()
+
+    async def __aenter__(self) -> Turn:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.done()
+
+
+class Queue:
+    """Lets at most `limit` requests be at a replica; without a limit it lets everything pass at once."""
+
+    def __init__(self, limit: int | None, limits: QueueLimits, clock: Clock) -> None:
+        self._limit = limit
+        self._limits = limits
+        self._clock = clock
+        self._line: Line[asyncio.Future[None]] = Line(limits.deadline_seconds)
+        self._running = 0
+
+    def __len__(self) -> int:
+        """Requests that wait."""
+        return len(self._line)
+
+    @property
+    def running(self) -> int:
+        """Requests whose turn it is or was, and that have not ended."""
+        return self._running
+
+    def try_turn(self) -> Turn | None:
+        """A turn at once, where nobody would have to wait: the common case, without an await."""
+        if self._limit is None or (self._running < self._limit and not len(self._line)):
+            self._running += 1
+            return Turn(self)
+        return None
+
+    async def turn(self, work_seconds: float) -> Turn:
+        """Wait for one's turn; `work_seconds` is uncached tokens over the replica's rate.
+
+        Raises `RateLimited` where too many wait, `Overloaded` at the deadline, and what `fail` was given. A caller
+        that is cancelled is gone from the line.
+        """
+        turn = self.try_turn()
+        if turn is not None:
+            return turn
+        if len(self._line) >= self._limits.most_waiting:
+            raise RateLimited(
+                "Too many requests wait for a replica.", retry_after_seconds=self._retry_after_seconds()
+            )
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        place = self._line.join(future, work_seconds, self._clock.monotonic())
+        alarm = loop.call_later(self._limits.deadline_seconds, self._too_late, future)
+        try:
+            await future
+        except BaseException:
+            # the turn may have been given in the same moment in which the caller was cancelled
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._ended()
+            raise
+        finally:
+            alarm.cancel()
+            self._line.leave(place)
+        return Turn(self)
+
+    def set_limit(self, limit: int | None) -> None:
+        """Another limit: learned, or this process's share of it as the others' work changes."""
+        self._limit = limit
+        self._wake()
+
+    def fail(self, error: CairnError) -> None:
+        """The replica is down: every waiting request gets `error` now, and may go elsewhere."""
+        while (future := self._line.next(self._clock.monotonic())) is not None:
+            if not future.done():
+                future.set_exception(error)
+
+    def _ended(self) -> None:
+        self._running -= 1
+        self._wake()
+
+    def _wake(self) -> None:
+        while len(self._line) and (self._limit is None or self._running < self._limit):
+            future = self._line.next(self._clock.monotonic())
+            if future is not None and not future.done():
+                self._running += 1
+                future.set_result(None)
+
+    def _too_late(self, future: asyncio.Future[None]) -> None:
+        if not future.done():
+            future.set_exception(
+                Overloaded(
+                    "The request waited too long for a replica.", retry_after_seconds=self._retry_after_seconds()
+                )
+            )
+
+    def _retry_after_seconds(self) -> float:
+        """A hint: a tenth of what waiting may take at all."""
+        return max(1.0, self._limits.deadline_seconds / 10)

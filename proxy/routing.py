@@ -1,0 +1,206 @@
+"""Which replica a prompt should go to: one cost in seconds for each, the least wins, and why.
+
+Pure: it knows no clock, no socket and no state of its own; what it is given decides what it answers. The fleet's
+rows and the index's match come in, a `Plan` goes out. It must not know how either was learned.
+
+The cost of replica r for a prompt p, in seconds:
+
+    pending(r) / rate(r)  +  (1 + a) x uncached(p, r) / rate(r)  +  c x in_flight(r)  +  lateness(r)
+
+The first term is the time until r could start; the second what p computes there, counted for itself and `a` times
+more for those that will wait behind it, with `a = 1 + the shortest queue of all, in seconds`: the longer every queue,
+the dearer it is to compute anything twice. The third is the price of decoding beside others, the last repels from a
+replica that stalls. Nothing here drops affinity at a threshold: a hot prefix is computed a second time exactly where
+waiting for its holder costs more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from zlib import crc32
+
+import msgspec
+
+from proxy.errors import Overloaded
+from proxy.model import CacheStatus, Candidate, MissReason, Plan, ReplicaView, RouteReason
+
+MAX_FUTURE_WEIGHT = 30.0
+"""Bound of `a`: in an overload of minutes the weight would otherwise drown the queue's own term."""
+
+MIN_UNCACHED_TOKENS = 1.0
+"""Engines always compute the last token, whatever they hold."""
+
+MIN_SHAREABLE_BYTES = 4_096
+"""A prompt under some 1,000 tokens is not worth keeping in an index: computing it costs less than a detour."""
+
+TIE_SHARE = 0.02
+TIE_SECONDS = 0.002
+"""Costs nearer than this to the least are one cost: learned rates differ by noise, and a fleet that is idle must not
+send every cold prompt to the replica whose rate looks one percent better."""
+
+_MASK = (1 << 64) - 1
+
+
+class Demand(msgspec.Struct, frozen=True, gc=False):
+    """What the plan needs to know of a prompt.
+
+    `prompt_tokens` is the prediction for the whole of it. `tie_hash` is the chained hash of the first block that no
+    replica holds (or of the last block), so that proxies which know nothing of each other break ties alike.
+    `last_block_bytes` is the size of the last block: all but that is a hit. `known_bytes` is the deepest boundary of
+    this prompt that any replica ever held, evicted or not.
+    """
+
+    size_bytes: int
+    prompt_tokens: float
+    tie_hash: int = 0
+    last_block_bytes: int = 0
+    known_bytes: int = 0
+    pinned_replica: int | None = None
+
+
+class Held(msgspec.Struct, frozen=True, gc=False):
+    """How much of a prompt one replica holds."""
+
+    matched_bytes: int
+    matched_tokens: float
+
+
+_NOTHING_HELD = Held(0, 0.0)
+
+
+def plan(
+    demand: Demand,
+    held: Mapping[int, Held],
+    views: Sequence[ReplicaView],
+    *,
+    min_shareable_bytes: int = MIN_SHAREABLE_BYTES,
+) -> Plan:
+    """Order the available replicas by cost, cheapest first; `held` has the replicas that hold more than nothing.
+
+    Raises `Overloaded`, with the seconds until the first is tried again, where none is available.
+    """
+    pinned = demand.pinned_replica
+    if pinned is None:
+        usable = [view for view in views if view.available]
+    else:
+        usable = [view for view in views if view.id == pinned and (view.available or view.draining)]
+    if not usable:
+        raise _none_left(views if pinned is None else [view for view in views if view.id == pinned])
+
+    candidates = _ranked(demand, held, usable)
+    if pinned is not None:
+        reason = RouteReason.PINNED
+    elif len(usable) == 1:
+        reason = RouteReason.ONLY
+    elif demand.size_bytes < min_shareable_bytes:
+        reason = RouteReason.SHORT
+    else:
+        reason = _reason(candidates)
+    if demand.size_bytes < min_shareable_bytes:
+        return Plan(candidates, reason, MissReason.SHORT, CacheStatus.BYPASS, demand.prompt_tokens)
+    cache, miss = _cache_status(demand, held, candidates, views)
+    return Plan(candidates, reason, miss, cache, demand.prompt_tokens)
+
+
+def future_weight(views: Sequence[ReplicaView]) -> float:
+    """`a` of the cost: one, and the shortest queue among `views` in seconds, at most `MAX_FUTURE_WEIGHT`."""
+    shortest = min([view.pending_tokens / view.rate_tokens_per_second for view in views])
+    return min(1.0 + shortest, MAX_FUTURE_WEIGHT)
+
+
+def _ranked(demand: Demand, held: Mapping[int, Held], usable: list[ReplicaView]) -> tuple[Candidate, ...]:
+    weight = 1.0 + future_weight(usable)
+    prompt_tokens = demand.prompt_tokens
+    candidates = []
+    for view in usable:
+        have = held.get(view.id, _NOTHING_HELD)
+        uncached = max(prompt_tokens - have.matched_tokens, MIN_UNCACHED_TOKENS)
+        cost = (
+            (view.pending_tokens + weight * uncached) / view.rate_tokens_per_second
+            + view.in_flight_seconds * view.in_flight
+            + view.lateness_seconds
+        )
+        candidates.append(Candidate(view, have.matched_bytes, have.matched_tokens, uncached, cost))
+    if len(candidates) > 1:
+        candidates.sort(key=_cost)
+        _settle_ties(candidates, demand.tie_hash)
+    return tuple(candidates)
+
+
+def _cost(candidate: Candidate) -> float:
+    return candidate.cost_seconds
+
+
+def _settle_ties(candidates: list[Candidate], tie_hash: int) -> None:
+    """Put first, of those that cost as good as the least, the one with fewest in flight, then by rendezvous."""
+    least = candidates[0].cost_seconds
+    bound = least + TIE_SHARE * least + TIE_SECONDS
+    if candidates[1].cost_seconds > bound:
+        return
+    tied = 2
+    while tied < len(candidates) and candidates[tied].cost_seconds <= bound:
+        tied += 1
+    fewest = min([candidate.replica.in_flight for candidate in candidates[:tied]])
+    best, heaviest = 0, -1
+    for place in range(tied):
+        replica = candidates[place].replica
+        if replica.in_flight == fewest and (weight := _rendezvous(tie_hash, replica.name)) > heaviest:
+            best, heaviest = place, weight
+    candidates.insert(0, candidates.pop(best))
+
+
+def _rendezvous(tie_hash: int, name: str) -> int:
+    """The weight of `name` for this prefix: one round of Fibonacci hashing over both (Knuth, TAOCP 3, 6.4).
+
+    Not Python's own `hash`, which differs from process to process.
+    """
+    mixed = ((tie_hash ^ crc32(name.encode())) * 0x9E3779B97F4A7C15) & _MASK
+    return ((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9) & _MASK
+
+
+def _reason(candidates: tuple[Candidate, ...]) -> RouteReason:
+    chosen = candidates[0].matched_bytes
+    deepest = chosen
+    for candidate in candidates:
+        if candidate.matched_bytes > deepest:
+            deepest = candidate.matched_bytes
+    if deepest == 0:
+        return RouteReason.COLD
+    return RouteReason.WARM if chosen == deepest else RouteReason.SPREAD
+
+
+def _cache_status(
+    demand: Demand, held: Mapping[int, Held], candidates: tuple[Candidate, ...], views: Sequence[ReplicaView]
+) -> tuple[CacheStatus, MissReason]:
+    matched = candidates[0].matched_bytes
+    if matched > 0 and matched >= demand.size_bytes - demand.last_block_bytes:
+        return CacheStatus.HIT, MissReason.NONE
+    status = CacheStatus.PARTIAL if matched else CacheStatus.MISS
+    return status, _miss(matched, demand.known_bytes, held, candidates, views)
+
+
+def _miss(
+    matched: int,
+    known_bytes: int,
+    held: Mapping[int, Held],
+    candidates: tuple[Candidate, ...],
+    views: Sequence[ReplicaView],
+) -> MissReason:
+    for candidate in candidates:
+        if candidate.matched_bytes > matched:
+            return MissReason.ELSEWHERE
+    if len(candidates) < len(views):
+        for view in views:
+            have = held.get(view.id)
+            if have is not None and have.matched_bytes > matched:
+                return MissReason.DOWN
+    if known_bytes > matched:
+        return MissReason.EVICTED
+    return MissReason.CHANGED if matched else MissReason.COLD
+
+
+def _none_left(views: Sequence[ReplicaView]) -> Overloaded:
+    waits = [view.retry_after_seconds for view in views if view.retry_after_seconds > 0]
+    return Overloaded(
+        "No replica can take this request now.", retry_after_seconds=max(1.0, min(waits)) if waits else 1.0
+    )

@@ -1,0 +1,95 @@
+"""How many tokens a prompt will be, before any engine has counted: learned per model from what engines report.
+
+No tokenizer: bytes per token differ threefold between Chinese, code and prose, and every answer tells the truth of
+its own. A picture, sound or file is hashed as bytes but counted by its kind. It must not know where numbers come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from proxy.model import Media
+
+FIRST_TOKENS_PER_BYTE = 0.25
+"""English prose and JSON, before anything is learned."""
+
+FIRST_WEIGHT_BYTES = 4_096.0
+"""How much prompt the first guess is worth: the first real answer outweighs it."""
+
+MEMORY = 0.98
+"""What the past keeps of its weight with each answer: some fifty answers are remembered."""
+
+FIRST_MEDIA_TOKENS: Mapping[str, float] = {"image": 1_000.0, "audio": 1_000.0, "file": 3_000.0}
+"""By kind, before anything is learned: a picture of a megapixel, a spoken minute, a file of a few pages."""
+
+MEDIA_STEP = 0.2
+"""Weight of the newest answer in the mean of a kind."""
+
+MOST_MODELS = 256
+"""Models remembered; the one longest unused is forgotten, since model names come from clients."""
+
+
+class _Model:
+    __slots__ = ("media_tokens", "text_bytes", "text_tokens")
+
+    def __init__(self) -> None:
+        self.text_bytes = FIRST_WEIGHT_BYTES
+        self.text_tokens = FIRST_WEIGHT_BYTES * FIRST_TOKENS_PER_BYTE
+        self.media_tokens = dict(FIRST_MEDIA_TOKENS)
+
+
+class TokenCounts:
+    """Predicts tokens from bytes, per model."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, _Model] = {}
+
+    def tokens_per_byte(self, model: str) -> float:
+        """Of text; the first guess for a model that never answered."""
+        known = self._models.get(model)
+        return FIRST_TOKENS_PER_BYTE if known is None else known.text_tokens / known.text_bytes
+
+    def predict(
+        self,
+        model: str,
+        size_bytes: int,
+        media: Sequence[Media] = (),
+        known_bytes: int = 0,
+        known_tokens: float = 0.0,
+    ) -> float:
+        """Tokens of a prompt of `size_bytes`, `media` included.
+
+        Where its first `known_bytes` have been answered before, they are `known_tokens`, and only what follows is
+        predicted; media are then taken to stand in what is known as far as they fit there.
+        """
+        ratio = self.tokens_per_byte(model)
+        if not media:
+            return known_tokens + (size_bytes - known_bytes) * ratio
+        known = self._models.get(model)
+        by_kind = FIRST_MEDIA_TOKENS if known is None else known.media_tokens
+        text_bytes, tokens, room = size_bytes - known_bytes, known_tokens, known_bytes
+        for item in media:
+            if item.size_bytes <= room:
+                room -= item.size_bytes
+            else:
+                text_bytes -= item.size_bytes
+                tokens += by_kind.get(item.kind, FIRST_MEDIA_TOKENS["file"])
+        return tokens + max(text_bytes, 0) * ratio
+
+    def observe(self, model: str, size_bytes: int, prompt_tokens: int, media: Sequence[Media] = ()) -> None:
+        """What an engine counted for a prompt. With media of several kinds nothing can be told, and nothing is."""
+        if size_bytes <= 0 or prompt_tokens <= 0:
+            return
+        known = self._models.pop(model, None) or _Model()
+        self._models[model] = known  # at the end: the longest unused stays in front
+        if len(self._models) > MOST_MODELS:
+            del self._models[next(iter(self._models))]
+        if not media:
+            known.text_bytes = known.text_bytes * MEMORY + size_bytes
+            known.text_tokens = known.text_tokens * MEMORY + prompt_tokens
+        elif len({item.kind for item in media}) == 1:
+            kind = media[0].kind
+            text_bytes = max(size_bytes - sum(item.size_bytes for item in media), 0)
+            each = max(prompt_tokens - text_bytes * known.text_tokens / known.text_bytes, 0.0) / len(media)
+            before = known.media_tokens.get(kind, each)
+            known.media_tokens[kind] = before + MEDIA_STEP * (each - before)

@@ -1,0 +1,319 @@
+"""The fleet: charges, running heads, lateness, learned rates, health and the others' work."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.fleet import BreakerState, Fleet, PrefillRate, ReplicaSpec, ShareRow
+from proxy.routing import Demand, Held, plan
+
+RATE = 1_000.0  # tokens per second of every replica here, so that tokens read as milliseconds
+
+
+def fleet_of(*names: str, limit: int | None = None) -> Fleet:
+    fleet = Fleet(Random(1).random)
+    for name in names:
+        fleet.add(ReplicaSpec(name, "pool", prefill_tokens_per_second=RATE, in_flight_limit=limit))
+    return fleet
+
+
+def row(fleet: Fleet, number: int = 0, now: float = 0.0):
+    return fleet.snapshot("pool", now)[number]
+
+
+def test_a_charge_is_pending_until_the_first_token_and_in_flight_until_the_end():
+    """The two parts of a charge are released at their own times."""
+    fleet = fleet_of("a")
+    charge = fleet.charge(0, 500.0, 0.0)
+    assert (row(fleet).pending_tokens, row(fleet).in_flight) == (500.0, 1)
+    fleet.first_token(charge, 0.4)
+    assert (row(fleet, now=0.4).pending_tokens, row(fleet, now=0.4).in_flight) == (0.0, 1)
+    fleet.finish(charge, 2.0)
+    assert (row(fleet, now=2.0).pending_tokens, row(fleet, now=2.0).in_flight) == (0.0, 0)
+
+
+def test_the_running_head_has_done_what_its_time_allows_and_no_more():
+    """Elapsed time x rate comes off, at most the head's own tokens; the next head starts when it ends."""
+    fleet = fleet_of("a")
+    first = fleet.charge(0, 500.0, 0.0)
+    fleet.charge(0, 300.0, 0.1)
+    assert row(fleet, now=0.2).pending_tokens == pytest.approx(600.0)
+    assert row(fleet, now=5.0).pending_tokens == pytest.approx(300.0)
+    fleet.first_token(first, 5.0)
+    assert row(fleet, now=5.1).pending_tokens == pytest.approx(200.0)
+
+
+def test_a_plain_answer_releases_its_prefill_when_that_is_predicted_to_end():
+    """Nobody sees its first token; what comes behind it starts then."""
+    fleet = fleet_of("a")
+    fleet.charge(0, 500.0, 0.0, plain=True)
+    fleet.charge(0, 300.0, 0.0)
+    assert row(fleet, now=0.6).pending_tokens == pytest.approx(200.0)
+    assert row(fleet, now=0.6).in_flight == 2
+    assert row(fleet, now=0.6).lateness_seconds == 0.0
+
+
+def test_a_replica_that_stalls_grows_late():
+    """Lateness is how far the oldest request is past its predicted first token, queue before it included."""
+    fleet = fleet_of("a", "b")
+    first = fleet.charge(0, 500.0, 0.0)
+    fleet.charge(0, 300.0, 0.0)
+    assert row(fleet, now=0.4).lateness_seconds == 0.0
+    assert row(fleet, now=2.5).lateness_seconds == pytest.approx(2.0)
+    fleet.first_token(first, 2.5)
+    assert row(fleet, now=2.5).lateness_seconds == pytest.approx(1.7)
+    demand = Demand(8_000, 2_000.0)
+    assert plan(demand, {0: Held(2_000, 500.0)}, fleet.snapshot("pool", 9.0)).chosen.replica.name == "b"
+
+
+def test_the_charge_of_a_client_that_left_decays_at_the_replicas_rate():
+    """Engines often finish the prefill: it stays pending until that is predicted to end, and is not in flight."""
+    fleet = fleet_of("a")
+    charge = fleet.charge(0, 500.0, 0.0)
+    fleet.client_left(charge)
+    fleet.finish(charge, 0.1)
+    assert row(fleet, now=0.1).in_flight == 0
+    assert row(fleet, now=0.1).pending_tokens == pytest.approx(400.0)
+    assert row(fleet, now=0.6).pending_tokens == 0.0
+    assert row(fleet, now=0.6).lateness_seconds == 0.0
+
+
+def test_what_waits_at_the_gate_is_not_in_flight_there():
+    """Its tokens are pending, since they will be computed there; its presence counts once it goes."""
+    fleet = fleet_of("a")
+    charge = fleet.charge(0, 500.0, 0.0, gated=True)
+    assert (row(fleet).in_flight, row(fleet).pending_tokens) == (0, 500.0)
+    fleet.ungate(charge)
+    fleet.ungate(charge)
+    assert row(fleet).in_flight == 1
+    fleet.finish(charge, 0.0)
+    assert row(fleet).in_flight == 0
+
+
+events = st.lists(
+    st.tuples(
+        st.sampled_from(["charge", "plain", "gated", "ungate", "token", "leave", "finish"]),
+        st.integers(0, 1_000_000),
+        st.floats(0, 3),
+        st.floats(1, 5_000),
+    ),
+    max_size=60,
+)
+
+
+@given(events)
+def test_charges_return_to_zero_on_every_ending(script):
+    """Whatever comes in whatever order, however often: when all have ended and time has passed, nothing is left."""
+    fleet = fleet_of("a", "b")
+    now, charges = 0.0, []
+    for verb, which, step, tokens in script:
+        now += step
+        if verb in ("charge", "plain", "gated"):
+            charges.append(fleet.charge(which % 2, tokens, now, plain=verb == "plain", gated=verb == "gated"))
+        elif charges:
+            charge = charges[which % len(charges)]
+            if verb == "ungate":
+                fleet.ungate(charge)
+            elif verb == "token":
+                fleet.first_token(charge, now)
+            elif verb == "leave":
+                fleet.client_left(charge)
+            else:
+                fleet.finish(charge, now)
+        for view in fleet.snapshot("pool", now):
+            assert view.pending_tokens >= 0.0
+            assert view.lateness_seconds >= 0.0
+            assert view.in_flight >= 0
+    for charge in charges:
+        fleet.finish(charge, now)
+    for view in fleet.snapshot("pool", now + 60 * 5_000 / RATE):
+        assert (view.pending_tokens, view.in_flight, view.lateness_seconds) == (0.0, 0, 0.0)
+    assert fleet.share(now + 60 * 5_000 / RATE) == {}
+
+
+def test_the_rate_is_a_high_percentile_of_the_last_64_from_8_on():
+    """Waits in the engine's queue make most observations too low; fewer than eight say nothing."""
+    rate = PrefillRate(configured=123.0)
+    for _ in range(7):
+        rate.observe(1_000, 1.0)
+    assert (rate.learned, rate.own) == (None, 123.0)
+    for _ in range(8):
+        rate.observe(1_000, 0.125)
+    assert rate.own == 8_000.0
+    for _ in range(64):
+        rate.observe(1_000, 0.5)
+    assert rate.own == 2_000.0
+    for _ in range(64):
+        rate.observe(10, 0.5)  # the fixed cost of a request, not its rate
+    assert rate.own == 2_000.0
+
+
+def test_a_replica_that_is_not_known_has_the_pools_rate():
+    """Until it has eight of its own, the median of the others."""
+    fleet = Fleet(Random(1).random)
+    numbers = [fleet.add(ReplicaSpec(name, "pool")) for name in "abc"]
+    for _ in range(8):
+        fleet.observe_prefill(numbers[0], 3_000, 1.0)
+        fleet.observe_prefill(numbers[1], 9_000, 1.0)
+    assert [fleet.rate_of(number) for number in numbers] == [3_000.0, 9_000.0, 6_000.0]
+    fleet.restarted(numbers[0])
+    assert fleet.rate_of(numbers[0]) == 9_000.0
+
+
+def test_long_decodes_raise_the_price_of_a_request_in_flight_within_bounds():
+    """A 64th of the mean decode time, from 0.05 to 0.1 s."""
+    fleet = fleet_of("a")
+    assert row(fleet).in_flight_seconds == 0.05
+    fleet.observe_decode(0, 4.8)
+    fleet.charge(0, 1.0, 0.0)
+    assert row(fleet).in_flight_seconds == pytest.approx(0.075)
+    for _ in range(500):
+        fleet.observe_decode(0, 600.0)
+    assert row(fleet).in_flight_seconds == 0.1
+
+
+def test_a_replica_that_cannot_be_reached_is_left_alone_then_tried_by_one():
+    """After its back-off one request passes; the next waits for how that goes."""
+    fleet = fleet_of("a")
+    assert fleet.failed(0, 0.0, unreachable=True)
+    assert not row(fleet).available
+    assert 0.3 < row(fleet).retry_after_seconds < 0.7
+    assert row(fleet, now=0.7).available
+    trial = fleet.charge(0, 1.0, 0.7)
+    assert not row(fleet, now=0.7).available
+    fleet.finish(trial, 0.8)  # its client left: no news, so another may try
+    assert row(fleet, now=0.8).available
+    fleet.charge(0, 1.0, 0.8)
+    fleet.answered(0)
+    assert row(fleet, now=0.8).available
+    assert fleet.breaker_state(0, 0.8) is BreakerState.CLOSED
+
+
+def test_back_off_doubles_up_to_its_bound():
+    """Half a second, one, two ... thirty, each off by up to a quarter."""
+    fleet = fleet_of("a")
+    now, pauses = 0.0, []
+    for _ in range(9):
+        fleet.failed(0, now, unreachable=True)
+        pauses.append(row(fleet, now=now).retry_after_seconds)
+        now += pauses[-1]
+    for pause, nominal in zip(pauses, [0.5, 1, 2, 4, 8, 16, 30, 30, 30], strict=True):
+        assert 0.75 * nominal <= pause <= 1.25 * nominal
+
+
+def test_failures_that_may_be_the_requests_own_fault_open_the_breaker_when_they_come_in_a_row():
+    """Two server errors are forgotten by one answer; three are not."""
+    fleet = fleet_of("a")
+    for _ in range(3):
+        fleet.failed(0, 0.0, unreachable=False)
+        fleet.failed(0, 0.0, unreachable=False)
+        fleet.answered(0)
+    assert row(fleet).available
+    opened = [fleet.failed(0, 0.0, unreachable=False) for _ in range(3)]
+    assert opened == [False, False, True]
+    assert not row(fleet).available
+
+
+def test_requests_that_were_under_way_when_it_opened_do_not_lengthen_the_back_off():
+    """Fifty that fail together are one failure."""
+    fleet = fleet_of("a")
+    for _ in range(50):
+        fleet.failed(0, 0.0, unreachable=True)
+    assert row(fleet).retry_after_seconds < 0.7
+
+
+def test_retry_after_is_honoured_and_is_no_failure():
+    """A replica that is full says for how long; a longer time stands against a shorter one."""
+    fleet = fleet_of("a")
+    fleet.throttled(0, 0.0, 7.0)
+    fleet.throttled(0, 0.0, None)
+    assert row(fleet).retry_after_seconds == 7.0
+    assert row(fleet, now=7.0).available
+    fleet.throttled(0, 7.0, 1e9)
+    assert row(fleet, now=7.0).retry_after_seconds == 120.0
+
+
+def test_probes_are_given_once_when_the_back_off_is_over():
+    """A background probe takes the place of the request that tries."""
+    fleet = fleet_of("a", "b")
+    fleet.failed(1, 0.0, unreachable=True)
+    assert fleet.probes(0.0) == ()
+    assert fleet.probes(1.0) == (1,)
+    assert fleet.probes(1.0) == ()
+    fleet.answered(1)
+    assert row(fleet, 1, now=1.0).available
+
+
+def test_a_replica_that_drains_is_not_available_and_says_why():
+    """And can be taken back."""
+    fleet = fleet_of("a")
+    fleet.drain(0)
+    assert (row(fleet).available, row(fleet).draining) == (False, True)
+    fleet.drain(0, draining=False)
+    assert (row(fleet).available, row(fleet).draining) == (True, False)
+
+
+def test_a_name_keeps_its_number_when_it_comes_back():
+    """Charges of before still end well, and the index's entries mean the same replica."""
+    fleet = fleet_of("a", "b")
+    charge = fleet.charge(0, 10.0, 0.0)
+    fleet.remove(0)
+    assert [view.name for view in fleet.snapshot("pool", 0.0)] == ["b"]
+    assert fleet.add(ReplicaSpec("a", "pool")) == 0
+    fleet.finish(charge, 1.0)
+    assert sorted(view.name for view in fleet.snapshot("pool", 1.0)) == ["a", "b"]
+    assert fleet.number_of("a") == 0
+
+
+def test_two_processes_see_each_others_work():
+    """What one has charged costs the other as much, its head's progress counted once by the reader's clock."""
+    one, two = fleet_of("a", "b"), fleet_of("b", "a")
+    one.charge(0, 500.0, 100.0)
+    one.charge(0, 300.0, 100.0)
+    two.absorb("one", one.share(100.2), 7.0)
+    a = two.snapshot("pool", 7.1)[1]
+    assert a.name == "a"
+    assert a.pending_tokens == pytest.approx(500.0)
+    assert a.in_flight == 2
+    assert two.snapshot("pool", 7.9)[1].lateness_seconds == 0.0
+    two.absorb("one", one.share(101.5), 8.3)
+    assert two.snapshot("pool", 8.4)[1].lateness_seconds == pytest.approx(1.1)
+    two.absorb("one", {}, 8.5)
+    a = two.snapshot("pool", 8.5)[1]
+    assert (a.pending_tokens, a.in_flight, a.lateness_seconds) == (0.0, 0, 0.0)
+
+
+def test_the_work_of_a_process_that_falls_silent_dies_with_it():
+    """After a second without a word."""
+    fleet = fleet_of("a")
+    fleet.absorb("other", {"a": ShareRow(400, 3, 400, 0.0, 0.0), "unknown": ShareRow(1, 1, 1, 0.0, 0.0)}, 0.0)
+    assert row(fleet, now=0.99).in_flight == 3
+    assert row(fleet, now=1.0).in_flight == 0
+    assert row(fleet, now=1.0).pending_tokens == 0.0
+
+
+def test_what_exceeds_the_limit_is_seen_as_queued():
+    """Of all processes together."""
+    fleet = fleet_of("a", limit=2)
+    fleet.charge(0, 1.0, 0.0)
+    fleet.absorb("other", {"a": ShareRow(0, 3, 0, 0.0, 0.0)}, 0.0)
+    assert row(fleet).queued == 2
+    fleet.set_limit(0, 100)  # a configured limit stands
+    assert row(fleet).in_flight_limit == 2
+    free = fleet_of("a")
+    free.set_limit(0, 4)
+    assert row(free).in_flight_limit == 4
+
+
+def test_a_replica_at_rest_costs_no_new_row():
+    """The same frozen object comes again until something happens there."""
+    fleet = fleet_of("a")
+    assert row(fleet, now=0.0) is row(fleet, now=5.0)
+    charge = fleet.charge(0, 1.0, 5.0)
+    assert row(fleet, now=5.0).in_flight == 1
+    fleet.finish(charge, 5.0)
+    assert row(fleet, now=5.0).in_flight == 0
