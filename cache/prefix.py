@@ -22,7 +22,7 @@ COARSE_BLOCK_BYTES = 2048
 """Block size after that: router blocks of 1 to 4 KB lose nothing against an engine's own of 16 tokens."""
 
 
-class Fingerprint(msgspec.Struct, frozen=True, eq=False):
+class Fingerprint(msgspec.Struct, frozen=True, eq=False, gc=False):
     """The boundaries of one prompt: `hashes` (array 'Q', chained) and `ends` (array 'I', bytes from its start)."""
 
     hashes: array[int]

@@ -1,0 +1,817 @@
+"""Which replica holds which prefix: deepest match, token budgets, leaf-first eviction, epochs, feedback.
+
+In memory and alone: it knows no Redis, no HTTP and no clock (`now` is passed in, in seconds of one clock that all
+writers share). Replicas are small numbers of this process. What it believes may cost a request time, never content.
+
+Every verb is bounded: what does not fit into one call's share of upkeep is done by the next, or by `tend`.
+"""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+
+import msgspec
+
+from cache.prefix import Fingerprint
+from cache.tree import Holding, Node, Shelf, Step, Tree, last_pin, new_shelf, pin, reshape
+
+UNLIMITED_TOKENS = 2**31
+"""The budget of a replica whose capacity nobody knows yet; the first confident shortfall makes it a real one."""
+
+MAX_BLOCKS = 2_000_000
+"""Blocks of all replicas together, some 100 to 200 MB: a bound for the process, whatever the budgets say."""
+
+UPKEEP_STEPS = 500
+"""Nodes that one call may drop: a millisecond or two."""
+
+MIN_TOLERANCE_TOKENS = 128
+"""Engines and providers report in steps of 16 to 128 tokens, so less than that is no news."""
+
+SHRINK = 0.9
+GROW = 1.05
+GROW_FULL_AND_RIGHT = 1.002
+FULL = 0.95
+"""Share of the budget from which an index counts as full; only then can the budget be what was wrong."""
+
+RECOUNT_SHARE = 0.3
+"""Up to this share a shortfall on an interpolated count is taken for a wrong count and not for an eviction."""
+
+MAX_FORKS_RECOUNTED = 64
+"""Children of a recounted node that are kept right; the others are put right by their own next answers."""
+
+MAX_PROMPT_TOKENS = 2**30
+"""What an upstream reports beyond that is taken for this: the counts are of 32 bits."""
+
+MAX_IN_FLIGHT = 65_536
+"""Placements remembered as unanswered; beyond that the oldest count as answered."""
+
+ORIGIN_BITS = 24
+"""Placement ids are origin << (63 - ORIGIN_BITS) | counter: no two writers share one, and they fit a signed 64."""
+
+
+class Held(msgspec.Struct, frozen=True, gc=False):
+    """How much of a prompt a replica holds. `confident`: an answer of its epoch proved it, and none is in flight."""
+
+    blocks: int
+    size_bytes: int
+    tokens: int
+    confident: bool
+
+
+class Match(msgspec.Struct, frozen=True, gc=False):
+    """What is known of a prompt. `held` has the replicas that hold any of it.
+
+    `known_*` is the deepest that any replica holds. Where that is not all, `evicted` tells that more was held until
+    it was dropped for room, and `diverged` that other prompts go on differently from there.
+    """
+
+    held: dict[int, Held]
+    known_blocks: int = 0
+    known_bytes: int = 0
+    known_tokens: int = 0
+    evicted: bool = False
+    diverged: bool = False
+
+
+class Placement(msgspec.Struct, frozen=True, gc=False):
+    """That a prompt was routed to a replica, which held `held_blocks`, worth `predicted_tokens`, before.
+
+    `exact` says that the prediction is a reported count and not interpolated. `tolerance_tokens` is the last held
+    block, `allowance_tokens` what the engine generated after it and may have cached.
+    """
+
+    id: int
+    replica: int
+    epoch: int
+    fingerprint: Fingerprint
+    held_blocks: int
+    predicted_tokens: int
+    confident: bool
+    exact: bool
+    tolerance_tokens: int
+    allowance_tokens: int
+    stamp: float
+
+
+class Learnt(enum.StrEnum):
+    """What an answer taught the index."""
+
+    NOTHING = "nothing"  # the upstream did not say, or a provider, or the prediction was not confident
+    STALE = "stale"  # routed under an old epoch, hence ignored
+    RIGHT = "right"
+    RECOUNTED = "recounted"  # the tokens of a fork were interpolated wrongly
+    LESS = "less"  # the tail is dropped, the budget may shrink
+    MORE = "more"  # the budget may grow
+    SUSPECT = "suspect"  # a confident prediction with nothing cached: one more means a restart
+    RESTARTED = "restarted"
+
+
+class Feedback(msgspec.Struct, frozen=True, gc=False):
+    """Predicted against reported. `error_tokens` is reported less predicted, None where nothing was reported.
+
+    `epoch` and `budget_tokens` are decisions for all proxies, None where there is none to take.
+    """
+
+    predicted_tokens: int
+    error_tokens: int | None
+    learnt: Learnt
+    epoch: int | None = None
+    budget_tokens: int | None = None
+
+
+class ReplicaStats(msgspec.Struct, frozen=True, gc=False):
+    """One replica's part of the index. `evicted_blocks` counts since the process began."""
+
+    blocks: int
+    tokens: int
+    budget_tokens: int
+    epoch: int
+    evicted_blocks: int
+
+
+class IndexStats(msgspec.Struct, frozen=True, gc=False):
+    """The whole index. `size_bytes` is an estimate of its memory."""
+
+    blocks: int
+    nodes: int
+    holdings: int
+    size_bytes: int
+
+
+class ReplicaRow(msgspec.Struct, frozen=True, tag="replica"):
+    """A replica in a snapshot; always before the runs."""
+
+    replica: int
+    epoch: int
+    budget_tokens: int
+    ttl_seconds: float | None
+    placed_tokens: int
+
+
+class HolderRow(msgspec.Struct, frozen=True, array_like=True):
+    """A holder of a run in a snapshot."""
+
+    replica: int
+    stamp: float
+    touched_by: int
+    confirmed: int
+    output_tokens: int
+
+
+class RunRow(msgspec.Struct, frozen=True, tag="run"):
+    """A node in a snapshot, after the one it hangs on, whose last hash is `parent` (None at the top).
+
+    The three runs are little-endian arrays of 8, 4 and 4 bytes a boundary.
+    """
+
+    parent: int | None
+    hashes: bytes
+    ends: bytes
+    tokens: bytes
+    known: int
+    pins: tuple[int, ...]
+    holders: tuple[HolderRow, ...]
+
+
+class _Replica(msgspec.Struct, eq=False):
+    """The state of one replica beside what it holds. `placed_tokens` counts since the last change of the budget."""
+
+    shelf: Shelf
+    epoch: int = 0
+    budget_tokens: int = UNLIMITED_TOKENS
+    ttl_seconds: float | None = None
+    placed_tokens: int = 0
+    evicted_blocks: int = 0
+    suspect: Placement | None = None
+
+
+class PrefixIndex:
+    """See the module. `origin`, random per process, sets its placement ids apart from the others'."""
+
+    def __init__(self, *, origin: int = 0, max_blocks: int = MAX_BLOCKS) -> None:
+        self._tree = Tree()
+        self._replicas: dict[int, _Replica] = {}
+        self._dead: deque[tuple[Tree, Shelf]] = deque()
+        self._in_flight: dict[int, None] = {}
+        self._next_id = (origin % 2**ORIGIN_BITS << 63 - ORIGIN_BITS) + 1
+        self._max_blocks = max_blocks
+        self._snapshots = 0
+
+    # -- looking up
+
+    def match(self, fingerprint: Fingerprint) -> Match:
+        """Who holds how much of it. Costs the nodes on its path and the replicas that drop out on the way."""
+        hashes = fingerprint.hashes
+        steps = self._tree.walk(hashes)
+        found: dict[int, Held] = {}
+        known: Step | None = None
+        in_flight = self._in_flight
+        for step in reversed(steps):
+            held = step.node.held
+            if len(held) <= len(found):
+                continue
+            blocks, size_bytes = step.blocks, step.node.ends[step.blocks - 1]
+            sure, unsure = Held(step.depth, size_bytes, step.tokens, True), None
+            for shelf, holding in held.items():
+                replica = shelf.replica
+                if replica in found or not shelf.alive:
+                    continue
+                if holding.confirmed >= blocks and holding.touched_by not in in_flight:
+                    found[replica] = sure
+                else:
+                    if unsure is None:
+                        unsure = Held(step.depth, size_bytes, step.tokens, False)
+                    found[replica] = unsure
+            if known is None and found:
+                known = step
+        if known is None:
+            return Match(found, evicted=len(hashes) > 0 and self._tree.was_evicted(hashes[0]))
+        grows = known.blocks == len(known.node.hashes) and not known.node.children
+        depth = known.depth
+        whole = depth == len(hashes)
+        return Match(
+            found,
+            depth,
+            known.node.ends[known.blocks - 1],
+            known.tokens,
+            not whole and self._tree.was_evicted(hashes[depth]),
+            not whole and not grows,
+        )
+
+    # -- routing
+
+    def place(self, replica: int, fingerprint: Fingerprint, prompt_tokens: float, now: float) -> Placement:
+        """Note, when a prompt is routed, that the replica will hold it all. `prompt_tokens` is the estimate.
+
+        The placement counts as in flight until `answered`, `take_back` or `settled`.
+        """
+        placement_id = self._next_id
+        self._next_id += 1
+        placement = self._place(replica, fingerprint, prompt_tokens, now, placement_id)
+        in_flight = self._in_flight
+        in_flight[placement_id] = None
+        if len(in_flight) > MAX_IN_FLIGHT:
+            del in_flight[next(iter(in_flight))]
+        return placement
+
+    def apply_place(
+        self, replica: int, fingerprint: Fingerprint, prompt_tokens: float, epoch: int, placement_id: int, now: float
+    ) -> bool:
+        """A placement by another writer, under its id; again is harmless. False if its epoch is over.
+
+        A newer epoch than ours begins here.
+        """
+        state = self._replica(replica)
+        if epoch < state.epoch:
+            return False
+        if epoch > state.epoch:
+            self.new_epoch(replica, epoch)
+        self._place(replica, fingerprint, prompt_tokens, now, placement_id)
+        return True
+
+    def take_back(self, placement: Placement) -> None:
+        """Undo what the placement alone created and no later placement has touched; nothing else."""
+        self.apply_take_back(
+            placement.replica, placement.fingerprint, placement.held_blocks, placement.epoch, placement.id
+        )
+
+    def apply_take_back(
+        self, replica: int, fingerprint: Fingerprint, from_block: int, epoch: int, placement_id: int
+    ) -> None:
+        """The same by its parts, for a placement by another writer; again is harmless."""
+        self._in_flight.pop(placement_id, None)
+        state = self._replica(replica)
+        if epoch != state.epoch:
+            return
+        shelf = state.shelf
+        for step in reversed(self._tree.walk(fingerprint.hashes)):
+            node = step.node
+            holding = node.held.get(shelf)
+            if holding is None:
+                continue
+            start = step.depth - step.blocks
+            if step.depth <= from_block or holding.touched_by != placement_id or step.blocks < len(node.hashes):
+                return
+            if any(shelf in child.held for child in (node.children or {}).values()):
+                return
+            if start >= from_block:
+                self._tree.release(shelf, node)
+            else:
+                self._tree.trim(shelf, node, from_block - start)
+
+    def settled(self, placement: Placement) -> None:
+        """The request ended without an answer to learn from, and its placement stays."""
+        self._in_flight.pop(placement.id, None)
+
+    # -- learning
+
+    def answered(
+        self,
+        placement: Placement,
+        prompt_tokens: int,
+        cached_tokens: int | None,
+        output_tokens: int,
+        now: float,
+        *,
+        decide: bool = True,
+    ) -> Feedback:
+        """Learn from an answer's usage. None for cached tokens means that the upstream did not say.
+
+        With `decide` the epoch or budget that follows is applied here; without, it is only returned.
+        """
+        self._in_flight.pop(placement.id, None)
+        predicted = min(placement.predicted_tokens, prompt_tokens)
+        error = None if cached_tokens is None else cached_tokens - predicted
+        state = self._replica(placement.replica)
+        if placement.epoch != state.epoch:
+            return Feedback(predicted, error, Learnt.STALE)
+        steps = self._tree.walk(placement.fingerprint.hashes)
+        learnt = self._judge(state, placement, error, cached_tokens, steps)
+        self._confirm(state.shelf, placement.fingerprint, steps, prompt_tokens, output_tokens)
+        epoch = state.epoch + 1 if learnt is Learnt.RESTARTED else None
+        budget = self._new_budget(state, learnt)
+        if decide and epoch is not None:
+            self.new_epoch(placement.replica, epoch)
+            self._place(placement.replica, placement.fingerprint, prompt_tokens, now, placement.id)
+        if decide and budget is not None:
+            self.set_budget(placement.replica, budget)
+        return Feedback(predicted, error, learnt, epoch, budget)
+
+    def apply_answer(
+        self, replica: int, fingerprint: Fingerprint, prompt_tokens: int, output_tokens: int, epoch: int
+    ) -> None:
+        """What another writer's answer says about the tokens of a chain, and that the replica has computed it."""
+        state = self._replica(replica)
+        if epoch == state.epoch:
+            steps = self._tree.walk(fingerprint.hashes)
+            self._confirm(state.shelf, fingerprint, steps, prompt_tokens, output_tokens)
+
+    # -- what the lease-holder decides
+
+    def new_epoch(self, replica: int, epoch: int) -> None:
+        """The replica began anew and holds nothing; takes no time. An epoch not above the present one is ignored."""
+        state = self._replica(replica)
+        if epoch <= state.epoch:
+            return
+        self._bury(state)
+        state.epoch = epoch
+        state.suspect = None
+
+    def set_budget(self, replica: int, tokens: int) -> None:
+        """How many tokens its engine can hold; what is over goes with the next placements and `tend`."""
+        state = self._replica(replica)
+        if tokens != state.budget_tokens:
+            state.budget_tokens = tokens
+            state.placed_tokens = 0
+
+    def set_ttl(self, replica: int, seconds: float | None) -> None:
+        """Let its placements end by time, as a provider's do: then no answer changes its budget or epoch."""
+        self._replica(replica).ttl_seconds = seconds
+
+    def remove(self, replica: int) -> None:
+        """Forget a replica."""
+        state = self._replicas.pop(replica, None)
+        if state is not None:
+            self._bury(state)
+
+    # -- upkeep
+
+    def tend(self, now: float) -> bool:
+        """One bounded share of upkeep: old epochs, placements past their time, budgets. True if some is left."""
+        steps = self._clear_dead(UPKEEP_STEPS)
+        for state in self._replicas.values():
+            if steps <= 0:
+                return True
+            steps = self._expire(state, now, steps)
+            steps = self._evict(state, steps)
+        return steps <= 0
+
+    # -- seen from outside
+
+    def replicas(self) -> dict[int, ReplicaStats]:
+        """Each replica's part."""
+        return {
+            replica: ReplicaStats(
+                state.shelf.blocks,
+                state.shelf.tokens,
+                state.budget_tokens,
+                state.epoch,
+                state.evicted_blocks + state.shelf.evicted_blocks,
+            )
+            for replica, state in self._replicas.items()
+        }
+
+    def epoch(self, replica: int) -> int:
+        """The replica's present epoch."""
+        return self._replica(replica).epoch
+
+    def stats(self) -> IndexStats:
+        """Totals. Memory by the measured size of a node with its arrays, of a holding, and 16 bytes a boundary."""
+        tree = self._tree
+        size_bytes = tree.blocks * 17 + tree.nodes * 720 + tree.holdings * 130
+        return IndexStats(tree.blocks, tree.nodes, tree.holdings, size_bytes)
+
+    # -- snapshots
+
+    def snapshot(self, rows_per_chunk: int = 500) -> Iterator[list[ReplicaRow | RunRow]]:
+        """All that `load` needs, in chunks of bounded work, between which the index may change.
+
+        What was there at the first chunk and still is at the last is in it, prefix-closed; a change in between may
+        or may not be, so the reader applies what came after the first chunk again.
+        """
+        self._snapshots += 1
+        number = self._snapshots
+        yield [
+            ReplicaRow(replica, state.epoch, state.budget_tokens, state.ttl_seconds, state.placed_tokens)
+            for replica, state in self._replicas.items()
+        ]
+        stack = list((self._tree.root.children or {}).values())
+        rows: list[ReplicaRow | RunRow] = []
+        while stack:
+            node = stack.pop()
+            if not node.held:
+                continue
+            stack.extend((node.children or {}).values())
+            rows.extend(map(_run_row, _unwritten(node, number)))
+            if len(rows) >= rows_per_chunk:
+                yield rows
+                rows = []
+        if rows:
+            yield rows
+
+    def load(
+        self, rows: Iterable[ReplicaRow | RunRow], replica_of: Mapping[int, int] | None = None
+    ) -> Iterator[None]:
+        """Become the index that was written; yields now and then, and is done when it ends.
+
+        `replica_of` translates replica numbers; those that it leaves out are dropped. What was held before is let go.
+        """
+        for state in self._replicas.values():
+            self._bury(state)
+        self._tree = Tree()
+        ends: dict[int, Node] = {}
+        order: dict[Shelf, list[tuple[float, int, Holding]]] = {}
+        for number, row in enumerate(rows):
+            if isinstance(row, ReplicaRow):
+                self._load_replica(row, replica_of)
+            else:
+                self._load_run(row, replica_of, ends, order)
+            if number % UPKEEP_STEPS == 0:
+                yield
+        for shelf, holdings in order.items():
+            holdings.sort(key=_by_age)
+            for _stamp, _depth, holding in holdings:
+                self._tree.link(shelf, holding)
+            yield
+
+    # -- inside
+
+    def _replica(self, replica: int) -> _Replica:
+        state = self._replicas.get(replica)
+        if state is None:
+            state = self._replicas[replica] = _Replica(new_shelf(replica))
+        return state
+
+    def _place(
+        self, replica: int, fingerprint: Fingerprint, prompt_tokens: float, now: float, placement_id: int
+    ) -> Placement:
+        tree, state = self._tree, self._replica(replica)
+        shelf, stamp = state.shelf, tree.stamp(now)
+        steps = tree.walk(fingerprint.hashes)
+        tree.split_end(steps)
+        last: Step | None = None
+        for step in steps:
+            if shelf not in step.node.held:
+                break
+            last = step
+        placement = self._placement(state, placement_id, fingerprint, last, stamp)
+        held_before = shelf.tokens
+        path = [step.node for step in steps]
+        depth = steps[-1].depth if steps else 0
+        if depth < len(fingerprint.hashes):
+            tokens = _estimate(fingerprint, steps[-1] if steps else None, prompt_tokens)
+            node = tree.grow(path[-1] if path else tree.root, shelf, fingerprint, depth, tokens)
+            if not path or node is not path[-1]:
+                path.append(node)
+        tree.touch(shelf, path, stamp, placement_id)
+        state.placed_tokens += shelf.tokens - held_before
+        self._make_room(state)
+        return placement
+
+    def _placement(
+        self, state: _Replica, placement_id: int, fingerprint: Fingerprint, last: Step | None, stamp: float
+    ) -> Placement:
+        replica, epoch = state.shelf.replica, state.epoch
+        if last is None:
+            return Placement(placement_id, replica, epoch, fingerprint, 0, 0, False, False, 0, 0, stamp)
+        node = last.node
+        holding = node.held[state.shelf]
+        tokens = node.tokens
+        return Placement(
+            placement_id,
+            replica,
+            epoch,
+            fingerprint,
+            last.depth,
+            last.tokens,
+            holding.confirmed == last.blocks and holding.touched_by not in self._in_flight,
+            bool(node.pins) and node.pins[-1] == last.blocks,
+            tokens[-1] - (tokens[-2] if len(tokens) > 1 else 0),
+            holding.output_tokens,
+            stamp,
+        )
+
+    def _judge(
+        self, state: _Replica, placement: Placement, error: int | None, cached: int | None, steps: list[Step]
+    ) -> Learnt:
+        """Compare and drop or recount what was wrong; the caller turns the result into an epoch or a budget."""
+        if error is None or state.ttl_seconds is not None:
+            return Learnt.NOTHING
+        if cached:
+            state.suspect = None
+        tolerance = max(MIN_TOLERANCE_TOKENS, placement.tolerance_tokens)
+        if error > tolerance + placement.allowance_tokens:
+            return Learnt.MORE
+        if not placement.confident:
+            return Learnt.NOTHING
+        if error >= -tolerance:
+            if error and cached and not placement.exact:
+                _recount(steps, placement.held_blocks, error)
+            return Learnt.RIGHT
+        if not cached:
+            return self._suspect(state, placement)
+        if not placement.exact and -error <= RECOUNT_SHARE * placement.predicted_tokens:
+            _recount(steps, placement.held_blocks, error)
+            return Learnt.RECOUNTED
+        self._drop_below(state.shelf, placement, cached, steps)
+        return Learnt.LESS
+
+    def _suspect(self, state: _Replica, placement: Placement) -> Learnt:
+        first = state.suspect
+        if first is None or _same_chain(first, placement):
+            state.suspect = placement
+            return Learnt.SUSPECT
+        return Learnt.RESTARTED
+
+    def _drop_below(self, shelf: Shelf, placement: Placement, cached: int, steps: list[Step]) -> None:
+        """Drop what hangs on the part that the engine had lost, but for this chain, which it has just computed anew,
+        and for what was routed after it."""
+        on_path = {id(step.node) for step in steps}
+        lost = [step.node for step in steps if step.tokens > cached and step.depth <= placement.held_blocks]
+        budget = UPKEEP_STEPS
+        for node in lost:
+            for child in list(islice((node.children or {}).values(), budget)):
+                budget -= 1
+                if id(child) not in on_path:
+                    budget -= self._drop_subtree(shelf, child, placement.stamp, budget)
+            if budget <= 0:
+                return
+
+    def _drop_subtree(self, shelf: Shelf, top: Node, before: float, limit: int) -> int:
+        """Let go of a subtree, leaves first, where nothing newer than `before` stands; returns nodes visited."""
+        order: list[Node] = []
+        stack = [top]
+        while stack and len(order) < limit:
+            node = stack.pop()
+            holding = node.held.get(shelf)
+            if holding is not None and holding.stamp < before:
+                order.append(node)
+                stack.extend(islice((node.children or {}).values(), limit))
+        if stack or len(order) >= limit:
+            return len(order)
+        for node in reversed(order):
+            self._tree.release(shelf, node)
+        return len(order)
+
+    def _confirm(
+        self, shelf: Shelf, fingerprint: Fingerprint, steps: list[Step], prompt_tokens: int, output_tokens: int
+    ) -> None:
+        for step in steps:
+            holding = step.node.held.get(shelf)
+            if holding is None:
+                break
+            holding.confirmed = max(holding.confirmed, step.blocks)
+        if not steps or steps[-1].depth != len(fingerprint.hashes):
+            return
+        last = steps[-1]
+        _learn_tokens(steps, prompt_tokens)
+        holding = last.node.held.get(shelf)
+        if holding is not None and last.blocks == len(last.node.hashes):
+            holding.output_tokens = output_tokens
+
+    def _new_budget(self, state: _Replica, learnt: Learnt) -> int | None:
+        """The budget that follows from what was learnt, in tokens, or None."""
+        resident, budget = state.shelf.tokens, state.budget_tokens
+        full = resident >= FULL * budget
+        if learnt is Learnt.LESS and state.placed_tokens >= min(resident, budget):
+            return max(1, int(SHRINK * min(resident, budget)))
+        if learnt is Learnt.MORE and full:
+            return min(UNLIMITED_TOKENS, int(GROW * budget) + 1)
+        if learnt is Learnt.RIGHT and full:
+            return min(UNLIMITED_TOKENS, int(GROW_FULL_AND_RIGHT * budget) + 1)
+        return None
+
+    def _bury(self, state: _Replica) -> None:
+        """Give the replica an empty shelf; the old one is cleared little by little."""
+        old = state.shelf
+        state.evicted_blocks += old.evicted_blocks
+        state.shelf = new_shelf(old.replica)
+        state.placed_tokens = 0
+        old.alive = False
+        self._dead.append((self._tree, old))
+
+    def _make_room(self, state: _Replica) -> None:
+        steps = UPKEEP_STEPS
+        if state.shelf.tokens > state.budget_tokens:
+            steps = self._evict(state, steps)
+        if self._dead:
+            steps = self._clear_dead(steps)
+        if self._tree.blocks > self._max_blocks:
+            largest = max(self._replicas.values(), key=lambda each: each.shelf.blocks).shelf
+            while self._tree.blocks > self._max_blocks and steps > 0 and largest.blocks:
+                self._tree.release(largest, _oldest(largest), evicted=True)
+                steps -= 1
+
+    def _evict(self, state: _Replica, steps: int) -> int:
+        """Drop the oldest blocks until the budget holds; returns the steps left."""
+        tree, shelf = self._tree, state.shelf
+        while steps > 0 and shelf.blocks:
+            over = shelf.tokens - state.budget_tokens
+            if over <= 0:
+                break
+            node = _oldest(shelf)
+            keep = bisect_right(node.tokens, node.tokens[-1] - over)
+            if 0 < keep < len(node.hashes):
+                tree.trim(shelf, node, keep, evicted=True)
+            else:
+                tree.release(shelf, node, evicted=True)
+            steps -= 1
+        return steps
+
+    def _expire(self, state: _Replica, now: float, steps: int) -> int:
+        if state.ttl_seconds is None:
+            return steps
+        shelf = state.shelf
+        while steps > 0 and shelf.ring.newer.stamp <= now - state.ttl_seconds:  # type: ignore[union-attr]
+            self._tree.release(shelf, _oldest(shelf), evicted=True)
+            steps -= 1
+        return steps
+
+    def _clear_dead(self, steps: int) -> int:
+        while self._dead and steps > 0:
+            tree, shelf = self._dead[0]
+            if shelf.blocks:
+                tree.release(shelf, _oldest(shelf))
+                steps -= 1
+            else:
+                shelf.ring.older = shelf.ring.newer = None  # it is its own neighbour: cut, so that it is freed
+                self._dead.popleft()
+        return steps
+
+    def _load_replica(self, row: ReplicaRow, replica_of: Mapping[int, int] | None) -> None:
+        replica = row.replica if replica_of is None else replica_of.get(row.replica)
+        if replica is None:
+            return
+        state = self._replica(replica)
+        state.epoch = row.epoch
+        state.budget_tokens = row.budget_tokens
+        state.ttl_seconds = row.ttl_seconds
+        state.placed_tokens = row.placed_tokens
+
+    def _load_run(
+        self,
+        row: RunRow,
+        replica_of: Mapping[int, int] | None,
+        ends: dict[int, Node],
+        order: dict[Shelf, list[tuple[float, int, Holding]]],
+    ) -> None:
+        """Hang a run on its parent. Who does not hold the parent, or is newer there, came between two chunks."""
+        tree = self._tree
+        parent = tree.root if row.parent is None else ends.get(row.parent)
+        if parent is None:
+            return
+        holders: list[tuple[Shelf, HolderRow, float]] = []
+        for holder in row.holders:
+            replica = holder.replica if replica_of is None else replica_of.get(holder.replica)
+            if replica is None:
+                continue
+            shelf = self._replica(replica).shelf
+            above = parent.held.get(shelf)
+            if above is not None or row.parent is None:
+                holders.append((shelf, holder, min(holder.stamp, above.stamp) if above else holder.stamp))
+        if not holders:
+            return
+        node = tree.adopt(parent, row.hashes, row.ends, row.tokens)
+        node.known, node.pins = row.known, row.pins
+        ends[node.hashes[-1]] = node
+        for shelf, holder, stamp in holders:
+            holding = Holding(node, None, None, stamp, holder.touched_by, holder.confirmed, holder.output_tokens)
+            tree.hold(shelf, node, holding)
+            order.setdefault(shelf, []).append((stamp, -node.ends[-1], holding))
+
+
+def _by_age(entry: tuple[float, int, Holding]) -> tuple[float, int]:
+    """Older placements first; within one, the deeper first."""
+    return entry[:2]
+
+
+def _oldest(shelf: Shelf) -> Node:
+    node = shelf.ring.newer.node  # type: ignore[union-attr]
+    assert node is not None  # noqa: S101 - callers have seen that the shelf is not empty
+    return node
+
+
+def _estimate(fingerprint: Fingerprint, last: Step | None, prompt_tokens: float) -> array[int]:
+    """Counts for the boundaries below `last`, from its end on, by bytes; they end at `prompt_tokens` in all."""
+    ends, depth = fingerprint.ends, last.depth if last else 0
+    known_tokens, known_bytes = (last.tokens, last.node.ends[last.blocks - 1]) if last else (0, 0)
+    prompt_tokens = min(max(prompt_tokens, 0.0), MAX_PROMPT_TOKENS)
+    rate = (prompt_tokens - known_tokens) / (ends[-1] - known_bytes)
+    if rate <= 0:
+        rate = prompt_tokens / ends[-1]
+    return array("I", [int((end - known_bytes) * rate + 0.5) for end in ends[depth:]])
+
+
+def _learn_tokens(steps: list[Step], prompt_tokens: int) -> None:
+    """Let the path's counts add up to what was reported for its end, and pin them there.
+
+    What lies on no other reported chain absorbs the difference, in proportion; where all of it does, the part after
+    the last pin of the last node does.
+    """
+    last = steps[-1]
+    change = min(prompt_tokens, MAX_PROMPT_TOKENS) - last.tokens
+    unknown = [(step.node, step.node.known, step.blocks) for step in steps if step.node.known < step.blocks]
+    if not unknown:
+        unknown = [(last.node, last_pin(last.node, last.blocks), last.blocks)]
+    parts = [_tokens_between(node, start, stop) for node, start, stop in unknown]
+    left = sum(parts)
+    for (node, start, stop), part in zip(unknown, parts, strict=True):
+        share = change if part == left else change * part // left
+        done = reshape(node, start, stop, share) if share else 0
+        if done and node.known > stop:
+            reshape(node, stop, _next_pin(node, stop), -done)
+        change -= done
+        left -= part
+    for step in steps:
+        step.node.known = max(step.node.known, step.blocks)
+    pin(last.node, last.blocks)
+
+
+def _recount(steps: list[Step], held_blocks: int, change: int) -> None:
+    """Correct the count of a fork, whose tokens were interpolated, and move the opposite into what hangs on it."""
+    for step in steps:
+        node = step.node
+        if step.depth == held_blocks and step.blocks == len(node.hashes):
+            done = reshape(node, last_pin(node, step.blocks), step.blocks, change)
+            pin(node, step.blocks)
+            for child in islice((node.children or {}).values(), MAX_FORKS_RECOUNTED):
+                reshape(child, 0, child.pins[0] if child.pins else len(child.hashes), -done)
+            return
+
+
+def _tokens_between(node: Node, start: int, stop: int) -> int:
+    return node.tokens[stop - 1] - (node.tokens[start - 1] if start else 0)
+
+
+def _next_pin(node: Node, blocks: int) -> int:
+    """The first pinned number of boundaries above `blocks`, or all."""
+    return next((pinned for pinned in node.pins if pinned > blocks), len(node.hashes))
+
+
+def _same_chain(one: Placement, other: Placement) -> bool:
+    """True if what the one found held is a prefix of what the other did, or the other way round."""
+    depth = min(one.held_blocks, other.held_blocks) - 1
+    return one.fingerprint.hashes[depth] == other.fingerprint.hashes[depth]
+
+
+def _unwritten(node: Node, number: int) -> list[Node]:
+    """The node and those above it that this snapshot has not written yet, the highest first; marks them."""
+    found: list[Node] = []
+    above: Node | None = node
+    while above is not None and above.parent is not None and above.emitted != number:
+        above.emitted = number
+        found.append(above)
+        above = above.parent
+    return found[::-1]
+
+
+def _run_row(node: Node) -> RunRow:
+    above = node.parent
+    return RunRow(
+        above.hashes[-1] if above is not None and above.parent is not None else None,
+        node.hashes.tobytes(),
+        node.ends.tobytes(),
+        node.tokens.tobytes(),
+        node.known,
+        node.pins,
+        tuple(
+            HolderRow(shelf.replica, each.stamp, each.touched_by, each.confirmed, each.output_tokens)
+            for shelf, each in node.held.items()
+            if shelf.alive
+        ),
+    )
