@@ -308,7 +308,7 @@ class Connection(asyncio.Protocol):
                     self._bad = "the upstream's answer has a transfer encoding that was not asked for"
             elif name == b"content-type":
                 answer.is_event_stream = value.lower().startswith(b"text/event-stream")
-        if sum(len(name) + len(value) for name, value in self._headers) > self._max_head_bytes:
+        if sum([len(name) + len(value) + 4 for name, value in self._headers]) > self._max_head_bytes:
             self._bad = "the upstream's answer has too large a head"
         if chunked and length is not None:
             self._bad = "the upstream's answer has both a content-length and a transfer-encoding"
