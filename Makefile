@@ -5,7 +5,7 @@ UPSTREAM ?=
 PORT ?= 8080
 ADMIN_PORT ?= 8090
 
-.PHONY: run test lint format lock setup-run setup-test clean
+.PHONY: run test lint format lock setup-run setup-test clean bench-datapath bench-soak bench-peers
 
 run: .venv/.run
 	@exec .venv/bin/python -m demo --end-with-parent --port "$(PORT)" --admin-port "$(ADMIN_PORT)" \
@@ -30,6 +30,22 @@ lock: .venv/.dev
 
 .venv/.dev: requirements/dev.lock pyproject.toml scripts/setup.sh
 	@PYTHON="$(PYTHON)" sh scripts/setup.sh dev
+
+# What Cairn costs beside a bare pass-through and, where `make bench-peers` put them, the Rust routers.
+# ARGS goes to the program: make bench-datapath ARGS="--rounds 1 --seconds 1"
+bench-datapath: .venv/.dev
+	.venv/bin/python -m benchmarks.datapath $(ARGS)
+
+bench-soak: .venv/.dev
+	.venv/bin/python -m benchmarks.soak $(ARGS)
+
+bench-peers: .peers/.done
+
+.peers/.done: benchmarks/peers.lock
+	@echo "Setting up .peers (sglang-router and vllm-router, a minute) ..."
+	@[ -x .peers/bin/pip ] || $(PYTHON) -m venv .peers
+	@.peers/bin/pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes -r benchmarks/peers.lock
+	@touch $@
 
 clean:
 	rm -rf .venv .cairn .mypy_cache .ruff_cache .pytest_cache .hypothesis

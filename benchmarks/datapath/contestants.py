@@ -1,0 +1,150 @@
+"""What is measured: how each proxy is started, when it is ready, and which of its processes is what.
+
+Knows command lines and nothing of measuring.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.common import cpu
+from benchmarks.common.processes import ROOT, Running, StartFailed, free_port
+
+BARE = "bare aiohttp"
+CAIRN = "cairn"
+SGLANG = "sglang-router"
+VLLM = "vllm-router"
+DIRECT = "direct"
+
+_PEERS_PYTHON = ROOT / ".peers" / "bin" / "python"
+_START_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a command line is made of."""
+
+    upstreams: tuple[str, ...]
+    port: int
+    side_port: int  # Cairn's admin port, a router's Prometheus port
+    workers: int
+    quiet_peers: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """A proxy and how to start it. `needs` are files without which it is not installed."""
+
+    name: str
+    command: Callable[[Wanted], Sequence[str]]
+    needs: tuple[Path, ...] = ()
+    ready_path: str = "/v1/models"
+    own_state: bool = False  # keeps files in the user's folder, so is given one of its own
+
+    def installed(self) -> bool:
+        """True where every file that it needs is there."""
+        return all(path.exists() for path in self.needs)
+
+
+def _urls(wanted: Wanted, flag: str) -> list[str]:
+    return [part for url in wanted.upstreams for part in (flag, url)]
+
+
+def _bare(wanted: Wanted) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "benchmarks.datapath.bare",
+        "--port",
+        str(wanted.port),
+        *_urls(wanted, "--upstream"),
+    ]
+
+
+def cairn_command(wanted: Wanted) -> list[str]:
+    """`cairn serve` beside this interpreter, journal on an embedded Valkey, every feature at its default."""
+    where = ["--host", "127.0.0.1", "--port", str(wanted.port), "--admin-port", str(wanted.side_port)]
+    return [str(_cairn_path()), "serve", *where, "--workers", str(wanted.workers), *_urls(wanted, "--upstream")]
+
+
+def _cairn_path() -> Path:
+    return Path(sys.executable).parent / "cairn"
+
+
+def _router(module: str, quiet: str) -> Callable[[Wanted], Sequence[str]]:
+    def command(wanted: Wanted) -> list[str]:
+        where = ["--host", "127.0.0.1", "--port", str(wanted.port), "--prometheus-port", str(wanted.side_port)]
+        start = [str(_PEERS_PYTHON), "-m", f"{module}.launch_router", "--policy", "cache_aware"]
+        where += ["--log-level", quiet] if wanted.quiet_peers else []
+        return [*start, *where, "--worker-urls", *wanted.upstreams]
+
+    return command
+
+
+def _peer_files(module: str) -> tuple[Path, ...]:
+    found = list((ROOT / ".peers").glob(f"lib/python*/site-packages/{module}"))
+    return tuple(found) or (ROOT / ".peers" / module,)
+
+
+def contestants() -> list[Contestant]:
+    """All that are known, in the order of the table."""
+    return [
+        Contestant(BARE, _bare),
+        Contestant(CAIRN, cairn_command, needs=(_cairn_path(),), own_state=True),
+        Contestant(SGLANG, _router("sglang_router", "warn"), needs=_peer_files("sglang_router")),
+        Contestant(VLLM, _router("vllm_router", "warning"), needs=_peer_files("vllm_router")),
+    ]
+
+
+@dataclass(slots=True)
+class Started:
+    """A proxy that answers, and its ports."""
+
+    name: str
+    running: Running
+    port: int
+    side_port: int
+
+    def roles(self) -> Mapping[str, list[int]]:
+        """Its processes by role; see `assign_roles`."""
+        return assign_roles(cpu.tree(self.running.pid))
+
+
+def assign_roles(family: Sequence[cpu.Process]) -> dict[str, list[int]]:
+    """Process numbers by role: "valkey" by name; the root is "supervisor" where other children remain, which are
+    "proxy", and is itself "proxy" where none do.
+    """
+    if not family:
+        return {"proxy": []}
+    root, *others = family
+    stores = [process.pid for process in others if "valkey" in process.name]
+    workers = [process.pid for process in others if process.pid not in stores]
+    roles = {"proxy": workers or [root.pid]}
+    if workers:
+        roles["supervisor"] = [root.pid]
+    if stores:
+        roles["valkey"] = stores
+    return roles
+
+
+async def start(
+    contestant: Contestant, upstream_ports: Sequence[int], folder: Path, workers: int, quiet_peers: bool
+) -> Started:
+    """Starts a proxy and waits until it relays a chat request; raises `StartFailed`."""
+    urls = tuple(f"http://127.0.0.1:{port}" for port in upstream_ports)
+    wanted = Wanted(urls, free_port(), free_port(), workers, quiet_peers)
+    changes: dict[str, str] = {}
+    if contestant.own_state:
+        home = folder / f"home-{contestant.name}"
+        home.mkdir(exist_ok=True)
+        changes = {"HOME": str(home), "XDG_DATA_HOME": str(home / "data"), "XDG_STATE_HOME": str(home / "state")}
+    running = Running(contestant.name, contestant.command(wanted), folder, changes)
+    try:
+        await running.answers(wanted.port, contestant.ready_path, _START_SECONDS)
+    except StartFailed:
+        running.stop()
+        raise
+    return Started(contestant.name, running, wanted.port, wanted.side_port)
