@@ -17,6 +17,7 @@ waiting for its holder costs more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 from zlib import crc32
 
 import msgspec
@@ -46,36 +47,48 @@ class Demand(msgspec.Struct, frozen=True, gc=False):
 
     `prompt_tokens` is the prediction for the whole of it. `tie_hash` is the chained hash of the first block that no
     replica holds (or of the last block), so that proxies which know nothing of each other break ties alike.
-    `last_block_bytes` is the size of the last block: all but that is a hit. `known_bytes` is the deepest boundary of
-    this prompt that any replica ever held, evicted or not.
+    `last_block_bytes` is the size of the last block: all but that is a hit.
     """
 
     size_bytes: int
     prompt_tokens: float
     tie_hash: int = 0
     last_block_bytes: int = 0
-    known_bytes: int = 0
     pinned_replica: int | None = None
 
 
-class Held(msgspec.Struct, frozen=True, gc=False):
-    """How much of a prompt one replica holds."""
+class Held(Protocol):
+    """How much of a prompt one replica holds: `cache.Held`."""
 
-    matched_bytes: int
-    matched_tokens: float
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def tokens(self) -> float: ...
 
 
-_NOTHING_HELD = Held(0, 0.0)
+class Match(Protocol):
+    """What the index knows of a prompt: `cache.Match`.
+
+    `held` has the replicas that hold more than nothing. `evicted` and `diverged` say of the deepest that any holds
+    that more of the prompt was there once, or that other prompts go on differently from there.
+    """
+
+    @property
+    def held(self) -> Mapping[int, Held]: ...
+    @property
+    def evicted(self) -> bool: ...
+    @property
+    def diverged(self) -> bool: ...
 
 
 def plan(
     demand: Demand,
-    held: Mapping[int, Held],
+    match: Match,
     views: Sequence[ReplicaView],
     *,
     min_shareable_bytes: int = MIN_SHAREABLE_BYTES,
 ) -> Plan:
-    """Order the available replicas by cost, cheapest first; `held` has the replicas that hold more than nothing.
+    """Order the available replicas by cost, cheapest first.
 
     Raises `Overloaded`, with the seconds until the first is tried again, where none is available.
     """
@@ -87,7 +100,7 @@ def plan(
     if not usable:
         raise _none_left(views if pinned is None else [view for view in views if view.id == pinned])
 
-    candidates = _ranked(demand, held, usable)
+    candidates = _ranked(demand, match.held, usable)
     if pinned is not None:
         reason = RouteReason.PINNED
     elif len(usable) == 1:
@@ -98,7 +111,7 @@ def plan(
         reason = _reason(candidates)
     if demand.size_bytes < min_shareable_bytes:
         return Plan(candidates, reason, MissReason.SHORT, CacheStatus.BYPASS, demand.prompt_tokens)
-    cache, miss = _cache_status(demand, held, candidates, views)
+    cache, miss = _cache_status(demand, match, candidates)
     return Plan(candidates, reason, miss, cache, demand.prompt_tokens)
 
 
@@ -113,14 +126,17 @@ def _ranked(demand: Demand, held: Mapping[int, Held], usable: list[ReplicaView])
     prompt_tokens = demand.prompt_tokens
     candidates = []
     for view in usable:
-        have = held.get(view.id, _NOTHING_HELD)
-        uncached = max(prompt_tokens - have.matched_tokens, MIN_UNCACHED_TOKENS)
+        have = held.get(view.id)
+        matched_bytes, matched_tokens = (0, 0.0) if have is None else (have.size_bytes, have.tokens)
+        uncached = prompt_tokens - matched_tokens
+        if uncached < MIN_UNCACHED_TOKENS:
+            uncached = MIN_UNCACHED_TOKENS
         cost = (
             (view.pending_tokens + weight * uncached) / view.rate_tokens_per_second
             + view.in_flight_seconds * view.in_flight
             + view.lateness_seconds
         )
-        candidates.append(Candidate(view, have.matched_bytes, have.matched_tokens, uncached, cost))
+        candidates.append(Candidate(view, matched_bytes, matched_tokens, uncached, cost))
     if len(candidates) > 1:
         candidates.sort(key=_cost)
         _settle_ties(candidates, demand.tie_hash)
@@ -169,34 +185,26 @@ def _reason(candidates: tuple[Candidate, ...]) -> RouteReason:
     return RouteReason.WARM if chosen == deepest else RouteReason.SPREAD
 
 
-def _cache_status(
-    demand: Demand, held: Mapping[int, Held], candidates: tuple[Candidate, ...], views: Sequence[ReplicaView]
-) -> tuple[CacheStatus, MissReason]:
+def _cache_status(demand: Demand, match: Match, candidates: tuple[Candidate, ...]) -> tuple[CacheStatus, MissReason]:
     matched = candidates[0].matched_bytes
     if matched > 0 and matched >= demand.size_bytes - demand.last_block_bytes:
         return CacheStatus.HIT, MissReason.NONE
-    status = CacheStatus.PARTIAL if matched else CacheStatus.MISS
-    return status, _miss(matched, demand.known_bytes, held, candidates, views)
+    return (CacheStatus.PARTIAL if matched else CacheStatus.MISS), _miss(matched, match, candidates)
 
 
-def _miss(
-    matched: int,
-    known_bytes: int,
-    held: Mapping[int, Held],
-    candidates: tuple[Candidate, ...],
-    views: Sequence[ReplicaView],
-) -> MissReason:
+def _miss(matched: int, match: Match, candidates: tuple[Candidate, ...]) -> MissReason:
+    """Why no more than `matched` bytes; none where the rest of the prompt is new."""
     for candidate in candidates:
         if candidate.matched_bytes > matched:
             return MissReason.ELSEWHERE
-    if len(candidates) < len(views):
-        for view in views:
-            have = held.get(view.id)
-            if have is not None and have.matched_bytes > matched:
-                return MissReason.DOWN
-    if known_bytes > matched:
+    for have in match.held.values():
+        if have.size_bytes > matched:
+            return MissReason.DOWN
+    if match.evicted:
         return MissReason.EVICTED
-    return MissReason.CHANGED if matched else MissReason.COLD
+    if not matched:
+        return MissReason.COLD
+    return MissReason.CHANGED if match.diverged else MissReason.NONE
 
 
 def _none_left(views: Sequence[ReplicaView]) -> Overloaded:

@@ -19,9 +19,13 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False):
 
 
 _LABEL = re.compile(r'([A-Za-z_][A-Za-z0-9_]*)="((?:[^"\\]|\\.)*)"')
-_STARTED = re.compile(rb"^process_start_time_seconds(?:\{[^}]*\})? ([0-9]{1,20}(?:\.[0-9]*)?(?:[eE]\+?[0-9]{1,2})?)\s*$", re.MULTILINE)
+_STARTED = re.compile(
+    rb"^process_start_time_seconds(?:\{[^}]*\})? ([0-9]{1,20}(?:\.[0-9]*)?(?:[eE]\+?[0-9]{1,2})?)\s*$", re.MULTILINE
+)
 _VLLM = re.compile(rb"^vllm:cache_config_info\{(.*)\} ", re.MULTILINE)
-_SGLANG = re.compile(rb"^sglang:max_total_num_tokens(?:\{[^}]*\})? ([0-9]{1,20}(?:\.[0-9]*)?(?:[eE]\+?[0-9]{1,2})?)\s*$", re.MULTILINE)
+_SGLANG = re.compile(
+    rb"^sglang:max_total_num_tokens(?:\{[^}]*\})? ([0-9]{1,20}(?:\.[0-9]*)?(?:[eE]\+?[0-9]{1,2})?)\s*$", re.MULTILINE
+)
 
 MOST_TOKENS = 1 << 40
 """A capacity beyond this is a mistake of the page."""

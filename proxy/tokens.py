@@ -1,7 +1,7 @@
 """How many tokens a prompt will be, before any engine has counted: learned per model from what engines report.
 
-No tokenizer: bytes per token differ threefold between Chinese, code and prose, and every answer tells the truth of
-its own. A picture, sound or file is hashed as bytes but counted by its kind. It must not know where numbers come from.
+No tokenizer: bytes per token differ threefold between Chinese, code and prose, and every answer tells the truth
+of its own. A picture, sound or file is hashed as bytes but counted by its kind. It knows no engine.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache.index import Held, Match
 from proxy.fleet import BreakerState, Fleet, PrefillRate, ReplicaSpec, ShareRow
-from proxy.routing import Demand, Held, plan
+from proxy.routing import Demand, plan
 
 RATE = 1_000.0  # tokens per second of every replica here, so that tokens read as milliseconds
 
@@ -66,8 +67,8 @@ def test_a_replica_that_stalls_grows_late():
     assert row(fleet, now=2.5).lateness_seconds == pytest.approx(2.0)
     fleet.first_token(first, 2.5)
     assert row(fleet, now=2.5).lateness_seconds == pytest.approx(1.7)
-    demand = Demand(8_000, 2_000.0)
-    assert plan(demand, {0: Held(2_000, 500.0)}, fleet.snapshot("pool", 9.0)).chosen.replica.name == "b"
+    demand, holds_a_quarter = Demand(8_000, 2_000.0), Match({0: Held(1, 2_000, 500, confident=True)})
+    assert plan(demand, holds_a_quarter, fleet.snapshot("pool", 9.0)).chosen.replica.name == "b"
 
 
 def test_the_charge_of_a_client_that_left_decays_at_the_replicas_rate():
