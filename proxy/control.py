@@ -153,8 +153,8 @@ Reconfigure = Callable[[Config], Awaitable[None]]
 class WorkerControl:
     """What a worker says to its supervisor and hears from it.
 
-    `on_explain` and `on_reload` may be set by whoever runs the worker; without them a reload is refused and nothing is
-    explained. `on_reload` raises `ConfigError` where the new configuration cannot be used.
+    `on_explain` and `on_reload` may be set by whoever runs the worker; without them a reload is refused and nothing
+    is explained. `on_reload` raises `ConfigError` where the new configuration cannot be used.
     """
 
     def __init__(self, channel: Channel[ToWorker], tasks: Tasks) -> None:

@@ -46,6 +46,10 @@ class Downstream(Protocol):
         """Close the body's framing."""
         ...
 
+    def write_last(self, piece: bytes) -> None:
+        """Write a short piece without waiting, before `break_off`."""
+        ...
+
     def break_off(self) -> None:
         """End the connection without the body's end, so that nobody takes it for whole."""
         ...
@@ -93,18 +97,24 @@ class ClientAnswer(web.StreamResponse):
     async def write(self, piece: bytes | bytearray | memoryview) -> None:
         if not self._has_body or not piece:
             return
-        transport = self._transport
-        if transport.is_closing():
+        if self._transport.is_closing():
             raise ConnectionResetError("the client left")
-        if self._chunked_body:
-            transport.writelines((b"%x\r\n" % len(piece), piece, b"\r\n"))
-        else:
-            if self._remaining_bytes is not None:
-                self._remaining_bytes -= len(piece)
-            transport.write(piece)
+        self._put(piece)
         if self._request.protocol.writing_paused:
             async with asyncio.timeout(self._write_seconds):
                 await self._request.writer.drain()
+
+    def write_last(self, piece: bytes) -> None:
+        if self._has_body and not self._transport.is_closing():
+            self._put(piece)
+
+    def _put(self, piece: bytes | bytearray | memoryview) -> None:
+        if self._chunked_body:
+            self._transport.writelines((b"%x\r\n" % len(piece), piece, b"\r\n"))
+        else:
+            if self._remaining_bytes is not None:
+                self._remaining_bytes -= len(piece)
+            self._transport.write(piece)
 
     def end(self) -> None:
         if self._chunked_body and self._has_body:

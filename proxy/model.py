@@ -154,7 +154,8 @@ class Call(msgspec.Struct, frozen=True):
     target: str  # path and query as the client sent them
     headers: tuple[tuple[bytes, bytes], ...]
     body: bytes
-    received_seconds: float  # monotonic
+    received_seconds: float  # monotonic: the head was here
+    read_seconds: float  # the body was all here
     deadline_seconds: float  # monotonic
 
 
@@ -219,6 +220,7 @@ class Times(msgspec.Struct, frozen=True, gc=False):
     """Monotonic stamps of one request; None where it never came so far."""
 
     received_seconds: float
+    read_seconds: float = 0.0  # the body was all here
     sent_seconds: float | None = None  # request written to the upstream that answered
     first_byte_seconds: float | None = None
     first_token_seconds: float | None = None

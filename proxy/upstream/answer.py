@@ -119,6 +119,18 @@ class UpstreamAnswer:
                 raise BadAnswer(f"the upstream's answer has more than {limit_bytes} bytes")
         return b"".join(pieces)
 
+    def header(self, name: bytes) -> bytes:
+        """The first value of a header by its lower-case name, empty where there is none."""
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return b""
+
+    def put_back(self, body: bytes) -> None:
+        """Undo a `read` of the whole body, for a caller that looked at it before passing it on."""
+        if body:
+            self._chunks.insert(0, body)
+
     def abort(self) -> None:
         """Close the connection if the body has not ended; nothing happens after the end."""
         if self._connection is not None:
