@@ -15,7 +15,9 @@ import threading
 from pathlib import Path
 from types import FrameType
 
+from rich.console import Group
 from rich.live import Live
+from rich.spinner import Spinner
 
 from demo import cairn
 from demo.asking import Answer, AskFailed, ask
@@ -102,10 +104,12 @@ class Demo:
         questions = ten_questions()
         answers: list[Answer] = []
         self.screen.say()
-        with Live(table(answers), console=self.screen.console, auto_refresh=False) as live:
-            for question in questions:
+        with Live(console=self.screen.console) as live:
+            for number, question in enumerate(questions, start=1):
+                asking = Spinner("dots", f"Question {number} of {len(questions)}, about {question.document} ...")
+                live.update(Group(table(answers), asking))
                 answers.append(ask(self._address(), MODEL_NAME, question, self._clock))
-                live.update(table(answers), refresh=self.screen.console.is_terminal)
+            live.update(table(answers))
         self.screen.say(f"\n{verdict(summarise(answers))}\n")
 
     def _address(self, *, admin: bool = False) -> str:
