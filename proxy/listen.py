@@ -1,0 +1,105 @@
+"""Listening sockets, opened before any worker starts and handed down, so that no connection is reset when one goes.
+
+On Linux every worker has a socket of its own on the same port and the kernel spreads connections over them; elsewhere
+one socket is shared, since other kernels do not balance. It must not know HTTP or processes.
+"""
+
+from __future__ import annotations
+
+import errno
+import resource
+import socket
+import sys
+from collections.abc import Sequence
+
+from proxy.errors import CairnError
+
+_OWN_SOCKETS = sys.platform == "linux"
+Address = tuple[socket.AddressFamily, tuple[str, int]]
+
+
+class ListenError(CairnError):
+    """An address cannot be bound; the message says which and why in one line."""
+
+
+def open_for_workers(host: str, port: int, workers: int, backlog: int) -> list[list[socket.socket]]:
+    """For each worker the sockets on which it listens: one for each address of `host`.
+
+    Raises:
+        ListenError: the port is taken, even by another Cairn that would share it, or may not be had.
+    """
+    opened: list[list[socket.socket]] = [[] for _ in range(workers)]
+    try:
+        for family, address in _addresses(host, port):
+            first = open_one(family, address, backlog)  # fails where anyone listens there
+            if not _OWN_SOCKETS or workers == 1:
+                for sockets in opened:
+                    sockets.append(first)
+                continue
+            port = first.getsockname()[1]
+            first.close()
+            for sockets in opened:
+                sockets.append(open_one(family, (address[0], port), backlog, shared=True))
+    except ListenError:
+        close_all(opened)
+        raise
+    return opened
+
+
+def open_admin(host: str, port: int) -> socket.socket:
+    """The admin port's socket, on the first address of `host`."""
+    family, address = _addresses(host, port)[0]
+    return open_one(family, address, 128)
+
+
+def open_one(family: int, address: tuple[str, int], backlog: int, *, shared: bool = False) -> socket.socket:
+    """A socket that listens at `address`; `shared` lets others of this user listen there too."""
+    opened = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        opened.bind(address)
+        opened.listen(backlog)
+        opened.setblocking(False)
+    except OSError as error:
+        opened.close()
+        raise ListenError(f"cannot listen on {address[0]} port {address[1]}: {_reason(error)}") from None
+    return opened
+
+
+def close_all(opened: list[list[socket.socket]]) -> None:
+    """Close every one of them; closing a shared one twice is harmless."""
+    for sockets in opened:
+        for each in sockets:
+            each.close()
+
+
+def raise_descriptor_limit() -> None:
+    """Allow as many open files as the system lets this user have; some systems start with 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 65_536)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):  # macOS refuses values over a limit that it does not tell
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, 10_240)), hard))
+
+
+def _addresses(host: str, port: int) -> Sequence[Address]:
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ListenError(f"cannot listen on {host}: {error.strerror or error}") from None
+    unique = {(family, (str(address[0]), port)): None for family, _, _, _, address in found}
+    usable = [each for each in unique if each[0] in (socket.AF_INET, socket.AF_INET6)]
+    if port == 0:  # two addresses would get two ports
+        return usable[:1]
+    return usable
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "the port is taken; choose another with --port or --admin-port"
+    if error.errno == errno.EACCES:
+        return "this user may not bind it; ports under 1024 need a right of their own"
+    return error.strerror or type(error).__name__

@@ -1,0 +1,319 @@
+"""The first process: it opens the ports, starts the private Valkey and the workers, and brings all of it to an end.
+
+It answers the admin port by itself, adds up what the workers count, restarts those that die, drains on SIGTERM and
+SIGINT (a second one ends at once) and reloads on SIGHUP. It sees no request. It must not know HTTP beyond the admin
+port's own module, and nothing of what a worker does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from proxy import listen, metrics
+from proxy.admin import AdminPort
+from proxy.clock import Clock
+from proxy.config import Config, ConfigError, Loaded, SecretUrl
+from proxy.control import MESSAGE_BYTES_AT_MOST, Explain, Report
+from proxy.readiness import Readiness, Stage, judge
+from proxy.slot import Gone, Slot
+from proxy.tasks import Tasks
+
+OWN_TICK_SECONDS = 1.0  # how often the supervisor counts itself and looks after the Valkey
+EXPLAIN_SECONDS = 5.0
+DEATHS_BEFORE_GIVING_UP = 3  # in one slot, while no worker was ever ready: a start that cannot work
+STORE_PAUSE_SECONDS = (1.0, 30.0)  # between two starts of a Valkey that does not live; doubled each time
+_OWN = -1  # the number under which the supervisor's own gauges are added up
+# what sockets, processes and the store were made from; a reload leaves it as it is
+_FIXED = {
+    "server": ("host", "port", "workers", "backlog"),
+    "admin": ("host", "port"),
+    "redis": ("url", "url_env", "url_file", "folder", "max_memory_bytes"),
+}
+
+log = logging.getLogger("cairn.supervisor")
+
+
+class PrivateStore(Protocol):
+    """A store of our own: `start` and `stop` block, and `start` raises one of `Parts.store_errors`."""
+
+    @property
+    def url(self) -> str:
+        """Where workers find it, known before it runs."""
+        ...
+
+    @property
+    def running(self) -> bool:
+        """False where it died."""
+        ...
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+
+    def stop(self) -> None:
+        """End it."""
+
+
+class Parts(msgspec.Struct, frozen=True):
+    """What the supervisor is handed from outside.
+
+    `worker_command` starts a worker when the descriptors are appended; `reload` reads the configuration again and
+    raises ConfigError; `private_store` makes a store in a folder with a bound in bytes.
+    """
+
+    worker_command: tuple[str, ...]
+    environment: Mapping[str, str]
+    reload: Callable[[], Loaded]
+    private_store: Callable[[Path, int], PrivateStore] | None
+    store_errors: tuple[type[Exception], ...]
+    clock: Clock
+    version: str
+    started: Callable[[str, str], None]  # told the two addresses once the first worker is ready
+
+
+class Supervisor:
+    """See the module. `run` once."""
+
+    def __init__(self, config: Config, parts: Parts) -> None:
+        self._config = config
+        self._parts = parts
+        self._stage = Stage.STARTING
+        self._tasks = Tasks()
+        self._exposition = metrics.Exposition()
+        self._recorder = metrics.Recorder()
+        self._slots: list[Slot] = []
+        self._listening: list[list[socket.socket]] = []
+        self._store: PrivateStore | None = None
+        # one thread for as long as the process: on Linux the kernel ends the Valkey with the thread that started it
+        self._store_thread = ThreadPoolExecutor(1, "private-store")
+        self._admin = AdminPort(self)
+        self._addresses = ("", "")
+        self._stop_signal: signal.Signals | None = None
+        self._stop = asyncio.Event()
+        self._now = asyncio.Event()
+        self._was_ready = False
+        self._questions = 0
+
+    # --- what the admin port shows
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        return self._config
+
+    def readiness(self) -> Readiness:
+        """Whether requests are welcome."""
+        return judge(self._stage, [slot.view() for slot in self._slots])
+
+    def scrape(self, accept: str) -> tuple[bytes, str]:
+        """The metrics page."""
+        self._count_self()
+        return self._exposition.render(accept)
+
+    async def explain(self, path: str, body: bytes, credential: bytes) -> tuple[int, bytes]:
+        """Ask the workers in turn until one answers."""
+        if len(body) + len(path) + len(credential) > MESSAGE_BYTES_AT_MOST // 2:
+            return 413, b'{"error": "the body is too large to be explained"}'
+        for slot in sorted(self._slots, key=lambda each: not each.view().serves):
+            self._questions += 1
+            with suppress(Gone, TimeoutError):
+                answer = await slot.explain(Explain(self._questions, path, body, credential), EXPLAIN_SECONDS)
+                return answer.status, answer.body
+        return 503, b'{"error": "no worker answers"}'
+
+    # --- what the slots tell
+
+    def ready(self, number: int) -> None:
+        """The first ready worker ends the start."""
+        log.info("worker %d is ready (pid %s)", number, self._slots[number].pid)
+        if not self._was_ready:
+            self._was_ready = True
+            if self._stage is Stage.STARTING:
+                self._stage = Stage.SERVING
+            self._parts.started(*self._addresses)
+
+    def reported(self, number: int, report: Report) -> None:
+        """Add what a worker counted."""
+        self._exposition.apply(number, report.counts)
+
+    def refused(self, number: int, why: str) -> None:
+        """A worker keeps its old configuration."""
+        self._recorder.inc(metrics.RELOADS_FAILED)
+        log.error("worker %d keeps its old configuration: %s", number, why)
+
+    def died(self, number: int, lives: int) -> None:
+        """Count it; give up where none ever was ready."""
+        self._recorder.inc(metrics.WORKER_RESTARTS)
+        self._exposition.forget(number)
+        if not self._was_ready and lives >= DEATHS_BEFORE_GIVING_UP:
+            log.error("workers end before they are ready; giving up")
+            self._stop.set()
+
+    # --- from start to end
+
+    async def run(self) -> int:
+        """Serve until told to end; gives the exit code: 0 after a drain, 1 where it was cut short or never began.
+
+        Raises:
+            ListenError: a port cannot be had; nothing was started.
+        """
+        listen.raise_descriptor_limit()
+        server, admin = self._config.server, self._config.admin
+        self._listening = listen.open_for_workers(server.host, server.port, server.workers, server.backlog)
+        try:
+            admin_socket = listen.open_admin(admin.host, admin.port)
+        except listen.ListenError:
+            listen.close_all(self._listening)
+            raise
+        self._addresses = (_address(self._listening[0][0]), _address(admin_socket))
+        self._handle_signals()
+        try:
+            await self._admin.start(admin_socket)
+            await self._start_store()
+            return await self._serve()
+        finally:
+            await self._end()
+
+    async def _serve(self) -> int:
+        self._recorder.set(metrics.RELOADED_AT, (), self._parts.clock.unix())
+        self._slots = [self._new_slot(number) for number in range(len(self._listening))]
+        running = [self._tasks.start(slot.run(), f"slot-{slot.number}") for slot in self._slots]
+        self._tasks.start(self._tick(), "tick")
+        await self._stop.wait()
+        await self._drain(running)
+        return 0 if self._stop_signal is not None and not self._now.is_set() else 1
+
+    def _new_slot(self, number: int) -> Slot:
+        parts = self._parts
+        return Slot(
+            number, parts.worker_command, parts.environment, self._listening[number], self._config, self, parts.clock
+        )
+
+    async def _drain(self, running: Sequence[asyncio.Task[None]]) -> None:
+        """Not ready at once; a moment in which balancers notice; then what runs may end, until the deadline."""
+        self._stage = Stage.DRAINING
+        server = self._config.server
+        if self._stop_signal is signal.SIGTERM and self._was_ready:
+            log.info("draining: still accepting for %.1f s", server.drain_accept_seconds)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._now.wait(), server.drain_accept_seconds)
+        listen.close_all(self._listening)  # ours; what queues there is the workers' to accept until they close theirs
+        log.info("draining: what runs may end within %.0f s", server.drain_seconds)
+        for slot in self._slots:
+            slot.drain(server.drain_seconds)
+        ended = self._tasks.start(_all_of(running), "all-workers")
+        at_once = self._tasks.start(self._now.wait(), "second-signal")
+        await asyncio.wait({ended, at_once}, return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            for slot in self._slots:
+                slot.kill()
+            await ended
+
+    async def _end(self) -> None:
+        await self._tasks.close()
+        await self._admin.close()
+        listen.close_all(self._listening)
+        if self._store is not None:
+            await self._in_store_thread(self._store.stop)
+        self._store_thread.shutdown(wait=False)
+
+    # --- signals
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._told_to_stop, number)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+
+    def _told_to_stop(self, number: signal.Signals) -> None:
+        if self._stop.is_set():
+            self._now.set()
+            return
+        self._stop_signal = number
+        self._stage = Stage.DRAINING
+        self._stop.set()
+
+    def _reload(self) -> None:
+        """Take over the configuration as it is now on disk, but for what only a restart can change."""
+        try:
+            loaded = self._parts.reload()
+        except ConfigError as error:
+            self._recorder.inc(metrics.RELOADS_FAILED)
+            log.error("the configuration stays as it was: %s", error.message)  # noqa: TRY400 - not a failure of ours
+            return
+        self._config = self._with_fixed(loaded.config)
+        for slot in self._slots:
+            slot.configure(self._config)
+        self._recorder.set(metrics.RELOADED_AT, (), self._parts.clock.unix())
+        log.info("the configuration was read again")
+
+    def _with_fixed(self, config: Config) -> Config:
+        """`config` with the old values of what cannot be changed in a running process."""
+        for section, fields in _FIXED.items():
+            old, new = getattr(self._config, section), getattr(config, section)
+            kept = {field: getattr(old, field) for field in fields}
+            if section != "redis" or self._store is None:
+                for field in (field for field in fields if kept[field] != getattr(new, field)):
+                    log.warning("$.%s.%s takes effect after a restart only", section, field)
+            config = msgspec.structs.replace(config, **{section: msgspec.structs.replace(new, **kept)})
+        return config
+
+    # --- what it looks after
+
+    async def _start_store(self) -> None:
+        """Start the private Valkey where no Redis is configured. It may fail: Cairn works without, only worse."""
+        redis = self._config.redis
+        if redis.url is not None or redis.folder is None or self._parts.private_store is None:
+            return
+        self._store = self._parts.private_store(Path(redis.folder), redis.max_memory_bytes)
+        await self._try_store(self._store)
+        redis = msgspec.structs.replace(redis, url=SecretUrl(self._store.url))
+        self._config = msgspec.structs.replace(self._config, redis=redis)
+
+    async def _try_store(self, store: PrivateStore) -> bool:
+        try:
+            await self._in_store_thread(store.start)
+        except self._parts.store_errors as error:
+            log.warning("serving without a store: %s", error)
+            return False
+        return True
+
+    async def _in_store_thread(self, call: Callable[[], None]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._store_thread, call)
+
+    async def _tick(self) -> None:
+        """Every second: own counts, and the Valkey started again where it died."""
+        pause, since = STORE_PAUSE_SECONDS[0], 0.0
+        while True:
+            await asyncio.sleep(OWN_TICK_SECONDS)
+            self._count_self()
+            since += OWN_TICK_SECONDS
+            if self._store is None or self._store.running or since < pause:
+                continue
+            since = 0.0
+            log.warning("the private Valkey does not run; starting it")
+            alive = await self._try_store(self._store)
+            pause = STORE_PAUSE_SECONDS[0] if alive else min(pause * 2, STORE_PAUSE_SECONDS[1])
+
+    def _count_self(self) -> None:
+        self._recorder.set(metrics.WORKERS, (), sum(slot.ready for slot in self._slots))
+        self._recorder.set(metrics.BUILD, (self._parts.version,), 1)
+        self._exposition.apply(_OWN, self._recorder.take())
+
+
+async def _all_of(running: Sequence[asyncio.Task[None]]) -> None:
+    await asyncio.wait(running)
+
+
+def _address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
