@@ -16,7 +16,7 @@ import ssl
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Self
 
 _READ_BYTES = 65_536
 
@@ -71,16 +71,16 @@ class Peer:
         self.left.set()
 
 
-class Step(Protocol):
+class Step:
     """One step of a play."""
 
     async def play(self, peer: Peer) -> None:
         """Do it."""
-        ...
+        raise NotImplementedError
 
 
-@dataclass(frozen=True, slots=True)
-class Expect:
+@dataclass(frozen=True)
+class Expect(Step):
     """Read one whole request and record it; with `head_only` leave its body unread."""
 
     head_only: bool = False
@@ -108,7 +108,7 @@ class Expect:
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
+class Send(Step):
     """Write bytes and wait until the transport wants more."""
 
     data: bytes
@@ -120,7 +120,7 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
-class Flood:
+class Flood(Step):
     """Write `piece` so many times, as fast as the client takes it."""
 
     piece: bytes
@@ -132,7 +132,7 @@ class Flood:
 
 
 @dataclass(frozen=True, slots=True)
-class Pause:
+class Pause(Step):
     """Go on when `event` is set by the test."""
 
     event: asyncio.Event
@@ -142,7 +142,7 @@ class Pause:
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(Step):
     """Set `event`, so that the test knows that the play is here."""
 
     event: asyncio.Event
@@ -152,7 +152,7 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Stall:
+class Stall(Step):
     """Do nothing more until the client leaves."""
 
     async def play(self, peer: Peer) -> None:
@@ -160,7 +160,7 @@ class Stall:
 
 
 @dataclass(frozen=True, slots=True)
-class Close:
+class Close(Step):
     """End the connection in order (FIN)."""
 
     async def play(self, peer: Peer) -> None:
@@ -168,7 +168,7 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
-class Reset:
+class Reset(Step):
     """End the connection with a reset (RST)."""
 
     async def play(self, peer: Peer) -> None:
@@ -194,8 +194,9 @@ class ScriptedUpstream:
     peers: list[Peer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        first = self.plays[0] if self.plays else []
-        self._plays: list[Play] = list(self.plays) if isinstance(first, Sequence) else [self.plays]  # type: ignore[arg-type, list-item]
+        steps = [step for step in self.plays if isinstance(step, Step)]
+        plays: list[Play] = [play for play in self.plays if not isinstance(play, Step)]
+        self._plays = plays or [steps]
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures: list[BaseException] = []
         self.port = 0

@@ -52,7 +52,17 @@ def test_the_host_header_names_the_port_only_where_it_is_not_the_schemes_own(url
 
 @pytest.mark.parametrize(
     "url",
-    ["ftp://h", "h:80", "http://", "http://u:p@h", "http://h?x=1", "http://h#x", "http://h/a b", "http://h:x", "http://é"],
+    [
+        "ftp://h",
+        "h:80",
+        "http://",
+        "http://u:p@h",
+        "http://h?x=1",
+        "http://h#x",
+        "http://h/a b",
+        "http://h:x",
+        "http://é",
+    ],
 )
 def test_a_url_that_is_not_a_plain_base_is_refused(url: str) -> None:
     with pytest.raises(ValueError):
@@ -97,7 +107,15 @@ def test_nothing_in_a_head_can_start_another_line(where: str, bad: bytes) -> Non
 
 @pytest.mark.parametrize(
     ("target", "name"),
-    [(b"/a b", b"a"), (b"", b"a"), (b"http://evil/", b"a"), (b"/\t", b"a"), (b"/", b"a b"), (b"/", b"a:"), (b"/", b"")],
+    [
+        (b"/a b", b"a"),
+        (b"", b"a"),
+        (b"http://evil/", b"a"),
+        (b"/\t", b"a"),
+        (b"/", b"a b"),
+        (b"/", b"a:"),
+        (b"/", b""),
+    ],
 )
 def test_a_target_or_name_of_another_shape_is_refused(target: bytes, name: bytes) -> None:
     with pytest.raises(ValueError):

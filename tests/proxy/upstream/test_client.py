@@ -1,0 +1,664 @@
+"""The client before a scripted upstream: keep-alive and its races, bodies both ways, limits, TLS and names."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+import trustme
+
+from proxy.errors import (
+    BadAnswer,
+    ConnectFailed,
+    ConnectTimeout,
+    FirstByteTimeout,
+    IdleTimeout,
+    ResetBeforeAnswer,
+    ResetMidAnswer,
+    TlsFailed,
+)
+from proxy.upstream import Framing, Origin, PoolCounts, pool
+from tests.proxy.upstream.conftest import MakeClient, counts, fetch, origin_of, spawn, turns, until
+from tests.support.clock import FakeClock
+from tests.support.openai_upstream import OpenAIUpstream
+from tests.support.upstream import (
+    EVENT_STREAM,
+    Close,
+    Expect,
+    Flood,
+    Mark,
+    Pause,
+    Play,
+    Reset,
+    ScriptedUpstream,
+    Send,
+    Stall,
+    Step,
+    answer,
+    chunk,
+    chunked,
+)
+
+SERVE_ONE: Play = [Expect(), Send(answer(b"hello"))]
+SERVE_TWO: Play = [*SERVE_ONE, *SERVE_ONE]
+
+
+async def pieces_of(*pieces: bytes) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        await asyncio.sleep(0)
+        yield piece
+
+
+async def test_a_request_arrives_as_it_was_given_and_its_answer_comes_back_whole(make_client: MakeClient) -> None:
+    client = make_client()
+    async with ScriptedUpstream(SERVE_ONE) as upstream:
+        answered = await client.request(origin_of(upstream), b"POST", b"/v1/x?y=1", [(b"a", b"b")], b"body")
+        assert (answered.status, answered.reason, answered.content_length) == (200, b"OK", 5)
+        assert answered.complete
+        assert answered.body_now() == b"hello"
+        assert await answered.next_chunk() == b""
+        host = b"127.0.0.1:%d" % upstream.port
+        head = b"POST /v1/x?y=1 HTTP/1.1\r\nhost: %b\r\na: b\r\ncontent-length: 4\r\n\r\n" % host
+        assert upstream.requests[0].raw == head + b"body"
+
+
+async def test_nothing_is_sent_where_the_head_could_be_read_as_another(make_client: MakeClient) -> None:
+    client = make_client()
+    async with ScriptedUpstream(SERVE_ONE) as upstream:
+        with pytest.raises(ValueError):
+            await client.request(origin_of(upstream), b"GET", b"/", [(b"a", b"b\r\nc: d")])
+        assert upstream.connections == 0
+
+
+# -- keep-alive
+
+
+async def test_a_connection_serves_one_request_after_the_other(make_client: MakeClient) -> None:
+    client = make_client()
+    async with ScriptedUpstream([*SERVE_TWO, *SERVE_ONE]) as upstream:
+        for _ in range(3):
+            assert await fetch(client, upstream) == b"hello"
+        assert upstream.connections == 1
+        assert counts(client, upstream) == PoolCounts(1, 1, 0, 0, opened=1, reused=2, retried=0)
+
+
+async def test_the_connection_used_last_is_used_next(make_client: MakeClient) -> None:
+    client = make_client()
+    gates = [asyncio.Event(), asyncio.Event()]
+    plays: list[Play] = [[Expect(), Pause(gate), Send(answer()), *SERVE_ONE] for gate in gates]
+    async with ScriptedUpstream(plays) as upstream:
+        first = spawn(fetch(client, upstream))
+        await until(lambda: len(upstream.requests) == 1)
+        second = spawn(fetch(client, upstream))
+        await until(lambda: len(upstream.requests) == 2)
+        for gate, request in zip(reversed(gates), (second, first), strict=True):
+            gate.set()
+            await request
+        await fetch(client, upstream, b"third")
+        assert upstream.peers[0].raw.endswith(b"third")
+
+
+@pytest.mark.parametrize("end", [Close(), Reset()])
+async def test_a_pooled_connection_that_dies_under_a_request_is_named_and_the_caller_decides(
+    make_client: MakeClient, end: Step
+) -> None:
+    client = make_client()
+    async with ScriptedUpstream([[*SERVE_ONE, Expect(), end], SERVE_ONE]) as upstream:
+        await fetch(client, upstream)
+        with pytest.raises(ResetBeforeAnswer) as caught:
+            await fetch(client, upstream)
+        assert caught.value.reused
+        assert counts(client, upstream).open == 0
+        assert await fetch(client, upstream) == b"hello"
+
+
+@pytest.mark.parametrize("end", [Close(), Reset()])
+@pytest.mark.parametrize("body", [b"again", [b"ag", b"ain"]])
+async def test_with_leave_to_retry_it_is_sent_once_more_on_a_fresh_connection(
+    make_client: MakeClient, end: Step, body: Any
+) -> None:
+    client = make_client()
+    async with ScriptedUpstream([[*SERVE_ONE, Expect(), end], SERVE_ONE]) as upstream:
+        await fetch(client, upstream)
+        assert await fetch(client, upstream, body, retry_reused=True) == b"hello"
+        assert [request.body for request in upstream.requests[1:]] == [b"again", b"again"]
+        assert counts(client, upstream).retried == 1
+
+
+async def test_a_retry_avoids_all_pooled_connections_and_happens_once(make_client: MakeClient) -> None:
+    client = make_client()
+    gate = asyncio.Event()
+    dying: Play = [Expect(), Pause(gate), Send(answer()), Expect(), Close()]
+    async with ScriptedUpstream([dying, dying, [Expect(), Close()]]) as upstream:
+        both = asyncio.gather(fetch(client, upstream), fetch(client, upstream))
+        await until(lambda: len(upstream.requests) == 2)
+        gate.set()
+        await both
+        with pytest.raises(ResetBeforeAnswer) as caught:
+            await fetch(client, upstream, retry_reused=True)
+        assert not caught.value.reused
+        assert upstream.connections == 3
+        assert len(upstream.requests) == 4
+
+
+async def test_a_fresh_connection_that_dies_is_not_retried_here(make_client: MakeClient) -> None:
+    client = make_client()
+    async with ScriptedUpstream([[Expect(), Close()], SERVE_ONE]) as upstream:
+        with pytest.raises(ResetBeforeAnswer):
+            await fetch(client, upstream, retry_reused=True)
+        assert len(upstream.requests) == 1
+
+
+async def test_nothing_is_retried_once_a_byte_of_an_answer_came(make_client: MakeClient) -> None:
+    client = make_client()
+    async with ScriptedUpstream([[*SERVE_ONE, Expect(), Send(b"H"), Close()], SERVE_ONE]) as upstream:
+        await fetch(client, upstream)
+        with pytest.raises(BadAnswer):
+            await fetch(client, upstream, retry_reused=True)
+        assert len(upstream.requests) == 2
+
+
+async def test_a_connection_that_the_upstream_closed_while_idle_is_forgotten(make_client: MakeClient) -> None:
+    client = make_client()
+    async with ScriptedUpstream([[*SERVE_ONE, Close()], SERVE_ONE]) as upstream:
+        await fetch(client, upstream)
+        await until(lambda: counts(client, upstream).open == 0)
+        assert await fetch(client, upstream) == b"hello"
+
+
+async def test_an_idle_connection_is_closed_when_it_expires(make_client: MakeClient) -> None:
+    clock = FakeClock()
+    client = make_client(clock, idle_expiry_seconds=4)
+    async with ScriptedUpstream(SERVE_TWO) as upstream:
+        await fetch(client, upstream)
+        clock.advance(3.9)
+        client.check_limits()
+        assert counts(client, upstream).idle == 1
+        clock.advance(0.2)
+        client.check_limits()
+        assert counts(client, upstream).open == 0
+        await upstream.peers[0].left.wait()
+
+
+@pytest.mark.parametrize(
+    "raw", [answer(b"x", headers=[b"Connection: close"]), b"HTTP/1.0 200 OK\r\nContent-Length: 1\r\n\r\nx"]
+)
+async def test_a_connection_that_is_not_to_be_kept_is_closed_after_its_answer(
+    make_client: MakeClient, raw: bytes
+) -> None:
+    client = make_client()
+    async with ScriptedUpstream([Expect(), Send(raw)]) as upstream:
+        assert await fetch(client, upstream) == b"x"
+        assert counts(client, upstream).open == 0
+        await upstream.peers[0].left.wait()
+
+
+async def test_a_close_delimited_answer_ends_with_its_connection(make_client: MakeClient) -> None:
+    client = make_client()
+    async with ScriptedUpstream([Expect(), Send(b"HTTP/1.1 200 OK\r\n\r\nhello"), Close()]) as upstream:
+        answered = await client.request(origin_of(upstream), b"GET", b"/")
+        assert answered.framing is Framing.CLOSE
+        assert await answered.read(10) == b"hello"
+        assert counts(client, upstream).open == 0
+
+
+async def test_head_204_and_304_leave_the_connection_in_step(make_client: MakeClient) -> None:
+    client = make_client()
+    bodiless = [b"HTTP/1.1 204 N\r\n\r\n", b"HTTP/1.1 304 N\r\nContent-Length: 9\r\n\r\n"]
+    play = [Expect(), Send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")]
+    play += [step for raw in bodiless for step in (Expect(), Send(raw))]
+    async with ScriptedUpstream([*play, *SERVE_ONE]) as upstream:
+        for method, status in ((b"HEAD", 200), (b"GET", 204), (b"GET", 304)):
+            answered = await client.request(origin_of(upstream), method, b"/")
+            assert (answered.status, answered.complete, await answered.read(9)) == (status, True, b"")
+        assert await fetch(client, upstream) == b"hello"
+        assert upstream.connections == 1
+
+
+# -- streams
+
+
+async def test_the_habit_of_closing_after_each_stream_costs_no_request(make_client: MakeClient) -> None:
+    """As llama.cpp does it, sixty in a row, without any retry."""
+    client = make_client()
+    body = b'{"model": "m", "stream": true, "messages": [{"role": "user", "content": "hi"}]}'
+    async with OpenAIUpstream(closes_streams=True) as upstream:
+        origin = Origin.parse(upstream.url)
+        for _ in range(60):
+            answered = await client.request(origin, b"POST", b"/v1/chat/completions", [], body)
+            assert answered.is_event_stream
+            assert (await answered.read(1 << 20)).endswith(b"data: [DONE]\n\n")
+        await until(lambda: client.counts()[origin].open == 0)
+        assert len(upstream.requests) == 60
+
+
+async def test_a_streams_connection_is_reused_after_probation_and_at_once_when_trusted(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_client()
+    stream: Play = [Expect(), Send(chunked(b"data: 1\n\n", headers=[EVENT_STREAM]))]
+    async with ScriptedUpstream([step for _ in range(9) for step in stream]) as upstream:
+        await fetch(client, upstream)
+        await fetch(client, upstream)
+        assert upstream.connections == 2, "on probation it is not reused"
+        monkeypatch.setattr(pool, "PROBATION_SECONDS", 0)
+        for _ in range(pool.TRUSTED_AFTER):
+            await fetch(client, upstream)
+            await turns()
+        opened = upstream.connections
+        monkeypatch.setattr(pool, "PROBATION_SECONDS", 1_000)
+        await fetch(client, upstream)
+        await fetch(client, upstream)
+        assert upstream.connections == opened
+
+
+async def test_trust_is_lost_when_an_upstream_closes_behind_a_stream(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "PROBATION_SECONDS", 0)
+    client = make_client()
+    close = asyncio.Event()
+    stream: Play = [Expect(), Send(chunked(b"data: 1\n\n", headers=[EVENT_STREAM]))]
+    first: Play = [step for _ in range(pool.TRUSTED_AFTER + 1) for step in stream]
+    async with ScriptedUpstream([[*first, Pause(close), Close()], stream]) as upstream:
+        for _ in range(pool.TRUSTED_AFTER + 1):
+            await fetch(client, upstream)
+            await turns()
+        monkeypatch.setattr(pool, "PROBATION_SECONDS", 1_000)
+        close.set()
+        await until(lambda: counts(client, upstream).open == 0)
+        await fetch(client, upstream)
+        await fetch(client, upstream)
+        assert upstream.connections == 3, "each on a connection of its own again"
+
+
+async def test_pieces_are_handed_on_as_they_come(make_client: MakeClient) -> None:
+    client = make_client()
+    gates = [asyncio.Event() for _ in range(3)]
+    play: list[Step] = [Expect(), Send(chunked(b"0", end=False))]
+    for number, gate in enumerate(gates, 1):
+        play += [Pause(gate), Send(chunk(b"%d" % number))]
+    async with ScriptedUpstream([*play, Send(b"0\r\n\r\n")]) as upstream:
+        answered = await client.request(origin_of(upstream), b"GET", b"/")
+        assert await answered.next_chunk() == b"0"
+        for number, gate in enumerate(gates, 1):
+            gate.set()
+            assert await answered.next_chunk() == b"%d" % number
+        assert await answered.next_chunk() == b""
+
+
+async def test_a_slow_reader_bounds_what_is_held_and_stops_the_upstream(make_client: MakeClient) -> None:
+    client = make_client(buffer_bytes=65_536)
+    piece, times = b"x" * 65_536, 400
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (len(piece) * times)
+    async with ScriptedUpstream([Expect(), Send(head), Flood(piece, times), Stall()]) as upstream:
+        answered = await client.request(origin_of(upstream), b"GET", b"/")
+        read_bytes = 0
+        while read_bytes < len(piece) * times:
+            await turns(30)
+            assert answered.buffered_bytes <= 65_536 + 262_144
+            assert upstream.peers[0].sent_bytes - read_bytes < 12_000_000, "what is held, and the kernel's buffers"
+            read_bytes += len(await answered.next_chunk())
+        assert await answered.next_chunk() == b""
+
+
+async def test_read_refuses_more_than_its_limit_and_closes(make_client: MakeClient) -> None:
+    client = make_client()
+    async with ScriptedUpstream([Expect(), Send(chunked(b"x" * 100, end=False)), Stall()]) as upstream:
+        answered = await client.request(origin_of(upstream), b"GET", b"/")
+        with pytest.raises(BadAnswer):
+            await answered.read(99)
+        assert counts(client, upstream).open == 0
+        await upstream.peers[0].left.wait()
+
+
+@pytest.mark.parametrize("end", [Close(), Reset()])
+async def test_a_break_inside_the_body_comes_after_what_had_arrived(make_client: MakeClient, end: Step) -> None:
+    client = make_client()
+    gate = asyncio.Event()
+    async with ScriptedUpstream([Expect(), Send(chunked(b"part", end=False)), Pause(gate), end]) as upstream:
+        answered = await client.request(origin_of(upstream), b"GET", b"/")
+        await until(lambda: answered.buffered_bytes == 4)
+        gate.set()
+        await until(lambda: counts(client, upstream).open == 0)
+        assert await answered.next_chunk() == b"part"
+        for _ in range(2):
+            with pytest.raises(ResetMidAnswer):
+                await answered.next_chunk()
+
+
+# -- bodies
+
+
+@pytest.mark.parametrize("length", [None, 9])
+async def test_a_body_in_pieces_is_sent_as_declared_or_chunked(make_client: MakeClient, length: int | None) -> None:
+    client = make_client()
+    async with ScriptedUpstream(SERVE_ONE) as upstream:
+        body = pieces_of(b"one", b"", b"two", b"end")
+        assert await fetch(client, upstream, body, length=length) == b"hello"
+        request = upstream.requests[0]
+        assert request.body == b"onetwoend"
+        assert request.header(b"content-length") == (b"9" if length else None)
+        assert request.header(b"transfer-encoding") == (None if length else b"chunked")
+        assert counts(client, upstream).idle == 1
+
+
+@pytest.mark.parametrize("pieces", [[b"short"], [b"much too", b" long"]])
+async def test_a_body_that_is_not_as_long_as_declared_is_never_completed(
+    make_client: MakeClient, pieces: Sequence[bytes]
+) -> None:
+    client = make_client()
+    async with ScriptedUpstream(SERVE_ONE) as upstream:
+        with pytest.raises(ValueError):
+            await fetch(client, upstream, pieces_of(*pieces), length=9)
+        assert counts(client, upstream).open == 0
+        await upstream.peers[0].left.wait()
+        assert upstream.requests == []
+
+
+async def test_what_breaks_a_body_off_reaches_the_caller_and_closes(make_client: MakeClient) -> None:
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"part"
+        raise TimeoutError("the client's own")
+
+    client = make_client()
+    async with ScriptedUpstream(SERVE_ONE) as upstream:
+        with pytest.raises(TimeoutError, match="own"):
+            await fetch(client, upstream, broken())
+        assert counts(client, upstream).open == 0
+
+
+async def test_a_body_that_cannot_be_sent_twice_is_not_risked_on_a_pooled_connection(make_client: MakeClient) -> None:
+    client = make_client(max_connections=1)
+    async with ScriptedUpstream([SERVE_TWO, SERVE_ONE]) as upstream:
+        await fetch(client, upstream)
+        await fetch(client, upstream, pieces_of(b"x"))
+        assert upstream.connections == 2
+        assert counts(client, upstream).open == 1
+
+
+async def test_an_upstream_that_does_not_read_stops_the_body(make_client: MakeClient) -> None:
+    client = make_client()
+    produced = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal produced
+        for _ in range(800):
+            produced += 1
+            yield b"x" * 65_536
+
+    gate = asyncio.Event()
+    async with ScriptedUpstream([Pause(gate), *SERVE_ONE]) as upstream:
+        request = spawn(fetch(client, upstream, body(), length=800 * 65_536))
+        seen = -1
+        while seen != produced or not produced:
+            seen = produced
+            await turns(500)
+        assert produced < 400
+        gate.set()
+        assert await request == b"hello"
+        assert len(upstream.requests[0].body) == 800 * 65_536
+
+
+async def test_an_answer_that_comes_while_the_body_is_awaited_is_delivered_at_once(make_client: MakeClient) -> None:
+    client = make_client()
+    never = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"first"
+        await never.wait()
+
+    play = [Expect(head_only=True), Send(answer(b"too large", status=b"413 Too Large"))]
+    async with ScriptedUpstream(play) as upstream:
+        answered = await client.request(origin_of(upstream), b"POST", b"/", [], body(), length=1_000)
+        assert (answered.status, answered.early, await answered.read(99)) == (413, True, b"too large")
+        assert counts(client, upstream).open == 0
+        await upstream.peers[0].left.wait()
+
+
+async def test_an_early_answer_to_a_large_body_is_delivered_and_the_connection_closed(
+    make_client: MakeClient,
+) -> None:
+    client = make_client()
+    play = [Expect(head_only=True), Send(answer(b"too large", status=b"413 Too Large")), Pause(asyncio.Event())]
+    async with ScriptedUpstream(play) as upstream:
+        answered = await client.request(origin_of(upstream), b"POST", b"/", [], b"x" * 30_000_000)
+        assert (answered.status, answered.early, await answered.read(99)) == (413, True, b"too large")
+        assert counts(client, upstream).open == 0
+
+
+async def test_a_connection_lost_while_the_body_is_awaited_is_told_at_once(make_client: MakeClient) -> None:
+    client = make_client()
+    never = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"first"
+        await never.wait()
+
+    async with ScriptedUpstream([Expect(head_only=True), Reset()]) as upstream:
+        with pytest.raises(ResetBeforeAnswer) as caught:
+            await fetch(client, upstream, body())
+        assert not caught.value.reused
+
+
+# -- limits
+
+
+async def test_no_answer_within_the_limit_fails_the_request_and_closes(make_client: MakeClient) -> None:
+    clock = FakeClock()
+    client = make_client(clock, first_byte_seconds=30)
+    async with ScriptedUpstream([Expect(), Stall()]) as upstream:
+        request = spawn(fetch(client, upstream))
+        await until(lambda: len(upstream.requests) == 1)
+        clock.advance(31)
+        client.check_limits()
+        with pytest.raises(FirstByteTimeout):
+            await request
+        await upstream.peers[0].left.wait()
+        assert counts(client, upstream).open == 0
+
+
+async def test_a_body_that_stands_still_fails_and_closes(make_client: MakeClient) -> None:
+    clock = FakeClock()
+    client = make_client(clock, idle_seconds=30)
+    async with ScriptedUpstream([Expect(), Send(chunked(b"part", end=False)), Stall()]) as upstream:
+        answered = await client.request(origin_of(upstream), b"GET", b"/")
+        assert await answered.next_chunk() == b"part"
+        reading = spawn(answered.next_chunk())
+        await turns()
+        clock.advance(31)
+        client.check_limits()
+        with pytest.raises(IdleTimeout):
+            await reading
+        await upstream.peers[0].left.wait()
+        assert counts(client, upstream).open == 0
+
+
+async def test_an_upstream_that_takes_no_body_for_too_long_fails(make_client: MakeClient) -> None:
+    clock = FakeClock()
+    client = make_client(clock, first_byte_seconds=30)
+    produced = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal produced
+        while True:
+            produced += 1
+            yield b"x" * 65_536
+
+    async with ScriptedUpstream([Pause(asyncio.Event())]) as upstream:
+        request = spawn(fetch(client, upstream, body()))
+        seen = -1
+        while seen != produced or not produced:
+            seen = produced
+            await turns(500)
+        clock.advance(31)
+        client.check_limits()
+        with pytest.raises(FirstByteTimeout):
+            await request
+        assert counts(client, upstream).open == 0
+
+
+async def test_a_client_that_is_slow_to_send_is_not_the_upstreams_lateness(make_client: MakeClient) -> None:
+    clock = FakeClock()
+    client = make_client(clock, first_byte_seconds=30)
+    gate = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"first"
+        await gate.wait()
+
+    async with ScriptedUpstream(SERVE_ONE) as upstream:
+        request = spawn(fetch(client, upstream, body()))
+        await until(lambda: upstream.connections == 1)
+        await turns()
+        clock.advance(1_000)
+        client.check_limits()
+        gate.set()
+        assert await request == b"hello"
+
+
+async def test_the_clients_own_timer_sees_to_the_limits(make_client: MakeClient) -> None:
+    client = make_client(first_byte_seconds=0.03)
+    async with ScriptedUpstream([Expect(), Stall()]) as upstream:
+        for _ in range(2):
+            with pytest.raises(FirstByteTimeout):
+                await fetch(client, upstream)
+
+
+# -- opening
+
+
+async def test_a_refused_connection_is_named_and_its_slot_is_free_again(make_client: MakeClient) -> None:
+    client = make_client(max_connections=1)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        origin = Origin.parse(f"http://127.0.0.1:{closed.getsockname()[1]}")
+        for _ in range(3):
+            with pytest.raises(ConnectFailed):
+                await client.request(origin, b"GET", b"/")
+    assert client.counts()[origin].open == 0
+
+
+async def test_a_name_that_does_not_resolve_is_named(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unknown(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    client = make_client()
+    with pytest.raises(ConnectFailed):
+        await client.request(Origin.parse(f"http://{'a' * 70}.invalid"), b"GET", b"/")
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", unknown)
+    with pytest.raises(ConnectFailed, match="resolve"):
+        await client.request(Origin.parse("http://replica.invalid"), b"GET", b"/")
+
+
+async def test_the_addresses_of_a_name_are_tried_in_turn(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def two(*_: Any, **__: Any) -> Any:
+        rest = (socket.SOCK_STREAM, 6, "")
+        return [(socket.AF_INET6, *rest, ("::1", 0, 0, 0)), (socket.AF_INET, *rest, ("127.0.0.1", 0))]
+
+    client = make_client()
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", two)
+    async with ScriptedUpstream(SERVE_ONE) as upstream:
+        answered = await client.request(Origin.parse(f"http://replica:{upstream.port}"), b"GET", b"/")
+        assert answered.status == 200
+        assert upstream.requests[0].header(b"host") == b"replica:%d" % upstream.port
+
+
+async def test_a_name_server_or_handshake_that_hangs_is_within_the_limit_for_connecting(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(*_: Any, **__: Any) -> Any:
+        await asyncio.Event().wait()
+
+    client = make_client(connect_seconds=0.03)
+    async with ScriptedUpstream([Stall()]) as upstream:
+        silent = Origin.parse(f"https://127.0.0.1:{upstream.port}")
+        with pytest.raises(ConnectTimeout):
+            await client.request(silent, b"GET", b"/")
+        assert client.counts()[silent].open == 0
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", hang)
+    with pytest.raises(ConnectTimeout):
+        await client.request(Origin.parse("http://replica"), b"GET", b"/")
+
+
+# -- TLS
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def server_context(authority: trustme.CA, name: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name).configure_cert(context)
+    return context
+
+
+def trusting(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+async def test_tls_with_a_trusted_certificate_works_and_is_kept_alive(
+    make_client: MakeClient, authority: trustme.CA
+) -> None:
+    client = make_client(tls=trusting(authority))
+    async with ScriptedUpstream(SERVE_TWO, tls=server_context(authority, "127.0.0.1")) as upstream:
+        for _ in range(2):
+            assert await fetch(client, upstream, b"x" * 300_000) == b"hello"
+        assert upstream.connections == 1
+
+
+async def test_tls_of_an_unknown_authority_or_another_name_is_refused(
+    make_client: MakeClient, authority: trustme.CA
+) -> None:
+    for client, name in (
+        (make_client(), "127.0.0.1"),
+        (make_client(tls=trusting(authority)), "other.example"),
+    ):
+        async with ScriptedUpstream(SERVE_ONE, tls=server_context(authority, name)) as upstream:
+            with pytest.raises(TlsFailed):
+                await fetch(client, upstream)
+            assert counts(client, upstream).open == 0
+            assert upstream.requests == []
+
+
+async def test_tls_towards_a_plain_upstream_is_refused(make_client: MakeClient) -> None:
+    client = make_client()
+    async with ScriptedUpstream([Send(b"HTTP/1.1 400 Bad\r\n\r\n"), Stall()]) as upstream:
+        with pytest.raises(TlsFailed):
+            await client.request(Origin.parse(f"https://127.0.0.1:{upstream.port}"), b"GET", b"/")
+
+
+# -- the end
+
+
+async def test_closing_the_client_ends_all_that_is_under_way(make_client: MakeClient) -> None:
+    client = make_client(max_connections=2)
+    here = asyncio.Event()
+    plays: list[Play] = [[Expect(), Send(chunked(b"x", end=False)), Stall()], [Expect(), Mark(here), Stall()]]
+    async with ScriptedUpstream(plays) as upstream:
+        answered = await client.request(origin_of(upstream), b"GET", b"/")
+        tasks = [spawn(fetch(client, upstream)) for _ in range(2)]
+        await here.wait()
+        assert counts(client, upstream).waiting == 1
+        await client.close()
+        assert counts(client, upstream).open == 0
+        assert all(isinstance(error, Exception) for error in await asyncio.gather(*tasks, return_exceptions=True))
+        assert await answered.next_chunk() == b"x"
+        with pytest.raises(ResetMidAnswer):
+            await answered.next_chunk()
+        with pytest.raises(RuntimeError):
+            await fetch(client, upstream)
+        for peer in upstream.peers:
+            await peer.left.wait()
