@@ -1,0 +1,283 @@
+"""Watch a stream of server-sent events pass by: first token, usage, end, error; and withhold one chunk if asked.
+
+Pure and incremental: the upstream's bytes in, the client's bytes out. After the first token nothing is parsed while
+the stream runs: its last kilobytes are kept, and what its end said is read out of them when somebody asks. Only where
+a usage chunk must be withheld is every chunk looked at, and there an event that is cut waits for its other half.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from typing import Any
+
+import msgspec
+
+from proxy.model import Endpoint, Usage
+from proxy.wire.events import NOTHING, EventRead, read_event
+from proxy.wire.usage import merge, normal, tail_usage
+
+EVENT_BYTES_MOST = 1024 * 1024  # of one event waited for; a longer one passes unread
+TAIL_BYTES = 16 * 1024  # kept of a running stream: its last events, and the end of one that echoes the request
+_LAST_EVENTS = 64  # read at the end: [DONE], usage, finish, and keep-alives between them
+
+# Two line ends. The groups are atomic, or CR LF would count as two.
+_EVENT_END = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_COLON, _CR, _LF = b":\r\n"
+_COMMENT_OR_BLANK = frozenset((_COLON, _CR, _LF))
+_PING = b"event: ping"  # Anthropic's keep-alive
+
+
+class StreamRead(msgspec.Struct, frozen=True, gc=False):
+    """What a stream has said so far. `finished` means that its format's own end was seen, not that bytes ended."""
+
+    usage: Usage | None
+    finished: bool
+    error_seen: bool
+
+
+class StreamTap:
+    """One stream's observer. `feed` it every chunk and send what it returns; at the end send what `close` returns.
+
+    `withhold_usage` is for a stream whose usage Cairn asked for: the chunk without choices is kept from the client.
+    `first_token_seen` flips at the first content, reasoning or tool call. `progress` tells of the last chunk whether
+    it was more than keep-alives. `usage`, `finished` and `error_seen` are read when asked for: 5 us after a change.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_drop_line_feed",
+        "_head",
+        "_in_comment",
+        "_result",
+        "_searched",
+        "_skipping",
+        "_tail",
+        "_tail_bytes",
+        "_tail_cut",
+        "_withhold",
+        "endpoint",
+        "first_token_seen",
+        "progress",
+    )
+
+    def __init__(self, endpoint: Endpoint, *, withhold_usage: bool = False) -> None:
+        self.endpoint = endpoint
+        self.first_token_seen = False
+        self.progress = True
+        self._withhold = withhold_usage
+        self._tail: deque[bytes] = deque()  # the last chunks as they came
+        self._tail_bytes = 0
+        self._tail_cut = False  # something came before the tail
+        self._buffer = bytearray()  # an event not yet complete
+        self._searched = 0  # of the buffer, for its end
+        self._skipping = False  # inside an event too long to read
+        self._drop_line_feed: bool | None = None  # a CR ended an event: what becomes of a LF that belongs to it
+        self._head = _Digest()  # of the events up to the first token
+        self._in_comment = False
+        self._result: StreamRead | None = None
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take a chunk as it came; return what the client gets: the same object where nothing is withheld."""
+        if not chunk:
+            return chunk
+        self._result = None
+        if self._in_comment or chunk[0] in _COMMENT_OR_BLANK or chunk.startswith(_PING):
+            self._weigh(chunk)
+        else:
+            self.progress = True
+        self._tail.append(chunk)
+        self._tail_bytes += len(chunk)
+        if self._tail_bytes > TAIL_BYTES:
+            self._trim_tail()
+        if self.first_token_seen:
+            if not self._withhold:
+                return chunk
+            if (
+                not self._buffer
+                and self._drop_line_feed is None
+                and not self._skipping
+                and b"[]" not in chunk
+                and chunk.endswith(b"\n\n")
+            ):
+                return chunk
+        return self._scan(chunk)
+
+    def close(self) -> bytes:
+        """The stream ended: what was held back and is due to the client, mostly nothing."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        if not rest or not self._withhold:
+            return b""
+        if self._skipping or not read_event(rest, self.endpoint).extra:
+            return rest
+        return b""
+
+    @property
+    def usage(self) -> Usage | None:
+        """The tokens last reported, counted once however often they came."""
+        return self.result().usage
+
+    @property
+    def finished(self) -> bool:
+        """True once a finish reason, [DONE], the response's or the message's end was seen."""
+        return self.result().finished
+
+    @property
+    def error_seen(self) -> bool:
+        """True where the stream carried an error event."""
+        return self.result().error_seen
+
+    @property
+    def mid_event(self) -> bool:
+        """True where the bytes given to the client end inside an event."""
+        if self._withhold and not self._skipping:
+            return False
+        end = b"".join(list(self._tail)[-4:])[-4:]
+        return bool(end) and not end.endswith((b"\n\n", b"\r\r", b"\n\r", b"\r\n\r\n", b"\n\r\n", b"\r\n\r"))
+
+    def result(self) -> StreamRead:
+        """Everything that the stream has said so far."""
+        if self._result is None:
+            digest = self._digest()
+            usage = normal(digest.usage, digest.timings, endpoint=self.endpoint)
+            self._result = StreamRead(usage, digest.finished, digest.error)
+        return self._result
+
+    def _trim_tail(self) -> None:
+        """Keep the last TAIL_BYTES, in whole chunks where they are small."""
+        tail = self._tail
+        while len(tail) > 1 and self._tail_bytes - len(tail[0]) >= TAIL_BYTES:
+            self._tail_bytes -= len(tail.popleft())
+            self._tail_cut = True
+        if len(tail) == 1 and len(tail[0]) > 2 * TAIL_BYTES:
+            tail[0] = tail[0][-TAIL_BYTES:]
+            self._tail_bytes = TAIL_BYTES
+            self._tail_cut = True
+
+    def _weigh(self, chunk: bytes) -> None:
+        """Set `progress` for a chunk that may be nothing but comments, blank lines or pings."""
+        at_line_start = not self._tail or self._tail[-1][-1] in (_CR, _LF)
+        lines = chunk.splitlines()
+        if self._in_comment:
+            lines[0] = b":" + lines[0]
+        elif not at_line_start:
+            self.progress, self._in_comment = True, False
+            return
+        ended = chunk[-1] in (_CR, _LF)
+        self._in_comment = not ended and lines[-1].startswith(b":")
+        if lines[0].startswith(_PING):
+            self.progress = len(lines) > 3
+        else:
+            self.progress = any(line and line[0] != _COLON for line in lines)
+
+    def _scan(self, chunk: bytes) -> bytes:
+        """Cut what is complete into events, read those that matter, and return what the client gets of them."""
+        out: list[bytes] = []
+        fresh = self._without_owed_line_feed(chunk, out)
+        self._buffer += fresh
+        start = 0
+        while (end := self._event_end()) > 0:
+            self._take(bytes(self._buffer[start:end]), out, last=end == len(self._buffer))
+            start = self._searched = end
+            if self.first_token_seen and not self._withhold:
+                self._buffer.clear()
+                return chunk
+        del self._buffer[:start]
+        self._searched = max(0, len(self._buffer) - 3)
+        if len(self._buffer) > EVENT_BYTES_MOST:
+            self._give_up(out)
+        return b"".join(out) if self._withhold else chunk
+
+    def _without_owed_line_feed(self, chunk: bytes, out: list[bytes]) -> bytes:
+        """`chunk` less the LF that belongs to the event before, where that ended in a CR and LF follows."""
+        drop, self._drop_line_feed = self._drop_line_feed, None
+        if drop is None or chunk[0] != _LF:
+            return chunk
+        if not drop:
+            out.append(b"\n")
+        return chunk[1:]
+
+    def _event_end(self) -> int:
+        """Offset behind the next event's end in the buffer, or 0."""
+        if self._buffer.find(b"\r", self._searched) < 0:
+            found = self._buffer.find(b"\n\n", self._searched)
+            return 0 if found < 0 else found + 2
+        match = _EVENT_END.search(self._buffer, self._searched)
+        return match.end() if match else 0
+
+    def _take(self, event: bytes, out: list[bytes], *, last: bool) -> None:
+        """Read one complete event and pass it on, unless it is to be withheld; blank lines before it are kept."""
+        read = NOTHING
+        if self._skipping:
+            self._skipping = False
+        elif not self.first_token_seen or _NO_CHOICES.search(event):
+            read = read_event(event, self.endpoint)
+        if not self.first_token_seen:
+            self._head.add(read)
+            self.first_token_seen = read.token
+        dropped = self._withhold and read.extra
+        out.append(event[: len(event) - len(event.lstrip(b"\r\n"))] if dropped else event)
+        if last and event[-1] == _CR:
+            self._drop_line_feed = dropped
+
+    def _give_up(self, out: list[bytes]) -> None:
+        """Let an event pass that is too long to wait for; its last bytes stay, in case they begin its end."""
+        out.append(bytes(self._buffer[:-3]))
+        del self._buffer[:-3]
+        self._searched = 0
+        self._skipping = True
+
+    def _digest(self) -> _Digest:
+        """What the events up to the first token said, then the last ones of the tail, in their order."""
+        digest = self._head.copy()
+        for read in (
+            self._last_reads() if self.first_token_seen else (read_event(bytes(self._buffer), self.endpoint),)
+        ):
+            digest.add(read)
+        return digest
+
+    def _last_reads(self) -> list[EventRead]:
+        """The events from the last one with a token, or without any meaning, to the end of the tail."""
+        tail = b"".join(self._tail)
+        if b"\r" in tail:
+            tail = tail.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        events = tail.split(b"\n\n")
+        reads: list[EventRead] = []
+        for index in range(len(events) - 1, max(-1, len(events) - 1 - _LAST_EVENTS), -1):
+            if index == 0 and self._tail_cut:
+                reads.append(self._of_fragment(events[0]))
+                break
+            read = read_event(events[index], self.endpoint)
+            reads.append(read)
+            if read.token and not read.finished:
+                break
+        reads.reverse()
+        return reads
+
+    def _of_fragment(self, fragment: bytes) -> EventRead:
+        """The end of an event longer than the tail. On the responses surface only the last event tells usage."""
+        usage = tail_usage(fragment)
+        return EventRead(usage=usage, finished=usage is not None and self.endpoint is Endpoint.RESPONSES)
+
+
+class _Digest:
+    """What the events of a stream said together."""
+
+    __slots__ = ("error", "finished", "timings", "usage")
+
+    def __init__(self, usage: Any = None, timings: Any = None, finished: bool = False, error: bool = False) -> None:
+        self.usage = usage
+        self.timings = timings
+        self.finished = finished
+        self.error = error
+
+    def add(self, read: EventRead) -> None:
+        self.usage = merge(self.usage, read.usage)
+        self.timings = merge(self.timings, read.timings)
+        self.finished = self.finished or read.finished
+        self.error = self.error or read.error
+
+    def copy(self) -> _Digest:
+        return _Digest(self.usage, self.timings, self.finished, self.error)

@@ -1,0 +1,220 @@
+"""Usage of every dialect in the normal form: golden files, clamping, and never an exception."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.model import Endpoint, Usage
+from proxy.wire.sse import StreamTap
+from proxy.wire.usage import TOKENS_MOST, merge, normal, read_answer, tail_usage, usage_of_answer
+
+GOLDEN = Path(__file__).parent / "golden"
+
+_OPENAI = Usage(2006, 300, 1920, reasoning_tokens=128)
+_WRITE = Usage(2006, 30, 1024, cache_write_5m_tokens=896)
+_RESPONSES = Usage(328, 52, 256, reasoning_tokens=20)
+_ANTHROPIC = Usage(2121, 42, 1800, cache_write_5m_tokens=100, cache_write_1h_tokens=200)
+_MOONSHOT = Usage(8000, 20, 7936)
+_DEEPSEEK = Usage(1100, 60, 1024, reasoning_tokens=40)
+_QWEN = Usage(3019, 104, 2048, cache_write_5m_tokens=900)
+_LLAMA = Usage(1950, 32, 1900, prefill_seconds=0.0945)
+EXPECTED: dict[str, Usage | None] = {
+    "anthropic.json": _ANTHROPIC,
+    "anthropic.sse": _ANTHROPIC,
+    "broken.sse": None,
+    "cr_only.sse": _OPENAI,
+    "crlf_multiline.sse": _OPENAI,
+    "deepseek.json": _DEEPSEEK,
+    "deepseek.sse": _DEEPSEEK,
+    "embeddings.json": Usage(8),
+    "error_inside.sse": None,
+    "error_with_status_200.json": None,
+    "gemini_native.json": Usage(2000, 603, 1500, reasoning_tokens=405),
+    "gemini_openai.json": Usage(21, 603, None, reasoning_tokens=405),
+    "gemini_openai.sse": Usage(21, 603),
+    "inconsistent.json": Usage(100, 0, 100, inconsistent=True),
+    "llamacpp.json": _LLAMA,
+    "llamacpp.sse": _LLAMA,
+    "llamacpp_timings_alone.sse": _LLAMA,
+    "moonshot_both.json": _MOONSHOT,
+    "moonshot_in_choices.sse": _MOONSHOT,
+    "moonshot_nested.json": _MOONSHOT,
+    "moonshot_top_level.json": _MOONSHOT,
+    "moonshot_top_level.sse": _MOONSHOT,
+    "openai_chat.json": _OPENAI,
+    "openai_chat.sse": _OPENAI,
+    "openai_chat_cache_write.json": _WRITE,
+    "openai_chat_cache_write.sse": _WRITE,
+    "openai_completions.json": Usage(50, 16),
+    "openai_completions.sse": Usage(50, 16),
+    "openai_responses.json": _RESPONSES,
+    "openai_responses.sse": _RESPONSES,
+    "qwen.json": _QWEN,
+    "qwen.sse": _QWEN,
+    "sglang.json": Usage(700, 10, 640),
+    "sglang.sse": Usage(700, 10, 640),
+    "sglang_zero.json": Usage(700, 10, None),
+    "usage_twice.sse": _OPENAI,
+    "vllm.json": Usage(515, 5, 512),
+    "vllm.sse": Usage(515, 5, 512),
+    "vllm_continuous.sse": Usage(515, 2),
+    "vllm_zero.json": Usage(515, 5, None),
+}
+
+
+def endpoint_of(name: str) -> Endpoint:
+    """The endpoint that a golden file's name stands for."""
+    for part, endpoint in (("anthropic", Endpoint.MESSAGES), ("responses", Endpoint.RESPONSES)):
+        if part in name:
+            return endpoint
+    return Endpoint.COMPLETIONS if "completions" in name else Endpoint.CHAT
+
+
+def test_every_golden_file_has_its_expected_usage() -> None:
+    """No golden file stands there unread."""
+    assert {path.name for path in GOLDEN.iterdir()} - {"README.md"} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name.endswith(".json")])
+def test_a_plain_answer_is_read_in_its_dialect(name: str) -> None:
+    """Each published shape gives its normal form."""
+    assert usage_of_answer((GOLDEN / name).read_bytes(), endpoint_of(name)) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name.endswith(".sse")])
+def test_a_stream_is_read_in_its_dialect(name: str) -> None:
+    """Each published stream gives its normal form, and an end where it has one."""
+    tap = StreamTap(endpoint_of(name))
+    body = (GOLDEN / name).read_bytes()
+    assert tap.feed(body) == body
+    assert tap.close() == b""
+    assert tap.usage == EXPECTED[name]
+    assert tap.first_token_seen
+    assert tap.finished == (name not in {"broken.sse", "error_inside.sse"})
+    assert tap.error_seen == (name == "error_inside.sse")
+
+
+def test_anthropic_input_excludes_what_was_cached_and_written() -> None:
+    """Counting it as OpenAI's would lose nine tenths of the prompt."""
+    usage = normal({"input_tokens": 10, "cache_read_input_tokens": 90, "output_tokens": 1})
+    assert usage == Usage(100, 1, 90)
+
+
+def test_anthropic_without_cache_fields_is_unknown_and_not_zero() -> None:
+    """An engine behind that surface may not report at all."""
+    assert normal({"input_tokens": 10, "output_tokens": 1}, endpoint=Endpoint.MESSAGES) == Usage(10, 1, None)
+
+
+def test_the_split_of_writes_keeps_its_sum() -> None:
+    """What the split leaves unsaid was written for five minutes; a split beyond the sum is inconsistent."""
+    base = {"input_tokens": 0, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 100}
+    assert normal(base | {"cache_creation": {"ephemeral_1h_input_tokens": 30}}) == Usage(100, 0, 0, 70, 30)
+    beyond = normal(base | {"cache_creation": {"ephemeral_1h_input_tokens": 300}})
+    assert beyond == Usage(100, 0, 0, 0, 100, inconsistent=True)
+
+
+def test_two_fields_that_disagree_give_the_lesser_and_a_mark() -> None:
+    """A saving is never guessed upwards."""
+    usage = normal({"prompt_tokens": 100, "cached_tokens": 50, "prompt_tokens_details": {"cached_tokens": 60}})
+    assert usage == Usage(100, 0, 50, inconsistent=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "tokens", "inconsistent"),
+    [
+        (7, 7, False),
+        (7.0, 7, False),
+        (7.5, 7, True),
+        ("7", 7, True),
+        ("x", None, True),
+        (True, None, True),
+        (-7, 0, True),
+        (10**30, 100, True),
+        (1e308, 100, True),
+        (float("nan"), None, True),
+        (float("inf"), 100, True),
+        ([], None, True),
+        ({"a": 1}, None, True),
+        (None, None, False),
+    ],
+)
+def test_a_cached_count_of_any_kind_is_clamped_and_marked(value, tokens, inconsistent) -> None:
+    """What cannot be true is never raised and never priced."""
+    usage = normal({"prompt_tokens": 100, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": value}})
+    assert usage == Usage(100, 1, tokens, inconsistent=inconsistent)
+
+
+def test_an_absurd_prompt_is_clamped() -> None:
+    """Not even the sum of parts may pass the cap."""
+    usage = normal({"input_tokens": 10**40, "cache_read_input_tokens": 10**40, "output_tokens": 0})
+    assert usage == Usage(TOKENS_MOST, 0, TOKENS_MOST, inconsistent=True)
+
+
+def test_deepseek_counts_that_do_not_add_up_are_marked() -> None:
+    """Hit and miss make the prompt, or something is wrong."""
+    usage = normal({"prompt_tokens": 100, "prompt_cache_hit_tokens": 64, "prompt_cache_miss_tokens": 6})
+    assert usage == Usage(100, 0, 64, inconsistent=True)
+    assert normal({"prompt_cache_hit_tokens": 64, "prompt_cache_miss_tokens": 6}) is not None
+
+
+@pytest.mark.parametrize("usage", [None, {}, [], 3, "x", True, {"prompt_tokens": None}, {"total_tokens": 5}])
+def test_usage_that_says_nothing_is_none(usage) -> None:
+    """Missing is told apart from zero."""
+    assert normal(usage) is None
+
+
+def test_a_later_report_of_zero_does_not_erase_what_was_known() -> None:
+    """Some Anthropic-compatible servers repeat the input as zero at the end."""
+    merged = merge({"input_tokens": 10, "output_tokens": 1}, {"input_tokens": 0, "output_tokens": 9})
+    assert merged == {"input_tokens": 10, "output_tokens": 9}
+
+
+def test_an_answer_that_is_an_error_or_no_json_is_told() -> None:
+    """A status of 200 does not make it a success."""
+    assert read_answer((GOLDEN / "error_with_status_200.json").read_bytes(), Endpoint.CHAT).error_seen
+    assert read_answer(b"<html>", Endpoint.CHAT).error_seen
+    assert read_answer(b"", Endpoint.CHAT).error_seen
+    assert not read_answer((GOLDEN / "openai_responses.json").read_bytes(), Endpoint.RESPONSES).error_seen
+
+
+def test_usage_is_found_in_the_end_of_an_event_and_not_in_a_tool() -> None:
+    """A tool's parameter named usage comes before and has no counts."""
+    body = (GOLDEN / "openai_responses.json").read_bytes()
+    assert normal(tail_usage(body[200:])) == _RESPONSES
+    assert tail_usage(b'"properties":{"usage":{"type":"object"}}') is None
+    assert tail_usage(b'"usage":{"prompt_tokens":1') is None
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+_NAMES = st.sampled_from(
+    ["prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "total_tokens", "cached_tokens", "prompt_tokens_details", "input_tokens_details", "completion_tokens_details", "reasoning_tokens", "cache_read_input_tokens", "cache_creation", "cache_creation_input_tokens", "ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens", "prompt_cache_hit_tokens", "prompt_cache_miss_tokens", "promptTokenCount", "cachedContentTokenCount", "thoughtsTokenCount", "cache_write_tokens", "cache_n", "prompt_n", "prompt_ms", "predicted_n"]
+)
+_USAGE = st.dictionaries(_NAMES, st.integers(-5, 2000) | _JSON | st.dictionaries(_NAMES, _JSON | st.integers(-5, 99)))
+
+
+@given(_USAGE | _JSON, _USAGE | _JSON, st.sampled_from(list(Endpoint)))
+def test_any_json_gives_a_sound_usage_or_none(usage, timings, endpoint) -> None:
+    """Nothing is raised, and the parts never exceed the whole."""
+    found = normal(usage, timings, endpoint=endpoint)
+    if found is None:
+        return
+    written = found.cache_write_5m_tokens + found.cache_write_1h_tokens
+    assert 0 <= (found.cached_tokens or 0) + written <= found.prompt_tokens <= TOKENS_MOST
+    assert 0 <= found.reasoning_tokens <= found.output_tokens <= TOKENS_MOST
+    assert min(found.cached_tokens or 0, found.cache_write_5m_tokens, found.cache_write_1h_tokens) >= 0
+
+
+@given(st.binary(max_size=80) | _JSON.map(lambda value: msgspec.json.encode(repr(value))))
+def test_any_bytes_as_an_answer_are_survived(body) -> None:
+    """The answer was relayed already; reading it must not fail."""
+    read_answer(body, Endpoint.CHAT)
+    tail_usage(body)
