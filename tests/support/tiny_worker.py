@@ -1,0 +1,93 @@
+"""A worker in place of Cairn's own: a few lines of HTTP by which tests see what the process side does.
+
+GET /pid answers the process id, /pool the first pool's name, /hold nothing until /release was asked for.
+Its mode is the first argument: `serve`, `crash` (ends before it is ready).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+from socket import socket
+
+from proxy import metrics
+from proxy.config import Config, ConfigError
+from proxy.control import Explain, Report, WorkerControl
+from proxy.worker import run
+
+
+class Tiny:
+    """The state of one."""
+
+    def __init__(self, config: Config, control: WorkerControl) -> None:
+        self.config = config
+        self.control = control
+        self.released = asyncio.Event()
+        self.running: set[asyncio.Task] = set()
+        control.on_reload = self.reload
+        control.on_explain = self.explain
+
+    async def reload(self, config: Config) -> None:
+        """Take any configuration but one whose pool is named `unfit`."""
+        if config.pools[0].name == "unfit":
+            raise ConfigError("$.pools[0].name: unfit")
+        self.config = config
+
+    async def explain(self, question: Explain) -> tuple[int, bytes]:
+        """Echo."""
+        return 200, b"%s %s %s" % (question.path.encode(), question.credential, question.body)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One request, one answer."""
+        task = asyncio.current_task()
+        self.running.add(task)
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            body = await self.answer(head.split(b" ")[1].decode())
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(body), body))
+            await writer.drain()
+        finally:
+            writer.close()
+            self.running.discard(task)
+
+    async def answer(self, path: str) -> bytes:
+        """What stands at `path`."""
+        if path == "/hold":
+            self.report(held=1)
+            await self.released.wait()
+        elif path == "/release":
+            self.released.set()
+        elif path == "/pool":
+            return self.config.pools[0].name.encode()
+        return str(os.getpid()).encode()
+
+    def report(self, held: int = 0) -> None:
+        """Count one request, and say how many are held."""
+        recorder = metrics.Recorder()
+        recorder.inc(metrics.REJECTED, ("tiny",))
+        recorder.set(metrics.IN_FLIGHT, (), held)
+        upstreams = {replica.label: True for pool in self.config.pools for replica in pool.replicas}
+        self.control.report(Report(recorder.take(), in_flight=held, redis="available", upstreams=upstreams))
+
+
+async def target(config: Config, sockets: Sequence[socket], control: WorkerControl) -> None:
+    """What `proxy.app.run_worker` is to the real one."""
+    if "crash" in sys.argv:
+        raise SystemExit(3)
+    tiny = Tiny(config, control)
+    servers = [await asyncio.start_server(tiny.serve, sock=each) for each in sockets]
+    await control.ready()
+    tiny.report()
+    seconds = await control.drained()
+    for server in servers:
+        server.close()
+    if tiny.running:
+        await asyncio.wait(tiny.running, timeout=seconds)
+
+
+if __name__ == "__main__":
+    given = dict(zip(sys.argv[2::2], sys.argv[3::2], strict=True))
+    listening = [int(descriptor) for descriptor in given["--listen"].split(",")]
+    sys.exit(run(int(given["--control"]), listening, int(given["--parent"]), target))
