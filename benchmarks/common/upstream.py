@@ -156,6 +156,11 @@ _PAGES: dict[bytes, dict[str, object]] = {
 }
 
 
+# vllm-router asks its engine to tokenize each prompt before it sends it. An empty answer is the cheapest for it: an
+# error makes it try a second way, and token ids would have to be read.
+_PREPARATIONS = frozenset({b"/v1/chat/completions/render", b"/tokenize"})
+
+
 class ReplicaConnection(asyncio.Protocol):
     """One connection from a proxy."""
 
@@ -217,8 +222,8 @@ class ReplicaConnection(asyncio.Protocol):
             if not self._parser.should_keep_alive():
                 self._transport.close()
             return
-        if path.endswith(b"/render"):  # vllm-router asks its engines to tokenize; not every engine can
-            self._transport.write(_answer(404, b"{}"))
+        if path in _PREPARATIONS:
+            self._transport.write(_answer(200, b"{}"))
             return
         tally = self._tally
         tally.requests += 1

@@ -2,20 +2,25 @@
 
 One generator sends 2 MB bodies at a steady pace, another small ones; the latency of the small ones beyond what they
 take while nothing else runs is the time that they waited. The direct row is what the machine, the upstream and the
-generators themselves cost.
+generators themselves cost; on two busy cores that is most of it. Where a proxy shows its loop's own lag in its metrics
+(`cairn_event_loop_lag_seconds`), the highest bucket reached is shown too.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
 
 import msgspec
 from rich.table import Table
 
+from benchmarks.common import metrics_page
 from benchmarks.common.load import Generator, Job
-from benchmarks.datapath.contestants import DIRECT, Started
+from benchmarks.common.processes import get
+from benchmarks.datapath.contestants import CAIRN, DIRECT, Started
 
+_LOOP_LAG = "cairn_event_loop_lag_seconds"
 _SMALL = Job(port=0, size_bytes=1024, connections=1, interval_seconds=0.004, warm_requests=16)
 _LARGE = Job(port=0, size_bytes=2 << 20, connections=4, interval_seconds=0.08, warm_requests=4)
 
@@ -30,6 +35,7 @@ class Lag(msgspec.Struct, frozen=True):
     p99: float
     max: float
     large_per_second: float
+    loop_at_most: float | None = None  # what the loop itself says, as the bound of a histogram's bucket
 
 
 def probe(name: str, port: int, seconds: float, small: Generator, large: Generator) -> Lag:
@@ -59,16 +65,37 @@ def probe_all(started: Sequence[Started], direct_port: int, seconds: float, stac
     small, large = Generator(0), Generator(1)
     stack.callback(small.stop)
     stack.callback(large.stop)
-    targets = [(DIRECT, direct_port), *((proxy.name, proxy.port) for proxy in started)]
-    return [probe(name, port, seconds, small, large) for name, port in targets]
+    found = [probe(DIRECT, direct_port, seconds, small, large)]
+    for proxy in started:
+        before = _metrics(proxy)
+        lag = probe(proxy.name, proxy.port, seconds, small, large)
+        bound = metrics_page.longest_observed(before, _metrics(proxy), _LOOP_LAG)
+        found.append(msgspec.structs.replace(lag, loop_at_most=None if bound is None else bound * 1e3))
+    return found
+
+
+def _metrics(proxy: Started) -> dict[str, float]:
+    if proxy.name != CAIRN:
+        return {}
+    return metrics_page.parse(asyncio.run(get(proxy.side_port, "/metrics"))[1].decode())
 
 
 def table(lags: Sequence[Lag]) -> Table:
     """One row per proxy."""
     found = Table(title="Small requests (1 KB every 4 ms) beside 50 bodies of 2 MB a second, milliseconds")
-    for title in ("proxy", "alone p50", "alone p99", "beside p50", "beside p99", "beside max", "2 MB bodies/s"):
+    for title in (
+        "proxy",
+        "alone p50",
+        "alone p99",
+        "beside p50",
+        "beside p99",
+        "beside max",
+        "2 MB bodies/s",
+        "its loop",
+    ):
         found.add_column(title, justify="left" if title == "proxy" else "right")
     for lag in lags:
         figures = (lag.alone_p50, lag.alone_p99, lag.p50, lag.p99, lag.max, lag.large_per_second)
-        found.add_row(lag.proxy, *(f"{figure:.2f}" for figure in figures))
+        loop = "-" if lag.loop_at_most is None else f"at most {lag.loop_at_most:g}"
+        found.add_row(lag.proxy, *(f"{figure:.2f}" for figure in figures), loop)
     return found

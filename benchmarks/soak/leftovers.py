@@ -1,0 +1,102 @@
+"""What a proxy still holds when all its clients are gone, and how that compares with an earlier moment."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.common import cpu, metrics_page, sockets
+from benchmarks.common.processes import get
+
+# Gauges of Cairn that must be zero when nothing is under way; pages without them are not judged by them.
+_ZERO_GAUGES = ("cairn_in_flight_requests", "cairn_upstream_in_flight", "cairn_upstream_pending_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The proxy's holdings at one moment. None: this system cannot tell."""
+
+    resident_bytes: int
+    client_sockets: int | None
+    upstream_sockets: int | None
+    other_descriptors: Mapping[str, int] | None  # by kind
+    busy: Mapping[str, float]  # gauges that are not zero
+    upstream_connections: int
+    upstream_streams: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the verdict."""
+
+    what: str
+    before: str
+    after: str
+    right: bool
+
+
+def _kind(link: str) -> str:
+    return link.partition(":")[0] if ":" in link else "file"
+
+
+async def look(pids: Sequence[int], port: int, side_port: int | None, upstream_ports: Sequence[int]) -> Moment:
+    """Reads the processes, the metrics page and the upstream's count."""
+    open_sockets = [found for pid in pids for found in sockets.tcp_sockets(pid) if found.state != sockets.LISTENING]
+    links = [link for pid in pids for link in (cpu.descriptors(pid) or {}).values()]
+    can_tell = cpu.descriptors(pids[0]) is not None
+    clients = sum(found.local_port == port for found in open_sockets)
+    upstreams = sum(found.remote_port in upstream_ports for found in open_sockets)
+    kinds = Counter(_kind(link) for link in links)
+    kinds["socket"] -= clients + upstreams
+    page = (await get(side_port, "/metrics"))[1] if side_port else b""
+    series = metrics_page.parse(page.decode())
+    busy = {name: value for name, value in metrics_page.gauges_named(series, *_ZERO_GAUGES).items() if value}
+    counted = json.loads((await get(upstream_ports[0], "/bench/stats"))[1])
+    return Moment(
+        resident_bytes=sum(map(cpu.resident_bytes, pids)),
+        client_sockets=clients if can_tell else None,
+        upstream_sockets=upstreams if can_tell else None,
+        other_descriptors=dict(kinds) if can_tell else None,
+        busy=busy,
+        upstream_connections=counted["open_connections"] - 1,  # the one that asks
+        upstream_streams=counted["open_streams"],
+    )
+
+
+def compare(before: Moment, after: Moment, growth_allowed: float) -> list[Finding]:
+    """The verdict on two quiet moments, the first after a tenth of the run and the second at its end."""
+    growth = after.resident_bytes / before.resident_bytes - 1
+    findings = [
+        Finding(
+            f"memory, at most {growth_allowed:+.0%}",
+            f"{before.resident_bytes / (1 << 20):.1f} MB",
+            f"{after.resident_bytes / (1 << 20):.1f} MB ({growth:+.1%})",
+            growth <= growth_allowed,
+        ),
+        Finding(
+            "streams open at the upstream", *_both(before, after, "upstream_streams"), after.upstream_streams == 0
+        ),
+        Finding("requests and charges in the metrics", str(dict(before.busy)), str(dict(after.busy)), not after.busy),
+    ]
+    if after.client_sockets is None or after.other_descriptors is None or before.other_descriptors is None:
+        return findings
+    kinds = sorted({*before.other_descriptors, *after.other_descriptors})
+    findings += [
+        Finding("connections of clients", *_both(before, after, "client_sockets"), after.client_sockets == 0),
+        Finding(
+            "connections to the upstream, as many as it knows",
+            f"{before.upstream_sockets} of {before.upstream_connections}",
+            f"{after.upstream_sockets} of {after.upstream_connections}",
+            after.upstream_sockets == after.upstream_connections,
+        ),
+    ]
+    for kind in kinds:
+        counts = (before.other_descriptors.get(kind, 0), after.other_descriptors.get(kind, 0))
+        findings.append(Finding(f"other descriptors: {kind}", f"{counts[0]}", f"{counts[1]}", counts[1] <= counts[0]))
+    return findings
+
+
+def _both(before: Moment, after: Moment, name: str) -> tuple[str, str]:
+    return str(getattr(before, name)), str(getattr(after, name))
