@@ -1,0 +1,58 @@
+"""Errors in the shape that each surface's clients read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from proxy.errors import BadRequest, CairnError, Overloaded, ResetMidAnswer, Unauthorized
+from proxy.model import Endpoint
+from proxy.wire.errors import error_answer, error_event
+from proxy.wire.sse import StreamTap
+
+
+def test_an_error_has_openai_s_shape() -> None:
+    """All four members, null where there is nothing to say."""
+    answer = error_answer(BadRequest("model is missing", param="model"), Endpoint.CHAT)
+    assert answer.status == 400
+    assert answer.headers == ((b"content-type", b"application/json"),)
+    error = {"message": "model is missing", "type": "invalid_request_error", "param": "model", "code": None}
+    assert json.loads(answer.body) == {"error": error}
+
+
+def test_an_error_on_messages_has_anthropic_s_shape() -> None:
+    """Its clients choose their exception by the type."""
+    answer = error_answer(Unauthorized("no such key"), Endpoint.MESSAGES, request_id="r1")
+    assert (b"www-authenticate", b"Bearer") in answer.headers
+    assert json.loads(answer.body) == {
+        "type": "error",
+        "error": {"type": "authentication_error", "message": "no such key"},
+        "request_id": "r1",
+    }
+
+
+@pytest.mark.parametrize(("seconds", "value"), [(0.0, b"1"), (1.2, b"2"), (30.0, b"30")])
+def test_when_to_try_again_is_told_in_whole_seconds(seconds, value) -> None:
+    """Never zero, never early."""
+    answer = error_answer(Overloaded("none", retry_after_seconds=seconds), Endpoint.CHAT)
+    assert dict(answer.headers)[b"retry-after"] == value
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES, Endpoint.MESSAGES])
+@pytest.mark.parametrize("mid_event", [False, True])
+def test_a_broken_stream_ends_with_an_event_that_is_read_as_an_error(endpoint, mid_event) -> None:
+    """Our own tap stands in for a client's parser."""
+    tap = StreamTap(endpoint)
+    if mid_event:
+        tap.feed(b'data: {"cho')
+    tap.feed(error_event(ResetMidAnswer("gone \n\n data: x"), endpoint, mid_event=tap.mid_event))
+    assert tap.error_seen
+    assert not tap.mid_event
+    assert not tap.finished
+
+
+def test_a_message_cannot_break_out_of_its_json() -> None:
+    """Quotes and line breaks are escaped."""
+    answer = error_answer(CairnError('a"b\r\n'), Endpoint.CHAT)
+    assert json.loads(answer.body)["error"]["message"] == 'a"b\r\n'

@@ -1,0 +1,159 @@
+"""Heads both ways: what ends here, what is set, and nothing that breaks out of its line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from proxy.errors import BadAnswer, BadRequest
+from proxy.model import CacheStatus, MissReason, RouteReason
+from proxy.wire.headers import answer_head, cairn_headers, kept_request_id, upstream_head
+
+CLIENT = (
+    (b"host", b"cairn:8080"),
+    (b"authorization", b"Bearer client"),
+    (b"x-api-key", b"client"),
+    (b"user-agent", b"sdk"),
+    (b"accept-encoding", b"gzip, br"),
+    (b"content-type", b"application/json"),
+    (b"content-length", b"7"),
+    (b"traceparent", b"00-1-2-01"),
+    (b"x-stainless-lang", b"python"),
+)
+
+
+def head(*extra: tuple[bytes, bytes], **options) -> list[tuple[bytes, bytes]]:
+    """The upstream head for CLIENT and some more headers."""
+    settings: dict[str, Any] = {"host": b"engine:1", "request_id": "r1", "length": 9, **options}
+    return list(upstream_head((*CLIENT, *extra), **settings))
+
+
+def test_host_length_and_request_id_are_set_anew() -> None:
+    """Each stands once, with our value."""
+    found = head((b"x-request-id", b"theirs"))
+    assert [pair for pair in found if pair[0] in (b"host", b"content-length", b"x-request-id")] == [
+        (b"host", b"engine:1"),
+        (b"x-request-id", b"r1"),
+        (b"content-length", b"9"),
+    ]
+
+
+def test_end_to_end_headers_pass_with_the_client_s_key() -> None:
+    """Without a key of the replica's own, the client's is the one."""
+    found = dict(head())
+    for name in (
+        b"authorization",
+        b"x-api-key",
+        b"traceparent",
+        b"user-agent",
+        b"accept-encoding",
+        b"x-stainless-lang",
+    ):
+        assert found[name] == dict(CLIENT)[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    b"connection keep-alive te trailer transfer-encoding upgrade proxy-authorization proxy-connection expect cookie "
+    b"forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-forwarded-anything x-real-ip via "
+    b"x-cairn-replica x-cairn-anything x-msh-context-cache x-msh-context-cache-reset-ttl".split(),
+)
+def test_what_ends_here_is_dropped(name) -> None:
+    """Hop-by-hop, spoofable, and our own."""
+    assert name not in dict(head((name, b"x")))
+
+
+def test_what_connection_lists_is_dropped_but_not_our_host() -> None:
+    """RFC 9110, 7.6.1; in any case, any spacing, several headers."""
+    found = dict(head((b"connection", b"close, X-Secret"), (b"connection", b" host "), (b"x-secret", b"1")))
+    assert b"x-secret" not in found
+    assert found[b"host"] == b"engine:1"
+    assert found[b"user-agent"] == b"sdk"
+
+
+def test_the_replica_s_key_replaces_every_key_of_the_client() -> None:
+    """A client's credential never reaches an upstream that has its own."""
+    found = head(credential=(b"authorization", b"Bearer replica"))
+    assert [value for name, value in found if name == b"authorization"] == [b"Bearer replica"]
+    assert b"x-api-key" not in dict(found)
+
+
+def test_identity_is_asked_for_where_bytes_may_be_withheld() -> None:
+    """A compressed stream cannot lose a chunk."""
+    assert [value for name, value in head(identity=True) if name == b"accept-encoding"] == [b"identity"]
+
+
+def test_without_a_length_none_is_set() -> None:
+    """A streamed body has its own framing."""
+    assert b"content-length" not in dict(head(length=None))
+
+
+@pytest.mark.parametrize("value", [b"a\r\nb: c", b"a\nb", b"a\rb", b"a\0b"])
+def test_a_value_that_breaks_out_of_its_line_is_refused(value) -> None:
+    """Both ways."""
+    with pytest.raises(BadRequest):
+        head((b"x-note", value))
+    with pytest.raises(BadRequest):
+        head(request_id=value.decode())
+    with pytest.raises(BadAnswer):
+        answer_head([(b"x-note", value)], request_id="r1")
+
+
+def test_the_answer_s_head_loses_what_ends_here_and_gains_ours() -> None:
+    """The rest passes in its order."""
+    upstream = [
+        (b"content-type", b"text/event-stream"),
+        (b"content-length", b"5"),
+        (b"transfer-encoding", b"chunked"),
+        (b"connection", b"keep-alive, x-hop"),
+        (b"x-hop", b"1"),
+        (b"set-cookie", b"a=b"),
+        (b"x-request-id", b"theirs"),
+        (b"x-cairn-replica", b"theirs"),
+        (b"x-ratelimit-remaining", b"3"),
+    ]
+    ours = (b"x-cairn-replica", b"a")
+    assert answer_head(upstream, request_id="r1", own=(ours,), keep_length=False) == [
+        (b"content-type", b"text/event-stream"),
+        (b"x-ratelimit-remaining", b"3"),
+        (b"x-request-id", b"r1"),
+        ours,
+    ]
+    assert (b"content-length", b"5") in answer_head(upstream, request_id="r1")
+
+
+def test_cairn_s_own_headers_tell_the_decision() -> None:
+    """RFC 9211's Cache-Status, Server-Timing in milliseconds."""
+    assert cairn_headers(
+        cache=CacheStatus.PARTIAL,
+        miss=MissReason.CHANGED,
+        reason=RouteReason.WARM,
+        replica="a-1",
+        matched_tokens=12.7,
+        overhead_seconds=0.0004,
+        upstream_seconds=1.5,
+    ) == (
+        (b"cache-status", b"Cairn; fwd=partial; detail=changed"),
+        (b"server-timing", b"cairn;dur=0.400, upstream;dur=1500.000"),
+        (b"x-cairn-replica", b"a-1"),
+        (b"x-cairn-matched-tokens", b"12"),
+        (b"x-cairn-reason", b"warm"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        (b"req_1.a:b-c", "req_1.a:b-c"),
+        (b"", None),
+        (b"a b", None),
+        (b"a\r\nb", None),
+        (b"x" * 129, None),
+        (b"\xff", None),
+    ],
+)
+def test_a_client_s_request_id_is_kept_where_it_is_harmless(value, kept) -> None:
+    """It is echoed and logged."""
+    assert kept_request_id([(b"x-request-id", value)]) == kept
+    assert kept_request_id([]) is None

@@ -1,0 +1,344 @@
+"""Reading a prompt: the right spans in the right order, and a BadRequest with a field for all that is not one."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from proxy.errors import BadRequest
+from proxy.model import Endpoint, Media, UsageRequest
+from proxy.wire.request import read
+
+CHAT = b'{"model":"m","messages":[{"role":"user","content":"hi"} , {"role":"user","content":"\xc3\xa9"}]}'
+GENERATIONS = (Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES, Endpoint.MESSAGES)
+
+
+def spans(body: bytes | str | dict, endpoint: Endpoint = Endpoint.CHAT) -> list[bytes]:
+    """The spans of a body as bytes."""
+    if isinstance(body, dict):
+        body = json.dumps(body, separators=(",", ":"))
+    return [bytes(span) for span in read(body.encode() if isinstance(body, str) else body, endpoint).spans]
+
+
+def salt(**fields: object) -> tuple[bytes, ...]:
+    """The salt of a chat body with these fields beside its model and messages."""
+    return read(json.dumps({"model": "m", "messages": [], **fields}).encode(), Endpoint.CHAT).chain_salt
+
+
+def test_each_message_is_a_span_of_its_own_bytes() -> None:
+    """What is hashed is what stands in the body, escapes, spaces and all."""
+    prompt = read(CHAT, Endpoint.CHAT)
+    assert [bytes(span) for span in prompt.spans] == [
+        b'{"role":"user","content":"hi"}',
+        b'{"role":"user","content":"\xc3\xa9"}',
+    ]
+    assert (prompt.model, prompt.stream, prompt.chain_salt) == ("m", False, (b"m",))
+    assert all(isinstance(span, memoryview) for span in prompt.spans)
+
+
+def test_tools_come_before_messages_wherever_they_stand() -> None:
+    """Engines render tools first, and a chain that leaves them out lies about the prefix."""
+    assert spans({"model": "m", "messages": [1], "tools": [{"a": 1}]}) == [b'[{"a":1}]', b"1"]
+
+
+@pytest.mark.parametrize("tools", [None, []])
+def test_no_tools_are_the_same_however_they_are_said(tools) -> None:
+    """Absent, null and empty render alike."""
+    assert spans({"model": "m", "messages": [1], "tools": tools}) == [b"1"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"reasoning_effort": "low"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"tool_choice": "none"},
+        {"lora_path": "a"},
+        {"cache_salt": "x"},
+    ],
+)
+def test_what_changes_the_rendered_head_is_in_the_salt(fields) -> None:
+    """Two prompts that render differently do not share a chain."""
+    assert salt(**fields) != salt()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0.3, "seed": 7, "top_p": 1, "stop": ["x"], "logit_bias": {}},
+        {"tool_choice": "auto"},
+        {"response_format": {"type": "json_object"}},
+        {"user": "u", "metadata": {"a": "b"}},
+        {"reasoning_effort": None},
+    ],
+)
+def test_sampling_is_not_in_the_salt(fields) -> None:
+    """What the engine applies after the prompt changes no prefix."""
+    assert salt(**fields) == salt()
+
+
+def test_values_of_different_template_fields_are_not_mixed_up() -> None:
+    """The salt names each field."""
+    assert salt(reasoning="x") != salt(reasoning_effort="x")
+
+
+@pytest.mark.parametrize("prompt", ["text", ["a", "b"], [1, 2, 3], [[1], [2]]])
+def test_a_completion_has_its_prompt_as_one_span(prompt) -> None:
+    """Strings, lists and token ids alike."""
+    body = {"model": "m", "prompt": prompt, "suffix": "tail"}
+    expected = [json.dumps(value, separators=(",", ":")).encode() for value in (prompt, "tail")]
+    assert spans(body, Endpoint.COMPLETIONS) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("hello you", [b'"hello you"']), ([1, {"a": 2}], [b"1", b'{"a":2}'])]
+)
+def test_responses_have_instructions_before_input(value, expected) -> None:
+    """Input may be a text or items."""
+    body = {"input": value, "model": "m", "instructions": "Be brief", "tools": [{"type": "x"}]}
+    assert spans(body, Endpoint.RESPONSES) == [b'[{"type":"x"}]', b'"Be brief"', *expected]
+
+
+def test_anthropic_has_tools_then_system_then_messages() -> None:
+    """The order in which its own cache breaks."""
+    body = {"messages": [1, 2], "system": [{"type": "text"}], "model": "m", "tools": [{"b": 1}], "max_tokens": 5}
+    assert spans(body, Endpoint.MESSAGES) == [b'[{"b":1}]', b'[{"type":"text"}]', b"1", b"2"]
+    assert read(json.dumps(body).encode(), Endpoint.MESSAGES).max_output_tokens == 5
+
+
+def test_embeddings_need_only_a_model() -> None:
+    """Nothing of them is worth a prefix."""
+    prompt = read(b'{"model":"e","input":["a","b"],"stream":7}', Endpoint.EMBEDDINGS)
+    assert (prompt.model, prompt.spans) == ("e", ())
+
+
+@pytest.mark.parametrize(
+    ("fields", "pinned"),
+    [
+        ({"previous_response_id": "resp_1"}, "resp_1"),
+        ({"conversation": "conv_1"}, "conv_1"),
+        ({"conversation": {"id": "conv_2"}}, "conv_2"),
+        ({"previous_response_id": None, "conversation": None}, None),
+        ({"previous_response_id": 7, "conversation": []}, None),
+    ],
+)
+def test_what_names_an_object_is_pinned_to_it(fields, pinned) -> None:
+    """A response lives on one replica only."""
+    assert read(json.dumps({"model": "m", "input": "x", **fields}).encode(), Endpoint.RESPONSES).pinned_to == pinned
+
+
+def test_a_file_id_is_found_when_asked_for() -> None:
+    """It costs a search, so it is made where files were uploaded."""
+    body = b'{"model":"m","messages":[{"content":[{"type":"file","file":{"file_id" : "file-7"}}]}]}'
+    assert read(body, Endpoint.CHAT).pinned_to is None
+    assert read(body, Endpoint.CHAT, file_ids=True).pinned_to == "file-7"
+    assert read(CHAT, Endpoint.CHAT, file_ids=True).pinned_to is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"max_tokens": 5}, 5),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, 6),
+        ({"max_tokens": -5}, None),
+        ({"max_tokens": "many"}, None),
+        ({"max_tokens": 1e3}, None),
+        ({"max_tokens": 10**30}, None),
+    ],
+)
+def test_the_output_limit_is_read_where_it_is_one(fields, expected) -> None:
+    """A limit of a wrong type is for the upstream to refuse."""
+    assert (
+        read(json.dumps({"model": "m", "messages": [], **fields}).encode(), Endpoint.CHAT).max_output_tokens
+        == expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, UsageRequest.NOT_APPLICABLE),
+        ({"stream": False, "stream_options": {}}, UsageRequest.NOT_APPLICABLE),
+        ({"stream": True}, UsageRequest.ABSENT),
+        ({"stream": True, "stream_options": None}, UsageRequest.REPLACE),
+        ({"stream": True, "stream_options": {}}, UsageRequest.REPLACE),
+        ({"stream": True, "stream_options": {"include_usage": False}}, UsageRequest.REPLACE),
+        ({"stream": True, "stream_options": {"include_usage": True}}, UsageRequest.ASKED),
+        ({"stream": True, "stream_options": 7}, UsageRequest.NOT_APPLICABLE),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, UsageRequest.NOT_APPLICABLE),
+    ],
+)
+def test_what_the_body_says_about_usage(fields, expected) -> None:
+    """Each form that clients send, and wrong ones left to the upstream."""
+    body = json.dumps({"model": "m", "messages": [], **fields}).encode()
+    prompt = read(body, Endpoint.CHAT)
+    assert prompt.usage_request is expected
+    if expected is UsageRequest.REPLACE:
+        start, end = prompt.stream_options_span
+        assert json.loads(body[start:end]) == fields["stream_options"]
+
+
+def test_the_span_of_options_is_theirs_and_not_an_equal_text_before() -> None:
+    """A search for the bytes would find the wrong ones."""
+    body = b'{"x":{"stream_options":{}},"model":"m","messages":[{}],"stream":true,"stream_options":{}}'
+    assert read(body, Endpoint.CHAT).stream_options_span == (len(body) - 3, len(body) - 1)
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.RESPONSES, Endpoint.MESSAGES])
+def test_dialects_that_always_report_are_not_asked(endpoint) -> None:
+    """stream_options is for chat and completions."""
+    body = b'{"model":"m","messages":[],"input":"x","stream":true}'
+    assert read(body, endpoint).usage_request is UsageRequest.NOT_APPLICABLE
+
+
+BAD = [
+    (b"", None),
+    (b"  ", None),
+    (b"{", None),
+    (b"not json", None),
+    (b"[]", None),
+    (b"null", None),
+    (b"3", None),
+    (b'"x"', None),
+    (b"\xef\xbb\xbf" + CHAT, None),
+    (CHAT + b"x", None),
+    (CHAT + b"\x00", None),
+    (b'{"messages":[]}', "model"),
+    (b'{"model":null,"messages":[]}', "model"),
+    (b'{"model":7,"messages":[]}', "model"),
+    (b'{"model":"","messages":[]}', "model"),
+    (b'{"model":"' + b"m" * 600 + b'","messages":[]}', "model"),
+    (b'{"model":"\xff","messages":[]}', None),
+    (b'{"model":"\\ud800","messages":[]}', None),
+    (b'{"model":"a","messages":["\\ud800"]}', None),
+    (b'{"model":"a","messages":["\x00"]}', None),
+    (b'{"model":"a","model":"b","messages":[]}', "model"),
+    (b'{"model":"a","mod\\u0065l":"b","messages":[]}', "model"),
+    (b'{"model":"a"}', "messages"),
+    (b'{"model":"a","messages":null}', "messages"),
+    (b'{"model":"a","messages":{}}', "messages"),
+    (b'{"model":"a","messages":"x"}', "messages"),
+    (b'{"model":"a","messages":[],"stream":"yes"}', "stream"),
+    (b'{"model":"a","messages":[],"stream":1}', "stream"),
+    (b'{"model":"a","messages":[NaN]}', None),
+    (b'{"model":"a","messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}", None),
+    (b'{"model":"a","messages":[],"x":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}", None),
+    (b"[" * 100_000, None),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), BAD, ids=range(len(BAD)))
+def test_a_bad_body_is_refused_with_its_field(body, param) -> None:
+    """Never a crash, never a guess."""
+    with pytest.raises(BadRequest) as caught:
+        read(body, Endpoint.CHAT)
+    assert caught.value.param == param
+    assert "mmmm" not in caught.value.message
+
+
+def test_a_failed_reading_leaves_nothing_to_the_next() -> None:
+    """The models seen are those of one body."""
+    for _ in range(2):
+        with pytest.raises(BadRequest):
+            read(b'{"model":"a","messages":7}', Endpoint.CHAT)
+    assert read(CHAT, Endpoint.CHAT).model == "m"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"m","messages":["\xff\xfe"]}',
+        b'{"model":"m","messages":[],"x":1e9999}',
+        b'{"model":"m","messages":[],"x":' + b"9" * 10_000 + b"}",
+        b'{"model":"m","messages":["\\ud83d\\ude00","\\u0000"]}',
+    ],
+)
+def test_what_only_the_upstream_can_judge_is_passed_on(body) -> None:
+    """Invalid UTF-8 inside a message, huge numbers, an escaped NUL."""
+    assert read(body, Endpoint.CHAT).model == "m"
+
+
+def test_of_messages_given_twice_the_last_is_read_as_upstreams_do() -> None:
+    """Python's json, orjson, pydantic and nlohmann all take the last."""
+    body = b'{"model":"m","messages":[1],"messages":[2]}'
+    assert spans(body) == [str(item).encode() for item in json.loads(body)["messages"]]
+
+
+@given(st.binary(max_size=200), st.sampled_from((*GENERATIONS, Endpoint.EMBEDDINGS)))
+@example(CHAT[:-1], Endpoint.CHAT)
+def test_any_bytes_are_read_or_refused(body, endpoint) -> None:
+    """No exception but BadRequest."""
+    with contextlib.suppress(BadRequest):
+        read(body, endpoint)
+
+
+_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+_FIELDS = st.sampled_from(
+    ["model", "messages", "prompt", "input", "instructions", "system", "tools", "stream", "stream_options", "max_tokens", "tool_choice", "conversation", "previous_response_id", "chat_template_kwargs"]
+)
+
+
+@given(st.dictionaries(_FIELDS, _VALUE | st.lists(_VALUE), max_size=8), st.sampled_from(GENERATIONS), st.booleans())
+def test_any_json_is_read_or_refused_and_its_messages_are_found(fields, endpoint, indented) -> None:
+    """Spans parse back to the values that stand in the body, whatever its white space."""
+    body = json.dumps(fields | {"model": "m"}, indent=2 if indented else None, ensure_ascii=False).encode()
+    try:
+        prompt = read(body, endpoint)
+    except BadRequest:
+        return
+    if endpoint in (Endpoint.CHAT, Endpoint.MESSAGES):
+        count = len(fields["messages"])
+        assert [json.loads(bytes(span)) for span in prompt.spans][len(prompt.spans) - count :] == fields["messages"]
+
+
+PICTURE = base64.b64encode(bytes(range(256)) * 200).decode()
+PROSE = 'It was raining on the hill, and nobody had brought "a map".\n' * 3000
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64," + PICTURE}}, "image"),
+        ({"type": "input_image", "image_url": "data:image/png;base64," + PICTURE}, "image"),
+        ({"type": "input_audio", "input_audio": {"data": PICTURE, "format": "wav"}}, "audio"),
+        ({"type": "file", "file": {"file_data": "data:application/pdf;base64," + PICTURE}}, "file"),
+        ({"type": "input_file", "file_data": "data:application/pdf;base64," + PICTURE}, "file"),
+        ({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PICTURE}}, "image"),
+        (
+            {"type": "tool_result", "content": [{"type": "image", "source": {"type": "base64", "data": PICTURE}}]},
+            "image",
+        ),
+    ],
+)
+@pytest.mark.parametrize("prose", ["", PROSE])
+def test_media_are_found_in_every_dialect_also_inside_long_text(part, kind, prose) -> None:
+    """A picture's bytes are not its tokens."""
+    content = [{"type": "text", "text": prose + "what is it?"}, part]
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": prose}, {"content": content}]}).encode()
+    (found,) = read(body, Endpoint.CHAT).media
+    assert found.kind == kind
+    assert len(PICTURE) <= found.size_bytes < len(PICTURE) + 100
+
+
+@pytest.mark.parametrize("content", [PROSE, PICTURE, "a" * 5000, [{"type": "text", "text": PICTURE}], 7, [7]])
+def test_text_is_not_media_even_where_it_looks_like_it(content) -> None:
+    """Sampling may err; the close look does not."""
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": content}]}).encode()
+    assert read(body, Endpoint.CHAT).media == ()
+
+
+def test_media_of_responses_are_found_in_its_items() -> None:
+    """Input items hold content parts as messages do."""
+    item = {"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64," + PICTURE}]}
+    body = json.dumps({"model": "m", "input": [item]}).encode()
+    assert read(body, Endpoint.RESPONSES).media == (Media("image", len(PICTURE) + 24),)
