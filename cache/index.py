@@ -8,17 +8,31 @@ Every verb is bounded: what does not fit into one call's share of upkeep is done
 
 from __future__ import annotations
 
-import enum
-from array import array
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import msgspec
 
+from cache.counting import estimate, learn_tokens, recount
+from cache.packing import Reader, ReplicaRow, RunRow, written
+from cache.placement import Feedback, Held, IndexStats, Learnt, Match, Placement, ReplicaStats
 from cache.prefix import Fingerprint
-from cache.tree import Holding, Node, Shelf, Step, Tree, last_pin, new_shelf, pin, reshape
+from cache.tree import NOBODY, Node, Shelf, Step, Tree, new_shelf
+
+__all__ = [
+    "Feedback",
+    "Held",
+    "IndexStats",
+    "Learnt",
+    "Match",
+    "Placement",
+    "PrefixIndex",
+    "ReplicaRow",
+    "ReplicaStats",
+    "RunRow",
+]
 
 UNLIMITED_TOKENS = 2**31
 """The budget of a replica whose capacity nobody knows yet; the first confident shortfall makes it a real one."""
@@ -41,141 +55,11 @@ FULL = 0.95
 RECOUNT_SHARE = 0.3
 """Up to this share a shortfall on an interpolated count is taken for a wrong count and not for an eviction."""
 
-MAX_FORKS_RECOUNTED = 64
-"""Children of a recounted node that are kept right; the others are put right by their own next answers."""
-
-MAX_PROMPT_TOKENS = 2**30
-"""What an upstream reports beyond that is taken for this: the counts are of 32 bits."""
-
 MAX_IN_FLIGHT = 65_536
 """Placements remembered as unanswered; beyond that the oldest count as answered."""
 
 ORIGIN_BITS = 24
 """Placement ids are origin << (63 - ORIGIN_BITS) | counter: no two writers share one, and they fit a signed 64."""
-
-
-class Held(msgspec.Struct, frozen=True, gc=False):
-    """How much of a prompt a replica holds. `confident`: an answer of its epoch proved it, and none is in flight."""
-
-    blocks: int
-    size_bytes: int
-    tokens: int
-    confident: bool
-
-
-class Match(msgspec.Struct, frozen=True, gc=False):
-    """What is known of a prompt. `held` has the replicas that hold any of it.
-
-    `known_*` is the deepest that any replica holds. Where that is not all, `evicted` tells that more was held until
-    it was dropped for room, and `diverged` that other prompts go on differently from there.
-    """
-
-    held: dict[int, Held]
-    known_blocks: int = 0
-    known_bytes: int = 0
-    known_tokens: int = 0
-    evicted: bool = False
-    diverged: bool = False
-
-
-class Placement(msgspec.Struct, frozen=True, gc=False):
-    """That a prompt was routed to a replica, which held `held_blocks`, worth `predicted_tokens`, before.
-
-    `exact` says that the prediction is a reported count and not interpolated. `tolerance_tokens` is the last held
-    block, `allowance_tokens` what the engine generated after it and may have cached.
-    """
-
-    id: int
-    replica: int
-    epoch: int
-    fingerprint: Fingerprint
-    held_blocks: int
-    predicted_tokens: int
-    confident: bool
-    exact: bool
-    tolerance_tokens: int
-    allowance_tokens: int
-    stamp: float
-
-
-class Learnt(enum.StrEnum):
-    """What an answer taught the index."""
-
-    NOTHING = "nothing"  # the upstream did not say, or a provider, or the prediction was not confident
-    STALE = "stale"  # routed under an old epoch, hence ignored
-    RIGHT = "right"
-    RECOUNTED = "recounted"  # the tokens of a fork were interpolated wrongly
-    LESS = "less"  # the tail is dropped, the budget may shrink
-    MORE = "more"  # the budget may grow
-    SUSPECT = "suspect"  # a confident prediction with nothing cached: one more means a restart
-    RESTARTED = "restarted"
-
-
-class Feedback(msgspec.Struct, frozen=True, gc=False):
-    """Predicted against reported. `error_tokens` is reported less predicted, None where nothing was reported.
-
-    `epoch` and `budget_tokens` are decisions for all proxies, None where there is none to take.
-    """
-
-    predicted_tokens: int
-    error_tokens: int | None
-    learnt: Learnt
-    epoch: int | None = None
-    budget_tokens: int | None = None
-
-
-class ReplicaStats(msgspec.Struct, frozen=True, gc=False):
-    """One replica's part of the index. `evicted_blocks` counts since the process began."""
-
-    blocks: int
-    tokens: int
-    budget_tokens: int
-    epoch: int
-    evicted_blocks: int
-
-
-class IndexStats(msgspec.Struct, frozen=True, gc=False):
-    """The whole index. `size_bytes` is an estimate of its memory."""
-
-    blocks: int
-    nodes: int
-    holdings: int
-    size_bytes: int
-
-
-class ReplicaRow(msgspec.Struct, frozen=True, tag="replica"):
-    """A replica in a snapshot; always before the runs."""
-
-    replica: int
-    epoch: int
-    budget_tokens: int
-    ttl_seconds: float | None
-    placed_tokens: int
-
-
-class HolderRow(msgspec.Struct, frozen=True, array_like=True):
-    """A holder of a run in a snapshot."""
-
-    replica: int
-    stamp: float
-    touched_by: int
-    confirmed: int
-    output_tokens: int
-
-
-class RunRow(msgspec.Struct, frozen=True, tag="run"):
-    """A node in a snapshot, after the one it hangs on, whose last hash is `parent` (None at the top).
-
-    The three runs are little-endian arrays of 8, 4 and 4 bytes a boundary.
-    """
-
-    parent: int | None
-    hashes: bytes
-    ends: bytes
-    tokens: bytes
-    known: int
-    pins: tuple[int, ...]
-    holders: tuple[HolderRow, ...]
 
 
 class _Replica(msgspec.Struct, eq=False):
@@ -207,28 +91,22 @@ class PrefixIndex:
     def match(self, fingerprint: Fingerprint) -> Match:
         """Who holds how much of it. Costs the nodes on its path and the replicas that drop out on the way."""
         hashes = fingerprint.hashes
-        steps = self._tree.walk(hashes)
         found: dict[int, Held] = {}
         known: Step | None = None
-        in_flight = self._in_flight
-        for step in reversed(steps):
+        for step in reversed(self._tree.walk(hashes)):
             held = step.node.held
             if len(held) <= len(found):
                 continue
-            blocks, size_bytes = step.blocks, step.node.ends[step.blocks - 1]
-            sure, unsure = Held(step.depth, size_bytes, step.tokens, True), None
-            for shelf, holding in held.items():
-                replica = shelf.replica
-                if replica in found or not shelf.alive:
-                    continue
-                if holding.confirmed >= blocks and holding.touched_by not in in_flight:
-                    found[replica] = sure
-                else:
-                    if unsure is None:
-                        unsure = Held(step.depth, size_bytes, step.tokens, False)
-                    found[replica] = unsure
-            if known is None and found:
+            much = Held(step.depth, step.node.ends[step.blocks - 1], step.tokens)
+            if found:
+                for shelf in held:
+                    if shelf.replica not in found:
+                        found[shelf.replica] = much
+            else:
+                found = {shelf.replica: much for shelf in held}
+            if known is None and (len(found) > 1 or NOBODY not in found):
                 known = step
+        found.pop(NOBODY, None)
         if known is None:
             return Match(found, evicted=len(hashes) > 0 and self._tree.was_evicted(hashes[0]))
         grows = known.blocks == len(known.node.hashes) and not known.node.children
@@ -418,7 +296,7 @@ class PrefixIndex:
 
     # -- snapshots
 
-    def snapshot(self, rows_per_chunk: int = 500) -> Iterator[list[ReplicaRow | RunRow]]:
+    def snapshot(self, rows_per_chunk: int = 500) -> Iterator[Sequence[ReplicaRow | RunRow]]:
         """All that `load` needs, in chunks of bounded work, between which the index may change.
 
         What was there at the first chunk and still is at the last is in it, prefix-closed; a change in between may
@@ -430,19 +308,7 @@ class PrefixIndex:
             ReplicaRow(replica, state.epoch, state.budget_tokens, state.ttl_seconds, state.placed_tokens)
             for replica, state in self._replicas.items()
         ]
-        stack = list((self._tree.root.children or {}).values())
-        rows: list[ReplicaRow | RunRow] = []
-        while stack:
-            node = stack.pop()
-            if not node.held:
-                continue
-            stack.extend((node.children or {}).values())
-            rows.extend(map(_run_row, _unwritten(node, number)))
-            if len(rows) >= rows_per_chunk:
-                yield rows
-                rows = []
-        if rows:
-            yield rows
+        yield from written(self._tree, number, rows_per_chunk)
 
     def load(
         self, rows: Iterable[ReplicaRow | RunRow], replica_of: Mapping[int, int] | None = None
@@ -454,20 +320,20 @@ class PrefixIndex:
         for state in self._replicas.values():
             self._bury(state)
         self._tree = Tree()
-        ends: dict[int, Node] = {}
-        order: dict[Shelf, list[tuple[float, int, Holding]]] = {}
-        for number, row in enumerate(rows):
+
+        def shelf_of(number: int) -> Shelf | None:
+            replica = number if replica_of is None else replica_of.get(number)
+            return None if replica is None else self._replica(replica).shelf
+
+        reader = Reader(self._tree, shelf_of)
+        for count, row in enumerate(rows):
             if isinstance(row, ReplicaRow):
                 self._load_replica(row, replica_of)
             else:
-                self._load_run(row, replica_of, ends, order)
-            if number % UPKEEP_STEPS == 0:
+                reader.add(row)
+            if count % UPKEEP_STEPS == 0:
                 yield
-        for shelf, holdings in order.items():
-            holdings.sort(key=_by_age)
-            for _stamp, _depth, holding in holdings:
-                self._tree.link(shelf, holding)
-            yield
+        yield from reader.finish()
 
     # -- inside
 
@@ -494,7 +360,7 @@ class PrefixIndex:
         path = [step.node for step in steps]
         depth = steps[-1].depth if steps else 0
         if depth < len(fingerprint.hashes):
-            tokens = _estimate(fingerprint, steps[-1] if steps else None, prompt_tokens)
+            tokens = estimate(fingerprint, steps[-1] if steps else None, prompt_tokens)
             node = tree.grow(path[-1] if path else tree.root, shelf, fingerprint, depth, tokens)
             if not path or node is not path[-1]:
                 path.append(node)
@@ -541,12 +407,12 @@ class PrefixIndex:
             return Learnt.NOTHING
         if error >= -tolerance:
             if error and cached and not placement.exact:
-                _recount(steps, placement.held_blocks, error)
+                recount(steps, placement.held_blocks, error)
             return Learnt.RIGHT
         if not cached:
             return self._suspect(state, placement)
         if not placement.exact and -error <= RECOUNT_SHARE * placement.predicted_tokens:
-            _recount(steps, placement.held_blocks, error)
+            recount(steps, placement.held_blocks, error)
             return Learnt.RECOUNTED
         self._drop_below(state.shelf, placement, cached, steps)
         return Learnt.LESS
@@ -599,7 +465,7 @@ class PrefixIndex:
         if not steps or steps[-1].depth != len(fingerprint.hashes):
             return
         last = steps[-1]
-        _learn_tokens(steps, prompt_tokens)
+        learn_tokens(steps, prompt_tokens)
         holding = last.node.held.get(shelf)
         if holding is not None and last.blocks == len(last.node.hashes):
             holding.output_tokens = output_tokens
@@ -622,7 +488,7 @@ class PrefixIndex:
         state.evicted_blocks += old.evicted_blocks
         state.shelf = new_shelf(old.replica)
         state.placed_tokens = 0
-        old.alive = False
+        old.replica = NOBODY
         self._dead.append((self._tree, old))
 
     def _make_room(self, state: _Replica) -> None:
@@ -683,42 +549,6 @@ class PrefixIndex:
         state.ttl_seconds = row.ttl_seconds
         state.placed_tokens = row.placed_tokens
 
-    def _load_run(
-        self,
-        row: RunRow,
-        replica_of: Mapping[int, int] | None,
-        ends: dict[int, Node],
-        order: dict[Shelf, list[tuple[float, int, Holding]]],
-    ) -> None:
-        """Hang a run on its parent. Who does not hold the parent, or is newer there, came between two chunks."""
-        tree = self._tree
-        parent = tree.root if row.parent is None else ends.get(row.parent)
-        if parent is None:
-            return
-        holders: list[tuple[Shelf, HolderRow, float]] = []
-        for holder in row.holders:
-            replica = holder.replica if replica_of is None else replica_of.get(holder.replica)
-            if replica is None:
-                continue
-            shelf = self._replica(replica).shelf
-            above = parent.held.get(shelf)
-            if above is not None or row.parent is None:
-                holders.append((shelf, holder, min(holder.stamp, above.stamp) if above else holder.stamp))
-        if not holders:
-            return
-        node = tree.adopt(parent, row.hashes, row.ends, row.tokens)
-        node.known, node.pins = row.known, row.pins
-        ends[node.hashes[-1]] = node
-        for shelf, holder, stamp in holders:
-            holding = Holding(node, None, None, stamp, holder.touched_by, holder.confirmed, holder.output_tokens)
-            tree.hold(shelf, node, holding)
-            order.setdefault(shelf, []).append((stamp, -node.ends[-1], holding))
-
-
-def _by_age(entry: tuple[float, int, Holding]) -> tuple[float, int]:
-    """Older placements first; within one, the deeper first."""
-    return entry[:2]
-
 
 def _oldest(shelf: Shelf) -> Node:
     node = shelf.ring.newer.node  # type: ignore[union-attr]
@@ -726,92 +556,7 @@ def _oldest(shelf: Shelf) -> Node:
     return node
 
 
-def _estimate(fingerprint: Fingerprint, last: Step | None, prompt_tokens: float) -> array[int]:
-    """Counts for the boundaries below `last`, from its end on, by bytes; they end at `prompt_tokens` in all."""
-    ends, depth = fingerprint.ends, last.depth if last else 0
-    known_tokens, known_bytes = (last.tokens, last.node.ends[last.blocks - 1]) if last else (0, 0)
-    prompt_tokens = min(max(prompt_tokens, 0.0), MAX_PROMPT_TOKENS)
-    rate = (prompt_tokens - known_tokens) / (ends[-1] - known_bytes)
-    if rate <= 0:
-        rate = prompt_tokens / ends[-1]
-    return array("I", [int((end - known_bytes) * rate + 0.5) for end in ends[depth:]])
-
-
-def _learn_tokens(steps: list[Step], prompt_tokens: int) -> None:
-    """Let the path's counts add up to what was reported for its end, and pin them there.
-
-    What lies on no other reported chain absorbs the difference, in proportion; where all of it does, the part after
-    the last pin of the last node does.
-    """
-    last = steps[-1]
-    change = min(prompt_tokens, MAX_PROMPT_TOKENS) - last.tokens
-    unknown = [(step.node, step.node.known, step.blocks) for step in steps if step.node.known < step.blocks]
-    if not unknown:
-        unknown = [(last.node, last_pin(last.node, last.blocks), last.blocks)]
-    parts = [_tokens_between(node, start, stop) for node, start, stop in unknown]
-    left = sum(parts)
-    for (node, start, stop), part in zip(unknown, parts, strict=True):
-        share = change if part == left else change * part // left
-        done = reshape(node, start, stop, share) if share else 0
-        if done and node.known > stop:
-            reshape(node, stop, _next_pin(node, stop), -done)
-        change -= done
-        left -= part
-    for step in steps:
-        step.node.known = max(step.node.known, step.blocks)
-    pin(last.node, last.blocks)
-
-
-def _recount(steps: list[Step], held_blocks: int, change: int) -> None:
-    """Correct the count of a fork, whose tokens were interpolated, and move the opposite into what hangs on it."""
-    for step in steps:
-        node = step.node
-        if step.depth == held_blocks and step.blocks == len(node.hashes):
-            done = reshape(node, last_pin(node, step.blocks), step.blocks, change)
-            pin(node, step.blocks)
-            for child in islice((node.children or {}).values(), MAX_FORKS_RECOUNTED):
-                reshape(child, 0, child.pins[0] if child.pins else len(child.hashes), -done)
-            return
-
-
-def _tokens_between(node: Node, start: int, stop: int) -> int:
-    return node.tokens[stop - 1] - (node.tokens[start - 1] if start else 0)
-
-
-def _next_pin(node: Node, blocks: int) -> int:
-    """The first pinned number of boundaries above `blocks`, or all."""
-    return next((pinned for pinned in node.pins if pinned > blocks), len(node.hashes))
-
-
 def _same_chain(one: Placement, other: Placement) -> bool:
     """True if what the one found held is a prefix of what the other did, or the other way round."""
     depth = min(one.held_blocks, other.held_blocks) - 1
     return one.fingerprint.hashes[depth] == other.fingerprint.hashes[depth]
-
-
-def _unwritten(node: Node, number: int) -> list[Node]:
-    """The node and those above it that this snapshot has not written yet, the highest first; marks them."""
-    found: list[Node] = []
-    above: Node | None = node
-    while above is not None and above.parent is not None and above.emitted != number:
-        above.emitted = number
-        found.append(above)
-        above = above.parent
-    return found[::-1]
-
-
-def _run_row(node: Node) -> RunRow:
-    above = node.parent
-    return RunRow(
-        above.hashes[-1] if above is not None and above.parent is not None else None,
-        node.hashes.tobytes(),
-        node.ends.tobytes(),
-        node.tokens.tobytes(),
-        node.known,
-        node.pins,
-        tuple(
-            HolderRow(shelf.replica, each.stamp, each.touched_by, each.confirmed, each.output_tokens)
-            for shelf, each in node.held.items()
-            if shelf.alive
-        ),
-    )

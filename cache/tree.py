@@ -12,7 +12,6 @@ full passes a pause. They form cycles only through `Node.children`, which are cu
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from math import nextafter
@@ -23,6 +22,9 @@ from cache.prefix import Fingerprint
 
 EVICTED_HASHES = 16_384
 """Chain ends remembered after eviction, so that a miss can be told from a cold one: some 1.5 MB."""
+
+NOBODY = -1
+"""The replica of a shelf whose epoch is over."""
 
 _FOREVER = float("inf")
 
@@ -65,9 +67,8 @@ class Holding(msgspec.Struct, gc=False, eq=False):
 class Shelf(msgspec.Struct, gc=False, eq=False):
     """What one replica holds in one epoch. `ring.newer` is its oldest holding, `ring.older` its newest."""
 
-    replica: int
+    replica: int  # NOBODY once the epoch is over, until the shelf is cleared
     ring: Holding
-    alive: bool = True
     blocks: int = 0
     tokens: int = 0
     evicted_blocks: int = 0
@@ -213,9 +214,9 @@ class Tree:
             holding.older, holding.newer = newest, ring
             newest.newer = ring.older = holding  # type: ignore[union-attr]
 
-    def adopt(self, above: Node, hashes: bytes, ends: bytes, tokens: bytes) -> Node:
-        """A node read back, below `above` and held by nobody yet; the runs are packed arrays."""
-        node = Node(above, array("Q", hashes), array("I", ends), array("I", tokens), {})
+    def adopt(self, above: Node, hashes: array[int], ends: array[int], tokens: array[int]) -> Node:
+        """A node read back, below `above` and held by nobody yet."""
+        node = Node(above, hashes, ends, tokens, {})
         if above.children is None:
             above.children = {}
         above.children[node.hashes[0]] = node
@@ -295,39 +296,3 @@ def _agreement(run: Sequence[int], hashes: Sequence[int], depth: int, differing:
         else:
             high = middle - 1
     return low
-
-
-def reshape(node: Node, start: int, stop: int, change: int) -> int:
-    """Let the run's boundaries [start, stop) hold `change` tokens more in all, in proportion; returns what was done.
-
-    Less than none is not possible, so a negative change may be done in part. Later boundaries of the run move along.
-    Every holder's total follows.
-    """
-    tokens = node.tokens
-    base = tokens[start - 1] if start else 0
-    before = tokens[stop - 1] - base
-    after = max(0, before + change)
-    if before:
-        tokens[start:stop] = array("I", [base + (count - base) * after // before for count in tokens[start:stop]])
-    else:
-        tokens[stop - 1] = base + after
-    done = after - before
-    if done:
-        for i in range(stop, len(tokens)):
-            tokens[i] += done
-        for shelf in node.held:
-            shelf.tokens += done
-    return done
-
-
-def last_pin(node: Node, blocks: int) -> int:
-    """The deepest pinned number of boundaries under `blocks`, or 0."""
-    at = bisect_left(node.pins, blocks)
-    return node.pins[at - 1] if at else 0
-
-
-def pin(node: Node, blocks: int) -> None:
-    """Note that the count at this number of boundaries is a reported one."""
-    at = bisect_left(node.pins, blocks)
-    if at == len(node.pins) or node.pins[at] != blocks:
-        node.pins = (*node.pins[:at], blocks, *node.pins[at:])

@@ -67,7 +67,7 @@ def test_a_replica_that_stalls_grows_late():
     assert row(fleet, now=2.5).lateness_seconds == pytest.approx(2.0)
     fleet.first_token(first, 2.5)
     assert row(fleet, now=2.5).lateness_seconds == pytest.approx(1.7)
-    demand, holds_a_quarter = Demand(8_000, 2_000.0), Match({0: Held(1, 2_000, 500, confident=True)})
+    demand, holds_a_quarter = Demand(8_000, 2_000.0), Match({0: Held(1, 2_000, 500)})
     assert plan(demand, holds_a_quarter, fleet.snapshot("pool", 9.0)).chosen.replica.name == "b"
 
 
