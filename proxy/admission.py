@@ -5,6 +5,7 @@ It must not know replicas, prompts or Redis.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 from collections.abc import Iterable, Sequence
@@ -120,13 +121,18 @@ def check_model(tenant: Tenant, model: str) -> None:
 
 
 class Room:
-    """How much is inside at once: requests, and bytes of bodies that are held. One per worker."""
+    """How much is inside at once: requests, and bytes of bodies that are held. One per worker.
+
+    `empty` is set while nobody is inside.
+    """
 
     def __init__(self, requests_at_most: int, body_bytes_at_most: int) -> None:
         self._requests_at_most = requests_at_most
         self._body_bytes_at_most = body_bytes_at_most
         self.requests = 0
         self.body_bytes = 0
+        self.empty = asyncio.Event()
+        self.empty.set()
 
     def enter(self, announced_bytes: int) -> None:
         """Take a place and `announced_bytes`; each `enter` wants one `leave` with the same figure.
@@ -141,6 +147,8 @@ class Room:
             raise Overloaded(
                 "Too many requests at once.", code="proxy_overloaded", retry_after_seconds=_BUSY_RETRY_SECONDS
             )
+        if not self.requests:
+            self.empty.clear()
         self.requests += 1
         self.body_bytes += announced_bytes
 
@@ -148,3 +156,5 @@ class Room:
         """Give the place back."""
         self.requests -= 1
         self.body_bytes -= announced_bytes
+        if not self.requests:
+            self.empty.set()

@@ -42,6 +42,12 @@ class CairnError(Exception):
         self.retry_after_seconds = retry_after_seconds
 
 
+class InternalError(CairnError):
+    """A defect of Cairn's own; the log has it."""
+
+    code = "internal_error"
+
+
 class ConfigError(CairnError):
     """The configuration cannot be used; `param` is the path of the offending key, such as `$.pools[0].name`."""
 

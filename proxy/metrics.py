@@ -142,7 +142,7 @@ UNPRICED = _counter("unpriced_requests", "Answers with usage that no rate card p
 ROUTE_DECISIONS = _counter("route_decisions", "Why a replica was chosen.", "reason")
 PREFIX_MISS = _counter("prefix_miss", "Why a prompt was not wholly found.", "reason")
 INDEX_BLOCKS = _max("index_blocks", "Blocks that the index holds for a replica.", "upstream")
-INDEX_BYTES = _max("index_bytes", "Prompt bytes that the index holds for a replica.", "upstream")
+INDEX_BYTES = _sum("index_bytes", "Memory that the index takes, of all workers.")
 INDEX_TOKENS = _max("index_tokens", "Tokens that the index holds for a replica.", "upstream")
 INDEX_EVICTIONS = _counter("index_evictions", "Blocks evicted from a replica's budget.", "upstream")
 CONTEXTS = _max("contexts", "Stored contexts.")
@@ -236,6 +236,13 @@ class Recorder:
         for histograms in self._histograms:
             histograms.clear()
         return delta
+
+    def put_back(self, delta: Delta) -> None:
+        """Count again what was taken and could not be handed over."""
+        for number, labels, value in delta.counters:
+            self.inc(SPECS[number], labels, value)
+        for number, labels, counts, total in delta.histograms:
+            self.observe_counts(SPECS[number], labels, counts, total)
 
     def _observed(self, spec: Spec, labels: Labels) -> Observed:
         series = self._histograms[spec.number]

@@ -17,6 +17,14 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False):
     in_flight_limit: int | None = None
     started_unix_seconds: float | None = None
 
+    def joined(self, other: EngineFacts) -> EngineFacts:
+        """Both pages' facts; where both have one, this one's."""
+        return EngineFacts(
+            self.capacity_tokens if self.capacity_tokens is not None else other.capacity_tokens,
+            self.in_flight_limit if self.in_flight_limit is not None else other.in_flight_limit,
+            self.started_unix_seconds if self.started_unix_seconds is not None else other.started_unix_seconds,
+        )
+
 
 _LABEL = re.compile(r'([A-Za-z_][A-Za-z0-9_]*)="((?:[^"\\]|\\.)*)"')
 _STARTED = re.compile(

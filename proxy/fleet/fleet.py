@@ -200,6 +200,14 @@ class Fleet:
     def name_of(self, number: int) -> str:
         return self._replicas[number].spec.name
 
+    def limit_of(self, number: int) -> int | None:
+        """How many requests may be at a replica at once; None where nobody said."""
+        return self._replicas[number].limit
+
+    def own_in_flight(self, number: int) -> int:
+        """Requests of this process at a replica."""
+        return self._replicas[number].work.in_flight
+
     def set_limit(self, number: int, in_flight_limit: int | None) -> None:
         """A limit of concurrent requests learned from the engine; a configured one stands."""
         replica = self._replicas[number]

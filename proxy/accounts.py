@@ -1,0 +1,162 @@
+"""Turns outcomes into counts: requests, times, tokens, money. It alone decides which series a fact goes to.
+
+Tokens are counted as the upstream reported them. A cached count that an upstream left out is unknown until it has
+once shown one that is not zero (vLLM and SGLang omit zeros); then it is zero. What is unknown saves nothing. It must
+not know how figures are kept or shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+
+from msgspec.structs import replace
+
+from proxy import metrics, pricing
+from proxy.metrics import MODEL_NAMES_AT_MOST, OTHER, Recorder
+from proxy.model import CacheStatus, Ending, MissReason, Outcome, Usage
+from proxy.pools import Backend
+from proxy.pricing import Bill, PriceBook, Unpriced
+
+_STATUS_CLASSES = ("0xx", "1xx", "2xx", "3xx", "4xx", "5xx")
+_SECONDS_PER_DAY = 86_400
+
+
+class ModelNames:
+    """The names that may be labels: those of the configuration and of the upstreams' own lists, at most 64."""
+
+    def __init__(self, configured: Iterable[str]) -> None:
+        self._names: dict[str, str] = {}
+        self.add(name for name in configured if not set(name) & set("*?["))
+
+    def add(self, names: Iterable[str]) -> None:
+        """Take in names that an upstream lists."""
+        for name in names:
+            if len(self._names) < MODEL_NAMES_AT_MOST:
+                self._names.setdefault(name, name)
+
+    def label(self, model: str | None) -> str:
+        """`model` where it is known, else `other`."""
+        return OTHER if model is None else self._names.get(model, OTHER)
+
+
+class Accounts:
+    """Counts into `recorder`. `rate_of` gives a replica's prefill rate (tokens per second) by its number."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        names: ModelNames,
+        prices: PriceBook,
+        backends: Mapping[int, Backend],
+        rate_of: Callable[[int], float],
+        unix_seconds: Callable[[], float],
+    ) -> None:
+        self._recorder = recorder
+        self._names = names
+        self._prices = prices
+        self._rate_of = rate_of
+        self._unix_seconds = unix_seconds
+        self._shows_cached: set[int] = set()
+        self._day = (0, "")
+        self.backends = backends
+
+    def known_usage(self, outcome: Outcome) -> Usage | None:
+        """The outcome's usage; an omitted cached count is zero where the upstream is known to show others."""
+        usage, replica = outcome.usage, outcome.replica
+        if usage is None or replica is None:
+            return usage
+        if usage.cached_tokens:
+            self._shows_cached.add(replica.id)
+        elif usage.cached_tokens is None and replica.id in self._shows_cached:
+            return replace(usage, cached_tokens=0)
+        return usage
+
+    def count(self, outcome: Outcome, usage: Usage | None, predicted_tokens: int | None) -> None:
+        """One finished request. `usage` is what `known_usage` gave."""
+        model = self._names.label(outcome.model)
+        upstream = outcome.replica.name if outcome.replica is not None else ""
+        self._count_request(outcome, model, upstream)
+        if outcome.replica is None:
+            return
+        if usage is not None:
+            self._count_tokens(usage, model, upstream)
+            self._count_prediction(usage, predicted_tokens, model, upstream)
+            self._count_money(outcome, usage, model, upstream, outcome.replica.id)
+        elif outcome.endpoint.is_generation and 200 <= outcome.status < 300:
+            self._recorder.inc(metrics.USAGE_MISSING, (model, upstream))
+
+    def _count_request(self, outcome: Outcome, model: str, upstream: str) -> None:
+        recorder, plan, times = self._recorder, outcome.plan, outcome.times
+        endpoint = outcome.endpoint.value
+        cache = (plan.cache if plan is not None else CacheStatus.BYPASS).value
+        status_class = _STATUS_CLASSES[outcome.status // 100] if 0 < outcome.status < 600 else _STATUS_CLASSES[0]
+        stream = "true" if outcome.stream else "false"
+        recorder.inc(metrics.REQUESTS, (endpoint, model, upstream, status_class, cache, stream))
+        duration_seconds = times.ended_seconds - times.received_seconds
+        recorder.observe(metrics.DURATION, (endpoint, model, cache), duration_seconds)
+        if times.sent_seconds is not None:
+            overhead_seconds = times.sent_seconds - times.read_seconds - times.waited_seconds
+            recorder.observe(metrics.OVERHEAD, (endpoint,), overhead_seconds)
+        if times.first_token_seconds is not None:
+            ttft_seconds = times.first_token_seconds - times.received_seconds
+            recorder.observe(metrics.TTFT, (model, upstream, cache), ttft_seconds)
+            if outcome.inter_token_counts:
+                gaps, total = outcome.inter_token_counts, outcome.inter_token_seconds
+                recorder.observe_counts(metrics.INTER_TOKEN, (model, upstream), gaps, total)
+        if plan is not None and outcome.endpoint.is_generation:
+            recorder.inc(metrics.ROUTE_DECISIONS, (plan.reason.value,))
+            if plan.miss is not MissReason.NONE:
+                recorder.inc(metrics.PREFIX_MISS, (plan.miss.value,))
+        if outcome.ending is Ending.REFUSED:
+            recorder.inc(metrics.REJECTED, (outcome.error_code or "other",))
+
+    def _count_tokens(self, usage: Usage, model: str, upstream: str) -> None:
+        recorder = self._recorder
+        written = usage.cache_write_5m_tokens + usage.cache_write_1h_tokens
+        cached = usage.cached_tokens or 0
+        for kind, tokens in (
+            ("input_fresh", usage.prompt_tokens - cached - written),
+            ("input_cached", cached),
+            ("input_cache_write", written),
+            ("output", usage.output_tokens),
+        ):
+            if tokens:
+                recorder.inc(metrics.TOKENS, (model, upstream, kind), tokens)
+        if usage.cached_tokens is None:
+            recorder.inc(metrics.CACHED_UNKNOWN, (model, upstream), usage.prompt_tokens)
+        if usage.inconsistent:
+            recorder.inc(metrics.USAGE_INCONSISTENT, (model, upstream))
+
+    def _count_prediction(self, usage: Usage, predicted_tokens: int | None, model: str, upstream: str) -> None:
+        if predicted_tokens is None:
+            return
+        if predicted_tokens:
+            self._recorder.inc(metrics.PREDICTED_CACHED, (model, upstream), predicted_tokens)
+        if usage.cached_tokens is not None:
+            error_tokens = usage.cached_tokens - min(predicted_tokens, usage.prompt_tokens)
+            self._recorder.observe(metrics.PREDICTION_ERROR, (model, upstream), error_tokens)
+
+    def _count_money(self, outcome: Outcome, usage: Usage, model: str, upstream: str, replica: int) -> None:
+        recorder, labels, rate = self._recorder, (model, upstream), self._rate_of(replica)
+        backend = self.backends[replica]
+        if usage.cached_tokens and not backend.is_provider:
+            recorder.inc(metrics.PREFILL_SAVED, labels, usage.cached_tokens / rate)
+        card = self._prices.card(outcome.model or "", backend.url, self._today())
+        bill = card if isinstance(card, Unpriced) else pricing.bill(usage, card, rate)
+        if isinstance(bill, Bill):
+            for spec, amount in (
+                (metrics.COST, bill.cost),
+                (metrics.UNCACHED_COST, bill.uncached_cost),
+                (metrics.SAVINGS, bill.saving),
+                (metrics.SURCHARGE, bill.surcharge),
+            ):
+                recorder.inc(spec, labels, float(amount))
+        else:
+            recorder.inc(metrics.UNPRICED, (bill.value,))
+
+    def _today(self) -> str:
+        day = int(self._unix_seconds()) // _SECONDS_PER_DAY
+        if day != self._day[0]:
+            self._day = (day, datetime.fromtimestamp(day * _SECONDS_PER_DAY, UTC).date().isoformat())
+        return self._day[1]

@@ -1,0 +1,261 @@
+"""The composition root of a worker: builds every object once, starts and stops them in order. No logic.
+
+Order at the start: store, index and journal (which waits until it knows what the others know), upstream side,
+client port; at the end the reverse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+import socket
+from collections.abc import Sequence
+
+from cache import CacheError, ErrorKind, Journal, PrefixIndex, Store, open_store, shared_secret
+from proxy import metrics
+from proxy.accounts import Accounts, ModelNames
+from proxy.admission import Doorkeeper, KnownClient, Room
+from proxy.attempt import Attempts
+from proxy.builtin_prices import BuiltinPrices
+from proxy.catalogue import Catalogue
+from proxy.clock import SystemClock
+from proxy.control import WorkerControl
+from proxy.fleet import Backoff, Fleet, ReplicaSpec
+from proxy.gate import Gate
+from proxy.logs import AccessLog
+from proxy.metrics import Recorder
+from proxy.owners import Owners
+from proxy.pipeline import Pipeline
+from proxy.pools import Backend, Pools, ServedPool
+from proxy.pricing import PriceBook
+from proxy.probing import Prober
+from proxy.queue import Queue, QueueLimits
+from proxy.relay import Relay
+from proxy.reporting import Reporter
+from proxy.server import Front
+from proxy.settings import Config, Pool, PoolKind, Replica, Tenancy
+from proxy.settlement import Settlement
+from proxy.tasks import Tasks
+from proxy.tokens import TokenCounts
+from proxy.upkeep import Upkeep
+from proxy.upstream import Limits, Origin, UpstreamClient
+
+log = logging.getLogger("cairn.app")
+
+_ORIGIN_BITS = 24
+
+
+async def run_worker(config: Config, listening: Sequence[socket.socket], control: WorkerControl) -> None:
+    """Serve on `listening` until the supervisor says that it is enough."""
+    worker = await Worker.build(config, control)
+    try:
+        await worker.start(listening)
+        await control.ready()
+        finish_seconds = await control.drained()
+        await worker.front.stop(finish_seconds)
+    finally:
+        await worker.close()
+
+
+class Worker:
+    """Everything that one worker is made of."""
+
+    def __init__(self, config: Config, control: WorkerControl, builtin_prices: BuiltinPrices, secret: bytes) -> None:
+        clock = self.clock = SystemClock()
+        self.config = config
+        self.tasks = Tasks()
+        self.recorder = Recorder()
+        writer_id = secrets.token_hex(8)
+
+        self.fleet = Fleet(random.random, _backoff(config))
+        self.pools = _pools(config, self.fleet)
+        self.store = open_store(
+            None if config.redis.url is None else config.redis.url.reveal(),
+            clock=clock,
+            tasks=self.tasks,
+            limit_seconds=config.redis.operation_seconds,
+            observe=self._observe_redis,
+        )
+        self.index = PrefixIndex(origin=secrets.randbits(_ORIGIN_BITS))
+        self.journal = Journal(
+            self.index,
+            self.store,
+            writer_id,
+            clock=clock,
+            tasks=self.tasks,
+            number_of=self.fleet.number_of,
+            name_of=self.fleet.name_of,
+        )
+        _set_capacities(config, self.fleet, self.index)
+
+        limits = _limits(config)
+        self.client = UpstreamClient(limits, clock)
+        self.names = ModelNames(pattern for pool in config.pools for pattern in pool.models)
+        self.tokens = TokenCounts()
+        self.owners = Owners(lambda made_id, name: None)
+        self.queues = {
+            number: Queue(self.fleet.limit_of(number), QueueLimits(), clock) for number in self.pools.backends
+        }
+        attempts = Attempts(self.fleet, self.journal, Gate(), self.queues, lambda: None, clock)
+        prices = PriceBook((), builtin_prices.card)
+        accounts = Accounts(self.recorder, self.names, prices, self.pools.backends, self.fleet.rate_of, clock.unix)
+        self.access_log = AccessLog() if config.log.access else None
+        settlement = Settlement(self.journal, self.fleet, self.tokens, accounts, self.access_log, clock)
+        relay = Relay(
+            self.client,
+            attempts,
+            self.fleet,
+            self.pools,
+            self.owners,
+            self.recorder,
+            clock,
+            max_retries=config.upstream.max_retries,
+            idle_seconds=config.upstream.idle_seconds,
+        )
+        catalogue = Catalogue(self.client, self.pools, self.fleet, clock)
+        self.pipeline = Pipeline(
+            self.pools,
+            self.fleet,
+            self.index,
+            self.tokens,
+            self.owners,
+            relay,
+            catalogue,
+            settlement,
+            clock,
+            min_shareable_bytes=config.routing.min_shareable_bytes,
+        )
+        self.room = Room(config.server.max_in_flight_requests, config.server.max_in_flight_bytes)
+        self.front = Front(
+            config.server, Doorkeeper(_clients(config), secret), self.room, self.pipeline, clock, _new_id
+        )
+        self.prober = Prober(
+            self.client, self.pools, self.fleet, self.journal, catalogue, self.names, self.tasks, clock, limits
+        )
+        self.reporter = Reporter(
+            control, self.recorder, self.fleet, self.pools, self.index, self.journal, self.store, self.room, clock
+        )
+        self.upkeep = Upkeep(self.index, self.recorder, clock)
+
+    @classmethod
+    async def build(cls, config: Config, control: WorkerControl) -> Worker:
+        """Make the parts; what takes long is done in a thread."""
+        builtin_prices = await asyncio.to_thread(BuiltinPrices)
+        configured = config.tenants.secret
+        # without one, Redis's is taken up when it answers (`start`); until then a secret of this worker's own
+        secret = secrets.token_bytes(32) if configured is None else configured.reveal().encode()
+        return cls(config, control, builtin_prices, secret)
+
+    async def start(self, listening: Sequence[socket.socket]) -> None:
+        """Begin to serve."""
+        await self.store.start()
+        self.tasks.start(self._adopt_secret(self.store), "tenant secret")
+        await self.journal.start()
+        self.tasks.start(self.prober.run(), "prober")
+        self.tasks.start(self.upkeep.run(), "upkeep")
+        self.tasks.start(self.reporter.run(), "reporter")
+        await self.front.start(listening)
+
+    async def close(self) -> None:
+        """Stop in the reverse order; what was counted is reported first."""
+        await self.front.stop(0)
+        self.reporter.report()
+        await self.journal.close()
+        await self.client.close()
+        await self.store.close()
+        await self.tasks.close()
+        if self.access_log is not None:
+            self.access_log.close()
+
+    async def _adopt_secret(self, store: Store) -> None:
+        """Name tenants as all other proxies do, as soon as Redis tells how."""
+        while self.config.tenants.secret is None:
+            await store.wait_available()
+            try:
+                secret = await shared_secret(store)
+            except CacheError:
+                await asyncio.sleep(1.0)
+                continue
+            self.front.doorkeeper = Doorkeeper(_clients(self.config), secret)
+            return
+
+    def _observe_redis(self, operation: str, seconds: float, error: ErrorKind | None) -> None:
+        self.recorder.observe(metrics.REDIS_DURATION, (operation,), seconds)
+        if error is not None:
+            self.recorder.inc(metrics.REDIS_ERRORS, (operation, error.value))
+
+
+def _new_id() -> str:
+    return f"{random.getrandbits(128):032x}"
+
+
+def _backoff(config: Config) -> Backoff:
+    return Backoff(
+        first_seconds=config.upstream.backoff_seconds,
+        most_seconds=config.upstream.backoff_max_seconds,
+    )
+
+
+def _limits(config: Config) -> Limits:
+    upstream = config.upstream
+    return Limits(
+        connect_seconds=upstream.connect_seconds,
+        first_byte_seconds=upstream.first_byte_seconds,
+        idle_seconds=upstream.idle_seconds,
+        pool_wait_seconds=upstream.pool_seconds,
+        max_connections=upstream.max_connections,
+        idle_expiry_seconds=upstream.keepalive_seconds,
+    )
+
+
+def _clients(config: Config) -> list[KnownClient]:
+    return [
+        KnownClient(bytes.fromhex(client.key_sha256), client.tenant or client.name, client.models)
+        for client in config.clients
+    ]
+
+
+def _pools(config: Config, fleet: Fleet) -> Pools:
+    """Enter every replica into the fleet; the numbers that it gives name them in the index, too."""
+    backends: dict[int, Backend] = {}
+    for pool in config.pools:
+        for replica in pool.replicas:
+            spec = ReplicaSpec(replica.label, pool.name, replica.prefill_tokens_per_second, replica.max_concurrent)
+            backends[fleet.add(spec)] = _backend(pool, replica)
+    default = config.default_pool
+    served = [_served(pool, config.tenancy) for pool in config.pools]
+    return Pools(served, None if default is None else default.name, backends)
+
+
+def _served(pool: Pool, tenancy: Tenancy) -> ServedPool:
+    is_provider = pool.kind is PoolKind.PROVIDER
+    brings_keys = is_provider and all(replica.key is None for replica in pool.replicas)
+    isolated = brings_keys or (pool.tenancy or tenancy) is Tenancy.ISOLATED
+    return ServedPool(pool.name, pool.models, is_provider, isolated, pool.cache_salt)
+
+
+def _backend(pool: Pool, replica: Replica) -> Backend:
+    key = replica.key
+    return Backend(
+        replica.label,
+        pool.name,
+        replica.url,
+        Origin.parse(replica.url),
+        None if key is None else (b"authorization", b"Bearer " + key.reveal().encode()),
+        pool.kind is PoolKind.PROVIDER,
+        replica.capacity_tokens,
+    )
+
+
+def _set_capacities(config: Config, fleet: Fleet, index: PrefixIndex) -> None:
+    for pool in config.pools:
+        for replica in pool.replicas:
+            number = fleet.number_of(replica.label)
+            if number is None:
+                continue
+            if pool.kind is PoolKind.PROVIDER:
+                index.set_ttl(number, pool.ttl_seconds)
+            elif replica.capacity_tokens is not None:
+                index.set_budget(number, replica.capacity_tokens)

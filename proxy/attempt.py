@@ -1,0 +1,146 @@
+"""One try of a request at one replica: what is claimed for it, and given back on every path.
+
+Claimed in this order: the charge (the replica is busier), the placement (it will hold the prefix), the place at the
+cold gate and in the queue. `Attempts.begin` claims, `Attempt` gives back; each of its endings may come twice and
+after another. It must not know HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from cache import Fingerprint, Journal, Placement
+from proxy.clock import Clock
+from proxy.fleet import Charge, Fleet
+from proxy.gate import Follower, Gate, Prefill
+from proxy.model import Candidate, Plan
+from proxy.queue import Queue, Turn
+
+
+class Attempt:
+    """A try under way. `placement` is None where nothing was worth placing."""
+
+    __slots__ = ("_fleet", "_follower", "_journal", "_prefill", "_queue", "_turn", "candidate", "charge", "placement")
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        journal: Journal,
+        candidate: Candidate,
+        charge: Charge,
+        placement: Placement | None,
+        queue: Queue,
+    ) -> None:
+        self._fleet = fleet
+        self._journal = journal
+        self._queue = queue
+        self._prefill: Prefill | None = None
+        self._follower: Follower | None = None
+        self._turn: Turn | None = None
+        self.candidate = candidate
+        self.charge = charge
+        self.placement = placement
+
+    @property
+    def replica(self) -> int:
+        """The replica's number."""
+        return self.candidate.replica.id
+
+    def stand_at(self, gate: Prefill | Follower | None) -> None:
+        """What the gate said when this attempt came to it."""
+        if isinstance(gate, Follower):
+            self._follower, self._prefill = gate, gate.prefill
+        else:
+            self._prefill = gate
+
+    @property
+    def must_wait(self) -> bool:
+        """True where `wait` would wait; else a turn was taken already."""
+        if self._follower is not None:
+            return True
+        self._turn = self._turn or self._queue.try_turn()
+        return self._turn is None
+
+    async def wait(self) -> None:
+        """Wait for the leader of the same cold prefix, then for a place at the replica.
+
+        Raises Overloaded at the deadline and RateLimited where too many wait.
+        """
+        if self._follower is not None:
+            await self._follower.wait()
+            self._fleet.ungate(self.charge)
+        candidate = self.candidate
+        self._turn = await self._queue.turn(candidate.uncached_tokens / candidate.replica.rate_tokens_per_second)
+
+    def first_token(self, now_seconds: float) -> None:
+        """The prefill is done."""
+        self._fleet.first_token(self.charge, now_seconds)
+        if self._prefill is not None:
+            self._prefill.first_token()
+
+    def take_back(self) -> None:
+        """The replica did not compute the prefix: forget that it holds what only this attempt placed there."""
+        placement, self.placement = self.placement, None
+        if placement is not None:
+            self._journal.take_back(placement)
+
+    def end(self, now_seconds: float, *, client_left: bool = False) -> None:
+        """Give back what is still claimed. With `client_left` the engine may still compute: the charge decays."""
+        if client_left:
+            self._fleet.client_left(self.charge)
+        self._fleet.finish(self.charge, now_seconds)
+        if self._follower is not None:
+            self._follower.leave()
+        if self._prefill is not None:
+            self._prefill.failed()
+        if self._turn is not None:
+            self._turn.done()
+
+
+class Attempts:
+    """Begins attempts. `queues` are by replica number; `changed` tells the other workers that work was taken on."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        journal: Journal,
+        gate: Gate,
+        queues: Mapping[int, Queue],
+        changed: Callable[[], None],
+        clock: Clock,
+    ) -> None:
+        self._fleet = fleet
+        self._journal = journal
+        self._gate = gate
+        self._queues = queues
+        self._changed = changed
+        self._clock = clock
+
+    def begin(
+        self, plan: Plan, candidate: Candidate, fingerprint: Fingerprint | None, matched_blocks: int, *, stream: bool
+    ) -> Attempt:
+        """Charge `candidate`, place the prefix there and stand at the gate.
+
+        Without `fingerprint` (nothing worth sharing) only the charge is made.
+        """
+        now_seconds = self._clock.monotonic()
+        replica, uncached = candidate.replica.id, candidate.uncached_tokens
+        self._changed()
+        if fingerprint is None:
+            charge = self._fleet.charge(replica, uncached, now_seconds, plain=not stream)
+            return Attempt(self._fleet, self._journal, candidate, charge, None, self._queues[replica])
+        gate = self._gate.enter(
+            replica,
+            fingerprint.hashes,
+            matched_blocks,
+            candidate.matched_tokens,
+            plan.prompt_tokens,
+            uncached / candidate.replica.rate_tokens_per_second,
+        )
+        charge = self._fleet.charge(
+            replica, uncached, now_seconds, plain=not stream, gated=isinstance(gate, Follower)
+        )
+        placement = self._journal.place(replica, fingerprint, plan.prompt_tokens)
+        attempt = Attempt(self._fleet, self._journal, candidate, charge, placement, self._queues[replica])
+        attempt.stand_at(gate)
+        return attempt

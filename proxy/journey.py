@@ -1,0 +1,138 @@
+"""One request on its way: what the phases learn of it, gathered for the one `Outcome` at its end.
+
+It is the only mutable thing of a request, and has one writer at a time. It must not decide anything.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+from cache import Fingerprint, Match
+from proxy.attempt import Attempt
+from proxy.metrics import INTER_TOKEN
+from proxy.model import Call, Edit, Ending, Outcome, Plan, Prompt, RouteReason, Times, Usage
+from proxy.pools import ServedPool
+from proxy.wire.headers import cairn_headers
+
+
+class Journey:
+    """What is known so far. `sent_seconds` and the stamps after it belong to the attempt that answered."""
+
+    __slots__ = (
+        "answer_bytes",
+        "asked_usage",
+        "attempt",
+        "call",
+        "edits",
+        "ending",
+        "error_code",
+        "fingerprint",
+        "first_byte_seconds",
+        "first_token_seconds",
+        "inter_token_counts",
+        "inter_token_seconds",
+        "last_token_seconds",
+        "match",
+        "model",
+        "plan",
+        "pool",
+        "progress_seconds",
+        "prompt",
+        "retries",
+        "sent_seconds",
+        "status",
+        "usage",
+        "waited_seconds",
+    )
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.model: str | None = None
+        self.prompt: Prompt | None = None
+        self.fingerprint: Fingerprint | None = None
+        self.match: Match | None = None
+        self.pool: ServedPool | None = None
+        self.plan: Plan | None = None
+        self.attempt: Attempt | None = None
+        self.edits: tuple[Edit, ...] = ()
+        self.asked_usage = False  # the stream reports usage because Cairn asked, so that chunk is withheld
+        self.progress_seconds = 0.0
+        self.retries = 0
+        self.status = 0
+        self.ending = Ending.INTERNAL  # until something better is known
+        self.error_code: str | None = None
+        self.sent_seconds: float | None = None
+        self.first_byte_seconds: float | None = None
+        self.first_token_seconds: float | None = None
+        self.last_token_seconds = 0.0
+        self.inter_token_counts: list[int] | None = None
+        self.inter_token_seconds = 0.0
+        self.waited_seconds = 0.0
+        self.usage: Usage | None = None
+        self.answer_bytes = 0
+
+    def token_came(self, now_seconds: float) -> bool:
+        """Stamp a piece of the stream that carries tokens; True for the first."""
+        if self.first_token_seconds is None:
+            self.first_token_seconds = self.last_token_seconds = now_seconds
+            return True
+        counts = self.inter_token_counts
+        if counts is None:
+            counts = self.inter_token_counts = [0] * (len(INTER_TOKEN.buckets) + 1)
+        gap = now_seconds - self.last_token_seconds
+        counts[bisect_left(INTER_TOKEN.buckets, gap)] += 1
+        self.inter_token_seconds += gap
+        self.last_token_seconds = now_seconds
+        return False
+
+    @property
+    def replica_name(self) -> str:
+        """The replica of the present attempt, empty before there is one."""
+        return "" if self.attempt is None else self.attempt.candidate.replica.name
+
+    def notes(self) -> tuple[tuple[bytes, bytes], ...]:
+        """What the client is told of the decision, as headers."""
+        plan, attempt = self.plan, self.attempt
+        if plan is None or attempt is None:
+            return ()
+        sent_seconds = self.sent_seconds or 0.0
+        return cairn_headers(
+            cache=plan.cache,
+            miss=plan.miss,
+            reason=plan.reason if self.retries == 0 else RouteReason.RETRY,
+            replica=attempt.candidate.replica.name,
+            matched_tokens=attempt.candidate.matched_tokens,
+            overhead_seconds=sent_seconds - self.call.read_seconds,
+            upstream_seconds=(self.first_byte_seconds or sent_seconds) - sent_seconds,
+        )
+
+    def outcome(self, now_seconds: float) -> Outcome:
+        """The frozen end of it."""
+        call, attempt = self.call, self.attempt
+        return Outcome(
+            call_id=call.request_id,
+            endpoint=call.endpoint,
+            model=self.model,
+            stream=self.prompt is not None and self.prompt.stream,
+            ending=self.ending,
+            status=self.status,
+            times=Times(
+                call.received_seconds,
+                call.read_seconds,
+                self.sent_seconds,
+                self.first_byte_seconds,
+                self.first_token_seconds,
+                now_seconds,
+                self.waited_seconds,
+            ),
+            replica=None if attempt is None else attempt.candidate.replica,
+            plan=self.plan,
+            usage=self.usage,
+            retries=self.retries,
+            answer_bytes=self.answer_bytes,
+            request_bytes=len(call.body),
+            tenant_id=call.tenant.id,
+            error_code=self.error_code,
+            inter_token_counts=tuple(self.inter_token_counts or ()),
+            inter_token_seconds=self.inter_token_seconds,
+        )

@@ -1,0 +1,168 @@
+"""The way of a request: eight phases in order. Read `Pipeline.handle` first; each verb below it is one phase.
+
+The phases decide, `Relay` does; what they learn stands in the `Journey`. It must not know aiohttp.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from cache import Match, PrefixIndex, chain_root, cut
+from proxy import routing
+from proxy.admission import check_model
+from proxy.catalogue import Catalogue
+from proxy.clock import Clock
+from proxy.downstream import Downstream
+from proxy.errors import CairnError, NotFound, UpstreamError
+from proxy.fleet import Fleet
+from proxy.journey import Journey
+from proxy.model import Call, Edit, Ending, Endpoint
+from proxy.owners import Owners
+from proxy.pools import Pools
+from proxy.relay import Relay, Upload
+from proxy.routing import Demand
+from proxy.settlement import Settlement
+from proxy.tokens import TokenCounts
+from proxy.wire import request as wire_request
+from proxy.wire.errors import error_answer
+
+REASON_PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus} | {529: b"Site is overloaded"}
+NOTHING_MATCHED = Match({})
+
+
+class Pipeline:
+    """One per worker."""
+
+    def __init__(
+        self,
+        pools: Pools,
+        fleet: Fleet,
+        index: PrefixIndex,
+        tokens: TokenCounts,
+        owners: Owners,
+        relay: Relay,
+        catalogue: Catalogue,
+        settlement: Settlement,
+        clock: Clock,
+        *,
+        min_shareable_bytes: int,
+    ) -> None:
+        self._fleet = fleet
+        self._index = index
+        self._tokens = tokens
+        self._owners = owners
+        self._relay = relay
+        self._catalogue = catalogue
+        self._settlement = settlement
+        self._clock = clock
+        self._min_shareable_bytes = min_shareable_bytes
+        self.pools = pools
+
+    async def handle(self, call: Call, client: Downstream, upload: Upload | None = None) -> None:
+        """Answer an admitted call; `upload` is its body where that is passed through and not read.
+
+        Nothing is raised but cancellation, ConnectionResetError (the client left) and defects.
+        """
+        journey = Journey(call)
+        try:
+            if call.endpoint is Endpoint.MODELS and len(self.pools.all) > 1:
+                await self._catalogue.answer(journey, client)
+                return
+            self.read(journey)
+            await self.expand(journey)
+            self.fingerprint(journey)
+            self.look_up(journey)
+            self.plan(journey)
+            await self._relay.run(journey, client, upload)
+        except CairnError as error:
+            self.refuse(journey, error, client)
+        finally:
+            self._settlement.settle(journey)
+
+    def turn_away(self, call: Call, error: CairnError, client: Downstream) -> None:
+        """A call that was not admitted: it is answered, counted and logged like any other."""
+        journey = Journey(call)
+        self.refuse(journey, error, client)
+        self._settlement.settle(journey)
+
+    def read(self, journey: Journey) -> None:
+        """Find the prompt in the body, and the pool that serves its model."""
+        call = journey.call
+        if not (call.endpoint.is_generation or call.endpoint is Endpoint.EMBEDDINGS):
+            journey.pool = self.pools.default
+            if journey.pool is None:
+                raise NotFound("No default pool is configured for this path.", code="no_default_pool")
+            return
+        prompt = journey.prompt = wire_request.read(call.body, call.endpoint, file_ids=len(self._owners) > 0)
+        journey.model = prompt.model
+        check_model(call.tenant, prompt.model)
+        journey.pool = self.pools.serving(prompt.model)
+        if journey.pool.sends_cache_salt and journey.pool.isolated:
+            at = prompt.body.index(b"{") + 1
+            journey.edits = (Edit(at, at, b'"cache_salt":"%b",' % call.tenant.id.encode()),)
+
+    async def expand(self, journey: Journey) -> None:
+        """Put a stored context where the prompt names one."""
+
+    def fingerprint(self, journey: Journey) -> None:
+        """Cut the prompt in blocks and chain their hashes; what is too short to share has none."""
+        prompt, pool, call = journey.prompt, journey.pool, journey.call
+        if prompt is None or pool is None or not call.endpoint.is_generation:
+            return
+        if prompt.size_bytes >= self._min_shareable_bytes:
+            salt = call.tenant.salt if pool.isolated else b""
+            journey.fingerprint = cut(chain_root((salt, *prompt.chain_salt)), prompt.spans)
+
+    def look_up(self, journey: Journey) -> None:
+        """Ask the index who holds how much of it."""
+        if journey.fingerprint is not None:
+            journey.match = self._index.match(journey.fingerprint)
+
+    def plan(self, journey: Journey) -> None:
+        """Choose among the pool's replicas."""
+        assert journey.pool is not None  # noqa: S101 - `read` set it or raised
+        views = self._fleet.snapshot(journey.pool.name, self._clock.monotonic())
+        match = journey.match or NOTHING_MATCHED
+        journey.plan = routing.plan(
+            self._demand(journey), match, views, min_shareable_bytes=self._min_shareable_bytes
+        )
+
+    def refuse(self, journey: Journey, error: CairnError, client: Downstream) -> None:
+        """Tell the client why there is no answer."""
+        journey.ending = Ending.UPSTREAM_FAILED if isinstance(error, UpstreamError) else Ending.REFUSED
+        journey.error_code = error.code or error.type
+        answer = error_answer(error, journey.call.endpoint, request_id=journey.call.request_id)
+        journey.status = answer.status
+        request_id = (b"x-request-id", journey.call.request_id.encode())
+        client.send(answer.status, REASON_PHRASES[answer.status], (*answer.headers, request_id), answer.body)
+
+    def _demand(self, journey: Journey) -> Demand:
+        prompt, fingerprint, match = journey.prompt, journey.fingerprint, journey.match
+        pinned = self._pinned(journey)
+        if prompt is None:
+            return Demand(0, 0.0, pinned_replica=pinned)
+        size_bytes = prompt.size_bytes
+        if fingerprint is None or match is None:
+            tokens = self._tokens.predict(prompt.model, size_bytes, prompt.media)
+            return Demand(size_bytes, tokens, hash(journey.call.request_id), pinned_replica=pinned)
+        tokens = self._tokens.predict(prompt.model, size_bytes, prompt.media, match.known_bytes, match.known_tokens)
+        ends = fingerprint.ends
+        return Demand(
+            size_bytes,
+            tokens,
+            fingerprint.hashes[min(match.known_blocks, len(ends) - 1)],
+            size_bytes - (ends[-2] if len(ends) > 1 else 0),
+            pinned,
+        )
+
+    def _pinned(self, journey: Journey) -> int | None:
+        """The replica where the object that the request names was made, where that is in the request's pool."""
+        prompt = journey.prompt
+        if prompt is None:
+            name = self._owners.in_path(journey.call.target.partition("?")[0])
+        else:
+            name = self._owners.of(prompt.pinned_to) if prompt.pinned_to else None
+        number = None if name is None else self._fleet.number_of(name)
+        if number is None or journey.pool is None:
+            return None
+        return number if self.pools.backends[number].pool == journey.pool.name else None

@@ -1,0 +1,125 @@
+"""Asks replicas how they are, beside the requests: whether one that failed is back, what an engine can hold, what it
+serves, and whether it is still the same process.
+
+What is heard goes to the fleet, the index and the model names. It must not know requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from cache import Journal
+from proxy.accounts import ModelNames
+from proxy.catalogue import Catalogue
+from proxy.clock import Clock
+from proxy.errors import UpstreamError
+from proxy.fleet import Fleet
+from proxy.pools import Backend, Pools
+from proxy.scrape import EngineFacts, read_llama_props, read_metrics, read_sglang_server
+from proxy.tasks import Tasks
+from proxy.upstream import Limits, UpstreamClient
+
+TICK_SECONDS = 0.25
+"""How often it is looked whether a back-off is over."""
+
+FACTS_SECONDS = 15.0
+"""How often engines are asked for their facts: a restart is noticed by requests much sooner."""
+
+_PAGE_AT_MOST_BYTES = 4 * 1024 * 1024
+_FACT_PAGES = (
+    (b"/metrics", read_metrics),
+    (b"/props", read_llama_props),
+    (b"/get_server_info", read_sglang_server),
+)
+
+
+class Prober:
+    """One per worker."""
+
+    def __init__(
+        self,
+        client: UpstreamClient,
+        pools: Pools,
+        fleet: Fleet,
+        journal: Journal,
+        catalogue: Catalogue,
+        names: ModelNames,
+        tasks: Tasks,
+        clock: Clock,
+        limits: Limits,
+    ) -> None:
+        self._client = client
+        self._fleet = fleet
+        self._journal = journal
+        self._catalogue = catalogue
+        self._names = names
+        self._tasks = tasks
+        self._clock = clock
+        self._limits = limits
+        self._started: dict[int, float] = {}
+        self.pools = pools
+
+    async def run(self) -> None:
+        """Probe until cancelled."""
+        next_facts_seconds = 0.0
+        while True:
+            now_seconds = self._clock.monotonic()
+            for number in self._fleet.probes(now_seconds):
+                self._tasks.start(self.probe(number), "probe")
+            if now_seconds >= next_facts_seconds:
+                next_facts_seconds = now_seconds + FACTS_SECONDS
+                for number in self.pools.backends:
+                    self._tasks.start(self.learn(number), "engine facts")
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def probe(self, number: int) -> None:
+        """Ask a replica whose back-off is over for its models; any answer at all means that it is back."""
+        backend = self.pools.backends.get(number)
+        if backend is None:
+            return
+        try:
+            await self._page(backend, b"/v1/models")
+        except UpstreamError:
+            self._fleet.failed(number, self._clock.monotonic(), unreachable=True)
+        else:
+            self._fleet.answered(number)
+
+    async def learn(self, number: int) -> None:
+        """Take in what an engine says of itself; whatever it does not answer is left as it is."""
+        backend = self.pools.backends[number]
+        try:
+            listed = await self._catalogue.listed_by(backend)
+            self._names.add(str(model.get("id")) for model in listed)
+            if not backend.is_provider:
+                self._apply(number, backend, await self._facts(backend))
+        except UpstreamError:
+            return
+
+    async def _facts(self, backend: Backend) -> EngineFacts:
+        facts = EngineFacts()
+        for path, read in _FACT_PAGES:
+            status, page = await self._page(backend, path)
+            if status == 200:
+                facts = facts.joined(read(page))
+        return facts
+
+    def _apply(self, number: int, backend: Backend, facts: EngineFacts) -> None:
+        if facts.capacity_tokens is not None and backend.capacity_tokens is None:
+            self._journal.set_budget(number, facts.capacity_tokens)
+        if facts.in_flight_limit is not None:
+            self._fleet.set_limit(number, facts.in_flight_limit)
+        started = facts.started_unix_seconds
+        if started is not None:
+            before = self._started.setdefault(number, started)
+            if started > before:
+                self._started[number] = started
+                self._fleet.restarted(number)
+                self._journal.new_epoch(number)
+
+    async def _page(self, backend: Backend, path: bytes) -> tuple[int, bytes]:
+        headers = () if backend.credential is None else (backend.credential,)
+        answer = await self._client.request(backend.origin, b"GET", path, headers, limits=self._limits)
+        try:
+            return answer.status, await answer.read(_PAGE_AT_MOST_BYTES)
+        finally:
+            answer.abort()

@@ -1,0 +1,343 @@
+"""Phase 7: the request to a replica, its answer to the client, and every way in which either can end.
+
+Bytes pass unchanged and as they come, with back-pressure; what the answer says about tokens is read beside them. A
+generation of whose answer nothing came is tried at the next replica; nothing is tried again after that. Whatever was
+claimed is given back here, on every path. It must not know how a replica was chosen or what a token costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from proxy.attempt import Attempt, Attempts
+from proxy.clock import Clock
+from proxy.downstream import Downstream
+from proxy.errors import ConnectFailed, IdleTimeout, ResetBeforeAnswer, UpstreamError
+from proxy.fleet import Fleet
+from proxy.journey import Journey
+from proxy.metrics import STREAM_ABORTS, UPSTREAM_RETRIES, Recorder
+from proxy.model import Candidate, Edit, Ending, Endpoint
+from proxy.owners import Owners
+from proxy.pools import Backend, Pools
+from proxy.upstream import Body, Framing, UpstreamAnswer, UpstreamClient
+from proxy.wire import headers as wire_headers
+from proxy.wire import splice
+from proxy.wire.decode import AnswerDecoder
+from proxy.wire.errors import error_event
+from proxy.wire.sse import StreamTap
+from proxy.wire.usage import read_answer
+
+
+class Upload(msgspec.Struct, frozen=True):
+    """A body that is passed through: its pieces, and its length in bytes where the client declared it."""
+
+    pieces: AsyncIterator[bytes]
+    length: int | None
+
+
+WHOLE_AT_MOST_BYTES = 256 * 1024
+"""A plain answer up to this size is gathered and written at once; a longer one is relayed piece by piece."""
+
+_READ_AT_MOST_BYTES = 8 * 1024 * 1024
+"""Of a longer plain answer, decoded or not, the usage is not read."""
+
+_REFUSAL_AT_MOST_BYTES = 64 * 1024
+_FULL_STATUS = frozenset({429, 503, 529})
+_IDEMPOTENT_METHODS = frozenset({"GET", "HEAD"})
+_OPENING_BYTES = 2048  # of a stream of the responses surface, in which its id is looked for
+_FIRST_ID = re.compile(rb'"id"\s*:\s*"([^"\\]+)"')
+
+
+class Relay:
+    """One per worker."""
+
+    def __init__(
+        self,
+        client: UpstreamClient,
+        attempts: Attempts,
+        fleet: Fleet,
+        pools: Pools,
+        owners: Owners,
+        recorder: Recorder,
+        clock: Clock,
+        *,
+        max_retries: int,
+        idle_seconds: float,
+    ) -> None:
+        self._client = client
+        self._attempts = attempts
+        self._fleet = fleet
+        self._owners = owners
+        self._recorder = recorder
+        self._clock = clock
+        self._max_retries = max_retries
+        self._idle_seconds = idle_seconds
+        self._refuse_usage: set[int] = set()
+        self.pools = pools
+
+    async def run(self, journey: Journey, downstream: Downstream, upload: Upload | None = None) -> None:
+        """Have the request answered; `upload` is its body where that is passed through and not read.
+
+        Raises UpstreamError, Overloaded or RateLimited while nothing was written to the client. A failure after that
+        is told to the client by an answer that visibly breaks.
+        """
+        try:
+            answer = await self._first_answer(journey, upload)
+            await self._pass_on(journey, answer, downstream)
+        except (asyncio.CancelledError, ConnectionResetError):
+            self._end(journey, client_left=True)
+            raise
+        finally:
+            self._end(journey)
+
+    # -- until an answer begins
+
+    async def _first_answer(self, journey: Journey, upload: Upload | None) -> UpstreamAnswer:
+        assert journey.plan is not None  # noqa: S101 - the pipeline's order
+        candidates = journey.plan.candidates
+        retries = self._max_retries if upload is None and journey.call.endpoint.is_generation else 0
+        for number in range(retries + 1):
+            candidate = candidates[number % len(candidates)]
+            try:
+                return await self._try(journey, candidate, upload)
+            except UpstreamError as error:
+                if number == retries or not _worth_another(error, number, len(candidates)):
+                    raise
+                journey.retries += 1
+                self._recorder.inc(UPSTREAM_RETRIES, (candidate.replica.name, error.reason))
+        raise AssertionError("unreachable")
+
+    async def _try(self, journey: Journey, candidate: Candidate, upload: Upload | None) -> UpstreamAnswer:
+        """One attempt. On failure it is ended, its placement taken back and the replica's breaker told."""
+        prompt, plan, match = journey.prompt, journey.plan, journey.match
+        assert plan is not None  # noqa: S101
+        held = None if match is None else match.held.get(candidate.replica.id)
+        attempt = journey.attempt = self._attempts.begin(
+            plan,
+            candidate,
+            journey.fingerprint,
+            held.blocks if held else 0,
+            stream=prompt is not None and prompt.stream,
+        )
+        if attempt.must_wait:
+            before_seconds = self._clock.monotonic()
+            try:
+                await attempt.wait()
+            finally:
+                journey.waited_seconds += self._clock.monotonic() - before_seconds
+        try:
+            answer = await self._send(journey, attempt, upload)
+        except UpstreamError as error:
+            self._failed(attempt, error)
+            raise
+        journey.sent_seconds, journey.first_byte_seconds = answer.sent_seconds, answer.first_byte_seconds
+        self._note_status(attempt, answer)
+        return answer
+
+    async def _send(self, journey: Journey, attempt: Attempt, upload: Upload | None) -> UpstreamAnswer:
+        backend = self.pools.backends[attempt.replica]
+        if upload is not None:
+            return await self._request(journey, backend, upload.pieces, upload.length, identity=False)
+        ask = self._usage_edit(journey, attempt.replica)
+        edits = journey.edits if ask is None else (*journey.edits, ask)
+        buffers, length = splice.apply(journey.call.body, edits)
+        answer = await self._request(journey, backend, buffers, length, identity=ask is not None)
+        journey.asked_usage = ask is not None
+        if answer.status == 400 and ask is not None:
+            return await self._without_usage(journey, attempt, backend, answer)
+        return answer
+
+    async def _without_usage(
+        self, journey: Journey, attempt: Attempt, backend: Backend, refusal: UpstreamAnswer
+    ) -> UpstreamAnswer:
+        """A 400 to what we added: if it names the field, send what the client sent, now and from now on."""
+        text = await refusal.read(_REFUSAL_AT_MOST_BYTES)
+        if b"stream_options" not in text and b"include_usage" not in text:
+            refusal.put_back(text)
+            return refusal
+        self._refuse_usage.add(attempt.replica)
+        journey.asked_usage = False
+        buffers, length = splice.apply(journey.call.body, journey.edits)
+        return await self._request(journey, backend, buffers, length, identity=False)
+
+    async def _request(
+        self, journey: Journey, backend: Backend, body: Body, length: int | None, *, identity: bool
+    ) -> UpstreamAnswer:
+        call = journey.call
+        head = wire_headers.upstream_head(
+            call.headers,
+            host=backend.origin.host_header,
+            request_id=call.request_id,
+            length=length,
+            credential=backend.credential,
+            identity=identity,
+        )
+        return await self._client.request(
+            backend.origin,
+            call.method.encode(),
+            call.target.encode(),
+            head,
+            body,
+            length=length,
+            retry_reused=call.endpoint.is_generation or call.method in _IDEMPOTENT_METHODS,
+        )
+
+    def _usage_edit(self, journey: Journey, replica: int) -> Edit | None:
+        prompt = journey.prompt
+        return None if prompt is None or replica in self._refuse_usage else splice.ask_usage(prompt)
+
+    def _failed(self, attempt: Attempt, error: UpstreamError) -> None:
+        now_seconds = self._clock.monotonic()
+        attempt.take_back()
+        attempt.end(now_seconds)
+        self._fleet.failed(attempt.replica, now_seconds, unreachable=isinstance(error, ConnectFailed))
+
+    def _note_status(self, attempt: Attempt, answer: UpstreamAnswer) -> None:
+        status = answer.status
+        if status < 500 and status != 429:
+            self._fleet.answered(attempt.replica)
+        elif status in _FULL_STATUS:
+            now_seconds = self._clock.monotonic()
+            wait_seconds = wire_headers.retry_after_seconds(answer.header(b"retry-after"), self._clock.unix())
+            self._fleet.throttled(attempt.replica, now_seconds, wait_seconds)
+        else:
+            self._fleet.failed(attempt.replica, self._clock.monotonic(), unreachable=False)
+        if status >= 400:
+            attempt.take_back()
+
+    # -- the answer
+
+    async def _pass_on(self, journey: Journey, answer: UpstreamAnswer, downstream: Downstream) -> None:
+        journey.status = answer.status
+        streamed = answer.is_event_stream and journey.call.endpoint.is_generation
+        try:
+            await (self._stream if streamed else self._plain)(journey, answer, downstream)
+        except UpstreamError as error:
+            if not downstream.begun:
+                raise
+            self._broke(journey, downstream, error)
+        finally:
+            answer.abort()
+
+    async def _plain(self, journey: Journey, answer: UpstreamAnswer, downstream: Downstream) -> None:
+        head = self._answer_head(journey, answer)
+        length = answer.content_length
+        kept: list[bytes] = []
+        if answer.framing is Framing.NONE:
+            downstream.begin(answer.status, answer.reason, head, length)
+            downstream.end()
+        elif answer.complete or (length is not None and length <= WHOLE_AT_MOST_BYTES):
+            kept.append(answer.body_now() if answer.complete else await answer.read(WHOLE_AT_MOST_BYTES))
+            journey.answer_bytes = len(kept[0])
+            downstream.send(answer.status, answer.reason, head, kept[0])
+        else:
+            downstream.begin(answer.status, answer.reason, head, length)
+            while piece := await answer.next_chunk():
+                journey.answer_bytes += len(piece)
+                if journey.answer_bytes <= _READ_AT_MOST_BYTES:
+                    kept.append(piece)
+                await downstream.write(piece)
+            downstream.end()
+        journey.ending = Ending.COMPLETE if answer.status < 400 else Ending.UPSTREAM_STATUS
+        if answer.status < 300 and journey.answer_bytes <= _READ_AT_MOST_BYTES:
+            self._read_plain(journey, answer, b"".join(kept))
+
+    def _read_plain(self, journey: Journey, answer: UpstreamAnswer, body: bytes) -> None:
+        """Usage and the ids that live on this replica, out of a whole plain answer."""
+        endpoint = journey.call.endpoint
+        makes_something = endpoint in (Endpoint.RESPONSES, Endpoint.OTHER) and journey.call.method == "POST"
+        if not (endpoint.is_generation or makes_something):
+            return
+        if encoding := answer.header(b"content-encoding"):
+            body = AnswerDecoder(encoding, _READ_AT_MOST_BYTES).feed(body)
+        if endpoint.is_generation:
+            journey.usage = read_answer(body, endpoint).usage
+        if makes_something:
+            self._owners.learn_from(body, journey.replica_name)
+
+    async def _stream(self, journey: Journey, answer: UpstreamAnswer, downstream: Downstream) -> None:
+        tap = StreamTap(journey.call.endpoint, withhold_usage=journey.asked_usage)
+        head = self._answer_head(journey, answer)
+        downstream.begin(answer.status, answer.reason, head, None if journey.asked_usage else answer.content_length)
+        try:
+            await self._relay_events(journey, answer, downstream, tap)
+            if rest := tap.close():
+                await downstream.write(rest)
+            downstream.end()
+            journey.ending = Ending.COMPLETE if tap.finished and not tap.error_seen else Ending.TRUNCATED
+        except UpstreamError as error:
+            event = error_event(error, journey.call.endpoint, mid_event=tap.mid_event)
+            downstream.write_last(event)
+            raise
+        finally:
+            journey.usage = tap.usage
+        if answer.status >= 400:
+            journey.ending = Ending.UPSTREAM_STATUS
+
+    async def _relay_events(
+        self, journey: Journey, answer: UpstreamAnswer, downstream: Downstream, tap: StreamTap
+    ) -> None:
+        encoding = answer.header(b"content-encoding")
+        decoder = AnswerDecoder(encoding) if encoding else None
+        wants_id = journey.call.endpoint is Endpoint.RESPONSES
+        opening = b""
+        while piece := await answer.next_chunk():
+            journey.answer_bytes += len(piece)
+            if decoder is None:
+                passed = tap.feed(piece)
+            else:
+                tap.feed(decoder.feed(piece))
+                passed = piece
+            if passed:
+                await downstream.write(passed)
+            self._note_progress(journey, tap)
+            if wants_id and len(opening) < _OPENING_BYTES:
+                opening += piece
+                if found := _FIRST_ID.search(opening):
+                    self._owners.learn(found[1].decode(errors="replace"), journey.replica_name)
+                    wants_id = False
+
+    def _answer_head(self, journey: Journey, answer: UpstreamAnswer) -> list[tuple[bytes, bytes]]:
+        return wire_headers.answer_head(
+            answer.headers, request_id=journey.call.request_id, own=journey.notes(), keep_length=False
+        )
+
+    def _note_progress(self, journey: Journey, tap: StreamTap) -> None:
+        """Stamp tokens; raise IdleTimeout where for too long nothing but keep-alive comments came."""
+        now_seconds = self._clock.monotonic()
+        if tap.progress:
+            journey.progress_seconds = now_seconds
+            if tap.first_token_seen and journey.token_came(now_seconds) and journey.attempt is not None:
+                journey.attempt.first_token(now_seconds)
+        elif now_seconds - (journey.progress_seconds or now_seconds) > self._idle_seconds:
+            raise IdleTimeout("the upstream sent nothing but keep-alives")
+
+    def _broke(self, journey: Journey, downstream: Downstream, error: UpstreamError) -> None:
+        """The answer broke off after its head had gone out: the client must see that it is not whole."""
+        journey.ending = Ending.UPSTREAM_BROKE
+        journey.error_code = error.code
+        phase = "before_first_token" if journey.first_token_seconds is None else "after_first_token"
+        self._recorder.inc(STREAM_ABORTS, ("upstream", phase))
+        if journey.attempt is not None:
+            self._fleet.failed(journey.attempt.replica, self._clock.monotonic(), unreachable=False)
+            if journey.first_token_seconds is None:
+                journey.attempt.take_back()
+        downstream.break_off()
+
+    def _end(self, journey: Journey, *, client_left: bool = False) -> None:
+        """Give back what the attempt claimed. Comes twice where a client leaves."""
+        if client_left and journey.ending is Ending.INTERNAL:
+            journey.ending = Ending.CLIENT_LEFT
+            phase = "before_first_token" if journey.first_token_seconds is None else "after_first_token"
+            self._recorder.inc(STREAM_ABORTS, ("client", phase))
+        if journey.attempt is not None:
+            journey.attempt.end(self._clock.monotonic(), client_left=client_left)
+
+
+def _worth_another(error: UpstreamError, number: int, replicas: int) -> bool:
+    """Another replica is worth a try; the same one only where a connection died before a byte came, and once."""
+    return replicas > 1 or (number == 0 and isinstance(error, ResetBeforeAnswer))

@@ -1,0 +1,118 @@
+"""What a worker tells its supervisor several times a second: counts, gauges, how it sees Redis and the replicas."""
+
+from __future__ import annotations
+
+import asyncio
+
+from cache import BreakerState as StoreBreakerState
+from cache import Journal, PrefixIndex, Store, StoreState
+from proxy import metrics
+from proxy.admission import Room
+from proxy.clock import Clock
+from proxy.control import REDIS_UP, Report, WorkerControl
+from proxy.fleet import BreakerState, Fleet
+from proxy.metrics import Labels, Recorder
+from proxy.pools import Pools
+
+REPORT_SECONDS = 0.25
+"""At most this much of what was counted is lost with a worker that is killed."""
+
+_BREAKER_LEVELS = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerState.OPEN: 2}
+_STORE_LEVELS = {StoreBreakerState.CLOSED: 0, StoreBreakerState.HALF_OPEN: 1, StoreBreakerState.OPEN: 2}
+
+
+class Reporter:
+    """One per worker."""
+
+    def __init__(
+        self,
+        control: WorkerControl,
+        recorder: Recorder,
+        fleet: Fleet,
+        pools: Pools,
+        index: PrefixIndex,
+        journal: Journal,
+        store: Store,
+        room: Room,
+        clock: Clock,
+    ) -> None:
+        self._control = control
+        self._recorder = recorder
+        self._fleet = fleet
+        self._index = index
+        self._journal = journal
+        self._store = store
+        self._room = room
+        self._clock = clock
+        self._evicted: dict[int, int] = {}
+        self._dropped: dict[str, int] = {}
+        self.pools = pools
+
+    async def run(self) -> None:
+        """Report until cancelled."""
+        while True:
+            await asyncio.sleep(REPORT_SECONDS)
+            self.report()
+
+    def report(self) -> None:
+        """One report; where the supervisor does not read, the counts stay for the next."""
+        up = self._set_replica_gauges()
+        self._set_index_figures()
+        self._set_store_figures()
+        self._recorder.set(metrics.WORKERS, (), 1)
+        self._recorder.set(metrics.IN_FLIGHT, (), self._room.requests)
+        counts = self._recorder.take()
+        redis = REDIS_UP if self._store.state is StoreState.AVAILABLE else self._store.state.value
+        if not self._control.report(Report(counts, self._room.requests, redis, up)):
+            self._recorder.put_back(counts)
+
+    def _set_replica_gauges(self) -> dict[str, bool]:
+        now_seconds = self._clock.monotonic()
+        up: dict[str, bool] = {}
+        breaker: dict[Labels, float] = {}
+        in_flight: dict[Labels, float] = {}
+        queued: dict[Labels, float] = {}
+        rate: dict[Labels, float] = {}
+        for pool in self.pools.all:
+            for view in self._fleet.snapshot(pool.name, now_seconds):
+                up[view.name] = view.available
+                breaker[view.name,] = _BREAKER_LEVELS[self._fleet.breaker_state(view.id, now_seconds)]
+                in_flight[view.name,] = self._fleet.own_in_flight(view.id)
+                queued[view.name,] = view.queued
+                rate[view.name,] = view.rate_tokens_per_second
+        self._recorder.replace_gauges(metrics.UPSTREAM_UP, {(name,): float(is_up) for name, is_up in up.items()})
+        self._recorder.replace_gauges(metrics.UPSTREAM_BREAKER, breaker)
+        self._recorder.replace_gauges(metrics.UPSTREAM_IN_FLIGHT, in_flight)
+        self._recorder.replace_gauges(metrics.UPSTREAM_QUEUED, queued)
+        self._recorder.replace_gauges(metrics.UPSTREAM_RATE, rate)
+        return up
+
+    def _set_index_figures(self) -> None:
+        blocks: dict[Labels, float] = {}
+        tokens: dict[Labels, float] = {}
+        for number, stats in self._index.replicas().items():
+            backend = self.pools.backends.get(number)
+            if backend is None:
+                continue
+            blocks[backend.name,], tokens[backend.name,] = stats.blocks, stats.tokens
+            fresh = stats.evicted_blocks - self._evicted.get(number, 0)
+            if fresh > 0:
+                self._recorder.inc(metrics.INDEX_EVICTIONS, (backend.name,), fresh)
+            self._evicted[number] = stats.evicted_blocks
+        self._recorder.replace_gauges(metrics.INDEX_BLOCKS, blocks)
+        self._recorder.replace_gauges(metrics.INDEX_TOKENS, tokens)
+        self._recorder.set(metrics.INDEX_BYTES, (), self._index.stats().size_bytes)
+
+    def _set_store_figures(self) -> None:
+        stats = self._journal.stats
+        self._recorder.set(metrics.REDIS_BREAKER, (), _STORE_LEVELS[self._store.breaker_state])
+        self._recorder.set(metrics.JOURNAL_LAG, (), stats.lag_seconds)
+        for reason, total in (
+            ("queue", stats.dropped_queued),
+            ("corrupt", stats.dropped_corrupt),
+            ("unknown_replica", stats.dropped_unknown),
+            ("orphan", stats.dropped_orphans),
+        ):
+            if total > self._dropped.get(reason, 0):
+                self._recorder.inc(metrics.JOURNAL_DROPPED, (reason,), total - self._dropped.get(reason, 0))
+                self._dropped[reason] = total

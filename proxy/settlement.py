@@ -1,0 +1,74 @@
+"""Phase 8: what a finished request teaches and what it counts. Runs on every path, waits for nothing.
+
+The index hears what was really cached, the fleet how fast the replica was, the token counts how long the prompt was;
+the metrics and the access line get their figures. It must not know HTTP or decide anything for a request.
+"""
+
+from __future__ import annotations
+
+from cache import Journal
+from proxy.accounts import Accounts
+from proxy.clock import Clock
+from proxy.fleet import Fleet
+from proxy.journey import Journey
+from proxy.logs import AccessLog, access_line
+from proxy.model import Ending, Outcome, Usage
+from proxy.tokens import TokenCounts
+
+
+class Settlement:
+    """One per worker. `access_log` None: no access lines."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        fleet: Fleet,
+        tokens: TokenCounts,
+        accounts: Accounts,
+        access_log: AccessLog | None,
+        clock: Clock,
+    ) -> None:
+        self._journal = journal
+        self._fleet = fleet
+        self._tokens = tokens
+        self._accounts = accounts
+        self._access_log = access_log
+        self._clock = clock
+
+    def settle(self, journey: Journey) -> Outcome:
+        """Learn from a finished request, count it and log it."""
+        outcome = journey.outcome(self._clock.monotonic())
+        usage = self._accounts.known_usage(outcome)
+        predicted_tokens = self._teach_index(journey, usage)
+        if usage is not None:
+            self._teach_fleet(journey, outcome, usage)
+        self._accounts.count(outcome, usage, predicted_tokens)
+        if self._access_log is not None:
+            self._access_log.write(access_line(outcome, self._clock.unix()))
+        return outcome
+
+    def _teach_index(self, journey: Journey, usage: Usage | None) -> int | None:
+        """The cached tokens that were predicted, None where nothing was placed."""
+        attempt = journey.attempt
+        placement = None if attempt is None else attempt.placement
+        if placement is None:
+            return None
+        if usage is None:
+            self._journal.settled(placement)
+        else:
+            self._journal.answered(placement, usage.prompt_tokens, usage.cached_tokens, usage.output_tokens)
+        return placement.predicted_tokens
+
+    def _teach_fleet(self, journey: Journey, outcome: Outcome, usage: Usage) -> None:
+        prompt, attempt, times = journey.prompt, journey.attempt, outcome.times
+        if prompt is None or attempt is None or outcome.ending is not Ending.COMPLETE:
+            return
+        self._tokens.observe(prompt.model, prompt.size_bytes, usage.prompt_tokens, prompt.media)
+        computed_tokens = usage.prompt_tokens - (usage.cached_tokens or 0)
+        if usage.prefill_seconds:
+            self._fleet.observe_prefill(attempt.replica, computed_tokens, usage.prefill_seconds)
+        elif usage.cached_tokens is not None and times.first_token_seconds and times.sent_seconds:
+            ttft_seconds = times.first_token_seconds - times.sent_seconds
+            self._fleet.observe_prefill(attempt.replica, computed_tokens, ttft_seconds)
+        if times.first_token_seconds is not None:
+            self._fleet.observe_decode(attempt.replica, times.ended_seconds - times.first_token_seconds)
