@@ -164,7 +164,9 @@ class AccessLog:
 
 
 _CREDENTIALS = re.compile(
-    r"(?i)(?P<head>\b(?:bearer|basic)\s+|\bx-api-key['\":\s=b]+|://[^/\s:@]*:)[^\s'\",@]+|\bsk-[A-Za-z0-9_-]{8,}"
+    r"(?i)(?:(?P<head>\b(?:bearer|basic)\s+|\bx-api-key['\":\s=b]+)[^\s'\",]+"
+    r"|(?P<url>://[^/\s:@]*:)[^\s@]+(?=@)"
+    r"|\bsk-[a-z0-9_-]{8,})"
 )
 
 
@@ -181,7 +183,7 @@ class RedactingFormatter(logging.Formatter):
         text = super().format(record)
         if self._known is not None:
             text = self._known.sub("***", text)
-        return _CREDENTIALS.sub(lambda match: (match["head"] or "") + "***", text)
+        return _CREDENTIALS.sub(lambda match: (match["head"] or match["url"] or "") + "***", text)
 
 
 class _BoundedQueueHandler(logging.handlers.QueueHandler):

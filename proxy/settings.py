@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import re
 from typing import Annotated, Any
-from urllib.parse import SplitResult, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -75,7 +75,7 @@ class SecretUrl(Secret):
         netloc = parts.netloc.rpartition("@")
         shown = f"***@{netloc[2]}" if netloc[1] else netloc[2]
         query = _CREDENTIAL_IN_QUERY.sub(r"\1=***", parts.query)
-        return urlunsplit(SplitResult(parts.scheme, shown, parts.path, query, ""))
+        return f"{parts.scheme}://{shown}{parts.path}" + (f"?{query}" if query else "")
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=False):

@@ -33,6 +33,9 @@ def main(file: str, mode: str, store: str) -> int:
     def read():
         return load(Path(file), environ)
 
+    def started(address: str, admin: str) -> None:
+        os.write(1, f"started {address} {admin}\n".encode())  # in one piece, among the lines of the log
+
     config = read().config
     parts = Parts(
         worker_command=(sys.executable, "-m", "tests.support.tiny_worker", mode),
@@ -42,9 +45,7 @@ def main(file: str, mode: str, store: str) -> int:
         store_errors=(EmbeddedError,),
         clock=clock,
         version="9.9.9",
-        started=lambda address, admin: (
-            os.write(1, f"started {address} {admin}\n".encode()) and None
-        ),  # whole, among the log
+        started=started,
     )
     listener = logs.set_up(config.log.level, logs.secrets_of(config))
 
@@ -77,6 +78,7 @@ class Supervised:
         self.address = self.admin = ""
 
     def _read(self) -> None:
+        assert self._process.stdout is not None
         for line in self._process.stdout:
             self._lines.put(line)
         self._lines.put("")
@@ -88,7 +90,8 @@ class Supervised:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         self._process.wait(LIMIT_SECONDS)
-        self._process.stdout.close()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
 
     @property
     def pid(self) -> int:
@@ -118,7 +121,7 @@ class Supervised:
 
     def ask(
         self, method: str, path: str, body: bytes | None = None, admin: bool = False, headers: dict | None = None
-    ):
+    ) -> tuple[int, str]:
         """Status and body of a request on a connection of its own."""
         connection = self.connect(admin)
         try:
@@ -131,7 +134,7 @@ class Supervised:
     def connect(self, admin: bool = False) -> http.client.HTTPConnection:
         """An open connection."""
         parts = urlsplit(self.admin if admin else self.address)
-        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=LIMIT_SECONDS)
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=LIMIT_SECONDS)
         connection.connect()
         return connection
 

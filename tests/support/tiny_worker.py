@@ -42,6 +42,7 @@ class Tiny:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One request, one answer."""
         task = asyncio.current_task()
+        assert task is not None
         self.running.add(task)
         try:
             head = await reader.readuntil(b"\r\n\r\n")

@@ -1,0 +1,189 @@
+"""The admin port, before an overview of which the test says everything; and the judgement that /readyz gives."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from collections.abc import AsyncIterator, Mapping
+
+import aiohttp
+import pytest
+
+from proxy import listen
+from proxy.admin import AdminPort
+from proxy.config import Admin, Config, Secret, Server
+from proxy.control import Report
+from proxy.metrics import Delta
+from proxy.readiness import STALE_SECONDS, Readiness, Stage, Standing, WorkerView, judge
+
+
+class FakeOverview:
+    """What the supervisor would show."""
+
+    def __init__(self) -> None:
+        self.config = Config(server=Server(max_body_bytes=1000))
+        self.found = Readiness(Standing.READY, (), 1, 0, "available", {"u": True})
+        self.asked: list[tuple[str, bytes, bytes]] = []
+
+    def readiness(self) -> Readiness:
+        return self.found
+
+    def scrape(self, accept: str) -> tuple[bytes, str]:
+        return b"cairn_x 1\n" * 100, f"text/fake; accept={accept}"
+
+    async def explain(self, path: str, body: bytes, credential: bytes) -> tuple[int, bytes]:
+        self.asked.append((path, body, credential))
+        return 200, b"{}"
+
+
+class Running:
+    """An admin port and a client for it."""
+
+    def __init__(self, overview: FakeOverview, port: int, session: aiohttp.ClientSession) -> None:
+        self.overview = overview
+        self._url = f"http://127.0.0.1:{port}"
+        self._session = session
+
+    async def ask(self, path: str, method: str = "GET", **kwargs) -> tuple[int, bytes, Mapping[str, str]]:
+        """Status, body and headers."""
+        async with asyncio.timeout(10), self._session.request(method, self._url + path, **kwargs) as answer:
+            return answer.status, await answer.read(), answer.headers
+
+
+@pytest.fixture
+async def admin() -> AsyncIterator[Running]:
+    """A running one."""
+    overview = FakeOverview()
+    listening = listen.open_admin("127.0.0.1", 0)
+    port = AdminPort(overview)
+    await port.start(listening)
+    async with aiohttp.ClientSession(auto_decompress=False) as session:
+        yield Running(overview, listening.getsockname()[1], session)
+    await port.close()
+
+
+async def test_health_and_readiness(admin: Running) -> None:
+    """Both are JSON; readiness says why it is not better."""
+    assert (await admin.ask("/healthz"))[:2] == (200, b'{"status":"ok"}')
+    status, body, _ = await admin.ask("/readyz")
+    assert (status, json.loads(body)) == (
+        200,
+        {
+            "status": "ready",
+            "reasons": [],
+            "workers": 1,
+            "in_flight": 0,
+            "redis": "available",
+            "upstreams": {"u": True},
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("standing", "status"), [(Standing.READY, 200), (Standing.DEGRADED, 200), (Standing.NOT_READY, 503)]
+)
+async def test_only_what_is_not_ready_gets_no_requests(admin: Running, standing: Standing, status: int) -> None:
+    """Degraded is served."""
+    admin.overview.found = Readiness(standing, ("because",))
+    found = await admin.ask("/readyz")
+    assert (found[0], json.loads(found[1])["status"]) == (status, standing.value)
+
+
+async def test_metrics_in_the_form_that_was_asked_for(admin: Running) -> None:
+    """`Accept` is handed on; the body is compressed for who takes that."""
+    status, body, headers = await admin.ask("/metrics", headers={"Accept": "x/y", "Accept-Encoding": "identity"})
+    assert (status, headers["Content-Type"], body[:10]) == (200, "text/fake; accept=x/y", b"cairn_x 1\n")
+    _, packed, headers = await admin.ask("/metrics", headers={"Accept-Encoding": "gzip"})
+    assert headers["Content-Encoding"] == "gzip"
+    assert gzip.decompress(packed) == body
+
+
+async def test_explain_hands_on_path_body_and_key(admin: Running) -> None:
+    """The client's key comes in a header of its own, since Authorization is the admin's."""
+    await admin.ask("/explain", "POST", data=b"{1}")
+    await admin.ask("/explain?path=/v1/messages", "POST", data=b"", headers={"X-Cairn-Client-Key": "k"})
+    assert admin.overview.asked == [("/v1/chat/completions", b"{1}", b""), ("/v1/messages", b"", b"k")]
+    assert (await admin.ask("/explain"))[0] == 405
+    assert (await admin.ask("/explain", "POST", data=bytes(1001)))[0] == 413
+
+
+async def test_what_is_not_there_is_404_in_json(admin: Running) -> None:
+    """Until the status page comes, `/` is one of them."""
+    status, body, headers = await admin.ask("/")
+    assert (status, json.loads(body)) == (404, {"error": "not found"})
+    assert headers["Cache-Control"] == "no-store"
+
+
+async def test_a_token_guards_all_but_the_probes(admin: Running) -> None:
+    """Probes learn one word without it, everything with it."""
+    admin.overview.config = Config(admin=Admin(token=Secret("right")))
+    for given in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Basic right"},
+        {"Authorization": "right"},
+    ):
+        assert (await admin.ask("/metrics", headers=given))[0] == 401
+        assert (await admin.ask("/healthz", headers=given))[0] == 200
+        assert (await admin.ask("/readyz", headers=given))[1] == b'{"status":"ready"}'
+    right = {"Authorization": "Bearer right"}
+    assert (await admin.ask("/metrics", headers=right))[0] == 200
+    assert len(json.loads((await admin.ask("/readyz", headers=right))[1])) > 1
+
+
+async def test_without_a_token_a_web_page_gets_nothing_by_rebinding_its_name(admin: Running) -> None:
+    """Only names of loopback itself are answered."""
+    for host, status in {"evil.example": 403, "localhost:1": 200, "127.0.0.1": 200, "[::1]:80": 200}.items():
+        assert (await admin.ask("/metrics", headers={"Host": host}))[0] == status
+
+
+# --- the judgement
+
+
+def worker(number: int = 0, ready: bool = True, age: float | None = 0.1, **report) -> WorkerView:
+    """A worker that reported `report`."""
+    return WorkerView(
+        number, ready, Report(Delta(), **({"redis": "available"} | report)) if age is not None else None, age
+    )
+
+
+def test_ready_when_all_is_well() -> None:
+    """In-flight work is added up."""
+    found = judge(Stage.SERVING, [worker(in_flight=2, upstreams={"a": True}), worker(1, in_flight=3)])
+    assert found == Readiness(Standing.READY, (), 2, 5, "available", {"a": True})
+
+
+def test_a_ready_worker_that_has_not_reported_yet_counts() -> None:
+    """Nothing bad is known of it."""
+    assert judge(Stage.SERVING, [worker(age=None)]).standing is Standing.READY
+
+
+def test_without_redis_it_is_degraded_and_still_takes_requests() -> None:
+    """Any worker that has none is enough."""
+    found = judge(Stage.SERVING, [worker(), worker(1, redis="away")])
+    assert (found.standing, found.reasons, found.redis) == (Standing.DEGRADED, ("redis is away",), "away")
+
+
+def test_an_upstream_is_up_where_any_worker_finds_it_so() -> None:
+    """One down degrades, all down is not ready."""
+    one = judge(
+        Stage.SERVING, [worker(upstreams={"a": False, "b": True}), worker(1, upstreams={"a": False, "b": False})]
+    )
+    assert (one.standing, one.reasons) == (Standing.DEGRADED, ("upstream a is down",))
+    none = judge(Stage.SERVING, [worker(upstreams={"a": False})])
+    assert (none.standing, none.reasons[0]) == (Standing.NOT_READY, "no upstream is up")
+
+
+def test_a_worker_that_stands_still_does_not_count() -> None:
+    """Its silence is seen by the age of its last report."""
+    silent = worker(1, age=STALE_SECONDS)
+    assert judge(Stage.SERVING, [worker(), silent]).reasons == ("1 of 2 workers are ready",)
+    assert judge(Stage.SERVING, [silent]).standing is Standing.NOT_READY
+
+
+def test_not_ready_without_workers_and_while_draining() -> None:
+    """However well the rest is."""
+    assert judge(Stage.STARTING, [worker(ready=False)]).reasons[0] == "no worker is ready"
+    assert judge(Stage.SERVING, []).standing is Standing.NOT_READY
+    assert judge(Stage.DRAINING, [worker()]) == Readiness(Standing.NOT_READY, ("draining",), 1, 0, "available")
