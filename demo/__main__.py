@@ -105,11 +105,13 @@ class Demo:
         answers: list[Answer] = []
         self.screen.say()
         with Live(console=self.screen.console) as live:
-            for number, question in enumerate(questions, start=1):
-                asking = Spinner("dots", f"Question {number} of {len(questions)}, about {question.document} ...")
-                live.update(Group(table(answers), asking))
-                answers.append(ask(self._address(), MODEL_NAME, question, self._clock))
-            live.update(table(answers))
+            try:
+                for number, question in enumerate(questions, start=1):
+                    asking = Spinner("dots", f"Question {number} of {len(questions)}, about {question.document} ...")
+                    live.update(Group(table(answers), asking))
+                    answers.append(ask(self._address(), MODEL_NAME, question, self._clock))
+            finally:
+                live.update(table(answers))
         self.screen.say(f"\n{verdict(summarise(answers))}\n")
 
     def _address(self, *, admin: bool = False) -> str:

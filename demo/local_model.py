@@ -40,7 +40,8 @@ def make_model(folder: Path, shape: Shape, progress: Callable[[str], None] = lam
     path = model_path(folder, shape)
     if path.exists():
         return path
-    progress("Training the local model's vocabulary on Python's own source")
+    if not vocabulary_path(folder).exists():
+        progress("Training the local model's vocabulary on Python's own source")
     vocabulary = load_vocabulary(folder)
     progress(f"Drawing {_parameters(shape) / 1e6:.0f} million random weights for it")
     _replace(path, lambda unfinished: _write_model(unfinished, vocabulary, shape))

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from tokenizers import Tokenizer
 
-from demo.local_model import load_vocabulary, make_model
 from demo.processes import Child, start_replica
 from demo.shapes import SMALL
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 MODELS = Path(__file__).resolve().parents[2] / ".cairn" / "model"
 LOAD_SECONDS = 60.0
@@ -47,6 +49,8 @@ class Engine:
 @pytest.fixture(scope="session")
 def two_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine]]:
     """Two replicas of the small model, one thread and three slots each, shared by all tests of the session."""
+    from demo.local_model import make_model  # here, since its libraries take half a second to load
+
     model = make_model(MODELS, SMALL)
     logs = tmp_path_factory.mktemp("engines")
     with ExitStack() as stack:
@@ -67,4 +71,6 @@ def engine(two_engines: tuple[Engine, Engine]) -> Engine:
 @pytest.fixture(scope="session")
 def vocabulary() -> Tokenizer:
     """The vocabulary of the local model, to count tokens as the engine does."""
+    from demo.local_model import load_vocabulary
+
     return load_vocabulary(MODELS)
