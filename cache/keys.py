@@ -12,6 +12,7 @@ PREFIX = "cairn:"
 JOURNAL = PREFIX + "{journal}:stream"
 LEASE = PREFIX + "{journal}:lease"  # who writes snapshots; expires by itself
 SNAPSHOT = PREFIX + "{journal}:snapshot"  # hash: which snapshot holds, up to which stream id, in how many chunks
+WRITERS = PREFIX + "{journal}:writers"  # sorted set: who lives, by the second it said so last
 GENERATION = PREFIX + "{journal}:generation"  # made once; another value means that Redis lost everything
 
 # Pub/sub channel, not a key: everyone's work in flight.

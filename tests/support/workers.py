@@ -1,0 +1,76 @@
+"""Workers for tests of what they share: each with an index, a journal and an in-flight board on one Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+
+from cache.index import PrefixIndex
+from cache.inflight import InflightBoard
+from cache.journal import Journal
+from cache.prefix import Fingerprint, cut
+from cache.store import Store, open_store
+from proxy.clock import SystemClock
+from proxy.tasks import Tasks
+
+NAMES = ["http://one:8000", "http://two:8000", "http://three:8000"]
+
+
+class Worker:
+    """One worker. `names` are its replicas in the order of its own numbers."""
+
+    def __init__(self, url: str, writer: str, *, names: list[str] | None = None, lease_seconds: float = 0.3) -> None:
+        self.clock = SystemClock()
+        self.tasks = Tasks()
+        self.names = NAMES if names is None else names
+        self.index = PrefixIndex(origin=random.Random(writer).getrandbits(24))
+        self.store: Store = open_store(url, clock=self.clock, tasks=self.tasks)
+        self.journal = Journal(
+            self.index,
+            self.store,
+            writer,
+            clock=self.clock,
+            tasks=self.tasks,
+            number_of=lambda name: self.names.index(name) if name in self.names else None,
+            name_of=lambda number: self.names[number] if number < len(self.names) else None,
+            lease_seconds=lease_seconds,
+        )
+        self.board = InflightBoard(
+            self.store, writer, clock=self.clock, tasks=self.tasks, rate_of=lambda name: 1_000.0
+        )
+
+    async def start(self) -> Worker:
+        await self.store.start()
+        await self.journal.start()
+        await self.board.start()
+        return self
+
+    async def close(self) -> None:
+        """As at a clean end."""
+        await self.board.close()
+        await self.journal.close()
+        await self.store.close()
+        await self.tasks.close()
+
+    async def die(self) -> None:
+        """As by SIGKILL: nothing more is sent, no lease given up."""
+        await self.tasks.close()
+        await self.store.close()
+
+    def place(self, chain: Fingerprint, replica: int = 0) -> None:
+        self.journal.place(replica, chain, chain.size_bytes / 4)
+
+    def knows(self, chain: Fingerprint, replica: int = 0) -> bool:
+        """True if the whole chain is held by the replica, as far as this worker knows."""
+        held = self.index.match(chain).held.get(replica)
+        return held is not None and held.blocks == len(chain)
+
+
+def prompt(seed: int, size_bytes: int = 20_000) -> Fingerprint:
+    """A chain that no other seed shares."""
+    return cut(0, [random.Random(seed).randbytes(size_bytes)])
+
+
+async def each(workers: list[Worker], act: Callable[[Worker], Awaitable[object]]) -> None:
+    await asyncio.gather(*(act(worker) for worker in workers))
