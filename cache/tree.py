@@ -112,13 +112,15 @@ class Tree:
             if node is None:
                 break
             run = node.hashes
-            blocks = min(len(run), total - depth)
+            size = blocks = len(run)
+            if size > total - depth:
+                blocks = total - depth
             if run[blocks - 1] != hashes[depth + blocks - 1]:
                 blocks = _agreement(run, hashes, depth, blocks)
             depth += blocks
             tokens += node.tokens[blocks - 1]
             steps.append(Step(node, blocks, depth, tokens))
-            if blocks < len(run):
+            if blocks < size:
                 break
             children = node.children
         return steps

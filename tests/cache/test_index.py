@@ -386,7 +386,7 @@ def test_a_snapshot_stays_prefix_closed_while_the_index_changes_under_it(bench):
 
 
 def _assert_closed(index: PrefixIndex) -> None:
-    stack = list(index._tree.root.children.values())
+    stack = list((index._tree.root.children or {}).values())
     while stack:
         node = stack.pop()
         for child in (node.children or {}).values():
