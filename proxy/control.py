@@ -56,7 +56,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 class Report(msgspec.Struct, frozen=True, tag="report"):
     """From a worker, about every second: what it counted since the last one, and how it sees the world.
 
-    `redis` is how the store is (`up`, or another word for why not; None before it is known), `upstreams` which
+    `redis` is `REDIS_UP`, or another word for how it is, or None before it is known, `upstreams` which
     replicas take requests. `page` is more of it for the status page, opaque here.
     """
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from proxy.control import Report
+from proxy.control import REDIS_UP, Report
 
 STALE_SECONDS = 10.0  # a worker reports every second; one this silent stands still
-_REDIS_FINE = frozenset({None, "available"})
+_REDIS_FINE = frozenset({None, REDIS_UP})
 
 
 class Stage(enum.Enum):

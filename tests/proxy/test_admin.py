@@ -23,7 +23,7 @@ class FakeOverview:
 
     def __init__(self) -> None:
         self.config = Config(server=Server(max_body_bytes=1000))
-        self.found = Readiness(Standing.READY, (), 1, 0, "available", {"u": True})
+        self.found = Readiness(Standing.READY, (), 1, 0, "up", {"u": True})
         self.asked: list[tuple[str, bytes, bytes]] = []
 
     def readiness(self) -> Readiness:
@@ -74,7 +74,7 @@ async def test_health_and_readiness(admin: Running) -> None:
             "reasons": [],
             "workers": 1,
             "in_flight": 0,
-            "redis": "available",
+            "redis": "up",
             "upstreams": {"u": True},
         },
     )
@@ -143,15 +143,13 @@ async def test_without_a_token_a_web_page_gets_nothing_by_rebinding_its_name(adm
 
 def worker(number: int = 0, ready: bool = True, age: float | None = 0.1, **report) -> WorkerView:
     """A worker that reported `report`."""
-    return WorkerView(
-        number, ready, Report(Delta(), **({"redis": "available"} | report)) if age is not None else None, age
-    )
+    return WorkerView(number, ready, Report(Delta(), **({"redis": "up"} | report)) if age is not None else None, age)
 
 
 def test_ready_when_all_is_well() -> None:
     """In-flight work is added up."""
     found = judge(Stage.SERVING, [worker(in_flight=2, upstreams={"a": True}), worker(1, in_flight=3)])
-    assert found == Readiness(Standing.READY, (), 2, 5, "available", {"a": True})
+    assert found == Readiness(Standing.READY, (), 2, 5, "up", {"a": True})
 
 
 def test_a_ready_worker_that_has_not_reported_yet_counts() -> None:
@@ -186,4 +184,4 @@ def test_not_ready_without_workers_and_while_draining() -> None:
     """However well the rest is."""
     assert judge(Stage.STARTING, [worker(ready=False)]).reasons[0] == "no worker is ready"
     assert judge(Stage.SERVING, []).standing is Standing.NOT_READY
-    assert judge(Stage.DRAINING, [worker()]) == Readiness(Standing.NOT_READY, ("draining",), 1, 0, "available")
+    assert judge(Stage.DRAINING, [worker()]) == Readiness(Standing.NOT_READY, ("draining",), 1, 0, "up")

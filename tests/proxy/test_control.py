@@ -60,7 +60,7 @@ async def test_ready_and_reports_reach_the_supervisor(ends) -> None:
     channel, worker = ends
     recorder = Recorder()
     recorder.inc(REQUESTS, ("chat", "m", "u", "2xx", "hit", "true"), 3)
-    report = Report(recorder.take(), 2, "available", {"u": True}, {"more": [1, "x"]})
+    report = Report(recorder.take(), 2, "up", {"u": True}, {"more": [1, "x"]})
     await worker.ready()
     assert worker.report(report)
     assert await next_of(channel) == Ready()

@@ -70,7 +70,7 @@ class Tiny:
         recorder.inc(metrics.REJECTED, ("tiny",))
         recorder.set(metrics.IN_FLIGHT, (), held)
         upstreams = {replica.label: True for pool in self.config.pools for replica in pool.replicas}
-        self.control.report(Report(recorder.take(), in_flight=held, redis="available", upstreams=upstreams))
+        self.control.report(Report(recorder.take(), in_flight=held, redis="up", upstreams=upstreams))
 
 
 async def target(config: Config, sockets: Sequence[socket], control: WorkerControl) -> None:
