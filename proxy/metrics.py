@@ -282,6 +282,10 @@ class Exposition:
         series = self._counters[spec.number]
         return sum(series.values()) if labels is None else series.get(labels, 0)
 
+    def total(self, spec: Spec, label: int, value: str) -> float:
+        """The sum of a counter's series whose label at place `label` has `value`."""
+        return sum(amount for labels, amount in self._counters[spec.number].items() if labels[label] == value)
+
     def render(self, accept: str) -> tuple[bytes, str]:
         """The page for a scrape that sent `accept`: (body, content type); OpenMetrics where it is asked for."""
         encode, content_type = choose_encoder(accept)

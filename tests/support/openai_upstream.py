@@ -52,7 +52,7 @@ class Failure:
 class OpenAIUpstream:
     """One replica on loopback; use it as an asynchronous context.
 
-    `failures` are used up one a request, None for "serve this one". `gate`, where set, holds every generation until
+    `failures` are used up one a generation, None for "serve this one". `gate`, where set, holds every generation until
     the event is set. `pieces` are the texts of a stream's chunks. With `refuses_stream_options` a body that has the
     field gets a 400 that names it; with `closes_streams` the connection ends unannounced after each stream, as
     llama.cpp's does; without `reports_cached` no cached tokens are ever reported.
@@ -123,7 +123,8 @@ class OpenAIUpstream:
         try:
             asked = Asked(request.method, request.path_qs, request.raw_headers, await request.read())
             self.requests.append(asked)
-            failure = self.failures.pop(0) if self.failures else None
+            generates = asked.target.split("?")[0] in _GENERATORS
+            failure = self.failures.pop(0) if self.failures and generates else None
             if failure is not None and failure.cut_after_chunks is None:
                 return _json_bytes(failure.body, failure.status, failure.headers)
             return await self._serve(request, asked, failure)

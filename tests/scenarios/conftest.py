@@ -1,0 +1,23 @@
+"""What scenario tests share: a client session, and no blocking call in the loop while one runs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import aiohttp
+import pytest
+from blockbuster import BlockBuster, blockbuster_ctx
+
+
+@pytest.fixture(autouse=True)
+def _no_blocking_calls() -> Iterator[BlockBuster]:
+    """Any blocking call made by Cairn's own code inside the event loop fails the test."""
+    with blockbuster_ctx(scanned_modules=["proxy", "cache"]) as guard:
+        yield guard
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    """A session that keeps what it gets as it is."""
+    async with aiohttp.ClientSession(auto_decompress=False) as session:
+        yield session
