@@ -8,12 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from msgspec import Raw
 
 from proxy.model import Endpoint
-from proxy.wire.usage import decoded, says_something
 
-_NONE = Raw()
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -42,11 +39,14 @@ def data_of(event: bytes) -> bytes:
 
 def read_event(event: bytes, endpoint: Endpoint) -> EventRead:
     """What the raw `event` of a stream of `endpoint` says; never raises."""
-    payload = data_of(event).strip()
-    if payload == b"[DONE]":
-        return _DONE
-    if not payload.startswith(b"{"):
-        return NOTHING
+    if event.startswith(b"data: {") and 0 < len(event) - event.find(b"\n") <= 2 and b"\r" not in event:
+        payload = event[6:]  # one line of JSON, as nearly all are; white space behind it does no harm
+    else:
+        payload = data_of(event).strip()
+        if payload == b"[DONE]":
+            return _DONE
+        if not payload.startswith(b"{"):
+            return NOTHING
     try:
         if endpoint is Endpoint.RESPONSES:
             return _of_responses(_decode_responses(payload))
@@ -58,28 +58,28 @@ def read_event(event: bytes, endpoint: Endpoint) -> EventRead:
 
 
 class _Delta(msgspec.Struct, gc=False):
-    content: Raw = _NONE
-    reasoning_content: Raw = _NONE
-    reasoning: Raw = _NONE
-    tool_calls: Raw = _NONE
-    function_call: Raw = _NONE
-    refusal: Raw = _NONE
-    audio: Raw = _NONE
+    content: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+    tool_calls: Any = None
+    function_call: Any = None
+    refusal: Any = None
+    audio: Any = None
 
 
 class _Choice(msgspec.Struct, gc=False):
     delta: _Delta | None = None
-    text: Raw = _NONE
-    finish_reason: Raw = _NONE
-    usage: Raw = _NONE
+    text: Any = None
+    finish_reason: Any = None
+    usage: Any = None
 
 
 class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
-    usage: Raw = _NONE
-    usageMetadata: Raw = _NONE  # noqa: N815 - Gemini's spelling
-    timings: Raw = _NONE
-    error: Raw = _NONE
+    usage: Any = None
+    usageMetadata: Any = None  # noqa: N815 - Gemini's spelling
+    timings: Any = None
+    error: Any = None
 
 
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
@@ -87,38 +87,40 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 def _of_chunk(chunk: _Chunk) -> EventRead:
     """A chunk of chat or completions."""
-    usage = decoded(chunk.usage) or decoded(chunk.usageMetadata)
+    usage = chunk.usage or chunk.usageMetadata
     token = finished = False
     for choice in chunk.choices or ():
-        token = token or says_something(choice.text) or (choice.delta is not None and _is_token(choice.delta))
-        finished = finished or says_something(choice.finish_reason)
-        usage = usage or decoded(choice.usage)
+        if choice.text or (choice.delta is not None and _is_token(choice.delta)):
+            token = True
+        if choice.finish_reason:
+            finished = True
+        usage = usage or choice.usage
     extra = chunk.choices is not None and not chunk.choices and isinstance(usage, dict)
-    return EventRead(token, finished, says_something(chunk.error), extra, usage, decoded(chunk.timings))
+    return EventRead(token, finished, bool(chunk.error), extra, usage, chunk.timings)
 
 
 def _is_token(delta: _Delta) -> bool:
     """True for the first content, reasoning or tool call; a role, null and empty values are none."""
-    return (
-        says_something(delta.content)
-        or says_something(delta.reasoning_content)
-        or says_something(delta.tool_calls)
-        or says_something(delta.reasoning)
-        or says_something(delta.function_call)
-        or says_something(delta.refusal)
-        or says_something(delta.audio)
+    return bool(
+        delta.content
+        or delta.reasoning_content
+        or delta.tool_calls
+        or delta.reasoning
+        or delta.function_call
+        or delta.refusal
+        or delta.audio
     )
 
 
 class _ResponseObject(msgspec.Struct, gc=False):
-    usage: Raw = _NONE
-    error: Raw = _NONE
+    usage: Any = None
+    error: Any = None
 
 
 class _ResponsesEvent(msgspec.Struct, gc=False):
     type: str = ""
     response: _ResponseObject | None = None
-    error: Raw = _NONE
+    error: Any = None
 
 
 _decode_responses = msgspec.json.Decoder(_ResponsesEvent).decode
@@ -127,36 +129,36 @@ _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete", "respon
 
 def _of_responses(event: _ResponsesEvent) -> EventRead:
     response = event.response
-    broken = event.type in ("error", "response.failed") or says_something(event.error)
+    broken = event.type in ("error", "response.failed") or bool(event.error)
     return EventRead(
         token=event.type.endswith(".delta"),
         finished=event.type in _RESPONSE_ENDS,
-        error=broken or (response is not None and says_something(response.error)),
-        usage=None if response is None else decoded(response.usage),
+        error=broken or (response is not None and bool(response.error)),
+        usage=None if response is None else response.usage,
     )
 
 
 class _MessageObject(msgspec.Struct, gc=False):
-    usage: Raw = _NONE
+    usage: Any = None
 
 
 class _MessagesEvent(msgspec.Struct, gc=False):
     type: str = ""
     message: _MessageObject | None = None
-    usage: Raw = _NONE
-    error: Raw = _NONE
+    usage: Any = None
+    error: Any = None
 
 
 _decode_messages = msgspec.json.Decoder(_MessagesEvent).decode
 
 
 def _of_messages(event: _MessagesEvent) -> EventRead:
-    usage = decoded(event.usage)
+    usage = event.usage
     if usage is None and event.message is not None:
-        usage = decoded(event.message.usage)
+        usage = event.message.usage
     return EventRead(
         token=event.type == "content_block_delta",
         finished=event.type == "message_stop",
-        error=event.type == "error" or says_something(event.error),
+        error=event.type == "error" or bool(event.error),
         usage=usage,
     )

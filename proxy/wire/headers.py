@@ -41,6 +41,7 @@ _NOT_FORWARDED_WITH_KEY = _NOT_FORWARDED | _CREDENTIALS
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id", b"set-cookie", b"alt-svc", b"strict-transport-security"}
 _OWN_PREFIXES = (b"x-cairn-", b"x-forwarded-", b"x-msh-context-cache")  # ours, or spoofable: never passed on
 
+_NOTHING_LISTED = frozenset({b"keep-alive", b"close", b"Keep-Alive"})  # what most clients and servers say
 _IDENTITY = (b"accept-encoding", b"identity")
 _ID_SIGNS = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.:")
 
@@ -66,13 +67,13 @@ def upstream_head(
     listed: list[bytes] = []
     for pair in headers:
         name = pair[0]
-        if name not in dropped:
+        if name in dropped:
+            if name == b"connection":
+                listed.append(pair[1])
+        elif name[:2] != b"x-" or not name.startswith(_OWN_PREFIXES):
             kept.append(pair)
-        elif name == b"connection":
-            listed.append(pair[1])
-    kept = [pair for pair in kept if pair[0][:2] != b"x-" or not pair[0].startswith(_OWN_PREFIXES)]
     if listed:
-        kept = kept[:1] + _not_listed(kept[1:], listed)
+        kept = [kept[0], *_not_listed(kept[1:], listed)]
     if identity:
         kept = [pair for pair in kept if pair[0] != b"accept-encoding"]
         kept.append(_IDENTITY)
@@ -173,6 +174,8 @@ _REASONS = {reason: reason.value.encode() for reason in RouteReason}
 
 def _not_listed(headers: list[tuple[bytes, bytes]], listed: list[bytes]) -> list[tuple[bytes, bytes]]:
     """Without those that a `connection` header names."""
+    if len(listed) == 1 and listed[0] in _NOTHING_LISTED:
+        return headers
     names = {name.strip().lower() for name in b",".join(listed).split(b",")} - {b"close", b"keep-alive", b""}
     return [pair for pair in headers if pair[0] not in names] if names else headers
 

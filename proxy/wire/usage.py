@@ -36,12 +36,10 @@ class _Counts:
         for name in names:
             value = holder.get(name)
             if value is not None:
-                return self._count(value)
+                return value if type(value) is int and 0 <= value <= TOKENS_MOST else self._count(value)
         return None
 
     def _count(self, value: Any) -> int | None:
-        if type(value) is int and 0 <= value <= TOKENS_MOST:
-            return value
         if type(value) is float and value.is_integer() and 0 <= value <= TOKENS_MOST:
             return int(value)
         self.inconsistent = True
@@ -86,12 +84,14 @@ def _excludes_cached(usage: dict[str, Any], endpoint: Endpoint) -> bool:
 def _of_openai(usage: dict[str, Any], timings: Any, counts: _Counts) -> Usage | None:
     """OpenAI chat and responses, Moonshot, DeepSeek, Qwen, vLLM, SGLang, llama.cpp with usage."""
     details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
-    hit, missed = (counts.of(usage, f"prompt_cache_{kind}_tokens") for kind in ("hit", "miss"))
     prompt = counts.of(usage, "prompt_tokens", "input_tokens")
-    if hit is not None and missed is not None:
-        if prompt is None:
-            prompt = hit + missed
-        counts.inconsistent |= hit + missed != prompt
+    hit = None
+    if "prompt_cache_hit_tokens" in usage:
+        hit = counts.of(usage, "prompt_cache_hit_tokens")
+        missed = counts.of(usage, "prompt_cache_miss_tokens")
+        if hit is not None and missed is not None:
+            prompt = hit + missed if prompt is None else prompt
+            counts.inconsistent |= hit + missed != prompt
     output = counts.of(usage, "completion_tokens", "output_tokens")
     if prompt is None and output is None:
         return None
@@ -222,15 +222,15 @@ def merge(earlier: Any, later: Any) -> Any:
 class _Answer(msgspec.Struct, gc=False):
     """The few members of a plain answer that matter; the rest is skipped, not decoded."""
 
-    usage: Raw = _NONE
-    usageMetadata: Raw = _NONE  # noqa: N815 - Gemini's spelling
-    timings: Raw = _NONE
-    error: Raw = _NONE
+    usage: Any = None
+    usageMetadata: Any = None  # noqa: N815 - Gemini's spelling
+    timings: Any = None
+    error: Any = None
     choices: Raw = _NONE
 
 
 class _ChoiceUsage(msgspec.Struct, gc=False):
-    usage: Raw = _NONE
+    usage: Any = None
 
 
 _decode_answer = msgspec.json.Decoder(_Answer).decode
@@ -248,37 +248,17 @@ def read_answer(body: bytes | memoryview, endpoint: Endpoint) -> AnswerRead:
     """Usage and error of a plain (not streamed) answer; never raises."""
     try:
         answer = _decode_answer(body)
-        usage = decoded(answer.usage) or decoded(answer.usageMetadata)
+        usage = answer.usage or answer.usageMetadata
         if not usage and answer.choices is not _NONE:
-            usage = next(
-                (found for choice in _decode_choices(answer.choices) or () if (found := decoded(choice.usage))), None
-            )
+            usage = next((choice.usage for choice in _decode_choices(answer.choices) or () if choice.usage), None)
     except _DECODE_ERRORS:
         return AnswerRead(None, error_seen=True)
-    return AnswerRead(
-        normal(usage, decoded(answer.timings), endpoint=endpoint), error_seen=says_something(answer.error)
-    )
+    return AnswerRead(normal(usage, answer.timings, endpoint=endpoint), error_seen=bool(answer.error))
 
 
 def usage_of_answer(body: bytes | memoryview, endpoint: Endpoint) -> Usage | None:
     """The usage of a plain answer, found without decoding the rest; None where it has none."""
     return read_answer(body, endpoint).usage
-
-
-def decoded(value: Raw) -> Any:
-    """The Python value of a raw one, None where it is absent or cannot be decoded."""
-    if value is _NONE:
-        return None
-    try:
-        return msgspec.json.decode(value)
-    except _DECODE_ERRORS:
-        return None
-
-
-def says_something(value: Raw) -> bool:
-    """True unless the value is absent, null, or an empty string, array or object."""
-    size = len(memoryview(value))
-    return size > 4 or (size > 0 and bytes(value) not in (b"null", b'""', b"[]", b"{}"))
 
 
 _USAGE_KEY = re.compile(rb'"usage"\s*:\s*(?=\{)')
@@ -296,8 +276,15 @@ def tail_usage(fragment: bytes) -> Any:
         for brace in _BRACE.finditer(fragment, key.end()):
             depth += 1 if brace.group() == b"{" else -1
             if depth == 0:
-                found = decoded(Raw(fragment[key.end() : brace.end()]))
-                if isinstance(found, dict) and normal(found) is not None:
+                found = _object(fragment[key.end() : brace.end()])
+                if normal(found) is not None:
                     return found
                 break
     return None
+
+
+def _object(text: bytes) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except _DECODE_ERRORS:
+        return None

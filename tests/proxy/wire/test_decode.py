@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import zlib
+from collections.abc import Callable
 
 import brotli
 import pytest
@@ -23,7 +24,7 @@ def bare_deflate(body: bytes) -> bytes:
     return stream.compress(body) + stream.flush()
 
 
-CODED = {
+CODED: dict[bytes, Callable[[bytes], bytes]] = {
     b"gzip": gzip.compress,
     b"deflate": zlib.compress,
     b" Deflate": bare_deflate,

@@ -284,7 +284,22 @@ _VALUE = st.recursive(
     max_leaves=6,
 )
 _FIELDS = st.sampled_from(
-    ["model", "messages", "prompt", "input", "instructions", "system", "tools", "stream", "stream_options", "max_tokens", "tool_choice", "conversation", "previous_response_id", "chat_template_kwargs"]
+    [
+        "model",
+        "messages",
+        "prompt",
+        "input",
+        "instructions",
+        "system",
+        "tools",
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "tool_choice",
+        "conversation",
+        "previous_response_id",
+        "chat_template_kwargs",
+    ]
 )
 
 

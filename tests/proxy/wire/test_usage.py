@@ -196,7 +196,33 @@ _JSON = st.recursive(
     max_leaves=5,
 )
 _NAMES = st.sampled_from(
-    ["prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "total_tokens", "cached_tokens", "prompt_tokens_details", "input_tokens_details", "completion_tokens_details", "reasoning_tokens", "cache_read_input_tokens", "cache_creation", "cache_creation_input_tokens", "cache_write_tokens", "ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens", "prompt_cache_hit_tokens", "prompt_cache_miss_tokens", "promptTokenCount", "cachedContentTokenCount", "thoughtsTokenCount", "cache_n", "prompt_n", "prompt_ms", "predicted_n"]
+    [
+        "prompt_tokens",
+        "completion_tokens",
+        "input_tokens",
+        "output_tokens",
+        "total_tokens",
+        "cached_tokens",
+        "prompt_tokens_details",
+        "input_tokens_details",
+        "completion_tokens_details",
+        "reasoning_tokens",
+        "cache_read_input_tokens",
+        "cache_creation",
+        "cache_creation_input_tokens",
+        "cache_write_tokens",
+        "ephemeral_5m_input_tokens",
+        "ephemeral_1h_input_tokens",
+        "prompt_cache_hit_tokens",
+        "prompt_cache_miss_tokens",
+        "promptTokenCount",
+        "cachedContentTokenCount",
+        "thoughtsTokenCount",
+        "cache_n",
+        "prompt_n",
+        "prompt_ms",
+        "predicted_n",
+    ]
 )
 _USAGE = st.dictionaries(_NAMES, st.integers(-5, 2000) | _JSON | st.dictionaries(_NAMES, _JSON | st.integers(-5, 99)))
 
