@@ -102,6 +102,7 @@ class Supervisor:
         self._now = asyncio.Event()
         self._was_ready = False
         self._questions = 0
+        self._before_reload: Config | None = None
 
     # --- what the admin port shows
 
@@ -146,9 +147,14 @@ class Supervisor:
         self._exposition.apply(number, report.counts)
 
     def refused(self, number: int, why: str) -> None:
-        """A worker keeps its old configuration."""
+        """A worker cannot take the new configuration over: all go back to the old one, or a restart would fail."""
+        if self._before_reload is None:  # another refused it already
+            return
+        self._config, self._before_reload = self._before_reload, None
         self._recorder.inc(metrics.RELOADS_FAILED)
-        log.error("worker %d keeps its old configuration: %s", number, why)
+        log.error("the configuration stays as it was: worker %d: %s", number, why)
+        for slot in self._slots:
+            slot.configure(self._config)
 
     def died(self, number: int, lives: int) -> None:
         """Count it; give up where none ever was ready."""
@@ -250,7 +256,7 @@ class Supervisor:
             self._recorder.inc(metrics.RELOADS_FAILED)
             log.error("the configuration stays as it was: %s", error.message)  # noqa: TRY400 - not a failure of ours
             return
-        self._config = self._with_fixed(loaded.config)
+        self._before_reload, self._config = self._config, self._with_fixed(loaded.config)
         for slot in self._slots:
             slot.configure(self._config)
         self._recorder.set(metrics.RELOADED_AT, (), self._parts.clock.unix())

@@ -194,8 +194,11 @@ def test_sighup_with_a_bad_file_changes_nothing(file: Path) -> None:
         assert value(cairn.get("/metrics", admin=True)[1], "cairn_config_reload_failures_total") == 1
         write(file, pool="unfit")
         cairn.signal(signal.SIGHUP)
-        cairn.line("worker 0 keeps its old configuration")
+        cairn.line("stays as it was: worker 0: .*unfit")
         assert cairn.get("/pool") == (200, "first")
+        assert value(cairn.get("/metrics", admin=True)[1], "cairn_config_reload_failures_total") == 2
+        os.kill(int(cairn.get("/pid")[1]), signal.SIGKILL)
+        assert cairn.get("/pool") == (200, "first")  # its successor works by the old one too
 
 
 def test_a_reload_keeps_what_only_a_restart_can_change(file: Path) -> None:
