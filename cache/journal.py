@@ -31,7 +31,7 @@ from cache.packing import ReplicaRow, RunRow
 from cache.placement import Feedback, Learnt, Placement
 from cache.ports import Clock, Tasks
 from cache.prefix import Fingerprint
-from cache.snapshots import START, Keeping, SnapshotHead, StreamId, Tick, format_id, parse_id
+from cache.snapshots import START, Keeping, StreamId, Tick, format_id, parse_id
 from cache.store import Store, StoreState, StreamEntry
 
 log = logging.getLogger("cairn.journal")
@@ -470,8 +470,9 @@ class Journal:
         losses = self._losses
         position = START
         loaded = False
-        if self._load_wanted and (head := await self._keeping.head()) is not None:
-            await self._load(head)
+        if self._load_wanted and (fetched := await self._keeping.fetch()) is not None:
+            head, parts = fetched
+            await self._load(parts)
             position, loaded = head.stream_id, True
         while entries := await self._store.read_range(
             keys.JOURNAL, format_id(position), READ_ENTRIES, limit_seconds=READY_SECONDS
@@ -485,9 +486,8 @@ class Journal:
             self.stats.rebuilds += 1
             self._ready.set()
 
-    async def _load(self, head: SnapshotHead) -> None:
+    async def _load(self, parts: list[bytes | None]) -> None:
         """Become what the snapshot says, then what is queued here and nobody has heard yet."""
-        parts = [part async for part in self._keeping.parts(head)]
         replica_of: dict[int, int] = {}
         began = self._clock.monotonic()
         for _ in self._index.load(self._rows(parts, replica_of), replica_of):

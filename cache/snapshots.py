@@ -6,8 +6,6 @@ commits a snapshot: the parts are written before, with an expiry, and count only
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import msgspec
 
 from cache import keys
@@ -161,8 +159,21 @@ class Keeping:
         except ValueError as error:
             raise StoreCorrupt("the snapshot's head is damaged") from error
 
-    async def parts(self, head: SnapshotHead) -> AsyncIterator[bytes | None]:
-        """Its parts in order; None where one has gone, as when a newer one took its place. Raises CacheError."""
-        for number in range(head.parts):
-            key = keys.snapshot_chunk(head.id, number)
-            yield await self._store.execute("GET", key, limit_seconds=CHUNK_LIMIT_SECONDS)
+    async def fetch(self) -> tuple[SnapshotHead, list[bytes | None]] | None:
+        """The snapshot that counts, with its parts in order, None for one that is lost; None where there is none yet.
+
+        Where a newer one took its place meanwhile that one is fetched. Raises CacheError.
+        """
+        head = await self.head()
+        while head is not None:
+            parts = [await self._part(head, number) for number in range(head.parts)]
+            again = head if None not in parts else await self.head()
+            if again == head:
+                return head, parts
+            head = again
+        return None
+
+    async def _part(self, head: SnapshotHead, number: int) -> bytes | None:
+        key = keys.snapshot_chunk(head.id, number)
+        part: bytes | None = await self._store.execute("GET", key, limit_seconds=CHUNK_LIMIT_SECONDS)
+        return part

@@ -16,7 +16,7 @@ from cache.prefix import cut
 
 HEAD = codec.own_head(codec.JOURNAL_VERSION, "writer")
 CHAIN = cut(7, [b"x" * 3_000])
-DELTAS = [
+DELTAS: list[codec.Delta] = [
     Placed(0, 2**62, 3, CHAIN.hashes.tobytes(), CHAIN.ends.tobytes(), 750, 1_700_000_000.25),
     TakenBack(5, 2),
     Answered(5, 700, 20, None),

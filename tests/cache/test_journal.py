@@ -158,6 +158,32 @@ async def test_the_stream_is_never_trimmed_beyond_the_snapshot(
     await eventually(lambda: one.journal.stats.snapshots >= 2)
 
 
+async def test_a_snapshot_replaced_while_it_is_read_is_read_anew(
+    begin: Begin, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start in the moment of a commit finds the old one's parts gone, and takes the new one."""
+    one = await begin("one")
+    await eventually(lambda: one.journal.stats.snapshots >= 1)
+    one.index.place(0, prompt(1), 5_000, one.clock.unix())  # in snapshots alone
+    await one.journal._write_snapshot()
+    two = Worker(valkey.url, "two")
+    head, heads = two.journal._keeping.head, []
+
+    async def head_then_commit() -> snapshots.SnapshotHead | None:
+        heads.append(await head())
+        if len(heads) == 1:
+            await one.journal._write_snapshot()
+        return heads[-1]
+
+    monkeypatch.setattr(two.journal._keeping, "head", head_then_commit)
+    try:
+        await two.start()
+        assert two.knows(prompt(1))
+        assert len(set(heads)) == 2
+    finally:
+        await two.close()
+
+
 async def test_a_corrupt_entry_is_dropped_and_counted(begin: Begin, valkey: Valkey) -> None:
     """Damaged bytes, another version, a chain cut off: the next good entry is read as ever."""
     one, two = await begin("one"), await begin("two")
