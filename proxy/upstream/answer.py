@@ -104,7 +104,12 @@ class UpstreamAnswer:
                 return b""
             if self._error is not None:
                 raise self._error
-            await self._changed()
+            waiter = self._waiter = self._loop.create_future()
+            try:
+                await waiter
+            except BaseException:
+                self.abort()
+                raise
         return self.body_now()
 
     async def read(self, limit_bytes: int) -> bytes:
@@ -144,11 +149,16 @@ class UpstreamAnswer:
         return not self.status and self._error is None
 
     async def head_arrived(self) -> None:
-        """Return when the final head is here; raise what ended the exchange before."""
-        while not self.status:
-            if self._error is not None:
-                raise self._error
-            await self._changed()
+        """Return when the final head is here; raise what ended the exchange before.
+
+        The caller aborts when it is cancelled.
+        """
+        while self._error is None:
+            if self.status:
+                return
+            waiter = self._waiter = self._loop.create_future()
+            await waiter
+        raise self._error
 
     def interrupt_with(self, callback: Callable[[], object] | None) -> None:
         """Call `callback` once, when the head comes or the exchange fails while nobody waits."""
@@ -178,11 +188,3 @@ class UpstreamAnswer:
         if self._interrupt is not None:
             callback, self._interrupt = self._interrupt, None
             callback()
-
-    async def _changed(self) -> None:
-        waiter = self._waiter = self._loop.create_future()
-        try:
-            await waiter
-        except BaseException:
-            self.abort()
-            raise

@@ -85,9 +85,13 @@ class UpstreamClient:
         """
         upstream = self._upstream(origin)
         limits = limits or self._limits
-        streamed = not isinstance(body, bytes | list | tuple)
-        if not streamed:
-            length = len(body) if isinstance(body, bytes) else sum(map(len, body))  # type: ignore[arg-type]
+        streamed = False
+        if isinstance(body, bytes):
+            length = len(body)
+        elif not isinstance(body, AsyncIterator):
+            length = sum(map(len, body))
+        else:
+            streamed = True
         head = upstream.head.write(method, target, headers, length)
         fresh = streamed
         while True:
@@ -99,7 +103,6 @@ class UpstreamClient:
                 else:
                     connection.send(head, body)  # type: ignore[arg-type]
                 await answer.head_arrived()
-                return answer
             except ResetBeforeAnswer as error:
                 if not (error.reused and retry_reused):
                     raise
@@ -108,6 +111,8 @@ class UpstreamClient:
             except BaseException:
                 answer.abort()
                 raise
+            else:
+                return answer
 
     def counts(self) -> dict[Origin, PoolCounts]:
         """Each origin's connections at this moment."""

@@ -13,9 +13,11 @@ from proxy.upstream.origin import Origin
 
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _TARGET = re.compile(rb"/[!-~\x80-\xff]*")
-_COMMON_METHODS = frozenset({b"GET", b"POST", b"HEAD", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"})
 _METHODS_WITH_BODY = frozenset({b"POST", b"PUT", b"PATCH"})
-_MAX_KNOWN_NAMES = 1024  # names are made up by clients: the table stops growing there
+_MAX_KNOWN_NAMES = 1024  # names and targets are made up by clients: the tables stop growing there
+_MAX_KNOWN_NAME_BYTES = 64
+_MAX_KNOWN_LINES = 256
+_MAX_KNOWN_LINE_BYTES = 512
 _OURS = frozenset(
     {
         b"host",
@@ -33,12 +35,13 @@ _OURS = frozenset(
 
 
 class HeadWriter:
-    """Writes request heads for one origin; remembers header names that it has checked."""
+    """Writes request heads for one origin; remembers the names and first lines that it has checked."""
 
     def __init__(self, origin: Origin) -> None:
         self._origin = origin
         self._host_line = b" HTTP/1.1\r\nhost: " + origin.host_header
-        self._lines: dict[bytes, bytes] = dict.fromkeys(_OURS, b"")
+        self._first_lines: dict[tuple[bytes, bytes], bytes] = {}
+        self._starts: dict[bytes, bytes] = {}
 
     def write(
         self, method: bytes, target: bytes, headers: Iterable[tuple[bytes, bytes]], length: int | None
@@ -48,36 +51,42 @@ class HeadWriter:
         Headers that belong to the connection (framing, host, hop-by-hop) are left out of `headers`: the client
         writes its own. Raises ValueError where a method, target, name or value could be read as anything else.
         """
-        if method not in _COMMON_METHODS and not _TOKEN.fullmatch(method):
+        lines = [self._first_lines.get((method, target)) or self._first_line(method, target)]
+        starts = self._starts
+        for name, value in headers:
+            start = starts.get(name)
+            if start is not None or (start := self._learn(name)) is not None:
+                lines.append(start + value)
+        if length is None:
+            lines.append(b"transfer-encoding: chunked\r\n\r\n")
+        elif length or method in _METHODS_WITH_BODY:
+            lines.append(b"content-length: %d\r\n\r\n" % length)
+        else:
+            lines.append(b"\r\n")
+        head = b"\r\n".join(lines)
+        line_ends = len(lines) + (1 if lines[-1] == b"\r\n" else 2)
+        # Three scans of the whole are cheaper than one of each value, and miss no line end that is not its own.
+        if head.count(b"\r") != line_ends or head.count(b"\n") != line_ends or b"\0" in head:
+            raise ValueError("a header's value has no CR, LF or NUL")
+        return head
+
+    def _first_line(self, method: bytes, target: bytes) -> bytes:
+        if not _TOKEN.fullmatch(method):
             raise ValueError("a method is a token")
         if not _TARGET.fullmatch(target):
             raise ValueError("a target starts with a slash and has no white space or control characters")
-        lines = [method + b" " + self._origin.target(target) + self._host_line]
-        known = self._lines
-        for name, value in headers:
-            start = known.get(name)
-            if start is None:
-                start = self._learn(name)
-            if start:
-                lines.append(start + value)
-        if length is None:
-            lines.append(b"transfer-encoding: chunked")
-        elif length or method in _METHODS_WITH_BODY:
-            lines.append(b"content-length: %d" % length)
-        lines.append(b"\r\n")
-        return _checked(b"\r\n".join(lines), len(lines) + 1)
+        line = method + b" " + self._origin.target(target) + self._host_line
+        if len(self._first_lines) < _MAX_KNOWN_LINES and len(line) < _MAX_KNOWN_LINE_BYTES:
+            self._first_lines[method, target] = line
+        return line
 
-    def _learn(self, name: bytes) -> bytes:
+    def _learn(self, name: bytes) -> bytes | None:
+        """How a header's line starts; None for those of the connection."""
         if not _TOKEN.fullmatch(name):
             raise ValueError("a header's name is a token")
-        start = b"" if name.lower() in _OURS else name + b": "
-        if len(self._lines) < _MAX_KNOWN_NAMES:
-            self._lines[name] = start
+        if name.lower() in _OURS:
+            return None
+        start = name + b": "
+        if len(self._starts) < _MAX_KNOWN_NAMES and len(name) < _MAX_KNOWN_NAME_BYTES:
+            self._starts[name] = start
         return start
-
-
-def _checked(head: bytes, line_ends: int) -> bytes:
-    """`head` if it has no line end but its own: three scans of the whole are cheaper than one of each value."""
-    if head.count(b"\r") != line_ends or head.count(b"\n") != line_ends or b"\0" in head:
-        raise ValueError("a header's value has no CR, LF or NUL")
-    return head

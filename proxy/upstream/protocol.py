@@ -29,6 +29,7 @@ from proxy.upstream.origin import Limits
 
 NEVER = math.inf
 _JOIN_BYTES = 65_536  # up to here one copy is cheaper than a second buffer in the kernel call
+_PLAIN_BYTES = 65_536  # above this a new parser costs less than a second copy of the body
 _SOON_SECONDS = 1.0  # an upstream that closes so soon after a stream closes because of it
 
 
@@ -94,6 +95,8 @@ class Connection(asyncio.Protocol):
         self._buffered_bytes = 0
         self._reading_paused = False
         self._writing_paused = False
+        self._plain_bytes = 0  # still to come of a body that the parser is spared
+        self._seen_at = 0.0  # when something was last received
         self._drain_waiter: asyncio.Future[None] | None = None
 
     # -- what the client and the pool call
@@ -110,6 +113,7 @@ class Connection(asyncio.Protocol):
         self._idle_seconds = limits.idle_seconds
         self._quiet_bytes = 0
         self._buffered_bytes = 0
+        self._plain_bytes = 0
         self._watch(now + limits.first_byte_seconds)
         return answer
 
@@ -160,8 +164,8 @@ class Connection(asyncio.Protocol):
 
     def rest(self, expiry_seconds: float) -> None:
         """Nothing is expected any more; close after `expiry_seconds` unless another exchange begins."""
-        self._rested_at = self._now()
-        self._watch(self._rested_at + expiry_seconds)
+        self._rested_at = self._seen_at
+        self._watch(self._seen_at + expiry_seconds)
 
     @property
     def usable(self) -> bool:
@@ -206,29 +210,14 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         answer = self._answer
-        parser = self._parser
-        if answer is None or parser is None:
+        if answer is None:
             self.close()  # nobody asked
             return
-        now = self._now()
-        if not answer.first_byte_seconds:
-            answer.first_byte_seconds = now
-        self._quiet_bytes += len(data)
-        try:
-            parser.feed_data(data)
-        except (HttpParserError, HttpParserUpgrade):
-            self._bad = self._bad or "the upstream's answer is not valid HTTP/1.1"
-        if self.state is _DONE:
-            self._finish(answer)
-        elif self._bad is not None:
-            self.close(self._bad_answer(self._bad))
-        elif self._quiet_bytes > self._max_head_bytes:
-            self.close(self._bad_answer("the upstream's answer has too large a head, trailer or chunk extension"))
-        elif self.state is _BODY:
-            self.deadline = now + self._idle_seconds
-            if self._buffered_bytes > self._buffer_bytes:
-                self._pause_reading()
-            answer.wake()
+        self._seen_at = self._now()
+        if self._plain_bytes:
+            self._take_plain(answer, data)
+        else:
+            self._parse(answer, data)
 
     def eof_received(self) -> None:
         self._over(None)
@@ -308,7 +297,7 @@ class Connection(asyncio.Protocol):
                     self._bad = "the upstream's answer has a transfer encoding that was not asked for"
             elif name == b"content-type":
                 answer.is_event_stream = value.lower().startswith(b"text/event-stream")
-        if sum([len(name) + len(value) + 4 for name, value in self._headers]) > self._max_head_bytes:
+        if self._quiet_bytes > self._max_head_bytes and self._head_bytes() > self._max_head_bytes:
             self._bad = "the upstream's answer has too large a head"
         if chunked and length is not None:
             self._bad = "the upstream's answer has both a content-length and a transfer-encoding"
@@ -334,7 +323,55 @@ class Connection(asyncio.Protocol):
         else:
             answer.framing = Framing.CLOSE
         self._quiet_bytes = 0
-        self._watch(self._now() + self._idle_seconds)
+
+    def _parse(self, answer: UpstreamAnswer, data: bytes) -> None:
+        if not answer.first_byte_seconds:
+            answer.first_byte_seconds = self._seen_at
+        before = self.state
+        self._quiet_bytes += len(data)
+        try:
+            self._parser.feed_data(data)  # type: ignore[union-attr]  # there is one as long as an answer is awaited
+        except (HttpParserError, HttpParserUpgrade):
+            self._bad = self._bad or "the upstream's answer is not valid HTTP/1.1"
+        if self.state is _DONE:
+            self._finish(answer)
+        elif self._bad is not None:
+            self.close(self._bad_answer(self._bad))
+        elif self._quiet_bytes > self._max_head_bytes:
+            self.close(self._bad_answer("the upstream's answer has too large a head, trailer or chunk extension"))
+        elif self.state is _BODY:
+            if before is _HEAD and answer.framing is Framing.LENGTH:
+                self._skip_parser(answer)
+            self._more(answer)
+
+    def _skip_parser(self, answer: UpstreamAnswer) -> None:
+        """The long rest of a body of known length needs no parser: it is kept as it was read, not copied again.
+
+        The parser, which will not have seen it, is not used any more.
+        """
+        left = (answer.content_length or 0) - self._buffered_bytes
+        if left >= _PLAIN_BYTES:
+            self._plain_bytes = left
+            self._parser = None
+
+    def _take_plain(self, answer: UpstreamAnswer, data: bytes) -> None:
+        left = self._plain_bytes
+        self._extra = len(data) > left
+        piece = data[:left] if self._extra else data
+        self._plain_bytes = left - len(piece)
+        self._buffered_bytes += len(piece)
+        answer._chunks.append(piece)
+        if self._plain_bytes:
+            self._more(answer)
+        else:
+            self._finish(answer)
+
+    def _more(self, answer: UpstreamAnswer) -> None:
+        """A part of the body came and it goes on."""
+        self._watch(self._seen_at + self._idle_seconds)
+        if self._buffered_bytes > self._buffer_bytes:
+            self._pause_reading()
+        answer.wake()
 
     def _finish(self, answer: UpstreamAnswer) -> None:
         """The answer is whole: let go of it, and of the connection where it cannot serve again."""
@@ -372,6 +409,10 @@ class Connection(asyncio.Protocol):
         error = BadAnswer(message)
         error.before_answer = self.state is _HEAD
         return error
+
+    def _head_bytes(self) -> int:
+        """For a head that came in one read with much of its body."""
+        return sum(len(name) + len(value) + len(b": \r\n") for name, value in self._headers)
 
     def _unsent(self) -> bool:
         return self._transport is not None and self._transport.get_write_buffer_size() > 0

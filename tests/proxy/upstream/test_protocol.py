@@ -91,7 +91,6 @@ class Wire:
             self.connection.eof_received()
         self.connection.connection_lost(exc)
 
-    @property
     def paused(self) -> bool:
         return self.transport.paused
 
@@ -195,6 +194,37 @@ def test_answers_one_after_the_other_on_a_connection_never_run_together(names: l
             wire.feed(*([raw[position : position + size]] if position < len(raw) else []))
             position += size
         check_whole(wire, answered, name)
+
+
+LONG = bytes(range(256)) * 1_000
+
+
+@pytest.mark.parametrize("extra", [b"", b"x"])
+@pytest.mark.parametrize("size", [1_000, 65_535, 65_536, 100_000, 1_000_000])
+def test_a_long_body_of_known_length_is_whole_and_leaves_the_connection_in_step(size: int, extra: bytes) -> None:
+    """The parser is spared most of it, and the next answer is read from its first byte again."""
+    raw = answer(LONG) + extra
+    wire = Wire()
+    for _ in range(1 if extra else 3):
+        answered = wire.begin()
+        wire.feed(*[raw[i : i + size] for i in range(0, len(raw), size)])
+        assert (answered.complete, answered.body_now() == LONG) == (True, True)
+    assert wire.transport.aborted is bool(extra)
+    if not extra:
+        answered = wire.begin()
+        wire.feed(*[bytes([byte]) for byte in chunked(b"next")])
+        assert answered.body_now() == b"next"
+
+
+@pytest.mark.parametrize("kept", [1_000, 150_000, len(LONG) - 1])
+def test_a_long_body_that_ends_too_early_is_broken(kept: int) -> None:
+    wire = Wire()
+    answered = wire.begin()
+    raw = answer(LONG)
+    wire.feed(raw[:500], raw[500 : len(raw) - len(LONG) + kept])
+    wire.end()
+    assert len(answered.body_now()) == kept
+    assert isinstance(error_of(answered), ResetMidAnswer)
 
 
 def test_a_close_delimited_body_ends_cleanly_with_the_connection_at_any_cut() -> None:
@@ -344,11 +374,11 @@ def test_reading_stops_over_the_buffers_bound_and_goes_on_when_it_was_taken() ->
     wire = Wire()
     answered = wire.begin()
     wire.feed(answer(b"x" * 5_000)[:1_000])
-    assert not wire.paused
+    assert not wire.paused()
     wire.feed(b"x" * 500)
-    assert wire.paused
+    assert wire.paused()
     assert len(answered.body_now()) > 1_000
-    assert not wire.paused
+    assert not wire.paused()
 
 
 def test_a_paused_reader_is_not_the_upstreams_lateness_but_a_silent_upstream_is() -> None:
@@ -372,9 +402,9 @@ def test_an_answer_that_ended_while_reading_was_paused_is_read_on_so_that_the_en
     wire.begin()
     raw = answer(b"x" * 1_500)
     wire.feed(raw[:-10])
-    assert wire.paused
+    assert wire.paused()
     wire.feed(raw[-10:])  # what the loop had read already
-    assert not wire.paused
+    assert not wire.paused()
     assert wire.finished_as == [(True, False)]
 
 
