@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
+from heapq import merge
 
 import msgspec
 
 from cache.tree import NOBODY, Holding, Node, Shelf, Tree
 
+SORTED_PORTION = 1_000
+"""Holdings sorted at a time while an index is read back: under a millisecond."""
 
-class ReplicaRow(msgspec.Struct, frozen=True, tag="replica"):
+_Aged = tuple[float, int, int, Holding]
+
+
+class ReplicaRow(msgspec.Struct, frozen=True, tag="replica", gc=False):
     """A replica in a snapshot; always before the runs."""
 
     replica: int
@@ -23,7 +29,7 @@ class ReplicaRow(msgspec.Struct, frozen=True, tag="replica"):
     placed_tokens: int
 
 
-class HolderRow(msgspec.Struct, frozen=True, array_like=True):
+class HolderRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A holder of a run in a snapshot."""
 
     replica: int
@@ -33,7 +39,7 @@ class HolderRow(msgspec.Struct, frozen=True, array_like=True):
     output_tokens: int
 
 
-class RunRow(msgspec.Struct, frozen=True, tag="run"):
+class RunRow(msgspec.Struct, frozen=True, tag="run", gc=False):
     """A node in a snapshot, after the one it hangs on, whose last hash is `parent` (None at the top).
 
     The three runs are little-endian arrays of 8, 4 and 4 bytes a boundary.
@@ -72,12 +78,15 @@ class Reader:
         self._tree = tree
         self._shelf_of = shelf_of
         self._ends: dict[int, Node] = {}
-        self._order: dict[Shelf, list[tuple[float, int, Holding]]] = {}
+        self._order: dict[Shelf, list[list[_Aged]]] = {}
+        self._serial = 0  # keeps equal ages apart, so that holdings are never compared
 
     def add(self, row: RunRow) -> None:
         """Hang a run on its parent. Who does not hold the parent, or is newer than there, came between two chunks."""
         tree = self._tree
         parent = tree.root if row.parent is None else self._ends.get(row.parent)
+        if not 0 < len(row.hashes) == 2 * len(row.ends) == 2 * len(row.tokens):
+            return  # not what was written; what hangs on it is left out with it
         holders = self._holders(row, parent) if parent is not None else []
         if parent is None or not holders:
             return
@@ -87,15 +96,27 @@ class Reader:
         for shelf, stamp, holder in holders:
             holding = Holding(node, None, None, stamp, holder.touched_by, holder.confirmed, holder.output_tokens)
             tree.hold(shelf, node, holding)
-            self._order.setdefault(shelf, []).append((stamp, -node.ends[-1], holding))
+            self._note(shelf, stamp, -node.ends[-1], holding)
 
-    def finish(self) -> Iterator[None]:
+    def finish(self, holdings_per_turn: int) -> Iterator[None]:
         """Restore each shelf's order of recency: older placements first, within one the deeper first."""
-        for shelf, holdings in self._order.items():
-            holdings.sort(key=_by_age)
-            for _stamp, _depth, holding in holdings:
-                self._tree.link(shelf, holding)
-            yield
+        link, count = self._tree.link, 0
+        for shelf, portions in self._order.items():
+            portions[-1].sort()
+            for _stamp, _depth, _serial, holding in merge(*portions):
+                link(shelf, holding)
+                count += 1
+                if count % holdings_per_turn == 0:
+                    yield
+
+    def _note(self, shelf: Shelf, stamp: float, depth: int, holding: Holding) -> None:
+        """Gather in sorted portions: one sort of all would be a pause."""
+        portions = self._order.setdefault(shelf, [[]])
+        self._serial += 1
+        portions[-1].append((stamp, depth, self._serial, holding))
+        if len(portions[-1]) >= SORTED_PORTION:
+            portions[-1].sort()
+            portions.append([])
 
     def _holders(self, row: RunRow, parent: Node) -> list[tuple[Shelf, float, HolderRow]]:
         holders: list[tuple[Shelf, float, HolderRow]] = []
@@ -108,10 +129,6 @@ class Reader:
             elif (above := parent.held.get(shelf)) is not None:
                 holders.append((shelf, min(holder.stamp, above.stamp), holder))
         return holders
-
-
-def _by_age(entry: tuple[float, int, Holding]) -> tuple[float, int]:
-    return entry[:2]
 
 
 def _unwritten(node: Node, number: int) -> list[Node]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from array import array
 
+import msgspec
 import pytest
 
-from cache.index import Learnt, PrefixIndex
+from cache.index import Learnt, PrefixIndex, RunRow
 from cache.prefix import Fingerprint, chain_root, cut
 from cache.tree import EVICTED_HASHES
 
@@ -404,6 +405,49 @@ def test_loading_lets_go_of_what_was_there_little_by_little(bench):
     assert bench.depth(talk("b", 3)) == 0
     assert not bench.index.tend(bench.now)
     assert not bench.index._dead
+
+
+def test_the_index_goes_on_while_another_is_read_in_and_then_is_the_other(bench):
+    for i in range(300):
+        bench.served(talk(f"a{i}", 3, system=1))
+    rows = [row for rows in bench.index.snapshot() for row in rows]
+    live = Bench()
+    live.served(talk("mine", 4))
+    live.index.set_ttl(0, 5_000.0)
+    turns = 0
+    for _ in live.index.load(rows):
+        turns += 1
+        live.served(talk("mine", 4 + turns))
+        assert live.depth(talk("mine", 4 + turns)) == 4 + turns
+        assert live.depth(talk("a7", 3, system=1)) == 0
+    assert turns > 3
+    assert live.depth(talk("a7", 3, system=1)) == 3
+    assert live.depth(talk("mine", 4)) == 0
+    live.index.tend(bench.now + 5_001.0)
+    assert live.depth(talk("a7", 3, system=1)) == 0
+
+
+def test_an_epoch_that_began_while_a_snapshot_was_read_in_stays_empty(bench):
+    bench.served(talk("a", 3))
+    rows = [row for rows in bench.index.snapshot() for row in rows]
+    other = PrefixIndex()
+    for _ in other.load(rows):
+        other.new_epoch(0, 4)
+    assert (other.epoch(0), other.match(talk("a", 3)).held) == (4, {})
+
+
+def test_a_run_that_was_not_written_so_is_left_out_with_what_hangs_on_it(bench):
+    bench.served(talk("a", 4, system=2))
+    bench.served(talk("b", 4, system=2))
+    rows = [row for rows in bench.index.snapshot() for row in rows]
+    broken = [
+        msgspec.structs.replace(row, ends=row.ends[:-1]) if isinstance(row, RunRow) and row.parent is None else row
+        for row in rows
+    ]
+    other = PrefixIndex()
+    for _ in other.load(broken):
+        pass
+    assert other.stats().blocks == 0
 
 
 def test_a_real_conversation_is_found_turn_after_turn():
