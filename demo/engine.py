@@ -17,6 +17,7 @@ import xllamacpp
 from demo.shapes import MODEL_NAME, SLOT_TOKENS, SLOTS
 from demo.tether import end_with_parent
 
+LAST_BATCH_SECONDS = 2  # an engine ends between batches of a prefill; the kernel ends one that is slower than this
 PARENT_CHECK_SECONDS = 1.0  # how soon a replica notices, where the kernel does not tell, that its parent is gone
 
 
@@ -66,6 +67,7 @@ def main() -> None:
     print(server.listening_address, flush=True)
     while not stop.wait(PARENT_CHECK_SECONDS) and os.getppid() == parent:
         pass
+    signal.alarm(LAST_BATCH_SECONDS)
     del server
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from demo import cairn
 from demo.asking import Answer, AskFailed, ask, events
-from demo.processes import ROOT, Child, StartFailed, python
+from demo.processes import ROOT, Child, StartFailed, python, start_replica
 from demo.questions import QUESTIONS, Question, chat_request, document_text, ten_questions
 from demo.report import is_warm, shown_seconds, summarise, table, verdict
 from demo.shapes import DEMO, MODEL_NAME, SLOT_TOKENS, SMALL, model_path
@@ -121,6 +122,23 @@ def test_a_restarted_engine_has_its_address_and_an_empty_cache(two_engines):
     engine.restart()
     assert engine.url == url
     assert ask(url, MODEL_NAME, question, clock).cached_tokens == 0
+
+
+@pytest.mark.engine
+def test_an_engine_in_the_middle_of_a_long_prefill_ends_soon(two_engines, tmp_path):
+    """Whoever presses Ctrl-C does not wait for a prompt that nobody waits for any more."""
+    model = model_path(ROOT / ".cairn" / "model", SMALL)
+    child = start_replica("engine", model, tmp_path / "log", "--slots", "1", "--slot-tokens", "16384")
+    port = int(child.served_at(WAIT_SECONDS).rpartition(":")[2])
+    body = json.dumps(chat_request(Question("cairns.md", "stone " * 6_000), MODEL_NAME)).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        while "processing task" not in (tmp_path / "log").read_text():
+            time.sleep(0.02)
+        started = time.monotonic()  # noqa: TID251
+        child.stop(WAIT_SECONDS)
+    assert time.monotonic() - started < 5  # noqa: TID251
 
 
 @pytest.mark.engine
