@@ -23,6 +23,7 @@ _LAST_EVENTS = 64  # read at the end: [DONE], usage, finish, and keep-alives bet
 
 # Two line ends. The groups are atomic, or CR LF would count as two.
 _EVENT_END = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
+_LINE_ENDS = re.compile(rb"[\r\n]*")
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _COLON, _CR, _LF = b":\r\n"
 _COMMENT_OR_BLANK = frozenset((_COLON, _CR, _LF))
@@ -177,10 +178,11 @@ class StreamTap:
         out: list[bytes] = []
         fresh = self._without_owed_line_feed(chunk, out)
         self._buffer += fresh
-        start = 0
-        while (end := self._event_end()) > 0:
+        has_cr = b"\r" in self._buffer
+        start = self._blank_lines(0, out)
+        while (end := self._event_end(has_cr)) > 0:
             self._take(bytes(self._buffer[start:end]), out, last=end == len(self._buffer))
-            start = self._searched = end
+            start = self._blank_lines(end, out)
             if self.first_token_seen and not self._withhold:
                 self._buffer.clear()
                 return chunk
@@ -199,16 +201,25 @@ class StreamTap:
             out.append(b"\n")
         return chunk[1:]
 
-    def _event_end(self) -> int:
+    def _blank_lines(self, start: int, out: list[bytes]) -> int:
+        """Pass the line ends before an event at once, as no part of it; return where it begins."""
+        match = _LINE_ENDS.match(self._buffer, start)
+        end = match.end() if match else start
+        if end > start:
+            out.append(bytes(self._buffer[start:end]))
+        self._searched = max(end, self._searched)
+        return end
+
+    def _event_end(self, has_cr: bool) -> int:
         """Offset behind the next event's end in the buffer, or 0."""
-        if self._buffer.find(b"\r", self._searched) < 0:
-            found = self._buffer.find(b"\n\n", self._searched)
-            return 0 if found < 0 else found + 2
-        match = _EVENT_END.search(self._buffer, self._searched)
-        return match.end() if match else 0
+        if has_cr:
+            match = _EVENT_END.search(self._buffer, self._searched)
+            return match.end() if match else 0
+        found = self._buffer.find(b"\n\n", self._searched)
+        return 0 if found < 0 else found + 2
 
     def _take(self, event: bytes, out: list[bytes], *, last: bool) -> None:
-        """Read one complete event and pass it on, unless it is to be withheld; blank lines before it are kept."""
+        """Read one complete event and pass it on, unless it is to be withheld."""
         read = NOTHING
         if self._skipping:
             self._skipping = False
@@ -218,7 +229,8 @@ class StreamTap:
             self._head.add(read)
             self.first_token_seen = read.token
         dropped = self._withhold and read.extra
-        out.append(event[: len(event) - len(event.lstrip(b"\r\n"))] if dropped else event)
+        if not dropped:
+            out.append(event)
         if last and event[-1] == _CR:
             self._drop_line_feed = dropped
 

@@ -262,6 +262,7 @@ def usage_of_answer(body: bytes | memoryview, endpoint: Endpoint) -> Usage | Non
 
 
 _USAGE_KEY = re.compile(rb'"usage"\s*:\s*(?=\{)')
+_KEYS_TRIED = 8  # from the end; a hostile event may hold thousands
 _BRACE = re.compile(rb"[{}]")
 
 
@@ -271,7 +272,7 @@ def tail_usage(fragment: bytes) -> Any:
     Quotes inside strings are escaped in JSON, so the key cannot stand in a text; a tool that has a parameter of that
     name comes before, and is passed over for want of a token count.
     """
-    for key in reversed(list(_USAGE_KEY.finditer(fragment))):
+    for key in list(_USAGE_KEY.finditer(fragment))[: -1 - _KEYS_TRIED : -1]:
         depth = 0
         for brace in _BRACE.finditer(fragment, key.end()):
             depth += 1 if brace.group() == b"{" else -1

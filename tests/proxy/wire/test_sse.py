@@ -250,3 +250,12 @@ def test_a_failed_response_is_an_error_and_an_end() -> None:
     tap, _ = relay([failed], Endpoint.RESPONSES)
     assert tap.error_seen
     assert tap.finished
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r", b"\r\n"])
+@pytest.mark.parametrize("withhold", [False, True])
+def test_megabytes_of_blank_lines_are_no_events(end, withhold) -> None:
+    """A sick upstream must not stall the loop: this took 20 s when each pair was an event."""
+    tap, out = relay([end * 1_000_000, TOKEN, USAGE], withhold=withhold)
+    assert out == end * 1_000_000 + TOKEN + (b"" if withhold else USAGE)
+    assert tap.usage == Usage(5, 2)
