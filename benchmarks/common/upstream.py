@@ -119,7 +119,7 @@ def framed(content: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(content), content)
 
 
-def _event(choices: list[object], more: dict[str, object]) -> bytes:
+def _event(choices: list[object], **more: object) -> bytes:
     event = {
         "id": "chatcmpl-benchmark",
         "object": "chat.completion.chunk",
@@ -133,14 +133,17 @@ def _event(choices: list[object], more: dict[str, object]) -> bytes:
 
 @functools.lru_cache(maxsize=256)
 def stream_writes(body_bytes: int, manner: Manner, usage_asked: bool) -> tuple[bytes, ...]:
-    """The writes of a streamed answer after its head: the chunks, the usage where asked for, [DONE], the end."""
-    more: dict[str, object] = {"usage": None} if usage_asked else {}
-    role = _event([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}], more)
-    token = _event([{"index": 0, "delta": {"content": _CHUNK_TEXT}, "finish_reason": None}], more)
-    last = _event([{"index": 0, "delta": {}, "finish_reason": "stop"}], more)
+    """The writes of a streamed answer after its head: the chunks, the usage where asked for, [DONE], the end.
+
+    As vLLM does, and unlike OpenAI, no `"usage": null` stands in the other chunks; so a proxy that asks for usage and
+    withholds it can be held to the very bytes that a client would get directly.
+    """
+    role = _event([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+    token = _event([{"index": 0, "delta": {"content": _CHUNK_TEXT}, "finish_reason": None}])
+    last = _event([{"index": 0, "delta": {}, "finish_reason": "stop"}])
     writes = [role, *[token] * max(0, manner.chunks - 2), last]
     if usage_asked:
-        writes.append(_event([], {"usage": usage(body_bytes, manner.cached_share, manner.chunks)}))
+        writes.append(_event([], usage=usage(body_bytes, manner.cached_share, manner.chunks)))
     return (*writes, framed(b"data: [DONE]\n\n") + STREAM_END)
 
 

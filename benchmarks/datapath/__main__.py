@@ -18,11 +18,12 @@ from rich.console import Console
 from benchmarks.common.figures import parse_size
 from benchmarks.common.load import Generator
 from benchmarks.common.processes import ROOT, Running, StartFailed, end_on_signals, free_port, scratch_folder
-from benchmarks.datapath import lag, report
+from benchmarks.datapath import lag, report, streams
 from benchmarks.datapath.contestants import BARE, CAIRN, Contestant, Started, contestants, start
 from benchmarks.datapath.measure import Cell, Sample, WrongAnswer, cells, check, order, sample
 
 _REPLICAS = 2
+_TABLE_COLUMNS = 120  # characters
 _UPSTREAM_START_SECONDS = 20.0
 
 
@@ -43,6 +44,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quiet-peers", action="store_true", help="routers log warnings only, not each request")
     parser.add_argument("--only", default="", help="names of proxies, by commas")
     parser.add_argument("--lag", action="store_true", help="instead: small requests while 2 MB bodies pass")
+    parser.add_argument(
+        "--streams", type=int, default=0, help="instead: so many open streams on which nothing happens"
+    )
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "datapath.json")
     options = parser.parse_args(arguments)
     try:
@@ -50,6 +54,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     except ValueError as error:
         parser.error(f"argument {sizes.option_strings[0]}: {error}")
     return options
+
+
+def wide_console() -> Console:
+    """A console in which the tables do not wrap, also where the output is a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, _TABLE_COLUMNS))
 
 
 def chosen(options: argparse.Namespace, console: Console) -> list[Contestant]:
@@ -70,8 +80,9 @@ def chosen(options: argparse.Namespace, console: Console) -> list[Contestant]:
 
 def upstream_command(ports: Sequence[int], options: argparse.Namespace) -> list[str]:
     """The static upstream's command line."""
+    seconds = streams.SILENT_SECONDS if options.streams else options.chunk_seconds
     command = [sys.executable, "-m", "benchmarks.common.upstream", "--ports", ",".join(map(str, ports))]
-    command += ["--chunks", str(options.chunks), "--chunk-seconds", str(options.chunk_seconds)]
+    command += ["--chunks", str(options.chunks), "--chunk-seconds", str(seconds)]
     return [*command, "--cached-share", str(options.shared)]
 
 
@@ -125,7 +136,9 @@ def measure_all(
 def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     end_on_signals()
-    console = Console()
+    console = wide_console()
+    if options.streams:
+        options.streams = streams.allow_descriptors(options.streams)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(scratch_folder()))
         ports = [free_port() for _ in range(_REPLICAS)]
@@ -134,6 +147,10 @@ def main(arguments: Sequence[str]) -> int:
             if not started:
                 console.print("nothing to measure")
                 return 1
+            if options.streams:
+                standing = [asyncio.run(streams.stand(proxy, options.streams, options.seconds)) for proxy in started]
+                console.print(streams.table(standing))
+                return 0
             if options.lag:
                 console.print(lag.table(lag.probe_all(started, ports[0], options.seconds, stack)))
                 return 0

@@ -2,7 +2,7 @@
 
 One generator sends 2 MB bodies at a steady pace, another small ones; the latency of the small ones beyond what they
 take while nothing else runs is the time that they waited. The direct row is what the machine, the upstream and the
-generators themselves cost; on two busy cores that is most of it. Where a proxy shows its loop's own lag in its metrics
+generators themselves cost; on two busy cores that is most of it. Where a proxy tells its loop's lag in its metrics
 (`cairn_event_loop_lag_seconds`), the highest bucket reached is shown too.
 """
 

@@ -10,8 +10,13 @@ from dataclasses import dataclass
 from benchmarks.common import cpu, metrics_page, sockets
 from benchmarks.common.processes import get
 
-# Gauges of Cairn that must be zero when nothing is under way; pages without them are not judged by them.
-_ZERO_GAUGES = ("cairn_in_flight_requests", "cairn_upstream_in_flight", "cairn_upstream_pending_tokens")
+# Gauges of Cairn that must be zero when nothing is under way. One that the page has not is shown and not judged.
+_ZERO_GAUGES = (
+    "cairn_in_flight_requests",
+    "cairn_upstream_in_flight",
+    "cairn_upstream_queued",
+    "cairn_upstream_pending_tokens",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +27,7 @@ class Moment:
     client_sockets: int | None
     upstream_sockets: int | None
     other_descriptors: Mapping[str, int] | None  # by kind
-    busy: Mapping[str, float]  # gauges that are not zero
+    gauges: Mapping[str, float | None]  # of those that must be zero, over all labels; None: not on the page
     upstream_connections: int
     upstream_streams: int
 
@@ -43,23 +48,23 @@ def _kind(link: str) -> str:
 
 async def look(pids: Sequence[int], port: int, side_port: int | None, upstream_ports: Sequence[int]) -> Moment:
     """Reads the processes, the metrics page and the upstream's count."""
-    open_sockets = [found for pid in pids for found in sockets.tcp_sockets(pid) if found.state != sockets.LISTENING]
+    open_sockets = [one for pid in pids for one in sockets.tcp_sockets(pid) if one.state != sockets.LISTENING]
     links = [link for pid in pids for link in (cpu.descriptors(pid) or {}).values()]
     can_tell = cpu.descriptors(pids[0]) is not None
-    clients = sum(found.local_port == port for found in open_sockets)
-    upstreams = sum(found.remote_port in upstream_ports for found in open_sockets)
+    clients = sum(one.local_port == port for one in open_sockets)
+    upstreams = sum(one.remote_port in upstream_ports for one in open_sockets)
     kinds = Counter(_kind(link) for link in links)
     kinds["socket"] -= clients + upstreams
     page = (await get(side_port, "/metrics"))[1] if side_port else b""
     series = metrics_page.parse(page.decode())
-    busy = {name: value for name, value in metrics_page.gauges_named(series, *_ZERO_GAUGES).items() if value}
+    found = {name: metrics_page.gauges_named(series, name) for name in _ZERO_GAUGES}
     counted = json.loads((await get(upstream_ports[0], "/bench/stats"))[1])
     return Moment(
         resident_bytes=sum(map(cpu.resident_bytes, pids)),
         client_sockets=clients if can_tell else None,
         upstream_sockets=upstreams if can_tell else None,
         other_descriptors=dict(kinds) if can_tell else None,
-        busy=busy,
+        gauges={name: sum(map(abs, values.values())) if values else None for name, values in found.items()},
         upstream_connections=counted["open_connections"] - 1,  # the one that asks
         upstream_streams=counted["open_streams"],
     )
@@ -78,7 +83,9 @@ def compare(before: Moment, after: Moment, growth_allowed: float) -> list[Findin
         Finding(
             "streams open at the upstream", *_both(before, after, "upstream_streams"), after.upstream_streams == 0
         ),
-        Finding("requests and charges in the metrics", str(dict(before.busy)), str(dict(after.busy)), not after.busy),
+    ]
+    findings += [
+        Finding(name, _told(before.gauges.get(name)), _told(value), not value) for name, value in after.gauges.items()
     ]
     if after.client_sockets is None or after.other_descriptors is None or before.other_descriptors is None:
         return findings
@@ -96,6 +103,10 @@ def compare(before: Moment, after: Moment, growth_allowed: float) -> list[Findin
         counts = (before.other_descriptors.get(kind, 0), after.other_descriptors.get(kind, 0))
         findings.append(Finding(f"other descriptors: {kind}", f"{counts[0]}", f"{counts[1]}", counts[1] <= counts[0]))
     return findings
+
+
+def _told(value: float | None) -> str:
+    return "not on the page" if value is None else f"{value:g}"
 
 
 def _both(before: Moment, after: Moment, name: str) -> tuple[str, str]:

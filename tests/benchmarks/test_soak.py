@@ -18,7 +18,7 @@ QUIET = Moment(
     client_sockets=0,
     upstream_sockets=4,
     other_descriptors={"socket": 3, "file": 5},
-    busy={},
+    gauges={"cairn_in_flight_requests": 0.0},
     upstream_connections=4,
     upstream_streams=0,
 )
@@ -40,7 +40,7 @@ def test_a_proxy_that_came_to_rest_passes():
         ({"upstream_sockets": 5}, "connections to the upstream"),
         ({"other_descriptors": {"socket": 3, "file": 6}}, "other descriptors: file"),
         ({"other_descriptors": {"socket": 3, "file": 5, "pipe": 1}}, "other descriptors: pipe"),
-        ({"busy": {"cairn_in_flight_requests": 1.0}}, "requests and charges"),
+        ({"gauges": {"cairn_in_flight_requests": 1.0}}, "cairn_in_flight_requests"),
         ({"upstream_streams": 1}, "streams open"),
     ],
 )
@@ -53,6 +53,13 @@ def test_each_leftover_is_found(change, what):
 def test_a_system_without_proc_is_judged_by_the_rest():
     unknown = replace(QUIET, client_sockets=None, upstream_sockets=None, other_descriptors=None)
     assert len(compare(unknown, unknown, 0.05)) == 3
+
+
+def test_a_gauge_that_the_page_has_not_is_shown_and_not_judged():
+    absent = replace(QUIET, gauges={"cairn_in_flight_requests": None})
+    finding = next(one for one in compare(absent, absent, 0.05) if one.what == "cairn_in_flight_requests")
+    assert finding.right
+    assert finding.after == "not on the page"
 
 
 def test_every_visit_has_a_share_and_its_right_endings():
