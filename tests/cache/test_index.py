@@ -386,6 +386,23 @@ def test_a_snapshot_stays_prefix_closed_while_the_index_changes_under_it(bench):
     assert other.stats().nodes == 0
 
 
+def test_a_leaf_touched_between_two_chunks_is_still_evicted_before_its_parent(bench):
+    for name in "ab":
+        bench.served(talk(name, 4, system=2))
+    rows = []
+    for chunk in bench.index.snapshot(1):
+        rows.extend(chunk)
+        if len(rows) == 2:  # the replica and the common parent are written
+            for name in "ab":
+                bench.served(talk(name, 4, system=2))
+    other = PrefixIndex()
+    for _ in other.load(rows):
+        pass
+    other.set_budget(0, 4 * BLOCK_TOKENS)
+    other.tend(0.0)
+    assert [other.match(talk(name, 4, system=2)).known_blocks for name in "ab"] == [2, 4]
+
+
 def _assert_closed(index: PrefixIndex) -> None:
     stack = list((index._tree.root.children or {}).values())
     while stack:
