@@ -400,7 +400,7 @@ def test_a_leaf_touched_between_two_chunks_is_still_evicted_before_its_parent(be
         pass
     other.set_budget(0, 4 * BLOCK_TOKENS)
     other.tend(0.0)
-    assert [other.match(talk(name, 4, system=2)).known_blocks for name in "ab"] == [2, 4]
+    assert sorted(other.match(talk(name, 4, system=2)).known_blocks for name in "ab") == [2, 4]
 
 
 def _assert_closed(index: PrefixIndex) -> None:
