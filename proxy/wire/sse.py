@@ -49,6 +49,7 @@ class StreamTap:
     __slots__ = (
         "_buffer",
         "_drop_line_feed",
+        "_has_cr",
         "_head",
         "_in_comment",
         "_result",
@@ -73,6 +74,7 @@ class StreamTap:
         self._tail_cut = False  # something came before the tail
         self._buffer = bytearray()  # an event not yet complete
         self._searched = 0  # of the buffer, for its end
+        self._has_cr = False  # the stream uses CR somewhere, so that line ends need a closer look
         self._skipping = False  # inside an event too long to read
         self._drop_line_feed: bool | None = None  # a CR ended an event: what becomes of a LF that belongs to it
         self._head = _Digest()  # of the events up to the first token
@@ -178,9 +180,9 @@ class StreamTap:
         out: list[bytes] = []
         fresh = self._without_owed_line_feed(chunk, out)
         self._buffer += fresh
-        has_cr = b"\r" in self._buffer
+        self._has_cr = self._has_cr or b"\r" in fresh
         start = self._blank_lines(0, out)
-        while (end := self._event_end(has_cr)) > 0:
+        while (end := self._event_end()) > 0:
             self._take(bytes(self._buffer[start:end]), out, last=end == len(self._buffer))
             start = self._blank_lines(end, out)
             if self.first_token_seen and not self._withhold:
@@ -210,9 +212,9 @@ class StreamTap:
         self._searched = max(end, self._searched)
         return end
 
-    def _event_end(self, has_cr: bool) -> int:
+    def _event_end(self) -> int:
         """Offset behind the next event's end in the buffer, or 0."""
-        if has_cr:
+        if self._has_cr:
             match = _EVENT_END.search(self._buffer, self._searched)
             return match.end() if match else 0
         found = self._buffer.find(b"\n\n", self._searched)
