@@ -148,21 +148,26 @@ def _cost(candidate: Candidate) -> float:
 
 
 def _settle_ties(candidates: list[Candidate], tie_hash: int) -> None:
-    """Put first, of those that cost as good as the least, the one with fewest in flight, then by rendezvous."""
-    least = candidates[0].cost_seconds
-    bound = least + TIE_SHARE * least + TIE_SECONDS
+    """Put first, of those that cost as good as the least, the one with fewest in flight, then by rendezvous.
+
+    Only replicas that hold equally much tie: where one holds more, a small difference is no noise.
+    """
+    first = candidates[0]
+    bound = first.cost_seconds * (1.0 + TIE_SHARE) + TIE_SECONDS
     if candidates[1].cost_seconds > bound:
         return
-    tied = 2
-    while tied < len(candidates) and candidates[tied].cost_seconds <= bound:
-        tied += 1
-    fewest = min([candidate.replica.in_flight for candidate in candidates[:tied]])
-    best, heaviest = 0, -1
-    for place in range(tied):
-        replica = candidates[place].replica
-        if replica.in_flight == fewest and (weight := _rendezvous(tie_hash, replica.name)) > heaviest:
-            best, heaviest = place, weight
-    candidates.insert(0, candidates.pop(best))
+    best, fewest, heaviest = 0, first.replica.in_flight, -1
+    for place, candidate in enumerate(candidates):
+        if candidate.cost_seconds > bound:
+            break
+        in_flight = candidate.replica.in_flight
+        if in_flight > fewest or candidate.matched_bytes != first.matched_bytes:
+            continue
+        weight = _rendezvous(tie_hash, candidate.replica.name)
+        if in_flight < fewest or weight > heaviest:
+            best, fewest, heaviest = place, in_flight, weight
+    if best:
+        candidates.insert(0, candidates.pop(best))
 
 
 def _rendezvous(tie_hash: int, name: str) -> int:

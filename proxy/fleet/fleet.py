@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from statistics import median
+from typing import NamedTuple
 
 import msgspec
 
@@ -45,16 +46,16 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     in_flight_limit: int | None = None
 
 
-class ShareRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
+class ShareRow(NamedTuple):
     """One replica's work as one process has it, for the others. Ages are seconds before it was written.
 
     `pending_tokens` is gross (the running head's progress not taken off, so that readers can take it off once for
     all writers); `overdue_seconds` is how far the head is past its predicted first token, 0 where it is not.
     """
 
-    pending_tokens: int
-    in_flight: int
-    head_tokens: int
+    pending_tokens: float
+    in_flight: float
+    head_tokens: float
     working_seconds: float
     overdue_seconds: float
 
@@ -65,17 +66,17 @@ class _Peers:
     __slots__ = ("head_tokens", "in_flight", "late_since", "pending_tokens", "working_since_seconds")
 
     def __init__(self) -> None:
-        self.pending_tokens = 0
+        self.pending_tokens = 0.0
         self.in_flight = 0
-        self.head_tokens = 0
+        self.head_tokens = 0.0
         self.working_since_seconds = 0.0
         self.late_since: dict[str, float] = {}
 
     def add(self, peer: str, row: ShareRow, now_seconds: float) -> None:
         self.pending_tokens += row.pending_tokens
-        self.in_flight += row.in_flight
+        self.in_flight += int(row.in_flight)
         since = now_seconds - row.working_seconds
-        if row.pending_tokens and since >= self.working_since_seconds:
+        if row.head_tokens and since >= self.working_since_seconds:
             self.working_since_seconds = since
             self.head_tokens = row.head_tokens
         if row.overdue_seconds > 0:
@@ -83,7 +84,7 @@ class _Peers:
 
     def remove(self, peer: str, row: ShareRow) -> None:
         self.pending_tokens -= row.pending_tokens
-        self.in_flight -= row.in_flight
+        self.in_flight -= int(row.in_flight)
         self.late_since.pop(peer, None)
 
 
@@ -111,7 +112,7 @@ class _Replica:
         head = work.head
         if head is None:
             if not peers.pending_tokens:
-                return 0.0, 0.0
+                return work.pending_tokens, 0.0
             since, head_tokens, late = peers.working_since_seconds, float(peers.head_tokens), 0.0
         else:
             since, head_tokens = work.working_since_seconds, head.uncached_tokens
@@ -145,7 +146,7 @@ class _Replica:
             self.draining and allowed,
             0.0 if allowed else self.breaker.wait_seconds(now_seconds),
         )
-        if closed and not in_flight and self.work.head is None and not self.peers.pending_tokens:
+        if closed and not in_flight and not pending and self.work.head is None and not self.peers.pending_tokens:
             self.quiet_view = view
         return view
 
@@ -225,29 +226,39 @@ class Fleet:
     # -- work
 
     def charge(
-        self, number: int, uncached_tokens: float, now_seconds: float, *, plain: bool = False, gated: bool = False
+        self,
+        number: int,
+        uncached_tokens: float,
+        now_seconds: float,
+        *,
+        plain: bool = False,
+        gated: bool = False,
+        queued: bool = False,
     ) -> Charge:
         """Claim a replica for a request at the moment of routing.
 
-        `plain` says that no first token will be seen; `gated` that it waits for another's prefill first.
+        `plain` says that no first token will be seen. What is `gated` (waits for another's prefill) or `queued` (for
+        a place) is pending there all the same, and starts when `start` is told; all else starts now.
         """
         replica = self._replicas[number]
         replica.quiet_view = None
-        pending, _ = replica.load(now_seconds)
-        due = now_seconds + (pending + uncached_tokens) / replica.rate_now
-        charge = Charge(number, uncached_tokens, due, plain=plain, gated=gated)
-        replica.work.add(charge, now_seconds)
+        charge = Charge(number, uncached_tokens, plain=plain, gated=gated)
+        replica.work.add(charge)
+        if not (gated or queued):
+            replica.work.start(charge, replica.rate_now, now_seconds, replica.peers.pending_tokens)
         if not replica.breaker.is_closed:
             charge.is_trial = replica.breaker.try_one(now_seconds)
         return charge
 
-    def ungate(self, charge: Charge) -> None:
-        """What waited at the gate goes to the replica now."""
-        self._replicas[charge.replica].work.ungate(charge)
+    def start(self, charge: Charge, now_seconds: float) -> None:
+        """What waited at the gate or in the queue is sent now. May come twice."""
+        replica = self._replicas[charge.replica]
+        replica.work.start(charge, replica.rate_now, now_seconds, replica.peers.pending_tokens)
 
     def first_token(self, charge: Charge, now_seconds: float) -> None:
         """The prefill is done: release its part. May come twice."""
-        self._replicas[charge.replica].work.first_token(charge, now_seconds)
+        replica = self._replicas[charge.replica]
+        replica.work.first_token(charge, now_seconds, replica.peers.working_since_seconds)
 
     def finish(self, charge: Charge, now_seconds: float) -> None:
         """The request is over: release all of it. May come twice, and after `client_left`."""
@@ -297,11 +308,12 @@ class Fleet:
 
     # -- what is learned
 
-    def observe_prefill(self, number: int, uncached_tokens: float, ttft_seconds: float) -> None:
-        """One answer: tokens that the engine says it computed, and the time from sending to the first token."""
-        replica = self._replicas[number]
-        replica.rate.observe(uncached_tokens, ttft_seconds)
-        self._rates_changed(replica.spec.pool)
+    def observe_prefill(self, charge: Charge, uncached_tokens: float, prefill_seconds: float | None = None) -> None:
+        """One answer: tokens that the engine says it computed, and the seconds, where it says that too."""
+        seconds = charge.prefill_seconds if prefill_seconds is None else prefill_seconds
+        replica = self._replicas[charge.replica]
+        if seconds is not None and replica.rate.observe(uncached_tokens, seconds):
+            self._rates_changed(replica.spec.pool)
 
     def observe_decode(self, number: int, decode_seconds: float) -> None:
         """The time from one answer's first token to its end."""
@@ -350,14 +362,18 @@ class Fleet:
                         now_seconds - work.working_since_seconds,
                         0.0 if head.plain else max(now_seconds - head.due_seconds, 0.0),
                     )
-                elif work.in_flight:
-                    rows[replica.spec.name] = ShareRow(0, work.in_flight, 0, 0.0, 0.0)
+                elif work.in_flight or work.pending_tokens:
+                    rows[replica.spec.name] = ShareRow(round(work.pending_tokens), work.in_flight, 0, 0.0, 0.0)
         return rows
 
-    def absorb(self, peer: str, rows: Mapping[str, ShareRow], now_seconds: float) -> None:
+    def absorb(self, peer: str, rows: Mapping[str, tuple[float, ...]], now_seconds: float) -> None:
         """Replace what is known of another process by its newest rows; names unknown here are left out."""
         self.forget(peer)
-        kept = {number: row for name, row in rows.items() if (number := self._ids.get(name)) is not None}
+        kept = {
+            number: ShareRow(*row)
+            for name, row in rows.items()
+            if (number := self._ids.get(name)) is not None and len(row) == len(ShareRow._fields)
+        }
         for number, row in kept.items():
             replica = self._replicas[number]
             replica.peers.add(peer, row, now_seconds)

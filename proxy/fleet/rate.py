@@ -12,13 +12,14 @@ ENOUGH = 8
 """Observations from which on the learned rate counts."""
 
 PERCENTILE = 0.9
-"""A TTFT holds the wait in the engine's own queue too, so most observations are too low; the fastest may be luck."""
+"""What is taken for a prefill may hold waits that nobody sees from here (another's requests, a slow network), so most
+observations are too low; the very fastest may be luck."""
 
 LEAST_TOKENS = 256.0
 """Fewer uncached tokens than this tell the fixed cost of a request and not the rate."""
 
 LEAST_SECONDS = 0.0005
-"""A TTFT under this is a clock's grain, or an upstream that makes up its answers."""
+"""A prefill under this is a clock's grain, one that shared its step with the one before, or a made-up answer."""
 
 
 class PrefillRate:
@@ -31,15 +32,16 @@ class PrefillRate:
         self._order: deque[float] = deque()
         self._sorted: list[float] = []
 
-    def observe(self, uncached_tokens: float, ttft_seconds: float) -> None:
-        """One answer: what it computed as the engine reported it, and the time from sending to its first token."""
-        if uncached_tokens < LEAST_TOKENS or ttft_seconds < LEAST_SECONDS:
-            return
-        rate = uncached_tokens / ttft_seconds
+    def observe(self, uncached_tokens: float, prefill_seconds: float) -> bool:
+        """One answer: what it computed as the engine reported it, and how long that took. True where it counts."""
+        if uncached_tokens < LEAST_TOKENS or prefill_seconds < LEAST_SECONDS:
+            return False
+        rate = uncached_tokens / prefill_seconds
         self._order.append(rate)
         insort(self._sorted, rate)
         if len(self._order) > REMEMBERED:
             del self._sorted[bisect_left(self._sorted, self._order.popleft())]
+        return True
 
     def forget(self) -> None:
         """The replica is another one now (restarted, moved)."""

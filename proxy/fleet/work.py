@@ -9,60 +9,93 @@ from __future__ import annotations
 
 from collections import deque
 
+LEAST_TOKENS = 0.5
+"""What is left of sums of floats below this is rounding: a charge has at least one token."""
+
 
 class Charge:
     """One request's claim on one replica. Made and changed by `Work` alone; every change may come twice."""
 
-    __slots__ = ("due_seconds", "gated", "is_trial", "pending", "plain", "present", "replica", "uncached_tokens")
+    __slots__ = (
+        "due_seconds",
+        "gated",
+        "is_trial",
+        "pending",
+        "plain",
+        "prefill_seconds",
+        "present",
+        "replica",
+        "started",
+        "uncached_tokens",
+    )
 
-    def __init__(self, replica: int, uncached_tokens: float, due_seconds: float, *, plain: bool, gated: bool) -> None:
+    def __init__(self, replica: int, uncached_tokens: float, *, plain: bool, gated: bool) -> None:
         self.replica = replica
         self.uncached_tokens = uncached_tokens
-        self.due_seconds = due_seconds  # predicted first token
+        self.due_seconds = 0.0  # predicted first token, from its start on
         self.plain = plain  # no first token to be seen: its prefill ends when predicted
         self.gated = gated  # waits at the cold gate, so it is not in flight there
+        self.started = False  # it was sent; before that it waits here, at the gate or in the queue
         self.pending = True
         self.present = True
         self.is_trial = False
+        self.prefill_seconds: float | None = None  # what its prefill took, where that was seen
 
 
 class Work:
     """The charges of one replica."""
 
-    __slots__ = ("_pending_charges", "in_flight", "pending_tokens", "working_since_seconds")
+    __slots__ = ("_started", "_started_tokens", "in_flight", "pending_tokens", "working_since_seconds")
 
     def __init__(self) -> None:
         self.pending_tokens = 0.0
         self.in_flight = 0
         self.working_since_seconds = 0.0  # when the running head began, as far as can be seen
-        self._pending_charges: deque[Charge] = deque()
+        self._started: deque[Charge] = deque()
+        self._started_tokens = 0.0
 
-    def add(self, charge: Charge, now_seconds: float) -> None:
-        """Take in a new charge."""
-        if not self._pending_charges:
-            self.working_since_seconds = now_seconds
-        self._pending_charges.append(charge)
+    def add(self, charge: Charge) -> None:
+        """Take in a new charge, that waits."""
         self.pending_tokens += charge.uncached_tokens
         if not charge.gated:
             self.in_flight += 1
 
-    def ungate(self, charge: Charge) -> None:
-        """It goes to the replica now."""
+    def start(self, charge: Charge, rate: float, now_seconds: float, elsewhere_tokens: float = 0.0) -> None:
+        """It is sent, behind what was sent before: `elsewhere_tokens` of that by other processes."""
+        if charge.started or not charge.present:
+            return
+        charge.started = True
         if charge.gated:
             charge.gated = False
-            if charge.present:
-                self.in_flight += 1
+            self.in_flight += 1
+        if not charge.pending:
+            return
+        if not self._started:
+            self.working_since_seconds = now_seconds
+        ahead = self._started_tokens - self.progress_tokens(rate, now_seconds) + elsewhere_tokens
+        charge.due_seconds = now_seconds + (ahead + charge.uncached_tokens) / rate
+        self._started.append(charge)
+        self._started_tokens += charge.uncached_tokens
 
-    def first_token(self, charge: Charge, now_seconds: float) -> None:
-        """Its prefill is done, and the next one's begins."""
+    def first_token(self, charge: Charge, now_seconds: float, elsewhere_since_seconds: float = 0.0) -> None:
+        """Its prefill is done, and the next one's begins.
+
+        The head's own took since it became the head, or since another process's was done there (`elsewhere_since`):
+        a TTFT less the wait for what was charged before.
+        """
         if charge.pending:
+            if self.head is charge:
+                charge.prefill_seconds = now_seconds - max(self.working_since_seconds, elsewhere_since_seconds)
             self._drop(charge)
             self.working_since_seconds = now_seconds
 
     def leave(self, charge: Charge) -> None:
-        """Its client is gone: no longer in flight, but the engine goes on with the prefill, so that part decays."""
+        """Its client is gone: no longer in flight, but an engine that has it goes on with the prefill, so that part
+        decays; of one that was never sent nothing remains."""
         self._absent(charge)
         charge.plain = True
+        if charge.pending and not charge.started:
+            self._drop(charge)
 
     def end(self, charge: Charge, now_seconds: float) -> None:
         """The request is over, however it went: nothing of it remains, but what `leave` left to decay."""
@@ -77,15 +110,20 @@ class Work:
 
     def settle(self, now_seconds: float) -> None:
         """Release the heads whose first token nobody will see, when it was due."""
-        pending = self._pending_charges
-        while pending and (head := pending[0]).plain and head.due_seconds <= now_seconds:
+        started = self._started
+        while started and (head := started[0]).plain and head.due_seconds <= now_seconds:
             self._drop(head)
             self.working_since_seconds = max(self.working_since_seconds, head.due_seconds)
 
     @property
     def head(self) -> Charge | None:
-        """The oldest charge with a prefill that is not known to be done."""
-        return self._pending_charges[0] if self._pending_charges else None
+        """The oldest charge that was sent and whose prefill is not known to be done."""
+        return self._started[0] if self._started else None
+
+    def progress_tokens(self, rate: float, now_seconds: float) -> float:
+        """What the running head must have done by now, at most all it has."""
+        head = self.head
+        return 0.0 if head is None else min((now_seconds - self.working_since_seconds) * rate, head.uncached_tokens)
 
     def _absent(self, charge: Charge) -> None:
         if charge.present:
@@ -96,8 +134,12 @@ class Work:
     def _drop(self, charge: Charge) -> None:
         charge.pending = False
         self.pending_tokens -= charge.uncached_tokens
-        pending = self._pending_charges
-        while pending and not pending[0].pending:
-            pending.popleft()
-        if not pending:
-            self.pending_tokens = 0.0  # no drift of floats
+        started = self._started
+        if charge.started:
+            self._started_tokens -= charge.uncached_tokens
+            while started and not started[0].pending:
+                started.popleft()
+        if not started:  # no drift of floats
+            self._started_tokens = 0.0
+            if self.pending_tokens < LEAST_TOKENS:
+                self.pending_tokens = 0.0

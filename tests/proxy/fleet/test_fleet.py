@@ -88,8 +88,8 @@ def test_what_waits_at_the_gate_is_not_in_flight_there():
     fleet = fleet_of("a")
     charge = fleet.charge(0, 500.0, 0.0, gated=True)
     assert (row(fleet).in_flight, row(fleet).pending_tokens) == (0, 500.0)
-    fleet.ungate(charge)
-    fleet.ungate(charge)
+    fleet.start(charge, 0.0)
+    fleet.start(charge, 0.0)
     assert row(fleet).in_flight == 1
     fleet.finish(charge, 0.0)
     assert row(fleet).in_flight == 0
@@ -97,7 +97,7 @@ def test_what_waits_at_the_gate_is_not_in_flight_there():
 
 events = st.lists(
     st.tuples(
-        st.sampled_from(["charge", "plain", "gated", "ungate", "token", "leave", "finish"]),
+        st.sampled_from(["charge", "plain", "gated", "queued", "start", "token", "leave", "finish"]),
         st.integers(0, 1_000_000),
         st.floats(0, 3),
         st.floats(1, 5_000),
@@ -113,12 +113,13 @@ def test_charges_return_to_zero_on_every_ending(script):
     now, charges = 0.0, []
     for verb, which, step, tokens in script:
         now += step
-        if verb in ("charge", "plain", "gated"):
-            charges.append(fleet.charge(which % 2, tokens, now, plain=verb == "plain", gated=verb == "gated"))
+        if verb in ("charge", "plain", "gated", "queued"):
+            flags = {} if verb == "charge" else {verb: True}
+            charges.append(fleet.charge(which % 2, tokens, now, **flags))
         elif charges:
             charge = charges[which % len(charges)]
-            if verb == "ungate":
-                fleet.ungate(charge)
+            if verb == "start":
+                fleet.start(charge, now)
             elif verb == "token":
                 fleet.first_token(charge, now)
             elif verb == "leave":
@@ -157,12 +158,46 @@ def test_a_replica_that_is_not_known_has_the_pools_rate():
     """Until it has eight of its own, the median of the others."""
     fleet = Fleet(Random(1).random)
     numbers = [fleet.add(ReplicaSpec(name, "pool")) for name in "abc"]
+    charges = [fleet.charge(number, 1.0, 0.0) for number in numbers]
     for _ in range(8):
-        fleet.observe_prefill(numbers[0], 3_000, 1.0)
-        fleet.observe_prefill(numbers[1], 9_000, 1.0)
+        fleet.observe_prefill(charges[0], 3_000, 1.0)
+        fleet.observe_prefill(charges[1], 9_000, 1.0)
     assert [fleet.rate_of(number) for number in numbers] == [3_000.0, 9_000.0, 6_000.0]
     fleet.restarted(numbers[0])
     assert fleet.rate_of(numbers[0]) == 9_000.0
+
+
+def test_a_prefill_is_measured_without_the_wait_for_what_was_charged_before():
+    """Two sent together: the second's tokens are not spread over the first's time, here or in another process."""
+    fleet = Fleet(Random(1).random)
+    fleet.add(ReplicaSpec("a", "pool"))
+    now = 0.0
+    for _ in range(8):
+        first, second = fleet.charge(0, 2_000.0, now), fleet.charge(0, 1_000.0, now)
+        fleet.first_token(first, now + 1.0)
+        fleet.first_token(second, now + 1.5)
+        assert first.prefill_seconds == pytest.approx(1.0)
+        assert second.prefill_seconds == pytest.approx(0.5)
+        fleet.observe_prefill(first, 2_000)
+        fleet.observe_prefill(second, 1_000)
+        now += 10.0
+    assert fleet.rate_of(0) == pytest.approx(2_000.0)
+    charge = fleet.charge(0, 1_000.0, now)
+    fleet.absorb("other", {"a": ShareRow(500, 1, 500, 0.0, 0.0)}, now + 0.3)
+    fleet.first_token(charge, now + 0.8)
+    assert charge.prefill_seconds == pytest.approx(0.5)
+
+
+def test_what_waits_in_the_queue_runs_from_its_start_on():
+    """Pending and in flight at once, but nobody's head, and late only by its own prefill."""
+    fleet = fleet_of("a", limit=1)
+    running, waiting = fleet.charge(0, 5_000.0, 0.0), fleet.charge(0, 100.0, 0.0, queued=True)
+    assert (row(fleet).pending_tokens, row(fleet).in_flight) == (5_100.0, 2)
+    fleet.finish(running, 5.0)
+    assert row(fleet, now=9.0).pending_tokens == 100.0
+    fleet.start(waiting, 9.0)
+    assert row(fleet, now=9.05).pending_tokens == pytest.approx(50.0)
+    assert row(fleet, now=9.3).lateness_seconds == pytest.approx(0.2)
 
 
 def test_long_decodes_raise_the_price_of_a_request_in_flight_within_bounds():

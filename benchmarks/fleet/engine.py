@@ -1,0 +1,131 @@
+"""A replica's engine on a virtual clock, as a model: one prefill at a time, decodes beside it, an LRU of blocks.
+
+Prefill computes 8,000 uncached tokens a second, slower by 1 + active/128 where so many decode, 10 ms on top of each;
+the first token comes 20 ms after. Decoding takes 20 ms a token, times 1 + active/64. Blocks of 512 tokens can be
+reused when the prefill that computed them ends; the least recently used go first, of one prompt the deepest first.
+It knows no routing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from benchmarks.fleet.trace import BLOCK_TOKENS, Request
+from proxy.line import Line
+
+PREFILL_TOKENS_PER_SECOND = 8_000.0
+PREFILL_SLOWDOWN = 1.0 / 128.0
+PREFILL_FIXED_SECONDS = 0.010
+FIRST_TOKEN_SECONDS = 0.020
+DECODE_SECONDS = 0.020
+DECODE_SLOWDOWN = 1.0 / 64.0
+QUEUE_DEADLINE_SECONDS = 1e9
+"""The published figures know no deadline."""
+
+
+class BlockCache:
+    """Least recently used blocks, in tokens; None for no limit. Serves the engine and the other routers' indexes."""
+
+    def __init__(self, capacity_tokens: int | None) -> None:
+        self._most = None if capacity_tokens is None else max(capacity_tokens // BLOCK_TOKENS, 1)
+        self._blocks: OrderedDict[int, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def matched_tokens(self, request: Request) -> int:
+        """Tokens of the longest prefix that is here."""
+        blocks, matched = self._blocks, 0
+        for block in request.blocks:
+            if block not in blocks:
+                break
+            matched += 1
+        return min(matched * BLOCK_TOKENS, request.input_tokens)
+
+    def use(self, blocks: Iterable[int]) -> None:
+        """Make them the newest, the first of them newest of all."""
+        kept = self._blocks
+        for block in reversed(tuple(blocks)):
+            kept[block] = None
+            kept.move_to_end(block)
+        if self._most is not None:
+            while len(kept) > self._most:
+                kept.popitem(last=False)
+
+
+class Listener(Protocol):
+    """Who is told what an engine does."""
+
+    def started(self, request: Request, now: float) -> None: ...
+    def first_token(self, request: Request, replica: int, cached_tokens: int, now: float) -> None: ...
+    def ended(self, request: Request, replica: int, now: float) -> None: ...
+
+
+class Engine:
+    """One replica. `at(time, call)` is the simulation's calendar."""
+
+    def __init__(
+        self,
+        replica: int,
+        capacity_tokens: int,
+        at: Callable[[float, Callable[[float], None]], None],
+        listener: Listener,
+        *,
+        rate: float = PREFILL_TOKENS_PER_SECOND,
+        ordered: bool = False,
+    ) -> None:
+        self.replica = replica
+        self.cache = BlockCache(capacity_tokens)
+        self._at = at
+        self._listener = listener
+        self._rate = rate
+        self._fifo: deque[Request] = deque()
+        self._line: Line[Request] | None = Line(QUEUE_DEADLINE_SECONDS) if ordered else None
+        self._busy = False
+        self._decoding = 0
+
+    def submit(self, request: Request, work_seconds: float, now: float) -> None:
+        """A request arrives; `work_seconds` is its predicted prefill, for the order of the queue."""
+        if self._line is None:
+            self._fifo.append(request)
+        else:
+            self._line.join(request, work_seconds, now)
+        if not self._busy:
+            self._start(now)
+
+    def _next(self, now: float) -> Request | None:
+        if self._line is not None:
+            return self._line.next(now)
+        return self._fifo.popleft() if self._fifo else None
+
+    def _start(self, now: float) -> None:
+        request = self._next(now)
+        if request is None:
+            self._busy = False
+            return
+        self._busy = True
+        if self._line is not None:
+            self._listener.started(request, now)
+        cached = min(self.cache.matched_tokens(request), request.input_tokens - 1)
+        slower = 1.0 + self._decoding * PREFILL_SLOWDOWN
+        seconds = (request.input_tokens - cached) / self._rate * slower + PREFILL_FIXED_SECONDS
+
+        def computed(then: float) -> None:
+            self.cache.use(request.blocks)
+            self._decoding += 1
+            self._at(then + FIRST_TOKEN_SECONDS, lambda at: self._decode(request, cached, at))
+            self._start(then)
+
+        self.cache.use(request.blocks[: cached // BLOCK_TOKENS])
+        self._at(now + seconds, computed)
+
+    def _decode(self, request: Request, cached: int, now: float) -> None:
+        self._listener.first_token(request, self.replica, cached, now)
+        seconds = request.output_tokens * DECODE_SECONDS * (1.0 + self._decoding * DECODE_SLOWDOWN)
+        self._at(now + seconds, lambda at: self._ended(request, at))
+
+    def _ended(self, request: Request, now: float) -> None:
+        self._decoding -= 1
+        self._listener.ended(request, self.replica, now)

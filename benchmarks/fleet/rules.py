@@ -1,0 +1,205 @@
+"""Other routers' rules, re-stated from what their documentation and code say they do, on one set of books.
+
+Each sees what a proxy can: what it routed where, first tokens and ends. All ties: fewest in flight, then random.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from random import Random
+
+from benchmarks.fleet.engine import PREFILL_TOKENS_PER_SECOND, BlockCache
+from benchmarks.fleet.trace import BLOCK_TOKENS, Request
+from cache.prefix import chain_root
+
+RING_POINTS = 100
+
+
+class Books:
+    """In-flight requests and pending uncached tokens per replica, and an index filled when routed.
+
+    From what is pending the running head's progress is taken off, elapsed time x rate, for every rule alike.
+    """
+
+    def __init__(self, replicas: int, capacity_tokens: int | None, seed: int) -> None:
+        self.random = Random(seed)
+        self.now = 0.0
+        self.in_flight = [0] * replicas
+        self.waiting = [0] * replicas
+        self._charges: list[dict[int, float]] = [{} for _ in range(replicas)]
+        self._working_since = [0.0] * replicas
+        self.blocks_in_flight = [0] * replicas
+        self.resident_tokens = [0] * replicas
+        self.index = [BlockCache(capacity_tokens) for _ in range(replicas)]
+
+    @property
+    def pending(self) -> list[float]:
+        """Tokens by replica that are charged and must still be to do."""
+        return [self._still(n) for n in range(len(self._charges))]
+
+    def _still(self, replica: int) -> float:
+        charges = self._charges[replica]
+        if not charges:
+            return 0.0
+        done = (self.now - self._working_since[replica]) * PREFILL_TOKENS_PER_SECOND
+        return sum(charges.values()) - min(done, next(iter(charges.values())))
+
+    def uncached(self, request: Request) -> list[float]:
+        """Tokens that each replica would compute, as the index believes."""
+        return [max(1.0, request.input_tokens - cache.matched_tokens(request)) for cache in self.index]
+
+    def least(self, costs: Sequence[float]) -> int:
+        """The replica of least cost; ties: fewest in flight, then random."""
+        best = min(zip(costs, self.in_flight, strict=True))
+        tied = [n for n, key in enumerate(zip(costs, self.in_flight, strict=True)) if key == best]
+        return self.random.choice(tied)
+
+    def routed(self, request: Request, replica: int, uncached: float) -> None:
+        self.in_flight[replica] += 1
+        self.waiting[replica] += 1
+        if not self._charges[replica]:
+            self._working_since[replica] = self.now
+        self._charges[replica][request.number] = uncached
+        self.blocks_in_flight[replica] += len(request.blocks)
+        self.resident_tokens[replica] += request.input_tokens
+        self.index[replica].use(request.blocks)
+
+    def first_token(self, request: Request, replica: int) -> None:
+        self.waiting[replica] -= 1
+        del self._charges[replica][request.number]
+        self._working_since[replica] = self.now
+
+    def ended(self, request: Request, replica: int) -> None:
+        self.in_flight[replica] -= 1
+        self.blocks_in_flight[replica] -= len(request.blocks)
+        self.resident_tokens[replica] -= request.input_tokens
+
+
+Choice = Callable[[Books, Request], int]
+
+
+class Rule:
+    """A rule with its books, as the simulation drives it."""
+
+    def __init__(
+        self, choose: Choice, replicas: int, capacity_tokens: int, *, endless_index: bool = False, seed: int = 1
+    ) -> None:
+        self._choose = choose
+        self._books = Books(replicas, None if endless_index else capacity_tokens, seed)
+
+    def route(self, request: Request, now: float) -> tuple[int, float]:
+        """The replica, and the uncached tokens that the rule expects there."""
+        self._books.now = now
+        replica = self._choose(self._books, request)
+        uncached = max(1.0, request.input_tokens - self._books.index[replica].matched_tokens(request))
+        self._books.routed(request, replica, uncached)
+        return replica, uncached
+
+    def started(self, request: Request, now: float) -> None:
+        """These rules have no queue of their own."""
+
+    def first_token(self, request: Request, replica: int, cached_tokens: int, now: float) -> None:
+        del cached_tokens
+        self._books.now = now
+        self._books.first_token(request, replica)
+
+    def ended(self, request: Request, replica: int, now: float) -> None:
+        del now
+        self._books.ended(request, replica)
+
+
+def round_robin() -> Choice:
+    turn = -1
+
+    def choose(books: Books, request: Request) -> int:
+        nonlocal turn
+        del request
+        turn += 1
+        return turn % len(books.in_flight)
+
+    return choose
+
+
+def least_in_flight(books: Books, request: Request) -> int:
+    del request
+    return books.least([0.0] * len(books.in_flight))
+
+
+def least_pending(books: Books, request: Request) -> int:
+    del request
+    return books.least(books.pending)
+
+
+def consistent_hash(replicas: int, key_block: int = 2) -> Choice:
+    """A ring of 100 points a replica; the key is the chained id of the second block."""
+    ring = sorted(
+        (chain_root([b"%d" % replica, b"%d" % point]), replica)
+        for replica in range(replicas)
+        for point in range(RING_POINTS)
+    )
+    points = [point for point, _ in ring]
+
+    def choose(books: Books, request: Request) -> int:
+        del books
+        key = chain_root([request.blocks[min(key_block, len(request.blocks)) - 1].to_bytes(8, "little")])
+        return ring[bisect_left(points, key) % len(ring)][1]
+
+    return choose
+
+
+def cache_aware(threshold: float = 0.3, apart: int = 64, ratio: float = 1.5) -> Choice:
+    """SGLang's router: the deepest match where it is more than `threshold` of the prompt, else the smallest tree;
+    the fewest in flight where the numbers in flight are further apart than `apart` and `ratio`."""
+
+    def choose(books: Books, request: Request) -> int:
+        most, fewest = max(books.in_flight), min(books.in_flight)
+        if most - fewest > apart and most > ratio * fewest:
+            replica = books.least([0.0] * len(books.in_flight))
+        else:
+            matched = [cache.matched_tokens(request) for cache in books.index]
+            if max(matched) > threshold * request.input_tokens:
+                replica = books.random.choice([n for n, tokens in enumerate(matched) if tokens == max(matched)])
+            else:
+                replica = books.least([float(len(cache)) for cache in books.index])
+        return replica
+
+    return choose
+
+
+def scorers(capacity_tokens: int, prefix: float = 2.0, queue: float = 1.0, resident: float = 1.0) -> Choice:
+    """The gateway inference extension's weighted scorers, which llm-d has too: prefix, queue and KV use, 2:1:1."""
+
+    def choose(books: Books, request: Request) -> int:
+        most, fewest = max(books.waiting), min(books.waiting)
+        costs = []
+        for n, cache in enumerate(books.index):
+            matched = cache.matched_tokens(request) / max(request.input_tokens, 1)
+            shorter = 1.0 - (books.waiting[n] - fewest) / (most - fewest) if most > fewest else 1.0
+            used = min(books.resident_tokens[n] / capacity_tokens, 1.0)
+            costs.append(-(prefix * matched + queue * shorter + resident * (1.0 - used)))
+        return books.least(costs)
+
+    return choose
+
+
+def dynamo(books: Books, request: Request) -> int:
+    """Dynamo's cost in blocks: prefill still to do and of this prompt, and the blocks that decode, this one's too."""
+    uncached, pending = books.uncached(request), books.pending
+    return books.least(
+        [
+            (pending[n] + uncached[n]) / BLOCK_TOKENS + books.blocks_in_flight[n] + len(request.blocks)
+            for n in range(len(uncached))
+        ]
+    )
+
+
+def pending_and_own(weight: float = 2.0) -> Choice:
+    """Pending tokens and twice one's own uncached: the cost rule without the clock, the weight and the lateness."""
+
+    def choose(books: Books, request: Request) -> int:
+        uncached = books.uncached(request)
+        pending = books.pending
+        return books.least([pending[n] + weight * uncached[n] for n in range(len(uncached))])
+
+    return choose

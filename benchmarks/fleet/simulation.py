@@ -1,0 +1,122 @@
+"""The virtual clock: arrivals go by a rule to engines, and what comes of it is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from heapq import heappop, heappush
+from typing import Protocol
+
+import msgspec
+
+from benchmarks.fleet.engine import PREFILL_TOKENS_PER_SECOND, Engine
+from benchmarks.fleet.trace import Request
+
+
+class Router(Protocol):
+    """What a rule is to the simulation; it is told first tokens and ends."""
+
+    def route(self, request: Request, now: float) -> tuple[int, float]:
+        """The replica, and the predicted work there in seconds (or tokens: only its order matters)."""
+        ...
+
+    def started(self, request: Request, now: float) -> None:
+        """Where the queue is the router's: the request left it for its replica."""
+        ...
+
+    def first_token(self, request: Request, replica: int, cached_tokens: int, now: float) -> None: ...
+    def ended(self, request: Request, replica: int, now: float) -> None: ...
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """The fleet that is simulated. `rates` are tokens per second per replica."""
+
+    replicas: int
+    capacity_tokens: int
+    ordered: bool = False
+    rates: tuple[float, ...] = ()
+
+    def rate(self, replica: int) -> float:
+        return self.rates[replica % len(self.rates)] if self.rates else PREFILL_TOKENS_PER_SECOND
+
+
+class Result(msgspec.Struct, frozen=True):
+    """Of one rule. `hit_share` is cached tokens over prompt tokens, `imbalance` the most loaded over the mean."""
+
+    hit_share: float
+    mean_ttft_seconds: float
+    p50_ttft_seconds: float
+    p99_ttft_seconds: float
+    computed_tokens: int
+    imbalance: float
+
+
+class Calendar:
+    """Events in order of time; equal times in order of making."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._made = 0
+
+    def at(self, time: float, call: Callable[[float], None]) -> None:
+        self._made += 1
+        heappush(self._events, (time, self._made, call))
+
+    def run(self) -> None:
+        while self._events:
+            time, _, call = heappop(self._events)
+            call(time)
+
+
+class _Count:
+    """Listens to the engines: counts, and hands on to the rule."""
+
+    rule: Router  # set once it is made: it needs the calendar, and the engines need this
+
+    def __init__(self, replicas: int) -> None:
+        self.ttft_seconds: list[float] = []
+        self.computed = [0] * replicas
+        self.cached_tokens = 0
+        self.input_tokens = 0
+
+    def started(self, request: Request, now: float) -> None:
+        self.rule.started(request, now)
+
+    def first_token(self, request: Request, replica: int, cached_tokens: int, now: float) -> None:
+        self.ttft_seconds.append(now - request.arrival_seconds)
+        self.cached_tokens += cached_tokens
+        self.input_tokens += request.input_tokens
+        self.computed[replica] += request.input_tokens - cached_tokens
+        self.rule.first_token(request, replica, cached_tokens, now)
+
+    def ended(self, request: Request, replica: int, now: float) -> None:
+        self.rule.ended(request, replica, now)
+
+
+def simulate(requests: list[Request], setup: Setup, make_rule: Callable[[Calendar], Router]) -> Result:
+    """Run all `requests` through one rule."""
+    calendar, count = Calendar(), _Count(setup.replicas)
+    engines = [
+        Engine(n, setup.capacity_tokens, calendar.at, count, rate=setup.rate(n), ordered=setup.ordered)
+        for n in range(setup.replicas)
+    ]
+    rule = count.rule = make_rule(calendar)
+
+    def arrive(request: Request) -> Callable[[float], None]:
+        def arrived(now: float) -> None:
+            replica, work_seconds = rule.route(request, now)
+            engines[replica].submit(request, work_seconds, now)
+
+        return arrived
+
+    for request in requests:
+        calendar.at(request.arrival_seconds, arrive(request))
+    calendar.run()
+    waits = sorted(count.ttft_seconds)
+    return Result(
+        hit_share=count.cached_tokens / max(count.input_tokens, 1),
+        mean_ttft_seconds=sum(waits) / len(waits),
+        p50_ttft_seconds=waits[len(waits) // 2],
+        p99_ttft_seconds=waits[min(int(len(waits) * 0.99), len(waits) - 1)],
+        computed_tokens=sum(count.computed),
+        imbalance=max(count.computed) * setup.replicas / max(sum(count.computed), 1),
+    )
