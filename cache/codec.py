@@ -103,12 +103,13 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Vector(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One writer's whole work in flight, in parallel lists; replaces its last one if its number is higher."""
+    """One writer's work in flight, whole: a row of numbers for each replica where it has any.
+
+    What the numbers mean is the business of who writes and who reads. `goodbye` is a writer's last.
+    """
 
     number: int
-    names: tuple[str, ...]
-    pending_tokens: tuple[float, ...]
-    in_flight: tuple[int, ...]
+    rows: dict[str, tuple[float, ...]]
     goodbye: bool = False
 
 
@@ -152,10 +153,7 @@ def encode_vector(head: bytes, vector: Vector) -> bytes:
 def decode_vector(payload: bytes) -> tuple[str, Vector]:
     """The writer and its vector. Raises StoreCorrupt."""
     writer, body = _writer_of(payload, VECTOR_VERSION, "in-flight vector")
-    vector = _decode(_vectors, body, "in-flight vector")
-    if not len(vector.names) == len(vector.pending_tokens) == len(vector.in_flight):
-        raise StoreCorrupt("an in-flight vector's lists differ in length")
-    return writer, vector
+    return writer, _decode(_vectors, body, "in-flight vector")
 
 
 def encode_chunk(chunk: SnapshotChunk) -> bytes:

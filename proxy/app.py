@@ -13,7 +13,7 @@ import secrets
 import socket
 from collections.abc import Sequence
 
-from cache import CacheError, ErrorKind, Journal, PrefixIndex, Store, open_store, shared_secret
+from cache import CacheError, ErrorKind, InflightBoard, Journal, PrefixIndex, Store, open_store, shared_secret
 from proxy import metrics
 from proxy.accounts import Accounts, ModelNames
 from proxy.admission import Doorkeeper, KnownClient, Room
@@ -88,17 +88,27 @@ class Worker:
             number_of=self.fleet.number_of,
             name_of=self.fleet.name_of,
         )
+        self.board = InflightBoard(
+            self.store,
+            writer_id,
+            clock=clock,
+            tasks=self.tasks,
+            read=lambda: self.fleet.share(clock.monotonic()),
+            absorb=lambda peer, rows: self.fleet.absorb(peer, rows, clock.monotonic()),
+            forget=self.fleet.forget,
+            alone=lambda: self.journal.others == 0,
+        )
         _set_capacities(config, self.fleet, self.index)
 
         limits = _limits(config)
         self.client = UpstreamClient(limits, clock)
         self.names = ModelNames(pattern for pool in config.pools for pattern in pool.models)
         self.tokens = TokenCounts()
-        self.owners = Owners(lambda made_id, name: None)
+        self.owners = Owners(lambda _made_id, _name: None)
         self.queues = {
             number: Queue(self.fleet.limit_of(number), QueueLimits(), clock) for number in self.pools.backends
         }
-        attempts = Attempts(self.fleet, self.journal, Gate(), self.queues, lambda: None, clock)
+        attempts = Attempts(self.fleet, self.journal, Gate(), self.queues, self.board.changed, clock)
         prices = PriceBook((), builtin_prices.card)
         accounts = Accounts(self.recorder, self.names, prices, self.pools.backends, self.fleet.rate_of, clock.unix)
         self.access_log = AccessLog() if config.log.access else None
@@ -153,6 +163,7 @@ class Worker:
         await self.store.start()
         self.tasks.start(self._adopt_secret(self.store), "tenant secret")
         await self.journal.start()
+        await self.board.start()
         self.tasks.start(self.prober.run(), "prober")
         self.tasks.start(self.upkeep.run(), "upkeep")
         self.tasks.start(self.reporter.run(), "reporter")
@@ -162,6 +173,7 @@ class Worker:
         """Stop in the reverse order; what was counted is reported first."""
         await self.front.stop(0)
         self.reporter.report()
+        await self.board.close()
         await self.journal.close()
         await self.client.close()
         await self.store.close()

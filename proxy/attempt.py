@@ -20,7 +20,17 @@ from proxy.queue import Queue, Turn
 class Attempt:
     """A try under way. `placement` is None where nothing was worth placing."""
 
-    __slots__ = ("_fleet", "_follower", "_journal", "_prefill", "_queue", "_turn", "candidate", "charge", "placement")
+    __slots__ = (
+        "_fleet",
+        "_journal",
+        "_prefill",
+        "_queue",
+        "_turn",
+        "_waits_for",
+        "candidate",
+        "charge",
+        "placement",
+    )
 
     def __init__(
         self,
@@ -30,13 +40,15 @@ class Attempt:
         charge: Charge,
         placement: Placement | None,
         queue: Queue,
+        gate: Prefill | Follower | None,
+        turn: Turn | None,
     ) -> None:
         self._fleet = fleet
         self._journal = journal
         self._queue = queue
-        self._prefill: Prefill | None = None
-        self._follower: Follower | None = None
-        self._turn: Turn | None = None
+        self._waits_for = gate if isinstance(gate, Follower) else None
+        self._prefill = gate.prefill if isinstance(gate, Follower) else gate
+        self._turn = turn
         self.candidate = candidate
         self.charge = charge
         self.placement = placement
@@ -46,31 +58,21 @@ class Attempt:
         """The replica's number."""
         return self.candidate.replica.id
 
-    def stand_at(self, gate: Prefill | Follower | None) -> None:
-        """What the gate said when this attempt came to it."""
-        if isinstance(gate, Follower):
-            self._follower, self._prefill = gate, gate.prefill
-        else:
-            self._prefill = gate
-
     @property
     def must_wait(self) -> bool:
-        """True where `wait` would wait; else a turn was taken already."""
-        if self._follower is not None:
-            return True
-        self._turn = self._turn or self._queue.try_turn()
+        """True where it may not be sent before `wait` came back."""
         return self._turn is None
 
-    async def wait(self) -> None:
+    async def wait(self, clock: Clock) -> None:
         """Wait for the leader of the same cold prefix, then for a place at the replica.
 
         Raises Overloaded at the deadline and RateLimited where too many wait.
         """
-        if self._follower is not None:
-            await self._follower.wait()
-            self._fleet.ungate(self.charge)
+        if self._waits_for is not None:
+            await self._waits_for.wait()
         candidate = self.candidate
         self._turn = await self._queue.turn(candidate.uncached_tokens / candidate.replica.rate_tokens_per_second)
+        self._fleet.start(self.charge, clock.monotonic())
 
     def first_token(self, now_seconds: float) -> None:
         """The prefill is done."""
@@ -89,8 +91,8 @@ class Attempt:
         if client_left:
             self._fleet.client_left(self.charge)
         self._fleet.finish(self.charge, now_seconds)
-        if self._follower is not None:
-            self._follower.leave()
+        if self._waits_for is not None:
+            self._waits_for.leave()
         if self._prefill is not None:
             self._prefill.failed()
         if self._turn is not None:
@@ -125,22 +127,24 @@ class Attempts:
         """
         now_seconds = self._clock.monotonic()
         replica, uncached = candidate.replica.id, candidate.uncached_tokens
-        self._changed()
-        if fingerprint is None:
-            charge = self._fleet.charge(replica, uncached, now_seconds, plain=not stream)
-            return Attempt(self._fleet, self._journal, candidate, charge, None, self._queues[replica])
-        gate = self._gate.enter(
-            replica,
-            fingerprint.hashes,
-            matched_blocks,
-            candidate.matched_tokens,
-            plan.prompt_tokens,
-            uncached / candidate.replica.rate_tokens_per_second,
-        )
+        queue = self._queues[replica]
+        gate: Prefill | Follower | None = None
+        placement: Placement | None = None
+        if fingerprint is not None:
+            gate = self._gate.enter(
+                replica,
+                fingerprint.hashes,
+                matched_blocks,
+                candidate.matched_tokens,
+                plan.prompt_tokens,
+                uncached / candidate.replica.rate_tokens_per_second,
+            )
+        gated = isinstance(gate, Follower)
+        turn = None if gated else queue.try_turn()
         charge = self._fleet.charge(
-            replica, uncached, now_seconds, plain=not stream, gated=isinstance(gate, Follower)
+            replica, uncached, now_seconds, plain=not stream, gated=gated, queued=turn is None and not gated
         )
-        placement = self._journal.place(replica, fingerprint, plan.prompt_tokens)
-        attempt = Attempt(self._fleet, self._journal, candidate, charge, placement, self._queues[replica])
-        attempt.stand_at(gate)
-        return attempt
+        if fingerprint is not None:
+            placement = self._journal.place(replica, fingerprint, plan.prompt_tokens)
+        self._changed()
+        return Attempt(self._fleet, self._journal, candidate, charge, placement, queue, gate, turn)

@@ -126,7 +126,7 @@ class Relay:
         if attempt.must_wait:
             before_seconds = self._clock.monotonic()
             try:
-                await attempt.wait()
+                await attempt.wait(self._clock)
             finally:
                 journey.waited_seconds += self._clock.monotonic() - before_seconds
         try:

@@ -65,10 +65,7 @@ class Settlement:
             return
         self._tokens.observe(prompt.model, prompt.size_bytes, usage.prompt_tokens, prompt.media)
         computed_tokens = usage.prompt_tokens - (usage.cached_tokens or 0)
-        if usage.prefill_seconds:
-            self._fleet.observe_prefill(attempt.replica, computed_tokens, usage.prefill_seconds)
-        elif usage.cached_tokens is not None and times.first_token_seconds and times.sent_seconds:
-            ttft_seconds = times.first_token_seconds - times.sent_seconds
-            self._fleet.observe_prefill(attempt.replica, computed_tokens, ttft_seconds)
+        if usage.cached_tokens is not None:
+            self._fleet.observe_prefill(attempt.charge, computed_tokens, usage.prefill_seconds or None)
         if times.first_token_seconds is not None:
             self._fleet.observe_decode(attempt.replica, times.ended_seconds - times.first_token_seconds)

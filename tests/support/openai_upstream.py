@@ -52,10 +52,10 @@ class Failure:
 class OpenAIUpstream:
     """One replica on loopback; use it as an asynchronous context.
 
-    `failures` are used up one a generation, None for "serve this one". `gate`, where set, holds every generation until
-    the event is set. `pieces` are the texts of a stream's chunks. With `refuses_stream_options` a body that has the
-    field gets a 400 that names it; with `closes_streams` the connection ends unannounced after each stream, as
-    llama.cpp's does; without `reports_cached` no cached tokens are ever reported.
+    `failures` are used up one a generation, None for "serve this one". `gate`, where set, holds every generation
+    until the event is set. `pieces` are the texts of a stream's chunks. With `refuses_stream_options` a body that
+    has the field gets a 400 that names it; with `closes_streams` the connection ends unannounced after each stream,
+    as llama.cpp's does; without `reports_cached` no cached tokens are ever reported.
     """
 
     models: tuple[str, ...] = ("test-model",)

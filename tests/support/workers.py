@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from cache.index import PrefixIndex
-from cache.inflight import InflightBoard
+from cache.inflight import InflightBoard, Row
 from cache.journal import Journal
 from cache.prefix import Fingerprint, cut
 from cache.store import Store, open_store
@@ -24,6 +24,8 @@ class Worker:
         self.clock = SystemClock()
         self.tasks = Tasks()
         self.names = NAMES if names is None else names
+        self.work: dict[str, Row] = {}
+        self.heard: dict[str, Mapping[str, Row]] = {}
         self.index = PrefixIndex(origin=random.Random(writer).getrandbits(24))
         self.store: Store = open_store(url, clock=self.clock, tasks=self.tasks)
         self.journal = Journal(
@@ -37,8 +39,18 @@ class Worker:
             lease_seconds=lease_seconds,
         )
         self.board = InflightBoard(
-            self.store, writer, clock=self.clock, tasks=self.tasks, rate_of=lambda name: 1_000.0
+            self.store,
+            writer,
+            clock=self.clock,
+            tasks=self.tasks,
+            read=lambda: self.work,
+            absorb=self.heard.__setitem__,
+            forget=self.forget,
         )
+
+    def forget(self, writer: str) -> None:
+        """A writer said goodbye."""
+        self.heard.pop(writer, None)
 
     async def start(self) -> Worker:
         await self.store.start()
