@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import msgspec
@@ -32,7 +32,8 @@ class Standing(msgspec.Struct, frozen=True):
 
     proxy: str
     streams: int
-    cpu_milliseconds_per_second: float  # of all its processes
+    idle_milliseconds_per_second: float  # CPU of all its processes before the first stream
+    cpu_milliseconds_per_second: float  # and with all of them open
     kilobytes_per_stream: float
 
 
@@ -96,23 +97,33 @@ async def stand(started: Started, count: int, seconds: float) -> Standing:
     """Opens the streams, waits `seconds`, closes them."""
     await _close(await _open(started.port, _WARM_STREAMS))
     roles = started.roles()
+    idle = await _spent(roles, seconds)
     before_bytes = sum(map(cpu.resident_bytes, roles["proxy"]))
     streams = await _open(started.port, count)
     await asyncio.sleep(_SETTLE_SECONDS)
     grown = sum(map(cpu.resident_bytes, roles["proxy"])) - before_bytes
+    busy = await _spent(roles, seconds)
+    await _close(streams)
+    return Standing(started.name, count, idle * 1e3, busy * 1e3, grown / count / 1024)
+
+
+async def _spent(roles: Mapping[str, Sequence[int]], seconds: float) -> float:
+    """CPU seconds a second."""
     before = sum(cpu_by_role(roles).values())
     await asyncio.sleep(seconds)
-    spent = sum(cpu_by_role(roles).values()) - before
-    await _close(streams)
-    return Standing(started.name, count, spent / seconds * 1e3, grown / count / 1024)
+    return (sum(cpu_by_role(roles).values()) - before) / seconds
 
 
 def table(standings: Sequence[Standing]) -> Table:
     """One row per proxy."""
     found = Table(title="Open streams on which nothing happens")
-    for title in ("proxy", "streams", "CPU, ms per second", "memory, KB per stream"):
+    for title in ("proxy", "streams", "CPU without, ms per second", "CPU, ms per second", "memory, KB per stream"):
         found.add_column(title, justify="left" if title == "proxy" else "right")
     for standing in standings:
-        figures = (standing.cpu_milliseconds_per_second, standing.kilobytes_per_stream)
+        figures = (
+            standing.idle_milliseconds_per_second,
+            standing.cpu_milliseconds_per_second,
+            standing.kilobytes_per_stream,
+        )
         found.add_row(standing.proxy, f"{standing.streams:,}", *(f"{figure:.1f}" for figure in figures))
     return found
