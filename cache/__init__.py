@@ -6,6 +6,7 @@ from cache.errors import CacheError, EmbeddedError, ErrorKind
 from cache.index import Feedback, Held, IndexStats, Learnt, Match, Placement, PrefixIndex, ReplicaStats
 from cache.inflight import InflightBoard
 from cache.journal import Journal, JournalState, JournalStats
+from cache.owners import Owners
 from cache.prefix import Fingerprint, chain_root, cut
 from cache.secret import shared_secret
 from cache.store import Store, StoreState, open_store
@@ -28,6 +29,7 @@ __all__ = [
     "JournalStats",
     "Learnt",
     "Match",
+    "Owners",
     "Placement",
     "PrefixIndex",
     "ReplicaStats",

@@ -81,6 +81,13 @@ class Suspected(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
     held_blocks: int
 
 
+class Owned(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
+    """Something that a replica made lives there."""
+
+    replica: int
+    made_id: str
+
+
 class Budgeted(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
     """A replica's budget goes from one value to another; counts only where it still has the first.
 
@@ -92,7 +99,7 @@ class Budgeted(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
     to_tokens: int
 
 
-Delta = Placed | TakenBack | Answered | Began | Suspected | Budgeted
+Delta = Placed | TakenBack | Answered | Began | Suspected | Budgeted | Owned
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -118,6 +125,7 @@ class SnapshotChunk(msgspec.Struct, frozen=True, array_like=True):
 
     names: dict[int, str]
     rows: Sequence[ReplicaRow | RunRow]
+    owners: dict[str, str] = {}  # ids of what was made, to replica names
 
 
 _encoder = msgspec.msgpack.Encoder()

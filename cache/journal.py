@@ -24,9 +24,10 @@ from typing import Any, cast
 import msgspec
 
 from cache import codec, keys
-from cache.codec import Answered, Batch, Began, Budgeted, Delta, Placed, Suspected, TakenBack
+from cache.codec import Answered, Batch, Began, Budgeted, Delta, Owned, Placed, SnapshotChunk, Suspected, TakenBack
 from cache.errors import CacheError, StoreCorrupt
 from cache.index import PrefixIndex
+from cache.owners import Owners
 from cache.packing import ReplicaRow, RunRow
 from cache.placement import Feedback, Learnt, Placement
 from cache.ports import Clock, Tasks
@@ -54,8 +55,11 @@ SNAPSHOT_ENTRIES = 4_096  # since the last one; a start replays no more than abo
 SNAPSHOT_BYTES = 16 * 1024 * 1024
 SNAPSHOT_SECONDS = 60.0  # where anything changed at all
 SNAPSHOT_ROWS = 100  # of one part: some 1 ms of work at 50 boundaries a row
+SNAPSHOT_OWNERS = 2_000
 READY_SECONDS = 2.0
 RETRY_FIRST_SECONDS, RETRY_LAST_SECONDS = 0.05, 1.0
+
+_OF_REPLICAS = (Placed, Began, Budgeted, Owned)
 
 
 class JournalState(enum.StrEnum):
@@ -118,9 +122,11 @@ class Journal:
         tasks: Tasks,
         number_of: Callable[[str], int | None],
         name_of: Callable[[int], str | None],
+        owners: Owners | None = None,
         lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         self._index = index
+        self._owners = Owners() if owners is None else owners
         self._store = store
         self._clock = clock
         self._tasks = tasks
@@ -214,6 +220,12 @@ class Journal:
         self._index.set_budget(replica, tokens)
         self._enqueue(Budgeted(replica, None, tokens))
 
+    def own(self, made_id: str, replica: int) -> None:
+        """Something that a replica made is asked for there from now on, by every worker."""
+        name = self._name_of(replica)
+        if name is not None and self._owners.learn(made_id, name):
+            self._enqueue(Owned(replica, made_id))
+
     # --- the state
 
     @property
@@ -280,7 +292,7 @@ class Journal:
         if not deltas:
             return False
         self._queue_blocks -= blocks
-        numbers = {delta.replica for delta in deltas if isinstance(delta, Placed | Began | Budgeted)}
+        numbers = {delta.replica for delta in deltas if isinstance(delta, _OF_REPLICAS)}
         names = {number: name for number in numbers if (name := self._name_of(number)) is not None}
         self._unsent.append(codec.encode_batch(self._head, names, deltas))
         self.stats.written_deltas += len(deltas)
@@ -375,7 +387,7 @@ class Journal:
         number_of = {number: self._number_of(name) for number, name in batch.names.items()}
         now = self._clock.unix()
         for delta in batch.deltas:
-            if isinstance(delta, Placed | Began | Budgeted):
+            if isinstance(delta, _OF_REPLICAS):
                 replica = number_of.get(delta.replica)
                 if replica is None:
                     self.stats.dropped_unknown += 1
@@ -385,7 +397,7 @@ class Journal:
                 self._apply_to_placement(delta)
             self.stats.applied_deltas += 1
 
-    def _apply_to_replica(self, delta: Placed | Began | Budgeted, replica: int, now: float) -> None:
+    def _apply_to_replica(self, delta: Placed | Began | Budgeted | Owned, replica: int, now: float) -> None:
         index = self._index
         if isinstance(delta, Placed):
             fingerprint = delta.fingerprint
@@ -396,6 +408,8 @@ class Journal:
         elif isinstance(delta, Began):
             index.new_epoch(replica, delta.epoch)
             self._suspects.pop(replica, None)
+        elif isinstance(delta, Owned):
+            self._owners.learn(delta.made_id, self._name_of(replica) or "")
         else:
             self._apply_budget(delta, replica)
 
@@ -508,6 +522,8 @@ class Journal:
             except StoreCorrupt:  # what hung on its rows is left out too
                 self.stats.dropped_corrupt += 1
                 continue
+            for made_id, name in chunk.owners.items():
+                self._owners.learn(made_id, name)
             for number, name in chunk.names.items():
                 if (ours := self._number_of(name)) is not None:
                     replica_of[number] = ours
@@ -572,10 +588,8 @@ class Journal:
         snapshot = secrets.token_hex(8)
         number = 0
         try:
-            for rows in self._index.snapshot(SNAPSHOT_ROWS):
-                names = {each: name for each in self._index.replicas() if (name := self._name_of(each)) is not None}
-                part = codec.encode_chunk(codec.SnapshotChunk(names, rows))
-                await self._keeping.put_part(snapshot, number, part)
+            for chunk in self._snapshot_chunks():
+                await self._keeping.put_part(snapshot, number, codec.encode_chunk(chunk))
                 number += 1
             committed = await self._keeping.commit(snapshot, number, holds_up_to, self._clock.unix())
         except CacheError:
@@ -587,6 +601,13 @@ class Journal:
         self._snapshot_wanted = False
         self.stats.snapshots += 1
         self._decree()
+
+    def _snapshot_chunks(self) -> Iterator[SnapshotChunk]:
+        for rows in self._index.snapshot(SNAPSHOT_ROWS):
+            names = {each: name for each in self._index.replicas() if (name := self._name_of(each)) is not None}
+            yield SnapshotChunk(names, rows)
+        for owners in self._owners.chunks(SNAPSHOT_OWNERS):
+            yield SnapshotChunk({}, (), owners)
 
     def _decree(self) -> None:
         """Repeat all epochs and budgets, so that what was decided apart is one again."""

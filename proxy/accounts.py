@@ -7,7 +7,7 @@ not know how figures are kept or shown.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
 from msgspec.structs import replace
@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from proxy import metrics, pricing
 from proxy.metrics import MODEL_NAMES_AT_MOST, OTHER, Recorder
 from proxy.model import CacheStatus, Ending, MissReason, Outcome, Usage
-from proxy.pools import Backend
+from proxy.pools import Pools
 from proxy.pricing import Bill, PriceBook, Unpriced
 
 _STATUS_CLASSES = ("0xx", "1xx", "2xx", "3xx", "4xx", "5xx")
@@ -48,7 +48,7 @@ class Accounts:
         recorder: Recorder,
         names: ModelNames,
         prices: PriceBook,
-        backends: Mapping[int, Backend],
+        pools: Pools,
         rate_of: Callable[[int], float],
         unix_seconds: Callable[[], float],
     ) -> None:
@@ -59,7 +59,7 @@ class Accounts:
         self._unix_seconds = unix_seconds
         self._shows_cached: set[int] = set()
         self._day = (0, "")
-        self.backends = backends
+        self._pools = pools
 
     def known_usage(self, outcome: Outcome) -> Usage | None:
         """The outcome's usage; an omitted cached count is zero where the upstream is known to show others."""
@@ -139,7 +139,7 @@ class Accounts:
 
     def _count_money(self, outcome: Outcome, usage: Usage, model: str, upstream: str, replica: int) -> None:
         recorder, labels, rate = self._recorder, (model, upstream), self._rate_of(replica)
-        backend = self.backends[replica]
+        backend = self._pools.backends[replica]
         if usage.cached_tokens and not backend.is_provider:
             recorder.inc(metrics.PREFILL_SAVED, labels, usage.cached_tokens / rate)
         card = self._prices.card(outcome.model or "", backend.url, self._today())

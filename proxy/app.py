@@ -13,7 +13,7 @@ import secrets
 import socket
 from collections.abc import Sequence
 
-from cache import CacheError, ErrorKind, InflightBoard, Journal, PrefixIndex, Store, open_store, shared_secret
+from cache import CacheError, ErrorKind, InflightBoard, Journal, Owners, PrefixIndex, Store, open_store, shared_secret
 from proxy import metrics
 from proxy.accounts import Accounts, ModelNames
 from proxy.admission import Doorkeeper, KnownClient, Room
@@ -26,7 +26,6 @@ from proxy.fleet import Backoff, Fleet, ReplicaSpec
 from proxy.gate import Gate
 from proxy.logs import AccessLog
 from proxy.metrics import Recorder
-from proxy.owners import Owners
 from proxy.pipeline import Pipeline
 from proxy.pools import Backend, Pools, ServedPool
 from proxy.pricing import PriceBook
@@ -78,6 +77,7 @@ class Worker:
             limit_seconds=config.redis.operation_seconds,
             observe=self._observe_redis,
         )
+        self.owners = Owners()
         self.index = PrefixIndex(origin=secrets.randbits(_ORIGIN_BITS))
         self.journal = Journal(
             self.index,
@@ -87,6 +87,7 @@ class Worker:
             tasks=self.tasks,
             number_of=self.fleet.number_of,
             name_of=self.fleet.name_of,
+            owners=self.owners,
         )
         self.board = InflightBoard(
             self.store,
@@ -104,13 +105,12 @@ class Worker:
         self.client = UpstreamClient(limits, clock)
         self.names = ModelNames(pattern for pool in config.pools for pattern in pool.models)
         self.tokens = TokenCounts()
-        self.owners = Owners(lambda _made_id, _name: None)
         self.queues = {
             number: Queue(self.fleet.limit_of(number), QueueLimits(), clock) for number in self.pools.backends
         }
         attempts = Attempts(self.fleet, self.journal, Gate(), self.queues, self.board.changed, clock)
         prices = PriceBook((), builtin_prices.card)
-        accounts = Accounts(self.recorder, self.names, prices, self.pools.backends, self.fleet.rate_of, clock.unix)
+        accounts = Accounts(self.recorder, self.names, prices, self.pools, self.fleet.rate_of, clock.unix)
         self.access_log = AccessLog() if config.log.access else None
         settlement = Settlement(self.journal, self.fleet, self.tokens, accounts, self.access_log, clock)
         relay = Relay(
@@ -118,7 +118,7 @@ class Worker:
             attempts,
             self.fleet,
             self.pools,
-            self.owners,
+            self.journal,
             self.recorder,
             clock,
             max_retries=config.upstream.max_retries,
@@ -145,7 +145,16 @@ class Worker:
             self.client, self.pools, self.fleet, self.journal, catalogue, self.names, self.tasks, clock, limits
         )
         self.reporter = Reporter(
-            control, self.recorder, self.fleet, self.pools, self.index, self.journal, self.store, self.room, clock
+            control,
+            self.recorder,
+            self.fleet,
+            self.pools,
+            self.index,
+            self.journal,
+            self.store,
+            self.room,
+            self.access_log,
+            clock,
         )
         self.upkeep = Upkeep(self.index, self.recorder, clock)
 
@@ -235,7 +244,7 @@ def _pools(config: Config, fleet: Fleet) -> Pools:
     for pool in config.pools:
         for replica in pool.replicas:
             spec = ReplicaSpec(replica.label, pool.name, replica.prefill_tokens_per_second, replica.max_concurrent)
-            backends[fleet.add(spec)] = _backend(pool, replica)
+            backends[fleet.add(spec)] = _backend(pool, replica, knows_clients=bool(config.clients))
     default = config.default_pool
     served = [_served(pool, config.tenancy) for pool in config.pools]
     return Pools(served, None if default is None else default.name, backends)
@@ -248,7 +257,7 @@ def _served(pool: Pool, tenancy: Tenancy) -> ServedPool:
     return ServedPool(pool.name, pool.models, is_provider, isolated, pool.cache_salt)
 
 
-def _backend(pool: Pool, replica: Replica) -> Backend:
+def _backend(pool: Pool, replica: Replica, *, knows_clients: bool) -> Backend:
     key = replica.key
     return Backend(
         replica.label,
@@ -256,6 +265,7 @@ def _backend(pool: Pool, replica: Replica) -> Backend:
         replica.url,
         Origin.parse(replica.url),
         None if key is None else (b"authorization", b"Bearer " + key.reveal().encode()),
+        knows_clients,
         pool.kind is PoolKind.PROVIDER,
         replica.capacity_tokens,
     )

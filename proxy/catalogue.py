@@ -74,6 +74,7 @@ class Catalogue:
             request_id=call.request_id if call is not None else "models",
             length=None,
             credential=backend.credential,
+            drop_credentials=backend.drops_credentials,
             identity=True,
         )
         answer = await self._client.request(backend.origin, b"GET", b"/v1/models", head, retry_reused=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
-from cache import Match, PrefixIndex, chain_root, cut
+from cache import Match, Owners, PrefixIndex, chain_root, cut
 from proxy import routing
 from proxy.admission import check_model
 from proxy.catalogue import Catalogue
@@ -17,7 +17,6 @@ from proxy.errors import CairnError, NotFound, UpstreamError
 from proxy.fleet import Fleet
 from proxy.journey import Journey
 from proxy.model import Call, Edit, Ending, Endpoint
-from proxy.owners import Owners
 from proxy.pools import Pools
 from proxy.relay import Relay, Upload
 from proxy.routing import Demand

@@ -1,6 +1,6 @@
 """Which pool serves a model, and how to reach each replica: the configuration in the form that the path needs.
 
-Frozen; a reload makes a new one. It must not know health, load or prefixes.
+One object for all phases; a reload changes what is in it at once (`adopt`). It knows no health, load or prefix.
 """
 
 from __future__ import annotations
@@ -38,18 +38,30 @@ class Backend(msgspec.Struct, frozen=True):
     url: str
     origin: Origin
     credential: tuple[bytes, bytes] | None = None
+    drops_credentials: bool = False  # the client's key is Cairn's own and nobody else's business
     is_provider: bool = False
     capacity_tokens: int | None = None  # as configured
 
 
 class Pools:
-    """Models to pools, replica numbers to backends. `backends` is keyed by the fleet's numbers."""
+    """Models to pools, replica numbers to backends.
+
+    `backends` is keyed by the fleet's numbers and may hold replicas that were removed; `served` are those in force.
+    """
 
     def __init__(self, pools: Sequence[ServedPool], default: str | None, backends: Mapping[int, Backend]) -> None:
         self.all = tuple(pools)
         self.backends = dict(backends)
+        self.served = frozenset(backends)
         self.default = next((pool for pool in pools if pool.name == default), None)
         self._found: dict[str, ServedPool] = {}
+
+    def adopt(self, other: Pools) -> None:
+        """Become `other`, for everyone who holds this; requests under way keep the pool that they have."""
+        self.all, self.default, self._found = other.all, other.default, {}
+        # replicas that are gone are kept, since requests under way may still need them
+        self.backends.update(other.backends)
+        self.served = other.served
 
     def serving(self, model: str) -> ServedPool:
         """The first pool one of whose patterns fits `model`.

@@ -68,7 +68,7 @@ class Prober:
                 self._tasks.start(self.probe(number), "probe")
             if now_seconds >= next_facts_seconds:
                 next_facts_seconds = now_seconds + FACTS_SECONDS
-                for number in self.pools.backends:
+                for number in self.pools.served:
                     self._tasks.start(self.learn(number), "engine facts")
             await asyncio.sleep(TICK_SECONDS)
 

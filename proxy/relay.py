@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
+from cache import Journal
 from proxy.attempt import Attempt, Attempts
 from proxy.clock import Clock
 from proxy.downstream import Downstream
@@ -21,7 +22,6 @@ from proxy.fleet import Fleet
 from proxy.journey import Journey
 from proxy.metrics import STREAM_ABORTS, UPSTREAM_RETRIES, Recorder
 from proxy.model import Candidate, Edit, Ending, Endpoint
-from proxy.owners import Owners
 from proxy.pools import Backend, Pools
 from proxy.upstream import Body, Framing, UpstreamAnswer, UpstreamClient
 from proxy.wire import headers as wire_headers
@@ -29,7 +29,7 @@ from proxy.wire import splice
 from proxy.wire.decode import AnswerDecoder
 from proxy.wire.errors import error_event
 from proxy.wire.sse import StreamTap
-from proxy.wire.usage import read_answer
+from proxy.wire.usage import made_id, read_answer
 
 
 class Upload(msgspec.Struct, frozen=True):
@@ -61,7 +61,7 @@ class Relay:
         attempts: Attempts,
         fleet: Fleet,
         pools: Pools,
-        owners: Owners,
+        journal: Journal,
         recorder: Recorder,
         clock: Clock,
         *,
@@ -71,7 +71,7 @@ class Relay:
         self._client = client
         self._attempts = attempts
         self._fleet = fleet
-        self._owners = owners
+        self._journal = journal
         self._recorder = recorder
         self._clock = clock
         self._max_retries = max_retries
@@ -174,6 +174,7 @@ class Relay:
             request_id=call.request_id,
             length=length,
             credential=backend.credential,
+            drop_credentials=backend.drops_credentials,
             identity=identity,
         )
         return await self._client.request(
@@ -257,7 +258,7 @@ class Relay:
         if endpoint.is_generation:
             journey.usage = read_answer(body, endpoint).usage
         if makes_something:
-            self._owners.learn_from(body, journey.replica_name)
+            self._note_made(journey, made_id(body))
 
     async def _stream(self, journey: Journey, answer: UpstreamAnswer, downstream: Downstream) -> None:
         tap = StreamTap(journey.call.endpoint, withhold_usage=journey.asked_usage)
@@ -298,8 +299,12 @@ class Relay:
             if wants_id and len(opening) < _OPENING_BYTES:
                 opening += piece
                 if found := _FIRST_ID.search(opening):
-                    self._owners.learn(found[1].decode(errors="replace"), journey.replica_name)
+                    self._note_made(journey, found[1].decode(errors="replace"))
                     wants_id = False
+
+    def _note_made(self, journey: Journey, made_id: str | None) -> None:
+        if made_id is not None and journey.attempt is not None:
+            self._journal.own(made_id, journey.attempt.replica)
 
     def _answer_head(self, journey: Journey, answer: UpstreamAnswer) -> list[tuple[bytes, bytes]]:
         return wire_headers.answer_head(

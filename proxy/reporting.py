@@ -11,7 +11,8 @@ from proxy.admission import Room
 from proxy.clock import Clock
 from proxy.control import REDIS_UP, Report, WorkerControl
 from proxy.fleet import BreakerState, Fleet
-from proxy.metrics import Labels, Recorder
+from proxy.logs import AccessLog
+from proxy.metrics import Labels, Recorder, Spec
 from proxy.pools import Pools
 
 REPORT_SECONDS = 0.25
@@ -34,6 +35,7 @@ class Reporter:
         journal: Journal,
         store: Store,
         room: Room,
+        access_log: AccessLog | None,
         clock: Clock,
     ) -> None:
         self._control = control
@@ -44,8 +46,8 @@ class Reporter:
         self._store = store
         self._room = room
         self._clock = clock
-        self._evicted: dict[int, int] = {}
-        self._dropped: dict[str, int] = {}
+        self._access_log = access_log
+        self._totals: dict[tuple[str, Labels], int] = {}
         self.pools = pools
 
     async def run(self) -> None:
@@ -59,7 +61,6 @@ class Reporter:
         up = self._set_replica_gauges()
         self._set_index_figures()
         self._set_store_figures()
-        self._recorder.set(metrics.WORKERS, (), 1)
         self._recorder.set(metrics.IN_FLIGHT, (), self._room.requests)
         counts = self._recorder.take()
         redis = REDIS_UP if self._store.state is StoreState.AVAILABLE else self._store.state.value
@@ -91,14 +92,11 @@ class Reporter:
         blocks: dict[Labels, float] = {}
         tokens: dict[Labels, float] = {}
         for number, stats in self._index.replicas().items():
-            backend = self.pools.backends.get(number)
-            if backend is None:
+            if number not in self.pools.served:
                 continue
+            backend = self.pools.backends[number]
             blocks[backend.name,], tokens[backend.name,] = stats.blocks, stats.tokens
-            fresh = stats.evicted_blocks - self._evicted.get(number, 0)
-            if fresh > 0:
-                self._recorder.inc(metrics.INDEX_EVICTIONS, (backend.name,), fresh)
-            self._evicted[number] = stats.evicted_blocks
+            self._count_growth(metrics.INDEX_EVICTIONS, (backend.name,), stats.evicted_blocks)
         self._recorder.replace_gauges(metrics.INDEX_BLOCKS, blocks)
         self._recorder.replace_gauges(metrics.INDEX_TOKENS, tokens)
         self._recorder.set(metrics.INDEX_BYTES, (), self._index.stats().size_bytes)
@@ -113,6 +111,13 @@ class Reporter:
             ("unknown_replica", stats.dropped_unknown),
             ("orphan", stats.dropped_orphans),
         ):
-            if total > self._dropped.get(reason, 0):
-                self._recorder.inc(metrics.JOURNAL_DROPPED, (reason,), total - self._dropped.get(reason, 0))
-                self._dropped[reason] = total
+            self._count_growth(metrics.JOURNAL_DROPPED, (reason,), total)
+        if self._access_log is not None:
+            self._count_growth(metrics.LOG_DROPPED, (), self._access_log.dropped)
+
+    def _count_growth(self, spec: Spec, labels: Labels, total: int) -> None:
+        """Count what a total that others keep has grown by since the last report."""
+        before = self._totals.get((spec.name, labels), 0)
+        if total > before:
+            self._recorder.inc(spec, labels, total - before)
+            self._totals[spec.name, labels] = total

@@ -137,7 +137,7 @@ class Connection(asyncio.Protocol):
     async def write(self, pieces: Sequence[bytes], stall_seconds: float) -> None:
         """Write a part of a request's body and wait until the transport wants more.
 
-        An upstream that takes nothing for `stall_seconds` fails the exchange.
+        An upstream that takes nothing for `stall_seconds` fails the exchange, which interrupts whoever sends.
         """
         if self._transport is None:
             return
@@ -179,8 +179,6 @@ class Connection(asyncio.Protocol):
         self.state = _CLOSED
         self.deadline = NEVER
         answer, self._answer = self._answer, None
-        if self._drain_waiter is not None and not self._drain_waiter.done():
-            self._drain_waiter.set_result(None)
         if self._transport is not None:
             self._transport.abort()
         self._owner.left(self)

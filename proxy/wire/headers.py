@@ -53,16 +53,18 @@ def upstream_head(
     request_id: str,
     length: int | None,
     credential: tuple[bytes, bytes] | None = None,
+    drop_credentials: bool = False,
     identity: bool = False,
 ) -> Headers:
     """The request head for one upstream.
 
     `headers` are the client's, `host` the upstream's authority, `length` that of the body as it will be sent (None
     where it is streamed or there is none). `credential` is the replica's own header, such as
-    (b"authorization", b"Bearer ..."), and replaces every key of the client. `identity` asks for an answer that is not
-    compressed. Raises BadRequest where a value could break out of its line.
+    (b"authorization", b"Bearer ..."), and replaces every key of the client; `drop_credentials` leaves those out with
+    nothing in their place, where they are Cairn's own. `identity` asks for an answer that is not compressed. Raises
+    BadRequest where a value could break out of its line.
     """
-    dropped = _NOT_FORWARDED if credential is None else _NOT_FORWARDED_WITH_KEY
+    dropped = _NOT_FORWARDED_WITH_KEY if drop_credentials or credential is not None else _NOT_FORWARDED
     kept = [(b"host", host)]
     listed: list[bytes] = []
     for pair in headers:

@@ -256,6 +256,21 @@ def read_answer(body: bytes | memoryview, endpoint: Endpoint) -> AnswerRead:
     return AnswerRead(normal(usage, answer.timings, endpoint=endpoint), error_seen=bool(answer.error))
 
 
+class _Made(msgspec.Struct, gc=False):
+    id: str | None = None
+
+
+_decode_made = msgspec.json.Decoder(_Made).decode
+
+
+def made_id(body: bytes | memoryview) -> str | None:
+    """The id of what a plain answer tells of (a response, a file, a batch); None where it has none. Never raises."""
+    try:
+        return _decode_made(body).id or None
+    except _DECODE_ERRORS:
+        return None
+
+
 def usage_of_answer(body: bytes | memoryview, endpoint: Endpoint) -> Usage | None:
     """The usage of a plain answer, found without decoding the rest; None where it has none."""
     return read_answer(body, endpoint).usage

@@ -38,27 +38,31 @@ async def ask(http: aiohttp.ClientSession, cairn: Cairn, messages: list[Any], to
 async def test_every_follow_up_lands_where_its_longest_prefix_is(http: aiohttp.ClientSession) -> None:
     """Ten turns on each of twenty conversations with a common system prompt, forks and a change of tools."""
     async with OpenAIUpstream() as one, OpenAIUpstream() as two, running(config_for([one.url, two.url])) as cairn:
-        homes: dict[int, str] = {}
         histories: dict[int, list[Any]] = {}
         tools: dict[int, list[Any]] = {}
         moved: list[tuple[int, int]] = []
         off: list[float] = []
-        for turn in range(TURNS):
-            for number in range(CONVERSATIONS):
-                history = histories.setdefault(number, [{"role": "system", "content": SYSTEM}])
+        for number in range(CONVERSATIONS):
+            question = {"role": "user", "content": words(f"{number}/0", 60)}
+            histories[number] = [{"role": "system", "content": SYSTEM}, question]
+        # all at once, so that they spread over both
+        first = await asyncio.gather(*[ask(http, cairn, history, None) for history in histories.values()])
+        homes = {number: replica for number, (replica, _, _) in enumerate(first)}
+        for turn in range(1, TURNS):
+            for number, history in histories.items():
+                history.append({"role": "assistant", "content": words(f"a{number}/{turn}", 30)})
                 history.append({"role": "user", "content": words(f"{number}/{turn}", 60)})
                 if number == 7 and turn == 5:  # a fork in mid-conversation: another second question
-                    history = histories[number] = [*history[:3], {"role": "user", "content": words("fork", 60)}]
-                if number == 11 and turn >= 5:  # tools change: everything behind them is new
+                    history[3:] = [{"role": "user", "content": words("fork", 60)}]
+                if number == 11 and turn == 5:  # tools change: everything behind them is new
                     tools[number] = [TOOL]
                 replica, predicted, cached = await ask(http, cairn, history, tools.get(number))
-                history.append({"role": "assistant", "content": words(f"a{number}/{turn}", 30)})
-                changed = number == 11 and turn == 5
-                if turn and not changed and replica != homes[number]:
+                if number in tools and turn == 5:
+                    homes[number] = replica
+                elif replica != homes[number]:
                     moved.append((number, turn))
                 if turn > 1 and cached:
                     off.append(abs(predicted - cached) / cached)
-                homes[number] = replica
         assert moved == []
         assert len(set(homes.values())) == 2, "one replica got everything"
         assert sum(off) / len(off) < 0.05
