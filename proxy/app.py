@@ -7,11 +7,13 @@ client port; at the end the reverse.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 import secrets
 import socket
-from collections.abc import Sequence
+import ssl
+from collections.abc import Callable, Sequence
 
 from cache import CacheError, ErrorKind, InflightBoard, Journal, Owners, PrefixIndex, Store, open_store, shared_secret
 from proxy import metrics
@@ -22,6 +24,7 @@ from proxy.builtin_prices import BuiltinPrices
 from proxy.catalogue import Catalogue
 from proxy.clock import SystemClock
 from proxy.control import WorkerControl
+from proxy.explaining import Explainer
 from proxy.fleet import Backoff, Fleet, ReplicaSpec
 from proxy.gate import Gate
 from proxy.logs import AccessLog
@@ -39,7 +42,7 @@ from proxy.settlement import Settlement
 from proxy.tasks import Tasks
 from proxy.tokens import TokenCounts
 from proxy.upkeep import Upkeep
-from proxy.upstream import Limits, Origin, UpstreamClient
+from proxy.upstream import Limits, Origin, UpstreamClient, default_ssl_context
 
 log = logging.getLogger("cairn.app")
 
@@ -49,8 +52,11 @@ _ORIGIN_BITS = 24
 async def run_worker(config: Config, listening: Sequence[socket.socket], control: WorkerControl) -> None:
     """Serve on `listening` until the supervisor says that it is enough."""
     worker = await Worker.build(config, control)
+    control.on_explain = lambda question: worker.explainer.explain(question, worker.front.doorkeeper)
+    control.on_reload = worker.reconfigure
     try:
         await worker.start(listening)
+        _calm_collector()
         await control.ready()
         finish_seconds = await control.drained()
         await worker.front.stop(finish_seconds)
@@ -64,11 +70,12 @@ class Worker:
     def __init__(self, config: Config, control: WorkerControl, builtin_prices: BuiltinPrices, secret: bytes) -> None:
         clock = self.clock = SystemClock()
         self.config = config
+        self._secret = secret
         self.tasks = Tasks()
         self.recorder = Recorder()
         writer_id = secrets.token_hex(8)
 
-        self.fleet = Fleet(random.random, _backoff(config))
+        self.fleet = Fleet(random.random, _backoff(config), config.routing.prefill_tokens_per_second)
         self.pools = _pools(config, self.fleet)
         self.store = open_store(
             None if config.redis.url is None else config.redis.url.reveal(),
@@ -102,12 +109,11 @@ class Worker:
         _set_capacities(config, self.fleet, self.index)
 
         limits = _limits(config)
-        self.client = UpstreamClient(limits, clock)
+        self.client = UpstreamClient(limits, clock, _trust(config))
         self.names = ModelNames(pattern for pool in config.pools for pattern in pool.models)
         self.tokens = TokenCounts()
-        self.queues = {
-            number: Queue(self.fleet.limit_of(number), QueueLimits(), clock) for number in self.pools.backends
-        }
+        self.queues: dict[int, Queue] = {}
+        self._queues()
         attempts = Attempts(self.fleet, self.journal, Gate(), self.queues, self.board.changed, clock)
         prices = PriceBook((), builtin_prices.card)
         accounts = Accounts(self.recorder, self.names, prices, self.pools, self.fleet.rate_of, clock.unix)
@@ -142,7 +148,16 @@ class Worker:
             config.server, Doorkeeper(_clients(config), secret), self.room, self.pipeline, clock, _new_id
         )
         self.prober = Prober(
-            self.client, self.pools, self.fleet, self.journal, catalogue, self.names, self.tasks, clock, limits
+            self.client,
+            self.pools,
+            self.fleet,
+            self.journal,
+            catalogue,
+            self.names,
+            self.tasks,
+            clock,
+            limits,
+            self._queues,
         )
         self.reporter = Reporter(
             control,
@@ -156,6 +171,7 @@ class Worker:
             self.access_log,
             clock,
         )
+        self.explainer = Explainer(self.pipeline, clock)
         self.upkeep = Upkeep(self.index, self.recorder, clock)
 
     @classmethod
@@ -178,6 +194,32 @@ class Worker:
         self.tasks.start(self.reporter.run(), "reporter")
         await self.front.start(listening)
 
+    async def reconfigure(self, config: Config) -> None:
+        """Take over the pools and clients of a new configuration; requests under way end where they are.
+
+        Raises ConfigError, and changes nothing, where it asks for what only a restart can do.
+        """
+        fresh = {replica.label for pool in config.pools for replica in pool.replicas}
+        for name, number in self.fleet.members().items():
+            if name not in fresh:
+                self.fleet.remove(number)
+                self.index.remove(number)
+        self.pools.adopt(_pools(config, self.fleet))
+        _set_capacities(config, self.fleet, self.index)
+        self._queues()
+        self.names.add(pattern for pool in config.pools for pattern in pool.models)
+        self.front.doorkeeper = Doorkeeper(_clients(config), self._secret)
+        self.config = config
+
+    def _queues(self) -> None:
+        """A queue for every replica that has none yet, and the limits in force for all."""
+        for number in self.pools.served:
+            limit = self.fleet.limit_of(number)
+            if number in self.queues:
+                self.queues[number].set_limit(limit)
+            else:
+                self.queues[number] = Queue(limit, QueueLimits(), self.clock)
+
     async def close(self) -> None:
         """Stop in the reverse order; what was counted is reported first."""
         await self.front.stop(0)
@@ -199,6 +241,7 @@ class Worker:
             except CacheError:
                 await asyncio.sleep(1.0)
                 continue
+            self._secret = secret
             self.front.doorkeeper = Doorkeeper(_clients(self.config), secret)
             return
 
@@ -206,6 +249,16 @@ class Worker:
         self.recorder.observe(metrics.REDIS_DURATION, (operation,), seconds)
         if error is not None:
             self.recorder.inc(metrics.REDIS_ERRORS, (operation, error.value))
+
+
+def _calm_collector() -> None:
+    """What was built for the start lives as long as the process: keep the garbage collector off it, and make it rare.
+
+    A full collection over a large index is a pause of tens of milliseconds; the path itself makes hardly any cycles.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def _new_id() -> str:
@@ -216,6 +269,7 @@ def _backoff(config: Config) -> Backoff:
     return Backoff(
         first_seconds=config.upstream.backoff_seconds,
         most_seconds=config.upstream.backoff_max_seconds,
+        most_retry_after_seconds=config.upstream.retry_after_max_seconds,
     )
 
 
@@ -229,6 +283,18 @@ def _limits(config: Config) -> Limits:
         max_connections=upstream.max_connections,
         idle_expiry_seconds=upstream.keepalive_seconds,
     )
+
+
+def _trust(config: Config) -> Callable[[Origin], ssl.SSLContext]:
+    """The machine's authorities and, where one is named, those of a file."""
+
+    def context(origin: Origin) -> ssl.SSLContext:
+        trusted = default_ssl_context(origin)
+        if config.upstream.ca_file is not None:
+            trusted.load_verify_locations(config.upstream.ca_file)
+        return trusted
+
+    return context
 
 
 def _clients(config: Config) -> list[KnownClient]:

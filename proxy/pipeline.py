@@ -67,16 +67,20 @@ class Pipeline:
             if call.endpoint is Endpoint.MODELS and len(self.pools.all) > 1:
                 await self._catalogue.answer(journey, client)
                 return
-            self.read(journey)
-            await self.expand(journey)
-            self.fingerprint(journey)
-            self.look_up(journey)
-            self.plan(journey)
+            await self.decide(journey)
             await self._relay.run(journey, client, upload)
         except CairnError as error:
             self.refuse(journey, error, client)
         finally:
             self._settlement.settle(journey)
+
+    async def decide(self, journey: Journey) -> None:
+        """The phases that choose: from the body to the plan. Changes nothing but the journey. Raises CairnError."""
+        self.read(journey)
+        await self.expand(journey)
+        self.fingerprint(journey)
+        self.look_up(journey)
+        self.plan(journey)
 
     def turn_away(self, call: Call, error: CairnError, client: Downstream) -> None:
         """A call that was not admitted: it is answered, counted and logged like any other."""

@@ -7,6 +7,7 @@ What is heard goes to the fleet, the index and the model names. It must not know
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from cache import Journal
 from proxy.accounts import ModelNames
@@ -47,6 +48,7 @@ class Prober:
         tasks: Tasks,
         clock: Clock,
         limits: Limits,
+        limits_changed: Callable[[], None],
     ) -> None:
         self._client = client
         self._fleet = fleet
@@ -56,6 +58,7 @@ class Prober:
         self._tasks = tasks
         self._clock = clock
         self._limits = limits
+        self._limits_changed = limits_changed
         self._started: dict[int, float] = {}
         self.pools = pools
 
@@ -108,6 +111,7 @@ class Prober:
             self._journal.set_budget(number, facts.capacity_tokens)
         if facts.in_flight_limit is not None:
             self._fleet.set_limit(number, facts.in_flight_limit)
+            self._limits_changed()
         started = facts.started_unix_seconds
         if started is not None:
             before = self._started.setdefault(number, started)

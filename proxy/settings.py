@@ -115,10 +115,9 @@ class Server(Section, frozen=True):
     backlog: Count = 2048  # connections that wait to be accepted, per worker
     max_body_bytes: Count = 32 * MIB
     max_header_bytes: Count = 32 * 1024  # one header line
-    header_seconds: Seconds = 10  # to send a request's head
     body_seconds: Seconds = 300  # to send its body
     request_seconds: Seconds = 3600  # until its answer has ended
-    keepalive_seconds: Seconds = 75  # a connection without a request
+    keepalive_seconds: Seconds = 75  # a connection without a whole request's head
     write_seconds: Seconds = 120  # an answer of which the client takes nothing
     max_in_flight_requests: Count = 4096
     max_in_flight_bytes: Count = 512 * MIB
@@ -143,7 +142,6 @@ class Redis(Section, frozen=True):
     url_env: str | None = None
     url_file: str | None = None
     operation_seconds: Seconds = 0.05  # an answer later than this counts as none
-    connect_seconds: Seconds = 1
     folder: str | None = None  # by default in the user's own, one per port
     max_memory_bytes: Annotated[int, Meta(ge=16 * MIB)] = 256 * MIB  # of the embedded one
 
@@ -244,10 +242,8 @@ class Upstream(Section, frozen=True):
 class Routing(Section, frozen=True):
     """Constants of the cost rule; see ARCHITECTURE.md."""
 
-    in_flight_seconds: Wait = 0.05  # c: what one more request in flight costs
-    growing_weight_max: Annotated[float, Meta(ge=1)] = 30  # the bound of a, which grows with the shortest queue
     min_shareable_bytes: Annotated[int, Meta(ge=0)] = 4096  # shorter prompts are sent to where least is to do
-    prefill_tokens_per_second: Annotated[float, Meta(gt=0)] = 2000  # until a replica's own is learned
+    prefill_tokens_per_second: Annotated[float, Meta(gt=0)] = 4000  # until a replica's own is learned
 
 
 class Log(Section, frozen=True):

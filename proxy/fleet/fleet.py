@@ -154,9 +154,15 @@ class _Replica:
 class Fleet:
     """The replicas of every pool. `random` gives floats in [0, 1), for the jitter of back-offs."""
 
-    def __init__(self, random: Callable[[], float], backoff: Backoff | None = None) -> None:
+    def __init__(
+        self,
+        random: Callable[[], float],
+        backoff: Backoff | None = None,
+        default_rate_tokens_per_second: float = DEFAULT_RATE_TOKENS_PER_SECOND,
+    ) -> None:
         self._random = random
         self._backoff = backoff or Backoff()
+        self._default_rate = default_rate_tokens_per_second
         self._replicas: list[_Replica] = []
         self._ids: dict[str, int] = {}
         self._pools: dict[str, list[_Replica]] = {}
@@ -181,6 +187,10 @@ class Fleet:
         self._pools.setdefault(spec.pool, []).append(self._replicas[number])
         self._rates_changed(spec.pool)
         return number
+
+    def members(self) -> dict[str, int]:
+        """The replicas in force, by name."""
+        return {replica.spec.name: replica.id for pool in self._pools.values() for replica in pool}
 
     def remove(self, number: int) -> None:
         """No longer to be chosen; what is under way there ends as it ends. Its number is kept for its name."""
@@ -336,7 +346,7 @@ class Fleet:
     def _rates_changed(self, pool: str) -> None:
         replicas = self._pools.get(pool, ())
         known = [own for replica in replicas if (own := replica.rate.own) is not None]
-        fallback = median(known) if known else DEFAULT_RATE_TOKENS_PER_SECOND
+        fallback = median(known) if known else self._default_rate
         for replica in replicas:
             own = replica.rate.own
             rate = fallback if own is None else own

@@ -6,8 +6,17 @@ of the environment is used, so what the upstream said is what the caller gets.
 """
 
 from proxy.upstream.answer import Framing, UpstreamAnswer
-from proxy.upstream.client import Body, UpstreamClient
+from proxy.upstream.client import Body, UpstreamClient, default_ssl_context
 from proxy.upstream.origin import Limits, Origin
 from proxy.upstream.pool import PoolCounts
 
-__all__ = ["Body", "Framing", "Limits", "Origin", "PoolCounts", "UpstreamAnswer", "UpstreamClient"]
+__all__ = [
+    "Body",
+    "Framing",
+    "Limits",
+    "Origin",
+    "PoolCounts",
+    "UpstreamAnswer",
+    "UpstreamClient",
+    "default_ssl_context",
+]

@@ -71,7 +71,7 @@ def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_defau
         ("CAIRN_WORKERS", "4", ("server", "workers"), 4),
         ("CAIRN_OPEN", "true", ("server", "open"), True),
         ("CAIRN_SERVER__DRAIN_SECONDS", "1.5", ("server", "drain_seconds"), 1.5),
-        ("CAIRN_ROUTING__IN_FLIGHT_SECONDS", "0.1", ("routing", "in_flight_seconds"), 0.1),
+        ("CAIRN_ROUTING__PREFILL_TOKENS_PER_SECOND", "0.1", ("routing", "prefill_tokens_per_second"), 0.1),
         ("CAIRN_LOG__LEVEL", "debug", ("log", "level"), "debug"),
         ("CAIRN_REDIS", "redis://:pw@h/0", ("redis", "url"), SecretUrl("redis://:pw@h/0")),
         ("CAIRN_ADMIN_TOKEN", "12345", ("admin", "token"), Secret("12345")),

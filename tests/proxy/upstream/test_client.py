@@ -21,7 +21,7 @@ from proxy.errors import (
     ResetMidAnswer,
     TlsFailed,
 )
-from proxy.upstream import Framing, Origin, PoolCounts, pool
+from proxy.upstream import Framing, Limits, Origin, PoolCounts, pool
 from tests.proxy.upstream.conftest import MakeClient, counts, fetch, origin_of, spawn, turns, until
 from tests.support.clock import FakeClock
 from tests.support.openai_upstream import OpenAIUpstream
@@ -373,7 +373,7 @@ async def test_what_breaks_a_body_off_reaches_the_caller_and_closes(make_client:
 
 
 async def test_a_body_that_cannot_be_sent_twice_is_not_risked_on_a_pooled_connection(make_client: MakeClient) -> None:
-    client = make_client(max_connections=1)
+    client = make_client(max_connections=1, idle_expiry_seconds=1_000, pool_wait_seconds=1)
     async with ScriptedUpstream([SERVE_TWO, SERVE_ONE]) as upstream:
         await fetch(client, upstream)
         await fetch(client, upstream, pieces_of(b"x"))
@@ -529,7 +529,51 @@ async def test_the_clients_own_timer_sees_to_the_limits(make_client: MakeClient)
                 await fetch(client, upstream)
 
 
+async def test_each_request_has_limits_of_its_own_whichever_comes_first(make_client: MakeClient) -> None:
+    client = make_client()
+    async with ScriptedUpstream([Expect(), Stall()]) as upstream:
+        async with asyncio.timeout(5):
+            limits = [Limits(first_byte_seconds=seconds) for seconds in (0.02, 0.06, 0.04)]
+            late = [fetch(client, upstream, limits=each) for each in limits]
+            errors = await asyncio.gather(*late, return_exceptions=True)
+        assert [type(error) for error in errors] == [FirstByteTimeout] * 3
+
+
+async def test_an_upload_that_ended_and_is_not_answered_is_late_by_the_same_limit(make_client: MakeClient) -> None:
+    clock = FakeClock()
+    client = make_client(clock, first_byte_seconds=30)
+    async with ScriptedUpstream([Expect(), Stall()]) as upstream:
+        request = spawn(fetch(client, upstream, pieces_of(b"whole")))
+        await until(lambda: len(upstream.requests) == 1)
+        clock.advance(31)
+        client.check_limits()
+        async with asyncio.timeout(5):
+            with pytest.raises(FirstByteTimeout):
+                await request
+
+
 # -- opening
+
+
+async def test_a_connection_that_opened_just_as_it_was_given_up_is_closed(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[asyncio.Transport] = []
+    loop = asyncio.get_running_loop()
+    create = loop.create_connection
+
+    async def given_up(*arguments: Any, **named: Any) -> Any:
+        transport, _ = await create(*arguments, **named)
+        opened.append(transport)
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(loop, "create_connection", given_up)
+    client = make_client()
+    async with ScriptedUpstream(SERVE_ONE) as upstream:
+        with pytest.raises(asyncio.CancelledError):
+            await fetch(client, upstream)
+        assert opened[0].is_closing()
+        assert counts(client, upstream).open == 0
 
 
 async def test_a_refused_connection_is_named_and_its_slot_is_free_again(make_client: MakeClient) -> None:

@@ -97,7 +97,7 @@ async def test_a_connection_on_probation_holds_up_nobody(
     make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "PROBATION_SECONDS", 1_000)
-    client = make_client(max_connections=1)
+    client = make_client(max_connections=1, idle_expiry_seconds=1_000, pool_wait_seconds=1)
     gate = asyncio.Event()
     stream: Play = [Expect(), Pause(gate), Send(chunked(b"data: 1\n\n", headers=[EVENT_STREAM]))]
     async with ScriptedUpstream([stream, stream, SERVE_ONE]) as upstream:
