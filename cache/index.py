@@ -55,6 +55,10 @@ within a tenth of the truth, where 1.002 lets it drift to a multiple."""
 FULL = 0.95
 """Share of the budget from which an index counts as full; only then can the budget be what was wrong."""
 
+COUNTING_PART = 16
+"""A node is not lost for this part of what is cached: engines round down to whole blocks, counts are interpolated,
+and what hangs on a common system prompt must not go because that was counted a few tokens too long."""
+
 RECOUNT_SHARE = 0.3
 """Up to this share a shortfall on an interpolated count is taken for a wrong count and not for an eviction."""
 
@@ -215,10 +219,11 @@ class PrefixIndex:
         if placement.epoch != state.epoch:
             return Feedback(predicted, error, Learnt.STALE)
         steps = self._tree.walk(placement.fingerprint.hashes)
+        resident = state.shelf.tokens
         learnt = self._judge(state, placement, error, cached_tokens, steps)
         self._confirm(state.shelf, placement.fingerprint, steps, prompt_tokens, output_tokens)
         epoch = state.epoch + 1 if learnt is Learnt.RESTARTED else None
-        budget = self._new_budget(state, learnt)
+        budget = self._new_budget(state, learnt, resident)
         if decide and epoch is not None:
             self.new_epoch(placement.replica, epoch)
             self._place(placement.replica, placement.fingerprint, prompt_tokens, now, placement.id)
@@ -441,7 +446,8 @@ class PrefixIndex:
         """Drop what hangs on the part that the engine had lost, but for this chain, which it has just computed anew,
         and for what was routed after it."""
         on_path = {id(step.node) for step in steps}
-        lost = [step.node for step in steps if step.tokens > cached and step.depth <= placement.held_blocks]
+        there = cached + max(MIN_TOLERANCE_TOKENS, placement.tolerance_tokens, cached // COUNTING_PART)
+        lost = [step.node for step in steps if step.tokens > there and step.depth <= placement.held_blocks]
         budget = UPKEEP_STEPS
         for node in lost:
             for child in list(islice((node.children or {}).values(), budget)):
@@ -483,9 +489,9 @@ class PrefixIndex:
         if holding is not None and last.blocks == len(last.node.hashes):
             holding.output_tokens = output_tokens
 
-    def _new_budget(self, state: _Replica, learnt: Learnt) -> int | None:
-        """The budget that follows from what was learnt, in tokens, or None."""
-        resident, budget = state.shelf.tokens, state.budget_tokens
+    def _new_budget(self, state: _Replica, learnt: Learnt, resident: int) -> int | None:
+        """The budget that follows from what was learnt while `resident` tokens were here, in tokens, or None."""
+        budget = state.budget_tokens
         full = resident >= FULL * budget
         if learnt is Learnt.LESS and state.placed_tokens >= min(resident, budget):
             return max(1, int(SHRINK * min(resident, budget)))

@@ -25,7 +25,8 @@ DEFAULT_RATE_TOKENS_PER_SECOND = 4_000.0
 
 LEAST_IN_FLIGHT_SECONDS = 0.05
 MOST_IN_FLIGHT_SECONDS = 0.1
-"""Bounds of `c`. Below, a decode-heavy load herds on the holders of a hot prefix; above, hits are given away."""
+"""Bounds of `c`. Below, a decode-heavy load herds on the holders of a hot prefix; above, hits are given away. It
+starts at the upper one: long decodes are known only once the first have ended, when the herd has formed."""
 
 DECODE_SHARE = 1.0 / 64.0
 """`c` as a share of the mean decode time."""
@@ -230,7 +231,7 @@ class Fleet:
         """Frozen rows of a pool's replicas, the other processes' work included."""
         if now_seconds >= self._stale_at_seconds:
             self._drop_silent_peers(now_seconds)
-        price = self._in_flight_seconds.get(pool, LEAST_IN_FLIGHT_SECONDS)
+        price = self._in_flight_seconds.get(pool, MOST_IN_FLIGHT_SECONDS)
         return tuple([replica.view(now_seconds, price) for replica in self._pools.get(pool, ())])
 
     # -- work
