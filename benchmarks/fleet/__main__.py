@@ -51,6 +51,7 @@ RULES: dict[str, tuple[str, Make]] = {
 @click.option("--rates", default="", help="tokens per second by replica, by commas: mixed hardware")
 @click.option("--proxies", default=1, show_default=True, help="so many Cairn proxies share the fleet")
 @click.option("--delay", default=0.1, show_default=True, help="seconds until they know each other's news; < 0: never")
+@click.option("--skip", default=0, show_default=True, help="leave the first so many requests out of the figures")
 @click.option("--decode-heavy", "is_decode_heavy", is_flag=True, help="no trace: one hot prompt, long answers")
 def main(
     trace: Path | None,
@@ -63,11 +64,12 @@ def main(
     rates: str,
     proxies: int,
     delay: float,
+    skip: int,
     is_decode_heavy: bool,
 ) -> None:
     """Compare routing rules on TRACE (.jsonl or .jsonl.gz, a hash id per 512 tokens)."""
     per_replica = tuple(float(rate) for rate in rates.split(",") if rate)
-    setup = Setup(replicas, capacity, rates=per_replica)
+    setup = Setup(replicas, capacity, rates=per_replica, skip=skip)
     total = sum(setup.rate(n) for n in range(replicas))
     requests = _requests(trace, limit, is_decode_heavy, is_spread, rho * total)
     wanted = [name.strip() for name in names.split(",") if name.strip()] or [*RULES, "cairn", "cairn-queue"]
@@ -93,7 +95,7 @@ def main(
             results.append((title, simulate(requests, setup, make(setup))))
         else:
             ordered = name == "cairn-queue"
-            chosen = Setup(replicas, capacity, ordered=ordered, rates=per_replica)
+            chosen = Setup(replicas, capacity, ordered=ordered, rates=per_replica, skip=skip)
             title = "Cairn, queue in order of uncached work" if ordered else "Cairn"
             results.append((title, simulate(requests, chosen, partial(cairn, ordered=ordered))))
     console.print(_table(results, pooled_hit(requests, replicas * capacity)))

@@ -28,12 +28,14 @@ class Router(Protocol):
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """The fleet that is simulated. `rates` are tokens per second per replica."""
+    """The fleet that is simulated. `rates` are tokens per second per replica; the figures leave out the first
+    `skip` requests."""
 
     replicas: int
     capacity_tokens: int
     ordered: bool = False
     rates: tuple[float, ...] = ()
+    skip: int = 0
 
     def rate(self, replica: int) -> float:
         return self.rates[replica % len(self.rates)] if self.rates else PREFILL_TOKENS_PER_SECOND
@@ -72,7 +74,8 @@ class _Count:
 
     rule: Router  # set once it is made: it needs the calendar, and the engines need this
 
-    def __init__(self, replicas: int) -> None:
+    def __init__(self, replicas: int, skip: int) -> None:
+        self._skip = skip
         self.ttft_seconds: list[float] = []
         self.computed = [0] * replicas
         self.cached_tokens = 0
@@ -82,11 +85,15 @@ class _Count:
         self.rule.started(request, now)
 
     def first_token(self, request: Request, replica: int, cached_tokens: int, now: float) -> None:
+        if request.number >= self._skip:
+            self._count(request, replica, cached_tokens, now)
+        self.rule.first_token(request, replica, cached_tokens, now)
+
+    def _count(self, request: Request, replica: int, cached_tokens: int, now: float) -> None:
         self.ttft_seconds.append(now - request.arrival_seconds)
         self.cached_tokens += cached_tokens
         self.input_tokens += request.input_tokens
         self.computed[replica] += request.input_tokens - cached_tokens
-        self.rule.first_token(request, replica, cached_tokens, now)
 
     def ended(self, request: Request, replica: int, now: float) -> None:
         self.rule.ended(request, replica, now)
@@ -94,7 +101,7 @@ class _Count:
 
 def simulate(requests: list[Request], setup: Setup, make_rule: Callable[[Calendar], Router]) -> Result:
     """Run all `requests` through one rule."""
-    calendar, count = Calendar(), _Count(setup.replicas)
+    calendar, count = Calendar(), _Count(setup.replicas, setup.skip)
     engines = [
         Engine(n, setup.capacity_tokens, calendar.at, count, rate=setup.rate(n), ordered=setup.ordered)
         for n in range(setup.replicas)

@@ -52,6 +52,12 @@ def test_a_repeated_prompt_computes_one_token():
     assert result.computed_tokens == 4_096 + 1
 
 
+def test_a_warm_up_can_be_left_out_of_the_figures():
+    """The first request is served and not counted."""
+    requests = [make_request(n, 10.0 * n, 4_096, 5, range(8)) for n in range(2)]
+    assert run(requests, skip=1).computed_tokens == 1
+
+
 def test_blocks_go_least_recently_used_and_of_one_prompt_the_deepest_first():
     """So that what remains of a prompt is a prefix of it."""
     cache = BlockCache(4 * 512)
