@@ -158,6 +158,7 @@ class Worker:
             clock,
             limits,
             self._queues,
+            relay.needs_no_asking,
         )
         self.reporter = Reporter(
             control,
@@ -189,6 +190,7 @@ class Worker:
         self.tasks.start(self._adopt_secret(self.store), "tenant secret")
         await self.journal.start()
         await self.board.start()
+        await self.prober.begin()
         self.tasks.start(self.prober.run(), "prober")
         self.tasks.start(self.upkeep.run(), "upkeep")
         self.tasks.start(self.reporter.run(), "reporter")

@@ -26,6 +26,9 @@ TICK_SECONDS = 0.25
 FACTS_SECONDS = 15.0
 """How often engines are asked for their facts: a restart is noticed by requests much sooner."""
 
+BEGIN_SECONDS = 1.0
+"""How long the start waits for engines that do not answer."""
+
 _PAGE_AT_MOST_BYTES = 4 * 1024 * 1024
 _FACT_PAGES = (
     (b"/metrics", read_metrics),
@@ -49,6 +52,7 @@ class Prober:
         clock: Clock,
         limits: Limits,
         limits_changed: Callable[[], None],
+        needs_no_asking: Callable[[int], None],
     ) -> None:
         self._client = client
         self._fleet = fleet
@@ -59,12 +63,19 @@ class Prober:
         self._clock = clock
         self._limits = limits
         self._limits_changed = limits_changed
+        self._needs_no_asking = needs_no_asking
         self._started: dict[int, float] = {}
         self.pools = pools
 
+    async def begin(self) -> None:
+        """Learn what can be learned at once, so that the first requests are served by what is known."""
+        learning = [self._tasks.start(self.learn(number), "engine facts") for number in self.pools.served]
+        if learning:
+            await asyncio.wait(learning, timeout=BEGIN_SECONDS)
+
     async def run(self) -> None:
         """Probe until cancelled."""
-        next_facts_seconds = 0.0
+        next_facts_seconds = self._clock.monotonic() + FACTS_SECONDS
         while True:
             now_seconds = self._clock.monotonic()
             for number in self._fleet.probes(now_seconds):
@@ -112,6 +123,8 @@ class Prober:
         if facts.in_flight_limit is not None:
             self._fleet.set_limit(number, facts.in_flight_limit)
             self._limits_changed()
+        if facts.tells_timings:
+            self._needs_no_asking(number)
         started = facts.started_unix_seconds
         if started is not None:
             before = self._started.setdefault(number, started)

@@ -76,7 +76,7 @@ class Relay:
         self._clock = clock
         self._max_retries = max_retries
         self._idle_seconds = idle_seconds
-        self._refuse_usage: set[int] = set()
+        self._never_ask: set[int] = set()
         self.pools = pools
 
     async def run(self, journey: Journey, downstream: Downstream, upload: Upload | None = None) -> None:
@@ -93,6 +93,10 @@ class Relay:
             raise
         finally:
             self._end(journey)
+
+    def needs_no_asking(self, replica: int) -> None:
+        """This replica tells its tokens on every stream: what it sends to whoever does not ask stays as it is."""
+        self._never_ask.add(replica)
 
     # -- until an answer begins
 
@@ -159,7 +163,7 @@ class Relay:
         if b"stream_options" not in text and b"include_usage" not in text:
             refusal.put_back(text)
             return refusal
-        self._refuse_usage.add(attempt.replica)
+        self._never_ask.add(attempt.replica)
         journey.asked_usage = False
         buffers, length = splice.apply(journey.call.body, journey.edits)
         return await self._request(journey, backend, buffers, length, identity=False)
@@ -189,7 +193,7 @@ class Relay:
 
     def _usage_edit(self, journey: Journey, replica: int) -> Edit | None:
         prompt = journey.prompt
-        return None if prompt is None or replica in self._refuse_usage else splice.ask_usage(prompt)
+        return None if prompt is None or replica in self._never_ask else splice.ask_usage(prompt)
 
     def _failed(self, attempt: Attempt, error: UpstreamError) -> None:
         now_seconds = self._clock.monotonic()

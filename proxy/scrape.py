@@ -11,11 +11,15 @@ import msgspec
 
 
 class EngineFacts(msgspec.Struct, frozen=True, gc=False):
-    """Each None where the engine does not say. `started_unix_seconds` tells a restart under the same address."""
+    """Each None where the engine does not say. `started_unix_seconds` tells a restart under the same address.
+
+    `tells_timings` is llama.cpp's habit: every stream ends with what was computed and cached, asked or not.
+    """
 
     capacity_tokens: int | None = None
     in_flight_limit: int | None = None
     started_unix_seconds: float | None = None
+    tells_timings: bool = False
 
     def joined(self, other: EngineFacts) -> EngineFacts:
         """Both pages' facts; where both have one, this one's."""
@@ -23,6 +27,7 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False):
             self.capacity_tokens if self.capacity_tokens is not None else other.capacity_tokens,
             self.in_flight_limit if self.in_flight_limit is not None else other.in_flight_limit,
             self.started_unix_seconds if self.started_unix_seconds is not None else other.started_unix_seconds,
+            self.tells_timings or other.tells_timings,
         )
 
 
@@ -83,7 +88,9 @@ def read_llama_props(page: bytes) -> EngineFacts:
         return EngineFacts()
     slots = props.total_slots if props.total_slots > 0 else None
     return EngineFacts(
-        capacity_tokens=_bounded((slots or 1) * props.default_generation_settings.n_ctx), in_flight_limit=slots
+        capacity_tokens=_bounded((slots or 1) * props.default_generation_settings.n_ctx),
+        in_flight_limit=slots,
+        tells_timings=slots is not None,
     )
 
 

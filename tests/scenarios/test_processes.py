@@ -1,0 +1,144 @@
+"""The command as a whole: workers that share a port, one killed under load, a drain, a reload, explanations."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from tests.scenarios.test_conversations import words
+from tests.support.openai_upstream import OpenAIUpstream
+from tests.support.served import Served, served
+from tests.support.valkey import eventually
+
+CHAT: dict[str, Any] = {"model": "test-model", "messages": [{"role": "user", "content": words("x", 800)}]}
+
+
+async def ask(http: aiohttp.ClientSession, cairn: Served, body: dict[str, Any]) -> str:
+    """How it ended: the status, or the exception's name."""
+    try:
+        async with http.post(f"{cairn.url}/chat/completions", json=body) as answer:
+            await answer.read()
+            return str(answer.status)
+    except (aiohttp.ClientError, ConnectionError) as error:
+        return type(error).__name__
+
+
+async def test_a_worker_killed_under_load_loses_only_its_own_requests_in_flight(tmp_path: Path) -> None:
+    """Sixteen requests are held; the worker of some dies; the others are answered, and a new worker serves."""
+    gate = asyncio.Event()
+    async with (
+        OpenAIUpstream(gate=gate) as upstream,
+        served(["--workers", "2", "--upstream", upstream.url], tmp_path) as cairn,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as http,
+    ):
+        await eventually(lambda: len(cairn.worker_pids()) == 2, 30)
+        bodies = [CHAT | {"seed": number} for number in range(16)]
+        asked = [asyncio.get_running_loop().create_task(ask(http, cairn, body)) for body in bodies]
+        await eventually(lambda: upstream.in_flight == 16, 10)
+        os.kill(cairn.worker_pids()[0], signal.SIGKILL)
+        lost_upstream = 16
+        await eventually(lambda: upstream.in_flight < lost_upstream, 10)
+        gate.set()
+        endings = Counter(await asyncio.gather(*asked))
+        assert 0 < endings["200"] < 16
+        assert endings["200"] + endings["ServerDisconnectedError"] + endings["ClientOSError"] == 16
+        await eventually(lambda: len(cairn.worker_pids()) == 3, 30)
+        assert {await ask(http, cairn, CHAT | {"seed": number}) for number in range(16)} == {"200"}
+
+        async def counted() -> bool:
+            whole = await cairn.metric(http, "cairn_requests_total", endpoint="chat_completions")
+            return whole == endings["200"] + 16
+
+        await eventually(counted, 5)
+        assert await cairn.metric(http, "cairn_worker_restarts_total") == 1
+
+
+async def test_what_runs_is_finished_when_told_to_end(tmp_path: Path) -> None:
+    """SIGTERM while a request is under way: it is answered whole, then the exit code is 0."""
+    gate = asyncio.Event()
+    async with (
+        OpenAIUpstream(gate=gate) as upstream,
+        aiohttp.ClientSession() as http,
+        served(["--upstream", upstream.url], tmp_path) as cairn,
+    ):
+        asked = asyncio.get_running_loop().create_task(ask(http, cairn, CHAT))
+        await eventually(lambda: upstream.in_flight == 1, 10)
+        cairn.stop()
+        await eventually(lambda: any("draining" in line for line in cairn.lines), 10)
+        gate.set()
+        assert await asked == "200"
+
+
+async def test_a_reload_takes_new_replicas_and_a_bad_file_changes_nothing(tmp_path: Path) -> None:
+    """SIGHUP: requests go to the new replica; after a bad file they still do."""
+    file = tmp_path / "cairn.yaml"
+
+    def write(url: str) -> None:
+        file.write_text(json.dumps({"pools": [{"name": "p", "replicas": [{"url": url}]}]}))
+
+    async with OpenAIUpstream() as old, OpenAIUpstream() as new, aiohttp.ClientSession() as http:
+        write(old.url)
+        async with served(["--config", str(file)], tmp_path) as cairn:
+            assert await ask(http, cairn, CHAT) == "200"
+            assert len(old.generations) == 1
+            write(new.url)
+            cairn.process.send_signal(signal.SIGHUP)
+
+            async def moved() -> bool:
+                return await ask(http, cairn, CHAT) == "200" and len(new.generations) > 0
+
+            await eventually(moved, 10)
+            file.write_text("pools: 3")
+            cairn.process.send_signal(signal.SIGHUP)
+
+            async def refused() -> bool:
+                return await cairn.metric(http, "cairn_config_reload_failures_total") == 1
+
+            await eventually(refused, 10)
+            before = len(new.generations)
+            assert await ask(http, cairn, CHAT) == "200"
+            assert len(new.generations) == before + 1
+
+
+async def test_explain_agrees_with_what_is_routed(tmp_path: Path) -> None:
+    """The choice that is told is the one that is made, with each replica's figures."""
+    async with OpenAIUpstream() as a, OpenAIUpstream() as b, aiohttp.ClientSession() as http:
+        arguments = ["--upstream", a.url, "--upstream", b.url]
+        async with served(arguments, tmp_path) as cairn:
+            for turn in range(2):
+                for number in range(6):
+                    body = {"model": "test-model", "messages": [{"role": "user", "content": words(f"{number}", 900)}]}
+                    async with http.post(f"{cairn.admin}/explain", json=body) as answer:
+                        told = await answer.json()
+                    async with http.post(f"{cairn.url}/chat/completions", json=body) as answer:
+                        await answer.read()
+                        assert answer.headers["x-cairn-replica"] == told["choice"]
+                        assert answer.headers["x-cairn-reason"] == told["reason"] == ("warm" if turn else "cold")
+                    assert {row["replica"] for row in told["replicas"]} == {a.url[7:-3], b.url[7:-3]}
+
+
+async def test_no_prompt_and_no_key_is_in_the_log_or_the_metrics(tmp_path: Path) -> None:
+    """What a client sent in confidence is nowhere that an operator looks."""
+    secret_words = "the heron waits at the weir"
+    body: dict[str, Any] = CHAT | {"messages": [{"role": "user", "content": secret_words}], "stream": True}
+    async with OpenAIUpstream() as upstream, aiohttp.ClientSession() as http:
+        async with served(["--upstream", upstream.url], tmp_path) as cairn:
+            headers = {"authorization": "Bearer sk-very-secret-key"}
+            for bad in (body, {"messages": secret_words}, body | {"model": secret_words}):
+                async with http.post(f"{cairn.url}/chat/completions", json=bad, headers=headers) as answer:
+                    text = await answer.text()
+                    assert "sk-very" not in text
+            async with http.get(f"{cairn.admin}/metrics") as answer:
+                page = await answer.text()
+            await eventually(lambda: len(cairn.access_lines()) >= 3)
+        logged = "".join(cairn.lines)
+        assert "sk-very" not in page + logged
+        assert "heron" not in page
+        assert "heron waits" not in "".join(line for line in cairn.lines if '"model":"the heron' not in line)
