@@ -142,7 +142,7 @@ class Accounts:
         backend = self._pools.backends[replica]
         if usage.cached_tokens and not backend.is_provider:
             recorder.inc(metrics.PREFILL_SAVED, labels, usage.cached_tokens / rate)
-        card = self._prices.card(outcome.model or "", backend.url, self._today())
+        card = self._prices.card(outcome.model or "", backend.url, self._today(), backend.name)
         bill = card if isinstance(card, Unpriced) else pricing.bill(usage, card, rate)
         if isinstance(bill, Bill):
             for spec, amount in (

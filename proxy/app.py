@@ -34,6 +34,7 @@ from proxy.pools import Backend, Pools, ServedPool
 from proxy.pricing import PriceBook
 from proxy.probing import Prober
 from proxy.queue import Queue, QueueLimits
+from proxy.rate_cards import rules_of
 from proxy.relay import Relay
 from proxy.reporting import Reporter
 from proxy.server import Front
@@ -115,8 +116,8 @@ class Worker:
         self.queues: dict[int, Queue] = {}
         self._queues()
         attempts = Attempts(self.fleet, self.journal, Gate(), self.queues, self.board.changed, clock)
-        prices = PriceBook((), builtin_prices.card)
-        accounts = Accounts(self.recorder, self.names, prices, self.pools, self.fleet.rate_of, clock.unix)
+        self.prices = PriceBook(rules_of(config.prices), builtin_prices.card)
+        accounts = Accounts(self.recorder, self.names, self.prices, self.pools, self.fleet.rate_of, clock.unix)
         self.access_log = AccessLog() if config.log.access else None
         settlement = Settlement(self.journal, self.fleet, self.tokens, accounts, self.access_log, clock)
         relay = Relay(
@@ -197,7 +198,7 @@ class Worker:
         await self.front.start(listening)
 
     async def reconfigure(self, config: Config) -> None:
-        """Take over the pools and clients of a new configuration; requests under way end where they are.
+        """Take over the pools, clients and prices of a new configuration; requests under way end where they are.
 
         Raises ConfigError, and changes nothing, where it asks for what only a restart can do.
         """
@@ -210,6 +211,7 @@ class Worker:
         _set_capacities(config, self.fleet, self.index)
         self._queues()
         self.names.add(pattern for pool in config.pools for pattern in pool.models)
+        self.prices.adopt(rules_of(config.prices))
         self.front.doorkeeper = Doorkeeper(_clients(config), self._secret)
         self.config = config
 

@@ -9,24 +9,35 @@ from __future__ import annotations
 from decimal import Decimal, DecimalException
 from importlib.metadata import version
 
-import genai_prices
+from genai_prices import Usage
+from genai_prices.data import providers
+from genai_prices.data_snapshot import DataSnapshot
 from genai_prices.types import ModelPrice, TieredPrices
 
-from proxy.pricing import Rates, Tier, TokenCard, rates_of
+from proxy.pricing import MODELS_REMEMBERED_AT_MOST, Rates, Tier, TokenCard, rates_of
 
 
 class BuiltinPrices:
-    """Looks models up. Its data has no date that can be read, so a card carries the package's version."""
+    """Looks models up. Its data has no date that can be read, so a card carries the package's version.
+
+    It has a snapshot of its own, made anew now and then: one remembers each name that it was ever asked for.
+    """
 
     def __init__(self) -> None:
         self._source = f"genai-prices {version('genai-prices')}"
+        self._asked = 0
+        self._snapshot = DataSnapshot(providers, from_auto_update=False)
 
     def card(self, model: str, upstream: str) -> TokenCard | None:
-        """The card of `model` at the API whose URL is `upstream`, or None where the data has none."""
+        """The card of `model` at the API whose URL is `upstream`, or None where the data has none.
+
+        With an empty `upstream` the provider is told by the model's name.
+        """
+        self._asked += 1
+        if self._asked % MODELS_REMEMBERED_AT_MOST == 0:
+            self._snapshot = DataSnapshot(providers, from_auto_update=False)
         try:
-            found = genai_prices.calc_price(
-                genai_prices.Usage(input_tokens=0), model_ref=model, provider_api_url=upstream
-            )
+            found = self._snapshot.calc(Usage(input_tokens=0), model, None, upstream or None, None)
         # what it raises for unknown models, providers and odd data, as its own documentation and tests show
         except (LookupError, ValueError, TypeError, AttributeError, DecimalException):
             return None

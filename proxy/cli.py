@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from proxy.cli_prices import prices
 from proxy.errors import CairnError, ConfigError
 
 if TYPE_CHECKING:
@@ -167,6 +168,9 @@ def check_config(file: Path) -> None:
     for warning in loaded.warnings:
         click.echo(f"cairn: {warning}", err=True)
     click.echo(as_yaml(loaded.config), nl=False)
+
+
+cli.add_command(prices)
 
 
 @cli.command(hidden=True)

@@ -26,6 +26,8 @@ from proxy.settings import (
     Log,
     Pool,
     PoolKind,
+    Price,
+    PriceTier,
     Redis,
     Replica,
     Routing,
@@ -42,7 +44,8 @@ from proxy.settings import (
 )
 
 __all__ = [
-    "Admin", "Client", "Config", "ConfigError", "Loaded", "Log", "Pool", "PoolKind", "Redis", "Replica", "Routing",
+    "Admin", "Client", "Config", "ConfigError", "Loaded", "Log", "Pool", "PoolKind", "Price", "PriceTier", "Redis",
+    "Replica", "Routing",
     "Secret", "SecretUrl", "Server", "Tenancy", "Tenants", "Upstream", "as_yaml", "load", "process_environment",
     "worker_environment",
 ]  # fmt: skip

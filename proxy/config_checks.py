@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
+from decimal import Decimal
 from urllib.parse import urlsplit
 
-from proxy.settings import Config, Pool, PoolKind, Replica, SecretUrl
+from proxy.settings import Config, Pool, PoolKind, Price, PriceTier, Replica, SecretUrl
 
 Problem = tuple[str, str]  # path, text
 
 _REDIS_SCHEMES = frozenset(
     {"redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"}
 )
+_AMOUNT_MOST = Decimal(1_000_000)  # of anything in a rate card; more is a slip of the unit
+_TOKEN_AMOUNTS = ("input", "output", "cached_read", "cache_write_5m", "cache_write_1h")
+_GPU_AMOUNTS = ("usd_per_gpu_hour", "gpus_per_replica")
 # names that public resolvers do not know: RFC 6762, 8375, 9476 and what clusters use
 _PRIVATE_SUFFIXES = (".local", ".internal", ".lan", ".svc", ".home.arpa", ".test", ".localhost", ".cluster.local")
 
@@ -23,6 +27,7 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _redis(config.redis.url)
     yield from _pools(config)
     yield from _clients(config)
+    yield from _prices(config)
 
 
 def is_loopback(host: str) -> bool:
@@ -140,6 +145,51 @@ def _clients(config: Config) -> Iterator[Problem]:
         yield from _twice(names.setdefault(client.name, path), path, "name", client.name)
         yield from _twice(keys.setdefault(client.key_sha256.lower(), path), path, "key_sha256", "the same key")
         yield from _models(path, client.models)
+
+
+def _prices(config: Config) -> Iterator[Problem]:
+    seen: dict[tuple[str, str, str], str] = {}
+    for p, price in enumerate(config.prices):
+        path = f"$.prices[{p}]"
+        key = (price.model, price.upstream, str(price.valid_from or ""))
+        yield from _twice(seen.setdefault(key, path), path, "valid_from", "a card for the same models and date")
+        yield from _amounts(path, price, (*_TOKEN_AMOUNTS, *_GPU_AMOUNTS, "usd_per_unit"))
+        if price.usd_per_unit is not None and price.currency == "USD":
+            yield f"{path}.usd_per_unit", "is for a card in another currency"
+        yield from (_engine_card if price.usd_per_gpu_hour is not None else _token_card)(path, price)
+
+
+def _token_card(path: str, price: Price) -> Iterator[Problem]:
+    if price.input is None:
+        yield path, "has neither input and output (per million tokens) nor usd_per_gpu_hour"
+        return
+    if price.output is None:
+        yield f"{path}.output", "is needed beside input; 0 where nothing is generated"
+    if price.gpus_per_replica is not None:
+        yield f"{path}.gpus_per_replica", "is for a card with usd_per_gpu_hour"
+    reached = 0
+    for t, tier in enumerate(price.tiers):
+        yield from _amounts(f"{path}.tiers[{t}]", tier, _TOKEN_AMOUNTS)
+        if tier.above_prompt_tokens <= reached:
+            yield f"{path}.tiers[{t}].above_prompt_tokens", "is not above the tier before"
+        reached = tier.above_prompt_tokens
+
+
+def _engine_card(path: str, price: Price) -> Iterator[Problem]:
+    for field in (*_TOKEN_AMOUNTS, "tiers"):
+        if getattr(price, field) not in (None, ()):
+            yield f"{path}.{field}", "prices tokens, and usd_per_gpu_hour prices seconds; one of them is enough"
+    if price.gpus_per_replica == 0:
+        yield f"{path}.gpus_per_replica", "is zero"
+    if price.currency != "USD":
+        yield f"{path}.currency", "a price of GPUs is in USD"
+
+
+def _amounts(path: str, card: Price | PriceTier, fields: tuple[str, ...]) -> Iterator[Problem]:
+    for field in fields:
+        amount: Decimal | None = getattr(card, field)
+        if amount is not None and not (amount.is_finite() and 0 <= amount <= _AMOUNT_MOST):
+            yield f"{path}.{field}", f"expected a number from 0 to {_AMOUNT_MOST:,}"
 
 
 def _twice(first: str, path: str, field: str, what: str) -> Iterator[Problem]:

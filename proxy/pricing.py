@@ -88,7 +88,8 @@ Card = TokenCard | GpuCard
 
 
 class Rule(msgspec.Struct, frozen=True):
-    """An operator's card and where it applies: globs over model and upstream, from a date on (ISO; empty: always)."""
+    """An operator's card and where it applies: globs over the model and over the upstream's URL or name, from a date
+    on (ISO; empty: always)."""
 
     model: str
     upstream: str
@@ -118,31 +119,52 @@ class Bill(msgspec.Struct, frozen=True, gc=False):
 class PriceBook:
     """Finds the card for a model at an upstream, once for each, and remembers it in a bounded table.
 
-    `builtin` answers (model, upstream URL) with a card or None and never raises.
+    Rules are tried in their order, but of those with the same globs the newest that has come stands. `builtin`
+    answers (model, upstream URL) with a card or None and never raises.
     """
 
     def __init__(self, rules: Sequence[Rule], builtin: Callable[[str, str], TokenCard | None]) -> None:
-        # the newest of equally fitting rules stands first
-        self._rules = sorted(rules, key=lambda rule: rule.valid_from, reverse=True)
+        self._rules = _newest_of_equals_first(rules)
         self._builtin = builtin
-        self._resolved: dict[tuple[str, str, str], Card | Unpriced] = {}
+        self._resolved: dict[tuple[str, str, str, str], Card | Unpriced] = {}
 
-    def card(self, model: str, upstream: str, day: str) -> Card | Unpriced:
-        """The card for `model` (as sent) at `upstream` (its URL) on `day` (ISO date), or why there is none."""
-        key = (model, upstream, day)
+    def adopt(self, rules: Sequence[Rule]) -> None:
+        """Go by other rules from now on."""
+        self._rules = _newest_of_equals_first(rules)
+        self._resolved.clear()
+
+    def card(self, model: str, upstream: str, day: str, name: str = "") -> Card | Unpriced:
+        """The card for `model` (as sent) at `upstream` (its URL) on `day` (ISO date), or why there is none.
+
+        `name` is the upstream's in the configuration, which a rule may name as well.
+        """
+        key = (model, upstream, day, name)
         card = self._resolved.get(key)
         if card is None:
-            card = self._resolve(model, upstream, day)
+            card = self._resolve(model, (upstream, name), day)
             if len(self._resolved) >= MODELS_REMEMBERED_AT_MOST:
                 self._resolved.clear()
             self._resolved[key] = card
         return card
 
-    def _resolve(self, model: str, upstream: str, day: str) -> Card | Unpriced:
+    def _resolve(self, model: str, upstream: tuple[str, str], day: str) -> Card | Unpriced:
         for rule in self._rules:
-            if rule.valid_from <= day and fnmatchcase(model, rule.model) and fnmatchcase(upstream, rule.upstream):
+            if (
+                rule.valid_from <= day
+                and fnmatchcase(model, rule.model)
+                and any(fnmatchcase(address, rule.upstream) for address in upstream)
+            ):
                 return rule.card
-        return self._builtin(model, upstream) or Unpriced.NO_CARD
+        return self._builtin(model, upstream[0]) or Unpriced.NO_CARD
+
+
+def _newest_of_equals_first(rules: Sequence[Rule]) -> list[Rule]:
+    groups: dict[tuple[str, str], list[Rule]] = {}
+    for rule in rules:
+        groups.setdefault((rule.model, rule.upstream), []).append(rule)
+    return [
+        rule for group in groups.values() for rule in sorted(group, key=lambda rule: rule.valid_from, reverse=True)
+    ]
 
 
 def bill(usage: Usage, card: Card, prefill_tokens_per_second: float | None) -> Bill | Unpriced:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import enum
 import re
+from datetime import date
+from decimal import Decimal
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -253,6 +255,39 @@ class Log(Section, frozen=True):
     access: bool = True
 
 
+class PriceTier(Section, frozen=True):
+    """What every token of a request costs whose prompt is longer; fields as of `Price`."""
+
+    above_prompt_tokens: Count
+    input: Decimal
+    output: Decimal
+    cached_read: Decimal | None = None
+    cache_write_5m: Decimal | None = None
+    cache_write_1h: Decimal | None = None
+
+
+class Price(Section, frozen=True):
+    """A rate card, and where it applies: globs over the model and over the replica's name or URL, from a day on.
+
+    Either a provider's, in `currency` per million tokens (what is left out costs what `input` does), or an engine's,
+    by the hour of one GPU. Of cards with the same globs the newest that has come stands, else the first in the file.
+    """
+
+    model: Annotated[str, Meta(min_length=1, max_length=256)] = "*"
+    upstream: Annotated[str, Meta(min_length=1, max_length=1024)] = "*"
+    valid_from: date | None = None
+    currency: Annotated[str, Meta(pattern=r"^[A-Z]{3}$")] = "USD"
+    usd_per_unit: Decimal | None = None  # of another currency; without it the card prices nothing, and says so
+    input: Decimal | None = None
+    output: Decimal | None = None
+    cached_read: Decimal | None = None
+    cache_write_5m: Decimal | None = None
+    cache_write_1h: Decimal | None = None
+    tiers: Annotated[tuple[PriceTier, ...], Meta(max_length=16)] = ()
+    usd_per_gpu_hour: Decimal | None = None
+    gpus_per_replica: Decimal | None = None  # by default one
+
+
 class Config(Section, frozen=True):
     """The whole of it."""
 
@@ -265,6 +300,7 @@ class Config(Section, frozen=True):
     tenants: Tenants = Tenants()
     upstream: Upstream = Upstream()
     routing: Routing = Routing()
+    prices: Annotated[tuple[Price, ...], Meta(max_length=1024)] = ()  # before the built-in data
     log: Log = Log()
 
     @property

@@ -134,3 +134,14 @@ def test_the_built_in_data_has_rates_and_tiers_and_says_where_from() -> None:
 def test_what_the_built_in_data_cannot_find_is_none_and_never_raised(upstream: str) -> None:
     """Self-hosted and unknown upstreams have no price of their own."""
     assert BuiltinPrices().card("no-such-model", upstream) is None
+
+
+def test_made_up_names_do_not_grow_the_built_in_data() -> None:
+    """The package remembers each name that it was ever asked for; its snapshot is made anew now and then."""
+    prices = BuiltinPrices()
+    for number in range(3 * MODELS_REMEMBERED_AT_MOST):
+        assert prices.card(f"m{number}", "http://127.0.0.1:8000/v1") is None
+    snapshot = prices._snapshot
+    assert len(snapshot._provider_misses) + len(snapshot._lookup_cache) <= MODELS_REMEMBERED_AT_MOST
+    assert len(snapshot._provider_cache) <= MODELS_REMEMBERED_AT_MOST
+    assert prices.card("claude-sonnet-4-5", "https://api.anthropic.com/v1") is not None
