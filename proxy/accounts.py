@@ -41,7 +41,7 @@ class ModelNames:
 
 
 class Accounts:
-    """Counts into `recorder`. `rate_of` gives a replica's prefill rate (tokens per second) by its number."""
+    """Counts into `recorder`. `rate_of` gives a replica's measured prefill rate (tokens per second), or None."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Accounts:
         names: ModelNames,
         prices: PriceBook,
         pools: Pools,
-        rate_of: Callable[[int], float],
+        rate_of: Callable[[int], float | None],
         unix_seconds: Callable[[], float],
     ) -> None:
         self._recorder = recorder
@@ -140,7 +140,7 @@ class Accounts:
     def _count_money(self, outcome: Outcome, usage: Usage, model: str, upstream: str, replica: int) -> None:
         recorder, labels, rate = self._recorder, (model, upstream), self._rate_of(replica)
         backend = self._pools.backends[replica]
-        if usage.cached_tokens and not backend.is_provider:
+        if usage.cached_tokens and rate and not backend.is_provider:
             recorder.inc(metrics.PREFILL_SAVED, labels, usage.cached_tokens / rate)
         card = self._prices.card(outcome.model or "", backend.url, self._today(), backend.name)
         bill = card if isinstance(card, Unpriced) else pricing.bill(usage, card, rate)

@@ -117,7 +117,7 @@ class Worker:
         self._queues()
         attempts = Attempts(self.fleet, self.journal, Gate(), self.queues, self.board.changed, clock)
         self.prices = PriceBook(rules_of(config.prices), builtin_prices.card)
-        accounts = Accounts(self.recorder, self.names, self.prices, self.pools, self.fleet.rate_of, clock.unix)
+        accounts = Accounts(self.recorder, self.names, self.prices, self.pools, self.fleet.measured_rate, clock.unix)
         self.access_log = AccessLog() if config.log.access else None
         settlement = Settlement(self.journal, self.fleet, self.tokens, accounts, self.access_log, clock)
         relay = Relay(

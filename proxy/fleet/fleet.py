@@ -50,43 +50,42 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
 class ShareRow(NamedTuple):
     """One replica's work as one process has it, for the others. Ages are seconds before it was written.
 
-    `pending_tokens` is gross (the running head's progress not taken off, so that readers can take it off once for
-    all writers); `overdue_seconds` is how far the head is past its predicted first token, 0 where it is not.
+    `pending_tokens` is gross: the running head's progress is not taken off, so that readers can take it off once for
+    all writers. The head is this process's oldest prefill: its tokens, since when it was sent, and how far it is past
+    its predicted first token (0 where it is not). `released_seconds` is since when the last prefill ended there.
     """
 
     pending_tokens: float
     in_flight: float
     head_tokens: float
-    working_seconds: float
+    head_seconds: float
     overdue_seconds: float
+    released_seconds: float
 
 
 class _Peers:
-    """What all other processes have under way on one replica."""
+    """What all other processes have under way on one replica. Times by this process's clock."""
 
-    __slots__ = ("head_tokens", "in_flight", "late_since", "pending_tokens", "working_since_seconds")
+    __slots__ = ("heads", "in_flight", "pending_tokens", "released_seconds")
 
     def __init__(self) -> None:
-        self.pending_tokens = 0.0
+        self.pending_tokens = 0
         self.in_flight = 0
-        self.head_tokens = 0.0
-        self.working_since_seconds = 0.0
-        self.late_since: dict[str, float] = {}
+        self.released_seconds = 0.0
+        self.heads: dict[str, tuple[float, int, float]] = {}  # by peer: sent, tokens, due or later
 
     def add(self, peer: str, row: ShareRow, now_seconds: float) -> None:
         self.pending_tokens += row.pending_tokens
-        self.in_flight += int(row.in_flight)
-        since = now_seconds - row.working_seconds
-        if row.head_tokens and since >= self.working_since_seconds:
-            self.working_since_seconds = since
-            self.head_tokens = row.head_tokens
-        if row.overdue_seconds > 0:
-            self.late_since[peer] = now_seconds - row.overdue_seconds
+        self.in_flight += row.in_flight
+        self.released_seconds = max(self.released_seconds, now_seconds - row.released_seconds)
+        if row.head_tokens:
+            due = now_seconds - row.overdue_seconds if row.overdue_seconds > 0 else float("inf")
+            self.heads[peer] = (now_seconds - row.head_seconds, row.head_tokens, due)
 
     def remove(self, peer: str, row: ShareRow) -> None:
         self.pending_tokens -= row.pending_tokens
-        self.in_flight -= int(row.in_flight)
-        self.late_since.pop(peer, None)
+        self.in_flight -= row.in_flight
+        self.heads.pop(peer, None)
 
 
 class _Replica:
@@ -110,20 +109,22 @@ class _Replica:
         """Pending tokens net of the running head's progress, and lateness in seconds, of all processes together."""
         work, peers = self.work, self.peers
         work.settle(now_seconds)
-        head = work.head
-        if head is None:
-            if not peers.pending_tokens:
-                return work.pending_tokens, 0.0
-            since, head_tokens, late = peers.working_since_seconds, float(peers.head_tokens), 0.0
-        else:
-            since, head_tokens = work.working_since_seconds, head.uncached_tokens
-            late = 0.0 if head.plain else max(now_seconds - head.due_seconds, 0.0)
-            if peers.pending_tokens and peers.working_since_seconds > since:
-                since, head_tokens = peers.working_since_seconds, float(peers.head_tokens)
-        for since_late in peers.late_since.values():
-            late = max(late, now_seconds - since_late)
+        head, late = work.head, 0.0
+        sent, head_tokens = float("inf"), 0.0
+        if head is not None:
+            sent, head_tokens = head.sent_seconds, head.uncached_tokens
+            if not head.plain and now_seconds > head.due_seconds:
+                late = now_seconds - head.due_seconds
+        for peer_sent, tokens, due in peers.heads.values():
+            late = max(late, now_seconds - due)
+            if peer_sent < sent:
+                sent, head_tokens = peer_sent, float(tokens)
         total = work.pending_tokens + peers.pending_tokens
-        return max(total - min((now_seconds - since) * self.rate_now, head_tokens), 0.0), late
+        if not head_tokens:
+            return total, late
+        since = max(sent, work.released_seconds, peers.released_seconds)
+        done = min(max(now_seconds - since, 0.0) * self.rate_now, head_tokens)
+        return max(total - done, 0.0), late
 
     def view(self, now_seconds: float, in_flight_seconds: float) -> ReplicaView:
         """A frozen row; the same object again while nothing happens here."""
@@ -269,7 +270,7 @@ class Fleet:
     def first_token(self, charge: Charge, now_seconds: float) -> None:
         """The prefill is done: release its part. May come twice."""
         replica = self._replicas[charge.replica]
-        replica.work.first_token(charge, now_seconds, replica.peers.working_since_seconds)
+        replica.work.first_token(charge, now_seconds, replica.peers.released_seconds)
 
     def finish(self, charge: Charge, now_seconds: float) -> None:
         """The request is over: release all of it. May come twice, and after `client_left`."""
@@ -344,6 +345,10 @@ class Fleet:
         """Uncached tokens per second: learned, configured, or the pool's median."""
         return self._replicas[number].rate_now
 
+    def measured_rate(self, number: int) -> float | None:
+        """Uncached tokens per second that the replica has really shown (or was configured with), else None."""
+        return self._replicas[number].rate.measured
+
     def _rates_changed(self, pool: str) -> None:
         replicas = self._pools.get(pool, ())
         known = [own for replica in replicas if (own := replica.rate.own) is not None]
@@ -364,17 +369,20 @@ class Fleet:
             for replica in pool:
                 work = replica.work
                 work.settle(now_seconds)
-                head = work.head
+                head, released = work.head, now_seconds - work.released_seconds
                 if head is not None:
                     rows[replica.spec.name] = ShareRow(
                         round(work.pending_tokens),
                         work.in_flight,
-                        round(head.uncached_tokens),
-                        now_seconds - work.working_since_seconds,
+                        max(round(head.uncached_tokens), 1),
+                        now_seconds - head.sent_seconds,
                         0.0 if head.plain else max(now_seconds - head.due_seconds, 0.0),
+                        released,
                     )
-                elif work.in_flight or work.pending_tokens:
-                    rows[replica.spec.name] = ShareRow(round(work.pending_tokens), work.in_flight, 0, 0.0, 0.0)
+                elif work.in_flight or work.pending_tokens or released < PEER_SILENCE_SECONDS:
+                    rows[replica.spec.name] = ShareRow(
+                        round(work.pending_tokens), work.in_flight, 0, 0.0, 0.0, released
+                    )
         return rows
 
     def absorb(self, peer: str, rows: Mapping[str, tuple[float, ...]], now_seconds: float) -> None:

@@ -55,6 +55,11 @@ class PrefillRate:
         return self._sorted[min(int(count * PERCENTILE), count - 1)] if count >= ENOUGH else None
 
     @property
+    def measured(self) -> float | None:
+        """What the replica has shown so far, were it once; for accounts, where a guess would be a made-up saving."""
+        return self.learned or (self._sorted[len(self._sorted) // 2] if self._sorted else self.configured)
+
+    @property
     def own(self) -> float | None:
         """Learned, else configured, else None: the pool's is for the caller to take."""
         learned = self.learned

@@ -25,6 +25,7 @@ class Charge:
         "prefill_seconds",
         "present",
         "replica",
+        "sent_seconds",
         "started",
         "uncached_tokens",
     )
@@ -35,6 +36,7 @@ class Charge:
         self.due_seconds = 0.0  # predicted first token, from its start on
         self.plain = plain  # no first token to be seen: its prefill ends when predicted
         self.gated = gated  # waits at the cold gate, so it is not in flight there
+        self.sent_seconds = 0.0
         self.started = False  # it was sent; before that it waits here, at the gate or in the queue
         self.pending = True
         self.present = True
@@ -45,12 +47,12 @@ class Charge:
 class Work:
     """The charges of one replica."""
 
-    __slots__ = ("_started", "_started_tokens", "in_flight", "pending_tokens", "working_since_seconds")
+    __slots__ = ("_started", "_started_tokens", "in_flight", "pending_tokens", "released_seconds")
 
     def __init__(self) -> None:
         self.pending_tokens = 0.0
         self.in_flight = 0
-        self.working_since_seconds = 0.0  # when the running head began, as far as can be seen
+        self.released_seconds = 0.0  # when a prefill was last seen to end here
         self._started: deque[Charge] = deque()
         self._started_tokens = 0.0
 
@@ -70,24 +72,24 @@ class Work:
             self.in_flight += 1
         if not charge.pending:
             return
-        if not self._started:
-            self.working_since_seconds = now_seconds
+        charge.sent_seconds = now_seconds
         ahead = self._started_tokens - self.progress_tokens(rate, now_seconds) + elsewhere_tokens
         charge.due_seconds = now_seconds + (ahead + charge.uncached_tokens) / rate
         self._started.append(charge)
         self._started_tokens += charge.uncached_tokens
 
-    def first_token(self, charge: Charge, now_seconds: float, elsewhere_since_seconds: float = 0.0) -> None:
+    def first_token(self, charge: Charge, now_seconds: float, elsewhere_seconds: float = 0.0) -> None:
         """Its prefill is done, and the next one's begins.
 
-        The head's own took since it became the head, or since another process's was done there (`elsewhere_since`):
-        a TTFT less the wait for what was charged before.
+        The head's own took since it was sent, or since the one before it was done, here or (`elsewhere_seconds`) in
+        another process: a TTFT less the wait for what was charged before.
         """
         if charge.pending:
             if self.head is charge:
-                charge.prefill_seconds = now_seconds - max(self.working_since_seconds, elsewhere_since_seconds)
+                since = max(self.released_seconds, elsewhere_seconds, charge.sent_seconds)
+                charge.prefill_seconds = now_seconds - since
             self._drop(charge)
-            self.working_since_seconds = now_seconds
+            self.released_seconds = now_seconds
 
     def leave(self, charge: Charge) -> None:
         """Its client is gone: no longer in flight, but an engine that has it goes on with the prefill, so that part
@@ -106,14 +108,14 @@ class Work:
             was_head = self.head is charge
             self._drop(charge)
             if was_head:
-                self.working_since_seconds = now_seconds
+                self.released_seconds = now_seconds
 
     def settle(self, now_seconds: float) -> None:
         """Release the heads whose first token nobody will see, when it was due."""
         started = self._started
         while started and (head := started[0]).plain and head.due_seconds <= now_seconds:
             self._drop(head)
-            self.working_since_seconds = max(self.working_since_seconds, head.due_seconds)
+            self.released_seconds = max(self.released_seconds, head.due_seconds)
 
     @property
     def head(self) -> Charge | None:
@@ -123,7 +125,10 @@ class Work:
     def progress_tokens(self, rate: float, now_seconds: float) -> float:
         """What the running head must have done by now, at most all it has."""
         head = self.head
-        return 0.0 if head is None else min((now_seconds - self.working_since_seconds) * rate, head.uncached_tokens)
+        if head is None:
+            return 0.0
+        since = max(self.released_seconds, head.sent_seconds)
+        return min((now_seconds - since) * rate, head.uncached_tokens)
 
     def _absent(self, charge: Charge) -> None:
         if charge.present:

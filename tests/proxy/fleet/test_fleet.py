@@ -183,7 +183,7 @@ def test_a_prefill_is_measured_without_the_wait_for_what_was_charged_before():
         now += 10.0
     assert fleet.rate_of(0) == pytest.approx(2_000.0)
     charge = fleet.charge(0, 1_000.0, now)
-    fleet.absorb("other", {"a": ShareRow(500, 1, 500, 0.0, 0.0)}, now + 0.3)
+    fleet.absorb("other", {"a": ShareRow(0, 0, 0, 0.0, 0.0, 0.0)}, now + 0.3)
     fleet.first_token(charge, now + 0.8)
     assert charge.prefill_seconds == pytest.approx(0.5)
 
@@ -329,7 +329,9 @@ def test_two_processes_see_each_others_work():
 def test_the_work_of_a_process_that_falls_silent_dies_with_it():
     """After a second without a word."""
     fleet = fleet_of("a")
-    fleet.absorb("other", {"a": ShareRow(400, 3, 400, 0.0, 0.0), "unknown": ShareRow(1, 1, 1, 0.0, 0.0)}, 0.0)
+    fleet.absorb(
+        "other", {"a": ShareRow(400, 3, 400, 0.0, 0.0, 9.0), "unknown": ShareRow(1, 1, 1, 0.0, 0.0, 9.0)}, 0.0
+    )
     assert row(fleet, now=0.99).in_flight == 3
     assert row(fleet, now=1.0).in_flight == 0
     assert row(fleet, now=1.0).pending_tokens == 0.0
@@ -339,7 +341,7 @@ def test_what_exceeds_the_limit_is_seen_as_queued():
     """Of all processes together."""
     fleet = fleet_of("a", limit=2)
     fleet.charge(0, 1.0, 0.0)
-    fleet.absorb("other", {"a": ShareRow(0, 3, 0, 0.0, 0.0)}, 0.0)
+    fleet.absorb("other", {"a": ShareRow(0, 3, 0, 0.0, 0.0, 9.0)}, 0.0)
     assert row(fleet).queued == 2
     fleet.set_limit(0, 100)  # a configured limit stands
     assert row(fleet).in_flight_limit == 2

@@ -1,0 +1,248 @@
+"""Answers to clients over real sockets: framing, back-pressure, breaking off, limits of bodies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from aiohttp import web
+
+from proxy.downstream import ClientAnswer, read_body, stream_body
+from proxy.errors import CairnError, RequestTimeout, TooLarge
+
+Play = Callable[[web.BaseRequest, ClientAnswer], Awaitable[None]]
+
+
+@asynccontextmanager
+async def serving(play: Play, write_seconds: float = 10.0) -> AsyncIterator[int]:
+    """A server whose every request is answered by `play`; yields its port."""
+
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        answer = ClientAnswer(request, write_seconds)
+        await play(request, answer)
+        return answer
+
+    runner = web.ServerRunner(web.Server(handle, handler_cancellation=True, auto_decompress=False))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+async def talk(port: int, *pieces: bytes, until_close: bool = True) -> bytes:
+    """Send raw bytes; give what comes until the server closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+        async with asyncio.timeout(5):
+            return await reader.read(-1)
+    finally:
+        writer.close()
+
+
+GET = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+
+
+async def test_a_whole_answer_has_its_length_and_its_headers_as_given() -> None:
+    """One write of head and body."""
+
+    async def play(request: web.BaseRequest, answer: ClientAnswer) -> None:
+        answer.send(200, b"OK", [(b"x-a", b"1"), (b"x-a", b"2")], b"hello")
+
+    async with serving(play) as port:
+        got = await talk(port, GET)
+    head, _, body = got.partition(b"\r\n\r\n")
+    assert head.split(b"\r\n") == [
+        b"HTTP/1.1 200 OK", b"x-a: 1", b"x-a: 2", b"content-length: 5", b"connection: close",
+    ]  # fmt: skip
+    assert body == b"hello"
+
+
+async def test_a_connection_serves_the_next_request_after_each_framing() -> None:
+    """Length, chunks and no body at all leave the connection in step."""
+    plays = iter(["length", "chunked", "empty", "head"])
+
+    async def play(request: web.BaseRequest, answer: ClientAnswer) -> None:
+        kind = next(plays)
+        if kind == "length":
+            answer.begin(200, b"OK", [], 4)
+            await answer.write(b"ab")
+            await answer.write(b"cd")
+        elif kind == "chunked":
+            answer.begin(200, b"OK", [], None)
+            await answer.write(b"abc")
+        elif kind == "empty":
+            answer.begin(204, b"No Content", [], None)
+        else:
+            answer.begin(200, b"OK", [], 9)
+            await answer.write(b"never sent")
+        answer.end()
+
+    again = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+    last = b"HEAD / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    async with serving(play) as port:
+        got = await talk(port, again, again, again, last)
+    assert got == (
+        b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nabcd"
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+        b"HTTP/1.1 204 No Content\r\n\r\n"
+        b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\nconnection: close\r\n\r\n"
+    )
+
+
+async def test_a_client_of_http_1_0_gets_no_chunks() -> None:
+    """The end of the connection is the end of the body."""
+
+    async def play(request: web.BaseRequest, answer: ClientAnswer) -> None:
+        answer.begin(200, b"OK", [], None)
+        await answer.write(b"abc")
+        answer.end()
+
+    async with serving(play) as port:
+        got = await talk(port, b"GET / HTTP/1.0\r\nhost: x\r\n\r\n")
+    assert got == b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nabc"
+
+
+@pytest.mark.parametrize("length", [None, 100])
+async def test_an_answer_that_is_broken_off_does_not_look_whole(length: int | None) -> None:
+    """No terminator, and fewer bytes than announced."""
+
+    async def play(request: web.BaseRequest, answer: ClientAnswer) -> None:
+        answer.begin(200, b"OK", [], length)
+        await answer.write(b"abc")
+        answer.write_last(b"def")
+        answer.break_off()
+
+    async with serving(play) as port:
+        got = await talk(port, GET.replace(b"connection: close\r\n", b""))
+    assert b"def" in got
+    assert not got.endswith(b"0\r\n\r\n")
+
+
+async def test_an_answer_shorter_than_announced_ends_the_connection() -> None:
+    """The client must see that bytes are missing."""
+
+    async def play(request: web.BaseRequest, answer: ClientAnswer) -> None:
+        answer.begin(200, b"OK", [], 100)
+        await answer.write(b"abc")
+        answer.end()
+
+    async with serving(play) as port:
+        assert (await talk(port, GET.replace(b"connection: close\r\n", b""))).endswith(b"abc")
+
+
+async def test_a_slow_reader_holds_the_writer_back() -> None:
+    """What is not read does not pile up in memory."""
+    written = 0
+    piece = b"x" * 65_536
+
+    async def play(request: web.BaseRequest, answer: ClientAnswer) -> None:
+        nonlocal written
+        answer.begin(200, b"OK", [], None)
+        for _ in range(4096):  # 256 MB, if nobody held it back
+            await answer.write(piece)
+            written += len(piece)
+
+    async with serving(play) as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET)
+        for _ in range(200):
+            await asyncio.sleep(0)
+        before = -1
+        while before != written:  # until it stands still
+            before = written
+            for _ in range(50):
+                await asyncio.sleep(0)
+        assert written < 32 * 1024 * 1024
+        writer.transport.abort()
+
+
+async def test_a_reader_that_never_reads_is_given_up() -> None:
+    """A write waits for its limit and no longer."""
+    failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def play(request: web.BaseRequest, answer: ClientAnswer) -> None:
+        answer.begin(200, b"OK", [], None)
+        try:
+            while True:
+                await answer.write(b"x" * 65_536)
+        except TimeoutError as error:
+            failed.set_result(type(error).__name__)
+            answer.break_off()
+
+    async with serving(play, write_seconds=0.05) as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET)
+        async with asyncio.timeout(5):
+            assert await failed == "TimeoutError"
+        writer.transport.abort()
+
+
+async def read_by(limit_bytes: int, limit_seconds: float, *pieces: bytes) -> object:
+    """What `read_body` gives or raises for a raw request."""
+    outcome: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+
+    async def play(request: web.BaseRequest, answer: ClientAnswer) -> None:
+        try:
+            outcome.set_result(await read_body(request, limit_bytes, limit_seconds))
+        except CairnError as error:
+            outcome.set_result(error)
+        answer.send(200, b"OK", [], b"")
+
+    async with serving(play) as port:
+        asked = asyncio.get_running_loop().create_task(talk(port, *pieces))
+        async with asyncio.timeout(5):
+            result = await outcome
+        asked.cancel()
+        return result
+
+
+HEAD = b"POST / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+
+
+async def test_a_body_is_read_whole_however_it_is_cut() -> None:
+    """Declared and chunked, in one piece and in many."""
+    assert await read_by(99, 1, HEAD + b"content-length: 6\r\n\r\n", b"abc", b"def") == b"abcdef"
+    chunks = b"3\r\nabc\r\n3\r\ndef\r\n0\r\n\r\n"
+    assert await read_by(99, 1, HEAD + b"transfer-encoding: chunked\r\n\r\n" + chunks) == b"abcdef"
+    assert await read_by(99, 1, HEAD + b"content-length: 0\r\n\r\n") == b""
+
+
+async def test_a_body_over_the_limit_is_refused() -> None:
+    """By its declared length before a byte of it, by its chunks as soon as they exceed it."""
+    assert isinstance(await read_by(5, 1, HEAD + b"content-length: 6\r\n\r\n"), TooLarge)
+    chunked = HEAD + b"transfer-encoding: chunked\r\n\r\n6\r\nabcdef\r\n"
+    assert isinstance(await read_by(5, 1, chunked), TooLarge)
+
+
+async def test_a_body_that_does_not_come_is_a_408() -> None:
+    """The limit is of time, too."""
+    late = await read_by(99, 0.02, HEAD + b"content-length: 6\r\n\r\nabc")
+    assert isinstance(late, RequestTimeout)
+    assert late.status == 408
+
+
+async def test_a_body_is_passed_through_piece_by_piece() -> None:
+    """Nothing is gathered, and a stall is noticed."""
+    outcome: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+
+    async def play(request: web.BaseRequest, answer: ClientAnswer) -> None:
+        got = b""
+        try:
+            async for piece in stream_body(request, 0.05):
+                got += piece
+        except RequestTimeout as error:
+            outcome.set_result((got, error.status))
+        answer.send(200, b"OK", [], b"")
+
+    async with serving(play) as port:
+        asked = asyncio.get_running_loop().create_task(talk(port, HEAD + b"content-length: 6\r\n\r\n", b"abc"))
+        async with asyncio.timeout(5):
+            assert await outcome == (b"abc", 408)
+        asked.cancel()
