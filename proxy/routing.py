@@ -9,9 +9,9 @@ The cost of replica r for a prompt p, in seconds:
 
 The first term is the time until r could start; the second what p computes there, counted for itself and `a` times
 more for those that will wait behind it, with `a = 1 + 1.5 x the shortest queue of all, in seconds`: the longer every
-queue, the dearer it is to compute anything twice. The third is the price of decoding beside others, the last repels from a
-replica that stalls. Nothing here drops affinity at a threshold: a hot prefix is computed a second time exactly where
-waiting for its holder costs more.
+queue, the dearer it is to compute anything twice. The third is the price of decoding beside others, the last repels
+from a replica that stalls. Nothing here drops affinity at a threshold: a hot prefix is computed a second time exactly
+where waiting for its holder costs more.
 """
 
 from __future__ import annotations

@@ -9,11 +9,14 @@ from collections.abc import Callable
 from random import Random
 
 from benchmarks.fleet.trace import Request
-from cache.index import Placement, PrefixIndex
+from cache.index import Feedback, Placement, PrefixIndex
 from proxy.fleet import Charge, Fleet, ReplicaSpec
 from proxy.routing import Demand, plan
 
 POOL = "pool"
+HEARTBEAT_SECONDS = 0.25
+"""A proxy with work under way says so this often, or the others take it for dead after a second."""
+
 At = Callable[[float, Callable[[float], None]], None]
 
 
@@ -48,12 +51,16 @@ class Proxy:
     def started(self, request: Request, now: float) -> None:
         self.fleet.start(self._under_way[request.number][1], now)
 
-    def first_token(self, request: Request, cached_tokens: int, now: float) -> None:
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._under_way)
+
+    def first_token(self, request: Request, cached_tokens: int, now: float) -> tuple[Placement, Feedback]:
         placement, charge = self._under_way[request.number]
         self.fleet.first_token(charge, now)
         self.fleet.observe_prefill(charge, request.input_tokens - cached_tokens)
-        self.index.answered(placement, request.input_tokens, cached_tokens, 0, now)
         self._first_tokens[request.number] = now
+        return placement, self.index.answered(placement, request.input_tokens, cached_tokens, 0, now)
 
     def ended(self, request: Request, replica: int, now: float) -> None:
         _, charge = self._under_way.pop(request.number)
@@ -78,6 +85,7 @@ class Cairn:
         self._at = at
         self._delay_seconds = delay_seconds
         self._ordered = ordered
+        self._beating: list[Proxy] = []
 
     def route(self, request: Request, now: float) -> tuple[int, float]:
         proxy = self._proxy_of(request)
@@ -89,16 +97,27 @@ class Cairn:
             )
 
         self._tell(proxy, placed, now)
+        if proxy not in self._beating and len(self._proxies) > 1:
+            self._beating.append(proxy)
+            self._at(now + HEARTBEAT_SECONDS, lambda then: self._beat(proxy, then))
         return replica, work_seconds
 
     def started(self, request: Request, now: float) -> None:
         self._proxy_of(request).started(request, now)
 
     def first_token(self, request: Request, replica: int, cached_tokens: int, now: float) -> None:
-        del replica
         proxy = self._proxy_of(request)
-        proxy.first_token(request, cached_tokens, now)
-        self._tell(proxy, None, now)
+        placement, feedback = proxy.first_token(request, cached_tokens, now)
+
+        def answered(other: Proxy, then: float) -> None:
+            del then
+            other.index.apply_answer(replica, request.fingerprint, request.input_tokens, 0, placement.epoch)
+            if feedback.epoch is not None:
+                other.index.new_epoch(replica, feedback.epoch)
+            if feedback.budget_tokens is not None:
+                other.index.set_budget(replica, feedback.budget_tokens)
+
+        self._tell(proxy, answered, now)
 
     def ended(self, request: Request, replica: int, now: float) -> None:
         proxy = self._proxy_of(request)
@@ -107,6 +126,13 @@ class Cairn:
 
     def _proxy_of(self, request: Request) -> Proxy:
         return self._proxies[request.number % len(self._proxies)]
+
+    def _beat(self, proxy: Proxy, now: float) -> None:
+        self._tell(proxy, None, now)
+        if proxy.is_busy:
+            self._at(now + HEARTBEAT_SECONDS, lambda then: self._beat(proxy, then))
+        else:
+            self._beating.remove(proxy)
 
     def _tell(self, proxy: Proxy, news: Callable[[Proxy, float], None] | None, now: float) -> None:
         """Let the others know `news` and the proxy's whole vector, when the delay is over; None is never."""

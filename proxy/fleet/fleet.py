@@ -69,10 +69,10 @@ class _Peers:
     __slots__ = ("heads", "in_flight", "pending_tokens", "released_seconds")
 
     def __init__(self) -> None:
-        self.pending_tokens = 0
-        self.in_flight = 0
+        self.pending_tokens = 0.0
+        self.in_flight = 0.0
         self.released_seconds = 0.0
-        self.heads: dict[str, tuple[float, int, float]] = {}  # by peer: sent, tokens, due or later
+        self.heads: dict[str, tuple[float, float, float]] = {}  # by peer: sent, tokens, due or later
 
     def add(self, peer: str, row: ShareRow, now_seconds: float) -> None:
         self.pending_tokens += row.pending_tokens
@@ -118,7 +118,7 @@ class _Replica:
         for peer_sent, tokens, due in peers.heads.values():
             late = max(late, now_seconds - due)
             if peer_sent < sent:
-                sent, head_tokens = peer_sent, float(tokens)
+                sent, head_tokens = peer_sent, tokens
         total = work.pending_tokens + peers.pending_tokens
         if not head_tokens:
             return total, late
@@ -131,7 +131,7 @@ class _Replica:
         if self.quiet_view is not None:
             return self.quiet_view
         pending, late = self.load(now_seconds)
-        in_flight = self.work.in_flight + self.peers.in_flight
+        in_flight = self.work.in_flight + int(self.peers.in_flight)
         closed = self.breaker.is_closed
         allowed = closed or self.breaker.allows(now_seconds)
         view = ReplicaView(

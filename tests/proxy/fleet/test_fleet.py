@@ -326,6 +326,16 @@ def test_two_processes_see_each_others_work():
     assert (a.pending_tokens, a.in_flight, a.lateness_seconds) == (0.0, 0, 0.0)
 
 
+def test_a_peer_that_waits_behind_ours_does_not_restart_our_running_head():
+    """Its head was sent later than ours, so ours is the one that runs; a release by anyone starts the next."""
+    fleet = fleet_of("a")
+    fleet.charge(0, 1_000.0, 0.0)
+    fleet.absorb("other", {"a": ShareRow(500, 1, 500, 0.1, 0.0, 9.0)}, 0.5)
+    assert row(fleet, now=0.6).pending_tokens == pytest.approx(1_500 - 600)
+    fleet.absorb("other", {"a": ShareRow(0, 1, 0, 0.0, 0.0, 0.1)}, 0.7)
+    assert row(fleet, now=0.9).pending_tokens == pytest.approx(1_000 - 300)
+
+
 def test_the_work_of_a_process_that_falls_silent_dies_with_it():
     """After a second without a word."""
     fleet = fleet_of("a")
