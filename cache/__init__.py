@@ -10,10 +10,12 @@ from cache.owners import Owners
 from cache.prefix import Fingerprint, chain_root, cut
 from cache.secret import shared_secret
 from cache.store import Store, StoreState, open_store
+from cache.totals import KEPT_DAYS, RowKey, Sums, Totals, read_totals
 
 DISTRIBUTION = "cairn-proxy"  # `cairn` looks for this, since other distributions have packages of this name
 
 __all__ = [
+    "KEPT_DAYS",
     "BreakerState",
     "CacheError",
     "EmbeddedError",
@@ -33,10 +35,14 @@ __all__ = [
     "Placement",
     "PrefixIndex",
     "ReplicaStats",
+    "RowKey",
     "Store",
     "StoreState",
+    "Sums",
+    "Totals",
     "chain_root",
     "cut",
     "open_store",
+    "read_totals",
     "shared_secret",
 ]

@@ -21,6 +21,19 @@ INFLIGHT_CHANNEL = PREFIX + "inflight"
 # The secret of the tenants' keyed hash, set if absent.
 SECRET = PREFIX + "secret"
 
+# Totals of money and tokens: a hash for each day, and each writer's last batch, in one slot for one script.
+TOTALS = PREFIX + "{totals}"
+
+
+def totals_day(day: str) -> str:
+    """The hash of one day, by its ISO date; expires."""
+    return f"{TOTALS}:day:{day}"
+
+
+def totals_writer(writer: str) -> str:
+    """The number of a writer's last batch; expires."""
+    return f"{TOTALS}:writer:{writer}"
+
 
 def snapshot_chunk(snapshot: str, number: int) -> str:
     """One part of a snapshot; it expires unless the snapshot is committed."""

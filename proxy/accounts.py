@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from decimal import Decimal
 
 from msgspec.structs import replace
 
+from cache import Sums, Totals
 from proxy import metrics, pricing
 from proxy.metrics import MODEL_NAMES_AT_MOST, OTHER, Recorder
 from proxy.model import CacheStatus, Ending, MissReason, Outcome, Usage
@@ -20,6 +22,8 @@ from proxy.pricing import Bill, PriceBook, Unpriced
 
 _STATUS_CLASSES = ("0xx", "1xx", "2xx", "3xx", "4xx", "5xx")
 _SECONDS_PER_DAY = 86_400
+_PICOS_PER_USD = Decimal(10**12)
+_MICROS_PER_SECOND = 1_000_000
 
 
 class ModelNames:
@@ -41,11 +45,15 @@ class ModelNames:
 
 
 class Accounts:
-    """Counts into `recorder`. `rate_of` gives a replica's measured prefill rate (tokens per second), or None."""
+    """Counts into `recorder`, and into `totals` what is to outlive the process.
+
+    `rate_of` gives a replica's measured prefill rate (tokens per second) by its number, or None.
+    """
 
     def __init__(
         self,
         recorder: Recorder,
+        totals: Totals,
         names: ModelNames,
         prices: PriceBook,
         pools: Pools,
@@ -53,6 +61,7 @@ class Accounts:
         unix_seconds: Callable[[], float],
     ) -> None:
         self._recorder = recorder
+        self._totals = totals
         self._names = names
         self._prices = prices
         self._rate_of = rate_of
@@ -80,11 +89,14 @@ class Accounts:
         if outcome.replica is None:
             return
         if usage is not None:
-            self._count_tokens(usage, model, upstream)
+            row = self._totals.row(self._today(), model, upstream, outcome.tenant_name)
+            row.answers += 1
+            self._count_tokens(usage, row, model, upstream)
             self._count_prediction(usage, predicted_tokens, model, upstream)
-            self._count_money(outcome, usage, model, upstream, outcome.replica.id)
+            self._count_money(outcome, usage, row, model, upstream, outcome.replica.id)
         elif outcome.endpoint.is_generation and 200 <= outcome.status < 300:
             self._recorder.inc(metrics.USAGE_MISSING, (model, upstream))
+            self._totals.row(self._today(), model, upstream, outcome.tenant_name).missing += 1
 
     def _count_request(self, outcome: Outcome, model: str, upstream: str) -> None:
         recorder, plan, times = self._recorder, outcome.plan, outcome.times
@@ -111,7 +123,7 @@ class Accounts:
         if outcome.ending is Ending.REFUSED:
             recorder.inc(metrics.REJECTED, (outcome.error_code or "other",))
 
-    def _count_tokens(self, usage: Usage, model: str, upstream: str) -> None:
+    def _count_tokens(self, usage: Usage, row: Sums, model: str, upstream: str) -> None:
         recorder = self._recorder
         written = usage.cache_write_5m_tokens + usage.cache_write_1h_tokens
         cached = usage.cached_tokens or 0
@@ -125,8 +137,13 @@ class Accounts:
                 recorder.inc(metrics.TOKENS, (model, upstream, kind), tokens)
         if usage.cached_tokens is None:
             recorder.inc(metrics.CACHED_UNKNOWN, (model, upstream), usage.prompt_tokens)
+            row.unknown_tokens += usage.prompt_tokens
         if usage.inconsistent:
             recorder.inc(metrics.USAGE_INCONSISTENT, (model, upstream))
+        row.prompt_tokens += usage.prompt_tokens
+        row.cached_tokens += cached
+        row.written_tokens += written
+        row.output_tokens += usage.output_tokens
 
     def _count_prediction(self, usage: Usage, predicted_tokens: int | None, model: str, upstream: str) -> None:
         if predicted_tokens is None:
@@ -137,26 +154,40 @@ class Accounts:
             error_tokens = usage.cached_tokens - min(predicted_tokens, usage.prompt_tokens)
             self._recorder.observe(metrics.PREDICTION_ERROR, (model, upstream), error_tokens)
 
-    def _count_money(self, outcome: Outcome, usage: Usage, model: str, upstream: str, replica: int) -> None:
+    def _count_money(
+        self, outcome: Outcome, usage: Usage, row: Sums, model: str, upstream: str, replica: int
+    ) -> None:
         recorder, labels, rate = self._recorder, (model, upstream), self._rate_of(replica)
         backend = self._pools.backends[replica]
         if usage.cached_tokens and rate and not backend.is_provider:
-            recorder.inc(metrics.PREFILL_SAVED, labels, usage.cached_tokens / rate)
+            spared_seconds = usage.cached_tokens / rate
+            recorder.inc(metrics.PREFILL_SAVED, labels, spared_seconds)
+            row.prefill_micros += round(spared_seconds * _MICROS_PER_SECOND)
         card = self._prices.card(outcome.model or "", backend.url, self._today(), backend.name)
         bill = card if isinstance(card, Unpriced) else pricing.bill(usage, card, rate)
-        if isinstance(bill, Bill):
-            for spec, amount in (
-                (metrics.COST, bill.cost),
-                (metrics.UNCACHED_COST, bill.uncached_cost),
-                (metrics.SAVINGS, bill.saving),
-                (metrics.SURCHARGE, bill.surcharge),
-            ):
-                recorder.inc(spec, labels, float(amount))
-        else:
+        if not isinstance(bill, Bill):
             recorder.inc(metrics.UNPRICED, (bill.value,))
+            row.unpriced += 1
+            return
+        for spec, amount in (
+            (metrics.COST, bill.cost),
+            (metrics.UNCACHED_COST, bill.uncached_cost),
+            (metrics.SAVINGS, bill.saving),
+            (metrics.SURCHARGE, bill.surcharge),
+        ):
+            recorder.inc(spec, labels, float(amount))
+        row.input_picos += _picos(bill.uncached_input)
+        row.output_picos += _picos(bill.output)
+        row.saving_picos += _picos(bill.saving)
+        row.surcharge_picos += _picos(bill.surcharge)
 
     def _today(self) -> str:
         day = int(self._unix_seconds()) // _SECONDS_PER_DAY
         if day != self._day[0]:
             self._day = (day, datetime.fromtimestamp(day * _SECONDS_PER_DAY, UTC).date().isoformat())
         return self._day[1]
+
+
+def _picos(usd: Decimal) -> int:
+    """`usd` in the totals' unit; whole for any price of up to six decimals per million tokens."""
+    return int(usd * _PICOS_PER_USD)

@@ -18,7 +18,9 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from proxy.config_checks import is_loopback
+from proxy.ledger import Unreadable
 from proxy.readiness import Readiness, Standing
+from proxy.savings import By, Report, as_json
 from proxy.settings import Config
 
 _GZIP_LEVEL = 1  # half of a page's 300 KB a scrape goes for a millisecond
@@ -44,6 +46,10 @@ class Overview(Protocol):
         """The metrics page for a scrape that accepts `accept`: body and content type."""
         ...
 
+    async def savings(self, since: str, by: By) -> Report:
+        """What was saved since a day. Raises ValueError where `since` is none, and Unreadable."""
+        ...
+
     async def explain(self, path: str, body: bytes, credential: bytes) -> tuple[int, bytes]:
         """How `body`, sent to `path`, would be routed: status and JSON."""
         ...
@@ -63,6 +69,7 @@ class AdminPort:
         app.router.add_get("/healthz", self._health)
         app.router.add_get("/readyz", self._readiness)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/savings", self._savings)
         app.router.add_post("/explain", self._explain)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_CLOSE_SECONDS)
         await self._runner.setup()
@@ -116,6 +123,16 @@ class AdminPort:
                 body = await asyncio.to_thread(gzip.compress, body, _GZIP_LEVEL)
                 headers["Content-Encoding"] = "gzip"
         return web.Response(body=body, headers=headers)
+
+    async def _savings(self, request: web.Request) -> web.Response:
+        try:
+            by = By(request.query.get("by", By.DAY))
+            made = await self._overview.savings(request.query.get("since", ""), by)
+        except ValueError:
+            return _json(400, {"error": "expected since=2026-11-23 or 7d, and by=day, model, upstream or tenant"})
+        except Unreadable as error:
+            return _json(503, {"error": str(error)})
+        return web.Response(body=as_json(made), content_type="application/json")
 
     async def _explain(self, request: web.Request) -> web.Response:
         path = request.query.get("path", "/v1/chat/completions")

@@ -18,6 +18,8 @@ from proxy.model import Endpoint, Tenant
 
 _TENANTS_REMEMBERED = 4096  # keys whose keyed hash is kept; a hash costs some 2 us
 _ANONYMOUS = b""
+_ANONYMOUS_NAME = "anonymous"
+_NAME_DIGITS = 12  # of a keyed hash, for the operator's eyes
 _BUSY_RETRY_SECONDS = 1.0
 
 _ENDPOINTS = {
@@ -91,14 +93,16 @@ class Doorkeeper:
                 found = client
         if found is None:
             raise Unauthorized("Incorrect API key provided.")
-        return self._tenant(found.tenant.encode(), found.models)
+        return self._tenant(found.tenant.encode(), found.models, found.tenant)
 
     def _keyed(self, credential: bytes) -> Tenant:
-        return self._tenant(b"key:" + credential if credential else _ANONYMOUS, ("*",))
+        if not credential:
+            return self._tenant(_ANONYMOUS, ("*",), _ANONYMOUS_NAME)
+        return self._tenant(b"key:" + credential, ("*",))
 
-    def _tenant(self, name: bytes, models: tuple[str, ...]) -> Tenant:
-        salt = hashlib.blake2b(name, key=self._secret, digest_size=16).digest()
-        return Tenant(salt.hex(), salt, models)
+    def _tenant(self, key: bytes, models: tuple[str, ...], name: str = "") -> Tenant:
+        salt = hashlib.blake2b(key, key=self._secret, digest_size=16).digest()
+        return Tenant(salt.hex(), salt, models, name or salt.hex()[:_NAME_DIGITS])
 
 
 def credential_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:

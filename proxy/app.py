@@ -15,7 +15,18 @@ import socket
 import ssl
 from collections.abc import Callable, Sequence
 
-from cache import CacheError, ErrorKind, InflightBoard, Journal, Owners, PrefixIndex, Store, open_store, shared_secret
+from cache import (
+    CacheError,
+    ErrorKind,
+    InflightBoard,
+    Journal,
+    Owners,
+    PrefixIndex,
+    Store,
+    Totals,
+    open_store,
+    shared_secret,
+)
 from proxy import metrics
 from proxy.accounts import Accounts, ModelNames
 from proxy.admission import Doorkeeper, KnownClient, Room
@@ -117,7 +128,10 @@ class Worker:
         self._queues()
         attempts = Attempts(self.fleet, self.journal, Gate(), self.queues, self.board.changed, clock)
         self.prices = PriceBook(rules_of(config.prices), builtin_prices.card)
-        accounts = Accounts(self.recorder, self.names, self.prices, self.pools, self.fleet.measured_rate, clock.unix)
+        self.totals = Totals(self.store, writer_id)
+        accounts = Accounts(
+            self.recorder, self.totals, self.names, self.prices, self.pools, self.fleet.measured_rate, clock.unix
+        )
         self.access_log = AccessLog() if config.log.access else None
         settlement = Settlement(self.journal, self.fleet, self.tokens, accounts, self.access_log, clock)
         relay = Relay(
@@ -195,6 +209,7 @@ class Worker:
         self.tasks.start(self.prober.run(), "prober")
         self.tasks.start(self.upkeep.run(), "upkeep")
         self.tasks.start(self.reporter.run(), "reporter")
+        self.tasks.start(self.totals.run(), "totals")
         await self.front.start(listening)
 
     async def reconfigure(self, config: Config) -> None:
@@ -228,6 +243,7 @@ class Worker:
         """Stop in the reverse order; what was counted is reported first."""
         await self.front.stop(0)
         self.reporter.report()
+        await self.totals.flush()
         await self.board.close()
         await self.journal.close()
         await self.client.close()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from proxy.cli_prices import prices
+from proxy.cli_savings import savings
 from proxy.errors import CairnError, ConfigError
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ def check_config(file: Path) -> None:
 
 
 cli.add_command(prices)
+cli.add_command(savings)
 
 
 @cli.command(hidden=True)

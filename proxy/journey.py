@@ -132,6 +132,7 @@ class Journey:
             answer_bytes=self.answer_bytes,
             request_bytes=len(call.body),
             tenant_id=call.tenant.id,
+            tenant_name=call.tenant.name,
             error_code=self.error_code,
             inter_token_counts=tuple(self.inter_token_counts or ()),
             inter_token_seconds=self.inter_token_seconds,

@@ -79,11 +79,15 @@ class Ending(enum.StrEnum):
 
 
 class Tenant(msgspec.Struct, frozen=True, gc=False):
-    """Who asks. `id` keys stored things and never leaves the process; `salt` goes first into every prefix chain."""
+    """Who asks. `id` keys stored things and never leaves the process; `salt` goes first into every prefix chain.
+
+    `name` is for the operator's totals: as configured, else the beginning of the keyed hash.
+    """
 
     id: str
     salt: bytes = b""
     models: tuple[str, ...] = ("*",)
+    name: str = ""
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
@@ -245,6 +249,7 @@ class Outcome(msgspec.Struct, frozen=True):
     answer_bytes: int = 0
     request_bytes: int = 0
     tenant_id: str = ""
+    tenant_name: str = ""
     error_code: str | None = None
     inter_token_counts: tuple[int, ...] = ()  # gaps after the first token, sorted into the metric's buckets
     inter_token_seconds: float = 0.0  # their sum

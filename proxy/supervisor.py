@@ -24,7 +24,10 @@ from proxy.admin import AdminPort
 from proxy.clock import Clock
 from proxy.config import Config, ConfigError, Loaded, SecretUrl
 from proxy.control import MESSAGE_BYTES_AT_MOST, Explain, Report
+from proxy.ledger import TotalsReader
 from proxy.readiness import Readiness, Stage, judge
+from proxy.savings import By
+from proxy.savings import Report as Savings
 from proxy.slot import Gone, Slot
 from proxy.tasks import Tasks
 
@@ -95,6 +98,7 @@ class Supervisor:
         self._store: PrivateStore | None = None
         # one thread for as long as the process: on Linux the kernel ends the Valkey with the thread that started it
         self._store_thread = ThreadPoolExecutor(1, "private-store")
+        self._totals: TotalsReader | None = None
         self._admin = AdminPort(self)
         self._addresses = ("", "")
         self._stop_signal: signal.Signals | None = None
@@ -119,6 +123,13 @@ class Supervisor:
         """The metrics page."""
         self._count_self()
         return self._exposition.render(accept)
+
+    async def savings(self, since: str, by: By) -> Savings:
+        """What the totals in the store say; see `TotalsReader.read`."""
+        if self._totals is None:
+            url = self._config.redis.url
+            self._totals = TotalsReader(None if url is None else url.reveal(), self._parts.clock, self._tasks)
+        return await self._totals.read(since, by)
 
     async def explain(self, path: str, body: bytes, credential: bytes) -> tuple[int, bytes]:
         """Ask the workers in turn until one answers."""
@@ -227,6 +238,8 @@ class Supervisor:
     async def _end(self) -> None:
         await self._tasks.close()
         await self._admin.close()
+        if self._totals is not None:
+            await self._totals.close()
         listen.close_all(self._listening)
         if self._store is not None:
             await self._in_store_thread(self._store.stop)

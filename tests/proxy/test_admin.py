@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator, Mapping
+from datetime import date
 
 import aiohttp
 import pytest
@@ -14,8 +15,13 @@ from proxy import listen
 from proxy.admin import AdminPort
 from proxy.config import Admin, Config, Secret, Server
 from proxy.control import Report
+from proxy.ledger import Unreadable
 from proxy.metrics import Delta
 from proxy.readiness import STALE_SECONDS, Readiness, Stage, Standing, WorkerView, judge
+from proxy.savings import By, first_day, report
+from proxy.savings import Report as Savings
+
+TODAY = date(2026, 11, 23)
 
 
 class FakeOverview:
@@ -35,6 +41,11 @@ class FakeOverview:
     async def explain(self, path: str, body: bytes, credential: bytes) -> tuple[int, bytes]:
         self.asked.append((path, body, credential))
         return 200, b"{}"
+
+    async def savings(self, since: str, by: By) -> Savings:
+        if since == "away":
+            raise Unreadable("Redis is away")
+        return report({}, by, first_day(since, TODAY), TODAY)
 
 
 class Running:
@@ -97,6 +108,17 @@ async def test_metrics_in_the_form_that_was_asked_for(admin: Running) -> None:
     _, packed, headers = await admin.ask("/metrics", headers={"Accept-Encoding": "gzip"})
     assert headers["Content-Encoding"] == "gzip"
     assert gzip.decompress(packed) == body
+
+
+async def test_savings_are_json_and_what_they_cannot_be_is_told(admin: Running) -> None:
+    """400 for a day that is none, 503 while Redis is away."""
+    status, body, _ = await admin.ask("/savings?since=7d&by=tenant")
+    assert (status, json.loads(body)["since"], json.loads(body)["by"]) == (200, "2026-11-17", "tenant")
+    assert (await admin.ask("/savings"))[0] == 200
+    assert (await admin.ask("/savings?since=soon"))[0] == 400
+    assert (await admin.ask("/savings?by=key"))[0] == 400
+    status, body, _ = await admin.ask("/savings?since=away")
+    assert (status, json.loads(body)) == (503, {"error": "Redis is away"})
 
 
 async def test_explain_hands_on_path_body_and_key(admin: Running) -> None:
