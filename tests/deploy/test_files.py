@@ -1,0 +1,129 @@
+"""What can be known of compose.yaml, the Dockerfile and the provisioning without a Docker engine or Grafana."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from proxy.config import load
+from tests.deploy.queries import (
+    DASHBOARD,
+    DEPLOY,
+    METRICS,
+    PROMETHEUS,
+    names_in,
+    panel_queries,
+    panels,
+    problems_of,
+    rules,
+)
+
+ROOT = DEPLOY.parent
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
+SERVICES: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+ROWS = ("Savings", "Latency", "Cache", "Fleet", "Health")
+
+
+def test_the_example_configuration_can_be_served(tmp_path: Path) -> None:
+    """With a token where compose puts it; nothing in it needs a warning."""
+    (tmp_path / "token").write_text("token")
+    loaded = load(DEPLOY / "cairn.yaml", {}, {("admin", "token_file"): str(tmp_path / "token")})
+    assert loaded.warnings == ()
+
+
+def test_every_panel_asks_for_metrics_and_labels_that_exist() -> None:
+    """A typo would leave an empty panel."""
+    recorded = {name for name, _ in rules("record")}
+    assert [(title, p) for title, query in panel_queries() for p in problems_of(query, recorded)] == []
+
+
+def test_the_dashboard_shows_every_metric_there_is() -> None:
+    """A new metric gets a panel; of a histogram any part will do."""
+    shown = {re.sub("_(bucket|sum|count)$", "", name) for _, query in panel_queries() for name, _ in names_in(query)}
+    assert [name for name in METRICS if re.sub("_(bucket|sum|count)$", "", name) not in shown] == []
+
+
+def test_the_dashboard_has_its_rows_in_order_and_no_panel_twice() -> None:
+    """Ids and titles are unique, and panels do not lie over each other."""
+    found = list(panels())
+    assert tuple(panel["title"] for panel in found if panel["type"] == "row") == ROWS
+    for key in ("id", "title"):
+        values = [panel[key] for panel in found]
+        assert len(values) == len(set(values))
+    assert overlaps([panel["gridPos"] for panel in found]) == []
+
+
+def overlaps(places: list[dict[str, int]]) -> list[tuple[int, int]]:
+    """Grid cells that are taken twice or lie outside of the 24 columns."""
+    seen: set[tuple[int, int]] = set()
+    twice = []
+    for at in places:
+        for x in range(at["x"], at["x"] + at["w"]):
+            for y in range(at["y"], at["y"] + at["h"]):
+                twice += [(x, y)] if (x, y) in seen or x >= 24 else []
+                seen.add((x, y))
+    return twice
+
+
+def test_the_dashboard_asks_the_data_source_that_is_chosen() -> None:
+    """No data source's own id is in it."""
+    text = DASHBOARD.read_text()
+    assert set(re.findall(r'"uid": "([^"]*)"', text)) == {"${datasource}", "cairn"}
+    assert {panel["datasource"]["type"] for panel in panels() if "datasource" in panel} == {"prometheus"}
+    assert json.loads(text)["uid"] == "cairn"
+
+
+def test_grafana_is_given_the_folder_where_the_dashboard_is() -> None:
+    """The provider's path is where compose mounts it, and the data source is compose's Prometheus."""
+    provisioning = DEPLOY / "grafana" / "provisioning"
+    provider = yaml.safe_load((provisioning / "dashboards" / "cairn.yml").read_text())["providers"][0]
+    source = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"][0]
+    mounted = {volume.split(":")[1]: volume.split(":")[0] for volume in SERVICES["grafana"]["volumes"]}
+    assert mounted[provider["options"]["path"]] == "./grafana/dashboards"
+    assert mounted["/etc/grafana/provisioning"] == "./grafana/provisioning"
+    assert source["url"] == "http://prometheus:9090"
+    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert home == f"{provider['options']['path']}/{DASHBOARD.name}"
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_compose_mounts_what_exists_and_publishes_to_loopback(service: str) -> None:
+    """With an exact tag, without capabilities."""
+    entry = SERVICES[service]
+    sources = [volume.split(":")[0] for volume in entry.get("volumes", ())]
+    assert all((DEPLOY / source).exists() for source in sources if source.startswith("."))
+    assert all(port.startswith("127.0.0.1:") for port in entry.get("ports", ()))
+    assert re.fullmatch(r"cairn:local|\S+:v?\d+\.\d+\.\d+(-\w+)?", entry["image"])
+    assert entry["cap_drop"] == ["ALL"]
+
+
+def test_compose_and_the_files_that_it_mounts_agree() -> None:
+    """On the token's path, Valkey's name, ports, and the time that a drain may take."""
+    config = yaml.safe_load((DEPLOY / "cairn.yaml").read_text())
+    scrape = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"][0]
+    token = "/run/secrets/" + SERVICES["cairn"]["secrets"][0]
+    assert config["admin"]["token_file"] == scrape["authorization"]["credentials_file"] == token
+    assert SERVICES["prometheus"]["secrets"] == SERVICES["cairn"]["secrets"]
+    assert scrape["static_configs"][0]["targets"] == [f"cairn:{config['admin']['port']}"]
+    assert config["redis"]["url"].startswith("redis://valkey:")
+    published = {int(port.rsplit(":", 1)[1]) for port in SERVICES["cairn"]["ports"]}
+    assert published == {config["server"]["port"], config["admin"]["port"]}
+
+
+def test_the_image_copies_what_exists_and_does_not_run_as_root() -> None:
+    """Every source of a COPY passes the ignore file; both stages have the same exact base."""
+    sources = [line.split()[1] for line in re.findall(r"^COPY (?!--from).*", DOCKERFILE, re.M)]
+    allowed = (DEPLOY / "Dockerfile.dockerignore").read_text()
+    assert sources
+    for source in sources:
+        assert (ROOT / source).exists()
+        assert f"!{source}\n" in allowed
+    assert re.findall(r"^FROM (\S+)", DOCKERFILE, re.M) == ["${PYTHON_IMAGE}"] * 2
+    assert re.search(r"^ARG PYTHON_IMAGE=python:\d+\.\d+\.\d+-slim-\w+$", DOCKERFILE, re.M)
+    assert re.search(r"^USER (?!0)\d+:\d+$", DOCKERFILE, re.M)
+    assert DOCKERFILE.index("\nUSER") < DOCKERFILE.index("\nENTRYPOINT")
