@@ -7,11 +7,10 @@ from proxy.fleet.rate import PrefillRate
 
 def test_accounts_use_what_was_measured_once_and_never_a_guess() -> None:
     """Nothing shown yet: none; then the median of what was shown, then what routing has learned."""
+    assert PrefillRate().measured is None
     rate = PrefillRate()
-    assert rate.measured is None
     rate.observe(1000, 10.0)
-    assert rate.measured == 100
-    assert rate.learned is None
+    assert (rate.measured, rate.learned) == (100, None)
     for _ in range(8):
         rate.observe(1000, 5.0)
     assert rate.measured == rate.learned == 200
