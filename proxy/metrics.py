@@ -2,9 +2,10 @@
 
 A worker counts in plain dictionaries (`Recorder`), because a metric's update on the path of a request must cost
 tenths of a microsecond, and hands what came since the last time to the supervisor several times a second. There
-`Exposition` adds the workers up and is the collector that prometheus_client renders. So the figures survive a
-worker, no series belongs to a dead one, and a scrape asks no worker anything. This replaces prometheus_client's
-multiprocess mode, whose memory-mapped files cost 0.8 to 1.8 us an update and forbid a live gauge per worker.
+`Exposition` adds the workers up and writes the page of a scrape. So the figures survive a worker, no series belongs
+to a dead one, and a scrape asks no worker anything. This replaces prometheus_client's multiprocess mode, whose
+memory-mapped files cost 0.8 to 1.8 us an update and forbid a live gauge per worker; it still says in what form a
+scraper wants its page, and in the tests what that page must be.
 
 Label values come from closed enums and from names that the configuration or an upstream's model list made known.
 The only importer of prometheus_client. It must not know requests, replicas or prices.
@@ -17,9 +18,9 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
+
+from proxy.scrape_page import END, Family
 
 PREFIX = "cairn_"
 OTHER = "other"  # the label of a model that nobody configured or listed
@@ -172,6 +173,9 @@ BUILD = _max("build_info", "Always 1.", "version")
 
 Labels = tuple[str, ...]
 
+_ZERO: Mapping[Labels, float] = {(): 0.0}
+_TYPES = {Kind.COUNTER: "counter", Kind.GAUGE_SUM: "gauge", Kind.GAUGE_MAX: "gauge", Kind.HISTOGRAM: "histogram"}
+
 
 class Observed(msgspec.Struct, gc=False):
     """A histogram's growth: counts per bucket (one more than bounds) and the sum of the values."""
@@ -259,8 +263,9 @@ class Exposition:
         self._counters: list[dict[Labels, float]] = [{} for _ in SPECS]
         self._histograms: list[dict[Labels, Observed]] = [{} for _ in SPECS]
         self._gauges: dict[int, list[tuple[int, Labels, float]]] = {}
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)
+        self._families = [
+            Family(PREFIX + spec.name, _TYPES[spec.kind], spec.help, spec.labels, spec.buckets) for spec in SPECS
+        ]
 
     def apply(self, worker: int, delta: Delta) -> None:
         """Add what `worker` counted and take its gauges in place of its last ones."""
@@ -288,41 +293,25 @@ class Exposition:
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The page for a scrape that sent `accept`: (body, content type); OpenMetrics where it is asked for."""
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        content_type = choose_encoder(accept)[1]
+        openmetrics = content_type.startswith("application/openmetrics-text")
+        return "".join(self._lines(openmetrics=openmetrics)).encode(), content_type
 
-    def collect(self) -> Iterator[Metric]:
-        """prometheus_client's collector protocol."""
+    def _lines(self, *, openmetrics: bool) -> Iterator[str]:
         gauges = self._joined_gauges()
-        for spec in SPECS:
-            if spec.kind is Kind.COUNTER:
-                yield self._counter_family(spec)
-            elif spec.kind is Kind.HISTOGRAM:
-                yield self._histogram_family(spec)
+        for spec, family in zip(SPECS, self._families, strict=True):
+            yield family.describe(openmetrics=openmetrics)
+            if spec.kind is Kind.HISTOGRAM:
+                for labels, observed in self._histograms[spec.number].items():
+                    yield from family.histogram(labels, observed.counts, observed.total)
+            elif spec.kind is Kind.COUNTER:
+                series = self._counters[spec.number]
+                # one without labels is there from the start, so that a rate over its first increase is right
+                yield from family.values(series if series or spec.labels else _ZERO)
             else:
-                family = GaugeMetricFamily(PREFIX + spec.name, spec.help, labels=spec.labels)
-                for labels, value in gauges[spec.number].items():
-                    family.add_metric(labels, value)
-                yield family
-
-    def _counter_family(self, spec: Spec) -> Metric:
-        family = CounterMetricFamily(PREFIX + spec.name, spec.help, labels=spec.labels)
-        series = self._counters[spec.number]
-        # a counter without labels is there from the start, so that a rate over its first increase is right
-        for labels, value in series.items() if series or spec.labels else [((), 0.0)]:
-            family.add_metric(labels, value)
-        return family
-
-    def _histogram_family(self, spec: Spec) -> Metric:
-        family = HistogramMetricFamily(PREFIX + spec.name, spec.help, labels=spec.labels)
-        bounds = [f"{float(bound)}" for bound in spec.buckets] + ["+Inf"]
-        for labels, observed in self._histograms[spec.number].items():
-            cumulated, rows = 0, []
-            for bound, count in zip(bounds, observed.counts, strict=True):
-                cumulated += count
-                rows.append((bound, cumulated))
-            family.add_metric(labels, rows, observed.total)
-        return family
+                yield from family.values(gauges[spec.number])
+        if openmetrics:
+            yield END
 
     def _joined_gauges(self) -> list[dict[Labels, float]]:
         joined: list[dict[Labels, float]] = [{} for _ in SPECS]
