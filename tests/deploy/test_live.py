@@ -81,6 +81,7 @@ def test_both_targets_are_scraped_with_the_token(run: Run) -> None:
 def test_prometheus_counts_what_was_asked(run: Run) -> None:
     """To the request, over both workers, and money is among it."""
     assert run.counted() == run.asked
+    assert float(run.query("sum(cairn_workers)")[0]["value"][1]) == 2
     assert float(run.query("sum(cairn_savings_usd_total)")[0]["value"][1]) > 0
 
 
