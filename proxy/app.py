@@ -59,6 +59,7 @@ from proxy.upstream import Limits, Origin, UpstreamClient, default_ssl_context
 log = logging.getLogger("cairn.app")
 
 _ORIGIN_BITS = 24
+_BLOCKING = frozenset({"XREAD"})  # waits for news by design, so its time tells nothing
 
 
 async def run_worker(config: Config, listening: Sequence[socket.socket], control: WorkerControl) -> None:
@@ -266,8 +267,10 @@ class Worker:
             return
 
     def _observe_redis(self, operation: str, seconds: float, error: ErrorKind | None) -> None:
-        self.recorder.observe(metrics.REDIS_DURATION, (operation,), seconds)
-        if error is not None:
+        if operation not in _BLOCKING:
+            self.recorder.observe(metrics.REDIS_DURATION, (operation,), seconds)
+        # a script that Redis does not know yet is sent whole: no failure
+        if error is not None and error is not ErrorKind.NOSCRIPT:
             self.recorder.inc(metrics.REDIS_ERRORS, (operation, error.value))
 
 

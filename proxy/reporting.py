@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from cache import BreakerState as StoreBreakerState
-from cache import Journal, PrefixIndex, Store, StoreState
+from cache import Journal, JournalState, PrefixIndex, Store, StoreState
 from proxy import metrics
 from proxy.admission import Room
 from proxy.clock import Clock
@@ -73,6 +73,7 @@ class Reporter:
         breaker: dict[Labels, float] = {}
         in_flight: dict[Labels, float] = {}
         queued: dict[Labels, float] = {}
+        pending: dict[Labels, float] = {}
         rate: dict[Labels, float] = {}
         for pool in self.pools.all:
             for view in self._fleet.snapshot(pool.name, now_seconds):
@@ -80,23 +81,27 @@ class Reporter:
                 breaker[view.name,] = _BREAKER_LEVELS[self._fleet.breaker_state(view.id, now_seconds)]
                 in_flight[view.name,] = self._fleet.own_in_flight(view.id)
                 queued[view.name,] = view.queued
+                pending[view.name,] = view.pending_tokens
                 rate[view.name,] = view.rate_tokens_per_second
         self._recorder.replace_gauges(metrics.UPSTREAM_UP, {(name,): float(is_up) for name, is_up in up.items()})
         self._recorder.replace_gauges(metrics.UPSTREAM_BREAKER, breaker)
         self._recorder.replace_gauges(metrics.UPSTREAM_IN_FLIGHT, in_flight)
         self._recorder.replace_gauges(metrics.UPSTREAM_QUEUED, queued)
+        self._recorder.replace_gauges(metrics.UPSTREAM_PENDING, pending)
         self._recorder.replace_gauges(metrics.UPSTREAM_RATE, rate)
         return up
 
     def _set_index_figures(self) -> None:
         blocks: dict[Labels, float] = {}
         tokens: dict[Labels, float] = {}
+        # every worker has the whole index, so one of them counts for all
+        speaks = self._journal.holds_lease or self._journal.state is not JournalState.LIVE
         for number, stats in self._index.replicas().items():
             if number not in self.pools.served:
                 continue
             backend = self.pools.backends[number]
             blocks[backend.name,], tokens[backend.name,] = stats.blocks, stats.tokens
-            self._count_growth(metrics.INDEX_EVICTIONS, (backend.name,), stats.evicted_blocks)
+            self._count_growth(metrics.INDEX_EVICTIONS, (backend.name,), stats.evicted_blocks, counts=speaks)
         self._recorder.replace_gauges(metrics.INDEX_BLOCKS, blocks)
         self._recorder.replace_gauges(metrics.INDEX_TOKENS, tokens)
         self._recorder.set(metrics.INDEX_BYTES, (), self._index.stats().size_bytes)
@@ -115,9 +120,10 @@ class Reporter:
         if self._access_log is not None:
             self._count_growth(metrics.LOG_DROPPED, (), self._access_log.dropped)
 
-    def _count_growth(self, spec: Spec, labels: Labels, total: int) -> None:
-        """Count what a total that others keep has grown by since the last report."""
+    def _count_growth(self, spec: Spec, labels: Labels, total: int, *, counts: bool = True) -> None:
+        """Count what a total that others keep has grown by since the last report, unless another worker `counts`."""
         before = self._totals.get((spec.name, labels), 0)
         if total > before:
-            self._recorder.inc(spec, labels, total - before)
             self._totals[spec.name, labels] = total
+            if counts:
+                self._recorder.inc(spec, labels, total - before)

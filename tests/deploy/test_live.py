@@ -29,6 +29,7 @@ EMPTY_HERE = {
     "cairn_contexts_evicted_total": "no context is dropped",
     "cairn_usage_inconsistent_total": "the scripted upstreams count right",
     "cairn_journal_dropped_total": "nothing is lost",
+    "cairn_redis_errors_total": "Valkey answers all it is asked",
 }
 
 
