@@ -288,6 +288,10 @@ class Exposition:
         series = self._counters[spec.number]
         return sum(series.values()) if labels is None else series.get(labels, 0)
 
+    def labels(self, spec: Spec) -> list[Labels]:
+        """The series of a counter that there are."""
+        return list(self._counters[spec.number])
+
     def total(self, spec: Spec, label: int, value: str) -> float:
         """The sum of a counter's series whose label at place `label` has `value`."""
         return sum(amount for labels, amount in self._counters[spec.number].items() if labels[label] == value)
