@@ -69,6 +69,18 @@ class StoreCorrupt(CacheError):
     kind = ErrorKind.CORRUPT
 
 
+class UnknownContext(CacheError):
+    """No such context or tag with this tenant, whoever else may have one."""
+
+
+class QuotaFull(CacheError):
+    """A budget of stored contexts is reached and nothing may be discarded; the message says which."""
+
+
+class PastExpiry(CacheError):
+    """The asked end of a context has passed by Redis's clock."""
+
+
 class StoreUrlError(CacheError):
     """The URL of the store cannot be used; says what is wrong with it."""
 

@@ -18,6 +18,12 @@ GENERATION = PREFIX + "{journal}:generation"  # made once; another value means t
 # Pub/sub channel, not a key: everyone's work in flight.
 INFLIGHT_CHANNEL = PREFIX + "inflight"
 
+# Pub/sub channel: which context or tag of which tenant is not what it was.
+CONTEXTS_CHANNEL = PREFIX + "contexts"
+
+# Hash: what each tenant's contexts take, `bytes:number`, for the budget over all; renewed at every change and sweep.
+CONTEXTS_TOTALS = PREFIX + "{contexts}:totals"
+
 # The secret of the tenants' keyed hash, set if absent.
 SECRET = PREFIX + "secret"
 

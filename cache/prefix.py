@@ -52,11 +52,29 @@ def cut(root: int, spans: Sequence[memoryview | bytes]) -> Fingerprint:
     after it: a prompt with messages appended shares every boundary of the shorter one. Views must be of bytes
     (format 'B'). Nothing is copied but slices of spans that are `bytes`.
     """
+    return _go_on(root, array("Q"), array("I"), spans)
+
+
+def extend(known: Fingerprint, spans: Sequence[memoryview | bytes]) -> Fingerprint:
+    """The fingerprint of what `known` stands for with `spans` behind it, as `cut` would give it for all of it.
+
+    Only `spans` are hashed. `known` is left as it is, and must end where a span ends. Raises ValueError where it is
+    empty: it would not know its root.
+    """
+    if not known.hashes:
+        raise ValueError("an empty fingerprint has no end to go on from")
+    return _go_on(known.hashes[-1], known.hashes, known.ends, spans)
+
+
+def _go_on(
+    seed: int, known_hashes: array[int], known_ends: array[int], spans: Sequence[memoryview | bytes]
+) -> Fingerprint:
+    """The chain that goes on from `seed`, behind copies of what is known."""
     digest = xxh3_64_intdigest
     hashes: list[int] = []
     add = hashes.append
-    ends = array("I")
-    seed, base = root, 0
+    ends = known_ends[:]
+    base = ends[-1] if ends else 0
     for span in spans:
         size = len(span)
         if not size:
@@ -72,7 +90,7 @@ def cut(root: int, spans: Sequence[memoryview | bytes]) -> Fingerprint:
         add(seed)
         base += size
         ends.append(base)
-    return Fingerprint(array("Q", hashes), ends)
+    return Fingerprint(known_hashes + array("Q", hashes), ends)
 
 
 def _grid(base: int, size: int) -> tuple[range, ...]:

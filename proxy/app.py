@@ -17,12 +17,15 @@ from collections.abc import Callable, Sequence
 
 from cache import (
     CacheError,
+    ContextLimits,
+    ContextStore,
     ErrorKind,
     InflightBoard,
     Journal,
     Owners,
     PrefixIndex,
     Store,
+    StoreState,
     Totals,
     open_store,
     shared_secret,
@@ -34,10 +37,17 @@ from proxy.attempt import Attempts
 from proxy.builtin_prices import BuiltinPrices
 from proxy.catalogue import Catalogue
 from proxy.clock import SystemClock
+from proxy.contexts import StoredContexts
+from proxy.contexts.api import ContextApi
+from proxy.contexts.use import Use
+from proxy.contexts.valuing import Valuing
+from proxy.contexts.warming import Warming
 from proxy.control import WorkerControl
+from proxy.downstream import Downstream
 from proxy.explaining import Explainer
 from proxy.fleet import Backoff, Fleet, ReplicaSpec
 from proxy.gate import Gate
+from proxy.journey import Journey
 from proxy.logs import AccessLog
 from proxy.metrics import Recorder
 from proxy.pipeline import Pipeline
@@ -49,7 +59,7 @@ from proxy.rate_cards import rules_of
 from proxy.relay import Relay
 from proxy.reporting import Reporter
 from proxy.server import Front
-from proxy.settings import Config, Pool, PoolKind, Replica, Tenancy
+from proxy.settings import Config, Contexts, Pool, PoolKind, Replica, Tenancy
 from proxy.settlement import Settlement
 from proxy.tasks import Tasks
 from proxy.tokens import TokenCounts
@@ -60,6 +70,7 @@ log = logging.getLogger("cairn.app")
 
 _ORIGIN_BITS = 24
 _BLOCKING = frozenset({"XREAD"})  # waits for news by design, so its time tells nothing
+_SECRET_SECONDS = 2.0
 
 
 async def run_worker(config: Config, listening: Sequence[socket.socket], control: WorkerControl) -> None:
@@ -147,6 +158,24 @@ class Worker:
             idle_seconds=config.upstream.idle_seconds,
         )
         catalogue = Catalogue(self.client, self.pools, self.fleet, clock)
+        self.contexts = ContextStore(
+            self.store,
+            _context_limits(config.contexts),
+            clock=clock,
+            tasks=self.tasks,
+            evicted=lambda reason, number: self.recorder.inc(metrics.CONTEXTS_EVICTED, (reason,), number),
+            damaged=lambda: self.recorder.inc(metrics.CONTEXTS_DAMAGED),
+        )
+        context_api = ContextApi(
+            self.contexts,
+            self.pools,
+            self.tokens,
+            Valuing(prices, self.pools, self.fleet.rate_of, clock),
+            Warming(self._run_own, _new_id, clock),
+            config.contexts,
+            self.tasks,
+        )
+        stored = StoredContexts(self.contexts, context_api, Use(self.contexts, self.recorder), self.recorder)
         self.pipeline = Pipeline(
             self.pools,
             self.fleet,
@@ -156,12 +185,19 @@ class Worker:
             relay,
             catalogue,
             settlement,
+            stored,
             clock,
             min_shareable_bytes=config.routing.min_shareable_bytes,
         )
         self.room = Room(config.server.max_in_flight_requests, config.server.max_in_flight_bytes)
         self.front = Front(
-            config.server, Doorkeeper(_clients(config), secret), self.room, self.pipeline, clock, _new_id
+            config.server,
+            Doorkeeper(_clients(config), secret),
+            self.room,
+            self.pipeline,
+            clock,
+            _new_id,
+            max_context_bytes=config.contexts.max_context_bytes,
         )
         self.prober = Prober(
             self.client,
@@ -186,6 +222,7 @@ class Worker:
             self.store,
             self.room,
             self.access_log,
+            self.contexts,
             clock,
         )
         self.explainer = Explainer(self.pipeline, clock)
@@ -203,10 +240,14 @@ class Worker:
     async def start(self, listening: Sequence[socket.socket]) -> None:
         """Begin to serve."""
         await self.store.start()
-        self.tasks.start(self._adopt_secret(self.store), "tenant secret")
+        adopting = self.tasks.start(self._adopt_secret(self.store), "tenant secret")
+        if self.store.state is StoreState.AVAILABLE:
+            # a context stored under a secret of this worker's own would be lost to all others
+            await asyncio.wait([adopting], timeout=_SECRET_SECONDS)
         await self.journal.start()
         await self.board.start()
         await self.prober.begin()
+        await self.contexts.start()
         self.tasks.start(self.prober.run(), "prober")
         self.tasks.start(self.upkeep.run(), "upkeep")
         self.tasks.start(self.reporter.run(), "reporter")
@@ -245,6 +286,7 @@ class Worker:
         await self.front.stop(0)
         self.reporter.report()
         await self.totals.flush()
+        await self.contexts.close()
         await self.board.close()
         await self.journal.close()
         await self.client.close()
@@ -252,6 +294,10 @@ class Worker:
         await self.tasks.close()
         if self.access_log is not None:
             self.access_log.close()
+
+    async def _run_own(self, journey: Journey, client: Downstream) -> None:
+        """A request of Cairn's own, by the way of all requests."""
+        await self.pipeline.run(journey, client)
 
     async def _adopt_secret(self, store: Store) -> None:
         """Name tenants as all other proxies do, as soon as Redis tells how."""
@@ -293,6 +339,19 @@ def _backoff(config: Config) -> Backoff:
         first_seconds=config.upstream.backoff_seconds,
         most_seconds=config.upstream.backoff_max_seconds,
         most_retry_after_seconds=config.upstream.retry_after_max_seconds,
+    )
+
+
+def _context_limits(settings: Contexts) -> ContextLimits:
+    return ContextLimits(
+        settings.total_bytes,
+        settings.tenant_bytes,
+        settings.pinned_bytes,
+        settings.max_contexts,
+        settings.max_tags,
+        settings.grace_seconds,
+        settings.memory_bytes,
+        settings.warming_seconds,
     )
 
 

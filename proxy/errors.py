@@ -86,6 +86,13 @@ class NotFound(ClientError):
     code = "model_not_found"
 
 
+class ContextNotFound(NotFound):
+    """No such stored context or tag with this tenant, whoever else may have one."""
+
+    type = "resource_not_found_error"
+    code = "context_not_found"
+
+
 class RequestTimeout(ClientError):
     """The client did not finish sending."""
 
@@ -106,6 +113,29 @@ class RateLimited(ClientError):
     status = 429
     type = "rate_limit_reached_error"
     code = "rate_limit_exceeded"
+
+
+class QuotaExceeded(ClientError):
+    """A budget or quota of stored contexts is full, and nothing may be discarded for it."""
+
+    status = 429
+    type = "exceeded_current_quota_error"
+    code = "context_quota_exceeded"
+
+
+class ContextsAway(CairnError):
+    """Redis is away, and with it stored contexts that this worker has not in memory."""
+
+    fault = Fault.CACHE
+    status = 503
+    code = "contexts_unavailable"
+
+
+class ContextDamaged(CairnError):
+    """What is stored of a context is not what was uploaded; nothing of it is used."""
+
+    fault = Fault.CACHE
+    code = "context_damaged"
 
 
 class Overloaded(CairnError):

@@ -7,12 +7,23 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from cache import Fingerprint, Match
+import msgspec
+
+from cache import Content, ContextRow, Fingerprint, Match
 from proxy.attempt import Attempt
 from proxy.metrics import INTER_TOKEN
 from proxy.model import Call, Edit, Ending, Outcome, Plan, Prompt, RouteReason, Times, Usage
 from proxy.pools import ServedPool
 from proxy.wire.headers import cairn_headers
+
+
+class StoredUse(msgspec.Struct, frozen=True):
+    """A stored context that goes before this prompt. Its end is in seconds since 1970 by Redis's clock."""
+
+    row: ContextRow
+    content: Content
+    expires_unix_seconds: float
+    reset_ttl_seconds: float | None = None
 
 
 class Journey:
@@ -22,7 +33,9 @@ class Journey:
         "answer_bytes",
         "asked_usage",
         "attempt",
+        "avoid",
         "call",
+        "context_notes",
         "edits",
         "ending",
         "error_code",
@@ -31,9 +44,11 @@ class Journey:
         "first_token_seconds",
         "inter_token_counts",
         "inter_token_seconds",
+        "is_warming",
         "last_token_seconds",
         "match",
         "model",
+        "only_checked",
         "plan",
         "pool",
         "progress_seconds",
@@ -41,6 +56,7 @@ class Journey:
         "retries",
         "sent_seconds",
         "status",
+        "stored",
         "usage",
         "waited_seconds",
     )
@@ -53,6 +69,11 @@ class Journey:
         self.match: Match | None = None
         self.pool: ServedPool | None = None
         self.plan: Plan | None = None
+        self.avoid: frozenset[str] = frozenset()  # names of replicas that are not to be chosen
+        self.stored: StoredUse | None = None
+        self.is_warming = False  # sent by Cairn itself, so that a context is computed before it is used
+        self.only_checked = False  # the stored context was to be checked, and nothing else done
+        self.context_notes: tuple[tuple[bytes, bytes], ...] = ()
         self.attempt: Attempt | None = None
         self.edits: tuple[Edit, ...] = ()
         self.asked_usage = False  # the stream reports usage because Cairn asked, so that chunk is withheld
@@ -96,7 +117,7 @@ class Journey:
         if plan is None or attempt is None:
             return ()
         sent_seconds = self.sent_seconds or 0.0
-        return cairn_headers(
+        own = cairn_headers(
             cache=plan.cache,
             miss=plan.miss,
             reason=plan.reason if self.retries == 0 else RouteReason.RETRY,
@@ -105,6 +126,13 @@ class Journey:
             overhead_seconds=sent_seconds - self.call.read_seconds,
             upstream_seconds=(self.first_byte_seconds or sent_seconds) - sent_seconds,
         )
+        return own + self.context_notes if self.context_notes else own
+
+    def saved_note(self) -> tuple[tuple[bytes, bytes], ...]:
+        """What the upstream reported as cached, where a stored context was used and it said so."""
+        if self.stored is None or self.usage is None or self.usage.cached_tokens is None:
+            return ()
+        return ((b"msh-context-cache-token-saved", b"%d" % self.usage.cached_tokens),)
 
     def outcome(self, now_seconds: float) -> Outcome:
         """The frozen end of it."""

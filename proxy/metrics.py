@@ -149,6 +149,11 @@ INDEX_EVICTIONS = _counter("index_evictions", "Blocks evicted from a replica's b
 CONTEXTS = _max("contexts", "Stored contexts.")
 CONTEXTS_BYTES = _max("contexts_bytes", "Bytes of stored contexts.")
 CONTEXTS_EVICTED = _counter("contexts_evicted", "Stored contexts dropped.", "reason")
+CONTEXTS_DAMAGED = _counter("contexts_damaged", "Stored contexts found damaged when they were read.")
+CONTEXT_USES = _counter("context_uses", "Requests that named a stored context.", "result")
+CONTEXT_CACHED_TOKENS = _counter(
+    "context_cached_tokens", "Cached tokens, as the upstreams reported them, of requests with a stored context."
+)
 REDIS_DURATION = _histogram("redis_duration_seconds", "Operations on Redis.", _REDIS_SECONDS, "op")
 REDIS_ERRORS = _counter("redis_errors", "Failed operations on Redis.", "op", "kind")
 REDIS_BREAKER = _max("redis_breaker_state", "0 closed, 1 half open, 2 open.")

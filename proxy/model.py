@@ -141,11 +141,13 @@ class Prompt(msgspec.Struct, frozen=True):
     pinned_to: str | None = None  # previous_response_id, or the first file id
     media: tuple[Media, ...] = ()
     max_output_tokens: int | None = None
+    may_name_context: bool = False  # somewhere in a short message stands "cache", perhaps as a role
+    stored_bytes: int = 0  # of a stored context that goes before `spans`
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all spans."""
-        return sum(map(len, self.spans))
+        """Bytes of all spans, and of the stored context before them."""
+        return self.stored_bytes + sum(map(len, self.spans))
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -168,7 +170,7 @@ class Edit(msgspec.Struct, frozen=True, gc=False):
 
     start: int
     end: int
-    insert: bytes
+    insert: bytes | memoryview
 
 
 class ReplicaView(msgspec.Struct, frozen=True, gc=False):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
-from cache import Match, Owners, PrefixIndex, chain_root, cut
+from cache import Match, Owners, PrefixIndex, chain_root, cut, extend
 from proxy import routing
 from proxy.admission import check_model
 from proxy.catalogue import Catalogue
 from proxy.clock import Clock
+from proxy.contexts import StoredContexts
 from proxy.downstream import Downstream
 from proxy.errors import CairnError, NotFound, UpstreamError
 from proxy.fleet import Fleet
@@ -42,6 +43,7 @@ class Pipeline:
         relay: Relay,
         catalogue: Catalogue,
         settlement: Settlement,
+        contexts: StoredContexts,
         clock: Clock,
         *,
         min_shareable_bytes: int,
@@ -53,6 +55,7 @@ class Pipeline:
         self._relay = relay
         self._catalogue = catalogue
         self._settlement = settlement
+        self._contexts = contexts
         self._clock = clock
         self._min_shareable_bytes = min_shareable_bytes
         self.pools = pools
@@ -62,17 +65,29 @@ class Pipeline:
 
         Nothing is raised but cancellation, ConnectionResetError (the client left) and defects.
         """
-        journey = Journey(call)
+        await self.run(Journey(call), client, upload)
+
+    async def run(self, journey: Journey, client: Downstream, upload: Upload | None = None) -> None:
+        """The same for a journey that its caller reads afterwards."""
+        call = journey.call
         try:
+            if call.endpoint is Endpoint.CACHING:
+                await self._contexts.answer(journey, client)
+                return
             if call.endpoint is Endpoint.MODELS and len(self.pools.all) > 1:
                 await self._catalogue.answer(journey, client)
                 return
             await self.decide(journey)
+            if journey.only_checked:
+                self._contexts.tell_checked(journey, client)
+                return
             await self._relay.run(journey, client, upload)
         except CairnError as error:
             self.refuse(journey, error, client)
         finally:
             self._settlement.settle(journey)
+            if journey.stored is not None:
+                self._contexts.settle(journey)
 
     async def decide(self, journey: Journey) -> None:
         """The phases that choose: from the body to the plan. Changes nothing but the journey. Raises CairnError."""
@@ -106,6 +121,8 @@ class Pipeline:
 
     async def expand(self, journey: Journey) -> None:
         """Put a stored context where the prompt names one."""
+        if journey.call.endpoint is Endpoint.CHAT:
+            await self._contexts.expand(journey)
 
     def fingerprint(self, journey: Journey) -> None:
         """Cut the prompt in blocks and chain their hashes; what is too short to share has none."""
@@ -114,7 +131,11 @@ class Pipeline:
             return
         if prompt.size_bytes >= self._min_shareable_bytes:
             salt = call.tenant.salt if pool.isolated else b""
-            journey.fingerprint = cut(chain_root((salt, *prompt.chain_salt)), prompt.spans)
+            root = chain_root((salt, *prompt.chain_salt))
+            if journey.stored is None:
+                journey.fingerprint = cut(root, prompt.spans)
+            else:
+                journey.fingerprint = extend(journey.stored.content.chain(root), prompt.spans)
 
     def look_up(self, journey: Journey) -> None:
         """Ask the index who holds how much of it."""
@@ -125,6 +146,8 @@ class Pipeline:
         """Choose among the pool's replicas."""
         assert journey.pool is not None  # noqa: S101 - `read` set it or raised
         views = self._fleet.snapshot(journey.pool.name, self._clock.monotonic())
+        if journey.avoid:
+            views = tuple([view for view in views if view.name not in journey.avoid])
         match = journey.match or NOTHING_MATCHED
         journey.plan = routing.plan(
             self._demand(journey), match, views, min_shareable_bytes=self._min_shareable_bytes

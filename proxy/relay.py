@@ -238,6 +238,9 @@ class Relay:
         elif answer.complete or (length is not None and length <= WHOLE_AT_MOST_BYTES):
             kept.append(answer.body_now() if answer.complete else await answer.read(WHOLE_AT_MOST_BYTES))
             journey.answer_bytes = len(kept[0])
+            if journey.stored is not None and answer.status < 300:
+                self._read_plain(journey, answer, kept[0])
+                head += journey.saved_note()
             downstream.send(answer.status, answer.reason, head, kept[0])
         else:
             downstream.begin(answer.status, answer.reason, head, length)
@@ -248,7 +251,7 @@ class Relay:
                 await downstream.write(piece)
             downstream.end()
         journey.ending = Ending.COMPLETE if answer.status < 400 else Ending.UPSTREAM_STATUS
-        if answer.status < 300 and journey.answer_bytes <= _READ_AT_MOST_BYTES:
+        if answer.status < 300 and journey.usage is None and journey.answer_bytes <= _READ_AT_MOST_BYTES:
             self._read_plain(journey, answer, b"".join(kept))
 
     def _read_plain(self, journey: Journey, answer: UpstreamAnswer, body: bytes) -> None:

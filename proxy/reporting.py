@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from cache import BreakerState as StoreBreakerState
-from cache import Journal, JournalState, PrefixIndex, Store, StoreState
+from cache import ContextStore, Journal, JournalState, PrefixIndex, Store, StoreState
 from proxy import metrics
 from proxy.admission import Room
 from proxy.clock import Clock
@@ -36,6 +36,7 @@ class Reporter:
         store: Store,
         room: Room,
         access_log: AccessLog | None,
+        contexts: ContextStore,
         clock: Clock,
     ) -> None:
         self._control = control
@@ -47,6 +48,7 @@ class Reporter:
         self._room = room
         self._clock = clock
         self._access_log = access_log
+        self._contexts = contexts
         self._totals: dict[tuple[str, Labels], int] = {}
         self.pools = pools
 
@@ -109,6 +111,8 @@ class Reporter:
     def _set_store_figures(self) -> None:
         stats = self._journal.stats
         self._recorder.set(metrics.REDIS_BREAKER, (), _STORE_LEVELS[self._store.breaker_state])
+        self._recorder.set(metrics.CONTEXTS, (), self._contexts.total_contexts)
+        self._recorder.set(metrics.CONTEXTS_BYTES, (), self._contexts.total_bytes)
         self._recorder.set(metrics.JOURNAL_LAG, (), stats.lag_seconds)
         for reason, total in (
             ("queue", stats.dropped_queued),

@@ -34,6 +34,9 @@ _MAX_HEADERS = 256
 _UNDECLARED_BYTES = 1024 * 1024
 """What a body of unknown length counts as, against the bound on bytes in flight."""
 
+_AROUND_CONTEXT_BYTES = 128 * 1024
+"""Beside messages and tools: names, descriptions, metadata and white space of a context's upload."""
+
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
@@ -48,12 +51,15 @@ class Front:
         pipeline: Pipeline,
         clock: Clock,
         new_id: Callable[[], str],
+        *,
+        max_context_bytes: int,
     ) -> None:
         self._settings = settings
         self._room = room
         self._pipeline = pipeline
         self._clock = clock
         self._new_id = new_id
+        self._max_upload_bytes = min(settings.max_body_bytes, max_context_bytes + _AROUND_CONTEXT_BYTES)
         self._server: web.Server | None = None
         self._runner: web.ServerRunner | None = None
         self.doorkeeper = doorkeeper
@@ -107,7 +113,7 @@ class Front:
             held_bytes = 0 if passes else _UNDECLARED_BYTES if announced_bytes is None else announced_bytes
             self._room.enter(held_bytes)
             entered = True
-            body = b"" if passes else await self._body(request, headers)
+            body = b"" if passes else await self._body(request, headers, endpoint)
             call = self._call(request, request_id, tenant, endpoint, headers, body, received_seconds)
             await self._pipeline.handle(call, client, self._upload(request) if passes else None)
         except CairnError as error:
@@ -122,11 +128,14 @@ class Front:
                 self._room.leave(held_bytes)
         return client
 
-    async def _body(self, request: web.BaseRequest, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
+    async def _body(
+        self, request: web.BaseRequest, headers: Sequence[tuple[bytes, bytes]], endpoint: Endpoint
+    ) -> bytes:
         for name, value in headers:
             if name == b"content-encoding" and value.lower() != b"identity":
                 raise BadRequest("A compressed body is not read.", code="unsupported_content_encoding")
-        return await read_body(request, self._settings.max_body_bytes, self._settings.body_seconds)
+        limit = self._max_upload_bytes if endpoint is Endpoint.CACHING else self._settings.max_body_bytes
+        return await read_body(request, limit, self._settings.body_seconds)
 
     def _upload(self, request: web.BaseRequest) -> Upload | None:
         if not request.body_exists:

@@ -248,6 +248,22 @@ class Routing(Section, frozen=True):
     prefill_tokens_per_second: Annotated[float, Meta(gt=0)] = 4000  # until a replica's own is learned
 
 
+class Contexts(Section, frozen=True):
+    """Stored contexts. Bytes are those in Redis, compressed, but for the first two; quotas are of one tenant."""
+
+    max_context_bytes: Annotated[int, Meta(ge=1024, le=256 * MIB)] = 16 * MIB  # messages and tools as uploaded
+    memory_bytes: Count = 256 * MIB  # contents that a worker keeps at hand
+    total_bytes: Count = 128 * MIB  # of all tenants
+    tenant_bytes: Count = 64 * MIB
+    pinned_bytes: Annotated[int, Meta(ge=0)] = 32 * MIB  # of contexts that are never discarded
+    max_contexts: Count = 1000
+    max_tags: Count = 1000
+    default_ttl_seconds: Seconds = 3600
+    grace_seconds: Wait = 86_400  # how long an expired one can be revived
+    warm_replicas: Annotated[int, Meta(ge=0, le=64)] = 1  # engines that compute a new one at once; never a provider
+    warming_seconds: Seconds = 900  # a context still pending after that was left in the middle
+
+
 class Log(Section, frozen=True):
     """What is written: access lines as JSON to standard output, the rest to standard error."""
 
@@ -301,6 +317,7 @@ class Config(Section, frozen=True):
     upstream: Upstream = Upstream()
     routing: Routing = Routing()
     prices: Annotated[tuple[Price, ...], Meta(max_length=1024)] = ()  # before the built-in data
+    contexts: Contexts = Contexts()
     log: Log = Log()
 
     @property

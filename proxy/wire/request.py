@@ -30,6 +30,11 @@ from proxy.wire.offsets import span_of
 
 MODEL_NAME_BYTES_MOST = 512  # bytes; the longest names seen (paths of local models) stay under 300
 
+CACHE_MESSAGE_BYTES_MOST = (
+    1024  # bytes of the JSON text of a message that names a stored context; twice what it needs
+)
+_SEARCHED_BYTES = 8192  # a body up to this is searched as one, at 1 us per KB; of others only the short messages
+
 _NONE = Raw()
 _NOTHING = frozenset({b"", b"null", b"[]", b"{}"})
 
@@ -166,7 +171,14 @@ def _read_chat(body: bytes) -> Prompt:
     limit = fields.max_completion_tokens
     if limit is _NONE:
         limit = fields.max_tokens
-    return _prompt(body, fields, spans, messages, limit)
+    return _prompt(body, fields, spans, messages, limit, names_context=_may_name_context(body, spans))
+
+
+def _may_name_context(body: bytes, spans: list[memoryview]) -> bool:
+    """Whether a message could have the role `cache`: never wrongly no, but for a role written with escapes."""
+    if len(body) <= _SEARCHED_BYTES:
+        return b'"cache"' in body
+    return any(len(span) <= CACHE_MESSAGE_BYTES_MOST and b'"cache"' in bytes(span) for span in spans)
 
 
 def _read_completion(body: bytes) -> Prompt:
@@ -221,6 +233,7 @@ def _prompt(
     pinned_to: str | None = None,
     *,
     always_reports: bool = False,
+    names_context: bool = False,
 ) -> Prompt:
     asked, options = UsageRequest.NOT_APPLICABLE, (0, 0)
     if fields.stream and not always_reports:
@@ -236,6 +249,7 @@ def _prompt(
         pinned_to,
         find_media(body, content),
         None if limit is _NONE else _count(limit),
+        names_context,
     )
 
 

@@ -1,0 +1,84 @@
+"""The objects of /v1/caching as JSON. Pure; stored messages and tools go out as they came in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from cache import Content, ContextRow, ContextStatus, Tag
+
+OWNER = "tenant"
+"""What `owned_by` says: every object that can be seen is the asker's own, and names of tenants never leave."""
+
+_INTERRUPTED = ("server_error", "The warming was interrupted; the context can be used.")
+
+
+def context_object(row: ContextRow, content: Content | None, now_unix_seconds: float) -> dict[str, Any]:
+    """A context; without its messages and tools where `content` is None, as in lists."""
+    status = row.status(now_unix_seconds)
+    shown: dict[str, Any] = {
+        "id": row.id,
+        "status": status.value,
+        "object": "context_cache_object",
+        "created_at": int(row.created_unix_seconds),
+        "expired_at": int(row.expires_unix_seconds),
+        "tokens": row.tokens,
+        "model": row.head.model,
+        "name": row.head.name,
+        "description": row.head.description,
+        "metadata": row.metadata,
+        "bytes": row.head.content_bytes,
+        "worth": row.worth,
+    }
+    if content is not None:
+        shown["messages"] = Raw(b"[%b]" % content.messages)
+        shown["tools"] = Raw(content.tools or b"[]")
+    if status is ContextStatus.ERROR:
+        kind, message = row.problem or _INTERRUPTED
+        shown["error"] = {"type": kind, "message": message}
+    return shown
+
+
+def tag_object(tag: Tag) -> dict[str, Any]:
+    """A tag."""
+    return {
+        "cache_id": tag.context_id,
+        "created_at": int(tag.created_unix_seconds),
+        "object": "cache_object.tag",
+        "owned_by": OWNER,
+        "tag": tag.tag,
+    }
+
+
+def deleted_context(context_id: str) -> dict[str, Any]:
+    """What a DELETE says."""
+    return {"deleted": True, "id": context_id, "object": "context_cache_object.deleted"}
+
+
+def deleted_tag(tag: str) -> dict[str, Any]:
+    """What a DELETE of a tag says, whether it was there or not."""
+    return {"deleted": True, "object": "cache_object.tag.deleted", "tag": tag}
+
+
+def listing(rows: Sequence[dict[str, Any]], *, more: bool) -> dict[str, Any]:
+    """A page of a list."""
+    return {"object": "list", "data": rows, "has_more": more}
+
+
+def checked_answer(model: str | None, created_unix_seconds: float, *, stream: bool) -> tuple[bytes, bytes]:
+    """What a dry run answers, and its content type: a completion without choices that cost nothing."""
+    answer: dict[str, Any] = {
+        "id": "chatcmpl-dry-run",
+        "object": "chat.completion.chunk" if stream else "chat.completion",
+        "created": int(created_unix_seconds),
+        "model": model,
+        "choices": [],
+        "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+    }
+    encoded = msgspec.json.encode(answer)
+    if stream:
+        return b"data: " + encoded + b"\n\ndata: [DONE]\n\n", b"text/event-stream; charset=utf-8"
+    return encoded, b"application/json"

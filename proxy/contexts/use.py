@@ -1,0 +1,114 @@
+"""A stored context in a chat request: found, checked and spliced in before the prompt is fingerprinted.
+
+It must not know Redis, replicas or prices.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from cache import CacheError, Content, ContextRow, ContextStatus, ContextStore, StoreCorrupt, UnknownContext
+from proxy.contexts import failures
+from proxy.journey import Journey, StoredUse
+from proxy.metrics import CONTEXT_USES, Recorder
+from proxy.model import Prompt
+from proxy.wire import contexts as wire
+from proxy.wire.contexts import Named, Reference, Spliced
+
+_NOTE = b"x-cairn-context"  # why a context under a header was not used
+
+
+class Use:
+    """Puts contexts into journeys. One per worker."""
+
+    def __init__(self, store: ContextStore, recorder: Recorder) -> None:
+        self._store = store
+        self._recorder = recorder
+
+    async def expand(self, journey: Journey) -> None:
+        """Put the context in that the request names by a message or a header; without one nothing happens.
+
+        Raises BadRequest, ContextNotFound, ContextsAway and ContextDamaged.
+        """
+        prompt = journey.prompt
+        if prompt is None:
+            return
+        if prompt.may_name_context and (named := wire.named_in(prompt)) is not None:
+            await self._expand_named(journey, prompt, named)
+        elif (reference := wire.reference_in(journey.call.headers)) is not None:
+            await self._expand_repeated(journey, prompt, reference)
+
+    async def _expand_named(self, journey: Journey, prompt: Prompt, named: Named) -> None:
+        try:
+            row, content = await self._find(journey.call.tenant.id, named.reference)
+        except CacheError as error:
+            self._count("damaged" if isinstance(error, StoreCorrupt) else "unavailable", error)
+            raise failures.shown(error) from None
+        if self._is_over(row, named.reference):
+            self._count("inactive")
+            raise failures.inactive()
+        spliced = wire.splice_named(prompt, named, content.tools, content.messages)
+        self._take(journey, prompt, row, content, named.reference, spliced)
+
+    async def _expand_repeated(self, journey: Journey, prompt: Prompt, reference: Reference) -> None:
+        """The whole prompt is there, so what is wrong with the context costs its saving and not the answer."""
+        try:
+            row, content = await self._find(journey.call.tenant.id, reference)
+        except UnknownContext as error:
+            self._count("unknown")
+            raise failures.shown(error) from None
+        except CacheError as error:
+            self._go_on(journey, "damaged" if isinstance(error, StoreCorrupt) else "unavailable")
+            return
+        if self._is_over(row, reference):
+            self._go_on(journey, "inactive")
+            return
+        spliced = wire.splice_repeated(prompt, content.tools, content.messages, content.message_views())
+        if isinstance(spliced, str):
+            self._go_on(journey, "differs", spliced)
+        else:
+            self._take(journey, prompt, row, content, reference, spliced)
+
+    async def _find(self, tenant: str, reference: Reference) -> tuple[ContextRow, Content]:
+        if reference.tag is not None:
+            row = await self._store.tagged(tenant, reference.tag)
+        elif reference.id is not None:
+            row = await self._store.known_row(tenant, reference.id)
+        else:
+            raise UnknownContext("There is no such context.")
+        return row, await self._store.content(tenant, row)
+
+    def _is_over(self, row: ContextRow, reference: Reference) -> bool:
+        return row.status(self._store.now()) is ContextStatus.INACTIVE and reference.reset_ttl_seconds is None
+
+    def _take(
+        self,
+        journey: Journey,
+        prompt: Prompt,
+        row: ContextRow,
+        content: Content,
+        reference: Reference,
+        spliced: Spliced,
+    ) -> None:
+        if not journey.is_warming:
+            self._count("used")
+        reset = None if reference.dry_run else reference.reset_ttl_seconds
+        ends = row.expires_unix_seconds if reset is None else self._store.now() + reset
+        journey.stored = StoredUse(row, content, ends, reset)
+        journey.prompt = replace(prompt, spans=spliced.rest, stored_bytes=content.span_bytes)
+        journey.edits += spliced.edits
+        journey.only_checked = reference.dry_run
+        journey.context_notes = (
+            (b"msh-context-cache-id", row.id.encode()),
+            (b"msh-context-cache-token-exp", b"%d" % int(ends)),
+        )
+
+    def _go_on(self, journey: Journey, why: str, where: str = "") -> None:
+        """As sent, without the context."""
+        self._count(why)
+        note = f"{why};{where}" if where else why
+        journey.context_notes = ((_NOTE, note.encode()),)
+
+    def _count(self, result: str, error: CacheError | None = None) -> None:
+        word = "unknown" if isinstance(error, UnknownContext) else result
+        self._recorder.inc(CONTEXT_USES, (word,))

@@ -1,0 +1,41 @@
+"""What one token of a context saves when it is used, so that what is worth least can be discarded first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from proxy.clock import Clock
+from proxy.pools import Pools, ServedPool
+from proxy.pricing import GpuCard, PriceBook, TokenCard
+
+ASSUMED_USD_PER_SECOND = 2.0 / 3600
+"""An engine without a rate card: two dollars for an hour of one GPU. Only the order of contexts depends on it."""
+
+ASSUMED_USD_PER_TOKEN = 1e-6
+"""A provider without a rate card: a dollar for a million input tokens."""
+
+
+class Valuing:
+    """`rate_of` gives a replica's prefill rate (tokens per second) by its number."""
+
+    def __init__(self, prices: PriceBook, pools: Pools, rate_of: Callable[[int], float], clock: Clock) -> None:
+        self._prices = prices
+        self._pools = pools
+        self._rate_of = rate_of
+        self._clock = clock
+
+    def usd_per_token(self, model: str, pool: ServedPool) -> float:
+        """What computing one prompt token costs at the first replica of the pool: its price, or prefill time."""
+        backends = self._pools.backends
+        number = next((number for number in self._pools.served if backends[number].pool == pool.name), None)
+        if number is None:
+            return ASSUMED_USD_PER_TOKEN
+        day = datetime.fromtimestamp(self._clock.unix(), UTC).date().isoformat()
+        card = self._prices.card(model, backends[number].url, day)
+        if isinstance(card, TokenCard):
+            return float(card.rates_for(0).input) / 1e6
+        if pool.is_provider:
+            return ASSUMED_USD_PER_TOKEN
+        per_second = float(card.usd_per_second) if isinstance(card, GpuCard) else ASSUMED_USD_PER_SECOND
+        return per_second / max(1.0, self._rate_of(number))

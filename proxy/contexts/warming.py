@@ -1,0 +1,186 @@
+"""Warms a new context: one request of one output token to the replicas that should hold it, through the pipeline.
+
+So it is routed, charged and placed in the index as any other. Where a context does not end with a user's message a
+minimal one is put behind it, since many templates refuse a lone system message; what that message costs by itself is
+asked once per model and taken off the count. It must not know HTTP or Redis.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Protocol
+
+import msgspec
+
+from proxy.clock import Clock
+from proxy.downstream import Downstream
+from proxy.errors import InternalError
+from proxy.journey import Journey
+from proxy.model import Call, Ending, Endpoint, Tenant
+from proxy.wire.contexts import Reference
+
+MINIMAL_MESSAGE = {"role": "user", "content": "."}
+MODELS_REMEMBERED_AT_MOST = 1024
+_ERROR_BYTES_MOST = 64 * 1024
+_CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key"})
+_CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_REQUEST_SECONDS = 3600.0
+
+
+class Run(Protocol):
+    """`Pipeline.run`."""
+
+    def __call__(self, journey: Journey, client: Downstream) -> Coroutine[Any, Any, None]: ...
+
+
+class WarmingFailed(Exception):
+    """It was not answered; `type` and `message` may be shown."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+
+
+class _Error(msgspec.Struct):
+    type: Any = None
+    code: Any = None
+
+
+class _Refusal(msgspec.Struct):
+    error: _Error | None = None
+
+
+class Kept:
+    """A `Downstream` to nobody: keeps the status and the beginning of the body."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.status = 0
+        self.body = b""
+
+    def send(self, status: int, reason: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        self.begin(status, reason, headers, len(body))
+        self.body = body[:_ERROR_BYTES_MOST]
+
+    def begin(self, status: int, *_: object) -> None:
+        self.begun = True
+        self.status = status
+
+    async def write(self, piece: bytes | memoryview) -> None:
+        if len(self.body) < _ERROR_BYTES_MOST:
+            self.body += bytes(piece)
+
+    def end(self) -> None:
+        """Nothing is left to say."""
+
+    def write_last(self, piece: bytes) -> None:
+        """Nobody reads it."""
+
+    def break_off(self) -> None:
+        """Nobody is there."""
+
+
+class Warming:
+    """`run` answers a journey; `new_id` makes request ids."""
+
+    def __init__(self, run: Run, new_id: Callable[[], str], clock: Clock) -> None:
+        self._run = run
+        self._new_id = new_id
+        self._clock = clock
+        self._minimal_tokens: dict[tuple[str, str], int] = {}
+
+    async def warm(
+        self,
+        tenant: Tenant,
+        headers: Iterable[tuple[bytes, bytes]],
+        model: str,
+        reference: Reference,
+        *,
+        ends_with_user: bool,
+        replicas: int,
+    ) -> int:
+        """Warm `replicas` of them, one after another; the tokens of the context as the upstream counts them.
+
+        Raises WarmingFailed where the first does not answer. Fewer replicas than asked for are enough.
+        """
+        kept = tuple(pair for pair in headers if pair[0] in _CREDENTIALS)
+        messages: list[dict[str, str]] = [{"role": "cache", "content": f"cache_id={reference.id}"}]
+        if not ends_with_user:
+            messages.append(MINIMAL_MESSAGE)
+        warmed: set[str] = set()
+        tokens = 0
+        for _ in range(replicas):
+            try:
+                journey = await self._ask(tenant, kept, model, messages, frozenset(warmed))
+            except WarmingFailed:
+                if not warmed:
+                    raise
+                break
+            warmed.add(journey.replica_name)
+            tokens = journey.usage.prompt_tokens if journey.usage is not None else tokens
+        if not ends_with_user and tokens:
+            tokens -= await self._tokens_of_minimal(tenant, kept, model)
+        return max(0, tokens)
+
+    async def _tokens_of_minimal(self, tenant: Tenant, headers: tuple[tuple[bytes, bytes], ...], model: str) -> int:
+        key = (tenant.id, model)
+        known = self._minimal_tokens.get(key)
+        if known is not None:
+            return known
+        try:
+            journey = await self._ask(tenant, headers, model, [MINIMAL_MESSAGE], frozenset())
+        except WarmingFailed:
+            return 0
+        tokens = 0 if journey.usage is None else journey.usage.prompt_tokens
+        if len(self._minimal_tokens) >= MODELS_REMEMBERED_AT_MOST:
+            self._minimal_tokens.clear()
+        self._minimal_tokens[key] = tokens
+        return tokens
+
+    async def _ask(
+        self,
+        tenant: Tenant,
+        headers: tuple[tuple[bytes, bytes], ...],
+        model: str,
+        messages: list[dict[str, str]],
+        avoid: frozenset[str],
+    ) -> Journey:
+        now_seconds = self._clock.monotonic()
+        call = Call(
+            self._new_id(),
+            tenant,
+            Endpoint.CHAT,
+            "POST",
+            "/v1/chat/completions",
+            ((b"content-type", b"application/json"), *headers),
+            msgspec.json.encode({"model": model, "max_tokens": 1, "messages": messages}),
+            now_seconds,
+            now_seconds,
+            now_seconds + _REQUEST_SECONDS,
+        )
+        journey, kept = Journey(call), Kept()
+        journey.avoid, journey.is_warming = avoid, True
+        try:
+            await self._run(journey, kept)
+        except (InternalError, ConnectionError):
+            raise WarmingFailed("server_error", "The warming did not come through.") from None
+        if journey.ending is not Ending.COMPLETE:
+            raise _failure(kept)
+        return journey
+
+
+def _failure(kept: Kept) -> WarmingFailed:
+    """What may be said of a refusal: the status and words of closed sets. An upstream's text may hold the prompt."""
+    kind, code = "server_error" if kept.status >= 500 else "invalid_request_error", ""
+    try:
+        refusal = msgspec.json.decode(kept.body, type=_Refusal)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        refusal = _Refusal()
+    if refusal.error is not None:
+        if isinstance(refusal.error.type, str) and _CODE.fullmatch(refusal.error.type):
+            kind = refusal.error.type
+        if isinstance(refusal.error.code, str) and _CODE.fullmatch(refusal.error.code):
+            code = f" ({refusal.error.code})"
+    return WarmingFailed(kind, f"The upstream answered the warming with status {kept.status}{code}.")

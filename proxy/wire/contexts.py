@@ -1,0 +1,201 @@
+"""How a chat request names a stored context, and the splice that puts it in: by a first message of the role `cache`,
+or by sending the context again under a header.
+
+Pure; it knows bodies and bytes and neither ids' owners nor where contexts are kept. The stored bytes are inserted as
+they are; nothing of either side is written anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from proxy.errors import BadRequest
+from proxy.model import Edit, Prompt
+from proxy.wire.offsets import span_of
+from proxy.wire.request import CACHE_MESSAGE_BYTES_MOST
+
+TTL_SECONDS_MOST = 10 * 366 * 86_400  # ten years: what is longer is a mistake of the unit
+CONTEXT_ID = re.compile(r"cache-[0-9a-f]{32}")
+TAG = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,127}")
+_CONTENT_PARAM = "messages[0].content"
+_NONE = Raw()
+_PREFIX = b"x-msh-context-cache"
+_DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+class Reference(msgspec.Struct, frozen=True):
+    """Which context is meant, by id or by tag, and what else is asked. One that cannot exist has neither."""
+
+    id: str | None = None
+    tag: str | None = None
+    reset_ttl_seconds: int | None = None
+    dry_run: bool = False
+
+
+class Named(msgspec.Struct, frozen=True):
+    """A request whose first message names a context; offsets in its body."""
+
+    reference: Reference
+    message_span: tuple[int, int]
+    tools_span: tuple[int, int] | None  # of a null, where one stands
+    rest: tuple[memoryview, ...]
+
+
+class Spliced(msgspec.Struct, frozen=True):
+    """What a splice makes of a prompt: the edits, and the views of the messages behind the context."""
+
+    edits: tuple[Edit, ...]
+    rest: tuple[memoryview, ...]
+
+
+class _Body(msgspec.Struct, gc=False):
+    messages: list[Raw] = []
+    tools: Raw = _NONE
+    functions: Raw = _NONE
+
+
+class _Message(msgspec.Struct, gc=False):
+    role: Any = None
+    content: Any = None
+
+
+_decode_body = msgspec.json.Decoder(_Body).decode
+_decode_message = msgspec.json.Decoder(_Message).decode
+
+
+def named_in(prompt: Prompt) -> Named | None:
+    """The context that a message of the role `cache` names, None where there is no such message.
+
+    Raises BadRequest where it is not the first, is malformed, or the request brings tools of its own.
+    """
+    body = _decode_body(prompt.body)
+    named = None
+    for place, message in enumerate(body.messages):
+        if not _may_be_cache(message):
+            continue
+        decoded = _decode_message(message)
+        if decoded.role != "cache":
+            continue
+        if place:
+            raise BadRequest(
+                "A message of the role cache must be the first, and the only one.", param=f"messages[{place}].role"
+            )
+        named = _named(prompt.body, body, decoded.content)
+    return named
+
+
+def _may_be_cache(message: Raw) -> bool:
+    view = memoryview(message)
+    return len(view) <= CACHE_MESSAGE_BYTES_MOST and b'"cache"' in bytes(view)
+
+
+def _named(body: bytes, fields: _Body, content: Any) -> Named:
+    for param, value in (("tools", fields.tools), ("functions", fields.functions)):
+        if value is not _NONE and bytes(value) != b"null":
+            raise BadRequest(f"{param} must be absent where a stored context is used: it has its own.", param=param)
+    tools_span = None if fields.tools is _NONE else span_of(body, fields.tools)
+    rest = tuple([memoryview(message) for message in fields.messages[1:]])
+    return Named(read_reference(content), span_of(body, fields.messages[0]), tools_span, rest)
+
+
+def read_reference(content: Any) -> Reference:
+    """The content of a message of the role cache: `cache_id=ID` or `tag=NAME`, then `;reset_ttl=S`, `;dry_run=1`.
+
+    Raises BadRequest.
+    """
+    if not isinstance(content, str):
+        raise BadRequest("The content of a message of the role cache must be a string.", param=_CONTENT_PARAM)
+    pairs = [part.partition("=") for part in content.split(";")]
+    values = {key: value for key, _, value in pairs}
+    if len(values) != len(pairs) or not all(value for _, _, value in pairs):
+        raise BadRequest("It must be key=value pairs with semicolons between, each key once.", param=_CONTENT_PARAM)
+    if unknown := values.keys() - {"cache_id", "tag", "reset_ttl", "dry_run"}:
+        raise BadRequest(f"It has {len(unknown)} unknown keys.", param=_CONTENT_PARAM)
+    if ("cache_id" in values) == ("tag" in values):
+        raise BadRequest("It must have one of cache_id and tag.", param=_CONTENT_PARAM)
+    return _reference(
+        values.get("cache_id"), values.get("tag"), values.get("reset_ttl"), values.get("dry_run"), _CONTENT_PARAM
+    )
+
+
+def reference_in(headers: Iterable[tuple[bytes, bytes]]) -> Reference | None:
+    """The context that `X-Msh-Context-Cache` names, None where there is no such header. Raises BadRequest."""
+    found: dict[bytes, str] = {}
+    for name, value in headers:
+        if name[:2] == b"x-" and name.startswith(_PREFIX):
+            found[name[len(_PREFIX) :]] = value.decode("latin-1").strip()
+    if b"" not in found:
+        return None
+    return _reference(found[b""], None, found.get(b"-reset-ttl"), found.get(b"-dryrun"), "X-Msh-Context-Cache")
+
+
+def _reference(
+    context_id: str | None, tag: str | None, reset_ttl: str | None, dry_run: str | None, param: str
+) -> Reference:
+    seconds = None
+    if reset_ttl is not None:
+        if not (reset_ttl.isascii() and reset_ttl.isdigit() and len(reset_ttl) <= 9 and int(reset_ttl) > 0):
+            raise BadRequest("reset_ttl must be a positive number of seconds.", param=param)
+        seconds = int(reset_ttl)
+    if dry_run not in (None, "0", "1"):
+        raise BadRequest("dry_run must be 0 or 1.", param=param)
+    if tag is not None and not TAG.fullmatch(tag):
+        tag = None
+    if context_id is not None and not CONTEXT_ID.fullmatch(context_id):
+        context_id = None
+    return Reference(context_id, tag, seconds, dry_run == "1")
+
+
+def splice_named(prompt: Prompt, named: Named, tools: bytes, messages: bytes) -> Spliced:
+    """The stored `messages` (without brackets) in place of the naming one, and the stored `tools`."""
+    edits = [Edit(*named.message_span, messages)]
+    if tools and named.tools_span is not None:
+        edits.append(Edit(*named.tools_span, tools))
+    elif tools:
+        start = prompt.body.index(b"{") + 1
+        edits.append(Edit(start, start, b'"tools":%b,' % tools))
+    return Spliced(tuple(edits), named.rest)
+
+
+def splice_repeated(prompt: Prompt, tools: bytes, messages: bytes, stored: Sequence[memoryview]) -> Spliced | str:
+    """The stored bytes in place of the same messages and tools as sent, or where the two differ.
+
+    They are compared by meaning: as JSON values, whatever the white space, escapes and order of keys. `stored` are
+    views of each message within `messages`.
+    """
+    body = _decode_body(prompt.body)
+    if not _same_tools(body.tools, tools):
+        return "tools"
+    if len(body.messages) < len(stored):
+        return "messages"
+    for place, mine in enumerate(stored):
+        if not _same(memoryview(body.messages[place]), mine):
+            return f"messages[{place}]"
+    first, last = span_of(prompt.body, body.messages[0]), span_of(prompt.body, body.messages[len(stored) - 1])
+    edits = [Edit(first[0], last[1], messages)]
+    if tools:
+        edits.append(Edit(*span_of(prompt.body, body.tools), tools))
+    return Spliced(tuple(edits), tuple([memoryview(message) for message in body.messages[len(stored) :]]))
+
+
+def _same_tools(sent: Raw, stored: bytes) -> bool:
+    if sent is _NONE or bytes(sent) in (b"null", b"[]"):
+        return not stored
+    return bool(stored) and _same(memoryview(sent), memoryview(stored))
+
+
+def _same(sent: memoryview, stored: memoryview) -> bool:
+    return sent == stored or _meaning(sent) == _meaning(stored)
+
+
+def _meaning(value: memoryview) -> bytes:
+    """One text for all that mean the same. Encoded again, since Python takes true for 1 and 1 for 1.0."""
+    try:
+        return msgspec.json.encode(msgspec.json.decode(value), order="deterministic")
+    except _DECODE_ERRORS:
+        return bytes(value)
