@@ -228,7 +228,7 @@ class ContextStore:
                 await self._renew_total(tenant, totals)
 
     async def _totals(self) -> dict[str, tuple[int, int]]:
-        reply = await self._store.execute("HGETALL", keys.CONTEXTS_TOTALS)
+        reply = (await self._many([("HGETALL", keys.CONTEXTS_TOTALS)]))[0]
         pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
         totals = {name.decode(): _pair(value) for name, value in pairs}
         self.total_bytes = sum(size for size, _ in totals.values())
@@ -312,7 +312,7 @@ class ContextStore:
         return [read_row(name, fields, int(now_ms)) for name, fields in zip(ids, replies, strict=True)]
 
     async def _read_content(self, tenant: str, row: ContextRow) -> Content:
-        stored = await self._store.execute("HGET", _context_key(tenant, row.id), "manifest")
+        stored = (await self._many([("HGET", _context_key(tenant, row.id), "manifest")]))[0]
         if stored is None:
             raise UnknownContext("There is no such context.")
         try:
@@ -401,7 +401,7 @@ class ContextStore:
     async def tag(self, tenant: str, tag: str) -> Tag:
         """What a tag names, read anew. Raises UnknownContext."""
         changes, heard = self._changes, self._heard
-        value = await self._store.execute("HGET", keys.tenant(tenant, "tags"), tag)
+        value = (await self._many([("HGET", keys.tenant(tenant, "tags"), tag)]))[0]
         if value is None:
             self._tags.pop((tenant, tag), None)
             raise UnknownContext("There is no such tag.")
@@ -411,7 +411,7 @@ class ContextStore:
 
     async def tags(self, tenant: str) -> list[Tag]:
         """All tags of a tenant, oldest first."""
-        reply = await self._store.execute("HGETALL", keys.tenant(tenant, "tags"), limit_seconds=BULK_LIMIT_SECONDS)
+        reply = (await self._many([("HGETALL", keys.tenant(tenant, "tags"))]))[0]
         pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
         found = [read_tag(name.decode(), value) for name, value in pairs]
         return sorted(found, key=lambda tag: (tag.created_unix_seconds, tag.tag))

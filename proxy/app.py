@@ -170,7 +170,7 @@ class Worker:
             self.contexts,
             self.pools,
             self.tokens,
-            Valuing(prices, self.pools, self.fleet.rate_of, clock),
+            Valuing(self.prices, self.pools, self.fleet.rate_of, clock),
             Warming(self._run_own, _new_id, clock),
             config.contexts,
             self.tasks,
