@@ -131,6 +131,9 @@ class Relay:
             before_seconds = self._clock.monotonic()
             try:
                 await attempt.wait(self._clock)
+            except BaseException:
+                attempt.take_back()  # it was never sent, so nobody holds its prefix
+                raise
             finally:
                 journey.waited_seconds += self._clock.monotonic() - before_seconds
         try:

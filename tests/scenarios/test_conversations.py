@@ -8,8 +8,10 @@ from typing import Any
 
 import aiohttp
 
+from proxy.settings import Pool, Replica
 from tests.support.cairn import Cairn, config_for, running
 from tests.support.openai_upstream import OpenAIUpstream
+from tests.support.valkey import eventually
 
 TURNS = 10
 CONVERSATIONS = 20
@@ -114,3 +116,28 @@ async def test_a_failure_takes_the_placement_back(http: aiohttp.ClientSession) -
         async with http.post(f"{cairn.url}/chat/completions", json=body) as answer:
             assert answer.status == 500
         assert cairn.worker.index.replicas()[0].blocks == 0
+
+
+async def test_a_client_that_leaves_while_it_waits_for_a_place_leaves_nothing(http: aiohttp.ClientSession) -> None:
+    """Its prefix was never sent, so it is not placed; its charge and its place in the queue are gone."""
+    gate = asyncio.Event()
+    async with OpenAIUpstream(gate=gate) as upstream:
+        pool = Pool(name="p", replicas=(Replica(upstream.url, max_concurrent=1),))
+        async with running(config_for([], pools=[pool])) as cairn:
+            first = asyncio.get_running_loop().create_task(
+                ask(http, cairn, [{"role": "user", "content": words("first", 900)}], None)
+            )
+            await eventually(lambda: upstream.in_flight == 1)
+            blocks = cairn.worker.index.replicas()[0].blocks
+            second = asyncio.get_running_loop().create_task(
+                ask(http, cairn, [{"role": "user", "content": words("second", 900)}], None)
+            )
+            await eventually(lambda: len(cairn.worker.queues[0]) == 1)
+            second.cancel()
+            await eventually(lambda: cairn.worker.room.requests == 1)
+            assert len(cairn.worker.queues[0]) == 0
+            assert cairn.worker.index.replicas()[0].blocks == blocks
+            gate.set()
+            await first
+            assert cairn.worker.fleet.own_in_flight(0) == 0
+        assert len(upstream.generations) == 1
