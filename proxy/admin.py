@@ -1,4 +1,4 @@
-"""The admin port: health, readiness, metrics and explanations, answered by the supervisor.
+"""The admin port: health, readiness, metrics, explanations and the status page, answered by the supervisor.
 
 So a worker that stands still blocks no probe and no scrape. What it shows comes through `Overview`; it must not know
 processes, sockets or how a figure came about.
@@ -22,6 +22,7 @@ from proxy.ledger import Unreadable
 from proxy.readiness import Readiness, Standing
 from proxy.savings import By, Report, as_json
 from proxy.settings import Config
+from proxy.status import PAGE_PATHS, Board, StatusRoutes
 
 _GZIP_LEVEL = 1  # half of a page's 300 KB a scrape goes for a millisecond
 _CLOSE_SECONDS = 1.0  # for answers under way at the end
@@ -36,6 +37,11 @@ class Overview(Protocol):
     @property
     def config(self) -> Config:
         """The configuration in force."""
+        ...
+
+    @property
+    def board(self) -> Board:
+        """What the status page shows."""
         ...
 
     def readiness(self) -> Readiness:
@@ -71,6 +77,7 @@ class AdminPort:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/savings", self._savings)
         app.router.add_post("/explain", self._explain)
+        StatusRoutes(self._overview.board).add_to(app)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_CLOSE_SECONDS)
         await self._runner.setup()
         await web.SockSite(self._runner, listening).start()
@@ -82,16 +89,21 @@ class AdminPort:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in _OPEN_PATHS and (refusal := self._refusal(request)):
+        if not self._is_open(request.path) and (refusal := self._refusal(request)):
             status, why = refusal
             return _json(status, {"error": why})
         try:
             answer = await handler(request)
         except web.HTTPException as error:
             answer = _json(error.status, {"error": error.reason.lower()})
-        answer.headers["X-Content-Type-Options"] = "nosniff"
-        answer.headers["Cache-Control"] = "no-store"
+        if not answer.prepared:  # a stream has sent its own by now
+            answer.headers["X-Content-Type-Options"] = "nosniff"
+            answer.headers.setdefault("Cache-Control", "no-store")
         return answer
+
+    def _is_open(self, path: str) -> bool:
+        """The page's files hold no figures, and ask for the token themselves; without one they stay on loopback."""
+        return path in _OPEN_PATHS or (path in PAGE_PATHS and self._overview.config.admin.token is not None)
 
     def _refusal(self, request: web.Request) -> tuple[int, str] | None:
         token = self._overview.config.admin.token

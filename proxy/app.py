@@ -61,6 +61,7 @@ from proxy.reporting import Reporter
 from proxy.server import Front
 from proxy.settings import Config, Contexts, Pool, PoolKind, Replica, Tenancy
 from proxy.settlement import Settlement
+from proxy.sightings import Sightings
 from proxy.tasks import Tasks
 from proxy.tokens import TokenCounts
 from proxy.upkeep import Upkeep
@@ -145,7 +146,8 @@ class Worker:
             self.recorder, self.totals, self.names, self.prices, self.pools, self.fleet.measured_rate, clock.unix
         )
         self.access_log = AccessLog() if config.log.access else None
-        settlement = Settlement(self.journal, self.fleet, self.tokens, accounts, self.access_log, clock)
+        sightings = Sightings(self.names.label, clock.unix)
+        settlement = Settlement(self.journal, self.fleet, self.tokens, accounts, sightings, self.access_log, clock)
         relay = Relay(
             self.client,
             attempts,
@@ -223,6 +225,7 @@ class Worker:
             self.room,
             self.access_log,
             self.contexts,
+            sightings,
             clock,
         )
         self.explainer = Explainer(self.pipeline, clock)

@@ -301,6 +301,20 @@ class Exposition:
         """The sum of a counter's series whose label at place `label` has `value`."""
         return sum(amount for labels, amount in self._counters[spec.number].items() if labels[label] == value)
 
+    def series(self, spec: Spec) -> Mapping[Labels, float]:
+        """The series of a counter, or of a gauge with its workers joined."""
+        if spec.kind is Kind.COUNTER:
+            return self._counters[spec.number]
+        series: dict[Labels, float] = {}
+        for number, labels, value in _rows(self._gauges.values()):
+            if number == spec.number:
+                _join(spec, series, labels, value)
+        return series
+
+    def observed(self, spec: Spec) -> Mapping[Labels, Observed]:
+        """The series of a histogram."""
+        return self._histograms[spec.number]
+
     def render(self, accept: str) -> tuple[bytes, str]:
         """The page for a scrape that sent `accept`: (body, content type); OpenMetrics where it is asked for."""
         content_type = choose_encoder(accept)[1]
@@ -326,12 +340,16 @@ class Exposition:
     def _joined_gauges(self) -> list[dict[Labels, float]]:
         joined: list[dict[Labels, float]] = [{} for _ in SPECS]
         for number, labels, value in _rows(self._gauges.values()):
-            series = joined[number]
-            if SPECS[number].kind is Kind.GAUGE_SUM:
-                series[labels] = series.get(labels, 0) + value
-            else:
-                series[labels] = max(series.get(labels, value), value)
+            _join(SPECS[number], joined[number], labels, value)
         return joined
+
+
+def _join(spec: Spec, series: dict[Labels, float], labels: Labels, value: float) -> None:
+    """Add one worker's value to a gauge's series."""
+    if spec.kind is Kind.GAUGE_SUM:
+        series[labels] = series.get(labels, 0) + value
+    else:
+        series[labels] = max(series.get(labels, value), value)
 
 
 def _rows(workers: Iterable[list[tuple[int, Labels, float]]]) -> Iterator[tuple[int, Labels, float]]:

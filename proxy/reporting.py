@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from cache import BreakerState as StoreBreakerState
 from cache import ContextStore, Journal, JournalState, PrefixIndex, Store, StoreState
@@ -14,6 +15,7 @@ from proxy.fleet import BreakerState, Fleet
 from proxy.logs import AccessLog
 from proxy.metrics import Labels, Recorder, Spec
 from proxy.pools import Pools
+from proxy.sightings import Sightings
 
 REPORT_SECONDS = 0.25
 """At most this much of what was counted is lost with a worker that is killed."""
@@ -37,6 +39,7 @@ class Reporter:
         room: Room,
         access_log: AccessLog | None,
         contexts: ContextStore,
+        sightings: Sightings,
         clock: Clock,
     ) -> None:
         self._control = control
@@ -46,6 +49,7 @@ class Reporter:
         self._journal = journal
         self._store = store
         self._room = room
+        self._sightings = sightings
         self._clock = clock
         self._access_log = access_log
         self._contexts = contexts
@@ -66,8 +70,30 @@ class Reporter:
         self._recorder.set(metrics.IN_FLIGHT, (), self._room.requests)
         counts = self._recorder.take()
         redis = REDIS_UP if self._store.state is StoreState.AVAILABLE else self._store.state.value
-        if not self._control.report(Report(counts, self._room.requests, redis, up)):
+        if self._control.report(Report(counts, self._room.requests, redis, up, self._page())):
+            self._sightings.reported()
+        else:
             self._recorder.put_back(counts)
+
+    def _page(self) -> dict[str, Any]:
+        """What the status page shows beside counters; `proxy.status.state.Page` reads it."""
+        journal = self._journal
+        return {
+            **self._sightings.report(),
+            "budgets": {
+                backend.name: stats.budget_tokens
+                for number, stats in self._index.replicas().items()
+                if (backend := self.pools.backends.get(number)) is not None
+            },
+            "journal": {
+                "state": journal.state.value,
+                "others": journal.others,
+                "holds_lease": journal.holds_lease,
+                "written": journal.stats.written_entries,
+                "read": journal.stats.read_entries,
+                "rebuilds": journal.stats.rebuilds,
+            },
+        }
 
     def _set_replica_gauges(self) -> dict[str, bool]:
         now_seconds = self._clock.monotonic()

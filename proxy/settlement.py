@@ -13,6 +13,7 @@ from proxy.fleet import Fleet
 from proxy.journey import Journey
 from proxy.logs import AccessLog, access_line
 from proxy.model import Ending, Outcome, Usage
+from proxy.sightings import Sightings
 from proxy.tokens import TokenCounts
 
 
@@ -25,6 +26,7 @@ class Settlement:
         fleet: Fleet,
         tokens: TokenCounts,
         accounts: Accounts,
+        sightings: Sightings,
         access_log: AccessLog | None,
         clock: Clock,
     ) -> None:
@@ -32,6 +34,7 @@ class Settlement:
         self._fleet = fleet
         self._tokens = tokens
         self._accounts = accounts
+        self._sightings = sightings
         self._access_log = access_log
         self._clock = clock
 
@@ -43,6 +46,7 @@ class Settlement:
         if usage is not None:
             self._teach_fleet(journey, outcome, usage)
         self._accounts.count(outcome, usage, predicted_tokens)
+        self._sightings.saw(outcome, None if journey.attempt is None else journey.attempt.placement, usage)
         if self._access_log is not None:
             self._access_log.write(access_line(outcome, self._clock.unix()))
         return outcome

@@ -29,6 +29,7 @@ from proxy.readiness import Readiness, Stage, judge
 from proxy.savings import By
 from proxy.savings import Report as Savings
 from proxy.slot import Gone, Slot
+from proxy.status import Board
 from proxy.tasks import Tasks
 
 OWN_TICK_SECONDS = 1.0  # how often the supervisor counts itself and looks after the Valkey
@@ -93,6 +94,7 @@ class Supervisor:
         self._tasks = Tasks()
         self._exposition = metrics.Exposition()
         self._recorder = metrics.Recorder()
+        self.board = Board(self._exposition, self.readiness, parts.clock, parts.version)
         self._slots: list[Slot] = []
         self._listening: list[list[socket.socket]] = []
         self._store: PrivateStore | None = None
@@ -156,6 +158,7 @@ class Supervisor:
     def reported(self, number: int, report: Report) -> None:
         """Add what a worker counted."""
         self._exposition.apply(number, report.counts)
+        self.board.heard(number, report)
 
     def refused(self, number: int, why: str) -> None:
         """A worker cannot take the new configuration over: all go back to the old one, or a restart would fail."""
@@ -171,6 +174,7 @@ class Supervisor:
         """Count it; give up where none ever was ready."""
         self._recorder.inc(metrics.WORKER_RESTARTS)
         self._exposition.forget(number)
+        self.board.gone(number)
         if not self._was_ready and lives >= DEATHS_BEFORE_GIVING_UP:
             log.error("workers end before they are ready; giving up")
             self._stop.set()
@@ -310,11 +314,12 @@ class Supervisor:
         await asyncio.get_running_loop().run_in_executor(self._store_thread, call)
 
     async def _tick(self) -> None:
-        """Every second: own counts, and the Valkey started again where it died."""
+        """Every second: own counts, the status page's reading, and the Valkey started again where it died."""
         pause, since = STORE_PAUSE_SECONDS[0], 0.0
         while True:
             await asyncio.sleep(OWN_TICK_SECONDS)
             self._count_self()
+            self.board.tick()
             since += OWN_TICK_SECONDS
             if self._store is None or self._store.running or since < pause:
                 continue

@@ -16,10 +16,12 @@ from proxy.admin import AdminPort
 from proxy.config import Admin, Config, Secret, Server
 from proxy.control import Report
 from proxy.ledger import Unreadable
-from proxy.metrics import Delta
+from proxy.metrics import Delta, Exposition
 from proxy.readiness import STALE_SECONDS, Readiness, Stage, Standing, WorkerView, judge
 from proxy.savings import By, first_day, report
 from proxy.savings import Report as Savings
+from proxy.status import Board
+from tests.support.clock import FakeClock
 
 TODAY = date(2026, 11, 23)
 
@@ -31,6 +33,7 @@ class FakeOverview:
         self.config = Config(server=Server(max_body_bytes=1000))
         self.found = Readiness(Standing.READY, (), 1, 0, "up", {"u": True})
         self.asked: list[tuple[str, bytes, bytes]] = []
+        self.board = Board(Exposition(), self.readiness, FakeClock(), "9.9.9")
 
     def readiness(self) -> Readiness:
         return self.found
@@ -51,14 +54,15 @@ class FakeOverview:
 class Running:
     """An admin port and a client for it."""
 
-    def __init__(self, overview: FakeOverview, port: int, session: aiohttp.ClientSession) -> None:
+    def __init__(self, overview: FakeOverview, port: AdminPort, number: int, session: aiohttp.ClientSession) -> None:
         self.overview = overview
-        self._url = f"http://127.0.0.1:{port}"
-        self._session = session
+        self.port = port
+        self.url = f"http://127.0.0.1:{number}"
+        self.session = session
 
     async def ask(self, path: str, method: str = "GET", **kwargs) -> tuple[int, bytes, Mapping[str, str]]:
         """Status, body and headers."""
-        async with asyncio.timeout(10), self._session.request(method, self._url + path, **kwargs) as answer:
+        async with asyncio.timeout(10), self.session.request(method, self.url + path, **kwargs) as answer:
             return answer.status, await answer.read(), answer.headers
 
 
@@ -70,7 +74,7 @@ async def admin() -> AsyncIterator[Running]:
     port = AdminPort(overview)
     await port.start(listening)
     async with aiohttp.ClientSession(auto_decompress=False) as session:
-        yield Running(overview, listening.getsockname()[1], session)
+        yield Running(overview, port, listening.getsockname()[1], session)
     await port.close()
 
 
@@ -131,8 +135,8 @@ async def test_explain_hands_on_path_body_and_key(admin: Running) -> None:
 
 
 async def test_what_is_not_there_is_404_in_json(admin: Running) -> None:
-    """Until the status page comes, `/` is one of them."""
-    status, body, headers = await admin.ask("/")
+    """As everything that went wrong."""
+    status, body, headers = await admin.ask("/nothing")
     assert (status, json.loads(body)) == (404, {"error": "not found"})
     assert headers["Cache-Control"] == "no-store"
 
@@ -158,6 +162,39 @@ async def test_without_a_token_a_web_page_gets_nothing_by_rebinding_its_name(adm
     """Only names of loopback itself are answered."""
     for host, status in {"evil.example": 403, "localhost:1": 200, "127.0.0.1": 200, "[::1]:80": 200}.items():
         assert (await admin.ask("/metrics", headers={"Host": host}))[0] == status
+
+
+# --- the status page
+
+
+async def test_the_page_and_its_parts_come_with_a_strict_policy(admin: Running) -> None:
+    """Scripts from this port only; compressed for who takes that, and not sent again to who has it."""
+    for path, kind in {"/": "text/html", "/page.css": "text/css", "/plotly.min.js": "text/javascript"}.items():
+        status, packed, headers = await admin.ask(path, headers={"Accept-Encoding": "gzip"})
+        assert (status, headers["Content-Type"].partition(";")[0]) == (200, kind)
+        assert "script-src 'self';" in headers["Content-Security-Policy"]
+        plain = (await admin.ask(path, headers={"Accept-Encoding": "identity"}))[1]
+        assert gzip.decompress(packed) == plain
+        assert (await admin.ask(path, headers={"If-None-Match": headers["ETag"]}))[:2] == (304, b"")
+
+
+async def test_with_a_token_the_page_opens_and_its_figures_do_not(admin: Running) -> None:
+    """The files hold none, and ask for the token themselves; without a token they are loopback's own."""
+    assert (await admin.ask("/", headers={"Host": "evil.example"}))[0] == 403
+    admin.overview.config = Config(admin=Admin(token=Secret("right")))
+    assert (await admin.ask("/"))[0] == 200
+    assert (await admin.ask("/events"))[0] == 401
+
+
+async def test_the_stream_begins_with_the_history_and_ends_with_the_port(admin: Running) -> None:
+    """Then a state at once, another within the second."""
+    async with admin.session.get(admin.url + "/events") as answer:
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        async with asyncio.timeout(10):
+            names = [(await answer.content.readuntil(b"\n\n")).split(b"\n")[0] for _ in range(3)]
+            assert names == [b"event: history", b"event: state", b"event: state"]
+            await admin.port.close()
+            assert b"event: history" not in await answer.content.read()
 
 
 # --- the judgement

@@ -1,0 +1,117 @@
+"""The supervisor's side of the status page: keeps what workers reported and the history, and gives the state as JSON.
+
+Built at most once a change, however many look. It must not know HTTP or processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from proxy import metrics
+from proxy.clock import Clock
+from proxy.control import Report
+from proxy.metrics import Exposition
+from proxy.readiness import Readiness
+from proxy.sightings import PrefixRow
+from proxy.status import state
+from proxy.status.history import History, Sample
+from proxy.status.state import Moment, Page
+
+_REMEMBERED_PREFIXES = 200  # of workers that are gone
+
+_encode = msgspec.json.encode
+
+
+class Board:
+    """One per supervisor."""
+
+    def __init__(
+        self, exposition: Exposition, readiness: Callable[[], Readiness], clock: Clock, version: str
+    ) -> None:
+        self._exposition = exposition
+        self._readiness = readiness
+        self._clock = clock
+        self._version = version
+        self._started_unix_seconds = clock.unix()
+        self._pages: dict[int, Page] = {}
+        self._gone: dict[int, PrefixRow] = {}
+        self._changed = asyncio.Event()
+        self._encoded: bytes | None = None
+        self.history = History()
+
+    def heard(self, worker: int, report: Report) -> None:
+        """A worker's report came; its counts are in the exposition already."""
+        self._encoded = None
+        if report.page:
+            self._pages[worker] = _merged(self._pages.get(worker), report.page)
+        if any(row[0] == metrics.REQUESTS.number for row in report.counts.counters):
+            self._wake()  # a request ended
+
+    def gone(self, worker: int) -> None:
+        """A worker died: what it saw saved stays, the rest of what it said is no longer so."""
+        page = self._pages.pop(worker, None)
+        for row in (page and page.prefixes) or ():
+            have = self._gone.get(row.key)
+            self._gone[row.key] = row if have is None else state.join(have, row)
+        if len(self._gone) > _REMEMBERED_PREFIXES:
+            best = sorted(self._gone.values(), key=lambda row: row.saved_tokens, reverse=True)
+            self._gone = {row.key: row for row in best[:_REMEMBERED_PREFIXES]}
+        self._encoded = None
+
+    def tick(self) -> None:
+        """Take the reading of this second."""
+        figures = self._exposition
+        self.history.add(
+            Sample(
+                self._clock.unix(),
+                figures.value(metrics.REQUESTS),
+                state.prompt_tokens(figures),
+                figures.total(metrics.TOKENS, 2, "input_cached"),
+            )
+        )
+        self._encoded = None
+        self._wake()
+
+    def state_json(self) -> bytes:
+        """The page's state."""
+        if self._encoded is None:
+            pages = [*self._pages.values(), Page(prefixes=list(self._gone.values()))]
+            samples = self.history.seconds
+            moment = Moment(
+                self._clock.unix(),
+                self._started_unix_seconds,
+                self._version,
+                self.history.requests_per_second(state.RATE_WINDOW_SECONDS),
+                samples[-1] if samples else None,
+            )
+            self._encoded = _encode(state.build(self._exposition, self._readiness(), pages, moment))
+        return self._encoded
+
+    def history_json(self) -> bytes:
+        """Both rings, for a page that was just opened."""
+        return _encode({"seconds": list(self.history.seconds), "minutes": list(self.history.minutes)})
+
+    async def changed(self) -> None:
+        """Wait for the next second, or for a request that ended before it."""
+        await self._changed.wait()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _merged(known: Page | None, reported: Mapping[str, Any]) -> Page:
+    """What a worker says now; what it left out is as it was."""
+    page = state.page_of(reported)
+    if known is None:
+        return page
+    return msgspec.structs.replace(
+        page,
+        prefixes=known.prefixes if page.prefixes is None else page.prefixes,
+        misses=known.misses if page.misses is None else page.misses,
+        totals=page.totals or known.totals,
+    )

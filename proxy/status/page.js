@@ -1,0 +1,467 @@
+// Reads the stream of states and shows them. Everything shown is text: nothing of a state is ever taken for markup.
+
+const TOKEN_KEY = "cairn.admin.token";
+const RETRY_FIRST_MS = 500, RETRY_LAST_MS = 5000;
+const SILENT_MS = 4000; // a state comes every second; without one for so long the page says so
+const BINS = 60;
+const KEPT_SECONDS = 601, KEPT_MINUTES = 1441; // as the server keeps them
+const CACHE_NAMES = { hit: "Hit", partial: "Partial", miss: "Miss" };
+const REASONS = {
+  cold: "nobody holds any of it", changed: "known, then it differs", evicted: "dropped for room",
+  elsewhere: "the holder's queue cost more", down: "the holder is away", short: "too small to share",
+};
+
+const byId = (id) => document.getElementById(id);
+const view = { state: null, seconds: [], minutes: [], range: 600, seenMs: 0, plotly: null, drawn: "" };
+
+// --- words for figures
+
+const whole = new Intl.NumberFormat("en");
+const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
+const tokens = (n) => (n < 10000 ? whole.format(Math.round(n)) : compact.format(n).replace("K", "k"));
+const percent = (part, all) => (all > 0 ? `${((100 * part) / all).toFixed(1)} %` : "–");
+
+function money(usd) {
+  const size = Math.abs(usd), sign = usd < 0 ? "−" : "";
+  if (size === 0) return "$0";
+  if (size < 0.0001) return `${sign}<$0.0001`;
+  return `${sign}$${size.toLocaleString("en", size < 1 ? { maximumSignificantDigits: 2 } : { minimumFractionDigits: 2, maximumFractionDigits: 2 })}`;
+}
+
+function duration(seconds) {
+  if (seconds < 60) return `${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`;
+  const minutes = Math.floor(seconds / 60), hours = Math.floor(minutes / 60), days = Math.floor(hours / 24);
+  if (days) return `${whole.format(days)} d ${hours % 24} h`;
+  if (hours) return `${hours} h ${minutes % 60} min`;
+  return `${minutes} min ${Math.floor(seconds % 60)} s`;
+}
+
+function short(seconds) {
+  if (seconds === null) return "–";
+  if (seconds < 0.001) return `${Number((seconds * 1e6).toPrecision(2))} µs`;
+  if (seconds < 1) return `${Number((seconds * 1e3).toPrecision(3))} ms`;
+  return `${Number(seconds.toPrecision(3))} s`;
+}
+
+const ago = (then, now) => (now - then < 1.5 ? "now" : `${duration(Math.round(now - then)).replace(".0", "")} ago`);
+const clock = (unix) => new Date(unix * 1000).toLocaleTimeString("en-GB");
+
+// --- the document
+
+function say(element, text) {
+  if (element.textContent !== text) element.textContent = text; // what did not change is not read out again
+}
+
+// a word, and in what room there is its meaning
+function sayBoth(element, text, aside) {
+  if (element.children.length !== 2) {
+    element.replaceChildren(document.createElement("span"), document.createElement("span"));
+    element.lastChild.className = "aside wide";
+  }
+  say(element.firstChild, text);
+  say(element.lastChild, aside);
+}
+
+function figure(element, value, text) {
+  element.value = String(value);
+  say(element, text);
+}
+
+// cells: {text, aside, kind, fill, value}; rows and cells that stay are kept, so that a selection survives
+function fill(id, rows, nothing) {
+  const table = byId(id), body = table.tBodies[0];
+  const labels = [...table.tHead.rows[0].cells].map((cell) => cell.textContent);
+  const isEmpty = rows.length === 0;
+  if (isEmpty) rows = [[{ text: nothing, span: labels.length }]];
+  while (body.rows.length > rows.length) body.deleteRow(-1);
+  rows.forEach((cells, at) => {
+    const row = body.rows[at] ?? body.insertRow();
+    row.setAttribute("role", "row");
+    row.className = isEmpty ? "nothing" : "";
+    while (row.cells.length > cells.length) row.deleteCell(-1);
+    cells.forEach((cell, place) => {
+      const td = row.cells[place] ?? row.insertCell();
+      td.setAttribute("role", "cell");
+      td.colSpan = cell.span ?? 1;
+      td.dataset.label = isEmpty ? "" : labels[place];
+      td.className = cell.kind ?? "";
+      if (cell.value !== undefined) td.dataset.value = cell.value; else delete td.dataset.value;
+      if (cell.fill === undefined) td.style.removeProperty("--fill"); else td.style.setProperty("--fill", `${cell.fill}%`);
+      if (cell.aside === undefined) say(td, cell.text); else sayBoth(td, cell.text, cell.aside);
+    });
+  });
+}
+
+function facts(id, pairs) {
+  const list = byId(id);
+  while (list.children.length > pairs.length) list.lastElementChild.remove();
+  pairs.forEach(([name, text], at) => {
+    let group = list.children[at];
+    if (!group) {
+      group = document.createElement("div");
+      group.append(document.createElement("dt"), document.createElement("dd"));
+      list.append(group);
+    }
+    say(group.children[0], name);
+    say(group.children[1], text);
+  });
+}
+
+// --- the parts of the page
+
+function show(state) {
+  showStanding(state);
+  showSaved(state);
+  showReplicas(state);
+  showPrefixes(state);
+  showMisses(state);
+  showShared(state);
+  fill("ttft", state.ttft.map((each) => [
+    { text: CACHE_NAMES[each.cache], kind: "strong" },
+    { text: whole.format(each.count), kind: "number", value: each.count },
+    { text: short(each.p50_seconds), kind: "number" },
+    { text: short(each.p95_seconds), kind: "number" },
+  ]), "No streamed answer yet");
+  byId("figures").dataset.requests = state.requests;
+}
+
+function showStanding(state) {
+  document.body.className = `is-${state.standing.replace(" ", "-")}`;
+  say(byId("mark"), { ready: "●", degraded: "◐" }[state.standing] ?? "○");
+  say(byId("standing"), state.standing[0].toUpperCase() + state.standing.slice(1));
+  say(byId("in-flight"), whole.format(state.in_flight));
+  say(byId("rate"), state.requests_per_second.toFixed(state.requests_per_second < 10 ? 1 : 0));
+  say(byId("requests"), whole.format(state.requests));
+  say(byId("workers"), whole.format(state.workers));
+  say(byId("uptime"), duration(Math.floor(state.now_unix_seconds - state.started_unix_seconds)).replace(".0", ""));
+  say(byId("version"), `Cairn ${state.version}`);
+  const list = byId("notices");
+  const lines = [...state.reasons.map((text) => [text, "reason"]), ...state.notices.map((text) => [text, ""])];
+  list.hidden = lines.length === 0;
+  while (list.children.length > lines.length) list.lastElementChild.remove();
+  lines.forEach(([text, kind], at) => {
+    const item = list.children[at] ?? list.appendChild(document.createElement("li"));
+    item.className = kind;
+    say(item, text);
+  });
+}
+
+function showSaved(state) {
+  const unpriced = Object.values(state.unpriced).reduce((sum, count) => sum + count, 0);
+  for (const period of document.querySelectorAll("[data-period]")) {
+    const saved = state.saved[period.dataset.period];
+    const part = (name) => period.querySelector(`[data-figure="${name}"]`);
+    const remark = period.querySelector(".remark");
+    period.classList.toggle("empty", !saved);
+    if (!saved) {
+      for (const each of period.querySelectorAll("data")) figure(each, "", "–");
+      say(remark, "Kept in Redis; not known yet");
+      continue;
+    }
+    const noPrice = saved.uncached_cost_usd === 0 && unpriced > 0;
+    figure(part("usd"), saved.usd, noPrice ? "no price" : money(saved.usd));
+    part("usd").parentElement.classList.toggle("loss", saved.usd < 0);
+    period.classList.toggle("unpriced", noPrice);
+    figure(part("prefill_seconds"), saved.prefill_seconds, duration(saved.prefill_seconds));
+    figure(part("cached_tokens"), saved.cached_tokens, tokens(saved.cached_tokens));
+    figure(part("prompt_tokens"), saved.prompt_tokens, tokens(saved.prompt_tokens));
+    say(remark, remarkOn(saved));
+  }
+  const since = state.saved["since start"];
+  figure(byId("share"), since.prompt_tokens ? since.cached_tokens / since.prompt_tokens : 0, percent(since.cached_tokens, since.prompt_tokens));
+  byId("share-bar").style.width = since.prompt_tokens ? `${(100 * since.cached_tokens) / since.prompt_tokens}%` : "0";
+  say(byId("gain"), gainOf(state.routing_gain_tokens, since.cached_tokens));
+}
+
+function remarkOn(saved) {
+  if (!saved.uncached_cost_usd) return "";
+  const paid = saved.uncached_cost_usd - saved.usd;
+  const written = saved.surcharge_usd ? `, ${money(saved.surcharge_usd)} spent on writing caches` : "";
+  return `Paid ${money(paid)} where ${money(saved.uncached_cost_usd)} would have been${written}`;
+}
+
+function gainOf(gained, cached) {
+  if (!gained) return "of all prompt tokens since start";
+  return `of prompt tokens since start; ${tokens(gained)} cached tokens (${percent(gained, cached)}) are routing's own: round robin would have missed them`;
+}
+
+function showReplicas(state) {
+  fill("replicas", state.replicas.map((each) => {
+    const stands = each.up ? (each.breaker === "closed" ? "up" : `up, breaker ${each.breaker}`) : "down";
+    const resident = each.budget_tokens ? `${tokens(each.resident_tokens)} of ${tokens(each.budget_tokens)}` : tokens(each.resident_tokens);
+    return [
+      { text: each.name, kind: "strong" },
+      { text: stands, kind: each.up ? "" : "alert" },
+      { text: whole.format(each.in_flight), kind: "number" },
+      { text: whole.format(each.queued), kind: "number" },
+      { text: resident, kind: "number" },
+      { text: percent(each.cached_tokens, each.prompt_tokens), kind: "number filled", fill: each.prompt_tokens ? (100 * each.cached_tokens) / each.prompt_tokens : 0 },
+      { text: tokens(each.predicted_tokens), kind: "number", value: each.predicted_tokens },
+      { text: tokens(each.cached_tokens), kind: "number", value: each.cached_tokens },
+      { text: tokens(each.prefill_tokens_per_second), kind: "number" },
+    ];
+  }), "No replica was heard of yet");
+}
+
+function showPrefixes(state) {
+  const most = state.prefixes[0]?.saved_tokens || 1;
+  fill("prefixes", state.prefixes.map((each) => [
+    { text: String(each.number), kind: "number quiet wide" },
+    { text: each.model },
+    { text: tokens(each.tokens), kind: "number", value: each.tokens },
+    { text: whole.format(each.hits), kind: "number", value: each.hits },
+    { text: tokens(each.saved_tokens), kind: "number filled", fill: (100 * each.saved_tokens) / most, value: each.saved_tokens },
+    { text: ago(each.used_unix_seconds, state.now_unix_seconds), kind: "number quiet" },
+  ]), "No prefix was found cached yet");
+}
+
+function showMisses(state) {
+  const reasons = Object.entries(state.miss_reasons).sort((one, other) => other[1] - one[1]);
+  say(byId("miss-reasons"), reasons.map(([reason, count]) => `${whole.format(count)} ${reason}`).join(" · "));
+  fill("misses", state.misses.map((each) => [
+    { text: clock(each.unix_seconds), kind: "number quiet" },
+    { text: each.reason, aside: REASONS[each.reason] },
+    { text: each.upstream, kind: "wide" },
+    { text: each.cached_tokens === null ? "?" : tokens(each.prompt_tokens - each.cached_tokens), kind: "number" },
+    { text: tokens(each.prompt_tokens), kind: "number" },
+  ]), "No miss yet");
+}
+
+function showShared(state) {
+  const { redis, journal } = state;
+  const dropped = Object.values(journal.dropped).reduce((sum, count) => sum + count, 0);
+  const states = Object.entries(journal.states).map(([name, count]) => (state.workers > 1 ? `${name} (${count})` : name));
+  facts("shared", [
+    ["Redis", redis.state],
+    ["Breaker", redis.breaker],
+    ["Operations", redis.operations ? `${whole.format(redis.operations)}, half within ${short(redis.p50_seconds)}` : "none yet"],
+    ["Failed operations", whole.format(redis.errors)],
+    ["Journal", states.join(", ") || "starting"],
+    ["Journal lag", short(journal.lag_seconds || null)],
+    ["Entries written, read", `${tokens(journal.written)}, ${tokens(journal.read)}`],
+    ["Changes dropped", whole.format(dropped)],
+    ["Rebuilds", whole.format(journal.rebuilds)],
+    ["Other writers", whole.format(journal.others)],
+    ["Lease", journal.holds_lease ? "held here" : "held elsewhere"],
+  ]);
+}
+
+// --- plots
+
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+
+function layout(more) {
+  const axis = { fixedrange: true, zeroline: false, gridcolor: colour("hair"), linecolor: colour("rule"), tickcolor: colour("rule"), automargin: true };
+  const { xaxis, yaxis, yaxis2, ...rest } = more;
+  return {
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, autosize: true, bargap: 0.12,
+    font: { family: getComputedStyle(document.body).fontFamily, size: 11, color: colour("soft") },
+    hoverlabel: { bgcolor: colour("raised"), bordercolor: colour("rule"), font: { color: colour("ink") } },
+    margin: { l: 38, r: 4, t: 18, b: 22 }, dragmode: false,
+    xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...(yaxis2 && { yaxis2: { ...axis, ...yaxis2 } }), ...rest,
+  };
+}
+
+const OPTIONS = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false };
+
+const note = (text, x, y, more) => ({ text, x, y, xref: "paper", yref: "paper", showarrow: false, xanchor: "left", yanchor: "bottom", ...more });
+
+// The growth of the counters in BINS equal parts of the last `range` seconds, or of what is known of them.
+function bins() {
+  const now = view.state.now_unix_seconds;
+  const readings = view.range <= 600 ? view.seconds : [...view.minutes, ...view.seconds.slice(-1)];
+  const known = now - view.state.started_unix_seconds;
+  const range = Math.min(view.range, Math.max(known, view.range / 5));
+  const width = view.range <= 600 ? Math.ceil(range / BINS) : 60 * Math.ceil(range / BINS / 60);
+  const last = Math.floor(now / width), first = last - Math.ceil(range / width) + 1;
+  const found = Array.from({ length: last - first + 1 }, (_, at) => ({ at: (first + at) * width, requests: 0, prompt: 0, cached: 0 }));
+  for (let at = 1; at < readings.length; at += 1) {
+    const bin = found[Math.floor(readings[at][0] / width) - first];
+    if (!bin) continue;
+    bin.requests += readings[at][1] - readings[at - 1][1];
+    bin.prompt += readings[at][2] - readings[at - 1][2];
+    bin.cached += readings[at][3] - readings[at - 1][3];
+  }
+  return { found, width };
+}
+
+function drawTime() {
+  const { found, width } = bins();
+  const x = found.map((bin) => new Date((bin.at + width / 2) * 1000));
+  const share = (part) => found.map((bin) => (bin.prompt > 0 ? (100 * part(bin)) / bin.prompt : null));
+  const hover = found.map((bin) => `${tokens(bin.cached)} of ${tokens(bin.prompt)} prompt tokens`);
+  const bar = { type: "bar", x, width: width * 900 };
+  const prompt = found.reduce((sum, bin) => sum + bin.prompt, 0), cached = found.reduce((sum, bin) => sum + bin.cached, 0);
+  const asked = found.reduce((sum, bin) => sum + bin.requests, 0);
+  const edges = [new Date(found[0].at * 1000), new Date((found[found.length - 1].at + width) * 1000)];
+  window.Plotly.react("time-plot", [
+    { ...bar, y: share((bin) => bin.cached), marker: { color: colour("warm") }, customdata: hover, hovertemplate: "%{x|%H:%M:%S}: %{y:.0f} % cached<br>%{customdata}<extra></extra>" },
+    { ...bar, y: share((bin) => bin.prompt - bin.cached), marker: { color: colour("stone") }, hoverinfo: "skip" },
+    { ...bar, y: found.map((bin) => bin.requests / width), yaxis: "y2", marker: { color: colour("soft") }, hovertemplate: "%{x|%H:%M:%S}: %{y:.2~f} requests/s<extra></extra>" },
+  ], layout({
+    barmode: "stack",
+    xaxis: { type: "date", range: edges, showgrid: false, anchor: "y2", nticks: 7, tickformat: width < 30 ? "%H:%M:%S" : "%H:%M" },
+    yaxis: { domain: [0.42, 1], range: [0, 100], tickvals: [0, 50, 100], ticktext: ["0", "50", "100 %"] },
+    yaxis2: { domain: [0, 0.27], rangemode: "tozero", nticks: 3, anchor: "x" },
+    annotations: [
+      note("<b>Cached</b>", 0, 1, { font: { color: colour("warm") } }),
+      note("and computed share of prompt tokens", 0, 1, { xshift: 47 }),
+      note("Requests a second", 0, 0.27),
+    ],
+  }), OPTIONS);
+  byId("time-plot").setAttribute("aria-label", `${percent(cached, prompt)} of ${tokens(prompt)} prompt tokens cached in ${whole.format(asked)} requests in the time shown`);
+}
+
+function drawTtft() {
+  const { ttft, ttft_bounds: bounds } = view.state;
+  if (!ttft.length) {
+    window.Plotly.react("ttft-plot", [], layout({ xaxis: { visible: false }, yaxis: { visible: false }, annotations: [note("No streamed answer yet", 0, 0.5)] }), OPTIONS);
+    return;
+  }
+  const filled = bounds.concat(0).map((_, at) => ttft.some((each) => each.counts[at]));
+  const from = Math.max(0, filled.indexOf(true) - 1), to = Math.min(bounds.length, filled.lastIndexOf(true) + 1);
+  const names = bounds.map(short).concat(`> ${short(bounds[bounds.length - 1])}`).slice(from, to + 1);
+  const colours = { hit: "warm", partial: "part", miss: "cold" };
+  const rows = ttft.length, step = Math.ceil((names.length * 52) / Math.max(byId("ttft-plot").clientWidth - 70, 100));
+  const traces = [], axes = {}, annotations = [];
+  ttft.forEach((each, row) => {
+    const number = row ? row + 1 : "";
+    const shares = each.counts.slice(from, to + 1).map((count) => (100 * count) / each.count);
+    const top = 1 - row / rows;
+    traces.push({ type: "bar", x: names, y: shares, yaxis: `y${number}`, marker: { color: colour(colours[each.cache]) }, name: CACHE_NAMES[each.cache], hovertemplate: `${CACHE_NAMES[each.cache]}: %{y:.1f} % within %{x}<extra></extra>` });
+    axes[`yaxis${number}`] = { domain: [top - 0.8 / rows, top], rangemode: "tozero", showticklabels: false, showgrid: false, fixedrange: true, zeroline: true, zerolinecolor: colour("rule"), anchor: "x" };
+    annotations.push(note(`<b>${CACHE_NAMES[each.cache]}</b>`, 0, top, { xanchor: "left", yanchor: "top", xshift: -64, font: { color: colour(colours[each.cache]), size: 12 } }));
+  });
+  window.Plotly.react("ttft-plot", traces, layout({
+    ...axes, annotations, margin: { l: 64, r: 4, t: 6, b: 30 }, bargap: 0.08,
+    xaxis: { type: "category", categoryorder: "array", categoryarray: names, anchor: `y${rows > 1 ? rows : ""}`, tickvals: names.filter((_, at) => at % step === 0), tickangle: 0, showgrid: false },
+  }), OPTIONS);
+  byId("ttft-plot").setAttribute("aria-label", ttft.map((each) => `${CACHE_NAMES[each.cache]}: half of ${whole.format(each.count)} answers within ${short(each.p50_seconds)}`).join("; "));
+}
+
+function draw() {
+  if (!view.plotly || !view.state || document.hidden) return;
+  drawTime();
+  drawTtft();
+}
+
+function loadPlotly() {
+  if (view.plotly !== null) return;
+  view.plotly = false;
+  const script = document.createElement("script");
+  script.src = "plotly.min.js";
+  script.onload = () => { view.plotly = true; draw(); };
+  script.onerror = () => {
+    for (const plot of document.querySelectorAll(".plot")) say(plot, "Plots need the package plotly beside Cairn.");
+  };
+  document.head.append(script);
+}
+
+// --- the stream
+
+function take(event, text) {
+  const content = JSON.parse(text);
+  if (event === "history") {
+    view.seconds = content.seconds;
+    view.minutes = content.minutes;
+    return;
+  }
+  view.state = content;
+  view.seenMs = Date.now();
+  remember(content.sample);
+  show(content);
+  draw();
+  sayLive();
+}
+
+function remember(sample) {
+  if (!sample) return;
+  const last = view.seconds[view.seconds.length - 1];
+  if (last && sample[0] <= last[0]) return;
+  view.seconds.push(sample);
+  if (view.seconds.length > KEPT_SECONDS) view.seconds.shift();
+  const minute = view.minutes[view.minutes.length - 1];
+  if (!minute || sample[0] - minute[0] >= 60) view.minutes.push(sample);
+  if (view.minutes.length > KEPT_MINUTES) view.minutes.shift();
+}
+
+async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    rest += value;
+    const blocks = rest.split("\n\n");
+    rest = blocks.pop();
+    for (const block of blocks) {
+      const [first, second] = block.split("\n");
+      yield [first.slice("event: ".length), second.slice("data: ".length)];
+    }
+  }
+}
+
+async function follow(token) {
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  const answer = await fetch("events", { headers, cache: "no-store" });
+  if (answer.status === 401) return "refused";
+  if (!answer.ok) throw new Error(String(answer.status));
+  askForToken(false);
+  loadPlotly();
+  for await (const [event, text] of events(answer.body)) take(event, text);
+  return "ended";
+}
+
+async function live() {
+  let pause = RETRY_FIRST_MS;
+  for (;;) {
+    const token = sessionStorage.getItem(TOKEN_KEY), before = view.seenMs;
+    const how = await follow(token).catch(() => "lost");
+    if (how === "refused") {
+      sessionStorage.removeItem(TOKEN_KEY);
+      askForToken(true, token ? "This is not the admin token." : "");
+      return;
+    }
+    pause = view.seenMs > before ? RETRY_FIRST_MS : Math.min(pause * 2, RETRY_LAST_MS);
+    await new Promise((resume) => setTimeout(resume, pause));
+  }
+}
+
+function askForToken(isNeeded, error = "") {
+  byId("login").hidden = !isNeeded;
+  byId("figures").hidden = isNeeded;
+  byId("forget").hidden = isNeeded || !sessionStorage.getItem(TOKEN_KEY);
+  say(byId("login-error"), error);
+  if (isNeeded) {
+    say(byId("standing"), "Locked");
+    say(byId("connection"), "Not connected");
+    byId("token").focus();
+  }
+}
+
+function sayLive() {
+  const isLive = Date.now() - view.seenMs < SILENT_MS;
+  if (!view.seenMs) return;
+  say(byId("connection"), isLive ? "Live" : "No news: the figures may be old. Trying again.");
+  say(byId("clock"), `· ${clock(view.state.now_unix_seconds)}`);
+  document.body.classList.toggle("is-lost", !isLive);
+}
+
+byId("login").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem(TOKEN_KEY, byId("token").value);
+  byId("token").value = "";
+  live();
+});
+byId("forget").addEventListener("click", () => {
+  sessionStorage.removeItem(TOKEN_KEY);
+  location.reload();
+});
+byId("range").addEventListener("change", (event) => {
+  view.range = Number(event.target.value);
+  draw();
+});
+document.addEventListener("visibilitychange", draw);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+setInterval(sayLive, 1000);
+live();
