@@ -24,7 +24,7 @@ from proxy.admin import AdminPort
 from proxy.clock import Clock
 from proxy.config import Config, ConfigError, Loaded, SecretUrl
 from proxy.control import MESSAGE_BYTES_AT_MOST, Explain, Report
-from proxy.ledger import TotalsReader
+from proxy.ledger import TotalsReader, Unreadable
 from proxy.readiness import Readiness, Stage, judge
 from proxy.savings import By
 from proxy.savings import Report as Savings
@@ -36,6 +36,8 @@ OWN_TICK_SECONDS = 1.0  # how often the supervisor counts itself and looks after
 EXPLAIN_SECONDS = 5.0
 DEATHS_BEFORE_GIVING_UP = 3  # in one slot, while no worker was ever ready: a start that cannot work
 STORE_PAUSE_SECONDS = (1.0, 30.0)  # between two starts of a Valkey that does not live; doubled each time
+TOTALS_SECONDS = 2.0  # between two readings of the totals for the status page
+TOTALS_REST = 50  # times as long as a reading took: with many tenants it is a long one, and Redis has others to serve
 _OWN = -1  # the number under which the supervisor's own gauges are added up
 # what sockets, processes and the store were made from; a reload leaves it as it is
 _FIXED = {
@@ -209,6 +211,7 @@ class Supervisor:
         self._slots = [self._new_slot(number) for number in range(len(self._listening))]
         running = [self._tasks.start(slot.run(), f"slot-{slot.number}") for slot in self._slots]
         self._tasks.start(self._tick(), "tick")
+        self._tasks.start(self._read_totals(), "totals")
         await self._stop.wait()
         await self._drain(running)
         return 0 if self._stop_signal is not None and not self._now.is_set() else 1
@@ -327,6 +330,18 @@ class Supervisor:
             log.warning("the private Valkey does not run; starting it")
             alive = await self._try_store(self._store)
             pause = STORE_PAUSE_SECONDS[0] if alive else min(pause * 2, STORE_PAUSE_SECONDS[1])
+
+    async def _read_totals(self) -> None:
+        """What the status page shows of today and of seven days, while someone looks at it."""
+        clock = self._parts.clock
+        while True:
+            await self.board.watched()
+            began = clock.monotonic()
+            try:
+                self.board.totalled(await self.savings("7d", By.DAY))
+            except Unreadable:
+                self.board.totalled(None)
+            await asyncio.sleep(max(TOTALS_SECONDS, TOTALS_REST * (clock.monotonic() - began)))
 
     def _count_self(self) -> None:
         self._recorder.set(metrics.WORKERS, (), sum(slot.ready for slot in self._slots))

@@ -6,12 +6,13 @@ Built at most once a change, however many look. It must not know HTTP or process
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 
-from proxy import metrics
+from proxy import metrics, savings
 from proxy.clock import Clock
 from proxy.control import Report
 from proxy.metrics import Exposition
@@ -19,7 +20,7 @@ from proxy.readiness import Readiness
 from proxy.sightings import PrefixRow
 from proxy.status import state
 from proxy.status.history import History, Sample
-from proxy.status.state import Moment, Page
+from proxy.status.state import Moment, Page, Saved
 
 _REMEMBERED_PREFIXES = 200  # of workers that are gone
 
@@ -41,6 +42,9 @@ class Board:
         self._gone: dict[int, PrefixRow] = {}
         self._changed = asyncio.Event()
         self._encoded: bytes | None = None
+        self._periods: dict[str, Saved] = {}
+        self._watched = asyncio.Event()
+        self._viewers = 0
         self.history = History()
 
     def heard(self, worker: int, report: Report) -> None:
@@ -76,6 +80,32 @@ class Board:
         self._encoded = None
         self._wake()
 
+    def totalled(self, week: savings.Report | None) -> None:
+        """The totals of seven days by day, or None where they cannot be read now."""
+        self._periods = state.periods(week) if week is not None else {}
+        self._encoded = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Someone looks for as long as the block lasts."""
+        self._viewers += 1
+        self._watched.set()
+        try:
+            yield
+        finally:
+            self._viewers -= 1
+            if not self._viewers:
+                self._watched.clear()
+
+    @property
+    def viewers(self) -> int:
+        """How many look."""
+        return self._viewers
+
+    async def watched(self) -> None:
+        """Wait until someone looks; what is costly to know waits here."""
+        await self._watched.wait()
+
     def state_json(self) -> bytes:
         """The page's state."""
         if self._encoded is None:
@@ -87,6 +117,7 @@ class Board:
                 self._version,
                 self.history.requests_per_second(state.RATE_WINDOW_SECONDS),
                 samples[-1] if samples else None,
+                self._periods,
             )
             self._encoded = _encode(state.build(self._exposition, self._readiness(), pages, moment))
         return self._encoded
@@ -113,5 +144,4 @@ def _merged(known: Page | None, reported: Mapping[str, Any]) -> Page:
         page,
         prefixes=known.prefixes if page.prefixes is None else page.prefixes,
         misses=known.misses if page.misses is None else page.misses,
-        totals=page.totals or known.totals,
     )

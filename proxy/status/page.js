@@ -445,6 +445,10 @@ function sayLive() {
   say(byId("connection"), isLive ? "Live" : "No news: the figures may be old. Trying again.");
   say(byId("clock"), `· ${clock(view.state.now_unix_seconds)}`);
   document.body.classList.toggle("is-lost", !isLive);
+  if (!isLive) {
+    say(byId("mark"), "○");
+    say(byId("standing"), "No news");
+  }
 }
 
 byId("login").addEventListener("submit", (event) => {

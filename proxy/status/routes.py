@@ -40,7 +40,6 @@ class StatusRoutes:
         self._files: dict[str, files.StaticFile] = {}
         self._loading = asyncio.Lock()
         self._closing = asyncio.Event()
-        self._streams = 0
 
     def add_to(self, app: web.Application) -> None:
         """Put them on the admin port."""
@@ -78,7 +77,7 @@ class StatusRoutes:
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         """The history once, then a state a second, and at once when a request ended."""
-        if self._streams >= STREAMS_AT_MOST:
+        if self._board.viewers >= STREAMS_AT_MOST:
             raise web.HTTPServiceUnavailable
         response = web.StreamResponse(
             headers={
@@ -87,17 +86,12 @@ class StatusRoutes:
                 "X-Content-Type-Options": "nosniff",
             }
         )
-        self._streams += 1
-        try:
+        with self._board.watching(), suppress(ConnectionResetError, TimeoutError):  # the page was closed
             await response.prepare(request)
             await _send(response, b"history", self._board.history_json())
             while not self._closing.is_set():
                 await _send(response, b"state", self._board.state_json())
                 await self._pause()
-        except (ConnectionResetError, TimeoutError):
-            pass  # the page was closed
-        finally:
-            self._streams -= 1
         return response
 
     async def _pause(self) -> None:

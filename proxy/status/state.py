@@ -14,9 +14,13 @@ from proxy import metrics
 from proxy.metrics import Labels, Observed, Spec
 from proxy.model import CacheStatus, MissReason
 from proxy.readiness import Readiness
+from proxy.savings import Line, Report
 from proxy.sightings import MissRow, PrefixRow
 from proxy.status.history import Sample
 
+TODAY = "today"
+WEEK = "7 days"
+SINCE_START = "since start"
 PREFIXES_SHOWN = 20
 MISSES_SHOWN = 20
 RATE_WINDOW_SECONDS = 10.0
@@ -62,7 +66,6 @@ class Page(msgspec.Struct, frozen=True):
     misses: list[MissRow] | None = None
     budgets: dict[str, int] = {}  # tokens that the index takes a replica to hold
     journal: JournalView = JournalView()
-    totals: dict[str, Saved] = {}  # periods that outlive a restart: "today", "7 days"
 
 
 class Distribution(msgspec.Struct, frozen=True):
@@ -172,6 +175,7 @@ class Moment(msgspec.Struct, frozen=True):
     version: str
     requests_per_second: float = 0.0
     sample: Sample | None = None
+    periods: Mapping[str, Saved] = {}  # those that outlive a restart, TODAY and WEEK, where they are known
 
 
 def build(figures: Figures, readiness: Readiness, pages: Sequence[Page], moment: Moment) -> State:
@@ -187,7 +191,7 @@ def build(figures: Figures, readiness: Readiness, pages: Sequence[Page], moment:
         readiness.in_flight,
         int(figures.value(metrics.REQUESTS)),
         moment.requests_per_second,
-        saved(figures, pages),
+        saved(figures, moment.periods),
         figures.value(metrics.ROUTING_GAIN),
         _by_label(figures, metrics.UNPRICED),
         list(metrics.TTFT.buckets),
@@ -202,15 +206,12 @@ def build(figures: Figures, readiness: Readiness, pages: Sequence[Page], moment:
     )
 
 
-def saved(figures: Figures, pages: Sequence[Page]) -> dict[str, Saved | None]:
-    """The three periods; None where no store keeps the figures that outlive a restart."""
-    totals: dict[str, Saved] = {}
-    for page in pages:
-        totals.update(page.totals)
+def saved(figures: Figures, periods: Mapping[str, Saved]) -> dict[str, Saved | None]:
+    """The three periods; None where the totals that outlive a restart are not known."""
     return {
-        "today": totals.get("today"),
-        "7 days": totals.get("7 days"),
-        "since start": Saved(
+        TODAY: periods.get(TODAY),
+        WEEK: periods.get(WEEK),
+        SINCE_START: Saved(
             figures.value(metrics.SAVINGS) - figures.value(metrics.SURCHARGE),
             figures.value(metrics.SURCHARGE),
             figures.value(metrics.UNCACHED_COST),
@@ -219,6 +220,23 @@ def saved(figures: Figures, pages: Sequence[Page]) -> dict[str, Saved | None]:
             figures.total(metrics.TOKENS, 2, "input_cached"),
         ),
     }
+
+
+def periods(week: Report) -> dict[str, Saved]:
+    """What the totals of seven days, by day, say of the page's two longer periods. Days are UTC's."""
+    today = next((_saved(line) for line in week.lines if line.name == week.until), Saved())
+    return {TODAY: today, WEEK: _saved(week.total)}
+
+
+def _saved(line: Line) -> Saved:
+    return Saved(
+        float(line.net_usd),
+        float(line.surcharge_usd),
+        float(line.uncached_cost_usd),
+        float(line.prefill_seconds_saved),
+        line.prompt_tokens,
+        line.cached_tokens,
+    )
 
 
 def prompt_tokens(figures: Figures) -> float:

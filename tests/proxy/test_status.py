@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import date
 from typing import Any
 
 import msgspec
 import pytest
 
-from proxy import metrics
+from cache import RowKey, Sums
+from proxy import metrics, savings
 from proxy.control import Report
 from proxy.metrics import Delta, Exposition, Recorder
 from proxy.model import MissReason
 from proxy.readiness import Readiness, Standing
+from proxy.savings import By
 from proxy.sightings import MissRow, PrefixRow
 from proxy.status import state
 from proxy.status.board import Board
@@ -62,10 +65,15 @@ def test_saved_since_the_start_is_the_sum_of_the_series() -> None:
 
 
 def test_periods_that_outlive_a_restart_come_from_who_keeps_them() -> None:
-    """Any worker that knows them may tell."""
-    kept = Saved(1.0)
-    found = state.build(counted(), READY, [Page(), Page(totals={"today": kept})], NOW).saved
-    assert (found["today"], found["7 days"]) == (kept, None)
+    """Today is the last of seven days; a day without an answer saved nothing."""
+    days = {"2026-11-21": 3, "2026-11-23": 4}
+    rows = {RowKey(day, "m", "one", "t"): Sums(cached_tokens=n, saving_picos=n * 10**12) for day, n in days.items()}
+    week = savings.report(rows, By.DAY, date(2026, 11, 17), date(2026, 11, 23))
+    found = state.saved(counted(), state.periods(week))
+    assert found["today"] == Saved(usd=4.0, cached_tokens=4)
+    assert found["7 days"] == Saved(usd=7.0, cached_tokens=7)
+    idle = savings.report(rows, By.DAY, date(2026, 11, 18), date(2026, 11, 24))
+    assert state.periods(idle)["today"] == Saved()
 
 
 def test_a_row_for_each_replica() -> None:
