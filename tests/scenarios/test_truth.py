@@ -1,0 +1,219 @@
+"""What Cairn counts is what the upstreams reported, to the token and the picodollar, whatever happens on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import yaml
+
+from proxy import metrics
+from proxy.settings import Pool, Replica
+from tests.support.cairn import Cairn, config_for, running
+from tests.support.counting_upstream import KNOWN_MODEL, MUTE_MODEL, CountingUpstream, body_of, case_of
+from tests.support.lean_client import LeanClient
+from tests.support.served import ROOT, Served, served
+from tests.support.valkey import eventually
+
+PICOS_PER_USD = 10**12
+CLIENTS = 48
+PRICE = {"input": 3, "cached_read": 0.3, "cache_write_5m": 3.75, "cache_write_1h": 6, "output": 15}
+
+
+async def ask_all(url: str, numbers: Iterable[int]) -> None:
+    """Send all cases over connections that are kept, and read each answer, cut or whole."""
+    waiting = iter(numbers)
+
+    async def ask_in_turn() -> None:
+        client = LeanClient(urlsplit(url).port or 0)
+        for number in waiting:
+            case = case_of(number)
+            headers = f"x-case: {number}\r\naccept-encoding: gzip\r\n"
+            assert await client.post(case.path, headers, body_of(case, number)) == (case.status, not case.cut), number
+        client.close()
+
+    async with asyncio.TaskGroup() as all_:
+        for _ in range(CLIENTS):
+            all_.create_task(ask_in_turn())
+
+
+def own_count(*upstreams: CountingUpstream) -> Counter[str]:
+    return sum((upstream.counts for upstream in upstreams), Counter())
+
+
+def counted_by(cairn: Cairn) -> dict[str, float]:
+    counts = {kind: cairn.tokens(kind) for kind in ("input_fresh", "input_cached", "input_cache_write", "output")}
+    for name, spec in (
+        ("unknown", metrics.CACHED_UNKNOWN), ("missing", metrics.USAGE_MISSING),
+        ("inconsistent", metrics.USAGE_INCONSISTENT),
+    ):  # fmt: skip
+        counts[name] = cairn.count(spec)
+    return counts
+
+
+def figures(truth: Counter[str]) -> dict[str, float]:
+    names = ("input_fresh", "input_cached", "input_cache_write", "output", "unknown", "missing", "inconsistent")
+    return {name: truth[name] for name in names}
+
+
+async def test_two_thousand_mixed_requests_through_one_worker_add_up_exactly() -> None:
+    """Streams and plain answers of all dialects; missing, null, negative and doubled usage; cut answers."""
+    async with CountingUpstream() as upstream, CountingUpstream() as mute:
+        pools = [
+            Pool(name="known", models=(KNOWN_MODEL, "made-up-*"), replicas=(Replica(upstream.url),)),
+            Pool(name="mute", models=(MUTE_MODEL,), replicas=(Replica(mute.url),)),
+        ]
+        async with running(config_for([], pools=pools)) as cairn:
+            await ask_all(cairn.url, range(2_000))
+            assert upstream.answered + mute.answered == 2_000
+            assert counted_by(cairn) == figures(own_count(upstream, mute))
+            models = {labels[0] for labels in cairn.heard.exposition.labels(metrics.TOKENS)}
+            assert models == {KNOWN_MODEL, MUTE_MODEL, metrics.OTHER}
+
+
+def write_config(folder: Path, upstream: CountingUpstream, mute: CountingUpstream, workers: int) -> Path:
+    pools: list[dict[str, Any]] = [
+        {"name": "known", "models": [KNOWN_MODEL, "made-up-*"], "replicas": [{"url": upstream.url, "name": "loud"}]},
+        {"name": "mute", "models": [MUTE_MODEL], "replicas": [{"url": mute.url, "name": "mute"}]},
+    ]
+    file = folder / "cairn.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "server": {"workers": workers},
+                "pools": pools,
+                "prices": [PRICE | {"upstream": "loud"}, PRICE | {"upstream": "mute"}],
+                "log": {"access": False},
+            }
+        )
+    )
+    return file
+
+
+async def counts_of(http: aiohttp.ClientSession, cairn: Served) -> dict[str, float]:
+    async with http.get(f"{cairn.admin}/metrics") as answer:
+        page = await answer.text()
+
+    def total(name: str, label: str = "") -> float:
+        return sum(
+            float(row.rpartition(" ")[2]) for row in page.splitlines() if row.startswith(name) and label in row
+        )
+
+    kinds = ("input_fresh", "input_cached", "input_cache_write", "output")
+    counts = {kind: total("cairn_tokens_total{", f'type="{kind}"') for kind in kinds}
+    counts["unknown"] = total("cairn_cached_unknown_tokens_total{")
+    counts["missing"] = total("cairn_usage_missing_total{")
+    counts["inconsistent"] = total("cairn_usage_inconsistent_total{")
+    return counts
+
+
+async def savings_of(http: aiohttp.ClientSession, cairn: Served, by: str = "model") -> dict[str, Any]:
+    async with http.get(f"{cairn.admin}/savings?by={by}") as answer:
+        assert answer.status == 200, await answer.text()
+        made: dict[str, Any] = await answer.json()
+        return made
+
+
+def assert_savings(made: dict[str, Any], truth: Counter[str]) -> None:
+    total = made["total"]
+    assert (total["answers"], total["missing_usage"], total["unpriced"]) == (truth["answers"], truth["missing"], 0)
+    prompt = truth["input_fresh"] + truth["input_cached"] + truth["input_cache_write"]
+    assert (total["prompt_tokens"], total["cached_tokens"]) == (prompt, truth["input_cached"])
+    assert (total["written_tokens"], total["output_tokens"]) == (truth["input_cache_write"], truth["output"])
+    assert total["unknown_tokens"] == truth["unknown"]
+    assert Decimal(total["cost_usd"]) * PICOS_PER_USD == truth["cost_picos"]
+    assert Decimal(total["uncached_cost_usd"]) * PICOS_PER_USD == truth["uncached_picos"]
+
+
+async def test_ten_thousand_mixed_requests_through_four_workers_add_up_exactly_and_outlive_them(
+    tmp_path: Path,
+) -> None:
+    """Tokens in /metrics and in the totals, money in the totals; and the totals again after a restart of it all."""
+    async with (
+        CountingUpstream() as upstream,
+        CountingUpstream() as mute,
+        aiohttp.ClientSession() as http,
+    ):
+        file = write_config(tmp_path, upstream, mute, workers=4)
+        async with served(["--config", str(file)], tmp_path) as cairn:
+            await eventually(lambda: len(cairn.worker_pids()) == 4, 40)
+            await ask_all(cairn.url, range(10_000))
+            truth = own_count(upstream, mute)
+
+            async def all_counted() -> bool:
+                return await counts_of(http, cairn) == figures(truth)
+
+            await eventually(all_counted, 5)
+            assert upstream.answered + mute.answered == 10_000
+            assert await cairn.metric(http, "cairn_requests_total") == 10_000
+
+            async def all_written() -> bool:
+                answers: int = (await savings_of(http, cairn))["total"]["answers"]
+                return answers == truth["answers"]
+
+            await eventually(all_written, 5)
+            made = await savings_of(http, cairn)
+            assert_savings(made, truth)
+            assert {line["name"] for line in made["lines"]} == {KNOWN_MODEL, MUTE_MODEL, metrics.OTHER}
+        again = ["--config", str(file), "--workers", "1"]
+        async with served(again, tmp_path) as cairn:
+            assert await savings_of(http, cairn) == made
+            await ask_all(cairn.url, range(10_000, 10_100))
+            cairn.stop()  # at once: what was not written yet is written while it drains
+        async with served(again, tmp_path) as cairn:
+            assert_savings(await savings_of(http, cairn), own_count(upstream, mute))
+            printed = await printed_savings(cairn)
+            assert printed == await savings_of(http, cairn)
+
+
+async def printed_savings(cairn: Served) -> dict[str, Any]:
+    """What `cairn savings` says of the running one."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "proxy", "savings", "--by", "model", "--url", cairn.admin, "--json",
+        stdout=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+    )  # fmt: skip
+    out, _ = await process.communicate()
+    assert process.returncode == 0
+    made: dict[str, Any] = json.loads(out)
+    return made
+
+
+async def test_counters_never_fall_when_a_worker_is_killed(tmp_path: Path) -> None:
+    """Each series of /metrics is watched over the death of one of two workers under load."""
+    async with CountingUpstream() as upstream, CountingUpstream() as mute, aiohttp.ClientSession() as http:
+        file = write_config(tmp_path, upstream, mute, workers=2)
+        async with served(["--config", str(file)], tmp_path) as cairn:
+            await eventually(lambda: len(cairn.worker_pids()) == 2, 40)
+            before: dict[str, float] = {}
+            for step in range(6):
+                numbers = [number for number in range(step * 200, step * 200 + 200) if not case_of(number).cut]
+                if step == 3:
+                    os.kill(cairn.worker_pids()[0], signal.SIGKILL)
+                    await eventually(lambda: len(cairn.worker_pids()) == 3, 40)
+                await ask_all(cairn.url, numbers)
+                now = await counters_of(http, cairn)
+                fallen = {name for name, value in before.items() if now.get(name, 0) < value}
+                assert not fallen
+                before = now
+            assert sum(value for name, value in before.items() if name.startswith("cairn_tokens_total")) > 0
+
+
+async def counters_of(http: aiohttp.ClientSession, cairn: Served) -> dict[str, float]:
+    async with http.get(f"{cairn.admin}/metrics") as answer:
+        page = await answer.text()
+    names = set(re.findall(r"^# TYPE (\S+) (?:counter|histogram)$", page, re.MULTILINE))
+    rows = [line.rpartition(" ") for line in page.splitlines() if not line.startswith("#")]
+    counted = re.compile("|".join(f"{re.escape(name)}(_bucket|_count)?(?={{|$)" for name in names))
+    return {head: float(value) for head, _, value in rows if counted.match(head)}

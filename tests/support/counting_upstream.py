@@ -1,0 +1,421 @@
+"""An upstream that answers scripted cases of every dialect and counts for itself what it reported.
+
+A request names its case by a number in the header `x-case`; the same number always is the same case. What Cairn must
+count for it stands in `Case.counts`, worked out from the figures and not read back out of the answer. Lean (one
+protocol, no framework), so that ten thousand requests take seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Self
+
+import httptools
+
+KNOWN_MODEL, MUTE_MODEL = "truth", "mute"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+CUT_EVERY = 5  # rounds of all kinds: three broken answers in a row would rightly open the replica's breaker
+# what each token costs in picodollars: per million 3 dollars for input, 0.3 read, 3.75 and 6 written, 15 for output
+INPUT, READ, WRITE_5M, WRITE_1H, OUTPUT = 3_000_000, 300_000, 3_750_000, 6_000_000, 15_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What one case is about: tokens of the prompt, of it cached and written, and of the output."""
+
+    prompt: int
+    cached: int
+    short: int
+    long: int
+    output: int
+
+    @property
+    def fresh(self) -> int:
+        return self.prompt - self.cached - self.short - self.long
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A request and its answer. `pieces` are written one by one; with `cut` the connection ends in their middle."""
+
+    path: str
+    stream: bool
+    pieces: tuple[bytes, ...]
+    counts: Counter[str]
+    model: str = KNOWN_MODEL
+    status: int = 200
+    packed: bool = False
+    cut: bool = False
+    asks_usage: bool = False
+
+
+@cache
+def case_of(number: int) -> Case:
+    """The case of a number; neighbours are of different kinds."""
+    chosen = random.Random(number)
+    prompt = chosen.randint(50, 5000)
+    cached, short, long = (chosen.randint(1, prompt // 4) for _ in range(3))
+    figures = Figures(prompt, cached, short, long, chosen.randint(1, 500))
+    kind = _KINDS[number % len(_KINDS)]
+    if kind in (_cut, _anthropic_cut) and number // len(_KINDS) % CUT_EVERY:
+        kind = _openai_stream
+    return kind(figures)
+
+
+def body_of(case: Case, number: int) -> bytes:
+    """What the client sends; one in ten is long enough to be placed, one in seven names a model nobody knows."""
+    text = f"{number % 40}: " + "stones " * (900 if number % 10 == 0 else 20)
+    model = f"made-up-{number}" if case.model == KNOWN_MODEL and number % 7 == 0 else case.model
+    body: dict[str, Any] = {"model": model, "stream": case.stream}
+    if case.asks_usage:
+        body["stream_options"] = {"include_usage": True}
+    if case.path == COMPLETIONS:
+        body["prompt"] = text
+    elif case.path == RESPONSES:
+        body["input"] = text
+    else:
+        body["messages"] = [{"role": "user", "content": text}]
+    return json.dumps(body).encode()
+
+
+def _counts(f: Figures, **others: int) -> Counter[str]:
+    """As Cairn must count what `f` says; `others` beside it."""
+    picos = f.fresh * INPUT + f.cached * READ + f.short * WRITE_5M + f.long * WRITE_1H + f.output * OUTPUT
+    return Counter(
+        input_fresh=f.fresh,
+        input_cached=f.cached,
+        input_cache_write=f.short + f.long,
+        output=f.output,
+        answers=1,
+        cost_picos=picos,
+        uncached_picos=f.prompt * INPUT + f.output * OUTPUT,
+        **others,
+    )
+
+
+def _missing() -> Counter[str]:
+    return Counter(missing=1)
+
+
+# --- bodies
+
+
+def _plain(usage: Any, **more: Any) -> tuple[bytes, ...]:
+    tree = {"id": "c", "object": "chat.completion", "choices": [{"index": 0, "message": {"content": "Hi"}}]}
+    return (json.dumps(tree | ({} if usage is ... else {"usage": usage}) | more).encode(),)
+
+
+def _event(tree: Any, name: str = "") -> bytes:
+    return (f"event: {name}\n" if name else "").encode() + b"data: " + json.dumps(tree).encode() + b"\n\n"
+
+
+def _delta(**more: Any) -> bytes:
+    return _event({"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": "Hi"}} | more]})
+
+
+def _chunks(*usages: Any, done: bool = True) -> tuple[bytes, ...]:
+    ends = [_event({"object": "chat.completion.chunk", "choices": [], "usage": usage}) for usage in usages]
+    return (_delta(), _delta(), *ends, *([b"data: [DONE]\n\n"] if done else []))
+
+
+def _openai(f: Figures, prompt: int, **details: int) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": f.output, "prompt_tokens_details": details}
+
+
+def _read_only(f: Figures) -> Figures:
+    return Figures(f.prompt, f.cached, 0, 0, f.output)
+
+
+def _nothing_cached(f: Figures) -> Figures:
+    return Figures(f.prompt, 0, 0, 0, f.output)
+
+
+def _five_minutes(f: Figures) -> Figures:
+    return Figures(f.prompt, f.cached, f.short, 0, f.output)
+
+
+# --- kinds
+
+
+def _openai_plain(f: Figures) -> Case:
+    f = _read_only(f)
+    return Case(CHAT, False, _plain(_openai(f, f.prompt, cached_tokens=f.cached)), _counts(f))
+
+
+def _openai_stream(f: Figures) -> Case:
+    f = _read_only(f)
+    return Case(CHAT, True, _chunks(_openai(f, f.prompt, cached_tokens=f.cached)), _counts(f))
+
+
+def _asked_stream(f: Figures) -> Case:
+    f = _read_only(f)
+    usage = _openai(f, f.prompt, cached_tokens=f.cached)
+    return Case(CHAT, True, _chunks(usage), _counts(f), asks_usage=True, packed=True)
+
+
+def _zero(f: Figures) -> Case:
+    f = _nothing_cached(f)
+    return Case(CHAT, False, _plain(_openai(f, f.prompt, cached_tokens=0)), _counts(f))
+
+
+def _written_stream(f: Figures) -> Case:
+    f = _five_minutes(f)
+    usage = _openai(f, f.prompt, cached_tokens=f.cached, cache_write_tokens=f.short)
+    return Case(CHAT, True, _chunks(usage), _counts(f))
+
+
+def _no_usage(f: Figures) -> Case:
+    return Case(CHAT, False, _plain(...), _missing())
+
+
+def _null_usage(f: Figures) -> Case:
+    return Case(CHAT, False, _plain(None), _missing())
+
+
+def _no_usage_stream(f: Figures) -> Case:
+    return Case(CHAT, True, _chunks(), _missing())
+
+
+def _negative(f: Figures) -> Case:
+    only = Figures(0, 0, 0, 0, f.output)
+    return Case(CHAT, False, _plain(_openai(f, -5, cached_tokens=-3)), _counts(only, inconsistent=1))
+
+
+def _more_cached_than_prompt(f: Figures) -> Case:
+    clamped = Figures(f.prompt, f.prompt, 0, 0, f.output)
+    usage = _openai(f, f.prompt, cached_tokens=f.prompt + 100)
+    return Case(CHAT, False, _plain(usage), _counts(clamped, inconsistent=1))
+
+
+def _moonshot(f: Figures) -> Case:
+    f = _read_only(f)
+    usage = {"prompt_tokens": f.prompt, "completion_tokens": f.output, "cached_tokens": f.cached}
+    return Case(CHAT, False, _plain(usage), _counts(f))
+
+
+def _moonshot_in_choices(f: Figures) -> Case:
+    f = _read_only(f)
+    usage = {"prompt_tokens": f.prompt, "completion_tokens": f.output, "cached_tokens": f.cached}
+    pieces = (_delta(), _delta(usage=usage, finish_reason="stop"), b"data: [DONE]\n\n")
+    return Case(CHAT, True, pieces, _counts(f))
+
+
+def _deepseek_usage(f: Figures) -> dict[str, int]:
+    hit = {"prompt_cache_hit_tokens": f.cached, "prompt_cache_miss_tokens": f.prompt - f.cached}
+    return {"prompt_tokens": f.prompt, "completion_tokens": f.output} | hit
+
+
+def _deepseek(f: Figures) -> Case:
+    f = _read_only(f)
+    return Case(CHAT, False, _plain(_deepseek_usage(f)), _counts(f))
+
+
+def _deepseek_stream(f: Figures) -> Case:
+    f = _read_only(f)
+    last = _event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "usage": _deepseek_usage(f)})
+    return Case(CHAT, True, (_delta(), last, b"data: [DONE]\n\n"), _counts(f))
+
+
+def _qwen(f: Figures) -> Case:
+    f = _five_minutes(f)
+    usage = _openai(f, f.prompt, cached_tokens=f.cached, cache_creation_input_tokens=f.short)
+    return Case(CHAT, False, _plain(usage), _counts(f))
+
+
+def _anthropic_input(f: Figures) -> dict[str, Any]:
+    split = {"ephemeral_5m_input_tokens": f.short, "ephemeral_1h_input_tokens": f.long}
+    written = {"cache_creation_input_tokens": f.short + f.long, "cache_creation": split}
+    return {"input_tokens": f.fresh, "cache_read_input_tokens": f.cached, "output_tokens": 1} | written
+
+
+def _anthropic(f: Figures) -> Case:
+    usage = _anthropic_input(f) | {"output_tokens": f.output}
+    tree = {"type": "message", "role": "assistant", "content": [{"type": "text", "text": "Hi"}], "usage": usage}
+    return Case(MESSAGES, False, (json.dumps(tree).encode(),), _counts(f))
+
+
+def _anthropic_begin(f: Figures) -> tuple[bytes, ...]:
+    start = {"type": "message_start", "message": {"type": "message", "usage": _anthropic_input(f)}}
+    delta = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hi"}}
+    return _event(start, "message_start"), _event(delta, "content_block_delta")
+
+
+def _anthropic_stream(f: Figures) -> Case:
+    end = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": f.output}}
+    pieces = (*_anthropic_begin(f), _event(end, "message_delta"), _event({"type": "message_stop"}, "message_stop"))
+    return Case(MESSAGES, True, pieces, _counts(f))
+
+
+def _anthropic_cut(f: Figures) -> Case:
+    """The input had been reported by then, and one token of output."""
+    reported = Figures(f.prompt, f.cached, f.short, f.long, 1)
+    return Case(MESSAGES, True, _anthropic_begin(f), _counts(reported), cut=True)
+
+
+def _responses_tree(f: Figures) -> dict[str, Any]:
+    usage = {
+        "input_tokens": f.prompt,
+        "input_tokens_details": {"cached_tokens": f.cached},
+        "output_tokens": f.output,
+    }
+    return {"id": "resp_1", "object": "response", "status": "completed", "output": [], "usage": usage}
+
+
+def _responses(f: Figures) -> Case:
+    f = _read_only(f)
+    return Case(RESPONSES, False, (json.dumps(_responses_tree(f)).encode(),), _counts(f))
+
+
+def _responses_stream(f: Figures) -> Case:
+    f = _read_only(f)
+    begin = {"type": "response.created", "response": {"id": "resp_1", "usage": None}}
+    delta = {"type": "response.output_text.delta", "delta": "Hi"}
+    end = {"type": "response.completed", "response": _responses_tree(f)}
+    pieces = tuple(_event(tree, str(tree["type"])) for tree in (begin, delta, end))
+    return Case(RESPONSES, True, pieces, _counts(f))
+
+
+def _cut(f: Figures) -> Case:
+    return Case(CHAT, True, (_delta(), _delta()), _missing(), cut=True)
+
+
+def _twice(f: Figures) -> Case:
+    f = _read_only(f)
+    usage = _openai(f, f.prompt, cached_tokens=f.cached)
+    return Case(CHAT, True, _chunks(usage, usage), _counts(f))
+
+
+def _packed(f: Figures) -> Case:
+    f = _read_only(f)
+    return Case(CHAT, False, _plain(_openai(f, f.prompt, cached_tokens=f.cached)), _counts(f), packed=True)
+
+
+def _timings(f: Figures) -> Case:
+    f = _read_only(f)
+    timings = {"cache_n": f.cached, "prompt_n": f.fresh, "prompt_ms": 1.5, "predicted_n": f.output}
+    last = _event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "timings": timings})
+    return Case(CHAT, True, (_delta(), last, b"data: [DONE]\n\n"), _counts(f))
+
+
+def _mute(f: Figures) -> Case:
+    f = _nothing_cached(f)
+    usage = {"prompt_tokens": f.prompt, "completion_tokens": f.output}
+    return Case(CHAT, False, _plain(usage), _counts(f, unknown=f.prompt), model=MUTE_MODEL)
+
+
+def _mute_stream(f: Figures) -> Case:
+    f = _nothing_cached(f)
+    usage = {"prompt_tokens": f.prompt, "completion_tokens": f.output, "prompt_tokens_details": None}
+    return Case(CHAT, True, _chunks(usage), _counts(f, unknown=f.prompt), model=MUTE_MODEL)
+
+
+def _hidden_thoughts(f: Figures) -> Case:
+    """Gemini counts thoughts in the total alone."""
+    f = _nothing_cached(f)
+    thought = Figures(f.prompt, 0, 0, 0, f.output + 50)
+    usage = {
+        "prompt_tokens": f.prompt,
+        "completion_tokens": f.output,
+        "total_tokens": f.prompt + f.output + 50,
+    }
+    return Case(CHAT, False, _plain(usage), _counts(thought, unknown=f.prompt), model=MUTE_MODEL)
+
+
+def _refused(f: Figures) -> Case:
+    """Nobody is billed for an error, whatever it says."""
+    tree = {"error": {"message": "too long"}, "usage": _openai(f, f.prompt, cached_tokens=f.cached)}
+    return Case(CHAT, False, (json.dumps(tree).encode(),), Counter(), status=400)
+
+
+def _completions(f: Figures) -> Case:
+    f = _read_only(f)
+    return Case(COMPLETIONS, False, _plain(_openai(f, f.prompt, cached_tokens=f.cached)), _counts(f))
+
+
+_KINDS: tuple[Callable[[Figures], Case], ...] = (
+    _openai_plain, _cut, _openai_stream, _anthropic, _no_usage, _moonshot, _asked_stream, _zero, _negative,
+    _anthropic_stream, _responses, _null_usage, _moonshot_in_choices, _anthropic_cut, _deepseek, _mute,
+    _written_stream, _qwen, _no_usage_stream, _twice, _refused, _packed, _responses_stream, _mute_stream,
+    _more_cached_than_prompt, _timings, _completions, _deepseek_stream, _hidden_thoughts,
+)  # fmt: skip
+
+
+# --- the server
+
+
+@dataclass
+class CountingUpstream:
+    """One replica on loopback; use it as an asynchronous context. `counts` is its own count of what it reported."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    answered: int = 0
+    port: int = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    def answer(self, number: int | None, takes_gzip: bool) -> tuple[bytes, bool]:
+        """All bytes of the answer to a case, and whether the connection ends after them."""
+        if number is None:  # a probe
+            return b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}", False
+        case = case_of(number)
+        self.answered += 1
+        self.counts += case.counts
+        packs = case.packed and takes_gzip
+        kind = "text/event-stream" if case.stream and case.status == 200 else "application/json"
+        head = f"HTTP/1.1 {case.status} X\r\nContent-Type: {kind}\r\n" + "Content-Encoding: gzip\r\n" * packs
+        pieces = (gzip.compress(b"".join(case.pieces), 1),) if packs else case.pieces
+        if not case.stream:
+            body = b"".join(pieces)
+            return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body, False
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+        end = b"5\r\ndat" if case.cut else b"0\r\n\r\n"
+        return f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks + end, case.cut
+
+
+class _Connection(asyncio.Protocol):
+    def __init__(self, upstream: CountingUpstream) -> None:
+        self._upstream = upstream
+        self._parser = httptools.HttpRequestParser(self)
+        self._case: int | None = None
+        self._takes_gzip = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def on_message_begin(self) -> None:
+        self._case, self._takes_gzip = None, False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"x-case":
+            self._case = int(value)
+        elif name.lower() == b"accept-encoding":
+            self._takes_gzip = b"gzip" in value
+
+    def on_message_complete(self) -> None:
+        answer, ends = self._upstream.answer(self._case, self._takes_gzip)
+        self._transport.write(answer)
+        if ends:
+            self._transport.close()  # in order, so that all before the cut arrives
