@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.prefix import COARSE_BLOCK_BYTES, FINE_BLOCK_BYTES, FINE_REACH_BYTES, chain_root, cut
+from cache.prefix import COARSE_BLOCK_BYTES, FINE_BLOCK_BYTES, FINE_REACH_BYTES, chain_root, cut, extend
 
 sizes = st.lists(st.one_of(st.integers(0, 40), st.integers(0, 6_000), st.integers(14_000, 40_000)), max_size=6)
 
@@ -77,3 +78,19 @@ def test_roots_tell_their_parts_apart_and_start_different_chains():
     assert chain_root([b"ab", b"c"]) != chain_root([b"a", b"bc"])
     assert chain_root([b"a", b""]) != chain_root([b"a"])
     assert cut(chain_root([b"m1"]), [b"x"]).hashes != cut(chain_root([b"m2"]), [b"x"]).hashes
+
+
+@given(st.integers(0, 2**64 - 1), st.lists(st.binary(max_size=5000), max_size=6), st.integers(1, 40_000))
+def test_going_on_from_a_known_chain_is_cutting_the_whole(root: int, spans: list[bytes], head: int) -> None:
+    """Whatever was known and wherever it ends; what was known stays as it was."""
+    known = cut(root, [b"x" * head])
+    before = known.hashes[:], known.ends[:]
+    went_on, whole = extend(known, spans), cut(root, [b"x" * head, *spans])
+    assert (went_on.hashes, went_on.ends) == (whole.hashes, whole.ends)
+    assert (known.hashes, known.ends) == before
+
+
+def test_an_empty_chain_does_not_go_on() -> None:
+    """It would not know where from."""
+    with pytest.raises(ValueError):
+        extend(cut(1, []), [b"x"])

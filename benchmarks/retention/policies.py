@@ -1,0 +1,85 @@
+"""What is kept of a trace's segments under a budget: the product's own rule beside LRU and LFU.
+
+Every policy gives a thing a rank at each use; when the budget is exceeded the lowest rank goes. It knows no clock but
+the trace's.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from benchmarks.fleet.trace import BLOCK_TOKENS, BYTES_PER_TOKEN, Request
+from cache.retention import Standing
+
+SEGMENT_BYTES = BLOCK_TOKENS * BYTES_PER_TOKEN
+SEGMENT_USD = BLOCK_TOKENS * 1e-6
+"""What a use of a segment saves; the same for all, so it changes nothing but the figures' scale."""
+
+Rank = Callable[[Standing | None, float], tuple[Standing, float]]
+"""The standing before (None: not kept) and the moment of a use, to the standing and the rank after it."""
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """Tokens of all requests, and of the leading segments that were there when a request came."""
+
+    saved_tokens: int
+    tokens: int
+
+    @property
+    def share(self) -> float:
+        """Of all tokens."""
+        return self.saved_tokens / self.tokens
+
+
+def worth(before: Standing | None, now_seconds: float) -> tuple[Standing, float]:
+    """The product's rule: `cache.retention`."""
+    standing = Standing(1.0, now_seconds) if before is None else before.used(now_seconds)
+    return standing, standing.rank(SEGMENT_USD, SEGMENT_BYTES)
+
+
+def least_recent(_: Standing | None, now_seconds: float) -> tuple[Standing, float]:
+    """LRU: the time of the last use."""
+    return Standing(1.0, now_seconds), now_seconds
+
+
+def least_frequent(before: Standing | None, now_seconds: float) -> tuple[Standing, float]:
+    """LFU: the number of uses since it was taken in."""
+    uses = 1.0 if before is None else before.uses + 1.0
+    return Standing(uses, now_seconds), uses
+
+
+POLICIES: dict[str, Rank] = {"worth per byte": worth, "LRU": least_recent, "LFU": least_frequent}
+
+
+def run(requests: Sequence[Request], rank: Rank, budget: int) -> Outcome:
+    """Serve `requests` with room for `budget` segments; a segment saves only behind all before it."""
+    kept: dict[int, tuple[Standing, float]] = {}
+    heap: list[tuple[float, int, int]] = []
+    saved = tokens = uses = 0
+    for request in requests:
+        tokens += request.input_tokens
+        leading = 0
+        for block in request.blocks:
+            if block not in kept:
+                break
+            leading += 1
+        saved += min(leading * BLOCK_TOKENS, request.input_tokens)
+        for block in request.blocks:
+            before = kept.get(block)
+            _, value = kept[block] = rank(None if before is None else before[0], request.arrival_seconds)
+            # of one moment, what stands deeper in a prompt goes first: it is of no use without what is before it
+            uses += 1
+            heapq.heappush(heap, (value, -uses, block))
+        _trim(kept, heap, budget)
+    return Outcome(saved, tokens)
+
+
+def _trim(kept: dict[int, tuple[Standing, float]], heap: list[tuple[float, int, int]], budget: int) -> None:
+    while len(kept) > budget:
+        value, _, block = heapq.heappop(heap)
+        current = kept.get(block)
+        if current is not None and current[1] == value:
+            del kept[block]

@@ -1,0 +1,67 @@
+"""Contents in memory: bounded in bytes, read once however many wait."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+
+from cache.contents import ENTRY_BYTES, Contents
+from cache.errors import StoreUnavailable
+from cache.segments import Content
+from proxy.tasks import Tasks
+
+
+def content(size: int) -> Content:
+    return Content(b"", b"", bytes(size), array("I"))
+
+
+async def test_the_least_recently_used_go_when_the_bytes_are_over_the_bound() -> None:
+    """A use keeps; what is over the bound by itself is not kept at all."""
+    kept = Contents(3 * (1000 + ENTRY_BYTES), Tasks())
+    for name in "abc":
+        kept.put(name, content(1000))
+    assert kept.peek("a") is not None
+    kept.put("d", content(1000))
+    assert [kept.peek(name) is not None for name in "abcd"] == [True, False, True, True]
+    kept.put("a", content(1000))
+    assert kept.size_bytes == 3 * (1000 + ENTRY_BYTES)
+    kept.put("huge", content(1_000_000))
+    assert (kept.peek("huge"), len(kept)) == (None, 3)
+
+
+async def test_many_who_wait_are_served_by_one_read_and_one_that_leaves_takes_nothing() -> None:
+    """The first of them is cancelled; the others get what it began to read."""
+    go, reads = asyncio.Event(), 0
+
+    async def read() -> Content:
+        nonlocal reads
+        reads += 1
+        await go.wait()
+        return content(10)
+
+    kept, tasks = Contents(10_000, Tasks()), Tasks()
+    waiting = [tasks.start(kept.get("x", read), "wait") for _ in range(50)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    await asyncio.sleep(0)
+    go.set()
+    found = await asyncio.gather(*waiting[1:])
+    assert len(set(map(id, found))) == 1
+    assert reads == 1
+
+
+async def test_a_failed_read_is_told_to_all_and_tried_again_by_the_next() -> None:
+    """Nothing of it is kept."""
+    answers: list[Content | Exception] = [StoreUnavailable("away"), content(5)]
+
+    async def read() -> Content:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    kept = Contents(10_000, Tasks())
+    results = await asyncio.gather(kept.get("x", read), kept.get("x", read), return_exceptions=True)
+    assert [type(result) for result in results] == [StoreUnavailable] * 2
+    assert kept.peek("x") is None
+    assert (await kept.get("x", read)).size_bytes == 5
