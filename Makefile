@@ -4,8 +4,11 @@ PYTHON ?= python3
 UPSTREAM ?=
 PORT ?= 8080
 ADMIN_PORT ?= 8090
+# for bench-fleet and bench-replay: a trace in Mooncake's form
+TRACE ?=
 
-.PHONY: run test lint format lock setup-run setup-test clean bench-datapath bench-soak bench-peers
+.PHONY: run test lint format lock setup-run setup-test clean bench-datapath bench-soak bench-fleet bench-replay \
+  bench-peers
 
 run: .venv/.run
 	@exec .venv/bin/python -m demo --end-with-parent --port "$(PORT)" --admin-port "$(ADMIN_PORT)" \
@@ -38,6 +41,13 @@ bench-datapath: .venv/.dev
 
 bench-soak: .venv/.dev
 	.venv/bin/python -m benchmarks.soak $(ARGS)
+
+# Routing rules on a virtual clock, and live on simulated engines beside the routers that are installed.
+bench-fleet: .venv/.dev
+	.venv/bin/python -m benchmarks.fleet $(TRACE) $(ARGS)
+
+bench-replay: .venv/.dev
+	.venv/bin/python -m benchmarks.replay $(TRACE) --peers $(ARGS)
 
 bench-peers: .peers/.done
 

@@ -100,7 +100,9 @@ class Worker:
         self.recorder = Recorder()
         writer_id = secrets.token_hex(8)
 
-        self.fleet = Fleet(random.random, _backoff(config), config.routing.prefill_tokens_per_second)
+        rule = config.routing
+        prices = rule.in_flight_seconds_least, rule.in_flight_seconds_most
+        self.fleet = Fleet(random.random, _backoff(config), rule.prefill_tokens_per_second, prices)
         self.pools = _pools(config, self.fleet)
         self.store = open_store(
             None if config.redis.url is None else config.redis.url.reveal(),
@@ -190,6 +192,7 @@ class Worker:
             stored,
             clock,
             min_shareable_bytes=config.routing.min_shareable_bytes,
+            weight_per_second=config.routing.future_weight_per_second,
         )
         self.room = Room(config.server.max_in_flight_requests, config.server.max_in_flight_bytes)
         self.front = Front(

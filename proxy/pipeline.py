@@ -47,6 +47,7 @@ class Pipeline:
         clock: Clock,
         *,
         min_shareable_bytes: int,
+        weight_per_second: float = routing.WEIGHT_PER_SECOND,
     ) -> None:
         self._fleet = fleet
         self._index = index
@@ -58,6 +59,7 @@ class Pipeline:
         self._contexts = contexts
         self._clock = clock
         self._min_shareable_bytes = min_shareable_bytes
+        self._weight_per_second = weight_per_second
         self.pools = pools
 
     async def handle(self, call: Call, client: Downstream, upload: Upload | None = None) -> None:
@@ -150,7 +152,11 @@ class Pipeline:
             views = tuple([view for view in views if view.name not in journey.avoid])
         match = journey.match or NOTHING_MATCHED
         journey.plan = routing.plan(
-            self._demand(journey), match, views, min_shareable_bytes=self._min_shareable_bytes
+            self._demand(journey),
+            match,
+            views,
+            min_shareable_bytes=self._min_shareable_bytes,
+            weight_per_second=self._weight_per_second,
         )
 
     def refuse(self, journey: Journey, error: CairnError, client: Downstream) -> None:

@@ -91,6 +91,7 @@ def plan(
     views: Sequence[ReplicaView],
     *,
     min_shareable_bytes: int = MIN_SHAREABLE_BYTES,
+    weight_per_second: float = WEIGHT_PER_SECOND,
 ) -> Plan:
     """Order the available replicas by cost, cheapest first.
 
@@ -104,7 +105,7 @@ def plan(
     if not usable:
         raise _none_left(views if pinned is None else [view for view in views if view.id == pinned])
 
-    candidates = _ranked(demand, match.held, usable)
+    candidates = _ranked(demand, match.held, usable, weight_per_second)
     if pinned is not None:
         reason = RouteReason.PINNED
     elif len(usable) == 1:
@@ -119,14 +120,16 @@ def plan(
     return Plan(candidates, reason, miss, cache, demand.prompt_tokens)
 
 
-def future_weight(views: Sequence[ReplicaView]) -> float:
-    """`a` of the cost: one, and 1.5 x the shortest queue of `views` in seconds, at most `MAX_FUTURE_WEIGHT`."""
+def future_weight(views: Sequence[ReplicaView], per_second: float = WEIGHT_PER_SECOND) -> float:
+    """`a` of the cost: one, and `per_second` x the shortest queue of `views` in seconds, at most 30."""
     shortest = min([view.pending_tokens / view.rate_tokens_per_second for view in views])
-    return min(1.0 + WEIGHT_PER_SECOND * shortest, MAX_FUTURE_WEIGHT)
+    return min(1.0 + per_second * shortest, MAX_FUTURE_WEIGHT)
 
 
-def _ranked(demand: Demand, held: Mapping[int, Held], usable: list[ReplicaView]) -> tuple[Candidate, ...]:
-    weight = 1.0 + future_weight(usable)
+def _ranked(
+    demand: Demand, held: Mapping[int, Held], usable: list[ReplicaView], weight_per_second: float
+) -> tuple[Candidate, ...]:
+    weight = 1.0 + future_weight(usable, weight_per_second)
     prompt_tokens = demand.prompt_tokens
     candidates = []
     for view in usable:

@@ -161,10 +161,12 @@ class Fleet:
         random: Callable[[], float],
         backoff: Backoff | None = None,
         default_rate_tokens_per_second: float = DEFAULT_RATE_TOKENS_PER_SECOND,
+        in_flight_seconds: tuple[float, float] = (LEAST_IN_FLIGHT_SECONDS, MOST_IN_FLIGHT_SECONDS),
     ) -> None:
         self._random = random
         self._backoff = backoff or Backoff()
         self._default_rate = default_rate_tokens_per_second
+        self._least_price, self._most_price = in_flight_seconds
         self._replicas: list[_Replica] = []
         self._ids: dict[str, int] = {}
         self._pools: dict[str, list[_Replica]] = {}
@@ -232,7 +234,7 @@ class Fleet:
         """Frozen rows of a pool's replicas, the other processes' work included."""
         if now_seconds >= self._stale_at_seconds:
             self._drop_silent_peers(now_seconds)
-        price = self._in_flight_seconds.get(pool, MOST_IN_FLIGHT_SECONDS)
+        price = self._in_flight_seconds.get(pool, self._most_price)
         return tuple([replica.view(now_seconds, price) for replica in self._pools.get(pool, ())])
 
     # -- work
@@ -333,7 +335,7 @@ class Fleet:
         mean = self._decode_seconds.get(pool, decode_seconds)
         mean += DECODE_MEMORY * (decode_seconds - mean)
         self._decode_seconds[pool] = mean
-        self._in_flight_seconds[pool] = min(max(mean * DECODE_SHARE, LEAST_IN_FLIGHT_SECONDS), MOST_IN_FLIGHT_SECONDS)
+        self._in_flight_seconds[pool] = min(max(mean * DECODE_SHARE, self._least_price), self._most_price)
 
     def restarted(self, number: int) -> None:
         """Another process answers under this name: what was learned of its speed is void."""

@@ -1,0 +1,158 @@
+"""Who is compared: how each is started before a fleet of engines, and on which ports it then answers.
+
+Knows command lines and nothing of traces. What is not installed is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import yaml
+
+from benchmarks.common.processes import Running, free_port
+from benchmarks.datapath.contestants import SGLANG, VLLM, Wanted, contestants
+from cache.embedded import find_server
+from proxy.settings import Routing
+
+_START_SECONDS = 60.0
+_HAPROXY = """
+global
+  maxconn 4000
+  nbthread 1
+defaults
+  mode http
+  timeout connect 5s
+  timeout client 3600s
+  timeout server 3600s
+listen front
+  bind 127.0.0.1:{port}
+  balance {balance}
+{servers}
+"""
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What is started for every contestant alike."""
+
+    engines: int
+    capacity_tokens: int
+    speed: float
+    folder: Path
+
+
+@dataclass(slots=True)
+class Entrant:
+    """A router (or several proxies) that answers, before engines of its own."""
+
+    name: str
+    engine_ports: list[int]
+    ports: list[int] = field(default_factory=list)  # requests go to them by turns
+    admin_ports: list[int] = field(default_factory=list)  # of Cairn
+    running: list[Running] = field(default_factory=list)
+
+    @property
+    def is_cairn(self) -> bool:
+        """True where its answers tell what was predicted."""
+        return bool(self.admin_ports)
+
+
+def known(proxies: Sequence[int], *, peers: bool) -> list[str]:
+    """The names of all that can be started here, in the order of the table."""
+    names = []
+    if peers:
+        if shutil.which("haproxy"):
+            names += ["round robin (haproxy)", "least connections (haproxy)"]
+        installed = {each.name for each in contestants() if each.installed()}
+        names += [name for name in (SGLANG, VLLM) if name in installed]
+    return [*names, *(cairn_name(count) for count in proxies)]
+
+
+def cairn_name(count: int) -> str:
+    """The row of so many proxies."""
+    return "Cairn" if count == 1 else f"Cairn, {count} proxies"
+
+
+async def enter(name: str, plan: Plan, stack: ExitStack) -> Entrant:
+    """Start the engines and the router `name`; raises `StartFailed`. What was started is ended with `stack`."""
+    entrant = Entrant(name, [free_port() for _ in range(plan.engines)])
+    command = [sys.executable, "-m", "benchmarks.replay.engines", "--ports", ",".join(map(str, entrant.engine_ports))]
+    command += ["--capacity", str(plan.capacity_tokens), "--speed", str(plan.speed)]
+    engines = _run(f"engines of {name}", command, plan, stack)
+    for port in entrant.engine_ports:
+        await engines.answers(port, "/v1/models", _START_SECONDS)
+    urls = tuple(f"http://127.0.0.1:{port}" for port in entrant.engine_ports)
+    if name.startswith("Cairn"):
+        count = 1 if name == cairn_name(1) else int(name.split()[1])
+        await _enter_cairn(entrant, count, urls, plan, stack)
+        return entrant
+    port = free_port()
+    if "haproxy" in name:
+        running = _run(name, _haproxy(name, port, entrant.engine_ports, plan), plan, stack)
+        path = "/v1/models"
+    else:
+        contestant = next(each for each in contestants() if each.name == name)
+        wanted = Wanted(urls, port, free_port(), 1, quiet_peers=True)
+        running, path = _run(name, contestant.command(wanted), plan, stack), contestant.ready_path
+    await running.answers(port, path, _START_SECONDS)
+    entrant.ports.append(port)
+    entrant.running.append(running)
+    return entrant
+
+
+def _run(name: str, command: Sequence[str], plan: Plan, stack: ExitStack) -> Running:
+    running = Running(name, command, plan.folder)
+    stack.callback(running.stop)
+    return running
+
+
+def _haproxy(name: str, port: int, engines: Sequence[int], plan: Plan) -> list[str]:
+    balance = "roundrobin" if name.startswith("round") else "leastconn"
+    servers = "\n".join(f"  server engine-{n} 127.0.0.1:{each}" for n, each in enumerate(engines))
+    file = plan.folder / f"haproxy-{balance}.cfg"
+    file.write_text(_HAPROXY.format(port=port, balance=balance, servers=servers))
+    return ["haproxy", "-f", str(file), "-db"]
+
+
+async def _enter_cairn(entrant: Entrant, count: int, urls: Sequence[str], plan: Plan, stack: ExitStack) -> None:
+    """`count` proxies on one Valkey. Nothing is said of capacities or rates: both are learned."""
+    store = free_port()
+    command = [find_server(), "--port", str(store), "--save", "", "--bind", "127.0.0.1", "--dir", str(plan.folder)]
+    _run(f"valkey of {entrant.name}", command, plan, stack)
+    file = plan.folder / f"cairn-{count}.yaml"
+    file.write_text(yaml.safe_dump(cairn_config(urls, store, plan.speed)))
+    for number in range(count):
+        port, admin = free_port(), free_port()
+        where = ["--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin)]
+        command = [sys.executable, "-m", "proxy", "serve", "--config", str(file), *where]
+        entrant.running.append(_run(f"{entrant.name} {number}", command, plan, stack))
+        entrant.ports.append(port)
+        entrant.admin_ports.append(admin)
+    for running, port in zip(entrant.running, entrant.ports, strict=True):
+        await running.answers(port, "/v1/models", _START_SECONDS)
+    if count > 1:
+        await asyncio.sleep(_LOOK_AROUND_SECONDS)
+
+
+_LOOK_AROUND_SECONDS = 3.5
+"""Proxies notice each other when they next look at the lease, each second; until then they tell their news slowly."""
+
+
+def cairn_config(urls: Sequence[str], store_port: int, speed: float) -> dict[str, object]:
+    """The defaults; where time runs faster, the cost rule's constants in seconds are made as much smaller."""
+    routing = Routing()
+    return {
+        "redis": {"url": f"redis://127.0.0.1:{store_port}/0"},
+        "pools": [{"name": "engines", "replicas": [{"url": url} for url in urls]}],
+        "routing": {
+            "in_flight_seconds_least": routing.in_flight_seconds_least / speed,
+            "in_flight_seconds_most": routing.in_flight_seconds_most / speed,
+            "future_weight_per_second": routing.future_weight_per_second * speed,
+        },
+    }

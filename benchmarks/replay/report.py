@@ -1,0 +1,201 @@
+"""From what was seen to figures, a table, a file and a drawing. Seconds are the engines', scaled back."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from rich.table import Table
+
+from benchmarks.common.figures import percentile
+from benchmarks.replay.drive import Run, Seen
+
+WARM_UP = 200
+"""Requests that the last column leaves out: what a router learns in the beginning."""
+
+RECOVERY = 30
+"""Requests to a restarted engine after which its ratio is to be what it was."""
+
+
+class Figures(msgspec.Struct, frozen=True):
+    """One row. `hit_share` is cached over prompt tokens as the engines counted them, `imbalance` the most computed
+    tokens of one engine over the mean; `late_p99_seconds` how late the load was sent."""
+
+    name: str
+    requests: int
+    errors: int
+    hit_share: float
+    mean_ttft_seconds: float
+    p50_ttft_seconds: float
+    p99_ttft_seconds: float
+    warm_p99_ttft_seconds: float
+    computed_tokens: int
+    imbalance: float
+    late_p99_seconds: float
+    news_p50_seconds: float = math.nan
+    news_p99_seconds: float = math.nan
+    restart: Recovery | None = None
+
+
+class Recovery(msgspec.Struct, frozen=True):
+    """The restarted engine: its hit shares before, and after its first 30 requests; beside them the shares of all
+    other engines in the same spans. `wrong` are requests for which over half of what was predicted was not there."""
+
+    before: float
+    after: float
+    others_before: float
+    others_after: float
+    wrong_in_first: int
+    wrong_later: int
+
+
+def figures(name: str, run: Run, speed: float) -> Figures:
+    """The row of one entrant."""
+    good = [each for each in run.seen if not each.error]
+    waits = sorted(each.ttft_seconds * speed for each in good)
+    warm = sorted(each.ttft_seconds * speed for each in good if each.number >= WARM_UP)
+    computed = [engine.prompt_tokens - engine.cached_tokens for engine in run.engines]
+    prompt = sum(engine.prompt_tokens for engine in run.engines)
+    lags = sorted(run.lags_seconds)
+    return Figures(
+        name,
+        len(run.seen),
+        len(run.seen) - len(good),
+        1.0 - sum(computed) / max(prompt, 1),
+        sum(waits) / max(len(waits), 1),
+        percentile(waits, 0.5),
+        percentile(waits, 0.99),
+        percentile(warm, 0.99),
+        sum(computed),
+        max(computed) * len(computed) / max(sum(computed), 1),
+        percentile(sorted(each.late_seconds for each in run.seen), 0.99) * speed,
+        percentile(lags, 0.5) * speed,
+        percentile(lags, 0.99) * speed,
+        None if run.restarted_after is None else recovery(run),
+    )
+
+
+def recovery(run: Run) -> Recovery | None:
+    """How the first engine fared around its restart; None where nothing tells which engine answered."""
+    half = run.restarted_after
+    names = Counter(each.replica for each in run.seen if each.replica)
+    if half is None or not names:
+        return None
+    # the engines were told in the order of their ports, which is that of their names' numbers by chance only; the
+    # restarted one is the one whose predictions went wrong at once
+    restarted = min(names, key=lambda name: _first_wrong(run.seen, name, half))
+    mine = [each for each in run.seen if each.replica == restarted and not each.error]
+    rest = [each for each in run.seen if each.replica != restarted and not each.error]
+    after = [each for each in mine if each.number >= half]
+    first, later = after[:RECOVERY], after[RECOVERY:]
+    since = later[0].number if later else half
+    warm = len(run.seen) // 10
+    return Recovery(
+        _share([each for each in mine if warm <= each.number < half]),
+        _share(later),
+        _share([each for each in rest if warm <= each.number < half]),
+        _share([each for each in rest if each.number >= since]),
+        sum(map(_is_wrong, first)),
+        sum(map(_is_wrong, later)),
+    )
+
+
+def _first_wrong(seen: Sequence[Seen], name: str, half: int) -> int:
+    mine = (each.number for each in seen if each.number >= half and each.replica == name and _is_wrong(each))
+    return next(mine, len(seen))
+
+
+def _is_wrong(each: Seen) -> bool:
+    return each.predicted_tokens > 1_024 and each.cached_tokens < each.predicted_tokens / 2
+
+
+def _share(seen: Sequence[Seen]) -> float:
+    return sum(each.cached_tokens for each in seen) / max(sum(each.prompt_tokens for each in seen), 1)
+
+
+def table(title: str, rows: Sequence[Figures]) -> Table:
+    """All rows."""
+    made = Table(title=title)
+    headings = (
+        "router",
+        "hit %",
+        "mean TTFT s",
+        "p50",
+        "p99",
+        "p99 after 200",
+        "computed Mtok",
+        "imbalance",
+        "errors",
+    )
+    for heading in headings:
+        made.add_column(heading, justify="left" if heading == "router" else "right")
+    for row in rows:
+        made.add_row(
+            row.name,
+            f"{100 * row.hit_share:.1f}",
+            f"{row.mean_ttft_seconds:.2f}",
+            f"{row.p50_ttft_seconds:.2f}",
+            f"{row.p99_ttft_seconds:.2f}",
+            f"{row.warm_p99_ttft_seconds:.2f}",
+            f"{row.computed_tokens / 1e6:.2f}",
+            f"{row.imbalance:.2f}",
+            str(row.errors),
+        )
+    return made
+
+
+def remarks(rows: Sequence[Figures]) -> list[str]:
+    """What does not fit in the table: how late things were, and restarts."""
+    said = [f"load sent late, p99 in engine seconds: {max((r.late_p99_seconds for r in rows), default=0.0):.3f}"]
+    for row in rows:
+        if not math.isnan(row.news_p50_seconds):
+            said.append(
+                f"{row.name}: age of other proxies' news when applied, in engine seconds: "
+                f"p50 {row.news_p50_seconds:.3f}, p99 {row.news_p99_seconds:.3f}"
+            )
+        if row.restart is not None:
+            r = row.restart
+            said.append(
+                f"{row.name}: restarted engine's hit {r.before:.1%} before, {r.after:.1%} from its {RECOVERY + 1}st "
+                f"request on (the others {r.others_before:.1%} and {r.others_after:.1%}); wrong predictions "
+                f"{r.wrong_in_first} of its first {RECOVERY}, {r.wrong_later} later"
+            )
+    return said
+
+
+def store(file: Path, settings: dict[str, object], bound: float, rows: Sequence[Figures]) -> None:
+    """Everything as JSON."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {"settings": settings, "pooled_hit_share": bound, "rows": [msgspec.to_builtins(row) for row in rows]}
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
+
+
+def draw(file: Path, title: str, bound: float, rows: Sequence[Figures]) -> None:
+    """Mean and p99 TTFT as bars, and the hit ratio beside its bound, as SVG."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    names = [row.name for row in rows]
+    colours = ["#2b6cb0" if name.startswith("Cairn") else "#a0aec0" for name in names]
+    figure, (mean, tail, hits) = pyplot.subplots(1, 3, figsize=(12, 0.5 * len(rows) + 1.6), sharey=True)
+    for axes, heading, values in (
+        (mean, "mean TTFT, s", [row.mean_ttft_seconds for row in rows]),
+        (tail, "p99 TTFT, s", [row.p99_ttft_seconds for row in rows]),
+        (hits, "hit, % of prompt tokens", [100 * row.hit_share for row in rows]),
+    ):
+        axes.bar_label(axes.barh(names, values, color=colours), fmt="%.2f", padding=2)
+        axes.set_title(heading, fontsize=10)
+        axes.margins(x=0.18)
+        axes.spines[["top", "right"]].set_visible(False)
+    hits.axvline(100 * bound, linestyle="--", linewidth=1, color="#444444")
+    mean.invert_yaxis()
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+    pyplot.close(figure)
