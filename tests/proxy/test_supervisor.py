@@ -57,8 +57,7 @@ def test_serves_with_its_workers_and_answers_for_them(file: Path) -> None:
     write(file, workers=2)
     with start(file) as cairn:
         cairn.started()
-        cairn.line("worker . is ready")
-        cairn.line("worker . is ready")
+        cairn.workers_ready(2)
         assert cairn.get("/pid")[0] == 200
         status, body = cairn.get("/readyz", admin=True)
         while json.loads(body)["status"] != "ready":  # the first report may be on its way
@@ -102,8 +101,7 @@ def test_the_queue_of_a_dead_worker_outlives_it(file: Path) -> None:
     write(file, workers=2)
     with start(file) as cairn:
         cairn.started()
-        cairn.line("worker . is ready")
-        cairn.line("worker . is ready")
+        cairn.workers_ready(2)
         os.kill(int(cairn.get("/pid")[1]), signal.SIGKILL)
         connections = [cairn.connect() for _ in range(20)]
         for connection in connections:

@@ -109,6 +109,11 @@ class Supervised:
                 return found
             assert line, f"no line like {pattern!r} came: {self.seen}"
 
+    def workers_ready(self, count: int) -> None:
+        """Wait until so many have said that they are ready, before or after it said where it serves."""
+        while len(re.findall("worker . is ready", "".join(self.seen))) < count:
+            self.line("worker . is ready")
+
     def started(self) -> Supervised:
         """Wait until it serves."""
         found = self.line(r"^started (\S+) (\S+)")
