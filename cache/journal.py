@@ -110,7 +110,8 @@ class _Missed(msgspec.Struct, frozen=True, gc=False):
 
 class Journal:
     """The index's verbs, shared. Replicas are numbers here and names in the stream; `number_of` and `name_of` map
-    them and answer None for what this process does not have."""
+    them and answer None for what this process does not have. `heard` is told of each placement that another writer
+    made: its id, the replica, the prompt and its predicted tokens."""
 
     def __init__(
         self,
@@ -123,10 +124,12 @@ class Journal:
         number_of: Callable[[str], int | None],
         name_of: Callable[[int], str | None],
         owners: Owners | None = None,
+        heard: Callable[[int, int, Fingerprint, float], None] | None = None,
         lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         self._index = index
         self._owners = Owners() if owners is None else owners
+        self._heard = heard
         self._store = store
         self._clock = clock
         self._tasks = tasks
@@ -405,6 +408,8 @@ class Journal:
             if index.apply_place(replica, fingerprint, delta.prompt_tokens, delta.epoch, delta.placement, stamp):
                 remembered = _Remembered(replica, fingerprint, delta.epoch, delta.prompt_tokens)
                 self._remember(delta.placement, remembered)
+            if self._heard is not None:
+                self._heard(delta.placement, replica, fingerprint, delta.prompt_tokens)
         elif isinstance(delta, Began):
             index.new_epoch(replica, delta.epoch)
             self._suspects.pop(replica, None)

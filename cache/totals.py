@@ -53,6 +53,7 @@ class Sums(msgspec.Struct):
     output_picos: int = 0
     saving_picos: int = 0
     surcharge_picos: int = 0
+    routing_gain_tokens: int = 0  # cached beyond what round robin would have had
     prefill_micros: int = 0  # seconds of prefill that cached tokens spared, in 1e-6
 
     def add(self, other: Sums) -> None:

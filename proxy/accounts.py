@@ -98,6 +98,18 @@ class Accounts:
             self._recorder.inc(metrics.USAGE_MISSING, (model, upstream))
             self._totals.row(self._today(), model, upstream, outcome.tenant_name).missing += 1
 
+    def label(self, outcome: Outcome) -> str:
+        """The model under which a request is counted."""
+        return self._names.label(outcome.model)
+
+    def count_routing_gain(self, outcome: Outcome, tokens: int) -> None:
+        """Cached tokens of one request, or made up for by it, that are routing's own part."""
+        if tokens and outcome.replica is not None:
+            model = self._names.label(outcome.model)
+            self._recorder.inc(metrics.ROUTING_GAIN, (model,), tokens)
+            row = self._totals.row(self._today(), model, outcome.replica.name, outcome.tenant_name)
+            row.routing_gain_tokens += tokens
+
     def _count_request(self, outcome: Outcome, model: str, upstream: str) -> None:
         recorder, plan, times = self._recorder, outcome.plan, outcome.times
         endpoint = outcome.endpoint.value

@@ -61,6 +61,7 @@ from proxy.reporting import Reporter
 from proxy.server import Front
 from proxy.settings import Config, Contexts, Pool, PoolKind, Replica, Tenancy
 from proxy.settlement import Settlement
+from proxy.shadow import Shadow
 from proxy.sightings import Sightings
 from proxy.tasks import Tasks
 from proxy.tokens import TokenCounts
@@ -112,6 +113,7 @@ class Worker:
             observe=self._observe_redis,
         )
         self.owners = Owners()
+        self.shadow = Shadow(self.pools)
         self.index = PrefixIndex(origin=secrets.randbits(_ORIGIN_BITS))
         self.journal = Journal(
             self.index,
@@ -122,6 +124,7 @@ class Worker:
             number_of=self.fleet.number_of,
             name_of=self.fleet.name_of,
             owners=self.owners,
+            heard=self.shadow.placed,
         )
         self.board = InflightBoard(
             self.store,
@@ -149,7 +152,9 @@ class Worker:
         )
         self.access_log = AccessLog() if config.log.access else None
         sightings = Sightings(self.names.label, clock.unix)
-        settlement = Settlement(self.journal, self.fleet, self.tokens, accounts, sightings, self.access_log, clock)
+        settlement = Settlement(
+            self.journal, self.fleet, self.tokens, accounts, sightings, self.shadow, self.access_log, clock
+        )
         relay = Relay(
             self.client,
             attempts,
@@ -229,6 +234,7 @@ class Worker:
             self.access_log,
             self.contexts,
             sightings,
+            self.shadow,
             clock,
         )
         self.explainer = Explainer(self.pipeline, clock)
@@ -250,6 +256,7 @@ class Worker:
         if self.store.state is StoreState.AVAILABLE:
             # a context stored under a secret of this worker's own would be lost to all others
             await asyncio.wait([adopting], timeout=_SECRET_SECONDS)
+        self.shadow.follow(self.index.replicas())
         await self.journal.start()
         await self.board.start()
         await self.prober.begin()

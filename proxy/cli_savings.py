@@ -206,6 +206,9 @@ def _share(share: Decimal | None) -> str:
 
 def _notes(total: Line) -> list[str]:
     notes = []
+    if total.routing_gain_tokens:
+        share = _share(Decimal(total.routing_gain_tokens) / max(total.cached_tokens, 1))
+        notes.append(f"Routing's own part: {total.routing_gain_tokens:,} cached tokens ({share}) beyond round robin.")
     if total.unpriced:
         notes.append(f"{total.unpriced:,} answers had no price and are in no sum of money; see cairn prices.")
     if total.unknown_tokens:

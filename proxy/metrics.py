@@ -125,7 +125,9 @@ CACHED_UNKNOWN = _counter(
 )  # fmt: skip
 USAGE_MISSING = _counter("usage_missing", "Answers cut before their usage came.", "model", "upstream")
 USAGE_INCONSISTENT = _counter("usage_inconsistent", "Usages that were clamped.", "model", "upstream")
-ROUTING_GAIN = _counter("routing_gain_tokens", "Cached tokens beyond what round robin would have had.", "model")
+ROUTING_GAIN = _counter(
+    "routing_gain_tokens", "Cached tokens beyond what round robin over the same replicas would have had.", "model"
+)
 PREDICTED_CACHED = _counter(
     "predicted_cached_tokens", "Prompt tokens that the index expected to be cached.", "model", "upstream"
 )

@@ -15,6 +15,7 @@ from proxy.fleet import BreakerState, Fleet
 from proxy.logs import AccessLog
 from proxy.metrics import Labels, Recorder, Spec
 from proxy.pools import Pools
+from proxy.shadow import Shadow
 from proxy.sightings import Sightings
 
 REPORT_SECONDS = 0.25
@@ -40,6 +41,7 @@ class Reporter:
         access_log: AccessLog | None,
         contexts: ContextStore,
         sightings: Sightings,
+        shadow: Shadow,
         clock: Clock,
     ) -> None:
         self._control = control
@@ -50,6 +52,7 @@ class Reporter:
         self._store = store
         self._room = room
         self._sightings = sightings
+        self._shadow = shadow
         self._clock = clock
         self._access_log = access_log
         self._contexts = contexts
@@ -124,7 +127,9 @@ class Reporter:
         tokens: dict[Labels, float] = {}
         # every worker has the whole index, so one of them counts for all
         speaks = self._journal.holds_lease or self._journal.state is not JournalState.LIVE
-        for number, stats in self._index.replicas().items():
+        replicas = self._index.replicas()
+        self._shadow.follow(replicas)
+        for number, stats in replicas.items():
             if number not in self.pools.served:
                 continue
             backend = self.pools.backends[number]

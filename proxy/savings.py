@@ -36,8 +36,9 @@ class Line(msgspec.Struct, frozen=True):
     """One line; tokens and counts are whole numbers, money is exact, in USD.
 
     `cost` is `uncached_cost` less `saving` plus `surcharge`, and `net` is the saving less the surcharge. The input
-    saving is the net over what the input alone would have cost, the bill saving over the whole bill. Answers without
-    a price have tokens and no money; a share of nothing is None.
+    saving is the net over what the input alone would have cost, the bill saving over the whole bill. Of the cached
+    tokens `routing_gain_tokens` are those that round robin would not have had. Answers without a price have tokens
+    and no money; a share of nothing is None.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Line(msgspec.Struct, frozen=True):
     unpriced: int
     prompt_tokens: int
     cached_tokens: int
+    routing_gain_tokens: int
     unknown_tokens: int
     written_tokens: int
     output_tokens: int
@@ -109,6 +111,7 @@ def _line(name: str, sums: Sums) -> Line:
         sums.unpriced,
         sums.prompt_tokens,
         sums.cached_tokens,
+        sums.routing_gain_tokens,
         sums.unknown_tokens,
         sums.written_tokens,
         sums.output_tokens,

@@ -13,6 +13,7 @@ from proxy.fleet import Fleet
 from proxy.journey import Journey
 from proxy.logs import AccessLog, access_line
 from proxy.model import Ending, Outcome, Usage
+from proxy.shadow import Shadow
 from proxy.sightings import Sightings
 from proxy.tokens import TokenCounts
 
@@ -27,6 +28,7 @@ class Settlement:
         tokens: TokenCounts,
         accounts: Accounts,
         sightings: Sightings,
+        shadow: Shadow,
         access_log: AccessLog | None,
         clock: Clock,
     ) -> None:
@@ -35,6 +37,7 @@ class Settlement:
         self._tokens = tokens
         self._accounts = accounts
         self._sightings = sightings
+        self._shadow = shadow
         self._access_log = access_log
         self._clock = clock
 
@@ -47,9 +50,19 @@ class Settlement:
             self._teach_fleet(journey, outcome, usage)
         self._accounts.count(outcome, usage, predicted_tokens)
         self._sightings.saw(outcome, None if journey.attempt is None else journey.attempt.placement, usage)
+        self._count_routing_gain(journey, outcome, usage)
         if self._access_log is not None:
             self._access_log.write(access_line(outcome, self._clock.unix()))
         return outcome
+
+    def _count_routing_gain(self, journey: Journey, outcome: Outcome, usage: Usage | None) -> None:
+        placement = None if journey.attempt is None else journey.attempt.placement
+        if placement is None or usage is None:
+            return
+        gain = self._shadow.answered(placement, usage.prompt_tokens, usage.cached_tokens)
+        if gain is not None:
+            label = self._accounts.label(outcome)
+            self._accounts.count_routing_gain(outcome, self._shadow.counted(label, gain))
 
     def _teach_index(self, journey: Journey, usage: Usage | None) -> int | None:
         """The cached tokens that were predicted, None where nothing was placed."""

@@ -35,7 +35,14 @@ async def write(url: str) -> None:
     await store.start()
     totals, today = Totals(store, "w"), datetime.now(UTC).date().isoformat()
     totals.row(today, "gpt", "east", "red").add(
-        Sums(answers=2, prompt_tokens=12_000, cached_tokens=9_000, input_picos=4 * USD, saving_picos=3 * USD)
+        Sums(
+            answers=2,
+            routing_gain_tokens=4_500,
+            prompt_tokens=12_000,
+            cached_tokens=9_000,
+            input_picos=4 * USD,
+            saving_picos=3 * USD,
+        )
     )
     totals.row(today, "gpt", "east", "blue").add(Sums(answers=1, unpriced=1, unknown_tokens=77))
     assert await totals.flush()
@@ -56,6 +63,7 @@ def test_a_table_for_people_with_what_is_not_in_it(valkey: Valkey) -> None:
     assert "75.0 %" in text
     assert "3.0000" in text
     assert "1 answers had no price" in text
+    assert "4,500 cached tokens (50.0 %) beyond round robin" in text
     assert "Of 77 prompt tokens nobody said" in text
 
 

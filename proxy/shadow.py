@@ -1,0 +1,202 @@
+"""What round robin over the same replicas would have had cached: the measure of what routing itself adds.
+
+Each request is also given, on paper, to the next replica in turn, and each replica's paper cache is filled and, over
+its budget, emptied from its longest unused leaf, as an engine's is. What an upstream reported as cached beyond what
+that cache would have held is routing's own part.
+
+What is sampled is not requests but places in a prompt: a few offsets, denser at its beginning. A sample of whole
+conversations would be all or nothing as soon as most of them share a system prompt; the offsets see every request,
+know who shares what with whom, and cost microseconds.
+
+Pure. It must not know metrics, and decides nothing for a request.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
+from itertools import chain
+
+import msgspec
+
+from cache import Fingerprint, Placement, ReplicaStats
+from proxy.pools import Pools
+
+_KIB = 1024
+OFFSETS_BYTES = tuple(
+    chain(
+        range(1 * _KIB, 4 * _KIB, _KIB),
+        range(4 * _KIB, 16 * _KIB, 2 * _KIB),
+        range(16 * _KIB, 128 * _KIB, 8 * _KIB),
+        range(128 * _KIB, 32_768 * _KIB, 32 * _KIB),
+    )
+)
+"""Where prompts are looked at; each is a boundary of every fingerprint that reaches it (`cache.prefix`)."""
+
+PLACES_PER_REPLICA = 32_768  # of a paper cache, some 4 MB; beyond, the longest unused go
+PLACES_SEEN = 131_072  # some 14 MB
+
+
+class _Paper:
+    """One replica's paper cache: hash of a place to the tokens since the place before, the longest unused first.
+
+    The end of each prompt is a place, too, of no tokens: the next turn goes on from there.
+    """
+
+    __slots__ = ("budget_tokens", "epoch", "places", "tokens")
+
+    def __init__(self) -> None:
+        self.places: dict[int, float] = {}
+        self.tokens = 0.0
+        self.budget_tokens = float("inf")
+        self.epoch = 0
+
+    def hold(self, fingerprint: Fingerprint, places: list[int], tokens_per_byte: float) -> None:
+        """The deepest place first, so that it is the first to go; what comes after it is counted with it."""
+        held, pop = self.places, self.places.pop
+        last = fingerprint.hashes[-1]
+        held[last] = pop(last, 0.0)
+        added, end = 0.0, fingerprint.size_bytes
+        for number in range(len(places) - 1, -1, -1):
+            begin = OFFSETS_BYTES[number - 1] if number else 0
+            tokens = (end - begin) * tokens_per_byte
+            place = places[number]
+            added += tokens - pop(place, 0.0)
+            held[place] = tokens
+            end = begin
+        self.tokens += added
+        while held and (self.tokens > self.budget_tokens or len(held) > PLACES_PER_REPLICA):
+            self.tokens -= pop(next(iter(held)))
+
+    def held_bytes(self, fingerprint: Fingerprint, places: list[int]) -> tuple[int, int]:
+        """How much of a prompt it holds: at least, and less than; twice the same where that is known."""
+        held, hashes, ends = self.places, fingerprint.hashes, fingerprint.ends
+        found = 0
+        for place in places:
+            if place not in held:
+                break
+            found += 1
+        low = OFFSETS_BYTES[found - 1] if found else 0
+        high = OFFSETS_BYTES[found] if found < len(places) else ends[-1] + 1
+        for at in range(bisect_left(ends, high) - 1, bisect_right(ends, low) - 1, -1):
+            if hashes[at] in held:
+                return ends[at], ends[at]
+        return low, high
+
+
+class Gain(msgspec.Struct, frozen=True, gc=False):
+    """One answer's: what was reported as cached, and what round robin would have had. The difference may be < 0."""
+
+    cached_tokens: int
+    round_robin_tokens: float
+
+
+class Shadow:
+    """One per worker. Each worker takes turns by itself, as proxies side by side do, and hears of the others'."""
+
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
+        self._peers: dict[int, tuple[int, ...]] = {}
+        self._papers: dict[int, _Paper] = {}
+        self._seen: dict[int, None] = {}
+        self._owed: dict[str, float] = {}
+
+    def follow(self, replicas: Mapping[int, ReplicaStats]) -> None:
+        """Take over the index's budgets, epochs and replicas; now and then."""
+        pools: dict[str, list[tuple[str, int]]] = {}
+        for number in self._pools.served:
+            backend = self._pools.backends[number]
+            if not backend.is_provider:  # what those keep ends by time, and they route by themselves
+                pools.setdefault(backend.pool, []).append((backend.name, number))
+        self._peers = {}
+        for members in pools.values():
+            numbers = tuple(number for _, number in sorted(members))
+            self._peers.update(dict.fromkeys(numbers, numbers))
+        for number in self._papers.keys() - self._peers.keys():
+            del self._papers[number]
+        for number, stats in replicas.items():
+            if number not in self._peers:
+                continue
+            paper = self._papers.get(number)
+            if paper is None or paper.epoch < stats.epoch:
+                paper = self._papers[number] = _Paper()
+                paper.epoch = stats.epoch
+            paper.budget_tokens = stats.budget_tokens
+
+    def placed(self, placement: int, replica: int, fingerprint: Fingerprint, prompt_tokens: float) -> None:
+        """Another worker routed a prompt; `placement` is its id, which counts up for each writer."""
+        paper = self._turn(placement, replica)
+        if paper is not None and fingerprint.size_bytes:
+            self._hold(paper, fingerprint, _places(fingerprint), prompt_tokens / fingerprint.size_bytes)
+
+    def answered(self, placement: Placement, prompt_tokens: int, cached_tokens: int | None) -> Gain | None:
+        """A prompt of this worker was answered. None where nothing can be said: one replica only, no word on what
+        was cached, or a prefix that was known before this worker was."""
+        fingerprint = placement.fingerprint
+        paper = self._turn(placement.id, placement.replica)
+        if paper is None or not fingerprint.size_bytes:
+            return None
+        places = _places(fingerprint)
+        tokens_per_byte = prompt_tokens / fingerprint.size_bytes
+        held_bytes = fingerprint.ends[placement.held_blocks - 1] if placement.held_blocks else 0
+        gain = None
+        if cached_tokens is not None and self._has_seen(places, held_bytes):
+            round_robin = _round_robin(*paper.held_bytes(fingerprint, places), held_bytes)
+            # what was really cached differs from what was known to be; round robin's would, too
+            ahead = (round_robin - held_bytes) * tokens_per_byte
+            gain = Gain(cached_tokens, max(cached_tokens + ahead, 0.0))
+        self._hold(paper, fingerprint, places, tokens_per_byte)
+        return gain
+
+    def counted(self, label: str, gain: Gain) -> int:
+        """What `gain` adds to a model's counter, in whole tokens.
+
+        The counter is the highest that the sum of all differences ever was: what round robin would have done better
+        is made up for first, and nothing counts down.
+        """
+        owed = self._owed.get(label, 0.0) + gain.cached_tokens - gain.round_robin_tokens
+        whole = max(0, int(owed))
+        self._owed[label] = owed - whole
+        return whole
+
+    def _turn(self, placement: int, replica: int) -> _Paper | None:
+        """The paper cache of the replica whose turn it is."""
+        peers = self._peers.get(replica, ())
+        if len(peers) < 2:
+            return None
+        number = peers[placement % len(peers)]
+        paper = self._papers.get(number)
+        if paper is None:
+            paper = self._papers[number] = _Paper()
+        return paper
+
+    def _has_seen(self, places: list[int], held_bytes: int) -> bool:
+        reached = min(bisect_right(OFFSETS_BYTES, held_bytes), len(places))
+        return not reached or places[reached - 1] in self._seen
+
+    def _hold(self, paper: _Paper, fingerprint: Fingerprint, places: list[int], tokens_per_byte: float) -> None:
+        paper.hold(fingerprint, places, tokens_per_byte)
+        seen = self._seen
+        for place in places:
+            if place not in seen:
+                seen[place] = None
+        while len(seen) > PLACES_SEEN:
+            del seen[next(iter(seen))]
+
+
+def _places(fingerprint: Fingerprint) -> list[int]:
+    """The hash at each of the offsets that the prompt reaches, all of which are among its boundaries."""
+    hashes, ends = fingerprint.hashes, fingerprint.ends
+    at, places = 0, []
+    for offset in OFFSETS_BYTES[: bisect_right(OFFSETS_BYTES, ends[-1])]:
+        at = bisect_left(ends, offset, at)
+        places.append(hashes[at])
+    return places
+
+
+def _round_robin(low: int, high: int, held_bytes: int) -> float:
+    """Bytes that round robin would have had cached, where its replica holds `low` and less than `high`, and the one
+    really chosen `held_bytes`. Forks are the same for both, so between the two places it is taken to know as much."""
+    if low < high and low <= held_bytes < high:
+        return held_bytes
+    return (low + high) / 2 if low else 0.0
