@@ -70,9 +70,7 @@ class Catalogue:
         """
         head = upstream_head(
             call.headers if call is not None else (),
-            host=backend.origin.host_header,
             request_id=call.request_id if call is not None else "models",
-            length=None,
             credential=backend.credential,
             drop_credentials=backend.drops_credentials,
             identity=True,

@@ -177,9 +177,7 @@ class Relay:
         call = journey.call
         head = wire_headers.upstream_head(
             call.headers,
-            host=backend.origin.host_header,
             request_id=call.request_id,
-            length=length,
             credential=backend.credential,
             drop_credentials=backend.drops_credentials,
             identity=identity,
@@ -296,21 +294,26 @@ class Relay:
         decoder = AnswerDecoder(encoding) if encoding else None
         wants_id = journey.call.endpoint is Endpoint.RESPONSES
         opening = b""
-        while piece := await answer.next_chunk():
+
+        def pass_on(piece: bytes) -> bool:
+            nonlocal opening, wants_id
             journey.answer_bytes += len(piece)
             if decoder is None:
                 passed = tap.feed(piece)
             else:
                 tap.feed(decoder.feed(piece))
                 passed = piece
-            if passed:
-                await downstream.write(passed)
-            self._note_progress(journey, tap)
+            keeps_up = downstream.offer(passed) if passed else True
+            self._note_progress(journey, tap, answer.seen_seconds)
             if wants_id and len(opening) < _OPENING_BYTES:
                 opening += piece
                 if found := _FIRST_ID.search(opening):
                     self._note_made(journey, found[1].decode(errors="replace"))
                     wants_id = False
+            return keeps_up
+
+        while not await answer.pour(pass_on):
+            await downstream.drained()
 
     def _note_made(self, journey: Journey, made_id: str | None) -> None:
         if made_id is not None and journey.attempt is not None:
@@ -321,9 +324,8 @@ class Relay:
             answer.headers, request_id=journey.call.request_id, own=journey.notes(), keep_length=False
         )
 
-    def _note_progress(self, journey: Journey, tap: StreamTap) -> None:
+    def _note_progress(self, journey: Journey, tap: StreamTap, now_seconds: float) -> None:
         """Stamp tokens; raise IdleTimeout where for too long nothing but keep-alive comments came."""
-        now_seconds = self._clock.monotonic()
         if tap.progress:
             journey.progress_seconds = now_seconds
             if tap.first_token_seen and journey.token_came(now_seconds) and journey.attempt is not None:

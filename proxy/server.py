@@ -24,7 +24,7 @@ from proxy.pipeline import Pipeline
 from proxy.relay import Upload
 from proxy.settings import Server
 from proxy.wire.errors import error_answer
-from proxy.wire.headers import kept_request_id
+from proxy.wire.headers import kept_request_id, lower_names
 
 log = logging.getLogger("cairn.server")
 
@@ -68,7 +68,7 @@ class Front:
         """Serve on sockets that listen already."""
         settings = self._settings
         self._server = web.Server(
-            self.handle,
+            self.handle,  # type: ignore[arg-type]  # of an answer aiohttp asks what `ClientAnswer` has
             handler_cancellation=True,  # a client that leaves stops its request, whose tokens nobody would read
             keepalive_timeout=settings.keepalive_seconds,
             max_line_size=settings.max_header_bytes,
@@ -96,11 +96,11 @@ class Front:
         await self._server.shutdown(0.1)
         await self._runner.cleanup()
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def handle(self, request: web.BaseRequest) -> ClientAnswer:
         """One request, from its head to the last byte of its answer."""
         received_seconds = self._clock.monotonic()
         client = ClientAnswer(request, self._settings.write_seconds)
-        headers = tuple([(name.lower(), value) for name, value in request.raw_headers])
+        headers = lower_names(request.raw_headers)
         request_id = kept_request_id(headers) or self._new_id()
         endpoint = Endpoint.OTHER
         announced_bytes = request.content_length

@@ -30,7 +30,8 @@ class UpstreamAnswer:
     """One answer. The connection goes back to its pool by itself at the end of the body; else call `abort`.
 
     `headers` have lower-case names, in the order in which they came, duplicates kept. `early` tells that the answer
-    began before the request's body was sent. `reused` tells that the connection had served before.
+    began before the request's body was sent. `reused` tells that the connection had served before. `seen_seconds` is
+    when the last bytes of it came.
     """
 
     __slots__ = (
@@ -40,6 +41,7 @@ class UpstreamAnswer:
         "_error",
         "_interrupt",
         "_loop",
+        "_sink",
         "_waiter",
         "content_length",
         "early",
@@ -49,6 +51,7 @@ class UpstreamAnswer:
         "is_event_stream",
         "reason",
         "reused",
+        "seen_seconds",
         "sent_seconds",
         "status",
     )
@@ -64,12 +67,14 @@ class UpstreamAnswer:
         self.reused = connection.served > 0
         self.sent_seconds = sent_seconds
         self.first_byte_seconds = 0.0
+        self.seen_seconds = 0.0
         self._loop = loop
         self._connection: Connection | None = connection
         self._chunks: list[bytes] = []
         self._complete = False
         self._error: CairnError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._sink: Callable[[bytes], bool] | None = None
         self._interrupt: Callable[[], object] | None = None
 
     @property
@@ -111,6 +116,31 @@ class UpstreamAnswer:
                 self.abort()
                 raise
         return self.body_now()
+
+    async def pour(self, sink: Callable[[bytes], bool]) -> bool:
+        """Give what arrives to `sink`, each piece at once, in the event that brings it; True at the body's end.
+
+        False as soon as the sink has had enough and said so by False: then nothing is taken until the next call, and
+        the connection stops reading. No task is woken for a piece, which is half the cost of relaying one. Raises
+        what `next_chunk` does, and what the sink raises; cancelling it closes the connection.
+        """
+        while not self._chunks or sink(self.body_now()):
+            if self._complete:
+                return True
+            if self._error is not None:
+                raise self._error
+            waiter = self._waiter = self._loop.create_future()
+            self._sink = sink
+            try:
+                await waiter
+            except BaseException:
+                self.abort()
+                raise
+            finally:
+                enough, self._sink = self._sink is None, None
+            if enough:
+                break
+        return False
 
     async def read(self, limit_bytes: int) -> bytes:
         """The whole rest of the body. Raises BadAnswer, and closes, where it has more than `limit_bytes`."""
@@ -181,10 +211,19 @@ class UpstreamAnswer:
     def wake(self) -> None:
         """Something changed: let whoever waits look again."""
         waiter = self._waiter
-        if waiter is not None:
+        if waiter is not None and (self._sink is None or self._sink_is_done(self._sink, waiter)):
             self._waiter = None
             if not waiter.done():
                 waiter.set_result(None)
         if self._interrupt is not None:
             callback, self._interrupt = self._interrupt, None
             callback()
+
+    def _sink_is_done(self, sink: Callable[[bytes], bool], waiter: asyncio.Future[None]) -> bool:
+        """Pour what has arrived; True where the task that pours must look: at the end, or where the sink is full."""
+        try:
+            if self._chunks and not waiter.done() and not sink(self.body_now()):
+                self._sink = None
+        except Exception as error:  # noqa: BLE001 - it is raised again in the task whose sink this is
+            waiter.set_exception(error)
+        return self._sink is None or self._complete or self._error is not None or waiter.done()

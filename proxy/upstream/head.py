@@ -34,6 +34,18 @@ _OURS = frozenset(
 )
 
 
+class _Starts(dict[bytes, bytes | None]):
+    """How the line of each header starts, worked out once; None for those that belong to the connection."""
+
+    def __missing__(self, name: bytes) -> bytes | None:
+        if not _TOKEN.fullmatch(name):
+            raise ValueError("a header's name is a token")
+        start = None if name.lower() in _OURS else name + b": "
+        if len(self) < _MAX_KNOWN_NAMES and len(name) < _MAX_KNOWN_NAME_BYTES:
+            self[name] = start
+        return start
+
+
 class HeadWriter:
     """Writes request heads for one origin; remembers the names and first lines that it has checked."""
 
@@ -41,7 +53,7 @@ class HeadWriter:
         self._origin = origin
         self._host_line = b" HTTP/1.1\r\nhost: " + origin.host_header
         self._first_lines: dict[tuple[bytes, bytes], bytes] = {}
-        self._starts: dict[bytes, bytes] = {}
+        self._starts = _Starts()
 
     def write(
         self, method: bytes, target: bytes, headers: Iterable[tuple[bytes, bytes]], length: int | None
@@ -51,12 +63,9 @@ class HeadWriter:
         Headers that belong to the connection (framing, host, hop-by-hop) are left out of `headers`: the client
         writes its own. Raises ValueError where a method, target, name or value could be read as anything else.
         """
-        lines = [self._first_lines.get((method, target)) or self._first_line(method, target)]
         starts = self._starts
-        for name, value in headers:
-            start = starts.get(name)
-            if start is not None or (start := self._learn(name)) is not None:
-                lines.append(start + value)
+        lines = [start + value for name, value in headers if (start := starts[name]) is not None]
+        lines.insert(0, self._first_lines.get((method, target)) or self._first_line(method, target))
         if length is None:
             lines.append(b"transfer-encoding: chunked\r\n\r\n")
         elif length or method in _METHODS_WITH_BODY:
@@ -79,14 +88,3 @@ class HeadWriter:
         if len(self._first_lines) < _MAX_KNOWN_LINES and len(line) < _MAX_KNOWN_LINE_BYTES:
             self._first_lines[method, target] = line
         return line
-
-    def _learn(self, name: bytes) -> bytes | None:
-        """How a header's line starts; None for those of the connection."""
-        if not _TOKEN.fullmatch(name):
-            raise ValueError("a header's name is a token")
-        if name.lower() in _OURS:
-            return None
-        start = name + b": "
-        if len(self._starts) < _MAX_KNOWN_NAMES and len(name) < _MAX_KNOWN_NAME_BYTES:
-            self._starts[name] = start
-        return start

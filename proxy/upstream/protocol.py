@@ -211,7 +211,7 @@ class Connection(asyncio.Protocol):
         if answer is None:
             self.close()  # nobody asked
             return
-        self._seen_at = self._now()
+        self._seen_at = answer.seen_seconds = self._now()
         if self._plain_bytes:
             self._take_plain(answer, data)
         else:
@@ -367,9 +367,9 @@ class Connection(asyncio.Protocol):
     def _more(self, answer: UpstreamAnswer) -> None:
         """A part of the body came and it goes on."""
         self._watch(self._seen_at + self._idle_seconds)
-        if self._buffered_bytes > self._buffer_bytes:
+        answer.wake()  # first, since a reader that takes what came at once spares a pause and a resume
+        if self._buffered_bytes > self._buffer_bytes and self.state is not _CLOSED:
             self._pause_reading()
-        answer.wake()
 
     def _finish(self, answer: UpstreamAnswer) -> None:
         """The answer is whole: let go of it, and of the connection where it cannot serve again."""

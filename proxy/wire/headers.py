@@ -1,14 +1,14 @@
 """The head of the request that goes to an upstream, and of the answer that goes back to the client.
 
-Pure, over lists of (lower-case name, value) pairs of bytes, in one pass with set look-ups. What belongs to one
-connection only (RFC 9110, 7.6.1) ends here, both ways. Clients' `forwarded` and `x-forwarded-*` are stripped and none
-are set: an engine has no use for them, and a spoofed one cannot be told from a true one. Cookies are stripped both
-ways, since what one upstream sets would be sent to another.
+Pure, over lists of (lower-case name, value) pairs of bytes; what becomes of a name is worked out once for
+each. What belongs to one connection only (RFC 9110, 7.6.1) ends here, both ways. Clients' `forwarded` and
+`x-forwarded-*` are stripped and none are set: an engine has no use for them, and a spoofed one cannot be told from a
+true one. Cookies are stripped both ways, since what one upstream sets would be sent to another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from email.utils import parsedate_to_datetime
 
 from proxy.errors import BadAnswer, BadRequest
@@ -41,56 +41,82 @@ _NOT_FORWARDED_WITH_KEY = _NOT_FORWARDED | _CREDENTIALS
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id", b"set-cookie", b"alt-svc", b"strict-transport-security"}
 _OWN_PREFIXES = (b"x-cairn-", b"x-forwarded-", b"x-msh-context-cache")  # ours, or spoofable: never passed on
 
+_NAMES_REMEMBERED = 1024  # strangers make up names: the tables stop growing there
+_NAME_BYTES_REMEMBERED = 64
 _NOTHING_LISTED = frozenset({b"keep-alive", b"close", b"Keep-Alive"})  # what most clients and servers say
 _IDENTITY = (b"accept-encoding", b"identity")
 _ID_SIGNS = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.:")
 
 
+class _Verdicts(dict[bytes, bool]):
+    """Whether a header of a (lower-case) name passes, worked out once for each: a look-up instead of three tests."""
+
+    def __init__(self, ends_here: frozenset[bytes]) -> None:
+        super().__init__()
+        self._ends_here = ends_here
+
+    def __missing__(self, name: bytes) -> bool:
+        passes = name not in self._ends_here and not name.startswith(_OWN_PREFIXES)
+        if len(self) < _NAMES_REMEMBERED and len(name) <= _NAME_BYTES_REMEMBERED:
+            self[name] = passes
+        return passes
+
+
+_FORWARDS = _Verdicts(_NOT_FORWARDED)
+_FORWARDS_BUT_KEYS = _Verdicts(_NOT_FORWARDED_WITH_KEY)
+_RETURNS = _Verdicts(_NOT_RETURNED)
+
+
+def lower_names(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """`headers` with their names in lower case."""
+    return tuple([(_LOWER[name], value) for name, value in headers])
+
+
+class _Lower(dict[bytes, bytes]):
+    """Names in lower case: every request has the same few, and one object for each makes what follows quicker."""
+
+    def __missing__(self, name: bytes) -> bytes:
+        lower = name.lower()
+        if len(self) < _NAMES_REMEMBERED and len(name) <= _NAME_BYTES_REMEMBERED:
+            self[name] = lower
+        return lower
+
+
+_LOWER = _Lower()
+
+
 def upstream_head(
-    headers: Iterable[tuple[bytes, bytes]],
+    headers: Sequence[tuple[bytes, bytes]],
     *,
-    host: bytes,
     request_id: str,
-    length: int | None,
     credential: tuple[bytes, bytes] | None = None,
     drop_credentials: bool = False,
     identity: bool = False,
 ) -> Headers:
     """The request head for one upstream.
 
-    `headers` are the client's, `host` the upstream's authority, `length` that of the body as it will be sent (None
-    where it is streamed or there is none). `credential` is the replica's own header, such as
-    (b"authorization", b"Bearer ..."), and replaces every key of the client; `drop_credentials` leaves those out with
-    nothing in their place, where they are Cairn's own. `identity` asks for an answer that is not compressed. Raises
-    BadRequest where a value could break out of its line.
+    `headers` are the client's; host and framing are left to whoever writes it. `credential` is the replica's own
+    header, such as (b"authorization", b"Bearer ..."), and replaces every key of the client; `drop_credentials` leaves
+    those out with nothing in their place, where they are Cairn's own. `identity` asks for an answer that is not
+    compressed. Raises BadRequest where a value could break out of its line.
     """
-    dropped = _NOT_FORWARDED_WITH_KEY if drop_credentials or credential is not None else _NOT_FORWARDED
-    kept = [(b"host", host)]
-    listed: list[bytes] = []
-    for pair in headers:
-        name = pair[0]
-        if name in dropped:
-            if name == b"connection":
-                listed.append(pair[1])
-        elif name[:2] != b"x-" or not name.startswith(_OWN_PREFIXES):
-            kept.append(pair)
-    if listed:
-        kept = [kept[0], *_not_listed(kept[1:], listed)]
+    passes = _FORWARDS_BUT_KEYS if drop_credentials or credential is not None else _FORWARDS
+    kept = [pair for pair in headers if passes[pair[0]]]
+    if listed := [value for name, value in headers if name == b"connection"]:
+        kept = _not_listed(kept, listed)
     if identity:
         kept = [pair for pair in kept if pair[0] != b"accept-encoding"]
         kept.append(_IDENTITY)
     if credential is not None:
         kept.append(credential)
     kept.append((b"x-request-id", request_id.encode()))
-    if length is not None:
-        kept.append((b"content-length", b"%d" % length))
     if _breaks_out(kept):
         raise BadRequest("a header holds a line break or NUL")
     return tuple(kept)
 
 
 def answer_head(
-    headers: Iterable[tuple[bytes, bytes]],
+    headers: Sequence[tuple[bytes, bytes]],
     *,
     request_id: str,
     own: Iterable[tuple[bytes, bytes]] = (),
@@ -101,15 +127,8 @@ def answer_head(
     `own` comes from `cairn_headers`. `keep_length` is false where bytes may be withheld. Raises BadAnswer where a
     value could break out of its line.
     """
-    kept: list[tuple[bytes, bytes]] = []
-    listed: list[bytes] = []
-    for pair in headers:
-        name = pair[0]
-        if name == b"connection":
-            listed.append(pair[1])
-        elif name not in _NOT_RETURNED and (name[:2] != b"x-" or not name.startswith(_OWN_PREFIXES)):
-            kept.append(pair)
-    if listed:
+    kept = [pair for pair in headers if _RETURNS[pair[0]]]
+    if listed := [value for name, value in headers if name == b"connection"]:
         kept = _not_listed(kept, listed)
     if not keep_length:
         kept = [pair for pair in kept if pair[0] != b"content-length"]

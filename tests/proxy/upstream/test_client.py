@@ -291,6 +291,96 @@ async def test_pieces_are_handed_on_as_they_come(make_client: MakeClient) -> Non
         assert await answered.next_chunk() == b""
 
 
+async def test_a_sink_gets_each_piece_without_a_task_being_woken(make_client: MakeClient) -> None:
+    client = make_client()
+    gates = [asyncio.Event() for _ in range(3)]
+    play: list[Step] = [Expect(), Send(chunked(b"0", end=False))]
+    for number, gate in enumerate(gates, 1):
+        play += [Pause(gate), Send(chunk(b"%d" % number))]
+    async with ScriptedUpstream([*play, Send(b"0\r\n\r\n")]) as upstream:
+        answered = await client.request(origin_of(upstream), b"GET", b"/")
+        got: list[bytes] = []
+        tasks: set[object] = set()
+
+        def sink(piece: bytes) -> bool:
+            got.append(piece)
+            tasks.add(asyncio.current_task())
+            return True
+
+        pouring = spawn(answered.pour(sink))
+        await until(lambda: bool(got))
+        for number, gate in enumerate(gates, 1):
+            gate.set()
+            await until(lambda wanted=number: len(got) == wanted + 1)  # type: ignore[misc]
+        assert await pouring is True
+        assert b"".join(got) == b"0123"
+        assert None in tasks, "in the event that brings it"
+        assert counts(client, upstream).idle == 1
+
+
+async def test_a_sink_that_has_enough_stops_the_upstream_until_it_is_poured_again(make_client: MakeClient) -> None:
+    client = make_client(buffer_bytes=65_536)
+    piece, times = b"x" * 65_536, 400
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (len(piece) * times)
+    async with ScriptedUpstream([Expect(), Send(head), Flood(piece, times), Stall()]) as upstream:
+        answered = await client.request(origin_of(upstream), b"GET", b"/")
+        taken: list[int] = []
+
+        def sink(piece: bytes) -> bool:
+            taken.append(len(piece))
+            return len(taken) % 3 > 0
+
+        while not await answered.pour(sink):
+            await turns(30)
+            assert answered.buffered_bytes <= 65_536 + 262_144
+            assert upstream.peers[0].sent_bytes - sum(taken) < 12_000_000, "what is held, and the kernel's buffers"
+        assert sum(taken) == len(piece) * times
+
+
+async def test_what_a_sink_raises_comes_out_of_pouring_and_closes(make_client: MakeClient) -> None:
+    client = make_client()
+    gate = asyncio.Event()
+    play: Play = [Expect(), Send(chunked(b"a", end=False)), Pause(gate), Send(chunk(b"b")), Stall()]
+    async with ScriptedUpstream(play) as upstream:
+        answered = await client.request(origin_of(upstream), b"GET", b"/")
+
+        def sink(piece: bytes) -> bool:
+            if piece == b"b":
+                raise ConnectionResetError("the client left")
+            return True
+
+        pouring = spawn(answered.pour(sink))
+        await turns()
+        gate.set()
+        with pytest.raises(ConnectionResetError):
+            await pouring
+        await upstream.peers[0].left.wait()
+        assert counts(client, upstream).open == 0
+
+
+@pytest.mark.parametrize("end", [Close(), Reset()])
+async def test_a_break_while_pouring_comes_after_what_had_arrived(make_client: MakeClient, end: Step) -> None:
+    client = make_client()
+    async with ScriptedUpstream([Expect(), Send(chunked(b"part", end=False)), end]) as upstream:
+        answered = await client.request(origin_of(upstream), b"GET", b"/")
+        got: list[bytes] = []
+        with pytest.raises(ResetMidAnswer):
+            await answered.pour(lambda piece: not got.append(piece))  # type: ignore[func-returns-value]
+        assert got in ([b"part"], []), "a reset may overtake what it follows"
+
+
+async def test_cancelling_a_pour_closes_the_connection(make_client: MakeClient) -> None:
+    client = make_client()
+    async with ScriptedUpstream([Expect(), Send(chunked(b"a", end=False)), Stall()]) as upstream:
+        answered = await client.request(origin_of(upstream), b"GET", b"/")
+        pouring = spawn(answered.pour(lambda _: True))
+        await turns()
+        pouring.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await pouring
+        await upstream.peers[0].left.wait()
+
+
 async def test_a_slow_reader_bounds_what_is_held_and_stops_the_upstream(make_client: MakeClient) -> None:
     client = make_client(buffer_bytes=65_536)
     piece, times = b"x" * 65_536, 400

@@ -8,7 +8,8 @@ import pytest
 
 from proxy.errors import BadAnswer, BadRequest
 from proxy.model import CacheStatus, MissReason, RouteReason
-from proxy.wire.headers import answer_head, cairn_headers, kept_request_id, upstream_head
+from proxy.wire import headers
+from proxy.wire.headers import answer_head, cairn_headers, kept_request_id, lower_names, upstream_head
 
 CLIENT = (
     (b"host", b"cairn:8080"),
@@ -25,17 +26,15 @@ CLIENT = (
 
 def head(*extra: tuple[bytes, bytes], **options) -> list[tuple[bytes, bytes]]:
     """The upstream head for CLIENT and some more headers."""
-    settings: dict[str, Any] = {"host": b"engine:1", "request_id": "r1", "length": 9, **options}
+    settings: dict[str, Any] = {"request_id": "r1", **options}
     return list(upstream_head((*CLIENT, *extra), **settings))
 
 
-def test_host_length_and_request_id_are_set_anew() -> None:
-    """Each stands once, with our value."""
+def test_host_and_length_are_left_out_and_the_request_id_is_set_anew() -> None:
+    """The first two are the connection's to write, the third stands once, with our value."""
     found = head((b"x-request-id", b"theirs"))
     assert [pair for pair in found if pair[0] in (b"host", b"content-length", b"x-request-id")] == [
-        (b"host", b"engine:1"),
-        (b"x-request-id", b"r1"),
-        (b"content-length", b"9"),
+        (b"x-request-id", b"r1")
     ]
 
 
@@ -64,11 +63,10 @@ def test_what_ends_here_is_dropped(name) -> None:
     assert name not in dict(head((name, b"x")))
 
 
-def test_what_connection_lists_is_dropped_but_not_our_host() -> None:
+def test_what_connection_lists_is_dropped() -> None:
     """RFC 9110, 7.6.1; in any case, any spacing, several headers."""
-    found = dict(head((b"connection", b"close, X-Secret"), (b"connection", b" host "), (b"x-secret", b"1")))
+    found = dict(head((b"connection", b"close, X-Secret"), (b"connection", b" x-other "), (b"x-secret", b"1")))
     assert b"x-secret" not in found
-    assert found[b"host"] == b"engine:1"
     assert found[b"user-agent"] == b"sdk"
 
 
@@ -84,9 +82,12 @@ def test_identity_is_asked_for_where_bytes_may_be_withheld() -> None:
     assert [value for name, value in head(identity=True) if name == b"accept-encoding"] == [b"identity"]
 
 
-def test_without_a_length_none_is_set() -> None:
-    """A streamed body has its own framing."""
-    assert b"content-length" not in dict(head(length=None))
+def test_names_made_up_by_strangers_do_not_grow_memory() -> None:
+    """What is remembered of names is bounded, and those beyond are judged all the same."""
+    made_up = lower_names([(b"X-Cairn-%d" % number, b"1") for number in range(5_000)] + [(b"N" * 100, b"1")])
+    assert upstream_head(made_up, request_id="r") == ((b"n" * 100, b"1"), (b"x-request-id", b"r"))
+    assert len(headers._LOWER) <= 1024
+    assert len(headers._FORWARDS) <= 1024
 
 
 @pytest.mark.parametrize("value", [b"a\r\nb: c", b"a\nb", b"a\rb", b"a\0b"])
