@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import gzip
+from collections.abc import Callable
 from pathlib import Path
 
+import brotli
 import msgspec
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.model import Endpoint, Usage
+from proxy.wire.decode import AnswerDecoder
 from proxy.wire.sse import StreamTap
 from proxy.wire.usage import TOKENS_MOST, merge, normal, read_answer, tail_usage, usage_of_answer
 
 GOLDEN = Path(__file__).parent / "golden"
+PACK: dict[bytes, Callable[[bytes], bytes]] = {
+    b"gzip": gzip.compress,
+    b"br": brotli.compress,
+    b"zstd": zstandard.compress,
+}
 
 _OPENAI = Usage(2006, 300, 1920, reasoning_tokens=128)
 _WRITE = Usage(2006, 30, 1024, cache_write_5m_tokens=896)
@@ -26,6 +36,8 @@ _LLAMA = Usage(1950, 32, 1900, prefill_seconds=0.0945)
 EXPECTED: dict[str, Usage | None] = {
     "anthropic.json": _ANTHROPIC,
     "anthropic.sse": _ANTHROPIC,
+    "anthropic_repeats_zeros.sse": _ANTHROPIC,
+    "anthropic_without_split.json": Usage(2121, 42, 1800, cache_write_5m_tokens=300),
     "broken.sse": None,
     "cr_only.sse": _OPENAI,
     "crlf_multiline.sse": _OPENAI,
@@ -40,12 +52,14 @@ EXPECTED: dict[str, Usage | None] = {
     "inconsistent.json": Usage(100, 0, 100, inconsistent=True),
     "llamacpp.json": _LLAMA,
     "llamacpp.sse": _LLAMA,
+    "llamacpp_timings_alone.json": _LLAMA,
     "llamacpp_timings_alone.sse": _LLAMA,
     "moonshot_both.json": _MOONSHOT,
     "moonshot_in_choices.sse": _MOONSHOT,
     "moonshot_nested.json": _MOONSHOT,
     "moonshot_top_level.json": _MOONSHOT,
     "moonshot_top_level.sse": _MOONSHOT,
+    "negative.json": Usage(0, 12, 0, inconsistent=True),
     "openai_chat.json": _OPENAI,
     "openai_chat.sse": _OPENAI,
     "openai_chat_cache_write.json": _WRITE,
@@ -59,6 +73,10 @@ EXPECTED: dict[str, Usage | None] = {
     "sglang.json": Usage(700, 10, 640),
     "sglang.sse": Usage(700, 10, 640),
     "sglang_zero.json": Usage(700, 10, None),
+    "usage_missing.json": None,
+    "usage_missing.sse": None,
+    "usage_null.json": None,
+    "usage_null.sse": None,
     "usage_twice.sse": _OPENAI,
     "vllm.json": Usage(515, 5, 512),
     "vllm.sse": Usage(515, 5, 512),
@@ -97,6 +115,22 @@ def test_a_stream_is_read_in_its_dialect(name: str) -> None:
     assert tap.first_token_seen
     assert tap.finished == (name not in {"broken.sse", "error_inside.sse"})
     assert tap.error_seen == (name == "error_inside.sse")
+
+
+@pytest.mark.parametrize("encoding", [b"gzip", b"br", b"zstd"])
+@pytest.mark.parametrize("name", list(EXPECTED))
+def test_every_dialect_is_read_as_well_when_compressed(name: str, encoding: bytes) -> None:
+    """Whole where it is plain, in pieces of odd sizes where it streams."""
+    packed = PACK[encoding]((GOLDEN / name).read_bytes())
+    decoder = AnswerDecoder(encoding)
+    if name.endswith(".json"):
+        assert usage_of_answer(decoder.feed(packed), endpoint_of(name)) == EXPECTED[name]
+        return
+    tap = StreamTap(endpoint_of(name))
+    for start in range(0, len(packed), 97):
+        tap.feed(decoder.feed(packed[start : start + 97]))
+    tap.close()
+    assert tap.usage == EXPECTED[name]
 
 
 def test_anthropic_input_excludes_what_was_cached_and_written() -> None:
