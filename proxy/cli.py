@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from proxy.cli_contexts import contexts
 from proxy.cli_prices import prices
 from proxy.cli_savings import savings
 from proxy.errors import CairnError, ConfigError
@@ -171,6 +172,7 @@ def check_config(file: Path) -> None:
     click.echo(as_yaml(loaded.config), nl=False)
 
 
+cli.add_command(contexts)
 cli.add_command(prices)
 cli.add_command(savings)
 
