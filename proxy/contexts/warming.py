@@ -69,8 +69,15 @@ class Kept:
         self.status = status
 
     async def write(self, piece: bytes | memoryview) -> None:
+        self.offer(bytes(piece))
+
+    def offer(self, piece: bytes) -> bool:
         if len(self.body) < _ERROR_BYTES_MOST:
-            self.body += bytes(piece)
+            self.body += piece
+        return True
+
+    async def drained(self) -> None:
+        """Nobody is behind."""
 
     def end(self) -> None:
         """Nothing is left to say."""

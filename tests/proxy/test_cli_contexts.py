@@ -30,9 +30,11 @@ def redis() -> Iterator[Valkey]:
 @pytest.fixture
 async def cairn(redis: Valkey) -> AsyncIterator[Cairn]:
     redis.flush()
-    async with OpenAIUpstream() as upstream:
-        async with running(config_for([upstream.url], redis.url, contexts=Contexts())) as worker:
-            yield worker
+    async with (
+        OpenAIUpstream() as upstream,
+        running(config_for([upstream.url], redis.url, contexts=Contexts())) as worker,
+    ):
+        yield worker
 
 
 def pdf(path: Path, *lines: str) -> Path:
