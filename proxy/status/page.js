@@ -3,6 +3,7 @@
 const TOKEN_KEY = "cairn.admin.token";
 const RETRY_FIRST_MS = 500, RETRY_LAST_MS = 5000;
 const SILENT_MS = 4000; // a state comes every second; without one for so long the page says so
+const PLOT_MS = 1900; // between two drawings of a plot
 const BINS = 60;
 const KEPT_SECONDS = 601, KEPT_MINUTES = 1441; // as the server keeps them
 const CACHE_NAMES = { hit: "Hit", partial: "Partial", miss: "Miss" };
@@ -12,7 +13,7 @@ const REASONS = {
 };
 
 const byId = (id) => document.getElementById(id);
-const view = { state: null, seconds: [], minutes: [], range: 600, seenMs: 0, plotly: null, drawn: "" };
+const view = { state: null, seconds: [], minutes: [], range: 600, seenMs: 0, plotly: null, plots: {} };
 
 // --- words for figures
 
@@ -20,6 +21,8 @@ const whole = new Intl.NumberFormat("en");
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 const tokens = (n) => (n < 10000 ? whole.format(Math.round(n)) : compact.format(n).replace("K", "k"));
 const percent = (part, all) => (all > 0 ? `${((100 * part) / all).toFixed(1)} %` : "–");
+
+const bytes = (n) => (n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(1)} MB`);
 
 function money(usd) {
   const size = Math.abs(usd), sign = usd < 0 ? "−" : "";
@@ -194,6 +197,7 @@ function showReplicas(state) {
       { text: stands, kind: each.up ? "" : "alert" },
       { text: whole.format(each.in_flight), kind: "number" },
       { text: whole.format(each.queued), kind: "number" },
+      { text: tokens(each.pending_tokens), kind: "number" },
       { text: resident, kind: "number" },
       { text: percent(each.cached_tokens, each.prompt_tokens), kind: "number filled", fill: each.prompt_tokens ? (100 * each.cached_tokens) / each.prompt_tokens : 0 },
       { text: tokens(each.predicted_tokens), kind: "number", value: each.predicted_tokens },
@@ -234,8 +238,8 @@ function showShared(state) {
   facts("shared", [
     ["Redis", redis.state],
     ["Breaker", redis.breaker],
-    ["Operations", redis.operations ? `${whole.format(redis.operations)}, half within ${short(redis.p50_seconds)}` : "none yet"],
-    ["Failed operations", whole.format(redis.errors)],
+    ["Operations", `${tokens(redis.operations)}, ${whole.format(redis.errors)} failed`],
+    ["Half of them within", short(redis.p50_seconds)],
     ["Journal", states.join(", ") || "starting"],
     ["Journal lag", short(journal.lag_seconds || null)],
     ["Entries written, read", `${tokens(journal.written)}, ${tokens(journal.read)}`],
@@ -243,6 +247,7 @@ function showShared(state) {
     ["Rebuilds", whole.format(journal.rebuilds)],
     ["Other writers", whole.format(journal.others)],
     ["Lease", journal.holds_lease ? "held here" : "held elsewhere"],
+    ["Stored contexts", state.contexts ? `${whole.format(state.contexts)}, ${bytes(state.contexts_bytes)}` : "none"],
   ]);
 }
 
@@ -285,8 +290,7 @@ function bins() {
   return { found, width };
 }
 
-function drawTime() {
-  const { found, width } = bins();
+function drawTime(found, width) {
   const x = found.map((bin) => new Date((bin.at + width / 2) * 1000));
   const share = (part) => found.map((bin) => (bin.prompt > 0 ? (100 * part(bin)) / bin.prompt : null));
   const hover = found.map((bin) => `${tokens(bin.cached)} of ${tokens(bin.prompt)} prompt tokens`);
@@ -329,7 +333,7 @@ function drawTtft() {
     const shares = each.counts.slice(from, to + 1).map((count) => (100 * count) / each.count);
     const top = 1 - row / rows;
     traces.push({ type: "bar", x: names, y: shares, yaxis: `y${number}`, marker: { color: colour(colours[each.cache]) }, name: CACHE_NAMES[each.cache], hovertemplate: `${CACHE_NAMES[each.cache]}: %{y:.1f} % within %{x}<extra></extra>` });
-    axes[`yaxis${number}`] = { domain: [top - 0.8 / rows, top], rangemode: "tozero", showticklabels: false, showgrid: false, fixedrange: true, zeroline: true, zerolinecolor: colour("rule"), anchor: "x" };
+    axes[`yaxis${number}`] = { domain: [top - 0.8 / rows, top], rangemode: "tozero", showticklabels: false, ticks: "", showgrid: false, fixedrange: true, zeroline: true, zerolinecolor: colour("rule"), anchor: "x" };
     annotations.push(note(`<b>${CACHE_NAMES[each.cache]}</b>`, 0, top, { xanchor: "left", yanchor: "top", xshift: -64, font: { color: colour(colours[each.cache]), size: 12 } }));
   });
   window.Plotly.react("ttft-plot", traces, layout({
@@ -339,10 +343,22 @@ function drawTtft() {
   byId("ttft-plot").setAttribute("aria-label", ttft.map((each) => `${CACHE_NAMES[each.cache]}: half of ${whole.format(each.count)} answers within ${short(each.p50_seconds)}`).join("; "));
 }
 
+// What is the same as last time is not drawn again: a plot costs more than all else here.
 function draw() {
   if (!view.plotly || !view.state || document.hidden) return;
-  drawTime();
-  drawTtft();
+  const look = [colour("paper"), innerWidth];
+  const { found, width } = bins();
+  drawIfNew("time", [look, width, found], () => drawTime(found, width));
+  drawIfNew("ttft", [look, view.state.ttft], drawTtft);
+}
+
+function drawIfNew(name, content, drawing) {
+  const key = JSON.stringify(content), now = Date.now();
+  const { drawn, atMs, look } = view.plots[name] ?? {};
+  const sameLook = JSON.stringify(content[0]) + view.range;
+  if (drawn === key || (sameLook === look && now - atMs < PLOT_MS)) return;
+  view.plots[name] = { drawn: key, atMs: now, look: sameLook };
+  drawing();
 }
 
 function loadPlotly() {

@@ -17,7 +17,8 @@ STREAMS_AT_MOST = 32  # pages open at once
 LEAST_PAUSE_SECONDS = 0.25  # between two states
 MOST_PAUSE_SECONDS = 1.0
 WRITE_SECONDS = 20.0  # a page that takes nothing for so long is gone
-# inline style only: plotly sets it on its own elements and asks for nothing else
+# plotly adds a style element, whose digest changes with its version, and sets style on its own elements; what a state
+# says becomes text and never markup, so nobody else can
 POLICY = "; ".join(
     (
         "default-src 'none'",

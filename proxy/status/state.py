@@ -86,6 +86,7 @@ class ReplicaRow(msgspec.Struct, frozen=True):
     breaker: str
     in_flight: int
     queued: int
+    pending_tokens: int  # uncached, of requests that it has not begun to answer
     resident_tokens: int
     budget_tokens: int | None
     prompt_tokens: int
@@ -164,6 +165,8 @@ class State(msgspec.Struct, frozen=True):
     miss_reasons: dict[str, int]
     redis: RedisView
     journal: JournalShown
+    contexts: int
+    contexts_bytes: int
     sample: Sample | None
 
 
@@ -202,6 +205,8 @@ def build(figures: Figures, readiness: Readiness, pages: Sequence[Page], moment:
         _by_label(figures, metrics.PREFIX_MISS),
         _redis(figures, readiness),
         _journal(figures, pages),
+        int(max(figures.series(metrics.CONTEXTS).values(), default=0)),
+        int(max(figures.series(metrics.CONTEXTS_BYTES).values(), default=0)),
         moment.sample,
     )
 
@@ -283,6 +288,7 @@ def replicas(figures: Figures, readiness: Readiness, pages: Sequence[Page]) -> l
             budgets[name] = max(budgets.get(name, 0), tokens)
     in_flight, queued = _by_label(figures, metrics.UPSTREAM_IN_FLIGHT), _by_label(figures, metrics.UPSTREAM_QUEUED)
     resident, breaker = _by_label(figures, metrics.INDEX_TOKENS), _by_label(figures, metrics.UPSTREAM_BREAKER)
+    pending = _by_label(figures, metrics.UPSTREAM_PENDING)
     rate = figures.series(metrics.UPSTREAM_RATE)
     rows = []
     for name, is_up in readiness.upstreams.items():
@@ -296,6 +302,7 @@ def replicas(figures: Figures, readiness: Readiness, pages: Sequence[Page]) -> l
                 _level(breaker.get(name, 0)),
                 in_flight.get(name, 0),
                 queued.get(name, 0),
+                pending.get(name, 0),
                 resident.get(name, 0),
                 None if budget is None or budget >= BUDGET_UNKNOWN_TOKENS else budget,
                 int(prompt),
@@ -339,7 +346,7 @@ def notices(figures: Figures) -> list[str]:
     """What should be looked at though requests are served; each as one sentence."""
     found = []
     if unpriced := int(figures.value(metrics.UNPRICED)):
-        reasons = ", ".join(sorted(reason for (reason,) in figures.series(metrics.UNPRICED)))
+        reasons = ", ".join(sorted(reason.replace("_", " ") for (reason,) in figures.series(metrics.UNPRICED)))
         found.append(f"{_count(unpriced, 'answer')} without a price ({reasons}): tokens count, money does not")
     if figures.value(metrics.SURCHARGE) > figures.value(metrics.SAVINGS):
         found.append("writing caches has cost more than reading them saved")

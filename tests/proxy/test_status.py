@@ -84,13 +84,14 @@ def test_a_row_for_each_replica() -> None:
         (metrics.INDEX_TOKENS, ("one",), 70),
         (metrics.UPSTREAM_IN_FLIGHT, ("one",), 2),
         (metrics.UPSTREAM_QUEUED, ("two",), 4),
+        (metrics.UPSTREAM_PENDING, ("two",), 900.5),
         (metrics.UPSTREAM_BREAKER, ("two",), 2),
     )
     pages = [Page(budgets={"one": 90, "two": 2**31}), Page(budgets={"one": 100})]
     one, two = state.build(figures, READY, pages, NOW).replicas
     assert (one.name, one.up, one.in_flight, one.resident_tokens, one.budget_tokens) == ("one", True, 2, 70, 100)
     assert (one.prompt_tokens, one.cached_tokens, one.predicted_tokens) == (40, 30, 32)
-    assert (two.up, two.breaker, two.queued, two.budget_tokens) == (False, "open", 4, None)
+    assert (two.up, two.breaker, two.queued, two.pending_tokens, two.budget_tokens) == (False, "open", 4, 900, None)
 
 
 def test_the_same_prefix_at_two_workers_is_one_row_without_its_hash() -> None:
@@ -141,7 +142,7 @@ def test_what_cannot_be_believed_is_said() -> None:
         (metrics.SURCHARGE, ("m", "one"), 1.0),
     )
     found = " | ".join(state.notices(figures))
-    for words in ("2 answers without a price (no_card)", "1 prompt token of", "ended without usage", "has cost more"):
+    for words in ("2 answers without a price (no card)", "1 prompt token of", "ended without usage", "has cost more"):
         assert words in found
     assert state.notices(counted()) == []
 
