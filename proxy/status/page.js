@@ -28,7 +28,7 @@ function money(usd) {
   const size = Math.abs(usd), sign = usd < 0 ? "−" : "";
   if (size === 0) return "$0";
   if (size < 0.0001) return `${sign}<$0.0001`;
-  return `${sign}$${size.toLocaleString("en", size < 1 ? { maximumSignificantDigits: 2 } : { minimumFractionDigits: 2, maximumFractionDigits: 2 })}`;
+  return `${sign}$${size.toLocaleString("en", size < 0.01 ? { maximumSignificantDigits: 2 } : { minimumFractionDigits: 2, maximumFractionDigits: 2 })}`;
 }
 
 function duration(seconds) {
