@@ -239,15 +239,17 @@ class ContextStore:
         """Write what a tenant's contexts take now. What fails here the next sweep sets right."""
         if totals is None:
             return
-        size, count = totals
         try:
-            if count:
-                await self._store.execute("HSET", keys.CONTEXTS_TOTALS, tenant, f"{size}:{count}")
-            else:
-                await self._store.execute("HDEL", keys.CONTEXTS_TOTALS, tenant)
+            await self._write_total(tenant, *totals)
             await self._totals()
         except CacheError as error:
             log.debug("the total of contexts was not renewed: %s", error)
+
+    async def _write_total(self, tenant: str, size: int, count: int) -> None:
+        if count:
+            await self._many([("HSET", keys.CONTEXTS_TOTALS, tenant, f"{size}:{count}")])
+        else:
+            await self._many([("HDEL", keys.CONTEXTS_TOTALS, tenant)])
 
     # --- finding
 
@@ -511,18 +513,21 @@ class ContextStore:
         while True:
             await self._store.wait_available()
             try:
-                await self.sweep()
+                sweeping = ("SET", keys.CONTEXTS_SWEEPER, "1", "NX", "EX", round(SWEEP_SECONDS / 2))
+                await (self.sweep() if (await self._many([sweeping]))[0] else self._totals())
             except CacheError as error:
                 log.debug("contexts were not swept: %s", error)
             await asyncio.sleep(SWEEP_SECONDS * random.uniform(0.8, 1.2))
 
     async def sweep(self) -> None:
         """Take away what is past its grace time, and renew the totals."""
-        for tenant in await self._totals():
-            swept, totals = await self._run(scripts.SWEEP, tenant)
+        for tenant, before in (await self._totals()).items():
+            swept, (size, count) = await self._run(scripts.SWEEP, tenant)
             if swept:
                 self._evicted("expired", int(swept))
-            await self._renew_total(tenant, totals)
+            if (size, count) != before:
+                await self._write_total(tenant, size, count)
+        await self._totals()
 
     # --- within
 

@@ -24,6 +24,8 @@ CONTEXTS_CHANNEL = PREFIX + "contexts"
 # Hash: what each tenant's contexts take, `bytes:number`, for the budget over all; renewed at every change and sweep.
 CONTEXTS_TOTALS = PREFIX + "{contexts}:totals"
 
+CONTEXTS_SWEEPER = PREFIX + "{contexts}:sweeper"  # who sweeps now; expires by itself
+
 # The secret of the tenants' keyed hash, set if absent.
 SECRET = PREFIX + "secret"
 

@@ -24,6 +24,7 @@ from proxy.routing import Demand
 from proxy.settlement import Settlement
 from proxy.tokens import TokenCounts
 from proxy.wire import request as wire_request
+from proxy.wire.contexts import may_name
 from proxy.wire.errors import error_answer
 
 REASON_PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus} | {529: b"Site is overloaded"}
@@ -123,7 +124,8 @@ class Pipeline:
 
     async def expand(self, journey: Journey) -> None:
         """Put a stored context where the prompt names one."""
-        if journey.call.endpoint is Endpoint.CHAT:
+        call, prompt = journey.call, journey.prompt
+        if call.endpoint is Endpoint.CHAT and prompt is not None and may_name(prompt, call.headers):
             await self._contexts.expand(journey)
 
     def fingerprint(self, journey: Journey) -> None:

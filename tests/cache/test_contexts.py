@@ -17,7 +17,7 @@ import pytest
 from cache import keys
 from cache.context_rows import ContextRow, ContextStatus, Draft
 from cache.contexts import ContextLimits, ContextStore
-from cache.errors import PastExpiry, QuotaFull, StoreCorrupt, StoreUnavailable, UnknownContext
+from cache.errors import PastExpiry, QuotaFull, StoreCorrupt, StoreFull, StoreUnavailable, UnknownContext
 from cache.store import Script, Store, open_store
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
@@ -74,7 +74,7 @@ def keys_left(nodes: list[Valkey]) -> set[str]:
     for node in nodes:
         words = node.ask("KEYS", "*").split(b"\r\n")
         found |= {word.decode() for word in words if word.startswith(b"cairn:")}
-    return found - {keys.CONTEXTS_TOTALS}
+    return found - {keys.CONTEXTS_TOTALS, keys.CONTEXTS_SWEEPER}
 
 
 class Opened:
@@ -444,6 +444,21 @@ async def test_a_context_left_in_the_middle_of_its_warming_is_an_error_and_not_p
         await one.contexts.finish(ONE, row.id, 77, 0.5)
         done = await one.contexts.row(ONE, row.id)
         assert (done.status(done.as_of_unix_seconds), done.tokens, done.value_usd) == (ContextStatus.READY, 77, 0.5)
+
+
+async def test_a_full_redis_refuses_a_creation_and_serves_on() -> None:
+    """Nothing of it is visible, what is there is found, and room made makes room."""
+    full = Valkey("--maxmemory", "6mb", "--maxmemory-policy", "noeviction")
+    await asyncio.to_thread(full.start)
+    try:
+        async with opened([full]) as one:
+            row = await one.contexts.create(ONE, draft(tags=("t",)))
+            with pytest.raises(StoreFull):
+                await one.contexts.create(ONE, draft(8_000_000))
+            assert [found.id for found in await one.contexts.rows(ONE)] == [row.id]
+            assert (await one.contexts.tagged(ONE, "t")).id == row.id
+    finally:
+        await asyncio.to_thread(full.end)
 
 
 def test_scripts_have_names_of_their_own() -> None:
