@@ -202,4 +202,4 @@ class Accounts:
 
 def _picos(usd: Decimal) -> int:
     """`usd` in the totals' unit; whole for any price of up to six decimals per million tokens."""
-    return int(usd * _PICOS_PER_USD)
+    return int(usd * _PICOS_PER_USD) if usd else 0

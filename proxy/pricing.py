@@ -178,17 +178,21 @@ def bill(usage: Usage, card: Card, prefill_tokens_per_second: float | None) -> B
 
 
 def _token_bill(usage: Usage, rates: Rates) -> Bill:
-    cached = (usage.cached_tokens or 0) * (rates.input - rates.cached_read)
-    written = usage.cache_write_5m_tokens * (rates.cache_write_5m - rates.input)
-    written += usage.cache_write_1h_tokens * (rates.cache_write_1h - rates.input)
+    saving = surcharge = ZERO
     # a card whose cached rate is above its input rate, or whose writes are cheaper, is odd but possible
-    saving = max(cached, ZERO) + max(-written, ZERO)
-    surcharge = max(written, ZERO) + max(-cached, ZERO)
+    if usage.cached_tokens:
+        gained = usage.cached_tokens * (rates.input - rates.cached_read) / _PER_MILLION
+        saving, surcharge = (gained, ZERO) if gained >= 0 else (ZERO, -gained)
+    if usage.cache_write_5m_tokens or usage.cache_write_1h_tokens:
+        added = usage.cache_write_5m_tokens * (rates.cache_write_5m - rates.input)
+        added += usage.cache_write_1h_tokens * (rates.cache_write_1h - rates.input)
+        added /= _PER_MILLION
+        saving, surcharge = (saving, surcharge + added) if added >= 0 else (saving - added, surcharge)
     return Bill(
         usage.prompt_tokens * rates.input / _PER_MILLION,
         usage.output_tokens * rates.output / _PER_MILLION,
-        saving / _PER_MILLION,
-        surcharge / _PER_MILLION,
+        saving,
+        surcharge,
     )
 
 
