@@ -113,7 +113,8 @@ class Reporter:
                 in_flight[view.name,] = self._fleet.own_in_flight(view.id)
                 queued[view.name,] = view.queued
                 pending[view.name,] = view.pending_tokens
-                rate[view.name,] = view.rate_tokens_per_second
+                if (measured := self._fleet.measured_rate(view.id)) is not None:
+                    rate[view.name,] = measured
         self._recorder.replace_gauges(metrics.UPSTREAM_UP, {(name,): float(is_up) for name, is_up in up.items()})
         self._recorder.replace_gauges(metrics.UPSTREAM_BREAKER, breaker)
         self._recorder.replace_gauges(metrics.UPSTREAM_IN_FLIGHT, in_flight)

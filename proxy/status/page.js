@@ -202,7 +202,7 @@ function showReplicas(state) {
       { text: percent(each.cached_tokens, each.prompt_tokens), kind: "number filled", fill: each.prompt_tokens ? (100 * each.cached_tokens) / each.prompt_tokens : 0 },
       { text: tokens(each.predicted_tokens), kind: "number", value: each.predicted_tokens },
       { text: tokens(each.cached_tokens), kind: "number", value: each.cached_tokens },
-      { text: tokens(each.prefill_tokens_per_second), kind: "number" },
+      { text: each.prefill_tokens_per_second ? tokens(each.prefill_tokens_per_second) : "–", kind: "number" },
     ];
   }), "No replica was heard of yet");
 }
