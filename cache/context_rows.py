@@ -97,6 +97,11 @@ class ContextRow(msgspec.Struct, frozen=True):
         return self.standing.worth(self.value_usd, self.size_bytes, self.as_of_unix_seconds)
 
     @property
+    def saving_usd_per_hour(self) -> float:
+        """What its uses save at their present pace: the worth, times its bytes."""
+        return self.worth * self.size_bytes * 3600
+
+    @property
     def kept(self) -> Kept:
         """How it stands against the others where room is needed."""
         rank = self.standing.rank(self.value_usd, self.size_bytes)

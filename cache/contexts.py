@@ -37,6 +37,9 @@ READ_AT_ONCE = 100
 COMMIT_TRIES = 5
 FLUSH_SECONDS = 0.05
 SWEEP_SECONDS = 60.0
+SURVEY_SECONDS = 10.0  # how often it is looked which contexts are worth most, for whoever watches
+SURVEYED_AT_MOST = 500  # contexts, of the tenants that have most
+SHOWN_AT_MOST = 20
 RECONNECT_SECONDS = 0.05, 2.0
 LISTEN_SECONDS = 1.0
 
@@ -95,6 +98,7 @@ class ContextStore:
         self._running: list[asyncio.Task[Any]] = []
         self.total_bytes = 0
         self.total_contexts = 0
+        self.most_worth: tuple[ContextRow, ...] = ()
 
     # --- life
 
@@ -104,6 +108,7 @@ class ContextStore:
             self._tasks.start(self._listen_forever(), "contexts-listen"),
             self._tasks.start(self._flush_forever(), "contexts-flush"),
             self._tasks.start(self._sweep_forever(), "contexts-sweep"),
+            self._tasks.start(self._survey_forever(), "contexts-survey"),
         ]
 
     async def close(self) -> None:
@@ -528,6 +533,26 @@ class ContextStore:
             if (size, count) != before:
                 await self._write_total(tenant, size, count)
         await self._totals()
+
+    async def _survey_forever(self) -> None:
+        while True:
+            await self._store.wait_available()
+            try:
+                await self.survey()
+            except CacheError as error:
+                log.debug("contexts were not surveyed: %s", error)
+            await asyncio.sleep(SURVEY_SECONDS * random.uniform(0.8, 1.2))
+
+    async def survey(self) -> None:
+        """See which contexts are worth most."""
+        totals = await self._totals()
+        rows: list[ContextRow] = []
+        for tenant in sorted(totals, key=lambda tenant: totals[tenant], reverse=True):
+            rows += await self.rows(tenant)
+            if len(rows) >= SURVEYED_AT_MOST:
+                break
+        rows.sort(key=lambda row: row.worth, reverse=True)
+        self.most_worth = tuple(rows[:SHOWN_AT_MOST])
 
     # --- within
 

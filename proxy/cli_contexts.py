@@ -206,7 +206,7 @@ def list_(url: str, key: str, as_json: bool) -> None:
             row["status"],
             f"{row['tokens']:,}",
             f"{row['bytes']:,}",
-            f"{row['worth'] * row['bytes'] * 3600:.4f}",
+            f"{row['worth_usd_per_hour']:.4f}",
             _left(row["expired_at"]),
         )
     console = Console()

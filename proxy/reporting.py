@@ -80,7 +80,7 @@ class Reporter:
 
     def _page(self) -> dict[str, Any]:
         """What the status page shows beside counters; `proxy.status.state.Page` reads it."""
-        journal = self._journal
+        journal, now = self._journal, self._contexts.now()
         return {
             **self._sightings.report(),
             "budgets": {
@@ -88,6 +88,18 @@ class Reporter:
                 for number, stats in self._index.replicas().items()
                 if (backend := self.pools.backends.get(number)) is not None
             },
+            "contexts": [
+                {
+                    "model": row.head.model,
+                    "status": row.status(now).value,
+                    "tokens": row.tokens,
+                    "size_bytes": row.size_bytes,
+                    "pinned": row.pinned,
+                    "worth_usd_per_hour": row.saving_usd_per_hour,
+                    "expires_unix_seconds": row.expires_unix_seconds,
+                }
+                for row in self._contexts.most_worth
+            ],
             "journal": {
                 "state": journal.state.value,
                 "others": journal.others,

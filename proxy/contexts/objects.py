@@ -31,7 +31,8 @@ def context_object(row: ContextRow, content: Content | None, now_unix_seconds: f
         "description": row.head.description,
         "metadata": row.metadata,
         "bytes": row.head.content_bytes,
-        "worth": row.worth,
+        "worth": row.worth,  # USD per second and stored byte: what is least goes first
+        "worth_usd_per_hour": row.saving_usd_per_hour,
     }
     if content is not None:
         shown["messages"] = Raw(b"[%b]" % content.messages)

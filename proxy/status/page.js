@@ -118,6 +118,7 @@ function show(state) {
   showReplicas(state);
   showPrefixes(state);
   showMisses(state);
+  showContexts(state);
   showShared(state);
   fill("ttft", state.ttft.map((each) => [
     { text: CACHE_NAMES[each.cache], kind: "strong" },
@@ -229,6 +230,17 @@ function showMisses(state) {
     { text: each.cached_tokens === null ? "?" : tokens(each.prompt_tokens - each.cached_tokens), kind: "number" },
     { text: tokens(each.prompt_tokens), kind: "number" },
   ]), "No miss yet");
+}
+
+function showContexts(state) {
+  byId("contexts-section").hidden = state.stored.length === 0;
+  fill("contexts", state.stored.map((each) => [
+    { text: each.model },
+    { text: each.pinned ? `${each.status}, pinned` : each.status, kind: each.status === "error" ? "alert" : "" },
+    { text: tokens(each.tokens), kind: "number", value: each.tokens },
+    { text: bytes(each.size_bytes), kind: "number", value: each.size_bytes },
+    { text: money(each.worth_usd_per_hour), kind: "number", value: each.worth_usd_per_hour },
+  ]), "Nothing is stored");
 }
 
 function showShared(state) {

@@ -59,6 +59,18 @@ class JournalView(msgspec.Struct, frozen=True):
     rebuilds: int = 0
 
 
+class ContextView(msgspec.Struct, frozen=True):
+    """One stored context as the page shows it: without name, id or whose it is. Worth is what its uses save."""
+
+    model: str
+    status: str
+    tokens: int
+    size_bytes: int
+    pinned: bool
+    worth_usd_per_hour: float
+    expires_unix_seconds: float
+
+
 class Page(msgspec.Struct, frozen=True):
     """What a worker puts into its report for the page. A field that did not change is left out."""
 
@@ -66,6 +78,7 @@ class Page(msgspec.Struct, frozen=True):
     misses: list[MissRow] | None = None
     budgets: dict[str, int] = {}  # tokens that the index takes a replica to hold
     journal: JournalView = JournalView()
+    contexts: list[ContextView] = []  # those worth most, of all tenants
 
 
 class Distribution(msgspec.Struct, frozen=True):
@@ -167,6 +180,7 @@ class State(msgspec.Struct, frozen=True):
     journal: JournalShown
     contexts: int
     contexts_bytes: int
+    stored: list[ContextView]
     sample: Sample | None
 
 
@@ -207,6 +221,7 @@ def build(figures: Figures, readiness: Readiness, pages: Sequence[Page], moment:
         _journal(figures, pages),
         int(max(figures.series(metrics.CONTEXTS).values(), default=0)),
         int(max(figures.series(metrics.CONTEXTS_BYTES).values(), default=0)),
+        max([page.contexts for page in pages], key=len, default=[]),  # every worker sees the same
         moment.sample,
     )
 

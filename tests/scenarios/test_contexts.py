@@ -615,6 +615,27 @@ async def test_a_deletion_and_a_change_reach_the_other_proxy_within_100_ms(redis
             await eventually(is_gone, within_seconds=0.1)
 
 
+async def test_the_page_is_told_what_contexts_are_worth_and_not_what_they_are(redis: Valkey) -> None:
+    """Those worth most first, in a report without ids, names and tenants; and the list says each one's worth."""
+    async with serving(redis, warm_replicas=0) as (client, _):
+        await client.put(name="secretname")
+        used = await client.put([{"role": "system", "content": "another " * 9000}], metadata={"pin": "true"})
+        for _ in range(3):
+            await client.ask(f"cache_id={used['id']}")
+        contexts = client.cairn.worker.contexts
+        await contexts._flush()
+        await contexts.survey()
+        client.cairn.worker.reporter.report()
+        assert client.cairn.heard.last is not None
+        shown = client.cairn.heard.last.page["contexts"]
+        assert [row["pinned"] for row in shown] == [True, False]
+        assert shown[0]["worth_usd_per_hour"] > shown[1]["worth_usd_per_hour"] > 0
+        assert "secretname" not in str(shown)
+        assert used["id"] not in str(shown)
+        rows = (await client.call("GET", "/caching"))[1]["data"]
+        assert rows[0]["worth"] > rows[1]["worth"] > 0
+
+
 async def test_no_text_of_a_context_is_logged_or_measured(redis: Valkey, caplog: pytest.LogCaptureFixture) -> None:
     """Not when it is stored, used, refused, or damaged; nor is its id, tag or tenant."""
     caplog.set_level("DEBUG")
