@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from cache import Sums, Totals
 from proxy import metrics, pricing
 from proxy.metrics import MODEL_NAMES_AT_MOST, OTHER, Recorder
-from proxy.model import CacheStatus, Ending, MissReason, Outcome, Usage
+from proxy.model import CacheStatus, Ending, Endpoint, MissReason, Outcome, RouteReason, Usage
 from proxy.pools import Pools
 from proxy.pricing import Bill, PriceBook, Unpriced
 
@@ -44,6 +44,53 @@ class ModelNames:
         return OTHER if model is None else self._names.get(model, OTHER)
 
 
+class _Route:
+    """The series of requests that are alike: each is found once, and then only added to."""
+
+    __slots__ = ("decisions", "duration", "gaps", "misses", "overhead", "requests", "ttft")
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        endpoint: Endpoint,
+        model: str,
+        upstream: str,
+        status_class: int,
+        plan: tuple[CacheStatus, RouteReason, MissReason] | None,
+        stream: bool,
+    ) -> None:
+        kind = endpoint.value
+        cache = (plan[0] if plan else CacheStatus.BYPASS).value
+        stream_label = "true" if stream else "false"
+        requests = (kind, model, upstream, _STATUS_CLASSES[status_class], cache, stream_label)
+        self.requests = recorder.counter(metrics.REQUESTS, requests)
+        self.duration = recorder.histogram(metrics.DURATION, (kind, model, cache))
+        self.overhead = recorder.histogram(metrics.OVERHEAD, (kind,))
+        self.ttft = recorder.histogram(metrics.TTFT, (model, upstream, cache))
+        self.gaps = recorder.histogram(metrics.INTER_TOKEN, (model, upstream))
+        decided = plan is not None and endpoint.is_generation
+        self.decisions = recorder.counter(metrics.ROUTE_DECISIONS, (plan[1].value,)) if plan and decided else None
+        missed = plan is not None and decided and plan[2] is not MissReason.NONE
+        self.misses = recorder.counter(metrics.PREFIX_MISS, (plan[2].value,)) if plan and missed else None
+
+
+class _Source:
+    """The series of one model at one upstream."""
+
+    __slots__ = ("cached", "error", "fresh", "output", "predicted", "prefill_saved", "unknown", "written")
+
+    def __init__(self, recorder: Recorder, model: str, upstream: str) -> None:
+        labels = (model, upstream)
+        self.fresh = recorder.counter(metrics.TOKENS, (*labels, "input_fresh"))
+        self.cached = recorder.counter(metrics.TOKENS, (*labels, "input_cached"))
+        self.written = recorder.counter(metrics.TOKENS, (*labels, "input_cache_write"))
+        self.output = recorder.counter(metrics.TOKENS, (*labels, "output"))
+        self.unknown = recorder.counter(metrics.CACHED_UNKNOWN, labels)
+        self.predicted = recorder.counter(metrics.PREDICTED_CACHED, labels)
+        self.error = recorder.histogram(metrics.PREDICTION_ERROR, labels)
+        self.prefill_saved = recorder.counter(metrics.PREFILL_SAVED, labels)
+
+
 class Accounts:
     """Counts into `recorder`, and into `totals` what is to outlive the process.
 
@@ -69,6 +116,9 @@ class Accounts:
         self._shows_cached: set[int] = set()
         self._day = (0, "")
         self._pools = pools
+        # both are as many as there are series: labels are closed sets
+        self._routes: dict[tuple[object, ...], _Route] = {}
+        self._sources: dict[tuple[str, str], _Source] = {}
 
     def known_usage(self, outcome: Outcome) -> Usage | None:
         """The outcome's usage; an omitted cached count is zero where the upstream is known to show others."""
@@ -91,9 +141,12 @@ class Accounts:
         if usage is not None:
             row = self._totals.row(self._today(), model, upstream, outcome.tenant_name)
             row.answers += 1
-            self._count_tokens(usage, row, model, upstream)
-            self._count_prediction(usage, predicted_tokens, model, upstream)
-            self._count_money(outcome, usage, row, model, upstream, outcome.replica.id)
+            source = self._sources.get((model, upstream))
+            if source is None:
+                source = self._sources[model, upstream] = _Source(self._recorder, model, upstream)
+            self._count_tokens(usage, row, source, model, upstream)
+            self._count_prediction(usage, predicted_tokens, source)
+            self._count_money(outcome, usage, row, source, model, upstream, outcome.replica.id)
         elif outcome.endpoint.is_generation and 200 <= outcome.status < 300:
             self._recorder.inc(metrics.USAGE_MISSING, (model, upstream))
             self._totals.row(self._today(), model, upstream, outcome.tenant_name).missing += 1
@@ -111,69 +164,66 @@ class Accounts:
             row.routing_gain_tokens += tokens
 
     def _count_request(self, outcome: Outcome, model: str, upstream: str) -> None:
-        recorder, plan, times = self._recorder, outcome.plan, outcome.times
-        endpoint = outcome.endpoint.value
-        cache = (plan.cache if plan is not None else CacheStatus.BYPASS).value
-        status_class = _STATUS_CLASSES[outcome.status // 100] if 0 < outcome.status < 600 else _STATUS_CLASSES[0]
-        stream = "true" if outcome.stream else "false"
-        recorder.inc(metrics.REQUESTS, (endpoint, model, upstream, status_class, cache, stream))
-        duration_seconds = times.ended_seconds - times.received_seconds
-        recorder.observe(metrics.DURATION, (endpoint, model, cache), duration_seconds)
+        times, route = outcome.times, self._route(outcome, model, upstream)
+        route.requests.value += 1
+        route.duration.add(times.ended_seconds - times.received_seconds)
         if times.sent_seconds is not None:
-            overhead_seconds = times.sent_seconds - times.read_seconds - times.waited_seconds
-            recorder.observe(metrics.OVERHEAD, (endpoint,), overhead_seconds)
+            route.overhead.add(times.sent_seconds - times.read_seconds - times.waited_seconds)
         if times.first_token_seconds is not None:
-            ttft_seconds = times.first_token_seconds - times.received_seconds
-            recorder.observe(metrics.TTFT, (model, upstream, cache), ttft_seconds)
+            route.ttft.add(times.first_token_seconds - times.received_seconds)
             if outcome.inter_token_counts:
-                gaps, total = outcome.inter_token_counts, outcome.inter_token_seconds
-                recorder.observe_counts(metrics.INTER_TOKEN, (model, upstream), gaps, total)
-        if plan is not None and outcome.endpoint.is_generation:
-            recorder.inc(metrics.ROUTE_DECISIONS, (plan.reason.value,))
-            if plan.miss is not MissReason.NONE:
-                recorder.inc(metrics.PREFIX_MISS, (plan.miss.value,))
+                route.gaps.add_counts(outcome.inter_token_counts, outcome.inter_token_seconds)
+        if route.decisions is not None:
+            route.decisions.value += 1
+        if route.misses is not None:
+            route.misses.value += 1
         if outcome.ending is Ending.REFUSED:
-            recorder.inc(metrics.REJECTED, (outcome.error_code or "other",))
+            self._recorder.inc(metrics.REJECTED, (outcome.error_code or "other",))
 
-    def _count_tokens(self, usage: Usage, row: Sums, model: str, upstream: str) -> None:
-        recorder = self._recorder
+    def _route(self, outcome: Outcome, model: str, upstream: str) -> _Route:
+        status_class = outcome.status // 100 if 0 < outcome.status < 600 else 0
+        plan = outcome.plan
+        decided = None if plan is None else (plan.cache, plan.reason, plan.miss)
+        key = (outcome.endpoint, model, upstream, status_class, decided, outcome.stream)
+        route = self._routes.get(key)
+        if route is None:
+            route = self._routes[key] = _Route(
+                self._recorder, outcome.endpoint, model, upstream, status_class, decided, outcome.stream
+            )
+        return route
+
+    def _count_tokens(self, usage: Usage, row: Sums, source: _Source, model: str, upstream: str) -> None:
         written = usage.cache_write_5m_tokens + usage.cache_write_1h_tokens
         cached = usage.cached_tokens or 0
-        for kind, tokens in (
-            ("input_fresh", usage.prompt_tokens - cached - written),
-            ("input_cached", cached),
-            ("input_cache_write", written),
-            ("output", usage.output_tokens),
-        ):
-            if tokens:
-                recorder.inc(metrics.TOKENS, (model, upstream, kind), tokens)
+        source.fresh.value += usage.prompt_tokens - cached - written
+        source.cached.value += cached
+        source.written.value += written
+        source.output.value += usage.output_tokens
         if usage.cached_tokens is None:
-            recorder.inc(metrics.CACHED_UNKNOWN, (model, upstream), usage.prompt_tokens)
+            source.unknown.value += usage.prompt_tokens
             row.unknown_tokens += usage.prompt_tokens
         if usage.inconsistent:
-            recorder.inc(metrics.USAGE_INCONSISTENT, (model, upstream))
+            self._recorder.inc(metrics.USAGE_INCONSISTENT, (model, upstream))
         row.prompt_tokens += usage.prompt_tokens
         row.cached_tokens += cached
         row.written_tokens += written
         row.output_tokens += usage.output_tokens
 
-    def _count_prediction(self, usage: Usage, predicted_tokens: int | None, model: str, upstream: str) -> None:
+    def _count_prediction(self, usage: Usage, predicted_tokens: int | None, source: _Source) -> None:
         if predicted_tokens is None:
             return
-        if predicted_tokens:
-            self._recorder.inc(metrics.PREDICTED_CACHED, (model, upstream), predicted_tokens)
+        source.predicted.value += predicted_tokens
         if usage.cached_tokens is not None:
-            error_tokens = usage.cached_tokens - min(predicted_tokens, usage.prompt_tokens)
-            self._recorder.observe(metrics.PREDICTION_ERROR, (model, upstream), error_tokens)
+            source.error.add(usage.cached_tokens - min(predicted_tokens, usage.prompt_tokens))
 
     def _count_money(
-        self, outcome: Outcome, usage: Usage, row: Sums, model: str, upstream: str, replica: int
+        self, outcome: Outcome, usage: Usage, row: Sums, source: _Source, model: str, upstream: str, replica: int
     ) -> None:
-        recorder, labels, rate = self._recorder, (model, upstream), self._rate_of(replica)
+        recorder, rate = self._recorder, self._rate_of(replica)
         backend = self._pools.backends[replica]
         if usage.cached_tokens and rate and not backend.is_provider:
             spared_seconds = usage.cached_tokens / rate
-            recorder.inc(metrics.PREFILL_SAVED, labels, spared_seconds)
+            source.prefill_saved.value += spared_seconds
             row.prefill_micros += round(spared_seconds * _MICROS_PER_SECOND)
         card = self._prices.card(outcome.model or "", backend.url, self._today(), backend.name)
         bill = card if isinstance(card, Unpriced) else pricing.bill(usage, card, rate)
@@ -187,7 +237,7 @@ class Accounts:
             (metrics.SAVINGS, bill.saving),
             (metrics.SURCHARGE, bill.surcharge),
         ):
-            recorder.inc(spec, labels, float(amount))
+            recorder.inc(spec, (model, upstream), float(amount))
         row.input_picos += _picos(bill.uncached_input)
         row.output_picos += _picos(bill.output)
         row.saving_picos += _picos(bill.saving)

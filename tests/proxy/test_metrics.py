@@ -67,7 +67,7 @@ def test_histograms_join_over_workers_and_sorted_counts() -> None:
     recorder.observe(metrics.INTER_TOKEN, ("m", "u"), 0.02)
     counts = [0] * (len(metrics.INTER_TOKEN.buckets) + 1)
     counts[3] = 4
-    recorder.observe_counts(metrics.INTER_TOKEN, ("m", "u"), counts, 0.04)
+    recorder.histogram(metrics.INTER_TOKEN, ("m", "u")).add_counts(counts, 0.04)
     exposition.apply(1, recorder.take())
     exposition.apply(2, recorder.take())
     assert sample(page_of(exposition), "cairn_inter_token_seconds_count") == 5
@@ -119,3 +119,20 @@ def test_both_formats_parse_and_every_name_has_the_prefix() -> None:
     assert len(names) == len(metrics.SPECS)
     assert all(name.startswith("cairn_") for name in names)
     assert {family.name for family in parse_openmetrics(openmetrics.decode())} == names
+
+
+def test_a_series_that_is_kept_goes_on_after_it_was_taken_and_shows_nothing_before_it_counted() -> None:
+    """Whoever counts for every request finds its series once."""
+    recorder = Recorder()
+    tally = recorder.counter(metrics.REJECTED, ("a",))
+    buckets = recorder.histogram(metrics.OVERHEAD, ("b",))
+    assert recorder.take() == metrics.Delta()
+    for _ in range(2):
+        tally.value += 2
+        buckets.add(0.5)
+        taken = recorder.take()
+        assert [(labels, value) for _, labels, value in taken.counters] == [(("a",), 2)]
+        assert [(labels, sum(counts), total) for _, labels, counts, total in taken.histograms] == [(("b",), 1, 0.5)]
+    recorder.inc(metrics.REJECTED, ("a",), 0)
+    assert [value for _, _, value in recorder.take().counters] == [0], "a zero that happened is shown"
+    assert recorder.take() == metrics.Delta()
