@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 
 import msgspec
 
@@ -171,9 +171,9 @@ class Relay:
         buffers, length = splice.apply(journey.call.body, journey.edits)
         return await self._request(journey, backend, buffers, length, identity=False)
 
-    async def _request(
+    def _request(
         self, journey: Journey, backend: Backend, body: Body, length: int | None, *, identity: bool
-    ) -> UpstreamAnswer:
+    ) -> Awaitable[UpstreamAnswer]:
         call = journey.call
         head = wire_headers.upstream_head(
             call.headers,
@@ -182,7 +182,7 @@ class Relay:
             drop_credentials=backend.drops_credentials,
             identity=identity,
         )
-        return await self._client.request(
+        return self._client.request(
             backend.origin,
             call.method.encode(),
             call.target.encode(),

@@ -88,7 +88,7 @@ class UpstreamClient:
         streamed = False
         if isinstance(body, bytes):
             length = len(body)
-        elif not isinstance(body, AsyncIterator):
+        elif isinstance(body, list) or not isinstance(body, AsyncIterator):  # the cheap question first
             length = sum(map(len, body))
         else:
             streamed = True

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from benchmarks.common.bodies import words
 from proxy.errors import BadRequest
 from proxy.model import Endpoint, Media, UsageRequest
+from proxy.wire import media
 from proxy.wire.request import read
 
 CHAT = b'{"model":"m","messages":[{"role":"user","content":"hi"} , {"role":"user","content":"\xc3\xa9"}]}'
@@ -357,3 +359,12 @@ def test_media_of_responses_are_found_in_its_items() -> None:
     item = {"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64," + PICTURE}]}
     body = json.dumps({"model": "m", "input": [item]}).encode()
     assert read(body, Endpoint.RESPONSES).media == (Media("image", len(PICTURE) + 24),)
+
+
+def test_prose_is_not_looked_at_twice_for_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long words without spaces between the samples are no reason to decode messages, which is as much again."""
+    monkeypatch.setattr(media, "_decode_message", lambda _: pytest.fail("decoded"))
+    for size in (65_536, 1 << 20):
+        text = words(size, seed=7)
+        body = b'{"model":"m","messages":[{"role":"user","content":"' + text + b'"}]}'
+        assert read(body, Endpoint.CHAT).media == ()
