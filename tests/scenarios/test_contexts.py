@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from proxy import metrics
-from proxy.settings import Contexts
+from proxy.settings import Contexts, Pool, PoolKind, Replica
 from tests.support import valkey
 from tests.support.cairn import Cairn, config_for, running
 from tests.support.openai_upstream import Failure, OpenAIUpstream
@@ -675,3 +675,48 @@ async def test_two_million_characters_reach_the_upstream_byte_for_byte(redis: Va
                 expected = body.replace(b'{"role":"cache","content":"tag=big"}', inner)
                 assert upstream.generations[-1].body == expected
             assert len(body) < 0.001 * len(expected)
+
+
+async def test_as_many_replicas_are_warmed_as_are_asked_for_and_each_once(redis: Valkey) -> None:
+    """Two of three get the context; one that ends with a user's message gets no other behind it."""
+    redis.flush()
+    async with OpenAIUpstream() as one, OpenAIUpstream() as two, OpenAIUpstream() as three:
+        upstreams = (one, two, three)
+        config = config_for([each.url for each in upstreams], redis.url, contexts=Contexts(warm_replicas=2))
+        async with running(config) as cairn, aiohttp.ClientSession() as http:
+            client = Client(http, cairn)
+            made = await client.ready((await client.put([*STORED, QUESTION]))["id"])
+            assert made["status"] == "ready"
+            warmed = [[asked.json()["messages"] for asked in each.generations] for each in upstreams]
+            assert sorted(map(len, warmed)) == [0, 1, 1]
+            assert all(messages == [*STORED, QUESTION] for asked in warmed for messages in asked)
+            assert cairn.count(metrics.CONTEXT_USES) == 0, "a warming is no use"
+
+
+async def test_a_providers_context_is_ready_at_once_and_not_warmed(redis: Valkey) -> None:
+    """Nobody pays for a question that nobody asked; its tokens are estimated."""
+    redis.flush()
+    async with OpenAIUpstream() as upstream:
+        pool = Pool(name="far", kind=PoolKind.PROVIDER, replicas=(Replica(upstream.url),))
+        config = config_for([], redis.url, pools=[pool])
+        async with running(config) as cairn, aiohttp.ClientSession() as http:
+            made = await Client(http, cairn).put()
+            assert (made["status"], upstream.generations) == ("ready", [])
+            assert made["tokens"] > 1000
+
+
+async def test_a_client_that_leaves_while_it_uploads_leaves_nothing(redis: Valkey) -> None:
+    """The connection ends in the middle of the body."""
+    async with serving(redis, warm_replicas=0) as (client, _):
+        before = redis.ask("DBSIZE")
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.cairn.port)
+        head = (
+            b"POST /v1/caching HTTP/1.1\r\nhost: x\r\nauthorization: Bearer sk-one\r\ncontent-length: 100000\r\n\r\n"
+        )
+        writer.write(head + b'{"model":"test-model","messages":[{"role":"system","content":"' + b"x" * 50_000)
+        await writer.drain()
+        writer.close()
+        await eventually(lambda: client.cairn.worker.room.requests == 0)
+        assert redis.ask("DBSIZE") == before
+        assert (await client.call("GET", "/caching"))[1]["data"] == []
+        del reader

@@ -1,0 +1,110 @@
+"""How a request names a context, and the splice: exactly the bytes that a client would have sent."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.errors import BadRequest
+from proxy.model import Endpoint
+from proxy.wire import contexts, request, splice
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+messages = st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": texts}), max_size=4)
+separators = st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", " : ")])
+NAMING = {"role": "cache", "content": "tag=book"}
+
+
+def made(body: bytes, spliced: contexts.Spliced) -> bytes:
+    return b"".join(splice.apply(body, spliced.edits)[0])
+
+
+@given(messages, messages.filter(bool), separators, st.booleans(), st.sampled_from(["absent", "null", "last"]))
+def test_a_named_context_is_spliced_in_as_if_it_had_been_sent(
+    rest: list[Any], stored: list[Any], between: tuple[str, str], has_tools: bool, tools_are: str
+) -> None:
+    """Whatever stands around it; the rest keeps its bytes, and the views behind are those of the rest."""
+    tools = [{"type": "function"}] if has_tools else None
+    fields: dict[str, Any] = {"model": "m", "messages": [NAMING, *rest], "n": 1}
+    if tools_are == "null":
+        fields["tools"] = None
+    body = json.dumps(fields, separators=between, ensure_ascii=False).encode()
+    inner = json.dumps(stored, separators=between, ensure_ascii=False).encode()[1:-1]
+    prompt = request.read(body, Endpoint.CHAT)
+    named = contexts.named_in(prompt)
+    assert named is not None
+    assert (named.reference.tag, named.reference.id) == ("book", None)
+    spliced = contexts.splice_named(prompt, named, json.dumps(tools).encode() if tools else b"", inner)
+    result = made(body, spliced)
+    expected = {**fields, "messages": [*stored, *rest]} | ({"tools": tools} if tools else {})
+    assert json.loads(result) == expected
+    assert [bytes(view) for view in spliced.rest] == [
+        json.dumps(message, separators=between, ensure_ascii=False).encode() for message in rest
+    ]
+    assert inner in result
+
+
+@given(messages.filter(bool), messages, separators, separators, st.booleans())
+def test_a_repeated_context_is_found_by_meaning(
+    stored: list[Any], rest: list[Any], here: tuple[str, str], there: tuple[str, str], ascii_only: bool
+) -> None:
+    """Other white space, escapes and order of keys; the stored bytes take the place of the sent ones."""
+    views = [json.dumps(message, separators=there).encode() for message in stored]
+    turned = [dict(reversed(message.items())) for message in stored]
+    body = json.dumps({"model": "m", "messages": [*turned, *rest]}, separators=here, ensure_ascii=ascii_only).encode()
+    prompt = request.read(body, Endpoint.CHAT)
+    spliced = contexts.splice_repeated(prompt, b"", b",".join(views), [memoryview(view) for view in views])
+    assert isinstance(spliced, contexts.Spliced)
+    result = made(body, spliced)
+    assert json.loads(result)["messages"] == [*stored, *rest]
+    assert b",".join(views) in result
+    assert len(spliced.rest) == len(rest)
+
+
+@pytest.mark.parametrize(
+    ("sent", "stored"),
+    [
+        (b"1", b"1.0"),
+        (b"1", b"true"),
+        (b"0", b"false"),
+        (b"null", b'""'),
+        (b'"a"', b'"b"'),
+        (b"[1,2]", b"[2,1]"),
+        (b'{"a":null}', b"{}"),
+        (b"123456789012345678901", b"123456789012345678902"),
+    ],
+)
+def test_what_only_python_takes_for_equal_is_not(sent: bytes, stored: bytes) -> None:
+    """Another value is another prompt."""
+    body = b'{"model":"m","messages":[{"role":"user","content":%b}]}' % sent
+    mine = memoryview(b'{"role":"user","content":%b}' % stored)
+    prompt = request.read(body, Endpoint.CHAT)
+    assert contexts.splice_repeated(prompt, b"", bytes(mine), [mine]) == "messages[0]"
+
+
+@pytest.mark.parametrize("word", ["cache", "cached", "role", '"cache"'])
+def test_a_message_that_only_speaks_of_caches_is_no_reference(word: str) -> None:
+    """Nor is one in which the word stands as a value."""
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": word, "name": "cache"}]}).encode()
+    assert contexts.named_in(request.read(body, Endpoint.CHAT)) is None
+
+
+def test_a_second_naming_is_found_in_a_long_body_too() -> None:
+    """There the short messages alone are searched."""
+    body = {"model": "m", "messages": [{"role": "user", "content": "x" * 50_000}, NAMING]}
+    prompt = request.read(json.dumps(body).encode(), Endpoint.CHAT)
+    assert prompt.may_name_context
+    with pytest.raises(BadRequest) as refused:
+        contexts.named_in(prompt)
+    assert refused.value.param == "messages[1].role"
+
+
+def test_ids_and_tags_that_cannot_be_are_unknown_and_not_looked_up() -> None:
+    """They never become part of a key."""
+    for content in ("cache_id=cache-../x", "tag=a b", "tag=1st", "cache_id=CACHE-" + "0" * 32):
+        reference = contexts.read_reference(content)
+        assert (reference.id, reference.tag) == (None, None)
