@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import cast
 
 import pytest
 from aiohttp import web
@@ -22,7 +23,7 @@ async def serving(play: Play, write_seconds: float = 10.0) -> AsyncIterator[int]
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         answer = ClientAnswer(request, write_seconds)
         await play(request, answer)
-        return answer
+        return cast("web.StreamResponse", answer)  # as far as aiohttp's protocol asks
 
     runner = web.ServerRunner(web.Server(handle, handler_cancellation=True, auto_decompress=False))
     await runner.setup()
