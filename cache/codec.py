@@ -99,7 +99,13 @@ class Budgeted(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
     to_tokens: int
 
 
-Delta = Placed | TakenBack | Answered | Began | Suspected | Budgeted | Owned
+class Computed(msgspec.Struct, frozen=True, array_like=True, tag=7, gc=False):
+    """The first token of a placement came: its replica has computed the prefix."""
+
+    placement: int
+
+
+Delta = Placed | TakenBack | Answered | Began | Suspected | Budgeted | Owned | Computed
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True, gc=False):

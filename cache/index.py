@@ -149,18 +149,17 @@ class PrefixIndex:
 
     def apply_place(
         self, replica: int, fingerprint: Fingerprint, prompt_tokens: float, epoch: int, placement_id: int, now: float
-    ) -> bool:
-        """A placement by another writer, under its id; again is harmless. False if its epoch is over.
+    ) -> Placement | None:
+        """A placement by another writer, under its id; again is harmless. None if its epoch is over.
 
         A newer epoch than ours begins here.
         """
         state = self._replica(replica)
         if epoch < state.epoch:
-            return False
+            return None
         if epoch > state.epoch:
             self.new_epoch(replica, epoch)
-        self._place(replica, fingerprint, prompt_tokens, now, placement_id)
-        return True
+        return self._place(replica, fingerprint, prompt_tokens, now, placement_id)
 
     def take_back(self, placement: Placement) -> None:
         """Undo what the placement alone created and no later placement has touched; nothing else."""

@@ -19,14 +19,26 @@ import logging
 import secrets
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import msgspec
 
 from cache import codec, keys
-from cache.codec import Answered, Batch, Began, Budgeted, Delta, Owned, Placed, SnapshotChunk, Suspected, TakenBack
+from cache.codec import (
+    Answered,
+    Batch,
+    Began,
+    Budgeted,
+    Computed,
+    Delta,
+    Owned,
+    Placed,
+    SnapshotChunk,
+    Suspected,
+    TakenBack,
+)
 from cache.errors import CacheError, StoreCorrupt
-from cache.index import PrefixIndex
+from cache.index import UNLIMITED_TOKENS, PrefixIndex
 from cache.owners import Owners
 from cache.packing import ReplicaRow, RunRow
 from cache.placement import Feedback, Learnt, Placement
@@ -89,6 +101,19 @@ class JournalStats(msgspec.Struct):
     lag_seconds: float = 0.0  # of the last entry applied: from its stream id to here
 
 
+class Elsewhere(Protocol):
+    """Who wants to know what other writers' requests do, as they come by in the stream."""
+
+    def placed(self, placement: Placement, prompt_tokens: int) -> None:
+        """One was sent; what it does not find held is being computed."""
+
+    def computed(self, placement_id: int) -> None:
+        """Its first token or its answer came."""
+
+    def failed(self, placement_id: int) -> None:
+        """It was taken back."""
+
+
 class _Remembered(msgspec.Struct, frozen=True, gc=False):
     """Another writer's placement, which may still be answered or taken back."""
 
@@ -125,11 +150,13 @@ class Journal:
         name_of: Callable[[int], str | None],
         owners: Owners | None = None,
         heard: Callable[[int, int, Fingerprint, float], None] | None = None,
+        elsewhere: Elsewhere | None = None,
         lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         self._index = index
         self._owners = Owners() if owners is None else owners
         self._heard = heard
+        self._elsewhere = elsewhere
         self._store = store
         self._clock = clock
         self._tasks = tasks
@@ -180,6 +207,11 @@ class Journal:
         if _is_shared(placement):
             self._enqueue(TakenBack(placement.id, placement.held_blocks))
 
+    def computed(self, placement: Placement) -> None:
+        """Its first token came: who waits for the same prefix, here or elsewhere, may go."""
+        if self.others and _is_shared(placement):
+            self._enqueue(Computed(placement.id))
+
     def settled(self, placement: Placement) -> None:
         """It ended without an answer to learn from; nobody else needs to know."""
         self._index.settled(placement)
@@ -222,6 +254,11 @@ class Journal:
         """The replica's capacity is known, from the configuration or its own word: it counts for all."""
         self._index.set_budget(replica, tokens)
         self._enqueue(Budgeted(replica, None, tokens))
+
+    def knows_budget(self, replica: int) -> bool:
+        """True where the replica's capacity was told or learned, here or elsewhere."""
+        known = self._index.replicas().get(replica)
+        return known is not None and known.budget_tokens < UNLIMITED_TOKENS
 
     def own(self, made_id: str, replica: int) -> None:
         """Something that a replica made is asked for there from now on, by every worker."""
@@ -405,7 +442,10 @@ class Journal:
         if isinstance(delta, Placed):
             fingerprint = delta.fingerprint
             stamp = min(delta.unix_seconds, now)  # a clock ahead of ours must not make its placements the newest
-            if index.apply_place(replica, fingerprint, delta.prompt_tokens, delta.epoch, delta.placement, stamp):
+            placed = index.apply_place(replica, fingerprint, delta.prompt_tokens, delta.epoch, delta.placement, stamp)
+            if placed is not None:
+                if self._elsewhere is not None and self._synced:
+                    self._elsewhere.placed(placed, delta.prompt_tokens)
                 remembered = _Remembered(replica, fingerprint, delta.epoch, delta.prompt_tokens)
                 self._remember(delta.placement, remembered)
             if self._heard is not None:
@@ -431,7 +471,10 @@ class Journal:
         if delta.from_tokens is None or (known is not None and known.budget_tokens == delta.from_tokens):
             self._index.set_budget(replica, delta.to_tokens)
 
-    def _apply_to_placement(self, delta: TakenBack | Answered | Suspected) -> None:
+    def _apply_to_placement(self, delta: TakenBack | Answered | Suspected | Computed) -> None:
+        self._tell_elsewhere(delta)
+        if isinstance(delta, Computed):
+            return
         remembered = self._remembered.get(delta.placement)
         if remembered is None:
             self.stats.dropped_orphans += 1
@@ -446,6 +489,14 @@ class Journal:
         elif 0 < delta.held_blocks <= len(fingerprint.hashes):
             tokens = remembered.prompt_tokens
             self._suspect(replica, _Missed(delta.placement, epoch, fingerprint, delta.held_blocks, tokens))
+
+    def _tell_elsewhere(self, delta: TakenBack | Answered | Suspected | Computed) -> None:
+        if self._elsewhere is None:
+            return
+        if isinstance(delta, TakenBack):
+            self._elsewhere.failed(delta.placement)
+        else:
+            self._elsewhere.computed(delta.placement)
 
     def _remember(self, placement: int, remembered: _Remembered) -> None:
         known = self._remembered

@@ -14,6 +14,7 @@ import secrets
 import socket
 import ssl
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from cache import (
     CacheError,
@@ -22,6 +23,7 @@ from cache import (
     ErrorKind,
     InflightBoard,
     Journal,
+    JournalState,
     Owners,
     PrefixIndex,
     Store,
@@ -45,13 +47,13 @@ from proxy.contexts.warming import Warming
 from proxy.control import WorkerControl
 from proxy.downstream import Downstream
 from proxy.explaining import Explainer
-from proxy.fleet import Backoff, Fleet, ReplicaSpec
-from proxy.gate import Gate
+from proxy.fleet import Backoff, Fleet
+from proxy.gate import Elsewhere, Gate
 from proxy.journey import Journey
 from proxy.logs import AccessLog
+from proxy.membership import Membership
 from proxy.metrics import Recorder
 from proxy.pipeline import Pipeline
-from proxy.pools import Backend, Pools, ServedPool
 from proxy.pricing import PriceBook
 from proxy.probing import Prober
 from proxy.queue import Queue, QueueLimits
@@ -59,7 +61,7 @@ from proxy.rate_cards import rules_of
 from proxy.relay import Relay
 from proxy.reporting import Reporter
 from proxy.server import Front
-from proxy.settings import Config, Contexts, Pool, PoolKind, Replica, Tenancy
+from proxy.settings import Config, Contexts
 from proxy.settlement import Settlement
 from proxy.shadow import Shadow
 from proxy.sightings import Sightings
@@ -99,12 +101,11 @@ class Worker:
         self._secret = secret
         self.tasks = Tasks()
         self.recorder = Recorder()
-        writer_id = secrets.token_hex(8)
+        writer_id = self.writer_id = secrets.token_hex(8)
 
         rule = config.routing
         prices = rule.in_flight_seconds_least, rule.in_flight_seconds_most
         self.fleet = Fleet(random.random, _backoff(config), rule.prefill_tokens_per_second, prices)
-        self.pools = _pools(config, self.fleet)
         self.store = open_store(
             None if config.redis.url is None else config.redis.url.reveal(),
             clock=clock,
@@ -113,8 +114,11 @@ class Worker:
             observe=self._observe_redis,
         )
         self.owners = Owners()
-        self.shadow = Shadow(self.pools)
         self.index = PrefixIndex(origin=secrets.randbits(_ORIGIN_BITS))
+        self.members = Membership(config, self.fleet, self.index, clock)
+        self.pools = self.members.pools
+        self.shadow = Shadow(self.pools)
+        gate = Gate()
         self.journal = Journal(
             self.index,
             self.store,
@@ -125,6 +129,7 @@ class Worker:
             name_of=self.fleet.name_of,
             owners=self.owners,
             heard=self.shadow.placed,
+            elsewhere=Elsewhere(gate, self._wait_seconds),
         )
         self.board = InflightBoard(
             self.store,
@@ -136,7 +141,6 @@ class Worker:
             forget=self.fleet.forget,
             alone=lambda: self.journal.others == 0,
         )
-        _set_capacities(config, self.fleet, self.index)
 
         limits = _limits(config)
         self.client = UpstreamClient(limits, clock, _trust(config))
@@ -144,7 +148,7 @@ class Worker:
         self.tokens = TokenCounts()
         self.queues: dict[int, Queue] = {}
         self._queues()
-        attempts = Attempts(self.fleet, self.journal, Gate(), self.queues, self.board.changed, clock)
+        attempts = Attempts(self.fleet, self.journal, gate, self.queues, self.board.changed, clock)
         self.prices = PriceBook(rules_of(config.prices), builtin_prices.card)
         self.totals = Totals(self.store, writer_id)
         accounts = Accounts(
@@ -235,8 +239,11 @@ class Worker:
             self.contexts,
             sightings,
             self.shadow,
+            self.queues,
             clock,
         )
+        self.members.changed = self._queues
+        self.members.added = self._meet
         self.explainer = Explainer(self.pipeline, clock)
         self.upkeep = Upkeep(self.index, self.recorder, clock)
 
@@ -259,8 +266,10 @@ class Worker:
         self.shadow.follow(self.index.replicas())
         await self.journal.start()
         await self.board.start()
+        await self.members.look()
         await self.prober.begin()
         await self.contexts.start()
+        self.tasks.start(self.members.run(), "membership")
         self.tasks.start(self.prober.run(), "prober")
         self.tasks.start(self.upkeep.run(), "upkeep")
         self.tasks.start(self.reporter.run(), "reporter")
@@ -272,27 +281,35 @@ class Worker:
 
         Raises ConfigError, and changes nothing, where it asks for what only a restart can do.
         """
-        fresh = {replica.label for pool in config.pools for replica in pool.replicas}
-        for name, number in self.fleet.members().items():
-            if name not in fresh:
-                self.fleet.remove(number)
-                self.index.remove(number)
-        self.pools.adopt(_pools(config, self.fleet))
-        _set_capacities(config, self.fleet, self.index)
-        self._queues()
+        self.config = config
+        self.members.adopt(config)
         self.names.add(pattern for pool in config.pools for pattern in pool.models)
         self.prices.adopt(rules_of(config.prices))
         self.front.doorkeeper = Doorkeeper(_clients(config), self._secret)
-        self.config = config
+
+    def _meet(self, number: int) -> None:
+        """A replica is new: ask what it can hold before it is given much."""
+        self.tasks.start(self.prober.learn(number), "engine facts")
 
     def _queues(self) -> None:
         """A queue for every replica that has none yet, and the limits in force for all."""
+        limits = QueueLimits(self.config.queue.deadline_seconds, self.config.queue.max_waiting)
         for number in self.pools.served:
             limit = self.fleet.limit_of(number)
             if number in self.queues:
+                self.queues[number].adopt(limits)
                 self.queues[number].set_limit(limit)
             else:
-                self.queues[number] = Queue(limit, QueueLimits(), self.clock)
+                self.queues[number] = Queue(limit, limits, self.clock, partial(self._places, number))
+
+    def _wait_seconds(self, number: int, uncached_tokens: float) -> float:
+        """How long a prefill that is sent now takes at a replica, with all that is before it."""
+        return self.fleet.wait_seconds(number, uncached_tokens, self.clock.monotonic())
+
+    def _places(self, number: int, waiting: int) -> int | None:
+        """This process's part of a replica's limit; the others are the writers of the journal."""
+        informed = self.journal.state is JournalState.LIVE
+        return self.fleet.places(number, 1 + self.journal.others, waiting, own_name=self.writer_id, informed=informed)
 
     async def close(self) -> None:
         """Stop in the reverse order; what was counted is reported first."""
@@ -397,48 +414,3 @@ def _clients(config: Config) -> list[KnownClient]:
         KnownClient(bytes.fromhex(client.key_sha256), client.tenant or client.name, client.models)
         for client in config.clients
     ]
-
-
-def _pools(config: Config, fleet: Fleet) -> Pools:
-    """Enter every replica into the fleet; the numbers that it gives name them in the index, too."""
-    backends: dict[int, Backend] = {}
-    for pool in config.pools:
-        for replica in pool.replicas:
-            spec = ReplicaSpec(replica.label, pool.name, replica.prefill_tokens_per_second, replica.max_concurrent)
-            backends[fleet.add(spec)] = _backend(pool, replica, knows_clients=bool(config.clients))
-    default = config.default_pool
-    served = [_served(pool, config.tenancy) for pool in config.pools]
-    return Pools(served, None if default is None else default.name, backends)
-
-
-def _served(pool: Pool, tenancy: Tenancy) -> ServedPool:
-    is_provider = pool.kind is PoolKind.PROVIDER
-    brings_keys = is_provider and all(replica.key is None for replica in pool.replicas)
-    isolated = brings_keys or (pool.tenancy or tenancy) is Tenancy.ISOLATED
-    return ServedPool(pool.name, pool.models, is_provider, isolated, pool.cache_salt)
-
-
-def _backend(pool: Pool, replica: Replica, *, knows_clients: bool) -> Backend:
-    key = replica.key
-    return Backend(
-        replica.label,
-        pool.name,
-        replica.url,
-        Origin.parse(replica.url),
-        None if key is None else (b"authorization", b"Bearer " + key.reveal().encode()),
-        knows_clients,
-        pool.kind is PoolKind.PROVIDER,
-        replica.capacity_tokens,
-    )
-
-
-def _set_capacities(config: Config, fleet: Fleet, index: PrefixIndex) -> None:
-    for pool in config.pools:
-        for replica in pool.replicas:
-            number = fleet.number_of(replica.label)
-            if number is None:
-                continue
-            if pool.kind is PoolKind.PROVIDER:
-                index.set_ttl(number, pool.ttl_seconds)
-            elif replica.capacity_tokens is not None:
-                index.set_budget(number, replica.capacity_tokens)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 from cache import Fingerprint, Journal, Placement
 from proxy.clock import Clock
+from proxy.errors import UpstreamError
 from proxy.fleet import Charge, Fleet
 from proxy.gate import Follower, Gate, Prefill
 from proxy.model import Candidate, Plan
@@ -21,6 +22,7 @@ class Attempt:
     """A try under way. `placement` is None where nothing was worth placing."""
 
     __slots__ = (
+        "_changed",
         "_fleet",
         "_journal",
         "_prefill",
@@ -42,7 +44,9 @@ class Attempt:
         queue: Queue,
         gate: Prefill | Follower | None,
         turn: Turn | None,
+        changed: Callable[[], None],
     ) -> None:
+        self._changed = changed
         self._fleet = fleet
         self._journal = journal
         self._queue = queue
@@ -73,12 +77,20 @@ class Attempt:
         candidate = self.candidate
         self._turn = await self._queue.turn(candidate.uncached_tokens / candidate.replica.rate_tokens_per_second)
         self._fleet.start(self.charge, clock.monotonic())
+        self._changed()
 
     def first_token(self, now_seconds: float) -> None:
         """The prefill is done."""
         self._fleet.first_token(self.charge, now_seconds)
+        self._changed()
+        self.computed()
+
+    def computed(self) -> None:
+        """The replica has the prefix, as far as the answer tells: who waits for it may go."""
         if self._prefill is not None:
             self._prefill.first_token()
+            if self.placement is not None:
+                self._journal.computed(self.placement)
 
     def take_back(self) -> None:
         """The replica did not compute the prefix: forget that it holds what only this attempt placed there."""
@@ -91,6 +103,7 @@ class Attempt:
         if client_left:
             self._fleet.client_left(self.charge)
         self._fleet.finish(self.charge, now_seconds)
+        self._changed()
         if self._waits_for is not None:
             self._waits_for.leave()
         if self._prefill is not None:
@@ -118,6 +131,10 @@ class Attempts:
         self._changed = changed
         self._clock = clock
 
+    def turn_away(self, replica: int, error: UpstreamError) -> None:
+        """The replica is down: whoever waits for it gets `error` now, and may go elsewhere."""
+        self._queues[replica].fail(error)
+
     def begin(
         self, plan: Plan, candidate: Candidate, fingerprint: Fingerprint | None, matched_blocks: int, *, stream: bool
     ) -> Attempt:
@@ -137,7 +154,7 @@ class Attempts:
                 matched_blocks,
                 candidate.matched_tokens,
                 plan.prompt_tokens,
-                uncached / candidate.replica.rate_tokens_per_second,
+                (candidate.replica.pending_tokens + uncached) / candidate.replica.rate_tokens_per_second,
             )
         gated = isinstance(gate, Follower)
         turn = None if gated else queue.try_turn()
@@ -147,4 +164,4 @@ class Attempts:
         if fingerprint is not None:
             placement = self._journal.place(replica, fingerprint, plan.prompt_tokens)
         self._changed()
-        return Attempt(self._fleet, self._journal, candidate, charge, placement, queue, gate, turn)
+        return Attempt(self._fleet, self._journal, candidate, charge, placement, queue, gate, turn, self._changed)

@@ -28,6 +28,7 @@ from proxy.settings import (
     PoolKind,
     Price,
     PriceTier,
+    Queueing,
     Redis,
     Replica,
     Routing,
@@ -44,8 +45,8 @@ from proxy.settings import (
 )
 
 __all__ = [
-    "Admin", "Client", "Config", "ConfigError", "Loaded", "Log", "Pool", "PoolKind", "Price", "PriceTier", "Redis",
-    "Replica", "Routing",
+    "Admin", "Client", "Config", "ConfigError", "Loaded", "Log", "Pool", "PoolKind", "Price", "PriceTier", "Queueing",
+    "Redis", "Replica", "Routing",
     "Secret", "SecretUrl", "Server", "Tenancy", "Tenants", "Upstream", "as_yaml", "load", "process_environment",
     "worker_environment",
 ]  # fmt: skip

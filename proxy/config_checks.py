@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 from urllib.parse import urlsplit
 
-from proxy.settings import Config, Pool, PoolKind, Price, PriceTier, Replica, SecretUrl
+from proxy.settings import FOLLOWED_SCHEME, Config, Pool, PoolKind, Price, PriceTier, Replica, SecretUrl
 
 Problem = tuple[str, str]  # path, text
 
@@ -118,8 +118,8 @@ def _bad_url(url: str) -> str | None:
         port, host = parts.port, parts.hostname
     except ValueError:
         return "is not a URL"
-    if parts.scheme not in ("http", "https"):
-        return "expected http:// or https://"
+    if parts.scheme not in ("http", "https", FOLLOWED_SCHEME):
+        return "expected http://, https:// or dns+http://"
     if not host or not url.isascii() or any(c <= " " or c == "\x7f" for c in url):
         return "expected a host, and no white space"
     if port == 0:

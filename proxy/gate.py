@@ -6,6 +6,9 @@ is told by one comparison: the chained hash at the sibling's deepest matched blo
 leader's own chain, beyond what the leader itself found warm. Equal chained hashes at one position mean an equal
 prefix, so nothing has to be searched.
 
+The leader may be another process's: its placement comes by in the journal before it is answered, and leads here until
+its first token comes by too, or for as long as its prefill may take (`Elsewhere`); nobody asks anybody.
+
 Whether waiting is worth it is not asked here: the plan's cost holds the leader's pending tokens, so a sibling for
 which waiting costs more than a prefill elsewhere was not sent to this replica.
 """
@@ -14,7 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from cache import Placement
 
 COLD_TOKENS = 1_024
 """A prefix with fewer tokens under way is computed again sooner than it is worth waiting for."""
@@ -118,7 +123,7 @@ class Gate:
     """The prefills under way to every replica that are long enough to be waited for."""
 
     def __init__(self, cold_tokens: float = COLD_TOKENS) -> None:
-        self._cold_tokens = cold_tokens
+        self.cold_tokens = cold_tokens
         self._leaders: dict[int, list[Prefill]] = {}
 
     def enter(
@@ -136,7 +141,7 @@ class Gate:
         `Follower`: `await wait()` first, then go on with its `prefill` as above. `prefill_seconds` is what the
         leader's prefill is predicted to take from now on, and bounds the wait.
         """
-        cold_tokens = self._cold_tokens
+        cold_tokens = self.cold_tokens
         leads = prompt_tokens - matched_tokens > cold_tokens
         leaders = self._leaders.get(replica)
         if not leads and leaders is None:
@@ -150,6 +155,10 @@ class Gate:
                     self._open(own)
                 return follower
         return self._open(own) if leads else None
+
+    def lead(self, replica: int, hashes: Sequence[int], warm_blocks: int, warm_tokens: float) -> Prefill:
+        """A long prefill goes ahead at `replica`, which held so much of it: say `first_token` or `failed`."""
+        return self._open(Prefill(self, replica, hashes, warm_blocks, warm_tokens))
 
     def __len__(self) -> int:
         """Prefills that somebody may wait for."""
@@ -167,3 +176,47 @@ class Gate:
             leaders.remove(prefill)
             if not leaders:
                 del self._leaders[prefill._replica]
+
+
+class Elsewhere:
+    """The prefills of other processes, as the journal tells of them (`cache.Elsewhere`), as leaders at our gate.
+
+    `wait_seconds(replica, tokens)` predicts how long a prefill of so many tokens takes there from now on, all that is
+    before it included.
+    """
+
+    def __init__(self, gate: Gate, wait_seconds: Callable[[int, float], float]) -> None:
+        self._gate = gate
+        self._wait_seconds = wait_seconds
+        self._leading: dict[int, tuple[Prefill, asyncio.TimerHandle]] = {}
+
+    def __len__(self) -> int:
+        return len(self._leading)
+
+    def placed(self, placement: Placement, prompt_tokens: int) -> None:
+        """Another process has sent a request; where it computes much, siblings wait for it."""
+        uncached = prompt_tokens - placement.predicted_tokens
+        if uncached <= self._gate.cold_tokens or placement.id in self._leading:
+            return
+        prefill = self._gate.lead(
+            placement.replica, placement.fingerprint.hashes, placement.held_blocks, placement.predicted_tokens
+        )
+        patience = PATIENCE * self._wait_seconds(placement.replica, uncached) + PATIENCE_SECONDS
+        alarm = asyncio.get_running_loop().call_later(patience, self.computed, placement.id)
+        self._leading[placement.id] = prefill, alarm
+
+    def computed(self, placement_id: int) -> None:
+        """Its first token came, or its time is over: who waits may go. May come twice."""
+        if (prefill := self._pop(placement_id)) is not None:
+            prefill.first_token()
+
+    def failed(self, placement_id: int) -> None:
+        """It was taken back: the first of ours that waits leads."""
+        if (prefill := self._pop(placement_id)) is not None:
+            prefill.failed()
+
+    def _pop(self, placement_id: int) -> Prefill | None:
+        prefill, alarm = self._leading.pop(placement_id, (None, None))
+        if alarm is not None:
+            alarm.cancel()
+        return prefill

@@ -65,6 +65,7 @@ class Prober:
         self._limits_changed = limits_changed
         self._needs_no_asking = needs_no_asking
         self._started: dict[int, float] = {}
+        self._capacity_tokens: dict[int, int] = {}
         self.pools = pools
 
     async def begin(self) -> None:
@@ -119,7 +120,7 @@ class Prober:
 
     def _apply(self, number: int, backend: Backend, facts: EngineFacts) -> None:
         if facts.capacity_tokens is not None and backend.capacity_tokens is None:
-            self._journal.set_budget(number, facts.capacity_tokens)
+            self._tell_capacity(number, facts.capacity_tokens)
         if facts.in_flight_limit is not None:
             self._fleet.set_limit(number, facts.in_flight_limit)
             self._limits_changed()
@@ -132,6 +133,18 @@ class Prober:
                 self._started[number] = started
                 self._fleet.restarted(number)
                 self._journal.new_epoch(number)
+
+    def _tell_capacity(self, number: int, tokens: int) -> None:
+        """Say it when it is new, since what the answers teach from there on would be undone by saying it again.
+
+        A worker that starts among others says it only where their index has no budget for the replica yet.
+        """
+        first = number not in self._capacity_tokens
+        if self._capacity_tokens.get(number) == tokens:
+            return
+        self._capacity_tokens[number] = tokens
+        if not (first and self._journal.knows_budget(number)):
+            self._journal.set_budget(number, tokens)
 
     async def _page(self, backend: Backend, path: bytes) -> tuple[int, bytes]:
         headers = () if backend.credential is None else (backend.credential,)

@@ -7,6 +7,7 @@ not know what a request is beyond its seconds of work.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 
 import msgspec
@@ -14,6 +15,13 @@ import msgspec
 from proxy.clock import Clock
 from proxy.errors import CairnError, Overloaded, RateLimited
 from proxy.line import Line
+
+RECHECK_SECONDS = 0.05
+"""While requests wait, this often it is asked whether other processes leave places free."""
+
+LOOKS_BEFORE_BORROWING = 2
+"""A burst reaches all processes together and their news is some 10 ms old, later where a loop is busy: so nobody
+takes more than its share before it had the time to hear of the others."""
 
 
 class QueueLimits(msgspec.Struct, frozen=True, gc=False):
@@ -47,12 +55,24 @@ class Turn:
 
 
 class Queue:
-    """Lets at most `limit` requests be at a replica; without a limit it lets everything pass at once."""
+    """Lets at most `limit` requests be at a replica; without a limit it lets everything pass at once.
 
-    def __init__(self, limit: int | None, limits: QueueLimits, clock: Clock) -> None:
+    `places`, where given, tells how many of them may be this process's now; it is told how many wait here.
+    """
+
+    def __init__(
+        self,
+        limit: int | None,
+        limits: QueueLimits,
+        clock: Clock,
+        places: Callable[[int], int | None] | None = None,
+    ) -> None:
         self._limit = limit
         self._limits = limits
         self._clock = clock
+        self._places = places
+        self._recheck_due = False
+        self._looks = 0
         self._line: Line[asyncio.Future[None]] = Line(limits.deadline_seconds)
         self._running = 0
 
@@ -67,7 +87,7 @@ class Queue:
 
     def try_turn(self) -> Turn | None:
         """A turn at once, where nobody would have to wait: the common case, without an await."""
-        if self._limit is None or (self._running < self._limit and not len(self._line)):
+        if self._limit is None or (not len(self._line) and self._has_room()):
             self._running += 1
             return Turn(self)
         return None
@@ -89,6 +109,7 @@ class Queue:
         future: asyncio.Future[None] = loop.create_future()
         place = self._line.join(future, work_seconds, self._clock.monotonic())
         alarm = loop.call_later(self._limits.deadline_seconds, self._too_late, future)
+        self._look_again_soon()
         try:
             await future
         except BaseException:
@@ -102,9 +123,14 @@ class Queue:
         return Turn(self)
 
     def set_limit(self, limit: int | None) -> None:
-        """Another limit: learned, or this process's share of it as the others' work changes."""
+        """Another limit of the replica."""
         self._limit = limit
         self._wake()
+
+    def adopt(self, limits: QueueLimits) -> None:
+        """Other bounds, from the next request on."""
+        self._limits = limits
+        self._line.deadline_seconds = limits.deadline_seconds
 
     def fail(self, error: CairnError) -> None:
         """The replica is down: every waiting request gets `error` now, and may go elsewhere."""
@@ -116,8 +142,29 @@ class Queue:
         self._running -= 1
         self._wake()
 
+    def _has_room(self) -> bool:
+        if self._limit is None:
+            return True
+        waiting = len(self._line) if self._looks >= LOOKS_BEFORE_BORROWING else 0
+        places = self._limit if self._places is None else self._places(waiting)
+        return places is None or self._running < places
+
+    def _look_again_soon(self) -> None:
+        if self._places is not None and not self._recheck_due:
+            self._recheck_due = True
+            asyncio.get_running_loop().call_later(RECHECK_SECONDS, self._look_again)
+
+    def _look_again(self) -> None:
+        self._recheck_due = False
+        self._looks += 1
+        self._wake()
+        if len(self._line):
+            self._look_again_soon()
+        else:
+            self._looks = 0
+
     def _wake(self) -> None:
-        while len(self._line) and (self._limit is None or self._running < self._limit):
+        while len(self._line) and self._has_room():
             future = self._line.next(self._clock.monotonic())
             if future is not None and not future.done():
                 self._running += 1

@@ -133,6 +133,7 @@ class Relay:
                 await attempt.wait(self._clock)
             except BaseException:
                 attempt.take_back()  # it was never sent, so nobody holds its prefix
+                attempt.end(self._clock.monotonic())
                 raise
             finally:
                 journey.waited_seconds += self._clock.monotonic() - before_seconds
@@ -200,7 +201,8 @@ class Relay:
         now_seconds = self._clock.monotonic()
         attempt.take_back()
         attempt.end(now_seconds)
-        self._fleet.failed(attempt.replica, now_seconds, unreachable=isinstance(error, ConnectFailed))
+        if self._fleet.failed(attempt.replica, now_seconds, unreachable=isinstance(error, ConnectFailed)):
+            self._attempts.turn_away(attempt.replica, error)
 
     def _note_status(self, attempt: Attempt, answer: UpstreamAnswer) -> None:
         status = answer.status
@@ -230,6 +232,8 @@ class Relay:
             answer.abort()
 
     async def _plain(self, journey: Journey, answer: UpstreamAnswer, downstream: Downstream) -> None:
+        if answer.status < 300 and journey.attempt is not None:
+            journey.attempt.computed()
         head = self._answer_head(journey, answer)
         length = answer.content_length
         kept: list[bytes] = []

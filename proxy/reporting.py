@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from cache import BreakerState as StoreBreakerState
@@ -16,6 +17,7 @@ from proxy.logs import AccessLog
 from proxy.metrics import Labels, Recorder, Spec
 from proxy.pools import Pools
 from proxy.shadow import Shadow
+from proxy.queue import Queue
 from proxy.sightings import Sightings
 
 REPORT_SECONDS = 0.25
@@ -42,6 +44,7 @@ class Reporter:
         contexts: ContextStore,
         sightings: Sightings,
         shadow: Shadow,
+        queues: Mapping[int, Queue],
         clock: Clock,
     ) -> None:
         self._control = control
@@ -53,6 +56,7 @@ class Reporter:
         self._room = room
         self._sightings = sightings
         self._shadow = shadow
+        self._queues = queues
         self._clock = clock
         self._access_log = access_log
         self._contexts = contexts
@@ -123,7 +127,7 @@ class Reporter:
                 up[view.name] = view.available
                 breaker[view.name,] = _BREAKER_LEVELS[self._fleet.breaker_state(view.id, now_seconds)]
                 in_flight[view.name,] = self._fleet.own_in_flight(view.id)
-                queued[view.name,] = view.queued
+                queued[view.name,] = len(self._queues[view.id])
                 pending[view.name,] = view.pending_tokens
                 if (measured := self._fleet.measured_rate(view.id)) is not None:
                     rate[view.name,] = measured

@@ -17,7 +17,10 @@ import msgspec
 from msgspec import Meta
 
 MIB = 1024 * 1024
-_DEFAULT_PORTS = {"http": 80, "https": 443}
+FOLLOWED_SCHEME = "dns+http"
+"""Of a URL that stands for all addresses of its name, whichever those are at the time."""
+
+_DEFAULT_PORTS = {"http": 80, "https": 443, FOLLOWED_SCHEME: 80}
 _VERSION_SEGMENT = re.compile(r"v\d+\w*")  # v1, v4, v1beta
 _CREDENTIAL_IN_QUERY = re.compile(r"(?i)\b(password|token|key|secret)=[^&]*")
 
@@ -149,7 +152,10 @@ class Redis(Section, frozen=True):
 
 
 class Replica(Section, frozen=True):
-    """One endpoint of a pool. `name` labels metrics and the shared index; by default host and port."""
+    """One endpoint of a pool. `name` labels metrics and the shared index; by default host and port.
+
+    A `url` of `dns+http://name:port` stands for an endpoint at each address of the name, labelled by that.
+    """
 
     url: str
     name: Name | None = None
@@ -166,9 +172,14 @@ class Replica(Section, frozen=True):
         return self.name or derived_name(self.url)
 
     @property
+    def is_followed(self) -> bool:
+        """True where the URL is a name whose addresses are the endpoints."""
+        return self.url.startswith(f"{FOLLOWED_SCHEME}://")
+
+    @property
     def scheme(self) -> str:
         """`http` or `https`."""
-        return urlsplit(self.url).scheme
+        return urlsplit(self.url).scheme.removeprefix("dns+")
 
     @property
     def host(self) -> str:
@@ -267,6 +278,13 @@ class Contexts(Section, frozen=True):
     warming_seconds: Seconds = 900  # a context still pending after that was left in the middle
 
 
+class Queueing(Section, frozen=True):
+    """Requests for which a replica (`max_concurrent`, or what it says of itself) has no place, per worker."""
+
+    deadline_seconds: Seconds = 120  # then 503; from half of it on a request goes before all others
+    max_waiting: Count = 1024  # beyond that 429
+
+
 class Log(Section, frozen=True):
     """What is written: access lines as JSON to standard output, the rest to standard error."""
 
@@ -319,6 +337,7 @@ class Config(Section, frozen=True):
     tenants: Tenants = Tenants()
     upstream: Upstream = Upstream()
     routing: Routing = Routing()
+    queue: Queueing = Queueing()
     prices: Annotated[tuple[Price, ...], Meta(max_length=1024)] = ()  # before the built-in data
     contexts: Contexts = Contexts()
     log: Log = Log()

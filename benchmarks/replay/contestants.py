@@ -28,6 +28,7 @@ global
   nbthread 1
 defaults
   mode http
+  option http-no-delay
   timeout connect 5s
   timeout client 3600s
   timeout server 3600s

@@ -52,7 +52,8 @@ class ShareRow(NamedTuple):
 
     `pending_tokens` is gross: the running head's progress is not taken off, so that readers can take it off once for
     all writers. The head is this process's oldest prefill: its tokens, since when it was sent, and how far it is past
-    its predicted first token (0 where it is not). `released_seconds` is since when the last prefill ended there.
+    its predicted first token (0 where it is not). `released_seconds` is since when the last prefill ended there. Of
+    those in flight `waiting` are in that process's queue and not sent yet.
     """
 
     pending_tokens: float
@@ -61,22 +62,25 @@ class ShareRow(NamedTuple):
     head_seconds: float
     overdue_seconds: float
     released_seconds: float
+    waiting: float = 0.0
 
 
 class _Peers:
     """What all other processes have under way on one replica. Times by this process's clock."""
 
-    __slots__ = ("heads", "in_flight", "pending_tokens", "released_seconds")
+    __slots__ = ("heads", "in_flight", "pending_tokens", "released_seconds", "waiting")
 
     def __init__(self) -> None:
         self.pending_tokens = 0.0
         self.in_flight = 0.0
+        self.waiting = 0.0
         self.released_seconds = 0.0
         self.heads: dict[str, tuple[float, float, float]] = {}  # by peer: sent, tokens, due or later
 
     def add(self, peer: str, row: ShareRow, now_seconds: float) -> None:
         self.pending_tokens += row.pending_tokens
         self.in_flight += row.in_flight
+        self.waiting += row.waiting
         self.released_seconds = max(self.released_seconds, now_seconds - row.released_seconds)
         if row.head_tokens:
             due = now_seconds - row.overdue_seconds if row.overdue_seconds > 0 else float("inf")
@@ -85,6 +89,7 @@ class _Peers:
     def remove(self, peer: str, row: ShareRow) -> None:
         self.pending_tokens -= row.pending_tokens
         self.in_flight -= row.in_flight
+        self.waiting -= row.waiting
         self.heads.pop(peer, None)
 
 
@@ -144,7 +149,7 @@ class _Replica:
             self.limit,
             late,
             in_flight_seconds,
-            0 if self.limit is None else max(in_flight - self.limit, 0),
+            self.work.waiting + int(self.peers.waiting),
             self.draining and allowed,
             0.0 if allowed else self.breaker.wait_seconds(now_seconds),
         )
@@ -218,6 +223,32 @@ class Fleet:
     def limit_of(self, number: int) -> int | None:
         """How many requests may be at a replica at once; None where nobody said."""
         return self._replicas[number].limit
+
+    def places(self, number: int, processes: int, waiting: int, *, own_name: str, informed: bool) -> int | None:
+        """How many requests of this process may be at a replica now, so that all together keep its limit.
+
+        An equal share for each of `processes`; where requests wait here (`waiting`) and in no other process, also
+        what the others leave free. With no news of the others (not `informed`) the share alone. None: no limit.
+        """
+        replica = self._replicas[number]
+        limit, peers = replica.limit, replica.peers
+        if limit is None or processes <= 1:
+            return limit
+        share, rest = divmod(limit, processes)
+        if len(self._shares) >= processes - 1:  # the rest goes by the order of names, once all names are known
+            share += sum(name < own_name for name in self._shares) < rest
+        if not informed:
+            return max(share, 1)
+        free = max(limit - int(peers.in_flight - peers.waiting), 0)
+        if limit < processes:  # else some would never have a place; the engine's own queue takes the few too many
+            free, share = max(free, 1), max(share, 1)
+        return free if waiting and not peers.waiting else min(share, free)
+
+    def wait_seconds(self, number: int, uncached_tokens: float, now_seconds: float) -> float:
+        """Until the first token of a prompt of so many uncached tokens that is sent to a replica now."""
+        replica = self._replicas[number]
+        pending, late = replica.load(now_seconds)
+        return (pending + uncached_tokens) / replica.rate_now + late
 
     def own_in_flight(self, number: int) -> int:
         """Requests of this process at a replica."""
@@ -380,10 +411,11 @@ class Fleet:
                         now_seconds - head.sent_seconds,
                         0.0 if head.plain else max(now_seconds - head.due_seconds, 0.0),
                         released,
+                        work.waiting,
                     )
                 elif work.in_flight or work.pending_tokens or released < PEER_SILENCE_SECONDS:
                     rows[replica.spec.name] = ShareRow(
-                        round(work.pending_tokens), work.in_flight, 0, 0.0, 0.0, released
+                        round(work.pending_tokens), work.in_flight, 0, 0.0, 0.0, released, work.waiting
                     )
         return rows
 

@@ -47,11 +47,12 @@ class Charge:
 class Work:
     """The charges of one replica."""
 
-    __slots__ = ("_started", "_started_tokens", "in_flight", "pending_tokens", "released_seconds")
+    __slots__ = ("_started", "_started_tokens", "in_flight", "pending_tokens", "released_seconds", "waiting")
 
     def __init__(self) -> None:
         self.pending_tokens = 0.0
         self.in_flight = 0
+        self.waiting = 0  # of those in flight: in the queue, not sent yet
         self.released_seconds = 0.0  # when a prefill was last seen to end here
         self._started: deque[Charge] = deque()
         self._started_tokens = 0.0
@@ -61,6 +62,7 @@ class Work:
         self.pending_tokens += charge.uncached_tokens
         if not charge.gated:
             self.in_flight += 1
+            self.waiting += 1
 
     def start(self, charge: Charge, rate: float, now_seconds: float, elsewhere_tokens: float = 0.0) -> None:
         """It is sent, behind what was sent before: `elsewhere_tokens` of that by other processes."""
@@ -70,6 +72,8 @@ class Work:
         if charge.gated:
             charge.gated = False
             self.in_flight += 1
+        else:
+            self.waiting -= 1
         if not charge.pending:
             return
         charge.sent_seconds = now_seconds
@@ -135,6 +139,7 @@ class Work:
             charge.present = False
             if not charge.gated:
                 self.in_flight -= 1
+                self.waiting -= not charge.started
 
     def _drop(self, charge: Charge) -> None:
         charge.pending = False

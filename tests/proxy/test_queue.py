@@ -132,3 +132,28 @@ async def test_a_raised_limit_lets_the_next_pass():
     queue.set_limit(1)
     assert queue.running == 1
     first.done()
+
+
+async def test_what_other_processes_leave_free_is_taken_a_moment_later():
+    """The share at once; more when news of the others shows it free, since a burst reaches all processes together."""
+    allowed = 1
+    queue = Queue(4, QueueLimits(), FakeClock(), lambda waiting: allowed)
+    first = await queue.turn(1.0)
+    order: list[float] = []
+    task = asyncio.get_running_loop().create_task(waiter(queue, 1.0, order))
+    await settle()
+    assert (len(queue), queue.running) == (1, 1)
+    allowed = 2
+    async with asyncio.timeout(5):
+        await task
+    assert order == [1.0]
+    first.done()
+
+
+async def test_other_bounds_hold_from_the_next_request_on():
+    """As after a reload."""
+    queue = queue_of(1)
+    await queue.turn(1.0)
+    queue.adopt(QueueLimits(deadline_seconds=0.01, most_waiting=1))
+    with pytest.raises(Overloaded):
+        await queue.turn(1.0)

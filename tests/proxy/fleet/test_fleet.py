@@ -347,17 +347,59 @@ def test_the_work_of_a_process_that_falls_silent_dies_with_it():
     assert row(fleet, now=1.0).pending_tokens == 0.0
 
 
-def test_what_exceeds_the_limit_is_seen_as_queued():
-    """Of all processes together."""
-    fleet = fleet_of("a", limit=2)
-    fleet.charge(0, 1.0, 0.0)
-    fleet.absorb("other", {"a": ShareRow(0, 3, 0, 0.0, 0.0, 9.0)}, 0.0)
-    assert row(fleet).queued == 2
+def test_what_waits_for_a_place_is_seen_as_queued():
+    """Here and in all other processes, until it is sent or gone."""
+    fleet, other = fleet_of("a", limit=2), fleet_of("a", limit=2)
+    waits, leaves = fleet.charge(0, 1.0, 0.0, queued=True), fleet.charge(0, 1.0, 0.0, queued=True)
+    other.charge(0, 1.0, 0.0, queued=True)
+    fleet.absorb("other", other.share(0.0), 0.0)
+    assert (row(fleet).queued, row(fleet).in_flight) == (3, 3)
+    fleet.start(waits, 0.1)
+    fleet.client_left(leaves)
+    fleet.finish(waits, 0.2)
+    assert (row(fleet, now=0.2).queued, row(fleet, now=0.2).in_flight) == (1, 1)
     fleet.set_limit(0, 100)  # a configured limit stands
     assert row(fleet).in_flight_limit == 2
     free = fleet_of("a")
     free.set_limit(0, 4)
     assert row(free).in_flight_limit == 4
+
+
+def places(fleet: Fleet, processes: int, waiting: int = 0, *, name: str = "b", informed: bool = True) -> int | None:
+    return fleet.places(0, processes, waiting, own_name=name, informed=informed)
+
+
+def test_processes_share_a_limit_and_take_what_others_leave_only_when_they_must():
+    """An equal share at once; the rest where requests wait here and in no other process."""
+    fleet = fleet_of("a", limit=8)
+    assert places(fleet, 1) == 8
+    assert places(fleet, 2) == 4
+    assert places(fleet, 2, waiting=3) == 8
+    fleet.absorb("a", {"a": ShareRow(0, 3, 0, 0.0, 0.0, 9.0)}, 0.0)
+    assert places(fleet, 2, waiting=3) == 5
+    fleet.absorb("a", {"a": ShareRow(0, 9, 0, 0.0, 0.0, 9.0, 2)}, 0.0)
+    assert places(fleet, 2) == 1  # the other borrowed seven before this one had anything
+    fleet.absorb("a", {"a": ShareRow(0, 6, 0, 0.0, 0.0, 9.0, 2)}, 0.0)
+    assert places(fleet, 2, waiting=3) == 4
+    assert places(fleet_of("a"), 2) is None
+
+
+def test_the_rest_of_a_division_is_somebodys():
+    """By the order of names, once everyone is known."""
+    fleet = fleet_of("a", limit=5)
+    assert places(fleet, 2, name="b") == 2
+    fleet.absorb("c", {"a": ShareRow(0, 1, 0, 0.0, 0.0, 9.0, 1)}, 0.0)
+    assert (places(fleet, 2, name="b"), places(fleet, 2, name="d")) == (3, 2)
+
+
+def test_without_news_of_the_others_it_is_the_share_alone():
+    """And never nothing at all, or nobody would be served."""
+    fleet = fleet_of("a", limit=2)
+    assert places(fleet, 2, waiting=5, informed=False) == 1
+    assert places(fleet, 4, waiting=5, informed=False) == 1
+    fleet.absorb("a", {"a": ShareRow(0, 2, 0, 0.0, 0.0, 9.0)}, 0.0)
+    assert places(fleet, 4) == 1
+    assert places(fleet, 2) == 0
 
 
 def test_a_replica_at_rest_costs_no_new_row():

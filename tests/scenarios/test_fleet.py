@@ -1,0 +1,181 @@
+"""A fleet that changes under load: replicas behind a name, limits that processes share, scraped capacities."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from proxy import metrics
+from proxy.app import Worker
+from proxy.settings import Pool, Queueing, Replica
+from tests.scenarios.test_conversations import words
+from tests.support.cairn import Cairn, config_for, running
+from tests.support.openai_upstream import OpenAIUpstream
+from tests.support.valkey import Valkey, eventually, free_port
+from tests.support.valkey import running as valkey_running
+
+
+@pytest.fixture
+def valkey() -> Iterator[Valkey]:
+    with valkey_running() as valkey:
+        yield valkey
+
+
+async def ask(http: aiohttp.ClientSession, cairn: Cairn, text: str) -> tuple[int, str]:
+    body = {"model": "test-model", "messages": [{"role": "user", "content": text}]}
+    async with http.post(f"{cairn.url}/chat/completions", json=body) as answer:
+        await answer.read()
+        return answer.status, answer.headers.get("x-cairn-replica", "")
+
+
+def queued(cairn: Cairn) -> float:
+    cairn.worker.reporter.report()
+    return cairn.heard.exposition.series(metrics.UPSTREAM_QUEUED).get((cairn.worker.fleet.name_of(0),), 0)
+
+
+class At(OpenAIUpstream):
+    """An upstream at another loopback address, all on one port as pods are."""
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(port=port)
+        self.host = host
+
+    async def __aenter__(self) -> At:
+        self._runner = web.ServerRunner(web.Server(self._handle, handler_cancellation=True), shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, self.host, self.port).start()
+        return self
+
+
+async def test_replicas_behind_a_name_come_and_go_under_load(http: aiohttp.ClientSession) -> None:
+    """A new address takes its share at the next look, one that is gone gets nothing more, and no request is lost."""
+    port = free_port()
+    hosts = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
+    addresses = hosts[:2]
+
+    async def resolve(name: str, asked_port: int) -> Sequence[str]:
+        assert (name, asked_port) == ("engines.test", port)
+        return addresses
+
+    def prepare(worker: Worker) -> None:
+        worker.members._resolve = resolve
+
+    pool = Pool(name="engines", replicas=(Replica(f"dns+http://engines.test:{port}"),))
+    async with AsyncExitStack() as stack:
+        for host in hosts:
+            await stack.enter_async_context(At(host, port))
+        cairn = await stack.enter_async_context(running(config_for([], pools=[pool]), prepare))
+
+        async def load(label: str) -> set[str]:
+            answers = await asyncio.gather(*(ask(http, cairn, words(f"{label}{n}", 600)) for n in range(30)))
+            assert {status for status, _ in answers} == {200}
+            return {replica.partition(":")[0] for _, replica in answers}
+
+        assert await load("a") == {"127.0.0.2", "127.0.0.3"}
+        addresses = hosts
+        await cairn.worker.members.look()
+        assert await load("b") == set(hosts)
+        addresses = hosts[1:]
+        await cairn.worker.members.look()
+        assert await load("c") == set(hosts[1:])
+
+
+async def test_two_processes_keep_one_limit_together(http: aiohttp.ClientSession, valkey: Valkey) -> None:
+    """A burst at both of them never has more than four at the replica; then one alone may have all four."""
+    most = 0
+
+    class Counting(OpenAIUpstream):
+        async def _serve(self, *args):
+            nonlocal most
+            await asyncio.sleep(0.03)
+            most = max(most, self.in_flight)
+            return await super()._serve(*args)
+
+    async with Counting() as upstream:
+        pool = Pool(name="engines", replicas=(Replica(upstream.url, max_concurrent=4),))
+        config = config_for([], valkey.url, pools=[pool])
+        async with running(config) as one, running(config) as two:
+            await eventually(lambda: one.worker.journal.others == 1 and two.worker.journal.others == 1)
+            burst = [ask(http, cairn, words(f"{n}", 300)) for n in range(16) for cairn in (one, two)]
+            assert {status for status, _ in await asyncio.gather(*burst)} == {200}
+            assert most == 4
+            most = 0
+            await asyncio.sleep(0.1)
+            assert {status for status, _ in await asyncio.gather(*(ask(http, one, "short") for _ in range(16)))} == {
+                200
+            }
+            assert most == 4
+
+
+async def test_the_queue_has_the_length_and_the_deadline_that_are_configured(http: aiohttp.ClientSession) -> None:
+    """Beyond its length 429, at its deadline 503; its places are seen in metrics and are zero at the end."""
+    gate = asyncio.Event()
+    async with OpenAIUpstream(gate=gate) as upstream:
+        pool = Pool(name="engines", replicas=(Replica(upstream.url, max_concurrent=1),))
+        config = config_for([], pools=[pool], queue=Queueing(deadline_seconds=0.3, max_waiting=2))
+        async with running(config) as cairn:
+            first = asyncio.get_running_loop().create_task(ask(http, cairn, "a"))
+            await eventually(lambda: len(upstream.generations) == 1)
+            rest = [asyncio.get_running_loop().create_task(ask(http, cairn, "b")) for _ in range(3)]
+            await eventually(lambda: queued(cairn) == 2)
+            assert sorted([(await each)[0] for each in rest]) == [429, 503, 503]
+            gate.set()
+            assert (await first)[0] == 200
+            assert queued(cairn) == 0
+
+
+@asynccontextmanager
+async def scripted(pages: dict[str, str]) -> AsyncIterator[str]:
+    """An engine that answers with `pages` by path, else 404."""
+
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        page = pages.get(request.path)
+        return web.Response(status=404) if page is None else web.Response(text=page)
+
+    runner = web.ServerRunner(web.Server(handle))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+MODELS = '{"object": "list", "data": [{"id": "test-model"}]}'
+VLLM = 'process_start_time_seconds {at}\nvllm:cache_config_info{{block_size="16",num_gpu_blocks="{blocks}"}} 1.0\n'
+
+
+async def test_a_capacity_is_scraped_and_said_again_only_when_it_changes() -> None:
+    """What answers taught since then stands; a later start time means a new epoch."""
+    pages = {"/v1/models": MODELS, "/metrics": VLLM.format(at=1000.0, blocks=1_000)}
+    async with scripted(pages) as url, running(config_for([url])) as cairn:
+        worker = cairn.worker
+        assert worker.index.replicas()[0].budget_tokens == 16_000
+        worker.index.set_budget(0, 14_400)
+        await worker.prober.learn(0)
+        assert worker.index.replicas()[0].budget_tokens == 14_400
+        epoch = worker.index.epoch(0)
+        pages["/metrics"] = VLLM.format(at=2000.0, blocks=2_000)
+        await worker.prober.learn(0)
+        assert worker.index.replicas()[0].budget_tokens == 32_000
+        assert worker.index.epoch(0) == epoch + 1
+        await worker.prober.learn(0)
+        assert worker.index.epoch(0) == epoch + 1
+
+
+async def test_capacity_and_places_of_llama_cpp_and_sglang_are_scraped() -> None:
+    """From /props and /get_server_info."""
+    llama = {"/v1/models": MODELS, "/props": '{"total_slots": 4, "default_generation_settings": {"n_ctx": 2048}}'}
+    sglang = {
+        "/v1/models": MODELS,
+        "/get_server_info": '{"max_total_num_tokens": 9000, "max_running_requests": 7}',
+    }
+    async with scripted(llama) as one, scripted(sglang) as two, running(config_for([one, two])) as cairn:
+        worker = cairn.worker
+        assert [worker.index.replicas()[n].budget_tokens for n in (0, 1)] == [8_192, 9_000]
+        assert [worker.fleet.limit_of(n) for n in (0, 1)] == [4, 7]
