@@ -119,6 +119,7 @@ class Worker:
         self.pools = self.members.pools
         self.shadow = Shadow(self.pools)
         gate = Gate()
+        self.elsewhere = Elsewhere(gate, self._wait_seconds)
         self.journal = Journal(
             self.index,
             self.store,
@@ -129,7 +130,7 @@ class Worker:
             name_of=self.fleet.name_of,
             owners=self.owners,
             heard=self.shadow.placed,
-            elsewhere=Elsewhere(gate, self._wait_seconds),
+            elsewhere=self.elsewhere,
         )
         self.board = InflightBoard(
             self.store,

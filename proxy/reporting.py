@@ -16,8 +16,8 @@ from proxy.fleet import BreakerState, Fleet
 from proxy.logs import AccessLog
 from proxy.metrics import Labels, Recorder, Spec
 from proxy.pools import Pools
-from proxy.shadow import Shadow
 from proxy.queue import Queue
+from proxy.shadow import Shadow
 from proxy.sightings import Sightings
 
 REPORT_SECONDS = 0.25

@@ -15,7 +15,7 @@ from proxy.app import Worker
 from proxy.settings import Pool, Queueing, Replica
 from tests.scenarios.test_conversations import words
 from tests.support.cairn import Cairn, config_for, running
-from tests.support.openai_upstream import OpenAIUpstream
+from tests.support.openai_upstream import Failure, OpenAIUpstream
 from tests.support.valkey import Valkey, eventually, free_port
 from tests.support.valkey import running as valkey_running
 
@@ -179,3 +179,78 @@ async def test_capacity_and_places_of_llama_cpp_and_sglang_are_scraped() -> None
         worker = cairn.worker
         assert [worker.index.replicas()[n].budget_tokens for n in (0, 1)] == [8_192, 9_000]
         assert [worker.fleet.limit_of(n) for n in (0, 1)] == [4, 7]
+
+
+def siblings() -> list[str]:
+    """Fifty prompts that share some 8,000 tokens."""
+    shared = words("document", 3_500)
+    return [f"{shared} question {number}" for number in range(50)]
+
+
+def cold(*upstreams: OpenAIUpstream) -> int:
+    """Generations of which less than half was cached."""
+    return sum(
+        cached < prompt / 2
+        for upstream in upstreams
+        for prompt, cached in zip(upstream.prompt_tokens, upstream.cached_tokens, strict=True)
+    )
+
+
+async def test_siblings_at_another_proxy_wait_for_the_first_ones_prefill(
+    http: aiohttp.ClientSession, valkey: Valkey
+) -> None:
+    """What the first proxy sent is heard of by the second, whose requests go when its first token has come."""
+    gate = asyncio.Event()
+    async with OpenAIUpstream(gate=gate) as a, OpenAIUpstream(gate=gate) as b:
+        config = config_for([a.url, b.url], valkey.url)
+        async with running(config) as one, running(config) as two:
+            await eventually(lambda: one.worker.journal.others == 1 and two.worker.journal.others == 1)
+            first, *rest = siblings()
+            asked = [asyncio.get_running_loop().create_task(ask(http, one, first))]
+            await eventually(lambda: len(two.worker.elsewhere) == 1)
+            asked += [asyncio.get_running_loop().create_task(ask(http, two, text)) for text in rest]
+            await eventually(lambda: two.worker.room.requests == 49)
+            assert len(a.generations) + len(b.generations) <= 2
+            gate.set()
+            assert {(await each)[0] for each in asked} == {200}
+            assert len(two.worker.elsewhere) == 0
+            assert cold(a, b) <= 2
+
+
+async def test_a_burst_of_siblings_at_two_proxies_makes_at_most_two_prefills(
+    http: aiohttp.ClientSession, valkey: Valkey
+) -> None:
+    """Fifty at once, by turns: both proxies choose the same replica for the one that goes ahead."""
+    gate = asyncio.Event()
+    async with OpenAIUpstream(gate=gate) as a, OpenAIUpstream(gate=gate) as b:
+        config = config_for([a.url, b.url], valkey.url)
+        async with running(config) as one, running(config) as two:
+            await eventually(lambda: one.worker.journal.others == 1 and two.worker.journal.others == 1)
+            asked = [
+                asyncio.get_running_loop().create_task(ask(http, (one, two)[n % 2], text))
+                for n, text in enumerate(siblings())
+            ]
+            await eventually(lambda: one.worker.room.requests + two.worker.room.requests == 50)
+            assert len(a.generations) + len(b.generations) <= 2
+            gate.set()
+            assert {(await each)[0] for each in asked} == {200}
+            assert cold(a, b) <= 2
+
+
+async def test_one_that_fails_elsewhere_lets_ours_go_ahead(http: aiohttp.ClientSession, valkey: Valkey) -> None:
+    """Its placement is taken back, and the first of ours that waits computes the prefix."""
+    gate = asyncio.Event()
+    async with OpenAIUpstream(gate=gate) as a:
+        config = config_for([a.url], valkey.url)
+        async with running(config) as one, running(config) as two:
+            await eventually(lambda: one.worker.journal.others == 1 and two.worker.journal.others == 1)
+            first, second, *_ = siblings()
+            a.failures = [Failure(500)]
+            failing = asyncio.get_running_loop().create_task(ask(http, one, first))
+            assert (await failing)[0] == 500
+            await eventually(lambda: two.worker.journal.stats.applied_deltas >= 2)
+            asked = asyncio.get_running_loop().create_task(ask(http, two, second))
+            await eventually(lambda: len(a.generations) == 2)
+            assert len(two.worker.elsewhere) == 0
+            gate.set()
+            assert (await asked)[0] == 200

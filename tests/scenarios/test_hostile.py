@@ -118,13 +118,14 @@ async def test_many_large_bodies_at_once_are_refused_beyond_the_bound(http: aioh
         OpenAIUpstream(gate=gate) as upstream,
         running(config_for([upstream.url], server=server)) as cairn,
     ):
-        body = json.dumps(CHAT | {"messages": [{"role": "user", "content": "x" * 1_000_000}]})
 
-        async def ask() -> tuple[int, str | None]:
+        async def ask(letter: str = "x") -> tuple[int, str | None]:
+            # siblings would wait for each other at the cold gate
+            body = json.dumps(CHAT | {"messages": [{"role": "user", "content": letter * 1_000_000}]})
             async with http.post(f"{cairn.url}/chat/completions", data=body) as answer:
                 return answer.status, answer.headers.get("retry-after")
 
-        first = [asyncio.get_running_loop().create_task(ask()) for _ in range(2)]
+        first = [asyncio.get_running_loop().create_task(ask(letter)) for letter in "ab"]
         await eventually(lambda: upstream.in_flight == 2)
         refused = await asyncio.gather(*[ask() for _ in range(10)])
         assert refused == [(503, "1")] * 10
