@@ -720,3 +720,14 @@ async def test_a_client_that_leaves_while_it_uploads_leaves_nothing(redis: Valke
         assert redis.ask("DBSIZE") == before
         assert (await client.call("GET", "/caching"))[1]["data"] == []
         del reader
+
+
+async def test_where_only_pinned_contexts_are_left_a_creation_is_429(redis: Valkey) -> None:
+    """`exceeded_current_quota_error`; what is there stays."""
+    text = "".join(f"{n:x}" for n in range(20_000))
+    async with serving(redis, warm_replicas=0, tenant_bytes=70_000) as (client, _):
+        made = await client.put([{"role": "user", "content": text}], metadata={"pin": "true"})
+        body = {"model": MODEL, "messages": [{"role": "user", "content": text[::-1]}]}
+        status, answer, _ = await client.call("POST", "/caching", body)
+        assert (status, answer["error"]["type"]) == (429, "exceeded_current_quota_error")
+        assert [row["id"] for row in (await client.call("GET", "/caching"))[1]["data"]] == [made["id"]]
