@@ -259,7 +259,7 @@ class Routing(Section, frozen=True):
     prefill_tokens_per_second: Annotated[float, Meta(gt=0)] = 4000  # until a replica's own is learned
     in_flight_seconds_least: Annotated[float, Meta(ge=0)] = 0.05  # bounds of what one more request in flight costs
     in_flight_seconds_most: Annotated[float, Meta(ge=0)] = 0.1
-    future_weight_per_second: Annotated[float, Meta(ge=0)] = 1.5  # uncached work counts more, the longer all queues
+    future_weight_per_second: Annotated[float, Meta(ge=0)] = 3.0  # uncached work counts more, the longer all queues
 
 
 class Contexts(Section, frozen=True):

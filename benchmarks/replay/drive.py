@@ -48,12 +48,13 @@ class EngineCount(msgspec.Struct, frozen=True):
 
 class Run(msgspec.Struct, frozen=True):
     """One entrant's whole run; `lags_seconds` are samples of how old news of other proxies was when it was applied,
-    `restarted_after` is the number of the last request sent before the first engine began anew."""
+    `restarted` is the engine that began anew, by Cairn's name for it, before request `restarted_before`."""
 
     seen: list[Seen]
     engines: list[EngineCount]
     lags_seconds: list[float]
-    restarted_after: int | None = None
+    restarted_before: int | None = None
+    restarted: str = ""
 
 
 async def drive(
@@ -75,7 +76,8 @@ async def drive(
                 await asyncio.sleep(0.05)
             watching.cancel()
         engines = [await _count(http, port) for port in entrant.engine_ports]
-    return Run(sorted(seen, key=lambda each: each.number), engines, lags, half)
+    name = f"127.0.0.1:{entrant.engine_ports[0]}"
+    return Run(sorted(seen, key=lambda each: each.number), engines, lags, half, name)
 
 
 async def _send_all(

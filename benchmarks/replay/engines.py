@@ -33,6 +33,8 @@ _CLOCK = SystemClock()
 _CHUNK_SECONDS = 1.0
 """Of engine time between two chunks: some 50 tokens in one, since chunks cost the proxies' CPU and decide nothing."""
 
+_OUTPUT_TOKENS = 16  # where a body does not say
+
 _NO_FINGERPRINT = Fingerprint(array("Q"), array("I"))
 _PREPARATIONS = frozenset({b"/v1/chat/completions/render", b"/tokenize"})
 _MODEL_PAGES = {
@@ -51,7 +53,8 @@ class _Message(msgspec.Struct):
 
 class _Body(msgspec.Struct):
     messages: list[_Message]
-    max_tokens: int = 16
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
     stream: bool = False
 
 
@@ -99,8 +102,8 @@ class LiveEngine:
         text = "".join(message.content for message in body.messages).encode()
         self._numbers += 1
         tokens = max(-(-len(text) // BYTES_PER_TOKEN), 1)
-        now = self.now()
-        request = Request(self._numbers, now, tokens, body.max_tokens, blocks_of(text), _NO_FINGERPRINT)
+        now, output = self.now(), body.max_completion_tokens or body.max_tokens or _OUTPUT_TOKENS
+        request = Request(self._numbers, now, tokens, output, blocks_of(text), _NO_FINGERPRINT)
         self._streams[request.number] = stream
         self.engine.submit(request, 0.0, now)
 

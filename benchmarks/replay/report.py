@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,19 +73,15 @@ def figures(name: str, run: Run, speed: float) -> Figures:
         percentile(sorted(each.late_seconds for each in run.seen), 0.99) * speed,
         percentile(lags, 0.5) * speed,
         percentile(lags, 0.99) * speed,
-        None if run.restarted_after is None else recovery(run),
+        recovery(run),
     )
 
 
 def recovery(run: Run) -> Recovery | None:
     """How the first engine fared around its restart; None where nothing tells which engine answered."""
-    half = run.restarted_after
-    names = Counter(each.replica for each in run.seen if each.replica)
-    if half is None or not names:
+    half, restarted = run.restarted_before, run.restarted
+    if half is None or not any(each.replica for each in run.seen):
         return None
-    # the engines were told in the order of their ports, which is that of their names' numbers by chance only; the
-    # restarted one is the one whose predictions went wrong at once
-    restarted = min(names, key=lambda name: _first_wrong(run.seen, name, half))
     mine = [each for each in run.seen if each.replica == restarted and not each.error]
     rest = [each for each in run.seen if each.replica != restarted and not each.error]
     after = [each for each in mine if each.number >= half]
@@ -101,11 +96,6 @@ def recovery(run: Run) -> Recovery | None:
         sum(map(_is_wrong, first)),
         sum(map(_is_wrong, later)),
     )
-
-
-def _first_wrong(seen: Sequence[Seen], name: str, half: int) -> int:
-    mine = (each.number for each in seen if each.number >= half and each.replica == name and _is_wrong(each))
-    return next(mine, len(seen))
 
 
 def _is_wrong(each: Seen) -> bool:

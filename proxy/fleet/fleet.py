@@ -16,7 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from proxy.fleet.breaker import Backoff, Breaker, BreakerState
-from proxy.fleet.rate import PrefillRate
+from proxy.fleet.rate import PrefillRate, pooled
 from proxy.fleet.work import Charge, Work
 from proxy.model import ReplicaView
 
@@ -385,7 +385,7 @@ class Fleet:
     def _rates_changed(self, pool: str) -> None:
         replicas = self._pools.get(pool, ())
         known = [own for replica in replicas if (own := replica.rate.own) is not None]
-        fallback = median(known) if known else self._default_rate
+        fallback = median(known) if known else pooled((each.rate for each in replicas), self._default_rate)
         for replica in replicas:
             own = replica.rate.own
             rate = fallback if own is None else own

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 REMEMBERED = 64
 """Observations kept: enough for a percentile, few enough to follow a change of hardware within minutes."""
@@ -49,10 +51,14 @@ class PrefillRate:
         self._sorted.clear()
 
     @property
+    def seen(self) -> list[float]:
+        """The last 64 observations, in order of size."""
+        return self._sorted
+
+    @property
     def learned(self) -> float | None:
         """The 90th percentile of the last 64 observations, from 8 on."""
-        count = len(self._sorted)
-        return self._sorted[min(int(count * PERCENTILE), count - 1)] if count >= ENOUGH else None
+        return _high(self._sorted)
 
     @property
     def measured(self) -> float | None:
@@ -64,3 +70,16 @@ class PrefillRate:
         """Learned, else configured, else None: the pool's is for the caller to take."""
         learned = self.learned
         return self.configured if learned is None else learned
+
+
+def pooled(rates: Iterable[PrefillRate], default: float) -> float:
+    """What all of them have shown together, while none has enough of its own: a new pool knows its rate eight answers
+    after its start, and not eight for each replica. What fewer answers showed counts where it is faster than the
+    default: a wait that nobody saw makes an observation too low, hardly anything makes it too high."""
+    seen = sorted(chain.from_iterable(rate.seen for rate in rates))
+    return _high(seen) or max(default, seen[len(seen) // 2] if seen else 0.0)
+
+
+def _high(ordered: Sequence[float]) -> float | None:
+    count = len(ordered)
+    return ordered[min(int(count * PERCENTILE), count - 1)] if count >= ENOUGH else None

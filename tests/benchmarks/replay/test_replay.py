@@ -61,15 +61,15 @@ def test_the_configuration_that_the_proxies_get_is_valid_and_scales_with_time(tm
     file.write_text(json.dumps(cairn_config(["http://127.0.0.1:9001"], 6379, 4.0)))
     routing = load(file, {}).config.routing
     assert (routing.in_flight_seconds_least, routing.in_flight_seconds_most) == (0.0125, 0.025)
-    assert routing.future_weight_per_second == 6.0
+    assert routing.future_weight_per_second == 12.0
 
 
-def test_a_restart_is_judged_by_the_engine_whose_predictions_went_wrong():
+def test_a_restart_is_judged_by_the_engine_that_began_anew():
     """Before and after its first 30 requests, beside the others."""
     seen = [Seen(n, 0.1, 0.0, 2_000, 1_500, 1_500, "ab"[n % 2]) for n in range(400)]
     for number in (200, 202):
         seen[number] = Seen(number, 0.1, 0.0, 2_000, 0, 1_500, "a")
-    found = report.recovery(Run(seen, [], [], 200))
+    found = report.recovery(Run(seen, [], [], 200, "a"))
     assert found is not None
     assert (found.before, found.after, found.others_after) == (0.75, 0.75, 0.75)
     assert (found.wrong_in_first, found.wrong_later) == (2, 0)

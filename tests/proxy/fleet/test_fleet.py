@@ -365,6 +365,20 @@ def test_what_waits_for_a_place_is_seen_as_queued():
     assert row(free).in_flight_limit == 4
 
 
+def test_a_new_pool_knows_its_rate_after_eight_answers_of_all_its_replicas():
+    """Before any of them has eight of its own; until then the default, or more where more was shown."""
+    fleet = Fleet(Random(1).random)
+    for name in "abcd":
+        fleet.add(ReplicaSpec(name, "pool"))
+    for turn, expected in enumerate([4_000.0, 4_000.0, 5_000.0, 5_000.0, 5_000.0, 5_000.0, 5_000.0, 5_000.0]):
+        assert fleet.rate_of(turn % 4) == pytest.approx(expected)
+        charge = fleet.charge(turn % 4, 1_000.0, turn)
+        fleet.first_token(charge, turn + (1.0, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.125)[turn])
+        fleet.observe_prefill(charge, 1_000.0)
+        fleet.finish(charge, turn + 0.5)
+    assert [fleet.rate_of(number) for number in range(4)] == [8_000.0] * 4
+
+
 def places(fleet: Fleet, processes: int, waiting: int = 0, *, name: str = "b", informed: bool = True) -> int | None:
     return fleet.places(0, processes, waiting, own_name=name, informed=informed)
 
