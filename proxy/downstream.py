@@ -135,7 +135,10 @@ class ClientAnswer:
             return True
         if self._transport.is_closing():
             raise ConnectionResetError("the client left")
-        self._put(piece)
+        if self._chunked_body and len(piece) <= _JOIN_AT_MOST_BYTES:  # as `_put` does, for every piece of a stream
+            self._transport.write(b"".join((b"%x\r\n" % len(piece), piece, b"\r\n")))
+        else:
+            self._put(piece)
         return not self._protocol.writing_paused
 
     async def drained(self) -> None:
@@ -148,10 +151,7 @@ class ClientAnswer:
 
     def _put(self, piece: bytes | bytearray | memoryview) -> None:
         if self._chunked_body:
-            if len(piece) <= _JOIN_AT_MOST_BYTES:
-                self._transport.write(b"".join((b"%x\r\n" % len(piece), piece, b"\r\n")))
-            else:
-                self._transport.writelines((b"%x\r\n" % len(piece), piece, b"\r\n"))
+            self._transport.writelines((b"%x\r\n" % len(piece), piece, b"\r\n"))
         else:
             if self._remaining_bytes is not None:
                 self._remaining_bytes -= len(piece)

@@ -308,7 +308,11 @@ class Relay:
                 tap.feed(decoder.feed(piece))
                 passed = piece
             keeps_up = downstream.offer(passed) if passed else True
-            self._note_progress(journey, tap, answer.seen_seconds)
+            if tap.progress and journey.first_token_seconds is not None:  # nearly every piece of a stream
+                journey.progress_seconds = answer.seen_seconds
+                journey.token_came(answer.seen_seconds)
+            else:
+                self._note_progress(journey, tap, answer.seen_seconds)
             if wants_id and len(opening) < _OPENING_BYTES:
                 opening += piece
                 if found := _FIRST_ID.search(opening):

@@ -211,7 +211,7 @@ class UpstreamAnswer:
     def wake(self) -> None:
         """Something changed: let whoever waits look again."""
         waiter = self._waiter
-        if waiter is not None and (self._sink is None or self._sink_is_done(self._sink, waiter)):
+        if waiter is not None and (self._sink is None or not self._poured(self._sink, waiter)):
             self._waiter = None
             if not waiter.done():
                 waiter.set_result(None)
@@ -219,11 +219,13 @@ class UpstreamAnswer:
             callback, self._interrupt = self._interrupt, None
             callback()
 
-    def _sink_is_done(self, sink: Callable[[bytes], bool], waiter: asyncio.Future[None]) -> bool:
-        """Pour what has arrived; True where the task that pours must look: at the end, or where the sink is full."""
+    def _poured(self, sink: Callable[[bytes], bool], waiter: asyncio.Future[None]) -> bool:
+        """Pour what has arrived; False where the task that pours must look: at the end, or where the sink is full."""
         try:
             if self._chunks and not waiter.done() and not sink(self.body_now()):
                 self._sink = None
+                return False
         except Exception as error:  # noqa: BLE001 - it is raised again in the task whose sink this is
             waiter.set_exception(error)
-        return self._sink is None or self._complete or self._error is not None or waiter.done()
+            return False
+        return not self._complete and self._error is None

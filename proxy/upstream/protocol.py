@@ -366,7 +366,9 @@ class Connection(asyncio.Protocol):
 
     def _more(self, answer: UpstreamAnswer) -> None:
         """A part of the body came and it goes on."""
-        self._watch(self._seen_at + self._idle_seconds)
+        self.deadline = deadline = self._seen_at + self._idle_seconds
+        if deadline < self._deadlines.next_at:
+            self._deadlines.arm(deadline)
         answer.wake()  # first, since a reader that takes what came at once spares a pause and a resume
         if self._buffered_bytes > self._buffer_bytes and self.state is not _CLOSED:
             self._pause_reading()
