@@ -8,7 +8,7 @@ from cache import PrefixIndex
 from proxy.clock import Clock
 from proxy.metrics import LOOP_LAG, Recorder
 
-TICK_SECONDS = 0.1
+TICK_SECONDS = 0.25
 
 
 class Upkeep:

@@ -19,7 +19,7 @@ from proxy.wire.usage import merge, normal, tail_usage
 
 EVENT_BYTES_MOST = 1024 * 1024  # of one event waited for; a longer one passes unread
 TAIL_BYTES = 16 * 1024  # kept of a running stream: its last events, and the end of one that echoes the request
-_TAIL_TRIMMED_AT_BYTES = TAIL_BYTES + 4 * 1024  # not chunk by chunk, which was a twentieth of what one costs
+_TAIL_TRIMMED_AT_BYTES = TAIL_BYTES + 4 * 1024  # not chunk by chunk, which cost 4 % of each
 _LAST_EVENTS = 64  # read at the end: [DONE], usage, finish, and keep-alives between them
 
 # Two line ends. The groups are atomic, or CR LF would count as two.
