@@ -193,6 +193,7 @@ class Fleet:
             replica = self._replicas[number]
             replica.spec, replica.limit, replica.draining = spec, spec.in_flight_limit, False
             replica.rate.configured = spec.prefill_tokens_per_second
+            replica.quiet_view = None
         self._pools.setdefault(spec.pool, []).append(self._replicas[number])
         self._rates_changed(spec.pool)
         return number
