@@ -100,6 +100,7 @@ class Worker:
         self.config = config
         self._secret = secret
         self.tasks = Tasks()
+        self.loops = Tasks()  # what runs beside requests, and ends before what it uses
         self.recorder = Recorder()
         writer_id = self.writer_id = secrets.token_hex(8)
 
@@ -221,7 +222,7 @@ class Worker:
             self.journal,
             catalogue,
             self.names,
-            self.tasks,
+            self.loops,
             clock,
             limits,
             self._queues,
@@ -270,11 +271,11 @@ class Worker:
         await self.members.look()
         await self.prober.begin()
         await self.contexts.start()
-        self.tasks.start(self.members.run(), "membership")
-        self.tasks.start(self.prober.run(), "prober")
-        self.tasks.start(self.upkeep.run(), "upkeep")
-        self.tasks.start(self.reporter.run(), "reporter")
-        self.tasks.start(self.totals.run(), "totals")
+        self.loops.start(self.members.run(), "membership")
+        self.loops.start(self.prober.run(), "prober")
+        self.loops.start(self.upkeep.run(), "upkeep")
+        self.loops.start(self.reporter.run(), "reporter")
+        self.loops.start(self.totals.run(), "totals")
         await self.front.start(listening)
 
     async def reconfigure(self, config: Config) -> None:
@@ -290,7 +291,7 @@ class Worker:
 
     def _meet(self, number: int) -> None:
         """A replica is new: ask what it can hold before it is given much."""
-        self.tasks.start(self.prober.learn(number), "engine facts")
+        self.loops.start(self.prober.learn(number), "engine facts")
 
     def _queues(self) -> None:
         """A queue for every replica that has none yet, and the limits in force for all."""
@@ -315,6 +316,7 @@ class Worker:
     async def close(self) -> None:
         """Stop in the reverse order; what was counted is reported first."""
         await self.front.stop(0)
+        await self.loops.close()
         self.reporter.report()
         await self.totals.flush()
         await self.contexts.close()
