@@ -708,16 +708,18 @@ async def test_a_providers_context_is_ready_at_once_and_not_warmed(redis: Valkey
 async def test_a_client_that_leaves_while_it_uploads_leaves_nothing(redis: Valkey) -> None:
     """The connection ends in the middle of the body."""
     async with serving(redis, warm_replicas=0) as (client, _):
-        before = redis.ask("DBSIZE")
+        room = client.cairn.worker.room
         reader, writer = await asyncio.open_connection("127.0.0.1", client.cairn.port)
         head = (
             b"POST /v1/caching HTTP/1.1\r\nhost: x\r\nauthorization: Bearer sk-one\r\ncontent-length: 100000\r\n\r\n"
         )
         writer.write(head + b'{"model":"test-model","messages":[{"role":"system","content":"' + b"x" * 50_000)
         await writer.drain()
+        await eventually(lambda: room.requests == 1)
         writer.close()
-        await eventually(lambda: client.cairn.worker.room.requests == 0)
-        assert redis.ask("DBSIZE") == before
+        await eventually(lambda: room.requests == 0)
+        assert b"segment" not in redis.ask("KEYS", "*segment*")
+        assert b"context:" not in redis.ask("KEYS", "*context:*")
         assert (await client.call("GET", "/caching"))[1]["data"] == []
         del reader
 
