@@ -1,8 +1,9 @@
 """What Cairn remembers. `proxy` uses the names of this module and none below it; nothing here knows HTTP."""
 
 from cache.breaker import BreakerState
+from cache.context_access import ContextLimits
 from cache.context_rows import ContextRow, ContextStatus, Draft, Tag
-from cache.contexts import ContextLimits, ContextStore
+from cache.contexts import ContextStore
 from cache.embedded import EmbeddedValkey
 from cache.errors import (
     CacheError,

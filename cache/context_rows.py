@@ -54,6 +54,11 @@ class Draft(msgspec.Struct, frozen=True):
     def pinned(self) -> bool:
         return pins(self.metadata)
 
+    @property
+    def size_bytes(self) -> int:
+        """Of tools and messages, as they were uploaded."""
+        return len(self.tools) + len(self.messages)
+
 
 class Head(msgspec.Struct, frozen=True, array_like=True):
     """What never changes of a context."""

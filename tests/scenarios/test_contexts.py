@@ -623,7 +623,7 @@ async def test_the_page_is_told_what_contexts_are_worth_and_not_what_they_are(re
         for _ in range(3):
             await client.ask(f"cache_id={used['id']}")
         contexts = client.cairn.worker.contexts
-        await contexts._flush()
+        await contexts.flush()
         await contexts.survey()
         client.cairn.worker.reporter.report()
         assert client.cairn.heard.last is not None
