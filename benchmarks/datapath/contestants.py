@@ -115,13 +115,14 @@ class Started:
 
 def assign_roles(family: Sequence[cpu.Process]) -> dict[str, list[int]]:
     """Process numbers by role: "valkey" by name; the root is "supervisor" where other children remain, which are
-    "proxy", and is itself "proxy" where none do.
+    "proxy", and is itself "proxy" where none do. A child of a Valkey's own rewrites its file and is gone soon: none.
     """
     if not family:
         return {"proxy": []}
     root, *others = family
-    stores = [process.pid for process in others if "valkey" in process.name]
-    workers = [process.pid for process in others if process.pid not in stores]
+    named = {process.pid for process in others if "valkey" in process.name}
+    stores = [process.pid for process in others if process.pid in named and process.parent not in named]
+    workers = [process.pid for process in others if process.pid not in named]
     roles = {"proxy": workers or [root.pid]}
     if workers:
         roles["supervisor"] = [root.pid]

@@ -26,6 +26,8 @@ def test_a_lone_process_is_the_proxy_itself():
 def test_a_supervisor_and_its_valkey_are_counted_beside_the_workers():
     family = [Process(1, 0, "cairn"), Process(2, 1, "valkey-server"), Process(3, 1, "cairn"), Process(4, 1, "cairn")]
     assert assign_roles(family) == {"proxy": [3, 4], "supervisor": [1], "valkey": [2]}
+    rewriting = [*family, Process(5, 2, "valkey-server")]
+    assert assign_roles(rewriting) == assign_roles(family), "a Valkey's own child is gone before it can be asked"
 
 
 def test_each_figure_is_the_least_of_the_rounds():
