@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+import pytest
 import yaml
 
 from proxy import metrics
 from proxy.settings import Pool, Replica
+from tests.support import valkey
 from tests.support.cairn import Cairn, config_for, running
 from tests.support.counting_upstream import KNOWN_MODEL, MUTE_MODEL, CountingUpstream, body_of, case_of
 from tests.support.lean_client import LeanClient
 from tests.support.served import ROOT, Served, served
-from tests.support.valkey import eventually
+from tests.support.valkey import Valkey, eventually
 
 PICOS_PER_USD = 10**12
 CLIENTS = 48
+LOST_SECONDS = 1.5  # the second that a crash may cost, and half of one for a machine that is busy with other tests
 PRICE = {"input": 3, "cached_read": 0.3, "cache_write_5m": 3.75, "cache_write_1h": 6, "output": 15}
 
 
@@ -82,7 +86,9 @@ async def test_two_thousand_mixed_requests_through_one_worker_add_up_exactly() -
             assert models == {KNOWN_MODEL, MUTE_MODEL, metrics.OTHER}
 
 
-def write_config(folder: Path, upstream: CountingUpstream, mute: CountingUpstream, workers: int) -> Path:
+def write_config(
+    folder: Path, upstream: CountingUpstream, mute: CountingUpstream, workers: int, redis_url: str | None = None
+) -> Path:
     pools: list[dict[str, Any]] = [
         {"name": "known", "models": [KNOWN_MODEL, "made-up-*"], "replicas": [{"url": upstream.url, "name": "loud"}]},
         {"name": "mute", "models": [MUTE_MODEL], "replicas": [{"url": mute.url, "name": "mute"}]},
@@ -95,6 +101,7 @@ def write_config(folder: Path, upstream: CountingUpstream, mute: CountingUpstrea
                 "pools": pools,
                 "prices": [PRICE | {"upstream": "loud"}, PRICE | {"upstream": "mute"}],
                 "log": {"access": False},
+                "redis": {"url": redis_url},
             }
         )
     )
@@ -125,15 +132,28 @@ async def savings_of(http: aiohttp.ClientSession, cairn: Served, by: str = "mode
         return made
 
 
-def assert_savings(made: dict[str, Any], truth: Counter[str]) -> None:
+def totals_in(made: dict[str, Any]) -> dict[str, int]:
+    """The figures of the totals, of which none is unpriced."""
     total = made["total"]
-    assert (total["answers"], total["missing_usage"], total["unpriced"]) == (truth["answers"], truth["missing"], 0)
-    prompt = truth["input_fresh"] + truth["input_cached"] + truth["input_cache_write"]
-    assert (total["prompt_tokens"], total["cached_tokens"]) == (prompt, truth["input_cached"])
-    assert (total["written_tokens"], total["output_tokens"]) == (truth["input_cache_write"], truth["output"])
-    assert total["unknown_tokens"] == truth["unknown"]
-    assert Decimal(total["cost_usd"]) * PICOS_PER_USD == truth["cost_picos"]
-    assert Decimal(total["uncached_cost_usd"]) * PICOS_PER_USD == truth["uncached_picos"]
+    assert total["unpriced"] == 0
+    names = ("answers", "missing_usage", "prompt_tokens", "cached_tokens", "written_tokens", "output_tokens")
+    money = {name: int(Decimal(total[name]) * PICOS_PER_USD) for name in ("cost_usd", "uncached_cost_usd")}
+    return {name: total[name] for name in (*names, "unknown_tokens")} | money
+
+
+def totals_of(truth: Counter[str]) -> dict[str, int]:
+    """The same figures as the upstreams counted them."""
+    return {
+        "answers": truth["answers"],
+        "missing_usage": truth["missing"],
+        "prompt_tokens": truth["input_fresh"] + truth["input_cached"] + truth["input_cache_write"],
+        "cached_tokens": truth["input_cached"],
+        "written_tokens": truth["input_cache_write"],
+        "output_tokens": truth["output"],
+        "unknown_tokens": truth["unknown"],
+        "cost_usd": truth["cost_picos"],
+        "uncached_cost_usd": truth["uncached_picos"],
+    }
 
 
 async def test_ten_thousand_mixed_requests_through_four_workers_add_up_exactly_and_outlive_them(
@@ -164,7 +184,7 @@ async def test_ten_thousand_mixed_requests_through_four_workers_add_up_exactly_a
 
             await eventually(all_written, 5)
             made = await savings_of(http, cairn)
-            assert_savings(made, truth)
+            assert totals_in(made) == totals_of(truth)
             assert {line["name"] for line in made["lines"]} == {KNOWN_MODEL, MUTE_MODEL, metrics.OTHER}
         again = ["--config", str(file), "--workers", "1"]
         async with served(again, tmp_path) as cairn:
@@ -172,7 +192,7 @@ async def test_ten_thousand_mixed_requests_through_four_workers_add_up_exactly_a
             await ask_all(cairn.url, range(10_000, 10_100))
             cairn.stop()  # at once: what was not written yet is written while it drains
         async with served(again, tmp_path) as cairn:
-            assert_savings(await savings_of(http, cairn), own_count(upstream, mute))
+            assert totals_in(await savings_of(http, cairn)) == totals_of(own_count(upstream, mute))
             printed = await printed_savings(cairn)
             assert printed == await savings_of(http, cairn)
 
@@ -188,6 +208,77 @@ async def printed_savings(cairn: Served) -> dict[str, Any]:
     assert process.returncode == 0
     made: dict[str, Any] = json.loads(out)
     return made
+
+
+class Load:
+    """Clients that ask one case after another until nobody answers; what was answered whole, and when."""
+
+    def __init__(self, url: str) -> None:
+        self._port = urlsplit(url).port or 0
+        self._numbers = (number for number in itertools.count() if not case_of(number).cut)
+        self._clock = asyncio.get_running_loop().time
+        self._answered: list[tuple[float, Counter[str]]] = []
+
+    async def run(self) -> None:
+        """Ask until nobody answers."""
+        async with asyncio.TaskGroup() as all_:
+            for _ in range(4):
+                all_.create_task(self._ask_in_turn())
+
+    async def _ask_in_turn(self) -> None:
+        client = LeanClient(self._port)
+        for number in self._numbers:
+            case = case_of(number)
+            try:
+                _, whole = await client.post(case.path, f"x-case: {number}\r\n", body_of(case, number))
+            except OSError:
+                return
+            if not whole:
+                return
+            self._answered.append((self._clock(), case.counts))
+
+    def answered(self, seconds_ago: float) -> Counter[str]:
+        """What was answered longer than so long ago."""
+        latest = self._clock() - seconds_ago
+        return sum((counts for at, counts in self._answered if at <= latest), Counter())
+
+
+@pytest.fixture
+def redis() -> Iterator[Valkey]:
+    """One that outlives Cairn."""
+    with valkey.running() as running:
+        yield running
+
+
+async def test_a_crash_of_the_whole_tree_loses_what_was_served_in_the_last_second_at_most(
+    tmp_path: Path, redis: Valkey
+) -> None:
+    """SIGKILL to the supervisor and its workers while requests pass: the totals hold all that is older and nothing
+    that was not served, and the next Cairn goes on from them to the token."""
+    async with CountingUpstream() as upstream, CountingUpstream() as mute, aiohttp.ClientSession() as http:
+        file = write_config(tmp_path, upstream, mute, workers=2, redis_url=redis.url)
+        async with served(["--config", str(file)], tmp_path) as cairn:
+            await eventually(lambda: len(cairn.worker_pids()) == 2, 40)
+            load = Load(cairn.url)
+            asking = asyncio.get_running_loop().create_task(load.run())
+            await eventually(lambda: load.answered(LOST_SECONDS)["answers"] >= 300, 30)
+            kept = totals_of(load.answered(LOST_SECONDS))
+            cairn.kill()
+            await asking
+        served_in_all = totals_of(own_count(upstream, mute))
+        async with served(["--config", str(file)], tmp_path) as cairn:
+            found = totals_in(await savings_of(http, cairn))
+            for name, amount in found.items():
+                assert kept[name] <= amount <= served_in_all[name], name
+            before = own_count(upstream, mute)
+            await ask_all(cairn.url, range(100))
+            more = totals_of(own_count(upstream, mute) - before)
+
+            async def all_written() -> bool:
+                now = totals_in(await savings_of(http, cairn))
+                return now == {name: amount + more[name] for name, amount in found.items()}
+
+            await eventually(all_written, 5)
 
 
 async def test_counters_never_fall_when_a_worker_is_killed(tmp_path: Path) -> None:

@@ -26,12 +26,20 @@ class Served:
         self.lines: list[str] = []
         self.url = self.admin = ""
         self._told = False
+        self.killed = False
 
     def stop(self) -> None:
         """Tell it to end; once, since a second time means at once."""
         if not self._told:
             self._told = True
             self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the whole tree at once, with no time for a last word."""
+        self.killed = self._told = True
+        self.process.kill()
+        for pid in self.worker_pids():
+            os.kill(pid, signal.SIGKILL)
 
     async def read(self) -> None:
         """Collect lines until the end."""
@@ -66,7 +74,8 @@ class Served:
 
 @asynccontextmanager
 async def served(arguments: Sequence[str], folder: Path) -> AsyncIterator[Served]:
-    """`cairn serve` with `arguments` on free ports, its data in `folder`; ended by SIGTERM, which must give 0."""
+    """`cairn serve` with `arguments` on free ports, its data in `folder`; ended by SIGTERM, which must give 0,
+    unless it was killed."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "proxy", "serve", "--port", "0", "--admin-port", "0", *arguments,
         stdout=asyncio.subprocess.PIPE,
@@ -81,7 +90,7 @@ async def served(arguments: Sequence[str], folder: Path) -> AsyncIterator[Served
         yield running
         running.stop()
         async with asyncio.timeout(20):
-            assert await process.wait() == 0, "".join(running.lines[-20:])
+            assert await process.wait() == (-signal.SIGKILL if running.killed else 0), "".join(running.lines[-20:])
     finally:
         if process.returncode is None:
             process.kill()
