@@ -201,6 +201,7 @@ class Worker:
             catalogue,
             settlement,
             stored,
+            gate,
             clock,
             min_shareable_bytes=config.routing.min_shareable_bytes,
             weight_per_second=config.routing.future_weight_per_second,

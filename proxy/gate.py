@@ -10,7 +10,8 @@ The leader may be another process's: its placement comes by in the journal befor
 its first token comes by too, or for as long as its prefill may take (`Elsewhere`); nobody asks anybody.
 
 Whether waiting is worth it is not asked here: the plan's cost holds the leader's pending tokens, so a sibling for
-which waiting costs more than a prefill elsewhere was not sent to this replica.
+which waiting costs more than a prefill elsewhere was not sent to this replica; and the plan asks (`holds_back`), so
+one that another replica could answer sooner, with nothing computed twice, was not either.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import asyncio
 import enum
 from collections.abc import Callable, Sequence
 
-from cache import Placement
+from cache import Held, Placement
 
 COLD_TOKENS = 1_024
 """A prefix with fewer tokens under way is computed again sooner than it is worth waiting for."""
@@ -86,27 +87,39 @@ class Prefill:
 class Follower:
     """A sibling that waits; `prefill` is its own, to tell of in turn, and may have followers while it waits."""
 
-    __slots__ = ("_future", "_passage", "matched_blocks", "patience_seconds", "prefill")
+    __slots__ = ("_passage", "_then", "matched_blocks", "patience_seconds", "prefill")
 
     def __init__(self, prefill: Prefill, matched_blocks: int, patience_seconds: float) -> None:
         self.prefill = prefill
         self.matched_blocks = matched_blocks
         self.patience_seconds = patience_seconds
         self._passage: Passage | None = None
-        self._future: asyncio.Future[None] | None = None
+        self._then: Callable[[], None] | None = None
 
     async def wait(self) -> Passage:
         """Wait for the leader's first token. One that is cancelled is gone, and is never promoted."""
         if self._passage is None:
             loop = asyncio.get_running_loop()
-            self._future = loop.create_future()
-            alarm = loop.call_later(self.patience_seconds, self._pass, Passage.EXPIRED)
+            future: asyncio.Future[None] = loop.create_future()
+            self.then(lambda: None if future.done() else future.set_result(None))
+            alarm = loop.call_later(self.patience_seconds, self.expire)
             try:
-                await self._future
+                await future
             finally:
                 alarm.cancel()
                 self.leave()
         return self._passage or Passage.EXPIRED
+
+    def then(self, go: Callable[[], None]) -> None:
+        """Call `go` once, when it may go on: for who has no event loop, and says `expire` by a clock of its own."""
+        if self._passage is None:
+            self._then = go
+        else:
+            go()
+
+    def expire(self) -> None:
+        """It has waited long enough, and goes on alone."""
+        self._pass(Passage.EXPIRED)
 
     def leave(self) -> None:
         """Wait no longer. May come twice, and after it passed."""
@@ -115,8 +128,8 @@ class Follower:
     def _pass(self, passage: Passage) -> None:
         if self._passage is None:
             self._passage = passage
-            if self._future is not None and not self._future.done():
-                self._future.set_result(None)
+            if self._then is not None:
+                self._then()
 
 
 class Gate:
@@ -141,28 +154,44 @@ class Gate:
         `Follower`: `await wait()` first, then go on with its `prefill` as above. `prefill_seconds` is what the
         leader's prefill is predicted to take from now on, and bounds the wait.
         """
-        cold_tokens = self.cold_tokens
-        leads = prompt_tokens - matched_tokens > cold_tokens
-        leaders = self._leaders.get(replica)
-        if not leads and leaders is None:
+        leads = prompt_tokens - matched_tokens > self.cold_tokens
+        if not leads and replica not in self._leaders:
             return None
         own = Prefill(self, replica, hashes, matched_blocks, matched_tokens)
-        for leader in leaders or ():
-            if matched_tokens - leader._warm_tokens > cold_tokens and leader._shares(hashes, matched_blocks):
-                follower = Follower(own, matched_blocks, PATIENCE * prefill_seconds + PATIENCE_SECONDS)
-                leader._followers.append(follower)
-                if leads:
-                    self._open(own)
-                return follower
-        return self._open(own) if leads else None
+        leader = self._leader(replica, hashes, matched_blocks, matched_tokens)
+        if leader is None:
+            return self._open(own) if leads else None
+        follower = Follower(own, matched_blocks, PATIENCE * prefill_seconds + PATIENCE_SECONDS)
+        leader._followers.append(follower)
+        if leads:
+            self._open(own)
+        return follower
+
+    def holds_back(self, hashes: Sequence[int], replica: int, held: Held) -> bool:
+        """True where a request that finds so much of it at `replica` would have to wait there. Changes nothing."""
+        return self._leader(replica, hashes, held.blocks, held.tokens) is not None
 
     def lead(self, replica: int, hashes: Sequence[int], warm_blocks: int, warm_tokens: float) -> Prefill:
         """A long prefill goes ahead at `replica`, which held so much of it: say `first_token` or `failed`."""
         return self._open(Prefill(self, replica, hashes, warm_blocks, warm_tokens))
 
+    @property
+    def is_open(self) -> bool:
+        """True where there is nothing to wait for, at any replica."""
+        return not self._leaders
+
     def __len__(self) -> int:
         """Prefills that somebody may wait for."""
         return sum(map(len, self._leaders.values()))
+
+    def _leader(
+        self, replica: int, hashes: Sequence[int], matched_blocks: int, matched_tokens: float
+    ) -> Prefill | None:
+        """The first that computes what was matched at `replica`, where that is worth waiting for."""
+        for leader in self._leaders.get(replica, ()):
+            if matched_tokens - leader._warm_tokens > self.cold_tokens and leader._shares(hashes, matched_blocks):
+                return leader
+        return None
 
     def _open(self, prefill: Prefill) -> Prefill:
         leaders = self._leaders.setdefault(prefill._replica, [])

@@ -5,6 +5,7 @@ The phases decide, `Relay` does; what they learn stands in the `Journey`. It mus
 
 from __future__ import annotations
 
+from functools import partial
 from http import HTTPStatus
 
 from cache import Match, Owners, PrefixIndex, chain_root, cut, extend
@@ -16,6 +17,7 @@ from proxy.contexts import StoredContexts
 from proxy.downstream import Downstream
 from proxy.errors import CairnError, NotFound, UpstreamError
 from proxy.fleet import Fleet
+from proxy.gate import Gate
 from proxy.journey import Journey
 from proxy.model import Call, Edit, Ending, Endpoint
 from proxy.pools import Pools
@@ -45,6 +47,7 @@ class Pipeline:
         catalogue: Catalogue,
         settlement: Settlement,
         contexts: StoredContexts,
+        gate: Gate,
         clock: Clock,
         *,
         min_shareable_bytes: int,
@@ -58,6 +61,7 @@ class Pipeline:
         self._catalogue = catalogue
         self._settlement = settlement
         self._contexts = contexts
+        self._gate = gate
         self._clock = clock
         self._min_shareable_bytes = min_shareable_bytes
         self._weight_per_second = weight_per_second
@@ -153,12 +157,16 @@ class Pipeline:
         if journey.avoid:
             views = tuple([view for view in views if view.name not in journey.avoid])
         match = journey.match or NOTHING_MATCHED
+        held_back = None
+        if journey.fingerprint is not None and not self._gate.is_open:
+            held_back = partial(self._gate.holds_back, journey.fingerprint.hashes)
         journey.plan = routing.plan(
             self._demand(journey),
             match,
             views,
             min_shareable_bytes=self._min_shareable_bytes,
             weight_per_second=self._weight_per_second,
+            held_back=held_back,
         )
 
     def refuse(self, journey: Journey, error: CairnError, client: Downstream) -> None:

@@ -16,7 +16,7 @@ where waiting for its holder costs more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 from zlib import crc32
 
@@ -65,6 +65,8 @@ class Held(Protocol):
     """How much of a prompt one replica holds: `cache.Held`."""
 
     @property
+    def blocks(self) -> int: ...
+    @property
     def size_bytes(self) -> int: ...
     @property
     def tokens(self) -> float: ...
@@ -92,10 +94,12 @@ def plan(
     *,
     min_shareable_bytes: int = MIN_SHAREABLE_BYTES,
     weight_per_second: float = WEIGHT_PER_SECOND,
+    held_back: Callable[[int, Held], bool] | None = None,
 ) -> Plan:
     """Order the available replicas by cost, cheapest first.
 
-    Raises `Overloaded`, with the seconds until the first is tried again, where none is available.
+    `held_back` tells where what a replica holds is still being computed, so that this prompt would wait for it; None
+    where nothing is. Raises `Overloaded`, with the seconds until the first is tried again, where none is available.
     """
     pinned = demand.pinned_replica
     if pinned is None:
@@ -106,6 +110,8 @@ def plan(
         raise _none_left(views if pinned is None else [view for view in views if view.id == pinned])
 
     candidates = _ranked(demand, match.held, usable, weight_per_second)
+    if held_back is not None and len(candidates) > 1:
+        candidates = _not_waiting(candidates, match.held, held_back)
     if pinned is not None:
         reason = RouteReason.PINNED
     elif len(usable) == 1:
@@ -175,6 +181,37 @@ def _settle_ties(candidates: list[Candidate], tie_hash: int) -> None:
             best, fewest, heaviest = place, in_flight, weight
     if best:
         candidates.insert(0, candidates.pop(best))
+
+
+def _not_waiting(
+    candidates: tuple[Candidate, ...], held: Mapping[int, Held], held_back: Callable[[int, Held], bool]
+) -> tuple[Candidate, ...]:
+    """Where the cheapest would have to wait for a prefill under way, put first the cheapest of those that would have
+    the first token sooner and hold no less.
+
+    A hot prefix gets a further copy when its holders decode much; the copy's replica is then idle, and so the
+    cheapest for all that follow. It is made for those that come when it is there: who waits for it gains nothing.
+    """
+    first = candidates[0]
+    have = held.get(first.replica.id)
+    if have is None or not held_back(first.replica.id, have):
+        return candidates
+    bound = _first_token_seconds(first)
+    for place, other in enumerate(candidates):
+        if (
+            place
+            and other.matched_bytes >= first.matched_bytes
+            and _first_token_seconds(other) < bound
+            and not held_back(other.replica.id, held[other.replica.id])
+        ):
+            return (other, *candidates[:place], *candidates[place + 1 :])
+    return candidates
+
+
+def _first_token_seconds(candidate: Candidate) -> float:
+    replica = candidate.replica
+    tokens = replica.pending_tokens + candidate.uncached_tokens
+    return tokens / replica.rate_tokens_per_second + replica.lateness_seconds
 
 
 def _rendezvous(tie_hash: int, name: str) -> int:

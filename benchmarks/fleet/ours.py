@@ -1,16 +1,21 @@
-"""Cairn's rule on a virtual clock: the very index, fleet and plan of the proxy, with nothing re-stated.
+"""Cairn's rule on a virtual clock: the very index, fleet, plan and cold gate of the proxy, with nothing re-stated.
 
-Several proxies may share the fleet; each learns of the others' placements, answers and work `delay_seconds` later.
+Usage is told at the end of a stream, as engines do, so that is when capacities and rates are learned. Several proxies
+may share the fleet; each learns of the others' placements, answers and work `delay_seconds` later, and has a gate of
+its own, which knows nothing of the others' prefills.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from random import Random
 
+from benchmarks.fleet.simulation import Send
 from benchmarks.fleet.trace import Request
 from cache.index import Feedback, Placement, PrefixIndex
 from proxy.fleet import Charge, Fleet, ReplicaSpec
+from proxy.gate import Follower, Gate, Prefill
 from proxy.routing import Demand, plan
 
 POOL = "pool"
@@ -20,20 +25,35 @@ HEARTBEAT_SECONDS = 0.25
 At = Callable[[float, Callable[[float], None]], None]
 
 
+class _UnderWay:
+    """A request from its routing to its end."""
+
+    __slots__ = ("cached_tokens", "charge", "first_token_seconds", "placement", "prefill")
+
+    def __init__(self, placement: Placement, charge: Charge, prefill: Prefill | None) -> None:
+        self.placement = placement
+        self.charge = charge
+        self.prefill = prefill
+        self.cached_tokens = 0
+        self.first_token_seconds = 0.0
+
+
 class Proxy:
     """One proxy's whole state that matters to routing."""
 
-    def __init__(self, name: str, rates: list[float | None], capacity_tokens: int, origin: int) -> None:
+    def __init__(self, name: str, rates: list[float | None], capacity_tokens: int, origin: int, at: At) -> None:
         self.name = name
         self.index = PrefixIndex(origin=origin)
         self.fleet = Fleet(Random(origin).random)
         for replica, rate in enumerate(rates):
             self.fleet.add(ReplicaSpec(f"replica-{replica}", POOL, prefill_tokens_per_second=rate))
             self.index.set_budget(replica, capacity_tokens)
-        self._under_way: dict[int, tuple[Placement, Charge]] = {}
-        self._first_tokens: dict[int, float] = {}
+        self.gate = Gate()
+        self._at = at
+        self._now = 0.0
+        self._under_way: dict[int, _UnderWay] = {}
 
-    def route(self, request: Request, now: float, *, queued: bool) -> tuple[int, float, Placement]:
+    def route(self, request: Request, now: float, send: Send, *, ordered: bool) -> tuple[int, Placement]:
         match = self.index.match(request.fingerprint)
         hashes = request.fingerprint.hashes
         demand = Demand(
@@ -41,31 +61,73 @@ class Proxy:
             float(request.input_tokens),
             hashes[min(match.known_blocks, len(hashes) - 1)],
         )
-        best = plan(demand, match, self.fleet.snapshot(POOL, now)).chosen
-        replica = best.replica.id
-        charge = self.fleet.charge(replica, best.uncached_tokens, now, queued=queued)
+        held_back = None if self.gate.is_open else partial(self.gate.holds_back, hashes)
+        best = plan(demand, match, self.fleet.snapshot(POOL, now), held_back=held_back).chosen
+        replica, rate = best.replica.id, best.replica.rate_tokens_per_second
+        held = match.held.get(replica)
+        gate = self.gate.enter(
+            replica,
+            hashes,
+            held.blocks if held else 0,
+            best.matched_tokens,
+            request.input_tokens,
+            (best.replica.pending_tokens + best.uncached_tokens) / rate,
+        )
+        waits = isinstance(gate, Follower)
+        charge = self.fleet.charge(replica, best.uncached_tokens, now, gated=waits, queued=ordered and not waits)
         placement = self.index.place(replica, request.fingerprint, request.input_tokens, now)
-        self._under_way[request.number] = (placement, charge)
-        return replica, best.uncached_tokens / best.replica.rate_tokens_per_second, placement
+        prefill = gate.prefill if isinstance(gate, Follower) else gate
+        self._under_way[request.number] = _UnderWay(placement, charge, prefill)
+        if isinstance(gate, Follower):
+            self._wait(gate, charge, partial(send, replica, best.uncached_tokens / rate), now, ordered=ordered)
+        else:
+            send(replica, best.uncached_tokens / rate, now)
+        return replica, placement
+
+    def _wait(
+        self, follower: Follower, charge: Charge, send: Callable[[float], None], now: float, *, ordered: bool
+    ) -> None:
+        """Send it when its leader's first token has come; `self._now` is then the time."""
+        self._now = now
+
+        def go() -> None:
+            if not ordered:
+                self.fleet.start(charge, self._now)
+            send(self._now)
+
+        def expire(then: float) -> None:
+            self._now = then
+            follower.expire()
+
+        follower.then(go)
+        self._at(now + follower.patience_seconds, expire)
 
     def started(self, request: Request, now: float) -> None:
-        self.fleet.start(self._under_way[request.number][1], now)
+        self.fleet.start(self._under_way[request.number].charge, now)
 
     @property
     def is_busy(self) -> bool:
         return bool(self._under_way)
 
-    def first_token(self, request: Request, cached_tokens: int, now: float) -> tuple[Placement, Feedback]:
-        placement, charge = self._under_way[request.number]
-        self.fleet.first_token(charge, now)
-        self.fleet.observe_prefill(charge, request.input_tokens - cached_tokens)
-        self._first_tokens[request.number] = now
-        return placement, self.index.answered(placement, request.input_tokens, cached_tokens, 0, now)
+    def first_token(self, request: Request, cached_tokens: int, now: float) -> None:
+        under_way = self._under_way[request.number]
+        under_way.cached_tokens, under_way.first_token_seconds = cached_tokens, now
+        self.fleet.first_token(under_way.charge, now)
+        self._now = now
+        if under_way.prefill is not None:
+            under_way.prefill.first_token()
 
-    def ended(self, request: Request, replica: int, now: float) -> None:
-        _, charge = self._under_way.pop(request.number)
-        self.fleet.finish(charge, now)
-        self.fleet.observe_decode(replica, now - self._first_tokens.pop(request.number))
+    def ended(self, request: Request, replica: int, now: float) -> tuple[Placement, Feedback]:
+        """Usage comes at the end of a stream, so that is when anything is learned."""
+        under_way = self._under_way.pop(request.number)
+        self.fleet.finish(under_way.charge, now)
+        self.fleet.observe_prefill(under_way.charge, request.input_tokens - under_way.cached_tokens)
+        self.fleet.observe_decode(replica, now - under_way.first_token_seconds)
+        placement = under_way.placement
+        feedback = self.index.answered(
+            placement, request.input_tokens, under_way.cached_tokens, request.output_tokens, now
+        )
+        return placement, feedback
 
 
 class Cairn:
@@ -81,15 +143,15 @@ class Cairn:
         ordered: bool = False,
         delay_seconds: float | None = 0.0,
     ) -> None:
-        self._proxies = [Proxy(f"proxy-{n}", rates, capacity_tokens, n + 1) for n in range(proxies)]
+        self._proxies = [Proxy(f"proxy-{n}", rates, capacity_tokens, n + 1, at) for n in range(proxies)]
         self._at = at
         self._delay_seconds = delay_seconds
         self._ordered = ordered
         self._beating: list[Proxy] = []
 
-    def route(self, request: Request, now: float) -> tuple[int, float]:
+    def route(self, request: Request, now: float, send: Send) -> None:
         proxy = self._proxy_of(request)
-        replica, work_seconds, placement = proxy.route(request, now, queued=self._ordered)
+        replica, placement = proxy.route(request, now, send, ordered=self._ordered)
 
         def placed(other: Proxy, then: float) -> None:
             other.index.apply_place(
@@ -100,29 +162,31 @@ class Cairn:
         if proxy not in self._beating and len(self._proxies) > 1:
             self._beating.append(proxy)
             self._at(now + HEARTBEAT_SECONDS, lambda then: self._beat(proxy, then))
-        return replica, work_seconds
 
     def started(self, request: Request, now: float) -> None:
         self._proxy_of(request).started(request, now)
 
     def first_token(self, request: Request, replica: int, cached_tokens: int, now: float) -> None:
+        del replica
         proxy = self._proxy_of(request)
-        placement, feedback = proxy.first_token(request, cached_tokens, now)
+        proxy.first_token(request, cached_tokens, now)
+        self._tell(proxy, None, now)
+
+    def ended(self, request: Request, replica: int, now: float) -> None:
+        proxy = self._proxy_of(request)
+        placement, feedback = proxy.ended(request, replica, now)
 
         def answered(other: Proxy, then: float) -> None:
             del then
-            other.index.apply_answer(replica, request.fingerprint, request.input_tokens, 0, placement.epoch)
+            other.index.apply_answer(
+                replica, request.fingerprint, request.input_tokens, request.output_tokens, placement.epoch
+            )
             if feedback.epoch is not None:
                 other.index.new_epoch(replica, feedback.epoch)
             if feedback.budget_tokens is not None:
                 other.index.set_budget(replica, feedback.budget_tokens)
 
         self._tell(proxy, answered, now)
-
-    def ended(self, request: Request, replica: int, now: float) -> None:
-        proxy = self._proxy_of(request)
-        proxy.ended(request, replica, now)
-        self._tell(proxy, None, now)
 
     def _proxy_of(self, request: Request) -> Proxy:
         return self._proxies[request.number % len(self._proxies)]

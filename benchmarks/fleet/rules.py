@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 
 from benchmarks.fleet.engine import PREFILL_TOKENS_PER_SECOND, BlockCache
+from benchmarks.fleet.simulation import Send
 from benchmarks.fleet.trace import BLOCK_TOKENS, Request
 from cache.prefix import chain_root
 
@@ -88,13 +89,13 @@ class Rule:
         self._choose = choose
         self._books = Books(replicas, None if endless_index else capacity_tokens, seed)
 
-    def route(self, request: Request, now: float) -> tuple[int, float]:
-        """The replica, and the uncached tokens that the rule expects there."""
+    def route(self, request: Request, now: float, send: Send) -> None:
+        """At once, with the uncached tokens that the rule expects there."""
         self._books.now = now
         replica = self._choose(self._books, request)
         uncached = max(1.0, request.input_tokens - self._books.index[replica].matched_tokens(request))
         self._books.routed(request, replica, uncached)
-        return replica, uncached
+        send(replica, uncached, now)
 
     def started(self, request: Request, now: float) -> None:
         """These rules have no queue of their own."""

@@ -11,12 +11,16 @@ import msgspec
 from benchmarks.fleet.engine import PREFILL_TOKENS_PER_SECOND, Engine
 from benchmarks.fleet.trace import Request
 
+Send = Callable[[int, float, float], None]
+"""Hands the request to a replica: its number, the predicted work there in seconds (or tokens: only its order
+matters), and the time."""
+
 
 class Router(Protocol):
     """What a rule is to the simulation; it is told first tokens and ends."""
 
-    def route(self, request: Request, now: float) -> tuple[int, float]:
-        """The replica, and the predicted work there in seconds (or tokens: only its order matters)."""
+    def route(self, request: Request, now: float, send: Send) -> None:
+        """Choose a replica, and call `send` once, now or later."""
         ...
 
     def started(self, request: Request, now: float) -> None:
@@ -110,8 +114,10 @@ def simulate(requests: list[Request], setup: Setup, make_rule: Callable[[Calenda
 
     def arrive(request: Request) -> Callable[[float], None]:
         def arrived(now: float) -> None:
-            replica, work_seconds = rule.route(request, now)
-            engines[replica].submit(request, work_seconds, now)
+            def send(replica: int, work_seconds: float, then: float) -> None:
+                engines[replica].submit(request, work_seconds, then)
+
+            rule.route(request, now, send)
 
         return arrived
 

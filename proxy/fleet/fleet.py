@@ -305,6 +305,9 @@ class Fleet:
         """The prefill is done: release its part. May come twice."""
         replica = self._replicas[charge.replica]
         replica.work.first_token(charge, now_seconds, replica.peers.released_seconds)
+        seconds = charge.prefill_seconds
+        if seconds is not None and not replica.rate.seen and replica.rate.guess(charge.uncached_tokens, seconds):
+            self._rates_changed(replica.spec.pool)
 
     def finish(self, charge: Charge, now_seconds: float) -> None:
         """The request is over: release all of it. May come twice, and after `client_left`."""
@@ -386,7 +389,7 @@ class Fleet:
     def _rates_changed(self, pool: str) -> None:
         replicas = self._pools.get(pool, ())
         known = [own for replica in replicas if (own := replica.rate.own) is not None]
-        fallback = median(known) if known else pooled((each.rate for each in replicas), self._default_rate)
+        fallback = median(known) if known else pooled([each.rate for each in replicas], self._default_rate)
         for replica in replicas:
             own = replica.rate.own
             rate = fallback if own is None else own

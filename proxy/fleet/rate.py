@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 REMEMBERED = 64
@@ -27,10 +27,11 @@ LEAST_SECONDS = 0.0005
 class PrefillRate:
     """Uncached tokens per second of one replica."""
 
-    __slots__ = ("_order", "_sorted", "configured")
+    __slots__ = ("_order", "_sorted", "configured", "guessed")
 
     def __init__(self, configured: float | None = None) -> None:
         self.configured = configured
+        self.guessed: float | None = None  # the slowest of `guess`, while nothing was observed
         self._order: deque[float] = deque()
         self._sorted: list[float] = []
 
@@ -45,8 +46,20 @@ class PrefillRate:
             del self._sorted[bisect_left(self._sorted, self._order.popleft())]
         return True
 
+    def guess(self, predicted_tokens: float, prefill_seconds: float) -> bool:
+        """A prefill ended, and its answer, which tells what was computed, may take a minute more. True where this
+        changes what is guessed until then."""
+        if self._sorted or predicted_tokens < LEAST_TOKENS or prefill_seconds < LEAST_SECONDS:
+            return False
+        rate = predicted_tokens / prefill_seconds
+        if self.guessed is not None and rate >= self.guessed:
+            return False
+        self.guessed = rate
+        return True
+
     def forget(self) -> None:
         """The replica is another one now (restarted, moved)."""
+        self.guessed = None
         self._order.clear()
         self._sorted.clear()
 
@@ -72,12 +85,15 @@ class PrefillRate:
         return self.configured if learned is None else learned
 
 
-def pooled(rates: Iterable[PrefillRate], default: float) -> float:
+def pooled(rates: Sequence[PrefillRate], default: float) -> float:
     """What all of them have shown together, while none has enough of its own: a new pool knows its rate eight answers
     after its start, and not eight for each replica. What fewer answers showed counts where it is faster than the
-    default: a wait that nobody saw makes an observation too low, hardly anything makes it too high."""
+    default: a wait that nobody saw makes an observation too low, hardly anything makes it too high. A guess may well
+    be too high (more was cached than predicted), so of those the slowest counts, until the first answer has ended."""
     seen = sorted(chain.from_iterable(rate.seen for rate in rates))
-    return _high(seen) or max(default, seen[len(seen) // 2] if seen else 0.0)
+    if not seen:
+        return max(default, min((rate.guessed for rate in rates if rate.guessed is not None), default=default))
+    return _high(seen) or max(default, seen[len(seen) // 2])
 
 
 def _high(ordered: Sequence[float]) -> float | None:

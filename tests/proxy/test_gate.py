@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from cache.index import PrefixIndex
+from cache.index import Held, PrefixIndex
 from cache.prefix import Fingerprint, chain_root, cut
 from proxy.fleet import Charge, Fleet, ReplicaSpec
 from proxy.gate import Follower, Gate, Passage, Prefill
@@ -103,6 +103,33 @@ def test_who_shares_little_or_nothing_that_is_under_way_does_not_wait():
     warm = Gate()
     assert isinstance(enter(warm, 1, 16, 4_096.0, more=5_000.0), Prefill)  # leads its own part only
     assert enter(warm, 2) is None
+
+
+def test_the_plan_can_ask_where_it_would_have_to_wait():
+    """Asking changes nothing, and says no once the prefix is there."""
+    gate, held = Gate(), Held(16, 16_384, 4_096)
+    leader = lead(gate)
+    assert (gate.is_open, Gate().is_open) == (False, True)
+    assert gate.holds_back([*SHARED, 2], 0, held)
+    assert not gate.holds_back([*SHARED, 2], 1, held)
+    assert not gate.holds_back([*SHARED, 2], 0, Held(4, 4_096, 1_024))
+    leader.first_token()
+    assert gate.is_open
+    assert not gate.holds_back([*SHARED, 2], 0, held)
+
+
+def test_who_has_no_event_loop_is_called():
+    """When it may go, at once where that is now, and once only."""
+    gate, gone = Gate(), []
+    leader, one, two = lead(gate), follow(gate, 2), follow(gate, 3)
+    one.then(lambda: gone.append(1))
+    two.then(lambda: gone.append(2))
+    two.expire()
+    assert gone == [2]
+    leader.first_token()
+    assert gone == [2, 1]
+    two.then(lambda: gone.append(3))
+    assert gone == [2, 1, 3]
 
 
 def test_a_siblings_own_long_part_has_followers_of_its_own():

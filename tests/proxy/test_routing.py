@@ -19,6 +19,7 @@ class Held(msgspec.Struct, frozen=True):
 
     size_bytes: int
     tokens: float
+    blocks: int = 1
 
 
 class Match(msgspec.Struct, frozen=True):
@@ -72,6 +73,25 @@ def test_a_hot_prefix_spreads_when_its_holders_queue_costs_more_than_a_cold_pref
     assert where(2 * 9_750 + 500) == 1
     made = plan(LONG, held, [view(0, pending_tokens=40_000.0), view(1)])
     assert (made.reason, made.miss, made.cache) == (RouteReason.SPREAD, MissReason.ELSEWHERE, CacheStatus.MISS)
+
+
+def test_nobody_waits_for_a_further_copy_of_a_hot_prefix():
+    """While it is computed, its idle replica is the cheapest for all that follow; they go where it is already there,
+    the cheapest of those, unless the queue there is the longer wait."""
+    held = Match({number: Held(39_000, 9_750.0) for number in (0, 1, 2)})
+    making = view(0, pending_tokens=8_000.0, in_flight=1)
+
+    def where(pending: float = 0.0, *, more: Match = held) -> int:
+        views = [making, view(1, pending_tokens=pending, in_flight=50), view(2, pending_tokens=pending, in_flight=40)]
+        return chosen(LONG, more, [*views, view(3)], held_back=lambda replica, _: replica == 0)
+
+    assert where() == 2
+    assert where(7_900.0) == 2
+    assert where(8_100.0) == 0
+    assert where(more=Match({0: Held(39_000, 9_750.0), 2: Held(38_000, 9_500.0)})) == 0
+    made = plan(LONG, held, [making, view(1, in_flight=50)], held_back=lambda replica, _: replica == 0)
+    assert [candidate.replica.id for candidate in made.candidates] == [1, 0]
+    assert (made.reason, made.cache) == (RouteReason.WARM, CacheStatus.HIT)
 
 
 def test_the_longer_every_queue_the_dearer_a_second_prefill():

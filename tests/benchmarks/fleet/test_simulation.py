@@ -89,6 +89,17 @@ def test_a_queue_in_order_of_work_shortens_the_mean_wait():
     assert ordered.computed_tokens == plain.computed_tokens
 
 
+def test_siblings_of_a_hot_prompt_hardly_wait_for_its_further_copies():
+    """Long answers ask for eight copies; the mean wait stays near that of least connections, which cares for none."""
+    requests = decode_heavy(600)
+    ours = run(requests, replicas=8, capacity_tokens=500_000)
+    least = run(requests, rules.least_in_flight, replicas=8, capacity_tokens=500_000)
+    assert ours.computed_tokens <= least.computed_tokens
+    assert ours.mean_ttft_seconds < 1.8 * least.mean_ttft_seconds
+    late = run(requests, replicas=8, capacity_tokens=500_000, skip=200)
+    assert late.mean_ttft_seconds < 0.1
+
+
 def test_several_proxies_choose_nearly_as_one_when_news_travel_fast():
     """Under a load with queues; without any news they agree less."""
     requests = conversations(43, 6, gap_seconds=5.0)

@@ -379,6 +379,25 @@ def test_a_new_pool_knows_its_rate_after_eight_answers_of_all_its_replicas():
     assert [fleet.rate_of(number) for number in range(4)] == [8_000.0] * 4
 
 
+def test_a_rate_is_guessed_until_the_first_answer_has_ended():
+    """By first tokens and what was predicted, the slowest of them; an answer's usage comes a whole decode later."""
+    fleet, slow = Fleet(Random(1).random), Fleet(Random(1).random)
+    for name in "ab":
+        fleet.add(ReplicaSpec(name, "pool"))
+    seen = []
+    for number, tokens, now in [(0, 100.0, 0.0), (0, 9_000.0, 5.0), (1, 12_000.0, 5.0), (1, 6_000.0, 9.0)]:
+        charge = fleet.charge(number, tokens, now)
+        fleet.first_token(charge, now + 1.0)
+        fleet.finish(charge, now + 1.0)
+        seen.append(fleet.rate_of(0))
+    assert seen == [4_000.0, 9_000.0, 9_000.0, 6_000.0]
+    fleet.observe_prefill(charge, 5_000)
+    assert fleet.rate_of(0) == 5_000.0
+    slow.add(ReplicaSpec("a", "pool"))
+    slow.first_token(slow.charge(0, 1_000.0, 0.0), 1.0)
+    assert slow.rate_of(0) == 4_000.0  # it may have waited for something unseen
+
+
 def places(fleet: Fleet, processes: int, waiting: int = 0, *, name: str = "b", informed: bool = True) -> int | None:
     return fleet.places(0, processes, waiting, own_name=name, informed=informed)
 
