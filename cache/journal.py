@@ -111,7 +111,7 @@ class Elsewhere(Protocol):
         """Its first token or its answer came."""
 
     def failed(self, placement_id: int) -> None:
-        """It was taken back."""
+        """It was taken back, or left."""
 
 
 class _Remembered(msgspec.Struct, frozen=True, gc=False):
@@ -211,6 +211,11 @@ class Journal:
         """Its first token came: who waits for the same prefix, here or elsewhere, may go."""
         if self.others and _is_shared(placement):
             self._enqueue(Computed(placement.id))
+
+    def left(self, placement: Placement) -> None:
+        """It ended before its first token, and its placement stays: who waits for it elsewhere need not."""
+        if self.others and _is_shared(placement):
+            self._enqueue(TakenBack(placement.id, len(placement.fingerprint.hashes)))  # which takes nothing back
 
     def settled(self, placement: Placement) -> None:
         """It ended without an answer to learn from; nobody else needs to know."""

@@ -87,8 +87,9 @@ class Attempt:
 
     def computed(self) -> None:
         """The replica has the prefix, as far as the answer tells: who waits for it may go."""
-        if self._prefill is not None:
-            self._prefill.first_token()
+        prefill, self._prefill = self._prefill, None
+        if prefill is not None:
+            prefill.first_token()
             if self.placement is not None:
                 self._journal.computed(self.placement)
 
@@ -106,8 +107,11 @@ class Attempt:
         self._changed()
         if self._waits_for is not None:
             self._waits_for.leave()
-        if self._prefill is not None:
-            self._prefill.failed()
+        prefill, self._prefill = self._prefill, None
+        if prefill is not None:
+            prefill.failed()
+            if self.placement is not None:
+                self._journal.left(self.placement)
         if self._turn is not None:
             self._turn.done()
 

@@ -240,7 +240,7 @@ class Elsewhere:
             prefill.first_token()
 
     def failed(self, placement_id: int) -> None:
-        """It was taken back: the first of ours that waits leads."""
+        """It was taken back, or its client left: the first of ours that waits leads."""
         if (prefill := self._pop(placement_id)) is not None:
             prefill.failed()
 

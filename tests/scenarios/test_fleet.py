@@ -237,6 +237,28 @@ async def test_a_burst_of_siblings_at_two_proxies_makes_at_most_two_prefills(
             assert cold(a, b) <= 2
 
 
+async def test_one_whose_client_leaves_elsewhere_lets_ours_go_ahead(
+    http: aiohttp.ClientSession, valkey: Valkey
+) -> None:
+    """Long before patience ends: nobody's first token will tell that the prefix is there."""
+    gate = asyncio.Event()
+    async with OpenAIUpstream(gate=gate) as a:
+        config = config_for([a.url], valkey.url)
+        async with running(config) as one, running(config) as two:
+            await eventually(lambda: one.worker.journal.others == 1 and two.worker.journal.others == 1)
+            first, *rest = siblings()[:4]
+            leaving = asyncio.get_running_loop().create_task(ask(http, one, first))
+            await eventually(lambda: len(two.worker.elsewhere) == 1 and len(a.generations) == 1)
+            asked = [asyncio.get_running_loop().create_task(ask(http, two, text)) for text in rest]
+            await eventually(lambda: two.worker.room.requests == 3)
+            assert len(a.generations) == 1
+            leaving.cancel()
+            await eventually(lambda: len(two.worker.elsewhere) == 0 and len(a.generations) == 2, 2.0)
+            assert two.worker.index.stats().blocks > 0
+            gate.set()
+            assert {(await each)[0] for each in asked} == {200}
+
+
 async def test_one_that_fails_elsewhere_lets_ours_go_ahead(http: aiohttp.ClientSession, valkey: Valkey) -> None:
     """Its placement is taken back, and the first of ours that waits computes the prefix."""
     gate = asyncio.Event()
