@@ -14,6 +14,7 @@ from typing import Protocol, cast
 from aiohttp import HttpVersion11, StreamReader, web
 
 from proxy.errors import BadRequest, RequestTimeout, TooLarge
+from proxy.long_body import LONG_BYTES, late, receive
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -199,8 +200,8 @@ class ClientAnswer:
         self._begun = True
 
 
-async def read_body(request: web.BaseRequest, limit_bytes: int, limit_seconds: float) -> bytes:
-    """The whole body.
+async def read_body(request: web.BaseRequest, limit_bytes: int, limit_seconds: float) -> bytes | bytearray:
+    """The whole body; nobody else holds it.
 
     Raises:
         TooLarge: it is, or says that it is, over `limit_bytes`; no more than that is ever held.
@@ -214,7 +215,9 @@ async def read_body(request: web.BaseRequest, limit_bytes: int, limit_seconds: f
     content = request.content
     if content.is_eof() and not content.exception():
         return _within(content.read_nowait(), limit_bytes)
-    # one wake-up for many reads from the socket: a 2 MB body otherwise costs a pause and a resume for each 128 KB
+    if declared is not None and int(declared) - content.total_bytes >= LONG_BYTES:
+        return await receive(request, int(declared), limit_seconds)
+    # one wake-up for many reads from the socket: a long body otherwise costs a pause and a resume for each 128 KB
     content.set_read_chunk_size(int(declared) if declared is not None else _UNDECLARED_CHUNK_BYTES)
     pieces: list[bytes] = []
     size_bytes = 0
@@ -234,7 +237,7 @@ async def read_body(request: web.BaseRequest, limit_bytes: int, limit_seconds: f
 
 
 def _too_slow(content: StreamReader, limit_seconds: float) -> None:
-    content.set_exception(RequestTimeout(f"The body did not arrive within {limit_seconds:g} seconds."))
+    content.set_exception(late(limit_seconds))
 
 
 def _within(body: bytes, limit_bytes: int) -> bytes:

@@ -7,8 +7,12 @@ instead of 1.5, and several are made for every request.
 from __future__ import annotations
 
 import enum
+from typing import TypeAlias
 
 import msgspec
+
+Body: TypeAlias = bytes | bytearray
+"""A request's body, which nobody writes to once it is read: a long one was filled in place."""
 
 
 class Endpoint(enum.StrEnum):
@@ -131,7 +135,7 @@ class Prompt(msgspec.Struct, frozen=True):
     prompt, or instructions and input items). A boundary stands at the end of each.
     """
 
-    body: bytes
+    body: Body
     model: str
     stream: bool
     chain_salt: tuple[bytes, ...]
@@ -159,7 +163,7 @@ class Call(msgspec.Struct, frozen=True):
     method: str
     target: str  # path and query as the client sent them
     headers: tuple[tuple[bytes, bytes], ...]
-    body: bytes
+    body: Body
     received_seconds: float  # monotonic: the head was here
     read_seconds: float  # the body was all here
     deadline_seconds: float  # monotonic

@@ -19,7 +19,7 @@ from proxy.admission import Doorkeeper, Room, credential_of, endpoint_of
 from proxy.clock import Clock
 from proxy.downstream import ClientAnswer, read_body, stream_body
 from proxy.errors import BadRequest, CairnError, InternalError
-from proxy.model import Call, Endpoint, Tenant
+from proxy.model import Body, Call, Endpoint, Tenant
 from proxy.pipeline import Pipeline
 from proxy.relay import Upload
 from proxy.settings import Server
@@ -113,7 +113,7 @@ class Front:
             held_bytes = 0 if passes else _UNDECLARED_BYTES if announced_bytes is None else announced_bytes
             self._room.enter(held_bytes)
             entered = True
-            body = b"" if passes else await self._body(request, headers, endpoint)
+            body: Body = b"" if passes else await self._body(request, headers, endpoint)
             call = self._call(request, request_id, tenant, endpoint, headers, body, received_seconds)
             await self._pipeline.handle(call, client, self._upload(request) if passes else None)
         except CairnError as error:
@@ -130,7 +130,7 @@ class Front:
 
     async def _body(
         self, request: web.BaseRequest, headers: Sequence[tuple[bytes, bytes]], endpoint: Endpoint
-    ) -> bytes:
+    ) -> Body:
         for name, value in headers:
             if name == b"content-encoding" and value.lower() != b"identity":
                 raise BadRequest("A compressed body is not read.", code="unsupported_content_encoding")
@@ -149,7 +149,7 @@ class Front:
         tenant: Tenant,
         endpoint: Endpoint,
         headers: tuple[tuple[bytes, bytes], ...],
-        body: bytes,
+        body: Body,
         received_seconds: float,
     ) -> Call:
         return Call(

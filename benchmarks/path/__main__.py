@@ -48,6 +48,27 @@ class Wire:
     def __init__(self, heard: Any) -> None:
         self._heard = heard
         self._closing = False
+        self._protocol: Any = None
+
+    def connect(self, protocol: Any) -> None:
+        """Begin as the transport of `protocol`."""
+        self._protocol = protocol
+        protocol.connection_made(self)
+
+    def set_protocol(self, protocol: Any) -> None:
+        self._protocol = protocol
+
+    def deliver(self, content: memoryview) -> int:
+        """Hand over what a read from the socket would give; how much of it was taken."""
+        protocol = self._protocol
+        if not isinstance(protocol, asyncio.BufferedProtocol):
+            protocol.data_received(bytes(content[:_READ_BYTES]))
+            return min(len(content), _READ_BYTES)
+        room = memoryview(protocol.get_buffer(-1))
+        taken = min(len(room), len(content))
+        room[:taken] = content[:taken]
+        protocol.buffer_updated(taken)
+        return taken
 
     def write(self, content: bytes) -> None:
         self._heard((content,))
@@ -108,17 +129,17 @@ class Client:
 
     def __init__(self, run: Run, worker: Worker) -> None:
         self._run = run
-        self._protocol = worker.front._server()  # type: ignore[misc]
-        self._protocol.connection_made(cast(asyncio.Transport, Wire(self._heard)))
+        self.protocol = worker.front._server()  # type: ignore[misc]
+        self._wire = Wire(self._heard)
+        self._wire.connect(self.protocol)
 
     def next(self) -> None:
-        self._feed(iter(self._run.request()))
+        self._feed(memoryview(self._run.request()))
 
-    def _feed(self, pieces: Any) -> None:
-        piece = next(pieces, None)
-        if piece is not None:
-            self._protocol.data_received(piece)
-            self._run.loop.call_soon(self._feed, pieces)
+    def _feed(self, left: memoryview) -> None:
+        left = left[self._wire.deliver(left) :]
+        if left:
+            self._run.loop.call_soon(self._feed, left)
 
     def _heard(self, contents: Sequence[bytes]) -> None:
         if self._run.is_last(contents):
@@ -140,11 +161,10 @@ class Run:
         self._busy = 0
         self._done: asyncio.Future[None] | None = None
 
-    def request(self) -> list[bytes]:
+    def request(self) -> bytes:
         self._number += 1
         stamp(self._body, self._offset, self._number)
-        whole = self._head + bytes(self._body)
-        return [whole[at : at + _READ_BYTES] for at in range(0, len(whole), _READ_BYTES)]
+        return self._head + self._body
 
     def pieces(self, contents: Sequence[bytes]) -> list[bytes]:
         if not self.chunks:
@@ -209,7 +229,7 @@ async def measure(worker: Worker, label: str, size_bytes: int, chunks: int, opti
         f"{label:>8}: least {figures[0] / per * 1e6:8.2f} us, median {figures[len(figures) // 2] / per * 1e6:8.2f} us"
     )
     for client in clients:
-        client._protocol.connection_lost(None)
+        client.protocol.connection_lost(None)
     for upstream in worker.client._upstreams.values():
         for connection in tuple(upstream.pool._idle):
             connection.connection_lost(None)

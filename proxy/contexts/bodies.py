@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Raw
 
 from proxy.errors import BadRequest
+from proxy.model import Body
 from proxy.wire.contexts import CONTEXT_ID, TAG, TTL_SECONDS_MOST
 from proxy.wire.offsets import span_of
 from proxy.wire.request import MODEL_NAME_BYTES_MOST
@@ -122,7 +123,7 @@ class _Tool(msgspec.Struct, gc=False):
     function: _Function | None = None
 
 
-def read_upload(body: bytes) -> Upload:
+def read_upload(body: Body) -> Upload:
     """The body of a creation. Raises BadRequest."""
     fields = _decoded(body, _Upload)
     if not isinstance(fields.model, str) or not 0 < len(fields.model.encode()) <= MODEL_NAME_BYTES_MOST:
@@ -145,14 +146,14 @@ def read_upload(body: bytes) -> Upload:
     )
 
 
-def read_change(body: bytes) -> Change:
+def read_change(body: Body) -> Change:
     """The body of a PUT. Raises BadRequest."""
     fields = _decoded(body, _Change)
     ttl_seconds, expired_at = _end(fields.ttl, fields.expired_at)
     return Change(_metadata(fields.metadata), ttl_seconds, expired_at)
 
 
-def read_tagging(body: bytes) -> tuple[str, str | None]:
+def read_tagging(body: Body) -> tuple[str, str | None]:
     """The body that makes or moves a tag: the tag, and the id (None where it is no id). Raises BadRequest."""
     fields = _decoded(body, _Tagging)
     if not isinstance(fields.cache_id, str):
@@ -183,7 +184,7 @@ def read_page(query: str) -> Page:
     return Page(int(limit), order == "desc", values.get("after"), values.get("before"), metadata)
 
 
-def _decoded(body: bytes, kind: type[Any]) -> Any:
+def _decoded(body: Body, kind: type[Any]) -> Any:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError:
@@ -276,7 +277,7 @@ def _tool(value: Raw, param: str) -> str:
     return tool.function.name
 
 
-def _messages(body: bytes, value: Raw, functions: frozenset[str]) -> tuple[bytes, array[int], str]:
+def _messages(body: Body, value: Raw, functions: frozenset[str]) -> tuple[bytes, array[int], str]:
     """The messages as sent without brackets, their bounds in that, and the role of the last."""
     try:
         listed = msgspec.json.decode(value, type=list[Raw])
@@ -290,7 +291,7 @@ def _messages(body: bytes, value: Raw, functions: frozenset[str]) -> tuple[bytes
         role = _message(message, f"messages[{place}]", calls, functions)
     spans = [span_of(body, message) for message in listed]
     first = spans[0][0]
-    kept = body[first : spans[-1][1]]
+    kept = bytes(memoryview(body)[first : spans[-1][1]])
     try:
         kept.decode()
     except UnicodeDecodeError:

@@ -21,7 +21,7 @@ from proxy.upstream.origin import Limits, Origin
 from proxy.upstream.pool import Pool, PoolCounts
 from proxy.upstream.protocol import Connection
 
-Body: TypeAlias = bytes | Sequence[bytes | memoryview] | AsyncIterator[bytes]
+Body: TypeAlias = bytes | Sequence[bytes | bytearray | memoryview] | AsyncIterator[bytes]
 
 
 def default_ssl_context(_origin: Origin) -> ssl.SSLContext:

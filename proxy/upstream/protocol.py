@@ -117,7 +117,7 @@ class Connection(asyncio.Protocol):
         self._watch(now + limits.first_byte_seconds)
         return answer
 
-    def send(self, head: bytes, body: bytes | Sequence[bytes | memoryview]) -> None:
+    def send(self, head: bytes, body: bytes | Sequence[bytes | bytearray | memoryview]) -> None:
         """Write a request whose body is at hand; the transport keeps what the socket does not take."""
         transport = self._transport
         if transport is None:

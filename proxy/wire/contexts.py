@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Raw
 
 from proxy.errors import BadRequest
-from proxy.model import Edit, Prompt
+from proxy.model import Body, Edit, Prompt
 from proxy.wire.offsets import span_of
 from proxy.wire.request import CACHE_MESSAGE_BYTES_MOST
 
@@ -94,7 +94,7 @@ def _may_be_cache(message: Raw) -> bool:
     return len(view) <= CACHE_MESSAGE_BYTES_MOST and b'"cache"' in bytes(view)
 
 
-def _named(body: bytes, fields: _Body, content: Any) -> Named:
+def _named(body: Body, fields: _Body, content: Any) -> Named:
     for param, value in (("tools", fields.tools), ("functions", fields.functions)):
         if value is not _NONE and bytes(value) != b"null":
             raise BadRequest(f"{param} must be absent where a stored context is used: it has its own.", param=param)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import msgspec
 from msgspec import Raw
 
-from proxy.model import Media
+from proxy.model import Body, Media
 
 MEDIA_BYTES_LEAST = 1024  # bytes; below that, a picture is worth no more tokens than text of its length
 _SAMPLES = 4096  # of one body: 5 us
@@ -58,7 +58,7 @@ _decode_message = msgspec.json.Decoder(_Message).decode
 _decode_output = msgspec.json.Decoder(list[_Part]).decode
 
 
-def find_media(body: bytes, content: Iterable[Raw]) -> tuple[Media, ...]:
+def find_media(body: Body, content: Iterable[Raw]) -> tuple[Media, ...]:
     """Media in the messages or input items `content` of `body`, in their order; never raises.
 
     Costs 1 us at 1 KB and under 10 us at 2 MB where there is none.

@@ -10,6 +10,8 @@ import ctypes
 
 import msgspec
 
+from proxy.model import Body
+
 
 class _Buffer(ctypes.Structure):
     """`Py_buffer` of the stable ABI."""
@@ -36,7 +38,7 @@ _release_buffer.argtypes = (ctypes.POINTER(_Buffer),)
 _release_buffer.restype = None
 
 
-def _address(value: bytes | memoryview | msgspec.Raw) -> int:
+def _address(value: Body | memoryview | msgspec.Raw) -> int:
     buffer = _Buffer()
     _get_buffer(value, ctypes.byref(buffer), 0)
     address: int = buffer.buf or 0
@@ -44,7 +46,7 @@ def _address(value: bytes | memoryview | msgspec.Raw) -> int:
     return address
 
 
-def span_of(body: bytes, part: memoryview | msgspec.Raw) -> tuple[int, int]:
+def span_of(body: Body, part: memoryview | msgspec.Raw) -> tuple[int, int]:
     """Start and end of `part`, a view into `body`, as offsets in bytes; ValueError where it is not one."""
     start = _address(part) - _address(body)
     end = start + len(memoryview(part))

@@ -24,7 +24,7 @@ import msgspec
 from msgspec import Raw
 
 from proxy.errors import BadRequest
-from proxy.model import Endpoint, Prompt, UsageRequest
+from proxy.model import Body, Endpoint, Prompt, UsageRequest
 from proxy.wire.media import find_media
 from proxy.wire.offsets import span_of
 
@@ -136,7 +136,7 @@ class _Embeddings(msgspec.Struct, gc=False):
     model: _Model = _Model()
 
 
-def _decoder(kind: type) -> Callable[[bytes], Any]:
+def _decoder(kind: type) -> Callable[[Body], Any]:
     return msgspec.json.Decoder(kind, dec_hook=_seen_model).decode
 
 
@@ -148,7 +148,7 @@ _decode_messages = _decoder(_Messages)
 _decode_embeddings = _decoder(_Embeddings)
 
 
-def read(body: bytes, endpoint: Endpoint, *, file_ids: bool = False) -> Prompt:
+def read(body: Body, endpoint: Endpoint, *, file_ids: bool = False) -> Prompt:
     """The prompt of `body`, by the dialect of `endpoint` (a generation, or embeddings).
 
     `file_ids` asks for a search of the whole body for the first `file_id` (some 10 us per 64 KB), which is worth it
@@ -160,7 +160,7 @@ def read(body: bytes, endpoint: Endpoint, *, file_ids: bool = False) -> Prompt:
     return prompt
 
 
-def _read_chat(body: bytes) -> Prompt:
+def _read_chat(body: Body) -> Prompt:
     fields = _decoded(_decode_chat, body)
     messages = fields.messages
     if messages is None:
@@ -174,20 +174,20 @@ def _read_chat(body: bytes) -> Prompt:
     return _prompt(body, fields, spans, messages, limit, names_context=_may_name_context(body, spans))
 
 
-def _may_name_context(body: bytes, spans: list[memoryview]) -> bool:
+def _may_name_context(body: Body, spans: list[memoryview]) -> bool:
     """Whether a message could have the role `cache`: never wrongly no, but for a role written with escapes."""
     if len(body) <= _SEARCHED_BYTES:
         return b'"cache"' in body
     return any(len(span) <= CACHE_MESSAGE_BYTES_MOST and b'"cache"' in bytes(span) for span in spans)
 
 
-def _read_completion(body: bytes) -> Prompt:
+def _read_completion(body: Body) -> Prompt:
     fields = _decoded(_decode_completion, body)
     spans = _present(fields.prompt, fields.suffix)
     return _prompt(body, fields, spans, (), fields.max_tokens)
 
 
-def _read_messages(body: bytes) -> Prompt:
+def _read_messages(body: Body) -> Prompt:
     """Anthropic's dialect: a change of `tool_choice` keeps tools and system cached, not the messages."""
     fields = _decoded(_decode_messages, body)
     if fields.messages is None:
@@ -197,7 +197,7 @@ def _read_messages(body: bytes) -> Prompt:
     return _prompt(body, fields, spans, fields.messages, fields.max_tokens, always_reports=True)
 
 
-def _read_responses(body: bytes) -> Prompt:
+def _read_responses(body: Body) -> Prompt:
     fields = _decoded_responses(body)
     spans = _present(fields.tools, fields.instructions, fields.prompt)
     items: list[Raw] = []
@@ -210,12 +210,12 @@ def _read_responses(body: bytes) -> Prompt:
     return _prompt(body, fields, spans, items, fields.max_output_tokens, pinned, always_reports=True)
 
 
-def _read_embeddings(body: bytes) -> Prompt:
+def _read_embeddings(body: Body) -> Prompt:
     fields = _decoded(_decode_embeddings, body)
     return Prompt(body, fields.model, False, (fields.model.encode(),), ())
 
 
-_READERS: dict[Endpoint, Callable[[bytes], Prompt]] = {
+_READERS: dict[Endpoint, Callable[[Body], Prompt]] = {
     Endpoint.CHAT: _read_chat,
     Endpoint.COMPLETIONS: _read_completion,
     Endpoint.RESPONSES: _read_responses,
@@ -225,7 +225,7 @@ _READERS: dict[Endpoint, Callable[[bytes], Prompt]] = {
 
 
 def _prompt(
-    body: bytes,
+    body: Body,
     fields: _Common,
     spans: list[memoryview],
     content: Iterable[Raw],
@@ -253,7 +253,7 @@ def _prompt(
     )
 
 
-def _decoded(decode: Callable[[bytes], Any], body: bytes) -> Any:
+def _decoded(decode: Callable[[Body], Any], body: Body) -> Any:
     """Fields of `body`, with `model` checked: there, once, not empty, not absurdly long."""
     models = _seen.models
     models.clear()
@@ -275,7 +275,7 @@ def _decoded(decode: Callable[[bytes], Any], body: bytes) -> Any:
     return fields
 
 
-def _decoded_responses(body: bytes) -> Any:
+def _decoded_responses(body: Body) -> Any:
     """`input` is mostly an array; where it is a text, the first reading stops there and a second is made."""
     try:
         return _decoded(_decode_responses, body)
@@ -319,7 +319,7 @@ class _Options(msgspec.Struct, gc=False):
 _decode_options = msgspec.json.Decoder(_Options | None).decode
 
 
-def _usage_request(body: bytes, options: Raw) -> tuple[UsageRequest, tuple[int, int]]:
+def _usage_request(body: Body, options: Raw) -> tuple[UsageRequest, tuple[int, int]]:
     """What the body says about usage; options of a wrong type are left to the upstream's judgement."""
     if options is _NONE:
         return UsageRequest.ABSENT, (0, 0)

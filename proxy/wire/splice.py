@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import msgspec
 
-from proxy.model import Edit, Prompt, UsageRequest
+from proxy.model import Body, Edit, Prompt, UsageRequest
 
 _ASK = b'{"include_usage":true}'
 _ASK_MEMBER = b'"stream_options":{"include_usage":true},'
 
 
-def apply(body: bytes, edits: Sequence[Edit]) -> tuple[list[bytes | memoryview], int]:
+def apply(body: Body, edits: Sequence[Edit]) -> tuple[list[Body | memoryview], int]:
     """The body with `edits` made, as buffers to be written in order, and their length in bytes.
 
     Edits may come in any order; two that overlap, or one outside the body, raise ValueError. Without edits the
@@ -25,7 +25,7 @@ def apply(body: bytes, edits: Sequence[Edit]) -> tuple[list[bytes | memoryview],
     if not edits:
         return [body], len(body)
     view = memoryview(body)
-    parts: list[bytes | memoryview] = []
+    parts: list[Body | memoryview] = []
     length = at = 0
     for edit in edits if len(edits) == 1 else sorted(edits, key=_place):
         if not at <= edit.start <= edit.end <= len(body):
@@ -55,7 +55,7 @@ def ask_usage(prompt: Prompt) -> Edit | None:
     return None
 
 
-def _with_usage(options: bytes) -> bytes:
+def _with_usage(options: Body) -> bytes:
     """`options` (null or an object) with include_usage true; its other members keep their bytes."""
     members = msgspec.json.decode(options, type=dict[str, msgspec.Raw] | None)
     if not members:
