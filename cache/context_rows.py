@@ -32,7 +32,8 @@ class ContextStatus(enum.StrEnum):
 class Draft(msgspec.Struct, frozen=True):
     """A context to be made. `messages` stand without brackets, message k from bounds[2k] to bounds[2k + 1].
 
-    One of `ttl_seconds` and `expires_unix_seconds` is set. `value_usd` is what one use is expected to save.
+    One of `ttl_seconds` and `expires_unix_seconds` is set. `value_usd` is what one use is expected to save. `media`
+    tells kind and bytes of what in it is no text, for whoever counts tokens.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Draft(msgspec.Struct, frozen=True):
     description: str = ""
     metadata: dict[str, str] = {}
     tags: tuple[str, ...] = ()
+    media: tuple[tuple[str, int], ...] = ()
 
     @property
     def pinned(self) -> bool:
@@ -68,6 +70,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     description: str
     digest: bytes
     content_bytes: int
+    media: tuple[tuple[str, int], ...] = ()
 
 
 class ContextRow(msgspec.Struct, frozen=True):

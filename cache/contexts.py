@@ -105,7 +105,9 @@ class ContextStore:
         Raises QuotaFull, PastExpiry, StoreUnavailable and the store's other errors.
         """
         packed = await self._bytes.pack(draft)
-        head = encode_head(Head(draft.model, draft.name, draft.description, packed.digest, draft.size_bytes))
+        head = encode_head(
+            Head(draft.model, draft.name, draft.description, packed.digest, draft.size_bytes, draft.media)
+        )
         compressed: dict[bytes, bytes] = {}
         for _ in range(COMMIT_TRIES):
             extra_bytes = sum(map(len, compressed.values()))

@@ -118,7 +118,7 @@ class ContextApi:
         return objects.context_object(row, await self._store.content(call.tenant.id, row), self._store.now())
 
     def _draft(self, upload: Upload, status: str, size: int, usd_per_token: float) -> Draft:
-        tokens = round(self._tokens.predict(upload.model, size, ()))
+        tokens = round(self._tokens.predict(upload.model, size, upload.media))
         ttl_seconds: float | None = upload.ttl_seconds
         if ttl_seconds is None and upload.expired_at is None:
             ttl_seconds = self._settings.default_ttl_seconds
@@ -137,6 +137,7 @@ class ContextApi:
             upload.description,
             upload.metadata,
             upload.tags,
+            tuple([(item.kind, item.size_bytes) for item in upload.media]),
         )
 
     async def _warm(self, call: Call, upload: Upload, row: ContextRow, replicas: int, usd_per_token: float) -> None:

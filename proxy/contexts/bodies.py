@@ -16,8 +16,9 @@ import msgspec
 from msgspec import Raw
 
 from proxy.errors import BadRequest
-from proxy.model import Body
+from proxy.model import Body, Media
 from proxy.wire.contexts import CONTEXT_ID, TAG, TTL_SECONDS_MOST
+from proxy.wire.media import find_media
 from proxy.wire.offsets import span_of
 from proxy.wire.request import MODEL_NAME_BYTES_MOST
 
@@ -49,6 +50,7 @@ class Upload(msgspec.Struct, frozen=True):
     tags: tuple[str, ...]
     ttl_seconds: int | None
     expired_at: int | None
+    media: tuple[Media, ...] = ()
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -129,7 +131,7 @@ def read_upload(body: Body) -> Upload:
     if not isinstance(fields.model, str) or not 0 < len(fields.model.encode()) <= MODEL_NAME_BYTES_MOST:
         raise BadRequest("model must be a string, not empty and not absurdly long.", param="model")
     tools, functions = _tools(fields.tools)
-    messages, bounds, last_role = _messages(body, fields.messages, functions)
+    messages, bounds, last_role, media = _messages(body, fields.messages, functions)
     ttl_seconds, expired_at = _end(fields.ttl, fields.expired_at)
     return Upload(
         fields.model,
@@ -143,6 +145,7 @@ def read_upload(body: Body) -> Upload:
         _tags(fields.tags),
         ttl_seconds,
         expired_at,
+        media,
     )
 
 
@@ -277,8 +280,8 @@ def _tool(value: Raw, param: str) -> str:
     return tool.function.name
 
 
-def _messages(body: Body, value: Raw, functions: frozenset[str]) -> tuple[bytes, array[int], str]:
-    """The messages as sent without brackets, their bounds in that, and the role of the last."""
+def _messages(body: Body, value: Raw, functions: frozenset[str]) -> tuple[bytes, array[int], str, tuple[Media, ...]]:
+    """The messages as sent without brackets, their bounds in that, the role of the last, and what is no text."""
     try:
         listed = msgspec.json.decode(value, type=list[Raw])
     except _DECODE_ERRORS:
@@ -296,7 +299,8 @@ def _messages(body: Body, value: Raw, functions: frozenset[str]) -> tuple[bytes,
         kept.decode()
     except UnicodeDecodeError:
         raise BadRequest("The messages are not UTF-8.", param="messages") from None
-    return kept, array("I", [offset - first for span in spans for offset in span]), role
+    bounds = array("I", [offset - first for span in spans for offset in span])
+    return kept, bounds, role, find_media(kept, listed)
 
 
 def _message(value: Raw, param: str, calls: dict[str, str], functions: frozenset[str]) -> str:

@@ -11,7 +11,7 @@ from cache import CacheError, Content, ContextRow, ContextStatus, ContextStore, 
 from proxy.contexts import failures
 from proxy.journey import Journey, StoredUse
 from proxy.metrics import CONTEXT_USES, Recorder
-from proxy.model import Prompt
+from proxy.model import Media, Prompt
 from proxy.wire import contexts as wire
 from proxy.wire.contexts import Named, Reference, Spliced
 
@@ -48,6 +48,8 @@ class Use:
             self._count("inactive")
             raise failures.inactive()
         spliced = wire.splice_named(prompt, named, content.tools, content.messages)
+        # what was sent again is in the body, where its media were found already; what is only named is not
+        prompt = replace(prompt, media=tuple([Media(*each) for each in row.head.media]) + prompt.media)
         self._take(journey, prompt, row, content, named.reference, spliced)
 
     async def _expand_repeated(self, journey: Journey, prompt: Prompt, reference: Reference) -> None:

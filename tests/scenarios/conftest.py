@@ -1,4 +1,4 @@
-"""What scenario tests share: a client session, and no blocking call in the loop while one runs."""
+"""What scenario tests share: a client session, a Valkey, and no blocking call in the loop while one runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import AsyncIterator, Iterator
 import aiohttp
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
+
+from tests.support import valkey
+from tests.support.valkey import Valkey
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +24,10 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
     """A session that keeps what it gets as it is."""
     async with aiohttp.ClientSession(auto_decompress=False) as session:
         yield session
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[Valkey]:
+    """One server for the module."""
+    with valkey.running() as server:
+        yield server

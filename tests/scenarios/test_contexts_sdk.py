@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -13,7 +12,6 @@ import pytest
 from demo.shapes import MODEL_NAME
 from proxy import metrics
 from tests.scenarios.test_conversations import words
-from tests.support import valkey
 from tests.support.cairn import config_for, running
 from tests.support.engine import Engine
 from tests.support.openai_upstream import OpenAIUpstream
@@ -21,13 +19,6 @@ from tests.support.valkey import Valkey
 
 READY_SECONDS = 60.0
 QUESTIONS = 40
-
-
-@pytest.fixture(scope="module")
-def redis() -> Iterator[Valkey]:
-    """One server for the module."""
-    with valkey.running() as server:
-        yield server
 
 
 def upload_and_ask(url: str, model: str, document: str, questions: int) -> tuple[Any, list[Any]]:

@@ -10,19 +10,17 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-import pytest
 import yaml
 
 from proxy import metrics
 from proxy.settings import Pool, Replica
-from tests.support import valkey
 from tests.support.cairn import Cairn, config_for, running
 from tests.support.counting_upstream import KNOWN_MODEL, MUTE_MODEL, CountingUpstream, body_of, case_of
 from tests.support.lean_client import LeanClient
@@ -241,13 +239,6 @@ class Load:
         """What was answered longer than so long ago."""
         latest = self._clock() - seconds_ago
         return sum((counts for at, counts in self._answered if at <= latest), Counter())
-
-
-@pytest.fixture
-def redis() -> Iterator[Valkey]:
-    """One that outlives Cairn."""
-    with valkey.running() as running:
-        yield running
 
 
 async def test_a_crash_of_the_whole_tree_loses_what_was_served_in_the_last_second_at_most(
