@@ -29,6 +29,11 @@ class Contents:
         self.hits = 0
         self.reads = 0
 
+    def limit(self, most_bytes: int) -> None:
+        """From now on keep no more than that."""
+        self._most_bytes = most_bytes
+        self._let_go()
+
     def __len__(self) -> int:
         return len(self._kept)
 
@@ -62,6 +67,9 @@ class Contents:
             return
         self._kept[key] = content
         self.size_bytes += _size(content)
+        self._let_go()
+
+    def _let_go(self) -> None:
         while self.size_bytes > self._most_bytes:
             _, last = self._kept.popitem(last=False)
             self.size_bytes -= _size(last)

@@ -82,6 +82,11 @@ class ContextStore:
             await self.flush()
         self._running = []
 
+    def adopt(self, limits: ContextLimits) -> None:
+        """Work by other limits: budgets at the next creation, times at the next change of each context."""
+        self._access.limits = limits
+        self._bytes.contents.limit(limits.memory_bytes)
+
     @property
     def total_bytes(self) -> int:
         """What all tenants' contexts take, as last heard."""

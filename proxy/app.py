@@ -181,7 +181,7 @@ class Worker:
             evicted=lambda reason, number: self.recorder.inc(metrics.CONTEXTS_EVICTED, (reason,), number),
             damaged=lambda: self.recorder.inc(metrics.CONTEXTS_DAMAGED),
         )
-        context_api = ContextApi(
+        self.context_api = ContextApi(
             self.contexts,
             self.pools,
             self.tokens,
@@ -190,7 +190,7 @@ class Worker:
             config.contexts,
             self.tasks,
         )
-        stored = StoredContexts(self.contexts, context_api, Use(self.contexts, self.recorder), self.recorder)
+        stored = StoredContexts(self.contexts, self.context_api, Use(self.contexts, self.recorder), self.recorder)
         self.pipeline = Pipeline(
             self.pools,
             self.fleet,
@@ -280,7 +280,7 @@ class Worker:
         await self.front.start(listening)
 
     async def reconfigure(self, config: Config) -> None:
-        """Take over the pools, clients and prices of a new configuration; requests under way end where they are.
+        """Take over what of a new configuration is live (`proxy.reload`); requests under way end where they are.
 
         Raises ConfigError, and changes nothing, where it asks for what only a restart can do.
         """
@@ -288,6 +288,8 @@ class Worker:
         self.members.adopt(config)
         self.names.add(pattern for pool in config.pools for pattern in pool.models)
         self.prices.adopt(rules_of(config.prices))
+        self.contexts.adopt(_context_limits(config.contexts))
+        self.context_api.adopt(config.contexts)
         self.front.doorkeeper = Doorkeeper(_clients(config), self._secret)
 
     def _meet(self, number: int) -> None:

@@ -26,6 +26,7 @@ from proxy.config import Config, ConfigError, Loaded, SecretUrl
 from proxy.control import MESSAGE_BYTES_AT_MOST, Explain, Report
 from proxy.ledger import TotalsReader, Unreadable
 from proxy.readiness import Readiness, Stage, judge
+from proxy.reload import taken_over
 from proxy.savings import By
 from proxy.savings import Report as Savings
 from proxy.slot import Gone, Slot
@@ -39,12 +40,6 @@ STORE_PAUSE_SECONDS = (1.0, 30.0)  # between two starts of a Valkey that does no
 TOTALS_SECONDS = 2.0  # between two readings of the totals for the status page
 TOTALS_REST = 50  # times as long as a reading took: with many tenants it is a long one, and Redis has others to serve
 _OWN = -1  # the number under which the supervisor's own gauges are added up
-# what sockets, processes and the store were made from; a reload leaves it as it is
-_FIXED = {
-    "server": ("host", "port", "workers", "backlog"),
-    "admin": ("host", "port"),
-    "redis": ("url", "url_env", "url_file", "folder", "max_memory_bytes"),
-}
 
 log = logging.getLogger("cairn.supervisor")
 
@@ -276,22 +271,14 @@ class Supervisor:
             self._recorder.inc(metrics.RELOADS_FAILED)
             log.error("the configuration stays as it was: %s", error.message)  # noqa: TRY400 - not a failure of ours
             return
-        self._before_reload, self._config = self._config, self._with_fixed(loaded.config)
+        self._before_reload = self._config
+        self._config, waiting = taken_over(self._config, loaded.config, own_store=self._store is not None)
+        for path in waiting:
+            log.warning("%s takes effect after a restart only", path)
         for slot in self._slots:
             slot.configure(self._config)
         self._recorder.set(metrics.RELOADED_AT, (), self._parts.clock.unix())
         log.info("the configuration was read again")
-
-    def _with_fixed(self, config: Config) -> Config:
-        """`config` with the old values of what cannot be changed in a running process."""
-        for section, fields in _FIXED.items():
-            old, new = getattr(self._config, section), getattr(config, section)
-            kept = {field: getattr(old, field) for field in fields}
-            if section != "redis" or self._store is None:
-                for field in (field for field in fields if kept[field] != getattr(new, field)):
-                    log.warning("$.%s.%s takes effect after a restart only", section, field)
-            config = msgspec.structs.replace(config, **{section: msgspec.structs.replace(new, **kept)})
-        return config
 
     # --- what it looks after
 

@@ -56,6 +56,10 @@ class ContextApi:
         self._settings = settings
         self._tasks = tasks
 
+    def adopt(self, settings: Settings) -> None:
+        """Make new contexts by other settings."""
+        self._settings = settings
+
     async def answer(self, call: Call) -> bytes:
         """The JSON of the answer. Raises CairnError."""
         try:

@@ -65,3 +65,15 @@ async def test_a_failed_read_is_told_to_all_and_tried_again_by_the_next() -> Non
     assert [type(result) for result in results] == [StoreUnavailable] * 2
     assert kept.peek("x") is None
     assert (await kept.get("x", read)).size_bytes == 5
+
+
+async def test_a_smaller_bound_holds_at_once() -> None:
+    """What was not used for longest goes; a larger one takes more again."""
+    kept = Contents(3 * (1000 + ENTRY_BYTES), Tasks())
+    for name in "abc":
+        kept.put(name, content(1000))
+    kept.limit(1000 + ENTRY_BYTES)
+    assert (kept.peek("c") is not None, len(kept)) == (True, 1)
+    kept.limit(2 * (1000 + ENTRY_BYTES))
+    kept.put("d", content(1000))
+    assert len(kept) == 2
