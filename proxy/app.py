@@ -190,7 +190,7 @@ class Worker:
             config.contexts,
             self.tasks,
         )
-        stored = StoredContexts(self.contexts, self.context_api, Use(self.contexts, self.recorder), self.recorder)
+        stored = StoredContexts(self.contexts, self.context_api, Use(self.contexts), self.recorder)
         self.pipeline = Pipeline(
             self.pools,
             self.fleet,

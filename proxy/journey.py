@@ -36,6 +36,7 @@ class Journey:
         "avoid",
         "call",
         "context_notes",
+        "context_result",
         "edits",
         "ending",
         "error_code",
@@ -74,6 +75,7 @@ class Journey:
         self.is_warming = False  # sent by Cairn itself, so that a context is computed before it is used
         self.only_checked = False  # the stored context was to be checked, and nothing else done
         self.context_notes: tuple[tuple[bytes, bytes], ...] = ()
+        self.context_result = ""  # what became of the stored context that was named, in the words of the metric
         self.attempt: Attempt | None = None
         self.edits: tuple[Edit, ...] = ()
         self.asked_usage = False  # the stream reports usage because Cairn asked, so that chunk is withheld

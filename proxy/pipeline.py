@@ -93,7 +93,7 @@ class Pipeline:
             self.refuse(journey, error, client)
         finally:
             self._settlement.settle(journey)
-            if journey.stored is not None:
+            if journey.context_result:
                 self._contexts.settle(journey)
 
     async def decide(self, journey: Journey) -> None:

@@ -8,7 +8,7 @@ from proxy.contexts.objects import checked_answer
 from proxy.contexts.use import Use
 from proxy.downstream import Downstream
 from proxy.journey import Journey
-from proxy.metrics import CONTEXT_CACHED_TOKENS, Recorder
+from proxy.metrics import CONTEXT_CACHED_TOKENS, CONTEXT_USES, Recorder
 from proxy.model import Ending
 
 _JSON = (b"content-type", b"application/json")
@@ -42,9 +42,12 @@ class StoredContexts:
         client.send(200, b"OK", headers, body)
 
     def settle(self, journey: Journey) -> None:
-        """A chat with a context has ended: where it went well, that counts as a use."""
+        """A chat that named a context has ended: what became of it is counted, and where it went well it was used."""
         stored = journey.stored
-        if stored is None or journey.only_checked or journey.is_warming or journey.ending is not Ending.COMPLETE:
+        if journey.is_warming:
+            return
+        self._recorder.inc(CONTEXT_USES, (journey.context_result,))
+        if stored is None or journey.only_checked or journey.ending is not Ending.COMPLETE:
             return
         self._store.used(journey.call.tenant.id, stored.row, stored.reset_ttl_seconds)
         if journey.usage is not None and journey.usage.cached_tokens:

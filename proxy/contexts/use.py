@@ -10,7 +10,6 @@ from msgspec.structs import replace
 from cache import CacheError, Content, ContextRow, ContextStatus, ContextStore, StoreCorrupt, UnknownContext
 from proxy.contexts import failures
 from proxy.journey import Journey, StoredUse
-from proxy.metrics import CONTEXT_USES, Recorder
 from proxy.model import Media, Prompt
 from proxy.wire import contexts as wire
 from proxy.wire.contexts import Named, Reference, Spliced
@@ -21,9 +20,8 @@ _NOTE = b"x-cairn-context"  # why a context under a header was not used
 class Use:
     """Puts contexts into journeys. One per worker."""
 
-    def __init__(self, store: ContextStore, recorder: Recorder) -> None:
+    def __init__(self, store: ContextStore) -> None:
         self._store = store
-        self._recorder = recorder
 
     async def expand(self, journey: Journey) -> None:
         """Put the context in that the request names by a message or a header; without one nothing happens.
@@ -42,10 +40,10 @@ class Use:
         try:
             row, content = await self._find(journey.call.tenant.id, named.reference)
         except CacheError as error:
-            self._count("damaged" if isinstance(error, StoreCorrupt) else "unavailable", error)
+            journey.context_result = _result(error)
             raise failures.shown(error) from None
         if self._is_over(row, named.reference):
-            self._count("inactive")
+            journey.context_result = "inactive"
             raise failures.inactive()
         spliced = wire.splice_named(prompt, named, content.tools, content.messages)
         # what was sent again is in the body, where its media were found already; what is only named is not
@@ -57,17 +55,17 @@ class Use:
         try:
             row, content = await self._find(journey.call.tenant.id, reference)
         except UnknownContext as error:
-            self._count("unknown")
+            journey.context_result = _result(error)
             raise failures.shown(error) from None
         except CacheError as error:
-            self._go_on(journey, "damaged" if isinstance(error, StoreCorrupt) else "unavailable")
+            _go_on(journey, _result(error))
             return
         if self._is_over(row, reference):
-            self._go_on(journey, "inactive")
+            _go_on(journey, "inactive")
             return
         spliced = wire.splice_repeated(prompt, content.tools, content.messages, content.message_views())
         if isinstance(spliced, str):
-            self._go_on(journey, "differs", spliced)
+            _go_on(journey, "differs", spliced)
         else:
             self._take(journey, prompt, row, content, reference, spliced)
 
@@ -92,8 +90,7 @@ class Use:
         reference: Reference,
         spliced: Spliced,
     ) -> None:
-        if not journey.is_warming:
-            self._count("used")
+        journey.context_result = "used"
         reset = None if reference.dry_run else reference.reset_ttl_seconds
         ends = row.expires_unix_seconds if reset is None else self._store.now() + reset
         journey.stored = StoredUse(row, content, ends, reset)
@@ -105,12 +102,15 @@ class Use:
             (b"msh-context-cache-token-exp", b"%d" % int(ends)),
         )
 
-    def _go_on(self, journey: Journey, why: str, where: str = "") -> None:
-        """As sent, without the context."""
-        self._count(why)
-        note = f"{why};{where}" if where else why
-        journey.context_notes = ((_NOTE, note.encode()),)
 
-    def _count(self, result: str, error: CacheError | None = None) -> None:
-        word = "unknown" if isinstance(error, UnknownContext) else result
-        self._recorder.inc(CONTEXT_USES, (word,))
+def _go_on(journey: Journey, why: str, where: str = "") -> None:
+    """As sent, without the context."""
+    journey.context_result = why
+    note = f"{why};{where}" if where else why
+    journey.context_notes = ((_NOTE, note.encode()),)
+
+
+def _result(error: CacheError) -> str:
+    if isinstance(error, UnknownContext):
+        return "unknown"
+    return "damaged" if isinstance(error, StoreCorrupt) else "unavailable"
