@@ -21,6 +21,8 @@ from proxy.pools import Pools
 from proxy.pricing import Bill, PriceBook, Unpriced
 
 _STATUS_CLASSES = ("0xx", "1xx", "2xx", "3xx", "4xx", "5xx")
+_OPERATIONS = {Endpoint.COMPLETIONS: "text_completion", Endpoint.EMBEDDINGS: "embeddings"}  # in OpenTelemetry's words
+_CHAT = "chat"  # the others that have tokens
 _SECONDS_PER_DAY = 86_400
 _PICOS_PER_USD = Decimal(10**12)
 _MICROS_PER_SECOND = 1_000_000
@@ -47,7 +49,19 @@ class ModelNames:
 class _Route:
     """The series of requests that are alike: each is found once, and then only added to."""
 
-    __slots__ = ("decisions", "duration", "gaps", "misses", "overhead", "requests", "ttft")
+    __slots__ = (
+        "decisions",
+        "duration",
+        "gaps",
+        "input",
+        "misses",
+        "output",
+        "overhead",
+        "per_token",
+        "plain_ttft",
+        "requests",
+        "ttft",
+    )
 
     def __init__(
         self,
@@ -68,6 +82,11 @@ class _Route:
         self.overhead = recorder.histogram(metrics.OVERHEAD, (kind,))
         self.ttft = recorder.histogram(metrics.TTFT, (model, upstream, cache))
         self.gaps = recorder.histogram(metrics.INTER_TOKEN, (model, upstream))
+        source = (_OPERATIONS.get(endpoint, _CHAT), model, upstream)
+        self.plain_ttft = recorder.histogram(metrics.GEN_AI_TTFT, source)
+        self.per_token = recorder.histogram(metrics.GEN_AI_PER_TOKEN, source)
+        self.input = recorder.histogram(metrics.GEN_AI_USAGE, (*source, "input"))
+        self.output = recorder.histogram(metrics.GEN_AI_USAGE, (*source, "output"))
         decided = plan is not None and endpoint.is_generation
         self.decisions = recorder.counter(metrics.ROUTE_DECISIONS, (plan[1].value,)) if plan and decided else None
         missed = plan is not None and decided and plan[2] is not MissReason.NONE
@@ -135,7 +154,7 @@ class Accounts:
         """One finished request. `usage` is what `known_usage` gave."""
         model = self._names.label(outcome.model)
         upstream = outcome.replica.name if outcome.replica is not None else ""
-        self._count_request(outcome, model, upstream)
+        route = self._count_request(outcome, model, upstream)
         if outcome.replica is None:
             return
         if usage is not None:
@@ -144,6 +163,7 @@ class Accounts:
             source = self._sources.get((model, upstream))
             if source is None:
                 source = self._sources[model, upstream] = _Source(self._recorder, model, upstream)
+            _count_answer(outcome, usage, route)
             self._count_tokens(usage, row, source, model, upstream)
             self._count_prediction(usage, predicted_tokens, source)
             self._count_money(outcome, usage, row, source, model, upstream, outcome.replica.id)
@@ -163,14 +183,16 @@ class Accounts:
             row = self._totals.row(self._today(), model, outcome.replica.name, outcome.tenant_name)
             row.routing_gain_tokens += tokens
 
-    def _count_request(self, outcome: Outcome, model: str, upstream: str) -> None:
+    def _count_request(self, outcome: Outcome, model: str, upstream: str) -> _Route:
         times, route = outcome.times, self._route(outcome, model, upstream)
         route.requests.value += 1
         route.duration.add(times.ended_seconds - times.received_seconds)
         if times.sent_seconds is not None:
             route.overhead.add(times.sent_seconds - times.read_seconds - times.waited_seconds)
         if times.first_token_seconds is not None:
-            route.ttft.add(times.first_token_seconds - times.received_seconds)
+            ttft_seconds = times.first_token_seconds - times.received_seconds
+            route.ttft.add(ttft_seconds)
+            route.plain_ttft.add(ttft_seconds)
             if outcome.inter_token_counts:
                 route.gaps.add_counts(outcome.inter_token_counts, outcome.inter_token_seconds)
         if route.decisions is not None:
@@ -179,6 +201,7 @@ class Accounts:
             route.misses.value += 1
         if outcome.ending is Ending.REFUSED:
             self._recorder.inc(metrics.REJECTED, (outcome.error_code or "other",))
+        return route
 
     def _route(self, outcome: Outcome, model: str, upstream: str) -> _Route:
         status_class = outcome.status // 100 if 0 < outcome.status < 600 else 0
@@ -248,6 +271,14 @@ class Accounts:
         if day != self._day[0]:
             self._day = (day, datetime.fromtimestamp(day * _SECONDS_PER_DAY, UTC).date().isoformat())
         return self._day[1]
+
+
+def _count_answer(outcome: Outcome, usage: Usage, route: _Route) -> None:
+    """What OpenTelemetry's conventions ask of one answer."""
+    route.input.add(usage.prompt_tokens)
+    route.output.add(usage.output_tokens)
+    if outcome.inter_token_counts and usage.output_tokens > 1:
+        route.per_token.add(outcome.inter_token_seconds / (usage.output_tokens - 1))
 
 
 def _picos(usd: Decimal) -> int:

@@ -54,6 +54,12 @@ _OVERHEAD_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025,
 _INTER_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 _REDIS_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 _LAG_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+# OpenTelemetry's conventions for generative AI, as its collector writes their names for Prometheus; the time to the
+# first token has vLLM's buckets, of which those are a part
+# https://github.com/open-telemetry/semantic-conventions-genai/blob/main/docs/gen-ai/gen-ai-metrics.md
+_GEN_AI_LABELS = ("gen_ai_operation_name", "gen_ai_request_model", "server_address")
+_USAGE_TOKENS = tuple(4**power for power in range(14))
+_PER_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 _ERROR_TOKENS = (-65536, -16384, -4096, -1024, -256, -64, 0, 64, 256, 1024, 4096, 16384, 65536)
 
 
@@ -67,7 +73,7 @@ class Kind(enum.Enum):
 
 
 class Spec(msgspec.Struct, frozen=True):
-    """One metric. `name` is without the prefix and without `_total`; `number` is its place in SPECS."""
+    """One metric. `name` is whole but for a counter's `_total`; `number` is its place in SPECS."""
 
     number: int
     name: str
@@ -86,19 +92,23 @@ def _define(name: str, kind: Kind, text: str, labels: tuple[str, ...], buckets: 
 
 
 def _counter(name: str, text: str, *labels: str) -> Spec:
-    return _define(name, Kind.COUNTER, text, labels)
+    return _define(PREFIX + name, Kind.COUNTER, text, labels)
 
 
 def _histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Spec:
-    return _define(name, Kind.HISTOGRAM, text, labels, buckets)
+    return _define(PREFIX + name, Kind.HISTOGRAM, text, labels, buckets)
 
 
 def _sum(name: str, text: str, *labels: str) -> Spec:
-    return _define(name, Kind.GAUGE_SUM, text, labels)
+    return _define(PREFIX + name, Kind.GAUGE_SUM, text, labels)
 
 
 def _max(name: str, text: str, *labels: str) -> Spec:
-    return _define(name, Kind.GAUGE_MAX, text, labels)
+    return _define(PREFIX + name, Kind.GAUGE_MAX, text, labels)
+
+
+def _gen_ai(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Spec:
+    return _define(f"gen_ai_{name}", Kind.HISTOGRAM, text, (*_GEN_AI_LABELS, *labels), buckets)
 
 
 REQUESTS = _counter(
@@ -150,7 +160,7 @@ INDEX_TOKENS = _max("index_tokens", "Tokens that the index holds for a replica."
 INDEX_EVICTIONS = _counter("index_evictions", "Blocks evicted from a replica's budget.", "upstream")
 CONTEXTS = _max("contexts", "Stored contexts.")
 CONTEXTS_BYTES = _max("contexts_bytes", "Bytes of stored contexts.")
-CONTEXTS_EVICTED = _counter("contexts_evicted", "Stored contexts dropped.", "reason")
+CONTEXTS_EVICTED = _counter("contexts_evictions", "Stored contexts dropped.", "reason")
 CONTEXTS_DAMAGED = _counter("contexts_damaged", "Stored contexts found damaged when they were read.")
 CONTEXT_USES = _counter("context_uses", "Requests that named a stored context.", "result")
 CONTEXT_CACHED_TOKENS = _counter(
@@ -178,6 +188,16 @@ WORKER_RESTARTS = _counter("worker_restarts", "Workers that died and were starte
 RELOADS_FAILED = _counter("config_reload_failures", "Reloads that changed nothing because the file was bad.")
 RELOADED_AT = _max("config_last_reload_success_timestamp_seconds", "When the configuration in force was read.")
 BUILD = _max("build_info", "Always 1.", "version")
+GEN_AI_TTFT = _gen_ai("server_time_to_first_token_seconds", "As cairn_time_to_first_token_seconds.", _TTFT_SECONDS)
+GEN_AI_PER_TOKEN = _gen_ai(
+    "server_time_per_output_token_seconds",
+    "Of one answer: from its first token to its last, by those after the first.",
+    _PER_TOKEN_SECONDS,
+)  # fmt: skip
+GEN_AI_USAGE = _gen_ai(
+    "client_token_usage", "Tokens of one answer; cached ones are part of the input.", _USAGE_TOKENS,
+    "gen_ai_token_type",
+)  # fmt: skip
 
 Labels = tuple[str, ...]
 
@@ -318,7 +338,7 @@ class Exposition:
         self._histograms: list[dict[Labels, Observed]] = [{} for _ in SPECS]
         self._gauges: dict[int, list[tuple[int, Labels, float]]] = {}
         self._families = [
-            Family(PREFIX + spec.name, _TYPES[spec.kind], spec.help, spec.labels, spec.buckets) for spec in SPECS
+            Family(spec.name, _TYPES[spec.kind], spec.help, spec.labels, spec.buckets) for spec in SPECS
         ]
 
     def apply(self, worker: int, delta: Delta) -> None:

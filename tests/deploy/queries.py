@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from proxy.metrics import PREFIX, SPECS, Kind
+from proxy.metrics import SPECS, Kind
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"
@@ -35,7 +35,7 @@ def _real_metrics() -> dict[str, frozenset[str]]:
     """Every series name that a scrape can have, with its labels."""
     found: dict[str, frozenset[str]] = {}
     for spec in SPECS:
-        name, labels = PREFIX + spec.name, _ADDED | set(spec.labels)
+        name, labels = spec.name, _ADDED | set(spec.labels)
         if spec.kind is Kind.HISTOGRAM:
             found |= {f"{name}_bucket": labels | {"le"}, f"{name}_sum": labels, f"{name}_count": labels}
         else:

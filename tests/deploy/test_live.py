@@ -26,7 +26,7 @@ EMPTY_HERE = {
     "cairn_routing_gain_tokens_total": "the shadow index samples; so few requests may all be left out",
     "cairn_contexts": "no context is stored",
     "cairn_contexts_bytes": "no context is stored",
-    "cairn_contexts_evicted_total": "no context is dropped",
+    "cairn_contexts_evictions_total": "no context is dropped",
     "cairn_context_uses_total": "no context is stored",
     "cairn_context_cached_tokens_total": "no context is stored",
     "cairn_contexts_damaged_total": "no context is stored",

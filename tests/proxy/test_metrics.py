@@ -100,7 +100,7 @@ def test_a_delta_survives_the_control_socket() -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(delta), type=Delta) == delta
 
 
-def test_both_formats_parse_and_every_name_has_the_prefix() -> None:
+def test_both_formats_parse_and_every_name_has_a_prefix() -> None:
     """A scrape in either format is read by the reference parsers."""
     recorder, exposition = Recorder(), Exposition()
     for spec in metrics.SPECS:
@@ -117,7 +117,7 @@ def test_both_formats_parse_and_every_name_has_the_prefix() -> None:
     assert "openmetrics" in content_type
     names = {family.name for family in parse_text(text.decode())}
     assert len(names) == len(metrics.SPECS)
-    assert all(name.startswith("cairn_") for name in names)
+    assert all(name.startswith(("cairn_", "gen_ai_")) for name in names)
     assert {family.name for family in parse_openmetrics(openmetrics.decode())} == names
 
 

@@ -35,7 +35,7 @@ class Reference:
 
     def collect(self) -> Iterator[Metric]:
         for spec in SPECS:
-            name, labels = metrics.PREFIX + spec.name, spec.labels
+            name, labels = spec.name, spec.labels
             if spec.kind is Kind.HISTOGRAM:
                 histogram = HistogramMetricFamily(name, spec.help, labels=labels)
                 bounds = [f"{float(bound)}" for bound in spec.buckets] + ["+Inf"]

@@ -64,6 +64,22 @@ def counted_by(cairn: Cairn) -> dict[str, float]:
     return counts
 
 
+def counted_for_others(cairn: Cairn) -> tuple[float, float, int]:
+    """Input and output tokens and answers under OpenTelemetry's names."""
+    series = cairn.heard.exposition.observed(metrics.GEN_AI_USAGE)
+    totals = [
+        sum(observed.total for labels, observed in series.items() if labels[-1] == kind)
+        for kind in ("input", "output")
+    ]
+    return totals[0], totals[1], sum(sum(observed.counts) for observed in series.values()) // 2
+
+
+def totals_for_others(truth: Counter[str]) -> tuple[float, float, int]:
+    """The same as the upstreams counted them."""
+    counted = totals_of(truth)
+    return counted["prompt_tokens"], counted["output_tokens"], counted["answers"]
+
+
 def figures(truth: Counter[str]) -> dict[str, float]:
     names = ("input_fresh", "input_cached", "input_cache_write", "output", "unknown", "missing", "inconsistent")
     return {name: truth[name] for name in names}
@@ -80,6 +96,7 @@ async def test_two_thousand_mixed_requests_through_one_worker_add_up_exactly() -
             await ask_all(cairn.url, range(2_000))
             assert upstream.answered + mute.answered == 2_000
             assert counted_by(cairn) == figures(own_count(upstream, mute))
+            assert counted_for_others(cairn) == totals_for_others(own_count(upstream, mute))
             models = {labels[0] for labels in cairn.heard.exposition.labels(metrics.TOKENS)}
             assert models == {KNOWN_MODEL, MUTE_MODEL, metrics.OTHER}
 
