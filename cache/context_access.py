@@ -12,7 +12,7 @@ import msgspec
 
 from cache import keys
 from cache.ports import Clock
-from cache.store import Script, Store
+from cache.store import Script, Store, hash_pairs
 
 BULK_LIMIT_SECONDS = 2.0  # an operation that moves a megabyte, or lists many; nothing on the way of a plain request
 
@@ -56,9 +56,8 @@ class Access:
         return await self.store.execute_many(commands, limit_seconds=BULK_LIMIT_SECONDS)
 
     async def hash(self, key: str) -> list[tuple[bytes, bytes]]:
-        """All of a hash, which redis-py gives as a dictionary, or as a flat list out of a pipeline."""
-        reply = (await self.many([("HGETALL", key)]))[0]
-        return list(reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True))
+        """All of a hash. Raises CacheError."""
+        return hash_pairs((await self.many([("HGETALL", key)]))[0])
 
 
 def milliseconds(seconds: float | None) -> int:

@@ -6,9 +6,6 @@ change came in, serves only where Redis is away. It must not know how anything i
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import random
 from collections import OrderedDict
 from typing import Generic, NamedTuple, TypeVar
 
@@ -16,14 +13,10 @@ import msgspec
 
 from cache import keys
 from cache.context_rows import ContextRow, Tag
-from cache.errors import CacheError
-from cache.store import Store, Subscription
-
-log = logging.getLogger("cairn.contexts")
+from cache.listening import listen
+from cache.store import Store
 
 ENTRIES_AT_MOST = 8192  # of each, rows and tags
-RECONNECT_SECONDS = 0.05, 2.0
-LISTEN_SECONDS = 1.0
 
 T = TypeVar("T")
 
@@ -137,27 +130,11 @@ class ContextMemory:
 
     async def run(self) -> None:
         """Listen until cancelled."""
-        first, most = RECONNECT_SECONDS
-        pause = first
-        while True:
-            await self._store.wait_available()
-            try:
-                subscription = await self._store.subscribe(keys.CONTEXTS_CHANNEL)
-                try:
-                    pause = first
-                    self._hearings += 1
-                    self._hearing = self._hearings  # what was remembered before is read again: changes went unheard
-                    await self._listen(subscription)
-                finally:
-                    self._hearing = 0
-                    await subscription.close()
-            except CacheError as error:
-                log.debug("the channel of contexts is lost: %s", error)
-            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
-            pause = min(most, pause * 2)
+        await listen(self._store, keys.CONTEXTS_CHANNEL, self.receive, begun=self._begin, ended=self._end)
 
-    async def _listen(self, subscription: Subscription) -> None:
-        while True:
-            payload = await subscription.next(LISTEN_SECONDS)
-            if payload is not None:
-                self.receive(payload)
+    def _begin(self) -> None:
+        self._hearings += 1
+        self._hearing = self._hearings  # what was remembered before is read again: changes went unheard
+
+    def _end(self) -> None:
+        self._hearing = 0

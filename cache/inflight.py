@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from cache import codec, keys
 from cache.errors import CacheError, StoreCorrupt
+from cache.listening import listen
 from cache.ports import Clock, Tasks
-from cache.store import Store, Subscription
+from cache.store import Store
 
 log = logging.getLogger("cairn.inflight")
 
@@ -24,8 +24,6 @@ SEND_INTERVAL_SECONDS = 0.005  # news that is 100 ms old costs 8 % of TTFT
 ALONE_INTERVAL_SECONDS = 0.1
 REPEAT_SECONDS = 0.3  # a writer whose work goes on unchanged says so three times within the silence
 WRITERS_AT_MOST = 4_096  # whose last number is remembered
-RECONNECT_FIRST_SECONDS, RECONNECT_LAST_SECONDS = 0.05, 2.0
-LISTEN_SECONDS = 1.0  # of silence on the channel, then Redis is asked whether it lives
 
 Row = tuple[float, ...]
 
@@ -71,7 +69,7 @@ class InflightBoard:
         """Begin to listen and to send."""
         self._running = [
             self._tasks.start(self._send_forever(), "inflight-send"),
-            self._tasks.start(self._listen_forever(), "inflight-listen"),
+            self._tasks.start(listen(self._store, keys.INFLIGHT_CHANNEL, self.receive), "inflight-listen"),
         ]
 
     async def close(self) -> None:
@@ -130,25 +128,3 @@ class InflightBoard:
             self.sent += 1
         except CacheError as error:  # the next vector says it all again; the store has counted it
             log.debug("the in-flight vector was not sent: %s", error)
-
-    async def _listen_forever(self) -> None:
-        pause = RECONNECT_FIRST_SECONDS
-        while True:
-            await self._store.wait_available()
-            try:
-                subscription = await self._store.subscribe(keys.INFLIGHT_CHANNEL)
-                try:
-                    pause = RECONNECT_FIRST_SECONDS
-                    await self._listen(subscription)
-                finally:
-                    await subscription.close()
-            except CacheError as error:
-                log.debug("the in-flight channel is lost: %s", error)
-            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
-            pause = min(RECONNECT_LAST_SECONDS, pause * 2)
-
-    async def _listen(self, subscription: Subscription) -> None:
-        while True:
-            payload = await subscription.next(LISTEN_SECONDS)
-            if payload is not None:
-                self.receive(payload)

@@ -480,6 +480,11 @@ def _sentinel(url: StoreUrl, options: dict[str, Any]) -> tuple[Any, Any, Any]:
     return pooled, own, sentinel
 
 
+def hash_pairs(reply: Any) -> list[tuple[bytes, bytes]]:
+    """A whole hash as redis-py gives it: a dictionary, or a flat list out of a pipeline."""
+    return list(reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True))
+
+
 def _entries(reply: Any) -> list[StreamEntry]:
     if not reply:
         return []

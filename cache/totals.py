@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import date, timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from cache import keys
 from cache.errors import CacheError, StoreRefused
-from cache.store import Script, Store
+from cache.store import Script, Store, hash_pairs
 
 FLUSH_SECONDS = 0.9  # with the write itself a crash loses no more than a second
 WRITE_LIMIT_SECONDS = 1.0  # of one batch; nobody waits for it
@@ -197,7 +197,7 @@ async def read_totals(store: Store, first: date, last: date) -> dict[RowKey, Sum
         chunk = days[start : start + READ_DAYS]
         commands = [("HGETALL", keys.totals_day(day)) for day in chunk]
         for day, reply in zip(chunk, await store.execute_many(commands, READ_LIMIT_SECONDS), strict=True):
-            for field, amount in _pairs(reply):
+            for field, amount in hash_pairs(reply):
                 _take_in(rows, day, field, amount)
             await asyncio.sleep(0)
     return rows
@@ -216,10 +216,3 @@ def _take_in(rows: dict[RowKey, Sums], day: str, field: bytes, amount: bytes) ->
 
 
 _decode_field = msgspec.json.Decoder(tuple[str, str, str, str]).decode
-
-
-def _pairs(reply: Any) -> Sequence[tuple[bytes, bytes]]:
-    """A hash as redis-py gives it: a dictionary, or a flat list out of a pipeline."""
-    if isinstance(reply, dict):
-        return list(reply.items())
-    return list(zip(reply[::2], reply[1::2], strict=True))

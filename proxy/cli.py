@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from proxy import exits
 from proxy.cli_contexts import contexts
 from proxy.cli_prices import prices
 from proxy.cli_savings import savings
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from proxy.config import Config, Loaded
     from proxy.supervisor import Parts
 
-EXIT_FAILED = 1
-EXIT_MISUSED = 2
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _PORT = click.IntRange(0, 65_535)
 _EPILOG = """\b
@@ -103,7 +102,7 @@ def serve(
     try:
         loaded = read()
     except ConfigError as error:
-        _fail(error, EXIT_MISUSED, file)
+        _fail(error, exits.MISUSED, file)
     for warning in loaded.warnings:
         click.echo(f"cairn: {warning}", err=True)
     sys.exit(_supervise(loaded.config, _parts(loaded.config, environ, read)))
@@ -121,7 +120,7 @@ def _supervise(config: Config, parts: Parts) -> int:
     try:
         return asyncio.run(run())
     except CairnError as error:
-        _fail(error, EXIT_FAILED)
+        _fail(error, exits.FAILED)
     finally:
         listener.stop()
 
@@ -166,7 +165,7 @@ def check_config(file: Path) -> None:
     try:
         loaded = load(file, process_environment())
     except ConfigError as error:
-        _fail(error, EXIT_MISUSED, file)
+        _fail(error, exits.MISUSED, file)
     for warning in loaded.warnings:
         click.echo(f"cairn: {warning}", err=True)
     click.echo(as_yaml(loaded.config), nl=False)
@@ -194,5 +193,4 @@ def worker(control: int, listen: str, parent: int) -> None:
 def _fail(error: CairnError, code: int, file: Path | None = None) -> NoReturn:
     """One line that says what is wrong and where; exits."""
     where = f"{file}: " if file is not None and getattr(error, "param", None) else ""
-    click.echo(f"cairn: {where}{error.message}", err=True)
-    sys.exit(code)
+    exits.fail(where + error.message, code)

@@ -9,18 +9,18 @@ import ssl
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode, urlsplit
 
 import click
 
+from proxy import exits
 from proxy.clock import SystemClock
 from proxy.documents import Unreadable, read_documents
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-EXIT_FAILED, EXIT_MISUSED = 1, 2
 USUAL_URL = "http://127.0.0.1:8080"
 SENT_AT_ONCE_BYTES = 256 * 1024
 ANSWER_SECONDS = 60.0
@@ -166,14 +166,14 @@ def put(
         if wait:
             made = _wait(cairn, made, console)
     except (Refused, Unreadable) as error:
-        _fail(error)
+        exits.fail(str(error))
     made.pop("messages", None)
     if as_json:
         click.echo(json.dumps(made))
     else:
         click.echo(made["id"])
     if made["status"] == "error":
-        _fail(Refused(f"it is stored, but was not warmed: {made['error']['message']}"))
+        exits.fail(f"it is stored, but was not warmed: {made['error']['message']}")
 
 
 @contexts.command("list")
@@ -190,7 +190,7 @@ def list_(url: str, key: str, as_json: bool) -> None:
         rows = cairn.all("/caching", "id")
         tags = cairn.all("/caching/refs/tags", "tag")
     except Refused as error:
-        _fail(error)
+        exits.fail(str(error))
     if as_json:
         click.echo(json.dumps(rows))
         return
@@ -224,7 +224,7 @@ def show(name: str, url: str, key: str, as_json: bool) -> None:
     try:
         found = Cairn(url, key).find(name)
     except Refused as error:
-        _fail(error)
+        exits.fail(str(error))
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))
         return
@@ -254,7 +254,7 @@ def rm(names: tuple[str, ...], url: str, key: str) -> None:
             cairn.call("DELETE", f"/caching/{context_id}")
             click.echo(context_id)
     except Refused as error:
-        _fail(error)
+        exits.fail(str(error))
 
 
 @contexts.command("tag")
@@ -276,7 +276,7 @@ def tag(tag: str, context_id: str | None, is_deletion: bool, url: str, key: str)
             body = json.dumps({"tag": tag, "cache_id": context_id}).encode()
             click.echo(cairn.call("POST", "/caching/refs/tags", body)["cache_id"])
     except Refused as error:
-        _fail(error)
+        exits.fail(str(error))
 
 
 def _messages(files: Sequence[Path], console: Console) -> list[dict[str, str]]:
@@ -327,8 +327,3 @@ def _left(expired_at: int) -> str:
         if seconds >= _UNITS[unit]:
             return f"{seconds // _UNITS[unit]}{unit}"
     return f"{seconds}s"
-
-
-def _fail(error: Exception) -> NoReturn:
-    click.echo(f"cairn: {error}", err=True)
-    raise SystemExit(EXIT_FAILED)

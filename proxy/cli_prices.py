@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from proxy import exits
 from proxy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from proxy.settings import Config
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_EXIT_MISUSED = 2
 _NO_PRICE = {
     "no_card": "no card: neither the configuration nor the built-in data prices this model here",
     "no_exchange_rate": "the card is in another currency and has no usd_per_unit",
@@ -39,8 +39,7 @@ def prices(model: str, upstream: str | None, file: Path | None, on: datetime | N
     try:
         config = load(file, process_environment()).config
     except ConfigError as error:
-        click.echo(f"cairn: {error.message}", err=True)
-        raise SystemExit(_EXIT_MISUSED) from None
+        exits.fail(error.message, exits.MISUSED)
     day = (datetime.now(UTC) if on is None else on).date()
     _print(model, list(_upstreams(config, model, upstream)), _book(config), day)
 

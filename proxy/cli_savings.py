@@ -12,11 +12,12 @@ import ipaddress
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
 import click
 
+from proxy import exits
 from proxy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from proxy.settings import Config
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_EXIT_FAILED, _EXIT_MISUSED = 1, 2
 _ASK_SECONDS = 15.0
 _ANSWER_BYTES_AT_MOST = 64 * 1024 * 1024
 _PERCENT = Decimal(100)
@@ -48,7 +48,7 @@ def savings(
     try:
         config = load(file, process_environment()).config
     except ConfigError as error:
-        _fail(error.message, _EXIT_MISUSED)
+        exits.fail(error.message, exits.MISUSED)
     found = _find(config, redis, url, since, words.By(by))
     if as_json:
         click.echo(words.as_json(found))
@@ -77,9 +77,9 @@ async def _from_redis(url: str, since: str, by: By) -> Report:
     try:
         return await reader.read(since, by)
     except (Unreadable, CacheError) as error:
-        _fail(str(error), _EXIT_FAILED)
+        exits.fail(str(error), exits.FAILED)
     except ValueError:
-        _fail(_NO_DAY.format(since), _EXIT_MISUSED)
+        exits.fail(_NO_DAY.format(since), exits.MISUSED)
     finally:
         await reader.close()
         await tasks.close()
@@ -107,14 +107,14 @@ def _from_admin_port(config: Config, url: str, since: str, by: By) -> Report:
 
     status, body = _ask(url, f"/savings?since={quote(since)}&by={by.value}", config)
     if status == 400:
-        _fail(_NO_DAY.format(since), _EXIT_MISUSED)
+        exits.fail(_NO_DAY.format(since), exits.MISUSED)
     try:
         if status != 200:
             why = msgspec.json.decode(body, type=dict[str, str]).get("error", "")
-            _fail(f"{url} answers {status}: {why}", _EXIT_FAILED)
+            exits.fail(f"{url} answers {status}: {why}", exits.FAILED)
         return from_json(body)
     except msgspec.MsgspecError:
-        _fail(f"{url} answers {status}, but is not Cairn's admin port", _EXIT_FAILED)
+        exits.fail(f"{url} answers {status}, but is not Cairn's admin port", exits.FAILED)
 
 
 def _ask(url: str, target: str, config: Config) -> tuple[int, bytes]:
@@ -123,7 +123,7 @@ def _ask(url: str, target: str, config: Config) -> tuple[int, bytes]:
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname or "", parts.port, timeout=_ASK_SECONDS)
     except ValueError:
-        _fail(f"--url {url}: is not a URL", _EXIT_MISUSED)
+        exits.fail(f"--url {url}: is not a URL", exits.MISUSED)
     token = config.admin.token
     try:
         connection.request(
@@ -134,10 +134,10 @@ def _ask(url: str, target: str, config: Config) -> tuple[int, bytes]:
         answer = connection.getresponse()
         return answer.status, answer.read(_ANSWER_BYTES_AT_MOST)
     except (OSError, http.client.HTTPException):
-        _fail(
+        exits.fail(
             f"no Cairn answers at {url}. Its totals lie in its private Valkey while it runs; "
             "start it, or name its admin port with --url, or a shared Redis with --redis",
-            _EXIT_FAILED,
+            exits.FAILED,
         )
     finally:
         connection.close()
@@ -216,8 +216,3 @@ def _notes(total: Line) -> list[str]:
     if total.missing_usage:
         notes.append(f"{total.missing_usage:,} answers ended before their usage and are in no sum.")
     return notes
-
-
-def _fail(text: str, code: int) -> NoReturn:
-    click.echo(f"cairn: {text}", err=True)
-    raise SystemExit(code)

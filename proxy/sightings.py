@@ -39,7 +39,7 @@ class PrefixRow(msgspec.Struct, array_like=True, gc=False):
     forked: bool = False
 
 
-class MissRow(msgspec.Struct, array_like=True, frozen=True, gc=False):
+class Miss(msgspec.Struct, frozen=True):
     """One prompt that was not wholly found."""
 
     unix_seconds: float
@@ -48,6 +48,10 @@ class MissRow(msgspec.Struct, array_like=True, frozen=True, gc=False):
     prompt_tokens: int
     cached_tokens: int | None
     reason: MissReason
+
+
+class MissRow(Miss, array_like=True, frozen=True, gc=False):
+    """The same without names, on its way to the supervisor."""
 
 
 class PrefixTable:

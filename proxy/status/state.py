@@ -12,10 +12,10 @@ import msgspec
 
 from proxy import metrics
 from proxy.metrics import Labels, Observed, Spec
-from proxy.model import CacheStatus, MissReason
+from proxy.model import CacheStatus
 from proxy.readiness import Readiness
 from proxy.savings import Line, Report
-from proxy.sightings import MissRow, PrefixRow
+from proxy.sightings import Miss, MissRow, PrefixRow
 from proxy.status.history import Sample
 
 TODAY = "today"
@@ -119,17 +119,6 @@ class ShownPrefix(msgspec.Struct, frozen=True):
     used_unix_seconds: float
 
 
-class ShownMiss(msgspec.Struct, frozen=True):
-    """One prompt that was not wholly found."""
-
-    unix_seconds: float
-    model: str
-    upstream: str
-    prompt_tokens: int
-    cached_tokens: int | None
-    reason: MissReason
-
-
 class RedisView(msgspec.Struct, frozen=True):
     """Redis as the workers find it, and how long its operations take."""
 
@@ -174,7 +163,7 @@ class State(msgspec.Struct, frozen=True):
     ttft: list[Distribution]
     replicas: list[ReplicaRow]
     prefixes: list[ShownPrefix]
-    misses: list[ShownMiss]
+    misses: list[Miss]
     miss_reasons: dict[str, int]
     redis: RedisView
     journal: JournalShown
@@ -350,11 +339,11 @@ def join(one: PrefixRow, other: PrefixRow) -> PrefixRow:
     return msgspec.structs.replace(fresher, hits=hits, saved_tokens=tokens)
 
 
-def misses(of_workers: Iterable[Sequence[MissRow]]) -> list[ShownMiss]:
+def misses(of_workers: Iterable[Sequence[MissRow]]) -> list[Miss]:
     """The newest first."""
     rows = [row for rows in of_workers for row in rows]
     rows.sort(key=lambda row: row.unix_seconds, reverse=True)
-    return [ShownMiss(**msgspec.structs.asdict(row)) for row in rows[:MISSES_SHOWN]]
+    return [Miss(**msgspec.structs.asdict(row)) for row in rows[:MISSES_SHOWN]]
 
 
 def notices(figures: Figures) -> list[str]:
