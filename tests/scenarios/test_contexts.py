@@ -14,7 +14,7 @@ import pytest
 from proxy import metrics
 from proxy.settings import Contexts, Pool, PoolKind, Replica
 from tests.support.cairn import config_for, running
-from tests.support.context_client import DOCUMENT, MODEL, QUESTION, STORED, Client, gauge, serving
+from tests.support.context_client import DOCUMENT, MODEL, QUESTION, STORED, Client, gauge, serving, two_proxies
 from tests.support.openai_upstream import Failure, OpenAIUpstream
 from tests.support.valkey import Valkey, eventually
 
@@ -485,62 +485,54 @@ def _compressed(raw: bytes) -> bytes:
 
 async def test_a_tag_moved_at_another_proxy_is_followed_within_100_ms_and_never_seen_half(redis: Valkey) -> None:
     """Under load every request gets the old or the new context, whole; deleting the old one breaks nothing."""
-    redis.flush()
-    async with OpenAIUpstream() as upstream:
-        config = config_for([upstream.url], redis.url, contexts=Contexts(warm_replicas=0))
-        async with running(config) as one, running(config) as two, aiohttp.ClientSession() as http:
-            here, there = Client(http, one), Client(http, two)
-            texts = [f"{n} " * 3000 for n in range(4)]
-            last = await here.put([{"role": "system", "content": texts[0]}], tags=["t"])
-            seen: set[str] = set()
-            moving = True
+    async with two_proxies(redis) as (here, there, upstream):
+        texts = [f"{n} " * 3000 for n in range(4)]
+        last = await here.put([{"role": "system", "content": texts[0]}], tags=["t"])
+        seen: set[str] = set()
+        moving = True
 
-            async def load() -> None:
-                while moving:
-                    status, _, _ = await there.ask("tag=t")
-                    assert status == 200
-                    seen.add(upstream.generations[-1].json()["messages"][0]["content"])
+        async def load() -> None:
+            while moving:
+                status, _, _ = await there.ask("tag=t")
+                assert status == 200
+                seen.add(upstream.generations[-1].json()["messages"][0]["content"])
 
-            asking = [asyncio.ensure_future(load()) for _ in range(4)]  # noqa: TID251
-            for text in texts[1:]:
-                made = await here.put([{"role": "system", "content": text}])
-                await here.call("POST", "/caching/refs/tags", {"tag": "t", "cache_id": made["id"]})
-                await here.call("DELETE", f"/caching/{last['id']}")
-                last = made
+        asking = [asyncio.ensure_future(load()) for _ in range(4)]  # noqa: TID251
+        for text in texts[1:]:
+            made = await here.put([{"role": "system", "content": text}])
+            await here.call("POST", "/caching/refs/tags", {"tag": "t", "cache_id": made["id"]})
+            await here.call("DELETE", f"/caching/{last['id']}")
+            last = made
 
-                async def follows(expected: str = made["id"]) -> bool:
-                    return bool((await there.ask("tag=t"))[2]["msh-context-cache-id"] == expected)
+            async def follows(expected: str = made["id"]) -> bool:
+                return bool((await there.ask("tag=t"))[2]["msh-context-cache-id"] == expected)
 
-                await eventually(follows, within_seconds=0.1)
-            moving = False
-            await asyncio.gather(*asking)
-            assert seen <= set(texts)
-            assert len(seen) > 1
+            await eventually(follows, within_seconds=0.1)
+        moving = False
+        await asyncio.gather(*asking)
+        assert seen <= set(texts)
+        assert len(seen) > 1
 
 
 async def test_a_deletion_and_a_change_reach_the_other_proxy_within_100_ms(redis: Valkey) -> None:
     """What it holds in memory is dropped."""
-    redis.flush()
-    async with OpenAIUpstream() as upstream:
-        config = config_for([upstream.url], redis.url, contexts=Contexts(warm_replicas=0))
-        async with running(config) as one, running(config) as two, aiohttp.ClientSession() as http:
-            here, there = Client(http, one), Client(http, two)
-            made = await here.put()
-            reference = f"cache_id={made['id']}"
-            assert (await there.ask(reference))[0] == 200
-            await here.call("PUT", f"/caching/{made['id']}", {"ttl": 9000})
+    async with two_proxies(redis) as (here, there, _):
+        made = await here.put()
+        reference = f"cache_id={made['id']}"
+        assert (await there.ask(reference))[0] == 200
+        await here.call("PUT", f"/caching/{made['id']}", {"ttl": 9000})
 
-            async def is_changed() -> bool:
-                end = int((await there.ask(reference))[2]["msh-context-cache-token-exp"])
-                return bool(end - made["created_at"] > 8000)
+        async def is_changed() -> bool:
+            end = int((await there.ask(reference))[2]["msh-context-cache-token-exp"])
+            return bool(end - made["created_at"] > 8000)
 
-            await eventually(is_changed, within_seconds=0.1)
-            await here.call("DELETE", f"/caching/{made['id']}")
+        await eventually(is_changed, within_seconds=0.1)
+        await here.call("DELETE", f"/caching/{made['id']}")
 
-            async def is_gone() -> bool:
-                return (await there.ask(reference))[0] == 404
+        async def is_gone() -> bool:
+            return (await there.ask(reference))[0] == 404
 
-            await eventually(is_gone, within_seconds=0.1)
+        await eventually(is_gone, within_seconds=0.1)
 
 
 async def test_the_page_is_told_what_contexts_are_worth_and_not_what_they_are(redis: Valkey) -> None:
@@ -588,21 +580,17 @@ async def test_two_million_characters_reach_the_upstream_byte_for_byte(redis: Va
     body = (
         b'{"model":"test-model","messages":[{"role":"cache","content":"tag=big"},%b]}' % json.dumps(QUESTION).encode()
     )
-    redis.flush()
-    async with OpenAIUpstream() as upstream:
-        config = config_for([upstream.url], redis.url, contexts=Contexts(warm_replicas=0))
-        async with running(config) as one, running(config) as two, aiohttp.ClientSession() as http:
-            here, there = Client(http, one), Client(http, two)
-            status, made, _ = await here.call("POST", "/caching", upload)
+    async with two_proxies(redis) as (here, there, upstream):
+        status, made, _ = await here.call("POST", "/caching", upload)
+        assert status == 200
+        await here.call("POST", "/caching/refs/tags", {"tag": "big", "cache_id": made["id"]})
+        inner = upload[upload.index(b"[") + 1 : upload.rindex(b"]")]
+        for client in (here, there, there):
+            status, _, _ = await client.call("POST", "/chat/completions", body)
             assert status == 200
-            await here.call("POST", "/caching/refs/tags", {"tag": "big", "cache_id": made["id"]})
-            inner = upload[upload.index(b"[") + 1 : upload.rindex(b"]")]
-            for client in (here, there, there):
-                status, _, _ = await client.call("POST", "/chat/completions", body)
-                assert status == 200
-                expected = body.replace(b'{"role":"cache","content":"tag=big"}', inner)
-                assert upstream.generations[-1].body == expected
-            assert len(body) < 0.001 * len(expected)
+            expected = body.replace(b'{"role":"cache","content":"tag=big"}', inner)
+            assert upstream.generations[-1].body == expected
+        assert len(body) < 0.001 * len(expected)
 
 
 async def test_as_many_replicas_are_warmed_as_are_asked_for_and_each_once(redis: Valkey) -> None:

@@ -79,3 +79,13 @@ async def serving(redis: Valkey, **contexts: Any) -> AsyncIterator[tuple[Client,
         config = config_for([upstream.url], redis.url, contexts=Contexts(**contexts))
         async with running(config) as cairn, aiohttp.ClientSession() as http:
             yield Client(http, cairn), upstream
+
+
+@asynccontextmanager
+async def two_proxies(redis: Valkey) -> AsyncIterator[tuple[Client, Client, OpenAIUpstream]]:
+    """Two Cairns that share a Redis and an engine, and a client of each."""
+    redis.flush()
+    async with OpenAIUpstream() as upstream:
+        config = config_for([upstream.url], redis.url, contexts=Contexts(warm_replicas=0))
+        async with running(config) as one, running(config) as two, aiohttp.ClientSession() as http:
+            yield Client(http, one), Client(http, two), upstream
