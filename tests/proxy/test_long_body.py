@@ -131,4 +131,3 @@ async def test_a_client_that_leaves_inside_a_long_body_ends_its_request() -> Non
         await server.entered.wait()
         writer.transport.abort()
         assert await server.bodies.get() == "cancelled"
-
