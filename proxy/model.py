@@ -194,7 +194,7 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
     in_flight: int
     in_flight_limit: int | None
     lateness_seconds: float
-    in_flight_seconds: float  # c of the cost rule: the price of one more request in flight
+    in_flight_seconds: float  # c of the cost rule: the price of one more in flight
     queued: int = 0
     draining: bool = False  # reachable, but to be given no new prefix
     retry_after_seconds: float = 0.0  # where unavailable: until it is tried again

@@ -257,8 +257,10 @@ class Routing(Section, frozen=True):
 
     min_shareable_bytes: Annotated[int, Meta(ge=0)] = 4096  # shorter prompts are sent to where least is to do
     prefill_tokens_per_second: Annotated[float, Meta(gt=0)] = 4000  # until a replica's own is learned
-    in_flight_seconds_least: Annotated[float, Meta(ge=0)] = 0.05  # bounds of what one more request in flight costs
-    in_flight_seconds_most: Annotated[float, Meta(ge=0)] = 0.1
+    in_flight_seconds_least: Annotated[float, Meta(ge=0)] = (
+        0.05  # bounds of what a request in flight costs after eight
+    )
+    in_flight_seconds_most: Annotated[float, Meta(ge=0)] = 0.2
     future_weight_per_second: Annotated[float, Meta(ge=0)] = 3.0  # uncached work counts more, the longer all queues
 
 

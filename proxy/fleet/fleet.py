@@ -24,7 +24,7 @@ DEFAULT_RATE_TOKENS_PER_SECOND = 4_000.0
 """Until anything is known of anybody: between a processor (some 500) and a large accelerator (20,000 and more)."""
 
 LEAST_IN_FLIGHT_SECONDS = 0.05
-MOST_IN_FLIGHT_SECONDS = 0.1
+MOST_IN_FLIGHT_SECONDS = 0.2
 """Bounds of `c`. Below, a decode-heavy load herds on the holders of a hot prefix; above, hits are given away. It
 starts at the upper one: long decodes are known only once the first have ended, when the herd has formed."""
 

@@ -69,10 +69,22 @@ def test_a_hot_prefix_spreads_when_its_holders_queue_costs_more_than_a_cold_pref
     def where(pending: float) -> int:
         return chosen(LONG, held, [view(0, pending_tokens=pending), view(1)])
 
-    assert where(2 * 9_750 - 500) == 0
-    assert where(2 * 9_750 + 500) == 1
+    assert where(2.5 * 9_750 - 500) == 0
+    assert where(2.5 * 9_750 + 500) == 1
     made = plan(LONG, held, [view(0, pending_tokens=40_000.0), view(1)])
     assert (made.reason, made.miss, made.cache) == (RouteReason.SPREAD, MissReason.ELSEWHERE, CacheStatus.MISS)
+
+
+def test_decoding_beside_others_has_a_price_from_the_ninth_on():
+    """A hot prompt gets a second copy when its holder decodes many; differences between small numbers are nothing."""
+    held = Match({0: Held(39_000, 9_750.0), 1: Held(38_000, 9_500.0)})
+
+    def where(in_flight: int, more: Match = held) -> int:
+        return chosen(LONG, more, [view(0, in_flight=in_flight), view(1)])
+
+    assert [where(in_flight) for in_flight in (1, 8, 9, 10)] == [0, 0, 0, 1]
+    alone = Match({0: Held(39_000, 9_750.0)})
+    assert [where(in_flight, alone) for in_flight in (10, 68, 69)] == [0, 0, 1]
 
 
 def test_nobody_waits_for_a_further_copy_of_a_hot_prefix():
@@ -97,14 +109,14 @@ def test_nobody_waits_for_a_further_copy_of_a_hot_prefix():
 def test_the_longer_every_queue_the_dearer_a_second_prefill():
     """With all queues at 4 s the holder keeps a prompt that it would lose with the others idle."""
     held = Match({0: Held(39_000, 9_750.0)})
-    assert chosen(LONG, held, [view(0, pending_tokens=32_000 + 20_000.0), view(1, pending_tokens=32_000.0)]) == 0
-    assert chosen(LONG, held, [view(0, pending_tokens=20_000.0), view(1)]) == 1
+    assert chosen(LONG, held, [view(0, pending_tokens=32_000 + 30_000.0), view(1, pending_tokens=32_000.0)]) == 0
+    assert chosen(LONG, held, [view(0, pending_tokens=30_000.0), view(1)]) == 1
 
 
 def test_the_growing_weight_is_bounded():
     """An overload of minutes leaves the weight at thirty."""
-    assert future_weight([view(0), view(1, pending_tokens=80_000.0)]) == 1.0
-    assert future_weight([view(0, pending_tokens=8_000.0)]) == 4.0
+    assert future_weight([view(0), view(1, pending_tokens=80_000.0)]) == 1.5
+    assert future_weight([view(0, pending_tokens=8_000.0)]) == 4.5
     assert future_weight([view(0, pending_tokens=8_000_000.0)]) == 30.0
 
 
@@ -116,9 +128,8 @@ def test_the_growing_weight_is_bounded():
 )
 def test_a_short_cold_prompt_never_moves_a_warm_long_one(short_tokens, long_tokens, rate, others):
     """Charged to the holder itself, a prompt too short to share costs it less than losing what is warm."""
-    price = min(0.05, 400 / rate)
-    holder = view(0, pending_tokens=short_tokens, in_flight=1, rate_tokens_per_second=rate, in_flight_seconds=price)
-    idle = [view(n, rate_tokens_per_second=rate, in_flight_seconds=price) for n in range(1, others + 1)]
+    holder = view(0, pending_tokens=short_tokens, in_flight=1, rate_tokens_per_second=rate)
+    idle = [view(n, rate_tokens_per_second=rate) for n in range(1, others + 1)]
     demand = Demand(size_bytes=int(long_tokens * 4), prompt_tokens=long_tokens)
     assert chosen(demand, Match({0: Held(int(long_tokens * 4), long_tokens)}), [holder, *idle]) == 0
 
