@@ -8,10 +8,10 @@ compression, ranges) a proxy must not do. It must not know replicas, prompts or 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Generator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Generator, Iterable, Mapping
 from typing import Protocol, cast
 
-from aiohttp import HttpVersion11, StreamReader, web
+from aiohttp import HttpVersion, HttpVersion11, StreamReader, web
 
 from proxy.errors import BadRequest, RequestTimeout, TooLarge
 from proxy.long_body import LONG_BYTES, late, receive
@@ -21,6 +21,31 @@ Headers = Iterable[tuple[bytes, bytes]]
 _JOIN_AT_MOST_BYTES = 32 * 1024  # below this a copy is cheaper than a second buffer in the system call
 _UNDECLARED_CHUNK_BYTES = 1024 * 1024  # how much of a body of unknown length may wait in aiohttp's buffer
 _BODYLESS_STATUS = frozenset({204, 304})
+
+
+class Asked(Protocol):
+    """What is asked of a request: its parsed head, and its body as it comes."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def raw_path(self) -> str: ...
+    @property
+    def version(self) -> HttpVersion: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+    @property
+    def raw_headers(self) -> tuple[tuple[bytes, bytes], ...]: ...
+    @property
+    def keep_alive(self) -> bool: ...
+    @property
+    def content_length(self) -> int | None: ...
+    @property
+    def body_exists(self) -> bool: ...
+    @property
+    def content(self) -> StreamReader: ...
+    @property
+    def protocol(self) -> web.RequestHandler: ...
 
 
 class Downstream(Protocol):
@@ -75,8 +100,8 @@ _NOTHING = _Nothing()
 
 
 class ClientAnswer:
-    """`Downstream` on the transport of an aiohttp request; also what the handler returns to aiohttp, which asks an
-    answer for no more than `prepare`, `write_eof` and `keep_alive` (making a `web.StreamResponse` costs 3 us).
+    """`Downstream` on the transport of a request; also what the handler returns, of which aiohttp, where it and not
+    `Session` runs the request, asks no more than `prepare`, `write_eof` and `keep_alive`.
 
     Raises ConnectionResetError from `write` and `offer` when the client is gone, and TimeoutError when it read
     nothing for `write_seconds`.
@@ -95,7 +120,7 @@ class ClientAnswer:
         "keep_alive",
     )
 
-    def __init__(self, request: web.BaseRequest, write_seconds: float) -> None:
+    def __init__(self, request: Asked, write_seconds: float) -> None:
         self._request = request
         self._protocol = request.protocol
         transport = self._protocol.transport
@@ -144,7 +169,7 @@ class ClientAnswer:
 
     async def drained(self) -> None:
         async with asyncio.timeout(self._write_seconds):
-            await self._request.writer.drain()
+            await self._protocol._drain_helper()
 
     def write_last(self, piece: bytes) -> None:
         if self._has_body and not self._transport.is_closing():
@@ -168,7 +193,7 @@ class ClientAnswer:
         self.keep_alive = False
         self._transport.close()
 
-    def prepare(self, request: web.BaseRequest) -> Awaitable[None]:  # noqa: ARG002
+    def prepare(self, request: Asked) -> Awaitable[None]:  # noqa: ARG002
         """aiohttp's hook before the body: the head was written already."""
         return _NOTHING
 
@@ -200,7 +225,7 @@ class ClientAnswer:
         self._begun = True
 
 
-async def read_body(request: web.BaseRequest, limit_bytes: int, limit_seconds: float) -> bytes | bytearray:
+async def read_body(request: Asked, limit_bytes: int, limit_seconds: float) -> bytes | bytearray:
     """The whole body; nobody else holds it.
 
     Raises:
@@ -216,7 +241,7 @@ async def read_body(request: web.BaseRequest, limit_bytes: int, limit_seconds: f
     if content.is_eof() and not content.exception():
         return _within(content.read_nowait(), limit_bytes)
     if declared is not None and int(declared) - content.total_bytes >= LONG_BYTES:
-        return await receive(request, int(declared), limit_seconds)
+        return await receive(content, request.protocol, int(declared), limit_seconds)
     # one wake-up for many reads from the socket: a long body otherwise costs a pause and a resume for each 128 KB
     content.set_read_chunk_size(int(declared) if declared is not None else _UNDECLARED_CHUNK_BYTES)
     pieces: list[bytes] = []
@@ -246,7 +271,7 @@ def _within(body: bytes, limit_bytes: int) -> bytes:
     return body
 
 
-async def stream_body(request: web.BaseRequest, idle_seconds: float) -> AsyncIterator[bytes]:
+async def stream_body(request: Asked, idle_seconds: float) -> AsyncIterator[bytes]:
     """The body piece by piece, for what is passed through; memory holds some 128 KB of it.
 
     Raises:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 from aiohttp.http import HttpRequestParser
 
 from proxy.errors import RequestTimeout
@@ -30,22 +30,21 @@ def late(limit_seconds: float) -> RequestTimeout:
     return RequestTimeout(f"The body did not arrive within {limit_seconds:g} seconds.")
 
 
-async def receive(request: web.BaseRequest, length: int, limit_seconds: float) -> bytearray:
+async def receive(content: StreamReader, handler: web.RequestHandler, length: int, limit_seconds: float) -> bytearray:
     """The body of `length` bytes of a request whose parser has seen its head, and perhaps a part of it.
 
     Raises RequestTimeout where it did not come within `limit_seconds`; the connection then closes behind the answer.
     When the client leaves meanwhile, aiohttp cancels the request's task, and so this.
     """
     body = bytearray(length)
-    content = request.content
     content.set_read_chunk_size(length)  # so that nothing stays behind in a parser that was paused
     filled = 0
     while not content.at_eof() and (piece := content.read_nowait()):
         body[filled : filled + len(piece)] = piece
         filled += len(piece)
-    transport = request.protocol.transport
+    transport = handler.transport
     if filled < length and transport is not None:
-        rest = _Rest(request.protocol, transport, memoryview(body)[filled:])
+        rest = _Rest(handler, transport, memoryview(body)[filled:])
         timer = asyncio.get_running_loop().call_later(limit_seconds, rest.give_up, limit_seconds)
         rest.begin()
         try:

@@ -1,4 +1,4 @@
-"""aiohttp's low-level server: HTTP in, `Call` out; the pipeline's answer goes out through `ClientAnswer`.
+"""HTTP in, `Call` out; the pipeline's answer goes out through `ClientAnswer`.
 
 One of the three places that catch every exception: whatever is not foreseen becomes a 500 and a logged defect, and
 the next request is served. It must not know prompts, replicas or prefixes.
@@ -17,11 +17,12 @@ from aiohttp import web
 
 from proxy.admission import Doorkeeper, Room, credential_of, endpoint_of
 from proxy.clock import Clock
-from proxy.downstream import ClientAnswer, read_body, stream_body
+from proxy.downstream import Asked, ClientAnswer, read_body, stream_body
 from proxy.errors import BadRequest, CairnError, InternalError
 from proxy.model import Body, Call, Endpoint, Tenant
 from proxy.pipeline import Pipeline
 from proxy.relay import Upload
+from proxy.session import SessionServer
 from proxy.settings import Server
 from proxy.wire.errors import error_answer
 from proxy.wire.headers import kept_request_id, lower_names
@@ -67,15 +68,13 @@ class Front:
     async def start(self, listening: Sequence[socket.socket]) -> None:
         """Serve on sockets that listen already."""
         settings = self._settings
-        self._server = web.Server(
-            self.handle,  # type: ignore[arg-type]  # of an answer aiohttp asks what `ClientAnswer` has
-            handler_cancellation=True,  # a client that leaves stops its request, whose tokens nobody would read
+        self._server = SessionServer(
+            self.handle,
             keepalive_timeout=settings.keepalive_seconds,
             max_line_size=settings.max_header_bytes,
             max_field_size=settings.max_header_bytes,
             max_headers=_MAX_HEADERS,
             auto_decompress=False,
-            access_log=None,
             lingering_time=2.0,
         )
         self._runner = web.ServerRunner(self._server)
@@ -96,7 +95,7 @@ class Front:
         await self._server.shutdown(0.1)
         await self._runner.cleanup()
 
-    async def handle(self, request: web.BaseRequest) -> ClientAnswer:
+    async def handle(self, request: Asked) -> ClientAnswer:
         """One request, from its head to the last byte of its answer."""
         received_seconds = self._clock.monotonic()
         client = ClientAnswer(request, self._settings.write_seconds)
@@ -128,23 +127,21 @@ class Front:
                 self._room.leave(held_bytes)
         return client
 
-    async def _body(
-        self, request: web.BaseRequest, headers: Sequence[tuple[bytes, bytes]], endpoint: Endpoint
-    ) -> Body:
+    async def _body(self, request: Asked, headers: Sequence[tuple[bytes, bytes]], endpoint: Endpoint) -> Body:
         for name, value in headers:
             if name == b"content-encoding" and value.lower() != b"identity":
                 raise BadRequest("A compressed body is not read.", code="unsupported_content_encoding")
         limit = self._max_upload_bytes if endpoint is Endpoint.CACHING else self._settings.max_body_bytes
         return await read_body(request, limit, self._settings.body_seconds)
 
-    def _upload(self, request: web.BaseRequest) -> Upload | None:
+    def _upload(self, request: Asked) -> Upload | None:
         if not request.body_exists:
             return None
         return Upload(stream_body(request, self._settings.body_seconds), request.content_length)
 
     def _call(
         self,
-        request: web.BaseRequest,
+        request: Asked,
         request_id: str,
         tenant: Tenant,
         endpoint: Endpoint,
@@ -167,7 +164,7 @@ class Front:
 
     def _refuse(
         self,
-        request: web.BaseRequest,
+        request: Asked,
         request_id: str,
         endpoint: Endpoint,
         headers: tuple[tuple[bytes, bytes], ...],
