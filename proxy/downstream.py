@@ -68,8 +68,9 @@ class Downstream(Protocol):
         """Write a piece of the body; waits while the client reads slower than the upstream sends."""
         ...
 
-    def offer(self, piece: bytes) -> bool:
-        """Write a piece without waiting; False where the client is behind: then await `drained` before the next."""
+    def offer(self, piece: bytes, framed: bytes | None = None) -> bool:
+        """Write a piece without waiting; False where the client is behind: then await `drained` before the next.
+        `framed` is the same piece as a chunk of HTTP/1.1, where it came as one."""
         ...
 
     async def drained(self) -> None:
@@ -156,12 +157,14 @@ class ClientAnswer:
         if not self.offer(piece):
             await self.drained()
 
-    def offer(self, piece: bytes | bytearray | memoryview) -> bool:
+    def offer(self, piece: bytes | bytearray | memoryview, framed: bytes | None = None) -> bool:
         if not self._has_body or not piece:
             return True
         if self._transport.is_closing():
             raise ConnectionResetError("the client left")
-        if self._chunked_body and len(piece) <= _JOIN_AT_MOST_BYTES:  # as `_put` does, for every piece of a stream
+        if framed is not None and self._chunked_body:
+            self._transport.write(framed)
+        elif self._chunked_body and len(piece) <= _JOIN_AT_MOST_BYTES:  # as `_put` does, for every piece of a stream
             self._transport.write(b"".join((b"%x\r\n" % len(piece), piece, b"\r\n")))
         else:
             self._put(piece)

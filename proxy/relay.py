@@ -299,7 +299,7 @@ class Relay:
         wants_id = journey.call.endpoint is Endpoint.RESPONSES
         opening = b""
 
-        def pass_on(piece: bytes) -> bool:
+        def pass_on(piece: bytes, framed: bytes | None) -> bool:
             nonlocal opening, wants_id
             journey.answer_bytes += len(piece)
             if decoder is None:
@@ -307,7 +307,7 @@ class Relay:
             else:
                 tap.feed(decoder.feed(piece))
                 passed = piece
-            keeps_up = downstream.offer(passed) if passed else True
+            keeps_up = downstream.offer(passed, framed if passed is piece else None) if passed else True
             if tap.progress and journey.first_token_seconds is not None:  # nearly every piece of a stream
                 journey.progress_seconds = answer.seen_seconds
                 journey.token_came(answer.seen_seconds)

@@ -71,7 +71,7 @@ class Kept:
     async def write(self, piece: bytes | memoryview) -> None:
         self.offer(bytes(piece))
 
-    def offer(self, piece: bytes) -> bool:
+    def offer(self, piece: bytes, framed: bytes | None = None) -> bool:  # noqa: ARG002
         if len(self.body) < _ERROR_BYTES_MOST:
             self.body += piece
         return True

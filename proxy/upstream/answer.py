@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from proxy.upstream.protocol import Connection
 
 
+Sink = Callable[[bytes, bytes | None], bool]
+"""Takes a piece of a body and, where it came as one whole chunk, that chunk with its framing; False: enough."""
+
+
 class Framing(enum.StrEnum):
     """How the end of an answer's body is known."""
 
@@ -74,7 +78,7 @@ class UpstreamAnswer:
         self._complete = False
         self._error: CairnError | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._sink: Callable[[bytes], bool] | None = None
+        self._sink: Sink | None = None
         self._interrupt: Callable[[], object] | None = None
 
     @property
@@ -117,14 +121,14 @@ class UpstreamAnswer:
                 raise
         return self.body_now()
 
-    async def pour(self, sink: Callable[[bytes], bool]) -> bool:
+    async def pour(self, sink: Sink) -> bool:
         """Give what arrives to `sink`, each piece at once, in the event that brings it; True at the body's end.
 
         False as soon as the sink has had enough and said so by False: then nothing is taken until the next call, and
         the connection stops reading. No task is woken for a piece, which is half the cost of relaying one. Raises
         what `next_chunk` does, and what the sink raises; cancelling it closes the connection.
         """
-        while not self._chunks or sink(self.body_now()):
+        while not self._chunks or sink(self.body_now(), None):
             if self._complete:
                 return True
             if self._error is not None:
@@ -219,10 +223,25 @@ class UpstreamAnswer:
             callback, self._interrupt = self._interrupt, None
             callback()
 
-    def _poured(self, sink: Callable[[bytes], bool], waiter: asyncio.Future[None]) -> bool:
+    def relay_chunk(self, piece: bytes, framed: bytes) -> bool:
+        """Give a whole chunk straight to the sink that waits; False, and nothing done, where none does."""
+        sink, waiter = self._sink, self._waiter
+        if sink is None or waiter is None or waiter.done():
+            return False
+        try:
+            if sink(piece, framed):
+                return True
+            self._sink = None
+            waiter.set_result(None)
+        except Exception as error:  # noqa: BLE001 - it is raised again in the task whose sink this is
+            waiter.set_exception(error)
+        self._waiter = None
+        return True
+
+    def _poured(self, sink: Sink, waiter: asyncio.Future[None]) -> bool:
         """Pour what has arrived; False where the task that pours must look: at the end, or where the sink is full."""
         try:
-            if self._chunks and not waiter.done() and not sink(self.body_now()):
+            if self._chunks and not waiter.done() and not sink(self.body_now(), None):
                 self._sink = None
                 return False
         except Exception as error:  # noqa: BLE001 - it is raised again in the task whose sink this is

@@ -28,6 +28,8 @@ from proxy.upstream.deadlines import Deadlines
 from proxy.upstream.origin import Limits
 
 NEVER = math.inf
+_HEX = b"0123456789abcdefABCDEF"
+_SIZE_DIGITS_MOST = 8  # of a chunk relayed as it came
 _JOIN_BYTES = 65_536  # up to here one copy is cheaper than a second buffer in the kernel call
 _PLAIN_BYTES = 65_536  # above this a new parser costs less than a second copy of the body
 _SOON_SECONDS = 1.0  # an upstream that closes so soon after a stream closes because of it
@@ -96,6 +98,8 @@ class Connection(asyncio.Protocol):
         self._reading_paused = False
         self._writing_paused = False
         self._plain_bytes = 0  # still to come of a body that the parser is spared
+        self._in_chunk = False
+        self._between_chunks = False  # the parser has seen a chunk's end, or the head's, and not a byte after it
         self._seen_at = 0.0  # when something was last received
         self._drain_waiter: asyncio.Future[None] | None = None
 
@@ -114,6 +118,7 @@ class Connection(asyncio.Protocol):
         self._quiet_bytes = 0
         self._buffered_bytes = 0
         self._plain_bytes = 0
+        self._in_chunk = self._between_chunks = False
         self._watch(now + limits.first_byte_seconds)
         return answer
 
@@ -214,7 +219,7 @@ class Connection(asyncio.Protocol):
         self._seen_at = answer.seen_seconds = self._now()
         if self._plain_bytes:
             self._take_plain(answer, data)
-        else:
+        elif not (self._between_chunks and self._relay_chunk(answer, data)):
             self._parse(answer, data)
 
     def eof_received(self) -> None:
@@ -271,6 +276,12 @@ class Connection(asyncio.Protocol):
         self._quiet_bytes = 0
         self._buffered_bytes += len(piece)
         answer._chunks.append(piece)
+
+    def on_chunk_header(self) -> None:
+        self._in_chunk = True
+
+    def on_chunk_complete(self) -> None:
+        self._in_chunk = False
 
     def on_message_complete(self) -> None:
         if self._interim:
@@ -341,6 +352,7 @@ class Connection(asyncio.Protocol):
             if before is _HEAD and answer.framing is Framing.LENGTH:
                 self._skip_parser(answer)
             self._more(answer)
+            self._between_chunks = answer.framing is Framing.CHUNKED and not self._in_chunk and data.endswith(b"\r\n")
 
     def _skip_parser(self, answer: UpstreamAnswer) -> None:
         """The long rest of a body of known length needs no parser: it is kept as it was read, not copied again.
@@ -351,6 +363,26 @@ class Connection(asyncio.Protocol):
         if left >= _PLAIN_BYTES:
             self._plain_bytes = left
             self._parser = None
+
+    def _relay_chunk(self, answer: UpstreamAnswer, data: bytes) -> bool:
+        """Where a read is one whole chunk and somebody waits for it, hand it on with its framing; else False.
+
+        The parser stands between two chunks and need not see it. Every other shape, the last chunk among them, is
+        the parser's to judge.
+        """
+        digits = data.find(b"\r\n", 0, _SIZE_DIGITS_MOST + 2)
+        if digits < 1 or data[:digits].strip(_HEX):
+            return False
+        begin = digits + 2
+        end = begin + int(data[:digits], 16)
+        if end == begin or len(data) != end + 2 or not data.endswith(b"\r\n"):
+            return False
+        if not answer.relay_chunk(data[begin:end], data):
+            return False
+        if self.state is _BODY:
+            self._quiet_bytes = 0
+            self._watch(self._seen_at + self._idle_seconds)
+        return True
 
     def _take_plain(self, answer: UpstreamAnswer, data: bytes) -> None:
         left = self._plain_bytes

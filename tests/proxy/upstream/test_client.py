@@ -302,7 +302,7 @@ async def test_a_sink_gets_each_piece_without_a_task_being_woken(make_client: Ma
         got: list[bytes] = []
         tasks: set[object] = set()
 
-        def sink(piece: bytes) -> bool:
+        def sink(piece: bytes, _: bytes | None) -> bool:
             got.append(piece)
             tasks.add(asyncio.current_task())
             return True
@@ -318,6 +318,68 @@ async def test_a_sink_gets_each_piece_without_a_task_being_woken(make_client: Ma
         assert counts(client, upstream).idle == 1
 
 
+def unchunked(wire: bytes) -> bytes:
+    """The body of whole chunks."""
+    body = b""
+    while wire:
+        size, _, rest = wire.partition(b"\r\n")
+        length = int(size.partition(b";")[0], 16)
+        body, wire = body + rest[:length], rest[length + 2 :]
+    return body
+
+
+RELAYED = (
+    pytest.param([b"3\r\nabc\r\n"], [b"3\r\nabc\r\n"], id="a whole chunk"),
+    pytest.param([b"00A\r\n0123456789\r\n"], [b"00A\r\n0123456789\r\n"], id="its digits as they are"),
+    pytest.param([b"3\r\nabc\r\n3\r\ndef\r\n"], [None], id="two at once"),
+    pytest.param([b"3\r\nab", b"c\r\n", b"1\r\nd\r\n"], [None, None, b"1\r\nd\r\n"], id="one cut, then a whole"),
+    pytest.param([b"1", b"5\r\n" + b"x" * 21 + b"\r\n"], [None], id="cut within its size"),
+    pytest.param([b"2", b"5\r\nhello\r\n", b"y" * 30 + b"\r\n"], [None], id="cut so that it looks whole"),
+    pytest.param([b"3;a=b\r\nabc\r\n"], [None], id="an extension"),
+    pytest.param([b"3\r\nabc", b"\r\n", b"1\r\nd\r\n"], [None, b"1\r\nd\r\n"], id="its end later"),
+)
+
+
+@pytest.mark.parametrize(("reads", "framed"), RELAYED)
+async def test_a_chunk_is_offered_as_it_came_only_where_it_is_whole(
+    make_client: MakeClient, reads: list[bytes], framed: list[bytes | None]
+) -> None:
+    """All else goes through the parser, and what is offered is what the piece was framed in."""
+    client = make_client()
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    gates = [asyncio.Event() for _ in range(len(reads) + 1)]
+    play: list[Step] = [Expect(), Send(head)]
+    for gate, read in zip(gates, [*reads, b"0\r\n\r\n"], strict=True):
+        play += [Pause(gate), Send(read)]
+    async with ScriptedUpstream(play) as upstream:
+        answered = await client.request(origin_of(upstream), b"GET", b"/")
+        got: list[tuple[bytes, bytes | None]] = []
+        pouring = spawn(answered.pour(lambda piece, whole: not got.append((piece, whole))))  # type: ignore[func-returns-value]
+        for gate in gates:
+            await turns(3)
+            gate.set()
+        assert await pouring is True
+        assert [whole for _, whole in got if whole] == [whole for whole in framed if whole]
+        assert b"".join(piece for piece, _ in got) == unchunked(b"".join(reads))
+        assert all(unchunked(whole) == piece for piece, whole in got if whole)
+        assert counts(client, upstream).idle == 1, "and the connection may serve again"
+
+
+@pytest.mark.parametrize("size", [b"0x3", b"+3", b" 3", b"3_", b"-3", b""])
+async def test_a_chunk_whose_size_is_no_number_is_a_bad_answer(make_client: MakeClient, size: bytes) -> None:
+    """Also where a whole chunk could stand."""
+    client = make_client()
+    gate = asyncio.Event()
+    play: Play = [Expect(), Send(chunked(b"a", end=False)), Pause(gate), Send(size + b"\r\nabc\r\n"), Stall()]
+    async with ScriptedUpstream(play) as upstream:
+        answered = await client.request(origin_of(upstream), b"GET", b"/")
+        pouring = spawn(answered.pour(lambda *_: True))
+        await turns()
+        gate.set()
+        with pytest.raises(BadAnswer):
+            await pouring
+
+
 async def test_a_sink_that_has_enough_stops_the_upstream_until_it_is_poured_again(make_client: MakeClient) -> None:
     client = make_client(buffer_bytes=65_536)
     piece, times = b"x" * 65_536, 400
@@ -326,7 +388,7 @@ async def test_a_sink_that_has_enough_stops_the_upstream_until_it_is_poured_agai
         answered = await client.request(origin_of(upstream), b"GET", b"/")
         taken: list[int] = []
 
-        def sink(piece: bytes) -> bool:
+        def sink(piece: bytes, _: bytes | None) -> bool:
             taken.append(len(piece))
             return len(taken) % 3 > 0
 
@@ -344,7 +406,7 @@ async def test_what_a_sink_raises_comes_out_of_pouring_and_closes(make_client: M
     async with ScriptedUpstream(play) as upstream:
         answered = await client.request(origin_of(upstream), b"GET", b"/")
 
-        def sink(piece: bytes) -> bool:
+        def sink(piece: bytes, _: bytes | None) -> bool:
             if piece == b"b":
                 raise ConnectionResetError("the client left")
             return True
@@ -365,7 +427,7 @@ async def test_a_break_while_pouring_comes_after_what_had_arrived(make_client: M
         answered = await client.request(origin_of(upstream), b"GET", b"/")
         got: list[bytes] = []
         with pytest.raises(ResetMidAnswer):
-            await answered.pour(lambda piece: not got.append(piece))  # type: ignore[func-returns-value]
+            await answered.pour(lambda piece, _: not got.append(piece))  # type: ignore[func-returns-value]
         assert got in ([b"part"], []), "a reset may overtake what it follows"
 
 
@@ -373,7 +435,7 @@ async def test_cancelling_a_pour_closes_the_connection(make_client: MakeClient) 
     client = make_client()
     async with ScriptedUpstream([Expect(), Send(chunked(b"a", end=False)), Stall()]) as upstream:
         answered = await client.request(origin_of(upstream), b"GET", b"/")
-        pouring = spawn(answered.pour(lambda _: True))
+        pouring = spawn(answered.pour(lambda *_: True))
         await turns()
         pouring.cancel()
         with pytest.raises(asyncio.CancelledError):
