@@ -8,6 +8,7 @@ taken to have done `elapsed x rate` of its tokens, and what it takes beyond its 
 from __future__ import annotations
 
 from collections import deque
+from itertools import takewhile
 
 LEAST_TOKENS = 0.5
 """What is left of sums of floats below this is rounding: a charge has at least one token."""
@@ -86,12 +87,18 @@ class Work:
         """Its prefill is done, and the next one's begins.
 
         The head's own took since it was sent, or since the one before it was done, here or (`elsewhere_seconds`) in
-        another process: a TTFT less the wait for what was charged before.
+        another process: a TTFT less the wait for what was charged before. Since prefills are done in order, those sent
+        before it whose own token nobody will see are done as well: left to decay by a rate that is guessed too low,
+        they would never be, and with another always at the head no rate would ever be learned.
         """
         if charge.pending:
             if self.head is charge:
                 since = max(self.released_seconds, elsewhere_seconds, charge.sent_seconds)
                 charge.prefill_seconds = now_seconds - since
+            elif charge.started:
+                earlier = takewhile(lambda each: each is not charge, self._started)
+                for done in [each for each in earlier if each.plain and each.pending]:
+                    self._drop(done)
             self._drop(charge)
             self.released_seconds = now_seconds
 

@@ -83,6 +83,21 @@ def test_the_charge_of_a_client_that_left_decays_at_the_replicas_rate():
     assert row(fleet, now=0.6).lateness_seconds == 0.0
 
 
+def test_what_was_left_is_done_when_a_later_prefill_is():
+    """Prefills are done in order, whatever the rate is believed to be; so the next can be measured again."""
+    fleet = fleet_of("a")
+    for number in range(100):
+        left = fleet.charge(0, 5_000.0, number / 100)
+        fleet.client_left(left)
+        fleet.finish(left, number / 100)
+    first = fleet.charge(0, 1_000.0, 1.0)
+    fleet.first_token(first, 1.25)
+    assert row(fleet, now=1.25).pending_tokens == 0.0
+    second = fleet.charge(0, 1_000.0, 1.3)
+    fleet.first_token(second, 1.35)
+    assert second.prefill_seconds == pytest.approx(0.05)
+
+
 def test_what_waits_at_the_gate_is_not_in_flight_there():
     """Its tokens are pending, since they will be computed there; its presence counts once it goes."""
     fleet = fleet_of("a")
