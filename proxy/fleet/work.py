@@ -87,9 +87,9 @@ class Work:
         """Its prefill is done, and the next one's begins.
 
         The head's own took since it was sent, or since the one before it was done, here or (`elsewhere_seconds`) in
-        another process: a TTFT less the wait for what was charged before. Since prefills are done in order, those sent
-        before it whose own token nobody will see are done as well: left to decay by a rate that is guessed too low,
-        they would never be, and with another always at the head no rate would ever be learned.
+        another process: a TTFT less the wait for what was charged before. Since prefills are done in order, what was
+        sent before it and has no token that anybody will see is done as well: left to decay by a rate that is guessed
+        too low, it would pile up, and with another always at the head no rate would ever be learned.
         """
         if charge.pending:
             if self.head is charge:
