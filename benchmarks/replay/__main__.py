@@ -20,7 +20,7 @@ from benchmarks.replay.drive import Run, drive
 from benchmarks.replay.texts import Texts
 
 RESULTS = ROOT / "benchmarks" / "results"
-_TABLE_COLUMNS = 130
+_TABLE_COLUMNS = 150
 
 
 @click.command()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import aiohttp
 import msgspec
 
-from benchmarks.fleet.trace import Request
+from benchmarks.fleet.trace import BLOCK_TOKENS, Request
 from benchmarks.replay.contestants import Entrant
 from benchmarks.replay.texts import Texts
 from proxy.clock import SystemClock
@@ -48,13 +48,15 @@ class EngineCount(msgspec.Struct, frozen=True):
 
 class Run(msgspec.Struct, frozen=True):
     """One entrant's whole run; `lags_seconds` are samples of how old news of other proxies was when it was applied,
-    `restarted` is the engine that began anew, by Cairn's name for it, before request `restarted_before`."""
+    `restarted` is the engine that began anew, by Cairn's name for it, before request `restarted_before`. All prompts
+    begin with the same `shared_tokens`."""
 
     seen: list[Seen]
     engines: list[EngineCount]
     lags_seconds: list[float]
     restarted_before: int | None = None
     restarted: str = ""
+    shared_tokens: int = 0
 
 
 async def drive(
@@ -77,7 +79,14 @@ async def drive(
             watching.cancel()
         engines = [await _count(http, port) for port in entrant.engine_ports]
     name = f"127.0.0.1:{entrant.engine_ports[0]}"
-    return Run(sorted(seen, key=lambda each: each.number), engines, lags, half, name)
+    return Run(sorted(seen, key=lambda each: each.number), engines, lags, half, name, _shared_tokens(requests))
+
+
+def _shared_tokens(requests: Sequence[Request]) -> int:
+    """Of the blocks that all prompts begin with."""
+    first, last = min(each.blocks for each in requests), max(each.blocks for each in requests)
+    depth = next((n for n, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+    return depth * BLOCK_TOKENS
 
 
 async def _send_all(

@@ -16,7 +16,10 @@ WARM_UP = 200
 """Requests that the last column leaves out: what a router learns in the beginning."""
 
 RECOVERY = 30
-"""Requests to a restarted engine after which its ratio is to be what it was."""
+"""Requests to a restarted engine after which its ratio is to be what it was ..."""
+
+_LIKE_BEFORE = 0.02
+"""... but for this much."""
 
 
 class Figures(msgspec.Struct, frozen=True):
@@ -40,14 +43,24 @@ class Figures(msgspec.Struct, frozen=True):
 
 
 class Recovery(msgspec.Struct, frozen=True):
-    """The restarted engine: its hit shares before, and after its first 30 requests; beside them the shares of all
-    other engines in the same spans. `wrong` are requests for which over half of what was predicted was not there."""
+    """How right the predictions for the restarted engine were, beyond what all prompts share.
 
-    before: float
-    after: float
+    A `kept` share is of the tokens that were predicted as cached there those that were: before, of its first 30
+    requests and of all after those. `back_after` of its requests the next 30 kept as much as before (less a
+    fiftieth); None where they never did. Hit shares leave out what all prompts share, too; `others` are all other
+    engines in the same spans. `wrong` are requests of which over half of what was predicted was not there.
+    """
+
+    kept_before: float
+    kept_first: float
+    kept_later: float
+    back_after: int | None
+    hit_before: float
+    hit_later: float
     others_before: float
-    others_after: float
-    wrong_in_first: int
+    others_later: float
+    wrong_before: int
+    wrong_first: int
     wrong_later: int
 
 
@@ -79,20 +92,29 @@ def figures(name: str, run: Run, speed: float) -> Figures:
 
 def recovery(run: Run) -> Recovery | None:
     """How the first engine fared around its restart; None where nothing tells which engine answered."""
-    half, restarted = run.restarted_before, run.restarted
+    half, restarted, shared = run.restarted_before, run.restarted, run.shared_tokens
     if half is None or not any(each.replica for each in run.seen):
         return None
     mine = [each for each in run.seen if each.replica == restarted and not each.error]
     rest = [each for each in run.seen if each.replica != restarted and not each.error]
+    warm = len(run.seen) // 10
+    before = [each for each in mine if warm <= each.number < half]
     after = [each for each in mine if each.number >= half]
     first, later = after[:RECOVERY], after[RECOVERY:]
     since = later[0].number if later else half
-    warm = len(run.seen) // 10
+    kept = _kept(before, shared)
+    starts = range(max(len(after) - RECOVERY, 0) + 1)
+    back = (n for n in starts if _kept(after[n : n + RECOVERY], shared) >= kept - _LIKE_BEFORE)
     return Recovery(
-        _share([each for each in mine if warm <= each.number < half]),
-        _share(later),
-        _share([each for each in rest if warm <= each.number < half]),
-        _share([each for each in rest if each.number >= since]),
+        kept,
+        _kept(first, shared),
+        _kept(later, shared),
+        next(back, None),
+        _share(before, shared),
+        _share(later, shared),
+        _share([each for each in rest if warm <= each.number < half], shared),
+        _share([each for each in rest if each.number >= since], shared),
+        sum(map(_is_wrong, before)),
         sum(map(_is_wrong, first)),
         sum(map(_is_wrong, later)),
     )
@@ -102,8 +124,16 @@ def _is_wrong(each: Seen) -> bool:
     return each.predicted_tokens > 1_024 and each.cached_tokens < each.predicted_tokens / 2
 
 
-def _share(seen: Sequence[Seen]) -> float:
-    return sum(each.cached_tokens for each in seen) / max(sum(each.prompt_tokens for each in seen), 1)
+def _kept(seen: Sequence[Seen], shared: int) -> float:
+    """Of what was predicted as cached, what was; one where nothing was predicted, for then nothing was wrong."""
+    predicted = sum(max(each.predicted_tokens - shared, 0) for each in seen)
+    found = sum(max(min(each.cached_tokens, each.predicted_tokens) - shared, 0) for each in seen)
+    return found / predicted if predicted else 1.0
+
+
+def _share(seen: Sequence[Seen], shared: int) -> float:
+    cached = sum(max(each.cached_tokens - shared, 0) for each in seen)
+    return cached / max(sum(max(each.prompt_tokens - shared, 0) for each in seen), 1)
 
 
 def table(title: str, rows: Sequence[Figures]) -> Table:
@@ -120,7 +150,8 @@ def table(title: str, rows: Sequence[Figures]) -> Table:
         "imbalance",
         "errors",
     )
-    for heading in headings:
+    restarted = any(row.restart for row in rows)
+    for heading in (*headings, *(_RESTART_HEADINGS if restarted else ())):
         made.add_column(heading, justify="left" if heading == "router" else "right")
     for row in rows:
         made.add_row(
@@ -133,8 +164,20 @@ def table(title: str, rows: Sequence[Figures]) -> Table:
             f"{row.computed_tokens / 1e6:.2f}",
             f"{row.imbalance:.2f}",
             str(row.errors),
+            *(_restart_cells(row.restart) if restarted else ()),
         )
     return made
+
+
+_RESTART_HEADINGS = ("kept before %", f"first {RECOVERY}", "later", "back after")
+
+
+def _restart_cells(restart: Recovery | None) -> tuple[str, ...]:
+    if restart is None:
+        return ("",) * len(_RESTART_HEADINGS)
+    shares = restart.kept_before, restart.kept_first, restart.kept_later
+    back = "never" if restart.back_after is None else str(restart.back_after)
+    return (*(f"{100 * share:.1f}" for share in shares), back)
 
 
 def remarks(rows: Sequence[Figures]) -> list[str]:
@@ -149,9 +192,10 @@ def remarks(rows: Sequence[Figures]) -> list[str]:
         if row.restart is not None:
             r = row.restart
             said.append(
-                f"{row.name}: restarted engine's hit {r.before:.1%} before, {r.after:.1%} from its {RECOVERY + 1}st "
-                f"request on (the others {r.others_before:.1%} and {r.others_after:.1%}); wrong predictions "
-                f"{r.wrong_in_first} of its first {RECOVERY}, {r.wrong_later} later"
+                f"{row.name}: restarted engine's wrong predictions {r.wrong_before} before, {r.wrong_first} of its "
+                f"first {RECOVERY}, {r.wrong_later} later; hits beyond what all share {r.hit_before:.1%} before, "
+                f"{r.hit_later:.1%} from its {RECOVERY + 1}st request on (the others {r.others_before:.1%} and "
+                f"{r.others_later:.1%})"
             )
     return said
 

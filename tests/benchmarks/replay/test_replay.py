@@ -49,6 +49,7 @@ async def test_the_engines_cache_what_they_computed_and_forget_it_on_command():
     assert [each.error for each in run.seen] == [""] * 4
     assert [each.cached_tokens for each in run.seen] == [0, 2_047, 0, 2_047]
     assert run.engines == [EngineCount(4, 4 * 2_048, 2 * 2_047)]
+    assert run.shared_tokens == 2_048
     row = report.figures("direct", run, 200.0)
     assert row.hit_share == pytest.approx(0.5, abs=0.001)
     assert row.computed_tokens == 4 * 2_048 - 2 * 2_047
@@ -64,15 +65,24 @@ def test_the_configuration_that_the_proxies_get_is_valid_and_scales_with_time(tm
     assert routing.future_weight_per_second == 12.0
 
 
-def test_a_restart_is_judged_by_the_engine_that_began_anew():
-    """Before and after its first 30 requests, beside the others."""
-    seen = [Seen(n, 0.1, 0.0, 2_000, 1_500, 1_500, "ab"[n % 2]) for n in range(400)]
-    for number in (200, 202):
-        seen[number] = Seen(number, 0.1, 0.0, 2_000, 0, 1_500, "a")
-    found = report.recovery(Run(seen, [], [], 200, "a"))
+def test_a_restart_is_judged_by_what_was_predicted_of_the_engine_that_began_anew():
+    """Without what all prompts share: that is there again at once, and would hide that nothing else is."""
+    seen = [Seen(n, 0.1, 0.0, 2_000, 1_512, 1_512, "ab"[n % 2]) for n in range(400)]
+    for number in range(200, 220, 2):
+        seen[number] = Seen(number, 0.1, 0.0, 2_000, 512, 1_512, "a")
+    found = report.recovery(Run(seen, [], [], 200, "a", 512))
     assert found is not None
-    assert (found.before, found.after, found.others_after) == (0.75, 0.75, 0.75)
-    assert (found.wrong_in_first, found.wrong_later) == (2, 0)
+    assert (found.kept_before, found.kept_later) == (1.0, 1.0)
+    assert found.kept_first == pytest.approx(20 / 30)
+    assert found.back_after == 10
+    assert (found.hit_before, found.hit_later, found.others_later) == pytest.approx((1_000 / 1_488,) * 3)
+    assert (found.wrong_before, found.wrong_first, found.wrong_later) == (0, 10, 0)
+    row = report.figures("Cairn", Run(seen, [EngineCount(1, 1, 0)], [], 200, "a", 512), 1.0)
+    assert report.table("t", [row]).columns[-1]._cells == ["10"]
+    forgotten = [each if each.number < 200 else Seen(each.number, 0.1, 0.0, 2_000, 512, 1_512, "a") for each in seen]
+    never = report.recovery(Run(forgotten, [], [], 200, "a", 512))
+    assert never is not None
+    assert never.back_after is None
 
 
 def test_figures_are_drawn_and_stored(tmp_path: Path):
