@@ -5,13 +5,14 @@ rows and the index's match come in, a `Plan` goes out. It must not know how eith
 
 The cost of replica r for a prompt p, in seconds:
 
-    pending(r) / rate(r)  +  (1 + a) x uncached(p, r) / rate(r)  +  c x max(in_flight(r) - 8, 0)  +  lateness(r)
+    (pending(r) + uncached(p, r)) / rate(r)  +  a x uncached(p, r) / mean rate
+      +  c x max(in_flight(r) - 8, 0)  +  lateness(r)
 
-The first term is the time until r could start; the second what p computes there, counted for itself and `a` times
-more for those that will wait behind it, with `a = 1.5 + 3 x the shortest queue of all, in seconds`: the longer every
-queue, the dearer it is to compute anything twice. The third is the price of decoding beside many others, the last
-repels from a replica that stalls. Nothing here drops affinity at a threshold: a hot prefix is computed a second time
-exactly where waiting for its holder costs more.
+The first term is the time until the first token. The second is what p computes there, `a` times more, for those that
+will wait behind it: by the mean rate of all, since behind a slow replica fewer wait, each longer. With
+`a = 2 + 3 x the shortest queue of all, in seconds`: the longer all queues, the dearer it is to compute a thing twice.
+The third is the price of decoding beside many others, the last repels from a replica that stalls. Nothing here drops
+affinity at a threshold: a hot prefix is computed a second time exactly where waiting for its holder costs more.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ import msgspec
 from proxy.errors import Overloaded
 from proxy.model import CacheStatus, Candidate, MissReason, Plan, ReplicaView, RouteReason
 
-LEAST_FUTURE_WEIGHT = 1.5
+LEAST_FUTURE_WEIGHT = 2.0
 """`a` where a replica is idle. What is computed twice also drives something else out of a cache, so it is dearer than
-its own seconds: with 1 the hits of a trace are 0.92 of one pooled cache's, with 1.5 they are 0.935, for half a
-percent more mean TTFT; with 3 they are 0.95, for two."""
+its own seconds: with 1 the hits of a trace are 0.92 of one pooled cache's, with 2 they are 0.94, for one percent more
+mean TTFT; with 3 they are 0.95, for two."""
 
 WEIGHT_PER_SECOND = 3.0
 """How fast `a` grows with the shortest queue. On an overloaded trace 3 has a sixth less mean TTFT than 1, and more
@@ -137,7 +138,7 @@ def plan(
 
 
 def future_weight(views: Sequence[ReplicaView], per_second: float = WEIGHT_PER_SECOND) -> float:
-    """`a` of the cost: 1.5, and `per_second` x the shortest queue of `views` in seconds, at most 30."""
+    """`a` of the cost: two, and `per_second` x the shortest queue of `views` in seconds, at most 30."""
     shortest = min([view.pending_tokens / view.rate_tokens_per_second for view in views])
     return min(LEAST_FUTURE_WEIGHT + per_second * shortest, MAX_FUTURE_WEIGHT)
 
@@ -145,7 +146,8 @@ def future_weight(views: Sequence[ReplicaView], per_second: float = WEIGHT_PER_S
 def _ranked(
     demand: Demand, held: Mapping[int, Held], usable: list[ReplicaView], weight_per_second: float
 ) -> tuple[Candidate, ...]:
-    weight = 1.0 + future_weight(usable, weight_per_second)
+    mean_rate = sum([view.rate_tokens_per_second for view in usable]) / len(usable)
+    future_seconds = future_weight(usable, weight_per_second) / mean_rate  # of one token that is computed
     prompt_tokens = demand.prompt_tokens
     candidates = []
     for view in usable:
@@ -155,7 +157,8 @@ def _ranked(
         if uncached < MIN_UNCACHED_TOKENS:
             uncached = MIN_UNCACHED_TOKENS
         cost = (
-            (view.pending_tokens + weight * uncached) / view.rate_tokens_per_second
+            (view.pending_tokens + uncached) / view.rate_tokens_per_second
+            + future_seconds * uncached
             + (view.in_flight_seconds * (view.in_flight - FREE_IN_FLIGHT) if view.in_flight > FREE_IN_FLIGHT else 0.0)
             + view.lateness_seconds
         )

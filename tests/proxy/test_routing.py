@@ -69,8 +69,8 @@ def test_a_hot_prefix_spreads_when_its_holders_queue_costs_more_than_a_cold_pref
     def where(pending: float) -> int:
         return chosen(LONG, held, [view(0, pending_tokens=pending), view(1)])
 
-    assert where(2.5 * 9_750 - 500) == 0
-    assert where(2.5 * 9_750 + 500) == 1
+    assert where(3 * 9_750 - 500) == 0
+    assert where(3 * 9_750 + 500) == 1
     made = plan(LONG, held, [view(0, pending_tokens=40_000.0), view(1)])
     assert (made.reason, made.miss, made.cache) == (RouteReason.SPREAD, MissReason.ELSEWHERE, CacheStatus.MISS)
 
@@ -84,7 +84,7 @@ def test_decoding_beside_others_has_a_price_from_the_ninth_on():
 
     assert [where(in_flight) for in_flight in (1, 8, 9, 10)] == [0, 0, 0, 1]
     alone = Match({0: Held(39_000, 9_750.0)})
-    assert [where(in_flight, alone) for in_flight in (10, 68, 69)] == [0, 0, 1]
+    assert [where(in_flight, alone) for in_flight in (10, 81, 82)] == [0, 0, 1]
 
 
 def test_nobody_waits_for_a_further_copy_of_a_hot_prefix():
@@ -115,8 +115,8 @@ def test_the_longer_every_queue_the_dearer_a_second_prefill():
 
 def test_the_growing_weight_is_bounded():
     """An overload of minutes leaves the weight at thirty."""
-    assert future_weight([view(0), view(1, pending_tokens=80_000.0)]) == 1.5
-    assert future_weight([view(0, pending_tokens=8_000.0)]) == 4.5
+    assert future_weight([view(0), view(1, pending_tokens=80_000.0)]) == 2.0
+    assert future_weight([view(0, pending_tokens=8_000.0)]) == 5.0
     assert future_weight([view(0, pending_tokens=8_000_000.0)]) == 30.0
 
 
@@ -172,7 +172,8 @@ def test_mixed_hardware_is_priced_by_its_own_rate():
     """A cold prompt goes to the fast one, until its queue takes longer than the slow one's prefill."""
     slow, fast = view(0, rate_tokens_per_second=2_000.0), view(1, rate_tokens_per_second=16_000.0)
     assert chosen(LONG, NOTHING, [slow, fast]) == 1
-    assert chosen(LONG, NOTHING, [slow, msgspec.structs.replace(fast, pending_tokens=200_000.0)]) == 0
+    assert chosen(LONG, NOTHING, [slow, msgspec.structs.replace(fast, pending_tokens=60_000.0)]) == 1
+    assert chosen(LONG, NOTHING, [slow, msgspec.structs.replace(fast, pending_tokens=80_000.0)]) == 0
     # the same tokens warm on the slow one save more seconds there than a cold prefill costs on the fast one
     assert chosen(LONG, Match({0: Held(39_000, 9_800.0)}), [slow, fast]) == 0
 
