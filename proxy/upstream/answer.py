@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING
 
 from proxy.errors import BadAnswer, CairnError, ResetMidAnswer
@@ -112,7 +113,7 @@ class UpstreamAnswer:
             if self._complete:
                 return b""
             if self._error is not None:
-                raise self._error
+                raise copy(self._error)
             waiter = self._waiter = self._loop.create_future()
             try:
                 await waiter
@@ -132,7 +133,7 @@ class UpstreamAnswer:
             if self._complete:
                 return True
             if self._error is not None:
-                raise self._error
+                raise copy(self._error)
             waiter = self._waiter = self._loop.create_future()
             self._sink = sink
             try:
@@ -142,6 +143,7 @@ class UpstreamAnswer:
                 raise
             finally:
                 enough, self._sink = self._sink is None, None
+                del waiter  # it may hold an exception, which holds this frame
             if enough:
                 break
         return False
@@ -192,7 +194,7 @@ class UpstreamAnswer:
                 return
             waiter = self._waiter = self._loop.create_future()
             await waiter
-        raise self._error
+        raise copy(self._error)
 
     def interrupt_with(self, callback: Callable[[], object] | None) -> None:
         """Call `callback` once, when the head comes or the exchange fails while nobody waits."""
@@ -207,7 +209,11 @@ class UpstreamAnswer:
         self.wake()
 
     def fail(self, error: CairnError) -> None:
-        """The exchange is over; `error` is raised once what arrived before was taken."""
+        """The exchange is over; copies of `error` are raised once what arrived before was taken.
+
+        The one raised holds the frames that it passed, and they hold this answer: were it kept here, each broken
+        exchange would wait for the garbage collector with all that hangs on it.
+        """
         self._connection = None
         self._error = error
         self.wake()

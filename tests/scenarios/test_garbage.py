@@ -1,0 +1,75 @@
+"""Requests that end badly leave nothing for the garbage collector: what holds itself is freed late."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.cairn import Cairn, config_for, running
+from tests.support.upstream import Expect, Reset, ScriptedUpstream, Send, Stall, Step
+from tests.support.valkey import eventually
+
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+EVENT = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
+CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
+PLAIN = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{"
+TIMES = 5
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """The collector rests, so that what only it could free is still there to be found."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+def held_by_itself() -> set[str]:
+    """Kinds of what only the collector can free."""
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    gc.collect()
+    gc.set_debug(0)
+    kinds = {f"{type(each).__module__}.{type(each).__qualname__}" for each in gc.garbage}
+    return {kind for kind in kinds if kind.startswith(("proxy.", "cache.", "aiohttp."))}
+
+
+async def visit(cairn: Cairn, *, stream: bool, leaves: bool) -> None:
+    """One request on a connection of its own, until it breaks or its client has seen enough."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", cairn.port)
+    wish = b',"stream":true' if stream else b""
+    body = b'{"model":"m","messages":[{"role":"user","content":"%b"}]%b}' % (b"word " * 2_000, wish)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+    writer.write(head % len(body) + body)
+    if leaves:
+        await reader.readuntil(EVENT)
+    else:
+        await reader.read()
+    writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    ("play", "stream", "leaves"),
+    [
+        pytest.param(
+            [Send(STREAM + CHUNK), Send(CHUNK), Reset()], True, False, id="an upstream that resets a stream"
+        ),
+        pytest.param([Send(PLAIN), Reset()], False, False, id="an upstream that resets an answer"),
+        pytest.param([Send(STREAM + CHUNK), Stall()], True, True, id="a client that leaves a stream"),
+    ],
+)
+@pytest.mark.usefixtures("uncollected")
+async def test_what_broke_is_freed_at_once(play: list[Step], stream: bool, leaves: bool) -> None:
+    """No exception is kept by what its traceback leads to."""
+    async with ScriptedUpstream([Expect(), *play]) as upstream, running(config_for([upstream.url])) as cairn:
+        for _ in range(TIMES):
+            await visit(cairn, stream=stream, leaves=leaves)
+        await eventually(lambda: cairn.worker.room.requests == 0)
+        assert held_by_itself() == set()
