@@ -83,7 +83,8 @@ async def soak(options: argparse.Namespace, console: Console, stack: ExitStack, 
 async def _quiet(started: Started, ports: Sequence[int]) -> Moment:
     await asyncio.sleep(_QUIET_SECONDS)
     side_port = None if started.name == BARE else started.side_port
-    return await look(started.roles()["proxy"], started.port, side_port, ports)
+    roles = started.roles()
+    return await look(roles["proxy"], roles.get("valkey", ()), started.port, side_port, ports)
 
 
 def _visits_table(visitors: Visitors, seconds: float) -> Table:

@@ -26,7 +26,7 @@ class Moment:
     resident_bytes: int
     client_sockets: int | None
     upstream_sockets: int | None
-    other_descriptors: Mapping[str, int] | None  # by kind
+    other_descriptors: Mapping[str, int] | None  # by kind; of sockets those less that the store has as well
     gauges: Mapping[str, float | None]  # of those that must be zero, over all labels; None: not on the page
     upstream_connections: int
     upstream_streams: int
@@ -46,15 +46,22 @@ def _kind(link: str) -> str:
     return link.partition(":")[0] if ":" in link else "file"
 
 
-async def look(pids: Sequence[int], port: int, side_port: int | None, upstream_ports: Sequence[int]) -> Moment:
-    """Reads the processes, the metrics page and the upstream's count."""
+async def look(
+    pids: Sequence[int], store_pids: Sequence[int], port: int, side_port: int | None, upstream_ports: Sequence[int]
+) -> Moment:
+    """Reads the processes, the metrics page and the upstream's count.
+
+    The store keeps a bounded pool of connections, opened as so many commands first meet; each is a socket of the
+    Valkey's as well, so that those are taken off what is counted.
+    """
     open_sockets = [one for pid in pids for one in sockets.tcp_sockets(pid) if one.state != sockets.LISTENING]
     links = [link for pid in pids for link in (cpu.descriptors(pid) or {}).values()]
     can_tell = cpu.descriptors(pids[0]) is not None
     clients = sum(one.local_port == port for one in open_sockets)
     upstreams = sum(one.remote_port in upstream_ports for one in open_sockets)
     kinds = Counter(_kind(link) for link in links)
-    kinds["socket"] -= clients + upstreams
+    kept = sum(_kind(link) == "socket" for pid in store_pids for link in (cpu.descriptors(pid) or {}).values())
+    kinds["socket"] -= clients + upstreams + kept
     page = (await get(side_port, "/metrics"))[1] if side_port else b""
     series = metrics_page.parse(page.decode())
     found = {name: metrics_page.gauges_named(series, name) for name in _ZERO_GAUGES}
