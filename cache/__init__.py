@@ -14,11 +14,12 @@ from cache.errors import (
     StoreCorrupt,
     UnknownContext,
 )
+from cache.fingerprint import Fingerprint
 from cache.index import Feedback, Held, IndexStats, Learnt, Match, Placement, PrefixIndex, ReplicaStats
 from cache.inflight import InflightBoard
 from cache.journal import Journal, JournalState, JournalStats
 from cache.owners import Owners
-from cache.prefix import Fingerprint, chain_root, cut, extend
+from cache.prefix import chain_root, cut, extend
 from cache.secret import shared_secret
 from cache.segments import Content
 from cache.store import Store, StoreState, open_store

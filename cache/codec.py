@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 
 from cache.errors import StoreCorrupt
+from cache.fingerprint import Fingerprint
 from cache.packing import ReplicaRow, RunRow
-from cache.prefix import Fingerprint
 
 JOURNAL_VERSION = 1
 SNAPSHOT_VERSION = 1

@@ -9,8 +9,8 @@ from array import array
 from bisect import bisect_left
 from itertools import islice
 
-from cache.prefix import Fingerprint
-from cache.tree import Node, Step
+from cache.fingerprint import Fingerprint
+from cache.nodes import Node, Step
 
 MAX_PROMPT_TOKENS = 2**30
 """What an upstream reports beyond that is taken for this: the counts are of 32 bits."""

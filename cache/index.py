@@ -11,15 +11,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
-import msgspec
-
 from cache.counting import estimate, learn_tokens, recount
+from cache.fingerprint import Fingerprint
+from cache.nodes import NOBODY, Node, Shelf, Step
 from cache.packing import Reader, ReplicaRow, RunRow, written
 from cache.placement import Feedback, Held, IndexStats, Learnt, Match, Placement, ReplicaStats
-from cache.prefix import Fingerprint
-from cache.tree import NOBODY, Node, Shelf, Step, Tree, new_shelf
+from cache.tree import Tree, new_shelf
 
 __all__ = [
     "Feedback",
@@ -72,7 +72,8 @@ ORIGIN_BITS = 24
 """Placement ids are origin << (63 - ORIGIN_BITS) | counter: no two writers share one, and they fit a signed 64."""
 
 
-class _Replica(msgspec.Struct, eq=False):
+@dataclass(slots=True, eq=False)
+class _Replica:
     """The state of one replica beside what it holds. `placed_tokens` counts since the budget last shrank."""
 
     shelf: Shelf

@@ -38,12 +38,12 @@ from cache.codec import (
     TakenBack,
 )
 from cache.errors import CacheError, StoreCorrupt
+from cache.fingerprint import Fingerprint
 from cache.index import UNLIMITED_TOKENS, PrefixIndex
 from cache.owners import Owners
 from cache.packing import ReplicaRow, RunRow
 from cache.placement import Feedback, Learnt, Placement
 from cache.ports import Clock, Tasks
-from cache.prefix import Fingerprint
 from cache.snapshots import START, Keeping, StreamId, Tick, format_id, parse_id
 from cache.store import Store, StoreState, StreamEntry
 

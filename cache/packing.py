@@ -11,7 +11,8 @@ from heapq import merge
 
 import msgspec
 
-from cache.tree import NOBODY, Holding, Node, Shelf, Tree
+from cache.nodes import NOBODY, Holding, Node, Shelf
+from cache.tree import Tree
 
 SORTED_PORTION = 1_000
 """Holdings sorted at a time while an index is read back: under a millisecond."""

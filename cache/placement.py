@@ -6,7 +6,7 @@ import enum
 
 import msgspec
 
-from cache.prefix import Fingerprint
+from cache.fingerprint import Fingerprint
 
 
 class Held(msgspec.Struct, frozen=True, gc=False):

@@ -9,8 +9,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 
-import msgspec
 from xxhash import xxh3_64_intdigest
+
+from cache.fingerprint import Fingerprint
 
 FINE_BLOCK_BYTES = 512
 """Block size at the head of a prompt, where system prompts fork: about 128 tokens of prose."""
@@ -20,21 +21,6 @@ FINE_REACH_BYTES = 16 * 1024
 
 COARSE_BLOCK_BYTES = 2048
 """Block size after that: router blocks of 1 to 4 KB lose nothing against an engine's own of 16 tokens."""
-
-
-class Fingerprint(msgspec.Struct, frozen=True, eq=False, gc=False):
-    """The boundaries of one prompt: `hashes` (array 'Q', chained) and `ends` (array 'I', bytes from its start)."""
-
-    hashes: array[int]
-    ends: array[int]
-
-    def __len__(self) -> int:
-        return len(self.hashes)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes up to the last boundary, which are all of them."""
-        return self.ends[-1] if self.ends else 0
 
 
 def chain_root(parts: Iterable[bytes]) -> int:

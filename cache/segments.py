@@ -16,7 +16,8 @@ import msgspec
 import zstandard
 
 from cache.errors import StoreCorrupt
-from cache.prefix import Fingerprint, cut
+from cache.fingerprint import Fingerprint
+from cache.prefix import cut
 
 SEGMENT_BYTES = 1024 * 1024
 """The most that one value of Redis holds before compression: short enough to hold no event loop up for long."""

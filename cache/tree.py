@@ -4,9 +4,6 @@ A node is a run of consecutive boundaries that all its holders hold whole; where
 Hashes are chained, so two chains that agree at a depth agree before it: a mismatch inside a run is found by
 bisection, and whoever holds a node holds all nodes above it (prefix-closed). Each holder keeps its nodes in an
 order of recency in which a node is always older than those above it, so its oldest node is always a leaf of its.
-
-Nodes and holdings are kept out of Python's garbage collector (`gc=False`): a million blocks would make each of its
-full passes a pause. They form cycles only through `Node.children`, which are cut when a node is dropped.
 """
 
 from __future__ import annotations
@@ -16,71 +13,13 @@ from collections import deque
 from collections.abc import Sequence
 from math import nextafter
 
-import msgspec
-
-from cache.prefix import Fingerprint
+from cache.fingerprint import Fingerprint
+from cache.nodes import Holding, Node, Shelf, Step
 
 EVICTED_HASHES = 16_384
 """Chain ends remembered after eviction, so that a miss can be told from a cold one: some 1.5 MB."""
 
-NOBODY = -1
-"""The replica of a shelf whose epoch is over."""
-
 _FOREVER = float("inf")
-
-
-class Node(msgspec.Struct, gc=False, eq=False):
-    """A run of boundaries below `parent`.
-
-    `ends` are bytes from the prompt's begin; `tokens` counts from the run's own begin, so that a correction above
-    moves nothing below. The first `known` boundaries lie on a chain whose prompt tokens were reported; at `pins`
-    (numbers of boundaries) the count is what the report said and not interpolated by bytes.
-    """
-
-    parent: Node | None
-    hashes: array[int]
-    ends: array[int]
-    tokens: array[int]
-    held: dict[Shelf, Holding]
-    children: dict[int, Node] | None = None
-    known: int = 0
-    pins: tuple[int, ...] = ()
-    emitted: int = 0  # number of the last snapshot that wrote it
-
-
-class Holding(msgspec.Struct, gc=False, eq=False):
-    """That a shelf holds a node. `older` and `newer` link the shelf's order of recency.
-
-    `touched_by` is the last placement over it, `confirmed` how many of the run's boundaries an answer has proved,
-    `output_tokens` what the engine generated, and may have cached, after the run's end.
-    """
-
-    node: Node | None
-    older: Holding | None
-    newer: Holding | None
-    stamp: float
-    touched_by: int
-    confirmed: int = 0
-    output_tokens: int = 0
-
-
-class Shelf(msgspec.Struct, gc=False, eq=False):
-    """What one replica holds in one epoch. `ring.newer` is its oldest holding, `ring.older` its newest."""
-
-    replica: int  # NOBODY once the epoch is over, until the shelf is cleared
-    ring: Holding
-    blocks: int = 0
-    tokens: int = 0
-    evicted_blocks: int = 0
-
-
-class Step(msgspec.Struct, frozen=True, gc=False):
-    """A node on a path: `blocks` of its run match; the others count from the prompt's begin, at the last of them."""
-
-    node: Node
-    blocks: int
-    depth: int
-    tokens: int
 
 
 def new_shelf(replica: int) -> Shelf:

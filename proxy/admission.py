@@ -9,9 +9,8 @@ import asyncio
 import hashlib
 import hmac
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-
-import msgspec
 
 from proxy.errors import BadRequest, Forbidden, NotFound, Overloaded, Unauthorized
 from proxy.model import Endpoint, Tenant
@@ -52,7 +51,8 @@ def endpoint_of(method: str, path: str) -> Endpoint:
     return Endpoint.OTHER
 
 
-class KnownClient(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class KnownClient:
     """A client that the configuration lists: the SHA-256 of its key, whose it is, what it may use."""
 
     key_sha256: bytes

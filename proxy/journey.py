@@ -6,8 +6,7 @@ It is the only mutable thing of a request, and has one writer at a time. It must
 from __future__ import annotations
 
 from bisect import bisect_left
-
-import msgspec
+from dataclasses import dataclass
 
 from cache import Content, ContextRow, Fingerprint, Match
 from proxy.attempt import Attempt
@@ -17,7 +16,8 @@ from proxy.pools import ServedPool
 from proxy.wire.headers import cairn_headers
 
 
-class StoredUse(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class StoredUse:
     """A stored context that goes before this prompt. Its end is in seconds since 1970 by Redis's clock."""
 
     row: ContextRow

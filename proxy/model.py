@@ -200,6 +200,21 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
     retry_after_seconds: float = 0.0  # where unavailable: until it is tried again
 
 
+class Demand(msgspec.Struct, frozen=True, gc=False):
+    """What the plan needs to know of a prompt.
+
+    `prompt_tokens` is the prediction for the whole of it. `tie_hash` is the chained hash of the first block that no
+    replica holds (or of the last block), so that proxies which know nothing of each other break ties alike.
+    `last_block_bytes` is the size of the last block: all but that is a hit.
+    """
+
+    size_bytes: int
+    prompt_tokens: float
+    tie_hash: int = 0
+    last_block_bytes: int = 0
+    pinned_replica: int | None = None
+
+
 class Candidate(msgspec.Struct, frozen=True, gc=False):
     """One replica with what this prompt would cost there."""
 

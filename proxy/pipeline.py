@@ -19,10 +19,9 @@ from proxy.errors import CairnError, NotFound, UpstreamError
 from proxy.fleet import Fleet
 from proxy.gate import Gate
 from proxy.journey import Journey
-from proxy.model import Call, Edit, Ending, Endpoint
+from proxy.model import Call, Demand, Edit, Ending, Endpoint
 from proxy.pools import Pools
 from proxy.relay import Relay, Upload
-from proxy.routing import Demand
 from proxy.settlement import Settlement
 from proxy.tokens import TokenCounts
 from proxy.wire import request as wire_request

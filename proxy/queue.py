@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
-
-import msgspec
 
 from proxy.clock import Clock
 from proxy.errors import CairnError, Overloaded, RateLimited
@@ -24,7 +23,8 @@ LOOKS_BEFORE_BORROWING = 2
 takes more than its share before it had the time to hear of the others."""
 
 
-class QueueLimits(msgspec.Struct, frozen=True, gc=False):
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
     """`deadline_seconds` a request waits at most; `most_waiting` requests wait at most."""
 
     deadline_seconds: float = 120.0

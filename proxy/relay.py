@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable
-
-import msgspec
+from dataclasses import dataclass
 
 from cache import Journal
 from proxy.attempt import Attempt, Attempts
@@ -32,7 +31,8 @@ from proxy.wire.sse import StreamTap
 from proxy.wire.usage import made_id, read_answer
 
 
-class Upload(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Upload:
     """A body that is passed through: its pieces, and its length in bytes where the client declared it."""
 
     pieces: AsyncIterator[bytes]

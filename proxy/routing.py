@@ -21,10 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 from zlib import crc32
 
-import msgspec
-
 from proxy.errors import Overloaded
-from proxy.model import CacheStatus, Candidate, MissReason, Plan, ReplicaView, RouteReason
+from proxy.model import CacheStatus, Candidate, Demand, MissReason, Plan, ReplicaView, RouteReason
 
 LEAST_FUTURE_WEIGHT = 2.0
 """`a` where a replica is idle. What is computed twice also drives something else out of a cache, so it is dearer than
@@ -55,21 +53,6 @@ TIE_SECONDS = 0.002
 send every cold prompt to the replica whose rate looks one percent better."""
 
 _MASK = (1 << 64) - 1
-
-
-class Demand(msgspec.Struct, frozen=True, gc=False):
-    """What the plan needs to know of a prompt.
-
-    `prompt_tokens` is the prediction for the whole of it. `tie_hash` is the chained hash of the first block that no
-    replica holds (or of the last block), so that proxies which know nothing of each other break ties alike.
-    `last_block_bytes` is the size of the last block: all but that is a hit.
-    """
-
-    size_bytes: int
-    prompt_tokens: float
-    tie_hash: int = 0
-    last_block_bytes: int = 0
-    pinned_replica: int | None = None
 
 
 class Held(Protocol):

@@ -17,11 +17,12 @@ from aiohttp import web
 
 from proxy.admission import Doorkeeper, Room, credential_of, endpoint_of
 from proxy.clock import Clock
-from proxy.downstream import Asked, ClientAnswer, read_body, stream_body
+from proxy.downstream import ClientAnswer
 from proxy.errors import BadRequest, CairnError, InternalError
 from proxy.model import Body, Call, Endpoint, Tenant
 from proxy.pipeline import Pipeline
 from proxy.relay import Upload
+from proxy.request_body import Asked, read_body, stream_body
 from proxy.session import SessionServer
 from proxy.settings import Server
 from proxy.wire.errors import error_answer

@@ -18,7 +18,8 @@ from typing import Any, cast
 from aiohttp import EMPTY_PAYLOAD, StreamReader, web
 from aiohttp.http import HttpVersion, RawRequestMessage
 
-from proxy.downstream import Asked, ClientAnswer
+from proxy.downstream import ClientAnswer
+from proxy.request_body import Asked
 
 log = logging.getLogger("cairn.session")
 

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import chain
-
-import msgspec
 
 from cache import Fingerprint, Placement, ReplicaStats
 from proxy.pools import Pools
@@ -84,7 +83,8 @@ class _Paper:
         return low, high
 
 
-class Gain(msgspec.Struct, frozen=True, gc=False):
+@dataclass(frozen=True, slots=True)
+class Gain:
     """One answer's: what was reported as cached, and what round robin would have had. The difference may be < 0."""
 
     cached_tokens: int

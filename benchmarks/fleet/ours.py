@@ -16,7 +16,8 @@ from benchmarks.fleet.trace import Request
 from cache.index import Feedback, Placement, PrefixIndex
 from proxy.fleet import Charge, Fleet, ReplicaSpec
 from proxy.gate import Follower, Gate, Prefill
-from proxy.routing import Demand, plan
+from proxy.model import Demand
+from proxy.routing import plan
 
 POOL = "pool"
 HEARTBEAT_SECONDS = 0.25

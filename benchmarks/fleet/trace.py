@@ -14,7 +14,8 @@ from random import Random
 
 import msgspec
 
-from cache.prefix import Fingerprint, chain_root
+from cache.fingerprint import Fingerprint
+from cache.prefix import chain_root
 
 BLOCK_TOKENS = 512
 BYTES_PER_TOKEN = 4

@@ -10,10 +10,9 @@ once one is lost; rows carry ages and not stamps, so that each reader ages them 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
-
-import msgspec
 
 from proxy.fleet.breaker import Backoff, Breaker, BreakerState
 from proxy.fleet.rate import PrefillRate, pooled
@@ -38,7 +37,8 @@ PEER_SILENCE_SECONDS = 1.0
 """In-flight work of a proxy that has said nothing for so long died with it."""
 
 
-class ReplicaSpec(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class ReplicaSpec:
     """A replica as configured. `name` is unique over all pools and the same in every proxy."""
 
     name: str

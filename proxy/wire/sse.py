@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
-
-import msgspec
 
 from proxy.model import Endpoint, Usage
 from proxy.wire.events import NOTHING, EventRead, read_event
@@ -31,7 +30,8 @@ _COMMENT_OR_BLANK = frozenset((_COLON, _CR, _LF))
 _PING = b"event: ping"  # Anthropic's keep-alive
 
 
-class StreamRead(msgspec.Struct, frozen=True, gc=False):
+@dataclass(frozen=True, slots=True)
+class StreamRead:
     """What a stream has said so far. `finished` means that its format's own end was seen, not that bytes ended."""
 
     usage: Usage | None

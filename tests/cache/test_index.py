@@ -7,8 +7,9 @@ from array import array
 import msgspec
 import pytest
 
+from cache.fingerprint import Fingerprint
 from cache.index import Learnt, PrefixIndex, RunRow
-from cache.prefix import Fingerprint, chain_root, cut
+from cache.prefix import chain_root, cut
 from cache.tree import EVICTED_HASHES
 
 BLOCK_BYTES = 2_048

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from array import array
 
+from cache.fingerprint import Fingerprint
 from cache.index import Learnt, PrefixIndex
-from cache.prefix import Fingerprint, chain_root
+from cache.prefix import chain_root
 
 BLOCK_BYTES = 2_048
 BLOCK_TOKENS = 512

@@ -9,9 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from cache.fingerprint import Fingerprint
 from cache.index import PrefixIndex
-from cache.prefix import Fingerprint
-from cache.tree import Node
+from cache.nodes import Node
 
 REPLICAS = 3
 BLOCK_TOKENS = 10

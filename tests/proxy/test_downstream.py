@@ -3,51 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import cast
 
 import pytest
 from aiohttp import web
 
-from proxy.downstream import ClientAnswer, read_body, stream_body
-from proxy.errors import CairnError, RequestTimeout, TooLarge
-
-Play = Callable[[web.BaseRequest, ClientAnswer], Awaitable[None]]
-
-
-@asynccontextmanager
-async def serving(play: Play, write_seconds: float = 10.0) -> AsyncIterator[int]:
-    """A server whose every request is answered by `play`; yields its port."""
-
-    async def handle(request: web.BaseRequest) -> web.StreamResponse:
-        answer = ClientAnswer(request, write_seconds)
-        await play(request, answer)
-        return cast("web.StreamResponse", answer)  # as far as aiohttp's protocol asks
-
-    runner = web.ServerRunner(web.Server(handle, handler_cancellation=True, auto_decompress=False))
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        yield runner.addresses[0][1]
-    finally:
-        await runner.cleanup()
-
-
-async def talk(port: int, *pieces: bytes, until_close: bool = True) -> bytes:
-    """Send raw bytes; give what comes until the server closes."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        for piece in pieces:
-            writer.write(piece)
-            await writer.drain()
-        async with asyncio.timeout(5):
-            return await reader.read(-1)
-    finally:
-        writer.close()
-
-
-GET = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+from proxy.downstream import ClientAnswer
+from tests.support.answering import GET, serving, talk
 
 
 async def test_a_whole_answer_has_its_length_and_its_headers_as_given() -> None:
@@ -183,67 +144,3 @@ async def test_a_reader_that_never_reads_is_given_up() -> None:
         async with asyncio.timeout(5):
             assert await failed == "TimeoutError"
         writer.transport.abort()
-
-
-async def read_by(limit_bytes: int, limit_seconds: float, *pieces: bytes) -> object:
-    """What `read_body` gives or raises for a raw request."""
-    outcome: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-
-    async def play(request: web.BaseRequest, answer: ClientAnswer) -> None:
-        try:
-            outcome.set_result(await read_body(request, limit_bytes, limit_seconds))
-        except CairnError as error:
-            outcome.set_result(error)
-        answer.send(200, b"OK", [], b"")
-
-    async with serving(play) as port:
-        asked = asyncio.get_running_loop().create_task(talk(port, *pieces))
-        async with asyncio.timeout(5):
-            result = await outcome
-        asked.cancel()
-        return result
-
-
-HEAD = b"POST / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
-
-
-async def test_a_body_is_read_whole_however_it_is_cut() -> None:
-    """Declared and chunked, in one piece and in many."""
-    assert await read_by(99, 1, HEAD + b"content-length: 6\r\n\r\n", b"abc", b"def") == b"abcdef"
-    chunks = b"3\r\nabc\r\n3\r\ndef\r\n0\r\n\r\n"
-    assert await read_by(99, 1, HEAD + b"transfer-encoding: chunked\r\n\r\n" + chunks) == b"abcdef"
-    assert await read_by(99, 1, HEAD + b"content-length: 0\r\n\r\n") == b""
-
-
-async def test_a_body_over_the_limit_is_refused() -> None:
-    """By its declared length before a byte of it, by its chunks as soon as they exceed it."""
-    assert isinstance(await read_by(5, 1, HEAD + b"content-length: 6\r\n\r\n"), TooLarge)
-    chunked = HEAD + b"transfer-encoding: chunked\r\n\r\n6\r\nabcdef\r\n"
-    assert isinstance(await read_by(5, 1, chunked), TooLarge)
-
-
-async def test_a_body_that_does_not_come_is_a_408() -> None:
-    """The limit is of time, too."""
-    late = await read_by(99, 0.02, HEAD + b"content-length: 6\r\n\r\nabc")
-    assert isinstance(late, RequestTimeout)
-    assert late.status == 408
-
-
-async def test_a_body_is_passed_through_piece_by_piece() -> None:
-    """Nothing is gathered, and a stall is noticed."""
-    outcome: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-
-    async def play(request: web.BaseRequest, answer: ClientAnswer) -> None:
-        got = b""
-        try:
-            async for piece in stream_body(request, 0.05):
-                got += piece
-        except RequestTimeout as error:
-            outcome.set_result((got, error.status))
-        answer.send(200, b"OK", [], b"")
-
-    async with serving(play) as port:
-        asked = asyncio.get_running_loop().create_task(talk(port, HEAD + b"content-length: 6\r\n\r\n", b"abc"))
-        async with asyncio.timeout(5):
-            assert await outcome == (b"abc", 408)
-        asked.cancel()

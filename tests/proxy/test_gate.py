@@ -7,11 +7,13 @@ from random import Random
 
 import pytest
 
+from cache.fingerprint import Fingerprint
 from cache.index import Held, PrefixIndex
-from cache.prefix import Fingerprint, chain_root, cut
+from cache.prefix import chain_root, cut
 from proxy.fleet import Charge, Fleet, ReplicaSpec
 from proxy.gate import Follower, Gate, Passage, Prefill
-from proxy.routing import Demand, plan
+from proxy.model import Demand
+from proxy.routing import plan
 
 RATE = 8_000.0
 SHARED = list(range(1_000, 1_016))  # a chain of 16 blocks, say 4,096 tokens

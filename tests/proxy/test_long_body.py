@@ -10,9 +10,10 @@ from typing import cast
 import uvloop
 from aiohttp import web
 
-from proxy.downstream import ClientAnswer, read_body
+from proxy.downstream import ClientAnswer
 from proxy.errors import RequestTimeout
 from proxy.long_body import LONG_BYTES
+from proxy.request_body import read_body
 
 BODY = bytes(range(256)) * (LONG_BYTES // 64)
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import Overloaded
-from proxy.model import CacheStatus, MissReason, ReplicaView, RouteReason
-from proxy.routing import Demand, future_weight, plan
+from proxy.model import CacheStatus, Demand, MissReason, ReplicaView, RouteReason
+from proxy.routing import future_weight, plan
 
 
 class Held(msgspec.Struct, frozen=True):

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from proxy.downstream import Asked, ClientAnswer, read_body
+from proxy.downstream import ClientAnswer
+from proxy.request_body import Asked, read_body
 from proxy.session import Session, SessionServer
 
 Play = Callable[[Asked, ClientAnswer], Awaitable[None]]

@@ -6,10 +6,11 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping
 
+from cache.fingerprint import Fingerprint
 from cache.index import PrefixIndex
 from cache.inflight import InflightBoard, Row
 from cache.journal import Journal
-from cache.prefix import Fingerprint, cut
+from cache.prefix import cut
 from cache.store import Store, open_store
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from cache.index import Held, Match
 from proxy.fleet import BreakerState, Fleet, PrefillRate, ReplicaSpec, ShareRow
-from proxy.routing import Demand, plan
+from proxy.model import Demand
+from proxy.routing import plan
 
 RATE = 1_000.0  # tokens per second of every replica here, so that tokens read as milliseconds
 

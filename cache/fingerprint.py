@@ -1,0 +1,22 @@
+"""What a prompt is to the index: its boundaries and the chained hashes there. Words only."""
+
+from __future__ import annotations
+
+from array import array
+
+import msgspec
+
+
+class Fingerprint(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """The boundaries of one prompt: `hashes` (array 'Q', chained) and `ends` (array 'I', bytes from its start)."""
+
+    hashes: array[int]
+    ends: array[int]
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes up to the last boundary, which are all of them."""
+        return self.ends[-1] if self.ends else 0
