@@ -19,9 +19,8 @@ import logging
 import secrets
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
-
-import msgspec
 
 from cache import codec, keys
 from cache.codec import (
@@ -82,7 +81,8 @@ class JournalState(enum.StrEnum):
     ALONE = "alone"  # without Redis, or not caught up yet: this worker knows what it routed itself
 
 
-class JournalStats(msgspec.Struct):
+@dataclass(slots=True)
+class JournalStats:
     """Counts since the start."""
 
     written_entries: int = 0
@@ -114,7 +114,8 @@ class Elsewhere(Protocol):
         """It was taken back, or left."""
 
 
-class _Remembered(msgspec.Struct, frozen=True, gc=False):
+@dataclass(frozen=True, slots=True)
+class _Remembered:
     """Another writer's placement, which may still be answered or taken back."""
 
     replica: int
@@ -123,7 +124,8 @@ class _Remembered(msgspec.Struct, frozen=True, gc=False):
     prompt_tokens: int
 
 
-class _Missed(msgspec.Struct, frozen=True, gc=False):
+@dataclass(frozen=True, slots=True)
+class _Missed:
     """A placement of which `held_blocks` were confidently predicted and nothing was cached."""
 
     placement: int

@@ -15,10 +15,11 @@ from msgspec.structs import replace
 
 from cache import Sums, Totals
 from proxy import metrics, pricing
-from proxy.metrics import MODEL_NAMES_AT_MOST, OTHER, Recorder
+from proxy.metrics import MODEL_NAMES_AT_MOST, OTHER
 from proxy.model import CacheStatus, Ending, Endpoint, MissReason, Outcome, RouteReason, Usage
 from proxy.pools import Pools
 from proxy.pricing import Bill, PriceBook, Unpriced
+from proxy.recorder import Recorder
 
 _STATUS_CLASSES = ("0xx", "1xx", "2xx", "3xx", "4xx", "5xx")
 _OPERATIONS = {Endpoint.COMPLETIONS: "text_completion", Endpoint.EMBEDDINGS: "embeddings"}  # in OpenTelemetry's words

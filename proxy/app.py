@@ -52,12 +52,12 @@ from proxy.gate import Elsewhere, Gate
 from proxy.journey import Journey
 from proxy.logs import AccessLog
 from proxy.membership import Membership
-from proxy.metrics import Recorder
 from proxy.pipeline import Pipeline
 from proxy.pricing import PriceBook
 from proxy.probing import Prober
 from proxy.queue import Queue, QueueLimits
 from proxy.rate_cards import rules_of
+from proxy.recorder import Recorder
 from proxy.relay import Relay
 from proxy.reporting import Reporter
 from proxy.server import Front

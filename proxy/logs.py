@@ -21,7 +21,7 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 
-from proxy.model import CacheStatus, Ending, Endpoint, MissReason, Outcome, RouteReason
+from proxy.model import AccessLine, Outcome
 from proxy.settings import Config, Level, Secret
 
 FLUSH_SECONDS = 0.1  # how long lines are collected before they are written together
@@ -31,36 +31,6 @@ _BATCH_LINES = 128  # encoded in one call, some 48 KB: the call holds the interp
 _PIPE_LINES = 8  # the same into a pipe, where a write is whole among several workers' up to PIPE_BUF only
 _MODEL_CHARACTERS = 128  # a client may send any name
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """One request as it is written; what is unknown is left out. Times are seconds, `time` is when it ended.
-
-    Enums stay enums: reading their `value` costs more than encoding them.
-    """
-
-    time: datetime
-    request_id: str
-    endpoint: Endpoint
-    status: int
-    ending: Ending
-    duration: float
-    model: str | None = None
-    stream: bool = False
-    replica: str | None = None
-    cache: CacheStatus | None = None
-    reason: RouteReason | None = None
-    miss: MissReason | None = None
-    error: str | None = None
-    ttft: float | None = None
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    cached_tokens: int | None = None
-    matched_bytes: int = 0
-    predicted_tokens: int | None = None
-    retries: int = 0
-    request_bytes: int = 0
-    answer_bytes: int = 0
 
 
 def access_line(outcome: Outcome, unix_seconds: float) -> AccessLine:
@@ -118,8 +88,8 @@ class AccessLog:
         self._awake = False
         self._wake = threading.Event()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
-        self._thread.start()
+        self._writer = threading.Thread(target=self._run, name="access-log", daemon=True)
+        self._writer.start()
 
     def write(self, line: AccessLine) -> None:
         """Keep `line` for the next batch."""
@@ -135,7 +105,7 @@ class AccessLog:
         """Write what is left, and wait for it for at most `CLOSE_SECONDS`."""
         self._closing.set()
         self._wake.set()
-        self._thread.join(CLOSE_SECONDS)
+        self._writer.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
         encode = msgspec.json.Encoder().encode_lines

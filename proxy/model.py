@@ -7,6 +7,7 @@ instead of 1.5, and several are made for every request.
 from __future__ import annotations
 
 import enum
+from datetime import datetime
 from typing import TypeAlias
 
 import msgspec
@@ -274,3 +275,33 @@ class Outcome(msgspec.Struct, frozen=True):
     error_code: str | None = None
     inter_token_counts: tuple[int, ...] = ()  # gaps after the first token, sorted into the metric's buckets
     inter_token_seconds: float = 0.0  # their sum
+
+
+class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """One request as it is written; what is unknown is left out. Times are seconds, `time` is when it ended.
+
+    Enums stay enums: reading their `value` costs more than encoding them.
+    """
+
+    time: datetime
+    request_id: str
+    endpoint: Endpoint
+    status: int
+    ending: Ending
+    duration: float
+    model: str | None = None
+    stream: bool = False
+    replica: str | None = None
+    cache: CacheStatus | None = None
+    reason: RouteReason | None = None
+    miss: MissReason | None = None
+    error: str | None = None
+    ttft: float | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    matched_bytes: int = 0
+    predicted_tokens: int | None = None
+    retries: int = 0
+    request_bytes: int = 0
+    answer_bytes: int = 0

@@ -19,9 +19,10 @@ from proxy.downstream import Downstream
 from proxy.errors import ConnectFailed, IdleTimeout, ResetBeforeAnswer, UpstreamError
 from proxy.fleet import Fleet
 from proxy.journey import Journey
-from proxy.metrics import STREAM_ABORTS, UPSTREAM_RETRIES, Recorder
+from proxy.metrics import STREAM_ABORTS, UPSTREAM_RETRIES
 from proxy.model import Candidate, Edit, Ending, Endpoint
 from proxy.pools import Backend, Pools
+from proxy.recorder import Recorder
 from proxy.upstream import Body, Framing, UpstreamAnswer, UpstreamClient
 from proxy.wire import headers as wire_headers
 from proxy.wire import splice

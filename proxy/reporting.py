@@ -14,9 +14,10 @@ from proxy.clock import Clock
 from proxy.control import REDIS_UP, Report, WorkerControl
 from proxy.fleet import BreakerState, Fleet
 from proxy.logs import AccessLog
-from proxy.metrics import Labels, Recorder, Spec
+from proxy.metrics import Labels, Spec
 from proxy.pools import Pools
 from proxy.queue import Queue
+from proxy.recorder import Recorder
 from proxy.shadow import Shadow
 from proxy.sightings import Sightings
 

@@ -88,22 +88,34 @@ def _within(body: bytes, limit_bytes: int) -> bytes:
     return body
 
 
-async def stream_body(request: Asked, idle_seconds: float) -> AsyncIterator[bytes]:
+def stream_body(request: Asked, idle_seconds: float) -> AsyncIterator[bytes]:
     """The body piece by piece, for what is passed through; memory holds some 128 KB of it.
 
-    Raises:
+    The iterator raises:
         RequestTimeout: nothing came for `idle_seconds`.
         BadRequest: its framing is broken.
     """
-    content = request.content
-    try:
-        while True:
-            async with asyncio.timeout(idle_seconds):
-                piece = await content.readany()
-            if not piece:
-                return
-            yield piece
-    except TimeoutError:
-        raise RequestTimeout(f"Nothing of the body came for {idle_seconds:g} seconds.") from None
-    except web.RequestPayloadError:
-        raise BadRequest("The framing of the body is broken.") from None
+    return _Pieces(request.content, idle_seconds)
+
+
+class _Pieces:
+    """See `stream_body`. A class and no generator, since nobody has to close it."""
+
+    def __init__(self, content: StreamReader, idle_seconds: float) -> None:
+        self._content = content
+        self._idle_seconds = idle_seconds
+
+    def __aiter__(self) -> _Pieces:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            async with asyncio.timeout(self._idle_seconds):
+                piece = await self._content.readany()
+        except TimeoutError:
+            raise RequestTimeout(f"Nothing of the body came for {self._idle_seconds:g} seconds.") from None
+        except web.RequestPayloadError:
+            raise BadRequest("The framing of the body is broken.") from None
+        if not piece:
+            raise StopAsyncIteration
+        return piece

@@ -14,44 +14,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from heapq import nlargest
 
-import msgspec
-
 from cache import Placement
 from proxy.model import MissReason, Outcome, Usage
+from proxy.sighting_rows import MissRow, PrefixRow
 
 PREFIXES_REPORTED = 60  # a page shows twenty; workers' lists differ, and the sum of several needs more of each
 PREFIXES_AT_MOST = 1024  # some 300 bytes each
 _KEPT_BEST = 256  # of a table that is full: these by what they saved, and as many again by how fresh they are
 MISSES_AT_MOST = 20
 _UNSEEN = frozenset({MissReason.NONE, MissReason.SHORT})  # nothing was to be found there
-
-
-class PrefixRow(msgspec.Struct, array_like=True, gc=False):
-    """One prefix since the worker began. `key` is the hash at its end: for joining rows, never for people."""
-
-    key: int
-    model: str
-    tokens: int
-    hits: int
-    saved_tokens: int
-    used_unix_seconds: float
-    next_key: int = 0  # of the block with which the last prompt went on; 0 where it ended here
-    forked: bool = False
-
-
-class Miss(msgspec.Struct, frozen=True):
-    """One prompt that was not wholly found."""
-
-    unix_seconds: float
-    model: str
-    upstream: str
-    prompt_tokens: int
-    cached_tokens: int | None
-    reason: MissReason
-
-
-class MissRow(Miss, array_like=True, frozen=True, gc=False):
-    """The same without names, on its way to the supervisor."""
 
 
 class PrefixTable:

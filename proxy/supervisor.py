@@ -26,6 +26,7 @@ from proxy.config import Config, ConfigError, Loaded, SecretUrl
 from proxy.control import MESSAGE_BYTES_AT_MOST, Explain, Report
 from proxy.ledger import TotalsReader, Unreadable
 from proxy.readiness import Readiness, Stage, judge
+from proxy.recorder import Recorder
 from proxy.reload import taken_over
 from proxy.savings import By
 from proxy.savings import Report as Savings
@@ -90,7 +91,7 @@ class Supervisor:
         self._stage = Stage.STARTING
         self._tasks = Tasks()
         self._exposition = metrics.Exposition()
-        self._recorder = metrics.Recorder()
+        self._recorder = Recorder()
         self.board = Board(self._exposition, self.readiness, parts.clock, parts.version)
         self._slots: list[Slot] = []
         self._listening: list[list[socket.socket]] = []

@@ -6,7 +6,8 @@ import asyncio
 
 from cache import PrefixIndex
 from proxy.clock import Clock
-from proxy.metrics import LOOP_LAG, Recorder
+from proxy.metrics import LOOP_LAG
+from proxy.recorder import Recorder
 
 TICK_SECONDS = 0.25
 

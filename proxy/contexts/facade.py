@@ -8,8 +8,9 @@ from proxy.contexts.objects import checked_answer
 from proxy.contexts.use import Use
 from proxy.downstream import Downstream
 from proxy.journey import Journey
-from proxy.metrics import CONTEXT_CACHED_TOKENS, CONTEXT_USES, Recorder
+from proxy.metrics import CONTEXT_CACHED_TOKENS, CONTEXT_USES
 from proxy.model import Ending
+from proxy.recorder import Recorder
 
 _JSON = (b"content-type", b"application/json")
 

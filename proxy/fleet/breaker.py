@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-
-import msgspec
+from dataclasses import dataclass
 
 
 class BreakerState(enum.StrEnum):
@@ -21,7 +20,8 @@ class BreakerState(enum.StrEnum):
     HALF_OPEN = "half_open"
 
 
-class Backoff(msgspec.Struct, frozen=True, gc=False):
+@dataclass(frozen=True, slots=True)
+class Backoff:
     """How long a replica is left alone: `first_seconds` doubling up to `most_seconds`, each off by up to `jitter`."""
 
     first_seconds: float = 0.5

@@ -17,7 +17,7 @@ from proxy.clock import Clock
 from proxy.control import Report
 from proxy.metrics import Exposition
 from proxy.readiness import Readiness
-from proxy.sightings import PrefixRow
+from proxy.sighting_rows import PrefixRow
 from proxy.status import state
 from proxy.status.history import History, Sample
 from proxy.status.state import Moment, Page, Saved

@@ -15,7 +15,7 @@ from proxy.metrics import Labels, Observed, Spec
 from proxy.model import CacheStatus
 from proxy.readiness import Readiness
 from proxy.savings import Line, Report
-from proxy.sightings import Miss, MissRow, PrefixRow
+from proxy.sighting_rows import Miss, MissRow, PrefixRow
 from proxy.status.history import Sample
 
 TODAY = "today"

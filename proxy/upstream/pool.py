@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-
-import msgspec
+from dataclasses import dataclass
 
 from proxy.errors import PoolTimeout
 from proxy.upstream.origin import Limits
@@ -19,7 +18,8 @@ PROBATION_SECONDS = 0.1  # llama.cpp closes within a millisecond of a stream's e
 TRUSTED_AFTER = 3  # streams in a row whose connection outlived its probation
 
 
-class PoolCounts(msgspec.Struct, frozen=True, gc=False):
+@dataclass(frozen=True, slots=True)
+class PoolCounts:
     """A pool at one moment; `opened`, `reused` and `retried` only ever grow."""
 
     open: int  # connections being opened or open: idle, on probation or in use
@@ -31,7 +31,8 @@ class PoolCounts(msgspec.Struct, frozen=True, gc=False):
     retried: int
 
 
-class _Waiter(msgspec.Struct, eq=False):
+@dataclass(slots=True, eq=False)
+class _Waiter:
     """A request in line. Its future gets an idle connection, or None for leave to open one."""
 
     future: asyncio.Future[Connection | None]

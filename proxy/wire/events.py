@@ -5,25 +5,20 @@ Pure; knows nothing of chunks or of what came before. Data that cannot be read s
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
-
 from proxy.model import Endpoint
+from proxy.wire.shapes import (
+    DECODE_ERRORS,
+    Chunk,
+    Delta,
+    EventRead,
+    MessagesEvent,
+    ResponsesEvent,
+    decode_chunk,
+    decode_messages_event,
+    decode_responses_event,
+)
 
 _BOM = b"\xef\xbb\xbf"
-
-
-class EventRead(msgspec.Struct, frozen=True, gc=False):
-    """What one event says. `extra` marks the chunk that exists only because usage was asked for."""
-
-    token: bool = False
-    finished: bool = False
-    error: bool = False
-    extra: bool = False
-    usage: Any = None
-    timings: Any = None
-
 
 NOTHING = EventRead()
 _DONE = EventRead(finished=True)
@@ -49,43 +44,15 @@ def read_event(event: bytes, endpoint: Endpoint) -> EventRead:
             return NOTHING
     try:
         if endpoint is Endpoint.RESPONSES:
-            return _of_responses(_decode_responses(payload))
+            return _of_responses(decode_responses_event(payload))
         if endpoint is Endpoint.MESSAGES:
-            return _of_messages(_decode_messages(payload))
-        return _of_chunk(_decode_chunk(payload))
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+            return _of_messages(decode_messages_event(payload))
+        return _of_chunk(decode_chunk(payload))
+    except DECODE_ERRORS:
         return NOTHING
 
 
-class _Delta(msgspec.Struct, gc=False):
-    content: Any = None
-    reasoning_content: Any = None
-    reasoning: Any = None
-    tool_calls: Any = None
-    function_call: Any = None
-    refusal: Any = None
-    audio: Any = None
-
-
-class _Choice(msgspec.Struct, gc=False):
-    delta: _Delta | None = None
-    text: Any = None
-    finish_reason: Any = None
-    usage: Any = None
-
-
-class _Chunk(msgspec.Struct, gc=False):
-    choices: list[_Choice] | None = None
-    usage: Any = None
-    usageMetadata: Any = None  # noqa: N815 - Gemini's spelling
-    timings: Any = None
-    error: Any = None
-
-
-_decode_chunk = msgspec.json.Decoder(_Chunk).decode
-
-
-def _of_chunk(chunk: _Chunk) -> EventRead:
+def _of_chunk(chunk: Chunk) -> EventRead:
     """A chunk of chat or completions."""
     usage = chunk.usage or chunk.usageMetadata
     token = finished = False
@@ -99,7 +66,7 @@ def _of_chunk(chunk: _Chunk) -> EventRead:
     return EventRead(token, finished, bool(chunk.error), extra, usage, chunk.timings)
 
 
-def _is_token(delta: _Delta) -> bool:
+def _is_token(delta: Delta) -> bool:
     """True for the first content, reasoning or tool call; a role, null and empty values are none."""
     return bool(
         delta.content
@@ -112,22 +79,10 @@ def _is_token(delta: _Delta) -> bool:
     )
 
 
-class _ResponseObject(msgspec.Struct, gc=False):
-    usage: Any = None
-    error: Any = None
-
-
-class _ResponsesEvent(msgspec.Struct, gc=False):
-    type: str = ""
-    response: _ResponseObject | None = None
-    error: Any = None
-
-
-_decode_responses = msgspec.json.Decoder(_ResponsesEvent).decode
 _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete", "response.failed", "response.cancelled"})
 
 
-def _of_responses(event: _ResponsesEvent) -> EventRead:
+def _of_responses(event: ResponsesEvent) -> EventRead:
     response = event.response
     broken = event.type in ("error", "response.failed") or bool(event.error)
     return EventRead(
@@ -138,21 +93,7 @@ def _of_responses(event: _ResponsesEvent) -> EventRead:
     )
 
 
-class _MessageObject(msgspec.Struct, gc=False):
-    usage: Any = None
-
-
-class _MessagesEvent(msgspec.Struct, gc=False):
-    type: str = ""
-    message: _MessageObject | None = None
-    usage: Any = None
-    error: Any = None
-
-
-_decode_messages = msgspec.json.Decoder(_MessagesEvent).decode
-
-
-def _of_messages(event: _MessagesEvent) -> EventRead:
+def _of_messages(event: MessagesEvent) -> EventRead:
     usage = event.usage
     if usage is None and event.message is not None:
         usage = event.message.usage

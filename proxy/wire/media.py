@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import msgspec
 from msgspec import Raw
 
 from proxy.model import Body, Media
+from proxy.wire.shapes import DECODE_ERRORS, Part, decode_parts, decode_parts_message
 
 MEDIA_BYTES_LEAST = 1024  # bytes; below that, a picture is worth no more tokens than text of its length
 _SAMPLES = 4096  # of one body: 5 us
@@ -36,28 +36,6 @@ _EXACT_TYPES = {
 }
 
 
-class _Part(msgspec.Struct, gc=False):
-    """A content part of any dialect, with the raw values in which its bytes may stand."""
-
-    type: str = ""
-    image_url: Raw = Raw()
-    input_audio: Raw = Raw()
-    audio_url: Raw = Raw()
-    video_url: Raw = Raw()
-    file: Raw = Raw()
-    file_data: Raw = Raw()
-    source: Raw = Raw()
-    content: Raw = Raw()
-
-
-class _Message(msgspec.Struct, gc=False):
-    content: list[_Part] | None = None
-
-
-_decode_message = msgspec.json.Decoder(_Message).decode
-_decode_output = msgspec.json.Decoder(list[_Part]).decode
-
-
 def find_media(body: Body, content: Iterable[Raw]) -> tuple[Media, ...]:
     """Media in the messages or input items `content` of `body`, in their order; never raises.
 
@@ -76,14 +54,14 @@ def find_media(body: Body, content: Iterable[Raw]) -> tuple[Media, ...]:
     return tuple(found)
 
 
-def _parts(message: Raw | bytes) -> list[_Part]:
+def _parts(message: Raw | bytes) -> list[Part]:
     try:
-        return _decode_message(message).content or []
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return decode_parts_message(message).content or []
+    except DECODE_ERRORS:
         return []
 
 
-def _in_parts(parts: list[_Part], *, nested: bool) -> list[Media]:
+def _in_parts(parts: list[Part], *, nested: bool) -> list[Media]:
     found: list[Media] = []
     for part in parts:
         kind = _EXACT_TYPES.get(part.type)
@@ -97,8 +75,8 @@ def _in_parts(parts: list[_Part], *, nested: bool) -> list[Media]:
     return found
 
 
-def _nested_parts(value: Raw) -> list[_Part]:
+def _nested_parts(value: Raw) -> list[Part]:
     try:
-        return _decode_output(value)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return decode_parts(value)
+    except DECODE_ERRORS:
         return []

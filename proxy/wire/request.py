@@ -16,7 +16,6 @@ nlohmann. Only `model` twice is refused, since the model decides what a client m
 from __future__ import annotations
 
 import operator
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,6 +26,20 @@ from proxy.errors import BadRequest
 from proxy.model import Body, Endpoint, Prompt, UsageRequest
 from proxy.wire.media import find_media
 from proxy.wire.offsets import span_of
+from proxy.wire.shapes import (
+    NONE,
+    Common,
+    decode_chat,
+    decode_completion,
+    decode_conversation,
+    decode_embeddings,
+    decode_messages,
+    decode_options,
+    decode_responses,
+    decode_responses_text,
+    decode_text,
+    seen,
+)
 
 MODEL_NAME_BYTES_MOST = 512  # bytes; the longest names seen (paths of local models) stay under 300
 
@@ -35,53 +48,7 @@ CACHE_MESSAGE_BYTES_MOST = (
 )
 _SEARCHED_BYTES = 8192  # a body up to this is searched as one, at 1 us per KB; of others only the short messages
 
-_NONE = Raw()
 _NOTHING = frozenset({b"", b"null", b"[]", b"{}"})
-
-
-class _Model(str):
-    """A type of its own, so that msgspec calls `_seen_model` once for every occurrence of the key."""
-
-    __slots__ = ()
-
-
-class _Seen(threading.local):
-    """Models met in the body being read; per thread, so that a body may be read in any."""
-
-    def __init__(self) -> None:
-        self.models: list[object] = []
-
-
-_seen = _Seen()
-
-
-def _seen_model(kind: type, value: Any) -> Any:
-    if kind is not _Model or not isinstance(value, str):
-        raise ValueError("model must be a string")
-    _seen.models.append(value)
-    return _Model(value)
-
-
-class _Common(msgspec.Struct, gc=False):
-    model: _Model = _Model()
-    stream: bool | None = None
-    stream_options: Raw = _NONE
-    tools: Raw = _NONE
-    tool_choice: Raw = _NONE
-    lora: Raw = _NONE
-    lora_path: Raw = _NONE
-    adapter: Raw = _NONE
-    cache_salt: Raw = _NONE
-    chat_template: Raw = _NONE
-    chat_template_kwargs: Raw = _NONE
-    add_special_tokens: Raw = _NONE
-    documents: Raw = _NONE
-    mm_processor_kwargs: Raw = _NONE
-    reasoning: Raw = _NONE
-    reasoning_effort: Raw = _NONE
-    enable_thinking: Raw = _NONE
-    thinking: Raw = _NONE
-    max_tokens: Raw = _NONE
 
 
 _TEMPLATE = (
@@ -100,52 +67,7 @@ _TEMPLATE = (
     "thinking",
 )
 _template_values = operator.attrgetter(*_TEMPLATE)
-_NO_TEMPLATE_VALUES = (_NONE,) * len(_TEMPLATE)
-
-
-class _Chat(_Common, gc=False):
-    messages: list[Raw] | None = None
-    functions: Raw = _NONE
-    max_completion_tokens: Raw = _NONE
-
-
-class _Completion(_Common, gc=False):
-    prompt: Raw = _NONE
-    suffix: Raw = _NONE
-
-
-class _Responses(_Common, gc=False):
-    input: list[Raw] | None = None
-    instructions: Raw = _NONE
-    prompt: Raw = _NONE
-    max_output_tokens: Raw = _NONE
-    previous_response_id: Raw = _NONE
-    conversation: Raw = _NONE
-
-
-class _ResponsesText(_Responses, gc=False):
-    input: Raw = _NONE  # type: ignore[assignment]
-
-
-class _Messages(_Common, gc=False):
-    messages: list[Raw] | None = None
-    system: Raw = _NONE
-
-
-class _Embeddings(msgspec.Struct, gc=False):
-    model: _Model = _Model()
-
-
-def _decoder(kind: type) -> Callable[[Body], Any]:
-    return msgspec.json.Decoder(kind, dec_hook=_seen_model).decode
-
-
-_decode_chat = _decoder(_Chat)
-_decode_completion = _decoder(_Completion)
-_decode_responses = _decoder(_Responses)
-_decode_responses_text = _decoder(_ResponsesText)
-_decode_messages = _decoder(_Messages)
-_decode_embeddings = _decoder(_Embeddings)
+_NO_TEMPLATE_VALUES = (NONE,) * len(_TEMPLATE)
 
 
 def read(body: Body, endpoint: Endpoint, *, file_ids: bool = False) -> Prompt:
@@ -161,15 +83,15 @@ def read(body: Body, endpoint: Endpoint, *, file_ids: bool = False) -> Prompt:
 
 
 def _read_chat(body: Body) -> Prompt:
-    fields = _decoded(_decode_chat, body)
+    fields = _decoded(decode_chat, body)
     messages = fields.messages
     if messages is None:
         raise BadRequest("messages must be an array", param="messages")
     spans = [memoryview(message) for message in messages]
-    if fields.tools is not _NONE or fields.functions is not _NONE:
+    if fields.tools is not NONE or fields.functions is not NONE:
         spans[:0] = _present(fields.tools, fields.functions)
     limit = fields.max_completion_tokens
-    if limit is _NONE:
+    if limit is NONE:
         limit = fields.max_tokens
     return _prompt(body, fields, spans, messages, limit, names_context=_may_name_context(body, spans))
 
@@ -182,14 +104,14 @@ def _may_name_context(body: Body, spans: list[memoryview]) -> bool:
 
 
 def _read_completion(body: Body) -> Prompt:
-    fields = _decoded(_decode_completion, body)
+    fields = _decoded(decode_completion, body)
     spans = _present(fields.prompt, fields.suffix)
     return _prompt(body, fields, spans, (), fields.max_tokens)
 
 
 def _read_messages(body: Body) -> Prompt:
     """Anthropic's dialect: a change of `tool_choice` keeps tools and system cached, not the messages."""
-    fields = _decoded(_decode_messages, body)
+    fields = _decoded(decode_messages, body)
     if fields.messages is None:
         raise BadRequest("messages must be an array", param="messages")
     spans = _present(fields.tools, fields.system, fields.tool_choice)
@@ -211,7 +133,7 @@ def _read_responses(body: Body) -> Prompt:
 
 
 def _read_embeddings(body: Body) -> Prompt:
-    fields = _decoded(_decode_embeddings, body)
+    fields = _decoded(decode_embeddings, body)
     return Prompt(body, fields.model, False, (fields.model.encode(),), ())
 
 
@@ -226,7 +148,7 @@ _READERS: dict[Endpoint, Callable[[Body], Prompt]] = {
 
 def _prompt(
     body: Body,
-    fields: _Common,
+    fields: Common,
     spans: list[memoryview],
     content: Iterable[Raw],
     limit: Raw,
@@ -248,14 +170,14 @@ def _prompt(
         options,
         pinned_to,
         find_media(body, content),
-        None if limit is _NONE else _count(limit),
+        None if limit is NONE else _count(limit),
         names_context,
     )
 
 
 def _decoded(decode: Callable[[Body], Any], body: Body) -> Any:
     """Fields of `body`, with `model` checked: there, once, not empty, not absurdly long."""
-    models = _seen.models
+    models = seen.models
     models.clear()
     try:
         fields = decode(body)
@@ -278,11 +200,11 @@ def _decoded(decode: Callable[[Body], Any], body: Body) -> Any:
 def _decoded_responses(body: Body) -> Any:
     """`input` is mostly an array; where it is a text, the first reading stops there and a second is made."""
     try:
-        return _decoded(_decode_responses, body)
+        return _decoded(decode_responses, body)
     except BadRequest as error:
         if error.param != "input":
             raise
-    return _decoded(_decode_responses_text, body)
+    return _decoded(decode_responses_text, body)
 
 
 def _wrong_type(error: msgspec.ValidationError) -> BadRequest:
@@ -292,14 +214,14 @@ def _wrong_type(error: msgspec.ValidationError) -> BadRequest:
     return BadRequest(f"{param or 'the body'}: {message}", param=param)
 
 
-def _salt(fields: _Common) -> tuple[bytes, ...]:
+def _salt(fields: Common) -> tuple[bytes, ...]:
     model = fields.model.encode()
     values = _template_values(fields)
-    if values == _NO_TEMPLATE_VALUES and fields.tool_choice is _NONE:
+    if values == _NO_TEMPLATE_VALUES and fields.tool_choice is NONE:
         return (model,)
     parts = [model]
     for name, value in zip(_TEMPLATE, values, strict=True):
-        if value is not _NONE and bytes(value) not in _NOTHING:
+        if value is not NONE and bytes(value) not in _NOTHING:
             parts += (name.encode(), bytes(value))
     if bytes(fields.tool_choice) == b'"none"':
         parts += (b"tool_choice", b"none")
@@ -308,23 +230,16 @@ def _salt(fields: _Common) -> tuple[bytes, ...]:
 
 def _present(*values: Raw) -> list[memoryview]:
     """Views of those that say something."""
-    views = [memoryview(value) for value in values if value is not _NONE]
+    views = [memoryview(value) for value in values if value is not NONE]
     return [view for view in views if len(view) > 4 or bytes(view) not in _NOTHING]
-
-
-class _Options(msgspec.Struct, gc=False):
-    include_usage: bool | None = None
-
-
-_decode_options = msgspec.json.Decoder(_Options | None).decode
 
 
 def _usage_request(body: Body, options: Raw) -> tuple[UsageRequest, tuple[int, int]]:
     """What the body says about usage; options of a wrong type are left to the upstream's judgement."""
-    if options is _NONE:
+    if options is NONE:
         return UsageRequest.ABSENT, (0, 0)
     try:
-        asked = _decode_options(options)
+        asked = decode_options(options)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return UsageRequest.NOT_APPLICABLE, (0, 0)
     if asked is not None and asked.include_usage:
@@ -341,21 +256,17 @@ def _count(value: Raw) -> int | None:
 def _text(value: Raw) -> str | None:
     """A non-empty string, else None."""
     try:
-        return msgspec.json.decode(value, type=str) or None
+        return decode_text(value) or None
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
 
 
-class _Conversation(msgspec.Struct, gc=False):
-    id: str | None = None
-
-
 def _conversation(value: Raw) -> str | None:
     """The id of a conversation, given as a string or as {"id": ...}."""
-    if value is _NONE:
+    if value is NONE:
         return None
     try:
-        return msgspec.json.decode(value, type=_Conversation).id or None
+        return decode_conversation(value).id or None
     except (msgspec.DecodeError, UnicodeDecodeError):
         return _text(value)
 

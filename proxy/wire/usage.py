@@ -11,14 +11,11 @@ import re
 from typing import Any
 
 import msgspec
-from msgspec import Raw
 
 from proxy.model import Endpoint, Usage
+from proxy.wire.shapes import DECODE_ERRORS, NONE, AnswerRead, decode_answer, decode_choices, decode_made
 
 TOKENS_MOST = 1_000_000_000  # of one answer; a larger figure is a bug of the upstream, not a prompt
-
-_NONE = Raw()
-_DECODE_ERRORS = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 
 
 class _Counts:
@@ -241,55 +238,23 @@ def merge(earlier: Any, later: Any) -> Any:
     return earlier | {name: value for name, value in later.items() if value or name not in earlier}
 
 
-class _Answer(msgspec.Struct, gc=False):
-    """The few members of a plain answer that matter; the rest is skipped, not decoded."""
-
-    usage: Any = None
-    usageMetadata: Any = None  # noqa: N815 - Gemini's spelling
-    timings: Any = None
-    error: Any = None
-    choices: Raw = _NONE
-
-
-class _ChoiceUsage(msgspec.Struct, gc=False):
-    usage: Any = None
-
-
-_decode_answer = msgspec.json.Decoder(_Answer).decode
-_decode_choices = msgspec.json.Decoder(list[_ChoiceUsage] | None).decode
-
-
-class AnswerRead(msgspec.Struct, frozen=True, gc=False):
-    """What a plain answer's body says: its usage, and whether it is an error, or not JSON, whatever its status."""
-
-    usage: Usage | None
-    error_seen: bool
-
-
 def read_answer(body: bytes | memoryview, endpoint: Endpoint) -> AnswerRead:
     """Usage and error of a plain (not streamed) answer; never raises."""
     try:
-        answer = _decode_answer(body)
+        answer = decode_answer(body)
         usage = answer.usage or answer.usageMetadata
-        if not usage and answer.choices is not _NONE:
-            usage = next((choice.usage for choice in _decode_choices(answer.choices) or () if choice.usage), None)
-    except _DECODE_ERRORS:
+        if not usage and answer.choices is not NONE:
+            usage = next((choice.usage for choice in decode_choices(answer.choices) or () if choice.usage), None)
+    except DECODE_ERRORS:
         return AnswerRead(None, error_seen=True)
     return AnswerRead(normal(usage, answer.timings, endpoint=endpoint), error_seen=bool(answer.error))
-
-
-class _Made(msgspec.Struct, gc=False):
-    id: str | None = None
-
-
-_decode_made = msgspec.json.Decoder(_Made).decode
 
 
 def made_id(body: bytes | memoryview) -> str | None:
     """The id of what a plain answer tells of (a response, a file, a batch); None where it has none. Never raises."""
     try:
-        return _decode_made(body).id or None
-    except _DECODE_ERRORS:
+        return decode_made(body).id or None
+    except DECODE_ERRORS:
         return None
 
 
@@ -324,5 +289,5 @@ def tail_usage(fragment: bytes) -> Any:
 def _object(text: bytes) -> Any:
     try:
         return msgspec.json.decode(text)
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         return None

@@ -10,10 +10,11 @@ from msgspec.structs import replace
 from cache import Store, Totals
 from proxy import metrics
 from proxy.accounts import Accounts, ModelNames
-from proxy.metrics import Exposition, Recorder, Spec
+from proxy.metrics import Exposition, Spec
 from proxy.model import Ending, Endpoint, Outcome, ReplicaView, Times, Usage
 from proxy.pools import Backend, Pools
 from proxy.pricing import PriceBook
+from proxy.recorder import Recorder
 from proxy.upstream import Origin
 
 REPLICA = ReplicaView(0, "one", True, 1.0, 0.0, 0, None, 0.0, 0.05)

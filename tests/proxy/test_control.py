@@ -23,7 +23,8 @@ from proxy.control import (
     Report,
     WorkerControl,
 )
-from proxy.metrics import REQUESTS, Delta, Recorder
+from proxy.metrics import REQUESTS, Delta
+from proxy.recorder import Recorder
 from proxy.tasks import Tasks
 
 CONFIG = Config(pools=(Pool("p", (Replica("http://h", key=Secret("the-key")),)),))

@@ -14,6 +14,7 @@ from proxy import logs
 from proxy.config import Admin, Config, Pool, Redis, Replica, Secret, SecretUrl
 from proxy.logs import AccessLog, RedactingFormatter, access_line
 from proxy.model import (
+    AccessLine,
     CacheStatus,
     Candidate,
     Ending,
@@ -49,7 +50,7 @@ OUTCOME = Outcome(
 )
 
 
-def written(tmp_path: Path, *lines: logs.AccessLine, **kwargs: float) -> list[dict]:
+def written(tmp_path: Path, *lines: AccessLine, **kwargs: float) -> list[dict]:
     """What a log writes of `lines`, decoded."""
     file = tmp_path / "access.log"
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -8,7 +8,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from proxy import metrics
-from proxy.metrics import Delta, Exposition, Recorder
+from proxy.metrics import Delta, Exposition
+from proxy.recorder import Recorder
 
 LABELS = ("m", "u", "hit")
 

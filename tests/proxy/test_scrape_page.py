@@ -15,7 +15,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.utils import floatToGoString
 
 from proxy import metrics
-from proxy.metrics import SPECS, Delta, Exposition, Kind, Recorder
+from proxy.metrics import SPECS, Delta, Exposition, Kind
+from proxy.recorder import Recorder
 from proxy.scrape_page import number
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"

@@ -13,11 +13,12 @@ import pytest
 from cache import RowKey, Sums
 from proxy import metrics, savings
 from proxy.control import Report
-from proxy.metrics import Delta, Exposition, Recorder
+from proxy.metrics import Delta, Exposition
 from proxy.model import MissReason
 from proxy.readiness import Readiness, Standing
+from proxy.recorder import Recorder
 from proxy.savings import By
-from proxy.sightings import MissRow, PrefixRow
+from proxy.sighting_rows import MissRow, PrefixRow
 from proxy.status import state
 from proxy.status.board import Board
 from proxy.status.history import MINUTES_KEPT, SECONDS_KEPT, History, Sample

@@ -15,6 +15,7 @@ from socket import socket
 from proxy import metrics
 from proxy.config import Config, ConfigError
 from proxy.control import Explain, Report, WorkerControl
+from proxy.recorder import Recorder
 from proxy.worker import run
 
 
@@ -66,7 +67,7 @@ class Tiny:
 
     def report(self, held: int = 0) -> None:
         """Count one request, and say how many are held."""
-        recorder = metrics.Recorder()
+        recorder = Recorder()
         recorder.inc(metrics.REJECTED, ("tiny",))
         recorder.set(metrics.IN_FLIGHT, (), held)
         upstreams = {replica.label: True for pool in self.config.pools for replica in pool.replicas}

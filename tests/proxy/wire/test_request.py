@@ -363,7 +363,7 @@ def test_media_of_responses_are_found_in_its_items() -> None:
 
 def test_prose_is_not_looked_at_twice_for_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long words without spaces between the samples are no reason to decode messages, which is as much again."""
-    monkeypatch.setattr(media, "_decode_message", lambda _: pytest.fail("decoded"))
+    monkeypatch.setattr(media, "decode_parts_message", lambda _: pytest.fail("decoded"))
     for size in (65_536, 1 << 20):
         text = words(size, seed=7)
         body = b'{"model":"m","messages":[{"role":"user","content":"' + text + b'"}]}'
