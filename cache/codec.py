@@ -20,6 +20,9 @@ from cache.errors import StoreCorrupt
 from cache.fingerprint import Fingerprint
 from cache.packing import ReplicaRow, RunRow
 
+HASH_BYTES = 8
+"""Of one boundary, as a chain is written."""
+
 JOURNAL_VERSION = 1
 SNAPSHOT_VERSION = 1
 VECTOR_VERSION = 1
@@ -32,7 +35,7 @@ class Placed(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     replica: int  # the writer's own number for it, as in the batch's names
     placement: int
     epoch: int
-    hashes: bytes  # what is written may be a view of the chain's array, which spares a copy
+    hashes: bytes
     ends: bytes
     prompt_tokens: int
     unix_seconds: float

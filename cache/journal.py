@@ -20,10 +20,11 @@ import secrets
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from cache import codec, keys
 from cache.codec import (
+    HASH_BYTES,
     Answered,
     Batch,
     Began,
@@ -683,7 +684,7 @@ class Journal:
 def _placed(
     placement: int, replica: int, epoch: int, chain: Fingerprint, prompt_tokens: float, unix_seconds: float
 ) -> Placed:
-    hashes, ends = cast(bytes, memoryview(chain.hashes)), cast(bytes, memoryview(chain.ends))
+    hashes, ends = chain.hashes.tobytes(), chain.ends.tobytes()
     return Placed(replica, placement, epoch, hashes, ends, int(prompt_tokens), unix_seconds)
 
 
@@ -700,4 +701,4 @@ def _is_shared(placement: Placement) -> bool:
 
 def _blocks(delta: Delta) -> int:
     """What a delta weighs in the queue: its boundaries."""
-    return len(delta.hashes) if isinstance(delta, Placed) else 1
+    return len(delta.hashes) // HASH_BYTES if isinstance(delta, Placed) else 1

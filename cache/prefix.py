@@ -58,31 +58,50 @@ def _go_on(
     """The chain that goes on from `seed`, behind copies of what is known."""
     digest = xxh3_64_intdigest
     hashes: list[int] = []
-    add = hashes.append
     ends = known_ends[:]
     base = ends[-1] if ends else 0
     for span in spans:
         size = len(span)
         if not size:
             continue
+        stops = _grid(base, base + size)
         start = 0
-        for stops in _grid(base, size):
-            for stop in stops:
-                seed = digest(span[start:stop], seed)
-                add(seed)
-                start = stop
-            ends.extend(range(base + stops.start, base + stops.stop, stops.step))
+        for end in stops:
+            stop = end - base
+            seed = digest(span[start:stop], seed)
+            hashes.append(seed)
+            start = stop
         seed = digest(span[start:] if start else span, seed)
-        add(seed)
+        hashes.append(seed)
         base += size
+        ends += stops
         ends.append(base)
     return Fingerprint(known_hashes + array("Q", hashes), ends)
 
 
-def _grid(base: int, size: int) -> tuple[range, ...]:
-    """Grid offsets strictly inside a span of `size` bytes that begins at `base`, relative to its begin."""
-    if base >= FINE_REACH_BYTES:
-        return (range(COARSE_BLOCK_BYTES - base % COARSE_BLOCK_BYTES, size, COARSE_BLOCK_BYTES),)
-    reach = FINE_REACH_BYTES - base
-    fine = range(FINE_BLOCK_BYTES - base % FINE_BLOCK_BYTES, min(size, reach + 1), FINE_BLOCK_BYTES)
-    return (fine,) if size <= reach else (fine, range(reach + COARSE_BLOCK_BYTES, size, COARSE_BLOCK_BYTES))
+_FINE_BLOCKS = FINE_REACH_BYTES // FINE_BLOCK_BYTES
+_LISTED_BYTES = 4 * 1024 * 1024
+_LISTED = array(
+    "I",
+    [
+        *range(FINE_BLOCK_BYTES, FINE_REACH_BYTES, FINE_BLOCK_BYTES),
+        *range(FINE_REACH_BYTES, _LISTED_BYTES, COARSE_BLOCK_BYTES),
+    ],
+)
+"""The grid, as far as nearly all prompts reach: a slice of it is a copy, where each number made costs as a hash does."""
+
+
+def _grid(begin: int, end: int) -> array[int]:
+    """The grid's offsets strictly between two offsets of a prompt."""
+    listed = _LISTED[_before(begin + 1) : _before(end)]
+    if end > _LISTED_BYTES:
+        first = max(begin - begin % COARSE_BLOCK_BYTES + COARSE_BLOCK_BYTES, _LISTED_BYTES)
+        listed.extend(range(first, end, COARSE_BLOCK_BYTES))
+    return listed
+
+
+def _before(offset: int) -> int:
+    """How many of the grid's offsets lie before `offset`, which is at least 1; the list may end sooner."""
+    if offset <= FINE_REACH_BYTES:
+        return (offset - 1) // FINE_BLOCK_BYTES
+    return _FINE_BLOCKS + (offset - 1 - FINE_REACH_BYTES) // COARSE_BLOCK_BYTES

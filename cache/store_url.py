@@ -9,6 +9,7 @@ password of their own `sentinel_username` and `sentinel_password`.
 from __future__ import annotations
 
 import enum
+import re
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 import msgspec
@@ -48,7 +49,7 @@ class StoreUrl(msgspec.Struct, frozen=True):
 def parse(url: str) -> StoreUrl:
     """Take a URL apart. Raises StoreUrlError, which never repeats the URL: it may hold a password."""
     try:
-        parts = urlsplit(url)
+        parts = _split(url)
         scheme, _, topology = parts.scheme.partition("+")
         if scheme == "unix" and not topology:
             return _unix(url, parts)
@@ -61,6 +62,16 @@ def parse(url: str) -> StoreUrl:
         return _many(scheme, Topology(topology), parts)
     except ValueError as error:
         raise StoreUrlError(f"the URL of Redis cannot be read: {error}") from None
+
+
+def _split(url: str) -> SplitResult:
+    """As `urlsplit`, which takes no list of hosts: newer ones refuse an IPv6 address in its midst."""
+    scheme, mark, rest = url.partition("://")
+    if "+" not in scheme:
+        return urlsplit(url)
+    hosts = re.match("[^/?#]*", rest)
+    netloc = hosts.group() if hosts else ""
+    return urlsplit(f"{scheme}{mark}{rest[len(netloc) :]}")._replace(netloc=netloc)
 
 
 def _unix(url: str, parts: SplitResult) -> StoreUrl:

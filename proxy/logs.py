@@ -128,7 +128,8 @@ class AccessLog:
         view = memoryview(content)
         try:
             while view:
-                view = view[os.write(self._descriptor, view) :]
+                written = os.write(self._descriptor, view)
+                view = view[written:]
         except OSError:  # the reader is gone, or the disk is full: serving goes on
             self.dropped += lines
 

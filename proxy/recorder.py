@@ -14,7 +14,7 @@ class Tally:
     __slots__ = ("seen", "value")
 
     def __init__(self) -> None:
-        self.value: float = 0
+        self.value = 0.0
         self.seen = False
 
 
@@ -103,7 +103,7 @@ class Recorder:
             for labels, tally in series.items():
                 if tally.value or tally.seen:
                     delta.counters.append((number, labels, tally.value))
-                    tally.value, tally.seen = 0, False
+                    tally.value, tally.seen = 0.0, False
         for number, histograms in enumerate(self._histograms):
             for labels, buckets in histograms.items():
                 if (taken := buckets.take()) is not None:

@@ -14,6 +14,7 @@ Pure. It must not know metrics, and decides nothing for a request.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -45,7 +46,9 @@ class _Paper:
     __slots__ = ("budget_tokens", "epoch", "places", "tokens")
 
     def __init__(self) -> None:
-        self.places: dict[int, float] = {}
+        self.places: OrderedDict[int, float] = (
+            OrderedDict()
+        )  # a plain one finds its first in time of what was dropped
         self.tokens = 0.0
         self.budget_tokens = float("inf")
         self.epoch = 0
@@ -65,7 +68,7 @@ class _Paper:
             end = begin
         self.tokens += added
         while held and (self.tokens > self.budget_tokens or len(held) > PLACES_PER_REPLICA):
-            self.tokens -= pop(next(iter(held)))
+            self.tokens -= held.popitem(last=False)[1]
 
     def held_bytes(self, fingerprint: Fingerprint, places: list[int]) -> tuple[int, int]:
         """How much of a prompt it holds: at least, and less than; twice the same where that is known."""
@@ -98,7 +101,8 @@ class Shadow:
         self._pools = pools
         self._peers: dict[int, tuple[int, ...]] = {}
         self._papers: dict[int, _Paper] = {}
-        self._seen: dict[int, None] = {}
+        self._seen: set[int] = set()
+        self._seen_order: deque[int] = deque()
         self._owed: dict[str, float] = {}
 
     def follow(self, replicas: Mapping[int, ReplicaStats]) -> None:
@@ -121,7 +125,7 @@ class Shadow:
             if paper is None or paper.epoch < stats.epoch:
                 paper = self._papers[number] = _Paper()
                 paper.epoch = stats.epoch
-            paper.budget_tokens = stats.budget_tokens
+            paper.budget_tokens = float(stats.budget_tokens)
 
     def placed(self, placement: int, replica: int, fingerprint: Fingerprint, prompt_tokens: float) -> None:
         """Another worker routed a prompt; `placement` is its id, which counts up for each writer."""
@@ -176,12 +180,13 @@ class Shadow:
 
     def _hold(self, paper: _Paper, fingerprint: Fingerprint, places: list[int], tokens_per_byte: float) -> None:
         paper.hold(fingerprint, places, tokens_per_byte)
-        seen = self._seen
+        seen, order = self._seen, self._seen_order
         for place in places:
             if place not in seen:
-                seen[place] = None
+                seen.add(place)
+                order.append(place)
         while len(seen) > PLACES_SEEN:
-            del seen[next(iter(seen))]
+            seen.discard(order.popleft())
 
 
 def _places(fingerprint: Fingerprint) -> list[int]:

@@ -53,6 +53,11 @@ def test_a_changed_byte_changes_every_hash_from_its_block_on_and_none_before(len
         assert (old == new) == (end <= at)
 
 
+@pytest.mark.parametrize("lengths", [[5_000_000], [4_194_304, 1, 9_000], [4_190_000, 300_000], [4_194_305]])
+def test_the_grid_goes_on_however_long_a_prompt_is(lengths):
+    assert list(cut(1, [bytes(length) for length in lengths]).ends) == naive_ends(lengths)
+
+
 def test_views_and_bytes_hash_alike():
     body = bytes(range(256)) * 200
     view = memoryview(body)

@@ -91,7 +91,7 @@ def test_a_taken_port_is_exit_1_and_one_line(tmp_path: Path) -> None:
 
 def test_the_packages_are_cairns_own() -> None:
     """Both are marked and beside each other."""
-    assert __main__.foreign_package(ROOT) is None
+    assert __main__.foreign_package(Path(__main__.__file__).parents[1]) is None
 
 
 @pytest.mark.parametrize("name", ["proxy", "cache"])
@@ -111,9 +111,10 @@ def test_a_foreign_package_is_told_in_one_line(tmp_path: Path, name: str, conten
     assert re.fullmatch(rf"cairn: the package `{name}` \(.*\) is not Cairn's: .*\n", done.stderr), done.stderr
 
 
-def test_a_missing_package_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_missing_package_is_told_in_one_line() -> None:
     """Not a traceback of imports."""
-    command = [sys.executable, "-S", "-m", "proxy", "--version"]
+    command = [sys.executable, "-P", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+               "from proxy.__main__ import main; main()"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=ROOT, check=False)
     assert done.returncode == 1
     assert re.fullmatch(r"cairn: No module named '\w+'; install cairn-proxy again.*\n", done.stderr), done.stderr
