@@ -22,6 +22,12 @@ FINE_REACH_BYTES = 16 * 1024
 COARSE_BLOCK_BYTES = 2048
 """Block size after that: router blocks of 1 to 4 KB lose nothing against an engine's own of 16 tokens."""
 
+COARSE_REACH_BYTES = 128 * 1024
+"""How far the coarse blocks reach; a whole number of the next."""
+
+DEEP_BLOCK_BYTES = 4096
+"""Block size from there on, where half a block is less than a percent of what comes before it."""
+
 
 def chain_root(parts: Iterable[bytes]) -> int:
     """The hash that a chain starts from, of what precedes the prompt in the key: salt, model, adapter, arguments.
@@ -80,23 +86,25 @@ def _go_on(
 
 
 _FINE_BLOCKS = FINE_REACH_BYTES // FINE_BLOCK_BYTES
+_COARSE_BLOCKS = (COARSE_REACH_BYTES - FINE_REACH_BYTES) // COARSE_BLOCK_BYTES
 _LISTED_BYTES = 4 * 1024 * 1024
 _LISTED = array(
     "I",
     [
         *range(FINE_BLOCK_BYTES, FINE_REACH_BYTES, FINE_BLOCK_BYTES),
-        *range(FINE_REACH_BYTES, _LISTED_BYTES, COARSE_BLOCK_BYTES),
+        *range(FINE_REACH_BYTES, COARSE_REACH_BYTES, COARSE_BLOCK_BYTES),
+        *range(COARSE_REACH_BYTES, _LISTED_BYTES, DEEP_BLOCK_BYTES),
     ],
 )
-"""The grid, as far as nearly all prompts reach: a slice of it is a copy, where each number made costs as a hash does."""
+"""The grid, as far as nearly all prompts reach: a slice of it is a copy, where a number made costs half of a hash."""
 
 
 def _grid(begin: int, end: int) -> array[int]:
     """The grid's offsets strictly between two offsets of a prompt."""
     listed = _LISTED[_before(begin + 1) : _before(end)]
     if end > _LISTED_BYTES:
-        first = max(begin - begin % COARSE_BLOCK_BYTES + COARSE_BLOCK_BYTES, _LISTED_BYTES)
-        listed.extend(range(first, end, COARSE_BLOCK_BYTES))
+        first = max(begin - begin % DEEP_BLOCK_BYTES + DEEP_BLOCK_BYTES, _LISTED_BYTES)
+        listed.extend(range(first, end, DEEP_BLOCK_BYTES))
     return listed
 
 
@@ -104,4 +112,6 @@ def _before(offset: int) -> int:
     """How many of the grid's offsets lie before `offset`, which is at least 1; the list may end sooner."""
     if offset <= FINE_REACH_BYTES:
         return (offset - 1) // FINE_BLOCK_BYTES
-    return _FINE_BLOCKS + (offset - 1 - FINE_REACH_BYTES) // COARSE_BLOCK_BYTES
+    if offset <= COARSE_REACH_BYTES:
+        return _FINE_BLOCKS + (offset - 1 - FINE_REACH_BYTES) // COARSE_BLOCK_BYTES
+    return _FINE_BLOCKS + _COARSE_BLOCKS + (offset - 1 - COARSE_REACH_BYTES) // DEEP_BLOCK_BYTES

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Mapping
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -46,8 +48,15 @@ def own_version() -> str:
         return "unknown"
 
 
+def data_path() -> str:
+    """Whether this Cairn's data path was compiled when it was installed."""
+    spec = find_spec("proxy.pipeline")
+    is_compiled = spec is not None and spec.origin is not None and spec.origin.endswith(tuple(EXTENSION_SUFFIXES))
+    return "compiled" if is_compiled else "interpreted"
+
+
 @click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(own_version(), prog_name="cairn", message="%(prog)s %(version)s")
+@click.version_option(own_version(), prog_name="cairn", message=f"%(prog)s %(version)s ({data_path()})")
 def cli() -> None:
     """Cairn sends each prompt to the replica that already holds its prefix, and shows what that saved."""
 

@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import asyncio
 
-from aiohttp import StreamReader, web
-from aiohttp.http import HttpRequestParser
+from aiohttp import StreamReader
 
+from proxy.body_ahead import BodyAhead
 from proxy.errors import RequestTimeout
 
 LONG_BYTES = 48 * 1024
 """From so much still to come on: lending the connection costs some 20 us, as much as copying this twice."""
-
-_PARSER_BUFFER_BYTES = 64 * 1024  # aiohttp's own default
-_PIPELINED_MOST = 10  # requests that aiohttp's parser lets wait on one connection, its own default
 
 
 def late(limit_seconds: float) -> RequestTimeout:
@@ -30,7 +27,7 @@ def late(limit_seconds: float) -> RequestTimeout:
     return RequestTimeout(f"The body did not arrive within {limit_seconds:g} seconds.")
 
 
-async def receive(content: StreamReader, handler: web.RequestHandler, length: int, limit_seconds: float) -> bytearray:
+async def receive(content: StreamReader, handler: BodyAhead, length: int, limit_seconds: float) -> bytearray:
     """The body of `length` bytes of a request whose parser has seen its head, and perhaps a part of it.
 
     Raises RequestTimeout where it did not come within `limit_seconds`; the connection then closes behind the answer.
@@ -38,7 +35,9 @@ async def receive(content: StreamReader, handler: web.RequestHandler, length: in
     """
     body = bytearray(length)
     content.set_read_chunk_size(length)  # so that nothing stays behind in a parser that was paused
-    filled = 0
+    ahead = handler.take_ahead()
+    filled = len(ahead)
+    body[:filled] = ahead
     while not content.at_eof() and (piece := content.read_nowait()):
         body[filled : filled + len(piece)] = piece
         filled += len(piece)
@@ -51,15 +50,14 @@ async def receive(content: StreamReader, handler: web.RequestHandler, length: in
             await rest.whole
         finally:
             timer.cancel()
-            rest.end()
-            content.feed_eof()
+            rest.end(content)
     return body
 
 
 class _Rest(asyncio.BufferedProtocol):
     """Fills `room` from a connection that it has borrowed from `handler`."""
 
-    def __init__(self, handler: web.RequestHandler, transport: asyncio.Transport, room: memoryview) -> None:
+    def __init__(self, handler: BodyAhead, transport: asyncio.Transport, room: memoryview) -> None:
         self._handler = handler
         self._transport = transport
         self._room = room
@@ -72,15 +70,16 @@ class _Rest(asyncio.BufferedProtocol):
         self._transport.set_protocol(self)
         self._transport.resume_reading()
 
-    def end(self) -> None:
+    def end(self, content: StreamReader) -> None:
         """Give it back. With an unfinished body it serves no other request: what still comes is dropped."""
         handler = self._handler
+        if self._filled == len(self._room):
+            handler.body_taken(content)
+        else:
+            content.feed_eof()
+            handler.close()
         if handler.transport is None:
             return  # it closed
-        if self._filled == len(self._room):
-            handler._parser = _new_parser(handler)
-        else:
-            handler.close()
         self._transport.set_protocol(handler)
         if not self._transport.is_closing():
             self._transport.pause_reading()  # which it already is where the body is whole
@@ -112,18 +111,3 @@ class _Rest(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._handler.resume_writing()
-
-
-def _new_parser(handler: web.RequestHandler) -> HttpRequestParser:
-    """As aiohttp makes it for a connection (1.3 us)."""
-    return HttpRequestParser(
-        handler,
-        handler._loop,
-        _PARSER_BUFFER_BYTES,
-        max_line_size=handler.max_line_size,
-        max_field_size=handler.max_field_size,
-        max_headers=handler.max_headers,
-        payload_exception=web.RequestPayloadError,
-        auto_decompress=False,
-        max_msg_queue_size=_PIPELINED_MOST,
-    )

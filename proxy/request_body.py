@@ -11,6 +11,7 @@ from typing import Protocol
 
 from aiohttp import HttpVersion, StreamReader, web
 
+from proxy.body_ahead import BodyAhead
 from proxy.errors import BadRequest, RequestTimeout, TooLarge
 from proxy.long_body import LONG_BYTES, late, receive
 
@@ -57,8 +58,14 @@ async def read_body(request: Asked, limit_bytes: int, limit_seconds: float) -> b
     content = request.content
     if content.is_eof() and not content.exception():
         return _within(content.read_nowait(), limit_bytes)
-    if declared is not None and int(declared) - content.total_bytes >= LONG_BYTES:
-        return await receive(content, request.protocol, int(declared), limit_seconds)
+    protocol = request.protocol
+    if declared is not None and isinstance(protocol, BodyAhead):
+        length, here_bytes = int(declared), protocol.ahead_bytes
+        if here_bytes >= length:
+            return protocol.take_whole(content, length)
+        if length - here_bytes - content.total_bytes >= LONG_BYTES:
+            return await receive(content, protocol, length, limit_seconds)
+        protocol.give_back_ahead()
     # one wake-up for many reads from the socket: a long body otherwise costs a pause and a resume for each 128 KB
     content.set_read_chunk_size(int(declared) if declared is not None else _UNDECLARED_CHUNK_BYTES)
     pieces: list[bytes] = []
@@ -95,6 +102,8 @@ def stream_body(request: Asked, idle_seconds: float) -> AsyncIterator[bytes]:
         RequestTimeout: nothing came for `idle_seconds`.
         BadRequest: its framing is broken.
     """
+    if isinstance(request.protocol, BodyAhead):
+        request.protocol.give_back_ahead()
     return _Pieces(request.content, idle_seconds)
 
 

@@ -18,6 +18,7 @@ from typing import Any, cast
 from aiohttp import EMPTY_PAYLOAD, StreamReader, web
 from aiohttp.http import HttpVersion, RawRequestMessage
 
+from proxy.body_ahead import BodyAhead
 from proxy.downstream import ClientAnswer
 from proxy.request_body import Asked
 
@@ -75,7 +76,7 @@ class SessionServer(web.Server):
         return Session(self, loop=self._loop, **self._kwargs)
 
 
-class Session(web.RequestHandler):
+class Session(BodyAhead):
     """One connection. It is subclassed and not wrapped, since aiohttp tells its own connection what happens to it."""
 
     __slots__ = ()
@@ -141,6 +142,7 @@ class Session(web.RequestHandler):
 
     async def _leave_body(self, content: StreamReader) -> None:
         """Read what is left of a body that nobody wants, for a while: a close at once would cut the answer off."""
+        self.give_back_ahead()
         if self._lingering_time and not self._force_close:
             try:
                 async with asyncio.timeout(self._lingering_time):

@@ -17,21 +17,13 @@ from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 
 from cache import Fingerprint, Placement, ReplicaStats
 from proxy.pools import Pools
 
-_KIB = 1024
-OFFSETS_BYTES = tuple(
-    chain(
-        range(1 * _KIB, 4 * _KIB, _KIB),
-        range(4 * _KIB, 16 * _KIB, 2 * _KIB),
-        range(16 * _KIB, 128 * _KIB, 8 * _KIB),
-        range(128 * _KIB, 32_768 * _KIB, 32 * _KIB),
-    )
-)
-"""Where prompts are looked at; each is a boundary of every fingerprint that reaches it (`cache.prefix`)."""
+OFFSETS_BYTES = (1024, *(step << power for power in range(10, 25) for step in (2, 3)))
+"""Where prompts are looked at, twice an octave up to 48 MB; each is a boundary of every fingerprint that reaches it
+(`cache.prefix`)."""
 
 PLACES_PER_REPLICA = 32_768  # of a paper cache, some 4 MB; beyond, the longest unused go
 PLACES_SEEN = 131_072  # some 14 MB

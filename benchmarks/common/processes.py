@@ -32,8 +32,8 @@ def free_port() -> int:
 
 
 def environment(changes: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with `changes`, and the repository on the module path."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), **changes}  # noqa: TID251 - a child must inherit PATH and HOME
+    """This process's environment with `changes`. The repository is on no module path: Cairn is the installed one."""
+    return {**os.environ, **changes}  # noqa: TID251 - a child must inherit PATH and HOME
 
 
 class Running:

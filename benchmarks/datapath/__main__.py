@@ -19,7 +19,7 @@ from benchmarks.common.figures import parse_size
 from benchmarks.common.load import Generator
 from benchmarks.common.processes import ROOT, Running, StartFailed, end_on_signals, free_port, scratch_folder
 from benchmarks.datapath import lag, report, streams
-from benchmarks.datapath.contestants import BARE, CAIRN, Contestant, Started, contestants, start
+from benchmarks.datapath.contestants import BARE, CAIRN, Contestant, Started, contestants, installed_cairn, start
 from benchmarks.datapath.measure import Cell, Sample, WrongAnswer, cells, check, order, sample
 
 _REPLICAS = 2
@@ -73,6 +73,8 @@ def chosen(options: argparse.Namespace, console: Console) -> list[Contestant]:
             continue
         if contestant.installed():
             found.append(contestant)
+            if contestant.name == CAIRN:
+                console.print(installed_cairn(), highlight=False)
         else:
             console.print(f"{contestant.name} is not installed; `make bench-peers` installs the routers")
     return found

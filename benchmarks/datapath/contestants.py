@@ -5,6 +5,7 @@ Knows command lines and nothing of measuring.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,13 @@ def cairn_command(wanted: Wanted) -> list[str]:
     """`cairn serve` beside this interpreter, journal on an embedded Valkey, every feature at its default."""
     where = ["--host", "127.0.0.1", "--port", str(wanted.port), "--admin-port", str(wanted.side_port)]
     return [str(_cairn_path()), "serve", *where, "--workers", str(wanted.workers), *_urls(wanted, "--upstream")]
+
+
+def installed_cairn() -> str:
+    """What is measured, in its own words: its version, and whether it is compiled."""
+    return subprocess.run(
+        [str(_cairn_path()), "--version"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def _cairn_path() -> Path:

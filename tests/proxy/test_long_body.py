@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import cast
 
 import uvloop
 from aiohttp import web
@@ -13,7 +12,8 @@ from aiohttp import web
 from proxy.downstream import ClientAnswer
 from proxy.errors import RequestTimeout
 from proxy.long_body import LONG_BYTES
-from proxy.request_body import read_body
+from proxy.request_body import Asked, read_body
+from proxy.session import SessionServer
 
 BODY = bytes(range(256)) * (LONG_BYTES // 64)
 
@@ -31,7 +31,7 @@ class Server:
         self.entered = asyncio.Event()
         self.port = 0
 
-    async def handle(self, asked: web.BaseRequest) -> web.StreamResponse:
+    async def handle(self, asked: Asked) -> ClientAnswer:
         answer = ClientAnswer(asked, 10.0)
         self.entered.set()
         try:
@@ -45,13 +45,13 @@ class Server:
         else:
             self.bodies.put_nowait(bytes(body))
             answer.send(200, b"OK", [], b"%d" % len(body))
-        return cast("web.StreamResponse", answer)
+        return answer
 
 
 @asynccontextmanager
 async def serving(limit_seconds: float = 5.0) -> AsyncIterator[Server]:
     server = Server(limit_seconds)
-    runner = web.ServerRunner(web.Server(server.handle, handler_cancellation=True, auto_decompress=False))
+    runner = web.ServerRunner(SessionServer(server.handle, auto_decompress=False))
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     server.port = runner.addresses[0][1]
