@@ -35,7 +35,7 @@ class BodyAhead(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """What a read from the socket gave."""
-        if self._ahead is not None:
+        if self._ahead is not None and data:
             self.give_back_ahead()
         elif len(data) >= AHEAD_BYTES and self._waiter is not None:  # between two requests
             end = data.find(b"\r\n\r\n", 0, _HEAD_BYTES_MOST)
@@ -43,9 +43,7 @@ class BodyAhead(web.RequestHandler):
                 end += 4
                 super().data_received(data[:end])
                 if end < len(data):
-                    self._ahead = memoryview(data)[end:]
-                    if not self._awaits_long_body():
-                        self.give_back_ahead()
+                    self._keep(memoryview(data)[end:])
                 return
         super().data_received(data)
 
@@ -62,7 +60,10 @@ class BodyAhead(web.RequestHandler):
         return body
 
     def take_ahead(self) -> memoryview:
-        """What is here of it. Then `body_taken` must be said once the body is whole, or the connection be closed."""
+        """What is here of it, while nothing more is read.
+
+        Reading must be resumed, and `body_taken` be said once the body is whole, or the connection be closed.
+        """
         ahead, self._ahead = self._ahead, None
         return _NOTHING if ahead is None else ahead
 
@@ -71,6 +72,8 @@ class BodyAhead(web.RequestHandler):
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             super().data_received(bytes(ahead))
+            if not self._reading_paused and not self._buffer_paused:
+                self._resume_transport_reading()
 
     def body_taken(self, content: StreamReader, beyond: memoryview = _NOTHING) -> None:
         """The body was read past the parser, which still waits for it: a new one goes on with what came `beyond`."""
@@ -89,13 +92,22 @@ class BodyAhead(web.RequestHandler):
         if beyond:
             super().data_received(bytes(beyond))
 
-    def _awaits_long_body(self) -> bool:
-        """True where the parser has just come to the end of one head, which declares how long its body is."""
+    def _keep(self, ahead: memoryview) -> None:
+        """Keep what came behind a head, or give it to the parser where that has a say in it."""
+        length = self._announced_bytes()
+        if length is None:
+            super().data_received(bytes(ahead))
+            return
+        self._ahead = ahead
+        if len(ahead) < length:
+            self._pause_transport_reading()  # or the loop goes on filling its own buffer before anybody takes this
+
+    def _announced_bytes(self) -> int | None:
+        """The length of the body of the head that the parser has just come to the end of, where it declares one."""
         if len(self._messages) != 1 or self._parser is None:
-            return False
+            return None
         message, content = self._messages[0]
-        return (
-            isinstance(message, RawRequestMessage)
-            and not (message.chunked or message.upgrade or content.is_eof() or content.total_bytes)
-            and "Content-Length" in message.headers
-        )
+        if not isinstance(message, RawRequestMessage) or message.chunked or message.upgrade:
+            return None
+        length = message.headers.get("Content-Length")
+        return None if length is None or content.is_eof() or content.total_bytes else int(length)

@@ -58,7 +58,9 @@ async def test_what_is_taken_from_inside_aiohttp_is_there() -> None:
     taken = "_messages _waiter _parser _buffer_paused _msg_queue_resume_size _resume_reading_if_drained"
     taken += " _request_handler _request_in_progress _handler_waiter _task_handler _force_close _close _keepalive"
     taken += " _keepalive_timeout _keepalive_handle _next_keepalive_close_time _process_keepalive _lingering_time"
-    taken += " _loop _drain_helper force_close close"
+    taken += (
+        " _loop _drain_helper force_close close _reading_paused _pause_transport_reading _resume_transport_reading"
+    )
     assert set(taken.split()) <= inside
 
 
