@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from itertools import islice
+from typing import Final
 
 from cache.fingerprint import Fingerprint
 from cache.nodes import Node, Step
@@ -15,7 +16,7 @@ from cache.nodes import Node, Step
 MAX_PROMPT_TOKENS = 2**30
 """What an upstream reports beyond that is taken for this: the counts are of 32 bits."""
 
-MAX_FORKS_RECOUNTED = 64
+MAX_FORKS_RECOUNTED: Final = 64
 """Children of a recounted node that are kept right; the others are put right by their own next answers."""
 
 

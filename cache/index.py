@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Final
 
 from cache.counting import estimate, learn_tokens, recount
 from cache.fingerprint import Fingerprint
@@ -37,38 +38,38 @@ __all__ = [
 UNLIMITED_TOKENS = 2**31
 """The budget of a replica whose capacity nobody knows yet; the first confident shortfall makes it a real one."""
 
-MAX_BLOCKS = 2_000_000
+MAX_BLOCKS: Final = 2_000_000
 """Blocks of all replicas together, some 100 to 200 MB: a bound for the process, whatever the budgets say."""
 
-UPKEEP_STEPS = 500
+UPKEEP_STEPS: Final = 500
 """Nodes that one call may drop: a millisecond or two."""
 
-MIN_TOLERANCE_TOKENS = 128
+MIN_TOLERANCE_TOKENS: Final = 128
 """Engines and providers report in steps of 16 to 128 tokens, so less than that is no news."""
 
-SHRINK = 0.9
-GROW = 1.05
-GROW_FULL_AND_RIGHT = 1.0005
+SHRINK: Final = 0.9
+GROW: Final = 1.05
+GROW_FULL_AND_RIGHT: Final = 1.0005
 """Some thirty answers a turnover are right, so this undoes a sixth of a shrink: on traces the budget then stays
 within a tenth of the truth, where 1.002 lets it drift to a multiple."""
 
-FULL = 0.95
+FULL: Final = 0.95
 """Share of the budget from which an index counts as full; only then can the budget be what was wrong."""
 
-COUNTING_PART = 16
+COUNTING_PART: Final = 16
 """A node is not lost for this part of what is cached: engines round down to whole blocks, counts are interpolated,
 and what hangs on a common system prompt must not go because that was counted a few tokens too long."""
 
-RECOUNT_SHARE = 0.3
+RECOUNT_SHARE: Final = 0.3
 """Up to this share a shortfall on an interpolated count is taken for a wrong count and not for an eviction."""
 
-LOADED_ROWS = 100
+LOADED_ROWS: Final = 100
 """Rows that are read back between two yields: about a millisecond."""
 
-MAX_IN_FLIGHT = 65_536
+MAX_IN_FLIGHT: Final = 65_536
 """Placements remembered as unanswered; beyond that the oldest count as answered."""
 
-ORIGIN_BITS = 24
+ORIGIN_BITS: Final = 24
 """Placement ids are origin << (63 - ORIGIN_BITS) | counter: no two writers share one, and they fit a signed 64."""
 
 

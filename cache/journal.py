@@ -20,7 +20,7 @@ import secrets
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from cache import codec, keys
 from cache.codec import (
@@ -49,26 +49,26 @@ from cache.store import Store, StoreState, StreamEntry
 
 log = logging.getLogger("cairn.journal")
 
-SHARED_FROM_BYTES = 4096  # a shorter prefix is prefilled sooner than it is worth telling
-BATCH_INTERVAL_SECONDS = 0.005  # what is queued in between goes as one entry: a reader pays by the entry
-ALONE_INTERVAL_SECONDS = 0.05  # while nobody else lives; a newcomer is noticed with the next look at the lease
-READ_INTERVAL_SECONDS = 0.004  # between two reads, so that the entries of several writers come in one reply
-READ_BLOCK_SECONDS = 0.5
-READ_ENTRIES = 256
-BATCH_BLOCKS = 20_000  # boundaries of one entry, some 250 KB: a reader's millisecond or two
-WRITE_LIMIT_SECONDS = 0.2  # of one entry; nobody waits for it
+SHARED_FROM_BYTES: Final = 4096  # a shorter prefix is prefilled sooner than it is worth telling
+BATCH_INTERVAL_SECONDS: Final = 0.005  # what is queued in between goes as one entry: a reader pays by the entry
+ALONE_INTERVAL_SECONDS: Final = 0.05  # while nobody else lives; a newcomer is noticed with the next look at the lease
+READ_INTERVAL_SECONDS: Final = 0.004  # between two reads, so that the entries of several writers come in one reply
+READ_BLOCK_SECONDS: Final = 0.5
+READ_ENTRIES: Final = 256
+BATCH_BLOCKS: Final = 20_000  # boundaries of one entry, some 250 KB: a reader's millisecond or two
+WRITE_LIMIT_SECONDS: Final = 0.2  # of one entry; nobody waits for it
 QUEUE_BLOCKS = 1_000_000  # boundaries that wait while Redis is away, some 12 MB; beyond, the oldest go
-RECENT_SECONDS = 5.0  # own entries kept, to say them again should Redis lose everything
+RECENT_SECONDS: Final = 5.0  # own entries kept, to say them again should Redis lose everything
 RECENT_BYTES = 4 * 1024 * 1024
-REMEMBERED_BLOCKS = 1_000_000  # boundaries of others' placements that may still be answered or taken back
-STAND_STILL_SECONDS = 0.004  # applying or loading, before the loop gets its turn
-LEASE_SECONDS = 3.0
+REMEMBERED_BLOCKS: Final = 1_000_000  # boundaries of others' placements that may still be answered or taken back
+STAND_STILL_SECONDS: Final = 0.004  # applying or loading, before the loop gets its turn
+LEASE_SECONDS: Final = 3.0
 SNAPSHOT_ENTRIES = 4_096  # since the last one; a start replays no more than about this
 SNAPSHOT_BYTES = 16 * 1024 * 1024
-SNAPSHOT_SECONDS = 60.0  # where anything changed at all
-SNAPSHOT_ROWS = 100  # of one part: some 1 ms of work at 50 boundaries a row
-SNAPSHOT_OWNERS = 2_000
-READY_SECONDS = 2.0
+SNAPSHOT_SECONDS: Final = 60.0  # where anything changed at all
+SNAPSHOT_ROWS: Final = 100  # of one part: some 1 ms of work at 50 boundaries a row
+SNAPSHOT_OWNERS: Final = 2_000
+READY_SECONDS: Final = 2.0
 RETRY_FIRST_SECONDS, RETRY_LAST_SECONDS = 0.05, 1.0
 
 _OF_REPLICAS = (Placed, Began, Budgeted, Owned)

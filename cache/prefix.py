@@ -8,24 +8,25 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from xxhash import xxh3_64_intdigest
 
 from cache.fingerprint import Fingerprint
 
-FINE_BLOCK_BYTES = 512
+FINE_BLOCK_BYTES: Final = 512
 """Block size at the head of a prompt, where system prompts fork: about 128 tokens of prose."""
 
 FINE_REACH_BYTES = 16 * 1024
 """How far the fine blocks reach; a whole number of coarse blocks."""
 
-COARSE_BLOCK_BYTES = 2048
+COARSE_BLOCK_BYTES: Final = 2048
 """Block size after that: router blocks of 1 to 4 KB lose nothing against an engine's own of 16 tokens."""
 
 COARSE_REACH_BYTES = 128 * 1024
 """How far the coarse blocks reach; a whole number of the next."""
 
-DEEP_BLOCK_BYTES = 4096
+DEEP_BLOCK_BYTES: Final = 4096
 """Block size from there on, where half a block is less than a percent of what comes before it."""
 
 

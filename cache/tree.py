@@ -12,11 +12,12 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 from math import nextafter
+from typing import Final
 
 from cache.fingerprint import Fingerprint
 from cache.nodes import Holding, Node, Shelf, Step
 
-EVICTED_HASHES = 16_384
+EVICTED_HASHES: Final = 16_384
 """Chain ends remembered after eviction, so that a miss can be told from a cold one: some 1.5 MB."""
 
 _FOREVER = float("inf")

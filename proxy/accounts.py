@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from decimal import Decimal
+from typing import Final
 
 from msgspec.structs import replace
 
@@ -23,10 +24,10 @@ from proxy.recorder import Recorder
 
 _STATUS_CLASSES = ("0xx", "1xx", "2xx", "3xx", "4xx", "5xx")
 _OPERATIONS = {Endpoint.COMPLETIONS: "text_completion", Endpoint.EMBEDDINGS: "embeddings"}  # in OpenTelemetry's words
-_CHAT = "chat"  # the others that have tokens
-_SECONDS_PER_DAY = 86_400
+_CHAT: Final = "chat"  # the others that have tokens
+_SECONDS_PER_DAY: Final = 86_400
 _PICOS_PER_USD = Decimal(10**12)
-_MICROS_PER_SECOND = 1_000_000
+_MICROS_PER_SECOND: Final = 1_000_000
 
 
 class ModelNames:

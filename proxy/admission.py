@@ -11,16 +11,17 @@ import hmac
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Final
 
 from proxy.errors import BadRequest, Forbidden, NotFound, Overloaded, Unauthorized
 from proxy.model import Endpoint, Tenant
 
-_TENANTS_REMEMBERED = 4096  # keys whose tenant is kept; the hashes that find it cost some 3 us
-_KEY_BYTES_REMEMBERED = 512  # a longer one is hashed each time, so that what strangers send is never much
-_ANONYMOUS = b""
-_ANONYMOUS_NAME = "anonymous"
-_NAME_DIGITS = 12  # of a keyed hash, for the operator's eyes
-_BUSY_RETRY_SECONDS = 1.0
+_TENANTS_REMEMBERED: Final = 4096  # keys whose tenant is kept; the hashes that find it cost some 3 us
+_KEY_BYTES_REMEMBERED: Final = 512  # a longer one is hashed each time, so that what strangers send is never much
+_ANONYMOUS: Final = b""
+_ANONYMOUS_NAME: Final = "anonymous"
+_NAME_DIGITS: Final = 12  # of a keyed hash, for the operator's eyes
+_BUSY_RETRY_SECONDS: Final = 1.0
 
 _ENDPOINTS = {
     "/v1/chat/completions": Endpoint.CHAT,

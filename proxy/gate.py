@@ -19,16 +19,17 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from cache import Held, Placement
 
-COLD_TOKENS = 1_024
+COLD_TOKENS: Final = 1_024
 """A prefix with fewer tokens under way is computed again sooner than it is worth waiting for."""
 
-PATIENCE = 2.0
+PATIENCE: Final = 2.0
 """A sibling waits for at most this multiple of the leader's predicted prefill ..."""
 
-PATIENCE_SECONDS = 1.0
+PATIENCE_SECONDS: Final = 1.0
 """... and this long on top; then it goes on alone."""
 
 

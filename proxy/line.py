@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections import deque
 from heapq import heapify, heappop, heappush
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
-AGEING = 0.1
+AGEING: Final = 0.1
 """Seconds of work that one second of waiting is worth."""
 
 T = TypeVar("T")

@@ -18,18 +18,19 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from typing import Final
 
 import msgspec
 
 from proxy.model import AccessLine, Outcome
 from proxy.settings import Config, Level, Secret
 
-FLUSH_SECONDS = 0.1  # how long lines are collected before they are written together
+FLUSH_SECONDS: Final = 0.1  # how long lines are collected before they are written together
 PENDING_LINES_AT_MOST = 32_768  # some 8 MB that a stopped reader may cost; beyond it lines are dropped
 CLOSE_SECONDS = 2.0  # how long the end of the process waits for the last batch
-_BATCH_LINES = 128  # encoded in one call, some 48 KB: the call holds the interpreter's lock for 0.1 ms
-_PIPE_LINES = 8  # the same into a pipe, where a write is whole among several workers' up to PIPE_BUF only
-_MODEL_CHARACTERS = 128  # a client may send any name
+_BATCH_LINES: Final = 128  # encoded in one call, some 48 KB: the call holds the interpreter's lock for 0.1 ms
+_PIPE_LINES: Final = 8  # the same into a pipe, where a write is whole among several workers' up to PIPE_BUF only
+_MODEL_CHARACTERS: Final = 128  # a client may send any name
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 

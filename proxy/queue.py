@@ -10,15 +10,16 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Final
 
 from proxy.clock import Clock
 from proxy.errors import CairnError, Overloaded, RateLimited
 from proxy.line import Line
 
-RECHECK_SECONDS = 0.05
+RECHECK_SECONDS: Final = 0.05
 """While requests wait, this often it is asked whether other processes leave places free."""
 
-LOOKS_BEFORE_BORROWING = 2
+LOOKS_BEFORE_BORROWING: Final = 2
 """A burst reaches all processes together and their news is some 10 ms old, later where a loop is busy: so nobody
 takes more than its share before it had the time to hear of the others."""
 

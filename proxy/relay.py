@@ -11,6 +11,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
+from typing import Final
 
 from cache import Journal
 from proxy.attempt import Attempt, Attempts
@@ -49,7 +50,7 @@ _READ_AT_MOST_BYTES = 8 * 1024 * 1024
 _REFUSAL_AT_MOST_BYTES = 64 * 1024
 _FULL_STATUS = frozenset({429, 503, 529})
 _IDEMPOTENT_METHODS = frozenset({"GET", "HEAD"})
-_OPENING_BYTES = 2048  # of a stream of the responses surface, in which its id is looked for
+_OPENING_BYTES: Final = 2048  # of a stream of the responses surface, in which its id is looked for
 _FIRST_ID = re.compile(rb'"id"\s*:\s*"([^"\\]+)"')
 
 

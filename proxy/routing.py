@@ -18,37 +18,37 @@ affinity at a threshold: a hot prefix is computed a second time exactly where wa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 from zlib import crc32
 
 from proxy.errors import Overloaded
 from proxy.model import CacheStatus, Candidate, Demand, MissReason, Plan, ReplicaView, RouteReason
 
-LEAST_FUTURE_WEIGHT = 2.0
+LEAST_FUTURE_WEIGHT: Final = 2.0
 """`a` where a replica is idle. What is computed twice also drives something else out of a cache, so it is dearer than
 its own seconds: with 1 the hits of a trace are 0.92 of one pooled cache's, with 2 they are 0.94, for one percent more
 mean TTFT; with 3 they are 0.95, for two."""
 
-WEIGHT_PER_SECOND = 3.0
+WEIGHT_PER_SECOND: Final = 3.0
 """How fast `a` grows with the shortest queue. On an overloaded trace 3 has a sixth less mean TTFT than 1, and more
 hits; where queues are short it makes no difference. Above 4 the slowest wait longer."""
 
-MAX_FUTURE_WEIGHT = 30.0
+MAX_FUTURE_WEIGHT: Final = 30.0
 """Bound of `a`: in an overload of minutes the weight would otherwise drown the queue's own term."""
 
-FREE_IN_FLIGHT = 8
+FREE_IN_FLIGHT: Final = 8
 """So many decode at no price: a step of an engine reads the weights once for all of its batch. Priced from the first
 on, small differences in number outweigh queues and prefixes: a fiftieth more mean TTFT on a trace, and nothing gained
 on a load of decodes, where the numbers are large. With 4 to 16 it is the same."""
 
-MIN_UNCACHED_TOKENS = 1.0
+MIN_UNCACHED_TOKENS: Final = 1.0
 """Engines always compute the last token, whatever they hold."""
 
-MIN_SHAREABLE_BYTES = 4_096
+MIN_SHAREABLE_BYTES: Final = 4_096
 """A prompt under some 1,000 tokens is not worth keeping in an index: computing it costs less than a detour."""
 
-TIE_SHARE = 0.02
-TIE_SECONDS = 0.002
+TIE_SHARE: Final = 0.02
+TIE_SECONDS: Final = 0.002
 """Costs nearer than this to the least are one cost: learned rates differ by noise, and a fleet that is idle must not
 send every cold prompt to the replica whose rate looks one percent better."""
 

@@ -12,6 +12,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
+from typing import Final
 
 from aiohttp import web
 
@@ -32,7 +33,7 @@ log = logging.getLogger("cairn.server")
 
 _NOBODY = Tenant("")
 _NOT_READ = frozenset({Endpoint.OTHER, Endpoint.MODELS})
-_MAX_HEADERS = 256
+_MAX_HEADERS: Final = 256
 _UNDECLARED_BYTES = 1024 * 1024
 """What a body of unknown length counts as, against the bound on bytes in flight."""
 

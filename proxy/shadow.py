@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from cache import Fingerprint, Placement, ReplicaStats
 from proxy.pools import Pools
 
-OFFSETS_BYTES = (1024, *(step << power for power in range(10, 25) for step in (2, 3)))
-"""Where prompts are looked at, twice an octave up to 48 MB; each is a boundary of every fingerprint that reaches it
-(`cache.prefix`)."""
+OFFSETS_BYTES = tuple([1 << power for power in range(10, 26)])
+"""Where prompts are looked at: 1 KB, 2, 4 and so on up to 32 MB; each is a boundary of every fingerprint that reaches
+it (`cache.prefix`). Between two of them the ends of earlier prompts tell more."""
 
 PLACES_PER_REPLICA = 32_768  # of a paper cache, some 4 MB; beyond, the longest unused go
 PLACES_SEEN = 131_072  # some 14 MB

@@ -13,15 +13,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from heapq import nlargest
+from typing import Final
 
 from cache import Placement
 from proxy.model import MissReason, Outcome, Usage
 from proxy.sighting_rows import MissRow, PrefixRow
 
-PREFIXES_REPORTED = 60  # a page shows twenty; workers' lists differ, and the sum of several needs more of each
-PREFIXES_AT_MOST = 1024  # some 300 bytes each
-_KEPT_BEST = 256  # of a table that is full: these by what they saved, and as many again by how fresh they are
-MISSES_AT_MOST = 20
+PREFIXES_REPORTED: Final = 60  # a page shows twenty; workers' lists differ, and the sum of several needs more of each
+PREFIXES_AT_MOST: Final = 1024  # some 300 bytes each
+_KEPT_BEST: Final = 256  # of a table that is full: these by what they saved, and as many again by how fresh they are
+MISSES_AT_MOST: Final = 20
 _UNSEEN = frozenset({MissReason.NONE, MissReason.SHORT})  # nothing was to be found there
 
 

@@ -7,25 +7,26 @@ of its own. A picture, sound or file is hashed as bytes but counted by its kind.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from proxy.model import Media
 
-FIRST_TOKENS_PER_BYTE = 0.25
+FIRST_TOKENS_PER_BYTE: Final = 0.25
 """English prose and JSON, before anything is learned."""
 
-FIRST_WEIGHT_BYTES = 4_096.0
+FIRST_WEIGHT_BYTES: Final = 4_096.0
 """How much prompt the first guess is worth: the first real answer outweighs it."""
 
-MEMORY = 0.98
+MEMORY: Final = 0.98
 """What the past keeps of its weight with each answer: some fifty answers are remembered."""
 
 FIRST_MEDIA_TOKENS: Mapping[str, float] = {"image": 1_000.0, "audio": 1_000.0, "file": 3_000.0}
 """By kind, before anything is learned: a picture of a megapixel, a spoken minute, a file of a few pages."""
 
-MEDIA_STEP = 0.2
+MEDIA_STEP: Final = 0.2
 """Weight of the newest answer in the mean of a kind."""
 
-MOST_MODELS = 256
+MOST_MODELS: Final = 256
 """Models remembered; the one longest unused is forgotten, since model names come from clients."""
 
 

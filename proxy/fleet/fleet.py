@@ -11,19 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from statistics import median
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from proxy.fleet.breaker import Backoff, Breaker, BreakerState
 from proxy.fleet.rate import PrefillRate, pooled
 from proxy.fleet.work import Charge, Work
 from proxy.model import ReplicaView
 
-DEFAULT_RATE_TOKENS_PER_SECOND = 4_000.0
+DEFAULT_RATE_TOKENS_PER_SECOND: Final = 4_000.0
 """Until anything is known of anybody: between a processor (some 500) and a large accelerator (20,000 and more)."""
 
-LEAST_IN_FLIGHT_SECONDS = 0.05
-MOST_IN_FLIGHT_SECONDS = 0.2
+LEAST_IN_FLIGHT_SECONDS: Final = 0.05
+MOST_IN_FLIGHT_SECONDS: Final = 0.2
 """Bounds of `c`. Below, a decode-heavy load herds on the holders of a hot prefix; above, hits are given away. It
 starts at the upper one: long decodes are known only once the first have ended, when the herd has formed."""
 
@@ -33,7 +34,7 @@ DECODE_SHARE = 1.0 / 64.0
 DECODE_MEMORY = 1.0 / 64.0
 """Weight of the newest decode time in the mean."""
 
-PEER_SILENCE_SECONDS = 1.0
+PEER_SILENCE_SECONDS: Final = 1.0
 """In-flight work of a proxy that has said nothing for so long died with it."""
 
 
@@ -83,7 +84,7 @@ class _Peers:
         self.waiting += row.waiting
         self.released_seconds = max(self.released_seconds, now_seconds - row.released_seconds)
         if row.head_tokens:
-            due = now_seconds - row.overdue_seconds if row.overdue_seconds > 0 else float("inf")
+            due = now_seconds - row.overdue_seconds if row.overdue_seconds > 0 else inf
             self.heads[peer] = (now_seconds - row.head_seconds, row.head_tokens, due)
 
     def remove(self, peer: str, row: ShareRow) -> None:
@@ -115,7 +116,7 @@ class _Replica:
         work, peers = self.work, self.peers
         work.settle(now_seconds)
         head, late = work.head, 0.0
-        sent, head_tokens = float("inf"), 0.0
+        sent, head_tokens = inf, 0.0
         if head is not None:
             sent, head_tokens = head.sent_seconds, head.uncached_tokens
             if not head.plain and now_seconds > head.due_seconds:
@@ -178,7 +179,7 @@ class Fleet:
         self._in_flight_seconds: dict[str, float] = {}
         self._decode_seconds: dict[str, float] = {}
         self._shares: dict[str, tuple[float, dict[int, ShareRow]]] = {}
-        self._stale_at_seconds = float("inf")
+        self._stale_at_seconds = inf
 
     # -- who there is
 
@@ -449,5 +450,5 @@ class Fleet:
         for peer in [peer for peer, (heard, _) in self._shares.items() if heard <= oldest]:
             self.forget(peer)
         self._stale_at_seconds = (
-            min(heard for heard, _ in self._shares.values()) + PEER_SILENCE_SECONDS if self._shares else float("inf")
+            min(heard for heard, _ in self._shares.values()) + PEER_SILENCE_SECONDS if self._shares else inf
         )

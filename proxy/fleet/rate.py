@@ -6,21 +6,22 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 from itertools import chain
+from typing import Final
 
-REMEMBERED = 64
+REMEMBERED: Final = 64
 """Observations kept: enough for a percentile, few enough to follow a change of hardware within minutes."""
 
-ENOUGH = 8
+ENOUGH: Final = 8
 """Observations from which on the learned rate counts."""
 
-PERCENTILE = 0.9
+PERCENTILE: Final = 0.9
 """What is taken for a prefill may hold waits that nobody sees from here (another's requests, a slow network), so most
 observations are too low; the very fastest may be luck."""
 
-LEAST_TOKENS = 256.0
+LEAST_TOKENS: Final = 256.0
 """Fewer uncached tokens than this tell the fixed cost of a request and not the rate."""
 
-LEAST_SECONDS = 0.0005
+LEAST_SECONDS: Final = 0.0005
 """A prefill under this is a clock's grain, one that shared its step with the one before, or a made-up answer."""
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from itertools import takewhile
+from typing import Final
 
-LEAST_TOKENS = 0.5
+LEAST_TOKENS: Final = 0.5
 """What is left of sums of floats below this is rounding: a charge has at least one token."""
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import Protocol
+from typing import Final, Protocol
 
 from proxy.clock import Clock
 
-_SLACK_SECONDS = 0.01  # a timer that rings a hair early would only be set again
+_SLACK_SECONDS: Final = 0.01  # a timer that rings a hair early would only be set again
 
 
 class Watched(Protocol):

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Final
 
 from proxy.upstream.origin import Origin
 
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _TARGET = re.compile(rb"/[!-~\x80-\xff]*")
 _METHODS_WITH_BODY = frozenset({b"POST", b"PUT", b"PATCH"})
-_MAX_KNOWN_NAMES = 1024  # names and targets are made up by clients: the tables stop growing there
-_MAX_KNOWN_NAME_BYTES = 64
-_MAX_KNOWN_LINES = 256
-_MAX_KNOWN_LINE_BYTES = 512
+_MAX_KNOWN_NAMES: Final = 1024  # names and targets are made up by clients: the tables stop growing there
+_MAX_KNOWN_NAME_BYTES: Final = 64
+_MAX_KNOWN_LINES: Final = 256
+_MAX_KNOWN_LINE_BYTES: Final = 512
 _OURS = frozenset(
     {
         b"host",

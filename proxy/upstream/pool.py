@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass
+from typing import Final
 
 from proxy.errors import PoolTimeout
 from proxy.upstream.origin import Limits
 from proxy.upstream.protocol import Connection
 
 PROBATION_SECONDS = 0.1  # llama.cpp closes within a millisecond of a stream's end
-TRUSTED_AFTER = 3  # streams in a row whose connection outlived its probation
+TRUSTED_AFTER: Final = 3  # streams in a row whose connection outlived its probation
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import asyncio
 import enum
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
@@ -28,11 +28,11 @@ from proxy.upstream.deadlines import Deadlines
 from proxy.upstream.origin import Limits
 
 NEVER = math.inf
-_HEX = b"0123456789abcdefABCDEF"
-_SIZE_DIGITS_MOST = 8  # of a chunk relayed as it came
-_JOIN_BYTES = 65_536  # up to here one copy is cheaper than a second buffer in the kernel call
-_PLAIN_BYTES = 65_536  # above this a new parser costs less than a second copy of the body
-_SOON_SECONDS = 1.0  # an upstream that closes so soon after a stream closes because of it
+_HEX: Final = b"0123456789abcdefABCDEF"
+_SIZE_DIGITS_MOST: Final = 8  # of a chunk relayed as it came
+_JOIN_BYTES: Final = 65_536  # up to here one copy is cheaper than a second buffer in the kernel call
+_PLAIN_BYTES: Final = 65_536  # above this a new parser costs less than a second copy of the body
+_SOON_SECONDS: Final = 1.0  # an upstream that closes so soon after a stream closes because of it
 
 
 class State(enum.Enum):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from typing import Final
 
 import brotli
 import zstandard
 
 DECODED_BYTES_MOST = 64 * 1024 * 1024  # of one answer; more is a bomb, or no concern of the usage
 _STEP_BYTES_MOST = 4 * 1024 * 1024  # decoded at once, so that a bomb is noticed before it fills the memory
-_ZSTD_FEED_BYTES = 128  # zstandard's decoder has no limit of its own: four bytes may become 128 KiB
+_ZSTD_FEED_BYTES: Final = 128  # zstandard's decoder has no limit of its own: four bytes may become 128 KiB
 _ZSTD_WINDOW_BYTES = 8 * 1024 * 1024  # what RFC 9659 lets a sender ask of HTTP clients
 
 

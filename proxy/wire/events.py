@@ -5,6 +5,8 @@ Pure; knows nothing of chunks or of what came before. Data that cannot be read s
 
 from __future__ import annotations
 
+from typing import Final
+
 from proxy.model import Endpoint
 from proxy.wire.shapes import (
     DECODE_ERRORS,
@@ -18,7 +20,7 @@ from proxy.wire.shapes import (
     decode_responses_event,
 )
 
-_BOM = b"\xef\xbb\xbf"
+_BOM: Final = b"\xef\xbb\xbf"
 
 NOTHING = EventRead()
 _DONE = EventRead(finished=True)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from email.utils import parsedate_to_datetime
+from typing import Final
 
 from proxy.errors import BadAnswer, BadRequest
 from proxy.model import CacheStatus, MissReason, RouteReason
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
-REQUEST_ID_BYTES_MOST = 128  # a client's own id is kept up to this length; longer ones are replaced
+REQUEST_ID_BYTES_MOST: Final = 128  # a client's own id is kept up to this length; longer ones are replaced
 
 _HOP_BY_HOP = frozenset(
     {
@@ -41,8 +42,8 @@ _NOT_FORWARDED_WITH_KEY = _NOT_FORWARDED | _CREDENTIALS
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id", b"set-cookie", b"alt-svc", b"strict-transport-security"}
 _OWN_PREFIXES = (b"x-cairn-", b"x-forwarded-", b"x-msh-context-cache")  # ours, or spoofable: never passed on
 
-_NAMES_REMEMBERED = 1024  # strangers make up names: the tables stop growing there
-_NAME_BYTES_REMEMBERED = 64
+_NAMES_REMEMBERED: Final = 1024  # strangers make up names: the tables stop growing there
+_NAME_BYTES_REMEMBERED: Final = 64
 _NOTHING_LISTED = frozenset({b"keep-alive", b"close", b"Keep-Alive"})  # what most clients and servers say
 _IDENTITY = (b"accept-encoding", b"identity")
 _ID_SIGNS = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.:")

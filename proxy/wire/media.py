@@ -9,15 +9,16 @@ by its address carries no bytes and is not media here.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from msgspec import Raw
 
 from proxy.model import Body, Media
 from proxy.wire.shapes import DECODE_ERRORS, Part, decode_parts, decode_parts_message
 
-MEDIA_BYTES_LEAST = 1024  # bytes; below that, a picture is worth no more tokens than text of its length
-_SAMPLES = 4096  # of one body: 5 us
-_STRIDE_LEAST = 31  # bytes; odd, so as not to keep step with escapes of six characters
+MEDIA_BYTES_LEAST: Final = 1024  # bytes; below that, a picture is worth no more tokens than text of its length
+_SAMPLES: Final = 4096  # of one body: 5 us
+_STRIDE_LEAST: Final = 61  # bytes; odd, so as not to keep step with escapes of six characters
 _RUN = b"b" * 64  # samples in a row that are base64: in prose one byte in five is not, so one body in 500 has such
 _BASE64 = bytes(
     98 if chr(byte).isascii() and (chr(byte).isalnum() or chr(byte) in "+/=_-") else 32 for byte in range(256)

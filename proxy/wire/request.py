@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from msgspec import Raw
@@ -41,12 +41,14 @@ from proxy.wire.shapes import (
     seen,
 )
 
-MODEL_NAME_BYTES_MOST = 512  # bytes; the longest names seen (paths of local models) stay under 300
+MODEL_NAME_BYTES_MOST: Final = 512  # bytes; the longest names seen (paths of local models) stay under 300
 
 CACHE_MESSAGE_BYTES_MOST = (
     1024  # bytes of the JSON text of a message that names a stored context; twice what it needs
 )
-_SEARCHED_BYTES = 8192  # a body up to this is searched as one, at 1 us per KB; of others only the short messages
+_SEARCHED_BYTES: Final = (
+    8192  # a body up to this is searched as one, at 1 us per KB; of others only the short messages
+)
 
 _NOTHING = frozenset({b"", b"null", b"[]", b"{}"})
 

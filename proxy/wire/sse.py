@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from proxy.model import Endpoint, Usage
 from proxy.wire.events import NOTHING, read_event
@@ -20,7 +20,7 @@ from proxy.wire.usage import merge, normal, tail_usage
 EVENT_BYTES_MOST = 1024 * 1024  # of one event waited for; a longer one passes unread
 TAIL_BYTES = 16 * 1024  # kept of a running stream: its last events, and the end of one that echoes the request
 _TAIL_TRIMMED_AT_BYTES = TAIL_BYTES + 4 * 1024  # not chunk by chunk, which cost 4 % of each
-_LAST_EVENTS = 64  # read at the end: [DONE], usage, finish, and keep-alives between them
+_LAST_EVENTS: Final = 64  # read at the end: [DONE], usage, finish, and keep-alives between them
 
 # Two line ends. The groups are atomic, or CR LF would count as two.
 _EVENT_END = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
@@ -28,7 +28,7 @@ _LINE_ENDS = re.compile(rb"[\r\n]*")
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _COLON, _CR, _LF = b":\r\n"
 _COMMENT_OR_BLANK = frozenset((_COLON, _CR, _LF))
-_PING = b"event: ping"  # Anthropic's keep-alive
+_PING: Final = b"event: ping"  # Anthropic's keep-alive
 
 
 @dataclass(frozen=True, slots=True)

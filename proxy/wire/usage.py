@@ -8,14 +8,14 @@ output; a cached count that nobody reported is None, never zero.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from proxy.model import Endpoint, Usage
 from proxy.wire.shapes import DECODE_ERRORS, NONE, AnswerRead, decode_answer, decode_choices, decode_made
 
-TOKENS_MOST = 1_000_000_000  # of one answer; a larger figure is a bug of the upstream, not a prompt
+TOKENS_MOST: Final = 1_000_000_000  # of one answer; a larger figure is a bug of the upstream, not a prompt
 
 
 class _Counts:
@@ -264,7 +264,7 @@ def usage_of_answer(body: bytes | memoryview, endpoint: Endpoint) -> Usage | Non
 
 
 _USAGE_KEY = re.compile(rb'"usage"\s*:\s*(?=\{)')
-_KEYS_TRIED = 8  # from the end; a hostile event may hold thousands
+_KEYS_TRIED: Final = 8  # from the end; a hostile event may hold thousands
 _BRACE = re.compile(rb"[{}]")
 
 
