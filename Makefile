@@ -22,7 +22,7 @@ test: .venv/.dev .venv/.cairn
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
-	PYTHONSAFEPATH=1 .venv/bin/python -m pytest --installed --import-mode=append tests/cache tests/proxy tests/scenarios
+	PYTHONSAFEPATH=1 .venv/bin/python -m pytest --installed --import-mode=append tests/test_compiled.py tests/cache tests/proxy tests/scenarios
 	.venv/bin/python -m pytest
 
 cairn: .venv/.cairn

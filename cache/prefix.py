@@ -102,10 +102,11 @@ _LISTED = array(
 
 def _grid(begin: int, end: int) -> array[int]:
     """The grid's offsets strictly between two offsets of a prompt."""
-    listed = _LISTED[_before(begin + 1) : _before(end)]
+    first, last = _before(begin + 1), _before(end)
+    listed = _LISTED[first:last]
     if end > _LISTED_BYTES:
-        first = max(begin - begin % DEEP_BLOCK_BYTES + DEEP_BLOCK_BYTES, _LISTED_BYTES)
-        listed.extend(range(first, end, DEEP_BLOCK_BYTES))
+        beyond = max(begin - begin % DEEP_BLOCK_BYTES + DEEP_BLOCK_BYTES, _LISTED_BYTES)
+        listed.extend(range(beyond, end, DEEP_BLOCK_BYTES))
     return listed
 
 

@@ -185,7 +185,8 @@ def _places(fingerprint: Fingerprint) -> list[int]:
     """The hash at each of the offsets that the prompt reaches, all of which are among its boundaries."""
     hashes, ends = fingerprint.hashes, fingerprint.ends
     at, places = 0, []
-    for offset in OFFSETS_BYTES[: bisect_right(OFFSETS_BYTES, ends[-1])]:
+    reached = bisect_right(OFFSETS_BYTES, ends[-1])
+    for offset in OFFSETS_BYTES[:reached]:
         at = bisect_left(ends, offset, at)
         places.append(hashes[at])
     return places

@@ -1,0 +1,54 @@
+"""What mypyc compiles, and what must not stand there."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import IS_COMPILED
+
+ROOT = Path(__file__).parents[1]
+GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cairn"]["compile"]
+MODULES = [module for modules in GROUPS.values() for module in modules]
+PURE = {"len", "end", "start", "min", "max"}
+
+
+def slice_bounds(tree: ast.AST) -> Iterator[ast.expr]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
+            yield from filter(None, (node.slice.lower, node.slice.upper, node.slice.step))
+
+
+def called(node: ast.Call) -> str:
+    return node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_bound_of_a_slice_does_anything(module: str) -> None:
+    """mypyc 2.4 may evaluate one twice: a write to a file was made twice."""
+    for bound in slice_bounds(ast.parse((ROOT / module).read_text())):
+        calls = {called(node) for node in ast.walk(bound) if isinstance(node, ast.Call)}
+        assert calls <= PURE, f"{module}:{bound.lineno}: {ast.unparse(bound)}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_struct_is_compiled(module: str) -> None:
+    """mypyc drops the options of a msgspec class, so that it decodes and encodes otherwise."""
+    for node in ast.walk(ast.parse((ROOT / module).read_text())):
+        if isinstance(node, ast.ClassDef):
+            assert not any("Struct" in ast.unparse(base) for base in node.bases), (
+                f"{module}:{node.lineno}: {node.name}"
+            )
+
+
+@pytest.mark.skipif(not IS_COMPILED, reason="the sources are tested, not the installed Cairn")
+@pytest.mark.parametrize("module", MODULES)
+def test_all_that_is_listed_is_compiled(module: str) -> None:
+    """Else a part of the path is slow and nobody notices."""
+    name = module.removesuffix(".py").replace("/", ".")
+    assert not (importlib.import_module(name).__file__ or "").endswith(".py")
