@@ -33,7 +33,7 @@ choose() {
   [ "$wanted" != python3 ] || wanted="python3 /usr/bin/python3 python3.14 python3.13 python3.12 python3.11"
   suitable=
   for candidate in $wanted; do
-    if suits "$candidate"; then suitable="$suitable $candidate"; fi
+    if suits "$candidate"; then suitable="${suitable:+$suitable }$candidate"; fi
   done
   if [ -z "$suitable" ]; then
     echo "Cairn needs Python 3.11 or newer; found none as: $wanted. Name one: make PYTHON=/path/to/python3.11 run" >&2
@@ -42,11 +42,10 @@ choose() {
   # shellcheck disable=SC2086 # names without spaces
   python=$(quickest $suitable)
   [ -n "$python" ] || python=${suitable%% *}
-  python=${python# }
 }
 
 if [ "$what" = cairn ]; then
-  echo "Compiling Cairn's data path (a minute) ..."
+  echo "Installing Cairn, its data path compiled (a minute) ..."
   if [ -x .venv/bin/pip ]; then
     .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --force-reinstall .
   else
@@ -54,6 +53,10 @@ if [ "$what" = cairn ]; then
   fi
   # behind the installed packages, so that demo, benchmarks and tests are found beside an installed Cairn
   .venv/bin/python -c 'import os, sysconfig; print(os.getcwd(), file=open(sysconfig.get_path("purelib") + "/cairn-tree.pth", "w"))'
+  case $(.venv/bin/cairn --version) in
+    *interpreted*) echo "Not compiled, which costs a third more CPU: a C compiler or Python's headers are missing." \
+      "On Debian and Ubuntu: apt install gcc python3-dev" >&2 ;;
+  esac
   touch .venv/.cairn
   exit
 fi
