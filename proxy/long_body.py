@@ -17,6 +17,7 @@ from aiohttp import StreamReader
 
 from proxy.body_ahead import BodyAhead
 from proxy.errors import RequestTimeout
+from proxy.unfilled import unfilled
 
 LONG_BYTES = 48 * 1024
 """From so much still to come on: lending the connection costs some 20 us, as much as copying this twice."""
@@ -31,9 +32,10 @@ async def receive(content: StreamReader, handler: BodyAhead, length: int, limit_
     """The body of `length` bytes of a request whose parser has seen its head, and perhaps a part of it.
 
     Raises RequestTimeout where it did not come within `limit_seconds`; the connection then closes behind the answer.
-    When the client leaves meanwhile, aiohttp cancels the request's task, and so this.
+    When the client leaves meanwhile, aiohttp cancels the request's task, and so this; ConnectionResetError where it
+    has left before.
     """
-    body = bytearray(length)
+    body = unfilled(length)
     content.set_read_chunk_size(length)  # so that nothing stays behind in a parser that was paused
     ahead = handler.take_ahead()
     filled = len(ahead)
@@ -41,8 +43,10 @@ async def receive(content: StreamReader, handler: BodyAhead, length: int, limit_
     while not content.at_eof() and (piece := content.read_nowait()):
         body[filled : filled + len(piece)] = piece
         filled += len(piece)
-    transport = handler.transport
-    if filled < length and transport is not None:
+    if filled < length:
+        transport = handler.transport
+        if transport is None:
+            raise ConnectionResetError("the client left inside its body")
         rest = _Rest(handler, transport, memoryview(body)[filled:])
         timer = asyncio.get_running_loop().call_later(limit_seconds, rest.give_up, limit_seconds)
         rest.begin()

@@ -72,10 +72,14 @@ class _Paper:
             found += 1
         low = OFFSETS_BYTES[found - 1] if found else 0
         high = OFFSETS_BYTES[found] if found < len(places) else ends[-1] + 1
-        for at in range(bisect_left(ends, high) - 1, bisect_right(ends, low) - 1, -1):
-            if hashes[at] in held:
-                return ends[at], ends[at]
-        return low, high
+        first, last = bisect_right(ends, low), bisect_left(ends, high)
+        between = hashes[first:last]
+        between.reverse()
+        deepest = next(filter(held.__contains__, between), None)
+        if deepest is None:
+            return low, high
+        end = ends[last - 1 - between.index(deepest)]
+        return end, end
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from proxy.model import Body, Media
 from proxy.wire.shapes import DECODE_ERRORS, Part, decode_parts, decode_parts_message
 
 MEDIA_BYTES_LEAST: Final = 1024  # bytes; below that, a picture is worth no more tokens than text of its length
-_SAMPLES: Final = 4096  # of one body: 5 us
+_SAMPLES: Final = 2048  # of one body: 3 us
 _STRIDE_LEAST: Final = 61  # bytes; odd, so as not to keep step with escapes of six characters
 _RUN = b"b" * 64  # samples in a row that are base64: in prose one byte in five is not, so one body in 500 has such
 _BASE64 = bytes(
