@@ -9,6 +9,10 @@ ADMIN_PORT ?= 8090
 # for bench-fleet and bench-replay: a trace in Mooncake's form
 TRACE ?=
 
+# those that meet compiled code
+COMPILED_TESTS := tests/test_compiled.py tests/cache/test_prefix.py $(wildcard tests/cache/test_index*.py) \
+  tests/cache/test_journal.py tests/proxy tests/scenarios
+
 .PHONY: run test cairn lint format lock setup-run setup-test clean bench-datapath bench-soak bench-fleet bench-replay \
   bench-peers
 
@@ -22,7 +26,7 @@ test: .venv/.dev .venv/.cairn
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
-	PYTHONSAFEPATH=1 .venv/bin/python -m pytest --installed --import-mode=append tests/test_compiled.py tests/cache tests/proxy tests/scenarios
+	PYTHONSAFEPATH=1 .venv/bin/python -m pytest --installed --import-mode=append -m "not engine" $(COMPILED_TESTS)
 	.venv/bin/python -m pytest
 
 cairn: .venv/.cairn

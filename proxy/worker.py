@@ -48,7 +48,7 @@ def run(control_descriptor: int, listen_descriptors: Sequence[int], parent_pid: 
         signal.signal(number, signal.SIG_IGN)
     if not _tie_to_parent(parent_pid):
         return 1
-    _keep_freed_memory()
+    keep_freed_memory()
     control = socket.socket(fileno=control_descriptor)
     listening = [socket.socket(fileno=descriptor) for descriptor in listen_descriptors]
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -62,7 +62,7 @@ def _tie_to_parent(parent_pid: int) -> bool:
     return os.getppid() == parent_pid
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep the pages of freed bodies: a 2 MB body otherwise costs 390 page faults, some 0.2 ms, each time.
 
     Where the C library is another one, nothing is changed.

@@ -2,8 +2,9 @@
 
 What the system's network costs is left out, and the least of many batches is shown, so the figure hardly depends on
 what else the machine does: for finding what a change gave, never for comparing proxies (that is `datapath`).
+The sources are measured as they stand; with -P, the installed and compiled Cairn.
 
-python -m benchmarks.path [--sizes 1k,64k] [--chunks 200] [--seconds 2] [--profile 40]
+python [-P] -m benchmarks.path [--sizes 1k,64k] [--chunks 200] [--seconds 2] [--profile 40]
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from proxy.control import WorkerControl
 from proxy.errors import ConnectFailed
 from proxy.logs import AccessLog
 from proxy.upstream import client as upstream_client
+from proxy.worker import keep_freed_memory
 
 _CONNECTIONS = 16
 _BATCH_SECONDS = 0.05
@@ -300,6 +302,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     arguments.sizes = [parse_size(text) for text in arguments.sizes.split(",") if text]
     gc.enable()
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as scratch, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main(arguments, Path(scratch)))
     sys.exit(0)
