@@ -1,6 +1,7 @@
 # Two commands matter: `make run` and `make test`. Both set up .venv first, from the locks, and install Cairn into it
 # with its data path compiled; `make cairn` does so again after a change (they do, too).
-PYTHON ?= python3
+# the Python to set .venv up with; without, the quickest of those that are there
+PYTHON ?=
 SOURCES := $(shell find cache proxy -name '*.py' -o -name '*.html' -o -name '*.js' -o -name '*.css')
 # for `make run`: base URLs (by commas) to serve before in place of the local engines, and the ports on loopback
 UPSTREAM ?=
@@ -66,7 +67,7 @@ bench-peers: .peers/.done
 
 .peers/.done: benchmarks/peers.lock
 	@echo "Setting up .peers (sglang-router and vllm-router, a minute) ..."
-	@[ -x .peers/bin/pip ] || $(PYTHON) -m venv .peers
+	@[ -x .peers/bin/pip ] || $(or $(PYTHON),python3) -m venv .peers
 	@.peers/bin/pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes -r benchmarks/peers.lock
 	@touch $@
 

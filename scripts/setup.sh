@@ -29,8 +29,7 @@ quickest() {
 }
 
 choose() {
-  wanted=${PYTHON:-python3}
-  [ "$wanted" != python3 ] || wanted="python3 /usr/bin/python3 python3.14 python3.13 python3.12 python3.11"
+  wanted=${PYTHON:-python3 /usr/bin/python3 python3.14 python3.13 python3.12 python3.11}
   suitable=
   for candidate in $wanted; do
     if suits "$candidate"; then suitable="${suitable:+$suitable }$candidate"; fi
