@@ -14,6 +14,9 @@ TRACE ?=
 COMPILED_TESTS := tests/test_compiled.py tests/cache/test_prefix.py $(wildcard tests/cache/test_index*.py) \
   tests/cache/test_journal.py tests/proxy tests/scenarios
 
+# two that set .venv up must not do so at once
+.NOTPARALLEL:
+
 .PHONY: run test cairn lint format lock setup-run setup-test clean bench-datapath bench-soak bench-fleet bench-replay \
   bench-peers
 

@@ -27,7 +27,7 @@ COARSE_REACH_BYTES = 128 * 1024
 """How far the coarse blocks reach; a whole number of the next."""
 
 DEEP_BLOCK_BYTES: Final = 4096
-"""Block size from there on, where half a block is less than a percent of what comes before it."""
+"""Block size from there on, where half a block is under two percent of what comes before it."""
 
 
 def chain_root(parts: Iterable[bytes]) -> int:

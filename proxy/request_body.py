@@ -51,23 +51,22 @@ async def read_body(request: Asked, limit_bytes: int, limit_seconds: float) -> b
         RequestTimeout: it did not arrive within `limit_seconds`.
         BadRequest: its framing is broken.
     """
-    declared = request.headers.get("Content-Length")
-    # aiohttp has refused a length that is no number
-    if declared is not None and int(declared) > limit_bytes:
-        raise TooLarge(f"The body has {declared} bytes; at most {limit_bytes} are read.")
+    length = request.content_length
+    if length is not None and length > limit_bytes:
+        raise TooLarge(f"The body has {length} bytes; at most {limit_bytes} are read.")
     content = request.content
     if content.is_eof() and not content.exception():
         return _within(content.read_nowait(), limit_bytes)
     protocol = request.protocol
-    if declared is not None and isinstance(protocol, BodyAhead):
-        length, here_bytes = int(declared), protocol.ahead_bytes
+    if length is not None and isinstance(protocol, BodyAhead):
+        here_bytes = protocol.ahead_bytes
         if here_bytes >= length:
             return protocol.take_whole(content, length)
         if length - here_bytes - content.total_bytes >= LONG_BYTES:
             return await receive(content, protocol, length, limit_seconds)
         protocol.give_back_ahead()
     # one wake-up for many reads from the socket: a long body otherwise costs a pause and a resume for each 128 KB
-    content.set_read_chunk_size(int(declared) if declared is not None else _UNDECLARED_CHUNK_BYTES)
+    content.set_read_chunk_size(_UNDECLARED_CHUNK_BYTES if length is None else length)
     pieces: list[bytes] = []
     size_bytes = 0
     # a bare timer: `asyncio.timeout` costs four times as much, for a scope that nothing here needs

@@ -53,7 +53,7 @@ if [ "$what" = cairn ]; then
   # behind the installed packages, so that demo, benchmarks and tests are found beside an installed Cairn
   .venv/bin/python -c 'import os, sysconfig; print(os.getcwd(), file=open(sysconfig.get_path("purelib") + "/cairn-tree.pth", "w"))'
   case $(.venv/bin/cairn --version) in
-    *interpreted*) echo "Not compiled, which costs a third more CPU: a C compiler or Python's headers are missing." \
+    *interpreted*) echo "Not compiled, which costs up to half as much CPU again: a C compiler or Python's headers are missing." \
       "On Debian and Ubuntu: apt install gcc python3-dev" >&2 ;;
   esac
   touch .venv/.cairn
@@ -62,7 +62,7 @@ fi
 
 # a virtual environment whose interpreter has gone, or is too old, is of no use
 suits .venv/bin/python || rm -rf .venv
-[ -d .venv ] || choose
+if [ -d .venv ]; then python=.venv/bin/python; else choose; fi
 
 if command -v uv >/dev/null 2>&1; then
   echo "Setting up .venv with uv, once ..."
@@ -70,7 +70,7 @@ if command -v uv >/dev/null 2>&1; then
   VIRTUAL_ENV=.venv uv pip install --require-hashes -r "requirements/$what.lock"
 else
   echo "Setting up .venv with pip, once; it takes a minute ..."
-  if [ ! -x .venv/bin/pip ] && ! "${python:-.venv/bin/python}" -m venv .venv >.venv.log 2>&1; then
+  if [ ! -x .venv/bin/pip ] && ! "$python" -m venv .venv >.venv.log 2>&1; then
     cat .venv.log >&2
     rm -rf .venv .venv.log
     echo "$python cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv (or install uv)." >&2

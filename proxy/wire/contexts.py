@@ -18,6 +18,7 @@ from proxy.errors import BadRequest
 from proxy.model import Body, Edit, Prompt
 from proxy.wire.offsets import span_of
 from proxy.wire.request import CACHE_MESSAGE_BYTES_MOST
+from proxy.wire.shapes import DECODE_ERRORS
 
 TTL_SECONDS_MOST = 10 * 366 * 86_400  # ten years: what is longer is a mistake of the unit
 CONTEXT_ID = re.compile(r"cache-[0-9a-f]{32}")
@@ -25,7 +26,6 @@ TAG = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,127}")
 _CONTENT_PARAM = "messages[0].content"
 _NONE = Raw()
 _PREFIX = b"x-msh-context-cache"
-_DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class Reference(msgspec.Struct, frozen=True):
@@ -202,5 +202,5 @@ def _meaning(value: memoryview) -> bytes:
     """One text for all that mean the same. Encoded again, since Python takes true for 1 and 1 for 1.0."""
     try:
         return msgspec.json.encode(msgspec.json.decode(value), order="deterministic")
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         return bytes(value)

@@ -43,12 +43,11 @@ from proxy.wire.shapes import (
 
 MODEL_NAME_BYTES_MOST: Final = 512  # bytes; the longest names seen (paths of local models) stay under 300
 
-CACHE_MESSAGE_BYTES_MOST = (
-    1024  # bytes of the JSON text of a message that names a stored context; twice what it needs
-)
-_SEARCHED_BYTES: Final = (
-    8192  # a body up to this is searched as one, at 1 us per KB; of others only the short messages
-)
+CACHE_MESSAGE_BYTES_MOST: Final = 1024
+"""Of the JSON text of a message that names a stored context; twice what it needs."""
+
+_SEARCHED_BYTES: Final = 8192
+"""A body up to this is searched as one, at 1 us per KB; of others only the short messages."""
 
 _NOTHING = frozenset({b"", b"null", b"[]", b"{}"})
 
