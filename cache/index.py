@@ -72,6 +72,13 @@ MAX_IN_FLIGHT: Final = 65_536
 ORIGIN_BITS: Final = 24
 """Placement ids are origin << (63 - ORIGIN_BITS) | counter: no two writers share one, and they fit a signed 64."""
 
+# constants: the member of an enum is looked up in Python
+_NOTHING: Final = Learnt.NOTHING
+_RIGHT: Final = Learnt.RIGHT
+_LESS: Final = Learnt.LESS
+_MORE: Final = Learnt.MORE
+_RESTARTED: Final = Learnt.RESTARTED
+
 
 @dataclass(slots=True, eq=False)
 class _Replica:
@@ -223,7 +230,7 @@ class PrefixIndex:
         resident = state.shelf.tokens
         learnt = self._judge(state, placement, error, cached_tokens, steps)
         self._confirm(state.shelf, placement.fingerprint, steps, prompt_tokens, output_tokens)
-        epoch = state.epoch + 1 if learnt is Learnt.RESTARTED else None
+        epoch = state.epoch + 1 if learnt is _RESTARTED else None
         budget = self._new_budget(state, learnt, resident)
         if decide and epoch is not None:
             self.new_epoch(placement.replica, epoch)
@@ -416,32 +423,32 @@ class PrefixIndex:
     ) -> Learnt:
         """Compare and drop or recount what was wrong; the caller turns the result into an epoch or a budget."""
         if error is None or state.ttl_seconds is not None:
-            return Learnt.NOTHING
+            return _NOTHING
         if cached:
             state.suspect = None
         tolerance = max(MIN_TOLERANCE_TOKENS, placement.tolerance_tokens)
         if error > tolerance + placement.allowance_tokens:
-            return Learnt.MORE
+            return _MORE
         if not placement.confident:
-            return Learnt.NOTHING
+            return _NOTHING
         if error >= -tolerance:
             if error and cached and not placement.exact:
                 recount(steps, placement.held_blocks, error)
-            return Learnt.RIGHT
+            return _RIGHT
         if not cached:
             return self._suspect(state, placement)
         if not placement.exact and -error <= RECOUNT_SHARE * placement.predicted_tokens:
             recount(steps, placement.held_blocks, error)
             return Learnt.RECOUNTED
         self._drop_below(state.shelf, placement, cached, steps)
-        return Learnt.LESS
+        return _LESS
 
     def _suspect(self, state: _Replica, placement: Placement) -> Learnt:
         first = state.suspect
         if first is None or _same_chain(first, placement):
             state.suspect = placement
             return Learnt.SUSPECT
-        return Learnt.RESTARTED
+        return _RESTARTED
 
     def _drop_below(self, shelf: Shelf, placement: Placement, cached: int, steps: list[Step]) -> None:
         """Drop what hangs on the part that the engine had lost, but for this chain, which it has just computed anew,
@@ -494,11 +501,11 @@ class PrefixIndex:
         """The budget that follows from what was learnt while `resident` tokens were here, in tokens, or None."""
         budget = state.budget_tokens
         full = resident >= FULL * budget
-        if learnt is Learnt.LESS and state.placed_tokens >= min(resident, budget):
+        if learnt is _LESS and state.placed_tokens >= min(resident, budget):
             return max(1, int(SHRINK * min(resident, budget)))
-        if learnt is Learnt.MORE and full:
+        if learnt is _MORE and full:
             return min(UNLIMITED_TOKENS, int(GROW * budget) + 1)
-        if learnt is Learnt.RIGHT and full:
+        if learnt is _RIGHT and full:
             return min(UNLIMITED_TOKENS, int(GROW_FULL_AND_RIGHT * budget) + 1)
         return None
 

@@ -82,6 +82,10 @@ class JournalState(enum.StrEnum):
     ALONE = "alone"  # without Redis, or not caught up yet: this worker knows what it routed itself
 
 
+_LIVE: Final = JournalState.LIVE  # constants: the member of an enum is looked up in Python
+_AVAILABLE: Final = StoreState.AVAILABLE
+
+
 @dataclass(slots=True)
 class JournalStats:
     """Counts since the start."""
@@ -229,7 +233,7 @@ class Journal:
     ) -> Feedback:
         """Learn from an answer's usage; see `PrefixIndex.answered`."""
         now = self._clock.unix()
-        live = self.state is JournalState.LIVE
+        live = self.state is _LIVE
         feedback = self._index.answered(placement, prompt_tokens, cached_tokens, output_tokens, now, decide=not live)
         if not _is_shared(placement):
             return feedback
@@ -279,8 +283,8 @@ class Journal:
     @property
     def state(self) -> JournalState:
         """How the shared index stands."""
-        if self._synced and self._store.state is StoreState.AVAILABLE:
-            return JournalState.LIVE
+        if self._synced and self._store.state is _AVAILABLE:
+            return _LIVE
         return JournalState.ALONE if self._ready.is_set() else JournalState.STARTING
 
     @property
@@ -293,7 +297,7 @@ class Journal:
         `ready_seconds` in any case: then it goes on catching up in the background."""
         loops = {"read": self._read_forever, "write": self._write_forever, "keep": self._keep_forever}
         self._running = [self._tasks.start(loop(), f"journal-{name}") for name, loop in loops.items()]
-        if self._store.state is StoreState.AVAILABLE:
+        if self._store.state is _AVAILABLE:
             try:
                 async with asyncio.timeout(ready_seconds):
                     await self._ready.wait()

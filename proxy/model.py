@@ -28,13 +28,11 @@ class Endpoint(enum.StrEnum):
     CACHING = "caching"
     OTHER = "other"
 
-    @property
-    def is_generation(self) -> bool:
-        """True where a prompt is prefilled, so that prefixes matter and a second try is safe."""
-        return self in _GENERATION
+    is_generation: bool
+    """True where a prompt is prefilled, so that prefixes matter and a second try is safe."""
 
-
-_GENERATION = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES, Endpoint.MESSAGES})
+    def __init__(self, label: str) -> None:
+        self.is_generation = label in ("chat_completions", "completions", "responses", "messages")
 
 
 class CacheStatus(enum.StrEnum):
@@ -141,18 +139,13 @@ class Prompt(msgspec.Struct, frozen=True):
     stream: bool
     chain_salt: tuple[bytes, ...]
     spans: tuple[memoryview | bytes, ...]
+    size_bytes: int  # of all spans, and of the stored context that goes before them
     usage_request: UsageRequest = UsageRequest.NOT_APPLICABLE
     stream_options_span: tuple[int, int] = (0, 0)
     pinned_to: str | None = None  # previous_response_id, or the first file id
     media: tuple[Media, ...] = ()
     max_output_tokens: int | None = None
     may_name_context: bool = False  # somewhere in a short message stands "cache", perhaps as a role
-    stored_bytes: int = 0  # of a stored context that goes before `spans`
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all spans, and of the stored context before them."""
-        return self.stored_bytes + sum(map(len, self.spans))
 
 
 class Call(msgspec.Struct, frozen=True):

@@ -51,6 +51,12 @@ _REFUSAL_AT_MOST_BYTES = 64 * 1024
 _FULL_STATUS = frozenset({429, 503, 529})
 _IDEMPOTENT_METHODS = frozenset({"GET", "HEAD"})
 _OPENING_BYTES: Final = 2048  # of a stream of the responses surface, in which its id is looked for
+_COMPLETE: Final = Ending.COMPLETE  # constants: the member of an enum is looked up in Python
+_TRUNCATED: Final = Ending.TRUNCATED
+_UPSTREAM_STATUS: Final = Ending.UPSTREAM_STATUS
+_INTERNAL: Final = Ending.INTERNAL
+_RESPONSES: Final = Endpoint.RESPONSES
+_OTHER: Final = Endpoint.OTHER
 _FIRST_ID = re.compile(rb'"id"\s*:\s*"([^"\\]+)"')
 
 
@@ -257,14 +263,14 @@ class Relay:
                     kept.append(piece)
                 await downstream.write(piece)
             downstream.end()
-        journey.ending = Ending.COMPLETE if answer.status < 400 else Ending.UPSTREAM_STATUS
+        journey.ending = _COMPLETE if answer.status < 400 else _UPSTREAM_STATUS
         if answer.status < 300 and journey.usage is None and journey.answer_bytes <= _READ_AT_MOST_BYTES:
             self._read_plain(journey, answer, b"".join(kept))
 
     def _read_plain(self, journey: Journey, answer: UpstreamAnswer, body: bytes) -> None:
         """Usage and the ids that live on this replica, out of a whole plain answer."""
         endpoint = journey.call.endpoint
-        makes_something = endpoint in (Endpoint.RESPONSES, Endpoint.OTHER) and journey.call.method == "POST"
+        makes_something = endpoint in (_RESPONSES, _OTHER) and journey.call.method == "POST"
         if not (endpoint.is_generation or makes_something):
             return
         if encoding := answer.header(b"content-encoding"):
@@ -283,7 +289,7 @@ class Relay:
             if rest := tap.close():
                 await downstream.write(rest)
             downstream.end()
-            journey.ending = Ending.COMPLETE if tap.finished and not tap.error_seen else Ending.TRUNCATED
+            journey.ending = _COMPLETE if tap.finished and not tap.error_seen else _TRUNCATED
         except UpstreamError as error:
             event = error_event(error, journey.call.endpoint, mid_event=tap.mid_event)
             downstream.write_last(event)
@@ -291,14 +297,14 @@ class Relay:
         finally:
             journey.usage = tap.usage
         if answer.status >= 400:
-            journey.ending = Ending.UPSTREAM_STATUS
+            journey.ending = _UPSTREAM_STATUS
 
     async def _relay_events(
         self, journey: Journey, answer: UpstreamAnswer, downstream: Downstream, tap: StreamTap
     ) -> None:
         encoding = answer.header(b"content-encoding")
         decoder = AnswerDecoder(encoding) if encoding else None
-        wants_id = journey.call.endpoint is Endpoint.RESPONSES
+        wants_id = journey.call.endpoint is _RESPONSES
         opening = b""
 
         def pass_on(piece: bytes, framed: bytes | None) -> bool:
@@ -357,7 +363,7 @@ class Relay:
 
     def _end(self, journey: Journey, *, client_left: bool = False) -> None:
         """Give back what the attempt claimed. Comes twice where a client leaves."""
-        if client_left and journey.ending is Ending.INTERNAL:
+        if client_left and journey.ending is _INTERNAL:
             journey.ending = Ending.CLIENT_LEFT
             phase = "before_first_token" if journey.first_token_seconds is None else "after_first_token"
             self._recorder.inc(STREAM_ABORTS, ("client", phase))

@@ -94,7 +94,8 @@ class Use:
         reset = None if reference.dry_run else reference.reset_ttl_seconds
         ends = row.expires_unix_seconds if reset is None else self._store.now() + reset
         journey.stored = StoredUse(row, content, ends, reset)
-        journey.prompt = replace(prompt, spans=spliced.rest, stored_bytes=content.span_bytes)
+        size_bytes = content.span_bytes + sum(map(len, spliced.rest))
+        journey.prompt = replace(prompt, spans=spliced.rest, size_bytes=size_bytes)
         journey.edits += spliced.edits
         journey.only_checked = reference.dry_run
         journey.context_notes = (

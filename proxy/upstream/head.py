@@ -76,7 +76,7 @@ class HeadWriter:
         head = b"\r\n".join(lines)
         line_ends = len(lines) + (1 if lines[-1] == b"\r\n" else 2)
         # Three scans of the whole are cheaper than one of each value, and miss no line end that is not its own.
-        if head.count(b"\r") != line_ends or head.count(b"\n") != line_ends or b"\0" in head:
+        if head.count(b"\r") != line_ends or head.count(b"\n") != line_ends or 0 in head:
             raise ValueError("a header's value has no CR, LF or NUL")
         return head
 

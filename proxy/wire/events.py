@@ -21,6 +21,7 @@ from proxy.wire.shapes import (
 )
 
 _BOM: Final = b"\xef\xbb\xbf"
+_CR: Final = 13
 
 NOTHING = EventRead()
 _DONE = EventRead(finished=True)
@@ -36,7 +37,7 @@ def data_of(event: bytes) -> bytes:
 
 def read_event(event: bytes, endpoint: Endpoint) -> EventRead:
     """What the raw `event` of a stream of `endpoint` says; never raises."""
-    if event.startswith(b"data: {") and 0 < len(event) - event.find(b"\n") <= 2 and b"\r" not in event:
+    if event.startswith(b"data: {") and 0 < len(event) - event.find(b"\n") <= 2 and _CR not in event:
         payload = event[6:]  # one line of JSON, as nearly all are; white space behind it does no harm
     else:
         payload = data_of(event).strip()

@@ -42,6 +42,9 @@ _NOT_FORWARDED_WITH_KEY = _NOT_FORWARDED | _CREDENTIALS
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id", b"set-cookie", b"alt-svc", b"strict-transport-security"}
 _OWN_PREFIXES = (b"x-cairn-", b"x-forwarded-", b"x-msh-context-cache")  # ours, or spoofable: never passed on
 
+_NUL: Final = 0
+_LF: Final = 10
+_CR: Final = 13
 _NAMES_REMEMBERED: Final = 1024  # strangers make up names: the tables stop growing there
 _NAME_BYTES_REMEMBERED: Final = 64
 _NOTHING_LISTED = frozenset({b"keep-alive", b"close", b"Keep-Alive"})  # what most clients and servers say
@@ -204,4 +207,4 @@ def _not_listed(headers: list[tuple[bytes, bytes]], listed: list[bytes]) -> list
 
 def _breaks_out(headers: list[tuple[bytes, bytes]]) -> bool:
     text = b"".join([value for _, value in headers])
-    return b"\n" in text or b"\r" in text or b"\0" in text
+    return _LF in text or _CR in text or _NUL in text  # as numbers: for bytes Python first raises an error, unseen

@@ -50,6 +50,7 @@ _SEARCHED_BYTES: Final = 8192
 """A body up to this is searched as one, at 1 us per KB; of others only the short messages."""
 
 _NOTHING = frozenset({b"", b"null", b"[]", b"{}"})
+_NOT_APPLICABLE: Final = UsageRequest.NOT_APPLICABLE
 
 
 _TEMPLATE = (
@@ -100,8 +101,8 @@ def _read_chat(body: Body) -> Prompt:
 def _may_name_context(body: Body, spans: list[memoryview]) -> bool:
     """Whether a message could have the role `cache`: never wrongly no, but for a role written with escapes."""
     if len(body) <= _SEARCHED_BYTES:
-        return b'"cache"' in body
-    return any(len(span) <= CACHE_MESSAGE_BYTES_MOST and b'"cache"' in bytes(span) for span in spans)
+        return body.find(b'"cache"') >= 0  # `in` costs four times as much
+    return any(len(span) <= CACHE_MESSAGE_BYTES_MOST and bytes(span).find(b'"cache"') >= 0 for span in spans)
 
 
 def _read_completion(body: Body) -> Prompt:
@@ -135,7 +136,7 @@ def _read_responses(body: Body) -> Prompt:
 
 def _read_embeddings(body: Body) -> Prompt:
     fields = _decoded(decode_embeddings, body)
-    return Prompt(body, fields.model, False, (fields.model.encode(),), ())
+    return Prompt(body, fields.model, False, (fields.model.encode(),), (), 0)
 
 
 _READERS: dict[Endpoint, Callable[[Body], Prompt]] = {
@@ -158,7 +159,7 @@ def _prompt(
     always_reports: bool = False,
     names_context: bool = False,
 ) -> Prompt:
-    asked, options = UsageRequest.NOT_APPLICABLE, (0, 0)
+    asked, options = _NOT_APPLICABLE, (0, 0)
     if fields.stream and not always_reports:
         asked, options = _usage_request(body, fields.stream_options)
     return Prompt(
@@ -167,6 +168,7 @@ def _prompt(
         fields.stream is True,
         _salt(fields),
         tuple(spans),
+        sum([len(span) for span in spans]),
         asked,
         options,
         pinned_to,
@@ -242,7 +244,7 @@ def _usage_request(body: Body, options: Raw) -> tuple[UsageRequest, tuple[int, i
     try:
         asked = decode_options(options)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return UsageRequest.NOT_APPLICABLE, (0, 0)
+        return _NOT_APPLICABLE, (0, 0)
     if asked is not None and asked.include_usage:
         return UsageRequest.ASKED, (0, 0)
     return UsageRequest.REPLACE, span_of(body, options)

@@ -7,11 +7,14 @@ the body is copied: what is sent is a list of slices.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import msgspec
 
 from proxy.model import Body, Edit, Prompt, UsageRequest
 
+_ABSENT: Final = UsageRequest.ABSENT  # constants: the member of an enum is looked up in Python
+_REPLACE: Final = UsageRequest.REPLACE
 _ASK = b'{"include_usage":true}'
 _ASK_MEMBER = b'"stream_options":{"include_usage":true},'
 
@@ -46,10 +49,10 @@ def _place(edit: Edit) -> tuple[int, int]:
 
 def ask_usage(prompt: Prompt) -> Edit | None:
     """The edit that makes the stream report usage, or None where it does so already or cannot."""
-    if prompt.usage_request is UsageRequest.ABSENT:
+    if prompt.usage_request is _ABSENT:
         start = prompt.body.index(b"{") + 1
         return Edit(start, start, _ASK_MEMBER)
-    if prompt.usage_request is UsageRequest.REPLACE:
+    if prompt.usage_request is _REPLACE:
         start, end = prompt.stream_options_span
         return Edit(start, end, _with_usage(prompt.body[start:end]))
     return None

@@ -26,7 +26,9 @@ _LAST_EVENTS: Final = 64  # read at the end: [DONE], usage, finish, and keep-ali
 _EVENT_END = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
 _LINE_ENDS = re.compile(rb"[\r\n]*")
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-_COLON, _CR, _LF = b":\r\n"
+_COLON: Final = 58
+_CR: Final = 13
+_LF: Final = 10
 _COMMENT_OR_BLANK = frozenset((_COLON, _CR, _LF))
 _PING: Final = b"event: ping"  # Anthropic's keep-alive
 
@@ -103,7 +105,7 @@ class StreamTap:
                 not self._buffer
                 and self._drop_line_feed is None
                 and not self._skipping
-                and b"[]" not in chunk
+                and chunk.find(b"[]") < 0  # `in` costs four times as much
                 and chunk.endswith(b"\n\n")
             ):
                 return chunk
@@ -182,7 +184,7 @@ class StreamTap:
         out: list[bytes] = []
         fresh = self._without_owed_line_feed(chunk, out)
         self._buffer += fresh
-        self._has_cr = self._has_cr or b"\r" in fresh
+        self._has_cr = self._has_cr or _CR in fresh
         start = self._blank_lines(0, out)
         while (end := self._event_end()) > 0:
             self._take(bytes(self._buffer[start:end]), out, last=end == len(self._buffer))
@@ -257,7 +259,7 @@ class StreamTap:
     def _last_reads(self) -> list[EventRead]:
         """The events from the last one with a token, or without any meaning, to the end of the tail."""
         tail = b"".join(self._tail)
-        if b"\r" in tail:
+        if _CR in tail:
             tail = tail.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         events = tail.split(b"\n\n")
         reads: list[EventRead] = []
