@@ -31,6 +31,9 @@ class CompileHook(BuildHookInterface[Any]):
         if done.returncode:
             rmtree(folder)
             raise RuntimeError(f"compiling the data path failed:\n{done.stdout}\n{done.stderr}")
+        for line in done.stderr.splitlines():
+            if line.startswith("compiled without"):
+                self.app.display_warning(line)
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         libraries = [path for path in folder.rglob(f"*{suffix}") if not path.is_relative_to(folder / "o")]
         build_data["force_include"].update({str(path): str(path.relative_to(folder)) for path in libraries})

@@ -44,7 +44,7 @@ choose() {
 }
 
 if [ "$what" = cairn ]; then
-  echo "Installing Cairn, its data path compiled (a minute) ..."
+  echo "Installing Cairn, its data path compiled (two minutes) ..."
   if [ -x .venv/bin/pip ]; then
     .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --force-reinstall .
   else

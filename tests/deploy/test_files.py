@@ -117,7 +117,9 @@ def test_compose_and_the_files_that_it_mounts_agree() -> None:
 
 def test_the_image_copies_what_exists_and_does_not_run_as_root() -> None:
     """Every source of a COPY passes the ignore file; both stages have the same exact base."""
-    sources = [line.split()[1] for line in re.findall(r"^COPY (?!--from).*", DOCKERFILE, re.M)]
+    sources = [
+        source for line in re.findall(r"^COPY (?!--from).*", DOCKERFILE, re.M) for source in line.split()[1:-1]
+    ]
     allowed = (DEPLOY / "Dockerfile.dockerignore").read_text()
     assert sources
     for source in sources:
