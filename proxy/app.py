@@ -231,6 +231,7 @@ class Worker:
         )
         self.reporter = Reporter(
             control,
+            settlement,
             self.recorder,
             self.fleet,
             self.pools,

@@ -18,6 +18,7 @@ from proxy.metrics import Labels, Spec
 from proxy.pools import Pools
 from proxy.queue import Queue
 from proxy.recorder import Recorder
+from proxy.settlement import Settlement
 from proxy.shadow import Shadow
 from proxy.sightings import Sightings
 
@@ -34,6 +35,7 @@ class Reporter:
     def __init__(
         self,
         control: WorkerControl,
+        settlement: Settlement,
         recorder: Recorder,
         fleet: Fleet,
         pools: Pools,
@@ -49,6 +51,7 @@ class Reporter:
         clock: Clock,
     ) -> None:
         self._control = control
+        self._settlement = settlement
         self._recorder = recorder
         self._fleet = fleet
         self._index = index
@@ -72,6 +75,7 @@ class Reporter:
 
     def report(self) -> None:
         """One report; where the supervisor does not read, the counts stay for the next."""
+        self._settlement.count()
         up = self._set_replica_gauges()
         self._set_index_figures()
         self._set_store_figures()

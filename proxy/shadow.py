@@ -16,7 +16,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Final
 
 from cache import Fingerprint, Placement, ReplicaStats
 from proxy.pools import Pools
@@ -27,6 +27,7 @@ it (`cache.prefix`). Between two of them the ends of earlier prompts tell more."
 
 PLACES_PER_REPLICA = 32_768  # of a paper cache, some 4 MB; beyond, the longest unused go
 PLACES_SEEN = 131_072  # some 14 MB
+_NEAR_SHARE: Final = 0.05  # a count of tokens is not corrected for less: each prompt has its own per byte
 
 
 class _Paper:
@@ -47,18 +48,20 @@ class _Paper:
 
     def hold(self, fingerprint: Fingerprint, places: list[int], tokens_per_byte: float) -> None:
         """The deepest place first, so that it is the first to go; what comes after it is counted with it."""
-        held, pop = self.places, self.places.pop
+        held = self.places
         last = fingerprint.hashes[-1]
-        held[last] = pop(last, 0.0)
-        added, end = 0.0, fingerprint.size_bytes
+        held[last] = held.pop(last, 0.0)
+        end = fingerprint.ends[-1]
         for number in range(len(places) - 1, -1, -1):
             begin = OFFSETS_BYTES[number - 1] if number else 0
             tokens = (end - begin) * tokens_per_byte
             place = places[number]
-            added += tokens - pop(place, 0.0)
-            held[place] = tokens
+            before = held.get(place, 0.0)
+            if abs(tokens - before) > _NEAR_SHARE * tokens:
+                held[place] = tokens
+                self.tokens += tokens - before
+            held.move_to_end(place)
             end = begin
-        self.tokens += added
         while held and (self.tokens > self.budget_tokens or len(held) > PLACES_PER_REPLICA):
             self.tokens -= held.popitem(last=False)[1]
 
@@ -82,12 +85,14 @@ class _Paper:
         return end, end
 
 
-@dataclass(frozen=True, slots=True)
 class Gain:
     """One answer's: what was reported as cached, and what round robin would have had. The difference may be < 0."""
 
-    cached_tokens: int
-    round_robin_tokens: float
+    __slots__ = ("cached_tokens", "round_robin_tokens")
+
+    def __init__(self, cached_tokens: int, round_robin_tokens: float) -> None:
+        self.cached_tokens = cached_tokens
+        self.round_robin_tokens = round_robin_tokens
 
 
 class Shadow:
@@ -189,8 +194,8 @@ def _places(fingerprint: Fingerprint) -> list[int]:
     """The hash at each of the offsets that the prompt reaches, all of which are among its boundaries."""
     hashes, ends = fingerprint.hashes, fingerprint.ends
     at, places = 0, []
-    reached = bisect_right(OFFSETS_BYTES, ends[-1])
-    for offset in OFFSETS_BYTES[:reached]:
+    for number in range(bisect_right(OFFSETS_BYTES, ends[-1])):
+        offset = OFFSETS_BYTES[number]
         at = bisect_left(ends, offset, at)
         places.append(hashes[at])
     return places
