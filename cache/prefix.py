@@ -14,20 +14,15 @@ from xxhash import xxh3_64_intdigest
 
 from cache.fingerprint import Fingerprint
 
-FINE_BLOCK_BYTES: Final = 512
-"""Block size at the head of a prompt, where system prompts fork: about 128 tokens of prose."""
+BLOCK_BYTES_LEAST: Final = 512
+"""Block size up to FINE_REACH_BYTES, where system prompts fork: about 128 tokens of prose."""
 
-FINE_REACH_BYTES = 16 * 1024
-"""How far the fine blocks reach; a whole number of coarse blocks."""
+FINE_REACH_BYTES: Final = 8 * 1024
+"""From there on a block is an eighth of the power of two that lies before it, so half a block, by which a fork may be
+missed, is never more than a sixteenth of what is known."""
 
-COARSE_BLOCK_BYTES: Final = 2048
-"""Block size after that: router blocks of 1 to 4 KB lose nothing against an engine's own of 16 tokens."""
-
-COARSE_REACH_BYTES = 128 * 1024
-"""How far the coarse blocks reach; a whole number of the next."""
-
-DEEP_BLOCK_BYTES: Final = 4096
-"""Block size from there on, where half a block is under two percent of what comes before it."""
+BLOCK_BYTES_MOST: Final = 4096
+"""Block size from 32 KB on: router blocks of 1 to 4 KB lose nothing against an engine's own of 16 tokens."""
 
 
 def chain_root(parts: Iterable[bytes]) -> int:
@@ -86,15 +81,18 @@ def _go_on(
     return Fingerprint(known_hashes + array("Q", hashes), ends)
 
 
-_FINE_BLOCKS = FINE_REACH_BYTES // FINE_BLOCK_BYTES
-_COARSE_BLOCKS = (COARSE_REACH_BYTES - FINE_REACH_BYTES) // COARSE_BLOCK_BYTES
-_LISTED_BYTES = 4 * 1024 * 1024
+_1K: Final = 1024
+_BLOCKS_TO_8K: Final = 16  # boundaries of the grid up to and with that offset
+_BLOCKS_TO_16K: Final = 24
+_BLOCKS_TO_32K: Final = 32
+_LISTED_BYTES: Final = 4 * 1024 * 1024
 _LISTED = array(
     "I",
     [
-        *range(FINE_BLOCK_BYTES, FINE_REACH_BYTES, FINE_BLOCK_BYTES),
-        *range(FINE_REACH_BYTES, COARSE_REACH_BYTES, COARSE_BLOCK_BYTES),
-        *range(COARSE_REACH_BYTES, _LISTED_BYTES, DEEP_BLOCK_BYTES),
+        *range(BLOCK_BYTES_LEAST, FINE_REACH_BYTES, BLOCK_BYTES_LEAST),
+        *range(8 * _1K, 16 * _1K, _1K),
+        *range(16 * _1K, 32 * _1K, 2 * _1K),
+        *range(32 * _1K, _LISTED_BYTES, BLOCK_BYTES_MOST),
     ],
 )
 """The grid, as far as nearly all prompts reach: a slice of it is a copy, where a number made costs half of a hash."""
@@ -105,15 +103,18 @@ def _grid(begin: int, end: int) -> array[int]:
     first, last = _before(begin + 1), _before(end)
     listed = _LISTED[first:last]
     if end > _LISTED_BYTES:
-        beyond = max(begin - begin % DEEP_BLOCK_BYTES + DEEP_BLOCK_BYTES, _LISTED_BYTES)
-        listed.extend(range(beyond, end, DEEP_BLOCK_BYTES))
+        beyond = max(begin - begin % BLOCK_BYTES_MOST + BLOCK_BYTES_MOST, _LISTED_BYTES)
+        listed.extend(range(beyond, end, BLOCK_BYTES_MOST))
     return listed
 
 
 def _before(offset: int) -> int:
     """How many of the grid's offsets lie before `offset`, which is at least 1; the list may end sooner."""
-    if offset <= FINE_REACH_BYTES:
-        return (offset - 1) // FINE_BLOCK_BYTES
-    if offset <= COARSE_REACH_BYTES:
-        return _FINE_BLOCKS + (offset - 1 - FINE_REACH_BYTES) // COARSE_BLOCK_BYTES
-    return _FINE_BLOCKS + _COARSE_BLOCKS + (offset - 1 - COARSE_REACH_BYTES) // DEEP_BLOCK_BYTES
+    last = offset - 1
+    if last < 8 * _1K:
+        return last // BLOCK_BYTES_LEAST
+    if last < 16 * _1K:
+        return _BLOCKS_TO_8K + (last - 8 * _1K) // _1K
+    if last < 32 * _1K:
+        return _BLOCKS_TO_16K + (last - 16 * _1K) // (2 * _1K)
+    return _BLOCKS_TO_32K + (last - 32 * _1K) // BLOCK_BYTES_MOST
