@@ -15,11 +15,6 @@ from typing import Any
 from aiohttp import StreamReader, web
 from aiohttp.http import HttpRequestParser, RawRequestMessage
 
-AHEAD_BYTES = 16 * 1024
-"""From so much in one read on: what is spared is a copy and some calls, what it costs is a new parser (1 us)."""
-
-_NOTHING = memoryview(b"")
-_HEAD_BYTES_MOST = 64 * 1024  # searched for its end
 _PARSER_BUFFER_BYTES = 64 * 1024  # aiohttp's own default
 _PIPELINED_MOST = 10  # requests that aiohttp's parser lets wait on one connection, its own default
 
@@ -31,21 +26,24 @@ class BodyAhead(web.RequestHandler):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._ahead: memoryview | None = None
+        self._ahead: bytes | None = None
 
     def data_received(self, data: bytes) -> None:
         """What a read from the socket gave."""
         if self._ahead is not None and data:
             self.give_back_ahead()
-        elif len(data) >= AHEAD_BYTES and self._waiter is not None:  # between two requests
-            end = data.find(b"\r\n\r\n", 0, _HEAD_BYTES_MOST)
-            if end >= 0:
-                end += 4
-                super().data_received(data[:end])
-                if end < len(data):
-                    self._keep(memoryview(data)[end:])
-                return
         super().data_received(data)
+
+    @property
+    def awaits_head(self) -> bool:
+        """True between two requests."""
+        return self._waiter is not None and self._ahead is None
+
+    def head_came(self, head: bytes, ahead: bytes) -> None:
+        """A read gave a whole head and what came behind it. Only while `awaits_head`."""
+        super().data_received(head)
+        if ahead:
+            self._keep(ahead)
 
     @property
     def ahead_bytes(self) -> int:
@@ -55,27 +53,26 @@ class BodyAhead(web.RequestHandler):
     def take_whole(self, content: StreamReader, length: int) -> bytes:
         """The body, all `length` bytes of which are here."""
         ahead = self.take_ahead()
-        body = bytes(ahead[:length])
         self.body_taken(content, ahead[length:])
-        return body
+        return ahead[:length]
 
-    def take_ahead(self) -> memoryview:
+    def take_ahead(self) -> bytes:
         """What is here of it, while nothing more is read.
 
         Reading must be resumed, and `body_taken` be said once the body is whole, or the connection be closed.
         """
         ahead, self._ahead = self._ahead, None
-        return _NOTHING if ahead is None else ahead
+        return ahead or b""
 
     def give_back_ahead(self) -> None:
         """Let the parser have it. May come at any time."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
-            super().data_received(bytes(ahead))
+            super().data_received(ahead)
             if not self._reading_paused and not self._buffer_paused:
                 self._resume_transport_reading()
 
-    def body_taken(self, content: StreamReader, beyond: memoryview = _NOTHING) -> None:
+    def body_taken(self, content: StreamReader, beyond: bytes = b"") -> None:
         """The body was read past the parser, which still waits for it: a new one goes on with what came `beyond`."""
         content.feed_eof()
         self._parser = HttpRequestParser(
@@ -90,13 +87,13 @@ class BodyAhead(web.RequestHandler):
             max_msg_queue_size=_PIPELINED_MOST,
         )
         if beyond:
-            super().data_received(bytes(beyond))
+            super().data_received(beyond)
 
-    def _keep(self, ahead: memoryview) -> None:
+    def _keep(self, ahead: bytes) -> None:
         """Keep what came behind a head, or give it to the parser where that has a say in it."""
         length = self._announced_bytes()
         if length is None:
-            super().data_received(bytes(ahead))
+            super().data_received(ahead)
             return
         self._ahead = ahead
         if len(ahead) < length:

@@ -66,11 +66,13 @@ class _Rest(asyncio.BufferedProtocol):
         self._transport = transport
         self._room = room
         self._filled = 0
+        self._lender: asyncio.BaseProtocol = handler
         self.whole: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def begin(self) -> None:
         """Borrow the connection. Reading is stopped and begun again, or the loop would go on filling its buffer."""
         self._transport.pause_reading()
+        self._lender = self._transport.get_protocol()
         self._transport.set_protocol(self)
         self._transport.resume_reading()
 
@@ -84,7 +86,7 @@ class _Rest(asyncio.BufferedProtocol):
             handler.close()
         if handler.transport is None:
             return  # it closed
-        self._transport.set_protocol(handler)
+        self._transport.set_protocol(self._lender)
         if not self._transport.is_closing():
             self._transport.pause_reading()  # which it already is where the body is whole
             self._transport.resume_reading()

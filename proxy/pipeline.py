@@ -26,8 +26,8 @@ from proxy.relay import Relay, Upload
 from proxy.settlement import Settlement
 from proxy.tokens import TokenCounts
 from proxy.wire import request as wire_request
-from proxy.wire.contexts import may_name
 from proxy.wire.errors import error_answer
+from proxy.wire.headers import name_context
 
 REASON_PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus} | {529: b"Site is overloaded"}
 NOTHING_MATCHED = Match({})
@@ -135,7 +135,9 @@ class Pipeline:
     async def expand(self, journey: Journey) -> None:
         """Put a stored context where the prompt names one."""
         call, prompt = journey.call, journey.prompt
-        if call.endpoint is _CHAT and prompt is not None and may_name(prompt, call.headers):
+        if prompt is None or call.endpoint is not _CHAT:
+            return
+        if prompt.may_name_context or name_context(call.headers):
             await self._contexts.expand(journey)
 
     def fingerprint(self, journey: Journey) -> None:

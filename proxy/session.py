@@ -20,6 +20,7 @@ from aiohttp.http import HttpVersion, RawRequestMessage
 
 from proxy.body_ahead import BodyAhead
 from proxy.downstream import ClientAnswer
+from proxy.reader import ROOM_BYTES, Reader
 from proxy.request_body import Asked
 
 log = logging.getLogger("cairn.session")
@@ -71,9 +72,10 @@ class SessionServer(web.Server):
     def __init__(self, handle: Handle, **options: Any) -> None:
         # a client that leaves stops its request, whose tokens nobody would read
         super().__init__(handle, handler_cancellation=True, access_log=None, **options)  # type: ignore[arg-type]
+        self._room = bytearray(ROOM_BYTES)
 
-    def __call__(self) -> web.RequestHandler:
-        return Session(self, loop=self._loop, **self._kwargs)
+    def __call__(self) -> Reader:  # type: ignore[override]  # the loop asks for any protocol
+        return Reader(Session(self, loop=self._loop, **self._kwargs), self._room)
 
 
 class Session(BodyAhead):

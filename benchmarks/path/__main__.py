@@ -60,6 +60,9 @@ class Wire:
     def set_protocol(self, protocol: Any) -> None:
         self._protocol = protocol
 
+    def get_protocol(self) -> Any:
+        return self._protocol
+
     def deliver(self, content: memoryview) -> int:
         """Hand over what a read from the socket would give; how much of it was taken."""
         protocol = self._protocol

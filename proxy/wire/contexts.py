@@ -16,6 +16,7 @@ from msgspec import Raw
 
 from proxy.errors import BadRequest
 from proxy.model import Body, Edit, Prompt
+from proxy.wire.headers import CONTEXT_HEADER
 from proxy.wire.offsets import span_of
 from proxy.wire.request import CACHE_MESSAGE_BYTES_MOST
 from proxy.wire.shapes import DECODE_ERRORS
@@ -25,7 +26,6 @@ CONTEXT_ID = re.compile(r"cache-[0-9a-f]{32}")
 TAG = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,127}")
 _CONTENT_PARAM = "messages[0].content"
 _NONE = Raw()
-_PREFIX = b"x-msh-context-cache"
 
 
 class Reference(msgspec.Struct, frozen=True):
@@ -123,17 +123,12 @@ def read_reference(content: Any) -> Reference:
     )
 
 
-def may_name(prompt: Prompt, headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Whether `named_in` or `reference_in` could find something; some 0.5 us."""
-    return prompt.may_name_context or _PREFIX in dict(headers)
-
-
 def reference_in(headers: Iterable[tuple[bytes, bytes]]) -> Reference | None:
     """The context that `X-Msh-Context-Cache` names, None where there is no such header. Raises BadRequest."""
     found: dict[bytes, str] = {}
     for name, value in headers:
-        if name.startswith(_PREFIX):
-            found[name[len(_PREFIX) :]] = value.decode("latin-1").strip()
+        if name.startswith(CONTEXT_HEADER):
+            found[name[len(CONTEXT_HEADER) :]] = value.decode("latin-1").strip()
     if b"" not in found:
         return None
     return _reference(found[b""], None, found.get(b"-reset-ttl"), found.get(b"-dryrun"), "X-Msh-Context-Cache")

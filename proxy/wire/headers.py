@@ -40,7 +40,8 @@ _SET_ANEW = frozenset({b"host", b"content-length", b"expect", b"x-request-id"})
 _NOT_FORWARDED = _HOP_BY_HOP | _FORWARDED | _SET_ANEW | {b"cookie"}
 _NOT_FORWARDED_WITH_KEY = _NOT_FORWARDED | _CREDENTIALS
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id", b"set-cookie", b"alt-svc", b"strict-transport-security"}
-_OWN_PREFIXES = (b"x-cairn-", b"x-forwarded-", b"x-msh-context-cache")  # ours, or spoofable: never passed on
+CONTEXT_HEADER: Final = b"x-msh-context-cache"
+_OWN_PREFIXES = (b"x-cairn-", b"x-forwarded-", CONTEXT_HEADER)  # ours, or spoofable: never passed on
 
 _NUL: Final = 0
 _LF: Final = 10
@@ -161,6 +162,14 @@ def cairn_headers(
         (b"x-cairn-matched-tokens", b"%d" % matched_tokens),
         (b"x-cairn-reason", _REASONS[reason]),
     )
+
+
+def name_context(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """True where they say which stored context the messages repeat (`proxy.wire.contexts`)."""
+    for name, _ in headers:
+        if name == CONTEXT_HEADER:
+            return True
+    return False
 
 
 def kept_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:

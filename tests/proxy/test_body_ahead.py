@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from proxy.body_ahead import AHEAD_BYTES
 from proxy.downstream import ClientAnswer
 from proxy.errors import TooLarge
+from proxy.reader import AHEAD_BYTES, Reader
 from proxy.request_body import Asked, read_body, stream_body
 from proxy.session import SessionServer
 
@@ -66,6 +66,17 @@ def chunked(body: bytes) -> bytes:
     )
 
 
+def deliver(reader: Reader, piece: bytes) -> None:
+    """As an event loop does, in as many reads as there is room."""
+    while piece:
+        room = memoryview(reader.get_buffer(-1))
+        size = min(len(room), len(piece))
+        room[:size] = piece[:size]
+        reader.buffer_updated(size)
+        room[:] = bytes(len(room))  # another connection's
+        piece = piece[size:]
+
+
 async def served(*pieces: bytes) -> tuple[list[tuple[bytes, int]], Line]:
     """Each request's body and what the parser saw of it, in bytes, where a connection reads `pieces`."""
     seen: list[tuple[bytes, int]] = []
@@ -87,16 +98,16 @@ async def served(*pieces: bytes) -> tuple[list[tuple[bytes, int]], Line]:
         return answer
 
     server = SessionServer(handle, auto_decompress=False, lingering_time=0.5)
-    line, session = Line(), server()
-    session.connection_made(line)
+    line, reader = Line(), server()
+    reader.connection_made(line)
     for piece in pieces:
         for _ in range(4):
             await asyncio.sleep(0)
-        session.data_received(piece)
+        deliver(reader, piece)
     for _ in range(20):
         await asyncio.sleep(0)
     assert not line.closed
-    session.connection_lost(None)
+    reader.connection_lost(None)
     await server.shutdown(0.1)
     return seen, line
 
