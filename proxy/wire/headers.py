@@ -166,10 +166,7 @@ def cairn_headers(
 
 def name_context(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """True where they say which stored context the messages repeat (`proxy.wire.contexts`)."""
-    for name, _ in headers:
-        if name == CONTEXT_HEADER:
-            return True
-    return False
+    return any(name == CONTEXT_HEADER for name, _ in headers)
 
 
 def kept_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
