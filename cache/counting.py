@@ -28,7 +28,7 @@ def estimate(fingerprint: Fingerprint, last: Step | None, prompt_tokens: float) 
     rate = (prompt_tokens - known_tokens) / (ends[-1] - known_bytes)
     if rate <= 0:
         rate = prompt_tokens / ends[-1]
-    return array("I", [int((end - known_bytes) * rate + 0.5) for end in ends[depth:]])
+    return array("I", [int((end - known_bytes) * rate + 0.5) for end in ends[depth:].tolist()])
 
 
 def learn_tokens(steps: list[Step], prompt_tokens: int) -> None:
@@ -39,21 +39,34 @@ def learn_tokens(steps: list[Step], prompt_tokens: int) -> None:
     """
     last = steps[-1]
     change = min(prompt_tokens, MAX_PROMPT_TOKENS) - last.tokens
-    unknown = [(step.node, step.node.known, step.blocks) for step in steps if step.node.known < step.blocks]
+    unknown = [step for step in steps if step.node.known < step.blocks]
     if not unknown:
-        unknown = [(last.node, last_pin(last.node, last.blocks), last.blocks)]
-    parts = [_tokens_between(node, start, stop) for node, start, stop in unknown]
-    left = sum(parts)
-    for (node, start, stop), part in zip(unknown, parts, strict=True):
-        share = change if part == left else change * part // left
-        done = reshape(node, start, stop, share) if share else 0
-        if done and node.known > stop:
-            reshape(node, stop, _next_pin(node, stop), -done)
-        change -= done
-        left -= part
-    for step in steps:
-        step.node.known = max(step.node.known, step.blocks)
+        _absorb(last.node, last_pin(last.node, last.blocks), last.blocks, change)
+    elif len(unknown) == 1:
+        _absorb(unknown[0].node, unknown[0].node.known, unknown[0].blocks, change)
+    else:
+        _share(unknown, change)
+    for step in unknown:
+        step.node.known = step.blocks
     pin(last.node, last.blocks)
+
+
+def _share(unknown: list[Step], change: int) -> None:
+    """Let what of each node is on no reported chain absorb its part of `change`."""
+    parts = [_tokens_between(step.node, step.node.known, step.blocks) for step in unknown]
+    left = sum(parts)
+    for step, part in zip(unknown, parts, strict=True):
+        share = change if part == left else change * part // left
+        change -= _absorb(step.node, step.node.known, step.blocks, share)
+        left -= part
+
+
+def _absorb(node: Node, start: int, stop: int, change: int) -> int:
+    """Reshape the run's boundaries [start, stop) and keep in place what was reported behind them; what was done."""
+    done = reshape(node, start, stop, change) if change else 0
+    if done and node.known > stop:
+        reshape(node, stop, _next_pin(node, stop), -done)
+    return done
 
 
 def recount(steps: list[Step], held_blocks: int, change: int) -> None:
@@ -88,7 +101,8 @@ def reshape(node: Node, start: int, stop: int, change: int) -> int:
     before = tokens[stop - 1] - base
     after = max(0, before + change)
     if before:
-        tokens[start:stop] = array("I", [base + (count - base) * after // before for count in tokens[start:stop]])
+        counts = tokens[start:stop].tolist()
+        tokens[start:stop] = array("I", [base + (count - base) * after // before for count in counts])
     else:
         tokens[stop - 1] = base + after
     done = after - before

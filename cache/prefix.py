@@ -68,7 +68,7 @@ def _go_on(
             continue
         stops = _grid(base, base + size)
         start = 0
-        for end in stops:
+        for end in stops.tolist():
             stop = end - base
             seed = digest(span[start:stop], seed)
             hashes.append(seed)

@@ -131,18 +131,18 @@ class Shadow:
     def placed(self, placement: int, replica: int, fingerprint: Fingerprint, prompt_tokens: float) -> None:
         """Another worker routed a prompt; `placement` is its id, which counts up for each writer."""
         paper = self._turn(placement, replica)
-        if paper is not None and fingerprint.size_bytes:
-            self._hold(paper, fingerprint, _places(fingerprint), prompt_tokens / fingerprint.size_bytes)
+        if paper is not None and fingerprint.ends:
+            self._hold(paper, fingerprint, _places(fingerprint), prompt_tokens / fingerprint.ends[-1])
 
     def answered(self, placement: Placement, prompt_tokens: int, cached_tokens: int | None) -> Gain | None:
         """A prompt of this worker was answered. None where nothing can be said: one replica only, no word on what
         was cached, or a prefix that was known before this worker was."""
         fingerprint = placement.fingerprint
         paper = self._turn(placement.id, placement.replica)
-        if paper is None or not fingerprint.size_bytes:
+        if paper is None or not fingerprint.ends:
             return None
         places = _places(fingerprint)
-        tokens_per_byte = prompt_tokens / fingerprint.size_bytes
+        tokens_per_byte = prompt_tokens / fingerprint.ends[-1]
         held_bytes = fingerprint.ends[placement.held_blocks - 1] if placement.held_blocks else 0
         gain = None
         if cached_tokens is not None and self._has_seen(places, held_bytes):
