@@ -361,10 +361,20 @@ def test_media_of_responses_are_found_in_its_items() -> None:
     assert read(body, Endpoint.RESPONSES).media == (Media("image", len(PICTURE) + 24),)
 
 
-def test_prose_is_not_looked_at_twice_for_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("content", [b'"%b"', b'[{"type":"text","text":"%b"}]'])
+def test_prose_is_not_looked_at_twice_for_pictures(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long words without spaces between the samples are no reason to decode messages, which is as much again."""
     monkeypatch.setattr(media, "decode_parts_message", lambda _: pytest.fail("decoded"))
     for size in (65_536, 1 << 20):
         text = words(size, seed=7)
-        body = b'{"model":"m","messages":[{"role":"user","content":"' + text + b'"}]}'
+        body = b'{"model":"m","messages":[{"role":"user","content":' + content % text + b"}]}"
         assert read(body, Endpoint.CHAT).media == ()
+
+
+@pytest.mark.parametrize("messages", [1, 40])
+def test_pictures_stand_out_among_much_plain_text(messages: int) -> None:
+    """However many messages are text by their beginning, and in whichever order a message has its members."""
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PICTURE * 4 * messages}}
+    plain = [{"role": "user", "content": PROSE * 5}, {"content": PROSE * 5, "role": "user"}] * messages
+    body = json.dumps({"model": "m", "messages": [*plain, {"content": [part], "role": "user"}, *plain]}).encode()
+    assert [found.kind for found in read(body, Endpoint.CHAT).media] == ["image"]
