@@ -2,8 +2,8 @@
 
 The index hears what was really cached, the fleet how fast the replica was, the token counts how long the prompt was:
 at once, since the next request is routed by it. The metrics get their figures some requests at a time, before each
-report at the latest (`count`), which costs two thirds of counting them one by one: its code and tables then stay in
-the processor's caches. It must not know HTTP or decide anything for a request.
+report at the latest (`count`): in a row they find its code and tables in the processor's caches. It must not know
+HTTP or decide anything for a request.
 """
 
 from __future__ import annotations
