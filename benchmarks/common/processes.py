@@ -124,7 +124,7 @@ def unchunk(framed: bytes) -> bytes:
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:
     """A folder for logs and state, gone at the end of the run.
 
-    A Valkey that was stopped while a child of it rewrote its file leaves that child alive for some milliseconds, which
+    A Valkey that was stopped while a child of it rewrote its file leaves that child alive for some milliseconds: it
     may still write while the folder is being removed.
     """
     return tempfile.TemporaryDirectory(prefix="cairn-bench-", ignore_cleanup_errors=True)
