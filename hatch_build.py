@@ -53,6 +53,6 @@ class CompileHook(BuildHookInterface[Any]):
         ]
         if missing:
             self.app.display_warning(
-                f"Cairn is not compiled, and costs up to half as much CPU again: no {' and no '.join(missing)}"
+                f"Cairn is not compiled, and costs up to two thirds more CPU: no {' and no '.join(missing)}"
             )
         return not missing

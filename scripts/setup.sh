@@ -53,7 +53,7 @@ if [ "$what" = cairn ]; then
   # behind the installed packages, so that demo, benchmarks and tests are found beside an installed Cairn
   .venv/bin/python -c 'import os, sysconfig; print(os.getcwd(), file=open(sysconfig.get_path("purelib") + "/cairn-tree.pth", "w"))'
   case $(.venv/bin/cairn --version) in
-    *interpreted*) echo "Not compiled, which costs up to half as much CPU again: a C compiler or Python's headers are missing." \
+    *interpreted*) echo "Not compiled, which costs up to two thirds more CPU: a C compiler or Python's headers are missing." \
       "On Debian and Ubuntu: apt install gcc python3-dev" >&2 ;;
   esac
   touch .venv/.cairn
