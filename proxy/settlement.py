@@ -8,6 +8,7 @@ HTTP or decide anything for a request.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Final
 
 from cache import Journal, Placement
@@ -48,7 +49,7 @@ class Settlement:
         self._shadow = shadow
         self._access_log = access_log
         self._clock = clock
-        self._uncounted: list[_Finished] = []
+        self._uncounted: deque[_Finished] = deque()
 
     def settle(self, journey: Journey) -> Outcome:
         """Learn from a finished request, count it and log it."""
@@ -68,12 +69,11 @@ class Settlement:
 
     def count(self) -> None:
         """Count what was settled and not counted yet."""
-        finished, self._uncounted = self._uncounted, []
-        for outcome, usage, placement in finished:
+        waiting = self._uncounted
+        while waiting:
+            outcome, usage, placement = waiting.popleft()  # before it is counted: one defect must not keep the others
             self._accounts.count(outcome, usage, None if placement is None else placement.predicted_tokens)
-        for outcome, usage, placement in finished:
             self._sightings.saw(outcome, placement, usage)
-        for outcome, usage, placement in finished:
             if placement is not None and usage is not None:
                 self._count_routing_gain(outcome, usage, placement)
 

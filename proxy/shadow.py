@@ -16,7 +16,6 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Mapping
-from typing import Final
 
 from cache import Fingerprint, Placement, ReplicaStats
 from proxy.pools import Pools
@@ -27,7 +26,6 @@ it (`cache.prefix`). Between two of them the ends of earlier prompts tell more."
 
 PLACES_PER_REPLICA = 32_768  # of a paper cache, some 4 MB; beyond, the longest unused go
 PLACES_SEEN = 131_072  # some 14 MB
-_NEAR_SHARE: Final = 0.05  # a count of tokens is not corrected for less: each prompt has its own per byte
 
 
 class _Paper:
@@ -39,9 +37,8 @@ class _Paper:
     __slots__ = ("budget_tokens", "epoch", "places", "tokens")
 
     def __init__(self) -> None:
-        self.places: OrderedDict[int, float] = (
-            OrderedDict()
-        )  # a plain one finds its first in time of what was dropped
+        # a plain one finds its first in time of what was dropped
+        self.places: OrderedDict[int, float] = OrderedDict()
         self.tokens = 0.0
         self.budget_tokens = float("inf")
         self.epoch = 0
@@ -56,11 +53,8 @@ class _Paper:
             begin = OFFSETS_BYTES[number - 1] if number else 0
             tokens = (end - begin) * tokens_per_byte
             place = places[number]
-            before = held.get(place, 0.0)
-            if abs(tokens - before) > _NEAR_SHARE * tokens:
-                held[place] = tokens
-                self.tokens += tokens - before
-            held.move_to_end(place)
+            self.tokens += tokens - held.pop(place, 0.0)
+            held[place] = tokens
             end = begin
         while held and (self.tokens > self.budget_tokens or len(held) > PLACES_PER_REPLICA):
             self.tokens -= held.popitem(last=False)[1]

@@ -145,6 +145,15 @@ def test_memory_is_bounded(monkeypatch) -> None:
     assert PLACES_PER_REPLICA < PLACES_SEEN
 
 
+def test_an_upstream_that_reports_no_tokens_says_nothing_wrong() -> None:
+    """Nothing is worth nothing, and the next answers are counted as ever."""
+    fleet = Fleet(2)
+    asked = prompt("a", "b")
+    for _ in range(3):
+        placement = fleet.index.place(0, asked, 0, 0.0)
+        assert gained(fleet.shadow.answered(placement, 0, 0)) == 0
+
+
 @given(st.lists(st.tuples(st.integers(0, 5000), st.floats(0, 5000)), max_size=50))
 def test_the_counter_is_the_highest_that_the_sum_ever_was(gains: list[tuple[int, float]]) -> None:
     """It never falls, and differs from the sum at its highest by less than a token."""
