@@ -40,12 +40,10 @@ def learn_tokens(steps: list[Step], prompt_tokens: int) -> None:
     last = steps[-1]
     change = min(prompt_tokens, MAX_PROMPT_TOKENS) - last.tokens
     unknown = [step for step in steps if step.node.known < step.blocks]
-    if not unknown:
-        _absorb(last.node, last_pin(last.node, last.blocks), last.blocks, change)
-    elif len(unknown) == 1:
-        _absorb(unknown[0].node, unknown[0].node.known, unknown[0].blocks, change)
-    else:
+    if unknown:
         _share(unknown, change)
+    else:
+        _absorb(last.node, last_pin(last.node, last.blocks), last.blocks, change)
     for step in unknown:
         step.node.known = step.blocks
     pin(last.node, last.blocks)

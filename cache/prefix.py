@@ -81,7 +81,8 @@ def _go_on(
     return Fingerprint(known_hashes + array("Q", hashes), ends)
 
 
-_1K: Final = 1024
+_16K: Final = 16 * 1024
+_32K: Final = 32 * 1024
 _BLOCKS_TO_8K: Final = 16  # boundaries of the grid up to and with that offset
 _BLOCKS_TO_16K: Final = 24
 _BLOCKS_TO_32K: Final = 32
@@ -90,9 +91,9 @@ _LISTED = array(
     "I",
     [
         *range(BLOCK_BYTES_LEAST, FINE_REACH_BYTES, BLOCK_BYTES_LEAST),
-        *range(8 * _1K, 16 * _1K, _1K),
-        *range(16 * _1K, 32 * _1K, 2 * _1K),
-        *range(32 * _1K, _LISTED_BYTES, BLOCK_BYTES_MOST),
+        *range(FINE_REACH_BYTES, _16K, 1024),
+        *range(_16K, _32K, 2048),
+        *range(_32K, _LISTED_BYTES, BLOCK_BYTES_MOST),
     ],
 )
 """The grid, as far as nearly all prompts reach: a slice of it is a copy, where a number made costs half of a hash."""
@@ -111,10 +112,10 @@ def _grid(begin: int, end: int) -> array[int]:
 def _before(offset: int) -> int:
     """How many of the grid's offsets lie before `offset`, which is at least 1; the list may end sooner."""
     last = offset - 1
-    if last < 8 * _1K:
+    if last < FINE_REACH_BYTES:
         return last // BLOCK_BYTES_LEAST
-    if last < 16 * _1K:
-        return _BLOCKS_TO_8K + (last - 8 * _1K) // _1K
-    if last < 32 * _1K:
-        return _BLOCKS_TO_16K + (last - 16 * _1K) // (2 * _1K)
-    return _BLOCKS_TO_32K + (last - 32 * _1K) // BLOCK_BYTES_MOST
+    if last < _16K:
+        return _BLOCKS_TO_8K + (last - FINE_REACH_BYTES) // 1024
+    if last < _32K:
+        return _BLOCKS_TO_16K + (last - _16K) // 2048
+    return _BLOCKS_TO_32K + (last - _32K) // BLOCK_BYTES_MOST
