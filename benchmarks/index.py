@@ -15,9 +15,9 @@ from array import array
 from collections.abc import Callable
 from time import process_time_ns
 
-from cache.fingerprint import Fingerprint
-from cache.index import PrefixIndex
-from cache.prefix import cut
+from cache.index.fingerprint import Fingerprint
+from cache.index.hashing import cut
+from cache.index.prefix_index import PrefixIndex
 
 BLOCKS = 1_000_000
 REPLICAS = 64

@@ -1,10 +1,9 @@
 """What Cairn remembers. `proxy` uses the names of this module and none below it; nothing here knows HTTP."""
 
-from cache.breaker import BreakerState
-from cache.context_access import ContextLimits
-from cache.context_rows import ContextRow, ContextStatus, Draft, Tag
-from cache.contexts import ContextStore
-from cache.embedded import EmbeddedValkey
+from cache.contexts.access import ContextLimits
+from cache.contexts.rows import ContextRow, ContextStatus, Draft, Tag
+from cache.contexts.segments import Content
+from cache.contexts.store import ContextStore
 from cache.errors import (
     CacheError,
     EmbeddedError,
@@ -14,15 +13,25 @@ from cache.errors import (
     StoreCorrupt,
     UnknownContext,
 )
-from cache.fingerprint import Fingerprint
-from cache.index import Feedback, Held, IndexStats, Learnt, Match, Placement, PrefixIndex, ReplicaStats
-from cache.inflight import InflightBoard
-from cache.journal import Journal, JournalState, JournalStats
-from cache.owners import Owners
-from cache.prefix import chain_root, cut, extend
+from cache.index.fingerprint import Fingerprint
+from cache.index.hashing import chain_root, cut, extend
+from cache.index.prefix_index import (
+    Feedback,
+    FeedbackKind,
+    Held,
+    IndexStats,
+    Match,
+    Placement,
+    PrefixIndex,
+    ReplicaStats,
+)
+from cache.replication.inflight import LoadBroadcast
+from cache.replication.journal import Journal, JournalState, JournalStats
+from cache.replication.owners import ObjectLocations
 from cache.secret import shared_secret
-from cache.segments import Content
-from cache.store import Store, StoreState, open_store
+from cache.store.breaker import BreakerState
+from cache.store.embedded import EmbeddedValkey
+from cache.store.store import Store, StoreState, open_store
 from cache.totals import KEPT_DAYS, RowKey, Sums, Totals, read_totals
 
 DISTRIBUTION = "cairn-proxy"  # `cairn` looks for this, since other distributions have packages of this name
@@ -41,16 +50,16 @@ __all__ = [
     "EmbeddedValkey",
     "ErrorKind",
     "Feedback",
+    "FeedbackKind",
     "Fingerprint",
     "Held",
     "IndexStats",
-    "InflightBoard",
     "Journal",
     "JournalState",
     "JournalStats",
-    "Learnt",
+    "LoadBroadcast",
     "Match",
-    "Owners",
+    "ObjectLocations",
     "PastExpiry",
     "Placement",
     "PrefixIndex",

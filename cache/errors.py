@@ -1,7 +1,7 @@
 """What goes wrong in the memory of the proxy. Knows nothing of HTTP, nor of any library's exceptions.
 
-Foreign exceptions become one of these once, in `cache.store`. None of them may reach a client, unless it asked for
-a stored context.
+Foreign exceptions become one of these once, in `cache.store.store`. None of them may reach a client, unless it asked
+for a stored context.
 """
 
 from __future__ import annotations

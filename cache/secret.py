@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 
 from cache import keys
-from cache.store import Store
+from cache.store.store import Store
 
 SECRET_BYTES = 32
 

@@ -18,7 +18,7 @@ def main() -> None:
     if problem := foreign_package(Path(__file__).resolve().parent.parent):
         sys.exit(f"cairn: {problem}")
     try:
-        from proxy.cli import cli
+        from proxy.cli.main import cli
     except ImportError as error:
         sys.exit(f"cairn: {error}; install cairn-proxy again, best into an environment of its own")
     cli()

@@ -4,11 +4,11 @@ from importlib.machinery import EXTENSION_SUFFIXES
 
 import pytest
 
-import proxy.pipeline
+import proxy.pipeline.pipeline
 
 pytest_plugins = ["tests.support.engine"]
 
-IS_COMPILED = proxy.pipeline.__file__.endswith(tuple(EXTENSION_SUFFIXES))
+IS_COMPILED = proxy.pipeline.pipeline.__file__.endswith(tuple(EXTENSION_SUFFIXES))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,11 +18,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_report_header() -> str:
     """Which Cairn this is."""
-    return f"cairn: {'compiled' if IS_COMPILED else 'interpreted'}, {proxy.pipeline.__file__}"
+    return f"cairn: {'compiled' if IS_COMPILED else 'interpreted'}, {proxy.pipeline.pipeline.__file__}"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse to test one Cairn and to call it the other."""
-    is_installed = "site-packages" in proxy.pipeline.__file__
+    is_installed = "site-packages" in proxy.pipeline.pipeline.__file__
     if config.getoption("--installed") is not is_installed:
-        raise pytest.UsageError(f"these would be tests of {proxy.pipeline.__file__}: see `make test`")
+        raise pytest.UsageError(f"these would be tests of {proxy.pipeline.pipeline.__file__}: see `make test`")

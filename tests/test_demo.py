@@ -23,7 +23,7 @@ from demo.questions import QUESTIONS, Question, chat_request, document_text, ten
 from demo.report import is_warm, shown_seconds, summarise, table, verdict
 from demo.shapes import DEMO, MODEL_NAME, SLOT_TOKENS, SMALL, model_path
 from proxy.clock import SystemClock
-from proxy.settings import Config
+from proxy.config.schema import Config
 
 WAIT_SECONDS = 20.0
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from benchmarks.fleet.trace import BLOCK_TOKENS, Request
-from proxy.line import Line
+from proxy.routing.shortest_job import ShortestJobQueue
 
 PREFILL_TOKENS_PER_SECOND = 8_000.0
 PREFILL_SLOWDOWN = 1.0 / 128.0
@@ -82,7 +82,7 @@ class Engine:
         self._listener = listener
         self._rate = rate
         self._fifo: deque[Request] = deque()
-        self._line: Line[Request] | None = Line(QUEUE_DEADLINE_SECONDS) if ordered else None
+        self._line: ShortestJobQueue[Request] | None = ShortestJobQueue(QUEUE_DEADLINE_SECONDS) if ordered else None
         self._busy = False
         self._decoding = 0
 

@@ -13,11 +13,11 @@ from random import Random
 
 from benchmarks.fleet.simulation import Send
 from benchmarks.fleet.trace import Request
-from cache.index import Feedback, Placement, PrefixIndex
+from cache.index.prefix_index import Feedback, Placement, PrefixIndex
 from proxy.fleet import Charge, Fleet, ReplicaSpec
-from proxy.gate import Follower, Gate, Prefill
 from proxy.model import Demand
-from proxy.routing import plan
+from proxy.routing.cost import plan
+from proxy.routing.prefill_gate import Follower, Prefill, PrefillGate
 
 POOL = "pool"
 HEARTBEAT_SECONDS = 0.25
@@ -49,7 +49,7 @@ class Proxy:
         for replica, rate in enumerate(rates):
             self.fleet.add(ReplicaSpec(f"replica-{replica}", POOL, prefill_tokens_per_second=rate))
             self.index.set_budget(replica, capacity_tokens)
-        self.gate = Gate()
+        self.gate = PrefillGate()
         self._at = at
         self._now = 0.0
         self._under_way: dict[int, _UnderWay] = {}

@@ -12,7 +12,7 @@ from random import Random
 from benchmarks.fleet.engine import PREFILL_TOKENS_PER_SECOND, BlockCache
 from benchmarks.fleet.simulation import Send
 from benchmarks.fleet.trace import BLOCK_TOKENS, Request
-from cache.prefix import chain_root
+from cache.index.hashing import chain_root
 
 RING_POINTS = 100
 

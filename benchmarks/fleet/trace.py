@@ -14,8 +14,8 @@ from random import Random
 
 import msgspec
 
-from cache.fingerprint import Fingerprint
-from cache.prefix import chain_root
+from cache.index.fingerprint import Fingerprint
+from cache.index.hashing import chain_root
 
 BLOCK_TOKENS = 512
 BYTES_PER_TOKEN = 4

@@ -29,14 +29,14 @@ from benchmarks.common.bodies import Shape, body, request_head, stamp
 from benchmarks.common.figures import parse_size, size_label
 from benchmarks.common.upstream import STREAM_HEAD, Manner, plain_answer, stream_writes
 from cache import EmbeddedValkey
-from proxy.app import Worker, _calm_collector
+from proxy.accounting.access_log import AccessLog
 from proxy.clock import SystemClock
-from proxy.config import SecretUrl, load
-from proxy.control import WorkerControl
+from proxy.config.load import SecretUrl, load
+from proxy.control.channel import WorkerControl
 from proxy.errors import ConnectFailed
-from proxy.logs import AccessLog
 from proxy.upstream import client as upstream_client
-from proxy.worker import keep_freed_memory
+from proxy.worker.composition import Worker, _calm_collector
+from proxy.worker.process import keep_freed_memory
 
 _CONNECTIONS = 16
 _BATCH_SECONDS = 0.05

@@ -18,8 +18,8 @@ import yaml
 
 from benchmarks.common.processes import Running, free_port
 from benchmarks.datapath.contestants import SGLANG, VLLM, Wanted, contestants
-from cache.embedded import find_server
-from proxy.settings import Routing
+from cache.store.embedded import find_server
+from proxy.config.schema import Routing
 
 _START_SECONDS = 60.0
 _HAPROXY = """

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from benchmarks.fleet.trace import BLOCK_TOKENS, BYTES_PER_TOKEN, Request
-from cache.retention import Standing
+from cache.contexts.retention import StoredValue
 
 SEGMENT_BYTES = BLOCK_TOKENS * BYTES_PER_TOKEN
 SEGMENT_USD = BLOCK_TOKENS * 1e-6
 """What a use of a segment saves; the same for all, so it changes nothing but the figures' scale."""
 
-Rank = Callable[[Standing | None, float], tuple[Standing, float]]
+Rank = Callable[[StoredValue | None, float], tuple[StoredValue, float]]
 """The standing before (None: not kept) and the moment of a use, to the standing and the rank after it."""
 
 
@@ -34,21 +34,21 @@ class Outcome(msgspec.Struct, frozen=True):
         return self.saved_tokens / self.tokens
 
 
-def worth(before: Standing | None, now_seconds: float) -> tuple[Standing, float]:
-    """The product's rule: `cache.retention`."""
-    standing = Standing(1.0, now_seconds) if before is None else before.used(now_seconds)
+def worth(before: StoredValue | None, now_seconds: float) -> tuple[StoredValue, float]:
+    """The product's rule: `cache.contexts.retention`."""
+    standing = StoredValue(1.0, now_seconds) if before is None else before.used(now_seconds)
     return standing, standing.rank(SEGMENT_USD, SEGMENT_BYTES)
 
 
-def least_recent(_: Standing | None, now_seconds: float) -> tuple[Standing, float]:
+def least_recent(_: StoredValue | None, now_seconds: float) -> tuple[StoredValue, float]:
     """LRU: the time of the last use."""
-    return Standing(1.0, now_seconds), now_seconds
+    return StoredValue(1.0, now_seconds), now_seconds
 
 
-def least_frequent(before: Standing | None, now_seconds: float) -> tuple[Standing, float]:
+def least_frequent(before: StoredValue | None, now_seconds: float) -> tuple[StoredValue, float]:
     """LFU: the number of uses since it was taken in."""
     uses = 1.0 if before is None else before.uses + 1.0
-    return Standing(uses, now_seconds), uses
+    return StoredValue(uses, now_seconds), uses
 
 
 POLICIES: dict[str, Rank] = {"worth per byte": worth, "LRU": least_recent, "LFU": least_frequent}
@@ -56,7 +56,7 @@ POLICIES: dict[str, Rank] = {"worth per byte": worth, "LRU": least_recent, "LFU"
 
 def run(requests: Sequence[Request], rank: Rank, budget: int) -> Outcome:
     """Serve `requests` with room for `budget` segments; a segment saves only behind all before it."""
-    kept: dict[int, tuple[Standing, float]] = {}
+    kept: dict[int, tuple[StoredValue, float]] = {}
     heap: list[tuple[float, int, int]] = []
     saved = tokens = uses = 0
     for request in requests:
@@ -77,7 +77,7 @@ def run(requests: Sequence[Request], rank: Rank, budget: int) -> Outcome:
     return Outcome(saved, tokens)
 
 
-def _trim(kept: dict[int, tuple[Standing, float]], heap: list[tuple[float, int, int]], budget: int) -> None:
+def _trim(kept: dict[int, tuple[StoredValue, float]], heap: list[tuple[float, int, int]], budget: int) -> None:
     while len(kept) > budget:
         value, _, block = heapq.heappop(heap)
         current = kept.get(block)

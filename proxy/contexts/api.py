@@ -13,17 +13,17 @@ from urllib.parse import unquote
 import msgspec
 
 from cache import CacheError, ContextRow, ContextStatus, ContextStore, Draft, Tag
-from proxy.admission import check_model
+from proxy.config.schema import Contexts as Settings
 from proxy.contexts import bodies, failures, objects
 from proxy.contexts.bodies import Page, Upload
 from proxy.contexts.valuing import Valuing
 from proxy.contexts.warming import Warming, WarmingFailed
 from proxy.errors import BadRequest, NotFound, TooLarge
+from proxy.fleet.pools import Pools
 from proxy.model import Call
-from proxy.pools import Pools
-from proxy.settings import Contexts as Settings
+from proxy.pipeline.admission import check_model
+from proxy.routing.token_estimate import TokenCounts
 from proxy.tasks import Tasks
-from proxy.tokens import TokenCounts
 from proxy.wire.contexts import CONTEXT_ID, TAG, Reference
 
 ROOT = "/v1/caching"

@@ -19,8 +19,8 @@ from proxy.errors import BadRequest
 from proxy.model import Body, Media
 from proxy.wire.contexts import CONTEXT_ID, TAG, TTL_SECONDS_MOST
 from proxy.wire.media import find_media
-from proxy.wire.offsets import span_of
 from proxy.wire.request import MODEL_NAME_BYTES_MOST
+from proxy.wire.spans import span_of
 
 NAME_CHARACTERS_MOST = 256
 DESCRIPTION_CHARACTERS_MOST = 512

@@ -6,11 +6,11 @@ from cache import ContextStore
 from proxy.contexts.api import ContextApi
 from proxy.contexts.objects import checked_answer
 from proxy.contexts.use import Use
-from proxy.downstream import Downstream
-from proxy.journey import Journey
-from proxy.metrics import CONTEXT_CACHED_TOKENS, CONTEXT_USES
+from proxy.downstream.response import Downstream
+from proxy.metrics.definitions import CONTEXT_CACHED_TOKENS, CONTEXT_USES
+from proxy.metrics.recorder import Recorder
 from proxy.model import Ending
-from proxy.recorder import Recorder
+from proxy.pipeline.exchange import Exchange
 
 _JSON = (b"content-type", b"application/json")
 
@@ -24,36 +24,36 @@ class StoredContexts:
         self._use = use
         self._recorder = recorder
 
-    async def answer(self, journey: Journey, client: Downstream) -> None:
+    async def answer(self, exchange: Exchange, client: Downstream) -> None:
         """A call to /v1/caching. Raises CairnError."""
-        body = await self._api.answer(journey.call)
-        journey.status, journey.ending, journey.answer_bytes = 200, Ending.COMPLETE, len(body)
-        client.send(200, b"OK", (_JSON, _request_id(journey)), body)
+        body = await self._api.answer(exchange.call)
+        exchange.status, exchange.ending, exchange.answer_bytes = 200, Ending.COMPLETE, len(body)
+        client.send(200, b"OK", (_JSON, _request_id(exchange)), body)
 
-    async def expand(self, journey: Journey) -> None:
+    async def expand(self, exchange: Exchange) -> None:
         """Put in the context that a chat names; raises CairnError where it cannot be used."""
-        await self._use.expand(journey)
+        await self._use.expand(exchange)
 
-    def tell_checked(self, journey: Journey, client: Downstream) -> None:
+    def tell_checked(self, exchange: Exchange, client: Downstream) -> None:
         """Answer a dry run, whose context was found good."""
-        stream = journey.prompt is not None and journey.prompt.stream
-        body, content_type = checked_answer(journey.model, self._store.now(), stream=stream)
-        journey.status, journey.ending, journey.answer_bytes = 200, Ending.COMPLETE, len(body)
-        headers = ((b"content-type", content_type), *journey.context_notes, _request_id(journey))
+        stream = exchange.prompt is not None and exchange.prompt.stream
+        body, content_type = checked_answer(exchange.model, self._store.now(), stream=stream)
+        exchange.status, exchange.ending, exchange.answer_bytes = 200, Ending.COMPLETE, len(body)
+        headers = ((b"content-type", content_type), *exchange.context_notes, _request_id(exchange))
         client.send(200, b"OK", headers, body)
 
-    def settle(self, journey: Journey) -> None:
+    def settle(self, exchange: Exchange) -> None:
         """A chat that named a context has ended: what became of it is counted, and where it went well it was used."""
-        stored = journey.stored
-        if journey.is_warming:
+        stored = exchange.stored
+        if exchange.is_warming:
             return
-        self._recorder.inc(CONTEXT_USES, (journey.context_result,))
-        if stored is None or journey.only_checked or journey.ending is not Ending.COMPLETE:
+        self._recorder.inc(CONTEXT_USES, (exchange.context_result,))
+        if stored is None or exchange.only_checked or exchange.ending is not Ending.COMPLETE:
             return
-        self._store.used(journey.call.tenant.id, stored.row, stored.reset_ttl_seconds)
-        if journey.usage is not None and journey.usage.cached_tokens:
-            self._recorder.inc(CONTEXT_CACHED_TOKENS, (), journey.usage.cached_tokens)
+        self._store.used(exchange.call.tenant.id, stored.row, stored.reset_ttl_seconds)
+        if exchange.usage is not None and exchange.usage.cached_tokens:
+            self._recorder.inc(CONTEXT_CACHED_TOKENS, (), exchange.usage.cached_tokens)
 
 
-def _request_id(journey: Journey) -> tuple[bytes, bytes]:
-    return (b"x-request-id", journey.call.request_id.encode())
+def _request_id(exchange: Exchange) -> tuple[bytes, bytes]:
+    return (b"x-request-id", exchange.call.request_id.encode())

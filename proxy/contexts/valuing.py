@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 
+from proxy.accounting.pricing import GpuCard, PriceBook, TokenCard
 from proxy.clock import Clock
-from proxy.pools import Pools, ServedPool
-from proxy.pricing import GpuCard, PriceBook, TokenCard
+from proxy.fleet.pools import Pools, ServedPool
 
 ASSUMED_USD_PER_SECOND = 2.0 / 3600
 """An engine without a rate card: two dollars for an hour of one GPU. Only the order of contexts depends on it."""

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import msgspec
 
 from proxy.clock import Clock
-from proxy.downstream import Downstream
+from proxy.downstream.response import Downstream
 from proxy.errors import InternalError
-from proxy.journey import Journey
 from proxy.model import Call, Ending, Endpoint, Tenant
+from proxy.pipeline.exchange import Exchange
 from proxy.wire.contexts import Reference
 
 MINIMAL_MESSAGE = {"role": "user", "content": "."}
@@ -31,7 +31,7 @@ _REQUEST_SECONDS = 3600.0
 class Run(Protocol):
     """`Pipeline.run`."""
 
-    def __call__(self, journey: Journey, client: Downstream) -> Coroutine[Any, Any, None]: ...
+    def __call__(self, exchange: Exchange, client: Downstream) -> Coroutine[Any, Any, None]: ...
 
 
 class WarmingFailed(Exception):
@@ -90,7 +90,7 @@ class Kept:
 
 
 class Warming:
-    """`run` answers a journey; `new_id` makes request ids."""
+    """`run` answers a exchange; `new_id` makes request ids."""
 
     def __init__(self, run: Run, new_id: Callable[[], str], clock: Clock) -> None:
         self._run = run
@@ -120,13 +120,13 @@ class Warming:
         tokens = 0
         for _ in range(replicas):
             try:
-                journey = await self._ask(tenant, kept, model, messages, frozenset(warmed))
+                exchange = await self._ask(tenant, kept, model, messages, frozenset(warmed))
             except WarmingFailed:
                 if not warmed:
                     raise
                 break
-            warmed.add(journey.replica_name)
-            tokens = journey.usage.prompt_tokens if journey.usage is not None else tokens
+            warmed.add(exchange.replica_name)
+            tokens = exchange.usage.prompt_tokens if exchange.usage is not None else tokens
         if not ends_with_user and tokens:
             tokens -= await self._tokens_of_minimal(tenant, kept, model)
         return max(0, tokens)
@@ -137,10 +137,10 @@ class Warming:
         if known is not None:
             return known
         try:
-            journey = await self._ask(tenant, headers, model, [MINIMAL_MESSAGE], frozenset())
+            exchange = await self._ask(tenant, headers, model, [MINIMAL_MESSAGE], frozenset())
         except WarmingFailed:
             return 0
-        tokens = 0 if journey.usage is None else journey.usage.prompt_tokens
+        tokens = 0 if exchange.usage is None else exchange.usage.prompt_tokens
         if len(self._minimal_tokens) >= MODELS_REMEMBERED_AT_MOST:
             self._minimal_tokens.clear()
         self._minimal_tokens[key] = tokens
@@ -153,7 +153,7 @@ class Warming:
         model: str,
         messages: list[dict[str, str]],
         avoid: frozenset[str],
-    ) -> Journey:
+    ) -> Exchange:
         now_seconds = self._clock.monotonic()
         call = Call(
             self._new_id(),
@@ -167,15 +167,15 @@ class Warming:
             now_seconds,
             now_seconds + _REQUEST_SECONDS,
         )
-        journey, kept = Journey(call), Kept()
-        journey.avoid, journey.is_warming = avoid, True
+        exchange, kept = Exchange(call), Kept()
+        exchange.avoid, exchange.is_warming = avoid, True
         try:
-            await self._run(journey, kept)
+            await self._run(exchange, kept)
         except (InternalError, ConnectionError):
             raise WarmingFailed("server_error", "The warming did not come through.") from None
-        if journey.ending is not Ending.COMPLETE:
+        if exchange.ending is not Ending.COMPLETE:
             raise _failure(kept)
-        return journey
+        return exchange
 
 
 def _failure(kept: Kept) -> WarmingFailed:

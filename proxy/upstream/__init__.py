@@ -5,10 +5,10 @@ stream, no choice of replica. Redirects are never followed, cookies never kept, 
 of the environment is used, so what the upstream said is what the caller gets.
 """
 
-from proxy.upstream.answer import Framing, UpstreamAnswer
 from proxy.upstream.client import Body, UpstreamClient, default_ssl_context
 from proxy.upstream.origin import Limits, Origin
 from proxy.upstream.pool import PoolCounts
+from proxy.upstream.response import Framing, UpstreamResponse
 
 __all__ = [
     "Body",
@@ -16,7 +16,7 @@ __all__ = [
     "Limits",
     "Origin",
     "PoolCounts",
-    "UpstreamAnswer",
     "UpstreamClient",
+    "UpstreamResponse",
     "default_ssl_context",
 ]

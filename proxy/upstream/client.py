@@ -13,13 +13,13 @@ from typing import TypeAlias
 
 from proxy.clock import Clock
 from proxy.errors import ConnectFailed, ResetBeforeAnswer
-from proxy.upstream.answer import UpstreamAnswer
-from proxy.upstream.deadlines import Deadlines
-from proxy.upstream.dial import dial
-from proxy.upstream.head import HeadWriter
+from proxy.upstream.connect import dial
+from proxy.upstream.connection import Connection
 from proxy.upstream.origin import Limits, Origin
 from proxy.upstream.pool import Pool, PoolCounts
-from proxy.upstream.protocol import Connection
+from proxy.upstream.request_head import HeadWriter
+from proxy.upstream.response import UpstreamResponse
+from proxy.upstream.timeouts import Deadlines
 
 Body: TypeAlias = bytes | Sequence[bytes | bytearray | memoryview] | AsyncIterator[bytes]
 
@@ -71,7 +71,7 @@ class UpstreamClient:
         length: int | None = None,
         limits: Limits | None = None,
         retry_reused: bool = False,
-    ) -> UpstreamAnswer:
+    ) -> UpstreamResponse:
         """Send a request; return when the head of the final answer is here.
 
         `body` is bytes, buffers that are written without being joined, or an iterator, whose `length` in bytes may
@@ -162,7 +162,7 @@ class UpstreamClient:
     async def _upload(
         self,
         connection: Connection,
-        answer: UpstreamAnswer,
+        answer: UpstreamResponse,
         head: bytes,
         body: AsyncIterator[bytes],
         length: int | None,

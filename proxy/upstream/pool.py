@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from proxy.errors import PoolTimeout
+from proxy.upstream.connection import Connection
 from proxy.upstream.origin import Limits
-from proxy.upstream.protocol import Connection
 
 PROBATION_SECONDS = 0.1  # llama.cpp closes within a millisecond of a stream's end
 TRUSTED_AFTER: Final = 3  # streams in a row whose connection outlived its probation

@@ -17,9 +17,9 @@ from msgspec import Raw
 from proxy.errors import BadRequest
 from proxy.model import Body, Edit, Prompt
 from proxy.wire.headers import CONTEXT_HEADER
-from proxy.wire.offsets import span_of
 from proxy.wire.request import CACHE_MESSAGE_BYTES_MOST
-from proxy.wire.shapes import DECODE_ERRORS
+from proxy.wire.schemas import DECODE_ERRORS
+from proxy.wire.spans import span_of
 
 TTL_SECONDS_MOST = 10 * 366 * 86_400  # ten years: what is longer is a mistake of the unit
 CONTEXT_ID = re.compile(r"cache-[0-9a-f]{32}")

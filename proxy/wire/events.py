@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from proxy.model import Endpoint
-from proxy.wire.shapes import (
+from proxy.wire.schemas import (
     DECODE_ERRORS,
     Chunk,
     Delta,

@@ -16,7 +16,7 @@ from typing import Final
 from msgspec import Raw
 
 from proxy.model import Body, Media
-from proxy.wire.shapes import DECODE_ERRORS, Part, decode_parts, decode_parts_message
+from proxy.wire.schemas import DECODE_ERRORS, Part, decode_parts, decode_parts_message
 
 MEDIA_BYTES_LEAST: Final = 1024  # bytes; below that, a picture is worth no more tokens than text of its length
 _SAMPLES: Final = 2048  # of one body: 3 us

@@ -25,8 +25,7 @@ from msgspec import Raw
 from proxy.errors import BadRequest
 from proxy.model import Body, Endpoint, Prompt, UsageRequest
 from proxy.wire.media import find_media
-from proxy.wire.offsets import span_of
-from proxy.wire.shapes import (
+from proxy.wire.schemas import (
     NONE,
     Common,
     decode_chat,
@@ -40,6 +39,7 @@ from proxy.wire.shapes import (
     decode_text,
     seen,
 )
+from proxy.wire.spans import span_of
 
 MODEL_NAME_BYTES_MOST: Final = 512  # bytes; the longest names seen (paths of local models) stay under 300
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from proxy.model import Endpoint, Usage
 from proxy.wire.events import NOTHING, read_event
-from proxy.wire.shapes import EventRead
+from proxy.wire.schemas import EventRead
 from proxy.wire.usage import merge, normal, tail_usage
 
 EVENT_BYTES_MOST = 1024 * 1024  # of one event waited for; a longer one passes unread

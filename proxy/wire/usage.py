@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from proxy.model import Endpoint, Usage
-from proxy.wire.shapes import DECODE_ERRORS, NONE, AnswerRead, decode_answer, decode_choices, decode_made
+from proxy.wire.schemas import DECODE_ERRORS, NONE, AnswerRead, decode_answer, decode_choices, decode_made
 
 TOKENS_MOST: Final = 1_000_000_000  # of one answer; a larger figure is a bug of the upstream, not a prompt
 

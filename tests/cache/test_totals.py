@@ -9,7 +9,7 @@ import pytest
 
 from cache import keys, totals
 from cache.errors import StoreTimeout
-from cache.store import Store, open_store
+from cache.store.store import Store, open_store
 from cache.totals import OTHER, RowKey, Sums, Totals, read_totals
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from proxy.metrics import SPECS, Kind
+from proxy.metrics.definitions import SPECS, Kind
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"

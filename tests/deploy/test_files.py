@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from proxy.config import load
+from proxy.config.load import load
 from tests.deploy.queries import (
     DASHBOARD,
     DEPLOY,

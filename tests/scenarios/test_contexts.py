@@ -11,8 +11,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from proxy import metrics
-from proxy.settings import Contexts, Pool, PoolKind, Replica
+from proxy.config.schema import Contexts, Pool, PoolKind, Replica
+from proxy.metrics import definitions as metrics
 from tests.support.cairn import config_for, running
 from tests.support.context_client import DOCUMENT, MODEL, QUESTION, STORED, Client, gauge, serving, two_proxies
 from tests.support.openai_upstream import Failure, OpenAIUpstream
@@ -478,7 +478,7 @@ async def test_a_damaged_segment_is_500_and_never_a_partial_prompt(redis: Valkey
 
 
 def _compressed(raw: bytes) -> bytes:
-    from cache.segments import compress
+    from cache.contexts.segments import compress
 
     return compress(memoryview(raw))
 

@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from proxy import metrics
-from proxy.control import Explain
-from proxy.settings import Contexts
-from proxy.tokens import FIRST_MEDIA_TOKENS, FIRST_TOKENS_PER_BYTE
+from proxy.config.schema import Contexts
+from proxy.control.channel import Explain
+from proxy.metrics import definitions as metrics
+from proxy.routing.token_estimate import FIRST_MEDIA_TOKENS, FIRST_TOKENS_PER_BYTE
 from tests.support.context_client import MODEL, QUESTION, STORED, Client, serving
 from tests.support.valkey import Valkey
 
@@ -22,7 +22,7 @@ async def explained(client: Client, body: dict[str, Any]) -> dict[str, Any]:
     """What `/explain` says of a chat."""
     worker = client.cairn.worker
     question = Explain(1, "/v1/chat/completions", json.dumps(body).encode(), b"sk-one")
-    _, told = await worker.explainer.explain(question, worker.front.doorkeeper)
+    _, told = await worker.explainer.explain(question, worker.front.authenticator)
     found: dict[str, Any] = json.loads(told)
     return found
 

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from demo.shapes import MODEL_NAME
-from proxy import metrics
+from proxy.metrics import definitions as metrics
 from tests.scenarios.test_conversations import words
 from tests.support.cairn import config_for, running
 from tests.support.engine import Engine

@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 
-from proxy.settings import Pool, Replica
+from proxy.config.schema import Pool, Replica
 from tests.support.cairn import Cairn, config_for, running
 from tests.support.openai_upstream import OpenAIUpstream
 from tests.support.valkey import eventually

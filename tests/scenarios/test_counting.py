@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import aiohttp
 
-from proxy import metrics
-from proxy.settlement import COUNTED_TOGETHER
+from proxy.metrics import definitions as metrics
+from proxy.pipeline.settlement import COUNTED_TOGETHER
 from tests.support.cairn import config_for, running
 from tests.support.openai_upstream import OpenAIUpstream
 

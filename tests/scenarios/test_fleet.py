@@ -10,9 +10,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from proxy import metrics
-from proxy.app import Worker
-from proxy.settings import Pool, Queueing, Replica
+from proxy.config.schema import Pool, Queueing, Replica
+from proxy.metrics import definitions as metrics
+from proxy.worker.composition import Worker
 from tests.scenarios.test_conversations import words
 from tests.support.cairn import Cairn, config_for, running
 from tests.support.openai_upstream import Failure, OpenAIUpstream

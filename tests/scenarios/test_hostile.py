@@ -8,8 +8,8 @@ import json
 import aiohttp
 import pytest
 
-from proxy import metrics
-from proxy.settings import Pool, Replica, Server, Tenancy
+from proxy.config.schema import Pool, Replica, Server, Tenancy
+from proxy.metrics import definitions as metrics
 from tests.scenarios.test_conversations import words
 from tests.support.cairn import config_for, running
 from tests.support.openai_upstream import Failure, OpenAIUpstream

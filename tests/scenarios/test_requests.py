@@ -8,8 +8,8 @@ import json
 import aiohttp
 import pytest
 
-from proxy import metrics
-from proxy.settings import Client, Pool, Replica, Server
+from proxy.config.schema import Client, Pool, Replica, Server
+from proxy.metrics import definitions as metrics
 from tests.support.cairn import config_for, running
 from tests.support.openai_upstream import Failure, OpenAIUpstream
 from tests.support.valkey import eventually
@@ -142,7 +142,7 @@ async def test_a_listed_client_enters_with_its_key_and_its_models_only(http: aio
     """401 without a key, 403 for another model, and the replica's key goes upstream in place of the client's."""
     import hashlib
 
-    from proxy.settings import Secret
+    from proxy.config.schema import Secret
 
     clients = (Client("red", hashlib.sha256(b"sk-red").hexdigest(), models=("test-*",)),)
     async with OpenAIUpstream() as upstream:

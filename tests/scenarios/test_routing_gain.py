@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 
-from proxy import metrics
+from proxy.metrics import definitions as metrics
 from tests.scenarios.test_conversations import words
 from tests.support.cairn import config_for, running
 from tests.support.openai_upstream import OpenAIUpstream, render

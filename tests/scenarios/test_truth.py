@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import aiohttp
 import yaml
 
-from proxy import metrics
-from proxy.settings import Pool, Replica
+from proxy.config.schema import Pool, Replica
+from proxy.metrics import definitions as metrics
 from tests.support.cairn import Cairn, config_for, running
 from tests.support.counting_upstream import KNOWN_MODEL, MUTE_MODEL, CountingUpstream, body_of, case_of
 from tests.support.lean_client import LeanClient

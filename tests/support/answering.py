@@ -9,9 +9,9 @@ from typing import cast
 
 from aiohttp import web
 
-from proxy.downstream import ClientAnswer
+from proxy.downstream.response import ClientResponse
 
-Play = Callable[[web.BaseRequest, ClientAnswer], Awaitable[None]]
+Play = Callable[[web.BaseRequest, ClientResponse], Awaitable[None]]
 
 
 @asynccontextmanager
@@ -19,7 +19,7 @@ async def serving(play: Play, write_seconds: float = 10.0) -> AsyncIterator[int]
     """A server whose every request is answered by `play`; yields its port."""
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
-        answer = ClientAnswer(request, write_seconds)
+        answer = ClientResponse(request, write_seconds)
         await play(request, answer)
         return cast("web.StreamResponse", answer)  # as far as aiohttp's protocol asks
 

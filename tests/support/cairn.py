@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
-from proxy import metrics
-from proxy.app import Worker
-from proxy.control import Report, WorkerControl
-from proxy.metrics import Exposition, Labels, Spec
-from proxy.settings import Config, Log, Pool, Redis, Replica, Routing, SecretUrl, Server
+from proxy.config.schema import Config, Log, Pool, Redis, Replica, Routing, SecretUrl, Server
+from proxy.control.channel import WorkerControl, WorkerReport
+from proxy.metrics import definitions as metrics
+from proxy.metrics.definitions import Exposition, Labels, Spec
+from proxy.worker.composition import Worker
 
 
 class Heard:
@@ -20,9 +20,9 @@ class Heard:
 
     def __init__(self) -> None:
         self.exposition = Exposition()
-        self.last: Report | None = None
+        self.last: WorkerReport | None = None
 
-    def report(self, report: Report) -> bool:
+    def report(self, report: WorkerReport) -> bool:
         self.exposition.apply(0, report.counts)
         self.last = report
         return True

@@ -9,8 +9,8 @@ from typing import Any
 
 import aiohttp
 
-from proxy import metrics
-from proxy.settings import Contexts
+from proxy.config.schema import Contexts
+from proxy.metrics import definitions as metrics
 from tests.support.cairn import Cairn, config_for, running
 from tests.support.openai_upstream import OpenAIUpstream
 from tests.support.valkey import Valkey, eventually

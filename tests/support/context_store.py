@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 
 from cache import keys
-from cache.context_access import ContextLimits
-from cache.context_rows import ContextStatus, Draft
-from cache.contexts import ContextStore
-from cache.store import Store, open_store
+from cache.contexts.access import ContextLimits
+from cache.contexts.rows import ContextStatus, Draft
+from cache.contexts.store import ContextStore
+from cache.store.store import Store, open_store
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
 from tests.support.valkey import Valkey

@@ -25,8 +25,8 @@ def main(file: str, mode: str, store: str) -> int:
     from cache import EmbeddedError, EmbeddedValkey
     from proxy import logs
     from proxy.clock import SystemClock
-    from proxy.config import load, process_environment, worker_environment
-    from proxy.supervisor import Parts, Supervisor
+    from proxy.config.load import load, process_environment, secrets_of, worker_environment
+    from proxy.supervisor.supervisor import Parts, Supervisor
 
     environ, clock = process_environment(), SystemClock()
 
@@ -47,7 +47,7 @@ def main(file: str, mode: str, store: str) -> int:
         version="9.9.9",
         started=started,
     )
-    listener = logs.set_up(config.log.level, logs.secrets_of(config))
+    listener = logs.set_up(config.log.level.value, secrets_of(config))
 
     async def run() -> int:
         return await Supervisor(config, parts).run()

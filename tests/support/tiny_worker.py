@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from socket import socket
 
-from proxy import metrics
-from proxy.config import Config, ConfigError
-from proxy.control import Explain, Report, WorkerControl
-from proxy.recorder import Recorder
-from proxy.worker import run
+from proxy.config.load import Config, ConfigError
+from proxy.control.channel import Explain, WorkerControl, WorkerReport
+from proxy.metrics import definitions as metrics
+from proxy.metrics.recorder import Recorder
+from proxy.worker.process import run
 
 
 class Tiny:
@@ -71,11 +71,11 @@ class Tiny:
         recorder.inc(metrics.REJECTED, ("tiny",))
         recorder.set(metrics.IN_FLIGHT, (), held)
         upstreams = {replica.label: True for pool in self.config.pools for replica in pool.replicas}
-        self.control.report(Report(recorder.take(), in_flight=held, redis="up", upstreams=upstreams))
+        self.control.report(WorkerReport(recorder.take(), in_flight=held, redis="up", upstreams=upstreams))
 
 
 async def target(config: Config, sockets: Sequence[socket], control: WorkerControl) -> None:
-    """What `proxy.app.run_worker` is to the real one."""
+    """What `proxy.worker.composition.run_worker` is to the real one."""
     if "crash" in sys.argv:
         raise SystemExit(3)
     tiny = Tiny(config, control)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from cache.embedded import find_server
+from cache.store.embedded import find_server
 
 DEADLINE_SECONDS = 10.0
 

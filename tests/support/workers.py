@@ -6,12 +6,12 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping
 
-from cache.fingerprint import Fingerprint
-from cache.index import PrefixIndex
-from cache.inflight import InflightBoard, Row
-from cache.journal import Journal
-from cache.prefix import cut
-from cache.store import Store, open_store
+from cache.index.fingerprint import Fingerprint
+from cache.index.hashing import cut
+from cache.index.prefix_index import PrefixIndex
+from cache.replication.inflight import LoadBroadcast, Row
+from cache.replication.journal import Journal
+from cache.store.store import Store, open_store
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
 
@@ -39,7 +39,7 @@ class Worker:
             name_of=lambda number: self.names[number] if number < len(self.names) else None,
             lease_seconds=lease_seconds,
         )
-        self.board = InflightBoard(
+        self.board = LoadBroadcast(
             self.store,
             writer,
             clock=self.clock,

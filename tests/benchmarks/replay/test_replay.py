@@ -15,7 +15,7 @@ from benchmarks.replay.contestants import Entrant, cairn_config
 from benchmarks.replay.drive import EngineCount, Run, Seen, drive
 from benchmarks.replay.engines import blocks_of, serve
 from benchmarks.replay.texts import BLOCK_BYTES, Texts
-from proxy.config import load
+from proxy.config.load import load
 
 
 def text_of(body: bytes) -> bytes:

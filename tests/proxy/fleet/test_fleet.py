@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.index import Held, Match
+from cache.index.prefix_index import Held, Match
 from proxy.fleet import BreakerState, Fleet, PrefillRate, ReplicaSpec, ShareRow
 from proxy.model import Demand
-from proxy.routing import plan
+from proxy.routing.cost import plan
 
 RATE = 1_000.0  # tokens per second of every replica here, so that tokens read as milliseconds
 

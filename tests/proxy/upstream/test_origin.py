@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.upstream import Origin
-from proxy.upstream.head import HeadWriter
+from proxy.upstream.request_head import HeadWriter
 
 ORIGIN = Origin.parse("http://replica:8000/v1")
 

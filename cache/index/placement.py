@@ -1,0 +1,98 @@
+"""What the index says and is told: matches, placements, feedback, figures. Words only, no behaviour."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from cache.index.fingerprint import Fingerprint
+
+
+class Held(msgspec.Struct, frozen=True, gc=False):
+    """How much of a prompt a replica holds. How sure that is says the placement of the one that is chosen."""
+
+    blocks: int
+    size_bytes: int
+    tokens: int
+
+
+class Match(msgspec.Struct, frozen=True, gc=False):
+    """What is known of a prompt. `held` has the replicas that hold any of it.
+
+    `known_*` is the deepest that any replica holds. Where that is not all, `evicted` tells that more was held until
+    it was dropped for room, and `diverged` that other prompts go on differently from there.
+    """
+
+    held: dict[int, Held]
+    known_blocks: int = 0
+    known_bytes: int = 0
+    known_tokens: int = 0
+    evicted: bool = False
+    diverged: bool = False
+
+
+class Placement(msgspec.Struct, frozen=True, gc=False):
+    """That a prompt was routed to a replica, which held `held_blocks`, worth `predicted_tokens`, before.
+
+    `exact`: the prediction is a reported count and not interpolated. `confident`: an answer of this epoch proved it,
+    and the last placement over its deepest part is not in flight. `tolerance_tokens` is the last held block,
+    `allowance_tokens` what the engine generated after it and may have cached. `stamp` is the time in seconds.
+    """
+
+    id: int
+    replica: int
+    epoch: int
+    fingerprint: Fingerprint
+    held_blocks: int
+    predicted_tokens: int
+    confident: bool
+    exact: bool
+    tolerance_tokens: int
+    allowance_tokens: int
+    stamp: float
+
+
+class FeedbackKind(enum.StrEnum):
+    """What an answer taught the index."""
+
+    NOTHING = "nothing"  # the upstream did not say, or a provider, or the prediction was not confident
+    STALE = "stale"  # routed under an old epoch, hence ignored
+    RIGHT = "right"
+    RECOUNTED = "recounted"  # the tokens of a fork were interpolated wrongly
+    LESS = "less"  # the tail is dropped, the budget may shrink
+    MORE = "more"  # the budget may grow
+    SUSPECT = "suspect"  # a confident prediction with nothing cached: one more means a restart
+    RESTARTED = "restarted"
+
+
+class Feedback(msgspec.Struct, frozen=True, gc=False):
+    """Predicted against reported. `error_tokens` is reported less predicted, None where nothing was reported.
+
+    `epoch` and `budget_tokens` are decisions for all proxies, None where there is none to take.
+    """
+
+    predicted_tokens: int
+    error_tokens: int | None
+    learnt: FeedbackKind
+    epoch: int | None = None
+    budget_tokens: int | None = None
+
+
+class ReplicaStats(msgspec.Struct, frozen=True, gc=False):
+    """One replica's part of the index. `evicted_blocks` counts since the process began."""
+
+    blocks: int
+    tokens: int
+    budget_tokens: int
+    epoch: int
+    evicted_blocks: int
+
+
+class IndexStats(msgspec.Struct, frozen=True, gc=False):
+    """The whole index. `size_bytes` is an estimate of its memory."""
+
+    blocks: int
+    nodes: int
+    holdings: int
+    size_bytes: int

@@ -1,0 +1,125 @@
+"""Tokens along a chain: interpolated by bytes when a prompt is placed, put right by what upstreams report.
+
+Pure arithmetic on the tree's nodes. A count that was reported stands at a pin; between pins counts follow the bytes.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from itertools import islice
+from typing import Final
+
+from cache.index.fingerprint import Fingerprint
+from cache.index.nodes import Node, Step
+
+MAX_PROMPT_TOKENS = 2**30
+"""What an upstream reports beyond that is taken for this: the counts are of 32 bits."""
+
+MAX_FORKS_RECOUNTED: Final = 64
+"""Children of a recounted node that are kept right; the others are put right by their own next answers."""
+
+
+def estimate(fingerprint: Fingerprint, last: Step | None, prompt_tokens: float) -> array[int]:
+    """Counts for the boundaries below `last`, from its end on, by bytes; they end at `prompt_tokens` in all."""
+    ends, depth = fingerprint.ends, last.depth if last else 0
+    known_tokens, known_bytes = (last.tokens, last.node.ends[last.blocks - 1]) if last else (0, 0)
+    prompt_tokens = min(max(prompt_tokens, 0.0), MAX_PROMPT_TOKENS)
+    rate = (prompt_tokens - known_tokens) / (ends[-1] - known_bytes)
+    if rate <= 0:
+        rate = prompt_tokens / ends[-1]
+    return array("I", [int((end - known_bytes) * rate + 0.5) for end in ends[depth:].tolist()])
+
+
+def learn_tokens(steps: list[Step], prompt_tokens: int) -> None:
+    """Let the path's counts add up to what was reported for its end, and pin them there.
+
+    What lies on no other reported chain absorbs the difference, in proportion; where all of it does, the part after
+    the last pin of the last node does.
+    """
+    last = steps[-1]
+    change = min(prompt_tokens, MAX_PROMPT_TOKENS) - last.tokens
+    unknown = [step for step in steps if step.node.known < step.blocks]
+    if unknown:
+        _share(unknown, change)
+    else:
+        _absorb(last.node, last_pin(last.node, last.blocks), last.blocks, change)
+    for step in unknown:
+        step.node.known = step.blocks
+    pin(last.node, last.blocks)
+
+
+def _share(unknown: list[Step], change: int) -> None:
+    """Let what of each node is on no reported chain absorb its part of `change`."""
+    parts = [_tokens_between(step.node, step.node.known, step.blocks) for step in unknown]
+    left = sum(parts)
+    for step, part in zip(unknown, parts, strict=True):
+        share = change if part == left else change * part // left
+        change -= _absorb(step.node, step.node.known, step.blocks, share)
+        left -= part
+
+
+def _absorb(node: Node, start: int, stop: int, change: int) -> int:
+    """Reshape the run's boundaries [start, stop) and keep in place what was reported behind them; what was done."""
+    done = reshape(node, start, stop, change) if change else 0
+    if done and node.known > stop:
+        reshape(node, stop, _next_pin(node, stop), -done)
+    return done
+
+
+def recount(steps: list[Step], held_blocks: int, change: int) -> None:
+    """Correct the count of a fork, whose tokens were interpolated, and move the opposite into what hangs on it."""
+    for step in steps:
+        node = step.node
+        if step.depth == held_blocks and step.blocks == len(node.hashes):
+            done = reshape(node, last_pin(node, step.blocks), step.blocks, change)
+            pin(node, step.blocks)
+            for child in islice((node.children or {}).values(), MAX_FORKS_RECOUNTED):
+                reshape(child, 0, child.pins[0] if child.pins else len(child.hashes), -done)
+            return
+
+
+def _tokens_between(node: Node, start: int, stop: int) -> int:
+    return node.tokens[stop - 1] - (node.tokens[start - 1] if start else 0)
+
+
+def _next_pin(node: Node, blocks: int) -> int:
+    """The first pinned number of boundaries above `blocks`, or all."""
+    return next((pinned for pinned in node.pins if pinned > blocks), len(node.hashes))
+
+
+def reshape(node: Node, start: int, stop: int, change: int) -> int:
+    """Let the run's boundaries [start, stop) hold `change` tokens more in all, in proportion; returns what was done.
+
+    Less than none is not possible, so a negative change may be done in part. Later boundaries of the run move along.
+    Every holder's total follows.
+    """
+    tokens = node.tokens
+    base = tokens[start - 1] if start else 0
+    before = tokens[stop - 1] - base
+    after = max(0, before + change)
+    if before:
+        counts = tokens[start:stop].tolist()
+        tokens[start:stop] = array("I", [base + (count - base) * after // before for count in counts])
+    else:
+        tokens[stop - 1] = base + after
+    done = after - before
+    if done:
+        for i in range(stop, len(tokens)):
+            tokens[i] += done
+        for shelf in node.held:
+            shelf.tokens += done
+    return done
+
+
+def last_pin(node: Node, blocks: int) -> int:
+    """The deepest pinned number of boundaries under `blocks`, or 0."""
+    at = bisect_left(node.pins, blocks)
+    return node.pins[at - 1] if at else 0
+
+
+def pin(node: Node, blocks: int) -> None:
+    """Note that the count at this number of boundaries is a reported one."""
+    at = bisect_left(node.pins, blocks)
+    if at == len(node.pins) or node.pins[at] != blocks:
+        node.pins = (*node.pins[:at], blocks, *node.pins[at:])

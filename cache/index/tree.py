@@ -1,0 +1,240 @@
+"""The radix tree of prefix chains, and who holds which node of it. No policy: no budgets, no epochs, no feedback.
+
+A node is a run of consecutive boundaries that all its holders hold whole; where they come to differ it is split.
+Hashes are chained, so two chains that agree at a depth agree before it: a mismatch inside a run is found by
+bisection, and whoever holds a node holds all nodes above it (prefix-closed). Each holder keeps its nodes in an
+order of recency in which a node is always older than those above it, so its oldest node is always a leaf of its.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from math import nextafter
+from typing import Final
+
+from cache.index.fingerprint import Fingerprint
+from cache.index.nodes import Node, ReplicaEntries, Residency, Step
+
+EVICTED_HASHES: Final = 16_384
+"""Chain ends remembered after eviction, so that a miss can be told from a cold one: some 1.5 MB."""
+
+_FOREVER = float("inf")
+
+
+def new_shelf(replica: int) -> ReplicaEntries:
+    """An empty shelf."""
+    ring = Residency(None, None, None, _FOREVER, 0)
+    ring.older = ring.newer = ring
+    return ReplicaEntries(replica, ring)
+
+
+class Tree:
+    """The nodes. Counts are of all shelves; a block held twice counts once."""
+
+    def __init__(self) -> None:
+        self.root = Node(None, array("Q"), array("I"), array("I"), {}, {})
+        self.blocks = 0
+        self.nodes = 0
+        self.holdings = 0
+        self._evicted: set[int] = set()
+        self._evicted_order: deque[int] = deque()
+        self._last_stamp = 0.0
+
+    def walk(self, hashes: Sequence[int]) -> list[Step]:
+        """The nodes that a chain runs through, the head first; all but the last are matched whole."""
+        steps: list[Step] = []
+        children = self.root.children
+        total, depth, tokens = len(hashes), 0, 0
+        while depth < total and children:
+            node = children.get(hashes[depth])
+            if node is None:
+                break
+            run = node.hashes
+            size = blocks = len(run)
+            if size > total - depth:
+                blocks = total - depth
+            if run[blocks - 1] != hashes[depth + blocks - 1]:
+                blocks = _agreement(run, hashes, depth, blocks)
+            depth += blocks
+            tokens += node.tokens[blocks - 1]
+            steps.append(Step(node, blocks, depth, tokens))
+            if blocks < size:
+                break
+            children = node.children
+        return steps
+
+    def was_evicted(self, block_hash: int) -> bool:
+        """True if the boundary was lately dropped for want of room, and nobody held it any more."""
+        return block_hash in self._evicted
+
+    def stamp(self, now: float) -> float:
+        """`now` in seconds, moved on by the least step where needed, so that stamps order all touches."""
+        self._last_stamp = now if now > self._last_stamp else nextafter(self._last_stamp, _FOREVER)
+        return self._last_stamp
+
+    def split(self, node: Node, at: int) -> Node:
+        """Cut the run after `at` boundaries (0 < at < its length) and return the new head; `node` is the tail."""
+        parent = node.parent
+        siblings = parent.children if parent is not None else None
+        assert siblings is not None  # noqa: S101 - the root is never split
+        base = node.tokens[at - 1]
+        head = Node(
+            parent,
+            node.hashes[:at],
+            node.ends[:at],
+            node.tokens[:at],
+            {},
+            {node.hashes[at]: node},
+            min(node.known, at),
+            tuple(pin for pin in node.pins if pin <= at),
+        )
+        siblings[node.hashes[0]] = head
+        node.parent = head
+        node.hashes = node.hashes[at:]
+        node.ends = node.ends[at:]
+        node.tokens = array("I", [count - base for count in node.tokens[at:]])
+        node.known = max(0, node.known - at)
+        node.pins = tuple(pin - at for pin in node.pins if pin > at)
+        for shelf, tail in node.held.items():
+            confirmed = min(tail.confirmed, at)
+            above = Residency(head, tail, tail.newer, tail.stamp, tail.touched_by, confirmed)
+            tail.newer.older = above  # type: ignore[union-attr]
+            tail.newer = above
+            tail.confirmed -= confirmed
+            head.held[shelf] = above
+        self.nodes += 1
+        self.holdings += len(head.held)
+        return head
+
+    def split_end(self, steps: list[Step]) -> None:
+        """Make the last node of a path end where the match ends, so that every step is a whole node."""
+        if steps and steps[-1].blocks < len(steps[-1].node.hashes):
+            last = steps[-1]
+            steps[-1] = Step(self.split(last.node, last.blocks), last.blocks, last.depth, last.tokens)
+
+    def grow(self, above: Node, shelf: ReplicaEntries, chain: Fingerprint, depth: int, tokens: array[int]) -> Node:
+        """Add the chain's boundaries from `depth` on below `above`; the returned node is not held yet by `shelf`.
+
+        A leaf that is `shelf`'s alone is lengthened in place and returned, held: a conversation stays one node.
+        """
+        added = len(chain.hashes) - depth
+        self.blocks += added
+        if above.parent is not None and not above.children and len(above.held) == 1 and shelf in above.held:
+            base = above.tokens[-1]
+            above.hashes.extend(chain.hashes[depth:])
+            above.ends.extend(chain.ends[depth:])
+            above.tokens.extend([base + count for count in tokens])
+            above.held[shelf].output_tokens = 0
+            shelf.blocks += added
+            shelf.tokens += tokens[-1]
+            return above
+        node = Node(above, chain.hashes[depth:], chain.ends[depth:], tokens, {})
+        if above.children is None:
+            above.children = {}
+        above.children[chain.hashes[depth]] = node
+        self.nodes += 1
+        return node
+
+    def touch(self, shelf: ReplicaEntries, path: Sequence[Node], stamp: float, touched_by: int) -> None:
+        """Hold every node of `path` (the head first, from the root on) and make them the newest, the head last."""
+        ring = shelf.ring
+        for node in reversed(path):
+            holding = node.held.get(shelf)
+            if holding is None:
+                holding = node.held[shelf] = Residency(node, None, None, stamp, touched_by)
+                shelf.blocks += len(node.hashes)
+                shelf.tokens += node.tokens[-1]
+                self.holdings += 1
+            else:
+                older, newer = holding.older, holding.newer
+                older.newer, newer.older = newer, older  # type: ignore[union-attr]
+                holding.stamp = stamp
+                holding.touched_by = touched_by
+            newest = ring.older
+            holding.older, holding.newer = newest, ring
+            newest.newer = ring.older = holding  # type: ignore[union-attr]
+
+    def adopt(self, above: Node, hashes: array[int], ends: array[int], tokens: array[int]) -> Node:
+        """A node read back, below `above` and held by nobody yet."""
+        node = Node(above, hashes, ends, tokens, {})
+        if above.children is None:
+            above.children = {}
+        above.children[node.hashes[0]] = node
+        self.nodes += 1
+        self.blocks += len(node.hashes)
+        return node
+
+    def hold(self, shelf: ReplicaEntries, node: Node, holding: Residency) -> None:
+        """Let `shelf` hold a node read back; `link` gives it a place in the order later."""
+        node.held[shelf] = holding
+        shelf.blocks += len(node.hashes)
+        shelf.tokens += node.tokens[-1]
+        self.holdings += 1
+        self._last_stamp = max(self._last_stamp, holding.stamp)
+
+    def link(self, shelf: ReplicaEntries, holding: Residency) -> None:
+        """Make a holding read back the shelf's newest."""
+        newest = shelf.ring.older
+        holding.older, holding.newer = newest, shelf.ring
+        newest.newer = shelf.ring.older = holding  # type: ignore[union-attr]
+
+    def release(self, shelf: ReplicaEntries, node: Node, *, evicted: bool = False) -> None:
+        """Let go of a whole node, of which `shelf` holds no child; without holders it leaves the tree."""
+        holding = node.held.pop(shelf)
+        holding.older.newer, holding.newer.older = holding.newer, holding.older  # type: ignore[union-attr]
+        self.holdings -= 1
+        shelf.blocks -= len(node.hashes)
+        shelf.tokens -= node.tokens[-1]
+        if evicted:
+            shelf.evicted_blocks += len(node.hashes)
+        if not node.held:
+            first = node.hashes[0]
+            del node.parent.children[first]  # type: ignore[union-attr]
+            node.parent = None
+            self.nodes -= 1
+            self.blocks -= len(node.hashes)
+            if evicted:
+                self._remember(first)
+
+    def trim(self, shelf: ReplicaEntries, node: Node, keep: int, *, evicted: bool = False) -> None:
+        """Let go of all but the first `keep` boundaries (0 < keep < its length) of one of the shelf's leaves."""
+        if len(node.held) > 1 or node.children:
+            self.split(node, keep)
+            self.release(shelf, node, evicted=evicted)
+            return
+        dropped = len(node.hashes) - keep
+        if evicted:
+            shelf.evicted_blocks += dropped
+            self._remember(node.hashes[keep])
+        shelf.blocks -= dropped
+        shelf.tokens -= node.tokens[-1] - node.tokens[keep - 1]
+        self.blocks -= dropped
+        for run in (node.hashes, node.ends, node.tokens):
+            del run[keep:]
+        node.known = min(node.known, keep)
+        node.pins = tuple(pin for pin in node.pins if pin <= keep)
+        holding = node.held[shelf]
+        holding.confirmed = min(holding.confirmed, keep)
+        holding.output_tokens = 0
+
+    def _remember(self, block_hash: int) -> None:
+        if block_hash in self._evicted:
+            return
+        self._evicted.add(block_hash)
+        self._evicted_order.append(block_hash)
+        if len(self._evicted_order) > EVICTED_HASHES:
+            self._evicted.discard(self._evicted_order.popleft())
+
+
+def _agreement(run: Sequence[int], hashes: Sequence[int], depth: int, differing: int) -> int:
+    """How many of the first `differing` boundaries of `run` equal the chain's from `depth` on; at least one does."""
+    low, high = 1, differing - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if run[middle - 1] == hashes[depth + middle - 1]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,77 @@
+"""The built-in price data: genai-prices, offline, read once per model and upstream.
+
+The only importer of genai_prices. Its import takes 0.4 s and some 40 MB, so the composition root makes one
+`BuiltinPrices` in a thread before it serves. It must not know usage, bills or requests.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal, DecimalException
+from importlib.metadata import version
+
+from genai_prices import Usage
+from genai_prices.data import providers
+from genai_prices.data_snapshot import DataSnapshot
+from genai_prices.types import ModelPrice, TieredPrices
+
+from proxy.accounting.pricing import MODELS_REMEMBERED_AT_MOST, Rates, Tier, TokenCard, rates_of
+
+
+class BuiltinPrices:
+    """Looks models up. Its data has no date that can be read, so a card carries the package's version.
+
+    It has a snapshot of its own, made anew now and then: one remembers each name that it was ever asked for.
+    """
+
+    def __init__(self) -> None:
+        self._source = f"genai-prices {version('genai-prices')}"
+        self._asked = 0
+        self._snapshot = DataSnapshot(providers, from_auto_update=False)
+
+    def card(self, model: str, upstream: str) -> TokenCard | None:
+        """The card of `model` at the API whose URL is `upstream`, or None where the data has none.
+
+        With an empty `upstream` the provider is told by the model's name.
+        """
+        self._asked += 1
+        if self._asked % MODELS_REMEMBERED_AT_MOST == 0:
+            self._snapshot = DataSnapshot(providers, from_auto_update=False)
+        try:
+            found = self._snapshot.calc(Usage(input_tokens=0), model, None, upstream or None, None)
+        # what it raises for unknown models, providers and odd data, as its own documentation and tests show
+        except (LookupError, ValueError, TypeError, AttributeError, DecimalException):
+            return None
+        return _card(found.model_price, self._source)
+
+
+def _card(price: ModelPrice, source: str) -> TokenCard | None:
+    starts = sorted(
+        {tier.start for field in _fields(price) if isinstance(field, TieredPrices) for tier in field.tiers}
+    )
+    base = _rates(price, 0)
+    if base is None:
+        return None
+    tiers = [Tier(start, rates) for start in starts if (rates := _rates(price, start + 1)) is not None]
+    return TokenCard(base, tuple(tiers), source, "")
+
+
+def _rates(price: ModelPrice, prompt_tokens: int) -> Rates | None:
+    input_usd, output_usd, read, write, write_1h = (_at(field, prompt_tokens) for field in _fields(price))
+    if input_usd is None:
+        return None
+    return rates_of(input_usd, output_usd or Decimal(0), read, write, write_1h)
+
+
+def _fields(price: ModelPrice) -> tuple[Decimal | TieredPrices | None, ...]:
+    names = ("input_mtok", "output_mtok", "cache_read_mtok", "cache_write_mtok", "cache_write_1h_mtok")
+    return tuple(getattr(price, name, None) for name in names)
+
+
+def _at(field: Decimal | TieredPrices | None, prompt_tokens: int) -> Decimal | None:
+    if not isinstance(field, TieredPrices):
+        return field
+    applicable = field.base
+    for tier in field.tiers:
+        if prompt_tokens > tier.start:
+            applicable = tier.price
+    return applicable

@@ -1,0 +1,214 @@
+"""What an answer cost, what it would have cost with nothing cached, and the difference.
+
+Pure: rate cards and usage in, a bill out, all in Decimal. Three kinds of card, the first that matches stands: the
+operator's, the built-in data's (`proxy.accounting.builtin_prices`), none. A provider's card prices tokens; an
+engine's prices seconds of its GPUs, so that what a cached token saves is the prefill time that it avoids.
+
+    uncached cost = prompt x input + output x output rate
+    saving        = cached x (input - cached rate)
+    surcharge     = written x (write rate - input)
+    cost          = uncached cost - saving + surcharge
+
+Only tokens that the upstream reported as cached count as saved. It must not know metrics, Redis or HTTP.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from fnmatch import fnmatchcase
+
+import msgspec
+
+from proxy.model import Usage
+
+ZERO = Decimal(0)
+_PER_MILLION = Decimal(1_000_000)
+_SECONDS_PER_HOUR = Decimal(3600)
+MODELS_REMEMBERED_AT_MOST = 1024  # resolved cards kept; made-up model names must not grow memory
+
+
+class Unpriced(enum.StrEnum):
+    """Why an answer has no price; the metric's label."""
+
+    NO_CARD = "no_card"  # neither the operator nor the built-in data knows the model here
+    NO_EXCHANGE_RATE = "no_exchange_rate"  # a card in another currency without `usd_per_unit`
+    NO_PREFILL_RATE = "no_prefill_rate"  # an engine's card, and its rate is not learned yet
+
+
+class Rates(msgspec.Struct, frozen=True, gc=False):
+    """USD per million tokens. A rate that a card leaves out is the input's: nothing saved, nothing added."""
+
+    input: Decimal
+    output: Decimal
+    cached_read: Decimal
+    cache_write_5m: Decimal
+    cache_write_1h: Decimal
+
+
+class Tier(msgspec.Struct, frozen=True, gc=False):
+    """Rates for every token of a request whose prompt is longer than `above_prompt_tokens`."""
+
+    above_prompt_tokens: int
+    rates: Rates
+
+
+class TokenCard(msgspec.Struct, frozen=True):
+    """A provider's prices; `tiers` ascend. `source` and `date` are for people."""
+
+    rates: Rates
+    tiers: tuple[Tier, ...] = ()
+    source: str = ""
+    date: str = ""
+
+    def rates_for(self, prompt_tokens: int) -> Rates:
+        """The rates of the highest tier that the prompt reaches."""
+        for tier in reversed(self.tiers):
+            if prompt_tokens > tier.above_prompt_tokens:
+                return tier.rates
+        return self.rates
+
+
+class GpuCard(msgspec.Struct, frozen=True):
+    """An engine's price: USD for an hour of one GPU, and how many a replica has."""
+
+    usd_per_gpu_hour: Decimal
+    gpus_per_replica: Decimal = Decimal(1)
+    source: str = ""
+    date: str = ""
+
+    @property
+    def usd_per_second(self) -> Decimal:
+        """What a replica costs while it computes."""
+        return self.usd_per_gpu_hour * self.gpus_per_replica / _SECONDS_PER_HOUR
+
+
+Card = TokenCard | GpuCard
+
+
+class Rule(msgspec.Struct, frozen=True):
+    """An operator's card and where it applies: globs over the model and over the upstream's URL or name, from a date
+    on (ISO; empty: always)."""
+
+    model: str
+    upstream: str
+    valid_from: str
+    card: Card | Unpriced
+
+
+class Bill(msgspec.Struct, frozen=True, gc=False):
+    """One answer in USD. Saving and surcharge are never negative; `cost` is what is paid."""
+
+    uncached_input: Decimal
+    output: Decimal
+    saving: Decimal
+    surcharge: Decimal
+
+    @property
+    def uncached_cost(self) -> Decimal:
+        """The whole bill had nothing been cached or written."""
+        return self.uncached_input + self.output
+
+    @property
+    def cost(self) -> Decimal:
+        """The whole bill."""
+        return self.uncached_cost - self.saving + self.surcharge
+
+
+class PriceBook:
+    """Finds the card for a model at an upstream, once for each, and remembers it in a bounded table.
+
+    Rules are tried in their order, but of those with the same globs the newest that has come stands. `builtin`
+    answers (model, upstream URL) with a card or None and never raises.
+    """
+
+    def __init__(self, rules: Sequence[Rule], builtin: Callable[[str, str], TokenCard | None]) -> None:
+        self._rules = _newest_of_equals_first(rules)
+        self._builtin = builtin
+        self._resolved: dict[tuple[str, str, str, str], Card | Unpriced] = {}
+
+    def adopt(self, rules: Sequence[Rule]) -> None:
+        """Go by other rules from now on."""
+        self._rules = _newest_of_equals_first(rules)
+        self._resolved.clear()
+
+    def card(self, model: str, upstream: str, day: str, name: str = "") -> Card | Unpriced:
+        """The card for `model` (as sent) at `upstream` (its URL) on `day` (ISO date), or why there is none.
+
+        `name` is the upstream's in the configuration, which a rule may name as well.
+        """
+        key = (model, upstream, day, name)
+        card = self._resolved.get(key)
+        if card is None:
+            card = self._resolve(model, (upstream, name), day)
+            if len(self._resolved) >= MODELS_REMEMBERED_AT_MOST:
+                self._resolved.clear()
+            self._resolved[key] = card
+        return card
+
+    def _resolve(self, model: str, upstream: tuple[str, str], day: str) -> Card | Unpriced:
+        for rule in self._rules:
+            if (
+                rule.valid_from <= day
+                and fnmatchcase(model, rule.model)
+                and any(fnmatchcase(address, rule.upstream) for address in upstream)
+            ):
+                return rule.card
+        return self._builtin(model, upstream[0]) or Unpriced.NO_CARD
+
+
+def _newest_of_equals_first(rules: Sequence[Rule]) -> list[Rule]:
+    groups: dict[tuple[str, str], list[Rule]] = {}
+    for rule in rules:
+        groups.setdefault((rule.model, rule.upstream), []).append(rule)
+    return [
+        rule for group in groups.values() for rule in sorted(group, key=lambda rule: rule.valid_from, reverse=True)
+    ]
+
+
+def bill(usage: Usage, card: Card, prefill_tokens_per_second: float | None) -> Bill | Unpriced:
+    """Price one answer. Unknown cached tokens save nothing; an engine's card needs the replica's prefill rate."""
+    if isinstance(card, TokenCard):
+        return _token_bill(usage, card.rates_for(usage.prompt_tokens))
+    if not prefill_tokens_per_second:
+        return Unpriced.NO_PREFILL_RATE
+    usd_per_token = card.usd_per_second / Decimal(str(prefill_tokens_per_second))
+    return Bill(usage.prompt_tokens * usd_per_token, ZERO, (usage.cached_tokens or 0) * usd_per_token, ZERO)
+
+
+def _token_bill(usage: Usage, rates: Rates) -> Bill:
+    saving = surcharge = ZERO
+    # a card whose cached rate is above its input rate, or whose writes are cheaper, is odd but possible
+    if usage.cached_tokens:
+        gained = usage.cached_tokens * (rates.input - rates.cached_read) / _PER_MILLION
+        saving, surcharge = (gained, ZERO) if gained >= 0 else (ZERO, -gained)
+    if usage.cache_write_5m_tokens or usage.cache_write_1h_tokens:
+        added = usage.cache_write_5m_tokens * (rates.cache_write_5m - rates.input)
+        added += usage.cache_write_1h_tokens * (rates.cache_write_1h - rates.input)
+        added /= _PER_MILLION
+        saving, surcharge = (saving, surcharge + added) if added >= 0 else (saving - added, surcharge)
+    return Bill(
+        usage.prompt_tokens * rates.input / _PER_MILLION,
+        usage.output_tokens * rates.output / _PER_MILLION,
+        saving,
+        surcharge,
+    )
+
+
+def rates_of(
+    input_usd: Decimal,
+    output_usd: Decimal,
+    cached_read_usd: Decimal | None = None,
+    cache_write_5m_usd: Decimal | None = None,
+    cache_write_1h_usd: Decimal | None = None,
+) -> Rates:
+    """Rates in USD per million tokens, with what is left out filled in; a 1 h write falls back to the 5 m one."""
+    write = input_usd if cache_write_5m_usd is None else cache_write_5m_usd
+    return Rates(
+        input_usd,
+        output_usd,
+        input_usd if cached_read_usd is None else cached_read_usd,
+        write,
+        write if cache_write_1h_usd is None else cache_write_1h_usd,
+    )

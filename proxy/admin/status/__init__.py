@@ -1,0 +1,7 @@
+"""The status page: its files, the state that it shows, and the stream by which it stays live."""
+
+from proxy.admin.status.board import StatusBoard
+from proxy.admin.status.files import PATHS as PAGE_PATHS
+from proxy.admin.status.routes import StatusRoutes
+
+__all__ = ["PAGE_PATHS", "StatusBoard", "StatusRoutes"]

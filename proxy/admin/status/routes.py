@@ -1,0 +1,112 @@
+"""The status page over HTTP: its files, and the stream of states by which it is live.
+
+It must not know what is in a state, nor who may see it: the admin port's guard stands before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+from aiohttp import web
+
+from proxy.admin.status import files
+from proxy.admin.status.board import StatusBoard
+
+STREAMS_AT_MOST = 32  # pages open at once
+LEAST_PAUSE_SECONDS = 0.25  # between two states
+MOST_PAUSE_SECONDS = 1.0
+WRITE_SECONDS = 20.0  # a page that takes nothing for so long is gone
+# plotly adds a style element, whose digest changes with its version, and sets style on its own elements; what a state
+# says becomes text and never markup, so nobody else can
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+
+
+class StatusRoutes:
+    """One per admin port."""
+
+    def __init__(self, board: StatusBoard) -> None:
+        self._board = board
+        self._files: dict[str, files.StaticFile] = {}
+        self._loading = asyncio.Lock()
+        self._closing = asyncio.Event()
+
+    def add_to(self, app: web.Application) -> None:
+        """Put them on the admin port."""
+        for path in files.PATHS:
+            app.router.add_get(path, self._file)
+        app.router.add_get("/events", self._events, allow_head=False)
+        app.on_shutdown.append(self._close)
+
+    async def _close(self, _: web.Application) -> None:
+        self._closing.set()
+
+    async def _file(self, request: web.Request) -> web.StreamResponse:
+        file = await self._loaded(request.path)
+        headers = {
+            "Content-Security-Policy": POLICY,
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-cache",  # kept, and asked for each time: a new version shows at once
+            "ETag": file.tag,
+            "Vary": "Accept-Encoding",
+        }
+        if request.headers.get("If-None-Match") == file.tag:
+            return web.Response(status=304, headers=headers)
+        headers["Content-Type"] = file.content_type
+        if "gzip" not in request.headers.get("Accept-Encoding", ""):
+            return web.Response(body=await asyncio.to_thread(lambda: file.plain), headers=headers)
+        return web.Response(body=file.packed, headers=headers | {"Content-Encoding": "gzip"})
+
+    async def _loaded(self, path: str) -> files.StaticFile:
+        async with self._loading:
+            file = self._files.get(path) or await asyncio.to_thread(files.load, path)
+        if file is None:
+            raise web.HTTPNotFound
+        self._files[path] = file
+        return file
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        """The history once, then a state a second, and at once when a request ended."""
+        if self._board.viewers >= STREAMS_AT_MOST:
+            raise web.HTTPServiceUnavailable
+        response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-store",
+                "X-Content-Type-Options": "nosniff",
+            }
+        )
+        with self._board.watching(), suppress(ConnectionResetError, TimeoutError):  # the page was closed
+            await response.prepare(request)
+            await _send(response, b"history", self._board.history_json())
+            while not self._closing.is_set():
+                await _send(response, b"state", self._board.state_json())
+                await self._pause()
+        return response
+
+    async def _pause(self) -> None:
+        await self._closing_within(LEAST_PAUSE_SECONDS)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(MOST_PAUSE_SECONDS - LEAST_PAUSE_SECONDS):
+                await self._board.changed()
+
+    async def _closing_within(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._closing.wait()
+
+
+async def _send(response: web.StreamResponse, event: bytes, content: bytes) -> None:
+    async with asyncio.timeout(WRITE_SECONDS):
+        await response.write(b"event: %b\ndata: %b\n\n" % (event, content))

@@ -1,0 +1,206 @@
+"""The commands and their exit codes: 0 well, 1 could not run, 2 the configuration or the command line is wrong.
+
+A user's mistake is one line on standard error and no traceback. What a command needs is imported when it runs, so
+that `cairn --version` does not wait for a web server to load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Mapping
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from proxy.cli import exit_codes as exits
+from proxy.cli.contexts import contexts
+from proxy.cli.prices import prices
+from proxy.cli.savings import savings
+from proxy.errors import CairnError, ConfigError
+
+if TYPE_CHECKING:
+    from proxy.config.load import Config, Loaded
+    from proxy.supervisor.supervisor import Parts
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_PORT = click.IntRange(0, 65_535)
+_EPILOG = """\b
+Examples:
+  cairn serve --upstream http://10.0.0.7:8000 --upstream http://10.0.0.8:8000
+  cairn serve --config cairn.yaml --workers 4 --redis redis://cache:6379
+  cairn check-config cairn.yaml
+
+A flag beats the environment (CAIRN_HOST, CAIRN_PORT, CAIRN_ADMIN_PORT, CAIRN_UPSTREAM, CAIRN_REDIS, CAIRN_WORKERS,
+CAIRN_CONFIG, and CAIRN_SECTION__SETTING for any other, such as CAIRN_SERVER__DRAIN_SECONDS), which beats the file.
+"""
+
+
+def own_version() -> str:
+    """The version of the distribution, or `unknown` where this is a bare checkout."""
+    try:
+        return version("cairn-proxy")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def data_path() -> str:
+    """Whether this Cairn's data path was compiled when it was installed."""
+    spec = find_spec("proxy.pipeline.pipeline")
+    is_compiled = spec is not None and spec.origin is not None and spec.origin.endswith(tuple(EXTENSION_SUFFIXES))
+    return "compiled" if is_compiled else "interpreted"
+
+
+@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(own_version(), prog_name="cairn", message=f"%(prog)s %(version)s ({data_path()})")
+def cli() -> None:
+    """Cairn sends each prompt to the replica that already holds its prefix, and shows what that saved."""
+
+
+@cli.command(epilog=_EPILOG)
+@click.option("--config", "file", type=_FILE, help="The YAML file.  [env: CAIRN_CONFIG]")
+@click.option("--host", help="Address to serve on.  [default: 127.0.0.1]")
+@click.option("--port", type=_PORT, help="Port to serve on.  [default: 8080]")
+@click.option("--admin-port", type=_PORT, help="Port of health, readiness and metrics.  [default: 8090]")
+@click.option(
+    "--upstream",
+    "upstreams",
+    multiple=True,
+    metavar="URL",
+    help="A replica, with or without /v1; several make one pool, in place of the file's. "
+    "https to a public name is taken for a provider, all else for an engine.",
+)
+@click.option("--redis", metavar="URL", help="The shared store; without it a private Valkey is started.")
+@click.option("--workers", type=click.IntRange(1, 256), help="Processes that serve.  [default: 1]")
+@click.option(
+    "--open", "is_open", is_flag=True, default=None, help="Anyone who reaches it may use the replicas' keys."
+)
+def serve(
+    file: Path | None,
+    host: str | None,
+    port: int | None,
+    admin_port: int | None,
+    upstreams: tuple[str, ...],
+    redis: str | None,
+    workers: int | None,
+    is_open: bool | None,
+) -> None:
+    """Serve before one or more upstreams until told to end (Ctrl-C or SIGTERM; twice: at once; SIGHUP reloads)."""
+    from proxy.config.load import SecretUrl, load, process_environment
+
+    environ = process_environment()
+    flags: dict[tuple[str, str], object] = {
+        ("server", "host"): host,
+        ("server", "port"): port,
+        ("server", "workers"): workers,
+        ("server", "open"): is_open,
+        ("admin", "port"): admin_port,
+        ("redis", "url"): SecretUrl(redis) if redis is not None else None,
+    }
+
+    def read() -> Loaded:
+        loaded = load(file, environ, flags, upstreams)
+        if not loaded.config.pools:
+            raise ConfigError("nothing to serve: give --upstream URL, or name pools in a file with --config")
+        return loaded
+
+    try:
+        loaded = read()
+    except ConfigError as error:
+        _fail(error, exits.MISUSED, file)
+    for warning in loaded.warnings:
+        click.echo(f"cairn: {warning}", err=True)
+    sys.exit(_supervise(loaded.config, _parts(loaded.config, environ, read)))
+
+
+def _supervise(config: Config, parts: Parts) -> int:
+    from proxy import logs
+    from proxy.config.load import secrets_of
+    from proxy.supervisor.supervisor import Supervisor
+
+    listener = logs.set_up(config.log.level.value, secrets_of(config))
+
+    async def run() -> int:
+        return await Supervisor(config, parts).run()
+
+    try:
+        return asyncio.run(run())
+    except CairnError as error:
+        _fail(error, exits.FAILED)
+    finally:
+        listener.stop()
+
+
+def _parts(config: Config, environ: Mapping[str, str], read: Callable[[], Loaded]) -> Parts:
+    from cache import EmbeddedError, EmbeddedValkey
+    from proxy.clock import SystemClock
+    from proxy.config.load import worker_environment
+    from proxy.supervisor.supervisor import Parts
+
+    clock = SystemClock()
+    return Parts(
+        worker_command=(sys.executable, "-P", "-m", "proxy", "worker"),
+        environment=worker_environment(config, environ) | _import_path(environ),
+        reload=read,
+        private_store=lambda folder, size_bytes: EmbeddedValkey(folder, clock=clock, max_memory_bytes=size_bytes),
+        store_errors=(EmbeddedError,),
+        clock=clock,
+        version=own_version(),
+        started=_say_started,
+    )
+
+
+def _import_path(environ: Mapping[str, str]) -> dict[str, str]:
+    """Lets a worker find the packages of a bare checkout too, whose folder `-P` keeps off its path."""
+    root = Path(__file__).resolve().parents[2]
+    if root.name in ("site-packages", "dist-packages"):
+        return {}
+    return {"PYTHONPATH": ":".join(filter(None, (environ.get("PYTHONPATH"), str(root))))}
+
+
+def _say_started(address: str, admin_address: str) -> None:
+    click.echo(f"cairn: serving on {address}/v1, admin on {admin_address}", err=True)
+
+
+@cli.command("check-config")
+@click.argument("file", type=_FILE)
+def check_config(file: Path) -> None:
+    """Print the whole effective configuration of FILE (environment included), secrets as ***; exit 2 if it is bad."""
+    from proxy.config.load import as_yaml, load, process_environment
+
+    try:
+        loaded = load(file, process_environment())
+    except ConfigError as error:
+        _fail(error, exits.MISUSED, file)
+    for warning in loaded.warnings:
+        click.echo(f"cairn: {warning}", err=True)
+    click.echo(as_yaml(loaded.config), nl=False)
+
+
+cli.add_command(contexts)
+cli.add_command(prices)
+cli.add_command(savings)
+
+
+@cli.command(hidden=True)
+@click.option("--control", type=int, required=True)
+@click.option("--listen", required=True)
+@click.option("--parent", type=int, required=True)
+def worker(control: int, listen: str, parent: int) -> None:
+    """One worker; the supervisor starts it and nobody else can."""
+    from importlib import import_module
+
+    from proxy.worker.process import run
+
+    run_worker = import_module("proxy.worker.composition").run_worker
+    sys.exit(run(control, [int(descriptor) for descriptor in listen.split(",")], parent, run_worker))
+
+
+def _fail(error: CairnError, code: int, file: Path | None = None) -> NoReturn:
+    """One line that says what is wrong and where; exits."""
+    where = f"{file}: " if file is not None and getattr(error, "param", None) else ""
+    exits.fail(where + error.message, code)

@@ -1,0 +1,50 @@
+"""Fetch the model list of one replica."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from proxy.errors import BadAnswer
+from proxy.fleet.pools import ReplicaEndpoint
+from proxy.model import Call
+from proxy.upstream import UpstreamClient
+from proxy.wire.headers import upstream_head
+
+_LIST_AT_MOST_BYTES = 8 * 1024 * 1024
+
+
+class _Listing(msgspec.Struct):
+    data: list[dict[str, Any]] = []
+
+
+_decode_listing = msgspec.json.Decoder(_Listing).decode
+
+
+async def fetch_models(
+    client: UpstreamClient, endpoint: ReplicaEndpoint, call: Call | None = None
+) -> list[dict[str, Any]]:
+    """Return the entries of `GET /v1/models` at one replica, asked with its own key or with the caller's.
+
+    Raises:
+        UpstreamError: the replica did not answer, or not with a model list.
+    """
+    head = upstream_head(
+        call.headers if call is not None else (),
+        request_id=call.request_id if call is not None else "models",
+        credential=endpoint.credential,
+        drop_credentials=endpoint.drops_credentials,
+        identity=True,
+    )
+    answer = await client.request(endpoint.origin, b"GET", b"/v1/models", head, retry_reused=True)
+    try:
+        body = await answer.read(_LIST_AT_MOST_BYTES)
+    finally:
+        answer.abort()
+    if answer.status != 200:
+        raise BadAnswer(f"The upstream answered the list of models with status {answer.status}.")
+    try:
+        return _decode_listing(body).data
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise BadAnswer("The upstream's list of models cannot be read.") from None

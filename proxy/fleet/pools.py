@@ -1,0 +1,86 @@
+"""Which pool serves a model, and how to reach each replica: the configuration in the form that the path needs.
+
+One object for all phases; a reload changes what is in it at once (`adopt`). It knows no health, load or prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import msgspec
+
+from proxy.errors import NotFound
+from proxy.upstream import Origin
+
+_MODELS_REMEMBERED_AT_MOST = 1024
+
+
+class ServedPool(msgspec.Struct, frozen=True):
+    """A pool as the path sees it.
+
+    `isolated` salts every prefix chain by who asks. `sends_cache_salt` adds the field of that name to bodies.
+    `is_provider` means that placements end by time and that no prefix is warmed.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    is_provider: bool = False
+    isolated: bool = False
+    sends_cache_salt: bool = False
+
+
+class ReplicaEndpoint(msgspec.Struct, frozen=True):
+    """How to reach a replica. `credential` is the header that replaces the client's own (None: it passes)."""
+
+    name: str
+    pool: str
+    url: str
+    origin: Origin
+    credential: tuple[bytes, bytes] | None = None
+    drops_credentials: bool = False  # the client's key is Cairn's own and nobody else's business
+    is_provider: bool = False
+    capacity_tokens: int | None = None  # as configured
+
+
+class Pools:
+    """Models to pools, replica numbers to backends.
+
+    `backends` is keyed by the fleet's numbers and may hold replicas that were removed; `served` are those in force.
+    """
+
+    def __init__(
+        self, pools: Sequence[ServedPool], default: str | None, backends: Mapping[int, ReplicaEndpoint]
+    ) -> None:
+        self.all = tuple(pools)
+        self.backends = dict(backends)
+        self.served = frozenset(backends)
+        self.default = next((pool for pool in pools if pool.name == default), None)
+        self._found: dict[str, ServedPool] = {}
+
+    def adopt(self, other: Pools) -> None:
+        """Become `other`, for everyone who holds this; requests under way keep the pool that they have."""
+        self.all, self.default, self._found = other.all, other.default, {}
+        # replicas that are gone are kept, since requests under way may still need them
+        self.backends.update(other.backends)
+        self.served = other.served
+
+    def serving(self, model: str) -> ServedPool:
+        """The first pool one of whose patterns fits `model`.
+
+        Raises:
+            NotFound: none does.
+        """
+        pool = self._found.get(model)
+        if pool is None:
+            pool = self._search(model)
+            if len(self._found) >= _MODELS_REMEMBERED_AT_MOST:
+                self._found.clear()
+            self._found[model] = pool
+        return pool
+
+    def _search(self, model: str) -> ServedPool:
+        for pool in self.all:
+            if any(fnmatchcase(model, pattern) for pattern in pool.models):
+                return pool
+        raise NotFound("The model does not exist here or is not served.", param="model")

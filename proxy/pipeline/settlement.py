@@ -1,0 +1,101 @@
+"""Phase 8: what a finished request teaches and what it counts. Runs on every path, waits for nothing.
+
+The index hears what was really cached, the fleet how fast the replica was, the token counts how long the prompt was:
+at once, since the next request is routed by it. The metrics get their figures some requests at a time, before each
+report at the latest (`count`): in a row they find its code and tables in the processor's caches. It must not know
+HTTP or decide anything for a request.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+from cache import Journal, Placement
+from proxy.accounting.access_log import AccessLog, access_line
+from proxy.accounting.counters import RequestCounters
+from proxy.accounting.prefix_stats import PrefixStats
+from proxy.accounting.round_robin import RoundRobinBaseline
+from proxy.clock import Clock
+from proxy.fleet import Fleet
+from proxy.model import Ending, Outcome, Usage
+from proxy.pipeline.exchange import Exchange
+from proxy.routing.token_estimate import TokenCounts
+
+COUNTED_TOGETHER: Final = 32  # requests
+
+_Finished = tuple[Outcome, Usage | None, Placement | None]
+
+
+class Settlement:
+    """One per worker. `access_log` None: no access lines."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        fleet: Fleet,
+        tokens: TokenCounts,
+        accounts: RequestCounters,
+        sightings: PrefixStats,
+        shadow: RoundRobinBaseline,
+        access_log: AccessLog | None,
+        clock: Clock,
+    ) -> None:
+        self._journal = journal
+        self._fleet = fleet
+        self._tokens = tokens
+        self._accounts = accounts
+        self._sightings = sightings
+        self._shadow = shadow
+        self._access_log = access_log
+        self._clock = clock
+        self._uncounted: deque[_Finished] = deque()
+
+    def settle(self, exchange: Exchange) -> Outcome:
+        """Learn from a finished request, count it and log it."""
+        outcome = exchange.outcome(self._clock.monotonic())
+        usage = self._accounts.known_usage(outcome)
+        placement = None if exchange.attempt is None else exchange.attempt.placement
+        if placement is not None:
+            self._teach_index(placement, usage)
+        if usage is not None:
+            self._teach_fleet(exchange, outcome, usage)
+        if self._access_log is not None:
+            self._access_log.write(access_line(outcome, self._clock.unix()))
+        self._uncounted.append((outcome, usage, placement))
+        if len(self._uncounted) >= COUNTED_TOGETHER:
+            self.count()
+        return outcome
+
+    def count(self) -> None:
+        """Count what was settled and not counted yet."""
+        waiting = self._uncounted
+        while waiting:
+            outcome, usage, placement = waiting.popleft()  # before it is counted: one defect must not keep the others
+            self._accounts.count(outcome, usage, None if placement is None else placement.predicted_tokens)
+            self._sightings.saw(outcome, placement, usage)
+            if placement is not None and usage is not None:
+                self._count_routing_gain(outcome, usage, placement)
+
+    def _count_routing_gain(self, outcome: Outcome, usage: Usage, placement: Placement) -> None:
+        gain = self._shadow.answered(placement, usage.prompt_tokens, usage.cached_tokens)
+        if gain is not None:
+            label = self._accounts.label(outcome)
+            self._accounts.count_routing_gain(outcome, self._shadow.counted(label, gain))
+
+    def _teach_index(self, placement: Placement, usage: Usage | None) -> None:
+        if usage is None:
+            self._journal.settled(placement)
+        else:
+            self._journal.answered(placement, usage.prompt_tokens, usage.cached_tokens, usage.output_tokens)
+
+    def _teach_fleet(self, exchange: Exchange, outcome: Outcome, usage: Usage) -> None:
+        prompt, attempt, times = exchange.prompt, exchange.attempt, outcome.times
+        if prompt is None or attempt is None or outcome.ending is not Ending.COMPLETE:
+            return
+        self._tokens.observe(prompt.model, prompt.size_bytes, usage.prompt_tokens, prompt.media)
+        computed_tokens = usage.prompt_tokens - (usage.cached_tokens or 0)
+        if usage.cached_tokens is not None:
+            self._fleet.observe_prefill(attempt.charge, computed_tokens, usage.prefill_seconds or None)
+        if times.first_token_seconds is not None:
+            self._fleet.observe_decode(attempt.replica, times.ended_seconds - times.first_token_seconds)

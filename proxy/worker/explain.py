@@ -1,0 +1,80 @@
+"""How a body would be routed now, told without routing it: what `/explain` answers with.
+
+It runs the pipeline's own pure phases, so that it cannot disagree with them. It must not change anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from proxy.clock import Clock
+from proxy.control.channel import Explain
+from proxy.errors import BadRequest, CairnError
+from proxy.model import Call, Candidate
+from proxy.pipeline.admission import Authenticator, endpoint_of
+from proxy.pipeline.exchange import Exchange
+from proxy.pipeline.pipeline import Pipeline
+from proxy.wire.errors import error_answer
+
+
+class Explainer:
+    """Answers the admin port's questions in a worker."""
+
+    def __init__(self, pipeline: Pipeline, clock: Clock) -> None:
+        self._pipeline = pipeline
+        self._clock = clock
+
+    async def explain(self, question: Explain, authenticator: Authenticator) -> tuple[int, bytes]:
+        """Status and JSON: each replica's matched tokens, work, queue and cost, and the choice with its reason."""
+        try:
+            endpoint = endpoint_of("POST", question.path)
+            if not endpoint.is_generation:
+                raise BadRequest("Only generations are routed by their prefix.", param="path")
+            now_seconds = self._clock.monotonic()
+            tenant = authenticator.tenant_of(question.credential)
+            call = Call(
+                "explain", tenant, endpoint, "POST", question.path, (), question.body, now_seconds, now_seconds, 0.0
+            )
+            exchange = Exchange(call)
+            await self._pipeline.decide(exchange)
+        except CairnError as error:
+            answer = error_answer(error, endpoint_of("POST", "/v1/chat/completions"))
+            return answer.status, answer.body
+        return 200, msgspec.json.encode(_told(exchange))
+
+
+def _told(exchange: Exchange) -> dict[str, Any]:
+    plan, pool, prompt = exchange.plan, exchange.pool, exchange.prompt
+    assert plan is not None  # noqa: S101 - the phases ran
+    assert pool is not None  # noqa: S101
+    assert prompt is not None  # noqa: S101
+    return {
+        "model": prompt.model,
+        "pool": pool.name,
+        "prompt_bytes": prompt.size_bytes,
+        "prompt_tokens": round(plan.prompt_tokens),
+        "blocks": 0 if exchange.fingerprint is None else len(exchange.fingerprint),
+        "choice": plan.chosen.replica.name,
+        "reason": plan.reason.value,
+        "cache": plan.cache.value,
+        "miss": plan.miss.value,
+        "replicas": [_row(candidate) for candidate in plan.candidates],
+    }
+
+
+def _row(candidate: Candidate) -> dict[str, Any]:
+    replica = candidate.replica
+    return {
+        "replica": replica.name,
+        "matched_bytes": candidate.matched_bytes,
+        "matched_tokens": round(candidate.matched_tokens),
+        "uncached_tokens": round(candidate.uncached_tokens),
+        "pending_tokens": round(replica.pending_tokens),
+        "in_flight": replica.in_flight,
+        "queued": replica.queued,
+        "prefill_tokens_per_second": round(replica.rate_tokens_per_second),
+        "lateness_seconds": round(replica.lateness_seconds, 6),
+        "cost_seconds": round(candidate.cost_seconds, 6),
+    }

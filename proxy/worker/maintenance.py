@@ -1,0 +1,31 @@
+"""What must be done now and then beside requests: the index's own upkeep, and a look at how late the loop runs."""
+
+from __future__ import annotations
+
+import asyncio
+
+from cache import PrefixIndex
+from proxy.clock import Clock
+from proxy.metrics.definitions import LOOP_LAG
+from proxy.metrics.recorder import Recorder
+
+TICK_SECONDS = 0.25
+
+
+class Maintenance:
+    """One per worker."""
+
+    def __init__(self, index: PrefixIndex, recorder: Recorder, clock: Clock) -> None:
+        self._index = index
+        self._recorder = recorder
+        self._clock = clock
+
+    async def run(self) -> None:
+        """Tick until cancelled. How late a tick comes is the loop's lag."""
+        while True:
+            due_seconds = self._clock.monotonic() + TICK_SECONDS
+            await asyncio.sleep(TICK_SECONDS)
+            self._recorder.observe(LOOP_LAG, (), max(self._clock.monotonic() - due_seconds, 0.0))
+            # a bounded share at a time, so that requests come in between
+            while self._index.tend(self._clock.unix()):  # noqa: ASYNC110 - nothing to wait for but the loop itself
+                await asyncio.sleep(0)

@@ -1,0 +1,125 @@
+"""Stored bytes: what was written is read, and nothing else is."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache.errors import StoreCorrupt
+from cache.index.hashing import cut
+from cache.index.rows import ReplicaRow, RunRow
+from cache.replication import codec
+from cache.replication.codec import Answered, Began, Budgeted, Placed, SnapshotChunk, Suspected, TakenBack, Vector
+
+HEAD = codec.own_head(codec.JOURNAL_VERSION, "writer")
+CHAIN = cut(7, [b"x" * 3_000])
+DELTAS: list[codec.Delta] = [
+    Placed(0, 2**62, 3, CHAIN.hashes.tobytes(), CHAIN.ends.tobytes(), 750, 1_700_000_000.25),
+    TakenBack(5, 2),
+    Answered(5, 700, 20, None),
+    Answered(5, 700, 20, 0),
+    Began(0, 4),
+    Suspected(5, 6),
+    Budgeted(0, None, 90_000),
+]
+BATCH = codec.encode_batch(HEAD, {0: "http://one"}, DELTAS)
+
+
+def test_a_batch_is_read_as_it_was_written() -> None:
+    """Writer, names, each kind of delta, and the chain with its arrays."""
+    writer, batch = codec.decode_batch(BATCH)
+    assert (writer, batch.names, batch.deltas) == ("writer", {0: "http://one"}, DELTAS)
+    placed = batch.deltas[0]
+    assert isinstance(placed, Placed)
+    assert (placed.fingerprint.hashes, placed.fingerprint.ends) == (CHAIN.hashes, CHAIN.ends)
+
+
+def test_a_view_of_an_array_is_written_as_its_bytes() -> None:
+    """Queueing a placement copies nothing."""
+    view = Placed(0, 1, 0, memoryview(CHAIN.hashes), memoryview(CHAIN.ends), 1, 0.0)  # type: ignore[arg-type]
+    (read,) = codec.decode_batch(codec.encode_batch(HEAD, {}, [view]))[1].deltas
+    assert isinstance(read, Placed)
+    assert read.fingerprint.hashes == CHAIN.hashes
+
+
+def test_a_writer_knows_its_echo_by_the_first_bytes() -> None:
+    """Neither another writer nor one whose name begins alike is taken for it."""
+    assert BATCH.startswith(HEAD)
+    assert not codec.encode_batch(codec.own_head(1, "writer2"), {}, []).startswith(HEAD)
+
+
+@pytest.mark.parametrize("end", range(0, len(BATCH) - 1, 7))
+def test_a_batch_cut_off_anywhere_is_refused(end: int) -> None:
+    """Never half of it."""
+    with pytest.raises(StoreCorrupt):
+        codec.decode_batch(BATCH[:end])
+
+
+def test_another_version_is_refused() -> None:
+    """An older or newer Cairn's entry is dropped, not guessed at."""
+    for version in (0, 2, 255):
+        with pytest.raises(StoreCorrupt):
+            codec.decode_batch(bytes((version,)) + BATCH[1:])
+        with pytest.raises(StoreCorrupt):
+            codec.decode_chunk(bytes((version,)) + codec.encode_chunk(SnapshotChunk({}, []))[1:])
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_do_worse_than_being_refused(noise: bytes) -> None:
+    """Whatever stands in Redis, the only error is StoreCorrupt."""
+    for decode in (codec.decode_batch, codec.decode_vector, codec.decode_chunk):
+        for payload in (noise, b"\x01" + noise, HEAD + noise):
+            try:
+                decode(payload)
+            except StoreCorrupt:
+                continue
+
+
+@given(st.data())
+def test_a_flipped_byte_is_refused_or_read_as_deltas(draw: st.DataObject) -> None:
+    """Damage within never raises anything but StoreCorrupt, not even from a chain."""
+    at = draw.draw(st.integers(0, len(BATCH) - 1))
+    damaged = BATCH[:at] + bytes((BATCH[at] ^ draw.draw(st.integers(1, 255)),)) + BATCH[at + 1 :]
+    try:
+        for delta in codec.decode_batch(damaged)[1].deltas:
+            if isinstance(delta, Placed):
+                assert len(delta.fingerprint.hashes) == len(delta.fingerprint.ends)
+    except StoreCorrupt:
+        pass
+
+
+def test_a_chain_whose_arrays_differ_is_refused() -> None:
+    """Hashes and ends belong together one by one; none at all is no chain."""
+    for hashes, ends in ((b"", b""), (b"\0" * 8, b"\0" * 8), (b"\0" * 7, b"\0" * 4)):
+        with pytest.raises(StoreCorrupt):
+            _ = Placed(0, 1, 0, hashes, ends, 1, 0.0).fingerprint
+
+
+def test_a_vector_is_read_as_it_was_written() -> None:
+    """With its writer."""
+    head = codec.own_head(codec.VECTOR_VERSION, "w")
+    vector = Vector(9, {"a": (1.5, 1), "b": (0.0, 0)})
+    assert codec.decode_vector(codec.encode_vector(head, vector)) == ("w", vector)
+
+
+def test_a_part_of_a_snapshot_is_read_as_it_was_written() -> None:
+    """Replicas by name, runs as arrays; a run that is cut off is refused."""
+    run = RunRow(
+        None, array("Q", [1, 2]).tobytes(), array("I", [5, 9]).tobytes(), array("I", [1, 2]).tobytes(), 1, (), ()
+    )
+    chunk = SnapshotChunk({0: "http://one"}, [ReplicaRow(0, 1, 1_000, None, 10), run])
+    read = codec.decode_chunk(codec.encode_chunk(chunk))
+    assert (read.names, list(read.rows)) == (chunk.names, list(chunk.rows))
+    short = RunRow(None, run.hashes, run.ends[:-1], run.tokens, 1, (), ())
+    with pytest.raises(StoreCorrupt):
+        codec.decode_chunk(codec.encode_chunk(SnapshotChunk({}, [short])))
+
+
+def test_a_writers_name_fits_its_length_byte() -> None:
+    """Empty and too long are refused when it is made."""
+    for bad in ("", "x" * 256):
+        with pytest.raises(ValueError, match="writer"):
+            codec.own_head(1, bad)

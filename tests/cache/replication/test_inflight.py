@@ -1,0 +1,133 @@
+"""The board of work in flight: whole vectors, numbered, and gone with a goodbye."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from cache.replication import codec
+from cache.replication.inflight import LoadBroadcast, Row
+from cache.store.store import open_store
+from proxy.tasks import Tasks
+from tests.support.clock import FakeClock
+from tests.support.valkey import Valkey, eventually, running
+from tests.support.workers import Worker
+
+A, B = "http://a", "http://b"
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[Valkey]:
+    with running() as valkey:
+        yield valkey
+
+
+class Taken:
+    """A board without a store, and what it handed on."""
+
+    def __init__(self) -> None:
+        clock, tasks = FakeClock(), Tasks()
+        self.rows: dict[str, Mapping[str, Row]] = {}
+        self.board = LoadBroadcast(
+            open_store(None, clock=clock, tasks=tasks),
+            "own",
+            clock=clock,
+            tasks=tasks,
+            read=dict,
+            absorb=self.rows.__setitem__,
+            forget=self.rows.__delitem__,
+        )
+
+
+def said(writer: str, number: int, rows: dict[str, Row], *, goodbye: bool = False) -> bytes:
+    head = codec.own_head(codec.VECTOR_VERSION, writer)
+    return codec.encode_vector(head, codec.Vector(number, rows, goodbye))
+
+
+async def test_the_others_rows_are_handed_on_and_our_echo_is_not() -> None:
+    """Each writer's by itself."""
+    taken = Taken()
+    taken.board.receive(said("x", 1, {A: (100.0, 1)}))
+    taken.board.receive(said("y", 1, {B: (200.0, 3)}))
+    taken.board.receive(said("own", 9, {A: (999.0, 9)}))
+    assert taken.rows == {"x": {A: (100.0, 1)}, "y": {B: (200.0, 3)}}
+
+
+async def test_an_older_number_is_ignored() -> None:
+    """Messages that come late or twice change nothing."""
+    taken = Taken()
+    taken.board.receive(said("x", 2, {A: (100.0, 1)}))
+    taken.board.receive(said("x", 1, {A: (900.0, 9)}))
+    taken.board.receive(said("x", 2, {A: (900.0, 9)}))
+    assert taken.rows == {"x": {A: (100.0, 1)}}
+    assert taken.board.dropped_stale == 2
+    taken.board.receive(said("x", 3, {B: (1.0, 1)}))
+    assert taken.rows == {"x": {B: (1.0, 1)}}
+
+
+async def test_a_goodbye_is_told_and_damage_is_counted() -> None:
+    """Garbage changes nothing."""
+    taken = Taken()
+    taken.board.receive(said("x", 1, {A: (300.0, 1)}))
+    taken.board.receive(b"\x01\x01x\xff")
+    taken.board.receive(b"")
+    assert taken.board.dropped_corrupt == 2
+    taken.board.receive(said("x", 2, {}, goodbye=True))
+    assert taken.rows == {}
+
+
+async def test_work_is_seen_by_the_other_worker_and_said_again_while_it_lasts(valkey: Valkey) -> None:
+    """A worker that goes on unchanged is heard; one whose work is done falls silent."""
+    one, two = await Worker(valkey.url, "one").start(), await Worker(valkey.url, "two").start()
+    try:
+        one.work = {A: (5_000.0, 3)}
+
+        async def seen() -> bool:
+            one.board.changed()
+            return two.heard.get("one") == {A: (5_000.0, 3)}
+
+        await eventually(seen)
+        sent = one.board.sent
+        await eventually(lambda: one.board.sent >= sent + 2)
+        one.work = {}
+        one.board.changed()
+        await eventually(lambda: two.heard["one"] == {})
+    finally:
+        await one.close()
+        await two.close()
+
+
+async def test_a_goodbye_is_said_at_the_end(valkey: Valkey) -> None:
+    """A clean end frees the replicas at once."""
+    one, two = await Worker(valkey.url, "one").start(), await Worker(valkey.url, "two").start()
+    try:
+        one.work = {A: (5_000.0, 3)}
+
+        async def seen() -> bool:
+            one.board.changed()
+            return bool(two.heard)
+
+        await eventually(seen)
+        await one.close()
+        await eventually(lambda: not two.heard, 0.8)
+    finally:
+        await two.close()
+
+
+async def test_a_lost_channel_is_found_again(valkey: Valkey) -> None:
+    """All connections cut: both listen again by themselves."""
+    one, two = await Worker(valkey.url, "one").start(), await Worker(valkey.url, "two").start()
+    try:
+
+        async def seen() -> bool:
+            one.board.changed()
+            return bool(two.heard)
+
+        await eventually(seen)
+        valkey.ask("CLIENT", "KILL", "TYPE", "pubsub")
+        two.heard.clear()
+        await eventually(seen)
+    finally:
+        await one.close()
+        await two.close()

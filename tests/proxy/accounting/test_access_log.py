@@ -1,0 +1,189 @@
+"""The access line and its writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from proxy.accounting import access_log as logs
+from proxy.accounting.access_log import AccessLog, access_line
+from proxy.model import (
+    AccessLine,
+    CacheStatus,
+    Candidate,
+    Ending,
+    Endpoint,
+    MissReason,
+    Outcome,
+    Plan,
+    ReplicaView,
+    RouteReason,
+    Times,
+    Usage,
+)
+
+REPLICA = ReplicaView(0, "h:1", True, 1.0, 0.0, 0, None, 0.0, 0.05)
+PLAN = Plan(
+    (Candidate(REPLICA, 4096, 1000.7, 10.0, 0.1),), RouteReason.WARM, MissReason.CHANGED, CacheStatus.PARTIAL, 1010.0
+)
+OUTCOME = Outcome(
+    "req-1",
+    Endpoint.CHAT,
+    "a-model",
+    True,
+    Ending.COMPLETE,
+    200,
+    Times(10.0, first_token_seconds=10.25, ended_seconds=12.5),
+    replica=REPLICA,
+    plan=PLAN,
+    usage=Usage(1011, 20, 990),
+    retries=1,
+    answer_bytes=5,
+    request_bytes=6,
+    tenant_id="the-tenant",
+)
+
+
+def written(tmp_path: Path, *lines: AccessLine, **kwargs: float) -> list[dict]:
+    """What a log writes of `lines`, decoded."""
+    file = tmp_path / "access.log"
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = AccessLog(descriptor, **kwargs)
+    for line in lines:
+        log.write(line)
+    log.close()
+    os.close(descriptor)
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_line_tells_one_request_and_no_tenant(tmp_path: Path) -> None:
+    """One JSON object; times are durations in seconds and a date in UTC."""
+    (line,) = written(tmp_path, access_line(OUTCOME, 1_700_000_000.25))
+    assert line == {
+        "time": "2023-11-14T22:13:20.250000Z",
+        "request_id": "req-1",
+        "endpoint": "chat_completions",
+        "status": 200,
+        "ending": "complete",
+        "duration": 2.5,
+        "model": "a-model",
+        "stream": True,
+        "replica": "h:1",
+        "cache": "partial",
+        "reason": "warm",
+        "miss": "changed",
+        "ttft": 0.25,
+        "prompt_tokens": 1011,
+        "output_tokens": 20,
+        "cached_tokens": 990,
+        "matched_bytes": 4096,
+        "predicted_tokens": 1000,
+        "retries": 1,
+        "request_bytes": 6,
+        "answer_bytes": 5,
+    }
+
+
+def test_a_refused_request_has_a_short_line(tmp_path: Path) -> None:
+    """What is unknown is left out."""
+    refused = Outcome(
+        "r",
+        Endpoint.OTHER,
+        None,
+        False,
+        Ending.REFUSED,
+        401,
+        Times(1.0, ended_seconds=1.0),
+        error_code="invalid_api_key",
+    )
+    (line,) = written(tmp_path, access_line(refused, 0.0))
+    assert line == {
+        "time": "1970-01-01T00:00:00Z",
+        "request_id": "r",
+        "endpoint": "other",
+        "status": 401,
+        "ending": "refused",
+        "duration": 0.0,
+        "error": "invalid_api_key",
+    }
+
+
+def test_a_hostile_model_name_stays_one_bounded_line(tmp_path: Path) -> None:
+    """Line ends and quotes are escaped, length is cut."""
+    hostile = Outcome("r", Endpoint.CHAT, '"\n{}' * 1000, False, Ending.REFUSED, 404, Times(1.0))
+    (line,) = written(tmp_path, access_line(hostile, 0.0))
+    assert line["model"] == ('"\n{}' * 1000)[:128]
+
+
+def test_every_line_is_written_in_order_by_the_end(tmp_path: Path) -> None:
+    """More than a batch, and `close` waits for the last."""
+    lines = [access_line(OUTCOME, float(number)) for number in range(1000)]
+    found = written(tmp_path, *lines)
+    assert [line["time"][14:19] for line in found] == [f"{n // 60:02d}:{n % 60:02d}" for n in range(1000)]
+
+
+def test_lines_are_written_without_a_close() -> None:
+    """A thread does it soon, without any timer of the loop."""
+    reading, writing = os.pipe()
+    log = AccessLog(writing, flush_seconds=0.001)
+    for number in range(3):  # each after the one before was written: it wakes again
+        log.write(access_line(OUTCOME, float(number)))
+        assert os.read(reading, 65536).count(b"\n") == 1
+    log.close()
+    os.close(reading)
+    os.close(writing)
+
+
+def test_lines_of_several_workers_do_not_mix_in_one_pipe() -> None:
+    """Each write into a pipe is one that the kernel keeps whole."""
+    reading, writing = os.pipe()
+    every = [AccessLog(writing, flush_seconds=0.001) for _ in range(4)]
+    got: list[bytes] = []
+
+    def read() -> None:
+        while piece := os.read(reading, 65536):
+            got.append(piece)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(500):
+        for log in every:
+            log.write(access_line(OUTCOME, float(number)))
+    for log in every:
+        log.close()
+    os.close(writing)
+    reader.join(10)
+    os.close(reading)
+    lines = b"".join(got).splitlines()
+    assert len(lines) == 2000
+    assert all(json.loads(line)["request_id"] == "req-1" for line in lines)
+
+
+def test_a_reader_that_stopped_costs_lines_and_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has no room is dropped and counted; memory is bounded."""
+    monkeypatch.setattr(logs, "PENDING_LINES_AT_MOST", 100)
+    monkeypatch.setattr(logs, "CLOSE_SECONDS", 0.05)
+    reading, writing = os.pipe()
+    log = AccessLog(writing, flush_seconds=0.001)
+    line = access_line(OUTCOME, 0.0)
+    for _ in range(10_000):  # some 4 MB; a pipe holds 64 KB
+        log.write(line)
+    assert log.dropped > 5_000
+    os.close(reading)  # now the thread's write fails and it ends
+    log.close()
+    os.close(writing)
+
+
+def test_a_reader_that_is_gone_costs_lines_and_nothing_else() -> None:
+    """A closed pipe is counted, not raised."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    log = AccessLog(writing)
+    log.write(access_line(OUTCOME, 0.0))
+    log.close()
+    assert log.dropped == 1
+    os.close(writing)

@@ -1,0 +1,81 @@
+"""What one answer adds under OpenTelemetry's names; the sums over many answers are `tests.scenarios.test_truth`'s."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import pytest
+from msgspec.structs import replace
+
+from cache import Store, Totals
+from proxy.accounting.counters import RequestCounters
+from proxy.accounting.pricing import PriceBook
+from proxy.fleet.pools import Pools, ReplicaEndpoint
+from proxy.metrics import definitions as metrics
+from proxy.metrics.definitions import Exposition, Spec
+from proxy.metrics.model_labels import ModelNames
+from proxy.metrics.recorder import Recorder
+from proxy.model import Ending, Endpoint, Outcome, ReplicaView, Times, Usage
+from proxy.upstream import Origin
+
+REPLICA = ReplicaView(0, "one", True, 1.0, 0.0, 0, None, 0.0, 0.05)
+STREAMED = Outcome(
+    "id",
+    Endpoint.CHAT,
+    "m",
+    True,
+    Ending.COMPLETE,
+    200,
+    Times(10.0, first_token_seconds=10.25, ended_seconds=12.5),
+    replica=REPLICA,
+    usage=Usage(1000, 21, 990),
+    inter_token_counts=(10, *[0] * len(metrics.INTER_TOKEN.buckets)),
+    inter_token_seconds=2.0,
+)
+
+
+def counted(outcome: Outcome) -> Exposition:
+    """What is counted of one answer."""
+    recorder, exposition = Recorder(), Exposition()
+    pools = Pools((), None, {0: ReplicaEndpoint("one", "p", "http://h", Origin.parse("http://h"))})
+    accounts = RequestCounters(
+        recorder,
+        Totals(cast(Store, None), "writer"),  # written by nobody here
+        ModelNames(["m"]),
+        PriceBook([], lambda model, upstream: None),
+        pools,
+        lambda number: None,
+        lambda: 0.0,
+    )
+    accounts.count(outcome, outcome.usage, None)
+    exposition.apply(0, recorder.take())
+    return exposition
+
+
+def sums(exposition: Exposition, spec: Spec) -> dict[tuple[str, ...], float]:
+    return {labels: observed.total for labels, observed in exposition.observed(spec).items()}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "operation"),
+    [
+        (Endpoint.CHAT, "chat"),
+        (Endpoint.MESSAGES, "chat"),
+        (Endpoint.RESPONSES, "chat"),
+        (Endpoint.COMPLETIONS, "text_completion"),
+    ],
+)
+def test_an_answer_is_counted_under_the_names_that_other_dashboards_know(endpoint: Endpoint, operation: str) -> None:
+    """First token, time per token after it (of ten chunks with twenty tokens), and tokens by their type."""
+    exposition, labels = counted(replace(STREAMED, endpoint=endpoint)), (operation, "m", "one")
+    assert sums(exposition, metrics.GEN_AI_TTFT) == {labels: 0.25}
+    assert sums(exposition, metrics.GEN_AI_PER_TOKEN) == {labels: 0.1}
+    assert sums(exposition, metrics.GEN_AI_USAGE) == {(*labels, "input"): 1000, (*labels, "output"): 21}
+
+
+def test_an_answer_of_one_token_has_no_time_per_token_and_one_without_usage_no_tokens() -> None:
+    """Nothing is divided by zero, and what is unknown is not zero."""
+    short = counted(replace(STREAMED, usage=Usage(1000, 1), inter_token_counts=(), inter_token_seconds=0.0))
+    assert sums(short, metrics.GEN_AI_PER_TOKEN) == {}
+    mute = counted(replace(STREAMED, usage=None))
+    assert sums(mute, metrics.GEN_AI_USAGE) == sums(mute, metrics.GEN_AI_PER_TOKEN) == {}

@@ -1,0 +1,147 @@
+"""Bills: what is saved is what was reported, at the rates that apply."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.accounting.builtin_prices import BuiltinPrices
+from proxy.accounting.pricing import (
+    MODELS_REMEMBERED_AT_MOST,
+    Bill,
+    GpuCard,
+    PriceBook,
+    Rule,
+    Tier,
+    TokenCard,
+    Unpriced,
+    bill,
+    rates_of,
+)
+from proxy.model import Usage
+
+D = Decimal
+SONNET = TokenCard(rates_of(D(3), D(15), D("0.3"), D("3.75"), D(6)))
+
+
+def priced(usage: Usage, card: TokenCard = SONNET) -> Bill:
+    made = bill(usage, card, None)
+    assert isinstance(made, Bill)
+    return made
+
+
+def test_cached_tokens_are_saved_at_the_difference_of_two_rates() -> None:
+    """A million prompt tokens of which 900,000 were cached cost 0.3 + 0.27 dollars instead of 3."""
+    made = priced(Usage(1_000_000, 0, 900_000))
+    assert (made.uncached_cost, made.saving, made.cost) == (D(3), D("2.43"), D("0.57"))
+
+
+def test_both_kinds_of_write_are_a_surcharge_of_their_own() -> None:
+    """Five-minute and one-hour writes keep their own prices."""
+    made = priced(Usage(300_000, 0, 0, cache_write_5m_tokens=100_000, cache_write_1h_tokens=100_000))
+    assert made.surcharge == D("0.075") + D("0.3")
+    assert made.saving == 0
+    assert made.cost == D("0.3") + D("0.375") + D("0.6")
+
+
+def test_a_cached_count_that_is_unknown_saves_nothing() -> None:
+    """None is not zero, and is never money."""
+    assert priced(Usage(1_000, 10, None)).saving == 0
+
+
+def test_a_card_without_a_cached_rate_saves_nothing() -> None:
+    """Such tokens are billed in full."""
+    assert priced(Usage(1_000, 10, 900), TokenCard(rates_of(D(3), D(15)))).saving == 0
+
+
+def test_a_tier_applies_to_every_token_of_a_longer_prompt() -> None:
+    """The threshold is a cliff, as the providers have it."""
+    card = TokenCard(rates_of(D(3), D(15)), (Tier(200_000, rates_of(D(6), D("22.5"))),))
+    assert priced(Usage(200_000), card).cost == D("0.6")
+    assert priced(Usage(200_001), card).cost == 200_001 * D(6) / 1_000_000
+
+
+def test_an_engine_is_priced_by_the_seconds_that_it_did_not_compute() -> None:
+    """3.6 dollars an hour on two GPUs is 0.002 a second; 4,000 cached tokens at 2,000 a second are two of them."""
+    made = bill(Usage(5_000, 10, 4_000), GpuCard(D("3.6"), D(2)), 2_000.0)
+    assert isinstance(made, Bill)
+    assert made.saving == D("0.004")
+    assert made.cost == D("0.001")
+
+
+def test_an_engine_without_a_learned_rate_is_unpriced() -> None:
+    """No rate, no figure; never a zero."""
+    assert bill(Usage(10), GpuCard(D(1)), None) is Unpriced.NO_PREFILL_RATE
+
+
+@given(
+    prompt=st.integers(0, 10**7), cached=st.integers(0, 10**7), write=st.integers(0, 10**7),
+    rates=st.tuples(*[st.decimals(0, 1000, places=3)] * 4),
+)  # fmt: skip
+def test_the_bill_always_adds_up(
+    prompt: int, cached: int, write: int, rates: tuple[Decimal, Decimal, Decimal, Decimal]
+) -> None:
+    """Cost is uncached cost less saving plus surcharge, and equals the sum over the parts, for any rates."""
+    cached = min(cached, prompt)
+    write = min(write, prompt - cached)
+    card = TokenCard(rates_of(*rates))
+    made = priced(Usage(prompt, 7, cached, write), card)
+    assert made.saving >= 0
+    assert made.surcharge >= 0
+    parts = (prompt - cached - write) * rates[0] + cached * rates[2] + write * rates[3] + 7 * rates[1]
+    assert made.cost == pytest.approx(parts / 1_000_000, abs=D("1e-12"))
+
+
+def test_the_operators_card_comes_before_the_built_in_and_the_newest_before_older() -> None:
+    """Rules are tried from the newest date that has come."""
+    old, new, future = (TokenCard(rates_of(D(n), D(n))) for n in (1, 2, 3))
+    built_in = TokenCard(rates_of(D(9), D(9)))
+    rules = [Rule("gpt-*", "*", day, card) for day, card in (("2025", old), ("2026-01-01", new), ("2030", future))]
+    book = PriceBook(rules, lambda model, upstream: built_in)
+    assert book.card("gpt-5", "https://a", "2026-11-23") is new
+    assert book.card("gpt-5", "https://a", "2025-06-01") is old
+    assert book.card("llama", "https://a", "2026-11-23") is built_in
+
+
+def test_a_model_that_nobody_knows_is_unpriced_and_never_zero() -> None:
+    """The reason is told."""
+    assert PriceBook([], lambda model, upstream: None).card("x", "y", "2026") is Unpriced.NO_CARD
+
+
+def test_made_up_names_do_not_grow_the_table() -> None:
+    """Resolved cards are bounded."""
+    book = PriceBook([], lambda model, upstream: None)
+    for number in range(5 * MODELS_REMEMBERED_AT_MOST):
+        book.card(f"m{number}", "u", "2026")
+    assert len(book._resolved) <= MODELS_REMEMBERED_AT_MOST
+
+
+def test_the_built_in_data_has_rates_and_tiers_and_says_where_from() -> None:
+    """A known model at its provider's URL; the reading of tiers is the package's own."""
+    card = BuiltinPrices().card("claude-sonnet-4-5", "https://api.anthropic.com/v1")
+    assert card is not None
+    assert card.rates.cached_read * 10 == card.rates.input
+    assert card.tiers[0].rates.input == 2 * card.rates.input
+    assert card.source.startswith("genai-prices")
+
+
+@pytest.mark.parametrize(
+    "upstream", ["http://127.0.0.1:8000/v1", "not a url", "https://dashscope.aliyuncs.com/v1", ""]
+)
+def test_what_the_built_in_data_cannot_find_is_none_and_never_raised(upstream: str) -> None:
+    """Self-hosted and unknown upstreams have no price of their own."""
+    assert BuiltinPrices().card("no-such-model", upstream) is None
+
+
+def test_made_up_names_do_not_grow_the_built_in_data() -> None:
+    """The package remembers each name that it was ever asked for; its snapshot is made anew now and then."""
+    prices = BuiltinPrices()
+    for number in range(3 * MODELS_REMEMBERED_AT_MOST):
+        assert prices.card(f"m{number}", "http://127.0.0.1:8000/v1") is None
+    snapshot = prices._snapshot
+    assert len(snapshot._provider_misses) + len(snapshot._lookup_cache) <= MODELS_REMEMBERED_AT_MOST
+    assert len(snapshot._provider_cache) <= MODELS_REMEMBERED_AT_MOST
+    assert prices.card("claude-sonnet-4-5", "https://api.anthropic.com/v1") is not None

@@ -1,0 +1,251 @@
+"""The admin port, before an overview of which the test says everything; and the judgement that /readyz gives."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from collections.abc import AsyncIterator, Mapping
+from datetime import date
+
+import aiohttp
+import pytest
+
+from proxy.accounting.savings import By, first_day, report
+from proxy.accounting.savings import SavingsReport as Savings
+from proxy.accounting.totals_reader import Unreadable
+from proxy.admin.port import AdminPort
+from proxy.admin.status import StatusBoard
+from proxy.config.load import Admin, Config, Secret, Server
+from proxy.control.channel import WorkerReport
+from proxy.control.readiness import STALE_SECONDS, Readiness, ReadinessStatus, Stage, WorkerView, judge
+from proxy.metrics.definitions import Exposition, MetricsDelta
+from proxy.supervisor import sockets as listen
+from tests.support.clock import FakeClock
+
+TODAY = date(2026, 11, 23)
+
+
+class FakeOverview:
+    """What the supervisor would show."""
+
+    def __init__(self) -> None:
+        self.config = Config(server=Server(max_body_bytes=1000))
+        self.found = Readiness(ReadinessStatus.READY, (), 1, 0, "up", {"u": True})
+        self.asked: list[tuple[str, bytes, bytes]] = []
+        self.board = StatusBoard(Exposition(), self.readiness, FakeClock(), "9.9.9")
+
+    def readiness(self) -> Readiness:
+        return self.found
+
+    def scrape(self, accept: str) -> tuple[bytes, str]:
+        return b"cairn_x 1\n" * 100, f"text/fake; accept={accept}"
+
+    async def explain(self, path: str, body: bytes, credential: bytes) -> tuple[int, bytes]:
+        self.asked.append((path, body, credential))
+        return 200, b"{}"
+
+    async def savings(self, since: str, by: By) -> Savings:
+        if since == "away":
+            raise Unreadable("Redis is away")
+        return report({}, by, first_day(since, TODAY), TODAY)
+
+
+class Running:
+    """An admin port and a client for it."""
+
+    def __init__(self, overview: FakeOverview, port: AdminPort, number: int, session: aiohttp.ClientSession) -> None:
+        self.overview = overview
+        self.port = port
+        self.url = f"http://127.0.0.1:{number}"
+        self.session = session
+
+    async def ask(self, path: str, method: str = "GET", **kwargs) -> tuple[int, bytes, Mapping[str, str]]:
+        """Status, body and headers."""
+        async with asyncio.timeout(10), self.session.request(method, self.url + path, **kwargs) as answer:
+            return answer.status, await answer.read(), answer.headers
+
+
+@pytest.fixture
+async def admin() -> AsyncIterator[Running]:
+    """A running one."""
+    overview = FakeOverview()
+    listening = listen.open_admin("127.0.0.1", 0)
+    port = AdminPort(overview)
+    await port.start(listening)
+    async with aiohttp.ClientSession(auto_decompress=False) as session:
+        yield Running(overview, port, listening.getsockname()[1], session)
+    await port.close()
+
+
+async def test_health_and_readiness(admin: Running) -> None:
+    """Both are JSON; readiness says why it is not better."""
+    assert (await admin.ask("/healthz"))[:2] == (200, b'{"status":"ok"}')
+    status, body, _ = await admin.ask("/readyz")
+    assert (status, json.loads(body)) == (
+        200,
+        {
+            "status": "ready",
+            "reasons": [],
+            "workers": 1,
+            "in_flight": 0,
+            "redis": "up",
+            "upstreams": {"u": True},
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("standing", "status"),
+    [(ReadinessStatus.READY, 200), (ReadinessStatus.DEGRADED, 200), (ReadinessStatus.NOT_READY, 503)],
+)
+async def test_only_what_is_not_ready_gets_no_requests(
+    admin: Running, standing: ReadinessStatus, status: int
+) -> None:
+    """Degraded is served."""
+    admin.overview.found = Readiness(standing, ("because",))
+    found = await admin.ask("/readyz")
+    assert (found[0], json.loads(found[1])["status"]) == (status, standing.value)
+
+
+async def test_metrics_in_the_form_that_was_asked_for(admin: Running) -> None:
+    """`Accept` is handed on; the body is compressed for who takes that."""
+    status, body, headers = await admin.ask("/metrics", headers={"Accept": "x/y", "Accept-Encoding": "identity"})
+    assert (status, headers["Content-Type"], body[:10]) == (200, "text/fake; accept=x/y", b"cairn_x 1\n")
+    _, packed, headers = await admin.ask("/metrics", headers={"Accept-Encoding": "gzip"})
+    assert headers["Content-Encoding"] == "gzip"
+    assert gzip.decompress(packed) == body
+
+
+async def test_savings_are_json_and_what_they_cannot_be_is_told(admin: Running) -> None:
+    """400 for a day that is none, 503 while Redis is away."""
+    status, body, _ = await admin.ask("/savings?since=7d&by=tenant")
+    assert (status, json.loads(body)["since"], json.loads(body)["by"]) == (200, "2026-11-17", "tenant")
+    assert (await admin.ask("/savings"))[0] == 200
+    assert (await admin.ask("/savings?since=soon"))[0] == 400
+    assert (await admin.ask("/savings?by=key"))[0] == 400
+    status, body, _ = await admin.ask("/savings?since=away")
+    assert (status, json.loads(body)) == (503, {"error": "Redis is away"})
+
+
+async def test_explain_hands_on_path_body_and_key(admin: Running) -> None:
+    """The client's key comes in a header of its own, since Authorization is the admin's."""
+    await admin.ask("/explain", "POST", data=b"{1}")
+    await admin.ask("/explain?path=/v1/messages", "POST", data=b"", headers={"X-Cairn-Client-Key": "k"})
+    assert admin.overview.asked == [("/v1/chat/completions", b"{1}", b""), ("/v1/messages", b"", b"k")]
+    assert (await admin.ask("/explain"))[0] == 405
+    assert (await admin.ask("/explain", "POST", data=bytes(1001)))[0] == 413
+
+
+async def test_what_is_not_there_is_404_in_json(admin: Running) -> None:
+    """As everything that went wrong."""
+    status, body, headers = await admin.ask("/nothing")
+    assert (status, json.loads(body)) == (404, {"error": "not found"})
+    assert headers["Cache-Control"] == "no-store"
+
+
+async def test_a_token_guards_all_but_the_probes(admin: Running) -> None:
+    """Probes learn one word without it, everything with it."""
+    admin.overview.config = Config(admin=Admin(token=Secret("right")))
+    for given in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Basic right"},
+        {"Authorization": "right"},
+    ):
+        assert (await admin.ask("/metrics", headers=given))[0] == 401
+        assert (await admin.ask("/healthz", headers=given))[0] == 200
+        assert (await admin.ask("/readyz", headers=given))[1] == b'{"status":"ready"}'
+    right = {"Authorization": "Bearer right"}
+    assert (await admin.ask("/metrics", headers=right))[0] == 200
+    assert len(json.loads((await admin.ask("/readyz", headers=right))[1])) > 1
+
+
+async def test_without_a_token_a_web_page_gets_nothing_by_rebinding_its_name(admin: Running) -> None:
+    """Only names of loopback itself are answered."""
+    for host, status in {"evil.example": 403, "localhost:1": 200, "127.0.0.1": 200, "[::1]:80": 200}.items():
+        assert (await admin.ask("/metrics", headers={"Host": host}))[0] == status
+
+
+# --- the status page
+
+
+async def test_the_page_and_its_parts_come_with_a_strict_policy(admin: Running) -> None:
+    """Scripts from this port only; compressed for who takes that, and not sent again to who has it."""
+    for path, kind in {"/": "text/html", "/page.css": "text/css", "/plotly.min.js": "text/javascript"}.items():
+        status, packed, headers = await admin.ask(path, headers={"Accept-Encoding": "gzip"})
+        assert (status, headers["Content-Type"].partition(";")[0]) == (200, kind)
+        assert "script-src 'self';" in headers["Content-Security-Policy"]
+        plain = (await admin.ask(path, headers={"Accept-Encoding": "identity"}))[1]
+        assert gzip.decompress(packed) == plain
+        assert (await admin.ask(path, headers={"If-None-Match": headers["ETag"]}))[:2] == (304, b"")
+
+
+async def test_with_a_token_the_page_opens_and_its_figures_do_not(admin: Running) -> None:
+    """The files hold none, and ask for the token themselves; without a token they are loopback's own."""
+    assert (await admin.ask("/", headers={"Host": "evil.example"}))[0] == 403
+    admin.overview.config = Config(admin=Admin(token=Secret("right")))
+    assert (await admin.ask("/"))[0] == 200
+    assert (await admin.ask("/events"))[0] == 401
+
+
+async def test_the_stream_begins_with_the_history_and_ends_with_the_port(admin: Running) -> None:
+    """Then a state at once, another within the second."""
+    async with admin.session.get(admin.url + "/events") as answer:
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        async with asyncio.timeout(10):
+            names = [(await answer.content.readuntil(b"\n\n")).split(b"\n")[0] for _ in range(3)]
+            assert names == [b"event: history", b"event: state", b"event: state"]
+            await admin.port.close()
+            assert b"event: history" not in await answer.content.read()
+
+
+# --- the judgement
+
+
+def worker(number: int = 0, ready: bool = True, age: float | None = 0.1, **report) -> WorkerView:
+    """A worker that reported `report`."""
+    return WorkerView(
+        number, ready, WorkerReport(MetricsDelta(), **({"redis": "up"} | report)) if age is not None else None, age
+    )
+
+
+def test_ready_when_all_is_well() -> None:
+    """In-flight work is added up."""
+    found = judge(Stage.SERVING, [worker(in_flight=2, upstreams={"a": True}), worker(1, in_flight=3)])
+    assert found == Readiness(ReadinessStatus.READY, (), 2, 5, "up", {"a": True})
+
+
+def test_a_ready_worker_that_has_not_reported_yet_counts() -> None:
+    """Nothing bad is known of it."""
+    assert judge(Stage.SERVING, [worker(age=None)]).standing is ReadinessStatus.READY
+
+
+def test_without_redis_it_is_degraded_and_still_takes_requests() -> None:
+    """Any worker that has none is enough."""
+    found = judge(Stage.SERVING, [worker(), worker(1, redis="away")])
+    assert (found.standing, found.reasons, found.redis) == (ReadinessStatus.DEGRADED, ("redis is away",), "away")
+
+
+def test_an_upstream_is_up_where_any_worker_finds_it_so() -> None:
+    """One down degrades, all down is not ready."""
+    one = judge(
+        Stage.SERVING, [worker(upstreams={"a": False, "b": True}), worker(1, upstreams={"a": False, "b": False})]
+    )
+    assert (one.standing, one.reasons) == (ReadinessStatus.DEGRADED, ("upstream a is down",))
+    none = judge(Stage.SERVING, [worker(upstreams={"a": False})])
+    assert (none.standing, none.reasons[0]) == (ReadinessStatus.NOT_READY, "no upstream is up")
+
+
+def test_a_worker_that_stands_still_does_not_count() -> None:
+    """Its silence is seen by the age of its last report."""
+    silent = worker(1, age=STALE_SECONDS)
+    assert judge(Stage.SERVING, [worker(), silent]).reasons == ("1 of 2 workers are ready",)
+    assert judge(Stage.SERVING, [silent]).standing is ReadinessStatus.NOT_READY
+
+
+def test_not_ready_without_workers_and_while_draining() -> None:
+    """However well the rest is."""
+    assert judge(Stage.STARTING, [worker(ready=False)]).reasons[0] == "no worker is ready"
+    assert judge(Stage.SERVING, []).standing is ReadinessStatus.NOT_READY
+    assert judge(Stage.DRAINING, [worker()]) == Readiness(ReadinessStatus.NOT_READY, ("draining",), 1, 0, "up")

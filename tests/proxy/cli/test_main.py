@@ -1,0 +1,120 @@
+"""The command line: exit codes, one-line errors, and the check that the packages are Cairn's own."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from proxy import __main__
+from proxy.cli.main import cli
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command, in this process."""
+    result = CliRunner().invoke(cli, arguments, env=env)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_version_and_help() -> None:
+    """Help shows how to begin, and not the command that is nobody's."""
+    assert re.fullmatch(r"cairn (\d+\.\d+\.\d+|unknown) \((compiled|interpreted)\)\n", run("--version")[1])
+    code, text, _ = run("--help")
+    assert code == 0
+    assert "cairn serve --upstream http://" in text
+    assert "worker " not in text.split("Commands:")[1]
+    assert "--admin-port" in run("serve", "--help")[1]
+
+
+def test_check_config_prints_the_whole_effective_configuration(tmp_path: Path) -> None:
+    """Environment included, secrets as stars."""
+    file = tmp_path / "cairn.yaml"
+    file.write_text("pools: [{name: p, replicas: [{url: 'http://h', key_env: ENGINE_KEY}]}]")
+    code, text, _ = run("check-config", str(file), env={"ENGINE_KEY": "hunter2", "CAIRN_PORT": "1234"})
+    shown = yaml.safe_load(text)
+    assert code == 0
+    assert shown["server"]["port"] == 1234
+    assert shown["pools"][0]["replicas"][0]["key"] == "***"
+    assert "hunter2" not in text
+
+
+@pytest.mark.parametrize("command", [("check-config",), ("serve", "--config")])
+def test_a_bad_file_is_exit_2_and_one_line_with_file_and_path(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """Nothing is started."""
+    file = tmp_path / "cairn.yaml"
+    file.write_text("pools: [{name: p, replicas: [{url: 'http://h'}, {url: 5}]}]")
+    code, out, error = run(*command, str(file))
+    assert (code, out) == (2, "")
+    assert error == f"cairn: {file}: $.pools[0].replicas[1].url: expected `str`, got `int`\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "cairn: nothing to serve: give --upstream URL"),
+        (("--upstream", "ftp://h"), "cairn: $.pools[0].replicas[0].url: expected http"),
+        (("--upstream", "http://h", "--redis", "mysql://h"), "cairn: $.redis.url: expected redis://"),
+        (("--config", "/no/such/file"), "cairn: cannot read /no/such/file: No such file"),
+        (("--port", "high"), "Invalid value for '--port'"),
+        (("--prot", "1"), "No such option"),
+    ],
+)
+def test_a_wrong_command_line_is_exit_2(arguments: tuple[str, ...], message: str) -> None:
+    """In words, without a traceback."""
+    code, _, error = run("serve", *arguments)
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_taken_port_is_exit_1_and_one_line(tmp_path: Path) -> None:
+    """It says which port, and how to choose another."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "proxy", "serve", "--upstream", "http://127.0.0.1:9", "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"cairn: cannot listen on 127.0.0.1 port {port}: the port is taken; "
+        "choose another with --port or --admin-port\n"
+    )
+
+
+def test_the_packages_are_cairns_own() -> None:
+    """Both are marked and beside each other."""
+    assert __main__.foreign_package(Path(__main__.__file__).parents[1]) is None
+
+
+@pytest.mark.parametrize("name", ["proxy", "cache"])
+@pytest.mark.parametrize("content", ["", "raise RuntimeError('never run')"])
+def test_a_foreign_package_is_told_in_one_line(tmp_path: Path, name: str, content: str) -> None:
+    """Whether another distribution overwrote ours or shadows it from elsewhere; its code is not run."""
+    for own in ("proxy", "cache"):
+        (tmp_path / own).mkdir()
+        (tmp_path / own / "__init__.py").write_bytes((ROOT / own / "__init__.py").read_bytes())
+    (tmp_path / "cache" / "__init__.py").write_bytes(b'DISTRIBUTION = "cairn-proxy"\n')
+    (tmp_path / "proxy" / "__main__.py").write_bytes((ROOT / "proxy" / "__main__.py").read_bytes())
+    (tmp_path / name / "__init__.py").write_text(content if name == "cache" else "")
+    command = [sys.executable, "-P", "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+               "from proxy.__main__ import main; main()"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"cairn: the package `{name}` \(.*\) is not Cairn's: .*\n", done.stderr), done.stderr
+
+
+def test_a_missing_package_is_told_in_one_line() -> None:
+    """Not a traceback of imports."""
+    command = [sys.executable, "-P", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+               "from proxy.__main__ import main; main()"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"cairn: No module named '\w+'; install cairn-proxy again.*\n", done.stderr), done.stderr

@@ -1,0 +1,442 @@
+"""The configuration: what beats what, and errors that name the path."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.config.checks import implied_kind, is_loopback
+from proxy.config.load import (
+    Config,
+    ConfigError,
+    Loaded,
+    PoolKind,
+    Replica,
+    Secret,
+    SecretUrl,
+    Tenancy,
+    as_yaml,
+    load,
+    worker_environment,
+)
+from proxy.config.schema import derived_name, make_secret, redact, reveal
+
+SHA = "ab" * 32
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """Writes a tree or a text as the configuration file."""
+
+    def writer(content: object) -> Path:
+        file = tmp_path / "cairn.yaml"
+        file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return file
+
+    return writer
+
+
+def pool(*urls: str, **settings: object) -> dict:
+    """A pool of the file."""
+    return {"name": "a", "replicas": [{"url": url} for url in urls or ("http://h:1",)]} | settings
+
+
+# --- precedence
+
+
+def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default(write) -> None:
+    """Each layer overrides the one below and nothing else."""
+    file = write({"server": {"port": 1, "host": "127.0.0.2", "workers": 5}})
+    environ = {"CAIRN_PORT": "2", "CAIRN_HOST": "127.0.0.3"}
+    assert load(None, {}).config.server.port == 8080
+    assert load(file, {}).config.server.port == 1
+    assert load(file, environ).config.server.port == 2
+    config = load(file, environ, {("server", "port"): 3, ("server", "host"): None}).config
+    assert (config.server.port, config.server.host, config.server.workers) == (3, "127.0.0.3", 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "path", "value"),
+    [
+        ("CAIRN_ADMIN_PORT", "7", ("admin", "port"), 7),
+        ("CAIRN_WORKERS", "4", ("server", "workers"), 4),
+        ("CAIRN_OPEN", "true", ("server", "open"), True),
+        ("CAIRN_SERVER__DRAIN_SECONDS", "1.5", ("server", "drain_seconds"), 1.5),
+        ("CAIRN_ROUTING__PREFILL_TOKENS_PER_SECOND", "0.1", ("routing", "prefill_tokens_per_second"), 0.1),
+        ("CAIRN_LOG__LEVEL", "debug", ("log", "level"), "debug"),
+        ("CAIRN_REDIS", "redis://:pw@h/0", ("redis", "url"), SecretUrl("redis://:pw@h/0")),
+        ("CAIRN_ADMIN_TOKEN", "12345", ("admin", "token"), Secret("12345")),
+    ],
+)
+def test_variables_set_what_they_name(name: str, text: str, path: tuple[str, str], value: object) -> None:
+    """Short names, and CAIRN_SECTION__SETTING for every other scalar."""
+    config = load(None, {name: text}).config
+    assert getattr(getattr(config, path[0]), path[1]) == value
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"CAIRN_WORKERS": "many"}, "CAIRN_WORKERS: expected `int`"),
+        ({"CAIRN_WORKERS": "0"}, "CAIRN_WORKERS: expected `int` >= 1"),
+        ({"CAIRN_SERVER__PROT": "1"}, "CAIRN_SERVER__PROT: there is no such setting"),
+        ({"CAIRN_POOLS__NAME": "1"}, "CAIRN_POOLS__NAME: there is no such setting"),
+    ],
+)
+def test_a_bad_variable_is_named(environ: dict[str, str], message: str) -> None:
+    """The message tells the variable, not a place in a file that has nothing to do with it."""
+    with pytest.raises(ConfigError, match=message):
+        load(None, environ)
+
+
+def test_kubernetes_service_variables_configure_nothing() -> None:
+    """A service named cairn puts CAIRN_PORT=tcp://... into every pod; a misspelt name is told."""
+    environ = {
+        "CAIRN_PORT": "tcp://10.0.0.1:80",
+        "CAIRN_PORT_80_TCP_ADDR": "10.0.0.1",
+        "CAIRN_SERVICE_HOST": "10.0.0.1",
+        "CAIRN_WORKRES": "4",
+    }
+    loaded = load(None, environ)
+    assert loaded.config.server.port == 8080
+    assert {warning.split()[0] for warning in loaded.warnings} == {"CAIRN_PORT", "CAIRN_WORKRES"}
+
+
+def test_the_environment_may_name_the_file_and_the_upstreams(write) -> None:
+    """CAIRN_CONFIG and CAIRN_UPSTREAM; the latter stands in place of the file's pools, a flag in place of both."""
+    file = write({"pools": [pool("http://from-file:1")]})
+    environ = {"CAIRN_CONFIG": str(file)}
+    assert load(None, environ).config.pools[0].name == "a"
+    environ["CAIRN_UPSTREAM"] = "http://x:1/v1, http://y:2"
+    (default,) = load(None, environ).config.pools
+    assert (default.name, default.default, default.models) == ("default", True, ("*",))
+    assert [replica.name for replica in default.replicas] == ["x:1", "y:2"]
+    assert load(None, environ, upstreams=["http://z:3"]).config.pools[0].replicas[0].url == "http://z:3"
+
+
+# --- errors with paths
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"sever": {}}, r"\$\.sever: there is no such setting"),
+        ({"server": {"port": "8080"}}, r"\$\.server\.port: expected `int`, got `str`"),
+        ({"server": {"port": 70000}}, r"\$\.server\.port: expected `int` <= 65535"),
+        ({"pools": [pool(), {"name": "b"}]}, r"\$\.pools\[1\]: .*missing required field `replicas`"),
+        ({"pools": [{"name": "a", "replicas": []}]}, r"\$\.pools\[0\]\.replicas: "),
+        (
+            {"pools": [{"name": "a", "replicas": [{"url": "http://h"}, {"url": 5}]}]},
+            r"\$\.pools\[0\]\.replicas\[1\]\.url: expected `str`, got `int`",
+        ),
+        ({"pools": [pool("http://h:1", "ftp://h")]}, r"\$\.pools\[0\]\.replicas\[1\]\.url: expected http"),
+        ({"pools": [pool("http://")]}, r"\$\.pools\[0\]\.replicas\[0\]\.url: expected a host"),
+        ({"pools": [pool("http://h:0")]}, r"replicas\[0\]\.url: port 0"),
+        ({"pools": [pool("http://h:99999")]}, r"replicas\[0\]\.url: is not a URL"),
+        ({"pools": [pool("http://[::1")]}, r"replicas\[0\]\.url: is not a URL"),
+        ({"pools": [pool("http://h/v1?key=x")]}, r"replicas\[0\]\.url: has a query"),
+        ({"pools": [pool("http://h\r\nx: y/")]}, r"replicas\[0\]\.url: "),
+        ({"pools": [pool("http://h:1", "http://h:1/v1")]}, r"\$\.pools\[0\]\.replicas\[1\]\.name: .*replicas\[0\]"),
+        ({"pools": [pool(), pool("http://i")]}, r"\$\.pools\[1\]\.name: \$\.pools\[0\] has a already"),
+        (
+            {"pools": [pool(default=True), pool("http://i", name="b", default=True)]},
+            r"\$\.pools\[1\]\.default: \$\.pools\[0\] is the default",
+        ),
+        ({"pools": [pool(models=["ok", " x"])]}, r"\$\.pools\[0\]\.models\[1\]: "),
+        ({"pools": [pool(models=[""])]}, r"\$\.pools\[0\]\.models\[0\]: "),
+        ({"pools": [pool(kind="magic")]}, r"\$\.pools\[0\]\.kind: "),
+        (
+            {"pools": [{"name": "a", "kind": "provider", "replicas": [{"url": "http://h", "capacity_tokens": 9}]}]},
+            r"\$\.pools\[0\]\.replicas\[0\]\.capacity_tokens: ",
+        ),
+        ({"clients": [{"name": "c", "key_sha256": "zz"}]}, r"\$\.clients\[0\]\.key_sha256: "),
+        (
+            {"clients": [{"name": "c", "key_sha256": SHA}, {"name": "d", "key_sha256": SHA.upper()}]},
+            r"\$\.clients\[1\]\.key_sha256: \$\.clients\[0\] has the same key already",
+        ),
+        ({"admin": {"host": "0.0.0.0"}}, r"\$\.admin\.host: .*token"),
+        ({"server": {"port": 8090}}, r"\$\.admin\.port: 8090 is the port of the server too"),
+        ({"redis": {"url": "http://h"}}, r"\$\.redis\.url: expected redis://"),
+        ({"redis": {"url": 5}}, r"\$\.redis\.url: expected `str`"),
+        ([1], r"\$: expected a mapping"),
+        ({"server": None}, r"\$\.server: expected `object`, got `null`"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_path(write, tree: object, message: str) -> None:
+    """The path is that of the offending setting, in the message and in `param`."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(write(tree), {})
+    assert caught.value.param is not None
+    assert caught.value.param.startswith("$")
+    assert "\n" not in caught.value.message
+
+
+def test_a_password_in_a_url_is_refused_without_showing_it(write) -> None:
+    """The key belongs into the environment or a file, and the error must not repeat it."""
+    with pytest.raises(ConfigError, match="user or password") as caught:
+        load(write({"pools": [pool("https://u:hunter2@h")]}), {})
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("server: {port: 1}\nserver: {port: 2}\n", r"'server' is given twice \(line 2, column 1\)"),
+        ("server: [", "is not YAML"),
+        ("key: !!python/object/apply:os.system [ls]", "is not YAML"),
+        ("a: " + "[" * 1000, "is not YAML|nested too deep"),
+    ],
+)
+def test_what_is_not_yaml_is_said_in_one_line(write, text: str, message: str) -> None:
+    """What and where, without a piece of the file, which may hold a key."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(write(text), {})
+    assert "\n" not in caught.value.message
+
+
+def test_a_broken_file_does_not_show_what_stands_in_it(write) -> None:
+    """YAML's own error has the offending line; ours does not."""
+    with pytest.raises(ConfigError) as caught:
+        load(write("key: sk-very-secret: [\n"), {})
+    assert "very-secret" not in caught.value.message
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    """So is one that is not text."""
+    with pytest.raises(ConfigError, match=r"cannot read .*No such file"):
+        load(tmp_path / "none.yaml", {})
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load(tmp_path / "binary", {})
+
+
+def test_an_empty_file_is_the_default(write) -> None:
+    """All settings have defaults."""
+    assert load(write(""), {"HOME": "/h"}) == load(None, {"HOME": "/h"})
+
+
+# --- keys
+
+
+def test_keys_come_from_the_environment_or_a_file_beside_the_configuration(write, tmp_path: Path) -> None:
+    """Resolved once; a relative file is beside the configuration; the end of the line is no part of the key."""
+    (tmp_path / "key").write_text("from-file\n")
+    replicas = [{"url": "http://a", "key_env": "K"}, {"url": "http://b", "key_file": "key"}, {"url": "http://c"}]
+    config = load(write({"pools": [{"name": "p", "replicas": replicas}]}), {"K": "from-env"}).config
+    keys = [replica.key and replica.key.reveal() for replica in config.pools[0].replicas]
+    assert keys == ["from-env", "from-file", None]
+    assert config.has_replica_keys
+
+
+@pytest.mark.parametrize(
+    ("replica", "message"),
+    [
+        ({"key_env": "NONE"}, r"replicas\[0\]\.key_env: the environment has no variable NONE"),
+        ({"key_env": "EMPTY"}, r"replicas\[0\]\.key_env: is empty"),
+        ({"key_env": "SPLIT"}, r"replicas\[0\]\.key_env: is empty or holds control characters"),
+        ({"key_file": "none"}, r"replicas\[0\]\.key_file: cannot read .*none"),
+        ({"key": "x", "key_env": "K"}, r"replicas\[0\]\.key_env: key is given too"),
+    ],
+)
+def test_a_key_that_is_not_there_is_an_error(write, replica: dict, message: str) -> None:
+    """Nothing starts with a key missing or one that would break a header."""
+    tree = {"pools": [{"name": "p", "replicas": [{"url": "http://a"} | replica]}]}
+    with pytest.raises(ConfigError, match=message):
+        load(write(tree), {"EMPTY": "", "SPLIT": "a\r\nb", "K": "k"})
+
+
+def test_replica_keys_are_not_lent_to_the_world(write) -> None:
+    """With keys of ours only loopback, unless clients are listed or --open says that it is meant."""
+    tree: dict[str, Any] = {
+        "server": {"host": "0.0.0.0"},
+        "pools": [{"name": "p", "replicas": [{"url": "http://a", "key": "k"}]}],
+    }
+    with pytest.raises(ConfigError, match=r"\$\.server\.host: .*--open"):
+        load(write(tree), {})
+    assert load(write(tree), {}, {("server", "open"): True}).config.server.open
+    assert load(write(tree), {}, {("server", "host"): "::1"}).config
+    assert load(write(tree | {"clients": [{"name": "c", "key_sha256": SHA}]}), {}).config
+    del tree["pools"][0]["replicas"][0]["key"]
+    assert load(write(tree), {}).config
+
+
+def test_an_admin_port_for_the_world_needs_a_token(write) -> None:
+    """The token may come from the environment as well."""
+    tree = {"admin": {"host": "::", "token_env": "T"}}
+    assert load(write(tree), {"T": "t"}).config.admin.token == Secret("t")
+
+
+def test_a_workers_environment_holds_no_secret_and_no_setting(write) -> None:
+    """What the supervisor was told by variables reaches a worker over its socket alone."""
+    config = load(write({"pools": [pool()], "admin": {"token_env": "T"}}), {"T": "t"}).config
+    environ = {"T": "t", "CAIRN_REDIS": "redis://:pw@h", "PATH": "/bin"}
+    assert worker_environment(config, environ) == {"PATH": "/bin"}
+
+
+# --- secrets
+
+
+SECRETS = [Secret("hunter2"), SecretUrl("redis://user:hunter2@h:1/0?password=hunter2&db=1")]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_secret_shows_itself_nowhere(secret: Secret) -> None:
+    """str, repr, format, containers, encoders, pickle."""
+    shown = [
+        str(secret),
+        repr(secret),
+        f"{secret}",
+        f"{[secret]}",
+        repr(Config),
+        str(msgspec.to_builtins(secret, enc_hook=redact)),
+    ]
+    assert not any("hunter2" in text for text in shown)
+    with pytest.raises((NotImplementedError, TypeError)):
+        json.dumps(secret)
+    with pytest.raises((NotImplementedError, TypeError)):
+        msgspec.json.encode(secret)
+    with pytest.raises(TypeError):
+        pickle.dumps(secret)
+    with pytest.raises(TypeError):
+        copy.copy(secret)
+
+
+def test_a_secret_url_shows_its_host() -> None:
+    """Who reads the effective configuration must see where Redis is."""
+    assert str(SECRETS[1]) == "redis://***@h:1/0?password=***&db=1"
+    assert str(SecretUrl("unix:///run/valkey.sock")) == "unix:///run/valkey.sock"
+
+
+@given(st.text(min_size=1))
+def test_no_url_makes_redaction_fail(text: str) -> None:
+    """Whatever stands there, showing it raises nothing."""
+    str(SecretUrl(text))
+
+
+def test_the_effective_configuration_is_whole_and_redacted(write) -> None:
+    """It can be read again to the same configuration but for its secrets, and shows every default."""
+    tree = {
+        "redis": {"url": "redis://:hunter2@h"},
+        "admin": {"token": "hunter2"},
+        "pools": [{"name": "p", "replicas": [{"url": "http://a", "key": "hunter2"}]}],
+        "clients": [{"name": "c", "key_sha256": SHA}],
+    }
+    loaded = load(write(tree), {})
+    text = as_yaml(loaded.config)
+    assert "hunter2" not in text
+    shown = yaml.safe_load(text)
+    assert set(shown) == set(Config.__struct_fields__)
+    assert shown["pools"][0]["replicas"][0] | {"key": "***", "name": "a"} == shown["pools"][0]["replicas"][0]
+    again = msgspec.convert(shown, Config, dec_hook=make_secret)
+    assert again.server == loaded.config.server
+    assert again.clients == loaded.config.clients
+
+
+def test_a_configuration_survives_the_way_to_a_worker(write) -> None:
+    """Encoded with its secrets and decoded, it is the same."""
+    tree = {"pools": [{"name": "p", "replicas": [{"url": "http://a", "key": "k"}]}], "redis": {"url": "redis://h"}}
+    config = load(write(tree), {}).config
+    encoded = msgspec.msgpack.Encoder(enc_hook=reveal).encode(config)
+    assert msgspec.msgpack.Decoder(Config, dec_hook=make_secret).decode(encoded) == config
+
+
+# --- what is derived
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("https://api.openai.com/v1", PoolKind.PROVIDER),
+        ("https://8.8.8.8", PoolKind.PROVIDER),
+        ("http://api.openai.com", PoolKind.ENGINE),
+        ("https://10.0.0.1", PoolKind.ENGINE),
+        ("https://vllm", PoolKind.ENGINE),
+        ("https://vllm.models.svc", PoolKind.ENGINE),
+        ("https://[::1]:8000", PoolKind.ENGINE),
+        ("nonsense", PoolKind.ENGINE),
+        ("http://[", PoolKind.ENGINE),
+    ],
+)
+def test_a_bare_url_is_a_provider_only_behind_https_and_a_public_name(url: str, kind: PoolKind) -> None:
+    """The mistake that remains errs on the side of sharing less."""
+    assert implied_kind(url) is kind
+
+
+def test_engines_and_providers_are_not_one_pool() -> None:
+    """Bare URLs of both kinds need a file."""
+    with pytest.raises(ConfigError, match="pools of their own"):
+        load(None, {}, upstreams=["http://h", "https://api.openai.com"])
+
+
+def test_tenancy_is_the_pools_else_the_common_one_and_isolated_where_clients_pay_a_provider(write) -> None:
+    """What one client pays for at a provider is never shared with another."""
+    tree = {
+        "tenancy": "isolated",
+        "pools": [
+            pool("http://a"),
+            pool("http://b", name="b", tenancy="shared"),
+            pool("http://c", name="c", kind="provider", tenancy="shared"),
+            {"name": "d", "kind": "provider", "tenancy": "shared", "replicas": [{"url": "http://d", "key": "k"}]},
+        ],
+    }
+    config = load(write(tree), {}).config
+    isolated, shared = Tenancy.ISOLATED, Tenancy.SHARED
+    assert [p.tenancy for p in config.pools] == [isolated, shared, isolated, shared]
+
+
+def test_the_default_pool_is_the_marked_or_the_only_one(write) -> None:
+    """Of several unmarked ones none is."""
+    only = load(write({"pools": [pool()]}), {}).config
+    assert only.default_pool is only.pools[0]
+    assert load(write({"pools": [pool(), pool("http://i", name="b")]}), {}).config.default_pool is None
+    marked = load(write({"pools": [pool(), pool("http://i", name="b", default=True)]}), {}).config
+    assert marked.default_pool is marked.pools[1]
+
+
+@pytest.mark.parametrize(
+    ("url", "name", "base_path", "port"),
+    [
+        ("http://10.0.0.7:8000/v1", "10.0.0.7:8000", "/v1", 8000),
+        ("http://10.0.0.7:8000/", "10.0.0.7:8000", "/v1", 8000),
+        ("https://api.openai.com/v1", "api.openai.com", "/v1", 443),
+        ("http://[::1]:9/api", "[::1]:9/api", "/api/v1", 9),
+        ("https://h/v1beta/openai", "h/v1beta/openai", "/v1beta/openai", 443),
+        ("https://h/api/paas/v4", "h/api/paas/v4", "/api/paas/v4", 443),
+    ],
+)
+def test_name_base_path_and_port_follow_from_the_url(url: str, name: str, base_path: str, port: int) -> None:
+    """A URL may end in /v1 or not; a base with another version is taken as it stands."""
+    replica = Replica(url)
+    assert (derived_name(url), replica.base_path, replica.port) == (name, base_path, port)
+
+
+def test_the_private_valkey_lies_in_the_users_own_folder_one_per_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XDG_DATA_HOME, else the system's custom; none where a Redis is named."""
+    monkeypatch.setattr("sys.platform", "linux")
+    assert load(None, {"XDG_DATA_HOME": "/d"}).config.redis.folder == "/d/cairn/valkey-8080"
+    assert load(None, {"HOME": "/h", "CAIRN_PORT": "1"}).config.redis.folder == "/h/.local/share/cairn/valkey-1"
+    assert load(None, {"HOME": "/h", "CAIRN_REDIS": "redis://h"}).config.redis.folder is None
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert load(None, {"HOME": "/h"}).config.redis.folder == "/h/Library/Application Support/Cairn/valkey-8080"
+
+
+def test_loopback_is_known_by_name_and_address() -> None:
+    """What anyone else can reach is not."""
+    assert all(map(is_loopback, ["localhost", "127.0.0.1", "127.1.2.3", "::1", "[::1]"]))
+    assert not any(map(is_loopback, ["0.0.0.0", "::", "10.0.0.1", "localhost.evil.example", ""]))
+
+
+def test_a_loaded_configuration_is_frozen() -> None:
+    """Nobody changes it on the way."""
+    loaded: Loaded = load(None, {})
+    with pytest.raises(AttributeError):
+        loaded.config.server.port = 1  # type: ignore[misc]

@@ -1,0 +1,81 @@
+"""What a reload takes over at once, and what it says has to wait for a restart."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec.structs import replace
+
+from proxy.config.reload import LIVE, taken_over
+from proxy.config.schema import (
+    Admin,
+    Client,
+    Config,
+    Contexts,
+    Pool,
+    Queueing,
+    Redis,
+    Replica,
+    Routing,
+    Secret,
+    SecretUrl,
+    Section,
+    Server,
+    Tenancy,
+    Upstream,
+)
+
+
+def test_every_section_says_what_of_it_is_live() -> None:
+    """A section that nobody thought of would be taken over in half."""
+    sections = {
+        field.name
+        for field in msgspec.structs.fields(Config)
+        if isinstance(field.type, type) and issubclass(field.type, Section)
+    }
+    assert set(LIVE) == sections
+    for name, live in LIVE.items():
+        assert live <= set(getattr(Config(), name).__struct_fields__)
+
+
+def test_what_is_live_is_taken_and_nothing_waits() -> None:
+    """Pools, clients, tenancy, the queue's limits, the admin token, drains and all but one setting of contexts."""
+    new = Config(
+        pools=(Pool(name="p", replicas=(Replica("http://h"),)),),
+        clients=(Client(name="c", key_sha256="0" * 64),),
+        tenancy=Tenancy.ISOLATED,
+        queue=Queueing(max_waiting=3),
+        admin=Admin(token=Secret("t")),
+        server=Server(drain_seconds=1),
+        contexts=Contexts(total_bytes=1, warm_replicas=5, memory_bytes=7, grace_seconds=9),
+    )
+    assert taken_over(Config(), new, own_store=False) == (new, ())
+
+
+def test_what_was_built_in_stays_and_is_named() -> None:
+    """Each by its path, and no value of it."""
+    old = Config(upstream=Upstream(max_retries=1))
+    new = Config(
+        server=Server(workers=3, drain_seconds=1),
+        redis=Redis(url=SecretUrl("redis://:pw@h")),
+        upstream=Upstream(max_retries=2, idle_seconds=7),
+        routing=Routing(min_shareable_bytes=1),
+        contexts=Contexts(max_context_bytes=2048, max_tags=1),
+    )
+    config, waiting = taken_over(old, new, own_store=False)
+    assert config == replace(old, server=Server(drain_seconds=1), contexts=Contexts(max_tags=1))
+    assert set(waiting) == {
+        "$.server.workers",
+        "$.redis.url",
+        "$.upstream.max_retries",
+        "$.upstream.idle_seconds",
+        "$.routing.min_shareable_bytes",
+        "$.contexts.max_context_bytes",
+    }
+
+
+def test_the_private_stores_address_is_no_setting() -> None:
+    """Nobody wrote it, so nothing of it has changed; a Redis that is configured later has to wait."""
+    old = Config(redis=Redis(url=SecretUrl("unix:///own"), folder="f"))
+    assert taken_over(old, Config(redis=Redis(folder="f")), own_store=True) == (old, ())
+    new = Config(redis=Redis(url=SecretUrl("redis://h"), folder="f"))
+    assert taken_over(old, new, own_store=True) == (old, ("$.redis.url",))

@@ -1,0 +1,211 @@
+"""The private socket between supervisor and worker."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+
+import pytest
+
+from proxy.config.load import Config, ConfigError, Pool, Replica, Secret
+from proxy.control import channel as control
+from proxy.control.channel import (
+    Channel,
+    Configure,
+    ControlBroken,
+    Drain,
+    Explain,
+    Explained,
+    FromWorker,
+    Ready,
+    Refused,
+    WorkerControl,
+    WorkerReport,
+)
+from proxy.metrics.definitions import REQUESTS, MetricsDelta
+from proxy.metrics.recorder import Recorder
+from proxy.tasks import Tasks
+
+CONFIG = Config(pools=(Pool("p", (Replica("http://h", key=Secret("the-key")),)),))
+
+
+@pytest.fixture
+async def ends():
+    """The supervisor's channel, and a worker's control that has its configuration."""
+    ours, theirs = socket.socketpair()
+    channel: Channel[FromWorker] = await Channel.open(ours, FromWorker)
+    tasks = Tasks()
+    await channel.send(Configure(CONFIG))
+    worker, config = await WorkerControl.open(theirs, tasks)
+    assert config == CONFIG
+    yield channel, worker
+    await tasks.close()
+    channel.close()
+    worker._channel.close()
+
+
+async def next_of(channel: Channel[FromWorker]):
+    """The next message, in bounded time."""
+    async with asyncio.timeout(5):
+        return await channel.receive()
+
+
+async def test_a_worker_gets_its_configuration_with_secrets(ends) -> None:
+    """Here and nowhere else a secret travels as it is."""
+    assert CONFIG.pools[0].replicas[0].key == Secret("the-key")
+
+
+async def test_ready_and_reports_reach_the_supervisor(ends) -> None:
+    """Counts arrive as they were counted."""
+    channel, worker = ends
+    recorder = Recorder()
+    recorder.inc(REQUESTS, ("chat", "m", "u", "2xx", "hit", "true"), 3)
+    report = WorkerReport(recorder.take(), 2, "up", {"u": True}, {"more": [1, "x"]})
+    await worker.ready()
+    assert worker.report(report)
+    assert await next_of(channel) == Ready()
+    assert await next_of(channel) == report
+
+
+async def test_drain_is_heard_once(ends) -> None:
+    """The first deadline stands, and whoever asks later hears it as well."""
+    channel, worker = ends
+    assert not worker.draining
+    await channel.send(Drain(3.5))
+    await channel.send(Drain(9.0))
+    async with asyncio.timeout(5):
+        assert await worker.drained() == 3.5
+        assert await worker.drained() == 3.5
+    assert worker.draining
+
+
+async def test_whoever_stops_waiting_for_the_drain_does_not_end_it_for_others(ends) -> None:
+    """Cancelling one waiter leaves the others waiting."""
+    channel, worker = ends
+    waiter = asyncio.ensure_future(worker.drained())  # noqa: TID251
+    await asyncio.wait({waiter}, timeout=0)
+    waiter.cancel()
+    await asyncio.wait({waiter})
+    await channel.send(Drain(1.0))
+    async with asyncio.timeout(5):
+        assert await worker.drained() == 1.0
+
+
+async def test_questions_are_answered_by_their_number(ends) -> None:
+    """Two at a time, answered in the other order."""
+    channel, worker = ends
+    first_may_end = asyncio.Event()
+
+    async def explain(question: Explain) -> tuple[int, bytes]:
+        if question.id == 1:
+            await first_may_end.wait()
+        return 200, question.body
+
+    worker.on_explain = explain
+    await channel.send(Explain(1, "/v1/x", b"one"))
+    await channel.send(Explain(2, "/v1/x", b"two"))
+    assert await next_of(channel) == Explained(2, 200, b"two")
+    first_may_end.set()
+    assert await next_of(channel) == Explained(1, 200, b"one")
+
+
+async def test_a_worker_that_explains_nothing_says_so(ends) -> None:
+    """501, and no silence."""
+    channel, _ = ends
+    await channel.send(Explain(1, "/v1/x", b""))
+    answer = await next_of(channel)
+    assert (answer.id, answer.status) == (1, 501)
+
+
+async def test_a_reload_is_taken_or_refused_with_its_reason(ends) -> None:
+    """ConfigError is the way to say no."""
+    channel, worker = ends
+    await channel.send(Configure(CONFIG))
+    assert isinstance(await next_of(channel), Refused)
+    taken: asyncio.Queue[Config] = asyncio.Queue()
+
+    async def reload(config: Config) -> None:
+        if not config.pools:
+            raise ConfigError("$.pools: none")
+        taken.put_nowait(config)
+
+    worker.on_reload = reload
+    await channel.send(Configure(CONFIG))
+    async with asyncio.timeout(5):
+        assert await taken.get() == CONFIG
+    await channel.send(Configure(Config()))
+    assert await next_of(channel) == Refused("$.pools: none")
+
+
+async def test_a_worker_without_a_supervisor_knows_it(ends) -> None:
+    """The closed socket is an order to end at once."""
+    channel, worker = ends
+    channel.close()
+    async with asyncio.timeout(5):
+        await worker.orphaned.wait()
+        assert await worker.drained() == 0.0
+
+
+async def test_a_supervisor_that_reads_nothing_costs_a_worker_no_memory(
+    ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond a bound reports are not sent, and the caller keeps its counts."""
+    channel, worker = ends
+    monkeypatch.setattr(control, "_REPORT_BACKLOG_BYTES", 10_000)
+    big = WorkerReport(MetricsDelta(counters=[(0, ("x" * 1000,), 1.0)] * 500))
+    sent = 0
+    while worker.report(big):
+        sent += 1
+        assert sent < 100
+    assert await next_of(channel) == big
+
+
+async def test_a_supervisor_gone_first_is_told_to_whoever_waits_for_the_configuration() -> None:
+    """No worker hangs there."""
+    ours, theirs = socket.socketpair()
+    ours.close()
+    with pytest.raises(ControlBroken):
+        await WorkerControl.open(theirs, Tasks())
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        struct.pack(">I", control.MESSAGE_BYTES_AT_MOST + 1),
+        struct.pack(">I", 3) + b"\xc1\xc1\xc1",
+        struct.pack(">I", 1) + b"\x01",
+    ],
+)
+async def test_nonsense_is_an_error_and_no_allocation(sent: bytes) -> None:
+    """A length over the bound is refused before anything is read."""
+    ours, theirs = socket.socketpair()
+    channel: Channel[FromWorker] = await Channel.open(ours, FromWorker)
+    theirs.sendall(sent)
+    with pytest.raises(ControlBroken):
+        await next_of(channel)
+    channel.close()
+    theirs.close()
+
+
+async def test_a_message_cut_off_by_the_end_is_no_message() -> None:
+    """The other end died while it wrote."""
+    ours, theirs = socket.socketpair()
+    channel: Channel[FromWorker] = await Channel.open(ours, FromWorker)
+    theirs.sendall(struct.pack(">I", 100) + b"half")
+    theirs.close()
+    assert await next_of(channel) is None
+    channel.post(Drain(1.0))  # goes nowhere and raises nothing
+    channel.close()
+
+
+async def test_a_body_of_32_mib_can_be_asked_about(ends) -> None:
+    """The largest body that is served can be explained too."""
+    channel, worker = ends
+
+    async def explain(question: Explain) -> tuple[int, bytes]:
+        return 200, str(len(question.body)).encode()
+
+    worker.on_explain = explain
+    await channel.send(Explain(7, "/v1/x", bytes(32 * 1024 * 1024)))
+    assert await next_of(channel) == Explained(7, 200, str(32 * 1024 * 1024).encode())

@@ -1,0 +1,146 @@
+"""Answers to clients over real sockets: framing, back-pressure, breaking off, limits of bodies."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from aiohttp import web
+
+from proxy.downstream.response import ClientResponse
+from tests.support.answering import GET, serving, talk
+
+
+async def test_a_whole_answer_has_its_length_and_its_headers_as_given() -> None:
+    """One write of head and body."""
+
+    async def play(request: web.BaseRequest, answer: ClientResponse) -> None:
+        answer.send(200, b"OK", [(b"x-a", b"1"), (b"x-a", b"2")], b"hello")
+
+    async with serving(play) as port:
+        got = await talk(port, GET)
+    head, _, body = got.partition(b"\r\n\r\n")
+    assert head.split(b"\r\n") == [
+        b"HTTP/1.1 200 OK", b"x-a: 1", b"x-a: 2", b"content-length: 5", b"connection: close",
+    ]  # fmt: skip
+    assert body == b"hello"
+
+
+async def test_a_connection_serves_the_next_request_after_each_framing() -> None:
+    """Length, chunks and no body at all leave the connection in step."""
+    plays = iter(["length", "chunked", "empty", "head"])
+
+    async def play(request: web.BaseRequest, answer: ClientResponse) -> None:
+        kind = next(plays)
+        if kind == "length":
+            answer.begin(200, b"OK", [], 4)
+            await answer.write(b"ab")
+            await answer.write(b"cd")
+        elif kind == "chunked":
+            answer.begin(200, b"OK", [], None)
+            await answer.write(b"abc")
+        elif kind == "empty":
+            answer.begin(204, b"No Content", [], None)
+        else:
+            answer.begin(200, b"OK", [], 9)
+            await answer.write(b"never sent")
+        answer.end()
+
+    again = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+    last = b"HEAD / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    async with serving(play) as port:
+        got = await talk(port, again, again, again, last)
+    assert got == (
+        b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nabcd"
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+        b"HTTP/1.1 204 No Content\r\n\r\n"
+        b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\nconnection: close\r\n\r\n"
+    )
+
+
+async def test_a_client_of_http_1_0_gets_no_chunks() -> None:
+    """The end of the connection is the end of the body."""
+
+    async def play(request: web.BaseRequest, answer: ClientResponse) -> None:
+        answer.begin(200, b"OK", [], None)
+        await answer.write(b"abc")
+        answer.end()
+
+    async with serving(play) as port:
+        got = await talk(port, b"GET / HTTP/1.0\r\nhost: x\r\n\r\n")
+    assert got == b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nabc"
+
+
+@pytest.mark.parametrize("length", [None, 100])
+async def test_an_answer_that_is_broken_off_does_not_look_whole(length: int | None) -> None:
+    """No terminator, and fewer bytes than announced."""
+
+    async def play(request: web.BaseRequest, answer: ClientResponse) -> None:
+        answer.begin(200, b"OK", [], length)
+        await answer.write(b"abc")
+        answer.write_last(b"def")
+        answer.break_off()
+
+    async with serving(play) as port:
+        got = await talk(port, GET.replace(b"connection: close\r\n", b""))
+    assert b"def" in got
+    assert not got.endswith(b"0\r\n\r\n")
+
+
+async def test_an_answer_shorter_than_announced_ends_the_connection() -> None:
+    """The client must see that bytes are missing."""
+
+    async def play(request: web.BaseRequest, answer: ClientResponse) -> None:
+        answer.begin(200, b"OK", [], 100)
+        await answer.write(b"abc")
+        answer.end()
+
+    async with serving(play) as port:
+        assert (await talk(port, GET.replace(b"connection: close\r\n", b""))).endswith(b"abc")
+
+
+async def test_a_slow_reader_holds_the_writer_back() -> None:
+    """What is not read does not pile up in memory."""
+    written = 0
+    piece = b"x" * 65_536
+
+    async def play(request: web.BaseRequest, answer: ClientResponse) -> None:
+        nonlocal written
+        answer.begin(200, b"OK", [], None)
+        for _ in range(4096):  # 256 MB, if nobody held it back
+            await answer.write(piece)
+            written += len(piece)
+
+    async with serving(play) as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET)
+        for _ in range(200):
+            await asyncio.sleep(0)
+        before = -1
+        while before != written:  # until it stands still
+            before = written
+            for _ in range(50):
+                await asyncio.sleep(0)
+        assert written < 32 * 1024 * 1024
+        writer.transport.abort()
+
+
+async def test_a_reader_that_never_reads_is_given_up() -> None:
+    """A write waits for its limit and no longer."""
+    failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def play(request: web.BaseRequest, answer: ClientResponse) -> None:
+        answer.begin(200, b"OK", [], None)
+        try:
+            while True:
+                await answer.write(b"x" * 65_536)
+        except TimeoutError as error:
+            failed.set_result(type(error).__name__)
+            answer.break_off()
+
+    async with serving(play, write_seconds=0.05) as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET)
+        async with asyncio.timeout(5):
+            assert await failed == "TimeoutError"
+        writer.transport.abort()

@@ -1,0 +1,137 @@
+"""Replicas that come and go behind a name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+
+from cache import PrefixIndex
+from cache.index.hashing import cut
+from proxy.config.load import load
+from proxy.config.schema import Config, Pool, Replica
+from proxy.errors import ConfigError
+from proxy.fleet import Fleet
+from proxy.fleet.discovery import FORGET_SECONDS, Discovery
+from tests.support.clock import FakeClock
+
+NAME = "dns+http://engines.default.svc:8000"
+
+
+class Names:
+    """A resolver that says what it is told to."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.addresses: Sequence[str] = addresses
+        self.fails = False
+        self.asked: list[tuple[str, int]] = []
+
+    async def __call__(self, name: str, port: int) -> Sequence[str]:
+        self.asked.append((name, port))
+        if self.fails:
+            raise OSError("no answer")
+        return self.addresses
+
+
+class Bench:
+    """A membership with all that it fills."""
+
+    def __init__(self, names: Names, *replicas: Replica) -> None:
+        self.clock = FakeClock()
+        self.fleet = Fleet(Random(1).random)
+        self.index = PrefixIndex()
+        self.config = Config(pools=(Pool(name="engines", replicas=replicas or (Replica(NAME),)),))
+        self.members = Discovery(self.config, self.fleet, self.index, self.clock, names)
+        self.added: list[int] = []
+        self.members.added = self.added.append
+
+    def names(self) -> list[str]:
+        return sorted(view.name for view in self.fleet.snapshot("engines", 0.0) if view.available)
+
+
+async def test_the_addresses_of_a_name_are_replicas_as_long_as_it_has_them():
+    """New ones are met, gone ones get nothing more, and their numbers stay theirs."""
+    names = Names("10.0.0.1", "10.0.0.2")
+    bench = Bench(names)
+    assert bench.names() == []
+    await bench.members.look()
+    assert names.asked == [("engines.default.svc", 8000)]
+    assert bench.names() == ["10.0.0.1:8000", "10.0.0.2:8000"]
+    assert bench.added == [0, 1]
+    names.addresses = ("10.0.0.2", "fd00::3")
+    await bench.members.look()
+    assert bench.names() == ["10.0.0.2:8000", "[fd00::3]:8000"]
+    assert bench.added == [0, 1, 2]
+    assert bench.members.pools.served == {1, 2}
+    assert bench.members.pools.backends[2].origin.host == "fd00::3"
+    assert bench.members.pools.backends[0].name == "10.0.0.1:8000"  # requests under way may still need it
+
+
+async def test_a_name_server_in_trouble_changes_nothing():
+    """Neither an error nor an empty answer takes the engines away."""
+    names = Names("10.0.0.1")
+    bench = Bench(names)
+    await bench.members.look()
+    names.fails = True
+    await bench.members.look()
+    names.fails, names.addresses = False, ()
+    await bench.members.look()
+    assert bench.names() == ["10.0.0.1:8000"]
+
+
+async def test_what_a_replica_held_is_kept_while_it_may_come_back():
+    """A probe that failed once costs no prefix; one that stays away is forgotten."""
+    names = Names("10.0.0.1", "10.0.0.2")
+    bench = Bench(names)
+    await bench.members.look()
+    chain = cut(0, [b"x" * 9_000])
+    bench.index.place(0, chain, 2_000, 0.0)
+    names.addresses = ("10.0.0.2",)
+    await bench.members.look()
+    bench.clock.advance(FORGET_SECONDS - 1)
+    bench.members._forget()
+    names.addresses = ("10.0.0.1", "10.0.0.2")
+    await bench.members.look()
+    bench.clock.advance(FORGET_SECONDS)
+    bench.members._forget()
+    assert 0 in bench.index.match(chain).held
+    names.addresses = ("10.0.0.2",)
+    await bench.members.look()
+    bench.clock.advance(FORGET_SECONDS)
+    bench.members._forget()
+    assert bench.index.match(chain).held == {}
+
+
+async def test_a_configured_capacity_is_said_once():
+    """What the answers taught since stands, whenever addresses change."""
+    names = Names("10.0.0.1")
+    bench = Bench(names, Replica(NAME, capacity_tokens=1_000))
+    await bench.members.look()
+    assert bench.index.replicas()[0].budget_tokens == 1_000
+    bench.index.set_budget(0, 900)
+    names.addresses = ("10.0.0.1", "10.0.0.2")
+    await bench.members.look()
+    assert bench.index.replicas()[0].budget_tokens == 900
+    assert bench.index.replicas()[1].budget_tokens == 1_000
+
+
+async def test_an_address_that_is_named_itself_too_is_one_replica():
+    """And belongs to what stands first."""
+    bench = Bench(Names("10.0.0.1"), Replica("http://10.0.0.1:8000"), Replica(NAME))
+    await bench.members.look()
+    assert bench.names() == ["10.0.0.1:8000"]
+
+
+def test_the_scheme_is_accepted_and_no_other(tmp_path):
+    """https would need the name in its certificate, so it is not followed."""
+    file = tmp_path / "cairn.yaml"
+    file.write_text(f'pools: [{{name: engines, replicas: [{{url: "{NAME}"}}]}}]')
+    replica = load(file, {}).config.pools[0].replicas[0]
+    assert replica.is_followed
+    assert (replica.scheme, replica.host, replica.port, replica.base_path) == (
+        "http", "engines.default.svc", 8000, "/v1",
+    )  # fmt: skip
+    file.write_text(file.read_text().replace("dns+http:", "dns+https:"))
+    with pytest.raises(ConfigError, match=r"\$.pools\[0\].replicas\[0\].url: expected http"):
+        load(file, {})

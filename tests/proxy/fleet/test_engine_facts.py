@@ -1,0 +1,61 @@
+"""What engines say of themselves."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.fleet.engine_facts import EngineFacts, read_llama_props, read_metrics, read_sglang_server
+
+VLLM = b"""# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{block_size="16",cache_dtype="auto",enable_prefix_caching="True",num_gpu_blocks="27590"} 1.0
+process_start_time_seconds 1.7e9
+vllm:num_requests_running{model_name="m"} 3.0
+"""
+
+
+def test_vllms_capacity_is_blocks_times_their_size():
+    """Added over the engines of one server."""
+    assert read_metrics(VLLM) == EngineFacts(441_440, None, 1.7e9)
+    two = VLLM + b'vllm:cache_config_info{engine="1",num_gpu_blocks="10",block_size="16"} 1.0\n'
+    assert read_metrics(two).capacity_tokens == 441_600
+
+
+def test_on_a_processor_vllm_may_count_other_blocks():
+    """num_gpu_blocks is then None."""
+    page = b'vllm:cache_config_info{block_size="128",num_cpu_blocks="100",num_gpu_blocks="None"} 1.0\n'
+    assert read_metrics(page).capacity_tokens == 12_800
+
+
+def test_sglangs_capacity_from_its_metrics_or_its_server():
+    """By release at the top or in internal_states."""
+    assert read_metrics(b'sglang:max_total_num_tokens{model_name="m"} 500000.0\n').capacity_tokens == 500_000
+    top = b'{"max_total_num_tokens": 500000, "max_running_requests": 64, "other": [1]}'
+    assert read_sglang_server(top) == EngineFacts(500_000, 64)
+    inner = b'{"max_total_num_tokens": 400, "max_running_requests": 8}'
+    assert read_sglang_server(b'{"max_running_requests": null, "internal_states": [' + inner + b"]}") == EngineFacts(
+        400, 8
+    )
+
+
+def test_llamas_slots_limit_it_and_hold_its_tokens():
+    """Each slot has a context of its own."""
+    page = b'{"default_generation_settings": {"n_ctx": 4096, "params": {}}, "total_slots": 4, "build_info": "b1"}'
+    assert read_llama_props(page) == EngineFacts(16_384, 4, tells_timings=True)
+
+
+@given(st.binary(max_size=300))
+def test_nonsense_is_no_fact_and_no_error(page):
+    """These pages come from the network."""
+    for read in (read_metrics, read_llama_props, read_sglang_server):
+        for start in (b"", b'{"total_slots": ', b"vllm:cache_config_info{", b"process_start_time_seconds "):
+            facts = read(start + page)
+            assert facts.capacity_tokens is None or facts.capacity_tokens > 0
+
+
+def test_absurd_numbers_are_left_out():
+    """A mistake of the page must not become a budget."""
+    assert read_metrics(b"sglang:max_total_num_tokens 1e99\n").capacity_tokens is None
+    assert read_metrics(b"sglang:max_total_num_tokens 99999999999999999999\n").capacity_tokens is None
+    assert read_llama_props(b'{"total_slots": -3, "default_generation_settings": {"n_ctx": 10}}') == EngineFacts(10)

@@ -1,0 +1,139 @@
+"""Counting in workers and adding up in the supervisor."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from proxy.metrics import definitions as metrics
+from proxy.metrics.definitions import Exposition, MetricsDelta
+from proxy.metrics.recorder import Recorder
+
+LABELS = ("m", "u", "hit")
+
+
+def sample(page: str, name: str, **labels: str) -> float:
+    for family in parse_text(page):
+        for found in family.samples:
+            if found.name == name and labels.items() <= found.labels.items():
+                return found.value
+    raise KeyError(name)
+
+
+def page_of(exposition: Exposition) -> str:
+    return exposition.render("text/plain")[0].decode()
+
+
+def test_counters_of_workers_add_up_and_outlive_them() -> None:
+    """A worker that is gone takes its gauges along and leaves its counts."""
+    exposition = Exposition()
+    for worker in (1, 2):
+        recorder = Recorder()
+        recorder.inc(metrics.ROUTE_DECISIONS, ("warm",), 3)
+        recorder.set(metrics.IN_FLIGHT, (), 5)
+        exposition.apply(worker, recorder.take())
+    assert sample(page_of(exposition), "cairn_in_flight_requests") == 10
+    exposition.forget(1)
+    assert sample(page_of(exposition), "cairn_in_flight_requests") == 5
+    assert sample(page_of(exposition), "cairn_route_decisions_total", reason="warm") == 6
+
+
+def test_a_delta_holds_only_what_is_new() -> None:
+    """Taking twice counts nothing twice."""
+    recorder, exposition = Recorder(), Exposition()
+    recorder.inc(metrics.ROUTE_DECISIONS, ("warm",))
+    exposition.apply(1, recorder.take())
+    exposition.apply(1, recorder.take())
+    recorder.inc(metrics.ROUTE_DECISIONS, ("warm",))
+    exposition.apply(1, recorder.take())
+    assert exposition.value(metrics.ROUTE_DECISIONS) == 2
+
+
+@pytest.mark.parametrize(("value", "bucket"), [(0.001, "0.001"), (0.0011, "0.005"), (160.0, "160.0")])
+def test_a_value_on_a_bound_belongs_to_its_bucket(value: float, bucket: str) -> None:
+    """Bounds are inclusive, as Prometheus has them."""
+    recorder, exposition = Recorder(), Exposition()
+    recorder.observe(metrics.TTFT, LABELS, value)
+    exposition.apply(1, recorder.take())
+    page = page_of(exposition)
+    assert sample(page, "cairn_time_to_first_token_seconds_bucket", le=bucket) == 1
+    assert sample(page, "cairn_time_to_first_token_seconds_sum") == value
+
+
+def test_histograms_join_over_workers_and_sorted_counts() -> None:
+    """Buckets add up, whether observed one by one or handed in sorted."""
+    recorder, exposition = Recorder(), Exposition()
+    recorder.observe(metrics.INTER_TOKEN, ("m", "u"), 0.02)
+    counts = [0] * (len(metrics.INTER_TOKEN.buckets) + 1)
+    counts[3] = 4
+    recorder.histogram(metrics.INTER_TOKEN, ("m", "u")).add_counts(counts, 0.04)
+    exposition.apply(1, recorder.take())
+    exposition.apply(2, recorder.take())
+    assert sample(page_of(exposition), "cairn_inter_token_seconds_count") == 5
+
+
+def test_gauges_that_all_workers_see_are_not_added() -> None:
+    """Each worker tells the same index; the largest view stands."""
+    exposition = Exposition()
+    for worker, blocks in ((1, 10.0), (2, 12.0)):
+        recorder = Recorder()
+        recorder.set(metrics.INDEX_BLOCKS, ("u",), blocks)
+        exposition.apply(worker, recorder.take())
+    assert sample(page_of(exposition), "cairn_index_blocks", upstream="u") == 12
+
+
+def test_replaced_gauges_lose_the_series_of_what_is_gone() -> None:
+    """A replica that was removed leaves no series behind."""
+    recorder = Recorder()
+    recorder.replace_gauges(metrics.UPSTREAM_UP, {("a",): 1, ("b",): 1})
+    recorder.replace_gauges(metrics.UPSTREAM_UP, {("b",): 0})
+    assert recorder.take().gauges == [(metrics.UPSTREAM_UP.number, ("b",), 0)]
+
+
+def test_a_delta_survives_the_control_socket() -> None:
+    """What one process packs the other reads alike."""
+    recorder = Recorder()
+    recorder.inc(metrics.TOKENS, ("m", "u", "output"), 7)
+    recorder.observe(metrics.TTFT, LABELS, 0.3)
+    delta = recorder.take()
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(delta), type=MetricsDelta) == delta
+
+
+def test_both_formats_parse_and_every_name_has_a_prefix() -> None:
+    """A scrape in either format is read by the reference parsers."""
+    recorder, exposition = Recorder(), Exposition()
+    for spec in metrics.SPECS:
+        labels = tuple("x" for _ in spec.labels)
+        if spec.kind is metrics.Kind.COUNTER:
+            recorder.inc(spec, labels)
+        elif spec.kind is metrics.Kind.HISTOGRAM:
+            recorder.observe(spec, labels, 0.1)
+        else:
+            recorder.set(spec, labels, 1)
+    exposition.apply(1, recorder.take())
+    text, _ = exposition.render("")
+    openmetrics, content_type = exposition.render("application/openmetrics-text; version=1.0.0")
+    assert "openmetrics" in content_type
+    names = {family.name for family in parse_text(text.decode())}
+    assert len(names) == len(metrics.SPECS)
+    assert all(name.startswith(("cairn_", "gen_ai_")) for name in names)
+    assert {family.name for family in parse_openmetrics(openmetrics.decode())} == names
+
+
+def test_a_series_that_is_kept_goes_on_after_it_was_taken_and_shows_nothing_before_it_counted() -> None:
+    """Whoever counts for every request finds its series once."""
+    recorder = Recorder()
+    tally = recorder.counter(metrics.REJECTED, ("a",))
+    buckets = recorder.histogram(metrics.OVERHEAD, ("b",))
+    assert recorder.take() == metrics.MetricsDelta()
+    for _ in range(2):
+        tally.value += 2
+        buckets.add(0.5)
+        taken = recorder.take()
+        assert [(labels, value) for _, labels, value in taken.counters] == [(("a",), 2)]
+        assert [(labels, sum(counts), total) for _, labels, counts, total in taken.histograms] == [(("b",), 1, 0.5)]
+    recorder.inc(metrics.REJECTED, ("a",), 0)
+    assert [value for _, _, value in recorder.take().counters] == [0], "a zero that happened is shown"
+    assert recorder.take() == metrics.MetricsDelta()

@@ -1,0 +1,309 @@
+"""The supervisor with real processes: tiny workers in place of Cairn's own."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from proxy.supervisor import sockets as listen
+from proxy.supervisor.sockets import ListenError
+from proxy.supervisor.worker_process import PAUSE_FIRST_SECONDS, PAUSE_LAST_SECONDS, STABLE_SECONDS, Backoff
+from tests.support.supervised import Supervised, wait_gone
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends children and shares ports")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A configuration of one engine, free ports and short waits."""
+    return write(tmp_path / "cairn.yaml")
+
+
+def write(file: Path, pool: str = "first", **server: object) -> Path:
+    """Write a configuration; `server` is merged into that section."""
+    tree = {
+        "server": {"port": 0, "drain_accept_seconds": 0, "drain_seconds": 20} | server,
+        "admin": {"port": 0},
+        "redis": {"folder": str(file.parent / "valkey")},
+        "pools": [{"name": pool, "replicas": [{"url": "http://127.0.0.1:9", "key_env": "ENGINE_KEY"}]}],
+    }
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def start(file: Path, **kwargs: str) -> Supervised:
+    """A supervisor on `file`."""
+    return Supervised(file, env={"ENGINE_KEY": "a-secret-key"}, **kwargs)
+
+
+def value(metrics: str, series: str) -> float:
+    """One sample of a metrics page."""
+    found = re.search(rf"^{re.escape(series)} (\S+)$", metrics, re.MULTILINE)
+    assert found, f"no {series}"
+    return float(found[1])
+
+
+def test_serves_with_its_workers_and_answers_for_them(file: Path) -> None:
+    """Two workers share the port; readiness and metrics add them up."""
+    write(file, workers=2)
+    with start(file) as cairn:
+        cairn.started()
+        cairn.workers_ready(2)
+        assert cairn.get("/pid")[0] == 200
+        status, body = cairn.get("/readyz", admin=True)
+        while json.loads(body)["status"] != "ready":  # the first report may be on its way
+            status, body = cairn.get("/readyz", admin=True)
+        assert status == 200
+        assert json.loads(body)["workers"] == 2
+        page = cairn.get("/metrics", admin=True)[1]
+        assert value(page, "cairn_workers") == 2
+        assert value(page, 'cairn_rejected_total{reason="tiny"}') == 2
+        assert value(page, 'cairn_build_info{version="9.9.9"}') == 1
+
+
+def test_an_explanation_comes_from_a_worker(file: Path) -> None:
+    """/explain hands path, key and body to a worker and its answer back."""
+    with start(file) as cairn:
+        cairn.started()
+        answer = cairn.ask("POST", "/explain?path=/v1/x", b"{}", admin=True, headers={"X-Cairn-Client-Key": "k"})
+        assert answer == (200, "/v1/x k {}")
+
+
+def test_a_killed_worker_is_replaced_and_no_connection_is_reset(file: Path) -> None:
+    """Who connects while there is no worker is answered by the next one; the pause grows with each death."""
+    with start(file) as cairn:
+        cairn.started()
+        for pause in ("0.1", "0.2"):
+            old = int(cairn.get("/pid")[1])
+            os.kill(old, signal.SIGKILL)
+            connection = cairn.connect()
+            connection.request("GET", "/pid")
+            assert cairn.line(r"ended with -9; another starts in (\S+) s")[1] == pause
+            assert int(connection.getresponse().read()) != old
+            connection.close()
+            cairn.line("is ready")
+        page = cairn.get("/metrics", admin=True)[1]
+        assert value(page, "cairn_worker_restarts_total") == 2
+
+
+@linux
+def test_the_queue_of_a_dead_worker_outlives_it(file: Path) -> None:
+    """With a socket each, connections that the kernel gave to the dead one wait for its successor."""
+    write(file, workers=2)
+    with start(file) as cairn:
+        cairn.started()
+        cairn.workers_ready(2)
+        os.kill(int(cairn.get("/pid")[1]), signal.SIGKILL)
+        connections = [cairn.connect() for _ in range(20)]
+        for connection in connections:
+            connection.request("GET", "/pid")
+        assert all(connection.getresponse().status == 200 for connection in connections)
+        for connection in connections:
+            connection.close()
+
+
+def test_sigterm_lets_what_runs_end(file: Path) -> None:
+    """Not ready at once, accepting for a moment, the running request is answered, exit 0."""
+    write(file, drain_accept_seconds=20)
+    with start(file) as cairn:
+        cairn.started()
+        held = cairn.hold()
+        cairn.signal(signal.SIGTERM)
+        cairn.line("still accepting")
+        status, body = cairn.get("/readyz", admin=True)
+        assert (status, json.loads(body)["reasons"]) == (503, ["draining"])
+        assert cairn.get("/release")[0] == 200
+        assert held.getresponse().status == 200
+        held.close()
+
+
+def test_a_drain_without_a_moment_ends_when_the_last_request_does(file: Path) -> None:
+    """Exit 0 as soon as nothing runs any more, and the port is closed before that."""
+    with start(file) as cairn:
+        cairn.started()
+        held, spare = cairn.hold(), cairn.connect()
+        cairn.signal(signal.SIGTERM)
+        cairn.line("what runs may end")
+        spare.request("GET", "/release")
+        assert spare.getresponse().status == 200
+        assert held.getresponse().status == 200
+        held.close()
+        spare.close()
+        assert cairn.code() == 0
+        with pytest.raises(OSError):
+            cairn.connect()
+
+
+def test_a_drain_ends_at_its_deadline(file: Path) -> None:
+    """A request that never ends holds nothing up for longer; that is still exit 0."""
+    write(file, drain_seconds=0)
+    with start(file) as cairn:
+        cairn.started()
+        held = cairn.hold()
+        cairn.signal(signal.SIGINT)
+        assert cairn.code() == 0
+        held.close()
+
+
+def test_a_second_signal_ends_now(file: Path) -> None:
+    """What runs is cut off, and the exit code tells."""
+    with start(file) as cairn:
+        cairn.started()
+        held = cairn.hold()
+        cairn.signal(signal.SIGTERM)
+        cairn.line("what runs may end")
+        cairn.signal(signal.SIGTERM)
+        assert cairn.code() == 1
+        with pytest.raises((http.client.HTTPException, OSError)):
+            held.getresponse()
+        held.close()
+
+
+def test_sighup_takes_over_a_good_file(file: Path) -> None:
+    """Workers go on in the same process with the new configuration."""
+    with start(file) as cairn:
+        cairn.started()
+        before = cairn.get("/pid")
+        write(file, pool="second", drain_seconds=5)
+        cairn.signal(signal.SIGHUP)
+        cairn.line("read again")
+        while cairn.get("/pool")[1] != "second":
+            pass  # the message is on its way; bounded by the test's limit
+        assert cairn.get("/pid") == before
+
+
+def test_sighup_with_a_bad_file_changes_nothing(file: Path) -> None:
+    """The old configuration stays, a metric and a line with the path say so."""
+    with start(file) as cairn:
+        cairn.started()
+        file.write_text("server: {port: high}")
+        cairn.signal(signal.SIGHUP)
+        cairn.line(r"\$\.server\.port: expected `int`")
+        assert cairn.get("/pool") == (200, "first")
+        assert value(cairn.get("/metrics", admin=True)[1], "cairn_config_reload_failures_total") == 1
+        write(file, pool="unfit")
+        cairn.signal(signal.SIGHUP)
+        cairn.line("stays as it was: worker 0: .*unfit")
+        assert cairn.get("/pool") == (200, "first")
+        assert value(cairn.get("/metrics", admin=True)[1], "cairn_config_reload_failures_total") == 2
+        os.kill(int(cairn.get("/pid")[1]), signal.SIGKILL)
+        assert cairn.get("/pool") == (200, "first")  # its successor works by the old one too
+
+
+def test_a_reload_keeps_what_only_a_restart_can_change(file: Path) -> None:
+    """A new number of workers is refused with a line that names the setting; the rest is taken."""
+    with start(file) as cairn:
+        cairn.started()
+        write(file, pool="second", workers=3)
+        cairn.signal(signal.SIGHUP)
+        cairn.line(r"\$\.server\.workers takes effect after a restart only")
+        cairn.line("read again")
+        assert json.loads(cairn.get("/readyz", admin=True)[1])["workers"] == 1
+
+
+@linux
+def test_nothing_outlives_a_killed_supervisor(file: Path) -> None:
+    """Workers and the private Valkey end with it, even by SIGKILL."""
+    with start(file, store="store") as cairn:
+        cairn.started()
+        worker = int(cairn.get("/pid")[1])
+        valkey = int((file.parent / "valkey" / "lock").read_text() or 0)
+        assert valkey == cairn.pid
+        children = {int(pid) for pid in Path(f"/proc/{cairn.pid}/task/{cairn.pid}/children").read_text().split()}
+        everyone = children | {worker} | _children_of_all_threads(cairn.pid)
+        assert len(everyone) == 2
+        cairn.signal(signal.SIGKILL)
+        for pid in everyone:
+            wait_gone(pid)
+
+
+@linux
+def test_a_valkey_that_dies_is_started_again(file: Path) -> None:
+    """The supervisor looks after its store."""
+    with start(file, store="store") as cairn:
+        cairn.started()
+        (valkey,) = _children_of_all_threads(cairn.pid) - {int(cairn.get("/pid")[1])}
+        os.kill(valkey, signal.SIGKILL)
+        cairn.line("the private Valkey does not run; starting it")
+        while not _children_of_all_threads(cairn.pid) - {valkey, int(cairn.get("/pid")[1])}:
+            pass  # bounded by the test's limit
+
+
+def test_without_a_store_it_serves_all_the_same(file: Path) -> None:
+    """A folder that cannot be made is a warning, not an end."""
+    (file.parent / "valkey").write_text("a file where the folder should be")
+    with start(file, store="store") as cairn:
+        cairn.line("serving without a store")
+        cairn.started()
+        assert cairn.get("/pid")[0] == 200
+
+
+@linux
+def test_no_secret_stands_in_arguments_or_environment(file: Path) -> None:
+    """A worker gets the replica's key by its private socket alone."""
+    with start(file) as cairn:
+        cairn.started()
+        worker = Path("/proc") / cairn.get("/pid")[1]
+        assert b"a-secret-key" not in (worker / "cmdline").read_bytes() + (worker / "environ").read_bytes()
+
+
+def test_workers_that_never_start_end_it(file: Path) -> None:
+    """Three in a row that die before any was ready: exit 1, not a loop."""
+    with start(file, mode="crash") as cairn:
+        cairn.line("giving up")
+        assert cairn.code() == 1
+
+
+def test_the_pause_before_a_restart_grows_to_a_bound_and_begins_again_after_a_stable_life() -> None:
+    """Doubled each time, bounded, reset."""
+    backoff = Backoff()
+    pauses = [backoff.after(0.0) for _ in range(10)]
+    assert pauses[:3] == [PAUSE_FIRST_SECONDS, 2 * PAUSE_FIRST_SECONDS, 4 * PAUSE_FIRST_SECONDS]
+    assert pauses[-1] == PAUSE_LAST_SECONDS
+    assert backoff.after(STABLE_SECONDS) == PAUSE_FIRST_SECONDS
+
+
+def test_a_port_that_another_cairn_serves_is_taken() -> None:
+    """Sockets that would share a port with another Cairn are refused: half of the requests would go there."""
+    first = listen.open_for_workers("127.0.0.1", 0, 2, 16)
+    try:
+        port = first[0][0].getsockname()[1]
+        assert [s.getsockname()[1] for sockets in first for s in sockets] == [port, port]
+        with pytest.raises(ListenError, match=f"port {port}: the port is taken"):
+            listen.open_for_workers("127.0.0.1", port, 2, 16)
+    finally:
+        listen.close_all(first)
+
+
+def test_a_host_that_does_not_resolve_is_one_line() -> None:
+    """No traceback for a name that means nothing."""
+    with pytest.raises(ListenError, match=r"cannot listen on no-such-host\.invalid"):
+        listen.open_for_workers("no-such-host.invalid", 0, 1, 16)
+
+
+def test_localhost_means_every_address_of_it() -> None:
+    """A name with several addresses is served on all of them, on one port."""
+    free = socket.create_server(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+    free.close()
+    opened = listen.open_for_workers("localhost", port, 1, 16)
+    try:
+        assert {s.getsockname()[1] for s in opened[0]} == {port}
+        assert "127.0.0.1" in {s.getsockname()[0] for s in opened[0]}
+    finally:
+        listen.close_all(opened)
+
+
+def _children_of_all_threads(pid: int) -> set[int]:
+    """Processes started by any thread of `pid`."""
+    texts = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return {int(child) for text in texts for child in text.split()}

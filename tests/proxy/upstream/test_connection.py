@@ -1,0 +1,454 @@
+"""One connection, fed by hand: every framing cut at every byte, back-pressure, and how each end is named."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.errors import BadAnswer, CairnError, FirstByteTimeout, IdleTimeout, ResetBeforeAnswer, ResetMidAnswer
+from proxy.upstream import Framing, Limits, UpstreamResponse
+from proxy.upstream.connection import Connection
+from proxy.upstream.timeouts import Deadlines
+from tests.support.clock import FakeClock
+from tests.support.upstream import answer, chunked
+
+LIMITS = Limits(first_byte_seconds=10, idle_seconds=5, max_head_bytes=2_000, buffer_bytes=1_000)
+
+
+class FakeTransport(asyncio.Transport):
+    """Keeps what was written and what was asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.aborted = False
+        self.paused = False
+        self.unsent_bytes = 0
+
+    def write(self, data: Any) -> None:
+        self.written += data
+
+    def writelines(self, list_of_data: Any) -> None:
+        self.written += b"".join(list_of_data)
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent_bytes
+
+
+@dataclass
+class Wire:
+    """A connection with a fake transport, clock and owner; it is its own owner and records what that is told."""
+
+    clock: FakeClock = field(default_factory=FakeClock)
+    finished_as: list[tuple[bool, bool]] = field(default_factory=list)
+    left_times: int = 0
+
+    def __post_init__(self) -> None:
+        loop = asyncio.new_event_loop()
+        loop.close()  # timers are never set: the deadlines are rung by hand
+        self.loop = loop
+        self.deadlines = Deadlines(loop, self.clock)
+        self.deadlines.next_at = 0.0
+        self.transport = FakeTransport()
+        self.connection = Connection(loop, self.clock, self.deadlines, self, LIMITS)
+        self.connection.connection_made(self.transport)
+
+    def finished(self, connection: Connection, *, reusable: bool, was_stream: bool) -> None:
+        self.finished_as.append((reusable, was_stream))
+        if not reusable:
+            connection.close()
+
+    def left(self, connection: Connection) -> None:
+        self.left_times += 1
+
+    def begin(self, head_only: bool = False) -> UpstreamResponse:
+        return self.connection.begin(LIMITS, head_only=head_only)
+
+    def feed(self, *pieces: bytes) -> None:
+        for piece in pieces:
+            if not self.transport.aborted:
+                self.connection.data_received(piece)
+
+    def end(self, exc: Exception | None = None) -> None:
+        if exc is None:
+            self.connection.eof_received()
+        self.connection.connection_lost(exc)
+
+    def paused(self) -> bool:
+        return self.transport.paused
+
+    def ring(self) -> None:
+        """Look at the deadlines, without a timer."""
+        if self.connection.deadline <= self.clock.monotonic():
+            self.connection.expire()
+
+
+def failed(answered: UpstreamResponse) -> bool:
+    return answered._error is not None
+
+
+def error_of(answered: UpstreamResponse) -> CairnError:
+    error = answered._error
+    assert error is not None
+    return error
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+
+# name: (bytes, HEAD?, framing, status, body, reusable)
+WHOLE: dict[str, tuple[bytes, bool, Framing, int, bytes, bool]] = {
+    "length": (answer(b"hello", headers=[b"X-A: 1"]), False, Framing.LENGTH, 200, b"hello", True),
+    "length zero": (answer(b""), False, Framing.LENGTH, 200, b"", True),
+    "error status": (answer(b"no", status=b"503 Out"), False, Framing.LENGTH, 503, b"no", True),
+    "chunked": (chunked(b"hel", b"lo"), False, Framing.CHUNKED, 200, b"hello", True),
+    "chunked with extension and trailers": (
+        OK + b"Transfer-Encoding: Chunked\r\n\r\n3;a=b\r\nhel\r\n2;c\r\nlo\r\n0;z\r\nX-T: 1\r\nX-U: 2\r\n\r\n",
+        False,
+        Framing.CHUNKED,
+        200,
+        b"hello",
+        True,
+    ),
+    "204": (b"HTTP/1.1 204 No Content\r\nx: y\r\n\r\n", False, Framing.NONE, 204, b"", True),
+    "304 with length": (b"HTTP/1.1 304 N\r\nContent-Length: 5\r\n\r\n", False, Framing.NONE, 304, b"", True),
+    "HEAD with length": (OK + b"Content-Length: 5\r\n\r\n", True, Framing.NONE, 200, b"", True),
+    "HEAD chunked": (OK + b"Transfer-Encoding: chunked\r\n\r\n", True, Framing.NONE, 200, b"", True),
+    "100 first": (b"HTTP/1.1 100 Continue\r\n\r\n" + answer(b"hello"), False, Framing.LENGTH, 200, b"hello", True),
+    "103 and 102 first": (
+        b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 102 P\r\n\r\n" + chunked(b"hello"),
+        False,
+        Framing.CHUNKED,
+        200,
+        b"hello",
+        True,
+    ),
+    "says close": (answer(b"hello", headers=[b"Connection: close"]), False, Framing.LENGTH, 200, b"hello", False),
+    "1.0": (b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello", False, Framing.LENGTH, 200, b"hello", False),
+    "1.0 keeps": (
+        b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 5\r\n\r\nhello",
+        False,
+        Framing.LENGTH,
+        200,
+        b"hello",
+        True,
+    ),
+    "no reason": (b"HTTP/1.1 200\r\nContent-Length: 1\r\n\r\nx", False, Framing.LENGTH, 200, b"x", True),
+    "an event stream": (chunked(b"data: 1\n\n", headers=[b"Content-Type: text/event-stream"]), False,
+        Framing.CHUNKED, 200, b"data: 1\n\n", True),
+}  # fmt: skip
+
+
+def check_whole(wire: Wire, answered: UpstreamResponse, name: str) -> None:
+    _, _, framing, status, body, reusable = WHOLE[name]
+    assert (answered.status, answered.framing, answered.complete) == (status, framing, True)
+    assert answered.body_now() == body
+    assert wire.finished_as == [(reusable, name == "an event stream")]
+    assert wire.transport.aborted is not reusable
+    assert all(key == key.lower() for key, _ in answered.headers)
+    assert not any(key in (b"x-t", b"link") for key, _ in answered.headers)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_framing_is_read_alike_when_cut_in_two_at_any_byte_or_at_every_byte(name: str) -> None:
+    raw, head_only = WHOLE[name][:2]
+    ways = [[raw[:cut], raw[cut:]] for cut in range(1, len(raw))] + [[raw], [raw[i : i + 1] for i in range(len(raw))]]
+    for pieces in ways:
+        wire = Wire()
+        answered = wire.begin(head_only)
+        wire.feed(*pieces)
+        check_whole(wire, answered, name)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from([name for name in WHOLE if WHOLE[name][5]]), min_size=2, max_size=4),
+    st.lists(st.integers(1, 40), min_size=1),
+)
+def test_answers_one_after_the_other_on_a_connection_never_run_together(names: list[str], sizes: list[int]) -> None:
+    """The connection's state starts anew with each exchange, whatever came before and however it was cut."""
+    wire = Wire()
+    for name in names:
+        raw, head_only = WHOLE[name][:2]
+        wire.finished_as.clear()
+        answered = wire.begin(head_only)
+        position = 0
+        for number in range(len(raw)):
+            size = sizes[number % len(sizes)]
+            wire.feed(*([raw[position : position + size]] if position < len(raw) else []))
+            position += size
+        check_whole(wire, answered, name)
+
+
+LONG = bytes(range(256)) * 1_000
+
+
+@pytest.mark.parametrize("extra", [b"", b"x"])
+@pytest.mark.parametrize("size", [1_000, 65_535, 65_536, 100_000, 1_000_000])
+def test_a_long_body_of_known_length_is_whole_and_leaves_the_connection_in_step(size: int, extra: bytes) -> None:
+    """The parser is spared most of it, and the next answer is read from its first byte again."""
+    raw = answer(LONG) + extra
+    wire = Wire()
+    for _ in range(1 if extra else 3):
+        answered = wire.begin()
+        wire.feed(*[raw[i : i + size] for i in range(0, len(raw), size)])
+        assert (answered.complete, answered.body_now() == LONG) == (True, True)
+    assert wire.transport.aborted is bool(extra)
+    if not extra:
+        answered = wire.begin()
+        wire.feed(*[bytes([byte]) for byte in chunked(b"next")])
+        assert answered.body_now() == b"next"
+
+
+@pytest.mark.parametrize("kept", [1_000, 150_000, len(LONG) - 1])
+def test_a_long_body_that_ends_too_early_is_broken(kept: int) -> None:
+    wire = Wire()
+    answered = wire.begin()
+    raw = answer(LONG)
+    wire.feed(raw[:500], raw[500 : len(raw) - len(LONG) + kept])
+    wire.end()
+    assert len(answered.body_now()) == kept
+    assert isinstance(error_of(answered), ResetMidAnswer)
+
+
+def test_a_close_delimited_body_ends_cleanly_with_the_connection_at_any_cut() -> None:
+    raw = OK + b"Content-Type: text/plain\r\n\r\nhello"
+    for cut in range(1, len(raw)):
+        wire = Wire()
+        answered = wire.begin()
+        wire.feed(raw[:cut], raw[cut:])
+        assert not answered.complete
+        wire.end()
+        assert (answered.framing, answered.complete, answered.body_now()) == (Framing.CLOSE, True, b"hello")
+        assert wire.finished_as == [(False, False)]
+        assert wire.left_times == 1
+
+
+def test_a_close_delimited_body_that_is_reset_is_broken_and_not_ended() -> None:
+    wire = Wire()
+    answered = wire.begin()
+    wire.feed(OK + b"\r\nhel")
+    wire.end(ConnectionResetError())
+    assert not answered.complete
+    assert isinstance(error_of(answered), ResetMidAnswer)
+
+
+@pytest.mark.parametrize("name", ["length", "chunked", "chunked with extension and trailers"])
+def test_an_end_at_any_byte_before_the_last_is_told_from_a_whole_answer(name: str) -> None:
+    """Before a byte: reset before the answer. Inside the head: a bad answer. Inside the body: broken off."""
+    raw = WHOLE[name][0]
+    head_bytes = raw.index(b"\r\n\r\n") + 4
+    for cut in range(len(raw)):
+        wire = Wire()
+        answered = wire.begin()
+        wire.feed(*([raw[:cut]] if cut else []))
+        wire.end()
+        expected = ResetBeforeAnswer if not cut else BadAnswer if cut < head_bytes else ResetMidAnswer
+        assert type(error_of(answered)) is expected, cut
+        assert error_of(answered).before_answer is (cut < head_bytes)  # type: ignore[attr-defined]
+        assert (answered.complete, wire.left_times) == (False, 1)
+
+
+@pytest.mark.parametrize("interim", [b"", b"HTTP/1.1 100 Continue\r\n\r\n"])
+def test_reused_is_said_only_where_the_connection_had_served_and_nothing_at_all_came(interim: bytes) -> None:
+    for served in (0, 1):
+        wire = Wire()
+        for _ in range(served):
+            wire.begin()
+            wire.feed(answer(b"x"))
+        answered = wire.begin()
+        assert answered.reused is bool(served)
+        wire.feed(*([interim] if interim else []))
+        wire.end()
+        error = error_of(answered)
+        assert isinstance(error, ResetBeforeAnswer)
+        assert error.reused is (bool(served) and not interim)
+
+
+BAD: dict[str, bytes] = {
+    "not http": b"SSH-2.0-OpenSSH\r\n\r\n",
+    "both length and chunked": OK + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    "both, the other way": OK + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    "two lengths": OK + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
+    "a signed length": OK + b"Content-Length: +5\r\n\r\nhello",
+    "a length list": OK + b"Content-Length: 5, 5\r\n\r\nhello",
+    "a huge length": OK + b"Content-Length: " + b"9" * 30 + b"\r\n\r\nhello",
+    "another encoding": OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "chunked in two fields": OK + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "obs-fold": OK + b"X: a\r\n b\r\nContent-Length: 1\r\n\r\nx",
+    "a space before the colon": OK + b"X : a\r\nContent-Length: 1\r\n\r\nx",
+    "NUL in a value": OK + b"X: a\0b\r\nContent-Length: 1\r\n\r\nx",
+    "101": b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+    "101 without more": b"HTTP/1.1 101 Switching\r\n\r\n",
+    "status 99": b"HTTP/1.1 099 Odd\r\nContent-Length: 0\r\n\r\n",
+    "a large head": OK + b"X: " + b"a" * 3_000 + b"\r\nContent-Length: 0\r\n\r\n",
+    "many small headers": OK + b"X: a\r\n" * 700 + b"Content-Length: 0\r\n\r\n",
+    "interim answers without end": b"HTTP/1.1 102 Processing\r\n\r\n" * 200,
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_an_answer_that_cannot_be_trusted_is_refused_and_its_connection_dropped(name: str, size: int) -> None:
+    raw = BAD[name]
+    wire = Wire()
+    answered = wire.begin()
+    wire.feed(*[raw[i : i + size] for i in range(0, len(raw), size)])
+    assert isinstance(error_of(answered), BadAnswer)
+    assert error_of(answered).before_answer is True  # type: ignore[attr-defined]
+    assert answered.status == 0
+    assert (wire.transport.aborted, wire.left_times) == (True, 1)
+
+
+@pytest.mark.parametrize(
+    "body", [b"zz\r\nhello", b"5\r\nhelloX", b"-5\r\nhello", b"ffffffffffffffffff\r\n", b"5 \r\nhello\r\n"]
+)
+def test_bad_chunk_framing_breaks_the_body_and_says_that_the_answer_had_begun(body: bytes) -> None:
+    wire = Wire()
+    answered = wire.begin()
+    wire.feed(chunked(b"first", end=False), body)
+    assert answered.body_now().startswith(b"first")
+    assert isinstance(error_of(answered), BadAnswer)
+    assert error_of(answered).before_answer is False  # type: ignore[attr-defined]
+    assert wire.transport.aborted
+
+
+@pytest.mark.parametrize("endless", [b"5;" + b"x" * 3_000, b"0\r\nX: " + b"x" * 3_000, b"0\r\n" + b"X: y\r\n" * 700])
+def test_a_chunk_extension_or_trailer_without_end_is_refused(endless: bytes) -> None:
+    wire = Wire()
+    answered = wire.begin()
+    wire.feed(chunked(b"first", end=False), *[endless[i : i + 100] for i in range(0, len(endless), 100)])
+    assert isinstance(error_of(answered), BadAnswer)
+
+
+@pytest.mark.parametrize("extra", [b"hello", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"\0"])
+@pytest.mark.parametrize("raw", [answer(b"x"), chunked(b"x"), b"HTTP/1.1 204 N\r\n\r\n"])
+def test_bytes_beyond_an_answers_end_leave_it_whole_and_cost_the_connection(raw: bytes, extra: bytes) -> None:
+    for pieces in ([raw + extra], [raw, extra]):
+        wire = Wire()
+        answered = wire.begin()
+        wire.feed(*pieces)
+        assert answered.complete
+        assert (wire.transport.aborted, wire.left_times) == (True, 1)
+
+
+def test_a_body_behind_a_head_answer_costs_the_connection() -> None:
+    wire = Wire()
+    answered = wire.begin(head_only=True)
+    wire.feed(answer(b"hello"))
+    assert (answered.complete, answered.body_now(), wire.transport.aborted) == (True, b"", True)
+
+
+def test_a_byte_that_nobody_asked_for_closes_an_idle_connection() -> None:
+    wire = Wire()
+    wire.feed(b"\n")
+    assert (wire.transport.aborted, wire.left_times) == (True, 1)
+
+
+def test_an_answer_before_the_body_was_sent_is_delivered_and_not_reused() -> None:
+    wire = Wire()
+    answered = wire.begin()
+    wire.transport.unsent_bytes = 1
+    wire.feed(answer(b"too large", status=b"413 Too Large"))
+    assert (answered.status, answered.early, answered.body_now()) == (413, True, b"too large")
+    assert wire.finished_as == [(False, False)]
+
+
+def test_reading_stops_over_the_buffers_bound_and_goes_on_when_it_was_taken() -> None:
+    wire = Wire()
+    answered = wire.begin()
+    wire.feed(answer(b"x" * 5_000)[:1_000])
+    assert not wire.paused()
+    wire.feed(b"x" * 500)
+    assert wire.paused()
+    assert len(answered.body_now()) > 1_000
+    assert not wire.paused()
+
+
+def test_a_paused_reader_is_not_the_upstreams_lateness_but_a_silent_upstream_is() -> None:
+    wire = Wire()
+    answered = wire.begin()
+    wire.feed(chunked(b"x" * 1_500, end=False))
+    wire.clock.advance(1_000)
+    wire.ring()
+    assert not failed(answered)
+    answered.body_now()
+    wire.clock.advance(4.9)
+    wire.ring()
+    assert not failed(answered)
+    wire.clock.advance(0.2)
+    wire.ring()
+    assert isinstance(error_of(answered), IdleTimeout)
+
+
+def test_an_answer_that_ended_while_reading_was_paused_is_read_on_so_that_the_end_is_seen() -> None:
+    wire = Wire()
+    wire.begin()
+    raw = answer(b"x" * 1_500)
+    wire.feed(raw[:-10])
+    assert wire.paused()
+    wire.feed(raw[-10:])  # what the loop had read already
+    assert not wire.paused()
+    assert wire.finished_as == [(True, False)]
+
+
+def test_a_head_that_trickles_is_late_by_the_first_byte_limit() -> None:
+    wire = Wire()
+    answered = wire.begin()
+    for byte in OK:
+        wire.clock.advance(1)
+        wire.ring()
+        wire.feed(bytes([byte]))
+    assert isinstance(error_of(answered), FirstByteTimeout)
+
+
+def test_each_piece_of_a_body_moves_the_idle_limit() -> None:
+    wire = Wire()
+    answered = wire.begin()
+    wire.feed(chunked(end=False))
+    for _ in range(20):
+        wire.clock.advance(4.9)
+        wire.ring()
+        wire.feed(b"1\r\nx\r\n")
+    assert answered.body_now() == b"x" * 20
+    wire.clock.advance(5.1)
+    wire.ring()
+    assert isinstance(error_of(answered), IdleTimeout)
+
+
+def test_the_stamps_are_of_the_request_and_of_the_first_byte_of_the_final_answer() -> None:
+    wire = Wire()
+    answered = wire.begin()
+    wire.clock.advance(1)
+    wire.feed(b"HTTP/1.1 100 Continue\r\n\r\n")
+    wire.clock.advance(1)
+    wire.feed(answer(b"x")[:5])
+    wire.clock.advance(1)
+    wire.feed(answer(b"x")[5:])
+    assert answered.first_byte_seconds - answered.sent_seconds == 2
+
+
+@pytest.mark.parametrize("size", [10, 70_000])
+def test_a_request_is_written_whole_small_or_large_or_in_buffers(size: int) -> None:
+    body = b"y" * size
+    for form in (body, [body[:5], memoryview(body)[5:]]):
+        wire = Wire()
+        wire.begin()
+        wire.connection.send(b"head", form)  # type: ignore[arg-type]
+        assert wire.transport.written == b"head" + body

@@ -1,0 +1,80 @@
+"""The worker process's own part: how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from proxy.config.load import Config
+from proxy.control.channel import Channel, Configure, Drain, FromWorker, WorkerControl
+from proxy.tasks import Tasks
+from proxy.worker import process as worker
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+async def run(target: Callable[[WorkerControl], Awaitable[None]], then: Callable[[Channel], object]) -> int:
+    """The exit code of a worker that runs `target`, while the supervisor does `then`."""
+    ours, theirs = socket.socketpair()
+    channel: Channel[FromWorker] = await Channel.open(ours, FromWorker)
+    await channel.send(Configure(Config()))
+    tasks = Tasks()
+    control, _ = await WorkerControl.open(theirs, tasks)
+
+    async def work() -> None:
+        await target(control)
+
+    then(channel)
+    async with asyncio.timeout(10):
+        code = await worker._run_target(work(), control, tasks)
+    await tasks.close()
+    channel.close()
+    return code
+
+
+async def test_it_ends_with_its_target() -> None:
+    """0 where that returns."""
+
+    async def until_drained(control: WorkerControl) -> None:
+        await control.drained()
+
+    assert await run(until_drained, lambda channel: channel.post(Drain(1.0))) == 0
+
+
+async def test_a_target_that_fails_is_exit_1(caplog: pytest.LogCaptureFixture) -> None:
+    """And its exception is in the log."""
+
+    async def fail(_: WorkerControl) -> None:
+        raise OSError("a broken part")
+
+    with caplog.at_level(logging.ERROR):
+        assert await run(fail, lambda channel: None) == 1
+    assert "a broken part" in caplog.text
+
+
+async def test_without_a_supervisor_it_ends_its_target_and_itself() -> None:
+    """Where the kernel does not end it, the closed socket does."""
+    ended = asyncio.Event()
+
+    async def for_ever(_: WorkerControl) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    assert await run(for_ever, lambda channel: channel.close()) == 1
+    assert ended.is_set()
+
+
+def test_a_worker_whose_parent_is_another_ends_at_once() -> None:
+    """The supervisor died before the worker could be tied to it."""
+    command = [sys.executable, "-m", "tests.support.tiny_worker", "serve", "--control", "0", "--listen", "0"]
+    done = subprocess.run([*command, "--parent", "999999999"], timeout=30, cwd=ROOT, check=False, capture_output=True)
+    assert (done.returncode, done.stderr) == (1, b"")
