@@ -1,5 +1,4 @@
-"""What a worker counts, in plain memory, until it is handed over; the metrics themselves stand in
-`proxy.metrics.definitions`."""
+"""Count in plain memory until the figures are sent to the supervisor. Does no I/O."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from proxy.metrics.definitions import SPECS, Labels, MetricsDelta, Spec
 
 
 class Counter:
-    """One series of a counter. Add to `value` what is not negative; `seen` tells that it has happened at all."""
+    """One series of a counter. Add non-negative amounts to `value`; set `seen` to show a zero."""
 
     __slots__ = ("seen", "value")
 
@@ -35,12 +34,12 @@ class Histogram:
         self._total += value
 
     def add_counts(self, counts: Sequence[int], total: float) -> None:
-        """Add values that were sorted into the buckets already, and their sum."""
+        """Add values that are already sorted into buckets; `total` is their sum."""
         self._counts = [old + new for old, new in zip(self._counts, counts, strict=True)]
         self._total += total
 
     def take(self) -> tuple[list[int], float] | None:
-        """What came since the last call, None where nothing did."""
+        """Return (counts, sum) since the last call, or None if nothing was counted."""
         counts, total = self._counts, self._total
         if not any(counts):
             return None
@@ -49,10 +48,10 @@ class Histogram:
 
 
 class Recorder:
-    """Counts in plain memory; nothing here does I/O.
+    """The counts of one process since the last `take`.
 
-    `inc` and `observe` find their series by its labels, which is most of their 0.3 us. Who counts for every request
-    keeps the series themselves, from `counter` and `histogram`: they are good for as long as this is.
+    `inc` and `observe` look their series up by its labels, which is most of their 0.3 us. Code that counts for every
+    request should keep the series returned by `counter` and `histogram`; they stay valid.
     """
 
     def __init__(self) -> None:
@@ -61,29 +60,29 @@ class Recorder:
         self._gauges: dict[tuple[int, Labels], float] = {}
 
     def counter(self, spec: Spec, labels: Labels = ()) -> Counter:
-        """A series of a counter, to be kept. It is not shown before something was added to it."""
+        """Return a counter's series. It is not shown until something is added to it."""
         series = self._counters[spec.number]
-        tally = series.get(labels)
-        if tally is None:
-            tally = series[labels] = Counter()
-        return tally
+        found = series.get(labels)
+        if found is None:
+            found = series[labels] = Counter()
+        return found
 
     def histogram(self, spec: Spec, labels: Labels = ()) -> Histogram:
-        """A series of a histogram, to be kept. It is not shown before something was added to it."""
+        """Return a histogram's series. It is not shown until something is added to it."""
         series = self._histograms[spec.number]
-        buckets = series.get(labels)
-        if buckets is None:
-            buckets = series[labels] = Histogram(spec.buckets)
-        return buckets
+        found = series.get(labels)
+        if found is None:
+            found = series[labels] = Histogram(spec.buckets)
+        return found
 
     def inc(self, spec: Spec, labels: Labels = (), amount: float = 1) -> None:
-        """Add `amount`, not negative, to a counter; also a zero makes it be shown."""
-        tally = self.counter(spec, labels)
-        tally.value += amount
-        tally.seen = True
+        """Add `amount`, at least 0, to a counter; even 0 makes the series visible."""
+        counter = self.counter(spec, labels)
+        counter.value += amount
+        counter.seen = True
 
     def observe(self, spec: Spec, labels: Labels, value: float) -> None:
-        """Count `value` into a histogram."""
+        """Count `value` in a histogram."""
         self.histogram(spec, labels).add(value)
 
     def set(self, spec: Spec, labels: Labels, value: float) -> None:
@@ -91,28 +90,28 @@ class Recorder:
         self._gauges[spec.number, labels] = value
 
     def replace_gauges(self, spec: Spec, values: Mapping[Labels, float]) -> None:
-        """Set all series of a gauge at once; those that are not in `values` go."""
+        """Set all series of a gauge at once; series that are not in `values` are removed."""
         for key in [key for key in self._gauges if key[0] == spec.number]:
             del self._gauges[key]
         for labels, value in values.items():
             self._gauges[spec.number, labels] = value
 
     def take(self) -> MetricsDelta:
-        """What was counted since the last call."""
+        """Return what was counted since the last call, and all gauges."""
         delta = MetricsDelta(gauges=[(number, labels, value) for (number, labels), value in self._gauges.items()])
         for number, series in enumerate(self._counters):
-            for labels, tally in series.items():
-                if tally.value or tally.seen:
-                    delta.counters.append((number, labels, tally.value))
-                    tally.value, tally.seen = 0.0, False
+            for labels, counter in series.items():
+                if counter.value or counter.seen:
+                    delta.counters.append((number, labels, counter.value))
+                    counter.value, counter.seen = 0.0, False
         for number, histograms in enumerate(self._histograms):
-            for labels, buckets in histograms.items():
-                if (taken := buckets.take()) is not None:
+            for labels, histogram in histograms.items():
+                if (taken := histogram.take()) is not None:
                     delta.histograms.append((number, labels, *taken))
         return delta
 
     def put_back(self, delta: MetricsDelta) -> None:
-        """Count again what was taken and could not be handed over."""
+        """Count again a delta that could not be sent."""
         for number, labels, value in delta.counters:
             self.inc(SPECS[number], labels, value)
         for number, labels, counts, total in delta.histograms:

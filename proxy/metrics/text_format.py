@@ -1,7 +1,7 @@
-"""Writes the page of a scrape: Prometheus text 0.0.4 or OpenMetrics 1.0, byte for byte as prometheus_client would.
+"""Write a metrics page: Prometheus text 0.0.4 or OpenMetrics 1.0, byte for byte as prometheus_client would.
 
-That one takes some 18 us a sample, 150 ms for 8,000; here what stands before a value is written once and kept, so
-that a sample costs a microsecond. Pure; it must not know what is measured.
+prometheus_client takes about 18 us per sample, 150 ms for 8,000. Here the text before each value is written once and
+kept, so a sample costs a microsecond. Pure.
 
 Formats: https://prometheus.io/docs/instrumenting/exposition_formats/ and https://prometheus.io/docs/specs/om/open_metrics_spec/
 """
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-_PLAIN_BELOW = 1e6  # from here on Go writes a float otherwise than Python
-END = "# EOF\n"  # of an OpenMetrics page
+_PLAIN_BELOW = 1e6  # Go and Python write larger floats differently
+END = "# EOF\n"  # the last line of an OpenMetrics page
 
 
 class Family:
-    """One metric: its lines but for the values. `name` is whole, without a counter's `_total`."""
+    """One metric: everything on its lines except the values. `name` does not include a counter's `_total`."""
 
     def __init__(self, name: str, kind: str, text: str, labels: Sequence[str], buckets: Sequence[float] = ()) -> None:
         self._name = name
@@ -23,19 +23,19 @@ class Family:
         self._text = text.replace("\\", r"\\").replace("\n", r"\n")
         self._labels = tuple(labels)
         self._bounds = [f"{float(bound)}" for bound in buckets] + ["+Inf"]
-        # with buckets below zero a sum is no counter, and OpenMetrics wants neither it nor the count
+        # the sum of values below zero is not a counter, and OpenMetrics then allows neither sum nor count
         self._has_sum = bool(buckets) and buckets[0] >= 0
         self._heads: dict[tuple[str, ...], str] = {}
         self._histogram_heads: dict[tuple[str, ...], list[str]] = {}
 
     def describe(self, *, openmetrics: bool) -> str:
-        """HELP and TYPE."""
+        """Return the HELP and TYPE lines."""
         name = self._name + "_total" if self._kind == "counter" and not openmetrics else self._name
         text = self._text.replace('"', r"\"") if openmetrics else self._text
         return f"# HELP {name} {text}\n# TYPE {name} {self._kind}\n"
 
     def values(self, series: Mapping[tuple[str, ...], float]) -> Iterator[str]:
-        """The lines of a counter or a gauge."""
+        """Yield the lines of a counter or a gauge."""
         heads = self._heads
         for labels, value in series.items():
             head = heads.get(labels)
@@ -45,16 +45,16 @@ class Family:
             yield f"{head}{number(value)}\n"
 
     def histogram(self, labels: tuple[str, ...], counts: Iterable[int], total: float) -> Iterator[str]:
-        """The lines of one histogram; `counts` are those of each bucket by itself."""
+        """Yield the lines of one histogram series; `counts` are per bucket, not cumulative."""
         heads = self._histogram_heads.get(labels)
         if heads is None:
             heads = self._histogram_heads[labels] = list(self._heads_of_histogram(labels))
-        cumulated = 0
+        cumulative = 0
         for head, count in zip(heads, counts, strict=False):
-            cumulated += count
-            yield f"{head}{number(cumulated)}\n"
+            cumulative += count
+            yield f"{head}{number(cumulative)}\n"
         if self._has_sum:
-            yield f"{heads[-2]}{number(cumulated)}\n"
+            yield f"{heads[-2]}{number(cumulative)}\n"
             yield f"{heads[-1]}{number(total)}\n"
 
     def _heads_of_histogram(self, labels: tuple[str, ...]) -> Iterator[str]:
@@ -76,7 +76,7 @@ def _escaped(value: str) -> str:
 
 
 def number(value: float) -> str:
-    """As Go's strconv writes a float64 in its shortest form.
+    """Format `value` as Go's strconv writes a float64 in its shortest form.
 
     >>> [number(v) for v in (3, 0.25, 1234567.5, 5e-324, float("inf"))]
     ['3.0', '0.25', '1.2345675e+06', '5e-324', '+Inf']

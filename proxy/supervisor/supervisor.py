@@ -30,6 +30,7 @@ from proxy.config.reload import taken_over
 from proxy.control.channel import MESSAGE_BYTES_AT_MOST, Explain, WorkerReport
 from proxy.control.readiness import Readiness, Stage, judge
 from proxy.metrics import definitions as metrics
+from proxy.metrics.exposition import Exposition
 from proxy.metrics.recorder import Recorder
 from proxy.supervisor import sockets as listen
 from proxy.supervisor.worker_process import WorkerProcess, WorkerUnavailable
@@ -91,7 +92,7 @@ class Supervisor:
         self._parts = parts
         self._stage = Stage.STARTING
         self._tasks = Tasks()
-        self._exposition = metrics.Exposition()
+        self._exposition = Exposition()
         self._recorder = Recorder()
         self.board = StatusBoard(self._exposition, self.readiness, parts.clock, parts.version)
         self._slots: list[WorkerProcess] = []

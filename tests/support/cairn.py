@@ -11,7 +11,8 @@ from typing import Any, cast
 from proxy.config.schema import Config, Log, Pool, Redis, Replica, Routing, SecretUrl, Server
 from proxy.control.channel import WorkerControl, WorkerReport
 from proxy.metrics import definitions as metrics
-from proxy.metrics.definitions import Exposition, Labels, Spec
+from proxy.metrics.definitions import Labels, Spec
+from proxy.metrics.exposition import Exposition
 from proxy.worker.composition import Worker
 
 

@@ -21,7 +21,7 @@ from proxy.control.channel import WorkerReport
 from proxy.control.prefix_rows import PrefixRow
 from proxy.control.readiness import Readiness
 from proxy.metrics import definitions as metrics
-from proxy.metrics.definitions import Exposition
+from proxy.metrics.exposition import Exposition
 
 _REMEMBERED_PREFIXES = 200  # of workers that are gone
 

@@ -12,7 +12,8 @@ from proxy.accounting.counters import RequestCounters
 from proxy.accounting.pricing import PriceBook
 from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.metrics import definitions as metrics
-from proxy.metrics.definitions import Exposition, Spec
+from proxy.metrics.definitions import Spec
+from proxy.metrics.exposition import Exposition
 from proxy.metrics.model_labels import ModelNames
 from proxy.metrics.recorder import Recorder
 from proxy.model import Ending, Endpoint, Outcome, ReplicaView, Times, Usage

@@ -19,7 +19,8 @@ from proxy.admin.status import StatusBoard
 from proxy.config.load import Admin, Config, Secret, Server
 from proxy.control.channel import WorkerReport
 from proxy.control.readiness import STALE_SECONDS, Readiness, ReadinessStatus, Stage, WorkerView, judge
-from proxy.metrics.definitions import Exposition, MetricsDelta
+from proxy.metrics.definitions import MetricsDelta
+from proxy.metrics.exposition import Exposition
 from proxy.supervisor import sockets as listen
 from tests.support.clock import FakeClock
 

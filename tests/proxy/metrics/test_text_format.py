@@ -15,7 +15,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.utils import floatToGoString
 
 from proxy.metrics import definitions as metrics
-from proxy.metrics.definitions import SPECS, Exposition, Kind, MetricsDelta
+from proxy.metrics.definitions import SPECS, Kind, MetricsDelta
+from proxy.metrics.exposition import Exposition
 from proxy.metrics.recorder import Recorder
 from proxy.metrics.text_format import number
 

@@ -21,7 +21,8 @@ from proxy.control.channel import WorkerReport
 from proxy.control.prefix_rows import MissRow, PrefixRow
 from proxy.control.readiness import Readiness, ReadinessStatus
 from proxy.metrics import definitions as metrics
-from proxy.metrics.definitions import Exposition, MetricsDelta
+from proxy.metrics.definitions import MetricsDelta
+from proxy.metrics.exposition import Exposition
 from proxy.metrics.recorder import Recorder
 from proxy.model import MissReason
 from tests.support.clock import FakeClock

@@ -8,7 +8,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from proxy.metrics import definitions as metrics
-from proxy.metrics.definitions import Exposition, MetricsDelta
+from proxy.metrics.definitions import MetricsDelta
+from proxy.metrics.exposition import Exposition
 from proxy.metrics.recorder import Recorder
 
 LABELS = ("m", "u", "hit")

@@ -1,0 +1,117 @@
+"""Add the workers' figures up and write the metrics page. Runs in the supervisor.
+
+The figures survive a worker, a worker that is gone leaves no gauge behind, and a scrape waits for no worker. The only
+importer of prometheus_client, which chooses the format that a scraper accepts; its multiprocess mode is not used,
+because its memory-mapped files cost 0.8 to 1.8 us an update and allow no live gauge per worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from prometheus_client.exposition import choose_encoder
+
+from proxy.metrics.definitions import SPECS, Kind, Labels, MetricsDelta, Observed, Spec
+from proxy.metrics.text_format import END, Family
+
+_ZERO: Mapping[Labels, float] = {(): 0.0}
+_TYPES = {Kind.COUNTER: "counter", Kind.GAUGE_SUM: "gauge", Kind.GAUGE_MAX: "gauge", Kind.HISTOGRAM: "histogram"}
+
+
+class Exposition:
+    """The figures of all workers, added up."""
+
+    def __init__(self) -> None:
+        self._counters: list[dict[Labels, float]] = [{} for _ in SPECS]
+        self._histograms: list[dict[Labels, Observed]] = [{} for _ in SPECS]
+        self._gauges: dict[int, list[tuple[int, Labels, float]]] = {}
+        self._families = [
+            Family(spec.name, _TYPES[spec.kind], spec.help, spec.labels, spec.buckets) for spec in SPECS
+        ]
+
+    def apply(self, worker: int, delta: MetricsDelta) -> None:
+        """Add the counts of `worker`, and replace its gauges."""
+        for number, labels, value in delta.counters:
+            series = self._counters[number]
+            series[labels] = series.get(labels, 0) + value
+        for number, labels, counts, total in delta.histograms:
+            observed = self._histograms[number].setdefault(labels, Observed([0] * len(counts)))
+            observed.counts = [old + new for old, new in zip(observed.counts, counts, strict=True)]
+            observed.total += total
+        self._gauges[worker] = delta.gauges
+
+    def forget(self, worker: int) -> None:
+        """Drop the gauges of a worker that has ended; its counts stay."""
+        self._gauges.pop(worker, None)
+
+    def value(self, spec: Spec, labels: Labels | None = None) -> float:
+        """Return the sum of a counter's series, or the value of one of them."""
+        series = self._counters[spec.number]
+        return sum(series.values()) if labels is None else series.get(labels, 0)
+
+    def labels(self, spec: Spec) -> list[Labels]:
+        """Return the label values of a counter's series."""
+        return list(self._counters[spec.number])
+
+    def total(self, spec: Spec, label: int, value: str) -> float:
+        """Return the sum of those series of a counter whose label number `label` has `value`."""
+        return sum(amount for labels, amount in self._counters[spec.number].items() if labels[label] == value)
+
+    def series(self, spec: Spec) -> Mapping[Labels, float]:
+        """Return the series of a counter, or those of a gauge combined over the workers."""
+        if spec.kind is Kind.COUNTER:
+            return self._counters[spec.number]
+        series: dict[Labels, float] = {}
+        for number, labels, value in _rows(self._gauges.values()):
+            if number == spec.number:
+                _join(spec, series, labels, value)
+        return series
+
+    def observed(self, spec: Spec) -> Mapping[Labels, Observed]:
+        """Return the series of a histogram."""
+        return self._histograms[spec.number]
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """Write the metrics page for a scraper that sent `accept`.
+
+        Returns:
+            The body and its content type: OpenMetrics if the scraper asks for it, else Prometheus text.
+        """
+        content_type = choose_encoder(accept)[1]
+        openmetrics = content_type.startswith("application/openmetrics-text")
+        return "".join(self._lines(openmetrics=openmetrics)).encode(), content_type
+
+    def _lines(self, *, openmetrics: bool) -> Iterator[str]:
+        gauges = self._joined_gauges()
+        for spec, family in zip(SPECS, self._families, strict=True):
+            yield family.describe(openmetrics=openmetrics)
+            if spec.kind is Kind.HISTOGRAM:
+                for labels, observed in self._histograms[spec.number].items():
+                    yield from family.histogram(labels, observed.counts, observed.total)
+            elif spec.kind is Kind.COUNTER:
+                series = self._counters[spec.number]
+                # a counter without labels is shown from the start, so that a rate includes its first increase
+                yield from family.values(series if series or spec.labels else _ZERO)
+            else:
+                yield from family.values(gauges[spec.number])
+        if openmetrics:
+            yield END
+
+    def _joined_gauges(self) -> list[dict[Labels, float]]:
+        joined: list[dict[Labels, float]] = [{} for _ in SPECS]
+        for number, labels, value in _rows(self._gauges.values()):
+            _join(SPECS[number], joined[number], labels, value)
+        return joined
+
+
+def _join(spec: Spec, series: dict[Labels, float], labels: Labels, value: float) -> None:
+    """Combine one worker's value with the value of a gauge's series."""
+    if spec.kind is Kind.GAUGE_SUM:
+        series[labels] = series.get(labels, 0) + value
+    else:
+        series[labels] = max(series.get(labels, value), value)
+
+
+def _rows(workers: Iterable[list[tuple[int, Labels, float]]]) -> Iterator[tuple[int, Labels, float]]:
+    for rows in workers:
+        yield from rows
