@@ -153,7 +153,7 @@ class UpstreamError(CairnError):
     status = 502
     type = "upstream_error"
     reason = "error"
-    before_answer = True
+    before_response = True
 
 
 class ConnectFailed(UpstreamError):
@@ -183,7 +183,7 @@ class PoolTimeout(UpstreamError):
     status = 503
 
 
-class ResetBeforeAnswer(UpstreamError):
+class ResetBeforeResponse(UpstreamError):
     """The connection ended before the first byte of the answer. `reused` tells that it came from the pool."""
 
     reason = "reset_before_answer"
@@ -202,19 +202,19 @@ class FirstByteTimeout(UpstreamError):
     code = "upstream_timeout"
 
 
-class BadAnswer(UpstreamError):
+class BadResponse(UpstreamError):
     """What came is not HTTP that can be trusted (framing, oversized head)."""
 
     reason = "bad_answer"
     code = "upstream_protocol"
 
 
-class ResetMidAnswer(UpstreamError):
+class ResetMidResponse(UpstreamError):
     """The connection ended inside the answer's body."""
 
     reason = "reset_mid_answer"
     code = "upstream_reset"
-    before_answer = False
+    before_response = False
 
 
 class IdleTimeout(UpstreamError):
@@ -223,4 +223,4 @@ class IdleTimeout(UpstreamError):
     status = 504
     reason = "idle_timeout"
     code = "upstream_timeout"
-    before_answer = False
+    before_response = False

@@ -136,7 +136,7 @@ class Visitors:
                     await reader.readuntil(b"\r\n\r\n")
                     await reader.readline()
                     return await self._linger()
-                return await read_answer(reader, visit in _STREAMS)
+                return await read_response(reader, visit in _STREAMS)
         except TimeoutError:
             return "hung", False
         except (OSError, asyncio.IncompleteReadError):
@@ -147,7 +147,7 @@ class Visitors:
         return LEFT, False
 
 
-async def read_answer(reader: asyncio.StreamReader, stream: bool) -> tuple[str, bool]:
+async def read_response(reader: asyncio.StreamReader, stream: bool) -> tuple[str, bool]:
     """One answer in a word, and whether the connection may be used again.
 
     Raises asyncio.IncompleteReadError or OSError where it breaks off.

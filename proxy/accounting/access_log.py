@@ -63,7 +63,7 @@ def access_line(outcome: Outcome, unix_seconds: float) -> AccessLine:
         predicted,
         outcome.retries,
         outcome.request_bytes,
-        outcome.answer_bytes,
+        outcome.response_bytes,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cache import ContextStore
 from proxy.contexts.api import ContextApi
-from proxy.contexts.objects import checked_answer
+from proxy.contexts.objects import checked_response
 from proxy.contexts.use import Use
 from proxy.downstream.response import Downstream
 from proxy.metrics.definitions import CONTEXT_CACHED_TOKENS, CONTEXT_USES
@@ -27,7 +27,7 @@ class StoredContexts:
     async def answer(self, exchange: Exchange, client: Downstream) -> None:
         """A call to /v1/caching. Raises CairnError."""
         body = await self._api.answer(exchange.call)
-        exchange.status, exchange.ending, exchange.answer_bytes = 200, Ending.COMPLETE, len(body)
+        exchange.status, exchange.ending, exchange.response_bytes = 200, Ending.COMPLETE, len(body)
         client.send(200, b"OK", (_JSON, _request_id(exchange)), body)
 
     async def expand(self, exchange: Exchange) -> None:
@@ -37,8 +37,8 @@ class StoredContexts:
     def tell_checked(self, exchange: Exchange, client: Downstream) -> None:
         """Answer a dry run, whose context was found good."""
         stream = exchange.prompt is not None and exchange.prompt.stream
-        body, content_type = checked_answer(exchange.model, self._store.now(), stream=stream)
-        exchange.status, exchange.ending, exchange.answer_bytes = 200, Ending.COMPLETE, len(body)
+        body, content_type = checked_response(exchange.model, self._store.now(), stream=stream)
+        exchange.status, exchange.ending, exchange.response_bytes = 200, Ending.COMPLETE, len(body)
         headers = ((b"content-type", content_type), *exchange.context_notes, _request_id(exchange))
         client.send(200, b"OK", headers, body)
 

@@ -69,7 +69,7 @@ def listing(rows: Sequence[dict[str, Any]], *, more: bool) -> dict[str, Any]:
     return {"object": "list", "data": rows, "has_more": more}
 
 
-def checked_answer(model: str | None, created_unix_seconds: float, *, stream: bool) -> tuple[bytes, bytes]:
+def checked_response(model: str | None, created_unix_seconds: float, *, stream: bool) -> tuple[bytes, bytes]:
     """What a dry run answers, and its content type: a completion without choices that cost nothing."""
     answer: dict[str, Any] = {
         "id": "chatcmpl-dry-run",

@@ -51,7 +51,7 @@ class HealthChecker:
         clock: Clock,
         limits: Limits,
         limits_changed: Callable[[], None],
-        needs_no_asking: Callable[[int], None],
+        always_reports_usage: Callable[[int], None],
     ) -> None:
         self._client = client
         self._fleet = fleet
@@ -61,7 +61,7 @@ class HealthChecker:
         self._clock = clock
         self._limits = limits
         self._limits_changed = limits_changed
-        self._needs_no_asking = needs_no_asking
+        self._always_reports_usage = always_reports_usage
         self._started: dict[int, float] = {}
         self._capacity_tokens: dict[int, int] = {}
         self.pools = pools
@@ -123,7 +123,7 @@ class HealthChecker:
             self._fleet.set_limit(number, facts.in_flight_limit)
             self._limits_changed()
         if facts.tells_timings:
-            self._needs_no_asking(number)
+            self._always_reports_usage(number)
         started = facts.started_unix_seconds
         if started is not None:
             before = self._started.setdefault(number, started)
@@ -146,8 +146,8 @@ class HealthChecker:
 
     async def _page(self, backend: ReplicaEndpoint, path: bytes) -> tuple[int, bytes]:
         headers = () if backend.credential is None else (backend.credential,)
-        answer = await self._client.request(backend.origin, b"GET", path, headers, limits=self._limits)
+        response = await self._client.request(backend.origin, b"GET", path, headers, limits=self._limits)
         try:
-            return answer.status, await answer.read(_PAGE_AT_MOST_BYTES)
+            return response.status, await response.read(_PAGE_AT_MOST_BYTES)
         finally:
-            answer.abort()
+            response.abort()

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.errors import BadAnswer
+from proxy.errors import BadResponse
 from proxy.fleet.pools import ReplicaEndpoint
 from proxy.model import Call
 from proxy.upstream import UpstreamClient
@@ -37,14 +37,14 @@ async def fetch_models(
         drop_credentials=endpoint.drops_credentials,
         identity=True,
     )
-    answer = await client.request(endpoint.origin, b"GET", b"/v1/models", head, retry_reused=True)
+    response = await client.request(endpoint.origin, b"GET", b"/v1/models", head, retry_reused=True)
     try:
-        body = await answer.read(_LIST_AT_MOST_BYTES)
+        body = await response.read(_LIST_AT_MOST_BYTES)
     finally:
-        answer.abort()
-    if answer.status != 200:
-        raise BadAnswer(f"The upstream answered the list of models with status {answer.status}.")
+        response.abort()
+    if response.status != 200:
+        raise BadResponse(f"The upstream answered the list of models with status {response.status}.")
     try:
         return _decode_listing(body).data
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise BadAnswer("The upstream's list of models cannot be read.") from None
+        raise BadResponse("The upstream's list of models cannot be read.") from None

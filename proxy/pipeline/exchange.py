@@ -30,7 +30,6 @@ class Exchange:
     """What is known so far. `sent_seconds` and the stamps after it belong to the attempt that answered."""
 
     __slots__ = (
-        "answer_bytes",
         "asked_usage",
         "attempt",
         "avoid",
@@ -54,6 +53,7 @@ class Exchange:
         "pool",
         "progress_seconds",
         "prompt",
+        "response_bytes",
         "retries",
         "sent_seconds",
         "status",
@@ -92,7 +92,7 @@ class Exchange:
         self.inter_token_seconds = 0.0
         self.waited_seconds = 0.0
         self.usage: Usage | None = None
-        self.answer_bytes = 0
+        self.response_bytes = 0
 
     def token_came(self, now_seconds: float) -> bool:
         """Stamp a piece of the stream that carries tokens; True for the first."""
@@ -159,7 +159,7 @@ class Exchange:
             plan=self.plan,
             usage=self.usage,
             retries=self.retries,
-            answer_bytes=self.answer_bytes,
+            response_bytes=self.response_bytes,
             request_bytes=len(call.body),
             tenant_id=call.tenant.id,
             tenant_name=call.tenant.name,

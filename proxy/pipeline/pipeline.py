@@ -26,7 +26,7 @@ from proxy.routing import cost as routing
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.token_estimate import TokenCounts
 from proxy.wire import request as wire_request
-from proxy.wire.errors import error_answer
+from proxy.wire.errors import error_response
 from proxy.wire.headers import name_context
 
 REASON_PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus} | {529: b"Site is overloaded"}
@@ -181,7 +181,7 @@ class Pipeline:
         """Tell the client why there is no answer."""
         exchange.ending = Ending.UPSTREAM_FAILED if isinstance(error, UpstreamError) else Ending.REFUSED
         exchange.error_code = error.code or error.type
-        answer = error_answer(error, exchange.call.endpoint, request_id=exchange.call.request_id)
+        answer = error_response(error, exchange.call.endpoint, request_id=exchange.call.request_id)
         exchange.status = answer.status
         request_id = (b"x-request-id", exchange.call.request_id.encode())
         client.send(answer.status, REASON_PHRASES[answer.status], (*answer.headers, request_id), answer.body)

@@ -16,7 +16,7 @@ from typing import Final
 from cache import Journal
 from proxy.clock import Clock
 from proxy.downstream.response import Downstream
-from proxy.errors import ConnectFailed, IdleTimeout, ResetBeforeAnswer, UpstreamError
+from proxy.errors import ConnectFailed, IdleTimeout, ResetBeforeResponse, UpstreamError
 from proxy.fleet import Fleet
 from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.metrics.definitions import STREAM_ABORTS, UPSTREAM_RETRIES
@@ -27,10 +27,10 @@ from proxy.pipeline.exchange import Exchange
 from proxy.upstream import Body, Framing, UpstreamClient, UpstreamResponse
 from proxy.wire import headers as wire_headers
 from proxy.wire import splice
-from proxy.wire.decode import AnswerDecoder
+from proxy.wire.decode import ResponseDecoder
 from proxy.wire.errors import error_event
 from proxy.wire.sse import StreamTap
-from proxy.wire.usage import made_id, read_answer
+from proxy.wire.usage import made_id, read_response
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,21 +94,21 @@ class Relay:
         is told to the client by an answer that visibly breaks.
         """
         try:
-            answer = await self._first_answer(exchange, upload)
-            await self._pass_on(exchange, answer, downstream)
+            response = await self._first_response(exchange, upload)
+            await self._pass_on(exchange, response, downstream)
         except (asyncio.CancelledError, ConnectionResetError):
             self._end(exchange, client_left=True)
             raise
         finally:
             self._end(exchange)
 
-    def needs_no_asking(self, replica: int) -> None:
+    def always_reports_usage(self, replica: int) -> None:
         """This replica tells its tokens on every stream: what it sends to whoever does not ask stays as it is."""
         self._never_ask.add(replica)
 
     # -- until an answer begins
 
-    async def _first_answer(self, exchange: Exchange, upload: Upload | None) -> UpstreamResponse:
+    async def _first_response(self, exchange: Exchange, upload: Upload | None) -> UpstreamResponse:
         assert exchange.plan is not None  # noqa: S101 - the pipeline's order
         candidates = exchange.plan.candidates
         retries = self._max_retries if upload is None and exchange.call.endpoint.is_generation else 0
@@ -146,13 +146,13 @@ class Relay:
             finally:
                 exchange.waited_seconds += self._clock.monotonic() - before_seconds
         try:
-            answer = await self._send(exchange, attempt, upload)
+            response = await self._send(exchange, attempt, upload)
         except UpstreamError as error:
             self._failed(attempt, error)
             raise
-        exchange.sent_seconds, exchange.first_byte_seconds = answer.sent_seconds, answer.first_byte_seconds
-        self._note_status(attempt, answer)
-        return answer
+        exchange.sent_seconds, exchange.first_byte_seconds = response.sent_seconds, response.first_byte_seconds
+        self._note_status(attempt, response)
+        return response
 
     async def _send(self, exchange: Exchange, attempt: Attempt, upload: Upload | None) -> UpstreamResponse:
         backend = self.pools.backends[attempt.replica]
@@ -161,11 +161,11 @@ class Relay:
         ask = self._usage_edit(exchange, attempt.replica)
         edits = exchange.edits if ask is None else (*exchange.edits, ask)
         buffers, length = splice.apply(exchange.call.body, edits)
-        answer = await self._request(exchange, backend, buffers, length, identity=ask is not None)
+        response = await self._request(exchange, backend, buffers, length, identity=ask is not None)
         exchange.asked_usage = ask is not None
-        if answer.status == 400 and ask is not None:
-            return await self._without_usage(exchange, attempt, backend, answer)
-        return answer
+        if response.status == 400 and ask is not None:
+            return await self._without_usage(exchange, attempt, backend, response)
+        return response
 
     async def _without_usage(
         self, exchange: Exchange, attempt: Attempt, backend: ReplicaEndpoint, refusal: UpstreamResponse
@@ -212,13 +212,13 @@ class Relay:
         if self._fleet.failed(attempt.replica, now_seconds, unreachable=isinstance(error, ConnectFailed)):
             self._attempts.turn_away(attempt.replica, error)
 
-    def _note_status(self, attempt: Attempt, answer: UpstreamResponse) -> None:
-        status = answer.status
+    def _note_status(self, attempt: Attempt, response: UpstreamResponse) -> None:
+        status = response.status
         if status < 500 and status != 429:
             self._fleet.answered(attempt.replica)
         elif status in _FULL_STATUS:
             now_seconds = self._clock.monotonic()
-            wait_seconds = wire_headers.retry_after_seconds(answer.header(b"retry-after"), self._clock.unix())
+            wait_seconds = wire_headers.retry_after_seconds(response.header(b"retry-after"), self._clock.unix())
             self._fleet.throttled(attempt.replica, now_seconds, wait_seconds)
         else:
             self._fleet.failed(attempt.replica, self._clock.monotonic(), unreachable=False)
@@ -227,65 +227,67 @@ class Relay:
 
     # -- the answer
 
-    async def _pass_on(self, exchange: Exchange, answer: UpstreamResponse, downstream: Downstream) -> None:
-        exchange.status = answer.status
-        streamed = answer.is_event_stream and exchange.call.endpoint.is_generation
+    async def _pass_on(self, exchange: Exchange, response: UpstreamResponse, downstream: Downstream) -> None:
+        exchange.status = response.status
+        streamed = response.is_event_stream and exchange.call.endpoint.is_generation
         try:
-            await (self._stream if streamed else self._plain)(exchange, answer, downstream)
+            await (self._stream if streamed else self._plain)(exchange, response, downstream)
         except UpstreamError as error:
             if not downstream.begun:
                 raise
             self._broke(exchange, downstream, error)
         finally:
-            answer.abort()
+            response.abort()
 
-    async def _plain(self, exchange: Exchange, answer: UpstreamResponse, downstream: Downstream) -> None:
-        if answer.status < 300 and exchange.attempt is not None:
+    async def _plain(self, exchange: Exchange, response: UpstreamResponse, downstream: Downstream) -> None:
+        if response.status < 300 and exchange.attempt is not None:
             exchange.attempt.computed()
-        head = self._answer_head(exchange, answer)
-        length = answer.content_length
+        head = self._response_head(exchange, response)
+        length = response.content_length
         kept: list[bytes] = []
-        if answer.framing is Framing.NONE:
-            downstream.begin(answer.status, answer.reason, head, length)
+        if response.framing is Framing.NONE:
+            downstream.begin(response.status, response.reason, head, length)
             downstream.end()
-        elif answer.complete or (length is not None and length <= WHOLE_AT_MOST_BYTES):
-            kept.append(answer.body_now() if answer.complete else await answer.read(WHOLE_AT_MOST_BYTES))
-            exchange.answer_bytes = len(kept[0])
-            if exchange.stored is not None and answer.status < 300:
-                self._read_plain(exchange, answer, kept[0])
+        elif response.complete or (length is not None and length <= WHOLE_AT_MOST_BYTES):
+            kept.append(response.body_now() if response.complete else await response.read(WHOLE_AT_MOST_BYTES))
+            exchange.response_bytes = len(kept[0])
+            if exchange.stored is not None and response.status < 300:
+                self._read_plain(exchange, response, kept[0])
                 head += exchange.saved_note()
-            downstream.send(answer.status, answer.reason, head, kept[0])
+            downstream.send(response.status, response.reason, head, kept[0])
         else:
-            downstream.begin(answer.status, answer.reason, head, length)
-            while piece := await answer.next_chunk():
-                exchange.answer_bytes += len(piece)
-                if exchange.answer_bytes <= _READ_AT_MOST_BYTES:
+            downstream.begin(response.status, response.reason, head, length)
+            while piece := await response.next_chunk():
+                exchange.response_bytes += len(piece)
+                if exchange.response_bytes <= _READ_AT_MOST_BYTES:
                     kept.append(piece)
                 await downstream.write(piece)
             downstream.end()
-        exchange.ending = _COMPLETE if answer.status < 400 else _UPSTREAM_STATUS
-        if answer.status < 300 and exchange.usage is None and exchange.answer_bytes <= _READ_AT_MOST_BYTES:
-            self._read_plain(exchange, answer, b"".join(kept))
+        exchange.ending = _COMPLETE if response.status < 400 else _UPSTREAM_STATUS
+        if response.status < 300 and exchange.usage is None and exchange.response_bytes <= _READ_AT_MOST_BYTES:
+            self._read_plain(exchange, response, b"".join(kept))
 
-    def _read_plain(self, exchange: Exchange, answer: UpstreamResponse, body: bytes) -> None:
+    def _read_plain(self, exchange: Exchange, response: UpstreamResponse, body: bytes) -> None:
         """Usage and the ids that live on this replica, out of a whole plain answer."""
         endpoint = exchange.call.endpoint
         makes_something = endpoint in (_RESPONSES, _OTHER) and exchange.call.method == "POST"
         if not (endpoint.is_generation or makes_something):
             return
-        if encoding := answer.header(b"content-encoding"):
-            body = AnswerDecoder(encoding, _READ_AT_MOST_BYTES).feed(body)
+        if encoding := response.header(b"content-encoding"):
+            body = ResponseDecoder(encoding, _READ_AT_MOST_BYTES).feed(body)
         if endpoint.is_generation:
-            exchange.usage = read_answer(body, endpoint).usage
+            exchange.usage = read_response(body, endpoint).usage
         if makes_something:
             self._note_made(exchange, made_id(body))
 
-    async def _stream(self, exchange: Exchange, answer: UpstreamResponse, downstream: Downstream) -> None:
+    async def _stream(self, exchange: Exchange, response: UpstreamResponse, downstream: Downstream) -> None:
         tap = StreamTap(exchange.call.endpoint, withhold_usage=exchange.asked_usage)
-        head = self._answer_head(exchange, answer)
-        downstream.begin(answer.status, answer.reason, head, None if exchange.asked_usage else answer.content_length)
+        head = self._response_head(exchange, response)
+        downstream.begin(
+            response.status, response.reason, head, None if exchange.asked_usage else response.content_length
+        )
         try:
-            await self._relay_events(exchange, answer, downstream, tap)
+            await self._relay_events(exchange, response, downstream, tap)
             if rest := tap.close():
                 await downstream.write(rest)
             downstream.end()
@@ -296,20 +298,20 @@ class Relay:
             raise
         finally:
             exchange.usage = tap.usage
-        if answer.status >= 400:
+        if response.status >= 400:
             exchange.ending = _UPSTREAM_STATUS
 
     async def _relay_events(
-        self, exchange: Exchange, answer: UpstreamResponse, downstream: Downstream, tap: StreamTap
+        self, exchange: Exchange, response: UpstreamResponse, downstream: Downstream, tap: StreamTap
     ) -> None:
-        encoding = answer.header(b"content-encoding")
-        decoder = AnswerDecoder(encoding) if encoding else None
+        encoding = response.header(b"content-encoding")
+        decoder = ResponseDecoder(encoding) if encoding else None
         wants_id = exchange.call.endpoint is _RESPONSES
         opening = b""
 
         def pass_on(piece: bytes, framed: bytes | None) -> bool:
             nonlocal opening, wants_id
-            exchange.answer_bytes += len(piece)
+            exchange.response_bytes += len(piece)
             if decoder is None:
                 passed = tap.feed(piece)
             else:
@@ -317,10 +319,10 @@ class Relay:
                 passed = piece
             keeps_up = downstream.offer(passed, framed if passed is piece else None) if passed else True
             if tap.progress and exchange.first_token_seconds is not None:  # nearly every piece of a stream
-                exchange.progress_seconds = answer.seen_seconds
-                exchange.token_came(answer.seen_seconds)
+                exchange.progress_seconds = response.seen_seconds
+                exchange.token_came(response.seen_seconds)
             else:
-                self._note_progress(exchange, tap, answer.seen_seconds)
+                self._note_progress(exchange, tap, response.seen_seconds)
             if wants_id and len(opening) < _OPENING_BYTES:
                 opening += piece
                 if found := _FIRST_ID.search(opening):
@@ -328,16 +330,16 @@ class Relay:
                     wants_id = False
             return keeps_up
 
-        while not await answer.pour(pass_on):
+        while not await response.pour(pass_on):
             await downstream.drained()
 
     def _note_made(self, exchange: Exchange, made_id: str | None) -> None:
         if made_id is not None and exchange.attempt is not None:
             self._journal.own(made_id, exchange.attempt.replica)
 
-    def _answer_head(self, exchange: Exchange, answer: UpstreamResponse) -> list[tuple[bytes, bytes]]:
-        return wire_headers.answer_head(
-            answer.headers, request_id=exchange.call.request_id, own=exchange.notes(), keep_length=False
+    def _response_head(self, exchange: Exchange, response: UpstreamResponse) -> list[tuple[bytes, bytes]]:
+        return wire_headers.response_head(
+            response.headers, request_id=exchange.call.request_id, own=exchange.notes(), keep_length=False
         )
 
     def _note_progress(self, exchange: Exchange, tap: StreamTap, now_seconds: float) -> None:
@@ -373,4 +375,4 @@ class Relay:
 
 def _worth_another(error: UpstreamError, number: int, replicas: int) -> bool:
     """Another replica is worth a try; the same one only where a connection died before a byte came, and once."""
-    return replicas > 1 or (number == 0 and isinstance(error, ResetBeforeAnswer))
+    return replicas > 1 or (number == 0 and isinstance(error, ResetBeforeResponse))

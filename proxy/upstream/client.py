@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import TypeAlias
 
 from proxy.clock import Clock
-from proxy.errors import ConnectFailed, ResetBeforeAnswer
+from proxy.errors import ConnectFailed, ResetBeforeResponse
 from proxy.upstream.connect import dial
 from proxy.upstream.connection import Connection
 from proxy.upstream.origin import Limits, Origin
@@ -96,23 +96,23 @@ class UpstreamClient:
         fresh = streamed
         while True:
             connection = (None if fresh else upstream.pool.take()) or await self._connection(upstream, fresh, limits)
-            answer = connection.begin(limits, head_only=method == b"HEAD")
+            response = connection.begin(limits, head_only=method == b"HEAD")
             try:
                 if streamed:
-                    await self._upload(connection, answer, head, body, length, limits)  # type: ignore[arg-type]
+                    await self._upload(connection, response, head, body, length, limits)  # type: ignore[arg-type]
                 else:
                     connection.send(head, body)  # type: ignore[arg-type]
-                await answer.head_arrived()
-            except ResetBeforeAnswer as error:
+                await response.head_arrived()
+            except ResetBeforeResponse as error:
                 if not (error.reused and retry_reused):
                     raise
                 upstream.pool.retried += 1
                 fresh = True
             except BaseException:
-                answer.abort()
+                response.abort()
                 raise
             else:
-                return answer
+                return response
 
     def counts(self) -> dict[Origin, PoolCounts]:
         """Each origin's connections at this moment."""
@@ -162,7 +162,7 @@ class UpstreamClient:
     async def _upload(
         self,
         connection: Connection,
-        answer: UpstreamResponse,
+        response: UpstreamResponse,
         head: bytes,
         body: AsyncIterator[bytes],
         length: int | None,
@@ -176,11 +176,11 @@ class UpstreamClient:
         connection.send(head, b"")
         try:
             async with asyncio.timeout(None) as scope:
-                answer.interrupt_with(lambda: scope.reschedule(self._loop.time()))
+                response.interrupt_with(lambda: scope.reschedule(self._loop.time()))
                 sent_bytes = 0
-                connection.wait_for_answer(math.inf)
+                connection.wait_for_response(math.inf)
                 async for piece in body:
-                    if not answer.pending:
+                    if not response.pending:
                         return
                     if not piece:
                         continue
@@ -189,7 +189,7 @@ class UpstreamClient:
                         raise ValueError("the request's body is longer than was declared")
                     framed = (piece,) if length is not None else (b"%x\r\n" % len(piece), piece, b"\r\n")
                     await connection.write(framed, limits.first_byte_seconds)
-                    connection.wait_for_answer(math.inf)
+                    connection.wait_for_response(math.inf)
                 if length is not None and sent_bytes < length:
                     raise ValueError("the request's body is shorter than was declared")
                 await connection.write((b"0\r\n\r\n",) if length is None else (), limits.first_byte_seconds)
@@ -198,5 +198,5 @@ class UpstreamClient:
             if not scope.expired():
                 raise  # the iterator's own
         finally:
-            answer.interrupt_with(None)
-        connection.wait_for_answer(limits.first_byte_seconds)
+            response.interrupt_with(None)
+        connection.wait_for_response(limits.first_byte_seconds)

@@ -16,12 +16,12 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from proxy.clock import Clock
 from proxy.errors import (
-    BadAnswer,
+    BadResponse,
     CairnError,
     FirstByteTimeout,
     IdleTimeout,
-    ResetBeforeAnswer,
-    ResetMidAnswer,
+    ResetBeforeResponse,
+    ResetMidResponse,
 )
 from proxy.upstream.origin import Limits
 from proxy.upstream.response import Framing, UpstreamResponse
@@ -84,7 +84,7 @@ class Connection(asyncio.Protocol):
         self._idle_seconds = limits.idle_seconds
         self._transport: asyncio.Transport | None = None
         self._parser: HttpResponseParser | None = None
-        self._answer: UpstreamResponse | None = None
+        self._response: UpstreamResponse | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._reason = b""
         self._interim = False
@@ -108,10 +108,10 @@ class Connection(asyncio.Protocol):
     def begin(self, limits: Limits, *, head_only: bool) -> UpstreamResponse:
         """Start an exchange: from now on bytes that come belong to the answer returned here."""
         now = self._now()
-        answer = UpstreamResponse(self._loop, self, now)
+        response = UpstreamResponse(self._loop, self, now)
         if self._parser is None:
             self._parser = HttpResponseParser(self)
-        self._answer = answer
+        self._response = response
         self.state = _HEAD
         self._head_only = head_only
         self._idle_seconds = limits.idle_seconds
@@ -120,7 +120,7 @@ class Connection(asyncio.Protocol):
         self._plain_bytes = 0
         self._in_chunk = self._between_chunks = False
         self._watch(now + limits.first_byte_seconds)
-        return answer
+        return response
 
     def send(self, head: bytes, body: bytes | Sequence[bytes | bytearray | memoryview]) -> None:
         """Write a request whose body is at hand; the transport keeps what the socket does not take."""
@@ -155,7 +155,7 @@ class Connection(asyncio.Protocol):
             finally:
                 self._drain_waiter = None
 
-    def wait_for_answer(self, seconds: float) -> None:
+    def wait_for_response(self, seconds: float) -> None:
         """Move the limit for the first byte of the answer: `seconds` from now, math.inf for none."""
         if self.state is _HEAD:
             self._watch(self._now() + seconds)
@@ -183,12 +183,12 @@ class Connection(asyncio.Protocol):
             return
         self.state = _CLOSED
         self.deadline = NEVER
-        answer, self._answer = self._answer, None
+        response, self._response = self._response, None
         if self._transport is not None:
             self._transport.abort()
         self._owner.left(self)
-        if answer is not None:
-            answer.fail(error or ResetMidAnswer("the connection was closed from this side"))
+        if response is not None:
+            response.fail(error or ResetMidResponse("the connection was closed from this side"))
 
     def forsake(self) -> None:
         """Drop the socket of a connection that nobody was handed: its slot is the opener's to give back."""
@@ -212,15 +212,15 @@ class Connection(asyncio.Protocol):
         self._deadlines.add(self)
 
     def data_received(self, data: bytes) -> None:
-        answer = self._answer
-        if answer is None:
+        response = self._response
+        if response is None:
             self.close()  # nobody asked
             return
-        self._seen_at = answer.seen_seconds = self._now()
+        self._seen_at = response.seen_seconds = self._now()
         if self._plain_bytes:
-            self._take_plain(answer, data)
-        elif not (self._between_chunks and self._relay_chunk(answer, data)):
-            self._parse(answer, data)
+            self._take_plain(response, data)
+        elif not (self._between_chunks and self._relay_chunk(response, data)):
+            self._parse(response, data)
 
     def eof_received(self) -> None:
         self._over(None)
@@ -256,8 +256,8 @@ class Connection(asyncio.Protocol):
             self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        answer, parser = self._answer, self._parser
-        if self.state is not _HEAD or answer is None or parser is None:
+        response, parser = self._response, self._parser
+        if self.state is not _HEAD or response is None or parser is None:
             return
         status = parser.get_status_code()
         if status < 200:
@@ -266,16 +266,16 @@ class Connection(asyncio.Protocol):
                 self._bad = "the upstream switched protocols unasked"
             return
         self._keep_alive = parser.should_keep_alive()
-        self._read_head(answer, status)
+        self._read_head(response, status)
 
     def on_body(self, piece: bytes) -> None:
-        answer = self._answer
-        if self.state is not _BODY or answer is None:
+        response = self._response
+        if self.state is not _BODY or response is None:
             self._extra = True
             return
         self._quiet_bytes = 0
         self._buffered_bytes += len(piece)
-        answer._chunks.append(piece)
+        response._chunks.append(piece)
 
     def on_chunk_header(self) -> None:
         self._in_chunk = True
@@ -286,14 +286,14 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._interim:
             self._interim = False
-            if self._answer is not None:
-                self._answer.first_byte_seconds = 0.0
+            if self._response is not None:
+                self._response.first_byte_seconds = 0.0
         elif self.state is _BODY:
             self.state = _DONE
 
     # -- decisions
 
-    def _read_head(self, answer: UpstreamResponse, status: int) -> None:
+    def _read_head(self, response: UpstreamResponse, status: int) -> None:
         """Take over status and headers; decide how the body ends (RFC 9112, section 6.3)."""
         length: int | None = None
         chunked = False
@@ -305,37 +305,37 @@ class Connection(asyncio.Protocol):
                 if value.lower() != b"chunked":
                     self._bad = "the upstream's answer has a transfer encoding that was not asked for"
             elif name == b"content-type":
-                answer.is_event_stream = value.lower().startswith(b"text/event-stream")
+                response.is_event_stream = value.lower().startswith(b"text/event-stream")
         if self._quiet_bytes > self._max_head_bytes and self._head_bytes() > self._max_head_bytes:
             self._bad = "the upstream's answer has too large a head"
         if chunked and length is not None:
             self._bad = "the upstream's answer has both a content-length and a transfer-encoding"
         if self._bad is not None:
             return
-        answer.status = status
-        answer.reason = self._reason
-        answer.headers = tuple(self._headers)
-        answer.content_length = length
-        answer.early = self._uploading or (self._transport is not None and self._unsent())
+        response.status = status
+        response.reason = self._reason
+        response.headers = tuple(self._headers)
+        response.content_length = length
+        response.early = self._uploading or (self._transport is not None and self._unsent())
         self.state = _BODY
-        self._settle_framing(answer, status, chunked, length)
+        self._settle_framing(response, status, chunked, length)
 
-    def _settle_framing(self, answer: UpstreamResponse, status: int, chunked: bool, length: int | None) -> None:
+    def _settle_framing(self, response: UpstreamResponse, status: int, chunked: bool, length: int | None) -> None:
         if self._head_only:
             self.state = _DONE  # the parser would now wait for the body that a HEAD never has
         elif status in (204, 304):
             pass
         elif chunked:
-            answer.framing = Framing.CHUNKED
+            response.framing = Framing.CHUNKED
         elif length is not None:
-            answer.framing = Framing.LENGTH
+            response.framing = Framing.LENGTH
         else:
-            answer.framing = Framing.CLOSE
+            response.framing = Framing.CLOSE
         self._quiet_bytes = 0
 
-    def _parse(self, answer: UpstreamResponse, data: bytes) -> None:
-        if not answer.first_byte_seconds:
-            answer.first_byte_seconds = self._seen_at
+    def _parse(self, response: UpstreamResponse, data: bytes) -> None:
+        if not response.first_byte_seconds:
+            response.first_byte_seconds = self._seen_at
         before = self.state
         self._quiet_bytes += len(data)
         try:
@@ -343,28 +343,30 @@ class Connection(asyncio.Protocol):
         except (HttpParserError, HttpParserUpgrade):
             self._bad = self._bad or "the upstream's answer is not valid HTTP/1.1"
         if self.state is _DONE:
-            self._finish(answer)
+            self._finish(response)
         elif self._bad is not None:
-            self.close(self._bad_answer(self._bad))
+            self.close(self._bad_response(self._bad))
         elif self._quiet_bytes > self._max_head_bytes:
-            self.close(self._bad_answer("the upstream's answer has too large a head, trailer or chunk extension"))
+            self.close(self._bad_response("the upstream's answer has too large a head, trailer or chunk extension"))
         elif self.state is _BODY:
-            if before is _HEAD and answer.framing is Framing.LENGTH:
-                self._skip_parser(answer)
-            self._more(answer)
-            self._between_chunks = answer.framing is Framing.CHUNKED and not self._in_chunk and data.endswith(b"\r\n")
+            if before is _HEAD and response.framing is Framing.LENGTH:
+                self._skip_parser(response)
+            self._more(response)
+            self._between_chunks = (
+                response.framing is Framing.CHUNKED and not self._in_chunk and data.endswith(b"\r\n")
+            )
 
-    def _skip_parser(self, answer: UpstreamResponse) -> None:
+    def _skip_parser(self, response: UpstreamResponse) -> None:
         """The long rest of a body of known length needs no parser: it is kept as it was read, not copied again.
 
         The parser, which will not have seen it, is not used any more.
         """
-        left = (answer.content_length or 0) - self._buffered_bytes
+        left = (response.content_length or 0) - self._buffered_bytes
         if left >= _PLAIN_BYTES:
             self._plain_bytes = left
             self._parser = None
 
-    def _relay_chunk(self, answer: UpstreamResponse, data: bytes) -> bool:
+    def _relay_chunk(self, response: UpstreamResponse, data: bytes) -> bool:
         """Where a read is one whole chunk and somebody waits for it, hand it on with its framing; else False.
 
         The parser stands between two chunks and need not see it. Every other shape, the last chunk among them, is
@@ -377,69 +379,69 @@ class Connection(asyncio.Protocol):
         end = begin + int(data[:digits], 16)
         if end == begin or len(data) != end + 2 or not data.endswith(b"\r\n"):
             return False
-        if not answer.relay_chunk(data[begin:end], data):
+        if not response.relay_chunk(data[begin:end], data):
             return False
         if self.state is _BODY:
             self._quiet_bytes = 0
             self._watch(self._seen_at + self._idle_seconds)
         return True
 
-    def _take_plain(self, answer: UpstreamResponse, data: bytes) -> None:
+    def _take_plain(self, response: UpstreamResponse, data: bytes) -> None:
         left = self._plain_bytes
         self._extra = len(data) > left
         piece = data[:left] if self._extra else data
         self._plain_bytes = left - len(piece)
         self._buffered_bytes += len(piece)
-        answer._chunks.append(piece)
+        response._chunks.append(piece)
         if self._plain_bytes:
-            self._more(answer)
+            self._more(response)
         else:
-            self._finish(answer)
+            self._finish(response)
 
-    def _more(self, answer: UpstreamResponse) -> None:
+    def _more(self, response: UpstreamResponse) -> None:
         """A part of the body came and it goes on."""
         self.deadline = deadline = self._seen_at + self._idle_seconds
         if deadline < self._deadlines.next_at:
             self._deadlines.arm(deadline)
-        answer.wake()  # first, since a reader that takes what came at once spares a pause and a resume
+        response.wake()  # first, since a reader that takes what came at once spares a pause and a resume
         if self._buffered_bytes > self._buffer_bytes and self.state is not _CLOSED:
             self._pause_reading()
 
-    def _finish(self, answer: UpstreamResponse) -> None:
+    def _finish(self, response: UpstreamResponse) -> None:
         """The answer is whole: let go of it, and of the connection where it cannot serve again."""
-        reusable = self._keep_alive and not (self._extra or self._bad or answer.early)
-        self._answer = None
+        reusable = self._keep_alive and not (self._extra or self._bad or response.early)
+        self._response = None
         self.served += 1
-        self._last_was_stream = answer.is_event_stream
+        self._last_was_stream = response.is_event_stream
         if reusable:
             self.state = _IDLE
             if self._head_only:
                 self._parser = None
             if self._reading_paused:
                 self._resume_reading()  # or its end would go unseen
-        answer.ended()
-        self._owner.finished(self, reusable=reusable, was_stream=answer.is_event_stream)
+        response.ended()
+        self._owner.finished(self, reusable=reusable, was_stream=response.is_event_stream)
 
     def _over(self, exc: Exception | None) -> None:
         """The upstream has closed, in whatever state that finds us."""
-        answer = self._answer
+        response = self._response
         self.dropped_after_stream = self._last_was_stream and self._now() - self._rested_at < _SOON_SECONDS
-        if answer is None:
+        if response is None:
             self.close()
-        elif self.state is _HEAD and answer.first_byte_seconds:
-            self.close(BadAnswer("the upstream closed inside the head of its answer"))
+        elif self.state is _HEAD and response.first_byte_seconds:
+            self.close(BadResponse("the upstream closed inside the head of its answer"))
         elif self.state is _HEAD:
             reused = self.served > 0 and not self._quiet_bytes
-            self.close(ResetBeforeAnswer("the upstream closed before it answered", reused=reused))
-        elif exc is None and answer.framing is Framing.CLOSE:
+            self.close(ResetBeforeResponse("the upstream closed before it answered", reused=reused))
+        elif exc is None and response.framing is Framing.CLOSE:
             self._keep_alive = False
-            self._finish(answer)
+            self._finish(response)
         else:
-            self.close(ResetMidAnswer("the upstream closed inside its answer"))
+            self.close(ResetMidResponse("the upstream closed inside its answer"))
 
-    def _bad_answer(self, message: str) -> BadAnswer:
-        error = BadAnswer(message)
-        error.before_answer = self.state is _HEAD
+    def _bad_response(self, message: str) -> BadResponse:
+        error = BadResponse(message)
+        error.before_response = self.state is _HEAD
         return error
 
     def _head_bytes(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from copy import copy
 from typing import TYPE_CHECKING
 
-from proxy.errors import BadAnswer, CairnError, ResetMidAnswer
+from proxy.errors import BadResponse, CairnError, ResetMidResponse
 
 if TYPE_CHECKING:
     from proxy.upstream.connection import Connection
@@ -157,7 +157,7 @@ class UpstreamResponse:
             size += len(piece)
             if size > limit_bytes:
                 self.abort()
-                raise BadAnswer(f"the upstream's answer has more than {limit_bytes} bytes")
+                raise BadResponse(f"the upstream's answer has more than {limit_bytes} bytes")
         return b"".join(pieces)
 
     def header(self, name: bytes) -> bytes:
@@ -175,7 +175,7 @@ class UpstreamResponse:
     def abort(self) -> None:
         """Close the connection if the body has not ended; nothing happens after the end."""
         if self._connection is not None:
-            self._connection.close(ResetMidAnswer("the answer was given up"))
+            self._connection.close(ResetMidResponse("the answer was given up"))
 
     # What follows is for the connection and the client alone.
 

@@ -18,7 +18,7 @@ _ZSTD_FEED_BYTES: Final = 128  # zstandard's decoder has no limit of its own: fo
 _ZSTD_WINDOW_BYTES = 8 * 1024 * 1024  # what RFC 9659 lets a sender ask of HTTP clients
 
 
-class AnswerDecoder:
+class ResponseDecoder:
     """Incremental decoder of one answer. `alive` is false once it has given up; then `feed` gives b""."""
 
     def __init__(self, encoding: bytes, decoded_bytes_most: int = DECODED_BYTES_MOST) -> None:

@@ -24,7 +24,7 @@ _ANTHROPIC_TYPES = {
 }
 
 
-class ErrorAnswer(msgspec.Struct, frozen=True, gc=False):
+class ErrorResponse(msgspec.Struct, frozen=True, gc=False):
     """A whole answer; `headers` holds neither `content-length` nor the headers that every answer gets."""
 
     status: int
@@ -32,7 +32,7 @@ class ErrorAnswer(msgspec.Struct, frozen=True, gc=False):
     body: bytes
 
 
-def error_answer(error: CairnError, endpoint: Endpoint, *, request_id: str = "") -> ErrorAnswer:
+def error_response(error: CairnError, endpoint: Endpoint, *, request_id: str = "") -> ErrorResponse:
     """The answer that tells `error` before anything else was sent."""
     headers = [_JSON]
     if error.retry_after_seconds is not None:
@@ -40,7 +40,7 @@ def error_answer(error: CairnError, endpoint: Endpoint, *, request_id: str = "")
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     body = _anthropic(error, request_id) if endpoint is Endpoint.MESSAGES else {"error": _openai(error)}
-    return ErrorAnswer(error.status, tuple(headers), msgspec.json.encode(body))
+    return ErrorResponse(error.status, tuple(headers), msgspec.json.encode(body))
 
 
 def error_event(error: CairnError, endpoint: Endpoint, *, mid_event: bool = False, request_id: str = "") -> bytes:

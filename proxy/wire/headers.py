@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Final
 
-from proxy.errors import BadAnswer, BadRequest
+from proxy.errors import BadRequest, BadResponse
 from proxy.model import CacheStatus, MissReason, RouteReason
 
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -120,7 +120,7 @@ def upstream_head(
     return tuple(kept)
 
 
-def answer_head(
+def response_head(
     headers: Sequence[tuple[bytes, bytes]],
     *,
     request_id: str,
@@ -140,7 +140,7 @@ def answer_head(
     kept.append((b"x-request-id", request_id.encode()))
     kept += own
     if _breaks_out(kept):
-        raise BadAnswer("a header of the answer holds a line break or NUL")
+        raise BadResponse("a header of the answer holds a line break or NUL")
     return kept
 
 

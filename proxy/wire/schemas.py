@@ -238,7 +238,7 @@ decode_messages_event = msgspec.json.Decoder(MessagesEvent).decode
 # --- plain answers
 
 
-class AnswerRead(msgspec.Struct, frozen=True, gc=False):
+class ResponseRead(msgspec.Struct, frozen=True, gc=False):
     """What a plain answer's body says: its usage, and whether it is an error, or not JSON, whatever its status."""
 
     usage: Usage | None
@@ -261,6 +261,6 @@ class _Made(msgspec.Struct, gc=False):
     id: str | None = None
 
 
-decode_answer = msgspec.json.Decoder(_Answer).decode
+decode_response = msgspec.json.Decoder(_Answer).decode
 decode_choices = msgspec.json.Decoder(list[_ChoiceUsage] | None).decode
 decode_made = msgspec.json.Decoder(_Made).decode

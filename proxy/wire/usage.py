@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from proxy.model import Endpoint, Usage
-from proxy.wire.schemas import DECODE_ERRORS, NONE, AnswerRead, decode_answer, decode_choices, decode_made
+from proxy.wire.schemas import DECODE_ERRORS, NONE, ResponseRead, decode_choices, decode_made, decode_response
 
 TOKENS_MOST: Final = 1_000_000_000  # of one answer; a larger figure is a bug of the upstream, not a prompt
 
@@ -238,16 +238,16 @@ def merge(earlier: Any, later: Any) -> Any:
     return earlier | {name: value for name, value in later.items() if value or name not in earlier}
 
 
-def read_answer(body: bytes | memoryview, endpoint: Endpoint) -> AnswerRead:
+def read_response(body: bytes | memoryview, endpoint: Endpoint) -> ResponseRead:
     """Usage and error of a plain (not streamed) answer; never raises."""
     try:
-        answer = decode_answer(body)
+        answer = decode_response(body)
         usage = answer.usage or answer.usageMetadata
         if not usage and answer.choices is not NONE:
             usage = next((choice.usage for choice in decode_choices(answer.choices) or () if choice.usage), None)
     except DECODE_ERRORS:
-        return AnswerRead(None, error_seen=True)
-    return AnswerRead(normal(usage, answer.timings, endpoint=endpoint), error_seen=bool(answer.error))
+        return ResponseRead(None, error_seen=True)
+    return ResponseRead(normal(usage, answer.timings, endpoint=endpoint), error_seen=bool(answer.error))
 
 
 def made_id(body: bytes | memoryview) -> str | None:
@@ -260,7 +260,7 @@ def made_id(body: bytes | memoryview) -> str | None:
 
 def usage_of_answer(body: bytes | memoryview, endpoint: Endpoint) -> Usage | None:
     """The usage of a plain answer, found without decoding the rest; None where it has none."""
-    return read_answer(body, endpoint).usage
+    return read_response(body, endpoint).usage
 
 
 _USAGE_KEY = re.compile(rb'"usage"\s*:\s*(?=\{)')

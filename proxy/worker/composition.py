@@ -227,7 +227,7 @@ class Worker:
             clock,
             limits,
             self._queues,
-            relay.needs_no_asking,
+            relay.always_reports_usage,
         )
         self.reporter = Reporter(
             control,

@@ -16,7 +16,7 @@ from proxy.model import Call, Candidate
 from proxy.pipeline.admission import Authenticator, endpoint_of
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.pipeline import Pipeline
-from proxy.wire.errors import error_answer
+from proxy.wire.errors import error_response
 
 
 class Explainer:
@@ -40,7 +40,7 @@ class Explainer:
             exchange = Exchange(call)
             await self._pipeline.decide(exchange)
         except CairnError as error:
-            answer = error_answer(error, endpoint_of("POST", "/v1/chat/completions"))
+            answer = error_response(error, endpoint_of("POST", "/v1/chat/completions"))
             return answer.status, answer.body
         return 200, msgspec.json.encode(_told(exchange))
 

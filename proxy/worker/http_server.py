@@ -26,7 +26,7 @@ from proxy.model import Body, Call, Endpoint, Tenant
 from proxy.pipeline.admission import Authenticator, InFlightLimit, credential_of, endpoint_of
 from proxy.pipeline.pipeline import Pipeline
 from proxy.pipeline.relay import Upload
-from proxy.wire.errors import error_answer
+from proxy.wire.errors import error_response
 from proxy.wire.headers import kept_request_id, lower_names
 
 log = logging.getLogger("cairn.server")
@@ -183,5 +183,5 @@ class HttpServer:
         if client.begun:
             client.break_off()
             return
-        answer = error_answer(error, endpoint, request_id=request_id)
+        answer = error_response(error, endpoint, request_id=request_id)
         client.send(answer.status, _REASONS[answer.status], answer.headers, answer.body)

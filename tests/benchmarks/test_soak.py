@@ -11,7 +11,7 @@ import pytest
 from benchmarks.common.metrics_page import gauges_named, longest_observed, parse
 from benchmarks.common.sockets import Socket, parse_table
 from benchmarks.soak.leftovers import Moment, compare
-from benchmarks.soak.visits import ALLOWED, SHARES, Visit, read_answer, wrong
+from benchmarks.soak.visits import ALLOWED, SHARES, Visit, read_response, wrong
 
 QUIET = Moment(
     resident_bytes=100 << 20,
@@ -94,12 +94,12 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     ],
 )
 async def test_an_answer_is_told_in_a_word(answer, stream, word):
-    assert await read_answer(_reader(answer), stream) == word
+    assert await read_response(_reader(answer), stream) == word
 
 
 async def test_an_answer_that_breaks_off_is_no_answer():
     with pytest.raises(asyncio.IncompleteReadError):
-        await read_answer(_reader(CHUNKED + b"3\r\nab"), True)
+        await read_response(_reader(CHUNKED + b"3\r\nab"), True)
 
 
 def test_sockets_are_read_from_the_kernels_table():

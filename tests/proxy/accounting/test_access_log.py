@@ -42,7 +42,7 @@ OUTCOME = Outcome(
     plan=PLAN,
     usage=Usage(1011, 20, 990),
     retries=1,
-    answer_bytes=5,
+    response_bytes=5,
     request_bytes=6,
     tenant_id="the-tenant",
 )

@@ -12,13 +12,13 @@ import pytest
 import trustme
 
 from proxy.errors import (
-    BadAnswer,
+    BadResponse,
     ConnectFailed,
     ConnectTimeout,
     FirstByteTimeout,
     IdleTimeout,
-    ResetBeforeAnswer,
-    ResetMidAnswer,
+    ResetBeforeResponse,
+    ResetMidResponse,
     TlsFailed,
 )
 from proxy.upstream import Framing, Limits, Origin, PoolCounts, pool
@@ -109,7 +109,7 @@ async def test_a_pooled_connection_that_dies_under_a_request_is_named_and_the_ca
     client = make_client()
     async with ScriptedUpstream([[*SERVE_ONE, Expect(), end], SERVE_ONE]) as upstream:
         await fetch(client, upstream)
-        with pytest.raises(ResetBeforeAnswer) as caught:
+        with pytest.raises(ResetBeforeResponse) as caught:
             await fetch(client, upstream)
         assert caught.value.reused
         assert counts(client, upstream).open == 0
@@ -138,7 +138,7 @@ async def test_a_retry_avoids_all_pooled_connections_and_happens_once(make_clien
         await until(lambda: len(upstream.requests) == 2)
         gate.set()
         await both
-        with pytest.raises(ResetBeforeAnswer) as caught:
+        with pytest.raises(ResetBeforeResponse) as caught:
             await fetch(client, upstream, retry_reused=True)
         assert not caught.value.reused
         assert upstream.connections == 3
@@ -148,7 +148,7 @@ async def test_a_retry_avoids_all_pooled_connections_and_happens_once(make_clien
 async def test_a_fresh_connection_that_dies_is_not_retried_here(make_client: MakeClient) -> None:
     client = make_client()
     async with ScriptedUpstream([[Expect(), Close()], SERVE_ONE]) as upstream:
-        with pytest.raises(ResetBeforeAnswer):
+        with pytest.raises(ResetBeforeResponse):
             await fetch(client, upstream, retry_reused=True)
         assert len(upstream.requests) == 1
 
@@ -157,7 +157,7 @@ async def test_nothing_is_retried_once_a_byte_of_an_answer_came(make_client: Mak
     client = make_client()
     async with ScriptedUpstream([[*SERVE_ONE, Expect(), Send(b"H"), Close()], SERVE_ONE]) as upstream:
         await fetch(client, upstream)
-        with pytest.raises(BadAnswer):
+        with pytest.raises(BadResponse):
             await fetch(client, upstream, retry_reused=True)
         assert len(upstream.requests) == 2
 
@@ -376,7 +376,7 @@ async def test_a_chunk_whose_size_is_no_number_is_a_bad_answer(make_client: Make
         pouring = spawn(answered.pour(lambda *_: True))
         await turns()
         gate.set()
-        with pytest.raises(BadAnswer):
+        with pytest.raises(BadResponse):
             await pouring
 
 
@@ -426,7 +426,7 @@ async def test_a_break_while_pouring_comes_after_what_had_arrived(make_client: M
     async with ScriptedUpstream([Expect(), Send(chunked(b"part", end=False)), end]) as upstream:
         answered = await client.request(origin_of(upstream), b"GET", b"/")
         got: list[bytes] = []
-        with pytest.raises(ResetMidAnswer):
+        with pytest.raises(ResetMidResponse):
             await answered.pour(lambda piece, _: not got.append(piece))  # type: ignore[func-returns-value]
         assert got in ([b"part"], []), "a reset may overtake what it follows"
 
@@ -462,7 +462,7 @@ async def test_read_refuses_more_than_its_limit_and_closes(make_client: MakeClie
     client = make_client()
     async with ScriptedUpstream([Expect(), Send(chunked(b"x" * 100, end=False)), Stall()]) as upstream:
         answered = await client.request(origin_of(upstream), b"GET", b"/")
-        with pytest.raises(BadAnswer):
+        with pytest.raises(BadResponse):
             await answered.read(99)
         assert counts(client, upstream).open == 0
         await upstream.peers[0].left.wait()
@@ -479,7 +479,7 @@ async def test_a_break_inside_the_body_comes_after_what_had_arrived(make_client:
         await until(lambda: counts(client, upstream).open == 0)
         assert await answered.next_chunk() == b"part"
         for _ in range(2):
-            with pytest.raises(ResetMidAnswer):
+            with pytest.raises(ResetMidResponse):
                 await answered.next_chunk()
 
 
@@ -592,7 +592,7 @@ async def test_a_connection_lost_while_the_body_is_awaited_is_told_at_once(make_
         await never.wait()
 
     async with ScriptedUpstream([Expect(head_only=True), Reset()]) as upstream:
-        with pytest.raises(ResetBeforeAnswer) as caught:
+        with pytest.raises(ResetBeforeResponse) as caught:
             await fetch(client, upstream, body())
         assert not caught.value.reused
 
@@ -852,7 +852,7 @@ async def test_closing_the_client_ends_all_that_is_under_way(make_client: MakeCl
         assert counts(client, upstream).open == 0
         assert all(isinstance(error, Exception) for error in await asyncio.gather(*tasks, return_exceptions=True))
         assert await answered.next_chunk() == b"x"
-        with pytest.raises(ResetMidAnswer):
+        with pytest.raises(ResetMidResponse):
             await answered.next_chunk()
         with pytest.raises(RuntimeError):
             await fetch(client, upstream)

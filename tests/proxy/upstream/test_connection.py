@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.errors import BadAnswer, CairnError, FirstByteTimeout, IdleTimeout, ResetBeforeAnswer, ResetMidAnswer
+from proxy.errors import BadResponse, CairnError, FirstByteTimeout, IdleTimeout, ResetBeforeResponse, ResetMidResponse
 from proxy.upstream import Framing, Limits, UpstreamResponse
 from proxy.upstream.connection import Connection
 from proxy.upstream.timeouts import Deadlines
@@ -224,7 +224,7 @@ def test_a_long_body_that_ends_too_early_is_broken(kept: int) -> None:
     wire.feed(raw[:500], raw[500 : len(raw) - len(LONG) + kept])
     wire.end()
     assert len(answered.body_now()) == kept
-    assert isinstance(error_of(answered), ResetMidAnswer)
+    assert isinstance(error_of(answered), ResetMidResponse)
 
 
 def test_a_close_delimited_body_ends_cleanly_with_the_connection_at_any_cut() -> None:
@@ -246,7 +246,7 @@ def test_a_close_delimited_body_that_is_reset_is_broken_and_not_ended() -> None:
     wire.feed(OK + b"\r\nhel")
     wire.end(ConnectionResetError())
     assert not answered.complete
-    assert isinstance(error_of(answered), ResetMidAnswer)
+    assert isinstance(error_of(answered), ResetMidResponse)
 
 
 @pytest.mark.parametrize("name", ["length", "chunked", "chunked with extension and trailers"])
@@ -259,9 +259,9 @@ def test_an_end_at_any_byte_before_the_last_is_told_from_a_whole_answer(name: st
         answered = wire.begin()
         wire.feed(*([raw[:cut]] if cut else []))
         wire.end()
-        expected = ResetBeforeAnswer if not cut else BadAnswer if cut < head_bytes else ResetMidAnswer
+        expected = ResetBeforeResponse if not cut else BadResponse if cut < head_bytes else ResetMidResponse
         assert type(error_of(answered)) is expected, cut
-        assert error_of(answered).before_answer is (cut < head_bytes)  # type: ignore[attr-defined]
+        assert error_of(answered).before_response is (cut < head_bytes)  # type: ignore[attr-defined]
         assert (answered.complete, wire.left_times) == (False, 1)
 
 
@@ -277,7 +277,7 @@ def test_reused_is_said_only_where_the_connection_had_served_and_nothing_at_all_
         wire.feed(*([interim] if interim else []))
         wire.end()
         error = error_of(answered)
-        assert isinstance(error, ResetBeforeAnswer)
+        assert isinstance(error, ResetBeforeResponse)
         assert error.reused is (bool(served) and not interim)
 
 
@@ -310,8 +310,8 @@ def test_an_answer_that_cannot_be_trusted_is_refused_and_its_connection_dropped(
     wire = Wire()
     answered = wire.begin()
     wire.feed(*[raw[i : i + size] for i in range(0, len(raw), size)])
-    assert isinstance(error_of(answered), BadAnswer)
-    assert error_of(answered).before_answer is True  # type: ignore[attr-defined]
+    assert isinstance(error_of(answered), BadResponse)
+    assert error_of(answered).before_response is True  # type: ignore[attr-defined]
     assert answered.status == 0
     assert (wire.transport.aborted, wire.left_times) == (True, 1)
 
@@ -324,8 +324,8 @@ def test_bad_chunk_framing_breaks_the_body_and_says_that_the_answer_had_begun(bo
     answered = wire.begin()
     wire.feed(chunked(b"first", end=False), body)
     assert answered.body_now().startswith(b"first")
-    assert isinstance(error_of(answered), BadAnswer)
-    assert error_of(answered).before_answer is False  # type: ignore[attr-defined]
+    assert isinstance(error_of(answered), BadResponse)
+    assert error_of(answered).before_response is False  # type: ignore[attr-defined]
     assert wire.transport.aborted
 
 
@@ -334,7 +334,7 @@ def test_a_chunk_extension_or_trailer_without_end_is_refused(endless: bytes) -> 
     wire = Wire()
     answered = wire.begin()
     wire.feed(chunked(b"first", end=False), *[endless[i : i + 100] for i in range(0, len(endless), 100)])
-    assert isinstance(error_of(answered), BadAnswer)
+    assert isinstance(error_of(answered), BadResponse)
 
 
 @pytest.mark.parametrize("extra", [b"hello", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"\0"])

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from proxy.errors import PoolTimeout, ResetMidAnswer
+from proxy.errors import PoolTimeout, ResetMidResponse
 from proxy.upstream import Origin, UpstreamClient, pool
 from tests.proxy.upstream.conftest import MakeClient, counts, fetch, origin_of, spawn, turns, until
 from tests.support.upstream import (
@@ -256,7 +256,7 @@ async def test_cancelled_while_waiting_for_a_piece_of_the_body(make_client: Make
         task = spawn(answered.next_chunk())
         await turns()
         await assert_cancelled_and_closed(client, upstream, task)
-        with pytest.raises(ResetMidAnswer):
+        with pytest.raises(ResetMidResponse):
             await answered.next_chunk()
 
 

@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.wire.decode import AnswerDecoder
+from proxy.wire.decode import ResponseDecoder
 
 TEXT = b'data: {"choices":[{"delta":{"content":"stones"}}]}\n\n' * 400
 
@@ -39,7 +39,7 @@ CODED: dict[bytes, Callable[[bytes], bytes]] = {
 def test_each_coding_is_decoded_however_it_is_cut(encoding, step) -> None:
     """The tap sees what the client will see."""
     coded = CODED[encoding](TEXT)
-    decoder = AnswerDecoder(encoding)
+    decoder = ResponseDecoder(encoding)
     assert b"".join([decoder.feed(coded[i : i + step]) for i in range(0, len(coded), step)]) == TEXT
     assert decoder.alive
 
@@ -48,7 +48,7 @@ def test_each_coding_is_decoded_however_it_is_cut(encoding, step) -> None:
 def test_a_bomb_ends_the_decoding_within_the_cap(encoding) -> None:
     """A hundred megabytes of zeros never come to be."""
     coded = CODED[encoding](bytes(30_000_000))
-    decoder = AnswerDecoder(encoding, decoded_bytes_most=1_000_000)
+    decoder = ResponseDecoder(encoding, decoded_bytes_most=1_000_000)
     seen = 0
     for start in range(0, len(coded), 65536):
         seen += len(decoder.feed(coded[start : start + 65536]))
@@ -59,7 +59,7 @@ def test_a_bomb_ends_the_decoding_within_the_cap(encoding) -> None:
 @pytest.mark.parametrize("encoding", [b"compress", b"gzip, br", b"dcz", b"x"])
 def test_an_unknown_coding_is_not_decoded(encoding) -> None:
     """The answer is relayed, its usage counts as missing."""
-    decoder = AnswerDecoder(encoding)
+    decoder = ResponseDecoder(encoding)
     assert not decoder.alive
     assert decoder.feed(b"abc") == b""
 
@@ -67,6 +67,6 @@ def test_an_unknown_coding_is_not_decoded(encoding) -> None:
 @given(st.sampled_from([name for name in CODED if name != b"identity"]), st.lists(st.binary(max_size=50)))
 def test_any_bytes_are_survived(encoding, chunks) -> None:
     """Bad data ends the decoding and nothing else."""
-    decoder = AnswerDecoder(encoding)
+    decoder = ResponseDecoder(encoding)
     for chunk in chunks:
         decoder.feed(chunk)

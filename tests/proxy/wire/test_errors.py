@@ -6,15 +6,15 @@ import json
 
 import pytest
 
-from proxy.errors import BadRequest, CairnError, Overloaded, ResetMidAnswer, Unauthorized
+from proxy.errors import BadRequest, CairnError, Overloaded, ResetMidResponse, Unauthorized
 from proxy.model import Endpoint
-from proxy.wire.errors import error_answer, error_event
+from proxy.wire.errors import error_event, error_response
 from proxy.wire.sse import StreamTap
 
 
 def test_an_error_has_openai_s_shape() -> None:
     """All four members, null where there is nothing to say."""
-    answer = error_answer(BadRequest("model is missing", param="model"), Endpoint.CHAT)
+    answer = error_response(BadRequest("model is missing", param="model"), Endpoint.CHAT)
     assert answer.status == 400
     assert answer.headers == ((b"content-type", b"application/json"),)
     error = {"message": "model is missing", "type": "invalid_request_error", "param": "model", "code": None}
@@ -23,7 +23,7 @@ def test_an_error_has_openai_s_shape() -> None:
 
 def test_an_error_on_messages_has_anthropic_s_shape() -> None:
     """Its clients choose their exception by the type."""
-    answer = error_answer(Unauthorized("no such key"), Endpoint.MESSAGES, request_id="r1")
+    answer = error_response(Unauthorized("no such key"), Endpoint.MESSAGES, request_id="r1")
     assert (b"www-authenticate", b"Bearer") in answer.headers
     assert json.loads(answer.body) == {
         "type": "error",
@@ -35,7 +35,7 @@ def test_an_error_on_messages_has_anthropic_s_shape() -> None:
 @pytest.mark.parametrize(("seconds", "value"), [(0.0, b"1"), (1.2, b"2"), (30.0, b"30")])
 def test_when_to_try_again_is_told_in_whole_seconds(seconds, value) -> None:
     """Never zero, never early."""
-    answer = error_answer(Overloaded("none", retry_after_seconds=seconds), Endpoint.CHAT)
+    answer = error_response(Overloaded("none", retry_after_seconds=seconds), Endpoint.CHAT)
     assert dict(answer.headers)[b"retry-after"] == value
 
 
@@ -46,7 +46,7 @@ def test_a_broken_stream_ends_with_an_event_that_is_read_as_an_error(endpoint, m
     tap = StreamTap(endpoint)
     if mid_event:
         tap.feed(b'data: {"cho')
-    tap.feed(error_event(ResetMidAnswer("gone \n\n data: x"), endpoint, mid_event=tap.mid_event))
+    tap.feed(error_event(ResetMidResponse("gone \n\n data: x"), endpoint, mid_event=tap.mid_event))
     assert tap.error_seen
     assert not tap.mid_event
     assert not tap.finished
@@ -54,5 +54,5 @@ def test_a_broken_stream_ends_with_an_event_that_is_read_as_an_error(endpoint, m
 
 def test_a_message_cannot_break_out_of_its_json() -> None:
     """Quotes and line breaks are escaped."""
-    answer = error_answer(CairnError('a"b\r\n'), Endpoint.CHAT)
+    answer = error_response(CairnError('a"b\r\n'), Endpoint.CHAT)
     assert json.loads(answer.body)["error"]["message"] == 'a"b\r\n'

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import BadAnswer, BadRequest
+from proxy.errors import BadRequest, BadResponse
 from proxy.model import CacheStatus, MissReason, RouteReason
 from proxy.wire import headers
-from proxy.wire.headers import answer_head, cairn_headers, kept_request_id, lower_names, upstream_head
+from proxy.wire.headers import cairn_headers, kept_request_id, lower_names, response_head, upstream_head
 
 CLIENT = (
     (b"host", b"cairn:8080"),
@@ -97,8 +97,8 @@ def test_a_value_that_breaks_out_of_its_line_is_refused(value) -> None:
         head((b"x-note", value))
     with pytest.raises(BadRequest):
         head(request_id=value.decode())
-    with pytest.raises(BadAnswer):
-        answer_head([(b"x-note", value)], request_id="r1")
+    with pytest.raises(BadResponse):
+        response_head([(b"x-note", value)], request_id="r1")
 
 
 def test_the_answer_s_head_loses_what_ends_here_and_gains_ours() -> None:
@@ -115,13 +115,13 @@ def test_the_answer_s_head_loses_what_ends_here_and_gains_ours() -> None:
         (b"x-ratelimit-remaining", b"3"),
     ]
     ours = (b"x-cairn-replica", b"a")
-    assert answer_head(upstream, request_id="r1", own=(ours,), keep_length=False) == [
+    assert response_head(upstream, request_id="r1", own=(ours,), keep_length=False) == [
         (b"content-type", b"text/event-stream"),
         (b"x-ratelimit-remaining", b"3"),
         (b"x-request-id", b"r1"),
         ours,
     ]
-    assert (b"content-length", b"5") in answer_head(upstream, request_id="r1")
+    assert (b"content-length", b"5") in response_head(upstream, request_id="r1")
 
 
 def test_cairn_s_own_headers_tell_the_decision() -> None:

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.model import Endpoint, Usage
-from proxy.wire.decode import AnswerDecoder
+from proxy.wire.decode import ResponseDecoder
 from proxy.wire.sse import StreamTap
-from proxy.wire.usage import TOKENS_MOST, merge, normal, read_answer, tail_usage, usage_of_answer
+from proxy.wire.usage import TOKENS_MOST, merge, normal, read_response, tail_usage, usage_of_answer
 
 GOLDEN = Path(__file__).parent / "golden"
 PACK: dict[bytes, Callable[[bytes], bytes]] = {
@@ -122,7 +122,7 @@ def test_a_stream_is_read_in_its_dialect(name: str) -> None:
 def test_every_dialect_is_read_as_well_when_compressed(name: str, encoding: bytes) -> None:
     """Whole where it is plain, in pieces of odd sizes where it streams."""
     packed = PACK[encoding]((GOLDEN / name).read_bytes())
-    decoder = AnswerDecoder(encoding)
+    decoder = ResponseDecoder(encoding)
     if name.endswith(".json"):
         assert usage_of_answer(decoder.feed(packed), endpoint_of(name)) == EXPECTED[name]
         return
@@ -210,10 +210,10 @@ def test_a_later_report_of_zero_does_not_erase_what_was_known() -> None:
 
 def test_an_answer_that_is_an_error_or_no_json_is_told() -> None:
     """A status of 200 does not make it a success."""
-    assert read_answer((GOLDEN / "error_with_status_200.json").read_bytes(), Endpoint.CHAT).error_seen
-    assert read_answer(b"<html>", Endpoint.CHAT).error_seen
-    assert read_answer(b"", Endpoint.CHAT).error_seen
-    assert not read_answer((GOLDEN / "openai_responses.json").read_bytes(), Endpoint.RESPONSES).error_seen
+    assert read_response((GOLDEN / "error_with_status_200.json").read_bytes(), Endpoint.CHAT).error_seen
+    assert read_response(b"<html>", Endpoint.CHAT).error_seen
+    assert read_response(b"", Endpoint.CHAT).error_seen
+    assert not read_response((GOLDEN / "openai_responses.json").read_bytes(), Endpoint.RESPONSES).error_seen
 
 
 def test_usage_is_found_in_the_end_of_an_event_and_not_in_a_tool() -> None:
@@ -276,5 +276,5 @@ def test_any_json_gives_a_sound_usage_or_none(usage, timings, endpoint) -> None:
 @given(st.binary(max_size=80) | _JSON.map(lambda value: msgspec.json.encode(repr(value))))
 def test_any_bytes_as_an_answer_are_survived(body) -> None:
     """The answer was relayed already; reading it must not fail."""
-    read_answer(body, Endpoint.CHAT)
+    read_response(body, Endpoint.CHAT)
     tail_usage(body)
