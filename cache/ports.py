@@ -1,27 +1,31 @@
-"""What the cache needs of its surroundings, as protocols: it imports nothing of the proxy, the proxy hands it in."""
+"""Protocols that the cache needs from its surroundings; the proxy passes in the implementations."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 
 class Clock(Protocol):
-    """Two clocks, in seconds."""
+    """Two clocks, both in seconds."""
 
     def monotonic(self) -> float:
-        """On a clock that never jumps; only differences mean anything."""
+        """Return seconds on a clock that never jumps; only differences are meaningful."""
         ...
 
     def unix(self) -> float:
-        """Since 1970; what is compared between machines."""
+        """Return seconds since 1970, which can be compared between machines."""
         ...
 
 
 class Tasks(Protocol):
-    """Who starts background tasks, keeps them referenced and reports their failure."""
+    """Starts background tasks, keeps references to them, and logs and counts their failures."""
 
     def start(self, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
-        """Run it in the background."""
+        """Run `coroutine` in the background, once."""
+        ...
+
+    def keep(self, work: Callable[[], Coroutine[Any, Any, None]], name: str) -> asyncio.Task[Any]:
+        """Run `work()` in the background, and run it again, after a pause, each time it fails."""
         ...

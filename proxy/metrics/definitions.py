@@ -205,6 +205,9 @@ REDIS_ERRORS = _counter("redis_errors", "Redis operations that failed.", "op", "
 REDIS_BREAKER = _max(
     "redis_breaker_state", "Circuit breaker of Redis: 0 closed (in use), 1 half open (trying), 2 open (not used)."
 )
+TASK_FAILURES = _counter(
+    "background_task_failures", "Background tasks that ended with an exception.", "task"
+)
 JOURNAL_LAG = _max(
     "journal_lag_seconds", "Age of the newest shared routing update when this proxy applied it."
 )

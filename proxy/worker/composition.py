@@ -100,9 +100,9 @@ class Worker:
         clock = self.clock = SystemClock()
         self.config = config
         self._secret = secret
-        self.tasks = Tasks()
-        self.loops = Tasks()  # what runs beside requests, and ends before what it uses
         self.recorder = Recorder()
+        self.tasks = Tasks(self._count_task_failure)
+        self.loops = Tasks(self._count_task_failure)  # run beside requests; closed before what they use
         writer_id = self.writer_id = secrets.token_hex(8)
 
         rule = config.routing
@@ -349,6 +349,9 @@ class Worker:
             self._secret = secret
             self.front.authenticator = Authenticator(_clients(self.config), secret)
             return
+
+    def _count_task_failure(self, name: str) -> None:
+        self.recorder.inc(metrics.TASK_FAILURES, (name,))
 
     def _observe_redis(self, operation: str, seconds: float, error: ErrorKind | None) -> None:
         if operation not in _BLOCKING:
