@@ -114,7 +114,7 @@ def report_memory(low: int, high: int) -> None:
     stats = index.stats()
     print(
         f"  runs of {low:>2} to {high:>2} blocks  {used / stats.blocks:7.1f}   ({stats.nodes:,} nodes, "
-        f"{stats.holdings:,} holdings; own estimate {stats.size_bytes / stats.blocks:.1f})"
+        f"{stats.residencies:,} residencies; own estimate {stats.size_bytes / stats.blocks:.1f})"
     )
 
 

@@ -69,10 +69,10 @@ class Proxy:
         gate = self.gate.enter(
             replica,
             hashes,
-            held.blocks if held else 0,
-            best.matched_tokens,
-            request.input_tokens,
-            (best.replica.pending_tokens + best.uncached_tokens) / rate,
+            matched_blocks=held.blocks if held else 0,
+            matched_tokens=best.matched_tokens,
+            prompt_tokens=request.input_tokens,
+            prefill_seconds=(best.replica.pending_tokens + best.uncached_tokens) / rate,
         )
         waits = isinstance(gate, Follower)
         charge = self.fleet.charge(replica, best.uncached_tokens, now, gated=waits, queued=ordered and not waits)

@@ -1,4 +1,4 @@
-"""What a prompt is to the index: its boundaries and the chained hashes there. Words only."""
+"""Data type of a prompt as the index sees it: its boundaries and the chained hashes there."""
 
 from __future__ import annotations
 

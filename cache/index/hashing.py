@@ -1,7 +1,7 @@
-"""Cuts a prompt's bytes into blocks and chains their hashes. The only importer of xxhash.
+"""Cut a prompt's bytes into blocks and chain their hashes. The only importer of xxhash.
 
-It knows bytes and nothing of JSON, models or replicas. A hash stands for all bytes up to its boundary, so equal
-hashes mean equal prefixes. They are fast and not cryptographic: they may decide a route and never content.
+A hash covers all bytes up to its boundary, so equal hashes mean equal prefixes. They are fast and not cryptographic:
+they may decide a route and never content.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ BLOCK_BYTES_MOST: Final = 4096
 
 
 def chain_root(parts: Iterable[bytes]) -> int:
-    """The hash that a chain starts from, of what precedes the prompt in the key: salt, model, adapter, arguments.
+    """Hash what precedes the prompt in the key (salt, model, adapter, arguments): the start of its chain.
 
-    Each part goes in behind its length, so ("ab", "c") and ("a", "bc") differ.
+    Each part is preceded by its length, so ("ab", "c") and ("a", "bc") differ.
     """
     return xxh3_64_intdigest(b"".join([len(part).to_bytes(8, "little") + part for part in parts]))
 
 
 def cut(root: int, spans: Sequence[memoryview | bytes]) -> Fingerprint:
-    """Boundaries and chained hashes (xxh3_64, seeded with the hash before) of the concatenated `spans`.
+    """Compute the boundaries and chained hashes (xxh3_64, seeded with the previous hash) of the concatenated `spans`.
 
-    A boundary stands at every span's end and on a grid of absolute offsets, so it depends on nothing that comes
-    after it: a prompt with messages appended shares every boundary of the shorter one. Views must be of bytes
-    (format 'B'). Nothing is copied but slices of spans that are `bytes`.
+    There is a boundary at the end of each span and on a grid of absolute offsets, so it depends on nothing that
+    comes after it: a prompt with messages appended shares every boundary of the shorter one. Views must be of bytes
+    (format 'B'). Only slices of spans that are `bytes` are copied.
     """
     return _go_on(root, array("Q"), array("I"), spans)
 
 
 def extend(known: Fingerprint, spans: Sequence[memoryview | bytes]) -> Fingerprint:
-    """The fingerprint of what `known` stands for with `spans` behind it, as `cut` would give it for all of it.
+    """Return the fingerprint of `known` followed by `spans`, equal to `cut` of both.
 
-    Only `spans` are hashed. `known` is left as it is, and must end where a span ends. Raises ValueError where it is
-    empty: it would not know its root.
+    Only `spans` are hashed. `known` is not changed and must end at the end of a span. Raises ValueError if it is
+    empty, since its root would be unknown.
     """
     if not known.hashes:
-        raise ValueError("an empty fingerprint has no end to go on from")
+        raise ValueError("cannot extend an empty fingerprint: cut all spans from their root instead")
     return _go_on(known.hashes[-1], known.hashes, known.ends, spans)
 
 
 def _go_on(
     seed: int, known_hashes: array[int], known_ends: array[int], spans: Sequence[memoryview | bytes]
 ) -> Fingerprint:
-    """The chain that goes on from `seed`, behind copies of what is known."""
+    """Continue the chain from `seed`, after copies of the known arrays."""
     digest = xxh3_64_intdigest
     hashes: list[int] = []
     ends = known_ends[:]
@@ -83,7 +83,7 @@ def _go_on(
 
 _16K: Final = 16 * 1024
 _32K: Final = 32 * 1024
-_BLOCKS_TO_8K: Final = 16  # boundaries of the grid up to and with that offset
+_BLOCKS_TO_8K: Final = 16  # boundaries of the grid up to and including that offset
 _BLOCKS_TO_16K: Final = 24
 _BLOCKS_TO_32K: Final = 32
 _LISTED_BYTES: Final = 4 * 1024 * 1024
@@ -96,11 +96,12 @@ _LISTED = array(
         *range(_32K, _LISTED_BYTES, BLOCK_BYTES_MOST),
     ],
 )
-"""The grid, as far as nearly all prompts reach: a slice of it is a copy, where a number made costs half of a hash."""
+"""The grid up to the length of nearly all prompts: slicing it is a copy, while making each number costs half as much
+as hashing a block."""
 
 
 def _grid(begin: int, end: int) -> array[int]:
-    """The grid's offsets strictly between two offsets of a prompt."""
+    """Return the grid's offsets strictly between two offsets of a prompt."""
     first, last = _before(begin + 1), _before(end)
     listed = _LISTED[first:last]
     if end > _LISTED_BYTES:
@@ -110,7 +111,7 @@ def _grid(begin: int, end: int) -> array[int]:
 
 
 def _before(offset: int) -> int:
-    """How many of the grid's offsets lie before `offset`, which is at least 1; the list may end sooner."""
+    """Count the grid's offsets below `offset`, which is at least 1; the list may end before it."""
     last = offset - 1
     if last < FINE_REACH_BYTES:
         return last // BLOCK_BYTES_LEAST

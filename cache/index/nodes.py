@@ -1,7 +1,7 @@
-"""What the tree of prefixes is made of. Words only, no behaviour.
+"""Data types of the prefix tree: nodes, and which replica's entries contain them.
 
-Nodes and holdings are kept out of Python's garbage collector (`gc=False`): a million blocks would make each of its
-full passes a pause. They form cycles only through `Node.children`, which are cut when a node is dropped.
+Nodes and residencies are kept out of Python's garbage collector (`gc=False`): with a million blocks each of its full
+passes would be a pause. They form cycles only through `Node.children`, which are cut when a node is dropped.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from array import array
 import msgspec
 
 NOBODY = -1
-"""The replica of a shelf whose epoch is over."""
+"""The replica number of entries whose epoch is over."""
 
 
 class Node(msgspec.Struct, gc=False, eq=False):
-    """A run of boundaries below `parent`.
+    """A run of consecutive boundaries below `parent`.
 
-    `ends` are bytes from the prompt's begin; `tokens` counts from the run's own begin, so that a correction above
-    moves nothing below. The first `known` boundaries lie on a chain whose prompt tokens were reported; at `pins`
-    (numbers of boundaries) the count is what the report said and not interpolated by bytes.
+    `ends` are bytes from the start of the prompt. `tokens` count from the start of the run, so that a correction
+    above the node changes nothing in it. The first `known` boundaries lie on a chain whose prompt tokens were
+    reported; at `pins` (numbers of boundaries) the count is the reported one and not interpolated by bytes.
     """
 
     parent: Node | None
@@ -34,10 +34,10 @@ class Node(msgspec.Struct, gc=False, eq=False):
 
 
 class Residency(msgspec.Struct, gc=False, eq=False):
-    """That a shelf holds a node. `older` and `newer` link the shelf's order of recency.
+    """The fact that a replica holds a node. `older` and `newer` link the replica's order of recency.
 
-    `touched_by` is the last placement over it, `confirmed` how many of the run's boundaries an answer has proved,
-    `output_tokens` what the engine generated, and may have cached, after the run's end.
+    `touched_by` is the last placement over it, `confirmed` the number of the run's boundaries that an answer has
+    proved, `output_tokens` what the engine generated after the end of the run and may have cached.
     """
 
     node: Node | None
@@ -50,9 +50,9 @@ class Residency(msgspec.Struct, gc=False, eq=False):
 
 
 class ReplicaEntries(msgspec.Struct, gc=False, eq=False):
-    """What one replica holds in one epoch. `ring.newer` is its oldest holding, `ring.older` its newest."""
+    """What one replica holds in one epoch. `ring.newer` is its oldest residency, `ring.older` its newest."""
 
-    replica: int  # NOBODY once the epoch is over, until the shelf is cleared
+    replica: int  # NOBODY once the epoch is over, until the entries are cleared
     ring: Residency
     blocks: int = 0
     tokens: int = 0
@@ -60,7 +60,7 @@ class ReplicaEntries(msgspec.Struct, gc=False, eq=False):
 
 
 class Step(msgspec.Struct, frozen=True, gc=False):
-    """A node on a path: `blocks` of its run match; the others count from the prompt's begin, at the last of them."""
+    """A node on a path: `blocks` of its run match; `depth` and `tokens` count from the start of the prompt."""
 
     node: Node
     blocks: int

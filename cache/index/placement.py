@@ -1,4 +1,4 @@
-"""What the index says and is told: matches, placements, feedback, figures. Words only, no behaviour."""
+"""Data types of the index's verbs: matches, placements, feedback, figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cache.index.fingerprint import Fingerprint
 
 
 class Held(msgspec.Struct, frozen=True, gc=False):
-    """How much of a prompt a replica holds. How sure that is says the placement of the one that is chosen."""
+    """How much of a prompt a replica holds."""
 
     blocks: int
     size_bytes: int
@@ -20,7 +20,7 @@ class Held(msgspec.Struct, frozen=True, gc=False):
 class Match(msgspec.Struct, frozen=True, gc=False):
     """What is known of a prompt. `held` has the replicas that hold any of it.
 
-    `known_*` is the deepest that any replica holds. Where that is not all, `evicted` tells that more was held until
+    `known_*` is the deepest part that any replica holds. If that is not all, `evicted` means that more was held until
     it was dropped for room, and `diverged` that other prompts go on differently from there.
     """
 
@@ -33,31 +33,32 @@ class Match(msgspec.Struct, frozen=True, gc=False):
 
 
 class Placement(msgspec.Struct, frozen=True, gc=False):
-    """That a prompt was routed to a replica, which held `held_blocks`, worth `predicted_tokens`, before.
+    """A prompt routed to a replica, which held `held_blocks` of it, worth `predicted_tokens`, before.
 
-    `exact`: the prediction is a reported count and not interpolated. `confident`: an answer of this epoch proved it,
-    and the last placement over its deepest part is not in flight. `tolerance_tokens` is the last held block,
-    `allowance_tokens` what the engine generated after it and may have cached. `stamp` is the time in seconds.
+    `stamp` is the time in seconds. `exact` means that the prediction is a reported count and not interpolated.
+    `confident` means that an answer of this epoch proved it, and that the last placement over its deepest part is not
+    in flight. `tolerance_tokens` is the size of the last held block, `allowance_tokens` what the engine generated
+    after it and may have cached.
     """
 
     id: int
     replica: int
     epoch: int
     fingerprint: Fingerprint
-    held_blocks: int
-    predicted_tokens: int
-    confident: bool
-    exact: bool
-    tolerance_tokens: int
-    allowance_tokens: int
     stamp: float
+    held_blocks: int = 0
+    predicted_tokens: int = 0
+    confident: bool = False
+    exact: bool = False
+    tolerance_tokens: int = 0
+    allowance_tokens: int = 0
 
 
 class FeedbackKind(enum.StrEnum):
     """What an answer taught the index."""
 
-    NOTHING = "nothing"  # the upstream did not say, or a provider, or the prediction was not confident
-    STALE = "stale"  # routed under an old epoch, hence ignored
+    NOTHING = "nothing"  # the upstream did not report, or is a provider, or the prediction was not confident
+    STALE = "stale"  # routed under a past epoch, hence ignored
     RIGHT = "right"
     RECOUNTED = "recounted"  # the tokens of a fork were interpolated wrongly
     LESS = "less"  # the tail is dropped, the budget may shrink
@@ -67,9 +68,9 @@ class FeedbackKind(enum.StrEnum):
 
 
 class Feedback(msgspec.Struct, frozen=True, gc=False):
-    """Predicted against reported. `error_tokens` is reported less predicted, None where nothing was reported.
+    """Predicted against reported. `error_tokens` is reported minus predicted, None if nothing was reported.
 
-    `epoch` and `budget_tokens` are decisions for all proxies, None where there is none to take.
+    `epoch` and `budget_tokens` are decisions for all proxies, None if there is none to take.
     """
 
     predicted_tokens: int
@@ -80,7 +81,7 @@ class Feedback(msgspec.Struct, frozen=True, gc=False):
 
 
 class ReplicaStats(msgspec.Struct, frozen=True, gc=False):
-    """One replica's part of the index. `evicted_blocks` counts since the process began."""
+    """Figures of one replica. `evicted_blocks` counts since the process began."""
 
     blocks: int
     tokens: int
@@ -90,9 +91,9 @@ class ReplicaStats(msgspec.Struct, frozen=True, gc=False):
 
 
 class IndexStats(msgspec.Struct, frozen=True, gc=False):
-    """The whole index. `size_bytes` is an estimate of its memory."""
+    """Figures of the whole index. `size_bytes` is an estimate of its memory."""
 
     blocks: int
     nodes: int
-    holdings: int
+    residencies: int
     size_bytes: int

@@ -1,6 +1,6 @@
-"""An index as rows, from which an equal one is rebuilt: written in chunks between which it may change.
+"""Write an index as rows and rebuild an equal one from them, in chunks between which the index may change.
 
-Runs are written from the top of the tree down, each after the one it hangs on.
+Runs are written from the top of the tree down, each after its parent.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from cache.index.nodes import NOBODY, Node, ReplicaEntries, Residency
 from cache.index.tree import Tree
 
 SORTED_PORTION = 1_000
-"""Holdings sorted at a time while an index is read back: under a millisecond."""
+"""Residencies sorted at a time while an index is read back: under a millisecond."""
 
 _Aged = tuple[float, int, int, Residency]
 
 
 class ReplicaRow(msgspec.Struct, frozen=True, tag="replica", gc=False):
-    """A replica in a snapshot; always before the runs."""
+    """One replica. All of these come before the runs."""
 
     replica: int
     epoch: int
@@ -31,7 +31,7 @@ class ReplicaRow(msgspec.Struct, frozen=True, tag="replica", gc=False):
 
 
 class HolderRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A holder of a run in a snapshot."""
+    """One replica's residency of a run."""
 
     replica: int
     stamp: float
@@ -41,7 +41,7 @@ class HolderRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class RunRow(msgspec.Struct, frozen=True, tag="run", gc=False):
-    """A node in a snapshot, after the one it hangs on, whose last hash is `parent` (None at the top).
+    """A node, written after its parent, whose last hash is `parent` (None at the top).
 
     The three runs are little-endian arrays of 8, 4 and 4 bytes a boundary.
     """
@@ -56,7 +56,7 @@ class RunRow(msgspec.Struct, frozen=True, tag="run", gc=False):
 
 
 def written(tree: Tree, number: int, rows_per_chunk: int) -> Iterator[list[RunRow]]:
-    """All runs that somebody holds, in chunks; `number` is this snapshot's own, higher than any before."""
+    """Yield all runs that a replica holds, in chunks. `number` is this snapshot's, higher than any before."""
     stack = list((tree.root.children or {}).values())
     rows: list[RunRow] = []
     while stack:
@@ -73,48 +73,51 @@ def written(tree: Tree, number: int, rows_per_chunk: int) -> Iterator[list[RunRo
 
 
 class Reader:
-    """Builds an empty tree up from rows. `shelf_of` gives a row's replica number its shelf; None leaves it out."""
+    """Fill an empty tree from rows. `entries_of` maps a row's replica number to its entries; None leaves it out."""
 
-    def __init__(self, tree: Tree, shelf_of: Callable[[int], ReplicaEntries | None]) -> None:
+    def __init__(self, tree: Tree, entries_of: Callable[[int], ReplicaEntries | None]) -> None:
         self._tree = tree
-        self._shelf_of = shelf_of
+        self._entries_of = entries_of
         self._ends: dict[int, Node] = {}
         self._order: dict[ReplicaEntries, list[list[_Aged]]] = {}
-        self._serial = 0  # keeps equal ages apart, so that holdings are never compared
+        self._serial = 0  # keeps equal ages apart, so that residencies are never compared
 
     def add(self, row: RunRow) -> None:
-        """Hang a run on its parent. Who does not hold the parent, or is newer than there, came between two chunks."""
+        """Add a run below its parent.
+
+        A holder that does not hold the parent, or is newer than there, was added between two chunks.
+        """
         tree = self._tree
         parent = tree.root if row.parent is None else self._ends.get(row.parent)
         if not 0 < len(row.hashes) == 2 * len(row.ends) == 2 * len(row.tokens):
-            return  # not what was written; what hangs on it is left out with it
+            return  # damaged: left out, with everything below it
         holders = self._holders(row, parent) if parent is not None else []
         if parent is None or not holders:
             return
-        node = tree.adopt(parent, array("Q", row.hashes), array("I", row.ends), array("I", row.tokens))
+        node = tree.restore(parent, array("Q", row.hashes), array("I", row.ends), array("I", row.tokens))
         node.known, node.pins = row.known, row.pins
         self._ends[node.hashes[-1]] = node
-        for shelf, stamp, holder in holders:
-            holding = Residency(node, None, None, stamp, holder.touched_by, holder.confirmed, holder.output_tokens)
-            tree.hold(shelf, node, holding)
-            self._note(shelf, stamp, -node.ends[-1], holding)
+        for entries, stamp, holder in holders:
+            residency = Residency(node, None, None, stamp, holder.touched_by, holder.confirmed, holder.output_tokens)
+            tree.hold(entries, node, residency)
+            self._note(entries, stamp, -node.ends[-1], residency)
 
-    def finish(self, holdings_per_turn: int) -> Iterator[None]:
-        """Restore each shelf's order of recency: older placements first, within one the deeper first."""
+    def finish(self, residencies_per_turn: int) -> Iterator[None]:
+        """Restore each replica's order of recency: older placements first, within one the deeper first."""
         link, count = self._tree.link, 0
-        for shelf, portions in self._order.items():
+        for entries, portions in self._order.items():
             portions[-1].sort()
-            for _stamp, _depth, _serial, holding in merge(*portions):
-                link(shelf, holding)
+            for _stamp, _depth, _serial, residency in merge(*portions):
+                link(entries, residency)
                 count += 1
-                if count % holdings_per_turn == 0:
+                if count % residencies_per_turn == 0:
                     yield
 
-    def _note(self, shelf: ReplicaEntries, stamp: float, depth: int, holding: Residency) -> None:
-        """Gather in sorted portions: one sort of all would be a pause."""
-        portions = self._order.setdefault(shelf, [[]])
+    def _note(self, entries: ReplicaEntries, stamp: float, depth: int, residency: Residency) -> None:
+        """Collect in sorted portions, since one sort of everything would be a pause."""
+        portions = self._order.setdefault(entries, [[]])
         self._serial += 1
-        portions[-1].append((stamp, depth, self._serial, holding))
+        portions[-1].append((stamp, depth, self._serial, residency))
         if len(portions[-1]) >= SORTED_PORTION:
             portions[-1].sort()
             portions.append([])
@@ -122,18 +125,18 @@ class Reader:
     def _holders(self, row: RunRow, parent: Node) -> list[tuple[ReplicaEntries, float, HolderRow]]:
         holders: list[tuple[ReplicaEntries, float, HolderRow]] = []
         for holder in row.holders:
-            shelf = self._shelf_of(holder.replica)
-            if shelf is None:
+            entries = self._entries_of(holder.replica)
+            if entries is None:
                 continue
             if row.parent is None:
-                holders.append((shelf, holder.stamp, holder))
-            elif (above := parent.held.get(shelf)) is not None:
-                holders.append((shelf, min(holder.stamp, above.stamp), holder))
+                holders.append((entries, holder.stamp, holder))
+            elif (above := parent.held.get(entries)) is not None:
+                holders.append((entries, min(holder.stamp, above.stamp), holder))
         return holders
 
 
 def _unwritten(node: Node, number: int) -> list[Node]:
-    """The node and those above it that this snapshot has not written yet, the highest first; marks them."""
+    """Return, and mark as written, the node and those above it that this snapshot lacks, the highest first."""
     found: list[Node] = []
     above: Node | None = node
     while above is not None and above.parent is not None and above.emitted != number:
@@ -153,8 +156,8 @@ def _run_row(node: Node) -> RunRow:
         node.known,
         node.pins,
         tuple(
-            HolderRow(shelf.replica, each.stamp, each.touched_by, each.confirmed, each.output_tokens)
-            for shelf, each in node.held.items()
-            if shelf.replica != NOBODY
+            HolderRow(entries.replica, each.stamp, each.touched_by, each.confirmed, each.output_tokens)
+            for entries, each in node.held.items()
+            if entries.replica != NOBODY
         ),
     )

@@ -1,6 +1,6 @@
-"""Tokens along a chain: interpolated by bytes when a prompt is placed, put right by what upstreams report.
+"""Token counts along a chain: interpolated by bytes when a prompt is placed, corrected by what upstreams report.
 
-Pure arithmetic on the tree's nodes. A count that was reported stands at a pin; between pins counts follow the bytes.
+Pure arithmetic on the tree's nodes. A reported count is fixed at a pin; between pins counts follow the bytes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from cache.index.fingerprint import Fingerprint
 from cache.index.nodes import Node, Step
 
 MAX_PROMPT_TOKENS = 2**30
-"""What an upstream reports beyond that is taken for this: the counts are of 32 bits."""
+"""A higher count that an upstream reports is clamped to this: counts are 32 bits wide."""
 
 MAX_FORKS_RECOUNTED: Final = 64
-"""Children of a recounted node that are kept right; the others are put right by their own next answers."""
+"""Children of a recounted node that are corrected with it; the others are corrected by their own next answers."""
 
 
 def estimate(fingerprint: Fingerprint, last: Step | None, prompt_tokens: float) -> array[int]:
-    """Counts for the boundaries below `last`, from its end on, by bytes; they end at `prompt_tokens` in all."""
+    """Interpolate the counts of the boundaries below `last`, from its end on, up to `prompt_tokens` for them all."""
     ends, depth = fingerprint.ends, last.depth if last else 0
     known_tokens, known_bytes = (last.tokens, last.node.ends[last.blocks - 1]) if last else (0, 0)
     prompt_tokens = min(max(prompt_tokens, 0.0), MAX_PROMPT_TOKENS)
@@ -32,10 +32,10 @@ def estimate(fingerprint: Fingerprint, last: Step | None, prompt_tokens: float) 
 
 
 def learn_tokens(steps: list[Step], prompt_tokens: int) -> None:
-    """Let the path's counts add up to what was reported for its end, and pin them there.
+    """Make the path's counts add up to what was reported for its end, and pin them there.
 
-    What lies on no other reported chain absorbs the difference, in proportion; where all of it does, the part after
-    the last pin of the last node does.
+    The parts that lie on no other reported chain absorb the difference in proportion; if there are none, the part
+    after the last pin of the last node does.
     """
     last = steps[-1]
     change = min(prompt_tokens, MAX_PROMPT_TOKENS) - last.tokens
@@ -50,7 +50,7 @@ def learn_tokens(steps: list[Step], prompt_tokens: int) -> None:
 
 
 def _share(unknown: list[Step], change: int) -> None:
-    """Let what of each node is on no reported chain absorb its part of `change`."""
+    """Let the part of each node that is on no reported chain absorb its share of `change`."""
     parts = [_tokens_between(step.node, step.node.known, step.blocks) for step in unknown]
     left = sum(parts)
     for step, part in zip(unknown, parts, strict=True):
@@ -60,7 +60,7 @@ def _share(unknown: list[Step], change: int) -> None:
 
 
 def _absorb(node: Node, start: int, stop: int, change: int) -> int:
-    """Reshape the run's boundaries [start, stop) and keep in place what was reported behind them; what was done."""
+    """Reshape the run's boundaries [start, stop) and keep the reported counts behind them. Return the change made."""
     done = reshape(node, start, stop, change) if change else 0
     if done and node.known > stop:
         reshape(node, stop, _next_pin(node, stop), -done)
@@ -68,7 +68,7 @@ def _absorb(node: Node, start: int, stop: int, change: int) -> int:
 
 
 def recount(steps: list[Step], held_blocks: int, change: int) -> None:
-    """Correct the count of a fork, whose tokens were interpolated, and move the opposite into what hangs on it."""
+    """Correct the interpolated count of a fork by `change`, and its children by the opposite."""
     for step in steps:
         node = step.node
         if step.depth == held_blocks and step.blocks == len(node.hashes):
@@ -84,14 +84,14 @@ def _tokens_between(node: Node, start: int, stop: int) -> int:
 
 
 def _next_pin(node: Node, blocks: int) -> int:
-    """The first pinned number of boundaries above `blocks`, or all."""
+    """Return the first pinned number of boundaries above `blocks`, or all."""
     return next((pinned for pinned in node.pins if pinned > blocks), len(node.hashes))
 
 
 def reshape(node: Node, start: int, stop: int, change: int) -> int:
-    """Let the run's boundaries [start, stop) hold `change` tokens more in all, in proportion; returns what was done.
+    """Change the tokens of the run's boundaries [start, stop) by `change`, in proportion. Return the change made.
 
-    Less than none is not possible, so a negative change may be done in part. Later boundaries of the run move along.
+    A count cannot fall below zero, so a negative change may be made in part. Later boundaries of the run move along.
     Every holder's total follows.
     """
     tokens = node.tokens
@@ -107,19 +107,19 @@ def reshape(node: Node, start: int, stop: int, change: int) -> int:
     if done:
         for i in range(stop, len(tokens)):
             tokens[i] += done
-        for shelf in node.held:
-            shelf.tokens += done
+        for entries in node.held:
+            entries.tokens += done
     return done
 
 
 def last_pin(node: Node, blocks: int) -> int:
-    """The deepest pinned number of boundaries under `blocks`, or 0."""
+    """Return the deepest pinned number of boundaries below `blocks`, or 0."""
     at = bisect_left(node.pins, blocks)
     return node.pins[at - 1] if at else 0
 
 
 def pin(node: Node, blocks: int) -> None:
-    """Note that the count at this number of boundaries is a reported one."""
+    """Mark the count at this number of boundaries as reported."""
     at = bisect_left(node.pins, blocks)
     if at == len(node.pins) or node.pins[at] != blocks:
         node.pins = (*node.pins[:at], blocks, *node.pins[at:])

@@ -1,9 +1,10 @@
-"""The radix tree of prefix chains, and who holds which node of it. No policy: no budgets, no epochs, no feedback.
+"""The radix tree of prefix chains, and which replica holds which node. No budgets, no epochs, no feedback.
 
-A node is a run of consecutive boundaries that all its holders hold whole; where they come to differ it is split.
-Hashes are chained, so two chains that agree at a depth agree before it: a mismatch inside a run is found by
-bisection, and whoever holds a node holds all nodes above it (prefix-closed). Each holder keeps its nodes in an
-order of recency in which a node is always older than those above it, so its oldest node is always a leaf of its.
+A node is a run of consecutive boundaries that each of its holders holds whole; at the place where they differ it is
+split. Hashes are chained, so two chains that agree at a depth agree before it: a mismatch inside a run is found by
+bisection, and a replica that holds a node holds all nodes above it (prefix-closed). Each replica's entries are kept
+in an order of recency in which a node is always older than those above it, so its oldest node is always a leaf among
+what it holds.
 """
 
 from __future__ import annotations
@@ -18,32 +19,32 @@ from cache.index.fingerprint import Fingerprint
 from cache.index.nodes import Node, ReplicaEntries, Residency, Step
 
 EVICTED_HASHES: Final = 16_384
-"""Chain ends remembered after eviction, so that a miss can be told from a cold one: some 1.5 MB."""
+"""Chain ends remembered after eviction, to tell an evicted prefix from a cold one: about 1.5 MB."""
 
 _FOREVER = float("inf")
 
 
-def new_shelf(replica: int) -> ReplicaEntries:
-    """An empty shelf."""
+def new_entries(replica: int) -> ReplicaEntries:
+    """Entries of a replica that holds nothing."""
     ring = Residency(None, None, None, _FOREVER, 0)
     ring.older = ring.newer = ring
     return ReplicaEntries(replica, ring)
 
 
 class Tree:
-    """The nodes. Counts are of all shelves; a block held twice counts once."""
+    """The nodes. `blocks` counts a block once however many replicas hold it."""
 
     def __init__(self) -> None:
         self.root = Node(None, array("Q"), array("I"), array("I"), {}, {})
         self.blocks = 0
         self.nodes = 0
-        self.holdings = 0
+        self.residencies = 0
         self._evicted: set[int] = set()
         self._evicted_order: deque[int] = deque()
         self._last_stamp = 0.0
 
     def walk(self, hashes: Sequence[int]) -> list[Step]:
-        """The nodes that a chain runs through, the head first; all but the last are matched whole."""
+        """Return the nodes that a chain runs through, the head first; all but the last are matched whole."""
         steps: list[Step] = []
         children = self.root.children
         total, depth, tokens = len(hashes), 0, 0
@@ -66,11 +67,11 @@ class Tree:
         return steps
 
     def was_evicted(self, block_hash: int) -> bool:
-        """True if the boundary was lately dropped for want of room, and nobody held it any more."""
+        """True if the boundary was recently evicted by its last holder."""
         return block_hash in self._evicted
 
     def stamp(self, now: float) -> float:
-        """`now` in seconds, moved on by the least step where needed, so that stamps order all touches."""
+        """Return `now` in seconds, moved on by the least step if needed, so that stamps order all touches."""
         self._last_stamp = now if now > self._last_stamp else nextafter(self._last_stamp, _FOREVER)
         return self._last_stamp
 
@@ -97,15 +98,15 @@ class Tree:
         node.tokens = array("I", [count - base for count in node.tokens[at:]])
         node.known = max(0, node.known - at)
         node.pins = tuple(pin - at for pin in node.pins if pin > at)
-        for shelf, tail in node.held.items():
+        for entries, tail in node.held.items():
             confirmed = min(tail.confirmed, at)
             above = Residency(head, tail, tail.newer, tail.stamp, tail.touched_by, confirmed)
             tail.newer.older = above  # type: ignore[union-attr]
             tail.newer = above
             tail.confirmed -= confirmed
-            head.held[shelf] = above
+            head.held[entries] = above
         self.nodes += 1
-        self.holdings += len(head.held)
+        self.residencies += len(head.held)
         return head
 
     def split_end(self, steps: list[Step]) -> None:
@@ -114,21 +115,21 @@ class Tree:
             last = steps[-1]
             steps[-1] = Step(self.split(last.node, last.blocks), last.blocks, last.depth, last.tokens)
 
-    def grow(self, above: Node, shelf: ReplicaEntries, chain: Fingerprint, depth: int, tokens: array[int]) -> Node:
-        """Add the chain's boundaries from `depth` on below `above`; the returned node is not held yet by `shelf`.
+    def grow(self, above: Node, entries: ReplicaEntries, chain: Fingerprint, depth: int, tokens: array[int]) -> Node:
+        """Add the chain's boundaries from `depth` on below `above`. Return their node, not yet held by `entries`.
 
-        A leaf that is `shelf`'s alone is lengthened in place and returned, held: a conversation stays one node.
+        A leaf that only `entries` holds is lengthened in place and returned, held: a conversation stays one node.
         """
         added = len(chain.hashes) - depth
         self.blocks += added
-        if above.parent is not None and not above.children and len(above.held) == 1 and shelf in above.held:
+        if above.parent is not None and not above.children and len(above.held) == 1 and entries in above.held:
             base = above.tokens[-1]
             above.hashes.extend(chain.hashes[depth:])
             above.ends.extend(chain.ends[depth:])
             above.tokens.extend([base + count for count in tokens])
-            above.held[shelf].output_tokens = 0
-            shelf.blocks += added
-            shelf.tokens += tokens[-1]
+            above.held[entries].output_tokens = 0
+            entries.blocks += added
+            entries.tokens += tokens[-1]
             return above
         node = Node(above, chain.hashes[depth:], chain.ends[depth:], tokens, {})
         if above.children is None:
@@ -137,27 +138,27 @@ class Tree:
         self.nodes += 1
         return node
 
-    def touch(self, shelf: ReplicaEntries, path: Sequence[Node], stamp: float, touched_by: int) -> None:
+    def touch(self, entries: ReplicaEntries, path: Sequence[Node], stamp: float, touched_by: int) -> None:
         """Hold every node of `path` (the head first, from the root on) and make them the newest, the head last."""
-        ring = shelf.ring
+        ring = entries.ring
         for node in reversed(path):
-            holding = node.held.get(shelf)
-            if holding is None:
-                holding = node.held[shelf] = Residency(node, None, None, stamp, touched_by)
-                shelf.blocks += len(node.hashes)
-                shelf.tokens += node.tokens[-1]
-                self.holdings += 1
+            residency = node.held.get(entries)
+            if residency is None:
+                residency = node.held[entries] = Residency(node, None, None, stamp, touched_by)
+                entries.blocks += len(node.hashes)
+                entries.tokens += node.tokens[-1]
+                self.residencies += 1
             else:
-                older, newer = holding.older, holding.newer
+                older, newer = residency.older, residency.newer
                 older.newer, newer.older = newer, older  # type: ignore[union-attr]
-                holding.stamp = stamp
-                holding.touched_by = touched_by
+                residency.stamp = stamp
+                residency.touched_by = touched_by
             newest = ring.older
-            holding.older, holding.newer = newest, ring
-            newest.newer = ring.older = holding  # type: ignore[union-attr]
+            residency.older, residency.newer = newest, ring
+            newest.newer = ring.older = residency  # type: ignore[union-attr]
 
-    def adopt(self, above: Node, hashes: array[int], ends: array[int], tokens: array[int]) -> Node:
-        """A node read back, below `above` and held by nobody yet."""
+    def restore(self, above: Node, hashes: array[int], ends: array[int], tokens: array[int]) -> Node:
+        """Add a node that was read back, below `above` and not held yet."""
         node = Node(above, hashes, ends, tokens, {})
         if above.children is None:
             above.children = {}
@@ -166,29 +167,29 @@ class Tree:
         self.blocks += len(node.hashes)
         return node
 
-    def hold(self, shelf: ReplicaEntries, node: Node, holding: Residency) -> None:
-        """Let `shelf` hold a node read back; `link` gives it a place in the order later."""
-        node.held[shelf] = holding
-        shelf.blocks += len(node.hashes)
-        shelf.tokens += node.tokens[-1]
-        self.holdings += 1
-        self._last_stamp = max(self._last_stamp, holding.stamp)
+    def hold(self, entries: ReplicaEntries, node: Node, residency: Residency) -> None:
+        """Let `entries` hold a node that was read back; `link` gives it a place in the order later."""
+        node.held[entries] = residency
+        entries.blocks += len(node.hashes)
+        entries.tokens += node.tokens[-1]
+        self.residencies += 1
+        self._last_stamp = max(self._last_stamp, residency.stamp)
 
-    def link(self, shelf: ReplicaEntries, holding: Residency) -> None:
-        """Make a holding read back the shelf's newest."""
-        newest = shelf.ring.older
-        holding.older, holding.newer = newest, shelf.ring
-        newest.newer = shelf.ring.older = holding  # type: ignore[union-attr]
+    def link(self, entries: ReplicaEntries, residency: Residency) -> None:
+        """Make a residency that was read back the replica's newest."""
+        newest = entries.ring.older
+        residency.older, residency.newer = newest, entries.ring
+        newest.newer = entries.ring.older = residency  # type: ignore[union-attr]
 
-    def release(self, shelf: ReplicaEntries, node: Node, *, evicted: bool = False) -> None:
-        """Let go of a whole node, of which `shelf` holds no child; without holders it leaves the tree."""
-        holding = node.held.pop(shelf)
-        holding.older.newer, holding.newer.older = holding.newer, holding.older  # type: ignore[union-attr]
-        self.holdings -= 1
-        shelf.blocks -= len(node.hashes)
-        shelf.tokens -= node.tokens[-1]
+    def release(self, entries: ReplicaEntries, node: Node, *, evicted: bool = False) -> None:
+        """Let go of a whole node of which `entries` holds no child; without holders it leaves the tree."""
+        residency = node.held.pop(entries)
+        residency.older.newer, residency.newer.older = residency.newer, residency.older  # type: ignore[union-attr]
+        self.residencies -= 1
+        entries.blocks -= len(node.hashes)
+        entries.tokens -= node.tokens[-1]
         if evicted:
-            shelf.evicted_blocks += len(node.hashes)
+            entries.evicted_blocks += len(node.hashes)
         if not node.held:
             first = node.hashes[0]
             del node.parent.children[first]  # type: ignore[union-attr]
@@ -198,26 +199,26 @@ class Tree:
             if evicted:
                 self._remember(first)
 
-    def trim(self, shelf: ReplicaEntries, node: Node, keep: int, *, evicted: bool = False) -> None:
-        """Let go of all but the first `keep` boundaries (0 < keep < its length) of one of the shelf's leaves."""
+    def trim(self, entries: ReplicaEntries, node: Node, keep: int, *, evicted: bool = False) -> None:
+        """Let go of all but the first `keep` boundaries (0 < keep < its length) of one of the replica's leaves."""
         if len(node.held) > 1 or node.children:
             self.split(node, keep)
-            self.release(shelf, node, evicted=evicted)
+            self.release(entries, node, evicted=evicted)
             return
         dropped = len(node.hashes) - keep
         if evicted:
-            shelf.evicted_blocks += dropped
+            entries.evicted_blocks += dropped
             self._remember(node.hashes[keep])
-        shelf.blocks -= dropped
-        shelf.tokens -= node.tokens[-1] - node.tokens[keep - 1]
+        entries.blocks -= dropped
+        entries.tokens -= node.tokens[-1] - node.tokens[keep - 1]
         self.blocks -= dropped
         for run in (node.hashes, node.ends, node.tokens):
             del run[keep:]
         node.known = min(node.known, keep)
         node.pins = tuple(pin for pin in node.pins if pin <= keep)
-        holding = node.held[shelf]
-        holding.confirmed = min(holding.confirmed, keep)
-        holding.output_tokens = 0
+        residency = node.held[entries]
+        residency.confirmed = min(residency.confirmed, keep)
+        residency.output_tokens = 0
 
     def _remember(self, block_hash: int) -> None:
         if block_hash in self._evicted:
@@ -229,7 +230,7 @@ class Tree:
 
 
 def _agreement(run: Sequence[int], hashes: Sequence[int], depth: int, differing: int) -> int:
-    """How many of the first `differing` boundaries of `run` equal the chain's from `depth` on; at least one does."""
+    """Count the boundaries of `run` that equal the chain's from `depth` on: at least one, fewer than `differing`."""
     low, high = 1, differing - 1
     while low < high:
         middle = (low + high + 1) // 2

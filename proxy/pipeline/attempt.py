@@ -75,7 +75,7 @@ class Attempt:
         if self._waits_for is not None:
             await self._waits_for.wait()
         candidate = self.candidate
-        self._turn = await self._queue.turn(candidate.uncached_tokens / candidate.replica.rate_tokens_per_second)
+        self._turn = await self._queue.acquire(candidate.uncached_tokens / candidate.replica.rate_tokens_per_second)
         self._fleet.start(self.charge, clock.monotonic())
         self._changed()
 
@@ -155,13 +155,14 @@ class Attempts:
             gate = self._gate.enter(
                 replica,
                 fingerprint.hashes,
-                matched_blocks,
-                candidate.matched_tokens,
-                plan.prompt_tokens,
-                (candidate.replica.pending_tokens + uncached) / candidate.replica.rate_tokens_per_second,
+                matched_blocks=matched_blocks,
+                matched_tokens=candidate.matched_tokens,
+                prompt_tokens=plan.prompt_tokens,
+                prefill_seconds=(candidate.replica.pending_tokens + uncached)
+                / candidate.replica.rate_tokens_per_second,
             )
         gated = isinstance(gate, Follower)
-        turn = None if gated else queue.try_turn()
+        turn = None if gated else queue.try_acquire()
         charge = self._fleet.charge(
             replica, uncached, now_seconds, plain=not stream, gated=gated, queued=turn is None and not gated
         )

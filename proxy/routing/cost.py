@@ -1,84 +1,61 @@
-"""Which replica a prompt should go to: one cost in seconds for each, the least wins, and why.
+"""Choose the replica for a prompt: compute one cost in seconds for each, take the least, and give the reason.
 
-Pure: it knows no clock, no socket and no state of its own; what it is given decides what it answers. The fleet's
-rows and the index's match come in, a `Plan` goes out. It must not know how either was learned.
+Pure: no clock, no socket, no state. The fleet's rows and the index's match come in, a `Plan` goes out.
 
 The cost of replica r for a prompt p, in seconds:
 
     (pending(r) + uncached(p, r)) / rate(r)  +  a x uncached(p, r) / mean rate
       +  c x max(in_flight(r) - 8, 0)  +  lateness(r)
 
-The first term is the time until the first token. The second is what p computes there, `a` times more, for those that
-will wait behind it: by the mean rate of all, since behind a slow replica fewer wait, each longer. With
-`a = 2 + 3 x the shortest queue of all, in seconds`: the longer all queues, the dearer it is to compute a thing twice.
-The third is the price of decoding beside many others, the last repels from a replica that stalls. Nothing here drops
-affinity at a threshold: a hot prefix is computed a second time exactly where waiting for its holder costs more.
+The first term is the time until the first token. The second charges what p computes there `a` times more, for the
+requests that will wait behind it; it uses the mean rate of all, since behind a slow replica fewer requests wait, each
+longer. `a = 2 + 3 x the shortest queue of all, in seconds`: the longer all queues are, the more it costs to compute
+something twice. The third term is the price of decoding beside many others, the last one avoids a replica that
+stalls. No threshold ends affinity: a hot prefix is computed a second time exactly if waiting for its holder costs
+more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
 from zlib import crc32
 
 from proxy.errors import Overloaded
 from proxy.model import CacheStatus, Candidate, Demand, MissReason, Plan, ReplicaView, RouteReason
 
+if TYPE_CHECKING:
+    from cache import Held, Match
+
 LEAST_FUTURE_WEIGHT: Final = 2.0
-"""`a` where a replica is idle. What is computed twice also drives something else out of a cache, so it is dearer than
-its own seconds: with 1 the hits of a trace are 0.92 of one pooled cache's, with 2 they are 0.94, for one percent more
-mean TTFT; with 3 they are 0.95, for two."""
+"""`a` while a replica is idle. A prefix computed twice also evicts something else, so it costs more than its own
+seconds: with 1 the hits of a trace are 0.92 of one pooled cache's, with 2 they are 0.94 for one percent more mean
+TTFT, with 3 they are 0.95 for two."""
 
 WEIGHT_PER_SECOND: Final = 3.0
 """How fast `a` grows with the shortest queue. On an overloaded trace 3 has a sixth less mean TTFT than 1, and more
-hits; where queues are short it makes no difference. Above 4 the slowest wait longer."""
+hits; with short queues it makes no difference. Above 4 the slowest requests wait longer."""
 
 MAX_FUTURE_WEIGHT: Final = 30.0
-"""Bound of `a`: in an overload of minutes the weight would otherwise drown the queue's own term."""
+"""Bound of `a`: in an overload of minutes the weight would otherwise outweigh the queue's own term."""
 
 FREE_IN_FLIGHT: Final = 8
-"""So many decode at no price: a step of an engine reads the weights once for all of its batch. Priced from the first
-on, small differences in number outweigh queues and prefixes: a fiftieth more mean TTFT on a trace, and nothing gained
-on a load of decodes, where the numbers are large. With 4 to 16 it is the same."""
+"""Requests that decode at no price: an engine step reads the weights once for its whole batch. With a price from the
+first one on, small differences in number outweigh queues and prefixes: 2 % more mean TTFT on a trace, and no gain on
+a load of decodes, where the numbers are large. 4 to 16 give the same figures."""
 
 MIN_UNCACHED_TOKENS: Final = 1.0
 """Engines always compute the last token, whatever they hold."""
 
 MIN_SHAREABLE_BYTES: Final = 4_096
-"""A prompt under some 1,000 tokens is not worth keeping in an index: computing it costs less than a detour."""
+"""A prompt under about 1,000 tokens is not worth indexing: computing it costs less than a detour."""
 
 TIE_SHARE: Final = 0.02
 TIE_SECONDS: Final = 0.002
-"""Costs nearer than this to the least are one cost: learned rates differ by noise, and a fleet that is idle must not
-send every cold prompt to the replica whose rate looks one percent better."""
+"""Costs nearer to the least than this are equal: learned rates differ by noise, and an idle fleet must not send every
+cold prompt to the replica whose rate looks one percent better."""
 
 _MASK = (1 << 64) - 1
-
-
-class Held(Protocol):
-    """How much of a prompt one replica holds: `cache.Held`."""
-
-    @property
-    def blocks(self) -> int: ...
-    @property
-    def size_bytes(self) -> int: ...
-    @property
-    def tokens(self) -> float: ...
-
-
-class Match(Protocol):
-    """What the index knows of a prompt: `cache.Match`.
-
-    `held` has the replicas that hold more than nothing. `evicted` and `diverged` say of the deepest that any holds
-    that more of the prompt was there once, or that other prompts go on differently from there.
-    """
-
-    @property
-    def held(self) -> Mapping[int, Held]: ...
-    @property
-    def evicted(self) -> bool: ...
-    @property
-    def diverged(self) -> bool: ...
 
 
 def plan(
@@ -92,8 +69,9 @@ def plan(
 ) -> Plan:
     """Order the available replicas by cost, cheapest first.
 
-    `held_back` tells where what a replica holds is still being computed, so that this prompt would wait for it; None
-    where nothing is. Raises `Overloaded`, with the seconds until the first is tried again, where none is available.
+    `held_back` is true for a replica that is still computing what it is said to hold, so that this prompt would wait;
+    None if no replica is. Raises `Overloaded`, with the seconds until the first one is tried again, if none is
+    available.
     """
     pinned = demand.pinned_replica
     if pinned is None:
@@ -121,7 +99,7 @@ def plan(
 
 
 def future_weight(views: Sequence[ReplicaView], per_second: float = WEIGHT_PER_SECOND) -> float:
-    """`a` of the cost: two, and `per_second` x the shortest queue of `views` in seconds, at most 30."""
+    """Return `a` of the cost: 2 plus `per_second` times the shortest queue of `views` in seconds, at most 30."""
     shortest = min([view.pending_tokens / view.rate_tokens_per_second for view in views])
     return min(LEAST_FUTURE_WEIGHT + per_second * shortest, MAX_FUTURE_WEIGHT)
 
@@ -157,9 +135,9 @@ def _cost(candidate: Candidate) -> float:
 
 
 def _settle_ties(candidates: list[Candidate], tie_hash: int) -> None:
-    """Put first, of those that cost as good as the least, the one with fewest in flight, then by rendezvous.
+    """Among those whose cost equals the least, put first the one with fewest in flight, then by rendezvous hashing.
 
-    Only replicas that hold equally much tie: where one holds more, a small difference is no noise.
+    Only replicas that hold equally much tie: if one holds more, a small difference is no noise.
     """
     first = candidates[0]
     bound = first.cost_seconds * (1.0 + TIE_SHARE) + TIE_SECONDS
@@ -182,11 +160,11 @@ def _settle_ties(candidates: list[Candidate], tie_hash: int) -> None:
 def _not_waiting(
     candidates: tuple[Candidate, ...], held: Mapping[int, Held], held_back: Callable[[int, Held], bool]
 ) -> tuple[Candidate, ...]:
-    """Where the cheapest would have to wait for a prefill under way, put first the cheapest of those that would have
-    the first token sooner and hold no less.
+    """If the cheapest would have to wait for a prefill under way, put first the cheapest of those that hold no less
+    and would have the first token sooner.
 
-    A hot prefix gets a further copy when its holders decode much; the copy's replica is then idle, and so the
-    cheapest for all that follow. It is made for those that come when it is there: who waits for it gains nothing.
+    A hot prefix gets another copy when its holders decode many; the copy's replica is then idle, and so the cheapest
+    for all that follow. The copy is for requests that come when it is ready: one that waits for it gains nothing.
     """
     first = candidates[0]
     have = held.get(first.replica.id)
@@ -211,7 +189,7 @@ def _first_token_seconds(candidate: Candidate) -> float:
 
 
 def _rendezvous(tie_hash: int, name: str) -> int:
-    """The weight of `name` for this prefix: one round of Fibonacci hashing over both (Knuth, TAOCP 3, 6.4).
+    """Return the weight of `name` for this prefix: one round of Fibonacci hashing over both (Knuth, TAOCP 3, 6.4).
 
     Not Python's own `hash`, which differs from process to process.
     """
@@ -238,7 +216,7 @@ def _cache_status(demand: Demand, match: Match, candidates: tuple[Candidate, ...
 
 
 def _miss(matched: int, match: Match, candidates: tuple[Candidate, ...]) -> MissReason:
-    """Why no more than `matched` bytes; none where the rest of the prompt is new."""
+    """Return why no more than `matched` bytes were found; NONE if the rest of the prompt is new."""
     for candidate in candidates:
         if candidate.matched_bytes > matched:
             return MissReason.ELSEWHERE

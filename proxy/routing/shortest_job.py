@@ -1,9 +1,9 @@
-"""The order in which waiting requests are served: least work first, with ageing. Pure; it knows no event loop.
+"""The order in which waiting requests are served: least work first, with ageing. Pure.
 
-A request's place is its seconds of work less a tenth of the seconds it has waited. Between two requests the
-difference does not change while both wait, so the place is fixed at arrival (`work + 0.1 x arrival`) and a heap keeps
-the order. From half of its deadline on a request goes before all that have not come so far, oldest first: none
-starves, however many short ones arrive.
+A request's priority is its seconds of work minus a tenth of the seconds it has waited. The difference between two
+requests does not change while both wait, so the priority is fixed at arrival (`work + 0.1 x arrival`) and a heap
+keeps the order. From half of its deadline on a request goes before all that have not reached that point, oldest
+first, so that none starves, however many short ones arrive.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ AGEING: Final = 0.1
 T = TypeVar("T")
 
 
-class Place(Generic[T]):
-    """One request in line. `gone` once it was served or left."""
+class Entry(Generic[T]):
+    """One waiting request. `gone` is True once it was served or left."""
 
     __slots__ = ("arrived_seconds", "gone", "item", "work_seconds")
 
@@ -36,46 +36,46 @@ class ShortestJobQueue(Generic[T]):
     def __init__(self, deadline_seconds: float, ageing: float = AGEING) -> None:
         self.deadline_seconds = deadline_seconds
         self._ageing = ageing
-        self._by_place: list[tuple[float, int, Place[T]]] = []
-        self._by_arrival: deque[Place[T]] = deque()
+        self._by_priority: list[tuple[float, int, Entry[T]]] = []
+        self._by_arrival: deque[Entry[T]] = deque()
         self._joined = 0
         self._waiting = 0
 
     def __len__(self) -> int:
         return self._waiting
 
-    def join(self, item: T, work_seconds: float, now_seconds: float) -> Place[T]:
-        """Stand in line; `now_seconds` never goes back."""
-        place = Place(item, work_seconds, now_seconds)
+    def join(self, item: T, work_seconds: float, now_seconds: float) -> Entry[T]:
+        """Add a request; `now_seconds` must never decrease."""
+        entry = Entry(item, work_seconds, now_seconds)
         self._joined += 1
-        heappush(self._by_place, (work_seconds + self._ageing * now_seconds, self._joined, place))
-        self._by_arrival.append(place)
+        heappush(self._by_priority, (work_seconds + self._ageing * now_seconds, self._joined, entry))
+        self._by_arrival.append(entry)
         self._waiting += 1
-        return place
+        return entry
 
-    def leave(self, place: Place[T]) -> None:
-        """Its client is gone, or its deadline passed. May come twice."""
-        if not place.gone:
-            place.gone = True
+    def leave(self, entry: Entry[T]) -> None:
+        """Remove a request whose client left or whose deadline passed. May be called twice."""
+        if not entry.gone:
+            entry.gone = True
             self._waiting -= 1
-            if len(self._by_place) > 2 * self._waiting + 16:
+            if len(self._by_priority) > 2 * self._waiting + 16:
                 self._compact()
 
     def next(self, now_seconds: float) -> T | None:
-        """Take out whose turn it is; None where nobody waits."""
+        """Remove and return the next request to serve; None if none waits."""
         if not self._waiting:
             return None
         while self._by_arrival[0].gone:
             self._by_arrival.popleft()
-        place = self._by_arrival[0]
-        if now_seconds - place.arrived_seconds < self.deadline_seconds / 2:
-            while (place := heappop(self._by_place)[2]).gone:
+        entry = self._by_arrival[0]
+        if now_seconds - entry.arrived_seconds < self.deadline_seconds / 2:
+            while (entry := heappop(self._by_priority)[2]).gone:
                 pass
-        self.leave(place)
-        return place.item
+        self.leave(entry)
+        return entry.item
 
     def _compact(self) -> None:
-        """Forget the gone; they would else stay until they come to the top."""
-        self._by_place = [entry for entry in self._by_place if not entry[2].gone]
-        heapify(self._by_place)
-        self._by_arrival = deque(place for place in self._by_arrival if not place.gone)
+        """Drop the entries that are gone, which would otherwise stay until they reach the top."""
+        self._by_priority = [each for each in self._by_priority if not each[2].gone]
+        heapify(self._by_priority)
+        self._by_arrival = deque(entry for entry in self._by_arrival if not entry.gone)

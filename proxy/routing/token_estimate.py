@@ -1,7 +1,7 @@
-"""How many tokens a prompt will be, before any engine has counted: learned per model from what engines report.
+"""Predict the tokens of a prompt before an engine has counted them, per model, from what engines reported.
 
-No tokenizer: bytes per token differ threefold between Chinese, code and prose, and every answer tells the truth
-of its own. A picture, sound or file is hashed as bytes but counted by its kind. It knows no engine.
+No tokenizer: bytes per token differ threefold between Chinese, code and prose, and every answer reports the true
+count of its prompt. A picture, sound or file is hashed as bytes but counted by its kind.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ FIRST_TOKENS_PER_BYTE: Final = 0.25
 """English prose and JSON, before anything is learned."""
 
 FIRST_WEIGHT_BYTES: Final = 4_096.0
-"""How much prompt the first guess is worth: the first real answer outweighs it."""
+"""Weight of the first guess, in bytes of prompt: the first long answer outweighs it."""
 
 MEMORY: Final = 0.98
-"""What the past keeps of its weight with each answer: some fifty answers are remembered."""
+"""Factor by which the weight of past answers shrinks with each new one: about fifty count."""
 
 FIRST_MEDIA_TOKENS: Mapping[str, float] = {"image": 1_000.0, "audio": 1_000.0, "file": 3_000.0}
-"""By kind, before anything is learned: a picture of a megapixel, a spoken minute, a file of a few pages."""
+"""By kind, before anything is learned: a one-megapixel picture, a minute of speech, a file of a few pages."""
 
 MEDIA_STEP: Final = 0.2
 """Weight of the newest answer in the mean of a kind."""
 
 MOST_MODELS: Final = 256
-"""Models remembered; the one longest unused is forgotten, since model names come from clients."""
+"""Models remembered; the least recently used is dropped, since model names come from clients."""
 
 
 class _Model:
@@ -46,7 +46,7 @@ class TokenCounts:
         self._models: dict[str, _Model] = {}
 
     def tokens_per_byte(self, model: str) -> float:
-        """Of text; the first guess for a model that never answered."""
+        """Return the ratio for text; the first guess for a model that never answered."""
         known = self._models.get(model)
         return FIRST_TOKENS_PER_BYTE if known is None else known.text_tokens / known.text_bytes
 
@@ -58,10 +58,10 @@ class TokenCounts:
         known_bytes: int = 0,
         known_tokens: float = 0.0,
     ) -> float:
-        """Tokens of a prompt of `size_bytes`, `media` included.
+        """Predict the tokens of a prompt of `size_bytes`, `media` included.
 
-        Where its first `known_bytes` have been answered before, they are `known_tokens`, and only what follows is
-        predicted; media are then taken to stand in what is known as far as they fit there.
+        If its first `known_bytes` were answered before and are `known_tokens`, only the rest is predicted; media then
+        count as part of the known bytes as long as they fit there.
         """
         ratio = self.tokens_per_byte(model)
         if not media:
@@ -78,11 +78,11 @@ class TokenCounts:
         return tokens + max(text_bytes, 0) * ratio
 
     def observe(self, model: str, size_bytes: int, prompt_tokens: int, media: Sequence[Media] = ()) -> None:
-        """What an engine counted for a prompt. With media of several kinds nothing can be told, and nothing is."""
+        """Learn an engine's count for a prompt. Media of several kinds teach nothing: their shares stay hidden."""
         if size_bytes <= 0 or prompt_tokens <= 0:
             return
         known = self._models.pop(model, None) or _Model()
-        self._models[model] = known  # at the end: the longest unused stays in front
+        self._models[model] = known  # at the end: the least recently used stays in front
         if len(self._models) > MOST_MODELS:
             del self._models[next(iter(self._models))]
         if not media:

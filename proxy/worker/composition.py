@@ -61,7 +61,8 @@ from proxy.pipeline.models_endpoint import ModelsEndpoint
 from proxy.pipeline.pipeline import Pipeline
 from proxy.pipeline.relay import Relay
 from proxy.pipeline.settlement import Settlement
-from proxy.routing.prefill_gate import PrefillGate, RemotePrefills
+from proxy.routing.prefill_gate import PrefillGate
+from proxy.routing.remote_prefills import RemotePrefills
 from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 from proxy.routing.token_estimate import TokenCounts
 from proxy.tasks import Tasks
@@ -304,7 +305,7 @@ class Worker:
         for number in self.pools.served:
             limit = self.fleet.limit_of(number)
             if number in self.queues:
-                self.queues[number].adopt(limits)
+                self.queues[number].set_limits(limits)
                 self.queues[number].set_limit(limit)
             else:
                 self.queues[number] = ReplicaQueue(limit, limits, self.clock, partial(self._places, number))

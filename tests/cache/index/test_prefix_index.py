@@ -1,4 +1,4 @@
-"""What the index promises verb by verb; its set semantics are held against a model in test_index_model."""
+"""What the index promises verb by verb; its set semantics are held against a model in test_prefix_index_model."""
 
 from __future__ import annotations
 
@@ -422,7 +422,7 @@ def test_loading_lets_go_of_what_was_there_little_by_little(bench):
     assert bench.depth(talk("a", 3)) == 3
     assert bench.depth(talk("b", 3)) == 0
     assert not bench.index.tend(bench.now)
-    assert not bench.index._dead
+    assert not bench.index._eviction._retired
 
 
 def test_the_index_goes_on_while_another_is_read_in_and_then_is_the_other(bench):

@@ -133,13 +133,13 @@ class IndexMachine(RuleBasedStateMachine):
         if not hasattr(self, "index"):
             return
         tree = self.index._tree
-        counted = {"blocks": 0, "nodes": 0, "holdings": 0}
+        counted = {"blocks": 0, "nodes": 0, "residencies": 0}
         self._check_below(tree.root, counted)
-        assert counted == {"blocks": tree.blocks, "nodes": tree.nodes, "holdings": tree.holdings}
+        assert counted == {"blocks": tree.blocks, "nodes": tree.nodes, "residencies": tree.residencies}
         for replica, state in self.index._replicas.items():
-            assert state.shelf.blocks == len(self.model[replica].held)
-            assert state.shelf.tokens == BLOCK_TOKENS * state.shelf.blocks <= self.model[replica].budget
-            self._check_order(state.shelf)
+            assert state.entries.blocks == len(self.model[replica].held)
+            assert state.entries.tokens == BLOCK_TOKENS * state.entries.blocks <= self.model[replica].budget
+            self._check_order(state.entries)
 
     def _check_below(self, node: Node, counted: dict[str, int]) -> None:
         for first, child in (node.children or {}).items():
@@ -151,23 +151,23 @@ class IndexMachine(RuleBasedStateMachine):
                 assert child.held.keys() <= node.held.keys(), "prefix-closed"
             counted["blocks"] += len(child.hashes)
             counted["nodes"] += 1
-            counted["holdings"] += len(child.held)
+            counted["residencies"] += len(child.held)
             self._check_below(child, counted)
 
-    def _check_order(self, shelf: Any) -> None:
+    def _check_order(self, entries: Any) -> None:
         seen: set[int] = set()
-        holding, blocks, stamp = shelf.ring.newer, 0, 0.0
-        while holding is not shelf.ring:
+        residency, blocks, stamp = entries.ring.newer, 0, 0.0
+        while residency is not entries.ring:
             assert not any(
-                shelf in child.held and id(child) not in seen for child in (holding.node.children or {}).values()
+                entries in child.held and id(child) not in seen for child in (residency.node.children or {}).values()
             )
-            assert holding.stamp >= stamp
-            assert holding.newer.older is holding
-            assert holding.node.held[shelf] is holding
-            seen.add(id(holding.node))
-            blocks += len(holding.node.hashes)
-            holding, stamp = holding.newer, holding.stamp
-        assert blocks == shelf.blocks
+            assert residency.stamp >= stamp
+            assert residency.newer.older is residency
+            assert residency.node.held[entries] is residency
+            seen.add(id(residency.node))
+            blocks += len(residency.node.hashes)
+            residency, stamp = residency.newer, residency.stamp
+        assert blocks == entries.blocks
 
 
 TestIndexAgainstModel = IndexMachine.TestCase

@@ -88,7 +88,7 @@ def outcome(miss: MissReason, model: str = "m") -> Outcome:
 def placement(held_blocks: int) -> Placement:
     """Of a prompt of two blocks."""
     fingerprint = Fingerprint(array("Q", chain("a", "b")), array("I", [512, 1024]))
-    return Placement(1, 0, 0, fingerprint, held_blocks, 80, False, False, 0, 0, 0.0)
+    return Placement(1, 0, 0, fingerprint, 0.0, held_blocks=held_blocks, predicted_tokens=80)
 
 
 def sightings() -> PrefixStats:

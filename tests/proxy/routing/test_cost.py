@@ -9,25 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache import Held, Match
 from proxy.errors import Overloaded
 from proxy.model import CacheStatus, Demand, MissReason, ReplicaView, RouteReason
 from proxy.routing.cost import future_weight, plan
 
 
-class Held(msgspec.Struct, frozen=True):
-    """As `cache.Held`."""
-
-    size_bytes: int
-    tokens: float
-    blocks: int = 1
-
-
-class Match(msgspec.Struct, frozen=True):
-    """As `cache.Match`."""
-
-    held: dict[int, Held]
-    evicted: bool = False
-    diverged: bool = False
+def held_part(size_bytes: int, tokens: float) -> Held:
+    """One block of `size_bytes` that a replica holds."""
+    return Held(1, size_bytes, int(tokens))
 
 
 NOTHING = Match({})
@@ -55,7 +45,9 @@ def chosen(*args, **kwargs) -> int:
 
 def test_a_follow_up_goes_where_its_longest_prefix_is():
     """Warm beats cold on an idle fleet, and the reason says so."""
-    made = plan(LONG, Match({1: Held(30_000, 7_500.0), 2: Held(10_000, 2_500.0)}), [view(0), view(1), view(2)])
+    made = plan(
+        LONG, Match({1: held_part(30_000, 7_500.0), 2: held_part(10_000, 2_500.0)}), [view(0), view(1), view(2)]
+    )
     assert made.chosen.replica.id == 1
     assert (made.reason, made.cache, made.miss) == (RouteReason.WARM, CacheStatus.PARTIAL, MissReason.NONE)
     assert [candidate.replica.id for candidate in made.candidates] == [1, 2, 0]
@@ -64,7 +56,7 @@ def test_a_follow_up_goes_where_its_longest_prefix_is():
 
 def test_a_hot_prefix_spreads_when_its_holders_queue_costs_more_than_a_cold_prefill():
     """There is one crossing, at the queue that costs as much, and no threshold at which affinity is dropped."""
-    held = Match({0: Held(39_000, 9_750.0)})
+    held = Match({0: held_part(39_000, 9_750.0)})
 
     def where(pending: float) -> int:
         return chosen(LONG, held, [view(0, pending_tokens=pending), view(1)])
@@ -77,20 +69,20 @@ def test_a_hot_prefix_spreads_when_its_holders_queue_costs_more_than_a_cold_pref
 
 def test_decoding_beside_others_has_a_price_from_the_ninth_on():
     """A hot prompt gets a second copy when its holder decodes many; differences between small numbers are nothing."""
-    held = Match({0: Held(39_000, 9_750.0), 1: Held(38_000, 9_500.0)})
+    held = Match({0: held_part(39_000, 9_750.0), 1: held_part(38_000, 9_500.0)})
 
     def where(in_flight: int, more: Match = held) -> int:
         return chosen(LONG, more, [view(0, in_flight=in_flight), view(1)])
 
     assert [where(in_flight) for in_flight in (1, 8, 9, 10)] == [0, 0, 0, 1]
-    alone = Match({0: Held(39_000, 9_750.0)})
+    alone = Match({0: held_part(39_000, 9_750.0)})
     assert [where(in_flight, alone) for in_flight in (10, 81, 82)] == [0, 0, 1]
 
 
 def test_nobody_waits_for_a_further_copy_of_a_hot_prefix():
     """While it is computed, its idle replica is the cheapest for all that follow; they go where it is already there,
     the cheapest of those, unless the queue there is the longer wait."""
-    held = Match({number: Held(39_000, 9_750.0) for number in (0, 1, 2)})
+    held = Match({number: held_part(39_000, 9_750.0) for number in (0, 1, 2)})
     making = view(0, pending_tokens=8_000.0, in_flight=1)
 
     def where(pending: float = 0.0, *, more: Match = held) -> int:
@@ -100,7 +92,7 @@ def test_nobody_waits_for_a_further_copy_of_a_hot_prefix():
     assert where() == 2
     assert where(7_900.0) == 2
     assert where(8_100.0) == 0
-    assert where(more=Match({0: Held(39_000, 9_750.0), 2: Held(38_000, 9_500.0)})) == 0
+    assert where(more=Match({0: held_part(39_000, 9_750.0), 2: held_part(38_000, 9_500.0)})) == 0
     made = plan(LONG, held, [making, view(1, in_flight=50)], held_back=lambda replica, _: replica == 0)
     assert [candidate.replica.id for candidate in made.candidates] == [1, 0]
     assert (made.reason, made.cache) == (RouteReason.WARM, CacheStatus.HIT)
@@ -108,7 +100,7 @@ def test_nobody_waits_for_a_further_copy_of_a_hot_prefix():
 
 def test_the_longer_every_queue_the_dearer_a_second_prefill():
     """With all queues at 4 s the holder keeps a prompt that it would lose with the others idle."""
-    held = Match({0: Held(39_000, 9_750.0)})
+    held = Match({0: held_part(39_000, 9_750.0)})
     assert chosen(LONG, held, [view(0, pending_tokens=32_000 + 30_000.0), view(1, pending_tokens=32_000.0)]) == 0
     assert chosen(LONG, held, [view(0, pending_tokens=30_000.0), view(1)]) == 1
 
@@ -131,7 +123,7 @@ def test_a_short_cold_prompt_never_moves_a_warm_long_one(short_tokens, long_toke
     holder = view(0, pending_tokens=short_tokens, in_flight=1, rate_tokens_per_second=rate)
     idle = [view(n, rate_tokens_per_second=rate) for n in range(1, others + 1)]
     demand = Demand(size_bytes=int(long_tokens * 4), prompt_tokens=long_tokens)
-    assert chosen(demand, Match({0: Held(int(long_tokens * 4), long_tokens)}), [holder, *idle]) == 0
+    assert chosen(demand, Match({0: held_part(int(long_tokens * 4), long_tokens)}), [holder, *idle]) == 0
 
 
 @pytest.mark.parametrize("count", range(2, 9))
@@ -175,26 +167,26 @@ def test_mixed_hardware_is_priced_by_its_own_rate():
     assert chosen(LONG, NOTHING, [slow, msgspec.structs.replace(fast, pending_tokens=60_000.0)]) == 1
     assert chosen(LONG, NOTHING, [slow, msgspec.structs.replace(fast, pending_tokens=80_000.0)]) == 0
     # the same tokens warm on the slow one save more seconds there than a cold prefill costs on the fast one
-    assert chosen(LONG, Match({0: Held(39_000, 9_800.0)}), [slow, fast]) == 0
+    assert chosen(LONG, Match({0: held_part(39_000, 9_800.0)}), [slow, fast]) == 0
 
 
 def test_a_replica_that_stalls_repels():
     """Its lateness counts in full, even for what is warm there."""
-    held = Match({0: Held(39_000, 9_750.0)})
+    held = Match({0: held_part(39_000, 9_750.0)})
     assert chosen(LONG, held, [view(0, lateness_seconds=1.0), view(1)]) == 0
     assert chosen(LONG, held, [view(0, lateness_seconds=5.0), view(1)]) == 1
 
 
 def test_in_flight_requests_have_a_price():
     """A holder with a hundred decodes is left for a replica with none, once that costs more than the prefill."""
-    held = Match({0: Held(39_000, 9_750.0)})
+    held = Match({0: held_part(39_000, 9_750.0)})
     assert chosen(LONG, held, [view(0, in_flight=20), view(1)]) == 0
     assert chosen(LONG, held, [view(0, in_flight=100), view(1)]) == 1
 
 
 def test_unavailable_replicas_are_left_out_and_said_to_be_why():
     """What only a replica that is down holds is a miss by name."""
-    made = plan(LONG, Match({0: Held(39_000, 9_750.0)}), [view(0, available=False), view(1), view(2)])
+    made = plan(LONG, Match({0: held_part(39_000, 9_750.0)}), [view(0, available=False), view(1), view(2)])
     assert [candidate.replica.id for candidate in made.candidates if candidate.replica.id == 0] == []
     assert (made.reason, made.miss) == (RouteReason.COLD, MissReason.DOWN)
 
@@ -213,7 +205,7 @@ def test_what_is_pinned_goes_there_even_where_it_drains():
     """The object lives on one replica: no cost moves it, and without that replica there is no answer."""
     pinned = msgspec.structs.replace(LONG, pinned_replica=1)
     busy = view(1, available=False, draining=True, pending_tokens=90_000.0)
-    made = plan(pinned, Match({0: Held(39_000, 9_750.0)}), [view(0), busy])
+    made = plan(pinned, Match({0: held_part(39_000, 9_750.0)}), [view(0), busy])
     assert ([c.replica.id for c in made.candidates], made.reason) == ([1], RouteReason.PINNED)
     with pytest.raises(Overloaded):
         plan(pinned, NOTHING, [view(0), view(1, available=False)])
@@ -228,10 +220,10 @@ def test_short_prompts_are_no_hits_and_no_misses():
 
 def test_reasons_of_hits_and_misses():
     """All but the last block is a hit, and of what is new nothing was missed; one replica is the only one."""
-    grown = {0: Held(20_000, 5_000.0)}
+    grown = {0: held_part(20_000, 5_000.0)}
     assert plan(LONG, Match(grown), [view(0), view(1)]).miss is MissReason.NONE
     assert plan(LONG, Match(grown, diverged=True), [view(0), view(1)]).miss is MissReason.CHANGED
-    made = plan(LONG, Match({0: Held(38_000, 9_500.0)}), [view(0), view(1)])
+    made = plan(LONG, Match({0: held_part(38_000, 9_500.0)}), [view(0), view(1)])
     assert (made.cache, made.miss) == (CacheStatus.HIT, MissReason.NONE)
     assert plan(LONG, Match({}, evicted=True), [view(0), view(1)]).miss is MissReason.EVICTED
     assert plan(LONG, NOTHING, [view(0), view(1)]).miss is MissReason.COLD
@@ -252,7 +244,7 @@ def test_every_available_replica_is_a_candidate_in_order_of_cost(rows, tokens):
         view(n, rate_tokens_per_second=rate, pending_tokens=pending, in_flight=flying, lateness_seconds=late)
         for n, (rate, pending, flying, late) in enumerate(rows)
     ]
-    made = plan(Demand(9_000, tokens), Match({0: Held(9_000, tokens)}), views)
+    made = plan(Demand(9_000, tokens), Match({0: held_part(9_000, tokens)}), views)
     costs = [candidate.cost_seconds for candidate in made.candidates]
     assert costs[1:] == sorted(costs[1:])
     assert costs[0] <= min(costs) * 1.02 + 0.002

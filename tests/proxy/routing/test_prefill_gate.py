@@ -23,7 +23,14 @@ def enter(
     gate: PrefillGate, own: int, matched_blocks: int = 16, matched_tokens: float = 4_096.0, more: float = 100.0
 ):
     chain = [*SHARED, own]
-    return gate.enter(0, chain, matched_blocks, matched_tokens, 4_096.0 + more, 0.5)
+    return gate.enter(
+        0,
+        chain,
+        matched_blocks=matched_blocks,
+        matched_tokens=matched_tokens,
+        prompt_tokens=4_096.0 + more,
+        prefill_seconds=0.5,
+    )
 
 
 def lead(gate: PrefillGate, own: int = 1) -> Prefill:
@@ -101,8 +108,18 @@ def test_who_shares_little_or_nothing_that_is_under_way_does_not_wait():
     """Another replica, another chain, a warm prefix, or under 1,024 cold tokens in common: straight on."""
     gate = PrefillGate()
     lead(gate)
-    assert gate.enter(1, [*SHARED, 2], 16, 4_096.0, 4_196.0, 0.5) is None
-    assert gate.enter(0, list(range(17)), 16, 4_096.0, 4_196.0, 0.5) is None
+    assert (
+        gate.enter(
+            1, [*SHARED, 2], matched_blocks=16, matched_tokens=4_096.0, prompt_tokens=4_196.0, prefill_seconds=0.5
+        )
+        is None
+    )
+    assert (
+        gate.enter(
+            0, list(range(17)), matched_blocks=16, matched_tokens=4_096.0, prompt_tokens=4_196.0, prefill_seconds=0.5
+        )
+        is None
+    )
     assert enter(gate, 2, matched_blocks=4, matched_tokens=1_024.0, more=-3_000.0) is None
     warm = PrefillGate()
     assert isinstance(enter(warm, 1, 16, 4_096.0, more=5_000.0), Prefill)  # leads its own part only
@@ -142,7 +159,9 @@ def test_a_siblings_own_long_part_has_followers_of_its_own():
     leader = lead(gate)
     deeper = enter(gate, 2, more=5_000.0)
     assert isinstance(deeper, Follower)
-    third = gate.enter(0, [*SHARED, 2, 3], 17, 9_096.0, 9_196.0, 0.5)
+    third = gate.enter(
+        0, [*SHARED, 2, 3], matched_blocks=17, matched_tokens=9_096.0, prompt_tokens=9_196.0, prefill_seconds=0.5
+    )
     assert isinstance(third, Follower)
     leader.first_token()
     assert third._passage is None
@@ -163,7 +182,12 @@ def burst(
         best = made.chosen
         held = match.held.get(best.replica.id)
         passage = gate.enter(
-            best.replica.id, prompt.hashes, held.blocks if held else 0, best.matched_tokens, tokens, 1.0
+            best.replica.id,
+            prompt.hashes,
+            matched_blocks=held.blocks if held else 0,
+            matched_tokens=best.matched_tokens,
+            prompt_tokens=tokens,
+            prefill_seconds=1.0,
         )
         prefills += not isinstance(passage, Follower)
         charges.append(fleet.charge(best.replica.id, best.uncached_tokens, now, gated=isinstance(passage, Follower)))

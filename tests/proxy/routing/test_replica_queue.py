@@ -16,7 +16,7 @@ def queue_of(limit: int | None, **limits: float) -> ReplicaQueue:
 
 
 async def waiter(queue: ReplicaQueue, work: float, order: list[float]) -> None:
-    async with await queue.turn(work):
+    async with await queue.acquire(work):
         order.append(work)
 
 
@@ -28,18 +28,18 @@ async def settle() -> None:
 async def test_without_a_limit_nothing_waits():
     """It is off where no limit is known."""
     queue = queue_of(None)
-    turns = [await queue.turn(1.0) for _ in range(100)]
+    permits = [await queue.acquire(1.0) for _ in range(100)]
     assert (len(queue), queue.running) == (0, 100)
-    for turn in turns:
-        turn.done()
-        turn.done()
+    for permit in permits:
+        permit.done()
+        permit.done()
     assert queue.running == 0
 
 
 async def test_waiting_requests_are_served_least_work_first():
     """As places become free."""
     queue = queue_of(1)
-    first = await queue.turn(1.0)
+    first = await queue.acquire(1.0)
     order: list[float] = []
     async with asyncio.TaskGroup() as group:
         for work in (9.0, 0.1, 2.0):
@@ -54,7 +54,7 @@ async def test_waiting_requests_are_served_least_work_first():
 async def test_a_client_that_leaves_is_gone_from_the_line():
     """And takes no place with it."""
     queue = queue_of(1)
-    first = await queue.turn(1.0)
+    first = await queue.acquire(1.0)
     order: list[float] = []
     left, stays = (asyncio.get_running_loop().create_task(waiter(queue, work, order)) for work in (1.0, 2.0))
     await settle()
@@ -68,9 +68,9 @@ async def test_a_client_that_leaves_is_gone_from_the_line():
 
 
 async def test_one_that_is_cancelled_in_the_moment_of_its_turn_gives_it_on():
-    """The turn was given, the task never ran: the next one has it."""
+    """The permit was given, the task never ran: the next one gets it."""
     queue = queue_of(1)
-    first = await queue.turn(1.0)
+    first = await queue.acquire(1.0)
     order: list[float] = []
     unlucky, stays = (asyncio.get_running_loop().create_task(waiter(queue, work, order)) for work in (1.0, 2.0))
     await settle()
@@ -84,9 +84,9 @@ async def test_one_that_is_cancelled_in_the_moment_of_its_turn_gives_it_on():
 async def test_the_deadline_answers_503():
     """With Retry-After, and the place is given up."""
     queue = queue_of(1, deadline_seconds=0.01)
-    await queue.turn(1.0)
+    await queue.acquire(1.0)
     with pytest.raises(Overloaded) as caught:
-        await queue.turn(1.0)
+        await queue.acquire(1.0)
     assert caught.value.status == 503
     assert caught.value.retry_after_seconds is not None
     assert len(queue) == 0
@@ -94,13 +94,13 @@ async def test_the_deadline_answers_503():
 
 async def test_beyond_its_length_it_answers_429():
     """At once, with Retry-After."""
-    queue = queue_of(1, most_waiting=1)
-    first = await queue.turn(1.0)
+    queue = queue_of(1, max_waiting=1)
+    first = await queue.acquire(1.0)
     order: list[float] = []
     task = asyncio.get_running_loop().create_task(waiter(queue, 1.0, order))
     await settle()
     with pytest.raises(RateLimited) as caught:
-        await queue.turn(1.0)
+        await queue.acquire(1.0)
     assert (caught.value.status, caught.value.retry_after_seconds) == (429, 12.0)
     first.done()
     await task
@@ -109,21 +109,21 @@ async def test_beyond_its_length_it_answers_429():
 async def test_when_the_replica_is_down_all_that_wait_are_told():
     """So that they may go elsewhere, and none waits for what will not come."""
     queue = queue_of(1)
-    turn = await queue.turn(1.0)
-    tasks = [asyncio.get_running_loop().create_task(queue.turn(1.0)) for _ in range(3)]
+    permit = await queue.acquire(1.0)
+    tasks = [asyncio.get_running_loop().create_task(queue.acquire(1.0)) for _ in range(3)]
     await settle()
     queue.fail(ConnectFailed("The replica is down."))
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(result) for result in results] == [ConnectFailed] * 3
     assert (len(queue), queue.running) == (0, 1)
-    turn.done()
+    permit.done()
     assert queue.running == 0
 
 
 async def test_a_raised_limit_lets_the_next_pass():
-    """At once; a lowered one takes nobody's turn."""
+    """At once; a lowered one takes no permit back."""
     queue = queue_of(1)
-    first = await queue.turn(1.0)
+    first = await queue.acquire(1.0)
     order: list[float] = []
     task = asyncio.get_running_loop().create_task(waiter(queue, 1.0, order))
     await settle()
@@ -138,7 +138,7 @@ async def test_what_other_processes_leave_free_is_taken_a_moment_later():
     """The share at once; more when news of the others shows it free, since a burst reaches all processes together."""
     allowed = 1
     queue = ReplicaQueue(4, QueueLimits(), FakeClock(), lambda waiting: allowed)
-    first = await queue.turn(1.0)
+    first = await queue.acquire(1.0)
     order: list[float] = []
     task = asyncio.get_running_loop().create_task(waiter(queue, 1.0, order))
     await settle()
@@ -153,7 +153,7 @@ async def test_what_other_processes_leave_free_is_taken_a_moment_later():
 async def test_other_bounds_hold_from_the_next_request_on():
     """As after a reload."""
     queue = queue_of(1)
-    await queue.turn(1.0)
-    queue.adopt(QueueLimits(deadline_seconds=0.01, most_waiting=1))
+    await queue.acquire(1.0)
+    queue.set_limits(QueueLimits(deadline_seconds=0.01, max_waiting=1))
     with pytest.raises(Overloaded):
-        await queue.turn(1.0)
+        await queue.acquire(1.0)

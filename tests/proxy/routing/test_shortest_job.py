@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.routing.shortest_job import Place, ShortestJobQueue
+from proxy.routing.shortest_job import Entry, ShortestJobQueue
 
 
 def test_least_work_goes_first():
@@ -71,16 +71,16 @@ def test_everyone_is_served_once_or_leaves(script):
     """Nothing is lost and nothing comes twice, whatever the order of events."""
     line: ShortestJobQueue[int] = ShortestJobQueue(30.0)
     waiting: set[int] = set()
-    places: list[Place[int]] = []
+    entries: list[Entry[int]] = []
     now = 0.0
     for verb, which, step in script:
         now += step
         if verb == "join":
-            waiting.add(len(places))
-            places.append(line.join(len(places), float(which), now))
-        elif verb == "leave" and places:
-            line.leave(places[which % len(places)])
-            waiting.discard(which % len(places))
+            waiting.add(len(entries))
+            entries.append(line.join(len(entries), float(which), now))
+        elif verb == "leave" and entries:
+            line.leave(entries[which % len(entries)])
+            waiting.discard(which % len(entries))
         elif verb == "next":
             served = line.next(now)
             if served is None:

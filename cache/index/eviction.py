@@ -1,0 +1,101 @@
+"""Which entries leave the index, and when: over a budget, past a time to live, of an epoch that is over.
+
+Every call is bounded by a number of steps, so that no request waits for a clean-up; what is left over is done by the
+next call. Nothing here decides a budget or an epoch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable
+from typing import Final
+
+from cache.index.nodes import NOBODY, Node, ReplicaEntries
+from cache.index.replica_state import ReplicaState
+from cache.index.tree import Tree, new_entries
+
+MAX_BLOCKS: Final = 2_000_000
+"""Blocks of all replicas together, 100 to 200 MB: a bound for the process, whatever the budgets say."""
+
+UPKEEP_STEPS: Final = 500
+"""Nodes that one call may drop: one to two milliseconds."""
+
+
+class Eviction:
+    """Drops entries, oldest first. `max_blocks` bounds the blocks of all replicas together."""
+
+    def __init__(self, max_blocks: int = MAX_BLOCKS) -> None:
+        self._max_blocks = max_blocks
+        self._retired: deque[tuple[Tree, ReplicaEntries]] = deque()
+
+    @property
+    def is_idle(self) -> bool:
+        """True if no entries of a past epoch are left to clear."""
+        return not self._retired
+
+    def retire(self, tree: Tree, state: ReplicaState) -> None:
+        """Give the replica empty entries in constant time; the old ones are cleared later, some at a time."""
+        old = state.entries
+        state.evicted_blocks += old.evicted_blocks
+        state.entries = new_entries(old.replica)
+        state.placed_tokens = 0
+        old.replica = NOBODY
+        self._retired.append((tree, old))
+
+    def make_room(self, tree: Tree, state: ReplicaState, states: Iterable[ReplicaState]) -> None:
+        """After a placement at `state`: bring it under its budget, and all `states` under the process's bound."""
+        steps = UPKEEP_STEPS
+        if state.entries.tokens > state.budget_tokens:
+            steps = self.evict(tree, state, steps)
+        if self._retired:
+            steps = self.clear_retired(steps)
+        if tree.blocks > self._max_blocks:
+            largest = max(states, key=lambda each: each.entries.blocks).entries
+            while tree.blocks > self._max_blocks and steps > 0 and largest.blocks:
+                tree.release(largest, _oldest(largest), evicted=True)
+                steps -= 1
+
+    def evict(self, tree: Tree, state: ReplicaState, steps: int) -> int:
+        """Drop the oldest blocks until the budget holds, in at most `steps` steps. Return the steps left."""
+        entries = state.entries
+        while steps > 0 and entries.blocks:
+            over = entries.tokens - state.budget_tokens
+            if over <= 0:
+                break
+            node = _oldest(entries)
+            keep = bisect_right(node.tokens, node.tokens[-1] - over)
+            if 0 < keep < len(node.hashes):
+                tree.trim(entries, node, keep, evicted=True)
+            else:
+                tree.release(entries, node, evicted=True)
+            steps -= 1
+        return steps
+
+    def expire(self, tree: Tree, state: ReplicaState, now: float, steps: int) -> int:
+        """Drop what is past the replica's time to live, in at most `steps` steps. Return the steps left."""
+        if state.ttl_seconds is None:
+            return steps
+        entries = state.entries
+        while steps > 0 and entries.ring.newer.stamp <= now - state.ttl_seconds:  # type: ignore[union-attr]
+            tree.release(entries, _oldest(entries), evicted=True)
+            steps -= 1
+        return steps
+
+    def clear_retired(self, steps: int) -> int:
+        """Clear entries of past epochs, in at most `steps` steps. Return the steps left."""
+        while self._retired and steps > 0:
+            tree, entries = self._retired[0]
+            if entries.blocks:
+                tree.release(entries, _oldest(entries))
+                steps -= 1
+            else:
+                entries.ring.older = entries.ring.newer = None  # it is its own neighbour: cut, so that it is freed
+                self._retired.popleft()
+        return steps
+
+
+def _oldest(entries: ReplicaEntries) -> Node:
+    node = entries.ring.newer.node  # type: ignore[union-attr]
+    assert node is not None  # noqa: S101 - callers have checked that there are entries
+    return node
