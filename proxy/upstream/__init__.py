@@ -1,8 +1,8 @@
-"""The lean HTTP/1.1 client towards upstreams: a protocol on a C parser and a pool per origin.
+"""The HTTP/1.1 client for upstreams: a protocol on a C parser, and a connection pool per origin.
 
-It knows connections, framing and time limits. It must not know what a request asks for: no JSON, no events of a
-stream, no choice of replica. Redirects are never followed, cookies never kept, bodies never decompressed and no proxy
-of the environment is used, so what the upstream said is what the caller gets.
+It handles connections, framing and time limits, and knows nothing of JSON, events of a stream or the choice of a
+replica. Redirects are never followed, cookies never kept, bodies never decompressed, and no proxy from the
+environment is used: the caller gets exactly what the upstream sent.
 """
 
 from proxy.upstream.client import Body, UpstreamClient, default_ssl_context

@@ -1,6 +1,6 @@
-"""The client: one request on one connection of the right pool, and the names of what can go wrong on the way.
+"""Send one request over a connection of its origin's pool, and name everything that can go wrong on the way.
 
-It must not know what a request means: whether another replica is tried is the caller's decision, from the error.
+Whether another replica is tried is the caller's decision, made from the error.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Body: TypeAlias = bytes | Sequence[bytes | bytearray | memoryview] | AsyncIterat
 
 
 def default_ssl_context(_origin: Origin) -> ssl.SSLContext:
-    """The machine's trusted roots, host names checked, HTTP/1.1 announced."""
+    """Trust the machine's roots, check host names, offer HTTP/1.1."""
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     return context
 
 
 class _Upstream:
-    """What the client holds per origin."""
+    """State kept per origin."""
 
     __slots__ = ("head", "origin", "pool", "ssl_context")
 
@@ -44,7 +44,7 @@ class _Upstream:
 
 
 class UpstreamClient:
-    """An HTTP/1.1 client with a pool per origin. Made and used within one running loop."""
+    """An HTTP/1.1 client with one pool per origin. Created and used within one running loop."""
 
     def __init__(
         self,
@@ -72,15 +72,17 @@ class UpstreamClient:
         limits: Limits | None = None,
         retry_reused: bool = False,
     ) -> UpstreamResponse:
-        """Send a request; return when the head of the final answer is here.
+        """Send a request and return when the head of the final response has come.
 
-        `body` is bytes, buffers that are written without being joined, or an iterator, whose `length` in bytes may
-        be declared (else it is sent chunked). `limits` replaces the client's times for this request. With
-        `retry_reused` a request whose pooled connection turned out dead before any byte came is sent once more on
-        a fresh one. A body that cannot be sent twice is never risked on a pooled connection.
+        Args:
+            body: bytes, buffers that are written without being joined, or an async iterator.
+            length: size in bytes of an iterator's body; without it the body is sent chunked.
+            limits: replaces the client's limits for this request.
+            retry_reused: send once more on a fresh connection if a pooled one turned out dead before any byte came.
+                A body that cannot be sent twice is never sent on a pooled connection in the first place.
 
-        Raises ValueError (nothing sent) where the head cannot be written safely, PoolTimeout, ConnectFailed and its
-        kinds, ResetBeforeAnswer, FirstByteTimeout, BadAnswer, and what the iterator raises. On each of these, and on
+        Raises ValueError, with nothing sent, if the head cannot be written safely; PoolTimeout, ConnectFailed,
+        ResetBeforeResponse, FirstByteTimeout, BadResponse; and whatever the iterator raises. On each of these, and on
         cancellation, the connection is closed.
         """
         upstream = self._upstream(origin)
@@ -88,7 +90,7 @@ class UpstreamClient:
         streamed = False
         if isinstance(body, bytes):
             length = len(body)
-        elif isinstance(body, list) or not isinstance(body, AsyncIterator):  # the cheap question first
+        elif isinstance(body, list) or not isinstance(body, AsyncIterator):  # the cheap test first
             length = sum(map(len, body))
         else:
             streamed = True
@@ -115,15 +117,23 @@ class UpstreamClient:
                 return response
 
     def counts(self) -> dict[Origin, PoolCounts]:
-        """Each origin's connections at this moment."""
+        """Return each origin's connection counts."""
         return {origin: upstream.pool.counts for origin, upstream in self._upstreams.items()}
 
-    def check_limits(self) -> None:
-        """Expire what is late by the clock; the client's own timer does so too."""
-        self._deadlines.ring()
+    def forget(self, origin: Origin) -> bool:
+        """Drop the pool of an origin that is gone. Return False, having done nothing, while it is in use."""
+        upstream = self._upstreams.get(origin)
+        if upstream is None:
+            return True
+        counts = upstream.pool.counts
+        if counts.in_use or counts.waiting:
+            return False
+        upstream.pool.shut()
+        del self._upstreams[origin]
+        return True
 
     async def close(self) -> None:
-        """Close every connection, whatever is under way, and wait until all are gone."""
+        """Close every connection, including those in use, and wait until all are gone."""
         self._closed = True
         for upstream in self._upstreams.values():
             upstream.pool.close()
@@ -135,11 +145,13 @@ class UpstreamClient:
         upstream = self._upstreams.get(origin)
         if upstream is None:
             context = self._ssl_context(origin) if origin.scheme == "https" else None
-            upstream = self._upstreams[origin] = _Upstream(origin, Pool(self._loop, self._limits), context)
+            upstream = self._upstreams[origin] = _Upstream(
+                origin, Pool(self._loop, self._limits, str(origin)), context
+            )
         return upstream
 
     async def _connection(self, upstream: _Upstream, fresh: bool, limits: Limits) -> Connection:
-        """A connection from the pool, else a new one."""
+        """Return a connection of the pool, else a new one."""
         pool = upstream.pool
         connection = await pool.obtain(fresh=fresh)
         if connection is not None:
@@ -168,9 +180,9 @@ class UpstreamClient:
         length: int | None,
         limits: Limits,
     ) -> None:
-        """Send a body piece by piece, until it ends or the answer (or a failure) comes first.
+        """Send a body piece by piece until it ends, or until the response or a failure comes first.
 
-        No limit runs while the iterator is awaited: it is not the upstream that is late then.
+        No time limit runs while the iterator is awaited: the upstream is not late then.
         """
         connection.upload(unfinished=True)
         connection.send(head, b"")
@@ -186,17 +198,17 @@ class UpstreamClient:
                         continue
                     sent_bytes += len(piece)
                     if length is not None and sent_bytes > length:
-                        raise ValueError("the request's body is longer than was declared")
+                        raise ValueError("the request's body is longer than declared")
                     framed = (piece,) if length is not None else (b"%x\r\n" % len(piece), piece, b"\r\n")
                     await connection.write(framed, limits.first_byte_seconds)
                     connection.wait_for_response(math.inf)
                 if length is not None and sent_bytes < length:
-                    raise ValueError("the request's body is shorter than was declared")
+                    raise ValueError("the request's body is shorter than declared")
                 await connection.write((b"0\r\n\r\n",) if length is None else (), limits.first_byte_seconds)
                 connection.upload(unfinished=False)
         except TimeoutError:
             if not scope.expired():
-                raise  # the iterator's own
+                raise  # raised by the iterator itself
         finally:
             response.interrupt_with(None)
         connection.wait_for_response(limits.first_byte_seconds)

@@ -1,4 +1,4 @@
-"""Opening a connection: name, TCP and TLS within one limit, every address in turn, foreign errors named once."""
+"""Open a connection: name, TCP and TLS within one limit, every address in turn, foreign errors mapped once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def dial(
     make: Callable[[], Connection],
     limit_seconds: float,
 ) -> Connection:
-    """A connection made by `make` and open to `origin`.
+    """Return a connection made by `make` and open to `origin`, within `limit_seconds` in all.
 
     Raises ConnectTimeout, TlsFailed (certificate or handshake) or ConnectFailed (refused, unreachable, no such name).
     """
@@ -34,8 +34,8 @@ async def dial(
         raise TlsFailed(f"no trusted TLS connection to the upstream: {reason}") from error
     except socket.gaierror as error:
         raise ConnectFailed("the upstream's name does not resolve") from error
-    except UnicodeError as error:  # what the codec for host names says of a label that is too long
-        raise ConnectFailed("the upstream's name is not one that can resolve") from error
+    except UnicodeError as error:  # raised by the codec for host names if a label is too long
+        raise ConnectFailed("the upstream's name is not a valid host name") from error
     except OSError as error:
         raise ConnectFailed("the upstream cannot be reached") from error
 
@@ -47,9 +47,9 @@ async def _try_in_turn(
     make: Callable[[], Connection],
     limit_seconds: float,
 ) -> Connection:
-    """The first address that answers; each gets an equal share of what is left, so that a dead one leaves time.
+    """Connect to the first address that accepts. Each gets an equal share of the remaining time.
 
-    uvloop has no happy eyeballs, hence this.
+    uvloop does not implement happy eyeballs.
     """
     addresses = await _addresses(loop, origin)
     ends_at = loop.time() + limit_seconds
@@ -60,7 +60,7 @@ async def _try_in_turn(
             async with asyncio.timeout_at(loop.time() + (ends_at - loop.time()) / left):
                 return await _connect(loop, address, origin.port, ssl_context, name, make())
         except ssl.SSLError:
-            raise  # it answered; another address would have the same certificate
+            raise  # it responded; another address would have the same certificate
         except OSError:
             if left == 1:
                 raise
@@ -78,13 +78,13 @@ async def _connect(
     try:
         await loop.create_connection(lambda: connection, address, port, ssl=ssl_context, server_hostname=name)
     except BaseException:
-        connection.forsake()
+        connection.discard()
         raise
     return connection
 
 
 async def _addresses(loop: asyncio.AbstractEventLoop, origin: Origin) -> list[str]:
-    """The name's addresses, the two families by turns and the resolver's first choice first."""
+    """Resolve the name; alternate the two address families, the resolver's first choice first."""
     found = await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
     by_family: dict[int, list[str]] = {}
     for family, _, _, _, address in found:

@@ -1,7 +1,28 @@
-"""One connection to an upstream: the parser's callbacks, framing, back-pressure and how each end is named.
+"""One HTTP/1.1 connection to an upstream: parser callbacks, framing, back-pressure, and an error for each way to end.
 
-It serves one exchange at a time and knows nothing of pools but that an owner is told when an exchange is over
-(`finished`) and when the connection is gone (`left`).
+It serves one exchange at a time. Its owner (the pool) is called when an exchange is over (`finished`) and when the
+connection is closed (`left`).
+
+    state   what is awaited          event                                   next    effect
+    ------  -----------------------  --------------------------------------  ------  ------------------------------
+    IDLE    nothing                  begin()                                 HEAD    first-byte limit starts
+                                     any byte                                CLOSED  unsolicited: the pool is warned
+                                     deadline, end of stream                 CLOSED
+    HEAD    the final head           1xx                                     HEAD    counted, at most 64 of them
+                                     final head                              BODY    wakes the reader
+                                     final head of a response without body   DONE
+                                     invalid or oversized head               CLOSED  BadResponse
+                                     end of stream, reset                    CLOSED  ResetBeforeResponse, BadResponse
+                                     deadline                                CLOSED  FirstByteTimeout
+    BODY    the rest of the body     bytes                                   BODY    idle limit starts over
+                                     last byte of the body                   DONE
+                                     end of stream, body ends with it        CLOSED  response is complete
+                                     end of stream, reset otherwise          CLOSED  ResetMidResponse
+                                     deadline                                CLOSED  IdleTimeout
+    DONE    the parser returns       nothing follows, may be reused          IDLE    finished(reusable=True)
+                                     bytes follow, or may not be reused      CLOSED  finished(reusable=False)
+
+`close` leads from every state to CLOSED.
 """
 
 from __future__ import annotations
@@ -9,6 +30,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import math
+import select
 from collections.abc import Sequence
 from typing import Final, Protocol
 
@@ -29,19 +51,22 @@ from proxy.upstream.timeouts import Deadlines
 
 NEVER = math.inf
 _HEX: Final = b"0123456789abcdefABCDEF"
-_SIZE_DIGITS_MOST: Final = 8  # of a chunk relayed as it came
-_JOIN_BYTES: Final = 65_536  # up to here one copy is cheaper than a second buffer in the kernel call
-_PLAIN_BYTES: Final = 65_536  # above this a new parser costs less than a second copy of the body
-_SOON_SECONDS: Final = 1.0  # an upstream that closes so soon after a stream closes because of it
+_SIZE_DIGITS_MOST: Final = 8  # longer chunk sizes are left to the parser
+_JOIN_BYTES: Final = 65_536  # up to this size one copy is cheaper than a second buffer in the system call
+_PLAIN_BYTES: Final = 65_536  # above this size a new parser costs less than a second copy of the body
+_SOON_SECONDS: Final = 1.0  # an upstream that closes this soon after a stream closes because of the stream
+_MOST_INTERIM: Final = 64  # 1xx responses before the final one; a server that reports progress sends a few
+_FRAMING_FIELDS: Final = frozenset({b"content-length", b"transfer-encoding"})
+_IDLE_NOTICES: Final = (b"HTTP/1.1 408", b"HTTP/1.0 408")  # some servers announce that they close an idle connection
 
 
 class State(enum.Enum):
-    """What a connection is doing."""
+    """What a connection is doing; see the table above."""
 
-    IDLE = "idle"  # nothing is expected: any byte is one too many
+    IDLE = "idle"
     HEAD = "head"
     BODY = "body"
-    DONE = "done"  # the answer is whole, its last bytes are still being parsed
+    DONE = "done"  # the response is complete, its last bytes are still inside the parser
     CLOSED = "closed"
 
 
@@ -52,18 +77,23 @@ class Owner(Protocol):
     """The pool as a connection sees it."""
 
     def finished(self, connection: Connection, *, reusable: bool, was_stream: bool) -> None:
-        """An answer is whole; `reusable` tells that the connection may serve another request."""
+        """Take back a connection whose response is complete; `reusable` if it may serve another request."""
         ...
 
     def left(self, connection: Connection) -> None:
-        """The connection is closed, by either side; told exactly once."""
+        """Forget a connection that was closed by either side. Called exactly once."""
         ...
 
 
 class Connection(asyncio.Protocol):
-    """An HTTP/1.1 connection as a client; `deadline` is when what it waits for is late.
+    """An HTTP/1.1 connection, client side.
 
-    `served` counts its whole answers; `dropped_after_stream` tells that the upstream closed it right behind a stream.
+    Attributes:
+        deadline: when the thing it waits for is late, on the monotonic clock.
+        served: complete responses so far.
+        dropped_after_stream: the upstream closed it directly after a streamed response.
+        unsolicited: bytes came beyond the end of a response, or while no request was waiting for one. What they are
+            and for whom is unknown, so the connection is closed and its pool stops reusing connections for a while.
     """
 
     def __init__(
@@ -73,6 +103,7 @@ class Connection(asyncio.Protocol):
         self.deadline = NEVER
         self.served = 0
         self.dropped_after_stream = False
+        self.unsolicited = False
         self._last_was_stream = False
         self._rested_at = 0.0
         self._loop = loop
@@ -83,32 +114,34 @@ class Connection(asyncio.Protocol):
         self._buffer_bytes = limits.buffer_bytes
         self._idle_seconds = limits.idle_seconds
         self._transport: asyncio.Transport | None = None
+        self._readable: select.poll | None = None
         self._parser: HttpResponseParser | None = None
         self._response: UpstreamResponse | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._reason = b""
         self._interim = False
+        self._interims = 0
         self._bad: str | None = None
         self._extra = False
         self._keep_alive = False
         self._head_only = False
         self._uploading = False
-        self._quiet_bytes = 0  # fed since the last byte of a body: heads, trailers, chunk extensions
+        self._quiet_bytes = 0  # parsed since the last byte of a body: heads, trailers, chunk extensions
         self._buffered_bytes = 0
         self._reading_paused = False
         self._writing_paused = False
-        self._plain_bytes = 0  # still to come of a body that the parser is spared
+        self._plain_bytes = 0  # bytes of the body that are still to come and bypass the parser
         self._in_chunk = False
-        self._between_chunks = False  # the parser has seen a chunk's end, or the head's, and not a byte after it
-        self._seen_at = 0.0  # when something was last received
+        self._between_chunks = False  # the last byte parsed ended a chunk or the head
+        self._seen_at = 0.0  # time of the last receive
         self._drain_waiter: asyncio.Future[None] | None = None
 
-    # -- what the client and the pool call
+    # -- called by the client and the pool
 
     def begin(self, limits: Limits, *, head_only: bool) -> UpstreamResponse:
-        """Start an exchange: from now on bytes that come belong to the answer returned here."""
+        """Start an exchange. Bytes received from now on belong to the returned response."""
         now = self._now()
-        response = UpstreamResponse(self._loop, self, now)
+        response = UpstreamResponse(self._loop, self, now, reused=self.served > 0)
         if self._parser is None:
             self._parser = HttpResponseParser(self)
         self._response = response
@@ -116,6 +149,7 @@ class Connection(asyncio.Protocol):
         self._head_only = head_only
         self._idle_seconds = limits.idle_seconds
         self._quiet_bytes = 0
+        self._interims = 0
         self._buffered_bytes = 0
         self._plain_bytes = 0
         self._in_chunk = self._between_chunks = False
@@ -123,7 +157,7 @@ class Connection(asyncio.Protocol):
         return response
 
     def send(self, head: bytes, body: bytes | Sequence[bytes | bytearray | memoryview]) -> None:
-        """Write a request whose body is at hand; the transport keeps what the socket does not take."""
+        """Write a whole request. The transport buffers what the socket does not take at once."""
         transport = self._transport
         if transport is None:
             return
@@ -136,13 +170,13 @@ class Connection(asyncio.Protocol):
             transport.writelines((head, *body))
 
     def upload(self, *, unfinished: bool) -> None:
-        """Tell that the request's body is still being sent piece by piece, or that it now is whole."""
+        """Record whether the request's body is still being sent piece by piece."""
         self._uploading = unfinished
 
     async def write(self, pieces: Sequence[bytes], stall_seconds: float) -> None:
-        """Write a part of a request's body and wait until the transport wants more.
+        """Write a part of a request's body and wait until the transport accepts more.
 
-        An upstream that takes nothing for `stall_seconds` fails the exchange, which interrupts whoever sends.
+        If the upstream takes nothing for `stall_seconds`, the exchange fails, which interrupts the sender.
         """
         if self._transport is None:
             return
@@ -156,29 +190,43 @@ class Connection(asyncio.Protocol):
                 self._drain_waiter = None
 
     def wait_for_response(self, seconds: float) -> None:
-        """Move the limit for the first byte of the answer: `seconds` from now, math.inf for none."""
+        """Expect the first byte of the response within `seconds` from now; math.inf for no limit."""
         if self.state is _HEAD:
             self._watch(self._now() + seconds)
 
+    def allow_silence(self, seconds: float) -> None:
+        """Bound the silence between two reads of this response's body by `seconds`, starting now."""
+        self._idle_seconds = seconds
+        if self.state is _BODY and not self._reading_paused:
+            self._watch(self._now() + seconds)
+
     def taken(self) -> None:
-        """The reader has taken all that was buffered."""
+        """Resume reading: the reader has taken everything that was buffered."""
         self._buffered_bytes = 0
         if self._reading_paused:
             self._resume_reading()
             self._watch(self._now() + self._idle_seconds)
 
     def rest(self, expiry_seconds: float) -> None:
-        """Nothing is expected any more; close after `expiry_seconds` unless another exchange begins."""
+        """Close after `expiry_seconds` unless another exchange begins before."""
         self._rested_at = self._seen_at
         self._watch(self._seen_at + expiry_seconds)
 
     @property
     def usable(self) -> bool:
-        """True where a request may be sent on it."""
+        """True if a request may be sent on it, as far as the events handled so far tell."""
         return self.state is _IDLE and self._transport is not None and not self._transport.is_closing()
 
+    @property
+    def untouched(self) -> bool:
+        """True if it is usable and neither bytes nor an end wait unread in its socket.
+
+        Bytes that arrived before a request was written would otherwise be read as the response to it.
+        """
+        return self.usable and (self._readable is None or not self._readable.poll(0))
+
     def close(self, error: CairnError | None = None) -> None:
-        """Close at once and fail with `error` what is under way; nothing happens the second time."""
+        """Close at once and fail the response under way with `error`. Later calls do nothing."""
         if self.state is _CLOSED:
             return
         self.state = _CLOSED
@@ -190,18 +238,18 @@ class Connection(asyncio.Protocol):
         if response is not None:
             response.fail(error or ResetMidResponse("the connection was closed from this side"))
 
-    def forsake(self) -> None:
-        """Drop the socket of a connection that nobody was handed: its slot is the opener's to give back."""
+    def discard(self) -> None:
+        """Drop the socket of a connection that was never handed to anyone; the caller gives its slot back."""
         self.state = _CLOSED
         if self._transport is not None:
             self._transport.abort()
 
     def expire(self) -> None:
-        """The deadline has passed: fail what waits, or close what idled."""
+        """Handle a missed deadline: fail the response under way, or close an idle connection."""
         if self.state is _HEAD:
-            self.close(FirstByteTimeout("the upstream did not begin its answer in time"))
+            self.close(FirstByteTimeout("the upstream did not begin its response in time"))
         elif self.state is _BODY:
-            self.close(IdleTimeout("the upstream's answer stood still for too long"))
+            self.close(IdleTimeout("the upstream sent nothing for too long inside its response"))
         else:
             self.close()
 
@@ -210,11 +258,16 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # a stream's transport is an asyncio.Transport
         self._deadlines.add(self)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and hasattr(select, "poll"):
+            self._readable = select.poll()
+            self._readable.register(sock.fileno(), select.POLLIN)
 
     def data_received(self, data: bytes) -> None:
         response = self._response
         if response is None:
-            self.close()  # nobody asked
+            self.unsolicited = self.state is _IDLE and not data.startswith(_IDLE_NOTICES)
+            self.close()
             return
         self._seen_at = response.seen_seconds = self._now()
         if self._plain_bytes:
@@ -229,7 +282,8 @@ class Connection(asyncio.Protocol):
         self._over(exc)
         self._deadlines.discard(self)
         self._transport = None
-        self._parser = None  # its callbacks are our methods: a cycle
+        self._readable = None
+        self._parser = None  # breaks a reference cycle: its callbacks are methods of this object
 
     def pause_writing(self) -> None:
         self._writing_paused = True
@@ -239,7 +293,7 @@ class Connection(asyncio.Protocol):
         if self._drain_waiter is not None and not self._drain_waiter.done():
             self._drain_waiter.set_result(None)
 
-    # -- the parser's callbacks, called within feed_data
+    # -- parser callbacks, called inside feed_data
 
     def on_message_begin(self) -> None:
         if self.state is _HEAD:
@@ -253,7 +307,9 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.state is _HEAD:
-            self._headers.append((name.lower(), value))
+            self._headers.append((name.lower(), value.strip(b" \t")))
+        elif self.state is _BODY and name.lower() in _FRAMING_FIELDS:
+            self._extra = True  # the body is whole by its chunks; what the upstream means by this is unknown
 
     def on_headers_complete(self) -> None:
         response, parser = self._response, self._parser
@@ -262,6 +318,9 @@ class Connection(asyncio.Protocol):
         status = parser.get_status_code()
         if status < 200:
             self._interim = True
+            self._interims += 1
+            if self._interims > _MOST_INTERIM:
+                self._bad = "the upstream sent too many interim responses"
             if status < 100 or status == 101:
                 self._bad = "the upstream switched protocols unasked"
             return
@@ -275,7 +334,7 @@ class Connection(asyncio.Protocol):
             return
         self._quiet_bytes = 0
         self._buffered_bytes += len(piece)
-        response._chunks.append(piece)
+        response.chunks.append(piece)
 
     def on_chunk_header(self) -> None:
         self._in_chunk = True
@@ -294,7 +353,7 @@ class Connection(asyncio.Protocol):
     # -- decisions
 
     def _read_head(self, response: UpstreamResponse, status: int) -> None:
-        """Take over status and headers; decide how the body ends (RFC 9112, section 6.3)."""
+        """Copy status and headers to the response and decide how its body ends (RFC 9112, section 6.3)."""
         length: int | None = None
         chunked = False
         for name, value in self._headers:
@@ -303,13 +362,13 @@ class Connection(asyncio.Protocol):
             elif name == b"transfer-encoding":
                 chunked = True
                 if value.lower() != b"chunked":
-                    self._bad = "the upstream's answer has a transfer encoding that was not asked for"
+                    self._bad = "the upstream's response has a transfer encoding that was not asked for"
             elif name == b"content-type":
                 response.is_event_stream = value.lower().startswith(b"text/event-stream")
         if self._quiet_bytes > self._max_head_bytes and self._head_bytes() > self._max_head_bytes:
-            self._bad = "the upstream's answer has too large a head"
+            self._bad = "the upstream's response has too large a head"
         if chunked and length is not None:
-            self._bad = "the upstream's answer has both a content-length and a transfer-encoding"
+            self._bad = "the upstream's response has both a content-length and a transfer-encoding"
         if self._bad is not None:
             return
         response.status = status
@@ -322,9 +381,10 @@ class Connection(asyncio.Protocol):
 
     def _settle_framing(self, response: UpstreamResponse, status: int, chunked: bool, length: int | None) -> None:
         if self._head_only:
-            self.state = _DONE  # the parser would now wait for the body that a HEAD never has
+            self.state = _DONE  # the parser would wait for a body that the response to a HEAD does not have
+            self._keep_alive = False  # if one follows all the same, the next response would begin with it
         elif status in (204, 304):
-            pass
+            self._keep_alive = self._keep_alive and not (chunked or length)  # the same
         elif chunked:
             response.framing = Framing.CHUNKED
         elif length is not None:
@@ -339,15 +399,16 @@ class Connection(asyncio.Protocol):
         before = self.state
         self._quiet_bytes += len(data)
         try:
-            self._parser.feed_data(data)  # type: ignore[union-attr]  # there is one as long as an answer is awaited
+            self._parser.feed_data(data)  # type: ignore[union-attr]  # present while a response is awaited
         except (HttpParserError, HttpParserUpgrade):
-            self._bad = self._bad or "the upstream's answer is not valid HTTP/1.1"
+            self._bad = self._bad or "the upstream's response is not valid HTTP/1.1"
         if self.state is _DONE:
+            self._extra = self._extra or self._bad is not None
             self._finish(response)
         elif self._bad is not None:
             self.close(self._bad_response(self._bad))
         elif self._quiet_bytes > self._max_head_bytes:
-            self.close(self._bad_response("the upstream's answer has too large a head, trailer or chunk extension"))
+            self.close(self._bad_response("the upstream's response has too large a head, trailer or chunk extension"))
         elif self.state is _BODY:
             if before is _HEAD and response.framing is Framing.LENGTH:
                 self._skip_parser(response)
@@ -357,9 +418,9 @@ class Connection(asyncio.Protocol):
             )
 
     def _skip_parser(self, response: UpstreamResponse) -> None:
-        """The long rest of a body of known length needs no parser: it is kept as it was read, not copied again.
+        """Let the rest of a long body of known length bypass the parser, which would copy it a second time.
 
-        The parser, which will not have seen it, is not used any more.
+        The parser has then not seen the end of the body and is replaced for the next exchange.
         """
         left = (response.content_length or 0) - self._buffered_bytes
         if left >= _PLAIN_BYTES:
@@ -367,10 +428,9 @@ class Connection(asyncio.Protocol):
             self._parser = None
 
     def _relay_chunk(self, response: UpstreamResponse, data: bytes) -> bool:
-        """Where a read is one whole chunk and somebody waits for it, hand it on with its framing; else False.
+        """Hand a read that is exactly one chunk to a waiting reader, framing included; return False for any other.
 
-        The parser stands between two chunks and need not see it. Every other shape, the last chunk among them, is
-        the parser's to judge.
+        The parser is between two chunks and need not see it. The last chunk (size 0) is always left to the parser.
         """
         digits = data.find(b"\r\n", 0, _SIZE_DIGITS_MOST + 2)
         if digits < 1 or data[:digits].strip(_HEX):
@@ -392,23 +452,24 @@ class Connection(asyncio.Protocol):
         piece = data[:left] if self._extra else data
         self._plain_bytes = left - len(piece)
         self._buffered_bytes += len(piece)
-        response._chunks.append(piece)
+        response.chunks.append(piece)
         if self._plain_bytes:
             self._more(response)
         else:
             self._finish(response)
 
     def _more(self, response: UpstreamResponse) -> None:
-        """A part of the body came and it goes on."""
+        """Handle a part of the body that is not its end."""
         self.deadline = deadline = self._seen_at + self._idle_seconds
         if deadline < self._deadlines.next_at:
             self._deadlines.arm(deadline)
-        response.wake()  # first, since a reader that takes what came at once spares a pause and a resume
+        response.wake()  # before the check below: a reader that takes everything now spares a pause and a resume
         if self._buffered_bytes > self._buffer_bytes and self.state is not _CLOSED:
             self._pause_reading()
 
     def _finish(self, response: UpstreamResponse) -> None:
-        """The answer is whole: let go of it, and of the connection where it cannot serve again."""
+        """Detach from a complete response, and close if the connection cannot serve another."""
+        self.unsolicited = self._extra
         reusable = self._keep_alive and not (self._extra or self._bad or response.early)
         self._response = None
         self.served += 1
@@ -418,26 +479,26 @@ class Connection(asyncio.Protocol):
             if self._head_only:
                 self._parser = None
             if self._reading_paused:
-                self._resume_reading()  # or its end would go unseen
+                self._resume_reading()  # otherwise the end of the connection would not be noticed
         response.ended()
         self._owner.finished(self, reusable=reusable, was_stream=response.is_event_stream)
 
     def _over(self, exc: Exception | None) -> None:
-        """The upstream has closed, in whatever state that finds us."""
+        """Handle the end of the connection in any state; `exc` is None for an orderly end."""
         response = self._response
         self.dropped_after_stream = self._last_was_stream and self._now() - self._rested_at < _SOON_SECONDS
         if response is None:
             self.close()
         elif self.state is _HEAD and response.first_byte_seconds:
-            self.close(BadResponse("the upstream closed inside the head of its answer"))
+            self.close(BadResponse("the upstream closed inside the head of its response"))
         elif self.state is _HEAD:
             reused = self.served > 0 and not self._quiet_bytes
-            self.close(ResetBeforeResponse("the upstream closed before it answered", reused=reused))
+            self.close(ResetBeforeResponse("the upstream closed before its response began", reused=reused))
         elif exc is None and response.framing is Framing.CLOSE:
             self._keep_alive = False
             self._finish(response)
         else:
-            self.close(ResetMidResponse("the upstream closed inside its answer"))
+            self.close(ResetMidResponse("the upstream closed inside its response"))
 
     def _bad_response(self, message: str) -> BadResponse:
         error = BadResponse(message)
@@ -445,7 +506,7 @@ class Connection(asyncio.Protocol):
         return error
 
     def _head_bytes(self) -> int:
-        """For a head that came in one read with much of its body."""
+        """Size of the head, for one that came in one read with a large part of its body."""
         return sum(len(name) + len(value) + len(b": \r\n") for name, value in self._headers)
 
     def _unsent(self) -> bool:
@@ -457,7 +518,7 @@ class Connection(asyncio.Protocol):
             self._deadlines.arm(deadline)
 
     def _pause_reading(self) -> None:
-        """The reader is slow, which is not the upstream's fault: no limit runs meanwhile."""
+        """Stop reading while the reader is slow. No limit runs meanwhile: the upstream is not at fault."""
         self.deadline = NEVER
         if not self._reading_paused and self._transport is not None:
             self._reading_paused = True

@@ -1,4 +1,4 @@
-"""Where an upstream is and what is allowed to last how long there. Pure: no sockets."""
+"""The address of an upstream, and the limits of an exchange with it. Pure: no sockets."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ class Limits(msgspec.Struct, frozen=True):
     """Bounds of one exchange and of the pool of each origin; times in seconds."""
 
     connect_seconds: float = 5.0  # name, TCP and TLS together; a replica in reach answers in milliseconds
-    first_byte_seconds: float = 600.0  # a plain answer comes only after its last token
+    first_byte_seconds: float = 600.0  # a plain response comes only after its last token
     idle_seconds: float = 300.0  # between two pieces of a body
     pool_wait_seconds: float = 10.0
     max_connections: int = 1024  # per origin: above what one engine serves at once, below the usual file limit
     max_waiting: int = 4096  # requests in line for a connection, per origin
     max_idle: int = 256
-    idle_expiry_seconds: float = 4.0  # uvicorn, which vLLM and SGLang stand on, closes after 5
-    max_head_bytes: int = 65_536  # of an answer, interim answers, trailers and chunk extensions included
-    buffer_bytes: int = 131_072  # unread body above which reading stops; the loop's last read may come on top
+    idle_expiry_seconds: float = 4.0  # uvicorn, the server of vLLM and SGLang, closes after 5
+    max_head_bytes: int = 65_536  # of a response, with interim responses, trailers and chunk extensions
+    buffer_bytes: int = 131_072  # unread body above which reading pauses; one more read of the loop may be added
 
 
 class Origin(msgspec.Struct, frozen=True, cache_hash=True):
-    """Scheme, host and port of an upstream, and where its API starts.
+    """Scheme, host and port of an upstream, and the path at which its API starts.
 
-    `api_path` takes the place of a leading `/v1` in a target; any other target is put behind `root_path`.
+    `api_path` replaces a leading `/v1` of a target; any other target is appended to `root_path`.
     """
 
     scheme: str
@@ -41,10 +41,10 @@ class Origin(msgspec.Struct, frozen=True, cache_hash=True):
 
     @classmethod
     def parse(cls, url: str) -> Origin:
-        """An origin from a base URL, which may end in `/v1` or not.
+        """Parse a base URL, with or without `/v1` at its end.
 
-        A path with a version in it (`/openai/v1`, `/api/v3`, `/v1beta/openai`) is where the API starts; any other
-        path is a prefix before `/v1`. Raises ValueError where the URL is not one of http or https, or carries
+        A path with a version segment (`/openai/v1`, `/api/v3`, `/v1beta/openai`) is where the API starts; any other
+        path is a prefix before `/v1`. Raises ValueError if the scheme is neither http nor https, or if the URL has
         credentials, a query or a fragment.
         """
         parts = urlsplit(url)
@@ -60,12 +60,12 @@ class Origin(msgspec.Struct, frozen=True, cache_hash=True):
 
     @property
     def host_header(self) -> bytes:
-        """The `host` header's value: the port only where it is not the scheme's own."""
+        """Value of the `host` header, without the scheme's default port."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return (host if self.port == _DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}").encode()
 
     def target(self, target: bytes) -> bytes:
-        """A request target such as `/v1/models?x=1` as this upstream wants it."""
+        """Map a request target such as `/v1/models?x=1` to this upstream's."""
         if target.startswith(b"/v1") and target[3:4] in (b"", b"/", b"?"):
             return self.api_path + target[3:]
         return self.root_path + target
@@ -75,7 +75,7 @@ class Origin(msgspec.Struct, frozen=True, cache_hash=True):
 
 
 def _split_path(path: str) -> tuple[str, str]:
-    """What precedes the API's version, and where the API starts."""
+    """Return the prefix before the API's version, and the path at which the API starts."""
     segments = [segment for segment in path.split("/") if segment]
     for position, segment in enumerate(segments):
         if _VERSION_SEGMENT.fullmatch(segment):

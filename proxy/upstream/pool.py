@@ -1,12 +1,13 @@
-"""The connections of one origin: which is used next, who waits, and when a stream's connection is trusted again.
+"""The connections of one origin: which one is used next, which requests wait, and when one may be reused.
 
-It decides and counts; it opens no socket. A slot is one connection, being opened or open; it is given back exactly
-once, when the connection is closed or could not be opened.
+It decides and counts; it opens no socket. A slot stands for one connection, being opened or open. It is given back
+exactly once: when the connection is closed or could not be opened.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from dataclasses import dataclass
 from typing import Final
@@ -15,13 +16,16 @@ from proxy.errors import PoolTimeout
 from proxy.upstream.connection import Connection
 from proxy.upstream.origin import Limits
 
+log = logging.getLogger("cairn.upstream")
+
 PROBATION_SECONDS = 0.1  # llama.cpp closes within a millisecond of a stream's end
 TRUSTED_AFTER: Final = 3  # streams in a row whose connection outlived its probation
+DISTRUST_SECONDS: Final = 300.0  # connections are not reused for this long after bytes that no request asked for
 
 
 @dataclass(frozen=True, slots=True)
 class PoolCounts:
-    """A pool at one moment; `opened`, `reused` and `retried` only ever grow."""
+    """A pool at one moment; `opened`, `reused` and `retried` are totals."""
 
     open: int  # connections being opened or open: idle, on probation or in use
     idle: int
@@ -34,16 +38,20 @@ class PoolCounts:
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    """A request in line. Its future gets an idle connection, or None for leave to open one."""
+    """A waiting request. Its future yields an idle connection, or None: the request may then open one."""
 
     future: asyncio.Future[Connection | None]
     fresh: bool
 
 
 class Pool:
-    """The pool of one origin; last in, first out, so that the surplus of a burst grows old and expires."""
+    """The pool of one origin. Last in, first out, so that the surplus of a burst expires.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits) -> None:
+    `name` is the origin's, for the log.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits, name: str = "") -> None:
+        self._name = name
         self._loop = loop
         self._limits = limits
         self._idle: list[Connection] = []
@@ -51,37 +59,38 @@ class Pool:
         self._waiters: deque[_Waiter] = deque()
         self._open = 0
         self._streams_kept = 0
+        self._distrusted_until_seconds = 0.0  # by the loop's clock
         self.opened = 0
         self.reused = 0
         self.retried = 0
 
     @property
     def counts(self) -> PoolCounts:
-        """The pool at this moment."""
+        """Return the pool's figures."""
         aside = len(self._idle) + len(self._probation)
         waiting = len(self._waiters)
         return PoolCounts(self._open, aside, self._open - aside, waiting, self.opened, self.reused, self.retried)
 
     @property
     def keeps_streams(self) -> bool:
-        """True where this upstream is known to leave a connection open after a streamed answer."""
+        """True if this upstream is known to keep a connection open after a streamed response."""
         return self._streams_kept >= TRUSTED_AFTER
 
     def take(self) -> Connection | None:
-        """The connection used last, if one is idle."""
+        """Take the idle connection that was used last, or None."""
         while self._idle:
             connection = self._idle.pop()
-            if connection.usable:
+            if connection.untouched:
                 self.reused += 1
                 return connection
             connection.close()
         return None
 
     async def obtain(self, *, fresh: bool) -> Connection | None:
-        """An idle connection, or None: then the caller holds a slot and opens one (or calls `vacate`).
+        """Return an idle connection, or None: the caller then holds a slot and opens one, or calls `vacate`.
 
-        Waits where all slots are taken. Raises PoolTimeout where the line is too long or did not move in time.
-        `fresh` refuses connections that have served before.
+        Wait while all slots are taken. `fresh` refuses connections that have served before. Raises PoolTimeout if
+        too many wait or no slot became free in time.
         """
         while True:
             if not fresh and (connection := self.take()) is not None:
@@ -92,11 +101,12 @@ class Pool:
                 self._open += 1
                 return None
             granted = await self._wait(fresh)
-            if granted is None or granted.usable:
+            if granted is None or granted.untouched:
                 return granted
+            granted.close()
 
     def vacate(self) -> None:
-        """Give a slot back; whoever has waited longest gets it."""
+        """Give a slot back; the request that has waited longest gets it."""
         self._open -= 1
         while self._waiters:
             waiter = self._waiters.popleft()
@@ -106,8 +116,8 @@ class Pool:
                 return
 
     def finished(self, connection: Connection, *, reusable: bool, was_stream: bool) -> None:
-        """Put a connection whose answer is whole where it belongs."""
-        if not reusable:
+        """Keep, observe or close a connection whose response is complete."""
+        if not reusable or self._distrusts:
             connection.close()
         elif was_stream and not self.keeps_streams:
             self._put_on_probation(connection)
@@ -115,7 +125,7 @@ class Pool:
             self._put_back(connection)
 
     def left(self, connection: Connection) -> None:
-        """A connection closed: forget it and free its slot."""
+        """Forget a closed connection and free its slot."""
         timer = self._probation.pop(connection, None)
         if timer is not None:
             timer.cancel()
@@ -123,14 +133,36 @@ class Pool:
             self._idle.remove(connection)
         if connection.dropped_after_stream:
             self._streams_kept = 0
+        if connection.unsolicited:
+            self._distrust()
         self.vacate()
 
     def close(self) -> None:
-        """Refuse all who wait."""
+        """Refuse all waiting requests."""
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.future.done():
                 waiter.future.set_exception(PoolTimeout("the client is closing"))
+
+    def shut(self) -> None:
+        """Close every connection that is not in use."""
+        for connection in (*self._idle, *self._probation):
+            connection.close()
+
+    @property
+    def _distrusts(self) -> bool:
+        return self._loop.time() < self._distrusted_until_seconds
+
+    def _distrust(self) -> None:
+        """Stop reusing connections: the upstream sent bytes that would reach the reader of another response."""
+        if not self._distrusts:
+            log.warning(
+                "upstream %s sent bytes that no request asked for; its connections are not reused for %d s",
+                self._name,
+                DISTRUST_SECONDS,
+            )
+        self._distrusted_until_seconds = self._loop.time() + DISTRUST_SECONDS
+        self.shut()
 
     def _put_on_probation(self, connection: Connection) -> None:
         if self._waiters:
@@ -140,7 +172,7 @@ class Pool:
         self._probation[connection] = self._loop.call_later(PROBATION_SECONDS, self._passed, connection)
 
     def _passed(self, connection: Connection) -> None:
-        """Still open: the upstream did not close it behind its stream."""
+        """End the probation of a connection that the upstream did not close after its stream."""
         del self._probation[connection]
         self._streams_kept += 1
         self._put_back(connection)
@@ -157,7 +189,7 @@ class Pool:
             self._idle.append(connection)
 
     def _make_room(self) -> None:
-        """Close what nobody uses: the oldest on probation, else the oldest idle."""
+        """Close an unused connection: the oldest on probation, else the oldest idle one."""
         oldest = next(iter(self._probation), None) or (self._idle[0] if self._idle else None)
         if oldest is not None:
             oldest.close()
@@ -177,7 +209,7 @@ class Pool:
             timer.cancel()
 
     def _give_back(self, waiter: _Waiter) -> None:
-        """A waiter leaves: out of the line, or, where it was just granted something, pass that on."""
+        """Remove a cancelled waiter; if it had just been granted something, pass that on."""
         future = waiter.future
         if waiter in self._waiters:
             self._waiters.remove(waiter)

@@ -1,7 +1,7 @@
-"""The head of a request as bytes. Pure. What it refuses can never become a second request.
+"""Write the head of a request as bytes. Pure. A head that it accepts cannot be read as two requests.
 
-It must not know which headers a client may send on; that is `proxy.wire.headers`. Only what belongs to the connection
-itself (framing, host, hop-by-hop) is written here and nowhere else.
+Which headers a client may send on is decided in `proxy.wire.headers`; what belongs to the connection itself (framing,
+host, hop-by-hop) is written here and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from proxy.upstream.origin import Origin
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _TARGET = re.compile(rb"/[!-~\x80-\xff]*")
 _METHODS_WITH_BODY = frozenset({b"POST", b"PUT", b"PATCH"})
-_MAX_KNOWN_NAMES: Final = 1024  # names and targets are made up by clients: the tables stop growing there
+_MAX_KNOWN_NAMES: Final = 1024  # clients choose names and targets, so the tables are bounded
 _MAX_KNOWN_NAME_BYTES: Final = 64
 _MAX_KNOWN_LINES: Final = 256
 _MAX_KNOWN_LINE_BYTES: Final = 512
@@ -36,7 +36,7 @@ _OURS = frozenset(
 
 
 class _Starts(dict[bytes, bytes | None]):
-    """How the line of each header starts, worked out once; None for those that belong to the connection."""
+    """The start of each header's line, computed once; None for headers that belong to the connection."""
 
     def __missing__(self, name: bytes) -> bytes | None:
         if not _TOKEN.fullmatch(name):
@@ -48,7 +48,7 @@ class _Starts(dict[bytes, bytes | None]):
 
 
 class HeadWriter:
-    """Writes request heads for one origin; remembers the names and first lines that it has checked."""
+    """Writes request heads for one origin; caches the names and first lines that it has checked."""
 
     def __init__(self, origin: Origin) -> None:
         self._origin = origin
@@ -59,10 +59,10 @@ class HeadWriter:
     def write(
         self, method: bytes, target: bytes, headers: Iterable[tuple[bytes, bytes]], length: int | None
     ) -> bytes:
-        """The head up to and with its empty line; `length` is the body's in bytes, None for chunked.
+        """Return the head including its empty line; `length` is the body's size in bytes, None for chunked.
 
-        Headers that belong to the connection (framing, host, hop-by-hop) are left out of `headers`: the client
-        writes its own. Raises ValueError where a method, target, name or value could be read as anything else.
+        Headers that belong to the connection (framing, host, hop-by-hop) are skipped: the client writes its own.
+        Raises ValueError if the method, the target, a name or a value could be read as anything else.
         """
         starts = self._starts
         lines = [start + value for name, value in headers if (start := starts[name]) is not None]
@@ -75,7 +75,7 @@ class HeadWriter:
             lines.append(b"\r\n")
         head = b"\r\n".join(lines)
         line_ends = len(lines) + (1 if lines[-1] == b"\r\n" else 2)
-        # Three scans of the whole are cheaper than one of each value, and miss no line end that is not its own.
+        # Three scans of the whole head are cheaper than one per value and find every line end inside a value.
         if head.count(b"\r") != line_ends or head.count(b"\n") != line_ends or 0 in head:
             raise ValueError("a header's value has no CR, LF or NUL")
         return head

@@ -1,7 +1,6 @@
-"""An upstream's answer as the caller reads it: head, then the body in pieces as they come.
+"""A response from an upstream as its reader sees it: the head, then the body in pieces as they arrive.
 
-It is filled by the connection and outlives it: once the body is whole the connection is back in its pool, while what
-was not read yet waits here.
+The connection fills it and may be back in its pool before the body was read: what was not taken yet waits here.
 """
 
 from __future__ import annotations
@@ -10,20 +9,32 @@ import asyncio
 import enum
 from collections.abc import Callable
 from copy import copy
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from proxy.errors import BadResponse, CairnError, ResetMidResponse
 
-if TYPE_CHECKING:
-    from proxy.upstream.connection import Connection
-
-
 Sink = Callable[[bytes, bytes | None], bool]
-"""Takes a piece of a body and, where it came as one whole chunk, that chunk with its framing; False: enough."""
+"""Accepts a piece of a body and, if it came as exactly one chunk, that chunk with framing. Returns False to stop."""
+
+
+class Source(Protocol):
+    """The connection as its response sees it."""
+
+    def taken(self) -> None:
+        """Resume reading: everything buffered was taken."""
+        ...
+
+    def allow_silence(self, seconds: float) -> None:
+        """Bound the silence between two reads of the body by `seconds`, starting now."""
+        ...
+
+    def close(self, error: CairnError | None = None) -> None:
+        """Close the connection and fail the response under way with `error`."""
+        ...
 
 
 class Framing(enum.StrEnum):
-    """How the end of an answer's body is known."""
+    """How the end of a body is known."""
 
     NONE = "none"  # HEAD, 204, 304
     LENGTH = "length"
@@ -32,15 +43,18 @@ class Framing(enum.StrEnum):
 
 
 class UpstreamResponse:
-    """One answer. The connection goes back to its pool by itself at the end of the body; else call `abort`.
+    """One response. Its connection returns to the pool at the end of the body; call `abort` to end it earlier.
 
-    `headers` have lower-case names, in the order in which they came, duplicates kept. `early` tells that the answer
-    began before the request's body was sent. `reused` tells that the connection had served before. `seen_seconds` is
-    when the last bytes of it came.
+    Attributes:
+        headers: lower-case names, in the order in which they came, duplicates kept.
+        early: the response began before the request's body was sent.
+        reused: the connection had served before.
+        sent_seconds, first_byte_seconds, seen_seconds: monotonic times of the request, of the first byte of the final
+            response, and of the last receive.
+        chunks: pieces of the body that were not taken yet. The connection appends to it.
     """
 
     __slots__ = (
-        "_chunks",
         "_complete",
         "_connection",
         "_error",
@@ -48,6 +62,7 @@ class UpstreamResponse:
         "_loop",
         "_sink",
         "_waiter",
+        "chunks",
         "content_length",
         "early",
         "first_byte_seconds",
@@ -61,7 +76,9 @@ class UpstreamResponse:
         "status",
     )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, connection: Connection, sent_seconds: float) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, connection: Source, sent_seconds: float, *, reused: bool
+    ) -> None:
         self.status = 0
         self.reason = b""
         self.headers: tuple[tuple[bytes, bytes], ...] = ()
@@ -69,13 +86,13 @@ class UpstreamResponse:
         self.framing = Framing.NONE
         self.is_event_stream = False
         self.early = False
-        self.reused = connection.served > 0
+        self.reused = reused
         self.sent_seconds = sent_seconds
         self.first_byte_seconds = 0.0
         self.seen_seconds = 0.0
         self._loop = loop
-        self._connection: Connection | None = connection
-        self._chunks: list[bytes] = []
+        self._connection: Source | None = connection
+        self.chunks: list[bytes] = []
         self._complete = False
         self._error: CairnError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -89,12 +106,12 @@ class UpstreamResponse:
 
     @property
     def buffered_bytes(self) -> int:
-        """Bytes of the body that arrived and were not taken yet."""
-        return sum(map(len, self._chunks))
+        """Size of what arrived of the body and was not taken yet."""
+        return sum(map(len, self.chunks))
 
     def body_now(self) -> bytes:
-        """What has arrived of the body and was not taken yet, without waiting; after `complete`, the rest of it."""
-        chunks = self._chunks
+        """Take what has arrived of the body without waiting; once `complete`, the rest of it."""
+        chunks = self.chunks
         if not chunks:
             return b""
         piece = chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -104,12 +121,12 @@ class UpstreamResponse:
         return piece
 
     async def next_chunk(self) -> bytes:
-        """All that has arrived since the last call, at least one byte; b"" at the end of the body.
+        """Take all that arrived since the last call, at least one byte; b"" at the end of the body.
 
-        Raises ResetMidAnswer, IdleTimeout or BadAnswer once all that arrived before was taken. Cancelling it closes
-        the connection.
+        Raises ResetMidResponse, IdleTimeout or BadResponse once all that arrived before was taken. Cancelling it
+        closes the connection.
         """
-        while not self._chunks:
+        while not self.chunks:
             if self._complete:
                 return b""
             if self._error is not None:
@@ -123,13 +140,13 @@ class UpstreamResponse:
         return self.body_now()
 
     async def pour(self, sink: Sink) -> bool:
-        """Give what arrives to `sink`, each piece at once, in the event that brings it; True at the body's end.
+        """Call `sink` with each piece in the event that brings it; return True at the end of the body.
 
-        False as soon as the sink has had enough and said so by False: then nothing is taken until the next call, and
-        the connection stops reading. No task is woken for a piece, which is half the cost of relaying one. Raises
-        what `next_chunk` does, and what the sink raises; cancelling it closes the connection.
+        Return False as soon as `sink` does: nothing more is taken until the next call, and the connection stops
+        reading. No task is woken per piece, which is half the cost of relaying one. Raises what `next_chunk` raises
+        and what `sink` raises. Cancelling it closes the connection.
         """
-        while not self._chunks or sink(self.body_now(), None):
+        while not self.chunks or sink(self.body_now(), None):
             if self._complete:
                 return True
             if self._error is not None:
@@ -149,7 +166,7 @@ class UpstreamResponse:
         return False
 
     async def read(self, limit_bytes: int) -> bytes:
-        """The whole rest of the body. Raises BadAnswer, and closes, where it has more than `limit_bytes`."""
+        """Return the whole rest of the body. Raises BadResponse, and closes, if it exceeds `limit_bytes`."""
         pieces: list[bytes] = []
         size = 0
         while piece := await self.next_chunk():
@@ -157,11 +174,11 @@ class UpstreamResponse:
             size += len(piece)
             if size > limit_bytes:
                 self.abort()
-                raise BadResponse(f"the upstream's answer has more than {limit_bytes} bytes")
+                raise BadResponse(f"the upstream's response has more than {limit_bytes} bytes")
         return b"".join(pieces)
 
     def header(self, name: bytes) -> bytes:
-        """The first value of a header by its lower-case name, empty where there is none."""
+        """Return the first value of a header by its lower-case name, b"" if there is none."""
         for key, value in self.headers:
             if key == name:
                 return value
@@ -170,24 +187,29 @@ class UpstreamResponse:
     def put_back(self, body: bytes) -> None:
         """Undo a `read` of the whole body, for a caller that looked at it before passing it on."""
         if body:
-            self._chunks.insert(0, body)
+            self.chunks.insert(0, body)
 
     def abort(self) -> None:
-        """Close the connection if the body has not ended; nothing happens after the end."""
+        """Close the connection unless the body has ended."""
         if self._connection is not None:
-            self._connection.close(ResetMidResponse("the answer was given up"))
+            self._connection.close(ResetMidResponse("the response was abandoned"))
 
-    # What follows is for the connection and the client alone.
+    def allow_silence(self, seconds: float) -> None:
+        """Bound the silence between two reads of the rest of the body by `seconds`, starting now."""
+        if self._connection is not None:
+            self._connection.allow_silence(seconds)
+
+    # -- called by the connection and the client only
 
     @property
     def pending(self) -> bool:
-        """True while neither the head nor a failure came."""
+        """True while neither the head nor a failure has come."""
         return not self.status and self._error is None
 
     async def head_arrived(self) -> None:
-        """Return when the final head is here; raise what ended the exchange before.
+        """Wait for the final head. Raise the error that ended the exchange before it.
 
-        The caller aborts when it is cancelled.
+        If this is cancelled, the caller calls `abort`.
         """
         while self._error is None:
             if self.status:
@@ -197,29 +219,29 @@ class UpstreamResponse:
         raise copy(self._error)
 
     def interrupt_with(self, callback: Callable[[], object] | None) -> None:
-        """Call `callback` once, when the head comes or the exchange fails while nobody waits."""
+        """Call `callback` once, as soon as the head has come or the exchange has failed."""
         self._interrupt = callback
         if not self.pending:
             self.wake()
 
     def ended(self) -> None:
-        """The body is whole; the connection is no longer ours."""
+        """Mark the body as complete and let go of the connection."""
         self._connection = None
         self._complete = True
         self.wake()
 
     def fail(self, error: CairnError) -> None:
-        """The exchange is over; copies of `error` are raised once what arrived before was taken.
+        """End the exchange. Readers get copies of `error` once they have taken what arrived before.
 
-        The one raised holds the frames that it passed, and they hold this answer: were it kept here, each broken
-        exchange would wait for the garbage collector with all that hangs on it.
+        A raised error refers to the frames that it passed, and they refer to this response: keeping the raised one
+        here would leave every failed exchange to the garbage collector.
         """
         self._connection = None
         self._error = error
         self.wake()
 
     def wake(self) -> None:
-        """Something changed: let whoever waits look again."""
+        """Let a waiting reader look again after any change."""
         waiter = self._waiter
         if waiter is not None and (self._sink is None or not self._poured(self._sink, waiter)):
             self._waiter = None
@@ -230,7 +252,7 @@ class UpstreamResponse:
             callback()
 
     def relay_chunk(self, piece: bytes, framed: bytes) -> bool:
-        """Give a whole chunk straight to the sink that waits; False, and nothing done, where none does."""
+        """Hand a whole chunk to the waiting sink. Return False, having done nothing, if none waits."""
         sink, waiter = self._sink, self._waiter
         if sink is None or waiter is None or waiter.done():
             return False
@@ -239,18 +261,18 @@ class UpstreamResponse:
                 return True
             self._sink = None
             waiter.set_result(None)
-        except Exception as error:  # noqa: BLE001 - it is raised again in the task whose sink this is
+        except Exception as error:  # noqa: BLE001 - raised again in the task that owns the sink
             waiter.set_exception(error)
         self._waiter = None
         return True
 
     def _poured(self, sink: Sink, waiter: asyncio.Future[None]) -> bool:
-        """Pour what has arrived; False where the task that pours must look: at the end, or where the sink is full."""
+        """Feed the sink what has arrived. Return False if the pouring task must run: at the end or if full."""
         try:
-            if self._chunks and not waiter.done() and not sink(self.body_now(), None):
+            if self.chunks and not waiter.done() and not sink(self.body_now(), None):
                 self._sink = None
                 return False
-        except Exception as error:  # noqa: BLE001 - it is raised again in the task whose sink this is
+        except Exception as error:  # noqa: BLE001 - raised again in the task that owns the sink
             waiter.set_exception(error)
             return False
         return not self._complete and self._error is None

@@ -1,8 +1,8 @@
-"""One timer for all connections of a client, so that no request and no piece of a stream sets one of its own.
+"""One timer for all connections of a client, so that no request and no piece of a stream sets its own.
 
-Each connection carries the moment at which what it waits for is late, and moves it by plain assignment. The timer
-rings at the earliest moment known when it was set, looks at all, and is set anew. Moments mostly move later, so the
-timer is touched about once per shortest limit, and idle streams cost nothing.
+Each connection has the time at which the thing it waits for is late, and moves it by plain assignment. The timer
+fires at the earliest such time known when it was set, checks all connections, and is set again. The times mostly move
+later, so the timer is touched about once per shortest limit, and idle streams cost nothing.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from typing import Final, Protocol
 
 from proxy.clock import Clock
 
-_SLACK_SECONDS: Final = 0.01  # a timer that rings a hair early would only be set again
+_SLACK_SECONDS: Final = 0.01  # a timer that fires slightly early would only be set again
 
 
 class Watched(Protocol):
-    """What can be late."""
+    """Something that can miss a deadline."""
 
-    deadline: float  # monotonic, math.inf where nothing is awaited
+    deadline: float  # monotonic, math.inf while nothing is awaited
 
     def expire(self) -> None:
-        """The deadline has passed."""
+        """Handle a missed deadline."""
         ...
 
     def close(self) -> None:
-        """End, whatever is under way."""
+        """Close, ending whatever is under way."""
         ...
 
 
 class Deadlines:
-    """The timer and those it watches. `next_at` is when it rings next, math.inf where it is not set."""
+    """The timer and what it watches. `next_at` is when it fires next, math.inf while it is not set."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
         self.next_at = math.inf
@@ -45,17 +45,17 @@ class Deadlines:
         return len(self._watched)
 
     def add(self, watched: Watched) -> None:
-        """Look at it from now on."""
+        """Watch it from now on."""
         self._watched.add(watched)
 
     def discard(self, watched: Watched) -> None:
-        """Never look at it again."""
+        """Stop watching it."""
         self._watched.discard(watched)
         if self._all_gone is not None and not self._watched and not self._all_gone.done():
             self._all_gone.set_result(None)
 
     def arm(self, deadline: float) -> None:
-        """Ring at `deadline` at the latest."""
+        """Fire at `deadline` at the latest."""
         if deadline >= self.next_at:
             return
         if self._timer is not None:
@@ -65,7 +65,7 @@ class Deadlines:
         self._timer = self._loop.call_later(delay_seconds, self.ring)
 
     def ring(self) -> None:
-        """Expire all that is late, and set the timer for the earliest of the rest."""
+        """Expire everything that is late and set the timer for the earliest of the rest."""
         self.stop()
         now = self._clock.monotonic()
         for watched in tuple(self._watched):
@@ -74,14 +74,14 @@ class Deadlines:
         self.arm(min((watched.deadline for watched in self._watched), default=math.inf))
 
     def stop(self) -> None:
-        """Ring no more until armed again."""
+        """Do not fire until armed again."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self.next_at = math.inf
 
     async def close(self) -> None:
-        """End all that is watched; return when nothing is any more."""
+        """Close everything that is watched and wait until all of it is gone."""
         self.stop()
         for watched in tuple(self._watched):
             watched.close()

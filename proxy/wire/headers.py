@@ -180,7 +180,7 @@ def kept_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 def retry_after_seconds(value: bytes, now_unix_seconds: float) -> float | None:
     """Seconds from a `retry-after` value, a number or a date (RFC 9110, 10.2.3); None where it is neither."""
     text = value.decode("latin-1").strip()
-    if text.isdigit():
+    if text.isascii() and text.isdigit():
         return float(text[:9])
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - now_unix_seconds)

@@ -176,10 +176,10 @@ async def test_an_idle_connection_is_closed_when_it_expires(make_client: MakeCli
     async with ScriptedUpstream(SERVE_TWO) as upstream:
         await fetch(client, upstream)
         clock.advance(3.9)
-        client.check_limits()
+        client._deadlines.ring()
         assert counts(client, upstream).idle == 1
         clock.advance(0.2)
-        client.check_limits()
+        client._deadlines.ring()
         assert counts(client, upstream).open == 0
         await upstream.peers[0].left.wait()
 
@@ -208,15 +208,16 @@ async def test_a_close_delimited_answer_ends_with_its_connection(make_client: Ma
 
 async def test_head_204_and_304_leave_the_connection_in_step(make_client: MakeClient) -> None:
     client = make_client()
-    bodiless = [b"HTTP/1.1 204 N\r\n\r\n", b"HTTP/1.1 304 N\r\nContent-Length: 9\r\n\r\n"]
-    play = [Expect(), Send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")]
-    play += [step for raw in bodiless for step in (Expect(), Send(raw))]
-    async with ScriptedUpstream([*play, *SERVE_ONE]) as upstream:
+    """A connection is kept after a 204, and closed after a head that announces a body which must not follow."""
+    no_content: Play = [Expect(), Send(b"HTTP/1.1 204 N\r\n\r\n")]
+    after_head: Play = [Expect(), Send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")]
+    not_modified: Play = [Expect(), Send(b"HTTP/1.1 304 N\r\nContent-Length: 9\r\n\r\n")]
+    async with ScriptedUpstream([after_head, [*no_content, *not_modified], SERVE_ONE]) as upstream:
         for method, status in ((b"HEAD", 200), (b"GET", 204), (b"GET", 304)):
             answered = await client.request(origin_of(upstream), method, b"/")
             assert (answered.status, answered.complete, await answered.read(9)) == (status, True, b"")
         assert await fetch(client, upstream) == b"hello"
-        assert upstream.connections == 1
+        assert upstream.connections == 3
 
 
 # -- streams
@@ -607,7 +608,7 @@ async def test_no_answer_within_the_limit_fails_the_request_and_closes(make_clie
         request = spawn(fetch(client, upstream))
         await until(lambda: len(upstream.requests) == 1)
         clock.advance(31)
-        client.check_limits()
+        client._deadlines.ring()
         with pytest.raises(FirstByteTimeout):
             await request
         await upstream.peers[0].left.wait()
@@ -623,7 +624,7 @@ async def test_a_body_that_stands_still_fails_and_closes(make_client: MakeClient
         reading = spawn(answered.next_chunk())
         await turns()
         clock.advance(31)
-        client.check_limits()
+        client._deadlines.ring()
         with pytest.raises(IdleTimeout):
             await reading
         await upstream.peers[0].left.wait()
@@ -648,7 +649,7 @@ async def test_an_upstream_that_takes_no_body_for_too_long_fails(make_client: Ma
             seen = produced
             await turns(500)
         clock.advance(31)
-        client.check_limits()
+        client._deadlines.ring()
         with pytest.raises(FirstByteTimeout):
             await request
         assert counts(client, upstream).open == 0
@@ -668,7 +669,7 @@ async def test_a_client_that_is_slow_to_send_is_not_the_upstreams_lateness(make_
         await until(lambda: upstream.connections == 1)
         await turns()
         clock.advance(1_000)
-        client.check_limits()
+        client._deadlines.ring()
         gate.set()
         assert await request == b"hello"
 
@@ -698,7 +699,7 @@ async def test_an_upload_that_ended_and_is_not_answered_is_late_by_the_same_limi
         request = spawn(fetch(client, upstream, pieces_of(b"whole")))
         await until(lambda: len(upstream.requests) == 1)
         clock.advance(31)
-        client.check_limits()
+        client._deadlines.ring()
         async with asyncio.timeout(5):
             with pytest.raises(FirstByteTimeout):
                 await request
@@ -858,3 +859,91 @@ async def test_closing_the_client_ends_all_that_is_under_way(make_client: MakeCl
             await fetch(client, upstream)
         for peer in upstream.peers:
             await peer.left.wait()
+
+
+# -- bytes that nobody asked for
+
+POISON = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nPOISONED"
+
+
+async def test_bytes_that_wait_unread_on_a_pooled_connection_are_no_response_to_the_next_request(
+    make_client: MakeClient,
+) -> None:
+    """They arrived before the request was written, and the loop has not read them yet."""
+    client = make_client()
+    async with ScriptedUpstream([SERVE_ONE, SERVE_ONE]) as upstream:
+        assert await fetch(client, upstream) == b"hello"
+        upstream.peers[0].writer.write(POISON)  # in the socket at once; no turn of the loop until the next request
+        assert await fetch(client, upstream) == b"hello"
+        assert upstream.connections == 2
+
+
+async def test_bytes_that_wait_unread_are_found_when_a_connection_passes_to_a_waiting_request(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_client(max_connections=1)
+    gate = asyncio.Event()
+    first: Play = [Expect(), Pause(gate), Send(answer(b"hello"))]
+    async with ScriptedUpstream([first, SERVE_ONE]) as upstream:
+        tasks = [spawn(fetch(client, upstream)) for _ in range(2)]
+        await until(lambda: len(upstream.requests) == 1)
+        assert counts(client, upstream).waiting == 1
+        peer = upstream.peers[0]
+        pool = client._upstreams[origin_of(upstream)].pool
+        finished = pool.finished
+
+        def poison_first(*args: Any, **options: Any) -> None:
+            peer.writer.write(POISON)
+            finished(*args, **options)
+
+        monkeypatch.setattr(pool, "finished", poison_first)
+        gate.set()
+        assert await asyncio.gather(*tasks) == [b"hello", b"hello"]
+        assert upstream.connections == 2
+
+
+async def test_an_upstream_that_sent_too_much_is_not_trusted_with_a_second_request_on_a_connection(
+    make_client: MakeClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For a while; the log says so once."""
+    client = make_client()
+    twice: Play = [Expect(), Send(answer(b"hello") + POISON)]
+    async with ScriptedUpstream([twice, SERVE_ONE, SERVE_ONE]) as upstream:
+        for _ in range(3):
+            assert await fetch(client, upstream) == b"hello"
+        assert upstream.connections == 3
+        assert caplog.text.count("bytes that no request asked for") == 1
+
+
+async def test_a_408_on_an_idle_connection_is_a_servers_way_to_close_and_costs_no_trust(
+    make_client: MakeClient,
+) -> None:
+    client = make_client()
+    notice = answer(b"", status=b"408 Request Time-out", headers=[b"Connection: close"])
+    idle = asyncio.Event()
+    plays: list[Play] = [[*SERVE_ONE, Pause(idle), Send(notice)], [*SERVE_ONE, *SERVE_ONE]]
+    async with ScriptedUpstream(plays) as upstream:
+        assert await fetch(client, upstream) == b"hello"
+        idle.set()
+        await until(lambda: counts(client, upstream).open == 0)
+        assert [await fetch(client, upstream) for _ in range(2)] == [b"hello", b"hello"]
+        assert upstream.connections == 2
+
+
+async def test_an_origin_that_is_gone_is_forgotten_with_its_connections_unless_one_is_in_use(
+    make_client: MakeClient,
+) -> None:
+    client = make_client()
+    gate = asyncio.Event()
+    async with ScriptedUpstream([Expect(), Pause(gate), Send(answer(b"hello"))]) as upstream:
+        task = spawn(fetch(client, upstream))
+        await until(lambda: len(upstream.requests) == 1)
+        assert not client.forget(origin_of(upstream))
+        gate.set()
+        assert await task == b"hello"
+        assert counts(client, upstream).idle == 1
+        assert client.forget(origin_of(upstream))
+        assert client.counts() == {}
+        assert client.forget(origin_of(upstream))
+        async with asyncio.timeout(5):
+            await upstream.peers[0].left.wait()

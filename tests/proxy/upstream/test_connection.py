@@ -127,9 +127,9 @@ WHOLE: dict[str, tuple[bytes, bool, Framing, int, bytes, bool]] = {
         True,
     ),
     "204": (b"HTTP/1.1 204 No Content\r\nx: y\r\n\r\n", False, Framing.NONE, 204, b"", True),
-    "304 with length": (b"HTTP/1.1 304 N\r\nContent-Length: 5\r\n\r\n", False, Framing.NONE, 304, b"", True),
-    "HEAD with length": (OK + b"Content-Length: 5\r\n\r\n", True, Framing.NONE, 200, b"", True),
-    "HEAD chunked": (OK + b"Transfer-Encoding: chunked\r\n\r\n", True, Framing.NONE, 200, b"", True),
+    "304 with length": (b"HTTP/1.1 304 N\r\nContent-Length: 5\r\n\r\n", False, Framing.NONE, 304, b"", False),
+    "HEAD with length": (OK + b"Content-Length: 5\r\n\r\n", True, Framing.NONE, 200, b"", False),
+    "HEAD chunked": (OK + b"Transfer-Encoding: chunked\r\n\r\n", True, Framing.NONE, 200, b"", False),
     "100 first": (b"HTTP/1.1 100 Continue\r\n\r\n" + answer(b"hello"), False, Framing.LENGTH, 200, b"hello", True),
     "103 and 102 first": (
         b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 102 P\r\n\r\n" + chunked(b"hello"),
