@@ -1,4 +1,4 @@
-"""What Cairn remembers. `proxy` uses the names of this module and none below it; nothing here knows HTTP."""
+"""The cache: prefix index, replication, stored contexts, totals. `proxy` imports from this module only."""
 
 from cache.contexts.access import ContextLimits
 from cache.contexts.rows import ContextRow, ContextStatus, Draft, Tag
@@ -25,16 +25,18 @@ from cache.index.prefix_index import (
     PrefixIndex,
     ReplicaStats,
 )
+from cache.replication.apply import Listeners
 from cache.replication.inflight import LoadBroadcast
-from cache.replication.journal import Journal, JournalState, JournalStats
+from cache.replication.journal import Journal, JournalState
 from cache.replication.owners import ObjectLocations
+from cache.replication.stats import JournalStats
 from cache.secret import shared_secret
 from cache.store.breaker import BreakerState
 from cache.store.embedded import EmbeddedValkey
 from cache.store.store import Store, StoreState, open_store
 from cache.totals import KEPT_DAYS, RowKey, Sums, Totals, read_totals
 
-DISTRIBUTION = "cairn-proxy"  # `cairn` looks for this, since other distributions have packages of this name
+DISTRIBUTION = "cairn-proxy"  # `cairn` checks for this: other distributions have packages of the same names
 
 __all__ = [
     "KEPT_DAYS",
@@ -57,6 +59,7 @@ __all__ = [
     "Journal",
     "JournalState",
     "JournalStats",
+    "Listeners",
     "LoadBroadcast",
     "Match",
     "ObjectLocations",

@@ -1,7 +1,6 @@
-"""What goes wrong in the memory of the proxy. Knows nothing of HTTP, nor of any library's exceptions.
+"""Errors of the cache. No foreign exception leaves `cache`: `cache.store.redis_errors` maps each one to these.
 
-Foreign exceptions become one of these once, in `cache.store.store`. None of them may reach a client, unless it asked
-for a stored context.
+None of them may reach a client, unless it asked for a stored context.
 """
 
 from __future__ import annotations
@@ -10,13 +9,16 @@ import enum
 
 
 class ErrorKind(enum.StrEnum):
-    """What a failed operation on Redis is counted as; the value is the metric label."""
+    """Why an operation on Redis failed. The value is the metric label."""
 
-    TIMEOUT = "timeout"  # no answer within the limit, or no free connection
-    CONNECTION = "connection"  # refused, reset, name unknown, TLS, Cluster without the slot
+    TIMEOUT = "timeout"  # no reply within the limit, or no free connection
+    CONNECTION = "connection"  # refused, reset, unknown name, TLS, a Cluster that does not serve the slot
     OOM = "oom"
     READONLY = "readonly"
+    MISCONF = "misconf"  # Redis cannot write its files, for example because the disk is full
+    NOREPLICAS = "noreplicas"
     LOADING = "loading"
+    BUSY = "busy"  # a script of another client blocks Redis
     WRONGTYPE = "wrongtype"
     AUTH = "auth"
     NOSCRIPT = "noscript"
@@ -25,7 +27,7 @@ class ErrorKind(enum.StrEnum):
 
 
 class CacheError(Exception):
-    """Base of all; `kind` is its counter's label. The message holds no key, value or credential."""
+    """Base class. `kind` is the label of its counter. The message holds no key, value or credential."""
 
     kind = ErrorKind.OTHER
 
@@ -36,54 +38,58 @@ class CacheError(Exception):
 
 
 class StoreUnavailable(CacheError):
-    """Redis cannot be reached, is loading, or the breaker is open: nothing was done."""
+    """Redis does not serve any command now, or the breaker is open. Nothing was done."""
 
     kind = ErrorKind.CONNECTION
 
 
 class StoreTimeout(StoreUnavailable):
-    """No answer within the limit, or no connection of the bounded pool: it may or may not have been done."""
+    """No reply within the limit, or no free connection in the pool. The operation may or may not have been done."""
 
     kind = ErrorKind.TIMEOUT
 
 
-class StoreFull(CacheError):
-    """Redis is at its memory limit: writes fail, reads go on."""
+class WritesRefused(CacheError):
+    """Redis serves reads and refuses writes, whatever they are. Nothing was written; a later attempt may succeed."""
+
+
+class StoreFull(WritesRefused):
+    """Redis has reached its memory limit."""
 
     kind = ErrorKind.OOM
 
 
-class StoreReadOnly(CacheError):
-    """A replica answered a write, as after a failover; the next connection is made anew, to find the master."""
+class StoreReadOnly(WritesRefused):
+    """The server is a replica, as after a failover. The next connection is a new one, to find the master."""
 
     kind = ErrorKind.READONLY
 
 
 class StoreRefused(CacheError):
-    """Redis understood and said no: wrong type, no permission, a script's error."""
+    """Redis refused this command: wrong type, unknown command, an error in a script."""
 
 
 class StoreCorrupt(CacheError):
-    """Stored bytes are not what this version of Cairn writes: damaged, cut off, or of another version."""
+    """Stored bytes are damaged, truncated, of another version, or hold values that Cairn does not write."""
 
     kind = ErrorKind.CORRUPT
 
 
 class UnknownContext(CacheError):
-    """No such context or tag with this tenant, whoever else may have one."""
+    """This tenant has no such context or tag. Another tenant may have one."""
 
 
 class QuotaFull(CacheError):
-    """A budget of stored contexts is reached and nothing may be discarded; the message says which."""
+    """A budget or quota of stored contexts is reached and nothing may be discarded. The message names it."""
 
 
 class PastExpiry(CacheError):
-    """The asked end of a context has passed by Redis's clock."""
+    """The requested expiry is in the past, by Redis's clock."""
 
 
 class StoreUrlError(CacheError):
-    """The URL of the store cannot be used; says what is wrong with it."""
+    """The URL of the store cannot be used. The message says why."""
 
 
 class EmbeddedError(CacheError):
-    """The private Valkey cannot be run; says in one line what to do."""
+    """The private Valkey cannot be started. The message says, in one line, what to do."""

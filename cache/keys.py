@@ -1,59 +1,63 @@
-"""The whole Redis keyspace on one page. Pure; knows names and nothing of what stands behind them.
+"""All Redis keys and channels of Cairn. Pure.
 
-Everything begins with `cairn:`. What one script touches together shares a hash tag, `{...}`, so that on a Cluster it
-lies on one node: the journal's keys under `{journal}`, each tenant's contexts under the tenant's keyed hash.
+Every key begins with `cairn:`. Keys that one script touches share a hash tag, `{...}`, so that they lie on one node
+of a Cluster: the journal's keys under `{journal}`, each tenant's contexts under the tenant's keyed hash.
 """
 
 from __future__ import annotations
 
 PREFIX = "cairn:"
 
-# The journal: stream of batches; snapshot and lease in its slot, so that one script can fence and trim.
+# The journal: a stream of batches. Snapshot and lease are in its slot, so that one script can check and trim.
 JOURNAL = PREFIX + "{journal}:stream"
-LEASE = PREFIX + "{journal}:lease"  # who writes snapshots; expires by itself
-SNAPSHOT = PREFIX + "{journal}:snapshot"  # hash: which snapshot holds, up to which stream id, in how many chunks
-WRITERS = PREFIX + "{journal}:writers"  # sorted set: who lives, by the second it said so last
-GENERATION = PREFIX + "{journal}:generation"  # made once; another value means that Redis lost everything
+LEASE = PREFIX + "{journal}:lease"  # the writer that makes snapshots; expires
+SNAPSHOT = PREFIX + "{journal}:snapshot"  # hash: id of the snapshot, its stream id, its number of parts
+WRITERS = PREFIX + "{journal}:writers"  # sorted set: live writers, by the second of their last sign of life
+GENERATION = PREFIX + "{journal}:generation"  # made once; a different value means that Redis lost everything
+PROBE = PREFIX + "{journal}:probe"  # written to learn whether Redis accepts writes; expires
 
-# Pub/sub channel, not a key: everyone's work in flight.
+# Pub/sub channel, not a key: the work in flight of every worker.
 INFLIGHT_CHANNEL = PREFIX + "inflight"
 
-# Pub/sub channel: which context or tag of which tenant is not what it was.
+# Pub/sub channel: names each context or tag that changed, with its tenant.
 CONTEXTS_CHANNEL = PREFIX + "contexts"
 
-# Hash: what each tenant's contexts take, `bytes:number`, for the budget over all; renewed at every change and sweep.
+# Hash: tenant to `bytes:number` of its contexts, for the total budget. Updated at every change and sweep.
 CONTEXTS_TOTALS = PREFIX + "{contexts}:totals"
 
-CONTEXTS_SWEEPER = PREFIX + "{contexts}:sweeper"  # who sweeps now; expires by itself
+# Hash: tenant to `bytes:pinned bytes:accepted` of unlisted clients' contexts, for the shares that they have together.
+CONTEXTS_UNLISTED = PREFIX + "{contexts}:unlisted"
 
-# The secret of the tenants' keyed hash, set if absent.
+CONTEXTS_SWEEPER = PREFIX + "{contexts}:sweeper"  # the worker that sweeps now; expires
+
+# The secret that keys the tenants' hash, set if absent.
 SECRET = PREFIX + "secret"
 
-# Totals of money and tokens: a hash for each day, and each writer's last batch, in one slot for one script.
+# Totals of money and tokens: a hash per day, and the number of each writer's last batch, in one slot.
 TOTALS = PREFIX + "{totals}"
 
 
 def totals_day(day: str) -> str:
-    """The hash of one day, by its ISO date; expires."""
+    """Return the key of one day's hash, by its ISO date; it expires."""
     return f"{TOTALS}:day:{day}"
 
 
 def totals_writer(writer: str) -> str:
-    """The number of a writer's last batch; expires."""
+    """Return the key of the number of a writer's last batch; it expires."""
     return f"{TOTALS}:writer:{writer}"
 
 
 def snapshot_chunk(snapshot: str, number: int) -> str:
-    """One part of a snapshot; it expires unless the snapshot is committed."""
+    """Return the key of one part of a snapshot; it expires unless the snapshot is committed."""
     return f"{SNAPSHOT}:{snapshot}:{number}"
 
 
 def tenant(keyed_hash: str, *parts: str) -> str:
-    """A key of one tenant's content: all of a tenant in one slot.
+    """Return a key of one tenant's content. All keys of a tenant lie in one slot.
 
     >>> tenant("9f2c", "context", "cache-1")
     'cairn:{9f2c}:context:cache-1'
     """
     if not keyed_hash or "{" in keyed_hash or "}" in keyed_hash:
-        raise ValueError("a tenant's keyed hash is not empty and holds no braces")
+        raise ValueError("a tenant's keyed hash must not be empty or contain braces")
     return ":".join((f"{PREFIX}{{{keyed_hash}}}", *parts))

@@ -18,7 +18,8 @@ import msgspec
 
 from cache import keys
 from cache.errors import CacheError, StoreRefused
-from cache.store.store import Script, Store, hash_pairs
+from cache.store.replies import hash_pairs
+from cache.store.store import Script, Store
 
 FLUSH_SECONDS = 0.9  # with the write itself a crash loses no more than a second
 WRITE_LIMIT_SECONDS = 1.0  # of one batch; nobody waits for it

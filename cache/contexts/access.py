@@ -12,7 +12,8 @@ import msgspec
 
 from cache import keys
 from cache.ports import Clock
-from cache.store.store import Script, Store, hash_pairs
+from cache.store.replies import hash_pairs
+from cache.store.store import Script, Store
 
 BULK_LIMIT_SECONDS = 2.0  # an operation that moves a megabyte, or lists many; nothing on the way of a plain request
 

@@ -1,140 +1,159 @@
-"""Stored bytes to structs and back. Pure; knows shapes and neither keys nor when they are written.
+"""Encode what replication stores and publishes, and decode and check what it reads. Pure.
 
-Each stored value begins with one byte of version; what is of another version, damaged or cut off is refused with
-`StoreCorrupt`, so a reader drops it and goes on. Behind it stands msgpack, fields by position. Arrays of numbers are
-their bytes, little-endian, as on every machine that Cairn runs on.
+Every value begins with one version byte, followed by msgpack with fields by position. Arrays of numbers are their raw
+bytes, little-endian, as on every machine that Cairn supports. Journal entries and in-flight vectors name their writer
+first, so that a writer recognises its own without decoding them. Replicas are identified by their stable names.
 
-A batch or a vector names its writer before all else, so that a writer knows its own echo without decoding it, and
-replicas by their stable names (their origin).
+Redis is a trust boundary: other software may write to it. Decoding raises `StoreCorrupt` for everything that is
+damaged, truncated, of another version, or holds a value that no Cairn writes, such as a negative budget, a NaN or a
+chain whose boundaries do not increase. Callers drop such a value, count it and continue.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import islice
+from operator import le, lt
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from cache.errors import StoreCorrupt
 from cache.index.fingerprint import Fingerprint
+from cache.index.prefix_index import UNLIMITED_TOKENS
 from cache.index.rows import ReplicaRow, RunRow
 
 HASH_BYTES = 8
-"""Of one boundary, as a chain is written."""
+"""Size of one boundary's hash in an encoded chain."""
 
 JOURNAL_VERSION = 1
 SNAPSHOT_VERSION = 1
 VECTOR_VERSION = 1
 MAX_WRITER_BYTES = 255
 
+MAX_ENTRY_BYTES = 16 * 1024 * 1024
+"""A journal entry holds 20,000 boundaries (250 KB) plus at most one prompt; a prompt of 1 GB has 6 MB of them."""
+
+MAX_EPOCH = 2**48
+MAX_ID = 2**63 - 1
+MAX_VECTOR_ROWS = 65_536
+
+PlacementId = Annotated[int, Meta(ge=0, le=MAX_ID)]
+Epoch = Annotated[int, Meta(ge=0, le=MAX_EPOCH)]
+Tokens = Annotated[int, Meta(ge=0, le=UNLIMITED_TOKENS)]
+Budget = Annotated[int, Meta(ge=1, le=UNLIMITED_TOKENS)]
+Blocks = Annotated[int, Meta(ge=0, le=2**32)]
+Figure = Annotated[float, Meta(ge=-60, le=1e12)]
+"""A number of a vector. Ages may be slightly negative. NaN and infinities are out of range."""
+
 
 class Placed(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
-    """A prompt was routed: its whole chain, since a delta whose parent is unknown would hang in the air."""
+    """A prompt was routed to a replica. Holds the whole chain: with an unknown parent it could not be applied."""
 
     replica: int  # the writer's own number for it, as in the batch's names
-    placement: int
-    epoch: int
+    placement: PlacementId
+    epoch: Epoch
     hashes: bytes
     ends: bytes
-    prompt_tokens: int
+    prompt_tokens: Tokens
     unix_seconds: float
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """The chain. Raises StoreCorrupt where its two arrays do not fit each other."""
+        """Return the chain. Raises StoreCorrupt if it is empty, truncated, or its boundaries do not increase."""
         hashes, ends = array("Q"), array("I")
         try:
             hashes.frombytes(self.hashes)
             ends.frombytes(self.ends)
         except ValueError as error:
-            raise StoreCorrupt("a chain is cut off") from error
+            raise StoreCorrupt("a chain is truncated") from error
         if not hashes or len(hashes) != len(ends):
             raise StoreCorrupt("a chain's hashes and ends differ in number")
+        if not _increases(ends):
+            raise StoreCorrupt("a chain's boundaries do not increase")
         return Fingerprint(hashes, ends)
 
 
 class TakenBack(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
-    """A placement failed before its first token."""
+    """A placement failed before its first token; it created the blocks from `from_block` on."""
 
-    placement: int
-    from_block: int
+    placement: PlacementId
+    from_block: Blocks
 
 
 class Answered(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
-    """What the upstream reported for a placement."""
+    """The token counts that the upstream reported for a placement."""
 
-    placement: int
-    prompt_tokens: int
-    output_tokens: int
-    cached_tokens: int | None
+    placement: PlacementId
+    prompt_tokens: Annotated[int, Meta(ge=0, le=MAX_ID)]
+    output_tokens: Annotated[int, Meta(ge=0, le=MAX_ID)]
+    cached_tokens: Annotated[int, Meta(ge=0, le=MAX_ID)] | None
 
 
 class Began(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
-    """A replica began epoch `epoch`, holding nothing."""
+    """A replica began epoch `epoch` with an empty cache."""
 
     replica: int
-    epoch: int
+    epoch: Epoch
 
 
 class Suspected(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
-    """A confident prediction found nothing cached: with another one on another chain it means a new epoch."""
+    """A confident prediction found nothing cached. A second one on a different chain means a new epoch."""
 
-    placement: int
-    held_blocks: int
+    placement: PlacementId
+    held_blocks: Blocks
 
 
 class Owned(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
-    """Something that a replica made lives there."""
+    """The object `made_id` (a response, a file) exists on a replica."""
 
     replica: int
     made_id: str
 
 
 class Budgeted(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
-    """A replica's budget goes from one value to another; counts only where it still has the first.
-
-    Without a first value it is the lease-holder's word and counts always.
-    """
+    """A replica's budget changes. With `from_tokens` it applies only if the budget still has that value."""
 
     replica: int
-    from_tokens: int | None
-    to_tokens: int
+    from_tokens: Tokens | None
+    to_tokens: Budget
 
 
 class Computed(msgspec.Struct, frozen=True, array_like=True, tag=7, gc=False):
     """The first token of a placement came: its replica has computed the prefix."""
 
-    placement: int
+    placement: PlacementId
 
 
 Delta = Placed | TakenBack | Answered | Began | Suspected | Budgeted | Owned | Computed
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One entry of the journal's stream. `names` is by the replica numbers of the process that wrote it."""
+    """One entry of the journal's stream. `names` maps the replica numbers of the writing process to names."""
 
     names: dict[int, str]
     deltas: list[Delta]
 
 
 class Vector(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One writer's work in flight, whole: a row of numbers for each replica where it has any.
+    """All work in flight of one writer: a row of numbers for each replica that has any.
 
-    What the numbers mean is the business of who writes and who reads. `goodbye` is a writer's last.
+    Writer and reader agree on the meaning of the numbers. `goodbye` marks a writer's last vector.
     """
 
-    number: int
-    rows: dict[str, tuple[float, ...]]
+    number: Annotated[int, Meta(ge=0, le=MAX_ID)]
+    rows: Annotated[dict[str, tuple[Figure, ...]], Meta(max_length=MAX_VECTOR_ROWS)]
     goodbye: bool = False
 
 
 class SnapshotChunk(msgspec.Struct, frozen=True, array_like=True):
-    """A part of the index. `names` is by the replica numbers of the process that wrote it."""
+    """A part of the index. `names` maps the replica numbers of the writing process to names."""
 
     names: dict[int, str]
     rows: Sequence[ReplicaRow | RunRow]
-    owners: dict[str, str] = {}  # ids of what was made, to replica names
+    owners: dict[str, str] = {}  # object id to the name of the replica that has it
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -144,7 +163,7 @@ _chunks = msgspec.msgpack.Decoder(SnapshotChunk)
 
 
 def own_head(version: int, writer: str) -> bytes:
-    """How every message of this writer begins."""
+    """Return the bytes with which every message of `writer` begins."""
     name = writer.encode()
     if not 0 < len(name) <= MAX_WRITER_BYTES:
         raise ValueError(f"a writer's name has 1 to {MAX_WRITER_BYTES} bytes")
@@ -152,46 +171,88 @@ def own_head(version: int, writer: str) -> bytes:
 
 
 def encode_batch(head: bytes, names: Mapping[int, str], deltas: Sequence[Delta]) -> bytes:
-    """One stream entry's payload; `head` from `own_head`."""
+    """Encode the payload of one stream entry; `head` comes from `own_head`."""
     return head + _encoder.encode((names, deltas))
 
 
 def decode_batch(payload: bytes) -> tuple[str, Batch]:
-    """The writer and its batch. Raises StoreCorrupt."""
+    """Return the writer and its batch. Raises StoreCorrupt.
+
+    Chains are checked when they are used (`Placed.fingerprint`), so that each is converted only once.
+    """
+    if len(payload) > MAX_ENTRY_BYTES:
+        raise StoreCorrupt("a journal entry is too large")
     writer, body = _writer_of(payload, JOURNAL_VERSION, "journal entry")
     return writer, _decode(_batches, body, "journal entry")
 
 
 def encode_vector(head: bytes, vector: Vector) -> bytes:
-    """One message of the in-flight channel."""
+    """Encode one message of the in-flight channel."""
     return head + _encoder.encode(vector)
 
 
 def decode_vector(payload: bytes) -> tuple[str, Vector]:
-    """The writer and its vector. Raises StoreCorrupt."""
+    """Return the writer and its vector. Raises StoreCorrupt."""
+    if len(payload) > MAX_ENTRY_BYTES:
+        raise StoreCorrupt("an in-flight vector is too large")
     writer, body = _writer_of(payload, VECTOR_VERSION, "in-flight vector")
     return writer, _decode(_vectors, body, "in-flight vector")
 
 
 def encode_chunk(chunk: SnapshotChunk) -> bytes:
-    """One part of a snapshot."""
+    """Encode one part of a snapshot."""
     return bytes((SNAPSHOT_VERSION,)) + _encoder.encode(chunk)
 
 
 def decode_chunk(payload: bytes) -> SnapshotChunk:
-    """Raises StoreCorrupt, also where a run's arrays do not fit each other."""
+    """Decode one part of a snapshot. Raises StoreCorrupt.
+
+    Rows are checked one by one with `is_valid`, so that one bad row does not cost the others of its part.
+    """
     if payload[:1] != bytes((SNAPSHOT_VERSION,)):
         raise StoreCorrupt("a snapshot's part is of another version")
     chunk: SnapshotChunk = _decode(_chunks, memoryview(payload)[1:], "snapshot's part")
-    for row in chunk.rows:
-        if isinstance(row, RunRow) and not _fits(row):
-            raise StoreCorrupt("a snapshot's run is cut off")
     return chunk
 
 
-def _fits(row: RunRow) -> bool:
-    blocks, rest = divmod(len(row.hashes), 8)
-    return blocks > 0 and not rest and len(row.ends) == len(row.tokens) == 4 * blocks
+def is_valid(row: ReplicaRow | RunRow) -> bool:
+    """Return whether a row holds only values that an index writes."""
+    return _is_valid_run(row) if isinstance(row, RunRow) else _is_valid_replica(row)
+
+
+def _is_valid_replica(row: ReplicaRow) -> bool:
+    return (
+        0 <= row.epoch <= MAX_EPOCH
+        and 1 <= row.budget_tokens <= UNLIMITED_TOKENS
+        and 0 <= row.placed_tokens <= MAX_ID
+        and (row.ttl_seconds is None or 0 < row.ttl_seconds < 1e12)
+    )
+
+
+def _is_valid_run(row: RunRow) -> bool:
+    blocks, rest = divmod(len(row.hashes), HASH_BYTES)
+    if blocks == 0 or rest or not len(row.ends) == len(row.tokens) == 4 * blocks:
+        return False
+    tokens = array("I", row.tokens)
+    return (
+        _increases(array("I", row.ends))
+        and all(map(le, tokens, islice(tokens, 1, None)))
+        and (row.parent is None or 0 <= row.parent < 2**64)
+        and 0 <= row.known <= blocks
+        and all(0 < pin <= blocks for pin in row.pins)
+        and all(map(lt, row.pins, row.pins[1:]))
+        and all(
+            0 <= holder.stamp < 1e12
+            and 0 <= holder.touched_by <= MAX_ID
+            and 0 <= holder.confirmed <= blocks
+            and 0 <= holder.output_tokens <= MAX_ID
+            for holder in row.holders
+        )
+    )
+
+
+def _increases(ends: array[int]) -> bool:
+    return ends[0] > 0 and all(map(lt, ends, islice(ends, 1, None)))
 
 
 def _writer_of(payload: bytes, version: int, what: str) -> tuple[str, memoryview]:
@@ -207,5 +268,5 @@ def _writer_of(payload: bytes, version: int, what: str) -> tuple[str, memoryview
 def _decode(decoder: Any, body: memoryview, what: str) -> Any:
     try:
         return decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise StoreCorrupt(f"a {what} is damaged") from error

@@ -1,6 +1,6 @@
-"""What lives on one replica: responses, files and whatever else an upstream made and named, by id.
+"""Where objects that upstreams made (responses, files) are: their ids, mapped to the names of replicas.
 
-Pure and bounded, the oldest forgotten first; the journal shares it. It must not know what the things are.
+Pure and bounded; the oldest ids are forgotten first. The journal shares the map among workers.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from itertools import islice
 
 OWNERS_AT_MOST = 65_536
-"""Ids remembered, some 10 MB; a forgotten one is asked for wherever least is to do."""
+"""Ids remembered, some 10 MB; a request for a forgotten one goes to the least loaded replica."""
 
 ID_CHARACTERS_AT_MOST = 256
 
 
 class ObjectLocations:
-    """Ids to the names of the replicas where they were made."""
+    """Maps object ids to the names of the replicas that have them."""
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
@@ -24,11 +24,11 @@ class ObjectLocations:
         return len(self._names)
 
     def of(self, made_id: str) -> str | None:
-        """The replica where `made_id` was made, None where nobody knows."""
+        """Return the name of the replica that has `made_id`, None if unknown."""
         return self._names.get(made_id)
 
     def in_path(self, path: str) -> str | None:
-        """The replica of the first segment of `path` that is a known id."""
+        """Return the name of the replica for the first segment of `path` that is a known id."""
         if not self._names:
             return None
         for segment in path.split("/"):
@@ -37,8 +37,10 @@ class ObjectLocations:
         return None
 
     def learn(self, made_id: str, name: str) -> bool:
-        """`made_id` was made at the replica `name`; False where that was known, or cannot be an id."""
+        """Remember that `made_id` is on the replica `name`; return False if that is known or the id is not valid."""
         if not 0 < len(made_id) <= ID_CHARACTERS_AT_MOST or self._names.get(made_id) == name:
+            return False
+        if not made_id.isprintable():  # lone surrogates, which cannot be encoded, are not printable
             return False
         self._names.pop(made_id, None)
         self._names[made_id] = name
@@ -47,7 +49,7 @@ class ObjectLocations:
         return True
 
     def chunks(self, size: int) -> Iterator[dict[str, str]]:
-        """All of it, the oldest first, in parts of at most `size`; changes in between may or may not be in it."""
+        """Yield all entries, oldest first, in parts of at most `size`. Changes made meanwhile may be missing."""
         rest = iter(tuple(self._names.items()))
         while part := dict(islice(rest, size)):
             yield part

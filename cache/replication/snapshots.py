@@ -1,7 +1,8 @@
-"""The journal's keeping: who holds the lease, whole copies of the index, and how far the stream may be trimmed.
+"""The lease, the snapshots, and how far the stream may be trimmed: the Redis side of it.
 
-It knows Redis's side alone; what a snapshot holds is rows to it. One script looks after the lease once a second, one
-commits a snapshot: the parts are written before, with an expiry, and count only once the commit names them.
+One script looks after the lease once a second. One commits a snapshot: its parts are written before, with an expiry,
+and count only once the commit names them. Keys of the journal with a wrong type, or with a value that Cairn does not
+write, are replaced, so that damage ends by itself.
 """
 
 from __future__ import annotations
@@ -12,48 +13,63 @@ from cache import keys
 from cache.errors import StoreCorrupt
 from cache.store.store import Script, Store
 
-CHUNK_LIMIT_SECONDS = 1.0  # of reading or writing one part, off the path
+CHUNK_LIMIT_SECONDS = 1.0  # of reading or writing one part
 CHUNK_EXPIRY_SECONDS = 120  # of a part that no commit has named yet
-PRESENCE_SECONDS = 5  # of silence, then a writer is not counted any more
-TRIM_AGE_SECONDS = 10.0  # entries younger than this stay: only a reader that stood still so long can fall behind
+PRESENCE_SECONDS = 5  # a writer that is silent for longer is not counted any more
+TRIM_AGE_SECONDS = 10.0  # younger entries are not trimmed: only a reader that is stalled for longer falls behind
+MAX_PARTS = 100_000  # the largest index has some 20,000
 
-# Replies: 1 where the lease is ours, the generation, up to where the stream was trimmed, writers alive, the stream's
-# last id. Writes that may fail for want of memory are swallowed, so that the lease is renewed nevertheless.
+# Reply: 1 if the lease is ours, the generation, the id up to which the stream was trimmed, the number of live
+# writers, the stream's last id. It runs while Redis refuses writes, whose errors are ignored, so that readers still
+# learn what they can.
 _TICK = Script(
     "tick",
     """
-local holder = redis.call('GET', KEYS[1])
+local kinds = {'string', 'hash', 'string', 'zset', 'stream'}
+for i, kind in ipairs(kinds) do
+  local found = redis.call('TYPE', KEYS[i]).ok
+  if found ~= 'none' and found ~= kind then redis.pcall('UNLINK', KEYS[i]) end
+end
+local function get(command, ...)
+  local reply = redis.pcall(command, ...)
+  if type(reply) == 'table' and reply.err then return false end
+  return reply
+end
+local holder = get('GET', KEYS[1])
 if not holder then
   redis.pcall('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-  holder = redis.call('GET', KEYS[1])
-elseif holder == ARGV[1] then
-  redis.call('PEXPIRE', KEYS[1], ARGV[2])
+  holder = get('GET', KEYS[1])
+elseif holder == ARGV[1] or redis.call('PTTL', KEYS[1]) < 0 then
+  redis.pcall('PEXPIRE', KEYS[1], ARGV[2])
 end
 redis.pcall('SET', KEYS[3], ARGV[3], 'NX')
 local now = tonumber(redis.call('TIME')[1])
 redis.pcall('ZADD', KEYS[4], now, ARGV[1])
 redis.pcall('ZREMRANGEBYSCORE', KEYS[4], '-inf', now - ARGV[4])
+redis.pcall('ZREMRANGEBYSCORE', KEYS[4], now + ARGV[4], '+inf')
 local tip = '0-0'
 if redis.call('EXISTS', KEYS[5]) == 1 then
-  local facts = redis.call('XINFO', 'STREAM', KEYS[5])
+  local facts = get('XINFO', 'STREAM', KEYS[5]) or {}
   for i = 1, #facts, 2 do
     if facts[i] == 'last-generated-id' then tip = facts[i + 1] end
   end
 end
 return {
   holder == ARGV[1] and 1 or 0,
-  redis.call('GET', KEYS[3]) or '',
-  redis.call('HGET', KEYS[2], 'trimmed') or '0-0',
-  redis.call('ZCARD', KEYS[4]),
+  get('GET', KEYS[3]) or '',
+  get('HGET', KEYS[2], 'trimmed') or '0-0',
+  get('ZCARD', KEYS[4]) or 1,
   tip,
 }
 """,
+    writes=False,
 )
 
 # KEYS: lease, snapshot, stream, then the new parts. ARGV: writer, snapshot's id, stream id, trim id.
-# Replies 1, or 0 where the lease is another's or a part has gone.
+# Reply: 1, or 0 if another writer has the lease or a part has expired.
 _COMMIT = Script(
     "commit-snapshot",
+    f"local most = {MAX_PARTS}"
     """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 for i = 4, #KEYS do
@@ -62,8 +78,10 @@ end
 for i = 4, #KEYS do redis.call('PERSIST', KEYS[i]) end
 local old = redis.call('HMGET', KEYS[2], 'id', 'parts')
 redis.call('HSET', KEYS[2], 'id', ARGV[2], 'stream_id', ARGV[3], 'trimmed', ARGV[4], 'parts', #KEYS - 3)
-if old[1] then
-  for i = 0, tonumber(old[2]) - 1 do redis.call('UNLINK', KEYS[2] .. ':' .. old[1] .. ':' .. i) end
+if old[1] and old[1] ~= ARGV[2] then
+  for i = 0, math.min(tonumber(old[2]) or 0, most) - 1 do
+    redis.call('UNLINK', KEYS[2] .. ':' .. old[1] .. ':' .. i)
+  end
 end
 redis.call('XTRIM', KEYS[3], 'MINID', ARGV[4])
 return 1
@@ -84,21 +102,24 @@ START: StreamId = (0, 0)
 
 
 def parse_id(text: bytes) -> StreamId:
-    """A stream's id as numbers, which compare as Redis orders them. Raises StoreCorrupt."""
+    """Return a stream's id as two numbers, which compare as Redis orders them. Raises StoreCorrupt."""
     milliseconds, _, number = text.partition(b"-")
     try:
-        return int(milliseconds), int(number or b"0")
+        parsed = int(milliseconds), int(number or b"0")
     except ValueError as error:
         raise StoreCorrupt("a stream id is damaged") from error
+    if not (0 <= parsed[0] < 2**64 and 0 <= parsed[1] < 2**64):
+        raise StoreCorrupt("a stream id is out of range")
+    return parsed
 
 
 def format_id(stream_id: StreamId) -> bytes:
-    """As Redis writes it."""
+    """Return a stream's id as Redis writes it."""
     return b"%d-%d" % stream_id
 
 
 class Tick(msgspec.Struct, frozen=True, gc=False):
-    """What one look at the keeping told. `generation` is empty where Redis had no room for it."""
+    """The state of lease and stream. `generation` is empty if Redis had no room for it."""
 
     holds_lease: bool
     generation: bytes
@@ -108,7 +129,7 @@ class Tick(msgspec.Struct, frozen=True, gc=False):
 
 
 class SnapshotHead(msgspec.Struct, frozen=True, gc=False):
-    """The snapshot that counts: it holds what the stream said up to `stream_id`."""
+    """The committed snapshot. It holds what the stream said up to `stream_id`."""
 
     id: str
     stream_id: StreamId
@@ -124,14 +145,18 @@ class LeaseAndSnapshots:
         self._lease_ms = max(1, round(lease_seconds * 1000))
 
     async def tick(self, new_generation: str) -> Tick:
-        """Take or renew the lease, say that we live, and see how things stand. Raises CacheError."""
+        """Take or renew the lease, announce this writer, and return the state. Raises CacheError."""
         script_keys = (keys.LEASE, keys.SNAPSHOT, keys.GENERATION, keys.WRITERS, keys.JOURNAL)
         args = (self._writer, self._lease_ms, new_generation, PRESENCE_SECONDS)
         ours, generation, trimmed, writers, tip = await self._store.run_script(_TICK, script_keys, args)
-        return Tick(bool(ours), generation, parse_id(trimmed), writers, parse_id(tip))
+        try:
+            trimmed_id = parse_id(trimmed)
+        except StoreCorrupt:  # of a damaged snapshot, which the next one replaces
+            trimmed_id = START
+        return Tick(bool(ours), generation, trimmed_id, writers, parse_id(tip))
 
     async def leave(self) -> None:
-        """Give up the lease, if it is ours, so that the next one need not wait for its end. Raises CacheError."""
+        """Give up the lease, if it is ours, so that another writer gets it at once. Raises CacheError."""
         await self._store.run_script(_LEAVE, (keys.LEASE, keys.WRITERS), (self._writer,))
 
     async def put_part(self, snapshot: str, number: int, part: bytes) -> None:
@@ -140,8 +165,11 @@ class LeaseAndSnapshots:
         await self._store.execute("SET", key, part, "EX", CHUNK_EXPIRY_SECONDS, limit_seconds=CHUNK_LIMIT_SECONDS)
 
     async def commit(self, snapshot: str, parts: int, stream_id: StreamId, now_unix_seconds: float) -> bool:
-        """Let the snapshot count, drop the one before, trim the stream to it. False where the lease is another's."""
-        oldest_kept = (int((now_unix_seconds - TRIM_AGE_SECONDS) * 1000), 0)
+        """Commit a snapshot, delete the one before, trim the stream to it.
+
+        Returns False if another writer has the lease. Raises CacheError.
+        """
+        oldest_kept = (max(0, int((now_unix_seconds - TRIM_AGE_SECONDS) * 1000)), 0)
         trimmed = min(stream_id, oldest_kept)
         script_keys = [keys.LEASE, keys.SNAPSHOT, keys.JOURNAL]
         script_keys += [keys.snapshot_chunk(snapshot, number) for number in range(parts)]
@@ -150,19 +178,22 @@ class LeaseAndSnapshots:
         return bool(reply)
 
     async def head(self) -> SnapshotHead | None:
-        """The snapshot that counts now. Raises CacheError."""
+        """Return the committed snapshot, None if there is none. Raises StoreCorrupt and other CacheErrors."""
         reply = await self._store.execute("HMGET", keys.SNAPSHOT, "id", "stream_id", "parts")
         if None in reply:
             return None
         try:
-            return SnapshotHead(reply[0].decode(), parse_id(reply[1]), int(reply[2]))
+            head = SnapshotHead(reply[0].decode(), parse_id(reply[1]), int(reply[2]))
         except ValueError as error:
             raise StoreCorrupt("the snapshot's head is damaged") from error
+        if not 0 <= head.parts <= MAX_PARTS:
+            raise StoreCorrupt("the snapshot's head has an impossible number of parts")
+        return head
 
     async def fetch(self) -> tuple[SnapshotHead, list[bytes | None]] | None:
-        """The snapshot that counts, with its parts in order, None for one that is lost; None where there is none yet.
+        """Return the committed snapshot and its parts in order, None for a lost part; None if there is no snapshot.
 
-        Where a newer one took its place meanwhile that one is fetched. Raises CacheError.
+        If a newer snapshot replaces it meanwhile, the newer one is fetched. Raises CacheError.
         """
         head = await self.head()
         while head is not None:

@@ -1,18 +1,24 @@
-"""When to stop asking a Redis that does not answer, and when to ask again. Pure: it is told the time.
+"""Decide when to stop asking a Redis that fails, and when to probe it again. Pure: the time is passed in.
 
-Closed: every operation goes through. Open: none does, a probe asks from time to time. Half-open: that probe is on
-its way; its success closes, its failure opens again with a longer pause.
+state       operations              leaves to
+closed      go through              open, after several failures in a row
+open        fail at once            half open, when a probe is sent
+half open   fail at once            closed if the probe succeeds, else open with a longer pause
 """
 
 from __future__ import annotations
 
 import enum
 
+from cache.backoff import ExponentialBackoff
+
 FAILURES_TO_OPEN = 5  # in a row; fewer could be one lost connection of a pool
-SPAN_TO_OPEN_SECONDS = 0.25  # from the first to the last: a pause of 200 ms that fails twenty at once is a blip
-WINDOW_SECONDS = 10.0  # a failure as old as this says nothing about now
+SPAN_TO_OPEN_SECONDS = (
+    0.25  # from the first failure to the last: a pause of 200 ms that fails twenty at once is a blip
+)
+WINDOW_SECONDS = 10.0  # a failure older than this is forgotten
 PAUSE_FIRST_SECONDS = 0.1  # a restart of Redis takes about as long
-PAUSE_LAST_SECONDS = 5.0  # one probe in five seconds costs nothing and heals soon enough
+PAUSE_MOST_SECONDS = 5.0  # one probe in five seconds costs nothing and recovers soon enough
 
 
 class BreakerState(enum.StrEnum):
@@ -24,31 +30,30 @@ class BreakerState(enum.StrEnum):
 
 
 class Breaker:
-    """Counts failures in a row; all times are monotonic seconds. Starts open: nothing is known of Redis yet."""
+    """Counts failures in a row. All times are monotonic seconds."""
 
-    def __init__(self) -> None:
-        self.state = BreakerState.OPEN
+    def __init__(self, state: BreakerState) -> None:
+        self.state = state
         self._failures = 0
         self._first_failure_seconds = 0.0
         self._last_failure_seconds = 0.0
-        self._pause_seconds = 0.0
+        self._backoff = ExponentialBackoff(PAUSE_FIRST_SECONDS, PAUSE_MOST_SECONDS)
 
     @property
     def closed(self) -> bool:
-        """True where operations may go through."""
+        """Whether operations may go through."""
         return self.state is BreakerState.CLOSED
 
-    @property
-    def pause_seconds(self) -> float:
-        """How long to wait before the next probe; the caller adds jitter."""
-        return self._pause_seconds
+    def pause_seconds(self, random: float) -> float:
+        """Return how long to wait before the next probe; each call of one outage returns a longer pause."""
+        return self._backoff.next_seconds(random)
 
     def succeeded(self) -> None:
-        """An operation was answered, be it with a refusal. Only a probe closes an open breaker."""
+        """Note that an operation was answered. Does not close an open breaker: only a probe does."""
         self._failures = 0
 
     def failed(self, now_seconds: float) -> bool:
-        """An operation was not answered; True where this one opened the breaker."""
+        """Note a failed operation; return whether it opened the breaker."""
         if self.state is not BreakerState.CLOSED:
             return False
         if not self._failures or now_seconds - self._last_failure_seconds > WINDOW_SECONDS:
@@ -59,20 +64,18 @@ class Breaker:
         if self._failures < FAILURES_TO_OPEN or not lasted:
             return False
         self.state = BreakerState.OPEN
-        self._pause_seconds = PAUSE_FIRST_SECONDS
         return True
 
     def probing(self) -> None:
-        """The probe goes out."""
+        """Note that a probe is being sent."""
         self.state = BreakerState.HALF_OPEN
 
     def probe_succeeded(self) -> None:
-        """Redis answers: everything goes through again."""
+        """Close the breaker."""
         self.state = BreakerState.CLOSED
         self._failures = 0
-        self._pause_seconds = PAUSE_FIRST_SECONDS
+        self._backoff.reset()
 
     def probe_failed(self) -> None:
-        """Still away: wait twice as long, up to the last pause."""
+        """Keep the breaker open until the next probe."""
         self.state = BreakerState.OPEN
-        self._pause_seconds = min(PAUSE_LAST_SECONDS, max(PAUSE_FIRST_SECONDS, self._pause_seconds * 2))

@@ -1,7 +1,7 @@
-"""Hearing a channel of Redis for ever, over every loss of the connection.
+"""Listen to a channel of Redis for ever, subscribing again after every loss of the connection.
 
-A message may be lost meanwhile and nobody is told which, so whoever depends on all of them asks when a hearing begins
-and ends. It must not know what the messages mean.
+Messages may be lost in between, and nothing tells which. A listener that depends on all of them uses `begun` and
+`ended`, which are called when a subscription begins and ends.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import logging
 import random
 from collections.abc import Callable
 
+from cache.backoff import ExponentialBackoff
 from cache.errors import CacheError
 from cache.store.store import Store
 
-log = logging.getLogger("cairn.listening")
+log = logging.getLogger("cairn.pubsub")
 
-RECONNECT_FIRST_SECONDS, RECONNECT_LAST_SECONDS = 0.05, 2.0
-LISTEN_SECONDS = 1.0  # of silence on the channel, then Redis is asked whether it lives
+RECONNECT_FIRST_SECONDS, RECONNECT_MOST_SECONDS = 0.05, 2.0
+LISTEN_SECONDS = 1.0  # of silence on the channel, after which Redis is sent a ping
 
 
 async def listen(
@@ -28,14 +29,14 @@ async def listen(
     begun: Callable[[], None] = lambda: None,
     ended: Callable[[], None] = lambda: None,
 ) -> None:
-    """Hand every message of `channel` to `receive` until cancelled; `begun` and `ended` enclose each hearing."""
-    pause = RECONNECT_FIRST_SECONDS
+    """Pass every message of `channel` to `receive` until cancelled."""
+    backoff = ExponentialBackoff(RECONNECT_FIRST_SECONDS, RECONNECT_MOST_SECONDS)
     while True:
         await store.wait_available()
         try:
             subscription = await store.subscribe(channel)
             try:
-                pause = RECONNECT_FIRST_SECONDS
+                backoff.reset()
                 begun()
                 while True:
                     payload = await subscription.next(LISTEN_SECONDS)
@@ -45,6 +46,5 @@ async def listen(
                 ended()
                 await subscription.close()
         except CacheError as error:
-            log.debug("the channel %s is lost: %s", channel, error)
-        await asyncio.sleep(pause * random.uniform(0.8, 1.2))
-        pause = min(RECONNECT_LAST_SECONDS, pause * 2)
+            log.debug("the subscription to %s is lost: %s", channel, error)
+        await asyncio.sleep(backoff.next_seconds(random.random()))

@@ -23,8 +23,8 @@ from cache import (
     ErrorKind,
     Journal,
     JournalState,
+    Listeners,
     LoadBroadcast,
-    ObjectLocations,
     PrefixIndex,
     Store,
     StoreState,
@@ -116,7 +116,6 @@ class Worker:
             limit_seconds=config.redis.operation_seconds,
             observe=self._observe_redis,
         )
-        self.owners = ObjectLocations()
         self.index = PrefixIndex(origin=secrets.randbits(_ORIGIN_BITS))
         self.members = Discovery(config, self.fleet, self.index, clock)
         self.pools = self.members.pools
@@ -129,12 +128,10 @@ class Worker:
             writer_id,
             clock=clock,
             tasks=self.tasks,
-            number_of=self.fleet.number_of,
-            name_of=self.fleet.name_of,
-            owners=self.owners,
-            heard=self.shadow.placed,
-            elsewhere=self.elsewhere,
+            replicas=self.fleet,
+            listeners=Listeners(placed=self.shadow.placed, prefills=self.elsewhere),
         )
+        self.owners = self.journal.locations
         self.board = LoadBroadcast(
             self.store,
             writer_id,

@@ -18,6 +18,19 @@ from proxy.tasks import Tasks
 NAMES = ["http://one:8000", "http://two:8000", "http://three:8000"]
 
 
+class Numbered:
+    """Replicas numbered in the order of their names."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+
+    def number_of(self, name: str) -> int | None:
+        return self._names.index(name) if name in self._names else None
+
+    def name_of(self, number: int) -> str | None:
+        return self._names[number] if number < len(self._names) else None
+
+
 class Worker:
     """One worker. `names` are its replicas in the order of its own numbers."""
 
@@ -35,8 +48,7 @@ class Worker:
             writer,
             clock=self.clock,
             tasks=self.tasks,
-            number_of=lambda name: self.names.index(name) if name in self.names else None,
-            name_of=lambda number: self.names[number] if number < len(self.names) else None,
+            replicas=Numbered(self.names),
             lease_seconds=lease_seconds,
         )
         self.board = LoadBroadcast(

@@ -9,8 +9,8 @@ import pytest
 
 from cache import keys
 from cache.index.placement import FeedbackKind
-from cache.replication import journal as journal_module
-from cache.replication import snapshots
+from cache.replication import snapshot_writer, snapshots
+from cache.replication import writer as writer_module
 from cache.replication.codec import Budgeted
 from cache.replication.journal import JournalState
 from tests.support.valkey import Valkey, cluster_of_three, eventually, running
@@ -124,7 +124,7 @@ async def test_a_restarted_worker_knows_what_only_the_snapshot_holds(
 ) -> None:
     """Once the stream is trimmed, the snapshot and the rest of the stream together give all."""
     monkeypatch.setattr(snapshots, "TRIM_AGE_SECONDS", 0.0)
-    monkeypatch.setattr(journal_module, "SNAPSHOT_ENTRIES", 1)
+    monkeypatch.setattr(snapshot_writer, "SNAPSHOT_ENTRIES", 1)
     one = await begin("one")
     chains = [prompt(seed) for seed in range(20)]
     for chain in chains[:10]:
@@ -147,7 +147,7 @@ async def test_the_stream_is_never_trimmed_beyond_the_snapshot(
 ) -> None:
     """At every moment each entry after the snapshot's id is still there, its own included."""
     monkeypatch.setattr(snapshots, "TRIM_AGE_SECONDS", 0.0)
-    monkeypatch.setattr(journal_module, "SNAPSHOT_ENTRIES", 1)
+    monkeypatch.setattr(snapshot_writer, "SNAPSHOT_ENTRIES", 1)
     one = await begin("one")
     for seed in range(30):
         one.place(prompt(seed))
@@ -166,17 +166,17 @@ async def test_a_snapshot_replaced_while_it_is_read_is_read_anew(
     one = await begin("one")
     await eventually(lambda: one.journal.stats.snapshots >= 1)
     one.index.place(0, prompt(1), 5_000, one.clock.unix())  # in snapshots alone
-    await one.journal._write_snapshot()
+    await one.journal._snapshots.write()
     two = Worker(valkey.url, "two")
-    head, heads = two.journal._keeping.head, []
+    head, heads = two.journal._lease.head, []
 
     async def head_then_commit() -> snapshots.SnapshotHead | None:
         heads.append(await head())
         if len(heads) == 1:
-            await one.journal._write_snapshot()
+            await one.journal._snapshots.write()
         return heads[-1]
 
-    monkeypatch.setattr(two.journal._keeping, "head", head_then_commit)
+    monkeypatch.setattr(two.journal._lease, "head", head_then_commit)
     try:
         await two.start()
         assert two.knows(prompt(1))
@@ -254,7 +254,7 @@ async def test_without_redis_a_worker_goes_on_alone_and_tells_later() -> None:
 
 async def test_the_queue_is_bounded_while_redis_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest go, counted."""
-    monkeypatch.setattr(journal_module, "QUEUE_BLOCKS", 100)
+    monkeypatch.setattr(writer_module, "QUEUE_BLOCKS", 100)
     worker = Worker(Valkey().url, "one")
     for seed in range(50):
         worker.place(prompt(seed))
@@ -298,7 +298,7 @@ async def test_a_worker_that_fell_behind_loads_anew(begin: Begin, monkeypatch: p
     await eventually(lambda: two.knows(prompt(1)))
     await eventually(lambda: one.journal.stats.snapshots + two.journal.stats.snapshots >= 1)
     rebuilds = two.journal.stats.rebuilds
-    two.journal._note(snapshots.Tick(False, b"", (2**60, 0), 2, (2**61, 0)), two.journal._position)
+    two.journal._note(snapshots.Tick(False, b"", (2**60, 0), 2, (2**61, 0)), two.journal._reader.position)
     assert two.journal.state is JournalState.ALONE
     await eventually(lambda: two.journal.stats.rebuilds > rebuilds)
     assert two.knows(prompt(1))
@@ -326,8 +326,8 @@ async def test_a_budget_is_the_same_everywhere_whoever_learns(begin: Begin) -> N
     one.journal.set_budget(0, 50_000)
     await eventually(lambda: budget(one) == budget(two) == 50_000)
     for worker, tokens in ((one, 45_000), (two, 40_000)):
-        worker.journal._echo_until_seconds = float("inf")
-        worker.journal._enqueue(Budgeted(0, 50_000, tokens))
+        worker.journal._reader.own_budgets_until_seconds = float("inf")
+        worker.journal._writer.enqueue(Budgeted(0, 50_000, tokens))
     await eventually(lambda: budget(one) == budget(two) != 50_000)
 
 

@@ -19,6 +19,7 @@ from cache.errors import (
     StoreUnavailable,
     StoreUrlError,
 )
+from cache.store import redis_clients
 from cache.store import store as store_module
 from cache.store.store import Script, Store, StoreState, open_store
 from cache.store.url import Topology, parse
@@ -190,7 +191,7 @@ async def test_a_killed_redis_is_away_and_comes_back_at_the_same_address(tasks: 
 
 async def test_an_exhausted_pool_is_a_timeout_and_no_queue_grows(store: Store, tasks: Tasks) -> None:
     """Beyond the connections and a bounded number of waiting operations the next fails at once."""
-    crowd = store_module.CONNECTIONS + store_module.WAITING
+    crowd = redis_clients.CONNECTIONS + store_module.WAITING
     blocked = [tasks.start(store.execute("BLPOP", "none", 1, limit_seconds=0.4), "blocked") for _ in range(crowd)]
     await asyncio.sleep(0)
     started = time.monotonic()  # noqa: TID251

@@ -1,0 +1,91 @@
+"""redis-py clients for each topology: one server, Sentinels, a Cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import redis.asyncio as redis
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.connection import parse_url
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import ExponentialBackoff
+
+from cache.store.url import StoreUrl, Topology
+
+CONNECT_LIMIT_SECONDS = 1.0  # may include TLS, asking Sentinels, or learning a Cluster's slots
+CONNECTIONS = 16  # of one worker; more than it has operations at a time under ordinary load
+OWN_CONNECTIONS = 4  # beside the pool: the stream's reader, the subscriptions, and spares
+RETRIES = 1  # a pooled connection may have died unnoticed; a second failure is left to the breaker
+RETRY_BASE_SECONDS, RETRY_CAP_SECONDS = 0.002, 0.01  # short enough for the retry to fit within the operation's limit
+
+
+@dataclass(frozen=True, slots=True)
+class Clients:
+    """`pooled` serves ordinary commands; `reader` serves blocking reads and subscriptions."""
+
+    pooled: Any
+    reader: Any
+    sentinel: Any = None
+
+    def all(self) -> set[Any]:
+        """Return each client once, to close it."""
+        return {self.pooled, self.reader, self.sentinel} - {None}
+
+
+def make_clients(url: StoreUrl) -> Clients:
+    """Return clients for `url`; they connect at their first use."""
+    options = dict(parse_url(url.node_url))
+    # The store sets one limit per whole operation, so that a blocking read can have its own.
+    options |= {
+        "protocol": 2,
+        "driver_info": None,
+        "socket_timeout": None,
+        "socket_connect_timeout": CONNECT_LIMIT_SECONDS,
+        "retry": Retry(ExponentialBackoff(cap=RETRY_CAP_SECONDS, base=RETRY_BASE_SECONDS), RETRIES),
+    }
+    if url.topology is Topology.CLUSTER:
+        client = _cluster(url, options)
+        return Clients(client, client)  # a blocking read takes a connection of its node, which has plenty
+    if url.topology is Topology.SENTINEL:
+        return _sentinel(url, options)
+    return Clients(_single(options, CONNECTIONS), _single(options, OWN_CONNECTIONS))
+
+
+def _single(options: dict[str, Any], connections: int) -> Any:
+    return redis.Redis.from_pool(redis.ConnectionPool(max_connections=connections, **options))
+
+
+def _cluster(url: StoreUrl, options: dict[str, Any]) -> Any:
+    return redis.RedisCluster(
+        startup_nodes=[ClusterNode(host, port) for host, port in url.nodes],
+        ssl=url.node_url.startswith("rediss:"),
+        max_connections=CONNECTIONS + OWN_CONNECTIONS,
+        require_full_coverage=False,
+        **_without(options, "connection_class", "host", "port", "db"),
+    )
+
+
+def _sentinel(url: StoreUrl, options: dict[str, Any]) -> Clients:
+    kept = _without(options, "connection_class", "host", "port")
+    tls = {"ssl": True} if url.node_url.startswith("rediss:") else {}
+    certificates = {key: value for key, value in kept.items() if key.startswith("ssl_")}
+    sentinel_options = {
+        "socket_timeout": CONNECT_LIMIT_SECONDS / 2,
+        "socket_connect_timeout": CONNECT_LIMIT_SECONDS / 2,
+        "protocol": 2,
+        "driver_info": None,
+    }
+    sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]
+        url.nodes, sentinel_kwargs=sentinel_options | tls | certificates | url.sentinel_options
+    )
+    return Clients(
+        sentinel.master_for(url.master, max_connections=CONNECTIONS, **kept, **tls),
+        sentinel.master_for(url.master, max_connections=OWN_CONNECTIONS, **kept, **tls),
+        sentinel,
+    )
+
+
+def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in names}

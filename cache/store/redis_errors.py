@@ -1,0 +1,73 @@
+"""Map redis-py's exceptions to the cache's own errors: the only place that knows both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from redis import exceptions as foreign
+
+from cache.errors import (
+    CacheError,
+    ErrorKind,
+    StoreFull,
+    StoreReadOnly,
+    StoreRefused,
+    StoreTimeout,
+    StoreUnavailable,
+    WritesRefused,
+)
+
+_Meaning = tuple[ErrorKind, type[CacheError]]
+
+_MAPPING: Mapping[type[BaseException], _Meaning] = {
+    foreign.OutOfMemoryError: (ErrorKind.OOM, StoreFull),
+    foreign.ReadOnlyError: (ErrorKind.READONLY, StoreReadOnly),
+    foreign.BusyLoadingError: (ErrorKind.LOADING, StoreUnavailable),
+    foreign.NoScriptError: (ErrorKind.NOSCRIPT, StoreRefused),
+    foreign.AuthenticationError: (ErrorKind.AUTH, StoreUnavailable),
+    foreign.AuthorizationError: (ErrorKind.AUTH, StoreUnavailable),
+    foreign.AuthenticationWrongNumberOfArgsError: (ErrorKind.AUTH, StoreUnavailable),
+    foreign.NoPermissionError: (ErrorKind.AUTH, StoreUnavailable),
+    foreign.MaxConnectionsError: (ErrorKind.TIMEOUT, StoreTimeout),
+    foreign.TimeoutError: (ErrorKind.TIMEOUT, StoreTimeout),
+    TimeoutError: (ErrorKind.TIMEOUT, StoreTimeout),
+    foreign.ClusterDownError: (ErrorKind.CONNECTION, StoreUnavailable),
+    foreign.AskError: (ErrorKind.CONNECTION, StoreUnavailable),  # and MOVED: the slots are moving
+    foreign.TryAgainError: (ErrorKind.CONNECTION, StoreUnavailable),
+}
+
+_FIRST_WORDS: Mapping[str, _Meaning] = {
+    "WRONGTYPE": (ErrorKind.WRONGTYPE, StoreRefused),
+    "OOM": (ErrorKind.OOM, StoreFull),
+    "READONLY": (ErrorKind.READONLY, StoreReadOnly),
+    "MISCONF": (ErrorKind.MISCONF, WritesRefused),
+    "NOREPLICAS": (ErrorKind.NOREPLICAS, WritesRefused),
+    "LOADING": (ErrorKind.LOADING, StoreUnavailable),
+    "BUSY": (ErrorKind.BUSY, StoreUnavailable),
+    "MASTERDOWN": (ErrorKind.CONNECTION, StoreUnavailable),
+    "CLUSTERDOWN": (ErrorKind.CONNECTION, StoreUnavailable),
+    "UNBLOCKED": (ErrorKind.CONNECTION, StoreUnavailable),
+    "NOAUTH": (ErrorKind.AUTH, StoreUnavailable),
+    "WRONGPASS": (ErrorKind.AUTH, StoreUnavailable),
+    "NOPERM": (ErrorKind.AUTH, StoreUnavailable),
+}
+"""The first word of Redis's error reply, for which redis-py has no class or which it wraps in a script's error."""
+
+
+def map_error(error: BaseException, operation: str) -> CacheError:
+    """Return the cache's error for `error`. Redis's text is not repeated: a script's error could hold a key."""
+    if isinstance(error, CacheError):
+        return error
+    for kind_of_error in type(error).__mro__:
+        if (found := _MAPPING.get(kind_of_error)) is not None:
+            return _error(operation, found)
+    if isinstance(error, foreign.ResponseError):
+        words = str(error).split()
+        return _error(operation, _FIRST_WORDS.get(words[0] if words else "", (ErrorKind.OTHER, StoreRefused)))
+    # redis-py's ConnectionError and RedisClusterException, OSError, RuntimeError of a transport that closed meanwhile
+    return _error(operation, (ErrorKind.CONNECTION, StoreUnavailable))
+
+
+def _error(operation: str, meaning: _Meaning) -> CacheError:
+    kind, error = meaning
+    return error(f"{operation}: {kind}", kind)
