@@ -81,11 +81,15 @@ class Reporter:
         self._set_store_figures()
         self._recorder.set(metrics.IN_FLIGHT, (), self._room.requests)
         counts = self._recorder.take()
-        redis = REDIS_UP if self._store.state is StoreState.AVAILABLE else self._store.state.value
+        redis = REDIS_UP if self._store.state is StoreState.AVAILABLE else self._redis_outage()
         if self._control.report(WorkerReport(counts, self._room.requests, redis, up, self._page())):
             self._sightings.reported()
         else:
             self._recorder.put_back(counts)
+
+    def _redis_outage(self) -> str:
+        state, reason = self._store.state.value, self._store.reason
+        return state if reason is None else f"{state} ({reason})"
 
     def _page(self) -> dict[str, Any]:
         """What the status page shows beside counters; `proxy.admin.status.state.Page` reads it."""
@@ -170,6 +174,7 @@ class Reporter:
         for reason, total in (
             ("queue", stats.dropped_queued),
             ("corrupt", stats.dropped_corrupt),
+            ("invalid", stats.dropped_invalid),
             ("unknown_replica", stats.dropped_unknown),
             ("orphan", stats.dropped_orphans),
         ):
