@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from cache import keys
 from cache.backoff import ExponentialBackoff
-from cache.errors import CacheError, StoreCorrupt
+from cache.errors import CacheError, StoreCorrupt, StoreRefused
 from cache.index.prefix_index import PrefixIndex
 from cache.index.rows import ReplicaRow, RunRow
 from cache.ports import Clock
@@ -65,12 +65,12 @@ class StreamReader:
         self.snapshot_is_damaged = False
         self._load_wanted = True
         self._losses = 0
-        self._failing = False
+        self._refused = False
 
     @property
     def live(self) -> bool:
         """Whether the index holds everything that the stream said, and the stream can be read."""
-        return self._applier.live and not self._failing
+        return self._applier.live and not self._refused
 
     @property
     def synced(self) -> bool:
@@ -99,11 +99,11 @@ class StreamReader:
                 entries = await self._store.read_stream(
                     keys.JOURNAL, format_id(position), READ_BLOCK_SECONDS, READ_ENTRIES
                 )
-            except CacheError:
-                self._failing = True
+            except CacheError as error:
+                self._refused = isinstance(error, StoreRefused)  # an outage shows in the store's state instead
                 await asyncio.sleep(backoff.next_seconds(random.random()))
                 continue
-            self._failing = False
+            self._refused = False
             backoff.reset()
             if entries and self.synced and self.position == position:
                 await self._apply(entries, own=False)
