@@ -29,13 +29,12 @@ from benchmarks.common.bodies import Shape, body, request_head, stamp
 from benchmarks.common.figures import parse_size, size_label
 from benchmarks.common.upstream import STREAM_HEAD, Manner, plain_answer, stream_writes
 from cache import EmbeddedValkey
-from proxy.accounting.access_log import AccessLog
 from proxy.clock import SystemClock
 from proxy.config.load import SecretUrl, load
 from proxy.control.channel import WorkerControl
 from proxy.errors import ConnectFailed
 from proxy.upstream import client as upstream_client
-from proxy.worker.composition import Worker, _calm_collector
+from proxy.worker.composition import Worker, build, freeze_garbage
 from proxy.worker.process import keep_freed_memory
 
 _CONNECTIONS = 16
@@ -134,7 +133,7 @@ class Client:
 
     def __init__(self, run: Run, worker: Worker) -> None:
         self._run = run
-        self.protocol = worker.front._server()  # type: ignore[misc]
+        self.protocol = worker.http_server._server()  # type: ignore[misc]
         self._wire = Wire(self._heard)
         self._wire.connect(self.protocol)
 
@@ -235,7 +234,7 @@ async def measure(worker: Worker, label: str, size_bytes: int, chunks: int, opti
     )
     for client in clients:
         client.protocol.connection_lost(None)
-    for upstream in worker.client._upstreams.values():
+    for upstream in worker.replicas.client._upstreams.values():
         for connection in tuple(upstream.pool._idle):
             connection.connection_lost(None)
         for connection in tuple(upstream.pool._probation):
@@ -273,20 +272,17 @@ async def main(options: argparse.Namespace, folder: Path) -> None:
         environ = {"HOME": str(folder)}
         upstreams = ("http://127.0.0.1:9001", "http://127.0.0.1:9002")
         config = load(None, environ, {("redis", "url"): SecretUrl(valkey.url)}, upstreams).config
-        worker = await Worker.build(config, cast(WorkerControl, Deaf()))
         log = os.open(folder / "access.log", os.O_WRONLY | os.O_CREAT)
-        if worker.access_log is not None:
-            worker.access_log.close()
-            worker.access_log = worker.pipeline._settlement._access_log = AccessLog(log)
+        worker = await build(config, cast(WorkerControl, Deaf()), access_log_descriptor=log)
 
         async def refuse(*_: object) -> None:
             raise ConnectFailed("nobody is there yet")
 
         setattr(upstream_client, "dial", refuse)  # noqa: B010
         await worker.start(())
-        for number in worker.pools.served:
-            worker.fleet.answered(number)
-        _calm_collector()
+        for number in worker.replicas.pools.served:
+            worker.replicas.fleet.answered(number)
+        freeze_garbage()
         for size in options.sizes:
             await measure(worker, size_label(size), size, 0, options)
         if options.chunks:

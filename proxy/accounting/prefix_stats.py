@@ -1,11 +1,11 @@
-"""What a worker remembers for the status page: the prefixes that saved most, and the last prompts that missed.
+"""Remember for the status page which prefixes saved most, and the last prompts that were not fully cached.
 
-Bounded, in plain memory, and free of text: a prefix is known by the hash of its last boundary, which goes to the
-supervisor and no further. It must not know HTTP, nor how the page looks.
+Bounded, in plain memory, and without any text: a prefix is identified by the hash of its last boundary, which goes to
+the supervisor and no further.
 
-What a person calls a prefix is either a head that many prompts share or a conversation that grows. So a row stands
-at the boundary that was found cached; it moves along while one prompt after another only goes on from there, and it
-stays where it is as soon as two of them go on differently.
+A prefix in this sense is either a beginning that many prompts share, or a conversation that grows. A row is kept at
+the boundary up to which a prompt was cached. While each prompt only extends the previous one, the row moves along;
+as soon as two prompts continue differently, the row stays where it is.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from heapq import nlargest
 from typing import Final
 
 from cache import Placement
-from proxy.control.prefix_rows import MissRow, PrefixRow
+from proxy.control.prefix_rows import MissRow, PrefixReport, PrefixRow
 from proxy.model import MissReason, Outcome, Usage
 
-PREFIXES_REPORTED: Final = 60  # a page shows twenty; workers' lists differ, and the sum of several needs more of each
-PREFIXES_AT_MOST: Final = 1024  # some 300 bytes each
-_KEPT_BEST: Final = 256  # of a table that is full: these by what they saved, and as many again by how fresh they are
+PREFIXES_REPORTED: Final = 60  # the page shows twenty; joining several workers' lists needs more of each
+PREFIXES_AT_MOST: Final = 1024  # 300 bytes each
+_KEPT_BEST: Final = 256  # kept when the table is full: this many that saved most and as many that were used last
 MISSES_AT_MOST: Final = 20
-_UNSEEN = frozenset({MissReason.NONE, MissReason.SHORT})  # nothing was to be found there
+_NO_MISS = frozenset({MissReason.NONE, MissReason.SHORT})  # nothing could have been cached
 
 
 class PrefixTable:
@@ -35,7 +35,7 @@ class PrefixTable:
     def hit(
         self, model: str, hashes: Sequence[int], blocks: int, tokens: int, saved_tokens: int, unix_seconds: float
     ) -> None:
-        """An answer that had `saved_tokens` cached: the first `blocks` of `hashes`, worth `tokens`, were known."""
+        """Add a response with `saved_tokens` cached; the first `blocks` of `hashes`, worth `tokens`, were known."""
         key = hashes[blocks - 1]
         next_key = hashes[blocks] if blocks < len(hashes) else 0
         row = self._rows.get(key) or self._moved(hashes, blocks)
@@ -52,11 +52,11 @@ class PrefixTable:
         row.used_unix_seconds = unix_seconds
 
     def best(self, count: int) -> list[PrefixRow]:
-        """The rows that saved most."""
+        """Return the `count` rows that saved most."""
         return nlargest(count, self._rows.values(), key=_saved)
 
     def _moved(self, hashes: Sequence[int], blocks: int) -> PrefixRow | None:
-        """The deepest row above, moved here where this prompt is one more turn of what it stands for."""
+        """Move the deepest row above to this boundary if this prompt continues its conversation, and return it."""
         rows = self._rows
         for depth in range(blocks - 1, 0, -1):
             row = rows.get(hashes[depth - 1])
@@ -80,7 +80,7 @@ class PrefixTable:
 
 
 class PrefixStats:
-    """One per worker. `label` turns a model's name into one that may be shown; `unix_seconds` is the clock."""
+    """One per worker. `label` maps a model's name to a metric label; `unix_seconds` is the clock."""
 
     def __init__(self, label: Callable[[str | None], str], unix_seconds: Callable[[], float]) -> None:
         self._label = label
@@ -89,8 +89,8 @@ class PrefixStats:
         self._misses: deque[MissRow] = deque(maxlen=MISSES_AT_MOST)
         self._is_new = False
 
-    def saw(self, outcome: Outcome, placement: Placement | None, usage: Usage | None) -> None:
-        """A finished request: what it found cached, and why no more."""
+    def add(self, outcome: Outcome, placement: Placement | None, usage: Usage | None) -> None:
+        """Add a finished request: what was cached, and why no more."""
         if usage is None or outcome.replica is None or placement is None:
             return
         if usage.cached_tokens and placement.held_blocks:
@@ -104,21 +104,21 @@ class PrefixStats:
                 self._unix_seconds(),
             )
         plan = outcome.plan
-        if plan is not None and plan.miss not in _UNSEEN:
+        if plan is not None and plan.miss not in _NO_MISS:
             self._is_new = True
             model, upstream = self._label(outcome.model), outcome.replica.name
             self._misses.append(
                 MissRow(self._unix_seconds(), model, upstream, usage.prompt_tokens, usage.cached_tokens, plan.miss)
             )
 
-    def report(self) -> dict[str, object]:
-        """All of it for the supervisor, which puts it in the place of the last one; empty where nothing is new."""
+    def report(self) -> PrefixReport | None:
+        """Return a report that replaces the previous one, or None if nothing changed."""
         if not self._is_new:
-            return {}
-        return {"prefixes": self._prefixes.best(PREFIXES_REPORTED), "misses": list(self._misses)}
+            return None
+        return PrefixReport(prefixes=self._prefixes.best(PREFIXES_REPORTED), misses=list(self._misses))
 
-    def reported(self) -> None:
-        """The last report was taken."""
+    def report_sent(self) -> None:
+        """Note that the supervisor has the last report."""
         self._is_new = False
 
 

@@ -1,7 +1,7 @@
-"""The admin port: health, readiness, metrics, explanations and the status page, answered by the supervisor.
+"""The admin port: health, readiness, metrics, savings, routing explanations and the status page.
 
-So a worker that stands still blocks no probe and no scrape. What it shows comes through `Overview`; it must not know
-processes, sockets or how a figure came about.
+The supervisor answers it, so that a blocked worker blocks no probe and no scrape. Everything it shows comes from
+`Overview`.
 """
 
 from __future__ import annotations
@@ -24,45 +24,45 @@ from proxy.config.checks import is_loopback
 from proxy.config.schema import Config
 from proxy.control.readiness import Readiness, ReadinessStatus
 
-_GZIP_LEVEL = 1  # half of a page's 300 KB a scrape goes for a millisecond
-_CLOSE_SECONDS = 1.0  # for answers under way at the end
-_OPEN_PATHS = frozenset({"/healthz", "/readyz"})  # probes have no token, and learn only a word
+_GZIP_LEVEL = 1  # halves the 300 KB of a metrics page in a millisecond
+_CLOSE_SECONDS = 1.0  # for responses in progress at shutdown
+_OPEN_PATHS = frozenset({"/healthz", "/readyz"})  # probes send no token, and are told only the status
 
 _encode = msgspec.json.encode
 
 
 class Overview(Protocol):
-    """What the admin port shows."""
+    """The source of everything that the admin port shows."""
 
     @property
     def config(self) -> Config:
-        """The configuration in force."""
+        """The configuration in use."""
         ...
 
     @property
     def board(self) -> StatusBoard:
-        """What the status page shows."""
+        """The state of the status page."""
         ...
 
     def readiness(self) -> Readiness:
-        """Whether requests are welcome."""
+        """Return whether requests are welcome."""
         ...
 
     def scrape(self, accept: str) -> tuple[bytes, str]:
-        """The metrics page for a scrape that accepts `accept`: body and content type."""
+        """Return the metrics page for a scraper that sent `accept`: body and content type."""
         ...
 
     async def savings(self, since: str, by: By) -> SavingsReport:
-        """What was saved since a day. Raises ValueError where `since` is none, and Unreadable."""
+        """Return the savings since a day. Raises ValueError if `since` is not a day, and Unreadable."""
         ...
 
     async def explain(self, path: str, body: bytes, credential: bytes) -> tuple[int, bytes]:
-        """How `body`, sent to `path`, would be routed: status and JSON."""
+        """Return how `body`, sent to `path`, would be routed: an HTTP status and JSON."""
         ...
 
 
 class AdminPort:
-    """The server of the admin port, on a socket that is listening already."""
+    """The server of the admin port, on a socket that already listens."""
 
     def __init__(self, overview: Overview) -> None:
         self._overview = overview
@@ -70,7 +70,7 @@ class AdminPort:
         self._runner: web.AppRunner | None = None
 
     async def start(self, listening: socket.socket) -> None:
-        """Answer on `listening` from now on."""
+        """Start to serve on `listening`."""
         app = web.Application(middlewares=[self._guard], client_max_size=self._overview.config.server.max_body_bytes)
         app.router.add_get("/healthz", self._health)
         app.router.add_get("/readyz", self._readiness)
@@ -83,7 +83,7 @@ class AdminPort:
         await web.SockSite(self._runner, listening).start()
 
     async def close(self) -> None:
-        """Stop answering."""
+        """Stop serving."""
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -93,16 +93,16 @@ class AdminPort:
             status, why = refusal
             return _json(status, {"error": why})
         try:
-            answer = await handler(request)
+            response = await handler(request)
         except web.HTTPException as error:
-            answer = _json(error.status, {"error": error.reason.lower()})
-        if not answer.prepared:  # a stream has sent its own by now
-            answer.headers["X-Content-Type-Options"] = "nosniff"
-            answer.headers.setdefault("Cache-Control", "no-store")
-        return answer
+            response = _json(error.status, {"error": error.reason.lower()})
+        if not response.prepared:  # a stream has already sent its headers
+            response.headers["X-Content-Type-Options"] = "nosniff"
+            response.headers.setdefault("Cache-Control", "no-store")
+        return response
 
     def _is_open(self, path: str) -> bool:
-        """The page's files hold no figures, and ask for the token themselves; without one they stay on loopback."""
+        """Return whether `path` needs no token. The page's files contain no figures, and ask for it themselves."""
         return path in _OPEN_PATHS or (path in PAGE_PATHS and self._overview.config.admin.token is not None)
 
     def _refusal(self, request: web.Request) -> tuple[int, str] | None:
@@ -111,21 +111,20 @@ class AdminPort:
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
             right = _same(given.strip(), token.reveal()) and scheme.lower() == "bearer"
             return None if right else (401, "this needs the admin token as Authorization: Bearer TOKEN")
-        # a name that a web page made point here (DNS rebinding) is not loopback's own
+        # refuses a host name that a web page made point here (DNS rebinding)
         if is_loopback(_host_of(request.headers.get("Host", ""))):
             return None
-        return 403, "without admin.token this answers to localhost only"
+        return 403, "without admin.token only requests to localhost are answered"
 
     async def _health(self, _: web.Request) -> web.Response:
         return _json(200, {"status": "ok"})
 
     async def _readiness(self, request: web.Request) -> web.Response:
-        found = self._overview.readiness()
-        status = 503 if found.standing is ReadinessStatus.NOT_READY else 200
+        readiness = self._overview.readiness()
+        http_status = 503 if readiness.status is ReadinessStatus.NOT_READY else 200
         if self._refusal(request):
-            return _json(status, {"status": found.standing})
-        detail = msgspec.structs.asdict(found)
-        return _json(status, {"status": detail.pop("standing"), **detail})
+            return _json(http_status, {"status": readiness.status})
+        return _json(http_status, msgspec.structs.asdict(readiness))
 
     async def _metrics(self, request: web.Request) -> web.Response:
         async with self._scraping:
@@ -139,12 +138,12 @@ class AdminPort:
     async def _savings(self, request: web.Request) -> web.Response:
         try:
             by = By(request.query.get("by", By.DAY))
-            made = await self._overview.savings(request.query.get("since", ""), by)
+            report = await self._overview.savings(request.query.get("since", ""), by)
         except ValueError:
             return _json(400, {"error": "expected since=2026-11-23 or 7d, and by=day, model, upstream or tenant"})
         except Unreadable as error:
             return _json(503, {"error": str(error)})
-        return web.Response(body=as_json(made), content_type="application/json")
+        return web.Response(body=as_json(report), content_type="application/json")
 
     async def _explain(self, request: web.Request) -> web.Response:
         path = request.query.get("path", "/v1/chat/completions")
@@ -158,12 +157,12 @@ def _json(status: int, content: object) -> web.Response:
 
 
 def _same(given: str, wanted: str) -> bool:
-    """Compare in a time that tells neither where they differ nor how long the wanted one is."""
+    """Compare in constant time; neither the place of a difference nor the length of `wanted` can be measured."""
     return hmac.compare_digest(hashlib.sha256(given.encode()).digest(), hashlib.sha256(wanted.encode()).digest())
 
 
 def _host_of(header: str) -> str:
-    """The host in a `Host` header, without its port."""
+    """Return the host of a `Host` header, without the port."""
     if header.startswith("["):
         return header[1:].partition("]")[0]
     return header.partition(":")[0]

@@ -1,8 +1,6 @@
-"""The private socket between the supervisor and one worker: typed messages both ways, and the worker's end of it.
+"""The private socket between the supervisor and one worker, and the worker's end of it.
 
-A message is msgpack behind four bytes of length, at most `MESSAGE_BYTES_AT_MOST`. The configuration goes to a worker
-here and nowhere else, so that no secret stands in an argument list or an environment. It must not know HTTP, and not
-what a worker does with what it is told.
+A message is msgpack after four bytes of length, at most `MESSAGE_BYTES_AT_MOST`.
 """
 
 from __future__ import annotations
@@ -17,82 +15,35 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from proxy.config.schema import Config, make_secret, reveal
+from proxy.control.messages import (
+    Configure,
+    Drain,
+    Explain,
+    Explained,
+    FromWorker,
+    Ready,
+    ReloadRefused,
+    ToWorker,
+    WorkerReport,
+)
 from proxy.errors import ConfigError
-from proxy.metrics.definitions import MetricsDelta
 from proxy.tasks import Tasks
 
 MESSAGE_BYTES_AT_MOST = 64 * 1024 * 1024  # the largest is a body to explain: max_body_bytes, 32 MiB by default
 _LENGTH = struct.Struct(">I")
-_REPORT_BACKLOG_BYTES = 1024 * 1024  # unread by the supervisor; beyond it a worker keeps its counts for later
+_REPORT_BACKLOG_BYTES = 1024 * 1024  # not read by the supervisor yet; beyond this a worker keeps its counts
 
 log = logging.getLogger("cairn.control")
 
-
-class Configure(msgspec.Struct, frozen=True, tag="configure"):
-    """To a worker, first of all and again after each reload: what to work by."""
-
-    config: Config
-
-
-class Drain(msgspec.Struct, frozen=True, tag="drain"):
-    """To a worker: accept no more, finish what runs within `seconds`, then end."""
-
-    seconds: float
-
-
-class Explain(msgspec.Struct, frozen=True, tag="explain"):
-    """To a worker: how would you route this body? `credential` is the asking client's key, if any."""
-
-    id: int
-    path: str
-    body: bytes
-    credential: bytes = b""
-
-
-class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """From a worker: it accepts requests."""
-
-
-class WorkerReport(msgspec.Struct, frozen=True, tag="report"):
-    """From a worker, about every second: what it counted since the last one, and how it sees the world.
-
-    `redis` is `REDIS_UP`, or another word for how it is, or None before it is known, `upstreams` which
-    replicas take requests. `page` is more of it for the status page, opaque here.
-    """
-
-    counts: MetricsDelta
-    in_flight: int = 0
-    redis: str | None = None
-    upstreams: dict[str, bool] = {}
-    page: dict[str, Any] = {}
-
-
-class Explained(msgspec.Struct, frozen=True, tag="explained"):
-    """From a worker: the answer to an `Explain`, a JSON text and the HTTP status that goes with it."""
-
-    id: int
-    status: int
-    body: bytes
-
-
-class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """From a worker: it could not take over a new configuration and goes on with the old one."""
-
-    why: str
-
-
-ToWorker = Configure | Drain | Explain
-FromWorker = Ready | WorkerReport | Explained | Refused
 _Message = TypeVar("_Message")
-REDIS_UP = "up"
 
 
 class ControlBroken(Exception):
-    """What came is no message of this protocol."""
+    """The other end sent something that is not a message of this protocol."""
 
 
 class Channel(Generic[_Message]):
-    """One end of the socket; `receive` gives messages of the other end's kind."""
+    """One end of the socket. `receive` returns messages of the kind that the other end sends."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, incoming: Any) -> None:
         self._reader = reader
@@ -102,21 +53,21 @@ class Channel(Generic[_Message]):
 
     @classmethod
     async def open(cls, end: socket.socket, incoming: Any) -> Channel[_Message]:
-        """Take over one end of a socket pair; `incoming` is the union of messages that the other end sends."""
+        """Take ownership of one end of a socket pair; `incoming` is the union of messages from the other end."""
         reader, writer = await asyncio.open_connection(sock=end)
         return cls(reader, writer, incoming)
 
     @property
     def unsent_bytes(self) -> int:
-        """What the other end has not taken yet."""
+        """Bytes that the other end has not read yet."""
         transport = self._writer.transport
         return 0 if transport.is_closing() else transport.get_write_buffer_size()
 
     def post(self, message: ToWorker | FromWorker) -> None:
-        """Send without waiting; to a closed end it goes nowhere."""
+        """Send without waiting. If the other end is closed, nothing is sent."""
         encoded = self._encoder.encode(message)
         if len(encoded) > MESSAGE_BYTES_AT_MOST:
-            raise ControlBroken(f"a message of {len(encoded)} bytes is over the bound")
+            raise ControlBroken(f"a message of {len(encoded)} bytes exceeds the limit")
         if not self._writer.transport.is_closing():
             self._writer.write(_LENGTH.pack(len(encoded)) + encoded)
 
@@ -126,15 +77,15 @@ class Channel(Generic[_Message]):
         await self._writer.drain()
 
     async def receive(self) -> _Message | None:
-        """The next message, or None where the other end is gone.
+        """Return the next message, or None when the other end has closed.
 
         Raises:
-            ControlBroken: the length is over the bound or the message is none of the expected.
+            ControlBroken: the length exceeds the limit, or the message is none of the expected ones.
         """
         try:
             (size,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             if size > MESSAGE_BYTES_AT_MOST:
-                raise ControlBroken(f"a message of {size} bytes is over the bound")
+                raise ControlBroken(f"a message of {size} bytes exceeds the limit")
             return self._decoder.decode(await self._reader.readexactly(size))
         except (asyncio.IncompleteReadError, OSError):
             return None
@@ -151,10 +102,10 @@ Reconfigure = Callable[[Config], Awaitable[None]]
 
 
 class WorkerControl:
-    """What a worker says to its supervisor and hears from it.
+    """The worker's end: reports to the supervisor, and calls back for what the supervisor asks.
 
-    `on_explain` and `on_reload` may be set by whoever runs the worker; without them a reload is refused and nothing
-    is explained. `on_reload` raises `ConfigError` where the new configuration cannot be used.
+    Set `on_explain` and `on_reload` to support them. `on_reload` raises `ConfigError` if it cannot use the new
+    configuration.
     """
 
     def __init__(self, channel: Channel[ToWorker], tasks: Tasks) -> None:
@@ -167,40 +118,44 @@ class WorkerControl:
 
     @classmethod
     async def open(cls, end: socket.socket, tasks: Tasks) -> tuple[WorkerControl, Config]:
-        """Take over the worker's end, and wait for the configuration that comes first.
+        """Take ownership of the worker's end, and wait for the configuration, which comes first.
 
         Raises:
-            ControlBroken: the supervisor went before it sent one.
+            ControlBroken: the supervisor closed the socket before it sent one.
         """
         channel: Channel[ToWorker] = await Channel.open(end, ToWorker)
         first = await channel.receive()
         if not isinstance(first, Configure):
-            raise ControlBroken("no configuration came")
+            raise ControlBroken("no configuration was sent")
         control = cls(channel, tasks)
-        tasks.start(control._listen(), "control")
+        tasks.start(control._receive(), "control")
         return control, first.config
 
-    async def ready(self) -> None:
-        """Tell the supervisor that requests are accepted."""
+    async def send_ready(self) -> None:
+        """Report that requests are accepted."""
         await self._channel.send(Ready())
 
     def report(self, report: WorkerReport) -> bool:
-        """Hand over counts and state; never waits. False where the supervisor reads nothing: keep the counts."""
+        """Send a report without waiting. Returns False if the supervisor does not read: keep the counts then."""
         if self._channel.unsent_bytes > _REPORT_BACKLOG_BYTES:
             return False
         self._channel.post(report)
         return True
 
-    async def drained(self) -> float:
-        """Wait until told to end; gives the seconds in which what runs may finish."""
+    async def wait_for_drain(self) -> float:
+        """Wait until told to drain; returns the seconds within which running requests may finish."""
         return await asyncio.shield(self._drain)
 
     @property
     def draining(self) -> bool:
-        """True once told to end."""
+        """Whether this worker was told to drain."""
         return self._drain.done()
 
-    async def _listen(self) -> None:
+    def close(self) -> None:
+        """Close the worker's end."""
+        self._channel.close()
+
+    async def _receive(self) -> None:
         try:
             while (message := await self._channel.receive()) is not None:
                 if isinstance(message, Drain):
@@ -210,7 +165,7 @@ class WorkerControl:
                 else:
                     await self._reload(message.config)
         finally:
-            self.orphaned.set()  # no supervisor: nobody could end or watch this process
+            self.orphaned.set()  # without a supervisor nobody can stop or watch this process
             self._set_drain(0.0)
 
     def _set_drain(self, seconds: float) -> None:
@@ -219,16 +174,16 @@ class WorkerControl:
 
     async def _explain(self, question: Explain) -> None:
         if self.on_explain is None:
-            status, body = 501, b'{"error": "this worker explains nothing"}'
+            status, body = 501, b'{"error": "this worker cannot explain routing"}'
         else:
             status, body = await self.on_explain(question)
         await self._channel.send(Explained(question.id, status, body))
 
     async def _reload(self, config: Config) -> None:
         if self.on_reload is None:
-            self._channel.post(Refused("this worker takes no new configuration"))
+            self._channel.post(ReloadRefused("this worker cannot reload its configuration"))
             return
         try:
             await self.on_reload(config)
         except ConfigError as error:
-            self._channel.post(Refused(error.message))
+            self._channel.post(ReloadRefused(error.message))

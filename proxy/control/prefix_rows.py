@@ -1,4 +1,4 @@
-"""What a worker tells its supervisor of prefixes and misses, for the status page. Words only."""
+"""Rows about prefixes and misses that a worker reports for the status page. Data types only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from proxy.model import MissReason
 
 
 class PrefixRow(msgspec.Struct, array_like=True, gc=False):
-    """One prefix since the worker began. `key` is the hash at its end: for joining rows, never for people."""
+    """One prefix since the worker started. `key` is the hash at its end; it joins rows and is never shown."""
 
     key: int
     model: str
@@ -16,12 +16,12 @@ class PrefixRow(msgspec.Struct, array_like=True, gc=False):
     hits: int
     saved_tokens: int
     used_unix_seconds: float
-    next_key: int = 0  # of the block with which the last prompt went on; 0 where it ended here
+    next_key: int = 0  # hash of the block that followed in the last prompt; 0 if the prompt ended here
     forked: bool = False
 
 
 class Miss(msgspec.Struct, frozen=True):
-    """One prompt that was not wholly found."""
+    """One prompt of which a part was not expected to be cached."""
 
     unix_seconds: float
     model: str
@@ -32,4 +32,11 @@ class Miss(msgspec.Struct, frozen=True):
 
 
 class MissRow(Miss, array_like=True, frozen=True, gc=False):
-    """The same without names, on its way to the supervisor."""
+    """A `Miss` as it travels to the supervisor: an array without field names."""
+
+
+class PrefixReport(msgspec.Struct, frozen=True):
+    """The prefixes that saved most at one worker, and its last misses."""
+
+    prefixes: list[PrefixRow] = []
+    misses: list[MissRow] = []

@@ -1,4 +1,4 @@
-"""Whether this Cairn should get requests, judged from what the workers reported. Pure."""
+"""Decide whether this Cairn should receive requests, from what the workers reported. Pure."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import msgspec
 
-from proxy.control.channel import REDIS_UP, WorkerReport
+from proxy.control.messages import REDIS_UP, WorkerReport
 
-STALE_SECONDS = 10.0  # a worker reports every second; one this silent stands still
+STALE_SECONDS = 10.0  # a worker reports four times a second; one that is silent for this long does not serve
 _REDIS_FINE = frozenset({None, REDIS_UP})
 
 
 class Stage(enum.Enum):
-    """Where the whole stands between its start and its end."""
+    """The stage of the supervisor's life."""
 
     STARTING = "starting"
     SERVING = "serving"
@@ -22,10 +22,10 @@ class Stage(enum.Enum):
 
 
 class ReadinessStatus(enum.StrEnum):
-    """The answer of /readyz."""
+    """The status in the answer of /readyz."""
 
     READY = "ready"
-    DEGRADED = "degraded"  # requests are served, something beside them is not as it should be
+    DEGRADED = "degraded"  # requests are served, but something else is wrong
     NOT_READY = "not ready"
 
 
@@ -39,14 +39,14 @@ class WorkerView(msgspec.Struct, frozen=True):
 
     @property
     def serves(self) -> bool:
-        """True where it said that it is ready and was heard of lately."""
+        """Whether it reported to be ready, and reported lately."""
         return self.ready and (self.report_age_seconds is None or self.report_age_seconds < STALE_SECONDS)
 
 
 class Readiness(msgspec.Struct, frozen=True):
-    """The judgement, and why it is not better; `upstreams` are up where any worker finds them so."""
+    """The status and the reasons why it is not better. An upstream is up if any worker can reach it."""
 
-    standing: ReadinessStatus
+    status: ReadinessStatus
     reasons: tuple[str, ...] = ()
     workers: int = 0
     in_flight: int = 0
@@ -55,23 +55,21 @@ class Readiness(msgspec.Struct, frozen=True):
 
 
 def judge(stage: Stage, workers: Sequence[WorkerView]) -> Readiness:
-    """Ready while one worker serves and one upstream is up; without Redis degraded, which still takes requests."""
+    """Decide the readiness: ready if a worker serves and an upstream is up, degraded if anything else is wrong."""
     serving = [worker for worker in workers if worker.serves]
     reports = [worker.report for worker in serving if worker.report is not None]
     upstreams = _upstreams(reports)
     blocking = _blocking(stage, serving, upstreams)
     redis = next((report.redis for report in reports if report.redis not in _REDIS_FINE), None)
     lacking = _lacking(workers, serving, upstreams, redis)
-    standing = (
-        ReadinessStatus.NOT_READY if blocking else ReadinessStatus.DEGRADED if lacking else ReadinessStatus.READY
-    )
+    status = ReadinessStatus.NOT_READY if blocking else ReadinessStatus.DEGRADED if lacking else ReadinessStatus.READY
     return Readiness(
-        standing,
-        (*blocking, *lacking),
-        len(serving),
-        sum(report.in_flight for report in reports),
-        redis or next((report.redis for report in reports), None),
-        upstreams,
+        status=status,
+        reasons=(*blocking, *lacking),
+        workers=len(serving),
+        in_flight=sum(report.in_flight for report in reports),
+        redis=redis or next((report.redis for report in reports), None),
+        upstreams=upstreams,
     )
 
 
@@ -84,6 +82,7 @@ def _upstreams(reports: Sequence[WorkerReport]) -> dict[str, bool]:
 
 
 def _blocking(stage: Stage, serving: Sequence[WorkerView], upstreams: dict[str, bool]) -> list[str]:
+    """Reasons to receive no requests."""
     blocking = []
     if stage is Stage.DRAINING:
         blocking.append("draining")
@@ -97,6 +96,7 @@ def _blocking(stage: Stage, serving: Sequence[WorkerView], upstreams: dict[str, 
 def _lacking(
     workers: Sequence[WorkerView], serving: Sequence[WorkerView], upstreams: dict[str, bool], redis: str | None
 ) -> list[str]:
+    """Reasons why a Cairn that serves is degraded."""
     lacking = [f"upstream {name} is down" for name, is_up in upstreams.items() if not is_up]
     if redis is not None:
         lacking.append(f"redis is {redis}")

@@ -73,7 +73,7 @@ class Settlement:
         while waiting:
             outcome, usage, placement = waiting.popleft()  # before it is counted: one defect must not keep the others
             self._accounts.count(outcome, usage, None if placement is None else placement.predicted_tokens)
-            self._sightings.saw(outcome, placement, usage)
+            self._sightings.add(outcome, placement, usage)
             if placement is not None and usage is not None:
                 self._count_routing_gain(outcome, usage, placement)
 

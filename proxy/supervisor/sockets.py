@@ -1,7 +1,7 @@
-"""Listening sockets, opened before any worker starts and handed down, so that no connection is reset when one goes.
+"""Open the listening sockets before any worker starts, so that no connection is reset when a worker ends.
 
-On Linux every worker has a socket of its own on the same port and the kernel spreads connections over them; elsewhere
-one socket is shared, since other kernels do not balance. It must not know HTTP or processes.
+On Linux every worker has its own socket on the same port and the kernel spreads connections over them. Elsewhere all
+workers share one socket, because other kernels do not balance.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ Address = tuple[socket.AddressFamily, tuple[str, int]]
 
 
 class ListenError(CairnError):
-    """An address cannot be bound; the message says which and why in one line."""
+    """An address cannot be bound; the message says which one and why, in one line."""
 
 
 def open_for_workers(host: str, port: int, workers: int, backlog: int) -> list[list[socket.socket]]:
-    """For each worker the sockets on which it listens: one for each address of `host`.
+    """Open the sockets of each worker: one for each address of `host`.
 
     Raises:
-        ListenError: the port is taken, even by another Cairn that would share it, or may not be had.
+        ListenError: the port is in use, even by another Cairn that would share it, or not permitted.
     """
     opened: list[list[socket.socket]] = [[] for _ in range(workers)]
     try:
         for family, address in _addresses(host, port):
-            first = open_one(family, address, backlog)  # fails where anyone listens there
+            first = open_one(family, address, backlog)  # fails if anything listens there
             if not _OWN_SOCKETS or workers == 1:
                 for sockets in opened:
                     sockets.append(first)
@@ -47,13 +47,13 @@ def open_for_workers(host: str, port: int, workers: int, backlog: int) -> list[l
 
 
 def open_admin(host: str, port: int) -> socket.socket:
-    """The admin port's socket, on the first address of `host`."""
+    """Open the admin port's socket, on the first address of `host`."""
     family, address = _addresses(host, port)[0]
     return open_one(family, address, 128)
 
 
 def open_one(family: int, address: tuple[str, int], backlog: int, *, shared: bool = False) -> socket.socket:
-    """A socket that listens at `address`; `shared` lets others of this user listen there too."""
+    """Open a socket that listens at `address`; `shared` lets other processes of this user listen there too."""
     opened = socket.socket(family, socket.SOCK_STREAM)
     try:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -69,19 +69,19 @@ def open_one(family: int, address: tuple[str, int], backlog: int, *, shared: boo
 
 
 def close_all(opened: list[list[socket.socket]]) -> None:
-    """Close every one of them; closing a shared one twice is harmless."""
+    """Close every socket; closing a shared one twice is harmless."""
     for sockets in opened:
         for each in sockets:
             each.close()
 
 
 def raise_descriptor_limit() -> None:
-    """Allow as many open files as the system lets this user have; some systems start with 256."""
+    """Raise the limit of open files as far as this user may; some systems start with 256."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 65_536)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (OSError, ValueError):  # macOS refuses values over a limit that it does not tell
+    except (OSError, ValueError):  # macOS refuses values above a limit that it does not report
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, 10_240)), hard))
 
 
@@ -99,7 +99,7 @@ def _addresses(host: str, port: int) -> Sequence[Address]:
 
 def _reason(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return "the port is taken; choose another with --port or --admin-port"
+        return "the port is in use; choose another with --port or --admin-port"
     if error.errno == errno.EACCES:
-        return "this user may not bind it; ports under 1024 need a right of their own"
+        return "permission denied; ports below 1024 need a privilege (CAP_NET_BIND_SERVICE)"
     return error.strerror or type(error).__name__

@@ -1,6 +1,6 @@
-"""A place for one worker: started, listened to, started again when it dies, ended when told.
+"""Keep one worker process running: start it, read its reports, restart it when it ends, and stop it when told.
 
-It must not know HTTP, signals or what is counted; whoever owns it hears of reports and deaths through `Watcher`.
+Everything that happens to the worker is passed on through `Watcher`.
 """
 
 from __future__ import annotations
@@ -14,76 +14,69 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
 
+import msgspec
+
+from proxy.backoff import ExponentialBackoff
 from proxy.clock import Clock
 from proxy.config.schema import Config
-from proxy.control.channel import (
-    Channel,
+from proxy.control.channel import Channel, ControlBroken
+from proxy.control.messages import (
     Configure,
-    ControlBroken,
     Drain,
     Explain,
     Explained,
     FromWorker,
     Ready,
-    Refused,
+    ReloadRefused,
     WorkerReport,
 )
 from proxy.control.readiness import WorkerView
 from proxy.tasks import Tasks
 
-START_LIMIT_SECONDS = 60.0  # a worker that is not ready by then is taken for stuck
-STABLE_SECONDS = 10.0  # who lived this long died of something new: the back-off begins again
+START_LIMIT_SECONDS = 60.0  # a worker that is not ready by then is killed
+STABLE_SECONDS = 10.0  # uptime after which the back-off starts over
 PAUSE_FIRST_SECONDS = 0.1
-PAUSE_LAST_SECONDS = 5.0  # connections that the kernel gave to this slot wait this long at most
+PAUSE_MOST_SECONDS = 5.0  # connections that the kernel assigned to this worker wait at most this long
 KILL_MARGIN_SECONDS = 2.0  # after the deadline of a drain, for the worker's own clean-up
-LAST_WORDS_SECONDS = 1.0  # to read what a dead worker had sent
+FINAL_READ_SECONDS = 1.0  # to read what a worker had sent before it ended
 
 log = logging.getLogger("cairn.supervisor")
 
 
 class WorkerUnavailable(Exception):
-    """The worker went, or is not there, before it answered."""
-
-
-class Backoff:
-    """How long to wait before the next start: longer each time, from the beginning after a stable life."""
-
-    def __init__(self) -> None:
-        self._pause_seconds = PAUSE_FIRST_SECONDS
-
-    def after(self, lived_seconds: float) -> float:
-        """The pause after a life of `lived_seconds`."""
-        if lived_seconds >= STABLE_SECONDS:
-            self._pause_seconds = PAUSE_FIRST_SECONDS
-        pause = self._pause_seconds
-        self._pause_seconds = min(pause * 2, PAUSE_LAST_SECONDS)
-        return pause
+    """There is no worker, or it ended before it answered."""
 
 
 class Watcher(Protocol):
-    """Who hears what happens in a slot."""
+    """Is called when something happens to a worker; `number` identifies the worker."""
 
-    def ready(self, number: int) -> None:
+    def worker_ready(self, number: int) -> None:
         """The worker accepts requests."""
 
-    def reported(self, number: int, report: WorkerReport) -> None:
-        """It counted this since the last time."""
+    def worker_reported(self, number: int, report: WorkerReport) -> None:
+        """The worker sent a report."""
 
-    def refused(self, number: int, why: str) -> None:
-        """It did not take over a new configuration."""
+    def reload_refused(self, number: int, why: str) -> None:
+        """The worker cannot use a new configuration."""
 
-    def died(self, number: int, lives: int) -> None:
-        """It ended unasked; `lives` is how many there were in this slot."""
+    def worker_died(self, number: int, starts: int) -> None:
+        """The worker ended without being told to; it was started `starts` times so far."""
+
+
+class Program(msgspec.Struct, frozen=True):
+    """The program of a worker; descriptors and the parent's process id are appended to `command`."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
 
 
 class WorkerProcess:
-    """One worker at a time, number `number`, listening on `sockets`."""
+    """Worker number `number`, which listens on `sockets`; one process at a time."""
 
     def __init__(
         self,
         number: int,
-        command: Sequence[str],
-        environment: Mapping[str, str],
+        program: Program,
         sockets: Sequence[socket.socket],
         config: Config,
         watcher: Watcher,
@@ -91,17 +84,16 @@ class WorkerProcess:
     ) -> None:
         self.number = number
         self.ready = False
-        self._command = command
-        self._environment = environment
+        self._program = program
         self._sockets = sockets
         self._config = config
         self._watcher = watcher
         self._clock = clock
         self._tasks = Tasks()
-        self._backoff = Backoff()
-        self._lives = 0
+        self._backoff = ExponentialBackoff(PAUSE_FIRST_SECONDS, PAUSE_MOST_SECONDS)
+        self._starts = 0
         self._ending = asyncio.Event()
-        self._deadline_seconds = 0.0  # monotonic; of the drain
+        self._drain_deadline_seconds = 0.0  # monotonic
         self._process: Process | None = None
         self._channel: Channel[FromWorker] | None = None
         self._report: WorkerReport | None = None
@@ -110,50 +102,57 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int | None:
-        """The living worker's process id."""
+        """The process id of the running worker."""
         return self._process.pid if self._process is not None else None
 
     def view(self) -> WorkerView:
-        """How the worker stands now."""
+        """Return the worker's current state."""
         age = None if self._report is None else self._clock.monotonic() - self._reported_seconds
         return WorkerView(self.number, self.ready, self._report, age)
 
     async def run(self) -> None:
-        """Keep a worker alive until `drain` or `kill` ended it."""
+        """Keep a worker running until `drain` or `kill` has ended it."""
         try:
             while not self._ending.is_set():
-                born = self._clock.monotonic()
-                how = await self._live_once()
+                started_seconds = self._clock.monotonic()
+                how = await self._run_once()
                 if self._ending.is_set():
                     return
-                pause = self._backoff.after(self._clock.monotonic() - born)
-                log.warning("worker %d %s; another starts in %.1f s", self.number, how, pause)
-                self._watcher.died(self.number, self._lives)
+                if self._clock.monotonic() - started_seconds >= STABLE_SECONDS:
+                    self._backoff.reset()
+                pause_seconds = self._backoff.next_seconds()
+                log.warning("worker %d %s; starting another in %.1f s", self.number, how, pause_seconds)
+                self._watcher.worker_died(self.number, self._starts)
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._ending.wait(), pause)
+                    await asyncio.wait_for(self._ending.wait(), pause_seconds)
         finally:
             await self._tasks.close()
 
     def configure(self, config: Config) -> None:
-        """From now on work by `config`; the living worker and its successors."""
+        """Use `config` from now on, in the running worker and in its successors."""
         self._config = config
         if self._channel is not None:
             self._channel.post(Configure(config))
 
     def drain(self, seconds: float) -> None:
-        """Let what runs end within `seconds`, and start no other worker; `run` returns when it is over."""
-        self._deadline_seconds = self._clock.monotonic() + seconds
+        """Let running requests finish within `seconds` and start no other worker; `run` returns afterwards."""
+        self._drain_deadline_seconds = self._clock.monotonic() + seconds
         self._ending.set()
         if self._channel is not None:
-            self._tell_to_drain(self._channel)
+            self._send_drain(self._channel)
 
     def kill(self) -> None:
-        """End it now."""
+        """End the worker now."""
         self._ending.set()
         self._kill()
 
     async def explain(self, question: Explain, limit_seconds: float) -> Explained:
-        """Ask the worker; raises `WorkerUnavailable` where there is none, or TimeoutError."""
+        """Ask the worker.
+
+        Raises:
+            WorkerUnavailable: there is no worker, or it ended meanwhile.
+            TimeoutError: no answer came within `limit_seconds`.
+        """
         if self._channel is None or not self.ready:
             raise WorkerUnavailable
         answer: asyncio.Future[Explained] = asyncio.get_running_loop().create_future()
@@ -167,73 +166,73 @@ class WorkerProcess:
         finally:
             self._questions.pop(question.id, None)
 
-    # --- one life
+    # --- one process
 
-    async def _live_once(self) -> str:
-        """Start a worker and stay with it to its end; gives in words how it ended."""
-        self._lives += 1
+    async def _run_once(self) -> str:
+        """Start a worker and wait for its end; returns how it ended, in words."""
+        self._starts += 1
         ours, theirs = socket.socketpair()
         try:
             self._process = process = await self._spawn(theirs)
         except OSError as error:  # out of processes, memory or descriptors
             ours.close()
-            return f"could not start: {error.strerror}"
+            return f"could not be started: {error.strerror}"
         finally:
             theirs.close()
-        stuck = asyncio.get_running_loop().call_later(START_LIMIT_SECONDS, self._kill_if_stuck, process)
-        listening: asyncio.Task[None] | None = None
+        start_limit = asyncio.get_running_loop().call_later(START_LIMIT_SECONDS, self._kill_unless_ready, process)
+        receiving: asyncio.Task[None] | None = None
         try:
             self._channel = await Channel.open(ours, FromWorker)
-            listening = self._tasks.start(self._listen(self._channel), f"worker-{self.number}")
+            receiving = self._tasks.start(self._receive(self._channel), f"worker-{self.number}")
             self._channel.post(Configure(self._config))
             if self._ending.is_set():
-                self._tell_to_drain(self._channel)
+                self._send_drain(self._channel)
             code = await process.wait()
         finally:
-            stuck.cancel()
+            start_limit.cancel()
             self._kill()
-            await self._clear_up(listening)
+            await self._clear_up(receiving)
         return f"(pid {process.pid}) ended with {code}"
 
     async def _spawn(self, control: socket.socket) -> Process:
         listening = [each.fileno() for each in self._sockets]
         return await create_subprocess_exec(
-            *self._command,
+            *self._program.command,
             *("--control", str(control.fileno())),
             *("--listen", ",".join(map(str, listening))),
             *("--parent", str(os.getpid())),
             pass_fds=[control.fileno(), *listening],
-            env=dict(self._environment),
+            env=dict(self._program.environment),
             stdin=DEVNULL,
         )
 
-    async def _listen(self, channel: Channel[FromWorker]) -> None:
+    async def _receive(self, channel: Channel[FromWorker]) -> None:
         try:
             while (message := await channel.receive()) is not None:
-                self._hear(message)
+                self._handle(message)
         except ControlBroken as error:
-            log.warning("worker %d speaks nonsense and is ended: %s", self.number, error)
+            log.warning("worker %d sent an invalid message; killing it: %s", self.number, error)
             self._kill()
 
-    def _hear(self, message: FromWorker) -> None:
+    def _handle(self, message: FromWorker) -> None:
         if isinstance(message, WorkerReport):
             self._report, self._reported_seconds = message, self._clock.monotonic()
-            self._watcher.reported(self.number, message)
+            self._watcher.worker_reported(self.number, message)
         elif isinstance(message, Ready):
             self.ready = True
-            self._watcher.ready(self.number)
+            self._watcher.worker_ready(self.number)
         elif isinstance(message, Explained):
             answer = self._questions.get(message.id)
             if answer is not None and not answer.done():
                 answer.set_result(message)
         else:
-            assert isinstance(message, Refused)  # noqa: S101 - the union has no other
-            self._watcher.refused(self.number, message.why)
+            assert isinstance(message, ReloadRefused)  # noqa: S101 - the union has no other
+            self._watcher.reload_refused(self.number, message.why)
 
-    async def _clear_up(self, listening: asyncio.Task[None] | None) -> None:
-        if listening is not None:
-            await asyncio.wait({listening}, timeout=LAST_WORDS_SECONDS)
-            listening.cancel()
+    async def _clear_up(self, receiving: asyncio.Task[None] | None) -> None:
+        if receiving is not None:
+            await asyncio.wait({receiving}, timeout=FINAL_READ_SECONDS)
+            receiving.cancel()
         if self._channel is not None:
             self._channel.close()
         self.ready, self._process, self._channel, self._report = False, None, None, None
@@ -241,14 +240,14 @@ class WorkerProcess:
             if not answer.done():
                 answer.set_exception(WorkerUnavailable())
 
-    def _tell_to_drain(self, channel: Channel[FromWorker]) -> None:
-        left = max(0.0, self._deadline_seconds - self._clock.monotonic())
-        channel.post(Drain(left))
-        asyncio.get_running_loop().call_later(left + KILL_MARGIN_SECONDS, self._kill)
+    def _send_drain(self, channel: Channel[FromWorker]) -> None:
+        left_seconds = max(0.0, self._drain_deadline_seconds - self._clock.monotonic())
+        channel.post(Drain(left_seconds))
+        asyncio.get_running_loop().call_later(left_seconds + KILL_MARGIN_SECONDS, self._kill)
 
-    def _kill_if_stuck(self, process: Process) -> None:
+    def _kill_unless_ready(self, process: Process) -> None:
         if not self.ready and process is self._process:
-            log.error("worker %d is not ready after %.0f s and is ended", self.number, START_LIMIT_SECONDS)
+            log.error("worker %d is not ready after %.0f s; killing it", self.number, START_LIMIT_SECONDS)
             self._kill()
 
     def _kill(self) -> None:

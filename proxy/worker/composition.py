@@ -1,28 +1,22 @@
-"""The composition root of a worker: builds every object once, starts and stops them in order. No logic.
+"""The composition root of a worker: builds every object once, in sections, and starts and stops them in order.
 
-Order at the start: store, index and journal (which waits until it knows what the others know), upstream side,
-client port; at the end the reverse.
+A section is a function that takes earlier sections and returns its own objects in a frozen dataclass. Nothing here
+decides anything about a request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import random
 import secrets
 import socket
-import ssl
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cache import (
-    CacheError,
-    ContextLimits,
     ContextStore,
-    ErrorKind,
     Journal,
-    JournalState,
     Listeners,
     LoadBroadcast,
     PrefixIndex,
@@ -30,7 +24,6 @@ from cache import (
     StoreState,
     Totals,
     open_store,
-    shared_secret,
 )
 from proxy.accounting.access_log import AccessLog
 from proxy.accounting.builtin_prices import BuiltinPrices
@@ -39,8 +32,8 @@ from proxy.accounting.prefix_stats import PrefixStats
 from proxy.accounting.pricing import PriceBook
 from proxy.accounting.rate_cards import rules_of
 from proxy.accounting.round_robin import RoundRobinBaseline
-from proxy.clock import SystemClock
-from proxy.config.schema import Config, Contexts
+from proxy.clock import Clock, SystemClock
+from proxy.config.schema import Config
 from proxy.contexts import StoredContexts
 from proxy.contexts.api import ContextApi
 from proxy.contexts.use import Use
@@ -48,13 +41,14 @@ from proxy.contexts.valuing import Valuing
 from proxy.contexts.warming import Warming
 from proxy.control.channel import WorkerControl
 from proxy.downstream.response import Downstream
-from proxy.fleet import Backoff, Fleet
+from proxy.fleet import Fleet
 from proxy.fleet.discovery import Discovery
 from proxy.fleet.health import HealthChecker
+from proxy.fleet.pools import Pools
 from proxy.metrics import definitions as metrics
 from proxy.metrics.model_labels import ModelNames
 from proxy.metrics.recorder import Recorder
-from proxy.pipeline.admission import Authenticator, InFlightLimit, KnownClient
+from proxy.pipeline.admission import Authenticator, InFlightLimit
 from proxy.pipeline.attempt import Attempts
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.models_endpoint import ModelsEndpoint
@@ -63,306 +57,478 @@ from proxy.pipeline.relay import Relay
 from proxy.pipeline.settlement import Settlement
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.remote_prefills import RemotePrefills
-from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 from proxy.routing.token_estimate import TokenCounts
 from proxy.tasks import Tasks
-from proxy.upstream import Limits, Origin, UpstreamClient, default_ssl_context
+from proxy.upstream import UpstreamClient
+from proxy.worker import from_config
 from proxy.worker.explain import Explainer
+from proxy.worker.figures import Figures, IndexFigures, OperationFigures, ReplicaFigures, StoreFigures
 from proxy.worker.http_server import HttpServer
+from proxy.worker.live_config import LiveConfig, LiveParts
 from proxy.worker.maintenance import Maintenance
-from proxy.worker.reporting import Reporter
-
-log = logging.getLogger("cairn.app")
+from proxy.worker.replica_queues import ReplicaQueues
+from proxy.worker.reporting import Reporter, StatusSource
 
 _ORIGIN_BITS = 24
-_BLOCKING = frozenset({"XREAD"})  # waits for news by design, so its time tells nothing
-_SECRET_SECONDS = 2.0
+_SECRET_SECONDS = 2.0  # how long the start waits for the shared secret
 
 
 async def run_worker(config: Config, listening: Sequence[socket.socket], control: WorkerControl) -> None:
-    """Serve on `listening` until the supervisor says that it is enough."""
-    worker = await Worker.build(config, control)
-    control.on_explain = lambda question: worker.explainer.explain(question, worker.front.authenticator)
-    control.on_reload = worker.reconfigure
+    """Serve on `listening` until told to drain."""
+    worker = await build(config, control)
+    control.on_explain = lambda question: worker.explainer.explain(question, worker.http_server.authenticator)
+    control.on_reload = worker.live.reconfigure
     try:
         await worker.start(listening)
-        _calm_collector()
-        await control.ready()
-        finish_seconds = await control.drained()
-        await worker.front.stop(finish_seconds)
+        freeze_garbage()
+        await control.send_ready()
+        finish_seconds = await control.wait_for_drain()
+        await worker.http_server.stop(finish_seconds)
     finally:
         await worker.close()
 
 
-class Worker:
-    """Everything that one worker is made of."""
+# --- the sections
 
-    def __init__(self, config: Config, control: WorkerControl, builtin_prices: BuiltinPrices, secret: bytes) -> None:
-        clock = self.clock = SystemClock()
-        self.config = config
-        self._secret = secret
-        self.recorder = Recorder()
-        self.tasks = Tasks(self._count_task_failure)
-        self.loops = Tasks(self._count_task_failure)  # run beside requests; closed before what they use
-        writer_id = self.writer_id = secrets.token_hex(8)
 
-        rule = config.routing
-        prices = rule.in_flight_seconds_least, rule.in_flight_seconds_most
-        self.fleet = Fleet(random.random, _backoff(config), rule.prefill_tokens_per_second, prices)
-        self.store = open_store(
-            None if config.redis.url is None else config.redis.url.reveal(),
-            clock=clock,
-            tasks=self.tasks,
-            limit_seconds=config.redis.operation_seconds,
-            observe=self._observe_redis,
-        )
-        self.index = PrefixIndex(origin=secrets.randbits(_ORIGIN_BITS))
-        self.members = Discovery(config, self.fleet, self.index, clock)
-        self.pools = self.members.pools
-        self.shadow = RoundRobinBaseline(self.pools)
-        gate = PrefillGate()
-        self.elsewhere = RemotePrefills(gate, self._wait_seconds)
-        self.journal = Journal(
-            self.index,
-            self.store,
-            writer_id,
-            clock=clock,
-            tasks=self.tasks,
-            replicas=self.fleet,
-            listeners=Listeners(placed=self.shadow.placed, prefills=self.elsewhere),
-        )
-        self.owners = self.journal.locations
-        self.board = LoadBroadcast(
-            self.store,
-            writer_id,
-            clock=clock,
-            tasks=self.tasks,
-            read=lambda: self.fleet.share(clock.monotonic()),
-            absorb=lambda peer, rows: self.fleet.absorb(peer, rows, clock.monotonic()),
-            forget=self.fleet.forget,
-            alone=lambda: self.journal.others == 0,
-        )
+@dataclass(frozen=True, slots=True)
+class Basics:
+    """What everything else uses. `loops` run beside requests and are closed before `tasks`."""
 
-        limits = _limits(config)
-        self.client = UpstreamClient(limits, clock, _trust(config))
-        self.names = ModelNames(pattern for pool in config.pools for pattern in pool.models)
-        self.tokens = TokenCounts()
-        self.queues: dict[int, ReplicaQueue] = {}
-        self._queues()
-        attempts = Attempts(self.fleet, self.journal, gate, self.queues, self.board.changed, clock)
-        self.prices = PriceBook(rules_of(config.prices), builtin_prices.card)
-        self.totals = Totals(self.store, writer_id)
-        accounts = RequestCounters(
-            self.recorder, self.totals, self.names, self.prices, self.pools, self.fleet.measured_rate, clock.unix
-        )
-        self.access_log = AccessLog() if config.log.access else None
-        sightings = PrefixStats(self.names.label, clock.unix)
-        settlement = Settlement(
-            self.journal, self.fleet, self.tokens, accounts, sightings, self.shadow, self.access_log, clock
-        )
-        relay = Relay(
-            self.client,
-            attempts,
-            self.fleet,
-            self.pools,
-            self.journal,
-            self.recorder,
-            clock,
-            max_retries=config.upstream.max_retries,
-            idle_seconds=config.upstream.idle_seconds,
-        )
-        catalogue = ModelsEndpoint(self.client, self.pools, self.fleet, clock)
-        self.contexts = ContextStore(
-            self.store,
-            _context_limits(config.contexts),
-            clock=clock,
-            tasks=self.tasks,
-            evicted=lambda reason, number: self.recorder.inc(metrics.CONTEXTS_EVICTED, (reason,), number),
-            damaged=lambda: self.recorder.inc(metrics.CONTEXTS_DAMAGED),
-        )
-        self.context_api = ContextApi(
-            self.contexts,
-            self.pools,
-            self.tokens,
-            Valuing(self.prices, self.pools, self.fleet.rate_of, clock),
-            Warming(self._run_own, _new_id, clock),
-            config.contexts,
-            self.tasks,
-        )
-        stored = StoredContexts(self.contexts, self.context_api, Use(self.contexts), self.recorder)
-        self.pipeline = Pipeline(
-            self.pools,
-            self.fleet,
-            self.index,
-            self.tokens,
-            self.owners,
-            relay,
-            catalogue,
-            settlement,
-            stored,
-            gate,
-            clock,
-            min_shareable_bytes=config.routing.min_shareable_bytes,
-            weight_per_second=config.routing.future_weight_per_second,
-        )
-        self.room = InFlightLimit(config.server.max_in_flight_requests, config.server.max_in_flight_bytes)
-        self.front = HttpServer(
-            config.server,
-            Authenticator(_clients(config), secret),
-            self.room,
-            self.pipeline,
-            clock,
-            _new_id,
-            max_context_bytes=config.contexts.max_context_bytes,
-        )
-        self.prober = HealthChecker(
-            self.client,
-            self.pools,
-            self.fleet,
-            self.journal,
-            self.names,
-            self.loops,
-            clock,
-            limits,
-            self._queues,
-            relay.always_reports_usage,
-        )
-        self.reporter = Reporter(
-            control,
-            settlement,
-            self.recorder,
-            self.fleet,
-            self.pools,
-            self.index,
-            self.journal,
-            self.store,
-            self.room,
-            self.access_log,
-            self.contexts,
-            sightings,
-            self.shadow,
-            self.queues,
-            clock,
-        )
-        self.members.changed = self._queues
-        self.members.added = self._meet
-        self.explainer = Explainer(self.pipeline, clock)
-        self.upkeep = Maintenance(self.index, self.recorder, clock)
+    clock: Clock
+    recorder: Recorder
+    tasks: Tasks
+    loops: Tasks
+    writer_id: str  # this worker's name among all workers of all proxies
 
-    @classmethod
-    async def build(cls, config: Config, control: WorkerControl) -> Worker:
-        """Make the parts; what takes long is done in a thread."""
-        builtin_prices = await asyncio.to_thread(BuiltinPrices)
-        configured = config.tenants.secret
-        # without one, Redis's is taken up when it answers (`start`); until then a secret of this worker's own
-        secret = secrets.token_bytes(32) if configured is None else configured.reveal().encode()
-        return cls(config, control, builtin_prices, secret)
 
-    async def start(self, listening: Sequence[socket.socket]) -> None:
-        """Begin to serve."""
-        await self.store.start()
-        adopting = self.tasks.start(self._adopt_secret(self.store), "tenant secret")
-        if self.store.state is StoreState.AVAILABLE:
-            # a context stored under a secret of this worker's own would be lost to all others
-            await asyncio.wait([adopting], timeout=_SECRET_SECONDS)
-        self.shadow.follow(self.index.replicas())
-        await self.journal.start()
-        await self.board.start()
-        await self.members.look()
-        await self.prober.begin()
-        await self.contexts.start()
-        self.loops.start(self.members.run(), "membership")
-        self.loops.start(self.prober.run(), "prober")
-        self.loops.start(self.upkeep.run(), "upkeep")
-        self.loops.start(self.reporter.run(), "reporter")
-        self.loops.start(self.totals.run(), "totals")
-        await self.front.start(listening)
+def _basics() -> Basics:
+    recorder = Recorder()
 
-    async def reconfigure(self, config: Config) -> None:
-        """Take over what of a new configuration is live (`proxy.config.reload`); requests under way end where they
-        are.
+    def count_failure(name: str) -> None:
+        recorder.inc(metrics.TASK_FAILURES, (name,))
 
-        Raises ConfigError, and changes nothing, where it asks for what only a restart can do.
-        """
-        self.config = config
-        self.members.adopt(config)
-        self.names.add(pattern for pool in config.pools for pattern in pool.models)
-        self.prices.adopt(rules_of(config.prices))
-        self.contexts.adopt(_context_limits(config.contexts))
-        self.context_api.adopt(config.contexts)
-        self.front.authenticator = Authenticator(_clients(config), self._secret)
+    return Basics(
+        clock=SystemClock(),
+        recorder=recorder,
+        tasks=Tasks(count_failure),
+        loops=Tasks(count_failure),
+        writer_id=secrets.token_hex(8),
+    )
 
-    def _meet(self, number: int) -> None:
-        """A replica is new: ask what it can hold before it is given much."""
-        self.loops.start(self.prober.learn(number), "engine facts")
 
-    def _queues(self) -> None:
-        """A queue for every replica that has none yet, and the limits in force for all."""
-        limits = QueueLimits(self.config.queue.deadline_seconds, self.config.queue.max_waiting)
-        for number in self.pools.served:
-            limit = self.fleet.limit_of(number)
-            if number in self.queues:
-                self.queues[number].set_limits(limits)
-                self.queues[number].set_limit(limit)
-            else:
-                self.queues[number] = ReplicaQueue(limit, limits, self.clock, partial(self._places, number))
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What this worker remembers, and the store through which it shares it."""
 
-    def _wait_seconds(self, number: int, uncached_tokens: float) -> float:
-        """How long a prefill that is sent now takes at a replica, with all that is before it."""
-        return self.fleet.wait_seconds(number, uncached_tokens, self.clock.monotonic())
+    store: Store
+    index: PrefixIndex
 
-    def _places(self, number: int, waiting: int) -> int | None:
-        """This process's part of a replica's limit; the others are the writers of the journal."""
-        informed = self.journal.state is JournalState.LIVE
-        return self.fleet.places(number, 1 + self.journal.others, waiting, own_name=self.writer_id, informed=informed)
 
-    async def close(self) -> None:
-        """Stop in the reverse order; what was counted is reported first."""
-        await self.front.stop(0)
-        await self.loops.close()
-        self.reporter.report()
-        await self.totals.flush()
-        await self.contexts.close()
-        await self.board.close()
-        await self.journal.close()
-        await self.client.close()
-        await self.store.close()
-        await self.tasks.close()
-        if self.access_log is not None:
-            self.access_log.close()
+def _memory(config: Config, basics: Basics) -> Memory:
+    url = config.redis.url
+    store = open_store(
+        None if url is None else url.reveal(),
+        clock=basics.clock,
+        tasks=basics.tasks,
+        limit_seconds=config.redis.operation_seconds,
+        observe=OperationFigures(basics.recorder).observe,
+    )
+    return Memory(store, PrefixIndex(origin=secrets.randbits(_ORIGIN_BITS)))
 
-    async def _run_own(self, exchange: Exchange, client: Downstream) -> None:
-        """A request of Cairn's own, by the way of all requests."""
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """The replicas, how busy they are, and the connections to them."""
+
+    fleet: Fleet
+    discovery: Discovery
+    client: UpstreamClient
+    model_names: ModelNames
+
+    @property
+    def pools(self) -> Pools:
+        """Which pool serves a model."""
+        return self.discovery.pools
+
+
+def _replicas(config: Config, basics: Basics, memory: Memory) -> Replicas:
+    rule = config.routing
+    fleet = Fleet(
+        random.random,
+        from_config.backoff(config.upstream),
+        rule.prefill_tokens_per_second,
+        (rule.in_flight_seconds_least, rule.in_flight_seconds_most),
+    )
+    limits = from_config.upstream_limits(config.upstream)
+    return Replicas(
+        fleet=fleet,
+        discovery=Discovery(config, fleet, memory.index, basics.clock),
+        client=UpstreamClient(limits, basics.clock, from_config.trust(config.upstream)),
+        model_names=ModelNames(from_config.model_names(config)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What this worker exchanges with the other workers of all proxies."""
+
+    baseline: RoundRobinBaseline
+    gate: PrefillGate
+    remote_prefills: RemotePrefills
+    journal: Journal
+    load_broadcast: LoadBroadcast
+
+
+def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
+    clock, fleet = basics.clock, replicas.fleet
+    baseline = RoundRobinBaseline(replicas.pools)
+    gate = PrefillGate()
+    remote_prefills = RemotePrefills(
+        gate, lambda number, uncached_tokens: fleet.wait_seconds(number, uncached_tokens, clock.monotonic())
+    )
+    journal = Journal(
+        memory.index,
+        memory.store,
+        basics.writer_id,
+        clock=clock,
+        tasks=basics.tasks,
+        replicas=fleet,
+        listeners=Listeners(placed=baseline.placed, prefills=remote_prefills),
+    )
+    load_broadcast = LoadBroadcast(
+        memory.store,
+        basics.writer_id,
+        clock=clock,
+        tasks=basics.tasks,
+        read=lambda: fleet.share(clock.monotonic()),
+        absorb=lambda peer, rows: fleet.absorb(peer, rows, clock.monotonic()),
+        forget=fleet.forget,
+        alone=lambda: journal.others == 0,
+    )
+    return Sharing(baseline, gate, remote_prefills, journal, load_broadcast)
+
+
+@dataclass(frozen=True, slots=True)
+class Accounting:
+    """What is learned from finished requests, counted and logged."""
+
+    token_counts: TokenCounts
+    prices: PriceBook
+    totals: Totals
+    prefix_stats: PrefixStats
+    access_log: AccessLog | None
+    settlement: Settlement
+
+
+def _accounting(
+    basics: Basics,
+    memory: Memory,
+    replicas: Replicas,
+    sharing: Sharing,
+    prices: PriceBook,
+    access_log: AccessLog | None,
+) -> Accounting:
+    token_counts = TokenCounts()
+    totals = Totals(memory.store, basics.writer_id)
+    prefix_stats = PrefixStats(replicas.model_names.label, basics.clock.unix)
+    counters = RequestCounters(
+        basics.recorder,
+        totals,
+        replicas.model_names,
+        prices,
+        replicas.pools,
+        replicas.fleet.measured_rate,
+        basics.clock.unix,
+    )
+    settlement = Settlement(
+        sharing.journal,
+        replicas.fleet,
+        token_counts,
+        counters,
+        prefix_stats,
+        sharing.baseline,
+        access_log,
+        basics.clock,
+    )
+    return Accounting(
+        token_counts=token_counts,
+        prices=prices,
+        totals=totals,
+        prefix_stats=prefix_stats,
+        access_log=access_log,
+        settlement=settlement,
+    )
+
+
+class OwnRequests:
+    """Sends Cairn's own requests through the pipeline, which is built after those who need it."""
+
+    def __init__(self) -> None:
+        self.pipeline: Pipeline | None = None
+
+    async def run(self, exchange: Exchange, client: Downstream) -> None:
+        """Run a request of Cairn's own like that of a client."""
+        assert self.pipeline is not None  # noqa: S101 - set when everything is built
         await self.pipeline.run(exchange, client)
 
-    async def _adopt_secret(self, store: Store) -> None:
-        """Name tenants as all other proxies do, as soon as Redis tells how."""
-        while self.config.tenants.secret is None:
-            await store.wait_available()
-            try:
-                secret = await shared_secret(store)
-            except CacheError:
-                await asyncio.sleep(1.0)
-                continue
-            self._secret = secret
-            self.front.authenticator = Authenticator(_clients(self.config), secret)
-            return
 
-    def _count_task_failure(self, name: str) -> None:
-        self.recorder.inc(metrics.TASK_FAILURES, (name,))
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """Stored contexts."""
 
-    def _observe_redis(self, operation: str, seconds: float, error: ErrorKind | None) -> None:
-        if operation not in _BLOCKING:
-            self.recorder.observe(metrics.REDIS_DURATION, (operation,), seconds)
-        # a script that Redis does not know yet is sent whole: no failure
-        if error is not None and error is not ErrorKind.NOSCRIPT:
-            self.recorder.inc(metrics.REDIS_ERRORS, (operation, error.value))
+    store: ContextStore
+    api: ContextApi
+    stored: StoredContexts
+    own_requests: OwnRequests
 
 
-def _calm_collector() -> None:
-    """What was built for the start lives as long as the process: keep the garbage collector off it, and make it rare.
+def _contexts(config: Config, basics: Basics, memory: Memory, replicas: Replicas, accounting: Accounting) -> Contexts:
+    recorder = basics.recorder
+    store = ContextStore(
+        memory.store,
+        from_config.context_limits(config.contexts),
+        clock=basics.clock,
+        tasks=basics.tasks,
+        evicted=lambda reason, number: recorder.inc(metrics.CONTEXTS_EVICTED, (reason,), number),
+        damaged=lambda: recorder.inc(metrics.CONTEXTS_DAMAGED),
+    )
+    own_requests = OwnRequests()
+    api = ContextApi(
+        store,
+        replicas.pools,
+        accounting.token_counts,
+        Valuing(accounting.prices, replicas.pools, replicas.fleet.rate_of, basics.clock),
+        Warming(own_requests.run, _new_id, basics.clock),
+        config.contexts,
+        basics.tasks,
+    )
+    return Contexts(store, api, StoredContexts(store, api, Use(store), recorder), own_requests)
 
-    A full collection over a large index is a pause of tens of milliseconds; the path itself makes hardly any cycles.
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """The way of a request: the client port, the pipeline and the queues."""
+
+    queues: ReplicaQueues
+    relay: Relay
+    pipeline: Pipeline
+    in_flight_limit: InFlightLimit
+    http_server: HttpServer
+
+
+def _relay(config: Config, basics: Basics, replicas: Replicas, sharing: Sharing, queues: ReplicaQueues) -> Relay:
+    attempts = Attempts(
+        replicas.fleet,
+        sharing.journal,
+        sharing.gate,
+        queues.by_replica,
+        sharing.load_broadcast.changed,
+        basics.clock,
+    )
+    return Relay(
+        replicas.client,
+        attempts,
+        replicas.fleet,
+        replicas.pools,
+        sharing.journal,
+        basics.recorder,
+        basics.clock,
+        max_retries=config.upstream.max_retries,
+        idle_seconds=config.upstream.idle_seconds,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """The sections that are built before the way of a request."""
+
+    basics: Basics
+    memory: Memory
+    replicas: Replicas
+    sharing: Sharing
+    accounting: Accounting
+    contexts: Contexts
+
+
+def _requests(config: Config, secret: bytes, built: Built) -> Requests:
+    basics, replicas, sharing = built.basics, built.replicas, built.sharing
+    clock = basics.clock
+    queues = ReplicaQueues(replicas.fleet, replicas.pools, sharing.journal, clock, basics.writer_id)
+    queues.set_limits(from_config.queue_limits(config.queue))
+    relay = _relay(config, basics, replicas, sharing, queues)
+    pipeline = Pipeline(
+        replicas.pools,
+        replicas.fleet,
+        built.memory.index,
+        built.accounting.token_counts,
+        sharing.journal.locations,
+        relay,
+        ModelsEndpoint(replicas.client, replicas.pools, replicas.fleet, clock),
+        built.accounting.settlement,
+        built.contexts.stored,
+        sharing.gate,
+        clock,
+        min_shareable_bytes=config.routing.min_shareable_bytes,
+        weight_per_second=config.routing.future_weight_per_second,
+    )
+    in_flight_limit = InFlightLimit(config.server.max_in_flight_requests, config.server.max_in_flight_bytes)
+    http_server = HttpServer(
+        config.server,
+        Authenticator(from_config.known_clients(config.clients), secret),
+        in_flight_limit,
+        pipeline,
+        clock,
+        _new_id,
+        max_context_bytes=config.contexts.max_context_bytes,
+    )
+    return Requests(queues, relay, pipeline, in_flight_limit, http_server)
+
+
+def _health(config: Config, built: Built, requests: Requests) -> HealthChecker:
+    replicas = built.replicas
+    return HealthChecker(
+        replicas.client,
+        replicas.pools,
+        replicas.fleet,
+        built.sharing.journal,
+        replicas.model_names,
+        built.basics.loops,
+        built.basics.clock,
+        from_config.upstream_limits(config.upstream),
+        requests.queues.update,
+        requests.relay.always_reports_usage,
+    )
+
+
+def _reporter(control: WorkerControl, built: Built, requests: Requests) -> Reporter:
+    basics, memory, replicas, sharing = built.basics, built.memory, built.replicas, built.sharing
+    recorder, journal, contexts = basics.recorder, sharing.journal, built.contexts.store
+    queues = requests.queues.by_replica
+    figures = Figures(
+        replicas=ReplicaFigures(recorder, replicas.fleet, replicas.pools, queues, basics.clock),
+        index=IndexFigures(recorder, memory.index, journal, replicas.pools, sharing.baseline),
+        store=StoreFigures(recorder, memory.store, journal, contexts),
+    )
+    status = StatusSource(built.accounting.prefix_stats, memory.index, journal, replicas.pools, contexts)
+    return Reporter(
+        control,
+        recorder,
+        figures,
+        status,
+        settled=built.accounting.settlement,
+        requests=requests.in_flight_limit,
+        access_log=built.accounting.access_log,
+    )
+
+
+def _live_config(config: Config, secret: bytes, built: Built, requests: Requests) -> LiveConfig:
+    parts = LiveParts(
+        http_server=requests.http_server,
+        discovery=built.replicas.discovery,
+        queues=requests.queues,
+        model_names=built.replicas.model_names,
+        prices=built.accounting.prices,
+        contexts=built.contexts.store,
+        context_api=built.contexts.api,
+    )
+    return LiveConfig(config, secret, parts)
+
+
+async def build(config: Config, control: WorkerControl, *, access_log_descriptor: int = 1) -> Worker:
+    """Build a worker; what takes long is done in a thread."""
+    builtin_prices = await asyncio.to_thread(BuiltinPrices)
+    configured = config.tenants.secret
+    # if none is configured, the one in Redis replaces this one as soon as Redis answers (`Worker.start`)
+    secret = secrets.token_bytes(32) if configured is None else configured.reveal().encode()
+    basics = _basics()
+    memory = _memory(config, basics)
+    replicas = _replicas(config, basics, memory)
+    sharing = _sharing(basics, memory, replicas)
+    prices = PriceBook(rules_of(config.prices), builtin_prices.card)
+    access_log = AccessLog(access_log_descriptor) if config.log.access else None
+    accounting = _accounting(basics, memory, replicas, sharing, prices, access_log)
+    contexts = _contexts(config, basics, memory, replicas, accounting)
+    built = Built(basics, memory, replicas, sharing, accounting, contexts)
+    requests = _requests(config, secret, built)
+    contexts.own_requests.pipeline = requests.pipeline
+    health = _health(config, built, requests)
+    replicas.discovery.changed = requests.queues.update
+    replicas.discovery.added = lambda number: basics.loops.start(health.learn(number), "engine facts")
+    return Worker(
+        built, requests, health, _reporter(control, built, requests), _live_config(config, secret, built, requests)
+    )
+
+
+class Worker:
+    """Everything that one worker consists of, and the order in which it starts and stops.
+
+    At the start the store, the index and the journal come first (the journal waits until it knows what the others
+    know), then the replicas, then the client port; at the end the reverse.
+    """
+
+    def __init__(
+        self, built: Built, requests: Requests, health: HealthChecker, reporter: Reporter, live: LiveConfig
+    ) -> None:
+        self.basics = built.basics
+        self.memory = built.memory
+        self.replicas = built.replicas
+        self.sharing = built.sharing
+        self.accounting = built.accounting
+        self.contexts = built.contexts
+        self.requests = requests
+        self.health = health
+        self.reporter = reporter
+        self.live = live
+        self.explainer = Explainer(requests.pipeline, built.basics.clock)
+        self.maintenance = Maintenance(built.memory.index, built.basics.recorder, built.basics.clock)
+
+    @property
+    def http_server(self) -> HttpServer:
+        """The client port."""
+        return self.requests.http_server
+
+    async def start(self, listening: Sequence[socket.socket]) -> None:
+        """Start to serve."""
+        store, loops = self.memory.store, self.basics.loops
+        await store.start()
+        adopting = self.basics.tasks.start(self.live.adopt_secret(store), "tenant secret")
+        if store.state is StoreState.AVAILABLE:
+            # a context stored under this worker's own secret would be lost to all others
+            await asyncio.wait([adopting], timeout=_SECRET_SECONDS)
+        self.sharing.baseline.follow(self.memory.index.replicas())
+        await self.sharing.journal.start()
+        await self.sharing.load_broadcast.start()
+        await self.replicas.discovery.look()
+        await self.health.begin()
+        await self.contexts.store.start()
+        loops.keep(self.replicas.discovery.run, "discovery")
+        loops.keep(self.health.run, "health")
+        loops.keep(self.maintenance.run, "maintenance")
+        loops.keep(self.reporter.run, "reporter")
+        loops.keep(self.accounting.totals.run, "totals")
+        await self.http_server.start(listening)
+
+    async def close(self) -> None:
+        """Stop in the reverse order, after a last report of what was counted."""
+        await self.http_server.stop(0)
+        await self.basics.loops.close()
+        self.reporter.report()
+        await self.accounting.totals.flush()
+        await self.contexts.store.close()
+        await self.sharing.load_broadcast.close()
+        await self.sharing.journal.close()
+        await self.replicas.client.close()
+        await self.memory.store.close()
+        await self.basics.tasks.close()
+        if self.accounting.access_log is not None:
+            self.accounting.access_log.close()
+
+
+def freeze_garbage() -> None:
+    """Exempt the objects built so far from garbage collection, and make collections rare.
+
+    A full collection over a large index is a pause of tens of milliseconds; requests create hardly any cycles.
     """
     gc.collect()
     gc.freeze()
@@ -371,55 +537,3 @@ def _calm_collector() -> None:
 
 def _new_id() -> str:
     return f"{random.getrandbits(128):032x}"
-
-
-def _backoff(config: Config) -> Backoff:
-    return Backoff(
-        first_seconds=config.upstream.backoff_seconds,
-        most_seconds=config.upstream.backoff_max_seconds,
-        most_retry_after_seconds=config.upstream.retry_after_max_seconds,
-    )
-
-
-def _context_limits(settings: Contexts) -> ContextLimits:
-    return ContextLimits(
-        settings.total_bytes,
-        settings.tenant_bytes,
-        settings.pinned_bytes,
-        settings.max_contexts,
-        settings.max_tags,
-        settings.grace_seconds,
-        settings.memory_bytes,
-        settings.warming_seconds,
-    )
-
-
-def _limits(config: Config) -> Limits:
-    upstream = config.upstream
-    return Limits(
-        connect_seconds=upstream.connect_seconds,
-        first_byte_seconds=upstream.first_byte_seconds,
-        idle_seconds=upstream.idle_seconds,
-        pool_wait_seconds=upstream.pool_seconds,
-        max_connections=upstream.max_connections,
-        idle_expiry_seconds=upstream.keepalive_seconds,
-    )
-
-
-def _trust(config: Config) -> Callable[[Origin], ssl.SSLContext]:
-    """The machine's authorities and, where one is named, those of a file."""
-
-    def context(origin: Origin) -> ssl.SSLContext:
-        trusted = default_ssl_context(origin)
-        if config.upstream.ca_file is not None:
-            trusted.load_verify_locations(config.upstream.ca_file)
-        return trusted
-
-    return context
-
-
-def _clients(config: Config) -> list[KnownClient]:
-    return [
-        KnownClient(bytes.fromhex(client.key_sha256), client.tenant or client.name, client.models)
-        for client in config.clients
-    ]

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from proxy.clock import Clock
-from proxy.control.channel import Explain
+from proxy.control.messages import Explain
 from proxy.errors import BadRequest, CairnError
 from proxy.model import Call, Candidate
 from proxy.pipeline.admission import Authenticator, endpoint_of

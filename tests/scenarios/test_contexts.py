@@ -340,7 +340,7 @@ async def test_a_context_goes_after_its_grace_time(redis: Valkey) -> None:
             return (await client.call("GET", f"/caching/{made['id']}"))[0] == 404
 
         await eventually(is_gone)
-        await client.cairn.worker.contexts.sweep()
+        await client.cairn.worker.contexts.store.sweep()
         assert gauge(client.cairn, metrics.CONTEXTS) == 0
         assert b"segment" not in redis.ask("KEYS", "*segment*")
 
@@ -439,7 +439,7 @@ async def test_with_redis_away_what_is_in_memory_goes_on(redis: Valkey) -> None:
             status, _, headers = await client.call("POST", "/chat/completions", repeated, **unknown)
             assert (status, headers["x-cairn-context"]) == (200, "unavailable")
             await asyncio.to_thread(own.start)
-            await client.cairn.worker.store.wait_available()
+            await client.cairn.worker.memory.store.wait_available()
             assert (await client.ask("tag=t"))[0] in (200, 404)  # this Redis came back empty
     finally:
         await asyncio.to_thread(own.end)
@@ -542,14 +542,14 @@ async def test_the_page_is_told_what_contexts_are_worth_and_not_what_they_are(re
         used = await client.put([{"role": "system", "content": "another " * 9000}], metadata={"pin": "true"})
         for _ in range(3):
             await client.ask(f"cache_id={used['id']}")
-        contexts = client.cairn.worker.contexts
+        contexts = client.cairn.worker.contexts.store
         await contexts.flush()
         await contexts.survey()
         client.cairn.worker.reporter.report()
         assert client.cairn.heard.last is not None
-        shown = client.cairn.heard.last.page["contexts"]
-        assert [row["pinned"] for row in shown] == [True, False]
-        assert shown[0]["worth_usd_per_hour"] > shown[1]["worth_usd_per_hour"] > 0
+        shown = client.cairn.heard.last.page.contexts
+        assert [row.pinned for row in shown] == [True, False]
+        assert shown[0].worth_usd_per_hour > shown[1].worth_usd_per_hour > 0
         assert "secretname" not in str(shown)
         assert used["id"] not in str(shown)
         rows = (await client.call("GET", "/caching"))[1]["data"]
@@ -624,7 +624,7 @@ async def test_a_providers_context_is_ready_at_once_and_not_warmed(redis: Valkey
 async def test_a_client_that_leaves_while_it_uploads_leaves_nothing(redis: Valkey) -> None:
     """The connection ends in the middle of the body."""
     async with serving(redis, warm_replicas=0) as (client, _):
-        room = client.cairn.worker.room
+        room = client.cairn.worker.requests.in_flight_limit
         reader, writer = await asyncio.open_connection("127.0.0.1", client.cairn.port)
         head = (
             b"POST /v1/caching HTTP/1.1\r\nhost: x\r\nauthorization: Bearer sk-one\r\ncontent-length: 100000\r\n\r\n"

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from proxy.config.schema import Contexts
-from proxy.control.channel import Explain
+from proxy.control.messages import Explain
 from proxy.metrics import definitions as metrics
 from proxy.routing.token_estimate import FIRST_MEDIA_TOKENS, FIRST_TOKENS_PER_BYTE
 from tests.support.context_client import MODEL, QUESTION, STORED, Client, serving
@@ -22,7 +22,7 @@ async def explained(client: Client, body: dict[str, Any]) -> dict[str, Any]:
     """What `/explain` says of a chat."""
     worker = client.cairn.worker
     question = Explain(1, "/v1/chat/completions", json.dumps(body).encode(), b"sk-one")
-    _, told = await worker.explainer.explain(question, worker.front.authenticator)
+    _, told = await worker.explainer.explain(question, worker.http_server.authenticator)
     found: dict[str, Any] = json.loads(told)
     return found
 
@@ -38,7 +38,7 @@ async def test_a_stored_picture_is_counted_by_its_kind_and_not_by_its_bytes(redi
         named = {"model": MODEL, "messages": [{"role": "cache", "content": f"cache_id={made['id']}"}, QUESTION]}
         assert (await explained(client, named))["prompt_tokens"] == pytest.approx(made["tokens"], rel=0.1)
         assert (await client.ask(f"cache_id={made['id']}"))[0] == 200
-        assert client.cairn.worker.tokens.tokens_per_byte(MODEL) == FIRST_TOKENS_PER_BYTE
+        assert client.cairn.worker.accounting.token_counts.tokens_per_byte(MODEL) == FIRST_TOKENS_PER_BYTE
 
 
 async def test_what_is_only_explained_is_no_use(redis: Valkey) -> None:
@@ -64,7 +64,7 @@ async def test_a_reload_changes_what_contexts_may_take_and_how_they_are_made(red
         worker = client.cairn.worker
 
         async def reload(**contexts: Any) -> None:
-            await worker.reconfigure(msgspec.structs.replace(worker.config, contexts=Contexts(**contexts)))
+            await worker.live.reconfigure(msgspec.structs.replace(worker.live.config, contexts=Contexts(**contexts)))
 
         await reload(max_contexts=1)
         body = {"model": MODEL, "messages": [QUESTION]}

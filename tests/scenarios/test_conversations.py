@@ -115,7 +115,7 @@ async def test_a_failure_takes_the_placement_back(http: aiohttp.ClientSession) -
         body = {"model": "test-model", "messages": [{"role": "user", "content": words("x", 900)}]}
         async with http.post(f"{cairn.url}/chat/completions", json=body) as answer:
             assert answer.status == 500
-        assert cairn.worker.index.replicas()[0].blocks == 0
+        assert cairn.worker.memory.index.replicas()[0].blocks == 0
 
 
 async def test_a_client_that_leaves_while_it_waits_for_a_place_leaves_nothing(http: aiohttp.ClientSession) -> None:
@@ -128,16 +128,16 @@ async def test_a_client_that_leaves_while_it_waits_for_a_place_leaves_nothing(ht
                 ask(http, cairn, [{"role": "user", "content": words("first", 900)}], None)
             )
             await eventually(lambda: upstream.in_flight == 1)
-            blocks = cairn.worker.index.replicas()[0].blocks
+            blocks = cairn.worker.memory.index.replicas()[0].blocks
             second = asyncio.get_running_loop().create_task(
                 ask(http, cairn, [{"role": "user", "content": words("second", 900)}], None)
             )
-            await eventually(lambda: len(cairn.worker.queues[0]) == 1)
+            await eventually(lambda: len(cairn.worker.requests.queues.by_replica[0]) == 1)
             second.cancel()
-            await eventually(lambda: cairn.worker.room.requests == 1)
-            assert len(cairn.worker.queues[0]) == 0
-            assert cairn.worker.index.replicas()[0].blocks == blocks
+            await eventually(lambda: cairn.worker.requests.in_flight_limit.requests == 1)
+            assert len(cairn.worker.requests.queues.by_replica[0]) == 0
+            assert cairn.worker.memory.index.replicas()[0].blocks == blocks
             gate.set()
             await first
-            assert cairn.worker.fleet.own_in_flight(0) == 0
+            assert cairn.worker.replicas.fleet.own_in_flight(0) == 0
         assert len(upstream.generations) == 1

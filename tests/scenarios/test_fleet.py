@@ -35,7 +35,7 @@ async def ask(http: aiohttp.ClientSession, cairn: Cairn, text: str) -> tuple[int
 
 def queued(cairn: Cairn) -> float:
     cairn.worker.reporter.report()
-    return cairn.heard.exposition.series(metrics.UPSTREAM_QUEUED).get((cairn.worker.fleet.name_of(0),), 0)
+    return cairn.heard.exposition.series(metrics.UPSTREAM_QUEUED).get((cairn.worker.replicas.fleet.name_of(0),), 0)
 
 
 class At(OpenAIUpstream):
@@ -63,7 +63,7 @@ async def test_replicas_behind_a_name_come_and_go_under_load(http: aiohttp.Clien
         return addresses
 
     def prepare(worker: Worker) -> None:
-        worker.members._resolve = resolve
+        worker.replicas.discovery._resolve = resolve
 
     pool = Pool(name="engines", replicas=(Replica(f"dns+http://engines.test:{port}"),))
     async with AsyncExitStack() as stack:
@@ -78,10 +78,10 @@ async def test_replicas_behind_a_name_come_and_go_under_load(http: aiohttp.Clien
 
         assert await load("a") == {"127.0.0.2", "127.0.0.3"}
         addresses = hosts
-        await cairn.worker.members.look()
+        await cairn.worker.replicas.discovery.look()
         assert await load("b") == set(hosts)
         addresses = hosts[1:]
-        await cairn.worker.members.look()
+        await cairn.worker.replicas.discovery.look()
         assert await load("c") == set(hosts[1:])
 
 
@@ -100,7 +100,9 @@ async def test_two_processes_keep_one_limit_together(http: aiohttp.ClientSession
         pool = Pool(name="engines", replicas=(Replica(upstream.url, max_concurrent=4),))
         config = config_for([], valkey.url, pools=[pool])
         async with running(config) as one, running(config) as two:
-            await eventually(lambda: one.worker.journal.others == 1 and two.worker.journal.others == 1)
+            await eventually(
+                lambda: one.worker.sharing.journal.others == 1 and two.worker.sharing.journal.others == 1
+            )
             burst = [ask(http, cairn, words(f"{n}", 300)) for n in range(16) for cairn in (one, two)]
             assert {status for status, _ in await asyncio.gather(*burst)} == {200}
             assert most == 4
@@ -155,17 +157,17 @@ async def test_a_capacity_is_scraped_and_said_again_only_when_it_changes() -> No
     pages = {"/v1/models": MODELS, "/metrics": VLLM.format(at=1000.0, blocks=1_000)}
     async with scripted(pages) as url, running(config_for([url])) as cairn:
         worker = cairn.worker
-        assert worker.index.replicas()[0].budget_tokens == 16_000
-        worker.index.set_budget(0, 14_400)
-        await worker.prober.learn(0)
-        assert worker.index.replicas()[0].budget_tokens == 14_400
-        epoch = worker.index.epoch(0)
+        assert worker.memory.index.replicas()[0].budget_tokens == 16_000
+        worker.memory.index.set_budget(0, 14_400)
+        await worker.health.learn(0)
+        assert worker.memory.index.replicas()[0].budget_tokens == 14_400
+        epoch = worker.memory.index.epoch(0)
         pages["/metrics"] = VLLM.format(at=2000.0, blocks=2_000)
-        await worker.prober.learn(0)
-        assert worker.index.replicas()[0].budget_tokens == 32_000
-        assert worker.index.epoch(0) == epoch + 1
-        await worker.prober.learn(0)
-        assert worker.index.epoch(0) == epoch + 1
+        await worker.health.learn(0)
+        assert worker.memory.index.replicas()[0].budget_tokens == 32_000
+        assert worker.memory.index.epoch(0) == epoch + 1
+        await worker.health.learn(0)
+        assert worker.memory.index.epoch(0) == epoch + 1
 
 
 async def test_capacity_and_places_of_llama_cpp_and_sglang_are_scraped() -> None:
@@ -177,8 +179,8 @@ async def test_capacity_and_places_of_llama_cpp_and_sglang_are_scraped() -> None
     }
     async with scripted(llama) as one, scripted(sglang) as two, running(config_for([one, two])) as cairn:
         worker = cairn.worker
-        assert [worker.index.replicas()[n].budget_tokens for n in (0, 1)] == [8_192, 9_000]
-        assert [worker.fleet.limit_of(n) for n in (0, 1)] == [4, 7]
+        assert [worker.memory.index.replicas()[n].budget_tokens for n in (0, 1)] == [8_192, 9_000]
+        assert [worker.replicas.fleet.limit_of(n) for n in (0, 1)] == [4, 7]
 
 
 def siblings() -> list[str]:
@@ -204,16 +206,18 @@ async def test_siblings_at_another_proxy_wait_for_the_first_ones_prefill(
     async with OpenAIUpstream(gate=gate) as a, OpenAIUpstream(gate=gate) as b:
         config = config_for([a.url, b.url], valkey.url)
         async with running(config) as one, running(config) as two:
-            await eventually(lambda: one.worker.journal.others == 1 and two.worker.journal.others == 1)
+            await eventually(
+                lambda: one.worker.sharing.journal.others == 1 and two.worker.sharing.journal.others == 1
+            )
             first, *rest = siblings()
             asked = [asyncio.get_running_loop().create_task(ask(http, one, first))]
-            await eventually(lambda: len(two.worker.elsewhere) == 1)
+            await eventually(lambda: len(two.worker.sharing.remote_prefills) == 1)
             asked += [asyncio.get_running_loop().create_task(ask(http, two, text)) for text in rest]
-            await eventually(lambda: two.worker.room.requests == 49)
+            await eventually(lambda: two.worker.requests.in_flight_limit.requests == 49)
             assert len(a.generations) + len(b.generations) <= 2
             gate.set()
             assert {(await each)[0] for each in asked} == {200}
-            assert len(two.worker.elsewhere) == 0
+            assert len(two.worker.sharing.remote_prefills) == 0
             assert cold(a, b) <= 2
 
 
@@ -225,12 +229,18 @@ async def test_a_burst_of_siblings_at_two_proxies_makes_at_most_two_prefills(
     async with OpenAIUpstream(gate=gate) as a, OpenAIUpstream(gate=gate) as b:
         config = config_for([a.url, b.url], valkey.url)
         async with running(config) as one, running(config) as two:
-            await eventually(lambda: one.worker.journal.others == 1 and two.worker.journal.others == 1)
+            await eventually(
+                lambda: one.worker.sharing.journal.others == 1 and two.worker.sharing.journal.others == 1
+            )
             asked = [
                 asyncio.get_running_loop().create_task(ask(http, (one, two)[n % 2], text))
                 for n, text in enumerate(siblings())
             ]
-            await eventually(lambda: one.worker.room.requests + two.worker.room.requests == 50)
+            await eventually(
+                lambda: (
+                    one.worker.requests.in_flight_limit.requests + two.worker.requests.in_flight_limit.requests == 50
+                )
+            )
             assert len(a.generations) + len(b.generations) <= 2
             gate.set()
             assert {(await each)[0] for each in asked} == {200}
@@ -245,16 +255,18 @@ async def test_one_whose_client_leaves_elsewhere_lets_ours_go_ahead(
     async with OpenAIUpstream(gate=gate) as a:
         config = config_for([a.url], valkey.url)
         async with running(config) as one, running(config) as two:
-            await eventually(lambda: one.worker.journal.others == 1 and two.worker.journal.others == 1)
+            await eventually(
+                lambda: one.worker.sharing.journal.others == 1 and two.worker.sharing.journal.others == 1
+            )
             first, *rest = siblings()[:4]
             leaving = asyncio.get_running_loop().create_task(ask(http, one, first))
-            await eventually(lambda: len(two.worker.elsewhere) == 1 and len(a.generations) == 1)
+            await eventually(lambda: len(two.worker.sharing.remote_prefills) == 1 and len(a.generations) == 1)
             asked = [asyncio.get_running_loop().create_task(ask(http, two, text)) for text in rest]
-            await eventually(lambda: two.worker.room.requests == 3)
+            await eventually(lambda: two.worker.requests.in_flight_limit.requests == 3)
             assert len(a.generations) == 1
             leaving.cancel()
-            await eventually(lambda: len(two.worker.elsewhere) == 0 and len(a.generations) == 2, 2.0)
-            assert two.worker.index.stats().blocks > 0
+            await eventually(lambda: len(two.worker.sharing.remote_prefills) == 0 and len(a.generations) == 2, 2.0)
+            assert two.worker.memory.index.stats().blocks > 0
             gate.set()
             assert {(await each)[0] for each in asked} == {200}
 
@@ -265,14 +277,16 @@ async def test_one_that_fails_elsewhere_lets_ours_go_ahead(http: aiohttp.ClientS
     async with OpenAIUpstream(gate=gate) as a:
         config = config_for([a.url], valkey.url)
         async with running(config) as one, running(config) as two:
-            await eventually(lambda: one.worker.journal.others == 1 and two.worker.journal.others == 1)
+            await eventually(
+                lambda: one.worker.sharing.journal.others == 1 and two.worker.sharing.journal.others == 1
+            )
             first, second, *_ = siblings()
             a.failures = [Failure(500)]
             failing = asyncio.get_running_loop().create_task(ask(http, one, first))
             assert (await failing)[0] == 500
-            await eventually(lambda: two.worker.journal.stats.applied_deltas >= 2)
+            await eventually(lambda: two.worker.sharing.journal.stats.applied_deltas >= 2)
             asked = asyncio.get_running_loop().create_task(ask(http, two, second))
             await eventually(lambda: len(a.generations) == 2)
-            assert len(two.worker.elsewhere) == 0
+            assert len(two.worker.sharing.remote_prefills) == 0
             gate.set()
             assert (await asked)[0] == 200

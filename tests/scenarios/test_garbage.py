@@ -71,5 +71,5 @@ async def test_what_broke_is_freed_at_once(play: list[Step], stream: bool, leave
     async with ScriptedUpstream([Expect(), *play]) as upstream, running(config_for([upstream.url])) as cairn:
         for _ in range(TIMES):
             await visit(cairn, stream=stream, leaves=leaves)
-        await eventually(lambda: cairn.worker.room.requests == 0)
+        await eventually(lambda: cairn.worker.requests.in_flight_limit.requests == 0)
         assert held_by_itself() == set()

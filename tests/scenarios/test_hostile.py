@@ -131,7 +131,7 @@ async def test_many_large_bodies_at_once_are_refused_beyond_the_bound(http: aioh
         assert refused == [(503, "1")] * 10
         gate.set()
         assert [status for status, _ in await asyncio.gather(*first)] == [200, 200]
-        assert cairn.worker.room.body_bytes == 0
+        assert cairn.worker.requests.in_flight_limit.body_bytes == 0
 
 
 async def test_ten_thousand_made_up_models_add_one_series(http: aiohttp.ClientSession) -> None:
@@ -143,7 +143,7 @@ async def test_ten_thousand_made_up_models_add_one_series(http: aiohttp.ClientSe
         cairn.worker.reporter.report()
         series = {labels[1] for labels in cairn.heard.exposition.labels(metrics.REQUESTS)}
         assert series == {"other"}
-        names = cairn.worker.names
+        names = cairn.worker.replicas.model_names
         for number in range(10_000):
             assert names.label(f"made-up-{number}") == "other"
 

@@ -216,8 +216,8 @@ async def test_a_client_that_leaves_cancels_the_upstream_and_nothing_stays_charg
             await eventually(lambda: upstream.in_flight == 1)
             task.cancel()
             await eventually(lambda: upstream.in_flight == 0, within_seconds=1.0)
-        await eventually(lambda: cairn.worker.room.requests == 0)
-        assert cairn.worker.fleet.own_in_flight(0) == 0
+        await eventually(lambda: cairn.worker.requests.in_flight_limit.requests == 0)
+        assert cairn.worker.replicas.fleet.own_in_flight(0) == 0
         assert upstream.abandoned == 2
 
 

@@ -44,9 +44,11 @@ async def test_a_second_proxy_knows_what_the_first_one_placed(http: aiohttp.Clie
     async with OpenAIUpstream() as a, OpenAIUpstream() as b:
         config = config_for([a.url, b.url], valkey.url)
         async with running(config) as one, running(config) as two:
-            await eventually(lambda: one.worker.journal.others == 1 and two.worker.journal.others == 1)
+            await eventually(
+                lambda: one.worker.sharing.journal.others == 1 and two.worker.sharing.journal.others == 1
+            )
             for number in range(8):
-                blocks = two.worker.index.stats().blocks
+                blocks = two.worker.memory.index.stats().blocks
                 replica, _ = await ask(http, one, f"p{number}")
                 await eventually(partial(grew, two, blocks), WITHIN_SECONDS)
                 followed, matched = await ask(http, two, f"p{number}")
@@ -56,7 +58,7 @@ async def test_a_second_proxy_knows_what_the_first_one_placed(http: aiohttp.Clie
 
 def grew(cairn: Cairn, blocks: int) -> bool:
     """The worker's index has more blocks than it had."""
-    return cairn.worker.index.stats().blocks > blocks
+    return cairn.worker.memory.index.stats().blocks > blocks
 
 
 async def test_a_restarted_proxy_knows_what_it_knew_before_it_serves(
@@ -68,7 +70,7 @@ async def test_a_restarted_proxy_knows_what_it_knew_before_it_serves(
         async with running(config) as cairn:
             homes = [(await ask(http, cairn, f"p{number}"))[0] for number in range(6)]
         async with running(config) as cairn:
-            assert cairn.worker.journal.state is JournalState.LIVE
+            assert cairn.worker.sharing.journal.state is JournalState.LIVE
             for number, home in enumerate(homes):
                 replica, matched = await ask(http, cairn, f"p{number}")
                 assert replica == home
@@ -85,9 +87,9 @@ async def test_what_was_made_on_a_replica_is_found_by_another_proxy_and_after_a_
         async with running(config) as one, running(config) as two:
             async with http.post(f"{one.url}/responses", json=asked) as answer:
                 made_at, made_id = answer.headers["x-cairn-replica"], (await answer.json())["id"]
-            await eventually(lambda: two.worker.owners.of(made_id) == made_at)
+            await eventually(lambda: two.worker.sharing.journal.locations.of(made_id) == made_at)
         async with running(config) as cairn:
-            assert cairn.worker.owners.of(made_id) == made_at
+            assert cairn.worker.sharing.journal.locations.of(made_id) == made_at
             follow_up = asked | {"previous_response_id": made_id}
             async with http.post(f"{cairn.url}/responses", json=follow_up) as answer:
                 assert answer.headers["x-cairn-replica"] == made_at
@@ -145,15 +147,15 @@ async def test_redis_stopped_hung_or_flushed_under_load_loses_no_request(
             await served(taken, 120)
             during = sorted(taken[mark:])
             if fault != "flushed":
-                await eventually(lambda: cairn.worker.journal.state is JournalState.ALONE, 10)
+                await eventually(lambda: cairn.worker.sharing.journal.state is JournalState.ALONE, 10)
                 cairn.worker.reporter.report()
                 assert cairn.heard.last is not None
                 await eventually(lambda: cairn.heard.last and str(cairn.heard.last.redis).startswith("away ("))
             await asyncio.to_thread(mend_it, valkey)
-            await eventually(lambda: cairn.worker.journal.state is JournalState.LIVE, 20)
+            await eventually(lambda: cairn.worker.sharing.journal.state is JournalState.LIVE, 20)
             await served(taken, 60)
             # an operation on Redis may take 50 ms: were any waited for, the median would show it
             assert during[len(during) // 2] < before + 0.04
         if fault != "hung":
             async with running(config) as again:
-                await eventually(lambda: again.worker.index.stats().blocks > 0)
+                await eventually(lambda: again.worker.memory.index.stats().blocks > 0)

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from socket import socket
 
 from proxy.config.load import Config, ConfigError
-from proxy.control.channel import Explain, WorkerControl, WorkerReport
+from proxy.control.channel import WorkerControl
+from proxy.control.messages import Explain, WorkerReport
 from proxy.metrics import definitions as metrics
 from proxy.metrics.recorder import Recorder
 from proxy.worker.process import run
@@ -80,9 +81,9 @@ async def target(config: Config, sockets: Sequence[socket], control: WorkerContr
         raise SystemExit(3)
     tiny = Tiny(config, control)
     servers = [await asyncio.start_server(tiny.serve, sock=each) for each in sockets]
-    await control.ready()
+    await control.send_ready()
     tiny.report()
-    seconds = await control.drained()
+    seconds = await control.wait_for_drain()
     for server in servers:
         server.close()
     if tiny.running:

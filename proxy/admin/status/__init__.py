@@ -1,4 +1,4 @@
-"""The status page: its files, the state that it shows, and the stream by which it stays live."""
+"""The status page: its files, its state, and the stream that keeps it live."""
 
 from proxy.admin.status.board import StatusBoard
 from proxy.admin.status.files import PATHS as PAGE_PATHS

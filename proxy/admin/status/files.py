@@ -1,6 +1,6 @@
-"""The page's static files: our three, and plotly's own script out of its installed package, not imported.
+"""Load the page's static files: three of Cairn's, and plotly's script from its installed package, not imported.
 
-Each is compressed once and kept so. It must not know HTTP beyond the type of a file.
+Each is compressed once and kept compressed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PATHS = (*_OWN, _PLOTLY_PATH)
 
 
 class StaticFile(msgspec.Struct, frozen=True):
-    """A file as it is sent: gzipped, 1.5 MB the largest. `tag` changes with its content."""
+    """A file, gzipped (at most 1.5 MB). `tag` is its ETag, which changes with the content."""
 
     packed: bytes
     content_type: str
@@ -33,12 +33,12 @@ class StaticFile(msgspec.Struct, frozen=True):
 
     @property
     def plain(self) -> bytes:
-        """For the few who take no gzip."""
+        """The file uncompressed, for clients that do not accept gzip."""
         return gzip.decompress(self.packed)
 
 
 def load(path: str) -> StaticFile | None:
-    """The file that is served at `path`, one of PATHS; None where plotly is not installed.
+    """Load the file served at `path`, one of PATHS; returns None if plotly is not installed.
 
     Takes a quarter of a second for plotly's 4.8 MB.
     """

@@ -1,4 +1,4 @@
-"""The last minutes and the last day as counter readings: a bounded ring of each. Pure."""
+"""Keep readings of the counters: a bounded ring of the last ten minutes and one of the last day. Pure."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections import deque
 
 import msgspec
 
-SECONDS_KEPT = 601  # ten minutes of readings a second apart, and the one before
-MINUTES_KEPT = 1441  # a day
+SECONDS_KEPT = 601  # ten minutes at one per second, and the reading before
+MINUTES_KEPT = 1441  # a day, and the reading before
 _MINUTE_SECONDS = 60.0
 
 
 class Sample(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """Counters as they stood at one moment; their growth between two moments is what a plot shows."""
+    """The counters at one moment. A plot shows their growth between two samples."""
 
     unix_seconds: float
     requests: float
@@ -21,22 +21,22 @@ class Sample(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class History:
-    """Readings in the order of time. A missed reading leaves no hole: the next one has its growth."""
+    """Samples in chronological order. If one is missed, the next one includes its growth."""
 
     def __init__(self) -> None:
         self.seconds: deque[Sample] = deque(maxlen=SECONDS_KEPT)
         self.minutes: deque[Sample] = deque(maxlen=MINUTES_KEPT)
 
     def add(self, sample: Sample) -> None:
-        """Take a reading; call it about once a second."""
+        """Add a sample; call it about once a second."""
         if self.seconds and sample.unix_seconds <= self.seconds[-1].unix_seconds:
-            return  # the wall clock was set back; wait until it is past what is known
+            return  # the wall clock was set back; wait until it has caught up
         self.seconds.append(sample)
         if not self.minutes or sample.unix_seconds - self.minutes[-1].unix_seconds >= _MINUTE_SECONDS:
             self.minutes.append(sample)
 
     def requests_per_second(self, window_seconds: float) -> float:
-        """Over the last `window_seconds` of readings, or what there is of them."""
+        """Return the mean rate over the last `window_seconds`, or over a shorter history."""
         if len(self.seconds) < 2:
             return 0.0
         last = self.seconds[-1]

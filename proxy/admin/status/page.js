@@ -130,9 +130,9 @@ function show(state) {
 }
 
 function showStanding(state) {
-  document.body.className = `is-${state.standing.replace(" ", "-")}`;
-  say(byId("mark"), { ready: "●", degraded: "◐" }[state.standing] ?? "○");
-  say(byId("standing"), state.standing[0].toUpperCase() + state.standing.slice(1));
+  document.body.className = `is-${state.status.replace(" ", "-")}`;
+  say(byId("mark"), { ready: "●", degraded: "◐" }[state.status] ?? "○");
+  say(byId("standing"), state.status[0].toUpperCase() + state.status.slice(1));
   say(byId("in-flight"), whole.format(state.in_flight));
   say(byId("rate"), state.requests_per_second.toFixed(state.requests_per_second < 10 ? 1 : 0));
   say(byId("requests"), whole.format(state.requests));
@@ -244,21 +244,21 @@ function showContexts(state) {
 }
 
 function showShared(state) {
-  const { redis, journal } = state;
-  const dropped = Object.values(journal.dropped).reduce((sum, count) => sum + count, 0);
-  const states = Object.entries(journal.states).map(([name, count]) => (state.workers > 1 ? `${name} (${count})` : name));
+  const { redis, sharing } = state;
+  const dropped = Object.values(sharing.dropped).reduce((sum, count) => sum + count, 0);
+  const states = Object.entries(sharing.states).map(([name, count]) => (state.workers > 1 ? `${name} (${count})` : name));
   facts("shared", [
     ["Redis", redis.state],
     ["Breaker", redis.breaker],
     ["Operations", `${tokens(redis.operations)}, ${whole.format(redis.errors)} failed`],
     ["Half of them within", short(redis.p50_seconds)],
     ["Journal", states.join(", ") || "starting"],
-    ["Journal lag", short(journal.lag_seconds || null)],
-    ["Entries written, read", `${tokens(journal.written)}, ${tokens(journal.read)}`],
+    ["Journal lag", short(sharing.lag_seconds || null)],
+    ["Entries written, read", `${tokens(sharing.written)}, ${tokens(sharing.read)}`],
     ["Changes dropped", whole.format(dropped)],
-    ["Rebuilds", whole.format(journal.rebuilds)],
-    ["Other writers", whole.format(journal.others)],
-    ["Lease", journal.holds_lease ? "held here" : "held elsewhere"],
+    ["Rebuilds", whole.format(sharing.rebuilds)],
+    ["Other writers", whole.format(sharing.others)],
+    ["Lease", sharing.holds_lease ? "held here" : "held elsewhere"],
     ["Stored contexts", state.contexts ? `${whole.format(state.contexts)}, ${bytes(state.contexts_bytes)}` : "none"],
   ]);
 }

@@ -1,6 +1,6 @@
-"""The status page over HTTP: its files, and the stream of states by which it is live.
+"""Serve the status page: its files, and the stream of states that keeps it live.
 
-It must not know what is in a state, nor who may see it: the admin port's guard stands before it.
+The admin port's guard decides who may see it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from aiohttp import web
 from proxy.admin.status import files
 from proxy.admin.status.board import StatusBoard
 
-STREAMS_AT_MOST = 32  # pages open at once
+STREAMS_AT_MOST = 32  # open pages
 LEAST_PAUSE_SECONDS = 0.25  # between two states
 MOST_PAUSE_SECONDS = 1.0
-WRITE_SECONDS = 20.0  # a page that takes nothing for so long is gone
-# plotly adds a style element, whose digest changes with its version, and sets style on its own elements; what a state
-# says becomes text and never markup, so nobody else can
+WRITE_SECONDS = 20.0  # a page that reads nothing for this long is taken to be closed
+# plotly adds a style element, whose digest changes with its version, and sets style on its own elements. Nothing else
+# can inject a style: the page shows the state as text and never as markup.
 POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -34,7 +34,7 @@ POLICY = "; ".join(
 
 
 class StatusRoutes:
-    """One per admin port."""
+    """The routes of the status page. One per admin port."""
 
     def __init__(self, board: StatusBoard) -> None:
         self._board = board
@@ -43,7 +43,7 @@ class StatusRoutes:
         self._closing = asyncio.Event()
 
     def add_to(self, app: web.Application) -> None:
-        """Put them on the admin port."""
+        """Add the routes to the admin port."""
         for path in files.PATHS:
             app.router.add_get(path, self._file)
         app.router.add_get("/events", self._events, allow_head=False)
@@ -57,7 +57,7 @@ class StatusRoutes:
         headers = {
             "Content-Security-Policy": POLICY,
             "Referrer-Policy": "no-referrer",
-            "Cache-Control": "no-cache",  # kept, and asked for each time: a new version shows at once
+            "Cache-Control": "no-cache",  # cached, but revalidated each time, so that a new version shows at once
             "ETag": file.tag,
             "Vary": "Accept-Encoding",
         }
@@ -77,7 +77,7 @@ class StatusRoutes:
         return file
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
-        """The history once, then a state a second, and at once when a request ended."""
+        """Send the history once, then the state every second and whenever a request ends."""
         if self._board.viewers >= STREAMS_AT_MOST:
             raise web.HTTPServiceUnavailable
         response = web.StreamResponse(
@@ -87,7 +87,7 @@ class StatusRoutes:
                 "X-Content-Type-Options": "nosniff",
             }
         )
-        with self._board.watching(), suppress(ConnectionResetError, TimeoutError):  # the page was closed
+        with self._board.viewing(), suppress(ConnectionResetError, TimeoutError):  # the page was closed
             await response.prepare(request)
             await _send(response, b"history", self._board.history_json())
             while not self._closing.is_set():
@@ -99,7 +99,7 @@ class StatusRoutes:
         await self._closing_within(LEAST_PAUSE_SECONDS)
         with suppress(TimeoutError):
             async with asyncio.timeout(MOST_PAUSE_SECONDS - LEAST_PAUSE_SECONDS):
-                await self._board.changed()
+                await self._board.wait_for_change()
 
     async def _closing_within(self, seconds: float) -> None:
         with suppress(TimeoutError):

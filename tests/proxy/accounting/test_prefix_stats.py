@@ -100,25 +100,28 @@ def sightings() -> PrefixStats:
 def test_only_what_could_have_been_found_counts_as_missed(reason: MissReason, count: int) -> None:
     """New text and short prompts are no misses to look at."""
     seen = sightings()
-    seen.saw(outcome(reason), placement(1), Usage(100, cached_tokens=80))
+    seen.add(outcome(reason), placement(1), Usage(100, cached_tokens=80))
     report = seen.report()
-    assert [len(report[part]) for part in ("prefixes", "misses")] == [1, count]  # type: ignore[arg-type]
+    assert report is not None
+    assert (len(report.prefixes), len(report.misses)) == (1, count)
 
 
 def test_only_tokens_that_the_upstream_reported_count() -> None:
     """A prediction alone, or an answer that did not say, is no hit of a prefix."""
     for usage in (None, Usage(100), Usage(100, cached_tokens=0)):
         seen = sightings()
-        seen.saw(outcome(MissReason.NONE), placement(1), usage)
-        assert seen.report() == {}
+        seen.add(outcome(MissReason.NONE), placement(1), usage)
+        assert seen.report() is None
 
 
 def test_it_reports_only_what_is_new_and_not_more_than_its_bound() -> None:
     """A report that the supervisor did not take is made again."""
     seen = sightings()
     for _ in range(MISSES_AT_MOST + 5):
-        seen.saw(outcome(MissReason.COLD), placement(0), Usage(100, cached_tokens=0))
-    assert len(seen.report()["misses"]) == MISSES_AT_MOST  # type: ignore[arg-type]
-    assert seen.report() != {}
-    seen.reported()
-    assert seen.report() == {}
+        seen.add(outcome(MissReason.COLD), placement(0), Usage(100, cached_tokens=0))
+    report = seen.report()
+    assert report is not None
+    assert len(report.misses) == MISSES_AT_MOST
+    assert seen.report() == report
+    seen.report_sent()
+    assert seen.report() is None

@@ -17,7 +17,7 @@ from proxy.accounting.totals_reader import Unreadable
 from proxy.admin.port import AdminPort
 from proxy.admin.status import StatusBoard
 from proxy.config.load import Admin, Config, Secret, Server
-from proxy.control.channel import WorkerReport
+from proxy.control.messages import WorkerReport
 from proxy.control.readiness import STALE_SECONDS, Readiness, ReadinessStatus, Stage, WorkerView, judge
 from proxy.metrics.definitions import MetricsDelta
 from proxy.metrics.exposition import Exposition
@@ -219,13 +219,13 @@ def test_ready_when_all_is_well() -> None:
 
 def test_a_ready_worker_that_has_not_reported_yet_counts() -> None:
     """Nothing bad is known of it."""
-    assert judge(Stage.SERVING, [worker(age=None)]).standing is ReadinessStatus.READY
+    assert judge(Stage.SERVING, [worker(age=None)]).status is ReadinessStatus.READY
 
 
 def test_without_redis_it_is_degraded_and_still_takes_requests() -> None:
     """Any worker that has none is enough."""
     found = judge(Stage.SERVING, [worker(), worker(1, redis="away")])
-    assert (found.standing, found.reasons, found.redis) == (ReadinessStatus.DEGRADED, ("redis is away",), "away")
+    assert (found.status, found.reasons, found.redis) == (ReadinessStatus.DEGRADED, ("redis is away",), "away")
 
 
 def test_an_upstream_is_up_where_any_worker_finds_it_so() -> None:
@@ -233,20 +233,20 @@ def test_an_upstream_is_up_where_any_worker_finds_it_so() -> None:
     one = judge(
         Stage.SERVING, [worker(upstreams={"a": False, "b": True}), worker(1, upstreams={"a": False, "b": False})]
     )
-    assert (one.standing, one.reasons) == (ReadinessStatus.DEGRADED, ("upstream a is down",))
+    assert (one.status, one.reasons) == (ReadinessStatus.DEGRADED, ("upstream a is down",))
     none = judge(Stage.SERVING, [worker(upstreams={"a": False})])
-    assert (none.standing, none.reasons[0]) == (ReadinessStatus.NOT_READY, "no upstream is up")
+    assert (none.status, none.reasons[0]) == (ReadinessStatus.NOT_READY, "no upstream is up")
 
 
 def test_a_worker_that_stands_still_does_not_count() -> None:
     """Its silence is seen by the age of its last report."""
     silent = worker(1, age=STALE_SECONDS)
     assert judge(Stage.SERVING, [worker(), silent]).reasons == ("1 of 2 workers are ready",)
-    assert judge(Stage.SERVING, [silent]).standing is ReadinessStatus.NOT_READY
+    assert judge(Stage.SERVING, [silent]).status is ReadinessStatus.NOT_READY
 
 
 def test_not_ready_without_workers_and_while_draining() -> None:
     """However well the rest is."""
     assert judge(Stage.STARTING, [worker(ready=False)]).reasons[0] == "no worker is ready"
-    assert judge(Stage.SERVING, []).standing is ReadinessStatus.NOT_READY
+    assert judge(Stage.SERVING, []).status is ReadinessStatus.NOT_READY
     assert judge(Stage.DRAINING, [worker()]) == Readiness(ReadinessStatus.NOT_READY, ("draining",), 1, 0, "up")

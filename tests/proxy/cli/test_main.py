@@ -84,7 +84,7 @@ def test_a_taken_port_is_exit_1_and_one_line(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=ROOT, check=False)
     assert done.returncode == 1
     assert done.stderr == (
-        f"cairn: cannot listen on 127.0.0.1 port {port}: the port is taken; "
+        f"cairn: cannot listen on 127.0.0.1 port {port}: the port is in use; "
         "choose another with --port or --admin-port\n"
     )
 

@@ -10,17 +10,16 @@ import pytest
 
 from proxy.config.load import Config, ConfigError, Pool, Replica, Secret
 from proxy.control import channel as control
-from proxy.control.channel import (
-    Channel,
+from proxy.control.channel import Channel, ControlBroken, WorkerControl
+from proxy.control.messages import (
     Configure,
-    ControlBroken,
     Drain,
     Explain,
     Explained,
     FromWorker,
     Ready,
-    Refused,
-    WorkerControl,
+    ReloadRefused,
+    StatusReport,
     WorkerReport,
 )
 from proxy.metrics.definitions import REQUESTS, MetricsDelta
@@ -42,7 +41,7 @@ async def ends():
     yield channel, worker
     await tasks.close()
     channel.close()
-    worker._channel.close()
+    worker.close()
 
 
 async def next_of(channel: Channel[FromWorker]):
@@ -61,8 +60,8 @@ async def test_ready_and_reports_reach_the_supervisor(ends) -> None:
     channel, worker = ends
     recorder = Recorder()
     recorder.inc(REQUESTS, ("chat", "m", "u", "2xx", "hit", "true"), 3)
-    report = WorkerReport(recorder.take(), 2, "up", {"u": True}, {"more": [1, "x"]})
-    await worker.ready()
+    report = WorkerReport(recorder.take(), 2, "up", {"u": True}, StatusReport(budgets={"u": 5}))
+    await worker.send_ready()
     assert worker.report(report)
     assert await next_of(channel) == Ready()
     assert await next_of(channel) == report
@@ -75,21 +74,21 @@ async def test_drain_is_heard_once(ends) -> None:
     await channel.send(Drain(3.5))
     await channel.send(Drain(9.0))
     async with asyncio.timeout(5):
-        assert await worker.drained() == 3.5
-        assert await worker.drained() == 3.5
+        assert await worker.wait_for_drain() == 3.5
+        assert await worker.wait_for_drain() == 3.5
     assert worker.draining
 
 
 async def test_whoever_stops_waiting_for_the_drain_does_not_end_it_for_others(ends) -> None:
     """Cancelling one waiter leaves the others waiting."""
     channel, worker = ends
-    waiter = asyncio.ensure_future(worker.drained())  # noqa: TID251
+    waiter = asyncio.ensure_future(worker.wait_for_drain())  # noqa: TID251
     await asyncio.wait({waiter}, timeout=0)
     waiter.cancel()
     await asyncio.wait({waiter})
     await channel.send(Drain(1.0))
     async with asyncio.timeout(5):
-        assert await worker.drained() == 1.0
+        assert await worker.wait_for_drain() == 1.0
 
 
 async def test_questions_are_answered_by_their_number(ends) -> None:
@@ -122,7 +121,7 @@ async def test_a_reload_is_taken_or_refused_with_its_reason(ends) -> None:
     """ConfigError is the way to say no."""
     channel, worker = ends
     await channel.send(Configure(CONFIG))
-    assert isinstance(await next_of(channel), Refused)
+    assert isinstance(await next_of(channel), ReloadRefused)
     taken: asyncio.Queue[Config] = asyncio.Queue()
 
     async def reload(config: Config) -> None:
@@ -135,7 +134,7 @@ async def test_a_reload_is_taken_or_refused_with_its_reason(ends) -> None:
     async with asyncio.timeout(5):
         assert await taken.get() == CONFIG
     await channel.send(Configure(Config()))
-    assert await next_of(channel) == Refused("$.pools: none")
+    assert await next_of(channel) == ReloadRefused("$.pools: none")
 
 
 async def test_a_worker_without_a_supervisor_knows_it(ends) -> None:
@@ -144,7 +143,7 @@ async def test_a_worker_without_a_supervisor_knows_it(ends) -> None:
     channel.close()
     async with asyncio.timeout(5):
         await worker.orphaned.wait()
-        assert await worker.drained() == 0.0
+        assert await worker.wait_for_drain() == 0.0
 
 
 async def test_a_supervisor_that_reads_nothing_costs_a_worker_no_memory(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -11,9 +12,16 @@ import pytest
 
 from proxy.clock import SystemClock
 from proxy.config.load import Config
-from proxy.control.channel import Explain, WorkerReport
+from proxy.control.messages import Explain, WorkerReport
 from proxy.supervisor import worker_process as slot_module
-from proxy.supervisor.worker_process import WorkerProcess, WorkerUnavailable
+from proxy.supervisor.worker_process import (
+    PAUSE_FIRST_SECONDS,
+    STABLE_SECONDS,
+    Program,
+    WorkerProcess,
+    WorkerUnavailable,
+)
+from tests.support.clock import FakeClock
 
 # what a worker gets: --control FD --listen FDS --parent PID
 NONSENSE = "import os, sys, signal; os.write(int(sys.argv[2]), b'\\xff' * 8); signal.pause()"
@@ -26,23 +34,23 @@ class Heard:
     def __init__(self) -> None:
         self.deaths: asyncio.Queue[int] = asyncio.Queue()
 
-    def ready(self, number: int) -> None:
+    def worker_ready(self, number: int) -> None:
         raise AssertionError("none of these is ever ready")
 
-    def reported(self, number: int, report: WorkerReport) -> None:
+    def worker_reported(self, number: int, report: WorkerReport) -> None:
         raise AssertionError("none of these reports")
 
-    def refused(self, number: int, why: str) -> None:
+    def reload_refused(self, number: int, why: str) -> None:
         raise AssertionError("none of these refuses")
 
-    def died(self, number: int, lives: int) -> None:
-        self.deaths.put_nowait(lives)
+    def worker_died(self, number: int, starts: int) -> None:
+        self.deaths.put_nowait(starts)
 
 
 async def dies_and_comes_back(command: Sequence[str]) -> WorkerProcess:
     """Run a slot with `command` until it saw two deaths, then end it."""
     heard = Heard()
-    slot = WorkerProcess(0, command, dict(os.environ), [], Config(), heard, SystemClock())  # noqa: TID251
+    slot = WorkerProcess(0, Program(command, dict(os.environ)), [], Config(), heard, SystemClock())  # noqa: TID251
     running = asyncio.ensure_future(slot.run())  # noqa: TID251
     async with asyncio.timeout(20):
         assert [await heard.deaths.get(), await heard.deaths.get()] == [1, 2]
@@ -70,7 +78,7 @@ async def test_a_worker_that_cannot_be_started_is_tried_again() -> None:
 
 async def test_nobody_explains_where_there_is_no_worker() -> None:
     """`WorkerUnavailable`, at once."""
-    slot = WorkerProcess(0, ["/no/such/program"], {}, [], Config(), Heard(), SystemClock())
+    slot = WorkerProcess(0, Program(["/no/such/program"], {}), [], Config(), Heard(), SystemClock())
     with pytest.raises(WorkerUnavailable):
         await slot.explain(Explain(1, "/v1/x", b""), 10.0)
 
@@ -78,7 +86,8 @@ async def test_nobody_explains_where_there_is_no_worker() -> None:
 async def test_a_worker_that_hears_nothing_is_killed_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """A drain ends even where the worker stands still."""
     monkeypatch.setattr(slot_module, "KILL_MARGIN_SECONDS", 0.05)
-    slot = WorkerProcess(0, [sys.executable, "-c", SILENT], dict(os.environ), [], Config(), Heard(), SystemClock())  # noqa: TID251
+    program = Program([sys.executable, "-c", SILENT], dict(os.environ))  # noqa: TID251
+    slot = WorkerProcess(0, program, [], Config(), Heard(), SystemClock())
     running = asyncio.ensure_future(slot.run())  # noqa: TID251
     async with asyncio.timeout(20):
         while slot.pid is None:  # noqa: ASYNC110 - turns of the loop, until the process is there
@@ -86,3 +95,34 @@ async def test_a_worker_that_hears_nothing_is_killed_after_the_deadline(monkeypa
         slot.drain(0.0)
         await running
     assert slot.pid is None
+
+
+class JumpingClock(FakeClock):
+    """Moves on by `seconds` at each reading."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    def monotonic(self) -> float:
+        self.advance(self._seconds)
+        return super().monotonic()
+
+
+@pytest.mark.parametrize(
+    ("uptime_seconds", "second_pause"), [(STABLE_SECONDS, PAUSE_FIRST_SECONDS), (0.0, 2 * PAUSE_FIRST_SECONDS)]
+)
+async def test_the_pause_grows_unless_the_worker_was_stable(
+    uptime_seconds: float, second_pause: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker that ran for long died of something new, so its successor starts at once."""
+    watcher = Heard()
+    program = Program(["/no/such/program"], {})
+    slot = WorkerProcess(0, program, [], Config(), watcher, JumpingClock(uptime_seconds))
+    running = asyncio.ensure_future(slot.run())  # noqa: TID251
+    async with asyncio.timeout(20):
+        assert [await watcher.deaths.get(), await watcher.deaths.get()] == [1, 2]
+    slot.kill()
+    await running
+    pauses = re.findall(r"starting another in (\S+) s", caplog.text)
+    assert pauses == [f"{PAUSE_FIRST_SECONDS:.1f}", f"{second_pause:.1f}"]

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from proxy.config.load import Config
-from proxy.control.channel import Channel, Configure, Drain, FromWorker, WorkerControl
+from proxy.control.channel import Channel, WorkerControl
+from proxy.control.messages import Configure, Drain, FromWorker
 from proxy.tasks import Tasks
 from proxy.worker import process as worker
 
@@ -43,7 +44,7 @@ async def test_it_ends_with_its_target() -> None:
     """0 where that returns."""
 
     async def until_drained(control: WorkerControl) -> None:
-        await control.drained()
+        await control.wait_for_drain()
 
     assert await run(until_drained, lambda channel: channel.post(Drain(1.0))) == 0
 

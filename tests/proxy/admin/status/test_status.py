@@ -13,12 +13,12 @@ import pytest
 from cache import RowKey, Sums
 from proxy.accounting import savings
 from proxy.accounting.savings import By
-from proxy.admin.status import state
+from proxy.admin.status import build
 from proxy.admin.status.board import StatusBoard
 from proxy.admin.status.history import MINUTES_KEPT, SECONDS_KEPT, History, Sample
-from proxy.admin.status.state import Moment, PageState, Saved
-from proxy.control.channel import WorkerReport
-from proxy.control.prefix_rows import MissRow, PrefixRow
+from proxy.admin.status.state import Moment, Saved
+from proxy.control.messages import SharingReport, StatusReport, WorkerReport
+from proxy.control.prefix_rows import MissRow, PrefixReport, PrefixRow
 from proxy.control.readiness import Readiness, ReadinessStatus
 from proxy.metrics import definitions as metrics
 from proxy.metrics.definitions import MetricsDelta
@@ -63,7 +63,7 @@ def test_saved_since_the_start_is_the_sum_of_the_series() -> None:
         (metrics.UNCACHED_COST, ("m", "one"), 9.0),
         (metrics.PREFILL_SAVED, ("m", "two"), 7.0),
     )
-    found = state.build(figures, READY, [], NOW).saved
+    found = build.build(figures, READY, [], NOW).saved
     assert found == {"today": None, "7 days": None, "since start": Saved(2.5, 0.5, 9.0, 7.0, 50, 35)}
 
 
@@ -72,11 +72,11 @@ def test_periods_that_outlive_a_restart_come_from_who_keeps_them() -> None:
     days = {"2026-11-21": 3, "2026-11-23": 4}
     rows = {RowKey(day, "m", "one", "t"): Sums(cached_tokens=n, saving_picos=n * 10**12) for day, n in days.items()}
     week = savings.report(rows, By.DAY, date(2026, 11, 17), date(2026, 11, 23))
-    found = state.saved(counted(), state.periods(week))
+    found = build.saved(counted(), build.periods(week))
     assert found["today"] == Saved(usd=4.0, cached_tokens=4)
     assert found["7 days"] == Saved(usd=7.0, cached_tokens=7)
     idle = savings.report(rows, By.DAY, date(2026, 11, 18), date(2026, 11, 24))
-    assert state.periods(idle)["today"] == Saved()
+    assert build.periods(idle)["today"] == Saved()
 
 
 def test_a_row_for_each_replica() -> None:
@@ -90,8 +90,8 @@ def test_a_row_for_each_replica() -> None:
         (metrics.UPSTREAM_PENDING, ("two",), 900.5),
         (metrics.UPSTREAM_BREAKER, ("two",), 2),
     )
-    pages = [PageState(budgets={"one": 90, "two": 2**31}), PageState(budgets={"one": 100})]
-    one, two = state.build(figures, READY, pages, NOW).replicas
+    pages = [StatusReport(budgets={"one": 90, "two": 2**31}), StatusReport(budgets={"one": 100})]
+    one, two = build.build(figures, READY, pages, NOW).replicas
     assert (one.name, one.up, one.in_flight, one.resident_tokens, one.budget_tokens) == ("one", True, 2, 70, 100)
     assert (one.prompt_tokens, one.cached_tokens, one.predicted_tokens) == (40, 30, 32)
     assert (two.up, two.breaker, two.queued, two.pending_tokens, two.budget_tokens) == (False, "open", 4, 900, None)
@@ -99,19 +99,19 @@ def test_a_row_for_each_replica() -> None:
 
 def test_the_same_prefix_at_two_workers_is_one_row_without_its_hash() -> None:
     """The best first, numbered; never more than twenty."""
-    shown = state.prefixes([[row(7, 100, 5.0), row(8, 30)], [row(7, 50, 9.0, hits=2)]])
+    shown = build.prefixes([[row(7, 100, 5.0), row(8, 30)], [row(7, 50, 9.0, hits=2)]])
     assert [(each.number, each.hits, each.saved_tokens, each.used_unix_seconds) for each in shown] == [
         (1, 3, 150, 9.0),
         (2, 1, 30, 1.0),
     ]
     assert "key" not in msgspec.to_builtins(shown[0])
-    assert len(state.prefixes([[row(key, key) for key in range(50)]])) == state.PREFIXES_SHOWN
+    assert len(build.prefixes([[row(key, key) for key in range(50)]])) == build.PREFIXES_SHOWN
 
 
 def test_the_newest_misses_come_first() -> None:
     """Of all workers."""
     lists = [[MissRow(at, "m", "one", 10, None, MissReason.COLD) for at in times] for times in ((1.0, 4.0), (2.0,))]
-    assert [each.unix_seconds for each in state.misses(lists)] == [4.0, 2.0, 1.0]
+    assert [each.unix_seconds for each in build.misses(lists)] == [4.0, 2.0, 1.0]
 
 
 def test_times_to_the_first_token_are_joined_by_what_was_predicted() -> None:
@@ -121,7 +121,7 @@ def test_times_to_the_first_token_are_joined_by_what_was_predicted() -> None:
         recorder.observe(metrics.TTFT, ("m", upstream, "hit"), 0.03)
     recorder.observe(metrics.TTFT, ("m", "one", "miss"), 3.0)
     exposition.apply(0, recorder.take())
-    hit, miss = state.build(exposition, READY, [], NOW).ttft
+    hit, miss = build.build(exposition, READY, [], NOW).ttft
     assert (hit.cache, hit.count, miss.cache, miss.count) == ("hit", 2, "miss", 1)
     assert hit.p50_seconds == pytest.approx(0.03)
     assert 2.5 < (miss.p95_seconds or 0) <= 5
@@ -133,7 +133,7 @@ def test_times_to_the_first_token_are_joined_by_what_was_predicted() -> None:
 )
 def test_quantiles_are_prometheus_own(counts: list[int], share: float, value: float | None) -> None:
     """Interpolated inside a bucket; what lies beyond the last bound is that bound."""
-    assert state.quantile(share, (1.0, 2.0), counts) == value
+    assert build.quantile(share, (1.0, 2.0), counts) == value
 
 
 def test_what_cannot_be_believed_is_said() -> None:
@@ -144,16 +144,21 @@ def test_what_cannot_be_believed_is_said() -> None:
         (metrics.USAGE_MISSING, ("m", "one"), 1),
         (metrics.SURCHARGE, ("m", "one"), 1.0),
     )
-    found = " | ".join(state.notices(figures))
-    for words in ("2 answers without a price (no card)", "1 prompt token of", "ended without usage", "has cost more"):
+    found = " | ".join(build.notices(figures))
+    for words in (
+        "2 responses without a price (no card)",
+        "1 prompt token of",
+        "ended without token counts",
+        "have cost more",
+    ):
         assert words in found
-    assert state.notices(counted()) == []
+    assert build.notices(counted()) == []
 
 
 def test_the_state_is_json_without_a_word_of_a_prompt() -> None:
     """It goes over the wire as it is, and holds no hash."""
-    pages = [PageState(prefixes=[row(2**63 + 12345, 100)])]
-    text = msgspec.json.encode(state.build(counted(), READY, pages, NOW)).decode()
+    pages = [StatusReport(prefixes=PrefixReport([row(2**63 + 12345, 100)]))]
+    text = msgspec.json.encode(build.build(counted(), READY, pages, NOW)).decode()
     assert str(2**63 + 12345) not in text
     assert json.loads(text)["prefixes"][0]["saved_tokens"] == 100
 
@@ -202,12 +207,12 @@ class Bench:
         self.exposition = Exposition()
         self.board = StatusBoard(self.exposition, lambda: READY, self.clock, "1.2.3")
 
-    def report(self, worker: int = 0, counts: MetricsDelta | None = None, **page: object) -> None:
+    def report(self, worker: int = 0, counts: MetricsDelta | None = None, page: StatusReport | None = None) -> None:
         """Hear a report as it comes over the control socket."""
         counts = counts or MetricsDelta()
         self.exposition.apply(worker, counts)
-        sent = msgspec.msgpack.encode(WorkerReport(counts, page=page))
-        self.board.heard(worker, msgspec.msgpack.decode(sent, type=WorkerReport))
+        sent = msgspec.msgpack.encode(WorkerReport(counts, page=page or StatusReport()))
+        self.board.add_report(worker, msgspec.msgpack.decode(sent, type=WorkerReport))
 
     def state(self) -> Any:
         return json.loads(self.board.state_json())
@@ -220,35 +225,36 @@ def bench() -> Bench:
 
 async def test_what_a_report_leaves_out_is_as_it_was(bench: Bench) -> None:
     """Prefixes come only when there is news of them."""
-    bench.report(prefixes=[row(2**64 - 1, 100)], misses=[MissRow(1.0, "m", "one", 5, 0, MissReason.COLD)])
-    bench.report(budgets={"one": 50})
+    misses = [MissRow(1.0, "m", "one", 5, 0, MissReason.COLD)]
+    bench.report(page=StatusReport(PrefixReport([row(2**64 - 1, 100)], misses)))
+    bench.report(page=StatusReport(budgets={"one": 50}))
     found = bench.state()
     assert [len(found["prefixes"]), len(found["misses"]), found["replicas"][0]["budget_tokens"]] == [1, 1, 50]
 
 
 async def test_what_a_dead_worker_saved_stays(bench: Bench) -> None:
-    """Its successor's rows are added; its journal and misses are gone."""
-    bench.report(prefixes=[row(7, 100)], journal={"state": "live"})
-    bench.board.gone(0)
-    bench.report(prefixes=[row(7, 5)])
+    """Its successor's rows are added; its sharing state and misses are dropped."""
+    bench.report(page=StatusReport(PrefixReport([row(7, 100)]), sharing=SharingReport("live")))
+    bench.board.remove_worker(0)
+    bench.report(page=StatusReport(PrefixReport([row(7, 5)])))
     assert [each["saved_tokens"] for each in bench.state()["prefixes"]] == [105]
-    assert bench.state()["journal"]["states"] == {}
+    assert bench.state()["sharing"]["states"] == {}
 
 
 async def test_a_request_that_ended_wakes_those_who_look(bench: Bench) -> None:
     """A report without one does not; the second's reading does."""
-    waiting = asyncio.get_running_loop().create_task(bench.board.changed())
+    waiting = asyncio.get_running_loop().create_task(bench.board.wait_for_change())
     await asyncio.sleep(0)
-    bench.report(budgets={"one": 50})
+    bench.report(page=StatusReport(budgets={"one": 50}))
     await asyncio.sleep(0)
     assert not waiting.done()
     recorder = Recorder()
     recorder.inc(metrics.REQUESTS, ("chat_completions", "m", "one", "2xx", "hit", "true"))
     bench.report(counts=recorder.take())
     await asyncio.wait_for(waiting, 1)
-    again = asyncio.get_running_loop().create_task(bench.board.changed())
+    again = asyncio.get_running_loop().create_task(bench.board.wait_for_change())
     await asyncio.sleep(0)
-    bench.board.tick()
+    bench.board.take_sample()
     await asyncio.wait_for(again, 1)
 
 
@@ -256,7 +262,7 @@ async def test_a_new_page_gets_the_readings_so_far(bench: Bench) -> None:
     """And each state has the newest one."""
     for _ in range(3):
         bench.clock.advance(1)
-        bench.board.tick()
+        bench.board.take_sample()
     history = json.loads(bench.board.history_json())
     assert [len(history["seconds"]), len(history["minutes"])] == [3, 1]
     assert bench.state()["sample"] == history["seconds"][-1]

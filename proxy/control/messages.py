@@ -1,0 +1,114 @@
+"""Messages between the supervisor and a worker. Data types only.
+
+The configuration travels in one of them, so that no secret appears in an argument list or an environment.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from proxy.config.schema import Config
+from proxy.control.prefix_rows import PrefixReport
+from proxy.metrics.definitions import MetricsDelta
+
+REDIS_UP = "up"
+"""`WorkerReport.redis` while Redis answers."""
+
+
+# --- to a worker
+
+
+class Configure(msgspec.Struct, frozen=True, tag="configure"):
+    """The first message, and again after each reload: the configuration to use."""
+
+    config: Config
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Stop accepting, finish the running requests within `seconds`, then exit."""
+
+    seconds: float
+
+
+class Explain(msgspec.Struct, frozen=True, tag="explain"):
+    """Ask how a request would be routed. `credential` is the key of the client that would send it, or empty."""
+
+    id: int
+    path: str
+    body: bytes
+    credential: bytes = b""
+
+
+# --- from a worker
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The worker accepts requests."""
+
+
+class SharingReport(msgspec.Struct, frozen=True):
+    """How a worker's share of the routing knowledge is kept in step with the other proxies."""
+
+    state: str = ""
+    others: int = 0  # other live workers, in all proxies
+    holds_lease: bool = False
+    written: int = 0  # entries
+    read: int = 0
+    rebuilds: int = 0
+
+
+class ContextReport(msgspec.Struct, frozen=True):
+    """One stored context for the status page: without its name, its id and its tenant."""
+
+    model: str
+    status: str
+    tokens: int
+    size_bytes: int
+    pinned: bool
+    worth_usd_per_hour: float  # saved by its uses
+    expires_unix_seconds: float
+
+
+class StatusReport(msgspec.Struct, frozen=True):
+    """What a worker reports for the status page, beside its counters.
+
+    `prefixes` is None if nothing in it changed since the last report. `budgets` are the tokens that each replica is
+    believed to be able to hold. `contexts` are those worth most, of all tenants.
+    """
+
+    prefixes: PrefixReport | None = None
+    budgets: dict[str, int] = {}
+    sharing: SharingReport = SharingReport()
+    contexts: list[ContextReport] = []
+
+
+class WorkerReport(msgspec.Struct, frozen=True, tag="report"):
+    """What a worker counted since its last report (four a second), and its current state.
+
+    `redis` is `REDIS_UP`, another word for its state, or None while that is unknown. `upstreams` says for each
+    replica whether it takes requests.
+    """
+
+    counts: MetricsDelta
+    in_flight: int = 0
+    redis: str | None = None
+    upstreams: dict[str, bool] = {}
+    page: StatusReport = StatusReport()
+
+
+class Explained(msgspec.Struct, frozen=True, tag="explained"):
+    """The answer to an `Explain` with the same id: an HTTP status and a JSON text."""
+
+    id: int
+    status: int
+    body: bytes
+
+
+class ReloadRefused(msgspec.Struct, frozen=True, tag="refused"):
+    """The worker cannot use a new configuration and keeps the old one."""
+
+    why: str
+
+
+ToWorker = Configure | Drain | Explain
+FromWorker = Ready | WorkerReport | Explained | ReloadRefused

@@ -1,0 +1,216 @@
+"""Read the gauges and totals that other parts of a worker keep, and put them into its recorder before each report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Sized
+from typing import Protocol
+
+import msgspec
+
+from cache import BreakerState as StoreBreakerState
+from cache import ErrorKind, IndexStats, JournalState, JournalStats, ReplicaStats, StoreState
+from proxy.accounting.round_robin import RoundRobinBaseline
+from proxy.clock import Clock
+from proxy.control.messages import REDIS_UP
+from proxy.fleet import BreakerState
+from proxy.fleet.pools import Pools
+from proxy.metrics import definitions as metrics
+from proxy.metrics.definitions import Labels, Spec
+from proxy.metrics.recorder import Recorder
+from proxy.model import ReplicaView
+
+_BREAKER_LEVELS = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerState.OPEN: 2}
+_BLOCKING = frozenset({"XREAD"})  # waits for new entries by design, so its duration means nothing
+_STORE_LEVELS = {StoreBreakerState.CLOSED: 0, StoreBreakerState.HALF_OPEN: 1, StoreBreakerState.OPEN: 2}
+
+
+class Replicas(Protocol):
+    """The part of `proxy.fleet.Fleet` that is reported."""
+
+    def snapshot(self, pool: str, now_seconds: float) -> Sequence[ReplicaView]: ...
+    def breaker_state(self, number: int, now_seconds: float) -> BreakerState: ...
+    def own_in_flight(self, number: int) -> int: ...
+    def measured_rate(self, number: int) -> float | None: ...
+
+
+class Index(Protocol):
+    """The part of `cache.PrefixIndex` that is reported."""
+
+    def replicas(self) -> Mapping[int, ReplicaStats]: ...
+    def stats(self) -> IndexStats: ...
+
+
+class Journal(Protocol):
+    """The part of `cache.Journal` that is reported."""
+
+    @property
+    def state(self) -> JournalState: ...
+    @property
+    def others(self) -> int: ...
+    @property
+    def holds_lease(self) -> bool: ...
+    @property
+    def stats(self) -> JournalStats: ...
+
+
+class Store(Protocol):
+    """The part of `cache.Store` that is reported."""
+
+    @property
+    def state(self) -> StoreState: ...
+    @property
+    def breaker_state(self) -> StoreBreakerState: ...
+    @property
+    def reason(self) -> str | None: ...
+
+
+class StoredTotals(Protocol):
+    """The part of `cache.ContextStore` that is reported as gauges."""
+
+    @property
+    def total_contexts(self) -> int: ...
+    @property
+    def total_bytes(self) -> int: ...
+
+
+class Growth:
+    """Counts the growth of totals that other objects keep."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._totals: dict[tuple[str, Labels], int] = {}
+
+    def count(self, spec: Spec, labels: Labels, total: int, *, is_ours: bool = True) -> None:
+        """Add the growth of `total` since the last call, unless another worker counts it (`is_ours` is False)."""
+        before = self._totals.get((spec.name, labels), 0)
+        if total > before:
+            self._totals[spec.name, labels] = total
+            if is_ours:
+                self._recorder.inc(spec, labels, total - before)
+
+
+class ReplicaFigures:
+    """The gauges of all replicas."""
+
+    def __init__(
+        self, recorder: Recorder, replicas: Replicas, pools: Pools, queues: Mapping[int, Sized], clock: Clock
+    ) -> None:
+        self._recorder = recorder
+        self._replicas = replicas
+        self._pools = pools
+        self._queues = queues
+        self._clock = clock
+
+    def update(self) -> dict[str, bool]:
+        """Set the gauges; returns for each replica, by name, whether it takes requests."""
+        now_seconds = self._clock.monotonic()
+        views = [view for pool in self._pools.all for view in self._replicas.snapshot(pool.name, now_seconds)]
+        up = {view.name: view.available for view in views}
+        rates = {view.name: self._replicas.measured_rate(view.id) for view in views}
+        gauges: tuple[tuple[Spec, dict[str, float]], ...] = (
+            (metrics.UPSTREAM_UP, {name: float(is_up) for name, is_up in up.items()}),
+            (
+                metrics.UPSTREAM_BREAKER,
+                {v.name: _BREAKER_LEVELS[self._replicas.breaker_state(v.id, now_seconds)] for v in views},
+            ),
+            (metrics.UPSTREAM_IN_FLIGHT, {view.name: self._replicas.own_in_flight(view.id) for view in views}),
+            (metrics.UPSTREAM_QUEUED, {view.name: len(self._queues[view.id]) for view in views}),
+            (metrics.UPSTREAM_PENDING, {view.name: view.pending_tokens for view in views}),
+            (metrics.UPSTREAM_RATE, {name: rate for name, rate in rates.items() if rate is not None}),
+        )
+        for spec, values in gauges:
+            self._recorder.replace_gauges(spec, {(name,): value for name, value in values.items()})
+        return up
+
+
+class IndexFigures:
+    """The gauges of the prefix index, and the evictions that it counts.
+
+    Also passes the index's budgets on to the round-robin baseline.
+    """
+
+    def __init__(
+        self, recorder: Recorder, index: Index, journal: Journal, pools: Pools, baseline: RoundRobinBaseline
+    ) -> None:
+        self._recorder = recorder
+        self._growth = Growth(recorder)
+        self._index = index
+        self._journal = journal
+        self._pools = pools
+        self._baseline = baseline
+
+    def update(self) -> None:
+        """Set the gauges and count new evictions."""
+        blocks: dict[Labels, float] = {}
+        tokens: dict[Labels, float] = {}
+        # every worker has the whole index, so only one of them counts its evictions
+        is_ours = self._journal.holds_lease or self._journal.state is not JournalState.LIVE
+        replicas = self._index.replicas()
+        self._baseline.follow(replicas)
+        for number, stats in replicas.items():
+            if number not in self._pools.served:
+                continue
+            name = self._pools.backends[number].name
+            blocks[name,], tokens[name,] = stats.blocks, stats.tokens
+            self._growth.count(metrics.INDEX_EVICTIONS, (name,), stats.evicted_blocks, is_ours=is_ours)
+        self._recorder.replace_gauges(metrics.INDEX_BLOCKS, blocks)
+        self._recorder.replace_gauges(metrics.INDEX_TOKENS, tokens)
+        self._recorder.set(metrics.INDEX_BYTES, (), self._index.stats().size_bytes)
+
+
+class StoreFigures:
+    """The gauges of Redis and of stored contexts, and the journal's discarded updates."""
+
+    def __init__(self, recorder: Recorder, store: Store, journal: Journal, contexts: StoredTotals) -> None:
+        self._recorder = recorder
+        self._growth = Growth(recorder)
+        self._store = store
+        self._journal = journal
+        self._contexts = contexts
+
+    @property
+    def redis(self) -> str:
+        """The state of Redis as this worker sees it: `REDIS_UP`, or what is wrong and why."""
+        state, reason = self._store.state, self._store.reason
+        if state is StoreState.AVAILABLE:
+            return REDIS_UP
+        return state.value if reason is None else f"{state.value} ({reason})"
+
+    def update(self) -> None:
+        """Set the gauges and count newly discarded updates."""
+        stats = self._journal.stats
+        self._recorder.set(metrics.REDIS_BREAKER, (), _STORE_LEVELS[self._store.breaker_state])
+        self._recorder.set(metrics.CONTEXTS, (), self._contexts.total_contexts)
+        self._recorder.set(metrics.CONTEXTS_BYTES, (), self._contexts.total_bytes)
+        self._recorder.set(metrics.JOURNAL_LAG, (), stats.lag_seconds)
+        for reason, total in (
+            ("queue", stats.dropped_queued),
+            ("corrupt", stats.dropped_corrupt),
+            ("invalid", stats.dropped_invalid),
+            ("unknown_replica", stats.dropped_unknown),
+            ("orphan", stats.dropped_orphans),
+        ):
+            self._growth.count(metrics.JOURNAL_DROPPED, (reason,), total)
+
+
+class OperationFigures:
+    """Counts the operations on Redis as they end."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def observe(self, operation: str, seconds: float, error: ErrorKind | None) -> None:
+        """Count one operation, its duration and its error."""
+        if operation not in _BLOCKING:
+            self._recorder.observe(metrics.REDIS_DURATION, (operation,), seconds)
+        # NOSCRIPT is no failure: the script is then sent in full
+        if error is not None and error is not ErrorKind.NOSCRIPT:
+            self._recorder.inc(metrics.REDIS_ERRORS, (operation, error.value))
+
+
+class Figures(msgspec.Struct, frozen=True):
+    """Everything that is read before a report."""
+
+    replicas: ReplicaFigures
+    index: IndexFigures
+    store: StoreFigures

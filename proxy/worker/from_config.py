@@ -1,0 +1,78 @@
+"""Translate the configuration into the parameters of the objects that it configures."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+
+from cache import ContextLimits
+from proxy.config.schema import Client, Config, Contexts, Queueing, Upstream
+from proxy.fleet import Backoff
+from proxy.pipeline.admission import KnownClient
+from proxy.routing.replica_queue import QueueLimits
+from proxy.upstream import Limits, Origin, default_ssl_context
+
+
+def backoff(upstream: Upstream) -> Backoff:
+    """Return the pauses after a replica's failures."""
+    return Backoff(
+        first_seconds=upstream.backoff_seconds,
+        most_seconds=upstream.backoff_max_seconds,
+        most_retry_after_seconds=upstream.retry_after_max_seconds,
+    )
+
+
+def upstream_limits(upstream: Upstream) -> Limits:
+    """Return the time limits and the pool size of connections to a replica."""
+    return Limits(
+        connect_seconds=upstream.connect_seconds,
+        first_byte_seconds=upstream.first_byte_seconds,
+        idle_seconds=upstream.idle_seconds,
+        pool_wait_seconds=upstream.pool_seconds,
+        max_connections=upstream.max_connections,
+        idle_expiry_seconds=upstream.keepalive_seconds,
+    )
+
+
+def trust(upstream: Upstream) -> Callable[[Origin], ssl.SSLContext]:
+    """Return the maker of TLS contexts: they trust the system's authorities and those of `ca_file`."""
+
+    def context(origin: Origin) -> ssl.SSLContext:
+        trusted = default_ssl_context(origin)
+        if upstream.ca_file is not None:
+            trusted.load_verify_locations(upstream.ca_file)
+        return trusted
+
+    return context
+
+
+def context_limits(contexts: Contexts) -> ContextLimits:
+    """Return the budgets and quotas of stored contexts."""
+    return ContextLimits(
+        total_bytes=contexts.total_bytes,
+        tenant_bytes=contexts.tenant_bytes,
+        pinned_bytes=contexts.pinned_bytes,
+        contexts_at_most=contexts.max_contexts,
+        tags_at_most=contexts.max_tags,
+        grace_seconds=contexts.grace_seconds,
+        memory_bytes=contexts.memory_bytes,
+        warming_seconds=contexts.warming_seconds,
+    )
+
+
+def queue_limits(queue: Queueing) -> QueueLimits:
+    """Return how long and how many requests may wait at a replica."""
+    return QueueLimits(queue.deadline_seconds, queue.max_waiting)
+
+
+def known_clients(clients: tuple[Client, ...]) -> list[KnownClient]:
+    """Return the clients that are listed in the configuration."""
+    return [
+        KnownClient(bytes.fromhex(client.key_sha256), client.tenant or client.name, client.models)
+        for client in clients
+    ]
+
+
+def model_names(config: Config) -> list[str]:
+    """Return the model names and patterns of all pools."""
+    return [pattern for pool in config.pools for pattern in pool.models]

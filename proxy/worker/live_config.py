@@ -1,0 +1,77 @@
+"""Apply a new configuration, and the tenants' shared secret, to a worker that is running."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from cache import CacheError, ContextStore, Store, shared_secret
+from proxy.accounting.pricing import PriceBook
+from proxy.accounting.rate_cards import rules_of
+from proxy.config.schema import Config
+from proxy.contexts.api import ContextApi
+from proxy.fleet.discovery import Discovery
+from proxy.metrics.model_labels import ModelNames
+from proxy.pipeline.admission import Authenticator
+from proxy.worker import from_config
+from proxy.worker.http_server import HttpServer
+from proxy.worker.replica_queues import ReplicaQueues
+
+SECRET_RETRY_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LiveParts:
+    """The objects that a reload changes."""
+
+    http_server: HttpServer
+    discovery: Discovery
+    queues: ReplicaQueues
+    model_names: ModelNames
+    prices: PriceBook
+    contexts: ContextStore
+    context_api: ContextApi
+
+
+class LiveConfig:
+    """The configuration in use and the secret of the tenants' hash."""
+
+    def __init__(self, config: Config, secret: bytes, parts: LiveParts) -> None:
+        self._secret = secret
+        self._parts = parts
+        self.config = config
+
+    async def reconfigure(self, config: Config) -> None:
+        """Apply the live part of a new configuration (`proxy.config.reload`); running requests are not affected.
+
+        Raises:
+            ConfigError: the configuration needs something that only a restart can do; nothing was changed.
+        """
+        parts = self._parts
+        self.config = config
+        parts.queues.set_limits(from_config.queue_limits(config.queue))
+        parts.discovery.adopt(config)
+        parts.model_names.add(from_config.model_names(config))
+        parts.prices.adopt(rules_of(config.prices))
+        parts.contexts.adopt(from_config.context_limits(config.contexts))
+        parts.context_api.adopt(config.contexts)
+        self._set_authenticator()
+
+    async def adopt_secret(self, store: Store) -> None:
+        """Use the secret that all proxies share through Redis, as soon as Redis answers.
+
+        Returns at once if the configuration has a secret.
+        """
+        while self.config.tenants.secret is None:
+            await store.wait_available()
+            try:
+                self._secret = await shared_secret(store)
+            except CacheError:
+                await asyncio.sleep(SECRET_RETRY_SECONDS)
+                continue
+            self._set_authenticator()
+            return
+
+    def _set_authenticator(self) -> None:
+        clients = from_config.known_clients(self.config.clients)
+        self._parts.http_server.authenticator = Authenticator(clients, self._secret)

@@ -1,0 +1,48 @@
+"""Keep one queue per replica, with the limits in force."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from cache import Journal, JournalState
+from proxy.clock import Clock
+from proxy.fleet import Fleet
+from proxy.fleet.pools import Pools
+from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
+
+
+class ReplicaQueues:
+    """The queues of all replicas, by the fleet's numbers in `by_replica`. `writer_id` is this worker's name."""
+
+    def __init__(self, fleet: Fleet, pools: Pools, journal: Journal, clock: Clock, writer_id: str) -> None:
+        self._fleet = fleet
+        self._pools = pools
+        self._journal = journal
+        self._clock = clock
+        self._writer_id = writer_id
+        self._limits = QueueLimits()
+        self.by_replica: dict[int, ReplicaQueue] = {}
+
+    def set_limits(self, limits: QueueLimits) -> None:
+        """Use `limits` in all queues."""
+        self._limits = limits
+        self.update()
+
+    def update(self) -> None:
+        """Make a queue for every new replica, and take over the limits of concurrent work that the fleet knows."""
+        for number in self._pools.served:
+            limit = self._fleet.limit_of(number)
+            queue = self.by_replica.get(number)
+            if queue is None:
+                self.by_replica[number] = ReplicaQueue(
+                    limit, self._limits, self._clock, partial(self._places, number)
+                )
+            else:
+                queue.set_limits(self._limits)
+                queue.set_limit(limit)
+
+    def _places(self, number: int, waiting: int) -> int | None:
+        """Return this worker's share of a replica's limit; the other shares belong to the journal's other writers."""
+        others = self._journal.others
+        is_informed = self._journal.state is JournalState.LIVE
+        return self._fleet.places(number, 1 + others, waiting, own_name=self._writer_id, informed=is_informed)

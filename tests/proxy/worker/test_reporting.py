@@ -1,0 +1,189 @@
+"""What a worker reports to its supervisor, with small fakes in place of the parts that it reports on."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cache import BreakerState as StoreBreakerState
+from cache import ErrorKind, JournalState, JournalStats, ReplicaStats, StoreState
+from proxy.accounting.round_robin import RoundRobinBaseline
+from proxy.control.messages import WorkerReport
+from proxy.control.prefix_rows import PrefixReport
+from proxy.fleet import BreakerState
+from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
+from proxy.metrics import definitions as metrics
+from proxy.metrics.definitions import Labels, Spec
+from proxy.metrics.exposition import Exposition
+from proxy.metrics.recorder import Recorder
+from proxy.model import ReplicaView
+from proxy.upstream import Origin
+from proxy.worker.figures import Figures, IndexFigures, OperationFigures, ReplicaFigures, StoreFigures
+from proxy.worker.reporting import Reporter, StatusSource
+from tests.support.clock import FakeClock
+
+
+def part(**attributes: Any) -> Any:
+    """A part of a worker with the attributes that a test gives it."""
+    return SimpleNamespace(**attributes)
+
+
+class Supervisor:
+    """Adds reports up, as the supervisor does, while it `reads`."""
+
+    def __init__(self) -> None:
+        self.reads = True
+        self.exposition = Exposition()
+        self.last: WorkerReport | None = None
+
+    def report(self, report: WorkerReport) -> bool:
+        if self.reads:
+            self.exposition.apply(0, report.counts)
+            self.last = report
+        return self.reads
+
+
+class Bench:
+    """A reporter on one replica named `one`, whose parts a test may change."""
+
+    def __init__(self) -> None:
+        self.recorder = Recorder()
+        self.supervisor = Supervisor()
+        self.journal = part(state=JournalState.LIVE, others=2, holds_lease=True, stats=JournalStats())
+        self.store = part(state=StoreState.AVAILABLE, breaker_state=StoreBreakerState.CLOSED, reason=None)
+        self.evicted_blocks = 0
+        self.prefixes: Any = part(
+            waiting=PrefixReport(), report=lambda: self.prefixes.waiting, report_sent=self._sent
+        )
+        self.log = part(dropped=0)
+        self.counted = 0
+        backend = ReplicaEndpoint("one", "p", "http://one:1", Origin.parse("http://one:1"))
+        pools = Pools([ServedPool("p", ("*",))], "p", {0: backend})
+        index = part(replicas=self._replicas, stats=lambda: part(size_bytes=77))
+        contexts = part(total_contexts=3, total_bytes=30, most_worth=(), now=lambda: 0.0)
+        self.reporter = Reporter(
+            self.supervisor,
+            self.recorder,
+            Figures(
+                ReplicaFigures(self.recorder, self._fleet(), pools, {0: [1, 2]}, FakeClock()),
+                IndexFigures(self.recorder, index, self.journal, pools, RoundRobinBaseline(pools)),
+                StoreFigures(self.recorder, self.store, self.journal, contexts),
+            ),
+            StatusSource(self.prefixes, index, self.journal, pools, contexts),
+            settled=part(count=self._count),
+            requests=part(requests=5),
+            access_log=self.log,
+        )
+
+    def series(self, spec: Spec) -> dict[Labels, float]:
+        return dict(self.supervisor.exposition.series(spec))
+
+    def _fleet(self) -> Any:
+        view = ReplicaView(0, "one", True, 100.0, 40.0, 3, None, 0.0, 0.05)
+        return part(
+            snapshot=lambda pool, now: (view,),
+            breaker_state=lambda number, now: BreakerState.HALF_OPEN,
+            own_in_flight=lambda number: 3,
+            measured_rate=lambda number: None,
+        )
+
+    def _replicas(self) -> dict[int, ReplicaStats]:
+        stats = part(blocks=4, tokens=40, evicted_blocks=self.evicted_blocks, budget_tokens=900, epoch=0)
+        return {0: stats, 9: stats}
+
+    def _count(self) -> None:
+        self.counted += 1
+
+    def _sent(self) -> None:
+        self.prefixes.waiting = None
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_a_report_has_the_state_of_every_part(bench: Bench) -> None:
+    """Gauges, readiness and the status page's figures come from the parts; a replica out of service has none."""
+    bench.reporter.report()
+    last = bench.supervisor.last
+    assert last is not None
+    assert (last.in_flight, last.redis, last.upstreams) == (5, "up", {"one": True})
+    assert (last.page.budgets, last.page.sharing.others) == ({"one": 900}, 2)
+    for spec, labels, value in (
+        (metrics.UPSTREAM_BREAKER, ("one",), 1),
+        (metrics.UPSTREAM_QUEUED, ("one",), 2),
+        (metrics.UPSTREAM_PENDING, ("one",), 40),
+        (metrics.INDEX_TOKENS, ("one",), 40),
+        (metrics.INDEX_BYTES, (), 77),
+        (metrics.CONTEXTS_BYTES, (), 30),
+        (metrics.IN_FLIGHT, (), 5),
+    ):
+        assert bench.series(spec) == {labels: value}, spec.name
+    assert bench.series(metrics.UPSTREAM_RATE) == {}, "a rate that is not measured is not reported"
+
+
+def test_finished_requests_are_counted_before_the_report(bench: Bench) -> None:
+    """Settlement counts in batches, and a report includes the last one."""
+    bench.reporter.report()
+    assert bench.counted == 1
+
+
+def test_redis_is_reported_by_its_state(bench: Bench) -> None:
+    """Readiness shows the word and the reason."""
+    bench.store.state = StoreState.AWAY
+    bench.store.breaker_state, bench.store.reason = StoreBreakerState.OPEN, "refuses writes"
+    bench.reporter.report()
+    assert bench.supervisor.last is not None
+    assert bench.supervisor.last.redis == f"{StoreState.AWAY.value} (refuses writes)"
+    assert bench.series(metrics.REDIS_BREAKER) == {(): 2}
+
+
+def test_counts_wait_while_the_supervisor_does_not_read(bench: Bench) -> None:
+    """They arrive once with the next report, and so do the prefixes."""
+    bench.recorder.inc(metrics.ROUTE_DECISIONS, ("warm",), 2)
+    bench.supervisor.reads = False
+    bench.reporter.report()
+    bench.supervisor.reads = True
+    bench.reporter.report()
+    assert bench.series(metrics.ROUTE_DECISIONS) == {("warm",): 2}
+    assert bench.supervisor.last is not None
+    assert bench.supervisor.last.page.prefixes is not None
+    bench.reporter.report()
+    assert bench.series(metrics.ROUTE_DECISIONS) == {("warm",): 2}
+    assert bench.supervisor.last.page.prefixes is None
+
+
+def test_totals_that_others_keep_are_counted_by_their_growth(bench: Bench) -> None:
+    """Evictions, lost log lines and discarded updates."""
+    for evicted, dropped in ((5, 1), (5, 1), (7, 4)):
+        bench.evicted_blocks, bench.log.dropped, bench.journal.stats.dropped_corrupt = evicted, dropped, dropped
+        bench.reporter.report()
+    assert bench.series(metrics.INDEX_EVICTIONS) == {("one",): 7}
+    assert bench.series(metrics.LOG_DROPPED) == {(): 4}
+    assert bench.series(metrics.JOURNAL_DROPPED) == {("corrupt",): 4}
+
+
+def test_only_one_worker_counts_what_all_of_them_see(bench: Bench) -> None:
+    """Every worker has the whole index; the one that holds the lease counts its evictions."""
+    bench.evicted_blocks, bench.journal.holds_lease = 5, False
+    bench.reporter.report()
+    assert bench.series(metrics.INDEX_EVICTIONS) == {}
+    bench.evicted_blocks, bench.journal.holds_lease = 6, True
+    bench.reporter.report()
+    assert bench.series(metrics.INDEX_EVICTIONS) == {("one",): 1}
+
+
+def test_operations_on_redis_are_timed_unless_they_wait_by_design() -> None:
+    """And a script that Redis does not know yet is no error."""
+    recorder, exposition = Recorder(), Exposition()
+    observer = OperationFigures(recorder)
+    observer.observe("GET", 0.001, None)
+    observer.observe("XREAD", 5.0, None)
+    observer.observe("EVALSHA", 0.001, ErrorKind.NOSCRIPT)
+    observer.observe("SET", 0.001, ErrorKind.TIMEOUT)
+    exposition.apply(0, recorder.take())
+    assert {labels[0] for labels in exposition.observed(metrics.REDIS_DURATION)} == {"GET", "EVALSHA", "SET"}
+    assert dict(exposition.series(metrics.REDIS_ERRORS)) == {("SET", ErrorKind.TIMEOUT.value): 1}
