@@ -6,22 +6,16 @@ shape is made of them in one place, `proxy.wire.errors`.
 
 from __future__ import annotations
 
-import enum
+from http import HTTPStatus
+from typing import Final
 
-
-class Fault(enum.StrEnum):
-    """Whose fault an error is."""
-
-    CLIENT = "client"
-    UPSTREAM = "upstream"
-    CACHE = "cache"
-    INTERNAL = "internal"
+REASON_PHRASES: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
+"""Reason phrases of HTTP by status."""
 
 
 class CairnError(Exception):
     """Base of all. `message` is safe to show: it never holds a prompt, a key or a path of the machine."""
 
-    fault = Fault.INTERNAL
     status = 500
     type = "server_error"
     code: str | None = None
@@ -55,7 +49,6 @@ class ConfigError(CairnError):
 class ClientError(CairnError):
     """The request cannot be served as it is."""
 
-    fault = Fault.CLIENT
     status = 400
     type = "invalid_request_error"
 
@@ -84,6 +77,12 @@ class NotFound(ClientError):
 
     status = 404
     code = "model_not_found"
+
+
+class UnknownObject(NotFound):
+    """The client has created no such file, response or batch; one that another client created looks the same."""
+
+    code = "object_not_found"
 
 
 class ContextNotFound(NotFound):
@@ -126,7 +125,6 @@ class QuotaExceeded(ClientError):
 class ContextsAway(CairnError):
     """Redis is away, and with it stored contexts that this worker has not in memory."""
 
-    fault = Fault.CACHE
     status = 503
     code = "contexts_unavailable"
 
@@ -134,7 +132,6 @@ class ContextsAway(CairnError):
 class ContextDamaged(CairnError):
     """What is stored of a context is not what was uploaded; nothing of it is used."""
 
-    fault = Fault.CACHE
     code = "context_damaged"
 
 
@@ -149,7 +146,6 @@ class Overloaded(CairnError):
 class UpstreamError(CairnError):
     """The upstream failed. `reason` is a closed label; `before_answer` says that no byte of an answer came."""
 
-    fault = Fault.UPSTREAM
     status = 502
     type = "upstream_error"
     reason = "error"

@@ -26,13 +26,29 @@ class Endpoint(enum.StrEnum):
     EMBEDDINGS = "embeddings"
     MODELS = "models"
     CACHING = "caching"
+    INFERENCE = "inference"  # another path that runs a model: images, speech, rerank, score, ...
     OTHER = "other"
 
     is_generation: bool
-    """True where a prompt is prefilled, so that prefixes matter and a second try is safe."""
+    """True if a prompt is prefilled, so that prefixes matter."""
+
+    runs_model: bool
+    """True if the request runs a model and creates nothing, so that it may be sent a second time."""
 
     def __init__(self, label: str) -> None:
         self.is_generation = label in ("chat_completions", "completions", "responses", "messages")
+        self.runs_model = self.is_generation or label in ("embeddings", "inference")
+
+
+class Access(enum.Enum):
+    """Who may use a path at a replica whose key is not the client's own."""
+
+    INFERENCE = "inference"  # every client, for the models it may use
+    CREATE = "create"  # every client; what it creates is its own
+    OBJECT = "object"  # the client that created the object
+    LIST = "list"  # nobody: the list shows what all clients created
+    ADMINISTRATION = "administration"  # nobody
+    CONFIGURED = "configured"  # every client: the configuration allows the path
 
 
 class CacheStatus(enum.StrEnum):
@@ -92,6 +108,11 @@ class Tenant(msgspec.Struct, frozen=True, gc=False):
     models: tuple[str, ...] = ("*",)
     name: str = ""
 
+    @property
+    def is_limited(self) -> bool:
+        """True if the client may use only some models."""
+        return "*" not in self.models
+
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of one answer in the one normal form; cached and written tokens are part of `prompt_tokens`.
@@ -145,7 +166,8 @@ class Prompt(msgspec.Struct, frozen=True):
     pinned_to: str | None = None  # previous_response_id, or the first file id
     media: tuple[Media, ...] = ()
     max_output_tokens: int | None = None
-    may_name_context: bool = False  # somewhere in a short message stands "cache", perhaps as a role
+    may_name_context: bool = False  # a short message contains "cache", perhaps as its role
+    referring: tuple[memoryview, ...] = ()  # members, beside messages and input, that may name stored objects
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -161,6 +183,10 @@ class Call(msgspec.Struct, frozen=True):
     received_seconds: float  # monotonic: the head was here
     read_seconds: float  # the body was all here
     deadline_seconds: float  # monotonic
+    access: Access = Access.INFERENCE
+    path_model: str | None = None  # the model that the path names
+    object_id: str | None = None  # the object that the path names
+    encoded_body: Body | None = None  # the body as it was sent, if that was compressed
 
 
 class Edit(msgspec.Struct, frozen=True, gc=False):

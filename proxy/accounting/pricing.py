@@ -17,10 +17,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from decimal import Decimal
-from fnmatch import fnmatchcase
 
 import msgspec
 
+from proxy.patterns import matches
 from proxy.model import Usage
 
 ZERO = Decimal(0)
@@ -151,8 +151,8 @@ class PriceBook:
         for rule in self._rules:
             if (
                 rule.valid_from <= day
-                and fnmatchcase(model, rule.model)
-                and any(fnmatchcase(address, rule.upstream) for address in upstream)
+                and matches(model, rule.model)
+                and any(matches(address, rule.upstream) for address in upstream)
             ):
                 return rule.card
         return self._builtin(model, upstream[0]) or Unpriced.NO_CARD

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import click
 
 from proxy.cli import exit_codes as exits
 from proxy.errors import ConfigError
+from proxy.patterns import matches_any
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,7 +59,7 @@ def _upstreams(config: Config, model: str, wanted: str | None) -> Iterator[tuple
         found = [(name, url) for name, url, _ in known if wanted.rstrip("/") in (name, url.rstrip("/"))]
         yield from found or [("", wanted)]
     elif known:
-        yield from ((name, url) for name, url, models in known if any(fnmatchcase(model, each) for each in models))
+        yield from ((name, url) for name, url, models in known if matches_any(model, models))
     else:
         yield "", ""
 

@@ -32,6 +32,9 @@ Name = Annotated[
     str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/\[\]-]*$", max_length=128)
 ]  # safe in a label and a header
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f]{64}$")]
+PathPatterns = Annotated[
+    tuple[Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=256)], ...], Meta(max_length=256)
+]
 Patterns = tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...]
 
 
@@ -128,6 +131,20 @@ class Server(Section, frozen=True):
     max_in_flight_bytes: Count = 512 * MIB
     drain_accept_seconds: Wait = 2  # after SIGTERM: not ready, still accepting, until balancers have seen it
     drain_seconds: Wait = 30  # then: what runs may end
+    engine_paths: PathPatterns = ()
+    """Paths outside /v1 that are passed on to engines and routed by the model in the body, as patterns with `*` and
+    `?`: `/tokenize`, `/detokenize`, `/rerank`, `/score`, `/pooling`, `/apply-template`, `/openai/deployments/*`. A
+    path under `/openai/deployments/` names its model itself. None by default."""
+
+    allowed_paths: PathPatterns = ()
+    """Paths under /v1, beyond inference, that clients may use at replicas whose key is not their own, as patterns
+    with `*` and `?`: `/v1/fine_tuning/*`, `/v1/files`. By default clients run models and use the files, batches and
+    responses that they created; lists of everybody's objects and administration are refused. A pattern that fits
+    `/v1/files/ID` lets every client use every file."""
+
+    cors_origins: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...], Meta(max_length=64)] = ()
+    """Origins of web pages whose scripts may call the client port, such as `https://chat.example.com`, or `*` for
+    any. None by default: browsers then keep pages of other origins away."""
 
 
 class Admin(Section, frozen=True):

@@ -133,7 +133,8 @@ class Discovery:
             else:
                 self._tell_capacity(number, replica.capacity_tokens)
         default = config.default_pool
-        served = [_served(pool, config.tenancy) for pool in config.pools]
+        knows_clients = bool(config.clients)
+        served = [_served(pool, config.tenancy, knows_clients=knows_clients) for pool in config.pools]
         return Pools(served, None if default is None else default.name, backends)
 
     def _tell_capacity(self, number: int, tokens: int | None) -> None:
@@ -163,11 +164,18 @@ class Discovery:
             yield msgspec.structs.replace(replica, url=url, name=None)
 
 
-def _served(pool: Pool, tenancy: Tenancy) -> ServedPool:
+def _served(pool: Pool, tenancy: Tenancy, *, knows_clients: bool) -> ServedPool:
     is_provider = pool.kind is PoolKind.PROVIDER
     brings_keys = is_provider and all(replica.key is None for replica in pool.replicas)
     isolated = brings_keys or (pool.tenancy or tenancy) is Tenancy.ISOLATED
-    return ServedPool(pool.name, pool.models, is_provider, isolated, pool.cache_salt)
+    return ServedPool(
+        pool.name,
+        pool.models,
+        is_provider=is_provider,
+        isolated=isolated,
+        sends_cache_salt=pool.cache_salt,
+        shares_key=knows_clients or any(replica.key is not None for replica in pool.replicas),
+    )
 
 
 def _backend(pool: Pool, replica: Replica, *, knows_clients: bool) -> ReplicaEndpoint:

@@ -6,11 +6,11 @@ One object for all phases; a reload changes what is in it at once (`adopt`). It 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import msgspec
 
 from proxy.errors import NotFound
+from proxy.patterns import matches_any
 from proxy.upstream import Origin
 
 _MODELS_REMEMBERED_AT_MOST = 1024
@@ -20,6 +20,7 @@ class ServedPool(msgspec.Struct, frozen=True):
     """A pool as the path sees it.
 
     `isolated` salts every prefix chain by who asks. `sends_cache_salt` adds the field of that name to bodies.
+    `shares_key` means that clients are served with a key of the operator's, or with none, and not with their own.
     `is_provider` means that placements end by time and that no prefix is warmed.
     """
 
@@ -28,6 +29,7 @@ class ServedPool(msgspec.Struct, frozen=True):
     is_provider: bool = False
     isolated: bool = False
     sends_cache_salt: bool = False
+    shares_key: bool = False
 
 
 class ReplicaEndpoint(msgspec.Struct, frozen=True):
@@ -81,6 +83,6 @@ class Pools:
 
     def _search(self, model: str) -> ServedPool:
         for pool in self.all:
-            if any(fnmatchcase(model, pattern) for pattern in pool.models):
+            if matches_any(model, pool.models):
                 return pool
         raise NotFound("The model does not exist here or is not served.", param="model")

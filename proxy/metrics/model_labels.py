@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from proxy.metrics.definitions import MODEL_NAMES_AT_MOST, OTHER
+from proxy.patterns import is_pattern
 
 
 class ModelNames:
@@ -12,7 +13,7 @@ class ModelNames:
 
     def __init__(self, configured: Iterable[str]) -> None:
         self._names: dict[str, str] = {}
-        self.add(name for name in configured if not set(name) & set("*?["))
+        self.add(name for name in configured if not is_pattern(name))
 
     def add(self, names: Iterable[str]) -> None:
         """Allow `names`, for example those of an upstream's model list, while there is room."""

@@ -1,6 +1,6 @@
-"""Who asks, whether they may, and whether there is room: everything before a byte of the prompt is looked at.
+"""Phase 1: identify the client, check the models it may use, and limit the work in flight.
 
-It must not know replicas, prompts or Redis.
+All of this happens before any byte of a prompt is read.
 """
 
 from __future__ import annotations
@@ -10,51 +10,27 @@ import hashlib
 import hmac
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Final
 
-from proxy.errors import BadRequest, Forbidden, NotFound, Overloaded, Unauthorized
-from proxy.model import Endpoint, Tenant
+from proxy.errors import Forbidden, Overloaded, Unauthorized
+from proxy.model import Tenant
+from proxy.patterns import matches_any
 
-_TENANTS_REMEMBERED: Final = 4096  # keys whose tenant is kept; the hashes that find it cost some 3 us
-_KEY_BYTES_REMEMBERED: Final = 512  # a longer one is hashed each time, so that what strangers send is never much
+_TENANTS_REMEMBERED: Final = 4096  # keys whose tenant is remembered; computing it takes 3 us
+_KEY_BYTES_REMEMBERED: Final = 512  # a longer key is hashed each time, so that strangers cannot fill memory
+_CREDENTIALS_MOST: Final = 8  # of one request; honest clients send one or two
+_HASH_KEY_BYTES_MOST: Final = 64  # BLAKE2b takes no longer key
 _ANONYMOUS: Final = b""
 _ANONYMOUS_NAME: Final = "anonymous"
-_NAME_DIGITS: Final = 12  # of a keyed hash, for the operator's eyes
+_NAME_DIGITS: Final = 12  # of a keyed hash, shown to the operator
 _BUSY_RETRY_SECONDS: Final = 1.0
-
-_ENDPOINTS = {
-    "/v1/chat/completions": Endpoint.CHAT,
-    "/v1/completions": Endpoint.COMPLETIONS,
-    "/v1/responses": Endpoint.RESPONSES,
-    "/v1/messages": Endpoint.MESSAGES,
-    "/v1/embeddings": Endpoint.EMBEDDINGS,
-}
-
-
-def endpoint_of(method: str, path: str) -> Endpoint:
-    """What `method` and `path` (without its query) ask for.
-
-    Raises:
-        NotFound: the path is not under /v1/.
-        BadRequest: it has dot segments, which could leave the upstream's base path.
-    """
-    if method == "POST" and (endpoint := _ENDPOINTS.get(path)):
-        return endpoint
-    if path == "/v1/models" and method == "GET":
-        return Endpoint.MODELS
-    if not path.startswith("/v1/"):
-        raise NotFound(f"There is nothing at this path for {method}.", code="unknown_path")
-    if "/." in path or "%2e" in path.lower() or "\\" in path:
-        raise BadRequest("The path has dot segments.", code="bad_path")
-    if path.startswith("/v1/caching"):
-        return Endpoint.CACHING
-    return Endpoint.OTHER
+_KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
+_KEY_HEADER_LENGTHS = frozenset(map(len, _KEY_HEADERS))
 
 
 @dataclass(frozen=True, slots=True)
 class KnownClient:
-    """A client that the configuration lists: the SHA-256 of its key, whose it is, what it may use."""
+    """A client of the configuration: the SHA-256 of its key, its tenant, and patterns of the models it may use."""
 
     key_sha256: bytes
     tenant: str
@@ -62,24 +38,44 @@ class KnownClient:
 
 
 class Authenticator:
-    """Turns a credential into a tenant.
+    """Finds the tenant of a key.
 
-    With `clients` only their keys are known. Without, every key is a tenant of its own, named by a keyed hash, since
-    the upstream is who judges it. `secret` keys that hash, so that no name can be computed from a key alone.
+    With `clients`, only their keys are accepted. Without, each key is a tenant of its own, named by a keyed hash, and
+    the upstream decides whether the key is valid.
+
+    Args:
+        clients: the clients of the configuration.
+        secret: the key of the hash, so that a tenant's name cannot be computed from the client's key alone. A secret
+            of any length is accepted.
     """
 
     def __init__(self, clients: Sequence[KnownClient], secret: bytes) -> None:
         self._clients = tuple(clients)
-        self._secret = secret
+        self._secret = secret if len(secret) <= _HASH_KEY_BYTES_MOST else hashlib.blake2b(secret).digest()
         self._seen: dict[bytes, Tenant] = {}
 
-    def tenant_of(self, credential: bytes) -> Tenant:
-        """The tenant of the key in `credential` (the bytes after `Bearer`, or empty).
+    def tenant_of_any(self, credentials: Sequence[bytes]) -> Tenant:
+        """Return the tenant of the first key in `credentials` that is accepted.
 
         Raises:
-            Unauthorized: clients are listed and this is none of theirs.
+            Unauthorized: clients are configured, and none has one of these keys.
         """
-        # a table is no oracle: it compares keys only where their salted hashes are equal
+        if len(credentials) < 2:
+            return self.tenant_of(credentials[0] if credentials else _ANONYMOUS)
+        for credential in credentials:
+            try:
+                return self.tenant_of(credential)
+            except Unauthorized as error:
+                refusal = error
+        raise refusal
+
+    def tenant_of(self, credential: bytes) -> Tenant:
+        """Return the tenant of one key; empty means that the client sent none.
+
+        Raises:
+            Unauthorized: clients are configured, and none has this key.
+        """
+        # the table is no timing oracle: it compares keys only if their salted hashes are equal
         tenant = self._seen.get(credential)
         if tenant is None:
             tenant = self._known(credential) if self._clients else self._keyed(credential)
@@ -92,7 +88,7 @@ class Authenticator:
     def _known(self, credential: bytes) -> Tenant:
         digest = hashlib.sha256(credential).digest()
         found: KnownClient | None = None
-        for client in self._clients:  # no early end: the time must not tell which one it was
+        for client in self._clients:  # constant time: do not stop at the first match
             if hmac.compare_digest(client.key_sha256, digest):
                 found = client
         if found is None:
@@ -109,29 +105,32 @@ class Authenticator:
         return Tenant(salt.hex(), salt, models, name or salt.hex()[:_NAME_DIGITS])
 
 
-def credential_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """The key that a client sent: `Authorization: Bearer KEY`, or `x-api-key` as Anthropic's clients do."""
+def credentials_of(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
+    """Return the keys in a request's headers, in their order, each once.
+
+    A key comes as `Authorization: Bearer KEY` (in any letter case) or as the bare value of `Authorization`,
+    `x-api-key` (Anthropic) or `api-key` (Azure).
+    """
+    found: list[bytes] = []
     for name, value in headers:
-        if len(name) == 13 and name.lower() == b"authorization":
-            scheme, _, key = value.partition(b" ")
-            return key.strip() if scheme.lower() == b"bearer" else value
-        if len(name) == 9 and name.lower() == b"x-api-key":
-            return value
-    return _ANONYMOUS
+        if len(name) in _KEY_HEADER_LENGTHS and name.lower() in _KEY_HEADERS:
+            scheme, space, rest = value.strip().partition(b" ")
+            key = rest.strip() if space and len(name) == 13 and scheme.lower() == b"bearer" else value.strip()
+            if key and key not in found and len(found) < _CREDENTIALS_MOST:
+                found.append(key)
+    return found
 
 
 def check_model(tenant: Tenant, model: str) -> None:
-    """Raise Forbidden where `tenant` may not use `model`."""
-    for pattern in tenant.models:
-        if pattern == "*" or fnmatchcase(model, pattern):
-            return
-    raise Forbidden("This key may not use this model.", param="model", code="model_not_allowed")
+    """Raise Forbidden if `tenant` may not use `model`."""
+    if not matches_any(model, tenant.models):
+        raise Forbidden("This key may not use this model.", param="model", code="model_not_allowed")
 
 
 class InFlightLimit:
-    """How much is inside at once: requests, and bytes of bodies that are held. One per worker.
+    """Limits the requests in flight, and the bytes of their bodies that are held. One per worker.
 
-    `empty` is set while nobody is inside.
+    `empty` is set while no request is in flight.
     """
 
     def __init__(self, requests_at_most: int, body_bytes_at_most: int) -> None:
@@ -143,12 +142,12 @@ class InFlightLimit:
         self.empty.set()
 
     def enter(self, announced_bytes: int) -> None:
-        """Take a place and `announced_bytes`; each `enter` wants one `leave` with the same figure.
+        """Count one more request with a body of `announced_bytes`; call `leave` once with the same figure.
 
         Raises:
-            Overloaded: there is none; the client is told to come back.
+            Overloaded: a limit is reached; the client may come back after a second.
         """
-        # one request is always let in, however large, or a body over the bound could never be served
+        # a request is always let in if it is the only one, or a body over the limit could never be served
         if self.requests >= self._requests_at_most or (
             self.requests and self.body_bytes + announced_bytes > self._body_bytes_at_most
         ):
@@ -161,7 +160,7 @@ class InFlightLimit:
         self.body_bytes += announced_bytes
 
     def leave(self, announced_bytes: int) -> None:
-        """Give the place back."""
+        """Count one request less."""
         self.requests -= 1
         self.body_bytes -= announced_bytes
         if not self.requests:

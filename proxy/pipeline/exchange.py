@@ -49,6 +49,7 @@ class Exchange:
         "match",
         "model",
         "only_checked",
+        "pinned_replica",
         "plan",
         "pool",
         "progress_seconds",
@@ -69,6 +70,7 @@ class Exchange:
         self.fingerprint: Fingerprint | None = None
         self.match: Match | None = None
         self.pool: ServedPool | None = None
+        self.pinned_replica: int | None = None  # the number of the replica where the object lies that is named
         self.plan: Plan | None = None
         self.avoid: frozenset[str] = frozenset()  # names of replicas that are not to be chosen
         self.stored: StoredUse | None = None

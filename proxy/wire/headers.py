@@ -164,7 +164,7 @@ def cairn_headers(
     )
 
 
-def name_context(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+def names_context(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """True where they say which stored context the messages repeat (`proxy.wire.contexts`)."""
     return any(name == CONTEXT_HEADER for name, _ in headers)
 

@@ -70,6 +70,7 @@ class Common(msgspec.Struct, gc=False):
     enable_thinking: Raw = NONE
     thinking: Raw = NONE
     max_tokens: Raw = NONE
+    container: Raw = NONE
 
 
 class _Chat(Common, gc=False):
@@ -115,6 +116,7 @@ decode_responses = _of_body(_Responses)
 decode_responses_text = _of_body(_ResponsesText)
 decode_messages = _of_body(_Messages)
 decode_embeddings = _of_body(_Embeddings)
+decode_model = decode_embeddings
 
 
 class _Options(msgspec.Struct, gc=False):

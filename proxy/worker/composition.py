@@ -53,7 +53,10 @@ from proxy.pipeline.attempt import Attempts
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.models_endpoint import ModelsEndpoint
 from proxy.pipeline.pipeline import Pipeline
+from proxy.pipeline.planner import Planner
+from proxy.pipeline.reader import RequestReader
 from proxy.pipeline.relay import Relay
+from proxy.pipeline.routes import Routes
 from proxy.pipeline.settlement import Settlement
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.remote_prefills import RemotePrefills
@@ -312,6 +315,7 @@ class Requests:
 
     queues: ReplicaQueues
     relay: Relay
+    routes: Routes
     pipeline: Pipeline
     in_flight_limit: InFlightLimit
     http_server: HttpServer
@@ -357,24 +361,24 @@ def _requests(config: Config, secret: bytes, built: Built) -> Requests:
     queues = ReplicaQueues(replicas.fleet, replicas.pools, sharing.journal, clock, basics.writer_id)
     queues.set_limits(from_config.queue_limits(config.queue))
     relay = _relay(config, basics, replicas, sharing, queues)
-    pipeline = Pipeline(
-        replicas.pools,
+    planner = Planner(
         replicas.fleet,
         built.memory.index,
         built.accounting.token_counts,
-        sharing.journal.locations,
-        relay,
-        ModelsEndpoint(replicas.client, replicas.pools, replicas.fleet, clock),
-        built.accounting.settlement,
-        built.contexts.stored,
         sharing.gate,
         clock,
         min_shareable_bytes=config.routing.min_shareable_bytes,
         weight_per_second=config.routing.future_weight_per_second,
     )
+    reader = RequestReader(replicas.pools, replicas.fleet, sharing.journal.locations, config.server.allowed_paths)
+    models_endpoint = ModelsEndpoint(replicas.client, replicas.pools, replicas.fleet, clock)
+    settlement, stored = built.accounting.settlement, built.contexts.stored
+    pipeline = Pipeline(reader, planner, relay, models_endpoint, settlement, stored)
+    routes = Routes(config.server.engine_paths, config.server.allowed_paths, config.admin.port)
     in_flight_limit = InFlightLimit(config.server.max_in_flight_requests, config.server.max_in_flight_bytes)
     http_server = HttpServer(
         config.server,
+        routes,
         Authenticator(from_config.known_clients(config.clients), secret),
         in_flight_limit,
         pipeline,
@@ -382,7 +386,7 @@ def _requests(config: Config, secret: bytes, built: Built) -> Requests:
         _new_id,
         max_context_bytes=config.contexts.max_context_bytes,
     )
-    return Requests(queues, relay, pipeline, in_flight_limit, http_server)
+    return Requests(queues, relay, routes, pipeline, in_flight_limit, http_server)
 
 
 def _health(config: Config, built: Built, requests: Requests) -> HealthChecker:
@@ -480,7 +484,7 @@ class Worker:
         self.health = health
         self.reporter = reporter
         self.live = live
-        self.explainer = Explainer(requests.pipeline, built.basics.clock)
+        self.explainer = Explainer(requests.pipeline, requests.routes, built.basics.clock)
         self.maintenance = Maintenance(built.memory.index, built.basics.recorder, built.basics.clock)
 
     @property

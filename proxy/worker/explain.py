@@ -12,35 +12,47 @@ import msgspec
 from proxy.clock import Clock
 from proxy.control.messages import Explain
 from proxy.errors import BadRequest, CairnError
-from proxy.model import Call, Candidate
-from proxy.pipeline.admission import Authenticator, endpoint_of
+from proxy.model import Call, Candidate, Endpoint
+from proxy.pipeline.admission import Authenticator
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.pipeline import Pipeline
+from proxy.pipeline.routes import Routes
 from proxy.wire.errors import error_response
 
 
 class Explainer:
     """Answers the admin port's questions in a worker."""
 
-    def __init__(self, pipeline: Pipeline, clock: Clock) -> None:
+    def __init__(self, pipeline: Pipeline, routes: Routes, clock: Clock) -> None:
         self._pipeline = pipeline
+        self._routes = routes
         self._clock = clock
 
     async def explain(self, question: Explain, authenticator: Authenticator) -> tuple[int, bytes]:
         """Status and JSON: each replica's matched tokens, work, queue and cost, and the choice with its reason."""
         try:
-            endpoint = endpoint_of("POST", question.path)
-            if not endpoint.is_generation:
+            route = self._routes.route("POST", question.path)
+            if not route.endpoint.is_generation:
                 raise BadRequest("Only generations are routed by their prefix.", param="path")
             now_seconds = self._clock.monotonic()
             tenant = authenticator.tenant_of(question.credential)
             call = Call(
-                "explain", tenant, endpoint, "POST", question.path, (), question.body, now_seconds, now_seconds, 0.0
+                request_id="explain",
+                tenant=tenant,
+                endpoint=route.endpoint,
+                method="POST",
+                target=route.target,
+                headers=(),
+                body=question.body,
+                received_seconds=now_seconds,
+                read_seconds=now_seconds,
+                deadline_seconds=0.0,
+                path_model=route.model,
             )
             exchange = Exchange(call)
             await self._pipeline.decide(exchange)
         except CairnError as error:
-            answer = error_response(error, endpoint_of("POST", "/v1/chat/completions"))
+            answer = error_response(error, Endpoint.CHAT)
             return answer.status, answer.body
         return 200, msgspec.json.encode(_told(exchange))
 

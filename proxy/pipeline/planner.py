@@ -1,0 +1,108 @@
+"""Phases 4 to 6: from a prompt to the plan that says which replicas may serve it, best first.
+
+It reads the index and the fleet and changes nothing but the exchange.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Final
+
+from cache import Match, PrefixIndex, chain_root, cut, extend
+from proxy.clock import Clock
+from proxy.fleet import Fleet
+from proxy.model import Demand
+from proxy.pipeline.exchange import Exchange
+from proxy.routing import cost as routing
+from proxy.routing.prefill_gate import PrefillGate
+from proxy.routing.token_estimate import TokenCounts
+
+_NOTHING_MATCHED: Final = Match({})
+
+
+class Planner:
+    """Plans requests. One per worker.
+
+    Args:
+        fleet: gives a snapshot of a pool's replicas.
+        index: finds the longest prefix that each replica holds.
+        tokens: predicts how many tokens a prompt has.
+        gate: names the prefixes that are being computed, on which a request had better wait.
+        clock: monotonic time.
+        min_shareable_bytes: a shorter prompt gets no fingerprint.
+        weight_per_second: by how much uncached work counts more for each second of the shortest queue.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        index: PrefixIndex,
+        tokens: TokenCounts,
+        gate: PrefillGate,
+        clock: Clock,
+        *,
+        min_shareable_bytes: int,
+        weight_per_second: float = routing.WEIGHT_PER_SECOND,
+    ) -> None:
+        self._fleet = fleet
+        self._index = index
+        self._tokens = tokens
+        self._gate = gate
+        self._clock = clock
+        self._min_shareable_bytes = min_shareable_bytes
+        self._weight_per_second = weight_per_second
+
+    def fingerprint(self, exchange: Exchange) -> None:
+        """Cut the prompt into blocks and chain their hashes; a prompt that is too short to share has none."""
+        prompt, pool, call = exchange.prompt, exchange.pool, exchange.call
+        if prompt is None or pool is None or not call.endpoint.is_generation:
+            return
+        if prompt.size_bytes >= self._min_shareable_bytes:
+            salt = call.tenant.salt if pool.isolated else b""
+            root = chain_root((salt, *prompt.chain_salt))
+            if exchange.stored is None:
+                exchange.fingerprint = cut(root, prompt.spans)
+            else:
+                exchange.fingerprint = extend(exchange.stored.content.chain(root), prompt.spans)
+
+    def look_up(self, exchange: Exchange) -> None:
+        """Find how much of the prompt each replica holds."""
+        if exchange.fingerprint is not None:
+            exchange.match = self._index.match(exchange.fingerprint)
+
+    def plan(self, exchange: Exchange) -> None:
+        """Order the pool's replicas by what this prompt would cost there. Raises Overloaded if none is left."""
+        assert exchange.pool is not None  # noqa: S101 - the reader set it or raised
+        views = self._fleet.snapshot(exchange.pool.name, self._clock.monotonic())
+        if exchange.avoid:
+            views = tuple([view for view in views if view.name not in exchange.avoid])
+        held_back = None
+        if exchange.fingerprint is not None and not self._gate.is_open:
+            held_back = partial(self._gate.holds_back, exchange.fingerprint.hashes)
+        exchange.plan = routing.plan(
+            self._demand(exchange),
+            exchange.match or _NOTHING_MATCHED,
+            views,
+            min_shareable_bytes=self._min_shareable_bytes,
+            weight_per_second=self._weight_per_second,
+            held_back=held_back,
+        )
+
+    def _demand(self, exchange: Exchange) -> Demand:
+        prompt, fingerprint, match = exchange.prompt, exchange.fingerprint, exchange.match
+        pinned = exchange.pinned_replica
+        if prompt is None:
+            return Demand(0, 0.0, pinned_replica=pinned)
+        size_bytes = prompt.size_bytes
+        if fingerprint is None or match is None:
+            tokens = self._tokens.predict(prompt.model, size_bytes, prompt.media)
+            return Demand(size_bytes, tokens, hash(exchange.call.request_id), pinned_replica=pinned)
+        tokens = self._tokens.predict(prompt.model, size_bytes, prompt.media, match.known_bytes, match.known_tokens)
+        ends = fingerprint.ends
+        return Demand(
+            size_bytes,
+            tokens,
+            fingerprint.hashes[min(match.known_blocks, len(ends) - 1)],
+            size_bytes - (ends[-2] if len(ends) > 1 else 0),
+            pinned,
+        )

@@ -1,0 +1,229 @@
+"""Phase 2: find out which model and which objects a request is about, check them, and choose the pool.
+
+At a replica whose key is not the client's own, this is all that separates clients: a model that a client may not use,
+an object of another client and a path that is neither inference nor an object are refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from cache import ObjectLocations
+from proxy.errors import BadRequest, Forbidden, NotFound, UnknownObject
+from proxy.fleet import Fleet
+from proxy.fleet.pools import Pools, ServedPool
+from proxy.model import Access, Call, Edit, Endpoint, Tenant
+from proxy.patterns import matches_any
+from proxy.pipeline.admission import check_model
+from proxy.pipeline.exchange import Exchange
+from proxy.wire import multipart, named_models
+from proxy.wire import request as wire_request
+from proxy.wire.references import Reference, references
+
+_EMBEDDINGS: Final = Endpoint.EMBEDDINGS
+_INFERENCE: Final = Endpoint.INFERENCE
+
+
+class RequestReader:
+    """Reads requests. One per worker.
+
+    Args:
+        pools: the pools in force.
+        fleet: gives the number of a replica by its name.
+        locations: the replicas where objects were created, by the keys of `object_key`.
+        allowed_paths: patterns of paths that every client may use at any replica.
+    """
+
+    def __init__(
+        self, pools: Pools, fleet: Fleet, locations: ObjectLocations, allowed_paths: Sequence[str] = ()
+    ) -> None:
+        self._pools = pools
+        self._fleet = fleet
+        self._locations = locations
+        self._allowed_paths = tuple(allowed_paths)
+
+    def read(self, exchange: Exchange) -> None:
+        """Set the exchange's prompt, model, pool, edits and pinned replica.
+
+        Raises:
+            BadRequest: the body cannot be read.
+            Forbidden: the client may not use this model or path.
+            NotFound: no pool serves the model, or the client has created no such object.
+        """
+        endpoint = exchange.call.endpoint
+        if endpoint.is_generation or endpoint is _EMBEDDINGS:
+            self._read_prompt(exchange)
+        elif endpoint is _INFERENCE:
+            self._read_model(exchange)
+        elif exchange.call.path_model is not None:
+            exchange.model = exchange.call.path_model
+            check_model(exchange.call.tenant, exchange.model)
+            exchange.pool = self._pools.serving(exchange.model)
+        else:
+            self._read_path(exchange)
+
+    # -- paths with a model in the body
+
+    def _read_prompt(self, exchange: Exchange) -> None:
+        call = exchange.call
+        prompt = wire_request.read(call.body, call.endpoint, model=call.path_model)
+        exchange.prompt = prompt
+        exchange.model = prompt.model or None
+        pool = exchange.pool = self._pool_for(call, exchange.model)
+        if call.tenant.is_limited:
+            _check_further_models(call)
+        if pool.shares_key:
+            continued = (Reference("responses", prompt.pinned_to),) if prompt.pinned_to else ()
+            self._check_references(call, pool, prompt.referring, continued)
+        if self._locations and (pinned_to := prompt.pinned_to or wire_request.first_file_id(call.body)):
+            exchange.pinned_replica = self._number_in(pool, self._locate(call.tenant, pinned_to))
+        if pool.sends_cache_salt and pool.isolated:
+            at = prompt.body.index(b"{") + 1
+            exchange.edits = (Edit(at, at, b'"cache_salt":"%b",' % call.tenant.id.encode()),)
+
+    def _read_model(self, exchange: Exchange) -> None:
+        call = exchange.call
+        content_type = _content_type(call)
+        exchange.model = call.path_model or named_models.model_of(call.body, content_type)
+        pool = exchange.pool = self._pool_for(call, exchange.model)
+        if call.tenant.is_limited:
+            _check_further_models(call)
+        if pool.shares_key and not multipart.is_form(content_type):
+            self._check_references(call, pool, (call.body,))
+
+    def _pool_for(self, call: Call, model: str | None) -> ServedPool:
+        """The pool that serves `model`; without a model the only pool, whose upstream then judges."""
+        if model is not None:
+            check_model(call.tenant, model)
+            return self._pools.serving(model)
+        if call.tenant.is_limited or len(self._pools.all) != 1:
+            raise BadRequest("model is missing", param="model")
+        return self._pools.all[0]
+
+    def _check_references(
+        self, call: Call, pool: ServedPool, members: Iterable[memoryview | bytes], known: Iterable[Reference] = ()
+    ) -> None:
+        found = references(call.body, members)
+        if found is None:
+            raise BadRequest("The body is not valid JSON.")
+        for reference in (*known, *found):
+            shared = matches_any(f"/v1/{reference.collection}/{reference.object_id}", self._allowed_paths)
+            if not shared and self._locations.of(object_key(call.tenant, pool, reference.object_id)) is None:
+                raise _unknown_object()
+
+    # -- paths with an object, or with neither
+
+    def _read_path(self, exchange: Exchange) -> None:
+        call = exchange.call
+        name = self._named_location(call)
+        pool = self._pool_of(name) or self._pools.default
+        if pool is None:
+            raise NotFound(
+                "No pool is the default for paths that name no model; mark one with default: true.",
+                code="no_default_pool",
+            )
+        exchange.pool = pool
+        exchange.pinned_replica = self._number_in(pool, name)
+        if pool.shares_key:
+            self._check_access(call, pool)
+
+    def _named_location(self, call: Call) -> str | None:
+        """The name of the replica where the object lies that the path or, for a batch, the body names."""
+        if call.object_id is not None:
+            return self._locate(call.tenant, call.object_id)
+        if call.access is Access.CREATE:
+            found = references(call.body, (call.body,)) if call.body else None
+            return next(filter(None, (self._locate(call.tenant, each.object_id) for each in found or ())), None)
+        if not self._locations:
+            return None
+        segments = call.target.partition("?")[0].split("/")
+        return next(filter(None, (self._locate(call.tenant, segment) for segment in segments if segment)), None)
+
+    def _check_access(self, call: Call, pool: ServedPool) -> None:
+        """Refuse what a client may not do with a key that is not its own."""
+        access, limited = call.access, call.tenant.is_limited
+        if access is Access.CREATE:
+            self._check_creation(call, pool)
+        elif access is Access.INFERENCE or (access is Access.CONFIGURED and not limited):
+            return
+        elif call.object_id is None:
+            raise Forbidden(
+                "This path is not available with the key that clients share. The operator can allow it in "
+                "server.allowed_paths.",
+                code="path_not_allowed",
+            )
+        elif self._locations.of(object_key(call.tenant, pool, call.object_id)) is None:
+            raise _unknown_object()
+
+    def _check_creation(self, call: Call, pool: ServedPool) -> None:
+        if call.body and not multipart.is_form(_content_type(call)):
+            self._check_references(call, pool, (call.body,))
+        if call.tenant.is_limited:
+            models = _created_models(call)
+            if models is None:
+                raise _unreadable()
+            for model in models:
+                check_model(call.tenant, model)
+
+    # -- where objects lie
+
+    def _locate(self, tenant: Tenant, object_id: str) -> str | None:
+        """The name of the replica where the client's object was created."""
+        return self._locations.of(f"{tenant.id}/{object_id}") or self._locations.of(object_id)
+
+    def _pool_of(self, name: str | None) -> ServedPool | None:
+        number = None if name is None else self._fleet.number_of(name)
+        if number is None:
+            return None
+        pool_name = self._pools.backends[number].pool
+        return next((pool for pool in self._pools.all if pool.name == pool_name), None)
+
+    def _number_in(self, pool: ServedPool, name: str | None) -> int | None:
+        """The number of the replica `name` if it belongs to `pool`."""
+        number = None if name is None else self._fleet.number_of(name)
+        return number if number is not None and self._pools.backends[number].pool == pool.name else None
+
+
+def object_key(tenant: Tenant, pool: ServedPool, object_id: str) -> str:
+    """Return the key by which the place of an object is remembered: with a shared key, it tells whose object it is."""
+    return f"{tenant.id}/{object_id}" if pool.shares_key else object_id
+
+
+def _check_further_models(call: Call) -> None:
+    models = named_models.further_models(call.body, _content_type(call))
+    if models is None:
+        raise _unreadable()
+    for model in models:
+        check_model(call.tenant, model)
+
+
+def _created_models(call: Call) -> Iterable[str] | None:
+    """The models that the new object will use, None if they cannot be read."""
+    path = call.target.partition("?")[0]
+    content_type = _content_type(call)
+    if path == "/v1/files":
+        is_batch = named_models.is_batch_input(call.body, content_type)
+        return named_models.batch_file_models(call.body, content_type) if is_batch is not False else ()
+    if path == "/v1/messages/batches":
+        return named_models.batch_request_models(call.body)
+    if path == "/v1/videos":
+        model = named_models.model_of(call.body, content_type)
+        return None if model is None else (model,)
+    return ()
+
+
+def _content_type(call: Call) -> bytes:
+    return next((value for name, value in call.headers if name == b"content-type"), b"")
+
+
+def _unreadable() -> Forbidden:
+    return Forbidden(
+        "This key may use some models only, and the models of this request cannot be read.",
+        param="model",
+        code="model_not_allowed",
+    )
+
+
+def _unknown_object() -> UnknownObject:
+    return UnknownObject("The request names an object that does not exist.")

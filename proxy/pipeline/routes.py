@@ -1,0 +1,199 @@
+"""Decide from method and path which endpoint a request is for and who may use it. Pure.
+
+Every decision is made on the normalised path, which is also what the upstream is sent.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Final
+from urllib.parse import unquote
+
+import msgspec
+
+from proxy.errors import NotFound
+from proxy.model import Access, Endpoint, Tenant
+from proxy.patterns import matches_any
+from proxy.wire.paths import split_target
+
+_PROMPTS = {
+    "chat/completions": Endpoint.CHAT,
+    "completions": Endpoint.COMPLETIONS,
+    "responses": Endpoint.RESPONSES,
+    "messages": Endpoint.MESSAGES,
+    "embeddings": Endpoint.EMBEDDINGS,
+}
+_INFERENCE = frozenset(
+    {
+        "audio/speech",
+        "audio/transcriptions",
+        "audio/translations",
+        "classify",
+        "fim/completions",
+        "images/edits",
+        "images/generations",
+        "images/variations",
+        "messages/count_tokens",
+        "moderations",
+        "ocr",
+        "pooling",
+        "rerank",
+        "responses/compact",
+        "responses/input_tokens",
+        "score",
+    }
+)
+"""Paths under /v1 that run a model named in the body and create nothing that could be asked for later."""
+
+_COLLECTIONS = (
+    "batches",
+    "chat/completions",
+    "containers",
+    "conversations",
+    "files",
+    "messages/batches",
+    "responses",
+    "uploads",
+    "videos",
+)
+"""Paths under /v1 whose POST creates an object that its maker then uses by id."""
+
+_READ_WHOLE = frozenset({"batches", "messages/batches", "videos"})
+"""Collections whose creation is read before it is sent: it names models, or objects that must be the maker's own."""
+
+_DEPLOYMENTS: Final = "/openai/deployments/"  # Azure's prefix: the model is part of the path
+_DEFAULT_VERSION: Final = "/v1"
+_LIVENESS = frozenset({"/", "/health", "/healthz", "/api/hello"})
+_LIVENESS_METHODS = frozenset({"GET", "HEAD"})
+_GUESSED_LENGTH_MOST: Final = 128  # characters of an unknown path that is compared with the known ones
+_KNOWN_PATHS = sorted([f"/v1/{path}" for path in {*_PROMPTS, *_INFERENCE, *_COLLECTIONS, "models", "caching"}])
+_FIRST_SEGMENTS = frozenset({path.split("/")[0] for path in {*_PROMPTS, *_COLLECTIONS, "models", "caching"}}) | {
+    "audio",
+    "images",
+    "moderations",
+}
+"""First segments that are served without /v1 too; engines' own paths at the root need the configuration."""
+
+
+class Route(msgspec.Struct, frozen=True, gc=False):
+    """The meaning of a method and target.
+
+    `target` is the normalised path with the query. `model` is the model that the path names, `object_id` the object.
+    """
+
+    endpoint: Endpoint
+    target: str
+    access: Access = Access.INFERENCE
+    model: str | None = None
+    object_id: str | None = None
+    reads_body: bool = True
+
+    def must_read(self, tenant: Tenant) -> bool:
+        """Return True if the body has to be read before it is sent, False if it may pass through unread."""
+        return self.reads_body or (self.access is Access.CREATE and tenant.is_limited)
+
+
+_ROUTES = {f"/v1/{path}": Route(endpoint, f"/v1/{path}") for path, endpoint in _PROMPTS.items()}
+
+
+class Routes:
+    """The paths of the client port, as configured.
+
+    Args:
+        engine_paths: paths outside /v1 that are passed to engines, as patterns such as `/tokenize`.
+        allowed_paths: paths under /v1 beyond inference that clients may use with a replica's own key, as patterns.
+        admin_port: the port of the status page, named in the answer to an unknown path.
+    """
+
+    def __init__(
+        self, engine_paths: Sequence[str] = (), allowed_paths: Sequence[str] = (), admin_port: int | None = None
+    ) -> None:
+        self._engine_paths = tuple(engine_paths)
+        self._allowed_paths = tuple(allowed_paths)
+        self._admin_port = admin_port
+
+    def route(self, method: str, target: str) -> Route:
+        """Return the meaning of `method` and a request target as it was sent.
+
+        Raises:
+            BadRequest: the target is ambiguous or malformed.
+            NotFound: nothing is served at this path; the message names the most similar path.
+        """
+        if method == "POST" and (known := _ROUTES.get(target)):
+            return known
+        path, query = split_target(target)
+        if path.startswith(_DEPLOYMENTS) and matches_any(path, self._engine_paths):
+            return _deployment(method, path, query)
+        versioned = _versioned(path)
+        if versioned is not None and not (versioned != path and matches_any(path, self._engine_paths)):
+            return self._under_version(method, versioned, query)
+        if matches_any(path, self._engine_paths):
+            if method == "POST":
+                return Route(Endpoint.INFERENCE, path + query)
+            return Route(Endpoint.OTHER, path + query, Access.CONFIGURED, reads_body=False)
+        raise self._unknown(method, path)
+
+    def _under_version(self, method: str, path: str, query: str) -> Route:
+        target = path + query
+        name = path.removeprefix("/v1/")
+        if method == "POST":
+            if endpoint := _PROMPTS.get(name):
+                return Route(endpoint, target)
+            if name in _INFERENCE:
+                return Route(Endpoint.INFERENCE, target)
+        if name == "models" and method == "GET":
+            return Route(Endpoint.MODELS, target, reads_body=False)
+        if name == "caching" or name.startswith("caching/"):
+            return Route(Endpoint.CACHING, target)
+        if name.startswith("models/") and method in ("GET", "HEAD"):
+            return Route(Endpoint.OTHER, target, model=unquote(name.removeprefix("models/")), reads_body=False)
+        route = _of_collection(method, name, target)
+        if route.access is not Access.CREATE and matches_any(path, self._allowed_paths):
+            return msgspec.structs.replace(route, access=Access.CONFIGURED)
+        return route
+
+    def _unknown(self, method: str, path: str) -> NotFound:
+        message = f"Nothing is served at this path for {method}."
+        if len(path) <= _GUESSED_LENGTH_MOST:
+            wanted = path if path.startswith("/v1/") else "/v1" + path
+            if likely := difflib.get_close_matches(wanted, _KNOWN_PATHS, 1, 0.5):
+                message += f" Did you mean {likely[0]}?"
+        if self._admin_port:
+            message += f" Cairn's status page is on the admin port, {self._admin_port}."
+        return NotFound(message, code="unknown_path")
+
+
+def is_liveness(method: str, path: str) -> bool:
+    """Return True if the request only asks whether anything answers here; that needs no key."""
+    return method in _LIVENESS_METHODS and path in _LIVENESS
+
+
+def _versioned(path: str) -> str | None:
+    """`path` with exactly one leading /v1, or None if it does not belong under it."""
+    if not path.startswith("/v1/"):
+        return f"/v1{path}" if path[1:].split("/", 1)[0] in _FIRST_SEGMENTS else None
+    while path.startswith("/v1/v1/"):
+        path = path.removeprefix(_DEFAULT_VERSION)
+    return path
+
+
+def _deployment(method: str, path: str, query: str) -> Route:
+    """A path of Azure's: the segment after the prefix is the model, the rest the endpoint."""
+    model, _, name = path.removeprefix(_DEPLOYMENTS).partition("/")
+    endpoint = _PROMPTS.get(name, Endpoint.INFERENCE) if method == "POST" else Endpoint.OTHER
+    return Route(endpoint, path + query, model=unquote(model), reads_body=method == "POST")
+
+
+def _of_collection(method: str, name: str, target: str) -> Route:
+    """A path of objects that clients create: the collection, or one of its objects and what is below it."""
+    for collection in _COLLECTIONS:
+        if name == collection:
+            if method != "POST":
+                return Route(Endpoint.OTHER, target, Access.LIST, reads_body=False)
+            return Route(Endpoint.OTHER, target, Access.CREATE, reads_body=name in _READ_WHOLE)
+        if name.startswith(f"{collection}/"):
+            object_id = unquote(name.removeprefix(f"{collection}/").split("/", 1)[0])
+            if not (collection == "responses" and object_id == "input_tokens"):
+                return Route(Endpoint.OTHER, target, Access.OBJECT, object_id=object_id, reads_body=False)
+    return Route(Endpoint.OTHER, target, Access.ADMINISTRATION, reads_body=False)

@@ -1,0 +1,84 @@
+"""Find the fields of a `multipart/form-data` body without copying it. Pure.
+
+Forms are read strictly: what two parsers could read differently is not read at all, since a decision is made on it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from email.message import Message
+from typing import Final, NamedTuple
+
+from proxy.model import Body
+
+PARTS_MOST: Final = 1000  # of one form
+_HEAD_BYTES_MOST: Final = 4096  # of one part: a name, a file name and a media type
+_BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=?-]{1,70}")  # RFC 2046, 5.1.1, without spaces
+_DISPOSITION = re.compile(
+    r'form-data(?:\s*;\s*(?:name="(?P<name>[^"\\\r\n]*)"|filename\*?=(?:"[^"\r\n]*"|[^;"\s]*)))*\s*', re.IGNORECASE
+)
+
+
+class UnreadableForm(ValueError):
+    """The body is not a form that every parser reads alike."""
+
+
+class Field(NamedTuple):
+    """A field of a form: its name, and its value as a view of the body."""
+
+    name: str
+    value: memoryview
+
+
+def is_form(content_type: bytes) -> bool:
+    """Return True if a `content-type` header says that the body is a form."""
+    return content_type[:19].lower() == b"multipart/form-data"
+
+
+def fields(body: Body, content_type: bytes) -> Iterator[Field]:
+    """Yield the fields of a form in their order.
+
+    Raises:
+        UnreadableForm: the boundary, a part's head or the end is missing, malformed or ambiguous.
+    """
+    marker = b"--" + _boundary(content_type)
+    if not body.startswith(marker):
+        raise UnreadableForm("the first boundary is not at the start")
+    view = memoryview(body)
+    at = len(marker)
+    for _ in range(PARTS_MOST):
+        if body[at : at + 2] == b"--":
+            return
+        if body[at : at + 2] != b"\r\n":
+            raise UnreadableForm("no line end behind a boundary")
+        head_end = body.find(b"\r\n\r\n", at, at + _HEAD_BYTES_MOST)
+        value_end = body.find(b"\r\n" + marker, head_end + 2)
+        if head_end < 0 or value_end < 0:
+            raise UnreadableForm("a part has no end")
+        yield Field(_name(bytes(body[at + 2 : head_end])), view[head_end + 4 : max(value_end, head_end + 4)])
+        at = value_end + 2 + len(marker)
+    raise UnreadableForm("too many parts")
+
+
+def _boundary(content_type: bytes) -> bytes:
+    header = Message()
+    header["content-type"] = content_type.decode("latin-1").replace("\r", " ").replace("\n", " ")
+    try:
+        boundary = header.get_boundary()
+    except (ValueError, LookupError):
+        boundary = None
+    if boundary is None or not _BOUNDARY.fullmatch(boundary) or content_type.lower().count(b"boundary") != 1:
+        raise UnreadableForm("no usable boundary")
+    return boundary.encode()
+
+
+def _name(head: bytes) -> str:
+    """The name in the one `content-disposition` line of a part's head."""
+    lines = [line for line in head.decode("latin-1").split("\r\n") if line[:20].lower() == "content-disposition:"]
+    found = _DISPOSITION.fullmatch(lines[0][20:].strip()) if len(lines) == 1 else None
+    if found is None or found["name"] is None or lines[0].lower().count("name=") - lines[0].lower().count(
+        "filename="
+    ) != 1:
+        raise UnreadableForm("a part without a plain name")
+    return found["name"]

@@ -1,0 +1,93 @@
+"""Normalise a request target as web servers do, so that a path means the same here and at the upstream.
+
+Servers decode percent-escapes before they look a path up, and many also resolve dot segments and merge slashes. A
+decision made on the text as sent could therefore be about another path than the one that is served. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from proxy.errors import BadRequest
+
+TARGET_BYTES_MOST: Final = 16 * 1024  # of path and query; the longest honest ones are pages of a cursor, under 1 KB
+
+_ORDINARY = re.compile(r"/[A-Za-z0-9_~-][A-Za-z0-9._~-]*(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*")
+"""Paths that are normal already: no escape, no empty segment, none that begins with a dot."""
+
+_ABSOLUTE = re.compile(r"(?i)https?://[^/?#]*")
+_ESCAPE = re.compile(r"%(?P<digits>[0-9A-Fa-f]{2})?")
+_UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
+_AMBIGUOUS = frozenset("/\\%?#")
+"""Characters that may not be escaped: whether the upstream decodes them before or after it splits the path is not
+known. An escaped `%` is among them, since some servers decode twice."""
+
+
+def split_target(target: str) -> tuple[str, str]:
+    """Return the normalised path of a request target, and its query with the leading `?` (empty if there is none).
+
+    The host of an absolute target (`http://host/path`) is dropped. Characters outside ASCII are percent-encoded.
+
+    Raises:
+        BadRequest: the target is no path, too long, or ambiguous: an escaped slash, backslash, percent sign, question
+            mark or hash, a backslash, a fragment, a control character or a malformed escape.
+    """
+    if len(target) > TARGET_BYTES_MOST:
+        raise _bad("The target of the request is too long.")
+    if not target.isascii():
+        target = _encoded(target)
+    path, mark, query = target.partition("?")
+    if not _ORDINARY.fullmatch(path):
+        path = _normalised(path)
+    if mark and ("#" in query or not _is_visible(query)):
+        raise _bad("The query holds a fragment, a space or a control character.")
+    return path, mark + query
+
+
+def _normalised(path: str) -> str:
+    if absolute := _ABSOLUTE.match(path):
+        path = path[absolute.end() :] or "/"
+    if not path.startswith("/"):
+        raise _bad("The target of the request is not a path.")
+    if "\\" in path or "#" in path or not _is_visible(path):
+        raise _bad("The path holds a backslash, a hash, a space or a control character.")
+    kept: list[str] = []
+    for segment in _ESCAPE.sub(_decoded, path).split("/"):
+        if segment == "..":
+            del kept[-1:]
+        elif segment not in ("", "."):
+            kept.append(segment)
+    return "/" + "/".join(kept)
+
+
+def _decoded(escape: re.Match[str]) -> str:
+    """Decode an escape of an unreserved character, which never needed one; keep any other, in upper case."""
+    digits = escape["digits"]
+    if digits is None:
+        raise _bad("The path has a percent sign that no two hexadecimal digits follow.")
+    character = chr(int(digits, 16))
+    if character in _UNRESERVED:
+        return character
+    if character in _AMBIGUOUS or character < " " or character == "\x7f":
+        raise _bad("The path has an escaped slash, backslash, percent sign, question mark, hash or control character.")
+    return f"%{digits.upper()}"
+
+
+def _encoded(target: str) -> str:
+    """Percent-encode what is not ASCII, and leave the rest alone."""
+    raw = target.encode("utf-8", "surrogateescape" if _is_escaped(target) else "surrogatepass")
+    return "".join([chr(byte) if byte < 0x80 else f"%{byte:02X}" for byte in raw])
+
+
+def _is_escaped(target: str) -> bool:
+    """Return True if every lone surrogate stands for one byte that was not UTF-8."""
+    return all(not "\ud800" <= character <= "\udfff" or "\udc80" <= character <= "\udcff" for character in target)
+
+
+def _is_visible(text: str) -> bool:
+    return text.isprintable() and " " not in text
+
+
+def _bad(message: str) -> BadRequest:
+    return BadRequest(message, code="bad_path")
