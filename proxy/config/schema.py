@@ -32,9 +32,7 @@ Name = Annotated[
     str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/\[\]-]*$", max_length=128)
 ]  # safe in a label and a header
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f]{64}$")]
-PathPatterns = Annotated[
-    tuple[Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=256)], ...], Meta(max_length=256)
-]
+PathPatterns = Annotated[tuple[Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=256)], ...], Meta(max_length=256)]
 Patterns = tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...]
 
 

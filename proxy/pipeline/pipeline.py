@@ -116,6 +116,4 @@ class Pipeline:
         response = error_response(error, exchange.call.endpoint, request_id=exchange.call.request_id)
         exchange.status = response.status
         request_id = (b"x-request-id", exchange.call.request_id.encode())
-        client.send(
-            response.status, REASON_PHRASES[response.status], (*response.headers, request_id), response.body
-        )
+        client.send(response.status, REASON_PHRASES[response.status], (*response.headers, request_id), response.body)

@@ -13,7 +13,7 @@ from cache import ObjectLocations
 from proxy.errors import BadRequest, Forbidden, NotFound, UnknownObject
 from proxy.fleet import Fleet
 from proxy.fleet.pools import Pools, ServedPool
-from proxy.model import Access, Call, Edit, Endpoint, Tenant
+from proxy.model import Access, Body, Call, Edit, Endpoint, Tenant
 from proxy.patterns import matches_any
 from proxy.pipeline.admission import check_model
 from proxy.pipeline.exchange import Exchange
@@ -102,7 +102,7 @@ class RequestReader:
         return self._pools.all[0]
 
     def _check_references(
-        self, call: Call, pool: ServedPool, members: Iterable[memoryview | bytes], known: Iterable[Reference] = ()
+        self, call: Call, pool: ServedPool, members: Iterable[memoryview | Body], known: Iterable[Reference] = ()
     ) -> None:
         found = references(call.body, members)
         if found is None:
@@ -186,7 +186,7 @@ class RequestReader:
 
 
 def object_key(tenant: Tenant, pool: ServedPool, object_id: str) -> str:
-    """Return the key by which the place of an object is remembered: with a shared key, it tells whose object it is."""
+    """Return the key by which the place of an object is remembered. With a shared key it includes the owner."""
     return f"{tenant.id}/{object_id}" if pool.shares_key else object_id
 
 

@@ -24,11 +24,13 @@ from proxy.metrics.recorder import Recorder
 from proxy.model import Candidate, Edit, Ending, Endpoint
 from proxy.pipeline.attempt import Attempt, Attempts
 from proxy.pipeline.exchange import Exchange
+from proxy.pipeline.reader import object_key
 from proxy.upstream import Body, Framing, UpstreamClient, UpstreamResponse
 from proxy.wire import headers as wire_headers
 from proxy.wire import splice
 from proxy.wire.decode import ResponseDecoder
 from proxy.wire.errors import error_event
+from proxy.wire.paths import without_credentials
 from proxy.wire.sse import StreamTap
 from proxy.wire.usage import made_id, read_response
 
@@ -160,8 +162,7 @@ class Relay:
             return await self._request(exchange, backend, upload.pieces, upload.length, identity=False)
         ask = self._usage_edit(exchange, attempt.replica)
         edits = exchange.edits if ask is None else (*exchange.edits, ask)
-        buffers, length = splice.apply(exchange.call.body, edits)
-        response = await self._request(exchange, backend, buffers, length, identity=ask is not None)
+        response = await self._send_body(exchange, backend, edits, identity=ask is not None)
         exchange.asked_usage = ask is not None
         if response.status == 400 and ask is not None:
             return await self._without_usage(exchange, attempt, backend, response)
@@ -177,24 +178,43 @@ class Relay:
             return refusal
         self._never_ask.add(attempt.replica)
         exchange.asked_usage = False
-        buffers, length = splice.apply(exchange.call.body, exchange.edits)
-        return await self._request(exchange, backend, buffers, length, identity=False)
+        return await self._send_body(exchange, backend, exchange.edits, identity=False)
+
+    def _send_body(
+        self, exchange: Exchange, backend: ReplicaEndpoint, edits: tuple[Edit, ...], *, identity: bool
+    ) -> Awaitable[UpstreamResponse]:
+        """Send the client's body: with `edits`, or exactly as it came, compressed or not."""
+        call = exchange.call
+        if call.encoded_body is not None and not edits:
+            return self._request(exchange, backend, [call.encoded_body], len(call.encoded_body), identity=identity)
+        buffers, length = splice.apply(call.body, edits)
+        decoded = call.encoded_body is not None
+        return self._request(exchange, backend, buffers, length, identity=identity, decoded=decoded)
 
     def _request(
-        self, exchange: Exchange, backend: ReplicaEndpoint, body: Body, length: int | None, *, identity: bool
+        self,
+        exchange: Exchange,
+        backend: ReplicaEndpoint,
+        body: Body,
+        length: int | None,
+        *,
+        identity: bool,
+        decoded: bool = False,
     ) -> Awaitable[UpstreamResponse]:
         call = exchange.call
+        replaces_key = backend.credential is not None or backend.drops_credentials
         head = wire_headers.upstream_head(
             call.headers,
             request_id=call.request_id,
             credential=backend.credential,
             drop_credentials=backend.drops_credentials,
             identity=identity,
+            decoded=decoded,
         )
         return self._client.request(
             backend.origin,
             call.method.encode(),
-            call.target.encode(),
+            (without_credentials(call.target) if replaces_key else call.target).encode(),
             head,
             body,
             length=length,
@@ -335,7 +355,8 @@ class Relay:
 
     def _note_made(self, exchange: Exchange, made_id: str | None) -> None:
         if made_id is not None and exchange.attempt is not None:
-            self._journal.own(made_id, exchange.attempt.replica)
+            assert exchange.pool is not None  # noqa: S101 - the reader set it
+            self._journal.own(object_key(exchange.call.tenant, exchange.pool, made_id), exchange.attempt.replica)
 
     def _response_head(self, exchange: Exchange, response: UpstreamResponse) -> list[tuple[bytes, bytes]]:
         return wire_headers.response_head(

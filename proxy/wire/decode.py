@@ -1,35 +1,42 @@
-"""Decode a compressed answer for the tap's eyes only, under a cap; the client gets the bytes as they came.
+"""Decode compressed bodies under a limit: responses as they pass, to read their usage, and whole requests.
 
-Whatever goes wrong (bad data, an unknown coding, a bomb) ends the decoding and nothing else.
+A response that cannot be decoded (bad data, an unknown coding, too large) is passed on all the same, and its usage is
+unknown. A request that cannot be decoded is refused.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import brotli
 import zstandard
 
-DECODED_BYTES_MOST = 64 * 1024 * 1024  # of one answer; more is a bomb, or no concern of the usage
+from proxy.errors import BadRequest, TooLarge
+from proxy.model import Body
+
+DECODED_BYTES_MOST = 64 * 1024 * 1024  # of one response; a longer one is a decompression bomb, or has no usage
 _STEP_BYTES_MOST = 4 * 1024 * 1024  # decoded at once, so that a bomb is noticed before it fills the memory
-_ZSTD_FEED_BYTES: Final = 128  # zstandard's decoder has no limit of its own: four bytes may become 128 KiB
-_ZSTD_WINDOW_BYTES = 8 * 1024 * 1024  # what RFC 9659 lets a sender ask of HTTP clients
+_ZSTD_FEED_BYTES: Final = 128  # zstandard's decoder has no output limit: four bytes may become 128 KiB
+_ZSTD_HEADER_BYTES_MOST: Final = 18
+_ZSTD_SKIPPABLE: Final = b"\x2a\x4d\x18"  # the magic number of a frame without data, but for its first byte
+_ZSTD_REPEATED_BYTE: Final = 2  # the type of a block, in bits 1 and 2 of its header
+_ZSTD_WINDOW_BYTES = 8 * 1024 * 1024  # the largest window that RFC 9659 allows
 
 
 class ResponseDecoder:
-    """Incremental decoder of one answer. `alive` is false once it has given up; then `feed` gives b""."""
+    """Incremental decoder of one response. `alive` is false once it has given up; then `feed` returns b""."""
 
     def __init__(self, encoding: bytes, decoded_bytes_most: int = DECODED_BYTES_MOST) -> None:
-        """`encoding` is the value of `content-encoding`; one coding of gzip, deflate, br, zstd, or identity."""
+        """Create a decoder for the value of a `content-encoding` header: gzip, deflate, br, zstd or identity."""
         make = _STEPS.get(encoding.strip().lower())
         self._step = make() if make else None
         self._left_bytes = decoded_bytes_most
         self.alive = self._step is not None
 
     def feed(self, chunk: bytes) -> bytes:
-        """The decoded bytes of `chunk`, or b"" where there are none, or no more are wanted."""
+        """Return the decoded bytes of `chunk`, or b"" if there are none or the decoder has given up."""
         if self._step is None:
             return b""
         try:
@@ -67,7 +74,7 @@ def _inflate(stream: zlib._Decompress) -> _Step:
 
 
 def _deflate() -> _Step:
-    """`deflate` means zlib's format, but some servers send it bare: the first byte tells."""
+    """`deflate` means zlib's format, but some peers send raw deflate; the first byte distinguishes them."""
     chosen: list[_Step] = []
 
     def step(chunk: bytes, most: int) -> bytes:
@@ -119,4 +126,115 @@ _STEPS: dict[bytes, Callable[[], _Step]] = {
     b"deflate": _deflate,
     b"br": _brotli,
     b"zstd": _zstd,
+}
+
+
+# --- requests
+
+
+def request_encoding(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return the coding of a request's body (gzip, deflate, br or zstd), empty if it is not compressed.
+
+    Raises:
+        BadRequest: the coding is unknown, or there are several.
+    """
+    codings = [value.strip().lower() for name, value in headers if name == b"content-encoding"]
+    codings = [coding for coding in codings if coding not in (b"", b"identity")]
+    if not codings:
+        return b""
+    if len(codings) > 1 or codings[0] not in _WHOLE:
+        raise BadRequest(
+            "The body's content-encoding is not one of gzip, deflate, br and zstd.",
+            code="unsupported_content_encoding",
+        )
+    return codings[0]
+
+
+def decode_request(body: Body, encoding: bytes, limit_bytes: int) -> bytes:
+    """Return the decoded body of a request.
+
+    Args:
+        body: the whole body as it was sent.
+        encoding: the coding that `request_encoding` returned.
+        limit_bytes: of the decoded body. At most one byte more is ever decoded.
+
+    Raises:
+        TooLarge: the decoded body is longer than `limit_bytes`.
+        BadRequest: the body is cut short, damaged, or followed by other bytes.
+    """
+    try:
+        decoded = _WHOLE[encoding](bytes(body), limit_bytes + 1) if body else None
+    except (zlib.error, brotli.error, zstandard.ZstdError, MemoryError):
+        decoded = None
+    if decoded is None:
+        raise BadRequest(f"The body is not valid {encoding.decode()}.", code="bad_content_encoding")
+    if len(decoded) > limit_bytes:
+        raise TooLarge(f"The decoded body has more than {limit_bytes} bytes, the most that is read.")
+    return decoded
+
+
+def _whole_gzip(body: bytes, most: int) -> bytes | None:
+    """Decode all members of a gzip file, which may be several."""
+    decoded = b""
+    while body and len(decoded) < most:
+        stream = zlib.decompressobj(wbits=31)
+        decoded += stream.decompress(body, most - len(decoded))
+        if not stream.eof and len(decoded) < most:
+            return None
+        body = stream.unused_data
+    return decoded
+
+
+def _whole_deflate(body: bytes, most: int) -> bytes | None:
+    stream = zlib.decompressobj(wbits=15 if body[:1] and body[0] & 0x0F == 8 else -15)
+    decoded = stream.decompress(body, most)
+    complete = stream.eof and not stream.unused_data
+    return decoded if complete or len(decoded) >= most else None
+
+
+def _whole_brotli(body: bytes, most: int) -> bytes | None:
+    stream = brotli.Decompressor()
+    decoded: bytes = stream.process(body, output_buffer_limit=most)
+    while len(decoded) < most and not stream.is_finished() and not stream.can_accept_more_data():
+        decoded += stream.process(b"", output_buffer_limit=most - len(decoded))
+    return decoded if stream.is_finished() or len(decoded) >= most else None
+
+
+def _whole_zstd(body: bytes, most: int) -> bytes | None:
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
+    with decompressor.stream_reader(body, read_across_frames=True) as reader:
+        pieces: list[bytes] = []
+        size = 0
+        while size < most and (piece := reader.read(min(most - size, _STEP_BYTES_MOST))):
+            pieces.append(piece)
+            size += len(piece)
+    return b"".join(pieces) if size >= most or _zstd_is_whole(body) else None
+
+
+def _zstd_is_whole(body: bytes) -> bool:
+    """Return True if `body` ends where its last frame ends; the decoder itself accepts less (RFC 8878, 3.1)."""
+    at = 0
+    while at < len(body):
+        if body[at + 1 : at + 4] == _ZSTD_SKIPPABLE:
+            at += 8 + int.from_bytes(body[at + 4 : at + 8], "little")
+            continue
+        start = body[at : at + _ZSTD_HEADER_BYTES_MOST]
+        at += zstandard.frame_header_size(start)
+        is_last = 0
+        while not is_last and at < len(body):
+            block = int.from_bytes(body[at : at + 3], "little")
+            is_last = block & 1
+            at += 3 + (1 if block & 6 == _ZSTD_REPEATED_BYTE else block >> 3)
+        if not is_last:
+            return False
+        at += 4 if zstandard.get_frame_parameters(start).has_checksum else 0
+    return at == len(body)
+
+
+_WHOLE: dict[bytes, Callable[[bytes, int], bytes | None]] = {
+    b"gzip": _whole_gzip,
+    b"x-gzip": _whole_gzip,
+    b"deflate": _whole_deflate,
+    b"br": _whole_brotli,
+    b"zstd": _whole_zstd,
 }

@@ -35,7 +35,19 @@ _HOP_BY_HOP = frozenset(
     }
 )
 _FORWARDED = frozenset({b"forwarded", b"x-real-ip", b"true-client-ip", b"cf-connecting-ip", b"x-client-ip", b"via"})
-_CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key"})
+_CREDENTIALS = frozenset(
+    {
+        b"authorization",
+        b"x-api-key",
+        b"api-key",
+        b"x-goog-api-key",
+        b"ocp-apim-subscription-key",
+        b"openai-organization",
+        b"openai-project",
+    }
+)
+"""Keys in every form in which providers take them, and which of a key's accounts is charged."""
+
 _SET_ANEW = frozenset({b"host", b"content-length", b"expect", b"x-request-id"})
 _NOT_FORWARDED = _HOP_BY_HOP | _FORWARDED | _SET_ANEW | {b"cookie"}
 _NOT_FORWARDED_WITH_KEY = _NOT_FORWARDED | _CREDENTIALS
@@ -97,13 +109,21 @@ def upstream_head(
     credential: tuple[bytes, bytes] | None = None,
     drop_credentials: bool = False,
     identity: bool = False,
+    decoded: bool = False,
 ) -> Headers:
-    """The request head for one upstream.
+    """Return the head of the request to one upstream, without host and framing.
 
-    `headers` are the client's; host and framing are left to whoever writes it. `credential` is the replica's own
-    header, such as (b"authorization", b"Bearer ..."), and replaces every key of the client; `drop_credentials` leaves
-    those out with nothing in their place, where they are Cairn's own. `identity` asks for an answer that is not
-    compressed. Raises BadRequest where a value could break out of its line.
+    Args:
+        headers: the client's.
+        request_id: sent as `x-request-id`.
+        credential: the replica's own header, such as (b"authorization", b"Bearer ..."); it replaces every key of the
+            client, and what the client says about the account to be charged.
+        drop_credentials: leave the client's keys out and put nothing in their place, because they are Cairn's own.
+        identity: ask for a response that is not compressed.
+        decoded: the body was compressed and is sent decoded.
+
+    Raises:
+        BadRequest: a value contains a line break or NUL.
     """
     passes = _FORWARDS_BUT_KEYS if drop_credentials or credential is not None else _FORWARDS
     kept = [pair for pair in headers if passes[pair[0]]]
@@ -112,6 +132,8 @@ def upstream_head(
     if identity:
         kept = [pair for pair in kept if pair[0] != b"accept-encoding"]
         kept.append(_IDENTITY)
+    if decoded:
+        kept = [pair for pair in kept if pair[0] != b"content-encoding"]
     if credential is not None:
         kept.append(credential)
     kept.append((b"x-request-id", request_id.encode()))

@@ -77,8 +77,10 @@ def _name(head: bytes) -> str:
     """The name in the one `content-disposition` line of a part's head."""
     lines = [line for line in head.decode("latin-1").split("\r\n") if line[:20].lower() == "content-disposition:"]
     found = _DISPOSITION.fullmatch(lines[0][20:].strip()) if len(lines) == 1 else None
-    if found is None or found["name"] is None or lines[0].lower().count("name=") - lines[0].lower().count(
-        "filename="
-    ) != 1:
+    if (
+        found is None
+        or found["name"] is None
+        or lines[0].lower().count("name=") - lines[0].lower().count("filename=") != 1
+    ):
         raise UnreadableForm("a part without a plain name")
     return found["name"]

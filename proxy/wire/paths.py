@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from typing import Final
+from urllib.parse import unquote
 
 from proxy.errors import BadRequest
 
@@ -22,6 +23,9 @@ _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012
 _AMBIGUOUS = frozenset("/\\%?#")
 """Characters that may not be escaped: whether the upstream decodes them before or after it splits the path is not
 known. An escaped `%` is among them, since some servers decode twice."""
+
+_KEY_PARAMETERS = frozenset({"key", "api-key", "api_key", "access_token"})
+_KEY_PARAMETER = re.compile(r"(?i)key|token|%")
 
 
 def split_target(target: str) -> tuple[str, str]:
@@ -43,6 +47,15 @@ def split_target(target: str) -> tuple[str, str]:
     if mark and ("#" in query or not _is_visible(query)):
         raise _bad("The query holds a fragment, a space or a control character.")
     return path, mark + query
+
+
+def without_credentials(target: str) -> str:
+    """Return `target` without the parameters of its query in which keys are sent."""
+    path, mark, query = target.partition("?")
+    if not query or not _KEY_PARAMETER.search(query):
+        return target
+    kept = [each for each in query.split("&") if unquote(each.partition("=")[0]).lower() not in _KEY_PARAMETERS]
+    return path + mark + "&".join(kept) if kept else path
 
 
 def _normalised(path: str) -> str:
@@ -70,7 +83,7 @@ def _decoded(escape: re.Match[str]) -> str:
     if character in _UNRESERVED:
         return character
     if character in _AMBIGUOUS or character < " " or character == "\x7f":
-        raise _bad("The path has an escaped slash, backslash, percent sign, question mark, hash or control character.")
+        raise _bad("The path has an escaped slash, backslash, percent, question mark, hash or control character.")
     return f"%{digits.upper()}"
 
 

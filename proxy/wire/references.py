@@ -42,7 +42,7 @@ class Reference(NamedTuple):
     object_id: str
 
 
-def references(body: Body, others: Iterable[memoryview | bytes] = ()) -> frozenset[Reference] | None:
+def references(body: Body, others: Iterable[memoryview | Body] = ()) -> frozenset[Reference] | None:
     """Return the objects that a JSON body refers to, None if it cannot be read.
 
     Args:

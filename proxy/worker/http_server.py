@@ -11,7 +11,6 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Sequence
-from http import HTTPStatus
 from typing import Final
 
 from aiohttp import web
@@ -20,19 +19,22 @@ from proxy.clock import Clock
 from proxy.config.schema import Server
 from proxy.downstream.body import IncomingRequest, read_body, stream_body
 from proxy.downstream.connection import SessionServer
-from proxy.downstream.response import ClientResponse
-from proxy.errors import BadRequest, CairnError, InternalError
+from proxy.downstream.response import ClientResponse, Downstream
+from proxy.errors import REASON_PHRASES, CairnError, InternalError
 from proxy.model import Body, Call, Endpoint, Tenant
-from proxy.pipeline.admission import Authenticator, InFlightLimit, credential_of, endpoint_of
+from proxy.pipeline.admission import Authenticator, InFlightLimit, credentials_of
+from proxy.pipeline.cors import Cors
 from proxy.pipeline.pipeline import Pipeline
 from proxy.pipeline.relay import Upload
+from proxy.pipeline.routes import Route, Routes, is_liveness
+from proxy.wire.decode import decode_request, request_encoding
 from proxy.wire.errors import error_response
 from proxy.wire.headers import kept_request_id, lower_names
 
 log = logging.getLogger("cairn.server")
 
 _NOBODY = Tenant("")
-_NOT_READ = frozenset({Endpoint.OTHER, Endpoint.MODELS})
+_UNKNOWN = Route(Endpoint.OTHER, "/")
 _MAX_HEADERS: Final = 256
 _UNDECLARED_BYTES = 1024 * 1024
 """What a body of unknown length counts as, against the bound on bytes in flight."""
@@ -40,7 +42,8 @@ _UNDECLARED_BYTES = 1024 * 1024
 _AROUND_CONTEXT_BYTES = 128 * 1024
 """Beside messages and tools: names, descriptions, metadata and white space of a context's upload."""
 
-_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+_DECODED_INLINE_BYTES: Final = 4096
+"""A compressed body up to this size is decoded at once, a longer one in a thread: it may expand a thousandfold."""
 
 
 class HttpServer:
@@ -49,6 +52,7 @@ class HttpServer:
     def __init__(
         self,
         settings: Server,
+        routes: Routes,
         authenticator: Authenticator,
         room: InFlightLimit,
         pipeline: Pipeline,
@@ -58,6 +62,8 @@ class HttpServer:
         max_context_bytes: int,
     ) -> None:
         self._settings = settings
+        self._routes = routes
+        self._cors = Cors(settings.cors_origins)
         self._room = room
         self._pipeline = pipeline
         self._clock = clock
@@ -102,28 +108,37 @@ class HttpServer:
         received_seconds = self._clock.monotonic()
         client = ClientResponse(request, self._settings.write_seconds)
         headers = lower_names(request.raw_headers)
+        if (granted := self._cors.preflight(request.method, headers)) is not None:
+            client.send(204, REASON_PHRASES[204], granted, b"")
+            return client
+        downstream = self._cors.response(client, headers)
+        if is_liveness(request.method, request.raw_path.partition("?")[0]):
+            downstream.send(200, REASON_PHRASES[200], ((b"content-type", b"text/plain"),), b"ok\n")
+            return client
         request_id = kept_request_id(headers) or self._new_id()
-        endpoint = Endpoint.OTHER
+        route = _UNKNOWN
         announced_bytes = request.content_length
         held_bytes = 0
         entered = False
         try:
-            endpoint = endpoint_of(request.method, request.raw_path.partition("?")[0])
-            tenant = self.authenticator.tenant_of(credential_of(headers))
-            passes = endpoint in _NOT_READ
-            held_bytes = 0 if passes else _UNDECLARED_BYTES if announced_bytes is None else announced_bytes
+            route = self._routes.route(request.method, request.raw_path)
+            tenant = self.authenticator.tenant_of_any(credentials_of(headers))
+            reads = route.must_read(tenant)
+            held_bytes = 0 if not reads else _UNDECLARED_BYTES if announced_bytes is None else announced_bytes
             self._room.enter(held_bytes)
             entered = True
-            body: Body = b"" if passes else await self._body(request, headers, endpoint)
-            call = self._call(request, request_id, tenant, endpoint, headers, body, received_seconds)
-            await self._pipeline.handle(call, client, self._upload(request) if passes else None)
+            body, encoded = await self._body(request, headers, route.endpoint) if reads else (b"", None)
+            call = self._call(request, request_id, tenant, route, headers, body, received_seconds, encoded)
+            await self._pipeline.handle(call, downstream, None if reads else self._upload(request))
         except CairnError as error:
-            self._refuse(request, request_id, endpoint, headers, received_seconds, error, client)
+            self._refuse(request, request_id, route, headers, received_seconds, error, downstream)
         except (asyncio.CancelledError, ConnectionError):
             raise
         except Exception:  # the handler of last resort
             log.exception("request %s failed inside Cairn", request_id)
-            self._tell(InternalError("Something went wrong inside the proxy."), endpoint, request_id, client)
+            self._tell(
+                InternalError("Something went wrong inside the proxy."), route.endpoint, request_id, downstream
+            )
         finally:
             if entered:
                 self._room.leave(held_bytes)
@@ -131,12 +146,16 @@ class HttpServer:
 
     async def _body(
         self, request: IncomingRequest, headers: Sequence[tuple[bytes, bytes]], endpoint: Endpoint
-    ) -> Body:
-        for name, value in headers:
-            if name == b"content-encoding" and value.lower() != b"identity":
-                raise BadRequest("A compressed body is not read.", code="unsupported_content_encoding")
+    ) -> tuple[Body, Body | None]:
+        """The whole body, decoded; and as it was sent, if that was compressed."""
+        encoding = request_encoding(headers)
         limit = self._max_upload_bytes if endpoint is Endpoint.CACHING else self._settings.max_body_bytes
-        return await read_body(request, limit, self._settings.body_seconds)
+        body = await read_body(request, limit, self._settings.body_seconds)
+        if not encoding:
+            return body, None
+        if len(body) <= _DECODED_INLINE_BYTES:
+            return decode_request(body, encoding, limit), body
+        return await asyncio.to_thread(decode_request, body, encoding, limit), body
 
     def _upload(self, request: IncomingRequest) -> Upload | None:
         if not request.body_exists:
@@ -148,40 +167,45 @@ class HttpServer:
         request: IncomingRequest,
         request_id: str,
         tenant: Tenant,
-        endpoint: Endpoint,
+        route: Route,
         headers: tuple[tuple[bytes, bytes], ...],
         body: Body,
         received_seconds: float,
+        encoded_body: Body | None = None,
     ) -> Call:
         return Call(
-            request_id,
-            tenant,
-            endpoint,
-            request.method,
-            request.raw_path,
-            headers,
-            body,
-            received_seconds,
-            self._clock.monotonic(),
-            received_seconds + self._settings.request_seconds,
+            request_id=request_id,
+            tenant=tenant,
+            endpoint=route.endpoint,
+            method=request.method,
+            target=route.target,
+            headers=headers,
+            body=body,
+            received_seconds=received_seconds,
+            read_seconds=self._clock.monotonic(),
+            deadline_seconds=received_seconds + self._settings.request_seconds,
+            access=route.access,
+            path_model=route.model,
+            object_id=route.object_id,
+            encoded_body=encoded_body,
         )
 
     def _refuse(
         self,
         request: IncomingRequest,
         request_id: str,
-        endpoint: Endpoint,
+        route: Route,
         headers: tuple[tuple[bytes, bytes], ...],
         received_seconds: float,
         error: CairnError,
-        client: ClientResponse,
+        client: Downstream,
     ) -> None:
-        call = self._call(request, request_id, _NOBODY, endpoint, headers, b"", received_seconds)
+        call = self._call(request, request_id, _NOBODY, route, headers, b"", received_seconds)
         self._pipeline.turn_away(call, error, client)
 
-    def _tell(self, error: CairnError, endpoint: Endpoint, request_id: str, client: ClientResponse) -> None:
+    def _tell(self, error: CairnError, endpoint: Endpoint, request_id: str, client: Downstream) -> None:
         if client.begun:
             client.break_off()
             return
         answer = error_response(error, endpoint, request_id=request_id)
-        client.send(answer.status, _REASONS[answer.status], answer.headers, answer.body)
+        client.send(answer.status, REASON_PHRASES[answer.status], answer.headers, answer.body)

@@ -93,7 +93,10 @@ class OpenAIUpstream:
 
     async def __aenter__(self) -> Self:
         self._runner = web.ServerRunner(
-            web.Server(self._handle, handler_cancellation=True, request_factory=_large_request), shutdown_timeout=0.1
+            web.Server(
+                self._handle, handler_cancellation=True, request_factory=_large_request, auto_decompress=False
+            ),
+            shutdown_timeout=0.1,
         )
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port)

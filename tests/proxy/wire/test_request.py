@@ -14,7 +14,7 @@ from benchmarks.common.bodies import words
 from proxy.errors import BadRequest
 from proxy.model import Endpoint, Media, UsageRequest
 from proxy.wire import media
-from proxy.wire.request import read
+from proxy.wire.request import first_file_id, read
 
 CHAT = b'{"model":"m","messages":[{"role":"user","content":"hi"} , {"role":"user","content":"\xc3\xa9"}]}'
 GENERATIONS = (Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES, Endpoint.MESSAGES)
@@ -134,12 +134,12 @@ def test_what_names_an_object_is_pinned_to_it(fields, pinned) -> None:
     assert read(json.dumps({"model": "m", "input": "x", **fields}).encode(), Endpoint.RESPONSES).pinned_to == pinned
 
 
-def test_a_file_id_is_found_when_asked_for() -> None:
+def test_the_first_file_id_is_found() -> None:
     """It costs a search, so it is made where files were uploaded."""
     body = b'{"model":"m","messages":[{"content":[{"type":"file","file":{"file_id" : "file-7"}}]}]}'
     assert read(body, Endpoint.CHAT).pinned_to is None
-    assert read(body, Endpoint.CHAT, file_ids=True).pinned_to == "file-7"
-    assert read(CHAT, Endpoint.CHAT, file_ids=True).pinned_to is None
+    assert first_file_id(body) == "file-7"
+    assert first_file_id(CHAT) is None
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,6 @@ BAD = [
     (b"\xef\xbb\xbf" + CHAT, None),
     (CHAT + b"x", None),
     (CHAT + b"\x00", None),
-    (b'{"messages":[]}', "model"),
     (b'{"model":null,"messages":[]}', "model"),
     (b'{"model":7,"messages":[]}', "model"),
     (b'{"model":"","messages":[]}', "model"),
@@ -242,6 +241,13 @@ def test_a_bad_body_is_refused_with_its_field(body, param) -> None:
         read(body, Endpoint.CHAT)
     assert caught.value.param == param
     assert "mmmm" not in caught.value.message
+
+
+def test_a_body_without_a_model_is_read_and_a_model_of_the_path_replaces_its_own() -> None:
+    """Whether a model is needed depends on the pools; Azure's paths name it and their bodies need not."""
+    assert read(b'{"messages":[]}', Endpoint.CHAT).model == ""
+    prompt = read(b'{"model":"a","messages":[]}', Endpoint.CHAT, model="b")
+    assert (prompt.model, prompt.chain_salt) == ("b", (b"b",))
 
 
 def test_a_failed_reading_leaves_nothing_to_the_next() -> None:

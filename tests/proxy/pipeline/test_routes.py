@@ -1,0 +1,131 @@
+"""Method and path decide the endpoint, whose model is read where, and who may use it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.errors import CairnError, NotFound
+from proxy.model import Access, Endpoint, Tenant
+from proxy.pipeline.routes import Routes, is_liveness
+
+ROUTES = Routes()
+CONFIGURED = Routes(("/tokenize", "/rerank", "/openai/deployments/*"), ("/v1/fine_tuning/*", "/v1/files"), 8090)
+LIMITED = Tenant("t", models=("cheap",))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "endpoint", "access"),
+    [
+        ("POST", "/v1/chat/completions", Endpoint.CHAT, Access.INFERENCE),
+        ("POST", "/v1/messages", Endpoint.MESSAGES, Access.INFERENCE),
+        ("POST", "/v1/images/generations", Endpoint.INFERENCE, Access.INFERENCE),
+        ("POST", "/v1/audio/transcriptions", Endpoint.INFERENCE, Access.INFERENCE),
+        ("POST", "/v1/messages/count_tokens", Endpoint.INFERENCE, Access.INFERENCE),
+        ("POST", "/v1/responses/compact", Endpoint.INFERENCE, Access.INFERENCE),
+        ("GET", "/v1/models", Endpoint.MODELS, Access.INFERENCE),
+        ("GET", "/v1/models/a/b", Endpoint.OTHER, Access.INFERENCE),
+        ("DELETE", "/v1/models/a", Endpoint.OTHER, Access.ADMINISTRATION),
+        ("POST", "/v1/caching/refs/tags", Endpoint.CACHING, Access.INFERENCE),
+        ("POST", "/v1/cachingx", Endpoint.OTHER, Access.ADMINISTRATION),
+        ("POST", "/v1/files", Endpoint.OTHER, Access.CREATE),
+        ("GET", "/v1/files", Endpoint.OTHER, Access.LIST),
+        ("DELETE", "/v1/files/file-1", Endpoint.OTHER, Access.OBJECT),
+        ("GET", "/v1/chat/completions", Endpoint.OTHER, Access.LIST),
+        ("GET", "/v1/responses/resp_1/input_items", Endpoint.OTHER, Access.OBJECT),
+        ("POST", "/v1/messages/batches", Endpoint.OTHER, Access.CREATE),
+        ("GET", "/v1/organization/api_keys", Endpoint.OTHER, Access.ADMINISTRATION),
+        ("POST", "/v1/load_lora_adapter", Endpoint.OTHER, Access.ADMINISTRATION),
+        ("POST", "/v1/fine_tuning/jobs", Endpoint.OTHER, Access.ADMINISTRATION),
+    ],
+)
+def test_path_and_method_name_the_endpoint_and_who_may_use_it(method, path, endpoint, access) -> None:
+    """Nothing but method and path decides."""
+    route = ROUTES.route(method, path)
+    assert (route.endpoint, route.access, route.target) == (endpoint, access, path)
+
+
+@pytest.mark.parametrize(
+    ("sent", "meant"),
+    [
+        ("/v1/%63hat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/v1//chat/completions?api-version=1", "/v1/chat/completions?api-version=1"),
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/x/../chat/./completions", "/v1/chat/completions"),
+    ],
+)
+def test_a_chat_is_a_chat_however_its_path_is_written(sent: str, meant: str) -> None:
+    """What the upstream gets is the path that was decided on."""
+    route = ROUTES.route("POST", sent)
+    assert (route.endpoint, route.target) == (Endpoint.CHAT, meant)
+
+
+@pytest.mark.parametrize(
+    ("path", "likely"),
+    [
+        ("/v1beta/chat/completions", "/v1/chat/completions"),
+        ("/v2/chat/completion", "/v1/chat/completions"),
+        ("/api/v1/messages", "/v1/messages"),
+        ("/v1", "status page"),
+        ("/tokenize", "8090"),
+        ("/metrics", "admin port, 8090"),
+    ],
+)
+def test_an_unknown_path_names_the_likely_one_and_the_status_page(path: str, likely: str) -> None:
+    """Somebody who mistyped a base URL is told the right one."""
+    with pytest.raises(NotFound, match=likely):
+        Routes(admin_port=8090).route("POST", path)
+
+
+def test_engine_paths_are_served_only_if_they_are_configured_and_are_routed_by_their_model() -> None:
+    """Off by default; a deployment's path names the model itself."""
+    for path in ("/tokenize", "/rerank", "/openai/deployments/m/chat/completions"):
+        with pytest.raises(NotFound):
+            ROUTES.route("POST", path)
+    assert CONFIGURED.route("POST", "/tokenize/").endpoint is Endpoint.INFERENCE
+    assert CONFIGURED.route("POST", "/rerank").target == "/rerank"
+    assert CONFIGURED.route("GET", "/tokenize").endpoint is Endpoint.OTHER
+    chat = CONFIGURED.route("POST", "/openai/deployments/gpt%2D4o/chat/completions?api-version=1")
+    assert (chat.endpoint, chat.model) == (Endpoint.CHAT, "gpt-4o")
+    assert chat.target == "/openai/deployments/gpt-4o/chat/completions?api-version=1"
+    image = CONFIGURED.route("POST", "/openai/deployments/dall-e/images/generations")
+    assert (image.endpoint, image.model) == (Endpoint.INFERENCE, "dall-e")
+
+
+def test_a_configured_path_is_open_and_its_neighbours_are_not() -> None:
+    """The list of allowed paths is by pattern."""
+    assert CONFIGURED.route("GET", "/v1/fine_tuning/jobs").access is Access.CONFIGURED
+    assert CONFIGURED.route("GET", "/v1/files").access is Access.CONFIGURED
+    assert CONFIGURED.route("GET", "/v1/files/file-1").access is Access.OBJECT
+    assert CONFIGURED.route("GET", "/v1/organization/users").access is Access.ADMINISTRATION
+
+
+def test_bodies_are_read_where_a_rule_depends_on_them() -> None:
+    """An upload passes through unread, unless the client may use some models only."""
+    assert ROUTES.route("POST", "/v1/rerank").must_read(Tenant("t"))
+    assert not ROUTES.route("POST", "/v1/files").must_read(Tenant("t"))
+    assert ROUTES.route("POST", "/v1/files").must_read(LIMITED)
+    assert not ROUTES.route("GET", "/v1/files/x").must_read(LIMITED)
+    assert ROUTES.route("POST", "/v1/batches").must_read(Tenant("t"))
+
+
+def test_liveness_is_asked_by_get_and_head_of_a_few_paths() -> None:
+    """Those need no key; nothing else is answered so."""
+    assert all(is_liveness(method, path) for method in ("GET", "HEAD") for path in ("/", "/health", "/healthz"))
+    assert is_liveness("GET", "/api/hello")
+    assert not is_liveness("POST", "/")
+    assert not is_liveness("GET", "/v1/models")
+
+
+@given(st.sampled_from(("GET", "POST", "DELETE", "OPTIONS")), st.text(max_size=50))
+def test_any_target_has_a_route_or_is_refused(method: str, target: str) -> None:
+    """Whatever comes over the wire, nothing else is raised."""
+    for routes in (ROUTES, CONFIGURED):
+        try:
+            routes.route(method, target)
+        except CairnError:
+            continue

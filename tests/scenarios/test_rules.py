@@ -1,0 +1,406 @@
+"""Nobody gets past the rules: models, paths, objects and keys, through a running proxy."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import brotli
+import pytest
+import zstandard
+from yarl import URL
+
+from proxy.config.schema import Client, Config, Pool, Replica, Secret, Server
+from tests.support.cairn import Cairn, config_for, running
+from tests.support.openai_upstream import OpenAIUpstream
+
+CHEAP = {"authorization": "Bearer sk-cheap"}
+FREE = {"authorization": "Bearer sk-free"}
+OTHER = {"authorization": "Bearer sk-other"}
+CHAT = {"model": "dear", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def client(name: str, *models: str) -> Client:
+    """A client whose key is sk-NAME."""
+    return Client(name=name, key_sha256=hashlib.sha256(f"sk-{name}".encode()).hexdigest(), models=models or ("*",))
+
+
+CLIENTS = (client("cheap", "cheap*"), client("free"), client("other"))
+
+
+def keyed(url: str, **server: Any) -> Config:
+    """One pool whose replica has a key of the operator's, for three clients, one of them limited to cheap models."""
+    pool = Pool(name="p", replicas=(Replica(url, key=Secret("sk-operator")),))
+    return config_for((), pools=(pool,), clients=CLIENTS, server=Server(port=0, **server))
+
+
+@asynccontextmanager
+async def proxied(**server: Any) -> AsyncIterator[tuple[OpenAIUpstream, Cairn]]:
+    """An upstream behind such a proxy."""
+    models = ("cheap", "cheap-2", "dear")
+    async with OpenAIUpstream(models=models) as upstream, running(keyed(upstream.url, **server)) as cairn:
+        upstream.requests.clear()
+        yield upstream, cairn
+
+
+async def status_of(http: aiohttp.ClientSession, cairn: Cairn, method: str, path: str, **kwargs: Any) -> int:
+    """The status of a request whose path is sent exactly as given."""
+    url = URL(f"http://127.0.0.1:{cairn.port}{path}", encoded=True)
+    async with http.request(method, url, **kwargs) as answer:
+        await answer.read()
+        return answer.status
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/chat/completions",
+        "/v1/chat%2Fcompletions",
+        "/v1/%63hat/completions",
+        "/v1/chat/completions/",
+        "/v1//chat/completions",
+        "//v1/chat/completions",
+        "/v1/chat/./completions",
+        "/v1/x/../chat/completions",
+        "/v1/x/%2e%2e/chat/completions",
+        "/v1/chat%5Ccompletions",
+        "/v1/%2563hat/completions",
+        "/chat/completions",
+        "/v1/v1/chat/completions",
+        "/v1/Chat/Completions",
+        "/v1/chat/completions;x",
+        "/v1/chat/completions%20",
+    ],
+)
+async def test_a_limited_client_cannot_reach_another_model_by_any_spelling(http, path: str) -> None:
+    """However the path is written, either the model is read and refused, or nothing reaches the upstream."""
+    async with proxied() as (upstream, cairn):
+        assert await status_of(http, cairn, "POST", path, json=CHAT, headers=CHEAP) in (400, 403, 404)
+        assert upstream.requests == []
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/%63hat/completions/", "/chat/completions", "/v1/v1/chat/completions", "//v1/chat//completions"]
+)
+async def test_a_path_that_a_server_would_understand_is_served_with_all_rules(http, path: str) -> None:
+    """It is counted as a chat, and the upstream gets the plain path."""
+    async with proxied() as (upstream, cairn):
+        assert await status_of(http, cairn, "POST", path, json=CHAT, headers=FREE) == 200
+        assert [asked.target for asked in upstream.requests] == ["/v1/chat/completions"]
+        assert cairn.tokens("output") > 0
+
+
+FORM = b'--b\r\ncontent-disposition: form-data; name="model"\r\n\r\n%b\r\n--b--\r\n'
+CHEAP_FORM = {**CHEAP, "content-type": "multipart/form-data; boundary=b"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "images/generations",
+        "audio/speech",
+        "rerank",
+        "score",
+        "classify",
+        "pooling",
+        "moderations",
+        "responses/compact",
+        "messages/count_tokens",
+        "embeddings",
+    ],
+)
+async def test_a_model_is_checked_wherever_a_path_has_one(http, path: str) -> None:
+    """What a limited client may use is served, what it may not is refused, and so is what cannot be read."""
+    async with proxied() as (upstream, cairn):
+        for body in (
+            {"model": "dear"},
+            {"mod\\u0065l": "dear"},
+            {},
+            [],
+            {"model": "cheap", "Model": "dear"},
+            {"model": "cheap", "models": ["dear"]},
+            {"model": "cheap", "fallbacks": [{"x": 1}]},
+        ):
+            raw = json.dumps(body).replace("\\\\", "\\").encode()
+            sent = {"data": raw, "headers": {**CHEAP, "content-type": "application/json"}}
+            assert await status_of(http, cairn, "POST", f"/v1/{path}", **sent) in (400, 403), body
+        assert upstream.requests == []
+        good = {"model": "cheap", "input": "x", "models": ["cheap-2"]}
+        assert await status_of(http, cairn, "POST", f"/v1/{path}", json=good, headers=CHEAP) == 200
+
+
+@pytest.mark.parametrize("path", ["images/edits", "audio/transcriptions", "audio/translations"])
+async def test_the_model_of_a_form_is_checked(http, path: str) -> None:
+    """Forms are read strictly: two models, or a form that parsers read differently, are refused."""
+    async with proxied() as (upstream, cairn):
+        twice = FORM.replace(b"--b--", b"") % b"cheap" + FORM % b"dear"
+        quoted = FORM.replace(b'"model"', b'"mo\\del"') % b"cheap"
+        for body in (FORM % b"dear", twice, quoted, b"", FORM[:-4] % b"cheap", b"--c" + FORM[3:] % b"cheap"):
+            sent = {"data": body, "headers": CHEAP_FORM}
+            assert await status_of(http, cairn, "POST", f"/v1/{path}", **sent) in (400, 403), body
+        assert upstream.requests == []
+        sent = {"data": FORM % b"cheap", "headers": CHEAP_FORM}
+        assert await status_of(http, cairn, "POST", f"/v1/{path}", **sent) == 200
+        assert upstream.requests[0].body == FORM % b"cheap"
+
+
+async def test_a_batch_of_a_limited_client_has_only_its_models(http) -> None:
+    """Every line of an uploaded batch is read."""
+    line = b'{"custom_id":"1","method":"POST","url":"/v1/chat/completions","body":{"model":"%b","messages":[]}}'
+    form = (
+        b'--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--b\r\n'
+        b'content-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n%b\r\n--b--\r\n'
+    )
+    async with proxied() as (upstream, cairn):
+        for lines in (line % b"dear", line % b"cheap" + b"\n" + line % b"dear", b"{", b'{"body":{}}'):
+            sent = {"data": form % lines, "headers": CHEAP_FORM}
+            assert await status_of(http, cairn, "POST", "/v1/files", **sent) == 403
+        requests = {"requests": [{"params": {"model": "cheap"}}, {"params": {"model": "dear"}}]}
+        assert await status_of(http, cairn, "POST", "/v1/messages/batches", json=requests, headers=CHEAP) == 403
+        assert upstream.requests == []
+        sent = {"data": form % (line % b"cheap"), "headers": CHEAP_FORM}
+        assert await status_of(http, cairn, "POST", "/v1/files", **sent) == 200
+        requests = {"requests": [{"params": {"model": "cheap"}}]}
+        assert await status_of(http, cairn, "POST", "/v1/messages/batches", json=requests, headers=CHEAP) == 200
+
+
+async def test_a_limited_client_sees_its_own_models_with_one_pool(http) -> None:
+    """The list is narrowed, and a single model is checked like any other."""
+    async with proxied() as (_, cairn):
+        async with http.get(f"{cairn.url}/models", headers=CHEAP) as answer:
+            assert [model["id"] for model in (await answer.json())["data"]] == ["cheap", "cheap-2"]
+        async with http.get(f"{cairn.url}/models", headers=FREE) as answer:
+            assert len((await answer.json())["data"]) == 3
+        assert await status_of(http, cairn, "GET", "/v1/models/dear", headers=CHEAP) == 403
+        assert await status_of(http, cairn, "GET", "/v1/models/cheap", headers=CHEAP) == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/organization/api_keys"),
+        ("POST", "/v1/fine_tuning/jobs"),
+        ("POST", "/v1/load_lora_adapter"),
+        ("GET", "/v1/files"),
+        ("GET", "/v1/chat/completions"),
+        ("DELETE", "/v1/models/cheap"),
+        ("POST", "/v1/realtime/client_secrets"),
+        ("GET", "/v1/files/file-1/content"),
+        ("DELETE", "/v1/responses/resp_1"),
+        ("POST", "/v1/batches/b/cancel"),
+    ],
+)
+async def test_with_the_operators_key_administration_and_others_objects_are_out_of_reach(http, method, path) -> None:
+    """Even a client that may use every model does not spend the key on anything else."""
+    async with proxied() as (upstream, cairn):
+        for headers in (FREE, CHEAP):
+            assert await status_of(http, cairn, method, path, headers=headers) in (403, 404)
+        assert upstream.requests == []
+
+
+async def test_an_allowed_path_is_served_to_clients_without_limits(http) -> None:
+    """The operator may open more than inference; a limited client still cannot use what is not read."""
+    async with proxied(allowed_paths=("/v1/fine_tuning/*",)) as (_, cairn):
+        assert await status_of(http, cairn, "GET", "/v1/fine_tuning/jobs", headers=FREE) == 200
+        assert await status_of(http, cairn, "GET", "/v1/fine_tuning/jobs", headers=CHEAP) == 403
+        assert await status_of(http, cairn, "GET", "/v1/organization", headers=FREE) == 403
+
+
+async def test_an_object_is_its_makers_and_nobody_elses(http) -> None:
+    """A file, and what refers to it: the maker gets it, another client gets the 404 of what does not exist."""
+    made = b'{"id":"file-1","object":"file"}'
+    async with proxied() as (upstream, cairn):
+        assert await status_of(http, cairn, "POST", "/v1/files", data=made, headers=FREE) == 200
+        responses = {
+            "model": "m",
+            "input": [{"role": "user", "content": [{"type": "input_file", "file_id": "file-1"}]}],
+        }
+        hidden = json.dumps(responses).replace("file_id", "file\\u005fid").encode()
+        for headers, status in ((FREE, 200), (OTHER, 404)):
+            assert await status_of(http, cairn, "GET", "/v1/files/file-1", headers=headers) == status
+            assert await status_of(http, cairn, "GET", "/v1/files/%66ile-1/content", headers=headers) == status
+            assert await status_of(http, cairn, "POST", "/v1/responses", json=responses, headers=headers) == status
+            assert await status_of(http, cairn, "POST", "/v1/responses", data=hidden, headers=headers) == status
+            batch = {"input_file_id": "file-1"}
+            assert await status_of(http, cairn, "POST", "/v1/batches", json=batch, headers=headers) == status
+        assert await status_of(http, cairn, "DELETE", "/v1/files/file-1", headers=FREE) == 200
+        targets = [asked.target for asked in upstream.requests]
+        assert len(targets) == 7
+
+
+async def test_another_clients_response_is_not_continued(http) -> None:
+    """`previous_response_id` and `conversation` are checked, in the body of a response and of what compacts one."""
+    async with proxied() as (_, cairn):
+        async with http.post(f"{cairn.url}/responses", json={"model": "m", "input": "x"}, headers=FREE) as answer:
+            made = (await answer.json())["id"]
+        for path in ("/v1/responses", "/v1/responses/compact"):
+            for field in ("previous_response_id", "conversation"):
+                body = {"model": "m", "input": "x", field: made}
+                assert await status_of(http, cairn, "POST", path, json=body, headers=OTHER) == 404
+                assert await status_of(http, cairn, "POST", path, json=body, headers=FREE) == 200
+        assert await status_of(http, cairn, "GET", f"/v1/responses/{made}", headers=OTHER) == 404
+        assert await status_of(http, cairn, "GET", f"/v1/responses/{made}", headers=FREE) == 200
+
+
+async def test_where_clients_bring_their_own_keys_every_path_passes(http) -> None:
+    """The upstream judges the key, so nothing is kept from it."""
+    async with OpenAIUpstream() as upstream, running(config_for([upstream.url])) as cairn:
+        for path in ("/v1/organization/api_keys", "/v1/files", "/v1/files/file-1", "/v1/anything"):
+            assert await status_of(http, cairn, "GET", path, headers=FREE) == 200
+        assert upstream.requests[-1].header(b"authorization") == b"Bearer sk-free"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"authorization": "BEARER sk-free"},
+        {"authorization": "sk-free"},
+        {"x-api-key": "sk-free"},
+        {"api-key": "sk-free"},
+        {"authorization": "Bearer placeholder", "x-api-key": "sk-free"},
+        {"api-key": "placeholder", "authorization": "bearer sk-free"},
+    ],
+)
+async def test_a_key_counts_in_every_form_and_none_reaches_the_upstream(http, headers) -> None:
+    """The upstream gets the operator's key and nothing of the client's."""
+    sent = {**headers, "openai-organization": "org-1", "x-goog-api-key": "sk-free"}
+    async with proxied() as (upstream, cairn):
+        path = "/v1/chat/completions?api-key=sk-free&api-version=1"
+        assert await status_of(http, cairn, "POST", path, json=CHAT, headers=sent) == 200
+        asked = upstream.requests[0]
+        assert asked.header(b"authorization") == b"Bearer sk-operator"
+        assert asked.target == "/v1/chat/completions?api-version=1"
+        assert not [name for name, value in asked.headers if b"sk-free" in value or b"org-1" in value]
+        assert await status_of(http, cairn, "POST", path, json=CHAT, headers={"api-key": "sk-unknown"}) == 401
+
+
+async def test_a_missing_model_is_the_upstreams_to_judge_with_one_pool(http) -> None:
+    """With one pool there is nothing to choose; with several, or for a limited client, the field is needed."""
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    async with proxied() as (upstream, cairn):
+        assert await status_of(http, cairn, "POST", "/v1/chat/completions", json=body, headers=FREE) == 200
+        assert await status_of(http, cairn, "POST", "/v1/chat/completions", json=body, headers=CHEAP) == 400
+        assert len(upstream.requests) == 1
+        two = config_for([upstream.url], pools=(Pool(name="b", replicas=(Replica(upstream.url, name="b"),)),))
+        async with running(two) as cairn_of_two:
+            assert await status_of(http, cairn_of_two, "POST", "/v1/chat/completions", json=body) == 400
+
+
+CODINGS = {
+    "gzip": gzip.compress,
+    "deflate": zlib.compress,
+    "br": brotli.compress,
+    "zstd": zstandard.ZstdCompressor().compress,
+}
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+async def test_a_compressed_request_is_read_and_passes_as_it_came(http, coding: str) -> None:
+    """Its model is checked and its prompt hashed; the upstream gets the same bytes, or the edited text."""
+    plain = json.dumps({"model": "cheap", "messages": [{"role": "user", "content": "hi " * 3000}]}).encode()
+    headers = {**CHEAP, "content-encoding": coding, "content-type": "application/json"}
+    async with proxied(max_body_bytes=100_000) as (upstream, cairn):
+        packed = CODINGS[coding](plain)
+        assert await status_of(http, cairn, "POST", "/v1/messages/count_tokens", data=packed, headers=headers) == 200
+        asked = upstream.requests[0]
+        assert asked.body == packed
+        assert asked.header(b"content-encoding") == coding.encode()
+        streamed = CODINGS[coding](plain.replace(b'{"model"', b'{"stream":true,"model"'))
+        assert await status_of(http, cairn, "POST", "/v1/chat/completions", data=streamed, headers=headers) == 200
+        asked = upstream.requests[1]
+        assert asked.header(b"content-encoding") is None
+        assert asked.json()["stream_options"] == {"include_usage": True}
+        refused = CODINGS[coding](plain.replace(b"cheap", b"dear"))
+        assert await status_of(http, cairn, "POST", "/v1/chat/completions", data=refused, headers=headers) == 403
+        bomb = CODINGS[coding](b'{"model":"cheap","x":"' + b"a" * 1_000_000 + b'"}')
+        assert await status_of(http, cairn, "POST", "/v1/chat/completions", data=bomb, headers=headers) == 413
+        cut = packed[: len(packed) // 2]
+        assert await status_of(http, cairn, "POST", "/v1/chat/completions", data=cut, headers=headers) == 400
+        assert len(upstream.requests) == 2
+
+
+async def test_an_unknown_content_encoding_is_refused(http) -> None:
+    """A body that cannot be read cannot be checked."""
+    async with proxied() as (_, cairn):
+        for coding in ("lzma", "gzip, br"):
+            headers = {**CHEAP, "content-encoding": coding}
+            assert await status_of(http, cairn, "POST", "/v1/chat/completions", data=b"x", headers=headers) == 400
+
+
+async def test_liveness_needs_no_key_and_tells_nothing(http) -> None:
+    """Probes of clients and balancers are answered alike; nothing in the answer is about the upstreams."""
+    async with proxied() as (upstream, cairn):
+        for path in ("/", "/health", "/healthz", "/api/hello"):
+            for method in ("GET", "HEAD"):
+                async with http.request(method, f"http://127.0.0.1:{cairn.port}{path}") as answer:
+                    assert answer.status == 200
+                    assert await answer.read() in (b"", b"ok\n")
+        assert upstream.requests == []
+
+
+async def test_a_page_of_a_listed_origin_may_ask_and_read_errors_too(http) -> None:
+    """The preflight comes without a key; every answer to the page names its origin, those of Cairn itself too."""
+    origin = {"origin": "https://chat.example"}
+    asking = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    async with proxied(cors_origins=("https://chat.example",)) as (upstream, cairn):
+        url = f"{cairn.url}/chat/completions"
+        async with http.options(url, headers={**origin, **asking}) as answer:
+            assert answer.status == 204
+            assert answer.headers["access-control-allow-origin"] == "https://chat.example"
+            assert answer.headers["access-control-allow-headers"] == "authorization"
+        assert upstream.requests == []
+        for headers, status in ((origin, 401), ({**origin, **FREE}, 200), ({**origin, **CHEAP}, 403)):
+            async with http.post(url, json=CHAT, headers=headers) as answer:
+                assert answer.status == status
+                assert answer.headers["access-control-allow-origin"] == "https://chat.example"
+                assert answer.headers["vary"] == "Origin"
+        stream = {**CHAT, "stream": True}
+        async with http.post(url, json=stream, headers={**origin, **FREE}) as answer:
+            assert answer.headers["access-control-allow-origin"] == "https://chat.example"
+            assert b"[DONE]" in await answer.read()
+        async with http.options(url, headers={"origin": "https://evil.example", **asking}) as answer:
+            assert answer.status != 204
+            assert "access-control-allow-origin" not in answer.headers
+        async with http.post(url, json=CHAT, headers={"origin": "https://evil.example", **FREE}) as answer:
+            assert "access-control-allow-origin" not in answer.headers
+
+
+async def test_engine_paths_are_routed_by_their_model_if_they_are_configured(http) -> None:
+    """/tokenize goes to the pool of its model, outside /v1; a deployment's path names the model."""
+    paths = ("/tokenize", "/openai/deployments/*")
+    async with OpenAIUpstream() as cheap, OpenAIUpstream() as dear:
+        pools = (
+            Pool(name="cheap", models=("cheap",), replicas=(Replica(cheap.url),)),
+            Pool(name="dear", models=("dear",), replicas=(Replica(dear.url),)),
+        )
+        config = config_for((), pools=pools, clients=CLIENTS, server=Server(port=0, engine_paths=paths))
+        async with running(config) as cairn:
+            for upstream in (cheap, dear):
+                upstream.requests.clear()
+            for model, headers, status in (("cheap", FREE, 200), ("dear", FREE, 200), ("dear", CHEAP, 403)):
+                sent = {"json": {"model": model, "prompt": "x"}, "headers": headers}
+                assert await status_of(http, cairn, "POST", "/tokenize", **sent) == status
+                chat = {"json": {"messages": []}, "headers": headers}
+                path = f"/openai/deployments/{model}/chat/completions?api-version=1"
+                assert await status_of(http, cairn, "POST", path, **chat) == status
+            assert await status_of(http, cairn, "POST", "/detokenize", json={"model": "cheap"}, headers=FREE) == 404
+        for upstream, model in ((cheap, "cheap"), (dear, "dear")):
+            assert [asked.target for asked in upstream.requests] == [
+                "/tokenize",
+                f"/openai/deployments/{model}/chat/completions?api-version=1",
+            ]
+
+
+async def test_an_unknown_path_names_the_likely_one(http) -> None:
+    """Somebody who mistyped the base URL is told what was probably meant."""
+    async with proxied() as (_, cairn), http.post(f"http://127.0.0.1:{cairn.port}/v2/chat/completions") as answer:
+        assert answer.status == 404
+        message = (await answer.json())["error"]["message"]
+        assert "/v1/chat/completions" in message
+        assert "admin port" in message
