@@ -92,7 +92,7 @@ class Reader:
         if not 0 < len(row.hashes) == 2 * len(row.ends) == 2 * len(row.tokens):
             return  # damaged: left out, with everything below it
         holders = self._holders(row, parent) if parent is not None else []
-        if parent is None or not holders:
+        if parent is None or not holders or self._contradicts(row, parent):
             return
         node = tree.restore(parent, array("Q", row.hashes), array("I", row.ends), array("I", row.tokens))
         node.known, node.pins = row.known, row.pins
@@ -101,6 +101,12 @@ class Reader:
             residency = Residency(node, None, None, stamp, holder.touched_by, holder.confirmed, holder.output_tokens)
             tree.hold(entries, node, residency)
             self._note(entries, stamp, -node.ends[-1], residency)
+
+    def _contradicts(self, row: RunRow, parent: Node) -> bool:
+        """Return whether the tree has another run in the row's place, or the row begins before its parent ends."""
+        first, last = _first_and_last(row)
+        begins_early = parent.parent is not None and array("I", row.ends[:4])[0] <= parent.ends[-1]
+        return begins_early or last in self._ends or first in (parent.children or {})
 
     def finish(self, residencies_per_turn: int) -> Iterator[None]:
         """Restore each replica's order of recency: older placements first, within one the deeper first."""
@@ -126,13 +132,18 @@ class Reader:
         holders: list[tuple[ReplicaEntries, float, HolderRow]] = []
         for holder in row.holders:
             entries = self._entries_of(holder.replica)
-            if entries is None:
+            if entries is None or any(entries is held for held, _, _ in holders):
                 continue
             if row.parent is None:
                 holders.append((entries, holder.stamp, holder))
             elif (above := parent.held.get(entries)) is not None:
                 holders.append((entries, min(holder.stamp, above.stamp), holder))
         return holders
+
+
+def _first_and_last(row: RunRow) -> tuple[int, int]:
+    first, last = array("Q", row.hashes[:8] + row.hashes[-8:])
+    return first, last
 
 
 def _unwritten(node: Node, number: int) -> list[Node]:

@@ -25,6 +25,10 @@ def estimate(fingerprint: Fingerprint, last: Step | None, prompt_tokens: float) 
     ends, depth = fingerprint.ends, last.depth if last else 0
     known_tokens, known_bytes = (last.tokens, last.node.ends[last.blocks - 1]) if last else (0, 0)
     prompt_tokens = min(max(prompt_tokens, 0.0), MAX_PROMPT_TOKENS)
+    if (
+        ends[depth] <= known_bytes
+    ):  # two chains of equal hashes and different lengths: one of them was damaged in Redis
+        known_bytes = ends[depth - 1]
     rate = (prompt_tokens - known_tokens) / (ends[-1] - known_bytes)
     if rate <= 0:
         rate = prompt_tokens / ends[-1]
