@@ -30,7 +30,7 @@ from cache.replication.inflight import LoadBroadcast
 from cache.replication.journal import Journal, JournalState
 from cache.replication.owners import ObjectLocations
 from cache.replication.stats import JournalStats
-from cache.secret import shared_secret
+from cache.secret import SharedSecret, usable_key
 from cache.store.breaker import BreakerState
 from cache.store.embedded import EmbeddedValkey
 from cache.store.store import Store, StoreState, open_store
@@ -69,6 +69,7 @@ __all__ = [
     "QuotaFull",
     "ReplicaStats",
     "RowKey",
+    "SharedSecret",
     "Store",
     "StoreCorrupt",
     "StoreState",
@@ -81,5 +82,5 @@ __all__ = [
     "extend",
     "open_store",
     "read_totals",
-    "shared_secret",
+    "usable_key",
 ]

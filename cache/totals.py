@@ -1,9 +1,10 @@
-"""Sums that outlive every process: per day, model, upstream and tenant, one hash a day in Redis.
+"""Totals that outlive every process: sums per day, model, upstream and tenant, in one Redis hash per day.
 
-A row is added to in memory; what came since the last time goes to Redis in one script about once a second, so that a
-crash costs a second at most. A batch has a number, and the script notes the last number of each writer: sent twice,
-because an answer was lost, it counts once. With Redis away rows gather, bounded, and are written when it is back. It
-knows integers and names, and nothing of prices, requests or metrics.
+Rows are added to in memory. About once a second the new amounts go to Redis in one script, so a crash loses a second
+at most. Each batch has a number, and the script stores the last number of each writer: a batch that is sent twice,
+because a reply was lost, counts once. While Redis is away or refuses writes the rows wait, within a bound.
+
+This module knows integers and names; it has no notion of prices, requests or metrics.
 """
 
 from __future__ import annotations
@@ -21,25 +22,26 @@ from cache.errors import CacheError, StoreRefused
 from cache.store.replies import hash_pairs
 from cache.store.store import Script, Store
 
-FLUSH_SECONDS = 0.9  # with the write itself a crash loses no more than a second
-WRITE_LIMIT_SECONDS = 1.0  # of one batch; nobody waits for it
+FLUSH_SECONDS = 0.9  # together with the write itself a crash loses no more than a second
+WRITE_LIMIT_SECONDS = 1.0  # of one batch; nothing waits for it
 READ_LIMIT_SECONDS = 5.0
-ROWS_PENDING = 4096  # while Redis is away; beyond them tenants are no longer told apart
-TENANTS_A_DAY = 1000  # that a writer tells apart; keys may be made up, and each costs a row
-BATCH_ROWS = 256  # some 3,000 increments, 2 ms of Redis's time
+ROWS_PENDING = 4096  # rows that may wait for Redis; beyond, new rows are counted under the tenant `other`
+TENANTS_A_DAY = 1000  # told apart by one writer: keys can be made up, and each costs a row
+BATCH_ROWS = 256  # about 3,000 increments, 2 ms of Redis's time
 KEPT_DAYS = 400
-WRITER_SECONDS = 86_400  # how long a writer's last number is known; it sends again within seconds
+WRITER_SECONDS = 86_400  # how long a writer's last number is kept; it sends again within seconds
 READ_DAYS = 31  # in one round trip
+MAX_AMOUNT = 2**63 - 1  # Redis counts in signed 64 bits
 OTHER = "other"
 
 log = logging.getLogger("cairn.totals")
 
 
 class Sums(msgspec.Struct):
-    """What is added up. Amounts of money are integers of 1e-12 USD, in which every list price per token is whole.
+    """The figures of a row. Amounts of money are integers of 1e-12 USD, in which every list price is whole.
 
-    `prompt_tokens` includes cached and written ones; `unknown_tokens` are those of answers that could not say what
-    was cached. `missing` counts answers cut before their usage, `unpriced` those with usage and without a price.
+    `prompt_tokens` includes cached and written ones; `unknown_tokens` belong to responses that did not report what
+    was cached. `missing` counts responses that ended before their usage, `unpriced` those without a price.
     """
 
     answers: int = 0
@@ -50,15 +52,15 @@ class Sums(msgspec.Struct):
     written_tokens: int = 0
     output_tokens: int = 0
     unknown_tokens: int = 0
-    input_picos: int = 0  # had nothing been cached or written
+    input_picos: int = 0  # if nothing had been cached or written
     output_picos: int = 0
     saving_picos: int = 0
     surcharge_picos: int = 0
-    routing_gain_tokens: int = 0  # cached beyond what round robin would have had
-    prefill_micros: int = 0  # seconds of prefill that cached tokens spared, in 1e-6
+    routing_gain_tokens: int = 0  # cached in excess of what round robin would have had
+    prefill_micros: int = 0  # time of prefill that cached tokens saved, in 1e-6 s
 
     def add(self, other: Sums) -> None:
-        """Add another's figures to these."""
+        """Add the figures of `other`."""
         for field in _FIGURES:
             setattr(self, field, getattr(self, field) + getattr(other, field))
 
@@ -67,7 +69,7 @@ _FIGURES = Sums.__struct_fields__
 
 
 class RowKey(NamedTuple):
-    """What a row is about; `day` is an ISO date."""
+    """What a row counts. `day` is an ISO date."""
 
     day: str
     model: str
@@ -81,28 +83,36 @@ class _Batch(msgspec.Struct, frozen=True):
     args: tuple[str | int, ...]  # for each day the number of its increments, then field and amount of each
 
 
+# Reply: the number of increments that Redis could not add, -1 if the batch had been counted before. The number is
+# stored first: an error in the middle loses the rest instead of counting twice.
 _ADD = Script(
     "add-totals",
     """
 local number = tonumber(ARGV[1])
-if tonumber(redis.call('GET', KEYS[1]) or '0') >= number then return 0 end
+local last_number = redis.pcall('GET', KEYS[1])
+if type(last_number) == 'string' and (tonumber(last_number) or 0) >= number then return -1 end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
-local at = 4
+local at, failed = 4, 0
 for day = 2, #KEYS do
   local last = at + 2 * tonumber(ARGV[at])
-  for field = at + 1, last, 2 do redis.call('HINCRBY', KEYS[day], ARGV[field], ARGV[field + 1]) end
+  for field = at + 1, last, 2 do
+    local reply = redis.pcall('HINCRBY', KEYS[day], ARGV[field], ARGV[field + 1])
+    if type(reply) == 'table' and reply.err then failed = failed + 1 end
+  end
   redis.call('EXPIRE', KEYS[day], ARGV[3])
   at = last + 1
 end
-return 1
+return failed
 """,
 )
-"""1 where the batch counted, 0 where it had before. The number is noted first: what fails half-way is lost, not
-counted twice."""
 
 
 class Totals:
-    """The writer's side; one per worker. `writer_id` is unlike any other's."""
+    """Adds up and writes. One per worker; `writer_id` must be unique.
+
+    `lost_increments` counts amounts that Redis could not add; `merged_rows` counts rows that were counted under the
+    tenant `other` because too many waited for Redis.
+    """
 
     def __init__(self, store: Store, writer_id: str) -> None:
         self._store = store
@@ -112,17 +122,19 @@ class Totals:
         self._written = 0
         self._tenants: tuple[str, set[str]] = ("", set())
         self._flushing = asyncio.Lock()
-        self.refused_batches = 0  # that Redis would not take, and that are lost
+        self.refused_batches = 0
+        self.lost_increments = 0
+        self.merged_rows = 0
 
     def row(self, day: str, model: str, upstream: str, tenant: str) -> Sums:
-        """The row to add to, now and without waiting in between; the next one may be another object."""
+        """Return the row to add to. Use it before the next await: later calls may return another object."""
         key = RowKey(day, model, upstream, tenant)
         row = self._pending.get(key)
         return self._new_row(key) if row is None else row
 
     @property
     def pending_rows(self) -> int:
-        """Rows that are not in a batch yet."""
+        """Number of rows that are not in a batch yet."""
         return len(self._pending)
 
     async def run(self) -> None:
@@ -132,23 +144,28 @@ class Totals:
             await self.flush()
 
     async def flush(self) -> bool:
-        """Write what is there; False where Redis took not all of it, which is then tried again."""
+        """Write all pending rows. Return False if Redis did not take all; the rest is tried again."""
         async with self._flushing:
             while batch := self._next_batch():
                 try:
-                    await self._write(batch)
-                except StoreRefused as error:
+                    self._note_failures(await self._write(batch))
+                except StoreRefused as error:  # about this batch: it would be refused again
                     self.refused_batches += 1
-                    log.error("totals of %d increments are lost: %s", len(batch.args) // 2, error)  # noqa: TRY400
-                except CacheError:  # the store has counted it; the same batch goes again
+                    self._note_failures(len(batch.args) // 2, error)
+                except CacheError:  # about Redis: the store has counted it, and the same batch is sent again
                     return False
                 self._sending = None
         return True
 
-    async def _write(self, batch: _Batch) -> None:
+    async def _write(self, batch: _Batch) -> int:
         args = (batch.number, WRITER_SECONDS, KEPT_DAYS * 86_400, *batch.args)
         days = [keys.totals_day(day) for day in batch.days]
-        await self._store.run_script(_ADD, [self._writer, *days], args, WRITE_LIMIT_SECONDS)
+        return int(await self._store.run_script(_ADD, [self._writer, *days], args, WRITE_LIMIT_SECONDS))
+
+    def _note_failures(self, count: int, error: CacheError | None = None) -> None:
+        if count > 0:
+            self.lost_increments += count
+            log.error("Redis did not add %d increments of totals: %s", count, error or "damaged fields")
 
     def _new_row(self, key: RowKey) -> Sums:
         if not self._may_tell_apart(key):
@@ -161,13 +178,14 @@ class Totals:
             tenants = set()
             self._tenants = (key.day, tenants)
         if len(self._pending) >= ROWS_PENDING:
+            self.merged_rows += 1
             return False
         if len(tenants) < TENANTS_A_DAY:
             tenants.add(key.tenant)
         return key.tenant in tenants
 
     def _next_batch(self) -> _Batch | None:
-        """The one that is under way, which stays as it is until it is known to have arrived, or a new one."""
+        """Return the batch being sent, which stays the same until it is known to have arrived, or else a new one."""
         if self._sending is None and self._pending:
             taken = [(key, self._pending.pop(key)) for key in list(self._pending)[:BATCH_ROWS]]
             self._written += 1
@@ -183,14 +201,14 @@ def _increments(key: RowKey, sums: Sums) -> Iterator[str | int]:
     for figure in _FIGURES:
         if amount := getattr(sums, figure):
             yield msgspec.json.encode((figure, key.model, key.upstream, key.tenant)).decode()
-            yield amount
+            yield max(-MAX_AMOUNT, min(amount, MAX_AMOUNT))
 
 
 # --- reading
 
 
 async def read_totals(store: Store, first: date, last: date) -> dict[RowKey, Sums]:
-    """The rows of all days from `first` to `last`; no more than the `KEPT_DAYS` before `last`. Raises CacheError."""
+    """Return the rows of all days from `first` to `last`, at most `KEPT_DAYS` + 1 days. Raises CacheError."""
     count = min((last - first).days + 1, KEPT_DAYS + 1)
     days = [(last - timedelta(days=back)).isoformat() for back in range(count - 1, -1, -1)]
     rows: dict[RowKey, Sums] = {}
@@ -199,19 +217,19 @@ async def read_totals(store: Store, first: date, last: date) -> dict[RowKey, Sum
         commands = [("HGETALL", keys.totals_day(day)) for day in chunk]
         for day, reply in zip(chunk, await store.execute_many(commands, READ_LIMIT_SECONDS), strict=True):
             for field, amount in hash_pairs(reply):
-                _take_in(rows, day, field, amount)
+                _add_field(rows, day, field, amount)
             await asyncio.sleep(0)
     return rows
 
 
-def _take_in(rows: dict[RowKey, Sums], day: str, field: bytes, amount: bytes) -> None:
-    """One field of a day's hash; what this version does not know is passed over."""
+def _add_field(rows: dict[RowKey, Sums], day: str, field: bytes, amount: bytes) -> None:
+    """Add one field of a day's hash; ignore one that this version does not know or that is damaged."""
     try:
         figure, model, upstream, tenant = _decode_field(field)
         value = int(amount)
     except (msgspec.MsgspecError, ValueError):
         return
-    if figure in _FIGURES:
+    if figure in _FIGURES and abs(value) <= MAX_AMOUNT:
         sums = rows.setdefault(RowKey(day, model, upstream, tenant), Sums())
         setattr(sums, figure, getattr(sums, figure) + value)
 

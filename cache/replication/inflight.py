@@ -1,8 +1,8 @@
-"""Who has how much work in flight where: each worker's whole vector, sent while it changes, never as deltas.
+"""Share the work in flight of every worker: each publishes its whole vector while it changes, never differences.
 
-Lost deltas would drift for ever; a lost vector is replaced by the next one some milliseconds later. What a writer
-said is handed on whole, in place of what it said before; ageing it, and dropping it after a second of silence, is for
-whoever takes it. It lives on a pub/sub channel alone: nothing of it is stored.
+A lost difference would be wrong for ever; a lost vector is replaced by the next one some milliseconds later. Vectors
+of others are passed on whole, in place of the writer's previous one. The receiver ages them, and drops a writer after
+a second of silence. They are published on a pub/sub channel and not stored.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from cache.store.store import Store
 
 log = logging.getLogger("cairn.inflight")
 
-SEND_INTERVAL_SECONDS = 0.005  # news that is 100 ms old costs 8 % of TTFT
+SEND_INTERVAL_SECONDS = 0.005  # vectors that are 100 ms old cost 8 % of TTFT
 ALONE_INTERVAL_SECONDS = 0.1
-REPEAT_SECONDS = 0.3  # a writer whose work goes on unchanged says so three times within the silence
+REPEAT_SECONDS = 0.3  # unchanged work is published again, three times before receivers would drop it
 WRITERS_AT_MOST = 4_096  # whose last number is remembered
+NUMBER_SECONDS = 2.0  # after which a writer's last number is not binding, so that a damaged one heals
 
 Row = tuple[float, ...]
 
 
 class LoadBroadcast:
-    """Ours is published, the others' are handed on.
+    """Publishes this worker's vector and passes on those of others.
 
-    `read` gives our rows by replica name when they are sent; `absorb` takes another writer's, `forget` drops a writer
-    that said goodbye. While `alone`, it is said seldom: a newcomer hears it soon enough.
+    `read` returns this worker's rows by replica name, when they are sent; `absorb` takes another writer's rows;
+    `forget` drops a writer that ended. While `alone` returns True, vectors are sent rarely.
     """
 
     def __init__(
@@ -49,32 +50,33 @@ class LoadBroadcast:
         alone: Callable[[], bool] = lambda: False,
     ) -> None:
         self._store = store
+        self._clock = clock
         self._tasks = tasks
         self._read = read
         self._absorb = absorb
         self._forget = forget
         self._alone = alone
         self._head = codec.own_head(codec.VECTOR_VERSION, writer_id)
-        # a writer that comes back under a name of its own starts far above any number that was heard of it
+        # a writer that restarts under the same id begins far above any number that it used before
         self._number = int(clock.unix() * 1000)
         self._busy = False
         self._changed = asyncio.Event()
-        self._heard: dict[str, int] = {}
+        self._received: dict[str, tuple[int, float]] = {}  # writer to its last number, and when it came
         self._running: list[asyncio.Task[Any]] = []
         self.sent = 0
         self.received = 0
         self.dropped_corrupt = 0
-        self.dropped_stale = 0  # numbered below what was heard already
+        self.dropped_stale = 0  # with a number not above the writer's last one
 
     async def start(self) -> None:
         """Begin to listen and to send."""
         self._running = [
-            self._tasks.start(self._send_forever(), "inflight-send"),
-            self._tasks.start(listen(self._store, keys.INFLIGHT_CHANNEL, self.receive), "inflight-listen"),
+            self._tasks.keep(self._send_forever, "inflight-send"),
+            self._tasks.keep(lambda: listen(self._store, keys.INFLIGHT_CHANNEL, self.receive), "inflight-listen"),
         ]
 
     async def close(self) -> None:
-        """Say goodbye, so that the others drop our work at once, and end."""
+        """End, and publish a last vector so that others drop this worker's work at once."""
         for task in self._running:
             task.cancel()
         if self._running:
@@ -83,11 +85,11 @@ class LoadBroadcast:
         self._running = []
 
     def changed(self) -> None:
-        """Our work is another than it was; it is read when it is sent, within milliseconds."""
+        """Note that this worker's work has changed; it is read and sent within milliseconds."""
         self._changed.set()
 
     def receive(self, payload: bytes) -> None:
-        """One message of the channel; our own echo, an older number and damaged bytes change nothing."""
+        """Handle one message of the channel. Own messages, old numbers and damaged bytes change nothing."""
         if payload.startswith(self._head):
             return
         try:
@@ -96,16 +98,17 @@ class LoadBroadcast:
             self.dropped_corrupt += 1
             return
         self.received += 1
-        if vector.number <= self._heard.get(writer, -1):
+        now_seconds = self._clock.monotonic()
+        number, received_seconds = self._received.pop(writer, (-1, 0.0))
+        if vector.number <= number and now_seconds - received_seconds < NUMBER_SECONDS:
+            self._received[writer] = number, received_seconds
             self.dropped_stale += 1
         elif vector.goodbye:
-            self._heard.pop(writer, None)
             self._forget(writer)
         else:
-            self._heard.pop(writer, None)
-            self._heard[writer] = vector.number
-            if len(self._heard) > WRITERS_AT_MOST:
-                del self._heard[next(iter(self._heard))]
+            self._received[writer] = vector.number, now_seconds
+            if len(self._received) > WRITERS_AT_MOST:
+                del self._received[next(iter(self._received))]
             self._absorb(writer, vector.rows)
 
     async def _send_forever(self) -> None:
@@ -114,7 +117,7 @@ class LoadBroadcast:
                 async with asyncio.timeout(REPEAT_SECONDS if self._busy else None):
                     await self._changed.wait()
             except TimeoutError:
-                pass  # nothing changed, but the others must hear that we live
+                pass  # nothing changed, but others drop a silent writer
             self._changed.clear()
             await self._send()
             await asyncio.sleep(ALONE_INTERVAL_SECONDS if self._alone() else SEND_INTERVAL_SECONDS)
@@ -127,5 +130,5 @@ class LoadBroadcast:
         try:
             await self._store.execute("PUBLISH", keys.INFLIGHT_CHANNEL, payload)
             self.sent += 1
-        except CacheError as error:  # the next vector says it all again; the store has counted it
+        except CacheError as error:  # counted by the store; the next vector replaces it
             log.debug("the in-flight vector was not sent: %s", error)

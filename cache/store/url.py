@@ -1,9 +1,9 @@
-"""The URLs by which a Redis is named. Pure; knows no client library.
+"""Parse the URLs that name a Redis. Pure.
 
 `redis://[user:password@]host[:port][/db]`, `rediss://` for TLS, `unix:///path?db=0`,
 `redis+sentinel://host[:port][,host[:port]...]/master[/db]`, `redis+cluster://host[:port][,host[:port]...]`, the last
-two also as `rediss+...`. What follows a `?` is handed to the client (`ssl_ca_certs`, ...); for Sentinels with a
-password of their own `sentinel_username` and `sentinel_password`.
+two also as `rediss+...`. Options after a `?` are passed to the client (`ssl_ca_certs`, ...). Sentinels that have a
+password need `sentinel_username` and `sentinel_password`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SENTINEL_PORT = 26379
 
 
 class Topology(enum.StrEnum):
-    """How many nodes stand behind the URL, and who says which."""
+    """What the URL names: one server, Sentinels that name the master, or a Cluster."""
 
     SINGLE = "single"
     SENTINEL = "sentinel"
@@ -29,7 +29,7 @@ class Topology(enum.StrEnum):
 
 
 class StoreUrl(msgspec.Struct, frozen=True):
-    """A URL taken apart. `node_url` is one node's URL in redis-py's own form, with credentials and options."""
+    """A parsed URL. `node_url` is one node's URL in the form that redis-py expects, with credentials and options."""
 
     topology: Topology
     node_url: str
@@ -39,7 +39,7 @@ class StoreUrl(msgspec.Struct, frozen=True):
 
     @property
     def shown(self) -> str:
-        """What may be logged: no credentials, no options."""
+        """The URL without credentials and options, for logs."""
         parts = urlsplit(self.node_url)
         if self.topology is Topology.SINGLE:
             return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
@@ -47,7 +47,7 @@ class StoreUrl(msgspec.Struct, frozen=True):
 
 
 def parse(url: str) -> StoreUrl:
-    """Take a URL apart. Raises StoreUrlError, which never repeats the URL: it may hold a password."""
+    """Parse a URL. Raises StoreUrlError, whose message never repeats the URL: it may hold a password."""
     try:
         parts = _split(url)
         scheme, _, topology = parts.scheme.partition("+")
@@ -55,7 +55,7 @@ def parse(url: str) -> StoreUrl:
             return _unix(url, parts)
         if scheme not in ("redis", "rediss") or topology not in ("", "sentinel", "cluster"):
             raise StoreUrlError(
-                "the URL of Redis begins with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
+                "the URL of Redis must begin with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
             )
         if not topology:
             return _single(url, parts)
@@ -65,7 +65,7 @@ def parse(url: str) -> StoreUrl:
 
 
 def _split(url: str) -> SplitResult:
-    """As `urlsplit`, which takes no list of hosts: newer ones refuse an IPv6 address in its midst."""
+    """Split a URL that may list several hosts, which `urlsplit` refuses if one is an IPv6 address."""
     scheme, mark, rest = url.partition("://")
     if "+" not in scheme:
         return urlsplit(url)
@@ -76,7 +76,7 @@ def _split(url: str) -> SplitResult:
 
 def _unix(url: str, parts: SplitResult) -> StoreUrl:
     if not parts.path:
-        raise StoreUrlError("the URL of Redis is unix:// without a path")
+        raise StoreUrlError("the URL of Redis needs a path after unix://")
     return StoreUrl(Topology.SINGLE, url)
 
 

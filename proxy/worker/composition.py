@@ -20,10 +20,12 @@ from cache import (
     Listeners,
     LoadBroadcast,
     PrefixIndex,
+    SharedSecret,
     Store,
     StoreState,
     Totals,
     open_store,
+    usable_key,
 )
 from proxy.accounting.access_log import AccessLog
 from proxy.accounting.builtin_prices import BuiltinPrices
@@ -444,7 +446,7 @@ async def build(config: Config, control: WorkerControl, *, access_log_descriptor
     builtin_prices = await asyncio.to_thread(BuiltinPrices)
     configured = config.tenants.secret
     # if none is configured, the one in Redis replaces this one as soon as Redis answers (`Worker.start`)
-    secret = secrets.token_bytes(32) if configured is None else configured.reveal().encode()
+    secret = secrets.token_bytes(32) if configured is None else usable_key(configured.reveal().encode())
     basics = _basics()
     memory = _memory(config, basics)
     replicas = _replicas(config, basics, memory)
@@ -496,10 +498,7 @@ class Worker:
         """Start to serve."""
         store, loops = self.memory.store, self.basics.loops
         await store.start()
-        adopting = self.basics.tasks.start(self.live.adopt_secret(store), "tenant secret")
-        if store.state is StoreState.AVAILABLE:
-            # a context stored under this worker's own secret would be lost to all others
-            await asyncio.wait([adopting], timeout=_SECRET_SECONDS)
+        await self._share_secret()
         self.sharing.baseline.follow(self.memory.index.replicas())
         await self.sharing.journal.start()
         await self.sharing.load_broadcast.start()
@@ -512,6 +511,17 @@ class Worker:
         loops.keep(self.reporter.run, "reporter")
         loops.keep(self.accounting.totals.run, "totals")
         await self.http_server.start(listening)
+
+    async def _share_secret(self) -> None:
+        """Name tenants as all other proxies do. Until Redis answers, this worker uses a secret of its own."""
+        if self.live.config.tenants.secret is not None:
+            return
+        shared = SharedSecret(self.memory.store, self.live.adopt_secret)
+        self.basics.loops.keep(shared.run, "tenant secret")
+        if self.memory.store.state is StoreState.AVAILABLE:
+            # other workers would not find a context that is stored under this worker's own secret
+            agreed = self.basics.tasks.start(shared.agreed.wait(), "tenant secret agreed")
+            await asyncio.wait([agreed], timeout=_SECRET_SECONDS)
 
     async def close(self) -> None:
         """Stop in the reverse order, after a last report of what was counted."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
-from cache import CacheError, ContextStore, Store, shared_secret
+from cache import ContextStore
 from proxy.accounting.pricing import PriceBook
 from proxy.accounting.rate_cards import rules_of
 from proxy.config.schema import Config
@@ -16,8 +15,6 @@ from proxy.pipeline.admission import Authenticator
 from proxy.worker import from_config
 from proxy.worker.http_server import HttpServer
 from proxy.worker.replica_queues import ReplicaQueues
-
-SECRET_RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +54,10 @@ class LiveConfig:
         parts.context_api.adopt(config.contexts)
         self._set_authenticator()
 
-    async def adopt_secret(self, store: Store) -> None:
-        """Use the secret that all proxies share through Redis, as soon as Redis answers.
-
-        Returns at once if the configuration has a secret.
-        """
-        while self.config.tenants.secret is None:
-            await store.wait_available()
-            try:
-                self._secret = await shared_secret(store)
-            except CacheError:
-                await asyncio.sleep(SECRET_RETRY_SECONDS)
-                continue
-            self._set_authenticator()
-            return
+    def adopt_secret(self, secret: bytes) -> None:
+        """Use the secret that all proxies share through Redis."""
+        self._secret = secret
+        self._set_authenticator()
 
     def _set_authenticator(self) -> None:
         clients = from_config.known_clients(self.config.clients)

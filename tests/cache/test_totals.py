@@ -137,18 +137,24 @@ async def test_rows_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     assert writer.pending_rows == 21
 
 
-async def test_a_batch_that_redis_refuses_is_dropped_and_the_next_is_written(
+async def test_increments_that_redis_cannot_add_are_counted_and_all_others_are_written(
     store: Store, shared_valkey: Valkey
 ) -> None:
-    """A foreign key in the way must not stop all that follows."""
+    """A key of another type, and a field that is not a number, cost only their own amounts."""
     writer = Totals(store, "w")
     shared_valkey.ask("SET", keys.totals_day("2026-11-20"), "not a hash")
+    shared_valkey.ask("HSET", keys.totals_day(DAY), '["answers","m","u","green"]', "x")
     count(writer, day="2026-11-20", answers=1)
+    count(writer, tenant="green", answers=1, missing=1)
     assert await writer.flush()
     count(writer, answers=1)
     assert await writer.flush()
-    assert writer.refused_batches == 1
-    assert len(await read_totals(store, FIRST, LAST)) == 1
+    assert writer.lost_increments == 2
+    found = await read_totals(store, FIRST, LAST)
+    assert found == {
+        RowKey(DAY, "m", "u", "green"): Sums(missing=1),
+        RowKey(DAY, "m", "u", "red"): Sums(answers=1),
+    }
 
 
 async def test_what_is_unknown_in_a_day_is_passed_over_and_days_expire(store: Store, shared_valkey: Valkey) -> None:

@@ -28,6 +28,7 @@ class Taken:
 
     def __init__(self) -> None:
         clock, tasks = FakeClock(), Tasks()
+        self.clock = clock
         self.rows: dict[str, Mapping[str, Row]] = {}
         self.board = LoadBroadcast(
             open_store(None, clock=clock, tasks=tasks),
@@ -64,6 +65,26 @@ async def test_an_older_number_is_ignored() -> None:
     assert taken.board.dropped_stale == 2
     taken.board.receive(said("x", 3, {B: (1.0, 1)}))
     assert taken.rows == {"x": {B: (1.0, 1)}}
+
+
+async def test_a_damaged_number_blocks_its_writer_for_two_seconds_only() -> None:
+    """Afterwards the writer's true numbers, which are lower, count again."""
+    taken = Taken()
+    taken.board.receive(said("x", 2**63 - 1, {A: (1.0, 1)}))
+    taken.board.receive(said("x", 5, {A: (2.0, 2)}))
+    assert taken.rows == {"x": {A: (1.0, 1)}}
+    taken.clock.advance(2.0)
+    taken.board.receive(said("x", 6, {A: (3.0, 3)}))
+    assert taken.rows == {"x": {A: (3.0, 3)}}
+
+
+@pytest.mark.parametrize("figure", [float("nan"), float("inf"), float("-inf"), 1e300, -1e6])
+async def test_a_vector_with_an_impossible_figure_is_dropped(figure: float) -> None:
+    """NaN, infinities and absurd sizes would spoil every routing decision."""
+    taken = Taken()
+    taken.board.receive(said("x", 1, {A: (figure, 1)}))
+    assert taken.rows == {}
+    assert taken.board.dropped_corrupt == 1
 
 
 async def test_a_goodbye_is_told_and_damage_is_counted() -> None:
