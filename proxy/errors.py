@@ -106,6 +106,13 @@ class TooLarge(ClientError):
     code = "request_too_large"
 
 
+class UpgradeRefused(ClientError):
+    """A client asks for a WebSocket; the same endpoint answers over HTTP."""
+
+    status = 426
+    code = "websocket_not_supported"
+
+
 class RateLimited(ClientError):
     """A bound on concurrent or waiting work is reached."""
 

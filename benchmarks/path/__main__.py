@@ -89,7 +89,7 @@ class Wire:
     def close(self) -> None:
         self._closing = True
 
-    abort = close
+    abort = write_eof = close
 
     def get_write_buffer_size(self) -> int:
         return 0
@@ -133,7 +133,7 @@ class Client:
 
     def __init__(self, run: Run, worker: Worker) -> None:
         self._run = run
-        self.protocol = worker.http_server._server()  # type: ignore[misc]
+        self.protocol = worker.http_server.connect()
         self._wire = Wire(self._heard)
         self._wire.connect(self.protocol)
 

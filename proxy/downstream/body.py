@@ -1,129 +1,369 @@
-"""The bodies of clients, on aiohttp's low-level server: read whole within limits, or handed on as they come.
+"""The body of a request: where its bytes go as they arrive, and how its reader waits for them.
 
-It must not know answers, replicas or JSON.
+A body of declared length, up to the limit of what is read, lands in its final buffer: the event loop reads straight
+into `room`. Any other waits, at most `AHEAD_BYTES` of it, until somebody says whether it is read whole (`read`) or
+handed on piece by piece (`stream`); the connection stops reading meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from typing import Protocol
+import enum
+from collections.abc import AsyncIterator
+from copy import copy
+from typing import Final, Protocol
 
-from aiohttp import HttpVersion, StreamReader, web
+from proxy.buffers import uninitialized_bytearray
+from proxy.downstream.chunks import Buffer, ChunkDecoder
+from proxy.downstream.errors import BadHttp, ProtocolError
+from proxy.downstream.request import IncomingRequest
+from proxy.errors import CairnError, Overloaded, RequestTimeout, TooLarge
 
-from proxy.downstream.body_ahead import BodyAhead
-from proxy.downstream.long_body import LONG_BYTES, late, receive
-from proxy.errors import BadRequest, RequestTimeout, TooLarge
+AHEAD_BYTES: Final = 128 * 1024
+"""Of a body that is handed on, or that nobody asked for yet: reading stops from here on."""
 
-_UNDECLARED_CHUNK_BYTES = 1024 * 1024  # how much of a body of unknown length may wait in aiohttp's buffer
+TRUSTED_BYTES: Final = 4 * 1024 * 1024
+"""A buffer is at most this much larger than what has arrived, whatever length was declared."""
 
+GRACE_SECONDS: Final = 10.0
+"""A body may arrive at any rate in its first seconds."""
 
-class IncomingRequest(Protocol):
-    """What is asked of a request: its parsed head, and its body as it comes."""
-
-    @property
-    def method(self) -> str: ...
-    @property
-    def raw_path(self) -> str: ...
-    @property
-    def version(self) -> HttpVersion: ...
-    @property
-    def headers(self) -> Mapping[str, str]: ...
-    @property
-    def raw_headers(self) -> tuple[tuple[bytes, bytes], ...]: ...
-    @property
-    def keep_alive(self) -> bool: ...
-    @property
-    def content_length(self) -> int | None: ...
-    @property
-    def body_exists(self) -> bool: ...
-    @property
-    def content(self) -> StreamReader: ...
-    @property
-    def protocol(self) -> web.RequestHandler: ...
+_UNLIMITED_BYTES: Final = 2**40
 
 
-async def read_body(request: IncomingRequest, limit_bytes: int, limit_seconds: float) -> bytes | bytearray:
-    """The whole body; nobody else holds it.
+class Source(Protocol):
+    """The connection as a body sees it."""
+
+    def now(self) -> float:
+        """Read the monotonic clock."""
+        ...
+
+    def pause_reading(self) -> None:
+        """Stop reading from the client."""
+        ...
+
+    def resume_reading(self) -> None:
+        """Read again."""
+        ...
+
+    def send_continue(self) -> None:
+        """Write `100 Continue` if the client waits for it."""
+        ...
+
+    def body_awaited(self, due: float) -> None:
+        """Call `body.look` at the moment `due`, and again at those that it answers, until `body_arrived`."""
+        ...
+
+    def body_arrived(self) -> None:
+        """Nobody waits for the body any more."""
+        ...
+
+    def hold(self, nbytes: int, own: int) -> bool:
+        """Take bytes from the budget of bodies; False if it is exceeded. `own` are held already."""
+        ...
+
+    def release(self, nbytes: int) -> None:
+        """Give them back."""
+        ...
+
+    def client_error(self, reason: BadHttp) -> None:
+        """Count an error of the client."""
+        ...
+
+
+class Use(enum.Enum):
+    """What becomes of a body."""
+
+    UNKNOWN = "unknown"
+    READ = "read"
+    STREAM = "stream"
+
+
+_UNKNOWN, _READ, _STREAM = Use.UNKNOWN, Use.READ, Use.STREAM
+
+
+class IncomingBody:
+    """A body that has not arrived whole with its head.
+
+    `length` is its declared length in bytes, None if it is chunked. `held_bytes` counts against the budget of bodies.
+    """
+
+    __slots__ = (
+        "_decoder",
+        "_error",
+        "_filled",
+        "_limit_seconds",
+        "_rate",
+        "_source",
+        "_store",
+        "_use",
+        "_view",
+        "_waited_seconds",
+        "_waiter",
+        "_waits_from",
+        "held_bytes",
+        "is_complete",
+        "length",
+        "received_bytes",
+    )
+
+    def __init__(self, source: Source, length: int | None, read_bytes_most: int, bytes_per_second: int) -> None:
+        self.length = length
+        self.received_bytes = 0
+        self.held_bytes = 0
+        self.is_complete = False
+        self._source = source
+        self._rate = bytes_per_second
+        self._use = _UNKNOWN
+        self._decoder: ChunkDecoder | None = None
+        self._view: memoryview | None = None  # of `_store`, if bytes land there; of it the first `_filled` have
+        self._filled = 0
+        if length is None:
+            self._decoder = ChunkDecoder(_UNLIMITED_BYTES)
+            self._store = bytearray()
+        elif length <= read_bytes_most:
+            self._store = uninitialized_bytearray(min(length, TRUSTED_BYTES))
+            self._view = memoryview(self._store)
+        else:
+            self._store = bytearray()
+        self._error: CairnError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._waits_from = 0.0
+        self._waited_seconds = 0.0
+        self._limit_seconds = 0.0
+
+    # -- what the connection calls
+
+    def room(self) -> memoryview | None:
+        """Where the event loop may put what arrives next; None if it must be looked at first."""
+        view = self._view
+        if view is None:
+            return None
+        if self._filled == len(view):
+            self._grow()
+            view = self._view
+        return view[self._filled :]  # type: ignore[index]  # `_grow` made another one
+
+    def landed(self, nbytes: int) -> None:
+        """Handle `nbytes` that the event loop put in `room`."""
+        self._filled += nbytes
+        self._count(nbytes)
+        if self.received_bytes == self.length:
+            self._end()
+
+    def take(self, data: Buffer, at: int, end: int) -> int:
+        """Take what belongs to the body in data[at:end]; give the place up to which that is."""
+        if self._error is not None:
+            return end
+        length = self.length
+        if length is None:
+            return self._take_chunks(data, at, end)
+        stop = min(end, at + length - self.received_bytes)
+        if self._view is None:
+            self._store += memoryview(data)[at:stop]
+            self._count(stop - at)
+            self._after_piece(self.received_bytes == length)
+            return stop
+        while at < stop:
+            room = self.room()
+            assert room is not None  # noqa: S101 - a buffer stays one
+            nbytes = min(len(room), stop - at)
+            room[:nbytes] = memoryview(data)[at : at + nbytes]
+            at += nbytes
+            self.landed(nbytes)
+        return stop
+
+    def look(self, now: float) -> float:
+        """Fail if the body is late; give the moment at which to look again."""
+        due = self._due()
+        if due <= now:
+            self._source.client_error(BadHttp.BODY_LATE)
+            self.fail(RequestTimeout("The body of the request did not arrive in time."))
+        return due
+
+    def fail(self, error: CairnError) -> None:
+        """End the body with `error`: whoever reads it, now or later, gets it."""
+        if self._error is None and not self.is_complete:
+            self._error = error
+            self._view = None  # what still comes is dropped
+            self._wake()
+
+    # -- what its reader calls
+
+    async def read(self, limit_bytes: int, limit_seconds: float) -> Buffer:
+        """Give the whole body. Raises what `read_body` does."""
+        if self._decoder is not None:
+            self._decoder.limit_bytes = limit_bytes
+            if self._decoder.announced_bytes > limit_bytes:
+                raise too_large(limit_bytes)
+        self._use = _READ
+        self._limit_seconds = limit_seconds
+        self._source.send_continue()
+        self._source.resume_reading()
+        while not self.is_complete:
+            self._check(limit_bytes)
+            await self._wait()
+        self._check(limit_bytes)
+        body, self._store = self._store, bytearray()
+        return body
+
+    def begin_stream(self, limit_seconds: float) -> None:
+        """Hand the body on piece by piece; `limit_seconds` is how long the next piece may take."""
+        self._use = _STREAM
+        self._limit_seconds = limit_seconds
+        if self._view is not None:
+            self._view = None
+            self._store = self._store[: self._filled]
+        self._source.send_continue()
+        if len(self._store) < AHEAD_BYTES:
+            self._source.resume_reading()
+
+    async def next_piece(self) -> bytes:
+        """Give what has arrived since the last call, b"" at the end."""
+        while not self._store:
+            if self._error is not None:
+                raise copy(self._error)
+            if self.is_complete:
+                return b""
+            await self._wait()
+        piece = bytes(self._store)
+        self._store = bytearray()
+        held, self.held_bytes = self.held_bytes, 0
+        self._source.release(held)
+        self._source.resume_reading()
+        return piece
+
+    # -- inside
+
+    def _take_chunks(self, data: Buffer, at: int, end: int) -> int:
+        decoder, store = self._decoder, self._store
+        assert decoder is not None  # noqa: S101 - a body without a length has one
+        before = len(store)
+        try:
+            at = decoder.decode(data, at, end, store)
+        except ProtocolError as error:
+            self._source.client_error(error.reason)
+            self.fail(copy(error))
+            return end
+        except TooLarge as error:
+            self.fail(copy(error))
+            return end
+        self._count(len(store) - before)
+        self._after_piece(decoder.is_done)
+        return at
+
+    def _after_piece(self, is_last: bool) -> None:
+        if is_last:
+            self._end()
+        elif self._use is not _READ:
+            if len(self._store) >= AHEAD_BYTES:
+                self._source.pause_reading()
+            self._wake()
+
+    def _count(self, nbytes: int) -> None:
+        self.received_bytes += nbytes
+        if not self._source.hold(nbytes, self.held_bytes):
+            self.fail(overloaded())
+        self.held_bytes += nbytes
+
+    def _check(self, limit_bytes: int) -> None:
+        if self._error is not None:
+            raise copy(self._error)
+        if self.received_bytes > limit_bytes:
+            raise too_large(limit_bytes)
+
+    def _grow(self) -> None:
+        """Make the buffer four times as large: what has arrived is copied, at most a third of the body in all."""
+        length = self.length or 0
+        store = uninitialized_bytearray(min(length, 4 * self._filled))
+        store[: self._filled] = self._store
+        self._store = store
+        self._view = memoryview(store)
+
+    def _end(self) -> None:
+        self._view = None
+        self.is_complete = True
+        self._wake()
+
+    def _due(self) -> float:
+        """When the body is late, by its limit (in all, or for the next piece) or by its rate while it was awaited."""
+        allowed = self._limit_seconds if self._use is _STREAM else self._limit_seconds - self._waited_seconds
+        if self._rate:
+            allowed = min(allowed, GRACE_SECONDS + self.received_bytes / self._rate - self._waited_seconds)
+        return self._waits_from + allowed
+
+    async def _wait(self) -> None:
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        self._waits_from = self._source.now()
+        self._source.body_awaited(self._due())
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+            self._waited_seconds += self._source.now() - self._waits_from
+            self._source.body_arrived()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+async def read_body(request: IncomingRequest, limit_bytes: int, limit_seconds: float) -> Buffer:
+    """Give the whole body of `request`, which nobody else holds.
 
     Raises:
-        TooLarge: it is, or says that it is, over `limit_bytes`; no more than that is ever held.
-        RequestTimeout: it did not arrive within `limit_seconds`.
-        BadRequest: its framing is broken.
+        TooLarge: it is, or is declared to be, over `limit_bytes`; no more than that is ever held.
+        RequestTimeout: it did not arrive within `limit_seconds`, or came too slowly.
+        ProtocolError: its framing is broken.
+        Overloaded: the bodies of all requests together have no room for it.
     """
     length = request.content_length
     if length is not None and length > limit_bytes:
         raise TooLarge(f"The body has {length} bytes; at most {limit_bytes} are read.")
-    content = request.content
-    if content.is_eof() and not content.exception():
-        return _within(content.read_nowait(), limit_bytes)
-    protocol = request.protocol
-    if length is not None and isinstance(protocol, BodyAhead):
-        here_bytes = protocol.ahead_bytes
-        if here_bytes >= length:
-            return protocol.take_whole(content, length)
-        if length - here_bytes - content.total_bytes >= LONG_BYTES:
-            return await receive(content, protocol, length, limit_seconds)
-        protocol.give_back_ahead()
-    # one wake-up for many reads from the socket: a long body otherwise costs a pause and a resume for each 128 KB
-    content.set_read_chunk_size(_UNDECLARED_CHUNK_BYTES if length is None else length)
-    pieces: list[bytes] = []
-    size_bytes = 0
-    # a bare timer: `asyncio.timeout` costs four times as much, for a scope that nothing here needs
-    timer = asyncio.get_running_loop().call_later(limit_seconds, _too_slow, content, limit_seconds)
-    try:
-        while piece := await content.readany():
-            pieces.append(piece)
-            size_bytes += len(piece)
-            if size_bytes > limit_bytes:
-                raise TooLarge(f"The body has more than {limit_bytes} bytes, the most that is read.")
-    except web.RequestPayloadError:
-        raise BadRequest("The framing of the body is broken.") from None
-    finally:
-        timer.cancel()
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-def _too_slow(content: StreamReader, limit_seconds: float) -> None:
-    content.set_exception(late(limit_seconds))
-
-
-def _within(body: bytes, limit_bytes: int) -> bytes:
-    if len(body) > limit_bytes:
-        raise TooLarge(f"The body has {len(body)} bytes; at most {limit_bytes} are read.")
-    return body
+    if request.refusal is not None:
+        raise copy(request.refusal)
+    if request.body is not None:
+        return await request.body.read(limit_bytes, limit_seconds)
+    return request.whole_body
 
 
 def stream_body(request: IncomingRequest, idle_seconds: float) -> AsyncIterator[bytes]:
-    """The body piece by piece, for what is passed through; memory holds some 128 KB of it.
+    """Give the body piece by piece, as it arrives; memory holds `AHEAD_BYTES` of it and a read.
 
     The iterator raises:
         RequestTimeout: nothing came for `idle_seconds`.
-        BadRequest: its framing is broken.
+        ProtocolError: its framing is broken.
+        Overloaded: the bodies of all requests together have no room for it.
     """
-    if isinstance(request.protocol, BodyAhead):
-        request.protocol.give_back_ahead()
-    return _Pieces(request.content, idle_seconds)
+    if request.body is not None:
+        request.body.begin_stream(idle_seconds)
+    return _Pieces(request)
 
 
 class _Pieces:
-    """See `stream_body`. A class and no generator, since nobody has to close it."""
+    """See `stream_body`. A class and not a generator, since nobody has to close it."""
 
-    def __init__(self, content: StreamReader, idle_seconds: float) -> None:
-        self._content = content
-        self._idle_seconds = idle_seconds
+    def __init__(self, request: IncomingRequest) -> None:
+        self._whole = request.whole_body
+        self._body = request.body
 
     def __aiter__(self) -> _Pieces:
         return self
 
     async def __anext__(self) -> bytes:
-        try:
-            async with asyncio.timeout(self._idle_seconds):
-                piece = await self._content.readany()
-        except TimeoutError:
-            raise RequestTimeout(f"Nothing of the body came for {self._idle_seconds:g} seconds.") from None
-        except web.RequestPayloadError:
-            raise BadRequest("The framing of the body is broken.") from None
+        piece, self._whole = self._whole, b""
+        if not piece and self._body is not None:
+            piece = await self._body.next_piece()
         if not piece:
             raise StopAsyncIteration
         return piece
+
+
+def overloaded() -> Overloaded:
+    """The error for a body that finds no room."""
+    return Overloaded("Too many requests at once.", code="proxy_overloaded", retry_after_seconds=1.0)
+
+
+def too_large(limit_bytes: int) -> TooLarge:
+    """The error for a body over `limit_bytes`, of no declared length."""
+    return TooLarge(f"The body has more than {limit_bytes} bytes, the most that is read.")

@@ -1,156 +1,559 @@
-"""A client's connection: aiohttp's own, with its parser, limits and timers, but one task for all of its requests.
+"""A client's connection: an asyncio protocol that reads requests, one at a time, and has each answered.
 
-aiohttp makes a task, a request object of fifty parts and a writer for each request, of which a proxy uses nothing:
-a tenth of what a short request costs. Everything that is not the plain course of requests (what its parser refuses, a
-client that leaves, pipelining, keep-alive, the end) stays aiohttp's. What is taken from inside of it is named in
-`tests/proxy/test_session.py`, so that another version cannot change it unseen.
+| state | waits for | the client's bytes go to | its deadline |
+|---|---|---|---|
+| IDLE | a first byte of a head | - | keep-alive; while draining, a second |
+| HEAD | the rest of the head | the parser | the whole head |
+| EXCHANGE | the handler, or for it the body or the client's reading | the body, then `_ahead` | body or write |
+| LINGER | the client to close | nowhere | lingering |
+| CLOSED | - | - | - |
 
-It must not know limits, prompts or replicas.
+IDLE goes to HEAD or EXCHANGE as bytes arrive, HEAD to EXCHANGE, EXCHANGE to IDLE; each of them to LINGER if the
+connection must end and the client may still be sending (closing at once would reset the connection, and the answer
+would be lost on its way), and to CLOSED when the transport is gone, which cancels the handler.
+
+Requests sent ahead of their turn wait as bytes, up to a bound; beyond it the connection stops reading. They are
+parsed in their turn, so that they are answered in their order and what precedes them decides whether they are
+answered at all. Upgrades are not taken up: such a request is one like any other. A client that closes its sending
+side is taken to be gone, as most servers do.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import math
 from collections.abc import Awaitable, Callable
-from typing import Any, cast
+from typing import Final, Protocol
 
-from aiohttp import EMPTY_PAYLOAD, StreamReader, web
-from aiohttp.http import HttpVersion, RawRequestMessage
+from httptools import HttpRequestParser
 
-from proxy.downstream.body import IncomingRequest
-from proxy.downstream.body_ahead import BodyAhead
-from proxy.downstream.reader import ROOM_BYTES, Reader
+from proxy.downstream.body import IncomingBody, overloaded
+from proxy.downstream.chunks import Buffer
+from proxy.downstream.errors import BadHttp, ClientLimit, ClientStalled, ProtocolError
+from proxy.downstream.limits import ByteBudget, Limits
+from proxy.downstream.request import IncomingRequest, feed_head, head_too_large
 from proxy.downstream.response import ClientResponse
+from proxy.errors import CairnError, Overloaded, RequestTimeout
 
-log = logging.getLogger("cairn.session")
+Handle = Callable[[IncomingRequest, ClientResponse], Awaitable[None]]
+"""Answers a request; raises nothing but cancellation and ConnectionError."""
 
+ROOM_BYTES: Final = 72 * 1024
+"""Read at once, into a buffer that all connections share: a body of 64 KB comes whole with its head."""
 
-class Request:
-    """The parsed head of a request, and its body as it comes."""
+AHEAD_BYTES: Final = 64 * 1024
+"""Requests sent ahead of their turn wait, as long as they are not longer."""
 
-    __slots__ = (
-        "content",
-        "headers",
-        "keep_alive",
-        "method",
-        "protocol",
-        "raw_headers",
-        "raw_path",
-        "version",
-    )
+NEVER: Final = math.inf
 
-    def __init__(self, message: RawRequestMessage, content: StreamReader, protocol: web.RequestHandler) -> None:
-        self.method: str = message.method
-        self.raw_path: str = message.path
-        self.version: HttpVersion = message.version
-        self.headers = message.headers
-        self.raw_headers = message.raw_headers
-        self.keep_alive = not message.should_close
-        self.content = content
-        self.protocol = protocol
-
-    @property
-    def content_length(self) -> int | None:
-        """Bytes of the body where the client declared them; the parser has checked the number."""
-        declared = self.headers.get("Content-Length")
-        return None if declared is None else int(declared)
-
-    @property
-    def body_exists(self) -> bool:
-        """True where the head says that a body follows."""
-        return self.content is not EMPTY_PAYLOAD
+_IDLE: Final = 0
+_HEAD: Final = 1
+_EXCHANGE: Final = 2
+_LINGER: Final = 3
+_CLOSED: Final = 4
+_END_OF_HEAD: Final = b"\r\n\r\n"
+_BEFORE_END: Final = len(_END_OF_HEAD) - 1
+_CR: Final = 13
+_LF: Final = 10
 
 
-Handle = Callable[[IncomingRequest], Awaitable[ClientResponse]]
+class Server(Protocol):
+    """What all connections of a worker share."""
+
+    limits: Limits
+    handle: Handle
+    heads: ByteBudget
+    bodies: ByteBudget
+    is_draining: bool
+    room: bytearray
+    now: Callable[[], float]
+
+    def opened(self, connection: Connection, address: str) -> ClientLimit | None:
+        """Register a connection; gives the limit that it exceeds."""
+        ...
+
+    def closed(self, connection: Connection) -> None:
+        """Forget a connection."""
+        ...
+
+    def start_serving(self, connection: Connection) -> asyncio.Task[None]:
+        """Run `connection.serve()` as a task."""
+        ...
+
+    def client_error(self, reason: BadHttp) -> None:
+        """Count an error of a client."""
+        ...
+
+    def refused(self, limit: ClientLimit) -> None:
+        """Count a refusal because of a limit."""
+        ...
+
+    def error_response(self, error: CairnError) -> bytes:
+        """Serialise the answer to what is no request."""
+        ...
 
 
-class SessionServer(web.Server):
-    """aiohttp's low-level server, whose connections are `Session`s. `handle` answers a request and never raises but
-    for cancellation and a lost connection."""
+class Connection(asyncio.BufferedProtocol):
+    """One connection. `deadline` is the moment from which `expire` is to be called."""
 
-    def __init__(self, handle: Handle, **options: Any) -> None:
-        # a client that leaves stops its request, whose tokens nobody would read
-        super().__init__(handle, handler_cancellation=True, access_log=None, **options)  # type: ignore[arg-type]
-        self._room = bytearray(ROOM_BYTES)
+    def __init__(self, server: Server) -> None:
+        self.deadline = NEVER
+        self.is_behind = False
+        self.address = ""
+        self._server = server
+        self._limits = server.limits
+        self._state = _IDLE
+        self._transport: asyncio.Transport | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._request: IncomingRequest | None = None
+        self._body: IncomingBody | None = None  # of `_request`, until it is whole
+        self._awaited_body: IncomingBody | None = None
+        self._reads_body = False  # what is being read goes straight to the body
+        self._parser: HttpRequestParser | None = None  # of a head that is not whole, which `_head` is
+        self._head: IncomingRequest | None = None
+        self._head_bytes = 0
+        self._line = b""  # of that head: its first line, as far as it has arrived
+        self._has_line = False
+        self._tail = b""  # of that head: the last bytes, in which its end may have begun
+        self._ahead = bytearray()
+        self._is_last = False  # no request is served after the present one
+        self._body_bytes = 0  # of the budget of bodies, beside what `_body` holds
+        self._is_paused = False
+        self._next_waiter: asyncio.Future[None] | None = None
+        self._drain_waiter: asyncio.Future[None] | None = None
+        self._unsent_bytes = 0  # when they were last looked at
 
-    def __call__(self) -> Reader:  # type: ignore[override]  # the loop asks for any protocol
-        return Reader(Session(self, loop=self._loop, **self._kwargs), self._room)
+    # -- asyncio.BufferedProtocol
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]  # a stream's transport is an asyncio.Transport
+        peer = transport.get_extra_info("peername")
+        self.address = peer[0] if isinstance(peer, tuple) else ""
+        exceeded = self._server.opened(self, self.address)
+        if exceeded is not None:
+            self._server.refused(exceeded)
+            self._transport.write(self._server.error_response(overloaded()))  # type: ignore[union-attr]
+            self._shut()
+            return
+        self.deadline = self._server.now() + self._limits.keepalive_seconds
 
-class Session(BodyAhead):
-    """One connection. It is subclassed and not wrapped, since aiohttp tells its own connection what happens to it."""
+    def get_buffer(self, sizehint: int) -> bytearray | memoryview:  # noqa: ARG002
+        body = self._body
+        if body is not None:
+            room = body.room()
+            if room is not None:
+                self._reads_body = True
+                return room
+        self._reads_body = False
+        return self._server.room
 
-    __slots__ = ()
+    def buffer_updated(self, nbytes: int) -> None:
+        if not self._reads_body:
+            self._feed(self._server.room, 0, nbytes)
+        elif self._body is not None:
+            self._body.landed(nbytes)
+            if self._body.is_complete:
+                self._body = None
 
-    async def start(self) -> None:
-        """Answer requests in their order until the connection ends."""
-        handle = cast(Handle, self._request_handler)
-        try:
-            while not self._force_close:
-                if not self._messages:
-                    await self._next_message()
-                first = self._messages[0][0]
-                if not isinstance(first, RawRequestMessage) or first.upgrade:
-                    await super().start()  # what the parser refused, or stopped behind
+    def eof_received(self) -> None:
+        """Let the transport close: a client that sends no more is taken to be gone."""
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        self._state = _CLOSED
+        self.deadline = NEVER
+        self._forget_head()
+        self._drop_ahead()
+        self._server.closed(self)
+        self._transport = None
+        if self._request is None:
+            self._wake()
+        elif self._task is not None:
+            self._task.cancel()
+
+    def pause_writing(self) -> None:
+        self.is_behind = True
+
+    def resume_writing(self) -> None:
+        self.is_behind = False
+        if self._drain_waiter is not None and not self._drain_waiter.done():
+            self._drain_waiter.set_result(None)
+
+    # -- reading
+
+    def _feed(self, data: Buffer, at: int, end: int) -> None:
+        """Handle the bytes data[at:end]."""
+        while at < end:
+            state = self._state
+            if state == _EXCHANGE:
+                body = self._body
+                if body is None:
+                    self._keep_ahead(data, at, end)
                     return
-                content = self._messages.popleft()[1]
-                self._make_way()
-                self._request_in_progress = True
+                at = body.take(data, at, end)
+                if body.is_complete:
+                    self._body = None
+            elif state < _EXCHANGE:
                 try:
-                    answer = await handle(Request(first, content, self))
-                finally:
-                    self._request_in_progress = False
-                    if self._handler_waiter is not None and not self._handler_waiter.done():
-                        self._handler_waiter.set_result(None)
-                if not await self._goes_on(answer, content):
-                    break
-        except ConnectionError:
-            log.debug("a client left before its answer was whole")
-        except BaseException:
-            self.force_close()
-            raise
-        if not self._force_close:
-            self._task_handler = None
-            if self.transport is not None:
-                self.transport.close()
+                    at = self._take_head(data, at, end)
+                except ProtocolError as error:
+                    self.client_error(error.reason)
+                    self._refuse(error)
+                except Overloaded as error:
+                    self._refuse(error)
+            else:
+                return
 
-    async def _next_message(self) -> None:
-        self._waiter = self._loop.create_future()
+    def _take_head(self, data: Buffer, at: int, end: int) -> int:
+        """Take a head, or the next part of one; give the place up to which that is. Raises ProtocolError."""
+        limits = self._limits
+        if self._head is not None:
+            return self._take_rest_of_head(data, at, end)
+        while at < end and (data[at] == _CR or data[at] == _LF):
+            at += 1  # empty lines before a request line (RFC 9112, section 2.2)
+        stop = data.find(_END_OF_HEAD, at, end)
+        if stop < 0:
+            if at < end:
+                self._begin_partial_head(data, at, end)
+            return end
+        stop += len(_END_OF_HEAD)
+        if stop - at > limits.head_bytes:
+            raise head_too_large()
+        request = IncomingRequest(limits.header_line_bytes)
+        parser = HttpRequestParser(request)
+        feed_head(parser, memoryview(data)[at:stop])
+        return self._begin(request, parser, bytes(data[at : data.find(b"\r\n", at, stop)]), data, stop, end)
+
+    def _begin_partial_head(self, data: Buffer, at: int, end: int) -> None:
+        """Keep the first part of a head. Its parser refuses at once what cannot become one."""
+        limits = self._limits
+        self._state = _HEAD
+        self.deadline = self._server.now() + min(limits.head_seconds, limits.keepalive_seconds)
+        self._head = IncomingRequest(limits.header_line_bytes)
+        self._parser = HttpRequestParser(self._head)
+        self._line, self._has_line, self._tail = b"", False, b""
+        self._feed_head(data, at, end)
+
+    def _take_rest_of_head(self, data: Buffer, at: int, end: int) -> int:
+        """Take the next part of a head whose end may lie across two reads."""
+        tail = self._tail
+        seam = tail + bytes(data[at : min(end, at + _BEFORE_END)])
+        found = seam.find(_END_OF_HEAD)
+        if found >= 0:
+            stop = at + found + len(_END_OF_HEAD) - len(tail)
+        else:
+            stop = data.find(_END_OF_HEAD, at, end)
+            stop = -1 if stop < 0 else stop + len(_END_OF_HEAD)
+        if stop < 0:
+            self._feed_head(data, at, end)
+            return end
+        self._feed_head(data, at, stop)
+        request, parser = self._head, self._parser
+        assert request is not None and parser is not None  # noqa: S101, PT018 - they come and go together
+        line = self._line
+        self._forget_head()
+        return self._begin(request, parser, line, data, stop, end)
+
+    def _feed_head(self, data: Buffer, at: int, end: int) -> None:
+        """Feed a part of a head that is not whole yet, and count it. Raises ProtocolError and Overloaded."""
+        nbytes = end - at
+        self._head_bytes += nbytes
+        if not self._server.heads.take(nbytes):
+            self._server.refused(ClientLimit.HEAD_BYTES)
+            raise overloaded()
+        if self._head_bytes > self._limits.head_bytes:
+            raise head_too_large()
+        if not self._has_line:
+            line = self._line + bytes(data[at:end])
+            first, newline, _ = line.partition(b"\r\n")
+            self._line, self._has_line = first, bool(newline)
+        self._tail = (self._tail + bytes(data[max(at, end - _BEFORE_END) : end]))[-_BEFORE_END:]
+        assert self._parser is not None  # noqa: S101 - as long as there is a `_head`
+        feed_head(self._parser, bytes(data[at:end]))
+
+    def _begin(
+        self, request: IncomingRequest, parser: HttpRequestParser, line: bytes, data: Buffer, at: int, end: int
+    ) -> int:
+        """Begin the exchange of a request whose body begins at data[at]; give the place where its body ends."""
+        request.finish(parser.get_method(), line)
+        self._state = _EXCHANGE
+        self.deadline = NEVER
+        limits = self._limits
+        length = request.content_length
+        if length and end - at >= length:
+            stop = at + length
+            request.whole_body = bytes(memoryview(data)[at:stop])
+            self._body_bytes = length
+            if not self.hold(length, 0):
+                request.refusal = overloaded()
+            at = stop
+        elif length or request.is_chunked:
+            body = IncomingBody(self, length, limits.body_bytes, limits.body_bytes_per_second)
+            request.body = self._body = body
+        self._request = request
+        if self._next_waiter is not None:
+            if not self._next_waiter.done():
+                self._next_waiter.set_result(None)
+        elif self._task is None:
+            self._task = self._server.start_serving(self)
+        return at
+
+    def _keep_ahead(self, data: Buffer, at: int, end: int) -> None:
+        """Keep requests sent ahead of their turn; stop reading once there are enough of them.
+
+        Without room for them, the present answer is the connection's last.
+        """
+        if self._is_last:
+            return
+        nbytes = end - at
+        self._ahead += memoryview(data)[at:end]
+        if not self._server.heads.take(nbytes):
+            self._server.refused(ClientLimit.HEAD_BYTES)
+            self._drop_ahead()
+            self._is_last = True
+        elif len(self._ahead) >= AHEAD_BYTES:
+            self.pause_reading()
+
+    def _drop_ahead(self) -> None:
+        self._server.heads.give(len(self._ahead))
+        self._ahead = bytearray()
+
+    def _forget_head(self) -> None:
+        self._server.heads.give(self._head_bytes)
+        self._head_bytes = 0
+        self._head = self._parser = None
+        self._line = self._tail = b""
+
+    # -- answering
+
+    async def serve(self) -> None:
+        """Answer requests in their order until the connection ends."""
+        handle = self._server.handle
+        request: IncomingRequest | None
+        response: ClientResponse | None
         try:
-            await self._waiter
+            while self._state < _LINGER:
+                request = self._request
+                if request is None:
+                    await self._next()
+                    continue
+                transport = self._transport
+                if transport is None:
+                    break
+                response = ClientResponse(request, self, transport)
+                await handle(request, response)
+                self._finish(response, asked_to_close=not request.keep_alive)
+                request = response = None  # or an idle connection would keep its last body
+        except ConnectionError:
+            self.abort()
+        except BaseException:
+            self.abort()
+            raise
         finally:
-            self._waiter = None
+            self._release_body()
+            self._task = None
 
-    def _make_way(self) -> None:
-        """Let the parser go on where it stopped behind too many requests sent ahead."""
-        if self._parser is not None:
-            self._parser.message_consumed()
-        if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
-            self._resume_reading_if_drained()
+    async def _next(self) -> None:
+        waiter = self._next_waiter = asyncio.get_running_loop().create_future()
+        try:
+            await waiter
+        finally:
+            self._next_waiter = None
 
-    async def _goes_on(self, answer: ClientResponse, content: StreamReader) -> bool:
-        """Whether another request may follow on the connection, whose timer begins then."""
-        self._keepalive = answer.keep_alive
-        if not content.is_eof():
-            await self._leave_body(content)
-        if not self._keepalive or self._close or self._force_close:
-            return False
-        closes_at = self._loop.time() + self._keepalive_timeout
-        self._next_keepalive_close_time = closes_at
-        if self._keepalive_handle is None:
-            self._keepalive_handle = self._loop.call_at(closes_at, self._process_keepalive)
-        return True
+    def _finish(self, response: ClientResponse, *, asked_to_close: bool) -> None:
+        """Go on after an answer: to the next request, or to the connection's end.
 
-    async def _leave_body(self, content: StreamReader) -> None:
-        """Read what is left of a body that nobody wants, for a while: a close at once would cut the answer off."""
-        self.give_back_ahead()
-        if self._lingering_time and not self._force_close:
-            try:
-                async with asyncio.timeout(self._lingering_time):
-                    while not content.is_eof():
-                        await content.readany()
-            except TimeoutError:
-                log.debug("a client went on sending a body that was not read")
-        if not content.is_eof() and not self._force_close:
-            self.close()
+        A connection that its client wants closed is closed at once, unless the client sent more than it should have.
+        """
+        is_whole = self._body is None
+        self._release_body()
+        if self._state != _EXCHANGE:
+            return
+        if not response.ended:
+            self._shut()  # broken off: the client must not wait for more
+        elif response.keep_alive and is_whole and not self._is_last:
+            self._state = _IDLE
+            self._rest()
+            if self._is_paused:
+                self.resume_reading()
+            if self._ahead:
+                ahead = bytes(self._ahead)
+                self._drop_ahead()
+                self._feed(ahead, 0, len(ahead))
+        elif asked_to_close and is_whole and not self._ahead:
+            self._shut()
+        else:
+            self._linger()
+
+    def _release_body(self) -> None:
+        """Give back what the present request holds."""
+        request, self._request = self._request, None
+        self._body = None
+        nbytes, self._body_bytes = self._body_bytes, 0
+        if request is not None and request.body is not None:
+            nbytes += request.body.held_bytes
+            request.body.held_bytes = 0
+        if nbytes:
+            self._server.bodies.give(nbytes)
+
+    # -- ending
+
+    def drain(self) -> None:
+        """Keep the connection for no longer than it takes to answer what the client sends now."""
+        if self._state == _IDLE:
+            self._rest()
+
+    def expire(self, now: float) -> None:
+        """Act on a deadline that has passed."""
+        self.deadline = NEVER
+        if self._state == _EXCHANGE:
+            self._expire_exchange(now)
+        elif self._state == _HEAD:
+            self.client_error(BadHttp.HEAD_LATE)
+            self._refuse(RequestTimeout("The head of the request did not arrive in time."))
+        elif self._still_sending(now):
+            return
+        elif self._state == _IDLE:
+            self._shut()
+            self._wake()
+        else:
+            self.abort()
+
+    def _expire_exchange(self, now: float) -> None:
+        if self._awaited_body is not None:
+            self.deadline = self._awaited_body.look(now)
+        elif self._drain_waiter is not None and not self._still_sending(now):
+            self.client_error(BadHttp.READ_LATE)
+            if not self._drain_waiter.done():
+                self._drain_waiter.set_exception(ClientStalled("the client stopped reading"))
+            self.abort()
+
+    def _still_sending(self, now: float) -> bool:
+        """True if the client has read some of what was written, and so gets more time for the rest."""
+        transport = self._transport
+        unsent_bytes = 0 if transport is None else transport.get_write_buffer_size()
+        progressed = 0 < unsent_bytes < self._unsent_bytes or (unsent_bytes > 0 == self._unsent_bytes)
+        self._unsent_bytes = unsent_bytes
+        if progressed:
+            self.deadline = now + self._limits.write_seconds
+        return progressed
+
+    def abort(self) -> None:
+        """Close at once, whatever is under way."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _refuse(self, error: CairnError) -> None:
+        """Answer what is no request, or finds no room, and end the connection."""
+        self._forget_head()
+        self._drop_ahead()
+        transport = self._transport
+        if transport is not None and not transport.is_closing():
+            transport.write(self._server.error_response(error))
+        self._linger()
+        self._wake()
+
+    def _linger(self) -> None:
+        """Send no more, and read what still comes for a while without looking at it."""
+        self._state = _LINGER
+        self._drop_ahead()
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        self.deadline = self._server.now() + self._limits.linger_seconds
+        self._unsent_bytes = 0
+        transport.write_eof()
+        self.resume_reading()
+
+    def _shut(self) -> None:
+        """Close once what was written is sent."""
+        self._state = _LINGER
+        self.deadline = self._server.now() + self._limits.linger_seconds
+        self._unsent_bytes = 0
+        if self._transport is not None:
+            self._transport.close()
+
+    def _rest(self) -> None:
+        """Wait for the next request."""
+        limits = self._limits
+        seconds = limits.drain_idle_seconds if self._server.is_draining else limits.keepalive_seconds
+        self.deadline = self._server.now() + seconds
+        self._unsent_bytes = 0
+
+    def _wake(self) -> None:
+        """Let `serve` see that the connection ends."""
+        if self._next_waiter is not None and not self._next_waiter.done():
+            self._next_waiter.set_result(None)
+
+    # -- what the response calls
+
+    def may_stay(self) -> bool:
+        """True if another request may follow: the present one has arrived whole, and the worker is not draining."""
+        return self._body is None and not self._is_last and not self._server.is_draining
+
+    async def drained(self) -> None:
+        """Wait until the client has read most of what was written. Raises ConnectionResetError."""
+        if self._transport is None:
+            raise ConnectionResetError("the client left")
+        if not self.is_behind:
+            return
+        waiter = self._drain_waiter = asyncio.get_running_loop().create_future()
+        self._unsent_bytes = self._transport.get_write_buffer_size()
+        self.deadline = self._server.now() + self._limits.write_seconds
+        try:
+            await waiter
+        finally:
+            self._drain_waiter = None
+            self.deadline = NEVER
+
+    # -- what the body calls
+
+    def now(self) -> float:
+        """Read the monotonic clock."""
+        return self._server.now()
+
+    def pause_reading(self) -> None:
+        """Stop reading from the client."""
+        if not self._is_paused and self._transport is not None:
+            self._is_paused = True
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read again."""
+        if self._is_paused and self._transport is not None and not self._transport.is_closing():
+            self._is_paused = False
+            self._transport.resume_reading()
+
+    def send_continue(self) -> None:
+        """Write `100 Continue` if the client waits for it before it sends its body."""
+        request, body, transport = self._request, self._body, self._transport
+        if request is None or body is None or transport is None or not request.expects_continue:
+            return
+        request.expects_continue = False
+        if not body.received_bytes:
+            transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def body_awaited(self, due: float) -> None:
+        """Look at the body at `due`."""
+        self._awaited_body = self._body
+        self.deadline = due
+
+    def body_arrived(self) -> None:
+        """Nobody waits for the body any more."""
+        self._awaited_body = None
+        if self._state == _EXCHANGE:
+            self.deadline = NEVER
+
+    def hold(self, nbytes: int, own: int) -> bool:
+        """Take `nbytes` of the budget of bodies; `own` are held already."""
+        if self._server.bodies.take(nbytes, own):
+            return True
+        self._server.refused(ClientLimit.BODY_BYTES)
+        return False
+
+    def release(self, nbytes: int) -> None:
+        """Give them back."""
+        self._server.bodies.give(nbytes)
+
+    def client_error(self, reason: BadHttp) -> None:
+        """Count an error of the client."""
+        self._server.client_error(reason)

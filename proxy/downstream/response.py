@@ -1,24 +1,22 @@
-"""The side towards the client, on aiohttp's low-level server: answers written straight.
+"""The answer to a request, written straight to the transport.
 
-The answer goes to the transport as bytes, head and body as one write where both are there, so that the headers of an
-upstream are never turned into a mapping and back. What aiohttp's own response class does beyond that (cookies,
-compression, ranges) a proxy must not do. It must not know replicas, prompts or JSON.
+Head and body go out as one write if both are there, and an upstream's headers are never turned into a mapping and
+back. The connection supplies what depends on its state: whether it may be kept, and when its client has caught up.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Generator, Iterable
-from typing import Protocol, cast
+from collections.abc import Iterable
+from typing import Final, Protocol
 
-from aiohttp import HttpVersion11
-
-from proxy.downstream.body import IncomingRequest
+from proxy.downstream.request import IncomingRequest
+from proxy.errors import REASON_PHRASES
 
 Headers = Iterable[tuple[bytes, bytes]]
 
-_JOIN_AT_MOST_BYTES = 32 * 1024  # below this a copy is cheaper than a second buffer in the system call
-_BODYLESS_STATUS = frozenset({204, 304})
+_JOIN_AT_MOST_BYTES: Final = 32 * 1024  # below this a copy is cheaper than a second buffer in the system call
+_BODYLESS_STATUS: Final = frozenset({204, 304})
 
 
 class Downstream(Protocol):
@@ -42,8 +40,8 @@ class Downstream(Protocol):
         ...
 
     def offer(self, piece: bytes, framed: bytes | None = None) -> bool:
-        """Write a piece without waiting; False where the client is behind: then await `drained` before the next.
-        `framed` is the same piece as a chunk of HTTP/1.1, where it came as one."""
+        """Write a piece without waiting; False if the client is behind: then await `drained` before the next.
+        `framed` is the same piece as a chunk of HTTP/1.1, if it came as one."""
         ...
 
     async def drained(self) -> None:
@@ -63,68 +61,63 @@ class Downstream(Protocol):
         ...
 
 
-class _Nothing:
-    """What aiohttp awaits where nothing is left to do: no coroutine is made for it."""
+class Sender(Protocol):
+    """The connection as a response sees it."""
 
-    def __await__(self) -> Generator[None, None, None]:
-        return iter(())  # type: ignore[return-value]  # an iterator is all that `await` asks for
+    is_behind: bool
+    """True while the transport wants nothing more written."""
 
+    def may_stay(self) -> bool:
+        """True if the connection may serve another request after this one."""
+        ...
 
-_NOTHING = _Nothing()
+    async def drained(self) -> None:
+        """Wait until it is not behind. Raises ConnectionResetError."""
+        ...
 
 
 class ClientResponse:
-    """`Downstream` on the transport of a request; also what the handler returns, of which aiohttp, where it and not
-    `Session` runs the request, asks no more than `prepare`, `write_eof` and `keep_alive`.
+    """`Downstream` on a client's connection.
 
-    Raises ConnectionResetError from `write` and `offer` when the client is gone, and TimeoutError when it read
-    nothing for `write_seconds`.
+    Raises ConnectionResetError from `write`, `offer` and `drained` if the client is gone or stopped reading.
     """
 
     __slots__ = (
-        "_begun",
-        "_chunked_body",
         "_has_body",
-        "_head",
-        "_protocol",
+        "_is_chunked",
         "_remaining_bytes",
         "_request",
+        "_sender",
         "_transport",
-        "_write_seconds",
+        "begun",
+        "ended",
         "keep_alive",
     )
 
-    def __init__(self, request: IncomingRequest, write_seconds: float) -> None:
+    def __init__(self, request: IncomingRequest, sender: Sender, transport: asyncio.WriteTransport) -> None:
         self._request = request
-        self._protocol = request.protocol
-        transport = self._protocol.transport
-        if transport is None:
-            raise ConnectionResetError("the client left")
-        self._transport = cast("asyncio.WriteTransport", transport)
-        self._write_seconds = write_seconds
+        self._sender = sender
+        self._transport = transport
         self.keep_alive = request.keep_alive
-        self._chunked_body = False
+        self.begun = False
+        self.ended = False
+        self._is_chunked = False
         self._has_body = True
         self._remaining_bytes: int | None = None
-        self._begun = False
-
-    @property
-    def begun(self) -> bool:
-        return self._begun
 
     def send(self, status: int, reason: bytes, headers: Headers, body: bytes) -> None:
-        self._begin(status, reason, headers, len(body))
+        head = self._begin(status, reason, headers, len(body))
         if not self._has_body or not body:
-            self._transport.write(self._head)
+            self._transport.write(head)
         elif len(body) <= _JOIN_AT_MOST_BYTES:
-            self._transport.write(self._head + body)
+            self._transport.write(head + body)
         else:
-            self._transport.writelines((self._head, body))
+            self._transport.writelines((head, body))
         self._remaining_bytes = 0
+        self.ended = True
 
     def begin(self, status: int, reason: bytes, headers: Headers, length: int | None) -> None:
-        self._begin(status, reason, headers, length)
-        self._transport.write(self._head)
+        self._transport.write(self._begin(status, reason, headers, length))
 
     async def write(self, piece: bytes | bytearray | memoryview) -> None:
         if not self.offer(piece):
@@ -135,24 +128,23 @@ class ClientResponse:
             return True
         if self._transport.is_closing():
             raise ConnectionResetError("the client left")
-        if framed is not None and self._chunked_body:
+        if framed is not None and self._is_chunked:
             self._transport.write(framed)
-        elif self._chunked_body and len(piece) <= _JOIN_AT_MOST_BYTES:  # as `_put` does, for every piece of a stream
+        elif self._is_chunked and len(piece) <= _JOIN_AT_MOST_BYTES:  # as `_put` does, for every piece of a stream
             self._transport.write(b"".join((b"%x\r\n" % len(piece), piece, b"\r\n")))
         else:
             self._put(piece)
-        return not self._protocol.writing_paused
+        return not self._sender.is_behind
 
     async def drained(self) -> None:
-        async with asyncio.timeout(self._write_seconds):
-            await self._protocol._drain_helper()
+        await self._sender.drained()
 
     def write_last(self, piece: bytes) -> None:
         if self._has_body and not self._transport.is_closing():
             self._put(piece)
 
     def _put(self, piece: bytes | bytearray | memoryview) -> None:
-        if self._chunked_body:
+        if self._is_chunked:
             self._transport.writelines((b"%x\r\n" % len(piece), piece, b"\r\n"))
         else:
             if self._remaining_bytes is not None:
@@ -160,24 +152,18 @@ class ClientResponse:
             self._transport.write(piece)
 
     def end(self) -> None:
-        if self._chunked_body and self._has_body:
+        self.ended = True
+        if self._is_chunked and self._has_body:
             self._transport.write(b"0\r\n\r\n")
         elif self._remaining_bytes:
-            self.break_off()  # shorter than announced: the client must see that
+            self.break_off()  # not as long as announced: the client must see that
 
     def break_off(self) -> None:
         self.keep_alive = False
+        self.ended = False
         self._transport.close()
 
-    def prepare(self, request: IncomingRequest) -> Awaitable[None]:  # noqa: ARG002
-        """aiohttp's hook before the body: the head was written already."""
-        return _NOTHING
-
-    def write_eof(self) -> Awaitable[None]:
-        """aiohttp's hook after the handler: the end was written already."""
-        return _NOTHING
-
-    def _begin(self, status: int, reason: bytes, headers: Headers, length: int | None) -> None:
+    def _begin(self, status: int, reason: bytes, headers: Headers, length: int | None) -> bytes:
         request = self._request
         lines = [b"HTTP/1.1 %d %b" % (status, reason)]
         lines += [b": ".join(header) for header in headers]  # a third of what formatting costs
@@ -187,15 +173,24 @@ class ClientResponse:
             if status not in _BODYLESS_STATUS:
                 lines.append(b"content-length: %d" % length)
         elif self._has_body:
-            if request.version >= HttpVersion11:
-                self._chunked_body = True
-                lines.append(b"transfer-encoding: chunked")
+            if request.is_http_1_0:
+                self.keep_alive = False  # the end of the connection is the end of the body
             else:
-                self.keep_alive = False  # HTTP/1.0: the end of the connection is the end of the body
-        if not self.keep_alive:
+                self._is_chunked = True
+                lines.append(b"transfer-encoding: chunked")
+        if not self.keep_alive or not self._sender.may_stay():
+            self.keep_alive = False
             lines.append(b"connection: close")
-        elif request.version < HttpVersion11:
+        elif request.is_http_1_0:
             lines.append(b"connection: keep-alive")
         lines.append(b"\r\n")
-        self._head = b"\r\n".join(lines)
-        self._begun = True
+        self.begun = True
+        return b"\r\n".join(lines)
+
+
+def whole_response(status: int, headers: Headers, body: bytes) -> bytes:
+    """Serialise an answer after which the connection closes, for input that is no request."""
+    lines = [b"HTTP/1.1 %d %b" % (status, REASON_PHRASES[status])]
+    lines += [b": ".join(header) for header in headers]
+    lines.append(b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body))
+    return b"\r\n".join(lines) + body

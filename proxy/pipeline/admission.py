@@ -5,7 +5,6 @@ All of this happens before any byte of a prompt is read.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 from collections.abc import Iterable, Sequence
@@ -128,40 +127,24 @@ def check_model(tenant: Tenant, model: str) -> None:
 
 
 class InFlightLimit:
-    """Limits the requests in flight, and the bytes of their bodies that are held. One per worker.
+    """Limits the requests in flight. One per worker; the bytes of their bodies are limited at the client port."""
 
-    `empty` is set while no request is in flight.
-    """
-
-    def __init__(self, requests_at_most: int, body_bytes_at_most: int) -> None:
+    def __init__(self, requests_at_most: int) -> None:
         self._requests_at_most = requests_at_most
-        self._body_bytes_at_most = body_bytes_at_most
         self.requests = 0
-        self.body_bytes = 0
-        self.empty = asyncio.Event()
-        self.empty.set()
 
-    def enter(self, announced_bytes: int) -> None:
-        """Count one more request with a body of `announced_bytes`; call `leave` once with the same figure.
+    def enter(self) -> None:
+        """Count one more request; call `leave` once for it.
 
         Raises:
-            Overloaded: a limit is reached; the client may come back after a second.
+            Overloaded: the limit is reached; the client may come back after a second.
         """
-        # a request is always let in if it is the only one, or a body over the limit could never be served
-        if self.requests >= self._requests_at_most or (
-            self.requests and self.body_bytes + announced_bytes > self._body_bytes_at_most
-        ):
+        if self.requests >= self._requests_at_most:
             raise Overloaded(
                 "Too many requests at once.", code="proxy_overloaded", retry_after_seconds=_BUSY_RETRY_SECONDS
             )
-        if not self.requests:
-            self.empty.clear()
         self.requests += 1
-        self.body_bytes += announced_bytes
 
-    def leave(self, announced_bytes: int) -> None:
+    def leave(self) -> None:
         """Count one request less."""
         self.requests -= 1
-        self.body_bytes -= announced_bytes
-        if not self.requests:
-            self.empty.set()

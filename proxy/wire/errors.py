@@ -37,6 +37,8 @@ def error_response(error: CairnError, endpoint: Endpoint, *, request_id: str = "
     headers = [_JSON]
     if error.retry_after_seconds is not None:
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_seconds))))
+    if error.status == 426:
+        headers += [(b"connection", b"upgrade"), (b"upgrade", b"HTTP/1.1")]  # required with it (RFC 9110, 15.5.22)
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     body = _anthropic(error, request_id) if endpoint is Endpoint.MESSAGES else {"error": _openai(error)}

@@ -377,13 +377,14 @@ def _requests(config: Config, secret: bytes, built: Built) -> Requests:
     settlement, stored = built.accounting.settlement, built.contexts.stored
     pipeline = Pipeline(reader, planner, relay, models_endpoint, settlement, stored)
     routes = Routes(config.server.engine_paths, config.server.allowed_paths, config.admin.port)
-    in_flight_limit = InFlightLimit(config.server.max_in_flight_requests, config.server.max_in_flight_bytes)
+    in_flight_limit = InFlightLimit(config.server.max_in_flight_requests)
     http_server = HttpServer(
         config.server,
         routes,
         Authenticator(from_config.known_clients(config.clients), secret),
         in_flight_limit,
         pipeline,
+        basics.recorder,
         clock,
         _new_id,
         max_context_bytes=config.contexts.max_context_bytes,

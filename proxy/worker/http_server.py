@@ -1,43 +1,43 @@
 """HTTP in, `Call` out; the pipeline's answer goes out through `ClientResponse`.
 
-One of the three places that catch every exception: whatever is not foreseen becomes a 500 and a logged defect, and
-the next request is served. It must not know prompts, replicas or prefixes.
+One of the named edges that catch every exception: an unforeseen one becomes a 500 and a logged defect, and the next
+request is served.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 from collections.abc import Callable, Sequence
-from typing import Final
-
-from aiohttp import web
+from typing import Final, Protocol
 
 from proxy.clock import Clock
 from proxy.config.schema import Server
-from proxy.downstream.body import IncomingRequest, read_body, stream_body
-from proxy.downstream.connection import SessionServer
-from proxy.downstream.response import ClientResponse, Downstream
-from proxy.errors import REASON_PHRASES, CairnError, InternalError
+from proxy.downstream.body import overloaded, read_body, stream_body
+from proxy.downstream.connection import Connection
+from proxy.downstream.errors import BadHttp, ClientLimit
+from proxy.downstream.limits import Limits
+from proxy.downstream.request import IncomingRequest
+from proxy.downstream.response import ClientResponse, Downstream, whole_response
+from proxy.downstream.server import ClientServer
+from proxy.errors import REASON_PHRASES, CairnError, InternalError, TooLarge, UpgradeRefused
+from proxy.metrics import definitions as metrics
+from proxy.metrics.recorder import Recorder
 from proxy.model import Body, Call, Endpoint, Tenant
 from proxy.pipeline.admission import Authenticator, InFlightLimit, credentials_of
 from proxy.pipeline.cors import Cors
-from proxy.pipeline.pipeline import Pipeline
 from proxy.pipeline.relay import Upload
 from proxy.pipeline.routes import Route, Routes, is_liveness
 from proxy.wire.decode import decode_request, request_encoding
 from proxy.wire.errors import error_response
-from proxy.wire.headers import kept_request_id, lower_names
+from proxy.wire.headers import kept_request_id
 
 log = logging.getLogger("cairn.server")
 
 _NOBODY = Tenant("")
 _UNKNOWN = Route(Endpoint.OTHER, "/")
-_MAX_HEADERS: Final = 256
-_UNDECLARED_BYTES = 1024 * 1024
-"""What a body of unknown length counts as, against the bound on bytes in flight."""
+_WEBSOCKET_PATHS: Final = ("/responses", "/realtime")  # their ends
 
 _AROUND_CONTEXT_BYTES = 128 * 1024
 """Beside messages and tools: names, descriptions, metadata and white space of a context's upload."""
@@ -46,8 +46,26 @@ _DECODED_INLINE_BYTES: Final = 4096
 """A compressed body up to this size is decoded at once, a longer one in a thread: it may expand a thousandfold."""
 
 
+Headers = tuple[tuple[bytes, bytes], ...]
+
+
+class RequestPipeline(Protocol):
+    """The pipeline as the server sees it."""
+
+    async def handle(self, call: Call, client: Downstream, upload: Upload | None = None) -> None:
+        """Answer an admitted call."""
+        ...
+
+    def turn_away(self, call: Call, error: CairnError, client: Downstream) -> None:
+        """Answer a call that was not admitted."""
+        ...
+
+
 class HttpServer:
-    """The client port of one worker. `new_id` makes request ids, unlike any other's."""
+    """The client port of one worker. `new_id` makes request ids, unlike any other's.
+
+    Create it inside the event loop.
+    """
 
     def __init__(
         self,
@@ -55,7 +73,8 @@ class HttpServer:
         routes: Routes,
         authenticator: Authenticator,
         room: InFlightLimit,
-        pipeline: Pipeline,
+        pipeline: RequestPipeline,
+        recorder: Recorder,
         clock: Clock,
         new_id: Callable[[], str],
         *,
@@ -69,87 +88,66 @@ class HttpServer:
         self._clock = clock
         self._new_id = new_id
         self._max_upload_bytes = min(settings.max_body_bytes, max_context_bytes + _AROUND_CONTEXT_BYTES)
-        self._server: web.Server | None = None
-        self._runner: web.ServerRunner | None = None
         self.authenticator = authenticator
+        self.clients = ClientServer(self.handle, limits_of(settings), clock, Meter(recorder), _plain_error)
 
     async def start(self, listening: Sequence[socket.socket]) -> None:
         """Serve on sockets that listen already."""
-        settings = self._settings
-        self._server = SessionServer(
-            self.handle,
-            keepalive_timeout=settings.keepalive_seconds,
-            max_line_size=settings.max_header_bytes,
-            max_field_size=settings.max_header_bytes,
-            max_headers=_MAX_HEADERS,
-            auto_decompress=False,
-            lingering_time=2.0,
-        )
-        self._runner = web.ServerRunner(self._server)
-        await self._runner.setup()
-        for end in listening:
-            await web.SockSite(self._runner, end, backlog=settings.backlog).start()
+        await self.clients.start(listening, self._settings.backlog)
 
     async def stop(self, finish_seconds: float) -> None:
         """Accept no more, let what runs finish for `finish_seconds`, then end it."""
-        if self._runner is None or self._server is None:
-            return
-        for site in tuple(self._runner.sites):
-            await site.stop()
-        self._server.pre_shutdown()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(finish_seconds):
-                await self._room.empty.wait()
-        await self._server.shutdown(0.1)
-        await self._runner.cleanup()
+        if finish_seconds:
+            await self.clients.drain(finish_seconds)
+        await self.clients.close()
 
-    async def handle(self, request: IncomingRequest) -> ClientResponse:
-        """One request, from its head to the last byte of its answer."""
+    def connect(self) -> Connection:
+        """Make the protocol of a connection that something else than a listening socket brings."""
+        return self.clients.connect()
+
+    async def handle(self, request: IncomingRequest, client: ClientResponse) -> None:
+        """Answer one request, from its head to the last byte of its answer."""
         received_seconds = self._clock.monotonic()
-        client = ClientResponse(request, self._settings.write_seconds)
-        headers = lower_names(request.raw_headers)
+        headers = tuple(request.headers)
         if (granted := self._cors.preflight(request.method, headers)) is not None:
             client.send(204, REASON_PHRASES[204], granted, b"")
-            return client
+            return
         downstream = self._cors.response(client, headers)
-        if is_liveness(request.method, request.raw_path.partition("?")[0]):
+        path = request.target.partition("?")[0]
+        if is_liveness(request.method, path):
             downstream.send(200, REASON_PHRASES[200], ((b"content-type", b"text/plain"),), b"ok\n")
-            return client
+            return
         request_id = kept_request_id(headers) or self._new_id()
         route = _UNKNOWN
-        announced_bytes = request.content_length
-        held_bytes = 0
         entered = False
         try:
-            route = self._routes.route(request.method, request.raw_path)
+            if request.upgrade and path.endswith(_WEBSOCKET_PATHS):
+                _refuse_websocket(request.upgrade)
+            route = self._routes.route(request.method, request.target)
             tenant = self.authenticator.tenant_of_any(credentials_of(headers))
-            reads = route.must_read(tenant)
-            held_bytes = 0 if not reads else _UNDECLARED_BYTES if announced_bytes is None else announced_bytes
-            self._room.enter(held_bytes)
+            self._room.enter()
             entered = True
+            reads = route.must_read(tenant)
             body, encoded = await self._body(request, headers, route.endpoint) if reads else (b"", None)
             call = self._call(request, request_id, tenant, route, headers, body, received_seconds, encoded)
             await self._pipeline.handle(call, downstream, None if reads else self._upload(request))
         except CairnError as error:
-            self._refuse(request, request_id, route, headers, received_seconds, error, downstream)
+            call = self._call(request, request_id, _NOBODY, route, headers, b"", received_seconds)
+            self._pipeline.turn_away(call, error, downstream)
         except (asyncio.CancelledError, ConnectionError):
             raise
         except Exception:  # the handler of last resort
             log.exception("request %s failed inside Cairn", request_id)
-            self._tell(
-                InternalError("Something went wrong inside the proxy."), route.endpoint, request_id, downstream
-            )
+            self._report_defect(route.endpoint, request_id, downstream)
         finally:
             if entered:
-                self._room.leave(held_bytes)
-        return client
+                self._room.leave()
 
-    async def _body(
-        self, request: IncomingRequest, headers: Sequence[tuple[bytes, bytes]], endpoint: Endpoint
-    ) -> tuple[Body, Body | None]:
+    async def _body(self, request: IncomingRequest, headers: Headers, endpoint: Endpoint) -> tuple[Body, Body | None]:
         """The whole body, decoded; and as it was sent, if that was compressed."""
         encoding = request_encoding(headers)
         limit = self._max_upload_bytes if endpoint is Endpoint.CACHING else self._settings.max_body_bytes
+        self._check_declared(request, limit)
         body = await read_body(request, limit, self._settings.body_seconds)
         if not encoding:
             return body, None
@@ -157,8 +155,20 @@ class HttpServer:
             return decode_request(body, encoding, limit), body
         return await asyncio.to_thread(decode_request, body, encoding, limit), body
 
+    def _check_declared(self, request: IncomingRequest, limit_bytes: int) -> None:
+        """Refuse a body that is too large, or that finds no room now, before it is sent."""
+        declared_bytes = request.content_length
+        if declared_bytes is None or request.body is None:
+            return
+        if declared_bytes > limit_bytes:  # before the room is looked at: coming back later would not help
+            raise TooLarge(f"The body has {declared_bytes} bytes; at most {limit_bytes} are read.")
+        held_bytes = request.body.held_bytes
+        if not self.clients.bodies.fits(declared_bytes - held_bytes, held_bytes):
+            self.clients.refused(ClientLimit.BODY_BYTES)
+            raise overloaded()
+
     def _upload(self, request: IncomingRequest) -> Upload | None:
-        if not request.body_exists:
+        if not request.has_body:
             return None
         return Upload(stream_body(request, self._settings.body_seconds), request.content_length)
 
@@ -168,7 +178,7 @@ class HttpServer:
         request_id: str,
         tenant: Tenant,
         route: Route,
-        headers: tuple[tuple[bytes, bytes], ...],
+        headers: Headers,
         body: Body,
         received_seconds: float,
         encoded_body: Body | None = None,
@@ -190,22 +200,56 @@ class HttpServer:
             encoded_body=encoded_body,
         )
 
-    def _refuse(
-        self,
-        request: IncomingRequest,
-        request_id: str,
-        route: Route,
-        headers: tuple[tuple[bytes, bytes], ...],
-        received_seconds: float,
-        error: CairnError,
-        client: Downstream,
-    ) -> None:
-        call = self._call(request, request_id, _NOBODY, route, headers, b"", received_seconds)
-        self._pipeline.turn_away(call, error, client)
-
-    def _tell(self, error: CairnError, endpoint: Endpoint, request_id: str, client: Downstream) -> None:
+    def _report_defect(self, endpoint: Endpoint, request_id: str, client: Downstream) -> None:
         if client.begun:
             client.break_off()
             return
-        answer = error_response(error, endpoint, request_id=request_id)
-        client.send(answer.status, REASON_PHRASES[answer.status], answer.headers, answer.body)
+        error = InternalError("Something went wrong inside the proxy.")
+        response = error_response(error, endpoint, request_id=request_id)
+        client.send(response.status, REASON_PHRASES[response.status], response.headers, response.body)
+
+
+class Meter:
+    """Counts what happens at the client port."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def client_error(self, reason: BadHttp) -> None:
+        self._recorder.inc(metrics.CLIENT_ERRORS, (reason.value,))
+
+    def refused(self, limit: ClientLimit) -> None:
+        self._recorder.inc(metrics.CLIENT_REFUSED, (limit.value,))
+
+    def in_use(self, connections: int, head_bytes: int, body_bytes: int) -> None:
+        self._recorder.set(metrics.CLIENT_CONNECTIONS, (), connections)
+        self._recorder.set(metrics.CLIENT_HEAD_BYTES, (), head_bytes)
+        self._recorder.set(metrics.CLIENT_BODY_BYTES, (), body_bytes)
+
+
+def limits_of(settings: Server) -> Limits:
+    """The limits of the client port that a configuration sets."""
+    return Limits(
+        head_bytes=settings.max_head_bytes,
+        header_line_bytes=settings.max_header_bytes,
+        head_seconds=settings.head_seconds,
+        keepalive_seconds=settings.keepalive_seconds,
+        write_seconds=settings.write_seconds,
+        body_seconds=settings.body_seconds,
+        body_bytes=settings.max_body_bytes,
+        body_bytes_per_second=settings.min_body_bytes_per_second,
+        connections=settings.max_connections,
+        connections_per_address=settings.max_connections_per_address,
+        head_bytes_in_flight=settings.max_in_flight_head_bytes,
+        body_bytes_in_flight=settings.max_in_flight_bytes,
+    )
+
+
+def _refuse_websocket(upgrade: bytes) -> None:
+    if b"websocket" in upgrade.split(b","):
+        raise UpgradeRefused("This proxy does not speak WebSocket; send the request over HTTP.")
+
+
+def _plain_error(error: CairnError) -> bytes:
+    response = error_response(error, Endpoint.OTHER)
+    return whole_response(response.status, response.headers, response.body)

@@ -132,7 +132,7 @@ async def test_many_large_bodies_at_once_are_refused_beyond_the_bound(http: aioh
         assert refused == [(503, "1")] * 10
         gate.set()
         assert [status for status, _ in await asyncio.gather(*first)] == [200, 200]
-        assert cairn.worker.requests.in_flight_limit.body_bytes == 0
+        assert cairn.worker.requests.http_server.clients.bodies.used == 0
 
 
 async def test_ten_thousand_made_up_models_add_one_series(http: aiohttp.ClientSession) -> None:

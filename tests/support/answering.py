@@ -1,38 +1,77 @@
-"""A real server whose answers a test writes, and a client of raw bytes."""
+"""A real client port whose answers a test writes, and a client of raw bytes."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import Any
 
-from aiohttp import web
+from proxy.clock import Clock, SystemClock
+from proxy.downstream.errors import BadHttp, ClientLimit
+from proxy.downstream.limits import Limits
+from proxy.downstream.request import IncomingRequest
+from proxy.downstream.response import ClientResponse, whole_response
+from proxy.downstream.server import ClientServer
+from proxy.errors import CairnError
 
-from proxy.downstream.response import ClientResponse
+Play = Callable[[IncomingRequest, ClientResponse], Awaitable[None]]
 
-Play = Callable[[web.BaseRequest, ClientResponse], Awaitable[None]]
+
+class Counts:
+    """Counts what happens at a client port."""
+
+    def __init__(self) -> None:
+        self.errors: Counter[BadHttp] = Counter()
+        self.refusals: Counter[ClientLimit] = Counter()
+        self.gauges = (0, 0, 0)
+
+    def client_error(self, reason: BadHttp) -> None:
+        self.errors[reason] += 1
+
+    def refused(self, limit: ClientLimit) -> None:
+        self.refusals[limit] += 1
+
+    def in_use(self, connections: int, head_bytes: int, body_bytes: int) -> None:
+        self.gauges = (connections, head_bytes, body_bytes)
+
+
+def plain_error(error: CairnError) -> bytes:
+    """An error as the client port answers it without a request."""
+    return whole_response(error.status, [], error.message.encode())
+
+
+def client_server(
+    play: Play, counts: Counts | None = None, clock: Clock | None = None, **limits: Any
+) -> ClientServer:
+    """A client port that answers by `play`."""
+    return ClientServer(play, Limits(**limits), clock or SystemClock(), counts or Counts(), plain_error)
 
 
 @asynccontextmanager
-async def serving(play: Play, write_seconds: float = 10.0) -> AsyncIterator[int]:
-    """A server whose every request is answered by `play`; yields its port."""
-
-    async def handle(request: web.BaseRequest) -> web.StreamResponse:
-        answer = ClientResponse(request, write_seconds)
-        await play(request, answer)
-        return cast("web.StreamResponse", answer)  # as far as aiohttp's protocol asks
-
-    runner = web.ServerRunner(web.Server(handle, handler_cancellation=True, auto_decompress=False))
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+async def served_by(server: ClientServer) -> AsyncIterator[int]:
+    """Run it on a free port of the loopback; yields the port."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    listening.setblocking(False)
+    port: int = listening.getsockname()[1]
+    await server.start([listening], 128)
     try:
-        yield runner.addresses[0][1]
+        yield port
     finally:
-        await runner.cleanup()
+        async with asyncio.timeout(5):
+            await server.close()
 
 
-async def talk(port: int, *pieces: bytes, until_close: bool = True) -> bytes:
+@asynccontextmanager
+async def serving(play: Play, **limits: Any) -> AsyncIterator[int]:
+    """A client port whose every request is answered by `play`; yields its port."""
+    async with served_by(client_server(play, **limits)) as port:
+        yield port
+
+
+async def talk(port: int, *pieces: bytes) -> bytes:
     """Send raw bytes; give what comes until the server closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:

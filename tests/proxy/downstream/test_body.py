@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from aiohttp import web
-
 from proxy.downstream.body import read_body, stream_body
+from proxy.downstream.request import IncomingRequest
 from proxy.downstream.response import ClientResponse
 from proxy.errors import CairnError, RequestTimeout, TooLarge
 from tests.support.answering import serving, talk
@@ -16,7 +15,7 @@ async def read_by(limit_bytes: int, limit_seconds: float, *pieces: bytes) -> obj
     """What `read_body` gives or raises for a raw request."""
     outcome: asyncio.Future[object] = asyncio.get_running_loop().create_future()
 
-    async def play(request: web.BaseRequest, answer: ClientResponse) -> None:
+    async def play(request: IncomingRequest, answer: ClientResponse) -> None:
         try:
             outcome.set_result(await read_body(request, limit_bytes, limit_seconds))
         except CairnError as error:
@@ -60,7 +59,7 @@ async def test_a_body_is_passed_through_piece_by_piece() -> None:
     """Nothing is gathered, and a stall is noticed."""
     outcome: asyncio.Future[object] = asyncio.get_running_loop().create_future()
 
-    async def play(request: web.BaseRequest, answer: ClientResponse) -> None:
+    async def play(request: IncomingRequest, answer: ClientResponse) -> None:
         got = b""
         try:
             async for piece in stream_body(request, 0.05):

@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import suppress
 
 import pytest
-from aiohttp import web
 
-from proxy.downstream.body import IncomingRequest, read_body
-from proxy.downstream.connection import Session, SessionServer
+from proxy.downstream.body import read_body, stream_body
+from proxy.downstream.errors import BadHttp, ClientLimit
+from proxy.downstream.request import IncomingRequest
 from proxy.downstream.response import ClientResponse
+from proxy.errors import CairnError
+from tests.support.answering import GET, Counts, client_server, served_by, serving, talk
+from tests.support.valkey import eventually
 
-Play = Callable[[IncomingRequest, ClientResponse], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK"
 
 
 async def echo(asked: IncomingRequest, answer: ClientResponse) -> None:
-    body = await read_body(asked, 2**20, 5.0)
-    answer.send(200, b"OK", [], asked.method.encode() + b" " + asked.raw_path.encode() + b" " + body)
-
-
-@asynccontextmanager
-async def serving(play: Play = echo, **options: Any) -> AsyncIterator[tuple[web.Server, int]]:
-    async def handle(asked: IncomingRequest) -> ClientResponse:
-        answer = ClientResponse(asked, 10.0)
-        await play(asked, answer)
-        return answer
-
-    server = SessionServer(handle, auto_decompress=False, **options)
-    runner = web.ServerRunner(server)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
-        async with asyncio.timeout(10):
-            yield server, runner.addresses[0][1]
-    finally:
-        await runner.cleanup()
+        body = await read_body(asked, 2**20, 5.0)
+    except CairnError as error:
+        answer.send(error.status, b"No", [], b"")
+        return
+    answer.send(200, b"OK", [], asked.method.encode() + b" " + asked.target.encode() + b" " + body)
+
+
+async def refuse(asked: IncomingRequest, answer: ClientResponse) -> None:
+    answer.send(403, b"No", [], asked.target.encode())
 
 
 async def answer_of(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
@@ -52,49 +42,49 @@ def request(path: bytes, more: bytes = b"", body: bytes = b"") -> bytes:
     return b"POST %b HTTP/1.1\r\nhost: x\r\n%bcontent-length: %d\r\n\r\n%b" % (path, more, len(body), body)
 
 
-async def test_what_is_taken_from_inside_aiohttp_is_there() -> None:
-    """Another version that names it otherwise fails here, and not in service."""
-    inside = set(dir(Session))
-    taken = "_messages _waiter _parser _buffer_paused _msg_queue_resume_size _resume_reading_if_drained"
-    taken += " _request_handler _request_in_progress _handler_waiter _task_handler _force_close _close _keepalive"
-    taken += " _keepalive_timeout _keepalive_handle _next_keepalive_close_time _process_keepalive _lingering_time"
-    taken += (
-        " _loop _drain_helper force_close close _reading_paused _pause_transport_reading _resume_transport_reading"
-    )
-    assert set(taken.split()) <= inside
-
-
 async def test_requests_sent_ahead_are_answered_in_their_order() -> None:
-    """More of them than aiohttp's parser lets wait, which stops and goes on."""
-    async with serving() as (_, port):
+    """Short ones, long ones and chunked ones; more of them than may wait, so that reading stops and goes on."""
+    async with serving(echo) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"".join(request(b"/%d" % number, body=b"b" * number) for number in range(40)))
-        for number in range(40):
-            assert await answer_of(reader) == (OK, b"POST /%d " % number + b"b" * number)
+        sent, expected = [], []
+        for number in range(60):
+            body = b"b" * (number * number * 10)
+            if number % 3:
+                sent.append(request(b"/%d" % number, body=body))
+            else:
+                head = b"POST /%d HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" % number
+                sent.append(head + (b"%x\r\n%b\r\n" % (len(body), body) if body else b"") + b"0\r\n\r\n")
+            expected.append((OK, b"POST /%d " % number + body))
+        writer.write(b"".join(sent))
+        for each in expected:
+            assert await answer_of(reader) == each
+        writer.close()
+
+
+async def test_a_request_behind_a_refused_upgrade_is_answered() -> None:
+    """As `curl --http2` asks for; in one read and in the next."""
+    async with serving(echo) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request(b"/one", b"connection: upgrade\r\nupgrade: h2c\r\n", b"abc") + request(b"/two"))
+        assert await answer_of(reader) == (OK, b"POST /one abc")
+        assert await answer_of(reader) == (OK, b"POST /two ")
+        writer.write(request(b"/three"))
+        assert await answer_of(reader) == (OK, b"POST /three ")
         writer.close()
 
 
 async def test_what_is_no_request_is_refused_and_ends_the_connection() -> None:
-    """Also one that comes behind a good one."""
-    async with serving() as (_, port):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(request(b"/good"))
-        assert await answer_of(reader) == (OK, b"POST /good ")
-        writer.write(b"no request at all\r\n\r\n")
-        assert b" 400 " in (await answer_of(reader))[0]
-        assert await reader.read() == b""
-        writer.close()
-
-
-async def test_an_upgrade_is_not_taken_up_and_the_connection_goes_on() -> None:
-    """As `curl --http2` asks for."""
-    async with serving() as (_, port):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(request(b"/one", b"connection: upgrade\r\nupgrade: h2c\r\n"))
-        assert await answer_of(reader) == (OK, b"POST /one ")
-        writer.write(request(b"/two"))
-        assert await answer_of(reader) == (OK, b"POST /two ")
-        writer.close()
+    """Also one that comes behind a good one, whose answer is not lost; it is counted and not repeated."""
+    counts = Counts()
+    async with served_by(client_server(echo, counts)) as port:
+        got = await talk(port, request(b"/good") + b"no request at all\r\n\r\n" + request(b"/never"))
+    first, _, second = got.partition(b"POST /good ")
+    assert first.startswith(OK)
+    assert second.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert b"\r\nconnection: close\r\n" in second
+    assert b"no request" not in second
+    assert b"never" not in got
+    assert counts.errors == {BadHttp.REQUEST_LINE: 1}
 
 
 @pytest.mark.parametrize(
@@ -107,8 +97,8 @@ async def test_an_upgrade_is_not_taken_up_and_the_connection_goes_on() -> None:
     ],
 )
 async def test_a_connection_stays_as_long_as_its_client_wants(head: bytes, stays: bool) -> None:
-    """By its version and its own word."""
-    async with serving() as (_, port):
+    """By its version and its options."""
+    async with serving(echo) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(head)
         await answer_of(reader)
@@ -120,83 +110,299 @@ async def test_a_connection_stays_as_long_as_its_client_wants(head: bytes, stays
         writer.close()
 
 
-async def test_an_idle_connection_is_closed_after_its_time() -> None:
-    """Counted from the end of its last answer."""
-    async with serving(keepalive_timeout=0.05) as (_, port):
+async def test_empty_lines_before_a_request_are_skipped() -> None:
+    """As clients of old send them behind a body."""
+    async with serving(echo) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(request(b"/"))
-        await answer_of(reader)
-        assert await reader.read() == b""
+        writer.write(request(b"/one", body=b"a") + b"\r\n\r\n" + request(b"/two"))
+        assert [await answer_of(reader) for _ in range(2)] == [(OK, b"POST /one a"), (OK, b"POST /two ")]
         writer.close()
 
 
-async def test_a_body_that_was_not_read_is_left_behind() -> None:
-    """What comes of it in time is dropped, and the next request is served."""
-
-    async def refuse(asked: IncomingRequest, answer: ClientResponse) -> None:
-        answer.send(403, b"No", [], asked.raw_path.encode())
-
-    async with serving(refuse) as (_, port):
+async def test_an_idle_connection_is_closed_after_its_time() -> None:
+    """Counted from the end of its last answer; one that never sent anything, too."""
+    async with serving(echo, keepalive_seconds=0.05) as port:
+        silent, silent_writer = await asyncio.open_connection("127.0.0.1", port)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        whole = request(b"/one", body=b"b" * 300_000)
+        writer.write(request(b"/"))
+        await answer_of(reader)
+        async with asyncio.timeout(5):
+            assert await reader.read() == b""
+            assert await silent.read() == b""
+        writer.close()
+        silent_writer.close()
+
+
+async def test_a_head_has_a_time_for_all_of_it() -> None:
+    """However steadily it trickles: 408, and the connection ends."""
+    counts = Counts()
+    async with served_by(client_server(echo, counts, head_seconds=0.1)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\n")
+
+        async def trickle() -> None:
+            with suppress(ConnectionError):
+                while True:
+                    writer.write(b"x: y\r\n")
+                    await writer.drain()
+                    await asyncio.sleep(0.01)
+
+        trickling = asyncio.get_running_loop().create_task(trickle())
+        async with asyncio.timeout(5):
+            assert (await answer_of(reader))[0] == b"HTTP/1.1 408 Request Timeout"
+            assert await reader.read() == b""
+        trickling.cancel()
+        assert counts.errors == {BadHttp.HEAD_LATE: 1}
+        writer.close()
+
+
+async def test_a_head_over_its_limit_is_refused_however_it_is_cut() -> None:
+    """431, before it is whole."""
+    long = b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 200
+    for pieces in ([long + b"\r\n"], [long], [long[:100], long[100:]]):
+        counts = Counts()
+        async with served_by(client_server(echo, counts, head_bytes=1000)) as port:
+            assert (await talk(port, *pieces)).startswith(b"HTTP/1.1 431 ")
+        assert counts.errors == {BadHttp.HEAD_SIZE: 1}
+
+
+async def test_a_body_is_asked_for_when_it_is_wanted() -> None:
+    """`100 Continue` is sent when the request is accepted, before a byte of the body; and once."""
+
+    async def stream(asked: IncomingRequest, answer: ClientResponse) -> None:
+        answer.send(200, b"OK", [], b"".join([piece async for piece in stream_body(asked, 5.0)]))
+
+    expect = request(b"/", b"expect: 100-continue\r\n", b"abc")
+    for play, body in ((echo, b"POST / abc"), (stream, b"abc")):
+        async with serving(play) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(expect[:-3])
+            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            writer.write(expect[-3:-1])
+            writer.write(expect[-1:])
+            assert await answer_of(reader) == (OK, body)
+            writer.write(expect)  # what is here already is not asked for
+            assert await answer_of(reader) == (OK, body)
+            writer.close()
+
+
+async def test_a_body_that_is_refused_is_not_asked_for() -> None:
+    """The final answer comes in place of `100 Continue`, and ends the connection."""
+    async with serving(refuse) as port:
+        got = await talk(port, request(b"/", b"expect: 100-continue\r\n", b"abc")[:-3])
+    assert got == b"HTTP/1.1 403 No\r\ncontent-length: 1\r\nconnection: close\r\n\r\n/"
+
+
+async def test_an_early_answer_announces_the_end_and_arrives_whole() -> None:
+    """What still comes of the body is read and dropped for a while: a reset would cost the answer."""
+    async with serving(refuse) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        whole = request(b"/one", body=b"b" * 3_000_000)
         writer.write(whole[:100])
-        assert await answer_of(reader) == (b"HTTP/1.1 403 No", b"/one")
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"\r\nconnection: close\r\n" in head
         writer.write(whole[100:] + request(b"/two"))
-        assert await answer_of(reader) == (b"HTTP/1.1 403 No", b"/two")
+        await writer.drain()
+        assert await reader.read() == b"/one"
+        writer.close()
+
+
+async def test_a_body_that_came_whole_and_was_not_read_ends_nothing() -> None:
+    """The next request is answered."""
+    async with serving(refuse) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for path in (b"/one", b"/two"):
+            writer.write(request(path, body=b"b" * 300))
+            assert await answer_of(reader) == (b"HTTP/1.1 403 No", path)
         writer.close()
 
 
 async def test_a_body_that_never_ends_ends_the_connection() -> None:
-    """Where nobody wants it, after the lingering time."""
-
-    async def refuse(asked: IncomingRequest, answer: ClientResponse) -> None:
-        answer.send(403, b"No", [], b"")
-
-    async with serving(refuse, lingering_time=0.05) as (_, port):
+    """If nobody wants it, after the lingering time."""
+    async with serving(refuse, linger_seconds=0.05) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request(b"/one", body=b"b" * 300_000)[:-1])
         await answer_of(reader)
-        assert await reader.read() == b""
+        async with asyncio.timeout(5):
+            with suppress(ConnectionError):
+                while True:
+                    writer.write(b"b")
+                    await writer.drain()
+                    await asyncio.sleep(0.01)
         writer.close()
 
 
+@pytest.mark.parametrize("sent", [b"zz\r\n", b"3\r\nabcd", b"0\r\n: a\r\n"])
+async def test_a_body_whose_framing_breaks_is_refused_at_once(sent: bytes) -> None:
+    """Nobody waits for the rest; the connection ends."""
+    counts = Counts()
+    head = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n"
+    async with served_by(client_server(echo, counts)) as port:
+        async with asyncio.timeout(2):
+            got = await talk(port, head, sent)
+    assert got.startswith(b"HTTP/1.1 400 ")
+    assert counts.errors.total() == 1
+
+
 async def test_a_client_that_leaves_cancels_its_request() -> None:
-    """At whatever it awaits."""
-    entered, left = asyncio.Event(), asyncio.Event()
+    """At whatever it awaits, whether it closed or reset its connection."""
+    entered, left = asyncio.Queue[None](), asyncio.Queue[None]()
 
     async def wait(asked: IncomingRequest, answer: ClientResponse) -> None:
-        entered.set()
+        entered.put_nowait(None)
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
-            left.set()
+            left.put_nowait(None)
             raise
 
-    async with serving(wait) as (_, port):
+    async with serving(wait) as port:
+        for way in ("abort", "close"):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request(b"/"))
+            await entered.get()
+            getattr(writer.transport, way)()
+            async with asyncio.timeout(5):
+                await left.get()
+
+
+async def test_a_client_that_leaves_inside_a_body_cancels_its_request() -> None:
+    """What it sent is given back to the budget."""
+    server = client_server(echo)
+    async with served_by(server) as port:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(request(b"/"))
-        await entered.wait()
-        writer.transport.abort()
-        await left.wait()
+        writer.write(request(b"/", body=b"x" * 500_000)[:400_000])
+        await writer.drain()
+        async with asyncio.timeout(5):
+            await eventually(lambda: server.bodies.used >= 399_000)
+            writer.transport.abort()
+            await eventually(lambda: not server.bodies.used and not len(server))
 
 
-async def test_a_server_that_stops_lets_a_request_finish() -> None:
-    """And closes its connection behind it."""
+async def test_a_drain_loses_no_request_of_a_busy_connection() -> None:
+    """Each client is told `Connection: close` with an answer to what it sent, and only then its connection ends."""
+    server = client_server(echo)
+    async with served_by(server) as port:
+        lines = [await asyncio.open_connection("127.0.0.1", port) for _ in range(16)]
+        for reader, writer in lines:
+            writer.write(request(b"/one"))
+            await answer_of(reader)
+        draining = asyncio.get_running_loop().create_task(server.drain(5.0))
+        await asyncio.sleep(0.05)
+        for reader, writer in lines:
+            writer.write(request(b"/two"))
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(OK)
+            assert b"\r\nconnection: close\r\n" in head
+            assert await reader.read() == b"POST /two "
+            writer.close()
+        async with asyncio.timeout(1):
+            await draining
+
+
+async def test_a_drain_waits_for_what_runs_and_not_for_what_idles() -> None:
+    """An idle connection is kept for a second; one that was told to end is not waited for longer."""
     entered, go_on = asyncio.Event(), asyncio.Event()
 
     async def wait(asked: IncomingRequest, answer: ClientResponse) -> None:
+        answer.begin(200, b"OK", [], 4)
         entered.set()
         await go_on.wait()
-        answer.send(200, b"OK", [], b"done")
+        await answer.write(b"done")
+        answer.end()
 
-    async with serving(wait) as (server, port):
+    server = client_server(wait, drain_idle_seconds=0.05, linger_seconds=0.2)
+    async with served_by(server) as port:
+        idle, idle_writer = await asyncio.open_connection("127.0.0.1", port)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request(b"/"))
         await entered.wait()
-        server.pre_shutdown()
-        async with asyncio.TaskGroup() as stopping:
-            stopping.create_task(server.shutdown(5.0))
+        draining = asyncio.get_running_loop().create_task(server.drain(5.0))
+        async with asyncio.timeout(3):
+            assert await idle.read() == b""
+            assert not draining.done()
             go_on.set()
-            assert await answer_of(reader) == (OK, b"done")
-        assert await reader.read() == b""
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(OK)
+            assert await reader.read() == b"done"
+            await draining
+        with pytest.raises(ConnectionError):
+            await asyncio.open_connection("127.0.0.1", port)
+        writer.close()
+        idle_writer.close()
+
+
+@pytest.mark.parametrize("limit", [ClientLimit.CONNECTIONS, ClientLimit.CONNECTIONS_PER_ADDRESS])
+async def test_connections_are_bounded_in_all_and_by_address(limit: ClientLimit) -> None:
+    """One too many is told so and closed; when one goes, another may come."""
+    counts = Counts()
+    server = client_server(echo, counts, None, **{limit.value: 2})
+    async with served_by(server) as port:
+        lines = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        for reader, writer in lines:
+            writer.write(request(b"/"))
+            await answer_of(reader)
+        assert (await talk(port)).startswith(b"HTTP/1.1 503 ")
+        assert counts.refusals == {limit: 1}
+        lines[0][1].close()
+        await eventually(lambda: len(server) == 1)
+        assert (await talk(port, GET)).startswith(OK)
+        server.look()
+        assert counts.gauges[0] <= 2
+        lines[1][1].close()
+
+
+async def test_unfinished_heads_are_bounded_in_all() -> None:
+    """The one that finds no room is refused; what they took is given back."""
+    counts = Counts()
+    server = client_server(echo, counts, head_bytes_in_flight=2_500)
+    async with served_by(server) as port:
+        lines = []
+        for _ in range(2):
+            line = await asyncio.open_connection("127.0.0.1", port)
+            line[1].write(b"GET / HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 1000)
+            lines.append(line)
+            await eventually(lambda: server.heads.used >= 1000 * len(lines))
+        got = await talk(port, b"GET / HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 1000)
+        assert got.startswith(b"HTTP/1.1 503 ")
+        assert counts.refusals == {ClientLimit.HEAD_BYTES: 1}
+        for reader, writer in lines:
+            writer.write(b"\r\n\r\n")
+            assert (await answer_of(reader))[0] == OK
+            writer.close()
+        assert server.heads.used == 0
+
+
+async def test_bodies_are_bounded_by_what_has_come_of_them() -> None:
+    """Those that only declare a length take no room; one that grows beyond the bound is refused."""
+    counts = Counts()
+    server = client_server(echo, counts, body_bytes_in_flight=300_000)
+    async with served_by(server) as port:
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+        for _, writer in silent:
+            writer.write(request(b"/", body=b"x" * 100_000)[:100])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request(b"/", body=b"x" * 200_000))
+        assert (await answer_of(reader))[0] == OK
+        growing = request(b"/", body=b"x" * 250_000)
+        writer.write(growing[:-1])
+        async with asyncio.timeout(5):
+            await eventually(lambda: server.bodies.used >= 240_000)
+            assert (await talk(port, growing)).startswith(b"HTTP/1.1 503 ")
+        assert counts.refusals[ClientLimit.BODY_BYTES] >= 1
+        writer.write(growing[-1:])
+        assert (await answer_of(reader))[0] == OK
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_a_request_leaves_nothing_behind_on_a_connection_that_rests() -> None:
+    """Neither its body nor its place in the budgets."""
+    server = client_server(echo)
+    async with served_by(server) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for size in (10, 60_000, 500_000):
+            writer.write(request(b"/", body=b"x" * size))
+            await answer_of(reader)
+            async with asyncio.timeout(5):
+                await eventually(lambda: not server.bodies.used)
         writer.close()

@@ -1,0 +1,56 @@
+"""Limits of the client port, and budgets that all connections of one worker share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one connection may take, and what all of them may take together.
+
+    Times are in seconds. `head_bytes_in_flight` bounds heads that are not whole yet and requests sent ahead of their
+    turn; `body_bytes_in_flight` bounds bodies that have arrived, not lengths that were only declared.
+    """
+
+    head_bytes: int = 64 * 1024
+    header_line_bytes: int = 32 * 1024
+    head_seconds: float = 30.0
+    keepalive_seconds: float = 75.0
+    write_seconds: float = 120.0
+    linger_seconds: float = 2.0
+    drain_idle_seconds: float = 1.0
+    body_seconds: float = 300.0
+    body_bytes: int = 32 * 1024 * 1024
+    body_bytes_per_second: int = 500
+    connections: int = 8192
+    connections_per_address: int = 4096
+    head_bytes_in_flight: int = 32 * 1024 * 1024
+    body_bytes_in_flight: int = 512 * 1024 * 1024
+
+
+class ByteBudget:
+    """Bytes in use, of a limited number."""
+
+    __slots__ = ("limit", "used")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    def take(self, nbytes: int, own: int = 0) -> bool:
+        """Add `nbytes` to what is used; False if that is now over the limit.
+
+        A holder whose `own` bytes are all that is used may exceed it: what is larger than the limit is served alone.
+        Give the bytes back in either case.
+        """
+        self.used += nbytes
+        return self.used <= self.limit or self.used == own + nbytes
+
+    def fits(self, nbytes: int, own: int = 0) -> bool:
+        """True if `nbytes` more would be within the limit, or if nothing but `own` is used. Takes nothing."""
+        return self.used == own or self.used + nbytes <= self.limit
+
+    def give(self, nbytes: int) -> None:
+        """Return `nbytes`."""
+        self.used -= nbytes

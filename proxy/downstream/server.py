@@ -1,0 +1,188 @@
+"""The client port of one worker: accepts connections, bounds them, looks at their deadlines and drains them."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from proxy.clock import Clock
+from proxy.downstream.connection import ROOM_BYTES, Connection, Handle
+from proxy.downstream.errors import BadHttp, ClientLimit
+from proxy.downstream.limits import ByteBudget, Limits
+from proxy.errors import CairnError
+from proxy.tasks import Tasks
+
+log = logging.getLogger("cairn.clients")
+
+_LOOK_SECONDS_MOST: Final = 1.0  # between two looks at all deadlines; each of them is kept to that precision
+_LOOK_SECONDS_LEAST: Final = 0.01
+_PREFIX_BITS: Final = 64  # of an IPv6 address: one client has at least such a network
+
+
+class Observer(Protocol):
+    """Counts what happens at the client port."""
+
+    def client_error(self, reason: BadHttp) -> None:
+        """A client's input was refused, or came too slowly."""
+        ...
+
+    def refused(self, limit: ClientLimit) -> None:
+        """A connection or a request was refused because `limit` was reached."""
+        ...
+
+    def in_use(self, connections: int, head_bytes: int, body_bytes: int) -> None:
+        """Set the gauges of what the limits bound."""
+        ...
+
+
+class ClientServer:
+    """Serves `handle` on listening sockets.
+
+    `error_response` serialises the answer to what is no request. Create it inside the event loop.
+    """
+
+    def __init__(
+        self,
+        handle: Handle,
+        limits: Limits,
+        clock: Clock,
+        observer: Observer,
+        error_response: Callable[[CairnError], bytes],
+    ) -> None:
+        self.handle = handle
+        self.limits = limits
+        self.heads = ByteBudget(limits.head_bytes_in_flight)
+        self.bodies = ByteBudget(limits.body_bytes_in_flight)
+        self.is_draining = False
+        self.room = bytearray(ROOM_BYTES)
+        self.now = clock.monotonic
+        self.client_error = observer.client_error
+        self.refused = observer.refused
+        self.error_response = error_response
+        self._observer = observer
+        self._connections: set[Connection] = set()
+        self._by_network: Counter[str] = Counter()
+        self._tasks = Tasks()
+        self._listeners: list[asyncio.Server] = []
+        self._looking: asyncio.TimerHandle | None = None
+        self._all_gone: asyncio.Event = asyncio.Event()
+        self._all_gone.set()
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def connect(self) -> Connection:
+        """Make the protocol of a new connection."""
+        return Connection(self)
+
+    async def start(self, listening: Sequence[socket.socket], backlog: int) -> None:
+        """Accept connections on sockets that listen already."""
+        loop = asyncio.get_running_loop()
+        for end in listening:
+            self._listeners.append(await loop.create_server(self.connect, sock=end, backlog=backlog))
+        self._look()
+
+    async def drain(self, seconds: float) -> None:
+        """Accept no more, and wait up to `seconds` until all connections have ended.
+
+        Each is answered once more, with `Connection: close`, if its client sends something within a second; so a
+        client that keeps its connection busy loses no request. The connections that the kernel accepted already are
+        taken first.
+        """
+        self.is_draining = True
+        for connection in tuple(self._connections):
+            connection.drain()
+        if seconds:
+            await asyncio.sleep(0)  # the loop accepts all that wait, each time that it polls
+            await asyncio.sleep(0)
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        if seconds and self._connections:
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._all_gone.wait()
+            except TimeoutError:
+                log.warning("closing %d connections that have not ended in time", len(self._connections))
+
+    async def close(self) -> None:
+        """End what is left at once."""
+        await self.drain(0)
+        for connection in tuple(self._connections):
+            connection.abort()
+        await self._tasks.close()
+        await self._all_gone.wait()
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+
+    # -- what a connection calls
+
+    def opened(self, connection: Connection, address: str) -> ClientLimit | None:
+        """Register a connection; gives the limit that it exceeds."""
+        limits, network = self.limits, network_of(address)
+        exceeded = None
+        if len(self._connections) >= limits.connections:
+            exceeded = ClientLimit.CONNECTIONS
+        elif network and self._by_network[network] >= limits.connections_per_address:
+            exceeded = ClientLimit.CONNECTIONS_PER_ADDRESS
+        self._all_gone.clear()
+        self._connections.add(connection)
+        if network:
+            self._by_network[network] += 1
+        return exceeded
+
+    def closed(self, connection: Connection) -> None:
+        """Forget a connection."""
+        self._connections.discard(connection)
+        if network := network_of(connection.address):
+            self._by_network[network] -= 1
+            if not self._by_network[network]:
+                del self._by_network[network]
+        if not self._connections:
+            self._all_gone.set()
+
+    def start_serving(self, connection: Connection) -> asyncio.Task[None]:
+        """Run `connection.serve()` as a task."""
+        return self._tasks.start(connection.serve(), "client")
+
+    # -- deadlines
+
+    def look(self) -> None:
+        """Expire all connections whose deadlines have passed."""
+        now = self.now()
+        for connection in tuple(self._connections):
+            if connection.deadline <= now:
+                connection.expire(now)
+        self._observer.in_use(len(self._connections), self.heads.used, self.bodies.used)
+
+    def _look(self) -> None:
+        self.look()
+        self._looking = asyncio.get_running_loop().call_later(_look_seconds(self.limits), self._look)
+
+
+def network_of(address: str) -> str:
+    """Whose connections count together: an IPv4 address, or the network of an IPv6 address; "" if there is none."""
+    if ":" not in address:
+        return address
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.ip_network((parsed, _PREFIX_BITS), strict=False))
+
+
+def _look_seconds(limits: Limits) -> float:
+    """A quarter of the shortest limit, within bounds."""
+    shortest = min(
+        limits.head_seconds,
+        limits.keepalive_seconds,
+        limits.write_seconds,
+        limits.linger_seconds,
+        limits.body_seconds,
+    )
+    return min(_LOOK_SECONDS_MOST, max(_LOOK_SECONDS_LEAST, shortest / 4))

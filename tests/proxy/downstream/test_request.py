@@ -1,0 +1,115 @@
+"""Heads of requests: what is accepted, and what is refused for which reason."""
+
+from __future__ import annotations
+
+import pytest
+from httptools import HttpRequestParser
+
+from proxy.downstream.errors import BadHttp, ProtocolError
+from proxy.downstream.request import IncomingRequest, feed_head
+
+LINE = b"GET /v1/models HTTP/1.1\r\n"
+HOST = b"host: x\r\n"
+
+
+def read(head: bytes) -> IncomingRequest:
+    request = IncomingRequest(1000)
+    parser = HttpRequestParser(request)
+    feed_head(parser, head)
+    request.finish(parser.get_method(), head.partition(b"\r\n")[0])
+    return request
+
+
+def test_a_head_is_read_with_lower_case_names_in_their_order() -> None:
+    """Values stay as they are, and what comes twice comes twice."""
+    request = read(
+        b"POST /a?b=c HTTP/1.1\r\nHost: x:1\r\nX-A: 1\r\nX-B: \xff\r\nx-a: 2\r\nContent-Length: 5 \r\n\r\n"
+    )
+    assert (request.method, request.target) == ("POST", "/a?b=c")
+    assert request.headers == [
+        (b"host", b"x:1"), (b"x-a", b"1"), (b"x-b", b"\xff"), (b"x-a", b"2"), (b"content-length", b"5 "),
+    ]  # fmt: skip
+    assert (request.content_length, request.has_body, request.is_chunked) == (5, True, False)
+
+
+@pytest.mark.parametrize(
+    ("version", "connection", "stays"),
+    [
+        (b"1", b"", True),
+        (b"1", b"connection: close\r\n", False),
+        (b"1", b"connection: keep-alive, Close\r\n", False),
+        (b"1", b"connection: keep-alive\r\nconnection: close\r\n", False),
+        (b"1", b"connection: closed\r\n", True),
+        (b"0", b"", False),
+        (b"0", b"connection: Keep-Alive\r\n", True),
+        (b"0", b"connection: keep-alive, close\r\n", False),
+    ],
+)
+def test_a_connection_stays_as_its_version_and_its_options_say(
+    version: bytes, connection: bytes, stays: bool
+) -> None:
+    """Options are words of a list, over all headers of that name."""
+    assert read(b"GET / HTTP/1.%b\r\nhost: x\r\n%b\r\n" % (version, connection)).keep_alive is stays
+
+
+def test_only_a_body_that_is_to_come_is_expected() -> None:
+    """HTTP/1.0 knows no expectation, and without a body there is nothing to wait for."""
+    expect = b"expect: 100-Continue\r\n"
+    assert read(LINE + HOST + expect + b"content-length: 5\r\n\r\n").expects_continue
+    assert not read(LINE + HOST + expect + b"\r\n").expects_continue
+    assert not read(b"GET / HTTP/1.0\r\n" + expect + b"content-length: 5\r\n\r\n").expects_continue
+
+
+def test_a_switch_of_protocols_is_not_taken_up() -> None:
+    """The request is read like any other, its body too."""
+    request = read(LINE + HOST + b"connection: upgrade\r\nupgrade: h2c\r\ncontent-length: 3\r\n\r\n")
+    assert (request.upgrade, request.content_length, request.keep_alive) == (b"h2c", 3, True)
+
+
+@pytest.mark.parametrize(
+    ("head", "reason", "status"),
+    [
+        (b"GET  / HTTP/1.1\r\n" + HOST + b"\r\n", BadHttp.REQUEST_LINE, 400),
+        (b"GET /  HTTP/1.1\r\n" + HOST + b"\r\n", BadHttp.REQUEST_LINE, 400),
+        (b"GET / HTTP/1.1 \r\n" + HOST + b"\r\n", BadHttp.REQUEST_LINE, 400),
+        (b"GET / HTTP/1.1\n" + HOST + b"\r\n", BadHttp.REQUEST_LINE, 400),
+        (b"GET / http/1.1\r\n" + HOST + b"\r\n", BadHttp.REQUEST_LINE, 400),
+        (b"GET /\r\n" + HOST + b"\r\n", BadHttp.REQUEST_LINE, 400),
+        (b"GET / RTSP/1.0\r\n" + HOST + b"\r\n", BadHttp.REQUEST_LINE, 400),
+        (b"SOURCE / ICE/1.0\r\n" + HOST + b"\r\n", BadHttp.REQUEST_LINE, 400),
+        (b"get / HTTP/1.1\r\n" + HOST + b"\r\n", BadHttp.REQUEST_LINE, 400),
+        (b"GET /\xff HTTP/1.1\r\n" + HOST + b"\r\n", BadHttp.REQUEST_LINE, 400),
+        (b"GET /a#b HTTP/1.1\r\n" + HOST + b"\r\n", BadHttp.REQUEST_LINE, 400),
+        (b"GET / HTTP/0.9\r\n" + HOST + b"\r\n", BadHttp.VERSION, 505),
+        (b"GET / HTTP/1.2\r\n" + HOST + b"\r\n", BadHttp.VERSION, 505),
+        (b"GET / HTTP/2.0\r\n" + HOST + b"\r\n", BadHttp.VERSION, 505),
+        (b"PRI * HTTP/2.0\r\n\r\n", BadHttp.VERSION, 505),
+        (b"CONNECT x:1 HTTP/1.1\r\n" + HOST + b"\r\n", BadHttp.TUNNEL, 501),
+        (LINE + b"\r\n", BadHttp.HOST, 400),
+        (LINE + HOST + HOST + b"\r\n", BadHttp.HOST, 400),
+        (LINE + b"host: a b\r\n\r\n", BadHttp.HOST, 400),
+        (LINE + b"host: a/b\r\n\r\n", BadHttp.HOST, 400),
+        (b"GET / HTTP/1.0\r\n" + HOST + HOST + b"\r\n", BadHttp.HOST, 400),
+        (LINE + HOST + b"content-length: 3\r\ncontent-length: 3\r\n\r\n", BadHttp.CONTENT_LENGTH, 400),
+        (LINE + HOST + b"content-length: +3\r\n\r\n", BadHttp.CONTENT_LENGTH, 400),
+        (LINE + HOST + b"content-length: 1000000000000000\r\n\r\n", BadHttp.CONTENT_LENGTH, 400),
+        (LINE + HOST + b"transfer-encoding: gzip, chunked\r\n\r\n", BadHttp.TRANSFER_ENCODING, 400),
+        (LINE + HOST + b"transfer-encoding: gzip\r\ntransfer-encoding: chunked\r\n\r\n",
+         BadHttp.TRANSFER_ENCODING, 400),
+        (b"POST / HTTP/1.0\r\ntransfer-encoding: chunked\r\n\r\n", BadHttp.TRANSFER_ENCODING, 400),
+        (LINE + HOST + b"expect: 200-ok\r\ncontent-length: 1\r\n\r\n", BadHttp.EXPECT, 417),
+        (LINE + HOST + b"x-folded: a\r\n b\r\n\r\n", BadHttp.HEADER, 400),
+        (LINE + HOST + b"x : a\r\n\r\n", BadHttp.HEADER, 400),
+        (LINE + HOST + b"x: a\nb: c\r\n\r\n", BadHttp.HEADER, 400),
+        (LINE + HOST + b"x: a\x00\r\n\r\n", BadHttp.HEADER, 400),
+        (LINE + HOST + b"x: " + b"a" * 1000 + b"\r\n\r\n", BadHttp.HEAD_SIZE, 431),
+        (LINE + HOST + b"x: a\r\n" * 256 + b"\r\n", BadHttp.HEAD_SIZE, 431),
+    ],
+)  # fmt: skip
+def test_a_head_that_can_be_read_in_two_ways_is_refused_with_its_reason(
+    head: bytes, reason: BadHttp, status: int
+) -> None:
+    """The reason is a metric label; the message never holds what was sent."""
+    with pytest.raises(ProtocolError) as refusal:
+        read(head)
+    assert (refusal.value.reason, refusal.value.status) == (reason, status)
