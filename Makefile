@@ -1,78 +1,116 @@
-# Two commands matter: `make run` and `make test`. Both set up .venv first, from the locks, and install Cairn into it
-# with its data path compiled; `make cairn` does so again after a change (they do, too).
-# the Python to set .venv up with; without, the quickest of those that are there
-PYTHON ?=
-SOURCES := $(shell find cache proxy -name '*.py' -o -name '*.html' -o -name '*.js' -o -name '*.css')
-# for `make run`: base URLs (by commas) to serve before in place of the local engines, and the ports on loopback
+# `make run` tries Cairn out; `make test` runs every check. Both first install the locked packages into .venv.
+
+# The Python that .venv is made from: 3.11 or newer.
+PYTHON ?= python3
+
+# For `make run`: base URLs, separated by commas, to serve instead of the local engines; and the ports on loopback.
 UPSTREAM ?=
 PORT ?= 8080
 ADMIN_PORT ?= 8090
-# for bench-fleet and bench-replay: a trace in Mooncake's form
+
+# For bench-fleet and bench-replay: a trace in Mooncake's format.
 TRACE ?=
 
-# those that meet compiled code
-COMPILED_TESTS := tests/test_compiled.py tests/cache/test_prefix.py $(wildcard tests/cache/test_index*.py) \
-  tests/cache/test_journal.py tests/proxy tests/scenarios
+SOURCES := $(shell find cache proxy -name '*.py' -o -name '*.html' -o -name '*.js' -o -name '*.css')
+BUILD_FILES := pyproject.toml hatch_build.py scripts/compile.py
 
-# two that set .venv up must not do so at once
+# The tests that reach compiled modules. They run a second time, against the compiled ones.
+COMPILED_TESTS := tests/test_compiled.py tests/cache/index tests/cache/replication tests/proxy/wire \
+  tests/proxy/upstream tests/proxy/downstream tests/proxy/routing tests/proxy/fleet tests/proxy/pipeline \
+  tests/scenarios
+
+# Two rules must not install into .venv at the same time.
 .NOTPARALLEL:
 
-.PHONY: run test cairn lint format lock setup-run setup-test clean bench-datapath bench-soak bench-fleet bench-replay \
-  bench-peers
+.PHONY: run test coverage format lock wheel clean bench-datapath bench-soak bench-fleet bench-replay bench-peers
 
-run: .venv/.cairn
+run: .venv/.demo
 	@exec .venv/bin/python -m demo --end-with-parent --port "$(PORT)" --admin-port "$(ADMIN_PORT)" \
 	  $(if $(UPSTREAM),--upstream "$(UPSTREAM)")
 
-# Twice: what is installed, compiled, by the tests that drive it; then the sources as they stand, by all.
-test: .venv/.dev .venv/.cairn
+# The compiled modules first, by the tests that reach them; then the sources, by all tests.
+test: .venv/.dev .build/compiled/.done
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
-	PYTHONSAFEPATH=1 .venv/bin/python -m pytest --installed --import-mode=append -m "not engine" $(COMPILED_TESTS)
+	PYTHONSAFEPATH=1 PYTHONPATH=.build/compiled:. \
+	  .venv/bin/python -m pytest --compiled --import-mode=append -m "not engine" $(COMPILED_TESTS)
 	.venv/bin/python -m pytest
 
-cairn: .venv/.cairn
+# Prints the lines and branches that no test enters; .build/coverage/index.html shows them in the source.
+coverage: .venv/.dev
+	rm -f .build/coverage-data*
+	-.venv/bin/coverage run -m pytest $(ARGS)
+	.venv/bin/coverage combine --quiet
+	.venv/bin/coverage html --quiet
+	.venv/bin/coverage report
 
 format: .venv/.dev
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
+# The release wheels, in dist/: one compiled by the counts of a training run, and one of plain Python.
+wheel: .venv/.dev
+	CAIRN_COMPILE=profiled .venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+	CAIRN_COMPILE=never .venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+
+# One resolution, dev.txt, for all; the others hold the part of it that they need. Versions change only if
+# pyproject.toml asks for it; `make lock ARGS=--upgrade` takes the newest. No file names an index.
+LOCK = .venv/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+  --no-annotate --no-header --quiet
 lock: .venv/.dev
-	sh scripts/lock.sh .venv/bin/uv
+	$(LOCK) --all-extras --group dev -o requirements/dev.txt $(ARGS)
+	$(LOCK) -c requirements/dev.txt -o requirements/runtime.txt
+	$(LOCK) -c requirements/dev.txt --extra demo -o requirements/demo.txt
+	$(LOCK) -c requirements/dev.txt --group build -o requirements/build.txt
 
-.venv/.run: requirements/run.lock scripts/setup.sh
-	@PYTHON="$(PYTHON)" sh scripts/setup.sh run
+# Installs requirements/$*.txt into .venv, with uv if it is on PATH and with pip otherwise.
+.venv/.%: requirements/%.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Cairn needs Python 3.11 or newer. Name one, such as: make PYTHON=python3.12 run" >&2; exit 1; }
+	@echo "Installing the packages of $< into .venv (half a minute) ..."
+	@if command -v uv >/dev/null; then \
+	  { [ -x .venv/bin/python ] || uv venv --quiet --clear --python "$(PYTHON)" .venv; } && \
+	  uv pip install --quiet --python .venv/bin/python --require-hashes -r $<; \
+	else \
+	  { [ -x .venv/bin/pip ] || "$(PYTHON)" -m venv --clear .venv; } && \
+	  .venv/bin/pip install --quiet --disable-pip-version-check --no-compile --require-hashes -r $<; \
+	fi
+	@touch $@
+	@[ $* != dev ] || touch .venv/.demo  # dev.txt contains demo.txt
 
-.venv/.dev: requirements/dev.lock scripts/setup.sh
-	@PYTHON="$(PYTHON)" sh scripts/setup.sh dev
+# Cairn as a wheel installs it, with its data path compiled once, beside .venv and not in it.
+.build/compiled/.done: .venv/.dev $(SOURCES) $(BUILD_FILES)
+	@echo "Compiling the data path (a minute) ..."
+	@rm -rf .build/compiled
+	@CAIRN_COMPILE=once .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --no-build-isolation --target .build/compiled .
+	@touch $@
 
-.venv/.cairn: .venv/.run $(SOURCES) pyproject.toml hatch_build.py scripts/compile.py
-	@sh scripts/setup.sh cairn
-
-# What Cairn costs beside a bare pass-through and, where `make bench-peers` put them, the Rust routers.
+# What Cairn costs beside a bare pass-through and, after `make bench-peers`, beside two routers written in Rust.
 # ARGS goes to the program: make bench-datapath ARGS="--rounds 1 --seconds 1"
-bench-datapath: .venv/.dev .venv/.cairn
-	.venv/bin/python -m benchmarks.datapath $(ARGS)
+BENCH = PYTHONSAFEPATH=1 PYTHONPATH=.build/compiled:. .venv/bin/python -m
+bench-datapath: .build/compiled/.done
+	$(BENCH) benchmarks.datapath $(ARGS)
 
-bench-soak: .venv/.dev .venv/.cairn
-	.venv/bin/python -m benchmarks.soak $(ARGS)
+bench-soak: .build/compiled/.done
+	$(BENCH) benchmarks.soak $(ARGS)
 
 # Routing rules on a virtual clock, and live on simulated engines beside the routers that are installed.
 bench-fleet: .venv/.dev
 	.venv/bin/python -m benchmarks.fleet $(TRACE) $(ARGS)
 
-bench-replay: .venv/.dev .venv/.cairn
-	.venv/bin/python -m benchmarks.replay $(TRACE) --peers $(ARGS)
+bench-replay: .build/compiled/.done
+	$(BENCH) benchmarks.replay $(TRACE) --peers $(ARGS)
 
 bench-peers: .peers/.done
 
 .peers/.done: benchmarks/peers.lock
-	@echo "Setting up .peers (sglang-router and vllm-router, a minute) ..."
-	@[ -x .peers/bin/pip ] || $(or $(PYTHON),python3) -m venv .peers
+	@echo "Installing sglang-router and vllm-router into .peers (a minute) ..."
+	@[ -x .peers/bin/pip ] || "$(PYTHON)" -m venv .peers
 	@.peers/bin/pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes -r benchmarks/peers.lock
 	@touch $@
 
 clean:
-	rm -rf .venv .cairn .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .cairn .build .mypy_cache .ruff_cache .pytest_cache .hypothesis

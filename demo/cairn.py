@@ -6,7 +6,6 @@ import argparse
 import http.client
 import json
 import shutil
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ def start(options: argparse.Namespace, state: Path, logs: Path, engines: list[st
     state.mkdir(parents=True, exist_ok=True)
     written = state / "demo.yaml"  # JSON is YAML
     written.write_text(json.dumps(configuration(state, engines), indent=2) + "\n", encoding="utf-8")
-    command = python("demo.tether", str(Path(sys.executable).with_name("cairn")), "serve", "--config", str(written))
+    command = python("demo.tether", *python("proxy", "serve", "--config", str(written)))
     command += ["--host", options.host, "--port", str(options.port), "--admin-port", str(options.admin_port)]
     for url in upstreams:
         command += ["--upstream", url]

@@ -1,17 +1,19 @@
-"""Compiles the data path with mypyc: the modules that pyproject.toml lists under [tool.cairn.compile].
+"""Compile the data path with mypyc: the modules that pyproject.toml lists under [tool.cairn.compile].
 
-    python scripts/compile.py FOLDER        # leaves cache/index.<abi>.so and the like there; two minutes on two cores
+    python scripts/compile.py FOLDER              # leaves cairn_cache.<abi>.so and the like in FOLDER
+    python scripts/compile.py FOLDER --profiled   # twice, the second time by the counts of a training run
 
-The sources are plain typed Python and run as they are where nothing is compiled. Needs a C compiler, Python's headers
-and the build group; run from the repository's root, whose pyproject.toml configures mypy.
+The sources are plain typed Python and run without this. It needs a C compiler, Python's headers and the build group,
+and runs from the root of the repository, whose pyproject.toml configures mypy.
 
-With gcc it is done twice: first so that the code counts which way it goes while `benchmarks.path` drives it for some
-seconds, then by what was counted, with what runs often close together. Python itself is built so. Where it cannot be
-driven it is compiled once.
+`--profiled` is for a release and needs gcc: the code is compiled so that it counts which branches it takes, is driven
+by `benchmarks.path` for a few seconds, and is compiled again by those counts, which places the parts that run often
+side by side. CPython itself is built this way.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -19,84 +21,89 @@ import sysconfig
 import tomllib
 from pathlib import Path
 from shutil import copytree, rmtree
+from typing import cast
 
 from mypyc.build import mypycify
 from setuptools import Extension, setup
 
-TRAINING = ("--sizes", "1k,16k,64k,512k", "--chunks", "200", "--seconds", "1")  # whole runs of the data path
+TRAINING = ("--sizes", "1k,16k,64k,512k", "--chunks", "200", "--seconds", "1")  # whole requests of these sizes
 TRAINING_LIMIT_SECONDS = 120
-COUNTED = ["-fprofile-generate", "-fprofile-update=prefer-atomic"]  # the log's thread counts, too
+COUNTING = ["-fprofile-generate", "-fprofile-update=prefer-atomic"]  # atomic: the log has a thread of its own
 BY_COUNTS = ["-fprofile-use", "-fprofile-correction", "-fprofile-partial-training", "-Wno-missing-profile"]
-NO_ERROR = "-Wno-error"  # mypyc makes errors of warnings, and these options have some of their own
+NO_ERROR = "-Wno-error"  # mypyc turns warnings into errors, and these options cause some
 
 
 def groups() -> list[tuple[list[str], str | None]]:
-    """The modules of each library, with its name. Within one calls are C calls."""
+    """Return the modules of each library with its name. Calls within one library are C calls."""
     listed = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["tool"]["cairn"]["compile"]
     return [(modules, f"cairn_{name}") for name, modules in listed.items()]
 
 
-def main(folder: Path) -> None:
-    """Compile into `folder`, which is absolute; raises where mypy or the C compiler refuses."""
+def main(folder: Path, *, profiled: bool) -> None:
+    """Compile into the absolute path `folder`.
+
+    Raises:
+        SystemExit: mypy or the C compiler reports an error, or the training run fails.
+    """
     separate = groups()
     modules = [module for members, _ in separate for module in members]
-    extensions = mypycify(
-        modules,
-        opt_level="3",
-        debug_level="0",
-        separate=separate,
-        target_dir=str(folder / "c"),
-    )
-    by_counts = BY_COUNTS if compiler_is_gcc() and trained(extensions, folder) else []
-    build(extensions, folder, folder, by_counts)
+    level = "3" if profiled else "1"  # without counts, -O2 takes 40 % longer than -O1 and gains less than 5 %
+    made = mypycify(modules, opt_level=level, debug_level="0", separate=separate, target_dir=str(folder / "c"))
+    extensions = cast(list[Extension], made)  # setuptools is imported, so they are its own and not distutils'
+    if profiled:
+        train(extensions, folder)
+    build(extensions, folder, folder, BY_COUNTS if profiled else [])
 
 
-def trained(extensions: list[Extension], folder: Path) -> bool:
-    """Leave beside each object file of `folder` what was counted in it; False where that cannot be."""
+def train(extensions: list[Extension], folder: Path) -> None:
+    """Leave a file of counts beside each object file in `folder`."""
+    if not compiler_is_gcc():
+        sys.exit("--profiled needs gcc; set CC to it, or leave --profiled out")
     place = folder / "counted"
-    build(extensions, folder, place, COUNTED)
+    build(extensions, folder, place, COUNTING)
     for package in ("proxy", "cache"):
         copytree(package, place / package, dirs_exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.path", *TRAINING]
-    paths = os.pathsep.join((str(place), os.getcwd()))  # before the sources that stand here
-    environ = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": paths}  # noqa: TID251 - a command is started
+    paths = os.pathsep.join((str(place), os.getcwd()))  # the counting libraries before the sources
+    environ = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": paths}  # noqa: TID251 - passed on to a command
     try:
-        subprocess.run(command, env=environ, check=True, capture_output=True, timeout=TRAINING_LIMIT_SECONDS)  # noqa: S603
+        subprocess.run(command, env=environ, check=True, timeout=TRAINING_LIMIT_SECONDS)
     except (subprocess.SubprocessError, OSError) as error:
-        print(f"compiled without counts of what runs often: {error}", file=sys.stderr)  # noqa: T201 - a command's word
-        return False
+        sys.exit(f"the training run failed: {error}")
     finally:
         rmtree(place)
-    return True
 
 
 def build(extensions: list[Extension], folder: Path, libraries: Path, options: list[str]) -> None:
-    """Compile all of `extensions` with the compiler's `options` beside mypyc's own.
+    """Compile all of `extensions` into `libraries` with the compiler's `options` after mypyc's own.
 
-    Object files are always in the same place, where the compiler looks for what was counted in them.
+    Object files always go to the same place in `folder`: the compiler looks beside them for the counts.
     """
-    mypyc_options = [extension.extra_compile_args for extension in extensions]
+    own_options = [extension.extra_compile_args for extension in extensions]
     for extension in extensions:
         extension.extra_compile_args = [*extension.extra_compile_args, *options, NO_ERROR]
-        extension.extra_link_args = options[:1]  # the first wants a library
-    parallel = str(os.cpu_count() or 1)
-    where = ["--build-lib", str(libraries), "--build-temp", str(folder / "o")]
+        extension.extra_link_args = [option for option in options if option.startswith("-fprofile-generate")]
+    places = ["--build-lib", str(libraries), "--build-temp", str(folder / "o")]
     setup(
         name="cairn-compiled",
         packages=[],
         ext_modules=extensions,
-        script_args=["--quiet", "build_ext", "--force", *where, "--parallel", parallel],
+        script_args=["--quiet", "build_ext", "--force", *places, "--parallel", str(os.cpu_count() or 1)],
     )
-    for extension, its_own in zip(extensions, mypyc_options, strict=True):
-        extension.extra_compile_args = its_own
+    for extension, own in zip(extensions, own_options, strict=True):
+        extension.extra_compile_args = own
 
 
 def compiler_is_gcc() -> bool:
-    """True where it takes gcc's options; clang has others, and goes by gcc's name on macOS."""
+    """Return True if the C compiler takes gcc's options. On macOS the command gcc is clang, which does not."""
     command = [(sysconfig.get_config_var("CC") or "cc").split()[0], "--version"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout  # noqa: S603
-    return "Free Software Foundation" in said
+    answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return "Free Software Foundation" in answer
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute())
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--profiled", action="store_true", help="compile by the counts of a training run")
+    arguments = parser.parse_args()
+    main(arguments.folder.absolute(), profiled=arguments.profiled)

@@ -1,4 +1,4 @@
-"""What mypyc compiles, and what must not stand there."""
+"""The modules that mypyc compiles, and what they must not contain."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def called(node: ast.Call) -> str:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_bound_of_a_slice_does_anything(module: str) -> None:
-    """mypyc 2.4 may evaluate one twice: a write to a file was made twice."""
+    """A slice bound has no side effect: mypyc 2.4 may evaluate it twice."""
     for bound in slice_bounds(ast.parse((ROOT / module).read_text())):
         calls = {called(node) for node in ast.walk(bound) if isinstance(node, ast.Call)}
         assert calls <= PURE, f"{module}:{bound.lineno}: {ast.unparse(bound)}"
@@ -38,7 +38,7 @@ def test_no_bound_of_a_slice_does_anything(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_struct_is_compiled(module: str) -> None:
-    """mypyc drops the options of a msgspec class, so that it decodes and encodes otherwise."""
+    """No compiled module defines a msgspec struct: mypyc drops its options, so it would decode differently."""
     for node in ast.walk(ast.parse((ROOT / module).read_text())):
         if isinstance(node, ast.ClassDef):
             assert not any("Struct" in ast.unparse(base) for base in node.bases), (
@@ -46,9 +46,9 @@ def test_no_struct_is_compiled(module: str) -> None:
             )
 
 
-@pytest.mark.skipif(not IS_COMPILED, reason="the sources are tested, not the installed Cairn")
+@pytest.mark.skipif(not IS_COMPILED, reason="the sources are tested")
 @pytest.mark.parametrize("module", MODULES)
 def test_all_that_is_listed_is_compiled(module: str) -> None:
-    """Else a part of the path is slow and nobody notices."""
+    """Each listed module is compiled; one that is not would be slow without notice."""
     name = module.removesuffix(".py").replace("/", ".")
     assert not (importlib.import_module(name).__file__ or "").endswith(".py")

@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def environment(changes: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with `changes`. The repository is on no module path: Cairn is the installed one."""
+    """Return this process's environment with `changes`, so that a child finds the same Cairn as its parent."""
     return {**os.environ, **changes}  # noqa: TID251 - a child must inherit PATH and HOME
 
 

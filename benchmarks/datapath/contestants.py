@@ -20,6 +20,7 @@ SGLANG = "sglang-router"
 VLLM = "vllm-router"
 DIRECT = "direct"
 
+_CAIRN = (sys.executable, "-m", "proxy")  # found as `import proxy` finds it: compiled under `make bench-datapath`
 _PEERS_PYTHON = ROOT / ".peers" / "bin" / "python"
 _START_SECONDS = 60.0
 
@@ -66,20 +67,14 @@ def _bare(wanted: Wanted) -> list[str]:
 
 
 def cairn_command(wanted: Wanted) -> list[str]:
-    """`cairn serve` beside this interpreter, journal on an embedded Valkey, every feature at its default."""
+    """`cairn serve` with this interpreter, its journal in an embedded Valkey and every setting at its default."""
     where = ["--host", "127.0.0.1", "--port", str(wanted.port), "--admin-port", str(wanted.side_port)]
-    return [str(_cairn_path()), "serve", *where, "--workers", str(wanted.workers), *_urls(wanted, "--upstream")]
+    return [*_CAIRN, "serve", *where, "--workers", str(wanted.workers), *_urls(wanted, "--upstream")]
 
 
 def installed_cairn() -> str:
     """What is measured, in its own words: its version, and whether it is compiled."""
-    return subprocess.run(
-        [str(_cairn_path()), "--version"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
-def _cairn_path() -> Path:
-    return Path(sys.executable).parent / "cairn"
+    return subprocess.run([*_CAIRN, "--version"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _router(module: str, quiet: str) -> Callable[[Wanted], Sequence[str]]:
@@ -101,7 +96,7 @@ def contestants() -> list[Contestant]:
     """All that are known, in the order of the table."""
     return [
         Contestant(BARE, _bare),
-        Contestant(CAIRN, cairn_command, needs=(_cairn_path(),), own_state=True),
+        Contestant(CAIRN, cairn_command, own_state=True),
         Contestant(SGLANG, _router("sglang_router", "warn"), needs=_peer_files("sglang_router")),
         Contestant(VLLM, _router("vllm_router", "warning"), needs=_peer_files("vllm_router")),
     ]

@@ -38,7 +38,7 @@ async def serving(folder: Path, tree: Mapping[str, Any], *flags: str) -> AsyncIt
         sys.executable,
         *("-m", "proxy", "serve", "--config", str(file), *flags),
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},  # noqa: TID251
+        env={"PYTHONPATH": str(ROOT), **os.environ},  # noqa: TID251
         stdin=DEVNULL,
         stdout=DEVNULL,
         stderr=PIPE,
