@@ -25,7 +25,7 @@ class Shape:
     context_tokens: int = 16_384
 
 
-DEMO = Shape(blocks=10, width=512, feed_forward=1_536, heads=4)  # 45 M parameters: a cold document takes seconds
+DEMO = Shape(blocks=6, width=512, feed_forward=1_536, heads=4)  # 30 M parameters: a cold document takes seconds
 SMALL = Shape(blocks=6, width=256, feed_forward=768, heads=4)  # for tests: 12.7 MB, 2,000 tokens a second
 
 
