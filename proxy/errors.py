@@ -1,11 +1,12 @@
-"""The taxonomy of what goes wrong: whose fault, which status, whether to try again.
+"""Every error: the HTTP status, the type and code in OpenAI's error format, and whether to retry. Pure.
 
-Foreign exceptions (sockets, TLS, parsers) are mapped to these once, at the edge where they arise. OpenAI's error
-shape is made of them in one place, `proxy.wire.errors`.
+Exceptions of other libraries (sockets, TLS, parsers) are mapped to these once, where they arise. `proxy.wire.errors`
+writes the error format.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Final
 
@@ -14,7 +15,7 @@ REASON_PHRASES: Final = {status.value: status.phrase.encode() for status in HTTP
 
 
 class CairnError(Exception):
-    """Base of all. `message` is safe to show: it never holds a prompt, a key or a path of the machine."""
+    """Base of all. `message` can be shown to anyone: it contains no prompt, no key and no path of the machine."""
 
     status = 500
     type = "server_error"
@@ -37,13 +38,26 @@ class CairnError(Exception):
 
 
 class InternalError(CairnError):
-    """A defect of Cairn's own; the log has it."""
+    """A defect of Cairn; the log has the details."""
 
     code = "internal_error"
 
 
 class ConfigError(CairnError):
-    """The configuration cannot be used; `param` is the path of the offending key, such as `$.pools[0].name`."""
+    """The configuration cannot be used.
+
+    `problems` are all that were found: the path of a setting, such as `$.pools[0].name`, and a text. `param` is the
+    path of the first one; it is None if the configuration could not be read at all.
+    """
+
+    problems: Sequence[tuple[str, str]] = ()
+
+    @classmethod
+    def of(cls, problems: Sequence[tuple[str, str]]) -> ConfigError:
+        """Make an error of at least one problem."""
+        error = cls("; ".join(f"{path}: {text}" for path, text in problems), param=problems[0][0])
+        error.problems = problems
+        return error
 
 
 class ClientError(CairnError):
@@ -54,11 +68,11 @@ class ClientError(CairnError):
 
 
 class BadRequest(ClientError):
-    """Malformed: `param` names the field."""
+    """The request is malformed; `param` names the field."""
 
 
 class Unauthorized(ClientError):
-    """No key, or one that no client has."""
+    """There is no key, or no client has this key."""
 
     status = 401
     type = "invalid_authentication_error"
@@ -66,14 +80,14 @@ class Unauthorized(ClientError):
 
 
 class Forbidden(ClientError):
-    """A known client asks for what it may not have."""
+    """The client may not do this."""
 
     status = 403
     type = "permission_denied_error"
 
 
 class NotFound(ClientError):
-    """Unknown model, path or object; another tenant's object looks the same."""
+    """The model, path or object is unknown; another tenant's object looks the same."""
 
     status = 404
     code = "model_not_found"
@@ -86,14 +100,14 @@ class UnknownObject(NotFound):
 
 
 class ContextNotFound(NotFound):
-    """No such stored context or tag with this tenant, whoever else may have one."""
+    """This tenant has no such stored context or tag."""
 
     type = "resource_not_found_error"
     code = "context_not_found"
 
 
 class RequestTimeout(ClientError):
-    """The client did not finish sending."""
+    """The client did not send the whole request in time."""
 
     status = 408
     type = "timeout_error"
@@ -114,7 +128,7 @@ class UpgradeRefused(ClientError):
 
 
 class RateLimited(ClientError):
-    """A bound on concurrent or waiting work is reached."""
+    """A limit on concurrent or waiting requests is reached."""
 
     status = 429
     type = "rate_limit_reached_error"
@@ -122,7 +136,7 @@ class RateLimited(ClientError):
 
 
 class QuotaExceeded(ClientError):
-    """A budget or quota of stored contexts is full, and nothing may be discarded for it."""
+    """A budget or quota of stored contexts is used up, and nothing may be discarded."""
 
     status = 429
     type = "exceeded_current_quota_error"
@@ -130,20 +144,20 @@ class QuotaExceeded(ClientError):
 
 
 class ContextsAway(CairnError):
-    """Redis is away, and with it stored contexts that this worker has not in memory."""
+    """Redis is not available, and this worker does not have the stored context in memory."""
 
     status = 503
     code = "contexts_unavailable"
 
 
 class ContextDamaged(CairnError):
-    """What is stored of a context is not what was uploaded; nothing of it is used."""
+    """The stored content of a context differs from what was uploaded; none of it is used."""
 
     code = "context_damaged"
 
 
 class Overloaded(CairnError):
-    """No replica can take the request now."""
+    """No replica can take the request at the moment."""
 
     status = 503
     type = "server_error"
@@ -151,7 +165,7 @@ class Overloaded(CairnError):
 
 
 class UpstreamError(CairnError):
-    """The upstream failed. `reason` is a closed label; `before_answer` says that no byte of an answer came."""
+    """The upstream failed. `reason` is a metric label; `before_response`: no part of the response had arrived."""
 
     status = 502
     type = "upstream_error"
@@ -160,14 +174,14 @@ class UpstreamError(CairnError):
 
 
 class ConnectFailed(UpstreamError):
-    """Refused, unreachable, or the name does not resolve."""
+    """The connection is refused, the host unreachable, or its name does not resolve."""
 
     reason = "connect"
     code = "upstream_unreachable"
 
 
 class ConnectTimeout(ConnectFailed):
-    """No connection within the limit."""
+    """No connection was made in time."""
 
     reason = "connect_timeout"
 
@@ -180,14 +194,14 @@ class TlsFailed(ConnectFailed):
 
 
 class PoolTimeout(UpstreamError):
-    """No connection of the bounded pool became free in time."""
+    """No connection of the pool became free in time."""
 
     reason = "pool_timeout"
     status = 503
 
 
 class ResetBeforeResponse(UpstreamError):
-    """The connection ended before the first byte of the answer. `reused` tells that it came from the pool."""
+    """The connection ended before the response began. `reused`: it had carried other requests before."""
 
     reason = "reset_before_answer"
     code = "upstream_reset"
@@ -198,7 +212,7 @@ class ResetBeforeResponse(UpstreamError):
 
 
 class FirstByteTimeout(UpstreamError):
-    """No answer began within the limit."""
+    """No response began in time."""
 
     status = 504
     reason = "first_byte_timeout"
@@ -206,14 +220,14 @@ class FirstByteTimeout(UpstreamError):
 
 
 class BadResponse(UpstreamError):
-    """What came is not HTTP that can be trusted (framing, oversized head)."""
+    """The response is not valid HTTP, or its head is too large."""
 
     reason = "bad_answer"
     code = "upstream_protocol"
 
 
 class ResetMidResponse(UpstreamError):
-    """The connection ended inside the answer's body."""
+    """The connection ended within the response's body."""
 
     reason = "reset_mid_answer"
     code = "upstream_reset"
@@ -221,7 +235,7 @@ class ResetMidResponse(UpstreamError):
 
 
 class IdleTimeout(UpstreamError):
-    """The answer's body stood still for longer than the limit."""
+    """The response made no progress for longer than the limit."""
 
     status = 504
     reason = "idle_timeout"

@@ -182,7 +182,6 @@ class Call(msgspec.Struct, frozen=True):
     body: Body
     received_seconds: float  # monotonic: the head was here
     read_seconds: float  # the body was all here
-    deadline_seconds: float  # monotonic
     access: Access = Access.INFERENCE
     path_model: str | None = None  # the model that the path names
     object_id: str | None = None  # the object that the path names

@@ -1,7 +1,4 @@
-"""How every command ends where it could not do what was asked: one line on standard error, and a code.
-
-It must not know any command.
-"""
+"""End a command that cannot do what was asked: a line on standard error for each problem, and an exit code."""
 
 from __future__ import annotations
 
@@ -10,13 +7,14 @@ from typing import NoReturn
 import click
 
 FAILED = 1
-"""It could not run."""
+"""The command failed."""
 
 MISUSED = 2
 """The configuration or the command line is wrong; click's own code for that."""
 
 
-def fail(text: str, code: int = FAILED) -> NoReturn:
-    """Say what is wrong and exit."""
-    click.echo(f"cairn: {text}", err=True)
+def fail(*problems: str, code: int = FAILED) -> NoReturn:
+    """Print each problem and exit with `code`."""
+    for problem in problems:
+        click.echo(f"cairn: {problem}", err=True)
     raise SystemExit(code)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from proxy.cli import exit_codes as exits
+from proxy.cli.config import config
 from proxy.cli.contexts import contexts
 from proxy.cli.prices import prices
 from proxy.cli.savings import savings
@@ -130,7 +131,7 @@ def _supervise(config: Config, parts: Parts) -> int:
     try:
         return asyncio.run(run())
     except CairnError as error:
-        _fail(error, exits.FAILED)
+        _fail(error, code=exits.FAILED)
     finally:
         listener.stop()
 
@@ -181,6 +182,7 @@ def check_config(file: Path) -> None:
     click.echo(as_yaml(loaded.config), nl=False)
 
 
+cli.add_command(config)
 cli.add_command(contexts)
 cli.add_command(prices)
 cli.add_command(savings)
@@ -201,6 +203,7 @@ def worker(control: int, listen: str, parent: int) -> None:
 
 
 def _fail(error: CairnError, code: int, file: Path | None = None) -> NoReturn:
-    """One line that says what is wrong and where; exits."""
-    where = f"{file}: " if file is not None and getattr(error, "param", None) else ""
-    exits.fail(where + error.message, code)
+    """Print one line per problem, and exit."""
+    where = f"{file}: " if file is not None and error.param is not None else ""
+    problems = error.problems if isinstance(error, ConfigError) else ()
+    exits.fail(*[f"{where}{path}: {text}" for path, text in problems] or [where + error.message], code=code)

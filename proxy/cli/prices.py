@@ -39,7 +39,7 @@ def prices(model: str, upstream: str | None, file: Path | None, on: datetime | N
     try:
         config = load(file, process_environment()).config
     except ConfigError as error:
-        exits.fail(error.message, exits.MISUSED)
+        exits.fail(error.message, code=exits.MISUSED)
     day = (datetime.now(UTC) if on is None else on).date()
     _print(model, list(_upstreams(config, model, upstream)), _book(config), day)
 

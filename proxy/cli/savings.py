@@ -48,7 +48,7 @@ def savings(
     try:
         config = load(file, process_environment()).config
     except ConfigError as error:
-        exits.fail(error.message, exits.MISUSED)
+        exits.fail(error.message, code=exits.MISUSED)
     found = _find(config, redis, url, since, words.By(by))
     if as_json:
         click.echo(words.as_json(found))
@@ -77,9 +77,9 @@ async def _from_redis(url: str, since: str, by: By) -> SavingsReport:
     try:
         return await reader.read(since, by)
     except (Unreadable, CacheError) as error:
-        exits.fail(str(error), exits.FAILED)
+        exits.fail(str(error), code=exits.FAILED)
     except ValueError:
-        exits.fail(_NO_DAY.format(since), exits.MISUSED)
+        exits.fail(_NO_DAY.format(since), code=exits.MISUSED)
     finally:
         await reader.close()
         await tasks.close()
@@ -107,14 +107,14 @@ def _from_admin_port(config: Config, url: str, since: str, by: By) -> SavingsRep
 
     status, body = _ask(url, f"/savings?since={quote(since)}&by={by.value}", config)
     if status == 400:
-        exits.fail(_NO_DAY.format(since), exits.MISUSED)
+        exits.fail(_NO_DAY.format(since), code=exits.MISUSED)
     try:
         if status != 200:
             why = msgspec.json.decode(body, type=dict[str, str]).get("error", "")
-            exits.fail(f"{url} answers {status}: {why}", exits.FAILED)
+            exits.fail(f"{url} answers {status}: {why}", code=exits.FAILED)
         return from_json(body)
     except msgspec.MsgspecError:
-        exits.fail(f"{url} answers {status}, but is not Cairn's admin port", exits.FAILED)
+        exits.fail(f"{url} answers {status}, but is not Cairn's admin port", code=exits.FAILED)
 
 
 def _ask(url: str, target: str, config: Config) -> tuple[int, bytes]:
@@ -123,7 +123,7 @@ def _ask(url: str, target: str, config: Config) -> tuple[int, bytes]:
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname or "", parts.port, timeout=_ASK_SECONDS)
     except ValueError:
-        exits.fail(f"--url {url}: is not a URL", exits.MISUSED)
+        exits.fail(f"--url {url}: is not a URL", code=exits.MISUSED)
     token = config.admin.token
     try:
         connection.request(
@@ -137,7 +137,7 @@ def _ask(url: str, target: str, config: Config) -> tuple[int, bytes]:
         exits.fail(
             f"no Cairn answers at {url}. Its totals lie in its private Valkey while it runs; "
             "start it, or name its admin port with --url, or a shared Redis with --redis",
-            exits.FAILED,
+            code=exits.FAILED,
         )
     finally:
         connection.close()

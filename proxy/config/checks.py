@@ -1,4 +1,4 @@
-"""What a configuration must hold beyond the types of its values. Pure: a `Config` in, problems out."""
+"""Check what the types of a configuration cannot express. Pure."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from decimal import Decimal
 from urllib.parse import urlsplit
 
 from proxy.config.schema import FOLLOWED_SCHEME, Config, Pool, PoolKind, Price, PriceTier, Replica, SecretUrl
-
-Problem = tuple[str, str]  # path, text
+from proxy.config.validate import Problem
 
 _REDIS_SCHEMES = frozenset(
     {"redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"}
 )
-_AMOUNT_MOST = Decimal(1_000_000)  # of anything in a rate card; more is a slip of the unit
+_AMOUNT_MOST = Decimal(1_000_000)  # of any amount of a price; more is a mistake of the unit
 _TOKEN_AMOUNTS = ("input", "output", "cached_read", "cache_write_5m", "cache_write_1h")
 _GPU_AMOUNTS = ("usd_per_gpu_hour", "gpus_per_replica")
-# names that public resolvers do not know: RFC 6762, 8375, 9476 and what clusters use
+# domains that are never public: RFC 6762, 8375, 9476 and those of clusters
 _PRIVATE_SUFFIXES = (".local", ".internal", ".lan", ".svc", ".home.arpa", ".test", ".localhost", ".cluster.local")
 
 
 def problems(config: Config) -> Iterator[Problem]:
-    """Everything wrong with `config`, each with its path, in the order of the tree."""
+    """Yield everything that is wrong with `config`, in the order of the tree."""
     yield from _exposure(config)
     yield from _redis(config.redis.url)
     yield from _pools(config)
@@ -31,7 +30,7 @@ def problems(config: Config) -> Iterator[Problem]:
 
 
 def is_loopback(host: str) -> bool:
-    """True where only this machine can reach what is bound to `host`."""
+    """Return whether only this machine can reach a port on `host`."""
     if host == "localhost":
         return True
     try:
@@ -41,10 +40,10 @@ def is_loopback(host: str) -> bool:
 
 
 def implied_kind(url: str) -> PoolKind:
-    """What a bare URL stands for: https to a public name is a provider, all else an engine of one's own.
+    """Guess the kind of an upstream from its URL: https to a public name is a provider, everything else an engine.
 
-    An engine behind a public name loses little by the mistake: its placements end by time instead of by budget, and
-    who brings another key shares no prefix. The other mistake would let tenants infer each other's prompts.
+    An engine with a public name loses little if it is mistaken for a provider: its prefixes expire by time, and
+    clients with different keys share none. The opposite mistake would let tenants infer each other's prompts.
     """
     try:
         parts = urlsplit(url)
@@ -66,15 +65,16 @@ def _exposure(config: Config) -> Iterator[Problem]:
     if config.has_replica_keys and not config.clients and not server.open and not is_loopback(server.host):
         yield (
             "$.server.host",
-            f"{server.host} lets anyone use the replicas' keys: list clients, bind to loopback, or say --open",
+            f"anyone who reaches {server.host} could use the replicas' keys: "
+            "list clients, listen on loopback, or allow it with --open",
         )
     if admin.token is None and not is_loopback(admin.host):
         yield (
             "$.admin.host",
-            f"{admin.host} is not loopback, so the admin port needs admin.token, token_env or token_file",
+            f"{admin.host} is not a loopback address: set admin.token, token_env or token_file",
         )
     if server.port and server.port == admin.port:
-        yield "$.admin.port", f"{admin.port} is the port of the server too"
+        yield "$.admin.port", f"{admin.port} is also the port of the server"
 
 
 def _redis(url: SecretUrl | None) -> Iterator[Problem]:
@@ -91,7 +91,7 @@ def _pools(config: Config) -> Iterator[Problem]:
     defaults: list[str] = []
     for p, pool in enumerate(config.pools):
         path = f"$.pools[{p}]"
-        yield from _twice(pools.setdefault(pool.name, path), path, "name", pool.name)
+        yield from _twice(pools.setdefault(pool.name, path), path, "name", f"the name {pool.name}")
         defaults += [path] if pool.default else []
         if len(defaults) > 1 and pool.default:
             yield f"{path}.default", f"{defaults[0]} is the default pool already"
@@ -106,13 +106,13 @@ def _replica(path: str, replica: Replica, pool: Pool, seen: dict[str, str]) -> I
         return
     first = seen.setdefault(replica.label, path)
     if first != path:
-        yield f"{path}.name", f"{first} is named {replica.label} too; give each a name of its own"
+        yield f"{path}.name", f"{first} has the name {replica.label} too; give each replica a different name"
     if pool.kind is PoolKind.PROVIDER and replica.capacity_tokens is not None:
-        yield f"{path}.capacity_tokens", "a provider's prefixes end by time (ttl_seconds), not by capacity"
+        yield f"{path}.capacity_tokens", "is for engines; a provider keeps prefixes for a time (ttl_seconds)"
 
 
 def _bad_url(url: str) -> str | None:
-    """Why `url` is no base of an upstream, or None. Never shows the URL: it may hold a password."""
+    """Return what is wrong with an upstream's base URL, or None, without repeating it: it may hold a password."""
     try:
         parts = urlsplit(url)
         port, host = parts.port, parts.hostname
@@ -125,16 +125,16 @@ def _bad_url(url: str) -> str | None:
     if port == 0:
         return "port 0 cannot be connected to"
     if parts.username is not None or parts.password is not None:
-        return "holds a user or password; give the key in key_env or key_file"
+        return "contains a user or password; give the key in key_env or key_file"
     if parts.query or parts.fragment:
-        return "has a query or fragment; a base URL has none"
+        return "has a query or fragment; remove it"
     return None
 
 
 def _models(path: str, models: tuple[str, ...]) -> Iterator[Problem]:
     for m, pattern in enumerate(models):
         if not pattern.isprintable() or pattern != pattern.strip():
-            yield f"{path}.models[{m}]", "is not the name of a model or a pattern of names"
+            yield f"{path}.models[{m}]", "is not a model name or a pattern; remove spaces and control characters"
 
 
 def _clients(config: Config) -> Iterator[Problem]:
@@ -142,7 +142,7 @@ def _clients(config: Config) -> Iterator[Problem]:
     keys: dict[str, str] = {}
     for c, client in enumerate(config.clients):
         path = f"$.clients[{c}]"
-        yield from _twice(names.setdefault(client.name, path), path, "name", client.name)
+        yield from _twice(names.setdefault(client.name, path), path, "name", f"the name {client.name}")
         yield from _twice(keys.setdefault(client.key_sha256.lower(), path), path, "key_sha256", "the same key")
         yield from _models(path, client.models)
 
@@ -152,37 +152,37 @@ def _prices(config: Config) -> Iterator[Problem]:
     for p, price in enumerate(config.prices):
         path = f"$.prices[{p}]"
         key = (price.model, price.upstream, str(price.valid_from or ""))
-        yield from _twice(seen.setdefault(key, path), path, "valid_from", "a card for the same models and date")
+        yield from _twice(seen.setdefault(key, path), path, "valid_from", "a price for the same models and date")
         yield from _amounts(path, price, (*_TOKEN_AMOUNTS, *_GPU_AMOUNTS, "usd_per_unit"))
         if price.usd_per_unit is not None and price.currency == "USD":
-            yield f"{path}.usd_per_unit", "is for a card in another currency"
+            yield f"{path}.usd_per_unit", "is for prices in another currency than USD"
         yield from (_engine_card if price.usd_per_gpu_hour is not None else _token_card)(path, price)
 
 
 def _token_card(path: str, price: Price) -> Iterator[Problem]:
     if price.input is None:
-        yield path, "has neither input and output (per million tokens) nor usd_per_gpu_hour"
+        yield path, "needs either input and output (per million tokens) or usd_per_gpu_hour"
         return
     if price.output is None:
-        yield f"{path}.output", "is needed beside input; 0 where nothing is generated"
+        yield f"{path}.output", "is needed with input; use 0 if nothing is generated"
     if price.gpus_per_replica is not None:
-        yield f"{path}.gpus_per_replica", "is for a card with usd_per_gpu_hour"
+        yield f"{path}.gpus_per_replica", "is for prices with usd_per_gpu_hour"
     reached = 0
     for t, tier in enumerate(price.tiers):
         yield from _amounts(f"{path}.tiers[{t}]", tier, _TOKEN_AMOUNTS)
         if tier.above_prompt_tokens <= reached:
-            yield f"{path}.tiers[{t}].above_prompt_tokens", "is not above the tier before"
+            yield f"{path}.tiers[{t}].above_prompt_tokens", "must be greater than that of the previous tier"
         reached = tier.above_prompt_tokens
 
 
 def _engine_card(path: str, price: Price) -> Iterator[Problem]:
     for field in (*_TOKEN_AMOUNTS, "tiers"):
         if getattr(price, field) not in (None, ()):
-            yield f"{path}.{field}", "prices tokens, and usd_per_gpu_hour prices seconds; one of them is enough"
+            yield f"{path}.{field}", "is a price per token, and usd_per_gpu_hour a price per hour; remove one of them"
     if price.gpus_per_replica == 0:
-        yield f"{path}.gpus_per_replica", "is zero"
+        yield f"{path}.gpus_per_replica", "must not be 0"
     if price.currency != "USD":
-        yield f"{path}.currency", "a price of GPUs is in USD"
+        yield f"{path}.currency", "must be USD with usd_per_gpu_hour"
 
 
 def _amounts(path: str, card: Price | PriceTier, fields: tuple[str, ...]) -> Iterator[Problem]:
@@ -194,4 +194,4 @@ def _amounts(path: str, card: Price | PriceTier, fields: tuple[str, ...]) -> Ite
 
 def _twice(first: str, path: str, field: str, what: str) -> Iterator[Problem]:
     if first != path:
-        yield f"{path}.{field}", f"{first} has {what} already"
+        yield f"{path}.{field}", f"{first} already has {what}"

@@ -1,16 +1,18 @@
-"""The shape of the configuration: one frozen tree of typed sections with their defaults, limits and meaning.
+"""The configuration: one frozen tree of typed sections with defaults, limits and descriptions. Pure.
 
-Pure: it must not know files, flags or the environment; `proxy.config.load` fills it and checks what types cannot say.
-A secret is a type of its own that prints as `***` wherever it may end up.
+`proxy.config.load` fills it from files, flags and the environment, and checks what types cannot express. The text
+under each field is its description in the configuration reference and in the JSON Schema
+(`proxy.config.reference`). A field marked `LIVE` can be changed by a reload; every other one needs a restart.
 """
 
 from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Mapping
 from datetime import date
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 from urllib.parse import urlsplit
 
 import msgspec
@@ -18,26 +20,32 @@ from msgspec import Meta
 
 MIB = 1024 * 1024
 FOLLOWED_SCHEME = "dns+http"
-"""Of a URL that stands for all addresses of its name, whichever those are at the time."""
+"""Scheme of a URL that stands for every address of its host name."""
+
+LIVE = Meta(extra={"live": True})
+"""Marks a field that a reload changes in a running Cairn."""
+
+SIZE = Meta(extra={"size": True})
+"""Marks a number of bytes, which may also be written as `32MB` or `32MiB`."""
 
 _DEFAULT_PORTS = {"http": 80, "https": 443, FOLLOWED_SCHEME: 80}
-_VERSION_SEGMENT = re.compile(r"v\d+\w*")  # v1, v4, v1beta
 _CREDENTIAL_IN_QUERY = re.compile(r"(?i)\b(password|token|key|secret)=[^&]*")
 
-Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: any free one, for tests and demonstrations
+Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: any free port, for tests and demonstrations
 Count = Annotated[int, Meta(ge=1)]
+Bytes = Annotated[int, Meta(ge=1), SIZE]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
-Wait = Annotated[float, Meta(ge=0, le=86_400)]  # seconds, and none is fine
+Wait = Annotated[float, Meta(ge=0, le=86_400)]  # seconds; 0 is allowed
 Name = Annotated[
     str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/\[\]-]*$", max_length=128)
-]  # safe in a label and a header
+]  # safe in a metric label and in a header
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f]{64}$")]
 PathPatterns = Annotated[tuple[Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=256)], ...], Meta(max_length=256)]
 Patterns = tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...]
 
 
 class Secret:
-    """A text that is shown as `***` by `str`, `repr` and every encoder; `reveal` is the only way to it."""
+    """A text that `str`, `repr` and every encoder show as `***`; only `reveal` returns it."""
 
     __slots__ = ("_text",)
 
@@ -45,11 +53,11 @@ class Secret:
         self._text = text
 
     def reveal(self) -> str:
-        """The text itself, for the one place that needs it."""
+        """Return the text itself."""
         return self._text
 
     def redacted(self) -> str:
-        """What may be shown."""
+        """Return what may be shown."""
         return "***"
 
     def __str__(self) -> str:
@@ -58,7 +66,7 @@ class Secret:
     __repr__ = __str__
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and other._text == self._text
+        return isinstance(other, Secret) and other.reveal() == self._text
 
     def __hash__(self) -> int:
         return hash(self._text)
@@ -73,7 +81,7 @@ class SecretUrl(Secret):
     __slots__ = ()
 
     def redacted(self) -> str:
-        """The URL with `***` in place of what may be secret."""
+        """Return the URL with `***` in place of what may be secret."""
         try:
             parts = urlsplit(self._text)
         except ValueError:
@@ -89,7 +97,7 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
 
 class Level(enum.StrEnum):
-    """How much is logged beside the access lines."""
+    """Which messages the process log contains."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -98,43 +106,82 @@ class Level(enum.StrEnum):
 
 
 class PoolKind(enum.StrEnum):
-    """What stands behind a pool: engines hold prefixes by memory, providers by time."""
+    """The kind of upstream: engines keep prefixes while there is memory, providers for a fixed time."""
 
     ENGINE = "engine"
     PROVIDER = "provider"
 
 
 class Tenancy(enum.StrEnum):
-    """Whether clients may share a prefix: `isolated` salts every chain by who asks."""
+    """Whether clients may share cached prefixes; with `isolated` each client has its own."""
 
     SHARED = "shared"
     ISOLATED = "isolated"
 
 
 class Server(Section, frozen=True):
-    """The port that clients use, and what one of them may take. Requests and bytes in flight are per worker."""
+    """The port for clients, and limits on what they may use. Limits on concurrent use apply to each worker."""
 
     host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
+    """Address to listen on."""
+
     port: Port = 8080
+    """Port to listen on."""
+
     workers: Annotated[int, Meta(ge=1, le=256)] = 1
-    open: bool = False  # anyone who reaches the port may use the replicas' keys
-    backlog: Count = 2048  # connections that wait to be accepted, per worker
-    max_body_bytes: Count = 32 * MIB
-    max_head_bytes: Count = 64 * 1024  # request line and headers together
-    max_header_bytes: Count = 32 * 1024  # one header line
-    head_seconds: Seconds = 30  # to send the whole head, from its first byte on
-    body_seconds: Seconds = 300  # to send its body
-    min_body_bytes_per_second: Annotated[int, Meta(ge=0)] = 500  # after its first 10 seconds; 0: at any rate
-    request_seconds: Seconds = 3600  # until its answer has ended
-    keepalive_seconds: Seconds = 75  # a connection without a whole request's head
-    write_seconds: Seconds = 120  # an answer of which the client takes nothing
+    """Number of worker processes."""
+
+    open: Annotated[bool, LIVE] = False
+    """Allow anyone who reaches the port to use the replicas' keys although no clients are listed."""
+
+    backlog: Count = 2048
+    """Connections per worker that may wait to be accepted."""
+
+    max_body_bytes: Bytes = 32 * MIB
+    """Largest request body."""
+
+    max_head_bytes: Bytes = 64 * 1024
+    """Largest request head: request line and headers together."""
+
+    max_header_bytes: Bytes = 32 * 1024
+    """Longest single header line."""
+
+    head_seconds: Seconds = 30
+    """Time within which a client must send the whole head, from its first byte."""
+
+    body_seconds: Seconds = 300
+    """Time within which a client must send the whole body."""
+
+    min_body_bytes_per_second: Annotated[int, Meta(ge=0), SIZE] = 500
+    """Lowest rate at which a body may arrive after its first 10 seconds; 0 allows any rate."""
+
+    keepalive_seconds: Seconds = 75
+    """Time after which a connection without a complete request head is closed."""
+
+    write_seconds: Seconds = 120
+    """Time after which a connection is closed whose client reads nothing of its response."""
+
     max_in_flight_requests: Count = 4096
-    max_in_flight_bytes: Count = 512 * MIB  # of bodies, as far as they have arrived
-    max_in_flight_head_bytes: Count = 32 * MIB  # of unfinished heads, and of requests sent ahead of their turn
-    max_connections: Count = 8192  # of clients, per worker; each takes a descriptor, and so does its request upstream
-    max_connections_per_address: Count = 4096  # of these, per IPv4 address or IPv6 network of 64 bits
-    drain_accept_seconds: Wait = 2  # after SIGTERM: not ready, still accepting, until balancers have seen it
-    drain_seconds: Wait = 30  # then: what runs may end
+    """Requests that are handled at once; further ones are answered 503."""
+
+    max_in_flight_bytes: Bytes = 512 * MIB
+    """Bytes of request bodies held at once, counted as they arrive; further requests are answered 503."""
+
+    max_in_flight_head_bytes: Bytes = 32 * MIB
+    """Bytes of incomplete heads and of pipelined requests held at once."""
+
+    max_connections: Count = 8192
+    """Connections of clients per worker. Each needs a file descriptor, and so does its request to a replica."""
+
+    max_connections_per_address: Count = 4096
+    """Connections per IPv4 address or IPv6 /64 network, per worker."""
+
+    drain_accept_seconds: Annotated[Wait, LIVE] = 2
+    """After SIGTERM: time in which readiness fails but connections are accepted, so that load balancers notice."""
+
+    drain_seconds: Annotated[Wait, LIVE] = 30
+    """After that: time within which running requests may finish."""
+
     engine_paths: PathPatterns = ()
     """Paths outside /v1 that are passed on to engines and routed by the model in the body, as patterns with `*` and
     `?`: `/tokenize`, `/detokenize`, `/rerank`, `/score`, `/pooling`, `/apply-template`, `/openai/deployments/*`. A
@@ -152,40 +199,75 @@ class Server(Section, frozen=True):
 
 
 class Admin(Section, frozen=True):
-    """The port of health, readiness, metrics and explanations. Without a token it binds to loopback only."""
+    """The port of health, readiness, metrics and the status page. Without a token it must listen on loopback."""
 
     host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
+    """Address to listen on."""
+
     port: Port = 8090
-    token: Secret | None = None
-    token_env: str | None = None
-    token_file: str | None = None
+    """Port to listen on."""
+
+    token: Annotated[Secret | None, LIVE] = None
+    """Token that requests must send as `Authorization: Bearer TOKEN`."""
+
+    token_env: Annotated[str | None, LIVE] = None
+    """Environment variable that contains the token."""
+
+    token_file: Annotated[str | None, LIVE] = None
+    """File that contains the token, relative to the configuration file."""
 
 
 class Redis(Section, frozen=True):
-    """The store. Without a URL a private Valkey is started, whose files lie in `folder`."""
+    """The shared store. Without a URL Cairn starts a private Valkey, whose files are in `folder`."""
 
-    url: SecretUrl | None = None  # redis, rediss, unix; Sentinel and Cluster by their own schemes
+    url: SecretUrl | None = None
+    """`redis://`, `rediss://` or `unix://`; `redis+sentinel://` for Sentinel, `redis+cluster://` for Cluster."""
+
     url_env: str | None = None
+    """Environment variable that contains the URL."""
+
     url_file: str | None = None
-    operation_seconds: Seconds = 0.05  # an answer later than this counts as none
-    folder: str | None = None  # by default in the user's own, one per port
-    max_memory_bytes: Annotated[int, Meta(ge=16 * MIB)] = 256 * MIB  # of the embedded one
+    """File that contains the URL, relative to the configuration file."""
+
+    operation_seconds: Seconds = 0.05
+    """Time after which an operation counts as failed."""
+
+    folder: str | None = None
+    """Folder of the private Valkey; by default in the user's data folder, one per port."""
+
+    max_memory_bytes: Annotated[int, Meta(ge=16 * MIB), SIZE] = 256 * MIB
+    """Memory limit of the private Valkey."""
 
 
 class Replica(Section, frozen=True):
-    """One endpoint of a pool. `name` labels metrics and the shared index; by default host and port.
+    """One endpoint of a pool.
 
-    A `url` of `dns+http://name:port` stands for an endpoint at each address of the name, labelled by that.
+    A `url` of `dns+http://name:port` stands for one endpoint at each address of the name.
     """
 
     url: str
+    """Base URL, with or without `/v1`."""
+
     name: Name | None = None
+    """Name in metrics, logs and the shared index; by default host and port."""
+
     key: Secret | None = None
+    """API key to send to this replica in place of the client's."""
+
     key_env: str | None = None
+    """Environment variable that contains the key."""
+
     key_file: str | None = None
+    """File that contains the key, relative to the configuration file."""
+
     capacity_tokens: Count | None = None
+    """Tokens that the engine's cache can hold; by default learned from the engine and its responses."""
+
     max_concurrent: Count | None = None
+    """Requests that the replica handles at once; further ones wait in Cairn. By default what the engine reports."""
+
     prefill_tokens_per_second: Annotated[float, Meta(gt=0)] | None = None
+    """Prefill rate; by default measured."""
 
     @property
     def label(self) -> str:
@@ -194,192 +276,328 @@ class Replica(Section, frozen=True):
 
     @property
     def is_followed(self) -> bool:
-        """True where the URL is a name whose addresses are the endpoints."""
+        """Whether the URL stands for every address of its host name."""
         return self.url.startswith(f"{FOLLOWED_SCHEME}://")
-
-    @property
-    def scheme(self) -> str:
-        """`http` or `https`."""
-        return urlsplit(self.url).scheme.removeprefix("dns+")
-
-    @property
-    def host(self) -> str:
-        """The host without brackets."""
-        return urlsplit(self.url).hostname or ""
-
-    @property
-    def port(self) -> int:
-        """The port, given or the scheme's."""
-        parts = urlsplit(self.url)
-        return parts.port or _DEFAULT_PORTS[parts.scheme]
-
-    @property
-    def base_path(self) -> str:
-        """What stands upstream in place of the client's `/v1`.
-
-        That is the path of the URL, with `/v1` after it unless it names a version itself.
-
-        >>> [Replica(u).base_path for u in ("http://h", "http://h/v1/", "http://h/api", "https://h/v1beta/openai")]
-        ['/v1', '/v1', '/api/v1', '/v1beta/openai']
-        """
-        path = urlsplit(self.url).path.rstrip("/")
-        versioned = any(_VERSION_SEGMENT.fullmatch(segment) for segment in path.split("/"))
-        return path if versioned else path + "/v1"
 
 
 class Pool(Section, frozen=True):
-    """Replicas that serve one set of models."""
+    """Replicas that serve the same models."""
 
     name: Name
+    """Name of the pool."""
+
     replicas: Annotated[tuple[Replica, ...], Meta(min_length=1, max_length=1024)]
+    """The endpoints."""
+
     models: Annotated[Patterns, Meta(min_length=1)] = ("*",)
+    """Model names that the pool serves, as patterns with `*` and `?`. The first pool that matches is used."""
+
     kind: PoolKind = PoolKind.ENGINE
-    default: bool = False  # paths that name no model go here
-    tenancy: Tenancy | None = None  # by default the configuration's
-    cache_salt: bool = False  # the engine knows the field of that name
-    ttl_seconds: Seconds = 300  # how long a provider keeps a prefix that nobody uses
+    """`engine` for engines, whose caches are limited by memory; `provider` for an API that caches by time."""
+
+    default: bool = False
+    """Send requests that name no model to this pool."""
+
+    tenancy: Tenancy | None = None
+    """Tenancy of this pool; by default the top-level setting."""
+
+    cache_salt: bool = False
+    """Send each tenant's salt in the field `cache_salt`, for engines that support it."""
+
+    ttl_seconds: Seconds = 300
+    """Time for which a provider keeps a prefix that nobody uses."""
 
 
 class Client(Section, frozen=True):
-    """Someone who may ask, by the SHA-256 of the key; `tenant` is the name unless given."""
+    """A client that may use this Cairn, identified by the SHA-256 of its key."""
 
     name: Name
+    """Name of the client, in logs and on the status page."""
+
     key_sha256: Sha256
+    """SHA-256 of the client's key, in hexadecimal: `printf %s KEY | sha256sum`."""
+
     tenant: Name | None = None
+    """Tenant to which the client belongs; by default its name."""
+
     models: Annotated[Patterns, Meta(min_length=1)] = ("*",)
+    """Models that the client may use, as patterns with `*` and `?`."""
 
 
 class Tenants(Section, frozen=True):
-    """The secret of the hash that names tenants. Without one Redis keeps one that all proxies share."""
+    """The secret with which tenants' names are hashed. Without one Redis stores one that all proxies share."""
 
     secret: Secret | None = None
+    """The secret; any length."""
+
     secret_env: str | None = None
+    """Environment variable that contains the secret."""
+
     secret_file: str | None = None
+    """File that contains the secret, relative to the configuration file."""
 
 
 class Upstream(Section, frozen=True):
-    """Patience with replicas."""
+    """Connections to replicas: limits, retries and back-off."""
 
     connect_seconds: Seconds = 5
-    pool_seconds: Seconds = 10  # for a free connection, where all are in use
-    first_byte_seconds: Seconds = 600  # a long cold prefill comes before the first byte
-    idle_seconds: Seconds = 120  # inside an answer; keep-alive comments are no progress
-    keepalive_seconds: Wait = 15  # an unused connection is kept this long; engines close theirs soon
-    max_connections: Count = 1024  # to one replica, per worker
-    max_retries: Annotated[int, Meta(ge=0, le=10)] = 2  # of a generation of whose answer nothing came
-    backoff_seconds: Seconds = 0.5  # the first pause of a replica that failed; each further one doubles it
+    """Time within which a connection must be made."""
+
+    pool_seconds: Seconds = 10
+    """Time to wait for a free connection if all are in use."""
+
+    first_byte_seconds: Seconds = 600
+    """Time to wait for the first byte of a response; a long uncached prefill takes most of it."""
+
+    idle_seconds: Seconds = 120
+    """Longest pause within a response. Keep-alive comments do not count as progress."""
+
+    keepalive_seconds: Wait = 15
+    """Time for which an unused connection is kept; shorter than engines keep theirs."""
+
+    max_connections: Count = 1024
+    """Connections to one replica, per worker."""
+
+    max_retries: Annotated[int, Meta(ge=0, le=10)] = 2
+    """Further attempts at a generation of which no part of the response has arrived."""
+
+    backoff_seconds: Seconds = 0.5
+    """Time for which a replica that failed is not used; each further failure doubles it."""
+
     backoff_max_seconds: Seconds = 30
-    retry_after_max_seconds: Seconds = 60  # a replica's own Retry-After is honoured up to this
-    ca_file: str | None = None  # trusted beside the system's authorities
+    """Longest time for which a replica that failed is not used."""
+
+    retry_after_max_seconds: Seconds = 60
+    """Longest `Retry-After` of a replica that is honoured."""
+
+    ca_file: str | None = None
+    """File with certificate authorities that are trusted in addition to the system's."""
 
 
 class Routing(Section, frozen=True):
-    """Constants of the cost rule; see ARCHITECTURE.md."""
+    """Constants of the routing decision; see the design documentation."""
 
-    min_shareable_bytes: Annotated[int, Meta(ge=0)] = 4096  # shorter prompts are sent to where least is to do
-    prefill_tokens_per_second: Annotated[float, Meta(gt=0)] = 4000  # until a replica's own is learned
-    in_flight_seconds_least: Annotated[float, Meta(ge=0)] = (
-        0.05  # bounds of what a request in flight costs after eight
-    )
+    min_shareable_bytes: Annotated[int, Meta(ge=0), SIZE] = 4096
+    """Shorter prompts are sent to the least loaded replica, without regard to their prefix."""
+
+    prefill_tokens_per_second: Annotated[float, Meta(gt=0)] = 4000
+    """Prefill rate of a replica until its own is measured."""
+
+    in_flight_seconds_least: Annotated[float, Meta(ge=0)] = 0.05
+    """Lower bound of the cost of each request in flight at a replica after the first eight."""
+
     in_flight_seconds_most: Annotated[float, Meta(ge=0)] = 0.2
-    future_weight_per_second: Annotated[float, Meta(ge=0)] = 3.0  # uncached work counts more, the longer all queues
+    """Upper bound of the cost of each request in flight at a replica after the first eight."""
+
+    future_weight_per_second: Annotated[float, Meta(ge=0)] = 3.0
+    """Additional weight of uncached tokens per second of work in the shortest queue."""
 
 
 class Contexts(Section, frozen=True):
-    """Stored contexts. Bytes are those in Redis, compressed, but for the first two; quotas are of one tenant."""
+    """Stored contexts. Sizes are compressed sizes in Redis unless stated otherwise."""
 
-    max_context_bytes: Annotated[int, Meta(ge=1024, le=256 * MIB)] = 16 * MIB  # messages and tools as uploaded
-    memory_bytes: Count = 256 * MIB  # contents that a worker keeps at hand
-    total_bytes: Count = 128 * MIB  # of all tenants
-    tenant_bytes: Count = 64 * MIB
-    pinned_bytes: Annotated[int, Meta(ge=0)] = 32 * MIB  # of contexts that are never discarded
-    max_contexts: Count = 1000
-    max_tags: Count = 1000
-    default_ttl_seconds: Seconds = 3600
-    grace_seconds: Wait = 86_400  # how long an expired one can be revived
-    warm_replicas: Annotated[int, Meta(ge=0, le=64)] = 1  # engines that compute a new one at once; never a provider
-    warming_seconds: Seconds = 900  # a context still pending after that was left in the middle
+    max_context_bytes: Annotated[int, Meta(ge=1024, le=256 * MIB), SIZE] = 16 * MIB
+    """Largest context: messages and tools as uploaded."""
+
+    memory_bytes: Annotated[Bytes, LIVE] = 256 * MIB
+    """Memory per worker for contents that are used often, uncompressed."""
+
+    total_bytes: Annotated[Bytes, LIVE] = 128 * MIB
+    """Budget of all tenants together."""
+
+    tenant_bytes: Annotated[Bytes, LIVE] = 64 * MIB
+    """Budget of one tenant."""
+
+    pinned_bytes: Annotated[int, Meta(ge=0), SIZE, LIVE] = 32 * MIB
+    """Budget of one tenant for pinned contexts, which are never discarded."""
+
+    max_contexts: Annotated[Count, LIVE] = 1000
+    """Contexts of one tenant."""
+
+    max_tags: Annotated[Count, LIVE] = 1000
+    """Tags of one tenant."""
+
+    default_ttl_seconds: Annotated[Seconds, LIVE] = 3600
+    """Time for which a context is kept if its upload names none."""
+
+    grace_seconds: Annotated[Wait, LIVE] = 86_400
+    """Time after its end for which a context can be revived."""
+
+    warm_replicas: Annotated[int, Meta(ge=0, le=64), LIVE] = 1
+    """Engines that compute a new context at once; a provider never does."""
+
+    warming_seconds: Annotated[Seconds, LIVE] = 900
+    """Time after which a context that is still being warmed counts as abandoned."""
 
 
 class Queueing(Section, frozen=True):
-    """Requests for which a replica (`max_concurrent`, or what it says of itself) has no place, per worker."""
+    """Requests for which a replica has no free place (`max_concurrent`), per worker."""
 
-    deadline_seconds: Seconds = 120  # then 503; from half of it on a request goes before all others
-    max_waiting: Count = 1024  # beyond that 429
+    deadline_seconds: Annotated[Seconds, LIVE] = 120
+    """Longest time in the queue, then 503. After half of it a request goes before all others."""
+
+    max_waiting: Annotated[Count, LIVE] = 1024
+    """Requests that may wait; further ones are answered 429."""
 
 
 class Log(Section, frozen=True):
-    """What is written: access lines as JSON to standard output, the rest to standard error."""
+    """Access lines go to standard output, everything else to standard error."""
 
     level: Level = Level.INFO
+    """Least severe level that is logged."""
+
     access: bool = True
+    """Write one line per request."""
 
 
 class PriceTier(Section, frozen=True):
-    """What every token of a request costs whose prompt is longer; fields as of `Price`."""
+    """Prices of every token of a request whose prompt is longer than a limit. Fields are those of a price."""
 
     above_prompt_tokens: Count
+    """Prompt length above which the tier applies."""
+
     input: Decimal
+    """Price per million input tokens."""
+
     output: Decimal
+    """Price per million output tokens."""
+
     cached_read: Decimal | None = None
+    """Price per million cached input tokens; by default `input`."""
+
     cache_write_5m: Decimal | None = None
+    """Price per million tokens written to a cache for five minutes; by default `input`."""
+
     cache_write_1h: Decimal | None = None
+    """Price per million tokens written to a cache for an hour; by default `cache_write_5m`."""
 
 
 class Price(Section, frozen=True):
-    """A rate card, and where it applies: globs over the model and over the replica's name or URL, from a day on.
+    """A price and the requests to which it applies.
 
-    Either a provider's, in `currency` per million tokens (what is left out costs what `input` does), or an engine's,
-    by the hour of one GPU. Of cards with the same globs the newest that has come stands, else the first in the file.
+    Either a provider's price per million tokens, or an engine's price per hour of a GPU. The first price that matches
+    a request is used; of those with the same patterns, the one with the latest `valid_from` that has passed.
     """
 
     model: Annotated[str, Meta(min_length=1, max_length=256)] = "*"
+    """Pattern of model names."""
+
     upstream: Annotated[str, Meta(min_length=1, max_length=1024)] = "*"
+    """Pattern of the replica's name or URL."""
+
     valid_from: date | None = None
+    """First day (UTC) on which the price applies."""
+
     currency: Annotated[str, Meta(pattern=r"^[A-Z]{3}$")] = "USD"
-    usd_per_unit: Decimal | None = None  # of another currency; without it the card prices nothing, and says so
+    """Currency of the amounts."""
+
+    usd_per_unit: Decimal | None = None
+    """Value in USD of one unit of another currency; without it the price is not used."""
+
     input: Decimal | None = None
+    """Price per million input tokens."""
+
     output: Decimal | None = None
+    """Price per million output tokens."""
+
     cached_read: Decimal | None = None
+    """Price per million cached input tokens; by default `input`."""
+
     cache_write_5m: Decimal | None = None
+    """Price per million tokens written to a cache for five minutes; by default `input`."""
+
     cache_write_1h: Decimal | None = None
+    """Price per million tokens written to a cache for an hour; by default `cache_write_5m`."""
+
     tiers: Annotated[tuple[PriceTier, ...], Meta(max_length=16)] = ()
+    """Prices for longer prompts, in ascending order."""
+
     usd_per_gpu_hour: Decimal | None = None
-    gpus_per_replica: Decimal | None = None  # by default one
+    """Price of one GPU for an hour, for an engine of your own."""
+
+    gpus_per_replica: Decimal | None = None
+    """GPUs of one replica; by default 1."""
 
 
 class Config(Section, frozen=True):
-    """The whole of it."""
+    """The whole configuration."""
 
     server: Server = Server()
+    """The port for clients."""
+
     admin: Admin = Admin()
+    """The admin port."""
+
     redis: Redis = Redis()
-    pools: tuple[Pool, ...] = ()
-    clients: tuple[Client, ...] = ()
-    tenancy: Tenancy = Tenancy.SHARED  # of pools that do not say
+    """The shared store."""
+
+    pools: Annotated[tuple[Pool, ...], LIVE] = ()
+    """Replicas, grouped by the models that they serve."""
+
+    clients: Annotated[tuple[Client, ...], LIVE] = ()
+    """Clients that may use this Cairn; if empty, anyone may."""
+
+    tenancy: Annotated[Tenancy, LIVE] = Tenancy.SHARED
+    """Tenancy of pools that do not set their own: `isolated` lets no client profit from another's prefixes."""
+
     tenants: Tenants = Tenants()
+    """The secret of the tenants' hash."""
+
     upstream: Upstream = Upstream()
+    """Connections to replicas."""
+
     routing: Routing = Routing()
+    """The routing decision."""
+
     queue: Queueing = Queueing()
-    prices: Annotated[tuple[Price, ...], Meta(max_length=1024)] = ()  # before the built-in data
+    """The queues before replicas."""
+
+    prices: Annotated[tuple[Price, ...], Meta(max_length=1024), LIVE] = ()
+    """Prices, which are used before the built-in ones."""
+
     contexts: Contexts = Contexts()
+    """Stored contexts."""
+
     log: Log = Log()
+    """Logs."""
 
     @property
     def default_pool(self) -> Pool | None:
-        """Where paths go that name no model: the pool marked so, or the only one."""
+        """The pool for paths that name no model: the marked one, or the only one."""
         if len(self.pools) == 1:
             return self.pools[0]
         return next((pool for pool in self.pools if pool.default), None)
 
     @property
     def has_replica_keys(self) -> bool:
-        """True where whoever is let in spends a key of ours."""
+        """Whether clients use a key that the configuration provides."""
         return any(replica.key is not None for pool in self.pools for replica in pool.replicas)
 
 
+RETIRED: Mapping[tuple[str, str], str] = {
+    (
+        "server",
+        "request_seconds",
+    ): "it had no effect; upstream.first_byte_seconds and idle_seconds are the limits",
+}
+"""Former settings that a configuration may still contain: they are ignored with a warning that gives the reason."""
+
+
+def has_mark(section: type[Section], field: str, mark: str) -> bool:
+    """Return whether the type of `field` is marked, with "live" (`LIVE`) or "size" (`SIZE`)."""
+    return mark in _marks(get_type_hints(section, include_extras=True)[field])
+
+
+def _marks(annotation: Any) -> set[str]:
+    """Return the names in the `extra` of an annotation, without looking into tuples or other sections."""
+    marks: set[str] = set()
+    for part in getattr(annotation, "__metadata__", ()):
+        marks |= set(getattr(part, "extra", None) or ())
+    return marks
+
+
 def derived_name(url: str) -> str:
-    """Host and port of `url` (the port only where it is not the scheme's own), and its path but for `/v1`.
+    """Return host and port of `url` (the port only if it is not the default) and the path without `/v1`.
 
     >>> [derived_name(u) for u in ("http://10.0.0.7:8000/v1", "https://api.openai.com/v1", "http://h:1/a/v1")]
     ['10.0.0.7:8000', 'api.openai.com', 'h:1/a']
@@ -392,21 +610,21 @@ def derived_name(url: str) -> str:
 
 
 def redact(thing: Any) -> Any:
-    """The hook of encoders whose output a person may see."""
+    """Encode a secret as `***`: the hook of encoders whose output a person may see."""
     if isinstance(thing, Secret):
         return thing.redacted()
     raise NotImplementedError(f"no encoding for {type(thing).__name__}")
 
 
 def reveal(thing: Any) -> Any:
-    """The hook of the encoder that writes to a worker's private socket, and of no other."""
+    """Encode a secret as its text: the hook of the encoder that writes to a worker's private socket, and no other."""
     if isinstance(thing, Secret):
         return thing.reveal()
     raise NotImplementedError(f"no encoding for {type(thing).__name__}")
 
 
 def make_secret(kind: type, value: Any) -> Any:
-    """The decoders' hook: text to `Secret` or `SecretUrl`."""
+    """Decode a text to `Secret` or `SecretUrl`: the hook of decoders."""
     if not issubclass(kind, Secret):
         raise NotImplementedError(f"no decoding for {kind.__name__}")
     if not isinstance(value, str):

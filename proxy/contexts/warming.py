@@ -25,7 +25,6 @@ MODELS_REMEMBERED_AT_MOST = 1024
 _ERROR_BYTES_MOST = 64 * 1024
 _CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
-_REQUEST_SECONDS = 3600.0
 
 
 class Run(Protocol):
@@ -156,16 +155,15 @@ class Warming:
     ) -> Exchange:
         now_seconds = self._clock.monotonic()
         call = Call(
-            self._new_id(),
-            tenant,
-            Endpoint.CHAT,
-            "POST",
-            "/v1/chat/completions",
-            ((b"content-type", b"application/json"), *headers),
-            msgspec.json.encode({"model": model, "max_tokens": 1, "messages": messages}),
-            now_seconds,
-            now_seconds,
-            now_seconds + _REQUEST_SECONDS,
+            request_id=self._new_id(),
+            tenant=tenant,
+            endpoint=Endpoint.CHAT,
+            method="POST",
+            target="/v1/chat/completions",
+            headers=((b"content-type", b"application/json"), *headers),
+            body=msgspec.json.encode({"model": model, "max_tokens": 1, "messages": messages}),
+            received_seconds=now_seconds,
+            read_seconds=now_seconds,
         )
         exchange, kept = Exchange(call), Kept()
         exchange.avoid, exchange.is_warming = avoid, True

@@ -1,6 +1,6 @@
-"""How a body would be routed now, told without routing it: what `/explain` answers with.
+"""Explain how a request would be routed at this moment, without routing it: the answer of `/explain`.
 
-It runs the pipeline's own pure phases, so that it cannot disagree with them. It must not change anything.
+It runs the pipeline's own phases, so that it cannot disagree with them, and changes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from proxy.wire.errors import error_response
 
 
 class Explainer:
-    """Answers the admin port's questions in a worker."""
+    """Answers `/explain` in a worker."""
 
     def __init__(self, pipeline: Pipeline, routes: Routes, clock: Clock) -> None:
         self._pipeline = pipeline
@@ -29,11 +29,11 @@ class Explainer:
         self._clock = clock
 
     async def explain(self, question: Explain, authenticator: Authenticator) -> tuple[int, bytes]:
-        """Status and JSON: each replica's matched tokens, work, queue and cost, and the choice with its reason."""
+        """Return an HTTP status and JSON: the choice, its reason, and each replica's matched tokens and cost."""
         try:
             route = self._routes.route("POST", question.path)
             if not route.endpoint.is_generation:
-                raise BadRequest("Only generations are routed by their prefix.", param="path")
+                raise BadRequest("Only generation requests are routed by their prefix.", param="path")
             now_seconds = self._clock.monotonic()
             tenant = authenticator.tenant_of(question.credential)
             call = Call(
@@ -46,7 +46,6 @@ class Explainer:
                 body=question.body,
                 received_seconds=now_seconds,
                 read_seconds=now_seconds,
-                deadline_seconds=0.0,
                 path_model=route.model,
             )
             exchange = Exchange(call)
@@ -54,10 +53,10 @@ class Explainer:
         except CairnError as error:
             answer = error_response(error, Endpoint.CHAT)
             return answer.status, answer.body
-        return 200, msgspec.json.encode(_told(exchange))
+        return 200, msgspec.json.encode(_explanation(exchange))
 
 
-def _told(exchange: Exchange) -> dict[str, Any]:
+def _explanation(exchange: Exchange) -> dict[str, Any]:
     plan, pool, prompt = exchange.plan, exchange.pool, exchange.prompt
     assert plan is not None  # noqa: S101 - the phases ran
     assert pool is not None  # noqa: S101

@@ -193,7 +193,6 @@ class HttpServer:
             body=body,
             received_seconds=received_seconds,
             read_seconds=self._clock.monotonic(),
-            deadline_seconds=received_seconds + self._settings.request_seconds,
             access=route.access,
             path_model=route.model,
             object_id=route.object_id,

@@ -20,7 +20,6 @@ from proxy.config.load import (
     ConfigError,
     Loaded,
     PoolKind,
-    Replica,
     Secret,
     SecretUrl,
     Tenancy,
@@ -132,7 +131,7 @@ def test_the_environment_may_name_the_file_and_the_upstreams(write) -> None:
         ({"sever": {}}, r"\$\.sever: there is no such setting"),
         ({"server": {"port": "8080"}}, r"\$\.server\.port: expected `int`, got `str`"),
         ({"server": {"port": 70000}}, r"\$\.server\.port: expected `int` <= 65535"),
-        ({"pools": [pool(), {"name": "b"}]}, r"\$\.pools\[1\]: .*missing required field `replicas`"),
+        ({"pools": [pool(), {"name": "b"}]}, r"\$\.pools\[1\]: the setting `replicas` is missing"),
         ({"pools": [{"name": "a", "replicas": []}]}, r"\$\.pools\[0\]\.replicas: "),
         (
             {"pools": [{"name": "a", "replicas": [{"url": "http://h"}, {"url": 5}]}]},
@@ -146,7 +145,7 @@ def test_the_environment_may_name_the_file_and_the_upstreams(write) -> None:
         ({"pools": [pool("http://h/v1?key=x")]}, r"replicas\[0\]\.url: has a query"),
         ({"pools": [pool("http://h\r\nx: y/")]}, r"replicas\[0\]\.url: "),
         ({"pools": [pool("http://h:1", "http://h:1/v1")]}, r"\$\.pools\[0\]\.replicas\[1\]\.name: .*replicas\[0\]"),
-        ({"pools": [pool(), pool("http://i")]}, r"\$\.pools\[1\]\.name: \$\.pools\[0\] has a already"),
+        ({"pools": [pool(), pool("http://i")]}, r"\$\.pools\[1\]\.name: \$\.pools\[0\] already has the name a"),
         (
             {"pools": [pool(default=True), pool("http://i", name="b", default=True)]},
             r"\$\.pools\[1\]\.default: \$\.pools\[0\] is the default",
@@ -161,14 +160,14 @@ def test_the_environment_may_name_the_file_and_the_upstreams(write) -> None:
         ({"clients": [{"name": "c", "key_sha256": "zz"}]}, r"\$\.clients\[0\]\.key_sha256: "),
         (
             {"clients": [{"name": "c", "key_sha256": SHA}, {"name": "d", "key_sha256": SHA.upper()}]},
-            r"\$\.clients\[1\]\.key_sha256: \$\.clients\[0\] has the same key already",
+            r"\$\.clients\[1\]\.key_sha256: \$\.clients\[0\] already has the same key",
         ),
         ({"admin": {"host": "0.0.0.0"}}, r"\$\.admin\.host: .*token"),
-        ({"server": {"port": 8090}}, r"\$\.admin\.port: 8090 is the port of the server too"),
+        ({"server": {"port": 8090}}, r"\$\.admin\.port: 8090 is also the port of the server"),
         ({"redis": {"url": "http://h"}}, r"\$\.redis\.url: expected redis://"),
         ({"redis": {"url": 5}}, r"\$\.redis\.url: expected `str`"),
         ([1], r"\$: expected a mapping"),
-        ({"server": None}, r"\$\.server: expected `object`, got `null`"),
+        ({"server": None}, r"\$\.server: expected a mapping"),
     ],
 )
 def test_what_is_wrong_is_named_by_its_path(write, tree: object, message: str) -> None:
@@ -178,6 +177,84 @@ def test_what_is_wrong_is_named_by_its_path(write, tree: object, message: str) -
     assert caught.value.param is not None
     assert caught.value.param.startswith("$")
     assert "\n" not in caught.value.message
+
+
+def test_all_problems_are_reported_at_once(write) -> None:
+    """Each with its path, in the order of the file; what is expected is said without the rest of the file."""
+    tree = {
+        "server": {"port": "8080", "hots": "x"},
+        "pools": [{"name": "a", "replica": []}, {"name": "b", "kind": "engin", "replicas": [{"url": 5, "nam": "x"}]}],
+        "log": {"level": "loud"},
+        "sever": {},
+    }
+    with pytest.raises(ConfigError) as caught:
+        load(write(tree), {"CAIRN_SERVER__WORKRES": "1"})
+    assert sorted(f"{path}: {text}" for path, text in caught.value.problems) == sorted(
+        [
+            "$.server.port: expected `int`, got `str`",
+            "$.server.hots: there is no such setting; did you mean `host`?",
+            "$.pools[0].replica: there is no such setting; did you mean `replicas`?",
+            "$.pools[0]: the setting `replicas` is missing",
+            "$.pools[1].kind: expected one of engine, provider; did you mean `engine`?",
+            "$.pools[1].replicas[0].url: expected `str`, got `int`",
+            "$.pools[1].replicas[0].nam: there is no such setting; did you mean `name`?",
+            "$.log.level: expected one of debug, info, warning, error",
+            "$.sever: there is no such setting; did you mean `server`?",
+            "CAIRN_SERVER__WORKRES: there is no such setting; did you mean `CAIRN_SERVER__WORKERS`?",
+        ]
+    )
+
+
+def test_all_contradictions_are_reported_at_once(write) -> None:
+    """Of a file whose settings have the right types."""
+    tree = {
+        "server": {"port": 8090},
+        "admin": {"host": "0.0.0.0"},
+        "pools": [pool("ftp://h"), {"name": "a", "replicas": [{"url": "http://h:0", "key_env": "NONE"}]}],
+    }
+    with pytest.raises(ConfigError) as caught:
+        load(write(tree), {})
+    assert {path for path, _ in caught.value.problems} == {
+        "$.admin.host",
+        "$.admin.port",
+        "$.pools[0].replicas[0].url",
+        "$.pools[1].name",
+        "$.pools[1].replicas[0].key_env",
+        "$.pools[1].replicas[0].url",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [(4096, 4096), ("32MB", 32_000_000), ("32MiB", 32 << 20), ("1.5 GiB", 3 << 29), ("64kB", 64_000)],
+)
+def test_sizes_may_have_a_unit(write, text: object, size: int) -> None:
+    """In a file and in a variable."""
+    assert load(write({"server": {"max_body_bytes": text}}), {}).config.server.max_body_bytes == size
+    assert load(None, {"CAIRN_SERVER__MAX_BODY_BYTES": str(text)}).config.server.max_body_bytes == size
+
+
+@pytest.mark.parametrize("text", ["much", "32", "-1MB", "32 MB/s"])
+def test_a_size_that_is_none_is_refused(write, text: str) -> None:
+    """With the forms that are valid."""
+    with pytest.raises(ConfigError, match=r"\$\.server\.max_body_bytes: expected a number of bytes such as"):
+        load(write({"server": {"max_body_bytes": text}}), {})
+
+
+def test_a_size_out_of_bounds_is_refused(write) -> None:
+    """With a unit as without."""
+    with pytest.raises(ConfigError, match=r"\$\.contexts\.max_context_bytes: expected `int` <= "):
+        load(write({"contexts": {"max_context_bytes": "1GiB"}}), {})
+
+
+def test_a_former_setting_is_ignored_with_a_warning(write) -> None:
+    """A file of an older version still starts Cairn."""
+    loaded = load(write({"server": {"request_seconds": 5, "port": 1}}), {"CAIRN_SERVER__REQUEST_SECONDS": "5"})
+    assert loaded.config.server.port == 1
+    assert [warning.partition(": ")[0] for warning in loaded.warnings] == [
+        "$.server.request_seconds is ignored",
+        "CAIRN_SERVER__REQUEST_SECONDS is ignored",
+    ]
 
 
 def test_a_password_in_a_url_is_refused_without_showing_it(write) -> None:
@@ -242,9 +319,9 @@ def test_keys_come_from_the_environment_or_a_file_beside_the_configuration(write
     [
         ({"key_env": "NONE"}, r"replicas\[0\]\.key_env: the environment has no variable NONE"),
         ({"key_env": "EMPTY"}, r"replicas\[0\]\.key_env: is empty"),
-        ({"key_env": "SPLIT"}, r"replicas\[0\]\.key_env: is empty or holds control characters"),
+        ({"key_env": "SPLIT"}, r"replicas\[0\]\.key_env: is empty or contains control characters"),
         ({"key_file": "none"}, r"replicas\[0\]\.key_file: cannot read .*none"),
-        ({"key": "x", "key_env": "K"}, r"replicas\[0\]\.key_env: key is given too"),
+        ({"key": "x", "key_env": "K"}, r"replicas\[0\]\.key_env: key is set too"),
     ],
 )
 def test_a_key_that_is_not_there_is_an_error(write, replica: dict, message: str) -> None:
@@ -373,7 +450,7 @@ def test_a_bare_url_is_a_provider_only_behind_https_and_a_public_name(url: str, 
 
 def test_engines_and_providers_are_not_one_pool() -> None:
     """Bare URLs of both kinds need a file."""
-    with pytest.raises(ConfigError, match="pools of their own"):
+    with pytest.raises(ConfigError, match="separate pools"):
         load(None, {}, upstreams=["http://h", "https://api.openai.com"])
 
 
@@ -403,20 +480,19 @@ def test_the_default_pool_is_the_marked_or_the_only_one(write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "name", "base_path", "port"),
+    ("url", "name"),
     [
-        ("http://10.0.0.7:8000/v1", "10.0.0.7:8000", "/v1", 8000),
-        ("http://10.0.0.7:8000/", "10.0.0.7:8000", "/v1", 8000),
-        ("https://api.openai.com/v1", "api.openai.com", "/v1", 443),
-        ("http://[::1]:9/api", "[::1]:9/api", "/api/v1", 9),
-        ("https://h/v1beta/openai", "h/v1beta/openai", "/v1beta/openai", 443),
-        ("https://h/api/paas/v4", "h/api/paas/v4", "/api/paas/v4", 443),
+        ("http://10.0.0.7:8000/v1", "10.0.0.7:8000"),
+        ("http://10.0.0.7:8000/", "10.0.0.7:8000"),
+        ("https://api.openai.com/v1", "api.openai.com"),
+        ("http://[::1]:9/api", "[::1]:9/api"),
+        ("https://h/v1beta/openai", "h/v1beta/openai"),
+        ("https://h/api/paas/v4", "h/api/paas/v4"),
     ],
 )
-def test_name_base_path_and_port_follow_from_the_url(url: str, name: str, base_path: str, port: int) -> None:
-    """A URL may end in /v1 or not; a base with another version is taken as it stands."""
-    replica = Replica(url)
-    assert (derived_name(url), replica.base_path, replica.port) == (name, base_path, port)
+def test_the_name_follows_from_the_url(url: str, name: str) -> None:
+    """Host and port without a default port, and the path without /v1."""
+    assert derived_name(url) == name
 
 
 def test_the_private_valkey_lies_in_the_users_own_folder_one_per_port(monkeypatch: pytest.MonkeyPatch) -> None:

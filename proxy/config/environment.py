@@ -1,0 +1,92 @@
+"""Settings from environment variables."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import msgspec
+
+from proxy.config.schema import RETIRED, Config, Section, has_mark, make_secret
+from proxy.config.validate import Problem, near_miss, size_bytes
+
+SHORT_NAMES = {
+    "CAIRN_HOST": ("server", "host"),
+    "CAIRN_PORT": ("server", "port"),
+    "CAIRN_WORKERS": ("server", "workers"),
+    "CAIRN_OPEN": ("server", "open"),
+    "CAIRN_ADMIN_HOST": ("admin", "host"),
+    "CAIRN_ADMIN_PORT": ("admin", "port"),
+    "CAIRN_ADMIN_TOKEN": ("admin", "token"),
+    "CAIRN_REDIS": ("redis", "url"),
+    "CAIRN_LOG_LEVEL": ("log", "level"),
+}
+OTHER_NAMES = frozenset({"CAIRN_CONFIG", "CAIRN_UPSTREAM"})
+# a Kubernetes service named `cairn` adds these to every pod beside it, including CAIRN_PORT=tcp://10.0.0.1:80
+_KUBERNETES_NAME = re.compile(r"CAIRN_(SERVICE_(HOST|PORT)|PORT_\d).*")
+
+Path = tuple[str, str]
+
+
+class FromEnvironment(NamedTuple):
+    """Settings by section and field, problems by variable, and warnings."""
+
+    values: dict[Path, object]
+    problems: list[Problem]
+    warnings: list[str]
+
+
+def process_environment() -> dict[str, str]:
+    """Return a copy of this process's environment."""
+    return dict(os.environ)  # noqa: TID251 - the one place
+
+
+def read(environ: Mapping[str, str]) -> FromEnvironment:
+    """Return the settings that the variables CAIRN_... contain; a short name beats CAIRN_SECTION__SETTING."""
+    found = FromEnvironment({}, [], [])
+    for name, text in sorted(environ.items(), key=lambda item: item[0] in SHORT_NAMES):
+        if not name.startswith("CAIRN_") or name in OTHER_NAMES or _KUBERNETES_NAME.fullmatch(name):
+            continue
+        if name == "CAIRN_PORT" and "://" in text:
+            found.warnings.append("CAIRN_PORT is a Kubernetes service link and is ignored; set CAIRN_SERVER__PORT")
+        elif name in SHORT_NAMES:
+            _add(found, name, text, SHORT_NAMES[name])
+        elif "__" in name:
+            section, _, field = name.removeprefix("CAIRN_").lower().partition("__")
+            _add(found, name, text, (section, field))
+        else:
+            near = near_miss(name, (*SHORT_NAMES, *OTHER_NAMES))
+            found.warnings.append(f"{name} is not a setting and is ignored{near}")
+    return found
+
+
+def _add(found: FromEnvironment, name: str, text: str, path: Path) -> None:
+    """Add the value of variable `name` as the type of the setting at `path`."""
+    if path in RETIRED:
+        found.warnings.append(f"{name} is ignored: {RETIRED[path]}")
+        return
+    section = {field.name: field.type for field in msgspec.structs.fields(Config)}.get(path[0])
+    is_section = isinstance(section, type) and issubclass(section, Section)
+    types = {field.name: field.type for field in msgspec.structs.fields(section)} if is_section else {}  # type: ignore[arg-type]
+    if not is_section or path[1] not in types:
+        found.problems.append((name, "there is no such setting" + near_miss(name, _all_names())))
+        return
+    size = size_bytes(text) if has_mark(section, path[1], "size") else None  # type: ignore[arg-type]
+    try:
+        found.values[path] = msgspec.convert(
+            text if size is None else size, types[path[1]], strict=False, dec_hook=make_secret
+        )
+    except msgspec.ValidationError as error:
+        message = str(error).partition(" - at `")[0]
+        found.problems.append((name, message[:1].lower() + message[1:]))
+
+
+def _all_names() -> list[str]:
+    """Return the long names of all settings that a variable can set."""
+    names = []
+    for top in msgspec.structs.fields(Config):
+        if isinstance(top.type, type) and issubclass(top.type, Section):
+            names += [f"CAIRN_{top.name}__{field.name}".upper() for field in msgspec.structs.fields(top.type)]
+    return names

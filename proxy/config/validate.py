@@ -1,0 +1,148 @@
+"""Convert an untyped tree to the configuration's types, and find everything that is wrong in it at once. Pure.
+
+Every problem is the path of a setting and a text that says what is expected. No text repeats a value that could be a
+secret.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from proxy.config.schema import Config, Section, has_mark, make_secret
+
+Problem = tuple[str, str]
+"""The path of a setting, and what is wrong with it."""
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]i?B?|B)")
+_UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "ki": 1024, "Mi": 1024**2, "Gi": 1024**3}
+_PATH_IN_MESSAGE = re.compile(r"(?P<text>.*) - at `(?:key` in `)?\$(?P<path>[^`]*)`", re.DOTALL)
+_SIZE_FORM = "expected a number of bytes such as 33554432, 32MB or 32MiB"
+
+_Section = TypeVar("_Section", bound=Section)
+
+
+def convert(tree: Any, section: type[_Section]) -> _Section:
+    """Return `tree` as a `section`; call it only if `problems` finds none."""
+    return msgspec.convert(_with_sizes(tree, section), section, dec_hook=make_secret)
+
+
+def problems(tree: Any, section: type[Section] = Config, path: str = "$") -> Iterator[Problem]:
+    """Yield everything in `tree` that does not fit the types of `section`, in the order of the tree."""
+    if not isinstance(tree, dict):
+        yield path, "expected a mapping of settings"
+        return
+    types = get_type_hints(section, include_extras=True)
+    required = [field.name for field in msgspec.structs.fields(section) if field.required]
+    for name, value in tree.items():
+        if name in types:
+            yield from _field_problems(value, section, name, types[name], f"{path}.{name}")
+        else:
+            yield f"{path}.{name}", "there is no such setting" + near_miss(str(name), types)
+    for name in required:
+        if name not in tree:
+            yield path, f"the setting `{name}` is missing"
+
+
+def near_miss(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean ...?` if one of `known` resembles `name`, else an empty text."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean `{found[0]}`?" if found else ""
+
+
+def size_bytes(text: str) -> int | None:
+    """Return the number of bytes of a size, or None if `text` is not one.
+
+    >>> [size_bytes(text) for text in ("1024", "32MB", "1.5 GiB", "64k", "much")]
+    [None, 32000000, 1610612736, 64000, None]
+    """
+    found = _SIZE.fullmatch(text)
+    return round(float(found[1]) * _UNITS[found[2].removesuffix("B")]) if found else None
+
+
+def _field_problems(value: Any, section: type[Section], name: str, annotation: Any, path: str) -> Iterator[Problem]:
+    inner = _unmarked(annotation)
+    if _is_section(inner):
+        yield from problems(value, inner, path)
+        return
+    element = _element_section(inner)
+    if element is not None and isinstance(value, list):
+        inside = [found for at, each in enumerate(value) for found in problems(each, element, f"{path}[{at}]")]
+        if inside:
+            yield from inside
+            return
+        value = [_with_sizes(each, element) for each in value]
+    if has_mark(section, name, "size") and isinstance(value, str):
+        size = size_bytes(value)
+        if size is None:
+            yield path, _SIZE_FORM
+            return
+        value = size
+    try:
+        msgspec.convert(value, annotation, dec_hook=make_secret)
+    except msgspec.ValidationError as error:
+        where, text = _split(str(error))
+        yield path + where, _enum_text(value, inner) or text
+
+
+def _with_sizes(tree: Any, section: type[Section]) -> Any:
+    """Return `tree` with every size written as a number."""
+    if not isinstance(tree, dict):
+        return tree
+    types = get_type_hints(section, include_extras=True)
+    return {
+        name: _with_size(value, section, name, types[name]) if name in types else value
+        for name, value in tree.items()
+    }
+
+
+def _with_size(value: Any, section: type[Section], name: str, annotation: Any) -> Any:
+    inner = _unmarked(annotation)
+    element = _element_section(inner)
+    if isinstance(value, str) and has_mark(section, name, "size"):
+        return size_bytes(value)
+    if _is_section(inner):
+        return _with_sizes(value, inner)
+    if element is not None and isinstance(value, list):
+        return [_with_sizes(each, element) for each in value]
+    return value
+
+
+def _unmarked(annotation: Any) -> Any:
+    """Return the type inside `Annotated`."""
+    return getattr(annotation, "__origin__", annotation) if hasattr(annotation, "__metadata__") else annotation
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _element_section(annotation: Any) -> type[Section] | None:
+    """Return the section of which `annotation` is a tuple, or None."""
+    if get_origin(annotation) is not tuple:
+        return None
+    element = get_args(annotation)[0]
+    return element if _is_section(element) else None
+
+
+def _enum_text(value: Any, annotation: Any) -> str | None:
+    """Return what to say of a value that is none of an enum's; None if the type is no enum."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
+            values = [member.value for member in kind]
+            return f"expected one of {', '.join(values)}" + (
+                near_miss(value, values) if isinstance(value, str) else ""
+            )
+    return None
+
+
+def _split(message: str) -> tuple[str, str]:
+    """Split msgspec's message into the path below the value that was converted, and the text."""
+    match = _PATH_IN_MESSAGE.fullmatch(message)
+    where, text = (match["path"], match["text"]) if match else ("", message)
+    return where, text[:1].lower() + text[1:]

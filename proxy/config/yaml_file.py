@@ -1,0 +1,62 @@
+"""Read a configuration file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from proxy.errors import ConfigError
+
+_FILE_BYTES_AT_MOST = 4 * 1024 * 1024  # the file is read into memory
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses a key given twice; by itself it would silently keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build one mapping."""
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key_node.value!r} is given twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key_node.value if isinstance(key_node, yaml.ScalarNode) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Return the tree in `file`; an empty file is an empty tree.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not a YAML mapping.
+    """
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(_FILE_BYTES_AT_MOST + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror or type(error).__name__}") from None
+    if len(content) > _FILE_BYTES_AT_MOST:
+        raise ConfigError(f"{file} is larger than {_FILE_BYTES_AT_MOST} bytes")
+    try:
+        tree = yaml.load(content.decode(), Loader=_Loader)  # noqa: S506 - a subclass of the safe loader
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file} is not UTF-8 text") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{file} is not YAML: {_problem(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{file} is nested too deeply") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError("$: expected a mapping of settings", param="$")
+    return tree
+
+
+def _problem(error: Exception) -> str:
+    """Say what is wrong and where, without YAML's quotation from the file, which may contain a secret."""
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or type(error).__name__
+    return f"{what} (line {mark.line + 1}, column {mark.column + 1})" if mark else str(what)
