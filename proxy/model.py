@@ -217,6 +217,7 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
     queued: int = 0
     draining: bool = False  # reachable, but to be given no new prefix
     retry_after_seconds: float = 0.0  # where unavailable: until it is tried again
+    running_tokens: float = 0.0  # prompts of all that is in flight there, which its cache must hold
 
 
 class Demand(msgspec.Struct, frozen=True, gc=False):

@@ -35,6 +35,8 @@ RULES: dict[str, tuple[str, Make]] = {
     "cache-aware": ("SGLang's cache_aware", _books(lambda _: rules.cache_aware(), endless_index=True)),
     "scorers": ("GIE / llm-d scorer 2:1:1", _books(lambda s: rules.scorers(s.capacity_tokens))),
     "dynamo": ("Dynamo's cost", _books(lambda _: rules.dynamo)),
+    "token-aware": ("llm-d's token-aware rule", _books(lambda _: rules.token_aware())),
+    "lmetric": ("LMetric", _books(lambda _: rules.lmetric)),
     "pending-own": ("pending + 2 x own uncached", _books(lambda _: rules.pending_and_own())),
 }
 """The others, by the name of the command line."""

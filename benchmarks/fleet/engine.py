@@ -37,9 +37,9 @@ class BlockCache:
 
     def matched_tokens(self, request: Request) -> int:
         """Tokens of the longest prefix that is here."""
-        blocks, matched = self._blocks, 0
+        holds, matched = self.holds, 0
         for block in request.blocks:
-            if block not in blocks:
+            if not holds(block):
                 break
             matched += 1
         return min(matched * BLOCK_TOKENS, request.input_tokens)
@@ -50,9 +50,55 @@ class BlockCache:
         for block in reversed(tuple(blocks)):
             kept[block] = None
             kept.move_to_end(block)
+        self._evict()
+
+    def holds(self, block: int) -> bool:
+        return block in self._blocks
+
+    def _evict(self) -> None:
         if self._most is not None:
-            while len(kept) > self._most:
+            kept = self._blocks
+            while kept and len(self) > self._most:
                 kept.popitem(last=False)
+
+
+class PinningCache(BlockCache):
+    """A cache that keeps the blocks of running requests: they are evicted only once the last of these has ended."""
+
+    def __init__(self, capacity_tokens: int) -> None:
+        super().__init__(capacity_tokens)
+        self._users: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._blocks) + len(self._users)
+
+    def holds(self, block: int) -> bool:
+        return block in self._blocks or block in self._users
+
+    def fits(self, blocks: Iterable[int]) -> bool:
+        """True if a request can run beside those that run; always if none does."""
+        new = sum(1 for block in blocks if block not in self._users)
+        return not self._users or self._most is None or len(self._users) + new <= self._most
+
+    def pin(self, blocks: Iterable[int]) -> None:
+        """Blocks of a running request; those that were not here are computed, and others evicted for them."""
+        users = self._users
+        for block in blocks:
+            users[block] = users.get(block, 0) + 1
+            self._blocks.pop(block, None)
+        self._evict()
+
+    def unpin(self, blocks: Iterable[int]) -> None:
+        """The request ended: blocks that no other uses are the newest, the first of them newest of all."""
+        users, kept = self._users, self._blocks
+        for block in reversed(tuple(blocks)):
+            left = users[block] - 1
+            if left:
+                users[block] = left
+            else:
+                del users[block]
+                kept[block] = None
+        self._evict()
 
 
 class Listener(Protocol):
@@ -64,7 +110,11 @@ class Listener(Protocol):
 
 
 class Engine:
-    """One replica. `at(time, call)` is the simulation's calendar."""
+    """One replica. `at(time, call)` is the simulation's calendar.
+
+    With `pins` the blocks of running requests cannot be evicted, and a prefill begins only if its prompt fits beside
+    them; such an engine is first in, first out.
+    """
 
     def __init__(
         self,
@@ -75,9 +125,11 @@ class Engine:
         *,
         rate: float = PREFILL_TOKENS_PER_SECOND,
         ordered: bool = False,
+        pins: bool = False,
     ) -> None:
         self.replica = replica
-        self.cache = BlockCache(capacity_tokens)
+        self._pinning = PinningCache(capacity_tokens) if pins else None
+        self.cache = BlockCache(capacity_tokens) if self._pinning is None else self._pinning
         self._at = at
         self._listener = listener
         self._rate = rate
@@ -96,6 +148,9 @@ class Engine:
             self._start(now)
 
     def _next(self, now: float) -> Request | None:
+        if self._pinning is not None:
+            fits = self._fifo and self._pinning.fits(self._fifo[0].blocks)
+            return self._fifo.popleft() if fits else None
         if self._line is not None:
             return self._line.next(now)
         return self._fifo.popleft() if self._fifo else None
@@ -112,14 +167,29 @@ class Engine:
         slower = 1.0 + self._decoding * PREFILL_SLOWDOWN
         seconds = (request.input_tokens - cached) / self._rate * slower + PREFILL_FIXED_SECONDS
 
+        held = cached // BLOCK_TOKENS
+
         def computed(then: float) -> None:
-            self.cache.use(request.blocks)
+            self._computed(request, held)
             self._decoding += 1
             self._at(then + FIRST_TOKEN_SECONDS, lambda at: self._decode(request, cached, at))
             self._start(then)
 
-        self.cache.use(request.blocks[: cached // BLOCK_TOKENS])
+        self._reuse(request, held)
         self._at(now + seconds, computed)
+
+    def _reuse(self, request: Request, held: int) -> None:
+        """Its prefill begins with `held` blocks that are here."""
+        if self._pinning is not None:
+            self._pinning.pin(request.blocks[:held])
+        else:
+            self.cache.use(request.blocks[:held])
+
+    def _computed(self, request: Request, held: int) -> None:
+        if self._pinning is not None:
+            self._pinning.pin(request.blocks[held:])
+        else:
+            self.cache.use(request.blocks)
 
     def _decode(self, request: Request, cached: int, now: float) -> None:
         self._listener.first_token(request, self.replica, cached, now)
@@ -128,4 +198,8 @@ class Engine:
 
     def _ended(self, request: Request, now: float) -> None:
         self._decoding -= 1
+        if self._pinning is not None:
+            self._pinning.unpin(request.blocks)
+            if not self._busy:
+                self._start(now)
         self._listener.ended(request, self.replica, now)

@@ -7,7 +7,7 @@ its own, which knows nothing of the others' prefills.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from random import Random
 
@@ -54,7 +54,16 @@ class Proxy:
         self._now = 0.0
         self._under_way: dict[int, _UnderWay] = {}
 
-    def route(self, request: Request, now: float, send: Send, *, ordered: bool) -> tuple[int, Placement]:
+    def route(
+        self,
+        request: Request,
+        now: float,
+        send: Send,
+        *,
+        ordered: bool = False,
+        among: Collection[int] | None = None,
+    ) -> tuple[int, Placement]:
+        """Choose a replica, of those in `among` if given, and send the request there, now or after its leader."""
         match = self.index.match(request.fingerprint)
         hashes = request.fingerprint.hashes
         demand = Demand(
@@ -63,7 +72,10 @@ class Proxy:
             hashes[min(match.known_blocks, len(hashes) - 1)],
         )
         held_back = None if self.gate.is_open else partial(self.gate.holds_back, hashes)
-        best = plan(demand, match, self.fleet.snapshot(POOL, now), held_back=held_back).chosen
+        views = self.fleet.snapshot(POOL, now)
+        if among is not None:
+            views = tuple(view for view in views if view.id in among)
+        best = plan(demand, match, views, held_back=held_back).chosen
         replica, rate = best.replica.id, best.replica.rate_tokens_per_second
         held = match.held.get(replica)
         gate = self.gate.enter(
@@ -75,7 +87,14 @@ class Proxy:
             prefill_seconds=(best.replica.pending_tokens + best.uncached_tokens) / rate,
         )
         waits = isinstance(gate, Follower)
-        charge = self.fleet.charge(replica, best.uncached_tokens, now, gated=waits, queued=ordered and not waits)
+        charge = self.fleet.charge(
+            replica,
+            best.uncached_tokens,
+            now,
+            gated=waits,
+            queued=ordered and not waits,
+            prompt_tokens=request.input_tokens,
+        )
         placement = self.index.place(replica, request.fingerprint, request.input_tokens, now)
         prefill = gate.prefill if isinstance(gate, Follower) else gate
         self._under_way[request.number] = _UnderWay(placement, charge, prefill)
@@ -151,8 +170,12 @@ class Cairn:
         self._beating: list[Proxy] = []
 
     def route(self, request: Request, now: float, send: Send) -> None:
+        self.dispatch(request, now, send)
+
+    def dispatch(self, request: Request, now: float, send: Send, among: Collection[int] | None = None) -> int:
+        """Send the request to the cheapest replica, of those in `among` if given, and return its number."""
         proxy = self._proxy_of(request)
-        replica, placement = proxy.route(request, now, send, ordered=self._ordered)
+        replica, placement = proxy.route(request, now, send, ordered=self._ordered, among=among)
 
         def placed(other: Proxy, then: float) -> None:
             other.index.apply_place(
@@ -163,6 +186,7 @@ class Cairn:
         if proxy not in self._beating and len(self._proxies) > 1:
             self._beating.append(proxy)
             self._at(now + HEARTBEAT_SECONDS, lambda then: self._beat(proxy, then))
+        return replica
 
     def started(self, request: Request, now: float) -> None:
         self._proxy_of(request).started(request, now)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from math import inf
 from random import Random
 
 from benchmarks.fleet.engine import PREFILL_TOKENS_PER_SECOND, BlockCache
@@ -38,6 +39,11 @@ class Books:
     def pending(self) -> list[float]:
         """Tokens by replica that are charged and must still be to do."""
         return [self._still(n) for n in range(len(self._charges))]
+
+    @property
+    def charged(self) -> list[float]:
+        """Uncached tokens by replica of the requests without a first token, with nothing taken off."""
+        return [sum(charges.values()) for charges in self._charges]
 
     def _still(self, replica: int) -> float:
         charges = self._charges[replica]
@@ -193,6 +199,31 @@ def dynamo(books: Books, request: Request) -> int:
             for n in range(len(uncached))
         ]
     )
+
+
+def token_aware(holds: float = 0.8, relief_seconds: float = 18.0) -> Choice:
+    """llm-d's rule since August 2026: of the replicas that hold most of the prompt, the one with least uncached
+    tokens in flight and to come; all others too once the best of them is `relief_seconds` of prefill ahead."""
+
+    def choose(books: Books, request: Request) -> int:
+        uncached, charged = books.uncached(request), books.charged
+        everyone = range(len(uncached))
+        holders = [n for n in everyone if request.input_tokens - uncached[n] >= holds * request.input_tokens]
+        others = [n for n in everyone if n not in holders]
+        if holders and others:
+            behind = min(charged[n] for n in holders) - min(charged[n] for n in others)
+            among = holders if behind / PREFILL_TOKENS_PER_SECOND <= relief_seconds else list(everyone)
+        else:
+            among = list(everyone)
+        return books.least([charged[n] + uncached[n] if n in among else inf for n in everyone])
+
+    return choose
+
+
+def lmetric(books: Books, request: Request) -> int:
+    """LMetric: uncached tokens to compute, times the requests that would then be in flight."""
+    uncached, charged = books.uncached(request), books.charged
+    return books.least([(charged[n] + uncached[n]) * (books.in_flight[n] + 1) for n in range(len(uncached))])
 
 
 def pending_and_own(weight: float = 2.0) -> Choice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heappop, heappush
+from math import inf
 from typing import Protocol
 
 import msgspec
@@ -67,8 +68,9 @@ class Calendar:
         self._made += 1
         heappush(self._events, (time, self._made, call))
 
-    def run(self) -> None:
-        while self._events:
+    def run(self, until: float = inf) -> None:
+        """Call all events in order, up to the time `until`."""
+        while self._events and self._events[0][0] <= until:
             time, _, call = heappop(self._events)
             call(time)
 

@@ -19,11 +19,16 @@ from cache.index.tree import Tree
 MIN_TOLERANCE_TOKENS: Final = 128
 """Engines and providers report in steps of 16 to 128 tokens; a smaller difference means nothing."""
 
-SHRINK: Final = 0.9
-GROW: Final = 1.05
-GROW_FULL_AND_RIGHT: Final = 1.0005
+SHRINK: Final = 0.95
+GROW: Final = 1.025
+GROW_FULL_AND_RIGHT: Final = 1.00025
 """About thirty answers a turnover are right, so this undoes a sixth of a shrink: on traces the budget then stays
 within a tenth of the truth, where 1.002 lets it drift to a multiple."""
+
+SHRINK_AFTER: Final = 1.0 / 12.0
+"""Share of the cache that must be placed anew between two shrinks, since several shortfalls at once often have
+one cause. With a whole turnover, which takes minutes if sessions need more cache than there is, the budget stays a
+third above the truth, and a fifth of the turns are lost to prefixes that are gone."""
 
 FULL: Final = 0.95
 """Share of the budget from which an index counts as full; only then can the budget be what was wrong."""
@@ -97,7 +102,7 @@ def new_budget(state: ReplicaState, learnt: FeedbackKind, resident_tokens: int) 
     """The budget in tokens that follows from an answer, or None; `resident_tokens` were held before it."""
     budget = state.budget_tokens
     full = resident_tokens >= FULL * budget
-    if learnt is _LESS and state.placed_tokens >= min(resident_tokens, budget):
+    if learnt is _LESS and state.placed_tokens >= SHRINK_AFTER * min(resident_tokens, budget):
         return max(1, int(SHRINK * min(resident_tokens, budget)))
     if learnt is _MORE and full:
         return min(UNLIMITED_TOKENS, int(GROW * budget) + 1)

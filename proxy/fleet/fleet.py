@@ -54,7 +54,8 @@ class ShareRow(NamedTuple):
     `pending_tokens` is gross: the running head's progress is not taken off, so that readers can take it off once for
     all writers. The head is this process's oldest prefill: its tokens, since when it was sent, and how far it is past
     its predicted first token (0 where it is not). `released_seconds` is since when the last prefill ended there. Of
-    those in flight `waiting` are in that process's queue and not sent yet.
+    those in flight `waiting` are in that process's queue and not sent yet. `running_tokens` are the prompts of all in
+    flight; a process of an older release leaves it out.
     """
 
     pending_tokens: float
@@ -64,17 +65,22 @@ class ShareRow(NamedTuple):
     overdue_seconds: float
     released_seconds: float
     waiting: float = 0.0
+    running_tokens: float = 0.0
+
+
+_ROW_LENGTHS: Final = (len(ShareRow._fields) - 1, len(ShareRow._fields))
 
 
 class _Peers:
     """What all other processes have under way on one replica. Times by this process's clock."""
 
-    __slots__ = ("heads", "in_flight", "pending_tokens", "released_seconds", "waiting")
+    __slots__ = ("heads", "in_flight", "pending_tokens", "released_seconds", "running_tokens", "waiting")
 
     def __init__(self) -> None:
         self.pending_tokens = 0.0
         self.in_flight = 0.0
         self.waiting = 0.0
+        self.running_tokens = 0.0
         self.released_seconds = 0.0
         self.heads: dict[str, tuple[float, float, float]] = {}  # by peer: sent, tokens, due or later
 
@@ -82,6 +88,7 @@ class _Peers:
         self.pending_tokens += row.pending_tokens
         self.in_flight += row.in_flight
         self.waiting += row.waiting
+        self.running_tokens += row.running_tokens
         self.released_seconds = max(self.released_seconds, now_seconds - row.released_seconds)
         if row.head_tokens:
             due = now_seconds - row.overdue_seconds if row.overdue_seconds > 0 else inf
@@ -91,6 +98,7 @@ class _Peers:
         self.pending_tokens -= row.pending_tokens
         self.in_flight -= row.in_flight
         self.waiting -= row.waiting
+        self.running_tokens -= row.running_tokens
         self.heads.pop(peer, None)
 
 
@@ -153,6 +161,7 @@ class _Replica:
             self.work.waiting + int(self.peers.waiting),
             self.draining and allowed,
             0.0 if allowed else self.breaker.wait_seconds(now_seconds),
+            self.work.running_tokens + self.peers.running_tokens,
         )
         if closed and not in_flight and not pending and self.work.head is None and not self.peers.pending_tokens:
             self.quiet_view = view
@@ -281,6 +290,7 @@ class Fleet:
         plain: bool = False,
         gated: bool = False,
         queued: bool = False,
+        prompt_tokens: float = 0.0,
     ) -> Charge:
         """Claim a replica for a request at the moment of routing.
 
@@ -289,7 +299,7 @@ class Fleet:
         """
         replica = self._replicas[number]
         replica.quiet_view = None
-        charge = Charge(number, uncached_tokens, plain=plain, gated=gated)
+        charge = Charge(number, uncached_tokens, plain=plain, gated=gated, prompt_tokens=prompt_tokens)
         replica.work.add(charge)
         if not (gated or queued):
             replica.work.start(charge, replica.rate_now, now_seconds, replica.peers.pending_tokens)
@@ -417,10 +427,18 @@ class Fleet:
                         0.0 if head.plain else max(now_seconds - head.due_seconds, 0.0),
                         released,
                         work.waiting,
+                        round(work.running_tokens),
                     )
                 elif work.in_flight or work.pending_tokens or released < PEER_SILENCE_SECONDS:
                     rows[replica.spec.name] = ShareRow(
-                        round(work.pending_tokens), work.in_flight, 0, 0.0, 0.0, released, work.waiting
+                        round(work.pending_tokens),
+                        work.in_flight,
+                        0,
+                        0.0,
+                        0.0,
+                        released,
+                        work.waiting,
+                        round(work.running_tokens),
                     )
         return rows
 
@@ -430,7 +448,7 @@ class Fleet:
         kept = {
             number: ShareRow(*row)
             for name, row in rows.items()
-            if (number := self._ids.get(name)) is not None and len(row) == len(ShareRow._fields)
+            if (number := self._ids.get(name)) is not None and len(row) in _ROW_LENGTHS
         }
         for number, row in kept.items():
             replica = self._replicas[number]

@@ -26,15 +26,19 @@ class Charge:
         "plain",
         "prefill_seconds",
         "present",
+        "prompt_tokens",
         "replica",
         "sent_seconds",
         "started",
         "uncached_tokens",
     )
 
-    def __init__(self, replica: int, uncached_tokens: float, *, plain: bool, gated: bool) -> None:
+    def __init__(
+        self, replica: int, uncached_tokens: float, *, plain: bool, gated: bool, prompt_tokens: float = 0.0
+    ) -> None:
         self.replica = replica
         self.uncached_tokens = uncached_tokens
+        self.prompt_tokens = prompt_tokens  # all of the prompt, which the cache holds until the answer ends
         self.due_seconds = 0.0  # predicted first token, from its start on
         self.plain = plain  # no first token to be seen: its prefill ends when predicted
         self.gated = gated  # waits at the cold gate, so it is not in flight there
@@ -49,11 +53,20 @@ class Charge:
 class Work:
     """The charges of one replica."""
 
-    __slots__ = ("_started", "_started_tokens", "in_flight", "pending_tokens", "released_seconds", "waiting")
+    __slots__ = (
+        "_started",
+        "_started_tokens",
+        "in_flight",
+        "pending_tokens",
+        "released_seconds",
+        "running_tokens",
+        "waiting",
+    )
 
     def __init__(self) -> None:
         self.pending_tokens = 0.0
         self.in_flight = 0
+        self.running_tokens = 0.0  # prompts of all in flight, which cannot be evicted
         self.waiting = 0  # of those in flight: in the queue, not sent yet
         self.released_seconds = 0.0  # when a prefill was last seen to end here
         self._started: deque[Charge] = deque()
@@ -62,6 +75,7 @@ class Work:
     def add(self, charge: Charge) -> None:
         """Take in a new charge, that waits."""
         self.pending_tokens += charge.uncached_tokens
+        self.running_tokens += charge.prompt_tokens
         if not charge.gated:
             self.in_flight += 1
             self.waiting += 1
@@ -145,6 +159,7 @@ class Work:
     def _absent(self, charge: Charge) -> None:
         if charge.present:
             charge.present = False
+            self.running_tokens = max(self.running_tokens - charge.prompt_tokens, 0.0)
             if not charge.gated:
                 self.in_flight -= 1
                 self.waiting -= not charge.started

@@ -164,7 +164,13 @@ class Attempts:
         gated = isinstance(gate, Follower)
         turn = None if gated else queue.try_acquire()
         charge = self._fleet.charge(
-            replica, uncached, now_seconds, plain=not stream, gated=gated, queued=turn is None and not gated
+            replica,
+            uncached,
+            now_seconds,
+            plain=not stream,
+            gated=gated,
+            queued=turn is None and not gated,
+            prompt_tokens=plan.prompt_tokens,
         )
         if fingerprint is not None:
             placement = self._journal.place(replica, fingerprint, plan.prompt_tokens)

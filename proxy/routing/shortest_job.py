@@ -63,16 +63,28 @@ class ShortestJobQueue(Generic[T]):
 
     def next(self, now_seconds: float) -> T | None:
         """Remove and return the next request to serve; None if none waits."""
+        entry = self.peek(now_seconds)
+        if entry is None:
+            return None
+        self.leave(entry)
+        return entry.item
+
+    def peek(self, now_seconds: float) -> Entry[T] | None:
+        """Return the entry of the next request to serve, which stays in the queue; None if none waits."""
         if not self._waiting:
             return None
         while self._by_arrival[0].gone:
             self._by_arrival.popleft()
-        entry = self._by_arrival[0]
-        if now_seconds - entry.arrived_seconds < self.deadline_seconds / 2:
-            while (entry := heappop(self._by_priority)[2]).gone:
-                pass
-        self.leave(entry)
-        return entry.item
+        oldest = self._by_arrival[0]
+        if now_seconds - oldest.arrived_seconds >= self.deadline_seconds / 2:
+            return oldest
+        while self._by_priority[0][2].gone:
+            heappop(self._by_priority)
+        return self._by_priority[0][2]
+
+    def key(self, entry: Entry[T]) -> float:
+        """Return the order of an entry: lower ones are served first, but for those past half of their deadline."""
+        return entry.work_seconds + self._ageing * entry.arrived_seconds
 
     def _compact(self) -> None:
         """Drop the entries that are gone, which would otherwise stay until they reach the top."""

@@ -1,0 +1,149 @@
+"""Cairn with its gate for cold turns, on the virtual clock: the proxy's own rule over the proxy's own parts.
+
+Several proxies hold one queue each. A replica is claimed by one of them for a cold turn, until its first token; the
+oldest turn that waits anywhere goes first. News of the others' work is `delay_seconds` old, claims are not.
+"""
+
+from __future__ import annotations
+
+from benchmarks.fleet.ours import POOL, At, Cairn, Proxy
+from benchmarks.fleet.simulation import Send
+from benchmarks.fleet.trace import Request
+from proxy.routing.cold_admission import ColdQueue, ColdTurn, ReplicaRoom, TurnKind, about_as_good, classify
+from proxy.routing.cold_pressure import ColdPressure, ServedPrompts
+
+LOOK_SECONDS = 0.5
+"""While turns wait, this often it is looked whether one may go; and at every first token and end."""
+
+
+class Claims:
+    """What proxies agree on: who sends a cold turn to which replica, and whose turn is the oldest."""
+
+    def __init__(self) -> None:
+        self.holders: dict[int, int] = {}  # request numbers by replica
+        self.heads: dict[int, float] = {}  # arrivals of the oldest waiting turn, by proxy
+
+    def is_oldest(self, arrived_seconds: float) -> bool:
+        return arrived_seconds <= min(self.heads.values())
+
+
+class _Gate:
+    """One proxy's part: its queue, and what it knows of prompts and pressure."""
+
+    def __init__(self, number: int, proxy: Proxy) -> None:
+        self.number = number
+        self.proxy = proxy
+        self.queue: ColdQueue[tuple[Request, Send]] = ColdQueue()
+        self.pressure = ColdPressure()
+        self.served = ServedPrompts()
+        self.looks = False
+
+
+class Gated(Cairn):
+    """One or several proxies with the gate. `always` holds cold turns back whether or not there is room."""
+
+    def __init__(
+        self,
+        rates: list[float | None],
+        capacity_tokens: int,
+        at: At,
+        *,
+        proxies: int = 1,
+        delay_seconds: float | None = 0.0,
+        always: bool = False,
+    ) -> None:
+        super().__init__(rates, capacity_tokens, at, proxies=proxies, delay_seconds=delay_seconds)
+        self._always = always
+        self._gates = [_Gate(number, proxy) for number, proxy in enumerate(self._proxies)]
+        self._claims = Claims()
+        self._known: dict[int, float] = {}  # tokens of each request under way that were served before
+        self.held_back = 0
+
+    def route(self, request: Request, now: float, send: Send) -> None:
+        gate = self._gate_of(request)
+        self._known[request.number] = _known_tokens(request, gate.served)
+        for each in self._gates:  # as the journal tells them
+            each.served.note(request.fingerprint.hashes)
+        uncached = _uncached(request, gate.proxy)
+        least = min(uncached.values())
+        kind = classify(request.input_tokens, least)
+        if kind is TurnKind.SHORT or not (self._always or self._is_on(gate, now)):
+            self._go(request, now, send, None)
+        elif kind is TurnKind.WARM:
+            self._go(request, now, send, about_as_good(uncached))
+        else:
+            self.held_back += 1
+            is_new = self._known[request.number] <= request.input_tokens - least
+            gate.queue.join(ColdTurn((request, send), request.input_tokens, least, is_new), now)
+            self._look(gate, now)
+
+    def _is_on(self, gate: _Gate, now: float) -> bool:
+        views = gate.proxy.fleet.snapshot(POOL, now)
+        shortest = min(view.pending_tokens / view.rate_tokens_per_second for view in views)
+        return gate.pressure.is_on(shortest, len(gate.queue))
+
+    def _gate_of(self, request: Request) -> _Gate:
+        return self._gates[request.number % len(self._gates)]
+
+    def _go(self, request: Request, now: float, send: Send, among: frozenset[int] | None) -> int:
+        return self.dispatch(request, now, send, among=among)
+
+    def _look(self, gate: _Gate, now: float) -> None:
+        while (waiting := gate.queue.head(now)) is not None:
+            turn = waiting.item
+            self._claims.heads[gate.number] = waiting.arrived_seconds
+            among = gate.queue.open_to(turn, _rooms(gate.proxy, now), now)
+            among = frozenset(replica for replica in among if replica not in self._claims.holders)
+            if not among or not self._claims.is_oldest(waiting.arrived_seconds):
+                break
+            request, send = turn.item
+            gate.queue.serve(waiting, replica := self._go(request, now, send, among), now)
+            self._claims.holders[replica] = request.number
+        if not len(gate.queue):
+            self._claims.heads.pop(gate.number, None)
+        elif not gate.looks:
+            gate.looks = True
+            self._at(now + LOOK_SECONDS, lambda then: self._look_again(gate, then))
+
+    def _look_again(self, gate: _Gate, now: float) -> None:
+        gate.looks = False
+        self._look(gate, now)
+
+    def first_token(self, request: Request, replica: int, cached_tokens: int, now: float) -> None:
+        super().first_token(request, replica, cached_tokens, now)
+        gate = self._gate_of(request)
+        repeated = max(self._known.pop(request.number) - cached_tokens, 0.0)
+        gate.pressure.observe(request.input_tokens - cached_tokens, repeated, now)
+        if self._claims.holders.get(replica) == request.number:
+            del self._claims.holders[replica]
+        self._look(gate, now)
+
+    def ended(self, request: Request, replica: int, now: float) -> None:
+        super().ended(request, replica, now)
+        self._look(self._gate_of(request), now)
+
+
+def _known_tokens(request: Request, served: ServedPrompts) -> float:
+    depth = served.depth(request.fingerprint.hashes)
+    return depth / max(len(request.blocks), 1) * request.input_tokens
+
+
+def _uncached(request: Request, proxy: Proxy) -> dict[int, float]:
+    held = proxy.index.match(request.fingerprint).held
+    return {
+        replica: max(request.input_tokens - (held[replica].tokens if replica in held else 0.0), 1.0)
+        for replica in proxy.index.replicas()
+    }
+
+
+def _rooms(proxy: Proxy, now: float) -> list[ReplicaRoom]:
+    budgets = proxy.index.replicas()
+    return [
+        ReplicaRoom(
+            view.id,
+            view.pending_tokens / view.rate_tokens_per_second,
+            view.running_tokens,
+            budgets[view.id].budget_tokens,
+        )
+        for view in proxy.fleet.snapshot(POOL, now)
+    ]

@@ -1,0 +1,144 @@
+"""Cold turns wait until a replica is quiet, so that sessions which need more cache than there is do not thrash.
+
+A cold prefill of a long prompt takes seconds, in which the warm turns behind it wait, grow old and are evicted; then
+they are cold too. So a turn of which no replica holds half waits here, first come first served, until a replica has
+nothing else to compute and what runs there leaves room for it. Warm turns never wait here, and the least recently
+used blocks, those of sessions that wait, are evicted by themselves. No session is known: only prompts are.
+
+Pure: clocks are passed in, nothing here waits or sends. The proxy and the simulation drive the same objects.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Final, Generic, TypeVar
+
+from proxy.routing.fair_shares import Claimant, FairQueue, Priority, TenantShares
+from proxy.routing.shortest_job import ShortestJobQueue
+
+SHORT_TOKENS: Final = 4_096.0
+"""A turn with no more to compute than this is never held back: half a second of prefill."""
+
+WARM_SHARE: Final = 0.5
+"""A turn is warm if no more than this share of its prompt must be computed. With .8 two percent of the turns are
+lost; a bound in tokens is worse."""
+
+QUIET_SECONDS: Final = 0.5
+"""A replica is quiet with no more prefill pending than this. From .2 to 1 s it is the same; with 2 s five percent of
+the turns are lost, with 4 s nine."""
+
+REST_SECONDS: Final = 60.0
+"""A replica that took no cold turn for so long takes one even if it is not quiet. It must not be under 20 s: with 5 s
+more than half of the turns are lost."""
+
+NEW_AFTER_SECONDS: Final = 1.0
+"""A turn of a session that was served before goes before a new one that came no more than this earlier."""
+
+ORDER_OF_ARRIVAL: Final = 1.0
+"""Weight of the arrival in a line that is first come, first served."""
+
+T = TypeVar("T")
+
+
+class TurnKind(enum.StrEnum):
+    """How much of a prompt the best replica lacks."""
+
+    SHORT = "short"  # at most `SHORT_TOKENS`: routed as ever
+    WARM = "warm"  # at most `WARM_SHARE` of it: routed as ever, to the replicas that are about as good as the best
+    COLD = "cold"  # it waits until a replica is quiet
+
+
+def classify(prompt_tokens: float, least_uncached_tokens: float) -> TurnKind:
+    """The kind of a turn, by its tokens and those that the best of all replicas would have to compute."""
+    if least_uncached_tokens <= SHORT_TOKENS:
+        return TurnKind.SHORT
+    return TurnKind.WARM if least_uncached_tokens <= WARM_SHARE * prompt_tokens else TurnKind.COLD
+
+
+def about_as_good(uncached_tokens: Mapping[int, float]) -> frozenset[int]:
+    """The replicas, by number, that would compute at most `SHORT_TOKENS` more than the best one."""
+    bound = min(uncached_tokens.values()) + SHORT_TOKENS
+    return frozenset(replica for replica, tokens in uncached_tokens.items() if tokens <= bound)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaRoom:
+    """What a replica has to do, as all processes see it. `running_tokens` are the prompts of requests that run there;
+    `capacity_tokens` what its cache holds, None if unknown."""
+
+    replica: int
+    pending_seconds: float
+    running_tokens: float
+    capacity_tokens: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ColdTurn(Generic[T]):
+    """A turn that waits. `item` is the caller's; `is_new` if no prompt that it continues was served before."""
+
+    item: T
+    prompt_tokens: float
+    uncached_tokens: float
+    is_new: bool = False
+    tenant: str = ""
+    priority: Priority = Priority.NORMAL
+    weight: float = 1.0
+
+
+Waiting = Claimant[ColdTurn[T]]
+"""A turn in the queue."""
+
+
+class ColdQueue(Generic[T]):
+    """The cold turns that wait for the replicas of one pool, and when each replica took its last one."""
+
+    def __init__(self, shares: TenantShares | None = None) -> None:
+        self._queue: FairQueue[ColdTurn[T]] = FairQueue(shares or TenantShares(), _first_come_first_served)
+        self._last_cold_seconds: dict[int, float] = {}
+        self._began_seconds = 0.0  # when turns began to wait, after none did
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def join(self, turn: ColdTurn[T], now_seconds: float) -> Waiting[T]:
+        """Take in a turn that arrived at `now_seconds`."""
+        if not len(self._queue):
+            self._began_seconds = now_seconds
+        waiting = Claimant(turn, turn.tenant, turn.priority, turn.uncached_tokens, turn.weight)
+        return self._queue.join(waiting, NEW_AFTER_SECONDS if turn.is_new else 0.0, now_seconds)
+
+    def leave(self, waiting: Waiting[T]) -> None:
+        """The turn waits no more, and was not sent. May come twice."""
+        self._queue.leave(waiting)
+
+    def head(self, now_seconds: float) -> Waiting[T] | None:
+        """The turn that goes next, or None."""
+        return self._queue.head(now_seconds)
+
+    def open_to(self, turn: ColdTurn[T], rooms: Iterable[ReplicaRoom], now_seconds: float) -> frozenset[int]:
+        """The replicas that may take `turn` now: quiet ones with room for its prompt."""
+        last, began = self._last_cold_seconds, self._began_seconds
+        return frozenset(
+            room.replica
+            for room in rooms
+            if (room.pending_seconds <= QUIET_SECONDS or now_seconds - last.get(room.replica, began) >= REST_SECONDS)
+            and has_room(room, turn.prompt_tokens)
+        )
+
+    def serve(self, waiting: Waiting[T], replica: int, now_seconds: float) -> None:
+        """The turn is sent to `replica`."""
+        self._queue.serve(waiting)
+        self._last_cold_seconds[replica] = now_seconds
+
+
+def has_room(room: ReplicaRoom, prompt_tokens: float) -> bool:
+    """True if what runs and this prompt fit the cache, if nothing runs, or if nobody knows its size."""
+    capacity = room.capacity_tokens
+    return capacity is None or not room.running_tokens or room.running_tokens + prompt_tokens <= capacity
+
+
+def _first_come_first_served() -> ShortestJobQueue[Claimant[ColdTurn[T]]]:
+    return ShortestJobQueue(inf, ORDER_OF_ARRIVAL)

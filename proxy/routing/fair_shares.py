@@ -1,0 +1,240 @@
+"""Who is served next among tenants and priorities. Pure: clocks are passed in, nothing here waits or sends.
+
+Tenants take turns by deficit round robin. The work of a tenant, in uncached tokens over its weight, is cut into
+rounds of `QUANTUM_TOKENS`; the tenant in the lowest round is served next, and what a request takes beyond its round
+counts against the next. Of tenants in the same round the one whose first request comes first in the order of the
+queue is served, so a single tenant has exactly that order. A tenant that starts to wait begins in the present round:
+being idle earns nothing.
+
+The rounds are the same in every process. `TenantShares.rows` are this process's own cumulative counters, which the
+others replace whole (`absorb`): a lost message loses nothing, and no difference is ever sent.
+
+Between priorities the order is strict, but for a floor: of the work done while a lower one waits, `FLOOR` is its own.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from typing import Final, Generic, TypeVar
+
+from proxy.routing.shortest_job import Entry, ShortestJobQueue
+
+QUANTUM_TOKENS: Final = 8_192.0
+"""A second of prefill. Requests of less are served several at a time, in the order of the queue; with a tenth of it
+the order of short requests is lost to the tenants' turns, with ten times of it a tenant waits ten seconds for its
+own."""
+
+FLOOR: Final = 0.05
+"""Share of the work that a lower priority gets while a higher one waits, so that none starves."""
+
+MAX_OWED_TOKENS: Final = 262_144.0
+"""Tokens that the floor saves up for one priority: the work of one very long prompt."""
+
+MAX_TENANTS: Final = 1_024
+"""Tenants remembered; the one longest unserved is forgotten."""
+
+MAX_ROWS: Final = 64
+"""Tenants told to the other processes: the latest served."""
+
+VIRTUAL_TIME: Final = "\0shares"
+_TENANT: Final = "\0tenant:"
+"""Names of rows in the vector of in-flight work, beside those of replicas. No replica has a name like these."""
+
+T = TypeVar("T")
+
+
+class Priority(enum.IntEnum):
+    """Classes of requests: lower values are served first."""
+
+    HIGH = 0
+    NORMAL = 1
+    LOW = 2
+
+
+class _Counters:
+    """The work of one tenant, in tokens over its weight: done here, done elsewhere, and skipped while it was idle."""
+
+    __slots__ = ("elsewhere", "lifted", "own")
+
+    def __init__(self) -> None:
+        self.own = 0.0
+        self.elsewhere = 0.0
+        self.lifted = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.own + self.elsewhere + self.lifted
+
+
+class TenantShares:
+    """Cumulative work of each tenant over all processes, and the point that service has reached (virtual time)."""
+
+    def __init__(self) -> None:
+        self._tenants: dict[str, _Counters] = {}
+        self._peers: dict[str, dict[str, float]] = {}
+        self._reached = 0.0
+
+    def round_of(self, tenant: str) -> int:
+        """The tenant's present round; a tenant in a lower round goes first."""
+        counters = self._tenants.get(tenant)
+        return int((self._reached if counters is None else counters.total) / QUANTUM_TOKENS)
+
+    def activate(self, tenant: str) -> None:
+        """The tenant begins to wait: it starts no lower than where service is now."""
+        counters = self._counters(tenant)
+        if counters.total < self._reached:
+            counters.lifted += self._reached - counters.total
+
+    def serve(self, tenant: str, tokens: float, weight: float = 1.0, *, contended: bool = False) -> None:
+        """Count `tokens` of work as given to `tenant`.
+
+        `contended` says that other requests wait: then service has reached this tenant's point only, else everyone's.
+        """
+        counters = self._tenants.pop(tenant, None) or self._counters(tenant)
+        self._tenants[tenant] = counters  # at the end: the one longest unserved stays in front
+        start = counters.total
+        if start < self._reached and not contended:
+            counters.lifted += self._reached - start
+            start = self._reached
+        self._reached = max(self._reached, start)
+        counters.own += tokens / weight
+
+    def rows(self) -> dict[str, tuple[float, ...]]:
+        """This process's part, for the others: the point reached, and of each tenant its own work and its lift."""
+        latest = list(self._tenants.items())[-MAX_ROWS:]
+        rows: dict[str, tuple[float, ...]] = {_TENANT + name: (each.own, each.lifted) for name, each in latest}
+        if rows:
+            rows[VIRTUAL_TIME] = (self._reached,)
+        return rows
+
+    def absorb(self, peer: str, rows: Mapping[str, tuple[float, ...]]) -> None:
+        """Replace what is known of another process by its newest rows; rows of replicas are left out."""
+        before = self._peers.get(peer, {})
+        now: dict[str, float] = {}
+        for name, row in rows.items():
+            if name.startswith(_TENANT) and len(row) == 2:
+                tenant = name[len(_TENANT) :]
+                counters = self._counters(tenant)
+                counters.elsewhere += row[0] - before.pop(tenant, 0.0)
+                counters.lifted = max(counters.lifted, row[1])
+                now[tenant] = row[0]
+        # a tenant that the peer no longer tells of keeps what it was told to have had
+        now.update({tenant: own for tenant, own in before.items() if tenant in self._tenants})
+        self._peers[peer] = now
+        if len(reached := rows.get(VIRTUAL_TIME, ())) == 1:
+            self._reached = max(self._reached, reached[0])
+
+    def forget(self, peer: str) -> None:
+        """Another process is gone; what it served stays served."""
+        for tenant, own in self._peers.pop(peer, {}).items():
+            if (counters := self._tenants.get(tenant)) is not None:
+                counters.elsewhere -= own
+                counters.lifted += own
+
+    def _counters(self, tenant: str) -> _Counters:
+        counters = self._tenants.get(tenant)
+        if counters is None:
+            if len(self._tenants) >= MAX_TENANTS:
+                del self._tenants[next(iter(self._tenants))]
+            counters = self._tenants[tenant] = _Counters()
+            counters.lifted = self._reached
+        return counters
+
+
+class Claimant(Generic[T]):
+    """A request that waits, as the queue holds it. `tokens` is its uncached work."""
+
+    __slots__ = ("entry", "item", "priority", "tenant", "tokens", "weight")
+
+    def __init__(self, item: T, tenant: str, priority: Priority, tokens: float, weight: float) -> None:
+        self.item = item
+        self.tenant = tenant
+        self.priority = priority
+        self.tokens = tokens
+        self.weight = weight
+        self.entry: Entry[Claimant[T]] | None = None
+
+    @property
+    def arrived_seconds(self) -> float:
+        """When it came."""
+        return 0.0 if self.entry is None else self.entry.arrived_seconds
+
+
+class FairQueue(Generic[T]):
+    """Requests that wait for one thing. `make_line` makes the queue of one tenant, which has the order within it."""
+
+    def __init__(self, shares: TenantShares, make_line: Callable[[], ShortestJobQueue[Claimant[T]]]) -> None:
+        self._shares = shares
+        self._make_line = make_line
+        self._lines: dict[Priority, dict[str, ShortestJobQueue[Claimant[T]]]] = {}
+        self._owed = dict.fromkeys(Priority, 0.0)
+        self._waiting = 0
+
+    def __len__(self) -> int:
+        return self._waiting
+
+    def join(self, claimant: Claimant[T], order_seconds: float, now_seconds: float) -> Claimant[T]:
+        """Take in a request; `order_seconds` is the work by which the tenant's own line is ordered."""
+        lines = self._lines.setdefault(claimant.priority, {})
+        line = lines.get(claimant.tenant)
+        if line is None:
+            line = lines[claimant.tenant] = self._make_line()
+            self._shares.activate(claimant.tenant)
+        claimant.entry = line.join(claimant, order_seconds, now_seconds)
+        self._waiting += 1
+        return claimant
+
+    def leave(self, claimant: Claimant[T]) -> None:
+        """Take a request out, served or not. May come twice."""
+        entry = claimant.entry
+        if entry is None or entry.gone:
+            return
+        lines = self._lines[claimant.priority]
+        line = lines[claimant.tenant]
+        line.leave(entry)
+        self._waiting -= 1
+        if not len(line):
+            del lines[claimant.tenant]
+
+    def head(self, now_seconds: float) -> Claimant[T] | None:
+        """The request that is served next; None if nobody waits. Changes nothing."""
+        best = None
+        for priority in Priority:
+            head = self._head_of(priority, now_seconds)
+            if head is None:
+                continue
+            if best is None:
+                best = head
+            elif self._owed[priority] >= min(head.tokens, MAX_OWED_TOKENS):
+                return head
+        return best
+
+    def serve(self, claimant: Claimant[T]) -> None:
+        """Take out a request that is sent now, and count its work for its tenant and priority."""
+        self.leave(claimant)
+        self._shares.serve(claimant.tenant, claimant.tokens, claimant.weight, contended=self._waiting > 0)
+        owed = self._owed
+        owed[claimant.priority] = max(owed[claimant.priority] - claimant.tokens, 0.0)
+        for priority in Priority:
+            if priority > claimant.priority:
+                waits = self._lines.get(priority)
+                owed[priority] = min(owed[priority] + FLOOR * claimant.tokens, MAX_OWED_TOKENS) if waits else 0.0
+
+    def waiting(self) -> dict[tuple[Priority, str], int]:
+        """How many wait, by priority and tenant."""
+        return {
+            (priority, tenant): len(line) for priority, lines in self._lines.items() for tenant, line in lines.items()
+        }
+
+    def _head_of(self, priority: Priority, now_seconds: float) -> Claimant[T] | None:
+        best: tuple[int, float] | None = None
+        chosen: Claimant[T] | None = None
+        for tenant, line in self._lines.get(priority, {}).items():
+            entry = line.peek(now_seconds)
+            if entry is None:
+                continue
+            key = (self._shares.round_of(tenant), line.key(entry))
+            if best is None or key < best:
+                best, chosen = key, entry.item
+        return chosen

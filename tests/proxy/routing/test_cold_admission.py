@@ -1,0 +1,137 @@
+"""Cold turns: which they are, when the first that waits may go, and in which order."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.routing.cold_admission import (
+    NEW_AFTER_SECONDS,
+    QUIET_SECONDS,
+    REST_SECONDS,
+    SHORT_TOKENS,
+    ColdQueue,
+    ColdTurn,
+    ReplicaRoom,
+    TurnKind,
+    about_as_good,
+    classify,
+    has_room,
+)
+from proxy.routing.fair_shares import Priority
+
+
+def turn(name: str = "", prompt: float = 100_000.0, uncached: float = 90_000.0, **more) -> ColdTurn[str]:
+    return ColdTurn(name, prompt, uncached, **more)
+
+
+def room(replica: int = 0, pending: float = 0.0, running: float = 0.0, capacity: float | None = 1e6) -> ReplicaRoom:
+    return ReplicaRoom(replica, pending, running, capacity)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "uncached", "kind"),
+    [
+        (4_096, 4_096, TurnKind.SHORT),
+        (100_000, SHORT_TOKENS, TurnKind.SHORT),
+        (100_000, 50_000, TurnKind.WARM),
+        (100_000, 50_001, TurnKind.COLD),
+        (5_000, 5_000, TurnKind.COLD),
+    ],
+)
+def test_a_turn_is_short_warm_or_cold_by_what_the_best_replica_lacks(prompt, uncached, kind):
+    """Short by tokens, warm by half of the prompt."""
+    assert classify(prompt, uncached) is kind
+
+
+def test_a_warm_turn_may_go_where_it_costs_little_more_than_at_the_best():
+    """Within 4,096 tokens."""
+    assert about_as_good({0: 1_000.0, 1: 5_096.0, 2: 5_097.0}) == {0, 1}
+
+
+def test_the_first_goes_to_a_quiet_replica_with_room():
+    """Not to one that computes for longer, nor to one whose running prompts leave no room."""
+    queue: ColdQueue[str] = ColdQueue()
+    rooms = [
+        room(0, pending=QUIET_SECONDS),
+        room(1, pending=QUIET_SECONDS + 0.01),
+        room(2, running=900_001.0),
+        room(3, running=900_000.0),
+        room(4, running=1e9, capacity=None),
+    ]
+    assert queue.open_to(turn(), rooms, 0.0) == {0, 3, 4}
+
+
+def test_a_prompt_larger_than_the_cache_goes_when_nothing_runs():
+    """It would wait for ever otherwise."""
+    assert has_room(room(running=0.0, capacity=1_000), 100_000)
+    assert not has_room(room(running=1.0, capacity=1_000), 100_000)
+
+
+def test_a_replica_that_is_never_quiet_takes_a_cold_turn_once_in_a_minute():
+    """Counted from its last one, or from when turns began to wait if it never took any."""
+    queue: ColdQueue[str] = ColdQueue()
+    busy = [room(0, pending=9.0)]
+    waiting = queue.join(turn(), 100.0)
+    assert queue.open_to(turn(), busy, 100.0 + REST_SECONDS - 0.1) == set()
+    assert queue.open_to(turn(), busy, 100.0 + REST_SECONDS) == {0}
+    queue.serve(waiting, 0, 160.0)
+    queue.join(turn(), 161.0)
+    assert queue.open_to(turn(), busy, 160.0 + REST_SECONDS - 0.1) == set()
+    assert queue.open_to(turn(), busy, 160.0 + REST_SECONDS) == {0}
+
+
+def test_turns_go_in_order_of_arrival():
+    """And one whose client left is not in the way."""
+    queue: ColdQueue[str] = ColdQueue()
+    all_of = [queue.join(turn(str(n)), float(n)) for n in range(4)]
+    queue.leave(all_of[0])
+    out = []
+    while (head := queue.head(9.0)) is not None:
+        out.append(head.item.item)
+        queue.serve(head, 0, 9.0)
+    assert out == ["1", "2", "3"]
+
+
+def test_a_turn_of_a_session_that_was_served_goes_before_a_new_one_of_the_same_age():
+    """Of the same age means no more than a second older."""
+    queue: ColdQueue[str] = ColdQueue()
+    queue.join(turn("new", is_new=True), 10.0)
+    queue.join(turn("served"), 10.0 + NEW_AFTER_SECONDS * 0.9)
+    queue.join(turn("later"), 10.0 + NEW_AFTER_SECONDS * 1.1)
+    order = []
+    while (head := queue.head(20.0)) is not None:
+        order.append(head.item.item)
+        queue.serve(head, 0, 20.0)
+    assert order == ["served", "new", "later"]
+
+
+def test_priorities_and_tenants_share_the_queue():
+    """The order of arrival holds within one tenant and priority."""
+    queue: ColdQueue[str] = ColdQueue()
+    for number in range(3):
+        queue.join(turn(f"flood {number}", tenant="flood"), float(number))
+    queue.join(turn("other", tenant="other"), 5.0)
+    queue.join(turn("urgent", tenant="flood", priority=Priority.HIGH), 6.0)
+    order = []
+    while (head := queue.head(9.0)) is not None:
+        order.append(head.item.item)
+        queue.serve(head, 0, 9.0)
+    assert order[0] == "urgent"
+    assert order.index("other") < order.index("flood 1")
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(0.0, 5.0)), min_size=1, max_size=50))
+def test_no_turn_is_passed_by_more_than_a_second_of_later_ones(arrivals):
+    """Whatever comes: first come, first served, but for new ones and those of the same second."""
+    queue: ColdQueue[float] = ColdQueue()
+    now = 0.0
+    for is_new, gap in arrivals:
+        now += gap
+        queue.join(ColdTurn(now, 9_000.0, 9_000.0, is_new), now)
+    last = 0.0
+    while (head := queue.head(now)) is not None:
+        queue.serve(head, 0, now)
+        assert head.item.item >= last - NEW_AFTER_SECONDS - 1e-9
+        last = max(last, head.item.item)

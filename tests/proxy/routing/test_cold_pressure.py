@@ -1,0 +1,63 @@
+"""Whether cold turns must wait: work that is done again."""
+
+from __future__ import annotations
+
+from proxy.routing.cold_pressure import (
+    CROWDED_SECONDS,
+    MEMORY_SECONDS,
+    MIN_COMPUTED_TOKENS,
+    ColdPressure,
+    ServedPrompts,
+)
+
+
+def test_a_prompt_that_continues_a_served_one_is_known_to_that_depth():
+    """Also if the last block of the former was not whole and is another in the latter."""
+    served = ServedPrompts()
+    served.note([1, 2, 3, 4])
+    assert served.depth([1, 2, 3, 4, 5, 6]) == 4
+    assert served.depth([1, 2, 3, 9, 10]) == 3
+    assert served.depth([1, 2, 8]) == 0
+
+
+def test_only_the_latest_prompts_are_remembered():
+    """A bound on memory; those used last stay."""
+    served = ServedPrompts(most=4)
+    for name in (10, 20, 30):
+        served.note([name, name + 1])
+    assert len(served) == 4
+    assert (served.depth([10, 11]), served.depth([20, 21]), served.depth([30, 31])) == (0, 2, 2)
+
+
+def test_cold_turns_wait_once_half_of_the_work_was_done_before_and_until_less_than_a_third_is():
+    """And as long as any waits."""
+    pressure = ColdPressure()
+    pressure.observe(100_000, 49_000, 0.0)
+    assert not pressure.is_on(0.0, 0)
+    pressure.observe(100_000, 55_000, 0.0)
+    assert pressure.is_on(0.0, 0)
+    pressure.observe(100_000, 0, 0.0)
+    assert pressure.is_on(0.0, 0)  # 104 of 300
+    pressure.observe(100_000, 0, 0.0)
+    assert pressure.is_on(0.0, 1)
+    assert not pressure.is_on(0.0, 0)
+
+
+def test_with_long_queues_everywhere_less_is_enough():
+    """A fifth, which open-loop traces have at moderate load, does nothing while queues are short."""
+    pressure = ColdPressure()
+    pressure.observe(100_000, 20_000, 0.0)
+    assert not pressure.is_on(CROWDED_SECONDS - 0.1, 0)
+    assert pressure.is_on(CROWDED_SECONDS, 0)
+
+
+def test_little_work_and_old_work_say_nothing():
+    """The first long prompt after an idle hour is no sign of pressure."""
+    pressure = ColdPressure()
+    pressure.observe(MIN_COMPUTED_TOKENS - 1, MIN_COMPUTED_TOKENS - 1, 0.0)
+    assert not pressure.is_on(0.0, 0)
+    pressure.observe(1_000_000, 900_000, 0.0)
+    assert pressure.is_on(0.0, 0)
+    pressure.observe(1.0, 0.0, 20 * MEMORY_SECONDS)
+    assert pressure.repeated_share == 0.0
+    assert not pressure.is_on(0.0, 0)

@@ -1,0 +1,178 @@
+"""Tenants and priorities: who is served next, and how much each gets."""
+
+from __future__ import annotations
+
+from math import inf
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.routing.fair_shares import (
+    FLOOR,
+    MAX_OWED_TOKENS,
+    QUANTUM_TOKENS,
+    Claimant,
+    FairQueue,
+    Priority,
+    TenantShares,
+)
+from proxy.routing.shortest_job import ShortestJobQueue
+
+
+def queue(shares: TenantShares | None = None) -> FairQueue[str]:
+    """First come, first served within a tenant."""
+    return FairQueue(shares or TenantShares(), lambda: ShortestJobQueue(inf, 1.0))
+
+
+def claimant(
+    name: str, tenant: str = "a", tokens: float = 100.0, priority: Priority = Priority.NORMAL, weight: float = 1.0
+) -> Claimant[str]:
+    return Claimant(name, tenant, priority, tokens, weight)
+
+
+def served(waiting: FairQueue[str], count: int) -> list[Claimant[str]]:
+    """The next `count` requests, taken out."""
+    out = []
+    for _ in range(count):
+        head = waiting.head(0.0)
+        assert head is not None
+        waiting.serve(head)
+        out.append(head)
+    return out
+
+
+def test_one_tenant_alone_is_served_in_the_order_of_the_queue():
+    """Its rounds do not matter, and it gets everything."""
+    waiting = queue()
+    for number in range(10):
+        waiting.join(claimant(str(number), tokens=5 * QUANTUM_TOKENS), 0.0, float(number))
+    assert [each.item for each in served(waiting, 10)] == [str(number) for number in range(10)]
+    assert waiting.head(0.0) is None
+
+
+def test_a_request_of_another_tenant_does_not_wait_for_a_flood():
+    """It goes after the one that is served now, though 24 long ones came before it."""
+    waiting = queue()
+    for number in range(24):
+        waiting.join(claimant(f"flood {number}", "flood", 100_000), 0.0, float(number))
+    served(waiting, 1)
+    waiting.join(claimant("small", "other", 200), 0.0, 30.0)
+    assert [each.item for each in served(waiting, 1)] == ["small"]
+
+
+def test_being_idle_earns_nothing():
+    """A tenant that comes after an hour of the other's work gets its share from then on, and not the hour."""
+    shares = TenantShares()
+    for _ in range(100):
+        shares.serve("old", 50_000)
+    waiting = queue(shares)
+    for number in range(40):
+        waiting.join(claimant("old", "old", QUANTUM_TOKENS), 0.0, float(number))
+        waiting.join(claimant("new", "new", QUANTUM_TOKENS), 0.0, float(number))
+    first = [each.item for each in served(waiting, 20)]
+    assert 9 <= first.count("new") <= 17  # equal but for the last of the old one's work, which was 50,000 tokens
+
+
+@given(
+    st.lists(st.floats(1.0, 50_000.0), min_size=80, max_size=120),
+    st.lists(st.floats(1.0, 50_000.0), min_size=80, max_size=120),
+    st.sampled_from([0.5, 1.0, 2.0, 5.0]),
+)
+def test_two_that_always_wait_differ_by_no_more_than_a_round_and_a_request(ours, theirs, weight):
+    """Work over weight, at every moment while both wait, whatever the sizes."""
+    waiting = queue()
+    for tenant, sizes, each in (("a", ours, weight), ("b", theirs, 1.0)):
+        for number, tokens in enumerate(sizes):
+            waiting.join(claimant("", tenant, tokens, weight=each), 0.0, float(number))
+    got = {"a": 0.0, "b": 0.0}
+    left = {"a": len(ours), "b": len(theirs)}
+    while min(left.values()) > 0:
+        head = waiting.head(0.0)
+        assert head is not None
+        waiting.serve(head)
+        got[head.tenant] += head.tokens / head.weight
+        left[head.tenant] -= 1
+        if min(left.values()) > 0:
+            largest = max(*ours, *(each * weight for each in theirs)) / weight
+            assert abs(got["a"] - got["b"]) <= largest + QUANTUM_TOKENS
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(list(Priority)), st.floats(1, 90_000)), max_size=60)
+)
+def test_every_request_is_served_once_or_left(requests):
+    """Nothing is lost or served twice, and the count is right."""
+    waiting = queue()
+    all_of = [
+        waiting.join(claimant(str(n), tenant, tokens, priority), 0.0, float(n))
+        for n, (tenant, priority, tokens) in enumerate(requests)
+    ]
+    for gone in all_of[::3]:
+        waiting.leave(gone)
+        waiting.leave(gone)
+    remain = {each.item for each in all_of} - {each.item for each in all_of[::3]}
+    assert len(waiting) == len(remain) == sum(waiting.waiting().values())
+    assert {each.item for each in served(waiting, len(remain))} == remain
+    assert len(waiting) == 0
+
+
+def test_a_higher_priority_goes_first_and_a_lower_one_keeps_a_floor():
+    """Twenty to one while both wait; afterwards the lower one has everything."""
+    waiting = queue()
+    for number in range(200):
+        waiting.join(claimant("high", tokens=1_000, priority=Priority.HIGH), 0.0, float(number))
+    for number in range(20):
+        waiting.join(claimant("low", tokens=1_000, priority=Priority.LOW), 0.0, float(number))
+    order = [each.item for each in served(waiting, 105)]
+    assert order[0] == "high"
+    assert order.count("low") == round(FLOOR * 100)
+    assert {each.item for each in served(waiting, 115)} == {"high", "low"}
+    assert len(waiting) == 0
+
+
+def test_a_request_longer_than_the_floor_saves_up_is_served_all_the_same():
+    """Or a very long prompt of a low priority would starve."""
+    waiting = queue()
+    waiting.join(claimant("long", tokens=10 * MAX_OWED_TOKENS, priority=Priority.LOW), 0.0, 0.0)
+    for number in range(100):
+        waiting.join(claimant("high", tokens=100_000, priority=Priority.HIGH), 0.0, float(number))
+    assert "long" in [each.item for each in served(waiting, 60)]
+
+
+def test_what_other_processes_served_counts_here():
+    """A tenant that floods another proxy waits here until the others have as much."""
+    here, there = TenantShares(), TenantShares()
+    there.serve("flood", 10 * QUANTUM_TOKENS)
+    here.absorb("there", there.rows())
+    waiting = queue(here)
+    waiting.join(claimant("flood", "flood"), 0.0, 0.0)
+    waiting.join(claimant("other", "other"), 0.0, 1.0)
+    assert served(waiting, 1)[0].item == "other"
+
+
+def test_rows_may_be_lost_repeated_and_come_again():
+    """They are cumulative: the newest alone counts, and a repeated one changes nothing."""
+    there, lossy, exact = TenantShares(), TenantShares(), TenantShares()
+    for number in range(10):
+        there.serve("a", QUANTUM_TOKENS, contended=True)
+        exact.absorb("there", there.rows())
+        if number in (3, 9):
+            lossy.absorb("there", there.rows())
+            lossy.absorb("there", there.rows())
+    assert lossy.round_of("a") == exact.round_of("a") == 10
+
+
+def test_work_of_a_process_that_is_gone_stays_counted():
+    """Otherwise its tenant would be given it a second time."""
+    here, there = TenantShares(), TenantShares()
+    there.serve("a", 5 * QUANTUM_TOKENS)
+    here.absorb("there", there.rows())
+    here.forget("there")
+    assert here.round_of("a") == 5
+
+
+def test_a_row_that_is_a_replicas_changes_nothing():
+    """The rows travel beside those of replicas."""
+    here = TenantShares()
+    here.absorb("there", {"replica-1": (1.0, 2.0), "\0tenant:a": (1.0,)})
+    assert here.rows() == {}
