@@ -1,29 +1,29 @@
-"""`cairn contexts`: documents up to a running Cairn, and what became of them. Speaks HTTP like any client."""
+"""`cairn contexts`: upload documents to a running Cairn, and list, show, tag and delete them, over its HTTP API."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import re
-import ssl
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 import click
 
 from proxy.cli import exit_codes as exits
 from proxy.cli.documents import Unreadable, read_documents
+from proxy.cli.http_client import BadUrl, HttpClient, NoAnswer
+from proxy.cli.tables import number, text
+from proxy.cli.terminal import print_table
 from proxy.clock import SystemClock
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 USUAL_URL = "http://127.0.0.1:8080"
-SENT_AT_ONCE_BYTES = 256 * 1024
-ANSWER_SECONDS = 60.0
+RESPONSE_SECONDS = 60.0
 POLL_SECONDS = 0.25
 PAGE = 100
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
@@ -38,77 +38,58 @@ _url = click.option(
     help="The running Cairn.  [env: OPENAI_BASE_URL]",
 )
 _key = click.option("--key", envvar="OPENAI_API_KEY", default="", help="Your API key.  [env: OPENAI_API_KEY]")
-_as_json = click.option("--json", "as_json", is_flag=True, help="The answer as JSON.")
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print the response as JSON.")
 
 
-class Refused(Exception):
-    """Cairn did not do it; the text says why."""
+class RequestFailed(Exception):
+    """Cairn did not do what was asked; the text says why."""
 
 
 def _seconds(_: click.Context, __: click.Parameter, value: str) -> int:
-    """Seconds, from `90`, `90s`, `30m`, `12h`, `7d` or `2w`."""
+    """Return the seconds of a duration such as `90`, `90s`, `30m`, `12h`, `7d` or `2w`."""
     found = _DURATION.fullmatch(value)
     if found is None or int(found[1]) == 0:
-        raise click.BadParameter(f"{value!r} is no duration such as 90s, 30m, 12h or 7d")
+        raise click.BadParameter(f"{value!r} is not a duration such as 90s, 30m, 12h or 7d")
     return int(found[1]) * _UNITS[found[2]]
 
 
 class Cairn:
-    """A running Cairn as a client sees it."""
+    """The client port of a running Cairn."""
 
     def __init__(self, url: str, key: str) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise Refused(f"{url!r} is no address of a Cairn, such as {USUAL_URL}")
-        self._secure = parts.scheme == "https"
-        self._host, self._port = parts.hostname, parts.port or (443 if self._secure else 80)
-        self._base = parts.path.rstrip("/").removesuffix("/v1") + "/v1"
-        self._headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-
-    def call(self, method: str, path: str, body: bytes = b"", sent: Callable[[int], None] = lambda _: None) -> Any:
-        """The JSON of the answer; `sent` hears of bytes as they go. Raises Refused."""
-        connection = self._connection()
+        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
         try:
-            connection.putrequest(method, self._base + path)
-            for name, value in self._headers.items():
-                connection.putheader(name, value)
-            connection.putheader("content-length", str(len(body)))
-            connection.endheaders()
-            try:
-                for start in range(0, len(body), SENT_AT_ONCE_BYTES):
-                    piece = body[start : start + SENT_AT_ONCE_BYTES]
-                    connection.send(piece)
-                    sent(len(piece))
-            except ConnectionError:
-                pass  # an early refusal, which is read below
-            answer = connection.getresponse()
-            return _decoded(answer.status, answer.read())
-        except (OSError, http.client.HTTPException) as error:
-            raise Refused(f"no Cairn answers at {self._host}:{self._port} ({type(error).__name__})") from None
-        finally:
-            connection.close()
+            self._client = HttpClient(url, headers, RESPONSE_SECONDS)
+        except BadUrl:
+            raise RequestFailed(f"{url!r} is not the address of a Cairn, such as {USUAL_URL}") from None
+        self._client.path = self._client.path.removesuffix("/v1") + "/v1"
+        self._url = url
 
-    def _connection(self) -> http.client.HTTPConnection:
-        if self._secure:
-            context = ssl.create_default_context()
-            return http.client.HTTPSConnection(self._host, self._port, timeout=ANSWER_SECONDS, context=context)
-        return http.client.HTTPConnection(self._host, self._port, timeout=ANSWER_SECONDS)
+    def call(
+        self, method: str, path: str, body: bytes = b"", on_sent: Callable[[int], object] = lambda _: None
+    ) -> Any:
+        """Return the JSON of the response; `on_sent` is called with numbers of bytes sent. Raises RequestFailed."""
+        try:
+            answer = self._client.request(method, path, body, on_sent)
+        except NoAnswer as error:
+            raise RequestFailed(f"no Cairn answers at {self._url} ({error})") from None
+        return _decoded(answer.status, answer.body)
 
     def model(self) -> str:
-        """The one model that is served. Raises Refused where there are several."""
+        """Return the model that is served. Raises RequestFailed if there are several."""
         names = [str(model.get("id")) for model in self.call("GET", "/models").get("data", [])]
         if len(names) != 1:
-            raise Refused(f"name one of the models with --model: {', '.join(names) or 'none is listed'}")
+            raise RequestFailed(f"choose a model with --model: {', '.join(names) or 'none is listed'}")
         return names[0]
 
     def find(self, name: str) -> dict[str, Any]:
-        """The context of an id or a tag."""
+        """Return the context with this id or tag."""
         path = f"/caching/{name}" if _ID.fullmatch(name) else f"/caching/refs/tags/{quote(name, safe='')}/content"
         found: dict[str, Any] = self.call("GET", path)
         return found
 
     def all(self, path: str, cursor: str) -> list[dict[str, Any]]:
-        """Every row of a list, page by page; `cursor` is the field that `after` names."""
+        """Return every row of a list, page by page; `cursor` is the field to which `after` refers."""
         rows: list[dict[str, Any]] = []
         more = True
         while more:
@@ -121,19 +102,24 @@ class Cairn:
 
 @click.group("contexts")
 def contexts() -> None:
-    """Store documents once, and put them before questions by a tag."""
+    """Store documents once, and refer to them in requests by a tag."""
 
 
 @contexts.command("put")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--tag", "tags", multiple=True, help="A name for it; moves there if another context has it.")
+@click.option("--tag", "tags", multiple=True, help="A tag for the context; if another context has the tag, it moves.")
 @click.option(
-    "--ttl", callback=_seconds, metavar="DURATION", default="1d", show_default=True, help="How long it is kept."
+    "--ttl",
+    callback=_seconds,
+    metavar="DURATION",
+    default="1d",
+    show_default=True,
+    help="How long to keep the context.",
 )
-@click.option("--model", help="The model it is warmed for.  [default: the one that is served]")
-@click.option("--name", default="", help="What lists show.  [default: the files' names]")
-@click.option("--pin", is_flag=True, help="Never discard it to make room, within your quota.")
-@click.option("--wait/--no-wait", default=True, show_default=True, help="Until it is warm.")
+@click.option("--model", help="The model to warm it for.  [default: the one that is served]")
+@click.option("--name", default="", help="The name in lists.  [default: the files' names]")
+@click.option("--pin", is_flag=True, help="Never discard it to make room, within the quota.")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Wait until it is warm.")
 @_url
 @_key
 @_as_json
@@ -149,7 +135,7 @@ def put(
     key: str,
     as_json: bool,
 ) -> None:
-    """Store FILES (text, Markdown, PDF, or folders of them), each as a system message that begins with its name."""
+    """Store FILES (text, Markdown, PDF, or folders of these), each as a system message that starts with its name."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -165,7 +151,7 @@ def put(
         made = _upload(cairn, json.dumps(body, ensure_ascii=False).encode(), console)
         if wait:
             made = _wait(cairn, made, console)
-    except (Refused, Unreadable) as error:
+    except (RequestFailed, Unreadable) as error:
         exits.fail(str(error))
     made.pop("messages", None)
     if as_json:
@@ -173,7 +159,7 @@ def put(
     else:
         click.echo(made["id"])
     if made["status"] == "error":
-        exits.fail(f"it is stored, but was not warmed: {made['error']['message']}")
+        exits.fail(f"the context is stored, but could not be warmed: {made['error']['message']}")
 
 
 @contexts.command("list")
@@ -181,37 +167,39 @@ def put(
 @_key
 @_as_json
 def list_(url: str, key: str, as_json: bool) -> None:
-    """Every stored context, with what it is worth."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """List the stored contexts, with what each of them saves."""
     try:
         cairn = Cairn(url, key)
         rows = cairn.all("/caching", "id")
         tags = cairn.all("/caching/refs/tags", "tag")
-    except Refused as error:
+    except RequestFailed as error:
         exits.fail(str(error))
     if as_json:
         click.echo(json.dumps(rows))
         return
-    table = Table(box=None, pad_edge=False)
-    for title in ("id", "name", "tags", "status", "tokens", "bytes", "worth $/h", "ends in"):
-        table.add_column(title, justify="right" if title in ("tokens", "bytes", "worth $/h", "ends in") else "left")
-    for row in rows:
-        named = ", ".join(tag["tag"] for tag in tags if tag["cache_id"] == row["id"])
-        table.add_row(
-            row["id"],
-            row["name"],
-            named,
-            row["status"],
-            f"{row['tokens']:,}",
-            f"{row['bytes']:,}",
-            f"{row['worth_usd_per_hour']:.4f}",
-            _left(row["expired_at"]),
-        )
-    console = Console()
-    console = console if console.is_terminal else Console(width=200)
-    console.print(table, highlight=False, markup=False)
+    tags_of: dict[str, list[str]] = {}
+    for tag in tags:
+        tags_of.setdefault(tag["cache_id"], []).append(tag["tag"])
+    print_table(_COLUMNS, [_cells(row, tags_of.get(row["id"], [])) for row in rows])
+
+
+_COLUMNS = [
+    *map(text, ("id", "name", "tags", "status")),
+    *map(number, ("tokens", "bytes", "saves $/h", "expires in")),
+]
+
+
+def _cells(row: dict[str, Any], tags: Sequence[str]) -> tuple[str, ...]:
+    return (
+        row["id"],
+        row["name"],
+        ", ".join(tags),
+        row["status"],
+        f"{row['tokens']:,}",
+        f"{row['bytes']:,}",
+        f"{row['worth_usd_per_hour']:.4f}",
+        _left(row["expired_at"]),
+    )
 
 
 @contexts.command("show")
@@ -220,10 +208,10 @@ def list_(url: str, key: str, as_json: bool) -> None:
 @_key
 @_as_json
 def show(name: str, url: str, key: str, as_json: bool) -> None:
-    """One context, by id or tag; with --json its messages too."""
+    """Show one context, by id or tag; with --json including its messages."""
     try:
         found = Cairn(url, key).find(name)
-    except Refused as error:
+    except RequestFailed as error:
         exits.fail(str(error))
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))
@@ -232,11 +220,11 @@ def show(name: str, url: str, key: str, as_json: bool) -> None:
     for field, value in found.items():
         if value not in ("", {}, []):
             click.echo(f"{field}: {value if isinstance(value, str | int | float) else json.dumps(value)}")
-    for number, message in enumerate(messages):
+    for place, message in enumerate(messages):
         content = message.get("content")
         size = len(content) if isinstance(content, str) else len(json.dumps(content))
         first = content.partition("\n")[0][:80] if isinstance(content, str) else ""
-        click.echo(f"messages[{number}]: {message['role']}, {size:,} characters: {first}")
+        click.echo(f"messages[{place}]: {message['role']}, {size:,} characters: {first}")
 
 
 @contexts.command("rm")
@@ -244,7 +232,7 @@ def show(name: str, url: str, key: str, as_json: bool) -> None:
 @_url
 @_key
 def rm(names: tuple[str, ...], url: str, key: str) -> None:
-    """Delete contexts, by id or tag, with all their tags."""
+    """Delete contexts, by id or tag, and all their tags."""
     try:
         cairn = Cairn(url, key)
         for name in names:
@@ -253,18 +241,18 @@ def rm(names: tuple[str, ...], url: str, key: str) -> None:
                 context_id = cairn.call("GET", f"/caching/refs/tags/{quote(name, safe='')}")["cache_id"]
             cairn.call("DELETE", f"/caching/{context_id}")
             click.echo(context_id)
-    except Refused as error:
+    except RequestFailed as error:
         exits.fail(str(error))
 
 
 @contexts.command("tag")
 @click.argument("tag")
 @click.argument("context_id", required=False)
-@click.option("--delete", "is_deletion", is_flag=True, help="Take the tag away; its context stays.")
+@click.option("--delete", "is_deletion", is_flag=True, help="Delete the tag; the context stays.")
 @_url
 @_key
 def tag(tag: str, context_id: str | None, is_deletion: bool, url: str, key: str) -> None:
-    """Give TAG to the context CONTEXT_ID, whichever had it before; without an id say which has it."""
+    """Move TAG to the context CONTEXT_ID, or, without an id, print which context has it."""
     path = f"/caching/refs/tags/{quote(tag, safe='')}"
     try:
         cairn = Cairn(url, key)
@@ -275,7 +263,7 @@ def tag(tag: str, context_id: str | None, is_deletion: bool, url: str, key: str)
         else:
             body = json.dumps({"tag": tag, "cache_id": context_id}).encode()
             click.echo(cairn.call("POST", "/caching/refs/tags", body)["cache_id"])
-    except Refused as error:
+    except RequestFailed as error:
         exits.fail(str(error))
 
 
@@ -310,19 +298,19 @@ def _decoded(status: int, body: bytes) -> Any:
     try:
         answer = json.loads(body)
     except ValueError:
-        raise Refused(f"what answers there is no Cairn (status {status})") from None
+        raise RequestFailed(f"the server there is not a Cairn (status {status})") from None
     if status >= 400:
         error = answer.get("error") if isinstance(answer, dict) else None
         message = error.get("message") if isinstance(error, dict) else None
         param = f"{error['param']}: " if isinstance(error, dict) and error.get("param") else ""
-        raise Refused(f"{param}{message or f'status {status}'}")
+        raise RequestFailed(f"{param}{message or f'status {status}'}")
     return answer
 
 
 def _left(expired_at: int) -> str:
     seconds = int(expired_at - SystemClock().unix())
     if seconds <= 0:
-        return "over"
+        return "expired"
     for unit in "wdhm":
         if seconds >= _UNITS[unit]:
             return f"{seconds // _UNITS[unit]}{unit}"

@@ -1,6 +1,4 @@
-"""Documents on disk as the messages of a context: text, Markdown and PDF, each a system message that begins with its
-name. It knows no network.
-"""
+"""Read documents (text, Markdown, PDF) as the messages of a context: system messages that start with the name."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ PDF = ".pdf"
 
 
 class Unreadable(CairnError):
-    """A file that cannot be a document; the message names it."""
+    """A file that is not a document; the message names it."""
 
 
 class Document(msgspec.Struct, frozen=True):
@@ -27,12 +25,12 @@ class Document(msgspec.Struct, frozen=True):
 
     @property
     def message(self) -> dict[str, str]:
-        """As it stands in a chat."""
+        """The document as a message of a chat."""
         return {"role": "system", "content": f"{self.name}\n\n{self.text}"}
 
 
 def read_documents(paths: Sequence[Path]) -> Iterator[Document]:
-    """Each file, and of each folder every text, Markdown and PDF file in the order of their names, one by one.
+    """Yield each file, and every text, Markdown and PDF file of each folder, sorted by name.
 
     Raises Unreadable.
     """
@@ -40,7 +38,7 @@ def read_documents(paths: Sequence[Path]) -> Iterator[Document]:
         if path.is_dir():
             inside = sorted(found for found in path.rglob("*") if _is_document(found, path))
             if not inside:
-                raise Unreadable(f"{path}: no text, Markdown or PDF file is in this folder")
+                raise Unreadable(f"{path}: this folder contains no text, Markdown or PDF file")
             for found in inside:
                 yield _read(found, str(found.relative_to(path.parent if path.name else path)))
         else:
@@ -56,26 +54,26 @@ def _read(path: Path, name: str) -> Document:
     try:
         text = _pdf_text(path) if path.suffix.lower() == PDF else path.read_text("utf-8-sig")
     except OSError as error:
-        raise Unreadable(f"{path}: {error.strerror or 'it cannot be read'}") from None
+        raise Unreadable(f"{path}: {error.strerror or 'cannot be read'}") from None
     except UnicodeDecodeError:
-        raise Unreadable(f"{path}: not a text in UTF-8") from None
+        raise Unreadable(f"{path}: not UTF-8 text") from None
     if "\0" in text:
-        raise Unreadable(f"{path}: not a text")
+        raise Unreadable(f"{path}: not text")
     if not text.strip():
-        raise Unreadable(f"{path}: there is no text in it")
+        raise Unreadable(f"{path}: contains no text")
     return Document(name, text)
 
 
 def _pdf_text(path: Path) -> str:
-    """The text of every page, pages parted by an empty line; a scan without text has none."""
+    """Return the text of every page, separated by empty lines; a scan has none."""
     from pypdf import PdfReader  # half a second to load, and only PDFs need it
     from pypdf.errors import PyPdfError
 
     try:
         reader = PdfReader(path)
         if reader.is_encrypted and not reader.decrypt(""):
-            raise Unreadable(f"{path}: it is protected by a password")
+            raise Unreadable(f"{path}: is protected by a password")
         pages = [page.extract_text() for page in reader.pages]
     except (PyPdfError, ValueError, KeyError, TypeError, RecursionError, NotImplementedError) as error:
-        raise Unreadable(f"{path}: not a PDF that can be read ({type(error).__name__})") from None
+        raise Unreadable(f"{path}: not a readable PDF ({type(error).__name__})") from None
     return "\n\n".join(page.strip().replace("\0", "") for page in pages)

@@ -1,7 +1,7 @@
-"""The commands and their exit codes: 0 well, 1 could not run, 2 the configuration or the command line is wrong.
+"""The commands and their exit codes: 0 success, 1 failure, 2 a mistake in the configuration or on the command line.
 
-A user's mistake is one line on standard error and no traceback. What a command needs is imported when it runs, so
-that `cairn --version` does not wait for a web server to load.
+A user's mistake is reported in a line on standard error, without a traceback. A command imports what it needs when it
+runs, so that `cairn --version` does not wait for a web server to load.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CAIRN_CONFIG, and CAIRN_SECTION__SETTING for any other, such as CAIRN_SERVER__DR
 
 
 def own_version() -> str:
-    """The version of the distribution, or `unknown` where this is a bare checkout."""
+    """Return the version of the distribution, or `unknown` in a checkout that is not installed."""
     try:
         return version("cairn-proxy")
     except PackageNotFoundError:
@@ -50,7 +50,7 @@ def own_version() -> str:
 
 
 def data_path() -> str:
-    """Whether this Cairn's data path was compiled when it was installed."""
+    """Return whether the data path was compiled when Cairn was installed: `compiled` or `interpreted`."""
     spec = find_spec("proxy.pipeline.pipeline")
     is_compiled = spec is not None and spec.origin is not None and spec.origin.endswith(tuple(EXTENSION_SUFFIXES))
     return "compiled" if is_compiled else "interpreted"
@@ -59,11 +59,11 @@ def data_path() -> str:
 @click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(own_version(), prog_name="cairn", message=f"%(prog)s %(version)s ({data_path()})")
 def cli() -> None:
-    """Cairn sends each prompt to the replica that already holds its prefix, and shows what that saved."""
+    """Cairn sends each prompt to the replica that has its prefix cached, and shows what that saves."""
 
 
 @cli.command(epilog=_EPILOG)
-@click.option("--config", "file", type=_FILE, help="The YAML file.  [env: CAIRN_CONFIG]")
+@click.option("--config", "file", type=_FILE, help="The configuration file.  [env: CAIRN_CONFIG]")
 @click.option("--host", help="Address to serve on.  [default: 127.0.0.1]")
 @click.option("--port", type=_PORT, help="Port to serve on.  [default: 8080]")
 @click.option("--admin-port", type=_PORT, help="Port of health, readiness and metrics.  [default: 8090]")
@@ -72,13 +72,19 @@ def cli() -> None:
     "upstreams",
     multiple=True,
     metavar="URL",
-    help="A replica, with or without /v1; several make one pool, in place of the file's. "
-    "https to a public name is taken for a provider, all else for an engine.",
+    help="URL of a replica, with or without /v1. Several make one pool, which replaces those of the file. "
+    "A URL of https and a public name counts as a provider, all others as engines.",
 )
-@click.option("--redis", metavar="URL", help="The shared store; without it a private Valkey is started.")
-@click.option("--workers", type=click.IntRange(1, 256), help="Processes that serve.  [default: 1]")
 @click.option(
-    "--open", "is_open", is_flag=True, default=None, help="Anyone who reaches it may use the replicas' keys."
+    "--redis", metavar="URL", help="Redis that all proxies share. Without it Cairn starts a private Valkey."
+)
+@click.option("--workers", type=click.IntRange(1, 256), help="Number of worker processes.  [default: 1]")
+@click.option(
+    "--open",
+    "is_open",
+    is_flag=True,
+    default=None,
+    help="Allow anyone who reaches the port to use the replicas' keys.",
 )
 def serve(
     file: Path | None,
@@ -90,7 +96,7 @@ def serve(
     workers: int | None,
     is_open: bool | None,
 ) -> None:
-    """Serve before one or more upstreams until told to end (Ctrl-C or SIGTERM; twice: at once; SIGHUP reloads)."""
+    """Serve one or more upstreams until Ctrl-C or SIGTERM (twice: at once). SIGHUP reloads the configuration."""
     from proxy.config.load import SecretUrl, load, process_environment
 
     environ = process_environment()
@@ -106,7 +112,7 @@ def serve(
     def read() -> Loaded:
         loaded = load(file, environ, flags, upstreams)
         if not loaded.config.pools:
-            raise ConfigError("nothing to serve: give --upstream URL, or name pools in a file with --config")
+            raise ConfigError("nothing to serve: give --upstream URL, or a file with pools by --config")
         return loaded
 
     try:
@@ -156,7 +162,7 @@ def _parts(config: Config, environ: Mapping[str, str], read: Callable[[], Loaded
 
 
 def _import_path(environ: Mapping[str, str]) -> dict[str, str]:
-    """Lets a worker find the packages of a bare checkout too, whose folder `-P` keeps off its path."""
+    """Return a variable that lets a worker find the packages of a checkout, which `-P` keeps off its path."""
     root = Path(__file__).resolve().parents[2]
     if root.name in ("site-packages", "dist-packages"):
         return {}
@@ -170,7 +176,7 @@ def _say_started(address: str, admin_address: str) -> None:
 @cli.command("check-config")
 @click.argument("file", type=_FILE)
 def check_config(file: Path) -> None:
-    """Print the whole effective configuration of FILE (environment included), secrets as ***; exit 2 if it is bad."""
+    """Print the complete configuration of FILE and the environment, with secrets as ***; exit 2 if it is invalid."""
     from proxy.config.load import as_yaml, load, process_environment
 
     try:
@@ -193,7 +199,7 @@ cli.add_command(savings)
 @click.option("--listen", required=True)
 @click.option("--parent", type=int, required=True)
 def worker(control: int, listen: str, parent: int) -> None:
-    """One worker; the supervisor starts it and nobody else can."""
+    """Run one worker. Only the supervisor starts it."""
     from importlib import import_module
 
     from proxy.worker.process import run

@@ -1,8 +1,8 @@
-"""`cairn prices`: which rate card applies to a model, from where and since when, or why there is none."""
+"""`cairn prices`: the price that applies to a model, its source and its date, or why there is none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 import click
 
 from proxy.cli import exit_codes as exits
+from proxy.cli.tables import Column, number, text
+from proxy.cli.terminal import print_table
 from proxy.errors import ConfigError
 from proxy.patterns import matches_any
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from proxy.accounting.pricing import Card, PriceBook, Rates
     from proxy.config.schema import Config
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _NO_PRICE = {
-    "no_card": "no card: neither the configuration nor the built-in data prices this model here",
-    "no_exchange_rate": "the card is in another currency and has no usd_per_unit",
-    "no_prefill_rate": "the replica's prefill rate is not learned yet",
+    "no_card": "neither the configuration nor the built-in data has a price for this model at this upstream",
+    "no_exchange_rate": "the price is in another currency than USD; set usd_per_unit",
+    "no_prefill_rate": "the prefill rate of the replica is not known yet",
 }
 
 
@@ -31,9 +31,9 @@ _NO_PRICE = {
 @click.argument("model")
 @click.option("--upstream", metavar="URL", help="A replica's URL, or its name in the configuration.")
 @click.option("--config", "file", type=_FILE, help="The YAML file.  [env: CAIRN_CONFIG]")
-@click.option("--on", type=click.DateTime(["%Y-%m-%d"]), help="The day that counts.  [default: today]")
+@click.option("--on", type=click.DateTime(["%Y-%m-%d"]), help="The day of the price.  [default: today]")
 def prices(model: str, upstream: str | None, file: Path | None, on: datetime | None) -> None:
-    """Show what MODEL costs at each upstream that serves it: the card, its source and its date."""
+    """Show the price of MODEL at each upstream that serves it, with its source and date."""
     from proxy.config.load import load, process_environment
 
     try:
@@ -53,7 +53,7 @@ def _book(config: Config) -> PriceBook:
 
 
 def _upstreams(config: Config, model: str, wanted: str | None) -> Iterator[tuple[str, str]]:
-    """(name, URL) of the replicas that serve `model`, or of the one that is wanted, configured or not."""
+    """Yield (name, URL) of the replicas that serve `model`, or of the `wanted` one, whether configured or not."""
     known = [(replica.label, replica.url, pool.models) for pool in config.pools for replica in pool.replicas]
     if wanted is not None:
         found = [(name, url) for name, url, _ in known if wanted.rstrip("/") in (name, url.rstrip("/"))]
@@ -65,48 +65,36 @@ def _upstreams(config: Config, model: str, wanted: str | None) -> Iterator[tuple
 
 
 def _print(model: str, upstreams: list[tuple[str, str]], book: PriceBook, day: date) -> None:
-    from rich.console import Console
-
     from proxy.accounting.pricing import Unpriced
 
-    console = Console()
     if not upstreams:
-        console.print(f"No pool of the configuration serves {model}.", markup=False, highlight=False)
+        click.echo(f"No pool of the configuration serves {model}.")
     for name, url in upstreams:
         card = book.card(model, url, day.isoformat(), name)
         place = " ".join(filter(None, (name, url))) or "its own provider"
-        title = f"{model} at {place}"
         if isinstance(card, Unpriced):
-            console.print(f"{title}: unpriced", markup=False, highlight=False, soft_wrap=True)
-            console.print(f"  {_NO_PRICE[card.value]}", markup=False, highlight=False, soft_wrap=True)
+            click.echo(f"{model} at {place}: no price")
+            click.echo(f"  {_NO_PRICE[card.value]}")
             continue
-        source = f"  from {card.source}" + (f", valid from {card.date}" if card.date else ", no date")
-        console.print(title, markup=False, highlight=False, soft_wrap=True)
-        console.print(source, markup=False, highlight=False, soft_wrap=True)
-        console.print(_table(card))
+        click.echo(f"{model} at {place}")
+        click.echo(f"  from {card.source}" + (f", valid from {card.date}" if card.date else ", no date"))
+        print_table(*_table(card))
+        click.echo()
 
 
-def _table(card: Card) -> Table:
-    from rich import box
-    from rich.table import Table
-
+def _table(card: Card) -> tuple[Sequence[Column], Sequence[Sequence[str]]]:
     from proxy.accounting.pricing import TokenCard
 
-    table = Table(box=box.SIMPLE_HEAD)
     if not isinstance(card, TokenCard):
-        for heading in ("USD per GPU-hour", "GPUs per replica", "USD per second of prefill"):
-            table.add_column(heading, justify="right")
-        table.add_row(f"{card.usd_per_gpu_hour:f}", f"{card.gpus_per_replica:f}", f"{card.usd_per_second:.6f}")
-        return table
-    table.add_column("USD per million tokens")
-    for heading in ("input", "cached read", "write 5 m", "write 1 h", "output"):
-        table.add_column(heading, justify="right")
-    table.add_row("any prompt" if not card.tiers else "shorter prompts", *_shown(card.rates))
-    for tier in card.tiers:
-        table.add_row(f"over {tier.above_prompt_tokens:,} prompt tokens", *_shown(tier.rates))
-    return table
+        headings = ("USD per GPU hour", "GPUs per replica", "USD per second of prefill")
+        cells = (f"{card.usd_per_gpu_hour:f}", f"{card.gpus_per_replica:f}", f"{card.usd_per_second:.6f}")
+        return [number(heading) for heading in headings], [cells]
+    kinds = ("input", "cached read", "write 5 m", "write 1 h", "output")
+    rows = [("any prompt" if not card.tiers else "shorter prompts", *_rates(card.rates))]
+    rows += [(f"over {tier.above_prompt_tokens:,} prompt tokens", *_rates(tier.rates)) for tier in card.tiers]
+    return [text("USD per million tokens"), *map(number, kinds)], rows
 
 
-def _shown(rates: Rates) -> tuple[str, ...]:
+def _rates(rates: Rates) -> tuple[str, ...]:
     each = (rates.input, rates.cached_read, rates.cache_write_5m, rates.cache_write_1h, rates.output)
     return tuple(f"{rate.normalize():f}" for rate in each)

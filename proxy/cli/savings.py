@@ -1,23 +1,24 @@
-"""`cairn savings`: what the shared prefixes saved, out of the totals that outlive every process.
+"""`cairn savings`: what caching saved, from the totals that are kept in Redis.
 
-It reads Redis where one is known, else it asks the admin port of the running Cairn, whose private Valkey nobody else
-can reach.
+It reads Redis if one is configured; otherwise it asks the admin port of a running Cairn, which alone can reach its
+private Valkey.
 """
 
 from __future__ import annotations
 
 import asyncio
-import http.client
 import ipaddress
-from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import click
 
 from proxy.cli import exit_codes as exits
+from proxy.cli.http_client import BadUrl, HttpClient, NoAnswer
+from proxy.cli.tables import number, text
+from proxy.cli.terminal import print_table
 from proxy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,22 +27,23 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _ASK_SECONDS = 15.0
-_ANSWER_BYTES_AT_MOST = 64 * 1024 * 1024
 _PERCENT = Decimal(100)
 
 
 @click.command("savings")
-@click.option("--since", default="", metavar="DATE|7d", help="From that day on, or so many days.  [default: all]")
+@click.option(
+    "--since", default="", metavar="DATE|7d", help="First day, or the number of days until today.  [default: all]"
+)
 @click.option("--by", type=click.Choice(["model", "upstream", "tenant", "day"]), default="day", show_default=True)
 @click.option("--redis", metavar="URL", help="The Redis that holds the totals.")
 @click.option("--url", metavar="URL", help="The admin port of a running Cairn.  [default: http://127.0.0.1:8090]")
-@click.option("--config", "file", type=_FILE, help="The YAML file that names either.  [env: CAIRN_CONFIG]")
+@click.option("--config", "file", type=_FILE, help="The configuration file that names either.  [env: CAIRN_CONFIG]")
 @click.option("--json", "as_json", is_flag=True, help="Exact figures as JSON.")
 @click.option("--csv", "as_csv", is_flag=True, help="Exact figures as CSV.")
 def savings(
     since: str, by: str, redis: str | None, url: str | None, file: Path | None, as_json: bool, as_csv: bool
 ) -> None:
-    """Show what caching saved, in tokens, money and seconds of prefill. Days are UTC."""
+    """Show what caching saved, in tokens, money and seconds of prefill. Days are in UTC."""
     from proxy.accounting import savings as words
     from proxy.config.load import load, process_environment
 
@@ -85,11 +87,11 @@ async def _from_redis(url: str, since: str, by: By) -> SavingsReport:
         await tasks.close()
 
 
-_NO_DAY = "--since {}: expected a date such as 2026-11-23, or days such as 7d"
+_NO_DAY = "--since {}: expected a date such as 2026-11-23, or a number of days such as 7d"
 
 
 def _admin_url(config: Config) -> str:
-    """Where the Cairn of this configuration answers; one that listens everywhere does so on loopback, too."""
+    """Return the URL of this configuration's admin port; one that listens on all addresses is reached on loopback."""
     host = config.admin.host
     try:
         address = ipaddress.ip_address(host)
@@ -105,91 +107,72 @@ def _from_admin_port(config: Config, url: str, since: str, by: By) -> SavingsRep
 
     from proxy.accounting.savings import from_json
 
-    status, body = _ask(url, f"/savings?since={quote(since)}&by={by.value}", config)
+    try:
+        status, body = _client(url, config).request("GET", f"/savings?since={quote(since)}&by={by.value}")
+    except NoAnswer:
+        exits.fail(
+            f"no Cairn answers at {url}. The totals of a Cairn without a shared Redis are in its private Valkey: "
+            "start it, or give its admin port with --url, or a shared Redis with --redis"
+        )
     if status == 400:
         exits.fail(_NO_DAY.format(since), code=exits.MISUSED)
     try:
         if status != 200:
             why = msgspec.json.decode(body, type=dict[str, str]).get("error", "")
-            exits.fail(f"{url} answers {status}: {why}", code=exits.FAILED)
+            exits.fail(f"{url} answered {status}: {why}", code=exits.FAILED)
         return from_json(body)
     except msgspec.MsgspecError:
-        exits.fail(f"{url} answers {status}, but is not Cairn's admin port", code=exits.FAILED)
+        exits.fail(f"{url} answered {status}, but is not the admin port of a Cairn", code=exits.FAILED)
 
 
-def _ask(url: str, target: str, config: Config) -> tuple[int, bytes]:
-    try:
-        parts = urlsplit(url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname or "", parts.port, timeout=_ASK_SECONDS)
-    except ValueError:
-        exits.fail(f"--url {url}: is not a URL", code=exits.MISUSED)
+def _client(url: str, config: Config) -> HttpClient:
     token = config.admin.token
     try:
-        connection.request(
-            "GET",
-            parts.path.rstrip("/") + target,
-            headers={} if token is None else {"Authorization": f"Bearer {token.reveal()}"},
-        )
-        answer = connection.getresponse()
-        return answer.status, answer.read(_ANSWER_BYTES_AT_MOST)
-    except (OSError, http.client.HTTPException):
-        exits.fail(
-            f"no Cairn answers at {url}. Its totals lie in its private Valkey while it runs; "
-            "start it, or name its admin port with --url, or a shared Redis with --redis",
-            code=exits.FAILED,
-        )
-    finally:
-        connection.close()
+        return HttpClient(url, {} if token is None else {"authorization": f"Bearer {token.reveal()}"}, _ASK_SECONDS)
+    except BadUrl:
+        exits.fail(f"--url {url}: is not a URL", code=exits.MISUSED)
 
 
 # --- for people
 
 
-def _print(found: SavingsReport) -> None:
-    from rich.console import Console
-
-    console = Console()
-    since = found.lines[0].name if found.by == "day" and found.lines else found.since
-    console.print(f"Savings from {since} to {found.until} (UTC), by {found.by.value}", highlight=False)
-    if not found.lines:
-        console.print("Nothing was answered in this time.", highlight=False)
+def _print(report: SavingsReport) -> None:
+    since = report.lines[0].name if report.by == "day" and report.lines else report.since
+    click.echo(f"Savings from {since} to {report.until} (UTC), by {report.by.value}")
+    if not report.lines:
+        click.echo("No request was answered in this time.")
         return
-    lines = (*found.lines, found.total)
-    tokens = [_token_cells(line) for line in lines]
-    money = [_money_cells(line) for line in lines]
-    heads = ("answers", "prompt", "cached", "share", "written", "output", "prefill s saved")
-    console.print(_table("Tokens", found.by.value, heads, tokens))
-    heads = ("uncached cost", "saving", "surcharge", "net", "cost", "of input", "of the bill")
-    console.print(_table("USD", found.by.value, heads, money))
-    for note in _notes(found.total):
-        console.print(note, highlight=False)
+    lines = (*report.lines, report.total)
+    click.echo()
+    print_table([text(report.by.value), *_TOKEN_COLUMNS], [_token_cells(line) for line in lines], "Tokens")
+    click.echo()
+    print_table([text(report.by.value), *_MONEY_COLUMNS], [_money_cells(line) for line in lines], "USD")
+    notes = _notes(report.total)
+    if notes:
+        click.echo()
+    for note in notes:
+        click.echo(note)
 
 
-def _table(title: str, by: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> object:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column(by, overflow="fold")
-    for head in heads:
-        table.add_column(head, justify="right")
-    for row in rows[:-1]:
-        table.add_row(*row)
-    table.add_section()
-    table.add_row(*rows[-1], style="bold")
-    return table
+_TOKEN_COLUMNS = [
+    number(heading)
+    for heading in ("responses", "prompt", "cached", "share", "written", "output", "prefill seconds saved")
+]
+_MONEY_COLUMNS = [
+    number(heading)
+    for heading in ("uncached cost", "saving", "surcharge", "net saving", "cost", "of input", "of the bill")
+]
 
 
 def _token_cells(line: SavingsLine) -> tuple[str, ...]:
-    counts = (line.prompt_tokens, line.cached_tokens)
-    rest = (line.written_tokens, line.output_tokens)
     return (
         line.name,
         f"{line.answers:,}",
-        *(f"{count:,}" for count in counts),
+        f"{line.prompt_tokens:,}",
+        f"{line.cached_tokens:,}",
         _share(line.cached_share),
-        *(f"{count:,}" for count in rest),
+        f"{line.written_tokens:,}",
+        f"{line.output_tokens:,}",
         f"{line.prefill_seconds_saved:,.1f}",
     )
 
@@ -207,12 +190,14 @@ def _share(share: Decimal | None) -> str:
 def _notes(total: SavingsLine) -> list[str]:
     notes = []
     if total.routing_gain_tokens:
-        share = _share(Decimal(total.routing_gain_tokens) / max(total.cached_tokens, 1))
-        notes.append(f"Routing's own part: {total.routing_gain_tokens:,} cached tokens ({share}) beyond round robin.")
+        gain, share = total.routing_gain_tokens, Decimal(total.routing_gain_tokens) / max(total.cached_tokens, 1)
+        notes.append(f"Due to routing: {gain:,} cached tokens ({_share(share)}) that round robin would have missed.")
     if total.unpriced:
-        notes.append(f"{total.unpriced:,} answers had no price and are in no sum of money; see cairn prices.")
+        notes.append(f"{total.unpriced:,} responses have no price and are not in the USD table; see cairn prices.")
     if total.unknown_tokens:
-        notes.append(f"Of {total.unknown_tokens:,} prompt tokens nobody said whether they were cached.")
+        notes.append(
+            f"For {total.unknown_tokens:,} prompt tokens the upstream did not report whether they were cached."
+        )
     if total.missing_usage:
-        notes.append(f"{total.missing_usage:,} answers ended before their usage and are in no sum.")
+        notes.append(f"{total.missing_usage:,} responses ended without token counts and are not included.")
     return notes

@@ -112,7 +112,7 @@ async def test_lists_tags_and_removals(cairn: Cairn, tmp_path: Path) -> None:
     listed = (await run(cairn, "list")).stdout
     assert one in listed
     assert two in listed
-    assert "worth" in listed
+    assert "saves $/h" in listed
     rows = json.loads((await run(cairn, "list", "--json")).stdout)
     assert [row["metadata"] for row in rows] == [{"pin": "true"}] * 2
     assert (await run(cairn, "tag", "t", "--delete")).exit_code == 0

@@ -60,8 +60,8 @@ def test_without_a_configuration_the_models_own_provider_is_meant() -> None:
 
 def test_an_unpriced_model_is_said_to_be_so_with_the_reason(file: str) -> None:
     """Never shown as zero; a card that is not valid yet does not count."""
-    assert "no card" in shown("nobody-knows", "--upstream", "http://127.0.0.1:1")
-    assert "unpriced" in shown("llama-3", "--config", file, "--on", "2025-12-31")
+    assert "has a price for this model" in shown("nobody-knows", "--upstream", "http://127.0.0.1:1")
+    assert "no price" in shown("llama-3", "--config", file, "--on", "2025-12-31")
     assert "No pool of the configuration serves gpt-9." in shown("gpt-9", "--config", file)
 
 

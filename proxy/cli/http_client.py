@@ -1,0 +1,115 @@
+"""A small HTTP client for the commands that talk to a running Cairn."""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+SEND_BYTES = 256 * 1024  # passed to the socket at once, so that progress can be shown
+RESPONSE_BYTES_AT_MOST = 64 * 1024 * 1024
+
+
+class BadUrl(Exception):
+    """The URL is not one of a Cairn."""
+
+
+class NoAnswer(Exception):
+    """Nothing answers at the URL; the text has the kind of the error."""
+
+
+class Answer(NamedTuple):
+    """An HTTP response."""
+
+    status: int
+    body: bytes
+
+
+class HttpClient:
+    """Sends requests to one base URL. `headers` are sent with each of them."""
+
+    def __init__(self, url: str, headers: Mapping[str, str], timeout_seconds: float) -> None:
+        """Raises BadUrl."""
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            self._port = parts.port
+        except ValueError:
+            raise BadUrl(url) from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise BadUrl(url)
+        self._is_secure = parts.scheme == "https"
+        self._host = parts.hostname
+        self._headers = dict(headers)
+        self._timeout_seconds = timeout_seconds
+        self.path = parts.path.rstrip("/")
+
+    def request(
+        self, method: str, target: str, body: bytes = b"", on_sent: Callable[[int], object] = lambda _: None
+    ) -> Answer:
+        """Send a request and return the response; `on_sent` is called with the bytes sent each time.
+
+        Raises:
+            NoAnswer: nothing answers, or not in HTTP.
+        """
+        connection = self._connection()
+        try:
+            self._send(connection, method, target, body, on_sent)
+            response = connection.getresponse()
+            return Answer(response.status, response.read(RESPONSE_BYTES_AT_MOST))
+        except (OSError, http.client.HTTPException) as error:
+            raise NoAnswer(type(error).__name__) from None
+        finally:
+            connection.close()
+
+    def events(self, target: str) -> Iterator[tuple[str, bytes]]:
+        """Yield the events of a stream, as (event, data), until it ends.
+
+        Raises:
+            NoAnswer: nothing answers, the status is not 200, or the stream is broken off.
+        """
+        connection = self._connection()
+        try:
+            self._send(connection, "GET", target, b"", lambda _: None)
+            response = connection.getresponse()
+            if response.status != 200:
+                raise NoAnswer(f"status {response.status}")
+            name = ""
+            while line := response.readline():
+                field, _, value = line.rstrip(b"\n").partition(b": ")
+                if field == b"event":
+                    name = value.decode()
+                elif field == b"data":
+                    yield name, value
+        except (OSError, http.client.HTTPException) as error:
+            raise NoAnswer(type(error).__name__) from None
+        finally:
+            connection.close()
+
+    def _connection(self) -> http.client.HTTPConnection:
+        if self._is_secure:
+            context = ssl.create_default_context()
+            return http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout_seconds, context=context)
+        return http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_seconds)
+
+    def _send(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        target: str,
+        body: bytes,
+        on_sent: Callable[[int], object],
+    ) -> None:
+        connection.putrequest(method, self.path + target)
+        for name, value in self._headers.items():
+            connection.putheader(name, value)
+        connection.putheader("content-length", str(len(body)))
+        connection.endheaders()
+        try:
+            for start in range(0, len(body), SEND_BYTES):
+                piece = body[start : start + SEND_BYTES]
+                connection.send(piece)
+                on_sent(len(piece))
+        except ConnectionError:
+            pass  # the request was refused before it was all sent; the response says why

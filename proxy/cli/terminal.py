@@ -1,0 +1,24 @@
+"""Print tables to standard output, with the layout that fits."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+
+import click
+
+from proxy.cli.tables import Column, lay_out
+
+
+def terminal_width() -> int | None:
+    """Return the width of the terminal that standard output is, or None if it is a pipe or a file."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """Print a table after its title."""
+    if title:
+        click.echo(click.style(title, bold=True))
+    for line in lay_out(columns, rows, terminal_width()):
+        click.echo(line)

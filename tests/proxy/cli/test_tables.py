@@ -1,0 +1,51 @@
+"""The layout of tables: no value is cut or broken, at any width."""
+
+from __future__ import annotations
+
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.cli.tables import lay_out, number, text
+
+COLUMNS = [text("day"), number("prompt tokens"), number("saved")]
+ROWS = [("2026-11-26", "1,296,000", "$12.0000"), ("total", "7", "$0.5000")]
+
+
+def test_a_table_that_fits_is_aligned() -> None:
+    """Numbers to the right, texts to the left, no space at the end of a line."""
+    assert lay_out(COLUMNS, ROWS, 80) == [
+        "day         prompt tokens     saved",
+        "2026-11-26      1,296,000  $12.0000",
+        "total                   7   $0.5000",
+    ]
+
+
+def test_a_table_that_is_too_wide_becomes_records() -> None:
+    """The first value is the title of a record."""
+    assert lay_out(COLUMNS, ROWS, 34) == [
+        "2026-11-26",
+        "  prompt tokens  1,296,000",
+        "  saved           $12.0000",
+        "total",
+        "  prompt tokens          7",
+        "  saved            $0.5000",
+    ]
+
+
+def test_a_pipe_gets_the_table_at_its_full_width() -> None:
+    """However wide it is."""
+    assert len(lay_out([text("a"), text("b")], [("x" * 500, "y")], None)) == 2
+
+
+@given(
+    st.lists(st.tuples(*[st.text("abc1,.$ü漢", min_size=1, max_size=30)] * 3), max_size=5),
+    st.one_of(st.none(), st.integers(0, 120)),
+)
+def test_every_value_is_whole(rows: list[tuple[str, str, str]], width: int | None) -> None:
+    """On one line, with space around it."""
+    lines = lay_out(COLUMNS, rows, width)
+    for row in rows:
+        for value in row:
+            assert any(re.search(rf"(^|\s){re.escape(value)}(\s|$)", line) for line in lines)
