@@ -115,10 +115,12 @@ class Tenant(msgspec.Struct, frozen=True, gc=False):
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
-    """Tokens of one answer in the one normal form; cached and written tokens are part of `prompt_tokens`.
+    """Tokens of one response in normal form; cached and written tokens are part of `prompt_tokens`.
 
-    `cached_tokens` is None where the upstream did not say. `inconsistent` tells that values were clamped.
-    `prefill_seconds` is None but for engines that report it.
+    `cached_tokens` is None if the upstream did not report them. `inconsistent` means that values were clamped.
+    `prefill_seconds` is None except for engines that report it. `service_tier` is the tier that was used, if it has
+    prices of its own (flex, priority, batch). If the response took several model calls, the counts are their sums and
+    `longest_call_tokens` is the prompt of the longest.
     """
 
     prompt_tokens: int
@@ -129,6 +131,8 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
     reasoning_tokens: int = 0
     inconsistent: bool = False
     prefill_seconds: float | None = None
+    service_tier: str = ""
+    longest_call_tokens: int = 0
 
 
 class Media(msgspec.Struct, frozen=True, gc=False):
@@ -168,6 +172,7 @@ class Prompt(msgspec.Struct, frozen=True):
     max_output_tokens: int | None = None
     may_name_context: bool = False  # a short message contains "cache", perhaps as its role
     referring: tuple[memoryview, ...] = ()  # members, beside messages and input, that may name stored objects
+    has_hidden_parts: bool = False  # the upstream adds a stored prompt or search results
 
 
 class Call(msgspec.Struct, frozen=True):

@@ -233,7 +233,7 @@ class RequestCounters:
             spared_seconds = usage.cached_tokens / rate
             source.prefill_saved.value += spared_seconds
             row.prefill_micros += round(spared_seconds * _MICROS_PER_SECOND)
-        card = self._prices.card(outcome.model or "", backend.url, self._today(), backend.name)
+        card = self._prices.card(outcome.model or "", backend.url, self._today(), backend.name, usage.service_tier)
         bill = card if isinstance(card, Unpriced) else pricing.bill(usage, card, rate)
         if not isinstance(bill, Bill):
             recorder.inc(metrics.UNPRICED, (bill.value,))

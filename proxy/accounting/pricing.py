@@ -95,6 +95,7 @@ class Rule(msgspec.Struct, frozen=True):
     upstream: str
     valid_from: str
     card: Card | Unpriced
+    service_tier: str = ""  # applies to responses of this tier only; empty: to those of every other
 
 
 class Bill(msgspec.Struct, frozen=True, gc=False):
@@ -126,42 +127,50 @@ class PriceBook:
     def __init__(self, rules: Sequence[Rule], builtin: Callable[[str, str], TokenCard | None]) -> None:
         self._rules = _newest_of_equals_first(rules)
         self._builtin = builtin
-        self._resolved: dict[tuple[str, str, str, str], Card | Unpriced] = {}
+        self._resolved: dict[tuple[str, ...], Card | Unpriced] = {}
 
     def adopt(self, rules: Sequence[Rule]) -> None:
         """Go by other rules from now on."""
         self._rules = _newest_of_equals_first(rules)
         self._resolved.clear()
 
-    def card(self, model: str, upstream: str, day: str, name: str = "") -> Card | Unpriced:
+    def card(self, model: str, upstream: str, day: str, name: str = "", service_tier: str = "") -> Card | Unpriced:
         """The card for `model` (as sent) at `upstream` (its URL) on `day` (ISO date), or why there is none.
 
-        `name` is the upstream's in the configuration, which a rule may name as well.
+        `name` is the upstream's in the configuration, which a rule may name as well. A rule that names the service
+        tier comes before one that does not.
         """
-        key = (model, upstream, day, name)
+        key = (model, upstream, day, name, service_tier)
         card = self._resolved.get(key)
         if card is None:
-            card = self._resolve(model, (upstream, name), day)
+            card = self._resolve(model, (upstream, name), day, service_tier)
             if len(self._resolved) >= MODELS_REMEMBERED_AT_MOST:
                 self._resolved.clear()
             self._resolved[key] = card
         return card
 
-    def _resolve(self, model: str, upstream: tuple[str, str], day: str) -> Card | Unpriced:
+    def _resolve(self, model: str, upstream: tuple[str, str], day: str, service_tier: str) -> Card | Unpriced:
+        for tier in (service_tier, "") if service_tier else ("",):
+            if (card := self._ruled(model, upstream, day, tier)) is not None:
+                return card
+        return self._builtin(model, upstream[0]) or Unpriced.NO_CARD
+
+    def _ruled(self, model: str, upstream: tuple[str, str], day: str, service_tier: str) -> Card | Unpriced | None:
         for rule in self._rules:
             if (
                 rule.valid_from <= day
+                and rule.service_tier == service_tier
                 and matches(model, rule.model)
                 and any(matches(address, rule.upstream) for address in upstream)
             ):
                 return rule.card
-        return self._builtin(model, upstream[0]) or Unpriced.NO_CARD
+        return None
 
 
 def _newest_of_equals_first(rules: Sequence[Rule]) -> list[Rule]:
-    groups: dict[tuple[str, str], list[Rule]] = {}
+    groups: dict[tuple[str, str, str], list[Rule]] = {}
     for rule in rules:
-        groups.setdefault((rule.model, rule.upstream), []).append(rule)
+        groups.setdefault((rule.model, rule.upstream, rule.service_tier), []).append(rule)
     return [
         rule for group in groups.values() for rule in sorted(group, key=lambda rule: rule.valid_from, reverse=True)
     ]
@@ -170,7 +179,7 @@ def _newest_of_equals_first(rules: Sequence[Rule]) -> list[Rule]:
 def bill(usage: Usage, card: Card, prefill_tokens_per_second: float | None) -> Bill | Unpriced:
     """Price one answer. Unknown cached tokens save nothing; an engine's card needs the replica's prefill rate."""
     if isinstance(card, TokenCard):
-        return _token_bill(usage, card.rates_for(usage.prompt_tokens))
+        return _token_bill(usage, card.rates_for(usage.longest_call_tokens or usage.prompt_tokens))
     if not prefill_tokens_per_second:
         return Unpriced.NO_PREFILL_RATE
     usd_per_token = card.usd_per_second / Decimal(str(prefill_tokens_per_second))

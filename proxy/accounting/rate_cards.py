@@ -15,7 +15,13 @@ _ONE = Decimal(1)
 def rules_of(prices: Sequence[Price]) -> list[Rule]:
     """One rule for each card, in the file's order; a card's source is its path in the configuration."""
     return [
-        Rule(price.model, price.upstream, _day(price), _card(price, f"configuration, prices[{number}]"))
+        Rule(
+            price.model,
+            price.upstream,
+            _day(price),
+            _card(price, f"configuration, prices[{number}]"),
+            price.service_tier or "",
+        )
         for number, price in enumerate(prices)
     ]
 

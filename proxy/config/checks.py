@@ -148,10 +148,10 @@ def _clients(config: Config) -> Iterator[Problem]:
 
 
 def _prices(config: Config) -> Iterator[Problem]:
-    seen: dict[tuple[str, str, str], str] = {}
+    seen: dict[tuple[str, ...], str] = {}
     for p, price in enumerate(config.prices):
         path = f"$.prices[{p}]"
-        key = (price.model, price.upstream, str(price.valid_from or ""))
+        key = (price.model, price.upstream, price.service_tier or "", str(price.valid_from or ""))
         yield from _twice(seen.setdefault(key, path), path, "valid_from", "a price for the same models and date")
         yield from _amounts(path, price, (*_TOKEN_AMOUNTS, *_GPU_AMOUNTS, "usd_per_unit"))
         if price.usd_per_unit is not None and price.currency == "USD":

@@ -485,6 +485,10 @@ class Price(Section, frozen=True):
     upstream: Annotated[str, Meta(min_length=1, max_length=1024)] = "*"
     """Pattern of the replica's name or URL."""
 
+    service_tier: Annotated[str, Meta(pattern=r"^[a-z0-9_-]+$", max_length=32)] | None = None
+    """Service tier, as the response names it, to which the price applies: `flex`, `priority` or `batch`. A price
+    without it applies to every tier that has no price of its own."""
+
     valid_from: date | None = None
     """First day (UTC) on which the price applies."""
 

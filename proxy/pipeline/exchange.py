@@ -33,6 +33,7 @@ class Exchange:
         "asked_usage",
         "attempt",
         "avoid",
+        "background_id",
         "call",
         "context_notes",
         "context_result",
@@ -72,6 +73,7 @@ class Exchange:
         self.pool: ServedPool | None = None
         self.pinned_replica: int | None = None  # the number of the replica where the object lies that is named
         self.plan: Plan | None = None
+        self.background_id: str | None = None  # of a response that is computed in the background
         self.avoid: frozenset[str] = frozenset()  # names of replicas that are not to be chosen
         self.stored: StoredUse | None = None
         self.is_warming = False  # sent by Cairn itself, so that a context is computed before it is used

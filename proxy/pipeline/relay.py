@@ -8,7 +8,6 @@ claimed is given back here, on every path. It must not know how a replica was ch
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from typing import Final
@@ -24,7 +23,7 @@ from proxy.metrics.recorder import Recorder
 from proxy.model import Candidate, Edit, Ending, Endpoint
 from proxy.pipeline.attempt import Attempt, Attempts
 from proxy.pipeline.exchange import Exchange
-from proxy.pipeline.reader import object_key
+from proxy.pipeline.objects import CreatedObjects
 from proxy.upstream import Body, Framing, UpstreamClient, UpstreamResponse
 from proxy.wire import headers as wire_headers
 from proxy.wire import splice
@@ -32,7 +31,7 @@ from proxy.wire.decode import ResponseDecoder
 from proxy.wire.errors import error_event
 from proxy.wire.paths import without_credentials
 from proxy.wire.sse import StreamTap
-from proxy.wire.usage import made_id, read_response
+from proxy.wire.usage import read_response
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +57,6 @@ _TRUNCATED: Final = Ending.TRUNCATED
 _UPSTREAM_STATUS: Final = Ending.UPSTREAM_STATUS
 _INTERNAL: Final = Ending.INTERNAL
 _RESPONSES: Final = Endpoint.RESPONSES
-_OTHER: Final = Endpoint.OTHER
-_FIRST_ID = re.compile(rb'"id"\s*:\s*"([^"\\]+)"')
 
 
 class Relay:
@@ -81,7 +78,7 @@ class Relay:
         self._client = client
         self._attempts = attempts
         self._fleet = fleet
-        self._journal = journal
+        self._objects = CreatedObjects(journal)
         self._recorder = recorder
         self._clock = clock
         self._max_retries = max_retries
@@ -290,15 +287,15 @@ class Relay:
     def _read_plain(self, exchange: Exchange, response: UpstreamResponse, body: bytes) -> None:
         """Usage and the ids that live on this replica, out of a whole plain answer."""
         endpoint = exchange.call.endpoint
-        makes_something = endpoint in (_RESPONSES, _OTHER) and exchange.call.method == "POST"
-        if not (endpoint.is_generation or makes_something):
+        may_tell = self._objects.may_tell(exchange.call)
+        if not (endpoint.runs_model or may_tell):
             return
         if encoding := response.header(b"content-encoding"):
             body = ResponseDecoder(encoding, _READ_AT_MOST_BYTES).feed(body)
-        if endpoint.is_generation:
+        if endpoint.runs_model:
             exchange.usage = read_response(body, endpoint).usage
-        if makes_something:
-            self._note_made(exchange, made_id(body))
+        if may_tell:
+            self._objects.note(exchange, body)
 
     async def _stream(self, exchange: Exchange, response: UpstreamResponse, downstream: Downstream) -> None:
         tap = StreamTap(exchange.call.endpoint, withhold_usage=exchange.asked_usage)
@@ -318,6 +315,7 @@ class Relay:
             raise
         finally:
             exchange.usage = tap.usage
+            self._objects.note_end(exchange)
         if response.status >= 400:
             exchange.ending = _UPSTREAM_STATUS
 
@@ -345,18 +343,11 @@ class Relay:
                 self._note_progress(exchange, tap, response.seen_seconds)
             if wants_id and len(opening) < _OPENING_BYTES:
                 opening += piece
-                if found := _FIRST_ID.search(opening):
-                    self._note_made(exchange, found[1].decode(errors="replace"))
-                    wants_id = False
+                wants_id = not self._objects.note_opening(exchange, opening)
             return keeps_up
 
         while not await response.pour(pass_on):
             await downstream.drained()
-
-    def _note_made(self, exchange: Exchange, made_id: str | None) -> None:
-        if made_id is not None and exchange.attempt is not None:
-            assert exchange.pool is not None  # noqa: S101 - the reader set it
-            self._journal.own(object_key(exchange.call.tenant, exchange.pool, made_id), exchange.attempt.replica)
 
     def _response_head(self, exchange: Exchange, response: UpstreamResponse) -> list[tuple[bytes, bytes]]:
         return wire_headers.response_head(

@@ -21,6 +21,7 @@ from proxy.fleet import Fleet
 from proxy.model import Ending, Outcome, Usage
 from proxy.pipeline.exchange import Exchange
 from proxy.routing.token_estimate import TokenCounts
+from proxy.wire.text_alone import TextAlone
 
 COUNTED_TOGETHER: Final = 32  # requests
 
@@ -49,6 +50,7 @@ class Settlement:
         self._shadow = shadow
         self._access_log = access_log
         self._clock = clock
+        self._text_alone = TextAlone()
         self._uncounted: deque[_Finished] = deque()
 
     def settle(self, exchange: Exchange) -> Outcome:
@@ -84,7 +86,7 @@ class Settlement:
             self._accounts.count_routing_gain(outcome, self._shadow.counted(label, gain))
 
     def _teach_index(self, placement: Placement, usage: Usage | None) -> None:
-        if usage is None:
+        if usage is None or usage.longest_call_tokens:  # sums of several calls say nothing about this prompt
             self._journal.settled(placement)
         else:
             self._journal.answered(placement, usage.prompt_tokens, usage.cached_tokens, usage.output_tokens)
@@ -93,7 +95,8 @@ class Settlement:
         prompt, attempt, times = exchange.prompt, exchange.attempt, outcome.times
         if prompt is None or attempt is None or outcome.ending is not Ending.COMPLETE:
             return
-        self._tokens.observe(prompt.model, prompt.size_bytes, usage.prompt_tokens, prompt.media)
+        if not usage.longest_call_tokens and exchange.stored is None and self._text_alone.holds_for(prompt):
+            self._tokens.observe(prompt.model, prompt.size_bytes, usage.prompt_tokens, prompt.media)
         computed_tokens = usage.prompt_tokens - (usage.cached_tokens or 0)
         if usage.cached_tokens is not None:
             self._fleet.observe_prefill(attempt.charge, computed_tokens, usage.prefill_seconds or None)

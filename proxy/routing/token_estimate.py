@@ -81,6 +81,8 @@ class TokenCounts:
         """Learn an engine's count for a prompt. Media of several kinds teach nothing: their shares stay hidden."""
         if size_bytes <= 0 or prompt_tokens <= 0:
             return
+        if not media and prompt_tokens > size_bytes:
+            return  # a byte is at most one token: the upstream read more than this text
         known = self._models.pop(model, None) or _Model()
         self._models[model] = known  # at the end: the least recently used stays in front
         if len(self._models) > MOST_MODELS:

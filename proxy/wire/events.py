@@ -1,6 +1,6 @@
-"""One server-sent event of any dialect: its data, and what that says about token, usage, end and error.
+"""Read one server-sent event of any dialect: whether it carries a token, usage, an error or the end. Pure.
 
-Pure; knows nothing of chunks or of what came before. Data that cannot be read says nothing.
+Data that cannot be read counts as none of these, except for a usage object found in it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from proxy.wire.schemas import (
     MessagesEvent,
     ResponsesEvent,
     decode_chunk,
+    decode_leniently,
     decode_messages_event,
     decode_responses_event,
 )
+from proxy.wire.usage import tail_usage
 
 _BOM: Final = b"\xef\xbb\xbf"
 _CR: Final = 13
@@ -28,7 +30,7 @@ _DONE = EventRead(finished=True)
 
 
 def data_of(event: bytes) -> bytes:
-    """The data of a raw event: its `data` lines joined by line feeds; empty for comments and blank lines."""
+    """Return the data of a raw event: its `data` lines joined by line feeds; empty for comments and blank lines."""
     if event.startswith(_BOM):
         event = event[3:]
     lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
@@ -36,9 +38,9 @@ def data_of(event: bytes) -> bytes:
 
 
 def read_event(event: bytes, endpoint: Endpoint) -> EventRead:
-    """What the raw `event` of a stream of `endpoint` says; never raises."""
+    """Return what a raw event of a stream of `endpoint` reports; never raises."""
     if event.startswith(b"data: {") and 0 < len(event) - event.find(b"\n") <= 2 and _CR not in event:
-        payload = event[6:]  # one line of JSON, as nearly all are; white space behind it does no harm
+        payload = event[6:]  # one line of JSON, as nearly all are; white space after it is harmless
     else:
         payload = data_of(event).strip()
         if payload == b"[DONE]":
@@ -52,7 +54,21 @@ def read_event(event: bytes, endpoint: Endpoint) -> EventRead:
             return _of_messages(decode_messages_event(payload))
         return _of_chunk(decode_chunk(payload))
     except DECODE_ERRORS:
-        return NOTHING
+        return _leniently(payload, endpoint)
+
+
+def _leniently(payload: bytes, endpoint: Endpoint) -> EventRead:
+    """Read what a strict decoder refuses: NaN, Infinity, lone surrogates, bytes that are not UTF-8."""
+    if endpoint is Endpoint.RESPONSES:
+        if (event := decode_leniently(payload, ResponsesEvent)) is not None:
+            return _of_responses(event)
+    elif endpoint is Endpoint.MESSAGES:
+        if (message := decode_leniently(payload, MessagesEvent)) is not None:
+            return _of_messages(message)
+    elif (chunk := decode_leniently(payload, Chunk)) is not None:
+        return _of_chunk(chunk)
+    usage = tail_usage(payload)
+    return NOTHING if usage is None else EventRead(usage=usage)
 
 
 def _of_chunk(chunk: Chunk) -> EventRead:
@@ -66,11 +82,11 @@ def _of_chunk(chunk: Chunk) -> EventRead:
             finished = True
         usage = usage or choice.usage
     extra = chunk.choices is not None and not chunk.choices and isinstance(usage, dict)
-    return EventRead(token, finished, bool(chunk.error), extra, usage, chunk.timings)
+    return EventRead(token, finished, bool(chunk.error), extra, usage, chunk.timings, chunk.service_tier)
 
 
 def _is_token(delta: Delta) -> bool:
-    """True for the first content, reasoning or tool call; a role, null and empty values are none."""
+    """Return True for content, reasoning or a tool call; a role, null and empty values are no token."""
     return bool(
         delta.content
         or delta.reasoning_content
@@ -93,6 +109,7 @@ def _of_responses(event: ResponsesEvent) -> EventRead:
         finished=event.type in _RESPONSE_ENDS,
         error=broken or (response is not None and bool(response.error)),
         usage=None if response is None else response.usage,
+        service_tier=None if response is None else response.service_tier,
     )
 
 

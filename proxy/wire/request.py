@@ -1,22 +1,23 @@
-"""Read a generation request as spans of its body; long content is never decoded, and nothing is judged that the
-upstream can judge.
+"""Read a generation request as spans of its body. Pure.
 
-It knows no HTTP, no tenant and no replica. What the prefix chain is made of is decided here:
+Long content is never decoded, and nothing is refused that the upstream can judge. What the prefix chain is made of is
+decided here:
 
-- the salt: the model, the adapter, and the arguments that change how the engine renders the *head* of the prompt
-  (`reasoning_effort`, `chat_template_kwargs`, ...). Sampling never counts. `tool_choice` counts only as "none", which
-  takes the tools out of the prompt. `response_format` and guided decoding do not count: vLLM and SGLang apply them to
-  the sampler; the few that render them see a wrong guess corrected by the reported usage.
-- the spans: tools, then messages, as their JSON text stands. An absent, null and empty `tools` are the same.
+- The salt: the model, the adapter, the conversation that is continued, and the arguments that change how the engine
+  renders the *head* of the prompt (`reasoning_effort`, `chat_template_kwargs`, ...). Sampling does not count.
+  `tool_choice` is part of it only as "none", which takes the tools out of the prompt. `response_format` and guided
+  decoding are left out, since vLLM and SGLang apply them to the sampler; for the few engines that render them, the
+  reported usage corrects a wrong guess.
+- The spans: tools, then messages, as their JSON text is in the body. Absent, null and empty `tools` are the same.
 
-JSON is read as msgspec reads it: of duplicate keys the last wins, as in Python's json, orjson, pydantic and
-nlohmann. Only `model` twice is refused, since the model decides what a client may use.
+JSON is read as msgspec reads it: of duplicate keys the last one counts, as in Python's json, orjson, pydantic and
+nlohmann. Only a second `model` is refused, since the model decides what a client may use.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -41,13 +42,16 @@ from proxy.wire.schemas import (
 )
 from proxy.wire.spans import span_of
 
-MODEL_NAME_BYTES_MOST: Final = 512  # bytes; the longest names seen (paths of local models) stay under 300
+MODEL_NAME_BYTES_MOST: Final = 512  # bytes; the longest names seen (paths of local models) are under 300
+
+MESSAGES_MOST: Final = 20_000
+"""Messages or input items of one prompt; a view of each is made, and these take 30 ms of the event loop."""
 
 CACHE_MESSAGE_BYTES_MOST: Final = 1024
-"""Of the JSON text of a message that names a stored context; twice what it needs."""
+"""Length of the JSON text of a message that names a stored context; twice what is needed."""
 
 _SEARCHED_BYTES: Final = 8192
-"""A body up to this is searched as one, at 1 us per KB; of others only the short messages."""
+"""A body up to this length is searched as a whole, at 1 us per KB; in longer ones only the short messages are."""
 
 _NOTHING = frozenset({b"", b"null", b"[]", b"{}"})
 _NOT_APPLICABLE: Final = UsageRequest.NOT_APPLICABLE
@@ -103,22 +107,37 @@ def first_file_id(body: Body) -> str | None:
 
 def _read_chat(body: Body) -> Prompt:
     fields = _decoded(decode_chat, body)
-    messages = fields.messages
-    if messages is None:
-        raise BadRequest("messages must be an array", param="messages")
+    messages = _listed(fields.messages, "messages")
     spans = [memoryview(message) for message in messages]
     if fields.tools is not NONE or fields.functions is not NONE:
         spans[:0] = _present(fields.tools, fields.functions)
     limit = fields.max_completion_tokens
     if limit is NONE:
         limit = fields.max_tokens
-    return _prompt(body, fields, spans, messages, limit, names_context=_may_name_context(body, spans))
+    return _prompt(
+        body,
+        fields,
+        spans,
+        messages,
+        limit,
+        names_context=_may_name_context(body, spans),
+        has_hidden_parts=fields.web_search_options is not NONE,
+    )
+
+
+def _listed(messages: list[Raw] | None, param: str) -> list[Raw]:
+    """Return the messages, or raise BadRequest if there is no list of them or it is too long."""
+    if messages is None:
+        raise BadRequest(f"{param} must be an array", param=param)
+    if len(messages) > MESSAGES_MOST:
+        raise BadRequest(f"{param} has {len(messages)} items; at most {MESSAGES_MOST} are accepted", param=param)
+    return messages
 
 
 def _may_name_context(body: Body, spans: list[memoryview]) -> bool:
-    """Whether a message could have the role `cache`: never wrongly no, but for a role written with escapes."""
+    """Return False if no message has the role `cache`, except for a role written with escapes."""
     if len(body) <= _SEARCHED_BYTES:
-        return body.find(b'"cache"') >= 0  # `in` costs four times as much
+        return body.find(b'"cache"') >= 0  # `in` takes four times as long
     return any(len(span) <= CACHE_MESSAGE_BYTES_MOST and bytes(span).find(b'"cache"') >= 0 for span in spans)
 
 
@@ -129,13 +148,12 @@ def _read_completion(body: Body) -> Prompt:
 
 
 def _read_messages(body: Body) -> Prompt:
-    """Anthropic's dialect: a change of `tool_choice` keeps tools and system cached, not the messages."""
+    """Read Anthropic's dialect. There a change of `tool_choice` keeps tools and system cached, not the messages."""
     fields = _decoded(decode_messages, body)
-    if fields.messages is None:
-        raise BadRequest("messages must be an array", param="messages")
+    messages = _listed(fields.messages, "messages")
     spans = _present(fields.tools, fields.system, fields.tool_choice)
-    spans += map(memoryview, fields.messages)
-    return _prompt(body, fields, spans, fields.messages, fields.max_tokens, always_reports=True)
+    spans += map(memoryview, messages)
+    return _prompt(body, fields, spans, messages, fields.max_tokens, always_reports=True)
 
 
 def _read_responses(body: Body) -> Prompt:
@@ -145,15 +163,24 @@ def _read_responses(body: Body) -> Prompt:
     if isinstance(fields.input, Raw):
         spans += _present(fields.input)
     elif fields.input:
-        items = fields.input
+        items = _listed(fields.input, "input")
         spans += map(memoryview, items)
-    pinned = _text(fields.previous_response_id) or _conversation(fields.conversation)
-    return _prompt(body, fields, spans, items, fields.max_output_tokens, pinned, always_reports=True)
+    continued = _text(fields.previous_response_id) or _conversation(fields.conversation)
+    return _prompt(
+        body,
+        fields,
+        spans,
+        items,
+        fields.max_output_tokens,
+        continued,
+        always_reports=True,
+        has_hidden_parts=fields.prompt is not NONE,
+    )
 
 
 def _read_embeddings(body: Body) -> Prompt:
     fields = _decoded(decode_embeddings, body)
-    return Prompt(body, fields.model, False, (fields.model.encode(),), (), 0)
+    return Prompt(body, str(fields.model), stream=False, chain_salt=(fields.model.encode(),), spans=(), size_bytes=0)
 
 
 _READERS: dict[Endpoint, Callable[[Body], Prompt]] = {
@@ -169,35 +196,41 @@ def _prompt(
     body: Body,
     fields: Common,
     spans: list[memoryview],
-    content: Iterable[Raw],
+    content: Sequence[Raw],
     limit: Raw,
     pinned_to: str | None = None,
     *,
     always_reports: bool = False,
     names_context: bool = False,
+    has_hidden_parts: bool = False,
 ) -> Prompt:
+    """Build the prompt from the fields that all dialects share; `content` are its messages or input items."""
     asked, options = _NOT_APPLICABLE, (0, 0)
     if fields.stream and not always_reports:
         asked, options = _usage_request(body, fields.stream_options)
+    referring: tuple[memoryview, ...] = ()
+    if fields.tools is not NONE or fields.container is not NONE:
+        referring = tuple(_present(fields.tools, fields.container))
     return Prompt(
         body,
         str(fields.model),
-        fields.stream is True,
-        _salt(fields),
-        tuple(spans),
-        sum([len(span) for span in spans]),
-        asked,
-        options,
-        pinned_to,
-        find_media(body, content),
-        None if limit is NONE else _count(limit),
-        names_context,
-        () if fields.tools is NONE and fields.container is NONE else tuple(_present(fields.tools, fields.container)),
+        stream=fields.stream is True,
+        chain_salt=_salt(fields) if pinned_to is None else (*_salt(fields), b"continues", pinned_to.encode()),
+        spans=tuple(spans),
+        size_bytes=sum([len(span) for span in spans]),
+        usage_request=asked,
+        stream_options_span=options,
+        pinned_to=pinned_to,
+        media=find_media(body, content),
+        max_output_tokens=None if limit is NONE else _count(limit),
+        may_name_context=names_context,
+        referring=referring,
+        has_hidden_parts=has_hidden_parts,
     )
 
 
 def _decoded(decode: Callable[[Body], Any], body: Body) -> Any:
-    """Fields of `body`, with `model` checked: there, once, not empty, not absurdly long."""
+    """Decode the fields of `body`, and check that `model` is given at most once, not empty and not too long."""
     models = seen.models
     models.clear()
     try:
@@ -219,7 +252,7 @@ def _decoded(decode: Callable[[Body], Any], body: Body) -> Any:
 
 
 def _decoded_responses(body: Body) -> Any:
-    """`input` is mostly an array; where it is a text, the first reading stops there and a second is made."""
+    """Decode a body whose `input` is mostly an array; if it is a string, the body is decoded a second time."""
     try:
         return _decoded(decode_responses, body)
     except BadRequest as error:
@@ -229,7 +262,7 @@ def _decoded_responses(body: Body) -> Any:
 
 
 def _wrong_type(error: msgspec.ValidationError) -> BadRequest:
-    """msgspec says "Expected `bool`, got `int` - at `$.stream`": no value of the body is in it."""
+    """Split msgspec's message, "Expected `bool`, got `int` - at `$.stream`", which contains no value of the body."""
     message, _, path = str(error).partition(" - at `$")
     param = path.strip("`").lstrip(".").partition("[")[0].partition(".")[0] or None
     return BadRequest(f"{param or 'the body'}: {message}", param=param)
@@ -250,13 +283,13 @@ def _salt(fields: Common) -> tuple[bytes, ...]:
 
 
 def _present(*values: Raw) -> list[memoryview]:
-    """Views of those that say something."""
+    """Return views of the values that are not empty."""
     views = [memoryview(value) for value in values if value is not NONE]
     return [view for view in views if len(view) > 4 or bytes(view) not in _NOTHING]
 
 
 def _usage_request(body: Body, options: Raw) -> tuple[UsageRequest, tuple[int, int]]:
-    """What the body says about usage; options of a wrong type are left to the upstream's judgement."""
+    """Return whether the body asks for usage; options of a wrong type are left for the upstream to judge."""
     if options is NONE:
         return UsageRequest.ABSENT, (0, 0)
     try:
@@ -269,13 +302,13 @@ def _usage_request(body: Body, options: Raw) -> tuple[UsageRequest, tuple[int, i
 
 
 def _count(value: Raw) -> int | None:
-    """A positive whole number, or None for whatever else stands there: the upstream is its judge."""
+    """Return a positive whole number, or None for anything else, which the upstream will judge."""
     text = bytes(value)
     return int(text) if len(text) < 16 and text.isdigit() else None
 
 
 def _text(value: Raw) -> str | None:
-    """A non-empty string, else None."""
+    """Return a non-empty string, else None."""
     try:
         return decode_text(value) or None
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -283,7 +316,7 @@ def _text(value: Raw) -> str | None:
 
 
 def _conversation(value: Raw) -> str | None:
-    """The id of a conversation, given as a string or as {"id": ...}."""
+    """Return the id of a conversation, given as a string or as {"id": ...}."""
     if value is NONE:
         return None
     try:

@@ -1,14 +1,14 @@
-"""The JSON that is read, as msgspec decodes it: requests, answers and events of every dialect.
+"""Types of the JSON that is read (requests, responses and events of every dialect), and their decoders.
 
-Words and their decoders only; what they mean stands in the modules that read them. What is not named here is skipped
-and not decoded, and what is named `Raw` stays the text that it was.
+Members that are not named here are skipped without being decoded; those of type `Raw` keep their text.
 """
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Raw
@@ -16,23 +16,23 @@ from msgspec import Raw
 from proxy.model import Body, Usage
 
 NONE = Raw()
-"""What a raw member is where it is absent: told by identity."""
+"""The value of a raw member that is absent; compare by identity."""
 
 DECODE_ERRORS = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
-"""What a decoder here raises over bytes that are not what they claim to be."""
+"""The exceptions of the decoders here."""
 
 
 # --- requests
 
 
 class Model(str):
-    """A type of its own, so that msgspec calls `_seen_model` once for every occurrence of the key."""
+    """A type for which msgspec calls `_seen_model`, once for every occurrence of the key."""
 
     __slots__ = ()
 
 
 class _Seen(threading.local):
-    """Models met in the body being read; per thread, so that a body may be read in any."""
+    """The models found in the body being read; per thread, so that any thread may read a body."""
 
     def __init__(self) -> None:
         self.models: list[object] = []
@@ -49,7 +49,7 @@ def _seen_model(kind: type, value: Any) -> Any:
 
 
 class Common(msgspec.Struct, gc=False):
-    """What the dialects share."""
+    """Members that all dialects share."""
 
     model: Model = Model()
     stream: bool | None = None
@@ -77,6 +77,7 @@ class _Chat(Common, gc=False):
     messages: list[Raw] | None = None
     functions: Raw = NONE
     max_completion_tokens: Raw = NONE
+    web_search_options: Raw = NONE
 
 
 class _Completion(Common, gc=False):
@@ -138,7 +139,7 @@ decode_text = msgspec.json.Decoder(str).decode
 
 
 class Part(msgspec.Struct, gc=False):
-    """A content part of any dialect, with the raw values in which its bytes may stand."""
+    """A content part of any dialect, with the raw values that may contain its bytes."""
 
     type: str = ""
     image_url: Raw = NONE
@@ -163,7 +164,7 @@ decode_parts = msgspec.json.Decoder(list[Part]).decode
 
 
 class EventRead(msgspec.Struct, frozen=True, gc=False):
-    """What one event says. `extra` marks the chunk that exists only because usage was asked for."""
+    """What one event reports. `extra` marks the chunk that exists only because usage was asked for."""
 
     token: bool = False
     finished: bool = False
@@ -171,6 +172,7 @@ class EventRead(msgspec.Struct, frozen=True, gc=False):
     extra: bool = False
     usage: Any = None
     timings: Any = None
+    service_tier: Any = None
 
 
 class Delta(msgspec.Struct, gc=False):
@@ -200,6 +202,7 @@ class Chunk(msgspec.Struct, gc=False):
     usageMetadata: Any = None  # noqa: N815 - Gemini's spelling
     timings: Any = None
     error: Any = None
+    service_tier: Any = None
 
 
 decode_chunk = msgspec.json.Decoder(Chunk).decode
@@ -208,6 +211,7 @@ decode_chunk = msgspec.json.Decoder(Chunk).decode
 class _ResponseObject(msgspec.Struct, gc=False):
     usage: Any = None
     error: Any = None
+    service_tier: Any = None
 
 
 class ResponsesEvent(msgspec.Struct, gc=False):
@@ -237,21 +241,29 @@ class MessagesEvent(msgspec.Struct, gc=False):
 decode_messages_event = msgspec.json.Decoder(MessagesEvent).decode
 
 
-# --- plain answers
+# --- plain responses
 
 
 class ResponseRead(msgspec.Struct, frozen=True, gc=False):
-    """What a plain answer's body says: its usage, and whether it is an error, or not JSON, whatever its status."""
+    """What a plain response's body reports: usage, model, and whether it is an error or not JSON at all."""
 
     usage: Usage | None
     error_seen: bool
+    model: str | None = None
 
 
-class _Answer(msgspec.Struct, gc=False):
+class PlainResponse(msgspec.Struct, gc=False):
+    """A plain response of any dialect."""
+
     usage: Any = None
     usageMetadata: Any = None  # noqa: N815 - Gemini's spelling
     timings: Any = None
     error: Any = None
+    service_tier: Any = None
+    model: Any = None
+
+
+class _PlainResponseWithChoices(PlainResponse, gc=False):
     choices: Raw = NONE
 
 
@@ -259,10 +271,46 @@ class _ChoiceUsage(msgspec.Struct, gc=False):
     usage: Any = None
 
 
-class _Made(msgspec.Struct, gc=False):
-    id: str | None = None
+class CreatedObject(msgspec.Struct, gc=False):
+    """An object of the upstream that has an id: a response, file, batch, upload, container or conversation.
+
+    Batches and finished uploads name the files that the upstream made for them.
+    """
+
+    id: Any = None
+    status: Any = None
+    background: Any = None
+    output_file_id: Any = None
+    error_file_id: Any = None
+    file: Any = None
+
+    def ids(self) -> list[str]:
+        """Return the ids of this object and of the files made for it."""
+        inner = self.file.get("id") if isinstance(self.file, dict) else None
+        found = (self.id, self.output_file_id, self.error_file_id, inner)
+        return [each for each in found if isinstance(each, str) and each]
 
 
-decode_response = msgspec.json.Decoder(_Answer).decode
+decode_response = msgspec.json.Decoder(_PlainResponseWithChoices).decode
 decode_choices = msgspec.json.Decoder(list[_ChoiceUsage] | None).decode
-decode_made = msgspec.json.Decoder(_Made).decode
+decode_created = msgspec.json.Decoder(CreatedObject).decode
+
+
+# --- JSON that is not quite
+
+
+LENIENT_BYTES_MOST = 1024 * 1024
+"""A longer text is not decoded by Python's decoder, which takes 10 ms per MB."""
+
+_Kind = TypeVar("_Kind")
+
+
+def decode_leniently(text: bytes | memoryview, kind: type[_Kind]) -> _Kind | None:
+    """Decode JSON as Python does: with NaN, Infinity, lone surrogates and invalid UTF-8. None if that fails too."""
+    if len(text) > LENIENT_BYTES_MOST:
+        return None
+    try:
+        value = json.loads(bytes(text).decode("utf-8", "replace"))
+        return msgspec.convert(value, kind)
+    except (ValueError, RecursionError, msgspec.MsgspecError):
+        return None

@@ -1,8 +1,8 @@
-"""Watch a stream of server-sent events pass by: first token, usage, end, error; and withhold one chunk if asked.
+"""Observe a stream of server-sent events (first token, usage, end, error), and withhold one chunk on request.
 
-Pure and incremental: the upstream's bytes in, the client's bytes out. After the first token nothing is parsed while
-the stream runs: its last kilobytes are kept, and what its end said is read out of them when somebody asks. Only where
-a usage chunk must be withheld is every chunk looked at, and there an event that is cut waits for its other half.
+Pure and incremental: the upstream's bytes go in, the client's bytes come out. After the first token nothing is parsed
+while the stream runs. Its last kilobytes are kept, and what they report is read when it is asked for. Only if a usage
+chunk must be withheld is every chunk examined, and an event that is cut is then held until its other half arrives.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from proxy.wire.events import NOTHING, read_event
 from proxy.wire.schemas import EventRead
 from proxy.wire.usage import merge, normal, tail_usage
 
-EVENT_BYTES_MOST = 1024 * 1024  # of one event waited for; a longer one passes unread
-TAIL_BYTES = 16 * 1024  # kept of a running stream: its last events, and the end of one that echoes the request
-_TAIL_TRIMMED_AT_BYTES = TAIL_BYTES + 4 * 1024  # not chunk by chunk, which cost 4 % of each
+EVENT_BYTES_MOST = 1024 * 1024  # of an event that is held until it is complete; a longer one passes unread
+TAIL_BYTES = 16 * 1024  # kept of a running stream: its last events, or the end of a very long one
+_TAIL_TRIMMED_AT_BYTES = TAIL_BYTES + 4 * 1024  # trimming at every chunk would cost 4 % of each
 _LAST_EVENTS: Final = 64  # read at the end: [DONE], usage, finish, and keep-alives between them
+_USAGE_KEY: Final = b'"usage"'
+_USAGE_BYTES_MOST: Final = 4096  # of a usage object, with its key
 
 # Two line ends. The groups are atomic, or CR LF would count as two.
 _EVENT_END = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
@@ -35,7 +37,7 @@ _PING: Final = b"event: ping"  # Anthropic's keep-alive
 
 @dataclass(frozen=True, slots=True)
 class StreamRead:
-    """What a stream has said so far. `finished` means that its format's own end was seen, not that bytes ended."""
+    """What a stream has reported so far. `finished` means that the end of its format was seen, not the last byte."""
 
     usage: Usage | None
     finished: bool
@@ -43,21 +45,24 @@ class StreamRead:
 
 
 class StreamTap:
-    """One stream's observer. `feed` it every chunk and send what it returns; at the end send what `close` returns.
+    """Observes one stream. Call `feed` with every chunk and send what it returns; at the end, what `close` returns.
 
-    `withhold_usage` is for a stream whose usage Cairn asked for: the chunk without choices is kept from the client.
-    `first_token_seen` flips at the first content, reasoning or tool call. `progress` tells of the last chunk whether
-    it was more than keep-alives. `usage`, `finished` and `error_seen` are read when asked for: 5 us after a change.
+    With `withhold_usage` (the usage was not asked for by the client) the chunk without choices is withheld.
+    `first_token_seen` becomes true at the first content, reasoning or tool call. `progress` is true if the last chunk
+    was more than keep-alives. `usage`, `finished` and `error_seen` are computed on access, in 5 us after a change.
     """
 
     __slots__ = (
         "_buffer",
         "_drop_line_feed",
+        "_dropped_end",
         "_has_cr",
         "_head",
         "_in_comment",
+        "_passed_usage",
         "_result",
         "_searched",
+        "_skipped",
         "_skipping",
         "_tail",
         "_tail_bytes",
@@ -76,17 +81,20 @@ class StreamTap:
         self._tail: deque[bytes] = deque()  # the last chunks as they came
         self._tail_bytes = 0
         self._tail_cut = False  # something came before the tail
+        self._dropped_end = b""  # the last bytes before the tail, in which a key may begin
+        self._passed_usage: Any = None  # the last usage object before the tail
         self._buffer = bytearray()  # an event not yet complete
         self._searched = 0  # of the buffer, for its end
         self._has_cr = False  # the stream uses CR somewhere, so that line ends need a closer look
-        self._skipping = False  # inside an event too long to read
-        self._drop_line_feed: bool | None = None  # a CR ended an event: what becomes of a LF that belongs to it
+        self._skipping = False  # inside an event that is too long to read
+        self._skipped = False  # such an event came before the first token
+        self._drop_line_feed: bool | None = None  # a CR ended an event: whether to drop a LF that belongs to it
         self._head = _Digest()  # of the events up to the first token
         self._in_comment = False
         self._result: StreamRead | None = None
 
     def feed(self, chunk: bytes) -> bytes:
-        """Take a chunk as it came; return what the client gets: the same object where nothing is withheld."""
+        """Take a chunk as it came and return the client's part of it: the same object if nothing is withheld."""
         if not chunk:
             return chunk
         self._result = None
@@ -112,7 +120,7 @@ class StreamTap:
         return self._scan(chunk)
 
     def close(self) -> bytes:
-        """The stream ended: what was held back and is due to the client, mostly nothing."""
+        """End the stream and return the bytes that were held and are due to the client, mostly none."""
         rest = bytes(self._buffer)
         self._buffer.clear()
         if not rest or not self._withhold:
@@ -123,48 +131,60 @@ class StreamTap:
 
     @property
     def usage(self) -> Usage | None:
-        """The tokens last reported, counted once however often they came."""
+        """The tokens reported last, counted once however often they were reported."""
         return self.result().usage
 
     @property
     def finished(self) -> bool:
-        """True once a finish reason, [DONE], the response's or the message's end was seen."""
+        """True after a finish reason, [DONE], or the end of the response or message."""
         return self.result().finished
 
     @property
     def error_seen(self) -> bool:
-        """True where the stream carried an error event."""
+        """True if the stream contained an error event."""
         return self.result().error_seen
 
     @property
     def mid_event(self) -> bool:
-        """True where the bytes given to the client end inside an event."""
+        """True if the bytes given to the client end inside an event."""
         if self._withhold and not self._skipping:
             return False
         end = b"".join(list(self._tail)[-4:])[-4:]
         return bool(end) and not end.endswith((b"\n\n", b"\r\r", b"\n\r", b"\r\n\r\n", b"\n\r\n", b"\r\n\r"))
 
     def result(self) -> StreamRead:
-        """Everything that the stream has said so far."""
+        """Return everything that the stream has reported so far."""
         if self._result is None:
             digest = self._digest()
-            usage = normal(digest.usage, digest.timings, endpoint=self.endpoint)
+            tier = digest.service_tier
+            usage = normal(digest.usage, digest.timings, endpoint=self.endpoint, service_tier=tier)
             self._result = StreamRead(usage, digest.finished, digest.error)
         return self._result
 
     def _trim_tail(self) -> None:
-        """Keep the last TAIL_BYTES, in whole chunks where they are small."""
+        """Keep the last TAIL_BYTES, in whole chunks if they are small, and the last usage object before them."""
         tail = self._tail
+        dropped: list[bytes] = []
         while len(tail) > 1 and self._tail_bytes - len(tail[0]) >= TAIL_BYTES:
-            self._tail_bytes -= len(tail.popleft())
-            self._tail_cut = True
+            self._tail_bytes -= len(tail[0])
+            dropped.append(tail.popleft())
         if len(tail) == 1 and len(tail[0]) > 2 * TAIL_BYTES:
+            dropped.append(tail[0][:-TAIL_BYTES])
             tail[0] = tail[0][-TAIL_BYTES:]
             self._tail_bytes = TAIL_BYTES
+        if dropped:
             self._tail_cut = True
+            self._keep_usage(b"".join((self._dropped_end, *dropped)))
+
+    def _keep_usage(self, dropped: bytes) -> None:
+        """Remember the usage object in bytes that leave the tail; it may end in the tail, or its key begin here."""
+        if dropped.find(_USAGE_KEY) >= 0:
+            following = b"".join(list(self._tail))[:_USAGE_BYTES_MOST]
+            self._passed_usage = tail_usage(dropped + following) or self._passed_usage
+        self._dropped_end = dropped[1 - len(_USAGE_KEY) :]
 
     def _weigh(self, chunk: bytes) -> None:
-        """Set `progress` for a chunk that may be nothing but comments, blank lines or pings."""
+        """Set `progress` for a chunk that may consist of comments, blank lines or pings only."""
         at_line_start = not self._tail or self._tail[-1][-1] in (_CR, _LF)
         lines = chunk.splitlines()
         if self._in_comment:
@@ -180,7 +200,7 @@ class StreamTap:
             self.progress = any(line and line[0] != _COLON for line in lines)
 
     def _scan(self, chunk: bytes) -> bytes:
-        """Cut what is complete into events, read those that matter, and return what the client gets of them."""
+        """Cut the complete part into events, read those that matter, and return the client's part of them."""
         out: list[bytes] = []
         fresh = self._without_owed_line_feed(chunk, out)
         self._buffer += fresh
@@ -199,7 +219,7 @@ class StreamTap:
         return b"".join(out) if self._withhold else chunk
 
     def _without_owed_line_feed(self, chunk: bytes, out: list[bytes]) -> bytes:
-        """`chunk` less the LF that belongs to the event before, where that ended in a CR and LF follows."""
+        """Return `chunk` without the LF that belongs to the event before, if that ended in a CR."""
         drop, self._drop_line_feed = self._drop_line_feed, None
         if drop is None or chunk[0] != _LF:
             return chunk
@@ -208,7 +228,7 @@ class StreamTap:
         return chunk[1:]
 
     def _blank_lines(self, start: int, out: list[bytes]) -> int:
-        """Pass the line ends before an event at once, as no part of it; return where it begins."""
+        """Pass the line ends before an event on at once; return the offset at which the event begins."""
         match = _LINE_ENDS.match(self._buffer, start)
         end = match.end() if match else start
         if end > start:
@@ -217,7 +237,7 @@ class StreamTap:
         return end
 
     def _event_end(self) -> int:
-        """Offset behind the next event's end in the buffer, or 0."""
+        """Return the offset after the next event in the buffer, or 0."""
         if self._has_cr:
             match = _EVENT_END.search(self._buffer, self._searched)
             return match.end() if match else 0
@@ -241,23 +261,27 @@ class StreamTap:
             self._drop_line_feed = dropped
 
     def _give_up(self, out: list[bytes]) -> None:
-        """Let an event pass that is too long to wait for; its last bytes stay, in case they begin its end."""
+        """Pass on an event that is too long to hold, except for its last bytes, in which its end may begin."""
         out.append(bytes(self._buffer[:-3]))
         del self._buffer[:-3]
         self._searched = 0
         self._skipping = True
+        self._skipped = self._skipped or not self.first_token_seen
 
     def _digest(self) -> _Digest:
-        """What the events up to the first token said, then the last ones of the tail, in their order."""
+        """Combine the events up to the first token, the usage before the tail, and the last events of the tail."""
         digest = self._head.copy()
-        for read in (
-            self._last_reads() if self.first_token_seen else (read_event(bytes(self._buffer), self.endpoint),)
-        ):
+        if not self.first_token_seen and not self._skipped:
+            digest.add(read_event(bytes(self._buffer), self.endpoint))
+            return digest
+        if self._passed_usage is not None:
+            digest.add(EventRead(usage=self._passed_usage))
+        for read in self._last_reads():
             digest.add(read)
         return digest
 
     def _last_reads(self) -> list[EventRead]:
-        """The events from the last one with a token, or without any meaning, to the end of the tail."""
+        """Read the events from the last one with a token to the end of the tail, in their order."""
         tail = b"".join(self._tail)
         if _CR in tail:
             tail = tail.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -275,27 +299,34 @@ class StreamTap:
         return reads
 
     def _of_fragment(self, fragment: bytes) -> EventRead:
-        """The end of an event longer than the tail. On the responses surface only the last event tells usage."""
+        """Read the end of an event longer than the tail. On the responses surface only the last event has usage."""
         usage = tail_usage(fragment)
-        return EventRead(usage=usage, finished=usage is not None and self.endpoint is Endpoint.RESPONSES)
+        has_usage = usage is not None or self._passed_usage is not None
+        return EventRead(usage=usage, finished=has_usage and self.endpoint is Endpoint.RESPONSES)
 
 
 class _Digest:
-    """What the events of a stream said together."""
+    """What the events of a stream reported together."""
 
-    __slots__ = ("error", "finished", "timings", "usage")
+    __slots__ = ("error", "finished", "service_tier", "timings", "usage")
 
-    def __init__(self, usage: Any = None, timings: Any = None, finished: bool = False, error: bool = False) -> None:
-        self.usage = usage
-        self.timings = timings
-        self.finished = finished
-        self.error = error
+    def __init__(self) -> None:
+        self.usage: Any = None
+        self.timings: Any = None
+        self.service_tier: Any = None
+        self.finished = False
+        self.error = False
 
     def add(self, read: EventRead) -> None:
         self.usage = merge(self.usage, read.usage)
         self.timings = merge(self.timings, read.timings)
         self.finished = self.finished or read.finished
         self.error = self.error or read.error
+        if read.service_tier is not None:
+            self.service_tier = read.service_tier
 
     def copy(self) -> _Digest:
-        return _Digest(self.usage, self.timings, self.finished, self.error)
+        other = _Digest()
+        other.usage, other.timings, other.service_tier = self.usage, self.timings, self.service_tier
+        other.finished, other.error = self.finished, self.error
+        return other

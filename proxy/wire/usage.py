@@ -1,8 +1,8 @@
-"""The tokens of an answer in one normal form, from every dialect in which engines and providers report them.
+"""Convert the tokens that a response reports into one normal form, from the dialects of engines and providers.
 
-Pure arithmetic over decoded JSON; it never raises, whatever stands there: what cannot be true is clamped and marked
-`inconsistent`. In the normal form cached and written tokens are part of the prompt, and reasoning is part of the
-output; a cached count that nobody reported is None, never zero.
+Everything here is arithmetic on decoded JSON and never raises: a value that cannot be true is clamped and the result
+marked `inconsistent`. In the normal form, cached and written tokens are part of the prompt, and reasoning is part of
+the output. A cached count that nobody reported is None, not zero.
 """
 
 from __future__ import annotations
@@ -13,13 +13,26 @@ from typing import Any, Final
 import msgspec
 
 from proxy.model import Endpoint, Usage
-from proxy.wire.schemas import DECODE_ERRORS, NONE, ResponseRead, decode_choices, decode_made, decode_response
+from proxy.wire.schemas import (
+    DECODE_ERRORS,
+    NONE,
+    CreatedObject,
+    PlainResponse,
+    ResponseRead,
+    decode_choices,
+    decode_created,
+    decode_leniently,
+    decode_response,
+)
 
-TOKENS_MOST: Final = 1_000_000_000  # of one answer; a larger figure is a bug of the upstream, not a prompt
+TOKENS_MOST: Final = 1_000_000_000  # of one response; a larger figure is a defect of the upstream
+_ITERATIONS_MOST: Final = 1000  # model calls of one response that are added up
+_TIER_LENGTH_MOST: Final = 32
+_ORDINARY_TIERS = frozenset({"", "default", "standard", "auto", "on_demand"})
 
 
 class _Counts:
-    """Reads counts out of one usage object and remembers whether any was not what it claims to be."""
+    """Reads counts from usage objects and remembers whether any of them was malformed."""
 
     __slots__ = ("inconsistent",)
 
@@ -27,7 +40,7 @@ class _Counts:
         self.inconsistent = False
 
     def of(self, holder: Any, *names: str) -> int | None:
-        """The first of `names` in `holder` that is not null, as a count up to TOKENS_MOST; None if there is none."""
+        """Return the first of `names` in `holder` that is not null, from 0 to TOKENS_MOST; None if there is none."""
         if not isinstance(holder, dict):
             return None
         for name in names:
@@ -47,37 +60,53 @@ class _Counts:
         return int(min(max(value, 0), TOKENS_MOST))
 
     def within(self, value: int, most: int) -> int:
-        """`value`, or `most` and a mark where it is larger."""
+        """Return `value`, or `most` if that is smaller, which is inconsistent."""
         if value <= most:
             return value
         self.inconsistent = True
         return most
 
 
-def normal(usage: Any, timings: Any = None, *, endpoint: Endpoint = Endpoint.CHAT) -> Usage | None:
-    """The normal form of a decoded `usage` (or Gemini's `usageMetadata`) object, with llama.cpp's `timings` if any.
+def normal(
+    usage: Any, timings: Any = None, *, endpoint: Endpoint = Endpoint.CHAT, service_tier: Any = None
+) -> Usage | None:
+    """Return the normal form of a decoded usage object, None if it names neither prompt nor output tokens.
 
-    None where neither says how long the prompt or the output was. The dialect is told by its field names, since
-    compatible servers mix them; `endpoint` only decides that Anthropic's `input_tokens` excludes what was cached.
+    Args:
+        usage: `usage`, or Gemini's `usageMetadata`. Its dialect is told by its field names, since compatible servers
+            mix them.
+        timings: llama.cpp's, if any.
+        endpoint: only decides whether `input_tokens` excludes cached tokens, as it does in Anthropic's dialect.
+        service_tier: as the response names it beside the usage.
     """
     counts = _Counts()
     if not isinstance(usage, dict):
         return _of_timings(timings, counts)
-    if timings is None and (usual := _usual(usage)) is not None:
-        return usual
+    if timings is None and service_tier is None and (common := _common(usage)) is not None:
+        return common
     if "promptTokenCount" in usage or "candidatesTokenCount" in usage:
-        return _of_gemini(usage, counts)
-    if _excludes_cached(usage, endpoint):
-        return _of_anthropic(usage, counts)
-    return _of_openai(usage, timings, counts) or _of_timings(timings, counts)
+        found: Usage | None = _of_gemini(usage, counts)
+    elif _excludes_cached(usage, endpoint):
+        found = _of_anthropic(usage, counts)
+    else:
+        found = _of_openai(usage, timings, counts) or _of_timings(timings, counts)
+    tier = _tier(usage.get("service_tier")) or _tier(service_tier)
+    return msgspec.structs.replace(found, service_tier=tier) if tier and found is not None else found
 
 
-_USUAL = frozenset({"prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"})
+def _tier(value: Any) -> str:
+    """The name of a service tier that has prices of its own, else empty."""
+    if not isinstance(value, str) or len(value) > _TIER_LENGTH_MOST or value.lower() in _ORDINARY_TIERS:
+        return ""
+    return value.lower()
 
 
-def _usual(usage: dict[str, Any]) -> Usage | None:
-    """What vLLM, SGLang and OpenAI's plain models say, where all of it makes sense: a quarter of the long way."""
-    if not usage.keys() <= _USUAL:
+_COMMON = frozenset({"prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"})
+
+
+def _common(usage: dict[str, Any]) -> Usage | None:
+    """Read the form of vLLM, SGLang and OpenAI's plain models, if consistent; this takes a quarter of the time."""
+    if not usage.keys() <= _COMMON:
         return None
     prompt, output, total = usage.get("prompt_tokens"), usage.get("completion_tokens"), usage.get("total_tokens")
     if not (type(prompt) is type(output) is type(total) is int) or total != prompt + output:
@@ -93,7 +122,7 @@ def _usual(usage: dict[str, Any]) -> Usage | None:
 
 
 def _excludes_cached(usage: dict[str, Any], endpoint: Endpoint) -> bool:
-    """Anthropic counts cached tokens outside `input_tokens`; its names on the responses surface do not."""
+    """Anthropic counts cached tokens outside `input_tokens`; its field names on the responses surface do not."""
     if "prompt_tokens" in usage or "input_tokens_details" in usage:
         return False
     named = "cache_read_input_tokens" in usage or "cache_creation_input_tokens" in usage
@@ -101,8 +130,10 @@ def _excludes_cached(usage: dict[str, Any], endpoint: Endpoint) -> bool:
 
 
 def _of_openai(usage: dict[str, Any], timings: Any, counts: _Counts) -> Usage | None:
-    """OpenAI chat and responses, Moonshot, DeepSeek, Qwen, vLLM, SGLang, llama.cpp with usage."""
-    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+    """OpenAI (chat and responses), Moonshot, DeepSeek, Qwen, Mistral, vLLM, SGLang, and llama.cpp with usage."""
+    details = (
+        usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or usage.get("prompt_token_details")
+    )
     prompt = counts.of(usage, "prompt_tokens", "input_tokens")
     hit = None
     if "prompt_cache_hit_tokens" in usage:
@@ -115,20 +146,27 @@ def _of_openai(usage: dict[str, Any], timings: Any, counts: _Counts) -> Usage | 
     if prompt is None and output is None:
         return None
     nested = counts.of(details, "cached_tokens", "cache_read_input_tokens")
-    top = counts.of(usage, "cached_tokens", "cache_read_input_tokens")
+    top = counts.of(usage, "cached_tokens", "cache_read_input_tokens", "num_cached_tokens")
     cached = _agreed((nested, top, hit), counts)
     if cached is None:
         cached = counts.of(timings, "cache_n")
-    short, long = _written(usage, details, counts)
     reasoning = counts.of(
         usage.get("completion_tokens_details") or usage.get("output_tokens_details"), "reasoning_tokens"
     )
     output = _with_hidden(usage, prompt, output, reasoning, cached, counts)
-    return _made(prompt, output, cached, (short, long), reasoning or 0, counts, _prefill(timings))
+    return _made(
+        counts,
+        prompt=prompt,
+        output=output,
+        cached=cached,
+        written=_written(usage, details, counts),
+        reasoning=reasoning or 0,
+        prefill_seconds=_prefill(timings),
+    )
 
 
 def _agreed(reports: tuple[int | None, ...], counts: _Counts) -> int | None:
-    """One count of what several fields repeat: zeros yield to the rest (Moonshot), of two that differ the lesser."""
+    """Return one count of what several fields repeat: a positive one before zero, the smaller of two that differ."""
     known = {report for report in reports if report is not None}
     positive = known - {0}
     if len(positive) > 1:
@@ -144,7 +182,7 @@ def _with_hidden(
     cached: int | None,
     counts: _Counts,
 ) -> int | None:
-    """Output with the thoughts that Gemini's OpenAI surface counts in `total_tokens` alone."""
+    """Add the thinking that Gemini's OpenAI surface counts in `total_tokens` alone to the output."""
     total = counts.of(usage, "total_tokens")
     if total is None or prompt is None or output is None:
         return output
@@ -155,36 +193,63 @@ def _with_hidden(
 
 
 def _of_anthropic(usage: dict[str, Any], counts: _Counts) -> Usage | None:
+    """Anthropic's form. If the response took several calls (a compaction before the answer, say), all are added up.
+
+    The counts at the top are then those of the last call alone.
+    """
+    last = _of_anthropic_call(usage, counts)
+    iterations = usage.get("iterations")
+    if not isinstance(iterations, list) or not 1 < len(iterations) <= _ITERATIONS_MOST:
+        return last
+    calls = [call for each in iterations if isinstance(each, dict) and (call := _of_anthropic_call(each, counts))]
+    prompt = sum(call.prompt_tokens for call in calls)
+    output = sum(call.output_tokens for call in calls)
+    if last is not None and (prompt < last.prompt_tokens or output < last.output_tokens):
+        return last
+    known = [call.cached_tokens for call in calls if call.cached_tokens is not None]
+    added = _made(
+        counts,
+        prompt=prompt,
+        output=output,
+        cached=sum(known) if known else None,
+        written=(sum(c.cache_write_5m_tokens for c in calls), sum(c.cache_write_1h_tokens for c in calls)),
+    )
+    return msgspec.structs.replace(added, longest_call_tokens=max((call.prompt_tokens for call in calls), default=0))
+
+
+def _of_anthropic_call(usage: dict[str, Any], counts: _Counts) -> Usage | None:
     fresh = counts.of(usage, "input_tokens")
     output = counts.of(usage, "output_tokens")
     cached = counts.of(usage, "cache_read_input_tokens")
-    short, long = _written(usage, None, counts)
+    written = _written(usage, None, counts)
     if fresh is None and output is None and cached is None:
         return None
-    prompt = (fresh or 0) + (cached or 0) + short + long
-    return _made(prompt, output, cached, (short, long), 0, counts)
+    prompt = (fresh or 0) + (cached or 0) + sum(written)
+    return _made(counts, prompt=prompt, output=output, cached=cached, written=written)
 
 
 def _of_gemini(usage: dict[str, Any], counts: _Counts) -> Usage:
-    """`usageMetadata`: thoughts stand outside `candidatesTokenCount`, tools' results outside `promptTokenCount`."""
+    """`usageMetadata`: `candidatesTokenCount` excludes thinking, `promptTokenCount` excludes results of tools."""
     prompt = (counts.of(usage, "promptTokenCount") or 0) + (counts.of(usage, "toolUsePromptTokenCount") or 0)
     thoughts = counts.of(usage, "thoughtsTokenCount") or 0
     output = (counts.of(usage, "candidatesTokenCount") or 0) + thoughts
-    return _made(prompt, output, counts.of(usage, "cachedContentTokenCount"), (0, 0), thoughts, counts)
+    cached = counts.of(usage, "cachedContentTokenCount")
+    return _made(counts, prompt=prompt, output=output, cached=cached, reasoning=thoughts)
 
 
 def _of_timings(timings: Any, counts: _Counts) -> Usage | None:
-    """llama.cpp without `usage`: what it reused and what it computed make the prompt."""
+    """llama.cpp without `usage`: the prompt is what it reused and what it computed."""
     computed = counts.of(timings, "prompt_n")
     cached = counts.of(timings, "cache_n")
     if computed is None:
         return None
     output = counts.of(timings, "predicted_n")
-    return _made(computed + (cached or 0), output, cached, (0, 0), 0, counts, _prefill(timings))
+    prompt = computed + (cached or 0)
+    return _made(counts, prompt=prompt, output=output, cached=cached, prefill_seconds=_prefill(timings))
 
 
 def _written(usage: dict[str, Any], details: Any, counts: _Counts) -> tuple[int, int]:
-    """Cache writes for five minutes and for an hour; what the split leaves unsaid was written for five minutes."""
+    """Cache writes for five minutes and for an hour; a write that is in neither part of the split is for minutes."""
     split = usage.get("cache_creation")
     if split is None and isinstance(details, dict):
         split = details.get("cache_creation")
@@ -202,7 +267,7 @@ def _written(usage: dict[str, Any], details: Any, counts: _Counts) -> tuple[int,
 
 
 def _prefill(timings: Any) -> float | None:
-    """Seconds that llama.cpp computed on the prompt."""
+    """Seconds in which llama.cpp computed the prompt."""
     value = timings.get("prompt_ms") if isinstance(timings, dict) else None
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e9:
         return None
@@ -210,14 +275,16 @@ def _prefill(timings: Any) -> float | None:
 
 
 def _made(
+    counts: _Counts,
+    *,
     prompt: int | None,
     output: int | None,
     cached: int | None,
-    written: tuple[int, int],
-    reasoning: int,
-    counts: _Counts,
+    written: tuple[int, int] = (0, 0),
+    reasoning: int = 0,
     prefill_seconds: float | None = None,
 ) -> Usage:
+    """Build the normal form, with every part no larger than the whole."""
     prompt = counts.within(prompt or 0, TOKENS_MOST)
     output = counts.within(output or 0, TOKENS_MOST)
     if cached is not None:
@@ -225,54 +292,82 @@ def _made(
     long = counts.within(written[1], prompt - (cached or 0))
     short = counts.within(written[0], prompt - (cached or 0) - long)
     reasoning = counts.within(reasoning, output)
-    return Usage(prompt, output, cached, short, long, reasoning, counts.inconsistent, prefill_seconds)
+    return Usage(
+        prompt,
+        output,
+        cached,
+        cache_write_5m_tokens=short,
+        cache_write_1h_tokens=long,
+        reasoning_tokens=reasoning,
+        inconsistent=counts.inconsistent,
+        prefill_seconds=prefill_seconds,
+    )
 
 
 def merge(earlier: Any, later: Any) -> Any:
-    """Two reports of one stream as one: what the later says holds, but for zeros and nulls where the earlier knew.
+    """Merge two reports of one stream: the later one counts, except for zeros and nulls that the earlier one knew.
 
-    Anthropic names the input at the start and the output at the end, and some servers repeat the input as zero.
+    Anthropic reports the input at the start and the output at the end, and some servers repeat the input as zero.
     """
     if not isinstance(earlier, dict) or not isinstance(later, dict):
         return later if isinstance(later, dict) else earlier
     return earlier | {name: value for name, value in later.items() if value or name not in earlier}
 
 
+# --- plain responses
+
+
 def read_response(body: bytes | memoryview, endpoint: Endpoint) -> ResponseRead:
-    """Usage and error of a plain (not streamed) answer; never raises."""
+    """Return the usage, the model and whether it is an error, of a plain (not streamed) response; never raises.
+
+    JSON that a strict decoder refuses for a lone surrogate, NaN or Infinity is read as well.
+    """
+    response: PlainResponse
     try:
-        answer = decode_response(body)
-        usage = answer.usage or answer.usageMetadata
-        if not usage and answer.choices is not NONE:
-            usage = next((choice.usage for choice in decode_choices(answer.choices) or () if choice.usage), None)
+        response = decode_response(body)
+        usage = response.usage or response.usageMetadata
+        if not usage and response.choices is not NONE:
+            usage = _usage_in_choices(response.choices)
     except DECODE_ERRORS:
-        return ResponseRead(None, error_seen=True)
-    return ResponseRead(normal(usage, answer.timings, endpoint=endpoint), error_seen=bool(answer.error))
+        lenient = decode_leniently(body, PlainResponse)
+        if lenient is None:
+            found = normal(tail_usage(bytes(body)), endpoint=endpoint)
+            return ResponseRead(found, error_seen=found is None)
+        response = lenient
+        usage = response.usage or response.usageMetadata
+    return ResponseRead(
+        normal(usage, response.timings, endpoint=endpoint, service_tier=response.service_tier),
+        error_seen=bool(response.error),
+        model=response.model if isinstance(response.model, str) else None,
+    )
 
 
-def made_id(body: bytes | memoryview) -> str | None:
-    """The id of what a plain answer tells of (a response, a file, a batch); None where it has none. Never raises."""
+def _usage_in_choices(choices: msgspec.Raw) -> Any:
+    """Moonshot's older place for it."""
     try:
-        return decode_made(body).id or None
+        return next((choice.usage for choice in decode_choices(choices) or () if choice.usage), None)
     except DECODE_ERRORS:
         return None
 
 
-def usage_of_answer(body: bytes | memoryview, endpoint: Endpoint) -> Usage | None:
-    """The usage of a plain answer, found without decoding the rest; None where it has none."""
-    return read_response(body, endpoint).usage
+def created_object(body: bytes | memoryview) -> CreatedObject | None:
+    """Return what a plain response says about an object (a response, a file, a batch); None if it is none."""
+    try:
+        return decode_created(body)
+    except DECODE_ERRORS:
+        return None
 
 
 _USAGE_KEY = re.compile(rb'"usage"\s*:\s*(?=\{)')
-_KEYS_TRIED: Final = 8  # from the end; a hostile event may hold thousands
+_KEYS_TRIED: Final = 8  # from the end; a hostile event may contain thousands
 _BRACE = re.compile(rb"[{}]")
 
 
 def tail_usage(fragment: bytes) -> Any:
-    """The last `usage` object in the end of an event whose beginning is gone; None where none can be read.
+    """Return the last `usage` object in text whose beginning is missing or unreadable; None if there is none.
 
-    Quotes inside strings are escaped in JSON, so the key cannot stand in a text; a tool that has a parameter of that
-    name comes before, and is passed over for want of a token count.
+    Quotes inside strings are escaped in JSON, so the key cannot be part of a text. A tool that has a parameter of
+    that name is passed over, since it has no token counts.
     """
     for key in list(_USAGE_KEY.finditer(fragment))[: -1 - _KEYS_TRIED : -1]:
         depth = 0
@@ -290,4 +385,4 @@ def _object(text: bytes) -> Any:
     try:
         return msgspec.json.decode(text)
     except DECODE_ERRORS:
-        return None
+        return decode_leniently(text, dict)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from proxy.model import Endpoint, Usage
 from proxy.wire.decode import ResponseDecoder
 from proxy.wire.sse import StreamTap
-from proxy.wire.usage import TOKENS_MOST, merge, normal, read_response, tail_usage, usage_of_answer
+from proxy.wire.usage import TOKENS_MOST, merge, normal, read_response, tail_usage
 
 GOLDEN = Path(__file__).parent / "golden"
 PACK: dict[bytes, Callable[[bytes], bytes]] = {
@@ -85,6 +85,10 @@ EXPECTED: dict[str, Usage | None] = {
 }
 
 
+def _usage_of(body: bytes, endpoint: Endpoint) -> Usage | None:
+    return read_response(body, endpoint).usage
+
+
 def endpoint_of(name: str) -> Endpoint:
     """The endpoint that a golden file's name stands for."""
     for part, endpoint in (("anthropic", Endpoint.MESSAGES), ("responses", Endpoint.RESPONSES)):
@@ -101,7 +105,7 @@ def test_every_golden_file_has_its_expected_usage() -> None:
 @pytest.mark.parametrize("name", [name for name in EXPECTED if name.endswith(".json")])
 def test_a_plain_answer_is_read_in_its_dialect(name: str) -> None:
     """Each published shape gives its normal form."""
-    assert usage_of_answer((GOLDEN / name).read_bytes(), endpoint_of(name)) == EXPECTED[name]
+    assert _usage_of((GOLDEN / name).read_bytes(), endpoint_of(name)) == EXPECTED[name]
 
 
 @pytest.mark.parametrize("name", [name for name in EXPECTED if name.endswith(".sse")])
@@ -124,7 +128,7 @@ def test_every_dialect_is_read_as_well_when_compressed(name: str, encoding: byte
     packed = PACK[encoding]((GOLDEN / name).read_bytes())
     decoder = ResponseDecoder(encoding)
     if name.endswith(".json"):
-        assert usage_of_answer(decoder.feed(packed), endpoint_of(name)) == EXPECTED[name]
+        assert _usage_of(decoder.feed(packed), endpoint_of(name)) == EXPECTED[name]
         return
     tap = StreamTap(endpoint_of(name))
     for start in range(0, len(packed), 97):

@@ -1,0 +1,98 @@
+"""Remember on which replica each object lies that a client created, and count background responses once.
+
+A background response is answered at once and finished later. Its tokens are counted when a GET or a stream first
+brings them, at whichever worker; that they were counted is shared like the place of the object.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from cache import Journal
+from proxy.model import Access, Call, Endpoint
+from proxy.pipeline.exchange import Exchange
+from proxy.pipeline.reader import object_key
+from proxy.wire.schemas import CreatedObject
+from proxy.wire.sse import StreamTap
+from proxy.wire.usage import created_object, read_response
+
+_FIRST_ID = re.compile(rb'"id"\s*:\s*"([^"\\]+)"')
+_IN_BACKGROUND = re.compile(rb'"background"\s*:\s*true')
+_STREAM_STARTS: Final = (b"event:", b"data:")
+_READ_METHODS = frozenset({"GET", "POST"})
+_RESPONSES_PATH: Final = "/v1/responses/"
+
+
+class CreatedObjects:
+    """Learns from responses. One per worker."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    @staticmethod
+    def may_tell(call: Call) -> bool:
+        """Return True if the response to `call` may be about an object."""
+        return call.method in _READ_METHODS and (
+            call.endpoint is Endpoint.RESPONSES
+            or (call.endpoint is Endpoint.OTHER and call.access is not Access.INFERENCE)
+        )
+
+    def note(self, exchange: Exchange, body: bytes) -> None:
+        """Learn from the whole body of a successful response; a background response gives the exchange its usage."""
+        call = exchange.call
+        if call.method == "GET" and call.target.startswith(_RESPONSES_PATH) and call.object_id:
+            self._count_once(exchange, body, call.object_id)
+        elif (created := created_object(body)) is not None:
+            for object_id in created.ids():
+                self._own(exchange, object_id)
+            if created.background is True and exchange.usage is None:
+                self._note_background(exchange, created)
+
+    def note_opening(self, exchange: Exchange, opening: bytes) -> bool:
+        """Learn from the first bytes of a stream of the responses surface; False if they show no id yet."""
+        found = _FIRST_ID.search(opening)
+        if found is None:
+            return False
+        object_id = found[1].decode(errors="replace")
+        self._own(exchange, object_id)
+        if _IN_BACKGROUND.search(opening):
+            exchange.background_id = object_id
+            self._mark(exchange, "background", object_id)
+        return True
+
+    def note_end(self, exchange: Exchange) -> None:
+        """Learn from the end of a stream: if it brought the usage of a background response, that is now counted."""
+        if exchange.background_id is not None and exchange.usage is not None:
+            self._mark(exchange, "counted", exchange.background_id)
+
+    def _note_background(self, exchange: Exchange, created: CreatedObject) -> None:
+        for object_id in created.ids():
+            self._mark(exchange, "background", object_id)
+
+    def _count_once(self, exchange: Exchange, body: bytes, object_id: str) -> None:
+        if not self._is_marked(exchange, "background", object_id) or self._is_marked(exchange, "counted", object_id):
+            return
+        if body.lstrip().startswith(_STREAM_STARTS):
+            tap = StreamTap(Endpoint.RESPONSES)
+            tap.feed(body)
+            exchange.usage = tap.usage
+        else:
+            read = read_response(body, Endpoint.RESPONSES)
+            exchange.usage, exchange.model = read.usage, read.model
+        if exchange.usage is not None:
+            self._mark(exchange, "counted", object_id)
+
+    def _own(self, exchange: Exchange, key: str, prefix: str = "") -> None:
+        if exchange.attempt is not None and exchange.pool is not None:
+            name = object_key(exchange.call.tenant, exchange.pool, key)
+            self._journal.own(prefix + name, exchange.attempt.replica)
+
+    def _mark(self, exchange: Exchange, mark: str, object_id: str) -> None:
+        self._own(exchange, object_id, f"{mark}:")
+
+    def _is_marked(self, exchange: Exchange, mark: str, object_id: str) -> bool:
+        if exchange.pool is None:
+            return False
+        name = object_key(exchange.call.tenant, exchange.pool, object_id)
+        return self._journal.locations.of(f"{mark}:{name}") is not None

@@ -1,0 +1,84 @@
+"""Decide whether a prompt's reported tokens say how many tokens its text has. Pure.
+
+They do not if the upstream adds what the body does not contain: an earlier conversation, a stored prompt, a file or
+picture that is only named, or whatever a hosted tool finds and its description.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from proxy.model import Prompt
+from proxy.wire.media import is_plain_text
+from proxy.wire.schemas import DECODE_ERRORS
+
+SEARCHED_BYTES_MOST: Final = 64 * 1024
+"""Of content that is not plainly text and has no media; longer content is not searched, and taken for mixed."""
+
+_KEY_END: Final = b'url"'  # of url, image_url, file_url, audio_url and video_url
+_FILE: Final = b"file_id"
+_AFTER_KEY_BYTES: Final = 64  # colon, white space and the beginning of the value
+_TOOLS_REMEMBERED: Final = 256
+_CLIENTS_TOOLS = frozenset({None, "", "function", "custom"})
+
+
+class _Tool(msgspec.Struct, gc=False):
+    type: Any = None
+
+
+_decode_tools = msgspec.json.Decoder(list[_Tool] | None).decode
+
+
+class TextAlone:
+    """Remembers for lists of tools whether all are the client's own, since the same few come with every request."""
+
+    def __init__(self) -> None:
+        self._tools: dict[tuple[int, bytes, bytes], bool] = {}
+
+    def holds_for(self, prompt: Prompt) -> bool:
+        """Return True if the body contains all that the upstream reads for this prompt."""
+        if prompt.pinned_to is not None or prompt.has_hidden_parts:
+            return False
+        if not all(self._are_clients(tools) for tools in prompt.referring):
+            return False
+        most = None if prompt.media else SEARCHED_BYTES_MOST
+        for span in prompt.spans:
+            if is_plain_text(span) or any(span == tools for tools in prompt.referring):
+                continue
+            if most is not None and len(span) > most:
+                return False
+            if _names_content(bytes(span)):
+                return False
+            most = None if most is None else most - len(span)
+        return True
+
+    def _are_clients(self, tools: memoryview) -> bool:
+        key = (len(tools), bytes(tools[:128]), bytes(tools[-64:]))
+        known = self._tools.get(key)
+        if known is None:
+            known = _all_clients(tools)
+            if len(self._tools) >= _TOOLS_REMEMBERED:
+                self._tools.clear()
+            self._tools[key] = known
+        return known
+
+
+def _all_clients(tools: memoryview) -> bool:
+    try:
+        types = [each.type for each in _decode_tools(tools) or ()]
+    except DECODE_ERRORS:
+        return False
+    return all((each is None or isinstance(each, str)) and each in _CLIENTS_TOOLS for each in types)
+
+
+def _names_content(text: bytes) -> bool:
+    """Return True if `text` names media by an address, or a file by its id. Data URLs are content themselves."""
+    at = text.find(_KEY_END)
+    while at >= 0:
+        value = text[at + len(_KEY_END) : at + _AFTER_KEY_BYTES].lstrip()
+        if value[:1] == b":" and (address := value[1:].lstrip())[:1] == b'"' and not address.startswith(b'"data:'):
+            return True
+        at = text.find(_KEY_END, at + 1)
+    return text.find(_FILE) >= 0
