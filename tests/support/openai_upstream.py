@@ -66,6 +66,7 @@ class OpenAIUpstream:
     closes_streams: bool = False
     gate: asyncio.Event | None = None
     failures: list[Failure | None] = field(default_factory=list)
+    answers: dict[str, bytes] = field(default_factory=dict)  # JSON by path, for what is not a generation
     requests: list[Asked] = field(default_factory=list)
     cached_tokens: list[int] = field(default_factory=list)  # of each generation, in order
     prompt_tokens: list[int] = field(default_factory=list)
@@ -144,6 +145,8 @@ class OpenAIUpstream:
         if path == "/v1/embeddings":
             return self._embeddings(asked.json())
         dialect = _GENERATORS.get(path)
+        if path in self.answers:
+            return _json_bytes(self.answers[path], 200)
         if dialect is None:
             return web.Response(status=200, body=asked.body, content_type="application/octet-stream")
         if failure is not None and failure.cut_after_chunks == 0:

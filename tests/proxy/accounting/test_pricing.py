@@ -47,6 +47,12 @@ def test_both_kinds_of_write_are_a_surcharge_of_their_own() -> None:
     assert made.cost == D("0.3") + D("0.375") + D("0.6")
 
 
+def test_calls_that_were_added_up_are_each_below_the_price_of_long_prompts() -> None:
+    """203,000 tokens in two calls are not one prompt of over 200,000."""
+    card = TokenCard(rates_of(D(3), D(15)), (Tier(200_000, rates_of(D(6), D(15))),))
+    assert priced(Usage(203_000, longest_call_tokens=180_000), card).cost == 203_000 * D(3) / 1_000_000
+
+
 def test_a_cached_count_that_is_unknown_saves_nothing() -> None:
     """None is not zero, and is never money."""
     assert priced(Usage(1_000, 10, None)).saving == 0

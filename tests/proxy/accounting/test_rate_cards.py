@@ -76,6 +76,19 @@ def test_the_first_card_that_fits_stands_whatever_the_date_of_a_wider_one(cards)
     assert card.rates.input == D("0.15")
 
 
+def test_a_card_can_name_a_service_tier(cards) -> None:
+    """Flex and priority have prices of their own, wherever they are in the list; other tiers cost the plain price."""
+    flex, priority = (
+        {"service_tier": name, "input": usd, "output": usd} for name, usd in (("flex", 1), ("priority", 9))
+    )
+    book = book_of(cards({"input": 4, "output": 4}, flex, priority))
+    for tier, usd in (("flex", 1), ("priority", 9), ("", 4), ("batch", 4)):
+        card = book.card("m", "u", "2026", service_tier=tier)
+        assert isinstance(card, TokenCard)
+        assert card.rates.input == usd
+    assert book_of(cards(flex)).card("m", "u", "2026") is Unpriced.NO_CARD
+
+
 def test_another_currency_is_turned_into_dollars_or_is_unpriced(cards) -> None:
     """All rates of all tiers; without a rate of exchange it is told and not guessed."""
     tier = {"above_prompt_tokens": 1000, "input": 20, "output": 40}

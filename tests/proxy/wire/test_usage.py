@@ -282,3 +282,49 @@ def test_any_bytes_as_an_answer_are_survived(body) -> None:
     """The answer was relayed already; reading it must not fail."""
     read_response(body, Endpoint.CHAT)
     tail_usage(body)
+
+
+@pytest.mark.parametrize(
+    ("usage", "beside", "tier"),
+    [
+        ({"service_tier": "batch", "input_tokens": 1, "output_tokens": 1}, None, "batch"),
+        ({"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}, "flex", "flex"),
+        ({"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}, "Priority", "priority"),
+        ({"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}, "default", ""),
+        ({"service_tier": "standard", "input_tokens": 1, "output_tokens": 1}, None, ""),
+        ({"prompt_tokens": 1, "completion_tokens": 1}, 7, ""),
+        ({"prompt_tokens": 1, "completion_tokens": 1}, "x" * 100, ""),
+    ],
+)
+def test_the_service_tier_that_was_used_is_part_of_the_usage(usage, beside, tier) -> None:
+    """Beside the usage or inside it; ordinary tiers have no name."""
+    found = normal(usage, service_tier=beside)
+    assert found is not None
+    assert found.service_tier == tier
+
+
+def test_the_tier_of_a_stream_is_found() -> None:
+    """It comes with every chunk of chat, and with the response on the responses surface."""
+    chat = StreamTap(Endpoint.CHAT)
+    chat.feed(b'data: {"choices":[{"delta":{"content":"a"}}],"service_tier":"flex"}\n\n')
+    chat.feed(b'data: {"choices":[],"service_tier":"flex","usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n')
+    responses = StreamTap(Endpoint.RESPONSES)
+    usage = b'"usage":{"input_tokens":1,"output_tokens":1}'
+    responses.feed(b'data: {"type":"response.completed","response":{"service_tier":"priority",' + usage + b"}}\n\n")
+    assert chat.usage is not None
+    assert responses.usage is not None
+    assert (chat.usage.service_tier, responses.usage.service_tier) == ("flex", "priority")
+
+
+@pytest.mark.parametrize("iterations", [None, [], [{}], [7], [{"input_tokens": 5, "output_tokens": 1}], [{}] * 5000])
+def test_iterations_that_add_nothing_leave_the_usage_as_it_is(iterations) -> None:
+    """One call is no sum, and a list that makes no sense counts for nothing."""
+    usage = {"input_tokens": 50, "output_tokens": 3, "iterations": iterations}
+    assert normal(usage, endpoint=Endpoint.MESSAGES) == Usage(50, 3, None)
+
+
+def test_cached_and_written_tokens_of_several_calls_are_added() -> None:
+    """Each call has its own split."""
+    call = {"input_tokens": 10, "output_tokens": 1, "cache_read_input_tokens": 5, "cache_creation_input_tokens": 3}
+    found = normal({**call, "iterations": [call, call]}, endpoint=Endpoint.MESSAGES)
+    assert found == Usage(36, 2, 10, cache_write_5m_tokens=6, longest_call_tokens=18)
