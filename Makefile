@@ -19,6 +19,8 @@ COMPILED_TESTS := tests/test_compiled.py tests/cache/index tests/cache/replicati
   tests/proxy/upstream tests/proxy/downstream tests/proxy/routing tests/proxy/fleet tests/proxy/pipeline \
   tests/scenarios
 
+PIP_WHEEL = .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation
+
 # Two rules must not install into .venv at the same time.
 .NOTPARALLEL:
 
@@ -50,10 +52,16 @@ format: .venv/.dev
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
-# The release wheels, in dist/: one compiled by the counts of a training run, and one of plain Python.
+# The release wheels, in dist/: one for this platform, compiled by the counts of a training run, and one of plain Python
+# for all others. On Linux auditwheel gives the first the manylinux tag of the oldest glibc that it runs with.
 wheel: .venv/.dev
-	CAIRN_COMPILE=profiled .venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
-	CAIRN_COMPILE=never .venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+	@rm -rf .build/release && mkdir -p .build/release dist
+	CAIRN_COMPILE=never $(PIP_WHEEL) -w dist .
+	CAIRN_COMPILE=profiled $(PIP_WHEEL) -w .build/release .
+	case "$$(uname -s)" in \
+	  Linux) PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/auditwheel repair -w dist .build/release/*.whl ;; \
+	  *) cp .build/release/*.whl dist/ ;; \
+	esac
 
 # One resolution, dev.txt, for all; the others hold the part of it that they need. Versions change only if
 # pyproject.toml asks for it; `make lock ARGS=--upgrade` takes the newest. No file names an index.
@@ -80,12 +88,18 @@ lock: .venv/.dev
 	@touch $@
 	@[ $* != dev ] || touch .venv/.demo  # dev.txt contains demo.txt
 
-# Cairn as a wheel installs it, with its data path compiled once, beside .venv and not in it.
-.build/compiled/.done: .venv/.dev $(SOURCES) $(BUILD_FILES)
+# Both wheels for the tests, the first with its data path compiled once; and that one, installed beside .venv.
+.build/wheels/.done: .venv/.dev $(SOURCES) $(BUILD_FILES)
 	@echo "Compiling the data path (a minute) ..."
+	@rm -rf .build/wheels
+	@CAIRN_COMPILE=never $(PIP_WHEEL) -w .build/wheels .
+	@CAIRN_COMPILE=once $(PIP_WHEEL) -w .build/wheels .
+	@touch $@
+
+.build/compiled/.done: .build/wheels/.done
 	@rm -rf .build/compiled
-	@CAIRN_COMPILE=once .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	  --no-build-isolation --target .build/compiled .
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target .build/compiled \
+	  .build/wheels/*-cp*.whl
 	@touch $@
 
 # What Cairn costs beside a bare pass-through and, after `make bench-peers`, beside two routers written in Rust.
