@@ -157,7 +157,7 @@ def _parts(config: Config, environ: Mapping[str, str], read: Callable[[], Loaded
         store_errors=(EmbeddedError,),
         clock=clock,
         version=own_version(),
-        started=_say_started,
+        started=lambda *addresses: _report_started(environ, *addresses),
     )
 
 
@@ -169,7 +169,10 @@ def _import_path(environ: Mapping[str, str]) -> dict[str, str]:
     return {"PYTHONPATH": ":".join(filter(None, (environ.get("PYTHONPATH"), str(root))))}
 
 
-def _say_started(address: str, admin_address: str) -> None:
+def _report_started(environ: Mapping[str, str], address: str, admin_address: str) -> None:
+    from proxy.supervisor.service_manager import READY, notify
+
+    notify(environ.get("NOTIFY_SOCKET"), READY)
     click.echo(f"cairn: serving on {address}/v1, admin on {admin_address}", err=True)
 
 
