@@ -19,7 +19,7 @@ from aiohttp.typedefs import Handler
 
 from proxy.accounting.savings import By, SavingsReport, as_json
 from proxy.accounting.totals_reader import Unreadable
-from proxy.admin.status import PAGE_PATHS, StatusBoard, StatusRoutes
+from proxy.admin.status import EVENTS_PATH, PAGE_PATHS, StatusBoard, StatusRoutes
 from proxy.config.checks import is_loopback
 from proxy.config.schema import Config
 from proxy.control.readiness import Readiness, ReadinessStatus
@@ -89,7 +89,7 @@ class AdminPort:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not self._is_open(request.path) and (refusal := self._refusal(request)):
+        if refusal := _cross_site(request) or (None if self._is_open(request.path) else self._refusal(request)):
             status, why = refusal
             return _json(status, {"error": why})
         try:
@@ -109,8 +109,8 @@ class AdminPort:
         token = self._overview.config.admin.token
         if token is not None:
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-            right = _same(given.strip(), token.reveal()) and scheme.lower() == "bearer"
-            return None if right else (401, "this needs the admin token as Authorization: Bearer TOKEN")
+            is_right = _same(given.strip(), token.reveal()) and scheme.lower() == "bearer"
+            return None if is_right else (401, "send the admin token as Authorization: Bearer TOKEN")
         # refuses a host name that a web page made point here (DNS rebinding)
         if is_loopback(_host_of(request.headers.get("Host", ""))):
             return None
@@ -147,7 +147,9 @@ class AdminPort:
 
     async def _explain(self, request: web.Request) -> web.Response:
         path = request.query.get("path", "/v1/chat/completions")
-        credential = request.headers.get("X-Cairn-Client-Key", "").encode()
+        if not path.isascii() or not path.isprintable():
+            return _json(400, {"error": "expected path=/v1/..., in ASCII"})
+        credential = _bytes(request.headers.get("X-Cairn-Client-Key", ""))
         status, body = await self._overview.explain(path, await request.read(), credential)
         return web.Response(status=status, body=body, content_type="application/json")
 
@@ -158,7 +160,31 @@ def _json(status: int, content: object) -> web.Response:
 
 def _same(given: str, wanted: str) -> bool:
     """Compare in constant time; neither the place of a difference nor the length of `wanted` can be measured."""
-    return hmac.compare_digest(hashlib.sha256(given.encode()).digest(), hashlib.sha256(wanted.encode()).digest())
+    return hmac.compare_digest(hashlib.sha256(_bytes(given)).digest(), hashlib.sha256(_bytes(wanted)).digest())
+
+
+def _bytes(header: str) -> bytes:
+    """Return the bytes that were sent; aiohttp decodes bytes that are not UTF-8 to surrogates."""
+    return header.encode("utf-8", "surrogateescape")
+
+
+def _cross_site(request: web.Request) -> tuple[int, str] | None:
+    """Refuse what a page of another site makes a browser send, except for following a link."""
+    site = request.headers.get("Sec-Fetch-Site", "none")
+    origin = request.headers.get("Origin")
+    is_foreign = site not in ("none", "same-origin") or (origin is not None and not _is_own_origin(origin, request))
+    follows_link = (
+        request.method in ("GET", "HEAD")
+        and request.headers.get("Sec-Fetch-Mode") == "navigate"
+        and request.headers.get("Sec-Fetch-Dest") == "document"
+        and request.path != EVENTS_PATH
+    )
+    return (403, "requests from other sites are refused") if is_foreign and not follows_link else None
+
+
+def _is_own_origin(origin: str, request: web.Request) -> bool:
+    """Return whether `origin` has the host and port of the request; its scheme may be that of a proxy in front."""
+    return origin.partition("://")[2].lower() == request.headers.get("Host", "").lower()
 
 
 def _host_of(header: str) -> str:

@@ -21,6 +21,7 @@ from proxy.control.messages import (
     Explain,
     Explained,
     FromWorker,
+    Heartbeat,
     Ready,
     ReloadRefused,
     ToWorker,
@@ -32,6 +33,7 @@ from proxy.tasks import Tasks
 MESSAGE_BYTES_AT_MOST = 64 * 1024 * 1024  # the largest is a body to explain: max_body_bytes, 32 MiB by default
 _LENGTH = struct.Struct(">I")
 _REPORT_BACKLOG_BYTES = 1024 * 1024  # not read by the supervisor yet; beyond this a worker keeps its counts
+HEARTBEAT_SECONDS = 0.5
 
 log = logging.getLogger("cairn.control")
 
@@ -129,6 +131,7 @@ class WorkerControl:
             raise ControlBroken("no configuration was sent")
         control = cls(channel, tasks)
         tasks.start(control._receive(), "control")
+        tasks.keep(control._beat, "heartbeat")
         return control, first.config
 
     async def send_ready(self) -> None:
@@ -154,6 +157,12 @@ class WorkerControl:
     def close(self) -> None:
         """Close the worker's end."""
         self._channel.close()
+
+    async def _beat(self) -> None:
+        while True:
+            if self._channel.unsent_bytes <= _REPORT_BACKLOG_BYTES:
+                self._channel.post(Heartbeat())
+            await asyncio.sleep(HEARTBEAT_SECONDS)
 
     async def _receive(self) -> None:
         try:

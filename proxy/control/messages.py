@@ -42,6 +42,10 @@ class Explain(msgspec.Struct, frozen=True, tag="explain"):
 # --- from a worker
 
 
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """The worker's event loop runs. Sent twice a second, whatever else the worker does."""
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The worker accepts requests."""
 
@@ -86,13 +90,14 @@ class WorkerReport(msgspec.Struct, frozen=True, tag="report"):
     """What a worker counted since its last report (four a second), and its current state.
 
     `redis` is `REDIS_UP`, another word for its state, or None while that is unknown. `upstreams` says for each
-    replica whether it takes requests.
+    replica whether it takes requests. `failing_tasks` names the background tasks that failed and wait for a restart.
     """
 
     counts: MetricsDelta
     in_flight: int = 0
     redis: str | None = None
     upstreams: dict[str, bool] = {}
+    failing_tasks: tuple[str, ...] = ()
     page: StatusReport = StatusReport()
 
 
@@ -111,4 +116,4 @@ class ReloadRefused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 ToWorker = Configure | Drain | Explain
-FromWorker = Ready | WorkerReport | Explained | ReloadRefused
+FromWorker = Heartbeat | Ready | WorkerReport | Explained | ReloadRefused

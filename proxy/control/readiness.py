@@ -9,7 +9,7 @@ import msgspec
 
 from proxy.control.messages import REDIS_UP, WorkerReport
 
-STALE_SECONDS = 10.0  # a worker reports four times a second; one that is silent for this long does not serve
+SILENT_SECONDS = 2.0  # a worker sends a heartbeat twice a second; one that is silent for this long does not serve
 _REDIS_FINE = frozenset({None, REDIS_UP})
 
 
@@ -30,17 +30,22 @@ class ReadinessStatus(enum.StrEnum):
 
 
 class WorkerView(msgspec.Struct, frozen=True):
-    """One worker as the supervisor sees it; `report_age_seconds` is None before its first report."""
+    """One worker as the supervisor sees it. `silent_seconds` is the time since its last message of any kind."""
 
     number: int
     ready: bool
     report: WorkerReport | None = None
-    report_age_seconds: float | None = None
+    silent_seconds: float = 0.0
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it should have sent something by now."""
+        return self.silent_seconds >= SILENT_SECONDS
 
     @property
     def serves(self) -> bool:
-        """Whether it reported to be ready, and reported lately."""
-        return self.ready and (self.report_age_seconds is None or self.report_age_seconds < STALE_SECONDS)
+        """Whether it is ready and responds."""
+        return self.ready and not self.is_silent
 
 
 class Readiness(msgspec.Struct, frozen=True):
@@ -54,14 +59,19 @@ class Readiness(msgspec.Struct, frozen=True):
     upstreams: dict[str, bool] = {}
 
 
-def judge(stage: Stage, workers: Sequence[WorkerView]) -> Readiness:
-    """Decide the readiness: ready if a worker serves and an upstream is up, degraded if anything else is wrong."""
+def judge(stage: Stage, workers: Sequence[WorkerView], failing_tasks: Sequence[str] = ()) -> Readiness:
+    """Decide the readiness: ready if a worker serves and an upstream is up, degraded if anything else is wrong.
+
+    `failing_tasks` are those of the supervisor itself.
+    """
     serving = [worker for worker in workers if worker.serves]
     reports = [worker.report for worker in serving if worker.report is not None]
     upstreams = _upstreams(reports)
     blocking = _blocking(stage, serving, upstreams)
     redis = next((report.redis for report in reports if report.redis not in _REDIS_FINE), None)
+    failing = {*failing_tasks, *(name for report in reports for name in report.failing_tasks)}
     lacking = _lacking(workers, serving, upstreams, redis)
+    lacking += [f"background task {name} failed and is restarted" for name in sorted(failing)]
     status = ReadinessStatus.NOT_READY if blocking else ReadinessStatus.DEGRADED if lacking else ReadinessStatus.READY
     return Readiness(
         status=status,
@@ -102,4 +112,6 @@ def _lacking(
         lacking.append(f"redis is {redis}")
     if len(serving) < len(workers):
         lacking.append(f"{len(serving)} of {len(workers)} workers are ready")
+    silent = [worker for worker in workers if worker.ready and worker.is_silent]
+    lacking += [f"worker {each.number} has not responded for {each.silent_seconds:.0f} s" for each in silent]
     return lacking

@@ -6,12 +6,15 @@ workers share one socket, because other kernels do not balance.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import resource
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+from proxy.clock import Clock
 from proxy.errors import CairnError
 
 _OWN_SOCKETS = sys.platform == "linux"
@@ -20,6 +23,31 @@ Address = tuple[socket.AddressFamily, tuple[str, int]]
 
 class ListenError(CairnError):
     """An address cannot be bound; the message says which one and why, in one line."""
+
+    is_in_use = False
+
+
+RETRY_SECONDS = 3.0
+"""How long to wait for a port whose owner is ending, for example the workers of a supervisor that was killed."""
+
+_RETRY_PAUSE_SECONDS = 0.1
+_Opened = TypeVar("_Opened")
+
+
+async def when_free(open_sockets: Callable[[], _Opened], clock: Clock) -> _Opened:
+    """Return `open_sockets()`, tried again for up to `RETRY_SECONDS` while the port is in use.
+
+    Raises:
+        ListenError: the port stayed in use, or cannot be opened at all.
+    """
+    deadline_seconds = clock.monotonic() + RETRY_SECONDS
+    while True:
+        try:
+            return open_sockets()
+        except ListenError as error:
+            if not error.is_in_use or clock.monotonic() >= deadline_seconds:
+                raise
+        await asyncio.sleep(_RETRY_PAUSE_SECONDS)
 
 
 def open_for_workers(host: str, port: int, workers: int, backlog: int) -> list[list[socket.socket]]:
@@ -64,7 +92,9 @@ def open_one(family: int, address: tuple[str, int], backlog: int, *, shared: boo
         opened.setblocking(False)
     except OSError as error:
         opened.close()
-        raise ListenError(f"cannot listen on {address[0]} port {address[1]}: {_reason(error)}") from None
+        failure = ListenError(f"cannot listen on {address[0]} port {address[1]}: {_reason(error)}")
+        failure.is_in_use = error.errno == errno.EADDRINUSE
+        raise failure from None
     return opened
 
 

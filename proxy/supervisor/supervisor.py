@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -95,7 +96,8 @@ class Supervisor:
 
     def readiness(self) -> Readiness:
         """Whether requests are welcome."""
-        return judge(self._stage, [worker.view() for worker in self._workers])
+        views = [worker.view() for worker in self._workers]
+        return judge(self._stage, views, sorted(self._tasks.restarting))
 
     def scrape(self, accept: str) -> tuple[bytes, str]:
         """Return the metrics page and its content type."""
@@ -165,9 +167,12 @@ class Supervisor:
         """
         sockets.raise_descriptor_limit()
         server, admin = self._config.server, self._config.admin
-        self._listening = sockets.open_for_workers(server.host, server.port, server.workers, server.backlog)
+        clock = self._parts.clock
+        self._listening = await sockets.when_free(
+            partial(sockets.open_for_workers, server.host, server.port, server.workers, server.backlog), clock
+        )
         try:
-            admin_socket = sockets.open_admin(admin.host, admin.port)
+            admin_socket = await sockets.when_free(partial(sockets.open_admin, admin.host, admin.port), clock)
         except sockets.ListenError:
             sockets.close_all(self._listening)
             raise

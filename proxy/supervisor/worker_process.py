@@ -26,6 +26,7 @@ from proxy.control.messages import (
     Explain,
     Explained,
     FromWorker,
+    Heartbeat,
     Ready,
     ReloadRefused,
     WorkerReport,
@@ -39,6 +40,8 @@ PAUSE_FIRST_SECONDS = 0.1
 PAUSE_MOST_SECONDS = 5.0  # connections that the kernel assigned to this worker wait at most this long
 KILL_MARGIN_SECONDS = 2.0  # after the deadline of a drain, for the worker's own clean-up
 FINAL_READ_SECONDS = 1.0  # to read what a worker had sent before it ended
+SILENCE_CHECK_SECONDS = 0.5
+SILENCE_LIMIT_SECONDS = 5.0  # a worker that sends nothing for this long is frozen and is killed
 
 log = logging.getLogger("cairn.supervisor")
 
@@ -97,7 +100,7 @@ class WorkerProcess:
         self._process: Process | None = None
         self._channel: Channel[FromWorker] | None = None
         self._report: WorkerReport | None = None
-        self._reported_seconds = 0.0
+        self._message_seconds = 0.0  # monotonic; of the last message
         self._questions: dict[int, asyncio.Future[Explained]] = {}
 
     @property
@@ -107,8 +110,8 @@ class WorkerProcess:
 
     def view(self) -> WorkerView:
         """Return the worker's current state."""
-        age = None if self._report is None else self._clock.monotonic() - self._reported_seconds
-        return WorkerView(self.number, self.ready, self._report, age)
+        silent_seconds = self._clock.monotonic() - self._message_seconds if self.ready else 0.0
+        return WorkerView(self.number, self.ready, self._report, silent_seconds)
 
     async def run(self) -> None:
         """Keep a worker running until `drain` or `kill` has ended it."""
@@ -181,6 +184,7 @@ class WorkerProcess:
             theirs.close()
         start_limit = asyncio.get_running_loop().call_later(START_LIMIT_SECONDS, self._kill_unless_ready, process)
         receiving: asyncio.Task[None] | None = None
+        watching = self._tasks.start(self._watch_silence(), f"worker-{self.number}-silence")
         try:
             self._channel = await Channel.open(ours, FromWorker)
             receiving = self._tasks.start(self._receive(self._channel), f"worker-{self.number}")
@@ -190,6 +194,7 @@ class WorkerProcess:
             code = await process.wait()
         finally:
             start_limit.cancel()
+            watching.cancel()
             self._kill()
             await self._clear_up(receiving)
         return f"(pid {process.pid}) ended with {code}"
@@ -209,6 +214,7 @@ class WorkerProcess:
     async def _receive(self, channel: Channel[FromWorker]) -> None:
         try:
             while (message := await channel.receive()) is not None:
+                self._message_seconds = self._clock.monotonic()
                 self._handle(message)
         except ControlBroken as error:
             log.warning("worker %d sent an invalid message; killing it: %s", self.number, error)
@@ -216,11 +222,13 @@ class WorkerProcess:
 
     def _handle(self, message: FromWorker) -> None:
         if isinstance(message, WorkerReport):
-            self._report, self._reported_seconds = message, self._clock.monotonic()
+            self._report = message
             self._watcher.worker_reported(self.number, message)
         elif isinstance(message, Ready):
             self.ready = True
             self._watcher.worker_ready(self.number)
+        elif isinstance(message, Heartbeat):
+            pass  # the time of the message is all that counts
         elif isinstance(message, Explained):
             answer = self._questions.get(message.id)
             if answer is not None and not answer.done():
@@ -228,6 +236,21 @@ class WorkerProcess:
         else:
             assert isinstance(message, ReloadRefused)  # noqa: S101 - the union has no other
             self._watcher.reload_refused(self.number, message.why)
+
+    async def _watch_silence(self) -> None:
+        """Kill a worker that is ready and sends nothing: its loop is blocked, or the process is stopped."""
+        checked_seconds = self._clock.monotonic()
+        while True:
+            await asyncio.sleep(SILENCE_CHECK_SECONDS)
+            now_seconds = self._clock.monotonic()
+            if now_seconds - checked_seconds > 2 * SILENCE_CHECK_SECONDS:
+                # this process was stopped or blocked itself: the worker's messages may still be unread
+                self._message_seconds = now_seconds
+            checked_seconds = now_seconds
+            if self.ready and now_seconds - self._message_seconds >= SILENCE_LIMIT_SECONDS:
+                log.error("worker %d has not responded for %.0f s; killing it", self.number, SILENCE_LIMIT_SECONDS)
+                self._kill()
+                return
 
     async def _clear_up(self, receiving: asyncio.Task[None] | None) -> None:
         if receiving is not None:

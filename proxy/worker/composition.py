@@ -426,6 +426,7 @@ def _reporter(control: WorkerControl, built: Built, requests: Requests) -> Repor
         settled=built.accounting.settlement,
         requests=requests.in_flight_limit,
         access_log=built.accounting.access_log,
+        failing_tasks=lambda: basics.tasks.restarting | basics.loops.restarting,
     )
 
 

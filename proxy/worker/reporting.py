@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from cache import ContextRow
@@ -120,7 +120,11 @@ class StatusSource:
 
 
 class Reporter:
-    """Sends the reports of one worker. `access_log` is None if no access log is written."""
+    """Sends the reports of one worker.
+
+    `access_log` is None if no access log is written. `failing_tasks` returns the names of the background tasks that
+    failed and wait for a restart.
+    """
 
     def __init__(
         self,
@@ -132,6 +136,7 @@ class Reporter:
         settled: Settled,
         requests: Requests,
         access_log: DroppedLines | None,
+        failing_tasks: Callable[[], Iterable[str]],
     ) -> None:
         self._channel = channel
         self._recorder = recorder
@@ -141,6 +146,7 @@ class Reporter:
         self._settled = settled
         self._requests = requests
         self._access_log = access_log
+        self._failing_tasks = failing_tasks
 
     async def run(self) -> None:
         """Report until cancelled."""
@@ -163,6 +169,7 @@ class Reporter:
             in_flight=self._requests.requests,
             redis=self._figures.store.redis,
             upstreams=upstreams,
+            failing_tasks=tuple(sorted(self._failing_tasks())),
             page=self._status.report(),
         )
         if self._channel.report(report):

@@ -2,6 +2,6 @@
 
 from proxy.admin.status.board import StatusBoard
 from proxy.admin.status.files import PATHS as PAGE_PATHS
-from proxy.admin.status.routes import StatusRoutes
+from proxy.admin.status.routes import EVENTS_PATH, StatusRoutes
 
-__all__ = ["PAGE_PATHS", "StatusBoard", "StatusRoutes"]
+__all__ = ["EVENTS_PATH", "PAGE_PATHS", "StatusBoard", "StatusRoutes"]

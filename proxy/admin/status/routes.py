@@ -13,6 +13,7 @@ from aiohttp import web
 from proxy.admin.status import files
 from proxy.admin.status.board import StatusBoard
 
+EVENTS_PATH = "/events"
 STREAMS_AT_MOST = 32  # open pages
 LEAST_PAUSE_SECONDS = 0.25  # between two states
 MOST_PAUSE_SECONDS = 1.0
@@ -46,7 +47,7 @@ class StatusRoutes:
         """Add the routes to the admin port."""
         for path in files.PATHS:
             app.router.add_get(path, self._file)
-        app.router.add_get("/events", self._events, allow_head=False)
+        app.router.add_get(EVENTS_PATH, self._events, allow_head=False)
         app.on_shutdown.append(self._close)
 
     async def _close(self, _: web.Application) -> None:

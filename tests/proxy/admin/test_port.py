@@ -18,7 +18,7 @@ from proxy.admin.port import AdminPort
 from proxy.admin.status import StatusBoard
 from proxy.config.load import Admin, Config, Secret, Server
 from proxy.control.messages import WorkerReport
-from proxy.control.readiness import STALE_SECONDS, Readiness, ReadinessStatus, Stage, WorkerView, judge
+from proxy.control.readiness import SILENT_SECONDS, Readiness, ReadinessStatus, Stage, WorkerView, judge
 from proxy.metrics.definitions import MetricsDelta
 from proxy.metrics.exposition import Exposition
 from proxy.supervisor import sockets as listen
@@ -168,6 +168,58 @@ async def test_without_a_token_a_web_page_gets_nothing_by_rebinding_its_name(adm
         assert (await admin.ask("/metrics", headers={"Host": host}))[0] == status
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
+        {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"},
+    ],
+)
+@pytest.mark.parametrize("with_token", [False, True])
+async def test_a_page_of_another_site_gets_nothing(admin: Running, headers: dict[str, str], with_token: bool) -> None:
+    """Neither an explanation nor one of the streams, nor figures, whether or not there is a token."""
+    if with_token:
+        admin.overview.config = Config(admin=Admin(token=Secret("right")))
+        headers = headers | {"Authorization": "Bearer right"}
+    assert (await admin.ask("/explain", "POST", data=b"{}", headers=headers))[0] == 403
+    assert (await admin.ask("/events", headers=headers))[0] == 403
+    assert (await admin.ask("/metrics", headers=headers))[0] == 403
+    assert admin.overview.asked == []
+    assert admin.overview.board.viewers == 0
+
+
+async def test_a_link_of_another_site_may_be_followed_except_to_a_stream(admin: Running) -> None:
+    """A dashboard's link to the page works, and reaches the page's own requests."""
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert (await admin.ask("/", headers=link))[0] == 200
+    assert (await admin.ask("/metrics", headers=link))[0] == 200
+    assert (await admin.ask("/events", headers=link))[0] == 403
+    assert (await admin.ask("/explain", "POST", data=b"{}", headers=link))[0] == 403
+    own = {"Sec-Fetch-Site": "same-origin", "Origin": admin.url, "Sec-Fetch-Mode": "cors"}
+    assert (await admin.ask("/explain", "POST", data=b"{}", headers=own))[0] == 200
+
+
+async def test_headers_that_are_not_utf_8_are_no_defect(admin: Running) -> None:
+    """A wrong token, and a client's key as it was sent."""
+    raw = b"POST %b HTTP/1.1\r\nHost: localhost\r\n%b: %b\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+    async def status(target: bytes, name: bytes, value: bytes) -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(admin.url.rpartition(":")[2]))
+        writer.write(raw % (target, name, value))
+        answer = await reader.read()
+        writer.close()
+        return int(answer.split()[1])
+
+    assert await status(b"/explain", b"X-Cairn-Client-Key", b"k\xff\xfe") == 200
+    assert admin.overview.asked == [("/v1/chat/completions", b"", b"k\xff\xfe")]
+    assert await status(b"/explain?path=%ff", b"X-Other", b"x") == 400
+    admin.overview.config = Config(admin=Admin(token=Secret("right")))
+    assert await status(b"/explain", b"Authorization", b"Bearer \xff\xfe") == 401
+
+
 # --- the status page
 
 
@@ -204,11 +256,9 @@ async def test_the_stream_begins_with_the_history_and_ends_with_the_port(admin: 
 # --- the judgement
 
 
-def worker(number: int = 0, ready: bool = True, age: float | None = 0.1, **report) -> WorkerView:
+def worker(number: int = 0, ready: bool = True, silent: float = 0.1, **report) -> WorkerView:
     """A worker that reported `report`."""
-    return WorkerView(
-        number, ready, WorkerReport(MetricsDelta(), **({"redis": "up"} | report)) if age is not None else None, age
-    )
+    return WorkerView(number, ready, WorkerReport(MetricsDelta(), **({"redis": "up"} | report)), silent)
 
 
 def test_ready_when_all_is_well() -> None:
@@ -219,7 +269,16 @@ def test_ready_when_all_is_well() -> None:
 
 def test_a_ready_worker_that_has_not_reported_yet_counts() -> None:
     """Nothing bad is known of it."""
-    assert judge(Stage.SERVING, [worker(age=None)]).status is ReadinessStatus.READY
+    assert judge(Stage.SERVING, [WorkerView(0, True)]).status is ReadinessStatus.READY
+
+
+def test_a_background_task_that_fails_degrades() -> None:
+    """A worker's or the supervisor's, each named once."""
+    found = judge(Stage.SERVING, [worker(failing_tasks=("totals",)), worker(1, failing_tasks=("totals",))], ["tick"])
+    assert (found.status, found.reasons) == (
+        ReadinessStatus.DEGRADED,
+        ("background task tick failed and is restarted", "background task totals failed and is restarted"),
+    )
 
 
 def test_without_redis_it_is_degraded_and_still_takes_requests() -> None:
@@ -238,11 +297,14 @@ def test_an_upstream_is_up_where_any_worker_finds_it_so() -> None:
     assert (none.status, none.reasons[0]) == (ReadinessStatus.NOT_READY, "no upstream is up")
 
 
-def test_a_worker_that_stands_still_does_not_count() -> None:
-    """Its silence is seen by the age of its last report."""
-    silent = worker(1, age=STALE_SECONDS)
-    assert judge(Stage.SERVING, [worker(), silent]).reasons == ("1 of 2 workers are ready",)
-    assert judge(Stage.SERVING, [silent]).status is ReadinessStatus.NOT_READY
+def test_a_worker_that_does_not_respond_does_not_count() -> None:
+    """And the reasons name it."""
+    silent = worker(1, silent=3.2)
+    assert judge(Stage.SERVING, [worker(), silent]).reasons == (
+        "1 of 2 workers are ready",
+        "worker 1 has not responded for 3 s",
+    )
+    assert judge(Stage.SERVING, [worker(silent=SILENT_SECONDS)]).status is ReadinessStatus.NOT_READY
 
 
 def test_not_ready_without_workers_and_while_draining() -> None:

@@ -17,6 +17,7 @@ from proxy.control.messages import (
     Explain,
     Explained,
     FromWorker,
+    Heartbeat,
     Ready,
     ReloadRefused,
     StatusReport,
@@ -45,9 +46,11 @@ async def ends():
 
 
 async def next_of(channel: Channel[FromWorker]):
-    """The next message, in bounded time."""
+    """The next message that is no heartbeat, in bounded time."""
     async with asyncio.timeout(5):
-        return await channel.receive()
+        while isinstance(message := await channel.receive(), Heartbeat):
+            pass
+        return message
 
 
 async def test_a_worker_gets_its_configuration_with_secrets(ends) -> None:
@@ -60,7 +63,7 @@ async def test_ready_and_reports_reach_the_supervisor(ends) -> None:
     channel, worker = ends
     recorder = Recorder()
     recorder.inc(REQUESTS, ("chat", "m", "u", "2xx", "hit", "true"), 3)
-    report = WorkerReport(recorder.take(), 2, "up", {"u": True}, StatusReport(budgets={"u": 5}))
+    report = WorkerReport(recorder.take(), 2, "up", {"u": True}, ("totals",), StatusReport(budgets={"u": 5}))
     await worker.send_ready()
     assert worker.report(report)
     assert await next_of(channel) == Ready()
@@ -208,3 +211,10 @@ async def test_a_body_of_32_mib_can_be_asked_about(ends) -> None:
     worker.on_explain = explain
     await channel.send(Explain(7, "/v1/x", bytes(32 * 1024 * 1024)))
     assert await next_of(channel) == Explained(7, 200, str(32 * 1024 * 1024).encode())
+
+
+async def test_a_worker_sends_heartbeats_whatever_else_it_does(ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first at once, and another after each pause."""
+    channel, _ = ends
+    async with asyncio.timeout(5):
+        assert [await channel.receive(), await channel.receive()] == [Heartbeat(), Heartbeat()]

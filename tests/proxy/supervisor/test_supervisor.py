@@ -16,7 +16,9 @@ import yaml
 
 from proxy.supervisor import sockets as listen
 from proxy.supervisor.sockets import ListenError
+from tests.support.clock import FakeClock
 from tests.support.supervised import Supervised, wait_gone
+from tests.support.valkey import free_port
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends children and shares ports")
 
@@ -260,6 +262,44 @@ def test_workers_that_never_start_end_it(file: Path) -> None:
     with start(file, mode="crash") as cairn:
         cairn.line("giving up")
         assert cairn.code() == 1
+
+
+@linux
+def test_a_supervisor_killed_and_started_at_the_same_moment_serves(file: Path) -> None:
+    """The workers of the old one still hold the port for a moment; the new one waits for them to end."""
+    write(file, port=free_port(), workers=2)
+    with start(file) as killed:
+        killed.started()
+        killed.workers_ready(2)
+        killed.signal(signal.SIGKILL)
+        with start(file) as cairn:
+            cairn.started()
+            assert cairn.get("/pid")[0] == 200
+
+
+async def test_a_port_in_use_is_tried_again_for_a_while() -> None:
+    """Until it is free, or the time is over; another failure is final at once."""
+    in_use, denied = ListenError("in use"), ListenError("permission denied")
+    in_use.is_in_use = True
+    failures = [in_use, in_use]
+
+    def open_sockets() -> str:
+        if failures:
+            raise failures.pop()
+        return "opened"
+
+    assert await listen.when_free(open_sockets, FakeClock()) == "opened"
+    failures[:] = [denied]
+    with pytest.raises(ListenError, match="denied"):
+        await listen.when_free(open_sockets, FakeClock())
+    clock = FakeClock()
+
+    def never() -> str:
+        clock.advance(listen.RETRY_SECONDS)
+        raise in_use
+
+    with pytest.raises(ListenError, match="in use"):
+        await listen.when_free(never, clock)
 
 
 def test_a_port_that_another_cairn_serves_is_taken() -> None:

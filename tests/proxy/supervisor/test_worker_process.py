@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
+import signal
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from proxy.clock import SystemClock
-from proxy.config.load import Config
+from proxy.clock import Clock, SystemClock
+from proxy.config.load import Config, Pool, Replica
 from proxy.control.messages import Explain, WorkerReport
 from proxy.supervisor import worker_process as slot_module
 from proxy.supervisor.worker_process import (
@@ -126,3 +129,77 @@ async def test_the_pause_grows_unless_the_worker_was_stable(
     await running
     pauses = re.findall(r"starting another in (\S+) s", caplog.text)
     assert pauses == [f"{PAUSE_FIRST_SECONDS:.1f}", f"{second_pause:.1f}"]
+
+
+class Ready(Heard):
+    """A watcher of proper workers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_ready = asyncio.Event()
+
+    def worker_ready(self, number: int) -> None:
+        self.is_ready.set()
+
+    def worker_reported(self, number: int, report: WorkerReport) -> None:
+        pass
+
+
+@contextlib.asynccontextmanager
+async def tiny_worker(clock: Clock) -> AsyncIterator[tuple[WorkerProcess, Ready]]:
+    """A worker that is ready, on a free port."""
+    watcher = Ready()
+    command = [sys.executable, "-m", "tests.support.tiny_worker", "serve"]
+    program = Program(command, dict(os.environ))  # noqa: TID251
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        config = Config(pools=(Pool("p", (Replica("http://127.0.0.1:9"),)),))
+        worker = WorkerProcess(0, program, [listening], config, watcher, clock)
+        running = asyncio.ensure_future(worker.run())  # noqa: TID251
+        try:
+            async with asyncio.timeout(30):
+                await watcher.is_ready.wait()
+                yield worker, watcher
+        finally:
+            worker.kill()
+            await running
+
+
+async def test_a_frozen_worker_is_killed_and_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It sends no heartbeat."""
+    monkeypatch.setattr(slot_module, "SILENCE_LIMIT_SECONDS", 1.5)
+    async with tiny_worker(SystemClock()) as (worker, watcher):
+        assert worker.pid is not None
+        frozen = worker.pid
+        os.kill(frozen, signal.SIGSTOP)
+        watcher.is_ready.clear()
+        await watcher.deaths.get()
+        await watcher.is_ready.wait()
+        assert worker.pid not in (None, frozen)
+    assert "worker 0 has not responded for 2 s; killing it" in caplog.text
+
+
+async def test_a_supervisor_that_was_stopped_itself_kills_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The messages that came meanwhile are unread, which is not the worker's silence."""
+    monkeypatch.setattr(slot_module, "SILENCE_CHECK_SECONDS", 0.05)
+    clock = Offset()
+    async with tiny_worker(clock) as (worker, _):
+        pid = worker.pid
+        clock.seconds = 1000.0
+        while clock.readings < 20:  # noqa: ASYNC110 - until the check has come round several times
+            await asyncio.sleep(0.01)
+        assert (worker.pid, worker.ready) == (pid, True)
+
+
+class Offset(SystemClock):
+    """The system's clock, which a test may set forward; counts how often it was read since."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.readings = 0
+
+    def monotonic(self) -> float:
+        self.readings += bool(self.seconds)
+        return SystemClock.monotonic() + self.seconds

@@ -75,6 +75,7 @@ class Bench:
             settled=part(count=self._count),
             requests=part(requests=5),
             access_log=self.log,
+            failing_tasks=lambda: {"totals", "health"},
         )
 
     def series(self, spec: Spec) -> dict[Labels, float]:
@@ -111,6 +112,7 @@ def test_a_report_has_the_state_of_every_part(bench: Bench) -> None:
     last = bench.supervisor.last
     assert last is not None
     assert (last.in_flight, last.redis, last.upstreams) == (5, "up", {"one": True})
+    assert last.failing_tasks == ("health", "totals")
     assert (last.page.budgets, last.page.sharing.others) == ({"one": 900}, 2)
     for spec, labels, value in (
         (metrics.UPSTREAM_BREAKER, ("one",), 1),
