@@ -173,6 +173,7 @@ class Prompt(msgspec.Struct, frozen=True):
     may_name_context: bool = False  # a short message contains "cache", perhaps as its role
     referring: tuple[memoryview, ...] = ()  # members, beside messages and input, that may name stored objects
     has_hidden_parts: bool = False  # the upstream adds a stored prompt or search results
+    skips_cache: bool = False  # the request asks for what only a prompt computed anew can give
 
 
 class Call(msgspec.Struct, frozen=True):

@@ -75,7 +75,7 @@ class Proxy:
         views = self.fleet.snapshot(POOL, now)
         if among is not None:
             views = tuple(view for view in views if view.id in among)
-        best = plan(demand, match, views, held_back=held_back).chosen
+        best = plan(demand, match, views, held_back=held_back, room=self.index).chosen
         replica, rate = best.replica.id, best.replica.rate_tokens_per_second
         held = match.held.get(replica)
         gate = self.gate.enter(

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from cache.index.nodes import NOBODY, Node, ReplicaEntries
-from cache.index.replica_state import ReplicaState
+from cache.index.replica_state import UNLIMITED_TOKENS, ReplicaState
 from cache.index.tree import Tree, new_entries
 
 MAX_BLOCKS: Final = 2_000_000
@@ -20,6 +20,10 @@ MAX_BLOCKS: Final = 2_000_000
 
 UPKEEP_STEPS: Final = 500
 """Nodes that one call may drop: one to two milliseconds."""
+
+
+MIN_PROMPT_TOKENS: Final = 1_024.0
+"""Prompts count as at least this long when free room is compared: less makes no difference."""
 
 
 class Eviction:
@@ -46,6 +50,8 @@ class Eviction:
     def make_room(self, tree: Tree, state: ReplicaState, states: Iterable[ReplicaState]) -> None:
         """After a placement at `state`: bring it under its budget, and all `states` under the process's bound."""
         steps = UPKEEP_STEPS
+        if state.slots is not None:
+            steps = _fit_slots(tree, state, state.slots, steps)
         if state.entries.tokens > state.budget_tokens:
             steps = self.evict(tree, state, steps)
         if self._retired:
@@ -93,6 +99,56 @@ class Eviction:
                 entries.ring.older = entries.ring.newer = None  # it is its own neighbour: cut, so that it is freed
                 self._retired.popleft()
         return steps
+
+
+def dropped_tokens(state: ReplicaState, matched_tokens: float, uncached_tokens: float) -> float:
+    """Predict the tokens that a replica must evict for a prompt of which it holds `matched_tokens`."""
+    entries = state.entries
+    if state.slots is None:
+        over = entries.tokens + uncached_tokens - state.budget_tokens
+        return min(max(over, 0.0), uncached_tokens)
+    if matched_tokens > uncached_tokens or state.taken_slots < state.slots:
+        return 0.0  # it goes on in its own slot, or a slot is free
+    return entries.tokens / state.taken_slots if state.taken_slots else 0.0
+
+
+def free_prompts(state: ReplicaState, prompt_tokens: float) -> int:
+    """Count the prompts of a length that fit into free room; minus those that are held if the capacity is unknown."""
+    if state.slots is not None:
+        return state.slots - state.taken_slots
+    prompt_tokens = max(prompt_tokens, MIN_PROMPT_TOKENS)
+    if state.budget_tokens >= UNLIMITED_TOKENS:
+        return -int(state.entries.tokens / prompt_tokens) - 1
+    return int(max(state.budget_tokens - state.entries.tokens, 0) / prompt_tokens)
+
+
+def _fit_slots(tree: Tree, state: ReplicaState, slots: int, steps: int) -> int:
+    """Keep the prompts that were used last, one per slot: each leaf of what the replica holds is one prompt."""
+    entries = state.entries
+    ring, taken = entries.ring, 0
+    surplus: list[Node] = []
+    residency = ring.older
+    while residency is not ring:
+        node = residency.node  # type: ignore[union-attr]
+        assert node is not None  # noqa: S101 - only the ring has none
+        if not _has_held_child(entries, node):
+            if taken < slots:
+                taken += 1
+            else:
+                surplus.append(node)
+        residency = residency.older  # type: ignore[union-attr]
+    state.taken_slots = taken
+    for leaf in reversed(surplus):
+        above: Node | None = leaf
+        while above is not None and above.parent is not None and steps > 0 and not _has_held_child(entries, above):
+            node, above = above, above.parent
+            tree.release(entries, node, evicted=True)
+            steps -= 1
+    return steps
+
+
+def _has_held_child(entries: ReplicaEntries, node: Node) -> bool:
+    return node.children is not None and any(entries in child.held for child in node.children.values())
 
 
 def _oldest(entries: ReplicaEntries) -> Node:

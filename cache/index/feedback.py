@@ -1,12 +1,22 @@
-"""What an answer's usage says about the index: compare it with the prediction, and correct what was wrong.
+"""What an answer's usage says about the index: compare it with the prediction, and explain the difference.
 
-Pure functions on the tree and on one replica's state. They may drop or recount entries; a new epoch or budget they
-only propose, and the index applies it.
+Most shortfalls are neither an eviction nor a restart. Each reason is recognised by what it alone explains:
+
+- the engine reuses whole blocks only (`cache.index.granularity`);
+- the prompt forks off where the engine does not share, or the fork's count was interpolated wrongly: the count of the
+  fork is corrected, after a second such answer if it is off by much;
+- the prompt was rendered differently from before (a template that drops old reasoning, say): its own length is
+  corrected and nothing else;
+- the engine evicted it: only if the entries fill the budget, and the prompt is older than anything that was shown to
+  be there; several such answers shrink the budget;
+- the engine restarted: only if nothing was cached of two whole earlier prompts, of two tenants if it serves several.
+
+Functions on the tree and on one replica's state. They may recount entries but never drop any; a new epoch or budget
+they only propose, and the index applies it.
 """
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Final
 
 from cache.index.fingerprint import Fingerprint
@@ -14,16 +24,18 @@ from cache.index.nodes import Node, ReplicaEntries, Step
 from cache.index.placement import FeedbackKind, Placement
 from cache.index.replica_state import UNLIMITED_TOKENS, ReplicaState
 from cache.index.token_counts import learn_tokens, recount
-from cache.index.tree import Tree
 
 MIN_TOLERANCE_TOKENS: Final = 128
 """Engines and providers report in steps of 16 to 128 tokens; a smaller difference means nothing."""
 
 SHRINK: Final = 0.95
+SHRINK_AT_LEAST: Final = 0.99
+"""Bounds of the shrink of a stated budget. One that was only learned becomes what the evicted prompts needed."""
+
 GROW: Final = 1.025
-GROW_FULL_AND_RIGHT: Final = 1.00025
-"""About thirty answers a turnover are right, so this undoes a sixth of a shrink: on traces the budget then stays
-within a tenth of the truth, where 1.002 lets it drift to a multiple."""
+GROW_FULL_AND_RIGHT: Final = 1.001
+PROOF_SHARE: Final = 0.9
+"""A right prediction makes a full budget grow if the prompt was among the oldest tenth of what it allows."""
 
 SHRINK_AFTER: Final = 1.0 / 12.0
 """Share of the cache that must be placed anew between two shrinks, since several shortfalls at once often have
@@ -33,51 +45,67 @@ third above the truth, and a fifth of the turns are lost to prefixes that are go
 FULL: Final = 0.95
 """Share of the budget from which an index counts as full; only then can the budget be what was wrong."""
 
-COUNTING_PART: Final = 16
-"""A node does not count as lost for this part of what is cached: engines round down to whole blocks, counts are
-interpolated, and what hangs on a common system prompt must not go because that was counted a few tokens too long."""
+NEARLY_FULL: Final = 0.85
+"""Share of the budget from which an engine may have evicted something: it also holds outputs and running prompts."""
 
 RECOUNT_SHARE: Final = 0.3
-"""Up to this share a shortfall on an interpolated count is taken for a wrong count and not for an eviction."""
+"""Up to this share one answer corrects the interpolated count of a fork; a larger error needs a second answer."""
 
-MAX_DROPPED_NODES: Final = 500
-"""Nodes that one answer may drop: one to two milliseconds."""
+FORK_MISSES: Final = 2
+"""Answers in a row that found far less than predicted at a fork before its count is corrected to what they found."""
+
+EVICTIONS_KNOWN: Final = 3
+EVICTIONS_UNKNOWN: Final = 4
+"""Evictions of different prompts before the budget shrinks, if the capacity is known or not."""
+
+PROVEN_DECAY: Final = 0.98
+"""Factor of `proven_tokens` with each eviction: running requests and outputs take a changing part of the room."""
+
+GROWTH: Final = 1.125
+"""With an unknown capacity only a prompt that is older by this factor than all that was shown counts as evicted: all
+conversations have grown a little since it was last used."""
+
+SHARED_SHARE: Final = 0.5
+"""With an unknown capacity a prompt counts as evicted only if at most this share of it was cached."""
+
+MAX_SUSPECTS: Final = 4
 
 # constants: the member of an enum is looked up in Python
 _NOTHING: Final = FeedbackKind.NOTHING
 _RIGHT: Final = FeedbackKind.RIGHT
 _LESS: Final = FeedbackKind.LESS
 _MORE: Final = FeedbackKind.MORE
+_RECOUNTED: Final = FeedbackKind.RECOUNTED
+_FORK: Final = FeedbackKind.FORK
+_TAIL: Final = FeedbackKind.TAIL
+_EVICTED: Final = FeedbackKind.EVICTED
+_SUSPECT: Final = FeedbackKind.SUSPECT
+_RESTARTED: Final = FeedbackKind.RESTARTED
 
 
 def judge(
-    tree: Tree, state: ReplicaState, placement: Placement, cached_tokens: int | None, steps: list[Step], error: int
+    state: ReplicaState, placement: Placement, prompt_tokens: int, cached_tokens: int | None, steps: list[Step]
 ) -> FeedbackKind:
-    """Compare an answer with its placement, and drop or recount what was wrong.
+    """Explain an answer by comparing it with its placement, and recount the fork if that was wrong.
 
-    `steps` is the placement's path in the tree, `error` the reported less the predicted tokens (0 if `cached_tokens`
-    is None, which means that the upstream did not report them).
+    `steps` is the placement's path in the tree. None for `cached_tokens` means that the upstream did not report them,
+    or that the request asked not to use the cache.
     """
     if cached_tokens is None or state.ttl_seconds is not None:
         return _NOTHING
-    if cached_tokens:
-        state.suspect = None
-    tolerance = max(MIN_TOLERANCE_TOKENS, placement.tolerance_tokens)
+    granularity = state.granularity
+    granularity.observe(cached_tokens)
+    error = cached_tokens - min(placement.predicted_tokens, prompt_tokens)
+    tolerance = max(MIN_TOLERANCE_TOKENS, placement.tolerance_tokens, granularity.tolerance_tokens())
     if error > tolerance + placement.allowance_tokens:
-        return _MORE
+        return _more(state, placement, cached_tokens, steps, error)
     if not placement.confident:
         return _NOTHING
     if error >= -tolerance:
-        if error and cached_tokens and not placement.exact:
-            recount(steps, placement.held_blocks, error)
-        return _RIGHT
-    if not cached_tokens:
-        return _suspect(state, placement)
-    if not placement.exact and -error <= RECOUNT_SHARE * placement.predicted_tokens:
-        recount(steps, placement.held_blocks, error)
-        return FeedbackKind.RECOUNTED
-    _drop_below(tree, state.entries, placement, cached_tokens, steps)
-    return _LESS
+        return _right(state, placement, cached_tokens, steps, error)
+    if not placement.whole:
+        return _fork_shortfall(placement, steps, error)
+    return _whole_shortfall(state, placement, prompt_tokens, cached_tokens, steps)
 
 
 def confirm(
@@ -94,65 +122,182 @@ def confirm(
     last = steps[-1]
     learn_tokens(steps, prompt_tokens)
     residency = last.node.held.get(entries)
-    if residency is not None and last.blocks == len(last.node.hashes):
-        residency.output_tokens = output_tokens
+    if residency is not None:
+        if not residency.ends or residency.ends[-1] < last.blocks:
+            residency.ends = (*residency.ends, last.blocks)
+        if last.blocks == len(last.node.hashes):
+            residency.output_tokens = output_tokens
 
 
-def new_budget(state: ReplicaState, learnt: FeedbackKind, resident_tokens: int) -> int | None:
-    """The budget in tokens that follows from an answer, or None; `resident_tokens` were held before it."""
+def new_budget(state: ReplicaState, placement: Placement, learnt: FeedbackKind, resident_tokens: int) -> int | None:
+    """Return the budget in tokens that follows from an answer, or None; `resident_tokens` were held before it."""
     budget = state.budget_tokens
-    full = resident_tokens >= FULL * budget
-    if learnt is _LESS and state.placed_tokens >= SHRINK_AFTER * min(resident_tokens, budget):
-        return max(1, int(SHRINK * min(resident_tokens, budget)))
-    if learnt is _MORE and full:
-        return min(UNLIMITED_TOKENS, int(GROW * budget) + 1)
-    if learnt is _RIGHT and full:
-        return min(UNLIMITED_TOKENS, int(GROW_FULL_AND_RIGHT * budget) + 1)
-    return None
+    if learnt is _LESS:
+        least = min([each.reuse_tokens for each in state.evictions], default=budget)
+        state.evictions = []
+        least = min(least, int(SHRINK_AT_LEAST * budget))
+        if state.capacity_tokens is not None:
+            least = max(least, int(SHRINK * budget))
+        return max(1, min(state.bound_tokens, max(least, state.proven_tokens)))
+    if resident_tokens < FULL * budget:
+        return None
+    grown = budget
+    if learnt is _MORE:
+        grown = int(GROW * budget) + 1
+    elif learnt is _RIGHT and placement.reuse_tokens >= PROOF_SHARE * budget:
+        grown = int(GROW_FULL_AND_RIGHT * budget) + 1
+    grown = min(state.bound_tokens, grown)
+    return grown if grown > budget else None
+
+
+def _more(
+    state: ReplicaState, placement: Placement, cached_tokens: int, steps: list[Step], error: int
+) -> FeedbackKind:
+    """More was cached than predicted: a fork was counted too short, or the index had evicted what the engine kept."""
+    state.suspects = []
+    if placement.confident and placement.forks:
+        node = _fork_node(placement, steps)
+        if node is not None:
+            node.fork_misses = 0
+        recount(steps, placement.held_blocks, error)
+        return _RECOUNTED
+    if cached_tokens > state.proven_tokens:
+        state.proven_tokens = cached_tokens
+    if state.slots is not None and not placement.forks:
+        state.slots += 1  # it also keeps prompts outside its slots, in the host's memory
+        state.capacity_tokens = None
+    return _MORE
+
+
+def _right(
+    state: ReplicaState, placement: Placement, cached_tokens: int, steps: list[Step], error: int
+) -> FeedbackKind:
+    if placement.whole:
+        state.granularity.observe_end(placement.held_tokens, cached_tokens)
+        if cached_tokens:
+            _prove(state, placement)
+            if placement.held_tokens < state.shortest_hit_tokens:
+                state.shortest_hit_tokens = placement.held_tokens
+    else:
+        node = _fork_node(placement, steps)
+        if node is not None:
+            node.fork_misses = 0
+        if error and cached_tokens and not placement.exact:
+            recount(steps, placement.held_blocks, error)
+    if cached_tokens and not _explained(state, placement, cached_tokens, steps):
+        state.suspects = []
+    return _RIGHT
+
+
+def _prove(state: ReplicaState, placement: Placement) -> None:
+    """A whole earlier prompt was there: so was everything that is newer."""
+    reuse = placement.reuse_tokens
+    if reuse > state.proven_tokens:
+        state.proven_tokens = reuse
+    if state.evictions:
+        state.evictions = [each for each in state.evictions if each.reuse_tokens > reuse]
+
+
+def _fork_shortfall(placement: Placement, steps: list[Step], error: int) -> FeedbackKind:
+    """Less than predicted where no earlier prompt ended: counted wrongly, or not shared by the engine."""
+    small = not placement.exact and -error <= RECOUNT_SHARE * placement.predicted_tokens
+    node = _fork_node(placement, steps)
+    if node is None:
+        return _FORK
+    if not small:
+        node.fork_misses += 1
+        if node.fork_misses < FORK_MISSES or not placement.forks:
+            return _FORK
+    recount(steps, placement.held_blocks, error)
+    return _RECOUNTED
+
+
+def _whole_shortfall(
+    state: ReplicaState, placement: Placement, prompt_tokens: int, cached_tokens: int, steps: list[Step]
+) -> FeedbackKind:
+    """Less than predicted of a whole earlier prompt, whose count was reported."""
+    is_old = placement.reuse_tokens > state.proven_tokens  # older than all that was shown to be there
+    is_full = state.entries.tokens >= NEARLY_FULL * state.budget_tokens
+    if state.capacity_tokens is None and not is_full:  # what was shown is all that is known of its room
+        is_full = 0 < GROWTH * state.proven_tokens < placement.reuse_tokens > state.entries.tokens // 2
+    if _explained(state, placement, cached_tokens, steps) and not (is_old and is_full):
+        # an engine that never reused a prompt this short has shown nothing by not doing so again
+        return _TAIL if placement.held_tokens < state.shortest_hit_tokens else _suspect(state, placement)
+    if not is_old or _is_shorter(placement, prompt_tokens, steps):
+        return _TAIL
+    if state.budget_tokens >= UNLIMITED_TOKENS:
+        return _TAIL if cached_tokens > SHARED_SHARE * placement.predicted_tokens else _evicted(state, placement)
+    return _evicted(state, placement) if is_full else _TAIL
+
+
+def _is_shorter(placement: Placement, prompt_tokens: int, steps: list[Step]) -> bool:
+    """True if the prompt has fewer tokens than its parts had before: it was rendered differently."""
+    if steps[-1].depth != len(placement.fingerprint.hashes):
+        return False
+    estimated = steps[-1].tokens
+    return prompt_tokens < estimated - max(MIN_TOLERANCE_TOKENS, (estimated - placement.held_tokens) // 4)
+
+
+def _evicted(state: ReplicaState, placement: Placement) -> FeedbackKind:
+    """Count an eviction: enough of them since the budget last changed mean that it shrinks, once a turnover."""
+    state.proven_tokens = int(state.proven_tokens * PROVEN_DECAY)
+    if state.slots is not None and state.slots > state.stated_slots:
+        state.slots -= 1
+    others = [each for each in state.evictions if not same_chain(each, placement)]
+    state.evictions = [*others, placement]
+    needed = EVICTIONS_UNKNOWN if state.budget_tokens >= UNLIMITED_TOKENS else EVICTIONS_KNOWN
+    sources = {each.source for each in state.evictions}
+    if len(state.evictions) < needed or (state.has_several_sources and len(sources) < 2):
+        return _EVICTED
+    if state.placed_tokens < SHRINK_AFTER * min(state.entries.tokens, state.budget_tokens):
+        return _EVICTED
+    return _LESS
 
 
 def _suspect(state: ReplicaState, placement: Placement) -> FeedbackKind:
-    first = state.suspect
-    if first is None or _same_chain(first, placement):
-        state.suspect = placement
-        return FeedbackKind.SUSPECT
-    return FeedbackKind.RESTARTED
+    """Nothing was there of a whole earlier prompt: the second such prompt means a restart."""
+    for other in state.suspects:
+        if not same_chain(other, placement) and (other.source != placement.source or not state.has_several_sources):
+            return _RESTARTED
+    state.suspects = [*state.suspects, placement][-MAX_SUSPECTS:]
+    return _SUSPECT
 
 
-def _same_chain(one: Placement, other: Placement) -> bool:
+def _explained(state: ReplicaState, placement: Placement, cached_tokens: int, steps: list[Step]) -> bool:
+    """True if what was cached is no more than what the suspects' own answers have computed since."""
+    tolerance = max(MIN_TOLERANCE_TOKENS, state.granularity.tolerance_tokens())
+    if cached_tokens <= tolerance // 2:
+        return True
+    for other in state.suspects:
+        common = _common_blocks(other, placement)
+        tokens = max([step.tokens for step in steps if step.depth <= common], default=0)
+        if common and cached_tokens <= tokens + tolerance:
+            return True
+    return False
+
+
+def same_chain(one: Placement, other: Placement) -> bool:
     """True if what one placement found held is a prefix of what the other did."""
     depth = min(one.held_blocks, other.held_blocks) - 1
     return one.fingerprint.hashes[depth] == other.fingerprint.hashes[depth]
 
 
-def _drop_below(tree: Tree, entries: ReplicaEntries, placement: Placement, cached: int, steps: list[Step]) -> None:
-    """Drop what hangs on the part that the engine had lost, except this chain, which it has just computed anew, and
-    what was routed after it."""
-    on_path = {id(step.node) for step in steps}
-    there = cached + max(MIN_TOLERANCE_TOKENS, placement.tolerance_tokens, cached // COUNTING_PART)
-    lost = [step.node for step in steps if step.tokens > there and step.depth <= placement.held_blocks]
-    budget = MAX_DROPPED_NODES
-    for node in lost:
-        for child in list(islice((node.children or {}).values(), budget)):
-            budget -= 1
-            if id(child) not in on_path:
-                budget -= _drop_subtree(tree, entries, child, placement.stamp, budget)
-        if budget <= 0:
-            return
+def _common_blocks(one: Placement, other: Placement) -> int:
+    """Boundaries that two chains share, found by bisection since hashes are chained."""
+    mine, theirs = one.fingerprint.hashes, other.fingerprint.hashes
+    low, high = 0, min(len(mine), len(theirs))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if mine[middle - 1] == theirs[middle - 1]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
-def _drop_subtree(tree: Tree, entries: ReplicaEntries, top: Node, before: float, limit: int) -> int:
-    """Release a subtree, leaves first, if nothing in it is newer than `before`. Return the nodes visited."""
-    order: list[Node] = []
-    stack = [top]
-    while stack and len(order) < limit:
-        node = stack.pop()
-        residency = node.held.get(entries)
-        if residency is not None and residency.stamp < before:
-            order.append(node)
-            stack.extend(islice((node.children or {}).values(), limit))
-    if stack or len(order) >= limit:
-        return len(order)
-    for node in reversed(order):
-        tree.release(entries, node)
-    return len(order)
+def _fork_node(placement: Placement, steps: list[Step]) -> Node | None:
+    """The node at whose end the placement's held part ended, if it is still there."""
+    for step in steps:
+        if step.depth == placement.held_blocks and step.blocks == len(step.node.hashes):
+            return step.node
+    return None

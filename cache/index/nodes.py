@@ -31,13 +31,15 @@ class Node(msgspec.Struct, gc=False, eq=False):
     known: int = 0
     pins: tuple[int, ...] = ()
     emitted: int = 0  # number of the last snapshot that wrote it
+    fork_misses: int = 0  # answers in a row that found far less than predicted of what forks off at its end
 
 
 class Residency(msgspec.Struct, gc=False, eq=False):
     """The fact that a replica holds a node. `older` and `newer` link the replica's order of recency.
 
     `touched_by` is the last placement over it, `confirmed` the number of the run's boundaries that an answer has
-    proved, `output_tokens` what the engine generated after the end of the run and may have cached.
+    proved, `output_tokens` what the engine generated after the end of the run and may have cached. `ends` are the
+    numbers of boundaries at which prompts ended that this replica has answered.
     """
 
     node: Node | None
@@ -47,6 +49,7 @@ class Residency(msgspec.Struct, gc=False, eq=False):
     touched_by: int
     confirmed: int = 0
     output_tokens: int = 0
+    ends: tuple[int, ...] = ()
 
 
 class ReplicaEntries(msgspec.Struct, gc=False, eq=False):

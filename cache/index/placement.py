@@ -20,25 +20,33 @@ class Held(msgspec.Struct, frozen=True, gc=False):
 class Match(msgspec.Struct, frozen=True, gc=False):
     """What is known of a prompt. `held` has the replicas that hold any of it.
 
-    `known_*` is the deepest part that any replica holds. If that is not all, `evicted` means that more was held until
-    it was dropped for room, and `diverged` that other prompts go on differently from there.
+    `known_*` is the deepest part that any replica holds. If that is not all, `evicted_from` is the replica that held
+    more until it was dropped for room (-1 if none), and `diverged` means that other prompts go on differently there.
     """
 
     held: dict[int, Held]
     known_blocks: int = 0
     known_bytes: int = 0
     known_tokens: int = 0
-    evicted: bool = False
+    evicted_from: int = -1
     diverged: bool = False
+
+    @property
+    def evicted(self) -> bool:
+        """True if more was held until it was dropped for room."""
+        return self.evicted_from >= 0
 
 
 class Placement(msgspec.Struct, frozen=True, gc=False):
     """A prompt routed to a replica, which held `held_blocks` of it, worth `predicted_tokens`, before.
 
-    `stamp` is the time in seconds. `exact` means that the prediction is a reported count and not interpolated.
-    `confident` means that an answer of this epoch proved it, and that the last placement over its deepest part is not
-    in flight. `tolerance_tokens` is the size of the last held block, `allowance_tokens` what the engine generated
-    after it and may have cached.
+    `stamp` is the time in seconds, `source` a number that stands for the tenant. `held_tokens` is what is held, of
+    which the engine reuses `predicted_tokens`. `exact` means that this is a reported count and not interpolated,
+    `whole` that an earlier prompt ended there, `forks` that other prompts go on differently from there. `confident`
+    means that an answer of this epoch proved it, and that the last placement over its deepest part is not in flight.
+    `tolerance_tokens` is the size of the last held block, `allowance_tokens` what the engine generated after it and
+    may have cached. `reuse_tokens` is how much the replica was told to hold since it last used this prompt, at least:
+    an engine that evicts the oldest first has it if it holds that much.
     """
 
     id: int
@@ -47,11 +55,16 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
     fingerprint: Fingerprint
     stamp: float
     held_blocks: int = 0
+    held_tokens: int = 0
     predicted_tokens: int = 0
     confident: bool = False
     exact: bool = False
+    whole: bool = False
+    forks: bool = False
     tolerance_tokens: int = 0
     allowance_tokens: int = 0
+    reuse_tokens: int = 0
+    source: int = 0
 
 
 class FeedbackKind(enum.StrEnum):
@@ -60,10 +73,13 @@ class FeedbackKind(enum.StrEnum):
     NOTHING = "nothing"  # the upstream did not report, or is a provider, or the prediction was not confident
     STALE = "stale"  # routed under a past epoch, hence ignored
     RIGHT = "right"
-    RECOUNTED = "recounted"  # the tokens of a fork were interpolated wrongly
-    LESS = "less"  # the tail is dropped, the budget may shrink
+    RECOUNTED = "recounted"  # the tokens of a fork were counted wrongly, or the engine does not share there
+    FORK = "fork"  # far less than predicted at a fork: one more corrects its count
+    TAIL = "tail"  # less of a whole earlier prompt, which was rendered differently or is not reused to its end
+    EVICTED = "evicted"  # the engine has evicted a whole earlier prompt; several such shrink the budget
+    LESS = "less"  # evicted once more: the budget shrinks
     MORE = "more"  # the budget may grow
-    SUSPECT = "suspect"  # a confident prediction with nothing cached: one more means a restart
+    SUSPECT = "suspect"  # nothing cached of a whole earlier prompt: one more means a restart
     RESTARTED = "restarted"
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from cache.index.eviction import MAX_BLOCKS, UPKEEP_STEPS, Eviction
+from cache.index.eviction import MAX_BLOCKS, UPKEEP_STEPS, Eviction, dropped_tokens, free_prompts
 from cache.index.feedback import confirm, judge, new_budget
 from cache.index.fingerprint import Fingerprint
 from cache.index.nodes import NOBODY, ReplicaEntries, Step
@@ -19,7 +19,7 @@ from cache.index.placement import Feedback, FeedbackKind, Held, IndexStats, Matc
 from cache.index.replica_state import UNLIMITED_TOKENS, ReplicaState
 from cache.index.rows import Reader, ReplicaRow, RunRow, written
 from cache.index.token_counts import estimate
-from cache.index.tree import Tree, new_entries
+from cache.index.tree import Tree, ended_in_next_block, new_entries, reuse_distance
 
 __all__ = [
     "UNLIMITED_TOKENS",
@@ -40,6 +40,11 @@ LOADED_ROWS: Final = 100
 
 MAX_IN_FLIGHT: Final = 65_536
 """Placements remembered as unanswered; beyond that the oldest count as answered."""
+
+REUSE_STEPS: Final = 8
+REUSE_STEPS_UNKNOWN: Final = 128
+"""Residencies looked at from either end for a reuse distance: under a microsecond. More while the capacity is learned
+from these distances and from nothing else."""
 
 ORIGIN_BITS: Final = 24
 """Placement ids are origin << (63 - ORIGIN_BITS) | counter: no two writers share one, and they fit a signed 64."""
@@ -88,7 +93,7 @@ class PrefixIndex:
                 known = step
         found.pop(NOBODY, None)
         if known is None:
-            return Match(found, evicted=len(hashes) > 0 and self._tree.was_evicted(hashes[0]))
+            return Match(found, evicted_from=self._tree.last_holder(hashes[0]) if len(hashes) else NOBODY)
         grows = known.blocks == len(known.node.hashes) and not known.node.children
         depth = known.depth
         whole = depth == len(hashes)
@@ -97,20 +102,38 @@ class PrefixIndex:
             known_blocks=depth,
             known_bytes=known.node.ends[known.blocks - 1],
             known_tokens=known.tokens,
-            evicted=not whole and self._tree.was_evicted(hashes[depth]),
+            evicted_from=NOBODY if whole else self._tree.last_holder(hashes[depth]),
             diverged=not whole and not grows,
         )
 
+    # -- room
+
+    def dropped_tokens(self, replica: int, matched_tokens: float, uncached_tokens: float) -> float:
+        """Predict the tokens that the replica must evict for a prompt of which it holds `matched_tokens`."""
+        state = self._replicas.get(replica)
+        return 0.0 if state is None else dropped_tokens(state, matched_tokens, uncached_tokens)
+
+    def free_prompts(self, replica: int, prompt_tokens: float) -> int:
+        """Count the prompts of this length that fit into the replica's free room.
+
+        Negative if its capacity is not known: then minus the number of such prompts that it holds.
+        """
+        state = self._replicas.get(replica)
+        return 0 if state is None else free_prompts(state, prompt_tokens)
+
     # -- routing
 
-    def place(self, replica: int, fingerprint: Fingerprint, prompt_tokens: float, now: float) -> Placement:
-        """Note, when a prompt is routed, that the replica will hold all of it. `prompt_tokens` is an estimate.
+    def place(
+        self, replica: int, fingerprint: Fingerprint, prompt_tokens: float, now: float, *, source: int = 0
+    ) -> Placement:
+        """Note, when a prompt is routed, that the replica will hold all of it.
 
-        The placement counts as in flight until `answered`, `take_back` or `settled`.
+        `prompt_tokens` is an estimate, `source` a number that stands for the tenant. The placement counts as in
+        flight until `answered`, `take_back` or `settled`.
         """
         placement_id = self._next_id
         self._next_id += 1
-        placement = self._place(replica, fingerprint, prompt_tokens, now, placement_id)
+        placement = self._place(replica, fingerprint, prompt_tokens, now, placement_id, source)
         in_flight = self._in_flight
         in_flight[placement_id] = None
         if len(in_flight) > MAX_IN_FLIGHT:
@@ -118,7 +141,15 @@ class PrefixIndex:
         return placement
 
     def apply_place(
-        self, replica: int, fingerprint: Fingerprint, prompt_tokens: float, epoch: int, placement_id: int, now: float
+        self,
+        replica: int,
+        fingerprint: Fingerprint,
+        prompt_tokens: float,
+        epoch: int,
+        placement_id: int,
+        now: float,
+        *,
+        source: int = 0,
     ) -> Placement | None:
         """Apply another writer's placement under its id; applying it twice is harmless.
 
@@ -129,7 +160,7 @@ class PrefixIndex:
             return None
         if epoch > state.epoch:
             self.new_epoch(replica, epoch)
-        return self._place(replica, fingerprint, prompt_tokens, now, placement_id)
+        return self._place(replica, fingerprint, prompt_tokens, now, placement_id, source)
 
     def take_back(self, placement: Placement) -> None:
         """Undo what only this placement created and no later placement has touched."""
@@ -177,8 +208,9 @@ class PrefixIndex:
         *,
         decide: bool = True,
     ) -> Feedback:
-        """Learn from an answer's usage; `cached_tokens` is None if the upstream did not report them.
+        """Learn from an answer's usage.
 
+        `cached_tokens` is None if the upstream did not report them, or if the request asked not to use the cache.
         With `decide` the epoch or budget that follows is applied here; without, it is only returned.
         """
         self._in_flight.pop(placement.id, None)
@@ -189,23 +221,33 @@ class PrefixIndex:
             return Feedback(predicted, error, FeedbackKind.STALE)
         steps = self._tree.walk(placement.fingerprint.hashes)
         resident = state.entries.tokens
-        learnt = judge(self._tree, state, placement, cached_tokens, steps, error or 0)
+        learnt = judge(state, placement, prompt_tokens, cached_tokens, steps)
         confirm(state.entries, placement.fingerprint, steps, prompt_tokens, output_tokens)
         epoch = state.epoch + 1 if learnt is _RESTARTED else None
-        budget = new_budget(state, learnt, resident)
+        budget = new_budget(state, placement, learnt, resident)
         if decide and epoch is not None:
             self.new_epoch(placement.replica, epoch)
-            self._place(placement.replica, placement.fingerprint, prompt_tokens, now, placement.id)
+            self._place(placement.replica, placement.fingerprint, prompt_tokens, now, placement.id, placement.source)
         if decide and budget is not None:
             self.set_budget(placement.replica, budget)
         return Feedback(predicted, error, learnt, epoch, budget)
 
     def apply_answer(
-        self, replica: int, fingerprint: Fingerprint, prompt_tokens: int, output_tokens: int, epoch: int
+        self,
+        replica: int,
+        fingerprint: Fingerprint,
+        prompt_tokens: int,
+        output_tokens: int,
+        epoch: int,
+        *,
+        cached_tokens: int | None = None,
     ) -> None:
         """Apply what another writer's answer reported: the tokens of a chain, which the replica has computed."""
         state = self._replica(replica)
         if epoch == state.epoch:
+            if cached_tokens:
+                state.granularity.observe(cached_tokens)
+                state.shortest_hit_tokens = min(state.shortest_hit_tokens, prompt_tokens)
             steps = self._tree.walk(fingerprint.hashes)
             confirm(state.entries, fingerprint, steps, prompt_tokens, output_tokens)
 
@@ -221,11 +263,24 @@ class PrefixIndex:
             return
         self._eviction.retire(self._tree, state)
         state.epoch = epoch
-        state.suspect = None
+        state.forget_answers()
+
+    def set_capacity(self, replica: int, tokens: int | None, slots: int | None = None) -> None:
+        """Set what the configuration or the engine states. The budget never exceeds `tokens`, if given.
+
+        `slots` is the number of prompts that the engine can hold, if it keeps each in a slot.
+        """
+        state = self._replica(replica)
+        state.capacity_tokens, state.slots, state.stated_slots = tokens, slots, slots or 0
+        self.set_budget(replica, state.budget_tokens)
 
     def set_budget(self, replica: int, tokens: int) -> None:
-        """Set how many tokens the replica can hold. What exceeds it goes with the next placements and `tend`."""
+        """Set how many tokens the index keeps of the replica, at most its capacity.
+
+        What exceeds it goes with the next placements and `tend`.
+        """
         state = self._replica(replica)
+        tokens = min(tokens, state.bound_tokens)
         if tokens < state.budget_tokens:
             state.placed_tokens = 0  # growing is no turnover: each right answer would put off the next shrink
         state.budget_tokens = tokens
@@ -267,6 +322,10 @@ class PrefixIndex:
             )
             for replica, state in self._replicas.items()
         }
+
+    def has_several_sources(self, replica: int) -> bool:
+        """True if more than one tenant was routed to the replica in its present epoch."""
+        return self._replica(replica).has_several_sources
 
     def epoch(self, replica: int) -> int:
         """The replica's present epoch."""
@@ -335,7 +394,13 @@ class PrefixIndex:
         return state
 
     def _place(
-        self, replica: int, fingerprint: Fingerprint, prompt_tokens: float, now: float, placement_id: int
+        self,
+        replica: int,
+        fingerprint: Fingerprint,
+        prompt_tokens: float,
+        now: float,
+        placement_id: int,
+        source: int,
     ) -> Placement:
         tree, state = self._tree, self._replica(replica)
         entries, stamp = state.entries, tree.stamp(now)
@@ -346,7 +411,7 @@ class PrefixIndex:
             if entries not in step.node.held:
                 break
             last = step
-        placement = self._placement(state, placement_id, fingerprint, last, stamp)
+        placement = self._placement(state, placement_id, fingerprint, last, stamp, source)
         held_before = entries.tokens
         path = [step.node for step in steps]
         depth = steps[-1].depth if steps else 0
@@ -361,14 +426,24 @@ class PrefixIndex:
         return placement
 
     def _placement(
-        self, state: ReplicaState, placement_id: int, fingerprint: Fingerprint, last: Step | None, stamp: float
+        self,
+        state: ReplicaState,
+        placement_id: int,
+        fingerprint: Fingerprint,
+        last: Step | None,
+        stamp: float,
+        source: int,
     ) -> Placement:
         replica, epoch = state.entries.replica, state.epoch
+        state.saw_source(source)
         if last is None:
-            return Placement(placement_id, replica, epoch, fingerprint, stamp)
+            return Placement(placement_id, replica, epoch, fingerprint, stamp, source=source)
         node = last.node
         residency = node.held[state.entries]
         tokens = node.tokens
+        whole = (bool(residency.ends) and residency.ends[-1] == last.blocks) or ended_in_next_block(
+            node, state.entries
+        )
         return Placement(
             placement_id,
             replica,
@@ -376,11 +451,20 @@ class PrefixIndex:
             fingerprint,
             stamp,
             held_blocks=last.depth,
-            predicted_tokens=last.tokens,
+            held_tokens=last.tokens,
+            predicted_tokens=state.granularity.usable(last.tokens),
             confident=residency.confirmed == last.blocks and residency.touched_by not in self._in_flight,
             exact=bool(node.pins) and node.pins[-1] == last.blocks,
+            whole=whole,
+            forks=bool(node.children),
             tolerance_tokens=tokens[-1] - (tokens[-2] if len(tokens) > 1 else 0),
             allowance_tokens=residency.output_tokens,
+            reuse_tokens=reuse_distance(
+                state.entries, residency, REUSE_STEPS if state.capacity_tokens else REUSE_STEPS_UNKNOWN
+            )
+            if whole
+            else 0,
+            source=source,
         )
 
     def _become(self, tree: Tree, loaded: dict[int, ReplicaState]) -> None:
@@ -393,7 +477,9 @@ class PrefixIndex:
             if read.epoch < state.epoch:
                 self._eviction.retire(tree, read)
                 continue
-            state.entries, state.epoch, state.suspect = read.entries, read.epoch, None
-            state.budget_tokens, state.placed_tokens = read.budget_tokens, read.placed_tokens
+            state.entries, state.epoch = read.entries, read.epoch
+            state.forget_answers()
+            state.budget_tokens = min(read.budget_tokens, state.bound_tokens)
+            state.placed_tokens = read.placed_tokens
             if state.ttl_seconds is None:
                 state.ttl_seconds = read.ttl_seconds

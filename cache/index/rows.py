@@ -38,6 +38,7 @@ class HolderRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     touched_by: int
     confirmed: int
     output_tokens: int
+    ends: tuple[int, ...] = ()
 
 
 class RunRow(msgspec.Struct, frozen=True, tag="run", gc=False):
@@ -99,6 +100,7 @@ class Reader:
         self._ends[node.hashes[-1]] = node
         for entries, stamp, holder in holders:
             residency = Residency(node, None, None, stamp, holder.touched_by, holder.confirmed, holder.output_tokens)
+            residency.ends = holder.ends
             tree.hold(entries, node, residency)
             self._note(entries, stamp, -node.ends[-1], residency)
 
@@ -167,7 +169,7 @@ def _run_row(node: Node) -> RunRow:
         node.known,
         node.pins,
         tuple(
-            HolderRow(entries.replica, each.stamp, each.touched_by, each.confirmed, each.output_tokens)
+            HolderRow(entries.replica, each.stamp, each.touched_by, each.confirmed, each.output_tokens, each.ends)
             for entries, each in node.held.items()
             if entries.replica != NOBODY
         ),

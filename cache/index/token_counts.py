@@ -39,7 +39,8 @@ def learn_tokens(steps: list[Step], prompt_tokens: int) -> None:
     """Make the path's counts add up to what was reported for its end, and pin them there.
 
     The parts that lie on no other reported chain absorb the difference in proportion; if there are none, the part
-    after the last pin of the last node does.
+    after the last pin of the last node does. If the prompt is shorter than its earlier parts were reported to be, it
+    is rendered differently now: the end of the part that is its alone shrinks.
     """
     last = steps[-1]
     change = min(prompt_tokens, MAX_PROMPT_TOKENS) - last.tokens
@@ -50,7 +51,27 @@ def learn_tokens(steps: list[Step], prompt_tokens: int) -> None:
         _absorb(last.node, last_pin(last.node, last.blocks), last.blocks, change)
     for step in unknown:
         step.node.known = step.blocks
+    if change < 0:
+        _shorten(steps, min(prompt_tokens, MAX_PROMPT_TOKENS))
     pin(last.node, last.blocks)
+
+
+def _shorten(steps: list[Step], prompt_tokens: int) -> None:
+    """Take what exceeds `prompt_tokens` from the end of the path, as far up as no other prompt shares it."""
+    over = sum([step.node.tokens[step.blocks - 1] for step in steps]) - prompt_tokens
+    below: Node | None = None
+    for step in reversed(steps):
+        node = step.node
+        others = [child for child in (node.children or {}).values() if child is not below]
+        if over <= 0 or others or step.blocks < len(node.hashes):
+            return
+        stops = [0, *[pinned for pinned in node.pins if pinned < step.blocks], step.blocks]
+        for start, stop in zip(reversed(stops[:-1]), reversed(stops[1:]), strict=True):
+            done = reshape(node, start, stop, -over)
+            over += done
+            if done and stop < step.blocks:
+                node.pins = tuple([pinned for pinned in node.pins if pinned < stop])
+        below = node
 
 
 def _share(unknown: list[Step], change: int) -> None:

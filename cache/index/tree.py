@@ -10,16 +10,19 @@ what it holds.
 from __future__ import annotations
 
 from array import array
-from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from math import nextafter
 from typing import Final
 
 from cache.index.fingerprint import Fingerprint
-from cache.index.nodes import Node, ReplicaEntries, Residency, Step
+from cache.index.nodes import NOBODY, Node, ReplicaEntries, Residency, Step
 
 EVICTED_HASHES: Final = 16_384
 """Chain ends remembered after eviction, to tell an evicted prefix from a cold one: about 1.5 MB."""
+
+MAX_CHILDREN_SEEN: Final = 8
+"""Children of a node that are looked at: where many prompts fork off, none of them is the one that goes on."""
 
 _FOREVER = float("inf")
 
@@ -31,6 +34,35 @@ def new_entries(replica: int) -> ReplicaEntries:
     return ReplicaEntries(replica, ring)
 
 
+def ended_in_next_block(node: Node, entries: ReplicaEntries) -> bool:
+    """True if a prompt that the replica answered ended one boundary after the node, in a block that was not full."""
+    if node.children:
+        for child in islice(node.children.values(), MAX_CHILDREN_SEEN):
+            residency = child.held.get(entries)
+            if residency is not None and residency.ends and residency.ends[0] == 1:
+                return True
+    return False
+
+
+def reuse_distance(entries: ReplicaEntries, residency: Residency, steps: int) -> int:
+    """Return at least how many tokens the replica was told to hold since it last used a node, the node's included.
+
+    Exact for a node among the `steps` newest or the `steps` oldest; for one between them a lower bound.
+    """
+    ring = entries.ring
+    newer = older = 0
+    from_newest, from_oldest = ring.older, ring.newer
+    for _ in range(steps):
+        if from_newest is residency:
+            return newer + residency.node.tokens[-1]  # type: ignore[union-attr]
+        if from_oldest is residency:
+            return entries.tokens - older
+        newer += from_newest.node.tokens[-1]  # type: ignore[union-attr]
+        older += from_oldest.node.tokens[-1]  # type: ignore[union-attr]
+        from_newest, from_oldest = from_newest.older, from_oldest.newer  # type: ignore[union-attr]
+    return newer + residency.node.tokens[-1]  # type: ignore[union-attr]
+
+
 class Tree:
     """The nodes. `blocks` counts a block once however many replicas hold it."""
 
@@ -39,8 +71,7 @@ class Tree:
         self.blocks = 0
         self.nodes = 0
         self.residencies = 0
-        self._evicted: set[int] = set()
-        self._evicted_order: deque[int] = deque()
+        self._evicted: dict[int, int] = {}  # boundaries to the replica that held them last
         self._last_stamp = 0.0
 
     def walk(self, hashes: Sequence[int]) -> list[Step]:
@@ -66,9 +97,9 @@ class Tree:
             children = node.children
         return steps
 
-    def was_evicted(self, block_hash: int) -> bool:
-        """True if the boundary was recently evicted by its last holder."""
-        return block_hash in self._evicted
+    def last_holder(self, block_hash: int) -> int:
+        """Return the replica that held a boundary last and recently evicted it, or NOBODY."""
+        return self._evicted.get(block_hash, NOBODY)
 
     def stamp(self, now: float) -> float:
         """Return `now` in seconds, moved on by the least step if needed, so that stamps order all touches."""
@@ -101,6 +132,9 @@ class Tree:
         for entries, tail in node.held.items():
             confirmed = min(tail.confirmed, at)
             above = Residency(head, tail, tail.newer, tail.stamp, tail.touched_by, confirmed)
+            if tail.ends:
+                above.ends = tuple([end for end in tail.ends if end <= at])
+                tail.ends = tuple([end - at for end in tail.ends if end > at])
             tail.newer.older = above  # type: ignore[union-attr]
             tail.newer = above
             tail.confirmed -= confirmed
@@ -197,7 +231,7 @@ class Tree:
             self.nodes -= 1
             self.blocks -= len(node.hashes)
             if evicted:
-                self._remember(first)
+                self._remember(first, entries.replica)
 
     def trim(self, entries: ReplicaEntries, node: Node, keep: int, *, evicted: bool = False) -> None:
         """Let go of all but the first `keep` boundaries (0 < keep < its length) of one of the replica's leaves."""
@@ -208,7 +242,7 @@ class Tree:
         dropped = len(node.hashes) - keep
         if evicted:
             entries.evicted_blocks += dropped
-            self._remember(node.hashes[keep])
+            self._remember(node.hashes[keep], entries.replica)
         entries.blocks -= dropped
         entries.tokens -= node.tokens[-1] - node.tokens[keep - 1]
         self.blocks -= dropped
@@ -218,15 +252,15 @@ class Tree:
         node.pins = tuple(pin for pin in node.pins if pin <= keep)
         residency = node.held[entries]
         residency.confirmed = min(residency.confirmed, keep)
+        residency.ends = tuple([end for end in residency.ends if end <= keep])
         residency.output_tokens = 0
 
-    def _remember(self, block_hash: int) -> None:
-        if block_hash in self._evicted:
-            return
-        self._evicted.add(block_hash)
-        self._evicted_order.append(block_hash)
-        if len(self._evicted_order) > EVICTED_HASHES:
-            self._evicted.discard(self._evicted_order.popleft())
+    def _remember(self, block_hash: int, replica: int) -> None:
+        evicted = self._evicted
+        evicted.pop(block_hash, None)
+        evicted[block_hash] = replica
+        if len(evicted) > EVICTED_HASHES:
+            del evicted[next(iter(evicted))]
 
 
 def _agreement(run: Sequence[int], hashes: Sequence[int], depth: int, differing: int) -> int:

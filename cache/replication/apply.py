@@ -77,6 +77,7 @@ class _Remembered:
     fingerprint: Fingerprint
     epoch: int
     prompt_tokens: int
+    source: int
 
 
 class DeltaApplier:
@@ -166,12 +167,18 @@ class DeltaApplier:
         # a clock ahead of ours must not make its placements the newest; false for NaN, too
         stamp = delta.unix_seconds if 0.0 <= delta.unix_seconds <= now else now
         placement = self._index.apply_place(
-            replica, fingerprint, delta.prompt_tokens, delta.epoch, delta.placement, stamp
+            replica,
+            fingerprint,
+            delta.prompt_tokens,
+            delta.epoch,
+            delta.placement,
+            stamp,
+            source=delta.source,
         )
         if placement is not None:
             if self._prefills is not None and self.live:
                 self._prefills.placed(placement, delta.prompt_tokens)
-            remembered = _Remembered(replica, fingerprint, delta.epoch, delta.prompt_tokens)
+            remembered = _Remembered(replica, fingerprint, delta.epoch, delta.prompt_tokens, delta.source)
             self._remember(delta.placement, remembered)
         if self._placed is not None:
             self._placed(delta.placement, replica, fingerprint, delta.prompt_tokens)
@@ -193,12 +200,27 @@ class DeltaApplier:
         if isinstance(delta, TakenBack):
             self._index.apply_take_back(replica, fingerprint, delta.from_block, epoch, delta.placement)
         elif isinstance(delta, Answered):
-            self._index.apply_answer(replica, fingerprint, delta.prompt_tokens, delta.output_tokens, epoch)
+            self._index.apply_answer(
+                replica,
+                fingerprint,
+                delta.prompt_tokens,
+                delta.output_tokens,
+                epoch,
+                cached_tokens=delta.cached_tokens,
+            )
             if delta.cached_tokens:
                 self._restarts.clear(replica)
         elif 0 < delta.held_blocks <= len(fingerprint.hashes):
             tokens = remembered.prompt_tokens
-            self._restarts.missed(replica, Miss(delta.placement, epoch, fingerprint, delta.held_blocks, tokens))
+            miss = Miss(
+                placement=delta.placement,
+                epoch=epoch,
+                fingerprint=fingerprint,
+                held_blocks=delta.held_blocks,
+                prompt_tokens=tokens,
+                source=remembered.source,
+            )
+            self._restarts.missed(replica, miss)
         return True
 
     def _tell_prefills(self, delta: TakenBack | Answered | Suspected | Computed) -> None:

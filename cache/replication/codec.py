@@ -59,6 +59,7 @@ class Placed(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     ends: bytes
     prompt_tokens: Tokens
     unix_seconds: float
+    source: Annotated[int, Meta(ge=0, le=2**32)] = 0  # stands for the tenant; earlier versions do not write it
 
     @property
     def fingerprint(self) -> Fingerprint:

@@ -92,12 +92,12 @@ class Journal:
 
     # --- verbs: synchronous, on the path of a request
 
-    def place(self, replica: int, fingerprint: Fingerprint, prompt_tokens: float) -> Placement:
+    def place(self, replica: int, fingerprint: Fingerprint, prompt_tokens: float, *, source: int = 0) -> Placement:
         """Note that a prompt was routed; see `PrefixIndex.place`."""
         now = self._clock.unix()
-        placement = self._index.place(replica, fingerprint, prompt_tokens, now)
+        placement = self._index.place(replica, fingerprint, prompt_tokens, now, source=source)
         if _is_shared(placement):
-            self._writer.enqueue(placed(placement.id, replica, placement.epoch, fingerprint, prompt_tokens, now))
+            self._writer.enqueue(placed(placement, prompt_tokens, now))
         return placement
 
     def take_back(self, placement: Placement) -> None:
@@ -132,7 +132,7 @@ class Journal:
             return feedback
         cached = None if cached_tokens is None else _counted(cached_tokens)
         self._writer.enqueue(Answered(placement.id, _counted(prompt_tokens), _counted(output_tokens), cached))
-        if cached_tokens:
+        if cached_tokens and feedback.learnt is not FeedbackKind.SUSPECT:
             self._restarts.clear(placement.replica)
         if feedback.learnt is FeedbackKind.SUSPECT or feedback.epoch is not None:
             self._missed(placement, _counted(prompt_tokens), feedback)
@@ -143,7 +143,14 @@ class Journal:
         return feedback
 
     def _missed(self, placement: Placement, prompt_tokens: int, feedback: Feedback) -> None:
-        miss = Miss(placement.id, placement.epoch, placement.fingerprint, placement.held_blocks, prompt_tokens)
+        miss = Miss(
+            placement=placement.id,
+            epoch=placement.epoch,
+            fingerprint=placement.fingerprint,
+            held_blocks=placement.held_blocks,
+            prompt_tokens=prompt_tokens,
+            source=placement.source,
+        )
         if feedback.epoch is not None:
             self._restarts.restarted(placement.replica, feedback.epoch, miss)
         else:
@@ -155,6 +162,10 @@ class Journal:
         epoch = self._index.epoch(replica) + 1
         self._index.new_epoch(replica, epoch)
         self._writer.enqueue(Began(replica, epoch))
+
+    def set_capacity(self, replica: int, tokens: int | None, slots: int | None) -> None:
+        """Set what the replica states about its room, in this worker; see `PrefixIndex.set_capacity`."""
+        self._index.set_capacity(replica, None if tokens is None else max(1, min(tokens, UNLIMITED_TOKENS)), slots)
 
     def set_budget(self, replica: int, tokens: int) -> None:
         """Set the replica's capacity, known from the configuration or from the replica itself, for all workers."""

@@ -1,20 +1,25 @@
-"""Detect that a replica restarted, from confident predictions of which nothing was cached.
+"""Detect that a replica restarted, from whole earlier prompts of which nothing was cached.
 
-One such answer may be an eviction. Two in the same epoch, on chains of which neither is a prefix of the other, mean
-that the replica's cache is empty: a new epoch begins, here and for all writers. The answers may be this worker's or
-another's.
+Two such answers in the same epoch, on chains of which neither is a prefix of the other, mean that the replica's cache
+is empty: a new epoch begins, here and for all writers. If the replica serves several tenants, the two must be of two
+tenants. The answers may be this worker's or another's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from cache.index.fingerprint import Fingerprint
+from cache.index.placement import Placement
 from cache.index.prefix_index import PrefixIndex
 from cache.index.token_counts import MAX_PROMPT_TOKENS
 from cache.ports import Clock
 from cache.replication.codec import Began, Delta, Placed
+
+MAX_MISSES: Final = 4
+"""Misses remembered per replica: of one tenant there may be several before another's comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,55 +31,59 @@ class Miss:
     fingerprint: Fingerprint
     held_blocks: int
     prompt_tokens: int
+    source: int = 0  # a number that stands for the tenant
 
 
 class RestartDetector:
-    """The last miss of each replica. `enqueue` sends a delta to all other writers."""
+    """The last misses of each replica. `enqueue` sends a delta to all other writers."""
 
     def __init__(self, index: PrefixIndex, enqueue: Callable[[Delta], None], clock: Clock) -> None:
         self._index = index
         self._enqueue = enqueue
         self._clock = clock
-        self._misses: dict[int, Miss] = {}
+        self._misses: dict[int, list[Miss]] = {}
 
     def clear(self, replica: int) -> None:
-        """Forget the miss of a replica: something of its present epoch was cached, or a new epoch began."""
+        """Forget the misses of a replica: something of its present epoch was cached, or a new epoch began."""
         self._misses.pop(replica, None)
 
     def missed(self, replica: int, miss: Miss) -> None:
         """Note a miss; begin a new epoch if it is the second one."""
-        first = self._misses.get(replica)
         if miss.epoch != self._index.epoch(replica):
             return
-        if first is None or first.epoch != miss.epoch:
-            self._misses[replica] = miss
-        elif _differ(first, miss):
+        earlier = [each for each in self._misses.get(replica, ()) if each.epoch == miss.epoch]
+        several = self._index.has_several_sources(replica)
+        if any(_differ(each, miss) and (each.source != miss.source or not several) for each in earlier):
             self.restarted(replica, miss.epoch + 1, miss)
+        else:
+            self._misses[replica] = [*earlier, miss][-MAX_MISSES:]
 
     def restarted(self, replica: int, epoch: int, second: Miss) -> None:
-        """Begin `epoch`, in which the replica has computed the prompts of both misses; tell all writers."""
-        first = self._misses.pop(replica, None)
+        """Begin `epoch`, in which the replica has computed the prompts of all misses; tell all writers."""
+        earlier = self._misses.pop(replica, [])
         now = self._clock.unix()
         self._index.new_epoch(replica, epoch)
         self._enqueue(Began(replica, epoch))
-        for miss in (first, second):
-            if miss is not None:
-                self._index.apply_place(replica, miss.fingerprint, miss.prompt_tokens, epoch, miss.placement, now)
-                self._enqueue(placed(miss.placement, replica, epoch, miss.fingerprint, miss.prompt_tokens, now))
+        for miss in (*earlier, second):
+            placement = self._index.apply_place(
+                replica, miss.fingerprint, miss.prompt_tokens, epoch, miss.placement, now, source=miss.source
+            )
+            if placement is not None:
+                self._enqueue(placed(placement, miss.prompt_tokens, now))
 
 
-def placed(
-    placement: int, replica: int, epoch: int, chain: Fingerprint, prompt_tokens: float, unix_seconds: float
-) -> Placed:
+def placed(placement: Placement, prompt_tokens: float, unix_seconds: float) -> Placed:
     """Return the delta of a placement."""
+    chain = placement.fingerprint
     return Placed(
-        replica=replica,
-        placement=placement,
-        epoch=epoch,
+        replica=placement.replica,
+        placement=placement.id,
+        epoch=placement.epoch,
         hashes=chain.hashes.tobytes(),
         ends=chain.ends.tobytes(),
         prompt_tokens=max(0, min(int(prompt_tokens), MAX_PROMPT_TOKENS)),
         unix_seconds=unix_seconds,
+        source=placement.source,
     )
 
 

@@ -140,6 +140,7 @@ class Discovery:
     def _tell_capacity(self, number: int, tokens: int | None) -> None:
         if tokens is not None and self._told_tokens.get(number) != tokens:
             self._told_tokens[number] = tokens
+            self._index.set_capacity(number, tokens)
             self._index.set_budget(number, tokens)
 
     def _replicas(self) -> Iterator[tuple[Pool, Replica]]:

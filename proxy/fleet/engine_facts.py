@@ -20,6 +20,7 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False):
     in_flight_limit: int | None = None
     started_unix_seconds: float | None = None
     tells_timings: bool = False
+    slots: int | None = None  # prompts that it holds at most, one per slot
 
     def joined(self, other: EngineFacts) -> EngineFacts:
         """Both pages' facts; where both have one, this one's."""
@@ -28,6 +29,7 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False):
             self.in_flight_limit if self.in_flight_limit is not None else other.in_flight_limit,
             self.started_unix_seconds if self.started_unix_seconds is not None else other.started_unix_seconds,
             self.tells_timings or other.tells_timings,
+            self.slots if self.slots is not None else other.slots,
         )
 
 
@@ -91,6 +93,7 @@ def read_llama_props(page: bytes) -> EngineFacts:
         capacity_tokens=_bounded((slots or 1) * props.default_generation_settings.n_ctx),
         in_flight_limit=slots,
         tells_timings=slots is not None,
+        slots=slots,
     )
 
 

@@ -118,7 +118,7 @@ class HealthChecker:
 
     def _apply(self, number: int, backend: ReplicaEndpoint, facts: EngineFacts) -> None:
         if facts.capacity_tokens is not None and backend.capacity_tokens is None:
-            self._tell_capacity(number, facts.capacity_tokens)
+            self._tell_capacity(number, facts.capacity_tokens, facts.slots)
         if facts.in_flight_limit is not None:
             self._fleet.set_limit(number, facts.in_flight_limit)
             self._limits_changed()
@@ -132,7 +132,7 @@ class HealthChecker:
                 self._fleet.restarted(number)
                 self._journal.new_epoch(number)
 
-    def _tell_capacity(self, number: int, tokens: int) -> None:
+    def _tell_capacity(self, number: int, tokens: int, slots: int | None) -> None:
         """Say it when it is new, since what the answers teach from there on would be undone by saying it again.
 
         A worker that starts among others says it only where their index has no budget for the replica yet.
@@ -141,6 +141,7 @@ class HealthChecker:
         if self._capacity_tokens.get(number) == tokens:
             return
         self._capacity_tokens[number] = tokens
+        self._journal.set_capacity(number, tokens, slots)
         if not (first and self._journal.knows_budget(number)):
             self._journal.set_budget(number, tokens)
 

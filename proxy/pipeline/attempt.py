@@ -140,11 +140,18 @@ class Attempts:
         self._queues[replica].fail(error)
 
     def begin(
-        self, plan: Plan, candidate: Candidate, fingerprint: Fingerprint | None, matched_blocks: int, *, stream: bool
+        self,
+        plan: Plan,
+        candidate: Candidate,
+        fingerprint: Fingerprint | None,
+        matched_blocks: int,
+        *,
+        stream: bool,
+        source: int = 0,
     ) -> Attempt:
         """Charge `candidate`, place the prefix there and stand at the gate.
 
-        Without `fingerprint` (nothing worth sharing) only the charge is made.
+        Without `fingerprint` (nothing worth sharing) only the charge is made. `source` stands for the tenant.
         """
         now_seconds = self._clock.monotonic()
         replica, uncached = candidate.replica.id, candidate.uncached_tokens
@@ -173,6 +180,6 @@ class Attempts:
             prompt_tokens=plan.prompt_tokens,
         )
         if fingerprint is not None:
-            placement = self._journal.place(replica, fingerprint, plan.prompt_tokens)
+            placement = self._journal.place(replica, fingerprint, plan.prompt_tokens, source=source)
         self._changed()
         return Attempt(self._fleet, self._journal, candidate, charge, placement, queue, gate, turn, self._changed)

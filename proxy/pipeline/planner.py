@@ -86,6 +86,7 @@ class Planner:
             min_shareable_bytes=self._min_shareable_bytes,
             weight_per_second=self._weight_per_second,
             held_back=held_back,
+            room=self._index,
         )
 
     def _demand(self, exchange: Exchange) -> Demand:

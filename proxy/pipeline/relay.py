@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from typing import Final
+from zlib import crc32
 
 from cache import Journal
 from proxy.clock import Clock
@@ -133,6 +134,7 @@ class Relay:
             exchange.fingerprint,
             held.blocks if held else 0,
             stream=prompt is not None and prompt.stream,
+            source=crc32(exchange.call.tenant.id.encode()),
         )
         if attempt.must_wait:
             before_seconds = self._clock.monotonic()

@@ -59,7 +59,8 @@ class Settlement:
         usage = self._accounts.known_usage(outcome)
         placement = None if exchange.attempt is None else exchange.attempt.placement
         if placement is not None:
-            self._teach_index(placement, usage)
+            skips_cache = exchange.prompt is not None and exchange.prompt.skips_cache
+            self._teach_index(placement, usage, skips_cache=skips_cache)
         if usage is not None:
             self._teach_fleet(exchange, outcome, usage)
         if self._access_log is not None:
@@ -85,11 +86,12 @@ class Settlement:
             label = self._accounts.label(outcome)
             self._accounts.count_routing_gain(outcome, self._shadow.counted(label, gain))
 
-    def _teach_index(self, placement: Placement, usage: Usage | None) -> None:
+    def _teach_index(self, placement: Placement, usage: Usage | None, *, skips_cache: bool) -> None:
         if usage is None or usage.longest_call_tokens:  # sums of several calls say nothing about this prompt
             self._journal.settled(placement)
         else:
-            self._journal.answered(placement, usage.prompt_tokens, usage.cached_tokens, usage.output_tokens)
+            cached_tokens = None if skips_cache else usage.cached_tokens
+            self._journal.answered(placement, usage.prompt_tokens, cached_tokens, usage.output_tokens)
 
     def _teach_fleet(self, exchange: Exchange, outcome: Outcome, usage: Usage) -> None:
         prompt, attempt, times = exchange.prompt, exchange.attempt, outcome.times

@@ -5,20 +5,21 @@ Pure: no clock, no socket, no state. The fleet's rows and the index's match come
 The cost of replica r for a prompt p, in seconds:
 
     (pending(r) + uncached(p, r)) / rate(r)  +  a x uncached(p, r) / mean rate
-      +  c x max(in_flight(r) - 8, 0)  +  lateness(r)
+      +  c x max(in_flight(r) - 8, 0)  +  lateness(r)  +  w x dropped(p, r) / mean rate
 
 The first term is the time until the first token. The second charges what p computes there `a` times more, for the
 requests that will wait behind it; it uses the mean rate of all, since behind a slow replica fewer requests wait, each
 longer. `a = 2 + 3 x the shortest queue of all, in seconds`: the longer all queues are, the more it costs to compute
 something twice. The third term is the price of decoding beside many others, the last one avoids a replica that
-stalls. No threshold ends affinity: a hot prefix is computed a second time exactly if waiting for its holder costs
+stalls, and the last one charges what r must evict for p if another replica has more room, as it will be computed
+again. No threshold ends affinity: a hot prefix is computed a second time exactly if waiting for its holder costs
 more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 from zlib import crc32
 
 from proxy.errors import Overloaded
@@ -55,6 +56,25 @@ TIE_SECONDS: Final = 0.002
 """Costs nearer to the least than this are equal: learned rates differ by noise, and an idle fleet must not send every
 cold prompt to the replica whose rate looks one percent better."""
 
+DROP_WEIGHT: Final = 1.0
+"""`w`: the share of what is evicted that is computed again."""
+
+MIN_DROP_TOKENS: Final = 256.0
+"""A prompt with fewer uncached tokens is not worth asking for room."""
+
+
+class Room(Protocol):
+    """The room for prompts at each replica: `cache.PrefixIndex`."""
+
+    def dropped_tokens(self, replica: int, matched_tokens: float, uncached_tokens: float) -> float:
+        """Predict the tokens that the replica must evict for a prompt of which it holds `matched_tokens`."""
+        ...
+
+    def free_prompts(self, replica: int, prompt_tokens: float) -> int:
+        """Count the prompts of this length that fit into the replica's free room."""
+        ...
+
+
 _MASK = (1 << 64) - 1
 
 
@@ -66,6 +86,7 @@ def plan(
     min_shareable_bytes: int = MIN_SHAREABLE_BYTES,
     weight_per_second: float = WEIGHT_PER_SECOND,
     held_back: Callable[[int, Held], bool] | None = None,
+    room: Room | None = None,
 ) -> Plan:
     """Order the available replicas by cost, cheapest first.
 
@@ -81,7 +102,7 @@ def plan(
     if not usable:
         raise _none_left(views if pinned is None else [view for view in views if view.id == pinned])
 
-    candidates = _ranked(demand, match.held, usable, weight_per_second)
+    candidates = _ranked(demand, match, usable, weight_per_second, room)
     if held_back is not None and len(candidates) > 1:
         candidates = _not_waiting(candidates, match.held, held_back)
     if pinned is not None:
@@ -105,8 +126,9 @@ def future_weight(views: Sequence[ReplicaView], per_second: float = WEIGHT_PER_S
 
 
 def _ranked(
-    demand: Demand, held: Mapping[int, Held], usable: list[ReplicaView], weight_per_second: float
+    demand: Demand, match: Match, usable: list[ReplicaView], weight_per_second: float, room: Room | None
 ) -> tuple[Candidate, ...]:
+    held = match.held
     mean_rate = sum([view.rate_tokens_per_second for view in usable]) / len(usable)
     future_seconds = future_weight(usable, weight_per_second) / mean_rate  # of one token that is computed
     prompt_tokens = demand.prompt_tokens
@@ -125,8 +147,10 @@ def _ranked(
         )
         candidates.append(Candidate(view, matched_bytes, matched_tokens, uncached, cost))
     if len(candidates) > 1:
+        if room is not None:
+            candidates = _charged_for_room(candidates, room, DROP_WEIGHT / mean_rate)
         candidates.sort(key=_cost)
-        _settle_ties(candidates, demand.tie_hash)
+        _settle_ties(candidates, demand, match.evicted_from, room)
     return tuple(candidates)
 
 
@@ -134,8 +158,32 @@ def _cost(candidate: Candidate) -> float:
     return candidate.cost_seconds
 
 
-def _settle_ties(candidates: list[Candidate], tie_hash: int) -> None:
-    """Among those whose cost equals the least, put first the one with fewest in flight, then by rendezvous hashing.
+def _charged_for_room(candidates: list[Candidate], room: Room, seconds_per_token: float) -> list[Candidate]:
+    """Add to each cost what the replica must evict beyond the one that must evict least."""
+    dropped = [
+        room.dropped_tokens(each.replica.id, each.matched_tokens, each.uncached_tokens)
+        if each.uncached_tokens >= MIN_DROP_TOKENS
+        else 0.0
+        for each in candidates
+    ]
+    least = min(dropped)
+    if max(dropped) <= least:
+        return candidates
+    return [
+        Candidate(
+            each.replica,
+            each.matched_bytes,
+            each.matched_tokens,
+            each.uncached_tokens,
+            each.cost_seconds + (tokens - least) * seconds_per_token,
+        )
+        for each, tokens in zip(candidates, dropped, strict=True)
+    ]
+
+
+def _settle_ties(candidates: list[Candidate], demand: Demand, evicted_from: int, room: Room | None) -> None:
+    """Among those whose cost equals the least, put first the one with fewest in flight, then with the most free room,
+    then the one that evicted the prompt, since it may still have it, then by rendezvous hashing.
 
     Only replicas that hold equally much tie: if one holds more, a small difference is no noise.
     """
@@ -143,16 +191,21 @@ def _settle_ties(candidates: list[Candidate], tie_hash: int) -> None:
     bound = first.cost_seconds * (1.0 + TIE_SHARE) + TIE_SECONDS
     if candidates[1].cost_seconds > bound:
         return
-    best, fewest, heaviest = 0, first.replica.in_flight, -1
+    best, best_key = 0, (0, 0, False, 0)
     for place, candidate in enumerate(candidates):
         if candidate.cost_seconds > bound:
             break
-        in_flight = candidate.replica.in_flight
-        if in_flight > fewest or candidate.matched_bytes != first.matched_bytes:
+        if candidate.matched_bytes != first.matched_bytes:
             continue
-        weight = _rendezvous(tie_hash, candidate.replica.name)
-        if in_flight < fewest or weight > heaviest:
-            best, fewest, heaviest = place, in_flight, weight
+        replica = candidate.replica
+        key = (
+            -replica.in_flight,
+            0 if room is None else room.free_prompts(replica.id, candidate.uncached_tokens),
+            replica.id == evicted_from,
+            _rendezvous(demand.tie_hash, replica.name),
+        )
+        if not place or key > best_key:
+            best, best_key = place, key
     if best:
         candidates.insert(0, candidates.pop(best))
 

@@ -73,6 +73,10 @@ _TEMPLATE = (
     "thinking",
 )
 _template_values = operator.attrgetter(*_TEMPLATE)
+_no_cache_values = operator.attrgetter(
+    "cache_prompt", "prompt_logprobs", "logprob_start_len", "truncate_prompt_tokens"
+)
+_NO_NO_CACHE_VALUES = (NONE,) * 4
 _NO_TEMPLATE_VALUES = (NONE,) * len(_TEMPLATE)
 
 
@@ -144,7 +148,10 @@ def _may_name_context(body: Body, spans: list[memoryview]) -> bool:
 def _read_completion(body: Body) -> Prompt:
     fields = _decoded(decode_completion, body)
     spans = _present(fields.prompt, fields.suffix)
-    return _prompt(body, fields, spans, (), fields.max_tokens)
+    prompt = _prompt(body, fields, spans, (), fields.max_tokens)
+    if bytes(fields.echo) == b"true":  # with log-probabilities the prompt is computed anew
+        prompt = msgspec.structs.replace(prompt, skips_cache=True)
+    return prompt
 
 
 def _read_messages(body: Body) -> Prompt:
@@ -226,6 +233,24 @@ def _prompt(
         may_name_context=names_context,
         referring=referring,
         has_hidden_parts=has_hidden_parts,
+        skips_cache=_skips_cache(fields),
+    )
+
+
+def _skips_cache(fields: Common) -> bool:
+    """True if the engine computes the prompt anew whatever it holds: its cached tokens then say nothing.
+
+    llama.cpp's `cache_prompt: false`; log-probabilities of the prompt (vLLM, SGLang); a prompt cut off on its left.
+    """
+    values = _no_cache_values(fields)
+    if values == _NO_NO_CACHE_VALUES:
+        return False
+    cache_prompt, prompt_logprobs, start, truncate = values
+    return (
+        bytes(cache_prompt) == b"false"
+        or bytes(prompt_logprobs) not in _NOTHING
+        or bytes(start) not in (b"", b"null", b"-1")
+        or bytes(truncate) not in _NOTHING
     )
 
 

@@ -71,6 +71,10 @@ class Common(msgspec.Struct, gc=False):
     thinking: Raw = NONE
     max_tokens: Raw = NONE
     container: Raw = NONE
+    cache_prompt: Raw = NONE
+    prompt_logprobs: Raw = NONE
+    logprob_start_len: Raw = NONE
+    truncate_prompt_tokens: Raw = NONE
 
 
 class _Chat(Common, gc=False):
@@ -83,6 +87,7 @@ class _Chat(Common, gc=False):
 class _Completion(Common, gc=False):
     prompt: Raw = NONE
     suffix: Raw = NONE
+    echo: Raw = NONE
 
 
 class _Responses(Common, gc=False):

@@ -308,9 +308,10 @@ async def test_two_confident_misses_at_two_workers_are_a_restart_for_all(begin: 
     """Each worker saw one answer of the restarted replica; together they know that it is cold."""
     one, two = await begin("one"), await begin("two")
     first, second, third = prompt(1), prompt(2), prompt(3)
-    for chain in (first, second, third):
-        one.journal.answered(one.journal.place(0, chain, 5_000), 5_000, 0, 10)
-    await eventually(lambda: two.journal.stats.applied_deltas >= 6)
+    for cached in (0, 5_000):
+        for chain in (first, second, third):
+            one.journal.answered(one.journal.place(0, chain, 5_000), 5_000, cached, 10)
+    await eventually(lambda: two.journal.stats.applied_deltas >= 12)
     feedback = one.journal.answered(one.journal.place(0, first, 5_000), 5_000, 0, 10)
     assert feedback.learnt is FeedbackKind.SUSPECT
     two.journal.answered(two.journal.place(0, second, 5_000), 5_000, 0, 10)

@@ -42,7 +42,7 @@ def test_sglangs_capacity_from_its_metrics_or_its_server():
 def test_llamas_slots_limit_it_and_hold_its_tokens():
     """Each slot has a context of its own."""
     page = b'{"default_generation_settings": {"n_ctx": 4096, "params": {}}, "total_slots": 4, "build_info": "b1"}'
-    assert read_llama_props(page) == EngineFacts(16_384, 4, tells_timings=True)
+    assert read_llama_props(page) == EngineFacts(16_384, 4, tells_timings=True, slots=4)
 
 
 @given(st.binary(max_size=300))

@@ -225,7 +225,7 @@ def test_reasons_of_hits_and_misses():
     assert plan(LONG, Match(grown, diverged=True), [view(0), view(1)]).miss is MissReason.CHANGED
     made = plan(LONG, Match({0: held_part(38_000, 9_500.0)}), [view(0), view(1)])
     assert (made.cache, made.miss) == (CacheStatus.HIT, MissReason.NONE)
-    assert plan(LONG, Match({}, evicted=True), [view(0), view(1)]).miss is MissReason.EVICTED
+    assert plan(LONG, Match({}, evicted_from=0), [view(0), view(1)]).miss is MissReason.EVICTED
     assert plan(LONG, NOTHING, [view(0), view(1)]).miss is MissReason.COLD
     assert plan(LONG, NOTHING, [view(0)]).reason is RouteReason.ONLY
 

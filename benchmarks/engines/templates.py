@@ -1,0 +1,98 @@
+"""Chat templates: how an engine turns the messages and tools of a request into the one text that it computes.
+
+Each stands for a family as published; names of models are in `docs/templates.md`. One token is four bytes of the
+rendered text, so counts are exact and differ from template to template as real ones do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+BYTES_PER_TOKEN = 4
+BILLING_MARK = "x-anthropic-billing-header"
+
+
+class Template(msgspec.Struct, frozen=True):
+    """How one family renders.
+
+    `system_first` puts the system message before the tools. `drops_reasoning` leaves out the reasoning of messages
+    before the last user message. `date` is put at the head if given. `moves_system` moves late system messages to the
+    front. `drops_billing` leaves out a client's billing block. `drops_tools_for_none` leaves out the tools if
+    `tool_choice` is "none".
+    """
+
+    system_first: bool = False
+    drops_reasoning: bool = False
+    date: str = ""
+    moves_system: bool = False
+    drops_billing: bool = False
+    drops_tools_for_none: bool = False
+
+
+class Message(msgspec.Struct):
+    """One message as it is sent."""
+
+    role: str = ""
+    content: Any = None
+    reasoning_content: str | None = None
+    tool_calls: Any = None
+
+
+class Chat(msgspec.Struct):
+    """A chat request, as far as an engine's cache is concerned."""
+
+    messages: list[Message]
+    model: str = "m"
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    max_tokens: int = 16
+    cache_prompt: bool = True
+    prompt_logprobs: int | None = None
+    reasoning_effort: str | None = None
+
+    @property
+    def reads_cache(self) -> bool:
+        """False if the request asks for what only a prompt computed anew can give."""
+        return self.cache_prompt and self.prompt_logprobs is None
+
+
+decode_chat = msgspec.json.Decoder(Chat).decode
+
+
+def render(chat: Chat, template: Template) -> bytes:
+    """The text that the engine computes, without the generation prompt that follows it."""
+    messages = chat.messages
+    leading = 0
+    while leading < len(messages) and messages[leading].role in ("system", "developer"):
+        leading += 1
+    systems, rest = list(messages[:leading]), list(messages[leading:])
+    if template.moves_system:
+        systems += [message for message in rest if message.role == "system"]
+        rest = [message for message in rest if message.role != "system"]
+    tools = "" if not chat.tools else f"<tools>{msgspec.json.encode(chat.tools).decode()}</tools>"
+    if template.drops_tools_for_none and chat.tool_choice == "none":
+        tools = ""
+    system = "".join(_message(message, template, keeps_reasoning=True) for message in systems)
+    head = system + tools if template.system_first else tools + system
+    last_user = max((place for place, message in enumerate(rest) if message.role == "user"), default=-1)
+    body = "".join(
+        _message(message, template, keeps_reasoning=not template.drops_reasoning or place > last_user)
+        for place, message in enumerate(rest)
+    )
+    effort = f"<effort>{chat.reasoning_effort}" if chat.reasoning_effort else ""
+    return f"{template.date}{effort}{head}{body}".encode()
+
+
+def _message(message: Message, template: Template, *, keeps_reasoning: bool) -> str:
+    reasoning = f"<think>{message.reasoning_content}</think>" if message.reasoning_content and keeps_reasoning else ""
+    calls = "" if message.tool_calls is None else msgspec.json.encode(message.tool_calls).decode()
+    return f"<|{message.role}|>{reasoning}{_text(message.content, template)}{calls}<|end|>"
+
+
+def _text(content: Any, template: Template) -> str:
+    if isinstance(content, str):
+        return content
+    texts = [part.get("text", "") for part in content or [] if isinstance(part, dict)]
+    return "".join(text for text in texts if not (template.drops_billing and text.startswith(BILLING_MARK)))

@@ -1,0 +1,225 @@
+"""The index before engines that are true to life: what it believes must be what they hold."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from benchmarks.engines.caches import BlockCache, EndCache, Slots
+from benchmarks.engines.engine import SimulatedEngine
+from benchmarks.engines.proxy import Answer, CairnProxy
+from benchmarks.engines.sessions import Session, tools, words
+from benchmarks.engines.templates import Template
+from cache import FeedbackKind
+from cache.index.prefix_index import UNLIMITED_TOKENS
+
+SYSTEM = words("system", 800)
+
+
+def budget(proxy: CairnProxy, replica: int = 0) -> int:
+    return proxy.index.replicas()[replica].budget_tokens
+
+
+def held_tokens(proxy: CairnProxy, session: Session, replica: int = 0) -> int:
+    """What the index says a replica holds of a conversation as it stands."""
+    from cache import chain_root, cut
+    from proxy.model import Endpoint
+    from proxy.wire.request import read
+
+    prompt = read(session.body(), Endpoint.CHAT)
+    held = proxy.index.match(cut(chain_root((b"", *prompt.chain_salt)), prompt.spans)).held.get(replica)
+    return held.tokens if held else 0
+
+
+def turn(proxy: CairnProxy, session: Session, *, tokens: int = 50, reasoning: int = 0, tenant: str = "") -> Answer:
+    """One turn of a conversation, and its answer kept by the client."""
+    answer = proxy.ask(session.ask(tokens), tenant)
+    session.answered(answer.usage.output_tokens, reasoning)
+    return answer
+
+
+def test_reasoning_that_a_template_drops_corrects_its_own_conversation_and_nothing_else():
+    """One true partial miss on an engine that is 2 % full: no budget moves and no other conversation is forgotten."""
+    engine = SimulatedEngine(BlockCache(2_000_000), Template(drops_reasoning=True))
+    proxy = CairnProxy([engine], capacities=2_000_000)
+    talks = [Session(f"talk {number}", SYSTEM) for number in range(4)]
+    for _ in range(2):
+        for talk in talks[1:]:
+            turn(proxy, talk, tokens=8_000)
+    thinker = talks[0]
+    turn(proxy, thinker, tokens=2_000, reasoning=2_000)
+    thinker.ask(40, role="tool")
+    proxy.ask(thinker.body())
+    thinker.answered()
+    before = [held_tokens(proxy, talk) for talk in talks[1:]]
+    answer = turn(proxy, thinker, tokens=4_000)
+    assert answer.usage.cached_tokens < answer.predicted_tokens - 1_000, "the template dropped something"
+    assert answer.feedback.learnt is FeedbackKind.TAIL
+    assert budget(proxy) == 2_000_000
+    assert [held_tokens(proxy, talk) for talk in talks[1:]] == before
+    assert abs(held_tokens(proxy, thinker) - answer.usage.prompt_tokens) < 100
+
+
+@pytest.mark.parametrize(("block_tokens", "unused"), [(16, 0), (528, 1), (2_096, 1)])
+def test_follow_ups_stay_whatever_the_engines_block_size(block_tokens, unused):
+    """Of sixty follow-ups none moves, and no budget shrinks, though up to two blocks are never reused."""
+    engines = [SimulatedEngine(BlockCache(1_000_000, block_tokens, unused)) for _ in range(3)]
+    proxy = CairnProxy(engines, capacities=1_000_000)
+    talks = [Session(f"talk {number}", SYSTEM) for number in range(12)]
+    homes = [turn(proxy, talk, tokens=3_000).replica for talk in talks]
+    moved = 0
+    for _ in range(5):
+        for talk, home in zip(talks, homes, strict=True):
+            moved += turn(proxy, talk, tokens=300).replica != home
+    assert moved == 0
+    assert [budget(proxy, replica) for replica in range(3)] == [1_000_000] * 3
+
+
+def test_predictions_round_to_the_engines_blocks_once_they_are_known():
+    """What an engine of blocks of 528, the last never reused, will report is predicted to the token."""
+    proxy = CairnProxy([SimulatedEngine(BlockCache(1_000_000, 528, 1))], capacities=1_000_000)
+    talk = Session("talk", SYSTEM)
+    answers = [turn(proxy, talk, tokens=700) for _ in range(12)]
+    assert [answer.usage.cached_tokens - answer.predicted_tokens for answer in answers[8:]] == [0] * 4
+
+
+def test_an_engine_that_reuses_only_whole_prompts_keeps_its_conversations():
+    """Six new conversations find nothing of the shared system prompt: the 24 that stand there stay known."""
+    proxy = CairnProxy([SimulatedEngine(EndCache(10_000_000))], capacities=10_000_000)
+    standing = [Session(f"standing {number}", SYSTEM) for number in range(24)]
+    for _ in range(2):
+        for talk in standing:
+            turn(proxy, talk, tokens=500)
+    known = [held_tokens(proxy, talk) for talk in standing]
+    for number in range(6):
+        turn(proxy, Session(f"new {number}", SYSTEM), tokens=500)
+    assert [held_tokens(proxy, talk) for talk in standing] == known
+    for talk in standing:
+        answer = turn(proxy, talk)
+        assert answer.usage.cached_tokens > 0.9 * answer.predicted_tokens > 0
+
+
+@pytest.mark.parametrize("fields", [{"cache_prompt": False}, {"prompt_logprobs": 1}])
+def test_requests_that_ask_for_no_cache_teach_nothing(fields):
+    """Two of one tenant leave every conversation on that engine as it was."""
+    proxy = CairnProxy([SimulatedEngine(BlockCache(1_000_000))], capacities=1_000_000)
+    talks = [Session(f"talk {number}", SYSTEM) for number in range(6)]
+    for _ in range(2):
+        for talk in talks:
+            turn(proxy, talk, tokens=1_000)
+    known = [held_tokens(proxy, talk) for talk in talks[2:]]
+    for talk in talks[:2]:
+        talk.ask()
+        answer = proxy.ask(talk.body(**fields))
+        assert answer.feedback.learnt is FeedbackKind.NOTHING
+    assert [held_tokens(proxy, talk) for talk in talks[2:]] == known
+    assert proxy.index.epoch(0) == 0
+
+
+def test_a_sixth_user_with_another_system_message_takes_nothing_from_the_other_five():
+    """The template puts the system message before the tools, and the index does not know: a shared place that never
+    hits is moved, and nobody else's knowledge goes."""
+    proxy = CairnProxy([SimulatedEngine(BlockCache(1_000_000), Template(system_first=True))], capacities=1_000_000)
+    shelf = tools("search", 3_000)
+    users = [Session(f"user {number}", f"{words(f'own {number}', 200)}", shelf) for number in range(6)]
+    for _ in range(3):
+        for user in users[:5]:
+            turn(proxy, user, tokens=400, tenant=user.name)
+    known = [held_tokens(proxy, user) for user in users[:5]]
+    turn(proxy, users[5], tenant="user 5")
+    assert [held_tokens(proxy, user) for user in users[:5]] == known
+    assert budget(proxy) == 1_000_000
+    newcomer = turn(proxy, Session("user 6", words("own 6", 200), shelf), tenant="user 6")
+    assert newcomer.predicted_tokens < 200, "the shared place was learned to be worth nothing"
+
+
+def test_a_restart_is_seen_from_two_tenants_and_not_from_one():
+    """Lost conversations of one tenant say nothing about the others'; one of a second tenant does."""
+    engine = SimulatedEngine(BlockCache(1_000_000))
+    proxy = CairnProxy([engine], capacities=1_000_000)
+    mine = [Session(f"mine {number}") for number in range(3)]
+    theirs = [Session(f"theirs {number}") for number in range(3)]
+    for _ in range(2):
+        for talk in mine:
+            turn(proxy, talk, tokens=1_000, tenant="a")
+        for talk in theirs:
+            turn(proxy, talk, tokens=1_000, tenant="b")
+    engine.cache.clear()
+    known = held_tokens(proxy, theirs[2])
+    for talk in mine:
+        assert turn(proxy, talk, tenant="a").feedback.epoch is None
+    assert held_tokens(proxy, theirs[2]) == known > 0
+    assert turn(proxy, theirs[0], tenant="b").feedback.learnt is FeedbackKind.RESTARTED
+    assert held_tokens(proxy, theirs[2]) == 0
+
+
+def test_a_restart_is_seen_although_the_first_answer_brought_the_shared_head_back():
+    """After a restart the second prompt finds what the first has just computed anew: that is no proof of anything."""
+    engine = SimulatedEngine(BlockCache(1_000_000))
+    proxy = CairnProxy([engine], capacities=1_000_000)
+    talks = [Session(f"talk {number}", SYSTEM) for number in range(4)]
+    for _ in range(2):
+        for talk in talks:
+            turn(proxy, talk, tokens=1_000)
+    engine.cache.clear()
+    assert turn(proxy, talks[0]).feedback.learnt is FeedbackKind.SUSPECT
+    assert turn(proxy, talks[1]).feedback.learnt is FeedbackKind.RESTARTED
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_the_budget_follows_an_engine_under_pressure_and_never_exceeds_what_it_states(stated):
+    """Forty sessions on two engines that hold half of them: predicted is reported within 3 %."""
+    engines = [SimulatedEngine(BlockCache(48_000)) for _ in range(2)]
+    proxy = CairnProxy(engines, capacities=48_000 if stated else None)
+    talks = [Session(f"talk {number}", words("sys", 400)) for number in range(40)]
+    random = Random(5)
+    for talk in talks:
+        turn(proxy, talk, tokens=2_300)
+    predicted = reported = 0
+    for step in range(600):
+        talk = talks[min(int(random.expovariate(1 / 12)), 39)]
+        if len(talk.messages) > 8:
+            del talk.messages[3:]
+        answer = turn(proxy, talk, tokens=100)
+        if step >= 200:
+            predicted += min(answer.predicted_tokens, answer.usage.prompt_tokens)
+            reported += answer.usage.cached_tokens
+        if stated:
+            assert max(budget(proxy, 0), budget(proxy, 1)) <= 48_000
+    assert predicted == pytest.approx(reported, rel=0.03)
+    assert max(budget(proxy, 0), budget(proxy, 1)) < UNLIMITED_TOKENS
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cold_conversations_go_where_there_is_room(seed):
+    """Twenty conversations on four idle engines that hold five to seven each: over 95 % is cached in every run."""
+    engines = [SimulatedEngine(BlockCache(capacity)) for capacity in (17_000, 19_000, 21_000, 23_000)]
+    proxy = CairnProxy(engines, capacities=[17_000, 19_000, 21_000, 23_000])
+    talks = [Session(f"talk {seed} {number}") for number in range(20)]
+    for talk in talks:
+        turn(proxy, talk, tokens=3_000)
+    cached = prompt = 0
+    for _ in range(4):
+        for talk in talks:
+            answer = turn(proxy, talk, tokens=20)
+            cached += answer.usage.cached_tokens
+            prompt += answer.predicted_tokens and answer.usage.prompt_tokens - 40
+            prompt += 0 if answer.predicted_tokens else answer.usage.prompt_tokens
+    assert cached / prompt > 0.95
+
+
+@pytest.mark.parametrize(("conversations", "wanted"), [(8, 0.98), (12, 0.6)])
+def test_slots_are_the_unit_of_room(conversations, wanted):
+    """Two engines of four slots hold eight conversations whole, and most of twelve."""
+    engines = [SimulatedEngine(Slots(4, 16_384)) for _ in range(2)]
+    proxy = CairnProxy(engines, capacities=4 * 16_384, slots=4)
+    talks = [Session(f"talk {number}") for number in range(conversations)]
+    for talk in talks:
+        turn(proxy, talk, tokens=2_000)
+    random, cached, prompt = Random(3), 0, 0
+    for _ in range(20 * conversations):
+        answer = turn(proxy, random.choice(talks), tokens=5)
+        cached += answer.usage.cached_tokens
+        prompt += answer.usage.prompt_tokens
+    assert cached / prompt >= wanted - 0.005
