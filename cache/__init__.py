@@ -1,6 +1,6 @@
 """The cache: prefix index, replication, stored contexts, totals. `proxy` imports from this module only."""
 
-from cache.contexts.access import ContextLimits
+from cache.contexts.access import ContextLimits, Trust
 from cache.contexts.rows import ContextRow, ContextStatus, Draft, Tag
 from cache.contexts.segments import Content
 from cache.contexts.store import ContextStore
@@ -9,6 +9,7 @@ from cache.errors import (
     EmbeddedError,
     ErrorKind,
     PastExpiry,
+    PinRefused,
     QuotaFull,
     StoreCorrupt,
     UnknownContext,
@@ -16,6 +17,7 @@ from cache.errors import (
 from cache.index.fingerprint import Fingerprint
 from cache.index.hashing import chain_root, cut, extend
 from cache.index.prefix_index import (
+    UNLIMITED_TOKENS,
     Feedback,
     FeedbackKind,
     Held,
@@ -40,6 +42,7 @@ DISTRIBUTION = "cairn-proxy"  # `cairn` checks for this: other distributions hav
 
 __all__ = [
     "KEPT_DAYS",
+    "UNLIMITED_TOKENS",
     "BreakerState",
     "CacheError",
     "Content",
@@ -64,6 +67,7 @@ __all__ = [
     "Match",
     "ObjectLocations",
     "PastExpiry",
+    "PinRefused",
     "Placement",
     "PrefixIndex",
     "QuotaFull",
@@ -76,6 +80,7 @@ __all__ = [
     "Sums",
     "Tag",
     "Totals",
+    "Trust",
     "UnknownContext",
     "chain_root",
     "cut",

@@ -83,6 +83,10 @@ class QuotaFull(CacheError):
     """A budget or quota of stored contexts is reached and nothing may be discarded. The message names it."""
 
 
+class PinRefused(CacheError):
+    """This tenant may not pin contexts yet, since nobody has checked its key."""
+
+
 class PastExpiry(CacheError):
     """The requested expiry is in the past, by Redis's clock."""
 

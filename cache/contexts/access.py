@@ -1,66 +1,90 @@
-"""A tenant's keys in Redis as all parts of the context store reach them: scripts, commands, its clock, the limits.
+"""A tenant's keys in Redis, for all parts of the context store: scripts, commands, Redis's clock, the limits.
 
-It knows how a question goes out and comes back, and not what it is about.
+Replies are read in one place (`parsed`), so that damaged data becomes a `StoreCorrupt` and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import enum
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
 from cache import keys
+from cache.errors import StoreCorrupt
 from cache.ports import Clock
 from cache.store.replies import hash_pairs
-from cache.store.store import Script, Store
+from cache.store.store import Command, Script, Store
 
-BULK_LIMIT_SECONDS = 2.0  # an operation that moves a megabyte, or lists many; nothing on the way of a plain request
+BULK_LIMIT_SECONDS = 2.0  # of an operation that moves a megabyte or lists many; never on the path of a plain request
+
+T = TypeVar("T")
+
+
+class Trust(enum.Enum):
+    """Who has checked the key of a tenant."""
+
+    LISTED = "listed"  # the configuration lists it
+    ACCEPTED = "accepted"  # an upstream answered a request that was sent with it
+    UNCHECKED = "unchecked"  # nobody: it may be made up
 
 
 class ContextLimits(msgspec.Struct, frozen=True):
-    """Budgets and quotas; bytes are compressed ones in Redis, but for `memory_bytes`."""
+    """Budgets and quotas. Bytes are compressed bytes in Redis, except `memory_bytes`."""
 
     total_bytes: int
     tenant_bytes: int
     pinned_bytes: int  # of one tenant
+    unlisted_pinned_bytes: int  # of all tenants that are not listed, together
+    unchecked_bytes: int  # of all tenants whose keys nobody has checked, together
     contexts_at_most: int  # of one tenant
     tags_at_most: int  # of one tenant
     grace_seconds: float
     memory_bytes: int  # of one worker
-    warming_seconds: float  # a context still pending after that was left in the middle
+    warming_seconds: float  # a context that is pending for longer was abandoned
 
 
 class Access:
-    """One per worker. `limits` are those in force."""
+    """One per worker. `limits` may be replaced at any time."""
 
     def __init__(self, store: Store, limits: ContextLimits, clock: Clock) -> None:
         self.store = store
         self.limits = limits
         self._clock = clock
-        self._offset_seconds = 0.0  # Redis's clock less ours
+        self._offset_seconds = 0.0  # Redis's clock minus ours
 
     def now(self) -> float:
-        """Seconds since 1970 by Redis's clock, as last heard."""
+        """Return seconds since 1970 by Redis's clock, as of its last reply."""
         return self._clock.unix() + self._offset_seconds
 
     def set_clock(self, now_ms: int) -> None:
-        """What a reply tells of Redis's clock."""
+        """Take over Redis's clock from a reply."""
         self._offset_seconds = now_ms / 1000 - self._clock.unix()
 
-    async def run(self, script: Script, tenant: str, *args: str | bytes | float) -> Any:
-        """The reply of a script on a tenant's keys. Raises CacheError."""
-        return await self.store.run_script(script, [keys.tenant(tenant)], args, limit_seconds=BULK_LIMIT_SECONDS)
+    async def run(self, script: Script, tenant: str, *args: str | bytes | float, read: Callable[[Any], T]) -> T:
+        """Run a script on a tenant's keys and return its reply as `read` gives it. Raises CacheError."""
+        key = keys.tenant(tenant)
+        reply = await self.store.run_script(script, [key], args, limit_seconds=BULK_LIMIT_SECONDS)
+        return parsed(read, reply)
 
-    async def many(self, commands: Sequence[Sequence[str | bytes | int | float]]) -> list[Any]:
-        """The replies to plain commands. Raises CacheError."""
+    async def many(self, commands: Sequence[Command]) -> list[Any]:
+        """Return the replies to plain commands. Raises CacheError."""
         return await self.store.execute_many(commands, limit_seconds=BULK_LIMIT_SECONDS)
 
     async def hash(self, key: str) -> list[tuple[bytes, bytes]]:
-        """All of a hash. Raises CacheError."""
+        """Return all fields and values of a hash. Raises CacheError."""
         return hash_pairs((await self.many([("HGETALL", key)]))[0])
 
 
+def parsed(read: Callable[[Any], T], reply: Any) -> T:
+    """Return `read(reply)`. Raises StoreCorrupt if the reply is not as `read` expects it."""
+    try:
+        return read(reply)
+    except (ValueError, TypeError, ArithmeticError, LookupError, msgspec.MsgspecError) as error:
+        raise StoreCorrupt("a reply about stored contexts is damaged") from error
+
+
 def milliseconds(seconds: float | None) -> int:
-    """As scripts take a time; 0 for none."""
+    """Return a time as scripts take it; 0 for None."""
     return 0 if seconds is None else round(seconds * 1000)

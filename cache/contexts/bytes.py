@@ -1,6 +1,6 @@
-"""The bytes of stored contexts on their way: packed and uploaded in segments, read, checked and kept in memory.
+"""The content of stored contexts: packed and uploaded in segments; read, verified and kept in memory.
 
-It knows neither rows nor tags; a content is found by the digest of its manifest.
+A content is identified by the digest of its manifest. Rows and tags are handled elsewhere.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from cache.contexts.segments import Content, Packed
 from cache.errors import StoreCorrupt, UnknownContext
 from cache.ports import Tasks
 
-ROUND_BYTES = 4 * segments.SEGMENT_BYTES  # what one round trip carries at most
-OFF_LOOP_BYTES = 128 * 1024  # above this, packing and checking are done in a thread: 0.3 ms of work
+ROUND_BYTES = 4 * segments.SEGMENT_BYTES  # carried by one round trip at most
+OFF_LOOP_BYTES = 128 * 1024  # larger contents are packed and verified in a thread: 0.3 ms of work
 
 T = TypeVar("T")
 
 
 class ContextBytes:
-    """One per worker. `damaged` is told of content that fails its digest."""
+    """One per worker. `damaged` is called for each content that does not match its digest."""
 
     def __init__(self, access: Access, tasks: Tasks, damaged: Callable[[], None]) -> None:
         self._access = access
@@ -33,15 +33,15 @@ class ContextBytes:
         self.contents = ContentCache(access.limits.memory_bytes, tasks)
 
     async def pack(self, draft: Draft) -> Packed:
-        """A draft's content ready to be stored."""
+        """Cut a draft's content into named segments."""
         return await _off_loop(draft.size_bytes, segments.pack, draft.tools, draft.messages, draft.bounds)
 
     async def compress(self, draft: Draft, packed: Packed, wanted: Sequence[bytes]) -> dict[bytes, bytes]:
-        """What is stored for those segments of a packed draft that are `wanted`, by digest."""
+        """Return the stored form of the `wanted` segments of a packed draft, by digest."""
         return await _off_loop(draft.size_bytes, _compress, packed, wanted)
 
     async def upload(self, tenant: str, compressed: dict[bytes, bytes]) -> None:
-        """Write segments, which go by themselves unless a commit takes them up."""
+        """Write segments. They expire unless a commit refers to them. Raises CacheError."""
         batch: list[tuple[str | bytes | int, ...]] = []
         size = 0
         for digest, stored in compressed.items():
@@ -54,12 +54,12 @@ class ContextBytes:
             await self._access.many(batch)
 
     def keep(self, tenant: str, draft: Draft, packed: Packed) -> None:
-        """Have at hand what was just stored."""
+        """Put the content of a draft that was just stored into memory."""
         content = Content(packed.digest, draft.tools, draft.messages, draft.bounds)
         self.contents.put((tenant, packed.digest), content)
 
     async def content(self, tenant: str, row: ContextRow) -> Content:
-        """The bytes of a context, checked. Raises StoreCorrupt, UnknownContext, StoreUnavailable."""
+        """Return the verified bytes of a context. Raises StoreCorrupt, UnknownContext, StoreUnavailable."""
         key = (tenant, row.head.digest)
         if (content := self.contents.peek(key)) is not None:
             return content
@@ -90,12 +90,12 @@ class ContextBytes:
 
 
 async def _off_loop(size_bytes: int, work: Callable[..., T], *args: Any) -> T:
-    """Done here, or in a thread where it would hold the loop up."""
+    """Call `work`, in a thread if it would delay the event loop."""
     return work(*args) if size_bytes < OFF_LOOP_BYTES else await asyncio.to_thread(work, *args)
 
 
 def _compress(packed: Packed, wanted: Sequence[bytes]) -> dict[bytes, bytes]:
-    return {digest: segments.compress(packed.segments[digest]) for digest in wanted}
+    return {digest: segments.compress(packed.segments[digest]) for digest in wanted if digest in packed.segments}
 
 
 def _segment_key(tenant: str, digest: bytes) -> str:

@@ -1,7 +1,7 @@
-"""Contents of stored contexts in a worker's memory: the least recently used go when their bytes are over a bound.
+"""Contents of stored contexts in a worker's memory, bounded in bytes; the least recently used are dropped first.
 
-What is not there is read once, however many wait for it; one that leaves takes nothing from the others. It knows
-neither Redis nor what a content means.
+A content that is not in memory is read once, however many requests wait for it; one that is cancelled does not
+affect the others.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 from cache.contexts.segments import Content
 from cache.ports import Tasks
 
-ENTRY_BYTES = 512  # what a content takes beside its bytes, at least
+ENTRY_BYTES = 512  # memory of an entry beside its content's bytes, at least
 
 
 class ContentCache:
-    """`size_bytes` never exceeds `most_bytes` for longer than a call; a larger content is handed on and not kept."""
+    """`size_bytes` never exceeds `most_bytes` between calls. A content larger than that is returned but not kept."""
 
     def __init__(self, most_bytes: int, tasks: Tasks) -> None:
         self._most_bytes = most_bytes
@@ -30,15 +30,15 @@ class ContentCache:
         self.reads = 0
 
     def limit(self, most_bytes: int) -> None:
-        """From now on keep no more than that."""
+        """Change the bound."""
         self._most_bytes = most_bytes
-        self._let_go()
+        self._make_room()
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def peek(self, key: Hashable) -> Content | None:
-        """What is there; counts as a use."""
+        """Return the content if it is in memory, and make it the most recently used."""
         content = self._kept.get(key)
         if content is not None:
             self._kept.move_to_end(key)
@@ -46,7 +46,7 @@ class ContentCache:
         return content
 
     async def get(self, key: Hashable, read: Callable[[], Awaitable[Content]]) -> Content:
-        """What is there, or what `read` gives; raises what `read` raised to all who wait for it."""
+        """Return the content from memory or from `read`; all that wait for one read get its result or its error."""
         if (content := self.peek(key)) is not None:
             return content
         task = self._reading.get(key)
@@ -59,7 +59,7 @@ class ContentCache:
         return found
 
     def put(self, key: Hashable, content: Content) -> None:
-        """Keep `content`, and let go of those that were not used for longest."""
+        """Keep `content`, and drop the least recently used to make room."""
         old = self._kept.pop(key, None)
         if old is not None:
             self.size_bytes -= _size(old)
@@ -67,21 +67,21 @@ class ContentCache:
             return
         self._kept[key] = content
         self.size_bytes += _size(content)
-        self._let_go()
+        self._make_room()
 
-    def _let_go(self) -> None:
+    def _make_room(self) -> None:
         while self.size_bytes > self._most_bytes:
             _, last = self._kept.popitem(last=False)
             self.size_bytes -= _size(last)
 
     async def _read(self, key: Hashable, read: Callable[[], Awaitable[Content]]) -> Content | Exception:
-        """The content, or what went wrong, which belongs to those who wait and not to the log."""
+        """Return the content or the error, which belongs to those who wait and not to the log."""
         self.reads += 1
         try:
             content = await read()
             self.put(key, content)
             return content
-        except Exception as error:  # noqa: BLE001 - handed on to whoever waits
+        except Exception as error:  # noqa: BLE001 - raised by `get`
             return error
         finally:
             del self._reading[key]

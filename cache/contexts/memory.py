@@ -1,7 +1,7 @@
-"""Rows and tags of stored contexts in a worker's memory, for as long as the channel says nothing else of them.
+"""Rows and tags of stored contexts in a worker's memory, valid until a message on the channel names them.
 
-What was read while the channel was heard is up to date until a message names it. What was read before, or while a
-change came in, serves only where Redis is away. It must not know how anything is read.
+What was read while subscribed to the channel is current until a message names it. What was read before, or while a
+change came in, is used only while Redis is away.
 """
 
 from __future__ import annotations
@@ -22,87 +22,88 @@ T = TypeVar("T")
 
 
 class Moment(NamedTuple):
-    """When something was begun to be read: after how many messages, and in which hearing of the channel."""
+    """When a read began: after how many messages, and in which subscription."""
 
     changes: int
-    hearing: int
+    subscription: int
 
 
 class Remembered(msgspec.Struct, Generic[T], frozen=True):
-    """A row or a tag, and in which hearing it was read; in none where it may have changed meanwhile."""
+    """A row or a tag, and the subscription in which it was read; 0 if it may have changed meanwhile."""
 
     value: T
-    hearing: int
+    subscription: int
 
 
 class Entries(Generic[T]):
-    """What is remembered of one kind, by tenant and name; what was read longest ago goes first."""
+    """Remembered values of one kind, by tenant and name; the one that was read longest ago is dropped first."""
 
     def __init__(self) -> None:
         self._entries: OrderedDict[tuple[str, str], Remembered[T]] = OrderedDict()
 
     def get(self, tenant: str, name: str) -> Remembered[T] | None:
-        """What is remembered of `name`."""
+        """Return the remembered value."""
         return self._entries.get((tenant, name))
 
     def put(self, tenant: str, name: str, remembered: Remembered[T]) -> None:
-        """Remember it as what was read last."""
+        """Remember a value as the one that was read last."""
         self.drop(tenant, name)
         self._entries[tenant, name] = remembered
         if len(self._entries) > ENTRIES_AT_MOST:
             self._entries.popitem(last=False)
 
     def drop(self, tenant: str, name: str) -> None:
-        """Forget `name`."""
+        """Forget a value."""
         self._entries.pop((tenant, name), None)
 
 
 class ContextMemory:
-    """One per worker; `run` listens to the channel."""
+    """One per worker. `run` subscribes to the channel."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._rows: Entries[ContextRow] = Entries()
         self._tags: Entries[Tag] = Entries()
-        self._hearing = 0  # which hearing of the channel this is; 0 while it is not heard
-        self._hearings = 0
+        self._subscription = 0  # number of the present subscription; 0 while there is none
+        self._subscriptions = 0
         self._changes = 0  # messages so far
+        self.dropped_messages = 0  # that could not be read
 
     @property
-    def is_hearing(self) -> bool:
-        """True while changes by others are heard of."""
-        return self._hearing > 0
+    def is_subscribed(self) -> bool:
+        """Whether changes by other workers are received."""
+        return self._subscription > 0
 
     def moment(self) -> Moment:
-        """To be taken before a reading whose result is to be remembered."""
-        return Moment(self._changes, self._hearing)
+        """Return the present moment; take it before a read whose result is to be remembered."""
+        return Moment(self._changes, self._subscription)
 
     def is_current(self, remembered: Remembered[T]) -> bool:
-        """Whether it is what Redis would say now."""
-        return self._hearing > 0 and remembered.hearing == self._hearing
+        """Return whether Redis would give the same value now."""
+        return self._subscription > 0 and remembered.subscription == self._subscription
 
     def row(self, tenant: str, context_id: str) -> Remembered[ContextRow] | None:
-        """What is remembered of a context."""
+        """Return the remembered row of a context."""
         return self._rows.get(tenant, context_id)
 
     def tag(self, tenant: str, tag: str) -> Remembered[Tag] | None:
-        """What is remembered of a tag."""
+        """Return a remembered tag."""
         return self._tags.get(tenant, tag)
 
     def keep_row(self, tenant: str, row: ContextRow, since: Moment) -> None:
-        """Remember a row whose reading began at `since`."""
+        """Remember a row whose read began at `since`."""
         self._rows.put(tenant, row.id, self._read_since(since, row))
 
     def keep_tag(self, tenant: str, tag: Tag, since: Moment) -> None:
-        """Remember a tag whose reading began at `since`."""
+        """Remember a tag whose read began at `since`."""
         self._tags.put(tenant, tag.tag, self._read_since(since, tag))
 
     def postpone(self, tenant: str, context_id: str, expires_unix_seconds: float) -> None:
-        """A remembered row ends at another time, which Redis will hear of."""
+        """Change the expiry of a remembered row; Redis is told later."""
         known = self._rows.get(tenant, context_id)
         if known is not None:
             row = msgspec.structs.replace(known.value, expires_unix_seconds=expires_unix_seconds)
-            self._rows.put(tenant, context_id, Remembered(row, known.hearing))
+            self._rows.put(tenant, context_id, Remembered(row, known.subscription))
 
     def drop_row(self, tenant: str, context_id: str) -> None:
         """Forget a context."""
@@ -113,28 +114,29 @@ class ContextMemory:
         self._tags.drop(tenant, tag)
 
     def receive(self, payload: bytes) -> None:
-        """One message of the channel: `tenant c ID` or `tenant t TAG`."""
+        """Handle one message of the channel: `tenant c ID` or `tenant t TAG`."""
         self._changes += 1
         try:
             tenant, kind, name = payload.decode().split(" ", 2)
         except ValueError:
+            self.dropped_messages += 1
             return
         if kind == "c":
             self._rows.drop(tenant, name)
         else:
             self._tags.drop(tenant, name)
 
-    def _read_since(self, since: Moment, value: T) -> Remembered[T]:
-        # something changed while it was read: it serves where Redis is away, and is read again
-        return Remembered(value, since.hearing if since == self.moment() else 0)
-
     async def run(self) -> None:
         """Listen until cancelled."""
         await listen(self._store, keys.CONTEXTS_CHANNEL, self.receive, begun=self._begin, ended=self._end)
 
+    def _read_since(self, since: Moment, value: T) -> Remembered[T]:
+        # a value that may have changed while it was read is used only while Redis is away
+        return Remembered(value, since.subscription if since == self.moment() else 0)
+
     def _begin(self) -> None:
-        self._hearings += 1
-        self._hearing = self._hearings  # what was remembered before is read again: changes went unheard
+        self._subscriptions += 1
+        self._subscription = self._subscriptions  # older values are read again: changes were missed
 
     def _end(self) -> None:
-        self._hearing = 0
+        self._subscription = 0

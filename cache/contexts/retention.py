@@ -1,13 +1,13 @@
-"""What to keep and what to discard when a budget is full: whatever is worth least, per byte, goes first.
+"""Decide which stored contexts to discard when a budget is full: those worth least per byte. Pure.
 
-Pure; it knows neither Redis nor what the things are. The rule is greedy-dual (Young 1994; with sizes, Cao and Irani
-1997; with frequencies, Cherkasova 1998). Where those raise a floor at every eviction, so that what is not used falls
-behind, here the floor is the clock itself: uses are decayed by `MEMORY_SECONDS`, and
+The rule is greedy-dual (Young 1994; with sizes, Cao and Irani 1997; with frequencies, Cherkasova 1998). Those raise a
+floor at every eviction, so that unused entries fall behind; here the clock itself is the floor. Uses decay with the
+time constant `MEMORY_SECONDS`:
 
     worth(now) = uses(now) / MEMORY_SECONDS x value of one use / bytes          (USD per second and byte)
     ln worth(now) = rank - now / MEMORY_SECONDS
 
-so `rank` changes only at a use, and things are compared, also those of several tenants, without touching any.
+so `rank` changes only at a use, and contexts of several tenants can be compared without updating any.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from typing import TypeVar
 import msgspec
 
 MEMORY_SECONDS = 300.0
-"""How long a use counts, e-fold. On the conversation trace 300 s saves most at budgets of 1 to 10 % of all segments;
+"""Time constant of a use. On the conversation trace 300 s saves most at budgets of 1 to 10 % of all segments;
 60 s is nearly LRU, an hour nearly LFU."""
 
-_LEAST = 1e-300  # a worth of nothing still has a logarithm
+_LEAST = 1e-300  # so that a worth of zero has a logarithm
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 class StoredValue(msgspec.Struct, frozen=True, gc=False):
-    """How much something is used: `uses` as of `used_seconds`, decayed ones."""
+    """How much a context is used: `uses`, decayed, as of `used_seconds`."""
 
     uses: float
     used_seconds: float
 
     def used(self, now_seconds: float, times: float = 1.0) -> StoredValue:
-        """After `times` more uses."""
+        """Return the value after `times` more uses."""
         return StoredValue(self.uses_at(now_seconds) + times, max(now_seconds, self.used_seconds))
 
     def uses_at(self, now_seconds: float) -> float:
-        """The decayed uses at a moment; time never makes more of them."""
+        """Return the decayed uses at a moment. They never grow with time."""
         return self.uses * math.exp(-max(0.0, now_seconds - self.used_seconds) / MEMORY_SECONDS)
 
     def rank(self, value_usd: float, size_bytes: int) -> float:
-        """What is compared: higher is to be kept. `value_usd` is what one use saves."""
+        """Return what is compared; higher is kept longer. `value_usd` is the saving of one use."""
         density = max(self.uses * value_usd, _LEAST) / MEMORY_SECONDS / max(1, size_bytes)
         return math.log(density) + self.used_seconds / MEMORY_SECONDS
 
     def worth(self, value_usd: float, size_bytes: int, now_seconds: float) -> float:
-        """USD per second and byte."""
+        """Return the worth in USD per second and byte."""
         return self.uses_at(now_seconds) * value_usd / MEMORY_SECONDS / max(1, size_bytes)
 
 
 class Kept(msgspec.Struct, frozen=True, gc=False):
-    """One thing that takes room. What has `expired` goes first, oldest rank first; what is `pinned` never."""
+    """A context that takes room. Expired ones are discarded first, lowest rank first; pinned ones never."""
 
     rank: float
     size_bytes: int
@@ -60,13 +60,16 @@ class Kept(msgspec.Struct, frozen=True, gc=False):
     expired: bool = False
 
 
-def choose(things: Iterable[tuple[Key, Kept]], needed_bytes: int) -> list[Key] | None:
-    """Which to discard so that `needed_bytes` become free, in order; None where even all would not do."""
+def choose(contexts: Iterable[tuple[Key, Kept]], needed_bytes: int) -> list[Key] | None:
+    """Return which to discard, in order, to free `needed_bytes`; None if discarding all would not be enough."""
     ordered = sorted(
-        ((not thing.expired, thing.rank, thing.size_bytes, number, key) for number, (key, thing) in enumerate(things)
-         if not thing.pinned),
+        (
+            (not kept.expired, kept.rank, kept.size_bytes, number, key)
+            for number, (key, kept) in enumerate(contexts)
+            if not kept.pinned
+        ),
         key=lambda row: row[:4],
-    )  # fmt: skip
+    )
     chosen: list[Key] = []
     for _, _, size_bytes, _, key in ordered:
         if needed_bytes <= 0:

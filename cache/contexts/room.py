@@ -1,7 +1,9 @@
-"""What all stored contexts take, which of them go when room is needed, and which are worth most.
+"""Keep stored contexts within their budgets: discard those worth least, and know what all tenants take.
 
-Budgets are those in force (`Access.limits`); the rule of what is worth least is `cache.contexts.retention`'s. What a
-tenant's contexts take is renewed at every change and set right by a sweep. It must not know what a context holds.
+There is a budget per tenant and one for all tenants together. Tenants that the configuration does not list have two
+more limits in common: a share of pinned bytes, and a share of bytes for those whose keys nobody has checked. Room in
+these shares is reserved in Redis before it is taken, so that requests at several workers cannot exceed them together.
+What a tenant takes is written after every change; a sweep corrects it and drops what expired.
 """
 
 from __future__ import annotations
@@ -10,25 +12,32 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
 
 from cache import keys
 from cache.contexts import scripts
-from cache.contexts.access import Access
+from cache.contexts.access import Access, Trust, parsed
 from cache.contexts.listing import Listing
-from cache.contexts.retention import choose
+from cache.contexts.retention import Kept, choose
 from cache.contexts.rows import ContextRow
-from cache.errors import CacheError, QuotaFull
+from cache.errors import CacheError, QuotaFull, StoreCorrupt
 
 log = logging.getLogger("cairn.contexts")
 
 SWEEP_SECONDS = 60.0
-SURVEY_SECONDS = 10.0  # how often it is looked which contexts are worth most, for whoever watches
+SURVEY_SECONDS = 10.0  # how often the contexts that are worth most are determined, for the status page
 SURVEYED_AT_MOST = 500  # contexts, of the tenants that have most
 SHOWN_AT_MOST = 20
+UNCHECKED_TENANTS_AT_MOST = 1000  # with stored contexts
+UNCHECKED_TENANTS_SEARCHED = 50  # for contexts to discard; those that take most
+RESERVE_TRIES = 5
+
+Totals = tuple[int, int, int]  # bytes, contexts, pinned bytes
+_OVERALL = (keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED)
 
 
 class ContextRoom:
-    """One per worker. `evicted` is told why (a word) and how many."""
+    """One per worker. `evicted` is called with a reason and a number of contexts."""
 
     def __init__(self, access: Access, listing: Listing, evicted: Callable[[str, int], None]) -> None:
         self._access = access
@@ -36,37 +45,94 @@ class ContextRoom:
         self._evicted = evicted
         self.total_bytes = 0
         self.total_contexts = 0
+        self.dropped_totals = 0  # damaged entries of tenants' totals
         self.most_worth: tuple[ContextRow, ...] = ()
 
+    # --- making room
+
     async def make(self, tenant: str, needed_bytes: int) -> None:
-        """Discard of this tenant's contexts what is worth least. Raises QuotaFull."""
-        rows = await self._listing.rows(tenant)
-        victims = choose([(row.id, row.kept) for row in rows], needed_bytes)
+        """Discard contexts of this tenant, those worth least first. Raises QuotaFull and other CacheErrors."""
+        kept = await self._listing.kept(tenant)
+        victims = choose(kept, needed_bytes)
         if not victims:
-            raise QuotaFull("The budget of stored contexts is full, and what is in it is pinned or would not do.")
-        await self._discard(tenant, rows, victims)
+            raise QuotaFull(
+                f"The limit of {self._access.limits.tenant_bytes:,} bytes of stored contexts is reached, and "
+                "discarding all that are not pinned would not make enough room; delete or unpin one, or raise "
+                "contexts.tenant_bytes."
+            )
+        await self._discard(tenant, kept, victims)
 
     async def make_over_all(self, extra_bytes: int) -> None:
-        """Discard what is worth least of all tenants' where all of them together would be over the budget.
+        """Discard contexts of any tenants, those worth least first, if `extra_bytes` would exceed the total budget.
 
-        Raises QuotaFull.
+        Raises QuotaFull and other CacheErrors.
         """
         if not extra_bytes:
             return
         totals = await self.renew()
-        over = sum(size for size, _ in totals.values()) + extra_bytes - self._access.limits.total_bytes
-        if over <= 0:
-            return
-        rows = {tenant: await self._listing.rows(tenant) for tenant in totals}
-        things = [((tenant, row.id), row.kept) for tenant, listed in rows.items() for row in listed]
-        victims = choose(things, over)
-        if not victims:
-            raise QuotaFull("The budget of all stored contexts is full, and what is in it is pinned or would not do.")
-        for tenant in dict.fromkeys(tenant for tenant, _ in victims):
-            await self._discard(tenant, rows[tenant], [name for owner, name in victims if owner == tenant])
+        limit = self._access.limits.total_bytes
+        over = sum(size for size, _ in totals.values()) + extra_bytes - limit
+        if over > 0 and not await self._discard_of(totals, over):
+            raise QuotaFull(
+                f"The limit of {limit:,} bytes for stored contexts of all clients is reached, and discarding all "
+                "that are not pinned would not make enough room; try later, or raise contexts.total_bytes."
+            )
 
-    async def _discard(self, tenant: str, rows: Iterable[ContextRow], victims: Sequence[str]) -> None:
-        expired = {row.id for row in rows if row.kept.expired}
+    async def reserve(self, tenant: str, size_bytes: int, pinned_bytes: int, trust: Trust) -> None:
+        """Reserve room in the shares of unlisted tenants. Call `refresh` if the room is not used after all.
+
+        Raises QuotaFull and other CacheErrors.
+        """
+        if trust is Trust.LISTED:
+            return
+        limits = self._access.limits
+        accepted = int(trust is Trust.ACCEPTED)
+        shares = (limits.unchecked_bytes, limits.unlisted_pinned_bytes, UNCHECKED_TENANTS_AT_MOST)
+        args = (tenant, size_bytes, pinned_bytes, accepted, *shares)
+        for _ in range(RESERVE_TRIES):
+            word, over = parsed(_read_reserved, await self._access.store.run_script(scripts.RESERVE, _OVERALL, args))
+            if word == b"ok":
+                return
+            if word == b"pins":
+                raise QuotaFull(
+                    f"The limit of {limits.unlisted_pinned_bytes:,} bytes of pinned contexts for all unlisted "
+                    "clients together is reached; unpin one, list this client under clients, or raise "
+                    "contexts.unlisted_pinned_bytes."
+                )
+            if not await self._discard_of(await self._unchecked(tenant), over):
+                break
+        raise QuotaFull(
+            f"The limit of {limits.unchecked_bytes:,} bytes of stored contexts for clients whose keys no upstream "
+            "has accepted yet is reached; send a request with this key first, list this client under clients, or "
+            "raise contexts.unchecked_bytes."
+        )
+
+    async def _unchecked(self, asking: str) -> dict[str, int]:
+        """Return the bytes of the unchecked tenants that take most, and of the one that asks for room."""
+        sizes: dict[str, int] = {}
+        for name, value in await self._access.hash(keys.CONTEXTS_UNLISTED):
+            try:
+                tenant, (size, _, accepted) = _tenant_name(name), parsed(_read_numbers, value)
+            except (StoreCorrupt, ValueError):
+                self.dropped_totals += 1
+                continue
+            if not accepted:
+                sizes[tenant] = size
+        largest = sorted(sizes, key=lambda tenant: sizes[tenant], reverse=True)[:UNCHECKED_TENANTS_SEARCHED]
+        return {tenant: sizes[tenant] for tenant in {*largest, *({asking} & sizes.keys())}}
+
+    async def _discard_of(self, tenants: Iterable[str], needed_bytes: int) -> bool:
+        """Discard what is worth least of several tenants; return False if that would not free enough."""
+        kept = {tenant: await self._listing.kept(tenant) for tenant in tenants}
+        victims = choose([((tenant, name), each) for tenant in kept for name, each in kept[tenant]], needed_bytes)
+        if not victims:
+            return False
+        for tenant in dict.fromkeys(tenant for tenant, _ in victims):
+            await self._discard(tenant, kept[tenant], [name for owner, name in victims if owner == tenant])
+        return True
+
+    async def _discard(self, tenant: str, kept: Iterable[tuple[str, Kept]], victims: Sequence[str]) -> None:
+        expired = {name for name, each in kept if each.expired}
         for reason, ids in (
             ("expired", [name for name in victims if name in expired]),
             ("room", [name for name in victims if name not in expired]),
@@ -75,53 +141,67 @@ class ContextRoom:
                 await self.drop(tenant, "unpinned", ids, reason)
 
     async def drop(self, tenant: str, which: str, ids: Sequence[str], reason: str) -> int:
-        """Take contexts away, `any` or those that are `unpinned` still; how many were there."""
-        dropped, totals = await self._access.run(scripts.DROP, tenant, which, *ids)
-        if int(dropped):
-            self._evicted(reason, int(dropped))
+        """Delete contexts: `any` of `ids`, or those that are still `unpinned`. Return how many existed."""
+        dropped, totals = await self._access.run(scripts.DROP, tenant, which, *ids, read=_read_counted)
+        if dropped:
+            self._evicted(reason, dropped)
             await self.changed(tenant, totals)
-        return int(dropped)
+        return dropped
 
-    async def changed(self, tenant: str, totals: Sequence[int] | None) -> None:
-        """Write what a tenant's contexts take now. What fails here the next sweep sets right."""
+    # --- what tenants take
+
+    async def changed(self, tenant: str, totals: Totals | None) -> None:
+        """Write what a tenant's contexts take now. If this fails, the next sweep corrects it."""
         if totals is None:
             return
         try:
-            await self._write(tenant, *totals)
+            await self._write(tenant, totals)
             await self.renew()
         except CacheError as error:
-            log.debug("the total of contexts was not renewed: %s", error)
+            log.debug("the total of stored contexts was not updated: %s", error)
+
+    async def refresh(self, tenant: str) -> None:
+        """Write what a tenant's contexts really take, after a reservation that was not used."""
+        try:
+            totals = await self._access.run(scripts.TOTALS, tenant, read=read_totals)
+        except CacheError as error:
+            log.debug("a reservation for stored contexts stays until the next sweep: %s", error)
+            return
+        await self.changed(tenant, totals)
 
     async def renew(self) -> dict[str, tuple[int, int]]:
-        """Bytes and number of each tenant's contexts."""
-        totals = {name.decode(): _pair(value) for name, value in await self._access.hash(keys.CONTEXTS_TOTALS)}
+        """Return bytes and number of each tenant's contexts. Raises CacheError."""
+        totals: dict[str, tuple[int, int]] = {}
+        for name, value in await self._access.hash(keys.CONTEXTS_TOTALS):
+            try:
+                size, count = parsed(_read_numbers, value)
+                totals[_tenant_name(name)] = size, count
+            except (StoreCorrupt, ValueError):
+                self.dropped_totals += 1
         self.total_bytes = sum(size for size, _ in totals.values())
         self.total_contexts = sum(count for _, count in totals.values())
         return totals
 
-    async def _write(self, tenant: str, size: int, count: int) -> None:
-        if count:
-            await self._access.many([("HSET", keys.CONTEXTS_TOTALS, tenant, f"{size}:{count}")])
-        else:
-            await self._access.many([("HDEL", keys.CONTEXTS_TOTALS, tenant)])
+    async def _write(self, tenant: str, totals: Totals) -> None:
+        await self._access.store.run_script(scripts.NOTE, _OVERALL, (tenant, *totals))
 
-    # --- what is looked at now and then
+    # --- in the background
 
     async def run_sweeps(self) -> None:
-        """Have contexts swept, by one worker for all, until cancelled."""
-        await self._again_and_again(self._sweep_or_renew, SWEEP_SECONDS, "swept")
+        """Sweep now and then, in one worker at a time, until cancelled."""
+        await self._repeat(self._sweep_or_renew, SWEEP_SECONDS, "swept")
 
     async def run_surveys(self) -> None:
-        """See which contexts are worth most until cancelled."""
-        await self._again_and_again(self.survey, SURVEY_SECONDS, "surveyed")
+        """Determine now and then which contexts are worth most, until cancelled."""
+        await self._repeat(self.survey, SURVEY_SECONDS, "surveyed")
 
-    async def _again_and_again(self, work: Callable[[], Awaitable[object]], seconds: float, done: str) -> None:
+    async def _repeat(self, work: Callable[[], Awaitable[object]], seconds: float, done: str) -> None:
         while True:
             await self._access.store.wait_available()
             try:
                 await work()
             except CacheError as error:
-                log.debug("contexts were not %s: %s", done, error)
+                log.debug("stored contexts were not %s: %s", done, error)
             await asyncio.sleep(seconds * random.uniform(0.8, 1.2))
 
     async def _sweep_or_renew(self) -> None:
@@ -129,17 +209,27 @@ class ContextRoom:
         await (self.sweep() if (await self._access.many([sweeping]))[0] else self.renew())
 
     async def sweep(self) -> None:
-        """Take away what is past its grace time, and renew the totals."""
-        for tenant, before in (await self.renew()).items():
-            swept, (size, count) = await self._access.run(scripts.SWEEP, tenant)
+        """Delete contexts whose grace time is over, and correct the totals. Raises CacheError."""
+        unlisted = [name for name, _ in await self._access.hash(keys.CONTEXTS_UNLISTED)]
+        tenants = dict.fromkeys(await self.renew())
+        for name in unlisted:
+            try:
+                tenants[_tenant_name(name)] = None
+            except ValueError:
+                self.dropped_totals += 1
+        for tenant in tenants:
+            try:
+                swept, totals = await self._access.run(scripts.SWEEP, tenant, read=_read_counted)
+                await self._write(tenant, totals)
+            except StoreCorrupt:
+                self.dropped_totals += 1
+                continue
             if swept:
-                self._evicted("expired", int(swept))
-            if (size, count) != before:
-                await self._write(tenant, size, count)
+                self._evicted("expired", swept)
         await self.renew()
 
     async def survey(self) -> None:
-        """See which contexts are worth most."""
+        """Determine which contexts are worth most. Raises CacheError."""
         totals = await self.renew()
         rows: list[ContextRow] = []
         for tenant in sorted(totals, key=lambda tenant: totals[tenant], reverse=True):
@@ -150,6 +240,31 @@ class ContextRoom:
         self.most_worth = tuple(rows[:SHOWN_AT_MOST])
 
 
-def _pair(value: bytes) -> tuple[int, int]:
-    size, _, count = value.partition(b":")
-    return int(size), int(count)
+def read_totals(reply: Any) -> Totals:
+    """Read the script's `totals()`."""
+    size, count, pinned = reply
+    return max(0, int(size)), max(0, int(count)), max(0, int(pinned))
+
+
+def _read_counted(reply: Any) -> tuple[int, Totals]:
+    count, totals = reply
+    return int(count), read_totals(totals)
+
+
+def _read_reserved(reply: Any) -> tuple[bytes, int]:
+    word, over = reply
+    return bytes(word), int(over)
+
+
+def _read_numbers(value: bytes) -> tuple[int, ...]:
+    numbers = tuple(int(part) for part in value.split(b":"))
+    if not all(0 <= number < 2**53 for number in numbers):
+        raise ValueError("out of range")
+    return numbers
+
+
+def _tenant_name(name: bytes) -> str:
+    """Return a tenant's keyed hash. Raises ValueError if it cannot be one."""
+    tenant = name.decode()
+    keys.tenant(tenant)
+    return tenant

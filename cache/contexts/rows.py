@@ -1,6 +1,6 @@
-"""What is known of a stored context and of a tag, and how the scripts' replies are read. Pure.
+"""Data types for stored contexts and tags, and the reading of scripts' replies. Pure.
 
-It knows shapes, not when they are read or written. What does not read as this version writes it is `StoreCorrupt`.
+Redis is a trust boundary: a reply that holds anything that Cairn does not write raises `StoreCorrupt`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import enum
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 
@@ -17,23 +16,26 @@ from cache.errors import StoreCorrupt
 
 HEAD_VERSION = 1
 PIN = "pin"  # the metadata key that keeps a context from being discarded
+DIGEST_BYTES = 32
+MAX_SECONDS = 1e11  # since 1970: the year 5138
+MAX_NUMBER = 1e15  # of bytes, tokens, uses, USD
 _PINNING = frozenset({"1", "true", "yes", "on"})
 
 
 class ContextStatus(enum.StrEnum):
-    """How a context stands."""
+    """State of a context."""
 
     PENDING = "pending"  # being warmed; it can be used
     READY = "ready"
     ERROR = "error"  # the warming failed
-    INACTIVE = "inactive"  # expired, and still there for its grace time
+    INACTIVE = "inactive"  # expired; it can be revived during its grace time
 
 
 class Draft(msgspec.Struct, frozen=True):
-    """A context to be made. `messages` stand without brackets, message k from bounds[2k] to bounds[2k + 1].
+    """A context to be created. `messages` has no brackets; message k is at bounds[2k] to bounds[2k + 1].
 
-    One of `ttl_seconds` and `expires_unix_seconds` is set. `value_usd` is what one use is expected to save. `media`
-    tells kind and bytes of what in it is no text, for whoever counts tokens.
+    One of `ttl_seconds` and `expires_unix_seconds` is set. `value_usd` is the expected saving of one use. `media` has
+    kind and size in bytes of each part that is not text, for counting tokens.
     """
 
     id: str
@@ -54,16 +56,17 @@ class Draft(msgspec.Struct, frozen=True):
 
     @property
     def pinned(self) -> bool:
+        """Whether it asks to be pinned."""
         return pins(self.metadata)
 
     @property
     def size_bytes(self) -> int:
-        """Of tools and messages, as they were uploaded."""
+        """Size of tools and messages, as uploaded."""
         return len(self.tools) + len(self.messages)
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True):
-    """What never changes of a context."""
+    """The part of a context that never changes."""
 
     model: str
     name: str
@@ -85,14 +88,14 @@ class ContextRow(msgspec.Struct, frozen=True):
     tokens: int
     problem: tuple[str, str] | None  # type and message
     size_bytes: int  # in Redis, compressed
-    standing: StoredValue
+    stored_value: StoredValue
     value_usd: float
     warming_until_unix_seconds: float
     pinned: bool
     as_of_unix_seconds: float
 
     def status(self, now_unix_seconds: float) -> ContextStatus:
-        """How it stands at a moment of Redis's clock."""
+        """Return its state at a moment of Redis's clock."""
         if self.expires_unix_seconds <= now_unix_seconds:
             return ContextStatus.INACTIVE
         if self.stored_status is ContextStatus.PENDING and self.warming_until_unix_seconds <= now_unix_seconds:
@@ -101,18 +104,18 @@ class ContextRow(msgspec.Struct, frozen=True):
 
     @property
     def worth(self) -> float:
-        """USD per second and byte, as of when it was read."""
-        return self.standing.worth(self.value_usd, self.size_bytes, self.as_of_unix_seconds)
+        """Worth in USD per second and byte, as of the time of reading."""
+        return self.stored_value.worth(self.value_usd, self.size_bytes, self.as_of_unix_seconds)
 
     @property
     def saving_usd_per_hour(self) -> float:
-        """What its uses save at their present pace: the worth, times its bytes."""
+        """Saving at the present rate of use."""
         return self.worth * self.size_bytes * 3600
 
     @property
     def kept(self) -> Kept:
-        """How it stands against the others where room is needed."""
-        rank = self.standing.rank(self.value_usd, self.size_bytes)
+        """How it competes with other contexts for room."""
+        rank = self.stored_value.rank(self.value_usd, self.size_bytes)
         expired = self.expires_unix_seconds <= self.as_of_unix_seconds
         return Kept(rank, self.size_bytes, self.pinned, expired)
 
@@ -126,47 +129,47 @@ class Tag(msgspec.Struct, frozen=True):
 
 
 def pins(metadata: dict[str, str]) -> bool:
-    """Whether metadata ask that the context be kept whatever its worth."""
+    """Return whether metadata ask for the context to be pinned: never to be discarded for room."""
     return metadata.get(PIN, "").lower() in _PINNING
 
 
 def encode_head(head: Head) -> bytes:
-    """For the context's hash."""
+    """Encode a head for the context's hash."""
     return bytes((HEAD_VERSION,)) + msgspec.msgpack.encode(head)
 
 
 def read_row(context_id: str, fields: Sequence[bytes | None], now_ms: int) -> ContextRow | None:
-    """A row of the script `context-read`; None where there is no such context."""
+    """Read a row of the script `context-read`; None if there is no such context. Raises StoreCorrupt."""
     head, metadata, created, expires, status, tokens, error, size, uses, used, value, warming, pin = fields
     if head is None:
         return None
     try:
         return ContextRow(
-            context_id,
-            _head(head),
-            msgspec.msgpack.decode(metadata or b"\x80", type=dict[str, str]),
-            _seconds(created),
-            _seconds(expires),
-            ContextStatus((status or b"").decode()),
-            int(tokens or 0),
-            msgspec.msgpack.decode(error, type=tuple[str, str]) if error else None,
-            int(size or 0),
-            StoredValue(float(uses or 0), _seconds(used)),
-            float(value or 0),
-            _seconds(warming),
-            pin == b"1",
-            now_ms / 1000,
+            id=context_id,
+            head=_head(head),
+            metadata=msgspec.msgpack.decode(metadata or b"\x80", type=dict[str, str]),
+            created_unix_seconds=_seconds(created),
+            expires_unix_seconds=_seconds(expires),
+            stored_status=ContextStatus((status or b"").decode()),
+            tokens=int(_number(tokens)),
+            problem=msgspec.msgpack.decode(error, type=tuple[str, str]) if error else None,
+            size_bytes=int(_number(size)),
+            stored_value=StoredValue(_number(uses), _seconds(used)),
+            value_usd=_number(value),
+            warming_until_unix_seconds=_seconds(warming),
+            pinned=pin == b"1",
+            as_of_unix_seconds=now_ms / 1000,
         )
-    except (ValueError, msgspec.MsgspecError) as wrong:
+    except (ValueError, ArithmeticError, msgspec.MsgspecError) as wrong:
         raise StoreCorrupt("a context's entry is damaged") from wrong
 
 
 def read_tag(name: str, value: bytes) -> Tag:
-    """A tag as it is stored."""
+    """Read a stored tag. Raises StoreCorrupt."""
     context_id, _, created = value.partition(b" ")
     try:
-        return Tag(name, context_id.decode(), int(created) / 1000)
-    except ValueError as wrong:
+        return Tag(name, context_id.decode(), _seconds(created))
+    except (ValueError, ArithmeticError) as wrong:
         raise StoreCorrupt("a tag's entry is damaged") from wrong
 
 
@@ -174,8 +177,21 @@ def _head(stored: bytes) -> Head:
     if stored[:1] != bytes((HEAD_VERSION,)):
         raise StoreCorrupt("a context's entry is of another version")
     head: Head = msgspec.msgpack.decode(memoryview(stored)[1:], type=Head)
+    sizes = [head.content_bytes, *[size_bytes for _, size_bytes in head.media]]
+    if len(head.digest) != DIGEST_BYTES or not all(0 <= size <= MAX_NUMBER for size in sizes):
+        raise StoreCorrupt("a context's entry is damaged")
     return head
 
 
-def _seconds(milliseconds: Any) -> float:
-    return int(milliseconds or 0) / 1000
+def _number(stored: bytes | None) -> float:
+    number = float(stored or 0)
+    if not 0 <= number <= MAX_NUMBER:  # false for NaN, too
+        raise ValueError("out of range")
+    return number
+
+
+def _seconds(milliseconds: bytes | None) -> float:
+    seconds = float(milliseconds or 0) / 1000
+    if not 0 <= seconds <= MAX_SECONDS:
+        raise ValueError("out of range")
+    return seconds

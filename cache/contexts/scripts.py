@@ -1,15 +1,17 @@
-"""The scripts that change a tenant's contexts, each atomic. Beside `cache.contexts.store`, which reads their replies.
+"""The scripts that change stored contexts, each atomic. `cache.contexts.store` and `room` read their replies.
 
 Keys of a tenant, all in one slot (T is `cairn:{keyed hash}`; times are milliseconds of Redis's own clock):
 
     T:context:ID     hash: head, manifest, metadata, pin, expires, status, tokens, error, bytes, uses, used, value
-    T:segment:HEX    one compressed segment; without a commit it goes ten minutes after it was written
+    T:segment:HEX    one compressed segment; it expires ten minutes after it was written unless committed
     T:ids            sorted set: ids by creation        T:gone   sorted set: ids by the end of their grace time
-    T:held           hash: id to `bytes:pin:digests`, what to give back when it goes, however it goes
-    T:refs, T:sizes  hashes: how many contexts have a segment, and its stored bytes
+    T:held           hash: id to `bytes:pin:digests`, what to give back when the context is dropped
+    T:refs, T:sizes  hashes: the number of contexts with a segment, and its stored bytes
     T:sum            hash: bytes and pinned bytes       T:tags   hash: tag to `id ms`
+    T:accepted       exists while an upstream is known to accept the tenant's key
 
-Names of keys are made inside the scripts; they share the slot of KEYS[1], and so a Cluster runs them.
+Names of keys are made inside the scripts; they lie in the slot of KEYS[1], as a Cluster requires. Stored numbers may
+be damaged: one that is not a number counts as 0.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from cache.contexts.retention import MEMORY_SECONDS
 from cache.store.store import Script
 
 UPLOAD_SECONDS = 600
-"""How long an uploaded segment waits for its commit, then it goes by itself."""
+"""Expiry of an uploaded segment that no commit refers to."""
 
 _CONTAINERS_MS = 86_400_000  # the tenant's own keys outlive the last context by a day
-_SWEPT_AT_ONCE = 32  # contexts; each has some hundred segments, and a script holds everybody up
+_SWEPT_AT_ONCE = 32  # contexts; each has some hundred segments, and Redis serves nobody else during a script
 
 _PRELUDE = f"""
 local T = KEYS[1]
@@ -35,6 +37,7 @@ local function say(kind, name)
 end
 local function context(id) return T .. ':context:' .. id end
 local function segment(digest) return T .. ':segment:' .. digest end
+local function number(value) return tonumber(value or 0) or 0 end
 local function later(key, at)
   if redis.call('PTTL', key) < at - now then redis.call('PEXPIREAT', key, ms(at)) end
 end
@@ -49,6 +52,7 @@ local function digests_of(id)
   local held = redis.call('HGET', T .. ':held', id)
   if not held then return nil end
   local own, pin, digests = string.match(held, '^(%d+):(%d):(.*)$')
+  own, pin, digests = own or '0', pin or '0', digests or ''
   local listed = {{}}
   for at = 1, #digests, 64 do listed[#listed + 1] = string.sub(digests, at, at + 63) end
   return listed, tonumber(own), pin, digests
@@ -58,7 +62,7 @@ local function drop(id)
   if not digests then return 0 end
   local whole, freed = own, own
   for _, digest in ipairs(digests) do
-    local size = tonumber(redis.call('HGET', T .. ':sizes', digest) or 0)
+    local size = number(redis.call('HGET', T .. ':sizes', digest))
     whole = whole + size
     if redis.call('HINCRBY', T .. ':refs', digest, -1) <= 0 then
       redis.call('HDEL', T .. ':refs', digest)
@@ -88,8 +92,12 @@ local function sweep()
   for _, id in ipairs(over) do drop(id) end
   return #over
 end
-local function sum(name) return tonumber(redis.call('HGET', T .. ':sum', name) or 0) end
-local function totals() return {{sum('bytes'), redis.call('ZCARD', T .. ':ids')}} end
+local function sum(name)
+  local value = redis.call('HGET', T .. ':sum', name)
+  if value and not tonumber(value) then redis.call('HDEL', T .. ':sum', name) end
+  return number(value)
+end
+local function totals() return {{sum('bytes'), redis.call('ZCARD', T .. ':ids'), sum('pinned')}} end
 """
 
 COMMIT = Script(
@@ -154,9 +162,10 @@ for at, id in ipairs(ARGV) do
 end
 return {now, rows}
 """,
+    writes=False,
 )
 
-IDS = Script("context-ids", _PRELUDE + "return {now, redis.call('ZRANGE', T .. ':ids', 0, -1)}")
+IDS = Script("context-ids", _PRELUDE + "return {now, redis.call('ZRANGE', T .. ':ids', 0, -1)}", writes=False)
 
 UPDATE = Script(
     "context-update",
@@ -165,12 +174,12 @@ UPDATE = Script(
 local id, metadata, pin, expires, ttl, grace, pin_room = unpack(ARGV)
 local digests, own, was, packed = digests_of(id)
 if redis.call('EXISTS', context(id)) == 0 or not digests then return {'unknown'} end
-local ends = tonumber(redis.call('HGET', context(id), 'expires'))
+local ends = number(redis.call('HGET', context(id), 'expires'))
 if tonumber(ttl) > 0 then ends = now + tonumber(ttl) elseif tonumber(expires) > 0 then ends = tonumber(expires) end
 if (tonumber(ttl) > 0 or tonumber(expires) > 0) and ends <= now then return {'past'} end
 if pin ~= '' and pin ~= was then
   local whole = own
-  for _, digest in ipairs(digests) do whole = whole + tonumber(redis.call('HGET', T .. ':sizes', digest) or 0) end
+  for _, digest in ipairs(digests) do whole = whole + number(redis.call('HGET', T .. ':sizes', digest)) end
   if pin == '1' then
     if sum('pinned') + whole > tonumber(pin_room) then return {'pins'} end
     redis.call('HINCRBY', T .. ':sum', 'pinned', whole)
@@ -185,7 +194,7 @@ redis.call('HSET', context(id), 'expires', ms(ends))
 for _, digest in ipairs(digests) do later(segment(digest), ends + tonumber(grace)) end
 keep(id, ends + tonumber(grace))
 say('c', id)
-return {'ok', now}
+return {'ok', now, totals()}
 """,
 )
 
@@ -198,15 +207,15 @@ for at = 2, #ARGV, 3 do
   local id, times, ttl = ARGV[at], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
   local was = redis.call('HMGET', context(id), 'uses', 'used', 'expires')
   if was[1] then
-    local elapsed = math.max(0, now - tonumber(was[2])) / 1000
-    local uses = tonumber(was[1]) * math.exp(-elapsed / {MEMORY_SECONDS}) + times
+    local elapsed = math.max(0, now - number(was[2])) / 1000
+    local uses = number(was[1]) * math.exp(-elapsed / {MEMORY_SECONDS}) + times
     redis.call('HSET', context(id), 'uses', string.format('%.9g', uses), 'used', ms(now))
     if ttl > 0 then
       local ends = now + ttl
       redis.call('HSET', context(id), 'expires', ms(ends))
       for _, digest in ipairs(digests_of(id) or {{}}) do later(segment(digest), ends + grace) end
       keep(id, ends + grace)
-      if math.abs(ends - tonumber(was[3])) > 1000 then say('c', id) end
+      if math.abs(ends - number(was[3])) > 1000 then say('c', id) end
     end
   end
 end
@@ -242,6 +251,21 @@ return {dropped, totals()}
 
 SWEEP = Script("context-sweep", _PRELUDE + "local swept = sweep() return {swept, totals()}")
 
+TOTALS = Script("context-totals", _PRELUDE + "return totals()", writes=False)
+
+WHOLE = Script(
+    "context-whole",
+    _PRELUDE
+    + """
+local digests, own, pin = digests_of(ARGV[1])
+if not digests then return {0, 0} end
+local whole = own
+for _, digest in ipairs(digests) do whole = whole + number(redis.call('HGET', T .. ':sizes', digest)) end
+return {whole, pin == '1' and 1 or 0}
+""",
+    writes=False,
+)
+
 TAG = Script(
     "context-tag",
     _PRELUDE
@@ -252,7 +276,7 @@ if redis.call('HEXISTS', T .. ':tags', tag) == 0 and redis.call('HLEN', T .. ':t
   return {'tags'}
 end
 redis.call('HSET', T .. ':tags', tag, id .. ' ' .. ms(now))
-later(T .. ':tags', tonumber(redis.call('ZSCORE', T .. ':gone', id)) + 86400000)
+later(T .. ':tags', number(redis.call('ZSCORE', T .. ':gone', id)) + 86400000)
 say('t', tag)
 return {'ok', now}
 """,
@@ -267,3 +291,80 @@ if gone == 1 then say('t', ARGV[1]) end
 return gone
 """,
 )
+
+
+# --- over all tenants: KEYS are `cache.keys.CONTEXTS_TOTALS` and `CONTEXTS_UNLISTED`
+
+_OVERALL = """
+local function number(value) return tonumber(value or 0) or 0 end
+local function entry(tenant)
+  local bytes, pinned, accepted = string.match(redis.call('HGET', KEYS[2], tenant) or '', '^(%d+):(%d+):(%d)$')
+  return number(bytes), number(pinned), accepted
+end
+local function put(tenant, bytes, pinned, accepted)
+  redis.call('HSET', KEYS[2], tenant, string.format('%.0f:%.0f:%s', bytes, pinned, accepted))
+end
+"""
+
+RESERVE = Script(
+    "context-reserve",
+    _OVERALL
+    + """
+local tenant, add, add_pinned, accepted = ARGV[1], number(ARGV[2]), number(ARGV[3]), ARGV[4]
+local most_unchecked, most_pinned, most_tenants = number(ARGV[5]), number(ARGV[6]), number(ARGV[7])
+local unchecked, pinned, tenants = 0, 0, 0
+local all = redis.call('HGETALL', KEYS[2])
+for at = 1, #all, 2 do
+  local its_bytes, its_pinned, its_accepted = string.match(all[at + 1], '^(%d+):(%d+):(%d)$')
+  if not its_bytes then
+    redis.call('HDEL', KEYS[2], all[at])
+  else
+    pinned = pinned + number(its_pinned)
+    if all[at] ~= tenant and its_accepted ~= '1' then
+      unchecked = unchecked + number(its_bytes)
+      tenants = tenants + 1
+    end
+  end
+end
+local bytes, own_pinned = entry(tenant)
+if add_pinned > 0 and pinned + add_pinned > most_pinned then return {'pins', 0} end
+if accepted ~= '1' then
+  local over = unchecked + bytes + add - most_unchecked
+  if tenants >= most_tenants and over < 1 then over = 1 end
+  if over > 0 then return {'unchecked', over} end
+end
+put(tenant, bytes + add, own_pinned + add_pinned, accepted)
+return {'ok', 0}
+""",
+)
+"""Reserve room in the shares of unlisted tenants before it is taken. ARGV: tenant, bytes, pinned bytes, 1 if an
+upstream accepted the tenant's key, the two shares in bytes, the most unchecked tenants."""
+
+NOTE = Script(
+    "context-note",
+    _OVERALL
+    + """
+local tenant, bytes, count, pinned = ARGV[1], number(ARGV[2]), number(ARGV[3]), number(ARGV[4])
+local _, _, accepted = entry(tenant)
+if count > 0 then
+  redis.call('HSET', KEYS[1], tenant, string.format('%.0f:%.0f', bytes, count))
+  if accepted then put(tenant, bytes, pinned, accepted) end
+else
+  redis.call('HDEL', KEYS[1], tenant)
+  redis.call('HDEL', KEYS[2], tenant)
+end
+return 1
+""",
+)
+"""Write what a tenant's contexts take. ARGV: tenant, bytes, number of contexts, pinned bytes."""
+
+ACCEPT = Script(
+    "context-accept",
+    _OVERALL
+    + """
+local bytes, pinned, accepted = entry(ARGV[1])
+if accepted then put(ARGV[1], bytes, pinned, '1') end
+return 1
+""",
+)
+"""Count a tenant as one whose key an upstream accepted. ARGV: tenant."""

@@ -1,9 +1,8 @@
-"""A context's bytes as segments: cut so that a document has the same ones wherever it stands, named by digest.
+"""A context's content as segments, named by digest and cut so that equal documents have equal segments. Pure.
 
-Pure. It knows bytes, sizes and digests, and neither Redis nor JSON. A large message is cut by itself, so two contexts
-that share a document share its segments; what lies between large ones (separators, short messages) is taken
-together. What is opened again is checked: a `Manifest` names each piece by its BLAKE2b digest and is itself named by
-one, so whoever holds a manifest's digest can be given no other content.
+A large message is cut by itself, so two contexts that share a document share its segments. What lies between large
+messages (separators, short messages) is joined. A `Manifest` names each segment by its BLAKE2b digest, and is itself
+named by one: with a manifest's digest no other content can be read.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from operator import le
 
 import msgspec
 import zstandard
@@ -20,26 +21,29 @@ from cache.index.fingerprint import Fingerprint
 from cache.index.hashing import cut
 
 SEGMENT_BYTES = 1024 * 1024
-"""The most that one value of Redis holds before compression: short enough to hold no event loop up for long."""
+"""Largest segment before compression: small enough not to delay an event loop for long."""
 
 ALONE_BYTES = 16 * 1024
-"""A message of this size is cut by itself; below, a shared copy would save less than its own key costs."""
+"""Smallest message that is cut by itself: sharing a smaller one would save less than its key costs."""
 
 INLINE_BYTES = 1024
-"""Less than this between two large messages stands in the manifest itself."""
+"""Less than this between two large messages is stored in the manifest itself."""
 
 DIGEST_BYTES = 32
 VERSION = 1
 CHAINS_AT_MOST = 8
-"""Chains kept beside a content: one for each model, salt and set of template arguments that asked of late."""
+"""Prefix chains kept with a content: one per model, salt and set of template arguments used recently."""
 
-_LEVEL = 3  # zstd's own default: 2 MB of prose in 8 ms to a third; higher levels cost twice for a tenth
+MAX_CONTENT_BYTES = 512 * 1024 * 1024
+"""Of a content that is read; larger ones cannot be created."""
+
+_LEVEL = 3  # zstd's default: 2 MB of prose in 8 ms to a third; higher levels take twice as long for a tenth less
 
 
 class Manifest(msgspec.Struct, frozen=True, array_like=True):
-    """What a content is made of: each piece a digest with its size, or the bytes themselves.
+    """The parts of a content, each a digest with its size, or the bytes themselves.
 
-    `bounds` are the begin and end of every message within the messages, as an array 'I'.
+    `bounds` is an array 'I' with the begin and end of every message within the messages.
     """
 
     tools: list[tuple[bytes, int] | bytes]
@@ -47,16 +51,16 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True):
     bounds: bytes
 
     def digests(self) -> list[bytes]:
-        """Every segment's digest, once, in order of its first place."""
+        """Return every segment's digest once, in the order of first use."""
         return list(dict.fromkeys(piece[0] for piece in self._pieces() if not isinstance(piece, bytes)))
 
     @property
     def size_bytes(self) -> int:
-        """Of the whole content."""
+        """Size of the whole content."""
         return sum(len(piece) if isinstance(piece, bytes) else piece[1] for piece in self._pieces())
 
     def sizes(self) -> dict[bytes, int]:
-        """Bytes by digest."""
+        """Return the size of each segment by digest."""
         return {piece[0]: piece[1] for piece in self._pieces() if not isinstance(piece, bytes)}
 
     def _pieces(self) -> Iterator[tuple[bytes, int] | bytes]:
@@ -65,7 +69,7 @@ class Manifest(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Packed(msgspec.Struct, frozen=True):
-    """A content ready to be stored: `segments` are views of what was given, by digest, not compressed yet."""
+    """A content ready to be stored. `segments` maps digests to views of the given bytes, not compressed yet."""
 
     manifest: bytes
     digest: bytes
@@ -73,9 +77,9 @@ class Packed(msgspec.Struct, frozen=True):
 
 
 class Content:
-    """What a stored context puts before a prompt: `tools` (an array, or empty) and `messages` (without brackets).
+    """The uploaded bytes of a context: `tools` (a JSON array, or empty) and `messages` (without brackets).
 
-    Both are the uploaded bytes. Its prefix chains are made at their first use and kept.
+    Prefix chains are computed at their first use and kept.
     """
 
     __slots__ = ("_chains", "bounds", "digest", "messages", "tools")
@@ -89,29 +93,29 @@ class Content:
 
     @property
     def size_bytes(self) -> int:
-        """Of tools and messages."""
+        """Size of tools and messages."""
         return len(self.tools) + len(self.messages)
 
     @property
     def span_bytes(self) -> int:
-        """Of tools and messages without what stands between messages: as far as a prefix chain reaches."""
+        """Size of tools and messages without separators between messages: the length of a prefix chain."""
         bounds = self.bounds
         return len(self.tools) + sum(bounds[1::2]) - sum(bounds[::2])
 
     def spans(self) -> list[memoryview]:
-        """Views in the order in which an engine renders them: tools, then each message."""
+        """Return views in the order in which an engine renders them: tools, then each message."""
         views = [memoryview(self.tools)] if self.tools else []
         return views + self.message_views()
 
     def message_views(self) -> list[memoryview]:
-        """Each message."""
+        """Return a view of each message."""
         view, bounds = memoryview(self.messages), self.bounds
         return [view[bounds[at] : bounds[at + 1]] for at in range(0, len(bounds), 2)]
 
     def chain(self, root: int) -> Fingerprint:
-        """The prefix chain from `root`, as `cut` gives it for the spans; made at its first use in this worker.
+        """Return the prefix chain of the spans from `root`; computed at its first use in this worker.
 
-        It is not stored in Redis: to read and check the 12 KB of a chain costs no less than to hash 2 MB (0.4 ms).
+        It is not stored in Redis: reading and checking the 12 KB of a chain takes as long as hashing 2 MB (0.4 ms).
         """
         chain = self._chains.get(root)
         if chain is None:
@@ -122,7 +126,7 @@ class Content:
 
 
 def pack(tools: bytes, messages: bytes, bounds: array[int]) -> Packed:
-    """Cut and name a content. `messages` stand without brackets, message k from bounds[2k] to bounds[2k + 1]."""
+    """Cut a content into segments. `messages` has no brackets; message k is at bounds[2k] to bounds[2k + 1]."""
     segments: dict[bytes, memoryview] = {}
     listed_tools = _pieces([memoryview(tools)] if tools else [], segments)
     listed = _pieces(_runs(memoryview(messages), bounds), segments)
@@ -131,21 +135,21 @@ def pack(tools: bytes, messages: bytes, bounds: array[int]) -> Packed:
 
 
 def read_manifest(manifest: bytes, digest: bytes) -> Manifest:
-    """Raises StoreCorrupt where it is not the one that `digest` names."""
+    """Decode and check a manifest. Raises StoreCorrupt if it is not the one that `digest` names."""
     if _digest(manifest) != digest or manifest[:1] != bytes((VERSION,)):
         raise StoreCorrupt("a context's manifest is damaged")
     return _decode_manifest(memoryview(manifest)[1:])
 
 
 def compress(segment: memoryview) -> bytes:
-    """What is stored for a segment."""
+    """Return the stored form of a segment."""
     return bytes((VERSION,)) + zstandard.ZstdCompressor(level=_LEVEL).compress(segment)
 
 
 def unpack(manifest: Manifest, digest: bytes, stored: Mapping[bytes, bytes | None]) -> Content:
-    """The content, every segment checked. `digest` is the manifest's.
+    """Return the content with every segment verified. `digest` is the manifest's.
 
-    Raises StoreCorrupt where a segment is missing or damaged.
+    Raises StoreCorrupt if a segment is missing or damaged, or the bounds do not fit the messages.
     """
     opened = {name: _open(name, size, stored.get(name)) for name, size in manifest.sizes().items()}
     tools, messages = (
@@ -154,6 +158,8 @@ def unpack(manifest: Manifest, digest: bytes, stored: Mapping[bytes, bytes | Non
     )
     bounds = array("I")
     bounds.frombytes(manifest.bounds)
+    if bounds and (bounds[-1] > len(messages) or not all(map(le, bounds, islice(bounds, 1, None)))):
+        raise StoreCorrupt("a context's bounds are damaged")
     return Content(digest, tools, messages, bounds)
 
 
@@ -163,7 +169,7 @@ def _open(digest: bytes, size: int, stored: bytes | None) -> bytes:
     if stored[:1] != bytes((VERSION,)) or size > SEGMENT_BYTES:
         raise StoreCorrupt("a segment of a context is of another version")
     try:
-        if zstandard.frame_content_size(stored[1:19]) != size:  # a frame's head has at most 18 bytes
+        if zstandard.frame_content_size(stored[1:19]) != size:  # a frame header has at most 18 bytes
             raise StoreCorrupt("a segment of a context is damaged")
         raw: bytes = zstandard.ZstdDecompressor().decompress(memoryview(stored)[1:], max_output_size=size)
     except zstandard.ZstdError as error:
@@ -174,7 +180,7 @@ def _open(digest: bytes, size: int, stored: bytes | None) -> bytes:
 
 
 def _runs(messages: memoryview, bounds: Sequence[int]) -> Iterator[memoryview]:
-    """The messages in pieces that begin and end with each large message."""
+    """Yield the messages in pieces, with each large message as a piece of its own."""
     start = 0
     for at in range(0, len(bounds), 2):
         begin, end = bounds[at], bounds[at + 1]
@@ -212,8 +218,11 @@ _manifests = msgspec.msgpack.Decoder(Manifest)
 def _decode_manifest(encoded: memoryview) -> Manifest:
     try:
         manifest = _manifests.decode(encoded)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise StoreCorrupt("a context's manifest is damaged") from error
-    if len(manifest.bounds) % 8:
+    sizes = manifest.sizes().values()
+    if len(manifest.bounds) % 8 or any(not 0 <= size <= SEGMENT_BYTES for size in sizes):
+        raise StoreCorrupt("a context's manifest is damaged")
+    if manifest.size_bytes > MAX_CONTENT_BYTES:
         raise StoreCorrupt("a context's manifest is damaged")
     return manifest

@@ -411,6 +411,14 @@ class Contexts(Section, frozen=True):
     pinned_bytes: Annotated[int, Meta(ge=0), SIZE, LIVE] = 32 * MIB
     """Budget of one tenant for pinned contexts, which are never discarded."""
 
+    unlisted_pinned_bytes: Annotated[int, Meta(ge=0), SIZE, LIVE] | None = None
+    """Budget for pinned contexts of all clients that are not listed under `clients`, together; by default half of
+    `total_bytes`."""
+
+    unchecked_bytes: Annotated[int, Meta(ge=0), SIZE, LIVE] | None = None
+    """Budget of all clients whose keys are neither listed nor accepted by an upstream yet, together; by default a
+    quarter of `total_bytes`. These clients cannot pin contexts."""
+
     max_contexts: Annotated[Count, LIVE] = 1000
     """Contexts of one tenant."""
 

@@ -48,10 +48,13 @@ def trust(upstream: Upstream) -> Callable[[Origin], ssl.SSLContext]:
 
 def context_limits(contexts: Contexts) -> ContextLimits:
     """Return the budgets and quotas of stored contexts."""
+    pinned, unchecked = contexts.unlisted_pinned_bytes, contexts.unchecked_bytes
     return ContextLimits(
         total_bytes=contexts.total_bytes,
         tenant_bytes=contexts.tenant_bytes,
         pinned_bytes=contexts.pinned_bytes,
+        unlisted_pinned_bytes=contexts.total_bytes // 2 if pinned is None else pinned,
+        unchecked_bytes=contexts.total_bytes // 4 if unchecked is None else unchecked,
         contexts_at_most=contexts.max_contexts,
         tags_at_most=contexts.max_tags,
         grace_seconds=contexts.grace_seconds,

@@ -25,6 +25,8 @@ LIMITS = ContextLimits(
     total_bytes=64 * MIB,
     tenant_bytes=32 * MIB,
     pinned_bytes=4 * MIB,
+    unlisted_pinned_bytes=4 * MIB,
+    unchecked_bytes=16 * MIB,
     contexts_at_most=50,
     tags_at_most=20,
     grace_seconds=60,
@@ -47,7 +49,7 @@ def keys_left(nodes: list[Valkey]) -> set[str]:
     for node in nodes:
         words = node.ask("KEYS", "*").split(b"\r\n")
         found |= {word.decode() for word in words if word.startswith(b"cairn:")}
-    return found - {keys.CONTEXTS_TOTALS, keys.CONTEXTS_SWEEPER}
+    return found - {keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED, keys.CONTEXTS_SWEEPER}
 
 
 class Opened:
