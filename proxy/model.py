@@ -107,6 +107,7 @@ class Tenant(msgspec.Struct, frozen=True, gc=False):
     salt: bytes = b""
     models: tuple[str, ...] = ("*",)
     name: str = ""
+    is_listed: bool = False  # by the configuration; the key of any other tenant is checked by upstreams alone
 
     @property
     def is_limited(self) -> bool:

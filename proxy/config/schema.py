@@ -411,11 +411,11 @@ class Contexts(Section, frozen=True):
     pinned_bytes: Annotated[int, Meta(ge=0), SIZE, LIVE] = 32 * MIB
     """Budget of one tenant for pinned contexts, which are never discarded."""
 
-    unlisted_pinned_bytes: Annotated[int, Meta(ge=0), SIZE, LIVE] | None = None
+    unlisted_pinned_bytes: Annotated[Annotated[int, Meta(ge=0)] | None, SIZE, LIVE] = None
     """Budget for pinned contexts of all clients that are not listed under `clients`, together; by default half of
     `total_bytes`."""
 
-    unchecked_bytes: Annotated[int, Meta(ge=0), SIZE, LIVE] | None = None
+    unchecked_bytes: Annotated[Annotated[int, Meta(ge=0)] | None, SIZE, LIVE] = None
     """Budget of all clients whose keys are neither listed nor accepted by an upstream yet, together; by default a
     quarter of `total_bytes`. These clients cannot pin contexts."""
 

@@ -1,6 +1,6 @@
-"""Stored contexts as clients meet them: the API under /v1/caching, their use in a chat, and their warming.
+"""Stored contexts over HTTP: the API under /v1/caching, their use in chat requests, and their warming.
 
-What they are and where they lie is the cache's business; here is what is said of them over HTTP.
+Storing them is the cache's part.
 """
 
 from proxy.contexts.facade import StoredContexts

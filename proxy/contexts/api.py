@@ -1,7 +1,4 @@
-"""/v1/caching: contexts and tags, each call to one JSON answer.
-
-It must not know how contexts are stored or used, nor write to a socket.
-"""
+"""The API of stored contexts and tags under /v1/caching: each call gives one JSON object."""
 
 from __future__ import annotations
 
@@ -12,17 +9,15 @@ from urllib.parse import unquote
 
 import msgspec
 
-from cache import CacheError, ContextRow, ContextStatus, ContextStore, Draft, Tag
+from cache import CacheError, ContextRow, ContextStatus, Draft, Tag, Trust
 from proxy.config.schema import Contexts as Settings
 from proxy.contexts import bodies, failures, objects
 from proxy.contexts.bodies import Page, Upload
-from proxy.contexts.valuing import Valuing
-from proxy.contexts.warming import Warming, WarmingFailed
+from proxy.contexts.ports import ManagedContexts, ServingPools, TokenPredictor, TokenValue, Warmer
+from proxy.contexts.warming import WarmingFailed
 from proxy.errors import BadRequest, NotFound, TooLarge
-from proxy.fleet.pools import Pools
-from proxy.model import Call
+from proxy.model import Call, Tenant
 from proxy.pipeline.admission import check_model
-from proxy.routing.token_estimate import TokenCounts
 from proxy.tasks import Tasks
 from proxy.wire.contexts import CONTEXT_ID, TAG, Reference
 
@@ -31,8 +26,8 @@ TAGS = f"{ROOT}/refs/tags"
 _ID_BYTES = 16
 _FILTERED_AT_ONCE = 100
 
-Answer = dict[str, Any]
-Handler = Callable[[Call], Awaitable[Answer]]
+Body = dict[str, Any]
+Handler = Callable[[Call], Awaitable[Body]]
 
 
 class ContextApi:
@@ -40,11 +35,11 @@ class ContextApi:
 
     def __init__(
         self,
-        store: ContextStore,
-        pools: Pools,
-        tokens: TokenCounts,
-        valuing: Valuing,
-        warming: Warming,
+        store: ManagedContexts,
+        pools: ServingPools,
+        tokens: TokenPredictor,
+        valuing: TokenValue,
+        warming: Warmer,
         settings: Settings,
         tasks: Tasks,
     ) -> None:
@@ -57,11 +52,11 @@ class ContextApi:
         self._tasks = tasks
 
     def adopt(self, settings: Settings) -> None:
-        """Make new contexts by other settings."""
+        """Use other settings for new contexts."""
         self._settings = settings
 
     async def answer(self, call: Call) -> bytes:
-        """The JSON of the answer. Raises CairnError."""
+        """Return the JSON body of the response. Raises CairnError."""
         try:
             return msgspec.json.encode(await self._handler(call)(call))
         except CacheError as error:
@@ -106,46 +101,49 @@ class ContextApi:
 
     # --- contexts
 
-    async def _create(self, call: Call) -> Answer:
+    async def _create(self, call: Call) -> Body:
         upload = bodies.read_upload(call.body)
         check_model(call.tenant, upload.model)
         pool = self._pools.serving(upload.model)
         size = len(upload.messages) + len(upload.tools)
         if size > self._settings.max_context_bytes:
-            raise TooLarge(f"A context has at most {self._settings.max_context_bytes} bytes; this one has {size}.")
+            raise TooLarge(
+                f"A context must have at most {self._settings.max_context_bytes:,} bytes; this one has {size:,}."
+            )
         warms = 0 if pool.is_provider else self._settings.warm_replicas
         per_token = self._valuing.usd_per_token(upload.model, pool)
-        draft = self._draft(upload, "pending" if warms else "ready", size, per_token)
-        row = await self._store.create(call.tenant.id, draft)
+        draft = self._draft(upload, ContextStatus.PENDING if warms else ContextStatus.READY, size, per_token)
+        row = await self._store.create(call.tenant.id, draft, await self._trust(call.tenant))
         if warms:
             self._tasks.start(self._warm(call, upload, row, warms, per_token), "warming")
         return objects.context_object(row, await self._store.content(call.tenant.id, row), self._store.now())
 
-    def _draft(self, upload: Upload, status: str, size: int, usd_per_token: float) -> Draft:
+    def _draft(self, upload: Upload, status: ContextStatus, size: int, usd_per_token: float) -> Draft:
         tokens = round(self._tokens.predict(upload.model, size, upload.media))
         ttl_seconds: float | None = upload.ttl_seconds
         if ttl_seconds is None and upload.expired_at is None:
             ttl_seconds = self._settings.default_ttl_seconds
         return Draft(
-            f"cache-{secrets.token_hex(_ID_BYTES)}",
-            upload.model,
-            upload.tools,
-            upload.messages,
-            upload.bounds,
-            ttl_seconds,
-            upload.expired_at,
-            ContextStatus(status),
-            tokens,
-            tokens * usd_per_token,
-            upload.name,
-            upload.description,
-            upload.metadata,
-            upload.tags,
-            tuple([(item.kind, item.size_bytes) for item in upload.media]),
+            id=f"cache-{secrets.token_hex(_ID_BYTES)}",
+            model=upload.model,
+            tools=upload.tools,
+            messages=upload.messages,
+            bounds=upload.bounds,
+            ttl_seconds=ttl_seconds,
+            expires_unix_seconds=upload.expired_at,
+            status=status,
+            tokens=tokens,
+            value_usd=tokens * usd_per_token,
+            name=upload.name,
+            description=upload.description,
+            metadata=upload.metadata,
+            tags=upload.tags,
+            media=tuple([(item.kind, item.size_bytes) for item in upload.media]),
         )
 
     async def _warm(self, call: Call, upload: Upload, row: ContextRow, replicas: int, usd_per_token: float) -> None:
-        """Warm a context and say how that ended; what Redis does not hear of stays pending until its time is over."""
+        """Warm a context and store the outcome. If Redis does not take it, the context stays pending until it expires
+        as abandoned."""
         tokens, problem = 0, None
         try:
             tokens = await self._warming.warm(
@@ -166,7 +164,7 @@ class ContextApi:
                 if last:
                     return
 
-    async def _list(self, call: Call) -> Answer:
+    async def _list(self, call: Call) -> Body:
         tenant = call.tenant.id
         page = bodies.read_page(call.target.partition("?")[2])
         ids, backwards = _cut(await self._store.ids(tenant), page)
@@ -184,11 +182,11 @@ class ContextApi:
             [objects.context_object(row, None, now) for row in shown], more=len(found) > page.limit
         )
 
-    async def _get(self, call: Call, context_id: str) -> Answer:
+    async def _get(self, call: Call, context_id: str) -> Body:
         row = await self._store.row(call.tenant.id, context_id)
         return objects.context_object(row, await self._store.content(call.tenant.id, row), self._store.now())
 
-    async def _change(self, call: Call, context_id: str) -> Answer:
+    async def _change(self, call: Call, context_id: str) -> Body:
         change = bodies.read_change(call.body)
         row = await self._store.update(
             call.tenant.id,
@@ -196,22 +194,26 @@ class ContextApi:
             metadata=change.metadata,
             ttl_seconds=change.ttl_seconds,
             expires_unix_seconds=change.expired_at,
+            trust=await self._trust(call.tenant),
         )
         return objects.context_object(row, await self._store.content(call.tenant.id, row), self._store.now())
 
-    async def _delete(self, call: Call, context_id: str) -> Answer:
+    async def _delete(self, call: Call, context_id: str) -> Body:
         await self._store.delete(call.tenant.id, context_id)
         return objects.deleted_context(context_id)
 
+    async def _trust(self, tenant: Tenant) -> Trust:
+        return Trust.LISTED if tenant.is_listed else await self._store.trust_of(tenant.id)
+
     # --- tags
 
-    async def _set_tag(self, call: Call) -> Answer:
+    async def _set_tag(self, call: Call) -> Body:
         tag, context_id = bodies.read_tagging(call.body)
         if context_id is None:
             raise failures.unknown()
         return objects.tag_object(await self._store.set_tag(call.tenant.id, tag, context_id))
 
-    async def _list_tags(self, call: Call) -> Answer:
+    async def _list_tags(self, call: Call) -> Body:
         page = bodies.read_page(call.target.partition("?")[2])
         tags: dict[str, Tag] = {tag.tag: tag for tag in await self._store.tags(call.tenant.id)}
         names, backwards = _cut(list(tags), page)
@@ -220,26 +222,26 @@ class ContextApi:
             shown.reverse()
         return objects.listing([objects.tag_object(tags[name]) for name in shown], more=len(names) > page.limit)
 
-    async def _get_tag(self, call: Call, tag: str) -> Answer:
+    async def _get_tag(self, call: Call, tag: str) -> Body:
         return objects.tag_object(await self._store.tag(call.tenant.id, tag))
 
-    async def _content_of_tag(self, call: Call, tag: str) -> Answer:
+    async def _content_of_tag(self, call: Call, tag: str) -> Body:
         return await self._get(call, (await self._store.tag(call.tenant.id, tag)).context_id)
 
-    async def _delete_tag(self, call: Call, tag: str) -> Answer:
+    async def _delete_tag(self, call: Call, tag: str) -> Body:
         await self._store.delete_tag(call.tenant.id, tag)
         return objects.deleted_tag(tag)
 
 
 def _cut(oldest_first: list[str], page: Page) -> tuple[list[str], bool]:
-    """What a page may hold, nearest to its cursor first; True where that is against the order asked for."""
+    """Return the names that a page may hold, nearest to its cursor first, and whether that is the reverse order."""
     names = oldest_first[::-1] if page.newest_first else oldest_first
     start, end = 0, len(names)
     for param, cursor in (("after", page.after), ("before", page.before)):
         if cursor is None:
             continue
         if cursor not in names:
-            raise BadRequest(f"{param} names nothing that is here.", param=param)
+            raise BadRequest(f"{param} must name an object of this list.", param=param)
         if param == "after":
             start = names.index(cursor) + 1
         else:

@@ -1,7 +1,7 @@
-"""What clients send to /v1/caching, read and checked; each refusal names its field.
+"""Read and check the bodies and queries of /v1/caching. Pure. Each error names its field.
 
-Pure. Messages and tools stay the bytes that were sent: they are looked at, never written anew. A message of
-megabytes is not decoded; only its role and what kind of content it has are.
+Messages and tools keep the bytes that were sent. Of a large message only the role and the kind of its content are
+decoded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class Upload(msgspec.Struct, frozen=True):
-    """A context to be stored. `bounds` are begin and end of each message within `messages` (no brackets)."""
+    """A context to be stored. `bounds` has begin and end of each message within `messages` (without brackets)."""
 
     model: str
     tools: bytes
@@ -54,7 +54,7 @@ class Upload(msgspec.Struct, frozen=True):
 
 
 class Change(msgspec.Struct, frozen=True):
-    """What a PUT asks for."""
+    """The changes that a PUT asks for."""
 
     metadata: dict[str, str] | None
     ttl_seconds: int | None
@@ -62,7 +62,7 @@ class Change(msgspec.Struct, frozen=True):
 
 
 class Page(msgspec.Struct, frozen=True):
-    """Which part of a list is asked for."""
+    """The requested part of a list."""
 
     limit: int = PAGE_USUAL
     newest_first: bool = True
@@ -126,38 +126,38 @@ class _Tool(msgspec.Struct, gc=False):
 
 
 def read_upload(body: Body) -> Upload:
-    """The body of a creation. Raises BadRequest."""
+    """Read the body of a creation. Raises BadRequest."""
     fields = _decoded(body, _Upload)
     if not isinstance(fields.model, str) or not 0 < len(fields.model.encode()) <= MODEL_NAME_BYTES_MOST:
-        raise BadRequest("model must be a string, not empty and not absurdly long.", param="model")
+        raise BadRequest(f"model must be a string of 1 to {MODEL_NAME_BYTES_MOST} bytes.", param="model")
     tools, functions = _tools(fields.tools)
     messages, bounds, last_role, media = _messages(body, fields.messages, functions)
-    ttl_seconds, expired_at = _end(fields.ttl, fields.expired_at)
+    ttl_seconds, expired_at = _expiry(fields.ttl, fields.expired_at)
     return Upload(
-        fields.model,
-        tools,
-        messages,
-        bounds,
-        last_role == "user",
-        _text(fields.name, "name", NAME_CHARACTERS_MOST),
-        _text(fields.description, "description", DESCRIPTION_CHARACTERS_MOST),
-        _metadata(fields.metadata) or {},
-        _tags(fields.tags),
-        ttl_seconds,
-        expired_at,
-        media,
+        model=fields.model,
+        tools=tools,
+        messages=messages,
+        bounds=bounds,
+        ends_with_user=last_role == "user",
+        name=_text(fields.name, "name", NAME_CHARACTERS_MOST),
+        description=_text(fields.description, "description", DESCRIPTION_CHARACTERS_MOST),
+        metadata=_metadata(fields.metadata) or {},
+        tags=_tags(fields.tags),
+        ttl_seconds=ttl_seconds,
+        expired_at=expired_at,
+        media=media,
     )
 
 
 def read_change(body: Body) -> Change:
-    """The body of a PUT. Raises BadRequest."""
+    """Read the body of a PUT. Raises BadRequest."""
     fields = _decoded(body, _Change)
-    ttl_seconds, expired_at = _end(fields.ttl, fields.expired_at)
+    ttl_seconds, expired_at = _expiry(fields.ttl, fields.expired_at)
     return Change(_metadata(fields.metadata), ttl_seconds, expired_at)
 
 
 def read_tagging(body: Body) -> tuple[str, str | None]:
-    """The body that makes or moves a tag: the tag, and the id (None where it is no id). Raises BadRequest."""
+    """Read the body that creates or moves a tag: the tag, and the id, None if it cannot be one. Raises BadRequest."""
     fields = _decoded(body, _Tagging)
     if not isinstance(fields.cache_id, str):
         raise BadRequest("cache_id must be a string.", param="cache_id")
@@ -166,7 +166,7 @@ def read_tagging(body: Body) -> tuple[str, str | None]:
 
 
 def read_page(query: str) -> Page:
-    """The query of a list. Raises BadRequest."""
+    """Read the query of a list. Raises BadRequest."""
     values: dict[str, str] = {}
     metadata: dict[str, str] = {}
     try:
@@ -200,9 +200,9 @@ def _decoded(body: Body, kind: type[Any]) -> Any:
         raise BadRequest("The body is not UTF-8.") from None
 
 
-def _end(ttl: Any, expired_at: Any) -> tuple[int | None, int | None]:
+def _expiry(ttl: Any, expired_at: Any) -> tuple[int | None, int | None]:
     if ttl is not None and expired_at is not None:
-        raise BadRequest("Give one of ttl and expired_at, not both.", param="expired_at")
+        raise BadRequest("Give ttl or expired_at, not both.", param="expired_at")
     for value, param in ((ttl, "ttl"), (expired_at, "expired_at")):
         if value is not None and (type(value) is not int or value <= 0):
             raise BadRequest(f"{param} must be a positive whole number of seconds.", param=param)
@@ -226,7 +226,9 @@ def _metadata(value: Any) -> dict[str, str] | None:
         raise BadRequest(f"metadata must be an object of at most {METADATA_PAIRS_MOST} pairs.", param="metadata")
     for key, entry in value.items():
         if len(key) > KEY_CHARACTERS_MOST:
-            raise BadRequest(f"A key of metadata has more than {KEY_CHARACTERS_MOST} characters.", param="metadata")
+            raise BadRequest(
+                f"Keys of metadata must have at most {KEY_CHARACTERS_MOST} characters.", param="metadata"
+            )
         if not isinstance(entry, str) or len(entry) > VALUE_CHARACTERS_MOST:
             raise BadRequest(
                 f"Values of metadata must be strings of at most {VALUE_CHARACTERS_MOST} characters.", param="metadata"
@@ -245,13 +247,13 @@ def _tags(value: Any) -> tuple[str, ...]:
 def _tag(value: Any, param: str) -> str:
     if not isinstance(value, str) or not TAG.fullmatch(value):
         raise BadRequest(
-            "A tag has 1 to 128 characters: first a letter, then letters, digits, `_`, `-` and `.`.", param=param
+            "A tag must begin with a letter and have at most 128 letters, digits, `_`, `-` and `.`.", param=param
         )
     return value
 
 
 def _tools(value: Raw) -> tuple[bytes, frozenset[str]]:
-    """The array as sent (empty where there is none) and the names of its functions."""
+    """Return the array as sent, empty if there is none, and the names of its functions."""
     if value is _NONE or bytes(memoryview(value)[:5]) in (b"null", b"[]"):
         return b"", frozenset()
     try:
@@ -259,7 +261,7 @@ def _tools(value: Raw) -> tuple[bytes, frozenset[str]]:
     except _DECODE_ERRORS:
         raise BadRequest("tools must be an array.", param="tools") from None
     if len(listed) > TOOLS_MOST:
-        raise BadRequest(f"tools has more than {TOOLS_MOST} entries.", param="tools")
+        raise BadRequest(f"tools must have at most {TOOLS_MOST} entries.", param="tools")
     names = [_tool(tool, f"tools[{place}]") for place, tool in enumerate(listed)]
     return (bytes(value) if listed else b""), frozenset(names) - {""}
 
@@ -271,17 +273,20 @@ def _tool(value: Raw, param: str) -> str:
         raise BadRequest("A tool must be an object with a type.", param=param) from None
     if tool.function is None:
         if tool.type == "function":
-            raise BadRequest("A tool of type function must have one.", param=f"{param}.function")
+            raise BadRequest("A tool of type function must have a function.", param=f"{param}.function")
         return ""
     if not _FUNCTION_NAME.fullmatch(tool.function.name):
-        raise BadRequest("The name of a function is not one.", param=f"{param}.function.name")
+        raise BadRequest(
+            "The name of a function must have 1 to 128 letters, digits, `_`, `-` and `.`.",
+            param=f"{param}.function.name",
+        )
     if _kind(tool.function.parameters) not in ("", "{", "n"):
         raise BadRequest("The parameters of a function must be an object.", param=f"{param}.function.parameters")
     return tool.function.name
 
 
 def _messages(body: Body, value: Raw, functions: frozenset[str]) -> tuple[bytes, array[int], str, tuple[Media, ...]]:
-    """The messages as sent without brackets, their bounds in that, the role of the last, and what is no text."""
+    """Return the messages as sent without brackets, their bounds, the last one's role, and the parts without text."""
     try:
         listed = msgspec.json.decode(value, type=list[Raw])
     except _DECODE_ERRORS:
@@ -304,19 +309,21 @@ def _messages(body: Body, value: Raw, functions: frozenset[str]) -> tuple[bytes,
 
 
 def _message(value: Raw, param: str, calls: dict[str, str], functions: frozenset[str]) -> str:
-    """Check one message; `calls` are the tool calls so far, by id. Gives its role."""
+    """Check one message and return its role; `calls` collects the tool calls so far, by id."""
     try:
         message = msgspec.json.decode(value, type=_Message)
     except _DECODE_ERRORS:
         raise BadRequest("A message must be an object.", param=param) from None
     role = message.role
     if not isinstance(role, str) or role not in _ROLES:
-        raise BadRequest("The role is none that a chat knows.", param=f"{param}.role")
+        raise BadRequest(
+            "role must be one of assistant, developer, function, system, tool and user.", param=f"{param}.role"
+        )
     if message.name is not None and not isinstance(message.name, str):
-        raise BadRequest("The name must be a string.", param=f"{param}.name")
+        raise BadRequest("name must be a string.", param=f"{param}.name")
     made = _tool_calls(message.tool_calls, f"{param}.tool_calls")
     if made and role != "assistant":
-        raise BadRequest("Only an assistant calls tools.", param=f"{param}.tool_calls")
+        raise BadRequest("Only an assistant message may have tool_calls.", param=f"{param}.tool_calls")
     says_other = bool(made) or _kind(message.function_call) == "{" or _kind(message.refusal) == '"'
     _check_content(message.content, f"{param}.content", may_be_null=role == "assistant" and says_other)
     if role == "tool":
@@ -330,13 +337,13 @@ def _check_content(value: Raw, param: str, *, may_be_null: bool) -> None:
     if kind == '"' or (kind in ("", "n") and may_be_null):
         return
     if kind != "[":
-        raise BadRequest("The content must be a string or an array of parts.", param=param)
+        raise BadRequest("content must be a string or an array of parts.", param=param)
     try:
         parts = msgspec.json.decode(value, type=list[_Part])
     except _DECODE_ERRORS:
         raise BadRequest("Each part of the content must be an object with a type.", param=param) from None
     if not parts:
-        raise BadRequest("The content has no parts.", param=param)
+        raise BadRequest("content must have at least one part.", param=param)
     for place, part in enumerate(parts):
         if part.type == "text" and _kind(part.text) != '"':
             raise BadRequest("A part of type text must have a text.", param=f"{param}[{place}].text")
@@ -355,13 +362,13 @@ def _tool_calls(value: Raw, param: str) -> dict[str, str]:
 def _check_tool_answer(call_id: Any, param: str, calls: Mapping[str, str], functions: frozenset[str]) -> None:
     if not isinstance(call_id, str) or call_id not in calls:
         raise BadRequest(
-            "A message of the role tool must answer a tool call of an assistant before it.",
+            "A message of the role tool must answer a tool call of an assistant message before it.",
             param=f"{param}.tool_call_id",
         )
     if calls[call_id] not in functions:
-        raise BadRequest("The function that was called is not among the tools.", param="tools")
+        raise BadRequest("The function that an assistant message calls must be among the tools.", param="tools")
 
 
 def _kind(value: Raw) -> str:
-    """The first character of a JSON value, which tells its type; empty where there is none."""
+    """Return the first character of a JSON value, which determines its type; empty if there is no value."""
     return chr(memoryview(value)[0]) if value is not _NONE and len(memoryview(value)) else ""

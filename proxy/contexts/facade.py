@@ -1,14 +1,13 @@
-"""What the pipeline asks of stored contexts, in four verbs. It must not know how any of them is done."""
+"""Implements the operations on stored contexts that the pipeline needs (`proxy.pipeline.stored_contexts`)."""
 
 from __future__ import annotations
 
-from cache import ContextStore
 from proxy.contexts.api import ContextApi
 from proxy.contexts.objects import checked_response
+from proxy.contexts.ports import Counts, UsedContexts
 from proxy.contexts.use import Use
 from proxy.downstream.response import Downstream
 from proxy.metrics.definitions import CONTEXT_CACHED_TOKENS, CONTEXT_USES
-from proxy.metrics.recorder import Recorder
 from proxy.model import Ending
 from proxy.pipeline.exchange import Exchange
 
@@ -18,24 +17,24 @@ _JSON = (b"content-type", b"application/json")
 class StoredContexts:
     """One per worker."""
 
-    def __init__(self, store: ContextStore, api: ContextApi, use: Use, recorder: Recorder) -> None:
+    def __init__(self, store: UsedContexts, api: ContextApi, use: Use, counts: Counts) -> None:
         self._store = store
         self._api = api
         self._use = use
-        self._recorder = recorder
+        self._counts = counts
 
     async def answer(self, exchange: Exchange, client: Downstream) -> None:
-        """A call to /v1/caching. Raises CairnError."""
+        """Answer a call to /v1/caching. Raises CairnError."""
         body = await self._api.answer(exchange.call)
         exchange.status, exchange.ending, exchange.response_bytes = 200, Ending.COMPLETE, len(body)
         client.send(200, b"OK", (_JSON, _request_id(exchange)), body)
 
     async def expand(self, exchange: Exchange) -> None:
-        """Put in the context that a chat names; raises CairnError where it cannot be used."""
+        """Insert the context that a chat names. Raises CairnError if it cannot be used."""
         await self._use.expand(exchange)
 
     def tell_checked(self, exchange: Exchange, client: Downstream) -> None:
-        """Answer a dry run, whose context was found good."""
+        """Answer a dry run whose context is valid."""
         stream = exchange.prompt is not None and exchange.prompt.stream
         body, content_type = checked_response(exchange.model, self._store.now(), stream=stream)
         exchange.status, exchange.ending, exchange.response_bytes = 200, Ending.COMPLETE, len(body)
@@ -43,16 +42,23 @@ class StoredContexts:
         client.send(200, b"OK", headers, body)
 
     def settle(self, exchange: Exchange) -> None:
-        """A chat that named a context has ended: what became of it is counted, and where it went well it was used."""
+        """Note the end of any request: whether the upstream accepted the key, and the use of a context it named."""
+        succeeded = exchange.ending is Ending.COMPLETE
+        if succeeded and exchange.prompt is not None and exchange.attempt is not None and exchange.status < 300:
+            tenant = exchange.call.tenant
+            if not tenant.is_listed:
+                self._store.accepted(tenant.id)
+        if exchange.context_result and not exchange.is_warming:
+            self._settle_use(exchange, succeeded=succeeded)
+
+    def _settle_use(self, exchange: Exchange, *, succeeded: bool) -> None:
+        self._counts.inc(CONTEXT_USES, (exchange.context_result,))
         stored = exchange.stored
-        if exchange.is_warming:
-            return
-        self._recorder.inc(CONTEXT_USES, (exchange.context_result,))
-        if stored is None or exchange.only_checked or exchange.ending is not Ending.COMPLETE:
+        if stored is None or exchange.only_checked or not succeeded:
             return
         self._store.used(exchange.call.tenant.id, stored.row, stored.reset_ttl_seconds)
         if exchange.usage is not None and exchange.usage.cached_tokens:
-            self._recorder.inc(CONTEXT_CACHED_TOKENS, (), exchange.usage.cached_tokens)
+            self._counts.inc(CONTEXT_CACHED_TOKENS, (), exchange.usage.cached_tokens)
 
 
 def _request_id(exchange: Exchange) -> tuple[bytes, bytes]:

@@ -1,34 +1,45 @@
-"""The one place where what goes wrong with a stored context gets the status that a client reads."""
+"""Map the cache's errors about stored contexts to those that a client sees: the only place that knows both."""
 
 from __future__ import annotations
 
-from cache import CacheError, PastExpiry, QuotaFull, StoreCorrupt, UnknownContext
-from proxy.errors import BadRequest, CairnError, ContextDamaged, ContextNotFound, ContextsAway, QuotaExceeded
+from cache import CacheError, PastExpiry, PinRefused, QuotaFull, StoreCorrupt, UnknownContext
+from proxy.errors import (
+    BadRequest,
+    CairnError,
+    ContextDamaged,
+    ContextNotFound,
+    ContextsAway,
+    Forbidden,
+    QuotaExceeded,
+)
 
 RETRY_SECONDS = 2.0
-"""When to come back while Redis is away: it is tried again about every second."""
+"""When to retry while Redis is away; it is probed about once a second."""
 
 
 def shown(error: CacheError) -> CairnError:
-    """What the client is told."""
+    """Return the error for the client."""
     if isinstance(error, UnknownContext):
         return unknown()
     if isinstance(error, PastExpiry):
-        return BadRequest("The end lies in the past.", param="expired_at")
+        return BadRequest("The expiry must be in the future.", param="expired_at")
     if isinstance(error, QuotaFull):
         return QuotaExceeded(str(error))
+    if isinstance(error, PinRefused):
+        return Forbidden(str(error), param="metadata", code="pin_refused")
     if isinstance(error, StoreCorrupt):
-        return ContextDamaged("What is stored of this context is damaged; upload it again.")
-    return ContextsAway("Stored contexts cannot be reached now.", retry_after_seconds=RETRY_SECONDS)
+        return ContextDamaged("The stored data of this context is damaged; upload the context again.")
+    return ContextsAway("Stored contexts are not available now; try again.", retry_after_seconds=RETRY_SECONDS)
 
 
 def unknown() -> ContextNotFound:
-    """The same for what never was, is no more, and is another's."""
+    """Return the same error for a context that never existed, one that is gone, and another tenant's."""
     return ContextNotFound("There is no such stored context or tag.")
 
 
 def inactive() -> ContextNotFound:
-    """It has expired, and was not asked to be revived."""
+    """Return the error for a context that has expired."""
     return ContextNotFound(
-        "This stored context has expired; PUT with a ttl, or use with reset_ttl, revives it.", code="context_inactive"
+        "This stored context has expired; revive it by a PUT with a ttl, or by using it with reset_ttl.",
+        code="context_inactive",
     )

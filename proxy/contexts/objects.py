@@ -1,4 +1,4 @@
-"""The objects of /v1/caching as JSON. Pure; stored messages and tools go out as they came in."""
+"""The objects of /v1/caching, ready to be encoded as JSON. Pure. Stored messages and tools keep their bytes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from msgspec import Raw
 from cache import Content, ContextRow, ContextStatus, Tag
 
 OWNER = "tenant"
-"""What `owned_by` says: every object that can be seen is the asker's own, and names of tenants never leave."""
+"""Value of `owned_by`: clients see only their own objects, and names of tenants are never sent."""
 
-_INTERRUPTED = ("server_error", "The warming was interrupted; the context can be used.")
+_INTERRUPTED = ("server_error", "Warming was interrupted; the context can be used.")
 
 
 def context_object(row: ContextRow, content: Content | None, now_unix_seconds: float) -> dict[str, Any]:
-    """A context; without its messages and tools where `content` is None, as in lists."""
+    """Return a context, without its messages and tools if `content` is None, as in lists."""
     status = row.status(now_unix_seconds)
     shown: dict[str, Any] = {
         "id": row.id,
@@ -31,7 +31,7 @@ def context_object(row: ContextRow, content: Content | None, now_unix_seconds: f
         "description": row.head.description,
         "metadata": row.metadata,
         "bytes": row.head.content_bytes,
-        "worth": row.worth,  # USD per second and stored byte: what is least goes first
+        "worth": row.worth,  # USD per second and stored byte; the context with the least is discarded first
         "worth_usd_per_hour": row.saving_usd_per_hour,
     }
     if content is not None:
@@ -44,7 +44,7 @@ def context_object(row: ContextRow, content: Content | None, now_unix_seconds: f
 
 
 def tag_object(tag: Tag) -> dict[str, Any]:
-    """A tag."""
+    """Return a tag."""
     return {
         "cache_id": tag.context_id,
         "created_at": int(tag.created_unix_seconds),
@@ -55,22 +55,22 @@ def tag_object(tag: Tag) -> dict[str, Any]:
 
 
 def deleted_context(context_id: str) -> dict[str, Any]:
-    """What a DELETE says."""
+    """Return the result of deleting a context."""
     return {"deleted": True, "id": context_id, "object": "context_cache_object.deleted"}
 
 
 def deleted_tag(tag: str) -> dict[str, Any]:
-    """What a DELETE of a tag says, whether it was there or not."""
+    """Return the result of deleting a tag, whether it existed or not."""
     return {"deleted": True, "object": "cache_object.tag.deleted", "tag": tag}
 
 
 def listing(rows: Sequence[dict[str, Any]], *, more: bool) -> dict[str, Any]:
-    """A page of a list."""
+    """Return one page of a list."""
     return {"object": "list", "data": rows, "has_more": more}
 
 
 def checked_response(model: str | None, created_unix_seconds: float, *, stream: bool) -> tuple[bytes, bytes]:
-    """What a dry run answers, and its content type: a completion without choices that cost nothing."""
+    """Return the body of a dry run, a completion without choices and tokens, and its content type."""
     answer: dict[str, Any] = {
         "id": "chatcmpl-dry-run",
         "object": "chat.completion.chunk" if stream else "chat.completion",

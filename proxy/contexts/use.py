@@ -1,30 +1,28 @@
-"""A stored context in a chat request: found, checked and spliced in before the prompt is fingerprinted.
-
-It must not know Redis, replicas or prices.
-"""
+"""Use a stored context in a chat request: find it, check it, and splice it in before the prompt is fingerprinted."""
 
 from __future__ import annotations
 
 from msgspec.structs import replace
 
-from cache import CacheError, Content, ContextRow, ContextStatus, ContextStore, StoreCorrupt, UnknownContext
+from cache import CacheError, Content, ContextRow, ContextStatus, StoreCorrupt, UnknownContext
 from proxy.contexts import failures
+from proxy.contexts.ports import FoundContexts
 from proxy.model import Media, Prompt
 from proxy.pipeline.exchange import Exchange, StoredUse
 from proxy.wire import contexts as wire
 from proxy.wire.contexts import Named, Reference, Spliced
 
-_NOTE = b"x-cairn-context"  # why a context under a header was not used
+_NOTE = b"x-cairn-context"  # tells the client why a context that a header named was not used
 
 
 class Use:
-    """Puts contexts into exchanges. One per worker."""
+    """Inserts contexts into exchanges. One per worker."""
 
-    def __init__(self, store: ContextStore) -> None:
+    def __init__(self, store: FoundContexts) -> None:
         self._store = store
 
     async def expand(self, exchange: Exchange) -> None:
-        """Put the context in that the request names by a message or a header; without one nothing happens.
+        """Insert the context that the request names by a message or a header; do nothing if it names none.
 
         Raises BadRequest, ContextNotFound, ContextsAway and ContextDamaged.
         """
@@ -42,32 +40,32 @@ class Use:
         except CacheError as error:
             exchange.context_result = _result(error)
             raise failures.shown(error) from None
-        if self._is_over(row, named.reference):
+        if self._has_expired(row, named.reference):
             exchange.context_result = "inactive"
             raise failures.inactive()
         spliced = wire.splice_named(prompt, named, content.tools, content.messages)
-        # what was sent again is in the body, where its media were found already; what is only named is not
+        # the media of repeated messages were found in the body already; those of a named context were not
         prompt = replace(prompt, media=tuple([Media(*each) for each in row.head.media]) + prompt.media)
-        self._take(exchange, prompt, row, content, named.reference, spliced)
+        self._insert(exchange, prompt, (row, content), named.reference, spliced)
 
     async def _expand_repeated(self, exchange: Exchange, prompt: Prompt, reference: Reference) -> None:
-        """The whole prompt is there, so what is wrong with the context costs its saving and not the answer."""
+        """The request contains the whole prompt: without the context it is still served, but saves nothing."""
         try:
             row, content = await self._find(exchange.call.tenant.id, reference)
         except UnknownContext as error:
             exchange.context_result = _result(error)
             raise failures.shown(error) from None
         except CacheError as error:
-            _go_on(exchange, _result(error))
+            _continue_without(exchange, _result(error))
             return
-        if self._is_over(row, reference):
-            _go_on(exchange, "inactive")
+        if self._has_expired(row, reference):
+            _continue_without(exchange, "inactive")
             return
         spliced = wire.splice_repeated(prompt, content.tools, content.messages, content.message_views())
         if isinstance(spliced, str):
-            _go_on(exchange, "differs", spliced)
+            _continue_without(exchange, "differs", spliced)
         else:
-            self._take(exchange, prompt, row, content, reference, spliced)
+            self._insert(exchange, prompt, (row, content), reference, spliced)
 
     async def _find(self, tenant: str, reference: Reference) -> tuple[ContextRow, Content]:
         if reference.tag is not None:
@@ -78,18 +76,18 @@ class Use:
             raise UnknownContext("There is no such context.")
         return row, await self._store.content(tenant, row)
 
-    def _is_over(self, row: ContextRow, reference: Reference) -> bool:
+    def _has_expired(self, row: ContextRow, reference: Reference) -> bool:
         return row.status(self._store.now()) is ContextStatus.INACTIVE and reference.reset_ttl_seconds is None
 
-    def _take(
+    def _insert(
         self,
         exchange: Exchange,
         prompt: Prompt,
-        row: ContextRow,
-        content: Content,
+        found: tuple[ContextRow, Content],
         reference: Reference,
         spliced: Spliced,
     ) -> None:
+        row, content = found
         exchange.context_result = "used"
         reset = None if reference.dry_run else reference.reset_ttl_seconds
         ends = row.expires_unix_seconds if reset is None else self._store.now() + reset
@@ -104,8 +102,7 @@ class Use:
         )
 
 
-def _go_on(exchange: Exchange, why: str, where: str = "") -> None:
-    """As sent, without the context."""
+def _continue_without(exchange: Exchange, why: str, where: str = "") -> None:
     exchange.context_result = why
     note = f"{why};{where}" if where else why
     exchange.context_notes = ((_NOTE, note.encode()),)

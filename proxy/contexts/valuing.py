@@ -1,4 +1,4 @@
-"""What one token of a context saves when it is used, so that what is worth least can be discarded first."""
+"""Value the tokens of stored contexts, so that the context that saves least can be discarded first."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from proxy.clock import Clock
 from proxy.fleet.pools import Pools, ServedPool
 
 ASSUMED_USD_PER_SECOND = 2.0 / 3600
-"""An engine without a rate card: two dollars for an hour of one GPU. Only the order of contexts depends on it."""
+"""For an engine without a rate card: two dollars per GPU hour. Only the order of contexts depends on it."""
 
 ASSUMED_USD_PER_TOKEN = 1e-6
-"""A provider without a rate card: a dollar for a million input tokens."""
+"""For a provider without a rate card: one dollar per million input tokens."""
 
 
 class Valuing:
-    """`rate_of` gives a replica's prefill rate (tokens per second) by its number."""
+    """`rate_of` returns a replica's prefill rate in tokens per second, by its number."""
 
     def __init__(self, prices: PriceBook, pools: Pools, rate_of: Callable[[int], float], clock: Clock) -> None:
         self._prices = prices
@@ -26,7 +26,7 @@ class Valuing:
         self._clock = clock
 
     def usd_per_token(self, model: str, pool: ServedPool) -> float:
-        """What computing one prompt token costs at the first replica of the pool: its price, or prefill time."""
+        """Return the cost of computing one prompt token at the pool's first replica: its price, or prefill time."""
         backends = self._pools.backends
         number = next((number for number in self._pools.served if backends[number].pool == pool.name), None)
         if number is None:

@@ -1,8 +1,8 @@
-"""Warms a new context: one request of one output token to the replicas that should hold it, through the pipeline.
+"""Warm a new context: send a request for one output token to the replicas that should hold it.
 
-So it is routed, charged and placed in the index as any other. Where a context does not end with a user's message a
-minimal one is put behind it, since many templates refuse a lone system message; what that message costs by itself is
-asked once per model and taken off the count. It must not know HTTP or Redis.
+It goes through the pipeline, so it is routed, charged and placed in the index like any other. If a context does not
+end with a user message, a minimal one is appended, since many templates refuse a lone system message; its own tokens
+are asked for once per model and subtracted from the count.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 class Run(Protocol):
-    """`Pipeline.run`."""
+    """The signature of `Pipeline.run`."""
 
     def __call__(self, exchange: Exchange, client: Downstream) -> Coroutine[Any, Any, None]: ...
 
 
 class WarmingFailed(Exception):
-    """It was not answered; `type` and `message` may be shown."""
+    """The upstream did not answer the request. `kind` and `message` can be shown to the client."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -51,8 +51,8 @@ class _Refusal(msgspec.Struct):
     error: _Error | None = None
 
 
-class Kept:
-    """A `Downstream` to nobody: keeps the status and the beginning of the body."""
+class ResponseToNobody:
+    """A `Downstream` without a client. Keeps the status and the beginning of the body."""
 
     def __init__(self) -> None:
         self.begun = False
@@ -76,20 +76,20 @@ class Kept:
         return True
 
     async def drained(self) -> None:
-        """Nobody is behind."""
+        """Return at once: there is no client that reads slowly."""
 
     def end(self) -> None:
-        """Nothing is left to say."""
+        """Do nothing: everything is kept already."""
 
     def write_last(self, piece: bytes) -> None:
-        """Nobody reads it."""
+        """Do nothing: the last piece of a stream is of no use here."""
 
     def break_off(self) -> None:
-        """Nobody is there."""
+        """Do nothing: there is no connection."""
 
 
 class Warming:
-    """`run` answers a exchange; `new_id` makes request ids."""
+    """`run` serves an exchange; `new_id` makes request ids."""
 
     def __init__(self, run: Run, new_id: Callable[[], str], clock: Clock) -> None:
         self._run = run
@@ -107,9 +107,9 @@ class Warming:
         ends_with_user: bool,
         replicas: int,
     ) -> int:
-        """Warm `replicas` of them, one after another; the tokens of the context as the upstream counts them.
+        """Warm up to `replicas` replicas, one after another; return the context's tokens as the upstream counts them.
 
-        Raises WarmingFailed where the first does not answer. Fewer replicas than asked for are enough.
+        Raises WarmingFailed if the first one does not answer.
         """
         kept = tuple(pair for pair in headers if pair[0] in _CREDENTIALS)
         messages: list[dict[str, str]] = [{"role": "cache", "content": f"cache_id={reference.id}"}]
@@ -165,22 +165,22 @@ class Warming:
             received_seconds=now_seconds,
             read_seconds=now_seconds,
         )
-        exchange, kept = Exchange(call), Kept()
+        exchange, response = Exchange(call), ResponseToNobody()
         exchange.avoid, exchange.is_warming = avoid, True
         try:
-            await self._run(exchange, kept)
+            await self._run(exchange, response)
         except (InternalError, ConnectionError):
-            raise WarmingFailed("server_error", "The warming did not come through.") from None
+            raise WarmingFailed("server_error", "Warming failed inside Cairn.") from None
         if exchange.ending is not Ending.COMPLETE:
-            raise _failure(kept)
+            raise _failure(response)
         return exchange
 
 
-def _failure(kept: Kept) -> WarmingFailed:
-    """What may be said of a refusal: the status and words of closed sets. An upstream's text may hold the prompt."""
-    kind, code = "server_error" if kept.status >= 500 else "invalid_request_error", ""
+def _failure(response: ResponseToNobody) -> WarmingFailed:
+    """Describe a refusal by status, type and code. The upstream's text may hold the prompt and is not repeated."""
+    kind, code = "server_error" if response.status >= 500 else "invalid_request_error", ""
     try:
-        refusal = msgspec.json.decode(kept.body, type=_Refusal)
+        refusal = msgspec.json.decode(response.body, type=_Refusal)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         refusal = _Refusal()
     if refusal.error is not None:
@@ -188,4 +188,4 @@ def _failure(kept: Kept) -> WarmingFailed:
             kind = refusal.error.type
         if isinstance(refusal.error.code, str) and _CODE.fullmatch(refusal.error.code):
             code = f" ({refusal.error.code})"
-    return WarmingFailed(kind, f"The upstream answered the warming with status {kept.status}{code}.")
+    return WarmingFailed(kind, f"The upstream answered the warming request with status {response.status}{code}.")

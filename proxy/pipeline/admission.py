@@ -92,16 +92,16 @@ class Authenticator:
                 found = client
         if found is None:
             raise Unauthorized("Incorrect API key provided.")
-        return self._tenant(found.tenant.encode(), found.models, found.tenant)
+        return self._tenant(found.tenant.encode(), found.models, found.tenant, is_listed=True)
 
     def _keyed(self, credential: bytes) -> Tenant:
         if not credential:
             return self._tenant(_ANONYMOUS, ("*",), _ANONYMOUS_NAME)
         return self._tenant(b"key:" + credential, ("*",))
 
-    def _tenant(self, key: bytes, models: tuple[str, ...], name: str = "") -> Tenant:
+    def _tenant(self, key: bytes, models: tuple[str, ...], name: str = "", *, is_listed: bool = False) -> Tenant:
         salt = hashlib.blake2b(key, key=self._secret, digest_size=16).digest()
-        return Tenant(salt.hex(), salt, models, name or salt.hex()[:_NAME_DIGITS])
+        return Tenant(salt.hex(), salt, models, name or salt.hex()[:_NAME_DIGITS], is_listed)
 
 
 def credentials_of(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:

@@ -81,8 +81,7 @@ class Pipeline:
             self._refuse(exchange, error, client)
         finally:
             self._settlement.settle(exchange)
-            if exchange.context_result:
-                self._contexts.settle(exchange)
+            self._contexts.settle(exchange)
 
     async def decide(self, exchange: Exchange) -> None:
         """Run the phases that choose, from the body to the plan. Changes only the exchange. Raises CairnError."""

@@ -24,5 +24,5 @@ class StoredContexts(Protocol):
         ...
 
     def settle(self, exchange: Exchange) -> None:
-        """Count what became of the context that a finished chat named, and note its use."""
+        """Note the end of any request: whether the upstream accepted the key, and the use of a context it named."""
         ...
