@@ -25,7 +25,7 @@ CONTEXTS_CHANNEL = PREFIX + "contexts"
 # Hash: tenant to `bytes:number` of its contexts, for the total budget. Updated at every change and sweep.
 CONTEXTS_TOTALS = PREFIX + "{contexts}:totals"
 
-# Hash: tenant to `bytes:pinned bytes:accepted` of unlisted clients' contexts, for the shares that they have together.
+# Hash: tenant to `bytes:pinned bytes:accepted:reserved until` of unlisted clients' contexts, for their common shares.
 CONTEXTS_UNLISTED = PREFIX + "{contexts}:unlisted"
 
 CONTEXTS_SWEEPER = PREFIX + "{contexts}:sweeper"  # the worker that sweeps now; expires

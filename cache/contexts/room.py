@@ -34,6 +34,7 @@ RESERVE_TRIES = 5
 
 Totals = tuple[int, int, int]  # bytes, contexts, pinned bytes
 _OVERALL = (keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED)
+_MARKS = {Trust.LISTED: "", Trust.ACCEPTED: "1", Trust.UNCHECKED: "0"}  # as the script `context-note` takes them
 
 
 class ContextRoom:
@@ -112,7 +113,7 @@ class ContextRoom:
         sizes: dict[str, int] = {}
         for name, value in await self._access.hash(keys.CONTEXTS_UNLISTED):
             try:
-                tenant, (size, _, accepted) = _tenant_name(name), parsed(_read_numbers, value)
+                tenant, (size, _, accepted, _) = _tenant_name(name), parsed(_read_numbers, value)
             except (StoreCorrupt, ValueError):
                 self.dropped_totals += 1
                 continue
@@ -150,12 +151,12 @@ class ContextRoom:
 
     # --- what tenants take
 
-    async def changed(self, tenant: str, totals: Totals | None) -> None:
+    async def changed(self, tenant: str, totals: Totals | None, trust: Trust = Trust.LISTED) -> None:
         """Write what a tenant's contexts take now. If this fails, the next sweep corrects it."""
         if totals is None:
             return
         try:
-            await self._write(tenant, totals)
+            await self._write(tenant, totals, _MARKS[trust])
             await self.renew()
         except CacheError as error:
             log.debug("the total of stored contexts was not updated: %s", error)
@@ -182,8 +183,8 @@ class ContextRoom:
         self.total_contexts = sum(count for _, count in totals.values())
         return totals
 
-    async def _write(self, tenant: str, totals: Totals) -> None:
-        await self._access.store.run_script(scripts.NOTE, _OVERALL, (tenant, *totals))
+    async def _write(self, tenant: str, totals: Totals, mark: str) -> None:
+        await self._access.store.run_script(scripts.NOTE, _OVERALL, (tenant, *totals, mark))
 
     # --- in the background
 
@@ -220,7 +221,7 @@ class ContextRoom:
         for tenant in tenants:
             try:
                 swept, totals = await self._access.run(scripts.SWEEP, tenant, read=_read_counted)
-                await self._write(tenant, totals)
+                await self._write(tenant, totals, "sweep")
             except StoreCorrupt:
                 self.dropped_totals += 1
                 continue

@@ -295,27 +295,34 @@ return gone
 
 # --- over all tenants: KEYS are `cache.keys.CONTEXTS_TOTALS` and `CONTEXTS_UNLISTED`
 
+RESERVED_MS = 30_000
+"""How long a reservation holds before a sweep may replace it by what the tenant really takes."""
+
 _OVERALL = """
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local function number(value) return tonumber(value or 0) or 0 end
+local function parse(value) return string.match(value or '', '^(%d+):(%d+):(%d):(%d+)$') end
 local function entry(tenant)
-  local bytes, pinned, accepted = string.match(redis.call('HGET', KEYS[2], tenant) or '', '^(%d+):(%d+):(%d)$')
-  return number(bytes), number(pinned), accepted
+  local bytes, pinned, accepted, reserved_until = parse(redis.call('HGET', KEYS[2], tenant) or '')
+  return number(bytes), number(pinned), accepted, number(reserved_until)
 end
-local function put(tenant, bytes, pinned, accepted)
-  redis.call('HSET', KEYS[2], tenant, string.format('%.0f:%.0f:%s', bytes, pinned, accepted))
+local function put(tenant, bytes, pinned, accepted, reserved_until)
+  redis.call('HSET', KEYS[2], tenant,
+    string.format('%.0f:%.0f:%s:%.0f', bytes, pinned, accepted, reserved_until))
 end
 """
 
 RESERVE = Script(
     "context-reserve",
     _OVERALL
-    + """
+    + f"""
 local tenant, add, add_pinned, accepted = ARGV[1], number(ARGV[2]), number(ARGV[3]), ARGV[4]
 local most_unchecked, most_pinned, most_tenants = number(ARGV[5]), number(ARGV[6]), number(ARGV[7])
 local unchecked, pinned, tenants = 0, 0, 0
 local all = redis.call('HGETALL', KEYS[2])
 for at = 1, #all, 2 do
-  local its_bytes, its_pinned, its_accepted = string.match(all[at + 1], '^(%d+):(%d+):(%d)$')
+  local its_bytes, its_pinned, its_accepted = parse(all[at + 1])
   if not its_bytes then
     redis.call('HDEL', KEYS[2], all[at])
   else
@@ -327,14 +334,14 @@ for at = 1, #all, 2 do
   end
 end
 local bytes, own_pinned = entry(tenant)
-if add_pinned > 0 and pinned + add_pinned > most_pinned then return {'pins', 0} end
+if add_pinned > 0 and pinned + add_pinned > most_pinned then return {{'pins', 0}} end
 if accepted ~= '1' then
   local over = unchecked + bytes + add - most_unchecked
   if tenants >= most_tenants and over < 1 then over = 1 end
-  if over > 0 then return {'unchecked', over} end
+  if over > 0 then return {{'unchecked', over}} end
 end
-put(tenant, bytes + add, own_pinned + add_pinned, accepted)
-return {'ok', 0}
+put(tenant, bytes + add, own_pinned + add_pinned, accepted, now + {RESERVED_MS})
+return {{'ok', 0}}
 """,
 )
 """Reserve room in the shares of unlisted tenants before it is taken. ARGV: tenant, bytes, pinned bytes, 1 if an
@@ -345,25 +352,31 @@ NOTE = Script(
     _OVERALL
     + """
 local tenant, bytes, count, pinned = ARGV[1], number(ARGV[2]), number(ARGV[3]), number(ARGV[4])
-local _, _, accepted = entry(tenant)
+local _, _, accepted, reserved_until = entry(tenant)
 if count > 0 then
   redis.call('HSET', KEYS[1], tenant, string.format('%.0f:%.0f', bytes, count))
-  if accepted then put(tenant, bytes, pinned, accepted) end
 else
   redis.call('HDEL', KEYS[1], tenant)
+end
+if ARGV[5] == 'sweep' and reserved_until > now then return 1 end
+if ARGV[5] == '0' or ARGV[5] == '1' then accepted = ARGV[5] end
+if count == 0 then
   redis.call('HDEL', KEYS[2], tenant)
+elseif accepted then
+  put(tenant, bytes, pinned, accepted, 0)
 end
 return 1
 """,
 )
-"""Write what a tenant's contexts take. ARGV: tenant, bytes, number of contexts, pinned bytes."""
+"""Write what a tenant's contexts take. ARGV: tenant, bytes, number of contexts, pinned bytes; then 0 or 1 for an
+unlisted tenant whose key is unchecked or accepted, `sweep` to leave a reservation alone, or nothing."""
 
 ACCEPT = Script(
     "context-accept",
     _OVERALL
     + """
-local bytes, pinned, accepted = entry(ARGV[1])
-if accepted then put(ARGV[1], bytes, pinned, '1') end
+local bytes, pinned, accepted, reserved_until = entry(ARGV[1])
+if accepted then put(ARGV[1], bytes, pinned, '1', reserved_until) end
 return 1
 """,
 )

@@ -141,18 +141,24 @@ class ContextStore:
             Head(draft.model, draft.name, draft.description, packed.digest, draft.size_bytes, draft.media)
         )
         if trust is Trust.LISTED:
-            return await self._create(tenant, draft, head, packed, {})
+            return await self._create(tenant, draft, head, packed, {}, trust)
         compressed = await self._bytes.compress(draft, packed, list(packed.segments))
         needed_bytes = len(head) + len(packed.manifest) + sum(map(len, compressed.values()))
         await self._room.reserve(tenant, needed_bytes, needed_bytes if draft.pinned else 0, trust)
         try:
-            return await self._create(tenant, draft, head, packed, compressed)
+            return await self._create(tenant, draft, head, packed, compressed, trust)
         except BaseException:
             self._tasks.start(self._room.refresh(tenant), "contexts-refresh")
             raise
 
     async def _create(
-        self, tenant: str, draft: Draft, head: bytes, packed: Packed, compressed: dict[bytes, bytes]
+        self,
+        tenant: str,
+        draft: Draft,
+        head: bytes,
+        packed: Packed,
+        compressed: dict[bytes, bytes],
+        trust: Trust,
     ) -> ContextRow:
         upload: dict[bytes, bytes] = {}
         for _ in range(COMMIT_TRIES):
@@ -160,7 +166,7 @@ class ContextStore:
             await self._room.make_over_all(extra_bytes)
             reply = await self._commit(tenant, draft, head, packed, extra_bytes)
             if reply.word == b"ok":
-                await self._room.changed(tenant, reply.totals)
+                await self._room.changed(tenant, reply.totals, trust)
                 self._bytes.keep(tenant, draft, packed)
                 return await self.row(tenant, draft.id)
             if reply.word == b"full":
@@ -315,7 +321,7 @@ class ContextStore:
                 self._tasks.start(self._room.refresh(tenant), "contexts-refresh")
             raise
         if metadata is not None:
-            await self._room.changed(tenant, reply.totals)
+            await self._room.changed(tenant, reply.totals, trust)
         return await self.row(tenant, context_id)
 
     async def _reserve_pin(self, tenant: str, context_id: str, trust: Trust) -> bool:

@@ -54,9 +54,14 @@ class Spliced(msgspec.Struct, frozen=True):
 
 
 class _Body(msgspec.Struct, gc=False):
-    messages: list[Raw] = []
+    messages: list[Raw] | None = []
     tools: Raw = _NONE
     functions: Raw = _NONE
+
+    @property
+    def listed(self) -> list[Raw]:
+        """The messages; none if `messages` is null."""
+        return self.messages or []
 
 
 class _Message(msgspec.Struct, gc=False):
@@ -64,8 +69,8 @@ class _Message(msgspec.Struct, gc=False):
     content: Any = None
 
 
-_decode_body = msgspec.json.Decoder(_Body).decode
-_decode_message = msgspec.json.Decoder(_Message).decode
+_body_decoder = msgspec.json.Decoder(_Body)
+_message_decoder = msgspec.json.Decoder(_Message)
 
 
 def named_in(prompt: Prompt) -> Named | None:
@@ -75,10 +80,10 @@ def named_in(prompt: Prompt) -> Named | None:
     """
     body = _decode_body(prompt.body)
     named = None
-    for place, message in enumerate(body.messages):
+    for place, message in enumerate(body.listed):
         if not _may_be_cache(message):
             continue
-        decoded = _decode_message(message)
+        decoded = _decode_message(message, place)
         if decoded.role != "cache":
             continue
         if place:
@@ -87,6 +92,20 @@ def named_in(prompt: Prompt) -> Named | None:
             )
         named = _named(prompt.body, body, decoded.content)
     return named
+
+
+def _decode_body(body: Body) -> _Body:
+    try:
+        return _body_decoder.decode(body)
+    except DECODE_ERRORS:
+        raise BadRequest("The body must be a JSON object with an array of messages, in UTF-8.") from None
+
+
+def _decode_message(message: Raw, place: int) -> _Message:
+    try:
+        return _message_decoder.decode(message)
+    except DECODE_ERRORS:
+        raise BadRequest("A message must be a JSON object in UTF-8.", param=f"messages[{place}]") from None
 
 
 def _may_be_cache(message: Raw) -> bool:
@@ -99,8 +118,8 @@ def _named(body: Body, fields: _Body, content: Any) -> Named:
         if value is not _NONE and bytes(value) != b"null":
             raise BadRequest(f"{param} must be absent where a stored context is used: it has its own.", param=param)
     tools_span = None if fields.tools is _NONE else span_of(body, fields.tools)
-    rest = tuple([memoryview(message) for message in fields.messages[1:]])
-    return Named(read_reference(content), span_of(body, fields.messages[0]), tools_span, rest)
+    rest = tuple([memoryview(message) for message in fields.listed[1:]])
+    return Named(read_reference(content), span_of(body, fields.listed[0]), tools_span, rest)
 
 
 def read_reference(content: Any) -> Reference:
@@ -171,16 +190,16 @@ def splice_repeated(prompt: Prompt, tools: bytes, messages: bytes, stored: Seque
     body = _decode_body(prompt.body)
     if not _same_tools(body.tools, tools):
         return "tools"
-    if len(body.messages) < len(stored):
+    if len(body.listed) < len(stored):
         return "messages"
     for place, mine in enumerate(stored):
-        if not _same(memoryview(body.messages[place]), mine):
+        if not _same(memoryview(body.listed[place]), mine):
             return f"messages[{place}]"
-    first, last = span_of(prompt.body, body.messages[0]), span_of(prompt.body, body.messages[len(stored) - 1])
+    first, last = span_of(prompt.body, body.listed[0]), span_of(prompt.body, body.listed[len(stored) - 1])
     edits = [Edit(first[0], last[1], messages)]
     if tools:
         edits.append(Edit(*span_of(prompt.body, body.tools), tools))
-    return Spliced(tuple(edits), tuple([memoryview(message) for message in body.messages[len(stored) :]]))
+    return Spliced(tuple(edits), tuple([memoryview(message) for message in body.listed[len(stored) :]]))
 
 
 def _same_tools(sent: Raw, stored: bytes) -> bool:

@@ -396,7 +396,7 @@ async def test_a_failed_warming_says_why_without_the_prompt(redis: Valkey) -> No
         assert failed["status"] == "error"
         assert failed["error"] == {
             "type": "bad_length",
-            "message": "The upstream answered the warming with status 400 (context_length).",
+            "message": "The upstream answered the warming request with status 400 (context_length).",
         }
 
 

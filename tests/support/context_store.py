@@ -59,6 +59,7 @@ class Opened:
         self.evicted: Counter[str] = Counter()
         self.damaged = 0
         self.store = store
+        self.tasks = tasks
         self.contexts = ContextStore(
             store, limits, clock=SystemClock(), tasks=tasks, evicted=self._evict, damaged=self._damage
         )

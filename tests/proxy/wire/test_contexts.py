@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -108,3 +109,40 @@ def test_ids_and_tags_that_cannot_be_are_unknown_and_not_looked_up() -> None:
     for content in ("cache_id=cache-../x", "tag=a b", "tag=1st", "cache_id=CACHE-" + "0" * 32):
         reference = contexts.read_reference(content)
         assert (reference.id, reference.tag) == (None, None)
+
+
+HOSTILE_BODIES = [
+    b'{"model":"m","messages":null}',
+    b'{"model":"m","messages":null,"x":"cache"}',
+    b'{"model":"m","messages":[]}',
+    b'{"model":"m","messages":[null]}',
+    b'{"model":"m","messages":["cache"]}',
+    b'{"model":"m","messages":[{"role":"cache","content":"tag=\xff"}]}',
+    b'{"model":"m","messages":[{"role":"cache","content":"tag=a","name":"\xff"}]}',
+    b'{"model":"m","messages":[{"role":"cache","content":"tag=a"},{"role":"user","content":"\xff\xfe"}]}',
+    b'{"model":"m","messages":[{"role":"cache","content":"tag=a"}],"tools":"\xff"}',
+    b'{"model":"m","messages":[{"role":"cache\xff","content":"cache"}]}',
+    b'{"model":"m","messages":[{"role":"\\ud800","content":"\\ud800"}],"x":"cache"}',
+    b'{"model":"m","messages":[' + b"[" * 3000 + b"]" * 3000 + b',"cache"]}',
+]
+
+
+@pytest.mark.parametrize("body", HOSTILE_BODIES)
+def test_null_messages_and_invalid_text_are_refused_or_passed_on(body: bytes) -> None:
+    """In or beside a reference, by message and by header: BadRequest or no context, never another exception."""
+    with contextlib.suppress(BadRequest):
+        prompt = request.read(body, Endpoint.CHAT)
+        named = contexts.named_in(prompt)
+        if named is not None:
+            contexts.splice_named(prompt, named, b"", b"{}")
+    with contextlib.suppress(BadRequest):
+        prompt = request.read(body, Endpoint.CHAT)
+        contexts.splice_repeated(prompt, b"", b'{"a":1}', [memoryview(b'{"a":1}')])
+
+
+@given(st.binary(max_size=60), st.binary(max_size=60))
+def test_any_bytes_around_a_reference_are_refused_or_read(before: bytes, after: bytes) -> None:
+    """Whatever a client puts into the content and beside it."""
+    body = b'{"model":"m","messages":[{"role":"cache","content":"tag=%b"},{"role":"user","content":"%b"}]}'
+    with contextlib.suppress(BadRequest):
+        contexts.named_in(request.read(body % (before, after), Endpoint.CHAT))

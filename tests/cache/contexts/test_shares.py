@@ -1,0 +1,104 @@
+"""Clients that the configuration does not list: what made-up keys can take, together, and what they cannot touch."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cache import keys
+from cache.contexts.access import Trust
+from cache.errors import CacheError, PinRefused, QuotaFull
+from tests.support.context_store import draft, opened
+from tests.support.valkey import Valkey, eventually
+
+HONEST = "f" * 32
+MADE_UP = [f"{number:032x}" for number in range(8)]
+
+
+async def test_made_up_keys_can_pin_nothing_and_store_no_more_than_their_share(nodes: list[Valkey]) -> None:
+    """Eight of them push each other out; the context of a client whose key was accepted stays."""
+    async with opened(nodes, unchecked_bytes=200_000, total_bytes=400_000) as one:
+        kept = await one.contexts.create(HONEST, draft(90_000, metadata={"pin": "1"}), Trust.ACCEPTED)
+        for tenant in MADE_UP:
+            with pytest.raises(PinRefused):
+                await one.contexts.create(tenant, draft(metadata={"pin": "1"}), Trust.UNCHECKED)
+            row = await one.contexts.create(tenant, draft(60_000), Trust.UNCHECKED)
+            with pytest.raises(PinRefused):
+                await one.contexts.update(tenant, row.id, metadata={"pin": "1"}, trust=Trust.UNCHECKED)
+        sizes = [row.size_bytes for tenant in MADE_UP for row in await one.contexts.rows(tenant)]
+        assert 120_000 < sum(sizes) <= 200_000
+        assert (await one.contexts.row(HONEST, kept.id)).pinned
+        with pytest.raises(QuotaFull, match=r"contexts\.unchecked_bytes"):
+            await one.contexts.create(MADE_UP[0], draft(250_000), Trust.UNCHECKED)
+
+
+async def test_requests_at_once_cannot_exceed_the_share_together(nodes: list[Valkey]) -> None:
+    """Room is reserved before it is taken."""
+    async with opened(nodes, unchecked_bytes=150_000) as one, opened(nodes, unchecked_bytes=150_000) as two:
+        creations = [
+            (one, two)[number % 2].contexts.create(tenant, draft(60_000), Trust.UNCHECKED)
+            for number, tenant in enumerate(MADE_UP)
+        ]
+        await asyncio.gather(*creations, return_exceptions=True)
+        sizes = [row.size_bytes for tenant in MADE_UP for row in await one.contexts.rows(tenant)]
+        assert 0 < sum(sizes) <= 150_000
+
+
+async def test_accepted_keys_share_a_bound_on_pins(nodes: list[Valkey]) -> None:
+    """An upstream without keys accepts them all; unpinning makes room for another's pin."""
+    async with opened(nodes, unlisted_pinned_bytes=100_000) as one:
+        first = await one.contexts.create(MADE_UP[0], draft(70_000, metadata={"pin": "1"}), Trust.ACCEPTED)
+        with pytest.raises(QuotaFull, match=r"contexts\.unlisted_pinned_bytes"):
+            await one.contexts.create(MADE_UP[1], draft(70_000, metadata={"pin": "1"}), Trust.ACCEPTED)
+        plain = await one.contexts.create(MADE_UP[1], draft(70_000), Trust.ACCEPTED)
+        with pytest.raises(QuotaFull):
+            await one.contexts.update(MADE_UP[1], plain.id, metadata={"pin": "1"}, trust=Trust.ACCEPTED)
+        await one.contexts.update(MADE_UP[0], first.id, metadata={}, trust=Trust.ACCEPTED)
+        pinned = await one.contexts.update(MADE_UP[1], plain.id, metadata={"pin": "1"}, trust=Trust.ACCEPTED)
+        assert pinned.pinned
+
+
+async def test_a_listed_client_is_outside_both_shares(nodes: list[Valkey]) -> None:
+    """Only its own quotas bind it."""
+    async with opened(nodes, unchecked_bytes=0, unlisted_pinned_bytes=0) as one:
+        row = await one.contexts.create(HONEST, draft(metadata={"pin": "1"}))
+        assert row.pinned
+
+
+async def test_what_one_worker_learns_of_a_key_the_others_know(nodes: list[Valkey]) -> None:
+    """And the tenant's contexts leave the share of unchecked ones."""
+    async with opened(nodes, unchecked_bytes=100_000) as one, opened(nodes, unchecked_bytes=100_000) as two:
+        assert await two.contexts.trust_of(HONEST) is Trust.UNCHECKED
+        await one.contexts.create(HONEST, draft(70_000), Trust.UNCHECKED)
+        one.contexts.accepted(HONEST)
+        one.contexts.accepted(HONEST)
+        await one.contexts._accepted.flush()
+        assert await two.contexts.trust_of(HONEST) is Trust.ACCEPTED
+        await one.contexts.create(MADE_UP[0], draft(70_000), Trust.UNCHECKED)
+        assert len(await one.contexts.rows(HONEST)) == 1
+
+
+async def test_a_reservation_that_was_not_used_is_given_back(server: Valkey) -> None:
+    """A creation that fails after it reserved room does not fill the share."""
+    server.flush()
+    async with opened([server], unchecked_bytes=100_000) as one:
+        with pytest.raises(CacheError):
+            await one.contexts.create(
+                HONEST, draft(70_000, ttl_seconds=None, expires_unix_seconds=1.0), Trust.UNCHECKED
+            )
+        await eventually(lambda: HONEST.encode() not in server.ask("HGETALL", keys.CONTEXTS_UNLISTED))
+        await one.contexts.create(MADE_UP[0], draft(70_000), Trust.UNCHECKED)
+
+
+async def test_damaged_entries_of_the_shares_are_dropped(server: Valkey) -> None:
+    """Names that are no tenants, values that are no numbers: the next creation and the sweep go on."""
+    server.flush()
+    for key in (keys.CONTEXTS_UNLISTED, keys.CONTEXTS_TOTALS):
+        server.ask("HSET", key, "{}", "1:2:0", b"\xff", "x", "", "-5:1:0", HONEST, "nan:1:0", MADE_UP[1], "9" * 5000)
+    async with opened([server], unchecked_bytes=100_000) as one:
+        await one.contexts.create(MADE_UP[0], draft(70_000), Trust.UNCHECKED)
+        await one.contexts.sweep()
+        await one.contexts.survey()
+        assert len(await one.contexts.rows(MADE_UP[0])) == 1
+        assert one.contexts._room.dropped_totals > 0
