@@ -538,7 +538,8 @@ async def test_a_deletion_and_a_change_reach_the_other_proxy_within_100_ms(redis
 async def test_the_page_is_told_what_contexts_are_worth_and_not_what_they_are(redis: Valkey) -> None:
     """Those worth most first, in a report without ids, names and tenants; and the list says each one's worth."""
     async with serving(redis, warm_replicas=0) as (client, _):
-        await client.put(name="secretname")
+        first = await client.put(name="secretname")
+        await client.ask(f"cache_id={first['id']}")  # the upstream accepts the key
         used = await client.put([{"role": "system", "content": "another " * 9000}], metadata={"pin": "true"})
         for _ in range(3):
             await client.ask(f"cache_id={used['id']}")
@@ -554,6 +555,23 @@ async def test_the_page_is_told_what_contexts_are_worth_and_not_what_they_are(re
         assert used["id"] not in str(shown)
         rows = (await client.call("GET", "/caching"))[1]["data"]
         assert rows[0]["worth"] > rows[1]["worth"] > 0
+
+
+async def test_a_context_can_be_pinned_once_the_upstream_accepted_the_key(redis: Valkey) -> None:
+    """Before that a made-up key could fill the store; a refused request proves nothing."""
+    async with serving(redis, warm_replicas=0) as (client, upstream):
+        made = await client.put()
+        pin = {"metadata": {"pin": "true"}}
+        refused = [
+            await client.call("POST", "/caching", {"model": MODEL, "messages": STORED, **pin}),
+            await client.call("PUT", f"/caching/{made['id']}", pin),
+        ]
+        upstream.failures.append(Failure(401))
+        await client.ask(f"cache_id={made['id']}")
+        refused.append(await client.call("PUT", f"/caching/{made['id']}", pin))
+        assert [(status, body["error"]["code"]) for status, body, _ in refused] == [(403, "pin_refused")] * 3
+        assert (await client.ask(f"cache_id={made['id']}"))[0] == 200
+        assert (await client.call("PUT", f"/caching/{made['id']}", pin))[0] == 200
 
 
 async def test_no_text_of_a_context_is_logged_or_measured(redis: Valkey, caplog: pytest.LogCaptureFixture) -> None:
@@ -644,6 +662,8 @@ async def test_where_only_pinned_contexts_are_left_a_creation_is_429(redis: Valk
     """`exceeded_current_quota_error`; what is there stays."""
     text = "".join(f"{n:x}" for n in range(20_000))
     async with serving(redis, warm_replicas=0, tenant_bytes=70_000) as (client, _):
+        plain = {"model": MODEL, "messages": [QUESTION]}
+        assert (await client.call("POST", "/chat/completions", plain))[0] == 200  # the upstream accepts the key
         made = await client.put([{"role": "user", "content": text}], metadata={"pin": "true"})
         body = {"model": MODEL, "messages": [{"role": "user", "content": text[::-1]}]}
         status, answer, _ = await client.call("POST", "/caching", body)
