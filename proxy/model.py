@@ -1,7 +1,7 @@
-"""What the phases of a request hand each other: frozen structs and closed enums, nothing that does I/O.
+"""Data types that the phases of a request exchange: frozen structs and closed enums. Pure.
 
-They are `msgspec.Struct` and not dataclasses: a frozen one of ten fields is made in a quarter of a microsecond
-instead of 1.5, and several are made for every request.
+They are `msgspec.Struct` and not dataclasses because several are created for every request: a frozen struct of ten
+fields takes a quarter of a microsecond instead of 1.5.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import TypeAlias
 import msgspec
 
 Body: TypeAlias = bytes | bytearray
-"""A request's body, which nobody writes to once it is read: a long one was filled in place."""
+"""A request's body. Nobody writes to it once it has been read; a long one was read in place."""
 
 
 class Endpoint(enum.StrEnum):
-    """What a path asks for; the value is the metric label."""
+    """The kind of a request, from its path; the value is the metric label."""
 
     CHAT = "chat_completions"
     COMPLETIONS = "completions"
@@ -52,55 +52,56 @@ class Access(enum.Enum):
 
 
 class CacheStatus(enum.StrEnum):
-    """How much of the prompt the chosen replica was predicted to hold; in the metric label and `Cache-Status`."""
+    """How much of the prompt the chosen replica was predicted to have cached; metric label and `Cache-Status`."""
 
-    HIT = "hit"  # all but the last block
+    HIT = "hit"  # all except the last block
     PARTIAL = "partial"
     MISS = "miss"
-    BYPASS = "bypass"  # no prefix to speak of: not a generation, or under the size worth sharing
+    BYPASS = "bypass"  # prefixes do not matter: not a generation, or too short to share
 
 
 class MissReason(enum.StrEnum):
-    """Why a prompt was not wholly found."""
+    """Why a part of a prompt was not expected to be cached."""
 
     NONE = "none"
-    COLD = "cold"  # no replica holds any of it
-    CHANGED = "changed"  # a prefix is known, then it differs
+    COLD = "cold"  # no replica has any of it
+    CHANGED = "changed"  # the beginning is known, then the prompt differs
     EVICTED = "evicted"
-    ELSEWHERE = "elsewhere"  # another replica holds more, its queue cost more
-    DOWN = "down"  # the holder is unreachable or draining
-    SHORT = "short"  # under the size worth sharing
+    ELSEWHERE = "elsewhere"  # another replica has more of it, but is busier
+    DOWN = "down"  # the replica that has it is unavailable
+    SHORT = "short"  # too short to share
 
 
 class RouteReason(enum.StrEnum):
-    """Why this replica; in `x-cairn-reason`, the log and the metric."""
+    """Why this replica was chosen; in `x-cairn-reason`, the log and the metric."""
 
-    WARM = "warm"  # it holds the longest prefix and costs least
-    SPREAD = "spread"  # another holds more, but waiting there costs more than computing here
-    COLD = "cold"  # none holds any: least cost, then rendezvous
-    SHORT = "short"  # nothing worth sharing: least work
-    PINNED = "pinned"  # the object it names lives there
-    ONLY = "only"  # one replica to choose from
-    RETRY = "retry"  # an earlier choice failed before its first byte
+    WARM = "warm"  # it has the longest prefix cached, and costs least
+    SPREAD = "spread"  # another has more cached, but waiting there costs more than computing here
+    COLD = "cold"  # no replica has any of it: least cost, then rendezvous hashing
+    SHORT = "short"  # too short to share: the least loaded replica
+    PINNED = "pinned"  # the object that the request names is there
+    ONLY = "only"  # there is no other replica
+    RETRY = "retry"  # another replica failed before its response began
 
 
 class Ending(enum.StrEnum):
     """How a request ended, on every path."""
 
     COMPLETE = "complete"
-    UPSTREAM_STATUS = "upstream_status"  # answered with an error status, relayed
+    UPSTREAM_STATUS = "upstream_status"  # the upstream's error status was relayed
     CLIENT_LEFT = "client_left"
-    UPSTREAM_FAILED = "upstream_failed"  # before the answer; the client got an error
-    UPSTREAM_BROKE = "upstream_broke"  # inside the answer; the client saw it break
-    TRUNCATED = "truncated"  # ended cleanly without the end that its format has
-    REFUSED = "refused"  # by Cairn: bad request, limits, no replica
+    UPSTREAM_FAILED = "upstream_failed"  # before the response; the client received an error
+    UPSTREAM_BROKE = "upstream_broke"  # within the response; the client's response is cut off
+    TRUNCATED = "truncated"  # a stream without its final event
+    REFUSED = "refused"  # by Cairn: bad request, limit, or no replica
     INTERNAL = "internal"
 
 
 class Tenant(msgspec.Struct, frozen=True, gc=False):
-    """Who asks. `id` keys stored things and never leaves the process; `salt` goes first into every prefix chain.
+    """The tenant of a request. `id` is a keyed hash, the key of what it stores; it never leaves the process.
 
-    `name` is for the operator's totals: as configured, else the beginning of the keyed hash.
+    `salt` is the first input of its prefix hashes. `name` is for the operator: as configured, else the beginning of
+    the hash. `client` is the name of the configured client, empty if clients are not configured.
     """
 
     id: str
@@ -108,6 +109,7 @@ class Tenant(msgspec.Struct, frozen=True, gc=False):
     models: tuple[str, ...] = ("*",)
     name: str = ""
     is_listed: bool = False  # by the configuration; the key of any other tenant is checked by upstreams alone
+    client: str = ""
 
     @property
     def is_limited(self) -> bool:
@@ -137,27 +139,27 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
 
 
 class Media(msgspec.Struct, frozen=True, gc=False):
-    """A picture, sound or file inside the prompt: hashed as bytes, counted in tokens by its kind."""
+    """An image, sound or file in the prompt: hashed as bytes, counted in tokens by its kind."""
 
     kind: str  # "image", "audio", "file"
     size_bytes: int
 
 
 class UsageRequest(enum.Enum):
-    """What a body says about usage on its stream, hence which splice would ask for it."""
+    """What a body says about usage on its stream, and so which edit asks for it."""
 
-    ASKED = "asked"  # include_usage true: nothing to do, nothing withheld
+    ASKED = "asked"  # include_usage is true: nothing to edit or to withhold
     ABSENT = "absent"  # no stream_options: insert the member
     REPLACE = "replace"  # null, {} or include_usage false: replace the value at `stream_options_span`
     NOT_APPLICABLE = "not_applicable"  # no stream, or a dialect that always reports
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """A generation request as read: small values decoded, long content left as spans of the body.
+    """A generation request as read: small values are decoded, long content stays a span of the body.
 
     `chain_salt` are the raw bytes that precede the prompt in the key (model, adapter, template arguments).
     `spans` are zero-copy views in the order in which an engine renders them: tools, then each message (or the
-    prompt, or instructions and input items). A boundary stands at the end of each.
+    prompt, or instructions and input items). Each of them ends with a boundary.
     """
 
     body: Body
@@ -165,7 +167,7 @@ class Prompt(msgspec.Struct, frozen=True):
     stream: bool
     chain_salt: tuple[bytes, ...]
     spans: tuple[memoryview | bytes, ...]
-    size_bytes: int  # of all spans, and of the stored context that goes before them
+    size_bytes: int  # of all spans and of the stored context before them
     usage_request: UsageRequest = UsageRequest.NOT_APPLICABLE
     stream_options_span: tuple[int, int] = (0, 0)
     pinned_to: str | None = None  # previous_response_id, or the first file id
@@ -178,7 +180,7 @@ class Prompt(msgspec.Struct, frozen=True):
 
 
 class Call(msgspec.Struct, frozen=True):
-    """An admitted request, free of the web framework. Header names are lower-case."""
+    """An admitted request. Header names are lower-case. `peer` is the address from which the client connected."""
 
     request_id: str
     tenant: Tenant
@@ -187,8 +189,9 @@ class Call(msgspec.Struct, frozen=True):
     target: str  # path and query as the client sent them
     headers: tuple[tuple[bytes, bytes], ...]
     body: Body
-    received_seconds: float  # monotonic: the head was here
-    read_seconds: float  # the body was all here
+    received_seconds: float  # monotonic: the head had arrived
+    read_seconds: float  # the whole body had arrived
+    peer: str = ""
     access: Access = Access.INFERENCE
     path_model: str | None = None  # the model that the path names
     object_id: str | None = None  # the object that the path names
@@ -196,7 +199,7 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Edit(msgspec.Struct, frozen=True, gc=False):
-    """Replace body[start:end] by `insert`: the only way in which a body is changed."""
+    """Replace body[start:end] by `insert`; a body is changed in no other way."""
 
     start: int
     end: int
@@ -204,12 +207,12 @@ class Edit(msgspec.Struct, frozen=True, gc=False):
 
 
 class ReplicaView(msgspec.Struct, frozen=True, gc=False):
-    """A replica as the plan sees it: one frozen row of the fleet's snapshot.
+    """A replica as the plan sees it: one row of the fleet's snapshot.
 
-    `pending_tokens` are uncached tokens charged and not yet released, here and at the other proxies, less what the
-    running head must have done by now. `lateness_seconds` is how far its oldest unanswered request is past its
-    predicted first token. `in_flight` leaves out what waits at the cold gate: it is not there yet. Not `available`
-    means that the breaker is open or that it drains; one that drains still serves what is pinned to it.
+    `pending_tokens` are the uncached tokens of requests here and at the other proxies that the replica has not
+    processed yet, as far as can be estimated. `lateness_seconds` is how long its oldest unanswered request is overdue
+    for its first token. `in_flight` excludes requests that wait for another one with the same prefix. A replica is
+    not `available` if its breaker is open.
     """
 
     id: int  # dense number within the process, the index's replica number
@@ -223,16 +226,16 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
     in_flight_seconds: float  # c of the cost rule: the price of one more in flight
     queued: int = 0
     draining: bool = False  # reachable, but to be given no new prefix
-    retry_after_seconds: float = 0.0  # where unavailable: until it is tried again
+    retry_after_seconds: float = 0.0  # if unavailable: until it is tried again
     running_tokens: float = 0.0  # prompts of all that is in flight there, which its cache must hold
 
 
 class Demand(msgspec.Struct, frozen=True, gc=False):
-    """What the plan needs to know of a prompt.
+    """What the plan needs to know about a prompt.
 
-    `prompt_tokens` is the prediction for the whole of it. `tie_hash` is the chained hash of the first block that no
-    replica holds (or of the last block), so that proxies which know nothing of each other break ties alike.
-    `last_block_bytes` is the size of the last block: all but that is a hit.
+    `prompt_tokens` is predicted. `tie_hash` is the chained hash of the first block that no replica has (or of the
+    last block), so that independent proxies break ties alike. A match of everything except the last block, of
+    `last_block_bytes`, counts as a hit.
     """
 
     size_bytes: int
@@ -243,7 +246,7 @@ class Demand(msgspec.Struct, frozen=True, gc=False):
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
-    """One replica with what this prompt would cost there."""
+    """One replica, and what this prompt would cost there."""
 
     replica: ReplicaView
     matched_bytes: int
@@ -253,7 +256,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Replicas in the order to try, cheapest first, with why, and what to change in the body."""
+    """The replicas in the order to try, cheapest first, the reasons, and the edits of the body."""
 
     candidates: tuple[Candidate, ...]
     reason: RouteReason
@@ -264,24 +267,24 @@ class Plan(msgspec.Struct, frozen=True):
 
     @property
     def chosen(self) -> Candidate:
-        """The first to try."""
+        """The first replica to try."""
         return self.candidates[0]
 
 
 class Times(msgspec.Struct, frozen=True, gc=False):
-    """Monotonic stamps of one request; None where it never came so far."""
+    """Monotonic times of one request; None if it never got that far."""
 
     received_seconds: float
-    read_seconds: float = 0.0  # the body was all here
-    sent_seconds: float | None = None  # request written to the upstream that answered
+    read_seconds: float = 0.0  # the whole body had arrived
+    sent_seconds: float | None = None  # sent to the upstream that answered
     first_byte_seconds: float | None = None
     first_token_seconds: float | None = None
     ended_seconds: float = 0.0
-    waited_seconds: float = 0.0  # in the queue and at the cold gate, part of the time before `sent_seconds`
+    waited_seconds: float = 0.0  # in the queue and for a leader, part of the time before `sent_seconds`
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What became of a request; exactly one on every path. The only thing that settlement sees."""
+    """The result of a request; every path produces exactly one."""
 
     call_id: str
     endpoint: Endpoint
@@ -299,22 +302,28 @@ class Outcome(msgspec.Struct, frozen=True):
     tenant_id: str = ""
     tenant_name: str = ""
     error_code: str | None = None
-    inter_token_counts: tuple[int, ...] = ()  # gaps after the first token, sorted into the metric's buckets
+    inter_token_counts: tuple[int, ...] = ()  # gaps after the first token, per bucket of the metric
     inter_token_seconds: float = 0.0  # their sum
 
 
 class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """One request as it is written; what is unknown is left out. Times are seconds, `time` is when it ended.
+    """One line of the access log; unknown fields are omitted. `time` is the end of the request.
 
-    Enums stay enums: reading their `value` costs more than encoding them.
+    `duration` and `ttft` are in seconds. `client` is the configured name, `peer` the address of the connection.
+
+    Enums stay enums, because reading their `value` costs more than encoding them.
     """
 
     time: datetime
     request_id: str
+    method: str
+    route: str
     endpoint: Endpoint
     status: int
     ending: Ending
     duration: float
+    client: str | None = None
+    peer: str | None = None
     model: str | None = None
     stream: bool = False
     replica: str | None = None

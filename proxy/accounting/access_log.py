@@ -1,7 +1,7 @@
 """Write one access line per request, in batches, on a thread.
 
-The event loop never waits for a disk or a pipe. A reader that stops reading costs lines, which are counted as
-dropped, and never a request. An access line has no field for a prompt, a key, a tenant or a hash.
+The event loop never waits for a disk or a pipe. If nobody reads the log, lines are lost and counted, and no request
+waits. An access line has no field for a prompt, a key or a hash of either.
 """
 
 from __future__ import annotations
@@ -11,24 +11,27 @@ import select
 import stat
 import threading
 from collections import deque
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
-from proxy.model import AccessLine, Outcome
+from proxy.model import AccessLine, Call, Endpoint, Outcome
 
 FLUSH_SECONDS: Final = 0.1  # how long lines are collected before they are written together
-PENDING_LINES_AT_MOST = 32_768  # some 8 MB that a stopped reader may cost; beyond it lines are dropped
+PENDING_LINES_AT_MOST = 32_768  # about 8 MB while nobody reads; further lines are lost
 CLOSE_SECONDS = 2.0  # how long the end of the process waits for the last batch
-_BATCH_LINES: Final = 128  # encoded in one call, some 48 KB: the call holds the interpreter's lock for 0.1 ms
-_PIPE_LINES: Final = 8  # the same into a pipe, where a write is whole among several workers' up to PIPE_BUF only
+_BATCH_LINES: Final = 128  # encoded in one call, 48 KB: the call holds the interpreter's lock for 0.1 ms
+_PIPE_LINES: Final = 8  # into a pipe, where writes of several workers stay whole only up to PIPE_BUF
 _MODEL_CHARACTERS: Final = 128  # a client may send any name
+_ROUTE_CHARACTERS: Final = 128
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_PLAIN_SIGNS = frozenset("!#$%&'()*+,-./:;<>?@[]^_`{|}~")
 
 
-def access_line(outcome: Outcome, unix_seconds: float) -> AccessLine:
-    """The line of one request that ended at `unix_seconds`; some 3 us, so it is written out and not looped."""
+def access_line(call: Call, outcome: Outcome, unix_seconds: float) -> AccessLine:
+    """Make the line of a request that ended at `unix_seconds`. Takes 3 us."""
     times, plan, usage, model, replica = outcome.times, outcome.plan, outcome.usage, outcome.model, outcome.replica
     received, first_token = times.received_seconds, times.first_token_seconds
     cache = reason = miss = predicted = None
@@ -42,79 +45,126 @@ def access_line(outcome: Outcome, unix_seconds: float) -> AccessLine:
         (None, None, None) if usage is None else (usage.prompt_tokens, usage.output_tokens, usage.cached_tokens)
     )
     return AccessLine(
-        _EPOCH + timedelta(0, int(unix_seconds), 0, int(unix_seconds * 1e3) % 1000),
-        outcome.call_id,
-        outcome.endpoint,
-        outcome.status,
-        outcome.ending,
-        int((times.ended_seconds - received) * 1e6) / 1e6,
-        model[:_MODEL_CHARACTERS] if model else None,
-        outcome.stream,
-        None if replica is None else replica.name,
-        cache,
-        reason,
-        miss,
-        outcome.error_code,
-        None if first_token is None else int((first_token - received) * 1e6) / 1e6,
-        prompt,
-        output,
-        cached,
-        matched_bytes,
-        predicted,
-        outcome.retries,
-        outcome.request_bytes,
-        outcome.response_bytes,
+        time=_EPOCH + timedelta(0, int(unix_seconds), 0, int(unix_seconds * 1e3) % 1000),
+        request_id=outcome.call_id,
+        method=call.method,
+        route=route_of(call),
+        endpoint=outcome.endpoint,
+        status=outcome.status,
+        ending=outcome.ending,
+        duration=int((times.ended_seconds - received) * 1e6) / 1e6,
+        client=call.tenant.client or None,
+        peer=call.peer or None,
+        model=model[:_MODEL_CHARACTERS] if model else None,
+        stream=outcome.stream,
+        replica=None if replica is None else replica.name,
+        cache=cache,
+        reason=reason,
+        miss=miss,
+        error=outcome.error_code,
+        ttft=None if first_token is None else int((first_token - received) * 1e6) / 1e6,
+        prompt_tokens=prompt,
+        output_tokens=output,
+        cached_tokens=cached,
+        matched_bytes=matched_bytes,
+        predicted_tokens=predicted,
+        retries=outcome.retries,
+        request_bytes=outcome.request_bytes,
+        answer_bytes=outcome.response_bytes,
     )
 
 
-class AccessLog:
-    """Writes access lines to a file descriptor; a thread of its own does it, a batch at a time.
+def route_of(call: Call) -> str:
+    """Return the path of a request without its query, and with `{id}` in place of an object's id."""
+    target = call.target
+    query = target.find("?")
+    path = target if query < 0 else target[:query]
+    if call.object_id:
+        path = path.replace(call.object_id, "{id}", 1)
+    elif call.endpoint is Endpoint.CACHING:  # its paths contain ids and tags, which are the tenant's own
+        return "/v1/caching"
+    return path if len(path) <= _ROUTE_CHARACTERS else path[:_ROUTE_CHARACTERS]
 
-    `write` is one append. `dropped` counts lines for which there was no room or no reader.
+
+def json_lines(lines: Sequence[AccessLine]) -> bytes:
+    """Encode lines as JSON objects."""
+    return msgspec.json.Encoder().encode_lines(lines)
+
+
+def logfmt_lines(lines: Sequence[AccessLine]) -> bytes:
+    """Encode lines as `name=value` pairs, values with spaces or quotes in quotes; unknown fields are omitted."""
+    return "".join(f"{_logfmt(msgspec.to_builtins(line))}\n" for line in lines).encode()
+
+
+def _logfmt(fields: dict[str, Any]) -> str:
+    return " ".join(f"{name}={_logfmt_value(value)}" for name, value in fields.items())
+
+
+def _logfmt_value(value: Any) -> str:
+    if not isinstance(value, str):
+        return "true" if value is True else "false" if value is False else str(value)
+    if value and all(sign.isalnum() or sign in _PLAIN_SIGNS for sign in value):
+        return value
+    return msgspec.json.encode(value).decode()
+
+
+FORMATS: dict[str, Callable[[Sequence[AccessLine]], bytes]] = {"json": json_lines, "logfmt": logfmt_lines}
+"""The encoders by the value of `log.format`."""
+
+
+class AccessLog:
+    """Writes access lines to a file descriptor, in batches, on its own thread.
+
+    `write` is one append. `dropped` counts lines that were lost because there was no room or no reader.
     """
 
-    def __init__(self, descriptor: int = 1, flush_seconds: float = FLUSH_SECONDS) -> None:
+    def __init__(
+        self,
+        descriptor: int = 1,
+        encode: Callable[[Sequence[AccessLine]], bytes] = json_lines,
+        flush_seconds: float = FLUSH_SECONDS,
+    ) -> None:
         self.dropped = 0
         self._descriptor = descriptor
+        self._encode = encode
         self._is_pipe = not stat.S_ISREG(os.fstat(descriptor).st_mode)
         self._flush_seconds = flush_seconds
-        self._lines: deque[AccessLine] = deque()  # appended to by the loop, emptied by the thread: both are atomic
-        self._awake = False
+        self._lines: deque[AccessLine] = deque()  # filled by the loop, emptied by the thread: both are atomic
+        self._is_awake = False
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._writer = threading.Thread(target=self._run, name="access-log", daemon=True)
         self._writer.start()
 
     def write(self, line: AccessLine) -> None:
-        """Keep `line` for the next batch."""
+        """Add `line` to the next batch."""
         if len(self._lines) >= PENDING_LINES_AT_MOST:
             self.dropped += 1
             return
         self._lines.append(line)
-        if not self._awake:
-            self._awake = True
+        if not self._is_awake:
+            self._is_awake = True
             self._wake.set()
 
     def close(self) -> None:
-        """Write what is left, and wait for it for at most `CLOSE_SECONDS`."""
+        """Write the remaining lines, for at most `CLOSE_SECONDS`."""
         self._closing.set()
         self._wake.set()
         self._writer.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
-        encode = msgspec.json.Encoder().encode_lines
-        at_once = _PIPE_LINES if self._is_pipe else _BATCH_LINES
+        batch_lines = _PIPE_LINES if self._is_pipe else _BATCH_LINES
         while not self._closing.is_set():
             self._wake.wait()
             self._closing.wait(self._flush_seconds)
             self._wake.clear()
-            self._awake = False  # before the lines are taken, so that one that comes meanwhile wakes again
+            self._is_awake = False  # before the lines are taken, so that a line added meanwhile wakes again
             while self._lines:
-                lines = [self._lines.popleft() for _ in range(min(len(self._lines), at_once))]
-                content = encode(lines)
+                lines = [self._lines.popleft() for _ in range(min(len(self._lines), batch_lines))]
+                content = self._encode(lines)
                 if self._is_pipe and len(content) > select.PIPE_BUF:
                     for line in lines:
-                        self._write(encode([line]), 1)
+                        self._write(self._encode([line]), 1)
                 else:
                     self._write(content, len(lines))
 
@@ -124,5 +174,5 @@ class AccessLog:
             while view:
                 written = os.write(self._descriptor, view)
                 view = view[written:]
-        except OSError:  # the reader is gone, or the disk is full: serving goes on
+        except OSError:  # the reader is gone, or the disk is full: requests are served all the same
             self.dropped += lines

@@ -105,6 +105,13 @@ class Level(enum.StrEnum):
     ERROR = "error"
 
 
+class LogFormat(enum.StrEnum):
+    """The format of access lines."""
+
+    JSON = "json"
+    LOGFMT = "logfmt"
+
+
 class PoolKind(enum.StrEnum):
     """The kind of upstream: engines keep prefixes while there is memory, providers for a fixed time."""
 
@@ -456,6 +463,9 @@ class Log(Section, frozen=True):
 
     access: bool = True
     """Write one line per request."""
+
+    format: LogFormat = LogFormat.JSON
+    """Format of the access lines: JSON objects, or `name=value` pairs (logfmt)."""
 
 
 class PriceTier(Section, frozen=True):

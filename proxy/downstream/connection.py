@@ -219,6 +219,7 @@ class Connection(asyncio.BufferedProtocol):
         if stop - at > limits.head_bytes:
             raise head_too_large()
         request = IncomingRequest(limits.header_line_bytes)
+        request.peer = self.address
         parser = HttpRequestParser(request)
         feed_head(parser, memoryview(data)[at:stop])
         return self._begin(request, parser, bytes(data[at : data.find(b"\r\n", at, stop)]), data, stop, end)
@@ -229,6 +230,7 @@ class Connection(asyncio.BufferedProtocol):
         self._state = _HEAD
         self.deadline = self._server.now() + min(limits.head_seconds, limits.keepalive_seconds)
         self._head = IncomingRequest(limits.header_line_bytes)
+        self._head.peer = self.address
         self._parser = HttpRequestParser(self._head)
         self._line, self._has_line, self._tail = b"", False, b""
         self._feed_head(data, at, end)

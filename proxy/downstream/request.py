@@ -38,9 +38,10 @@ _lower_names: Final[dict[bytes, bytes]] = {}  # every request has the same few n
 class IncomingRequest:
     """One request: its head, complete before anything else sees it, and its body.
 
-    `target` is as sent. `headers` have lower-case names, in their order, duplicates kept. `content_length` is the
-    declared length in bytes, None if none was declared. `whole_body` is the body if it arrived together with the head
-    (`body` is None then); otherwise `body` receives it. `refusal` is set if there was no room for it.
+    `target` is as sent. `headers` have lower-case names, in their order, duplicates kept. `peer` is the address from
+    which the client connected. `content_length` is the declared length in bytes, None if none was declared.
+    `whole_body` is the body if it arrived together with the head (`body` is None then); otherwise `body` receives it.
+    `refusal` is set if there was no room for it.
     """
 
     __slots__ = (
@@ -60,6 +61,7 @@ class IncomingRequest:
         "is_http_1_0",
         "keep_alive",
         "method",
+        "peer",
         "refusal",
         "target",
         "upgrade",
@@ -68,6 +70,7 @@ class IncomingRequest:
 
     def __init__(self, line_bytes_most: int) -> None:
         self.method = ""
+        self.peer = ""
         self.target = ""
         self.headers: list[tuple[bytes, bytes]] = []
         self.is_http_1_0 = False

@@ -29,11 +29,12 @@ _KEY_HEADER_LENGTHS = frozenset(map(len, _KEY_HEADERS))
 
 @dataclass(frozen=True, slots=True)
 class KnownClient:
-    """A client of the configuration: the SHA-256 of its key, its tenant, and patterns of the models it may use."""
+    """A client of the configuration: the SHA-256 of its key, its tenant, its models as patterns, and its name."""
 
     key_sha256: bytes
     tenant: str
     models: tuple[str, ...] = ("*",)
+    name: str = ""
 
 
 class Authenticator:
@@ -92,16 +93,20 @@ class Authenticator:
                 found = client
         if found is None:
             raise Unauthorized("Incorrect API key provided.")
-        return self._tenant(found.tenant.encode(), found.models, found.tenant, is_listed=True)
+        return self._tenant(
+            found.tenant.encode(), found.models, found.tenant, found.name or found.tenant, is_listed=True
+        )
 
     def _keyed(self, credential: bytes) -> Tenant:
         if not credential:
             return self._tenant(_ANONYMOUS, ("*",), _ANONYMOUS_NAME)
         return self._tenant(b"key:" + credential, ("*",))
 
-    def _tenant(self, key: bytes, models: tuple[str, ...], name: str = "", *, is_listed: bool = False) -> Tenant:
+    def _tenant(
+        self, key: bytes, models: tuple[str, ...], name: str = "", client: str = "", *, is_listed: bool = False
+    ) -> Tenant:
         salt = hashlib.blake2b(key, key=self._secret, digest_size=16).digest()
-        return Tenant(salt.hex(), salt, models, name or salt.hex()[:_NAME_DIGITS], is_listed)
+        return Tenant(salt.hex(), salt, models, name or salt.hex()[:_NAME_DIGITS], is_listed, client)
 
 
 def credentials_of(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:

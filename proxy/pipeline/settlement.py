@@ -64,7 +64,7 @@ class Settlement:
         if usage is not None:
             self._teach_fleet(exchange, outcome, usage)
         if self._access_log is not None:
-            self._access_log.write(access_line(outcome, self._clock.unix()))
+            self._access_log.write(access_line(exchange.call, outcome, self._clock.unix()))
         self._uncounted.append((outcome, usage, placement))
         if len(self._uncounted) >= COUNTED_TOGETHER:
             self.count()

@@ -27,7 +27,7 @@ from cache import (
     open_store,
     usable_key,
 )
-from proxy.accounting.access_log import AccessLog
+from proxy.accounting.access_log import FORMATS, AccessLog
 from proxy.accounting.builtin_prices import BuiltinPrices
 from proxy.accounting.counters import RequestCounters
 from proxy.accounting.prefix_stats import PrefixStats
@@ -454,7 +454,7 @@ async def build(config: Config, control: WorkerControl, *, access_log_descriptor
     replicas = _replicas(config, basics, memory)
     sharing = _sharing(basics, memory, replicas)
     prices = PriceBook(rules_of(config.prices), builtin_prices.card)
-    access_log = AccessLog(access_log_descriptor) if config.log.access else None
+    access_log = AccessLog(access_log_descriptor, FORMATS[config.log.format]) if config.log.access else None
     accounting = _accounting(basics, memory, replicas, sharing, prices, access_log)
     contexts = _contexts(config, basics, memory, replicas, accounting)
     built = Built(basics, memory, replicas, sharing, accounting, contexts)

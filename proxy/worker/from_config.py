@@ -71,7 +71,7 @@ def queue_limits(queue: Queueing) -> QueueLimits:
 def known_clients(clients: tuple[Client, ...]) -> list[KnownClient]:
     """Return the clients that are listed in the configuration."""
     return [
-        KnownClient(bytes.fromhex(client.key_sha256), client.tenant or client.name, client.models)
+        KnownClient(bytes.fromhex(client.key_sha256), client.tenant or client.name, client.models, client.name)
         for client in clients
     ]
 

@@ -197,6 +197,7 @@ class HttpServer:
             path_model=route.model,
             object_id=route.object_id,
             encoded_body=encoded_body,
+            peer=request.peer,
         )
 
     def _report_defect(self, endpoint: Endpoint, request_id: str, client: Downstream) -> None:

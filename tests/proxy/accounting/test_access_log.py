@@ -6,7 +6,9 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from proxy.accounting import access_log as logs
@@ -14,6 +16,7 @@ from proxy.accounting.access_log import AccessLog, access_line
 from proxy.model import (
     AccessLine,
     CacheStatus,
+    Call,
     Candidate,
     Ending,
     Endpoint,
@@ -22,6 +25,7 @@ from proxy.model import (
     Plan,
     ReplicaView,
     RouteReason,
+    Tenant,
     Times,
     Usage,
 )
@@ -47,8 +51,22 @@ OUTCOME = Outcome(
     tenant_id="the-tenant",
 )
 
+CALL = Call(
+    request_id="req-1",
+    tenant=Tenant("the-tenant", client="web"),
+    endpoint=Endpoint.CHAT,
+    method="POST",
+    target="/v1/chat/completions?key=secret",
+    headers=(),
+    body=b"",
+    received_seconds=10.0,
+    read_seconds=10.0,
+    peer="10.0.0.9",
+)
+NOBODYS = msgspec.structs.replace(CALL, tenant=Tenant(""), peer="")
 
-def written(tmp_path: Path, *lines: AccessLine, **kwargs: float) -> list[dict]:
+
+def written(tmp_path: Path, *lines: AccessLine, **kwargs: Any) -> list[dict]:
     """What a log writes of `lines`, decoded."""
     file = tmp_path / "access.log"
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -62,10 +80,14 @@ def written(tmp_path: Path, *lines: AccessLine, **kwargs: float) -> list[dict]:
 
 def test_a_line_tells_one_request_and_no_tenant(tmp_path: Path) -> None:
     """One JSON object; times are durations in seconds and a date in UTC."""
-    (line,) = written(tmp_path, access_line(OUTCOME, 1_700_000_000.25))
+    (line,) = written(tmp_path, access_line(CALL, OUTCOME, 1_700_000_000.25))
     assert line == {
         "time": "2023-11-14T22:13:20.250000Z",
         "request_id": "req-1",
+        "method": "POST",
+        "route": "/v1/chat/completions",
+        "client": "web",
+        "peer": "10.0.0.9",
         "endpoint": "chat_completions",
         "status": 200,
         "ending": "complete",
@@ -100,10 +122,12 @@ def test_a_refused_request_has_a_short_line(tmp_path: Path) -> None:
         Times(1.0, ended_seconds=1.0),
         error_code="invalid_api_key",
     )
-    (line,) = written(tmp_path, access_line(refused, 0.0))
+    (line,) = written(tmp_path, access_line(NOBODYS, refused, 0.0))
     assert line == {
         "time": "1970-01-01T00:00:00Z",
         "request_id": "r",
+        "method": "POST",
+        "route": "/v1/chat/completions",
         "endpoint": "other",
         "status": 401,
         "ending": "refused",
@@ -115,13 +139,13 @@ def test_a_refused_request_has_a_short_line(tmp_path: Path) -> None:
 def test_a_hostile_model_name_stays_one_bounded_line(tmp_path: Path) -> None:
     """Line ends and quotes are escaped, length is cut."""
     hostile = Outcome("r", Endpoint.CHAT, '"\n{}' * 1000, False, Ending.REFUSED, 404, Times(1.0))
-    (line,) = written(tmp_path, access_line(hostile, 0.0))
+    (line,) = written(tmp_path, access_line(CALL, hostile, 0.0))
     assert line["model"] == ('"\n{}' * 1000)[:128]
 
 
 def test_every_line_is_written_in_order_by_the_end(tmp_path: Path) -> None:
     """More than a batch, and `close` waits for the last."""
-    lines = [access_line(OUTCOME, float(number)) for number in range(1000)]
+    lines = [access_line(CALL, OUTCOME, float(number)) for number in range(1000)]
     found = written(tmp_path, *lines)
     assert [line["time"][14:19] for line in found] == [f"{n // 60:02d}:{n % 60:02d}" for n in range(1000)]
 
@@ -131,7 +155,7 @@ def test_lines_are_written_without_a_close() -> None:
     reading, writing = os.pipe()
     log = AccessLog(writing, flush_seconds=0.001)
     for number in range(3):  # each after the one before was written: it wakes again
-        log.write(access_line(OUTCOME, float(number)))
+        log.write(access_line(CALL, OUTCOME, float(number)))
         assert os.read(reading, 65536).count(b"\n") == 1
     log.close()
     os.close(reading)
@@ -152,7 +176,7 @@ def test_lines_of_several_workers_do_not_mix_in_one_pipe() -> None:
     reader.start()
     for number in range(500):
         for log in every:
-            log.write(access_line(OUTCOME, float(number)))
+            log.write(access_line(CALL, OUTCOME, float(number)))
     for log in every:
         log.close()
     os.close(writing)
@@ -169,7 +193,7 @@ def test_a_reader_that_stopped_costs_lines_and_no_waiting(monkeypatch: pytest.Mo
     monkeypatch.setattr(logs, "CLOSE_SECONDS", 0.05)
     reading, writing = os.pipe()
     log = AccessLog(writing, flush_seconds=0.001)
-    line = access_line(OUTCOME, 0.0)
+    line = access_line(CALL, OUTCOME, 0.0)
     for _ in range(10_000):  # some 4 MB; a pipe holds 64 KB
         log.write(line)
     assert log.dropped > 5_000
@@ -183,7 +207,35 @@ def test_a_reader_that_is_gone_costs_lines_and_nothing_else() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     log = AccessLog(writing)
-    log.write(access_line(OUTCOME, 0.0))
+    log.write(access_line(CALL, OUTCOME, 0.0))
     log.close()
     assert log.dropped == 1
     os.close(writing)
+
+
+def test_lines_may_be_logfmt(tmp_path: Path) -> None:
+    """Pairs without what is unknown; a value with spaces or quotes is quoted, so that no client can add a pair."""
+    odd = msgspec.structs.replace(OUTCOME, model='a "b" c=d\n')
+    text = logs.logfmt_lines([access_line(CALL, OUTCOME, 0.25), access_line(NOBODYS, odd, 0.0)]).decode()
+    first, second = text.splitlines()
+    assert first.startswith(
+        "time=1970-01-01T00:00:00.250000Z request_id=req-1 method=POST route=/v1/chat/completions "
+    )
+    assert " status=200 ending=complete duration=2.5 client=web peer=10.0.0.9 model=a-model stream=true " in first
+    assert r' model="a \"b\" c=d\n" ' in second
+    assert " client=" not in second
+
+
+@pytest.mark.parametrize(
+    ("target", "object_id", "endpoint", "route"),
+    [
+        ("/v1/files/file-abc/content?x=1", "file-abc", Endpoint.OTHER, "/v1/files/{id}/content"),
+        ("/v1/caching/cache-123", None, Endpoint.CACHING, "/v1/caching"),
+        ("/v1/" + "x" * 500, None, Endpoint.OTHER, "/v1/" + "x" * 124),
+    ],
+)
+def test_a_route_has_no_ids_and_no_query(target: str, object_id: str | None, endpoint: Endpoint, route: str) -> None:
+    """So that lines of one route can be grouped, and an id that is a secret is not logged."""
+    assert (
+        logs.route_of(msgspec.structs.replace(CALL, target=target, object_id=object_id, endpoint=endpoint)) == route
+    )
