@@ -46,6 +46,18 @@ def test_no_struct_is_compiled(module: str) -> None:
             )
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_no_exception_is_handled_across_an_await(module: str) -> None:
+    """mypyc 2.4 leaves an exception that is being handled set while a coroutine waits.
+
+    Everything that other tasks raise meanwhile would get it as its context, in chains that grow.
+    """
+    for node in ast.walk(ast.parse((ROOT / module).read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            waits = [each for each in ast.walk(node) if isinstance(each, (ast.Await, ast.AsyncFor, ast.AsyncWith))]
+            assert waits == [], f"{module}:{waits[0].lineno}: wait after the handler, not in it"
+
+
 @pytest.mark.skipif(not IS_COMPILED, reason="the sources are tested")
 @pytest.mark.parametrize("module", MODULES)
 def test_all_that_is_listed_is_compiled(module: str) -> None:

@@ -102,11 +102,11 @@ class JournalWriter:
                 continue
             try:
                 await self._send()
+                backoff.reset()
+                pause_seconds = ALONE_INTERVAL_SECONDS if self.alone else BATCH_INTERVAL_SECONDS
             except CacheError:  # the store has counted it
-                await asyncio.sleep(backoff.next_seconds(random.random()))
-                continue
-            backoff.reset()
-            await asyncio.sleep(ALONE_INTERVAL_SECONDS if self.alone else BATCH_INTERVAL_SECONDS)
+                pause_seconds = backoff.next_seconds(random.random())
+            await asyncio.sleep(pause_seconds)
 
     async def flush(self) -> None:
         """Write everything that is queued. Raises CacheError."""

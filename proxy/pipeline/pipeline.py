@@ -85,15 +85,21 @@ class Pipeline:
 
     async def decide(self, exchange: Exchange) -> None:
         """Run the phases that choose, from the body to the plan. Changes only the exchange. Raises CairnError."""
-        try:
-            self._reader.read(exchange)
-        except UnknownObject:
+        if not self._object_is_known(exchange):
             await asyncio.sleep(_OBJECT_NEWS_SECONDS)
             self._reader.read(exchange)
         await self.expand(exchange)
         self._planner.fingerprint(exchange)
         self._planner.look_up(exchange)
         self._planner.plan(exchange)
+
+    def _object_is_known(self, exchange: Exchange) -> bool:
+        """Read the body; return False if it names an object of which another worker may not have told us yet."""
+        try:
+            self._reader.read(exchange)
+        except UnknownObject:
+            return False
+        return True
 
     async def expand(self, exchange: Exchange) -> None:
         """Insert the stored context that the prompt names, if any. Raises CairnError if it cannot be used."""
