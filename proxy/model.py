@@ -110,6 +110,7 @@ class Tenant(msgspec.Struct, frozen=True, gc=False):
     name: str = ""
     is_listed: bool = False  # by the configuration; the key of any other tenant is checked by upstreams alone
     client: str = ""
+    sees_all: bool = True  # it is told of prefixes that other tenants sent
 
     @property
     def is_limited(self) -> bool:
@@ -256,14 +257,13 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """The replicas in the order to try, cheapest first, the reasons, and the edits of the body."""
+    """Replicas in the order in which to try them, cheapest first, and the reason for it."""
 
     candidates: tuple[Candidate, ...]
     reason: RouteReason
     miss: MissReason
     cache: CacheStatus
     prompt_tokens: float  # predicted
-    edits: tuple[Edit, ...] = ()
 
     @property
     def chosen(self) -> Candidate:

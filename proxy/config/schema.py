@@ -126,6 +126,13 @@ class Tenancy(enum.StrEnum):
     ISOLATED = "isolated"
 
 
+class Disclosure(enum.StrEnum):
+    """Whose prompts response headers and /explain describe."""
+
+    OWN = "own"
+    ALL = "all"
+
+
 class Server(Section, frozen=True):
     """The port for clients, and limits on what they may use. Limits on concurrent use apply to each worker."""
 
@@ -342,6 +349,12 @@ class Tenants(Section, frozen=True):
 
     secret_file: str | None = None
     """File that contains the secret, relative to the configuration file."""
+
+    disclosure: Annotated[Disclosure, LIVE] = Disclosure.OWN
+    """Whose prompts `Cache-Status`, `x-cairn-matched-tokens`, `x-cairn-reason`, `Server-Timing` and /explain describe
+    if `clients` belong to several tenants that share a pool: `own` only those of the asking tenant, without times;
+    `all` everybody's. What others sent still shows in the time until a response comes, and in the cached tokens that
+    the upstream reports."""
 
 
 class Upstream(Section, frozen=True):

@@ -47,10 +47,13 @@ class Authenticator:
         clients: the clients of the configuration.
         secret: the key of the hash, so that a tenant's name cannot be computed from the client's key alone. A secret
             of any length is accepted.
+        discloses_all: tell every client of prefixes that others sent. If not, and the clients belong to several
+            tenants, each is told of its own only.
     """
 
-    def __init__(self, clients: Sequence[KnownClient], secret: bytes) -> None:
+    def __init__(self, clients: Sequence[KnownClient], secret: bytes, *, discloses_all: bool = False) -> None:
         self._clients = tuple(clients)
+        self._sees_all = discloses_all or len({client.tenant for client in clients}) < 2
         self._secret = secret if len(secret) <= _HASH_KEY_BYTES_MOST else hashlib.blake2b(secret).digest()
         self._seen: dict[bytes, Tenant] = {}
 
@@ -106,7 +109,15 @@ class Authenticator:
         self, key: bytes, models: tuple[str, ...], name: str = "", client: str = "", *, is_listed: bool = False
     ) -> Tenant:
         salt = hashlib.blake2b(key, key=self._secret, digest_size=16).digest()
-        return Tenant(salt.hex(), salt, models, name or salt.hex()[:_NAME_DIGITS], is_listed, client)
+        return Tenant(
+            salt.hex(),
+            salt,
+            models,
+            name or salt.hex()[:_NAME_DIGITS],
+            is_listed=is_listed,
+            client=client,
+            sees_all=self._sees_all,
+        )
 
 
 def credentials_of(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:

@@ -13,6 +13,7 @@ from proxy.fleet.pools import ServedPool
 from proxy.metrics.definitions import INTER_TOKEN
 from proxy.model import Call, Edit, Ending, Outcome, Plan, Prompt, RouteReason, Times, Usage
 from proxy.pipeline.attempt import Attempt
+from proxy.pipeline.disclosure import told
 from proxy.wire.headers import cairn_headers
 
 
@@ -50,6 +51,8 @@ class Exchange:
         "match",
         "model",
         "only_checked",
+        "only_explained",
+        "own_blocks",
         "pinned_replica",
         "plan",
         "pool",
@@ -71,6 +74,8 @@ class Exchange:
         self.fingerprint: Fingerprint | None = None
         self.match: Match | None = None
         self.pool: ServedPool | None = None
+        self.own_blocks: int | None = None  # blocks that the tenant itself has sent before; None: all may be told
+        self.only_explained = False  # nothing is sent, and the plan is told to the client
         self.pinned_replica: int | None = None  # the number of the replica where the object lies that is named
         self.plan: Plan | None = None
         self.background_id: str | None = None  # of a response that is computed in the background
@@ -122,15 +127,20 @@ class Exchange:
         plan, attempt = self.plan, self.attempt
         if plan is None or attempt is None:
             return ()
-        sent_seconds = self.sent_seconds or 0.0
+        candidate, sent_seconds = attempt.candidate, self.sent_seconds or 0.0
+        shown = (plan.cache, plan.miss, plan.reason, candidate.matched_tokens)
+        if self.own_blocks is not None:
+            shown = told(plan, candidate, self.match, self.fingerprint, self.own_blocks)
+        cache, miss, reason, matched_tokens = shown
         own = cairn_headers(
-            cache=plan.cache,
-            miss=plan.miss,
-            reason=plan.reason if self.retries == 0 else RouteReason.RETRY,
-            replica=attempt.candidate.replica.name,
-            matched_tokens=attempt.candidate.matched_tokens,
+            cache=cache,
+            miss=miss,
+            reason=reason if self.retries == 0 else RouteReason.RETRY,
+            replica=candidate.replica.name,
+            matched_tokens=matched_tokens,
             overhead_seconds=sent_seconds - self.call.read_seconds,
             upstream_seconds=(self.first_byte_seconds or sent_seconds) - sent_seconds,
+            tells_times=self.own_blocks is None,
         )
         return own + self.context_notes if self.context_notes else own
 

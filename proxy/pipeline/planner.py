@@ -12,6 +12,7 @@ from cache import Match, PrefixIndex, chain_root, cut, extend
 from proxy.clock import Clock
 from proxy.fleet import Fleet
 from proxy.model import Demand
+from proxy.pipeline.disclosure import OwnPrefixes, limited
 from proxy.pipeline.exchange import Exchange
 from proxy.routing import cost as routing
 from proxy.routing.prefill_gate import PrefillGate
@@ -49,6 +50,7 @@ class Planner:
         self._tokens = tokens
         self._gate = gate
         self._clock = clock
+        self._own_prefixes = OwnPrefixes()
         self._min_shareable_bytes = min_shareable_bytes
         self._weight_per_second = weight_per_second
 
@@ -67,8 +69,18 @@ class Planner:
 
     def look_up(self, exchange: Exchange) -> None:
         """Find how much of the prompt each replica holds."""
-        if exchange.fingerprint is not None:
-            exchange.match = self._index.match(exchange.fingerprint)
+        fingerprint, tenant = exchange.fingerprint, exchange.call.tenant
+        if fingerprint is not None:
+            exchange.match = self._index.match(fingerprint)
+        if not tenant.sees_all and exchange.pool is not None and not exchange.pool.isolated:
+            exchange.own_blocks = 0 if fingerprint is None else self._own_prefixes.known_blocks(tenant, fingerprint)
+            if exchange.only_explained and fingerprint is not None and exchange.match is not None:
+                exchange.match = limited(exchange.match, fingerprint, exchange.own_blocks)
+
+    def note_answered(self, exchange: Exchange) -> None:
+        """Remember that the tenant has had this prompt answered, and may be told of its prefix from now on."""
+        if exchange.own_blocks is not None and exchange.fingerprint is not None:
+            self._own_prefixes.add(exchange.call.tenant, exchange.fingerprint, exchange.own_blocks)
 
     def plan(self, exchange: Exchange) -> None:
         """Order the pool's replicas by what this prompt would cost there. Raises Overloaded if none is left."""

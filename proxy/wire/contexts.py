@@ -1,8 +1,7 @@
-"""How a chat request names a stored context, and the splice that puts it in: by a first message of the role `cache`,
-or by sending the context again under a header.
+"""Find the stored context that a chat request names, and the edits that insert it. Pure.
 
-Pure; it knows bodies and bytes and neither ids' owners nor where contexts are kept. The stored bytes are inserted as
-they are; nothing of either side is written anew.
+A context is named by a first message of the role `cache`, or by a header while its messages are sent again. The
+stored bytes are inserted as they are; neither side is re-encoded.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from proxy.wire.request import CACHE_MESSAGE_BYTES_MOST
 from proxy.wire.schemas import DECODE_ERRORS
 from proxy.wire.spans import span_of
 
-TTL_SECONDS_MOST = 10 * 366 * 86_400  # ten years: what is longer is a mistake of the unit
+TTL_SECONDS_MOST = 10 * 366 * 86_400  # ten years; a longer one is a mistaken unit
 CONTEXT_ID = re.compile(r"cache-[0-9a-f]{32}")
 TAG = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,127}")
 _CONTENT_PARAM = "messages[0].content"
@@ -29,7 +28,7 @@ _NONE = Raw()
 
 
 class Reference(msgspec.Struct, frozen=True):
-    """Which context is meant, by id or by tag, and what else is asked. One that cannot exist has neither."""
+    """The context that is named, by id or by tag, with its options. A name that no context can have is neither."""
 
     id: str | None = None
     tag: str | None = None
@@ -38,16 +37,16 @@ class Reference(msgspec.Struct, frozen=True):
 
 
 class Named(msgspec.Struct, frozen=True):
-    """A request whose first message names a context; offsets in its body."""
+    """A request whose first message names a context. The spans are offsets in its body."""
 
     reference: Reference
     message_span: tuple[int, int]
-    tools_span: tuple[int, int] | None  # of a null, where one stands
+    tools_span: tuple[int, int] | None  # of `tools`, if that is null
     rest: tuple[memoryview, ...]
 
 
 class Spliced(msgspec.Struct, frozen=True):
-    """What a splice makes of a prompt: the edits, and the views of the messages behind the context."""
+    """The edits that insert a context, and views of the messages that follow it."""
 
     edits: tuple[Edit, ...]
     rest: tuple[memoryview, ...]
@@ -74,9 +73,10 @@ _message_decoder = msgspec.json.Decoder(_Message)
 
 
 def named_in(prompt: Prompt) -> Named | None:
-    """The context that a message of the role `cache` names, None where there is no such message.
+    """Return the context that a message of the role `cache` names, None if there is no such message.
 
-    Raises BadRequest where it is not the first, is malformed, or the request brings tools of its own.
+    Raises:
+        BadRequest: the message is not the first or is malformed, or the request has tools of its own.
     """
     body = _decode_body(prompt.body)
     named = None
@@ -87,9 +87,7 @@ def named_in(prompt: Prompt) -> Named | None:
         if decoded.role != "cache":
             continue
         if place:
-            raise BadRequest(
-                "A message of the role cache must be the first, and the only one.", param=f"messages[{place}].role"
-            )
+            raise BadRequest("Only the first message may have the role cache.", param=f"messages[{place}].role")
         named = _named(prompt.body, body, decoded.content)
     return named
 
@@ -116,34 +114,38 @@ def _may_be_cache(message: Raw) -> bool:
 def _named(body: Body, fields: _Body, content: Any) -> Named:
     for param, value in (("tools", fields.tools), ("functions", fields.functions)):
         if value is not _NONE and bytes(value) != b"null":
-            raise BadRequest(f"{param} must be absent where a stored context is used: it has its own.", param=param)
+            raise BadRequest(f"{param} must be absent: the stored context has its own.", param=param)
     tools_span = None if fields.tools is _NONE else span_of(body, fields.tools)
     rest = tuple([memoryview(message) for message in fields.listed[1:]])
     return Named(read_reference(content), span_of(body, fields.listed[0]), tools_span, rest)
 
 
 def read_reference(content: Any) -> Reference:
-    """The content of a message of the role cache: `cache_id=ID` or `tag=NAME`, then `;reset_ttl=S`, `;dry_run=1`.
+    """Read the content of a message of the role `cache`: `cache_id=ID` or `tag=NAME`, and options after semicolons.
 
-    Raises BadRequest.
+    The options are `reset_ttl=SECONDS` and `dry_run=1`. Raises BadRequest.
     """
     if not isinstance(content, str):
         raise BadRequest("The content of a message of the role cache must be a string.", param=_CONTENT_PARAM)
     pairs = [part.partition("=") for part in content.split(";")]
     values = {key: value for key, _, value in pairs}
     if len(values) != len(pairs) or not all(value for _, _, value in pairs):
-        raise BadRequest("It must be key=value pairs with semicolons between, each key once.", param=_CONTENT_PARAM)
-    if unknown := values.keys() - {"cache_id", "tag", "reset_ttl", "dry_run"}:
-        raise BadRequest(f"It has {len(unknown)} unknown keys.", param=_CONTENT_PARAM)
+        raise BadRequest(
+            "The content must be key=value pairs separated by semicolons, each key once.", param=_CONTENT_PARAM
+        )
+    if values.keys() - {"cache_id", "tag", "reset_ttl", "dry_run"}:
+        raise BadRequest(
+            "The content may have the keys cache_id, tag, reset_ttl and dry_run only.", param=_CONTENT_PARAM
+        )
     if ("cache_id" in values) == ("tag" in values):
-        raise BadRequest("It must have one of cache_id and tag.", param=_CONTENT_PARAM)
+        raise BadRequest("The content must have either cache_id or tag.", param=_CONTENT_PARAM)
     return _reference(
         values.get("cache_id"), values.get("tag"), values.get("reset_ttl"), values.get("dry_run"), _CONTENT_PARAM
     )
 
 
 def reference_in(headers: Iterable[tuple[bytes, bytes]]) -> Reference | None:
-    """The context that `X-Msh-Context-Cache` names, None where there is no such header. Raises BadRequest."""
+    """Return the context that `X-Msh-Context-Cache` names, None if there is no such header. Raises BadRequest."""
     found: dict[bytes, str] = {}
     for name, value in headers:
         if name.startswith(CONTEXT_HEADER):
@@ -171,7 +173,7 @@ def _reference(
 
 
 def splice_named(prompt: Prompt, named: Named, tools: bytes, messages: bytes) -> Spliced:
-    """The stored `messages` (without brackets) in place of the naming one, and the stored `tools`."""
+    """Replace the naming message by the stored `messages` (without brackets), and insert the stored `tools`."""
     edits = [Edit(*named.message_span, messages)]
     if tools and named.tools_span is not None:
         edits.append(Edit(*named.tools_span, tools))
@@ -182,24 +184,33 @@ def splice_named(prompt: Prompt, named: Named, tools: bytes, messages: bytes) ->
 
 
 def splice_repeated(prompt: Prompt, tools: bytes, messages: bytes, stored: Sequence[memoryview]) -> Spliced | str:
-    """The stored bytes in place of the same messages and tools as sent, or where the two differ.
+    """Replace messages and tools that were sent again by the stored ones; return the first place where they differ.
 
-    They are compared by meaning: as JSON values, whatever the white space, escapes and order of keys. `stored` are
-    views of each message within `messages`.
+    They are compared as JSON values: white space, escapes and the order of keys do not matter.
+
+    Args:
+        prompt: the request.
+        tools: the stored tools, empty if there are none.
+        messages: the stored messages, without brackets.
+        stored: views of each message within `messages`.
+
+    Raises:
+        BadRequest: the body cannot be read.
     """
     body = _decode_body(prompt.body)
+    sent = body.listed
     if not _same_tools(body.tools, tools):
         return "tools"
-    if len(body.listed) < len(stored):
+    if not 0 < len(stored) <= len(sent):
         return "messages"
     for place, mine in enumerate(stored):
-        if not _same(memoryview(body.listed[place]), mine):
+        if not _same(memoryview(sent[place]), mine):
             return f"messages[{place}]"
-    first, last = span_of(prompt.body, body.listed[0]), span_of(prompt.body, body.listed[len(stored) - 1])
+    first, last = span_of(prompt.body, sent[0]), span_of(prompt.body, sent[len(stored) - 1])
     edits = [Edit(first[0], last[1], messages)]
     if tools:
         edits.append(Edit(*span_of(prompt.body, body.tools), tools))
-    return Spliced(tuple(edits), tuple([memoryview(message) for message in body.listed[len(stored) :]]))
+    return Spliced(tuple(edits), tuple([memoryview(message) for message in sent[len(stored) :]]))
 
 
 def _same_tools(sent: Raw, stored: bytes) -> bool:
@@ -213,7 +224,7 @@ def _same(sent: memoryview, stored: memoryview) -> bool:
 
 
 def _meaning(value: memoryview) -> bytes:
-    """One text for all that mean the same. Encoded again, since Python takes true for 1 and 1 for 1.0."""
+    """Return the same text for equal values. It is encoded again, since for Python true is 1, and 1 is 1.0."""
     try:
         return msgspec.json.encode(msgspec.json.decode(value), order="deterministic")
     except DECODE_ERRORS:

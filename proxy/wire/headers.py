@@ -175,15 +175,22 @@ def cairn_headers(
     matched_tokens: float,
     overhead_seconds: float,
     upstream_seconds: float,
+    tells_times: bool = True,
 ) -> Headers:
-    """What Cairn tells of its decision: `Cache-Status` (RFC 9211), `Server-Timing`, and `x-cairn-*`."""
-    return (
+    """Return the headers that describe the routing: `Cache-Status` (RFC 9211), `Server-Timing`, and `x-cairn-*`.
+
+    `tells_times` is false if the times could show what other tenants do.
+    """
+    described = (
         (b"cache-status", _CACHE_STATUS[cache, miss]),
-        (b"server-timing", b"cairn;dur=%.3f, upstream;dur=%.3f" % (overhead_seconds * 1e3, upstream_seconds * 1e3)),
         (b"x-cairn-replica", replica.encode()),
         (b"x-cairn-matched-tokens", b"%d" % matched_tokens),
         (b"x-cairn-reason", _REASONS[reason]),
     )
+    if not tells_times:
+        return described
+    times = b"cairn;dur=%.3f, upstream;dur=%.3f" % (overhead_seconds * 1e3, upstream_seconds * 1e3)
+    return (*described, (b"server-timing", times))
 
 
 def names_context(headers: Iterable[tuple[bytes, bytes]]) -> bool:

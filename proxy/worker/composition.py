@@ -50,7 +50,7 @@ from proxy.fleet.pools import Pools
 from proxy.metrics import definitions as metrics
 from proxy.metrics.model_labels import ModelNames
 from proxy.metrics.recorder import Recorder
-from proxy.pipeline.admission import Authenticator, InFlightLimit
+from proxy.pipeline.admission import InFlightLimit
 from proxy.pipeline.attempt import Attempts
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.models_endpoint import ModelsEndpoint
@@ -381,7 +381,7 @@ def _requests(config: Config, secret: bytes, built: Built) -> Requests:
     http_server = HttpServer(
         config.server,
         routes,
-        Authenticator(from_config.known_clients(config.clients), secret),
+        from_config.authenticator(config, secret),
         in_flight_limit,
         pipeline,
         basics.recorder,

@@ -49,6 +49,7 @@ class Explainer:
                 path_model=route.model,
             )
             exchange = Exchange(call)
+            exchange.only_explained = True
             await self._pipeline.decide(exchange)
         except CairnError as error:
             answer = error_response(error, Endpoint.CHAT)

@@ -6,9 +6,9 @@ import ssl
 from collections.abc import Callable
 
 from cache import ContextLimits
-from proxy.config.schema import Client, Config, Contexts, Queueing, Upstream
+from proxy.config.schema import Client, Config, Contexts, Disclosure, Queueing, Upstream
 from proxy.fleet import Backoff
-from proxy.pipeline.admission import KnownClient
+from proxy.pipeline.admission import Authenticator, KnownClient
 from proxy.routing.replica_queue import QueueLimits
 from proxy.upstream import Limits, Origin, default_ssl_context
 
@@ -74,6 +74,12 @@ def known_clients(clients: tuple[Client, ...]) -> list[KnownClient]:
         KnownClient(bytes.fromhex(client.key_sha256), client.tenant or client.name, client.models, client.name)
         for client in clients
     ]
+
+
+def authenticator(config: Config, secret: bytes) -> Authenticator:
+    """Return what finds the tenant of a key, by the clients of the configuration."""
+    discloses_all = config.tenants.disclosure is Disclosure.ALL
+    return Authenticator(known_clients(config.clients), secret, discloses_all=discloses_all)
 
 
 def model_names(config: Config) -> list[str]:

@@ -11,7 +11,6 @@ from proxy.config.schema import Config
 from proxy.contexts.api import ContextApi
 from proxy.fleet.discovery import Discovery
 from proxy.metrics.model_labels import ModelNames
-from proxy.pipeline.admission import Authenticator
 from proxy.worker import from_config
 from proxy.worker.http_server import HttpServer
 from proxy.worker.replica_queues import ReplicaQueues
@@ -60,5 +59,4 @@ class LiveConfig:
         self._set_authenticator()
 
     def _set_authenticator(self) -> None:
-        clients = from_config.known_clients(self.config.clients)
-        self._parts.http_server.authenticator = Authenticator(clients, self._secret)
+        self._parts.http_server.authenticator = from_config.authenticator(self.config, self._secret)

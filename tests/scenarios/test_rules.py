@@ -16,9 +16,10 @@ import pytest
 import zstandard
 from yarl import URL
 
-from proxy.config.schema import Client, Config, Pool, Replica, Secret, Server
+from proxy.config.schema import Client, Config, Disclosure, Pool, Replica, Secret, Server, Tenants
+from proxy.control.messages import Explain
 from tests.support.cairn import Cairn, config_for, running
-from tests.support.openai_upstream import OpenAIUpstream
+from tests.support.openai_upstream import Failure, OpenAIUpstream
 
 CHEAP = {"authorization": "Bearer sk-cheap"}
 FREE = {"authorization": "Bearer sk-free"}
@@ -405,3 +406,73 @@ async def test_an_unknown_path_names_the_likely_one(http) -> None:
         message = (await answer.json())["error"]["message"]
         assert "/v1/chat/completions" in message
         assert "admin port" in message
+
+
+LONG = {"model": "cheap", "messages": [{"role": "user", "content": "a long prompt " * 2000}]}
+
+
+async def told(http: aiohttp.ClientSession, cairn: Cairn, headers: dict[str, str]) -> tuple[str, int, str, bool]:
+    """Cache status, matched tokens, reason, and whether times are told, of a long prompt."""
+    async with http.post(f"{cairn.url}/chat/completions", json=LONG, headers=headers) as answer:
+        assert answer.status == 200
+        named = answer.headers
+        matched = int(named["x-cairn-matched-tokens"])
+        return named["cache-status"], matched, named["x-cairn-reason"], "server-timing" in named
+
+
+@asynccontextmanager
+async def two_replicas(disclosure: Disclosure) -> AsyncIterator[Cairn]:
+    """Two replicas of one pool that several tenants share."""
+    async with OpenAIUpstream() as one, OpenAIUpstream() as two:
+        config = config_for((one.url, two.url), clients=CLIENTS, tenants=Tenants(disclosure=disclosure))
+        async with running(config) as cairn:
+            yield cairn
+
+
+async def test_nobody_is_told_that_another_tenant_sent_a_prompt(http) -> None:
+    """The second tenant's first request reads like a cold one, its second like a warm one; routing is shared."""
+    async with two_replicas(Disclosure.OWN) as cairn:
+        cold = await told(http, cairn, FREE)
+        assert cold == ("Cairn; fwd=miss; detail=cold", 0, "cold", False)
+        assert await told(http, cairn, OTHER) == cold
+        for headers in (FREE, OTHER):
+            status, matched, reason, _ = await told(http, cairn, headers)
+            assert (status, reason) == ("Cairn; hit", "warm")
+            assert matched > 0
+
+
+async def test_a_refused_request_does_not_make_anothers_prefix_ones_own(http) -> None:
+    """Only what was answered counts as sent."""
+    one, two = OpenAIUpstream(), OpenAIUpstream()
+    async with one, two, running(config_for((one.url, two.url), clients=CLIENTS)) as cairn:
+        await told(http, cairn, FREE)
+        one.failures, two.failures = [Failure(400)], [Failure(400)]
+        async with http.post(f"{cairn.url}/chat/completions", json=LONG, headers=OTHER) as answer:
+            assert answer.status == 400
+        one.failures, two.failures = [], []
+        assert (await told(http, cairn, OTHER))[1] == 0
+
+
+async def test_the_operator_may_have_everything_told(http) -> None:
+    """With disclosure of all, the headers describe the shared index."""
+    async with two_replicas(Disclosure.ALL) as cairn:
+        await told(http, cairn, FREE)
+        status, matched, _, times = await told(http, cairn, OTHER)
+        assert status == "Cairn; hit"
+        assert matched > 0
+        assert times
+
+
+async def test_explain_describes_the_asking_tenants_prefixes_only(http) -> None:
+    """The plan is the one that the tenant's own prompts would lead to."""
+    async with two_replicas(Disclosure.OWN) as cairn:
+        await told(http, cairn, FREE)
+        shown = {}
+        for name in ("free", "other"):
+            question = Explain(1, "/v1/chat/completions", json.dumps(LONG).encode(), f"sk-{name}".encode())
+            status, body = await cairn.worker.explainer.explain(question, cairn.worker.http_server.authenticator)
+            assert status == 200
+            shown[name] = json.loads(body)
+        assert shown["free"]["cache"] == "hit"
+        assert shown["other"]["cache"] == "miss"
+        assert not any(row["matched_bytes"] for row in shown["other"]["replicas"])

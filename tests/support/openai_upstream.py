@@ -154,7 +154,10 @@ class OpenAIUpstream:
             return web.Response()
         if self.gate is not None:
             await self.gate.wait()
-        body = asked.json()
+        try:
+            body = asked.json()
+        except ValueError:
+            return _json(_error("We could not parse the JSON body of your request.", None), 400)
         if self.refuses_stream_options and "stream_options" in body:
             return _json(_error("Unknown parameter: 'stream_options'.", "stream_options"), 400)
         self._answered += 1

@@ -41,6 +41,7 @@ def test_only_what_the_schema_marks_is_live() -> None:
         "admin.token",
         "admin.token_env",
         "admin.token_file",
+        "tenants.disclosure",
     }
     assert "contexts.max_context_bytes" not in live
     assert {"contexts.total_bytes", "queue.max_waiting"} <= live

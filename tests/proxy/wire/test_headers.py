@@ -136,10 +136,10 @@ def test_cairn_s_own_headers_tell_the_decision() -> None:
         upstream_seconds=1.5,
     ) == (
         (b"cache-status", b"Cairn; fwd=partial; detail=changed"),
-        (b"server-timing", b"cairn;dur=0.400, upstream;dur=1500.000"),
         (b"x-cairn-replica", b"a-1"),
         (b"x-cairn-matched-tokens", b"12"),
         (b"x-cairn-reason", b"warm"),
+        (b"server-timing", b"cairn;dur=0.400, upstream;dur=1500.000"),
     )
 
 

@@ -1,0 +1,105 @@
+"""Say about a prompt only what its own tenant has sent before, although all tenants share the index.
+
+Prompts are routed by what every tenant sent. What response headers and /explain say is limited to prefixes that the
+asking tenant has itself had answered, at this worker. What is left is time: a prompt that another tenant sent is
+answered sooner, and its usage shows cached tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from cache import Fingerprint, Held, Match
+from proxy.model import CacheStatus, Candidate, MissReason, Plan, RouteReason, Tenant
+
+BLOCKS_MOST: Final = 262_144
+"""Blocks remembered in each of two generations, 20 MB in all; 250 prompts of 2 MB, or 5,000 of 64 KB."""
+
+_BY_PREFIX = frozenset({RouteReason.WARM, RouteReason.SPREAD, RouteReason.COLD})
+_ABOUT_REPLICAS = frozenset({MissReason.NONE, MissReason.SHORT, MissReason.ELSEWHERE, MissReason.DOWN})
+_KEY_BYTES: Final = 8
+
+
+class Told(NamedTuple):
+    """The part of a plan that is told to the client."""
+
+    cache: CacheStatus
+    miss: MissReason
+    reason: RouteReason
+    matched_tokens: float
+
+
+class OwnPrefixes:
+    """Remembers which prefixes each tenant has had answered; the oldest are forgotten. One per worker."""
+
+    def __init__(self, blocks_most: int = BLOCKS_MOST) -> None:
+        self._blocks_most = blocks_most
+        self._young: set[int] = set()
+        self._old: set[int] = set()
+
+    def known_blocks(self, tenant: Tenant, fingerprint: Fingerprint) -> int:
+        """Return how many leading blocks the tenant has had answered.
+
+        A hash covers all blocks before it, so that any block that is found proves all before it. What is found by
+        bisection may be less than the truth if some blocks were forgotten, never more.
+        """
+        hashes, key = fingerprint.hashes, _key(tenant)
+        low, high = 0, len(hashes)
+        while low < high:
+            middle = (low + high) // 2
+            mixed = hashes[middle] ^ key
+            if mixed in self._young or mixed in self._old:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def add(self, tenant: Tenant, fingerprint: Fingerprint, known_blocks: int) -> None:
+        """Remember a prompt that was answered, `known_blocks` of which are known already."""
+        if len(self._young) >= self._blocks_most:
+            self._old, self._young = self._young, set()
+        self._young.update(map(_key(tenant).__xor__, fingerprint.hashes[known_blocks:]))
+
+
+def _key(tenant: Tenant) -> int:
+    return int.from_bytes(tenant.salt[:_KEY_BYTES], "big")
+
+
+def limited(match: Match, fingerprint: Fingerprint, own_blocks: int) -> Match:
+    """Return `match` as it would be had only the tenant's own blocks been placed."""
+    own_blocks = min(own_blocks, match.known_blocks)
+    if not own_blocks:
+        return Match({})
+    own_bytes = fingerprint.ends[own_blocks - 1]
+    held = {
+        replica: have
+        if have.blocks <= own_blocks
+        else Held(own_blocks, own_bytes, round(have.tokens * own_bytes / have.size_bytes))
+        for replica, have in match.held.items()
+    }
+    known_tokens = round(match.known_tokens * own_bytes / match.known_bytes)
+    return Match(held, known_blocks=own_blocks, known_bytes=own_bytes, known_tokens=known_tokens)
+
+
+def told(
+    plan: Plan, candidate: Candidate, match: Match | None, fingerprint: Fingerprint | None, own_blocks: int
+) -> Told:
+    """Return what may be said of `plan` to a tenant that has had `own_blocks` of the prompt answered before.
+
+    A prompt that only others have sent looks the same as one that nobody has.
+    """
+    if match is None or fingerprint is None:
+        return Told(plan.cache, plan.miss, plan.reason, candidate.matched_tokens)
+    own_bytes = fingerprint.ends[own_blocks - 1] if own_blocks else 0
+    matched_bytes = min(candidate.matched_bytes, own_bytes)
+    if not matched_bytes:
+        return Told(CacheStatus.MISS, MissReason.COLD, _by_prefix(plan.reason, RouteReason.COLD), 0.0)
+    if own_blocks >= match.known_blocks:
+        miss = plan.miss if plan.miss in _ABOUT_REPLICAS else MissReason.NONE
+        return Told(plan.cache, miss, plan.reason, candidate.matched_tokens)
+    tokens = candidate.matched_tokens * matched_bytes / candidate.matched_bytes
+    return Told(CacheStatus.PARTIAL, MissReason.NONE, _by_prefix(plan.reason, RouteReason.WARM), tokens)
+
+
+def _by_prefix(reason: RouteReason, instead: RouteReason) -> RouteReason:
+    return instead if reason in _BY_PREFIX else reason
