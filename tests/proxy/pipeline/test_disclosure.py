@@ -64,7 +64,7 @@ def test_what_only_others_sent_looks_like_what_nobody_sent() -> None:
         (match, PROMPT.size_bytes, CacheStatus.HIT, MissReason.NONE, RouteReason.WARM),
         (match, 0, CacheStatus.MISS, MissReason.ELSEWHERE, RouteReason.SPREAD),
         (match, 0, CacheStatus.MISS, MissReason.DOWN, RouteReason.COLD),
-        (Match({}, evicted=True), 0, CacheStatus.MISS, MissReason.EVICTED, RouteReason.COLD),
+        (Match({}, evicted_from=0), 0, CacheStatus.MISS, MissReason.EVICTED, RouteReason.COLD),
         (Match({}), 0, CacheStatus.MISS, MissReason.COLD, RouteReason.COLD),
     ):
         plan, candidate = planned(matched_bytes, cache, miss, reason)
@@ -98,7 +98,7 @@ def test_a_limited_match_holds_no_more_than_ones_own_blocks(own_blocks: int, her
     """No replica, and nothing known, is deeper than what the tenant sent."""
     held = {0: Held(here, LONGER.ends[here - 1], 7 * here), 1: Held(there, LONGER.ends[there - 1], 7 * there)}
     known = max(here, there)
-    match = Match(held, known, LONGER.ends[known - 1], 7 * known, evicted=True, diverged=True)
+    match = Match(held, known, LONGER.ends[known - 1], 7 * known, evicted_from=0, diverged=True)
     found = limited(match, LONGER, own_blocks)
     assert found.known_blocks == min(own_blocks, known)
     assert all(have.blocks <= own_blocks for have in found.held.values())
