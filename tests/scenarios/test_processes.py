@@ -76,6 +76,46 @@ async def test_what_runs_is_finished_when_told_to_end(tmp_path: Path) -> None:
         assert await asked == "200"
 
 
+async def keep_asking(cairn: Served, served_once: asyncio.Event) -> tuple[int, bool]:
+    """Send requests one behind the other on one connection until told that it ends; how many, and whether told."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(cairn.url.rpartition(":")[2].partition("/")[0]))
+    body = json.dumps(CHAT).encode()
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    count = 0
+    try:
+        while True:
+            writer.write(request)
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+            assert head.startswith(b"http/1.1 200 ")
+            count += 1
+            served_once.set()
+            if b"\r\nconnection: close\r\n" in head:
+                return count, await reader.read() == b""
+    except (ConnectionError, asyncio.IncompleteReadError):
+        return count, False
+    finally:
+        writer.close()
+
+
+async def test_no_request_of_a_kept_connection_is_lost_when_told_to_end(tmp_path: Path) -> None:
+    """SIGTERM under load: each of 16 busy clients is told `Connection: close` with an answer, and loses nothing."""
+    async with (
+        OpenAIUpstream() as upstream,
+        served(["--workers", "2", "--upstream", upstream.url], tmp_path) as cairn,
+    ):
+        await eventually(lambda: len(cairn.worker_pids()) == 2, 30)
+        started = [asyncio.Event() for _ in range(16)]
+        loop = asyncio.get_running_loop()
+        clients = [loop.create_task(keep_asking(cairn, event)) for event in started]
+        async with asyncio.timeout(20):
+            await asyncio.gather(*[event.wait() for event in started])
+            cairn.stop()
+            ends = await asyncio.gather(*clients)
+        assert [told for _, told in ends] == [True] * 16
+        assert len(upstream.generations) == sum(count for count, _ in ends)
+
+
 async def test_a_reload_takes_new_replicas_and_a_bad_file_changes_nothing(tmp_path: Path) -> None:
     """SIGHUP: requests go to the new replica; after a bad file they still do."""
     file = tmp_path / "cairn.yaml"

@@ -1,0 +1,202 @@
+"""Deadlines of connections, by a clock of the test: bodies, slow readers, idle connections."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from proxy.downstream.body import GRACE_SECONDS, read_body, stream_body
+from proxy.downstream.connection import Connection
+from proxy.downstream.errors import BadHttp, ClientStalled
+from proxy.downstream.request import IncomingRequest
+from proxy.downstream.response import ClientResponse
+from proxy.downstream.server import ClientServer, network_of
+from proxy.errors import CairnError
+from tests.proxy.downstream.test_cuts import Line, deliver
+from tests.support.answering import Counts, Play, client_server
+from tests.support.clock import FakeClock
+
+RATE = 100  # bytes a second
+HEAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n"
+
+
+class SlowLine(Line):
+    """A connection whose unsent bytes are set by the test."""
+
+    unsent_bytes = 0
+    aborted = False
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent_bytes
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+class Port:
+    """A client port with one connection, and a clock that the test moves."""
+
+    def __init__(self, play: Play, **limits: Any) -> None:
+        self.clock, self.counts, self.line = FakeClock(), Counts(), SlowLine()
+        self.server: ClientServer = client_server(play, self.counts, self.clock, body_bytes_per_second=RATE, **limits)
+        self.connection: Connection = self.server.connect()
+        self.connection.connection_made(self.line)
+
+    async def send(self, piece: bytes) -> None:
+        await deliver(self.connection, self.line, piece)
+        await self.settle()
+
+    async def after(self, seconds: float) -> None:
+        """Let time pass, and let the server look."""
+        self.clock.advance(seconds)
+        self.server.look()
+        await self.settle()
+
+    async def settle(self) -> None:
+        for _ in range(6):
+            await asyncio.sleep(0)
+
+    async def end(self) -> None:
+        self.connection.connection_lost(None)
+        await self.settle()
+        await self.server.close()
+        assert (self.server.heads.used, self.server.bodies.used) == (0, 0)
+
+
+async def read(asked: IncomingRequest, answer: ClientResponse) -> None:
+    try:
+        await read_body(asked, 2**20, 300.0)
+    except CairnError as error:
+        answer.send(error.status, b"No", [], b"")
+
+
+async def stream(asked: IncomingRequest, answer: ClientResponse) -> None:
+    try:
+        async for _ in stream_body(asked, 30.0):
+            pass
+    except CairnError as error:
+        answer.send(error.status, b"No", [], b"")
+
+
+@pytest.mark.parametrize("play", [read, stream])
+async def test_a_body_keeps_a_least_rate_after_its_first_seconds(play: Play) -> None:
+    """As long as it does it may take its time; a trickle below the rate is a 408."""
+    port = Port(play)
+    await port.send(HEAD)
+    await port.after(GRACE_SECONDS - 1)
+    for _ in range(20):
+        await port.send(b"x" * 110)
+        await port.after(1)
+    assert port.line.written == b""
+    for _ in range(40):
+        await port.send(b"x" * 50)
+        await port.after(1)
+    assert port.line.written.startswith(b"HTTP/1.1 408 ")
+    assert port.counts.errors == {BadHttp.BODY_LATE: 1}
+    await port.end()
+
+
+async def test_a_body_that_is_handed_on_must_not_stand_still() -> None:
+    """However much of it has come before."""
+    port = Port(stream)
+    await port.send(HEAD + b"x" * 50_000)
+    await port.after(29)
+    assert port.line.written == b""
+    await port.after(2)
+    assert port.line.written.startswith(b"HTTP/1.1 408 ")
+    await port.end()
+
+
+async def test_a_body_that_is_read_has_a_limit_in_all() -> None:
+    """However steadily it comes."""
+    port = Port(read)
+    await port.send(HEAD + b"x" * 60_000)
+    for _ in range(29):
+        await port.send(b"x" * 1000)
+        await port.after(10)
+    assert port.line.written == b""
+    await port.after(11)
+    assert port.line.written.startswith(b"HTTP/1.1 408 ")
+    await port.end()
+
+
+async def test_a_client_that_reads_slowly_keeps_its_connection_and_one_that_stops_loses_it() -> None:
+    """Progress is what counts, not how long the rest takes."""
+    failures: list[type[BaseException]] = []
+
+    async def pour(asked: IncomingRequest, answer: ClientResponse) -> None:
+        answer.begin(200, b"OK", [], None)
+        try:
+            await answer.drained()
+        except ConnectionResetError as error:
+            failures.append(type(error))
+            raise
+
+    port = Port(pour, write_seconds=10)
+    port.connection.pause_writing()
+    port.line.unsent_bytes = 100_000
+    await port.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    for _ in range(5):
+        port.line.unsent_bytes -= 1000
+        await port.after(11)
+    assert not port.line.aborted
+    await port.after(11)
+    assert port.line.aborted
+    assert failures == [ClientStalled]
+    assert port.counts.errors == {BadHttp.READ_LATE: 1}
+    await port.end()
+
+
+async def test_an_idle_connection_whose_answer_is_still_being_read_is_kept() -> None:
+    """Until its client stops reading."""
+
+    async def send(asked: IncomingRequest, answer: ClientResponse) -> None:
+        answer.send(200, b"OK", [], b"x" * 1000)
+        port.line.unsent_bytes = 1000
+
+    port = Port(send, keepalive_seconds=5, write_seconds=10)
+    await port.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    await port.after(6)
+    port.line.unsent_bytes = 500
+    await port.after(11)
+    assert not port.line.closed
+    await port.after(11)
+    assert port.line.closed
+    await port.after(11)
+    await port.after(11)
+    assert port.line.aborted
+    await port.end()
+
+
+async def test_a_connection_that_lingers_is_aborted_when_its_client_never_closes() -> None:
+    """What it sends meanwhile is dropped."""
+
+    async def refuse(asked: IncomingRequest, answer: ClientResponse) -> None:
+        answer.send(403, b"No", [], b"")
+
+    port = Port(refuse, linger_seconds=2)
+    await port.send(HEAD)
+    assert port.line.closed  # its sending side, of this connection
+    await port.send(b"x" * 50_000)
+    assert port.server.bodies.used == 0
+    await port.after(3)
+    assert port.line.aborted
+    await port.end()
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("10.0.0.1", "10.0.0.1"),
+        ("::ffff:10.0.0.1", "10.0.0.1"),
+        ("2001:db8::1", "2001:db8::/64"),
+        ("2001:db8::ffff:1", "2001:db8::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+    ],
+)
+def test_addresses_of_one_client_count_together(address: str, network: str) -> None:
+    """A host with IPv6 has a whole network of addresses."""
+    assert network_of(address) == network
