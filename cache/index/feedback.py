@@ -232,7 +232,7 @@ def _whole_shortfall(
 
 def _is_shorter(placement: Placement, prompt_tokens: int, steps: list[Step]) -> bool:
     """True if the prompt has fewer tokens than its parts had before: it was rendered differently."""
-    if steps[-1].depth != len(placement.fingerprint.hashes):
+    if not steps or steps[-1].depth != len(placement.fingerprint.hashes):
         return False
     estimated = steps[-1].tokens
     return prompt_tokens < estimated - max(MIN_TOLERANCE_TOKENS, (estimated - placement.held_tokens) // 4)

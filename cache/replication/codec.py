@@ -247,6 +247,8 @@ def _is_valid_run(row: RunRow) -> bool:
             and 0 <= holder.touched_by <= MAX_ID
             and 0 <= holder.confirmed <= blocks
             and 0 <= holder.output_tokens <= MAX_ID
+            and all(0 < end <= blocks for end in holder.ends)
+            and all(map(lt, holder.ends, holder.ends[1:]))
             for holder in row.holders
         )
     )

@@ -33,6 +33,7 @@ READ_INTERVAL_SECONDS: Final = 0.004  # between two reads, so that the entries o
 READ_BLOCK_SECONDS: Final = 0.5
 READ_ENTRIES: Final = 256
 REPLAY_LIMIT_SECONDS: Final = 2.0  # of one read while the stream is replayed
+MAX_PLACED_TOKENS: Final = 2**53
 SLICE_SECONDS: Final = 0.004  # of applying or loading before the event loop gets its turn
 
 
@@ -206,11 +207,16 @@ class SnapshotRows:
                     continue
                 if isinstance(row, ReplicaRow):
                     seen.add(row.replica)
-                yield self._not_in_the_future(row)
+                yield self._bounded(row)
 
-    def _not_in_the_future(self, row: ReplicaRow | RunRow) -> ReplicaRow | RunRow:
-        """A clock ahead of ours must not make its placements the newest for ever."""
+    def _bounded(self, row: ReplicaRow | RunRow) -> ReplicaRow | RunRow:
+        """Limit figures that may be large, but must not grow beyond what can be written again.
+
+        A clock ahead of ours must not make its placements the newest for ever.
+        """
+        if isinstance(row, ReplicaRow):
+            return row if row.placed_tokens <= MAX_PLACED_TOKENS else replace(row, placed_tokens=MAX_PLACED_TOKENS)
         now = self._clock.unix()
-        if isinstance(row, ReplicaRow) or all(holder.stamp <= now for holder in row.holders):
+        if all(holder.stamp <= now for holder in row.holders):
             return row
         return replace(row, holders=tuple([replace(each, stamp=min(each.stamp, now)) for each in row.holders]))

@@ -1,0 +1,211 @@
+"""Refusals of a real Valkey that are not about the command: seen as an outage, waited for, and over when it is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from cache.errors import CacheError, ErrorKind, StoreUnavailable, WritesRefused
+from cache.replication.journal import JournalState
+from cache.store.breaker import BreakerState
+from cache.store.store import Store, StoreState, open_store
+from cache.totals import Sums, Totals, read_totals
+from proxy.clock import SystemClock
+from proxy.tasks import Tasks
+from tests.support.valkey import Valkey, eventually, free_port, running
+from tests.support.workers import Worker, prompt
+
+DAY = "2026-11-23"
+
+
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[Store]:
+    tasks = Tasks()
+    store = open_store(url, clock=SystemClock(), tasks=tasks)
+    await store.start()
+    try:
+        yield store
+    finally:
+        await store.close()
+        await tasks.close()
+
+
+async def until(store: Store, state: StoreState) -> None:
+    """Write now and then until the store has noticed."""
+
+    async def noticed() -> bool:
+        with contextlib.suppress(CacheError):
+            await store.execute("SET", "other", "x")
+        return store.state is state
+
+    await eventually(noticed, 10)
+
+
+@pytest.fixture
+def valkey() -> Iterator[Valkey]:
+    with running() as valkey:
+        yield valkey
+
+
+def fill(valkey: Valkey) -> None:
+    assert valkey.ask("CONFIG", "SET", "maxmemory", "1") == b"+OK\r\n"
+
+
+def empty(valkey: Valkey) -> None:
+    assert valkey.ask("CONFIG", "SET", "maxmemory", "0") == b"+OK\r\n"
+
+
+def want_a_replica(valkey: Valkey) -> None:
+    assert valkey.ask("CONFIG", "SET", "min-replicas-to-write", "1") == b"+OK\r\n"
+
+
+def want_no_replica(valkey: Valkey) -> None:
+    assert valkey.ask("CONFIG", "SET", "min-replicas-to-write", "0") == b"+OK\r\n"
+
+
+def become_a_replica(valkey: Valkey) -> None:
+    assert valkey.ask("REPLICAOF", "127.0.0.1", str(free_port())) == b"+OK\r\n"
+
+
+def become_a_master(valkey: Valkey) -> None:
+    assert valkey.ask("REPLICAOF", "NO", "ONE") == b"+OK\r\n"
+
+
+def fail_to_save(valkey: Valkey) -> None:
+    """As with a full disk: its folder is gone, so that its next background save fails."""
+    folder = valkey.ask("CONFIG", "GET", "dir").split(b"\r\n")[4].decode()
+    shutil.rmtree(folder)
+    valkey.ask("CONFIG", "SET", "save", "3600 1")
+    valkey.ask("BGSAVE")
+
+
+def save_nothing(valkey: Valkey) -> None:
+    assert valkey.ask("CONFIG", "SET", "stop-writes-on-bgsave-error", "no") == b"+OK\r\n"
+
+
+REFUSING_WRITES = [
+    pytest.param(fill, empty, ErrorKind.OOM, id="full"),
+    pytest.param(want_a_replica, want_no_replica, ErrorKind.NOREPLICAS, id="no replicas"),
+    pytest.param(become_a_replica, become_a_master, ErrorKind.READONLY, id="read only"),
+    pytest.param(fail_to_save, save_nothing, ErrorKind.MISCONF, id="disk full"),
+]
+Change = Callable[[Valkey], None]
+
+
+@pytest.fixture
+def spare_folder() -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="cairn-t-")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize(("begin", "end", "kind"), REFUSING_WRITES)
+async def test_refused_writes_wait_while_reads_go_on_and_everything_heals(
+    begin: Change, end: Change, kind: ErrorKind, spare_folder: str
+) -> None:
+    """The state and its reason show, writes fail at once, reads and messages pass; totals lose nothing."""
+    with running("--dir", str(Path(spare_folder))) as valkey:
+        async with opened(valkey.url) as store:
+            await store.execute("SET", "k", "v")
+            totals = Totals(store, "w")
+            begin(valkey)
+            await until(store, StoreState.REFUSING_WRITES)
+            assert (store.reason, store.breaker_state) == (kind, BreakerState.OPEN)
+            totals.row(DAY, "m", "u", "t").answers += 5
+            assert not await totals.flush()
+            asked = store.errors[kind]
+            with pytest.raises(WritesRefused):
+                await store.execute("SET", "other", "x")
+            assert store.errors[kind] <= asked + 1  # at most a probe: the write itself was not sent
+            assert await store.execute("GET", "k") == b"v"
+            assert await store.execute("PUBLISH", "c", "x") == 0
+            end(valkey)
+            await asyncio.wait_for(store.wait_writable(), 8)
+            assert (store.state, store.reason) == (StoreState.AVAILABLE, None)
+            await eventually(totals.flush)
+            found = await read_totals(store, date.fromisoformat(DAY), date.fromisoformat(DAY))
+            assert list(found.values()) == [Sums(answers=5)]
+            assert (totals.refused_batches, totals.lost_increments) == (0, 0)
+
+
+@pytest.mark.parametrize(("begin", "end", "kind"), REFUSING_WRITES)
+async def test_the_journal_goes_on_alone_while_writes_are_refused_and_tells_later(
+    begin: Change, end: Change, kind: ErrorKind, spare_folder: str
+) -> None:
+    """What was placed meanwhile reaches the other worker once Redis takes writes again."""
+    with running("--dir", str(Path(spare_folder))) as valkey:
+        one, two = await Worker(valkey.url, "one").start(), await Worker(valkey.url, "two").start()
+        try:
+            begin(valkey)
+            chains = [prompt(seed) for seed in range(5)]
+
+            async def is_alone() -> bool:
+                one.place(chains[0])
+                return one.journal.state is JournalState.ALONE
+
+            await eventually(is_alone, 10)
+            assert one.store.reason is kind
+            for chain in chains:
+                one.place(chain)
+            end(valkey)
+            await eventually(lambda: all(two.knows(chain) for chain in chains), 15)
+            await eventually(lambda: one.journal.state is JournalState.LIVE, 10)
+        finally:
+            await one.close()
+            await two.close()
+
+
+async def test_a_password_set_on_the_running_server_is_an_outage_and_loses_no_totals(valkey: Valkey) -> None:
+    """Commands fail with NOAUTH on new connections: away, with that reason, until the password is gone."""
+    async with opened(valkey.url) as store:
+        totals = Totals(store, "w")
+        valkey.ask("CONFIG", "SET", "requirepass", "secret")
+        _kill_clients(valkey, password="secret")
+        await until(store, StoreState.AWAY)
+        assert store.reason is ErrorKind.AUTH
+        totals.row(DAY, "m", "u", "t").answers += 5
+        assert not await totals.flush()
+        with pytest.raises(StoreUnavailable):
+            await store.execute("GET", "k")
+        _ask_with_password(valkey, "secret", b"CONFIG SET requirepass ''\r\n")
+        await asyncio.wait_for(store.wait_available(), 8)
+        await eventually(totals.flush)
+        found = await read_totals(store, date.fromisoformat(DAY), date.fromisoformat(DAY))
+        assert list(found.values()) == [Sums(answers=5)]
+
+
+def _ask_with_password(valkey: Valkey, password: str, command: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", valkey.port), timeout=2) as asking:
+        asking.sendall(b"AUTH %b\r\n" % password.encode() + command)
+        asking.recv(4096)
+
+
+def _kill_clients(valkey: Valkey, password: str) -> None:
+    _ask_with_password(valkey, password, b"CLIENT KILL TYPE normal SKIPME yes\r\n")
+
+
+async def test_a_busy_server_is_away_and_comes_back(valkey: Valkey) -> None:
+    """Another client's endless script: BUSY for every command, until it is killed."""
+    valkey.ask("CONFIG", "SET", "busy-reply-threshold", "10")
+    async with opened(valkey.url) as store:
+        blocking = asyncio.ensure_future(  # noqa: TID251
+            asyncio.to_thread(valkey.ask, "EVAL", "while true do end", "0")
+        )
+        try:
+            await until(store, StoreState.AWAY)
+            assert store.reason in (ErrorKind.BUSY, ErrorKind.TIMEOUT)
+            assert store.errors[ErrorKind.BUSY] > 0
+        finally:
+            await asyncio.to_thread(valkey.ask, "SCRIPT", "KILL")
+            await blocking
+        await asyncio.wait_for(store.wait_available(), 8)
+        await store.execute("SET", "k", "v")
