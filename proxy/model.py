@@ -92,6 +92,7 @@ class Ending(enum.StrEnum):
     CLIENT_LEFT = "client_left"
     UPSTREAM_FAILED = "upstream_failed"  # before the response; the client received an error
     UPSTREAM_BROKE = "upstream_broke"  # within the response; the client's response is cut off
+    UPSTREAM_ERROR = "upstream_error"  # status 2xx, and an error, HTML or a stream with an error for a body
     TRUNCATED = "truncated"  # a stream without its final event
     REFUSED = "refused"  # by Cairn: bad request, limit, or no replica
     INTERNAL = "internal"
@@ -212,8 +213,8 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
 
     `pending_tokens` are the uncached tokens of requests here and at the other proxies that the replica has not
     processed yet, as far as can be estimated. `lateness_seconds` is how long its oldest unanswered request is overdue
-    for its first token. `in_flight` excludes requests that wait for another one with the same prefix. A replica is
-    not `available` if its breaker is open.
+    for its first token. `in_flight` excludes requests that wait for another one with the same prefix. A replica
+    that is not `available` gets no request for now, and `unavailable_because` names the reason.
     """
 
     id: int  # dense number within the process, the index's replica number
@@ -226,8 +227,8 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
     lateness_seconds: float
     in_flight_seconds: float  # c of the cost rule: the price of one more in flight
     queued: int = 0
-    draining: bool = False  # reachable, but to be given no new prefix
-    retry_after_seconds: float = 0.0  # if unavailable: until it is tried again
+    retry_after_seconds: float = 0.0  # if unavailable: the time until it is tried again
+    unavailable_because: str = ""
     running_tokens: float = 0.0  # prompts of all that is in flight there, which its cache must hold
 
 
@@ -304,6 +305,7 @@ class Outcome(msgspec.Struct, frozen=True):
     error_code: str | None = None
     inter_token_counts: tuple[int, ...] = ()  # gaps after the first token, per bucket of the metric
     inter_token_seconds: float = 0.0  # their sum
+    tried: tuple[str, ...] = ()  # replicas that failed before the last one, each with the reason: "name;503"
 
 
 class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -340,3 +342,4 @@ class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     retries: int = 0
     request_bytes: int = 0
     answer_bytes: int = 0
+    tried: tuple[str, ...] = ()

@@ -281,7 +281,7 @@ async def main(options: argparse.Namespace, folder: Path) -> None:
         setattr(upstream_client, "dial", refuse)  # noqa: B010
         await worker.start(())
         for number in worker.replicas.pools.served:
-            worker.replicas.fleet.answered(number)
+            worker.replicas.fleet.responded(number)
         freeze_garbage()
         for size in options.sizes:
             await measure(worker, size_label(size), size, 0, options)

@@ -71,6 +71,7 @@ def access_line(call: Call, outcome: Outcome, unix_seconds: float) -> AccessLine
         retries=outcome.retries,
         request_bytes=outcome.request_bytes,
         answer_bytes=outcome.response_bytes,
+        tried=outcome.tried,
     )
 
 

@@ -119,6 +119,14 @@ class PoolKind(enum.StrEnum):
     PROVIDER = "provider"
 
 
+class Auth(enum.StrEnum):
+    """The header in which a replica's key is sent: `authorization: Bearer`, `x-api-key` or `api-key`."""
+
+    BEARER = "bearer"
+    X_API_KEY = "x-api-key"
+    API_KEY = "api-key"
+
+
 class Tenancy(enum.StrEnum):
     """Whether clients may share cached prefixes; with `isolated` each client has its own."""
 
@@ -274,6 +282,9 @@ class Replica(Section, frozen=True):
     key_file: str | None = None
     """File that contains the key, relative to the configuration file."""
 
+    auth: Auth | None = None
+    """Header that carries the key: `bearer`, `x-api-key` or `api-key`; by default what the host is known to want."""
+
     capacity_tokens: Count | None = None
     """Tokens that the engine's cache can hold; by default learned from the engine and its responses."""
 
@@ -321,6 +332,9 @@ class Pool(Section, frozen=True):
     ttl_seconds: Seconds = 300
     """Time for which a provider keeps a prefix that nobody uses."""
 
+    optional: bool = False
+    """Report Cairn as ready while all replicas of this pool are down."""
+
 
 class Client(Section, frozen=True):
     """A client that may use this Cairn, identified by the SHA-256 of its key."""
@@ -367,10 +381,17 @@ class Upstream(Section, frozen=True):
     """Time to wait for a free connection if all are in use."""
 
     first_byte_seconds: Seconds = 600
-    """Time to wait for the first byte of a response; a long uncached prefill takes most of it."""
+    """Time to wait for the first byte of a response and for the first event of a stream. A long uncached prefill
+    takes most of it."""
 
     idle_seconds: Seconds = 120
-    """Longest pause within a response. Keep-alive comments do not count as progress."""
+    """Longest silence within a response."""
+
+    thinking_seconds: Seconds = 900
+    """Longest time in a stream with nothing but comments, pings and keep-alives: models may think behind them."""
+
+    comment_seconds: Wait = 15
+    """Send a comment to the client of a stream whenever it has received nothing for this long; 0 for never."""
 
     keepalive_seconds: Wait = 15
     """Time for which an unused connection is kept; shorter than engines keep theirs."""
@@ -379,7 +400,10 @@ class Upstream(Section, frozen=True):
     """Connections to one replica, per worker."""
 
     max_retries: Annotated[int, Meta(ge=0, le=10)] = 2
-    """Further attempts at a generation of which no part of the response has arrived."""
+    """Further attempts at other replicas, while nothing of a response has reached the client."""
+
+    retry_statuses: tuple[Annotated[int, Meta(ge=400, le=599)], ...] = (408, 429, 500, 502, 503, 504, 529)
+    """Statuses upon which a request is tried at another replica."""
 
     backoff_seconds: Seconds = 0.5
     """Time for which a replica that failed is not used; each further failure doubles it."""

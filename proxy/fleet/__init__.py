@@ -1,8 +1,23 @@
-"""The replicas as this process sees them: what they do now, how fast they are, whether they answer."""
+"""The replicas as this process sees them: their work, their speed, and whether they respond."""
 
-from proxy.fleet.breaker import Backoff, Breaker, BreakerState
-from proxy.fleet.fleet import Fleet, ReplicaSpec, ShareRow
+from proxy.fleet.breaker import BreakerSettings, BreakerState, Cause, Failure
+from proxy.fleet.fleet import Change, Fleet, ReplicaChange
+from proxy.fleet.peers import ShareRow
 from proxy.fleet.rate import PrefillRate
+from proxy.fleet.replica import ReplicaSpec, ThrottleKey
 from proxy.fleet.work import Charge
 
-__all__ = ["Backoff", "Breaker", "BreakerState", "Charge", "Fleet", "PrefillRate", "ReplicaSpec", "ShareRow"]
+__all__ = [
+    "BreakerSettings",
+    "BreakerState",
+    "Cause",
+    "Change",
+    "Charge",
+    "Failure",
+    "Fleet",
+    "PrefillRate",
+    "ReplicaChange",
+    "ReplicaSpec",
+    "ShareRow",
+    "ThrottleKey",
+]

@@ -1,8 +1,19 @@
-"""When a replica that refused is tried again. It must not know why anyone would want to.
+"""When a replica that failed, or asked to be left alone, is tried again. Pure: clocks and randomness are passed in.
 
-A failure opens it for a back-off which doubles with each further one; after that one request (or one probe) may pass,
-and its fate decides. A replica that names a time itself (Retry-After on 429, 503 or 529) is left alone until then,
-and no back-off grows: it works, it is full.
+A breaker is closed while the replica is fine. Each way to open it is a `Cause`:
+
+    cause        opened by                                                      closed by
+    -----------  -------------------------------------------------------------  ----------------------------------
+    UNREACHABLE  a connection that could not be made                            any response, to a request or probe
+    LOADING      a health check answered "loading the model"                    any other response
+    FAILING      evidence that the replica fails, not the request (see below)   a response that is not a failure
+    THROTTLED    503 or 529: the replica is full                                time
+
+After its back-off (doubling with each opening in a row) one request or probe may try; its fate decides.
+
+A failed request may be its own fault, so failures are evidence that is weighed: a request that failed here and
+succeeded elsewhere proves the replica guilty at once; otherwise it takes several distinct prompts, and, for failures
+that the engine itself reported by a status, several clients too. A response that is not a failure clears all of it.
 """
 
 from __future__ import annotations
@@ -10,6 +21,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
+
+from proxy.backoff import ExponentialBackoff
+
+CLIENTS_TO_OPEN: Final = 2
+"""Distinct clients whose requests must have failed by status: one client's bad prompts close nothing for others."""
+
+_EVIDENCE_KEPT: Final = 64  # failures remembered, the latest ones
 
 
 class BreakerState(enum.StrEnum):
@@ -20,95 +39,148 @@ class BreakerState(enum.StrEnum):
     HALF_OPEN = "half_open"
 
 
+class Cause(enum.StrEnum):
+    """Why a breaker is open; in log lines and in the message of a 503."""
+
+    UNREACHABLE = "unreachable"
+    LOADING = "loading its model"
+    FAILING = "failing"
+    THROTTLED = "full"
+
+
 @dataclass(frozen=True, slots=True)
-class Backoff:
-    """How long a replica is left alone: `first_seconds` doubling up to `most_seconds`, each off by up to `jitter`."""
+class BreakerSettings:
+    """How long a replica is left alone: `first_seconds`, doubling up to `most_seconds`."""
 
     first_seconds: float = 0.5
     most_seconds: float = 30.0
-    jitter: float = 0.25  # share; so that many proxies do not come back in step
-    failures_to_open: int = 3  # in a row, of the kind that may be the request's own fault
-    most_retry_after_seconds: float = 120.0  # a replica that asks for more is asked again all the same
-    throttled_seconds: float = 1.0  # it said "too many" and not for how long
+    prompts_to_open: int = 3  # distinct prompts that failed in a row, while nothing proves the replica guilty
+    most_retry_after_seconds: float = 120.0  # a longer Retry-After is cut to this
+    throttled_seconds: float = 1.0  # after a 429, 503 or 529 without a usable Retry-After
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A failed request as evidence. Both fields are hashes; they only need to tell prompts and clients apart."""
+
+    prompt: int
+    client: int
+    by_status: bool  # the engine answered with an error; otherwise the connection or the response broke
 
 
 class Breaker:
-    """One replica's. `random` gives floats in [0, 1)."""
+    """The breaker of one replica. `random` returns floats in [0, 1)."""
 
-    __slots__ = ("_backoff", "_failures", "_openings", "_random", "_trying", "_until_seconds")
+    __slots__ = ("_backoff", "_failures", "_random", "_settings", "_trying", "_until_seconds", "cause")
 
-    def __init__(self, backoff: Backoff, random: Callable[[], float]) -> None:
-        self._backoff = backoff
+    def __init__(self, settings: BreakerSettings, random: Callable[[], float]) -> None:
+        self._settings = settings
         self._random = random
-        self._failures = 0
-        self._openings = 0
+        self._backoff = ExponentialBackoff(settings.first_seconds, settings.most_seconds)
+        self._failures: dict[Failure, None] = {}
         self._until_seconds: float | None = None
         self._trying = False
+        self.cause: Cause | None = None
 
     def state(self, now_seconds: float) -> BreakerState:
-        """Closed, open, or past its back-off and waiting for one to try."""
+        """Return whether it is closed, open, or past its back-off and waiting for a trial."""
         if self._until_seconds is None:
             return BreakerState.CLOSED
         return BreakerState.OPEN if now_seconds < self._until_seconds else BreakerState.HALF_OPEN
 
     @property
     def is_closed(self) -> bool:
-        """True where nothing is wrong, without asking the time."""
+        """True if nothing is wrong."""
         return self._until_seconds is None
 
     def allows(self, now_seconds: float) -> bool:
-        """True where a request may be sent now: closed, or the back-off is over and none tries yet."""
+        """Return whether a request may be sent now: it is closed, or its back-off is over and no trial runs."""
         return self._until_seconds is None or (now_seconds >= self._until_seconds and not self._trying)
 
     def wait_seconds(self, now_seconds: float) -> float:
-        """Until it is tried again; the back-off's first step where somebody tries just now."""
+        """Return the time until the next trial; the first back-off while a trial runs."""
         if self._until_seconds is None:
             return 0.0
         remaining = self._until_seconds - now_seconds
-        return remaining if remaining > 0 else self._backoff.first_seconds
+        return remaining if remaining > 0 else self._settings.first_seconds
 
     def try_one(self, now_seconds: float) -> bool:
-        """Take the one trial of a half-open breaker; True where this was it (say later how it went)."""
+        """Claim the one trial of a half-open breaker. Return whether it was claimed; its result must be reported."""
         if self._until_seconds is None or now_seconds < self._until_seconds or self._trying:
             return False
         self._trying = True
         return True
 
     def abandon_trial(self) -> None:
-        """The trial ended with no news of the replica (its client left): another may try."""
+        """End a trial without a result, such as one whose client left: another may try."""
         self._trying = False
 
-    def succeeded(self) -> None:
-        """It answered: all is forgotten."""
+    def responded(self) -> None:
+        """Close after a response that is not a failure, and forget all evidence."""
         if self._failures or self._until_seconds is not None:
-            self._failures = 0
-            self._openings = 0
-            self._until_seconds = None
-            self._trying = False
+            self._failures.clear()
+            self._close()
 
-    def failed(self, now_seconds: float, *, unreachable: bool) -> bool:
-        """It did not answer, or with a server's error; True where this opened the breaker.
+    def reached(self) -> None:
+        """Note a probe that was answered. That closes it only if being unreachable or loading was the cause."""
+        if self.cause in (Cause.UNREACHABLE, Cause.LOADING):
+            self._close()
+        self._trying = False
 
-        `unreachable` (refused, timed out, no TLS) opens it at once; anything else may be the request's own fault, and
-        opens it when it happens several times in a row, or to the one that tries.
-        """
-        self._failures += 1
-        if not (unreachable or self._trying or self._failures >= self._backoff.failures_to_open):
+    def unreachable(self, now_seconds: float, cause: Cause = Cause.UNREACHABLE) -> bool:
+        """Open at once. Return False if it was open already."""
+        return self._open(now_seconds, cause)
+
+    def failed(self, failure: Failure, now_seconds: float, *, may_open: bool = True) -> bool:
+        """Weigh a failed request. Return whether this opened it; `may_open` False only remembers the evidence."""
+        if len(self._failures) >= _EVIDENCE_KEPT:
+            del self._failures[next(iter(self._failures))]
+        self._failures[failure] = None
+        self._trying = False
+        if self.cause is Cause.UNREACHABLE and failure.by_status:
+            self._close()  # a status shows that the engine is there
+        if not may_open or not self._is_convincing():
             return False
+        return self._open(now_seconds, Cause.FAILING)
+
+    def proven(self, now_seconds: float) -> bool:
+        """Open after a request that failed here and succeeded elsewhere. Return False if it was open already."""
+        return self._open(now_seconds, Cause.FAILING)
+
+    def throttled(self, now_seconds: float, retry_after_seconds: float | None) -> bool:
+        """Leave a full replica alone for as long as it asked. Return False if it is left alone for longer already."""
+        until = now_seconds + self.pause_seconds(retry_after_seconds)
+        self._trying = False
+        if self._until_seconds is not None and until <= self._until_seconds:
+            return False
+        self._until_seconds, self.cause = until, Cause.THROTTLED
+        return True
+
+    def pause_seconds(self, retry_after_seconds: float | None) -> float:
+        """Return how long a Retry-After is honoured; None stands for a missing or malformed one."""
+        asked = self._settings.throttled_seconds if retry_after_seconds is None else retry_after_seconds
+        return min(max(asked, 0.0), self._settings.most_retry_after_seconds)
+
+    def _is_convincing(self) -> bool:
+        failures = self._failures
+        if len({failure.prompt for failure in failures}) < self._settings.prompts_to_open:
+            return False
+        if any(not failure.by_status for failure in failures):
+            broken = {failure.prompt for failure in failures if not failure.by_status}
+            if len(broken) >= self._settings.prompts_to_open:
+                return True
+        return len({failure.client for failure in failures}) >= CLIENTS_TO_OPEN
+
+    def _open(self, now_seconds: float, cause: Cause) -> bool:
         if self._until_seconds is not None and now_seconds < self._until_seconds:
-            return False  # one of many that were under way when it opened
-        pause = min(self._backoff.first_seconds * 2.0 ** min(self._openings, 32), self._backoff.most_seconds)
-        pause *= 1.0 + self._backoff.jitter * (2.0 * self._random() - 1.0)
-        self._openings += 1
-        self._until_seconds = now_seconds + pause
+            return False  # one of several requests that were under way when it opened
+        self._until_seconds = now_seconds + self._backoff.next_seconds(self._random())
+        self.cause = cause
         self._trying = False
         return True
 
-    def throttled(self, now_seconds: float, retry_after_seconds: float | None) -> None:
-        """It asked to be left alone (429, 503 or 529), for `retry_after_seconds` where it said so."""
-        pause = self._backoff.throttled_seconds if retry_after_seconds is None else retry_after_seconds
-        pause = min(max(pause, 0.0), self._backoff.most_retry_after_seconds)
-        until = now_seconds + pause
-        if self._until_seconds is None or until > self._until_seconds:
-            self._until_seconds = until
+    def _close(self) -> None:
+        self._backoff.reset()
+        self._until_seconds = None
         self._trying = False
+        self.cause = None

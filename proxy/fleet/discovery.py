@@ -1,10 +1,9 @@
-"""Which replicas there are: those that the configuration names, and those behind the names that it says to follow.
+"""Which replicas there are: those in the configuration, and those behind the DNS names that it says to follow.
 
-A URL `dns+http://name:port` stands for all addresses of the name, as a headless Kubernetes service lists its pods: it
-is looked up every few seconds, an address that is new becomes a replica, one that is gone gets no new request and
-ends what it has. A look-up that fails or finds nothing changes nothing: a name server's trouble is not the engines'.
-
-It fills the fleet, the pools and the index's budgets. It must not know how a replica is chosen.
+A URL `dns+http://name:port` stands for all addresses of the name, as a headless Kubernetes service lists its pods.
+The name is resolved every few seconds: a new address becomes a replica, a replica whose address is gone gets no new
+request, and once it has been gone for a while everything kept for it is dropped. A look-up that fails or finds
+nothing changes nothing: trouble with a name server is not the engines' trouble.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import msgspec
@@ -21,17 +21,19 @@ import msgspec
 from cache import PrefixIndex
 from proxy.clock import Clock
 from proxy.config.schema import Config, Pool, PoolKind, Replica, Tenancy
-from proxy.fleet import Fleet, ReplicaSpec
+from proxy.fleet.credentials import credential_of, default_headers_of
+from proxy.fleet.fleet import Fleet
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
+from proxy.fleet.replica import ReplicaSpec
 from proxy.upstream import Origin
 
-log = logging.getLogger("cairn.membership")
+log = logging.getLogger("cairn.discovery")
 
 LOOK_SECONDS = 5.0
 """Between two look-ups: Kubernetes itself keeps its records for 5 s or more (CoreDNS's ttl)."""
 
 RESOLVE_SECONDS = 4.0
-"""A look-up that takes longer counts as failed."""
+"""A look-up that takes longer has failed."""
 
 FORGET_SECONDS = 60.0
 """A replica that comes back within this time (a probe failed once) still has what the index says it holds."""
@@ -41,13 +43,25 @@ Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 
 async def resolve(name: str, port: int) -> Sequence[str]:
-    """By the system's resolver."""
+    """Resolve with the system's resolver."""
     found = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM)
     return [str(address[0]) for *_, address in found]
 
 
+class Listener(Protocol):
+    """Something that keeps an object per replica."""
+
+    def replicas_changed(self, joined: Sequence[int]) -> None:
+        """Take over the replicas in force; the numbers `joined` are new among them."""
+        ...
+
+    def replica_forgotten(self, number: int, endpoint: ReplicaEndpoint) -> None:
+        """Drop everything kept for a replica that is gone for good. Its number may be given to another one."""
+        ...
+
+
 class Discovery:
-    """One per worker. `added` hears of replicas that came from a name; `changed` of any change at all."""
+    """Fills the fleet, the pools and the index's budgets. One per worker."""
 
     def __init__(
         self, config: Config, fleet: Fleet, index: PrefixIndex, clock: Clock, resolve: Resolve = resolve
@@ -58,23 +72,27 @@ class Discovery:
         self._clock = clock
         self._resolve = resolve
         self._addresses: dict[str, tuple[str, ...]] = {}  # by URL, sorted
-        self._gone: dict[int, float] = {}  # replicas out of force, since when
-        self._told_tokens: dict[int, int] = {}  # capacities as configured: once told, the index learns from there
-        self.added: Callable[[int], object] = lambda _: None
-        self.changed: Callable[[], None] = lambda: None
+        self._gone: dict[int, float] = {}  # replicas that were removed, and when
+        self._told_tokens: dict[int, int] = {}  # configured capacities, told to the index once: it learns from there
+        self._listeners: list[Listener] = []
         self.pools = self._enter()
 
+    def subscribe(self, listener: Listener) -> None:
+        """Tell `listener` about every change from now on."""
+        self._listeners.append(listener)
+
     def adopt(self, config: Config) -> None:
-        """Work by a new configuration: replicas that it does not have get no new request."""
+        """Use a new configuration: replicas that it does not contain get no new request."""
         self._config = config
         self._apply()
 
     async def look(self) -> None:
-        """Look all names up, once, and take over what changed."""
+        """Resolve all names once and apply what changed."""
         urls = {replica.url for pool in self._config.pools for replica in pool.replicas if replica.is_followed}
         found = await asyncio.gather(*(self._look_up(url) for url in urls))
         fresh = {url: addresses for url, addresses in zip(urls, found, strict=True) if addresses}
         news = {url: each for url, each in fresh.items() if each != self._addresses.get(url)}
+        self._addresses = {url: each for url, each in self._addresses.items() if url in urls}
         if news:
             self._addresses.update(news)
             self._apply()
@@ -84,44 +102,48 @@ class Discovery:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             await self.look()
-            self._forget()
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop what is kept for replicas that have been gone for a while and have no request left."""
+        oldest = self._clock.monotonic() - FORGET_SECONDS
+        for number in [number for number, since in self._gone.items() if since <= oldest]:
+            if number not in self._fleet or not self._fleet.forget(number):
+                continue
+            del self._gone[number]
+            self._told_tokens.pop(number, None)
+            self._index.remove(number)
+            endpoint = self.pools.forget(number)
+            for listener in self._listeners:
+                listener.replica_forgotten(number, endpoint)
 
     async def _look_up(self, url: str) -> tuple[str, ...]:
         parts = urlsplit(url)
         try:
             async with asyncio.timeout(RESOLVE_SECONDS):
                 found = await self._resolve(parts.hostname or "", parts.port or 80)
-        except OSError as error:  # TimeoutError too
-            log.warning("the name %s is not resolved: %s", parts.hostname, error or type(error).__name__)
+        except (OSError, UnicodeError) as error:  # TimeoutError too; UnicodeError for a label that is too long
+            log.warning("cannot resolve %s: %s", parts.hostname, error or type(error).__name__)
             return ()
         return tuple(sorted(set(found)))
 
     def _apply(self) -> None:
         before = self._fleet.members()
         self.pools.adopt(self._enter())
-        for name in before.keys() - {backend.name for backend in self._in_force()}:
-            log.info("replica %s is gone", name)
+        for name in before.keys() - {endpoint.name for endpoint in self._in_force()}:
             self._fleet.remove(before[name])
             self._gone.setdefault(before[name], self._clock.monotonic())
-        self.changed()
         for number in self.pools.served:
             self._gone.pop(number, None)
-            if self.pools.backends[number].name not in before:
-                self.added(number)
-
-    def _forget(self) -> None:
-        """Let go of what those held that are gone for good."""
-        oldest = self._clock.monotonic() - FORGET_SECONDS
-        for number in [number for number, since in self._gone.items() if since <= oldest]:
-            del self._gone[number]
-            self._told_tokens.pop(number, None)
-            self._index.remove(number)
+        joined = [number for number in self.pools.served if self.pools.backends[number].name not in before]
+        for listener in self._listeners:
+            listener.replicas_changed(joined)
 
     def _in_force(self) -> Iterator[ReplicaEndpoint]:
         return (self.pools.backends[number] for number in self.pools.served)
 
     def _enter(self) -> Pools:
-        """Enter every replica into the fleet; the numbers that it gives name them in the index, too."""
+        """Add every replica to the fleet, whose numbers identify them in the index too."""
         config = self._config
         backends: dict[int, ReplicaEndpoint] = {}
         for pool, replica in self._replicas():
@@ -144,7 +166,7 @@ class Discovery:
             self._index.set_budget(number, tokens)
 
     def _replicas(self) -> Iterator[tuple[Pool, Replica]]:
-        """All that are in force, each name once: an address that two names have belongs to the first."""
+        """Yield the replicas in force, each name once: an address of two names belongs to the first."""
         seen = set()
         for pool in self._config.pools:
             for replica in pool.replicas:
@@ -167,27 +189,30 @@ class Discovery:
 
 def _served(pool: Pool, tenancy: Tenancy, *, knows_clients: bool) -> ServedPool:
     is_provider = pool.kind is PoolKind.PROVIDER
-    brings_keys = is_provider and all(replica.key is None for replica in pool.replicas)
-    isolated = brings_keys or (pool.tenancy or tenancy) is Tenancy.ISOLATED
+    has_own_key = any(replica.key is not None for replica in pool.replicas)
+    isolated = (is_provider and not has_own_key) or (pool.tenancy or tenancy) is Tenancy.ISOLATED
     return ServedPool(
         pool.name,
         pool.models,
         is_provider=is_provider,
         isolated=isolated,
         sends_cache_salt=pool.cache_salt,
-        shares_key=knows_clients or any(replica.key is not None for replica in pool.replicas),
+        shares_key=knows_clients or has_own_key,
+        has_own_key=has_own_key,
+        optional=pool.optional,
     )
 
 
 def _backend(pool: Pool, replica: Replica, *, knows_clients: bool) -> ReplicaEndpoint:
-    key = replica.key
+    origin = Origin.parse(replica.url)
     return ReplicaEndpoint(
-        replica.label,
-        pool.name,
-        replica.url,
-        Origin.parse(replica.url),
-        None if key is None else (b"authorization", b"Bearer " + key.reveal().encode()),
-        knows_clients,
-        pool.kind is PoolKind.PROVIDER,
-        replica.capacity_tokens,
+        name=replica.label,
+        pool=pool.name,
+        url=replica.url,
+        origin=origin,
+        credential=None if replica.key is None else credential_of(replica.key.reveal(), replica.auth, origin.host),
+        drops_credentials=knows_clients,
+        is_provider=pool.kind is PoolKind.PROVIDER,
+        capacity_tokens=replica.capacity_tokens,
+        default_headers=default_headers_of(replica.auth, origin.host),
     )

@@ -1,19 +1,25 @@
-"""What an engine says of itself: bytes of its metrics or properties in, facts out. Fetching them is another's work.
+"""Read an engine's own pages (metrics, properties): bytes in, facts out. Pure.
 
-Whatever cannot be read is left out: these pages change from release to release, and a proxy works without them.
+Whatever cannot be read is left out: these pages change from release to release, and Cairn works without them.
 """
 
 from __future__ import annotations
 
 import re
+from typing import TypeVar
 
 import msgspec
 
+_DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+_T = TypeVar("_T")
+
 
 class EngineFacts(msgspec.Struct, frozen=True, gc=False):
-    """Each None where the engine does not say. `started_unix_seconds` tells a restart under the same address.
+    """Facts about an engine; None for what it does not report.
 
-    `tells_timings` is llama.cpp's habit: every stream ends with what was computed and cached, asked or not.
+    `started_unix_seconds` reveals a restart under the same address. `tells_timings` means that every stream ends with
+    what was computed and cached, whether asked for or not, as llama.cpp does it.
     """
 
     capacity_tokens: int | None = None
@@ -21,15 +27,21 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False):
     started_unix_seconds: float | None = None
     tells_timings: bool = False
     slots: int | None = None  # prompts that it holds at most, one per slot
+    engine: str | None = None
+    version: str | None = None
+    has_template: bool = False  # the chat template is known
 
     def joined(self, other: EngineFacts) -> EngineFacts:
-        """Both pages' facts; where both have one, this one's."""
+        """Join the facts of two pages; this one's win."""
         return EngineFacts(
-            self.capacity_tokens if self.capacity_tokens is not None else other.capacity_tokens,
-            self.in_flight_limit if self.in_flight_limit is not None else other.in_flight_limit,
-            self.started_unix_seconds if self.started_unix_seconds is not None else other.started_unix_seconds,
-            self.tells_timings or other.tells_timings,
-            self.slots if self.slots is not None else other.slots,
+            capacity_tokens=_first(self.capacity_tokens, other.capacity_tokens),
+            in_flight_limit=_first(self.in_flight_limit, other.in_flight_limit),
+            started_unix_seconds=_first(self.started_unix_seconds, other.started_unix_seconds),
+            tells_timings=self.tells_timings or other.tells_timings,
+            slots=_first(self.slots, other.slots),
+            engine=_first(self.engine, other.engine),
+            version=_first(self.version, other.version),
+            has_template=self.has_template or other.has_template,
         )
 
 
@@ -43,11 +55,13 @@ _SGLANG = re.compile(
 )
 
 MOST_TOKENS = 1 << 40
-"""A capacity beyond this is a mistake of the page."""
+"""A larger capacity is a mistake of the page."""
+
+_VERSION_CHARACTERS = 32
 
 
 def read_metrics(page: bytes) -> EngineFacts:
-    """A Prometheus page of vLLM or SGLang (any engine's for its start time).
+    """Read a Prometheus page of vLLM or SGLang (of any engine, for its start time).
 
     vLLM: `vllm:cache_config_info` has block_size and num_gpu_blocks as labels; their product is the capacity, per
     engine of a data-parallel server (the lines are added).
@@ -64,6 +78,11 @@ def read_metrics(page: bytes) -> EngineFacts:
     return EngineFacts(
         capacity_tokens=_bounded(capacity),
         started_unix_seconds=float(started.group(1)) if started else None,
+        engine="vLLM"
+        if b"\nvllm:" in page or page.startswith(b"vllm:")
+        else "SGLang"
+        if b"sglang:" in page
+        else None,
     )
 
 
@@ -73,20 +92,23 @@ class _Generation(msgspec.Struct):
 
 class _LlamaProps(msgspec.Struct):
     total_slots: int = 0
+    build_info: str = ""
+    chat_template: str = ""
     default_generation_settings: _Generation = msgspec.field(default_factory=_Generation)
 
 
 class _SglangInfo(msgspec.Struct):
     max_total_num_tokens: int | None = None
     max_running_requests: int | None = None
+    version: str | None = None
     internal_states: list[_SglangInfo] = []
 
 
 def read_llama_props(page: bytes) -> EngineFacts:
-    """llama.cpp's `/props`: slots, and the tokens of each; a slot serves one request at a time."""
+    """Read llama.cpp's `/props`: slots and the tokens of each; a slot serves one request at a time."""
     try:
         props = msgspec.json.decode(page, type=_LlamaProps)
-    except msgspec.DecodeError:
+    except _DECODE_ERRORS:
         return EngineFacts()
     slots = props.total_slots if props.total_slots > 0 else None
     return EngineFacts(
@@ -94,25 +116,46 @@ def read_llama_props(page: bytes) -> EngineFacts:
         in_flight_limit=slots,
         tells_timings=slots is not None,
         slots=slots,
+        engine=None if slots is None else "llama.cpp",
+        version=props.build_info[:_VERSION_CHARACTERS] or None,
+        has_template=bool(props.chat_template),
     )
 
 
 def read_sglang_server(page: bytes) -> EngineFacts:
-    """SGLang's `/get_server_info`: the numbers stand at the top or in `internal_states`, by release."""
+    """Read SGLang's `/get_server_info`: the numbers are at the top or in `internal_states`, by release."""
     try:
         server = msgspec.json.decode(page, type=_SglangInfo)
-    except msgspec.DecodeError:
+    except _DECODE_ERRORS:
         return EngineFacts()
     parts = server.internal_states if server.max_total_num_tokens is None and server.internal_states else [server]
     limits = [part.max_running_requests or server.max_running_requests or 0 for part in parts]
     return EngineFacts(
         capacity_tokens=_bounded(sum(part.max_total_num_tokens or 0 for part in parts)),
         in_flight_limit=sum(limits) or None,
+        engine="SGLang" if server.max_total_num_tokens is not None or server.internal_states else None,
+        version=server.version[:_VERSION_CHARACTERS] if server.version else None,
     )
 
 
+class _Version(msgspec.Struct):
+    version: str = ""
+
+
+def read_version(page: bytes) -> EngineFacts:
+    """Read vLLM's `/version`."""
+    try:
+        return EngineFacts(version=msgspec.json.decode(page, type=_Version).version[:_VERSION_CHARACTERS] or None)
+    except _DECODE_ERRORS:
+        return EngineFacts()
+
+
+def _first(one: _T | None, other: _T | None) -> _T | None:
+    return other if one is None else one
+
+
 def _whole(text: str | None) -> int | None:
-    return int(text) if text is not None and text.isdecimal() else None
+    return int(text) if text is not None and len(text) <= 18 and text.isascii() and text.isdecimal() else None
 
 
 def _bounded(tokens: int) -> int | None:

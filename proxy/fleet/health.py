@@ -1,154 +1,210 @@
-"""Asks replicas how they are, beside the requests: whether one that failed is back, what an engine can hold, what it
-serves, and whether it is still the same process.
+"""Check replicas beside the requests: whether one is there, what it can hold, and whether it was restarted.
 
-What is heard goes to the fleet, the index and the model names. It must not know requests.
+A replica that cannot be resolved or connected to, or that is still loading its model, gets no request from the start.
+What is learned of an engine goes to the `Findings`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import Any, Final, Protocol
 
-from cache import Journal
 from proxy.clock import Clock
-from proxy.errors import UpstreamError
-from proxy.fleet import Fleet
-from proxy.fleet.engine_facts import EngineFacts, read_llama_props, read_metrics, read_sglang_server
-from proxy.fleet.model_list import fetch_models
+from proxy.errors import BadResponse, ConnectFailed, ResetBeforeResponse, UpstreamError
+from proxy.fleet.breaker import Cause
+from proxy.fleet.engine_facts import EngineFacts, read_llama_props, read_metrics, read_sglang_server, read_version
+from proxy.fleet.findings import Found
+from proxy.fleet.fleet import Fleet
+from proxy.fleet.model_list import read_models
 from proxy.fleet.pools import Pools, ReplicaEndpoint
-from proxy.metrics.model_labels import ModelNames
 from proxy.tasks import Tasks
-from proxy.upstream import Limits, UpstreamClient
+from proxy.upstream import Limits, Origin, UpstreamResponse
+
+log = logging.getLogger("cairn.health")
 
 TICK_SECONDS = 0.25
-"""How often it is looked whether a back-off is over."""
+"""How often back-offs that are over are looked for."""
 
 FACTS_SECONDS = 15.0
-"""How often engines are asked for their facts: a restart is noticed by requests much sooner."""
+"""How often engines are asked for their facts. Requests notice a restart much sooner."""
 
 BEGIN_SECONDS = 1.0
-"""How long the start waits for engines that do not answer."""
+"""How long the start waits for engines that do not respond."""
 
 _PAGE_AT_MOST_BYTES = 4 * 1024 * 1024
 _FACT_PAGES = (
     (b"/metrics", read_metrics),
     (b"/props", read_llama_props),
     (b"/get_server_info", read_sglang_server),
+    (b"/version", read_version),
 )
+_UNAVAILABLE: Final = 503
+_NAMED_AT_MOST: Final = 4  # models in the log line of a replica
+
+
+class Client(Protocol):
+    """Sends one request: `proxy.upstream.UpstreamClient`."""
+
+    def request(
+        self,
+        origin: Origin,
+        method: bytes,
+        target: bytes,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+        *,
+        limits: Limits | None = None,
+        retry_reused: bool = False,
+    ) -> Awaitable[UpstreamResponse]:
+        """Return when the head of the response has come; raises UpstreamError."""
+        ...
+
+
+class Findings(Protocol):
+    """What is done with what a check finds: `proxy.fleet.findings.EngineFindings`."""
+
+    def apply(self, number: int, endpoint: ReplicaEndpoint, found: Found) -> None:
+        """Take over what was found at a replica."""
+        ...
 
 
 class HealthChecker:
-    """One per worker."""
+    """Checks all replicas. One per worker."""
 
     def __init__(
         self,
-        client: UpstreamClient,
+        client: Client,
         pools: Pools,
         fleet: Fleet,
-        journal: Journal,
-        names: ModelNames,
+        findings: Findings,
         tasks: Tasks,
         clock: Clock,
         limits: Limits,
-        limits_changed: Callable[[], None],
-        always_reports_usage: Callable[[int], None],
     ) -> None:
         self._client = client
+        self._pools = pools
         self._fleet = fleet
-        self._journal = journal
-        self._names = names
+        self._findings = findings
         self._tasks = tasks
         self._clock = clock
         self._limits = limits
-        self._limits_changed = limits_changed
-        self._always_reports_usage = always_reports_usage
-        self._started: dict[int, float] = {}
-        self._capacity_tokens: dict[int, int] = {}
-        self.pools = pools
+        self._found: dict[int, Found] = {}
 
     async def begin(self) -> None:
-        """Learn what can be learned at once, so that the first requests are served by what is known."""
-        learning = [self._tasks.start(self.learn(number), "engine facts") for number in self.pools.served]
-        if learning:
-            await asyncio.wait(learning, timeout=BEGIN_SECONDS)
+        """Check every replica once and log what was found, so that the first requests are served accordingly."""
+        checks = [self._tasks.start(self.check(number), "health check") for number in self._pools.served]
+        if checks:
+            await asyncio.wait(checks, timeout=BEGIN_SECONDS)
+        for number in sorted(self._pools.served):
+            log.info("%s", self.describe(number))
 
     async def run(self) -> None:
-        """Probe until cancelled."""
+        """Check until cancelled."""
         next_facts_seconds = self._clock.monotonic() + FACTS_SECONDS
         while True:
             now_seconds = self._clock.monotonic()
             for number in self._fleet.probes(now_seconds):
-                self._tasks.start(self.probe(number), "probe")
+                self._tasks.start(self.check(number), "health check")
             if now_seconds >= next_facts_seconds:
                 next_facts_seconds = now_seconds + FACTS_SECONDS
-                for number in self.pools.served:
-                    self._tasks.start(self.learn(number), "engine facts")
+                for number in self._pools.served:
+                    if not self._fleet.is_down(number):  # those are probed by their back-off
+                        self._tasks.start(self.check(number), "health check")
             await asyncio.sleep(TICK_SECONDS)
 
-    async def probe(self, number: int) -> None:
-        """Ask a replica whose back-off is over for its models; any answer at all means that it is back."""
-        backend = self.pools.backends.get(number)
-        if backend is None:
+    def replicas_changed(self, joined: Sequence[int]) -> None:
+        """Check new replicas before they are given much."""
+        for number in joined:
+            self._tasks.start(self.check(number), "health check")
+
+    def replica_forgotten(self, number: int, endpoint: ReplicaEndpoint) -> None:  # noqa: ARG002
+        """Drop what was found at a replica that is gone for good."""
+        self._found.pop(number, None)
+
+    async def check(self, number: int) -> None:
+        """Ask a replica for its models, and an engine for its facts. Whatever it does not say stays as it is."""
+        endpoint = self._pools.backends.get(number)
+        if endpoint is None:
             return
         try:
-            await self._page(backend, b"/v1/models")
+            status, page = await self._page(endpoint, b"/v1/models")
+        except (ConnectFailed, ResetBeforeResponse, BadResponse) as error:
+            self._down(number, error.message)
+            return
         except UpstreamError:
-            self._fleet.failed(number, self._clock.monotonic(), unreachable=True)
-        else:
-            self._fleet.answered(number)
+            if number in self._fleet:
+                self._fleet.abandon_trial(number)  # too slow to tell anything
+            return
+        if number not in self._fleet:
+            return
+        if status == _UNAVAILABLE and b"loading" in page[:4096].lower():
+            self._down(number, "it is loading its model", Cause.LOADING)
+            return
+        self._fleet.reached(number)
+        await self._learn(number, endpoint, read_models(page) if status == 200 else None)
 
-    async def learn(self, number: int) -> None:
-        """Take in what an engine says of itself; whatever it does not answer is left as it is."""
-        backend = self.pools.backends[number]
+    async def _learn(self, number: int, endpoint: ReplicaEndpoint, models: list[dict[str, Any]] | None) -> None:
+        names = None if models is None else tuple(str(model.get("id")) for model in models)
         try:
-            listed = await fetch_models(self._client, backend)
-            self._names.add(str(model.get("id")) for model in listed)
-            if not backend.is_provider:
-                self._apply(number, backend, await self._facts(backend))
+            facts = EngineFacts() if endpoint.is_provider else await self._facts(endpoint)
         except UpstreamError:
             return
+        if number in self._fleet:
+            found = self._found[number] = Found(names, facts)
+            self._findings.apply(number, endpoint, found)
 
-    async def _facts(self, backend: ReplicaEndpoint) -> EngineFacts:
+    def describe(self, number: int) -> str:
+        """Return one line on a replica: where it is and what was found there."""
+        endpoint = self._pools.backends[number]
+        start = f"replica {endpoint.name} (pool {endpoint.pool})"
+        cause = self._fleet.cause(number)
+        if cause is not None:
+            return f"{start} is down: {cause.value}"
+        found = self._found.get(number)
+        if found is None:
+            return f"{start} has not responded yet"
+        return f"{start} is up: {', '.join(_facts_in_words(found, endpoint)) or 'it tells nothing about itself'}"
+
+    def _down(self, number: int, reason: str, cause: Cause = Cause.UNREACHABLE) -> None:
+        if number in self._fleet:
+            self._fleet.unreachable(number, self._clock.monotonic(), reason, cause)
+
+    async def _facts(self, endpoint: ReplicaEndpoint) -> EngineFacts:
         facts = EngineFacts()
         for path, read in _FACT_PAGES:
-            status, page = await self._page(backend, path)
+            status, page = await self._page(endpoint, path)
             if status == 200:
                 facts = facts.joined(read(page))
         return facts
 
-    def _apply(self, number: int, backend: ReplicaEndpoint, facts: EngineFacts) -> None:
-        if facts.capacity_tokens is not None and backend.capacity_tokens is None:
-            self._tell_capacity(number, facts.capacity_tokens, facts.slots)
-        if facts.in_flight_limit is not None:
-            self._fleet.set_limit(number, facts.in_flight_limit)
-            self._limits_changed()
-        if facts.tells_timings:
-            self._always_reports_usage(number)
-        started = facts.started_unix_seconds
-        if started is not None:
-            before = self._started.setdefault(number, started)
-            if started > before:
-                self._started[number] = started
-                self._fleet.restarted(number)
-                self._journal.new_epoch(number)
-
-    def _tell_capacity(self, number: int, tokens: int, slots: int | None) -> None:
-        """Say it when it is new, since what the answers teach from there on would be undone by saying it again.
-
-        A worker that starts among others says it only where their index has no budget for the replica yet.
-        """
-        first = number not in self._capacity_tokens
-        if self._capacity_tokens.get(number) == tokens:
-            return
-        self._capacity_tokens[number] = tokens
-        self._journal.set_capacity(number, tokens, slots)
-        if not (first and self._journal.knows_budget(number)):
-            self._journal.set_budget(number, tokens)
-
-    async def _page(self, backend: ReplicaEndpoint, path: bytes) -> tuple[int, bytes]:
-        headers = () if backend.credential is None else (backend.credential,)
-        response = await self._client.request(backend.origin, b"GET", path, headers, limits=self._limits)
+    async def _page(self, endpoint: ReplicaEndpoint, path: bytes) -> tuple[int, bytes]:
+        headers = endpoint.default_headers
+        if endpoint.credential is not None:
+            headers = (*headers, endpoint.credential)
+        response = await self._client.request(
+            endpoint.origin, b"GET", path, headers, limits=self._limits, retry_reused=True
+        )
         try:
             return response.status, await response.read(_PAGE_AT_MOST_BYTES)
         finally:
             response.abort()
+
+
+def _facts_in_words(found: Found, endpoint: ReplicaEndpoint) -> list[str]:
+    facts = found.facts
+    words = []
+    if facts.engine is not None:
+        words.append(f"{facts.engine} {facts.version or ''}".rstrip())
+    if found.models is not None:
+        shown = ", ".join(name[:64] for name in found.models[:_NAMED_AT_MOST])
+        more = len(found.models) - _NAMED_AT_MOST
+        words.append(f"models {shown}{f' and {more} more' if more > 0 else ''}" if shown else "no models")
+    capacity = endpoint.capacity_tokens or facts.capacity_tokens
+    if capacity is not None:
+        words.append(f"capacity {capacity:,} tokens")
+    if facts.in_flight_limit is not None:
+        words.append(f"{facts.in_flight_limit} requests at once")
+    if facts.has_template:
+        words.append("chat template known")
+    return words

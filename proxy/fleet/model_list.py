@@ -1,4 +1,4 @@
-"""Fetch the model list of one replica."""
+"""Fetch and read the model list of one replica."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ class _Listing(msgspec.Struct):
 
 
 _decode_listing = msgspec.json.Decoder(_Listing).decode
+
+
+def read_models(page: bytes) -> list[dict[str, Any]] | None:
+    """Return the entries of a model list, None if `page` is none."""
+    try:
+        return _decode_listing(page).data
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 async def fetch_models(
@@ -44,7 +52,7 @@ async def fetch_models(
         response.abort()
     if response.status != 200:
         raise BadResponse(f"The upstream answered the list of models with status {response.status}.")
-    try:
-        return _decode_listing(body).data
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise BadResponse("The upstream's list of models cannot be read.") from None
+    models = read_models(body)
+    if models is None:
+        raise BadResponse("The upstream's list of models cannot be read.")
+    return models

@@ -1,6 +1,6 @@
-"""Which pool serves a model, and how to reach each replica: the configuration in the form that the path needs.
+"""Which pool serves a model, and how to reach each replica: the configuration in the form that requests need.
 
-One object for all phases; a reload changes what is in it at once (`adopt`). It knows no health, load or prefix.
+All phases share one object; a reload replaces its contents at once (`adopt`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ _MODELS_REMEMBERED_AT_MOST = 1024
 
 
 class ServedPool(msgspec.Struct, frozen=True):
-    """A pool as the path sees it.
+    """A pool as requests see it.
 
     `isolated` salts every prefix chain by who asks. `sends_cache_salt` adds the field of that name to bodies.
     `shares_key` means that clients are served with a key of the operator's, or with none, and not with their own.
+    `has_own_key` means that a replica's key is configured, so that the upstream cannot tell clients apart.
     `is_provider` means that placements end by time and that no prefix is warmed.
     """
 
@@ -30,25 +31,28 @@ class ServedPool(msgspec.Struct, frozen=True):
     isolated: bool = False
     sends_cache_salt: bool = False
     shares_key: bool = False
+    has_own_key: bool = False
+    optional: bool = False  # Cairn is ready without it
 
 
 class ReplicaEndpoint(msgspec.Struct, frozen=True):
-    """How to reach a replica. `credential` is the header that replaces the client's own (None: it passes)."""
+    """How to reach a replica. `credential` is the header that replaces the client's own; None lets that pass."""
 
     name: str
     pool: str
     url: str
     origin: Origin
     credential: tuple[bytes, bytes] | None = None
-    drops_credentials: bool = False  # the client's key is Cairn's own and nobody else's business
+    drops_credentials: bool = False  # the client's key is for Cairn only
     is_provider: bool = False
     capacity_tokens: int | None = None  # as configured
+    default_headers: tuple[tuple[bytes, bytes], ...] = ()  # sent unless the client sends one of that name
 
 
 class Pools:
-    """Models to pools, replica numbers to backends.
+    """Pools by model, and endpoints by replica number.
 
-    `backends` is keyed by the fleet's numbers and may hold replicas that were removed; `served` are those in force.
+    `backends` is keyed by the fleet's numbers and may contain removed replicas; `served` are those in force.
     """
 
     def __init__(
@@ -61,11 +65,15 @@ class Pools:
         self._found: dict[str, ServedPool] = {}
 
     def adopt(self, other: Pools) -> None:
-        """Become `other`, for everyone who holds this; requests under way keep the pool that they have."""
+        """Take over the contents of `other`; requests under way keep the pool that they have."""
         self.all, self.default, self._found = other.all, other.default, {}
-        # replicas that are gone are kept, since requests under way may still need them
+        # removed replicas are kept until `forget`: requests under way may still need them
         self.backends.update(other.backends)
         self.served = other.served
+
+    def forget(self, number: int) -> ReplicaEndpoint:
+        """Remove and return the endpoint of a replica that is gone for good."""
+        return self.backends.pop(number)
 
     def serving(self, model: str) -> ServedPool:
         """The first pool one of whose patterns fits `model`.

@@ -1,4 +1,4 @@
-"""How fast a replica prefills, learned from what it did. It must not know the time."""
+"""How fast a replica prefills, learned from its responses. Pure; knows no clock."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ REMEMBERED: Final = 64
 """Observations kept: enough for a percentile, few enough to follow a change of hardware within minutes."""
 
 ENOUGH: Final = 8
-"""Observations from which on the learned rate counts."""
+"""Observations from which on the learned rate is used."""
 
 PERCENTILE: Final = 0.9
-"""What is taken for a prefill may hold waits that nobody sees from here (another's requests, a slow network), so most
-observations are too low; the very fastest may be luck."""
+"""An observation may contain waits that cannot be seen from here (another client's requests, a slow network), so most
+are too low. The highest one is never taken, however few there are: it may be luck or an error."""
 
 LEAST_TOKENS: Final = 256.0
-"""Fewer uncached tokens than this tell the fixed cost of a request and not the rate."""
+"""With fewer uncached tokens an observation shows the fixed cost of a request and not the rate."""
 
-LEAST_SECONDS: Final = 0.0005
-"""A prefill under this is a clock's grain, one that shared its step with the one before, or a made-up answer."""
+LEAST_SECONDS: Final = 0.005
+"""A shorter prefill shows the grain of a clock, a step shared with the prefill before, or a count that is wrong."""
+
+MOST_UNCONFIRMED: Final = 50_000.0
+"""Tokens per second believed from a single observation: no accelerator in use today is faster."""
 
 
 class PrefillRate:
@@ -32,12 +35,15 @@ class PrefillRate:
 
     def __init__(self, configured: float | None = None) -> None:
         self.configured = configured
-        self.guessed: float | None = None  # the slowest of `guess`, while nothing was observed
+        self.guessed: float | None = None  # the lowest `guess` while nothing was observed
         self._order: deque[float] = deque()
         self._sorted: list[float] = []
 
     def observe(self, uncached_tokens: float, prefill_seconds: float) -> bool:
-        """One answer: what it computed as the engine reported it, and how long that took. True where it counts."""
+        """Learn from one response: tokens that the engine reports as computed, and the seconds they took.
+
+        Return whether it computed enough to count.
+        """
         if uncached_tokens < LEAST_TOKENS or prefill_seconds < LEAST_SECONDS:
             return False
         rate = uncached_tokens / prefill_seconds
@@ -48,8 +54,10 @@ class PrefillRate:
         return True
 
     def guess(self, predicted_tokens: float, prefill_seconds: float) -> bool:
-        """A prefill ended, and its answer, which tells what was computed, may take a minute more. True where this
-        changes what is guessed until then."""
+        """Guess from a prefill that ended and whose computed tokens are reported only when its response has ended.
+
+        Return whether this changes the guess.
+        """
         if self._sorted or predicted_tokens < LEAST_TOKENS or prefill_seconds < LEAST_SECONDS:
             return False
         rate = predicted_tokens / prefill_seconds
@@ -59,44 +67,54 @@ class PrefillRate:
         return True
 
     def forget(self) -> None:
-        """The replica is another one now (restarted, moved)."""
+        """Forget everything learned: the replica restarted or moved."""
         self.guessed = None
         self._order.clear()
         self._sorted.clear()
 
     @property
     def seen(self) -> list[float]:
-        """The last 64 observations, in order of size."""
+        """The last 64 observations in ascending order."""
         return self._sorted
 
     @property
     def learned(self) -> float | None:
-        """The 90th percentile of the last 64 observations, from 8 on."""
+        """The 90th percentile of the last 64 observations, None before the 8th."""
         return _high(self._sorted)
 
     @property
     def measured(self) -> float | None:
-        """What the replica has shown so far, were it once; for accounts, where a guess would be a made-up saving."""
-        return self.learned or (self._sorted[len(self._sorted) // 2] if self._sorted else self.configured)
+        """The rate shown so far, from the first observation on; for accounts, which take no guesses."""
+        return self.learned or (_likely(self._sorted) if self._sorted else self.configured)
 
     @property
     def own(self) -> float | None:
-        """Learned, else configured, else None: the pool's is for the caller to take."""
+        """The learned rate, else the configured one, else None: the caller then takes the pool's."""
         learned = self.learned
         return self.configured if learned is None else learned
 
 
 def pooled(rates: Sequence[PrefillRate], default: float) -> float:
-    """What all of them have shown together, while none has enough of its own: a new pool knows its rate eight answers
-    after its start, and not eight for each replica. What fewer answers showed counts where it is faster than the
-    default: a wait that nobody saw makes an observation too low, hardly anything makes it too high. A guess may well
-    be too high (more was cached than predicted), so of those the slowest counts, until the first answer has ended."""
+    """Return the rate of a pool of which no replica has enough observations of its own.
+
+    All observations together count, so a new pool knows its rate after eight responses and not after eight per
+    replica. Fewer than eight count only if they are faster than `default`: unseen waits make an observation too low.
+    Before the first response has ended the lowest guess counts, since a guess is too high if more was cached than
+    predicted.
+    """
     seen = sorted(chain.from_iterable(rate.seen for rate in rates))
     if not seen:
-        return max(default, min((rate.guessed for rate in rates if rate.guessed is not None), default=default))
-    return _high(seen) or max(default, seen[len(seen) // 2])
+        lowest = min((rate.guessed for rate in rates if rate.guessed is not None), default=default)
+        return max(default, min(lowest, MOST_UNCONFIRMED))
+    return _high(seen) or max(default, _likely(seen))
 
 
 def _high(ordered: Sequence[float]) -> float | None:
+    """The 90th percentile, but never the highest; None with too few observations."""
     count = len(ordered)
-    return ordered[min(int(count * PERCENTILE), count - 1)] if count >= ENOUGH else None
+    return ordered[min(int(count * PERCENTILE), count - 2)] if count >= ENOUGH else None
+
+
+def _likely(ordered: Sequence[float]) -> float:
+    """The lower median of a few observations; a single one is bounded."""
+    return ordered[(len(ordered) - 1) // 2] if len(ordered) > 1 else min(ordered[0], MOST_UNCONFIRMED)

@@ -1,8 +1,8 @@
-"""What one replica has been given and has not done: charges in the order of routing. It must not know why.
+"""Requests charged to one replica and not finished, in the order of routing.
 
 A charge has two parts. Its *prefill* part (uncached tokens) is pending until the first token; its *presence* counts
-as in flight until the answer ends. Engines prefill in order, so the oldest pending charge is the running head: it is
-taken to have done `elapsed x rate` of its tokens, and what it takes beyond its prediction is lateness.
+as in flight until the response ends. Engines prefill in order, so the oldest pending charge is the running head: it
+is assumed to have done `elapsed x rate` of its tokens, and the time that it takes beyond its prediction is lateness.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from itertools import takewhile
 from typing import Final
 
 LEAST_TOKENS: Final = 0.5
-"""What is left of sums of floats below this is rounding: a charge has at least one token."""
+"""A smaller sum of floats is a rounding error: a charge has at least one token."""
 
 
 class Charge:
-    """One request's claim on one replica. Made and changed by `Work` alone; every change may come twice."""
+    """One request's claim on one replica. Changed by `Work` only; every change may be made twice."""
 
     __slots__ = (
         "due_seconds",
@@ -38,16 +38,16 @@ class Charge:
     ) -> None:
         self.replica = replica
         self.uncached_tokens = uncached_tokens
-        self.prompt_tokens = prompt_tokens  # all of the prompt, which the cache holds until the answer ends
-        self.due_seconds = 0.0  # predicted first token, from its start on
-        self.plain = plain  # no first token to be seen: its prefill ends when predicted
-        self.gated = gated  # waits at the cold gate, so it is not in flight there
+        self.prompt_tokens = prompt_tokens  # the whole prompt, which the cache holds until the response ends
+        self.due_seconds = 0.0  # time of its predicted first token, set at its start
+        self.plain = plain  # its first token cannot be seen: its prefill ends when predicted
+        self.gated = gated  # waits at the cold gate, so it is not in flight yet
         self.sent_seconds = 0.0
-        self.started = False  # it was sent; before that it waits here, at the gate or in the queue
+        self.started = False  # it was sent; before that it waits at the gate or in the queue
         self.pending = True
         self.present = True
         self.is_trial = False
-        self.prefill_seconds: float | None = None  # what its prefill took, where that was seen
+        self.prefill_seconds: float | None = None  # duration of its prefill, if that was seen
 
 
 class Work:
@@ -67,13 +67,13 @@ class Work:
         self.pending_tokens = 0.0
         self.in_flight = 0
         self.running_tokens = 0.0  # prompts of all in flight, which cannot be evicted
-        self.waiting = 0  # of those in flight: in the queue, not sent yet
-        self.released_seconds = 0.0  # when a prefill was last seen to end here
+        self.waiting = 0  # those in flight that are in the queue and not sent yet
+        self.released_seconds = 0.0  # when the last prefill seen here ended
         self._started: deque[Charge] = deque()
         self._started_tokens = 0.0
 
     def add(self, charge: Charge) -> None:
-        """Take in a new charge, that waits."""
+        """Add a new charge, which waits until `start`."""
         self.pending_tokens += charge.uncached_tokens
         self.running_tokens += charge.prompt_tokens
         if not charge.gated:
@@ -81,7 +81,7 @@ class Work:
             self.waiting += 1
 
     def start(self, charge: Charge, rate: float, now_seconds: float, elsewhere_tokens: float = 0.0) -> None:
-        """It is sent, behind what was sent before: `elsewhere_tokens` of that by other processes."""
+        """Start a charge behind those sent before it, of which other processes sent `elsewhere_tokens`."""
         if charge.started or not charge.present:
             return
         charge.started = True
@@ -99,12 +99,12 @@ class Work:
         self._started_tokens += charge.uncached_tokens
 
     def first_token(self, charge: Charge, now_seconds: float, elsewhere_seconds: float = 0.0) -> None:
-        """Its prefill is done, and the next one's begins.
+        """End its prefill; the next one begins.
 
-        The head's own took since it was sent, or since the one before it was done, here or (`elsewhere_seconds`) in
-        another process: a TTFT less the wait for what was charged before. Since prefills are done in order, what was
-        sent before it and has no token that anybody will see is done as well: left to decay by a rate that is guessed
-        too low, it would pile up, and with another always at the head no rate would ever be learned.
+        The head's prefill lasted since it was sent, or since the one before it ended, here or (`elsewhere_seconds`)
+        in another process: its TTFT minus the wait for earlier charges. Prefills are done in order, so charges sent
+        before it whose first token cannot be seen are done too. Left to decay by a rate that is guessed too low they
+        would pile up, and with one of them always at the head no rate would ever be learned.
         """
         if charge.pending:
             if self.head is charge:
@@ -118,15 +118,18 @@ class Work:
             self.released_seconds = now_seconds
 
     def leave(self, charge: Charge) -> None:
-        """Its client is gone: no longer in flight, but an engine that has it goes on with the prefill, so that part
-        decays; of one that was never sent nothing remains."""
+        """End the presence of a charge whose client left.
+
+        An engine that has the request goes on with the prefill, so that part decays. Nothing remains of a charge that
+        was never sent.
+        """
         self._absent(charge)
         charge.plain = True
         if charge.pending and not charge.started:
             self._drop(charge)
 
     def end(self, charge: Charge, now_seconds: float) -> None:
-        """The request is over, however it went: nothing of it remains, but what `leave` left to decay."""
+        """Remove a charge, except for a prefill part that `leave` left to decay."""
         if not charge.present:
             return
         self._absent(charge)
@@ -137,7 +140,7 @@ class Work:
                 self.released_seconds = now_seconds
 
     def settle(self, now_seconds: float) -> None:
-        """Release the heads whose first token nobody will see, when it was due."""
+        """Release heads whose first token cannot be seen, once it was due."""
         started = self._started
         while started and (head := started[0]).plain and head.due_seconds <= now_seconds:
             self._drop(head)
@@ -145,11 +148,11 @@ class Work:
 
     @property
     def head(self) -> Charge | None:
-        """The oldest charge that was sent and whose prefill is not known to be done."""
+        """The oldest charge that was sent and whose prefill is not known to have ended."""
         return self._started[0] if self._started else None
 
     def progress_tokens(self, rate: float, now_seconds: float) -> float:
-        """What the running head must have done by now, at most all it has."""
+        """Return the tokens that the running head must have done by now, at most all of its own."""
         head = self.head
         if head is None:
             return 0.0

@@ -229,6 +229,11 @@ UPSTREAM_RETRIES = _counter(
     "upstream_retries", "Requests sent again because a replica failed before its response began.",
     "upstream", "reason",
 )
+HIDDEN_ERRORS = _counter(
+    "upstream_hidden_errors",
+    "Responses with a status of success that were an error body, an HTML page or a stream with an error.",
+    "upstream", "kind",
+)
 STREAM_ABORTS = _counter("stream_aborts", "Responses that were cut off.", "side", "phase")
 LOOP_LAG = _histogram("event_loop_lag_seconds", "Delay of a timer in a worker's event loop.", _LAG_SECONDS)
 IN_FLIGHT = _sum("in_flight_requests", "Requests inside Cairn.")

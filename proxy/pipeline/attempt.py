@@ -1,15 +1,16 @@
-"""One try of a request at one replica: what is claimed for it, and given back on every path.
+"""One attempt of a request at one replica: what is claimed for it, and given back on every path.
 
-Claimed in this order: the charge (the replica is busier), the placement (it will hold the prefix), the place at the
-cold gate and in the queue. `Attempts.begin` claims, `Attempt` gives back; each of its endings may come twice and
-after another. It must not know HTTP.
+Claimed are, in this order: the place at the cold gate and in the queue, the charge (the replica is busier), and the
+placement (it will hold the prefix). `Attempts.begin` claims, `Attempt` gives back; each way to end it may be called
+twice and after another one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
-from cache import Fingerprint, Journal, Placement
+from cache import Fingerprint, Placement
 from proxy.clock import Clock
 from proxy.errors import UpstreamError
 from proxy.fleet import Charge, Fleet
@@ -18,16 +19,34 @@ from proxy.routing.prefill_gate import Follower, Prefill, PrefillGate
 from proxy.routing.replica_queue import Permit, ReplicaQueue
 
 
+class Placements(Protocol):
+    """The part of `cache.Journal` that keeps placements."""
+
+    def place(self, replica: int, fingerprint: Fingerprint, tokens: float, *, source: int = 0) -> Placement: ...
+    def computed(self, placement: Placement) -> None: ...
+    def take_back(self, placement: Placement) -> None: ...
+    def left(self, placement: Placement) -> None: ...
+
+
+class Shared:
+    """What all attempts use."""
+
+    __slots__ = ("changed", "fleet", "placements")
+
+    def __init__(self, fleet: Fleet, placements: Placements, changed: Callable[[], None]) -> None:
+        self.fleet = fleet
+        self.placements = placements
+        self.changed = changed
+
+
 class Attempt:
-    """A try under way. `placement` is None where nothing was worth placing."""
+    """An attempt under way. `placement` is None if nothing was worth placing."""
 
     __slots__ = (
-        "_changed",
-        "_fleet",
-        "_journal",
+        "_permit",
         "_prefill",
         "_queue",
-        "_turn",
+        "_shared",
         "_waits_for",
         "candidate",
         "charge",
@@ -36,23 +55,19 @@ class Attempt:
 
     def __init__(
         self,
-        fleet: Fleet,
-        journal: Journal,
+        shared: Shared,
         candidate: Candidate,
         charge: Charge,
         placement: Placement | None,
         queue: ReplicaQueue,
         gate: Prefill | Follower | None,
-        turn: Permit | None,
-        changed: Callable[[], None],
+        permit: Permit | None,
     ) -> None:
-        self._changed = changed
-        self._fleet = fleet
-        self._journal = journal
+        self._shared = shared
         self._queue = queue
         self._waits_for = gate if isinstance(gate, Follower) else None
         self._prefill = gate.prefill if isinstance(gate, Follower) else gate
-        self._turn = turn
+        self._permit = permit
         self.candidate = candidate
         self.charge = charge
         self.placement = placement
@@ -64,79 +79,78 @@ class Attempt:
 
     @property
     def must_wait(self) -> bool:
-        """True where it may not be sent before `wait` came back."""
-        return self._turn is None
+        """True if it may not be sent before `wait` has returned."""
+        return self._permit is None
 
     async def wait(self, clock: Clock) -> None:
         """Wait for the leader of the same cold prefix, then for a place at the replica.
 
-        Raises Overloaded at the deadline and RateLimited where too many wait.
+        Raises Overloaded at the deadline and RateLimited if too many wait.
         """
         if self._waits_for is not None:
             await self._waits_for.wait()
         candidate = self.candidate
-        self._turn = await self._queue.acquire(candidate.uncached_tokens / candidate.replica.rate_tokens_per_second)
-        self._fleet.start(self.charge, clock.monotonic())
-        self._changed()
+        self._permit = await self._queue.acquire(candidate.uncached_tokens / candidate.replica.rate_tokens_per_second)
+        self._shared.fleet.start(self.charge, clock.monotonic())
+        self._shared.changed()
 
     def first_token(self, now_seconds: float) -> None:
-        """The prefill is done."""
-        self._fleet.first_token(self.charge, now_seconds)
-        self._changed()
+        """Note that the prefill is done."""
+        self._shared.fleet.first_token(self.charge, now_seconds)
+        self._shared.changed()
         self.computed()
 
     def computed(self) -> None:
-        """The replica has the prefix, as far as the answer tells: who waits for it may go."""
+        """Release those who wait for this prefix: the replica has it, as far as the response shows."""
         prefill, self._prefill = self._prefill, None
         if prefill is not None:
             prefill.first_token()
             if self.placement is not None:
-                self._journal.computed(self.placement)
+                self._shared.placements.computed(self.placement)
 
     def take_back(self) -> None:
-        """The replica did not compute the prefix: forget that it holds what only this attempt placed there."""
+        """Withdraw what only this attempt placed: the replica did not compute the prefix."""
         placement, self.placement = self.placement, None
         if placement is not None:
-            self._journal.take_back(placement)
+            self._shared.placements.take_back(placement)
 
     def end(self, now_seconds: float, *, client_left: bool = False) -> None:
-        """Give back what is still claimed. With `client_left` the engine may still compute: the charge decays."""
+        """Give back what is still claimed. With `client_left` the charge decays: the engine may still compute."""
+        fleet = self._shared.fleet
         if client_left:
-            self._fleet.client_left(self.charge)
-        self._fleet.finish(self.charge, now_seconds)
-        self._changed()
+            fleet.client_left(self.charge)
+        fleet.finish(self.charge, now_seconds)
+        self._shared.changed()
         if self._waits_for is not None:
             self._waits_for.leave()
         prefill, self._prefill = self._prefill, None
         if prefill is not None:
             prefill.failed()
             if self.placement is not None:
-                self._journal.left(self.placement)
-        if self._turn is not None:
-            self._turn.done()
+                self._shared.placements.left(self.placement)
+        if self._permit is not None:
+            self._permit.done()
 
 
 class Attempts:
-    """Begins attempts. `queues` are by replica number; `changed` tells the other workers that work was taken on."""
+    """Begins attempts. `queues` are by replica number; `changed` is called whenever this worker's load changes."""
 
     def __init__(
         self,
         fleet: Fleet,
-        journal: Journal,
+        placements: Placements,
         gate: PrefillGate,
         queues: Mapping[int, ReplicaQueue],
         changed: Callable[[], None],
         clock: Clock,
     ) -> None:
-        self._fleet = fleet
-        self._journal = journal
+        self._shared = Shared(fleet, placements, changed)
         self._gate = gate
         self._queues = queues
-        self._changed = changed
         self._clock = clock
 
     def turn_away(self, replica: int, error: UpstreamError) -> None:
-        """The replica is down: whoever waits for it gets `error` now, and may go elsewhere."""
+        """Fail those who wait for a replica that is down, so that they can go elsewhere."""
         self._queues[replica].fail(error)
 
     def begin(
@@ -149,7 +163,7 @@ class Attempts:
         stream: bool,
         source: int = 0,
     ) -> Attempt:
-        """Charge `candidate`, place the prefix there and stand at the gate.
+        """Charge `candidate`, place the prefix there and enter the gate.
 
         Without `fingerprint` (nothing worth sharing) only the charge is made. `source` stands for the tenant.
         """
@@ -169,17 +183,17 @@ class Attempts:
                 / candidate.replica.rate_tokens_per_second,
             )
         gated = isinstance(gate, Follower)
-        turn = None if gated else queue.try_acquire()
-        charge = self._fleet.charge(
+        permit = None if gated else queue.try_acquire()
+        charge = self._shared.fleet.charge(
             replica,
             uncached,
             now_seconds,
             plain=not stream,
             gated=gated,
-            queued=turn is None and not gated,
+            queued=permit is None and not gated,
             prompt_tokens=plan.prompt_tokens,
         )
         if fingerprint is not None:
-            placement = self._journal.place(replica, fingerprint, plan.prompt_tokens, source=source)
-        self._changed()
-        return Attempt(self._fleet, self._journal, candidate, charge, placement, queue, gate, turn, self._changed)
+            placement = self._shared.placements.place(replica, fingerprint, plan.prompt_tokens, source=source)
+        self._shared.changed()
+        return Attempt(self._shared, candidate, charge, placement, queue, gate, permit)

@@ -1,6 +1,6 @@
-"""One request on its way: what the phases learn of it, gathered for the one `Outcome` at its end.
+"""One request on its way: what the phases learn about it, gathered for the one `Outcome` at its end.
 
-It is the only mutable thing of a request, and has one writer at a time. It must not decide anything.
+It is the only mutable object of a request and has one writer at a time. It decides nothing.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from cache import Content, ContextRow, Fingerprint, Match
+from proxy.fleet import ThrottleKey
 from proxy.fleet.pools import ServedPool
 from proxy.metrics.definitions import INTER_TOKEN
 from proxy.model import Call, Edit, Ending, Outcome, Plan, Prompt, RouteReason, Times, Usage
 from proxy.pipeline.attempt import Attempt
 from proxy.pipeline.disclosure import told
+from proxy.pipeline.retries import AttemptFailure
 from proxy.wire.headers import cairn_headers
 
 
 @dataclass(frozen=True, slots=True)
 class StoredUse:
-    """A stored context that goes before this prompt. Its end is in seconds since 1970 by Redis's clock."""
+    """A stored context that precedes this prompt. It expires in seconds since 1970 by Redis's clock."""
 
     row: ContextRow
     content: Content
@@ -28,7 +30,7 @@ class StoredUse:
 
 
 class Exchange:
-    """What is known so far. `sent_seconds` and the stamps after it belong to the attempt that answered."""
+    """What is known so far. `sent_seconds` and the times after it belong to the last attempt."""
 
     __slots__ = (
         "asked_usage",
@@ -59,10 +61,10 @@ class Exchange:
         "progress_seconds",
         "prompt",
         "response_bytes",
-        "retries",
         "sent_seconds",
         "status",
         "stored",
+        "tried",
         "usage",
         "waited_seconds",
     )
@@ -79,19 +81,19 @@ class Exchange:
         self.pinned_replica: int | None = None  # the number of the replica where the object lies that is named
         self.plan: Plan | None = None
         self.background_id: str | None = None  # of a response that is computed in the background
-        self.avoid: frozenset[str] = frozenset()  # names of replicas that are not to be chosen
+        self.avoid: frozenset[str] = frozenset()  # names of replicas that must not be chosen
         self.stored: StoredUse | None = None
-        self.is_warming = False  # sent by Cairn itself, so that a context is computed before it is used
-        self.only_checked = False  # the stored context was to be checked, and nothing else done
+        self.is_warming = False  # sent by Cairn itself to compute a context before it is used
+        self.only_checked = False  # the stored context was only to be checked
         self.context_notes: tuple[tuple[bytes, bytes], ...] = ()
-        self.context_result = ""  # what became of the stored context that was named, in the words of the metric
+        self.context_result = ""  # the result for the stored context that was named, as the metric's label
         self.attempt: Attempt | None = None
         self.edits: tuple[Edit, ...] = ()
-        self.asked_usage = False  # the stream reports usage because Cairn asked, so that chunk is withheld
-        self.progress_seconds = 0.0
-        self.retries = 0
+        self.asked_usage = False  # the stream reports usage because Cairn asked for it, so that chunk is withheld
+        self.progress_seconds = 0.0  # when the last event came that is no keep-alive
+        self.tried: tuple[AttemptFailure, ...] = ()  # attempts that failed before the last one
         self.status = 0
-        self.ending = Ending.INTERNAL  # until something better is known
+        self.ending = Ending.INTERNAL  # until another ending is known
         self.error_code: str | None = None
         self.sent_seconds: float | None = None
         self.first_byte_seconds: float | None = None
@@ -104,7 +106,7 @@ class Exchange:
         self.response_bytes = 0
 
     def token_came(self, now_seconds: float) -> bool:
-        """Stamp a piece of the stream that carries tokens; True for the first."""
+        """Stamp a piece of the stream that carries tokens. Return True for the first."""
         if self.first_token_seconds is None:
             self.first_token_seconds = self.last_token_seconds = now_seconds
             return True
@@ -119,11 +121,18 @@ class Exchange:
 
     @property
     def replica_name(self) -> str:
-        """The replica of the present attempt, empty before there is one."""
+        """Name of the current attempt's replica, empty before the first attempt."""
         return "" if self.attempt is None else self.attempt.candidate.replica.name
 
+    @property
+    def throttle_key(self) -> ThrottleKey:
+        """Whose key the upstream sees, and the model: a 429 is about these two."""
+        pool = self.pool
+        owner = "" if pool is None or pool.has_own_key else self.call.tenant.id
+        return owner, self.model or ""
+
     def notes(self) -> tuple[tuple[bytes, bytes], ...]:
-        """What the client is told of the decision, as headers."""
+        """Headers that tell the client about the decision."""
         plan, attempt = self.plan, self.attempt
         if plan is None or attempt is None:
             return ()
@@ -135,23 +144,31 @@ class Exchange:
         own = cairn_headers(
             cache=cache,
             miss=miss,
-            reason=reason if self.retries == 0 else RouteReason.RETRY,
+            reason=RouteReason.RETRY if self.tried else reason,
             replica=candidate.replica.name,
             matched_tokens=matched_tokens,
             overhead_seconds=sent_seconds - self.call.read_seconds,
             upstream_seconds=(self.first_byte_seconds or sent_seconds) - sent_seconds,
             tells_times=self.own_blocks is None,
         )
+        if self.tried:
+            own += self.tried_note()
         return own + self.context_notes if self.context_notes else own
 
+    def tried_note(self) -> tuple[tuple[bytes, bytes], ...]:
+        """The header that lists the replicas that failed before, each with the reason; none if there are none."""
+        if not self.tried:
+            return ()
+        return ((b"x-cairn-tried", ", ".join(f"{each.name};{each.reason}" for each in self.tried).encode()),)
+
     def saved_note(self) -> tuple[tuple[bytes, bytes], ...]:
-        """What the upstream reported as cached, where a stored context was used and it said so."""
+        """The header with the tokens reported as cached, if a stored context was used and they were reported."""
         if self.stored is None or self.usage is None or self.usage.cached_tokens is None:
             return ()
         return ((b"msh-context-cache-token-saved", b"%d" % self.usage.cached_tokens),)
 
     def outcome(self, now_seconds: float) -> Outcome:
-        """The frozen end of it."""
+        """Freeze what is known into an outcome."""
         call, attempt = self.call, self.attempt
         return Outcome(
             call_id=call.request_id,
@@ -161,18 +178,19 @@ class Exchange:
             ending=self.ending,
             status=self.status,
             times=Times(
-                call.received_seconds,
-                call.read_seconds,
-                self.sent_seconds,
-                self.first_byte_seconds,
-                self.first_token_seconds,
-                now_seconds,
-                self.waited_seconds,
+                received_seconds=call.received_seconds,
+                read_seconds=call.read_seconds,
+                sent_seconds=self.sent_seconds,
+                first_byte_seconds=self.first_byte_seconds,
+                first_token_seconds=self.first_token_seconds,
+                ended_seconds=now_seconds,
+                waited_seconds=self.waited_seconds,
             ),
             replica=None if attempt is None else attempt.candidate.replica,
             plan=self.plan,
             usage=self.usage,
-            retries=self.retries,
+            retries=len(self.tried),
+            tried=tuple([f"{each.name};{each.reason}" for each in self.tried]),
             response_bytes=self.response_bytes,
             request_bytes=len(call.body),
             tenant_id=call.tenant.id,

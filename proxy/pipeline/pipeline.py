@@ -11,11 +11,12 @@ from typing import Final
 from proxy.downstream.response import Downstream
 from proxy.errors import REASON_PHRASES, CairnError, UnknownObject, UpstreamError
 from proxy.model import Call, Ending, Endpoint
+from proxy.pipeline.dispatch import Upload
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.models_endpoint import ModelsEndpoint
 from proxy.pipeline.planner import Planner
 from proxy.pipeline.reader import RequestReader
-from proxy.pipeline.relay import Relay, Upload
+from proxy.pipeline.relay import Relay
 from proxy.pipeline.settlement import Settlement
 from proxy.pipeline.stored_contexts import StoredContexts
 from proxy.wire.errors import error_response
@@ -123,4 +124,9 @@ class Pipeline:
         response = error_response(error, exchange.call.endpoint, request_id=exchange.call.request_id)
         exchange.status = response.status
         request_id = (b"x-request-id", exchange.call.request_id.encode())
-        client.send(response.status, REASON_PHRASES[response.status], (*response.headers, request_id), response.body)
+        client.send(
+            response.status,
+            REASON_PHRASES[response.status],
+            (*response.headers, request_id, *exchange.tried_note()),
+            response.body,
+        )

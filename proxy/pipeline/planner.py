@@ -85,7 +85,7 @@ class Planner:
     def plan(self, exchange: Exchange) -> None:
         """Order the pool's replicas by what this prompt would cost there. Raises Overloaded if none is left."""
         assert exchange.pool is not None  # noqa: S101 - the reader set it or raised
-        views = self._fleet.snapshot(exchange.pool.name, self._clock.monotonic())
+        views = self._fleet.snapshot(exchange.pool.name, self._clock.monotonic(), exchange.throttle_key)
         if exchange.avoid:
             views = tuple([view for view in views if view.name not in exchange.avoid])
         held_back = None
@@ -99,6 +99,7 @@ class Planner:
             weight_per_second=self._weight_per_second,
             held_back=held_back,
             room=self._index,
+            pool_name=exchange.pool.name,
         )
 
     def _demand(self, exchange: Exchange) -> Demand:

@@ -75,6 +75,8 @@ class Room(Protocol):
         ...
 
 
+_NAMED_AT_MOST: Final = 4  # replicas named in an error
+
 _MASK = (1 << 64) - 1
 
 
@@ -87,6 +89,7 @@ def plan(
     weight_per_second: float = WEIGHT_PER_SECOND,
     held_back: Callable[[int, Held], bool] | None = None,
     room: Room | None = None,
+    pool_name: str = "",
 ) -> Plan:
     """Order the available replicas by cost, cheapest first.
 
@@ -98,9 +101,9 @@ def plan(
     if pinned is None:
         usable = [view for view in views if view.available]
     else:
-        usable = [view for view in views if view.id == pinned and (view.available or view.draining)]
+        usable = [view for view in views if view.id == pinned and view.available]
     if not usable:
-        raise _none_left(views if pinned is None else [view for view in views if view.id == pinned])
+        raise _none_left(views if pinned is None else [view for view in views if view.id == pinned], pool_name)
 
     candidates = _ranked(demand, match, usable, weight_per_second, room)
     if held_back is not None and len(candidates) > 1:
@@ -283,8 +286,13 @@ def _miss(matched: int, match: Match, candidates: tuple[Candidate, ...]) -> Miss
     return MissReason.CHANGED if match.diverged else MissReason.NONE
 
 
-def _none_left(views: Sequence[ReplicaView]) -> Overloaded:
+def _none_left(views: Sequence[ReplicaView], pool_name: str) -> Overloaded:
     waits = [view.retry_after_seconds for view in views if view.retry_after_seconds > 0]
+    states = [f"{view.name} is {view.unavailable_because or 'unavailable'}" for view in views[:_NAMED_AT_MOST]]
+    if len(views) > _NAMED_AT_MOST:
+        states.append(f"and {len(views) - _NAMED_AT_MOST} more")
+    why = ", ".join(states) or "there is none"
     return Overloaded(
-        "No replica can take this request now.", retry_after_seconds=max(1.0, min(waits)) if waits else 1.0
+        f"No replica of pool {pool_name!r} can take this request now: {why}.",
+        retry_after_seconds=max(1.0, min(waits)) if waits else 1.0,
     )

@@ -109,6 +109,36 @@ class UpstreamResponse:
         """Size of what arrived of the body and was not taken yet."""
         return sum(map(len, self.chunks))
 
+    def peek(self) -> bytes:
+        """Return what has arrived of the body and was not taken yet, and leave it there."""
+        chunks = self.chunks
+        if len(chunks) > 1:
+            chunks[:] = [b"".join(chunks)]
+        return chunks[0] if chunks else b""
+
+    async def arrived(self, seen_bytes: int, loop_seconds: float) -> bool:
+        """Wait until more than `seen_bytes` are there to be taken, or the body is complete.
+
+        Return False when the loop's clock reaches `loop_seconds` first. Raises what ended the exchange. Cancelling it
+        closes the connection.
+        """
+        while self.buffered_bytes <= seen_bytes and not self._complete:
+            if self._error is not None:
+                raise copy(self._error)
+            waiter = self._waiter = self._loop.create_future()
+            timer = self._loop.call_at(loop_seconds, _wake, waiter)
+            try:
+                await waiter
+            except BaseException:
+                self.abort()
+                raise
+            finally:
+                timer.cancel()
+            if self._waiter is waiter:  # nothing has come: the timer woke it
+                self._waiter = None
+                return False
+        return True
+
     def body_now(self) -> bytes:
         """Take what has arrived of the body without waiting; once `complete`, the rest of it."""
         chunks = self.chunks
@@ -276,3 +306,8 @@ class UpstreamResponse:
             waiter.set_exception(error)
             return False
         return not self._complete and self._error is None
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

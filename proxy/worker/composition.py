@@ -45,6 +45,7 @@ from proxy.control.channel import WorkerControl
 from proxy.downstream.response import Downstream
 from proxy.fleet import Fleet
 from proxy.fleet.discovery import Discovery
+from proxy.fleet.findings import EngineFindings
 from proxy.fleet.health import HealthChecker
 from proxy.fleet.pools import Pools
 from proxy.metrics import definitions as metrics
@@ -52,12 +53,15 @@ from proxy.metrics.model_labels import ModelNames
 from proxy.metrics.recorder import Recorder
 from proxy.pipeline.admission import InFlightLimit
 from proxy.pipeline.attempt import Attempts
+from proxy.pipeline.dispatch import Dispatcher
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.models_endpoint import ModelsEndpoint
+from proxy.pipeline.objects import CreatedObjects
 from proxy.pipeline.pipeline import Pipeline
 from proxy.pipeline.planner import Planner
 from proxy.pipeline.reader import RequestReader
 from proxy.pipeline.relay import Relay
+from proxy.pipeline.response_relay import ResponseRelay
 from proxy.pipeline.routes import Routes
 from proxy.pipeline.settlement import Settlement
 from proxy.routing.prefill_gate import PrefillGate
@@ -71,6 +75,7 @@ from proxy.worker.figures import Figures, IndexFigures, OperationFigures, Replic
 from proxy.worker.http_server import HttpServer
 from proxy.worker.live_config import LiveConfig, LiveParts
 from proxy.worker.maintenance import Maintenance
+from proxy.worker.membership import Forgetting, log_change
 from proxy.worker.replica_queues import ReplicaQueues
 from proxy.worker.reporting import Reporter, StatusSource
 
@@ -161,9 +166,10 @@ def _replicas(config: Config, basics: Basics, memory: Memory) -> Replicas:
     rule = config.routing
     fleet = Fleet(
         random.random,
-        from_config.backoff(config.upstream),
+        from_config.breaker_settings(config.upstream),
         rule.prefill_tokens_per_second,
         (rule.in_flight_seconds_least, rule.in_flight_seconds_most),
+        log_change,
     )
     limits = from_config.upstream_limits(config.upstream)
     return Replicas(
@@ -208,7 +214,7 @@ def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
         tasks=basics.tasks,
         read=lambda: fleet.share(clock.monotonic()),
         absorb=lambda peer, rows: fleet.absorb(peer, rows, clock.monotonic()),
-        forget=fleet.forget,
+        forget=fleet.forget_peer,
         alone=lambda: journal.others == 0,
     )
     return Sharing(baseline, gate, remote_prefills, journal, load_broadcast)
@@ -316,14 +322,16 @@ class Requests:
     """The way of a request: the client port, the pipeline and the queues."""
 
     queues: ReplicaQueues
-    relay: Relay
+    dispatcher: Dispatcher
     routes: Routes
     pipeline: Pipeline
     in_flight_limit: InFlightLimit
     http_server: HttpServer
 
 
-def _relay(config: Config, basics: Basics, replicas: Replicas, sharing: Sharing, queues: ReplicaQueues) -> Relay:
+def _dispatcher(
+    config: Config, basics: Basics, replicas: Replicas, sharing: Sharing, queues: ReplicaQueues
+) -> Dispatcher:
     attempts = Attempts(
         replicas.fleet,
         sharing.journal,
@@ -332,17 +340,27 @@ def _relay(config: Config, basics: Basics, replicas: Replicas, sharing: Sharing,
         sharing.load_broadcast.changed,
         basics.clock,
     )
-    return Relay(
+    return Dispatcher(
         replicas.client,
         attempts,
         replicas.fleet,
         replicas.pools,
-        sharing.journal,
         basics.recorder,
         basics.clock,
-        max_retries=config.upstream.max_retries,
-        idle_seconds=config.upstream.idle_seconds,
+        from_config.retry_policy(config.upstream),
     )
+
+
+def _relay(config: Config, basics: Basics, replicas: Replicas, sharing: Sharing, dispatcher: Dispatcher) -> Relay:
+    responses = ResponseRelay(
+        CreatedObjects(sharing.journal),
+        replicas.fleet,
+        replicas.model_names,
+        basics.recorder,
+        basics.clock,
+        from_config.stream_limits(config.upstream),
+    )
+    return Relay(dispatcher, responses, basics.recorder, basics.clock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,7 +380,8 @@ def _requests(config: Config, secret: bytes, built: Built) -> Requests:
     clock = basics.clock
     queues = ReplicaQueues(replicas.fleet, replicas.pools, sharing.journal, clock, basics.writer_id)
     queues.set_limits(from_config.queue_limits(config.queue))
-    relay = _relay(config, basics, replicas, sharing, queues)
+    dispatcher = _dispatcher(config, basics, replicas, sharing, queues)
+    relay = _relay(config, basics, replicas, sharing, dispatcher)
     planner = Planner(
         replicas.fleet,
         built.memory.index,
@@ -389,22 +408,22 @@ def _requests(config: Config, secret: bytes, built: Built) -> Requests:
         _new_id,
         max_context_bytes=config.contexts.max_context_bytes,
     )
-    return Requests(queues, relay, routes, pipeline, in_flight_limit, http_server)
+    return Requests(queues, dispatcher, routes, pipeline, in_flight_limit, http_server)
 
 
 def _health(config: Config, built: Built, requests: Requests) -> HealthChecker:
     replicas = built.replicas
+    findings = EngineFindings(
+        replicas.fleet, built.sharing.journal, replicas.model_names, requests.queues, requests.dispatcher
+    )
     return HealthChecker(
         replicas.client,
         replicas.pools,
         replicas.fleet,
-        built.sharing.journal,
-        replicas.model_names,
+        findings,
         built.basics.loops,
         built.basics.clock,
         from_config.upstream_limits(config.upstream),
-        requests.queues.update,
-        requests.relay.always_reports_usage,
     )
 
 
@@ -461,8 +480,8 @@ async def build(config: Config, control: WorkerControl, *, access_log_descriptor
     requests = _requests(config, secret, built)
     contexts.own_requests.pipeline = requests.pipeline
     health = _health(config, built, requests)
-    replicas.discovery.changed = requests.queues.update
-    replicas.discovery.added = lambda number: basics.loops.start(health.learn(number), "engine facts")
+    for listener in (requests.queues, health, Forgetting(replicas.client, requests.dispatcher)):
+        replicas.discovery.subscribe(listener)
     return Worker(
         built, requests, health, _reporter(control, built, requests), _live_config(config, secret, built, requests)
     )

@@ -7,18 +7,40 @@ from collections.abc import Callable
 
 from cache import ContextLimits
 from proxy.config.schema import Client, Config, Contexts, Disclosure, Queueing, Upstream
-from proxy.fleet import Backoff
+from proxy.fleet import BreakerSettings
 from proxy.pipeline.admission import Authenticator, KnownClient
+from proxy.pipeline.dispatch import HOLD_SECONDS, RetryPolicy
+from proxy.pipeline.response_relay import StreamLimits
 from proxy.routing.replica_queue import QueueLimits
 from proxy.upstream import Limits, Origin, default_ssl_context
 
 
-def backoff(upstream: Upstream) -> Backoff:
+def breaker_settings(upstream: Upstream) -> BreakerSettings:
     """Return the pauses after a replica's failures."""
-    return Backoff(
+    return BreakerSettings(
         first_seconds=upstream.backoff_seconds,
         most_seconds=upstream.backoff_max_seconds,
         most_retry_after_seconds=upstream.retry_after_max_seconds,
+    )
+
+
+def retry_policy(upstream: Upstream) -> RetryPolicy:
+    """Return when a request is sent to another replica."""
+    return RetryPolicy(
+        max_retries=upstream.max_retries,
+        statuses=frozenset(upstream.retry_statuses),
+        hold_seconds=min(upstream.comment_seconds or HOLD_SECONDS, HOLD_SECONDS),
+        first_byte_seconds=upstream.first_byte_seconds,
+        idle_seconds=upstream.idle_seconds,
+    )
+
+
+def stream_limits(upstream: Upstream) -> StreamLimits:
+    """Return how long a stream may be silent."""
+    return StreamLimits(
+        idle_seconds=upstream.idle_seconds,
+        thinking_seconds=upstream.thinking_seconds,
+        comment_seconds=upstream.comment_seconds,
     )
 
 

@@ -27,7 +27,7 @@ from proxy.metrics.recorder import Recorder
 from proxy.model import Body, Call, Endpoint, Tenant
 from proxy.pipeline.admission import Authenticator, InFlightLimit, credentials_of
 from proxy.pipeline.cors import Cors
-from proxy.pipeline.relay import Upload
+from proxy.pipeline.dispatch import Upload
 from proxy.pipeline.routes import Route, Routes, is_liveness
 from proxy.wire.decode import decode_request, request_encoding
 from proxy.wire.errors import error_response

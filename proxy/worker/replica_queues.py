@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from cache import Journal, JournalState
 from proxy.clock import Clock
 from proxy.fleet import Fleet
-from proxy.fleet.pools import Pools
+from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 
 
@@ -27,6 +28,14 @@ class ReplicaQueues:
         """Use `limits` in all queues."""
         self._limits = limits
         self.update()
+
+    def replicas_changed(self, joined: Sequence[int]) -> None:  # noqa: ARG002 - `update` finds what is new
+        """Make queues for new replicas."""
+        self.update()
+
+    def replica_forgotten(self, number: int, endpoint: ReplicaEndpoint) -> None:  # noqa: ARG002
+        """Drop the queue of a replica that is gone for good."""
+        self.by_replica.pop(number, None)
 
     def update(self) -> None:
         """Make a queue for every new replica, and take over the limits of concurrent work that the fleet knows."""

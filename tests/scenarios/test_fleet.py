@@ -35,7 +35,9 @@ async def ask(http: aiohttp.ClientSession, cairn: Cairn, text: str) -> tuple[int
 
 def queued(cairn: Cairn) -> float:
     cairn.worker.reporter.report()
-    return cairn.heard.exposition.series(metrics.UPSTREAM_QUEUED).get((cairn.worker.replicas.fleet.name_of(0),), 0)
+    return cairn.heard.exposition.series(metrics.UPSTREAM_QUEUED).get(
+        (cairn.worker.replicas.fleet.name_of(0) or "",), 0
+    )
 
 
 class At(OpenAIUpstream):
@@ -159,14 +161,14 @@ async def test_a_capacity_is_scraped_and_said_again_only_when_it_changes() -> No
         worker = cairn.worker
         assert worker.memory.index.replicas()[0].budget_tokens == 16_000
         worker.memory.index.set_budget(0, 14_400)
-        await worker.health.learn(0)
+        await worker.health.check(0)
         assert worker.memory.index.replicas()[0].budget_tokens == 14_400
         epoch = worker.memory.index.epoch(0)
         pages["/metrics"] = VLLM.format(at=2000.0, blocks=2_000)
-        await worker.health.learn(0)
+        await worker.health.check(0)
         assert worker.memory.index.replicas()[0].budget_tokens == 32_000
         assert worker.memory.index.epoch(0) == epoch + 1
-        await worker.health.learn(0)
+        await worker.health.check(0)
         assert worker.memory.index.epoch(0) == epoch + 1
 
 

@@ -69,14 +69,47 @@ async def test_an_upstream_that_refuses_stream_options_is_remembered(http: aioht
         assert asked == [True, False, False]
 
 
-async def test_another_400_of_the_upstream_is_passed_on_as_it_is(http: aiohttp.ClientSession) -> None:
-    """Only a refusal that names the field leads to a resend."""
-    failure = Failure(400, body=b'{"error": {"message": "too long", "type": "x"}}')
+@pytest.mark.parametrize("status", [400, 415, 422])
+async def test_a_refusal_that_names_no_field_is_tried_without_stream_options_and_proves_nothing_if_that_fails_too(
+    http: aiohttp.ClientSession, status: int
+) -> None:
+    """The client gets the upstream's own refusal of what it sent, and its next stream is counted again."""
+    failure = Failure(status, body=b'{"error": {"message": "too long", "type": "x"}}')
+    failures: list[Failure | None] = [failure, failure]
+    async with OpenAIUpstream(failures=failures) as upstream, running(config_for([upstream.url])) as cairn:
+        for expected in (status, 200):
+            async with http.post(f"{cairn.url}/chat/completions", json=STREAM) as answer:
+                assert answer.status == expected
+                text = await answer.read()
+                assert text == failure.body if expected != 200 else text.endswith(b"data: [DONE]\n\n")
+        asked = [b"stream_options" in request.body for request in upstream.generations]
+        assert asked == [True, False, True]
+        assert cairn.tokens("output") == 3
+
+
+async def test_a_refusal_that_goes_away_without_stream_options_is_remembered_whatever_it_says(
+    http: aiohttp.ClientSession,
+) -> None:
+    """The second request succeeded, which is the proof."""
+    failure = Failure(422, body=b'{"message": "Extra inputs are not permitted"}')
     async with OpenAIUpstream(failures=[failure]) as upstream, running(config_for([upstream.url])) as cairn:
-        async with http.post(f"{cairn.url}/chat/completions", json=STREAM) as answer:
-            assert answer.status == 400
-            assert await answer.read() == failure.body
-        assert len(upstream.generations) == 1
+        for _ in range(2):
+            async with http.post(f"{cairn.url}/chat/completions", json=STREAM) as answer:
+                assert answer.status == 200
+        asked = [b"stream_options" in request.body for request in upstream.generations]
+        assert asked == [True, False, False]
+
+
+async def test_once_stream_options_were_accepted_another_400_is_passed_on_at_once(
+    http: aiohttp.ClientSession,
+) -> None:
+    """It cannot be due to them, unless it names them."""
+    failure = Failure(400, body=b'{"error": {"message": "too long", "type": "x"}}')
+    async with OpenAIUpstream(failures=[None, failure]) as upstream, running(config_for([upstream.url])) as cairn:
+        for expected in (200, 400):
+            async with http.post(f"{cairn.url}/chat/completions", json=STREAM) as answer:
+                assert answer.status == expected
+        assert len(upstream.generations) == 2
 
 
 @pytest.mark.parametrize(
@@ -258,21 +291,21 @@ async def test_a_request_that_dies_before_its_answer_is_tried_at_the_next_replic
             assert cairn.count(metrics.UPSTREAM_RETRIES) == 1
 
 
-async def test_with_no_replica_left_the_answer_is_503_and_says_when_to_come_back(
+async def test_a_replica_that_cannot_be_reached_is_down_from_the_start_and_the_503_says_so(
     http: aiohttp.ClientSession,
 ) -> None:
-    """OpenAI's shape, with Retry-After; and it heals when the replica is back."""
+    """OpenAI's shape, with Retry-After, the pool and the reason; and it heals when the replica is back."""
     upstream = OpenAIUpstream()
     async with upstream:
         port = upstream.port
     async with running(config_for([f"http://127.0.0.1:{port}"])) as cairn:
         url = f"{cairn.url}/chat/completions"
         async with http.post(url, json=CHAT) as answer:
-            assert answer.status == 502
-        async with http.post(url, json=CHAT) as answer:
             assert answer.status == 503
             assert int(answer.headers["retry-after"]) >= 1
-            assert (await answer.json())["error"]["code"] == "no_upstream_available"
+            error = (await answer.json())["error"]
+            assert error["code"] == "no_upstream_available"
+            assert f"pool 'engines' can take this request now: 127.0.0.1:{port} is unreachable" in error["message"]
         async with OpenAIUpstream(port=port):
 
             async def served() -> bool:

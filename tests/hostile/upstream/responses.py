@@ -136,4 +136,17 @@ CASES: dict[str, Case] = {
     "a flood of 102 in one segment": refused(b"HTTP/1.1 102 Processing\r\n\r\n" * 100 + OWN),
     "a large flood of 100": refused(*[b"HTTP/1.1 100 Continue\r\n\r\n" * 1_000] * 5),
     "101 without an upgrade": refused(b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"),
+    # statuses with a time
+    "429 with an absurd Retry-After": whole(
+        b"HTTP/1.1 429 Slow\r\nRetry-After: 99999999999\r\nContent-Length: 3\r\n\r\nown", status=429
+    ),
+    "429 with a malformed Retry-After": whole(
+        b"HTTP/1.1 429 Slow\r\nRetry-After: soon\r\nContent-Length: 3\r\n\r\nown", status=429
+    ),
+    "429 with a Retry-After of superscripts": whole(
+        b"HTTP/1.1 429 Slow\r\nRetry-After: \xb2\xb2\r\nContent-Length: 3\r\n\r\nown", status=429
+    ),
+    "503 with a date that has no year": whole(
+        b"HTTP/1.1 503 Busy\r\nRetry-After: Mon, 99 Foo 0000\r\nContent-Length: 3\r\n\r\nown", status=503
+    ),
 }  # fmt: skip

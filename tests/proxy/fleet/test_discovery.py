@@ -14,6 +14,7 @@ from proxy.config.schema import Config, Pool, Replica
 from proxy.errors import ConfigError
 from proxy.fleet import Fleet
 from proxy.fleet.discovery import FORGET_SECONDS, Discovery
+from proxy.fleet.pools import ReplicaEndpoint
 from tests.support.clock import FakeClock
 
 NAME = "dns+http://engines.default.svc:8000"
@@ -44,7 +45,14 @@ class Bench:
         self.config = Config(pools=(Pool(name="engines", replicas=replicas or (Replica(NAME),)),))
         self.members = Discovery(self.config, self.fleet, self.index, self.clock, names)
         self.added: list[int] = []
-        self.members.added = self.added.append
+        self.forgotten: list[int] = []
+        self.members.subscribe(self)
+
+    def replicas_changed(self, joined: Sequence[int]) -> None:
+        self.added += joined
+
+    def replica_forgotten(self, number: int, endpoint: ReplicaEndpoint) -> None:
+        self.forgotten.append(number)
 
     def names(self) -> list[str]:
         return sorted(view.name for view in self.fleet.snapshot("engines", 0.0) if view.available)
@@ -90,17 +98,47 @@ async def test_what_a_replica_held_is_kept_while_it_may_come_back():
     names.addresses = ("10.0.0.2",)
     await bench.members.look()
     bench.clock.advance(FORGET_SECONDS - 1)
-    bench.members._forget()
+    bench.members.forget()
     names.addresses = ("10.0.0.1", "10.0.0.2")
     await bench.members.look()
     bench.clock.advance(FORGET_SECONDS)
-    bench.members._forget()
+    bench.members.forget()
     assert 0 in bench.index.match(chain).held
     names.addresses = ("10.0.0.2",)
     await bench.members.look()
     bench.clock.advance(FORGET_SECONDS)
-    bench.members._forget()
+    bench.members.forget()
     assert bench.index.match(chain).held == {}
+
+
+async def test_replicas_that_come_and_go_behind_a_name_leave_nothing_behind():
+    """After two thousand of them there is one endpoint, one number and one budget."""
+    names = Names("10.0.0.1")
+    bench = Bench(names)
+    for number in range(2_000):
+        names.addresses = (f"10.1.{number // 250}.{number % 250}",)
+        await bench.members.look()
+        bench.clock.advance(FORGET_SECONDS + 1)
+        bench.members.forget()
+    assert len(bench.members.pools.backends) == 1
+    assert len(bench.fleet.members()) == 1
+    assert len(bench.index.replicas()) <= 1
+    assert len(bench.forgotten) == 1_999
+    assert max(bench.added) <= 1
+
+
+async def test_a_name_with_a_label_that_is_too_long_is_a_failed_look_up():
+    """The codec for host names raises no OSError."""
+
+    async def resolve(name: str, port: int) -> Sequence[str]:
+        return [name.encode("idna").decode()]
+
+    bench = Bench(Names("10.0.0.1"))
+    bench.members._resolve = resolve
+    bench.config = Config(pools=(Pool(name="engines", replicas=(Replica(f"dns+http://{'a' * 70}.svc:80"),)),))
+    bench.members.adopt(bench.config)
+    await bench.members.look()
+    assert bench.names() == []
 
 
 async def test_a_configured_capacity_is_said_once():

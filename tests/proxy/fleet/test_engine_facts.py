@@ -17,7 +17,7 @@ vllm:num_requests_running{model_name="m"} 3.0
 
 def test_vllms_capacity_is_blocks_times_their_size():
     """Added over the engines of one server."""
-    assert read_metrics(VLLM) == EngineFacts(441_440, None, 1.7e9)
+    assert read_metrics(VLLM) == EngineFacts(441_440, None, 1.7e9, engine="vLLM")
     two = VLLM + b'vllm:cache_config_info{engine="1",num_gpu_blocks="10",block_size="16"} 1.0\n'
     assert read_metrics(two).capacity_tokens == 441_600
 
@@ -32,17 +32,19 @@ def test_sglangs_capacity_from_its_metrics_or_its_server():
     """By release at the top or in internal_states."""
     assert read_metrics(b'sglang:max_total_num_tokens{model_name="m"} 500000.0\n').capacity_tokens == 500_000
     top = b'{"max_total_num_tokens": 500000, "max_running_requests": 64, "other": [1]}'
-    assert read_sglang_server(top) == EngineFacts(500_000, 64)
+    assert read_sglang_server(top) == EngineFacts(500_000, 64, engine="SGLang")
     inner = b'{"max_total_num_tokens": 400, "max_running_requests": 8}'
     assert read_sglang_server(b'{"max_running_requests": null, "internal_states": [' + inner + b"]}") == EngineFacts(
-        400, 8
+        400, 8, engine="SGLang"
     )
 
 
 def test_llamas_slots_limit_it_and_hold_its_tokens():
     """Each slot has a context of its own."""
     page = b'{"default_generation_settings": {"n_ctx": 4096, "params": {}}, "total_slots": 4, "build_info": "b1"}'
-    assert read_llama_props(page) == EngineFacts(16_384, 4, tells_timings=True, slots=4)
+    assert read_llama_props(page) == EngineFacts(
+        16_384, 4, tells_timings=True, slots=4, engine="llama.cpp", version="b1"
+    )
 
 
 @given(st.binary(max_size=300))

@@ -201,10 +201,10 @@ def test_none_left_is_503_with_the_seconds_until_the_first_is_tried():
         plan(LONG, NOTHING, [])
 
 
-def test_what_is_pinned_goes_there_even_where_it_drains():
+def test_what_is_pinned_goes_there_however_busy_it_is():
     """The object lives on one replica: no cost moves it, and without that replica there is no answer."""
     pinned = msgspec.structs.replace(LONG, pinned_replica=1)
-    busy = view(1, available=False, draining=True, pending_tokens=90_000.0)
+    busy = view(1, pending_tokens=90_000.0)
     made = plan(pinned, Match({0: held_part(39_000, 9_750.0)}), [view(0), busy])
     assert ([c.replica.id for c in made.candidates], made.reason) == ([1], RouteReason.PINNED)
     with pytest.raises(Overloaded):

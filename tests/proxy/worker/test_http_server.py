@@ -18,7 +18,7 @@ from proxy.errors import REASON_PHRASES, BadRequest, CairnError
 from proxy.metrics.recorder import Recorder
 from proxy.model import Call
 from proxy.pipeline.admission import Authenticator, InFlightLimit, KnownClient
-from proxy.pipeline.relay import Upload
+from proxy.pipeline.dispatch import Upload
 from proxy.pipeline.routes import Routes
 from proxy.wire.errors import error_response
 from proxy.worker.http_server import HttpServer

@@ -1,0 +1,102 @@
+"""Apply what a health check found at an engine: to the fleet, the index and the names of models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import msgspec
+
+from proxy.fleet.engine_facts import EngineFacts
+from proxy.fleet.fleet import Fleet
+from proxy.fleet.pools import ReplicaEndpoint
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What a replica says of itself. `models` is None if it does not list them."""
+
+    models: tuple[str, ...] | None
+    facts: EngineFacts
+
+
+class Journal(Protocol):
+    """The part of `cache.Journal` that is told about engines."""
+
+    def knows_budget(self, replica: int) -> bool: ...
+    def set_budget(self, replica: int, tokens: int) -> None: ...
+    def set_capacity(self, replica: int, tokens: int, slots: int | None) -> None: ...
+    def new_epoch(self, replica: int) -> None: ...
+
+
+class ModelNames(Protocol):
+    """Model names that may become metric labels."""
+
+    def add(self, names: Iterable[str]) -> None: ...
+
+
+class Queues(Protocol):
+    """The queues before replicas."""
+
+    def update(self) -> None: ...
+
+
+class UsageReports(Protocol):
+    """Who must know that a replica reports usage without being asked."""
+
+    def always_reports_usage(self, replica: int) -> None: ...
+
+
+class EngineFindings:
+    """Applies findings. One per worker."""
+
+    def __init__(
+        self, fleet: Fleet, journal: Journal, model_names: ModelNames, queues: Queues, usage_reports: UsageReports
+    ) -> None:
+        self._fleet = fleet
+        self._journal = journal
+        self._model_names = model_names
+        self._queues = queues
+        self._usage_reports = usage_reports
+        self._started: dict[int, float] = {}
+        self._capacity_tokens: dict[int, int] = {}
+
+    def apply(self, number: int, endpoint: ReplicaEndpoint, found: Found) -> None:
+        """Take over what was found at a replica."""
+        facts = found.facts
+        if found.models is not None:
+            self._model_names.add(found.models)
+        if facts.capacity_tokens is not None and endpoint.capacity_tokens is None:
+            self._set_capacity(number, facts.capacity_tokens, facts.slots)
+        if facts.in_flight_limit is not None:
+            self._fleet.set_limit(number, facts.in_flight_limit)
+            self._queues.update()
+        if facts.tells_timings:
+            self._usage_reports.always_reports_usage(number)
+        if facts.started_unix_seconds is not None:
+            self._note_start(number, facts.started_unix_seconds)
+
+    def forget(self, number: int) -> None:
+        """Drop what is known of a replica that is gone for good."""
+        self._started.pop(number, None)
+        self._capacity_tokens.pop(number, None)
+
+    def _note_start(self, number: int, started_unix_seconds: float) -> None:
+        """Start a new epoch if the engine was restarted: its cache is empty."""
+        before = self._started.setdefault(number, started_unix_seconds)
+        if started_unix_seconds > before:
+            self._started[number] = started_unix_seconds
+            self._fleet.restarted(number)
+            self._journal.new_epoch(number)
+
+    def _set_capacity(self, number: int, tokens: int, slots: int | None) -> None:
+        """Set a budget when it is new: setting it again would undo what responses taught since.
+
+        A worker that starts among others sets it only if their index has no budget for the replica yet.
+        """
+        first = number not in self._capacity_tokens
+        if self._capacity_tokens.get(number) == tokens:
+            return
+        self._capacity_tokens[number] = tokens
+        self._journal.set_capacity(number, tokens, slots)
+        if not (first and self._journal.knows_budget(number)):
+            self._journal.set_budget(number, tokens)

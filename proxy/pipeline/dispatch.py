@@ -1,0 +1,393 @@
+"""The first half of phase 7: send the request to a replica, and to the next one while nothing reached the client.
+
+Everything an attempt claims is given back here if the attempt fails. What the failure says about the replica is
+reported to the fleet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Final, Protocol
+from zlib import crc32
+
+from proxy.clock import Clock
+from proxy.errors import ConnectFailed, UpstreamError
+from proxy.fleet import Failure, Fleet
+from proxy.fleet.pools import Pools, ReplicaEndpoint
+from proxy.metrics.definitions import HIDDEN_ERRORS, UPSTREAM_RETRIES
+from proxy.metrics.recorder import Recorder
+from proxy.model import Candidate, Edit
+from proxy.pipeline import retries
+from proxy.pipeline.attempt import Attempt, Attempts
+from proxy.pipeline.exchange import Exchange
+from proxy.pipeline.opening import Opening, wait_for_opening
+from proxy.pipeline.retries import AttemptFailure, FailureKind, RetryBudget
+from proxy.upstream import Body, Origin, UpstreamResponse
+from proxy.wire import headers as wire_headers
+from proxy.wire import splice
+from proxy.wire.paths import without_credentials
+
+HOLD_SECONDS: Final = 15.0
+"""How long the head of a stream is held back for its first event. Until then another replica can be tried."""
+
+_REFUSAL_AT_MOST_BYTES = 64 * 1024
+_IDEMPOTENT_METHODS = frozenset({"GET", "HEAD"})
+_FULL_STATUSES = frozenset({503, 529})
+_RATE_LIMITED: Final = 429
+_FAILED_STATUSES = frozenset({408})  # beside all of 500 to 599
+_MAY_REFUSE_STREAM_OPTIONS = frozenset({400, 415, 422})
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A body that is passed through: its pieces, and its length in bytes if the client declared it."""
+
+    pieces: AsyncIterator[bytes]
+    length: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often, and upon which statuses, a request is sent to another replica; how long a stream's head is held."""
+
+    max_retries: int = 2
+    statuses: Collection[int] = frozenset({408, 429, 500, 502, 503, 504, 529})
+    hold_seconds: float = HOLD_SECONDS
+    first_byte_seconds: float = 600.0  # from the head of a stream until its first event
+    idle_seconds: float = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A response that has begun. `failure` is set if another attempt would have been preferred."""
+
+    response: UpstreamResponse
+    is_stream: bool
+    failure: AttemptFailure | None = None
+
+
+class Client(Protocol):
+    """Sends one request: `proxy.upstream.UpstreamClient`."""
+
+    def request(
+        self,
+        origin: Origin,
+        method: bytes,
+        target: bytes,
+        headers: Iterable[tuple[bytes, bytes]],
+        body: Body,
+        *,
+        length: int | None = None,
+        retry_reused: bool = False,
+    ) -> Awaitable[UpstreamResponse]:
+        """Return when the head of the response has come; raises UpstreamError."""
+        ...
+
+
+class Dispatcher:
+    """Sends requests to replicas. One per worker."""
+
+    def __init__(
+        self,
+        client: Client,
+        attempts: Attempts,
+        fleet: Fleet,
+        pools: Pools,
+        recorder: Recorder,
+        clock: Clock,
+        policy: RetryPolicy,
+    ) -> None:
+        self._client = client
+        self._attempts = attempts
+        self._fleet = fleet
+        self._pools = pools
+        self._recorder = recorder
+        self._clock = clock
+        self._policy = policy
+        self._budget = RetryBudget()
+        self._usage_options = UsageOptions()
+
+    async def first_response(self, exchange: Exchange, upload: Upload | None) -> Opened:
+        """Return the response that the client gets, from the first replica that gives a usable one.
+
+        Raises UpstreamError if no replica responded; Overloaded or RateLimited if the request waited in vain.
+        """
+        assert exchange.plan is not None  # noqa: S101 - the pipeline's order
+        candidate = exchange.plan.candidates[0]
+        self._budget.note_request(self._clock.monotonic())
+        while True:
+            try:
+                opened = await self._try(exchange, candidate, upload)
+            except UpstreamError as error:
+                failure = retries.of_error(candidate, error)
+                following = self._following(exchange, failure, upload)
+                if following is None:
+                    raise
+            else:
+                if opened.failure is None:
+                    if exchange.tried:
+                        self._hold_guilty(exchange)
+                    return opened
+                failure = opened.failure
+                following = self._following(exchange, failure, upload)
+                if following is None:
+                    return opened
+                self._discard(exchange, opened)
+            exchange.tried = (*exchange.tried, failure)
+            self._recorder.inc(UPSTREAM_RETRIES, (failure.name, failure.reason))
+            candidate = following
+
+    def always_reports_usage(self, replica: int) -> None:
+        """Note that a replica reports usage on every stream, so that its requests need no edit."""
+        self._usage_options.refuses(replica)
+
+    def forget(self, replica: int) -> None:
+        """Forget what was learned of a replica that is gone."""
+        self._usage_options.forget(replica)
+
+    # -- which replica is next
+
+    def _following(self, exchange: Exchange, failure: AttemptFailure, upload: Upload | None) -> Candidate | None:
+        """Return the candidate to try after `failure`; None if this was the last attempt."""
+        assert exchange.plan is not None  # noqa: S101
+        if len(exchange.tried) >= self._policy.max_retries:
+            return None
+        call = exchange.call
+        runs_model, replayable = call.endpoint.runs_model, upload is None
+        if not retries.may_repeat(failure.kind, runs_model=runs_model, method=call.method, replayable=replayable):
+            return None
+        candidates, now_seconds = exchange.plan.candidates, self._clock.monotonic()
+        open_replicas = [self._fleet.is_open(each.replica.id, now_seconds) for each in candidates]
+        following = retries.next_candidate((*exchange.tried, failure), candidates, open_replicas)
+        return following if following is not None and self._budget.take(now_seconds) else None
+
+    def _hold_guilty(self, exchange: Exchange) -> None:
+        """Report the replicas at which a request failed that now succeeded elsewhere."""
+        now_seconds = self._clock.monotonic()
+        for failure in exchange.tried:
+            if failure.shows_the_replica_fails:
+                self._fleet.proven(failure.replica, now_seconds, f"{failure.reason}, and another replica succeeded")
+
+    def _discard(self, exchange: Exchange, opened: Opened) -> None:
+        opened.response.abort()
+        if opened.failure is not None and opened.failure.kind is FailureKind.ERROR_EVENT:
+            self._recorder.inc(HIDDEN_ERRORS, (opened.failure.name, "error_event"))
+        if exchange.attempt is not None:
+            exchange.attempt.end(self._clock.monotonic())
+
+    # -- one attempt
+
+    async def _try(self, exchange: Exchange, candidate: Candidate, upload: Upload | None) -> Opened:
+        """Make one attempt. If it raises, what it claimed is given back and the fleet was told."""
+        attempt = await self._begin(exchange, candidate)
+        try:
+            response = await self._send(exchange, attempt, upload)
+            exchange.sent_seconds, exchange.first_byte_seconds = response.sent_seconds, response.first_byte_seconds
+            opening = await self._open(exchange, response)
+        except UpstreamError as error:
+            self._failed(exchange, attempt, error)
+            raise
+        failure = self._judge(exchange, candidate, response, opening)
+        if failure is not None or response.status >= 400:
+            attempt.take_back()
+        return Opened(response, opening in (Opening.STREAM, Opening.ERROR), failure)
+
+    async def _begin(self, exchange: Exchange, candidate: Candidate) -> Attempt:
+        """Claim the replica and wait for a place there."""
+        prompt, plan, match = exchange.prompt, exchange.plan, exchange.match
+        assert plan is not None  # noqa: S101
+        held = None if match is None else match.held.get(candidate.replica.id)
+        attempt = exchange.attempt = self._attempts.begin(
+            plan,
+            candidate,
+            exchange.fingerprint,
+            held.blocks if held else 0,
+            stream=prompt is not None and prompt.stream,
+            source=crc32(exchange.call.tenant.id.encode()),
+        )
+        if attempt.must_wait:
+            before_seconds = self._clock.monotonic()
+            try:
+                await attempt.wait(self._clock)
+            except BaseException:
+                attempt.take_back()  # it was never sent, so no replica holds its prefix
+                attempt.end(self._clock.monotonic())
+                raise
+            finally:
+                exchange.waited_seconds += self._clock.monotonic() - before_seconds
+        return attempt
+
+    async def _open(self, exchange: Exchange, response: UpstreamResponse) -> Opening:
+        """Wait until the response shows whether it is a stream, and what its first event is."""
+        prompt = exchange.prompt
+        wants_stream = (prompt is not None and prompt.stream) or response.is_event_stream
+        if not wants_stream or response.status >= 400 or not exchange.call.endpoint.is_generation:
+            return Opening.PLAIN
+        named_so = response.is_event_stream or not response.header(b"content-type")
+        if response.header(b"content-encoding"):
+            return Opening.STREAM if named_so else Opening.PLAIN
+        response.allow_silence(self._policy.first_byte_seconds)
+        opening = await wait_for_opening(response, exchange.call.endpoint, self._policy.hold_seconds)
+        if opening is Opening.UNDECIDED:
+            opening = Opening.STREAM if named_so else Opening.PLAIN
+        if opening is Opening.PLAIN:
+            response.allow_silence(self._policy.idle_seconds)
+        return opening
+
+    # -- the request
+
+    async def _send(self, exchange: Exchange, attempt: Attempt, upload: Upload | None) -> UpstreamResponse:
+        endpoint = self._pools.backends[attempt.replica]
+        if upload is not None:
+            exchange.asked_usage = False
+            return await self._request(exchange, endpoint, upload.pieces, upload.length, identity=False)
+        prompt = exchange.prompt
+        ask = None
+        if prompt is not None and self._usage_options.may_ask(attempt.replica):
+            ask = splice.ask_usage(prompt)
+        edits = exchange.edits if ask is None else (*exchange.edits, ask)
+        response = await self._send_body(exchange, endpoint, edits, identity=ask is not None)
+        exchange.asked_usage = ask is not None
+        if ask is None:
+            return response
+        if response.status < 300:
+            self._usage_options.accepts(attempt.replica)
+        elif response.status in _MAY_REFUSE_STREAM_OPTIONS:
+            return await self._without_usage(exchange, attempt, endpoint, response)
+        return response
+
+    async def _without_usage(
+        self, exchange: Exchange, attempt: Attempt, endpoint: ReplicaEndpoint, refusal: UpstreamResponse
+    ) -> UpstreamResponse:
+        """Send again without `stream_options` if that may have caused `refusal`; a success proves that it did."""
+        text = await refusal.read(_REFUSAL_AT_MOST_BYTES)
+        if not self._usage_options.may_have_caused(attempt.replica, text):
+            refusal.put_back(text)
+            return refusal
+        exchange.asked_usage = False
+        response = await self._send_body(exchange, endpoint, exchange.edits, identity=False)
+        if response.status < 300:
+            self._usage_options.refuses(attempt.replica)
+        return response
+
+    def _send_body(
+        self, exchange: Exchange, endpoint: ReplicaEndpoint, edits: tuple[Edit, ...], *, identity: bool
+    ) -> Awaitable[UpstreamResponse]:
+        """Send the client's body: with `edits`, or exactly as it came, compressed or not."""
+        call = exchange.call
+        if call.encoded_body is not None and not edits:
+            return self._request(exchange, endpoint, [call.encoded_body], len(call.encoded_body), identity=identity)
+        buffers, length = splice.apply(call.body, edits)
+        decoded = call.encoded_body is not None
+        return self._request(exchange, endpoint, buffers, length, identity=identity, decoded=decoded)
+
+    def _request(
+        self,
+        exchange: Exchange,
+        endpoint: ReplicaEndpoint,
+        body: Body,
+        length: int | None,
+        *,
+        identity: bool,
+        decoded: bool = False,
+    ) -> Awaitable[UpstreamResponse]:
+        call = exchange.call
+        replaces_key = endpoint.credential is not None or endpoint.drops_credentials
+        head = wire_headers.upstream_head(
+            call.headers,
+            request_id=call.request_id,
+            credential=endpoint.credential,
+            drop_credentials=endpoint.drops_credentials,
+            identity=identity,
+            decoded=decoded,
+        )
+        if endpoint.default_headers:
+            names = {name for name, _ in head}
+            head += tuple(pair for pair in endpoint.default_headers if pair[0] not in names)
+        return self._client.request(
+            endpoint.origin,
+            call.method.encode(),
+            (without_credentials(call.target) if replaces_key else call.target).encode(),
+            head,
+            body,
+            length=length,
+            retry_reused=call.endpoint.runs_model or call.method in _IDEMPOTENT_METHODS,
+        )
+
+    # -- what the fleet learns
+
+    def _failed(self, exchange: Exchange, attempt: Attempt, error: UpstreamError) -> None:
+        """Give back a failed attempt and report it."""
+        now_seconds = self._clock.monotonic()
+        attempt.take_back()
+        attempt.end(now_seconds)
+        if isinstance(error, ConnectFailed):
+            closed = self._fleet.unreachable(attempt.replica, now_seconds, error.message)
+        else:
+            closed = self._fleet.failed(
+                attempt.replica, evidence(exchange, by_status=False), now_seconds, error.message
+            )
+        if closed:
+            self._attempts.turn_away(attempt.replica, error)
+
+    def _judge(
+        self, exchange: Exchange, candidate: Candidate, response: UpstreamResponse, opening: Opening
+    ) -> AttemptFailure | None:
+        """Report a response to the fleet. Return a failure if another replica should be tried."""
+        status, number, name = response.status, candidate.replica.id, candidate.replica.name
+        now_seconds = self._clock.monotonic()
+        if opening is Opening.ERROR:
+            failure = evidence(exchange, by_status=True)
+            self._fleet.failed(number, failure, now_seconds, "a stream that begins with an error")
+            return AttemptFailure(number, name, FailureKind.ERROR_EVENT, "error_event")
+        if status == _RATE_LIMITED or status in _FULL_STATUSES:
+            wait_seconds = wire_headers.retry_after_seconds(response.header(b"retry-after"), self._clock.unix())
+            if status == _RATE_LIMITED:
+                self._fleet.rate_limited(number, exchange.throttle_key, now_seconds, wait_seconds)
+            else:
+                self._fleet.throttled(number, now_seconds, wait_seconds, f"status {status}")
+        elif status >= 500 or status in _FAILED_STATUSES:
+            self._fleet.failed(number, evidence(exchange, by_status=True), now_seconds, f"status {status}")
+        else:
+            self._fleet.responded(number)
+        return AttemptFailure(number, name, FailureKind.STATUS, str(status)) if self._asks_retry(status) else None
+
+    def _asks_retry(self, status: int) -> bool:
+        return status in self._policy.statuses
+
+
+class UsageOptions:
+    """Which replicas accept `stream_options`, learned from their responses."""
+
+    def __init__(self) -> None:
+        self._refuse: set[int] = set()
+        self._accept: set[int] = set()
+
+    def may_ask(self, replica: int) -> bool:
+        """Return whether `stream_options` may be added for this replica."""
+        return replica not in self._refuse
+
+    def accepts(self, replica: int) -> None:
+        """Note a success of a request with the added field."""
+        self._accept.add(replica)
+
+    def refuses(self, replica: int) -> None:
+        """Note that the replica is not to be asked."""
+        self._refuse.add(replica)
+
+    def may_have_caused(self, replica: int, refusal: bytes) -> bool:
+        """Return whether the added field may be why a request was refused with the text `refusal`."""
+        return replica not in self._accept or b"stream_options" in refusal or b"include_usage" in refusal
+
+    def forget(self, replica: int) -> None:
+        """Forget a replica that is gone."""
+        self._refuse.discard(replica)
+        self._accept.discard(replica)
+
+
+def evidence(exchange: Exchange, *, by_status: bool) -> Failure:
+    """Describe a failed request so that distinct prompts and clients can be told apart. Only failures pay for it."""
+    fingerprint = exchange.fingerprint
+    prompt = fingerprint.hashes[-1] if fingerprint is not None else crc32(exchange.call.body)
+    return Failure(prompt, hash(exchange.call.tenant.id), by_status)

@@ -1,0 +1,87 @@
+"""Read the beginning of a response's body as far as it decides what the response is, without taking any of it.
+
+Whether a response is a stream is decided by what its body begins with: servers label streams as JSON and errors as
+streams. A stream whose first event is an error is found here, while another replica can still be tried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from typing import Final, Protocol
+
+from proxy.model import Endpoint
+from proxy.wire.events import data_of, read_event
+
+_EXAMINED_BYTES_AT_MOST: Final = 64 * 1024  # of a first event; a longer one is no error
+_BOM: Final = b"\xef\xbb\xbf"
+_WHITE: Final = b" \t\r\n"
+_FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
+_FIELD_BYTES_AT_MOST: Final = 6
+_PING: Final = b"event: ping"
+
+
+class Opening(enum.Enum):
+    """What the beginning of a body shows."""
+
+    UNDECIDED = "undecided"  # too little has come
+    PLAIN = "plain"
+    STREAM = "stream"
+    ERROR = "error"  # a stream whose first event is an error
+
+
+class Arriving(Protocol):
+    """A response as it is needed here: `proxy.upstream.UpstreamResponse`."""
+
+    @property
+    def complete(self) -> bool: ...
+    def peek(self) -> bytes: ...
+    async def arrived(self, seen_bytes: int, loop_seconds: float) -> bool: ...
+
+
+def judge(body: bytes, endpoint: Endpoint, *, complete: bool) -> Opening:
+    """Decide what `body`, the beginning of a response, belongs to. Comments and pings decide nothing."""
+    text = body.removeprefix(_BOM).lstrip(_WHITE)
+    if not text:
+        return Opening.PLAIN if complete else Opening.UNDECIDED
+    if not text.startswith(_FIELDS):
+        could_begin = len(text) < _FIELD_BYTES_AT_MOST and any(field.startswith(text) for field in _FIELDS)
+        return Opening.UNDECIDED if could_begin and not complete else Opening.PLAIN
+    event = first_event(text, complete=complete)
+    if event is None:
+        long = len(text) > _EXAMINED_BYTES_AT_MOST
+        return Opening.STREAM if long or complete else Opening.UNDECIDED
+    is_error = b"error" in event and read_event(event, endpoint).error
+    return Opening.ERROR if is_error else Opening.STREAM
+
+
+def first_event(text: bytes, *, complete: bool = False) -> bytes | None:
+    """Return the first event of a stream that has data and is no ping, None while it is not complete."""
+    if b"\r" in text:
+        text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    start = 0
+    while (end := text.find(b"\n\n", start)) >= 0:
+        event = text[start : end + 2]
+        start = end + 2
+        if data_of(event.lstrip(b"\n")) and not event.lstrip(b"\n").startswith(_PING):
+            return event.lstrip(b"\n")
+    rest = text[start:]
+    return rest if complete and data_of(rest) else None
+
+
+async def wait_for_opening(response: Arriving, endpoint: Endpoint, timeout_seconds: float) -> Opening:
+    """Wait until the body shows what it is; UNDECIDED after `timeout_seconds`.
+
+    Raises what ends the response before that. Cancelling it closes the connection.
+    """
+    body = response.peek()
+    opening = judge(body, endpoint, complete=response.complete)
+    if opening is not Opening.UNDECIDED:
+        return opening
+    deadline = asyncio.get_running_loop().time() + timeout_seconds
+    while await response.arrived(len(body), deadline):
+        body = response.peek()
+        opening = judge(body, endpoint, complete=response.complete)
+        if opening is not Opening.UNDECIDED:
+            return opening
+    return Opening.UNDECIDED

@@ -1,0 +1,336 @@
+"""The second half of phase 7: pass a response to the client, and note what it says about tokens.
+
+Bytes pass unchanged and as they come, with back-pressure. A response that breaks off after its head was written is
+ended so that the client can see that it is incomplete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from proxy.clock import Clock
+from proxy.downstream.response import Downstream
+from proxy.errors import IdleTimeout, UpstreamError
+from proxy.fleet import Fleet
+from proxy.fleet.model_list import read_models
+from proxy.metrics.definitions import HIDDEN_ERRORS, STREAM_ABORTS
+from proxy.metrics.recorder import Recorder
+from proxy.model import Ending, Endpoint
+from proxy.pipeline.dispatch import Opened, evidence
+from proxy.pipeline.exchange import Exchange
+from proxy.pipeline.objects import CreatedObjects
+from proxy.upstream import Framing, UpstreamResponse
+from proxy.wire import headers as wire_headers
+from proxy.wire.decode import ResponseDecoder
+from proxy.wire.errors import error_event
+from proxy.wire.sse import StreamTap
+from proxy.wire.usage import read_response
+
+WHOLE_AT_MOST_BYTES = 256 * 1024
+"""A plain response up to this size is gathered and written at once; a longer one is relayed piece by piece."""
+
+_READ_AT_MOST_BYTES = 8 * 1024 * 1024
+"""The usage of a longer plain response, decoded or not, is not read."""
+
+COMMENT: Final = b": waiting for the upstream\n\n"
+_OPENING_BYTES: Final = 2048  # of a stream of the responses surface, in which its id is looked for
+_COMPLETE: Final = Ending.COMPLETE  # constants: the member of an enum is looked up in Python
+_TRUNCATED: Final = Ending.TRUNCATED
+_UPSTREAM_STATUS: Final = Ending.UPSTREAM_STATUS
+_UPSTREAM_ERROR: Final = Ending.UPSTREAM_ERROR
+_RESPONSES: Final = Endpoint.RESPONSES
+_EMBEDDINGS: Final = Endpoint.EMBEDDINGS
+_MODELS: Final = Endpoint.MODELS
+_HTML = re.compile(rb"\s*<(?:!doctype|html)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLimits:
+    """How long a stream may be silent, in seconds."""
+
+    idle_seconds: float = 120.0  # without a byte, after the first event
+    thinking_seconds: float = 900.0  # with nothing but comments and pings
+    comment_seconds: float = 15.0  # until the client gets a comment; 0 for never
+
+
+class ModelNames(Protocol):
+    """Model names that may become metric labels."""
+
+    def add(self, names: Iterable[str]) -> None: ...
+
+
+class ResponseRelay:
+    """Passes responses to clients. One per worker."""
+
+    def __init__(
+        self,
+        objects: CreatedObjects,
+        fleet: Fleet,
+        model_names: ModelNames,
+        recorder: Recorder,
+        clock: Clock,
+        limits: StreamLimits,
+    ) -> None:
+        self.objects = objects
+        self._fleet = fleet
+        self._model_names = model_names
+        self._recorder = recorder
+        self.clock = clock
+        self.limits = limits
+
+    async def pass_on(self, exchange: Exchange, opened: Opened, downstream: Downstream) -> None:
+        """Write a response to the client. Raises UpstreamError only while nothing was written."""
+        exchange.status = opened.response.status
+        try:
+            await (self._stream if opened.is_stream else self._plain)(exchange, opened.response, downstream)
+        except UpstreamError as error:
+            if not downstream.begun:
+                raise
+            self._broke(exchange, downstream, error)
+        finally:
+            opened.response.abort()
+        pool, model = exchange.pool, exchange.model
+        if exchange.usage is not None and model is not None and pool is not None and pool.is_provider:
+            self._model_names.add((model,))  # engines list their models, providers may want a key for that
+
+    # -- plain responses
+
+    async def _plain(self, exchange: Exchange, response: UpstreamResponse, downstream: Downstream) -> None:
+        succeeded = response.status < 300
+        if succeeded and exchange.attempt is not None:
+            exchange.attempt.computed()
+        head = self._response_head(exchange, response)
+        length = response.content_length
+        exchange.ending = _COMPLETE if response.status < 400 else _UPSTREAM_STATUS
+        if response.framing is Framing.NONE:
+            downstream.begin(response.status, response.reason, head, length)
+            downstream.end()
+        elif response.complete or (length is not None and length <= WHOLE_AT_MOST_BYTES):
+            body = response.body_now() if response.complete else await response.read(WHOLE_AT_MOST_BYTES)
+            exchange.response_bytes = len(body)
+            if exchange.stored is not None and succeeded:
+                self._read_plain(exchange, response, body)
+                head += exchange.saved_note()
+                downstream.send(response.status, response.reason, head, body)
+            else:
+                downstream.send(response.status, response.reason, head, body)
+                if succeeded:
+                    self._read_plain(exchange, response, body)
+        else:
+            await self._in_pieces(exchange, response, downstream, head)
+
+    async def _in_pieces(
+        self,
+        exchange: Exchange,
+        response: UpstreamResponse,
+        downstream: Downstream,
+        head: list[tuple[bytes, bytes]],
+    ) -> None:
+        """Relay a long plain response as it comes."""
+        is_read = response.status < 300 and self._is_read(exchange)
+        kept: list[bytes] = []
+        downstream.begin(response.status, response.reason, head, response.content_length)
+        while piece := await response.next_chunk():
+            exchange.response_bytes += len(piece)
+            if is_read and exchange.response_bytes <= _READ_AT_MOST_BYTES:
+                kept.append(piece)
+            await downstream.write(piece)
+        downstream.end()
+        if is_read and exchange.response_bytes <= _READ_AT_MOST_BYTES:
+            self._read_plain(exchange, response, b"".join(kept))
+
+    def _read_plain(self, exchange: Exchange, response: UpstreamResponse, body: bytes) -> None:
+        """Read usage, errors and the id of a created object from a whole plain response."""
+        if not self._is_read(exchange):
+            return
+        endpoint = exchange.call.endpoint
+        if encoding := response.header(b"content-encoding"):
+            body = ResponseDecoder(encoding, _READ_AT_MOST_BYTES).feed(body)
+        if endpoint.runs_model:
+            self._read_usage(exchange, body)
+        if self.objects.may_tell(exchange.call):
+            self.objects.note(exchange, body)
+        if endpoint is _MODELS:
+            self._model_names.add(str(model.get("id")) for model in read_models(body) or ())
+
+    def _read_usage(self, exchange: Exchange, body: bytes) -> None:
+        endpoint = exchange.call.endpoint
+        answers_json = endpoint.is_generation or endpoint is _EMBEDDINGS
+        if _HTML.match(body):
+            self._hidden_error(exchange, "html")
+        elif answers_json or body.lstrip()[:1] == b"{":
+            read = read_response(body, endpoint)
+            exchange.usage = read.usage
+            if read.error_seen:
+                self._hidden_error(exchange, "error_body")
+
+    # -- streams
+
+    async def _stream(self, exchange: Exchange, response: UpstreamResponse, downstream: Downstream) -> None:
+        tap = StreamTap(exchange.call.endpoint, withhold_usage=exchange.asked_usage)
+        head = self._response_head(exchange, response)
+        length = None if exchange.asked_usage or self.limits.comment_seconds else response.content_length
+        downstream.begin(response.status, response.reason, head, length)
+        stream = StreamRelay(self, exchange, response, downstream, tap)
+        try:
+            await stream.run()
+            if rest := tap.close():
+                await downstream.write(rest)
+            downstream.end()
+            exchange.ending = _COMPLETE if tap.finished else _TRUNCATED
+        except UpstreamError as error:
+            downstream.write_last(error_event(error, exchange.call.endpoint, mid_event=tap.mid_event))
+            raise
+        finally:
+            exchange.usage = tap.usage
+            self.objects.note_end(exchange)
+        if tap.error_seen:
+            self._hidden_error(exchange, "error_event")
+
+    # -- both
+
+    def _response_head(self, exchange: Exchange, response: UpstreamResponse) -> list[tuple[bytes, bytes]]:
+        return wire_headers.response_head(
+            response.headers, request_id=exchange.call.request_id, own=exchange.notes(), keep_length=False
+        )
+
+    def _is_read(self, exchange: Exchange) -> bool:
+        """Return whether the body of a successful response is read: for its usage, models or what it created."""
+        endpoint = exchange.call.endpoint
+        if endpoint is _MODELS:
+            return exchange.call.method == "GET"
+        return endpoint.runs_model or self.objects.may_tell(exchange.call)
+
+    def _hidden_error(self, exchange: Exchange, kind: str) -> None:
+        """Count a response with a status of success that is none; its prompt may not have been computed."""
+        exchange.ending = _UPSTREAM_ERROR
+        self._recorder.inc(HIDDEN_ERRORS, (exchange.replica_name, kind))
+        if exchange.attempt is not None:
+            failure = evidence(exchange, by_status=True)
+            now_seconds = self.clock.monotonic()
+            self._fleet.failed(exchange.attempt.replica, failure, now_seconds, f"a successful status with {kind}")
+            if exchange.first_token_seconds is None:
+                exchange.attempt.take_back()
+
+    def _broke(self, exchange: Exchange, downstream: Downstream, error: UpstreamError) -> None:
+        """End a response that broke off after its head was written, so that the client sees that it is incomplete."""
+        exchange.ending = Ending.UPSTREAM_BROKE
+        exchange.error_code = error.code
+        phase = "before_first_token" if exchange.first_token_seconds is None else "after_first_token"
+        self._recorder.inc(STREAM_ABORTS, ("upstream", phase))
+        if exchange.attempt is not None:
+            now_seconds = self.clock.monotonic()
+            failure = evidence(exchange, by_status=False)
+            self._fleet.failed(exchange.attempt.replica, failure, now_seconds, error.message)
+            if exchange.first_token_seconds is None:
+                exchange.attempt.take_back()
+        downstream.break_off()
+
+
+class StreamRelay:
+    """One stream on its way to the client: each piece is written in the event that brings it."""
+
+    __slots__ = (
+        "_behind",
+        "_decoder",
+        "_downstream",
+        "_exchange",
+        "_given_seconds",
+        "_limits",
+        "_now",
+        "_opening",
+        "_relay",
+        "_response",
+        "_tap",
+        "_timer",
+        "_wants_id",
+    )
+
+    def __init__(
+        self,
+        relay: ResponseRelay,
+        exchange: Exchange,
+        response: UpstreamResponse,
+        downstream: Downstream,
+        tap: StreamTap,
+    ) -> None:
+        encoding = response.header(b"content-encoding")
+        self._relay = relay
+        self._exchange = exchange
+        self._response = response
+        self._downstream = downstream
+        self._tap = tap
+        self._limits = relay.limits
+        self._now = relay.clock.monotonic
+        self._decoder = ResponseDecoder(encoding) if encoding else None
+        self._wants_id = exchange.call.endpoint is _RESPONSES
+        self._opening = b""
+        self._behind = False  # the client has not read what was written
+        self._given_seconds = response.first_byte_seconds  # when the client last got something
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def run(self) -> None:
+        """Relay until the end of the body. Raises UpstreamError and what writing to the client raises."""
+        comment_seconds = self._limits.comment_seconds
+        if comment_seconds and self._decoder is None:
+            self._watch_silence(max(0.0, self._given_seconds + comment_seconds - self._now()))
+        try:
+            while not await self._response.pour(self.take):
+                self._behind = True
+                await self._downstream.drained()
+                self._behind = False
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def take(self, piece: bytes, framed: bytes | None) -> bool:
+        """Write a piece to the client. Return False if the client is behind."""
+        exchange, tap = self._exchange, self._tap
+        exchange.response_bytes += len(piece)
+        if self._decoder is None:
+            passed = tap.feed(piece)
+        else:
+            tap.feed(self._decoder.feed(piece))
+            passed = piece
+        keeps_up = self._downstream.offer(passed, framed if passed is piece else None) if passed else True
+        seen_seconds = self._given_seconds = self._response.seen_seconds
+        if tap.progress and exchange.first_token_seconds is not None:  # nearly every piece of a stream
+            exchange.progress_seconds = seen_seconds
+            exchange.token_came(seen_seconds)
+        else:
+            self._note_progress(seen_seconds)
+        if self._wants_id and len(self._opening) < _OPENING_BYTES:
+            self._opening += piece
+            self._wants_id = not self._relay.objects.note_opening(exchange, self._opening)
+        return keeps_up
+
+    def _note_progress(self, now_seconds: float) -> None:
+        """Stamp tokens. Raise IdleTimeout if nothing but comments and pings has come for too long."""
+        exchange, tap = self._exchange, self._tap
+        if tap.progress:
+            if not exchange.progress_seconds:  # the first event: from now on silence is not the prefill
+                self._response.allow_silence(self._limits.idle_seconds)
+            exchange.progress_seconds = now_seconds
+            if tap.first_token_seen and exchange.token_came(now_seconds) and exchange.attempt is not None:
+                exchange.attempt.first_token(now_seconds)
+            return
+        since = exchange.progress_seconds or self._response.first_byte_seconds
+        if now_seconds - since > self._limits.thinking_seconds:
+            raise IdleTimeout("the upstream sent nothing but keep-alives")
+
+    def _watch_silence(self, delay_seconds: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(delay_seconds, self._fill_silence)
+
+    def _fill_silence(self) -> None:
+        """Write a comment if the client has got nothing for a while and is not inside an event."""
+        now_seconds, comment_seconds = self._now(), self._limits.comment_seconds
+        quiet_seconds = now_seconds - self._given_seconds
+        if quiet_seconds >= comment_seconds:
+            if not self._tap.mid_event and not self._behind:
+                self._downstream.write_last(COMMENT)
+            self._given_seconds, quiet_seconds = now_seconds, 0.0
+        self._watch_silence(comment_seconds - quiet_seconds)

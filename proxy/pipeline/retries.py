@@ -1,0 +1,131 @@
+"""Whether a request that failed at one replica is tried at another. Pure: clocks are passed in.
+
+Nothing of a response may have reached the client. A request that timed out waiting for its first byte is never sent
+again: the engine usually goes on computing its prompt, and another would compute it a second time.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from proxy.errors import (
+    ConnectFailed,
+    FirstByteTimeout,
+    IdleTimeout,
+    PoolTimeout,
+    ResetBeforeResponse,
+    UpstreamError,
+)
+from proxy.model import Candidate
+
+BUDGET_SECONDS: Final = 10.0
+BUDGET_SHARE: Final = 0.1
+BUDGET_LEAST: Final = 3
+
+_IDEMPOTENT_METHODS: Final = frozenset({"GET", "HEAD"})
+
+
+class FailureKind(enum.Enum):
+    """How an attempt failed, as far as a retry depends on it."""
+
+    UNSENT = "unsent"  # no connection: the replica has not seen the request
+    BROKEN = "broken"  # the connection or the response broke before anything reached the client
+    SLOW = "slow"  # no first byte or no event in time: the replica may still be computing
+    STATUS = "status"  # a response with a status that asks for another try
+    ERROR_EVENT = "error_event"  # a stream with status 200 whose first event is an error
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFailure:
+    """A failed attempt. `reason` is the label of the metric and of the header: an error's reason, or the status."""
+
+    replica: int
+    name: str
+    kind: FailureKind
+    reason: str
+    reused: bool = False  # on a pooled connection that the upstream had closed
+
+    @property
+    def shows_the_replica_fails(self) -> bool:
+        """True if a success at another replica proves this one guilty. A 429 is about the key and the model."""
+        return self.kind is not FailureKind.UNSENT and self.reason != "429"
+
+
+def of_error(candidate: Candidate, error: UpstreamError) -> AttemptFailure:
+    """Describe an attempt that raised `error` before anything reached the client."""
+    if isinstance(error, ConnectFailed | PoolTimeout):
+        kind = FailureKind.UNSENT
+    elif isinstance(error, FirstByteTimeout | IdleTimeout):
+        kind = FailureKind.SLOW
+    else:
+        kind = FailureKind.BROKEN
+    reused = isinstance(error, ResetBeforeResponse) and error.reused
+    return AttemptFailure(candidate.replica.id, candidate.replica.name, kind, error.reason, reused)
+
+
+def may_repeat(kind: FailureKind, *, runs_model: bool, method: str, replayable: bool) -> bool:
+    """Return whether sending the request again can do no harm.
+
+    `runs_model`: the request runs a model and creates nothing. `replayable`: its body is at hand and not streamed.
+    """
+    if not replayable or kind is FailureKind.SLOW:
+        return False
+    return kind is FailureKind.UNSENT or runs_model or method in _IDEMPOTENT_METHODS
+
+
+def next_candidate(
+    failures: Sequence[AttemptFailure], candidates: Sequence[Candidate], open_replicas: Sequence[bool]
+) -> Candidate | None:
+    """Return the candidate for the next attempt: the cheapest untried one that is open.
+
+    With one candidate alone it is tried again once, if its connection died before the first byte of a response.
+    """
+    tried = {failure.replica for failure in failures}
+    for candidate, is_open in zip(candidates, open_replicas, strict=True):
+        if is_open and candidate.replica.id not in tried:
+            return candidate
+    if len(candidates) == 1 and len(failures) == 1 and failures[0].reason == ResetBeforeResponse.reason:
+        return candidates[0]
+    return None
+
+
+class RetryBudget:
+    """Retries allowed: a tenth of the requests of the last ten seconds, at least three.
+
+    Without it an outage would multiply the load by the number of retries.
+    """
+
+    def __init__(self) -> None:
+        self._requests: deque[tuple[int, int]] = deque()  # (second, requests in it)
+        self._retries: deque[float] = deque()
+        self._total = 0
+
+    def note_request(self, now_seconds: float) -> None:
+        """Count a request."""
+        second = int(now_seconds)
+        requests = self._requests
+        if requests and requests[-1][0] == second:
+            requests[-1] = (second, requests[-1][1] + 1)
+        else:
+            requests.append((second, 1))
+            self._drop_old(now_seconds)
+        self._total += 1
+
+    def take(self, now_seconds: float) -> bool:
+        """Spend one retry. Return False if none is left."""
+        self._drop_old(now_seconds)
+        if len(self._retries) >= max(BUDGET_LEAST, self._total * BUDGET_SHARE):
+            return False
+        self._retries.append(now_seconds)
+        return True
+
+    def _drop_old(self, now_seconds: float) -> None:
+        oldest = now_seconds - BUDGET_SECONDS
+        while self._requests and self._requests[0][0] < oldest - 1:
+            self._total -= self._requests.popleft()[1]
+        while self._retries and self._retries[0] <= oldest:
+            self._retries.popleft()
