@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from typing import Protocol
 
 
@@ -23,3 +24,8 @@ class SystemClock:
 
     monotonic = staticmethod(time.monotonic)  # noqa: TID251 - this module is where it may be
     unix = staticmethod(time.time)  # noqa: TID251
+
+
+def utc_date(unix_seconds: float) -> str:
+    """Return the day in UTC, as 2026-01-31."""
+    return datetime.fromtimestamp(unix_seconds, UTC).date().isoformat()

@@ -156,6 +156,33 @@ class UsageRequest(enum.Enum):
     NOT_APPLICABLE = "not_applicable"  # no stream, or a dialect that always reports
 
 
+class ToolOrder(enum.StrEnum):
+    """Where a chat template puts the tools."""
+
+    TOOLS_FIRST = "tools_first"  # before the system message
+    SYSTEM_FIRST = "system_first"  # after the system message
+    TOOLS_LAST = "tools_last"  # before the last user message
+
+
+class TemplateFacts(msgspec.Struct, frozen=True):
+    """How an engine renders the prompts of one model, as far as the key of a prefix depends on it.
+
+    `drops_reasoning`: reasoning before the last user message is left out. `moves_system`: system messages from within
+    the conversation are put at its head. `dated`: the head contains today's date. `none_drops_tools`: `tool_choice`
+    "none" leaves the tools out. `headless`: template arguments that change nothing before the last message.
+    `keeps_billing`: a client's billing block is rendered. `root` is the model's own name if it is served by others.
+    """
+
+    order: ToolOrder = ToolOrder.TOOLS_FIRST
+    drops_reasoning: bool = False
+    moves_system: bool = False
+    dated: bool = False
+    none_drops_tools: bool = True
+    headless: frozenset[str] = frozenset()
+    keeps_billing: bool = False
+    root: str = ""
+
+
 class Prompt(msgspec.Struct, frozen=True):
     """A generation request as read: small values are decoded, long content stays a span of the body.
 
@@ -179,6 +206,8 @@ class Prompt(msgspec.Struct, frozen=True):
     referring: tuple[memoryview, ...] = ()  # members, beside messages and input, that may name stored objects
     has_hidden_parts: bool = False  # the upstream adds a stored prompt or search results
     skips_cache: bool = False  # the request asks for what only a prompt computed anew can give
+    tool_spans: int = 0  # of `spans`, those that are tools; they come first
+    system_spans: int = -1  # spans after the tools that are the system prompt; -1: the roles of the messages tell
 
 
 class Call(msgspec.Struct, frozen=True):

@@ -15,13 +15,15 @@ from benchmarks.engines.engine import At, Job, SimulatedEngine, Usage
 from benchmarks.engines.templates import decode_chat
 from cache import Feedback, Fingerprint, Placement, PrefixIndex, chain_root, cut
 from proxy.fleet import Charge, Fleet, ReplicaSpec
-from proxy.model import Demand, Endpoint, Plan, Prompt
+from proxy.model import Demand, Endpoint, Plan, Prompt, TemplateFacts
 from proxy.routing.cost import plan
 from proxy.routing.prefill_gate import Follower, Prefill, PrefillGate
 from proxy.routing.token_estimate import TokenCounts
 from proxy.wire.request import read
+from proxy.wire.template import keyed_salt, keyed_spans
 
 POOL = "pool"
+TODAY = "2026-01-31"
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -51,7 +53,11 @@ class _Routed(msgspec.Struct):
 
 
 class CairnProxy:
-    """One proxy before `engines`. `capacities` are what the engines state, in tokens; None if they do not."""
+    """One proxy before `engines`.
+
+    `capacities` are what the engines state, in tokens; None if they do not. `facts` are what is known of their
+    template.
+    """
 
     def __init__(
         self,
@@ -61,12 +67,14 @@ class CairnProxy:
         slots: int | None = None,
         rate: float | None = None,
         at: At | None = None,
+        facts: TemplateFacts | None = None,
     ) -> None:
         self.engines = list(engines)
         self.index = PrefixIndex(origin=1)
         self.fleet = Fleet(Random(1).random)
         self.gate = PrefillGate()
         self.tokens = TokenCounts()
+        self.facts = facts or TemplateFacts()
         self.now = 0.0
         self._at = at
         stated = [capacities] * len(engines) if not isinstance(capacities, Sequence) else list(capacities)
@@ -133,7 +141,8 @@ class CairnProxy:
 
     def _route(self, body: bytes, tenant: str, now: float) -> _Routed:
         prompt = read(body, Endpoint.CHAT)
-        fingerprint = cut(chain_root((b"", *prompt.chain_salt)), prompt.spans)
+        salt = (b"", *keyed_salt(prompt, self.facts, TODAY))
+        fingerprint = cut(chain_root(salt), keyed_spans(prompt, self.facts))
         match = self.index.match(fingerprint)
         tokens = self.tokens.predict(
             prompt.model, prompt.size_bytes, prompt.media, match.known_bytes, match.known_tokens

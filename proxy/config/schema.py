@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from proxy.model import ToolOrder
+
 MIB = 1024 * 1024
 FOLLOWED_SCHEME = "dns+http"
 """Scheme of a URL that stands for every address of its host name."""
@@ -305,6 +307,35 @@ class Replica(Section, frozen=True):
         return self.url.startswith(f"{FOLLOWED_SCHEME}://")
 
 
+class Template(Section, frozen=True):
+    """How the engines of a pool render prompts. By default Cairn asks an engine, or goes by the model's name.
+
+    Only the key by which prompts are found depends on it; requests are passed on as they are.
+    """
+
+    order: ToolOrder | None = None
+    """Where the tools are: `tools_first`, `system_first` (after the system message) or `tools_last` (before the last
+    user message)."""
+
+    drops_reasoning: bool | None = None
+    """Reasoning before the last user message is left out."""
+
+    moves_system: bool | None = None
+    """System messages from within the conversation are put at its head."""
+
+    dated: bool | None = None
+    """The prompt begins with today's date, so that it is a new one each day (in UTC)."""
+
+    none_drops_tools: bool | None = None
+    """`tool_choice: none` leaves the tools out of the prompt."""
+
+    keeps_billing: bool | None = None
+    """The text that begins with `x-anthropic-billing-header` is rendered; by default it counts as left out."""
+
+    arguments_without_effect: tuple[Annotated[str, Meta(min_length=1, max_length=64)], ...] | None = None
+    """Request fields such as `enable_thinking` that change nothing before the last message."""
+
+
 class Pool(Section, frozen=True):
     """Replicas that serve the same models."""
 
@@ -328,6 +359,9 @@ class Pool(Section, frozen=True):
 
     cache_salt: bool = False
     """Send each tenant's salt in the field `cache_salt`, for engines that support it."""
+
+    template: Template | None = None
+    """How the engines render prompts, if asking them or the model's name does not tell. For engines only."""
 
     ttl_seconds: Seconds = 300
     """Time for which a provider keeps a prefix that nobody uses."""

@@ -9,14 +9,16 @@ from functools import partial
 from typing import Final
 
 from cache import Match, PrefixIndex, chain_root, cut, extend
-from proxy.clock import Clock
+from proxy.clock import Clock, utc_date
 from proxy.fleet import Fleet
+from proxy.fleet.templates import Templates
 from proxy.model import Demand
 from proxy.pipeline.disclosure import OwnPrefixes, limited
 from proxy.pipeline.exchange import Exchange
 from proxy.routing import cost as routing
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.token_estimate import TokenCounts
+from proxy.wire.template import keyed_salt, keyed_spans
 
 _NOTHING_MATCHED: Final = Match({})
 
@@ -29,6 +31,7 @@ class Planner:
         index: finds the longest prefix that each replica holds.
         tokens: predicts how many tokens a prompt has.
         gate: names the prefixes that are being computed, on which a request had better wait.
+        templates: knows how engines render prompts, on which the key of a prefix depends.
         clock: monotonic time.
         min_shareable_bytes: a shorter prompt gets no fingerprint.
         weight_per_second: by how much uncached work counts more for each second of the shortest queue.
@@ -40,6 +43,7 @@ class Planner:
         index: PrefixIndex,
         tokens: TokenCounts,
         gate: PrefillGate,
+        templates: Templates,
         clock: Clock,
         *,
         min_shareable_bytes: int,
@@ -49,6 +53,7 @@ class Planner:
         self._index = index
         self._tokens = tokens
         self._gate = gate
+        self._templates = templates
         self._clock = clock
         self._own_prefixes = OwnPrefixes()
         self._min_shareable_bytes = min_shareable_bytes
@@ -61,9 +66,11 @@ class Planner:
             return
         if prompt.size_bytes >= self._min_shareable_bytes:
             salt = call.tenant.salt if pool.isolated else b""
-            root = chain_root((salt, *prompt.chain_salt))
+            facts = self._templates.of(pool.name, prompt.model)
+            today = utc_date(self._clock.unix()) if facts.dated else ""
+            root = chain_root((salt, *keyed_salt(prompt, facts, today)))
             if exchange.stored is None:
-                exchange.fingerprint = cut(root, prompt.spans)
+                exchange.fingerprint = cut(root, keyed_spans(prompt, facts))
             else:
                 exchange.fingerprint = extend(exchange.stored.content.chain(root), prompt.spans)
 

@@ -113,8 +113,10 @@ def _read_chat(body: Body) -> Prompt:
     fields = _decoded(decode_chat, body)
     messages = _listed(fields.messages, "messages")
     spans = [memoryview(message) for message in messages]
+    tools: list[memoryview] = []
     if fields.tools is not NONE or fields.functions is not NONE:
-        spans[:0] = _present(fields.tools, fields.functions)
+        tools = _present(fields.tools, fields.functions)
+        spans[:0] = tools
     limit = fields.max_completion_tokens
     if limit is NONE:
         limit = fields.max_tokens
@@ -125,6 +127,7 @@ def _read_chat(body: Body) -> Prompt:
         messages,
         limit,
         names_context=_may_name_context(body, spans),
+        tool_spans=len(tools),
         has_hidden_parts=fields.web_search_options is not NONE,
     )
 
@@ -158,14 +161,24 @@ def _read_messages(body: Body) -> Prompt:
     """Read Anthropic's dialect. There a change of `tool_choice` keeps tools and system cached, not the messages."""
     fields = _decoded(decode_messages, body)
     messages = _listed(fields.messages, "messages")
-    spans = _present(fields.tools, fields.system, fields.tool_choice)
-    spans += map(memoryview, messages)
-    return _prompt(body, fields, spans, messages, fields.max_tokens, always_reports=True)
+    tools, system = _present(fields.tools), _present(fields.system, fields.tool_choice)
+    spans = [*tools, *system, *[memoryview(message) for message in messages]]
+    return _prompt(
+        body,
+        fields,
+        spans,
+        messages,
+        fields.max_tokens,
+        always_reports=True,
+        tool_spans=len(tools),
+        system_spans=len(system),
+    )
 
 
 def _read_responses(body: Body) -> Prompt:
     fields = _decoded_responses(body)
-    spans = _present(fields.tools, fields.instructions, fields.prompt)
+    tools, system = _present(fields.tools), _present(fields.instructions, fields.prompt)
+    spans = [*tools, *system]
     items: list[Raw] = []
     if isinstance(fields.input, Raw):
         spans += _present(fields.input)
@@ -182,6 +195,8 @@ def _read_responses(body: Body) -> Prompt:
         continued,
         always_reports=True,
         has_hidden_parts=fields.prompt is not NONE,
+        tool_spans=len(tools),
+        system_spans=len(system),
     )
 
 
@@ -210,6 +225,8 @@ def _prompt(
     always_reports: bool = False,
     names_context: bool = False,
     has_hidden_parts: bool = False,
+    tool_spans: int = 0,
+    system_spans: int = -1,
 ) -> Prompt:
     """Build the prompt from the fields that all dialects share; `content` are its messages or input items."""
     asked, options = _NOT_APPLICABLE, (0, 0)
@@ -234,6 +251,8 @@ def _prompt(
         referring=referring,
         has_hidden_parts=has_hidden_parts,
         skips_cache=_skips_cache(fields),
+        tool_spans=tool_spans,
+        system_spans=system_spans,
     )
 
 

@@ -161,6 +161,15 @@ class _PartsMessage(msgspec.Struct, gc=False):
     content: list[Part] | None = None
 
 
+class MessageHead(msgspec.Struct, gc=False):
+    """A message's role, and its reasoning as raw text."""
+
+    role: str = ""
+    reasoning_content: Raw = NONE
+    reasoning: Raw = NONE
+
+
+decode_message_head = msgspec.json.Decoder(MessageHead).decode
 decode_parts_message = msgspec.json.Decoder(_PartsMessage).decode
 decode_parts = msgspec.json.Decoder(list[Part]).decode
 

@@ -48,6 +48,8 @@ from proxy.fleet.discovery import Discovery
 from proxy.fleet.findings import EngineFindings
 from proxy.fleet.health import HealthChecker
 from proxy.fleet.pools import Pools
+from proxy.fleet.template_probe import TemplateProber
+from proxy.fleet.templates import Templates
 from proxy.metrics import definitions as metrics
 from proxy.metrics.model_labels import ModelNames
 from proxy.metrics.recorder import Recorder
@@ -155,6 +157,7 @@ class Replicas:
     discovery: Discovery
     client: UpstreamClient
     model_names: ModelNames
+    templates: Templates
 
     @property
     def pools(self) -> Pools:
@@ -177,6 +180,7 @@ def _replicas(config: Config, basics: Basics, memory: Memory) -> Replicas:
         discovery=Discovery(config, fleet, memory.index, basics.clock),
         client=UpstreamClient(limits, basics.clock, from_config.trust(config.upstream)),
         model_names=ModelNames(from_config.model_names(config)),
+        templates=Templates(config),
     )
 
 
@@ -387,6 +391,7 @@ def _requests(config: Config, secret: bytes, built: Built) -> Requests:
         built.memory.index,
         built.accounting.token_counts,
         sharing.gate,
+        replicas.templates,
         clock,
         min_shareable_bytes=config.routing.min_shareable_bytes,
         weight_per_second=config.routing.future_weight_per_second,
@@ -453,6 +458,7 @@ def _live_config(config: Config, secret: bytes, built: Built, requests: Requests
     parts = LiveParts(
         http_server=requests.http_server,
         discovery=built.replicas.discovery,
+        templates=built.replicas.templates,
         queues=requests.queues,
         model_names=built.replicas.model_names,
         prices=built.accounting.prices,
@@ -528,10 +534,15 @@ class Worker:
         await self.contexts.store.start()
         loops.keep(self.replicas.discovery.run, "discovery")
         loops.keep(self.health.run, "health")
+        loops.keep(self._template_prober().run, "template prober")
         loops.keep(self.maintenance.run, "maintenance")
         loops.keep(self.reporter.run, "reporter")
         loops.keep(self.accounting.totals.run, "totals")
         await self.http_server.start(listening)
+
+    def _template_prober(self) -> TemplateProber:
+        replicas, limits = self.replicas, from_config.upstream_limits(self.live.config.upstream)
+        return TemplateProber(replicas.client, replicas.pools, replicas.templates, self.basics.clock, limits)
 
     async def _share_secret(self) -> None:
         """Name tenants as all other proxies do. Until Redis answers, this worker uses a secret of its own."""

@@ -10,6 +10,7 @@ from proxy.accounting.rate_cards import rules_of
 from proxy.config.schema import Config
 from proxy.contexts.api import ContextApi
 from proxy.fleet.discovery import Discovery
+from proxy.fleet.templates import Templates
 from proxy.metrics.model_labels import ModelNames
 from proxy.worker import from_config
 from proxy.worker.http_server import HttpServer
@@ -22,6 +23,7 @@ class LiveParts:
 
     http_server: HttpServer
     discovery: Discovery
+    templates: Templates
     queues: ReplicaQueues
     model_names: ModelNames
     prices: PriceBook
@@ -47,6 +49,7 @@ class LiveConfig:
         self.config = config
         parts.queues.set_limits(from_config.queue_limits(config.queue))
         parts.discovery.adopt(config)
+        parts.templates.set_config(config)
         parts.model_names.add(from_config.model_names(config))
         parts.prices.adopt(rules_of(config.prices))
         parts.contexts.adopt(from_config.context_limits(config.contexts))

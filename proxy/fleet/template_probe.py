@@ -1,0 +1,254 @@
+"""Find out how an engine renders prompts, by asking it to render or tokenise small ones.
+
+llama.cpp renders at `/apply-template`; vLLM and SGLang tokenise at `/tokenize`. Nothing is generated. Two prompts
+that differ in one place are compared by the length of what their renderings share: that shows what precedes what, and
+what is left out, whatever the template looks like. An engine that answers neither shows nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+
+from proxy.clock import Clock
+from proxy.errors import UpstreamError
+from proxy.fleet.model_list import fetch_models
+from proxy.fleet.pools import Pools, ReplicaEndpoint
+from proxy.fleet.templates import Templates
+from proxy.model import TemplateFacts, ToolOrder
+from proxy.upstream import Limits, UpstreamClient
+
+log = logging.getLogger("cairn.templates")
+
+PROBE_SECONDS: Final = 30.0
+"""Between two rounds: engines come late, and their models may change."""
+
+MAX_MODELS_PROBED: Final = 32
+"""Models of one engine that are asked about in a round."""
+
+_PAGE_AT_MOST_BYTES: Final = 1024 * 1024
+_SWITCHES: Final = ("enable_thinking", "thinking", "reasoning_effort")
+_DATE_FORMATS: Final = ("%Y-%m-%d", "%d %b %Y", "%d %B %Y", "%B %d, %Y")
+
+Rendering = Sequence[object]
+"""Characters or token ids."""
+
+Render = Callable[[dict[str, Any]], Awaitable[Rendering | None]]
+"""Renders the messages, tools and arguments of a request; None if the engine refuses them."""
+
+
+async def facts_of(render: Render, dates: Sequence[str] = ()) -> TemplateFacts | None:
+    """Return what the renderings of small prompts show; None if the plainest one is refused.
+
+    `dates` are ways to write today's date; one of them in the text means that the template puts it there.
+    """
+    base = await render(_request())
+    if base is None:
+        return None
+    user = _shared(base, await render(_request(user="other words here")))
+    order, none_drops = await _tools(render)
+    headless = [name for name in _SWITCHES if await _is_headless(render, base, name, user)]
+    return TemplateFacts(
+        order=order,
+        drops_reasoning=await _drops_reasoning(render),
+        moves_system=await _moves_system(render),
+        dated=isinstance(base, str) and any(date in base for date in dates),
+        none_drops_tools=none_drops,
+        headless=frozenset(headless),
+    )
+
+
+def _request(
+    system: str = "some words here", user: str = "a question", tool: str | None = None, **more: Any
+) -> dict[str, Any]:
+    request: dict[str, Any] = {
+        "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}],
+        **more,
+    }
+    if tool is not None:
+        request["tools"] = [_tool(tool)]
+    return request
+
+
+def _tool(description: str) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {}}
+    return {"type": "function", "function": {"name": "f", "description": description, "parameters": parameters}}
+
+
+async def _tools(render: Render) -> tuple[ToolOrder, bool]:
+    """Return where the tools stand, and whether `tool_choice: none` leaves them out."""
+    plain = TemplateFacts()
+    one = await render(_request(tool="one tool"))
+    if one is None:
+        return plain.order, plain.none_drops_tools
+    at_tool = _shared(one, await render(_request(tool="other tool")))
+    at_system = _shared(one, await render(_request(tool="one tool", system="other words here")))
+    none = await render(_request(tool="one tool", tool_choice="none"))
+    drops = none is not None and _shared(one, none) < min(at_tool, len(one))
+    if at_tool < at_system:
+        return ToolOrder.TOOLS_FIRST, drops
+    return (ToolOrder.TOOLS_LAST if await _follow_a_turn(render) else ToolOrder.SYSTEM_FIRST), drops
+
+
+async def _follow_a_turn(render: Render) -> bool:
+    """Return whether the tools stand behind the first turn of a conversation of two."""
+
+    def turns(first: str, tool: str) -> dict[str, Any]:
+        messages = [("user", first), ("assistant", "an answer"), ("user", "a further question")]
+        return {"messages": [{"role": role, "content": text} for role, text in messages], "tools": [_tool(tool)]}
+
+    base = await render(turns("a question", "one tool"))
+    if base is None:
+        return False
+    at_first = _shared(base, await render(turns("other words", "one tool")))
+    at_tool = _shared(base, await render(turns("a question", "other tool")))
+    return at_first < at_tool
+
+
+async def _drops_reasoning(render: Render) -> bool:
+    """Return whether reasoning before the last user message is left out."""
+
+    def turns(reasoning: str) -> dict[str, Any]:
+        answer = {"role": "assistant", "content": "an answer", "reasoning_content": reasoning}
+        question = {"role": "user", "content": "a question"}
+        return {"messages": [question, answer, {"role": "user", "content": "a further one"}]}
+
+    one, other = await render(turns("so I thought")), await render(turns("or rather thus"))
+    return one is not None and one == other
+
+
+async def _moves_system(render: Render) -> bool:
+    """Return whether a system message behind a question is rendered before it."""
+
+    def turns(question: str, late: str) -> dict[str, Any]:
+        texts = [("system", "some words"), ("user", question), ("system", late), ("user", "a further one")]
+        return {"messages": [{"role": role, "content": text} for role, text in texts]}
+
+    base = await render(turns("a question", "a late rule"))
+    if base is None:
+        return False
+    at_late = _shared(base, await render(turns("a question", "other late words")))
+    at_question = _shared(base, await render(turns("other words", "a late rule")))
+    return at_late < at_question
+
+
+async def _is_headless(render: Render, base: Rendering, name: str, user: int) -> bool:
+    """Return whether a template argument changes nothing before the end of the user's message."""
+    values: tuple[Any, Any] = ("low", "high") if name == "reasoning_effort" else (True, False)
+    for value in values:
+        changed = await render(_request(**{name: value}, chat_template_kwargs={name: value}))
+        if changed is None or (changed != base and _shared(base, changed) <= user):
+            return False
+    return True
+
+
+def _shared(one: Rendering, other: Rendering | None) -> int:
+    """Return the length of the common prefix; 0 if the other was refused."""
+    if other is None:
+        return 0
+    shared = 0
+    for mine, theirs in zip(one, other, strict=False):
+        if mine != theirs:
+            break
+        shared += 1
+    return shared
+
+
+class TemplateProber:
+    """Asks one engine of each pool about each of its models. One per worker."""
+
+    def __init__(
+        self, client: UpstreamClient, pools: Pools, templates: Templates, clock: Clock, limits: Limits
+    ) -> None:
+        self._client = client
+        self._pools = pools
+        self._templates = templates
+        self._clock = clock
+        self._limits = limits
+
+    async def run(self) -> None:
+        """Ask until cancelled, again now and then for what was not answered."""
+        while True:
+            await self.look()
+            await asyncio.sleep(PROBE_SECONDS)
+
+    async def look(self) -> None:
+        """Ask every engine about the models that are not known yet, once."""
+        for number in sorted(self._pools.served):
+            endpoint = self._pools.backends[number]
+            if endpoint.is_provider:
+                continue
+            try:
+                await self._ask(endpoint)
+            except UpstreamError as error:
+                log.debug("replica %s shows nothing of its template: %s", endpoint.name, error)
+
+    async def _ask(self, endpoint: ReplicaEndpoint) -> None:
+        models = await fetch_models(self._client, endpoint)
+        self._templates.listed(endpoint.pool, models)
+        names = [str(model.get("id")) for model in models[:MAX_MODELS_PROBED]]
+        for name in names:
+            if self._templates.wants_probe(endpoint.pool, name):
+                facts = await facts_of(self._renderer(endpoint, name), self._dates())
+                if facts is not None:
+                    self._templates.shown(endpoint.pool, name, facts)
+
+    def _dates(self) -> list[str]:
+        now = datetime.fromtimestamp(self._clock.unix(), UTC)
+        return [now.strftime(form) for form in _DATE_FORMATS]
+
+    def _renderer(self, endpoint: ReplicaEndpoint, model: str) -> Render:
+        async def render(request: dict[str, Any]) -> Rendering | None:
+            body = msgspec.json.encode({"model": model, "add_generation_prompt": True, **request})
+            return await self._rendered(endpoint, body)
+
+        return render
+
+    async def _rendered(self, endpoint: ReplicaEndpoint, body: bytes) -> Rendering | None:
+        for path, read in _PAGES:
+            status, page = await self._post(endpoint, path, body)
+            if status == 200 and (rendering := read(page)):
+                return rendering
+        return None
+
+    async def _post(self, endpoint: ReplicaEndpoint, path: bytes, body: bytes) -> tuple[int, bytes]:
+        headers: tuple[tuple[bytes, bytes], ...] = ((b"content-type", b"application/json"),)
+        if endpoint.credential is not None:
+            headers += (endpoint.credential,)
+        response = await self._client.request(
+            endpoint.origin, b"POST", path, headers, body, limits=self._limits, retry_reused=True
+        )
+        try:
+            return response.status, await response.read(_PAGE_AT_MOST_BYTES)
+        finally:
+            response.abort()
+
+
+class _Applied(msgspec.Struct):
+    prompt: str = ""
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int] = []
+
+
+def _read_applied(page: bytes) -> Rendering:
+    try:
+        return msgspec.json.decode(page, type=_Applied).prompt
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return ""
+
+
+def _read_tokens(page: bytes) -> Rendering:
+    try:
+        return msgspec.json.decode(page, type=_Tokens).tokens
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return []
+
+
+_PAGES: Final = ((b"/apply-template", _read_applied), (b"/tokenize", _read_tokens))
