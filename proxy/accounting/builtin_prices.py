@@ -1,7 +1,7 @@
-"""The built-in price data: genai-prices, offline, read once per model and upstream.
+"""Look prices up in the built-in data: genai-prices, offline.
 
-The only importer of genai_prices. Its import takes 0.4 s and some 40 MB, so the composition root makes one
-`BuiltinPrices` in a thread before it serves. It must not know usage, bills or requests.
+The only importer of genai_prices. The import takes 0.4 s and 40 MB, so the composition root makes one `BuiltinPrices`
+in a thread before it serves.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from proxy.accounting.pricing import MODELS_REMEMBERED_AT_MOST, Rates, Tier, Tok
 
 
 class BuiltinPrices:
-    """Looks models up. Its data has no date that can be read, so a card carries the package's version.
+    """Looks models up. The data has no date, so a card names the package's version.
 
-    It has a snapshot of its own, made anew now and then: one remembers each name that it was ever asked for.
+    A snapshot remembers every name that it was asked for, so it is replaced from time to time.
     """
 
     def __init__(self) -> None:
@@ -29,16 +29,16 @@ class BuiltinPrices:
         self._snapshot = DataSnapshot(providers, from_auto_update=False)
 
     def card(self, model: str, upstream: str) -> TokenCard | None:
-        """The card of `model` at the API whose URL is `upstream`, or None where the data has none.
+        """Return the card of `model` at the API whose URL is `upstream`, or None if the data has none.
 
-        With an empty `upstream` the provider is told by the model's name.
+        With an empty `upstream` the provider is derived from the model's name.
         """
         self._asked += 1
         if self._asked % MODELS_REMEMBERED_AT_MOST == 0:
             self._snapshot = DataSnapshot(providers, from_auto_update=False)
         try:
             found = self._snapshot.calc(Usage(input_tokens=0), model, None, upstream or None, None)
-        # what it raises for unknown models, providers and odd data, as its own documentation and tests show
+        # raised for unknown models and providers, and for unusual data
         except (LookupError, ValueError, TypeError, AttributeError, DecimalException):
             return None
         return _card(found.model_price, self._source)

@@ -1,8 +1,8 @@
-"""Turns outcomes into counts: requests, times, tokens, money. It alone decides which series a fact goes to.
+"""Count the outcomes of requests: requests, errors, times, tokens and money.
 
-Tokens are counted as the upstream reported them. A cached count that an upstream left out is unknown until it has
-once shown one that is not zero (vLLM and SGLang omit zeros); then it is zero. What is unknown saves nothing. It must
-not know how figures are kept or shown.
+Tokens are counted as the upstream reported them. If an upstream omits the cached tokens, they are unknown until it
+has reported some that are not zero (vLLM and SGLang omit zeros); from then on an omitted count is zero. Unknown
+tokens save nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from cache import Sums, Totals
 from proxy.accounting import pricing
+from proxy.accounting.error_stats import ErrorStats, error_reason
 from proxy.accounting.pricing import Bill, PriceBook, Unpriced
 from proxy.fleet.pools import Pools
 from proxy.metrics import definitions as metrics
@@ -24,15 +25,15 @@ from proxy.metrics.recorder import Recorder
 from proxy.model import CacheStatus, Ending, Endpoint, MissReason, Outcome, RouteReason, Usage
 
 _STATUS_CLASSES = ("0xx", "1xx", "2xx", "3xx", "4xx", "5xx")
-_OPERATIONS = {Endpoint.COMPLETIONS: "text_completion", Endpoint.EMBEDDINGS: "embeddings"}  # in OpenTelemetry's words
-_CHAT: Final = "chat"  # the others that have tokens
+_OPERATIONS = {Endpoint.COMPLETIONS: "text_completion", Endpoint.EMBEDDINGS: "embeddings"}  # OpenTelemetry's names
+_CHAT: Final = "chat"  # of all other endpoints that have tokens
 _SECONDS_PER_DAY: Final = 86_400
 _PICOS_PER_USD = Decimal(10**12)
 _MICROS_PER_SECOND: Final = 1_000_000
 
 
 class _Route:
-    """The series of requests that are alike: each is found once, and then only added to."""
+    """The series of similar requests, which are looked up once and then only added to."""
 
     __slots__ = (
         "decisions",
@@ -96,9 +97,9 @@ class _Source:
 
 
 class RequestCounters:
-    """Counts into `recorder`, and into `totals` what is to outlive the process.
+    """Counts in `recorder`, in `errors`, and in `totals` what outlives the process.
 
-    `rate_of` gives a replica's measured prefill rate (tokens per second) by its number, or None.
+    `rate_of` returns a replica's measured prefill rate (tokens per second) by its number, or None.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class RequestCounters:
         pools: Pools,
         rate_of: Callable[[int], float | None],
         unix_seconds: Callable[[], float],
+        errors: ErrorStats,
     ) -> None:
         self._recorder = recorder
         self._totals = totals
@@ -117,15 +119,16 @@ class RequestCounters:
         self._prices = prices
         self._rate_of = rate_of
         self._unix_seconds = unix_seconds
+        self._errors = errors
         self._shows_cached: set[int] = set()
         self._day = (0, "")
         self._pools = pools
-        # both are as many as there are series: labels are closed sets
+        # bounded, because the labels are
         self._routes: dict[tuple[object, ...], _Route] = {}
         self._sources: dict[tuple[str, str], _Source] = {}
 
     def known_usage(self, outcome: Outcome) -> Usage | None:
-        """The outcome's usage; an omitted cached count is zero where the upstream is known to show others."""
+        """Return the outcome's usage; omitted cached tokens are zero if the upstream has reported others before."""
         usage, replica = outcome.usage, outcome.replica
         if usage is None or replica is None:
             return usage
@@ -136,7 +139,7 @@ class RequestCounters:
         return usage
 
     def count(self, outcome: Outcome, usage: Usage | None, predicted_tokens: int | None) -> None:
-        """One finished request. `usage` is what `known_usage` gave."""
+        """Count a finished request. `usage` is the result of `known_usage`."""
         model = self._names.label(outcome.model)
         upstream = outcome.replica.name if outcome.replica is not None else ""
         route = self._count_request(outcome, model, upstream)
@@ -157,11 +160,11 @@ class RequestCounters:
             self._totals.row(self._today(), model, upstream, outcome.tenant_name).missing += 1
 
     def label(self, outcome: Outcome) -> str:
-        """The model under which a request is counted."""
+        """Return the model label under which a request is counted."""
         return self._names.label(outcome.model)
 
     def count_routing_gain(self, outcome: Outcome, tokens: int) -> None:
-        """Cached tokens of one request, or made up for by it, that are routing's own part."""
+        """Count cached tokens that are due to routing."""
         if tokens and outcome.replica is not None:
             model = self._names.label(outcome.model)
             self._recorder.inc(metrics.ROUTING_GAIN, (model,), tokens)
@@ -186,6 +189,9 @@ class RequestCounters:
             route.misses.value += 1
         if outcome.ending is Ending.REFUSED:
             self._recorder.inc(metrics.REJECTED, (outcome.error_code or "other",))
+        if (reason := error_reason(outcome)) is not None:
+            self._recorder.inc(metrics.ERRORS, (reason,))
+            self._errors.add(outcome, model, reason)
         return route
 
     def _route(self, outcome: Outcome, model: str, upstream: str) -> _Route:
@@ -259,7 +265,7 @@ class RequestCounters:
 
 
 def _count_answer(outcome: Outcome, usage: Usage, route: _Route) -> None:
-    """What OpenTelemetry's conventions ask of one answer."""
+    """Count one response as OpenTelemetry's conventions require."""
     route.input.add(usage.prompt_tokens)
     route.output.add(usage.output_tokens)
     if outcome.inter_token_counts and usage.output_tokens > 1:
@@ -267,5 +273,5 @@ def _count_answer(outcome: Outcome, usage: Usage, route: _Route) -> None:
 
 
 def _picos(usd: Decimal) -> int:
-    """`usd` in the totals' unit; whole for any price of up to six decimals per million tokens."""
+    """Convert `usd` to the totals' unit; exact for prices of up to six decimals per million tokens."""
     return int(usd * _PICOS_PER_USD) if usd else 0

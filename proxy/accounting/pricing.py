@@ -1,15 +1,15 @@
-"""What an answer cost, what it would have cost with nothing cached, and the difference.
+"""Calculate what a response cost, what it would have cost without caching, and the difference. Pure.
 
-Pure: rate cards and usage in, a bill out, all in Decimal. Three kinds of card, the first that matches stands: the
-operator's, the built-in data's (`proxy.accounting.builtin_prices`), none. A provider's card prices tokens; an
-engine's prices seconds of its GPUs, so that what a cached token saves is the prefill time that it avoids.
+The price is the first that matches: one of the operator's, else that of the built-in data
+(`proxy.accounting.builtin_prices`), else none. A provider's price is per token. An engine's price is per second of
+its GPUs, so that a cached token saves the prefill time that it avoids. All amounts are Decimal.
 
     uncached cost = prompt x input + output x output rate
     saving        = cached x (input - cached rate)
     surcharge     = written x (write rate - input)
     cost          = uncached cost - saving + surcharge
 
-Only tokens that the upstream reported as cached count as saved. It must not know metrics, Redis or HTTP.
+Only tokens that the upstream reported as cached count as saved.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from proxy.patterns import matches
 ZERO = Decimal(0)
 _PER_MILLION = Decimal(1_000_000)
 _SECONDS_PER_HOUR = Decimal(3600)
-MODELS_REMEMBERED_AT_MOST = 1024  # resolved cards kept; made-up model names must not grow memory
+MODELS_REMEMBERED_AT_MOST = 1024  # remembered prices; clients may make up model names
 
 
 class Unpriced(enum.StrEnum):
-    """Why an answer has no price; the metric's label."""
+    """Why a response has no price; the metric label."""
 
-    NO_CARD = "no_card"  # neither the operator nor the built-in data knows the model here
-    NO_EXCHANGE_RATE = "no_exchange_rate"  # a card in another currency without `usd_per_unit`
-    NO_PREFILL_RATE = "no_prefill_rate"  # an engine's card, and its rate is not learned yet
+    NO_CARD = "no_card"  # neither the operator nor the built-in data has a price
+    NO_EXCHANGE_RATE = "no_exchange_rate"  # a price in another currency without `usd_per_unit`
+    NO_PREFILL_RATE = "no_prefill_rate"  # an engine's price, and the prefill rate is not known yet
 
 
 class Rates(msgspec.Struct, frozen=True, gc=False):
-    """USD per million tokens. A rate that a card leaves out is the input's: nothing saved, nothing added."""
+    """USD per million tokens. A rate that a card omits equals `input`, so that nothing is saved or added."""
 
     input: Decimal
     output: Decimal
@@ -55,7 +55,7 @@ class Tier(msgspec.Struct, frozen=True, gc=False):
 
 
 class TokenCard(msgspec.Struct, frozen=True):
-    """A provider's prices; `tiers` ascend. `source` and `date` are for people."""
+    """A provider's prices; `tiers` are ascending. `source` and `date` are only shown."""
 
     rates: Rates
     tiers: tuple[Tier, ...] = ()
@@ -63,7 +63,7 @@ class TokenCard(msgspec.Struct, frozen=True):
     date: str = ""
 
     def rates_for(self, prompt_tokens: int) -> Rates:
-        """The rates of the highest tier that the prompt reaches."""
+        """Return the rates of the highest tier that the prompt reaches."""
         for tier in reversed(self.tiers):
             if prompt_tokens > tier.above_prompt_tokens:
                 return tier.rates
@@ -71,7 +71,7 @@ class TokenCard(msgspec.Struct, frozen=True):
 
 
 class GpuCard(msgspec.Struct, frozen=True):
-    """An engine's price: USD for an hour of one GPU, and how many a replica has."""
+    """An engine's price: USD per hour of one GPU, and the number of GPUs of a replica."""
 
     usd_per_gpu_hour: Decimal
     gpus_per_replica: Decimal = Decimal(1)
@@ -80,7 +80,7 @@ class GpuCard(msgspec.Struct, frozen=True):
 
     @property
     def usd_per_second(self) -> Decimal:
-        """What a replica costs while it computes."""
+        """The price of a replica's computing time."""
         return self.usd_per_gpu_hour * self.gpus_per_replica / _SECONDS_PER_HOUR
 
 
@@ -99,7 +99,7 @@ class Rule(msgspec.Struct, frozen=True):
 
 
 class Bill(msgspec.Struct, frozen=True, gc=False):
-    """One answer in USD. Saving and surcharge are never negative; `cost` is what is paid."""
+    """The cost of one response in USD. Saving and surcharge are never negative; `cost` is what is paid."""
 
     uncached_input: Decimal
     output: Decimal
@@ -108,20 +108,20 @@ class Bill(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def uncached_cost(self) -> Decimal:
-        """The whole bill had nothing been cached or written."""
+        """The cost without any caching."""
         return self.uncached_input + self.output
 
     @property
     def cost(self) -> Decimal:
-        """The whole bill."""
+        """The actual cost."""
         return self.uncached_cost - self.saving + self.surcharge
 
 
 class PriceBook:
-    """Finds the card for a model at an upstream, once for each, and remembers it in a bounded table.
+    """Finds the price of a model at an upstream, and remembers it in a bounded table.
 
-    Rules are tried in their order, but of those with the same globs the newest that has come stands. `builtin`
-    answers (model, upstream URL) with a card or None and never raises.
+    Rules are tried in their order; of those with the same patterns, the one with the latest date that has passed is
+    used. `builtin` returns a card for (model, upstream URL), or None, and never raises.
     """
 
     def __init__(self, rules: Sequence[Rule], builtin: Callable[[str, str], TokenCard | None]) -> None:
@@ -130,15 +130,15 @@ class PriceBook:
         self._resolved: dict[tuple[str, ...], Card | Unpriced] = {}
 
     def adopt(self, rules: Sequence[Rule]) -> None:
-        """Go by other rules from now on."""
+        """Use other rules from now on."""
         self._rules = _newest_of_equals_first(rules)
         self._resolved.clear()
 
     def card(self, model: str, upstream: str, day: str, name: str = "", service_tier: str = "") -> Card | Unpriced:
-        """The card for `model` (as sent) at `upstream` (its URL) on `day` (ISO date), or why there is none.
+        """Return the card for `model` (as sent) at `upstream` (its URL) on `day` (ISO date), or why there is none.
 
-        `name` is the upstream's in the configuration, which a rule may name as well. A rule that names the service
-        tier comes before one that does not.
+        `name` is the upstream's name in the configuration, which a rule may refer to as well. A rule that names the
+        service tier comes before one that does not.
         """
         key = (model, upstream, day, name, service_tier)
         card = self._resolved.get(key)
@@ -177,7 +177,7 @@ def _newest_of_equals_first(rules: Sequence[Rule]) -> list[Rule]:
 
 
 def bill(usage: Usage, card: Card, prefill_tokens_per_second: float | None) -> Bill | Unpriced:
-    """Price one answer. Unknown cached tokens save nothing; an engine's card needs the replica's prefill rate."""
+    """Calculate the cost of one response. Unknown cached tokens save nothing; a GPU card needs the prefill rate."""
     if isinstance(card, TokenCard):
         return _token_bill(usage, card.rates_for(usage.longest_call_tokens or usage.prompt_tokens))
     if not prefill_tokens_per_second:
@@ -188,7 +188,7 @@ def bill(usage: Usage, card: Card, prefill_tokens_per_second: float | None) -> B
 
 def _token_bill(usage: Usage, rates: Rates) -> Bill:
     saving = surcharge = ZERO
-    # a card whose cached rate is above its input rate, or whose writes are cheaper, is odd but possible
+    # a card may have a cached rate above its input rate, or cheaper writes
     if usage.cached_tokens:
         gained = usage.cached_tokens * (rates.input - rates.cached_read) / _PER_MILLION
         saving, surcharge = (gained, ZERO) if gained >= 0 else (ZERO, -gained)
@@ -212,7 +212,7 @@ def rates_of(
     cache_write_5m_usd: Decimal | None = None,
     cache_write_1h_usd: Decimal | None = None,
 ) -> Rates:
-    """Rates in USD per million tokens, with what is left out filled in; a 1 h write falls back to the 5 m one."""
+    """Return rates in USD per million tokens with the defaults filled in; a 1 h write falls back to the 5 m one."""
     write = input_usd if cache_write_5m_usd is None else cache_write_5m_usd
     return Rates(
         input_usd,

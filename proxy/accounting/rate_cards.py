@@ -1,4 +1,4 @@
-"""The operator's rate cards: from the configuration's `prices` to the rules that pricing goes by. Pure."""
+"""Translate the configuration's `prices` to the rules of `proxy.accounting.pricing`. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ONE = Decimal(1)
 
 
 def rules_of(prices: Sequence[Price]) -> list[Rule]:
-    """One rule for each card, in the file's order; a card's source is its path in the configuration."""
+    """Return one rule per price, in the file's order; the source of a card is its path in the configuration."""
     return [
         Rule(
             price.model,
@@ -42,7 +42,7 @@ def _card(price: Price, source: str) -> Card | Unpriced:
 
 
 def _rates(card: Price | PriceTier, usd: Decimal) -> Rates:
-    """`card`'s rates with each unit of its currency worth `usd`."""
+    """Return the rates of `card`, where one unit of its currency is worth `usd`."""
 
     def worth(amount: Decimal | None) -> Decimal | None:
         return None if amount is None else amount * usd

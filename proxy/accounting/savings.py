@@ -1,7 +1,4 @@
-"""From the totals in Redis to what a person wants to know: what was saved, by day, model, upstream or tenant.
-
-Pure. It must not know Redis, metrics or the command line.
-"""
+"""Sum the totals up to a report of savings by day, model, upstream or tenant. Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ _SHARE_DIGITS = Decimal("0.0001")
 
 
 class By(enum.StrEnum):
-    """What lines are made for."""
+    """The dimension of a report's lines."""
 
     DAY = "day"
     MODEL = "model"
@@ -33,12 +30,12 @@ class By(enum.StrEnum):
 
 
 class SavingsLine(msgspec.Struct, frozen=True):
-    """One line; tokens and counts are whole numbers, money is exact, in USD.
+    """One line of a report. Counts are whole numbers; amounts of money are exact, in USD.
 
-    `cost` is `uncached_cost` less `saving` plus `surcharge`, and `net` is the saving less the surcharge. The input
-    saving is the net over what the input alone would have cost, the bill saving over the whole bill. Of the cached
-    tokens `routing_gain_tokens` are those that round robin would not have had. Answers without a price have tokens
-    and no money; a share of nothing is None.
+    `cost` is `uncached_cost` minus `saving` plus `surcharge`; `net` is `saving` minus `surcharge`. The shares are
+    `net` divided by the uncached cost of the input, and by that of the whole bill; None if that is 0.
+    `routing_gain_tokens` is the part of the cached tokens that round robin would not have had. Responses without a
+    price count with their tokens only.
     """
 
     name: str
@@ -63,7 +60,7 @@ class SavingsLine(msgspec.Struct, frozen=True):
 
 
 class SavingsReport(msgspec.Struct, frozen=True):
-    """The lines of a time, and their sum."""
+    """The lines of a period, and their sum."""
 
     since: str
     until: str
@@ -73,9 +70,9 @@ class SavingsReport(msgspec.Struct, frozen=True):
 
 
 def first_day(since: str, today: date) -> date:
-    """The first day of `since`: an ISO date, `7d` (today and the six days before), or empty: all that is kept.
+    """Return the first day of `since`: an ISO date, `7d` (today and six days before), or empty (all that is kept).
 
-    Raises ValueError where it is none of these.
+    Raises ValueError if it is none of these.
     """
     if not since:
         return today - timedelta(days=KEPT_DAYS)
@@ -85,7 +82,7 @@ def first_day(since: str, today: date) -> date:
 
 
 def report(rows: Mapping[RowKey, Sums], by: By, since: date, until: date) -> SavingsReport:
-    """Add `rows` up. Days come in order, all else by what it saved most."""
+    """Sum `rows` up. Days are in chronological order, everything else is sorted by its saving."""
     groups: dict[str, Sums] = {}
     total = Sums()
     for key, sums in rows.items():
@@ -105,30 +102,30 @@ def _line(name: str, sums: Sums) -> SavingsLine:
     saving, surcharge = _usd(sums.saving_picos), _usd(sums.surcharge_picos)
     net = saving - surcharge
     return SavingsLine(
-        name,
-        sums.answers,
-        sums.missing,
-        sums.unpriced,
-        sums.prompt_tokens,
-        sums.cached_tokens,
-        sums.routing_gain_tokens,
-        sums.unknown_tokens,
-        sums.written_tokens,
-        sums.output_tokens,
-        _share(Decimal(sums.cached_tokens), Decimal(sums.prompt_tokens)),
-        uncached - net,
-        uncached,
-        saving,
-        surcharge,
-        net,
-        _share(net, uncached_input),
-        _share(net, uncached),
-        sums.prefill_micros / _MICROS_PER_SECOND,
+        name=name,
+        answers=sums.answers,
+        missing_usage=sums.missing,
+        unpriced=sums.unpriced,
+        prompt_tokens=sums.prompt_tokens,
+        cached_tokens=sums.cached_tokens,
+        routing_gain_tokens=sums.routing_gain_tokens,
+        unknown_tokens=sums.unknown_tokens,
+        written_tokens=sums.written_tokens,
+        output_tokens=sums.output_tokens,
+        cached_share=_share(Decimal(sums.cached_tokens), Decimal(sums.prompt_tokens)),
+        cost_usd=uncached - net,
+        uncached_cost_usd=uncached,
+        saving_usd=saving,
+        surcharge_usd=surcharge,
+        net_usd=net,
+        input_saving_share=_share(net, uncached_input),
+        bill_saving_share=_share(net, uncached),
+        prefill_seconds_saved=sums.prefill_micros / _MICROS_PER_SECOND,
     )
 
 
 def _usd(picos: int) -> Decimal:
-    """Without an exponent and without zeros at the end, so that it reads the same wherever it is written."""
+    """Convert to USD, without an exponent and without trailing zeros, so that it is written alike everywhere."""
     usd = picos / _PICOS_PER_USD
     return usd.quantize(Decimal(1)) if usd == usd.to_integral_value() else usd.normalize()
 
@@ -137,32 +134,32 @@ def _share(part: Decimal, whole: Decimal) -> Decimal | None:
     return (part / whole).quantize(_SHARE_DIGITS) if whole else None
 
 
-# --- as JSON and CSV; money is text there, since a float would not be exact
+# --- as JSON and CSV; amounts of money are text there, because a float would not be exact
 
 
-def as_json(made: SavingsReport) -> bytes:
-    """The whole report; `from_json` reads it back."""
-    return msgspec.json.encode(_plain(made))
+def as_json(report: SavingsReport) -> bytes:
+    """Encode the report as JSON, which `from_json` reads."""
+    return msgspec.json.encode(_plain(report))
 
 
 def from_json(text: bytes) -> SavingsReport:
-    """Raises msgspec.MsgspecError where it is no report."""
+    """Decode a report. Raises msgspec.MsgspecError if `text` is none."""
     return msgspec.json.decode(text, type=SavingsReport)
 
 
-def as_csv(made: SavingsReport) -> str:
-    """A heading, the lines and the total."""
+def as_csv(report: SavingsReport) -> str:
+    """Encode the report as CSV: a heading, the lines and the total."""
     written = io.StringIO()
     rows = csv.writer(written, lineterminator="\n")
-    rows.writerow((made.by.value, *SavingsLine.__struct_fields__[1:]))
-    for line in (*made.lines, made.total):
+    rows.writerow((report.by.value, *SavingsLine.__struct_fields__[1:]))
+    for line in (*report.lines, report.total):
         values = (getattr(line, field) for field in SavingsLine.__struct_fields__)
         rows.writerow(["" if value is None else _text(value) for value in values])
     return written.getvalue()
 
 
-def _plain(made: SavingsReport) -> dict[str, object]:
-    tree: dict[str, object] = msgspec.to_builtins(made, builtin_types=(Decimal,))
+def _plain(report: SavingsReport) -> dict[str, object]:
+    tree: dict[str, object] = msgspec.to_builtins(report, builtin_types=(Decimal,))
     for line in (*tree["lines"], tree["total"]):  # type: ignore[misc]
         line.update({field: _text(value) for field, value in line.items() if isinstance(value, Decimal)})
     return tree

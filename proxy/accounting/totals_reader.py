@@ -1,7 +1,6 @@
-"""Reads the totals that workers keep in Redis, for the admin port and for `cairn savings`.
+"""Read the totals that workers keep in Redis, for the admin port and for `cairn savings`.
 
-It opens a connection of its own when it is first asked, so that neither a worker that stands still nor one that is
-not there is in the way.
+The connection is opened at the first read and is independent of any worker.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from proxy.tasks import Tasks
 
 
 class Unreadable(Exception):
-    """There are no totals to be had; the text says why, in one line."""
+    """The totals cannot be read; the text says why, in one line."""
 
 
 class TotalsReader:
-    """One Redis's totals. `close` when done."""
+    """The totals in one Redis. Call `close` at the end."""
 
     def __init__(self, url: str | None, clock: Clock, tasks: Tasks) -> None:
         self._url = url
@@ -30,11 +29,11 @@ class TotalsReader:
         self._opening = asyncio.Lock()
 
     async def read(self, since: str, by: By) -> SavingsReport:
-        """The savings since `since` (see `savings.first_day`) to today (UTC).
+        """Return the savings from `since` (see `savings.first_day`) to today (UTC).
 
         Raises:
-            ValueError: `since` is no day.
-            Unreadable: Redis is away, or none is configured.
+            ValueError: `since` is not a day.
+            Unreadable: Redis is not available, or none is configured.
         """
         today = self._today()
         first = first_day(since, today)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from proxy.config.schema import Config
+from proxy.control.error_rows import ErrorRow
 from proxy.control.prefix_rows import PrefixReport
 from proxy.metrics.definitions import MetricsDelta
 
@@ -77,13 +78,14 @@ class StatusReport(msgspec.Struct, frozen=True):
     """What a worker reports for the status page, beside its counters.
 
     `prefixes` is None if nothing in it changed since the last report. `budgets` are the tokens that each replica is
-    believed to be able to hold. `contexts` are those worth most, of all tenants.
+    believed to be able to hold. `contexts` are those worth most, of all tenants. `errors` are those of the last hour.
     """
 
     prefixes: PrefixReport | None = None
     budgets: dict[str, int] = {}
     sharing: SharingReport = SharingReport()
     contexts: list[ContextReport] = []
+    errors: list[ErrorRow] = []
 
 
 class WorkerReport(msgspec.Struct, frozen=True, tag="report"):

@@ -242,6 +242,9 @@ CLIENT_HEAD_BYTES = _sum("client_head_bytes", "Bytes of unfinished request heads
 CLIENT_BODY_BYTES = _sum("client_body_bytes", "Bytes of request bodies that have arrived and are held.")
 CLIENT_REFUSED = _counter("client_refused", "Connections and requests refused at a limit of the port.", "limit")
 CLIENT_ERRORS = _counter("client_errors", "Input of clients that was not valid HTTP or came too slowly.", "reason")
+ERRORS = _counter(
+    "request_errors", "Requests that failed or were refused, by reason; clients that left are not included.", "reason"
+)
 REJECTED = _counter("rejected", "Requests that Cairn refused, by reason.", "reason")
 LOG_DROPPED = _counter("log_lines_dropped", "Access log lines lost because they could not be written fast enough.")
 WORKERS = _sum("workers", "Worker processes that are ready.")

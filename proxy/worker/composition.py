@@ -30,6 +30,7 @@ from cache import (
 from proxy.accounting.access_log import FORMATS, AccessLog
 from proxy.accounting.builtin_prices import BuiltinPrices
 from proxy.accounting.counters import RequestCounters
+from proxy.accounting.error_stats import ErrorStats
 from proxy.accounting.prefix_stats import PrefixStats
 from proxy.accounting.pricing import PriceBook
 from proxy.accounting.rate_cards import rules_of
@@ -232,6 +233,7 @@ class Accounting:
     prices: PriceBook
     totals: Totals
     prefix_stats: PrefixStats
+    error_stats: ErrorStats
     access_log: AccessLog | None
     settlement: Settlement
 
@@ -247,6 +249,7 @@ def _accounting(
     token_counts = TokenCounts()
     totals = Totals(memory.store, basics.writer_id)
     prefix_stats = PrefixStats(replicas.model_names.label, basics.clock.unix)
+    error_stats = ErrorStats(basics.clock.unix)
     counters = RequestCounters(
         basics.recorder,
         totals,
@@ -255,6 +258,7 @@ def _accounting(
         replicas.pools,
         replicas.fleet.measured_rate,
         basics.clock.unix,
+        error_stats,
     )
     settlement = Settlement(
         sharing.journal,
@@ -271,6 +275,7 @@ def _accounting(
         prices=prices,
         totals=totals,
         prefix_stats=prefix_stats,
+        error_stats=error_stats,
         access_log=access_log,
         settlement=settlement,
     )
@@ -441,7 +446,10 @@ def _reporter(control: WorkerControl, built: Built, requests: Requests) -> Repor
         index=IndexFigures(recorder, memory.index, journal, replicas.pools, sharing.baseline),
         store=StoreFigures(recorder, memory.store, journal, contexts),
     )
-    status = StatusSource(built.accounting.prefix_stats, memory.index, journal, replicas.pools, contexts)
+    accounting = built.accounting
+    status = StatusSource(
+        accounting.prefix_stats, accounting.error_stats, memory.index, journal, replicas.pools, contexts
+    )
     return Reporter(
         control,
         recorder,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from cache import ContextRow
+from proxy.control.error_rows import ErrorRow
 from proxy.control.messages import ContextReport, SharingReport, StatusReport, WorkerReport
 from proxy.control.prefix_rows import PrefixReport
 from proxy.fleet.pools import Pools
@@ -61,11 +62,26 @@ class DroppedLines(Protocol):
     def dropped(self) -> int: ...
 
 
+class Errors(Protocol):
+    """The errors of the last hour; `proxy.accounting.error_stats.ErrorStats` in the product."""
+
+    def report(self) -> list[ErrorRow]: ...
+
+
 class StatusSource:
     """Builds the part of a report that only the status page shows."""
 
-    def __init__(self, prefixes: Prefixes, index: Index, journal: Journal, pools: Pools, contexts: Contexts) -> None:
+    def __init__(
+        self,
+        prefixes: Prefixes,
+        errors: Errors,
+        index: Index,
+        journal: Journal,
+        pools: Pools,
+        contexts: Contexts,
+    ) -> None:
         self._prefixes = prefixes
+        self._errors = errors
         self._index = index
         self._journal = journal
         self._pools = pools
@@ -78,6 +94,7 @@ class StatusSource:
             budgets=self._budgets(),
             sharing=self._sharing(),
             contexts=self._stored(),
+            errors=self._errors.report(),
         )
 
     def report_sent(self) -> None:

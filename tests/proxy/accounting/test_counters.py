@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from cache import Store, Totals
 from proxy.accounting.counters import RequestCounters
+from proxy.accounting.error_stats import ErrorStats
 from proxy.accounting.pricing import PriceBook
 from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.metrics import definitions as metrics
@@ -47,6 +48,7 @@ def counted(outcome: Outcome) -> Exposition:
         pools,
         lambda number: None,
         lambda: 0.0,
+        ErrorStats(lambda: 0.0),
     )
     accounts.count(outcome, outcome.usage, None)
     exposition.apply(0, recorder.take())

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from click.testing import CliRunner, Result
 from pypdf import PdfWriter
@@ -101,7 +102,10 @@ async def test_documents_go_up_as_messages_that_begin_with_their_names(cairn: Ca
 
 
 async def test_lists_tags_and_removals(cairn: Cairn, tmp_path: Path) -> None:
-    """A tag moves; a removal by tag or id takes the context."""
+    """A tag moves; a removal by tag or id takes the context. Pinning needs a key that an upstream has accepted."""
+    question = {"model": "test-model", "messages": [{"role": "user", "content": "?"}]}
+    async with aiohttp.ClientSession(headers={"Authorization": "Bearer sk-cli"}) as client:
+        assert (await client.post(f"{cairn.url}/chat/completions", json=question)).status == 200
     (tmp_path / "a.txt").write_text("a")
     one, two = [
         (await run(cairn, "put", str(tmp_path / "a.txt"), "--no-wait", "--pin", "--tag", "t")).stdout.strip()

@@ -10,6 +10,7 @@ import pytest
 from cache import BreakerState as StoreBreakerState
 from cache import ErrorKind, JournalState, JournalStats, ReplicaStats, StoreState
 from proxy.accounting.round_robin import RoundRobinBaseline
+from proxy.control.error_rows import ErrorRow
 from proxy.control.messages import WorkerReport
 from proxy.control.prefix_rows import PrefixReport
 from proxy.fleet import BreakerState
@@ -23,6 +24,8 @@ from proxy.upstream import Origin
 from proxy.worker.figures import Figures, IndexFigures, OperationFigures, ReplicaFigures, StoreFigures
 from proxy.worker.reporting import Reporter, StatusSource
 from tests.support.clock import FakeClock
+
+ERROR = ErrorRow("web", "m", "upstream_timeout", 3, 7.0)
 
 
 def part(**attributes: Any) -> Any:
@@ -71,7 +74,7 @@ class Bench:
                 IndexFigures(self.recorder, index, self.journal, pools, RoundRobinBaseline(pools)),
                 StoreFigures(self.recorder, self.store, self.journal, contexts),
             ),
-            StatusSource(self.prefixes, index, self.journal, pools, contexts),
+            StatusSource(self.prefixes, part(report=lambda: [ERROR]), index, self.journal, pools, contexts),
             settled=part(count=self._count),
             requests=part(requests=5),
             access_log=self.log,
@@ -113,7 +116,7 @@ def test_a_report_has_the_state_of_every_part(bench: Bench) -> None:
     assert last is not None
     assert (last.in_flight, last.redis, last.upstreams) == (5, "up", {"one": True})
     assert last.failing_tasks == ("health", "totals")
-    assert (last.page.budgets, last.page.sharing.others) == ({"one": 900}, 2)
+    assert (last.page.budgets, last.page.sharing.others, last.page.errors) == ({"one": 900}, 2, [ERROR])
     for spec, labels, value in (
         (metrics.UPSTREAM_BREAKER, ("one",), 1),
         (metrics.UPSTREAM_QUEUED, ("one",), 2),
