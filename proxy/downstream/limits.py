@@ -29,6 +29,20 @@ class Limits:
     body_bytes_in_flight: int = 512 * 1024 * 1024
 
 
+_DESCRIPTORS_KEPT = 128  # for the log, Redis, the supervisor and what opens files for a moment
+_DESCRIPTORS_EACH = 2  # a client's connection, and that of its request to an upstream
+
+
+def connections_within(configured: int, descriptors: int) -> int:
+    """The largest number of connections, at most `configured`, for which a process has enough descriptors.
+
+    `descriptors` is the process's limit (RLIMIT_NOFILE); negative for none.
+    """
+    if descriptors < 0:
+        return configured
+    return max(1, min(configured, (descriptors - _DESCRIPTORS_KEPT) // _DESCRIPTORS_EACH))
+
+
 class ByteBudget:
     """Bytes in use, of a limited number."""
 

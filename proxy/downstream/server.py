@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import resource
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Final, Protocol
 from proxy.clock import Clock
 from proxy.downstream.connection import ROOM_BYTES, Connection, Handle
 from proxy.downstream.errors import BadHttp, ClientLimit
-from proxy.downstream.limits import ByteBudget, Limits
+from proxy.downstream.limits import ByteBudget, Limits, connections_within
 from proxy.errors import CairnError
 from proxy.tasks import Tasks
 
@@ -66,6 +67,7 @@ class ClientServer:
         self.error_response = error_response
         self._observer = observer
         self._connections: set[Connection] = set()
+        self._max_connections = limits.connections
         self._by_network: Counter[str] = Counter()
         self._tasks = Tasks()
         self._listeners: list[asyncio.Server] = []
@@ -82,6 +84,10 @@ class ClientServer:
 
     async def start(self, listening: Sequence[socket.socket], backlog: int) -> None:
         """Accept connections on sockets that listen already."""
+        limit = connections_within(self.limits.connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        if limit < self.limits.connections:
+            log.warning("at most %d client connections: the limit of open files (ulimit -n) allows no more", limit)
+        self._max_connections = limit
         loop = asyncio.get_running_loop()
         for end in listening:
             self._listeners.append(await loop.create_server(self.connect, sock=end, backlog=backlog))
@@ -127,7 +133,7 @@ class ClientServer:
         """Register a connection; gives the limit that it exceeds."""
         limits, network = self.limits, network_of(address)
         exceeded = None
-        if len(self._connections) >= limits.connections:
+        if len(self._connections) >= self._max_connections:
             exceeded = ClientLimit.CONNECTIONS
         elif network and self._by_network[network] >= limits.connections_per_address:
             exceeded = ClientLimit.CONNECTIONS_PER_ADDRESS

@@ -120,6 +120,7 @@ class HttpServer:
         request_id = kept_request_id(headers) or self._new_id()
         route = _UNKNOWN
         entered = False
+        decoded_bytes = 0
         try:
             if request.upgrade and path.endswith(_WEBSOCKET_PATHS):
                 _refuse_websocket(request.upgrade)
@@ -129,6 +130,9 @@ class HttpServer:
             entered = True
             reads = route.must_read(tenant)
             body, encoded = await self._body(request, headers, route.endpoint) if reads else (b"", None)
+            if encoded is not None:
+                decoded_bytes = len(body)
+                self._hold(decoded_bytes, len(encoded))
             call = self._call(request, request_id, tenant, route, headers, body, received_seconds, encoded)
             await self._pipeline.handle(call, downstream, None if reads else self._upload(request))
         except CairnError as error:
@@ -140,6 +144,7 @@ class HttpServer:
             log.exception("request %s failed inside Cairn", request_id)
             self._report_defect(route.endpoint, request_id, downstream)
         finally:
+            self.clients.bodies.give(decoded_bytes)
             if entered:
                 self._room.leave()
 
@@ -154,6 +159,12 @@ class HttpServer:
         if len(body) <= _DECODED_INLINE_BYTES:
             return decode_request(body, encoding, limit), body
         return await asyncio.to_thread(decode_request, body, encoding, limit), body
+
+    def _hold(self, nbytes: int, own: int) -> None:
+        """Count `nbytes` among the bodies in flight; `own` are counted already. Raises Overloaded."""
+        if not self.clients.bodies.take(nbytes, own):
+            self.clients.refused(ClientLimit.BODY_BYTES)
+            raise overloaded()
 
     def _check_declared(self, request: IncomingRequest, limit_bytes: int) -> None:
         """Refuse a body that is too large, or that finds no room now, before it is sent."""

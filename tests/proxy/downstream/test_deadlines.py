@@ -10,6 +10,7 @@ import pytest
 from proxy.downstream.body import GRACE_SECONDS, read_body, stream_body
 from proxy.downstream.connection import Connection
 from proxy.downstream.errors import BadHttp, ClientStalled
+from proxy.downstream.limits import connections_within
 from proxy.downstream.request import IncomingRequest
 from proxy.downstream.response import ClientResponse
 from proxy.downstream.server import ClientServer, network_of
@@ -184,6 +185,14 @@ async def test_a_connection_that_lingers_is_aborted_when_its_client_never_closes
     await port.after(3)
     assert port.line.aborts > 0
     await port.end()
+
+
+def test_connections_leave_descriptors_for_their_upstreams() -> None:
+    """Two for each, and some to spare; a limit that is too small for any allows one."""
+    assert connections_within(8192, 1024) == 448
+    assert connections_within(100, 1024) == 100
+    assert connections_within(100, 64) == 1
+    assert connections_within(100, -1) == 100
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import hashlib
 import json
 import logging
@@ -152,6 +153,26 @@ async def test_a_body_over_the_limit_is_too_large_however_full_the_house_is() ->
         assert (await port.ask(KEY, b"x" * 200))[0] == 503
         go_on.set()
         assert await first == (200, b"x" * 900)
+
+
+async def test_a_compressed_body_takes_room_for_what_it_expands_to() -> None:
+    """Beside others it is refused; alone it may exceed the bound. Its room is given back."""
+    entered, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(call: Call, client: Downstream, upload: Upload | None) -> None:
+        if call.encoded_body is None:
+            entered.set()
+            await go_on.wait()
+        await echo(call, client, upload)
+
+    bomb = gzip.compress(b"x" * 5000)
+    async with running(hold, max_in_flight_bytes=1000) as port:
+        first = asyncio.get_running_loop().create_task(port.ask(KEY, b"{}"))
+        await entered.wait()
+        assert (await port.ask(KEY + b"content-encoding: gzip\r\n", bomb))[0] == 503
+        go_on.set()
+        await first
+        assert await port.ask(KEY + b"content-encoding: gzip\r\n", bomb) == (200, b"x" * 5000)
 
 
 async def test_requests_in_flight_are_bounded() -> None:
