@@ -74,11 +74,19 @@ class ContextReport(msgspec.Struct, frozen=True):
     expires_unix_seconds: float
 
 
+class ReplicaDown(msgspec.Struct, frozen=True):
+    """Since when a replica takes no requests, and why, in a few words."""
+
+    since_unix_seconds: float
+    why: str
+
+
 class StatusReport(msgspec.Struct, frozen=True):
     """What a worker reports for the status page, beside its counters.
 
     `prefixes` is None if nothing in it changed since the last report. `budgets` are the tokens that each replica is
     believed to be able to hold. `contexts` are those worth most, of all tenants. `errors` are those of the last hour.
+    `down` has the replicas that take no requests, by name.
     """
 
     prefixes: PrefixReport | None = None
@@ -86,6 +94,7 @@ class StatusReport(msgspec.Struct, frozen=True):
     sharing: SharingReport = SharingReport()
     contexts: list[ContextReport] = []
     errors: list[ErrorRow] = []
+    down: dict[str, ReplicaDown] = {}
 
 
 class WorkerReport(msgspec.Struct, frozen=True, tag="report"):

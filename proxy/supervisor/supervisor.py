@@ -177,6 +177,8 @@ class Supervisor:
             sockets.close_all(self._listening)
             raise
         self._addresses = (_address(self._listening[0][0]), _address(admin_socket))
+        self.board.base_url = f"{self._addresses[0]}/v1"
+        self.board.example_model = _a_model(self._config)
         self._handle_signals()
         try:
             await self._admin.start(admin_socket)
@@ -305,6 +307,12 @@ class Supervisor:
 
     def _count_task_failure(self, name: str) -> None:
         self._recorder.inc(metrics.TASK_FAILURES, (name,))
+
+
+def _a_model(config: Config) -> str:
+    """Return a model that the configuration names, or a placeholder."""
+    names = (name for pool in config.pools for name in pool.models if not set(name) & set("*?["))
+    return next(names, "MODEL")
 
 
 async def _all_of(running: Sequence[asyncio.Task[None]]) -> None:

@@ -78,7 +78,7 @@ from proxy.worker.figures import Figures, IndexFigures, OperationFigures, Replic
 from proxy.worker.http_server import HttpServer
 from proxy.worker.live_config import LiveConfig, LiveParts
 from proxy.worker.maintenance import Maintenance
-from proxy.worker.membership import Forgetting, log_change
+from proxy.worker.membership import DownReplicas, Forgetting
 from proxy.worker.replica_queues import ReplicaQueues
 from proxy.worker.reporting import Reporter, StatusSource
 
@@ -113,6 +113,7 @@ class Basics:
     tasks: Tasks
     loops: Tasks
     writer_id: str  # this worker's name among all workers of all proxies
+    down_replicas: DownReplicas
 
 
 def _basics() -> Basics:
@@ -121,8 +122,10 @@ def _basics() -> Basics:
     def count_failure(name: str) -> None:
         recorder.inc(metrics.TASK_FAILURES, (name,))
 
+    clock = SystemClock()
     return Basics(
-        clock=SystemClock(),
+        clock=clock,
+        down_replicas=DownReplicas(clock.unix),
         recorder=recorder,
         tasks=Tasks(count_failure),
         loops=Tasks(count_failure),
@@ -173,7 +176,7 @@ def _replicas(config: Config, basics: Basics, memory: Memory) -> Replicas:
         from_config.breaker_settings(config.upstream),
         rule.prefill_tokens_per_second,
         (rule.in_flight_seconds_least, rule.in_flight_seconds_most),
-        log_change,
+        basics.down_replicas.replica_changed,
     )
     limits = from_config.upstream_limits(config.upstream)
     return Replicas(
@@ -448,7 +451,13 @@ def _reporter(control: WorkerControl, built: Built, requests: Requests) -> Repor
     )
     accounting = built.accounting
     status = StatusSource(
-        accounting.prefix_stats, accounting.error_stats, memory.index, journal, replicas.pools, contexts
+        accounting.prefix_stats,
+        accounting.error_stats,
+        basics.down_replicas,
+        memory.index,
+        journal,
+        replicas.pools,
+        contexts,
     )
     return Reporter(
         control,

@@ -1,11 +1,12 @@
-"""Log every change of a replica, and drop what is kept for one that is gone for good."""
+"""Log every change of a replica, remember which are down, and drop what is kept for one that is gone for good."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
+from proxy.control.messages import ReplicaDown
 from proxy.fleet import Change, ReplicaChange
 from proxy.fleet.pools import ReplicaEndpoint
 from proxy.pipeline.dispatch import Dispatcher
@@ -14,6 +15,28 @@ from proxy.upstream import UpstreamClient
 log = logging.getLogger("cairn.replicas")
 
 _WARNED: Final = frozenset({Change.DOWN, Change.THROTTLED})
+
+
+class DownReplicas:
+    """Remembers since when replicas are down, and why. `unix_seconds` is the clock."""
+
+    def __init__(self, unix_seconds: Callable[[], float]) -> None:
+        self._unix_seconds = unix_seconds
+        self._down: dict[str, ReplicaDown] = {}
+
+    def replica_changed(self, change: ReplicaChange) -> None:
+        """Log a change, and remember it."""
+        log_change(change)
+        if change.change in _WARNED:
+            known = self._down.get(change.name)
+            since_seconds = self._unix_seconds() if known is None else known.since_unix_seconds
+            self._down[change.name] = ReplicaDown(since_seconds, change.reason)
+        elif change.change is not Change.DRAINING:
+            self._down.pop(change.name, None)
+
+    def report(self) -> dict[str, ReplicaDown]:
+        """Return the replicas that are down, by name."""
+        return dict(self._down)
 
 
 def log_change(change: ReplicaChange) -> None:

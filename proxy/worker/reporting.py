@@ -8,7 +8,7 @@ from typing import Protocol
 
 from cache import ContextRow
 from proxy.control.error_rows import ErrorRow
-from proxy.control.messages import ContextReport, SharingReport, StatusReport, WorkerReport
+from proxy.control.messages import ContextReport, ReplicaDown, SharingReport, StatusReport, WorkerReport
 from proxy.control.prefix_rows import PrefixReport
 from proxy.fleet.pools import Pools
 from proxy.metrics import definitions as metrics
@@ -68,6 +68,12 @@ class Errors(Protocol):
     def report(self) -> list[ErrorRow]: ...
 
 
+class Down(Protocol):
+    """The replicas that are down; `proxy.worker.membership.DownReplicas` in the product."""
+
+    def report(self) -> dict[str, ReplicaDown]: ...
+
+
 class StatusSource:
     """Builds the part of a report that only the status page shows."""
 
@@ -75,6 +81,7 @@ class StatusSource:
         self,
         prefixes: Prefixes,
         errors: Errors,
+        down: Down,
         index: Index,
         journal: Journal,
         pools: Pools,
@@ -82,6 +89,7 @@ class StatusSource:
     ) -> None:
         self._prefixes = prefixes
         self._errors = errors
+        self._down = down
         self._index = index
         self._journal = journal
         self._pools = pools
@@ -95,6 +103,7 @@ class StatusSource:
             sharing=self._sharing(),
             contexts=self._stored(),
             errors=self._errors.report(),
+            down=self._down.report(),
         )
 
     def report_sent(self) -> None:

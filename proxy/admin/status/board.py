@@ -46,6 +46,9 @@ class StatusBoard:
         self._has_viewer = asyncio.Event()
         self._viewers = 0
         self.history = History()
+        self.base_url = ""
+        self.example_model = "MODEL"
+        """The address of the client port and a model, for the hint on a page without any request."""
 
     def add_report(self, worker: int, report: WorkerReport) -> None:
         """Keep a worker's report. Its counts must already be in the exposition."""
@@ -75,6 +78,7 @@ class StatusBoard:
                 requests=figures.value(metrics.REQUESTS),
                 prompt_tokens=build.prompt_tokens(figures),
                 cached_tokens=figures.total(metrics.TOKENS, 2, "input_cached"),
+                errors={labels[0]: count for labels, count in figures.series(metrics.ERRORS).items()},
             )
         )
         self._encoded = None
@@ -117,6 +121,8 @@ class StatusBoard:
                 version=self._version,
                 requests_per_second=self.history.requests_per_second(build.RATE_WINDOW_SECONDS),
                 sample=samples[-1] if samples else None,
+                base_url=self.base_url,
+                example_model=self.example_model,
                 periods=self._periods,
             )
             reports = [*self._reports.values(), ended]

@@ -16,6 +16,7 @@ from proxy.admin.status.state import (
     TODAY,
     WEEK,
     Distribution,
+    ErrorShown,
     Moment,
     RedisView,
     ReplicaRow,
@@ -24,17 +25,20 @@ from proxy.admin.status.state import (
     ShownPrefix,
     State,
 )
-from proxy.control.messages import StatusReport
+from proxy.control.error_rows import ErrorRow
+from proxy.control.messages import ReplicaDown, StatusReport
 from proxy.control.prefix_rows import Miss, MissRow, PrefixRow
 from proxy.control.readiness import Readiness
 from proxy.metrics import definitions as metrics
 from proxy.metrics.definitions import Labels, Observed, Spec
-from proxy.model import CacheStatus
+from proxy.model import CacheStatus, MissReason
 
 PREFIXES_SHOWN = 20
 MISSES_SHOWN = 20
+ERRORS_SHOWN = 12
 RATE_WINDOW_SECONDS = 10.0
 BUDGET_UNKNOWN_TOKENS = 2**31  # the prefix index's budget of a replica whose capacity is not known yet
+_DAY_SECONDS = 86_400
 _SHOWN_CACHE = (CacheStatus.HIT, CacheStatus.PARTIAL, CacheStatus.MISS)
 
 
@@ -61,7 +65,12 @@ def build(figures: Figures, readiness: Readiness, reports: Sequence[StatusReport
         in_flight=readiness.in_flight,
         requests=int(figures.value(metrics.REQUESTS)),
         requests_per_second=moment.requests_per_second,
-        saved=saved(figures, moment.periods),
+        waiting=int(sum(figures.series(metrics.UPSTREAM_QUEUED).values())),
+        errors=_by_label(figures, metrics.ERRORS),
+        recent_errors=recent_errors([report.errors for report in reports]),
+        base_url=moment.base_url,
+        example_model=moment.example_model,
+        saved=saved(figures, moment),
         routing_gain_tokens=figures.value(metrics.ROUTING_GAIN),
         unpriced=_by_label(figures, metrics.UNPRICED),
         ttft_bounds=list(metrics.TTFT.buckets),
@@ -69,7 +78,7 @@ def build(figures: Figures, readiness: Readiness, reports: Sequence[StatusReport
         replicas=replicas(figures, readiness, reports),
         prefixes=prefixes([each.prefixes for each in prefix_reports]),
         misses=misses([each.misses for each in prefix_reports]),
-        miss_reasons=_by_label(figures, metrics.PREFIX_MISS),
+        miss_reasons=miss_reasons(figures),
         redis=_redis(figures, readiness),
         sharing=_sharing(figures, reports),
         contexts=int(max(figures.series(metrics.CONTEXTS).values(), default=0)),
@@ -79,20 +88,28 @@ def build(figures: Figures, readiness: Readiness, reports: Sequence[StatusReport
     )
 
 
-def saved(figures: Figures, periods: Mapping[str, Saved]) -> dict[str, Saved | None]:
-    """Return the savings of the three periods; None for a period whose totals cannot be read."""
-    return {
-        TODAY: periods.get(TODAY),
-        WEEK: periods.get(WEEK),
-        SINCE_START: Saved(
-            usd=figures.value(metrics.SAVINGS) - figures.value(metrics.SURCHARGE),
-            surcharge_usd=figures.value(metrics.SURCHARGE),
-            uncached_cost_usd=figures.value(metrics.UNCACHED_COST),
-            prefill_seconds=figures.value(metrics.PREFILL_SAVED),
-            prompt_tokens=prompt_tokens(figures),
-            cached_tokens=figures.total(metrics.TOKENS, 2, "input_cached"),
-        ),
-    }
+def saved(figures: Figures, moment: Moment) -> dict[str, Saved | None]:
+    """Return the savings of the three periods; None for a period whose totals cannot be read.
+
+    The totals in Redis are some seconds old. A period that includes the whole time since the start is therefore never
+    shown with less than that.
+    """
+    since_start = Saved(
+        usd=figures.value(metrics.SAVINGS) - figures.value(metrics.SURCHARGE),
+        surcharge_usd=figures.value(metrics.SURCHARGE),
+        uncached_cost_usd=figures.value(metrics.UNCACHED_COST),
+        prefill_seconds=figures.value(metrics.PREFILL_SAVED),
+        prompt_tokens=prompt_tokens(figures),
+        cached_tokens=figures.total(metrics.TOKENS, 2, "input_cached"),
+    )
+    today = int(moment.now_unix_seconds // _DAY_SECONDS)
+    found: dict[str, Saved | None] = {}
+    for name, days in ((TODAY, 1), (WEEK, 7)):
+        period = moment.periods.get(name)
+        includes_start = moment.started_unix_seconds >= (today - days + 1) * _DAY_SECONDS
+        is_behind = period is not None and period.prompt_tokens < since_start.prompt_tokens
+        found[name] = since_start if includes_start and is_behind else period
+    return found | {SINCE_START: since_start}
 
 
 def periods(week: SavingsReport) -> dict[str, Saved]:
@@ -158,6 +175,7 @@ def replicas(figures: Figures, readiness: Readiness, reports: Sequence[StatusRep
     resident, breaker = _by_label(figures, metrics.INDEX_TOKENS), _by_label(figures, metrics.UPSTREAM_BREAKER)
     pending = _by_label(figures, metrics.UPSTREAM_PENDING)
     rate = figures.series(metrics.UPSTREAM_RATE)
+    down = _down(reports)
     rows = []
     for name, is_up in readiness.upstreams.items():
         budget = budgets.get(name)
@@ -167,6 +185,8 @@ def replicas(figures: Figures, readiness: Readiness, reports: Sequence[StatusRep
             ReplicaRow(
                 name=name,
                 up=is_up,
+                down_since_unix_seconds=None if is_up or name not in down else down[name].since_unix_seconds,
+                why="" if is_up or name not in down else down[name].why,
                 breaker=_level(breaker.get(name, 0)),
                 in_flight=in_flight.get(name, 0),
                 queued=queued.get(name, 0),
@@ -180,6 +200,20 @@ def replicas(figures: Figures, readiness: Readiness, reports: Sequence[StatusRep
             )
         )
     return rows
+
+
+def _down(reports: Sequence[StatusReport]) -> dict[str, ReplicaDown]:
+    """Return the replicas that are down, each since it was first found so, with the newest reason."""
+    down: dict[str, ReplicaDown] = {}
+    for report in reports:
+        for name, found in report.down.items():
+            known = down.get(name)
+            since = (
+                found.since_unix_seconds if known is None else min(known.since_unix_seconds, found.since_unix_seconds)
+            )
+            is_newer = known is None or found.since_unix_seconds >= known.since_unix_seconds
+            down[name] = ReplicaDown(since, found.why if known is None or is_newer else known.why)
+    return down
 
 
 def prefixes(of_workers: Iterable[Sequence[PrefixRow]]) -> list[ShownPrefix]:
@@ -208,6 +242,23 @@ def misses(of_workers: Iterable[Sequence[MissRow]]) -> list[Miss]:
     rows = [row for rows in of_workers for row in rows]
     rows.sort(key=lambda row: row.unix_seconds, reverse=True)
     return [Miss(**msgspec.structs.asdict(row)) for row in rows[:MISSES_SHOWN]]
+
+
+def miss_reasons(figures: Figures) -> dict[str, int]:
+    """Return how often prompts were not fully cached, by reason; a prompt that is too short to share is no miss."""
+    return {reason: n for reason, n in _by_label(figures, metrics.PREFIX_MISS).items() if reason != MissReason.SHORT}
+
+
+def recent_errors(of_workers: Iterable[Sequence[ErrorRow]]) -> list[ErrorShown]:
+    """Add the workers' rows up, and return the most frequent errors."""
+    joined: dict[tuple[str, str, str], tuple[int, float]] = {}
+    for rows in of_workers:
+        for row in rows:
+            key = (row.client, row.model, row.reason)
+            count, last = joined.get(key, (0, 0.0))
+            joined[key] = (count + row.count, max(last, row.last_unix_seconds))
+    best = sorted(joined.items(), key=lambda item: (-item[1][0], -item[1][1]))[:ERRORS_SHOWN]
+    return [ErrorShown(*key, count, last) for key, (count, last) in best]
 
 
 def notices(figures: Figures) -> list[str]:

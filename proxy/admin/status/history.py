@@ -18,6 +18,7 @@ class Sample(msgspec.Struct, array_like=True, frozen=True, gc=False):
     requests: float
     prompt_tokens: float
     cached_tokens: float
+    errors: dict[str, float] = {}  # by reason
 
 
 class History:

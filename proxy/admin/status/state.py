@@ -41,6 +41,8 @@ class ReplicaRow(msgspec.Struct, frozen=True):
 
     name: str
     up: bool
+    down_since_unix_seconds: float | None
+    why: str
     breaker: str
     in_flight: int
     queued: int
@@ -62,6 +64,16 @@ class ShownPrefix(msgspec.Struct, frozen=True):
     hits: int
     saved_tokens: int
     used_unix_seconds: float
+
+
+class ErrorShown(msgspec.Struct, frozen=True):
+    """Errors of the last hour with the same client, model and reason."""
+
+    client: str
+    model: str
+    reason: str
+    count: int
+    last_unix_seconds: float
 
 
 class RedisView(msgspec.Struct, frozen=True):
@@ -101,6 +113,11 @@ class State(msgspec.Struct, frozen=True):
     in_flight: int
     requests: int
     requests_per_second: float
+    waiting: int
+    errors: dict[str, int]  # since the start, by reason
+    recent_errors: list[ErrorShown]  # of the last hour
+    base_url: str
+    example_model: str
     saved: dict[str, Saved | None]
     routing_gain_tokens: float
     unpriced: dict[str, int]
@@ -126,4 +143,6 @@ class Moment(msgspec.Struct, frozen=True):
     version: str
     requests_per_second: float = 0.0
     sample: Sample | None = None
+    base_url: str = ""
+    example_model: str = "MODEL"
     periods: Mapping[str, Saved] = {}  # TODAY and WEEK, from the totals in Redis, if they are known

@@ -74,7 +74,9 @@ class Bench:
                 IndexFigures(self.recorder, index, self.journal, pools, RoundRobinBaseline(pools)),
                 StoreFigures(self.recorder, self.store, self.journal, contexts),
             ),
-            StatusSource(self.prefixes, part(report=lambda: [ERROR]), index, self.journal, pools, contexts),
+            StatusSource(
+                self.prefixes, part(report=lambda: [ERROR]), part(report=dict), index, self.journal, pools, contexts
+            ),
             settled=part(count=self._count),
             requests=part(requests=5),
             access_log=self.log,

@@ -17,7 +17,8 @@ from proxy.admin.status import build
 from proxy.admin.status.board import StatusBoard
 from proxy.admin.status.history import MINUTES_KEPT, SECONDS_KEPT, History, Sample
 from proxy.admin.status.state import Moment, Saved
-from proxy.control.messages import SharingReport, StatusReport, WorkerReport
+from proxy.control.error_rows import ErrorRow
+from proxy.control.messages import ReplicaDown, SharingReport, StatusReport, WorkerReport
 from proxy.control.prefix_rows import MissRow, PrefixReport, PrefixRow
 from proxy.control.readiness import Readiness, ReadinessStatus
 from proxy.metrics import definitions as metrics
@@ -72,11 +73,61 @@ def test_periods_that_outlive_a_restart_come_from_who_keeps_them() -> None:
     days = {"2026-11-21": 3, "2026-11-23": 4}
     rows = {RowKey(day, "m", "one", "t"): Sums(cached_tokens=n, saving_picos=n * 10**12) for day, n in days.items()}
     week = savings.report(rows, By.DAY, date(2026, 11, 17), date(2026, 11, 23))
-    found = build.saved(counted(), build.periods(week))
+    found = build.saved(counted(), moment(build.periods(week)))
     assert found["today"] == Saved(usd=4.0, cached_tokens=4)
     assert found["7 days"] == Saved(usd=7.0, cached_tokens=7)
     idle = savings.report(rows, By.DAY, date(2026, 11, 18), date(2026, 11, 24))
     assert build.periods(idle)["today"] == Saved()
+
+
+def moment(periods: dict[str, Saved], started: float = 900.0, now: float = 1000.0) -> Moment:
+    return Moment(now, started, "1.2.3", periods=periods)
+
+
+def test_a_period_is_never_shown_with_less_than_the_time_since_the_start_that_it_includes() -> None:
+    """The totals in Redis are some seconds behind; a start before the period is another matter."""
+    day = 86_400.0
+    figures = counted(*tokens("one", input_fresh=10, input_cached=30))
+    behind = {"today": Saved(prompt_tokens=5), "7 days": Saved(prompt_tokens=500)}
+    started_today = build.saved(figures, moment(behind, 10 * day + 5, 10 * day + 900))
+    assert started_today["today"] == started_today["since start"]
+    assert started_today["7 days"] == behind["7 days"]
+    started_yesterday = build.saved(figures, moment(behind, 9 * day, 10 * day + 900))
+    assert started_yesterday["today"] == behind["today"]
+    assert build.saved(figures, moment({}, 10 * day, 10 * day + 900))["today"] is None, "unknown stays unknown"
+
+
+def test_a_replica_that_is_down_has_its_time_and_reason() -> None:
+    """Since the first worker found it so; one that is up has neither."""
+    pages = [
+        StatusReport(down={"two": ReplicaDown(70.0, "timeout"), "one": ReplicaDown(1.0, "old")}),
+        StatusReport(down={"two": ReplicaDown(50.0, "connection refused")}),
+    ]
+    one, two = build.build(counted(), READY, pages, NOW).replicas
+    assert (one.up, one.down_since_unix_seconds, one.why) == (True, None, "")
+    assert (two.up, two.down_since_unix_seconds, two.why) == (False, 50.0, "timeout")
+
+
+def test_errors_of_all_workers_are_added_up() -> None:
+    """The most frequent first, with the last time of any."""
+    rows = [
+        [ErrorRow("web", "m", "upstream_timeout", 2, 5.0), ErrorRow("batch", "m", "invalid_api_key", 3, 6.0)],
+        [ErrorRow("web", "m", "upstream_timeout", 4, 9.0)],
+    ]
+    shown = build.recent_errors(rows)
+    assert [(each.client, each.reason, each.count, each.last_unix_seconds) for each in shown] == [
+        ("web", "upstream_timeout", 6, 9.0),
+        ("batch", "invalid_api_key", 3, 6.0),
+    ]
+    figures = counted((metrics.ERRORS, ("upstream_timeout",), 7), (metrics.UPSTREAM_QUEUED, ("one",), 2))
+    state = build.build(figures, READY, [StatusReport(errors=rows[0])], NOW)
+    assert (state.errors, state.waiting, len(state.recent_errors)) == ({"upstream_timeout": 7}, 2, 2)
+
+
+def test_a_prompt_that_is_too_short_to_share_is_no_miss() -> None:
+    """It could not have been found."""
+    figures = counted((metrics.PREFIX_MISS, ("cold",), 2), (metrics.PREFIX_MISS, ("short",), 9))
+    assert build.miss_reasons(figures) == {"cold": 2}
 
 
 def test_a_row_for_each_replica() -> None:
