@@ -97,17 +97,26 @@ class StatusReport(msgspec.Struct, frozen=True):
     down: dict[str, ReplicaDown] = {}
 
 
+class PoolReport(msgspec.Struct, frozen=True):
+    """Whether a replica of a pool takes requests, and whether Cairn is ready without one."""
+
+    up: bool
+    optional: bool = False
+
+
 class WorkerReport(msgspec.Struct, frozen=True, tag="report"):
     """What a worker counted since its last report (four a second), and its current state.
 
     `redis` is `REDIS_UP`, another word for its state, or None while that is unknown. `upstreams` says for each
-    replica whether it takes requests. `failing_tasks` names the background tasks that failed and wait for a restart.
+    replica whether it takes requests, `pools` whether one of each pool does. `failing_tasks` names the background
+    tasks that failed and wait for a restart.
     """
 
     counts: MetricsDelta
     in_flight: int = 0
     redis: str | None = None
     upstreams: dict[str, bool] = {}
+    pools: dict[str, PoolReport] = {}
     failing_tasks: tuple[str, ...] = ()
     page: StatusReport = StatusReport()
 

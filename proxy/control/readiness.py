@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from proxy.control.messages import REDIS_UP, WorkerReport
+from proxy.control.messages import REDIS_UP, PoolReport, WorkerReport
 
 SILENT_SECONDS = 2.0  # a worker sends a heartbeat twice a second; one that is silent for this long does not serve
 _REDIS_FINE = frozenset({None, REDIS_UP})
@@ -60,17 +60,21 @@ class Readiness(msgspec.Struct, frozen=True):
 
 
 def judge(stage: Stage, workers: Sequence[WorkerView], failing_tasks: Sequence[str] = ()) -> Readiness:
-    """Decide the readiness: ready if a worker serves and an upstream is up, degraded if anything else is wrong.
+    """Decide the readiness: ready if a worker serves and a replica of each pool that is not optional is up.
+
+    It is degraded if anything else is wrong.
 
     `failing_tasks` are those of the supervisor itself.
     """
     serving = [worker for worker in workers if worker.serves]
     reports = [worker.report for worker in serving if worker.report is not None]
     upstreams = _upstreams(reports)
-    blocking = _blocking(stage, serving, upstreams)
+    pools = _pools(reports)
+    blocking = _blocking(stage, serving, upstreams, pools)
     redis = next((report.redis for report in reports if report.redis not in _REDIS_FINE), None)
     failing = {*failing_tasks, *(name for report in reports for name in report.failing_tasks)}
     lacking = _lacking(workers, serving, upstreams, redis)
+    lacking += [f"optional pool {name} is down" for name, pool in pools.items() if pool.optional and not pool.up]
     lacking += [f"background task {name} failed and is restarted" for name in sorted(failing)]
     status = ReadinessStatus.NOT_READY if blocking else ReadinessStatus.DEGRADED if lacking else ReadinessStatus.READY
     return Readiness(
@@ -91,7 +95,18 @@ def _upstreams(reports: Sequence[WorkerReport]) -> dict[str, bool]:
     return up
 
 
-def _blocking(stage: Stage, serving: Sequence[WorkerView], upstreams: dict[str, bool]) -> list[str]:
+def _pools(reports: Sequence[WorkerReport]) -> dict[str, PoolReport]:
+    pools: dict[str, PoolReport] = {}
+    for report in reports:
+        for name, pool in report.pools.items():
+            if name not in pools or pool.up:
+                pools[name] = pool
+    return pools
+
+
+def _blocking(
+    stage: Stage, serving: Sequence[WorkerView], upstreams: dict[str, bool], pools: dict[str, PoolReport]
+) -> list[str]:
     """Reasons to receive no requests."""
     blocking = []
     if stage is Stage.DRAINING:
@@ -100,6 +115,7 @@ def _blocking(stage: Stage, serving: Sequence[WorkerView], upstreams: dict[str, 
         blocking.append("no worker is ready")
     if upstreams and not any(upstreams.values()):
         blocking.append("no upstream is up")
+    blocking += [f"pool {name} is down" for name, pool in pools.items() if not (pool.up or pool.optional)]
     return blocking
 
 

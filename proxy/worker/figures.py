@@ -11,7 +11,7 @@ from cache import BreakerState as StoreBreakerState
 from cache import ErrorKind, IndexStats, JournalState, JournalStats, ReplicaStats, StoreState
 from proxy.accounting.round_robin import RoundRobinBaseline
 from proxy.clock import Clock
-from proxy.control.messages import REDIS_UP
+from proxy.control.messages import REDIS_UP, PoolReport
 from proxy.fleet import BreakerState
 from proxy.fleet.pools import Pools
 from proxy.metrics import definitions as metrics
@@ -101,10 +101,15 @@ class ReplicaFigures:
         self._queues = queues
         self._clock = clock
 
-    def update(self) -> dict[str, bool]:
-        """Set the gauges; returns for each replica, by name, whether it takes requests."""
+    def update(self) -> tuple[dict[str, bool], dict[str, PoolReport]]:
+        """Set the gauges. Return whether each replica takes requests, by name, and whether one of each pool does."""
         now_seconds = self._clock.monotonic()
-        views = [view for pool in self._pools.all for view in self._replicas.snapshot(pool.name, now_seconds)]
+        by_pool = {pool.name: self._replicas.snapshot(pool.name, now_seconds) for pool in self._pools.all}
+        views = [view for pool_views in by_pool.values() for view in pool_views]
+        pools = {
+            pool.name: PoolReport(any(view.available for view in by_pool[pool.name]), pool.optional)
+            for pool in self._pools.all
+        }
         up = {view.name: view.available for view in views}
         rates = {view.name: self._replicas.measured_rate(view.id) for view in views}
         gauges: tuple[tuple[Spec, dict[str, float]], ...] = (
@@ -120,7 +125,7 @@ class ReplicaFigures:
         )
         for spec, values in gauges:
             self._recorder.replace_gauges(spec, {(name,): value for name, value in values.items()})
-        return up
+        return up, pools
 
 
 class IndexFigures:

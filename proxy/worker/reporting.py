@@ -183,7 +183,7 @@ class Reporter:
     def report(self) -> None:
         """Send one report; if the supervisor does not read, keep the counts for the next one."""
         self._settled.count()
-        upstreams = self._figures.replicas.update()
+        upstreams, pools = self._figures.replicas.update()
         self._figures.index.update()
         self._figures.store.update()
         self._recorder.set(metrics.IN_FLIGHT, (), self._requests.requests)
@@ -195,6 +195,7 @@ class Reporter:
             in_flight=self._requests.requests,
             redis=self._figures.store.redis,
             upstreams=upstreams,
+            pools=pools,
             failing_tasks=tuple(sorted(self._failing_tasks())),
             page=self._status.report(),
         )

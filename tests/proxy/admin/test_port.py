@@ -17,7 +17,7 @@ from proxy.accounting.totals_reader import Unreadable
 from proxy.admin.port import AdminPort
 from proxy.admin.status import StatusBoard
 from proxy.config.load import Admin, Config, Secret, Server
-from proxy.control.messages import WorkerReport
+from proxy.control.messages import PoolReport, WorkerReport
 from proxy.control.readiness import SILENT_SECONDS, Readiness, ReadinessStatus, Stage, WorkerView, judge
 from proxy.metrics.definitions import MetricsDelta
 from proxy.metrics.exposition import Exposition
@@ -295,6 +295,16 @@ def test_an_upstream_is_up_where_any_worker_finds_it_so() -> None:
     assert (one.status, one.reasons) == (ReadinessStatus.DEGRADED, ("upstream a is down",))
     none = judge(Stage.SERVING, [worker(upstreams={"a": False})])
     assert (none.status, none.reasons[0]) == (ReadinessStatus.NOT_READY, "no upstream is up")
+
+
+def test_a_pool_of_which_no_replica_is_up_is_named_and_blocks_unless_it_is_optional() -> None:
+    """It is up if any worker finds it so."""
+    pools = {"a": PoolReport(up=False), "b": PoolReport(up=False, optional=True), "c": PoolReport(up=True)}
+    found = judge(Stage.SERVING, [worker(pools=pools, upstreams={"x": True})])
+    assert found.status is ReadinessStatus.NOT_READY
+    assert found.reasons == ("pool a is down", "optional pool b is down")
+    found = judge(Stage.SERVING, [worker(pools=pools), worker(1, pools={"a": PoolReport(up=True)})])
+    assert (found.status, found.reasons) == (ReadinessStatus.DEGRADED, ("optional pool b is down",))
 
 
 def test_a_worker_that_does_not_respond_does_not_count() -> None:

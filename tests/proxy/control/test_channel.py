@@ -63,7 +63,14 @@ async def test_ready_and_reports_reach_the_supervisor(ends) -> None:
     channel, worker = ends
     recorder = Recorder()
     recorder.inc(REQUESTS, ("chat", "m", "u", "2xx", "hit", "true"), 3)
-    report = WorkerReport(recorder.take(), 2, "up", {"u": True}, ("totals",), StatusReport(budgets={"u": 5}))
+    report = WorkerReport(
+        recorder.take(),
+        in_flight=2,
+        redis="up",
+        upstreams={"u": True},
+        failing_tasks=("totals",),
+        page=StatusReport(budgets={"u": 5}),
+    )
     await worker.send_ready()
     assert worker.report(report)
     assert await next_of(channel) == Ready()

@@ -1,0 +1,306 @@
+"""One sick and one well replica: what reaches the client, what is tried, and what the fleet learns."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from proxy.config.schema import Auth, Pool, PoolKind, Replica, Secret, Upstream
+from proxy.metrics import definitions as metrics
+from proxy.model import Ending, Outcome
+from tests.support.cairn import Cairn, config_for, running
+from tests.support.openai_upstream import Failure, OpenAIUpstream
+from tests.support.valkey import eventually, free_port
+
+BODIES: dict[str, dict[str, Any]] = {
+    "chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "responses": {"input": "hi"},
+    "messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9},
+    "embeddings": {"input": "hi"},
+}
+STATUSES = [408, 429, 500, 502, 503, 504, 529]
+
+
+class Sick(OpenAIUpstream):
+    """Answers every request that runs a model with one status and body; its model list is well."""
+
+    def __init__(self, status: int, body: bytes = b'{"error":{"message":"sick"}}', kind: str = "application/json"):
+        super().__init__()
+        self.status, self.body, self.kind = status, body, kind
+        self.asked = 0
+
+    async def _serve(self, request: web.BaseRequest, asked: Any, failure: Failure | None) -> web.StreamResponse:
+        if request.path.removeprefix("/v1/") not in BODIES:
+            return await super()._serve(request, asked, failure)
+        self.asked += 1
+        return web.Response(status=self.status, body=self.body, headers={"content-type": self.kind})
+
+
+@asynccontextmanager
+async def sick_and_well(sick: Sick, **upstream: Any) -> AsyncIterator[tuple[Cairn, OpenAIUpstream]]:
+    async with OpenAIUpstream() as well, sick:
+        config = config_for([sick.url, well.url], upstream=Upstream(**upstream))
+        async with running(config) as cairn:
+            yield cairn, well
+
+
+async def ask(http: aiohttp.ClientSession, cairn: Cairn, path: str, n: int = 0, **more: Any) -> tuple[int, str, Any]:
+    """Status, body and headers of one request; `n` makes its prompt its own."""
+    body = {"model": "test-model", **json.loads(json.dumps(BODIES[path]).replace("hi", f"hi {n}")), **more}
+    async with http.post(f"{cairn.url}/{path}", json=body) as response:
+        return response.status, await response.text(), response.headers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", STATUSES)
+async def test_of_100_requests_no_status_of_a_sick_replica_reaches_the_client(
+    http: aiohttp.ClientSession, status: int, stream: bool
+) -> None:
+    """The sick one is found out within a few requests, and is asked rarely after that."""
+    sick = Sick(status)
+    async with sick_and_well(sick) as (cairn, _):
+        for number in range(100):
+            got, text, _ = await ask(http, cairn, "chat/completions", number, stream=stream)
+            assert (got, "sick" in text) == (200, False), number
+        assert 0 < sick.asked <= 12
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_every_path_with_a_model_is_tried_elsewhere(http: aiohttp.ClientSession, path: str) -> None:
+    """Chat, responses, messages and embeddings; the client is told what was tried."""
+    sick = Sick(500)
+    async with sick_and_well(sick) as (cairn, _):
+        answers = [await ask(http, cairn, path, number) for number in range(40)]
+        assert {status for status, _, _ in answers} == {200}
+        retried = [headers for _, _, headers in answers if "x-cairn-tried" in headers]
+        assert len(retried) == sick.asked > 0
+        assert retried[0]["x-cairn-tried"] == f"{sick.url[7:-3]};500"
+        assert retried[0]["x-cairn-reason"] == "retry"
+        assert cairn.count(metrics.UPSTREAM_RETRIES, (sick.url[7:-3], "500")) == sick.asked
+
+
+EVENTS = {
+    "chat/completions": b'data: {"error": {"message": "sick", "code": 500}}\n\n',
+    "responses": b'event: error\ndata: {"type": "error", "code": "sick", "message": "sick"}\n\n',
+    "messages": b'event: ping\ndata: {"type": "ping"}\n\nevent: error\ndata: {"type": "error", "error": {}}\n\n',
+}
+
+
+@pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
+@pytest.mark.parametrize("path", EVENTS)
+async def test_a_stream_whose_first_event_is_an_error_is_tried_elsewhere(
+    http: aiohttp.ClientSession, path: str, kind: str
+) -> None:
+    """Whatever its content type says; comments and pings before it decide nothing."""
+    sick = Sick(200, b": waiting\n\n" + EVENTS[path], kind)
+    async with sick_and_well(sick) as (cairn, _):
+        for number in range(40):
+            status, text, _ = await ask(http, cairn, path, number, stream=True)
+            assert (status, "sick" in text, "error" in text) == (200, False, False)
+        assert 0 < sick.asked <= 8
+        assert cairn.count(metrics.HIDDEN_ERRORS, (sick.url[7:-3], "error_event")) == sick.asked
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
+async def test_a_refusal_of_the_request_itself_is_not_tried_elsewhere(
+    http: aiohttp.ClientSession, status: int
+) -> None:
+    """Every replica would say the same."""
+    async with Sick(status) as one, Sick(status) as two, running(config_for([one.url, two.url])) as cairn:
+        assert (await ask(http, cairn, "chat/completions"))[0] == status
+        assert one.asked + two.asked == 1
+
+
+async def test_the_statuses_and_the_number_of_retries_are_configured(http: aiohttp.ClientSession) -> None:
+    """A status that is not listed is passed on, and so is any without retries."""
+    for settings in ({"retry_statuses": (503,)}, {"max_retries": 0}):
+        async with Sick(500) as one, Sick(500) as two:
+            config = config_for([one.url, two.url], upstream=Upstream(**settings))
+            async with running(config) as cairn:
+                assert (await ask(http, cairn, "chat/completions"))[0] == 500
+                assert one.asked + two.asked == 1
+
+
+async def test_an_outage_is_not_multiplied_by_retries(http: aiohttp.ClientSession) -> None:
+    """Of 100 requests that all replicas fail, a tenth are sent a second time."""
+    async with Sick(500) as one, Sick(500) as two, running(config_for([one.url, two.url])) as cairn:
+        answers = [await ask(http, cairn, "chat/completions", number) for number in range(100)]
+        assert {status for status, _, _ in answers} == {500}
+        assert 100 <= one.asked + two.asked <= 111
+
+
+async def test_a_request_that_timed_out_is_not_computed_a_second_time(http: aiohttp.ClientSession) -> None:
+    """Its prefill goes on where it is."""
+    gate = asyncio.Event()
+    async with OpenAIUpstream(gate=gate) as one, OpenAIUpstream(gate=gate) as two:
+        config = config_for([one.url, two.url], upstream=Upstream(first_byte_seconds=0.2))
+        async with running(config) as cairn:
+            status, text, _ = await ask(http, cairn, "chat/completions")
+            assert (status, json.loads(text)["error"]["code"]) == (504, "upstream_timeout")
+            assert len(one.generations) + len(two.generations) == 1
+            gate.set()
+
+
+async def test_one_clients_bad_prompts_close_no_engine_for_another(http: aiohttp.ClientSession) -> None:
+    """Both engines answer 500 to the one prompt, and go on serving all others."""
+
+    class Picky(OpenAIUpstream):
+        async def _serve(self, request: web.BaseRequest, asked: Any, failure: Failure | None) -> web.StreamResponse:
+            if b"poison" in asked.body:
+                return web.Response(status=500, text="cannot")
+            return await super()._serve(request, asked, failure)
+
+    async with Picky() as one, Picky() as two, running(config_for([one.url, two.url])) as cairn:
+        bad, good = {"authorization": "Bearer bad"}, {"authorization": "Bearer good"}
+
+        async def send(text: str, headers: dict[str, str]) -> int:
+            body = {"model": "test-model", "messages": [{"role": "user", "content": text}]}
+            async with http.post(f"{cairn.url}/chat/completions", json=body, headers=headers) as response:
+                return response.status
+
+        for number in range(60):
+            assert await send(f"poison {number}", bad) == 500
+            assert await send(f"fine {number}", good) == 200
+        views = cairn.worker.replicas.fleet.snapshot("engines", 0.0)
+        assert [view.available for view in views] == [True, True]
+
+
+async def test_a_429_is_for_its_client_and_model_only(http: aiohttp.ClientSession) -> None:
+    """With one replica nobody gets a refusal of Cairn's own: the upstream is asked each time."""
+    failure = Failure(429, (("retry-after", "99999999"),), b'{"error":{"message":"slow down"}}')
+    async with OpenAIUpstream(failures=[failure]) as upstream, running(config_for([upstream.url])) as cairn:
+        for key, expected in (("a", 429), ("b", 200), ("a", 200)):
+            headers = {"authorization": f"Bearer {key}"}
+            body = {"model": "test-model", **BODIES["chat/completions"]}
+            async with http.post(f"{cairn.url}/chat/completions", json=body, headers=headers) as response:
+                assert response.status == expected
+
+
+async def test_a_replica_that_is_loading_its_model_gets_no_request_until_it_is_done(
+    http: aiohttp.ClientSession,
+) -> None:
+    """llama.cpp answers 503 to everything until then; readiness and the refusal say so."""
+    loading = True
+
+    class Loading(OpenAIUpstream):
+        async def _serve(self, request: web.BaseRequest, asked: Any, failure: Failure | None) -> web.StreamResponse:
+            if loading:
+                body = {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}
+                return web.Response(status=503, text=json.dumps(body))
+            return await super()._serve(request, asked, failure)
+
+    async with Loading() as upstream, running(config_for([upstream.url])) as cairn:
+        status, text, _ = await ask(http, cairn, "chat/completions")
+        assert (status, upstream.generations) == (503, [])
+        assert "is loading its model" in text
+        cairn.worker.reporter.report()
+        assert cairn.heard.last is not None
+        assert not cairn.heard.last.pools["engines"].up
+        loading = False
+
+        async def served() -> bool:
+            return (await ask(http, cairn, "chat/completions"))[0] == 200
+
+        await eventually(served, within_seconds=5)
+        cairn.worker.reporter.report()
+        assert cairn.heard.last.pools["engines"].up
+
+
+async def test_the_start_lists_each_replica_with_what_was_found(caplog: pytest.LogCaptureFixture) -> None:
+    """And each change is one line with its reason."""
+    caplog.set_level("INFO")
+    async with OpenAIUpstream() as upstream:
+        down = f"http://127.0.0.1:{free_port()}"
+        async with running(config_for([upstream.url, down])):
+            text = caplog.text
+    assert f"replica {upstream.url[7:-3]} (pool engines) is up: models test-model" in text
+    assert f"replica {down[7:]} (pool engines) is down: unreachable" in text
+    assert text.count(f"replica {down[7:]} (pool engines) is down: the upstream cannot be reached") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kind", "ending"),
+    [
+        ("chat/completions", b'{"error": {"message": "sick"}}', "application/json", "error_body"),
+        ("embeddings", b'{"error": {"message": "sick"}}', "application/json", "error_body"),
+        ("chat/completions", b"<!DOCTYPE html><html>busy</html>", "text/html", "html"),
+        ("chat/completions", b"not json", "text/plain", "error_body"),
+    ],
+)
+async def test_a_200_that_is_none_is_relayed_and_counted_as_an_error(
+    http: aiohttp.ClientSession, path: str, body: bytes, kind: str, ending: str
+) -> None:
+    """Its ending is not complete, and a replica that sends them is no better than one that sends 500."""
+    outcomes: list[Outcome] = []
+    async with Sick(200, body, kind) as sick, running(config_for([sick.url])) as cairn:
+        counters = cairn.worker.accounting.settlement._accounts
+        count = counters.count
+        counters.count = lambda outcome, *rest: (outcomes.append(outcome), count(outcome, *rest))  # type: ignore
+        status, text, _ = await ask(http, cairn, path)
+        assert (status, text.encode()) == (200, body)
+        assert cairn.count(metrics.HIDDEN_ERRORS, (sick.url[7:-3], ending)) == 1
+        assert outcomes[0].ending is Ending.UPSTREAM_ERROR
+
+
+async def test_a_stream_that_ends_with_an_error_is_not_complete(http: aiohttp.ClientSession) -> None:
+    """It is relayed as it came."""
+    events = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\ndata: {"error":{"message":"sick"}}\n\n'
+    async with Sick(200, events, "text/event-stream") as sick, running(config_for([sick.url])) as cairn:
+        _, text, _ = await ask(http, cairn, "chat/completions", stream=True)
+        assert text.encode() == events
+        assert cairn.count(metrics.HIDDEN_ERRORS, (sick.url[7:-3], "error_event")) == 1
+
+
+async def test_a_json_body_with_the_content_type_of_a_stream_is_no_stream(http: aiohttp.ClientSession) -> None:
+    """What the body begins with decides, and its usage is counted."""
+    body = json.dumps({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}})
+    async with Sick(200, body.encode(), "text/event-stream") as sick, running(config_for([sick.url])) as cairn:
+        _, text, _ = await ask(http, cairn, "chat/completions", stream=True)
+        assert text == body
+        assert cairn.tokens("output") == 2
+
+
+async def test_embeddings_are_counted(http: aiohttp.ClientSession) -> None:
+    async with OpenAIUpstream() as upstream, running(config_for([upstream.url])) as cairn:
+        await ask(http, cairn, "embeddings")
+        assert cairn.tokens("input_fresh") > 0
+
+
+@pytest.mark.parametrize(
+    ("auth", "header", "version"),
+    [(None, b"authorization", None), (Auth.X_API_KEY, b"x-api-key", b"2023-06-01"), (Auth.API_KEY, b"api-key", None)],
+)
+async def test_a_replicas_key_is_sent_in_the_header_that_is_configured(
+    http: aiohttp.ClientSession, auth: Auth | None, header: bytes, version: bytes | None
+) -> None:
+    """And in no other; Anthropic's needs a version, which a client's own replaces."""
+    async with OpenAIUpstream() as upstream:
+        replica = Replica(upstream.url, key=Secret("k"), auth=auth)
+        pool = Pool(name="p", replicas=(replica,), kind=PoolKind.PROVIDER)
+        async with running(config_for([], pools=[pool])) as cairn:
+            await ask(http, cairn, "chat/completions")
+            sent = upstream.generations[0]
+            names = {name.lower() for name, _ in sent.headers}
+            assert names & {b"authorization", b"x-api-key", b"api-key"} == {header}
+            assert sent.header(header) == (b"Bearer k" if auth is None else b"k")
+            assert sent.header(b"anthropic-version") == version
+
+
+async def test_a_providers_models_are_known_from_its_answers(http: aiohttp.ClientSession) -> None:
+    """Without a key for its list; a model that only a client's wish named is not."""
+    async with Sick(401) as upstream:
+        pool = Pool(name="p", replicas=(Replica(upstream.url),), kind=PoolKind.PROVIDER)
+        async with running(config_for([], pools=[pool])) as cairn:
+            names = cairn.worker.replicas.model_names
+            await ask(http, cairn, "chat/completions")
+            assert names.label("unlisted") == "other"
+            upstream.status, upstream.body = 200, b'{"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1}}'
+            await ask(http, cairn, "chat/completions", model="unlisted")
+            assert names.label("unlisted") == "unlisted"
