@@ -137,6 +137,11 @@ class Totals:
         """Number of rows that are not in a batch yet."""
         return len(self._pending)
 
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Amounts that were lost, and rows that lost their tenant."""
+        return {"total_lost": self.lost_increments, "total_without_tenant": self.merged_rows}
+
     async def run(self) -> None:
         """Write about once a second until cancelled."""
         while True:

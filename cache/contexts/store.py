@@ -123,6 +123,16 @@ class ContextStore:
         return self._room.total_contexts
 
     @property
+    def dropped(self) -> dict[str, int]:
+        """Damaged values that were read, and values that waited for Redis for too long, by kind."""
+        return {
+            "context_total": self._room.dropped_totals,
+            "context_message": self._memory.dropped_messages,
+            "context_use": self._uses.dropped,
+            "accepted_key": self._accepted.dropped,
+        }
+
+    @property
     def most_worth(self) -> tuple[ContextRow, ...]:
         """The contexts that are worth most, as last determined."""
         return self._room.most_worth

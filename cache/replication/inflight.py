@@ -84,6 +84,11 @@ class LoadBroadcast:
             await self._send(goodbye=True)
         self._running = []
 
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Vectors that were dropped, by reason."""
+        return {"vector_corrupt": self.dropped_corrupt, "vector_stale": self.dropped_stale}
+
     def changed(self) -> None:
         """Note that this worker's work has changed; it is read and sent within milliseconds."""
         self._changed.set()

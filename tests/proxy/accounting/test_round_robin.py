@@ -7,20 +7,19 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache import Fingerprint, PrefixIndex, ReplicaStats, chain_root, cut
+from cache import UNLIMITED_TOKENS, Fingerprint, PrefixIndex, ReplicaStats, chain_root, cut
 from proxy.accounting.round_robin import OFFSETS_BYTES, PLACES_PER_REPLICA, PLACES_SEEN, Gain, RoundRobinBaseline
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
 from proxy.upstream import Origin
 
 URL = "http://127.0.0.1:1/v1"
 TOKENS_PER_BYTE = 0.25
-UNLIMITED = 2**31
 
 
 class Fleet:
     """Replicas, the real index that routes to them by `replica`, and the shadow beside it."""
 
-    def __init__(self, replicas: int, *, budget: int = UNLIMITED, provider: bool = False) -> None:
+    def __init__(self, replicas: int, *, budget: int = UNLIMITED_TOKENS, provider: bool = False) -> None:
         backends = {
             n: ReplicaEndpoint(f"r{n}", "p", URL, Origin.parse(URL), is_provider=provider) for n in range(replicas)
         }
@@ -29,7 +28,7 @@ class Fleet:
         self.numbers = range(replicas)
         self.follow(budget)
 
-    def follow(self, budget: int = UNLIMITED, epochs: dict[int, int] | None = None) -> None:
+    def follow(self, budget: int = UNLIMITED_TOKENS, epochs: dict[int, int] | None = None) -> None:
         known = epochs or {}
         self.shadow.follow({n: ReplicaStats(0, 0, budget, known.get(n, 0), 0) for n in self.numbers})
 

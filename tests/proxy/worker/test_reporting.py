@@ -56,6 +56,7 @@ class Bench:
         self.supervisor = Supervisor()
         self.journal = part(state=JournalState.LIVE, others=2, holds_lease=True, stats=JournalStats())
         self.store = part(state=StoreState.AVAILABLE, breaker_state=StoreBreakerState.CLOSED, reason=None)
+        self.vectors = part(dropped={"vector_corrupt": 0})
         self.evicted_blocks = 0
         self.prefixes: Any = part(
             waiting=PrefixReport(), report=lambda: self.prefixes.waiting, report_sent=self._sent
@@ -72,7 +73,7 @@ class Bench:
             Figures(
                 ReplicaFigures(self.recorder, self._fleet(), pools, {0: [1, 2]}, FakeClock()),
                 IndexFigures(self.recorder, index, self.journal, pools, RoundRobinBaseline(pools)),
-                StoreFigures(self.recorder, self.store, self.journal, contexts),
+                StoreFigures(self.recorder, self.store, self.journal, contexts, (self.vectors,)),
             ),
             StatusSource(
                 self.prefixes, part(report=lambda: [ERROR]), part(report=dict), index, self.journal, pools, contexts
@@ -146,6 +147,14 @@ def test_redis_is_reported_by_its_state(bench: Bench) -> None:
     assert bench.supervisor.last is not None
     assert bench.supervisor.last.redis == f"{StoreState.AWAY.value} (refuses writes)"
     assert bench.series(metrics.REDIS_BREAKER) == {(): 2}
+
+
+def test_what_was_dropped_of_redis_is_counted_once(bench: Bench) -> None:
+    """By kind, as it grows."""
+    for total in (2, 2, 5):
+        bench.vectors.dropped["vector_corrupt"] = total
+        bench.reporter.report()
+    assert bench.series(metrics.REDIS_DROPPED) == {("vector_corrupt",): 5}
 
 
 def test_counts_wait_while_the_supervisor_does_not_read(bench: Bench) -> None:

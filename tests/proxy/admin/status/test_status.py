@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from cache import RowKey, Sums
+from cache import UNLIMITED_TOKENS, RowKey, Sums
 from proxy.accounting import savings
 from proxy.accounting.savings import By
 from proxy.admin.status import build
@@ -141,7 +141,7 @@ def test_a_row_for_each_replica() -> None:
         (metrics.UPSTREAM_PENDING, ("two",), 900.5),
         (metrics.UPSTREAM_BREAKER, ("two",), 2),
     )
-    pages = [StatusReport(budgets={"one": 90, "two": 2**31}), StatusReport(budgets={"one": 100})]
+    pages = [StatusReport(budgets={"one": 90, "two": UNLIMITED_TOKENS}), StatusReport(budgets={"one": 100})]
     one, two = build.build(figures, READY, pages, NOW).replicas
     assert (one.name, one.up, one.in_flight, one.resident_tokens, one.budget_tokens) == ("one", True, 2, 70, 100)
     assert (one.prompt_tokens, one.cached_tokens, one.predicted_tokens) == (40, 30, 32)
