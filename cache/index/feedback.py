@@ -100,6 +100,9 @@ def judge(
     if error > tolerance + placement.allowance_tokens:
         return _more(state, placement, cached_tokens, steps, error)
     if not placement.confident:
+        # a fork has others under way most of the time: that it was computed once is enough there
+        if error < -tolerance and placement.forks and placement.proved and not placement.whole:
+            return _fork_shortfall(placement, steps, error)
         return _NOTHING
     if error >= -tolerance:
         return _right(state, placement, cached_tokens, steps, error)
@@ -155,10 +158,13 @@ def _more(
 ) -> FeedbackKind:
     """More was cached than predicted: a fork was counted too short, or the index had evicted what the engine kept."""
     state.suspects = []
-    if placement.confident and placement.forks:
+    if placement.proved and placement.forks and not placement.whole:
         node = _fork_node(placement, steps)
         if node is not None:
             node.fork_misses = 0
+            if node.fork_tokens >= 0:
+                node.fork_tokens = cached_tokens if cached_tokens < placement.held_tokens else -1
+                return _RECOUNTED
         recount(steps, placement.held_blocks, error)
         return _RECOUNTED
     if cached_tokens > state.proven_tokens:
@@ -182,8 +188,8 @@ def _right(
         node = _fork_node(placement, steps)
         if node is not None:
             node.fork_misses = 0
-        if error and cached_tokens and not placement.exact:
-            recount(steps, placement.held_blocks, error)
+            if error and cached_tokens and not placement.exact and node.fork_tokens < 0:
+                recount(steps, placement.held_blocks, error)
     if cached_tokens and not _explained(state, placement, cached_tokens, steps):
         state.suspects = []
     return _RIGHT
@@ -208,7 +214,10 @@ def _fork_shortfall(placement: Placement, steps: list[Step], error: int) -> Feed
         node.fork_misses += 1
         if node.fork_misses < FORK_MISSES or not placement.forks:
             return _FORK
-    recount(steps, placement.held_blocks, error)
+        node.fork_tokens = max(placement.predicted_tokens + error, 0)
+        return _RECOUNTED
+    if node.fork_tokens < 0:
+        recount(steps, placement.held_blocks, error)
     return _RECOUNTED
 
 

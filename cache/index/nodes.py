@@ -32,6 +32,7 @@ class Node(msgspec.Struct, gc=False, eq=False):
     pins: tuple[int, ...] = ()
     emitted: int = 0  # number of the last snapshot that wrote it
     fork_misses: int = 0  # answers in a row that found far less than predicted of what forks off at its end
+    fork_tokens: int = -1  # what such prompts find, from the start of the prompt; -1: all that precedes
 
 
 class Residency(msgspec.Struct, gc=False, eq=False):

@@ -42,8 +42,9 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
 
     `stamp` is the time in seconds, `source` a number that stands for the tenant. `held_tokens` is what is held, of
     which the engine reuses `predicted_tokens`. `exact` means that this is a reported count and not interpolated,
-    `whole` that an earlier prompt ended there, `forks` that other prompts go on differently from there. `confident`
-    means that an answer of this epoch proved it, and that the last placement over its deepest part is not in flight.
+    `whole` that an earlier prompt ended there, `forks` that other prompts go on differently from there. `proved`
+    means that an answer of this epoch showed that it was computed, `confident` that besides the last placement over
+    its deepest part is not in flight.
     `tolerance_tokens` is the size of the last held block, `allowance_tokens` what the engine generated after it and
     may have cached. `reuse_tokens` is how much the replica was told to hold since it last used this prompt, at least:
     an engine that evicts the oldest first has it if it holds that much.
@@ -57,6 +58,7 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
     held_blocks: int = 0
     held_tokens: int = 0
     predicted_tokens: int = 0
+    proved: bool = False
     confident: bool = False
     exact: bool = False
     whole: bool = False

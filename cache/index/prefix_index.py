@@ -19,7 +19,7 @@ from cache.index.placement import Feedback, FeedbackKind, Held, IndexStats, Matc
 from cache.index.replica_state import UNLIMITED_TOKENS, ReplicaState
 from cache.index.rows import Reader, ReplicaRow, RunRow, written
 from cache.index.token_counts import estimate
-from cache.index.tree import Tree, ended_in_next_block, new_entries, reuse_distance
+from cache.index.tree import Tree, ends_at, found_at_fork, new_entries, reuse_distance
 
 __all__ = [
     "UNLIMITED_TOKENS",
@@ -83,7 +83,9 @@ class PrefixIndex:
             if len(held) <= len(found):
                 continue
             part = Held(step.depth, step.node.ends[step.blocks - 1], step.tokens)
-            if found:
+            if step.node.fork_tokens >= 0 and step.depth < len(hashes):
+                _add_fork(found, step, part)
+            elif found:
                 for entries in held:
                     if entries.replica not in found:
                         found[entries.replica] = part
@@ -441,9 +443,8 @@ class PrefixIndex:
         node = last.node
         residency = node.held[state.entries]
         tokens = node.tokens
-        whole = (bool(residency.ends) and residency.ends[-1] == last.blocks) or ended_in_next_block(
-            node, state.entries
-        )
+        proved = residency.confirmed == last.blocks
+        whole = ends_at(last, state.entries)
         return Placement(
             placement_id,
             replica,
@@ -452,8 +453,9 @@ class PrefixIndex:
             stamp,
             held_blocks=last.depth,
             held_tokens=last.tokens,
-            predicted_tokens=state.granularity.usable(last.tokens),
-            confident=residency.confirmed == last.blocks and residency.touched_by not in self._in_flight,
+            predicted_tokens=state.granularity.usable(last.tokens if whole else found_at_fork(last)),
+            proved=proved,
+            confident=proved and residency.touched_by not in self._in_flight,
             exact=bool(node.pins) and node.pins[-1] == last.blocks,
             whole=whole,
             forks=bool(node.children),
@@ -483,3 +485,11 @@ class PrefixIndex:
             state.placed_tokens = read.placed_tokens
             if state.ttl_seconds is None:
                 state.ttl_seconds = read.ttl_seconds
+
+
+def _add_fork(found: dict[int, Held], step: Step, part: Held) -> None:
+    """Add the holders of a node at whose end other prompts are known to find less than all of it."""
+    fork = Held(part.blocks, part.size_bytes, found_at_fork(step))
+    for entries in step.node.held:
+        if entries.replica not in found:
+            found[entries.replica] = part if ends_at(step, entries) else fork

@@ -34,14 +34,26 @@ def new_entries(replica: int) -> ReplicaEntries:
     return ReplicaEntries(replica, ring)
 
 
-def ended_in_next_block(node: Node, entries: ReplicaEntries) -> bool:
-    """True if a prompt that the replica answered ended one boundary after the node, in a block that was not full."""
-    if node.children:
+def ends_at(step: Step, entries: ReplicaEntries) -> bool:
+    """True if a prompt that the replica answered ended at the step, or one boundary on in a partly filled block."""
+    node = step.node
+    residency = node.held.get(entries)
+    if residency is not None and residency.ends and step.blocks in residency.ends:
+        return True
+    if node.children and step.blocks == len(node.hashes):
         for child in islice(node.children.values(), MAX_CHILDREN_SEEN):
             residency = child.held.get(entries)
             if residency is not None and residency.ends and residency.ends[0] == 1:
                 return True
     return False
+
+
+def found_at_fork(step: Step) -> int:
+    """Return the tokens that a prompt finds that goes on differently from the end of the step."""
+    node = step.node
+    if node.fork_tokens < 0 or step.blocks < len(node.hashes):
+        return step.tokens
+    return min(node.fork_tokens, step.tokens)
 
 
 def reuse_distance(entries: ReplicaEntries, residency: Residency, steps: int) -> int:

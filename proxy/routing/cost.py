@@ -77,6 +77,9 @@ class Room(Protocol):
 
 _NAMED_AT_MOST: Final = 4  # replicas named in an error
 
+TIE_TOKENS: Final = 16.0
+"""Replicas that hold the same up to one block of an engine may tie."""
+
 _MASK = (1 << 64) - 1
 
 
@@ -198,7 +201,7 @@ def _settle_ties(candidates: list[Candidate], demand: Demand, evicted_from: int,
     for place, candidate in enumerate(candidates):
         if candidate.cost_seconds > bound:
             break
-        if candidate.matched_bytes != first.matched_bytes:
+        if abs(candidate.matched_tokens - first.matched_tokens) > TIE_TOKENS:
             continue
         replica = candidate.replica
         key = (

@@ -9,10 +9,13 @@ import pytest
 from benchmarks.engines.caches import BlockCache, EndCache, Slots
 from benchmarks.engines.engine import SimulatedEngine
 from benchmarks.engines.proxy import Answer, CairnProxy
+from benchmarks.engines.scenarios import AgentLoad, SessionsByTurns, cairn, run_agents
 from benchmarks.engines.sessions import Session, tools, words
 from benchmarks.engines.templates import Template
-from cache import FeedbackKind
+from cache import FeedbackKind, chain_root, cut
 from cache.index.prefix_index import UNLIMITED_TOKENS
+from proxy.model import Endpoint, TemplateFacts, ToolOrder
+from proxy.wire.request import read
 
 SYSTEM = words("system", 800)
 
@@ -23,10 +26,6 @@ def budget(proxy: CairnProxy, replica: int = 0) -> int:
 
 def held_tokens(proxy: CairnProxy, session: Session, replica: int = 0) -> int:
     """What the index says a replica holds of a conversation as it stands."""
-    from cache import chain_root, cut
-    from proxy.model import Endpoint
-    from proxy.wire.request import read
-
     prompt = read(session.body(), Endpoint.CHAT)
     held = proxy.index.match(cut(chain_root((b"", *prompt.chain_salt)), prompt.spans)).held.get(replica)
     return held.tokens if held else 0
@@ -223,3 +222,44 @@ def test_slots_are_the_unit_of_room(conversations, wanted):
         cached += answer.usage.cached_tokens
         prompt += answer.usage.prompt_tokens
     assert cached / prompt >= wanted - 0.005
+
+
+SYSTEM_FIRST = Template(system_first=True)
+OWN_SYSTEM = AgentLoad(kinds=60)
+SIX_KINDS = AgentLoad()
+
+
+def test_agents_before_a_template_with_the_system_message_first_compute_no_more_than_sessions_by_turns():
+    """With the template known, whether each agent has a system prompt of its own or one of six."""
+    knows = cairn(TemplateFacts(order=ToolOrder.SYSTEM_FIRST))
+    for load in (OWN_SYSTEM, SIX_KINDS):
+        ours, sticky = run_agents(load, SYSTEM_FIRST, knows), run_agents(load, SYSTEM_FIRST, SessionsByTurns)
+        assert ours.computed_tokens <= sticky.computed_tokens
+        assert ours.first_seconds <= 1.05 * sticky.first_seconds
+        assert ours.later_seconds <= 1.05 * sticky.later_seconds
+
+
+def test_agents_before_a_template_that_nobody_knows_do_not_herd_for_long():
+    """The shared place that never hits is found out within the first answers: an eighth more is computed, not half."""
+    ours, sticky = (
+        run_agents(OWN_SYSTEM, SYSTEM_FIRST, cairn()),
+        run_agents(OWN_SYSTEM, SYSTEM_FIRST, SessionsByTurns),
+    )
+    assert ours.computed_tokens <= 1.2 * sticky.computed_tokens
+    assert ours.later_seconds < 1.0
+
+
+def test_agents_with_the_same_tools_share_them_across_system_prompts_if_the_template_puts_tools_first():
+    ours, sticky = run_agents(SIX_KINDS, Template(), cairn()), run_agents(SIX_KINDS, Template(), SessionsByTurns)
+    assert ours.computed_tokens < 0.7 * sticky.computed_tokens
+
+
+def test_a_fork_that_is_not_shared_keeps_the_length_of_the_prompt():
+    """What is not reused is computed: the next prompt's own length is predicted as before."""
+    proxy = CairnProxy([SimulatedEngine(BlockCache(1_000_000), SYSTEM_FIRST)], capacities=1_000_000)
+    for number in range(4):
+        turn(proxy, Session(f"user {number}", words(f"own {number}", 200), tools("search", 3_000)))
+    prompt = Session("user 5", words("own 5", 200), tools("search", 3_000)).ask()
+    routed = proxy._route(prompt, "", proxy.now)
+    assert routed.made.prompt_tokens == pytest.approx(3_300, rel=0.1)
+    assert routed.made.chosen.matched_tokens < 50
