@@ -146,10 +146,10 @@ class Discovery:
         """Add every replica to the fleet, whose numbers identify them in the index too."""
         config = self._config
         backends: dict[int, ReplicaEndpoint] = {}
-        for pool, replica in self._replicas():
+        for pool, replica, rank in self._replicas():
             spec = ReplicaSpec(replica.label, pool.name, replica.prefill_tokens_per_second, replica.max_concurrent)
             number = self._fleet.add(spec)
-            backends[number] = _backend(pool, replica, knows_clients=bool(config.clients))
+            backends[number] = _backend(pool, replica, rank, knows_clients=bool(config.clients))
             if pool.kind is PoolKind.PROVIDER:
                 self._index.set_ttl(number, pool.ttl_seconds)
             else:
@@ -165,15 +165,15 @@ class Discovery:
             self._index.set_capacity(number, tokens)
             self._index.set_budget(number, tokens)
 
-    def _replicas(self) -> Iterator[tuple[Pool, Replica]]:
-        """Yield the replicas in force, each name once: an address of two names belongs to the first."""
+    def _replicas(self) -> Iterator[tuple[Pool, Replica, int | None]]:
+        """Yield the replicas in force with their ranks, each name once: an address of two names is the first's."""
         seen = set()
         for pool in self._config.pools:
             for replica in pool.replicas:
                 for each in self._behind(replica):
                     if each.label not in seen:
                         seen.add(each.label)
-                        yield pool, each
+                        yield from ((pool, ranked, rank) for ranked, rank in _ranked(each))
 
     def _behind(self, replica: Replica) -> Iterator[Replica]:
         if not replica.is_followed:
@@ -203,7 +203,16 @@ def _served(pool: Pool, tenancy: Tenancy, *, knows_clients: bool) -> ServedPool:
     )
 
 
-def _backend(pool: Pool, replica: Replica, *, knows_clients: bool) -> ReplicaEndpoint:
+def _ranked(replica: Replica) -> Iterator[tuple[Replica, int | None]]:
+    """Yield a replica, or one for each of its ranks: an engine keeps a cache for each."""
+    if replica.ranks == 1:
+        yield replica, None
+    else:
+        for rank in range(replica.ranks):
+            yield msgspec.structs.replace(replica, name=f"{replica.label}/rank-{rank}"), rank
+
+
+def _backend(pool: Pool, replica: Replica, rank: int | None, *, knows_clients: bool) -> ReplicaEndpoint:
     origin = Origin.parse(replica.url)
     return ReplicaEndpoint(
         name=replica.label,
@@ -215,4 +224,6 @@ def _backend(pool: Pool, replica: Replica, *, knows_clients: bool) -> ReplicaEnd
         is_provider=pool.kind is PoolKind.PROVIDER,
         capacity_tokens=replica.capacity_tokens,
         default_headers=default_headers_of(replica.auth, origin.host),
+        rank=rank,
+        ranks=replica.ranks,
     )

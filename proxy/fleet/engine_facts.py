@@ -31,6 +31,15 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False):
     version: str | None = None
     has_template: bool = False  # the chat template is known
 
+    def per_rank(self, ranks: int) -> EngineFacts:
+        """Return the facts of one of `ranks` data-parallel ranks, of which these are the sum."""
+        capacity, limit = self.capacity_tokens, self.in_flight_limit
+        return msgspec.structs.replace(
+            self,
+            capacity_tokens=None if capacity is None else max(capacity // ranks, 1),
+            in_flight_limit=None if limit is None else max(limit // ranks, 1),
+        )
+
     def joined(self, other: EngineFacts) -> EngineFacts:
         """Join the facts of two pages; this one's win."""
         return EngineFacts(

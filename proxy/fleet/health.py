@@ -176,7 +176,7 @@ class HealthChecker:
             status, page = await self._page(endpoint, path)
             if status == 200:
                 facts = facts.joined(read(page))
-        return facts
+        return facts if endpoint.ranks == 1 else facts.per_rank(endpoint.ranks)
 
     async def _page(self, endpoint: ReplicaEndpoint, path: bytes) -> tuple[int, bytes]:
         headers = endpoint.default_headers

@@ -47,6 +47,8 @@ class ReplicaEndpoint(msgspec.Struct, frozen=True):
     is_provider: bool = False
     capacity_tokens: int | None = None  # as configured
     default_headers: tuple[tuple[bytes, bytes], ...] = ()  # sent unless the client sends one of that name
+    rank: int | None = None  # the data-parallel rank, of `ranks` behind one URL
+    ranks: int = 1
 
 
 class Pools:

@@ -28,6 +28,9 @@ from proxy.wire import headers as wire_headers
 from proxy.wire import splice
 from proxy.wire.paths import without_credentials
 
+RANK_HEADER: Final = b"x-data-parallel-rank"
+"""Tells vLLM and SGLang which of their data-parallel ranks serves a request."""
+
 HOLD_SECONDS: Final = 15.0
 """How long the head of a stream is held back for its first event. Until then another replica can be tried."""
 
@@ -305,6 +308,8 @@ class Dispatcher:
         if endpoint.default_headers:
             names = {name for name, _ in head}
             head += tuple(pair for pair in endpoint.default_headers if pair[0] not in names)
+        if endpoint.rank is not None:
+            head = (*[pair for pair in head if pair[0] != RANK_HEADER], (RANK_HEADER, b"%d" % endpoint.rank))
         return self._client.request(
             endpoint.origin,
             call.method.encode(),

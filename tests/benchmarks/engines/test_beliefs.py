@@ -240,7 +240,7 @@ def test_agents_before_a_template_with_the_system_message_first_compute_no_more_
 
 
 def test_agents_before_a_template_that_nobody_knows_do_not_herd_for_long():
-    """The shared place that never hits is found out within the first answers: an eighth more is computed, not half."""
+    """The shared place that never hits is found out within the first answers: an eighth more is computed."""
     ours, sticky = (
         run_agents(OWN_SYSTEM, SYSTEM_FIRST, cairn()),
         run_agents(OWN_SYSTEM, SYSTEM_FIRST, SessionsByTurns),

@@ -170,3 +170,23 @@ def test_the_scheme_is_accepted_and_no_other(tmp_path):
     file.write_text(file.read_text().replace("dns+http:", "dns+https:"))
     with pytest.raises(ConfigError, match=r"\$.pools\[0\].replicas\[0\].url: expected http"):
         load(file, {})
+
+
+async def test_the_ranks_of_an_engine_are_replicas_that_differ_by_a_header():
+    """Four caches behind one URL, each with a name, a number and the stated capacity of its own."""
+    bench = Bench(
+        Names(), Replica("http://engine:8000", ranks=4, capacity_tokens=9_000), Replica("http://plain:8000")
+    )
+    assert bench.names() == [*(f"engine:8000/rank-{rank}" for rank in range(4)), "plain:8000"]
+    endpoints = [bench.members.pools.backends[number] for number in range(5)]
+    assert [(each.url, each.rank) for each in endpoints] == [
+        *(("http://engine:8000", rank) for rank in range(4)),
+        ("http://plain:8000", None),
+    ]
+    assert [stats.budget_tokens for stats in bench.index.replicas().values()] == [9_000] * 4
+
+
+async def test_the_addresses_of_a_name_have_ranks_each():
+    bench = Bench(Names("10.0.0.1", "10.0.0.2"), Replica(NAME, ranks=2))
+    await bench.members.look()
+    assert bench.names() == [f"10.0.0.{host}:8000/rank-{rank}" for host in (1, 2) for rank in (0, 1)]

@@ -61,3 +61,9 @@ def test_absurd_numbers_are_left_out():
     assert read_metrics(b"sglang:max_total_num_tokens 1e99\n").capacity_tokens is None
     assert read_metrics(b"sglang:max_total_num_tokens 99999999999999999999\n").capacity_tokens is None
     assert read_llama_props(b'{"total_slots": -3, "default_generation_settings": {"n_ctx": 10}}') == EngineFacts(10)
+
+
+def test_a_rank_has_its_share_of_what_the_engine_reports():
+    whole = EngineFacts(capacity_tokens=40_001, in_flight_limit=10, engine="vllm")
+    assert whole.per_rank(4) == EngineFacts(capacity_tokens=10_000, in_flight_limit=2, engine="vllm")
+    assert EngineFacts().per_rank(4) == EngineFacts()
