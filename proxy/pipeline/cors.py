@@ -44,7 +44,7 @@ class Cors:
         )
 
     def response(self, client: Downstream, headers: Iterable[tuple[bytes, bytes]]) -> Downstream:
-        """Return `client`, or if the request comes from an allowed origin, a response that says so."""
+        """Return `client`; if the request comes from an allowed origin, a response whose head names that origin."""
         if not self._origins:
             return client
         granted = self._granted(next((value for name, value in headers if name == b"origin"), None))

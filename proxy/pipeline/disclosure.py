@@ -1,8 +1,8 @@
-"""Say about a prompt only what its own tenant has sent before, although all tenants share the index.
+"""Limit what a tenant is told about a prompt to prefixes that it has sent itself, although all share the index.
 
-Prompts are routed by what every tenant sent. What response headers and /explain say is limited to prefixes that the
-asking tenant has itself had answered, at this worker. What is left is time: a prompt that another tenant sent is
-answered sooner, and its usage shows cached tokens.
+Prompts are routed by the prompts of all tenants. Response headers and /explain describe only prefixes that the asking
+tenant has had answered at this worker. Two traces remain: a prompt that another tenant sent is answered sooner, and
+the upstream's usage shows its cached tokens.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class OwnPrefixes:
     def known_blocks(self, tenant: Tenant, fingerprint: Fingerprint) -> int:
         """Return how many leading blocks the tenant has had answered.
 
-        A hash covers all blocks before it, so that any block that is found proves all before it. What is found by
-        bisection may be less than the truth if some blocks were forgotten, never more.
+        A hash covers all blocks before it, so that any block that is found proves all before it. If some blocks were
+        forgotten, bisection may find fewer than there are, but never more.
         """
         hashes, key = fingerprint.hashes, _key(tenant)
         low, high = 0, len(hashes)

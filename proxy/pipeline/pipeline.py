@@ -1,6 +1,6 @@
 """The phases of a request in their order; start reading at `Pipeline.handle`.
 
-Reader and planner decide, the relay acts, and the `Exchange` records what each phase found out.
+Reader and planner decide, the relay acts, and the `Exchange` records the result of each phase.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class RequestReader:
         return next(filter(None, (self._locate(call.tenant, segment) for segment in segments if segment)), None)
 
     def _check_access(self, call: Call, pool: ServedPool) -> None:
-        """Refuse what a client may not do with a key that is not its own."""
+        """Raise Forbidden or NotFound if the client may not use this path with a key that is not its own."""
         access, limited = call.access, call.tenant.is_limited
         if access is Access.CREATE:
             self._check_creation(call, pool)

@@ -1,6 +1,6 @@
 """Decide from method and path which endpoint a request is for and who may use it. Pure.
 
-Every decision is made on the normalised path, which is also what the upstream is sent.
+Every decision is made on the normalised path, which is also the one that the upstream gets.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def _deployment(method: str, path: str, query: str) -> Route:
 
 
 def _of_collection(method: str, name: str, target: str) -> Route:
-    """A path of objects that clients create: the collection, or one of its objects and what is below it."""
+    """Return the route of a collection, or of one of its objects and the paths below it."""
     for collection in _COLLECTIONS:
         if name == collection:
             if method != "POST":

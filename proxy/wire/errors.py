@@ -1,4 +1,4 @@
-"""The one place where a CairnError becomes what a client reads: OpenAI's error shape, or Anthropic's on its path."""
+"""Turn a CairnError into the response that a client reads: OpenAI's error shape, or Anthropic's on its path."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ANTHROPIC_TYPES = {
 
 
 class ErrorResponse(msgspec.Struct, frozen=True, gc=False):
-    """A whole answer; `headers` holds neither `content-length` nor the headers that every answer gets."""
+    """A whole response. `headers` excludes `content-length` and the headers that every response gets."""
 
     status: int
     headers: tuple[tuple[bytes, bytes], ...]
@@ -33,7 +33,7 @@ class ErrorResponse(msgspec.Struct, frozen=True, gc=False):
 
 
 def error_response(error: CairnError, endpoint: Endpoint, *, request_id: str = "") -> ErrorResponse:
-    """The answer that tells `error` before anything else was sent."""
+    """Return the response for `error`, if nothing else was sent before."""
     headers = [_JSON]
     if error.retry_after_seconds is not None:
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_seconds))))
@@ -46,7 +46,7 @@ def error_response(error: CairnError, endpoint: Endpoint, *, request_id: str = "
 
 
 def error_event(error: CairnError, endpoint: Endpoint, *, mid_event: bool = False, request_id: str = "") -> bytes:
-    """The event that ends a stream which broke; `mid_event` where the client got only part of the event before."""
+    """Return the event that ends a broken stream; `mid_event` if the client got only part of the event before."""
     if endpoint is Endpoint.MESSAGES:
         name, body = b"event: error\n", _anthropic(error, request_id)
     elif endpoint is Endpoint.RESPONSES:

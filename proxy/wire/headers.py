@@ -1,9 +1,9 @@
-"""The head of the request that goes to an upstream, and of the answer that goes back to the client.
+"""Make the head of the request to an upstream, and the head of the response to the client. Pure.
 
-Pure, over lists of (lower-case name, value) pairs of bytes; what becomes of a name is worked out once for
-each. What belongs to one connection only (RFC 9110, 7.6.1) ends here, both ways. Clients' `forwarded` and
-`x-forwarded-*` are stripped and none are set: an engine has no use for them, and a spoofed one cannot be told from a
-true one. Cookies are stripped both ways, since what one upstream sets would be sent to another.
+Headers are (lower-case name, value) pairs of bytes; whether a name passes is computed once for each. Headers that
+belong to one connection (RFC 9110, 7.6.1) are removed in both directions. Clients' `forwarded` and `x-forwarded-*`
+are removed and none are set: engines have no use for them, and a forged one looks like a true one. Cookies are
+removed in both directions, since a cookie that one upstream sets would be sent to another.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from proxy.model import CacheStatus, MissReason, RouteReason
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
-REQUEST_ID_BYTES_MOST: Final = 128  # a client's own id is kept up to this length; longer ones are replaced
+REQUEST_ID_BYTES_MOST: Final = 128  # of a client's own id that is kept; a longer one is replaced
 
 _HOP_BY_HOP = frozenset(
     {
@@ -53,27 +53,27 @@ _NOT_FORWARDED = _HOP_BY_HOP | _FORWARDED | _SET_ANEW | {b"cookie"}
 _NOT_FORWARDED_WITH_KEY = _NOT_FORWARDED | _CREDENTIALS
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id", b"set-cookie", b"alt-svc", b"strict-transport-security"}
 CONTEXT_HEADER: Final = b"x-msh-context-cache"
-_OWN_PREFIXES = (b"x-cairn-", b"x-forwarded-", CONTEXT_HEADER)  # ours, or spoofable: never passed on
+_OWN_PREFIXES = (b"x-cairn-", b"x-forwarded-", CONTEXT_HEADER)  # Cairn's own, or easily forged: never passed on
 
 _NUL: Final = 0
 _LF: Final = 10
 _CR: Final = 13
-_NAMES_REMEMBERED: Final = 1024  # strangers make up names: the tables stop growing there
+_NAMES_REMEMBERED: Final = 1024  # clients may make up names: the tables stop growing here
 _NAME_BYTES_REMEMBERED: Final = 64
-_NOTHING_LISTED = frozenset({b"keep-alive", b"close", b"Keep-Alive"})  # what most clients and servers say
+_NOTHING_LISTED = frozenset({b"keep-alive", b"close", b"Keep-Alive"})  # what most clients and servers send
 _IDENTITY = (b"accept-encoding", b"identity")
 _ID_SIGNS = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.:")
 
 
 class _Verdicts(dict[bytes, bool]):
-    """Whether a header of a (lower-case) name passes, worked out once for each: a look-up instead of three tests."""
+    """Whether a header passes, by its lower-case name; computed once for each, then a look-up."""
 
-    def __init__(self, ends_here: frozenset[bytes]) -> None:
+    def __init__(self, removed: frozenset[bytes]) -> None:
         super().__init__()
-        self._ends_here = ends_here
+        self._removed = removed
 
     def __missing__(self, name: bytes) -> bool:
-        passes = name not in self._ends_here and not name.startswith(_OWN_PREFIXES)
+        passes = name not in self._removed and not name.startswith(_OWN_PREFIXES)
         if len(self) < _NAMES_REMEMBERED and len(name) <= _NAME_BYTES_REMEMBERED:
             self[name] = passes
         return passes
@@ -85,12 +85,12 @@ _RETURNS = _Verdicts(_NOT_RETURNED)
 
 
 def lower_names(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """`headers` with their names in lower case."""
+    """Return `headers` with their names in lower case."""
     return tuple([(_LOWER[name], value) for name, value in headers])
 
 
 class _Lower(dict[bytes, bytes]):
-    """Names in lower case: every request has the same few, and one object for each makes what follows quicker."""
+    """Names in lower case. Requests have the same few, and one object for each speeds up later look-ups."""
 
     def __missing__(self, name: bytes) -> bytes:
         lower = name.lower()
@@ -117,7 +117,7 @@ def upstream_head(
         headers: the client's.
         request_id: sent as `x-request-id`.
         credential: the replica's own header, such as (b"authorization", b"Bearer ..."); it replaces every key of the
-            client, and what the client says about the account to be charged.
+            client, and the client's choice of the account to be charged.
         drop_credentials: leave the client's keys out and put nothing in their place, because they are Cairn's own.
         identity: ask for a response that is not compressed.
         decoded: the body was compressed and is sent decoded.
@@ -138,7 +138,7 @@ def upstream_head(
         kept.append(credential)
     kept.append((b"x-request-id", request_id.encode()))
     if _breaks_out(kept):
-        raise BadRequest("a header holds a line break or NUL")
+        raise BadRequest("a header contains a line break or NUL")
     return tuple(kept)
 
 
@@ -149,10 +149,10 @@ def response_head(
     own: Iterable[tuple[bytes, bytes]] = (),
     keep_length: bool = True,
 ) -> list[tuple[bytes, bytes]]:
-    """The answer head for the client: the upstream's `headers`, less what ends here, then ours.
+    """Return the head of the response to the client: the upstream's `headers` that pass, then Cairn's `own`.
 
-    `own` comes from `cairn_headers`. `keep_length` is false where bytes may be withheld. Raises BadAnswer where a
-    value could break out of its line.
+    `own` comes from `cairn_headers`. `keep_length` is false if bytes may be withheld. Raises BadResponse if a
+    value contains a line break or NUL.
     """
     kept = [pair for pair in headers if _RETURNS[pair[0]]]
     if listed := [value for name, value in headers if name == b"connection"]:
@@ -162,7 +162,7 @@ def response_head(
     kept.append((b"x-request-id", request_id.encode()))
     kept += own
     if _breaks_out(kept):
-        raise BadResponse("a header of the answer holds a line break or NUL")
+        raise BadResponse("a header of the response contains a line break or NUL")
     return kept
 
 
@@ -194,12 +194,12 @@ def cairn_headers(
 
 
 def names_context(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """True where they say which stored context the messages repeat (`proxy.wire.contexts`)."""
+    """Return True if the headers name the stored context that the messages repeat (`proxy.wire.contexts`)."""
     return any(name == CONTEXT_HEADER for name, _ in headers)
 
 
 def kept_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    """The client's own request id, where it is short and made of harmless signs; else None, and one is made."""
+    """Return the client's own request id if it is short and of harmless characters; None if one must be made."""
     for name, value in headers:
         if name == b"x-request-id":
             return value.decode() if 0 < len(value) <= REQUEST_ID_BYTES_MOST and _ID_SIGNS.issuperset(value) else None
@@ -207,7 +207,7 @@ def kept_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 
 
 def retry_after_seconds(value: bytes, now_unix_seconds: float) -> float | None:
-    """Seconds from a `retry-after` value, a number or a date (RFC 9110, 10.2.3); None where it is neither."""
+    """Return the seconds of a `retry-after` value, a number or a date (RFC 9110, 10.2.3); None if it is neither."""
     text = value.decode("latin-1").strip()
     if text.isascii() and text.isdigit():
         return float(text[:9])
@@ -218,7 +218,7 @@ def retry_after_seconds(value: bytes, now_unix_seconds: float) -> float | None:
 
 
 def _cache_status(cache: CacheStatus, miss: MissReason) -> bytes:
-    """RFC 9211 knows no half-computed prompts: a hit is a prefix that spares the prefill, a part is `fwd=partial`."""
+    """RFC 9211 has no term for a prompt of which a part is cached: that is `fwd=partial`, and all of it a hit."""
     text = {
         CacheStatus.HIT: "Cairn; hit",
         CacheStatus.PARTIAL: "Cairn; fwd=partial",
@@ -233,7 +233,7 @@ _REASONS = {reason: reason.value.encode() for reason in RouteReason}
 
 
 def _not_listed(headers: list[tuple[bytes, bytes]], listed: list[bytes]) -> list[tuple[bytes, bytes]]:
-    """Without those that a `connection` header names."""
+    """Return `headers` without those that a `connection` header lists."""
     if len(listed) == 1 and listed[0] in _NOTHING_LISTED:
         return headers
     names = {name.strip().lower() for name in b",".join(listed).split(b",")} - {b"close", b"keep-alive", b""}
@@ -242,4 +242,4 @@ def _not_listed(headers: list[tuple[bytes, bytes]], listed: list[bytes]) -> list
 
 def _breaks_out(headers: list[tuple[bytes, bytes]]) -> bool:
     text = b"".join([value for _, value in headers])
-    return _LF in text or _CR in text or _NUL in text  # as numbers: for bytes Python first raises an error, unseen
+    return _LF in text or _CR in text or _NUL in text  # as numbers: for bytes Python first raises an error internally

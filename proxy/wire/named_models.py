@@ -1,7 +1,7 @@
 """Find the models that a body names, in every form in which paths take them. Pure.
 
-For a client that may use every model, the one model that routes the request is enough. For a limited client all that
-the body can make the upstream use are collected, and a body that cannot be read in full names nobody knows what.
+For a client that may use every model, the one model that routes the request is enough. For a limited client all
+models that the body can make the upstream use are collected; a body that cannot be read in full is not accepted then.
 """
 
 from __future__ import annotations

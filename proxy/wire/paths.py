@@ -94,7 +94,7 @@ def _encoded(target: str) -> str:
 
 
 def _is_escaped(target: str) -> bool:
-    """Return True if every lone surrogate stands for one byte that was not UTF-8."""
+    """Return True if every lone surrogate is the escape of one byte that was not UTF-8."""
     return all(not "\ud800" <= character <= "\udfff" or "\udc80" <= character <= "\udcff" for character in target)
 
 

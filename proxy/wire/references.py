@@ -1,7 +1,7 @@
 """Find the objects that a body refers to: files, earlier responses, containers and vector stores, by their ids. Pure.
 
-With a key that clients share, whoever names an object by its id would get it. So the ids are compared with what the
-client itself has created.
+With a key that clients share, any client that names an object by its id would get it. The ids are therefore compared
+with those that the client itself has created.
 """
 
 from __future__ import annotations

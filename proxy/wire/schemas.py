@@ -178,7 +178,7 @@ decode_parts = msgspec.json.Decoder(list[Part]).decode
 
 
 class EventRead(msgspec.Struct, frozen=True, gc=False):
-    """What one event reports. `extra` marks the chunk that exists only because usage was asked for."""
+    """The facts that one event reports. `extra` marks the chunk that exists only because usage was asked for."""
 
     token: bool = False
     finished: bool = False
@@ -190,7 +190,7 @@ class EventRead(msgspec.Struct, frozen=True, gc=False):
 
 
 class Delta(msgspec.Struct, gc=False):
-    """What a chunk of chat adds to a choice."""
+    """The part of a choice that a chunk of chat adds."""
 
     content: Any = None
     reasoning_content: Any = None
@@ -259,7 +259,7 @@ decode_messages_event = msgspec.json.Decoder(MessagesEvent).decode
 
 
 class ResponseRead(msgspec.Struct, frozen=True, gc=False):
-    """What a plain response's body reports: usage, model, and whether it is an error or not JSON at all."""
+    """The facts that a plain response reports: usage, model, and whether it is an error or not JSON at all."""
 
     usage: Usage | None
     error_seen: bool

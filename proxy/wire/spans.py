@@ -1,7 +1,7 @@
-"""Where a raw value lies in the body it was read from; knows nothing of what the value means.
+"""Find the offset of a raw value in the body from which it was decoded.
 
-msgspec hands out `Raw` values that point into the body, and nothing in Python tells where. Searching for their bytes
-would find an equal text elsewhere first, so the two addresses are subtracted instead: 2 us, exact, any size.
+msgspec's `Raw` values point into the body, but Python cannot ask for their offset. A search for their bytes might
+find an equal text elsewhere, so the two memory addresses are subtracted: exact, and 2 us for any size.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _address(value: Body | memoryview | msgspec.Raw) -> int:
 
 
 def span_of(body: Body, part: memoryview | msgspec.Raw) -> tuple[int, int]:
-    """Start and end of `part`, a view into `body`, as offsets in bytes; ValueError where it is not one."""
+    """Return start and end of `part`, a view into `body`, as offsets in bytes; raise ValueError if it is none."""
     start = _address(part) - _address(body)
     end = start + len(memoryview(part))
     if start < 0 or end > len(body):

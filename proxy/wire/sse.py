@@ -37,7 +37,10 @@ _PING: Final = b"event: ping"  # Anthropic's keep-alive
 
 @dataclass(frozen=True, slots=True)
 class StreamRead:
-    """What a stream has reported so far. `finished` means that the end of its format was seen, not the last byte."""
+    """The facts that a stream has reported so far.
+
+    `finished` means that the end of its format was seen, not the last byte.
+    """
 
     usage: Usage | None
     finished: bool
@@ -306,7 +309,7 @@ class StreamTap:
 
 
 class _Digest:
-    """What the events of a stream reported together."""
+    """The facts that the events of a stream reported together."""
 
     __slots__ = ("error", "finished", "service_tier", "timings", "usage")
 

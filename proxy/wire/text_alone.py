@@ -1,7 +1,7 @@
-"""Decide whether a prompt's reported tokens say how many tokens its text has. Pure.
+"""Decide whether the reported tokens of a prompt are those of its text alone. Pure.
 
-They do not if the upstream adds what the body does not contain: an earlier conversation, a stored prompt, a file or
-picture that is only named, or whatever a hosted tool finds and its description.
+They are not if the upstream adds something that the body does not contain: an earlier conversation, a stored prompt,
+a file or picture that is only named, or the description and the results of a hosted tool.
 """
 
 from __future__ import annotations

@@ -351,7 +351,7 @@ def _usage_in_choices(choices: msgspec.Raw) -> Any:
 
 
 def created_object(body: bytes | memoryview) -> CreatedObject | None:
-    """Return what a plain response says about an object (a response, a file, a batch); None if it is none."""
+    """Return the object (a response, a file, a batch) that a plain response describes; None if it describes none."""
     try:
         return decode_created(body)
     except DECODE_ERRORS:
