@@ -31,7 +31,7 @@ from proxy.downstream.body import IncomingBody, overloaded
 from proxy.downstream.chunks import Buffer
 from proxy.downstream.errors import BadHttp, ClientLimit, ClientStalled, ProtocolError
 from proxy.downstream.limits import ByteBudget, Limits
-from proxy.downstream.request import IncomingRequest, feed_head, head_too_large
+from proxy.downstream.request import HeadReader, IncomingRequest, feed_head, head_too_large
 from proxy.downstream.response import ClientResponse
 from proxy.errors import CairnError, Overloaded, RequestTimeout
 
@@ -109,9 +109,9 @@ class Connection(asyncio.BufferedProtocol):
         self._body: IncomingBody | None = None  # of `_request`, until it is whole
         self._awaited_body: IncomingBody | None = None
         self._reads_body = False  # what is being read goes straight to the body
-        self._parser: HttpRequestParser | None = None  # of a head that is not whole, which `_head` is
-        self._head: IncomingRequest | None = None
-        self._head_bytes = 0
+        self._head: HeadReader | None = None  # what `_parser` fills; both are made anew after a body not fed to it
+        self._parser: HttpRequestParser | None = None
+        self._head_bytes = 0  # of a head that is not whole
         self._line = b""  # of that head: its first line, as far as it has arrived
         self._has_line = False
         self._tail = b""  # of that head: the last bytes, in which its end may have begun
@@ -161,7 +161,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._state = _CLOSED
         self.deadline = NEVER
-        self._forget_head()
+        self._give_head_bytes()
         self._drop_ahead()
         self._server.closed(self)
         self._transport = None
@@ -205,8 +205,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _take_head(self, data: Buffer, at: int, end: int) -> int:
         """Take a head, or the next part of one; give the place up to which that is. Raises ProtocolError."""
-        limits = self._limits
-        if self._head is not None:
+        if self._state == _HEAD:
             return self._take_rest_of_head(data, at, end)
         while at < end and (data[at] == _CR or data[at] == _LF):
             at += 1  # empty lines before a request line (RFC 9112, section 2.2)
@@ -216,28 +215,29 @@ class Connection(asyncio.BufferedProtocol):
                 self._begin_partial_head(data, at, end)
             return end
         stop += len(_END_OF_HEAD)
-        if stop - at > limits.head_bytes:
+        if stop - at > self._limits.head_bytes:
             raise head_too_large()
-        request = IncomingRequest(limits.header_line_bytes)
-        request.peer = self.address
-        parser = HttpRequestParser(request)
+        parser = self._parser or self._new_parser()
         feed_head(parser, memoryview(data)[at:stop])
-        return self._begin(request, parser, bytes(data[at : data.find(b"\r\n", at, stop)]), data, stop, end)
+        return self._begin(parser, bytes(data[at : data.find(b"\r\n", at, stop)]), data, stop, end)
+
+    def _new_parser(self) -> HttpRequestParser:
+        self._head = HeadReader()
+        parser = self._parser = HttpRequestParser(self._head)
+        return parser
 
     def _begin_partial_head(self, data: Buffer, at: int, end: int) -> None:
         """Keep the first part of a head. Its parser refuses at once what cannot become one."""
         limits = self._limits
         self._state = _HEAD
         self.deadline = self._server.now() + min(limits.head_seconds, limits.keepalive_seconds)
-        self._head = IncomingRequest(limits.header_line_bytes)
-        self._head.peer = self.address
-        self._parser = HttpRequestParser(self._head)
         self._line, self._has_line, self._tail = b"", False, b""
-        self._feed_head(data, at, end)
+        self._feed_head(self._parser or self._new_parser(), data, at, end)
 
     def _take_rest_of_head(self, data: Buffer, at: int, end: int) -> int:
         """Take the next part of a head whose end may lie across two reads."""
-        tail = self._tail
+        parser, tail = self._parser, self._tail
+        assert parser is not None  # noqa: S101 - it has seen the first part
         seam = tail + bytes(data[at : min(end, at + _BEFORE_END)])
         found = seam.find(_END_OF_HEAD)
         if found >= 0:
@@ -246,16 +246,13 @@ class Connection(asyncio.BufferedProtocol):
             stop = data.find(_END_OF_HEAD, at, end)
             stop = -1 if stop < 0 else stop + len(_END_OF_HEAD)
         if stop < 0:
-            self._feed_head(data, at, end)
+            self._feed_head(parser, data, at, end)
             return end
-        self._feed_head(data, at, stop)
-        request, parser = self._head, self._parser
-        assert request is not None and parser is not None  # noqa: S101, PT018 - they come and go together
-        line = self._line
-        self._forget_head()
-        return self._begin(request, parser, line, data, stop, end)
+        self._feed_head(parser, data, at, stop)
+        self._give_head_bytes()
+        return self._begin(parser, self._line, data, stop, end)
 
-    def _feed_head(self, data: Buffer, at: int, end: int) -> None:
+    def _feed_head(self, parser: HttpRequestParser, data: Buffer, at: int, end: int) -> None:
         """Feed a part of a head that is not whole yet, and count it. Raises ProtocolError and Overloaded."""
         nbytes = end - at
         self._head_bytes += nbytes
@@ -269,28 +266,32 @@ class Connection(asyncio.BufferedProtocol):
             first, newline, _ = line.partition(b"\r\n")
             self._line, self._has_line = first, bool(newline)
         self._tail = (self._tail + bytes(data[max(at, end - _BEFORE_END) : end]))[-_BEFORE_END:]
-        assert self._parser is not None  # noqa: S101 - as long as there is a `_head`
-        feed_head(self._parser, bytes(data[at:end]))
+        feed_head(parser, bytes(data[at:end]))
 
-    def _begin(
-        self, request: IncomingRequest, parser: HttpRequestParser, line: bytes, data: Buffer, at: int, end: int
-    ) -> int:
+    def _begin(self, parser: HttpRequestParser, line: bytes, data: Buffer, at: int, end: int) -> int:
         """Begin the exchange of a request whose body begins at data[at]; give the place where its body ends."""
-        request.finish(parser.get_method(), line)
+        limits, head = self._limits, self._head
+        assert head is not None  # noqa: S101 - the parser fills it
+        request = head.take(parser.get_method(), line, limits.header_line_bytes)
+        request.peer = self.address
         self._state = _EXCHANGE
         self.deadline = NEVER
-        limits = self._limits
         length = request.content_length
         if length and end - at >= length:
-            stop = at + length
-            request.whole_body = bytes(memoryview(data)[at:stop])
+            body = memoryview(data)[at : at + length]
+            request.whole_body = bytes(body)
+            at += length
             self._body_bytes = length
-            if not self.hold(length, 0):
+            if not self._server.bodies.take(length):
+                self._server.refused(ClientLimit.BODY_BYTES)
                 request.refusal = overloaded()
-            at = stop
+            if request.upgrade:
+                self._parser = None  # it takes no body behind an upgrade
+            else:
+                parser.feed_data(body)  # which only makes it count, and ready for the next head
         elif length or request.is_chunked:
-            body = IncomingBody(self, length, limits.body_bytes, limits.body_bytes_per_second)
-            request.body = self._body = body
+            request.body = self._body = IncomingBody(self, length, limits.body_bytes, limits.body_bytes_per_second)
+            self._parser = None
         self._request = request
         if self._next_waiter is not None:
             if not self._next_waiter.done():
@@ -319,11 +320,9 @@ class Connection(asyncio.BufferedProtocol):
         self._server.heads.give(len(self._ahead))
         self._ahead = bytearray()
 
-    def _forget_head(self) -> None:
+    def _give_head_bytes(self) -> None:
         self._server.heads.give(self._head_bytes)
         self._head_bytes = 0
-        self._head = self._parser = None
-        self._line = self._tail = b""
 
     # -- answering
 
@@ -446,7 +445,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _refuse(self, error: CairnError) -> None:
         """Answer what is no request, or finds no room, and end the connection."""
-        self._forget_head()
+        self._give_head_bytes()
         self._drop_ahead()
         transport = self._transport
         if transport is not None and not transport.is_closing():

@@ -32,30 +32,66 @@ _CHECKED: Final = frozenset(
     {b"content-length", b"transfer-encoding", b"connection", b"host", b"expect", b"upgrade"}
 )  # names on which framing or the connection depends
 
-_lower_names: Final[dict[bytes, bytes]] = {}  # every request has the same few names: one object for each
+_AROUND_TARGET_BYTES: Final = len(b"  HTTP/1.1")
+
+
+class _LowerNames(dict[bytes, bytes]):
+    """Names in lower case: every request has the same few, and one object for each makes what follows quicker."""
+
+    def __missing__(self, name: bytes) -> bytes:
+        lower = name.lower()
+        if len(self) < _NAMES_REMEMBERED and len(name) <= _NAME_BYTES_REMEMBERED:
+            self[name] = lower
+        return lower
+
+
+_lower_names: Final = _LowerNames()
+
+
+class HeadReader:
+    """Collects what the parser finds in a head; the parser calls it within `feed_head`."""
+
+    __slots__ = ("headers", "is_whole", "target")
+
+    def __init__(self) -> None:
+        self.target = b""
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.is_whole = False
+
+    def on_url(self, piece: bytes) -> None:
+        self.target += piece
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((_lower_names[name], value))
+
+    def on_headers_complete(self) -> None:
+        self.is_whole = True
+
+    def take(self, method: bytes, line: bytes, line_bytes_most: int) -> IncomingRequest:
+        """Make the request of what was collected, and begin anew. Raises ProtocolError.
+
+        `line` is the request line as it came, without its end; no header may have more than `line_bytes_most`.
+        """
+        if not self.is_whole:
+            raise _bad_line(line)  # the preface of HTTP/2, at which llhttp stops
+        target, headers = self.target, self.headers
+        self.target, self.headers, self.is_whole = b"", [], False
+        return IncomingRequest(method, target, headers, line, line_bytes_most)
 
 
 class IncomingRequest:
     """One request: its head, complete before anything else sees it, and its body.
 
     `target` is as sent. `headers` have lower-case names, in their order, duplicates kept. `peer` is the address from
-    which the client connected. `content_length` is the declared length in bytes, None if none was declared.
-    `whole_body` is the body if it arrived together with the head (`body` is None then); otherwise `body` receives it.
-    `refusal` is set if there was no room for it.
+    which the connection came, "" if it has none. `content_length` is the declared length in bytes, None if none was
+    declared. `whole_body` is the body if it arrived together with the head
+    (`body` is None then); otherwise `body` receives it. `refusal` is set if there was no room for it.
     """
 
     __slots__ = (
-        "_connection",
-        "_encodings",
-        "_expect",
-        "_hosts",
-        "_line_bytes_most",
-        "_problem",
-        "_target",
         "body",
         "content_length",
         "expects_continue",
-        "has_head",
         "headers",
         "is_chunked",
         "is_http_1_0",
@@ -68,131 +104,106 @@ class IncomingRequest:
         "whole_body",
     )
 
-    def __init__(self, line_bytes_most: int) -> None:
-        self.method = ""
+    def __init__(
+        self, method: bytes, target: bytes, headers: list[tuple[bytes, bytes]], line: bytes, line_bytes_most: int
+    ) -> None:
+        """Check a head and decide framing and persistence (RFC 9112, 3, 6.3 and 9.3). Raises ProtocolError."""
+        self.is_http_1_0 = _is_http_1_0(method, target, line)
+        if b"#" in target:
+            raise ProtocolError(BadHttp.REQUEST_LINE, "The request target has a fragment.")
+        self.headers = headers
         self.peer = ""
-        self.target = ""
-        self.headers: list[tuple[bytes, bytes]] = []
-        self.is_http_1_0 = False
-        self.keep_alive = True
         self.content_length: int | None = None
         self.is_chunked = False
         self.expects_continue = False
         self.upgrade = b""
-        self.has_head = False
         self.body: IncomingBody | None = None
         self.whole_body = b""
         self.refusal: CairnError | None = None
-        self._line_bytes_most = line_bytes_most
-        self._target = b""
-        self._connection = b""
-        self._expect = b""
-        self._encodings = 0
-        self._hosts = 0
-        self._problem: ProtocolError | None = None
+        hosts = encodings = 0
+        connection = expect = b""
+        for name, value in headers:
+            if len(value) + len(name) > line_bytes_most:
+                raise head_too_large()
+            if name not in _CHECKED:
+                continue
+            if name == b"host":
+                hosts += 1
+                _check_host(value)
+            elif name == b"content-length":
+                self.content_length = _length_of(value, self.content_length)
+            elif name == b"connection":
+                connection = b"%b,%b" % (connection, value) if connection else value
+            elif name == b"transfer-encoding":
+                encodings += 1
+                self.is_chunked = value.strip(b" \t").lower() == b"chunked"
+            elif name == b"expect":
+                expect = value.strip(b" \t").lower()
+            else:
+                self.upgrade = value.strip(b" \t").lower()
+        if hosts != 1 and (hosts or not self.is_http_1_0):
+            raise ProtocolError(BadHttp.HOST, "A request has exactly one Host header.")
+        if encodings:
+            self._check_encoding(encodings)
+        if len(headers) > HEADERS_MOST:
+            raise head_too_large()
+        if expect and not self.is_http_1_0:
+            if expect != b"100-continue":
+                raise ProtocolError(BadHttp.EXPECT, "Only the expectation 100-continue is known.", 417)
+            self.expects_continue = self.has_body
+        if method == b"CONNECT":
+            raise ProtocolError(BadHttp.TUNNEL, "This proxy opens no tunnels.", 501)
+        self.method = _METHODS.get(method) or method.decode("ascii")
+        self.target = target.decode("ascii")
+        self.keep_alive = _may_stay(connection, self.is_http_1_0) if connection else not self.is_http_1_0
 
     @property
     def has_body(self) -> bool:
-        """True if the head announces a body, even an empty one."""
+        """True if the head announces a body that is not empty."""
         return self.is_chunked or bool(self.content_length)
 
-    # -- the parser's callbacks, called within `feed_head`
+    def _check_encoding(self, encodings: int) -> None:
+        if encodings > 1 or not self.is_chunked or self.is_http_1_0:
+            raise ProtocolError(
+                BadHttp.TRANSFER_ENCODING, "The only transfer encoding of a request is chunked, of HTTP/1.1."
+            )
+        if self.content_length is not None:
+            raise _bad_length()
 
-    def on_url(self, piece: bytes) -> None:
-        self._target += piece
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        lower = _lower_names.get(name)
-        if lower is None:
-            lower = _lower(name)
-        if lower in _CHECKED:
-            self._check(lower, value)
-        self.headers.append((lower, value))
+def _is_http_1_0(method: bytes, target: bytes, line: bytes) -> bool:
+    """Tell HTTP/1.0 from HTTP/1.1. Raises ProtocolError if the line is neither, or is not made as it should be.
 
-    def on_headers_complete(self) -> None:
-        self.has_head = True
+    Its length shows that there is one space on either side of the target.
+    """
+    if len(line) == len(method) + len(target) + _AROUND_TARGET_BYTES:
+        if line.endswith(b" HTTP/1.1"):
+            return False
+        if line.endswith(b" HTTP/1.0"):
+            return True
+    raise _bad_line(line)
 
-    def _check(self, name: bytes, value: bytes) -> None:
-        if name == b"host":
-            self._hosts += 1
-            if value.strip(b" \t").translate(None, _HOST_SIGNS):
-                self._problem = ProtocolError(BadHttp.HOST, "The Host header is not a valid host.")
-        elif name == b"content-length":
-            digits = value.strip(b" \t")
-            if not digits.isdigit() or len(digits) > _LENGTH_DIGITS_MOST or self.content_length is not None:
-                self._problem = _bad_length()
-            else:
-                self.content_length = int(digits)
-        elif name == b"transfer-encoding":
-            self._encodings += 1
-            self.is_chunked = value.strip(b" \t").lower() == b"chunked"
-        elif name == b"connection":
-            self._connection += b"," + value
-        elif name == b"expect":
-            self._expect = value.strip(b" \t").lower()
-        else:
-            self.upgrade = value.strip(b" \t").lower()
 
-    # -- after the last of them
+def _check_host(value: bytes) -> None:
+    if value.strip(b" \t").translate(None, _HOST_SIGNS):
+        raise ProtocolError(BadHttp.HOST, "The Host header is not a valid host.")
 
-    def finish(self, method: bytes, line: bytes) -> None:
-        """Check the whole head and decide framing and persistence (RFC 9112, sections 3, 6.3 and 9.3).
 
-        `line` is the request line as it came, without its end. Raises ProtocolError.
-        """
-        problem, self._problem = self._problem, None  # not kept: its traceback holds this request
-        if problem is not None:
-            raise problem
-        if not self.has_head:
-            raise _bad_line(line)  # the preface of HTTP/2, at which llhttp stops
-        start = b"%b %b HTTP/1." % (method, self._target)
-        if line == start + b"1":
-            if self._hosts != 1:
-                raise ProtocolError(BadHttp.HOST, "A request has exactly one Host header.")
-        elif line == start + b"0":
-            self.is_http_1_0 = True
-            if self._hosts > 1:
-                raise ProtocolError(BadHttp.HOST, "A request has at most one Host header.")
-        else:
-            raise _bad_line(line)
-        if b"#" in self._target:
-            raise ProtocolError(BadHttp.REQUEST_LINE, "The request target has a fragment.")
-        self._check_framing()
-        if (
-            len(self.headers) > HEADERS_MOST
-            or max((len(name) + len(value) for name, value in self.headers), default=0) > self._line_bytes_most
-        ):
-            raise head_too_large()
-        if method == b"CONNECT":
-            raise ProtocolError(BadHttp.TUNNEL, "This proxy opens no tunnels.", 501)
-        if self._expect and not self.is_http_1_0:
-            if self._expect != b"100-continue":
-                raise ProtocolError(BadHttp.EXPECT, "Only the expectation 100-continue is known.", 417)
-            self.expects_continue = self.has_body
-        self.method = _METHODS.get(method) or method.decode("ascii")
-        self.target = self._target.decode("ascii")
-        self._settle_persistence()
+def _length_of(value: bytes, before: int | None) -> int:
+    digits = value.strip(b" \t")
+    if before is not None or not digits.isdigit() or len(digits) > _LENGTH_DIGITS_MOST:
+        raise _bad_length()
+    return int(digits)
 
-    def _check_framing(self) -> None:
-        if self._encodings:
-            if self._encodings > 1 or not self.is_chunked or self.is_http_1_0:
-                raise ProtocolError(
-                    BadHttp.TRANSFER_ENCODING, "The only transfer encoding of a request is chunked, of HTTP/1.1."
-                )
-            if self.content_length is not None:
-                raise _bad_length()
 
-    def _settle_persistence(self) -> None:
-        connection = self._connection
-        if not connection:
-            self.keep_alive = not self.is_http_1_0
-            return
-        options = [option.strip(b" \t") for option in connection.lower().split(b",")]
-        self.keep_alive = b"close" not in options and (not self.is_http_1_0 or b"keep-alive" in options)
+def _may_stay(connection: bytes, is_http_1_0: bool) -> bool:
+    """Decide by the options of all `Connection` headers whether the client wants the connection to go on."""
+    options = [option.strip(b" \t") for option in connection.lower().split(b",")]
+    return b"close" not in options and (not is_http_1_0 or b"keep-alive" in options)
 
 
 def feed_head(parser: Parser, piece: bytes | memoryview) -> None:
-    """Feed a part of a head to the parser of a request. Raises ProtocolError.
+    """Feed a head, or a part of one, to its parser. Raises ProtocolError.
 
     A request to switch protocols is not taken up, so its head is like any other.
     """
@@ -240,10 +251,3 @@ def _bad_request_line() -> ProtocolError:
 
 def _bad_length() -> ProtocolError:
     return ProtocolError(BadHttp.CONTENT_LENGTH, "The length of the body is not declared in a valid way.")
-
-
-def _lower(name: bytes) -> bytes:
-    lower = name.lower()
-    if len(_lower_names) < _NAMES_REMEMBERED and len(name) <= _NAME_BYTES_REMEMBERED:
-        _lower_names[name] = lower
-    return lower

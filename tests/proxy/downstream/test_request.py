@@ -6,18 +6,17 @@ import pytest
 from httptools import HttpRequestParser
 
 from proxy.downstream.errors import BadHttp, ProtocolError
-from proxy.downstream.request import IncomingRequest, feed_head
+from proxy.downstream.request import HeadReader, IncomingRequest, feed_head
 
 LINE = b"GET /v1/models HTTP/1.1\r\n"
 HOST = b"host: x\r\n"
 
 
 def read(head: bytes) -> IncomingRequest:
-    request = IncomingRequest(1000)
-    parser = HttpRequestParser(request)
+    reader = HeadReader()
+    parser = HttpRequestParser(reader)
     feed_head(parser, head)
-    request.finish(parser.get_method(), head.partition(b"\r\n")[0])
-    return request
+    return reader.take(parser.get_method(), head.partition(b"\r\n")[0], 1000)
 
 
 def test_a_head_is_read_with_lower_case_names_in_their_order() -> None:
