@@ -105,13 +105,15 @@ class ResponseRelay:
             exchange.attempt.computed()
         head = self._response_head(exchange, response)
         length = response.content_length
-        exchange.ending = _COMPLETE if response.status < 400 else _UPSTREAM_STATUS
+        ending = _COMPLETE if response.status < 400 else _UPSTREAM_STATUS
         if response.framing is Framing.NONE:
             downstream.begin(response.status, response.reason, head, length)
             downstream.end()
+            exchange.ending = ending
         elif response.complete or (length is not None and length <= WHOLE_AT_MOST_BYTES):
             body = response.body_now() if response.complete else await response.read(WHOLE_AT_MOST_BYTES)
             exchange.response_bytes = len(body)
+            exchange.ending = ending
             if exchange.stored is not None and succeeded:
                 self._read_plain(exchange, response, body)
                 head += exchange.saved_note()
@@ -121,7 +123,10 @@ class ResponseRelay:
                 if succeeded:
                     self._read_plain(exchange, response, body)
         else:
-            await self._in_pieces(exchange, response, downstream, head)
+            kept = await self._in_pieces(exchange, response, downstream, head)
+            exchange.ending = ending
+            if kept is not None:
+                self._read_plain(exchange, response, kept)
 
     async def _in_pieces(
         self,
@@ -129,8 +134,8 @@ class ResponseRelay:
         response: UpstreamResponse,
         downstream: Downstream,
         head: list[tuple[bytes, bytes]],
-    ) -> None:
-        """Relay a long plain response as it comes."""
+    ) -> bytes | None:
+        """Relay a long plain response as it comes. Return its body if that is to be read and not too long."""
         is_read = response.status < 300 and self._is_read(exchange)
         kept: list[bytes] = []
         downstream.begin(response.status, response.reason, head, response.content_length)
@@ -140,8 +145,7 @@ class ResponseRelay:
                 kept.append(piece)
             await downstream.write(piece)
         downstream.end()
-        if is_read and exchange.response_bytes <= _READ_AT_MOST_BYTES:
-            self._read_plain(exchange, response, b"".join(kept))
+        return b"".join(kept) if is_read and exchange.response_bytes <= _READ_AT_MOST_BYTES else None
 
     def _read_plain(self, exchange: Exchange, response: UpstreamResponse, body: bytes) -> None:
         """Read usage, errors and the id of a created object from a whole plain response."""

@@ -1,0 +1,459 @@
+"""The relay on its own: each await cancelled, each failure, and what is given back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from proxy.errors import (
+    BadResponse,
+    CairnError,
+    ConnectFailed,
+    FirstByteTimeout,
+    IdleTimeout,
+    ResetBeforeResponse,
+    ResetMidResponse,
+)
+from proxy.metrics.definitions import HIDDEN_ERRORS, STREAM_ABORTS
+from proxy.model import Ending, Endpoint
+from proxy.pipeline import response_relay
+from proxy.pipeline.response_relay import StreamLimits
+from tests.proxy.pipeline.bench import DONE, SSE, TOKEN, Bench, Upstream, turns
+
+OK_BODY = b'{"choices":[{"message":{"content":"a"}}],"usage":{"prompt_tokens":9,"completion_tokens":1}}'
+
+
+def upstream(bench: Bench, status: int = 200, body: bytes | None = OK_BODY, *, sse: bool = False) -> Upstream:
+    made = Upstream(bench.clock, status, SSE if sse else (), body)
+    bench.client.script.append(made)
+    return made
+
+
+# -- plain responses
+
+
+async def test_a_plain_response_is_passed_on_whole_with_its_usage() -> None:
+    bench = Bench()
+    upstream(bench)
+    exchange = bench.exchange()
+    client = await bench.run(exchange)
+    assert (client.status, client.body, client.ended) == (200, OK_BODY, True)
+    assert exchange.ending is Ending.COMPLETE
+    assert exchange.usage is not None
+    assert exchange.usage.prompt_tokens == 9
+    assert bench.nothing_is_claimed()
+    assert bench.placements.done == {"placed": 1, "computed": 1}
+
+
+async def test_a_long_plain_response_is_relayed_in_pieces_with_back_pressure() -> None:
+    """Nothing more is taken from the upstream while the client does not read."""
+    bench = Bench()
+    made = upstream(bench, body=None)
+    made.send(b"x" * 300_000)
+    exchange = bench.exchange()
+    bench.downstream.full = True
+    task = bench.start(exchange)
+    await bench.downstream.waiting.wait()
+    made.send(b"y" * 10)
+    await turns()
+    assert len(bench.downstream.body) == 300_000
+    bench.downstream.full = False
+    bench.downstream.read.set()
+    made.end()
+    client = await task
+    assert client.body.endswith(b"y" * 10)
+    assert client.ended
+
+
+async def test_an_error_status_is_passed_on_and_its_placement_taken_back() -> None:
+    bench = Bench()
+    upstream(bench, 400, b"no")
+    exchange = bench.exchange()
+    client = await bench.run(exchange)
+    assert (client.status, client.body) == (400, b"no")
+    assert exchange.ending is Ending.UPSTREAM_STATUS
+    assert bench.placements.done["taken back"] == 1
+    assert bench.nothing_is_claimed()
+
+
+# -- failures before anything reached the client
+
+
+BEFORE: list[CairnError] = [
+    ConnectFailed("refused"),
+    ResetBeforeResponse("reset"),
+    BadResponse("not HTTP"),
+]
+
+
+@pytest.mark.parametrize("error", BEFORE)
+async def test_a_failure_before_the_response_is_tried_at_the_next_replica(error: CairnError) -> None:
+    """What the first attempt claimed is given back before the second begins."""
+    bench = Bench(error)
+    upstream(bench)
+    exchange = bench.exchange()
+    client = await bench.run(exchange)
+    assert (client.status, len(bench.client.sent)) == (200, 2)
+    assert bench.client.sent[0][0] != bench.client.sent[1][0]
+    assert bench.placements.done == {"placed": 2, "taken back": 1, "computed": 1}
+    assert client.headers[b"x-cairn-tried"].startswith(b"r0;")
+    assert exchange.outcome(0.0).retries == 1
+    assert bench.nothing_is_claimed()
+
+
+@pytest.mark.parametrize("error", [*BEFORE, FirstByteTimeout("late")])
+async def test_the_last_failure_is_raised_with_everything_given_back(error: CairnError) -> None:
+    """With one replica there is no other to try, but a connection that died is worth a second attempt."""
+    bench = Bench(error, error, replicas=1)
+    with pytest.raises(type(error)):
+        await bench.run(bench.exchange())
+    assert not bench.downstream.begun
+    assert len(bench.client.sent) == (2 if isinstance(error, ResetBeforeResponse) else 1)
+    assert bench.nothing_is_claimed()
+
+
+async def test_a_request_that_timed_out_is_sent_to_no_other_replica() -> None:
+    bench = Bench(FirstByteTimeout("late"))
+    upstream(bench)
+    with pytest.raises(FirstByteTimeout):
+        await bench.run(bench.exchange())
+    assert len(bench.client.sent) == 1
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 529])
+async def test_a_status_is_tried_elsewhere_and_the_refused_response_is_closed(status: int) -> None:
+    bench = Bench()
+    refused = upstream(bench, status, None)
+    upstream(bench)
+    client = await bench.run(bench.exchange())
+    assert client.status == 200
+    assert refused.source.closed
+    assert bench.nothing_is_claimed()
+
+
+async def test_a_request_that_creates_something_is_sent_once_whatever_the_status() -> None:
+    """A second batch or file would be one too many; only a connection that was never made is tried again."""
+    bench = Bench()
+    upstream(bench, 503, b"busy")
+    exchange = bench.exchange(endpoint=Endpoint.OTHER)
+    assert (await bench.run(exchange)).status == 503
+    assert len(bench.client.sent) == 1
+    bench = Bench(ConnectFailed("refused"))
+    upstream(bench, 200, b"{}")
+    assert (await bench.run(bench.exchange(endpoint=Endpoint.OTHER))).status == 200
+    assert len(bench.client.sent) == 2
+
+
+# -- streams
+
+
+async def test_a_stream_is_relayed_as_it_comes_and_its_ending_is_noted() -> None:
+    bench = Bench()
+    made = upstream(bench, body=None, sse=True)
+    made.send(TOKEN)
+    exchange = bench.exchange(stream=True)
+    task = bench.start(exchange)
+    await turns()
+    assert bench.downstream.body == TOKEN
+    assert bench.placements.done["computed"] == 1
+    made.send(DONE)
+    made.end()
+    client = await task
+    assert (client.body, client.ended, exchange.ending) == (TOKEN + DONE, True, Ending.COMPLETE)
+    assert bench.nothing_is_claimed()
+
+
+async def test_a_stream_without_its_end_is_truncated() -> None:
+    bench = Bench()
+    upstream(bench, body=TOKEN, sse=True)
+    exchange = bench.exchange(stream=True)
+    assert (await bench.run(exchange)).ended
+    assert exchange.ending is Ending.TRUNCATED
+
+
+async def test_a_stream_that_breaks_before_its_first_event_is_tried_elsewhere() -> None:
+    """The head had come, but the client has nothing yet."""
+    bench = Bench()
+    first = upstream(bench, body=None, sse=True)
+    first.send(b": waiting\n\n")
+    upstream(bench, body=TOKEN + DONE, sse=True)
+    exchange = bench.exchange(stream=True)
+    task = bench.start(exchange)
+    await turns()
+    assert not bench.downstream.begun
+    first.fail(ResetMidResponse("reset"))
+    client = await task
+    assert client.body == TOKEN + DONE
+    assert exchange.ending is Ending.COMPLETE
+
+
+@pytest.mark.parametrize("error", [ResetMidResponse("reset"), IdleTimeout("silent"), BadResponse("bad chunk")])
+@pytest.mark.parametrize("after_token", [False, True])
+async def test_a_stream_that_breaks_later_ends_with_an_error_event_and_no_end(
+    error: CairnError, after_token: bool
+) -> None:
+    """A prefix that was not computed is taken back."""
+    bench = Bench()
+    made = upstream(bench, body=None, sse=True)
+    role = b'data: {"choices":[{"delta":{"role":"assistant"}}]}\n\n'
+    made.send(TOKEN if after_token else role)
+    exchange = bench.exchange(stream=True)
+    task = bench.start(exchange)
+    await turns()
+    made.fail(error)
+    client = await task
+    assert client.broken
+    assert not client.ended
+    assert b'"error"' in client.body
+    assert exchange.ending is Ending.UPSTREAM_BROKE
+    assert bench.placements.done["taken back"] == (0 if after_token else 1)
+    phase = "after_first_token" if after_token else "before_first_token"
+    assert bench.recorder.counter(STREAM_ABORTS, ("upstream", phase)).value == 1
+    assert bench.nothing_is_claimed()
+
+
+@pytest.mark.parametrize("cut", range(1, len(b'data: {"error": {"message": "m"}}\n\n')))
+async def test_an_error_in_the_first_event_is_found_at_any_cut(cut: int) -> None:
+    event = b'data: {"error": {"message": "m"}}\n\n'
+    bench = Bench()
+    made = upstream(bench, body=None, sse=True)
+    upstream(bench, body=TOKEN + DONE, sse=True)
+    task = bench.start(bench.exchange(stream=True))
+    for piece in (event[:cut], event[cut:]):
+        made.send(piece)
+        await turns()
+    assert (await task).body == TOKEN + DONE
+    assert bench.recorder.counter(HIDDEN_ERRORS, ("r0", "error_event")).value == 1
+
+
+async def test_the_head_of_a_stream_is_held_back_for_its_first_event_and_no_longer_than_configured() -> None:
+    """After that the client gets it, and no other replica is tried."""
+    bench = Bench(hold_seconds=0.01)
+    made = upstream(bench, body=None, sse=True)
+    task = bench.start(bench.exchange(stream=True))
+    async with asyncio.timeout(5):
+        while not bench.downstream.begun:  # noqa: ASYNC110 - a timer of the loop, which has no event
+            await asyncio.sleep(0)
+    made.send(b'data: {"error": {}}\n\n')
+    made.end()
+    client = await task
+    assert client.body == b'data: {"error": {}}\n\n'
+    assert len(bench.client.sent) == 1
+
+
+# -- silence
+
+
+async def test_until_the_first_event_the_prefills_limit_holds_and_the_idle_limit_after_it() -> None:
+    bench = Bench(first_byte_seconds=600.0, idle_seconds=120.0)
+    made = upstream(bench, body=None, sse=True)
+    task = bench.start(bench.exchange(stream=True))
+    await turns()
+    made.send(b": ping\n\n")
+    await turns()
+    assert made.source.allowed_silences == [600.0]
+    made.send(TOKEN)
+    await turns()
+    assert made.source.allowed_silences == [600.0, 120.0]
+    made.send(DONE)
+    made.end()
+    await task
+
+
+@pytest.mark.parametrize("alive", [b": ping\n\n", b'event: ping\ndata: {"type": "ping"}\n\n'])
+async def test_comments_and_pings_keep_a_stream_alive_for_a_bounded_time(alive: bytes) -> None:
+    """Models think behind them; a stream that shows nothing else for too long is ended."""
+    bench = Bench()
+    made = upstream(bench, body=None, sse=True)
+    made.send(TOKEN)
+    exchange = bench.exchange(stream=True)
+    task = bench.start(exchange)
+    await turns()
+    for _ in range(8):
+        bench.clock.advance(100.0)
+        made.send(alive)
+        await turns()
+    assert not task.done()
+    for _ in range(2):
+        bench.clock.advance(100.0)
+        made.send(alive)
+        await turns()
+    client = await task
+    assert client.broken
+    assert exchange.error_code == "upstream_timeout"
+
+
+async def test_a_client_that_gets_nothing_for_a_while_gets_a_comment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between events and never inside one. The timers are fired by hand."""
+    pending: list[tuple[float, Callable[[], None]]] = []
+
+    loop = asyncio.get_running_loop()
+    handle = loop.call_later(0.0, lambda: None)
+
+    def call_later(delay_seconds: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        pending.append((delay_seconds, callback))
+        return handle
+
+    def fire() -> None:
+        pending.pop(0)[1]()
+
+    monkeypatch.setattr(loop, "call_later", call_later)
+    bench = Bench()
+    bench.limits = StreamLimits(comment_seconds=15.0)
+    bench.dispatcher.always_reports_usage(0)  # so that nothing is withheld
+    made = upstream(bench, body=None, sse=True)
+    made.send(TOKEN)
+    task = bench.start(bench.exchange(stream=True))
+    await turns()
+    bench.clock.advance(10.0)
+    made.send(TOKEN)
+    await turns()
+    bench.clock.advance(5.0)
+    fire()
+    assert bench.downstream.body == TOKEN * 2  # something came five seconds ago
+    assert pending[0][0] == pytest.approx(10.0)
+    bench.clock.advance(10.0)
+    fire()
+    comment = response_relay.COMMENT
+    assert bench.downstream.body == TOKEN * 2 + comment
+    assert comment.startswith(b":")
+    assert comment.endswith(b"\n\n")
+    made.send(TOKEN[:10])
+    await turns()
+    bench.clock.advance(30.0)
+    fire()
+    assert bench.downstream.body == TOKEN * 2 + comment + TOKEN[:10]
+    made.send(TOKEN[10:] + DONE)
+    made.end()
+    assert (await task).body == TOKEN * 2 + comment + TOKEN + DONE
+
+
+async def test_the_timer_of_a_stream_ends_with_it() -> None:
+    """By a real timer: the comment comes by itself."""
+    bench = Bench()
+    bench.limits = StreamLimits(comment_seconds=0.01)
+    made = upstream(bench, body=None, sse=True)
+    made.send(TOKEN)
+    task = bench.start(bench.exchange(stream=True))
+    async with asyncio.timeout(5):
+        while response_relay.COMMENT not in bench.downstream.body:
+            bench.clock.advance(1.0)
+            await asyncio.sleep(0.005)
+    made.send(DONE)
+    made.end()
+    client = await task
+    size = len(client.body)
+    bench.clock.advance(100.0)
+    await asyncio.sleep(0.05)
+    assert len(client.body) == size
+
+
+# -- the client leaves
+
+
+async def left(bench: Bench, task: asyncio.Task[object]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert bench.nothing_is_claimed()
+
+
+async def test_a_client_that_leaves_while_the_request_is_sent_gives_everything_back() -> None:
+    bench = Bench(None)
+    exchange = bench.exchange()
+    task = bench.start(exchange)
+    await bench.client.asked.wait()
+    await left(bench, task)
+    assert exchange.ending is Ending.CLIENT_LEFT
+    assert bench.placements.done == {"placed": 1, "left": 1}
+
+
+async def test_a_client_that_leaves_in_the_queue_was_never_at_the_replica() -> None:
+    bench = Bench(None, limit=1)
+    first = bench.start(bench.exchange())
+    await bench.client.asked.wait()
+    second = bench.exchange(prompt="y" * 9_000)
+    waiting = bench.start(second)
+    await turns()
+    assert len(bench.queues[0]) == 1
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert len(bench.queues[0]) == 0
+    assert len(bench.client.sent) == 1
+    assert bench.placements.done["taken back"] == 1
+    await left(bench, first)
+
+
+async def test_a_client_that_leaves_while_the_first_event_is_awaited_closes_the_upstream() -> None:
+    bench = Bench()
+    made = upstream(bench, body=None, sse=True)
+    task = bench.start(bench.exchange(stream=True))
+    await turns()
+    await left(bench, task)
+    assert made.source.closed
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_inside_a_response_closes_the_upstream(stream: bool) -> None:
+    bench = Bench()
+    made = upstream(bench, body=None, sse=stream)
+    made.send(TOKEN)
+    exchange = bench.exchange(stream=stream)
+    task = bench.start(exchange)
+    await turns()
+    await left(bench, task)
+    assert made.source.closed
+    assert exchange.ending is Ending.CLIENT_LEFT
+
+
+async def test_a_client_that_leaves_while_it_does_not_read_closes_the_upstream() -> None:
+    bench = Bench()
+    bench.downstream.full = True
+    made = upstream(bench, body=None, sse=True)
+    made.send(TOKEN)
+    task = bench.start(bench.exchange(stream=True))
+    await bench.downstream.waiting.wait()
+    await left(bench, task)
+    assert made.source.closed
+
+
+async def test_a_write_that_fails_is_a_client_that_left() -> None:
+    bench = Bench()
+    bench.downstream.gone = True
+    made = upstream(bench, body=None, sse=True)
+    made.send(TOKEN)
+    exchange = bench.exchange(stream=True)
+    with pytest.raises(ConnectionResetError):
+        await bench.run(exchange)
+    assert made.source.closed
+    assert exchange.ending is Ending.CLIENT_LEFT
+    assert bench.nothing_is_claimed()
+
+
+# -- stream_options
+
+
+async def test_a_refusal_of_what_cairn_added_is_sent_again_without_it() -> None:
+    """The second body is the client's own, to the byte."""
+    bench = Bench()
+    upstream(bench, 422, b'{"message": "Extra inputs are not permitted"}')
+    upstream(bench, body=TOKEN + DONE, sse=True)
+    exchange = bench.exchange(stream=True)
+    assert (await bench.run(exchange)).status == 200
+    first, second = (body for _, body, _ in bench.client.sent)
+    assert b"stream_options" in first
+    assert second == exchange.call.body
+    assert exchange.asked_usage is False
+
+
+async def test_a_client_that_leaves_during_the_second_send_gives_everything_back() -> None:
+    bench = Bench()
+    upstream(bench, 400, b"no")
+    bench.client.script.append(None)
+    task = bench.start(bench.exchange(stream=True))
+    await turns()
+    assert len(bench.client.sent) == 2
+    await left(bench, task)
