@@ -206,6 +206,7 @@ class Prompt(msgspec.Struct, frozen=True):
     referring: tuple[memoryview, ...] = ()  # members, beside messages and input, that may name stored objects
     has_hidden_parts: bool = False  # the upstream adds a stored prompt or search results
     skips_cache: bool = False  # the request asks for what only a prompt computed anew can give
+    cache_key: bytes = b""  # `prompt_cache_key`, as raw JSON
     tool_spans: int = 0  # of `spans`, those that are tools; they come first
     system_spans: int = -1  # spans after the tools that are the system prompt; -1: the roles of the messages tell
 
@@ -274,6 +275,7 @@ class Demand(msgspec.Struct, frozen=True, gc=False):
     tie_hash: int = 0
     last_block_bytes: int = 0
     pinned_replica: int | None = None
+    prior_replica: int | None = None  # where the client's session was served last
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):

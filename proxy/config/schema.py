@@ -474,6 +474,18 @@ class Routing(Section, frozen=True):
     future_weight_per_second: Annotated[float, Meta(ge=0)] = 3.0
     """Additional weight of uncached tokens per second of work in the shortest queue."""
 
+    session_headers: Annotated[
+        tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")], ...], Meta(max_length=16)
+    ] = (
+        "x-claude-code-session-id",
+        "session-id",
+        "session_id",
+        "x-session-affinity",
+        "x-session-id",
+    )
+    """Headers by which clients name their session. With `prompt_cache_key` they break ties between replicas that hold
+    equally much of a prompt; its content decides before them."""
+
 
 class Contexts(Section, frozen=True):
     """Stored contexts. Sizes are compressed sizes in Redis unless stated otherwise."""

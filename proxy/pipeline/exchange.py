@@ -62,6 +62,7 @@ class Exchange:
         "prompt",
         "response_bytes",
         "sent_seconds",
+        "session",
         "status",
         "stored",
         "tried",
@@ -78,6 +79,7 @@ class Exchange:
         self.pool: ServedPool | None = None
         self.own_blocks: int | None = None  # blocks that the tenant itself has sent before; None: all may be told
         self.only_explained = False  # nothing is sent, and the plan is told to the client
+        self.session: int | None = None  # stands for the session that the client names
         self.pinned_replica: int | None = None  # the number of the replica where the object lies that is named
         self.plan: Plan | None = None
         self.background_id: str | None = None  # of a response that is computed in the background

@@ -81,7 +81,7 @@ class Pipeline:
         except CairnError as error:
             self._refuse(exchange, error, client)
         finally:
-            if exchange.own_blocks is not None and exchange.ending is Ending.COMPLETE:
+            if exchange.ending is Ending.COMPLETE:
                 self._planner.note_answered(exchange)
             self._settlement.settle(exchange)
             self._contexts.settle(exchange)

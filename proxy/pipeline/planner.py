@@ -5,6 +5,7 @@ It reads the index and the fleet and changes nothing but the exchange.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -17,10 +18,24 @@ from proxy.pipeline.disclosure import OwnPrefixes, limited
 from proxy.pipeline.exchange import Exchange
 from proxy.routing import cost as routing
 from proxy.routing.prefill_gate import PrefillGate
+from proxy.routing.session_hints import DEFAULT_HEADERS, SessionHints
 from proxy.routing.token_estimate import TokenCounts
 from proxy.wire.template import keyed_salt, keyed_spans
 
 _NOTHING_MATCHED: Final = Match({})
+
+
+@dataclass(frozen=True, slots=True)
+class PlanningRules:
+    """Constants of the decision.
+
+    A prompt shorter than `min_shareable_bytes` gets no fingerprint. By `weight_per_second` uncached work counts more
+    for each second of the shortest queue. Headers named in `session_headers` name a client's session.
+    """
+
+    min_shareable_bytes: int
+    weight_per_second: float = routing.WEIGHT_PER_SECOND
+    session_headers: tuple[str, ...] = DEFAULT_HEADERS
 
 
 class Planner:
@@ -33,8 +48,7 @@ class Planner:
         gate: names the prefixes that are being computed, on which a request had better wait.
         templates: knows how engines render prompts, on which the key of a prefix depends.
         clock: monotonic time.
-        min_shareable_bytes: a shorter prompt gets no fingerprint.
-        weight_per_second: by how much uncached work counts more for each second of the shortest queue.
+        rules: constants of the decision.
     """
 
     def __init__(
@@ -45,9 +59,7 @@ class Planner:
         gate: PrefillGate,
         templates: Templates,
         clock: Clock,
-        *,
-        min_shareable_bytes: int,
-        weight_per_second: float = routing.WEIGHT_PER_SECOND,
+        rules: PlanningRules,
     ) -> None:
         self._fleet = fleet
         self._index = index
@@ -56,8 +68,9 @@ class Planner:
         self._templates = templates
         self._clock = clock
         self._own_prefixes = OwnPrefixes()
-        self._min_shareable_bytes = min_shareable_bytes
-        self._weight_per_second = weight_per_second
+        self._sessions = SessionHints(rules.session_headers)
+        self._min_shareable_bytes = rules.min_shareable_bytes
+        self._weight_per_second = rules.weight_per_second
 
     def fingerprint(self, exchange: Exchange) -> None:
         """Cut the prompt into blocks and chain their hashes; a prompt that is too short to share has none."""
@@ -85,7 +98,9 @@ class Planner:
                 exchange.match = limited(exchange.match, fingerprint, exchange.own_blocks)
 
     def note_answered(self, exchange: Exchange) -> None:
-        """Remember that the tenant has had this prompt answered, and may be told of its prefix from now on."""
+        """Remember where the session was served, and that the tenant may be told of this prefix from now on."""
+        if exchange.session is not None and exchange.attempt is not None:
+            self._sessions.served(exchange.session, exchange.attempt.candidate.replica.id)
         if exchange.own_blocks is not None and exchange.fingerprint is not None:
             self._own_prefixes.add(exchange.call.tenant, exchange.fingerprint, exchange.own_blocks)
 
@@ -120,10 +135,14 @@ class Planner:
             return Demand(size_bytes, tokens, hash(exchange.call.request_id), pinned_replica=pinned)
         tokens = self._tokens.predict(prompt.model, size_bytes, prompt.media, match.known_bytes, match.known_tokens)
         ends = fingerprint.ends
+        session = exchange.session = self._sessions.key(
+            exchange.call.tenant.id, exchange.call.headers, prompt.cache_key
+        )
         return Demand(
             size_bytes,
             tokens,
             fingerprint.hashes[min(match.known_blocks, len(ends) - 1)],
             size_bytes - (ends[-2] if len(ends) > 1 else 0),
             pinned,
+            None if session is None else self._sessions.replica(session),
         )

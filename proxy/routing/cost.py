@@ -77,6 +77,9 @@ class Room(Protocol):
 
 _NAMED_AT_MOST: Final = 4  # replicas named in an error
 
+PRIOR_SHARE: Final = 0.15
+"""How much more the replica of the client's session may cost: bytes may match less than the engine reuses."""
+
 TIE_TOKENS: Final = 16.0
 """Replicas that hold the same up to one block of an engine may tie."""
 
@@ -157,6 +160,8 @@ def _ranked(
             candidates = _charged_for_room(candidates, room, DROP_WEIGHT / mean_rate)
         candidates.sort(key=_cost)
         _settle_ties(candidates, demand, match.evicted_from, room)
+        if demand.prior_replica is not None:
+            _prefer(candidates, demand.prior_replica)
     return tuple(candidates)
 
 
@@ -245,6 +250,17 @@ def _first_token_seconds(candidate: Candidate) -> float:
     replica = candidate.replica
     tokens = replica.pending_tokens + candidate.uncached_tokens
     return tokens / replica.rate_tokens_per_second + replica.lateness_seconds
+
+
+def _prefer(candidates: list[Candidate], prior: int) -> None:
+    """Put the replica of the client's session first, if it holds as much as the first and costs little more."""
+    first = candidates[0]
+    for place, candidate in enumerate(candidates):
+        if candidate.replica.id == prior:
+            near = candidate.cost_seconds <= first.cost_seconds * (1.0 + PRIOR_SHARE) + TIE_SECONDS
+            if near and candidate.matched_tokens >= first.matched_tokens - TIE_TOKENS:
+                candidates.insert(0, candidates.pop(place))
+            return
 
 
 def _rendezvous(tie_hash: int, name: str) -> int:

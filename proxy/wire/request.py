@@ -251,6 +251,7 @@ def _prompt(
         referring=referring,
         has_hidden_parts=has_hidden_parts,
         skips_cache=_skips_cache(fields),
+        cache_key=bytes(fields.prompt_cache_key),
         tool_spans=tool_spans,
         system_spans=system_spans,
     )

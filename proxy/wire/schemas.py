@@ -72,6 +72,7 @@ class Common(msgspec.Struct, gc=False):
     max_tokens: Raw = NONE
     container: Raw = NONE
     cache_prompt: Raw = NONE
+    prompt_cache_key: Raw = NONE
     prompt_logprobs: Raw = NONE
     logprob_start_len: Raw = NONE
     truncate_prompt_tokens: Raw = NONE

@@ -61,7 +61,7 @@ from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.models_endpoint import ModelsEndpoint
 from proxy.pipeline.objects import CreatedObjects
 from proxy.pipeline.pipeline import Pipeline
-from proxy.pipeline.planner import Planner
+from proxy.pipeline.planner import Planner, PlanningRules
 from proxy.pipeline.reader import RequestReader
 from proxy.pipeline.relay import Relay
 from proxy.pipeline.response_relay import ResponseRelay
@@ -401,8 +401,11 @@ def _requests(config: Config, secret: bytes, built: Built) -> Requests:
         sharing.gate,
         replicas.templates,
         clock,
-        min_shareable_bytes=config.routing.min_shareable_bytes,
-        weight_per_second=config.routing.future_weight_per_second,
+        PlanningRules(
+            config.routing.min_shareable_bytes,
+            config.routing.future_weight_per_second,
+            config.routing.session_headers,
+        ),
     )
     reader = RequestReader(replicas.pools, replicas.fleet, sharing.journal.locations, config.server.allowed_paths)
     models_endpoint = ModelsEndpoint(replicas.client, replicas.pools, replicas.fleet, clock)

@@ -250,3 +250,55 @@ def test_every_available_replica_is_a_candidate_in_order_of_cost(rows, tokens):
     assert costs[0] <= min(costs) * 1.02 + 0.002
     assert sorted(candidate.replica.id for candidate in made.candidates) == list(range(len(rows)))
     assert all(candidate.uncached_tokens >= 1 for candidate in made.candidates)
+
+
+def with_prior(replica: int) -> Demand:
+    return msgspec.structs.replace(LONG, prior_replica=replica)
+
+
+def test_the_replica_of_the_session_is_taken_if_it_costs_little_more_and_holds_as_much():
+    """A hint breaks ties; where another holds more of the prompt, or is much less loaded, it says nothing."""
+    views = [view(0), view(1, pending_tokens=1_000.0), view(2)]
+    assert chosen(with_prior(1), NOTHING, views) == 1
+    assert chosen(with_prior(1), NOTHING, [view(0), view(1, pending_tokens=20_000.0)]) == 0
+    assert chosen(with_prior(1), Match({0: held_part(39_000, 9_750.0)}), [view(0), view(1)]) == 0
+    assert chosen(with_prior(9), NOTHING, [view(0), view(1)]) in (0, 1)
+
+
+class FakeRoom:
+    """Replicas with free room for so many prompts; those without must evict all that comes."""
+
+    def __init__(self, *free: int) -> None:
+        self.free = free
+
+    def dropped_tokens(self, replica: int, matched_tokens: float, uncached_tokens: float) -> float:
+        return 0.0 if self.free[replica] else uncached_tokens
+
+    def free_prompts(self, replica: int, prompt_tokens: float) -> int:
+        return self.free[replica]
+
+
+@pytest.mark.parametrize("tie", range(8))
+def test_a_cold_prompt_goes_where_there_is_most_room_whatever_its_hash(tie):
+    demand = msgspec.structs.replace(LONG, tie_hash=tie)
+    assert chosen(demand, NOTHING, [view(0), view(1), view(2)], room=FakeRoom(1, 3, 2)) == 1
+
+
+def test_what_must_be_evicted_costs_as_much_as_computing_it_again():
+    """A replica with room takes a cold prompt although it has the longer queue, up to that cost."""
+    busy = view(1, pending_tokens=8_000.0)
+    assert chosen(LONG, NOTHING, [view(0), busy], room=FakeRoom(0, 1)) == 1
+    assert chosen(LONG, NOTHING, [view(0), view(1, pending_tokens=12_000.0)], room=FakeRoom(0, 1)) == 0
+
+
+def test_room_is_not_asked_for_a_prompt_that_is_nearly_all_there():
+    held = Match({0: held_part(39_900, 9_900.0), 1: held_part(39_900, 9_900.0)})
+    assert chosen(LONG, held, [view(0), view(1, pending_tokens=400.0)], room=FakeRoom(0, 1)) == 0
+
+
+@pytest.mark.parametrize("tie", range(8))
+def test_a_prompt_that_was_evicted_goes_back_where_it_was_when_all_are_full(tie):
+    """An engine may still have what the index let go."""
+    demand = msgspec.structs.replace(LONG, tie_hash=tie)
+    match = Match({}, evicted_from=2)
+    assert chosen(demand, match, [view(0), view(1), view(2)], room=FakeRoom(0, 0, 0)) == 2
