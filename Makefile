@@ -24,7 +24,7 @@ PIP_WHEEL = .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --
 # Two rules must not install into .venv at the same time.
 .NOTPARALLEL:
 
-.PHONY: run test coverage format lock wheel clean bench-datapath bench-soak bench-fleet bench-replay bench-peers
+.PHONY: run test test-image coverage format lock wheel clean bench-datapath bench-soak bench-fleet bench-replay bench-peers
 
 run: .venv/.demo
 	@exec .venv/bin/python -m demo --end-with-parent --port "$(PORT)" --admin-port "$(ADMIN_PORT)" \
@@ -37,8 +37,12 @@ test: .venv/.dev .build/compiled/.done .build/charts/.done
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	PYTHONSAFEPATH=1 PYTHONPATH=.build/compiled:. \
-	  .venv/bin/python -m pytest --compiled --import-mode=append -m "not engine" $(COMPILED_TESTS)
+	  .venv/bin/python -m pytest --compiled --import-mode=append -m "not engine and not image" $(COMPILED_TESTS)
 	.venv/bin/python -m pytest
+
+# Builds the container image on a base made by debootstrap, and runs it. Needs root, and Debian's buildah and debootstrap.
+test-image: .venv/.dev
+	.venv/bin/python -m pytest -m image --timeout 1500 tests/packaging/test_image.py
 
 # Prints the lines and branches that no test enters; .build/coverage/index.html shows them in the source.
 coverage: .venv/.dev
