@@ -118,9 +118,10 @@ def _without_reasoning(message: Span) -> Span:
     raw = head.reasoning_content if head.reasoning_content is not NONE else head.reasoning
     if raw is NONE:
         return message
-    text = bytes(message)
-    start = text.find(bytes(raw))
-    return text[:start] + text[start + len(bytes(raw)) :]
+    text, reasoning = bytes(message), bytes(raw)
+    start = text.find(reasoning)
+    end = start + len(reasoning)
+    return text[:start] + text[end:]
 
 
 def _without_marks(spans: Sequence[Span], system: int, *, keeps_billing: bool) -> Sequence[Span]:
