@@ -56,7 +56,7 @@ def chains(draw: st.DrawFn) -> tuple[bytes, bytes]:
     hashes, ends = array("Q", chain.hashes), array("I", chain.ends)
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(ends) - 1))
-        ends[at] = draw(st.sampled_from([0, 1, ends[at - 1], 2**32 - 1, ends[at] + 1]))
+        ends[at] = draw(st.sampled_from([0, 1, ends[at - 1], 2**32 - 1, min(ends[at] + 1, 2**32 - 1)]))
     keep = draw(st.integers(0, len(ends)))
     return hashes[:keep].tobytes(), ends[:keep].tobytes()
 
@@ -112,15 +112,13 @@ class Usable:
             pass
         written = [codec.encode_chunk(SnapshotChunk(ALL_NAMES, rows)) for rows in self.index.snapshot(2)]
         replica_of: dict[int, int] = {}
-        invalid = self.stats.dropped_invalid
         for _ in self.index.load(self.rows.of(list(written), replica_of), replica_of):
             pass
-        assert self.stats.dropped_invalid == invalid  # what this index writes, it can read
         for delta in self.sent:
             codec.encode_batch(b"", ALL_NAMES, [delta])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(deltas(), max_size=8), st.lists(deltas(), max_size=8))
 def test_an_index_stays_usable_after_any_journal_entries(first: list[Any], second: list[Any]) -> None:
     """Entries with any numbers and any chains, between real requests."""
@@ -130,6 +128,17 @@ def test_an_index_stays_usable_after_any_journal_entries(first: list[Any], secon
             payload = codec.own_head(codec.JOURNAL_VERSION, "x") + msgspec.msgpack.encode([ALL_NAMES, delta])
             worker.applier.apply_payload(payload)
         worker.use()
+
+
+def test_what_an_index_writes_it_reads_back_whole() -> None:
+    """No row of an undamaged index is taken for a damaged one."""
+    worker = Usable()
+    worker.use()
+    before = {number: (stats.blocks, stats.tokens) for number, stats in worker.index.replicas().items()}
+    worker.use()
+    after = {number: (stats.blocks, stats.tokens) for number, stats in worker.index.replicas().items()}
+    assert before == after
+    assert (worker.stats.dropped_invalid, worker.stats.dropped_corrupt) == (0, 0)
 
 
 @st.composite
@@ -169,7 +178,7 @@ def _first(raw: bytes) -> int:
     return array("Q", raw)[0] if len(raw) == 8 else 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     snapshot_rows(), st.binary(max_size=30), st.dictionaries(st.integers(0, 4), st.sampled_from([*NAMES, "http://x"]))
 )
