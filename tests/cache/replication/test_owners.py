@@ -1,0 +1,45 @@
+"""Where objects are: found by id or in a path, bounded, and shared in parts."""
+
+from __future__ import annotations
+
+import pytest
+
+from cache.replication import owners
+from cache.replication.owners import ID_CHARACTERS_AT_MOST, ObjectLocations
+
+
+def test_an_object_is_found_by_its_id_and_in_a_path() -> None:
+    """The first segment that is a known id counts."""
+    locations = ObjectLocations()
+    assert locations.in_path("/v1/responses/resp_1") is None
+    assert locations.learn("resp_1", "http://one")
+    assert locations.learn("file_2", "http://two")
+    assert (locations.of("resp_1"), locations.of("resp_9"), len(locations)) == ("http://one", None, 2)
+    assert locations.in_path("/v1/responses/resp_1/input_items") == "http://one"
+    assert locations.in_path("/v1/models") is None
+
+
+def test_what_is_known_is_not_learned_again_and_a_move_is() -> None:
+    """So that nothing is sent twice to other workers."""
+    locations = ObjectLocations()
+    assert locations.learn("a", "http://one")
+    assert not locations.learn("a", "http://one")
+    assert locations.learn("a", "http://two")
+    assert locations.of("a") == "http://two"
+
+
+@pytest.mark.parametrize("bad", ["", "x" * (ID_CHARACTERS_AT_MOST + 1), "\ud800", "a\nb"])
+def test_what_cannot_be_an_id_is_not_learned(bad: str) -> None:
+    """Empty, too long, or not printable, which could not be sent on."""
+    locations = ObjectLocations()
+    assert not locations.learn(bad, "http://one")
+    assert len(locations) == 0
+
+
+def test_the_oldest_is_forgotten_first_and_parts_hold_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, the oldest first."""
+    monkeypatch.setattr(owners, "OWNERS_AT_MOST", 3)
+    locations = ObjectLocations()
+    for name in "abcd":
+        locations.learn(name, "http://one")
+    assert [list(part) for part in locations.chunks(2)] == [["b", "c"], ["d"]]

@@ -1,0 +1,61 @@
+"""Every foreign exception has one meaning here, and no text of Redis is repeated."""
+
+from __future__ import annotations
+
+import pytest
+from redis import exceptions as foreign
+
+from cache.errors import (
+    CacheError,
+    ErrorKind,
+    StoreFull,
+    StoreReadOnly,
+    StoreRefused,
+    StoreTimeout,
+    StoreUnavailable,
+    WritesRefused,
+)
+from cache.store.redis_errors import map_error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "meaning"),
+    [
+        (foreign.ResponseError("MISCONF Errors writing to the AOF file"), ErrorKind.MISCONF, WritesRefused),
+        (foreign.ResponseError("NOREPLICAS Not enough good replicas"), ErrorKind.NOREPLICAS, WritesRefused),
+        (foreign.ResponseError("OOM command not allowed. script: abc, on @user_script:3."), ErrorKind.OOM, StoreFull),
+        (foreign.OutOfMemoryError("x"), ErrorKind.OOM, StoreFull),
+        (foreign.ReadOnlyError("x"), ErrorKind.READONLY, StoreReadOnly),
+        (foreign.ResponseError("READONLY in a script"), ErrorKind.READONLY, StoreReadOnly),
+        (foreign.ResponseError("BUSY Redis is busy running a script"), ErrorKind.BUSY, StoreUnavailable),
+        (foreign.BusyLoadingError("x"), ErrorKind.LOADING, StoreUnavailable),
+        (foreign.ResponseError("LOADING Redis is loading"), ErrorKind.LOADING, StoreUnavailable),
+        (foreign.ResponseError("MASTERDOWN Link with MASTER is down"), ErrorKind.CONNECTION, StoreUnavailable),
+        (foreign.ResponseError("CLUSTERDOWN Hash slot not served"), ErrorKind.CONNECTION, StoreUnavailable),
+        (foreign.AuthenticationError("x"), ErrorKind.AUTH, StoreUnavailable),
+        (foreign.ResponseError("NOAUTH Authentication required."), ErrorKind.AUTH, StoreUnavailable),
+        (foreign.ResponseError("NOPERM this user has no permissions"), ErrorKind.AUTH, StoreUnavailable),
+        (foreign.ResponseError("WRONGTYPE Operation against a key"), ErrorKind.WRONGTYPE, StoreRefused),
+        (foreign.ResponseError("ERR unknown command"), ErrorKind.OTHER, StoreRefused),
+        (foreign.ResponseError(""), ErrorKind.OTHER, StoreRefused),
+        (foreign.NoScriptError("x"), ErrorKind.NOSCRIPT, StoreRefused),
+        (TimeoutError(), ErrorKind.TIMEOUT, StoreTimeout),
+        (foreign.ConnectionError("x"), ErrorKind.CONNECTION, StoreUnavailable),
+        (OSError(), ErrorKind.CONNECTION, StoreUnavailable),
+        (RuntimeError("transport closed"), ErrorKind.CONNECTION, StoreUnavailable),
+    ],
+)
+def test_an_error_is_about_the_command_about_writes_or_about_redis(
+    error: Exception, kind: ErrorKind, meaning: type[CacheError]
+) -> None:
+    """Only the first kind loses what was to be written."""
+    mapped = map_error(error, "SET")
+    assert type(mapped) is meaning
+    assert mapped.kind is kind
+    assert str(mapped) == f"SET: {kind}"
+
+
+def test_an_error_of_the_cache_stays_what_it_is() -> None:
+    """It was mapped before."""
+    error = StoreFull("full")
+    assert map_error(error, "SET") is error
