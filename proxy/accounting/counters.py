@@ -138,6 +138,11 @@ class RequestCounters:
             return replace(usage, cached_tokens=0)
         return usage
 
+    def count_implausible(self, outcome: Outcome) -> None:
+        """Count a response whose cached tokens are ignored."""
+        if outcome.replica is not None:
+            self._recorder.inc(metrics.CACHED_IMPLAUSIBLE, (outcome.replica.name,))
+
     def count(self, outcome: Outcome, usage: Usage | None, predicted_tokens: int | None) -> None:
         """Count a finished request. `usage` is the result of `known_usage`."""
         model = self._names.label(outcome.model)

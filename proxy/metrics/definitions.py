@@ -155,6 +155,11 @@ CACHED_UNKNOWN = _counter(
 USAGE_MISSING = _counter(
     "usage_missing", "Successful responses that ended without reporting their tokens.", "model", "upstream"
 )
+CACHED_IMPLAUSIBLE = _counter(
+    "cached_implausible",
+    "Responses whose cached tokens were ignored: the replica reports new prompts as wholly cached.",
+    "upstream",
+)
 USAGE_INCONSISTENT = _counter(
     "usage_inconsistent", "Responses whose token counts contradicted each other and were corrected.",
     "model", "upstream",

@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
+from msgspec.structs import replace
+
 from cache import Journal, Placement
 from proxy.accounting.access_log import AccessLog, access_line
 from proxy.accounting.counters import RequestCounters
+from proxy.accounting.plausibility import CachedCounts
 from proxy.accounting.prefix_stats import PrefixStats
 from proxy.accounting.round_robin import RoundRobinBaseline
 from proxy.clock import Clock
@@ -51,6 +54,7 @@ class Settlement:
         self._access_log = access_log
         self._clock = clock
         self._text_alone = TextAlone()
+        self._cached_counts = CachedCounts()
         self._uncounted: deque[_Finished] = deque()
 
     def settle(self, exchange: Exchange) -> Outcome:
@@ -59,6 +63,8 @@ class Settlement:
         usage = self._accounts.known_usage(outcome)
         placement = None if exchange.attempt is None else exchange.attempt.placement
         if placement is not None:
+            if usage is not None and usage.cached_tokens is not None:
+                usage = self._plausible(exchange, outcome, usage, placement)
             skips_cache = exchange.prompt is not None and exchange.prompt.skips_cache
             self._teach_index(placement, usage, skips_cache=skips_cache)
         if usage is not None:
@@ -69,6 +75,15 @@ class Settlement:
         if len(self._uncounted) >= COUNTED_TOGETHER:
             self.count()
         return outcome
+
+    def _plausible(self, exchange: Exchange, outcome: Outcome, usage: Usage, placement: Placement) -> Usage:
+        """Return the usage without cached tokens that cannot be: they are neither knowledge nor money."""
+        is_new = exchange.match is not None and exchange.match.known_blocks == 0
+        cached_tokens = usage.cached_tokens or 0
+        if not self._cached_counts.is_doubtful(placement.replica, usage.prompt_tokens, cached_tokens, is_new=is_new):
+            return usage
+        self._accounts.count_implausible(outcome)
+        return replace(usage, cached_tokens=None)
 
     def count(self) -> None:
         """Count what was settled and not counted yet."""

@@ -11,7 +11,7 @@ from proxy.metrics import definitions as metrics
 from proxy.model import ToolOrder
 from tests.scenarios.test_conversations import words
 from tests.support.cairn import Cairn, config_for, running
-from tests.support.openai_upstream import OpenAIUpstream
+from tests.support.openai_upstream import OpenAIUpstream, render
 
 
 def body(*texts: str, **fields: Any) -> dict[str, Any]:
@@ -70,3 +70,16 @@ async def test_requests_that_want_no_cache_are_answered_and_teach_nothing(http) 
             await ask(http, cairn, body(talk, "q", cache_prompt=False))
         assert cairn.worker.memory.index.epoch(0) == 0
         assert cairn.count(metrics.TASK_FAILURES, ("template prober",)) == 0
+
+
+async def test_cached_counts_that_cannot_be_are_counted_and_are_no_savings(http) -> None:
+    """A replica that reports prompts nobody has sent before as cached is doubted after a few, and says so."""
+    async with OpenAIUpstream() as engine, running(config_for([engine.url])) as cairn:
+        counted = []
+        for number in range(12):
+            text = words(f"new {number}", 2_500)
+            engine.prefill(render(body(text, "q")))  # computed elsewhere a moment before
+            await ask(http, cairn, body(text, "q"))
+            counted.append(cairn.tokens("input_cached"))
+        assert counted[0] < counted[3] == counted[-1]
+        assert cairn.count(metrics.CACHED_IMPLAUSIBLE) == 8

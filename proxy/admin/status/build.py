@@ -277,6 +277,11 @@ def notices(figures: Figures) -> list[str]:
         )
     if missing := int(figures.value(metrics.USAGE_MISSING)):
         found.append(f"{_count(missing, 'response')} ended without token counts: counted as no saving")
+    if implausible := int(figures.value(metrics.CACHED_IMPLAUSIBLE)):
+        found.append(
+            f"{_count(implausible, 'response')} with cached tokens that cannot be: a replica reports new prompts as "
+            "wholly cached, as an engine does that only decodes; they are not counted as savings"
+        )
     if inconsistent := int(figures.value(metrics.USAGE_INCONSISTENT)):
         found.append(f"{_count(inconsistent, 'response')} with contradictory token counts: corrected")
     if restarts := int(figures.value(metrics.WORKER_RESTARTS)):

@@ -1,0 +1,51 @@
+"""Recognise replicas whose cached tokens cannot be: prompts that nobody has seen before, reported as wholly cached.
+
+An engine that only decodes, behind one that only prefills, reports what was handed over as cached, although it was
+computed a moment before. That is no saving and says nothing about the cache. One such answer may be a prompt that
+came around Cairn; a replica is doubted when most of its new prompts are so. Pure.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+MIN_PROMPT_TOKENS: Final = 1_024
+"""Shorter prompts may be common to many clients."""
+
+LAST_BLOCK_TOKENS: Final = 16
+"""Engines always compute the end of a prompt, up to a block."""
+
+MIN_NEW_PROMPTS: Final = 5
+"""New prompts of a replica that were wholly cached before it is doubted."""
+
+DOUBTED_SHARE: Final = 0.8
+"""Share of a replica's new prompts that must be so."""
+
+MEMORY: Final = 64
+"""New prompts of a replica that count: then both numbers are halved, so that a repaired engine is believed again."""
+
+
+class CachedCounts:
+    """New prompts by replica: how many there were, and how many of them were reported as wholly cached."""
+
+    def __init__(self) -> None:
+        self._new: dict[int, int] = {}
+        self._cached: dict[int, int] = {}
+
+    def is_doubtful(self, replica: int, prompt_tokens: int, cached_tokens: int, *, is_new: bool) -> bool:
+        """Learn from an answer; return whether its cached tokens are to be ignored.
+
+        `is_new` means that no part of the prompt was known anywhere before.
+        """
+        if is_new and prompt_tokens >= MIN_PROMPT_TOKENS:
+            self._count(replica, cached_tokens >= prompt_tokens - LAST_BLOCK_TOKENS)
+        if not cached_tokens:
+            return False
+        cached = self._cached.get(replica, 0)
+        return cached >= MIN_NEW_PROMPTS and cached >= DOUBTED_SHARE * self._new[replica]
+
+    def _count(self, replica: int, is_cached: bool) -> None:
+        new, cached = self._new.get(replica, 0) + 1, self._cached.get(replica, 0) + is_cached
+        if new > MEMORY:
+            new, cached = new // 2, cached // 2
+        self._new[replica], self._cached[replica] = new, cached
