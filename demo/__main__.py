@@ -1,6 +1,6 @@
-"""`make run`: Cairn before two local engines with ten questions asked, or before upstreams that the caller names.
+"""`make run`: start Cairn in front of two local engines and ask ten questions, or in front of upstreams given by URL.
 
-It starts everything, shows what happens and ends everything. What the parts do is in the modules beside it.
+Starts every process, shows progress, and stops every process at the end.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ STATE = Path(__file__).resolve().parent.parent / ".cairn"
 MODELS = STATE / "model"
 LOGS = STATE / "logs"
 REPLICAS = 2
-LOAD_SECONDS = 60.0  # a cold disk and a busy machine; one second is usual
-STEP_SECONDS = 300.0  # the longest step of making the model takes four on two cores
-WATCH_SECONDS = 0.5  # how soon a child that ended by itself is noticed
+LOAD_SECONDS = 60.0  # for a cold disk on a busy machine; usually one second
+STEP_SECONDS = 300.0  # limit for one step of making the model; the longest takes two seconds on two cores
+WATCH_SECONDS = 0.5  # interval at which children are checked for an unexpected end
 
 
 class Stopped(BaseException):
-    """Someone asked for the end: a BaseException, so that no handler of errors on the way takes it for one."""
+    """Raised by a stop signal. A BaseException, so that no error handler catches it."""
 
 
 class Demo:
-    """One run: its options, its screen, and the children that it must end."""
+    """One run: its options, its screen, and the child processes to stop at the end."""
 
     def __init__(self, options: argparse.Namespace, screen: Screen, children: contextlib.ExitStack) -> None:
         self.options = options
@@ -52,7 +52,7 @@ class Demo:
         self._clock = SystemClock()
 
     def run(self) -> None:
-        """Set up, ask where the engines are ours, then serve until stopped; returns never but by an exception."""
+        """Start everything, ask the questions if the engines are local, then serve until stopped. Always raises."""
         for flag, port in (("PORT", self.options.port), ("ADMIN_PORT", self.options.admin_port)):
             _refuse_taken_port(self.options.host, port, flag)
         if self.options.upstream:
@@ -68,9 +68,9 @@ class Demo:
         self._watch(served)
 
     def _start_engines(self) -> dict[str, Child]:
-        """The replicas by base URL, all loading at once."""
+        """Start the replicas, which load at the same time, and return them by base URL."""
         model = self._make_model()
-        with self.screen.step(f"Starting {REPLICAS} llama.cpp replicas on it, one thread each"):
+        with self.screen.step(f"Starting {REPLICAS} llama.cpp replicas with it, one thread each"):
             engines = [
                 self._keep(start_replica(f"replica {number}", model, LOGS / f"replica-{number}.log"))
                 for number in range(1, REPLICAS + 1)
@@ -78,10 +78,10 @@ class Demo:
             return {engine.served_at(LOAD_SECONDS): engine for engine in engines}
 
     def _make_model(self) -> Path:
-        """Made by a process of its own, which can be ended at any point and whose libraries leave with it."""
+        """Return the model file; a child process makes it if it is missing, so that it can be stopped at any time."""
         path = model_path(MODELS, DEMO)
         if path.exists():
-            self.screen.say(f"✓ The local model is there: {path.relative_to(STATE.parent)}")
+            self.screen.say(f"✓ Using the local model {path.relative_to(STATE.parent)}")
             return path
         maker = self._keep(
             Child("the model maker", python("demo.local_model", str(MODELS)), LOGS / "model.log", piped=True)
@@ -91,7 +91,7 @@ class Demo:
             with self.screen.step(step):
                 step = maker.next_line(STEP_SECONDS)
         if maker.process.wait() != 0 or not path.exists():
-            raise StartFailed(maker.last_words("failed"))
+            raise StartFailed(maker.report("failed"))
         return path
 
     def _start_cairn(self, engines: list[str] | None = None, upstreams: list[str] | None = None) -> Child:
@@ -118,18 +118,18 @@ class Demo:
         return f"http://{self.options.host}:{self.options.admin_port if admin else self.options.port}"
 
     def _keep(self, child: Child) -> Child:
-        """See to it that it ends with the run: the last started first, so that Cairn goes before its engines."""
+        """Stop `child` at the end of the run; the last one started is stopped first, so Cairn before its engines."""
         self._children.callback(child.stop)
         return child
 
     def _watch(self, children: list[Child]) -> None:
-        """Stand by; a child that ends by itself ends the run, with its last words."""
+        """Wait until stopped. Raises `StartFailed` with the end of the log if a child ends by itself."""
         pause = threading.Event()
         while True:
             pause.wait(WATCH_SECONDS)
             for child in children:
                 if not child.running:
-                    raise StartFailed(child.last_words("ended by itself"))
+                    raise StartFailed(child.report("ended by itself"))
 
 
 def _refuse_taken_port(host: str, port: int, flag: str) -> None:
@@ -139,13 +139,13 @@ def _refuse_taken_port(host: str, port: int, flag: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise StartFailed(
-                f"Port {port} of {host} cannot be had ({os.strerror(error.errno or 0)}). "
+                f"Port {port} of {host} is not available ({os.strerror(error.errno or 0)}). "
                 f"Choose another one: make run {flag}={port + 1_000}"
             ) from error
 
 
 def _stop_once(*_: int | FrameType | None) -> None:
-    """The first signal begins the end; further ones change nothing about it."""
+    """Raise `Stopped` for the first signal, and ignore further ones."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     raise Stopped
@@ -153,16 +153,16 @@ def _stop_once(*_: int | FrameType | None) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make run", description=__doc__)
-    parser.add_argument("--upstream", default="", help="base URLs, by commas, in place of the local engines")
+    parser.add_argument("--upstream", default="", help="base URLs, separated by commas, instead of the local engines")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--admin-port", type=int, default=8090)
-    parser.add_argument("--end-with-parent", action="store_true", help="end when what started this is gone")
+    parser.add_argument("--end-with-parent", action="store_true", help="stop when the parent process ends")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Run the demo; the exit code is 0 where a signal ended it and 1 where something failed."""
+    """Run the demo; return 0 if a signal stopped it and 1 if something failed."""
     options = _options()
     screen = Screen(SystemClock())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -179,7 +179,7 @@ def main() -> int:
             except (StartFailed, AskFailed) as failure:
                 code = 1
                 screen.say(f"\n{failure}", style="red")
-    except Stopped:  # the signal came while a failed run was being cleared away
+    except Stopped:  # the signal came while a failed run was being cleaned up
         pass
     return code
 

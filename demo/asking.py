@@ -1,6 +1,6 @@
-"""Asks one question as any client of the API would, over plain HTTP, and stamps what comes back.
+"""Ask one question over plain HTTP, as any client of the API would, and time the response.
 
-It must not know what answers: Cairn or an engine itself.
+Works the same against Cairn and against an engine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ANSWER_TIMEOUT_SECONDS = 120.0  # a cold document on a slow, busy machine
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one question brought. `cached_tokens` and `replica` are None where nobody said; times are in seconds."""
+    """The response to one question. `cached_tokens` and `replica` are None if they were not reported."""
 
     question: Question
     replica: str | None
@@ -31,11 +31,11 @@ class Answer:
 
 
 class AskFailed(Exception):
-    """The question got no usable answer; the message can be shown to a person."""
+    """The question got no usable response; the message can be shown to the user."""
 
 
 def ask(base_url: str, model: str, question: Question, clock: Clock) -> Answer:
-    """Send the question to `base_url` (without /v1) and read its stream to the end; raises `AskFailed`."""
+    """Send the question to `base_url` (without /v1) and read the stream to its end. Raises `AskFailed`."""
     address = urlsplit(base_url).netloc
     connection = http.client.HTTPConnection(address, timeout=ANSWER_TIMEOUT_SECONDS)
     try:
@@ -47,13 +47,13 @@ def ask(base_url: str, model: str, question: Question, clock: Clock) -> Answer:
             raise AskFailed(f"{address} answered {response.status}: {_reason(response.read())}")
         return _read(response, question, sent_seconds, clock)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise AskFailed(f"no answer from {address}: {error or type(error).__name__}") from error
+        raise AskFailed(f"no response from {address}: {error or type(error).__name__}") from error
     finally:
         connection.close()
 
 
 def _read(response: http.client.HTTPResponse, question: Question, sent_seconds: float, clock: Clock) -> Answer:
-    """The first token is the first content that is not empty; the chunk with the role says nothing."""
+    """Read the stream. The first token is the first content that is not empty, so not the chunk with the role."""
     pieces: list[str] = []
     ttft_seconds = None
     usage: dict[str, Any] = {}
@@ -74,7 +74,7 @@ def _read(response: http.client.HTTPResponse, question: Question, sent_seconds: 
 
 
 def events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The JSON of each server-sent event up to the end mark; raises `AskFailed` where the stream stops before it."""
+    """Yield the JSON of each server-sent event up to `[DONE]`. Raises `AskFailed` if the stream ends before that."""
     for line in lines:
         if not line.startswith(b"data:"):
             continue
@@ -83,13 +83,13 @@ def events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
             return
         event = json.loads(payload)
         if "error" in event:
-            raise AskFailed(f"the answer broke off: {_reason(payload)}")
+            raise AskFailed(f"the response was cut off: {_reason(payload)}")
         yield event
-    raise AskFailed("the answer broke off before its end")
+    raise AskFailed("the response was cut off before its end")
 
 
 def _reason(body: bytes) -> str:
-    """The message of an error in OpenAI's shape, or the body as it is."""
+    """Return the message of an error in OpenAI's format, or the body itself."""
     try:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):

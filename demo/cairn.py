@@ -1,4 +1,4 @@
-"""Cairn as the demo starts it: its command and configuration, how to see that it is ready, and how to call it."""
+"""Start Cairn for the demo: its configuration, its command, waiting until it is ready, and the hints to print."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from demo.processes import Child, StartFailed, python
 from demo.shapes import SLOT_TOKENS, SLOTS
 from proxy.clock import Clock
 
-READY_SECONDS = 30.0  # Valkey and the workers; half a second is usual
+READY_SECONDS = 30.0  # for Valkey and the workers; usually one second
 POLL_SECONDS = 0.05
 
 
 def configuration(state: Path, engines: list[str]) -> dict[str, Any]:
-    """What differs from the defaults. Nobody balances between Cairns here, so it need not linger when told to end.
+    """Return the settings that differ from the defaults, for the engines at these URLs if there are any.
 
-    Before engines of our own it remembers nothing of the last run: they are new ones with empty caches.
+    No load balancer needs time to notice the end of this Cairn, so it drains at once. In front of local engines the
+    store is in `state`, whose content `start` deletes: new engines have empty caches.
     """
     config: dict[str, Any] = {"server": {"drain_accept_seconds": 0, "drain_seconds": 5}}
     if engines:
@@ -36,7 +37,7 @@ def configuration(state: Path, engines: list[str]) -> dict[str, Any]:
 
 
 def start(options: argparse.Namespace, state: Path, logs: Path, engines: list[str], upstreams: list[str]) -> Child:
-    """Start `cairn serve` before the engines, or before the upstreams, tied to this process."""
+    """Start `cairn serve` in front of the engines, or of the upstreams; it ends with this process."""
     if engines:
         shutil.rmtree(state / "valkey", ignore_errors=True)
     state.mkdir(parents=True, exist_ok=True)
@@ -50,14 +51,14 @@ def start(options: argparse.Namespace, state: Path, logs: Path, engines: list[st
 
 
 def wait_until_ready(child: Child, admin_url: str, clock: Clock) -> None:
-    """Return when /readyz of the admin port says 200; raises `StartFailed` where that does not come."""
+    """Return when /readyz of the admin port answers 200. Raises `StartFailed` if it does not in time."""
     pause = threading.Event()
     until_seconds = clock.monotonic() + READY_SECONDS
     while not _is_ready(admin_url):
         if not child.running:
-            raise StartFailed(child.last_words("did not start"))
+            raise StartFailed(child.report("did not start"))
         if clock.monotonic() > until_seconds:
-            raise StartFailed(child.last_words(f"was not ready within {READY_SECONDS:.0f} s"))
+            raise StartFailed(child.report(f"was not ready within {READY_SECONDS:.0f} s"))
         pause.wait(POLL_SECONDS)
 
 
@@ -73,7 +74,7 @@ def _is_ready(admin_url: str) -> bool:
 
 
 def local_hint(address: str, model: str) -> str:
-    """What to make of the local model, and a line to try."""
+    """Explain the local model and give a command to try."""
     return (
         "The local model has random weights, so its text makes no sense; its caching and these times are real.\n\n"
         f"Try it:\n{_curl(address, model)}"
@@ -81,22 +82,22 @@ def local_hint(address: str, model: str) -> str:
 
 
 def upstream_hint(address: str, upstreams: list[str]) -> str:
-    """A line to try before upstreams of the caller's; nothing was sent to them."""
+    """Give a command to try with the user's upstreams, to which nothing was sent."""
     key = '-H "Authorization: Bearer $OPENAI_API_KEY"'
     return (
-        f"Cairn serves before {', '.join(upstreams)} and has sent nothing there by itself.\n\n"
-        f"Try it, with a model that is served there and a key if one is needed:\n{_curl(address, 'MODEL', key)}"
+        f"Cairn forwards to {', '.join(upstreams)} and has sent nothing there by itself.\n\n"
+        f"Try it, with a model that is served there, and a key if it needs one:\n{_curl(address, 'MODEL', key)}"
     )
 
 
 def addresses(address: str, admin_address: str, logs: Path) -> str:
-    """Where everything is to be found, and how to end it."""
+    """List the addresses and the logs, and say how to stop."""
     return (
         f"\nAPI base URL       {address}/v1\n"
         f"Status page        {admin_address}/\n"
         f"Metrics            {admin_address}/metrics\n"
         f"Logs               {logs}\n\n"
-        "Serving. Ctrl-C ends it all."
+        "Serving. Ctrl-C stops everything."
     )
 
 

@@ -1,7 +1,6 @@
-"""One replica: llama.cpp's server on the local model, in a process of its own (`python -m demo.engine`).
+"""One replica: llama.cpp's server with the local model, as a separate process (`python -m demo.engine`).
 
-It prints one line, its base URL, when it serves, and ends cleanly on SIGINT and SIGTERM or when its parent is gone.
-It must not know who asks.
+Prints its base URL on one line once it serves. Ends cleanly on SIGINT, on SIGTERM and when its parent ends.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ import xllamacpp
 from demo.shapes import MODEL_NAME, SLOT_TOKENS, SLOTS
 from demo.tether import end_with_parent
 
-LAST_BATCH_SECONDS = 2  # an engine ends between batches of a prefill; the kernel ends one that is slower than this
-PARENT_CHECK_SECONDS = 1.0  # how soon a replica notices, where the kernel does not tell, that its parent is gone
+LAST_BATCH_SECONDS = 2  # an engine stops between batches of a prefill; one that takes longer is killed
+PARENT_CHECK_SECONDS = 1.0  # how often to check for the parent, for kernels that do not signal its end
 
 
 def parameters(model: Path, host: str, port: int, slots: int, slot_tokens: int) -> xllamacpp.CommonParams:
-    """llama.cpp's settings for one thread, `slots` prompts held at a time and every observing endpoint open.
+    """Return llama.cpp's settings: one thread, `slots` prompts of `slot_tokens` each, every monitoring endpoint on.
 
-    The prompt cache in host memory is off: slots alone hold prompts, so what is cached is what the index can know.
+    The prompt cache in host memory is off, so that only slots keep prompts.
     """
     params = xllamacpp.CommonParams()
     params.model.path = str(model)
@@ -47,11 +46,11 @@ def parameters(model: Path, host: str, port: int, slots: int, slot_tokens: int) 
 
 
 def main() -> None:
-    """Load the model, print the base URL, and serve until told to stop."""
+    """Load the model, print the base URL, and serve until stopped."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--port", type=int, default=0, help="0 chooses a free one")
     parser.add_argument("--slots", type=int, default=SLOTS)
     parser.add_argument("--slot-tokens", type=int, default=SLOT_TOKENS)
     options = parser.parse_args()

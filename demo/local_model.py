@@ -1,8 +1,7 @@
-"""Makes the small local model that the demo and the tests serve: a GGUF file and its vocabulary, from nothing.
+"""Make the small local model for the demo and the tests: a GGUF file and its vocabulary.
 
-The weights are random, so what the model writes makes no sense; how long a prompt takes and what of it an engine
-keeps are as with trained weights. As a program (`python -m demo.local_model FOLDER`) it makes the demo's model and
-prints a line before each step. It must not know who serves the file.
+The weights are random, so its text makes no sense; its speed and its caching are those of trained weights. As a
+program (`python -m demo.local_model FOLDER`) it makes the demo's model and prints a line before each step.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from demo.shapes import DEMO, MODEL_NAME, VOCABULARY_SIZE, Shape, model_path, vocabulary_path
 
-TRAINING_BYTES = 6_000_000  # of the standard library's source: more changes the vocabulary little and takes longer
-SEED = 20_251  # any fixed number: every machine draws the same weights
+TRAINING_BYTES = 6_000_000  # of the standard library's source; more takes longer and changes the vocabulary little
+SEED = 20_251  # arbitrary, but fixed: every machine makes the same weights
 HEAD_WIDTH = 256
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -36,20 +35,20 @@ CHAT_TEMPLATE = (
 
 
 def make_model(folder: Path, shape: Shape, progress: Callable[[str], None] = lambda _: None) -> Path:
-    """The path of the model file, which is made first where it is missing. `progress` is told each step."""
+    """Return the path of the model file and make it if it is missing. Calls `progress` before each step."""
     path = model_path(folder, shape)
     if path.exists():
         return path
     if not vocabulary_path(folder).exists():
         progress("Training the local model's vocabulary on Python's own source")
     vocabulary = load_vocabulary(folder)
-    progress(f"Drawing {_parameters(shape) / 1e6:.0f} million random weights for it")
+    progress(f"Making {_parameters(shape) / 1e6:.0f} million random weights")
     _replace(path, lambda unfinished: _write_model(unfinished, vocabulary, shape))
     return path
 
 
 def load_vocabulary(folder: Path) -> Tokenizer:
-    """The byte-level BPE vocabulary, trained where `folder` has none yet."""
+    """Return the byte-level BPE vocabulary; train it if `folder` has none."""
     path = vocabulary_path(folder)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +58,7 @@ def load_vocabulary(folder: Path) -> Tokenizer:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then move it there whole: a run cut off leaves nothing half made."""
+    """Let `write` fill a temporary file and move it to `path`, so that an interrupted run leaves no partial file."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     os.close(handle)
     unfinished = Path(name)
@@ -71,7 +70,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _source_texts() -> Iterator[str]:
-    """The standard library's modules in a fixed order, up to `TRAINING_BYTES`."""
+    """Yield the standard library's modules in a fixed order, up to `TRAINING_BYTES`."""
     left = TRAINING_BYTES
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         text = path.read_text(encoding="utf-8", errors="replace")[:left]
@@ -175,7 +174,7 @@ def _parameters(shape: Shape) -> int:
 
 
 def _q8_0(random: np.random.Generator, rows: int, columns: int, scale: float) -> npt.NDArray[np.uint8]:
-    """A matrix of seeded normal numbers times `scale` as llama.cpp's Q8_0 blocks (32 weights and their factor)."""
+    """Return a matrix of normal numbers times `scale` as llama.cpp's Q8_0 blocks of 32 weights and a factor."""
     weights = random.standard_normal((rows, columns), dtype=np.float32) * np.float32(scale)
     return gguf.quants.quantize(weights, gguf.GGMLQuantizationType.Q8_0)
 

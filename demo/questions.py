@@ -1,4 +1,4 @@
-"""The two documents that ship with Cairn and ten questions about them, as chat requests."""
+"""The demo's two documents and ten questions about them, as chat requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 DOCUMENTS = Path(__file__).parent / "documents"
-ANSWER_TOKENS = 24  # long enough to be seen streaming; what it says makes no sense anyway
+ANSWER_TOKENS = 24  # enough to see it stream; its text makes no sense
 INSTRUCTION = "Answer questions about the document below, briefly and from the document alone."
 
 QUESTIONS = {
@@ -38,7 +38,7 @@ class Question:
 
 
 def ten_questions() -> list[Question]:
-    """All questions, the documents taking turns: between two about the same one the other is always asked about."""
+    """Return all questions, alternating between the documents."""
     return [
         Question(document, text)
         for turn in zip(*QUESTIONS.values(), strict=True)
@@ -48,12 +48,12 @@ def ten_questions() -> list[Question]:
 
 @cache
 def document_text(name: str) -> str:
-    """A document as it is shipped."""
+    """Return the text of a document."""
     return (DOCUMENTS / name).read_text(encoding="utf-8")
 
 
 def chat_request(question: Question, model: str) -> dict[str, Any]:
-    """The body of a streamed chat completion that puts the whole document before the question."""
+    """Return the body of a streamed chat completion with the whole document before the question."""
     return {
         "model": model,
         "messages": [

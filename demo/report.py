@@ -1,4 +1,4 @@
-"""What the ten answers add up to, and how they look: arithmetic and tables, no I/O."""
+"""Summarise the ten responses and format them as a table. No I/O."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rich.table import Table
 
 from demo.asking import Answer
 
-WARM_SHARE = 0.5  # of the prompt: a shared instruction alone makes no question warm, a shared document always does
+WARM_SHARE = 0.5  # of the prompt; a shared document is more than that, a shared instruction much less
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Cold against warm. A mean over no questions is None, and so is what cannot be told without it."""
+    """Cold against warm. A mean over no questions is None, and so is what depends on it."""
 
     cold: int
     warm: int
@@ -27,12 +27,12 @@ class Summary:
 
 
 def is_warm(answer: Answer) -> bool:
-    """True where the engine reported at least half of the prompt as cached."""
+    """Return whether the engine reported at least half of the prompt as cached."""
     return (answer.cached_tokens or 0) >= WARM_SHARE * max(1, answer.prompt_tokens)
 
 
 def summarise(answers: Sequence[Answer]) -> Summary:
-    """Means, sums, and the prefill seconds saved: all cached tokens at the rate at which the cold prompts went."""
+    """Return means, sums and the prefill time saved: all cached tokens at the rate of the cold prompts."""
     cold = [answer for answer in answers if not is_warm(answer)]
     warm = [answer for answer in answers if is_warm(answer)]
     cached_tokens = sum(answer.cached_tokens or 0 for answer in answers)
@@ -50,12 +50,12 @@ def summarise(answers: Sequence[Answer]) -> Summary:
 
 
 def table(answers: Sequence[Answer]) -> Table:
-    """One row a question, in the order in which they were asked."""
+    """Return a table with one row per question, in the order in which they were asked."""
     grid = Table(title="Ten questions about two documents, streamed through Cairn", title_justify="left")
     grid.add_column("document", no_wrap=True)
     grid.add_column("question", ratio=1, no_wrap=True, overflow="ellipsis")
     grid.add_column("replica", no_wrap=True)
-    for name in ("prompt\ntokens", "of them\ncached", "time to\nfirst token"):
+    for name in ("prompt\ntokens", "cached\ntokens", "time to\nfirst token"):
         grid.add_column(name, justify="right", no_wrap=True)
     for answer in answers:
         grid.add_row(
@@ -63,7 +63,7 @@ def table(answers: Sequence[Answer]) -> Table:
             answer.question.text,
             answer.replica or "-",
             f"{answer.prompt_tokens:,}",
-            "not said" if answer.cached_tokens is None else f"{answer.cached_tokens:,}",
+            "unknown" if answer.cached_tokens is None else f"{answer.cached_tokens:,}",
             shown_seconds(answer.ttft_seconds),
             style="green" if is_warm(answer) else "",
         )
@@ -71,18 +71,18 @@ def table(answers: Sequence[Answer]) -> Table:
 
 
 def verdict(summary: Summary) -> str:
-    """The summary in a sentence or two of plain English."""
+    """Return the summary in three sentences."""
     if summary.cold_ttft_seconds is None or summary.warm_ttft_seconds is None or summary.saved_seconds is None:
         return f"{summary.cold} cold and {summary.warm} warm: there is nothing to compare."
     return (
-        f"Cold: {summary.cold} questions, first token after {shown_seconds(summary.cold_ttft_seconds)} in the mean.\n"
-        f"Warm: {summary.warm} questions, first token after {shown_seconds(summary.warm_ttft_seconds)} in the mean, "
+        f"Cold: {summary.cold} questions, first token after {shown_seconds(summary.cold_ttft_seconds)} on average.\n"
+        f"Warm: {summary.warm} questions, first token after {shown_seconds(summary.warm_ttft_seconds)} on average, "
         f"{summary.cold_ttft_seconds / summary.warm_ttft_seconds:.0f} times sooner.\n"
-        f"{summary.cached_tokens:,} of {summary.prompt_tokens:,} prompt tokens came out of the engines' caches, "
-        f"which saved some {summary.saved_seconds:.1f} s of prefill."
+        f"{summary.cached_tokens:,} of {summary.prompt_tokens:,} prompt tokens came from the engines' caches, "
+        f"which saved about {summary.saved_seconds:.1f} s of prefill."
     )
 
 
 def shown_seconds(seconds: float) -> str:
-    """A duration as a person reads it: milliseconds below one second."""
+    """Format a duration: in milliseconds below one second."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1_000:.0f} ms"

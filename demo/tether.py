@@ -1,6 +1,6 @@
-"""Ties a child process to its parent, so that none is left behind however the parent ends.
+"""End a child process with its parent, even if the parent is killed.
 
-As a program (`python -m demo.tether COMMAND...`) it ties itself and then becomes that command.
+As a program (`python -m demo.tether COMMAND...`) it arranges that for itself and then becomes the command.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ PR_SET_PDEATHSIG = 1  # prctl(2), Linux only
 
 
 def end_with_parent(death_signal: signal.Signals) -> None:
-    """Have the kernel send this process `death_signal` when its parent dies; does nothing where there is no prctl.
+    """Have the kernel send this process `death_signal` when its parent ends. Does nothing on systems without prctl.
 
-    The tie survives an exec. A parent that died before the call is noticed, too.
+    It stays in force after an exec. If the parent has ended already, the signal is sent at once.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""The demo: its documents, its sums, its asking side against a real engine, and its way of ending what it started."""
+"""The demo: its documents, its summary, its client against a real engine, and how it stops what it started."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_summary_prices_cached_tokens_at_the_rate_of_the_cold_prompts():
     assert (summary.prompt_tokens, summary.cached_tokens) == (6_000, 3_900)
     assert summary.saved_seconds == pytest.approx(7.8)
     assert "20 times sooner" in verdict(summary)
-    assert "saved some 7.8 s" in verdict(summary)
+    assert "saved about 7.8 s" in verdict(summary)
 
 
 def test_the_rate_counts_only_what_a_cold_prompt_computed():
@@ -80,11 +80,11 @@ def test_nothing_to_compare_is_said_and_not_divided_by(answers):
 
 
 def test_an_unreported_count_is_shown_as_such():
-    """Not said is not zero."""
+    """A count that was not reported is shown as unknown, not as zero."""
     shown = Console(file=io.StringIO(), width=120)
     shown.print(table([answer(1_234, None, 0.0123)]))
     text = shown.file.getvalue()  # type: ignore[attr-defined]
-    assert "not said" in text
+    assert "unknown" in text
     assert "1,234" in text
     assert "12 ms" in text
     assert shown_seconds(3.456) == "3.46 s"
@@ -126,7 +126,7 @@ def test_a_restarted_engine_has_its_address_and_an_empty_cache(two_engines):
 
 @pytest.mark.engine
 def test_an_engine_in_the_middle_of_a_long_prefill_ends_soon(two_engines, tmp_path):
-    """Whoever presses Ctrl-C does not wait for a prompt that nobody waits for any more."""
+    """Ctrl-C does not wait for the end of a long prefill."""
     model = model_path(ROOT / ".cairn" / "model", SMALL)
     child = start_replica("engine", model, tmp_path / "log", "--slots", "1", "--slot-tokens", "16384")
     port = int(child.served_at(WAIT_SECONDS).rpartition(":")[2])
@@ -143,20 +143,20 @@ def test_an_engine_in_the_middle_of_a_long_prefill_ends_soon(two_engines, tmp_pa
 
 @pytest.mark.engine
 def test_an_error_of_the_server_is_shown_with_its_message(engine):
-    """A person sees what the server said, not only a status."""
+    """The user sees the server's message, not only its status."""
     too_long = Question("cairns.md", "stone " * 5_000)
     with pytest.raises(AskFailed, match=r"answered 400: .*context"):
         ask(engine.url, MODEL_NAME, too_long, SystemClock())
 
 
 def test_nobody_at_the_address_is_a_plain_failure():
-    """A refused connection is told in one line."""
-    with pytest.raises(AskFailed, match=r"no answer from 127\.0\.0\.1:9"):
+    """A refused connection is reported in one line."""
+    with pytest.raises(AskFailed, match=r"no response from 127\.0\.0\.1:9"):
         ask("http://127.0.0.1:9", MODEL_NAME, ten_questions()[0], SystemClock())
 
 
 def test_a_child_that_does_not_start_is_shown_with_the_end_of_its_log(tmp_path):
-    """The reason stands in the message."""
+    """The message contains the reason."""
     command = [sys.executable, "-c", "import sys; sys.exit('no such model')"]
     child = Child("The engine", command, tmp_path / "log", piped=True)
     with pytest.raises(StartFailed, match=r"(?s)The engine did not start \(exit code 1\).*no such model"):
@@ -208,7 +208,7 @@ def test_a_taken_port_is_said_with_the_way_out(tmp_path):
             timeout=WAIT_SECONDS,
         )
     assert run.returncode == 1
-    assert f"Port {port} of 127.0.0.1 cannot be had" in run.stdout
+    assert f"Port {port} of 127.0.0.1 is not available" in run.stdout
     assert "make run PORT=" in run.stdout
 
 
@@ -220,12 +220,12 @@ def test_the_configuration_that_the_demo_writes_is_one_that_cairn_reads(tmp_path
 
 
 def test_the_models_of_two_shapes_do_not_share_a_file(tmp_path):
-    """The name tells what the file is made of."""
+    """The file name depends on the shape."""
     assert model_path(tmp_path, DEMO) != model_path(tmp_path, SMALL)
 
 
 def gone(pid: int) -> bool:
-    """Wait until the process has ended, be it that its new parent has not yet taken note."""
+    """Wait until the process has ended, even if its parent has not collected it yet."""
     deadline = time.monotonic() + WAIT_SECONDS  # noqa: TID251
     while time.monotonic() < deadline:  # noqa: TID251
         try:
