@@ -261,6 +261,7 @@ class Journal:
         elif reader.synced and reader.position < tick.trimmed:
             log.warning("this worker fell behind the shared index: loading it again")
             reader.fell_behind()
+        self._snapshots.wanted |= not tick.has_snapshot
         if self.holds_lease and reader.synced and not self._is_snapshotting and self._snapshots.is_due():
             self._snapshotting = self._tasks.start(self._snapshots.write(), "journal-snapshot")
 

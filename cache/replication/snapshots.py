@@ -20,8 +20,8 @@ TRIM_AGE_SECONDS = 10.0  # younger entries are not trimmed: only a reader that i
 MAX_PARTS = 100_000  # the largest index has some 20,000
 
 # Reply: 1 if the lease is ours, the generation, the id up to which the stream was trimmed, the number of live
-# writers, the stream's last id. It runs while Redis refuses writes, whose errors are ignored, so that readers still
-# learn what they can.
+# writers, the stream's last id, 1 if there is a snapshot. It runs while Redis refuses writes, whose errors are
+# ignored, so that readers still learn what they can.
 _TICK = Script(
     "tick",
     """
@@ -60,6 +60,7 @@ return {
   get('HGET', KEYS[2], 'trimmed') or '0-0',
   get('ZCARD', KEYS[4]) or 1,
   tip,
+  redis.call('EXISTS', KEYS[2]),
 }
 """,
     writes=False,
@@ -126,6 +127,7 @@ class Tick(msgspec.Struct, frozen=True, gc=False):
     trimmed: StreamId
     writers: int
     tip: StreamId
+    has_snapshot: bool = True
 
 
 class SnapshotHead(msgspec.Struct, frozen=True, gc=False):
@@ -148,12 +150,12 @@ class LeaseAndSnapshots:
         """Take or renew the lease, announce this writer, and return the state. Raises CacheError."""
         script_keys = (keys.LEASE, keys.SNAPSHOT, keys.GENERATION, keys.WRITERS, keys.JOURNAL)
         args = (self._writer, self._lease_ms, new_generation, PRESENCE_SECONDS)
-        ours, generation, trimmed, writers, tip = await self._store.run_script(_TICK, script_keys, args)
+        ours, generation, trimmed, writers, tip, snapshots = await self._store.run_script(_TICK, script_keys, args)
         try:
             trimmed_id = parse_id(trimmed)
         except StoreCorrupt:  # of a damaged snapshot, which the next one replaces
             trimmed_id = START
-        return Tick(bool(ours), generation, trimmed_id, writers, parse_id(tip))
+        return Tick(bool(ours), generation, trimmed_id, writers, parse_id(tip), bool(snapshots))
 
     async def leave(self) -> None:
         """Give up the lease, if it is ours, so that another writer gets it at once. Raises CacheError."""
