@@ -22,7 +22,7 @@ from proxy.errors import CairnError, Overloaded, RequestTimeout, TooLarge
 AHEAD_BYTES: Final = 128 * 1024
 """Of a body that is handed on, or that nobody asked for yet: reading stops from here on."""
 
-TRUSTED_BYTES: Final = 4 * 1024 * 1024
+TRUSTED_BYTES: Final = 2 * 1024 * 1024
 """A buffer is at most this much larger than what has arrived, whatever length was declared."""
 
 GRACE_SECONDS: Final = 10.0

@@ -372,6 +372,35 @@ async def test_unfinished_heads_are_bounded_in_all() -> None:
         assert server.heads.used == 0
 
 
+async def test_requests_ahead_that_find_no_room_are_not_answered_and_the_client_is_told() -> None:
+    """The present answer is the connection's last; what was sent ahead takes no room."""
+    entered, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(asked: IncomingRequest, answer: ClientResponse) -> None:
+        entered.set()
+        await go_on.wait()
+        answer.send(200, b"OK", [], b"done")
+
+    counts = Counts()
+    server = client_server(wait, counts, head_bytes_in_flight=500)
+    async with served_by(server) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request(b"/one"))
+        await entered.wait()
+        _, other = await asyncio.open_connection("127.0.0.1", port)
+        other.write(b"GET / HTTP/1.1\r\n")
+        await eventually(lambda: server.heads.used == 16)
+        writer.write(request(b"/two", body=b"x" * 600))
+        await eventually(lambda: counts.refusals[ClientLimit.HEAD_BYTES])
+        assert server.heads.used == 16
+        go_on.set()
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        assert b"\r\nconnection: close" in head
+        assert body == b"done"
+        writer.close()
+        other.close()
+
+
 async def test_bodies_are_bounded_by_what_has_come_of_them() -> None:
     """Those that only declare a length take no room; one that grows beyond the bound is refused."""
     counts = Counts()

@@ -143,6 +143,35 @@ async def test_a_request_cut_at_every_byte_is_the_same() -> None:
     assert line.written.count(b"HTTP/1.1 200 OK") == 2
 
 
+@pytest.mark.parametrize("path", [b"/wait", b"/stream"])
+async def test_reading_stops_while_enough_waits(path: bytes) -> None:
+    """Requests ahead of their turn, or the pieces of a body that nobody takes; and goes on afterwards."""
+    go_on = asyncio.Event()
+
+    async def play(asked: IncomingRequest, answer: ClientResponse) -> None:
+        body = stream_body(asked, 5.0)
+        await go_on.wait()
+        answer.send(200, b"OK", [], b"%d" % sum([len(piece) async for piece in body]))
+
+    server, line = client_server(play, body_bytes=0), Line()
+    connection = server.connect()
+    connection.connection_made(line)
+    await deliver(connection, line, post(b"", path) if path == b"/wait" else post(LONG * 2, path)[:100])
+    await asyncio.sleep(0)
+    given = 0
+    while not line.paused:
+        connection.get_buffer(-1)[:1000] = post(b"x", path)[:40].ljust(1000, b"x")
+        connection.buffer_updated(1000)
+        given += 1000
+        await asyncio.sleep(0)
+    assert 60_000 < given < 140_000
+    go_on.set()
+    await eventually(lambda: not line.paused)
+    connection.connection_lost(None)
+    await server.close()
+    assert (server.heads.used, server.bodies.used) == (0, 0)
+
+
 async def test_an_end_of_a_head_inside_a_body_is_none() -> None:
     """A head that came in two reads, the second of which begins with its last two bytes."""
     message = post(b"\r\n\r\n" + LONG)
