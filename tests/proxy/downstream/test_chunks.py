@@ -145,3 +145,24 @@ def test_a_chunk_over_the_limit_is_refused_by_its_size() -> None:
     with pytest.raises(TooLarge):
         decode([b"6\r\nabcdef\r\n5\r\n"], limit_bytes=10)
     assert decode([b"6\r\nabcdef\r\n4\r\nabcd\r\n0\r\n\r\n"], limit_bytes=10)[1]
+
+
+def test_many_small_chunks_have_no_extension_and_no_long_line() -> None:
+    """The bounds count what is beside the content, and not where in a read it is."""
+    assert decode([b"1\r\nx\r\n" * 5_000 + b"0\r\n\r\n"]) == (b"x" * 5_000, True, b"")
+
+
+def test_each_bound_is_kept_to_the_byte() -> None:
+    """What is just within it passes, and one more does not."""
+    line = b"1;" + b"a" * 252
+    assert decode([line + b"\r\nx\r\n0\r\n\r\n"])[1]
+    with pytest.raises(ProtocolError):
+        decode([line + b"a\r\nx\r\n0\r\n\r\n"])
+    trailer = b"a: " + b"b" * (8 * 1024 - 7)
+    assert decode([b"0\r\n" + trailer + b"\r\n\r\n"])[1]
+    with pytest.raises(ProtocolError):
+        decode([b"0\r\n" + trailer + b"b\r\n\r\n"])
+    extended = b"1;" + b"a" * 127 + b"\r\nx\r\n"
+    assert decode([extended * 128 + b"0\r\n\r\n"])[1]
+    with pytest.raises(ProtocolError):
+        decode([extended * 128 + b"1;a\r\nx\r\n"])
