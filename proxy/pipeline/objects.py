@@ -7,9 +7,9 @@ brings them, at whichever worker; that they were counted is shared like the plac
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, Protocol
 
-from cache import Journal
+from cache import ObjectLocations
 from proxy.model import Access, Call, Endpoint
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.reader import object_key
@@ -17,17 +17,34 @@ from proxy.wire.schemas import CreatedObject
 from proxy.wire.sse import StreamTap
 from proxy.wire.usage import created_object, read_response
 
-_FIRST_ID = re.compile(rb'"id"\s*:\s*"([^"\\]+)"')
+_RESPONSE_ID = re.compile(rb'"response"\s*:\s*\{[^{}\[\]]*?"id"\s*:\s*"([^"\\]+)"')
+"""The id of the response in its first event. An object or array before it may be the client's own, so nothing is
+found behind one."""
+
 _IN_BACKGROUND = re.compile(rb'"background"\s*:\s*true')
 _STREAM_STARTS: Final = (b"event:", b"data:")
 _READ_METHODS = frozenset({"GET", "POST"})
 _RESPONSES_PATH: Final = "/v1/responses/"
+_BATCHES_PATH: Final = "/v1/batches/"
+
+
+class ObjectJournal(Protocol):
+    """The journal, as far as it shares the places of objects."""
+
+    @property
+    def locations(self) -> ObjectLocations:
+        """The replicas where objects were created, by `object_key`."""
+        ...
+
+    def own(self, made_id: str, replica: int) -> None:
+        """Share that an object was created at a replica."""
+        ...
 
 
 class CreatedObjects:
     """Learns from responses. One per worker."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: ObjectJournal) -> None:
         self._journal = journal
 
     @staticmethod
@@ -43,15 +60,21 @@ class CreatedObjects:
         call = exchange.call
         if call.method == "GET" and call.target.startswith(_RESPONSES_PATH) and call.object_id:
             self._count_once(exchange, body, call.object_id)
-        elif (created := created_object(body)) is not None:
+        elif (created := created_object(body)) is None:
+            return
+        elif call.method == "POST":
             for object_id in created.ids():
                 self._own(exchange, object_id)
             if created.background is True and exchange.usage is None:
                 self._note_background(exchange, created)
+        elif call.target == f"{_BATCHES_PATH}{call.object_id}":
+            # of what is read, only this names new objects; the content of a file could name any
+            for object_id in created.file_ids():
+                self._own(exchange, object_id)
 
     def note_opening(self, exchange: Exchange, opening: bytes) -> bool:
         """Learn from the first bytes of a stream of the responses surface; False if they show no id yet."""
-        found = _FIRST_ID.search(opening)
+        found = _RESPONSE_ID.search(opening)
         if found is None:
             return False
         object_id = found[1].decode(errors="replace")

@@ -6,12 +6,11 @@ an object of another client and a path that is neither inference nor an object a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from cache import ObjectLocations
 from proxy.errors import BadRequest, Forbidden, NotFound, UnknownObject
-from proxy.fleet import Fleet
 from proxy.fleet.pools import Pools, ServedPool
 from proxy.model import Access, Body, Call, Edit, Endpoint, Tenant
 from proxy.patterns import matches_any
@@ -30,16 +29,20 @@ class RequestReader:
 
     Args:
         pools: the pools in force.
-        fleet: gives the number of a replica by its name.
+        number_of: returns the number of a replica by its name, None if there is none of that name.
         locations: the replicas where objects were created, by the keys of `object_key`.
         allowed_paths: patterns of paths that every client may use at any replica.
     """
 
     def __init__(
-        self, pools: Pools, fleet: Fleet, locations: ObjectLocations, allowed_paths: Sequence[str] = ()
+        self,
+        pools: Pools,
+        number_of: Callable[[str], int | None],
+        locations: ObjectLocations,
+        allowed_paths: Sequence[str] = (),
     ) -> None:
         self._pools = pools
-        self._fleet = fleet
+        self._number_of = number_of
         self._locations = locations
         self._allowed_paths = tuple(allowed_paths)
 
@@ -173,7 +176,7 @@ class RequestReader:
         return self._locations.of(f"{tenant.id}/{object_id}") or self._locations.of(object_id)
 
     def _pool_of(self, name: str | None) -> ServedPool | None:
-        number = None if name is None else self._fleet.number_of(name)
+        number = None if name is None else self._number_of(name)
         if number is None:
             return None
         pool_name = self._pools.backends[number].pool
@@ -181,7 +184,7 @@ class RequestReader:
 
     def _number_in(self, pool: ServedPool, name: str | None) -> int | None:
         """The number of the replica `name` if it belongs to `pool`."""
-        number = None if name is None else self._fleet.number_of(name)
+        number = None if name is None else self._number_of(name)
         return number if number is not None and self._pools.backends[number].pool == pool.name else None
 
 

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from email.message import Message
 from typing import Final, NamedTuple
 
 from proxy.model import Body
 
 PARTS_MOST: Final = 1000  # of one form
 _HEAD_BYTES_MOST: Final = 4096  # of one part: a name, a file name and a media type
-_BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=?-]{1,70}")  # RFC 2046, 5.1.1, without spaces
+_CHARSET = rb"charset=[\w-]+"
+_TYPE = re.compile(
+    rb'multipart/form-data\s*;(?:\s*%b\s*;)?\s*boundary=(?:"(?P<quoted>[^"]*)"|(?P<plain>[^;"\s]+))(?:\s*;\s*%b)?'
+    % (_CHARSET, _CHARSET),
+    re.IGNORECASE,
+)
+_BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=?-]{1,70}")  # RFC 2046, 5.1.1, without spaces
 _DISPOSITION = re.compile(
     r'form-data(?:\s*;\s*(?:name="(?P<name>[^"\\\r\n]*)"|filename\*?=(?:"[^"\r\n]*"|[^;"\s]*)))*\s*', re.IGNORECASE
 )
@@ -63,15 +68,11 @@ def fields(body: Body, content_type: bytes) -> Iterator[Field]:
 
 
 def _boundary(content_type: bytes) -> bytes:
-    header = Message()
-    header["content-type"] = content_type.decode("latin-1").replace("\r", " ").replace("\n", " ")
-    try:
-        boundary = header.get_boundary()
-    except (ValueError, LookupError):
-        boundary = None
-    if boundary is None or not _BOUNDARY.fullmatch(boundary) or content_type.lower().count(b"boundary") != 1:
+    found = _TYPE.fullmatch(content_type.strip())
+    boundary = (found["quoted"] or found["plain"] or b"") if found is not None else b""
+    if not _BOUNDARY.fullmatch(boundary):
         raise UnreadableForm("no usable boundary")
-    return boundary.encode()
+    return boundary
 
 
 def _name(head: bytes) -> str:

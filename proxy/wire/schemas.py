@@ -301,9 +301,16 @@ class CreatedObject(msgspec.Struct, gc=False):
 
     def ids(self) -> list[str]:
         """Return the ids of this object and of the files made for it."""
+        return [*_texts(self.id), *self.file_ids()]
+
+    def file_ids(self) -> list[str]:
+        """Return the ids of the files that the upstream made for this object."""
         inner = self.file.get("id") if isinstance(self.file, dict) else None
-        found = (self.id, self.output_file_id, self.error_file_id, inner)
-        return [each for each in found if isinstance(each, str) and each]
+        return _texts(self.output_file_id, self.error_file_id, inner)
+
+
+def _texts(*values: Any) -> list[str]:
+    return [value for value in values if isinstance(value, str) and value]
 
 
 decode_response = msgspec.json.Decoder(_PlainResponseWithChoices).decode

@@ -407,7 +407,8 @@ def _requests(config: Config, secret: bytes, built: Built) -> Requests:
             config.routing.session_headers,
         ),
     )
-    reader = RequestReader(replicas.pools, replicas.fleet, sharing.journal.locations, config.server.allowed_paths)
+    locations, number_of = sharing.journal.locations, replicas.fleet.number_of
+    reader = RequestReader(replicas.pools, number_of, locations, config.server.allowed_paths)
     models_endpoint = ModelsEndpoint(replicas.client, replicas.pools, replicas.fleet, clock)
     settlement, stored = built.accounting.settlement, built.contexts.stored
     pipeline = Pipeline(reader, planner, relay, models_endpoint, settlement, stored)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import tracemalloc
 import zlib
 from collections.abc import Callable
 
@@ -13,7 +14,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.wire.decode import ResponseDecoder
+from proxy.errors import BadRequest, TooLarge
+from proxy.wire.decode import ResponseDecoder, decode_request, request_encoding
 
 TEXT = b'data: {"choices":[{"delta":{"content":"stones"}}]}\n\n' * 400
 
@@ -70,3 +72,68 @@ def test_any_bytes_are_survived(encoding, chunks) -> None:
     decoder = ResponseDecoder(encoding)
     for chunk in chunks:
         decoder.feed(chunk)
+
+
+# --- requests
+
+CODINGS = {
+    b"gzip": gzip.compress,
+    b"x-gzip": lambda text: gzip.compress(text[:100]) + gzip.compress(text[100:]),
+    b"deflate": zlib.compress,
+    b"br": brotli.compress,
+    b"zstd": lambda text: zstandard.ZstdCompressor(write_checksum=True).compress(text),
+}
+BODY = bytes(range(256)) * 400
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_a_compressed_request_is_decoded_within_its_limit(coding: bytes) -> None:
+    """To the byte; one byte more is too large, and damage, a cut and bytes behind it are refused."""
+    packed = CODINGS[coding](BODY)
+    assert decode_request(bytearray(packed), coding, len(BODY)) == BODY
+    with pytest.raises(TooLarge):
+        decode_request(packed, coding, len(BODY) - 1)
+    for broken in (b"", packed[:-1], packed[:1], packed[: len(packed) // 2], packed + b"junk", b"\x00" + packed):
+        with pytest.raises(BadRequest):
+            decode_request(broken, coding, len(BODY))
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_a_bomb_is_too_large_and_never_held(coding: bytes) -> None:
+    """Fifty megabytes out of a few hundred bytes stop at the limit."""
+    bomb = CODINGS[coding](bytes(50_000_000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooLarge):
+            decode_request(bomb, coding, 100_000)
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_raw_deflate_and_frames_of_zstd_are_read_as_senders_write_them() -> None:
+    """Without zlib's head; several frames, skippable ones, repeated bytes, and no size in the head."""
+    raw = zlib.compressobj(wbits=-15)
+    assert decode_request(raw.compress(BODY) + raw.flush(), b"deflate", len(BODY)) == BODY
+    skippable = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
+    stream = zstandard.ZstdCompressor().compressobj()
+    unsized = stream.compress(bytes(300_000)) + stream.flush()
+    packed = CODINGS[b"zstd"](BODY) + skippable + unsized
+    assert decode_request(packed, b"zstd", 10**6) == BODY + bytes(300_000)
+
+
+@pytest.mark.parametrize(
+    ("values", "coding"),
+    [((), b""), ((b"identity",), b""), ((b"",), b""), ((b" ZSTD ",), b"zstd"), ((b"identity", b"br"), b"br")],
+)
+def test_the_coding_of_a_request_is_told_by_its_header(values, coding) -> None:
+    """In any letter case; identity is none."""
+    assert request_encoding([(b"content-encoding", value) for value in values]) == coding
+
+
+@pytest.mark.parametrize("values", [(b"lzma",), (b"gzip, br",), (b"gzip", b"br")])
+def test_an_unknown_coding_and_several_are_refused(values) -> None:
+    """Nothing is guessed about a body that must be checked."""
+    with pytest.raises(BadRequest) as caught:
+        request_encoding([(b"content-encoding", value) for value in values])
+    assert caught.value.code == "unsupported_content_encoding"

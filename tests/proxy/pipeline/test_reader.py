@@ -1,0 +1,250 @@
+"""The reader finds model, pool and objects of a request, and refuses what the client may not use."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from cache import ObjectLocations
+from proxy.errors import BadRequest, Forbidden, NotFound, UnknownObject
+from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
+from proxy.model import Call, Tenant
+from proxy.pipeline.exchange import Exchange
+from proxy.pipeline.reader import RequestReader, object_key
+from proxy.pipeline.routes import Routes
+from proxy.upstream import Origin
+
+MINE, OTHERS, LIMITED = Tenant("mine"), Tenant("others"), Tenant("limited", models=("cheap",))
+SHARED = ServedPool("shared", ("cheap", "dear"), shares_key=True)
+OWN_KEYS = ServedPool("own", ("free-*",), isolated=True, sends_cache_salt=True)
+NUMBERS = {"a": 0, "b": 1, "c": 2}
+POOL_OF = {"a": "shared", "b": "shared", "c": "own"}
+
+
+def endpoint(name: str) -> ReplicaEndpoint:
+    """How to reach a replica."""
+    url = f"http://{name}"
+    return ReplicaEndpoint(name, POOL_OF[name], url, Origin.parse(url))
+
+
+def pools(*served: ServedPool, default: str | None = "shared") -> Pools:
+    """Pools with the replicas of NUMBERS."""
+    return Pools(served or (SHARED, OWN_KEYS), default, {number: endpoint(name) for name, number in NUMBERS.items()})
+
+
+def reader(locations: ObjectLocations | None = None, *allowed: str, of: Pools | None = None) -> RequestReader:
+    """A reader that knows these objects."""
+    return RequestReader(of or pools(), NUMBERS.get, locations or ObjectLocations(), allowed)
+
+
+def exchange(
+    method: str, target: str, body: Any = b"", tenant: Tenant = MINE, allowed: tuple[str, ...] = ()
+) -> Exchange:
+    """A request as the server would hand it on."""
+    route = Routes(("/openai/deployments/*",), allowed).route(method, target)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return Exchange(
+        Call(
+            request_id="r",
+            tenant=tenant,
+            endpoint=route.endpoint,
+            method=method,
+            target=route.target,
+            headers=((b"content-type", b"application/json"),),
+            body=data,
+            received_seconds=0.0,
+            read_seconds=0.0,
+            access=route.access,
+            path_model=route.model,
+            object_id=route.object_id,
+        )
+    )
+
+
+def made(**owners: str) -> ObjectLocations:
+    """Objects on replica b, each with its owner; with `c` as owner, objects of the pool with clients' own keys."""
+    locations = ObjectLocations()
+    for object_id, owner in owners.items():
+        locations.learn(object_id if owner == "c" else f"{owner}/{object_id}", "c" if owner == "c" else "b")
+    return locations
+
+
+CHAT = {"model": "dear", "messages": [{"role": "user", "content": "x"}]}
+
+
+def test_a_prompt_goes_to_the_pool_of_its_model() -> None:
+    """The first pool whose patterns fit; another model is unknown."""
+    asked = exchange("POST", "/v1/chat/completions", CHAT)
+    reader().read(asked)
+    assert (asked.model, asked.pool) == ("dear", SHARED)
+    with pytest.raises(NotFound):
+        reader().read(exchange("POST", "/v1/chat/completions", CHAT | {"model": "unknown"}))
+
+
+def test_an_isolated_pool_whose_engine_knows_the_field_gets_a_salt() -> None:
+    """The tenant's id is inserted into the body."""
+    asked = exchange("POST", "/v1/chat/completions", CHAT | {"model": "free-1"})
+    reader().read(asked)
+    assert [edit.insert for edit in asked.edits] == [b'"cache_salt":"mine",']
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/rerank"])
+def test_a_model_may_be_missing_with_one_pool_only(path: str) -> None:
+    """With several pools, or for a limited client, nothing can be decided without it."""
+    body: dict[str, Any] = {"messages": []}
+    asked = exchange("POST", path, body)
+    reader(of=pools(SHARED)).read(asked)
+    assert (asked.model, asked.pool) == (None, SHARED)
+    for read, tenant in ((reader(), MINE), (reader(of=pools(SHARED)), LIMITED)):
+        with pytest.raises(BadRequest):
+            read.read(exchange("POST", path, body, tenant))
+
+
+def test_a_path_may_name_the_model() -> None:
+    """Azure's deployments, and the details of one model, are checked like a body."""
+    asked = exchange("POST", "/openai/deployments/cheap/chat/completions", CHAT, LIMITED)
+    reader().read(asked)
+    assert asked.model == "cheap"
+    for method, target in (("POST", "/openai/deployments/dear/embeddings"), ("GET", "/v1/models/dear")):
+        with pytest.raises(Forbidden):
+            reader().read(exchange(method, target, CHAT, LIMITED))
+    shown = exchange("GET", "/v1/models/cheap", b"", LIMITED)
+    reader().read(shown)
+    assert shown.pool is SHARED
+
+
+def test_further_models_of_a_limited_client_are_checked() -> None:
+    """Fallbacks and keys in other letter case could make the upstream use another model."""
+    good = CHAT | {"model": "cheap", "models": ["cheap"]}
+    reader().read(exchange("POST", "/v1/chat/completions", good, LIMITED))
+    for further in ({"models": ["dear"]}, {"Model": "dear"}, {"fallbacks": "x"}):
+        with pytest.raises(Forbidden):
+            reader().read(exchange("POST", "/v1/chat/completions", CHAT | {"model": "cheap"} | further, LIMITED))
+
+
+def test_what_continues_a_response_goes_to_its_replica_if_it_is_ones_own() -> None:
+    """Another client's response is as unknown as one that does not exist."""
+    body = {"model": "dear", "input": "x", "previous_response_id": "resp_1"}
+    asked = exchange("POST", "/v1/responses", body)
+    reader(made(resp_1="mine")).read(asked)
+    assert asked.pinned_replica == 1
+    for locations in (made(resp_1="others"), made(resp_2="mine")):
+        with pytest.raises(UnknownObject):
+            reader(locations).read(exchange("POST", "/v1/responses", body))
+
+
+def test_with_the_clients_own_keys_no_object_is_refused() -> None:
+    """The upstream judges; what is known only decides the replica, and only within the pool of the model."""
+    body = {"model": "free-1", "input": "x", "previous_response_id": "resp_1"}
+    asked = exchange("POST", "/v1/responses", body)
+    reader(made(resp_1="c")).read(asked)
+    assert asked.pinned_replica == 2
+    reader().read(exchange("POST", "/v1/responses", body))
+    elsewhere = exchange("POST", "/v1/responses", body)
+    reader(made(resp_1="mine")).read(elsewhere)
+    assert elsewhere.pinned_replica is None
+
+
+def test_files_in_a_prompt_must_be_ones_own_unless_the_operator_shares_them() -> None:
+    """By id in the content; a body that hides the key in an escape and cannot be read is refused."""
+    part = {"type": "file", "file": {"file_id": "file-1"}}
+    body = {"model": "dear", "messages": [{"role": "user", "content": [part]}]}
+    asked = exchange("POST", "/v1/chat/completions", body)
+    reader(made(**{"file-1": "mine"})).read(asked)
+    assert asked.pinned_replica == 1
+    with pytest.raises(UnknownObject):
+        reader().read(exchange("POST", "/v1/chat/completions", body))
+    reader(None, "/v1/files/*").read(exchange("POST", "/v1/chat/completions", body))
+    broken = json.dumps(body).encode().replace(b'"role"', b'"x":"\xff","role"')
+    with pytest.raises(BadRequest):
+        reader(made(**{"file-1": "mine"})).read(exchange("POST", "/v1/chat/completions", broken))
+
+
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [("GET", "/v1/responses/obj"), ("POST", "/v1/responses/obj/cancel"), ("DELETE", "/v1/files/obj")],
+)
+def test_an_object_is_reached_where_it_lies_in_whatever_pool(method: str, target: str) -> None:
+    """The pool is that of the replica and not the default one."""
+    for locations, pool, number in ((made(obj="mine"), SHARED, 1), (made(obj="c"), OWN_KEYS, 2)):
+        asked = exchange(method, target)
+        reader(locations, of=pools(default="own")).read(asked)
+        assert (asked.pool, asked.pinned_replica) == (pool, number)
+    with pytest.raises(UnknownObject):
+        reader(made(obj="others")).read(exchange(method, target))
+
+
+def test_an_object_on_a_replica_that_is_gone_is_looked_for_in_the_default_pool() -> None:
+    """Its name is known and its number is not."""
+    locations = ObjectLocations()
+    locations.learn("obj", "gone")
+    asked = exchange("GET", "/v1/files/obj")
+    reader(locations, of=pools(SHARED, OWN_KEYS, default="own")).read(asked)
+    assert (asked.pool, asked.pinned_replica) == (OWN_KEYS, None)
+
+
+def test_without_a_default_pool_a_path_without_a_model_is_not_found() -> None:
+    """The operator is told what to configure."""
+    with pytest.raises(NotFound, match="default"):
+        reader(of=pools(default=None)).read(exchange("GET", "/v1/files"))
+
+
+def test_administration_and_lists_are_refused_unless_they_are_allowed() -> None:
+    """A limited client may not use them even then, since nothing says what they do."""
+    for target in ("/v1/files", "/v1/organization/users", "/v1/fine_tuning/jobs/obj"):
+        with pytest.raises(Forbidden):
+            reader().read(exchange("GET", target))
+        allowed = ("/v1/*",)
+        reader(None, *allowed).read(exchange("GET", target, allowed=allowed))
+        with pytest.raises(Forbidden):
+            reader(None, *allowed).read(exchange("GET", target, tenant=LIMITED, allowed=allowed))
+    reader().read(exchange("GET", "/v1/models"))
+
+
+def test_an_object_below_a_configured_path_is_reached_where_it_was_made() -> None:
+    """Any segment that is a known id names the replica."""
+    asked = exchange("GET", "/v1/fine_tuning/jobs/obj", allowed=("/v1/fine_tuning/*",))
+    reader(made(obj="mine")).read(asked)
+    assert asked.pinned_replica == 1
+
+
+def test_a_batch_goes_where_its_file_lies() -> None:
+    """And only with a file of one's own."""
+    body = {"input_file_id": "file-1", "endpoint": "/v1/chat/completions"}
+    asked = exchange("POST", "/v1/batches", body)
+    reader(made(**{"file-1": "mine"})).read(asked)
+    assert asked.pinned_replica == 1
+    with pytest.raises(UnknownObject):
+        reader(made(**{"file-1": "others"})).read(exchange("POST", "/v1/batches", body))
+    with pytest.raises(BadRequest):
+        reader().read(exchange("POST", "/v1/batches", b'{"input_file_id":'))
+
+
+@pytest.mark.parametrize(
+    ("target", "good", "bad"),
+    [
+        ("/v1/videos", {"model": "cheap"}, {"model": "dear"}),
+        ("/v1/videos", {"model": "cheap"}, {}),
+        ("/v1/messages/batches", {"requests": [{"params": {"model": "cheap"}}]}, {"requests": [{}]}),
+        ("/v1/conversations", {}, None),
+        ("/v1/files", b"", b"x"),
+    ],
+)
+def test_what_a_limited_client_creates_has_only_its_models(target: str, good: Any, bad: Any) -> None:
+    """What cannot be read is refused; a file is read as a form."""
+    if target == "/v1/files":
+        with pytest.raises(Forbidden):
+            reader().read(exchange("POST", target, bad, LIMITED))
+        return
+    reader().read(exchange("POST", target, good, LIMITED))
+    if bad is not None:
+        with pytest.raises(Forbidden):
+            reader().read(exchange("POST", target, bad, LIMITED))
+
+
+def test_the_key_of_an_object_names_its_owner_where_the_key_is_shared() -> None:
+    """So that an id alone finds nothing."""
+    assert object_key(MINE, SHARED, "x") == "mine/x"
+    assert object_key(MINE, OWN_KEYS, "x") == "x"

@@ -1,0 +1,69 @@
+"""Objects that a body names are found wherever the upstream would find them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Set
+
+import pytest
+
+from proxy.wire.references import Reference, references
+
+FILE = Reference("files", "file-1")
+
+
+def found(body: object, *members: str) -> Set[Reference] | None:
+    """The references of a body, of which these members may name objects."""
+    text = json.dumps(body).encode()
+    values = [json.dumps(body[name]).encode() for name in members] if isinstance(body, dict) else []
+    return references(text, values)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"messages": [{"content": [{"type": "file", "file": {"file_id": "file-1"}}]}]}, {FILE}),
+        ({"messages": [{"content": [{"source": {"type": "file", "file_id": "file-1"}}]}]}, {FILE}),
+        ({"input": [{"content": [{"file_ids": ["file-1", "file-2", 7]}]}]}, {FILE, Reference("files", "file-2")}),
+        ({"input_file_id": "file-1"}, {FILE}),
+        ({"messages": [{"content": 'the text "file_id": "file-1" is no key'}]}, set()),
+        ({"messages": [{"content": "file_id"}], "file_id": 7}, set()),
+        ({"messages": [{"content": "plain \u00e9"}]}, set()),
+    ],
+)
+def test_files_are_found_in_content(body, expected) -> None:
+    """By every key that providers use; text is no key."""
+    assert found(body) == expected
+
+
+def test_objects_of_other_kinds_are_found_in_the_members_that_may_name_them() -> None:
+    """Tools, containers and conversations."""
+    tools = [{"type": "file_search", "vector_store_ids": ["vs-1"]}, {"type": "code_interpreter", "container": "c-1"}]
+    assert found({"tools": tools}, "tools") == {Reference("vector_stores", "vs-1"), Reference("containers", "c-1")}
+    assert found({"conversation": {"id": "conv-1"}}, "conversation") == set()
+    whole = {"conversation": {"id": "conv-1"}, "previous_response_id": "resp-1"}
+    text = json.dumps(whole).encode()
+    assert references(text, (text,)) == frozenset(
+        {Reference("conversations", "conv-1"), Reference("responses", "resp-1")}
+    )
+
+
+def test_a_key_cannot_be_hidden_in_an_escape() -> None:
+    """Letters and underscores as escapes are a reason to decode; escapes of other characters are none."""
+    plain = b'{"messages":[{"content":[{"file_id":"file-1"}]}]}'
+    for hidden in (b"file\\u005fid", b"\\u0066ile_id", b"\\u0046ile_id".replace(b"46", b"66")):
+        assert references(plain.replace(b"file_id", hidden)) == frozenset({FILE})
+    assert references(b'{"messages":[{"content":"\\u00e9\\u0022"}], broken') == frozenset()
+
+
+def test_a_body_that_may_name_objects_and_cannot_be_read_has_unknown_ones() -> None:
+    """It must not pass for one that names none."""
+    assert references(b'{"file_id":"file-1"') is None
+    assert references(b'{"file_id":"\xff"}') is None
+
+
+def test_deep_nesting_is_walked_without_recursion() -> None:
+    """A body nested as deeply as the decoder allows."""
+    depth = 500
+    body = b'{"a":' * depth + b'{"file_id":"file-1"}' + b"}" * depth
+    assert references(body) == frozenset({FILE})
