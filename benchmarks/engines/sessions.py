@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from random import Random
 from typing import Any
 
@@ -30,6 +31,7 @@ _WORDS = (
 )
 
 
+@lru_cache(4_096)
 def words(seed: object, tokens: int) -> str:
     """Text of `tokens` tokens, equal for equal seeds."""
     random, size = Random(str(seed)), tokens * BYTES_PER_TOKEN
