@@ -209,6 +209,48 @@ async def test_a_token_is_asked_for_and_the_page_says_when_figures_grow_old(brow
         assert await looked.value("() => document.querySelector('#login').hidden")
         assert not [each for each in looked.complaints if "401" not in each]
     async with asyncio.timeout(20):
-        await looked.until("() => document.querySelector('#connection').textContent.startsWith('No news')")
-    assert await looked.value("() => document.querySelector('#standing').textContent") == "No news"
+        await looked.until("() => document.querySelector('#connection').textContent.startsWith('Disconnected')")
+    assert await looked.value("() => document.querySelector('#status').textContent") == "Disconnected"
     assert await looked.value("() => document.querySelector('#workers').textContent") == "1"
+
+
+async def test_a_page_without_a_request_shows_where_to_send_one(browser: Browser, tmp_path: Path) -> None:
+    """The base URL and a command that works as it is; it goes away with the first request."""
+    async with cairn(tmp_path, 1) as running:
+        looked = await opened(browser, running.admin)
+        assert await looked.value("() => document.querySelector('#base-url').textContent") == running.url
+        command = await looked.value("() => document.querySelector('#curl').textContent")
+        assert command.startswith(f"curl {running.url}/chat/completions ")
+        assert '"model":"test-model"' in command
+        await ask(running, "What is a cairn?")
+        async with asyncio.timeout(10):
+            await looked.until("() => document.querySelector('#start').hidden")
+
+
+async def test_dead_engines_are_seen_at_a_glance(browser: Browser, tmp_path: Path) -> None:
+    """The status, what fails, for whom, since when and why, on the first screen at 1280 by 900."""
+    async with cairn(tmp_path, 1) as running:
+        looked = await opened(browser, running.admin)
+        await ask(running, "What is a cairn?")
+        for upstream in running.upstreams:
+            await upstream.stop()
+        body = {"model": "test-model", "messages": [{"role": "user", "content": "?"}]}
+        for _ in range(4):
+            async with running.http.post(f"{running.url}/chat/completions", json=body) as answer:
+                assert answer.status >= 500
+        async with asyncio.timeout(20):
+            await looked.until("() => document.querySelector('#status').textContent === 'Not ready'")
+            await looked.until("() => document.querySelectorAll('#down tbody tr').length === 2")
+            await looked.until("() => document.querySelectorAll('#error-plot .main-svg').length > 0")
+        assert await looked.value("() => document.querySelector('#replicas-up').textContent") == "0 of 2"
+        assert await column(looked, "down", 0) == ["replica-1", "replica-2"]
+        assert all(await column(looked, "down", 1)), "a reason is shown"
+        assert (await column(looked, "errors", 0))[0] == "anonymous"
+        assert "Now: " in await looked.value(
+            "() => getComputedStyle(document.querySelector('#notices li.reason'), '::before').content"
+        )
+        for seen in ("#status", "#notices", "#error-plot", "#down", "#errors", "#saved"):
+            bottom = await looked.value(f"() => document.querySelector('{seen}').getBoundingClientRect().bottom")
+            assert bottom <= 900, seen
+        assert looked.complaints == []
+        await looked.keep("status-page-failures.png")

@@ -106,6 +106,10 @@ class OpenAIUpstream:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Stop serving; once more is harmless."""
         await self._runner.cleanup()
 
     def prefill(self, prompt: bytes) -> tuple[int, int]:
