@@ -435,3 +435,28 @@ async def test_a_request_leaves_nothing_behind_on_a_connection_that_rests() -> N
             async with asyncio.timeout(5):
                 await eventually(lambda: not server.bodies.used)
         writer.close()
+
+
+async def test_a_drain_ends_what_does_not_end_in_its_time() -> None:
+    """The request is cancelled, and its connection closed."""
+    entered, left = asyncio.Event(), asyncio.Event()
+
+    async def wait(asked: IncomingRequest, answer: ClientResponse) -> None:
+        entered.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            left.set()
+
+    server = client_server(wait)
+    async with served_by(server) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request(b"/"))
+        await entered.wait()
+        await server.drain(0.05)
+        assert not left.is_set()
+        await server.close()
+        assert left.is_set()
+        with suppress(ConnectionError):
+            assert await reader.read() == b""
+        writer.close()

@@ -144,3 +144,59 @@ async def test_a_reader_that_never_reads_is_given_up() -> None:
         async with asyncio.timeout(5):
             assert await failed == "ClientStalled"
         writer.transport.abort()
+
+
+async def test_a_writer_that_was_held_back_goes_on_when_its_client_reads() -> None:
+    """Nothing is lost, and the connection serves the next request."""
+    waits = 0
+
+    async def play(request: IncomingRequest, answer: ClientResponse) -> None:
+        nonlocal waits
+        answer.begin(200, b"OK", [], 400 * 65_536)
+        for number in range(400):
+            if not answer.offer(b"%c" % (number % 256) * 65_536):
+                waits += 1
+                await answer.drained()
+        answer.end()
+
+    async with serving(play) as port, asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(2):
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            await reader.readuntil(b"\r\n\r\n")
+            for number in range(400):
+                assert await reader.readexactly(65_536) == b"%c" % (number % 256) * 65_536
+        assert waits > 2
+        writer.close()
+
+
+async def test_a_chunk_that_came_as_one_is_passed_on_as_it_came() -> None:
+    """With its framing, unless the answer has another."""
+
+    async def play(request: IncomingRequest, answer: ClientResponse) -> None:
+        answer.begin(200, b"OK", [], None if request.target == "/chunks" else 3)
+        answer.offer(b"abc", b"03\r\nabc\r\n")
+        answer.end()
+
+    async with serving(play) as port:
+        assert (await talk(port, GET.replace(b"/ ", b"/chunks "))).endswith(b"\r\n\r\n03\r\nabc\r\n0\r\n\r\n")
+        assert (await talk(port, GET)).endswith(b"\r\n\r\nabc")
+
+
+async def test_a_client_that_left_is_noticed_by_the_next_write() -> None:
+    """The handler need not have waited for anything."""
+    ends: asyncio.Queue[str] = asyncio.Queue()
+
+    async def play(request: IncomingRequest, answer: ClientResponse) -> None:
+        answer.begin(200, b"OK", [], None)
+        answer.break_off()
+        for act in (lambda: answer.offer(b"abc"), lambda: answer.write_last(b"abc")):
+            try:
+                act()
+                ends.put_nowait("nothing")
+            except ConnectionResetError:
+                ends.put_nowait("reset")
+
+    async with serving(play) as port:
+        await talk(port, GET)
+        assert [await ends.get(), await ends.get()] == ["reset", "nothing"]

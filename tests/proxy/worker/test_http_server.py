@@ -137,6 +137,18 @@ async def test_a_websocket_is_refused_at_once(path: bytes) -> None:
     assert b"HTTP/1.1 200 OK" in rest
 
 
+async def test_what_a_browser_or_a_balancer_asks_first_needs_no_key() -> None:
+    """A preflight of a listed origin, and whether anything answers here."""
+    async with running(cors_origins=("https://a.example",)) as port:
+        preflight = b"origin: https://a.example\r\naccess-control-request-method: POST\r\nconnection: close\r\n\r\n"
+        got = await talk(port.port, b"OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: x\r\n" + preflight)
+        assert got.startswith(b"HTTP/1.1 204 ")
+        assert b"\r\naccess-control-allow-origin: https://a.example\r\n" in got
+        got = await talk(port.port, b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert got.startswith(b"HTTP/1.1 200 ")
+    assert port.pipeline.calls == []
+
+
 async def test_a_body_over_the_limit_is_too_large_however_full_the_house_is() -> None:
     """413 and not 503: to come back would not help."""
     entered, go_on = asyncio.Event(), asyncio.Event()
@@ -151,6 +163,9 @@ async def test_a_body_over_the_limit_is_too_large_however_full_the_house_is() ->
         await entered.wait()
         assert (await port.ask(KEY, b"x" * 1001))[0] == 413
         assert (await port.ask(KEY, b"x" * 200))[0] == 503
+        for length, status in ((1001, b"413"), (200, b"503")):  # before a byte of it has come
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n%bcontent-length: %d\r\n\r\n" % (KEY, length)
+            assert (await talk(port.port, head)).startswith(b"HTTP/1.1 " + status)
         go_on.set()
         assert await first == (200, b"x" * 900)
 
