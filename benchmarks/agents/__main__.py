@@ -98,7 +98,7 @@ CONTESTANTS: dict[str, tuple[str, Make]] = {
 @click.option("--delay", default=0.01, show_default=True, help="seconds until they know each other's news")
 @click.option("--seconds", default=7_200.0, show_default=True, help="simulated time, of which a sixth is warm-up")
 @click.option("--seed", default=1, show_default=True)
-def main(
+def main(  # noqa: PLR0913 - click passes one parameter per option
     sessions: Path | None,
     loads: str,
     replicas: int,

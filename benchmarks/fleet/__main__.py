@@ -55,7 +55,7 @@ RULES: dict[str, tuple[str, Make]] = {
 @click.option("--delay", default=0.1, show_default=True, help="seconds until they know each other's news; < 0: never")
 @click.option("--skip", default=0, show_default=True, help="leave the first so many requests out of the figures")
 @click.option("--decode-heavy", "is_decode_heavy", is_flag=True, help="no trace: one hot prompt, long answers")
-def main(
+def main(  # noqa: PLR0913 - click passes one parameter per option
     trace: Path | None,
     replicas: int,
     capacity: int,

@@ -37,7 +37,7 @@ _GIVE_UP_SECONDS = 3_600.0
 @click.option("--price-cached", type=float, default=0.0, help="US dollars per million cached ones  [default: 0]")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "benchmarks" / "results" / "load.json")
-def main(
+def main(  # noqa: PLR0913 - click passes one parameter per option
     url: str,
     model: str,
     key: str | None,

@@ -234,10 +234,10 @@ async def measure(worker: Worker, label: str, size_bytes: int, chunks: int, opti
     )
     for client in clients:
         client.protocol.connection_lost(None)
-    for upstream in worker.replicas.client._upstreams.values():
-        for connection in tuple(upstream.pool._idle):
+    for upstream in worker.replicas.client._upstreams.values():  # noqa: SLF001 - the benchmark closes what a run left open
+        for connection in tuple(upstream.pool._idle):  # noqa: SLF001 - the benchmark closes what a run left open
             connection.connection_lost(None)
-        for connection in tuple(upstream.pool._probation):
+        for connection in tuple(upstream.pool._probation):  # noqa: SLF001 - the benchmark closes what a run left open
             connection.connection_lost(None)
     await asyncio.sleep(0.2)
 

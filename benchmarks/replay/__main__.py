@@ -38,7 +38,7 @@ _TABLE_COLUMNS = 150
 @click.option("--decode-heavy", "is_decode_heavy", is_flag=True, help="no trace: one hot prompt, long answers")
 @click.option("--restart", is_flag=True, help="half-way the first engine forgets everything")
 @click.option("--name", default="", help="of the files in benchmarks/results")
-def main(
+def main(  # noqa: PLR0913 - click passes one parameter per option
     trace: Path | None,
     engines: int,
     capacity: int,

@@ -123,7 +123,7 @@ def contexts() -> None:
 @_url
 @_key
 @_as_json
-def put(
+def put(  # noqa: PLR0913 - click passes one parameter per option
     files: tuple[Path, ...],
     tags: tuple[str, ...],
     ttl: int,

@@ -104,7 +104,7 @@ class IncomingRequest:
         "whole_body",
     )
 
-    def __init__(
+    def __init__(  # noqa: C901 - one pass over the headers, on the path of every request
         self, method: bytes, target: bytes, headers: list[tuple[bytes, bytes]], line: bytes, line_bytes_most: int
     ) -> None:
         """Check a head and decide framing and persistence (RFC 9112, 3, 6.3 and 9.3). Raises ProtocolError."""

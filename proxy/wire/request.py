@@ -214,7 +214,7 @@ _READERS: dict[Endpoint, Callable[[Body], Prompt]] = {
 }
 
 
-def _prompt(
+def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
     body: Body,
     fields: Common,
     spans: list[memoryview],

@@ -67,7 +67,7 @@ class HttpServer:
     Create it inside the event loop.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - eight collaborators and one number
         self,
         settings: Server,
         routes: Routes,

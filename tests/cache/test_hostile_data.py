@@ -326,7 +326,7 @@ def test_any_fields_are_a_valid_row_or_corrupt(changes: list[tuple[int, bytes | 
 @given(junk)
 def test_any_reply_of_a_script_is_read_or_corrupt(reply: Any) -> None:
     """No other exception leaves the place where replies are read."""
-    for read in (store._read_reply, store._read_whole, room.read_totals, int):
+    for read in (store._read_reply, store._read_whole, room.read_totals, int):  # noqa: SLF001 - internal state that no public name shows
         with contextlib.suppress(StoreCorrupt):
             parsed(read, reply)
 
@@ -359,7 +359,7 @@ def test_any_manifest_under_its_true_digest_is_a_content_or_corrupt(
 ) -> None:
     """Bounds lie within the messages, sizes are not negative, a segment is what its digest names."""
     manifest = bytes((segments.VERSION,)) + msgspec.msgpack.encode([tools, messages, bounds])
-    digest = segments._digest(manifest)
+    digest = segments._digest(manifest)  # noqa: SLF001 - internal state that no public name shows
     try:
         opened = segments.read_manifest(manifest, digest)
         content = segments.unpack(opened, digest, {b"d" * 32: stored})

@@ -65,7 +65,7 @@ async def test_replicas_behind_a_name_come_and_go_under_load(http: aiohttp.Clien
         return addresses
 
     def prepare(worker: Worker) -> None:
-        worker.replicas.discovery._resolve = resolve
+        worker.replicas.discovery._resolve = resolve  # noqa: SLF001 - internal state that no public name shows
 
     pool = Pool(name="engines", replicas=(Replica(f"dns+http://engines.test:{port}"),))
     async with AsyncExitStack() as stack:

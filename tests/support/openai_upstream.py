@@ -212,7 +212,7 @@ class Dialect:
         self.model = body.get("model")
         self.usage = usage
         self.wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        self.number = upstream._answered
+        self.number = upstream._answered  # noqa: SLF001 - internal state that no public name shows
 
     def plain(self) -> dict[str, Any]:
         """The whole answer."""

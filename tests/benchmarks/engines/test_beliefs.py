@@ -260,6 +260,6 @@ def test_a_fork_that_is_not_shared_keeps_the_length_of_the_prompt():
     for number in range(4):
         turn(proxy, Session(f"user {number}", words(f"own {number}", 200), tools("search", 3_000)))
     prompt = Session("user 5", words("own 5", 200), tools("search", 3_000)).ask()
-    routed = proxy._route(prompt, "", proxy.now)
+    routed = proxy._route(prompt, "", proxy.now)  # noqa: SLF001 - internal state that no public name shows
     assert routed.made.prompt_tokens == pytest.approx(3_300, rel=0.1)
     assert routed.made.chosen.matched_tokens < 50

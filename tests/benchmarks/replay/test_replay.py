@@ -78,7 +78,7 @@ def test_a_restart_is_judged_by_what_was_predicted_of_the_engine_that_began_anew
     assert (found.hit_before, found.hit_later, found.others_later) == pytest.approx((1_000 / 1_488,) * 3)
     assert (found.wrong_before, found.wrong_first, found.wrong_later) == (0, 10, 0)
     row = report.figures("Cairn", Run(seen, [EngineCount(1, 1, 0)], [], 200, "a", 512), 1.0)
-    assert report.table("t", [row]).columns[-1]._cells == ["10"]
+    assert report.table("t", [row]).columns[-1]._cells == ["10"]  # noqa: SLF001 - internal state that no public name shows
     forgotten = [each if each.number < 200 else Seen(each.number, 0.1, 0.0, 2_000, 512, 1_512, "a") for each in seen]
     never = report.recovery(Run(forgotten, [], [], 200, "a", 512))
     assert never is not None

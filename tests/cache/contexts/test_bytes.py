@@ -20,7 +20,7 @@ async def test_one_read_fills_the_memory_however_many_wait(server: Valkey) -> No
         row = await two.contexts.row(ONE, made.id)
         found = await asyncio.gather(*[two.contexts.content(ONE, row) for _ in range(100)])
         assert len(set(map(id, found))) == 1
-        assert two.contexts._bytes.contents.reads == 1
+        assert two.contexts._bytes.contents.reads == 1  # noqa: SLF001 - internal state that no public name shows
 
 
 async def test_a_damaged_context_is_counted_and_not_kept(server: Valkey) -> None:

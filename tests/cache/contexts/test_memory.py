@@ -15,7 +15,7 @@ from tests.support.valkey import Valkey, eventually
 async def test_news_on_the_channel_drops_what_is_remembered_and_nonsense_does_nothing(nodes: list[Valkey]) -> None:
     """Also of what was being read meanwhile; on a Cluster the channel reaches every node."""
     async with opened(nodes) as one, opened(nodes) as two:
-        await eventually(lambda: one.contexts._memory.is_subscribed and two.contexts._memory.is_subscribed)
+        await eventually(lambda: one.contexts._memory.is_subscribed and two.contexts._memory.is_subscribed)  # noqa: SLF001 - internal state that no public name shows
         for tenant in TENANTS:  # in slots of different nodes
             row = await one.contexts.create(tenant, draft(2000, tags=("t",)))
             assert (await two.contexts.tagged(tenant, "t")).id == row.id

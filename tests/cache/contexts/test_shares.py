@@ -73,7 +73,7 @@ async def test_what_one_worker_learns_of_a_key_the_others_know(nodes: list[Valke
         await one.contexts.create(HONEST, draft(70_000), Trust.UNCHECKED)
         one.contexts.accepted(HONEST)
         one.contexts.accepted(HONEST)
-        await one.contexts._accepted.flush()
+        await one.contexts._accepted.flush()  # noqa: SLF001 - internal state that no public name shows
         assert await two.contexts.trust_of(HONEST) is Trust.ACCEPTED
         await one.contexts.create(MADE_UP[0], draft(70_000), Trust.UNCHECKED)
         assert len(await one.contexts.rows(HONEST)) == 1
@@ -101,4 +101,4 @@ async def test_damaged_entries_of_the_shares_are_dropped(server: Valkey) -> None
         await one.contexts.sweep()
         await one.contexts.survey()
         assert len(await one.contexts.rows(MADE_UP[0])) == 1
-        assert one.contexts._room.dropped_totals > 0
+        assert one.contexts._room.dropped_totals > 0  # noqa: SLF001 - internal state that no public name shows

@@ -95,14 +95,14 @@ async def test_a_creation_cut_off_anywhere_leaves_a_whole_context_or_nothing(ser
         async with opened([server], started=False) as one:
             contexts = one.contexts
             made = draft(6_000_000, tags=("t",))
-            whole = contexts._access.store
-            contexts._access.store = Fragile(whole, dies_at, after=after)  # type: ignore[assignment]
+            whole = contexts._access.store  # noqa: SLF001 - internal state that no public name shows
+            contexts._access.store = Fragile(whole, dies_at, after=after)  # type: ignore[assignment]  # noqa: SLF001 - internal state that no public name shows
             try:
                 await contexts.create(ONE, made)
                 finished = True
             except Cut:
                 pass
-            contexts._access.store = whole
+            contexts._access.store = whole  # noqa: SLF001 - internal state that no public name shows
             async with opened([server]) as two:
                 rows = await two.contexts.rows(ONE)
                 await two.contexts.sweep()

@@ -88,7 +88,7 @@ def test_the_memory_of_what_was_evicted_is_bounded(bench):
     bench.index.set_budget(0, 0)
     for i in range(EVICTED_HASHES + 50):
         bench.index.place(0, chain(str(i)), BLOCK_TOKENS, 1.0)
-    assert len(bench.index._tree._evicted) == EVICTED_HASHES
+    assert len(bench.index._tree._evicted) == EVICTED_HASHES  # noqa: SLF001 - internal state that no public name shows
     assert not bench.index.match(chain("0")).evicted
 
 
@@ -346,7 +346,7 @@ def test_a_budget_never_shrinks_below_what_was_proven_to_be_there(bench):
     for _ in range(30):
         for name in "acdefgh":
             bench.served(talk(name, 8), 600)
-        proven = bench.index._replicas[0].proven_tokens
+        proven = bench.index._replicas[0].proven_tokens  # noqa: SLF001 - internal state that no public name shows
         assert bench.index.replicas()[0].budget_tokens >= proven > 0
 
 
@@ -499,7 +499,7 @@ def test_a_leaf_touched_between_two_chunks_is_still_evicted_before_its_parent(be
 
 
 def _assert_closed(index: PrefixIndex) -> None:
-    stack = list((index._tree.root.children or {}).values())
+    stack = list((index._tree.root.children or {}).values())  # noqa: SLF001 - internal state that no public name shows
     while stack:
         node = stack.pop()
         for child in (node.children or {}).values():
@@ -516,7 +516,7 @@ def test_loading_lets_go_of_what_was_there_little_by_little(bench):
     assert bench.depth(talk("a", 3)) == 3
     assert bench.depth(talk("b", 3)) == 0
     assert not bench.index.tend(bench.now)
-    assert not bench.index._eviction._retired
+    assert not bench.index._eviction._retired  # noqa: SLF001 - internal state that no public name shows
 
 
 def test_the_index_goes_on_while_another_is_read_in_and_then_is_the_other(bench):

@@ -115,7 +115,7 @@ class IndexMachine(RuleBasedStateMachine):
                     theirs.budget_tokens,
                     theirs.epoch,
                 )
-        other._next_id = self.index._next_id
+        other._next_id = self.index._next_id  # noqa: SLF001 - internal state that no public name shows
         self.index = other
 
     @rule(chain=chains)
@@ -132,11 +132,11 @@ class IndexMachine(RuleBasedStateMachine):
     def structure_holds(self) -> None:
         if not hasattr(self, "index"):
             return
-        tree = self.index._tree
+        tree = self.index._tree  # noqa: SLF001 - internal state that no public name shows
         counted = {"blocks": 0, "nodes": 0, "residencies": 0}
         self._check_below(tree.root, counted)
         assert counted == {"blocks": tree.blocks, "nodes": tree.nodes, "residencies": tree.residencies}
-        for replica, state in self.index._replicas.items():
+        for replica, state in self.index._replicas.items():  # noqa: SLF001 - internal state that no public name shows
             assert state.entries.blocks == len(self.model[replica].held)
             assert state.entries.tokens == BLOCK_TOKENS * state.entries.blocks <= self.model[replica].budget
             self._check_order(state.entries)

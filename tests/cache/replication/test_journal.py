@@ -166,17 +166,17 @@ async def test_a_snapshot_replaced_while_it_is_read_is_read_anew(
     one = await begin("one")
     await eventually(lambda: one.journal.stats.snapshots >= 1)
     one.index.place(0, prompt(1), 5_000, one.clock.unix())  # in snapshots alone
-    await one.journal._snapshots.write()
+    await one.journal._snapshots.write()  # noqa: SLF001 - internal state that no public name shows
     two = Worker(valkey.url, "two")
-    head, heads = two.journal._lease.head, []
+    head, heads = two.journal._lease.head, []  # noqa: SLF001 - internal state that no public name shows
 
     async def head_then_commit() -> snapshots.SnapshotHead | None:
         heads.append(await head())
         if len(heads) == 1:
-            await one.journal._snapshots.write()
+            await one.journal._snapshots.write()  # noqa: SLF001 - internal state that no public name shows
         return heads[-1]
 
-    monkeypatch.setattr(two.journal._lease, "head", head_then_commit)
+    monkeypatch.setattr(two.journal._lease, "head", head_then_commit)  # noqa: SLF001 - internal state that no public name shows
     try:
         await two.start()
         assert two.knows(prompt(1))
@@ -298,7 +298,7 @@ async def test_a_worker_that_fell_behind_loads_anew(begin: Begin, monkeypatch: p
     await eventually(lambda: two.knows(prompt(1)))
     await eventually(lambda: one.journal.stats.snapshots + two.journal.stats.snapshots >= 1)
     rebuilds = two.journal.stats.rebuilds
-    two.journal._note(snapshots.Tick(False, b"", (2**60, 0), 2, (2**61, 0)), two.journal._reader.position)
+    two.journal._note(snapshots.Tick(False, b"", (2**60, 0), 2, (2**61, 0)), two.journal._reader.position)  # noqa: SLF001 - internal state that no public name shows
     assert two.journal.state is JournalState.ALONE
     await eventually(lambda: two.journal.stats.rebuilds > rebuilds)
     assert two.knows(prompt(1))
@@ -327,8 +327,8 @@ async def test_a_budget_is_the_same_everywhere_whoever_learns(begin: Begin) -> N
     one.journal.set_budget(0, 50_000)
     await eventually(lambda: budget(one) == budget(two) == 50_000)
     for worker, tokens in ((one, 45_000), (two, 40_000)):
-        worker.journal._reader.own_budgets_until_seconds = float("inf")
-        worker.journal._writer.enqueue(Budgeted(0, 50_000, tokens))
+        worker.journal._reader.own_budgets_until_seconds = float("inf")  # noqa: SLF001 - internal state that no public name shows
+        worker.journal._writer.enqueue(Budgeted(0, 50_000, tokens))  # noqa: SLF001 - internal state that no public name shows
     await eventually(lambda: budget(one) == budget(two) != 50_000)
 
 

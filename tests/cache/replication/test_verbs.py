@@ -50,13 +50,13 @@ class Bench:
 
     def queued(self) -> list[Any]:
         """Everything that is queued, which is then forgotten."""
-        (batch,) = self.journal._writer.unsent()
-        self.journal._writer._queue.clear()
-        self.journal._writer._queue_blocks = 0
+        (batch,) = self.journal._writer.unsent()  # noqa: SLF001 - internal state that no public name shows
+        self.journal._writer._queue.clear()  # noqa: SLF001 - internal state that no public name shows
+        self.journal._writer._queue_blocks = 0  # noqa: SLF001 - internal state that no public name shows
         return list(batch.deltas)
 
     def with_others(self) -> None:
-        self.journal._note(Tick(False, b"g", (0, 0), 2, (0, 0)), (0, 0))
+        self.journal._note(Tick(False, b"g", (0, 0), 2, (0, 0)), (0, 0))  # noqa: SLF001 - internal state that no public name shows
 
 
 @pytest.fixture
@@ -113,15 +113,15 @@ async def test_two_misses_on_different_chains_are_a_restart_and_one_is_a_suspici
     held = [Placement(**{**_fields(each), "held_blocks": 3}) for each in placements]
     bench.queued()
     suspected = Feedback(5_000, -5_000, FeedbackKind.SUSPECT)
-    bench.journal._missed(held[0], 5_000, suspected)
-    bench.journal._restarts.clear(0)
-    bench.journal._missed(held[1], 5_000, suspected)
+    bench.journal._missed(held[0], 5_000, suspected)  # noqa: SLF001 - internal state that no public name shows
+    bench.journal._restarts.clear(0)  # noqa: SLF001 - internal state that no public name shows
+    bench.journal._missed(held[1], 5_000, suspected)  # noqa: SLF001 - internal state that no public name shows
     assert [type(each) for each in bench.queued()] == [Suspected, Suspected]
-    bench.journal._missed(held[2], 5_000, suspected)
+    bench.journal._missed(held[2], 5_000, suspected)  # noqa: SLF001 - internal state that no public name shows
     kinds = [type(each) for each in bench.queued()]
     assert kinds == [Suspected, Began, Placed, Placed]
     assert bench.index.epoch(0) == 1
-    bench.journal._missed(held[0], 5_000, suspected)  # of the old epoch
+    bench.journal._missed(held[0], 5_000, suspected)  # of the old epoch  # noqa: SLF001 - internal state that no public name shows
     assert bench.index.epoch(0) == 1
 
 
@@ -133,7 +133,7 @@ async def test_a_restart_that_the_index_found_itself_is_told_to_all(bench: Bench
     """While alone the index decides, and the journal repeats it."""
     placement = bench.journal.place(1, LONG, 5_000)
     bench.queued()
-    bench.journal._missed(placement, 5_000, Feedback(5_000, -5_000, FeedbackKind.RESTARTED, epoch=1))
+    bench.journal._missed(placement, 5_000, Feedback(5_000, -5_000, FeedbackKind.RESTARTED, epoch=1))  # noqa: SLF001 - internal state that no public name shows
     assert [type(each) for each in bench.queued()] == [Began, Placed]
 
 
@@ -168,7 +168,7 @@ async def test_a_journal_without_redis_starts_alone_and_closes_without_a_word(be
 
 async def test_a_start_waits_no_longer_than_it_may(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis answers, but the index does not come: the worker starts alone, and loading goes on."""
-    monkeypatch.setattr(type(bench.journal._store), "state", property(lambda store: StoreState.AVAILABLE))
+    monkeypatch.setattr(type(bench.journal._store), "state", property(lambda store: StoreState.AVAILABLE))  # noqa: SLF001 - internal state that no public name shows
     assert await bench.journal.start(ready_seconds=0.01) is JournalState.ALONE
     await bench.journal.close()
 
@@ -176,17 +176,17 @@ async def test_a_start_waits_no_longer_than_it_may(bench: Bench, monkeypatch: py
 async def test_a_lost_stream_is_written_again_and_noted_once(bench: Bench) -> None:
     """Another generation, or a stream that ends before this worker's position; only a synced worker knows it all."""
     journal = bench.journal
-    journal._note(Tick(True, b"g1", (0, 0), 1, (5, 0)), (5, 0))
-    journal._reader._applier.live = True
-    journal._snapshots.wanted = False
-    journal._writer._recent.append((0.0, b"entry"))
-    journal._note(Tick(False, b"g2", (0, 0), 1, (5, 0)), (5, 0))
-    assert journal._snapshots.wanted
-    assert list(journal._writer._unsent) == [b"entry"]
-    assert not journal._reader.synced
-    journal._snapshots.wanted = False
-    journal._note(Tick(False, b"", (0, 0), 1, (0, 0)), (5, 0))
-    assert not journal._snapshots.wanted
+    journal._note(Tick(True, b"g1", (0, 0), 1, (5, 0)), (5, 0))  # noqa: SLF001 - internal state that no public name shows
+    journal._reader._applier.live = True  # noqa: SLF001 - internal state that no public name shows
+    journal._snapshots.wanted = False  # noqa: SLF001 - internal state that no public name shows
+    journal._writer._recent.append((0.0, b"entry"))  # noqa: SLF001 - internal state that no public name shows
+    journal._note(Tick(False, b"g2", (0, 0), 1, (5, 0)), (5, 0))  # noqa: SLF001 - internal state that no public name shows
+    assert journal._snapshots.wanted  # noqa: SLF001 - internal state that no public name shows
+    assert list(journal._writer._unsent) == [b"entry"]  # noqa: SLF001 - internal state that no public name shows
+    assert not journal._reader.synced  # noqa: SLF001 - internal state that no public name shows
+    journal._snapshots.wanted = False  # noqa: SLF001 - internal state that no public name shows
+    journal._note(Tick(False, b"", (0, 0), 1, (0, 0)), (5, 0))  # noqa: SLF001 - internal state that no public name shows
+    assert not journal._snapshots.wanted  # noqa: SLF001 - internal state that no public name shows
 
 
 class Heard:
@@ -278,8 +278,8 @@ def test_what_is_remembered_of_others_placements_is_bounded(monkeypatch: pytest.
     applying = Applying()
     other = Placed(0, 1, 0, OTHER.hashes.tobytes(), OTHER.ends.tobytes(), 5_000, 1.0)
     applying.apply(placed(1), other, placed(2), placed(3))
-    assert list(applying.applier._remembered) == [2, 3]
-    assert applying.applier._remembered_blocks == 2 * len(LONG)
+    assert list(applying.applier._remembered) == [2, 3]  # noqa: SLF001 - internal state that no public name shows
+    assert applying.applier._remembered_blocks == 2 * len(LONG)  # noqa: SLF001 - internal state that no public name shows
 
 
 async def test_an_error_of_redis_at_the_close_is_not_raised(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,5 +289,5 @@ async def test_an_error_of_redis_at_the_close_is_not_raised(bench: Bench, monkey
         raise CacheError("away")
 
     await bench.journal.start()
-    monkeypatch.setattr(bench.journal._lease, "leave", fail)
+    monkeypatch.setattr(bench.journal._lease, "leave", fail)  # noqa: SLF001 - internal state that no public name shows
     await bench.journal.close()

@@ -122,7 +122,7 @@ def test_made_up_names_do_not_grow_the_table() -> None:
     book = PriceBook([], lambda model, upstream: None)
     for number in range(5 * MODELS_REMEMBERED_AT_MOST):
         book.card(f"m{number}", "u", "2026")
-    assert len(book._resolved) <= MODELS_REMEMBERED_AT_MOST
+    assert len(book._resolved) <= MODELS_REMEMBERED_AT_MOST  # noqa: SLF001 - internal state that no public name shows
 
 
 def test_the_built_in_data_has_rates_and_tiers_and_says_where_from() -> None:
@@ -147,7 +147,7 @@ def test_made_up_names_do_not_grow_the_built_in_data() -> None:
     prices = BuiltinPrices()
     for number in range(3 * MODELS_REMEMBERED_AT_MOST):
         assert prices.card(f"m{number}", "http://127.0.0.1:8000/v1") is None
-    snapshot = prices._snapshot
-    assert len(snapshot._provider_misses) + len(snapshot._lookup_cache) <= MODELS_REMEMBERED_AT_MOST
-    assert len(snapshot._provider_cache) <= MODELS_REMEMBERED_AT_MOST
+    snapshot = prices._snapshot  # noqa: SLF001 - internal state that no public name shows
+    assert len(snapshot._provider_misses) + len(snapshot._lookup_cache) <= MODELS_REMEMBERED_AT_MOST  # noqa: SLF001 - internal state that no public name shows
+    assert len(snapshot._provider_cache) <= MODELS_REMEMBERED_AT_MOST  # noqa: SLF001 - internal state that no public name shows
     assert prices.card("claude-sonnet-4-5", "https://api.anthropic.com/v1") is not None

@@ -131,7 +131,7 @@ def test_a_paper_cache_is_emptied_over_its_budget_from_the_longest_unused() -> N
         fleet.ask(document)
     second = [gained(fleet.ask(document)) for document in documents]
     assert second == [1000] * 6
-    assert all(paper.tokens <= 2 * 1000 for paper in fleet.shadow._papers.values())
+    assert all(paper.tokens <= 2 * 1000 for paper in fleet.shadow._papers.values())  # noqa: SLF001 - internal state that no public name shows
 
 
 def test_memory_is_bounded(monkeypatch) -> None:
@@ -141,8 +141,8 @@ def test_memory_is_bounded(monkeypatch) -> None:
     fleet = Fleet(2)
     for number in range(200):
         fleet.ask(prompt(f"doc{number}"))
-    assert all(len(paper.places) <= 100 for paper in fleet.shadow._papers.values())
-    assert len(fleet.shadow._seen) <= 150
+    assert all(len(paper.places) <= 100 for paper in fleet.shadow._papers.values())  # noqa: SLF001 - internal state that no public name shows
+    assert len(fleet.shadow._seen) <= 150  # noqa: SLF001 - internal state that no public name shows
     assert PLACES_PER_REPLICA < PLACES_SEEN
 
 

@@ -57,7 +57,7 @@ def pdf(path: Path, *lines: str) -> Path:
         )
         stream = DecodedStreamObject()
         stream.set_data(f"BT /F1 12 Tf 10 100 Td ({line}) Tj ET".encode())
-        page[NameObject("/Contents")] = writer._add_object(stream)
+        page[NameObject("/Contents")] = writer._add_object(stream)  # noqa: SLF001 - internal state that no public name shows
     writer.write(path)
     return path
 

@@ -134,7 +134,7 @@ async def test_a_name_with_a_label_that_is_too_long_is_a_failed_look_up():
         return [name.encode("idna").decode()]
 
     bench = Bench(Names("10.0.0.1"))
-    bench.members._resolve = resolve
+    bench.members._resolve = resolve  # noqa: SLF001 - internal state that no public name shows
     bench.config = Config(pools=(Pool(name="engines", replicas=(Replica(f"dns+http://{'a' * 70}.svc:80"),)),))
     bench.members.adopt(bench.config)
     await bench.members.look()

@@ -360,7 +360,7 @@ def test_a_429_closes_a_replica_for_its_key_and_model_only():
     assert available(("one", "m"), 120.1)
     for number in range(3_000):
         fleet.rate_limited(0, (f"key {number}", "m"), 0.0, 60.0)
-    assert len(fleet._replicas[0].throttles) <= 1024
+    assert len(fleet._replicas[0].throttles) <= 1024  # noqa: SLF001 - internal state that no public name shows
     assert not available(("key 2999", "m"), 0.0)
 
 
@@ -433,7 +433,7 @@ def test_a_removed_replica_is_forgotten_when_its_requests_have_ended_and_its_num
         assert fleet.forget(1)
         assert fleet.number_of(f"r{number}") is None
         assert fleet.name_of(1) is None
-    assert len(fleet._replicas) == 1
+    assert len(fleet._replicas) == 1  # noqa: SLF001 - internal state that no public name shows
     assert fleet.snapshot("pool", 0.0)[0].pending_tokens == 0.0
 
 

@@ -74,4 +74,4 @@ def test_the_memory_of_models_is_bounded():
     known = templates()
     for number in range(3_000):
         known.of("pool", f"model-{number}")
-    assert len(known._found) <= 1_024
+    assert len(known._found) <= 1_024  # noqa: SLF001 - internal state that no public name shows

@@ -54,7 +54,7 @@ def test_memory_of_prefixes_is_bounded_and_keeps_the_newest() -> None:
     newest = cut(chain_root((b"1999",)), (b"x" * 3_000,))
     assert own.known_blocks(RED, newest) == len(newest)
     assert own.known_blocks(RED, cut(chain_root((b"0",)), (b"x" * 3_000,))) == 0
-    assert len(own._young) + len(own._old) <= 2 * (1000 + len(newest))
+    assert len(own._young) + len(own._old) <= 2 * (1000 + len(newest))  # noqa: SLF001 - internal state that no public name shows
 
 
 def test_what_only_others_sent_looks_like_what_nobody_sent() -> None:

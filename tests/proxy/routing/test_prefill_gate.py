@@ -164,9 +164,9 @@ def test_a_siblings_own_long_part_has_followers_of_its_own():
     )
     assert isinstance(third, Follower)
     leader.first_token()
-    assert third._passage is None
+    assert third._passage is None  # noqa: SLF001 - internal state that no public name shows
     deeper.prefill.first_token()
-    assert third._passage is Passage.OPENED
+    assert third._passage is Passage.OPENED  # noqa: SLF001 - internal state that no public name shows
 
 
 def burst(

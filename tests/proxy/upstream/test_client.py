@@ -177,10 +177,10 @@ async def test_an_idle_connection_is_closed_when_it_expires(make_client: MakeCli
     async with ScriptedUpstream(SERVE_TWO) as upstream:
         await fetch(client, upstream)
         clock.advance(3.9)
-        client._deadlines.ring()
+        client._deadlines.ring()  # noqa: SLF001 - internal state that no public name shows
         assert counts(client, upstream).idle == 1
         clock.advance(0.2)
-        client._deadlines.ring()
+        client._deadlines.ring()  # noqa: SLF001 - internal state that no public name shows
         assert counts(client, upstream).open == 0
         await upstream.peers[0].left.wait()
 
@@ -609,7 +609,7 @@ async def test_no_answer_within_the_limit_fails_the_request_and_closes(make_clie
         request = spawn(fetch(client, upstream))
         await until(lambda: len(upstream.requests) == 1)
         clock.advance(31)
-        client._deadlines.ring()
+        client._deadlines.ring()  # noqa: SLF001 - internal state that no public name shows
         with pytest.raises(FirstByteTimeout):
             await request
         await upstream.peers[0].left.wait()
@@ -625,7 +625,7 @@ async def test_a_body_that_stands_still_fails_and_closes(make_client: MakeClient
         reading = spawn(answered.next_chunk())
         await turns()
         clock.advance(31)
-        client._deadlines.ring()
+        client._deadlines.ring()  # noqa: SLF001 - internal state that no public name shows
         with pytest.raises(IdleTimeout):
             await reading
         await upstream.peers[0].left.wait()
@@ -650,7 +650,7 @@ async def test_an_upstream_that_takes_no_body_for_too_long_fails(make_client: Ma
             seen = produced
             await turns(500)
         clock.advance(31)
-        client._deadlines.ring()
+        client._deadlines.ring()  # noqa: SLF001 - internal state that no public name shows
         with pytest.raises(FirstByteTimeout):
             await request
         assert counts(client, upstream).open == 0
@@ -670,7 +670,7 @@ async def test_a_client_that_is_slow_to_send_is_not_the_upstreams_lateness(make_
         await until(lambda: upstream.connections == 1)
         await turns()
         clock.advance(1_000)
-        client._deadlines.ring()
+        client._deadlines.ring()  # noqa: SLF001 - internal state that no public name shows
         gate.set()
         assert await request == b"hello"
 
@@ -700,7 +700,7 @@ async def test_an_upload_that_ended_and_is_not_answered_is_late_by_the_same_limi
         request = spawn(fetch(client, upstream, pieces_of(b"whole")))
         await until(lambda: len(upstream.requests) == 1)
         clock.advance(31)
-        client._deadlines.ring()
+        client._deadlines.ring()  # noqa: SLF001 - internal state that no public name shows
         async with asyncio.timeout(5):
             with pytest.raises(FirstByteTimeout):
                 await request
@@ -891,7 +891,7 @@ async def test_bytes_that_wait_unread_are_found_when_a_connection_passes_to_a_wa
         await until(lambda: len(upstream.requests) == 1)
         assert counts(client, upstream).waiting == 1
         peer = upstream.peers[0]
-        pool = client._upstreams[origin_of(upstream)].pool
+        pool = client._upstreams[origin_of(upstream)].pool  # noqa: SLF001 - internal state that no public name shows
         finished = pool.finished
 
         def poison_first(*args: Any, **options: Any) -> None:

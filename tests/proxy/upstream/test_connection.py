@@ -101,11 +101,11 @@ class Wire:
 
 
 def failed(answered: UpstreamResponse) -> bool:
-    return answered._error is not None
+    return answered._error is not None  # noqa: SLF001 - internal state that no public name shows
 
 
 def error_of(answered: UpstreamResponse) -> CairnError:
-    error = answered._error
+    error = answered._error  # noqa: SLF001 - internal state that no public name shows
     assert error is not None
     return error
 

@@ -75,4 +75,4 @@ def test_lists_of_tools_are_remembered_within_a_bound() -> None:
     for number in range(1000):
         body = {"model": "m", "messages": [], "tools": [{"type": "function", "n": number}]}
         assert alone.holds_for(read(json.dumps(body).encode(), Endpoint.CHAT))
-    assert len(alone._tools) <= 256
+    assert len(alone._tools) <= 256  # noqa: SLF001 - internal state that no public name shows

@@ -305,7 +305,7 @@ async def test_a_client_that_stops_reading_is_no_defect(caplog: pytest.LogCaptur
     async with running(pour, write_seconds=0.05) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port.port)
         writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n" + KEY + b"content-length: 0\r\n\r\n")
-        clock = port.server._clock
+        clock = port.server._clock  # noqa: SLF001 - internal state that no public name shows
         assert isinstance(clock, FakeClock)
         while not ended.is_set():
             clock.advance(0.1)

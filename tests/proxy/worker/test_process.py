@@ -34,7 +34,7 @@ async def run(target: Callable[[WorkerControl], Awaitable[None]], then: Callable
 
     then(channel)
     async with asyncio.timeout(10):
-        code = await worker._run_target(work(), control, tasks)
+        code = await worker._run_target(work(), control, tasks)  # noqa: SLF001 - internal state that no public name shows
     await tasks.close()
     channel.close()
     return code
