@@ -15,10 +15,12 @@ from proxy.wire.events import data_of, read_event
 
 _EXAMINED_BYTES_AT_MOST: Final = 64 * 1024  # of a first event; a longer one is no error
 _BOM: Final = b"\xef\xbb\xbf"
+_BOM_BEGINNINGS: Final = (_BOM[:1], _BOM[:2])
 _WHITE: Final = b" \t\r\n"
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 _FIELD_BYTES_AT_MOST: Final = 6
 _PING: Final = b"event: ping"
+_USUAL: Final = (b"data: {", b"event: message_start", b"event: response.")
 
 
 class Opening(enum.Enum):
@@ -41,6 +43,10 @@ class Arriving(Protocol):
 
 def judge(body: bytes, endpoint: Endpoint, *, complete: bool) -> Opening:
     """Decide what `body`, the beginning of a response, belongs to. Comments and pings decide nothing."""
+    if body.startswith(_USUAL) and b"\n\n" in body and b"error" not in body:
+        return Opening.STREAM  # nearly all streams, in a tenth of the time
+    if body in _BOM_BEGINNINGS and not complete:
+        return Opening.UNDECIDED
     text = body.removeprefix(_BOM).lstrip(_WHITE)
     if not text:
         return Opening.PLAIN if complete else Opening.UNDECIDED

@@ -1,0 +1,263 @@
+"""Health checks on their own: what each answer says about a replica, and what is learned from it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Iterable, Mapping
+from typing import Any
+
+import pytest
+
+from proxy.config.schema import Auth
+from proxy.errors import (
+    BadResponse,
+    CairnError,
+    ConnectFailed,
+    FirstByteTimeout,
+    ResetBeforeResponse,
+)
+from proxy.fleet import BreakerState, Cause, Fleet, ReplicaChange, ReplicaSpec
+from proxy.fleet.credentials import auth_of, credential_of, default_headers_of
+from proxy.fleet.findings import EngineFindings, Found
+from proxy.fleet.health import HealthChecker
+from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
+from proxy.tasks import Tasks
+from proxy.upstream import Limits, Origin, UpstreamResponse
+from tests.support.clock import FakeClock
+
+MODELS = b'{"data": [{"id": "a"}, {"id": "b"}]}'
+PROPS = b'{"total_slots": 2, "default_generation_settings": {"n_ctx": 100}, "build_info": "b9", "chat_template": "x"}'
+
+Page = tuple[int, bytes] | CairnError | None
+"""A status and a body, an error, or None for silence."""
+
+
+class Source:
+    def taken(self) -> None: ...
+    def allow_silence(self, seconds: float) -> None: ...
+    def close(self, error: CairnError | None = None) -> None: ...
+
+
+class Bench:
+    """A health checker of one replica, which answers with `pages` by path, else 404."""
+
+    def __init__(self, pages: Mapping[bytes, Page], **endpoint: Any) -> None:
+        self.pages = dict(pages)
+        self.clock = FakeClock()
+        self.changes: list[ReplicaChange] = []
+        self.fleet = Fleet(lambda: 0.5, changed=self.changes.append)
+        self.fleet.add(ReplicaSpec("r", "pool"))
+        origin = Origin.parse("http://10.0.0.1:80")
+        self.endpoint = ReplicaEndpoint("r", "pool", "http://10.0.0.1:80", origin, **endpoint)
+        self.pools = Pools([ServedPool("pool", ("*",))], "pool", {0: self.endpoint})
+        self.found: list[Found] = []
+        self.headers: list[dict[bytes, bytes]] = []
+        self.tasks = Tasks()
+        self.checker = HealthChecker(self, self.pools, self.fleet, self, self.tasks, self.clock, Limits())
+
+    def apply(self, number: int, endpoint: ReplicaEndpoint, found: Found) -> None:
+        self.found.append(found)
+
+    def request(
+        self,
+        origin: Origin,
+        method: bytes,
+        target: bytes,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+        *,
+        limits: Limits | None = None,
+        retry_reused: bool = False,
+    ) -> Awaitable[UpstreamResponse]:
+        self.headers.append(dict(headers))
+        return self._respond(self.pages.get(target, (404, b"")))
+
+    async def _respond(self, page: Page) -> UpstreamResponse:
+        if page is None:
+            await asyncio.Event().wait()
+        if isinstance(page, CairnError):
+            raise page
+        assert page is not None
+        response = UpstreamResponse(asyncio.get_running_loop(), Source(), 0.0, reused=False)
+        response.status = page[0]
+        response.chunks.append(page[1])
+        response.ended()
+        return response
+
+    def state(self) -> tuple[BreakerState, Cause | None]:
+        return self.fleet.breaker_state(0, self.clock.monotonic()), self.fleet.cause(0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConnectFailed("refused"), ResetBeforeResponse("reset"), BadResponse("not HTTP")],
+)
+async def test_a_replica_that_cannot_be_talked_to_is_down_and_the_reason_is_told(error: CairnError) -> None:
+    bench = Bench({b"/v1/models": error})
+    await bench.checker.check(0)
+    assert bench.state() == (BreakerState.OPEN, Cause.UNREACHABLE)
+    assert [change.reason for change in bench.changes] == [error.message]
+    assert bench.checker.describe(0) == "replica r (pool pool) is down: unreachable"
+
+
+async def test_a_replica_that_loads_its_model_is_down_until_it_answers_otherwise() -> None:
+    bench = Bench({b"/v1/models": (503, b'{"error": {"message": "Loading model"}}')})
+    await bench.checker.check(0)
+    assert bench.state() == (BreakerState.OPEN, Cause.LOADING)
+    bench.pages[b"/v1/models"] = (200, MODELS)
+    await bench.checker.check(0)
+    assert bench.state() == (BreakerState.CLOSED, None)
+    assert [change.change.value for change in bench.changes] == ["down", "up"]
+
+
+@pytest.mark.parametrize("page", [(200, MODELS), (401, b"who are you"), (404, b""), (503, b"busy"), (200, b"<html>")])
+async def test_any_other_answer_shows_that_it_is_there(page: Page) -> None:
+    bench = Bench({b"/v1/models": page})
+    bench.fleet.unreachable(0, bench.clock.monotonic(), "refused")
+    await bench.checker.check(0)
+    assert bench.state() == (BreakerState.CLOSED, None)
+
+
+async def test_a_slow_answer_shows_nothing_and_lets_another_probe_come() -> None:
+    bench = Bench({b"/v1/models": FirstByteTimeout("late")})
+    bench.fleet.unreachable(0, bench.clock.monotonic(), "refused")
+    bench.clock.advance(5.0)
+    assert bench.fleet.probes(bench.clock.monotonic()) == (0,)
+    await bench.checker.check(0)
+    assert bench.fleet.probes(bench.clock.monotonic()) == (0,)
+
+
+async def test_what_an_engine_says_is_found_and_described() -> None:
+    bench = Bench({b"/v1/models": (200, MODELS), b"/props": (200, PROPS)})
+    await bench.checker.check(0)
+    found = bench.found[0]
+    assert (found.models, found.facts.capacity_tokens, found.facts.in_flight_limit) == (("a", "b"), 200, 2)
+    assert bench.checker.describe(0) == (
+        "replica r (pool pool) is up: llama.cpp b9, models a, b, capacity 200 tokens, 2 requests at once, "
+        "chat template known"
+    )
+
+
+@pytest.mark.parametrize(
+    "page", [b"[" * 100_000, b'{"data": ' + b"[" * 100_000, b'{"data": [' + b"9" * 5_000, b"\xff\xfe", b""]
+)
+async def test_a_page_that_cannot_be_read_says_nothing_and_ends_nothing(page: bytes) -> None:
+    paths = (b"/v1/models", b"/metrics", b"/props", b"/get_server_info", b"/version")
+    bench = Bench(dict.fromkeys(paths, (200, page)))
+    await bench.checker.check(0)
+    assert bench.found[0].models is None
+    assert bench.state() == (BreakerState.CLOSED, None)
+
+
+async def test_a_metric_of_5000_digits_is_no_capacity() -> None:
+    page = b'vllm:cache_config_info{block_size="16",num_gpu_blocks="' + b"9" * 5_000 + b'"} 1.0\n'
+    bench = Bench({b"/v1/models": (200, MODELS), b"/metrics": (200, page)})
+    await bench.checker.check(0)
+    assert bench.found[0].facts.capacity_tokens is None
+
+
+async def test_a_provider_is_asked_for_its_models_only_with_the_replicas_own_key() -> None:
+    headers = ((b"anthropic-version", b"2023-06-01"),)
+    bench = Bench(
+        {b"/v1/models": (200, MODELS), b"/props": (200, PROPS)},
+        is_provider=True,
+        credential=(b"x-api-key", b"k"),
+        default_headers=headers,
+    )
+    await bench.checker.check(0)
+    assert bench.headers == [{b"x-api-key": b"k", b"anthropic-version": b"2023-06-01"}]
+    assert bench.found[0].facts.capacity_tokens is None
+
+
+async def test_the_start_waits_for_no_replica_that_stays_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.fleet.health.BEGIN_SECONDS", 0.01)
+    bench = Bench({b"/v1/models": None})
+    await bench.checker.begin()
+    assert bench.checker.describe(0) == "replica r (pool pool) has not responded yet"
+    await bench.tasks.close()
+
+
+async def test_a_replica_that_was_forgotten_during_a_check_is_left_alone() -> None:
+    """Its number may belong to another one by now."""
+    for page in ((200, MODELS), ConnectFailed("refused"), FirstByteTimeout("late")):
+        bench = Bench({b"/v1/models": page})
+        bench.fleet.remove(0)
+        bench.fleet.forget(0)
+        await bench.checker.check(0)
+        assert bench.found == []
+
+
+# -- what is done with it
+
+
+class Sink:
+    """A journal, model names, queues and usage reports that keep what they are told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+        self.budget = False
+
+    def knows_budget(self, replica: int) -> bool:
+        return self.budget
+
+    def set_budget(self, replica: int, tokens: int) -> None:
+        self.told.append(("budget", tokens))
+
+    def set_capacity(self, replica: int, tokens: int, slots: int | None) -> None:
+        self.told.append(("capacity", tokens, slots))
+
+    def new_epoch(self, replica: int) -> None:
+        self.told.append(("epoch", replica))
+
+    def add(self, names: Iterable[str]) -> None:
+        self.told.append(("models", *names))
+
+    def update(self) -> None:
+        self.told.append(("queues",))
+
+    def always_reports_usage(self, replica: int) -> None:
+        self.told.append(("usage", replica))
+
+
+def test_findings_are_applied_when_they_are_new() -> None:
+    """A capacity that was set once is not set again, a later start is a new epoch, a configured capacity stands."""
+    from proxy.fleet.engine_facts import EngineFacts
+
+    bench, sink = Bench({}), Sink()
+    findings = EngineFindings(bench.fleet, sink, sink, sink, sink)
+    facts = EngineFacts(capacity_tokens=100, in_flight_limit=4, started_unix_seconds=10.0, tells_timings=True)
+    findings.apply(0, bench.endpoint, Found(("a",), facts))
+    assert sink.told == [
+        ("models", "a"), ("capacity", 100, None), ("budget", 100), ("queues",), ("usage", 0),
+    ]  # fmt: skip
+    assert bench.fleet.limit_of(0) == 4
+    sink.told.clear()
+    later = EngineFacts(capacity_tokens=100, started_unix_seconds=11.0)
+    findings.apply(0, bench.endpoint, Found(None, later))
+    findings.apply(0, bench.endpoint, Found(None, later))
+    assert sink.told == [("epoch", 0)]
+    sink.told.clear()
+    findings.forget(0)
+    sink.budget = True
+    findings.apply(0, bench.endpoint, Found(None, EngineFacts(capacity_tokens=100)))
+    assert sink.told == [("capacity", 100, None)]
+
+
+@pytest.mark.parametrize(
+    ("host", "auth"),
+    [
+        ("api.anthropic.com", Auth.X_API_KEY),
+        ("API.ANTHROPIC.COM", Auth.X_API_KEY),
+        ("me.openai.azure.com", Auth.API_KEY),
+        ("me.services.ai.azure.com", Auth.API_KEY),
+        ("api.openai.com", Auth.BEARER),
+        ("notanthropic.com", Auth.BEARER),
+        ("anthropic.com.evil.org", Auth.BEARER),
+        ("10.0.0.1", Auth.BEARER),
+    ],
+)
+def test_a_key_goes_in_the_header_that_its_host_wants(host: str, auth: Auth) -> None:
+    assert auth_of(None, host) is auth
+    assert auth_of(Auth.API_KEY, host) is Auth.API_KEY
+    name, value = credential_of("k", None, host)
+    assert (name, value) == ((b"authorization", b"Bearer k") if auth is Auth.BEARER else (auth.value.encode(), b"k"))
+    assert bool(default_headers_of(None, host)) is (auth is Auth.X_API_KEY)

@@ -1,0 +1,123 @@
+"""What an attempt claims is given back on every path, however often and in whatever order its ends are called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache.index.hashing import cut
+from proxy.fleet import Fleet, ReplicaSpec
+from proxy.model import CacheStatus, Candidate, MissReason, Plan, RouteReason
+from proxy.pipeline.attempt import Attempt, Attempts
+from proxy.routing.prefill_gate import PrefillGate
+from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
+from tests.proxy.pipeline.bench import POOL, Placements
+from tests.support.clock import FakeClock
+
+CHAIN = cut(0, [b"x" * 40_000])
+
+
+class Bench:
+    """One replica with room for `limit` requests."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.clock = FakeClock()
+        self.fleet = Fleet(lambda: 0.5)
+        self.fleet.add(ReplicaSpec("r", POOL, in_flight_limit=limit))
+        self.placements = Placements()
+        self.queue = ReplicaQueue(limit, QueueLimits(), self.clock)
+        self.changes = 0
+        self.attempts = Attempts(
+            self.fleet, self.placements, PrefillGate(), {0: self.queue}, self._changed, self.clock
+        )
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    def begin(self, fingerprint: Any = CHAIN, *, matched: bool = False) -> Attempt:
+        """Begin an attempt; `matched` if the index says that the replica holds the prompt, or will."""
+        view = self.fleet.snapshot(POOL, self.clock.monotonic())[0]
+        matched_tokens = 9_999.0 if matched else 0.0
+        candidate = Candidate(view, 0, matched_tokens, 10_000.0 - matched_tokens, 1.0)
+        plan = Plan((candidate,), RouteReason.COLD, MissReason.COLD, CacheStatus.MISS, 10_000.0)
+        return self.attempts.begin(plan, candidate, fingerprint, len(CHAIN) if matched else 0, stream=True)
+
+    def load(self) -> tuple[int, float]:
+        view = self.fleet.snapshot(POOL, self.clock.monotonic())[0]
+        return view.in_flight, view.pending_tokens
+
+
+def test_without_a_fingerprint_only_the_charge_and_the_place_are_taken() -> None:
+    bench = Bench()
+    attempt = bench.begin(None)
+    assert (bench.load(), bench.queue.running) == ((1, 10_000.0), 1)
+    assert attempt.placement is None
+    attempt.end(bench.clock.monotonic())
+    assert (bench.load(), bench.queue.running, bench.placements.done) == ((0, 0.0), 0, {})
+
+
+def test_the_second_with_a_cold_prefix_waits_for_the_first() -> None:
+    """It is pending at the replica, but not in flight there, and holds no place."""
+    bench = Bench()
+    first, second = bench.begin(), bench.begin(matched=True)
+    assert (first.must_wait, second.must_wait) == (False, True)
+    assert bench.load()[0] == 1
+    assert bench.queue.running == 1
+    second.end(0.0)
+    first.end(0.0)
+    assert bench.load() == (0, 0.0)
+
+
+async def test_it_goes_on_when_the_first_has_its_first_token() -> None:
+    bench = Bench()
+    first, second = bench.begin(), bench.begin(matched=True)
+    first.first_token(bench.clock.monotonic())
+    await second.wait(bench.clock)
+    assert not second.must_wait
+    assert bench.load()[0] == 2
+    assert bench.placements.done["computed"] == 1
+    for attempt in (first, second):
+        attempt.end(bench.clock.monotonic())
+    assert (bench.load()[0], bench.queue.running) == (0, 0)
+
+
+async def test_it_goes_on_when_the_first_fails() -> None:
+    """Then no replica has computed the prefix, and the second one does."""
+    bench = Bench()
+    first, second = bench.begin(), bench.begin(matched=True)
+    first.take_back()
+    first.end(bench.clock.monotonic())
+    await second.wait(bench.clock)
+    second.computed()
+    assert bench.placements.done["taken back"] == 1
+    second.end(bench.clock.monotonic())
+    assert bench.load() == (0, 0.0)
+
+
+ENDS = ("first_token", "computed", "take_back", "end", "leave")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(ENDS), max_size=6), st.booleans())
+def test_any_order_of_ends_gives_everything_back_once(script: list[str], shared: bool) -> None:
+    bench = Bench(limit=1)
+    attempt = bench.begin(CHAIN if shared else None)
+    for step in script:
+        bench.clock.advance(0.1)
+        now = bench.clock.monotonic()
+        if step == "first_token":
+            attempt.first_token(now)
+        elif step == "leave":
+            attempt.end(now, client_left=True)
+        elif step == "end":
+            attempt.end(now)
+        else:
+            getattr(attempt, step)()
+    attempt.end(bench.clock.monotonic())
+    bench.clock.advance(1_000.0)
+    assert bench.load() == (0, 0.0)
+    assert bench.queue.running == 0
+    assert bench.placements.done["taken back"] <= 1
+    assert bench.placements.done["computed"] + bench.placements.done["left"] <= 1

@@ -1,0 +1,55 @@
+"""What an exchange tells the client and hands to settlement."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from proxy.model import Ending, Usage
+from proxy.pipeline.retries import AttemptFailure, FailureKind
+from tests.proxy.pipeline.bench import Bench
+
+
+def test_gaps_between_tokens_are_counted_per_bucket() -> None:
+    """The first token begins no gap."""
+    exchange = Bench().exchange(stream=True)
+    assert exchange.token_came(10.0)
+    assert not exchange.token_came(10.01)
+    assert not exchange.token_came(10.51)
+    outcome = exchange.outcome(11.0)
+    assert sum(outcome.inter_token_counts) == 2
+    assert outcome.inter_token_seconds == pytest.approx(0.51)
+    assert (outcome.times.first_token_seconds, outcome.times.ended_seconds) == (10.0, 11.0)
+
+
+def test_an_exchange_that_never_came_far_has_an_outcome_too() -> None:
+    outcome = Bench().exchange().outcome(1.0)
+    assert (outcome.ending, outcome.replica, outcome.usage, outcome.retries) == (Ending.INTERNAL, None, None, 0)
+
+
+async def test_what_was_tried_is_told_in_the_headers_the_outcome_and_the_reason() -> None:
+    bench = Bench()
+    exchange = bench.exchange()
+    assert exchange.notes() == ()
+    assert exchange.tried_note() == ()
+    exchange.tried = (
+        AttemptFailure(0, "r0", FailureKind.STATUS, "503"),
+        AttemptFailure(1, "r1", FailureKind.UNSENT, "connect"),
+    )
+    assert exchange.tried_note() == ((b"x-cairn-tried", b"r0;503, r1;connect"),)
+    outcome = exchange.outcome(1.0)
+    assert (outcome.retries, outcome.tried) == (2, ("r0;503", "r1;connect"))
+
+
+def test_a_429_is_about_the_clients_key_unless_the_replicas_own_is_sent() -> None:
+    bench = Bench()
+    exchange = bench.exchange()
+    assert exchange.throttle_key == ("tenant", "m")
+    exchange.pool = msgspec.structs.replace(bench.pool, has_own_key=True)
+    assert exchange.throttle_key == ("", "m")
+
+
+def test_saved_tokens_are_told_if_a_stored_context_was_used_and_they_were_reported() -> None:
+    exchange = Bench().exchange()
+    exchange.usage = Usage(10, 1, 7)
+    assert exchange.saved_note() == ()

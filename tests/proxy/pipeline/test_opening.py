@@ -1,0 +1,115 @@
+"""What the beginning of a body shows, however it is cut."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from proxy.errors import ResetMidResponse
+from proxy.model import Endpoint
+from proxy.pipeline.opening import Opening, judge, wait_for_opening
+from tests.proxy.pipeline.bench import Upstream, turns
+from tests.support.clock import FakeClock
+
+CHUNK = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
+
+# name: (body, dialect, what it is once it is there)
+BODIES: dict[str, tuple[bytes, Endpoint, Opening]] = {
+    "a chunk": (CHUNK, Endpoint.CHAT, Opening.STREAM),
+    "a chunk that speaks of errors": (CHUNK.replace(b'"a"', b'"error"'), Endpoint.CHAT, Opening.STREAM),
+    "done at once": (b"data: [DONE]\n\n", Endpoint.CHAT, Opening.STREAM),
+    "a comment, then a chunk": (b": busy\n\n" + CHUNK, Endpoint.CHAT, Opening.STREAM),
+    "CRLF": (CHUNK.replace(b"\n", b"\r\n"), Endpoint.CHAT, Opening.STREAM),
+    "CR": (CHUNK.replace(b"\n", b"\r"), Endpoint.CHAT, Opening.STREAM),
+    "a byte order mark": (b"\xef\xbb\xbf" + CHUNK, Endpoint.CHAT, Opening.STREAM),
+    "an id and a retry first": (b"retry: 5\nid: 1\n" + CHUNK, Endpoint.CHAT, Opening.STREAM),
+    "a message's start": (
+        b'event: message_start\ndata: {"type": "message_start"}\n\n', Endpoint.MESSAGES, Opening.STREAM,
+    ),
+    "an error of chat": (b'data: {"error": {"message": "m"}}\n\n', Endpoint.CHAT, Opening.ERROR),
+    "an error with CRLF": (b'data: {"error": {"message": "m"}}\r\n\r\n', Endpoint.CHAT, Opening.ERROR),
+    "an error behind comments": (b': a\n\n: b\n\ndata: {"error": {"code": 5}}\n\n', Endpoint.CHAT, Opening.ERROR),
+    "an error of responses": (
+        b'event: error\ndata: {"type": "error", "message": "m"}\n\n', Endpoint.RESPONSES, Opening.ERROR,
+    ),
+    "a failed response": (
+        b'event: response.failed\ndata: {"type": "response.failed", "response": {"error": {}}}\n\n',
+        Endpoint.RESPONSES, Opening.ERROR,
+    ),
+    "an error behind a ping": (
+        b'event: ping\ndata: {"type": "ping"}\n\nevent: error\ndata: {"type": "error", "error": {}}\n\n',
+        Endpoint.MESSAGES, Opening.ERROR,
+    ),
+    "JSON": (b'{"choices": []}', Endpoint.CHAT, Opening.PLAIN),
+    "JSON behind white space": (b'\n  {"choices": []}', Endpoint.CHAT, Opening.PLAIN),
+    "HTML": (b"<!doctype html>", Endpoint.CHAT, Opening.PLAIN),
+    "text": (b"busy, come again", Endpoint.CHAT, Opening.PLAIN),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_whole_first_event_decides_and_a_part_of_it_does_not(name: str) -> None:
+    """At no cut is a stream taken for plain, an error for none, or the other way round."""
+    body, endpoint, opening = BODIES[name]
+    assert judge(body, endpoint, complete=False) is opening
+    assert judge(body, endpoint, complete=True) is opening
+    for cut in range(len(body)):
+        assert judge(body[:cut], endpoint, complete=False) in (Opening.UNDECIDED, opening), cut
+
+
+def test_an_empty_body_is_plain_and_an_event_cut_off_by_the_end_is_a_stream() -> None:
+    assert judge(b"", Endpoint.CHAT, complete=True) is Opening.PLAIN
+    assert judge(b"", Endpoint.CHAT, complete=False) is Opening.UNDECIDED
+    assert judge(CHUNK[:-5], Endpoint.CHAT, complete=True) is Opening.STREAM
+    assert judge(b'data: {"error": {"message": "m"}}', Endpoint.CHAT, complete=True) is Opening.ERROR
+
+
+def test_an_event_that_is_too_long_is_no_error_and_is_not_waited_for() -> None:
+    assert judge(b"data: {" + b"x" * 70_000, Endpoint.CHAT, complete=False) is Opening.STREAM
+
+
+async def test_the_body_is_left_where_it_is() -> None:
+    """It arrives in pieces, and all of them are there to be relayed."""
+    upstream = Upstream(FakeClock())
+    waiting = asyncio.get_running_loop().create_task(wait_for_opening(upstream.response, Endpoint.CHAT, 60.0))
+    for byte in CHUNK:
+        await turns(2)
+        assert not waiting.done()
+        upstream.send(bytes([byte]))
+    assert await waiting is Opening.STREAM
+    assert upstream.response.body_now() == CHUNK
+
+
+async def test_the_wait_is_bounded_and_can_be_repeated() -> None:
+    """Silence is no decision; what comes later is still there."""
+    upstream = Upstream(FakeClock())
+    upstream.send(b": busy\n\n")
+    assert await wait_for_opening(upstream.response, Endpoint.CHAT, 0.01) is Opening.UNDECIDED
+    upstream.send(CHUNK)
+    assert await wait_for_opening(upstream.response, Endpoint.CHAT, 0.01) is Opening.STREAM
+    assert not upstream.source.closed
+
+
+async def test_what_ends_the_response_ends_the_wait() -> None:
+    upstream = Upstream(FakeClock())
+    waiting = asyncio.get_running_loop().create_task(wait_for_opening(upstream.response, Endpoint.CHAT, 60.0))
+    await turns()
+    upstream.fail(ResetMidResponse("reset"))
+    with pytest.raises(ResetMidResponse):
+        await waiting
+    ended = Upstream(FakeClock())
+    waiting = asyncio.get_running_loop().create_task(wait_for_opening(ended.response, Endpoint.CHAT, 60.0))
+    await turns()
+    ended.end()
+    assert await waiting is Opening.PLAIN
+
+
+async def test_a_cancelled_wait_closes_the_connection() -> None:
+    upstream = Upstream(FakeClock())
+    waiting = asyncio.get_running_loop().create_task(wait_for_opening(upstream.response, Endpoint.CHAT, 60.0))
+    await turns()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert upstream.source.closed

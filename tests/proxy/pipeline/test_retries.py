@@ -1,0 +1,103 @@
+"""When a request is tried at another replica, and how often."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxy.errors import (
+    BadResponse,
+    ConnectFailed,
+    ConnectTimeout,
+    FirstByteTimeout,
+    IdleTimeout,
+    PoolTimeout,
+    ResetBeforeResponse,
+    ResetMidResponse,
+    TlsFailed,
+    UpstreamError,
+)
+from proxy.model import Candidate, ReplicaView
+from proxy.pipeline.retries import (
+    AttemptFailure,
+    FailureKind,
+    RetryBudget,
+    may_repeat,
+    next_candidate,
+    of_error,
+)
+
+REPLICAS = [ReplicaView(n, f"r{n}", True, 1.0, 0.0, 0, None, 0.0, 0.05) for n in range(3)]
+CANDIDATES = [Candidate(replica, 0, 0.0, 1.0, 1.0) for replica in REPLICAS]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConnectFailed("x"), FailureKind.UNSENT),
+        (ConnectTimeout("x"), FailureKind.UNSENT),
+        (TlsFailed("x"), FailureKind.UNSENT),
+        (PoolTimeout("x"), FailureKind.UNSENT),
+        (ResetBeforeResponse("x"), FailureKind.BROKEN),
+        (ResetMidResponse("x"), FailureKind.BROKEN),
+        (BadResponse("x"), FailureKind.BROKEN),
+        (FirstByteTimeout("x"), FailureKind.SLOW),
+        (IdleTimeout("x"), FailureKind.SLOW),
+    ],
+)
+def test_every_error_has_a_kind(error: UpstreamError, kind: FailureKind) -> None:
+    failure = of_error(CANDIDATES[1], error)
+    assert (failure.replica, failure.name, failure.kind, failure.reason) == (1, "r1", kind, error.reason)
+
+
+@pytest.mark.parametrize("kind", FailureKind)
+def test_what_may_be_repeated(kind: FailureKind) -> None:
+    """Whatever runs a model or only reads, unless it may still be computed; and anything that was never sent."""
+
+    def repeats(*, runs_model: bool = False, method: str = "POST", replayable: bool = True) -> bool:
+        return may_repeat(kind, runs_model=runs_model, method=method, replayable=replayable)
+
+    slow = kind is FailureKind.SLOW
+    assert repeats(runs_model=True) is not slow
+    assert repeats(method="GET") is not slow
+    assert repeats() is (kind is FailureKind.UNSENT)
+    assert not repeats(runs_model=True, replayable=False)
+
+
+def failed(number: int, reason: str = "500") -> AttemptFailure:
+    return AttemptFailure(number, f"r{number}", FailureKind.STATUS, reason)
+
+
+def test_the_next_is_the_cheapest_that_is_open_and_was_not_tried() -> None:
+    assert next_candidate([failed(0)], CANDIDATES, [True, True, True]) is CANDIDATES[1]
+    assert next_candidate([failed(0)], CANDIDATES, [True, False, True]) is CANDIDATES[2]
+    assert next_candidate([failed(0), failed(2)], CANDIDATES, [True, False, True]) is None
+
+
+def test_a_replica_alone_is_tried_again_once_if_its_connection_died() -> None:
+    """Not after a status, and not a third time."""
+    alone = CANDIDATES[:1]
+    died = failed(0, ResetBeforeResponse.reason)
+    assert next_candidate([died], alone, [True]) is alone[0]
+    assert next_candidate([died], alone, [False]) is alone[0]
+    assert next_candidate([died, died], alone, [True]) is None
+    assert next_candidate([failed(0)], alone, [True]) is None
+
+
+def test_a_success_elsewhere_proves_nothing_about_a_429_or_a_connection_that_was_not_made() -> None:
+    assert failed(0).shows_the_replica_fails
+    assert not failed(0, "429").shows_the_replica_fails
+    assert not of_error(CANDIDATES[0], ConnectFailed("x")).shows_the_replica_fails
+
+
+def test_the_budget_is_a_tenth_of_the_requests_of_ten_seconds_and_at_least_three() -> None:
+    budget = RetryBudget()
+    assert [budget.take(0.0) for _ in range(4)] == [True, True, True, False]
+    for number in range(100):
+        budget.note_request(number / 100)
+    assert [budget.take(1.0) for _ in range(8)] == [True] * 7 + [False]
+    assert not budget.take(9.9)
+    assert [budget.take(10.5) for _ in range(2)] == [True, True]  # the first three are ten seconds old
+    for _ in range(2):
+        budget.take(25.0)
+    assert budget.take(25.0)
+    assert not budget.take(25.0)  # and the requests are, too
