@@ -28,6 +28,11 @@ def called(node: ast.Call) -> str:
     return node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
 
 
+def test_no_module_is_listed_twice() -> None:
+    """mypyc refuses a list that has a module twice, and the wheel cannot be built."""
+    assert [module for module in MODULES if MODULES.count(module) > 1] == []
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_no_bound_of_a_slice_does_anything(module: str) -> None:
     """A slice bound has no side effect: mypyc 2.4 may evaluate it twice."""
