@@ -24,7 +24,6 @@ _ANONYMOUS_NAME: Final = "anonymous"
 _NAME_DIGITS: Final = 12  # of a keyed hash, shown to the operator
 _BUSY_RETRY_SECONDS: Final = 1.0
 _KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
-_KEY_HEADER_LENGTHS = frozenset(map(len, _KEY_HEADERS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +120,14 @@ class Authenticator:
 
 
 def credentials_of(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
-    """Return the keys in a request's headers, in their order, each once.
+    """Return the keys in a request's headers (names in lower case), in their order, each once.
 
     A key comes as `Authorization: Bearer KEY` (in any letter case) or as the bare value of `Authorization`,
     `x-api-key` (Anthropic) or `api-key` (Azure).
     """
     found: list[bytes] = []
     for name, value in headers:
-        if len(name) in _KEY_HEADER_LENGTHS and name.lower() in _KEY_HEADERS:
+        if name in _KEY_HEADERS:
             scheme, space, rest = value.strip().partition(b" ")
             key = rest.strip() if space and len(name) == 13 and scheme.lower() == b"bearer" else value.strip()
             if key and key not in found and len(found) < _CREDENTIALS_MOST:
@@ -138,7 +137,7 @@ def credentials_of(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
 
 def check_model(tenant: Tenant, model: str) -> None:
     """Raise Forbidden if `tenant` may not use `model`."""
-    if not matches_any(model, tenant.models):
+    if "*" not in tenant.models and not matches_any(model, tenant.models):
         raise Forbidden("This key may not use this model.", param="model", code="model_not_allowed")
 
 

@@ -6,23 +6,19 @@ Reader and planner decide, the relay acts, and the `Exchange` records the result
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Final, Protocol
 
 from proxy.downstream.response import Downstream
 from proxy.errors import REASON_PHRASES, CairnError, UnknownObject, UpstreamError
-from proxy.model import Call, Ending, Endpoint
+from proxy.model import Call, Ending, Endpoint, Tenant
 from proxy.pipeline.dispatch import Upload
 from proxy.pipeline.exchange import Exchange
-from proxy.pipeline.models_endpoint import ModelsEndpoint
-from proxy.pipeline.planner import Planner
-from proxy.pipeline.reader import RequestReader
-from proxy.pipeline.relay import Relay
-from proxy.pipeline.settlement import Settlement
 from proxy.pipeline.stored_contexts import StoredContexts
 from proxy.wire.errors import error_response
 from proxy.wire.headers import names_context
 
-_OBJECT_NEWS_SECONDS: Final = 0.05
+OBJECT_NEWS_SECONDS: Final = 0.05
 """Time in which an object that was created at another worker becomes known here; ten intervals of the journal."""
 
 # constants, since looking up a member of an enum takes 70 ns, and a constant nothing if this is compiled
@@ -31,17 +27,74 @@ _MODELS: Final = Endpoint.MODELS
 _CACHING: Final = Endpoint.CACHING
 
 
+class Reading(Protocol):
+    """Phase 2, by `RequestReader`."""
+
+    def read(self, exchange: Exchange) -> None:
+        """Find model, pool and objects. Raises CairnError, and UnknownObject for an object that is not known here."""
+        ...
+
+
+class Planning(Protocol):
+    """Phases 4 to 6, by `Planner`."""
+
+    def fingerprint(self, exchange: Exchange) -> None:
+        """Hash the prompt in blocks."""
+        ...
+
+    def look_up(self, exchange: Exchange) -> None:
+        """Find which replica holds how much of it."""
+        ...
+
+    def plan(self, exchange: Exchange) -> None:
+        """Order the replicas. Raises Overloaded."""
+        ...
+
+    def note_answered(self, exchange: Exchange) -> None:
+        """Remember that the tenant has had this prompt answered."""
+        ...
+
+
+class Relaying(Protocol):
+    """Phase 7, by `Relay`."""
+
+    async def run(self, exchange: Exchange, downstream: Downstream, upload: Upload | None = None) -> None:
+        """Send the request and pass the response on. Raises CairnError while nothing was written."""
+        ...
+
+
+class ModelListing(Protocol):
+    """The list of models, by `ModelsEndpoint`."""
+
+    def merges_for(self, tenant: Tenant) -> bool:
+        """Return True if the list must be made here."""
+        ...
+
+    async def answer(self, exchange: Exchange, client: Downstream) -> None:
+        """Write the list. Raises UpstreamError."""
+        ...
+
+
+class Settling(Protocol):
+    """Phase 8, by `Settlement`."""
+
+    def settle(self, exchange: Exchange) -> object:
+        """Learn from a finished request, count and log it."""
+        ...
+
+
 class Pipeline:
     """Takes each request through its phases. One per worker."""
 
     def __init__(
         self,
-        reader: RequestReader,
-        planner: Planner,
-        relay: Relay,
-        models_endpoint: ModelsEndpoint,
-        settlement: Settlement,
+        reader: Reading,
+        planner: Planning,
+        relay: Relaying,
+        models_endpoint: ModelListing,
+        settlement: Settling,
         contexts: StoredContexts,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._reader = reader
         self._planner = planner
@@ -49,6 +102,7 @@ class Pipeline:
         self._models_endpoint = models_endpoint
         self._settlement = settlement
         self._contexts = contexts
+        self._sleep = sleep
 
     async def handle(self, call: Call, client: Downstream, upload: Upload | None = None) -> None:
         """Answer an admitted call.
@@ -89,7 +143,7 @@ class Pipeline:
     async def decide(self, exchange: Exchange) -> None:
         """Run the phases that choose, from the body to the plan. Changes only the exchange. Raises CairnError."""
         if not self._object_is_known(exchange):
-            await asyncio.sleep(_OBJECT_NEWS_SECONDS)
+            await self._sleep(OBJECT_NEWS_SECONDS)
             self._reader.read(exchange)
         await self.expand(exchange)
         self._planner.fingerprint(exchange)

@@ -1,0 +1,216 @@
+"""The phases in their order: what each one decides, who answers, and that every request is settled once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from proxy.errors import BadRequest, Overloaded, ResetBeforeResponse, UnknownObject
+from proxy.model import Ending, Endpoint, Prompt, Tenant
+from proxy.pipeline.dispatch import Upload
+from proxy.pipeline.exchange import Exchange
+from proxy.pipeline.pipeline import OBJECT_NEWS_SECONDS, Pipeline
+from proxy.wire.request import read as read_prompt
+from tests.proxy.pipeline.test_cors import Kept
+from tests.proxy.pipeline.test_reader import CHAT, exchange
+
+
+class Phases:
+    """All collaborators of a pipeline in one; `steps` are the calls, `failures` what a step raises."""
+
+    def __init__(self, **failures: Any) -> None:
+        self.steps: list[str] = []
+        self.slept: list[float] = []
+        self.failures = failures
+        self.merges = False
+        self.ending = Ending.COMPLETE
+        self.pipeline = Pipeline(self, self, self, self, self, Contexts(self), self.sleep)
+
+    def step(self, name: str) -> None:
+        """Note a call, and raise what it is to raise next."""
+        self.steps.append(name)
+        failures = self.failures.get(name, [])
+        if failures and (failure := failures.pop(0)) is not None:
+            raise failure
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+
+    def read(self, exchange: Exchange) -> None:
+        self.step("read")
+
+    def fingerprint(self, exchange: Exchange) -> None:
+        self.step("fingerprint")
+
+    def look_up(self, exchange: Exchange) -> None:
+        self.step("look_up")
+
+    def plan(self, exchange: Exchange) -> None:
+        self.step("plan")
+
+    def note_answered(self, exchange: Exchange) -> None:
+        self.step("note_answered")
+
+    async def run(self, exchange: Exchange, downstream: Any, upload: Upload | None = None) -> None:
+        self.step("relay")
+        exchange.ending = self.ending
+
+    def merges_for(self, tenant: Tenant) -> bool:
+        return self.merges
+
+    async def answer(self, exchange: Exchange, client: Any) -> None:
+        self.step("models")
+
+    def settle(self, exchange: Exchange) -> None:
+        self.step("settle")
+
+
+class Contexts:
+    """Stored contexts, as a part of the phases."""
+
+    def __init__(self, phases: Phases) -> None:
+        self.phases = phases
+
+    async def answer(self, exchange: Exchange, client: Any) -> None:
+        self.phases.step("contexts.answer")
+
+    async def expand(self, exchange: Exchange) -> None:
+        self.phases.step("contexts.expand")
+
+    def tell_checked(self, exchange: Exchange, client: Any) -> None:
+        self.phases.step("contexts.tell_checked")
+
+    def settle(self, exchange: Exchange) -> None:
+        self.phases.step("contexts.settle")
+
+
+DECISIONS = ["read", "fingerprint", "look_up", "plan"]
+ANSWERED = ["relay", "note_answered"]
+END = ["settle", "contexts.settle"]
+
+
+REFUSED_AT = [("read", ["read"]), ("plan", DECISIONS), ("relay", [*DECISIONS, "relay"])]
+
+
+async def ran(phases: Phases, asked: Exchange) -> tuple[Exchange, Kept]:
+    """An exchange after the whole pipeline, and what the client got."""
+    kept = Kept()
+    await phases.pipeline.run(asked, kept)
+    return asked, kept
+
+
+async def test_a_request_goes_through_its_phases_in_order() -> None:
+    """From the body to the settlement, each once."""
+    phases = Phases()
+    await phases.pipeline.handle(exchange("POST", "/v1/chat/completions", CHAT).call, Kept())
+    assert phases.steps == [*DECISIONS, *ANSWERED, *END]
+
+
+async def test_stored_contexts_and_the_list_of_models_are_answered_here() -> None:
+    """Neither is routed; the list only if one replica's would not do."""
+    phases = Phases()
+    await ran(phases, exchange("POST", "/v1/caching", {}))
+    assert phases.steps == ["contexts.answer", *END]
+    for merges, steps in ((True, ["models"]), (False, [*DECISIONS, *ANSWERED])):
+        phases = Phases()
+        phases.merges = merges
+        await ran(phases, exchange("GET", "/v1/models"))
+        assert phases.steps == [*steps, *END]
+
+
+@pytest.mark.parametrize(("failing", "before"), REFUSED_AT)
+async def test_a_refusal_is_answered_and_settled_wherever_it_arises(failing: str, before: list[str]) -> None:
+    """With its status, its code and the request's id; the upstream's failures are told from Cairn's refusals."""
+    for error, ending in (
+        (BadRequest("no", param="x"), Ending.REFUSED),
+        (Overloaded("full", retry_after_seconds=2.0), Ending.REFUSED),
+        (ResetBeforeResponse("gone"), Ending.UPSTREAM_FAILED),
+    ):
+        phases = Phases(**{failing: [error]})
+        asked, kept = await ran(phases, exchange("POST", "/v1/chat/completions", CHAT))
+        assert phases.steps == [*before, *END]
+        assert (asked.ending, asked.status, asked.error_code) == (ending, error.status, error.code or error.type)
+        _, status, reason, headers, body = kept.calls[0]
+        assert isinstance(headers, tuple)
+        assert isinstance(body, bytes)
+        assert (status, bool(reason)) == (error.status, True)
+        assert (b"x-request-id", b"r") in headers
+        assert json.loads(body)["error"]["message"] == error.message
+        assert len(kept.calls) == 1
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), ConnectionResetError(), ZeroDivisionError()])
+@pytest.mark.parametrize("failing", ["read", "relay"])
+async def test_a_client_that_leaves_and_a_defect_are_settled_and_passed_on(
+    failing: str, error: BaseException
+) -> None:
+    """Nothing is written for them here."""
+    phases = Phases(**{failing: [error]})
+    kept = Kept()
+    with pytest.raises(type(error)):
+        await phases.pipeline.run(exchange("POST", "/v1/chat/completions", CHAT), kept)
+    assert phases.steps[-2:] == END
+    assert kept.calls == []
+
+
+async def test_an_object_that_another_worker_made_a_moment_ago_is_waited_for_once() -> None:
+    """News of it takes some milliseconds; after that it does not exist."""
+    unknown = UnknownObject("no such object")
+    phases = Phases(read=[unknown, None])
+    await ran(phases, exchange("GET", "/v1/files/file-1"))
+    assert phases.steps == ["read", *DECISIONS, *ANSWERED, *END]
+    assert phases.slept == [OBJECT_NEWS_SECONDS]
+    phases = Phases(read=[unknown, unknown])
+    asked, _ = await ran(phases, exchange("GET", "/v1/files/file-1"))
+    assert (asked.status, phases.steps) == (404, ["read", "read", *END])
+
+
+@pytest.mark.parametrize(("named", "expands"), [(True, True), (False, False)])
+async def test_a_context_is_inserted_before_the_prompt_is_hashed(named: bool, expands: bool) -> None:
+    """If a message or a header may name one."""
+    phases = Phases()
+    reader = phases.read
+
+    def read(asked: Exchange) -> None:
+        reader(asked)
+        asked.prompt = _prompt(may_name_context=named)
+
+    phases.read = read  # type: ignore[method-assign, assignment]
+    await ran(phases, exchange("POST", "/v1/chat/completions", CHAT))
+    assert ("contexts.expand" in phases.steps[:2]) is expands
+
+
+def _prompt(*, may_name_context: bool) -> Prompt:
+    body = b'{"model":"m","messages":[{"role":"cache","content":"tag=a"}]}'
+    prompt = read_prompt(body if may_name_context else body.replace(b"cache", b"user"), Endpoint.CHAT)
+    assert prompt.may_name_context is may_name_context
+    return prompt
+
+
+async def test_a_dry_run_of_a_context_is_answered_and_not_relayed() -> None:
+    """It only checks."""
+    phases = Phases()
+    asked = exchange("POST", "/v1/chat/completions", CHAT)
+    asked.only_checked = True
+    await ran(phases, asked)
+    assert phases.steps == [*DECISIONS, "contexts.tell_checked", *END]
+
+
+async def test_only_an_answered_prompt_is_noted() -> None:
+    """What was refused, or ended otherwise, is no prefix that the tenant has had answered."""
+    for ending, noted in ((Ending.COMPLETE, True), (Ending.UPSTREAM_STATUS, False), (Ending.TRUNCATED, False)):
+        phases = Phases()
+        phases.ending = ending
+        await ran(phases, exchange("POST", "/v1/chat/completions", CHAT))
+        assert ("note_answered" in phases.steps) is noted
+
+
+async def test_a_call_that_was_not_admitted_is_answered_and_settled() -> None:
+    """Like any other."""
+    phases, kept = Phases(), Kept()
+    phases.pipeline.turn_away(exchange("POST", "/v1/chat/completions").call, BadRequest("no"), kept)
+    assert phases.steps == ["settle"]
+    assert kept.calls[0][1] == 400
