@@ -14,7 +14,7 @@ async def test_what_waits_to_be_counted_is_little_and_in_the_next_report(http: a
     """Whether a report comes between two of them or not."""
     body = {"model": "test-model", "messages": [{"role": "user", "content": "hello"}]}
     async with OpenAIUpstream() as upstream, running(config_for([upstream.url])) as cairn:
-        settlement = cairn.worker.accounting.settlement  # noqa: SLF001 - internal state that no public name shows
+        settlement = cairn.worker.accounting.settlement
         for number in range(1, 2 * COUNTED_TOGETHER + 8):
             async with http.post(f"{cairn.url}/chat/completions", json=body) as answer:
                 await answer.read()

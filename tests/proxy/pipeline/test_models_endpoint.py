@@ -1,0 +1,124 @@
+"""The list of models: merged over pools, narrowed to what a client may use, and an error only if nobody answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, cast
+
+import pytest
+from msgspec.structs import replace
+
+from proxy.errors import BadResponse, ConnectFailed
+from proxy.fleet import Fleet
+from proxy.model import Ending, Tenant
+from proxy.pipeline.exchange import Exchange
+from proxy.pipeline.models_endpoint import ModelsEndpoint
+from proxy.upstream import Origin, UpstreamClient
+from tests.proxy.pipeline.test_cors import Kept
+from tests.proxy.pipeline.test_disclosure import view
+from tests.proxy.pipeline.test_reader import LIMITED, MINE, OWN_KEYS, SHARED, exchange, pools
+from tests.support.clock import FakeClock
+
+LISTS = {"a": ["cheap", "dear", "hidden"], "b": ["cheap"], "c": ["free-1", "cheap"]}
+
+
+class Answer:
+    """A response whose body is known."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        self.status = status
+        self._body = body
+
+    async def read(self, _most: int) -> bytes:
+        return self._body
+
+    def abort(self) -> None:
+        """Nothing to release."""
+
+
+class Upstreams:
+    """The replicas as a client reaches them; `failures` are by host."""
+
+    def __init__(self, **failures: Exception | Answer) -> None:
+        self.asked: list[str] = []
+        self.failures = failures
+
+    async def request(self, origin: Origin, *_: Any, **__: Any) -> Answer:
+        self.asked.append(origin.host)
+        failure = self.failures.get(origin.host)
+        if isinstance(failure, Exception):
+            raise failure
+        data = [{"id": name, "object": "model"} for name in LISTS[origin.host]]
+        return failure or Answer(200, json.dumps({"object": "list", "data": data}).encode())
+
+
+class Replicas:
+    """The fleet: a and b in the shared pool, b less busy; c alone."""
+
+    def __init__(self, *down: str) -> None:
+        self._down = down
+
+    def snapshot(self, pool: str, _now: float, *_: Any) -> tuple[Any, ...]:
+        if pool == "own":
+            return (replace(view(2), name="c"),) if "c" not in self._down else ()
+        busy = replace(view(0), name="a", in_flight=5, available="a" not in self._down)
+        return (busy, replace(view(1), name="b", available="b" not in self._down))
+
+
+async def listed(upstreams: Upstreams, fleet: Replicas, tenant: Tenant = MINE) -> tuple[list[str], Exchange]:
+    """The names in the list that a client gets."""
+    endpoint = ModelsEndpoint(cast("UpstreamClient", upstreams), pools(), cast("Fleet", fleet), FakeClock())
+    asked, kept = exchange("GET", "/v1/models", tenant=tenant), Kept()
+    await endpoint.answer(asked, kept)
+    body = kept.calls[0][4]
+    assert isinstance(body, bytes)
+    return [model["id"] for model in json.loads(body)["data"]], asked
+
+
+async def test_the_lists_of_all_pools_are_merged() -> None:
+    """The least busy replica of each is asked; a model belongs to the first pool that serves it."""
+    upstreams = Upstreams()
+    names, asked = await listed(upstreams, Replicas())
+    assert names == ["cheap", "free-1"]
+    assert sorted(upstreams.asked) == ["b", "c"]
+    assert (asked.status, asked.ending) == (200, Ending.COMPLETE)
+
+
+async def test_a_model_that_the_pool_or_the_client_may_not_use_is_left_out() -> None:
+    """By the pool's patterns, and by the client's."""
+    assert (await listed(Upstreams(), Replicas("b")))[0] == ["cheap", "dear", "free-1"]
+    assert (await listed(Upstreams(), Replicas("b"), LIMITED))[0] == ["cheap"]
+
+
+@pytest.mark.parametrize("failure", [ConnectFailed("no"), Answer(500, b"{}"), Answer(200, b"<html>")])
+async def test_a_pool_that_does_not_answer_is_left_out(failure) -> None:
+    """As long as another one does."""
+    assert (await listed(Upstreams(b=failure), Replicas()))[0] == ["free-1"]
+
+
+async def test_if_no_pool_answers_the_first_failure_is_told() -> None:
+    """An empty list would say that there are no models."""
+    with pytest.raises(ConnectFailed):
+        await listed(Upstreams(b=ConnectFailed("no"), c=BadResponse("no")), Replicas())
+
+
+async def test_a_pool_without_replicas_has_no_models_and_all_down_are_tried() -> None:
+    """A followed name may have no address yet; a replica that is thought to be down may be up again."""
+    assert (await listed(Upstreams(), Replicas("a", "b", "c")))[0] == ["cheap"]
+
+
+async def test_a_defect_is_not_hidden_among_the_failures() -> None:
+    """It ends the request like any other defect."""
+    with pytest.raises(ZeroDivisionError):
+        await listed(Upstreams(b=ZeroDivisionError()), Replicas())
+
+
+def test_the_only_replicas_list_passes_unchanged_for_a_client_without_limits() -> None:
+    """With several pools, or for a limited client, it is made here."""
+    for served, tenant, merges in (
+        ((SHARED,), MINE, False),
+        ((SHARED,), LIMITED, True),
+        ((SHARED, OWN_KEYS), MINE, True),
+    ):
+        client, fleet = cast("UpstreamClient", Upstreams()), cast("Fleet", Replicas())
+        assert ModelsEndpoint(client, pools(*served), fleet, FakeClock()).merges_for(tenant) is merges
