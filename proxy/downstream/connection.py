@@ -285,12 +285,12 @@ class Connection(asyncio.BufferedProtocol):
             if not self._server.bodies.take(length):
                 self._server.refused(ClientLimit.BODY_BYTES)
                 request.refusal = overloaded()
-            if request.upgrade:
-                self._parser = None  # it takes no body behind an upgrade
-            else:
+            if not request.is_parser_spent:
                 parser.feed_data(body)  # which only makes it count, and ready for the next head
         elif length or request.is_chunked:
             request.body = self._body = IncomingBody(self, length, limits.body_bytes, limits.body_bytes_per_second)
+            self._parser = None
+        if request.is_parser_spent:
             self._parser = None
         self._request = request
         if self._next_waiter is not None:
@@ -536,7 +536,8 @@ class Connection(asyncio.BufferedProtocol):
     def body_awaited(self, due: float) -> None:
         """Look at the body at `due`."""
         self._awaited_body = self._body
-        self.deadline = due
+        if self._state == _EXCHANGE:
+            self.deadline = due
 
     def body_arrived(self) -> None:
         """Nobody waits for the body any more."""

@@ -29,7 +29,7 @@ _METHODS: Final = {
     name.encode(): name for name in ("GET", "POST", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 }
 _CHECKED: Final = frozenset(
-    {b"content-length", b"transfer-encoding", b"connection", b"host", b"expect", b"upgrade"}
+    {b"content-length", b"transfer-encoding", b"connection", b"host", b"expect", b"upgrade", b"proxy-connection"}
 )  # names on which framing or the connection depends
 
 _AROUND_TARGET_BYTES: Final = len(b"  HTTP/1.1")
@@ -86,6 +86,7 @@ class IncomingRequest:
     which the connection came, "" if it has none. `content_length` is the declared length in bytes, None if none was
     declared. `whole_body` is the body if it arrived together with the head
     (`body` is None then); otherwise `body` receives it. `refusal` is set if there was no room for it.
+    `is_parser_spent` tells that the parser of this head cannot read another one.
     """
 
     __slots__ = (
@@ -95,6 +96,7 @@ class IncomingRequest:
         "headers",
         "is_chunked",
         "is_http_1_0",
+        "is_parser_spent",
         "keep_alive",
         "method",
         "peer",
@@ -114,8 +116,7 @@ class IncomingRequest:
         self.headers = headers
         self.peer = ""
         self.content_length: int | None = None
-        self.is_chunked = False
-        self.expects_continue = False
+        self.is_chunked = self.expects_continue = self.is_parser_spent = False
         self.upgrade = b""
         self.body: IncomingBody | None = None
         self.whole_body = b""
@@ -139,7 +140,10 @@ class IncomingRequest:
                 self.is_chunked = value.strip(b" \t").lower() == b"chunked"
             elif name == b"expect":
                 expect = value.strip(b" \t").lower()
+            elif name == b"proxy-connection":
+                self.is_parser_spent = True  # to llhttp it is a Connection header
             else:
+                self.is_parser_spent = True  # llhttp may expect another protocol now
                 self.upgrade = value.strip(b" \t").lower()
         if hosts != 1 and (hosts or not self.is_http_1_0):
             raise ProtocolError(BadHttp.HOST, "A request has exactly one Host header.")

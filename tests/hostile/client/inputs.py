@@ -275,6 +275,14 @@ HEADERS: dict[str, Case] = {
         + NEXT,
         served=(b"POST /a abc", b"GET /next "),
     ),
+    "a connection header for proxies": good(
+        sized(b"abc", b"proxy-connection: close\r\n") + NEXT,
+        NEXT,
+        served=(b"POST /a abc", b"GET /next ", b"GET /next "),
+    ),
+    "a connection header for proxies, without a body": good(
+        GET + b"proxy-connection: close\r\n\r\n" + NEXT, served=(b"GET /a ", b"GET /next ")
+    ),
     "an upgrade that is not a connection option": good(sized(b"abc", b"upgrade: h2c\r\n")),
     "the answer to HEAD": good(b"HEAD /a HTTP/1.1\r\nhost: x\r\n\r\n", served=(b"HEAD /a ",)),
 }
