@@ -1,7 +1,7 @@
-"""The command `cairn`: checks that the packages found are Cairn's own before anything of them is used.
+"""The command `cairn`: check that the packages found are Cairn's before using them.
 
-`proxy` and `cache` are names that other distributions use too; whichever was installed last wins in silence. This
-module imports the standard library alone, so that the check runs where nothing else would.
+Other distributions have packages named `proxy` and `cache` too, and the one that was installed last silently replaces
+the others. This module imports only the standard library, so that the check always runs.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ def main() -> None:
     try:
         from proxy.cli.main import cli
     except ImportError as error:
-        sys.exit(f"cairn: {error}; install cairn-proxy again, best into an environment of its own")
+        sys.exit(f"cairn: {error}; install cairn-proxy again, preferably into a separate environment")
     cli()
 
 
 def foreign_package(root: Path) -> str | None:
-    """What is wrong where `proxy` or `cache` is not Cairn's own, both beside each other in `root`; else None."""
+    """Return what is wrong if `proxy` or `cache` in `root` is not Cairn's, else None."""
     for name in ("proxy", "cache"):
-        spec = find_spec(name)  # finds a top-level package without running it
+        spec = find_spec(name)  # does not run a top-level package
         origin = Path(spec.origin).resolve() if spec is not None and spec.origin else None
         if origin is None or origin.parent != root / name or not _is_marked(origin):
             where = origin.parent if origin is not None else "nowhere"
             return (
                 f"the package `{name}` ({where}) is not Cairn's: another distribution installs one of that name; "
-                "install cairn-proxy into an environment of its own"
+                "install cairn-proxy into a separate environment"
             )
     return None
 

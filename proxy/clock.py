@@ -1,4 +1,4 @@
-"""The only place that reads a clock; everything else is handed a `Clock`."""
+"""The only module that reads a clock; everything else is passed a `Clock`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ class Clock(Protocol):
     """Two clocks: one for durations, one for dates."""
 
     def monotonic(self) -> float:
-        """Seconds on a clock that never jumps; only differences mean anything."""
+        """Return seconds on a clock that never jumps; only differences are meaningful."""
         ...
 
     def unix(self) -> float:
-        """Seconds since 1970, for dates shown to people and stored."""
+        """Return seconds since 1970, for dates that are shown or stored."""
         ...
 
 
 class SystemClock:
-    """The machine's clocks. Bound as attributes, so that a reading costs one C call."""
+    """The machine's clocks. Attributes, so that reading one costs a single C call."""
 
-    monotonic = staticmethod(time.monotonic)  # noqa: TID251 - this module is where it may be
+    monotonic = staticmethod(time.monotonic)  # noqa: TID251 - the one place
     unix = staticmethod(time.time)  # noqa: TID251
 
 

@@ -1,4 +1,4 @@
-"""The process log: one line per record, written from a thread, with credentials redacted."""
+"""Write the process log from a thread, one line per record, with credentials redacted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CREDENTIALS = re.compile(
 
 
 class RedactingFormatter(logging.Formatter):
-    """One line a record; known secrets and what looks like a credential become `***`, in tracebacks too."""
+    """Replaces known secrets, and what looks like a credential, by `***`, in tracebacks too."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
@@ -24,7 +24,7 @@ class RedactingFormatter(logging.Formatter):
         self._known = re.compile("|".join(map(re.escape, known))) if known else None
 
     def format(self, record: logging.LogRecord) -> str:
-        """The text of `record` without secrets."""
+        """Return the text of `record` without secrets."""
         text = super().format(record)
         if self._known is not None:
             text = self._known.sub("***", text)
@@ -32,16 +32,16 @@ class RedactingFormatter(logging.Formatter):
 
 
 class _BoundedQueueHandler(logging.handlers.QueueHandler):
-    """Drops a record where the queue is full, since standard error that nobody reads must not stop the loop."""
+    """Drops records while the queue is full: if nobody reads standard error, the event loop must not stop."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
         pass
 
 
 def set_up(level_name: str, secrets: Iterable[str] = (), stream: int = 2) -> logging.handlers.QueueListener:
-    """Send the log of the whole process to the descriptor `stream` from a thread; gives that thread's listener.
+    """Write the log of the whole process to the descriptor `stream` from a thread; returns the thread's listener.
 
-    aiohttp's own complaints about malformed requests are kept out: they are the client's fault, and are counted.
+    aiohttp's messages about malformed requests are left out: they are the client's fault, and are counted.
     """
     handler = logging.StreamHandler(open(stream, "w", closefd=False, errors="backslashreplace"))  # noqa: SIM115
     handler.setFormatter(RedactingFormatter(secrets))

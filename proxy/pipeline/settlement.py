@@ -99,7 +99,7 @@ class Settlement:
         gain = self._shadow.answered(placement, usage.prompt_tokens, usage.cached_tokens)
         if gain is not None:
             label = self._accounts.label(outcome)
-            self._accounts.count_routing_gain(outcome, self._shadow.counted(label, gain))
+            self._accounts.count_routing_gain(outcome, self._shadow.count(label, gain))
 
     def _teach_index(self, placement: Placement, usage: Usage | None, *, skips_cache: bool) -> None:
         if usage is None or usage.longest_call_tokens:  # sums of several calls say nothing about this prompt

@@ -1,4 +1,4 @@
-"""What must be done now and then beside requests: the index's own upkeep, and a look at how late the loop runs."""
+"""Maintain the prefix index beside the requests, and measure how late the event loop runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TICK_SECONDS = 0.25
 
 
 class Maintenance:
-    """One per worker."""
+    """The periodic work of one worker."""
 
     def __init__(self, index: PrefixIndex, recorder: Recorder, clock: Clock) -> None:
         self._index = index
@@ -21,11 +21,11 @@ class Maintenance:
         self._clock = clock
 
     async def run(self) -> None:
-        """Tick until cancelled. How late a tick comes is the loop's lag."""
+        """Tick until cancelled. The delay of a tick is the loop's lag."""
         while True:
             due_seconds = self._clock.monotonic() + TICK_SECONDS
             await asyncio.sleep(TICK_SECONDS)
             self._recorder.observe(LOOP_LAG, (), max(self._clock.monotonic() - due_seconds, 0.0))
-            # a bounded share at a time, so that requests come in between
-            while self._index.tend(self._clock.unix()):  # noqa: ASYNC110 - nothing to wait for but the loop itself
+            # in bounded steps, so that requests are handled in between
+            while self._index.tend(self._clock.unix()):  # noqa: ASYNC110 - only gives way to the loop
                 await asyncio.sleep(0)

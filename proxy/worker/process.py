@@ -1,7 +1,7 @@
-"""A worker process: tied to its supervisor's life, deaf to signals meant for that, on uvloop.
+"""Run a worker process on uvloop: it ends with its supervisor and ignores the signals that are meant for that.
 
-It takes the configuration from the control socket and runs a target, which is `proxy.worker.composition.run_worker`
-but in tests. It must not know what the target does.
+It receives the configuration over the control socket and runs a target, which is
+`proxy.worker.composition.run_worker` except in tests.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from proxy.tasks import Tasks
 
 Target = Callable[[Config, Sequence[socket.socket], WorkerControl], Coroutine[Any, Any, None]]
 
-ORPHAN_SECONDS = 2.0  # an orphan may put things in order for this long
+ORPHAN_SECONDS = 2.0  # time for the clean-up of a worker whose supervisor is gone
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_MMAP_FROM_BYTES = 32 * 1024 * 1024  # the most that glibc takes; larger blocks go back to the system at once
-_KEPT_FREE_BYTES = 64 * 1024 * 1024  # of freed memory at the heap's end
+_MMAP_FROM_BYTES = 32 * 1024 * 1024  # the largest value that glibc accepts; larger blocks are unmapped at once
+_KEPT_FREE_BYTES = 64 * 1024 * 1024  # freed memory kept at the end of the heap
 
 log = logging.getLogger("cairn.worker")
 
 
 def run(control_descriptor: int, listen_descriptors: Sequence[int], parent_pid: int, target: Target) -> int:
-    """Be a worker until the target returns or the supervisor is gone; gives the exit code.
+    """Run a worker until the target returns or the supervisor is gone; returns the exit code.
 
     Args:
         control_descriptor: the inherited end of the control socket.
         listen_descriptors: the inherited listening sockets.
-        parent_pid: the supervisor; where the parent is another by now, it ended meanwhile.
-        target: what to run, with the configuration, the sockets and the control.
+        parent_pid: the supervisor; if the parent is another process, the supervisor has ended.
+        target: called with the configuration, the sockets and the control.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # a terminal or a service manager sends these to the whole group; the supervisor decides what they mean
@@ -56,16 +56,16 @@ def run(control_descriptor: int, listen_descriptors: Sequence[int], parent_pid: 
 
 
 def _tie_to_parent(parent_pid: int) -> bool:
-    """Let the kernel end this process with its parent, where it can; False where the parent is gone already."""
+    """Let the kernel end this process with its parent, if it can; returns False if the parent is already gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     return os.getppid() == parent_pid
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the pages of freed bodies: a 2 MB body otherwise costs 390 page faults, some 0.2 ms, each time.
+    """Let glibc keep the pages of freed bodies; otherwise each body of 2 MB costs 390 page faults, 0.2 ms.
 
-    Where the C library is another one, nothing is changed.
+    With another C library nothing is changed.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is not None:
@@ -93,7 +93,7 @@ async def _run_target(serving: Coroutine[Any, Any, None], control: WorkerControl
     await asyncio.wait({work, orphaned}, return_when=asyncio.FIRST_COMPLETED)
     if work.done():
         return 1 if work.cancelled() or work.exception() is not None else 0
-    log.error("the supervisor is gone; ending")
+    log.error("the supervisor has ended; ending too")
     work.cancel()
     await asyncio.wait({work}, timeout=ORPHAN_SECONDS)
     if not work.done():

@@ -131,7 +131,7 @@ def test_a_paper_cache_is_emptied_over_its_budget_from_the_longest_unused() -> N
         fleet.ask(document)
     second = [gained(fleet.ask(document)) for document in documents]
     assert second == [1000] * 6
-    assert all(paper.tokens <= 2 * 1000 for paper in fleet.shadow._papers.values())  # noqa: SLF001 - internal state that no public name shows
+    assert all(paper.tokens <= 2 * 1000 for paper in fleet.shadow._caches.values())  # noqa: SLF001 - internal state that no public name shows
 
 
 def test_memory_is_bounded(monkeypatch) -> None:
@@ -141,7 +141,7 @@ def test_memory_is_bounded(monkeypatch) -> None:
     fleet = Fleet(2)
     for number in range(200):
         fleet.ask(prompt(f"doc{number}"))
-    assert all(len(paper.places) <= 100 for paper in fleet.shadow._papers.values())  # noqa: SLF001 - internal state that no public name shows
+    assert all(len(paper.places) <= 100 for paper in fleet.shadow._caches.values())  # noqa: SLF001 - internal state that no public name shows
     assert len(fleet.shadow._seen) <= 150  # noqa: SLF001 - internal state that no public name shows
     assert PLACES_PER_REPLICA < PLACES_SEEN
 
@@ -161,7 +161,7 @@ def test_the_counter_is_the_highest_that_the_sum_ever_was(gains: list[tuple[int,
     shadow = Fleet(2).shadow
     total = sum_ = highest = 0.0
     for cached, round_robin in gains:
-        added = shadow.counted("m", Gain(cached, round_robin))
+        added = shadow.count("m", Gain(cached, round_robin))
         assert added >= 0
         total += added
         sum_ += cached - round_robin
@@ -172,6 +172,6 @@ def test_the_counter_is_the_highest_that_the_sum_ever_was(gains: list[tuple[int,
 def test_models_are_counted_apart() -> None:
     """One's loss is not made up for by another's gain."""
     shadow = Fleet(2).shadow
-    assert shadow.counted("a", Gain(0, 100.0)) == 0
-    assert shadow.counted("b", Gain(50, 0.0)) == 50
-    assert shadow.counted("a", Gain(130, 0.0)) == 30
+    assert shadow.count("a", Gain(0, 100.0)) == 0
+    assert shadow.count("b", Gain(50, 0.0)) == 50
+    assert shadow.count("a", Gain(130, 0.0)) == 30
