@@ -1,7 +1,7 @@
 """Allocate buffers without filling them with zeros first, which takes 20 us for half a megabyte.
 
 Until a buffer is filled it contains whatever the memory held before, so the caller must fill all of it before
-anything reads it. It uses CPython's C interface, because no class offers this, and is not compiled, because mypyc does
+anything reads it. It uses CPython's C interface, because no class offers this, and is not compiled: mypyc does
 not support ctypes.
 """
 

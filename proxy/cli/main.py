@@ -22,6 +22,7 @@ from proxy.cli.config import config
 from proxy.cli.contexts import contexts
 from proxy.cli.prices import prices
 from proxy.cli.savings import savings
+from proxy.cli.top import top
 from proxy.errors import CairnError, ConfigError
 
 if TYPE_CHECKING:
@@ -195,6 +196,7 @@ cli.add_command(config)
 cli.add_command(contexts)
 cli.add_command(prices)
 cli.add_command(savings)
+cli.add_command(top)
 
 
 @cli.command(hidden=True)

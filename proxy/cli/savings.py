@@ -7,7 +7,6 @@ private Valkey.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,8 @@ from urllib.parse import quote
 import click
 
 from proxy.cli import exit_codes as exits
-from proxy.cli.http_client import BadUrl, HttpClient, NoAnswer
+from proxy.cli.admin_port import admin_client, admin_url
+from proxy.cli.http_client import NoAnswer
 from proxy.cli.tables import number, text
 from proxy.cli.terminal import print_table
 from proxy.errors import ConfigError
@@ -65,7 +65,7 @@ def _find(config: Config, redis: str | None, url: str | None, since: str, by: By
         redis = config.redis.url.reveal()
     if redis is not None:
         return asyncio.run(_from_redis(redis, since, by))
-    return _from_admin_port(config, url or _admin_url(config), since, by)
+    return _from_admin_port(config, url or admin_url(config), since, by)
 
 
 async def _from_redis(url: str, since: str, by: By) -> SavingsReport:
@@ -90,25 +90,15 @@ async def _from_redis(url: str, since: str, by: By) -> SavingsReport:
 _NO_DAY = "--since {}: expected a date such as 2026-11-23, or a number of days such as 7d"
 
 
-def _admin_url(config: Config) -> str:
-    """Return the URL of this configuration's admin port; one that listens on all addresses is reached on loopback."""
-    host = config.admin.host
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return f"http://{host}:{config.admin.port}"
-    if address.is_unspecified:
-        host = "127.0.0.1"
-    return f"http://[{host}]:{config.admin.port}" if ":" in host else f"http://{host}:{config.admin.port}"
-
-
 def _from_admin_port(config: Config, url: str, since: str, by: By) -> SavingsReport:
     import msgspec
 
     from proxy.accounting.savings import from_json
 
     try:
-        status, body = _client(url, config).request("GET", f"/savings?since={quote(since)}&by={by.value}")
+        status, body = admin_client(url, config, _ASK_SECONDS).request(
+            "GET", f"/savings?since={quote(since)}&by={by.value}"
+        )
     except NoAnswer:
         exits.fail(
             f"no Cairn answers at {url}. The totals of a Cairn without a shared Redis are in its private Valkey: "
@@ -123,14 +113,6 @@ def _from_admin_port(config: Config, url: str, since: str, by: By) -> SavingsRep
         return from_json(body)
     except msgspec.MsgspecError:
         exits.fail(f"{url} answered {status}, but is not the admin port of a Cairn", code=exits.FAILED)
-
-
-def _client(url: str, config: Config) -> HttpClient:
-    token = config.admin.token
-    try:
-        return HttpClient(url, {} if token is None else {"authorization": f"Bearer {token.reveal()}"}, _ASK_SECONDS)
-    except BadUrl:
-        exits.fail(f"--url {url}: is not a URL", code=exits.MISUSED)
 
 
 # --- for people

@@ -1,0 +1,113 @@
+"""`cairn top`: what it shows of a state, and what it says when nothing answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from proxy.accounting.savings import By, SavingsReport
+from proxy.admin.port import AdminPort
+from proxy.admin.status import StatusBoard, build
+from proxy.admin.status.state import Moment
+from proxy.cli.main import cli
+from proxy.cli.top import lines
+from proxy.config.schema import Config
+from proxy.control.error_rows import ErrorRow
+from proxy.control.messages import ReplicaDown, StatusReport
+from proxy.control.prefix_rows import PrefixReport, PrefixRow
+from proxy.control.readiness import Readiness, ReadinessStatus
+from proxy.metrics import definitions as metrics
+from proxy.metrics.exposition import Exposition
+from proxy.metrics.recorder import Recorder
+from proxy.supervisor import sockets
+from tests.support.clock import FakeClock
+from tests.support.valkey import free_port
+
+READINESS = Readiness(ReadinessStatus.DEGRADED, ("upstream two is down",), 1, 3, "up", {"one": True, "two": False})
+
+
+def state() -> dict[str, Any]:
+    """A state as the admin port sends it."""
+    recorder, exposition = Recorder(), Exposition()
+    for kind, count in (("input_fresh", 250), ("input_cached", 750)):
+        recorder.inc(metrics.TOKENS, ("m", "one", kind), count)
+    recorder.inc(metrics.SAVINGS, ("m", "one"), 12.5)
+    exposition.apply(0, recorder.take())
+    report = StatusReport(
+        PrefixReport([PrefixRow(1, "m", 400, 7, 750, 5.0)]),
+        errors=[ErrorRow("web", "m", "upstream_timeout", 4, 880.0)],
+        down={"two": ReplicaDown(700.0, "connection refused")},
+    )
+    made = build.build(exposition, READINESS, [report], Moment(1000.0, 100.0, "1.2.3"))
+    found: dict[str, Any] = json.loads(msgspec.json.encode(made))
+    return found
+
+
+def test_the_screen_answers_an_operators_first_questions() -> None:
+    """Is it up, what fails, for whom, since when, and what does it save."""
+    shown = "\n".join(lines(state(), 100))
+    for words in (
+        "Cairn 1.2.3: degraded",
+        "1 of 2 replicas up",
+        "now: upstream two is down",
+        "down for 5 min: connection refused",
+        "web     m      upstream timeout",
+        "2 min",
+        "$12.50",
+        "75.0 %",
+        "400     7",
+    ):
+        assert words in shown, words
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_no_figure_is_cut_at_any_width(width: int) -> None:
+    """A narrow terminal gets records."""
+    shown = "\n".join(lines(state(), width))
+    assert "connection refused" in shown
+    assert "$12.50" in shown
+
+
+class Overview:
+    """What the admin port of this test shows."""
+
+    def __init__(self) -> None:
+        self.config = Config()
+        self.board = StatusBoard(Exposition(), self.readiness, FakeClock(), "1.2.3")
+
+    def readiness(self) -> Readiness:
+        return READINESS
+
+    def scrape(self, accept: str) -> tuple[bytes, str]:
+        raise NotImplementedError
+
+    async def savings(self, since: str, by: By) -> SavingsReport:
+        raise NotImplementedError
+
+    async def explain(self, path: str, body: bytes, credential: bytes) -> tuple[int, bytes]:
+        raise NotImplementedError
+
+
+async def test_it_reads_the_stream_of_a_running_cairn() -> None:
+    """Once, for scripts."""
+    listening = sockets.open_admin("127.0.0.1", 0)
+    port = AdminPort(Overview())
+    await port.start(listening)
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    result = await asyncio.to_thread(CliRunner().invoke, cli, ["top", "--once", "--url", url])
+    await port.close()
+    assert result.exit_code == 0, result.output
+    assert "Cairn 1.2.3: degraded" in result.output
+
+
+def test_without_a_cairn_it_says_so() -> None:
+    """In one line, with what to do."""
+    result = CliRunner().invoke(cli, ["top", "--url", f"http://127.0.0.1:{free_port()}"])
+    assert result.exit_code == 1
+    assert "no Cairn answers at" in result.stderr
+    assert "--url" in result.stderr
