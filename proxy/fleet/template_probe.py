@@ -237,18 +237,20 @@ class _Tokens(msgspec.Struct):
     tokens: list[int] = []
 
 
-def _read_applied(page: bytes) -> Rendering:
+def read_applied(page: bytes) -> Rendering:
+    """Return llama.cpp's rendered prompt; empty if the page is none."""
     try:
         return msgspec.json.decode(page, type=_Applied).prompt
     except (msgspec.DecodeError, UnicodeDecodeError):
         return ""
 
 
-def _read_tokens(page: bytes) -> Rendering:
+def read_tokens(page: bytes) -> Rendering:
+    """Return the token ids of a vLLM or SGLang page; empty if the page is none."""
     try:
         return msgspec.json.decode(page, type=_Tokens).tokens
     except (msgspec.DecodeError, UnicodeDecodeError):
         return []
 
 
-_PAGES: Final = ((b"/apply-template", _read_applied), (b"/tokenize", _read_tokens))
+_PAGES: Final = ((b"/apply-template", read_applied), (b"/tokenize", read_tokens))

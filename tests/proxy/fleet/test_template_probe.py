@@ -6,8 +6,15 @@ import msgspec
 import pytest
 
 from benchmarks.engines.templates import Template, decode_chat, render
+from proxy.config.schema import Config, Pool, PoolKind, Replica
+from proxy.errors import ConnectFailed
 from proxy.fleet import template_probe
+from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
+from proxy.fleet.template_probe import TemplateProber
+from proxy.fleet.templates import Templates
 from proxy.model import TemplateFacts, ToolOrder
+from proxy.upstream import Limits, Origin
+from tests.support.clock import FakeClock
 
 
 async def facts_of(render, dates=()) -> TemplateFacts:
@@ -85,3 +92,92 @@ async def test_tools_before_the_last_question_are_seen():
         return "".join([*parts[:-1], tools, parts[-1]])
 
     assert (await facts_of(rendered)).order is ToolOrder.TOOLS_LAST
+
+
+class FakeResponse:
+    def __init__(self, status: int, content: object) -> None:
+        self.status = status
+        self._page = msgspec.json.encode(content)
+
+    async def read(self, most_bytes: int) -> bytes:
+        return self._page[:most_bytes]
+
+    def abort(self) -> None:
+        pass
+
+
+class FakeEngine:
+    """A client whose only upstream renders at `path` and lists two names of one model and an adapter."""
+
+    def __init__(self, path: bytes, template: Template) -> None:
+        self._path = path
+        self._render = renderer(template)
+        self.asked: list[bytes] = []
+        self.headers: list[tuple[tuple[bytes, bytes], ...]] = []
+        self.fails = False
+
+    async def request(self, origin, method, target, headers=(), body=b"", **more) -> FakeResponse:
+        if self.fails:
+            raise ConnectFailed("nobody there")
+        self.asked.append(target)
+        self.headers.append(tuple(headers))
+        if target == b"/v1/models":
+            models = [{"id": "chat", "root": "/m"}, {"id": "code", "root": "/m"}, {"id": "sql", "parent": "chat"}]
+            return FakeResponse(200, {"data": models})
+        if target != self._path:
+            return FakeResponse(404, {})
+        text = await self._render(msgspec.json.decode(body))
+        return FakeResponse(200, {"prompt": text} if target == b"/apply-template" else {"tokens": [*map(ord, text)]})
+
+
+def prober(engine: FakeEngine, kind: PoolKind = PoolKind.ENGINE) -> tuple[TemplateProber, Templates]:
+    pool = Pool("pool", (Replica("http://h"),), kind=kind)
+    templates = Templates(Config(pools=(pool,)))
+    endpoint = ReplicaEndpoint(
+        name="h",
+        pool="pool",
+        url="http://h",
+        origin=Origin.parse("http://h"),
+        credential=(b"authorization", b"Bearer own"),
+        is_provider=kind is PoolKind.PROVIDER,
+    )
+    pools = Pools((ServedPool("pool", ("*",)),), None, {0: endpoint})
+    return TemplateProber(engine, pools, templates, FakeClock(), Limits()), templates  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", [b"/apply-template", b"/tokenize"])
+async def test_an_engine_is_asked_about_each_of_its_models_once(path):
+    """With its own key; what it shows is what counts, and names of one root share it."""
+    engine = FakeEngine(path, Template(system_first=True, drops_reasoning=True))
+    probing, templates = prober(engine)
+    await probing.look()
+    facts = templates.of("pool", "chat")
+    assert (facts.order, facts.drops_reasoning, facts.root) == (ToolOrder.SYSTEM_FIRST, True, "/m")
+    assert templates.of("pool", "code") == facts
+    assert all((b"authorization", b"Bearer own") in headers for headers in engine.headers)
+    asked = len(engine.asked)
+    await probing.look()
+    assert engine.asked[asked:] == [b"/v1/models"]
+
+
+async def test_an_engine_that_cannot_render_or_be_reached_changes_nothing():
+    engine = FakeEngine(b"/nowhere", Template())
+    probing, templates = prober(engine)
+    await probing.look()
+    assert templates.of("pool", "chat").order is ToolOrder.TOOLS_FIRST
+    assert templates.wants_probe("pool", "chat")
+    engine.fails = True
+    await probing.look()
+
+
+async def test_a_provider_is_never_asked():
+    engine = FakeEngine(b"/tokenize", Template())
+    probing, _ = prober(engine, PoolKind.PROVIDER)
+    await probing.look()
+    assert engine.asked == []
+
+
+@pytest.mark.parametrize("page", [b"", b"[]", b'{"prompt": 5}', b'{"tokens": "x"}', b"\xff"])
+def test_pages_that_are_no_renderings_are_none(page):
+    assert not template_probe.read_applied(page)
+    assert not template_probe.read_tokens(page)
