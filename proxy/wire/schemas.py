@@ -336,3 +336,15 @@ def decode_leniently(text: bytes | memoryview, kind: type[_Kind]) -> _Kind | Non
         return msgspec.convert(value, kind)
     except (ValueError, RecursionError, msgspec.MsgspecError):
         return None
+
+
+# --- tools
+
+
+class ToolType(msgspec.Struct, gc=False):
+    """The member of a tool that names whose it is."""
+
+    type: Any = None
+
+
+decode_tool_types = msgspec.json.Decoder(list[ToolType] | None).decode

@@ -6,13 +6,11 @@ a file or picture that is only named, or the description and the results of a ho
 
 from __future__ import annotations
 
-from typing import Any, Final
-
-import msgspec
+from typing import Final
 
 from proxy.model import Prompt
 from proxy.wire.media import is_plain_text
-from proxy.wire.schemas import DECODE_ERRORS
+from proxy.wire.schemas import DECODE_ERRORS, decode_tool_types
 
 SEARCHED_BYTES_MOST: Final = 64 * 1024
 """Of content that is not plainly text and has no media; longer content is not searched, and taken for mixed."""
@@ -22,13 +20,6 @@ _FILE: Final = b"file_id"
 _AFTER_KEY_BYTES: Final = 64  # colon, white space and the beginning of the value
 _TOOLS_REMEMBERED: Final = 256
 _CLIENTS_TOOLS = frozenset({None, "", "function", "custom"})
-
-
-class _Tool(msgspec.Struct, gc=False):
-    type: Any = None
-
-
-_decode_tools = msgspec.json.Decoder(list[_Tool] | None).decode
 
 
 class TextAlone:
@@ -41,8 +32,9 @@ class TextAlone:
         """Return True if the body contains all that the upstream reads for this prompt."""
         if prompt.pinned_to is not None or prompt.has_hidden_parts:
             return False
-        if not all(self._are_clients(tools) for tools in prompt.referring):
-            return False
+        for tools in prompt.referring:
+            if not self._are_clients(tools):
+                return False
         most = None if prompt.media else SEARCHED_BYTES_MOST
         for span in prompt.spans:
             if is_plain_text(span) or any(span == tools for tools in prompt.referring):
@@ -67,7 +59,7 @@ class TextAlone:
 
 def _all_clients(tools: memoryview) -> bool:
     try:
-        types = [each.type for each in _decode_tools(tools) or ()]
+        types = [each.type for each in decode_tool_types(tools) or ()]
     except DECODE_ERRORS:
         return False
     return all((each is None or isinstance(each, str)) and each in _CLIENTS_TOOLS for each in types)
