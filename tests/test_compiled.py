@@ -18,6 +18,12 @@ MODULES = [module for modules in GROUPS.values() for module in modules]
 PURE = {"bytes", "len", "end", "find", "start", "min", "max"}
 
 
+def test_each_compiled_module_is_listed_once() -> None:
+    """mypyc refuses one that is listed twice, and an install would go on without compiling."""
+    assert sorted(set(MODULES)) == sorted(MODULES)
+    assert [module for module in MODULES if not (ROOT / module).is_file()] == []
+
+
 def slice_bounds(tree: ast.AST) -> Iterator[ast.expr]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
