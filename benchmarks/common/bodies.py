@@ -38,7 +38,7 @@ class Shape:
 
 
 def words(size_bytes: int, seed: int = _WORDS_SEED) -> bytes:
-    """Exactly `size_bytes` of seeded text as it stands inside a JSON string; no escape is cut in two."""
+    """Return exactly `size_bytes` of seeded text, escaped for a JSON string; no escape is cut in two."""
     chooser = random.Random(seed)
     weights = range(len(_LETTERS), 0, -1)
     vocabulary = ["".join(chooser.choices(_LETTERS, weights, k=chooser.randint(2, 9))) for _ in range(_VOCABULARY)]
@@ -55,9 +55,9 @@ def words(size_bytes: int, seed: int = _WORDS_SEED) -> bytes:
 
 
 def body(shape: Shape) -> tuple[bytearray, int]:
-    """The JSON body of `shape` and the offset of its stamp.
+    """Return the JSON body of `shape` and the offset of its stamp.
 
-    Raises ValueError where the size has no room for the members themselves.
+    Raises ValueError if the size is too small for the members themselves.
     """
     options = b',"stream":true' if shape.stream else b""
     if shape.include_usage:

@@ -50,7 +50,7 @@ def _other_processes() -> list[Process]:
 
 
 def tree(root_pid: int) -> list[Process]:
-    """The process and all its descendants, parents before children; empty where it does not live."""
+    """Return the process and all its descendants, parents before children; empty if it has ended."""
     everyone = _linux_processes() if _LINUX else _other_processes()
     found = [process for process in everyone if process.pid == root_pid]
     for process in found:  # grows while it is walked
@@ -68,7 +68,7 @@ def parse_ps_time(text: str) -> float:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system seconds of one process since its start; ProcessLookupError where it does not live."""
+    """Return the CPU seconds (user and system) of one process. Raises ProcessLookupError if it has ended."""
     if _LINUX:
         try:
             return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
@@ -88,7 +88,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def descriptors(pid: int) -> dict[str, str] | None:
-    """Open descriptors of a process and what each is ("socket:[123]", a path); None where /proc is not there."""
+    """Return the open descriptors of a process and what each is ("socket:[123]", a path); None without /proc."""
     if not _LINUX:
         return None
     found = {}

@@ -1,8 +1,8 @@
-"""A load generator: keep-alive connections on asyncio protocols and httptools, in a process of its own.
+"""A load generator: keep-alive connections on asyncio protocols and httptools, in a separate process.
 
 Reads jobs as JSON lines on stdin. For each it connects, warms, says "ready", waits for a line, runs, and writes the
-result as one JSON line; so whoever drives it can read CPU clocks exactly around the requests that are counted. Each
-answer's status and size are checked; with `capture` the bodies are kept as digests.
+result as one JSON line, so that the caller can read CPU clocks exactly before and after the counted requests. The
+status and size of each response are checked; with `capture` the bodies are kept as digests.
 """
 
 from __future__ import annotations

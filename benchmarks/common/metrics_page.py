@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def parse(page: str) -> dict[str, float]:
-    """Value by series, a series being its name and labels as they stand on the page."""
+    """Return the values by series: name and labels, as on the page."""
     found = {}
     for line in page.splitlines():
         if not line or line.startswith("#"):
@@ -18,14 +18,14 @@ def parse(page: str) -> dict[str, float]:
 
 
 def gauges_named(series: Mapping[str, float], *names: str) -> dict[str, float]:
-    """The series of these metrics, whatever their labels."""
+    """Return the series of these metrics, with any labels."""
     return {key: value for key, value in series.items() if key.partition("{")[0] in names}
 
 
 def longest_observed(before: Mapping[str, float], after: Mapping[str, float], name: str) -> float | None:
-    """The upper bound of the highest bucket of a histogram that grew in between; None where none did.
+    """Return the upper bound of the highest bucket of a histogram that grew in between; None if none did.
 
-    All label sets are taken together; infinity where the value was beyond the last bound.
+    All label sets are added up; the bound is infinity if a value was above the last one.
     """
     grown: dict[float, float] = {}
     for key, value in after.items():

@@ -75,7 +75,7 @@ class Running:
         raise StartFailed(f"{self.name} did not answer {path} within {seconds:.0f} s:\n{self.last_words()}")
 
     def stop(self) -> None:
-        """SIGTERM to the process, then SIGKILL to whatever of its tree is left; the same for a second call."""
+        """Send SIGTERM to the process, then SIGKILL to what is left of its tree. Can be called twice."""
         family = [process.pid for process in cpu.tree(self.pid)]
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
@@ -93,7 +93,7 @@ class Running:
 
 
 async def get(port: int, path: str, seconds: float = 5.0) -> tuple[int, bytes]:
-    """Status and body of one GET on a connection of its own; OSError, EOFError, TimeoutError or ValueError."""
+    """Return status and body of one GET on a new connection. Raises OSError, EOFError, TimeoutError or ValueError."""
     async with asyncio.timeout(seconds):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:

@@ -24,7 +24,7 @@ from typing import cast
 import httptools
 import uvloop
 
-_LOOK_BYTES = 512  # members are looked for in the first and last so many bytes; spliced ones stand there too
+_LOOK_BYTES = 512  # members, spliced ones too, are looked for in this many bytes at both ends
 _BYTES_PER_TOKEN = 4
 _ENGINE_BLOCK_TOKENS = 16
 _ANSWER_TEXT = "The stones were set by those who came before, and each one rests on the last. " * 9
@@ -82,7 +82,7 @@ def usage(body_bytes: int, cached_share: float, output_tokens: int) -> dict[str,
 
 
 def parse_wish(mark: bytes, body_bytes: int) -> tuple[str, int]:
-    """The wish and the prompt's size that a mark states; `body_bytes` where it states none."""
+    """Return what a mark asks for and the prompt's size that it states, `body_bytes` if it states none."""
     wish, _, size = mark.decode(errors="replace").partition(" ")
     return wish, int(size) if size.isdecimal() else body_bytes
 
@@ -133,9 +133,9 @@ def _event(choices: list[object], **more: object) -> bytes:
 
 @functools.lru_cache(maxsize=256)
 def stream_writes(body_bytes: int, manner: Manner, usage_asked: bool) -> tuple[bytes, ...]:
-    """The writes of a streamed answer after its head: the chunks, the usage where asked for, [DONE], the end.
+    """Return the writes of a streamed response after its head: chunks, usage if asked for, [DONE], the end.
 
-    As vLLM does, and unlike OpenAI, no `"usage": null` stands in the other chunks; so a proxy that asks for usage and
+    As vLLM does, and unlike OpenAI, the other chunks have no `"usage": null`; so a proxy that asks for usage and
     withholds it can be held to the very bytes that a client would get directly.
     """
     role = _event([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])

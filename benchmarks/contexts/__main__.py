@@ -1,4 +1,4 @@
-"""A question on a stored context beside a bare aiohttp pass-through that sends the same bytes upstream.
+"""Compare a question on a stored context with a bare aiohttp pass-through that sends the same bytes upstream.
 
 python -m benchmarks.contexts [--size 2m] [--requests 200] [--rounds 3]
 
@@ -60,7 +60,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.contexts", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--size", default="2m", help="of the stored context")
     parser.add_argument("--requests", type=int, default=200, help="of one measurement")
-    parser.add_argument("--rounds", type=int, default=3, help="the best of so many is shown")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; the best is shown")
     parser.add_argument("--first-uses", type=int, default=3, help="workers killed to see their successor's first use")
     options = parser.parse_args(arguments)
     options.size = parse_size(options.size)
@@ -68,7 +68,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def question(number: int, size_bytes: int, head: bytes) -> bytes:
-    """A chat request of some 300 bytes behind `head`, the messages that come before (without a comma after)."""
+    """Return a chat request of about 300 bytes after `head`, the messages before it (without a trailing comma)."""
     text = f"{number:08d} What do the stones say about the third path, and which of them stands where it begins? " * 2
     asked = json.dumps({"role": "user", "content": f"{text}[[bench {size_bytes}]]"}).encode()
     return b'{"model":"bench","max_tokens":8,"messages":[%b,%b]}' % (head, asked)
@@ -194,7 +194,7 @@ def table(bests: dict[str, Sample]) -> Table:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0 where every target is met, else 1."""
+    """Return 0 if every target is met, else 1."""
     options = parse_arguments(arguments)
     end_on_signals()
     console = Console()

@@ -1,4 +1,4 @@
-"""CPU per request and latency of Cairn beside a bare aiohttp pass-through and the Rust routers, in one run.
+"""Compare CPU per request and latency of Cairn, a bare aiohttp pass-through and the Rust routers in one run.
 
 python -m benchmarks.datapath [--sizes 1k,64k,512k,2m] [--rounds 3] [--seconds 2] [--only cairn,sglang-router] [--lag]
 """
@@ -31,9 +31,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; ends the process with 2 for wrong ones."""
     parser = argparse.ArgumentParser(prog="benchmarks.datapath", description=(__doc__ or "").split("\n", 1)[0])
     sizes = parser.add_argument("--sizes", default="1k,64k,512k,2m", help="body sizes, by commas")
-    parser.add_argument("--rounds", type=int, default=3, help="the best of so many is shown")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; the best is shown")
     parser.add_argument("--seconds", type=float, default=2.0, help="the length of one measurement")
-    parser.add_argument("--requests", type=int, default=0, help="at most so many requests per measurement")
+    parser.add_argument("--requests", type=int, default=0, help="most requests per measurement")
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--generators", type=int, default=1, help="load processes, each with all connections")
     parser.add_argument("--chunks", type=int, default=200, help="chunks of a streamed answer; 0 leaves streams out")
@@ -44,9 +44,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quiet-peers", action="store_true", help="routers log warnings only, not each request")
     parser.add_argument("--only", default="", help="names of proxies, by commas")
     parser.add_argument("--lag", action="store_true", help="instead: small requests while 2 MB bodies pass")
-    parser.add_argument(
-        "--streams", type=int, default=0, help="instead: so many open streams on which nothing happens"
-    )
+    parser.add_argument("--streams", type=int, default=0, help="measure this many open, silent streams instead")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "datapath.json")
     options = parser.parse_args(arguments)
     try:
@@ -57,13 +55,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def wide_console() -> Console:
-    """A console in which the tables do not wrap, also where the output is a file."""
+    """Return a console in which tables do not wrap, even if the output is a file."""
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, _TABLE_COLUMNS))
 
 
 def chosen(options: argparse.Namespace, console: Console) -> list[Contestant]:
-    """The proxies asked for; says which are not installed."""
+    """Return the proxies asked for, and print which are not installed."""
     wanted = [name.strip() for name in options.only.split(",") if name.strip()]
     if not wanted and options.peers == "none":
         wanted = [BARE, CAIRN]

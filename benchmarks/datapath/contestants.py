@@ -44,10 +44,10 @@ class Contestant:
     command: Callable[[Wanted], Sequence[str]]
     needs: tuple[Path, ...] = ()
     ready_path: str = "/v1/models"
-    own_state: bool = False  # keeps files in the user's folder, so is given one of its own
+    own_state: bool = False  # keeps files in the user's folder, so gets a separate one
 
     def installed(self) -> bool:
-        """True where every file that it needs is there."""
+        """Return whether every file that it needs exists."""
         return all(path.exists() for path in self.needs)
 
 
@@ -117,8 +117,8 @@ class Started:
 
 
 def assign_roles(family: Sequence[cpu.Process]) -> dict[str, list[int]]:
-    """Process numbers by role: "valkey" by name; the root is "supervisor" where other children remain, which are
-    "proxy", and is itself "proxy" where none do. A child of a Valkey's own rewrites its file and is gone soon: none.
+    """Return process ids by role. A Valkey is "valkey"; the root is "supervisor" if other children remain, which
+    are "proxy", and "proxy" itself if not. A child of Valkey, which rewrites its file and soon ends, has none.
     """
     if not family:
         return {"proxy": []}

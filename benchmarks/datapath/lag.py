@@ -1,4 +1,4 @@
-"""How long does an event loop stand still under 2 MB bodies? Seen from outside, by small requests that wait.
+"""Measure how long an event loop is blocked by 2 MB bodies, from outside, by small requests that wait.
 
 One generator sends 2 MB bodies at a steady pace, another small ones; the latency of the small ones beyond what they
 take while nothing else runs is the time that they waited. The direct row is what the machine, the upstream and the
@@ -26,7 +26,7 @@ _LARGE = Job(port=0, size_bytes=2 << 20, connections=4, interval_seconds=0.08, w
 
 
 class Lag(msgspec.Struct, frozen=True):
-    """Milliseconds of small requests: alone, and beside 2 MB bodies."""
+    """Milliseconds of small requests: alone, and together with 2 MB bodies."""
 
     proxy: str
     alone_p50: float
@@ -35,7 +35,7 @@ class Lag(msgspec.Struct, frozen=True):
     p99: float
     max: float
     large_per_second: float
-    loop_at_most: float | None = None  # what the loop itself says, as the bound of a histogram's bucket
+    loop_at_most: float | None = None  # as the loop itself reports it, the bound of a histogram's bucket
 
 
 def probe(name: str, port: int, seconds: float, small: Generator, large: Generator) -> Lag:
@@ -82,7 +82,7 @@ def _metrics(proxy: Started) -> dict[str, float]:
 
 def table(lags: Sequence[Lag]) -> Table:
     """One row per proxy."""
-    found = Table(title="Small requests (1 KB every 4 ms) beside 50 bodies of 2 MB a second, milliseconds")
+    found = Table(title="Small requests (1 KB every 4 ms) together with 50 bodies of 2 MB a second, milliseconds")
     for title in (
         "proxy",
         "alone p50",

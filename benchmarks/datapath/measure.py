@@ -16,7 +16,7 @@ from benchmarks.datapath.contestants import Started
 
 STREAM = "chunk"  # the name of the cell whose unit is a streamed chunk
 # A router files the new half of every body in its tree; without a bound, 2 MB bodies would fill memory instead of
-# measuring anything. 512 MB keeps some 250 requests of 2 MB, 0.3 s of CPU at the least.
+# measuring anything. 512 MB allows about 250 requests of 2 MB, at least 0.3 s of CPU.
 _BODY_BYTES_PER_SAMPLE = 512 << 20
 _WARM_REQUESTS = 48  # three for each of 16 connections
 
@@ -51,7 +51,7 @@ class WrongAnswer(Exception):
 def cells(
     sizes: Sequence[int], chunks: int, seconds: float, connections: int, requests: int, shared_share: float
 ) -> list[Cell]:
-    """The columns: one per size, and the stream where `chunks` is not zero."""
+    """Return the columns: one per size, and the stream if `chunks` is not zero."""
     found = []
     for size in sizes:
         limit = min(requests or 1_000_000, max(connections, _BODY_BYTES_PER_SAMPLE // size))

@@ -17,7 +17,7 @@ TARGETS = {"1 KB": 1.0, "64 KB": 0.7, "512 KB": 0.45, "2 MB": 0.45, "chunk": 1.0
 
 
 class Best(msgspec.Struct, frozen=True):
-    """The best of the rounds of one proxy in one cell: each figure the least of its own."""
+    """The best of one proxy's rounds in one cell: the least of each figure."""
 
     proxy: str
     cell: str
@@ -56,7 +56,7 @@ def summary(samples: Sequence[Sample]) -> dict[tuple[str, str], Best]:
 
 
 def ratio(bests: Mapping[tuple[str, str], Best], proxy: str, to: str, cell: str) -> float:
-    """CPU of one proxy over another's in the same cell; NaN where one is missing."""
+    """Return the ratio of two proxies' CPU in the same cell; NaN if one is missing."""
     over, under = bests.get((proxy, cell)), bests.get((to, cell))
     return over.cpu_microseconds / under.cpu_microseconds if over and under else math.nan
 

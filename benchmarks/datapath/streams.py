@@ -1,7 +1,7 @@
-"""Open streams on which nothing happens: what do they cost in CPU, and what in memory each?
+"""Measure what open, silent streams cost in CPU, and how much memory each takes.
 
-The upstream sends a stream's first chunk and then is silent. CPU is read while all stand still; memory before the
-first and after the last was opened.
+The upstream sends a stream's first chunk and then is silent. CPU is read while all are silent; memory before the
+first and after the last is opened.
 """
 
 from __future__ import annotations

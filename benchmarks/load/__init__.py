@@ -1,1 +1,1 @@
-"""A load test of one's own endpoint: what is cached, and what that does to the time to first token."""
+"""A load test of any endpoint: what is cached, and how that changes the time to first token."""

@@ -17,8 +17,8 @@ _ERROR_BYTES = 200
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What came of one request. `cached_tokens` is None where the endpoint did not say; `cache` is the
-    answer's Cache-Status (RFC 9211), empty where there is none."""
+    """The result of one request. `cached_tokens` is None if the endpoint did not report it; `cache` is the
+    response's Cache-Status (RFC 9211), empty if there is none."""
 
     ttft_seconds: float = 0.0
     seconds: float = 0.0
@@ -30,7 +30,7 @@ class Answer(msgspec.Struct, frozen=True):
 
     @property
     def is_warm(self) -> bool:
-        """True where most of the prompt was cached."""
+        """Return whether most of the prompt was cached."""
         return (self.cached_tokens or 0) * 2 > self.prompt_tokens
 
 

@@ -24,8 +24,8 @@ class Waits(msgspec.Struct, frozen=True):
 
 
 class Savings(msgspec.Struct, frozen=True):
-    """An estimate. `prefill_seconds` are the cached tokens at the rate that uncached answers showed from here (their
-    waits in queues included, so it errs on the high side under load); `usd` is None where no prices were given."""
+    """An estimate. `prefill_seconds` are the cached tokens at the rate of the uncached responses as seen here (with
+    their time in queues, so it is too high under load); `usd` is None if no prices were given."""
 
     cached_tokens: int
     prefill_seconds: float | None
@@ -120,7 +120,7 @@ def store(file: Path, settings: dict[str, object], summary: Summary, answers: Se
 
 
 def draw(file: Path, answers: Sequence[Answer]) -> None:
-    """The share of answers whose first token came within so many seconds, cached and uncached apart, as SVG."""
+    """Plot the share of responses by the time to their first token, cached and uncached separately, as SVG."""
     import matplotlib as mpl
 
     mpl.use("svg")

@@ -46,9 +46,9 @@ def of_trace(file: Path, count: int | None, rate: float | None) -> Iterator[Turn
 def conversations(
     shared_tokens: int, conversations: int, count: int, rate: float, output_tokens: int, seed: int
 ) -> Iterator[Turn]:
-    """`count` requests at `rate` a second, at random times: the turns of so many conversations by turns, which all
-    begin with one system prompt of some `shared_tokens`. The answers in the history are made up, so no request waits
-    for another."""
+    """Return `count` requests at `rate` a second, at random times: alternating turns of several conversations,
+    which all begin with one system prompt of about `shared_tokens`. The responses in the history are made up, so no
+    request waits for another."""
     chooser = random.Random(seed)
     vocabulary = _vocabulary(chooser)
     shared = Message("system", _words(vocabulary, f"{seed}/shared", shared_tokens))

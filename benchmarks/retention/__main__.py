@@ -1,4 +1,4 @@
-"""Tokens saved by keeping what is worth most per byte, beside LRU and LFU, on a conversation trace.
+"""Compare keeping what is worth most per byte with LRU and LFU, by tokens saved on a conversation trace.
 
 python -m benchmarks.retention TRACE [--budgets 1,3,10] [--requests N]
 """
@@ -24,7 +24,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.retention", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("trace", type=Path, help="a .jsonl or .jsonl.gz in Mooncake's form")
     parser.add_argument("--budgets", default="1,3,10", help="room, in percent of the trace's segments, by commas")
-    parser.add_argument("--requests", type=int, default=None, help="only the first so many")
+    parser.add_argument("--requests", type=int, default=None, help="only the first N")
     options = parser.parse_args(arguments)
     options.budgets = [float(text) for text in options.budgets.split(",")]
     return options
@@ -43,7 +43,7 @@ def table(results: dict[float, dict[str, Outcome]], segments: int) -> Table:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0 where the rule saves more than LRU at every budget, else 1."""
+    """Return 0 if the rule saves more than LRU at every budget, else 1."""
     options = parse_arguments(arguments)
     requests = read_trace(options.trace, options.requests)
     segments = len({block for request in requests for block in request.blocks})

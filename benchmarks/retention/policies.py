@@ -1,7 +1,7 @@
-"""What is kept of a trace's segments under a budget: the product's own rule beside LRU and LFU.
+"""Choose which segments of a trace to keep within a budget: by Cairn's rule, by LRU and by LFU.
 
-Every policy gives a thing a rank at each use; when the budget is exceeded the lowest rank goes. It knows no clock but
-the trace's.
+Every policy gives a thing a rank at each use; when the budget is exceeded the lowest rank is dropped. The only clock
+is the trace's.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run(requests: Sequence[Request], rank: Rank, budget: int) -> Outcome:
         for block in request.blocks:
             before = kept.get(block)
             _, value = kept[block] = rank(None if before is None else before[0], request.arrival_seconds)
-            # of one moment, what stands deeper in a prompt goes first: it is of no use without what is before it
+            # at the same time, what is deeper in a prompt is dropped first: it is useless without what precedes it
             uses += 1
             heapq.heappush(heap, (value, -uses, block))
         _trim(kept, heap, budget)

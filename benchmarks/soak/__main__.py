@@ -57,7 +57,7 @@ async def _start(options: argparse.Namespace, folder: Path, stack: ExitStack) ->
 
 
 async def soak(options: argparse.Namespace, console: Console, stack: ExitStack, folder: Path) -> bool:
-    """The whole run; True where all is right."""
+    """Run the soak; return whether everything is right."""
     clock = SystemClock()
     started, ports = await _start(options, folder, stack)
     visitors = Visitors(started.port, _SEED)

@@ -21,12 +21,12 @@ _ZERO_GAUGES = (
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """The proxy's holdings at one moment. None: this system cannot tell."""
+    """What the proxy holds at one moment; None if this system cannot show it."""
 
     resident_bytes: int
     client_sockets: int | None
     upstream_sockets: int | None
-    other_descriptors: Mapping[str, int] | None  # by kind; of sockets those less that the store has as well
+    other_descriptors: Mapping[str, int] | None  # by kind; without the sockets that the store has too
     gauges: Mapping[str, float | None]  # of those that must be zero, over all labels; None: not on the page
     upstream_connections: int
     upstream_streams: int
@@ -49,10 +49,10 @@ def _kind(link: str) -> str:
 async def look(
     pids: Sequence[int], store_pids: Sequence[int], port: int, side_port: int | None, upstream_ports: Sequence[int]
 ) -> Moment:
-    """Reads the processes, the metrics page and the upstream's count.
+    """Read the processes, the metrics page and the upstream's count.
 
-    The store keeps a bounded pool of connections, opened as so many commands first meet; each is a socket of the
-    Valkey's as well, so that those are taken off what is counted.
+    The store keeps a bounded pool of connections, opened when that many commands first run at once. Each is a socket
+    of the Valkey too; these are subtracted.
     """
     open_sockets = [one for pid in pids for one in sockets.tcp_sockets(pid) if one.state != sockets.LISTENING]
     links = [link for pid in pids for link in (cpu.descriptors(pid) or {}).values()]

@@ -1,6 +1,6 @@
-"""What clients do to the proxy in the soak: whole requests, streams, leaving at each stage, upstreams that reset.
+"""The clients' behaviour in the soak: whole requests, streams, leaving at each stage, upstreams that reset.
 
-Each visit ends in one word; `ALLOWED` says which words are right for it. Knows nothing of the proxy's insides.
+Each visit ends with one word; `ALLOWED` lists the words that are right for it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Visitors:
         self._left = 0
 
     async def visit(self, requests: int, clients: int) -> None:
-        """Makes so many requests by so many clients at a time."""
+        """Make a number of requests with a number of concurrent clients."""
         self._left = requests
         async with asyncio.TaskGroup() as group:
             for _ in range(clients):
@@ -148,9 +148,9 @@ class Visitors:
 
 
 async def read_response(reader: asyncio.StreamReader, stream: bool) -> tuple[str, bool]:
-    """One answer in a word, and whether the connection may be used again.
+    """Return the result in one word, and whether the connection may be reused.
 
-    Raises asyncio.IncompleteReadError or OSError where it breaks off.
+    Raises asyncio.IncompleteReadError or OSError if the response is cut off.
     """
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     status = int(head.split(b" ", 2)[1])
