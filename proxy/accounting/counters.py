@@ -164,6 +164,12 @@ class RequestCounters:
             self._recorder.inc(metrics.USAGE_MISSING, (model, upstream))
             self._totals.row(self._today(), model, upstream, outcome.tenant_name).missing += 1
 
+    def forget(self, replica: int, upstream: str) -> None:
+        """Drop what is kept for a replica that is gone for good, whose number may be given to another."""
+        self._shows_cached.discard(replica)
+        self._sources = {key: source for key, source in self._sources.items() if key[1] != upstream}
+        self._routes = {key: route for key, route in self._routes.items() if key[2] != upstream}
+
     def label(self, outcome: Outcome) -> str:
         """Return the model label under which a request is counted."""
         return self._names.label(outcome.model)

@@ -44,6 +44,7 @@ class Change(enum.StrEnum):
     DOWN = "down"
     UP = "up"
     THROTTLED = "throttled"
+    RATE_LIMITED = "rate limited"  # for one key and model
     RESTARTED = "restarted"
     DRAINING = "draining"
     GONE = "gone"
@@ -106,6 +107,7 @@ class Fleet:
             replica.spec, replica.limit = spec, spec.in_flight_limit
             replica.rate.configured = spec.prefill_tokens_per_second
             replica.quiet_view = None
+            replica.is_draining = False
         self._pools.setdefault(spec.pool, []).append(self._replicas[number])
         self._rates_changed(spec.pool)
         return number
@@ -119,7 +121,8 @@ class Fleet:
         replica = self._replicas[number]
         self._leave_pool(replica)
         in_flight = replica.work.in_flight
-        if in_flight:
+        replica.is_draining = in_flight > 0
+        if replica.is_draining:
             self._tell(replica, Change.DRAINING, f"{in_flight} requests under way")
         else:
             self._tell(replica, Change.GONE)
@@ -133,6 +136,8 @@ class Fleet:
             return False
         for peer in self._peers:
             self._peers.drop_row(peer, number)
+        if replica.is_draining:
+            self._tell(replica, Change.GONE, "its last request has ended")
         del self._replicas[number], self._ids[replica.spec.name]
         heappush(self._free, number)
         return True
@@ -338,7 +343,7 @@ class Fleet:
         pause_seconds = replica.breaker.pause_seconds(retry_after_seconds)
         replica.quiet_view = None
         if pause_seconds > 0 and replica.throttles.set(key, now_seconds + pause_seconds, now_seconds):
-            self._tell(replica, Change.THROTTLED, f"429 for one key and model, for {pause_seconds:.1f} s")
+            self._tell(replica, Change.RATE_LIMITED, f"429 for one key and model, for {pause_seconds:.1f} s")
 
     def abandon_trial(self, number: int) -> None:
         """End a probe that showed nothing."""

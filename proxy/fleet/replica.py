@@ -68,7 +68,19 @@ class Throttles:
 class ReplicaState:
     """One replica: its specification, breaker, work and rate."""
 
-    __slots__ = ("breaker", "id", "limit", "peers", "quiet_view", "rate", "rate_now", "spec", "throttles", "work")
+    __slots__ = (
+        "breaker",
+        "id",
+        "is_draining",
+        "limit",
+        "peers",
+        "quiet_view",
+        "rate",
+        "rate_now",
+        "spec",
+        "throttles",
+        "work",
+    )
 
     def __init__(self, number: int, spec: ReplicaSpec, breaker: Breaker, rate_now: float) -> None:
         self.id = number
@@ -80,6 +92,7 @@ class ReplicaState:
         self.rate_now = rate_now
         self.limit = spec.in_flight_limit
         self.throttles = Throttles()
+        self.is_draining = False  # removed while requests were under way
         self.quiet_view: ReplicaView | None = None
 
     def load(self, now_seconds: float) -> tuple[float, float]:

@@ -15,6 +15,7 @@ import enum
 import msgspec
 
 PREFIX = "cairn_"
+GONE = "gone"  # value of the label `upstream` for counts of replicas that are gone
 OTHER = "other"  # label of a model that is neither configured nor listed by an upstream
 MODEL_NAMES_AT_MOST = 64
 
@@ -97,6 +98,7 @@ class MetricsDelta(msgspec.Struct, gc=False):
     counters: list[tuple[int, Labels, float]] = []
     histograms: list[tuple[int, Labels, list[int], float]] = []
     gauges: list[tuple[int, Labels, float]] = []
+    forgotten: list[str] = []  # replicas that are gone for good: their counts go on under GONE
 
 
 def _define(name: str, kind: Kind, text: str, labels: Labels, buckets: tuple[float, ...] = ()) -> Spec:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client.exposition import choose_encoder
 
-from proxy.metrics.definitions import SPECS, Kind, Labels, MetricsDelta, Observed, Spec
+from proxy.metrics.definitions import GONE, SPECS, Kind, Labels, MetricsDelta, Observed, Spec
 from proxy.metrics.text_format import END, Family
 
 _ZERO: Mapping[Labels, float] = {(): 0.0}
@@ -39,6 +39,26 @@ class Exposition:
             observed.counts = [old + new for old, new in zip(observed.counts, counts, strict=True)]
             observed.total += total
         self._gauges[worker] = delta.gauges
+        for upstream in delta.forgotten:
+            self._fold(upstream)
+
+    def _fold(self, upstream: str) -> None:
+        """Add the counts of a replica that is gone to those of all that are, so that sums stay what they were."""
+        for spec in SPECS:
+            if "upstream" not in spec.labels:
+                continue
+            place = spec.labels.index("upstream")
+            counters, histograms = self._counters[spec.number], self._histograms[spec.number]
+            for labels in [labels for labels in counters if labels[place] == upstream]:
+                folded = (*labels[:place], GONE, *labels[place + 1 :])
+                counters[folded] = counters.get(folded, 0) + counters.pop(labels)
+            for labels in [labels for labels in histograms if labels[place] == upstream]:
+                gone = histograms.pop(labels)
+                observed = histograms.setdefault(
+                    (*labels[:place], GONE, *labels[place + 1 :]), Observed([0] * len(gone.counts))
+                )
+                observed.counts = [old + new for old, new in zip(observed.counts, gone.counts, strict=True)]
+                observed.total += gone.total
 
     def forget(self, worker: int) -> None:
         """Drop the gauges of a worker that has ended; its counts stay."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
-from proxy.metrics.definitions import SPECS, Labels, MetricsDelta, Spec
+from proxy.metrics.definitions import GONE, SPECS, Labels, MetricsDelta, Spec
 
 
 class Counter:
@@ -58,6 +58,7 @@ class Recorder:
         self._counters: list[dict[Labels, Counter]] = [{} for _ in SPECS]
         self._histograms: list[dict[Labels, Histogram]] = [{} for _ in SPECS]
         self._gauges: dict[tuple[int, Labels], float] = {}
+        self._forgotten: list[str] = []
 
     def counter(self, spec: Spec, labels: Labels = ()) -> Counter:
         """Return a counter's series. It is not shown until something is added to it."""
@@ -98,7 +99,9 @@ class Recorder:
 
     def take(self) -> MetricsDelta:
         """Return what was counted since the last call, and all gauges."""
-        delta = MetricsDelta(gauges=[(number, labels, value) for (number, labels), value in self._gauges.items()])
+        gauges = [(number, labels, value) for (number, labels), value in self._gauges.items()]
+        delta = MetricsDelta(gauges=gauges, forgotten=self._forgotten)
+        self._forgotten = []
         for number, series in enumerate(self._counters):
             for labels, counter in series.items():
                 if counter.value or counter.seen:
@@ -110,8 +113,28 @@ class Recorder:
                     delta.histograms.append((number, labels, *taken))
         return delta
 
+    def forget(self, upstream: str) -> None:
+        """Drop all series of a replica that is gone for good; what they counted goes on under `GONE`.
+
+        Series that were returned for it must not be used any more.
+        """
+        for spec in SPECS:
+            if "upstream" not in spec.labels:
+                continue
+            place = spec.labels.index("upstream")
+            for labels in [labels for labels in self._counters[spec.number] if labels[place] == upstream]:
+                counter = self._counters[spec.number].pop(labels)
+                if counter.value:
+                    self.inc(spec, (*labels[:place], GONE, *labels[place + 1 :]), counter.value)
+            for labels in [labels for labels in self._histograms[spec.number] if labels[place] == upstream]:
+                taken = self._histograms[spec.number].pop(labels).take()
+                if taken is not None:
+                    self.histogram(spec, (*labels[:place], GONE, *labels[place + 1 :])).add_counts(*taken)
+        self._forgotten.append(upstream)
+
     def put_back(self, delta: MetricsDelta) -> None:
         """Count again a delta that could not be sent."""
+        self._forgotten += delta.forgotten
         for number, labels, value in delta.counters:
             self.inc(SPECS[number], labels, value)
         for number, labels, counts, total in delta.histograms:

@@ -163,10 +163,10 @@ class ResponseRelay:
 
     def _read_usage(self, exchange: Exchange, body: bytes) -> None:
         endpoint = exchange.call.endpoint
-        answers_json = endpoint.is_generation or endpoint is _EMBEDDINGS
-        if _HTML.match(body):
+        is_json = body.startswith(b"{") or body.lstrip()[:1] == b"{"
+        if not is_json and _HTML.match(body):
             self._hidden_error(exchange, "html")
-        elif answers_json or body.lstrip()[:1] == b"{":
+        elif is_json or endpoint.is_generation or endpoint is _EMBEDDINGS:
             read = read_response(body, endpoint)
             exchange.usage = read.usage
             if read.error_seen:

@@ -95,6 +95,11 @@ class Settlement:
             if placement is not None and usage is not None:
                 self._count_routing_gain(outcome, usage, placement)
 
+    def forget(self, replica: int, name: str) -> None:
+        """Count what is left to count, and drop what is kept for a replica that is gone for good."""
+        self.count()
+        self._accounts.forget(replica, name)
+
     def _count_routing_gain(self, outcome: Outcome, usage: Usage, placement: Placement) -> None:
         gain = self._shadow.answered(placement, usage.prompt_tokens, usage.cached_tokens)
         if gain is not None:

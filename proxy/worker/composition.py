@@ -428,11 +428,15 @@ def _requests(config: Config, secret: bytes, built: Built) -> Requests:
     return Requests(queues, dispatcher, routes, pipeline, in_flight_limit, http_server)
 
 
-def _health(config: Config, built: Built, requests: Requests) -> HealthChecker:
+def _findings(built: Built, requests: Requests) -> EngineFindings:
     replicas = built.replicas
-    findings = EngineFindings(
+    return EngineFindings(
         replicas.fleet, built.sharing.journal, replicas.model_names, requests.queues, requests.dispatcher
     )
+
+
+def _health(config: Config, built: Built, findings: EngineFindings) -> HealthChecker:
+    replicas = built.replicas
     return HealthChecker(
         replicas.client,
         replicas.pools,
@@ -512,8 +516,10 @@ async def build(config: Config, control: WorkerControl, *, access_log_descriptor
     built = Built(basics, memory, replicas, sharing, accounting, contexts)
     requests = _requests(config, secret, built)
     contexts.own_requests.pipeline = requests.pipeline
-    health = _health(config, built, requests)
-    for listener in (requests.queues, health, Forgetting(replicas.client, requests.dispatcher)):
+    findings = _findings(built, requests)
+    health = _health(config, built, findings)
+    forgetting = Forgetting(replicas.client, requests.dispatcher, findings, accounting.settlement, basics.recorder)
+    for listener in (requests.queues, health, forgetting):
         replicas.discovery.subscribe(listener)
     return Worker(
         built, requests, health, _reporter(control, built, requests), _live_config(config, secret, built, requests)

@@ -8,8 +8,11 @@ from typing import Final
 
 from proxy.control.messages import ReplicaDown
 from proxy.fleet import Change, ReplicaChange
+from proxy.fleet.findings import EngineFindings
 from proxy.fleet.pools import ReplicaEndpoint
+from proxy.metrics.recorder import Recorder
 from proxy.pipeline.dispatch import Dispatcher
+from proxy.pipeline.settlement import Settlement
 from proxy.upstream import UpstreamClient
 
 log = logging.getLogger("cairn.replicas")
@@ -47,16 +50,29 @@ def log_change(change: ReplicaChange) -> None:
 
 
 class Forgetting:
-    """Drops connections to a replica that is gone for good, and what was learned of it."""
+    """Drops what the parts of a worker keep for a replica that is gone for good."""
 
-    def __init__(self, client: UpstreamClient, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self,
+        client: UpstreamClient,
+        dispatcher: Dispatcher,
+        findings: EngineFindings,
+        settlement: Settlement,
+        recorder: Recorder,
+    ) -> None:
         self._client = client
         self._dispatcher = dispatcher
+        self._findings = findings
+        self._settlement = settlement
+        self._recorder = recorder
 
     def replicas_changed(self, joined: Sequence[int]) -> None:
         """Do nothing: what is kept for a replica is made when it is first used."""
 
     def replica_forgotten(self, number: int, endpoint: ReplicaEndpoint) -> None:
-        """Drop what is kept for a replica."""
+        """Drop connections, learned facts and series."""
         self._dispatcher.forget(number)
+        self._findings.forget(number)
         self._client.forget(endpoint.origin)
+        self._settlement.forget(number, endpoint.name)
+        self._recorder.forget(endpoint.name)

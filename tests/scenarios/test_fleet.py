@@ -87,6 +87,44 @@ async def test_replicas_behind_a_name_come_and_go_under_load(http: aiohttp.Clien
         assert await load("c") == set(hosts[1:])
 
 
+async def test_replicas_that_came_and_went_behind_a_name_leave_nothing_behind(
+    http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Endpoints, queues, connections, series and facts are dropped; what was counted is still counted."""
+    monkeypatch.setattr("proxy.fleet.discovery.FORGET_SECONDS", 0.0)
+    port = free_port()
+    addresses: list[str] = []
+
+    async def resolve(name: str, asked_port: int) -> Sequence[str]:
+        return addresses
+
+    def prepare(worker: Worker) -> None:
+        worker.replicas.discovery._resolve = resolve  # noqa: SLF001 - internal state that no public name shows
+
+    pool = Pool(name="engines", replicas=(Replica(f"dns+http://engines.test:{port}"),))
+    async with running(config_for([], pools=[pool]), prepare) as cairn:
+        worker = cairn.worker
+        for generation in range(1, 41):
+            addresses = [f"127.0.1.{generation}"]
+            async with At(addresses[0], port):
+                await worker.replicas.discovery.look()
+                assert (await ask(http, cairn, words(f"g{generation}", 600)))[0] == 200
+        addresses = ["127.0.1.99"]
+        async with At(addresses[0], port):
+            await worker.replicas.discovery.look()
+            worker.replicas.discovery.forget()
+            assert (await ask(http, cairn, words("last", 600)))[0] == 200
+            assert cairn.count(metrics.REQUESTS) == 41
+            assert {labels[2] for labels in cairn.heard.exposition.labels(metrics.REQUESTS)} == {
+                "gone",
+                f"127.0.1.99:{port}",
+            }
+            assert len(worker.replicas.pools.backends) == 1
+            assert len(worker.requests.queues.by_replica) == 1
+            assert len(worker.replicas.client.counts()) == 1
+            assert len(worker.memory.index.replicas()) <= 1
+
+
 async def test_two_processes_keep_one_limit_together(http: aiohttp.ClientSession, valkey: Valkey) -> None:
     """A burst at both of them never has more than four at the replica; then one alone may have all four."""
     most = 0

@@ -405,16 +405,19 @@ def test_every_change_of_a_replica_is_told_once_with_its_reason():
     charge = fleet.charge(1, 1.0, 8.0)
     fleet.remove(1)
     fleet.finish(charge, 9.0)
+    fleet.forget(1)
     fleet.remove(0)
+    fleet.forget(0)
     assert [(each.name, each.change, each.reason) for each in told] == [
         ("a", Change.DOWN, "refused"),
         ("a", Change.UP, "a health check was answered"),
         ("a", Change.DOWN, "status 500, and another replica succeeded"),
         ("a", Change.UP, "a request was answered"),
         ("a", Change.THROTTLED, "status 503"),
-        ("b", Change.THROTTLED, "429 for one key and model, for 2.0 s"),
+        ("b", Change.RATE_LIMITED, "429 for one key and model, for 2.0 s"),
         ("b", Change.RESTARTED, "its start time is newer"),
         ("b", Change.DRAINING, "1 requests under way"),
+        ("b", Change.GONE, "its last request has ended"),
         ("a", Change.GONE, ""),
     ]
 
