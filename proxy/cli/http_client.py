@@ -28,9 +28,14 @@ class Answer(NamedTuple):
 
 
 class HttpClient:
-    """Sends requests to one base URL. `headers` are sent with each of them."""
+    """Sends requests to one base URL. `headers` are sent with each of them.
 
-    def __init__(self, url: str, headers: Mapping[str, str], timeout_seconds: float) -> None:
+    `ca_file` has certificate authorities to trust beside the system's.
+    """
+
+    def __init__(
+        self, url: str, headers: Mapping[str, str], timeout_seconds: float, ca_file: str | None = None
+    ) -> None:
         """Raises BadUrl."""
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
@@ -43,6 +48,7 @@ class HttpClient:
         self._host = parts.hostname
         self._headers = dict(headers)
         self._timeout_seconds = timeout_seconds
+        self._ca_file = ca_file
         self.path = parts.path.rstrip("/")
 
     def request(
@@ -90,6 +96,8 @@ class HttpClient:
     def _connection(self) -> http.client.HTTPConnection:
         if self._is_secure:
             context = ssl.create_default_context()
+            if self._ca_file is not None:
+                context.load_verify_locations(self._ca_file)
             return http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout_seconds, context=context)
         return http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_seconds)
 

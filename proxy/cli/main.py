@@ -20,6 +20,8 @@ import click
 from proxy.cli import exit_codes as exits
 from proxy.cli.config import config
 from proxy.cli.contexts import contexts
+from proxy.cli.doctor import doctor
+from proxy.cli.init import init
 from proxy.cli.prices import prices
 from proxy.cli.savings import savings
 from proxy.cli.top import top
@@ -194,6 +196,8 @@ def check_config(file: Path) -> None:
 
 cli.add_command(config)
 cli.add_command(contexts)
+cli.add_command(doctor)
+cli.add_command(init)
 cli.add_command(prices)
 cli.add_command(savings)
 cli.add_command(top)
