@@ -28,6 +28,7 @@ from cache.index.prefix_index import (
     ReplicaStats,
 )
 from cache.replication.apply import Listeners
+from cache.replication.cold_claims import ColdClaims
 from cache.replication.inflight import LoadBroadcast
 from cache.replication.journal import Journal, JournalState
 from cache.replication.owners import ObjectLocations
@@ -45,6 +46,7 @@ __all__ = [
     "UNLIMITED_TOKENS",
     "BreakerState",
     "CacheError",
+    "ColdClaims",
     "Content",
     "ContextLimits",
     "ContextRow",

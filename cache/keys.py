@@ -16,6 +16,10 @@ WRITERS = PREFIX + "{journal}:writers"  # sorted set: live writers, by the secon
 GENERATION = PREFIX + "{journal}:generation"  # made once; a different value means that Redis lost everything
 PROBE = PREFIX + "{journal}:probe"  # written to learn whether Redis accepts writes; expires
 
+# Cold turns, for each pool in one slot for one script: a hash of each worker's oldest turn that waits, and a hash of
+# who may send a cold turn to which replica. Both values carry the time at which they end.
+COLD = PREFIX + "cold"
+
 # Pub/sub channel, not a key: the work in flight of every worker.
 INFLIGHT_CHANNEL = PREFIX + "inflight"
 
@@ -35,6 +39,16 @@ SECRET = PREFIX + "secret"
 
 # Totals of money and tokens: a hash per day, and the number of each writer's last batch, in one slot.
 TOTALS = PREFIX + "{totals}"
+
+
+def cold_heads(pool: str) -> str:
+    """Each worker's oldest cold turn that waits for a pool."""
+    return f"{COLD}:{{{pool}}}:heads"
+
+
+def cold_claims(pool: str) -> str:
+    """The replicas of a pool that are claimed for cold turns."""
+    return f"{COLD}:{{{pool}}}:claims"
 
 
 def totals_day(day: str) -> str:

@@ -164,6 +164,14 @@ class Overloaded(CairnError):
     code = "no_upstream_available"
 
 
+class DeadlineUnreachable(CairnError):
+    """The client's own deadline passes before the first token could come."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline_unreachable"
+
+
 class UpstreamError(CairnError):
     """The upstream failed. `reason` is a metric label; `before_response`: no part of the response had arrived."""
 

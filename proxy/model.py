@@ -112,6 +112,8 @@ class Tenant(msgspec.Struct, frozen=True, gc=False):
     is_listed: bool = False  # by the configuration; the key of any other tenant is checked by upstreams alone
     client: str = ""
     sees_all: bool = True  # it is told of prefixes that other tenants sent
+    weight: float = 1.0  # of its share where tenants wait
+    highest_priority: int = 1  # that it may ask for: 0 high, 1 normal, 2 low
 
     @property
     def is_limited(self) -> bool:

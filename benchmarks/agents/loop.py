@@ -73,7 +73,7 @@ class ClosedLoop:
     def __init__(self, sessions: list[Session], shared: frozenset[int], loop: Loop, calendar: Calendar) -> None:
         self._loop = loop
         self._calendar = calendar
-        self._next_session = _endless(sessions, shared)
+        self._next_session = endless(sessions, shared)
         self._numbers = count()
         self._sessions = count()
         self._running: dict[int, Program] = {}
@@ -175,7 +175,8 @@ def alone_seconds(turn: Turn, before: Turn | None) -> float:
     return prefill + turn.output_tokens * DECODE_SECONDS
 
 
-def _endless(sessions: list[Session], shared: frozenset[int]) -> Iterator[Session]:
+def endless(sessions: list[Session], shared: frozenset[int]) -> Iterator[Session]:
+    """The sessions again and again, each time as others'."""
     for cycle in count():
         for session in sessions:
             yield again(session, cycle, shared)

@@ -9,7 +9,16 @@ from __future__ import annotations
 from benchmarks.fleet.ours import POOL, At, Cairn, Proxy
 from benchmarks.fleet.simulation import Send
 from benchmarks.fleet.trace import Request
-from proxy.routing.cold_admission import ColdQueue, ColdTurn, ReplicaRoom, TurnKind, about_as_good, classify
+from proxy.routing.cold_admission import (
+    BACKLOG_SECONDS,
+    ColdQueue,
+    ColdTurn,
+    ReplicaRoom,
+    TurnKind,
+    about_as_good,
+    classify,
+    is_long,
+)
 from proxy.routing.cold_pressure import ColdPressure, ServedPrompts
 
 LOOK_SECONDS = 0.5
@@ -61,13 +70,15 @@ class Gated(Cairn):
 
     def route(self, request: Request, now: float, send: Send) -> None:
         gate = self._gate_of(request)
-        self._known[request.number] = _known_tokens(request, gate.served)
-        for each in self._gates:  # as the journal tells them
-            each.served.note(request.fingerprint.hashes)
         uncached = _uncached(request, gate.proxy)
         least = min(uncached.values())
+        hashes, tokens = request.fingerprint.hashes, request.input_tokens
+        depth = gate.served.depth(hashes)
+        self._known[request.number] = depth / max(len(hashes), 1) * tokens
+        for each in self._gates:  # as the journal tells them
+            each.served.note(hashes, depth, tokens, tokens - least, now)
         kind = classify(request.input_tokens, least)
-        if kind is TurnKind.SHORT or not (self._always or self._is_on(gate, now)):
+        if kind is TurnKind.SHORT or not (self._always or self._is_on(gate, kind, least, now)):
             self._go(request, now, send, None)
         elif kind is TurnKind.WARM:
             self._go(request, now, send, about_as_good(uncached))
@@ -77,10 +88,13 @@ class Gated(Cairn):
             gate.queue.join(ColdTurn((request, send), request.input_tokens, least, is_new), now)
             self._look(gate, now)
 
-    def _is_on(self, gate: _Gate, now: float) -> bool:
+    def _is_on(self, gate: _Gate, kind: TurnKind, uncached: float, now: float) -> bool:
         views = gate.proxy.fleet.snapshot(POOL, now)
         shortest = min(view.pending_tokens / view.rate_tokens_per_second for view in views)
-        return gate.pressure.is_on(shortest, len(gate.queue))
+        if gate.pressure.is_on(shortest, len(gate.queue)):
+            return True
+        long = kind is TurnKind.COLD and is_long(uncached, [view.rate_tokens_per_second for view in views])
+        return long and (len(gate.queue) > 0 or shortest >= BACKLOG_SECONDS)
 
     def _gate_of(self, request: Request) -> _Gate:
         return self._gates[request.number % len(self._gates)]
@@ -121,11 +135,6 @@ class Gated(Cairn):
     def ended(self, request: Request, replica: int, now: float) -> None:
         super().ended(request, replica, now)
         self._look(self._gate_of(request), now)
-
-
-def _known_tokens(request: Request, served: ServedPrompts) -> float:
-    depth = served.depth(request.fingerprint.hashes)
-    return depth / max(len(request.blocks), 1) * request.input_tokens
 
 
 def _uncached(request: Request, proxy: Proxy) -> dict[int, float]:

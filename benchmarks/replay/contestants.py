@@ -19,7 +19,7 @@ import yaml
 from benchmarks.common.processes import Running, free_port
 from benchmarks.datapath.contestants import SGLANG, VLLM, Wanted, contestants
 from cache.store.embedded import find_server
-from proxy.config.schema import Routing
+from proxy.config.schema import Admission, Routing
 
 _START_SECONDS = 60.0
 _HAPROXY = """
@@ -46,6 +46,7 @@ class Plan(msgspec.Struct, frozen=True):
     capacity_tokens: int
     speed: float
     folder: Path
+    pins: bool = False  # blocks of running requests cannot be evicted
 
 
 @dataclass(slots=True)
@@ -75,6 +76,9 @@ def known(proxies: Sequence[int], *, peers: bool) -> list[str]:
     return [*names, *(cairn_name(count) for count in proxies)]
 
 
+UNGATED = "Cairn without the gate"
+
+
 def cairn_name(count: int) -> str:
     """The row of so many proxies."""
     return "Cairn" if count == 1 else f"Cairn, {count} proxies"
@@ -85,12 +89,13 @@ async def enter(name: str, plan: Plan, stack: ExitStack) -> Entrant:
     entrant = Entrant(name, [free_port() for _ in range(plan.engines)])
     command = [sys.executable, "-m", "benchmarks.replay.engines", "--ports", ",".join(map(str, entrant.engine_ports))]
     command += ["--capacity", str(plan.capacity_tokens), "--speed", str(plan.speed)]
+    command += ["--pins"] if plan.pins else []
     engines = _run(f"engines of {name}", command, plan, stack)
     for port in entrant.engine_ports:
         await engines.answers(port, "/v1/models", _START_SECONDS)
     urls = tuple(f"http://127.0.0.1:{port}" for port in entrant.engine_ports)
     if name.startswith("Cairn"):
-        count = 1 if name == cairn_name(1) else int(name.split()[1])
+        count = 1 if name in (cairn_name(1), UNGATED) else int(name.split()[1])
         await _enter_cairn(entrant, count, urls, plan, stack)
         return entrant
     port = free_port()
@@ -127,7 +132,8 @@ async def _enter_cairn(entrant: Entrant, count: int, urls: Sequence[str], plan: 
     command = [find_server(), "--port", str(store), "--save", "", "--bind", "127.0.0.1", "--dir", str(plan.folder)]
     _run(f"valkey of {entrant.name}", command, plan, stack)
     file = plan.folder / f"cairn-{count}.yaml"
-    file.write_text(yaml.safe_dump(cairn_config(urls, store, plan.speed)))
+    admission = _admission(plan.speed, enabled=entrant.name != UNGATED)
+    file.write_text(yaml.safe_dump({**cairn_config(urls, store, plan.speed), "admission": admission}))
     for number in range(count):
         port, admin = free_port(), free_port()
         where = ["--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin)]
@@ -143,6 +149,18 @@ async def _enter_cairn(entrant: Entrant, count: int, urls: Sequence[str], plan: 
 
 _LOOK_AROUND_SECONDS = 3.5
 """Proxies notice each other when they next look at the lease, each second; until then they tell their news slowly."""
+
+
+def _admission(speed: float, *, enabled: bool) -> dict[str, object]:
+    """The gate's times, as much smaller as time runs faster; no session is refused, since clients wait."""
+    gate = Admission()
+    return {
+        "enabled": "auto" if enabled else "never",
+        "quiet_seconds": gate.quiet_seconds / speed,
+        "rest_seconds": gate.rest_seconds / speed,
+        "memory_seconds": gate.memory_seconds / speed,
+        "max_wait_seconds": 86_400,
+    }
 
 
 def cairn_config(urls: Sequence[str], store_port: int, speed: float) -> dict[str, object]:

@@ -117,14 +117,15 @@ async def _one(
 ) -> None:
     sent = _CLOCK.monotonic()
     try:
-        seen.append(await _ask(http, port, request, texts.body(request), sent, sent - due))
+        seen.append(await ask(http, port, request, texts.body(request), sent, sent - due))
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         seen.append(Seen(request.number, 0.0, sent - due, error=type(error).__name__))
 
 
-async def _ask(
+async def ask(
     http: aiohttp.ClientSession, port: int, request: Request, body: bytes, sent: float, late: float
 ) -> Seen:
+    """Send one request, and read its answer to the end."""
     first, tail = 0.0, b""
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
     async with http.post(url, data=body, headers={"content-type": "application/json"}) as answer:

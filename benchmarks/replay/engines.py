@@ -78,7 +78,7 @@ def blocks_of(text: bytes) -> tuple[int, ...]:
 class LiveEngine:
     """One engine in real time; its clock runs `speed` times as fast. A listener of its own `Engine`."""
 
-    def __init__(self, number: int, capacity_tokens: int, speed: float) -> None:
+    def __init__(self, number: int, capacity_tokens: int, speed: float, *, pins: bool = False) -> None:
         self._loop = asyncio.get_running_loop()
         self._speed = speed
         self._origin_seconds = self._loop.time()
@@ -86,7 +86,7 @@ class LiveEngine:
         self._streams: dict[int, Stream] = {}
         self._numbers = 0
         self._started_unix_seconds = _CLOCK.unix()
-        self.engine = Engine(number, capacity_tokens, self.at, self)
+        self.engine = Engine(number, capacity_tokens, self.at, self, pins=pins)
         self.stats = Stats()
 
     def at(self, time: float, call: Callable[[float], None]) -> None:
@@ -271,11 +271,11 @@ class Connection(asyncio.Protocol):
         return b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
 
 
-async def serve(ports: Sequence[int], capacity_tokens: int, speed: float) -> None:
+async def serve(ports: Sequence[int], capacity_tokens: int, speed: float, *, pins: bool = False) -> None:
     """Serve on loopback until cancelled."""
     loop = asyncio.get_running_loop()
     for number, port in enumerate(ports):
-        engine = LiveEngine(number, capacity_tokens, speed)
+        engine = LiveEngine(number, capacity_tokens, speed, pins=pins)
         await loop.create_server(functools.partial(Connection, engine), "127.0.0.1", port, backlog=1024)
     await asyncio.Event().wait()
 
@@ -285,8 +285,11 @@ def main() -> None:
     parser.add_argument("--ports", required=True)
     parser.add_argument("--capacity", type=int, required=True)
     parser.add_argument("--speed", type=float, required=True)
+    parser.add_argument("--pins", action="store_true", help="blocks of running requests cannot be evicted")
     options = parser.parse_args()
-    uvloop.run(serve([int(port) for port in options.ports.split(",")], options.capacity, options.speed))
+    uvloop.run(
+        serve([int(port) for port in options.ports.split(",")], options.capacity, options.speed, pins=options.pins)
+    )
 
 
 if __name__ == "__main__":

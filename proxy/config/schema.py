@@ -143,6 +143,21 @@ class Disclosure(enum.StrEnum):
     ALL = "all"
 
 
+class RequestPriority(enum.StrEnum):
+    """Priority of a request where requests wait; `high` goes first."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+class AdmissionMode(enum.StrEnum):
+    """When prompts that are not in any cache wait for a quiet replica: `auto` while memory is short, or `never`."""
+
+    AUTO = "auto"
+    NEVER = "never"
+
+
 class Server(Section, frozen=True):
     """The port for clients, and limits on what they may use. Limits on concurrent use apply to each worker."""
 
@@ -389,6 +404,13 @@ class Client(Section, frozen=True):
     models: Annotated[Patterns, Meta(min_length=1)] = ("*",)
     """Models that the client may use, as patterns with `*` and `?`."""
 
+    weight: Annotated[float, Meta(ge=0.01, le=1000)] = 1.0
+    """Share of its tenant where requests of several tenants wait: one of weight 2 gets twice the work of one of
+    weight 1. Clients of one tenant should have the same weight."""
+
+    highest_priority: RequestPriority = RequestPriority.NORMAL
+    """Highest priority that the client may ask for, with `x-cairn-priority`, `priority` or `service_tier`."""
+
 
 class Tenants(Section, frozen=True):
     """The secret with which tenants' names are hashed. Without one Redis stores one that all proxies share."""
@@ -542,6 +564,29 @@ class Queueing(Section, frozen=True):
     """Requests that may wait; further ones are answered 429."""
 
 
+class Admission(Section, frozen=True):
+    """Prompts that no replica has in its cache, while the active sessions need more cache than there is: they wait
+    until a replica is quiet, so that the prompts which are cached stay so."""
+
+    enabled: Annotated[AdmissionMode, LIVE] = AdmissionMode.AUTO
+    """`auto` lets them wait while memory is short; `never` sends them at once."""
+
+    max_wait_seconds: Annotated[Seconds, LIVE] = 300
+    """Longest expected wait for which a new session is accepted; others are answered 429 with a Retry-After."""
+
+    max_waiting_bytes: Annotated[Bytes, LIVE] = 256 * MIB
+    """Memory per worker for the bodies of waiting requests; further ones are answered 429."""
+
+    quiet_seconds: Annotated[Seconds, LIVE] = 0.5
+    """Uncached work up to which a replica counts as quiet."""
+
+    rest_seconds: Annotated[Seconds, LIVE] = 60
+    """Time after which a replica takes such a prompt although it is not quiet."""
+
+    memory_seconds: Seconds = 120
+    """Time over which it is judged whether memory is short."""
+
+
 class Log(Section, frozen=True):
     """Access lines go to standard output, everything else to standard error."""
 
@@ -660,6 +705,9 @@ class Config(Section, frozen=True):
 
     queue: Queueing = Queueing()
     """The queues before replicas."""
+
+    admission: Admission = Admission()
+    """Prompts that wait for a quiet replica while memory is short."""
 
     prices: Annotated[tuple[Price, ...], Meta(max_length=1024), LIVE] = ()
     """Prices, which are used before the built-in ones."""

@@ -190,6 +190,17 @@ class Fleet:
         pending, late = replica.load(now_seconds)
         return (pending + uncached_tokens) / replica.rate_now + late
 
+    def unanswered(self, number: int) -> int:
+        """Requests of this process that were sent to a replica and have no first token yet."""
+        return self._replicas[number].work.unanswered
+
+    def sent_seconds(self, number: int, now_seconds: float) -> float:
+        """Prefill that was sent to a replica and must still be to do there; what waits in a queue is left out."""
+        replica = self._replicas[number]
+        replica.work.settle(now_seconds)
+        sent = replica.work.sent_tokens - replica.work.progress_tokens(replica.rate_now, now_seconds)
+        return max(sent + replica.peers.sent_tokens, 0.0) / replica.rate_now
+
     def own_in_flight(self, number: int) -> int:
         """Return the number of this process's requests at a replica."""
         return self._replicas[number].work.in_flight
@@ -449,6 +460,7 @@ class Fleet:
                         released_seconds=released,
                         waiting=work.waiting,
                         running_tokens=round(work.running_tokens),
+                        sent_tokens=round(work.sent_tokens - work.progress_tokens(replica.rate_now, now_seconds)),
                     )
                 elif work.in_flight or work.pending_tokens or released < PEER_SILENCE_SECONDS:
                     rows[replica.spec.name] = ShareRow(
@@ -460,6 +472,7 @@ class Fleet:
                         released_seconds=released,
                         waiting=work.waiting,
                         running_tokens=round(work.running_tokens),
+                        sent_tokens=round(work.sent_tokens - work.progress_tokens(replica.rate_now, now_seconds)),
                     )
         return rows
 

@@ -21,7 +21,8 @@ class ShareRow(NamedTuple):
     for all writers. The head is the writer's oldest prefill: its tokens, the time since it was sent, and how far it
     is past its predicted first token (0 if it is not). `released_seconds` is the time since the last prefill ended
     there. `waiting` of those in flight are in the writer's queue and not sent yet. `running_tokens` are the prompts
-    of all in flight; a process of an older release leaves it out.
+    of all in flight, `sent_tokens` the part of the pending ones that is in no queue; a process of an older release
+    leaves out both.
     """
 
     pending_tokens: float
@@ -32,21 +33,31 @@ class ShareRow(NamedTuple):
     released_seconds: float
     waiting: float = 0.0
     running_tokens: float = 0.0
+    sent_tokens: float = 0.0
 
 
-ROW_LENGTHS: Final = (len(ShareRow._fields) - 1, len(ShareRow._fields))
+ROW_LENGTHS: Final = (len(ShareRow._fields) - 2, len(ShareRow._fields))
 
 
 class PeerWork:
     """What all other processes have under way on one replica. Times by this process's clock."""
 
-    __slots__ = ("heads", "in_flight", "pending_tokens", "released_seconds", "running_tokens", "waiting")
+    __slots__ = (
+        "heads",
+        "in_flight",
+        "pending_tokens",
+        "released_seconds",
+        "running_tokens",
+        "sent_tokens",
+        "waiting",
+    )
 
     def __init__(self) -> None:
         self.pending_tokens = 0.0
         self.in_flight = 0.0
         self.waiting = 0.0
         self.running_tokens = 0.0
+        self.sent_tokens = 0.0
         self.released_seconds = 0.0
         self.heads: dict[str, tuple[float, float, float]] = {}  # by peer: sent, tokens, due or later
 
@@ -56,6 +67,7 @@ class PeerWork:
         self.in_flight += row.in_flight
         self.waiting += row.waiting
         self.running_tokens += row.running_tokens
+        self.sent_tokens += row.sent_tokens
         self.released_seconds = max(self.released_seconds, now_seconds - row.released_seconds)
         if row.head_tokens:
             due = now_seconds - row.overdue_seconds if row.overdue_seconds > 0 else inf
@@ -67,6 +79,7 @@ class PeerWork:
         self.in_flight -= row.in_flight
         self.waiting -= row.waiting
         self.running_tokens -= row.running_tokens
+        self.sent_tokens -= row.sent_tokens
         self.heads.pop(peer, None)
 
 

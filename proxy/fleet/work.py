@@ -55,11 +55,11 @@ class Work:
 
     __slots__ = (
         "_started",
-        "_started_tokens",
         "in_flight",
         "pending_tokens",
         "released_seconds",
         "running_tokens",
+        "sent_tokens",
         "waiting",
     )
 
@@ -70,7 +70,7 @@ class Work:
         self.waiting = 0  # those in flight that are in the queue and not sent yet
         self.released_seconds = 0.0  # when the last prefill seen here ended
         self._started: deque[Charge] = deque()
-        self._started_tokens = 0.0
+        self.sent_tokens = 0.0
 
     def add(self, charge: Charge) -> None:
         """Add a new charge, which waits until `start`."""
@@ -93,10 +93,10 @@ class Work:
         if not charge.pending:
             return
         charge.sent_seconds = now_seconds
-        ahead = self._started_tokens - self.progress_tokens(rate, now_seconds) + elsewhere_tokens
+        ahead = self.sent_tokens - self.progress_tokens(rate, now_seconds) + elsewhere_tokens
         charge.due_seconds = now_seconds + (ahead + charge.uncached_tokens) / rate
         self._started.append(charge)
-        self._started_tokens += charge.uncached_tokens
+        self.sent_tokens += charge.uncached_tokens
 
     def first_token(self, charge: Charge, now_seconds: float, elsewhere_seconds: float = 0.0) -> None:
         """End its prefill; the next one begins.
@@ -147,6 +147,11 @@ class Work:
             self.released_seconds = max(self.released_seconds, head.due_seconds)
 
     @property
+    def unanswered(self) -> int:
+        """Charges that were sent and whose prefill is not known to be done; a few that are may be among them."""
+        return len(self._started)
+
+    @property
     def head(self) -> Charge | None:
         """The oldest charge that was sent and whose prefill is not known to have ended."""
         return self._started[0] if self._started else None
@@ -172,10 +177,10 @@ class Work:
         self.pending_tokens -= charge.uncached_tokens
         started = self._started
         if charge.started:
-            self._started_tokens -= charge.uncached_tokens
+            self.sent_tokens -= charge.uncached_tokens
             while started and not started[0].pending:
                 started.popleft()
         if not started:  # no drift of floats
-            self._started_tokens = 0.0
+            self.sent_tokens = 0.0
             if self.pending_tokens < LEAST_TOKENS:
                 self.pending_tokens = 0.0

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from proxy.errors import Forbidden, Overloaded, Unauthorized
 from proxy.model import Tenant
 from proxy.patterns import matches_any
@@ -28,12 +30,17 @@ _KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 
 @dataclass(frozen=True, slots=True)
 class KnownClient:
-    """A client of the configuration: the SHA-256 of its key, its tenant, its models as patterns, and its name."""
+    """A client of the configuration: the SHA-256 of its key, its tenant, and patterns of the models it may use.
+
+    `weight` is its tenant's share where tenants wait, `highest_priority` the best that it may ask for (0 is high).
+    """
 
     key_sha256: bytes
     tenant: str
     models: tuple[str, ...] = ("*",)
     name: str = ""
+    weight: float = 1.0
+    highest_priority: int = 1
 
 
 class Authenticator:
@@ -95,9 +102,10 @@ class Authenticator:
                 found = client
         if found is None:
             raise Unauthorized("Incorrect API key provided.")
-        return self._tenant(
+        tenant = self._tenant(
             found.tenant.encode(), found.models, found.tenant, found.name or found.tenant, is_listed=True
         )
+        return msgspec.structs.replace(tenant, weight=found.weight, highest_priority=found.highest_priority)
 
     def _keyed(self, credential: bytes) -> Tenant:
         if not credential:

@@ -15,8 +15,9 @@ from proxy.clock import Clock
 from proxy.errors import UpstreamError
 from proxy.fleet import Charge, Fleet
 from proxy.model import Candidate, Plan
+from proxy.routing.fair_shares import Share
 from proxy.routing.prefill_gate import Follower, Prefill, PrefillGate
-from proxy.routing.replica_queue import Permit, ReplicaQueue
+from proxy.routing.replica_queue import ANYONE, Permit, ReplicaQueue
 
 
 class Placements(Protocol):
@@ -46,8 +47,10 @@ class Attempt:
         "_permit",
         "_prefill",
         "_queue",
+        "_share",
         "_shared",
         "_waits_for",
+        "_waits_until",
         "candidate",
         "charge",
         "placement",
@@ -62,8 +65,12 @@ class Attempt:
         queue: ReplicaQueue,
         gate: Prefill | Follower | None,
         permit: Permit | None,
+        share: Share,
+        deadline_seconds: float | None,
     ) -> None:
         self._shared = shared
+        self._share = share
+        self._waits_until = deadline_seconds
         self._queue = queue
         self._waits_for = gate if isinstance(gate, Follower) else None
         self._prefill = gate.prefill if isinstance(gate, Follower) else gate
@@ -90,7 +97,8 @@ class Attempt:
         if self._waits_for is not None:
             await self._waits_for.wait()
         candidate = self.candidate
-        self._permit = await self._queue.acquire(candidate.uncached_tokens / candidate.replica.rate_tokens_per_second)
+        work_seconds = candidate.uncached_tokens / candidate.replica.rate_tokens_per_second
+        self._permit = await self._queue.acquire(work_seconds, self._share, self._waits_until)
         self._shared.fleet.start(self.charge, clock.monotonic())
         self._shared.changed()
 
@@ -162,10 +170,13 @@ class Attempts:
         *,
         stream: bool,
         source: int = 0,
+        share: Share = ANYONE,
+        deadline_seconds: float | None = None,
     ) -> Attempt:
         """Charge `candidate`, place the prefix there and enter the gate.
 
-        Without `fingerprint` (nothing worth sharing) only the charge is made. `source` stands for the tenant.
+        Without `fingerprint` (nothing worth sharing) only the charge is made. `source` stands for the tenant, `share`
+        says for whom it waits, if it must, and `deadline_seconds` until when.
         """
         now_seconds = self._clock.monotonic()
         replica, uncached = candidate.replica.id, candidate.uncached_tokens
@@ -183,7 +194,7 @@ class Attempts:
                 / candidate.replica.rate_tokens_per_second,
             )
         gated = isinstance(gate, Follower)
-        permit = None if gated else queue.try_acquire()
+        permit = None if gated else queue.try_acquire(share)
         charge = self._shared.fleet.charge(
             replica,
             uncached,
@@ -196,4 +207,4 @@ class Attempts:
         if fingerprint is not None:
             placement = self._shared.placements.place(replica, fingerprint, plan.prompt_tokens, source=source)
         self._shared.changed()
-        return Attempt(self._shared, candidate, charge, placement, queue, gate, permit)
+        return Attempt(self._shared, candidate, charge, placement, queue, gate, permit, share, deadline_seconds)

@@ -208,6 +208,8 @@ class Dispatcher:
             held.blocks if held else 0,
             stream=prompt is not None and prompt.stream,
             source=crc32(exchange.call.tenant.id.encode()),
+            share=exchange.share_of(candidate),
+            deadline_seconds=exchange.deadline_seconds,
         )
         if attempt.must_wait:
             before_seconds = self._clock.monotonic()

@@ -12,10 +12,12 @@ from cache import Content, ContextRow, Fingerprint, Match
 from proxy.fleet import ThrottleKey
 from proxy.fleet.pools import ServedPool
 from proxy.metrics.definitions import INTER_TOKEN
-from proxy.model import Call, Edit, Ending, Outcome, Plan, Prompt, RouteReason, Times, Usage
+from proxy.model import Call, Candidate, Edit, Ending, Outcome, Plan, Prompt, RouteReason, Times, Usage
 from proxy.pipeline.attempt import Attempt
 from proxy.pipeline.disclosure import told
 from proxy.pipeline.retries import AttemptFailure
+from proxy.routing.cold_gate import Pass
+from proxy.routing.fair_shares import Priority, Share
 from proxy.wire.headers import cairn_headers
 
 
@@ -38,8 +40,10 @@ class Exchange:
         "avoid",
         "background_id",
         "call",
+        "cold_pass",
         "context_notes",
         "context_result",
+        "deadline_seconds",
         "edits",
         "ending",
         "error_code",
@@ -49,6 +53,7 @@ class Exchange:
         "inter_token_counts",
         "inter_token_seconds",
         "is_warming",
+        "known_tokens",
         "last_token_seconds",
         "match",
         "model",
@@ -58,6 +63,7 @@ class Exchange:
         "pinned_replica",
         "plan",
         "pool",
+        "priority",
         "progress_seconds",
         "prompt",
         "response_bytes",
@@ -82,6 +88,10 @@ class Exchange:
         self.session: int | None = None  # stands for the session that the client names
         self.pinned_replica: int | None = None  # the number of the replica where the object lies that is named
         self.plan: Plan | None = None
+        self.priority = 1  # as the client asked and may: 0 high, 1 normal, 2 low
+        self.deadline_seconds: float | None = None  # of the first token, on the monotonic clock
+        self.known_tokens = 0.0  # of the prompt, that were served before
+        self.cold_pass: Pass | None = None  # a cold turn's right to its replica
         self.background_id: str | None = None  # of a response that is computed in the background
         self.avoid: frozenset[str] = frozenset()  # names of replicas that must not be chosen
         self.stored: StoredUse | None = None
@@ -120,6 +130,12 @@ class Exchange:
         self.inter_token_seconds += gap
         self.last_token_seconds = now_seconds
         return False
+
+    def share_of(self, candidate: Candidate) -> Share:
+        """For whom the request is served at `candidate`. A cold turn that waited was counted when it went."""
+        tenant = self.call.tenant
+        tokens = candidate.uncached_tokens if self.cold_pass is None else 0.0
+        return Share(tenant.id, tenant.weight, Priority(self.priority), tokens)
 
     @property
     def replica_name(self) -> str:

@@ -15,6 +15,7 @@ from proxy.model import Call, Ending, Endpoint, Tenant
 from proxy.pipeline.dispatch import Upload
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.stored_contexts import StoredContexts
+from proxy.routing.cold_gate import Verdict
 from proxy.wire.errors import error_response
 from proxy.wire.headers import names_context
 
@@ -83,6 +84,22 @@ class Settling(Protocol):
         ...
 
 
+class Admitting(Protocol):
+    """Between plan and relay, by `ColdTurns`."""
+
+    async def admit(self, exchange: Exchange) -> None:
+        """Let the request wait if it must, and plan it again then. Raises CairnError if it is not taken."""
+        ...
+
+    def judge(self, exchange: Exchange) -> Verdict | None:
+        """Whether the request would wait if it came now. Changes nothing."""
+        ...
+
+    def settle(self, exchange: Exchange) -> None:
+        """Learn from a finished request, and give back what it holds."""
+        ...
+
+
 class Pipeline:
     """Takes each request through its phases. One per worker."""
 
@@ -94,6 +111,7 @@ class Pipeline:
         models_endpoint: ModelListing,
         settlement: Settling,
         contexts: StoredContexts,
+        cold_turns: Admitting,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._reader = reader
@@ -103,6 +121,7 @@ class Pipeline:
         self._settlement = settlement
         self._contexts = contexts
         self._sleep = sleep
+        self.cold_turns = cold_turns
 
     async def handle(self, call: Call, client: Downstream, upload: Upload | None = None) -> None:
         """Answer an admitted call.
@@ -131,6 +150,7 @@ class Pipeline:
             if exchange.only_checked:
                 self._contexts.tell_checked(exchange, client)
                 return
+            await self.cold_turns.admit(exchange)
             await self._relay.run(exchange, client, upload)
         except CairnError as error:
             self._refuse(exchange, error, client)
@@ -138,6 +158,7 @@ class Pipeline:
             if exchange.ending is Ending.COMPLETE:
                 self._planner.note_answered(exchange)
             self._settlement.settle(exchange)
+            self.cold_turns.settle(exchange)
             self._contexts.settle(exchange)
 
     async def decide(self, exchange: Exchange) -> None:

@@ -104,12 +104,17 @@ class Planner:
         if exchange.own_blocks is not None and exchange.fingerprint is not None:
             self._own_prefixes.add(exchange.call.tenant, exchange.fingerprint, exchange.own_blocks)
 
-    def plan(self, exchange: Exchange) -> None:
-        """Order the pool's replicas by what this prompt would cost there. Raises Overloaded if none is left."""
+    def plan(self, exchange: Exchange, *, among: frozenset[int] | None = None) -> None:
+        """Order the pool's replicas, or only those in `among`, by what this prompt would cost there.
+
+        Raises Overloaded if none is left.
+        """
         assert exchange.pool is not None  # noqa: S101 - the reader set it or raised
         views = self._fleet.snapshot(exchange.pool.name, self._clock.monotonic(), exchange.throttle_key)
         if exchange.avoid:
             views = tuple([view for view in views if view.name not in exchange.avoid])
+        if among is not None:
+            views = tuple([view for view in views if view.id in among])
         held_back = None
         if exchange.fingerprint is not None and not self._gate.is_open:
             held_back = partial(self._gate.holds_back, exchange.fingerprint.hashes)

@@ -11,7 +11,7 @@ Pure: clocks are passed in, nothing here waits or sends. The proxy and the simul
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from math import inf
 from typing import Final, Generic, TypeVar
@@ -33,6 +33,11 @@ the turns are lost, with 4 s nine."""
 REST_SECONDS: Final = 60.0
 """A replica that took no cold turn for so long takes one even if it is not quiet. It must not be under 20 s: with 5 s
 more than half of the turns are lost."""
+
+LONG_SECONDS: Final = 1.0
+BACKLOG_SECONDS: Final = 3.0
+"""A cold prefill of at least `LONG_SECONDS` waits as well once every replica has `BACKLOG_SECONDS` to do, or another
+tenant is active: an engine neither interrupts it nor changes the order of what it was sent."""
 
 NEW_AFTER_SECONDS: Final = 1.0
 """A turn of a session that was served before goes before a new one that came no more than this earlier."""
@@ -56,6 +61,11 @@ def classify(prompt_tokens: float, least_uncached_tokens: float) -> TurnKind:
     if least_uncached_tokens <= SHORT_TOKENS:
         return TurnKind.SHORT
     return TurnKind.WARM if least_uncached_tokens <= WARM_SHARE * prompt_tokens else TurnKind.COLD
+
+
+def is_long(uncached_tokens: float, rates: Iterable[float]) -> bool:
+    """True if a prefill takes a second or more wherever it goes."""
+    return uncached_tokens >= LONG_SECONDS * max(rates)
 
 
 def about_as_good(uncached_tokens: Mapping[int, float]) -> frozenset[int]:
@@ -107,24 +117,36 @@ class ColdQueue(Generic[T]):
         """Take in a turn that arrived at `now_seconds`."""
         if not len(self._queue):
             self._began_seconds = now_seconds
-        waiting = Claimant(turn, turn.tenant, turn.priority, turn.uncached_tokens, turn.weight)
+        waiting = Claimant(turn, turn.tenant, turn.weight, turn.priority, turn.uncached_tokens)
         return self._queue.join(waiting, NEW_AFTER_SECONDS if turn.is_new else 0.0, now_seconds)
 
     def leave(self, waiting: Waiting[T]) -> None:
         """The turn waits no more, and was not sent. May come twice."""
         self._queue.leave(waiting)
 
-    def head(self, now_seconds: float) -> Waiting[T] | None:
-        """The turn that goes next, or None."""
-        return self._queue.head(now_seconds)
+    def head(self, now_seconds: float, skipped: Container[str] = ()) -> Waiting[T] | None:
+        """The turn that goes next, of no tenant in `skipped`, or None."""
+        return self._queue.head(now_seconds, skipped)
 
-    def open_to(self, turn: ColdTurn[T], rooms: Iterable[ReplicaRoom], now_seconds: float) -> frozenset[int]:
+    def waiting(self) -> dict[tuple[Priority, str], int]:
+        """How many turns wait, by priority and tenant."""
+        return self._queue.waiting()
+
+    def open_to(
+        self,
+        turn: ColdTurn[T],
+        rooms: Iterable[ReplicaRoom],
+        now_seconds: float,
+        *,
+        quiet_seconds: float = QUIET_SECONDS,
+        rest_seconds: float = REST_SECONDS,
+    ) -> frozenset[int]:
         """The replicas that may take `turn` now: quiet ones with room for its prompt."""
         last, began = self._last_cold_seconds, self._began_seconds
         return frozenset(
             room.replica
             for room in rooms
-            if (room.pending_seconds <= QUIET_SECONDS or now_seconds - last.get(room.replica, began) >= REST_SECONDS)
+            if (room.pending_seconds <= quiet_seconds or now_seconds - last.get(room.replica, began) >= rest_seconds)
             and has_room(room, turn.prompt_tokens)
         )
 

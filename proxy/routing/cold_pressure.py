@@ -14,6 +14,15 @@ from typing import Final
 MAX_REMEMBERED: Final = 262_144
 """Boundaries of served prompts that are remembered, about 25 MB: two of each of the last 131,072 prompts."""
 
+FIRST_PAUSE_SECONDS: Final = 60.0
+"""From one turn of a session to its next, until seen."""
+
+PAUSE_STEP: Final = 0.02
+"""Weight of the newest pause in the mean."""
+
+ENDED_AFTER_PAUSES: Final = 3.0
+"""A session without a turn for this many mean pauses has ended: of exponential pauses one in twenty is longer."""
+
 MEMORY_SECONDS: Final = 120.0
 """Time constant of the mean. It must span several long prefills and pass when the sessions have gone."""
 
@@ -31,24 +40,31 @@ MIN_COMPUTED_TOKENS: Final = 50_000.0
 """Below this the share is noise."""
 
 
+class _Served:
+    """The last turn of a session: its prompt less what it shared with others at its first turn, and when it came."""
+
+    __slots__ = ("boundaries", "own_tokens", "seen_seconds", "shared_tokens")
+
+    def __init__(
+        self, boundaries: tuple[int, ...], own_tokens: float, shared_tokens: float, seen_seconds: float
+    ) -> None:
+        self.boundaries = boundaries
+        self.own_tokens = own_tokens
+        self.shared_tokens = shared_tokens
+        self.seen_seconds = seen_seconds
+
+
 class ServedPrompts:
     """Ends of prompts that were sent somewhere, so that a prompt which continues one is known again."""
 
     def __init__(self, most: int = MAX_REMEMBERED) -> None:
         self._most = most
-        self._boundaries: OrderedDict[int, None] = OrderedDict()
+        self._boundaries: dict[int, _Served] = {}
+        self._latest: OrderedDict[_Served, None] = OrderedDict()
+        self._pause_seconds = FIRST_PAUSE_SECONDS
 
     def __len__(self) -> int:
         return len(self._boundaries)
-
-    def note(self, hashes: Sequence[int]) -> None:
-        """A prompt was sent. Its last two boundaries are kept, since the last one is often not whole."""
-        kept = self._boundaries
-        for boundary in hashes[-2:]:
-            kept[boundary] = None
-            kept.move_to_end(boundary)
-        while len(kept) > self._most:
-            kept.popitem(last=False)
 
     def depth(self, hashes: Sequence[int]) -> int:
         """The blocks up to the end of a prompt sent before, 0 if it continues none. Looks up each at worst."""
@@ -58,11 +74,54 @@ class ServedPrompts:
                 return place
         return 0
 
+    def note(
+        self, hashes: Sequence[int], depth: int, prompt_tokens: float, matched_tokens: float, now_seconds: float
+    ) -> None:
+        """A prompt came, `depth` blocks of which ended one before; of a new one `matched_tokens` are others' as well.
+
+        Its last two boundaries are kept, since the last one is often not whole.
+        """
+        before = self._boundaries.get(hashes[depth - 1]) if depth else None
+        shared = min(matched_tokens, prompt_tokens)
+        if before is not None:
+            shared = min(before.shared_tokens, prompt_tokens)
+            self._pause_seconds += PAUSE_STEP * (now_seconds - before.seen_seconds - self._pause_seconds)
+            self._drop(before)
+        served = _Served(tuple(hashes[-2:]), prompt_tokens - shared, shared, now_seconds)
+        self._latest[served] = None
+        for boundary in served.boundaries:
+            other = self._boundaries.get(boundary)
+            if other is not None:
+                self._drop(other)
+            self._boundaries[boundary] = served
+        while len(self._boundaries) > self._most:
+            self._drop(next(iter(self._latest)))
+
+    def needed_tokens(self, now_seconds: float) -> float:
+        """What the sessions that go on need of the caches: their own parts, of all that came lately.
+
+        Lately is three times the mean time from one turn to the next.
+        """
+        oldest = now_seconds - max(ENDED_AFTER_PAUSES * self._pause_seconds, FIRST_PAUSE_SECONDS)
+        needed = 0.0
+        for served in reversed(self._latest):
+            if served.seen_seconds < oldest:
+                break
+            needed += served.own_tokens
+        return needed
+
+    def _drop(self, served: _Served) -> None:
+        self._latest.pop(served, None)
+        for boundary in served.boundaries:
+            if self._boundaries.get(boundary) is served:
+                del self._boundaries[boundary]
+
 
 class ColdPressure:
     """The share of recent work that was done before, and whether cold turns wait because of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory_seconds: float = MEMORY_SECONDS) -> None:
+        self.memory_seconds = memory_seconds
         self._computed_tokens = 0.0
         self._repeated_tokens = 0.0
         self._seen_seconds = 0.0
@@ -77,7 +136,7 @@ class ColdPressure:
 
     def observe(self, computed_tokens: float, repeated_tokens: float, now_seconds: float) -> None:
         """One answer: tokens that were computed for it, and those of them that were computed before."""
-        kept = exp(min(self._seen_seconds - now_seconds, 0.0) / MEMORY_SECONDS)
+        kept = exp(min(self._seen_seconds - now_seconds, 0.0) / self.memory_seconds)
         self._seen_seconds = max(now_seconds, self._seen_seconds)
         self._computed_tokens = self._computed_tokens * kept + computed_tokens
         self._repeated_tokens = self._repeated_tokens * kept + repeated_tokens

@@ -15,8 +15,9 @@ Between priorities the order is strict, but for a floor: of the work done while 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
-from typing import Final, Generic, TypeVar
+from collections.abc import Callable, Container, Mapping
+from math import inf
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from proxy.routing.shortest_job import Entry, ShortestJobQueue
 
@@ -35,7 +36,16 @@ MAX_TENANTS: Final = 1_024
 """Tenants remembered; the one longest unserved is forgotten."""
 
 MAX_ROWS: Final = 64
-"""Tenants told to the other processes: the latest served."""
+"""Tenants in one message to the other processes."""
+
+SENDS: Final = 20
+"""Messages in which a change is repeated: counters are cumulative, so one that arrives is enough."""
+
+ACTIVE_SECONDS: Final = 10.0
+"""A tenant counts as active for so long after its last request."""
+
+CHECK_SECONDS: Final = 0.1
+"""How long it is taken as known who is active."""
 
 VIRTUAL_TIME: Final = "\0shares"
 _TENANT: Final = "\0tenant:"
@@ -74,6 +84,44 @@ class TenantShares:
         self._tenants: dict[str, _Counters] = {}
         self._peers: dict[str, dict[str, float]] = {}
         self._reached = 0.0
+        self._unsent: dict[str, int] = {}  # tenants that changed, and in how many messages they are still to be
+        self._seen: dict[str, tuple[float, float]] = {}  # when a tenant's last request came, and its weight
+        self._active_weight = 0.0
+        self._checked_seconds = -inf
+
+    def seen(self, tenant: str, weight: float, now_seconds: float) -> None:
+        """A request of the tenant came, whether or not it will wait."""
+        self._seen[tenant] = now_seconds, weight
+
+    @property
+    def has_several(self) -> bool:
+        """False if only one tenant can be active; costs nothing."""
+        return len(self._seen) > 1
+
+    def is_contended(self, now_seconds: float) -> bool:
+        """True if more than one tenant is active."""
+        if len(self._seen) < 2:
+            return False
+        self._check(now_seconds)
+        return len(self._seen) > 1
+
+    def share_of(self, tenant: str, now_seconds: float) -> float:
+        """The tenant's weight over that of all active tenants; 1 if it is alone."""
+        seen = self._seen
+        if len(seen) < 2:
+            return 1.0
+        self._check(now_seconds)
+        own = seen.get(tenant)
+        return 1.0 if own is None or own[1] >= self._active_weight else own[1] / self._active_weight
+
+    def _check(self, now_seconds: float) -> None:
+        seen = self._seen
+        if now_seconds - self._checked_seconds >= CHECK_SECONDS:
+            self._checked_seconds = now_seconds
+            oldest = now_seconds - ACTIVE_SECONDS
+            for name in [name for name, (last, _) in seen.items() if last < oldest]:
+                del seen[name]
+            self._active_weight = sum(weight for _, weight in seen.values())
 
     def round_of(self, tenant: str) -> int:
         """The tenant's present round; a tenant in a lower round goes first."""
@@ -99,16 +147,23 @@ class TenantShares:
             start = self._reached
         self._reached = max(self._reached, start)
         counters.own += tokens / weight
+        self._unsent[tenant] = SENDS
 
     def rows(self) -> dict[str, tuple[float, ...]]:
-        """This process's part, for the others: the point reached, and of each tenant its own work and its lift."""
-        latest = list(self._tenants.items())[-MAX_ROWS:]
-        rows: dict[str, tuple[float, ...]] = {_TENANT + name: (each.own, each.lifted) for name, each in latest}
+        """What changed in this process's part lately, for the others: the point reached, and of each tenant its own
+        work and its lift."""
+        rows: dict[str, tuple[float, ...]] = {}
+        for name in list(self._unsent)[:MAX_ROWS]:
+            left = self._unsent.pop(name) - 1
+            if left:
+                self._unsent[name] = left  # at the end: others have their turn
+            if (counters := self._tenants.get(name)) is not None:
+                rows[_TENANT + name] = (counters.own, counters.lifted)
         if rows:
             rows[VIRTUAL_TIME] = (self._reached,)
         return rows
 
-    def absorb(self, peer: str, rows: Mapping[str, tuple[float, ...]]) -> None:
+    def absorb(self, peer: str, rows: Mapping[str, tuple[float, ...]], now_seconds: float) -> None:
         """Replace what is known of another process by its newest rows; rows of replicas are left out."""
         before = self._peers.get(peer, {})
         now: dict[str, float] = {}
@@ -116,7 +171,10 @@ class TenantShares:
             if name.startswith(_TENANT) and len(row) == 2:
                 tenant = name[len(_TENANT) :]
                 counters = self._counters(tenant)
-                counters.elsewhere += row[0] - before.pop(tenant, 0.0)
+                more = row[0] - before.pop(tenant, 0.0)
+                counters.elsewhere += more
+                if more > 0 and tenant not in self._seen:
+                    self._seen[tenant] = now_seconds, 1.0
                 counters.lifted = max(counters.lifted, row[1])
                 now[tenant] = row[0]
         # a tenant that the peer no longer tells of keeps what it was told to have had
@@ -142,18 +200,32 @@ class TenantShares:
         return counters
 
 
+class Share(NamedTuple):
+    """For whom a request is served: `tokens` is the work that counts for the tenant."""
+
+    tenant: str = ""
+    weight: float = 1.0
+    priority: Priority = Priority.NORMAL
+    tokens: float = 0.0
+
+
 class Claimant(Generic[T]):
     """A request that waits, as the queue holds it. `tokens` is its uncached work."""
 
     __slots__ = ("entry", "item", "priority", "tenant", "tokens", "weight")
 
-    def __init__(self, item: T, tenant: str, priority: Priority, tokens: float, weight: float) -> None:
+    def __init__(self, item: T, tenant: str, weight: float, priority: Priority, tokens: float) -> None:
         self.item = item
         self.tenant = tenant
         self.priority = priority
         self.tokens = tokens
         self.weight = weight
         self.entry: Entry[Claimant[T]] | None = None
+
+    @property
+    def is_gone(self) -> bool:
+        """True if it was served or left."""
+        return self.entry is None or self.entry.gone
 
     @property
     def arrived_seconds(self) -> float:
@@ -197,11 +269,11 @@ class FairQueue(Generic[T]):
         if not len(line):
             del lines[claimant.tenant]
 
-    def head(self, now_seconds: float) -> Claimant[T] | None:
-        """The request that is served next; None if nobody waits. Changes nothing."""
+    def head(self, now_seconds: float, skipped: Container[str] = ()) -> Claimant[T] | None:
+        """The request that is served next, of no tenant in `skipped`; None if nobody waits. Changes nothing."""
         best = None
         for priority in Priority:
-            head = self._head_of(priority, now_seconds)
+            head = self._head_of(priority, now_seconds, skipped)
             if head is None:
                 continue
             if best is None:
@@ -227,11 +299,11 @@ class FairQueue(Generic[T]):
             (priority, tenant): len(line) for priority, lines in self._lines.items() for tenant, line in lines.items()
         }
 
-    def _head_of(self, priority: Priority, now_seconds: float) -> Claimant[T] | None:
+    def _head_of(self, priority: Priority, now_seconds: float, skipped: Container[str]) -> Claimant[T] | None:
         best: tuple[int, float] | None = None
         chosen: Claimant[T] | None = None
         for tenant, line in self._lines.get(priority, {}).items():
-            entry = line.peek(now_seconds)
+            entry = None if tenant in skipped else line.peek(now_seconds)
             if entry is None:
                 continue
             key = (self._shares.round_of(tenant), line.key(entry))

@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Final
 
 from proxy.clock import Clock
-from proxy.errors import CairnError, Overloaded, RateLimited
+from proxy.errors import CairnError, DeadlineUnreachable, Overloaded, RateLimited
+from proxy.routing.fair_shares import Claimant, FairQueue, Share, TenantShares
 from proxy.routing.shortest_job import ShortestJobQueue
 
 RECHECK_SECONDS: Final = 0.05
@@ -21,6 +22,11 @@ RECHECK_SECONDS: Final = 0.05
 CHECKS_BEFORE_BORROWING: Final = 2
 """A burst reaches all processes together, and their news takes about 10 ms, more if a loop is busy. So no process
 takes more than its share before it had time to hear from the others."""
+
+
+ANYONE: Final = Share()
+_TOO_LONG: Final = Overloaded
+_PASSED: Final = DeadlineUnreachable
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,9 @@ class ReplicaQueue:
         limits: QueueLimits,
         clock: Clock,
         places: Callable[[int], int | None] | None = None,
+        *,
+        shares: TenantShares | None = None,
+        is_crowded: Callable[[], bool] | None = None,
     ) -> None:
         self._limit = limit
         self._limits = limits
@@ -73,7 +82,9 @@ class ReplicaQueue:
         self._places = places
         self._recheck_due = False
         self._checks = 0
-        self._waiting: ShortestJobQueue[asyncio.Future[None]] = ShortestJobQueue(limits.deadline_seconds)
+        self._shares = shares or TenantShares()
+        self._is_crowded = is_crowded
+        self._waiting: FairQueue[asyncio.Future[None]] = FairQueue(self._shares, self._make_line)
         self._running = 0
 
     def __len__(self) -> int:
@@ -85,20 +96,34 @@ class ReplicaQueue:
         """Requests that have a permit."""
         return self._running
 
-    def try_acquire(self) -> Permit | None:
+    def try_acquire(self, share: Share = ANYONE) -> Permit | None:
         """Return a permit if no request would have to wait for it: the common case, without an await."""
-        if self._limit is None or (not len(self._waiting) and self._has_room()):
+        if not len(self._waiting) and self._has_room():
             self._running += 1
+            if self._shares.has_several:
+                self._shares.serve(share.tenant, share.tokens, share.weight)
             return Permit(self)
         return None
 
-    async def acquire(self, work_seconds: float) -> Permit:
-        """Wait for a permit. `work_seconds` is the request's uncached tokens over the replica's rate.
+    async def acquire(
+        self, work_seconds: float, share: Share = ANYONE, deadline_seconds: float | None = None
+    ) -> Permit:
+        """Wait for a permit.
 
-        Raises `RateLimited` if too many requests wait, `Overloaded` at the deadline, and what `fail` was given. A
-        caller that is cancelled leaves the queue.
+        Args:
+            work_seconds: the request's uncached tokens over the replica's rate.
+            share: for whom it is served.
+            deadline_seconds: until when it waits at most, on the monotonic clock; None: as long as the queue allows.
+
+        Raises:
+            RateLimited: too many requests wait.
+            Overloaded: the queue's deadline passed.
+            DeadlineUnreachable: the request's own deadline passed.
+            CairnError: `fail` was called with it.
+
+        A caller that is cancelled leaves the queue.
         """
-        permit = self.try_acquire()
+        permit = self.try_acquire(share)
         if permit is not None:
             return permit
         if len(self._waiting) >= self._limits.max_waiting:
@@ -107,8 +132,12 @@ class ReplicaQueue:
             )
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
-        entry = self._waiting.join(future, work_seconds, self._clock.monotonic())
-        alarm = loop.call_later(self._limits.deadline_seconds, self._expire, future)
+        now_seconds = self._clock.monotonic()
+        entry = self._waiting.join(Claimant(future, *share), work_seconds, now_seconds)
+        if deadline_seconds is not None and deadline_seconds - now_seconds < self._limits.deadline_seconds:
+            alarm = loop.call_later(max(deadline_seconds - now_seconds, 0.0), self._expire, future, _PASSED)
+        else:
+            alarm = loop.call_later(self._limits.deadline_seconds, self._expire, future, _TOO_LONG)
         self._schedule_recheck()
         try:
             await future
@@ -135,15 +164,25 @@ class ReplicaQueue:
     def set_limits(self, limits: QueueLimits) -> None:
         """Change deadline and length, from the next request on."""
         self._limits = limits
-        self._waiting.deadline_seconds = limits.deadline_seconds
 
     def fail(self, error: CairnError) -> None:
         """Raise `error` in every waiting request, since the replica is down: they may go elsewhere."""
-        while (future := self._waiting.next(self._clock.monotonic())) is not None:
-            if not future.done():
-                future.set_exception(error)
+        while (claimant := self._waiting.head(self._clock.monotonic())) is not None:
+            self._waiting.leave(claimant)
+            if not claimant.item.done():
+                claimant.item.set_exception(error)
+
+    def look(self) -> None:
+        """Work at the replica ended somewhere: whoever waits may have room now."""
+        if len(self._waiting):
+            self._wake()
+
+    def _make_line(self) -> ShortestJobQueue[Claimant[asyncio.Future[None]]]:
+        return ShortestJobQueue(self._limits.deadline_seconds)
 
     def _has_room(self) -> bool:
+        if self._is_crowded is not None and self._is_crowded():
+            return False
         if self._limit is None:
             return True
         waiting = len(self._waiting) if self._checks >= CHECKS_BEFORE_BORROWING else 0
@@ -166,17 +205,18 @@ class ReplicaQueue:
 
     def _wake(self) -> None:
         while len(self._waiting) and self._has_room():
-            future = self._waiting.next(self._clock.monotonic())
-            if future is not None and not future.done():
+            claimant = self._waiting.head(self._clock.monotonic())
+            if claimant is None:
+                return
+            self._waiting.serve(claimant)
+            if not claimant.item.done():
                 self._running += 1
-                future.set_result(None)
+                claimant.item.set_result(None)
 
-    def _expire(self, future: asyncio.Future[None]) -> None:
+    def _expire(self, future: asyncio.Future[None], error: type[CairnError]) -> None:
         if not future.done():
             future.set_exception(
-                Overloaded(
-                    "The request waited too long for a replica.", retry_after_seconds=self._retry_after_seconds()
-                )
+                error("The request waited too long for a replica.", retry_after_seconds=self._retry_after_seconds())
             )
 
     def _retry_after_seconds(self) -> float:

@@ -11,10 +11,12 @@ import gc
 import random
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cache import (
+    UNLIMITED_TOKENS,
+    ColdClaims,
     ContextStore,
     Journal,
     Listeners,
@@ -56,6 +58,7 @@ from proxy.metrics.model_labels import ModelNames
 from proxy.metrics.recorder import Recorder
 from proxy.pipeline.admission import InFlightLimit
 from proxy.pipeline.attempt import Attempts
+from proxy.pipeline.cold_turns import ColdTurns
 from proxy.pipeline.dispatch import Dispatcher
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.models_endpoint import ModelsEndpoint
@@ -67,6 +70,8 @@ from proxy.pipeline.relay import Relay
 from proxy.pipeline.response_relay import ResponseRelay
 from proxy.pipeline.routes import Routes
 from proxy.pipeline.settlement import Settlement
+from proxy.routing.cold_gate import ColdGate
+from proxy.routing.fair_shares import TenantShares
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.remote_prefills import RemotePrefills
 from proxy.routing.token_estimate import TokenCounts
@@ -197,6 +202,8 @@ class Sharing:
     remote_prefills: RemotePrefills
     journal: Journal
     load_broadcast: LoadBroadcast
+    shares: TenantShares
+    cold_gate: ColdGate
 
 
 def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
@@ -215,17 +222,52 @@ def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
         replicas=fleet,
         listeners=Listeners(placed=baseline.placed, prefills=remote_prefills),
     )
+    shares = TenantShares()
+    cold_gate = ColdGate(
+        fleet,
+        lambda number: _capacity_tokens(memory.index, number),
+        shares,
+        ColdClaims(memory.store, basics.writer_id, tasks=basics.tasks),
+        lambda: journal.others == 0,
+        basics.tasks.start,
+        clock,
+    )
+
+    def absorb(peer: str, rows: Mapping[str, tuple[float, ...]]) -> None:
+        now_seconds = clock.monotonic()
+        fleet.absorb(peer, rows, now_seconds)
+        shares.absorb(peer, rows, now_seconds)
+        cold_gate.changed()
+
+    def forget(peer: str) -> None:
+        fleet.forget_peer(peer)
+        shares.forget(peer)
+
     load_broadcast = LoadBroadcast(
         memory.store,
         basics.writer_id,
         clock=clock,
         tasks=basics.tasks,
-        read=lambda: fleet.share(clock.monotonic()),
-        absorb=lambda peer, rows: fleet.absorb(peer, rows, clock.monotonic()),
-        forget=fleet.forget_peer,
+        read=lambda: {**fleet.share(clock.monotonic()), **shares.rows()},
+        absorb=absorb,
+        forget=forget,
         alone=lambda: journal.others == 0,
     )
-    return Sharing(baseline, gate, remote_prefills, journal, load_broadcast)
+    return Sharing(
+        baseline=baseline,
+        gate=gate,
+        remote_prefills=remote_prefills,
+        journal=journal,
+        load_broadcast=load_broadcast,
+        shares=shares,
+        cold_gate=cold_gate,
+    )
+
+
+def _capacity_tokens(index: PrefixIndex, number: int) -> float | None:
+    """What a replica's cache holds, None if nobody knows."""
+    stats = index.replicas().get(number)
+    return None if stats is None or stats.budget_tokens >= UNLIMITED_TOKENS else float(stats.budget_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,12 +386,17 @@ class Requests:
 def _dispatcher(
     config: Config, basics: Basics, replicas: Replicas, sharing: Sharing, queues: ReplicaQueues
 ) -> Dispatcher:
+    def changed() -> None:
+        sharing.load_broadcast.changed()
+        sharing.cold_gate.changed()
+        queues.look()
+
     attempts = Attempts(
         replicas.fleet,
         sharing.journal,
         sharing.gate,
         queues.by_replica,
-        sharing.load_broadcast.changed,
+        changed,
         basics.clock,
     )
     return Dispatcher(
@@ -390,7 +437,7 @@ class Built:
 def _requests(config: Config, secret: bytes, built: Built) -> Requests:
     basics, replicas, sharing = built.basics, built.replicas, built.sharing
     clock = basics.clock
-    queues = ReplicaQueues(replicas.fleet, replicas.pools, sharing.journal, clock, basics.writer_id)
+    queues = ReplicaQueues(replicas.fleet, replicas.pools, sharing.journal, clock, basics.writer_id, sharing.shares)
     queues.set_limits(from_config.queue_limits(config.queue))
     dispatcher = _dispatcher(config, basics, replicas, sharing, queues)
     relay = _relay(config, basics, replicas, sharing, dispatcher)
@@ -411,7 +458,9 @@ def _requests(config: Config, secret: bytes, built: Built) -> Requests:
     reader = RequestReader(replicas.pools, number_of, locations, config.server.allowed_paths)
     models_endpoint = ModelsEndpoint(replicas.client, replicas.pools, replicas.fleet, clock)
     settlement, stored = built.accounting.settlement, built.contexts.stored
-    pipeline = Pipeline(reader, planner, relay, models_endpoint, settlement, stored)
+    cold_turns = ColdTurns(sharing.cold_gate, planner, sharing.shares, clock)
+    sharing.cold_gate.limits = from_config.gate_limits(config.admission)
+    pipeline = Pipeline(reader, planner, relay, models_endpoint, settlement, stored, cold_turns)
     routes = Routes(config.server.engine_paths, config.server.allowed_paths, config.admin.port)
     in_flight_limit = InFlightLimit(config.server.max_in_flight_requests)
     http_server = HttpServer(
@@ -491,6 +540,7 @@ def _live_config(config: Config, secret: bytes, built: Built, requests: Requests
         discovery=built.replicas.discovery,
         templates=built.replicas.templates,
         queues=requests.queues,
+        cold_gate=built.sharing.cold_gate,
         model_names=built.replicas.model_names,
         prices=built.accounting.prices,
         contexts=built.contexts.store,

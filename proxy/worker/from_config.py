@@ -6,13 +6,26 @@ import ssl
 from collections.abc import Callable
 
 from cache import ContextLimits
-from proxy.config.schema import Client, Config, Contexts, Disclosure, Queueing, Upstream
+from proxy.config.schema import (
+    Admission,
+    AdmissionMode,
+    Client,
+    Config,
+    Contexts,
+    Disclosure,
+    Queueing,
+    RequestPriority,
+    Upstream,
+)
 from proxy.fleet import BreakerSettings
 from proxy.pipeline.admission import Authenticator, KnownClient
 from proxy.pipeline.dispatch import HOLD_SECONDS, RetryPolicy
 from proxy.pipeline.response_relay import StreamLimits
+from proxy.routing.cold_gate import GateLimits
 from proxy.routing.replica_queue import QueueLimits
 from proxy.upstream import Limits, Origin, default_ssl_context
+
+_PRIORITIES = {RequestPriority.HIGH: 0, RequestPriority.NORMAL: 1, RequestPriority.LOW: 2}
 
 
 def breaker_settings(upstream: Upstream) -> BreakerSettings:
@@ -93,7 +106,14 @@ def queue_limits(queue: Queueing) -> QueueLimits:
 def known_clients(clients: tuple[Client, ...]) -> list[KnownClient]:
     """Return the clients that are listed in the configuration."""
     return [
-        KnownClient(bytes.fromhex(client.key_sha256), client.tenant or client.name, client.models, client.name)
+        KnownClient(
+            bytes.fromhex(client.key_sha256),
+            client.tenant or client.name,
+            client.models,
+            client.name,
+            client.weight,
+            _PRIORITIES[client.highest_priority],
+        )
         for client in clients
     ]
 
@@ -102,6 +122,18 @@ def authenticator(config: Config, secret: bytes) -> Authenticator:
     """Return what finds the tenant of a key, by the clients of the configuration."""
     discloses_all = config.tenants.disclosure is Disclosure.ALL
     return Authenticator(known_clients(config.clients), secret, discloses_all=discloses_all)
+
+
+def gate_limits(admission: Admission) -> GateLimits:
+    """Return whether and how long cold turns may wait."""
+    return GateLimits(
+        enabled=admission.enabled is not AdmissionMode.NEVER,
+        max_wait_seconds=admission.max_wait_seconds,
+        max_waiting_bytes=admission.max_waiting_bytes,
+        quiet_seconds=admission.quiet_seconds,
+        rest_seconds=admission.rest_seconds,
+        memory_seconds=admission.memory_seconds,
+    )
 
 
 def model_names(config: Config) -> list[str]:

@@ -12,6 +12,7 @@ from proxy.contexts.api import ContextApi
 from proxy.fleet.discovery import Discovery
 from proxy.fleet.templates import Templates
 from proxy.metrics.model_labels import ModelNames
+from proxy.routing.cold_gate import ColdGate
 from proxy.worker import from_config
 from proxy.worker.http_server import HttpServer
 from proxy.worker.replica_queues import ReplicaQueues
@@ -25,6 +26,7 @@ class LiveParts:
     discovery: Discovery
     templates: Templates
     queues: ReplicaQueues
+    cold_gate: ColdGate
     model_names: ModelNames
     prices: PriceBook
     contexts: ContextStore
@@ -48,6 +50,7 @@ class LiveConfig:
         parts = self._parts
         self.config = config
         parts.queues.set_limits(from_config.queue_limits(config.queue))
+        parts.cold_gate.limits = from_config.gate_limits(config.admission)
         parts.discovery.adopt(config)
         parts.templates.set_config(config)
         parts.model_names.add(from_config.model_names(config))

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Final
 
 from cache import Journal, JournalState
 from proxy.clock import Clock
 from proxy.fleet import Fleet
 from proxy.fleet.pools import Pools, ReplicaEndpoint
+from proxy.routing.fair_shares import TenantShares
 from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
+
+SENT_AHEAD: Final = (1.0, 16)
+SENT_AHEAD_CONTENDED: Final = (0.3, 2)
+"""Seconds of prefill, and requests without a first token, that a replica has before further ones wait here; the
+second pair holds while several tenants are active. An engine serves in order of arrival, so the order can be kept
+only here; with less an engine could run out of work, or have too few requests for a batch."""
 
 
 class ReplicaQueues:
     """The queues of all replicas, by the fleet's numbers in `by_replica`. `writer_id` is this worker's name."""
 
-    def __init__(self, fleet: Fleet, pools: Pools, journal: Journal, clock: Clock, writer_id: str) -> None:
+    def __init__(
+        self, fleet: Fleet, pools: Pools, journal: Journal, clock: Clock, writer_id: str, shares: TenantShares
+    ) -> None:
+        self._shares = shares
         self._fleet = fleet
         self._pools = pools
         self._journal = journal
@@ -44,11 +55,30 @@ class ReplicaQueues:
             queue = self.by_replica.get(number)
             if queue is None:
                 self.by_replica[number] = ReplicaQueue(
-                    limit, self._limits, self._clock, partial(self._places, number)
+                    limit,
+                    self._limits,
+                    self._clock,
+                    partial(self._places, number),
+                    shares=self._shares,
+                    is_crowded=partial(self._is_crowded, number),
                 )
             else:
                 queue.set_limits(self._limits)
                 queue.set_limit(limit)
+
+    def look(self) -> None:
+        """Work ended somewhere: let those that wait look whether there is room now."""
+        for queue in self.by_replica.values():
+            queue.look()
+
+    def _is_crowded(self, number: int) -> bool:
+        """True if a replica has enough to do: more would wait there, in the order of arrival."""
+        unanswered = self._fleet.unanswered(number)
+        if unanswered < SENT_AHEAD_CONTENDED[1]:
+            return False
+        now_seconds = self._clock.monotonic()
+        seconds, requests = SENT_AHEAD_CONTENDED if self._shares.is_contended(now_seconds) else SENT_AHEAD
+        return unanswered >= requests and self._fleet.sent_seconds(number, now_seconds) > seconds
 
     def _places(self, number: int, waiting: int) -> int | None:
         """Return this worker's share of a replica's limit; the other shares belong to the journal's other writers."""

@@ -27,7 +27,7 @@ class Phases:
         self.failures = failures
         self.merges = False
         self.ending = Ending.COMPLETE
-        self.pipeline = Pipeline(self, self, self, self, self, Contexts(self), self.sleep)
+        self.pipeline = Pipeline(self, self, self, self, self, Contexts(self), Waits(self), self.sleep)
 
     def step(self, name: str) -> None:
         """Note a call, and raise what it is to raise next."""
@@ -87,12 +87,28 @@ class Contexts:
         self.phases.step("contexts.settle")
 
 
+class Waits:
+    """The wait between plan and relay, as a part of the phases."""
+
+    def __init__(self, phases: Phases) -> None:
+        self.phases = phases
+
+    async def admit(self, exchange: Exchange) -> None:
+        self.phases.step("admit")
+
+    def judge(self, exchange: Exchange) -> None:
+        return None
+
+    def settle(self, exchange: Exchange) -> None:
+        self.phases.step("admit.settle")
+
+
 DECISIONS = ["read", "fingerprint", "look_up", "plan"]
-ANSWERED = ["relay", "note_answered"]
-END = ["settle", "contexts.settle"]
+ANSWERED = ["admit", "relay", "note_answered"]
+END = ["settle", "admit.settle", "contexts.settle"]
 
 
-REFUSED_AT = [("read", ["read"]), ("plan", DECISIONS), ("relay", [*DECISIONS, "relay"])]
+REFUSED_AT = [("read", ["read"]), ("plan", DECISIONS), ("admit", [*DECISIONS, "admit"]), ("relay", [*DECISIONS, "admit", "relay"])]
 
 
 async def ran(phases: Phases, asked: Exchange) -> tuple[Exchange, Kept]:

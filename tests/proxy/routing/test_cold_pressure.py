@@ -14,7 +14,7 @@ from proxy.routing.cold_pressure import (
 def test_a_prompt_that_continues_a_served_one_is_known_to_that_depth():
     """Also if the last block of the former was not whole and is another in the latter."""
     served = ServedPrompts()
-    served.note([1, 2, 3, 4])
+    served.note([1, 2, 3, 4], 0, 4.0, 0.0, 0.0)
     assert served.depth([1, 2, 3, 4, 5, 6]) == 4
     assert served.depth([1, 2, 3, 9, 10]) == 3
     assert served.depth([1, 2, 8]) == 0
@@ -24,9 +24,21 @@ def test_only_the_latest_prompts_are_remembered():
     """A bound on memory; those used last stay."""
     served = ServedPrompts(most=4)
     for name in (10, 20, 30):
-        served.note([name, name + 1])
+        served.note([name, name + 1], 0, 2.0, 0.0, 0.0)
     assert len(served) == 4
     assert (served.depth([10, 11]), served.depth([20, 21]), served.depth([30, 31])) == (0, 2, 2)
+
+
+def test_what_sessions_need_is_the_own_part_of_each_that_goes_on():
+    """The last prompt of each counts, less what it shared at its first turn, until it was silent for long."""
+    served = ServedPrompts()
+    served.note([1, 2, 3], 0, 3_000.0, 1_000.0, 0.0)
+    served.note([7, 8, 9], 0, 5_000.0, 0.0, 0.0)
+    assert served.needed_tokens(1.0) == 2_000 + 5_000
+    longer = [1, 2, 3, 4, 5]
+    served.note(longer, served.depth(longer), 6_000.0, 4_000.0, 10.0)
+    assert served.needed_tokens(11.0) == 5_000 + 5_000
+    assert served.needed_tokens(1_000.0) == 0.0
 
 
 def test_cold_turns_wait_once_half_of_the_work_was_done_before_and_until_less_than_a_third_is():

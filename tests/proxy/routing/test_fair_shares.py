@@ -11,6 +11,7 @@ from proxy.routing.fair_shares import (
     FLOOR,
     MAX_OWED_TOKENS,
     QUANTUM_TOKENS,
+    SENDS,
     Claimant,
     FairQueue,
     Priority,
@@ -27,7 +28,7 @@ def queue(shares: TenantShares | None = None) -> FairQueue[str]:
 def claimant(
     name: str, tenant: str = "a", tokens: float = 100.0, priority: Priority = Priority.NORMAL, weight: float = 1.0
 ) -> Claimant[str]:
-    return Claimant(name, tenant, priority, tokens, weight)
+    return Claimant(name, tenant, weight, priority, tokens)
 
 
 def served(waiting: FairQueue[str], count: int) -> list[Claimant[str]]:
@@ -143,7 +144,7 @@ def test_what_other_processes_served_counts_here():
     """A tenant that floods another proxy waits here until the others have as much."""
     here, there = TenantShares(), TenantShares()
     there.serve("flood", 10 * QUANTUM_TOKENS)
-    here.absorb("there", there.rows())
+    here.absorb("there", there.rows(), 0.0)
     waiting = queue(here)
     waiting.join(claimant("flood", "flood"), 0.0, 0.0)
     waiting.join(claimant("other", "other"), 0.0, 1.0)
@@ -155,10 +156,10 @@ def test_rows_may_be_lost_repeated_and_come_again():
     there, lossy, exact = TenantShares(), TenantShares(), TenantShares()
     for number in range(10):
         there.serve("a", QUANTUM_TOKENS, contended=True)
-        exact.absorb("there", there.rows())
+        exact.absorb("there", there.rows(), 0.0)
         if number in (3, 9):
-            lossy.absorb("there", there.rows())
-            lossy.absorb("there", there.rows())
+            lossy.absorb("there", there.rows(), 0.0)
+            lossy.absorb("there", there.rows(), 0.0)
     assert lossy.round_of("a") == exact.round_of("a") == 10
 
 
@@ -166,7 +167,7 @@ def test_work_of_a_process_that_is_gone_stays_counted():
     """Otherwise its tenant would be given it a second time."""
     here, there = TenantShares(), TenantShares()
     there.serve("a", 5 * QUANTUM_TOKENS)
-    here.absorb("there", there.rows())
+    here.absorb("there", there.rows(), 0.0)
     here.forget("there")
     assert here.round_of("a") == 5
 
@@ -174,5 +175,27 @@ def test_work_of_a_process_that_is_gone_stays_counted():
 def test_a_row_that_is_a_replicas_changes_nothing():
     """The rows travel beside those of replicas."""
     here = TenantShares()
-    here.absorb("there", {"replica-1": (1.0, 2.0), "\0tenant:a": (1.0,)})
+    here.serve("a", 100.0)
+    before = here.round_of("a"), here.round_of("other")
+    here.absorb("there", {"replica-1": (1.0, 2.0), "\0tenant:a": (1.0,)}, 0.0)
+    assert (here.round_of("a"), here.round_of("other")) == before
+
+
+def test_only_what_changed_lately_is_told():
+    """A quiet process has nothing to say."""
+    here = TenantShares()
     assert here.rows() == {}
+    here.serve("a", 100.0)
+    assert {len(here.rows()) for _ in range(SENDS)} == {2}
+    assert here.rows() == {}
+
+
+def test_a_tenant_is_active_for_ten_seconds_and_its_part_is_its_weight():
+    """One that is alone has all of it."""
+    here = TenantShares()
+    here.seen("a", 1.0, 0.0)
+    assert (here.share_of("a", 1.0), here.is_contended(1.0)) == (1.0, False)
+    here.seen("b", 3.0, 2.0)
+    assert (here.share_of("a", 2.0), here.share_of("b", 2.0), here.is_contended(2.0)) == (0.25, 0.75, True)
+    here.seen("a", 1.0, 11.0)
+    assert (here.share_of("a", 12.5), here.is_contended(12.5)) == (1.0, False)

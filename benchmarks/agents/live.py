@@ -1,0 +1,162 @@
+"""`python -m benchmarks.agents.live [FILE]`: the closed loop over HTTP, against simulated engines in scaled time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+
+import aiohttp
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.agents.loop import ARRIVAL_SECONDS, Loop, endless
+from benchmarks.agents.sessions import Session, read_sessions, shared_blocks, synthetic, unshared_tokens
+from benchmarks.common.processes import StartFailed, end_on_signals, scratch_folder
+from benchmarks.datapath.contestants import SGLANG
+from benchmarks.fleet.trace import Request
+from benchmarks.replay.contestants import UNGATED, Entrant, Plan, cairn_name, enter
+from benchmarks.replay.drive import Seen, ask
+from benchmarks.replay.texts import Texts
+from proxy.clock import SystemClock
+from proxy.tasks import Tasks
+
+_CLOCK = SystemClock()
+ROWS = (cairn_name(1), UNGATED, SGLANG)
+SESSIONS = 400
+
+
+class Turns(msgspec.Struct, frozen=True):
+    """What came of one router. Times are the engines' seconds."""
+
+    turns_per_hour: float
+    hit_share: float
+    mean_ttft_seconds: float
+    p50_ttft_seconds: float
+    p99_ttft_seconds: float
+    max_ttft_seconds: float
+    failed: int
+
+
+class _Drive:
+    """The active sessions before one router."""
+
+    def __init__(self, entrant: Entrant, sessions: Iterator[Session], texts: Texts, loop: Loop, speed: float) -> None:
+        self._entrant = entrant
+        self._sessions = sessions
+        self._texts = texts
+        self._loop = loop
+        self._speed = speed
+        self._numbers = count()
+        self._began = _CLOCK.monotonic()
+        self.seen: list[tuple[float, Seen]] = []
+
+    def now(self) -> float:
+        """The engines' seconds since the start."""
+        return (_CLOCK.monotonic() - self._began) * self._speed
+
+    async def run(self) -> None:
+        """Drive all sessions until the time is over; what is under way then does not count."""
+        connector = aiohttp.TCPConnector(limit=0)
+        tasks = Tasks()
+        async with aiohttp.ClientSession(connector=connector, read_bufsize=1 << 18) as http:
+            for place in range(self._loop.active):
+                tasks.start(self._keep_going(http, place), f"session {place}")
+            await asyncio.sleep(self._loop.seconds / self._speed)
+            await tasks.close()
+
+    async def _keep_going(self, http: aiohttp.ClientSession, place: int) -> None:
+        await asyncio.sleep(ARRIVAL_SECONDS * place / self._loop.active / self._speed)
+        while True:
+            for number, turn in enumerate(next(self._sessions)):
+                if number:
+                    await asyncio.sleep(turn.pause_seconds / self._speed)
+                await self._turn(http, turn.request(next(self._numbers), self.now()))
+
+    async def _turn(self, http: aiohttp.ClientSession, request: Request) -> None:
+        port = self._entrant.ports[request.number % len(self._entrant.ports)]
+        body = self._texts.body(request)
+        try:
+            seen = await ask(http, port, request, body, _CLOCK.monotonic(), 0.0)
+        except (aiohttp.ClientError, OSError) as error:
+            seen = Seen(0, 0.0, 0.0, error=type(error).__name__)
+        self.seen.append((self.now(), seen))
+
+    def turns(self) -> Turns:
+        """What was seen after the warm-up."""
+        warm_up, seconds = self._loop.warm_up_seconds, self._loop.seconds
+        counted = [seen for ended, seen in self.seen if ended >= warm_up]
+        answered = [seen for seen in counted if not seen.error]
+        waits = sorted(seen.ttft_seconds * self._speed for seen in answered) or [0.0]
+        return Turns(
+            turns_per_hour=len(answered) * 3_600 / (seconds - warm_up),
+            hit_share=sum(seen.cached_tokens for seen in answered)
+            / max(sum(seen.prompt_tokens for seen in answered), 1),
+            mean_ttft_seconds=sum(waits) / len(waits),
+            p50_ttft_seconds=waits[len(waits) // 2],
+            p99_ttft_seconds=waits[min(int(len(waits) * 0.99), len(waits) - 1)],
+            max_ttft_seconds=waits[-1],
+            failed=len(counted) - len(answered),
+        )
+
+
+@click.command()
+@click.argument("sessions", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False)
+@click.option("--x", default=2.0, show_default=True, help="context of all active sessions over cache")
+@click.option("--engines", default=4, show_default=True)
+@click.option("--capacity", default=500_000, show_default=True, help="tokens that each engine's cache holds")
+@click.option("--speed", default=10.0, show_default=True, help="how much faster than the clock time runs")
+@click.option("--seconds", default=1_500.0, show_default=True, help="of the engines, of which a third is warm-up")
+@click.option("--only", default="", help="rows whose name contains one of these, by commas")
+def main(
+    sessions: Path | None, x: float, engines: int, capacity: int, speed: float, seconds: float, only: str
+) -> None:
+    """Compare routers on SESSIONS (.jsonl or .jsonl.gz), or on sessions made up."""
+    end_on_signals()
+    made = read_sessions(sessions) if sessions is not None else synthetic(SESSIONS)
+    shared = shared_blocks(made)
+    active = max(round(x * engines * capacity / unshared_tokens(made, shared)), 1)
+    loop = Loop(active, engines, capacity, seconds, seconds / 3)
+    wanted = [part.strip() for part in only.split(",") if part.strip()]
+    console, rows = Console(width=130), []
+    for name in (row for row in ROWS if not wanted or row in wanted):
+        with scratch_folder() as folder, ExitStack() as stack:
+            plan = Plan(engines, capacity, speed, Path(folder), pins=True)
+            try:
+                rows.append((name, asyncio.run(_measure(name, plan, endless(made, shared), loop, stack))))
+            except StartFailed as failure:
+                console.print(f"left out: {failure}", highlight=False)
+    title = f"{engines} engines of {capacity:,} tokens, {active} sessions that need {x:g} x that, time x{speed:g}"
+    console.print(_table(title, rows))
+
+
+async def _measure(name: str, plan: Plan, sessions: Iterator[Session], loop: Loop, stack: ExitStack) -> Turns:
+    drive = _Drive(await enter(name, plan, stack), sessions, Texts(), loop, plan.speed)
+    await drive.run()
+    return drive.turns()
+
+
+def _table(title: str, rows: list[tuple[str, Turns]]) -> Table:
+    table = Table(title=title)
+    for heading in ("router", "turns/h", "hit %", "mean TTFT s", "p50", "p99", "max", "failed"):
+        table.add_column(heading, justify="left" if heading == "router" else "right", no_wrap=True)
+    for name, turns in rows:
+        table.add_row(
+            name,
+            f"{turns.turns_per_hour:,.0f}",
+            f"{100 * turns.hit_share:.1f}",
+            f"{turns.mean_ttft_seconds:.2f}",
+            f"{turns.p50_ttft_seconds:.2f}",
+            f"{turns.p99_ttft_seconds:.1f}",
+            f"{turns.max_ttft_seconds:.0f}",
+            str(turns.failed),
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()

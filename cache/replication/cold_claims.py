@@ -1,0 +1,133 @@
+"""Claims on replicas for cold turns, which all workers of all proxies respect, and the oldest waiting turn of each.
+
+A worker that wants to send a cold turn to a replica asks Redis once. It gets the replica if nobody holds it and no
+other worker has a turn that comes first. A claim expires by itself; it is released at the turn's first token. Turns
+that do not wait ask nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cache import keys
+from cache.errors import CacheError
+from cache.ports import Tasks
+from cache.store.store import Script, Store
+
+HEAD_SECONDS = 2.0
+"""A worker's oldest turn counts for so long after the worker named it last; it does so twice a second."""
+
+TAKE = Script(
+    "cold-take",
+    """
+local now = redis.call('TIME')
+now = now[1] * 1000 + math.floor(now[2] / 1000)
+local heads, claims, writer, order, tenant = KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3]
+local head_ms, claim_ms, most = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+redis.call('HSET', heads, writer, (now + head_ms) .. '|' .. order)
+redis.call('PEXPIRE', heads, head_ms * 10)
+local all = redis.call('HGETALL', heads)
+for i = 1, #all, 2 do
+  local ends, theirs = string.match(all[i + 1], '^(%d+)|(.*)$')
+  if not ends or tonumber(ends) < now then
+    redis.call('HDEL', heads, all[i])
+  elseif all[i] ~= writer and theirs < order then
+    return ''
+  end
+end
+local held, own = {}, 0
+all = redis.call('HGETALL', claims)
+for i = 1, #all, 2 do
+  local ends, whose = string.match(all[i + 1], '^(%d+)|[^|]*|(.*)$')
+  if not ends or tonumber(ends) < now then
+    redis.call('HDEL', claims, all[i])
+  else
+    held[all[i]] = true
+    if whose == tenant then own = own + 1 end
+  end
+end
+if own >= most then return '' end
+for i = 7, #ARGV do
+  if not held[ARGV[i]] then
+    redis.call('HSET', claims, ARGV[i], (now + claim_ms) .. '|' .. writer .. '|' .. tenant)
+    redis.call('PEXPIRE', claims, 3600000)
+    redis.call('HDEL', heads, writer)
+    return ARGV[i]
+  end
+end
+return ''
+""",
+)
+
+RELEASE = Script(
+    "cold-release",
+    """
+local value = redis.call('HGET', KEYS[1], ARGV[1])
+if value and string.match(value, '^%d+|([^|]*)|') == ARGV[2] then redis.call('HDEL', KEYS[1], ARGV[1]) end
+return 0
+""",
+)
+
+
+class ColdClaims:
+    """The claims of one worker, named `writer_id`."""
+
+    def __init__(self, store: Store, writer_id: str, *, tasks: Tasks) -> None:
+        self._store = store
+        self._writer_id = writer_id
+        self._tasks = tasks
+        self.failed = 0
+
+    async def take(
+        self, pool: str, replicas: Sequence[str], *, order: str, tenant: str, claim_seconds: float, most: int
+    ) -> str | None:
+        """Claim the first of `replicas` that is free for `claim_seconds`, and return it.
+
+        Args:
+            pool: the pool's name; turns for different pools do not compete.
+            replicas: names, best first; empty only to name this worker's oldest turn.
+            order: the place of this worker's oldest turn; lower texts come first.
+            tenant: whose turn it is.
+            claim_seconds: the time after which the claim ends by itself.
+            most: the claims that the tenant may have at once.
+
+        Returns:
+            None if no replica is free, if another worker's turn comes first, or if the tenant has its part.
+
+        Raises:
+            CacheError: Redis did not answer.
+        """
+        got = await self._store.run_script(
+            TAKE,
+            [keys.cold_heads(pool), keys.cold_claims(pool)],
+            [
+                self._writer_id,
+                order,
+                tenant,
+                round(HEAD_SECONDS * 1000),
+                round(claim_seconds * 1000),
+                most,
+                *replicas,
+            ],
+        )
+        return got.decode() if got else None
+
+    def release(self, pool: str, replica: str) -> None:
+        """Give a claim back, in the background; one that Redis does not hear of expires."""
+        self._tasks.start(self._release(pool, replica), "cold claim release")
+
+    def withdraw(self, pool: str) -> None:
+        """No turn waits here any more, in the background."""
+        self._tasks.start(self._withdraw(pool), "cold turn withdrawal")
+
+    async def _release(self, pool: str, replica: str) -> None:
+        try:
+            await self._store.run_script(RELEASE, [keys.cold_claims(pool)], [replica, self._writer_id])
+        except CacheError:
+            self.failed += 1
+
+    async def _withdraw(self, pool: str) -> None:
+        try:
+            await self._store.execute("HDEL", keys.cold_heads(pool), self._writer_id)
+        except CacheError:
+            self.failed += 1

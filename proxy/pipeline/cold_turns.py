@@ -1,0 +1,170 @@
+"""Between plan and relay: note what a prompt continues, and let it wait at the cold gate if it must.
+
+It translates between the exchange and `proxy.routing.cold_gate`, which decides. A prompt that need not wait costs one
+look at the plan and one at the headers.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from proxy.clock import Clock
+from proxy.errors import DeadlineUnreachable
+from proxy.model import Candidate, Plan
+from proxy.pipeline.exchange import Exchange
+from proxy.pipeline.planner import Planner
+from proxy.routing.cold_admission import TurnKind, about_as_good, classify
+from proxy.routing.cold_gate import ColdGate, Turn, Verdict
+from proxy.routing.fair_shares import Priority, TenantShares
+from proxy.wire.urgency import body_priority, urgency_of
+
+_SHORT: Final = TurnKind.SHORT
+_WARM: Final = TurnKind.WARM
+
+
+class ColdTurns:
+    """One per worker."""
+
+    def __init__(self, gate: ColdGate, planner: Planner, shares: TenantShares, clock: Clock) -> None:
+        self._gate = gate
+        self._planner = planner
+        self._shares = shares
+        self._clock = clock
+
+    async def admit(self, exchange: Exchange) -> None:
+        """Wait until the request may be sent, and plan it again if it waited or may not go everywhere.
+
+        Raises:
+            BadRequest: a header about its urgency cannot be read.
+            DeadlineUnreachable: the client's deadline cannot be met.
+            RateLimited: a new session would wait for too long, or too much waits.
+            Overloaded: no replica is left after the wait.
+        """
+        plan, pool, tenant = exchange.plan, exchange.pool, exchange.call.tenant
+        if plan is None or pool is None or exchange.prompt is None or not exchange.call.endpoint.is_generation:
+            return
+        now = self._clock.monotonic()
+        self._read_urgency(exchange, now)
+        self._shares.seen(tenant.id, tenant.weight, now)
+        if pool.is_provider or exchange.pinned_replica is not None or exchange.fingerprint is None:
+            return
+        least = least_uncached(plan)
+        kind = classify(plan.prompt_tokens, least)
+        self._note(exchange, plan, least, now)
+        if kind is _SHORT:
+            return
+        turn = self._turn(exchange, plan, least)
+        views = [candidate.replica for candidate in plan.candidates]
+        verdict = self._gate.judge(turn, kind, views)
+        if verdict.waits:
+            await self._wait(exchange, turn, verdict)
+        elif kind is _WARM and len(views) > 1 and self._gate.is_pressed(pool.name, views):
+            good = about_as_good({each.replica.id: each.uncached_tokens for each in plan.candidates})
+            if plan.chosen.replica.id not in good:
+                self._planner.plan(exchange, among=good)
+
+    def judge(self, exchange: Exchange) -> Verdict | None:
+        """Whether the request would wait if it came now; None if nothing like it ever does. Changes nothing."""
+        plan, pool = exchange.plan, exchange.pool
+        if plan is None or pool is None or exchange.fingerprint is None or pool.is_provider:
+            return None
+        least = least_uncached(plan)
+        exchange.known_tokens = self._known(exchange, plan, least)[0]
+        kind = classify(plan.prompt_tokens, least)
+        views = [candidate.replica for candidate in plan.candidates]
+        return self._gate.judge(self._turn(exchange, plan, least), kind, views)
+
+    def settle(self, exchange: Exchange) -> None:
+        """Learn from a finished request how much of what it computed was computed before; end its pass."""
+        usage, pool = exchange.usage, exchange.pool
+        if exchange.cold_pass is not None:
+            exchange.cold_pass.release()
+        if usage is None or usage.cached_tokens is None or pool is None or exchange.fingerprint is None:
+            return
+        repeated = min(exchange.known_tokens, usage.prompt_tokens) - usage.cached_tokens
+        self._gate.observe(pool.name, usage.prompt_tokens - usage.cached_tokens, max(repeated, 0.0))
+
+    def _read_urgency(self, exchange: Exchange, now: float) -> None:
+        """Priority and deadline, within what the client may ask for. Refuses what cannot be met."""
+        call, plan = exchange.call, exchange.plan
+        urgency = urgency_of(call.headers)
+        priority = urgency.priority
+        if priority is None:
+            priority = body_priority(call.body)
+        if priority is not None:
+            exchange.priority = max(priority, call.tenant.highest_priority)
+        if urgency.deadline_seconds is None or plan is None:
+            return
+        exchange.deadline_seconds = call.received_seconds + urgency.deadline_seconds
+        soonest = min(map(_first_token_seconds, plan.candidates))
+        if now + soonest > exchange.deadline_seconds:
+            raise DeadlineUnreachable(
+                f"The first token would come after {soonest:.1f} s, which is past the deadline.",
+                retry_after_seconds=max(soonest, 1.0),
+            )
+
+    def _note(self, exchange: Exchange, plan: Plan, least: float, now: float) -> None:
+        assert exchange.fingerprint is not None  # noqa: S101 - the caller looked
+        assert exchange.pool is not None  # noqa: S101
+        exchange.known_tokens, depth = self._known(exchange, plan, least)
+        served = self._gate.served(exchange.pool.name)
+        tokens = plan.prompt_tokens
+        served.note(exchange.fingerprint.hashes, depth, tokens, tokens - least, now)
+
+    def _known(self, exchange: Exchange, plan: Plan, least: float) -> tuple[float, int]:
+        """Tokens of the prompt that were served before, and the block at which the prompt ended that it continues."""
+        fingerprint, pool = exchange.fingerprint, exchange.pool
+        assert fingerprint is not None  # noqa: S101 - the caller looked
+        assert pool is not None  # noqa: S101
+        depth = self._gate.served(pool.name).depth(fingerprint.hashes)
+        held = plan.prompt_tokens - least
+        if not depth:
+            return held, 0
+        return max(held, fingerprint.ends[depth - 1] / fingerprint.ends[-1] * plan.prompt_tokens), depth
+
+    def _turn(self, exchange: Exchange, plan: Plan, least: float) -> Turn:
+        call, pool, fingerprint = exchange.call, exchange.pool, exchange.fingerprint
+        assert pool is not None  # noqa: S101 - the caller looked
+        assert fingerprint is not None  # noqa: S101
+        return Turn(
+            pool=pool.name,
+            prompt_tokens=plan.prompt_tokens,
+            uncached_tokens=least,
+            known_tokens=exchange.known_tokens,
+            prompt_end=fingerprint.hashes[-1],
+            body_bytes=len(call.body),
+            tenant=call.tenant.id,
+            weight=call.tenant.weight,
+            priority=Priority(exchange.priority),
+            deadline_seconds=exchange.deadline_seconds,
+        )
+
+    async def _wait(self, exchange: Exchange, turn: Turn, verdict: Verdict) -> None:
+        before = self._clock.monotonic()
+        try:
+            given = exchange.cold_pass = await self._gate.wait(turn, verdict)
+        finally:
+            exchange.waited_seconds += self._clock.monotonic() - before
+        given.is_over = lambda: _has_computed(exchange)
+        try:
+            self._planner.look_up(exchange)
+            self._planner.plan(exchange, among=frozenset((given.replica,)))
+        except BaseException:
+            given.release()
+            raise
+
+
+def least_uncached(plan: Plan) -> float:
+    """What the best of all replicas would have to compute."""
+    return min([candidate.uncached_tokens for candidate in plan.candidates])
+
+
+def _first_token_seconds(candidate: Candidate) -> float:
+    replica = candidate.replica
+    return (replica.pending_tokens + candidate.uncached_tokens) / replica.rate_tokens_per_second
+
+
+def _has_computed(exchange: Exchange) -> bool:
+    """True once the prefill of the request is known to be over."""
+    attempt = exchange.attempt
+    return attempt is not None and not (attempt.charge.pending and attempt.charge.present)

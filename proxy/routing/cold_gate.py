@@ -1,0 +1,497 @@
+"""Where cold turns wait in a worker (`cold_admission` has the rule), and what they are given when they may go.
+
+One `ColdGate` per worker, with a queue per pool. It wakes when work ends somewhere, and twice a second while turns
+wait. A turn that goes gets a pass to one replica, which no other cold turn gets until its first token. If there are
+other workers, the replica is claimed through `Claims` first; while those do not answer, every worker goes on alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Final, Protocol
+
+from cache import CacheError
+from proxy.clock import Clock
+from proxy.errors import CairnError, DeadlineUnreachable, RateLimited
+from proxy.model import ReplicaView
+from proxy.routing.cold_admission import (
+    BACKLOG_SECONDS,
+    QUIET_SECONDS,
+    REST_SECONDS,
+    ColdQueue,
+    ColdTurn,
+    ReplicaRoom,
+    TurnKind,
+    Waiting,
+    is_long,
+)
+from proxy.routing.cold_pressure import MEMORY_SECONDS, ColdPressure, ServedPrompts
+from proxy.routing.cold_wait import ColdRate, Tickets
+from proxy.routing.fair_shares import Priority, TenantShares
+
+LOOK_SECONDS: Final = 0.5
+"""While turns wait, this often it is looked whether one may go, whatever is heard."""
+
+CLAIM_PATIENCE: Final = 3.0
+CLAIM_PATIENCE_SECONDS: Final = 30.0
+"""A claim ends by itself after this multiple of the predicted prefill, and this long on top."""
+
+FULL_RETRY_SECONDS: Final = 5.0
+"""Retry-After while the waiting bodies take all the memory that they may."""
+
+
+class Claims(Protocol):
+    """What the workers agree on: `cache.ColdClaims`."""
+
+    async def take(
+        self, pool: str, replicas: Sequence[str], *, order: str, tenant: str, claim_seconds: float, most: int
+    ) -> str | None: ...
+    def release(self, pool: str, replica: str) -> None: ...
+    def withdraw(self, pool: str) -> None: ...
+
+
+class Fleet(Protocol):
+    """The part of `proxy.fleet.Fleet` that decides when a turn may go."""
+
+    def snapshot(self, pool: str, now_seconds: float) -> Sequence[ReplicaView]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GateLimits:
+    """`enabled` False lets everything pass. A new session waits at most `max_wait_seconds`, and the bodies of all
+    that wait here take at most `max_waiting_bytes`. The other times are those of the rule; the time constant of the
+    pressure holds for pools seen from then on."""
+
+    enabled: bool = True
+    max_wait_seconds: float = 300.0
+    max_waiting_bytes: int = 256 * 1024 * 1024
+    quiet_seconds: float = QUIET_SECONDS
+    rest_seconds: float = REST_SECONDS
+    memory_seconds: float = MEMORY_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A generation request, as the gate sees it. `prompt_end` is its last chained hash."""
+
+    pool: str
+    prompt_tokens: float
+    uncached_tokens: float  # at the best replica
+    known_tokens: float  # of the prompt, that were served before
+    prompt_end: int
+    body_bytes: int
+    tenant: str
+    weight: float
+    priority: Priority
+    deadline_seconds: float | None  # on the monotonic clock, by which the first token is wanted
+
+    @property
+    def is_new(self) -> bool:
+        """True if nothing beyond what some replica still holds was served before."""
+        return self.known_tokens <= self.prompt_tokens - self.uncached_tokens
+
+
+class Pass:
+    """A cold turn's right to one replica. `is_over`, once set, tells whether its first token came or it ended."""
+
+    __slots__ = ("_gate", "ends_seconds", "is_over", "is_shared", "pool", "replica", "replica_name", "tenant")
+
+    def __init__(self, gate: ColdGate, pool: str, tenant: str, replica: ReplicaView, ends_seconds: float) -> None:
+        self._gate = gate
+        self.pool = pool
+        self.tenant = tenant
+        self.replica = replica.id
+        self.replica_name = replica.name
+        self.ends_seconds = ends_seconds
+        self.is_shared = False  # the other workers know
+        self.is_over: Callable[[], bool] | None = None
+
+    def release(self) -> None:
+        """Give the replica to the next turn. May be called twice."""
+        self._gate.release(self)
+
+
+class _Waiter:
+    """A turn in the queue, and the future of its pass."""
+
+    __slots__ = ("future", "turn")
+
+    def __init__(self, turn: Turn, future: asyncio.Future[Pass]) -> None:
+        self.turn = turn
+        self.future = future
+
+
+class _Pool:
+    """What is known of one pool."""
+
+    def __init__(self, name: str, shares: TenantShares, memory_seconds: float) -> None:
+        self.name = name
+        self.queue: ColdQueue[_Waiter] = ColdQueue(shares)
+        self.pressure = ColdPressure(memory_seconds)
+        self.served = ServedPrompts()
+        self.rate = ColdRate()
+        self.tickets = Tickets()
+        self.waiting: dict[_Waiter, float] = {}  # each with when it came
+        self.passes: dict[int, Pass] = {}
+        self.asking = False
+        self.alarm: asyncio.TimerHandle | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a turn would wait now, why, and for how many seconds at least by what is known."""
+
+    kind: TurnKind
+    waits: bool
+    reason: str = ""
+    seconds: float = 0.0
+
+
+class ColdGate:
+    """See the module.
+
+    Args:
+        fleet: gives the replicas of a pool.
+        capacity_tokens: what a replica's cache holds, None if nobody knows: then nothing is held back for room.
+        shares: the tenants' shares.
+        claims: what the workers agree on.
+        is_alone: whether there is no other worker.
+        start: starts a background task.
+        clock: monotonic time.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        capacity_tokens: Callable[[int], float | None],
+        shares: TenantShares,
+        claims: Claims,
+        is_alone: Callable[[], bool],
+        start: Callable[[Coroutine[Any, Any, None], str], object],
+        clock: Clock,
+    ) -> None:
+        self._fleet = fleet
+        self._capacity_tokens = capacity_tokens
+        self._shares = shares
+        self._claims = claims
+        self._is_alone = is_alone
+        self._start = start
+        self._clock = clock
+        self._pools: dict[str, _Pool] = {}
+        self._busy = 0  # pools with turns that wait or hold a pass
+        self.limits = GateLimits()
+        self.waiting_bytes = 0
+        self.admitted = 0
+        self.refused = 0
+
+    # -- what is known
+
+    def pool(self, name: str) -> _Pool:
+        found = self._pools.get(name)
+        if found is None:
+            found = self._pools[name] = _Pool(name, self._shares, self.limits.memory_seconds)
+        return found
+
+    def served(self, pool: str) -> ServedPrompts:
+        """The prompts that were sent to a pool."""
+        return self.pool(pool).served
+
+    def observe(self, pool: str, computed_tokens: float, repeated_tokens: float) -> None:
+        """One answer: tokens that were computed for it, and those of them that were computed before."""
+        self.pool(pool).pressure.observe(computed_tokens, repeated_tokens, self._clock.monotonic())
+
+    def waiting(self) -> dict[Priority, int]:
+        """How many turns wait, by priority."""
+        counts = dict.fromkeys(Priority, 0)
+        for pool in self._pools.values():
+            for (priority, _), count in pool.queue.waiting().items():
+                counts[priority] += count
+        return counts
+
+    def need(self, pool: str) -> float | None:
+        """What the sessions that go on need, over what the pool's caches hold; None if that is not known."""
+        now = self._clock.monotonic()
+        rooms = self._rooms(pool, now)
+        if not rooms or any(room.capacity_tokens is None for room in rooms):
+            return None
+        held = sum(room.capacity_tokens or 0.0 for room in rooms)
+        return self.pool(pool).served.needed_tokens(now) / held
+
+    def judge(self, turn: Turn, kind: TurnKind, views: Sequence[ReplicaView]) -> Verdict:
+        """Whether `turn` waits if it comes now."""
+        if not self.limits.enabled or kind is TurnKind.SHORT or not views:
+            return Verdict(kind, waits=False)
+        pool, now = self.pool(turn.pool), self._clock.monotonic()
+        rates = [view.rate_tokens_per_second for view in views]
+        reason = ""
+        if kind is TurnKind.COLD and self._is_pressed(pool, views):
+            reason = "the sessions need more cache than the replicas have"
+        elif is_long(turn.uncached_tokens, rates):
+            if self._shares.share_of(turn.tenant, now) < 1.0:
+                reason = "other tenants are active, and a long prefill of one keeps the others waiting"
+            elif len(pool.queue) or min(map(_pending_seconds, views)) >= BACKLOG_SECONDS:
+                reason = "every replica has enough to do, and the order can be kept only here"
+        if not reason:
+            return Verdict(kind, waits=False)
+        seconds = self._wait_seconds(pool, turn, now, sum(rates))
+        return Verdict(kind, waits=True, reason=reason, seconds=seconds)
+
+    def is_pressed(self, pool: str, views: Sequence[ReplicaView]) -> bool:
+        """Whether cold turns for a pool wait because its sessions need more cache than there is."""
+        return self.limits.enabled and self._is_pressed(self.pool(pool), views)
+
+    def _is_pressed(self, pool: _Pool, views: Sequence[ReplicaView]) -> bool:
+        shortest = min([view.pending_tokens / view.rate_tokens_per_second for view in views])
+        if not pool.pressure.is_on(shortest, len(pool.queue)):
+            return False
+        return all(self._capacity_tokens(view.id) is not None for view in views)
+
+    def _wait_seconds(self, pool: _Pool, turn: Turn, now: float, rate: float) -> float:
+        arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, now)
+        waiting = sum(each.turn.uncached_tokens for each, since in pool.waiting.items() if since <= arrived)
+        ahead = waiting + pool.tickets.tokens_before(arrived, now)
+        return pool.rate.seconds_for(ahead, rate)
+
+    # -- waiting
+
+    async def wait(self, turn: Turn, verdict: Verdict) -> Pass:
+        """Wait until the turn may go.
+
+        Raises:
+            RateLimited: a new session would wait for too long, or the waiting bodies take too much memory.
+            DeadlineUnreachable: its deadline cannot be met, or has passed.
+        """
+        now = self._clock.monotonic()
+        pool = self.pool(turn.pool)
+        pool.tickets.expire(now)
+        self._refuse(pool, turn, verdict, now)
+        waiter = _Waiter(turn, asyncio.get_running_loop().create_future())
+        if not len(pool.queue):
+            pool.rate.began(now)
+        arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, now)
+        pool.tickets.take(turn.tenant, turn.prompt_end)
+        waiting = pool.queue.join(_cold_turn(waiter), arrived)
+        pool.waiting[waiter] = arrived
+        self.waiting_bytes += turn.body_bytes
+        alarm = self._deadline_alarm(waiter)
+        try:
+            self._look(pool)
+            return await waiter.future
+        except BaseException:
+            # the pass may have been given in the moment in which the caller was cancelled
+            if waiter.future.done() and not waiter.future.cancelled() and waiter.future.exception() is None:
+                waiter.future.result().release()
+            raise
+        finally:
+            if alarm is not None:
+                alarm.cancel()
+            pool.queue.leave(waiting)
+            del pool.waiting[waiter]
+            self.waiting_bytes -= turn.body_bytes
+            if not len(pool.queue) and not self._is_alone():
+                self._claims.withdraw(pool.name)
+
+    def _refuse(self, pool: _Pool, turn: Turn, verdict: Verdict, now: float) -> None:
+        limits = self.limits
+        if turn.deadline_seconds is not None and now + verdict.seconds > turn.deadline_seconds:
+            self.refused += 1
+            raise DeadlineUnreachable(
+                f"The first token would come after about {ceil(verdict.seconds)} s, which is past the deadline.",
+                retry_after_seconds=max(verdict.seconds, 1.0),
+            )
+        if self.waiting_bytes + turn.body_bytes > limits.max_waiting_bytes:
+            self.refused += 1
+            raise RateLimited(
+                "The requests that wait for a replica take all the memory that they may.",
+                retry_after_seconds=FULL_RETRY_SECONDS,
+            )
+        if turn.is_new and verdict.seconds > limits.max_wait_seconds:
+            self.refused += 1
+            back = max(verdict.seconds - limits.max_wait_seconds, 1.0)
+            arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, now)
+            pool.tickets.give(turn.tenant, turn.prompt_end, turn.uncached_tokens, arrived, back, now)
+            raise RateLimited(
+                "More sessions are active than the replicas have memory for; new ones are taken again later.",
+                retry_after_seconds=back,
+            )
+
+    def _deadline_alarm(self, waiter: _Waiter) -> asyncio.TimerHandle | None:
+        deadline = waiter.turn.deadline_seconds
+        if deadline is None:
+            return None
+        left = max(deadline - self._clock.monotonic(), 0.0)
+        return asyncio.get_running_loop().call_later(
+            left,
+            _fail,
+            waiter,
+            DeadlineUnreachable(
+                "The deadline passed while the request waited for a replica.", retry_after_seconds=1.0
+            ),
+        )
+
+    # -- going
+
+    def changed(self) -> None:
+        """Work began or ended somewhere: whoever waits may go now. Cheap while nobody does."""
+        if self._pools:
+            for pool in self._pools.values():
+                if pool.passes:
+                    self._release_done(pool)
+                if len(pool.queue):
+                    self._look(pool)
+
+    def release(self, given: Pass) -> None:
+        """End a pass, and let the next turn look. May be called twice."""
+        pool = self.pool(given.pool)
+        if pool.passes.get(given.replica) is given:
+            del pool.passes[given.replica]
+            if given.is_shared:
+                self._claims.release(given.pool, given.replica_name)
+            self._look(pool)
+
+    def _release_done(self, pool: _Pool) -> None:
+        now = self._clock.monotonic()
+        for given in list(pool.passes.values()):
+            if now >= given.ends_seconds or (given.is_over is not None and given.is_over()):
+                del pool.passes[given.replica]
+                if given.is_shared:
+                    self._claims.release(given.pool, given.replica_name)
+
+    def _look(self, pool: _Pool) -> None:
+        self._release_done(pool)
+        while (found := self._first_that_may_go(pool)) is not None:
+            waiting, views = found
+            if not self._is_alone():
+                self._ask(pool, waiting, views)
+                break
+            if not views:
+                break
+            self._serve(pool, waiting, views[0], shared=False)
+        if len(pool.queue) and pool.alarm is None:
+            pool.alarm = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look_again, pool)
+
+    def _look_again(self, pool: _Pool) -> None:
+        pool.alarm = None
+        self._look(pool)
+
+    def _first_that_may_go(self, pool: _Pool) -> tuple[Waiting[_Waiter], list[ReplicaView]] | None:
+        """The first turn of a tenant that has not its part of the replicas, and those that are open to it."""
+        if not len(pool.queue):
+            return None
+        now = self._clock.monotonic()
+        views = [view for view in self._fleet.snapshot(pool.name, now) if view.available]
+        full: set[str] = set()
+        while (waiting := pool.queue.head(now, full)) is not None:
+            turn = waiting.item.item.turn
+            if self._held(pool, turn.tenant) < self._part(turn.tenant, len(views), now):
+                rooms = [self._room(view) for view in views if view.id not in pool.passes]
+                among = pool.queue.open_to(
+                    waiting.item,
+                    rooms,
+                    now,
+                    quiet_seconds=self.limits.quiet_seconds,
+                    rest_seconds=self.limits.rest_seconds,
+                )
+                return waiting, sorted((view for view in views if view.id in among), key=_pending_seconds)
+            full.add(turn.tenant)
+        return None
+
+    def _held(self, pool: _Pool, tenant: str) -> int:
+        return sum(given.tenant == tenant for given in pool.passes.values())
+
+    def _part(self, tenant: str, replicas: int, now: float) -> int:
+        """How many replicas may compute cold turns of one tenant at once: all of them if it is alone."""
+        share = self._shares.share_of(tenant, now)
+        return replicas if share >= 1.0 else max(min(int(share * replicas), replicas - 1), 1)
+
+    def _serve(self, pool: _Pool, waiting: Waiting[_Waiter], replica: ReplicaView, *, shared: bool) -> None:
+        now = self._clock.monotonic()
+        turn, future = waiting.item.item.turn, waiting.item.item.future
+        given = Pass(self, pool.name, turn.tenant, replica, now + _claim_seconds(turn, replica))
+        given.is_shared = shared
+        pool.queue.serve(waiting, replica.id, now)
+        pool.rate.took(turn.uncached_tokens, now)
+        if future.done():
+            if shared:
+                self._claims.release(pool.name, replica.name)
+            return
+        pool.passes[replica.id] = given
+        self.admitted += 1
+        future.set_result(given)
+
+    def _ask(self, pool: _Pool, waiting: Waiting[_Waiter], views: list[ReplicaView]) -> None:
+        if not pool.asking:
+            pool.asking = True
+            self._start(self._claim(pool, waiting, views), "cold turn claim")
+
+    async def _claim(self, pool: _Pool, waiting: Waiting[_Waiter], views: list[ReplicaView]) -> None:
+        """Claim one of the replicas for the first turn; whichever is first when the claim comes gets it."""
+        turn, now = waiting.item.item.turn, self._clock.monotonic()
+        got: str | None = None
+        shared = True
+        try:
+            got = await self._claims.take(
+                pool.name,
+                [view.name for view in views],
+                order=self._order(waiting, now),
+                tenant=turn.tenant,
+                claim_seconds=max([_claim_seconds(turn, view) for view in views], default=CLAIM_PATIENCE_SECONDS),
+                most=self._part(turn.tenant, len(self._fleet.snapshot(pool.name, now)), now),
+            )
+        except CacheError:
+            shared, got = False, views[0].name if views else None
+        finally:
+            pool.asking = False
+        if got is None:
+            return
+        replica = next(view for view in views if view.name == got)
+        head = pool.queue.head(self._clock.monotonic())
+        if waiting.is_gone and head is not None:
+            waiting = head
+        if waiting.is_gone:
+            if shared:
+                self._claims.release(pool.name, got)
+        else:
+            self._serve(pool, waiting, replica, shared=shared)
+        self._look(pool)
+
+    def _order(self, waiting: Waiting[_Waiter], now: float) -> str:
+        """The turn's place among those of all workers, as a text that sorts: priority, tenant's round, age."""
+        arrived_unix = self._clock.unix() - (now - waiting.arrived_seconds)
+        return f"{waiting.priority:d}:{self._shares.round_of(waiting.tenant):015d}:{arrived_unix:017.3f}"
+
+    def _rooms(self, pool: str, now: float) -> list[ReplicaRoom]:
+        return [self._room(view) for view in self._fleet.snapshot(pool, now) if view.available]
+
+    def _room(self, view: ReplicaView) -> ReplicaRoom:
+        return ReplicaRoom(view.id, _pending_seconds(view), view.running_tokens, self._capacity_tokens(view.id))
+
+
+def _cold_turn(waiter: _Waiter) -> ColdTurn[_Waiter]:
+    turn = waiter.turn
+    return ColdTurn(
+        item=waiter,
+        prompt_tokens=turn.prompt_tokens,
+        uncached_tokens=turn.uncached_tokens,
+        is_new=turn.is_new,
+        tenant=turn.tenant,
+        priority=turn.priority,
+        weight=turn.weight,
+    )
+
+
+def _pending_seconds(view: ReplicaView) -> float:
+    return view.pending_tokens / view.rate_tokens_per_second
+
+
+def _claim_seconds(turn: Turn, view: ReplicaView) -> float:
+    prefill = (view.pending_tokens + turn.uncached_tokens) / view.rate_tokens_per_second
+    return CLAIM_PATIENCE * prefill + CLAIM_PATIENCE_SECONDS
+
+
+def _fail(waiter: _Waiter, error: CairnError) -> None:
+    if not waiter.future.done():
+        waiter.future.set_exception(error)

@@ -1,0 +1,91 @@
+"""Claims on replicas for cold turns, against a real Valkey."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from cache.errors import CacheError
+from cache.replication.cold_claims import ColdClaims
+from cache.store.store import Store, open_store
+from proxy.clock import SystemClock
+from proxy.tasks import Tasks
+from tests.support.valkey import Valkey, eventually
+
+
+class Two:
+    """Two workers on one store."""
+
+    def __init__(self, store: Store, tasks: Tasks) -> None:
+        self.one = ColdClaims(store, "one", tasks=tasks)
+        self.two = ColdClaims(store, "two", tasks=tasks)
+
+
+@pytest.fixture
+async def two(server: Valkey) -> AsyncIterator[Two]:
+    server.flush()
+    tasks = Tasks()
+    store = open_store(f"redis://127.0.0.1:{server.port}/0", clock=SystemClock(), tasks=tasks, limit_seconds=2.0)
+    await store.start()
+    yield Two(store, tasks)
+    await store.close()
+    await tasks.close()
+
+
+async def take(claims: ColdClaims, replicas: list[str], order: str, **more) -> str | None:
+    about = {"tenant": "a", "claim_seconds": 30.0, "most": 9, **more}
+    return await claims.take("pool", replicas, order=order, **about)
+
+
+async def test_a_replica_is_held_by_one_until_it_is_released(two: Two) -> None:
+    """The other gets the next one, then none, then the first."""
+    assert await take(two.one, ["r0", "r1"], "1") == "r0"
+    assert await take(two.two, ["r0", "r1"], "2") == "r1"
+    assert await take(two.two, ["r0", "r1"], "2") is None
+    two.two.release("pool", "r0")  # not its own
+    two.one.release("pool", "r0")
+
+    async def free() -> bool:
+        return await take(two.two, ["r0"], "2") == "r0"
+
+    await eventually(free)
+
+
+async def test_the_oldest_turn_of_all_goes_first(two: Two) -> None:
+    """A worker whose turn is later gets nothing while an older one waits elsewhere, until that is withdrawn."""
+    assert await take(two.one, [], "1") is None
+    assert await take(two.two, ["r0"], "2") is None
+    two.one.withdraw("pool")
+
+    async def free() -> bool:
+        return await take(two.two, ["r0"], "2") == "r0"
+
+    await eventually(free)
+
+
+async def test_a_claim_ends_by_itself(two: Two) -> None:
+    """A worker that died holds nothing for ever."""
+    assert await take(two.one, ["r0"], "1", claim_seconds=0.02) == "r0"
+
+    async def free() -> bool:
+        return await take(two.two, ["r0"], "2") == "r0"
+
+    await eventually(free)
+
+
+async def test_a_tenant_holds_no_more_than_its_part_over_all_workers(two: Two) -> None:
+    """Another tenant's turn is not in its way."""
+    assert await take(two.one, ["r0", "r1"], "1", most=1) == "r0"
+    assert await take(two.two, ["r0", "r1"], "2", most=1) is None
+    assert await take(two.two, ["r0", "r1"], "2", tenant="b", most=1) == "r1"
+
+
+async def test_without_redis_the_caller_is_told(server: Valkey) -> None:
+    """It goes on alone; a release that fails is counted and nothing else."""
+    tasks = Tasks()
+    claims = ColdClaims(open_store(None, clock=SystemClock(), tasks=tasks), "one", tasks=tasks)
+    with pytest.raises(CacheError):
+        await take(claims, ["r0"], "1")
+    claims.release("pool", "r0")
+    await eventually(lambda: claims.failed == 1)

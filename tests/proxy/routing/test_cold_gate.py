@@ -1,0 +1,315 @@
+"""The gate for cold turns: who waits, who goes, and what is given back on every path."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from cache import CacheError
+from proxy.errors import DeadlineUnreachable, RateLimited
+from proxy.model import ReplicaView
+from proxy.routing.cold_admission import TurnKind
+from proxy.routing.cold_gate import ColdGate, GateLimits, Pass, Turn
+from proxy.routing.fair_shares import Priority, TenantShares
+from proxy.tasks import Tasks
+from tests.support.clock import FakeClock
+
+POOL = "engines"
+
+
+class FakeFleet:
+    """Replicas of 10,000 tokens a second, whose pending tokens a test sets."""
+
+    def __init__(self, replicas: int) -> None:
+        self.pending = [0.0] * replicas
+        self.running = [0.0] * replicas
+
+    def snapshot(self, pool: str, now_seconds: float) -> Sequence[ReplicaView]:
+        return tuple(
+            ReplicaView(n, f"replica-{n}", True, 10_000.0, pending, 0, None, 0.0, 0.1, running_tokens=running)
+            for n, (pending, running) in enumerate(zip(self.pending, self.running, strict=True))
+        )
+
+
+class FakeClaims:
+    """Claims without a Redis. `answer` is given to every request for one; CacheError is raised."""
+
+    def __init__(self) -> None:
+        self.answer: str | CacheError | None = None
+        self.asked: list[dict[str, Any]] = []
+        self.released: list[str] = []
+        self.withdrawn = 0
+
+    async def take(self, pool: str, replicas: Sequence[str], **about: Any) -> str | None:
+        self.asked.append({"replicas": list(replicas), **about})
+        if isinstance(self.answer, CacheError):
+            raise self.answer
+        return self.answer
+
+    def release(self, pool: str, replica: str) -> None:
+        self.released.append(replica)
+
+    def withdraw(self, pool: str) -> None:
+        self.withdrawn += 1
+
+
+class Bench:
+    """A gate with everything around it under control. Cold turns wait: its pressure is on."""
+
+    def __init__(self, replicas: int = 2, *, alone: bool = True, capacity: float | None = 1e6) -> None:
+        self.fleet, self.claims, self.clock = FakeFleet(replicas), FakeClaims(), FakeClock()
+        self.shares = TenantShares()
+        self.gate = ColdGate(
+            self.fleet, lambda number: capacity, self.shares, self.claims, lambda: alone, Tasks().start, self.clock
+        )
+        self.gate.observe(POOL, 100_000, 90_000)
+        self.tasks = Tasks()
+
+    def turn(self, **more: Any) -> Turn:
+        fields = {
+            "pool": POOL,
+            "prompt_tokens": 100_000.0,
+            "uncached_tokens": 90_000.0,
+            "known_tokens": 100_000.0,
+            "prompt_end": 1,
+            "body_bytes": 1_000,
+            "tenant": "a",
+            "weight": 1.0,
+            "priority": Priority.NORMAL,
+            "deadline_seconds": None,
+        }
+        return Turn(**{**fields, **more})
+
+    def verdict(self, turn: Turn, kind: TurnKind = TurnKind.COLD):
+        return self.gate.judge(turn, kind, self.fleet.snapshot(POOL, 0.0))
+
+    def begin(self, **more: Any) -> asyncio.Task[Pass]:
+        turn = self.turn(**more)
+        return self.tasks.start(self.gate.wait(turn, self.verdict(turn)), "turn")
+
+
+async def settle() -> None:
+    for _ in range(8):
+        await asyncio.sleep(0)
+
+
+async def test_a_cold_turn_goes_to_a_quiet_replica_and_holds_it_until_its_first_token():
+    """The next one gets the other replica, and the third waits for the first to be over."""
+    bench = Bench()
+    first, second, third = bench.begin(), bench.begin(), bench.begin()
+    await settle()
+    assert (first.done(), second.done(), third.done()) == (True, True, False)
+    given = first.result()
+    assert {given.replica, second.result().replica} == {0, 1}
+    over = False
+    given.is_over = lambda: over
+    bench.gate.changed()
+    await settle()
+    assert not third.done()
+    over = True
+    bench.gate.changed()
+    await settle()
+    assert third.result().replica == given.replica
+    assert bench.gate.admitted == 3
+
+
+async def test_a_turn_waits_until_a_replica_is_quiet():
+    """Work that ends elsewhere is what wakes it."""
+    bench = Bench(1)
+    bench.fleet.pending[0] = 6_000.0
+    waiting = bench.begin()
+    await settle()
+    assert not waiting.done()
+    assert bench.gate.waiting()[Priority.NORMAL] == 1
+    bench.fleet.pending[0] = 4_000.0
+    bench.gate.changed()
+    await settle()
+    assert waiting.done()
+
+
+async def test_a_client_that_leaves_is_gone_from_the_queue_at_once():
+    """And what it held is free: bodies, its place, a pass that it was given in the same moment."""
+    bench = Bench(1)
+    bench.fleet.pending[0] = 1e6
+    waiting, next_one = bench.begin(), bench.begin()
+    await settle()
+    assert bench.gate.waiting_bytes == 2_000
+    waiting.cancel()
+    await settle()
+    assert (bench.gate.waiting()[Priority.NORMAL], bench.gate.waiting_bytes) == (1, 1_000)
+    bench.fleet.pending[0] = 0.0
+    bench.gate.changed()
+    next_one.cancel()  # the pass is given, and it does not know yet
+    last = bench.begin()
+    await settle()
+    assert last.done()
+
+
+async def test_short_and_warm_turns_never_wait():
+    """Nor any where capacity is unknown, while there is room, or if it is switched off."""
+    bench = Bench()
+    turn = bench.turn()
+    assert bench.verdict(turn).waits
+    assert not bench.verdict(turn, TurnKind.SHORT).waits
+    assert not bench.verdict(turn, TurnKind.WARM).waits
+    assert not Bench(capacity=None).verdict(turn).waits
+    bench.gate.observe(POOL, 10_000_000, 0)
+    assert not bench.verdict(turn).waits
+    bench = Bench()
+    bench.gate.limits = GateLimits(enabled=False)
+    assert not bench.verdict(turn).waits
+
+
+async def test_a_long_prefill_waits_where_another_tenant_is_active_or_everything_is_busy():
+    """Though there is room: an engine would not let the other's short request through."""
+    bench = Bench()
+    bench.gate.observe(POOL, 10_000_000, 0)
+    turn = bench.turn()
+    bench.shares.seen("a", 1.0, bench.clock.monotonic())
+    assert not bench.verdict(turn).waits
+    bench.fleet.pending = [40_000.0, 40_000.0]
+    assert bench.verdict(turn).waits
+    bench.fleet.pending = [0.0, 0.0]
+    bench.shares.seen("b", 1.0, bench.clock.monotonic())
+    bench.clock.advance(1.0)
+    assert bench.verdict(turn).waits
+    assert not bench.verdict(bench.turn(uncached_tokens=9_000.0)).waits
+
+
+async def test_one_tenant_of_two_has_half_of_the_replicas_for_long_prefills():
+    """The other's go past those that wait, and alone it has all."""
+    bench = Bench(4)
+    for tenant in ("flood", "other"):
+        bench.shares.seen(tenant, 1.0, bench.clock.monotonic())
+    flood = [bench.begin(tenant="flood") for _ in range(6)]
+    await settle()
+    assert sum(each.done() for each in flood) == 2
+    other = bench.begin(tenant="other")
+    await settle()
+    assert other.done()
+    bench.clock.advance(20.0)  # the other is gone
+    bench.shares.seen("flood", 1.0, bench.clock.monotonic())
+    bench.gate.changed()
+    await settle()
+    assert sum(each.done() for each in flood) == 3
+
+
+async def test_a_new_session_beyond_the_longest_wait_is_told_when_to_come_back_and_is_taken_then():
+    """At the rate at which turns are taken; a session that was served waits."""
+    bench = Bench(1)
+    bench.gate.limits = GateLimits(max_wait_seconds=20.0)
+    bench.fleet.pending[0] = 1e6
+    before = [bench.begin(), bench.begin(), bench.begin()]  # 27 s of work at 10,000 tokens a second
+    await settle()
+    new = bench.turn(known_tokens=0.0, prompt_end=9)
+    with pytest.raises(RateLimited) as refused:
+        await bench.gate.wait(new, bench.verdict(new))
+    assert refused.value.retry_after_seconds == pytest.approx(7.0)
+    bench.clock.advance(1.0)
+    served = bench.begin(prompt_end=10)
+    await settle()
+    assert not served.done()
+    bench.clock.advance(6.0)
+    before[0].cancel()  # as if it had gone: 9 s of work less
+    await settle()
+    later = bench.begin(known_tokens=0.0, prompt_end=9)
+    await settle()
+    bench.fleet.pending[0] = 0.0
+    order = []
+    for _ in range(4):
+        bench.gate.changed()
+        await settle()
+        for each in (*before[1:], served, later):
+            if each.done() and not each.cancelled() and each not in order:
+                order.append(each)
+                each.result().release()
+    assert order.index(later) < order.index(served)  # as old as its first try, which came before
+
+
+async def test_the_memory_of_waiting_bodies_is_bounded():
+    """One more is refused, whoever it is."""
+    bench = Bench(1)
+    bench.gate.limits = GateLimits(max_waiting_bytes=2_500)
+    bench.fleet.pending[0] = 1e6
+    waiting = [bench.begin(), bench.begin()]
+    await settle()
+    with pytest.raises(RateLimited):
+        await bench.gate.wait(bench.turn(), bench.verdict(bench.turn()))
+    assert not any(each.done() for each in waiting)
+
+
+async def test_a_deadline_that_cannot_be_met_is_refused_at_once():
+    """By what waits before it; and one that passes while it waits ends the wait."""
+    bench = Bench(1)
+    bench.fleet.pending[0] = 1e6
+    before = bench.begin()
+    await settle()
+    hopeless = bench.turn(deadline_seconds=bench.clock.monotonic() + 5.0)
+    with pytest.raises(DeadlineUnreachable):
+        await bench.gate.wait(hopeless, bench.verdict(hopeless))
+    tight = bench.turn(deadline_seconds=bench.clock.monotonic() + 0.01)
+    with pytest.raises(DeadlineUnreachable):
+        await bench.gate.wait(tight, bench.gate.judge(tight, TurnKind.SHORT, ()))
+    assert not before.done()
+
+
+async def test_with_other_workers_a_replica_is_claimed_first_and_released_after():
+    """Best replica first, with the turn's place among all; what is not given is waited for."""
+    bench = Bench(alone=False)
+    bench.fleet.pending = [3_000.0, 0.0]
+    waiting = bench.begin()
+    await settle()
+    assert not waiting.done()
+    assert bench.claims.asked[0]["replicas"] == ["replica-1", "replica-0"]
+    bench.claims.answer = "replica-0"
+    bench.gate.changed()
+    await settle()
+    given = waiting.result()
+    assert given.replica_name == "replica-0"
+    given.release()
+    given.release()
+    assert bench.claims.released == ["replica-0"]
+
+
+async def test_places_sort_by_priority_and_then_by_age():
+    """As texts, since that is what Redis compares."""
+    bench = Bench(1, alone=False)
+    bench.fleet.pending[0] = 1e6
+    orders = []
+    for priority in (Priority.NORMAL, Priority.HIGH):
+        waiting = bench.begin(priority=priority)
+        await settle()
+        orders.append(bench.claims.asked[-1]["order"])
+        waiting.cancel()
+        await settle()
+        bench.clock.advance(5.0)
+    older, urgent = orders
+    assert urgent < older
+    waiting = bench.begin()
+    await settle()
+    assert older < bench.claims.asked[-1]["order"]
+    waiting.cancel()
+
+
+async def test_without_redis_each_goes_on_alone():
+    """The best replica is taken, and nothing is released that nobody holds."""
+    bench = Bench(alone=False)
+    bench.claims.answer = CacheError("away")
+    waiting = bench.begin()
+    await settle()
+    waiting.result().release()
+    assert bench.claims.released == []
+
+
+async def test_a_claim_that_comes_for_a_client_that_left_is_given_back():
+    """Or nobody could send a cold turn there until it expires."""
+    bench = Bench(1, alone=False)
+    waiting = bench.begin()
+    bench.claims.answer = "replica-0"
+    await asyncio.sleep(0)  # it has joined, and the claim is not asked for yet
+    waiting.cancel()
+    await settle()
+    assert bench.claims.released == ["replica-0"]

@@ -1,0 +1,51 @@
+"""How long a cold turn will wait, and that a Retry-After is kept."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxy.routing.cold_wait import GRACE_SECONDS, MAX_TICKETS, ColdRate, Tickets
+
+
+def test_the_rate_is_that_at_which_waiting_turns_were_taken():
+    """Before any was, a first guess; time in which none waited does not count."""
+    rate = ColdRate()
+    assert rate.seconds_for(8_000.0, 4_000.0) == 2.0
+    rate.began(100.0)
+    rate.took(50_000.0, 110.0)
+    rate.took(50_000.0, 120.0)
+    assert rate.seconds_for(10_000.0, 1.0) == pytest.approx(2.0)
+    rate.began(5_000.0)
+    rate.took(50_000.0, 5_010.0)
+    assert rate.seconds_for(10_000.0, 1.0) == pytest.approx(2.0)
+
+
+def test_a_turn_that_was_sent_away_comes_back_as_old_as_it_is():
+    """For its own tenant alone, and not for ever."""
+    tickets = Tickets()
+    tickets.give("a", 7, 50_000.0, 100.0, 30.0, 100.0)
+    assert tickets.arrival("a", 7, 130.0) == 100.0
+    assert tickets.arrival("b", 7, 130.0) == 130.0
+    late = 100.0 + 2 * 30.0 + GRACE_SECONDS + 1.0
+    assert tickets.arrival("a", 7, late) == late
+    tickets.expire(late)
+    assert len(tickets) == 0
+
+
+def test_those_that_were_sent_away_are_counted_before_later_ones():
+    """Or each of them would be told the same time."""
+    tickets = Tickets()
+    tickets.give("a", 1, 50_000.0, 100.0, 30.0, 100.0)
+    tickets.give("a", 2, 70_000.0, 101.0, 30.0, 101.0)
+    assert tickets.tokens_before(102.0, 102.0) == 120_000
+    assert tickets.tokens_before(101.0, 102.0) == 50_000
+    tickets.take("a", 1)
+    assert tickets.tokens_before(102.0, 102.0) == 70_000
+
+
+def test_the_number_of_tickets_is_bounded():
+    """The oldest go."""
+    tickets = Tickets()
+    for number in range(MAX_TICKETS + 5):
+        tickets.give("a", number, 1.0, 0.0, 1.0, 0.0)
+    assert len(tickets) == MAX_TICKETS
