@@ -47,13 +47,13 @@ class Attempt:
         "_permit",
         "_prefill",
         "_queue",
-        "_share",
         "_shared",
         "_waits_for",
         "_waits_until",
         "candidate",
         "charge",
         "placement",
+        "share",
     )
 
     def __init__(
@@ -69,7 +69,7 @@ class Attempt:
         deadline_seconds: float | None,
     ) -> None:
         self._shared = shared
-        self._share = share
+        self.share = share  # for whom it waits, if it must
         self._waits_until = deadline_seconds
         self._queue = queue
         self._waits_for = gate if isinstance(gate, Follower) else None
@@ -98,7 +98,7 @@ class Attempt:
             await self._waits_for.wait()
         candidate = self.candidate
         work_seconds = candidate.uncached_tokens / candidate.replica.rate_tokens_per_second
-        self._permit = await self._queue.acquire(work_seconds, self._share, self._waits_until)
+        self._permit = await self._queue.acquire(work_seconds, self.share, self._waits_until)
         self._shared.fleet.start(self.charge, clock.monotonic())
         self._shared.changed()
 

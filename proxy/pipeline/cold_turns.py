@@ -15,8 +15,8 @@ from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.planner import Planner
 from proxy.routing.cold_admission import TurnKind, about_as_good, classify
 from proxy.routing.cold_gate import ColdGate, Turn, Verdict
-from proxy.routing.fair_shares import Priority, TenantShares
-from proxy.wire.urgency import body_priority, urgency_of
+from proxy.routing.fair_shares import TenantShares
+from proxy.wire.urgency import urgency_of
 
 _SHORT: Final = TurnKind.SHORT
 _WARM: Final = TurnKind.WARM
@@ -88,11 +88,8 @@ class ColdTurns:
         """Priority and deadline, within what the client may ask for. Refuses what cannot be met."""
         call, plan = exchange.call, exchange.plan
         urgency = urgency_of(call.headers)
-        priority = urgency.priority
-        if priority is None:
-            priority = body_priority(call.body)
-        if priority is not None:
-            exchange.priority = max(priority, call.tenant.highest_priority)
+        if urgency.priority is not None:
+            exchange.set_priority(urgency.priority)
         if urgency.deadline_seconds is None or plan is None:
             return
         exchange.deadline_seconds = call.received_seconds + urgency.deadline_seconds
@@ -135,7 +132,7 @@ class ColdTurns:
             body_bytes=len(call.body),
             tenant=call.tenant.id,
             weight=call.tenant.weight,
-            priority=Priority(exchange.priority),
+            priority=exchange.priority_to_wait_by(),
             deadline_seconds=exchange.deadline_seconds,
         )
 

@@ -212,6 +212,7 @@ class Dispatcher:
             deadline_seconds=exchange.deadline_seconds,
         )
         if attempt.must_wait:
+            attempt.share = exchange.waiting_share_of(candidate)
             before_seconds = self._clock.monotonic()
             try:
                 await attempt.wait(self._clock)

@@ -19,6 +19,7 @@ from proxy.pipeline.retries import AttemptFailure
 from proxy.routing.cold_gate import Pass
 from proxy.routing.fair_shares import Priority, Share
 from proxy.wire.headers import cairn_headers
+from proxy.wire.urgency import body_priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class Exchange:
         self.session: int | None = None  # stands for the session that the client names
         self.pinned_replica: int | None = None  # the number of the replica where the object lies that is named
         self.plan: Plan | None = None
-        self.priority = 1  # as the client asked and may: 0 high, 1 normal, 2 low
+        self.priority: Priority | None = None  # as the client asks and may; None until the body was searched for it
         self.deadline_seconds: float | None = None  # of the first token, on the monotonic clock
         self.known_tokens = 0.0  # of the prompt, that were served before
         self.cold_pass: Pass | None = None  # a cold turn's right to its replica
@@ -131,11 +132,29 @@ class Exchange:
         self.last_token_seconds = now_seconds
         return False
 
+    def set_priority(self, asked: int) -> None:
+        """Take the priority that the client asks for, or the highest that it may ask for."""
+        self.priority = Priority(max(asked, self.call.tenant.highest_priority))
+
+    def priority_to_wait_by(self) -> Priority:
+        """The request's priority. The body is searched for it only here, since few requests ever wait."""
+        if self.priority is None:
+            said = body_priority(self.call.body)
+            self.set_priority(Priority.NORMAL if said is None else said)
+        return self.priority or Priority.HIGH
+
     def share_of(self, candidate: Candidate) -> Share:
-        """For whom the request is served at `candidate`. A cold turn that waited was counted when it went."""
+        """For whom the request is served at `candidate`, if it need not wait there.
+
+        A cold turn that waited was counted when it went.
+        """
         tenant = self.call.tenant
         tokens = candidate.uncached_tokens if self.cold_pass is None else 0.0
-        return Share(tenant.id, tenant.weight, Priority(self.priority), tokens)
+        return Share(tenant.id, tenant.weight, Priority.NORMAL, tokens)
+
+    def waiting_share_of(self, candidate: Candidate) -> Share:
+        """For whom it waits there, and with which priority."""
+        return self.share_of(candidate)._replace(priority=self.priority_to_wait_by())
 
     @property
     def replica_name(self) -> str:

@@ -208,11 +208,11 @@ async def test_a_new_session_beyond_the_longest_wait_is_told_when_to_come_back_a
     with pytest.raises(RateLimited) as refused:
         await bench.gate.wait(new, bench.verdict(new))
     assert refused.value.retry_after_seconds == pytest.approx(7.0)
-    bench.clock.advance(1.0)
+    bench.clock.advance(2.0)
     served = bench.begin(prompt_end=10)
     await settle()
     assert not served.done()
-    bench.clock.advance(6.0)
+    bench.clock.advance(5.0)
     before[0].cancel()  # as if it had gone: 9 s of work less
     await settle()
     later = bench.begin(known_tokens=0.0, prompt_end=9)
