@@ -199,6 +199,11 @@ class ColdGate:
         """The prompts that were sent to a pool."""
         return self.pool(pool).served
 
+    def placed_elsewhere(self, pool: str, hashes: Sequence[int], prompt_tokens: float) -> None:
+        """Another worker sent a prompt to a pool."""
+        served = self.pool(pool).served
+        served.note(hashes, served.depth(hashes), prompt_tokens, 0.0, self._clock.monotonic())
+
     def observe(self, pool: str, computed_tokens: float, repeated_tokens: float) -> None:
         """One answer: tokens that were computed for it, and those of them that were computed before."""
         self.pool(pool).pressure.observe(computed_tokens, repeated_tokens, self._clock.monotonic())

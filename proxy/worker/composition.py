@@ -18,6 +18,7 @@ from cache import (
     UNLIMITED_TOKENS,
     ColdClaims,
     ContextStore,
+    Fingerprint,
     Journal,
     Listeners,
     LoadBroadcast,
@@ -213,6 +214,13 @@ def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
     remote_prefills = RemotePrefills(
         gate, lambda number, uncached_tokens: fleet.wait_seconds(number, uncached_tokens, clock.monotonic())
     )
+
+    def placed(placement: int, replica: int, fingerprint: Fingerprint, prompt_tokens: float) -> None:
+        baseline.placed(placement, replica, fingerprint, prompt_tokens)
+        backend = replicas.pools.backends.get(replica)
+        if backend is not None and not backend.is_provider:
+            cold_gate.placed_elsewhere(backend.pool, fingerprint.hashes, prompt_tokens)
+
     journal = Journal(
         memory.index,
         memory.store,
@@ -220,7 +228,7 @@ def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
         clock=clock,
         tasks=basics.tasks,
         replicas=fleet,
-        listeners=Listeners(placed=baseline.placed, prefills=remote_prefills),
+        listeners=Listeners(placed=placed, prefills=remote_prefills),
     )
     shares = TenantShares()
     cold_gate = ColdGate(

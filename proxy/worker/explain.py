@@ -17,6 +17,7 @@ from proxy.pipeline.admission import Authenticator
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.pipeline import Pipeline
 from proxy.pipeline.routes import Routes
+from proxy.routing.cold_gate import Verdict
 from proxy.wire.errors import error_response
 
 
@@ -54,10 +55,10 @@ class Explainer:
         except CairnError as error:
             answer = error_response(error, Endpoint.CHAT)
             return answer.status, answer.body
-        return 200, msgspec.json.encode(_explanation(exchange))
+        return 200, msgspec.json.encode(_explanation(exchange, self._pipeline.cold_turns.judge(exchange)))
 
 
-def _explanation(exchange: Exchange) -> dict[str, Any]:
+def _explanation(exchange: Exchange, verdict: Verdict | None) -> dict[str, Any]:
     plan, pool, prompt = exchange.plan, exchange.pool, exchange.prompt
     assert plan is not None  # noqa: S101 - the phases ran
     assert pool is not None  # noqa: S101
@@ -72,7 +73,20 @@ def _explanation(exchange: Exchange) -> dict[str, Any]:
         "reason": plan.reason.value,
         "cache": plan.cache.value,
         "miss": plan.miss.value,
+        "wait": _wait(verdict),
         "replicas": [_row(candidate) for candidate in plan.candidates],
+    }
+
+
+def _wait(verdict: Verdict | None) -> dict[str, Any] | None:
+    """Whether the request would wait before it is sent, why, and about how long; None if that never happens."""
+    if verdict is None:
+        return None
+    return {
+        "kind": verdict.kind.value,
+        "waits": verdict.waits,
+        "reason": verdict.reason,
+        "seconds": round(verdict.seconds, 3),
     }
 
 
