@@ -49,11 +49,11 @@ class Attempt:
         "_queue",
         "_shared",
         "_waits_for",
-        "_waits_until",
         "candidate",
         "charge",
         "placement",
         "share",
+        "waits_until",
     )
 
     def __init__(
@@ -65,12 +65,10 @@ class Attempt:
         queue: ReplicaQueue,
         gate: Prefill | Follower | None,
         permit: Permit | None,
-        share: Share,
-        deadline_seconds: float | None,
     ) -> None:
         self._shared = shared
-        self.share = share  # for whom it waits, if it must
-        self._waits_until = deadline_seconds
+        self.share = ANYONE  # for whom it waits, if it must
+        self.waits_until: float | None = None  # on the monotonic clock
         self._queue = queue
         self._waits_for = gate if isinstance(gate, Follower) else None
         self._prefill = gate.prefill if isinstance(gate, Follower) else gate
@@ -98,7 +96,7 @@ class Attempt:
             await self._waits_for.wait()
         candidate = self.candidate
         work_seconds = candidate.uncached_tokens / candidate.replica.rate_tokens_per_second
-        self._permit = await self._queue.acquire(work_seconds, self.share, self._waits_until)
+        self._permit = await self._queue.acquire(work_seconds, self.share, self.waits_until)
         self._shared.fleet.start(self.charge, clock.monotonic())
         self._shared.changed()
 
@@ -171,12 +169,11 @@ class Attempts:
         stream: bool,
         source: int = 0,
         share: Share = ANYONE,
-        deadline_seconds: float | None = None,
     ) -> Attempt:
         """Charge `candidate`, place the prefix there and enter the gate.
 
         Without `fingerprint` (nothing worth sharing) only the charge is made. `source` stands for the tenant, `share`
-        says for whom it waits, if it must, and `deadline_seconds` until when.
+        says for whom it is sent, if it need not wait.
         """
         now_seconds = self._clock.monotonic()
         replica, uncached = candidate.replica.id, candidate.uncached_tokens
@@ -207,4 +204,4 @@ class Attempts:
         if fingerprint is not None:
             placement = self._shared.placements.place(replica, fingerprint, plan.prompt_tokens, source=source)
         self._shared.changed()
-        return Attempt(self._shared, candidate, charge, placement, queue, gate, permit, share, deadline_seconds)
+        return Attempt(self._shared, candidate, charge, placement, queue, gate, permit)

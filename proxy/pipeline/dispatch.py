@@ -209,10 +209,10 @@ class Dispatcher:
             stream=prompt is not None and prompt.stream,
             source=crc32(exchange.call.tenant.id.encode()),
             share=exchange.share_of(candidate),
-            deadline_seconds=exchange.deadline_seconds,
         )
         if attempt.must_wait:
             attempt.share = exchange.waiting_share_of(candidate)
+            attempt.waits_until = exchange.deadline_seconds
             before_seconds = self._clock.monotonic()
             try:
                 await attempt.wait(self._clock)
