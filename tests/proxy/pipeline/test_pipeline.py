@@ -108,7 +108,12 @@ ANSWERED = ["admit", "relay", "note_answered"]
 END = ["settle", "admit.settle", "contexts.settle"]
 
 
-REFUSED_AT = [("read", ["read"]), ("plan", DECISIONS), ("admit", [*DECISIONS, "admit"]), ("relay", [*DECISIONS, "admit", "relay"])]
+REFUSED_AT = [
+    ("read", ["read"]),
+    ("plan", DECISIONS),
+    ("admit", [*DECISIONS, "admit"]),
+    ("relay", [*DECISIONS, "admit", "relay"]),
+]
 
 
 async def ran(phases: Phases, asked: Exchange) -> tuple[Exchange, Kept]:
