@@ -34,7 +34,7 @@ from cache.replication.restarts import Miss, RestartDetector
 from cache.replication.stats import JournalStats
 from cache.replication.writer import ReplicaNames
 
-REMEMBERED_BLOCKS: Final = 1_000_000
+REMEMBERED_BLOCKS = 1_000_000
 """Boundaries of other writers' placements that may still be answered or taken back."""
 
 MAX_EPOCH_STEP: Final = 1_000
