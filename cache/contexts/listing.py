@@ -14,8 +14,8 @@ from cache.errors import StoreCorrupt
 
 READ_AT_ONCE = 100  # rows in one script
 
-_DAMAGED = Kept(rank=float("-inf"), size_bytes=0, expired=True)
-"""How a damaged row competes for room: it is discarded before everything else."""
+DAMAGED = Kept(rank=float("-inf"), size_bytes=0, expired=True)
+"""Stands for a damaged row, whose size is not known. It is discarded before everything else."""
 
 
 class Listing:
@@ -62,7 +62,7 @@ class Listing:
             some = ids[start : start + READ_AT_ONCE]
             for name, row in zip(some, await self._read(tenant, some), strict=True):
                 if row is not None:
-                    found.append((name, _DAMAGED if isinstance(row, StoreCorrupt) else row.kept))
+                    found.append((name, DAMAGED if isinstance(row, StoreCorrupt) else row.kept))
         return found
 
     async def tag(self, tenant: str, tag: str) -> Tag | None:

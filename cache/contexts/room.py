@@ -17,7 +17,7 @@ from typing import Any
 from cache import keys
 from cache.contexts import scripts
 from cache.contexts.access import Access, Trust, parsed
-from cache.contexts.listing import Listing
+from cache.contexts.listing import DAMAGED, Listing
 from cache.contexts.retention import Kept, choose
 from cache.contexts.rows import ContextRow
 from cache.errors import CacheError, QuotaFull, StoreCorrupt
@@ -30,7 +30,7 @@ SURVEYED_AT_MOST = 500  # contexts, of the tenants that have most
 SHOWN_AT_MOST = 20
 UNCHECKED_TENANTS_AT_MOST = 1000  # with stored contexts
 UNCHECKED_TENANTS_SEARCHED = 50  # for contexts to discard; those that take most
-RESERVE_TRIES = 5
+ROOM_TRIES = 5
 
 Totals = tuple[int, int, int]  # bytes, contexts, pinned bytes
 _OVERALL = (keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED)
@@ -54,6 +54,8 @@ class ContextRoom:
     async def make(self, tenant: str, needed_bytes: int) -> None:
         """Discard contexts of this tenant, those worth least first. Raises QuotaFull and other CacheErrors."""
         kept = await self._listing.kept(tenant)
+        if await self._drop_damaged(tenant, kept):
+            return  # the caller tries again, and may have enough room now
         victims = choose(kept, needed_bytes)
         if not victims:
             raise QuotaFull(
@@ -70,14 +72,18 @@ class ContextRoom:
         """
         if not extra_bytes:
             return
-        totals = await self.renew()
         limit = self._access.limits.total_bytes
-        over = sum(size for size, _ in totals.values()) + extra_bytes - limit
-        if over > 0 and not await self._discard_of(totals, over):
-            raise QuotaFull(
-                f"The limit of {limit:,} bytes for stored contexts of all clients is reached, and discarding all "
-                "that are not pinned would not make enough room; try later, or raise contexts.total_bytes."
-            )
+        for _ in range(ROOM_TRIES):
+            totals = await self.renew()
+            over = sum(size for size, _ in totals.values()) + extra_bytes - limit
+            if over <= 0:
+                return
+            if not await self._discard_of(totals, over):
+                break
+        raise QuotaFull(
+            f"The limit of {limit:,} bytes for stored contexts of all clients is reached, and discarding all that "
+            "are not pinned would not make enough room; try later, or raise contexts.total_bytes."
+        )
 
     async def reserve(self, tenant: str, size_bytes: int, pinned_bytes: int, trust: Trust) -> None:
         """Reserve room in the shares of unlisted tenants. Call `refresh` if the room is not used after all.
@@ -90,7 +96,7 @@ class ContextRoom:
         accepted = int(trust is Trust.ACCEPTED)
         shares = (limits.unchecked_bytes, limits.unlisted_pinned_bytes, UNCHECKED_TENANTS_AT_MOST)
         args = (tenant, size_bytes, pinned_bytes, accepted, *shares)
-        for _ in range(RESERVE_TRIES):
+        for _ in range(ROOM_TRIES):
             word, over = parsed(_read_reserved, await self._access.store.run_script(scripts.RESERVE, _OVERALL, args))
             if word == b"ok":
                 return
@@ -123,14 +129,24 @@ class ContextRoom:
         return {tenant: sizes[tenant] for tenant in {*largest, *({asking} & sizes.keys())}}
 
     async def _discard_of(self, tenants: Iterable[str], needed_bytes: int) -> bool:
-        """Discard what is worth least of several tenants; return False if that would not free enough."""
+        """Discard what is worth least of several tenants; return False if that would not free enough.
+
+        If there are damaged contexts, only those are discarded, and the caller looks again.
+        """
         kept = {tenant: await self._listing.kept(tenant) for tenant in tenants}
+        if any([await self._drop_damaged(tenant, listed) for tenant, listed in kept.items()]):
+            return True
         victims = choose([((tenant, name), each) for tenant in kept for name, each in kept[tenant]], needed_bytes)
         if not victims:
             return False
         for tenant in dict.fromkeys(tenant for tenant, _ in victims):
             await self._discard(tenant, kept[tenant], [name for owner, name in victims if owner == tenant])
         return True
+
+    async def _drop_damaged(self, tenant: str, kept: Iterable[tuple[str, Kept]]) -> int:
+        """Delete damaged contexts, whose size is not known; return how many there were."""
+        damaged = [name for name, each in kept if each is DAMAGED]
+        return await self.drop(tenant, "any", damaged, "damaged") if damaged else 0
 
     async def _discard(self, tenant: str, kept: Iterable[tuple[str, Kept]], victims: Sequence[str]) -> None:
         expired = {name for name, each in kept if each.expired}

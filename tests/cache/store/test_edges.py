@@ -124,7 +124,7 @@ async def test_a_store_that_cannot_close_its_connections_closes() -> None:
     """Each is tried."""
     store = open_store("redis://127.0.0.1:1", clock=SystemClock(), tasks=Tasks())
     pooled, reader = Client(lambda *_: None), Client(lambda *_: None)
-    store._clients = Clients(pooled, reader)
+    store._clients = Clients(pooled, reader)  # noqa: SLF001 - internal state that no public name shows
     await store.close()
     assert pooled.closed
     assert reader.closed
@@ -143,7 +143,7 @@ async def test_an_operation_before_the_start_is_unavailable(unstarted: Store) ->
         with pytest.raises(StoreUnavailable):
             await work
     with pytest.raises(StoreUnavailable):
-        _ = unstarted._reader
+        _ = unstarted._reader  # noqa: SLF001 - internal state that no public name shows
 
 
 async def test_a_start_that_is_not_answered_in_time_goes_on_without_redis(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,8 +191,8 @@ async def test_a_probe_of_writes_that_fails_otherwise_keeps_the_reason(monkeypat
     store = open_store("redis://127.0.0.1:1", clock=SystemClock(), tasks=tasks)
     await store.start()
     refused = map_error(foreign.ResponseError("OOM"), "SET")
-    store._writing.breaker.state = store._writing.breaker.state.OPEN
-    store._writing.begin(refused, 0.0)
+    store._writing.breaker.state = store._writing.breaker.state.OPEN  # noqa: SLF001 - internal state that no public name shows
+    store._writing.begin(refused, 0.0)  # noqa: SLF001 - internal state that no public name shows
     await asyncio.wait_for(store.wait_writable(), 5)
     assert answers == []
     assert store.state is StoreState.AVAILABLE

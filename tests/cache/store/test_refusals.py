@@ -171,7 +171,7 @@ async def test_a_password_set_on_the_running_server_is_an_outage_and_loses_no_to
         valkey.ask("CONFIG", "SET", "requirepass", "secret")
         _kill_clients(valkey, password="secret")
         await until(store, StoreState.AWAY)
-        assert store.reason is ErrorKind.AUTH
+        await eventually(lambda: store.reason is ErrorKind.AUTH, 10)  # first the connections were lost
         totals.row(DAY, "m", "u", "t").answers += 5
         assert not await totals.flush()
         with pytest.raises(StoreUnavailable):
