@@ -44,6 +44,11 @@ class CachedCounts:
         cached = self._cached.get(replica, 0)
         return cached >= MIN_NEW_PROMPTS and cached >= DOUBTED_SHARE * self._new[replica]
 
+    def forget(self, replica: int) -> None:
+        """Drop what is kept for a replica that is gone."""
+        self._new.pop(replica, None)
+        self._cached.pop(replica, None)
+
     def _count(self, replica: int, is_cached: bool) -> None:
         new, cached = self._new.get(replica, 0) + 1, self._cached.get(replica, 0) + is_cached
         if new > MEMORY:

@@ -36,7 +36,7 @@ async def fetch_models(
     """Return the entries of `GET /v1/models` at one replica, asked with its own key or with the caller's.
 
     Raises:
-        UpstreamError: the replica did not answer, or not with a model list.
+        UpstreamError: the replica did not respond, or not with a model list.
     """
     head = upstream_head(
         call.headers if call is not None else (),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 from zlib import crc32
 
 from proxy.clock import Clock
@@ -61,8 +61,7 @@ class RetryPolicy:
     idle_seconds: float = 120.0
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(NamedTuple):
     """A response that has begun. `failure` is set if another attempt would have been preferred."""
 
     response: UpstreamResponse

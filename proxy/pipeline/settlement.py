@@ -1,9 +1,8 @@
-"""Phase 8: what a finished request teaches and what it counts. Runs on every path, waits for nothing.
+"""Phase 8: learn from a finished request and count it. Runs on every path and waits for nothing.
 
-The index hears what was really cached, the fleet how fast the replica was, the token counts how long the prompt was:
-at once, since the next request is routed by it. The metrics get their figures some requests at a time, before each
-report at the latest (`count`): in a row they find its code and tables in the processor's caches. It must not know
-HTTP or decide anything for a request.
+The index learns what was really cached, the fleet how fast the replica was, the token counts how long the prompt was:
+at once, because the next request is routed by it. Metrics are counted for several requests at a time (`count`),
+before each report at the latest, while code and tables are in the processor's caches.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _Finished = tuple[Outcome, Usage | None, Placement | None]
 
 
 class Settlement:
-    """One per worker. `access_log` None: no access lines."""
+    """Settles requests. One per worker. Without `access_log` no access lines are written."""
 
     def __init__(
         self,
@@ -40,8 +39,8 @@ class Settlement:
         fleet: Fleet,
         tokens: TokenCounts,
         accounts: RequestCounters,
-        sightings: PrefixStats,
-        shadow: RoundRobinBaseline,
+        prefix_stats: PrefixStats,
+        baseline: RoundRobinBaseline,
         access_log: AccessLog | None,
         clock: Clock,
     ) -> None:
@@ -49,8 +48,8 @@ class Settlement:
         self._fleet = fleet
         self._tokens = tokens
         self._accounts = accounts
-        self._sightings = sightings
-        self._shadow = shadow
+        self._prefix_stats = prefix_stats
+        self._baseline = baseline
         self._access_log = access_log
         self._clock = clock
         self._text_alone = TextAlone()
@@ -77,7 +76,7 @@ class Settlement:
         return outcome
 
     def _plausible(self, exchange: Exchange, outcome: Outcome, usage: Usage, placement: Placement) -> Usage:
-        """Return the usage without cached tokens that cannot be: they are neither knowledge nor money."""
+        """Return the usage without an implausible count of cached tokens: nothing is learned or saved by that."""
         is_new = exchange.match is not None and exchange.match.known_blocks == 0
         cached_tokens = usage.cached_tokens or 0
         if not self._cached_counts.is_doubtful(placement.replica, usage.prompt_tokens, cached_tokens, is_new=is_new):
@@ -86,12 +85,14 @@ class Settlement:
         return replace(usage, cached_tokens=None)
 
     def count(self) -> None:
-        """Count what was settled and not counted yet."""
+        """Count the requests that were settled and not counted yet."""
         waiting = self._uncounted
         while waiting:
-            outcome, usage, placement = waiting.popleft()  # before it is counted: one defect must not keep the others
+            outcome, usage, placement = (
+                waiting.popleft()
+            )  # before it is counted, so that one defect does not keep the others
             self._accounts.count(outcome, usage, None if placement is None else placement.predicted_tokens)
-            self._sightings.add(outcome, placement, usage)
+            self._prefix_stats.add(outcome, placement, usage)
             if placement is not None and usage is not None:
                 self._count_routing_gain(outcome, usage, placement)
 
@@ -99,12 +100,13 @@ class Settlement:
         """Count what is left to count, and drop what is kept for a replica that is gone for good."""
         self.count()
         self._accounts.forget(replica, name)
+        self._cached_counts.forget(replica)
 
     def _count_routing_gain(self, outcome: Outcome, usage: Usage, placement: Placement) -> None:
-        gain = self._shadow.answered(placement, usage.prompt_tokens, usage.cached_tokens)
+        gain = self._baseline.answered(placement, usage.prompt_tokens, usage.cached_tokens)
         if gain is not None:
             label = self._accounts.label(outcome)
-            self._accounts.count_routing_gain(outcome, self._shadow.count(label, gain))
+            self._accounts.count_routing_gain(outcome, self._baseline.count(label, gain))
 
     def _teach_index(self, placement: Placement, usage: Usage | None, *, skips_cache: bool) -> None:
         if usage is None or usage.longest_call_tokens:  # sums of several calls say nothing about this prompt

@@ -69,7 +69,15 @@ class Pool:
         """Return the pool's figures."""
         aside = len(self._idle) + len(self._probation)
         waiting = len(self._waiters)
-        return PoolCounts(self._open, aside, self._open - aside, waiting, self.opened, self.reused, self.retried)
+        return PoolCounts(
+            open=self._open,
+            idle=aside,
+            in_use=self._open - aside,
+            waiting=waiting,
+            opened=self.opened,
+            reused=self.reused,
+            retried=self.retried,
+        )
 
     @property
     def keeps_streams(self) -> bool:

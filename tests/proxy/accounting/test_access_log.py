@@ -136,6 +136,13 @@ def test_a_refused_request_has_a_short_line(tmp_path: Path) -> None:
     }
 
 
+def test_the_replicas_that_were_tried_are_listed_with_the_reasons(tmp_path: Path) -> None:
+    """In the order in which they failed."""
+    outcome = msgspec.structs.replace(OUTCOME, retries=2, tried=("a;503", "b;connect"))
+    (line,) = written(tmp_path, access_line(NOBODYS, outcome, 0.0))
+    assert (line["retries"], line["tried"]) == (2, ["a;503", "b;connect"])
+
+
 def test_a_hostile_model_name_stays_one_bounded_line(tmp_path: Path) -> None:
     """Line ends and quotes are escaped, length is cut."""
     hostile = Outcome("r", Endpoint.CHAT, '"\n{}' * 1000, False, Ending.REFUSED, 404, Times(1.0))

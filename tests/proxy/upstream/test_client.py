@@ -880,30 +880,6 @@ async def test_bytes_that_wait_unread_on_a_pooled_connection_are_no_response_to_
 
 
 @pytest.mark.skipif(IS_COMPILED, reason="a method of a compiled class cannot be replaced")
-async def test_bytes_that_wait_unread_are_found_when_a_connection_passes_to_a_waiting_request(
-    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    client = make_client(max_connections=1)
-    gate = asyncio.Event()
-    first: Play = [Expect(), Pause(gate), Send(answer(b"hello"))]
-    async with ScriptedUpstream([first, SERVE_ONE]) as upstream:
-        tasks = [spawn(fetch(client, upstream)) for _ in range(2)]
-        await until(lambda: len(upstream.requests) == 1)
-        assert counts(client, upstream).waiting == 1
-        peer = upstream.peers[0]
-        pool = client._upstreams[origin_of(upstream)].pool  # noqa: SLF001 - internal state that no public name shows
-        finished = pool.finished
-
-        def poison_first(*args: Any, **options: Any) -> None:
-            peer.writer.write(POISON)
-            finished(*args, **options)
-
-        monkeypatch.setattr(pool, "finished", poison_first)
-        gate.set()
-        assert await asyncio.gather(*tasks) == [b"hello", b"hello"]
-        assert upstream.connections == 2
-
-
 async def test_an_upstream_that_sent_too_much_is_not_trusted_with_a_second_request_on_a_connection(
     make_client: MakeClient, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -432,6 +432,36 @@ def test_each_piece_of_a_body_moves_the_idle_limit() -> None:
     assert isinstance(error_of(answered), IdleTimeout)
 
 
+def test_the_limit_of_silence_can_be_moved_for_one_response() -> None:
+    """A longer one holds from now on, and the next response has the usual one again."""
+    wire = Wire()
+    answered = wire.begin()
+    wire.feed(chunked(end=False))
+    answered.allow_silence(100.0)
+    wire.clock.advance(99.0)
+    wire.ring()
+    assert not failed(answered)
+    wire.feed(b"1\r\nx\r\n")
+    wire.clock.advance(99.0)
+    wire.ring()
+    assert not failed(answered)
+    wire.feed(b"0\r\n\r\n")
+    following = wire.begin()
+    wire.feed(chunked(end=False))
+    wire.clock.advance(5.1)
+    wire.ring()
+    assert isinstance(error_of(following), IdleTimeout)
+
+
+def test_what_arrived_can_be_looked_at_and_stays() -> None:
+    wire = Wire()
+    answered = wire.begin()
+    wire.feed(chunked(b"hel", b"lo", end=False))
+    assert (answered.peek(), answered.peek(), answered.buffered_bytes) == (b"hello", b"hello", 5)
+    assert answered.body_now() == b"hello"
+    assert answered.peek() == b""
+
+
 def test_the_stamps_are_of_the_request_and_of_the_first_byte_of_the_final_answer() -> None:
     wire = Wire()
     answered = wire.begin()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
+from proxy.clock import SystemClock
 from proxy.errors import PoolTimeout, ResetMidResponse
-from proxy.upstream import Origin, UpstreamClient, pool
+from proxy.upstream import Limits, Origin, UpstreamClient, pool
+from proxy.upstream.connection import Connection
+from proxy.upstream.timeouts import Deadlines
 from tests.proxy.upstream.conftest import MakeClient, counts, fetch, origin_of, spawn, turns, until
 from tests.support.upstream import (
     EVENT_STREAM,
@@ -276,3 +281,46 @@ async def test_an_answer_given_up_closes_and_one_that_ended_is_left_alone(make_c
 
 async def _read(client: UpstreamClient, origin: Origin) -> bytes:
     return await (await client.request(origin, b"GET", b"/")).read(99)
+
+
+class SocketTransport(asyncio.Transport):
+    """The transport of a connection whose bytes the loop never reads."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__({"socket": sock})
+        self.closed = False
+
+    def abort(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def write(self, data: Any) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("unread", [b"", b"HTTP/1.1 200 OK\r\n"])
+async def test_a_connection_passes_to_a_waiting_request_only_if_nothing_waits_unread_on_it(unread: bytes) -> None:
+    """The bytes come after it was given to the request and before the request runs."""
+    loop = asyncio.get_running_loop()
+    clock = SystemClock()
+    limits = Limits(max_connections=1)
+    connections = pool.Pool(loop, limits)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        deadlines = Deadlines(loop, clock)
+        connection = Connection(loop, clock, deadlines, connections, limits)
+        connection.connection_made(SocketTransport(ours))
+        assert await connections.obtain(fresh=False) is None
+        connection.begin(limits, head_only=False)
+        waiting = spawn(connections.obtain(fresh=False))
+        await turns()
+        connection.data_received(answer(b"hello"))
+        theirs.send(unread)
+        assert await waiting is (None if unread else connection)
+        assert connection.usable is not bool(unread)
+        deadlines.stop()
