@@ -166,7 +166,8 @@ class IncomingBody:
             return stop
         while at < stop:
             room = self.room()
-            assert room is not None  # noqa: S101 - a buffer stays one
+            if room is None:
+                return end  # it has just failed
             nbytes = min(len(room), stop - at)
             room[:nbytes] = memoryview(data)[at : at + nbytes]
             at += nbytes
@@ -186,6 +187,8 @@ class IncomingBody:
         if self._error is None and not self.is_complete:
             self._error = error
             self._view = None  # what still comes is dropped
+            self._store = bytearray()
+            self._release()  # at once, so that of several bodies that grow together not all fail
             self._wake()
 
     # -- what its reader calls
@@ -228,8 +231,7 @@ class IncomingBody:
             await self._wait()
         piece = bytes(self._store)
         self._store = bytearray()
-        held, self.held_bytes = self.held_bytes, 0
-        self._source.release(held)
+        self._release()
         self._source.resume_reading()
         return piece
 
@@ -262,9 +264,10 @@ class IncomingBody:
 
     def _count(self, nbytes: int) -> None:
         self.received_bytes += nbytes
-        if not self._source.hold(nbytes, self.held_bytes):
-            self.fail(overloaded())
+        has_room = self._source.hold(nbytes, self.held_bytes)
         self.held_bytes += nbytes
+        if not has_room:
+            self.fail(overloaded())
 
     def _check(self, limit_bytes: int) -> None:
         if self._error is not None:
@@ -281,9 +284,14 @@ class IncomingBody:
         self._view = memoryview(store)
 
     def _end(self) -> None:
-        self._view = None
-        self.is_complete = True
-        self._wake()
+        if self._error is None:
+            self._view = None
+            self.is_complete = True
+            self._wake()
+
+    def _release(self) -> None:
+        held, self.held_bytes = self.held_bytes, 0
+        self._source.release(held)
 
     def _due(self) -> float:
         """When the body is late, by its limit (in all, or for the next piece) or by its rate while it was awaited."""
