@@ -24,12 +24,13 @@ local now = redis.call('TIME')
 now = now[1] * 1000 + math.floor(now[2] / 1000)
 local heads, claims, writer, order, tenant = KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3]
 local head_ms, claim_ms, most = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local longest_ms = 3600000 -- no entry lasts longer, so a later end is damage
 redis.call('HSET', heads, writer, (now + head_ms) .. '|' .. order)
 redis.call('PEXPIRE', heads, head_ms * 10)
 local all = redis.call('HGETALL', heads)
 for i = 1, #all, 2 do
   local ends, theirs = string.match(all[i + 1], '^(%d+)|(.*)$')
-  if not ends or tonumber(ends) < now then
+  if not ends or tonumber(ends) < now or tonumber(ends) > now + longest_ms then
     redis.call('HDEL', heads, all[i])
   elseif all[i] ~= writer and theirs < order then
     return ''
@@ -39,7 +40,7 @@ local held, own = {}, 0
 all = redis.call('HGETALL', claims)
 for i = 1, #all, 2 do
   local ends, whose = string.match(all[i + 1], '^(%d+)|[^|]*|(.*)$')
-  if not ends or tonumber(ends) < now then
+  if not ends or tonumber(ends) < now or tonumber(ends) > now + longest_ms then
     redis.call('HDEL', claims, all[i])
   else
     held[all[i]] = true
@@ -50,7 +51,7 @@ if own >= most then return '' end
 for i = 7, #ARGV do
   if not held[ARGV[i]] then
     redis.call('HSET', claims, ARGV[i], (now + claim_ms) .. '|' .. writer .. '|' .. tenant)
-    redis.call('PEXPIRE', claims, 3600000)
+    redis.call('PEXPIRE', claims, longest_ms)
     redis.call('HDEL', heads, writer)
     return ARGV[i]
   end
@@ -113,7 +114,7 @@ class ColdClaims:
         return got.decode() if got else None
 
     def release(self, pool: str, replica: str) -> None:
-        """Give a claim back, in the background; one that Redis does not hear of expires."""
+        """Give a claim back, in the background; one that Redis does not receive expires."""
         self._tasks.start(self._release(pool, replica), "cold claim release")
 
     def withdraw(self, pool: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 OWNERS_AT_MOST = 65_536
-"""Ids remembered, some 10 MB; a request for a forgotten one goes to the least loaded replica."""
+"""Ids remembered, about 10 MB; a request for a forgotten one goes to the least loaded replica."""
 
 ID_CHARACTERS_AT_MOST = 256
 

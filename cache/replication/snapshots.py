@@ -17,7 +17,7 @@ CHUNK_LIMIT_SECONDS = 1.0  # of reading or writing one part
 CHUNK_EXPIRY_SECONDS = 120  # of a part that no commit has named yet
 PRESENCE_SECONDS = 5  # a writer that is silent for longer is not counted any more
 TRIM_AGE_SECONDS = 10.0  # younger entries are not trimmed: only a reader that is stalled for longer falls behind
-MAX_PARTS = 100_000  # the largest index has some 20,000
+MAX_PARTS = 100_000  # the largest index has about 20,000
 
 # Reply: 1 if the lease is ours, the generation, the id up to which the stream was trimmed, the number of live
 # writers, the stream's last id, 1 if there is a snapshot. It runs while Redis refuses writes, whose errors are

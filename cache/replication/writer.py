@@ -22,9 +22,9 @@ from cache.store.store import Store
 
 BATCH_INTERVAL_SECONDS: Final = 0.005  # deltas queued meanwhile go into one entry: readers pay per entry
 ALONE_INTERVAL_SECONDS: Final = 0.05  # while no other writer is known
-BATCH_BLOCKS: Final = 20_000  # boundaries of one entry, some 250 KB: a millisecond or two for a reader
+BATCH_BLOCKS: Final = 20_000  # boundaries of one entry, about 250 KB: a millisecond or two for a reader
 WRITE_LIMIT_SECONDS: Final = 0.2  # of one entry; nothing waits for it
-QUEUE_BLOCKS = 1_000_000  # boundaries that wait while Redis is away, some 12 MB
+QUEUE_BLOCKS = 1_000_000  # boundaries that wait while Redis is away, about 12 MB
 RECENT_SECONDS: Final = 5.0  # own entries are kept this long, to write them again if Redis loses everything
 RECENT_BYTES = 4 * 1024 * 1024
 RETRY_FIRST_SECONDS: Final = 0.05

@@ -1,6 +1,6 @@
 """Listen to a channel of Redis for ever, subscribing again after every loss of the connection.
 
-Messages may be lost in between, and nothing tells which. A listener that depends on all of them uses `begun` and
+Messages may be lost in between, and there is no sign which. A listener that depends on all of them uses `begun` and
 `ended`, which are called when a subscription begins and ends.
 """
 

@@ -78,7 +78,7 @@ class Script:
 
 
 class Subscription:
-    """One pub/sub channel on a connection of its own. Not for concurrent readers."""
+    """One pub/sub channel on its own connection. Not for concurrent readers."""
 
     def __init__(self, pubsub: Any, fail: Callable[[BaseException, str], CacheError]) -> None:
         self._pubsub = pubsub
@@ -244,7 +244,7 @@ class Store:
     async def read_stream(self, stream: str, after_id: bytes, block_seconds: float, count: int) -> list[StreamEntry]:
         """Return up to `count` entries after `after_id`, waiting up to `block_seconds` for the first.
 
-        Uses a connection of its own. Raises CacheError.
+        Uses its own connection. Raises CacheError.
         """
         command = ["XREAD", "COUNT", count, "BLOCK", max(1, round(block_seconds * 1000)), "STREAMS", stream, after_id]
         # With a named node, redis-py's Cluster client need not send COMMAND GETKEYS twice for each read.

@@ -12,7 +12,7 @@ from proxy.pipeline.exchange import Exchange, StoredUse
 from proxy.wire import contexts as wire
 from proxy.wire.contexts import Named, Reference, Spliced
 
-_NOTE = b"x-cairn-context"  # tells the client why a context that a header named was not used
+_NOTE = b"x-cairn-context"  # explains to the client why a context that a header named was not used
 
 
 class Use:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from cache import keys
 from cache.errors import CacheError
 from cache.replication.cold_claims import ColdClaims
 from cache.store.store import Store, open_store
@@ -89,3 +90,12 @@ async def test_without_redis_the_caller_is_told(server: Valkey) -> None:
         await take(claims, ["r0"], "1")
     claims.release("pool", "r0")
     await eventually(lambda: claims.failed == 1)
+
+
+@pytest.mark.parametrize("value", ["junk", "", "99999999999999999|other|a", "99999999999999999|0"])
+async def test_damaged_entries_hold_nothing_back(two: Two, server: Valkey, value: str) -> None:
+    """Without an end, or with one that is further away than any entry lasts, they are deleted."""
+    server.ask("HSET", keys.cold_heads("pool"), "ghost", value)
+    server.ask("HSET", keys.cold_claims("pool"), "r0", value)
+    assert await take(two.one, ["r0"], "1") == "r0"
+    assert server.ask("HGET", keys.cold_heads("pool"), "ghost") == b"$-1\r\n"
