@@ -34,7 +34,7 @@ from proxy.config.load import SecretUrl, load
 from proxy.control.channel import WorkerControl
 from proxy.errors import ConnectFailed
 from proxy.upstream import client as upstream_client
-from proxy.worker.composition import Worker, build, freeze_garbage
+from proxy.worker.lifecycle import Worker, freeze_garbage
 from proxy.worker.process import keep_freed_memory
 
 _CONNECTIONS = 16
@@ -273,7 +273,7 @@ async def main(options: argparse.Namespace, folder: Path) -> None:
         upstreams = ("http://127.0.0.1:9001", "http://127.0.0.1:9002")
         config = load(None, environ, {("redis", "url"): SecretUrl(valkey.url)}, upstreams).config
         log = os.open(folder / "access.log", os.O_WRONLY | os.O_CREAT)
-        worker = await build(config, cast(WorkerControl, Deaf()), access_log_descriptor=log)
+        worker = await Worker.build(config, cast(WorkerControl, Deaf()), access_log_descriptor=log)
 
         async def refuse(*_: object) -> None:
             raise ConnectFailed("nobody is there yet")

@@ -88,7 +88,7 @@ Card = TokenCard | GpuCard
 
 
 class Rule(msgspec.Struct, frozen=True):
-    """An operator's card and where it applies: globs over the model and over the upstream's URL or name, from a date
+    """An operator's card and its scope: patterns of the model and of the upstream's URL or name, from a date
     on (ISO; empty: always)."""
 
     model: str

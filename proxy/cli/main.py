@@ -213,7 +213,7 @@ def worker(control: int, listen: str, parent: int) -> None:
 
     from proxy.worker.process import run
 
-    run_worker = import_module("proxy.worker.composition").run_worker
+    run_worker = import_module("proxy.worker.lifecycle").run_worker
     sys.exit(run(control, [int(descriptor) for descriptor in listen.split(",")], parent, run_worker))
 
 

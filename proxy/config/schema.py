@@ -380,7 +380,7 @@ class Pool(Section, frozen=True):
     """Send each tenant's salt in the field `cache_salt`, for engines that support it."""
 
     template: Template | None = None
-    """How the engines render prompts, if asking them or the model's name does not tell. For engines only."""
+    """How the engines render prompts, if neither asking them nor the model's name shows it. For engines only."""
 
     ttl_seconds: Seconds = 300
     """Time for which a provider keeps a prefix that nobody uses."""
@@ -637,7 +637,7 @@ class Price(Section, frozen=True):
 
     service_tier: Annotated[str, Meta(pattern=r"^[a-z0-9_-]+$", max_length=32)] | None = None
     """Service tier, as the response names it, to which the price applies: `flex`, `priority` or `batch`. A price
-    without it applies to every tier that has no price of its own."""
+    without it applies to every tier without its own price."""
 
     valid_from: date | None = None
     """First day (UTC) on which the price applies."""

@@ -1,4 +1,4 @@
-"""The composition root of a worker: builds every object once, in sections, and starts and stops them in order.
+"""The composition root of a worker: build every object once, in sections.
 
 A section is a function that takes earlier sections and returns its own objects in a frozen dataclass. Nothing here
 decides anything about a request.
@@ -7,12 +7,9 @@ decides anything about a request.
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 import secrets
-import socket
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from cache import (
     UNLIMITED_TOKENS,
@@ -23,9 +20,6 @@ from cache import (
     Listeners,
     LoadBroadcast,
     PrefixIndex,
-    SharedSecret,
-    Store,
-    StoreState,
     Totals,
     open_store,
     usable_key,
@@ -38,7 +32,7 @@ from proxy.accounting.prefix_stats import PrefixStats
 from proxy.accounting.pricing import PriceBook
 from proxy.accounting.rate_cards import rules_of
 from proxy.accounting.round_robin import RoundRobinBaseline
-from proxy.clock import Clock, SystemClock
+from proxy.clock import SystemClock
 from proxy.config.schema import Config
 from proxy.contexts import StoredContexts
 from proxy.contexts.api import ContextApi
@@ -46,13 +40,10 @@ from proxy.contexts.use import Use
 from proxy.contexts.valuing import Valuing
 from proxy.contexts.warming import Warming
 from proxy.control.channel import WorkerControl
-from proxy.downstream.response import Downstream
 from proxy.fleet import Fleet
 from proxy.fleet.discovery import Discovery
 from proxy.fleet.findings import EngineFindings
 from proxy.fleet.health import HealthChecker
-from proxy.fleet.pools import Pools
-from proxy.fleet.template_probe import TemplateProber
 from proxy.fleet.templates import Templates
 from proxy.metrics import definitions as metrics
 from proxy.metrics.model_labels import ModelNames
@@ -61,7 +52,6 @@ from proxy.pipeline.admission import InFlightLimit
 from proxy.pipeline.attempt import Attempts
 from proxy.pipeline.cold_turns import ColdTurns
 from proxy.pipeline.dispatch import Dispatcher
-from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.models_endpoint import ModelsEndpoint
 from proxy.pipeline.objects import CreatedObjects
 from proxy.pipeline.pipeline import Pipeline
@@ -79,47 +69,26 @@ from proxy.routing.token_estimate import TokenCounts
 from proxy.tasks import Tasks
 from proxy.upstream import UpstreamClient
 from proxy.worker import from_config
-from proxy.worker.explain import Explainer
 from proxy.worker.figures import Figures, IndexFigures, OperationFigures, ReplicaFigures, StoreFigures
 from proxy.worker.http_server import HttpServer
 from proxy.worker.live_config import LiveConfig, LiveParts
-from proxy.worker.maintenance import Maintenance
 from proxy.worker.membership import DownReplicas, Forgetting
 from proxy.worker.replica_queues import ReplicaQueues
 from proxy.worker.reporting import Reporter, StatusSource
+from proxy.worker.sections import (
+    Accounting,
+    Basics,
+    Built,
+    Contexts,
+    Memory,
+    OwnRequests,
+    Parts,
+    Replicas,
+    Requests,
+    Sharing,
+)
 
 _ORIGIN_BITS = 24
-_SECRET_SECONDS = 2.0  # how long the start waits for the shared secret
-
-
-async def run_worker(config: Config, listening: Sequence[socket.socket], control: WorkerControl) -> None:
-    """Serve on `listening` until told to drain."""
-    worker = await build(config, control)
-    control.on_explain = lambda question: worker.explainer.explain(question, worker.http_server.authenticator)
-    control.on_reload = worker.live.reconfigure
-    try:
-        await worker.start(listening)
-        freeze_garbage()
-        await control.send_ready()
-        finish_seconds = await control.wait_for_drain()
-        await worker.http_server.stop(finish_seconds)
-    finally:
-        await worker.close()
-
-
-# --- the sections
-
-
-@dataclass(frozen=True, slots=True)
-class Basics:
-    """What everything else uses. `loops` run beside requests and are closed before `tasks`."""
-
-    clock: Clock
-    recorder: Recorder
-    tasks: Tasks
-    loops: Tasks
-    writer_id: str  # this worker's name among all workers of all proxies
-    down_replicas: DownReplicas
 
 
 def _basics() -> Basics:
@@ -139,14 +108,6 @@ def _basics() -> Basics:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What this worker remembers, and the store through which it shares it."""
-
-    store: Store
-    index: PrefixIndex
-
-
 def _memory(config: Config, basics: Basics) -> Memory:
     url = config.redis.url
     store = open_store(
@@ -157,22 +118,6 @@ def _memory(config: Config, basics: Basics) -> Memory:
         observe=OperationFigures(basics.recorder).observe,
     )
     return Memory(store, PrefixIndex(origin=secrets.randbits(_ORIGIN_BITS)))
-
-
-@dataclass(frozen=True, slots=True)
-class Replicas:
-    """The replicas, how busy they are, and the connections to them."""
-
-    fleet: Fleet
-    discovery: Discovery
-    client: UpstreamClient
-    model_names: ModelNames
-    templates: Templates
-
-    @property
-    def pools(self) -> Pools:
-        """Which pool serves a model."""
-        return self.discovery.pools
 
 
 def _replicas(config: Config, basics: Basics, memory: Memory) -> Replicas:
@@ -192,19 +137,6 @@ def _replicas(config: Config, basics: Basics, memory: Memory) -> Replicas:
         model_names=ModelNames(from_config.model_names(config)),
         templates=Templates(config),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Sharing:
-    """What this worker exchanges with the other workers of all proxies."""
-
-    baseline: RoundRobinBaseline
-    gate: PrefillGate
-    remote_prefills: RemotePrefills
-    journal: Journal
-    load_broadcast: LoadBroadcast
-    shares: TenantShares
-    cold_gate: ColdGate
 
 
 def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
@@ -273,22 +205,9 @@ def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
 
 
 def _capacity_tokens(index: PrefixIndex, number: int) -> float | None:
-    """What a replica's cache holds, None if nobody knows."""
+    """Return the tokens that a replica's cache holds, or None if that is not known."""
     stats = index.replicas().get(number)
     return None if stats is None or stats.budget_tokens >= UNLIMITED_TOKENS else float(stats.budget_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Accounting:
-    """What is learned from finished requests, counted and logged."""
-
-    token_counts: TokenCounts
-    prices: PriceBook
-    totals: Totals
-    prefix_stats: PrefixStats
-    error_stats: ErrorStats
-    access_log: AccessLog | None
-    settlement: Settlement
 
 
 def _accounting(
@@ -334,28 +253,6 @@ def _accounting(
     )
 
 
-class OwnRequests:
-    """Sends Cairn's own requests through the pipeline, which is built after those who need it."""
-
-    def __init__(self) -> None:
-        self.pipeline: Pipeline | None = None
-
-    async def run(self, exchange: Exchange, client: Downstream) -> None:
-        """Run a request of Cairn's own like that of a client."""
-        assert self.pipeline is not None  # noqa: S101 - set when everything is built
-        await self.pipeline.run(exchange, client)
-
-
-@dataclass(frozen=True, slots=True)
-class Contexts:
-    """Stored contexts."""
-
-    store: ContextStore
-    api: ContextApi
-    stored: StoredContexts
-    own_requests: OwnRequests
-
-
 def _contexts(config: Config, basics: Basics, memory: Memory, replicas: Replicas, accounting: Accounting) -> Contexts:
     recorder = basics.recorder
     store = ContextStore(
@@ -377,18 +274,6 @@ def _contexts(config: Config, basics: Basics, memory: Memory, replicas: Replicas
         basics.tasks,
     )
     return Contexts(store, api, StoredContexts(store, api, Use(store), recorder), own_requests)
-
-
-@dataclass(frozen=True, slots=True)
-class Requests:
-    """The way of a request: the client port, the pipeline and the queues."""
-
-    queues: ReplicaQueues
-    dispatcher: Dispatcher
-    routes: Routes
-    pipeline: Pipeline
-    in_flight_limit: InFlightLimit
-    http_server: HttpServer
 
 
 def _dispatcher(
@@ -428,18 +313,6 @@ def _relay(config: Config, basics: Basics, replicas: Replicas, sharing: Sharing,
         from_config.stream_limits(config.upstream),
     )
     return Relay(dispatcher, responses, basics.recorder, basics.clock)
-
-
-@dataclass(frozen=True, slots=True)
-class Built:
-    """The sections that are built before the way of a request."""
-
-    basics: Basics
-    memory: Memory
-    replicas: Replicas
-    sharing: Sharing
-    accounting: Accounting
-    contexts: Contexts
 
 
 def _requests(config: Config, secret: bytes, built: Built) -> Requests:
@@ -557,11 +430,11 @@ def _live_config(config: Config, secret: bytes, built: Built, requests: Requests
     return LiveConfig(config, secret, parts)
 
 
-async def build(config: Config, control: WorkerControl, *, access_log_descriptor: int = 1) -> Worker:
-    """Build a worker; what takes long is done in a thread."""
+async def build(config: Config, control: WorkerControl, *, access_log_descriptor: int = 1) -> Parts:
+    """Build all parts of a worker; what takes long is done in a thread."""
     builtin_prices = await asyncio.to_thread(BuiltinPrices)
     configured = config.tenants.secret
-    # if none is configured, the one in Redis replaces this one as soon as Redis answers (`Worker.start`)
+    # if none is configured, the one in Redis replaces this one as soon as Redis answers (`proxy.worker.lifecycle`)
     secret = secrets.token_bytes(32) if configured is None else usable_key(configured.reveal().encode())
     basics = _basics()
     memory = _memory(config, basics)
@@ -579,97 +452,13 @@ async def build(config: Config, control: WorkerControl, *, access_log_descriptor
     forgetting = Forgetting(replicas.client, requests.dispatcher, findings, accounting.settlement, basics.recorder)
     for listener in (requests.queues, health, forgetting):
         replicas.discovery.subscribe(listener)
-    return Worker(
-        built, requests, health, _reporter(control, built, requests), _live_config(config, secret, built, requests)
+    return Parts(
+        built=built,
+        requests=requests,
+        health=health,
+        reporter=_reporter(control, built, requests),
+        live=_live_config(config, secret, built, requests),
     )
-
-
-class Worker:
-    """Everything that one worker consists of, and the order in which it starts and stops.
-
-    At the start the store, the index and the journal come first (the journal waits until it knows what the others
-    know), then the replicas, then the client port; at the end the reverse.
-    """
-
-    def __init__(
-        self, built: Built, requests: Requests, health: HealthChecker, reporter: Reporter, live: LiveConfig
-    ) -> None:
-        self.basics = built.basics
-        self.memory = built.memory
-        self.replicas = built.replicas
-        self.sharing = built.sharing
-        self.accounting = built.accounting
-        self.contexts = built.contexts
-        self.requests = requests
-        self.health = health
-        self.reporter = reporter
-        self.live = live
-        self.explainer = Explainer(requests.pipeline, requests.routes, built.basics.clock)
-        self.maintenance = Maintenance(built.memory.index, built.basics.recorder, built.basics.clock)
-
-    @property
-    def http_server(self) -> HttpServer:
-        """The client port."""
-        return self.requests.http_server
-
-    async def start(self, listening: Sequence[socket.socket]) -> None:
-        """Start to serve."""
-        store, loops = self.memory.store, self.basics.loops
-        await store.start()
-        await self._share_secret()
-        self.sharing.baseline.follow(self.memory.index.replicas())
-        await self.sharing.journal.start()
-        await self.sharing.load_broadcast.start()
-        await self.replicas.discovery.look()
-        await self.health.begin()
-        await self.contexts.store.start()
-        loops.keep(self.replicas.discovery.run, "discovery")
-        loops.keep(self.health.run, "health")
-        loops.keep(self._template_prober().run, "template prober")
-        loops.keep(self.maintenance.run, "maintenance")
-        loops.keep(self.reporter.run, "reporter")
-        loops.keep(self.accounting.totals.run, "totals")
-        await self.http_server.start(listening)
-
-    def _template_prober(self) -> TemplateProber:
-        replicas, limits = self.replicas, from_config.upstream_limits(self.live.config.upstream)
-        return TemplateProber(replicas.client, replicas.pools, replicas.templates, self.basics.clock, limits)
-
-    async def _share_secret(self) -> None:
-        """Name tenants as all other proxies do. Until Redis answers, this worker uses a secret of its own."""
-        if self.live.config.tenants.secret is not None:
-            return
-        shared = SharedSecret(self.memory.store, self.live.adopt_secret)
-        self.basics.loops.keep(shared.run, "tenant secret")
-        if self.memory.store.state is StoreState.AVAILABLE:
-            # other workers would not find a context that is stored under this worker's own secret
-            agreed = self.basics.tasks.start(shared.agreed.wait(), "tenant secret agreed")
-            await asyncio.wait([agreed], timeout=_SECRET_SECONDS)
-
-    async def close(self) -> None:
-        """Stop in the reverse order, after a last report of what was counted."""
-        await self.http_server.stop(0)
-        await self.basics.loops.close()
-        self.reporter.report()
-        await self.accounting.totals.flush()
-        await self.contexts.store.close()
-        await self.sharing.load_broadcast.close()
-        await self.sharing.journal.close()
-        await self.replicas.client.close()
-        await self.memory.store.close()
-        await self.basics.tasks.close()
-        if self.accounting.access_log is not None:
-            self.accounting.access_log.close()
-
-
-def freeze_garbage() -> None:
-    """Exempt the objects built so far from garbage collection, and make collections rare.
-
-    A full collection over a large index is a pause of tens of milliseconds; requests create hardly any cycles.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
 
 
 def _new_id() -> str:

@@ -1,7 +1,7 @@
 """Run a worker process on uvloop: it ends with its supervisor and ignores the signals that are meant for that.
 
 It receives the configuration over the control socket and runs a target, which is
-`proxy.worker.composition.run_worker` except in tests.
+`proxy.worker.lifecycle.run_worker` except in tests.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from proxy.config.schema import Pool, Queueing, Replica
 from proxy.metrics import definitions as metrics
-from proxy.worker.composition import Worker
+from proxy.worker.lifecycle import Worker
 from tests.scenarios.test_conversations import words
 from tests.support.cairn import Cairn, config_for, running
 from tests.support.openai_upstream import Failure, OpenAIUpstream

@@ -14,7 +14,7 @@ from proxy.control.messages import WorkerReport
 from proxy.metrics import definitions as metrics
 from proxy.metrics.definitions import Labels, Spec
 from proxy.metrics.exposition import Exposition
-from proxy.worker.composition import Worker, build
+from proxy.worker.lifecycle import Worker
 
 
 class Heard:
@@ -78,7 +78,7 @@ def config_for(
 async def running(config: Config, prepare: Callable[[Worker], None] | None = None) -> AsyncIterator[Cairn]:
     """A worker that serves on a free port of the loopback until the block ends."""
     heard = Heard()
-    worker = await build(config, cast("WorkerControl", heard))
+    worker = await Worker.build(config, cast("WorkerControl", heard))
     if prepare is not None:
         prepare(worker)
     listening = socket.create_server(("127.0.0.1", 0))

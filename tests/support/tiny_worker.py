@@ -76,7 +76,7 @@ class Tiny:
 
 
 async def target(config: Config, sockets: Sequence[socket], control: WorkerControl) -> None:
-    """What `proxy.worker.composition.run_worker` is to the real one."""
+    """What `proxy.worker.lifecycle.run_worker` is to the real one."""
     if "crash" in sys.argv:
         raise SystemExit(3)
     tiny = Tiny(config, control)
