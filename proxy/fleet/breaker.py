@@ -21,7 +21,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from proxy.backoff import ExponentialBackoff
 
@@ -59,9 +59,8 @@ class BreakerSettings:
     throttled_seconds: float = 1.0  # after a 429, 503 or 529 without a usable Retry-After
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A failed request as evidence. Both fields are hashes; they only need to tell prompts and clients apart."""
+class Failure(NamedTuple):
+    """A failed request as evidence. `prompt` and `client` are hashes that only tell prompts and clients apart."""
 
     prompt: int
     client: int

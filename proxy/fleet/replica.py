@@ -118,7 +118,7 @@ class ReplicaState:
 
     def view(self, now_seconds: float, in_flight_seconds: float, key: ThrottleKey | None = None) -> ReplicaView:
         """Return a frozen row; the same object again while nothing happens here."""
-        if self.quiet_view is not None and not self.throttles:
+        if self.quiet_view is not None and not len(self.throttles):
             return self.quiet_view
         pending, late = self.load(now_seconds)
         in_flight = self.work.in_flight + int(self.peers.in_flight)
@@ -126,7 +126,7 @@ class ReplicaState:
         available = closed or self.breaker.allows(now_seconds)
         wait_seconds = 0.0 if available else self.breaker.wait_seconds(now_seconds)
         because = "" if available else _because(self.breaker.cause)
-        if key is not None and available and self.throttles:
+        if key is not None and available and len(self.throttles):
             until = self.throttles.until(key, now_seconds)
             if until:
                 available, wait_seconds, because = False, until - now_seconds, RATE_LIMITED
@@ -151,7 +151,7 @@ class ReplicaState:
             and not pending
             and self.work.head is None
             and not self.peers.pending_tokens
-            and not self.throttles
+            and not len(self.throttles)
         ):
             self.quiet_view = view
         return view

@@ -168,7 +168,7 @@ class Dispatcher:
         """Report the replicas at which a request failed that now succeeded elsewhere."""
         now_seconds = self._clock.monotonic()
         for failure in exchange.tried:
-            if failure.shows_the_replica_fails:
+            if retries.shows_the_replica_fails(failure):
                 self._fleet.proven(failure.replica, now_seconds, f"{failure.reason}, and another replica succeeded")
 
     def _discard(self, exchange: Exchange, opened: Opened) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import enum
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from proxy.errors import (
     ConnectFailed,
@@ -39,8 +38,7 @@ class FailureKind(enum.Enum):
     ERROR_EVENT = "error_event"  # a stream with status 200 whose first event is an error
 
 
-@dataclass(frozen=True, slots=True)
-class AttemptFailure:
+class AttemptFailure(NamedTuple):
     """A failed attempt. `reason` is the label of the metric and of the header: an error's reason, or the status."""
 
     replica: int
@@ -49,10 +47,10 @@ class AttemptFailure:
     reason: str
     reused: bool = False  # on a pooled connection that the upstream had closed
 
-    @property
-    def shows_the_replica_fails(self) -> bool:
-        """True if a success at another replica proves this one guilty. A 429 is about the key and the model."""
-        return self.kind is not FailureKind.UNSENT and self.reason != "429"
+
+def shows_the_replica_fails(failure: AttemptFailure) -> bool:
+    """Return whether a success at another replica proves this one guilty. A 429 is about the key and the model."""
+    return failure.kind is not FailureKind.UNSENT and failure.reason != "429"
 
 
 def of_error(candidate: Candidate, error: UpstreamError) -> AttemptFailure:

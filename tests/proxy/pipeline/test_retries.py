@@ -24,6 +24,7 @@ from proxy.pipeline.retries import (
     may_repeat,
     next_candidate,
     of_error,
+    shows_the_replica_fails,
 )
 
 REPLICAS = [ReplicaView(n, f"r{n}", True, 1.0, 0.0, 0, None, 0.0, 0.05) for n in range(3)]
@@ -84,9 +85,9 @@ def test_a_replica_alone_is_tried_again_once_if_its_connection_died() -> None:
 
 
 def test_a_success_elsewhere_proves_nothing_about_a_429_or_a_connection_that_was_not_made() -> None:
-    assert failed(0).shows_the_replica_fails
-    assert not failed(0, "429").shows_the_replica_fails
-    assert not of_error(CANDIDATES[0], ConnectFailed("x")).shows_the_replica_fails
+    assert shows_the_replica_fails(failed(0))
+    assert not shows_the_replica_fails(failed(0, "429"))
+    assert not shows_the_replica_fails(of_error(CANDIDATES[0], ConnectFailed("x")))
 
 
 def test_the_budget_is_a_tenth_of_the_requests_of_ten_seconds_and_at_least_three() -> None:
