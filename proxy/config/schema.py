@@ -39,9 +39,16 @@ Bytes = Annotated[int, Meta(ge=1), SIZE]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Wait = Annotated[float, Meta(ge=0, le=86_400)]  # seconds; 0 is allowed
 Name = Annotated[
-    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/\[\]-]*$", max_length=128)
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/\[\]-]*$",
+        max_length=128,
+        extra={"form": "letters, digits and . _ : / [ ] -, beginning with a letter or digit"},
+    ),
 ]  # safe in a metric label and in a header
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f]{64}$")]
+Sha256 = Annotated[
+    str, Meta(pattern=r"^[0-9A-Fa-f]{64}$", extra={"form": "64 hexadecimal digits, from: printf %s KEY | sha256sum"})
+]
 PathPatterns = Annotated[tuple[Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=256)], ...], Meta(max_length=256)]
 Patterns = tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...]
 

@@ -87,7 +87,7 @@ def _field_problems(value: Any, section: type[Section], name: str, annotation: A
         msgspec.convert(value, annotation, dec_hook=make_secret)
     except msgspec.ValidationError as error:
         where, text = _split(str(error))
-        yield path + where, _enum_text(value, inner) or text
+        yield path + where, _enum_text(value, inner) or _form_text(text, annotation) or text
 
 
 def _with_sizes(tree: Any, section: type[Section]) -> Any:
@@ -138,6 +138,17 @@ def _enum_text(value: Any, annotation: Any) -> str | None:
             return f"expected one of {', '.join(values)}" + (
                 near_miss(value, values) if isinstance(value, str) else ""
             )
+    return None
+
+
+def _form_text(text: str, annotation: Any) -> str | None:
+    """Return a description of the valid form in place of a regular expression, if the type has one."""
+    if "matching regex" not in text:
+        return None
+    for part in (annotation, *get_args(annotation)):
+        for meta in getattr(part, "__metadata__", ()):
+            if form := (getattr(meta, "extra", None) or {}).get("form"):
+                return f"expected {form}"
     return None
 
 

@@ -1,0 +1,139 @@
+"""Likely mistakes, each with the error that says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from proxy.cli.main import cli
+
+ONE_POOL = {"name": "p", "replicas": [{"url": "http://10.0.0.7:8000"}]}
+
+
+def pools(**replica: Any) -> dict[str, Any]:
+    return {"pools": [{"name": "p", "replicas": [{"url": "http://10.0.0.7:8000", **replica}]}]}
+
+
+FILES: list[tuple[str, dict[str, Any] | str, str]] = [
+    ("a misspelt section", {"sever": {}}, "$.sever: there is no such setting; did you mean `server`?"),
+    ("a misspelt setting", {"server": {"prot": 1}}, "$.server.prot: there is no such setting; did you mean `port`?"),
+    (
+        "a list where its plural is meant",
+        {"pools": [{"name": "p", "replica": []}]},
+        "$.pools[0].replica: there is no such setting; did you mean `replicas`?",
+    ),
+    ("a pool without replicas", {"pools": [{"name": "p"}]}, "$.pools[0]: the setting `replicas` is missing"),
+    ("a number as text", {"server": {"port": "8080"}}, "$.server.port: expected `int`, got `str`"),
+    ("a port out of range", {"server": {"port": 80800}}, "$.server.port: expected `int` <= 65535"),
+    (
+        "a size without its form",
+        {"server": {"max_body_bytes": "32 megs"}},
+        "$.server.max_body_bytes: expected a number of bytes such as 33554432, 32MB or 32MiB",
+    ),
+    (
+        "a misspelt choice",
+        {"pools": [ONE_POOL | {"kind": "engin"}]},
+        "$.pools[0].kind: expected one of engine, provider; did you mean `engine`?",
+    ),
+    (
+        "a log level that is none",
+        {"log": {"level": "trace"}},
+        "$.log.level: expected one of debug, info, warning, error",
+    ),
+    (
+        "an address without a scheme",
+        pools(url="10.0.0.7:8000"),
+        "replicas[0].url: expected http://, https:// or dns+",
+    ),
+    ("a key in the URL", pools(url="https://u:sk@h"), "give the key in key_env or key_file"),
+    ("a query in the URL", pools(url="https://h/v1?key=x"), "has a query or fragment; remove it"),
+    (
+        "a variable that is not set",
+        pools(key_env="NO_SUCH_KEY"),
+        "key_env: the environment has no variable NO_SUCH_KEY",
+    ),
+    ("a key file that is not there", pools(key_file="no.key"), "key_file: cannot read"),
+    (
+        "two replicas with one name",
+        {"pools": [{"name": "p", "replicas": [{"url": "http://h:1"}, {"url": "http://h:1/v1"}]}]},
+        "give each replica a different name",
+    ),
+    (
+        "two default pools",
+        {"pools": [ONE_POOL | {"default": True}, ONE_POOL | {"name": "q", "default": True}]},
+        "$.pools[0] is the default pool already",
+    ),
+    ("an open admin port", {"admin": {"host": "0.0.0.0"}}, "set admin.token, token_env or token_file"),
+    (
+        "replicas' keys for everyone",
+        pools(key="sk") | {"server": {"host": "0.0.0.0"}},
+        "list clients, listen on loopback, or allow it with --open",
+    ),
+    ("one port for both", {"server": {"port": 8090}}, "$.admin.port: 8090 is also the port of the server"),
+    ("a database URL", {"redis": {"url": "mysql://h"}}, "$.redis.url: expected redis://"),
+    (
+        "a key that is no hash",
+        {"clients": [{"name": "c", "key_sha256": "sk-1"}]},
+        "$.clients[0].key_sha256: expected 64 hexadecimal digits, from: printf",
+    ),
+    (
+        "a price without its output",
+        {"prices": [{"model": "m", "input": 1}]},
+        "$.prices[0].output: is needed with input; use 0 if nothing is generated",
+    ),
+    ("a setting given twice", "server: {port: 1}\nserver: {port: 2}\n", "'server' is given twice (line 2, column 1)"),
+    ("a tab in YAML", "server:\n\tport: 1\n", "is not YAML: found character"),
+]
+
+
+@pytest.mark.parametrize(("content", "says"), [each[1:] for each in FILES], ids=[each[0] for each in FILES])
+def test_a_mistake_in_the_file_is_explained(tmp_path: Path, content: dict[str, Any] | str, says: str) -> None:
+    """In a line with the file and the path of the setting, exit 2, without a traceback."""
+    file = tmp_path / "cairn.yaml"
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    result = CliRunner().invoke(cli, ["serve", "--config", str(file)])
+    assert isinstance(result.exception, SystemExit)
+    assert result.exit_code == 2
+    assert says in result.stderr, result.stderr
+    assert all(line.startswith("cairn: ") for line in result.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "says"),
+    [
+        (("serve",), {}, "nothing to serve: give --upstream URL, or a file with pools by --config"),
+        (("serve", "--upsteam", "http://h"), {}, "Did you mean '--upstream'?"),
+        (("srve",), {}, "No such command 'srve'"),
+        (("serve", "--config", "/no/such/file"), {}, "cannot read /no/such/file: No such file or directory"),
+        (
+            ("serve", "--upstream", "http://h", "--upstream", "https://api.openai.com"),
+            {},
+            "put them into separate pools in a file",
+        ),
+        (
+            ("serve", "--upstream", "http://h"),
+            {"CAIRN_SERVER__WORKRES": "4"},
+            "CAIRN_SERVER__WORKRES: there is no such setting; did you mean `CAIRN_SERVER__WORKERS`?",
+        ),
+        (("savings", "--since", "soon", "--redis", "redis://127.0.0.1:9"), {}, "expected a date such as 2026-11-23"),
+        (("contexts", "put", "/no/such/file"), {}, "'/no/such/file' does not exist"),
+        (
+            ("contexts", "list", "--url", "ftp://h"),
+            {},
+            "is not the address of a Cairn, such as http://127.0.0.1:8080",
+        ),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_explained(
+    arguments: tuple[str, ...], env: dict[str, str], says: str
+) -> None:
+    """With the flag or variable, and the near miss."""
+    clean = {"CAIRN_CONFIG": "", "CAIRN_UPSTREAM": "", "OPENAI_BASE_URL": "http://127.0.0.1:9"}
+    result = CliRunner().invoke(cli, arguments, env=clean | env)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code != 0
+    assert says in result.stderr, result.stderr
