@@ -71,6 +71,8 @@ async def read(asked: IncomingRequest, answer: ClientResponse) -> None:
         await read_body(asked, 2**20, 300.0)
     except CairnError as error:
         answer.send(error.status, b"No", [], b"")
+    else:
+        answer.send(200, b"OK", [], b"")
 
 
 async def stream(asked: IncomingRequest, answer: ClientResponse) -> None:
@@ -120,6 +122,38 @@ async def test_a_body_that_is_read_has_a_limit_in_all() -> None:
     assert port.line.written == b""
     await port.after(11)
     assert port.line.written.startswith(b"HTTP/1.1 408 ")
+    await port.end()
+
+
+@pytest.mark.parametrize(("keepalive_seconds", "allowed_seconds"), [(75, 30), (20, 20)])
+async def test_a_head_has_its_time_from_its_first_byte(keepalive_seconds: float, allowed_seconds: float) -> None:
+    """However long the connection idled before, and never longer than it might have idled."""
+    port = Port(read, head_seconds=30, keepalive_seconds=keepalive_seconds)
+    await port.after(keepalive_seconds - 1)
+    await port.send(b"GET / HTTP/1.1\r\n")
+    await port.after(allowed_seconds - 1)
+    await port.send(b"host: x\r\n")
+    assert port.line.written == b""
+    await port.after(2)
+    assert port.line.written.startswith(b"HTTP/1.1 408 ")
+    assert port.counts.errors == {BadHttp.HEAD_LATE: 1}
+    await port.end()
+
+
+async def test_an_idle_connection_has_its_time_from_its_last_answer() -> None:
+    """A second of it while the worker drains."""
+    port = Port(read, keepalive_seconds=75)
+    for _ in range(2):
+        await port.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        port.line.written = b""
+        await port.after(74)
+        assert not port.line.is_closing()
+    await port.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    await port.server.drain(0)
+    await port.after(0.5)
+    assert not port.line.is_closing()
+    await port.after(1)
+    assert port.line.is_closing()
     await port.end()
 
 
