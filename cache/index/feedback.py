@@ -68,6 +68,9 @@ conversations have grown a little since it was last used."""
 SHARED_SHARE: Final = 0.5
 """With an unknown capacity a prompt counts as evicted only if at most this share of it was cached."""
 
+MAX_EVICTIONS: Final = 16
+"""Evictions remembered of one replica until its budget changes; a few of several tenants are enough to decide."""
+
 MAX_SUSPECTS: Final = 4
 
 # constants: the member of an enum is looked up in Python
@@ -253,7 +256,7 @@ def _evicted(state: ReplicaState, placement: Placement) -> FeedbackKind:
     if state.slots is not None and state.slots > state.stated_slots:
         state.slots -= 1
     others = [each for each in state.evictions if not same_chain(each, placement)]
-    state.evictions = [*others, placement]
+    state.evictions = [*others, placement][-MAX_EVICTIONS:]
     needed = EVICTIONS_UNKNOWN if state.budget_tokens >= UNLIMITED_TOKENS else EVICTIONS_KNOWN
     sources = {each.source for each in state.evictions}
     if len(state.evictions) < needed or (state.has_several_sources and len(sources) < 2):

@@ -574,6 +574,24 @@ async def test_a_context_can_be_pinned_once_the_upstream_accepted_the_key(redis:
         assert (await client.call("PUT", f"/caching/{made['id']}", pin))[0] == 200
 
 
+async def test_eight_made_up_keys_can_neither_push_out_nor_refuse_an_honest_client(redis: Valkey) -> None:
+    """They cannot pin, and share a part of the room; the client whose key works keeps and adds contexts."""
+    text = "".join(f"{n:x}" for n in range(30_000))
+    async with serving(redis, warm_replicas=0, total_bytes=400_000, unchecked_bytes=150_000) as (honest, _):
+        made = await honest.put([{"role": "user", "content": text}])
+        assert (await honest.ask(f"cache_id={made['id']}"))[0] == 200
+        await honest.call("PUT", f"/caching/{made['id']}", {"metadata": {"pin": "true"}})
+        for number in range(8):
+            stranger = Client(honest.http, honest.cairn, f"made-up-{number}")
+            body = {"model": MODEL, "messages": [{"role": "user", "content": f"{number}{text[::-1]}"}]}
+            assert (await stranger.call("POST", "/caching", {**body, "metadata": {"pin": "true"}}))[0] == 403
+            assert (await stranger.call("POST", "/caching", body))[0] == 200
+        contexts = honest.cairn.worker.contexts.store
+        assert contexts.total_bytes - 100_000 < 150_000
+        assert (await honest.ask(f"cache_id={made['id']}"))[0] == 200
+        await honest.put([{"role": "user", "content": f"another {text}"}])
+
+
 async def test_no_text_of_a_context_is_logged_or_measured(redis: Valkey, caplog: pytest.LogCaptureFixture) -> None:
     """Not when it is stored, used, refused, or damaged; nor is its id, tag or tenant."""
     caplog.set_level("DEBUG")
