@@ -2,9 +2,14 @@
 
 from importlib.machinery import EXTENSION_SUFFIXES
 
+import hypothesis
 import pytest
 
 import proxy.pipeline.pipeline
+
+# what holds for all inputs does not depend on how busy the machine is
+hypothesis.settings.register_profile("cairn", deadline=None)
+hypothesis.settings.load_profile("cairn")
 
 pytest_plugins = ["tests.support.engine"]
 
