@@ -26,12 +26,13 @@ _BATCH_LINES: Final = 128  # encoded in one call, 48 KB: the call holds the inte
 _PIPE_LINES: Final = 8  # into a pipe, where writes of several workers stay whole only up to PIPE_BUF
 _MODEL_CHARACTERS: Final = 128  # a client may send any name
 _ROUTE_CHARACTERS: Final = 128
+_CACHING: Final = Endpoint.CACHING  # a constant: the member of an enum is looked up in Python
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PLAIN_SIGNS = frozenset("!#$%&'()*+,-./:;<>?@[]^_`{|}~")
 
 
 def access_line(call: Call, outcome: Outcome, unix_seconds: float) -> AccessLine:
-    """Make the line of a request that ended at `unix_seconds`. Takes 3 us."""
+    """Make the line of a request that ended at `unix_seconds`."""
     times, plan, usage, model, replica = outcome.times, outcome.plan, outcome.usage, outcome.model, outcome.replica
     received, first_token = times.received_seconds, times.first_token_seconds
     cache = reason = miss = predicted = None
@@ -44,45 +45,46 @@ def access_line(call: Call, outcome: Outcome, unix_seconds: float) -> AccessLine
     prompt, output, cached = (
         (None, None, None) if usage is None else (usage.prompt_tokens, usage.output_tokens, usage.cached_tokens)
     )
+    # by position, in the order of the fields: keywords would cost 2.6 us more, half of the whole line
     return AccessLine(
-        time=_EPOCH + timedelta(0, int(unix_seconds), 0, int(unix_seconds * 1e3) % 1000),
-        request_id=outcome.call_id,
-        method=call.method,
-        route=route_of(call),
-        endpoint=outcome.endpoint,
-        status=outcome.status,
-        ending=outcome.ending,
-        duration=int((times.ended_seconds - received) * 1e6) / 1e6,
-        client=call.tenant.client or None,
-        peer=call.peer or None,
-        model=model[:_MODEL_CHARACTERS] if model else None,
-        stream=outcome.stream,
-        replica=None if replica is None else replica.name,
-        cache=cache,
-        reason=reason,
-        miss=miss,
-        error=outcome.error_code,
-        ttft=None if first_token is None else int((first_token - received) * 1e6) / 1e6,
-        prompt_tokens=prompt,
-        output_tokens=output,
-        cached_tokens=cached,
-        matched_bytes=matched_bytes,
-        predicted_tokens=predicted,
-        retries=outcome.retries,
-        request_bytes=outcome.request_bytes,
-        answer_bytes=outcome.response_bytes,
-        tried=outcome.tried,
+        _EPOCH + timedelta(0, int(unix_seconds), 0, int(unix_seconds * 1e3) % 1000),
+        outcome.call_id,
+        call.method,
+        route_of(call),
+        outcome.endpoint,
+        outcome.status,
+        outcome.ending,
+        int((times.ended_seconds - received) * 1e6) / 1e6,
+        call.tenant.client or None,
+        call.peer or None,
+        model[:_MODEL_CHARACTERS] if model else None,
+        outcome.stream,
+        None if replica is None else replica.name,
+        cache,
+        reason,
+        miss,
+        outcome.error_code,
+        None if first_token is None else int((first_token - received) * 1e6) / 1e6,
+        prompt,
+        output,
+        cached,
+        matched_bytes,
+        predicted,
+        outcome.retries,
+        outcome.request_bytes,
+        outcome.response_bytes,
+        outcome.tried,
     )
 
 
 def route_of(call: Call) -> str:
     """Return the path of a request without its query, and with `{id}` in place of an object's id."""
-    target = call.target
-    query = target.find("?")
-    path = target if query < 0 else target[:query]
+    path = call.target
+    if "?" in path:
+        path = path[: path.index("?")]
     if call.object_id:
         path = path.replace(call.object_id, "{id}", 1)
-    elif call.endpoint is Endpoint.CACHING:  # its paths contain ids and tags, which are the tenant's own
+    elif call.endpoint is _CACHING:  # its paths contain ids and tags, which are the tenant's own
         return "/v1/caching"
     return path if len(path) <= _ROUTE_CHARACTERS else path[:_ROUTE_CHARACTERS]
 
