@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from proxy.errors import BadRequest
 from proxy.model import Endpoint
@@ -146,3 +147,55 @@ def test_any_bytes_around_a_reference_are_refused_or_read(before: bytes, after: 
     body = b'{"model":"m","messages":[{"role":"cache","content":"tag=%b"},{"role":"user","content":"%b"}]}'
     with contextlib.suppress(BadRequest):
         contexts.named_in(request.read(body % (before, after), Endpoint.CHAT))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        7,
+        "",
+        "tag",
+        "tag=",
+        "tag=a;tag=b",
+        "tag=a;ttl=7",
+        "tag=a;cache_id=b",
+        "dry_run=1",
+        "tag=a;reset_ttl=0",
+        "tag=a;reset_ttl=-1",
+        "tag=a;reset_ttl=1234567890",
+        "tag=a;reset_ttl=\u0661",
+        "tag=a;dry_run=yes",
+    ],
+)
+def test_a_malformed_reference_is_refused_with_its_field(content: object) -> None:
+    """Each key once, one name, and options that make sense."""
+    with pytest.raises(BadRequest) as caught:
+        contexts.read_reference(content)
+    assert caught.value.param == "messages[0].content"
+
+
+@pytest.mark.parametrize("content", ["tag=1x", "cache_id=x", "tag=" + "a" * 200])
+def test_a_name_that_no_context_can_have_is_a_reference_to_none(content: str) -> None:
+    """It is answered like a name that does not exist."""
+    found = contexts.read_reference(content)
+    assert (found.id, found.tag) == (None, None)
+
+
+def test_a_repeated_context_must_be_there_to_be_replaced() -> None:
+    """Fewer messages than are stored, or a context without messages, differ; a broken body is refused."""
+    prompt = request.read(b'{"model":"m","messages":[{"a":1}]}', Endpoint.CHAT)
+    view = memoryview(b'{"a":1}')
+    assert contexts.splice_repeated(prompt, b"", b'{"a":1},{"a":1}', [view, view]) == "messages"
+    assert contexts.splice_repeated(prompt, b"", b"", []) == "messages"
+    assert contexts.splice_repeated(prompt, b"[1]", b'{"a":1}', [view]) == "tools"
+    broken = request.read(b'{"model":"m","messages":[{"a":1}]}', Endpoint.COMPLETIONS)
+    with pytest.raises(BadRequest):
+        contexts.splice_repeated(structs.replace(broken, body=b'{"messages":7}'), b"", b"", [view])
+
+
+def test_repeated_tools_are_replaced_by_the_stored_ones() -> None:
+    """Equal by meaning, with the stored bytes."""
+    prompt = request.read(b'{"model":"m","tools":[ {"a":1.0} ],"messages":[{"a":1}]}', Endpoint.CHAT)
+    spliced = contexts.splice_repeated(prompt, b'[{"a":1.0}]', b'{"a":1}', [memoryview(b'{"a":1}')])
+    assert isinstance(spliced, contexts.Spliced)
+    assert made(bytes(prompt.body), spliced) == b'{"model":"m","tools":[{"a":1.0}],"messages":[{"a":1}]}'

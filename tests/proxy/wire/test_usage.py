@@ -328,3 +328,9 @@ def test_cached_and_written_tokens_of_several_calls_are_added() -> None:
     call = {"input_tokens": 10, "output_tokens": 1, "cache_read_input_tokens": 5, "cache_creation_input_tokens": 3}
     found = normal({**call, "iterations": [call, call]}, endpoint=Endpoint.MESSAGES)
     assert found == Usage(36, 2, 10, cache_write_5m_tokens=6, longest_call_tokens=18)
+
+
+def test_calls_that_add_up_to_less_than_the_whole_are_no_list_of_it() -> None:
+    """A list that leaves a call out must not lower the count."""
+    usage = {"input_tokens": 50, "output_tokens": 3, "iterations": [{"input_tokens": 5}, {"output_tokens": 1}]}
+    assert normal(usage, endpoint=Endpoint.MESSAGES) == Usage(50, 3, None)
