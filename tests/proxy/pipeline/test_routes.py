@@ -129,3 +129,11 @@ def test_any_target_has_a_route_or_is_refused(method: str, target: str) -> None:
             routes.route(method, target)
         except CairnError:
             continue
+
+
+def test_a_creation_stays_one_however_wide_the_allowed_paths_are() -> None:
+    """What a limited client uploads is read all the same."""
+    wide = Routes(allowed_paths=("/v1/*",))
+    assert wide.route("POST", "/v1/files").access is Access.CREATE
+    assert wide.route("POST", "/v1/files").must_read(LIMITED)
+    assert wide.route("GET", "/v1/files/x").access is Access.CONFIGURED

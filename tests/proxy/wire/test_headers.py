@@ -158,3 +158,23 @@ def test_a_client_s_request_id_is_kept_where_it_is_harmless(value, kept) -> None
     """It is echoed and logged."""
     assert kept_request_id([(b"x-request-id", value)]) == kept
     assert kept_request_id([]) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"authorization",
+        b"x-api-key",
+        b"api-key",
+        b"x-goog-api-key",
+        b"ocp-apim-subscription-key",
+        b"openai-organization",
+        b"openai-project",
+    ],
+)
+def test_no_key_of_the_client_reaches_an_upstream_that_has_its_own(name: bytes) -> None:
+    """Nor the choice of the account to be charged; with the client's own key all of it passes."""
+    sent = [(name, b"secret")]
+    for options in ({"credential": (b"authorization", b"Bearer own")}, {"drop_credentials": True}):
+        assert b"secret" not in [value for _, value in upstream_head(sent, request_id="r", **options)]
+    assert (name, b"secret") in upstream_head(sent, request_id="r")

@@ -259,3 +259,30 @@ def test_megabytes_of_blank_lines_are_no_events(end, withhold) -> None:
     tap, out = relay([end * 1_000_000, TOKEN, USAGE], withhold=withhold)
     assert out == end * 1_000_000 + TOKEN + (b"" if withhold else USAGE)
     assert tap.usage == Usage(5, 2)
+
+
+@pytest.mark.parametrize("cut", range(24_000, 24_040))
+def test_usage_that_leaves_the_tail_cut_in_two_is_found(cut: int) -> None:
+    """The key and the object may lie on both sides of what is dropped."""
+    usage = b'"usage":{"input_tokens":5,"output_tokens":2,"total_tokens":7}'
+    delta = b'data: {"type":"response.output_text.delta","delta":"a"}\n\n'
+    event = b'data: {"type":"response.completed","response":{"x":"' + b"y" * (24_020 - 63) + b'",'
+    event += usage + b',"tools":"' + b"z" * 60_000 + b'"}}\n\n'
+    tap = StreamTap(Endpoint.RESPONSES)
+    tap.feed(delta)
+    for start, end in ((0, cut), (cut, cut + 21_000), (cut + 21_000, cut + 42_000), (cut + 42_000, len(event))):
+        tap.feed(event[start:end])
+    assert tap.finished
+    assert tap.usage is not None
+    assert tap.usage.prompt_tokens == 5
+
+
+def test_the_usage_of_a_first_event_too_long_to_hold_is_found() -> None:
+    """A response without a delta whose only event repeats a request of over a megabyte."""
+    usage = b'"usage":{"input_tokens":5,"output_tokens":2,"total_tokens":7}'
+    event = b'data: {"type":"response.completed","response":{"x":"' + b"y" * 1_500_000 + b'",' + usage + b"}}\n\n"
+    tap = StreamTap(Endpoint.RESPONSES)
+    for start in range(0, len(event), 60_000):
+        tap.feed(event[start : start + 60_000])
+    assert tap.usage is not None
+    assert tap.finished

@@ -334,3 +334,9 @@ def test_calls_that_add_up_to_less_than_the_whole_are_no_list_of_it() -> None:
     """A list that leaves a call out must not lower the count."""
     usage = {"input_tokens": 50, "output_tokens": 3, "iterations": [{"input_tokens": 5}, {"output_tokens": 1}]}
     assert normal(usage, endpoint=Endpoint.MESSAGES) == Usage(50, 3, None)
+
+
+@pytest.mark.parametrize("fields", [{"num_cached_tokens": 64}, {"prompt_token_details": {"cached_tokens": 64}}])
+def test_mistrals_own_names_of_cached_tokens_are_read(fields) -> None:
+    """At the top, or in details whose name is in the singular."""
+    assert normal({"prompt_tokens": 100, "completion_tokens": 1, **fields}) == Usage(100, 1, 64)
