@@ -2,7 +2,7 @@
 
 `python -m benchmarks.index` builds an index of a million blocks over 64 replicas, shaped as conversations: a few
 system prompts that every replica holds, then turns of 8 to 60 blocks, some of them forks. Times are CPU seconds of
-this process, the median unless said otherwise.
+this process, the median unless another is named.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SYSTEM_PROMPTS = 8
 
 
 def chain(rng: random.Random, base: Fingerprint | None, blocks: int) -> Fingerprint:
-    """A fingerprint that goes on from `base` with so many random blocks."""
+    """Return a fingerprint that continues `base` with this many random blocks."""
     hashes = array("Q", base.hashes if base else ())
     hashes.extend(rng.getrandbits(64) for _ in range(blocks))
     return Fingerprint(hashes, array("I", range(BLOCK_BYTES, BLOCK_BYTES * len(hashes) + 1, BLOCK_BYTES)))
@@ -39,7 +39,7 @@ def head(base: Fingerprint, blocks: int) -> Fingerprint:
 
 
 def build(rng: random.Random, blocks: int, low: int, high: int) -> tuple[PrefixIndex, list[tuple[int, Fingerprint]]]:
-    """An index of so many blocks in runs of `low` to `high`, and the last prompt of each conversation."""
+    """Build an index of this many blocks in runs of `low` to `high`, with the last prompt of each conversation."""
     index = PrefixIndex(origin=1)
     systems = [chain(rng, None, 8) for _ in range(SYSTEM_PROMPTS)]
     for replica in range(REPLICAS):

@@ -71,7 +71,7 @@ def pressure() -> Table:
 
 
 def room() -> Table:
-    """Conversations on engines that hold just so many, and on slots."""
+    """Conversations on engines that hold just as many, and on slots."""
     table = Table(title="conversations where room is scarce: cached share of follow-ups")
     table.add_column("engines")
     table.add_column("conversations")

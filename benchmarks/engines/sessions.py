@@ -76,7 +76,7 @@ class Session:
         self.messages.append(message)
 
     def body(self, **more: Any) -> bytes:
-        """The request as it stands."""
+        """Return the body of the request in its present state."""
         request: dict[str, Any] = {"model": "m", "messages": self.messages, **self.fields, **more}
         if self.tools is not None:
             request["tools"] = self.tools

@@ -1,6 +1,6 @@
 """Chat templates: how an engine turns the messages and tools of a request into the one text that it computes.
 
-Each stands for a family as published; names of models are in `docs/templates.md`. One token is four bytes of the
+Each models a family as published; `docs/templates.md` names the models. One token is four bytes of the
 rendered text, so counts are exact and differ from template to template as real ones do.
 """
 

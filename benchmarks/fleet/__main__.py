@@ -49,11 +49,11 @@ RULES: dict[str, tuple[str, Make]] = {
 @click.option("--rho", default=0.75, show_default=True, help="raw input tokens over what all replicas can compute")
 @click.option("--rules", "names", default="", help=f"of {', '.join(RULES)}, cairn, cairn-queue; by commas; all")
 @click.option("--spread", "is_spread", is_flag=True, help="each request at random in the 3 s after its stamp")
-@click.option("--limit", type=int, help="only the first so many requests")
+@click.option("--limit", type=int, help="use only this many requests, the first ones")
 @click.option("--rates", default="", help="tokens per second by replica, by commas: mixed hardware")
-@click.option("--proxies", default=1, show_default=True, help="so many Cairn proxies share the fleet")
+@click.option("--proxies", default=1, show_default=True, help="number of Cairn proxies that share the fleet")
 @click.option("--delay", default=0.1, show_default=True, help="seconds until they know each other's news; < 0: never")
-@click.option("--skip", default=0, show_default=True, help="leave the first so many requests out of the figures")
+@click.option("--skip", default=0, show_default=True, help="leave this many first requests out of the figures")
 @click.option("--decode-heavy", "is_decode_heavy", is_flag=True, help="no trace: one hot prompt, long answers")
 def main(  # noqa: PLR0913 - click passes one parameter per option
     trace: Path | None,

@@ -1,6 +1,6 @@
 """A replica's engine on a virtual clock, as a model: one prefill at a time, decodes beside it, an LRU of blocks.
 
-Prefill computes 8,000 uncached tokens a second, slower by 1 + active/128 where so many decode, 10 ms on top of each;
+Prefill computes 8,000 uncached tokens a second, divided by 1 + active/128 for `active` decoding requests, plus 10 ms;
 the first token comes 20 ms after. Decoding takes 20 ms a token, times 1 + active/64. Blocks of 512 tokens can be
 reused when the prefill that computed them ends; the least recently used go first, of one prompt the deepest first.
 It knows no routing.

@@ -44,7 +44,7 @@ _SHARED = 0.5
 
 
 class Wire:
-    """A transport whose other end is a function: it takes what is written and says nothing of its own."""
+    """A transport whose other end is a function that receives what is written."""
 
     def __init__(self, heard: Any) -> None:
         self._heard = heard

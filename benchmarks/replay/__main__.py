@@ -30,10 +30,10 @@ _TABLE_COLUMNS = 150
 @click.option("--rho", default=0.75, show_default=True, help="raw input tokens over what all engines can compute")
 @click.option("--requests", "count", default=1_500, show_default=True)
 @click.option("--speed", default=2.0, show_default=True, help="how much faster than the clock time runs")
-@click.option("--proxies", default="1", show_default=True, help="rows with so many Cairn proxies, by commas")
+@click.option("--proxies", default="1", show_default=True, help="numbers of Cairn proxies, a row for each, by commas")
 @click.option("--peers", is_flag=True, help="haproxy, sglang-router and vllm-router too, where they are installed")
 @click.option("--only", default="", help="rows whose name contains one of these, by commas")
-@click.option("--one-by-one", is_flag=True, help="not side by side, each before engines of its own")
+@click.option("--one-by-one", is_flag=True, help="one after the other, each with separate engines")
 @click.option("--spread", "is_spread", is_flag=True, help="each request at random in the 3 s after its stamp")
 @click.option("--decode-heavy", "is_decode_heavy", is_flag=True, help="no trace: one hot prompt, long answers")
 @click.option("--restart", is_flag=True, help="half-way the first engine forgets everything")
@@ -112,7 +112,7 @@ async def _together(
     *,
     restart: bool,
 ) -> dict[str, Run]:
-    """All `names` at once, each before engines of its own; one that does not start is shown and left out."""
+    """Run all `names` at once, each with separate engines; one that does not start is shown and left out."""
     entrants: list[Entrant] = []
     for name in names:
         try:

@@ -51,7 +51,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class Entrant:
-    """A router (or several proxies) that answers, before engines of its own."""
+    """A router, or several proxies, that has started, with its engines."""
 
     name: str
     engine_ports: list[int]
@@ -80,7 +80,7 @@ UNGATED = "Cairn without the gate"
 
 
 def cairn_name(count: int) -> str:
-    """The row of so many proxies."""
+    """Return the name of the row for this number of proxies."""
     return "Cairn" if count == 1 else f"Cairn, {count} proxies"
 
 

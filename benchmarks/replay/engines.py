@@ -1,6 +1,6 @@
 """Simulated engines behind HTTP: the model of `benchmarks.fleet.engine` in real time, sped up by a factor.
 
-One process has all engines of a fleet, each on a port of its own. A prompt's text is cut into blocks of 2,048 bytes,
+One process has all engines of a fleet, each on its own port. A prompt's text is cut into blocks of 2,048 bytes,
 which are 512 tokens; usage is told as vLLM does. Beside the OpenAI paths each port has `/metrics` with its capacity
 and start time, `POST /replay/restart`, after which it holds nothing, and `/replay/stats`. It knows no router.
 
@@ -76,7 +76,7 @@ def blocks_of(text: bytes) -> tuple[int, ...]:
 
 
 class LiveEngine:
-    """One engine in real time; its clock runs `speed` times as fast. A listener of its own `Engine`."""
+    """One engine in real time; its clock runs `speed` times as fast. Listens to its `Engine`."""
 
     def __init__(self, number: int, capacity_tokens: int, speed: float, *, pins: bool = False) -> None:
         self._loop = asyncio.get_running_loop()
@@ -124,7 +124,7 @@ class LiveEngine:
             f"vllm:prefix_cache_hits_total{{{model}}} {stats.cached_tokens}\n"
         ).encode()
 
-    # what the engine's model tells
+    # events of the engine's model
 
     def started(self, request: Request, now: float) -> None:
         """Its prefill begins; nobody asks."""

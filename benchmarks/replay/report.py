@@ -45,9 +45,9 @@ class Figures(msgspec.Struct, frozen=True):
 class Recovery(msgspec.Struct, frozen=True):
     """How right the predictions for the restarted engine were, beyond what all prompts share.
 
-    A `kept` share is of the tokens that were predicted as cached there those that were: before, of its first 30
-    requests and of all after those. `back_after` of its requests the next 30 kept as much as before (less a
-    fiftieth); None where they never did. Hit shares leave out what all prompts share, too; `others` are all other
+    A `kept` share is the part of the tokens predicted as cached there that were cached: before, of its first 30
+    requests and of all after those. After `back_after` of its requests the next 30 kept as much as before, to within
+    a fiftieth; None if they never did. Hit shares leave out what all prompts share, too; `others` are all other
     engines in the same spans. `wrong` are requests of which over half of what was predicted was not there.
     """
 
@@ -91,7 +91,7 @@ def figures(name: str, run: Run, speed: float) -> Figures:
 
 
 def recovery(run: Run) -> Recovery | None:
-    """How the first engine fared around its restart; None where nothing tells which engine answered."""
+    """How the first engine fared around its restart; None if the engine that answered is not known."""
     half, restarted, shared = run.restarted_before, run.restarted, run.shared_tokens
     if half is None or not any(each.replica for each in run.seen):
         return None

@@ -23,7 +23,7 @@ UPKEEP_STEPS: Final = 500
 
 
 MIN_PROMPT_TOKENS: Final = 1_024.0
-"""Prompts count as at least this long when free room is compared: less makes no difference."""
+"""Prompts count as at least this long when free room is compared: shorter ones make no difference."""
 
 
 class Eviction:

@@ -40,7 +40,7 @@ class Match(msgspec.Struct, frozen=True, gc=False):
 class Placement(msgspec.Struct, frozen=True, gc=False):
     """A prompt routed to a replica, which held `held_blocks` of it, worth `predicted_tokens`, before.
 
-    `stamp` is the time in seconds, `source` a number that stands for the tenant. `held_tokens` is what is held, of
+    `stamp` is the time in seconds, `source` a number that identifies the tenant. `held_tokens` is what is held, of
     which the engine reuses `predicted_tokens`. `exact` means that this is a reported count and not interpolated,
     `whole` that an earlier prompt ended there, `forks` that other prompts go on differently from there. `proved`
     means that an answer of this epoch showed that it was computed, `confident` that besides the last placement over

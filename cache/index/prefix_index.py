@@ -130,7 +130,7 @@ class PrefixIndex:
     ) -> Placement:
         """Note, when a prompt is routed, that the replica will hold all of it.
 
-        `prompt_tokens` is an estimate, `source` a number that stands for the tenant. The placement counts as in
+        `prompt_tokens` is an estimate, `source` a number that identifies the tenant. The placement counts as in
         flight until `answered`, `take_back` or `settled`.
         """
         placement_id = self._next_id

@@ -35,7 +35,7 @@ class SessionHints:
         self._replicas: dict[int, int] = {}
 
     def key(self, tenant_id: str, headers: Iterable[tuple[bytes, bytes]], cache_key: bytes) -> int | None:
-        """Return a number that stands for the session, by its header or else by `prompt_cache_key`; None without."""
+        """Return a number for the session, from its header or else from `prompt_cache_key`; None if unnamed."""
         hint = cache_key
         names = self._headers
         for name, value in headers:

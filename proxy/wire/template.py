@@ -20,14 +20,14 @@ BILLING_MARK: Final = b"x-anthropic-billing-header"
 """Begins a block that changes with each request, before the system prompt; most engines leave it out."""
 
 _BILLING_REACH: Final = 256
-"""The mark stands within the first text of the system prompt."""
+"""Bytes at the start of the system prompt in which the mark is looked for: it begins the first text."""
 
 _CACHE_MARK: Final = b'"cache_control"'
 _MARKED_SPANS: Final = 6
 """Clients mark the last few messages and move the marks with each turn."""
 
 _MARK_REACH: Final = 160
-"""A mark follows the text of a message's last part: it stands this near to the end."""
+"""Bytes at the end of a message in which a mark is looked for: it follows the text of the last part."""
 
 _SYSTEM_FIRST: Final = ToolOrder.SYSTEM_FIRST
 _TOOLS_LAST: Final = ToolOrder.TOOLS_LAST
