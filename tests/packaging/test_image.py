@@ -94,8 +94,16 @@ def running(image: Path, folder: Path, ports: tuple[int, int]) -> Iterator[subpr
     try:
         yield process
     finally:
+        for child in children_of(process.pid):  # the kernel does not: it forgets to when the child changes its user
+            os.kill(child, signal.SIGKILL)
         process.kill()
         process.wait()
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the process ids of the children of `pid`, none if it has ended."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in children.read_text().split()] if children.exists() else []
 
 
 def is_ready(port: int) -> bool:
@@ -122,8 +130,7 @@ def test_it_becomes_ready_and_drains(image: Path, tmp_path: Path) -> None:
     with running(image, tmp_path, ports) as process:
         assert comes_true_within(READY_SECONDS, lambda: is_ready(ports[1]))
         assert [path.name for path in (tmp_path / "state").iterdir()] == [f"valkey-{ports[0]}"]
-        child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
-        os.kill(child, signal.SIGTERM)
+        os.kill(children_of(process.pid)[0], signal.SIGTERM)
         _, written = process.communicate(timeout=30)
         assert process.returncode == 0
         assert "draining" in written
