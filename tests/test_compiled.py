@@ -15,7 +15,7 @@ from tests.conftest import IS_COMPILED
 ROOT = Path(__file__).parents[1]
 GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cairn"]["compile"]
 MODULES = [module for modules in GROUPS.values() for module in modules]
-PURE = {"bytes", "len", "end", "find", "start", "min", "max"}
+PURE = {"bytes", "len", "end", "find", "index", "start", "min", "max"}
 
 
 def test_each_compiled_module_is_listed_once() -> None:
