@@ -45,7 +45,7 @@ class _LowerNames(dict[bytes, bytes]):
         return lower
 
 
-_lower_names: Final = _LowerNames()
+lower_names: Final = _LowerNames()
 
 
 class HeadReader:
@@ -62,7 +62,7 @@ class HeadReader:
         self.target += piece
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((_lower_names[name], value))
+        self.headers.append((lower_names[name], value))
 
     def on_headers_complete(self) -> None:
         self.is_whole = True

@@ -6,7 +6,7 @@ import pytest
 from httptools import HttpRequestParser
 
 from proxy.downstream.errors import BadHttp, ProtocolError
-from proxy.downstream.request import HeadReader, IncomingRequest, feed_head
+from proxy.downstream.request import HeadReader, IncomingRequest, feed_head, lower_names
 
 LINE = b"GET /v1/models HTTP/1.1\r\n"
 HOST = b"host: x\r\n"
@@ -112,3 +112,29 @@ def test_a_head_that_can_be_read_in_two_ways_is_refused_with_its_reason(
     with pytest.raises(ProtocolError) as refusal:
         read(head)
     assert (refusal.value.reason, refusal.value.status) == (reason, status)
+
+
+def test_made_up_names_are_not_remembered_for_ever() -> None:
+    """Common ones are, once."""
+    for number in range(30):
+        read(LINE + HOST + b"".join(b"x-%d-%d: 1\r\n" % (number, each) for each in range(100)) + b"\r\n")
+    assert len(lower_names) <= 1024
+    before = len(lower_names)
+    read(LINE + HOST + b"X" * 100 + b": 1\r\n\r\n")
+    assert len(lower_names) == before
+    one, two = (read(LINE + HOST + b"\r\n").headers[0][0] for _ in range(2))
+    assert one is two
+
+
+def test_a_length_has_at_most_fifteen_digits() -> None:
+    """Enough for anything, and no number that a language might round."""
+    assert read(LINE + HOST + b"content-length: 999999999999999\r\n\r\n").content_length == 10**15 - 1
+    with pytest.raises(ProtocolError):
+        read(LINE + HOST + b"content-length: 0999999999999999\r\n\r\n")
+
+
+def test_a_parser_that_llhttp_changed_is_not_used_again() -> None:
+    """Behind an upgrade it reads no HTTP, and behind the close of a Proxy-Connection header nothing."""
+    assert not read(LINE + HOST + b"connection: x\r\n\r\n").is_parser_spent
+    assert read(LINE + HOST + b"proxy-connection: close\r\n\r\n").is_parser_spent
+    assert read(LINE + HOST + b"upgrade: x\r\n\r\n").is_parser_spent
