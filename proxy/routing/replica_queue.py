@@ -212,6 +212,10 @@ class ReplicaQueue:
             if not claimant.item.done():
                 self._running += 1
                 claimant.item.set_result(None)
+                if self._is_crowded is not None:
+                    # it counts as sent once its task has run, which is before this is called again
+                    asyncio.get_running_loop().call_soon(self._wake)
+                    return
 
     def _expire(self, future: asyncio.Future[None], error: type[CairnError]) -> None:
         if not future.done():

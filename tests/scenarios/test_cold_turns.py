@@ -19,7 +19,7 @@ from proxy.routing.fair_shares import Priority
 from tests.support.cairn import Cairn, config_for, running
 from tests.support.valkey import eventually
 
-SPEED = 5.0
+SPEED = 2.0
 """How much faster than the clock the engines are."""
 
 RATE = 8_000.0 * SPEED
@@ -58,7 +58,7 @@ async def fleet(replicas: int, *, limit: int | None = None) -> AsyncIterator[Cai
         Client("two", key_hash("key-two")),
     )
     pool = Pool(name="engines", replicas=endpoints)
-    admission = Admission(quiet_seconds=0.1)
+    admission = Admission(quiet_seconds=0.25)
     try:
         async with running(config_for([], pools=[pool], clients=clients, admission=admission)) as cairn:
             yield cairn

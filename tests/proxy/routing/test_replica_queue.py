@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from proxy.errors import ConnectFailed, Overloaded, RateLimited
+from proxy.routing.fair_shares import Share
 from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 from tests.support.clock import FakeClock
 
@@ -34,6 +35,29 @@ async def test_without_a_limit_nothing_waits():
         permit.done()
         permit.done()
     assert queue.running == 0
+
+
+async def test_a_crowded_replica_gets_one_at_a_time_and_tenants_take_turns():
+    """What was sent counts before the next is: a queue that opens does not let all through at once."""
+    sent: list[str] = []
+    room = [0]
+    queue = ReplicaQueue(None, QueueLimits(), FakeClock(), is_crowded=lambda: len(sent) >= room[0])
+
+    async def send(tenant: str) -> None:
+        await queue.acquire(1.0, Share(tenant, tokens=50_000.0))
+        sent.append(tenant)
+
+    tasks = [asyncio.get_running_loop().create_task(send(tenant)) for tenant in "aaaab"]
+    await settle()
+    assert (sent, len(queue)) == ([], 5)
+    for opened in (1, 2, 3):
+        room[0] = opened
+        queue.look()
+        await settle()
+        assert len(sent) == opened
+    assert sent[:2] in (["a", "b"], ["b", "a"])
+    for task in tasks:
+        task.cancel()
 
 
 async def test_waiting_requests_are_served_least_work_first():
