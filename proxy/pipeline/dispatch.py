@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, Protocol
 from zlib import crc32
 
 from proxy.clock import Clock
-from proxy.errors import ConnectFailed, UpstreamError
+from proxy.errors import ConnectFailed, PoolTimeout, UpstreamError
 from proxy.fleet import Failure, Fleet
 from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.metrics.definitions import HIDDEN_ERRORS, UPSTREAM_RETRIES
@@ -230,10 +230,10 @@ class Dispatcher:
         if not wants_stream or response.status >= 400 or not exchange.call.endpoint.is_generation:
             return Opening.PLAIN
         named_so = response.is_event_stream or not response.header(b"content-type")
-        if response.header(b"content-encoding"):
-            return Opening.STREAM if named_so else Opening.PLAIN
         response.allow_silence(self._policy.first_byte_seconds)
-        opening = await wait_for_opening(response, exchange.call.endpoint, self._policy.hold_seconds)
+        opening = Opening.UNDECIDED  # as it stays if the body is compressed
+        if not response.header(b"content-encoding"):
+            opening = await wait_for_opening(response, exchange.call.endpoint, self._policy.hold_seconds)
         if opening is Opening.UNDECIDED:
             opening = Opening.STREAM if named_so else Opening.PLAIN
         if opening is Opening.PLAIN:
@@ -329,6 +329,8 @@ class Dispatcher:
         now_seconds = self._clock.monotonic()
         attempt.take_back()
         attempt.end(now_seconds)
+        if isinstance(error, PoolTimeout):
+            return  # all connections are in use, which says nothing about the replica
         if isinstance(error, ConnectFailed):
             closed = self._fleet.unreachable(attempt.replica, now_seconds, error.message)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from proxy.errors import (
     ConnectFailed,
     FirstByteTimeout,
     IdleTimeout,
+    PoolTimeout,
     ResetBeforeResponse,
     ResetMidResponse,
 )
@@ -112,6 +114,33 @@ async def test_the_last_failure_is_raised_with_everything_given_back(error: Cair
     assert not bench.downstream.begun
     assert len(bench.client.sent) == (2 if isinstance(error, ResetBeforeResponse) else 1)
     assert bench.nothing_is_claimed()
+
+
+async def test_a_full_pool_of_connections_is_tried_elsewhere_and_says_nothing_about_the_replica() -> None:
+    bench = Bench()
+    for _ in range(3):
+        bench.client.script.append(PoolTimeout("all in use"))
+        upstream(bench)
+        exchange = bench.exchange()
+        assert (await bench.run(exchange)).status == 200
+        bench.downstream = type(bench.downstream)()
+    assert bench.fleet.cause(0) is None
+
+
+async def test_a_compressed_stream_may_wait_for_its_prefill_too() -> None:
+    """It cannot be looked into before it is relayed, but its silence is bounded alike."""
+    bench = Bench(first_byte_seconds=600.0)
+    made = upstream(bench, body=None, sse=True)
+    made.response.headers = (*made.response.headers, (b"content-encoding", b"gzip"))
+    task = bench.start(bench.exchange(stream=True))
+    await turns()
+    assert bench.downstream.begun
+    assert made.source.allowed_silences == [600.0]
+    made.send(gzip.compress(TOKEN + DONE))
+    await turns()
+    assert made.source.allowed_silences == [600.0, 120.0]
+    made.end()
+    await task
 
 
 async def test_a_request_that_timed_out_is_sent_to_no_other_replica() -> None:
