@@ -84,24 +84,6 @@ _FORWARDS_BUT_KEYS = _Verdicts(_NOT_FORWARDED_WITH_KEY)
 _RETURNS = _Verdicts(_NOT_RETURNED)
 
 
-def lower_names(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """Return `headers` with their names in lower case."""
-    return tuple([(_LOWER[name], value) for name, value in headers])
-
-
-class _Lower(dict[bytes, bytes]):
-    """Names in lower case. Requests have the same few, and one object for each speeds up later look-ups."""
-
-    def __missing__(self, name: bytes) -> bytes:
-        lower = name.lower()
-        if len(self) < _NAMES_REMEMBERED and len(name) <= _NAME_BYTES_REMEMBERED:
-            self[name] = lower
-        return lower
-
-
-_LOWER = _Lower()
-
-
 def upstream_head(
     headers: Sequence[tuple[bytes, bytes]],
     *,

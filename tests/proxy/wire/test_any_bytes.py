@@ -180,7 +180,6 @@ def test_any_headers_are_read_or_refused(given_headers: list[tuple[bytes, bytes]
         request_encoding,
         contexts.reference_in,
         headers.kept_request_id,
-        headers.lower_names,
         lambda pairs: headers.upstream_head(pairs, request_id="r", identity=True, decoded=True),
         lambda pairs: headers.response_head(pairs, request_id="r"),
         lambda pairs: Cors(("https://a.example",)).preflight("OPTIONS", pairs),
