@@ -69,7 +69,7 @@ from proxy.routing.token_estimate import TokenCounts
 from proxy.tasks import Tasks
 from proxy.upstream import UpstreamClient
 from proxy.worker import from_config
-from proxy.worker.figures import Figures, IndexFigures, OperationFigures, ReplicaFigures, StoreFigures
+from proxy.worker.figures import Figures, GateFigures, IndexFigures, OperationFigures, ReplicaFigures, StoreFigures
 from proxy.worker.http_server import HttpServer
 from proxy.worker.live_config import LiveConfig, LiveParts
 from proxy.worker.membership import DownReplicas, Forgetting
@@ -384,6 +384,7 @@ def _reporter(control: WorkerControl, built: Built, requests: Requests) -> Repor
     queues = requests.queues.by_replica
     figures = Figures(
         replicas=ReplicaFigures(recorder, replicas.fleet, replicas.pools, queues, basics.clock),
+        gate=GateFigures(recorder, sharing.cold_gate, replicas.pools),
         index=IndexFigures(recorder, memory.index, journal, replicas.pools, sharing.baseline),
         store=StoreFigures(
             recorder,

@@ -18,6 +18,7 @@ from proxy.metrics import definitions as metrics
 from proxy.metrics.definitions import Labels, Spec
 from proxy.metrics.recorder import Recorder
 from proxy.model import ReplicaView
+from proxy.routing.cold_gate import ColdGate
 
 _BREAKER_LEVELS = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerState.OPEN: 2}
 _BLOCKING = frozenset({"XREAD"})  # waits for new entries by design, so its duration means nothing
@@ -135,6 +136,28 @@ class ReplicaFigures:
         return up, pools
 
 
+class GateFigures:
+    """The gauges and totals of the prompts that wait until a replica is quiet."""
+
+    def __init__(self, recorder: Recorder, gate: ColdGate, pools: Pools) -> None:
+        self._recorder = recorder
+        self._gate = gate
+        self._pools = pools
+        self._growth = Growth(recorder)
+
+    def update(self) -> None:
+        """Set the gauges, and count what was sent and refused since the last call."""
+        gate, recorder = self._gate, self._recorder
+        waiting = {(priority.name.lower(),): float(count) for priority, count in gate.waiting().items()}
+        recorder.replace_gauges(metrics.COLD_WAITING, waiting)
+        self._growth.count(metrics.COLD_ADMITTED, (), gate.admitted)
+        self._growth.count(metrics.COLD_REFUSED, (), gate.refused)
+        needs = {pool.name: gate.need(pool.name) for pool in self._pools.all if not pool.is_provider}
+        recorder.replace_gauges(
+            metrics.CACHE_NEED, {(name,): need for name, need in needs.items() if need is not None}
+        )
+
+
 class IndexFigures:
     """The gauges of the prefix index, and the evictions that it counts.
 
@@ -235,5 +258,6 @@ class Figures(msgspec.Struct, frozen=True):
     """Everything that is read before a report."""
 
     replicas: ReplicaFigures
+    gate: GateFigures
     index: IndexFigures
     store: StoreFigures

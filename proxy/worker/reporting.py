@@ -184,6 +184,7 @@ class Reporter:
         """Send one report; if the supervisor does not read, keep the counts for the next one."""
         self._settled.count()
         upstreams, pools = self._figures.replicas.update()
+        self._figures.gate.update()
         self._figures.index.update()
         self._figures.store.update()
         self._recorder.set(metrics.IN_FLIGHT, (), self._requests.requests)

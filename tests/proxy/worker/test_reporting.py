@@ -20,8 +20,9 @@ from proxy.metrics.definitions import Labels, Spec
 from proxy.metrics.exposition import Exposition
 from proxy.metrics.recorder import Recorder
 from proxy.model import ReplicaView
+from proxy.routing.fair_shares import Priority
 from proxy.upstream import Origin
-from proxy.worker.figures import Figures, IndexFigures, OperationFigures, ReplicaFigures, StoreFigures
+from proxy.worker.figures import Figures, GateFigures, IndexFigures, OperationFigures, ReplicaFigures, StoreFigures
 from proxy.worker.reporting import Reporter, StatusSource
 from tests.support.clock import FakeClock
 
@@ -66,12 +67,14 @@ class Bench:
         backend = ReplicaEndpoint("one", "p", "http://one:1", Origin.parse("http://one:1"))
         pools = Pools([ServedPool("p", ("*",))], "p", {0: backend})
         index = part(replicas=self._replicas, stats=lambda: part(size_bytes=77))
+        gate = part(waiting=lambda: {Priority.LOW: 4}, admitted=7, refused=1, need=lambda pool: 2.1)
         contexts = part(total_contexts=3, total_bytes=30, most_worth=(), now=lambda: 0.0)
         self.reporter = Reporter(
             self.supervisor,
             self.recorder,
             Figures(
                 ReplicaFigures(self.recorder, self._fleet(), pools, {0: [1, 2]}, FakeClock()),
+                GateFigures(self.recorder, gate, pools),
                 IndexFigures(self.recorder, index, self.journal, pools, RoundRobinBaseline(pools)),
                 StoreFigures(self.recorder, self.store, self.journal, contexts, (self.vectors,)),
             ),
@@ -128,6 +131,10 @@ def test_a_report_has_the_state_of_every_part(bench: Bench) -> None:
         (metrics.INDEX_BYTES, (), 77),
         (metrics.CONTEXTS_BYTES, (), 30),
         (metrics.IN_FLIGHT, (), 5),
+        (metrics.COLD_WAITING, ("low",), 4),
+        (metrics.COLD_ADMITTED, (), 7),
+        (metrics.COLD_REFUSED, (), 1),
+        (metrics.CACHE_NEED, ("p",), 2.1),
     ):
         assert bench.series(spec) == {labels: value}, spec.name
     assert bench.series(metrics.UPSTREAM_RATE) == {}, "a rate that is not measured is not reported"
