@@ -148,7 +148,9 @@ class GateFigures:
     def update(self) -> None:
         """Set the gauges, and count what was sent and refused since the last call."""
         gate, recorder = self._gate, self._recorder
-        waiting = {(priority.name.lower(),): float(count) for priority, count in gate.waiting().items()}
+        waiting: dict[Labels, float] = {
+            (priority.name.lower(),): float(count) for priority, count in gate.waiting().items()
+        }
         recorder.replace_gauges(metrics.COLD_WAITING, waiting)
         self._growth.count(metrics.COLD_ADMITTED, (), gate.admitted)
         self._growth.count(metrics.COLD_REFUSED, (), gate.refused)
