@@ -48,13 +48,15 @@ class ColdTurns:
         self._shares.seen(tenant.id, tenant.weight, now)
         if pool.is_provider or exchange.pinned_replica is not None or exchange.fingerprint is None:
             return
+        views = [candidate.replica for candidate in plan.candidates]
+        if not self._gate.can_hold(views):
+            return
         least = least_uncached(plan)
         kind = classify(plan.prompt_tokens, least)
         self._note(exchange, plan, least, now)
         if kind is _SHORT:
             return
         turn = self._turn(exchange, plan, least)
-        views = [candidate.replica for candidate in plan.candidates]
         verdict = self._gate.judge(turn, kind, views)
         if verdict.waits:
             await self._wait(exchange, turn, verdict)

@@ -227,7 +227,7 @@ class ColdGate:
 
     def judge(self, turn: Turn, kind: TurnKind, views: Sequence[ReplicaView]) -> Verdict:
         """Whether `turn` waits if it comes now."""
-        if not self.limits.enabled or kind is TurnKind.SHORT or not views:
+        if kind is TurnKind.SHORT or not views or not self.can_hold(views):
             return Verdict(kind, waits=False)
         pool, now = self.pool(turn.pool), self._clock.monotonic()
         rates = [view.rate_tokens_per_second for view in views]
@@ -244,15 +244,20 @@ class ColdGate:
         seconds = self._wait_seconds(pool, turn, now, sum(rates))
         return Verdict(kind, waits=True, reason=reason, seconds=seconds)
 
+    def can_hold(self, views: Sequence[ReplicaView]) -> bool:
+        """Return True if turns may be made to wait for these replicas: the gate is on, and all capacities are known.
+
+        A replica that does not say what it can hold may be anything, and nothing shows whether it is busy.
+        """
+        return self.limits.enabled and all([self._capacity_tokens(view.id) is not None for view in views])
+
     def is_pressed(self, pool: str, views: Sequence[ReplicaView]) -> bool:
         """Whether cold turns for a pool wait because its sessions need more cache than there is."""
-        return self.limits.enabled and self._is_pressed(self.pool(pool), views)
+        return self.can_hold(views) and self._is_pressed(self.pool(pool), views)
 
     def _is_pressed(self, pool: _Pool, views: Sequence[ReplicaView]) -> bool:
         shortest = min([view.pending_tokens / view.rate_tokens_per_second for view in views])
-        if not pool.pressure.is_on(shortest, len(pool.queue)):
-            return False
-        return all(self._capacity_tokens(view.id) is not None for view in views)
+        return pool.pressure.is_on(shortest, len(pool.queue))
 
     def _wait_seconds(self, pool: _Pool, turn: Turn, now: float, rate: float) -> float:
         arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, now)
