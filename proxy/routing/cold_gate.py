@@ -249,7 +249,7 @@ class ColdGate:
 
         A replica that does not say what it can hold may be anything, and nothing shows whether it is busy.
         """
-        return self.limits.enabled and all([self._capacity_tokens(view.id) is not None for view in views])
+        return self.limits.enabled and None not in [self._capacity_tokens(view.id) for view in views]
 
     def is_pressed(self, pool: str, views: Sequence[ReplicaView]) -> bool:
         """Whether cold turns for a pool wait because its sessions need more cache than there is."""
