@@ -329,6 +329,11 @@ class PrefixIndex:
         """True if more than one tenant was routed to the replica in its present epoch."""
         return self._replica(replica).has_several_sources
 
+    def budget_tokens(self, replica: int) -> int:
+        """Return how many tokens the replica is believed to hold; UNLIMITED_TOKENS if that is not known."""
+        state = self._replicas.get(replica)
+        return UNLIMITED_TOKENS if state is None else state.budget_tokens
+
     def epoch(self, replica: int) -> int:
         """The replica's present epoch."""
         return self._replica(replica).epoch

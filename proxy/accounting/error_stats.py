@@ -14,6 +14,7 @@ from proxy.model import Ending, Outcome
 
 ROWS_AT_MOST: Final = 512
 ROWS_REPORTED: Final = 50
+_COMPLETE: Final = Ending.COMPLETE
 _SLOTS: Final = 6
 _SLOT_SECONDS: Final = 600.0
 _REASONS = {
@@ -32,6 +33,8 @@ def error_reason(outcome: Outcome) -> str | None:
     A client that left is not an error.
     """
     ending = outcome.ending
+    if ending is _COMPLETE:
+        return None
     if ending is Ending.UPSTREAM_STATUS:
         return f"upstream_{outcome.status // 100}xx"
     reason = _REASONS.get(ending)

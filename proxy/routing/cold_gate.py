@@ -181,7 +181,6 @@ class ColdGate:
         self._start = start
         self._clock = clock
         self._pools: dict[str, _Pool] = {}
-        self._busy = 0  # pools with turns that wait or hold a pass
         self.limits = GateLimits()
         self.waiting_bytes = 0
         self.admitted = 0

@@ -348,3 +348,16 @@ class ToolType(msgspec.Struct, gc=False):
 
 
 decode_tool_types = msgspec.json.Decoder(list[ToolType] | None).decode
+
+
+# --- urgency
+
+
+class UrgencyMembers(msgspec.Struct, gc=False):
+    """The members of a body that say how urgent it is."""
+
+    priority: int | float | str | bool | None = None
+    service_tier: int | float | str | bool | None = None
+
+
+decode_urgency = msgspec.json.Decoder(UrgencyMembers).decode

@@ -15,6 +15,7 @@ import msgspec
 
 from proxy.errors import BadRequest
 from proxy.model import Body
+from proxy.wire.schemas import decode_urgency
 
 PRIORITY_HEADER: Final = b"x-cairn-priority"
 DEADLINE_HEADER: Final = b"x-request-deadline"
@@ -36,14 +37,6 @@ class Urgency(NamedTuple):
 
 
 UNSAID: Final = Urgency()
-
-
-class _Fields(msgspec.Struct, gc=False):
-    priority: int | float | str | bool | None = None
-    service_tier: int | float | str | bool | None = None
-
-
-_decode = msgspec.json.Decoder(_Fields).decode
 
 
 def urgency_of(headers: Iterable[tuple[bytes, bytes]]) -> Urgency:
@@ -71,7 +64,7 @@ def body_priority(body: Body) -> int | None:
     if b'"priority"' not in body and b'"service_tier"' not in body:
         return None
     try:
-        fields = _decode(body)
+        fields = decode_urgency(body)
     except msgspec.MsgspecError:
         return None  # the upstream judges it
     tier = fields.service_tier

@@ -206,8 +206,8 @@ def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
 
 def _capacity_tokens(index: PrefixIndex, number: int) -> float | None:
     """Return the tokens that a replica's cache holds, or None if that is not known."""
-    stats = index.replicas().get(number)
-    return None if stats is None or stats.budget_tokens >= UNLIMITED_TOKENS else float(stats.budget_tokens)
+    tokens = index.budget_tokens(number)
+    return None if tokens >= UNLIMITED_TOKENS else float(tokens)
 
 
 def _accounting(
