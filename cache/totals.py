@@ -69,7 +69,7 @@ _FIGURES = Sums.__struct_fields__
 
 
 class RowKey(NamedTuple):
-    """What a row counts. `day` is an ISO date."""
+    """Key of a row of totals. `day` is an ISO date."""
 
     day: str
     model: str

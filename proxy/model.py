@@ -41,7 +41,7 @@ class Endpoint(enum.StrEnum):
 
 
 class Access(enum.Enum):
-    """Who may use a path at a replica whose key is not the client's own."""
+    """Permission to use a path at a replica whose key is not the client's own."""
 
     INFERENCE = "inference"  # every client, for the models it may use
     CREATE = "create"  # every client; what it creates is its own
@@ -52,7 +52,7 @@ class Access(enum.Enum):
 
 
 class CacheStatus(enum.StrEnum):
-    """How much of the prompt the chosen replica was predicted to have cached; metric label and `Cache-Status`."""
+    """Share of the prompt that the chosen replica was predicted to have cached; metric label and `Cache-Status`."""
 
     HIT = "hit"  # all except the last block
     PARTIAL = "partial"
@@ -150,7 +150,7 @@ class Media(msgspec.Struct, frozen=True, gc=False):
 
 
 class UsageRequest(enum.Enum):
-    """What a body says about usage on its stream, and so which edit asks for it."""
+    """Usage reporting as the body requests it, which decides the edit that asks for it."""
 
     ASKED = "asked"  # include_usage is true: nothing to edit or to withhold
     ABSENT = "absent"  # no stream_options: insert the member
@@ -159,7 +159,7 @@ class UsageRequest(enum.Enum):
 
 
 class ToolOrder(enum.StrEnum):
-    """Where a chat template puts the tools."""
+    """Position of the tools in a chat template."""
 
     TOOLS_FIRST = "tools_first"  # before the system message
     SYSTEM_FIRST = "system_first"  # after the system message
@@ -265,7 +265,7 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
 
 
 class Demand(msgspec.Struct, frozen=True, gc=False):
-    """What the plan needs to know about a prompt.
+    """Properties of a prompt that the plan depends on.
 
     `prompt_tokens` is predicted. `tie_hash` is the chained hash of the first block that no replica has (or of the
     last block), so that independent proxies break ties alike. A match of everything except the last block, of

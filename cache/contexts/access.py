@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Trust(enum.Enum):
-    """Who has checked the key of a tenant."""
+    """Trust in the key of a tenant."""
 
     LISTED = "listed"  # the configuration lists it
     ACCEPTED = "accepted"  # an upstream answered a request that was sent with it

@@ -71,7 +71,7 @@ class ContextMemory:
 
     @property
     def is_subscribed(self) -> bool:
-        """Whether changes by other workers are received."""
+        """True if changes by other workers are received."""
         return self._subscription > 0
 
     def moment(self) -> Moment:

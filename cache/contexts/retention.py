@@ -28,7 +28,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class StoredValue(msgspec.Struct, frozen=True, gc=False):
-    """How much a context is used: `uses`, decayed, as of `used_seconds`."""
+    """Use of a context: `uses`, decayed, as of `used_seconds`."""
 
     uses: float
     used_seconds: float

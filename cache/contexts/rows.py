@@ -56,7 +56,7 @@ class Draft(msgspec.Struct, frozen=True):
 
     @property
     def pinned(self) -> bool:
-        """Whether it asks to be pinned."""
+        """True if it asks to be pinned."""
         return pins(self.metadata)
 
     @property

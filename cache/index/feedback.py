@@ -1,4 +1,4 @@
-"""What an answer's usage says about the index: compare it with the prediction, and explain the difference.
+"""Compare an answer's usage with the prediction of the index, and explain the difference.
 
 Most shortfalls are neither an eviction nor a restart. Each reason is recognised by what it alone explains:
 

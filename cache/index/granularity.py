@@ -16,7 +16,7 @@ MIN_BLOCK_TOKENS: Final = 16
 """A smaller common divisor makes no difference to any prediction."""
 
 MAX_LAG_BLOCKS: Final = 2
-"""Whole blocks at the end of what is held that an engine may leave unused."""
+"""Number of whole blocks at the end of a held prefix that an engine may leave unused."""
 
 
 class Granularity:

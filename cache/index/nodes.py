@@ -54,7 +54,7 @@ class Residency(msgspec.Struct, gc=False, eq=False):
 
 
 class ReplicaEntries(msgspec.Struct, gc=False, eq=False):
-    """What one replica holds in one epoch. `ring.newer` is its oldest residency, `ring.older` its newest."""
+    """Entries of one replica in one epoch. `ring.newer` is its oldest residency, `ring.older` its newest."""
 
     replica: int  # NOBODY once the epoch is over, until the entries are cleared
     ring: Residency

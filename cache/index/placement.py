@@ -10,7 +10,7 @@ from cache.index.fingerprint import Fingerprint
 
 
 class Held(msgspec.Struct, frozen=True, gc=False):
-    """How much of a prompt a replica holds."""
+    """Part of a prompt that a replica holds."""
 
     blocks: int
     size_bytes: int
@@ -18,7 +18,7 @@ class Held(msgspec.Struct, frozen=True, gc=False):
 
 
 class Match(msgspec.Struct, frozen=True, gc=False):
-    """What is known of a prompt. `held` has the replicas that hold any of it.
+    """Lookup result for a prompt. `held` has the replicas that hold any of it.
 
     `known_*` is the deepest part that any replica holds. If that is not all, `evicted_from` is the replica that held
     more until it was dropped for room (-1 if none), and `diverged` means that other prompts go on differently there.
@@ -70,7 +70,7 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
 
 
 class FeedbackKind(enum.StrEnum):
-    """What an answer taught the index."""
+    """Conclusion that the index drew from an answer."""
 
     NOTHING = "nothing"  # the upstream did not report, or is a provider, or the prediction was not confident
     STALE = "stale"  # routed under a past epoch, hence ignored

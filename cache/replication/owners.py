@@ -1,4 +1,4 @@
-"""Where objects that upstreams made (responses, files) are: their ids, mapped to the names of replicas.
+"""Map the ids of objects that upstreams made (responses, files) to the names of replicas.
 
 Pure and bounded; the oldest ids are forgotten first. The journal shares the map among workers.
 """

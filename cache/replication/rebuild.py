@@ -70,12 +70,12 @@ class StreamReader:
 
     @property
     def live(self) -> bool:
-        """Whether the index holds everything that the stream said, and the stream can be read."""
+        """True if the index holds everything that the stream said, and the stream can be read."""
         return self._applier.live and not self._refused
 
     @property
     def synced(self) -> bool:
-        """Whether the index has been rebuilt since the last loss."""
+        """True if the index has been rebuilt since the last loss."""
         return self._applier.live
 
     def lost(self) -> None:

@@ -41,7 +41,7 @@ class Breaker:
 
     @property
     def closed(self) -> bool:
-        """Whether operations may go through."""
+        """True if operations may go through."""
         return self.state is BreakerState.CLOSED
 
     def pause_seconds(self, random: float) -> float:

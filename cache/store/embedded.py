@@ -99,7 +99,7 @@ class EmbeddedValkey:
 
     @property
     def running(self) -> bool:
-        """Whether the server runs; if it died by itself, call `start` again."""
+        """True if the server runs; if it died by itself, call `start` again."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:

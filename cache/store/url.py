@@ -21,7 +21,7 @@ SENTINEL_PORT = 26379
 
 
 class Topology(enum.StrEnum):
-    """What the URL names: one server, Sentinels that name the master, or a Cluster."""
+    """Kind of server that the URL names: one server, Sentinels that name the master, or a Cluster."""
 
     SINGLE = "single"
     SENTINEL = "sentinel"

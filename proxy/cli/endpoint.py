@@ -15,7 +15,7 @@ _ENGINE_NAMES = {"llamacpp": "llama.cpp", "vllm": "vLLM", "sglang": "SGLang"}
 
 
 class Endpoint(NamedTuple):
-    """What an endpoint answered. `problem` is None if it lists its models; `engine` is empty if it is not known."""
+    """Response of an endpoint. `problem` is None if it lists its models; `engine` is empty if it is not known."""
 
     url: str
     models: tuple[str, ...] = ()

@@ -137,14 +137,14 @@ class Auth(enum.StrEnum):
 
 
 class Tenancy(enum.StrEnum):
-    """Whether clients may share cached prefixes; with `isolated` each client has its own."""
+    """True if clients may share cached prefixes; with `isolated` each client has its own."""
 
     SHARED = "shared"
     ISOLATED = "isolated"
 
 
 class Disclosure(enum.StrEnum):
-    """Whose prompts response headers and /explain describe."""
+    """The tenants whose prompts response headers and /explain may describe."""
 
     OWN = "own"
     ALL = "all"
@@ -329,7 +329,7 @@ class Replica(Section, frozen=True):
 
     @property
     def is_followed(self) -> bool:
-        """Whether the URL stands for every address of its host name."""
+        """True if the URL stands for every address of its host name."""
         return self.url.startswith(f"{FOLLOWED_SCHEME}://")
 
 
@@ -340,7 +340,7 @@ class Template(Section, frozen=True):
     """
 
     order: ToolOrder | None = None
-    """Where the tools are: `tools_first`, `system_first` (after the system message) or `tools_last` (before the last
+    """Where the tools go: `tools_first`, `system_first` (after the system message) or `tools_last` (before the last
     user message)."""
 
     drops_reasoning: bool | None = None
@@ -432,9 +432,9 @@ class Tenants(Section, frozen=True):
     """File that contains the secret, relative to the configuration file."""
 
     disclosure: Annotated[Disclosure, LIVE] = Disclosure.OWN
-    """Whose prompts `Cache-Status`, `x-cairn-matched-tokens`, `x-cairn-reason`, `Server-Timing` and /explain describe
-    if `clients` belong to several tenants that share a pool: `own` only those of the asking tenant, without times;
-    `all` everybody's. What others sent still shows in the time until a response comes, and in the cached tokens that
+    """Tenants whose prompts `Cache-Status`, `x-cairn-matched-tokens`, `x-cairn-reason`, `Server-Timing` and /explain
+    describe if `clients` belong to several tenants that share a pool: `own` only those of the asking tenant,
+    without times; `all` everybody's. What others sent still shows in the time until a response comes, and in the cached tokens that
     the upstream reports."""
 
 
@@ -734,7 +734,7 @@ class Config(Section, frozen=True):
 
     @property
     def has_replica_keys(self) -> bool:
-        """Whether clients use a key that the configuration provides."""
+        """True if clients use a key that the configuration provides."""
         return any(replica.key is not None for pool in self.pools for replica in pool.replicas)
 
 

@@ -151,7 +151,7 @@ class WorkerControl:
 
     @property
     def draining(self) -> bool:
-        """Whether this worker was told to drain."""
+        """True if this worker was told to drain."""
         return self._drain.done()
 
     def close(self) -> None:

@@ -82,7 +82,7 @@ class ReplicaDown(msgspec.Struct, frozen=True):
 
 
 class StatusReport(msgspec.Struct, frozen=True):
-    """What a worker reports for the status page, beside its counters.
+    """A worker's report for the status page, beside its counters.
 
     `prefixes` is None if nothing in it changed since the last report. `budgets` are the tokens that each replica is
     believed to be able to hold. `contexts` are those worth most, of all tenants. `errors` are those of the last hour.
@@ -98,14 +98,14 @@ class StatusReport(msgspec.Struct, frozen=True):
 
 
 class PoolReport(msgspec.Struct, frozen=True):
-    """Whether a replica of a pool takes requests, and whether Cairn is ready without one."""
+    """Availability of a pool, and whether Cairn is ready without it."""
 
     up: bool
     optional: bool = False
 
 
 class WorkerReport(msgspec.Struct, frozen=True, tag="report"):
-    """What a worker counted since its last report (four a second), and its current state.
+    """Counts of a worker since its last report (four a second), and its current state.
 
     `redis` is `REDIS_UP`, another word for its state, or None while that is unknown. `upstreams` says for each
     replica whether it takes requests, `pools` whether one of each pool does. `failing_tasks` names the background

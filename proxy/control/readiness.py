@@ -39,12 +39,12 @@ class WorkerView(msgspec.Struct, frozen=True):
 
     @property
     def is_silent(self) -> bool:
-        """Whether it should have sent something by now."""
+        """True if it should have sent something by now."""
         return self.silent_seconds >= SILENT_SECONDS
 
     @property
     def serves(self) -> bool:
-        """Whether it is ready and responds."""
+        """True if it is ready and responds."""
         return self.ready and not self.is_silent
 
 

@@ -72,7 +72,7 @@ class Source(Protocol):
 
 
 class Use(enum.Enum):
-    """What becomes of a body."""
+    """Outcome of reading a body."""
 
     UNKNOWN = "unknown"
     READ = "read"
@@ -135,7 +135,7 @@ class IncomingBody:
     # -- what the connection calls
 
     def room(self) -> memoryview | None:
-        """Where the event loop may put what arrives next; None if it must be looked at first."""
+        """Return the buffer for the next bytes; None if they must be parsed first."""
         view = self._view
         if view is None:
             return None

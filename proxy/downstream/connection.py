@@ -58,7 +58,7 @@ _LF: Final = 10
 
 
 class Server(Protocol):
-    """What all connections of a worker share."""
+    """State that all connections of a worker share."""
 
     limits: Limits
     handle: Handle

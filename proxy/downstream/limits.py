@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one connection may take, and what all of them may take together.
+    """Limits of one connection, and of all connections together.
 
     Times are in seconds. `head_bytes_in_flight` bounds heads that are not whole yet and requests sent ahead of their
     turn; `body_bytes_in_flight` bounds bodies that have arrived, not lengths that were only declared.

@@ -173,7 +173,7 @@ class ClientServer:
 
 
 def network_of(address: str) -> str:
-    """Whose connections count together: an IPv4 address, or the network of an IPv6 address; "" if there is none."""
+    """Return what counts together: an IPv4 address, or the network of an IPv6 address; "" if there is none."""
     if ":" not in address:
         return address
     parsed = ipaddress.ip_address(address.partition("%")[0])

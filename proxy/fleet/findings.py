@@ -13,7 +13,7 @@ from proxy.fleet.pools import ReplicaEndpoint
 
 
 class Found(msgspec.Struct, frozen=True):
-    """What a replica says of itself. `models` is None if it does not list them."""
+    """Facts that a replica reports about itself. `models` is None if it does not list them."""
 
     models: tuple[str, ...] | None
     facts: EngineFacts
@@ -41,7 +41,7 @@ class Queues(Protocol):
 
 
 class UsageReports(Protocol):
-    """Who must know that a replica reports usage without being asked."""
+    """Receives the replicas that report usage without being asked."""
 
     def always_reports_usage(self, replica: int) -> None: ...
 

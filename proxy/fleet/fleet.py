@@ -38,7 +38,7 @@ DECODE_MEMORY = 1.0 / 64.0
 
 
 class Change(enum.StrEnum):
-    """What happened to a replica; a word of the log line."""
+    """Change of a replica's state, as named in the log line."""
 
     ADDED = "added"
     DOWN = "down"

@@ -62,7 +62,7 @@ class Client(Protocol):
 
 
 class Findings(Protocol):
-    """What is done with what a check finds: `proxy.fleet.findings.EngineFindings`."""
+    """Applies the findings of a check: `proxy.fleet.findings.EngineFindings`."""
 
     def apply(self, number: int, endpoint: ReplicaEndpoint, found: Found) -> None:
         """Take over what was found at a replica."""

@@ -40,7 +40,7 @@ ROW_LENGTHS: Final = (len(ShareRow._fields) - 2, len(ShareRow._fields))
 
 
 class PeerWork:
-    """What all other processes have under way on one replica. Times by this process's clock."""
+    """Work of all other processes on one replica. Times are of this process's clock."""
 
     __slots__ = (
         "heads",

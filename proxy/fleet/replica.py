@@ -16,7 +16,7 @@ THROTTLES_AT_MOST: Final = 1024
 """Keys and models remembered per replica; clients choose both."""
 
 ThrottleKey = tuple[str, str]
-"""Whose key met a 429, and with which model."""
+"""The key and the model that met a 429."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What the chat templates of known model families do, as published with their models. Pure.
+"""Facts about the chat templates of known model families, as published with the models. Pure.
 
 Only a default: what the configuration says or an engine shows when it is asked counts before this.
 """

@@ -30,7 +30,7 @@ class Placements(Protocol):
 
 
 class Shared:
-    """What all attempts use."""
+    """Dependencies shared by all attempts."""
 
     __slots__ = ("changed", "fleet", "placements")
 

@@ -66,7 +66,7 @@ class ColdTurns:
                 self._planner.plan(exchange, among=good)
 
     def judge(self, exchange: Exchange) -> Verdict | None:
-        """Whether the request would wait if it came now; None if nothing like it ever does. Changes nothing."""
+        """Return whether the request would wait now; None if such requests never wait. Changes nothing."""
         plan, pool = exchange.plan, exchange.pool
         if plan is None or pool is None or exchange.fingerprint is None or pool.is_provider:
             return None
@@ -154,7 +154,7 @@ class ColdTurns:
 
 
 def least_uncached(plan: Plan) -> float:
-    """What the best of all replicas would have to compute."""
+    """Return the fewest tokens that any replica would have to compute."""
     return min([candidate.uncached_tokens for candidate in plan.candidates])
 
 

@@ -33,7 +33,7 @@ class StoredUse:
 
 
 class Exchange:
-    """What is known so far. `sent_seconds` and the times after it belong to the last attempt."""
+    """State of one request and response so far. `sent_seconds` and the times after it belong to the last attempt."""
 
     __slots__ = (
         "asked_usage",
@@ -163,7 +163,7 @@ class Exchange:
 
     @property
     def throttle_key(self) -> ThrottleKey:
-        """Whose key the upstream sees, and the model: a 429 is about these two."""
+        """The key that the upstream sees and the model, to which a 429 applies."""
         pool = self.pool
         owner = "" if pool is None or pool.has_own_key else self.call.tenant.id
         return owner, self.model or ""

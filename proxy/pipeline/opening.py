@@ -24,7 +24,7 @@ _USUAL: Final = (b"data: {", b"event: message_start", b"event: response.")
 
 
 class Opening(enum.Enum):
-    """What the beginning of a body shows."""
+    """Kinds of body, told apart by their first bytes."""
 
     UNDECIDED = "undecided"  # too little has come
     PLAIN = "plain"

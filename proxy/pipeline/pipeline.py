@@ -92,7 +92,7 @@ class Admitting(Protocol):
         ...
 
     def judge(self, exchange: Exchange) -> Verdict | None:
-        """Whether the request would wait if it came now. Changes nothing."""
+        """Return whether the request would wait if it came now. Changes nothing."""
         ...
 
     def settle(self, exchange: Exchange) -> None:

@@ -1,4 +1,4 @@
-"""Whether a request that failed at one replica is tried at another. Pure: clocks are passed in.
+"""Decide whether a request that failed at one replica is tried at another. Pure: clocks are passed in.
 
 Nothing of a response may have reached the client. A request that timed out waiting for its first byte is never sent
 again: the engine usually goes on computing its prompt, and another would compute it a second time.

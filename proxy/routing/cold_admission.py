@@ -49,7 +49,7 @@ T = TypeVar("T")
 
 
 class TurnKind(enum.StrEnum):
-    """How much of a prompt the best replica lacks."""
+    """Class of a turn by the share of its prompt that the best replica lacks."""
 
     SHORT = "short"  # at most `SHORT_TOKENS`: routed as ever
     WARM = "warm"  # at most `WARM_SHARE` of it: routed as ever, to the replicas that are about as good as the best
@@ -76,7 +76,7 @@ def about_as_good(uncached_tokens: Mapping[int, float]) -> frozenset[int]:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaRoom:
-    """What a replica has to do, as all processes see it. `running_tokens` are the prompts of requests that run there;
+    """Work of a replica, as all processes see it. `running_tokens` are the prompts of requests that run there;
     `capacity_tokens` what its cache holds, None if unknown."""
 
     replica: int

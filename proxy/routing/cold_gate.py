@@ -1,4 +1,4 @@
-"""Where cold turns wait in a worker (`cold_admission` has the rule), and what they are given when they may go.
+"""Hold cold turns in a worker until `cold_admission` lets them go.
 
 One `ColdGate` per worker, with a queue per pool. It wakes when work ends somewhere, and twice a second while turns
 wait. A turn that goes gets a pass to one replica, which no other cold turn gets until its first token. If there are
@@ -44,7 +44,7 @@ FULL_RETRY_SECONDS: Final = 5.0
 
 
 class Claims(Protocol):
-    """What the workers agree on: `cache.ColdClaims`."""
+    """Claims that all workers respect: `cache.ColdClaims`."""
 
     async def take(
         self, pool: str, replicas: Sequence[str], *, order: str, tenant: str, claim_seconds: float, most: int
@@ -125,7 +125,7 @@ class _Waiter:
 
 
 class _Pool:
-    """What is known of one pool."""
+    """State of one pool."""
 
     def __init__(self, name: str, shares: TenantShares, memory_seconds: float) -> None:
         self.name = name
@@ -142,7 +142,7 @@ class _Pool:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a turn would wait now, why, and for how many seconds at least by what is known."""
+    """Return whether a turn would wait now, why, and for at least how many seconds."""
 
     kind: TurnKind
     waits: bool
@@ -216,7 +216,7 @@ class ColdGate:
         return counts
 
     def need(self, pool: str) -> float | None:
-        """What the sessions that go on need, over what the pool's caches hold; None if that is not known."""
+        """Return the need of continuing sessions over the capacity of the pool's caches; None if unknown."""
         now = self._clock.monotonic()
         rooms = self._rooms(pool, now)
         if not rooms or any(room.capacity_tokens is None for room in rooms):
@@ -225,7 +225,7 @@ class ColdGate:
         return self.pool(pool).served.needed_tokens(now) / held
 
     def judge(self, turn: Turn, kind: TurnKind, views: Sequence[ReplicaView]) -> Verdict:
-        """Whether `turn` waits if it comes now."""
+        """Return True if `turn` would wait now."""
         if kind is TurnKind.SHORT or not views or not self.can_hold(views):
             return Verdict(kind, waits=False)
         pool, now = self.pool(turn.pool), self._clock.monotonic()
@@ -251,7 +251,7 @@ class ColdGate:
         return self.limits.enabled and None not in [self._capacity_tokens(view.id) for view in views]
 
     def is_pressed(self, pool: str, views: Sequence[ReplicaView]) -> bool:
-        """Whether cold turns for a pool wait because its sessions need more cache than there is."""
+        """Return True if cold turns of a pool wait because its sessions need more cache than there is."""
         return self.can_hold(views) and self._is_pressed(self.pool(pool), views)
 
     def _is_pressed(self, pool: _Pool, views: Sequence[ReplicaView]) -> bool:

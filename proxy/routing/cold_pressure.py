@@ -1,4 +1,4 @@
-"""Whether sessions need more cache than there is: only then do cold turns wait (`cold_admission`).
+"""Detect that sessions need more cache than there is: only then do cold turns wait (`cold_admission`).
 
 The sign is work that is done again. A prompt that was served before and must be computed once more was evicted in
 between; where there is room, hardly any is. Pure: clocks are passed in.
@@ -98,7 +98,7 @@ class ServedPrompts:
             self._drop(next(iter(self._latest)))
 
     def needed_tokens(self, now_seconds: float) -> float:
-        """What the sessions that go on need of the caches: their own parts, of all that came lately.
+        """Return the tokens that continuing sessions need of the caches: their own parts, of all that came lately.
 
         Lately is three times the mean time from one turn to the next.
         """

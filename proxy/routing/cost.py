@@ -78,7 +78,7 @@ class Room(Protocol):
 _NAMED_AT_MOST: Final = 4  # replicas named in an error
 
 PRIOR_SHARE: Final = 0.15
-"""How much more the replica of the client's session may cost: bytes may match less than the engine reuses."""
+"""Seconds by which the replica of the client's session may cost more: bytes may match less than the engine reuses."""
 
 TIE_TOKENS: Final = 16.0
 """Replicas that hold the same up to one block of an engine may tie."""

@@ -1,4 +1,4 @@
-"""Who is served next among tenants and priorities. Pure: clocks are passed in, nothing here waits or sends.
+"""Choose who is served next among tenants and priorities. Pure: clocks are passed in, nothing here waits or sends.
 
 Tenants take turns by deficit round robin. The work of a tenant, in uncached tokens over its weight, is cut into
 rounds of `QUANTUM_TOKENS`; the tenant in the lowest round is served next, and what a request takes beyond its round
@@ -150,7 +150,7 @@ class TenantShares:
         self._unsent[tenant] = SENDS
 
     def rows(self) -> dict[str, tuple[float, ...]]:
-        """What changed in this process's part lately, for the others: the point reached, and of each tenant its own
+        """Return this process's recent changes, for the others: the point reached, and of each tenant its own
         work and its lift."""
         rows: dict[str, tuple[float, ...]] = {}
         for name in list(self._unsent)[:MAX_ROWS]:

@@ -1,4 +1,4 @@
-"""Where sessions that clients name were served last: a hint for ties, never an order.
+"""Remember where sessions that clients name were served last: a hint for ties, never an order.
 
 Known clients send a header that names their session, or `prompt_cache_key` in the body. Content decides where a
 prompt goes; a hint counts only among replicas that hold equally much of it and cost about the same. A hint is scoped

@@ -22,12 +22,12 @@ class PrivateStore(Protocol):
 
     @property
     def url(self) -> str:
-        """Where workers find it; known before it runs."""
+        """URL for the workers; known before the server runs."""
         ...
 
     @property
     def running(self) -> bool:
-        """Whether its process is alive."""
+        """True if its process is alive."""
         ...
 
     def start(self) -> None:
@@ -48,7 +48,7 @@ class StoreKeeper:
 
     @property
     def url(self) -> str:
-        """Where workers find the store."""
+        """URL of the store for the workers."""
         return self._store.url
 
     async def start(self) -> bool:

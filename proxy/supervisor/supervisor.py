@@ -46,7 +46,7 @@ log = logging.getLogger("cairn.supervisor")
 
 
 class Parts(msgspec.Struct, frozen=True):
-    """What the supervisor needs from outside.
+    """Dependencies of the supervisor.
 
     `worker_command` starts a worker once the descriptors are appended. `reload` reads the configuration again and
     raises ConfigError. `private_store` makes a store from a folder and a limit in bytes; its `start` raises one of
@@ -95,7 +95,7 @@ class Supervisor:
         return self._config
 
     def readiness(self) -> Readiness:
-        """Whether requests are welcome."""
+        """True if requests are welcome."""
         views = [worker.view() for worker in self._workers]
         return judge(self._stage, views, sorted(self._tasks.restarting))
 

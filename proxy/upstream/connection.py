@@ -61,7 +61,7 @@ _IDLE_NOTICES: Final = (b"HTTP/1.1 408", b"HTTP/1.0 408")  # some servers announ
 
 
 class State(enum.Enum):
-    """What a connection is doing; see the table above."""
+    """State of a connection; see the table above."""
 
     IDLE = "idle"
     HEAD = "head"

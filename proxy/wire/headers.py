@@ -66,7 +66,7 @@ _ID_SIGNS = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123
 
 
 class _Verdicts(dict[bytes, bool]):
-    """Whether a header passes, by its lower-case name; computed once for each, then a look-up."""
+    """Cache of the headers that pass, by lower-case name; computed once for each name."""
 
     def __init__(self, removed: frozenset[bytes]) -> None:
         super().__init__()

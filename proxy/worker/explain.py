@@ -79,7 +79,7 @@ def _explanation(exchange: Exchange, verdict: Verdict | None) -> dict[str, Any]:
 
 
 def _wait(verdict: Verdict | None) -> dict[str, Any] | None:
-    """Whether the request would wait before it is sent, why, and about how long; None if that never happens."""
+    """Return whether the request would wait before it is sent, why, and about how long; None if it never waits."""
     if verdict is None:
         return None
     return {

@@ -50,7 +50,7 @@ from proxy.worker.reporting import Reporter
 
 @dataclass(frozen=True, slots=True)
 class Basics:
-    """What everything else uses. `loops` run beside requests and are closed before `tasks`."""
+    """Services that every other section uses. `loops` run beside requests and are closed before `tasks`."""
 
     clock: Clock
     recorder: Recorder
@@ -62,7 +62,7 @@ class Basics:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What this worker remembers, and the store through which it shares it."""
+    """Memory of this worker, and the store through which it is shared."""
 
     store: Store
     index: PrefixIndex
@@ -86,7 +86,7 @@ class Replicas:
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """What this worker exchanges with the other workers of all proxies."""
+    """Exchange with the other workers of all proxies."""
 
     baseline: RoundRobinBaseline
     gate: PrefillGate
@@ -99,7 +99,7 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class Accounting:
-    """What is learned from finished requests, counted and logged."""
+    """Accounting of finished requests."""
 
     token_counts: TokenCounts
     prices: PriceBook

@@ -1,4 +1,4 @@
-"""What the status page shows at one moment. Data types only."""
+"""The state of the status page at one moment. Data types only."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class State(msgspec.Struct, frozen=True):
 
 
 class Moment(msgspec.Struct, frozen=True):
-    """What the counters do not contain: the time, and what the caller keeps."""
+    """Inputs that the counters do not contain: the time, and what the caller keeps."""
 
     now_unix_seconds: float
     started_unix_seconds: float
