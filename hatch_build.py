@@ -66,7 +66,9 @@ class CompileHook(BuildHookInterface[Any]):
         done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=False)  # noqa: S603
         if done.returncode == 0:
             return None
-        return f"the compiler failed\n{done.stdout}\n{done.stderr}"
+        output = f"{done.stdout}\n{done.stderr}".strip()
+        reason = next((line for line in output.splitlines() if "error" in line.lower()), output[-200:])
+        return f"the compiler failed: {reason}\n{output}"
 
     def _add_libraries(self, build_data: dict[str, Any]) -> None:
         assert self._folder is not None  # noqa: S101 - after a successful `_compile`
