@@ -433,9 +433,9 @@ class Tenants(Section, frozen=True):
 
     disclosure: Annotated[Disclosure, LIVE] = Disclosure.OWN
     """Tenants whose prompts `Cache-Status`, `x-cairn-matched-tokens`, `x-cairn-reason`, `Server-Timing` and /explain
-    describe if `clients` belong to several tenants that share a pool: `own` only those of the asking tenant,
-    without times; `all` everybody's. What others sent still shows in the time until a response comes, and in the cached tokens that
-    the upstream reports."""
+    describe if `clients` belong to several tenants that share a pool: `own` only those of the asking tenant, without
+    times; `all` everybody's. What others sent still shows in the time until a response comes, and in the cached
+    tokens that the upstream reports."""
 
 
 class Upstream(Section, frozen=True):
