@@ -182,11 +182,15 @@ class Dispatcher:
 
     async def _try(self, exchange: Exchange, candidate: Candidate, upload: Upload | None) -> Opened:
         """Make one attempt. If it raises, what it claimed is given back and the fleet was told."""
-        attempt = await self._begin(exchange, candidate)
+        attempt = self._claim(exchange, candidate)
+        if attempt.must_wait:
+            await self._wait(exchange, attempt, candidate)
         try:
             response = await self._send(exchange, attempt, upload)
             exchange.sent_seconds, exchange.first_byte_seconds = response.sent_seconds, response.first_byte_seconds
-            opening = await self._open(exchange, response)
+            opening = Opening.PLAIN
+            if self._may_be_stream(exchange, response):
+                opening = await self._open(exchange, response)
         except UpstreamError as error:
             self._failed(exchange, attempt, error)
             raise
@@ -195,8 +199,8 @@ class Dispatcher:
             attempt.take_back()
         return Opened(response, opening in (Opening.STREAM, Opening.ERROR), failure)
 
-    async def _begin(self, exchange: Exchange, candidate: Candidate) -> Attempt:
-        """Claim the replica and wait for a place there."""
+    def _claim(self, exchange: Exchange, candidate: Candidate) -> Attempt:
+        """Claim the replica: charge it, and place the prompt in the index."""
         prompt, plan, match = exchange.prompt, exchange.plan, exchange.match
         assert plan is not None  # noqa: S101
         held = None if match is None else match.held.get(candidate.replica.id)
@@ -209,26 +213,30 @@ class Dispatcher:
             source=crc32(exchange.call.tenant.id.encode()),
             share=exchange.share_of(candidate),
         )
-        if attempt.must_wait:
-            attempt.share = exchange.waiting_share_of(candidate)
-            attempt.waits_until = exchange.deadline_seconds
-            before_seconds = self._clock.monotonic()
-            try:
-                await attempt.wait(self._clock)
-            except BaseException:
-                attempt.take_back()  # it was never sent, so no replica holds its prefix
-                attempt.end(self._clock.monotonic())
-                raise
-            finally:
-                exchange.waited_seconds += self._clock.monotonic() - before_seconds
         return attempt
+
+    async def _wait(self, exchange: Exchange, attempt: Attempt, candidate: Candidate) -> None:
+        """Wait for a place at the replica."""
+        attempt.share = exchange.waiting_share_of(candidate)
+        attempt.waits_until = exchange.deadline_seconds
+        before_seconds = self._clock.monotonic()
+        try:
+            await attempt.wait(self._clock)
+        except BaseException:
+            attempt.take_back()  # it was never sent, so no replica holds its prefix
+            attempt.end(self._clock.monotonic())
+            raise
+        finally:
+            exchange.waited_seconds += self._clock.monotonic() - before_seconds
+
+    def _may_be_stream(self, exchange: Exchange, response: UpstreamResponse) -> bool:
+        """Return True if the beginning of the response must be read to know whether it is a stream."""
+        prompt = exchange.prompt
+        wants_stream = (prompt is not None and prompt.stream) or response.is_event_stream
+        return wants_stream and response.status < 400 and exchange.call.endpoint.is_generation
 
     async def _open(self, exchange: Exchange, response: UpstreamResponse) -> Opening:
         """Wait until the response shows whether it is a stream, and what its first event is."""
-        prompt = exchange.prompt
-        wants_stream = (prompt is not None and prompt.stream) or response.is_event_stream
-        if not wants_stream or response.status >= 400 or not exchange.call.endpoint.is_generation:
-            return Opening.PLAIN
         named_so = response.is_event_stream or not response.header(b"content-type")
         response.allow_silence(self._policy.first_byte_seconds)
         opening = Opening.UNDECIDED  # as it stays if the body is compressed

@@ -166,7 +166,8 @@ class Pipeline:
         if not self._object_is_known(exchange):
             await self._sleep(OBJECT_NEWS_SECONDS)
             self._reader.read(exchange)
-        await self.expand(exchange)
+        if self._names_context(exchange):
+            await self._contexts.expand(exchange)
         self._planner.fingerprint(exchange)
         self._planner.look_up(exchange)
         self._planner.plan(exchange)
@@ -179,13 +180,12 @@ class Pipeline:
             return False
         return True
 
-    async def expand(self, exchange: Exchange) -> None:
-        """Insert the stored context that the prompt names, if any. Raises CairnError if it cannot be used."""
+    def _names_context(self, exchange: Exchange) -> bool:
+        """Return True if the prompt may name a stored context, which is then inserted."""
         call, prompt = exchange.call, exchange.prompt
         if prompt is None or call.endpoint is not _CHAT:
-            return
-        if prompt.may_name_context or names_context(call.headers):
-            await self._contexts.expand(exchange)
+            return False
+        return prompt.may_name_context or names_context(call.headers)
 
     def turn_away(self, call: Call, error: CairnError, client: Downstream) -> None:
         """Answer a call that was not admitted with `error`; it is counted and logged like any other."""
