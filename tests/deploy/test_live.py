@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 _WINDOW = "60s"  # all of the run
 # metrics that have no series in this run, and why; a query may be empty only if it asks for one of them
 EMPTY_HERE = {
-    "cairn_routing_gain_tokens_total": "the shadow index samples; so few requests may all be left out",
+    "cairn_routing_gain_tokens_total": "the baseline samples; so few requests may all be left out",
     "cairn_contexts": "no context is stored",
     "cairn_contexts_bytes": "no context is stored",
     "cairn_contexts_evictions_total": "no context is dropped",
@@ -31,6 +31,8 @@ EMPTY_HERE = {
     "cairn_context_cached_tokens_total": "no context is stored",
     "cairn_contexts_damaged_total": "no context is stored",
     "cairn_usage_inconsistent_total": "the scripted upstreams count right",
+    "cairn_upstream_hidden_errors_total": "the scripted upstreams answer errors with their status",
+    "cairn_cached_implausible_total": "the scripted upstreams report what they can have cached",
     "cairn_journal_dropped_total": "nothing is lost",
     "cairn_redis_errors_total": "Valkey answers all it is asked",
 }
