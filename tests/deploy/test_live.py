@@ -33,6 +33,10 @@ EMPTY_HERE = {
     "cairn_usage_inconsistent_total": "the scripted upstreams count right",
     "cairn_upstream_hidden_errors_total": "the scripted upstreams answer errors with their status",
     "cairn_cached_implausible_total": "the scripted upstreams report what they can have cached",
+    "cairn_redis_dropped_total": "nothing in Redis is damaged",
+    "cairn_background_task_failures_total": "no task fails",
+    "cairn_client_refused_total": "the clients stay within the limits",
+    "cairn_client_errors_total": "the clients send valid HTTP",
     "cairn_journal_dropped_total": "nothing is lost",
     "cairn_redis_errors_total": "Valkey answers all it is asked",
 }
