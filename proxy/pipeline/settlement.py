@@ -47,7 +47,7 @@ class Settlement:
         self._journal = journal
         self._fleet = fleet
         self._tokens = tokens
-        self._accounts = accounts
+        self._counters = accounts
         self._prefix_stats = prefix_stats
         self._baseline = baseline
         self._access_log = access_log
@@ -59,7 +59,7 @@ class Settlement:
     def settle(self, exchange: Exchange) -> Outcome:
         """Learn from a finished request, count it and log it."""
         outcome = exchange.outcome(self._clock.monotonic())
-        usage = self._accounts.known_usage(outcome)
+        usage = self._counters.known_usage(outcome)
         placement = None if exchange.attempt is None else exchange.attempt.placement
         if placement is not None:
             if usage is not None and usage.cached_tokens is not None:
@@ -81,7 +81,7 @@ class Settlement:
         cached_tokens = usage.cached_tokens or 0
         if not self._cached_counts.is_doubtful(placement.replica, usage.prompt_tokens, cached_tokens, is_new=is_new):
             return usage
-        self._accounts.count_implausible(outcome)
+        self._counters.count_implausible(outcome)
         return replace(usage, cached_tokens=None)
 
     def count(self) -> None:
@@ -91,7 +91,7 @@ class Settlement:
             outcome, usage, placement = (
                 waiting.popleft()
             )  # before it is counted, so that one defect does not keep the others
-            self._accounts.count(outcome, usage, None if placement is None else placement.predicted_tokens)
+            self._counters.count(outcome, usage, None if placement is None else placement.predicted_tokens)
             self._prefix_stats.add(outcome, placement, usage)
             if placement is not None and usage is not None:
                 self._count_routing_gain(outcome, usage, placement)
@@ -99,14 +99,14 @@ class Settlement:
     def forget(self, replica: int, name: str) -> None:
         """Count what is left to count, and drop what is kept for a replica that is gone for good."""
         self.count()
-        self._accounts.forget(replica, name)
+        self._counters.forget(replica, name)
         self._cached_counts.forget(replica)
 
     def _count_routing_gain(self, outcome: Outcome, usage: Usage, placement: Placement) -> None:
         gain = self._baseline.answered(placement, usage.prompt_tokens, usage.cached_tokens)
         if gain is not None:
-            label = self._accounts.label(outcome)
-            self._accounts.count_routing_gain(outcome, self._baseline.count(label, gain))
+            label = self._counters.label(outcome)
+            self._counters.count_routing_gain(outcome, self._baseline.count(label, gain))
 
     def _teach_index(self, placement: Placement, usage: Usage | None, *, skips_cache: bool) -> None:
         if usage is None or usage.longest_call_tokens:  # sums of several calls say nothing about this prompt

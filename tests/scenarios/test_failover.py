@@ -242,7 +242,7 @@ async def test_a_200_that_is_none_is_relayed_and_counted_as_an_error(
     """Its ending is not complete, and a replica that sends them is no better than one that sends 500."""
     outcomes: list[Outcome] = []
     async with Sick(200, body, kind) as sick, running(config_for([sick.url])) as cairn:
-        counters = cairn.worker.accounting.settlement._accounts  # noqa: SLF001 - internal state that no public name shows
+        counters = cairn.worker.accounting.settlement._counters  # noqa: SLF001 - internal state that no public name shows
         count = counters.count
         counters.count = lambda outcome, *rest: (outcomes.append(outcome), count(outcome, *rest))  # type: ignore
         status, text, _ = await ask(http, cairn, path)
