@@ -1,4 +1,4 @@
-"""The head of a request: read by llhttp, then checked for everything that llhttp lets pass. Pure.
+"""The head of a request: read by llhttp, then checked for everything that llhttp lets pass.
 
 llhttp (in its strict mode) refuses bare CR and LF, folded lines, white space before a colon, control characters,
 repeated or malformed lengths, and a length beside a transfer encoding. It accepts the following, which a proxy must
@@ -9,16 +9,14 @@ headers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from httptools import HttpParserError, HttpParserInvalidMethodError, HttpParserInvalidURLError, HttpParserUpgrade
 from httptools import HttpRequestParser as Parser
 
+from proxy.downstream.body import IncomingBody
 from proxy.downstream.errors import BadHttp, ProtocolError
-
-if TYPE_CHECKING:
-    from proxy.downstream.body import IncomingBody
-    from proxy.errors import CairnError
+from proxy.errors import CairnError
 
 HEADERS_MOST: Final = 256
 _LENGTH_DIGITS_MOST: Final = 15

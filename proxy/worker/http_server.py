@@ -14,7 +14,8 @@ from typing import Final, Protocol
 
 from proxy.clock import Clock
 from proxy.config.schema import Server
-from proxy.downstream.body import overloaded, read_body, stream_body
+from proxy.downstream.body import overloaded
+from proxy.downstream.body_reader import read_body, stream_body
 from proxy.downstream.connection import Connection
 from proxy.downstream.errors import BadHttp, ClientLimit
 from proxy.downstream.limits import Limits

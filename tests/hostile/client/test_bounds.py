@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from proxy.downstream.body import read_body
+from proxy.downstream.body_reader import read_body
 from proxy.downstream.connection import Connection
 from proxy.downstream.request import IncomingRequest
 from proxy.downstream.response import ClientResponse

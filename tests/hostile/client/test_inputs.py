@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from proxy.downstream.body import read_body
+from proxy.downstream.body_reader import read_body
 from proxy.downstream.request import IncomingRequest
 from proxy.downstream.response import ClientResponse
 from proxy.errors import REASON_PHRASES, CairnError

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 import uvloop
 
-from proxy.downstream.body import read_body
+from proxy.downstream.body_reader import read_body
 from proxy.downstream.request import IncomingRequest
 from proxy.downstream.response import ClientResponse
 from proxy.downstream.server import ClientServer

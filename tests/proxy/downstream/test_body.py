@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from proxy.downstream.body import read_body, stream_body
+from proxy.downstream.body_reader import read_body, stream_body
 from proxy.downstream.request import IncomingRequest
 from proxy.downstream.response import ClientResponse
 from proxy.errors import CairnError, RequestTimeout, TooLarge

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from proxy.downstream.body import read_body, stream_body
+from proxy.downstream.body_reader import read_body, stream_body
 from proxy.downstream.errors import BadHttp, ClientLimit
 from proxy.downstream.request import IncomingRequest
 from proxy.downstream.response import ClientResponse

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import uvloop
 
-from proxy.downstream.body import TRUSTED_BYTES, read_body, stream_body
+from proxy.downstream.body import TRUSTED_BYTES
+from proxy.downstream.body_reader import read_body, stream_body
 from proxy.downstream.connection import ROOM_BYTES, Connection
 from proxy.downstream.request import IncomingRequest
 from proxy.downstream.response import ClientResponse

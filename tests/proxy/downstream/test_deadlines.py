@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from proxy.downstream.body import GRACE_SECONDS, read_body, stream_body
+from proxy.downstream.body import GRACE_SECONDS
+from proxy.downstream.body_reader import read_body, stream_body
 from proxy.downstream.connection import Connection
 from proxy.downstream.errors import BadHttp, ClientStalled
 from proxy.downstream.limits import connections_within

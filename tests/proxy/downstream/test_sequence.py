@@ -7,7 +7,7 @@ import asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.downstream.body import read_body
+from proxy.downstream.body_reader import read_body
 from proxy.downstream.request import IncomingRequest
 from proxy.downstream.response import ClientResponse
 from tests.proxy.downstream.test_cuts import Line

@@ -1,0 +1,61 @@
+"""Read the body of a request, whole or piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from copy import copy
+
+from proxy.downstream.chunks import Buffer
+from proxy.downstream.request import IncomingRequest
+from proxy.errors import TooLarge
+
+
+async def read_body(request: IncomingRequest, limit_bytes: int, limit_seconds: float) -> Buffer:
+    """Give the whole body of `request`, which nobody else holds.
+
+    Raises:
+        TooLarge: it is, or is declared to be, over `limit_bytes`; no more than that is ever held.
+        RequestTimeout: it did not arrive within `limit_seconds`, or came too slowly.
+        ProtocolError: its framing is broken.
+        Overloaded: the bodies of all requests together have no room for it.
+    """
+    length = request.content_length
+    if length is not None and length > limit_bytes:
+        raise TooLarge(f"The body has {length} bytes; at most {limit_bytes} are read.")
+    if request.refusal is not None:
+        raise copy(request.refusal)
+    if request.body is not None:
+        return await request.body.read(limit_bytes, limit_seconds)
+    return request.whole_body
+
+
+def stream_body(request: IncomingRequest, idle_seconds: float) -> AsyncIterator[bytes]:
+    """Give the body piece by piece, as it arrives; memory holds `AHEAD_BYTES` of it and a read.
+
+    The iterator raises:
+        RequestTimeout: nothing came for `idle_seconds`.
+        ProtocolError: its framing is broken.
+        Overloaded: the bodies of all requests together have no room for it.
+    """
+    if request.body is not None:
+        request.body.begin_stream(idle_seconds)
+    return _Pieces(request)
+
+
+class _Pieces:
+    """See `stream_body`. A class and not a generator, since nobody has to close it."""
+
+    def __init__(self, request: IncomingRequest) -> None:
+        self._whole = request.whole_body
+        self._body = request.body
+
+    def __aiter__(self) -> _Pieces:
+        return self
+
+    async def __anext__(self) -> bytes:
+        piece, self._whole = self._whole, b""
+        if not piece and self._body is not None:
+            piece = await self._body.next_piece()
+        if not piece:
+            raise StopAsyncIteration
+        return piece
