@@ -94,7 +94,7 @@ def spread(times: list[float]) -> str:
 
 
 def report_cut() -> None:
-    """What cutting and hashing costs by size."""
+    """Print the cost of cutting and hashing by size."""
     print("cut, CPU us")
     for size in (1_024, 65_536, 524_288, 2_097_152):
         spans = [memoryview(random.Random(1).randbytes(size))]

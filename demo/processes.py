@@ -44,7 +44,7 @@ class Child:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended yet."""
+        """True if the process has not ended yet."""
         return self.process.poll() is None
 
     def next_line(self, timeout_seconds: float) -> str:

@@ -22,7 +22,7 @@ SYNTHETIC_SESSIONS = 700
 
 
 class Fleet(msgspec.Struct, frozen=True):
-    """What a contestant is told. `capacity_tokens` is what it believes of each replica's cache."""
+    """Inputs of a contestant. `capacity_tokens` is its belief about each replica's cache."""
 
     replicas: int
     capacity_tokens: int

@@ -31,7 +31,7 @@ SESSIONS = 400
 
 
 class Turns(msgspec.Struct, frozen=True):
-    """What came of one router. Times are the engines' seconds."""
+    """Result of one router. Times are in the engines' seconds."""
 
     turns_per_hour: float
     hit_share: float
@@ -87,7 +87,7 @@ class _Drive:
         self.seen.append((self.now(), seen))
 
     def turns(self) -> Turns:
-        """What was seen after the warm-up."""
+        """Return the result after the warm-up."""
         warm_up, seconds = self._loop.warm_up_seconds, self._loop.seconds
         counted = [seen for ended, seen in self.seen if ended >= warm_up]
         answered = [seen for seen in counted if not seen.error]

@@ -23,7 +23,7 @@ ARRIVAL_SECONDS = 60.0
 
 
 class Loop(msgspec.Struct, frozen=True):
-    """What is simulated: `active` sessions at once for `seconds`; the first `warm_up_seconds` do not count."""
+    """A simulation: `active` sessions at once for `seconds`; the first `warm_up_seconds` do not count."""
 
     active: int
     replicas: int = 4
@@ -141,7 +141,7 @@ class ClosedLoop:
             self._calendar.at(now + program.turns[program.next].pause_seconds, lambda at: self._send(program, at))
 
     def result(self) -> Result:
-        """What was counted, at the end of the time."""
+        """Return the counts at the end of the run."""
         waits = sorted(self.ttft_seconds) or [0.0]
         return Result(
             turns_per_hour=self.turns * 3_600 / (self._loop.seconds - self._loop.warm_up_seconds),

@@ -26,7 +26,7 @@ LOOK_SECONDS = 0.5
 
 
 class Claims:
-    """What proxies agree on: who sends a cold turn to which replica, and whose turn is the oldest."""
+    """Agreement of the proxies: which one may send a cold turn to which replica, and whose turn is the oldest."""
 
     def __init__(self) -> None:
         self.holders: dict[int, int] = {}  # request numbers by replica

@@ -22,7 +22,7 @@ PLAIN = "bench"  # no wish
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the bodies of one measurement look like.
+    """Shape of the bodies of one measurement.
 
     `size_bytes` is the size of the whole JSON body, `shared_share` how much of the text is the same in all,
     `wish` is what the static upstream is asked to do (see `upstream`), `verify` has it remember the body's digest.

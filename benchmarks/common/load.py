@@ -50,7 +50,7 @@ class Job(msgspec.Struct, frozen=True):
     capture: bool = False
 
     def shape(self) -> bodies.Shape:
-        """What the bodies look like."""
+        """Return the shape of the bodies."""
         return bodies.Shape(
             self.size_bytes,
             self.shared_share,
@@ -63,7 +63,7 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """What one job saw. Seconds of latency run from the first byte written to the last byte read."""
+    """Result of one job. Seconds of latency run from the first byte written to the last byte read."""
 
     requests: int
     seconds: float

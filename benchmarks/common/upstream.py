@@ -34,7 +34,7 @@ _KEPT_DIGESTS = 64
 
 
 class Wish(enum.StrEnum):
-    """What a body may ask for by the mark at its end."""
+    """Manners of response that the mark at a body's end can request."""
 
     BENCH = "bench"
     SLOW = "slow"  # a pause before the answer
@@ -45,7 +45,7 @@ class Wish(enum.StrEnum):
 
 @dataclass(slots=True)
 class Tally:
-    """What all replicas together received."""
+    """Counts of all replicas together."""
 
     requests: int = 0
     body_bytes: int = 0

@@ -1,4 +1,4 @@
-"""What is measured: how each proxy is started, when it is ready, and which of its processes is what.
+"""Describe the measured proxies: how each is started, when it is ready, and the role of each process.
 
 Knows command lines and nothing of measuring.
 """
@@ -27,7 +27,7 @@ _START_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a command line is made of."""
+    """Parts of a command line."""
 
     upstreams: tuple[str, ...]
     port: int
@@ -73,7 +73,7 @@ def cairn_command(wanted: Wanted) -> list[str]:
 
 
 def installed_cairn() -> str:
-    """What is measured, in its own words: its version, and whether it is compiled."""
+    """Return the version that a proxy reports, and whether it is compiled."""
     return subprocess.run([*_CAIRN, "--version"], capture_output=True, text=True, check=True).stdout.strip()
 
 

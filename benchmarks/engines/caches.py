@@ -1,4 +1,4 @@
-"""What an engine keeps of the prompts that it has computed, and how much of a new one it finds there.
+"""Simulate the cache of an engine: the prompts it keeps, and the part of a new one found there.
 
 Three kinds, each as its engines work: blocks of a fixed size shared by all prompts, the least recently used evicted
 first, the end of a prompt before its head (vLLM, SGLang); the same with a state that exists only where a prompt ended
@@ -65,7 +65,7 @@ class BlockCache:
 
     @property
     def held_tokens(self) -> int:
-        """What is kept now."""
+        """Return the present contents."""
         return len(self._blocks) * self.block_tokens
 
     def _use(self, blocks: list[int]) -> None:

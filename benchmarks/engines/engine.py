@@ -25,7 +25,7 @@ At = Callable[[float, Callable[[float], None]], None]
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What the engine reports of one answer, in tokens."""
+    """Usage that the engine reports for one response, in tokens."""
 
     prompt_tokens: int
     cached_tokens: int

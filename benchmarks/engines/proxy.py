@@ -27,7 +27,7 @@ TODAY = "2026-01-31"
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What one request brought."""
+    """Result of one request."""
 
     replica: int
     predicted_tokens: int

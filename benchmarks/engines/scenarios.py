@@ -47,7 +47,7 @@ class SessionsByTurns:
 
 
 class LoadResult(msgspec.Struct, frozen=True):
-    """What a load cost: median seconds to the first token of first and of later turns, and tokens computed."""
+    """Cost of a load: median seconds to the first token of first and of later turns, and tokens computed."""
 
     first_seconds: float
     later_seconds: float

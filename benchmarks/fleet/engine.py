@@ -102,7 +102,7 @@ class PinningCache(BlockCache):
 
 
 class Listener(Protocol):
-    """Who is told what an engine does."""
+    """Listener of an engine's events."""
 
     def started(self, request: Request, now: float) -> None: ...
     def first_token(self, request: Request, replica: int, cached_tokens: int, now: float) -> None: ...

@@ -18,14 +18,14 @@ matters), and the time."""
 
 
 class Router(Protocol):
-    """What a rule is to the simulation; it is told first tokens and ends."""
+    """Interface of a rule; it is told of first tokens and ends."""
 
     def route(self, request: Request, now: float, send: Send) -> None:
         """Choose a replica, and call `send` once, now or later."""
         ...
 
     def started(self, request: Request, now: float) -> None:
-        """Where the queue is the router's: the request left it for its replica."""
+        """Note that a request left the router's queue for its replica."""
         ...
 
     def first_token(self, request: Request, replica: int, cached_tokens: int, now: float) -> None: ...

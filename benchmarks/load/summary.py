@@ -93,7 +93,7 @@ def _prefill_seconds(cached_tokens: int, cold: Sequence[Answer]) -> float | None
 
 
 def tables(summary: Summary) -> list[Table]:
-    """What a person reads."""
+    """Format the summary for a person."""
     waits = Table(title="time to first token, s")
     for heading in ("", "requests", "mean", "p50", "p90", "p99"):
         waits.add_column(heading, justify="right" if heading else "left")

@@ -1,4 +1,4 @@
-"""What is sent and when: a trace as text, or conversations with a common prompt. Pure."""
+"""Decide the prompts to send and when: a trace as text, or conversations with a common prompt. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is compared: how each is started before a fleet of engines, and on which ports it then answers.
+"""Start each contestant before a fleet of engines, and tell the ports on which it answers.
 
 Knows command lines and nothing of traces. What is not installed is left out.
 """
@@ -40,7 +40,7 @@ listen front
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What is started for every contestant alike."""
+    """Settings that all contestants share."""
 
     engines: int
     capacity_tokens: int

@@ -39,7 +39,7 @@ class Seen(msgspec.Struct, frozen=True):
 
 
 class EngineCount(msgspec.Struct, frozen=True):
-    """What one engine did."""
+    """Counts of one engine."""
 
     requests: int
     prompt_tokens: int

@@ -59,7 +59,7 @@ class _Body(msgspec.Struct):
 
 
 class Stats(msgspec.Struct):
-    """What an engine has done since its process began, restarts included."""
+    """Counts of an engine since its process began, restarts included."""
 
     requests: int = 0
     prompt_tokens: int = 0

@@ -181,7 +181,7 @@ def _restart_cells(restart: Recovery | None) -> tuple[str, ...]:
 
 
 def remarks(rows: Sequence[Figures]) -> list[str]:
-    """What does not fit in the table: how late things were, and restarts."""
+    """Format what does not fit in the table: how late things were, and restarts."""
     said = [f"load sent late, p99 in engine seconds: {max((r.late_p99_seconds for r in rows), default=0.0):.3f}"]
     for row in rows:
         if not math.isnan(row.news_p50_seconds):

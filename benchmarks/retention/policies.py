@@ -16,7 +16,7 @@ from cache.contexts.retention import StoredValue
 
 SEGMENT_BYTES = BLOCK_TOKENS * BYTES_PER_TOKEN
 SEGMENT_USD = BLOCK_TOKENS * 1e-6
-"""What a use of a segment saves; the same for all, so it changes nothing but the figures' scale."""
+"""Saving of one use of a segment; the same for all, so it changes nothing but the figures' scale."""
 
 Rank = Callable[[StoredValue | None, float], tuple[StoredValue, float]]
 """The standing before (None: not kept) and the moment of a use, to the standing and the rank after it."""

@@ -1,4 +1,4 @@
-"""What a proxy still holds when all its clients are gone, and how that compares with an earlier moment."""
+"""Measure the resources that a proxy holds when all its clients are gone, and compare two moments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ZERO_GAUGES = (
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """What the proxy holds at one moment; None if this system cannot show it."""
+    """Resources of the proxy at one moment; None if this system cannot show them."""
 
     resident_bytes: int
     client_sockets: int | None

@@ -22,7 +22,7 @@ _ENDS_STREAM = b"data: [DONE]\n\n"
 
 
 class Visit(enum.StrEnum):
-    """What one client does."""
+    """One client of the soak."""
 
     PLAIN = "plain"
     STREAM = "stream"
