@@ -34,8 +34,9 @@ class Setting(msgspec.Struct, frozen=True):
 
 def descriptions(section: type[Section]) -> dict[str, str]:
     """Return the text under each field of `section`."""
-    tree = ast.parse(inspect.getsource(schema))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == section.__name__)
+    (definition,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(definition, ast.ClassDef)  # noqa: S101
+    body = definition.body
     found = {}
     for field, text in itertools.pairwise(body):
         if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):

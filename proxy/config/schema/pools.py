@@ -1,0 +1,163 @@
+"""The section `pools`: which replicas there are and what is known of them. Pure."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from msgspec import Meta
+
+from proxy.config.schema.values import Count, Name, Patterns, Seconds, Secret, Section
+from proxy.model import ToolOrder
+
+FOLLOWED_SCHEME = "dns+http"
+"""Scheme of a URL that stands for every address of its host name."""
+
+_DEFAULT_PORTS = {"http": 80, "https": 443, FOLLOWED_SCHEME: 80}
+
+
+class PoolKind(enum.StrEnum):
+    """The kind of upstream: engines keep prefixes while there is memory, providers for a fixed time."""
+
+    ENGINE = "engine"
+    PROVIDER = "provider"
+
+
+class Auth(enum.StrEnum):
+    """The header in which a replica's key is sent: `authorization: Bearer`, `x-api-key` or `api-key`."""
+
+    BEARER = "bearer"
+    X_API_KEY = "x-api-key"
+    API_KEY = "api-key"
+
+
+class Tenancy(enum.StrEnum):
+    """Whether clients profit from each other's cached prefixes; with `isolated` each has its own."""
+
+    SHARED = "shared"
+    ISOLATED = "isolated"
+
+
+class Replica(Section, frozen=True):
+    """One endpoint of a pool.
+
+    A `url` of `dns+http://name:port` stands for one endpoint at each address of the name.
+    """
+
+    url: str
+    """Base URL, with or without `/v1`."""
+
+    name: Name | None = None
+    """Name in metrics, logs and the shared index; by default host and port."""
+
+    key: Secret | None = None
+    """API key to send to this replica in place of the client's."""
+
+    key_env: str | None = None
+    """Environment variable that contains the key."""
+
+    key_file: str | None = None
+    """File that contains the key, relative to the configuration file."""
+
+    auth: Auth | None = None
+    """Header that carries the key: `bearer`, `x-api-key` or `api-key`; by default what the host is known to want."""
+
+    capacity_tokens: Count | None = None
+    """Tokens that the engine's cache can hold; by default learned from the engine and its responses."""
+
+    max_concurrent: Count | None = None
+    """Requests that the replica handles at once; further ones wait in Cairn. By default what the engine reports."""
+
+    prefill_tokens_per_second: Annotated[float, Meta(gt=0)] | None = None
+    """Prefill rate; by default measured."""
+
+    ranks: Annotated[int, Meta(ge=1, le=256)] = 1
+    """Data-parallel ranks behind the URL, each with its own cache. Each is a replica `<name>/rank-<n>`, selected by
+    the header `X-data-parallel-rank`. The other settings then apply to each rank."""
+
+    @property
+    def label(self) -> str:
+        """The name, given or derived."""
+        return self.name or derived_name(self.url)
+
+    @property
+    def is_followed(self) -> bool:
+        """True if the URL stands for every address of its host name."""
+        return self.url.startswith(f"{FOLLOWED_SCHEME}://")
+
+
+class Template(Section, frozen=True):
+    """How the engines of a pool render prompts. By default Cairn asks an engine, or goes by the model's name.
+
+    Only the key by which prompts are found depends on it; requests are passed on as they are.
+    """
+
+    order: ToolOrder | None = None
+    """Where the tools go: `tools_first`, `system_first` (after the system message) or `tools_last` (before the last
+    user message)."""
+
+    drops_reasoning: bool | None = None
+    """Reasoning before the last user message is left out."""
+
+    moves_system: bool | None = None
+    """System messages from within the conversation are put at its head."""
+
+    dated: bool | None = None
+    """The prompt begins with today's date, so that it is a new one each day (in UTC)."""
+
+    none_drops_tools: bool | None = None
+    """`tool_choice: none` leaves the tools out of the prompt."""
+
+    keeps_billing: bool | None = None
+    """The text that begins with `x-anthropic-billing-header` is rendered; by default it counts as left out."""
+
+    arguments_without_effect: tuple[Annotated[str, Meta(min_length=1, max_length=64)], ...] | None = None
+    """Request fields such as `enable_thinking` that change nothing before the last message."""
+
+
+class Pool(Section, frozen=True):
+    """Replicas that serve the same models."""
+
+    name: Name
+    """Name of the pool."""
+
+    replicas: Annotated[tuple[Replica, ...], Meta(min_length=1, max_length=1024)]
+    """The endpoints."""
+
+    models: Annotated[Patterns, Meta(min_length=1)] = ("*",)
+    """Model names that the pool serves, as patterns with `*` and `?`. The first pool that matches is used."""
+
+    kind: PoolKind = PoolKind.ENGINE
+    """`engine` for engines, whose caches are limited by memory; `provider` for an API that caches by time."""
+
+    default: bool = False
+    """Send requests that name no model to this pool."""
+
+    tenancy: Tenancy | None = None
+    """Tenancy of this pool; by default the top-level setting."""
+
+    cache_salt: bool = False
+    """Send each tenant's salt in the field `cache_salt`, for engines that support it."""
+
+    template: Template | None = None
+    """How the engines render prompts, if neither asking them nor the model's name shows it. For engines only."""
+
+    ttl_seconds: Seconds = 300
+    """Time for which a provider keeps a prefix that nobody uses."""
+
+    optional: bool = False
+    """Report Cairn as ready while all replicas of this pool are down."""
+
+
+def derived_name(url: str) -> str:
+    """Return host and port of `url` (the port only if it is not the default) and the path without `/v1`.
+
+    >>> [derived_name(u) for u in ("http://10.0.0.7:8000/v1", "https://api.openai.com/v1", "http://h:1/a/v1")]
+    ['10.0.0.7:8000', 'api.openai.com', 'h:1/a']
+    """
+    parts = urlsplit(url)
+    path = parts.path.rstrip("/").removesuffix("/v1")
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
+    shown = "" if parts.port in (None, _DEFAULT_PORTS.get(parts.scheme)) else f":{parts.port}"
+    return host + shown + path
