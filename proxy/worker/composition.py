@@ -172,6 +172,21 @@ def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
         basics.tasks.start,
         clock,
     )
+    return Sharing(
+        baseline=baseline,
+        gate=gate,
+        remote_prefills=remote_prefills,
+        journal=journal,
+        load_broadcast=_load_broadcast(basics, memory, journal, fleet, shares, cold_gate),
+        shares=shares,
+        cold_gate=cold_gate,
+    )
+
+
+def _load_broadcast(
+    basics: Basics, memory: Memory, journal: Journal, fleet: Fleet, shares: TenantShares, cold_gate: ColdGate
+) -> LoadBroadcast:
+    clock = basics.clock
 
     def absorb(peer: str, rows: Mapping[str, tuple[float, ...]]) -> None:
         now_seconds = clock.monotonic()
@@ -183,7 +198,7 @@ def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
         fleet.forget_peer(peer)
         shares.forget(peer)
 
-    load_broadcast = LoadBroadcast(
+    return LoadBroadcast(
         memory.store,
         basics.writer_id,
         clock=clock,
@@ -192,15 +207,6 @@ def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
         absorb=absorb,
         forget=forget,
         alone=lambda: journal.others == 0,
-    )
-    return Sharing(
-        baseline=baseline,
-        gate=gate,
-        remote_prefills=remote_prefills,
-        journal=journal,
-        load_broadcast=load_broadcast,
-        shares=shares,
-        cold_gate=cold_gate,
     )
 
 
