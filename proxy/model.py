@@ -339,12 +339,14 @@ class Outcome(msgspec.Struct, frozen=True):
     inter_token_counts: tuple[int, ...] = ()  # gaps after the first token, per bucket of the metric
     inter_token_seconds: float = 0.0  # their sum
     tried: tuple[str, ...] = ()  # replicas that failed before the last one, each with the reason: "name;503"
+    head_sent_early: bool = False  # the client was sent 200 and comments before any replica had responded
 
 
 class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One line of the access log; unknown fields are omitted. `time` is the end of the request.
 
     `duration` and `ttft` are in seconds. `client` is the configured name, `peer` the address of the connection.
+    With `head_sent_early` the client was sent status 200 first, and learned of an error `status` from an event.
 
     Enums stay enums, because reading their `value` costs more than encoding them.
     """
@@ -376,3 +378,4 @@ class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     request_bytes: int = 0
     answer_bytes: int = 0
     tried: tuple[str, ...] = ()
+    head_sent_early: bool = False

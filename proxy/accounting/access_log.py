@@ -74,6 +74,7 @@ def access_line(call: Call, outcome: Outcome, unix_seconds: float) -> AccessLine
         outcome.request_bytes,
         outcome.response_bytes,
         outcome.tried,
+        outcome.head_sent_early,
     )
 
 

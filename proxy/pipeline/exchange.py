@@ -16,6 +16,7 @@ from proxy.model import Call, Candidate, Edit, Ending, Outcome, Plan, Prompt, Ro
 from proxy.pipeline.attempt import Attempt
 from proxy.pipeline.disclosure import told
 from proxy.pipeline.retries import AttemptFailure
+from proxy.pipeline.silence import WaitingClient
 from proxy.routing.cold_gate import Pass
 from proxy.routing.fair_shares import Priority, Share
 from proxy.wire.headers import cairn_headers
@@ -75,6 +76,7 @@ class Exchange:
         "tried",
         "usage",
         "waited_seconds",
+        "waiting",
     )
 
     def __init__(self, call: Call) -> None:
@@ -104,6 +106,7 @@ class Exchange:
         self.edits: tuple[Edit, ...] = ()
         self.asked_usage = False  # the stream reports usage because Cairn asked for it, so that chunk is withheld
         self.progress_seconds = 0.0  # when the last event came that is no keep-alive
+        self.waiting: WaitingClient | None = None  # it waits for a stream; None if no comments are sent meanwhile
         self.tried: tuple[AttemptFailure, ...] = ()  # attempts that failed before the last one
         self.status = 0
         self.ending = Ending.INTERNAL  # until another ending is known
@@ -155,6 +158,11 @@ class Exchange:
     def waiting_share_of(self, candidate: Candidate) -> Share:
         """For whom it waits there, and with which priority."""
         return self.share_of(candidate)._replace(priority=self.priority_to_wait_by())
+
+    @property
+    def head_sent(self) -> bool:
+        """True if the client was sent the head of a stream before any replica had responded."""
+        return self.waiting is not None and self.waiting.head_sent
 
     @property
     def replica_name(self) -> str:
@@ -235,4 +243,5 @@ class Exchange:
             error_code=self.error_code,
             inter_token_counts=tuple(self.inter_token_counts or ()),
             inter_token_seconds=self.inter_token_seconds,
+            head_sent_early=self.head_sent,
         )

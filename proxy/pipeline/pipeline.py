@@ -16,7 +16,7 @@ from proxy.pipeline.dispatch import Upload
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.stored_contexts import StoredContexts
 from proxy.routing.cold_gate import Verdict
-from proxy.wire.errors import error_response
+from proxy.wire.errors import error_event, error_response
 from proxy.wire.headers import names_context
 
 OBJECT_NEWS_SECONDS: Final = 0.05
@@ -60,7 +60,15 @@ class Relaying(Protocol):
     """Phase 7, by `Relay`."""
 
     async def run(self, exchange: Exchange, downstream: Downstream, upload: Upload | None = None) -> None:
-        """Send the request and pass the response on. Raises CairnError while nothing was written."""
+        """Send the request and pass the response on. Raises CairnError while nothing of a response was written."""
+        ...
+
+    def accompany(self, exchange: Exchange, downstream: Downstream) -> None:
+        """Send comments to the client of a stream until the response begins."""
+        ...
+
+    def release(self, exchange: Exchange) -> None:
+        """Send no more of them."""
         ...
 
 
@@ -150,11 +158,13 @@ class Pipeline:
             if exchange.only_checked:
                 self._contexts.tell_checked(exchange, client)
                 return
+            self._relay.accompany(exchange, client)
             await self.cold_turns.admit(exchange)
             await self._relay.run(exchange, client, upload)
         except CairnError as error:
             self._refuse(exchange, error, client)
         finally:
+            self._relay.release(exchange)
             if exchange.ending is Ending.COMPLETE:
                 self._planner.note_answered(exchange)
             self._settlement.settle(exchange)
@@ -196,9 +206,13 @@ class Pipeline:
     def _refuse(self, exchange: Exchange, error: CairnError, client: Downstream) -> None:
         exchange.ending = Ending.UPSTREAM_FAILED if isinstance(error, UpstreamError) else Ending.REFUSED
         exchange.error_code = error.code or error.type
-        response = error_response(error, exchange.call.endpoint, request_id=exchange.call.request_id)
+        call = exchange.call
+        response = error_response(error, call.endpoint, request_id=call.request_id)
         exchange.status = response.status
-        request_id = (b"x-request-id", exchange.call.request_id.encode())
+        if exchange.waiting is not None and exchange.waiting.head_sent:
+            exchange.waiting.end_with(error_event(error, call.endpoint, request_id=call.request_id))
+            return
+        request_id = (b"x-request-id", call.request_id.encode())
         client.send(
             response.status,
             REASON_PHRASES[response.status],

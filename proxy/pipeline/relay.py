@@ -30,11 +30,19 @@ class Relay:
         self._recorder = recorder
         self._clock = clock
 
+    def accompany(self, exchange: Exchange, downstream: Downstream) -> None:
+        """Send comments to the client from now on, if it waits for a stream; `release` ends that."""
+        self._responses.accompany(exchange, downstream)
+
+    def release(self, exchange: Exchange) -> None:
+        """Send no more comments in place of a response."""
+        self._responses.release(exchange)
+
     async def run(self, exchange: Exchange, downstream: Downstream, upload: Upload | None = None) -> None:
         """Get a response and pass it on; `upload` is the request's body if that is passed through and not read.
 
-        Raises UpstreamError, Overloaded or RateLimited while nothing was written to the client. After that a failure
-        shows as a response that visibly breaks off.
+        Raises UpstreamError, Overloaded or RateLimited while nothing of a response was written to the client. After
+        that a failure shows as a response that visibly breaks off.
         """
         try:
             opened = await self._dispatcher.first_response(exchange, upload)

@@ -6,7 +6,6 @@ ended so that the client can see that it is incomplete.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,10 +22,12 @@ from proxy.model import Ending, Endpoint
 from proxy.pipeline.dispatch import Opened, evidence
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.objects import CreatedObjects
+from proxy.pipeline.silence import COMMENT, SilenceWatch, WaitingClient
 from proxy.upstream import Framing, UpstreamResponse
 from proxy.wire import headers as wire_headers
 from proxy.wire.decode import ResponseDecoder
 from proxy.wire.errors import error_event
+from proxy.wire.late import events_of_plain
 from proxy.wire.sse import StreamTap
 from proxy.wire.usage import read_response
 
@@ -36,7 +37,6 @@ WHOLE_AT_MOST_BYTES = 256 * 1024
 _READ_AT_MOST_BYTES = 8 * 1024 * 1024
 """The usage of a longer plain response, decoded or not, is not read."""
 
-COMMENT: Final = b": waiting for the upstream\n\n"
 _OPENING_BYTES: Final = 2048  # of a stream of the responses surface, in which its id is looked for
 _COMPLETE: Final = Ending.COMPLETE  # constants: the member of an enum is looked up in Python
 _TRUNCATED: Final = Ending.TRUNCATED
@@ -54,7 +54,6 @@ class StreamLimits:
 
     idle_seconds: float = 120.0  # without a byte, after the first event
     thinking_seconds: float = 900.0  # with nothing but comments and pings
-    comment_seconds: float = 15.0  # until the client gets a comment; 0 for never
 
 
 class ModelNames(Protocol):
@@ -74,6 +73,7 @@ class ResponseRelay:
         recorder: Recorder,
         clock: Clock,
         limits: StreamLimits,
+        silence: SilenceWatch,
     ) -> None:
         self.objects = objects
         self._fleet = fleet
@@ -81,14 +81,35 @@ class ResponseRelay:
         self._recorder = recorder
         self.clock = clock
         self.limits = limits
+        self.silence = silence
+
+    def accompany(self, exchange: Exchange, downstream: Downstream) -> None:
+        """Send comments to the client from now on, if it waits for a stream; `release` ends that."""
+        prompt = exchange.prompt
+        if prompt is not None and prompt.stream and self.silence.fills_before_head:
+            call = exchange.call
+            waiting = exchange.waiting = WaitingClient(downstream, call.request_id, call.read_seconds)
+            self.silence.enter(waiting)
+
+    def release(self, exchange: Exchange) -> None:
+        """Send no more comments in place of a response."""
+        if exchange.waiting is not None:
+            self.silence.leave(exchange.waiting)
 
     async def pass_on(self, exchange: Exchange, opened: Opened, downstream: Downstream) -> None:
-        """Write a response to the client. Raises UpstreamError only while nothing was written."""
+        """Write a response to the client. Raises UpstreamError only while nothing of a response was written."""
         exchange.status = opened.response.status
+        is_late = not opened.is_stream and exchange.head_sent
         try:
-            await (self._stream if opened.is_stream else self._plain)(exchange, opened.response, downstream)
+            if opened.is_stream:
+                await self._stream(exchange, opened.response, downstream)
+            elif is_late:
+                await self._as_events(exchange, opened.response)
+            else:
+                self.release(exchange)
+                await self._plain(exchange, opened.response, downstream)
         except UpstreamError as error:
-            if not downstream.begun:
+            if is_late or not downstream.begun:
                 raise
             self._broke(exchange, downstream, error)
         finally:
@@ -147,6 +168,23 @@ class ResponseRelay:
         downstream.end()
         return b"".join(kept) if is_read and exchange.response_bytes <= _READ_AT_MOST_BYTES else None
 
+    async def _as_events(self, exchange: Exchange, response: UpstreamResponse) -> None:
+        """Pass a plain response on as events, since the head of a stream was sent already."""
+        assert exchange.waiting is not None  # noqa: S101 - the caller looked
+        succeeded = response.status < 300
+        if succeeded and exchange.attempt is not None:
+            exchange.attempt.computed()
+        body = await response.read(_READ_AT_MOST_BYTES)
+        exchange.response_bytes = len(body)
+        exchange.ending = _COMPLETE if response.status < 400 else _UPSTREAM_STATUS
+        if succeeded:
+            self._read_plain(exchange, response, body)
+        if encoding := response.header(b"content-encoding"):
+            body = ResponseDecoder(encoding, _READ_AT_MOST_BYTES).feed(body)
+        self.release(exchange)
+        call = exchange.call
+        exchange.waiting.end_with(events_of_plain(response.status, body, call.endpoint, request_id=call.request_id))
+
     def _read_plain(self, exchange: Exchange, response: UpstreamResponse, body: bytes) -> None:
         """Read usage, errors and the id of a created object from a whole plain response."""
         if not self._is_read(exchange):
@@ -176,9 +214,11 @@ class ResponseRelay:
 
     async def _stream(self, exchange: Exchange, response: UpstreamResponse, downstream: Downstream) -> None:
         tap = StreamTap(exchange.call.endpoint, withhold_usage=exchange.asked_usage)
-        head = self._response_head(exchange, response)
-        length = None if exchange.asked_usage or self.limits.comment_seconds else response.content_length
-        downstream.begin(response.status, response.reason, head, length)
+        if not exchange.head_sent:
+            head = self._response_head(exchange, response)
+            length = None if exchange.asked_usage or self.silence.is_on else response.content_length
+            downstream.begin(response.status, response.reason, head, length)
+        self.release(exchange)
         stream = StreamRelay(self, exchange, response, downstream, tap)
         try:
             await stream.run()
@@ -243,15 +283,14 @@ class StreamRelay:
         "_decoder",
         "_downstream",
         "_exchange",
-        "_given_seconds",
         "_limits",
-        "_now",
         "_opening",
+        "_passes_decoded",
         "_relay",
         "_response",
         "_tap",
-        "_timer",
         "_wants_id",
+        "given_seconds",
     )
 
     def __init__(
@@ -269,27 +308,27 @@ class StreamRelay:
         self._downstream = downstream
         self._tap = tap
         self._limits = relay.limits
-        self._now = relay.clock.monotonic
         self._decoder = ResponseDecoder(encoding) if encoding else None
+        self._passes_decoded = exchange.head_sent  # which named no encoding
         self._wants_id = exchange.call.endpoint is _RESPONSES
         self._opening = b""
         self._behind = False  # the client has not read what was written
-        self._given_seconds = response.first_byte_seconds  # when the client last got something
-        self._timer: asyncio.TimerHandle | None = None
+        self.given_seconds = response.first_byte_seconds
+        if exchange.waiting is not None:
+            self.given_seconds = exchange.waiting.given_seconds
 
     async def run(self) -> None:
         """Relay until the end of the body. Raises UpstreamError and what writing to the client raises."""
-        comment_seconds = self._limits.comment_seconds
-        if comment_seconds and self._decoder is None:
-            self._watch_silence(max(0.0, self._given_seconds + comment_seconds - self._now()))
+        silence = self._relay.silence
+        if silence.is_on and (self._decoder is None or self._passes_decoded):
+            silence.enter(self)
         try:
             while not await self._response.pour(self.take):
                 self._behind = True
                 await self._downstream.drained()
                 self._behind = False
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
+            silence.leave(self)
 
     def take(self, piece: bytes, framed: bytes | None) -> bool:
         """Write a piece to the client. Return False if the client is behind."""
@@ -297,11 +336,13 @@ class StreamRelay:
         exchange.response_bytes += len(piece)
         if self._decoder is None:
             passed = tap.feed(piece)
+        elif self._passes_decoded:
+            passed = tap.feed(self._decoder.feed(piece))
         else:
             tap.feed(self._decoder.feed(piece))
             passed = piece
         keeps_up = self._downstream.offer(passed, framed if passed is piece else None) if passed else True
-        seen_seconds = self._given_seconds = self._response.seen_seconds
+        seen_seconds = self.given_seconds = self._response.seen_seconds
         if tap.progress and exchange.first_token_seconds is not None:  # nearly every piece of a stream
             exchange.progress_seconds = seen_seconds
             exchange.token_came(seen_seconds)
@@ -326,15 +367,7 @@ class StreamRelay:
         if now_seconds - since > self._limits.thinking_seconds:
             raise IdleTimeout("the upstream sent nothing but keep-alives")
 
-    def _watch_silence(self, delay_seconds: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(delay_seconds, self._fill_silence)
-
-    def _fill_silence(self) -> None:
-        """Write a comment if the client has got nothing for a while and is not inside an event."""
-        now_seconds, comment_seconds = self._now(), self._limits.comment_seconds
-        quiet_seconds = now_seconds - self._given_seconds
-        if quiet_seconds >= comment_seconds:
-            if not self._tap.mid_event and not self._behind:
-                self._downstream.write_last(COMMENT)
-            self._given_seconds, quiet_seconds = now_seconds, 0.0
-        self._watch_silence(comment_seconds - quiet_seconds)
+    def fill(self) -> None:
+        """Write a comment, unless the client is inside an event or has not read what it was sent."""
+        if not self._tap.mid_event and not self._behind:
+            self._downstream.write_last(COMMENT)

@@ -317,6 +317,7 @@ def _relay(config: Config, basics: Basics, replicas: Replicas, sharing: Sharing,
         basics.recorder,
         basics.clock,
         from_config.stream_limits(config.upstream),
+        from_config.silence_watch(config.upstream, basics.clock),
     )
     return Relay(dispatcher, responses, basics.recorder, basics.clock)
 

@@ -6,6 +6,7 @@ import ssl
 from collections.abc import Callable
 
 from cache import ContextLimits
+from proxy.clock import Clock
 from proxy.config.schema import (
     Admission,
     AdmissionMode,
@@ -21,6 +22,7 @@ from proxy.fleet import BreakerSettings
 from proxy.pipeline.admission import Authenticator, KnownClient
 from proxy.pipeline.dispatch import HOLD_SECONDS, RetryPolicy
 from proxy.pipeline.response_relay import StreamLimits
+from proxy.pipeline.silence import SilenceWatch
 from proxy.routing.cold_gate import GateLimits
 from proxy.routing.replica_queue import QueueLimits
 from proxy.upstream import Limits, Origin, default_ssl_context
@@ -53,8 +55,12 @@ def stream_limits(upstream: Upstream) -> StreamLimits:
     return StreamLimits(
         idle_seconds=upstream.idle_seconds,
         thinking_seconds=upstream.thinking_seconds,
-        comment_seconds=upstream.comment_seconds,
     )
+
+
+def silence_watch(upstream: Upstream, clock: Clock) -> SilenceWatch:
+    """Return what sends comments to the clients of silent streams."""
+    return SilenceWatch(upstream.comment_seconds, clock, before_head=upstream.comment_before_head)
 
 
 def upstream_limits(upstream: Upstream) -> Limits:

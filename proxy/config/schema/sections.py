@@ -148,6 +148,11 @@ class Upstream(Section, frozen=True):
     comment_seconds: Wait = 15
     """Send a comment to the client of a stream whenever it has received nothing for this long; 0 for never."""
 
+    comment_before_head: bool = True
+    """Send these comments also before a replica has responded: while the request waits in Cairn, or for the beginning
+    of a response. The client then has status 200 already, so that it learns of a later error from an event of the
+    stream and not from the status."""
+
     keepalive_seconds: Wait = 15
     """Time for which an unused connection is kept; shorter than engines keep theirs."""
 

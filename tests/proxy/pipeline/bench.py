@@ -22,6 +22,7 @@ from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.objects import CreatedObjects
 from proxy.pipeline.relay import Relay
 from proxy.pipeline.response_relay import ResponseRelay, StreamLimits
+from proxy.pipeline.silence import SilenceWatch
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 from proxy.upstream import Framing, Origin, UpstreamResponse
@@ -86,12 +87,17 @@ class Upstream:
 
 
 class Client:
-    """Gives each request the next of `script`: a response, an error, or nothing until it is cancelled."""
+    """Gives each request the next of `script`: a response, an error, or nothing until it is cancelled.
+
+    Nothing comes while `hold` is cleared.
+    """
 
     def __init__(self, *script: Upstream | CairnError | None) -> None:
         self.script = list(script)
         self.sent: list[tuple[Origin, bytes, dict[bytes, bytes]]] = []
         self.asked = asyncio.Event()
+        self.hold = asyncio.Event()
+        self.hold.set()
 
     async def request(
         self,
@@ -107,6 +113,7 @@ class Client:
         whole = b"".join(body) if isinstance(body, list) else body
         self.sent.append((origin, whole, dict(headers)))
         self.asked.set()
+        await self.hold.wait()
         step = self.script.pop(0)
         if step is None:
             await asyncio.Event().wait()
@@ -216,7 +223,8 @@ class Bench:
             self.clock,
             RetryPolicy(**policy),
         )
-        self.limits = StreamLimits(idle_seconds=120.0, thinking_seconds=900.0, comment_seconds=0.0)
+        self.limits = StreamLimits(idle_seconds=120.0, thinking_seconds=900.0)
+        self.silence = SilenceWatch(0.0, self.clock)
         self.names: set[str] = set()
         self.downstream = Downstream()
 
@@ -226,7 +234,7 @@ class Bench:
     def responses(self) -> ResponseRelay:
         objects = CreatedObjects(cast("Any", self.placements))
         names = cast("Any", self)
-        return ResponseRelay(objects, self.fleet, names, self.recorder, self.clock, self.limits)
+        return ResponseRelay(objects, self.fleet, names, self.recorder, self.clock, self.limits, self.silence)
 
     def add(self, names: Iterable[str]) -> None:
         """Take model names."""
@@ -263,7 +271,11 @@ class Bench:
     async def run(self, exchange: Exchange) -> Downstream:
         """Relay it to the end."""
         relay = Relay(self.dispatcher, self.responses(), self.recorder, self.clock)
-        await relay.run(exchange, self.downstream)
+        relay.accompany(exchange, self.downstream)
+        try:
+            await relay.run(exchange, self.downstream)
+        finally:
+            relay.release(exchange)
         return self.downstream
 
     def start(self, exchange: Exchange) -> asyncio.Task[Downstream]:

@@ -13,6 +13,7 @@ from proxy.model import Ending, Endpoint, Prompt, Tenant
 from proxy.pipeline.dispatch import Upload
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.pipeline import OBJECT_NEWS_SECONDS, Pipeline
+from proxy.pipeline.silence import COMMENT, WaitingClient
 from proxy.wire.request import read as read_prompt
 from tests.proxy.pipeline.test_cors import Kept
 from tests.proxy.pipeline.test_reader import CHAT, exchange
@@ -27,6 +28,8 @@ class Phases:
         self.failures = failures
         self.merges = False
         self.ending = Ending.COMPLETE
+        self.waits_long = False  # the client is sent a head and a comment before any response
+        self.accompanied = 0
         self.pipeline = Pipeline(self, self, self, self, self, Contexts(self), Waits(self), self.sleep)
 
     def step(self, name: str) -> None:
@@ -57,6 +60,15 @@ class Phases:
     async def run(self, exchange: Exchange, downstream: Any, upload: Upload | None = None) -> None:
         self.step("relay")
         exchange.ending = self.ending
+
+    def accompany(self, exchange: Exchange, downstream: Any) -> None:
+        self.accompanied += 1
+        if self.waits_long:
+            exchange.waiting = WaitingClient(downstream, "id", 0.0)
+            exchange.waiting.fill()
+
+    def release(self, exchange: Exchange) -> None:
+        self.accompanied = 0
 
     def merges_for(self, tenant: Tenant) -> bool:
         return self.merges
@@ -163,6 +175,23 @@ async def test_a_refusal_is_answered_and_settled_wherever_it_arises(failing: str
         assert len(kept.calls) == 1
 
 
+@pytest.mark.parametrize("failing", ["admit", "relay"])
+async def test_a_refusal_after_comments_is_the_last_event_of_the_stream_and_no_second_head(failing: str) -> None:
+    """In the cold gate as at a replica; status, ending and code are those of the refusal."""
+    error = Overloaded("full", retry_after_seconds=2.0)
+    phases = Phases(**{failing: [error]})
+    phases.waits_long = True
+    asked, kept = await ran(phases, exchange("POST", "/v1/chat/completions", CHAT))
+    assert [call[0] for call in kept.calls] == ["begin", "write_last", "write_last", "end"]
+    assert kept.calls[1][1] == COMMENT
+    event = kept.calls[2][1]
+    assert isinstance(event, bytes)
+    assert json.loads(event.removeprefix(b"data: "))["error"]["message"] == "full"
+    assert (asked.ending, asked.status, asked.error_code) == (Ending.REFUSED, 503, error.code)
+    assert asked.outcome(0.0).head_sent_early
+    assert phases.accompanied == 0
+
+
 @pytest.mark.parametrize("error", [asyncio.CancelledError(), ConnectionResetError(), ZeroDivisionError()])
 @pytest.mark.parametrize("failing", ["read", "admit", "relay"])
 async def test_a_client_that_leaves_and_a_defect_are_settled_and_passed_on(
@@ -175,6 +204,7 @@ async def test_a_client_that_leaves_and_a_defect_are_settled_and_passed_on(
         await phases.pipeline.run(exchange("POST", "/v1/chat/completions", CHAT), kept)
     assert phases.steps[-len(END) :] == END
     assert kept.calls == []
+    assert phases.accompanied == 0
 
 
 async def test_an_object_that_another_worker_made_a_moment_ago_is_waited_for_once() -> None:

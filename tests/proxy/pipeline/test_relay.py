@@ -20,8 +20,7 @@ from proxy.errors import (
 )
 from proxy.metrics.definitions import HIDDEN_ERRORS, STREAM_ABORTS
 from proxy.model import Ending, Endpoint
-from proxy.pipeline import response_relay
-from proxy.pipeline.response_relay import StreamLimits
+from proxy.pipeline.silence import COMMENT, SilenceWatch
 from tests.proxy.pipeline.bench import DONE, SSE, TOKEN, Bench, Upstream, turns
 
 OK_BODY = b'{"choices":[{"message":{"content":"a"}}],"usage":{"prompt_tokens":9,"completion_tokens":1}}'
@@ -314,69 +313,223 @@ async def test_comments_and_pings_keep_a_stream_alive_for_a_bounded_time(alive: 
     assert exchange.error_code == "upstream_timeout"
 
 
-async def test_a_client_that_gets_nothing_for_a_while_gets_a_comment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between events and never inside one. The timers are fired by hand."""
-    pending: list[tuple[float, Callable[[], None]]] = []
+class Timers:
+    """The callbacks of a `SilenceWatch`, fired by hand."""
 
-    loop = asyncio.get_running_loop()
-    handle = loop.call_later(0.0, lambda: None)
+    def __init__(self, bench: Bench, **settings: bool) -> None:
+        self._clock = bench.clock
+        self._pending: list[Callable[[], None]] = []
+        bench.silence = SilenceWatch(15.0, bench.clock, call_later=self._later, **settings)
 
-    def call_later(delay_seconds: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
-        pending.append((delay_seconds, callback))
-        return handle
+    def _later(self, delay_seconds: float, callback: Callable[[], None]) -> None:
+        assert delay_seconds == pytest.approx(1.0)
+        self._pending.append(callback)
 
-    def fire() -> None:
-        pending.pop(0)[1]()
+    def pass_time(self, seconds: int) -> None:
+        """Let whole seconds pass, each with its check."""
+        for _ in range(seconds):
+            self._clock.advance(1.0)
+            if self._pending:
+                self._pending.pop(0)()
 
-    monkeypatch.setattr(loop, "call_later", call_later)
+    @property
+    def running(self) -> int:
+        return len(self._pending)
+
+
+async def test_a_client_that_gets_nothing_for_a_while_gets_a_comment() -> None:
+    """Between events and never inside one."""
     bench = Bench()
-    bench.limits = StreamLimits(comment_seconds=15.0)
+    timers = Timers(bench)
     bench.dispatcher.always_reports_usage(0)  # so that nothing is withheld
     made = upstream(bench, body=None, sse=True)
     made.send(TOKEN)
     task = bench.start(bench.exchange(stream=True))
     await turns()
-    bench.clock.advance(10.0)
+    timers.pass_time(10)
     made.send(TOKEN)
     await turns()
-    bench.clock.advance(5.0)
-    fire()
-    assert bench.downstream.body == TOKEN * 2  # something came five seconds ago
-    assert pending[0][0] == pytest.approx(10.0)
-    bench.clock.advance(10.0)
-    fire()
-    comment = response_relay.COMMENT
-    assert bench.downstream.body == TOKEN * 2 + comment
-    assert comment.startswith(b":")
-    assert comment.endswith(b"\n\n")
+    timers.pass_time(10)
+    assert bench.downstream.body == TOKEN * 2
+    timers.pass_time(5)
+    assert bench.downstream.body == TOKEN * 2 + COMMENT
     made.send(TOKEN[:10])
     await turns()
-    bench.clock.advance(30.0)
-    fire()
-    assert bench.downstream.body == TOKEN * 2 + comment + TOKEN[:10]
+    timers.pass_time(30)
+    assert bench.downstream.body == TOKEN * 2 + COMMENT + TOKEN[:10]
     made.send(TOKEN[10:] + DONE)
     made.end()
-    assert (await task).body == TOKEN * 2 + comment + TOKEN + DONE
+    assert (await task).body == TOKEN * 2 + COMMENT + TOKEN + DONE
+    timers.pass_time(1)
+    assert timers.running == 0
 
 
-async def test_the_timer_of_a_stream_ends_with_it() -> None:
-    """By a real timer: the comment comes by itself."""
+async def test_a_comment_comes_by_itself_and_none_after_the_end() -> None:
+    """By a real timer."""
     bench = Bench()
-    bench.limits = StreamLimits(comment_seconds=0.01)
+    bench.silence = SilenceWatch(0.01, bench.clock)
     made = upstream(bench, body=None, sse=True)
     made.send(TOKEN)
     task = bench.start(bench.exchange(stream=True))
     async with asyncio.timeout(5):
-        while response_relay.COMMENT not in bench.downstream.body:
+        while COMMENT not in bench.downstream.body:
             bench.clock.advance(1.0)
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0)
     made.send(DONE)
     made.end()
+    assert (await task).body.endswith(DONE)
+
+
+async def test_a_client_that_waits_for_the_head_of_a_stream_gets_one_with_comments() -> None:
+    """And then the events of whichever replica answers; the log shows that the head was sent early."""
+    bench = Bench()
+    timers = Timers(bench)
+    made = upstream(bench, body=None, sse=True)
+    exchange = bench.exchange(stream=True)
+    task = bench.start(exchange)
+    bench.client.hold.clear()
+    await turns()
+    timers.pass_time(13)
+    assert not bench.downstream.begun
+    timers.pass_time(17)
+    assert (bench.downstream.status, bench.downstream.body) == (200, COMMENT * 2)
+    assert bench.downstream.headers[b"content-type"].startswith(b"text/event-stream")
+    assert bench.downstream.headers[b"x-request-id"] == b"id"
+    bench.client.hold.set()
+    made.send(TOKEN + DONE)
+    made.end()
     client = await task
-    size = len(client.body)
-    bench.clock.advance(100.0)
-    await asyncio.sleep(0.05)
-    assert len(client.body) == size
+    assert (client.body, client.ended) == (COMMENT * 2 + TOKEN + DONE, True)
+    assert exchange.ending is Ending.COMPLETE
+    assert exchange.outcome(0.0).head_sent_early
+
+
+@pytest.mark.parametrize("first", [ResetBeforeResponse("reset"), 503, "error event"])
+async def test_failover_stays_possible_after_the_head_was_sent_early(first: object) -> None:
+    """Comments are no part of an answer."""
+    bench = Bench()
+    timers = Timers(bench)
+    if isinstance(first, CairnError):
+        bench.client.script.append(first)
+    elif isinstance(first, int):
+        upstream(bench, first)
+    else:
+        upstream(bench, body=b'data: {"error": {"message": "m"}}\n\n', sse=True)
+    upstream(bench, body=TOKEN + DONE, sse=True)
+    exchange = bench.exchange(stream=True)
+    bench.client.hold.clear()
+    task = bench.start(exchange)
+    await turns()
+    timers.pass_time(15)
+    bench.client.hold.set()
+    client = await task
+    assert client.body == COMMENT + TOKEN + DONE
+    assert (exchange.ending, len(exchange.tried)) == (Ending.COMPLETE, 1)
+    assert bench.nothing_is_claimed()
+
+
+@pytest.mark.parametrize("encoding", ["", "gzip"])
+async def test_an_error_status_after_the_early_head_is_an_event_and_the_outcome_names_the_status(
+    encoding: str,
+) -> None:
+    bench = Bench()
+    timers = Timers(bench)
+    bench.dispatcher.always_reports_usage(0)
+    body = b'{\n "error": {"message": "too long", "code": "context_length_exceeded"}}'
+    made = upstream(bench, 400, gzip.compress(body) if encoding else body)
+    if encoding:
+        made.response.headers = ((b"content-encoding", b"gzip"),)
+    exchange = bench.exchange(stream=True)
+    bench.client.hold.clear()
+    task = bench.start(exchange)
+    await turns()
+    timers.pass_time(15)
+    bench.client.hold.set()
+    client = await task
+    event = b'data: {"error":{"message":"too long","code":"context_length_exceeded"}}\n\n'
+    assert (client.status, client.body, client.ended) == (200, COMMENT + event, True)
+    assert (exchange.status, exchange.ending) == (400, Ending.UPSTREAM_STATUS)
+    assert bench.placements.done["taken back"] == 1
+    assert bench.nothing_is_claimed()
+
+
+async def test_a_compressed_stream_is_decoded_for_a_client_that_was_sent_a_head_without_an_encoding() -> None:
+    bench = Bench()
+    timers = Timers(bench)
+    made = upstream(bench, body=None, sse=True)
+    made.response.headers = (*made.response.headers, (b"content-encoding", b"gzip"))
+    bench.client.hold.clear()
+    task = bench.start(bench.exchange(stream=True))
+    await turns()
+    timers.pass_time(15)
+    bench.client.hold.set()
+    made.send(gzip.compress(TOKEN + DONE))
+    made.end()
+    assert (await task).body == COMMENT + TOKEN + DONE
+
+
+async def test_a_plain_answer_after_the_early_head_is_written_as_a_chunk_with_its_usage_counted() -> None:
+    bench = Bench()
+    timers = Timers(bench)
+    upstream(bench, body=OK_BODY)
+    exchange = bench.exchange(stream=True)
+    bench.client.hold.clear()
+    task = bench.start(exchange)
+    await turns()
+    timers.pass_time(15)
+    bench.client.hold.set()
+    client = await task
+    assert b'"delta":{"content":"a"}' in client.body
+    assert client.body.endswith(b"data: [DONE]\n\n")
+    assert exchange.usage is not None
+    assert exchange.usage.prompt_tokens == 9
+
+
+async def test_a_plain_response_that_breaks_after_the_early_head_is_raised_for_an_event_to_be_written() -> None:
+    bench = Bench(max_retries=0)
+    timers = Timers(bench)
+    bench.dispatcher.always_reports_usage(0)
+    made = upstream(bench, 400, None)
+    made.send(b'{"err')
+    bench.client.hold.clear()
+    task = bench.start(bench.exchange(stream=True))
+    await turns()
+    timers.pass_time(15)
+    bench.client.hold.set()
+    await turns()
+    made.fail(ResetMidResponse("reset"))
+    with pytest.raises(ResetMidResponse):
+        await task
+    assert not bench.downstream.broken
+    assert bench.nothing_is_claimed()
+
+
+@pytest.mark.parametrize(("stream", "before_head"), [(False, True), (True, False)])
+async def test_no_head_is_sent_early_for_a_plain_answer_or_where_it_is_off(stream: bool, before_head: bool) -> None:
+    bench = Bench()
+    timers = Timers(bench, before_head=before_head)
+    upstream(bench)
+    bench.client.hold.clear()
+    task = bench.start(bench.exchange(stream=stream))
+    await turns()
+    timers.pass_time(60)
+    assert not bench.downstream.begun
+    bench.client.hold.set()
+    assert (await task).body == OK_BODY
+
+
+async def test_a_client_that_leaves_while_it_gets_comments_gets_no_more() -> None:
+    bench = Bench()
+    timers = Timers(bench)
+    upstream(bench)
+    bench.client.hold.clear()
+    task = bench.start(bench.exchange(stream=True))
+    await turns()
+    timers.pass_time(15)
+    await left(bench, task)
+    timers.pass_time(60)
+    assert bench.downstream.body == COMMENT
+    assert timers.running == 0
 
 
 # -- the client leaves

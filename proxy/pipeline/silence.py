@@ -1,0 +1,113 @@
+"""Send a comment to the client of a stream whenever it has received nothing for a while.
+
+Clients and the proxies between them give up on a silent connection. Before a replica has responded there is no head
+of a response to put a comment behind, so the head of a stream is sent first, with status 200. From then on an error
+can reach the client only as an event of the stream, but other replicas can still be tried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from proxy.clock import Clock
+from proxy.downstream.response import Downstream
+
+COMMENT: Final = b": waiting for the upstream\n\n"
+CHECKS: Final = 15  # in the time after which a comment is due; it comes early by up to one of them, never late
+
+_HEAD: Final = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect comments until its buffer is full
+)
+
+
+class SilentStream(Protocol):
+    """A stream that may have to be filled."""
+
+    given_seconds: float
+    """When the client received something last, on the monotonic clock."""
+
+    def fill(self) -> None:
+        """Write a comment to the client, if one may be written now."""
+        ...
+
+
+class WaitingClient:
+    """The client of a stream until a response begins. `head_sent` is true once the head of a stream was sent."""
+
+    __slots__ = ("_downstream", "_request_id", "given_seconds", "head_sent")
+
+    def __init__(self, downstream: Downstream, request_id: str, since_seconds: float) -> None:
+        self._downstream = downstream
+        self._request_id = request_id
+        self.given_seconds = since_seconds
+        self.head_sent = False
+
+    def fill(self) -> None:
+        """Write a comment, and before the first one the head of a stream."""
+        if not self.head_sent:
+            self.head_sent = True
+            head = (*_HEAD, (b"x-request-id", self._request_id.encode()))
+            self._downstream.begin(200, b"OK", head, None)
+        self._downstream.write_last(COMMENT)
+
+    def end_with(self, events: bytes) -> None:
+        """Write the last events of a stream whose head was sent, and end it."""
+        self._downstream.write_last(events)
+        self._downstream.end()
+
+
+class SilenceWatch:
+    """Watches all streams of a worker with one timer.
+
+    Args:
+        comment_seconds: the longest silence; 0 for no comments.
+        before_head: send comments before a response has begun, too.
+        clock: the monotonic clock of `given_seconds`.
+        call_later: runs a callback after a delay in seconds; by default the event loop's.
+    """
+
+    def __init__(
+        self,
+        comment_seconds: float,
+        clock: Clock,
+        *,
+        before_head: bool = True,
+        call_later: Callable[[float, Callable[[], None]], object] | None = None,
+    ) -> None:
+        self.is_on = comment_seconds > 0
+        self.fills_before_head = before_head and self.is_on
+        self._interval_seconds = comment_seconds / CHECKS
+        self._due_seconds = comment_seconds - self._interval_seconds
+        self._now = clock.monotonic
+        self._call_later = call_later
+        self._streams: set[SilentStream] = set()
+        self._is_timing = False
+
+    def enter(self, stream: SilentStream) -> None:
+        """Watch `stream` until `leave`."""
+        self._streams.add(stream)
+        if not self._is_timing:
+            self._start()
+
+    def leave(self, stream: SilentStream) -> None:
+        """Watch `stream` no more; it need not be watched."""
+        self._streams.discard(stream)
+
+    def _start(self) -> None:
+        self._is_timing = True
+        call_later = self._call_later or asyncio.get_running_loop().call_later
+        call_later(self._interval_seconds, self._check)
+
+    def _check(self) -> None:
+        self._is_timing = False
+        now_seconds = self._now()
+        for stream in tuple(self._streams):
+            if now_seconds - stream.given_seconds >= self._due_seconds:
+                stream.given_seconds = now_seconds
+                stream.fill()
+        if self._streams:
+            self._start()

@@ -1,0 +1,177 @@
+"""Write a plain response as the events of a stream, for a client that was sent the head of a stream already. Pure.
+
+It is used for errors, which an upstream sends as a plain response although a stream was asked for, and for upstreams
+that answer every request plainly. Values are copied as they stand in the response.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+from msgspec import Raw
+
+from proxy.errors import REASON_PHRASES, BadResponse, UpstreamError
+from proxy.model import Body, Endpoint
+from proxy.wire.errors import error_event
+from proxy.wire.schemas import DECODE_ERRORS
+
+_MESSAGE_BYTES_MOST: Final = 2048  # of an error that is no JSON
+_DONE: Final = b"data: [DONE]\n\n"
+_Fields = dict[str, Raw]
+
+
+def events_of_plain(status: int, body: Body, endpoint: Endpoint, *, request_id: str = "") -> bytes:
+    """Return the events that say what a plain response with `status` and the decoded `body` says."""
+    if status < 300:
+        try:
+            return _answer(bytes(body), endpoint)
+        except (*DECODE_ERRORS, KeyError):
+            error: UpstreamError = BadResponse("the upstream answered a request for a stream with something else")
+            return error_event(error, endpoint, request_id=request_id)
+    return _error(status, bytes(body), endpoint, request_id)
+
+
+# -- errors
+
+
+class _Said(msgspec.Struct):
+    """The error in a body: an object with a message, or a text."""
+
+    error: Any = None
+    message: Any = None
+    detail: Any = None
+
+
+def _error(status: int, body: bytes, endpoint: Endpoint, request_id: str) -> bytes:
+    told = _told(body)
+    if endpoint is not Endpoint.RESPONSES and told is not None and isinstance(told.error, dict):
+        name = b"event: error\n" if endpoint is Endpoint.MESSAGES else b""
+        return name + _data(Raw(body))
+    fields: dict[str, Any] = told.error if told is not None and isinstance(told.error, dict) else {}
+    text = fields.get("message")
+    if not text and told is not None:
+        text = next((each for each in (told.error, told.message, told.detail) if isinstance(each, str)), None)
+    error = UpstreamError(
+        text if isinstance(text, str) and text else f"The upstream answered {status} {_phrase(status)}.",
+        param=fields.get("param") if isinstance(fields.get("param"), str) else None,
+        code=str(fields.get("code") or status),
+    )
+    error.status = status
+    if isinstance(fields.get("type"), str):
+        error.type = fields["type"]
+    return error_event(error, endpoint, request_id=request_id)
+
+
+def _told(body: bytes) -> _Said | None:
+    try:
+        return msgspec.json.decode(body, type=_Said)
+    except DECODE_ERRORS:
+        return None
+
+
+def _phrase(status: int) -> str:
+    return REASON_PHRASES.get(status, b"").decode()
+
+
+# -- answers
+
+
+def _answer(body: bytes, endpoint: Endpoint) -> bytes:
+    """The events of a whole answer. Raises what decoding raises, and KeyError if it has not the endpoint's shape."""
+    if endpoint is Endpoint.MESSAGES:
+        return _messages(body)
+    if endpoint is Endpoint.RESPONSES:
+        return _responses(body)
+    fields = msgspec.json.decode(body, type=_Fields)
+    if "error" in fields and "choices" not in fields:
+        return _data(fields)
+    choices = msgspec.json.decode(fields["choices"], type=list[_Fields])
+    if endpoint is Endpoint.CHAT:
+        fields["object"] = Raw(b'"chat.completion.chunk"')
+        choices = [_chunk_choice(choice) for choice in choices]
+    return _data({**fields, "choices": choices}) + _DONE
+
+
+def _chunk_choice(choice: _Fields) -> dict[str, Any]:
+    """A choice with its message as the delta of a chunk, in which each tool call has its index."""
+    message: dict[str, Any] = msgspec.json.decode(choice["message"], type=_Fields)
+    if (raw := message.get("tool_calls")) is not None and bytes(raw) != b"null":
+        calls = msgspec.json.decode(raw, type=list[_Fields])
+        message["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
+    return {"delta": message, **{key: value for key, value in choice.items() if key != "message"}}
+
+
+class _Response(msgspec.Struct):
+    output: list[Any]
+
+
+def _responses(body: bytes) -> bytes:
+    """The beginning, each text as one delta, and the end with the whole response."""
+    output = msgspec.json.decode(body, type=_Response).output
+    begun: dict[str, Any] = {
+        **msgspec.json.decode(body, type=_Fields),
+        "output": [],
+        "status": "in_progress",
+        "usage": None,
+    }
+    events: list[dict[str, Any]] = [{"type": "response.created", "response": begun}]
+    for index, item in enumerate(output):
+        for part, content in enumerate(item.get("content") or () if isinstance(item, dict) else ()):
+            if isinstance(content, dict) and content.get("type") == "output_text":
+                place = {"item_id": item.get("id"), "output_index": index, "content_index": part}
+                events.append({"type": "response.output_text.delta", **place, "delta": content.get("text")})
+    events.append({"type": "response.completed", "response": Raw(body)})
+    numbered = [{**event, "sequence_number": number} for number, event in enumerate(events)]
+    return b"".join([_named(event) for event in numbered])
+
+
+_BLOCKS: Final = {
+    "text": (("text", "text_delta"),),
+    "thinking": (("thinking", "thinking_delta"), ("signature", "signature_delta")),
+}
+"""The fields of a content block that deltas bring, and the deltas' types. Other blocks come whole."""
+
+
+def _messages(body: bytes) -> bytes:
+    """The beginning of a message, each of its blocks, and its end."""
+    message = msgspec.json.decode(body, type=_Fields)
+    blocks = msgspec.json.decode(message["content"], type=list[_Fields])
+    ended = {key: message[key] for key in ("stop_reason", "stop_sequence") if key in message}
+    begun: dict[str, Any] = {**message, "content": [], "stop_reason": None, "stop_sequence": None}
+    events: list[dict[str, Any]] = [{"type": "message_start", "message": begun}]
+    for index, block in enumerate(blocks):
+        events += _block_events(index, block)
+    events.append({"type": "message_delta", "delta": ended, "usage": message.get("usage")})
+    events.append({"type": "message_stop"})
+    return b"".join([_named(event) for event in events])
+
+
+def _block_events(index: int, block: _Fields) -> list[dict[str, Any]]:
+    deltas: list[dict[str, Any]] = []
+    start: dict[str, Any] = dict(block)
+    kind = msgspec.json.decode(block["type"], type=str)
+    if kind == "tool_use":
+        start["input"] = {}
+        deltas.append({"type": "input_json_delta", "partial_json": bytes(block["input"]).decode()})
+    for field, delta in _BLOCKS.get(kind, ()):
+        if field in block:
+            start[field] = ""
+            deltas.append({"type": delta, field: block[field]})
+    return [
+        {"type": "content_block_start", "index": index, "content_block": start},
+        *({"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas),
+        {"type": "content_block_stop", "index": index},
+    ]
+
+
+# -- both
+
+
+def _named(event: dict[str, Any]) -> bytes:
+    return f"event: {event['type']}\n".encode() + _data(event)
+
+
+def _data(value: Any) -> bytes:
+    """One event of JSON in a single line, however the values in it were written."""
+    return b"data: " + msgspec.json.format(msgspec.json.encode(value), indent=-1) + b"\n\n"
