@@ -19,6 +19,10 @@ BUILD_FILES := pyproject.toml hatch_build.py scripts/compile.py
 COMPILED_TESTS := tests/test_compiled.py tests/cache/index tests/proxy/wire tests/proxy/upstream tests/proxy/downstream \
   $(patsubst %,tests/scenarios/test_%.py,requests truth failover contexts processes shared rules garbage hostile)
 
+# The processes that run tests. Each file's tests stay in one process (tests/conftest.py), the longest files first.
+TEST_PROCESSES ?= 2
+PYTEST = -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+
 PIP_WHEEL = .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation
 
 # Two rules must not install into .venv at the same time.
@@ -37,8 +41,8 @@ test: .venv/.dev .build/compiled/.done .build/charts/.done
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	PYTHONSAFEPATH=1 PYTHONPATH=.build/compiled:. \
-	  .venv/bin/python -m pytest --compiled --import-mode=append -m "not engine and not image" $(COMPILED_TESTS)
-	.venv/bin/python -m pytest
+	  .venv/bin/python $(PYTEST) --compiled --import-mode=append -m "not engine and not image" $(COMPILED_TESTS)
+	.venv/bin/python $(PYTEST)
 
 # Builds the container image on a base made by debootstrap, and runs it. Needs root, and Debian's buildah and debootstrap.
 test-image: .venv/.dev
@@ -47,7 +51,7 @@ test-image: .venv/.dev
 # Prints the lines and branches that no test enters; .build/coverage/index.html shows them in the source.
 coverage: .venv/.dev
 	rm -f .build/coverage-data*
-	-.venv/bin/coverage run -m pytest $(ARGS)
+	-.venv/bin/coverage run $(PYTEST) $(ARGS)
 	.venv/bin/coverage combine --quiet
 	.venv/bin/coverage html --quiet
 	.venv/bin/coverage report

@@ -13,6 +13,20 @@ hypothesis.settings.load_profile("cairn")
 
 pytest_plugins = ["tests.support.engine"]
 
+# Groups of tests that take more than ten seconds, in the order in which they begin.
+LONGEST = (
+    "engine",
+    "tests/status/test_page.py",
+    "tests/scenarios/test_truth.py",
+    "tests/benchmarks/agents/test_agents.py",
+    "tests/proxy/supervisor/test_supervisor.py",
+    "tests/scenarios/test_processes.py",
+    "tests/scenarios/test_failover.py",
+    "tests/scenarios/test_cold_turns.py",
+    "tests/benchmarks/engines/test_clients.py",
+    "tests/deploy/test_live.py",
+)
+
 IS_COMPILED = proxy.pipeline.pipeline.__file__.endswith(tuple(EXTENSION_SUFFIXES))
 
 
@@ -24,6 +38,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_report_header() -> str:
     """Return a line that says which modules are tested."""
     return f"cairn: {'compiled' if IS_COMPILED else 'interpreted'}, {proxy.pipeline.pipeline.__file__}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test the group whose tests all run in one process (`--dist loadgroup`), the longest groups first.
+
+    A group is a file, or all tests that use the real engines: then the fixtures of a module, and the engines, are set
+    up once and not once per process. A long group that began last would keep one process busy while the other idles.
+    """
+    groups: dict[pytest.Item, str] = {}
+    for item in items:
+        groups[item] = "engine" if item.get_closest_marker("engine") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
 
 
 def pytest_configure(config: pytest.Config) -> None:
