@@ -4,7 +4,7 @@ What the system's network costs is left out, and the least of many batches is sh
 what else the machine does: for finding what a change gave, never for comparing proxies (that is `datapath`).
 The sources are measured as they stand; with -P, the installed and compiled Cairn.
 
-python [-P] -m benchmarks.path [--sizes 1k,64k] [--chunks 200] [--seconds 2] [--profile 40]
+python [-P] -m benchmarks.path [--sizes 1k,64k] [--chunks 200] [--seconds 2] [--profile 40] [--traced 1.0]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import cProfile
 import gc
+import logging
 import os
 import pstats
 import sys
@@ -271,7 +272,11 @@ async def main(options: argparse.Namespace, folder: Path) -> None:
     try:
         environ = {"HOME": str(folder)}
         upstreams = ("http://127.0.0.1:9001", "http://127.0.0.1:9002")
-        config = load(None, environ, {("redis", "url"): SecretUrl(valkey.url)}, upstreams).config
+        flags: dict[tuple[str, str], object] = {("redis", "url"): SecretUrl(valkey.url)}
+        if options.traced is not None:  # nobody listens there: what making spans costs, not what sending them does
+            flags |= {("telemetry", "endpoint"): "http://127.0.0.1:9", ("telemetry", "sample_ratio"): options.traced}
+            logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+        config = load(None, environ, flags, upstreams).config
         log = os.open(folder / "access.log", os.O_WRONLY | os.O_CREAT)
         worker = await Worker.build(config, cast(WorkerControl, Deaf()), access_log_descriptor=log)
 
@@ -298,6 +303,7 @@ if __name__ == "__main__":
     parser.add_argument("--chunks", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--profile", type=int, default=0)
+    parser.add_argument("--traced", type=float, help="trace this share of the requests")
     arguments = parser.parse_args()
     arguments.sizes = [parse_size(text) for text in arguments.sizes.split(",") if text]
     gc.enable()

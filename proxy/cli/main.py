@@ -10,7 +10,6 @@ import asyncio
 import sys
 from collections.abc import Callable, Mapping
 from importlib.machinery import EXTENSION_SUFFIXES
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -26,6 +25,7 @@ from proxy.cli.prices import prices
 from proxy.cli.savings import savings
 from proxy.cli.top import top
 from proxy.errors import CairnError, ConfigError
+from proxy.version import own_version
 
 if TYPE_CHECKING:
     from proxy.config.load import Config, Loaded
@@ -42,14 +42,6 @@ Examples:
 A flag beats the environment (CAIRN_HOST, CAIRN_PORT, CAIRN_ADMIN_PORT, CAIRN_UPSTREAM, CAIRN_REDIS, CAIRN_WORKERS,
 CAIRN_CONFIG, and CAIRN_SECTION__SETTING for any other, such as CAIRN_SERVER__DRAIN_SECONDS), which beats the file.
 """
-
-
-def own_version() -> str:
-    """Return the version of the distribution, or `unknown` in a checkout that is not installed."""
-    try:
-        return version("cairn-proxy")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def data_path() -> str:

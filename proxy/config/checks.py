@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from urllib.parse import urlsplit
 
@@ -27,6 +27,10 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _pools(config)
     yield from _clients(config)
     yield from _prices(config)
+    if (endpoint := config.telemetry.endpoint) is not None and (
+        text := _bad_url(endpoint, "token", ("http", "https"))
+    ):
+        yield "$.telemetry.endpoint", text
 
 
 def is_loopback(host: str) -> bool:
@@ -111,21 +115,22 @@ def _replica(path: str, replica: Replica, pool: Pool, seen: dict[str, str]) -> I
         yield f"{path}.capacity_tokens", "is for engines; a provider keeps prefixes for a time (ttl_seconds)"
 
 
-def _bad_url(url: str) -> str | None:
-    """Return what is wrong with an upstream's base URL, or None, without repeating it: it may hold a password."""
+def _bad_url(url: str, field: str = "key", schemes: Sequence[str] = ("http", "https", FOLLOWED_SCHEME)) -> str | None:
+    """Return what is wrong with a URL, or None, without repeating it: it may hold a password."""
     try:
         parts = urlsplit(url)
         port, host = parts.port, parts.hostname
     except ValueError:
         return "is not a URL"
-    if parts.scheme not in ("http", "https", FOLLOWED_SCHEME):
-        return "expected http://, https:// or dns+http://"
+    if parts.scheme not in schemes:
+        *most, last = [f"{scheme}://" for scheme in schemes]
+        return f"expected {', '.join(most)} or {last}"
     if not host or not url.isascii() or any(c <= " " or c == "\x7f" for c in url):
         return "expected a host, and no white space"
     if port == 0:
         return "port 0 cannot be connected to"
     if parts.username is not None or parts.password is not None:
-        return "contains a user or password; give the key in key_env or key_file"
+        return f"contains a user or password; give the {field} in {field}_env or {field}_file"
     if parts.query or parts.fragment:
         return "has a query or fragment; remove it"
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def load(
     config = validate.convert(tree, Config)
     secrets = _Secrets(environ, file.parent if file is not None else Path())
     config = _resolved(config, secrets, environ)
-    _raise_if_any([*secrets.problems, *checks.problems(config)])
+    _raise_if_any([*secrets.problems, *checks.problems(config), *_missing_extras(config)])
     return Loaded(config, (*warnings, *from_environment.warnings))
 
 
@@ -114,7 +115,7 @@ def worker_environment(config: Config, environ: Mapping[str, str]) -> dict[str, 
 
 def secrets_of(config: Config) -> set[str]:
     """Return every secret text in `config`, so that the log can redact them."""
-    held: list[Secret | None] = [config.admin.token, config.redis.url, config.tenants.secret]
+    held: list[Secret | None] = [config.admin.token, config.redis.url, config.tenants.secret, config.telemetry.token]
     held += [replica.key for pool in config.pools for replica in pool.replicas]
     return {secret.reveal() for secret in held if secret is not None}
 
@@ -144,6 +145,19 @@ def _pools_of(upstreams: Sequence[str]) -> list[dict[str, Any]]:
     return [
         {"name": "default", "kind": kinds.pop().value, "default": True, "replicas": [{"url": u} for u in upstreams]}
     ]
+
+
+def _missing_extras(config: Config) -> Iterator[Problem]:
+    """Yield the settings that need packages which are not installed."""
+    if config.telemetry.endpoint is not None and not _is_installed("opentelemetry.exporter.otlp.proto.http"):
+        yield "$.telemetry.endpoint", "needs packages that are not installed: pip install 'cairn-proxy[otel]'"
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package around it
+        return False
 
 
 # --- secrets and derived values
@@ -203,6 +217,7 @@ def _secret_holders(config: Config) -> Iterator[tuple[str, Section]]:
     yield "$.admin", config.admin
     yield "$.redis", config.redis
     yield "$.tenants", config.tenants
+    yield "$.telemetry", config.telemetry
     for p, pool in enumerate(config.pools):
         for r, replica in enumerate(pool.replicas):
             yield f"$.pools[{p}].replicas[{r}]", replica
@@ -227,7 +242,12 @@ def _resolved(config: Config, secrets: _Secrets, environ: Mapping[str, str]) -> 
     if isinstance(redis, Redis) and redis.url is None and redis.folder is None:
         redis = msgspec.structs.replace(redis, folder=str(_data_folder(environ) / f"valkey-{config.server.port}"))
     return msgspec.structs.replace(
-        config, admin=found["$.admin"], redis=redis, tenants=found["$.tenants"], pools=tuple(pools)
+        config,
+        admin=found["$.admin"],
+        redis=redis,
+        tenants=found["$.tenants"],
+        telemetry=found["$.telemetry"],
+        pools=tuple(pools),
     )
 
 

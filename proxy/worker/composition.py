@@ -10,6 +10,7 @@ import asyncio
 import random
 import secrets
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from cache import (
     UNLIMITED_TOKENS,
@@ -87,6 +88,9 @@ from proxy.worker.sections import (
     Requests,
     Sharing,
 )
+
+if TYPE_CHECKING:
+    from proxy.telemetry.traces import Traces
 
 _ORIGIN_BITS = 24
 
@@ -322,7 +326,7 @@ def _relay(config: Config, basics: Basics, replicas: Replicas, sharing: Sharing,
     return Relay(dispatcher, responses, basics.recorder, basics.clock)
 
 
-def _requests(config: Config, secret: bytes, built: Built) -> Requests:
+def _requests(config: Config, secret: bytes, built: Built, traces: Traces | None) -> Requests:
     basics, replicas, sharing = built.basics, built.replicas, built.sharing
     clock = basics.clock
     queues = ReplicaQueues(replicas.fleet, replicas.pools, sharing.journal, clock, basics.writer_id, sharing.shares)
@@ -348,7 +352,8 @@ def _requests(config: Config, secret: bytes, built: Built) -> Requests:
     settlement, stored = built.accounting.settlement, built.contexts.stored
     cold_turns = ColdTurns(sharing.cold_gate, planner, sharing.shares, clock)
     sharing.cold_gate.limits = from_config.gate_limits(config.admission)
-    pipeline = Pipeline(reader, planner, relay, models_endpoint, settlement, stored, cold_turns)
+    make_pipeline = Pipeline if traces is None else traces.pipeline
+    pipeline = make_pipeline(reader, planner, relay, models_endpoint, settlement, stored, cold_turns)
     routes = Routes(config.server.engine_paths, config.server.allowed_paths, config.admin.port)
     in_flight_limit = InFlightLimit(config.server.max_in_flight_requests)
     http_server = HttpServer(
@@ -362,7 +367,28 @@ def _requests(config: Config, secret: bytes, built: Built) -> Requests:
         _new_id,
         max_context_bytes=config.contexts.max_context_bytes,
     )
-    return Requests(queues, dispatcher, routes, pipeline, in_flight_limit, http_server)
+    return Requests(
+        queues=queues,
+        dispatcher=dispatcher,
+        routes=routes,
+        pipeline=pipeline,
+        in_flight_limit=in_flight_limit,
+        http_server=http_server,
+        traces=traces,
+    )
+
+
+def _traces(config: Config, basics: Basics, replicas: Replicas) -> Traces | None:
+    """Return what makes and sends traces; None, with nothing imported, if that is off."""
+    if config.telemetry.endpoint is None:
+        return None
+    from proxy.telemetry.traces import Traces
+
+    def address_of(number: int) -> tuple[str, int] | None:
+        endpoint = replicas.pools.backends.get(number)
+        return None if endpoint is None else (endpoint.origin.host, endpoint.origin.port)
+
+    return Traces(config.telemetry, basics.writer_id, basics.clock, address_of)
 
 
 def _findings(built: Built, requests: Requests) -> EngineFindings:
@@ -453,7 +479,8 @@ async def build(config: Config, control: WorkerControl, *, access_log_descriptor
     accounting = _accounting(basics, memory, replicas, sharing, prices, access_log)
     contexts = _contexts(config, basics, memory, replicas, accounting)
     built = Built(basics, memory, replicas, sharing, accounting, contexts)
-    requests = _requests(config, secret, built)
+    traces = await asyncio.to_thread(_traces, config, basics, replicas)
+    requests = _requests(config, secret, built, traces)
     contexts.own_requests.pipeline = requests.pipeline
     findings = _findings(built, requests)
     health = _health(config, built, findings)

@@ -117,6 +117,8 @@ class Worker:
         await self.replicas.client.close()
         await self.memory.store.close()
         await self.basics.tasks.close()
+        if self.requests.traces is not None:
+            await self.requests.traces.close()
         if self.accounting.access_log is not None:
             self.accounting.access_log.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cache import (
     ContextStore,
@@ -46,6 +47,9 @@ from proxy.worker.live_config import LiveConfig
 from proxy.worker.membership import DownReplicas
 from proxy.worker.replica_queues import ReplicaQueues
 from proxy.worker.reporting import Reporter
+
+if TYPE_CHECKING:
+    from proxy.telemetry.traces import Traces
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,7 @@ class Requests:
     pipeline: Pipeline
     in_flight_limit: InFlightLimit
     http_server: HttpServer
+    traces: Traces | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from proxy.config.schema.sections import (
     Redis,
     RequestPriority,
     Routing,
+    Telemetry,
     Tenants,
     Upstream,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "SecretUrl",
     "Section",
     "Server",
+    "Telemetry",
     "Template",
     "Tenancy",
     "Tenants",
@@ -130,6 +132,9 @@ class Config(Section, frozen=True):
 
     log: Log = Log()
     """Logs."""
+
+    telemetry: Telemetry = Telemetry()
+    """Traces."""
 
     @property
     def default_pool(self) -> Pool | None:

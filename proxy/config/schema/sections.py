@@ -298,3 +298,29 @@ class Log(Section, frozen=True):
 
     format: LogFormat = LogFormat.JSON
     """Format of the access lines: JSON objects, or `name=value` pairs (logfmt)."""
+
+
+class Telemetry(Section, frozen=True):
+    """Traces by OpenTelemetry, which need the extra `otel`. Off unless an endpoint is set."""
+
+    endpoint: Annotated[str, Meta(min_length=1)] | None = None
+    """URL to which spans are sent by OTLP over HTTP, such as `http://collector:4318`; a URL without a path gets
+    `/v1/traces`."""
+
+    service_name: Name = "cairn"
+    """Name of this Cairn in traces (`service.name`)."""
+
+    sample_ratio: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    """Share of the requests that are traced, of those without a `traceparent`; otherwise its sampled flag decides."""
+
+    token: Secret | None = None
+    """Token that is sent to the collector as `Authorization: Bearer TOKEN`."""
+
+    token_env: str | None = None
+    """Environment variable that contains the token."""
+
+    token_file: str | None = None
+    """File that contains the token, relative to the configuration file."""
+
+    ca_file: str | None = None
+    """File with the certificate authorities that are trusted for the collector in place of the system's."""

@@ -25,6 +25,7 @@ from proxy.config.load import (
     Tenancy,
     as_yaml,
     load,
+    secrets_of,
     worker_environment,
 )
 from proxy.config.schema import derived_name, make_secret, redact, reveal
@@ -509,6 +510,43 @@ def test_loopback_is_known_by_name_and_address() -> None:
     """What anyone else can reach is not."""
     assert all(map(is_loopback, ["localhost", "127.0.0.1", "127.1.2.3", "::1", "[::1]"]))
     assert not any(map(is_loopback, ["0.0.0.0", "::", "10.0.0.1", "localhost.evil.example", ""]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"endpoint": "grpc://h:4317"}, r"\$\.telemetry\.endpoint: expected http:// or https://"),
+        ({"endpoint": "http://me:pw@h:4318"}, r"give the token in token_env or token_file"),
+        ({"endpoint": "http://h:4318", "token_env": "NONE"}, "the environment has no variable NONE"),
+        ({"sample_ratio": 50}, r"\$\.telemetry\.sample_ratio"),
+    ],
+)
+def test_where_traces_go_is_checked(write, settings: dict[str, object], message: str) -> None:
+    """Each mistake names its setting and what is expected there."""
+    with pytest.raises(ConfigError, match=message):
+        load(write({"telemetry": settings}), {})
+
+
+def test_the_collectors_token_is_read_like_every_secret(write) -> None:
+    """It comes from a variable, and the log redacts it."""
+    file = write({"telemetry": {"endpoint": "http://h:4318", "token_env": "TOKEN"}})
+    config = load(file, {"TOKEN": "hunter2"}).config
+    assert config.telemetry.token == Secret("hunter2")
+    assert "hunter2" in secrets_of(config)
+    assert "hunter2" not in as_yaml(config)
+
+
+def test_traces_without_their_packages_name_the_extra(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is there when the configuration is checked, not when a worker starts."""
+    monkeypatch.setattr("proxy.config.load.find_spec", not_found)
+    with pytest.raises(ConfigError, match=r"pip install 'cairn-proxy\[otel\]'"):
+        load(write({"telemetry": {"endpoint": "http://h:4318"}}), {})
+    assert load(write({}), {}).config.telemetry.endpoint is None
+
+
+def not_found(name: str) -> None:
+    """As find_spec, if the package around a module is not there."""
+    raise ModuleNotFoundError(name)
 
 
 def test_a_loaded_configuration_is_frozen() -> None:

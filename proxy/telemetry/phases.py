@@ -1,0 +1,216 @@
+"""The pipeline's collaborators with a clock around them. Each wrapper does what it wraps, and notes the time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from proxy.model import Outcome, Tenant
+from proxy.pipeline.exchange import Exchange
+from proxy.pipeline.pipeline import Admitting, ModelListing, Pipeline, Planning, Reading, Relaying
+from proxy.pipeline.stored_contexts import StoredContexts
+from proxy.routing.cold_gate import Verdict
+from proxy.telemetry.tracing import Phase, Tracing
+
+if TYPE_CHECKING:
+    from proxy.downstream.response import Downstream
+    from proxy.pipeline.dispatch import Upload
+
+WAIT_SECONDS_LEAST = 0.001
+"""A request that was held up for less did not wait: it was only looked at."""
+
+
+class SettlingToOutcome(Protocol):
+    """Phase 8, by `Settlement`."""
+
+    def settle(self, exchange: Exchange) -> Outcome:
+        """Learn from a finished request, count and log it."""
+        ...
+
+
+def traced_pipeline(
+    tracing: Tracing,
+    reader: Reading,
+    planner: Planning,
+    relay: Relaying,
+    models_endpoint: ModelListing,
+    settlement: SettlingToOutcome,
+    contexts: StoredContexts,
+    cold_turns: Admitting,
+) -> Pipeline:
+    """Return a pipeline whose phases are traced."""
+    return Pipeline(
+        TracedReader(reader, tracing),
+        TracedPlanner(planner, tracing),
+        TracedRelay(relay, tracing),
+        TracedModels(models_endpoint, tracing),
+        TracedSettlement(settlement, tracing),
+        TracedContexts(contexts, tracing),
+        TracedTurns(cold_turns, tracing),
+    )
+
+
+class TracedReader:
+    """Times phase 2."""
+
+    def __init__(self, inner: Reading, tracing: Tracing) -> None:
+        self._inner = inner
+        self._tracing = tracing
+
+    def read(self, exchange: Exchange) -> None:
+        """Read, and note when."""
+        started_seconds = self._tracing.now()
+        try:
+            self._inner.read(exchange)
+        finally:
+            self._tracing.mark(exchange, Phase.READ, started_seconds)
+
+
+class TracedPlanner:
+    """Times phases 4 to 6."""
+
+    def __init__(self, inner: Planning, tracing: Tracing) -> None:
+        self._inner = inner
+        self._tracing = tracing
+
+    def fingerprint(self, exchange: Exchange) -> None:
+        """Hash the prompt, and note when."""
+        started_seconds = self._tracing.now()
+        try:
+            self._inner.fingerprint(exchange)
+        finally:
+            self._tracing.mark(exchange, Phase.FINGERPRINT, started_seconds)
+
+    def look_up(self, exchange: Exchange) -> None:
+        """Look the prompt up, and note when."""
+        started_seconds = self._tracing.now()
+        try:
+            self._inner.look_up(exchange)
+        finally:
+            self._tracing.mark(exchange, Phase.LOOK_UP, started_seconds)
+
+    def plan(self, exchange: Exchange) -> None:
+        """Order the replicas, and note when."""
+        started_seconds = self._tracing.now()
+        try:
+            self._inner.plan(exchange)
+        finally:
+            self._tracing.mark(exchange, Phase.PLAN, started_seconds)
+
+    def note_answered(self, exchange: Exchange) -> None:
+        """Pass on."""
+        self._inner.note_answered(exchange)
+
+
+class TracedRelay:
+    """Times phase 7, and sends the trace's context to the upstream."""
+
+    def __init__(self, inner: Relaying, tracing: Tracing) -> None:
+        self._inner = inner
+        self._tracing = tracing
+
+    async def run(self, exchange: Exchange, downstream: Downstream, upload: Upload | None = None) -> None:
+        """Relay, and note when. Raises what the relay raises."""
+        started_seconds = self._tracing.now()
+        self._tracing.begin_relay(exchange)
+        try:
+            await self._inner.run(exchange, downstream, upload)
+        finally:
+            self._tracing.mark(exchange, Phase.RELAY, started_seconds)
+
+    def accompany(self, exchange: Exchange, downstream: Downstream) -> None:
+        """Pass on."""
+        self._inner.accompany(exchange, downstream)
+
+    def release(self, exchange: Exchange) -> None:
+        """Pass on."""
+        self._inner.release(exchange)
+
+
+class TracedModels:
+    """Times the list of models, which takes the place of the relay and asks several replicas."""
+
+    def __init__(self, inner: ModelListing, tracing: Tracing) -> None:
+        self._inner = inner
+        self._tracing = tracing
+
+    def merges_for(self, tenant: Tenant) -> bool:
+        """Pass on."""
+        return self._inner.merges_for(tenant)
+
+    async def answer(self, exchange: Exchange, client: Downstream) -> None:
+        """Write the list, and note when. Raises UpstreamError."""
+        started_seconds = self._tracing.now()
+        self._tracing.begin_relay(exchange)
+        try:
+            await self._inner.answer(exchange, client)
+        finally:
+            self._tracing.mark(exchange, Phase.RELAY, started_seconds)
+
+
+class TracedContexts:
+    """Times phase 3."""
+
+    def __init__(self, inner: StoredContexts, tracing: Tracing) -> None:
+        self._inner = inner
+        self._tracing = tracing
+
+    async def answer(self, exchange: Exchange, client: Downstream) -> None:
+        """Pass on."""
+        await self._inner.answer(exchange, client)
+
+    async def expand(self, exchange: Exchange) -> None:
+        """Insert the context, and note when. Raises CairnError."""
+        started_seconds = self._tracing.now()
+        try:
+            await self._inner.expand(exchange)
+        finally:
+            self._tracing.mark(exchange, Phase.EXPAND, started_seconds)
+
+    def tell_checked(self, exchange: Exchange, client: Downstream) -> None:
+        """Pass on."""
+        self._inner.tell_checked(exchange, client)
+
+    def settle(self, exchange: Exchange) -> None:
+        """Pass on."""
+        self._inner.settle(exchange)
+
+
+class TracedTurns:
+    """Times the wait of a cold turn, if there is one."""
+
+    def __init__(self, inner: Admitting, tracing: Tracing) -> None:
+        self._inner = inner
+        self._tracing = tracing
+
+    async def admit(self, exchange: Exchange) -> None:
+        """Let the request wait, and note for how long. Raises CairnError."""
+        started_seconds = self._tracing.now()
+        try:
+            await self._inner.admit(exchange)
+        finally:
+            if self._tracing.now() - started_seconds >= WAIT_SECONDS_LEAST:
+                self._tracing.mark(exchange, Phase.WAIT, started_seconds)
+
+    def judge(self, exchange: Exchange) -> Verdict | None:
+        """Pass on."""
+        return self._inner.judge(exchange)
+
+    def settle(self, exchange: Exchange) -> None:
+        """Pass on."""
+        self._inner.settle(exchange)
+
+
+class TracedSettlement:
+    """Times phase 8, and ends the trace."""
+
+    def __init__(self, inner: SettlingToOutcome, tracing: Tracing) -> None:
+        self._inner = inner
+        self._tracing = tracing
+
+    def settle(self, exchange: Exchange) -> Outcome:
+        """Settle, and make the spans."""
+        tracing, started_seconds = self._tracing, self._tracing.now()
+        trace = tracing.take(exchange)
+        outcome = self._inner.settle(exchange)
+        tracing.finish(trace, exchange, outcome, started_seconds)
+        return outcome
