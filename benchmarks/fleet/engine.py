@@ -138,6 +138,11 @@ class Engine:
         self._busy = False
         self._decoding = 0
 
+    @property
+    def waiting(self) -> int:
+        """Requests whose prefill has not begun."""
+        return len(self._fifo) if self._line is None else len(self._line)
+
     def submit(self, request: Request, work_seconds: float, now: float) -> None:
         """A request arrives; `work_seconds` is its predicted prefill, for the order of the queue."""
         if self._line is None:

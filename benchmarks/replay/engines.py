@@ -119,7 +119,8 @@ class LiveEngine:
         return (
             f"process_start_time_seconds {self._started_unix_seconds:.3f}\n"
             f'vllm:cache_config_info{{block_size="{BLOCK_TOKENS}",num_gpu_blocks="{blocks}"}} 1.0\n'
-            f"vllm:num_requests_running{{{model}}} {len(self._streams)}\n"
+            f"vllm:num_requests_running{{{model}}} {len(self._streams) - self.engine.waiting}\n"
+            f"vllm:num_requests_waiting{{{model}}} {self.engine.waiting}\n"
             f"vllm:prefix_cache_queries_total{{{model}}} {stats.prompt_tokens}\n"
             f"vllm:prefix_cache_hits_total{{{model}}} {stats.cached_tokens}\n"
         ).encode()

@@ -159,7 +159,11 @@ def new_budget(state: ReplicaState, placement: Placement, learnt: FeedbackKind, 
 def _more(
     state: ReplicaState, placement: Placement, cached_tokens: int, steps: list[Step], error: int
 ) -> FeedbackKind:
-    """More was cached than predicted: a fork was counted too short, or the index had evicted what the engine kept."""
+    """More was cached than predicted: a fork was counted too short, or the index had evicted what the engine kept.
+
+    A count that answers have confirmed, or one that would be wrong by far, is not what was wrong: every prompt that
+    forks off there would then be expected to be cached much further than it can be.
+    """
     state.suspects = []
     if placement.proved and placement.forks and not placement.whole:
         node = _fork_node(placement, steps)
@@ -168,8 +172,9 @@ def _more(
             if node.fork_tokens >= 0:
                 node.fork_tokens = cached_tokens if cached_tokens < placement.held_tokens else -1
                 return _RECOUNTED
-        recount(steps, placement.held_blocks, error)
-        return _RECOUNTED
+        if not placement.exact and error <= RECOUNT_SHARE * placement.predicted_tokens:
+            recount(steps, placement.held_blocks, error)
+            return _RECOUNTED
     if cached_tokens > state.proven_tokens:
         state.proven_tokens = cached_tokens
     if state.slots is not None and not placement.forks:
@@ -191,8 +196,8 @@ def _right(
         node = _fork_node(placement, steps)
         if node is not None:
             node.fork_misses = 0
-            if error and cached_tokens and not placement.exact and node.fork_tokens < 0:
-                recount(steps, placement.held_blocks, error)
+            if cached_tokens and not placement.exact and node.fork_tokens < 0:
+                recount(steps, placement.held_blocks, error)  # by nothing, too: the count is known from then on
     if cached_tokens and not _explained(state, placement, cached_tokens, steps):
         state.suspects = []
     return _RIGHT

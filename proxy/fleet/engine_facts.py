@@ -19,7 +19,8 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False):
     """Facts about an engine; None for what it does not report.
 
     `started_unix_seconds` reveals a restart under the same address. `tells_timings` means that every stream ends with
-    what was computed and cached, whether asked for or not, as llama.cpp does it.
+    what was computed and cached, whether asked for or not, as llama.cpp does it. `running` and `waiting` are its
+    requests at the moment, of all clients.
     """
 
     capacity_tokens: int | None = None
@@ -30,6 +31,8 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False):
     engine: str | None = None
     version: str | None = None
     has_template: bool = False  # the chat template is known
+    running: int | None = None
+    waiting: int | None = None
 
     def per_rank(self, ranks: int) -> EngineFacts:
         """Return the facts of one of `ranks` data-parallel ranks, of which these are the sum."""
@@ -38,6 +41,8 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False):
             self,
             capacity_tokens=None if capacity is None else max(capacity // ranks, 1),
             in_flight_limit=None if limit is None else max(limit // ranks, 1),
+            running=None if self.running is None else self.running // ranks,
+            waiting=None if self.waiting is None else self.waiting // ranks,
         )
 
     def joined(self, other: EngineFacts) -> EngineFacts:
@@ -51,6 +56,8 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False):
             engine=_first(self.engine, other.engine),
             version=_first(self.version, other.version),
             has_template=self.has_template or other.has_template,
+            running=_first(self.running, other.running),
+            waiting=_first(self.waiting, other.waiting),
         )
 
 
@@ -63,6 +70,13 @@ _SGLANG = re.compile(
     rb"^sglang:max_total_num_tokens(?:\{[^}]*\})? ([0-9]{1,20}(?:\.[0-9]*)?(?:[eE]\+?[0-9]{1,2})?)\s*$", re.MULTILINE
 )
 
+_RUNNING = re.compile(
+    rb"^(?:vllm:num_requests_running|sglang:num_running_reqs)(?:\{[^}]*\})? ([0-9]{1,9})(?:\.0*)?\s*$", re.MULTILINE
+)
+_WAITING = re.compile(
+    rb"^(?:vllm:num_requests_waiting|sglang:num_queue_reqs)(?:\{[^}]*\})? ([0-9]{1,9})(?:\.0*)?\s*$", re.MULTILINE
+)
+
 MOST_TOKENS = 1 << 40
 """A larger capacity is a mistake of the page."""
 
@@ -73,7 +87,7 @@ def read_metrics(page: bytes) -> EngineFacts:
     """Read a Prometheus page of vLLM or SGLang (of any engine, for its start time).
 
     vLLM: `vllm:cache_config_info` has block_size and num_gpu_blocks as labels; their product is the capacity, per
-    engine of a data-parallel server (the lines are added).
+    engine of a data-parallel server (the lines are added, as those of running and waiting requests are).
     """
     capacity = 0
     for line in _VLLM.findall(page):
@@ -92,6 +106,8 @@ def read_metrics(page: bytes) -> EngineFacts:
         else "SGLang"
         if b"sglang:" in page
         else None,
+        running=_sum(_RUNNING.findall(page)),
+        waiting=_sum(_WAITING.findall(page)),
     )
 
 
@@ -161,6 +177,10 @@ def read_version(page: bytes) -> EngineFacts:
 
 def _first(one: _T | None, other: _T | None) -> _T | None:
     return other if one is None else one
+
+
+def _sum(numbers: list[bytes]) -> int | None:
+    return sum(map(int, numbers)) if numbers else None
 
 
 def _whole(text: str | None) -> int | None:

@@ -9,6 +9,7 @@ import msgspec
 
 from proxy.fleet.engine_facts import EngineFacts
 from proxy.fleet.fleet import Fleet
+from proxy.fleet.learned_limit import LearnedLimit
 from proxy.fleet.pools import ReplicaEndpoint
 
 
@@ -59,8 +60,9 @@ class EngineFindings:
         self._usage_reports = usage_reports
         self._started: dict[int, float] = {}
         self._capacity_tokens: dict[int, int] = {}
+        self._limits: dict[int, LearnedLimit] = {}
 
-    def apply(self, number: int, endpoint: ReplicaEndpoint, found: Found) -> None:
+    def apply(self, number: int, endpoint: ReplicaEndpoint, found: Found, now_seconds: float) -> None:
         """Take over what was found at a replica."""
         facts = found.facts
         if found.models is not None:
@@ -70,13 +72,26 @@ class EngineFindings:
         if facts.in_flight_limit is not None:
             self._fleet.set_limit(number, facts.in_flight_limit)
             self._queues.update()
+        else:
+            self.observe_load(number, facts, now_seconds)
         if facts.tells_timings:
             self._usage_reports.always_reports_usage(number)
         if facts.started_unix_seconds is not None:
             self._note_start(number, facts.started_unix_seconds)
 
+    def observe_load(self, number: int, facts: EngineFacts, now_seconds: float) -> None:
+        """Learn the limit of an engine that states none from how many requests run and wait in it."""
+        if facts.running is None or facts.waiting is None:
+            return
+        learned = self._limits.setdefault(number, LearnedLimit())
+        before = learned.value
+        if learned.observe(facts.running, facts.waiting, now_seconds) != before:
+            self._fleet.set_limit(number, learned.value)
+            self._queues.update()
+
     def forget(self, number: int) -> None:
         """Drop what is known of a replica that is gone for good."""
+        self._limits.pop(number, None)
         self._started.pop(number, None)
         self._capacity_tokens.pop(number, None)
 
@@ -85,6 +100,9 @@ class EngineFindings:
         before = self._started.setdefault(number, started_unix_seconds)
         if started_unix_seconds > before:
             self._started[number] = started_unix_seconds
+            if self._limits.pop(number, None) is not None:
+                self._fleet.set_limit(number, None)
+                self._queues.update()
             self._fleet.restarted(number)
             self._journal.new_epoch(number)
 

@@ -17,6 +17,7 @@ from proxy.fleet.breaker import Cause
 from proxy.fleet.engine_facts import EngineFacts, read_llama_props, read_metrics, read_sglang_server, read_version
 from proxy.fleet.findings import Found
 from proxy.fleet.fleet import Fleet
+from proxy.fleet.learned_limit import LEAST_LIMIT
 from proxy.fleet.model_list import read_models
 from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.tasks import Tasks
@@ -29,6 +30,9 @@ TICK_SECONDS = 0.25
 
 FACTS_SECONDS = 15.0
 """How often engines are asked for their facts. Requests notice a restart much sooner."""
+
+LOAD_SECONDS = 2.0
+"""How often a busy engine that states no limit of concurrent requests is asked how many run and wait in it."""
 
 BEGIN_SECONDS = 1.0
 """How long the start waits for engines that do not respond."""
@@ -64,8 +68,12 @@ class Client(Protocol):
 class Findings(Protocol):
     """Applies the findings of a check: `proxy.fleet.findings.EngineFindings`."""
 
-    def apply(self, number: int, endpoint: ReplicaEndpoint, found: Found) -> None:
+    def apply(self, number: int, endpoint: ReplicaEndpoint, found: Found, now_seconds: float) -> None:
         """Take over what was found at a replica."""
+        ...
+
+    def observe_load(self, number: int, facts: EngineFacts, now_seconds: float) -> None:
+        """Take over how many requests run and wait at a replica."""
         ...
 
 
@@ -102,8 +110,13 @@ class HealthChecker:
     async def run(self) -> None:
         """Check until cancelled."""
         next_facts_seconds = self._clock.monotonic() + FACTS_SECONDS
+        next_load_seconds = self._clock.monotonic() + LOAD_SECONDS
         while True:
             now_seconds = self._clock.monotonic()
+            if now_seconds >= next_load_seconds:
+                next_load_seconds = now_seconds + LOAD_SECONDS
+                for number in self._busy():
+                    self._tasks.start(self.check_load(number), "engine load check")
             for number in self._fleet.probes(now_seconds):
                 self._tasks.start(self.check(number), "health check")
             if now_seconds >= next_facts_seconds:
@@ -144,6 +157,31 @@ class HealthChecker:
         self._fleet.reached(number)
         await self._learn(number, endpoint, read_models(page) if status == 200 else None)
 
+    def _busy(self) -> list[int]:
+        """Return the replicas whose limit of concurrent requests can only be learned, and may be near."""
+        return [
+            number
+            for number, found in self._found.items()
+            if found.facts.waiting is not None
+            and found.facts.in_flight_limit is None
+            and number in self._fleet
+            and self._fleet.own_in_flight(number) >= LEAST_LIMIT // 2
+        ]
+
+    async def check_load(self, number: int) -> None:
+        """Ask an engine how many requests run and wait in it."""
+        endpoint = self._pools.backends.get(number)
+        if endpoint is None:
+            return
+        try:
+            status, page = await self._page(endpoint, b"/metrics")
+        except UpstreamError:
+            return  # requests and the next health check show what is wrong with it
+        if status == 200 and number in self._fleet:
+            facts = read_metrics(page)
+            facts = facts if endpoint.ranks == 1 else facts.per_rank(endpoint.ranks)
+            self._findings.observe_load(number, facts, self._clock.monotonic())
+
     async def _learn(self, number: int, endpoint: ReplicaEndpoint, models: list[dict[str, Any]] | None) -> None:
         names = None if models is None else tuple(str(model.get("id")) for model in models)
         try:
@@ -152,7 +190,7 @@ class HealthChecker:
             return
         if number in self._fleet:
             found = self._found[number] = Found(names, facts)
-            self._findings.apply(number, endpoint, found)
+            self._findings.apply(number, endpoint, found, self._clock.monotonic())
 
     def describe(self, number: int) -> str:
         """Return one line on a replica: where it is and what was found there."""

@@ -411,6 +411,23 @@ def test_a_fork_that_was_counted_too_short_is_put_right_by_one_answer(bench):
     assert bench.ask(talk("g", 12, system=8)).predicted_tokens == pytest.approx(4_000, abs=200)
 
 
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_an_engine_that_kept_what_the_index_dropped_does_not_change_the_count_of_a_fork(bench, confirmed):
+    """Or every prompt that forks off there would be expected to be cached as far as the one that was kept."""
+    bench.index.set_budget(0, 20 * BLOCK_TOKENS)
+    bench.served(talk("a", 20, system=8))
+    for name in "bc":
+        if confirmed:
+            bench.served(talk(name, 14, system=8))
+        else:
+            bench.ask(talk(name, 14, system=8))
+    bench.index.tend(bench.now)
+    assert bench.depth(talk("a", 20, system=8)) == 8
+    before = bench.ask(talk("d", 14, system=8)).predicted_tokens
+    assert bench.served(talk("a", 21, system=8), 20 * BLOCK_TOKENS).learnt is FeedbackKind.MORE
+    assert bench.ask(talk("e", 14, system=8)).predicted_tokens == before
+
+
 def test_a_sibling_in_flight_makes_a_shortfall_no_news(bench):
     bench.served(talk("a", 8))
     bench.ask(talk("a", 9))

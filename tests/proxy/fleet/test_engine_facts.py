@@ -17,7 +17,7 @@ vllm:num_requests_running{model_name="m"} 3.0
 
 def test_vllms_capacity_is_blocks_times_their_size():
     """Added over the engines of one server."""
-    assert read_metrics(VLLM) == EngineFacts(441_440, None, 1.7e9, engine="vLLM")
+    assert read_metrics(VLLM) == EngineFacts(441_440, None, 1.7e9, engine="vLLM", running=3)
     two = VLLM + b'vllm:cache_config_info{engine="1",num_gpu_blocks="10",block_size="16"} 1.0\n'
     assert read_metrics(two).capacity_tokens == 441_600
 
@@ -67,3 +67,20 @@ def test_a_rank_has_its_share_of_what_the_engine_reports():
     whole = EngineFacts(capacity_tokens=40_001, in_flight_limit=10, engine="vllm")
     assert whole.per_rank(4) == EngineFacts(capacity_tokens=10_000, in_flight_limit=2, engine="vllm")
     assert EngineFacts().per_rank(4) == EngineFacts()
+
+
+def test_running_and_waiting_requests_are_read_and_added_over_the_ranks():
+    """Of vLLM and SGLang; names that only begin alike are others."""
+    vllm = (
+        b'vllm:num_requests_running{engine="0",model_name="m"} 3.0\n'
+        b'vllm:num_requests_running{engine="1",model_name="m"} 5.0\n'
+        b'vllm:num_requests_waiting{engine="0",model_name="m"} 2.0\n'
+        b'vllm:num_requests_waiting{engine="1",model_name="m"} 0.0\n'
+        b'vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 7.0\n'
+    )
+    facts = read_metrics(vllm)
+    assert (facts.running, facts.waiting) == (8, 2)
+    assert (facts.per_rank(2).running, facts.per_rank(2).waiting) == (4, 1)
+    sglang = read_metrics(b"sglang:num_running_reqs 4\nsglang:num_queue_reqs 1\n")
+    assert (sglang.running, sglang.waiting) == (4, 1)
+    assert read_metrics(b"vllm:num_requests_running nan\n").running is None

@@ -18,8 +18,9 @@ from proxy.errors import (
 )
 from proxy.fleet import BreakerState, Cause, Fleet, ReplicaChange, ReplicaSpec
 from proxy.fleet.credentials import auth_of, credential_of, default_headers_of
+from proxy.fleet.engine_facts import EngineFacts
 from proxy.fleet.findings import EngineFindings, Found
-from proxy.fleet.health import HealthChecker
+from proxy.fleet.health import LOAD_SECONDS, HealthChecker
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
 from proxy.tasks import Tasks
 from proxy.upstream import Limits, Origin, UpstreamResponse
@@ -51,12 +52,16 @@ class Bench:
         self.endpoint = ReplicaEndpoint("r", "pool", "http://10.0.0.1:80", origin, **endpoint)
         self.pools = Pools([ServedPool("pool", ("*",))], "pool", {0: self.endpoint})
         self.found: list[Found] = []
+        self.loads: list[tuple[int | None, int | None]] = []
         self.headers: list[dict[bytes, bytes]] = []
         self.tasks = Tasks()
         self.checker = HealthChecker(self, self.pools, self.fleet, self, self.tasks, self.clock, Limits())
 
-    def apply(self, number: int, endpoint: ReplicaEndpoint, found: Found) -> None:
+    def apply(self, number: int, endpoint: ReplicaEndpoint, found: Found, now_seconds: float) -> None:
         self.found.append(found)
+
+    def observe_load(self, number: int, facts: EngineFacts, now_seconds: float) -> None:
+        self.loads.append((facts.running, facts.waiting))
 
     def request(
         self,
@@ -220,26 +225,62 @@ class Sink:
 
 def test_findings_are_applied_when_they_are_new() -> None:
     """A capacity that was set once is not set again, a later start is a new epoch, a configured capacity stands."""
-    from proxy.fleet.engine_facts import EngineFacts
-
     bench, sink = Bench({}), Sink()
     findings = EngineFindings(bench.fleet, sink, sink, sink, sink)
     facts = EngineFacts(capacity_tokens=100, in_flight_limit=4, started_unix_seconds=10.0, tells_timings=True)
-    findings.apply(0, bench.endpoint, Found(("a",), facts))
+    findings.apply(0, bench.endpoint, Found(("a",), facts), 0.0)
     assert sink.told == [
         ("models", "a"), ("capacity", 100, None), ("budget", 100), ("queues",), ("usage", 0),
     ]  # fmt: skip
     assert bench.fleet.limit_of(0) == 4
     sink.told.clear()
     later = EngineFacts(capacity_tokens=100, started_unix_seconds=11.0)
-    findings.apply(0, bench.endpoint, Found(None, later))
-    findings.apply(0, bench.endpoint, Found(None, later))
+    findings.apply(0, bench.endpoint, Found(None, later), 0.0)
+    findings.apply(0, bench.endpoint, Found(None, later), 0.0)
     assert sink.told == [("epoch", 0)]
     sink.told.clear()
     findings.forget(0)
     sink.budget = True
-    findings.apply(0, bench.endpoint, Found(None, EngineFacts(capacity_tokens=100)))
+    findings.apply(0, bench.endpoint, Found(None, EngineFacts(capacity_tokens=100)), 0.0)
     assert sink.told == [("capacity", 100, None)]
+
+
+async def test_a_busy_engine_that_states_no_limit_is_asked_for_its_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only while enough is under way there that a limit could be near."""
+    page = b"vllm:num_requests_running 20.0\nvllm:num_requests_waiting 3.0\n"
+    bench = Bench({b"/v1/models": (200, MODELS), b"/metrics": (200, page)})
+    await bench.checker.check(0)
+    monkeypatch.setattr("proxy.fleet.health.TICK_SECONDS", 0.0)
+    running = bench.tasks.start(bench.checker.run(), "health checks")
+    try:
+        bench.clock.advance(LOAD_SECONDS)
+        await asyncio.sleep(0)
+        assert not bench.loads
+        for _ in range(8):
+            bench.fleet.charge(0, 100.0, bench.clock.monotonic())
+        bench.clock.advance(LOAD_SECONDS)
+        async with asyncio.timeout(5):
+            while not bench.loads:  # noqa: ASYNC110 - the checker runs by itself
+                await asyncio.sleep(0)
+    finally:
+        running.cancel()
+    assert bench.loads == [(20, 3)]
+
+
+def test_a_limit_learned_from_the_load_is_set_and_forgotten_when_the_engine_restarts() -> None:
+    """The queues follow it; a limit that the engine states, or that is configured, is not touched."""
+    bench, sink = Bench({}), Sink()
+    findings = EngineFindings(bench.fleet, sink, sink, sink, sink)
+    busy = EngineFacts(running=64, waiting=9, started_unix_seconds=10.0)
+    findings.apply(0, bench.endpoint, Found(None, busy), 0.0)
+    assert (bench.fleet.limit_of(0), sink.told) == (64, [("queues",)])
+    findings.observe_load(0, busy, 2.0)
+    assert sink.told == [("queues",)]
+    findings.apply(0, bench.endpoint, Found(None, EngineFacts(running=0, waiting=0, started_unix_seconds=11.0)), 4.0)
+    assert bench.fleet.limit_of(0) is None
+    bench.fleet.add(ReplicaSpec("r", "pool", in_flight_limit=5))
+    findings.observe_load(0, busy, 6.0)
+    assert bench.fleet.limit_of(0) == 5
 
 
 @pytest.mark.parametrize(
