@@ -145,3 +145,8 @@ bench-peers: .peers/.done
 
 clean:
 	rm -rf .venv .cairn .build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# A seeded fuzzer over all endpoints of both ports: make fuzz ARGS="--requests 100000 --seed 5"
+.PHONY: fuzz
+fuzz: .venv/.dev
+	.venv/bin/python -m tests.hostile.fuzz $(ARGS)

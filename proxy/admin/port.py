@@ -19,6 +19,7 @@ from aiohttp.typedefs import Handler
 
 from proxy.accounting.savings import By, SavingsReport, as_json
 from proxy.accounting.totals_reader import Unreadable
+from proxy.admin.expect import AnyTarget, meet_expectation
 from proxy.admin.status import EVENTS_PATH, PAGE_PATHS, StatusBoard, StatusRoutes
 from proxy.config.checks import is_loopback
 from proxy.config.schema import Config
@@ -68,16 +69,20 @@ class AdminPort:
         self._overview = overview
         self._scraping = asyncio.Lock()
         self._runner: web.AppRunner | None = None
+        self._paths: frozenset[str] = frozenset()
 
     async def start(self, listening: socket.socket) -> None:
         """Start to serve on `listening`."""
         app = web.Application(middlewares=[self._guard], client_max_size=self._overview.config.server.max_body_bytes)
-        app.router.add_get("/healthz", self._health)
-        app.router.add_get("/readyz", self._readiness)
-        app.router.add_get("/metrics", self._metrics)
-        app.router.add_get("/savings", self._savings)
-        app.router.add_post("/explain", self._explain)
+        routes = app.router
+        routes.add_get("/healthz", self._health, expect_handler=meet_expectation)
+        routes.add_get("/readyz", self._readiness, expect_handler=meet_expectation)
+        routes.add_get("/metrics", self._metrics, expect_handler=meet_expectation)
+        routes.add_get("/savings", self._savings, expect_handler=meet_expectation)
+        routes.add_post("/explain", self._explain, expect_handler=meet_expectation)
         StatusRoutes(self._overview.board).add_to(app)
+        self._paths = frozenset(resource.canonical for resource in routes.resources())
+        routes.register_resource(AnyTarget(self._nothing))
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_CLOSE_SECONDS)
         await self._runner.setup()
         await web.SockSite(self._runner, listening).start()
@@ -152,6 +157,12 @@ class AdminPort:
         credential = _bytes(request.headers.get("X-Cairn-Client-Key", ""))
         status, body = await self._overview.explain(path, await request.read(), credential)
         return web.Response(status=status, body=body, content_type="application/json")
+
+    async def _nothing(self, request: web.Request) -> web.Response:
+        """Refuse any other path or method."""
+        if request.path in self._paths:
+            return _json(405, {"error": "method not allowed"})
+        return _json(404, {"error": "not found"})
 
 
 def _json(status: int, content: object) -> web.Response:

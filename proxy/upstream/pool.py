@@ -101,8 +101,11 @@ class Pool:
         too many wait or no slot became free in time.
         """
         while True:
-            if not fresh and (connection := self.take()) is not None:
-                return connection
+            if not fresh:
+                if (connection := self.take()) is not None:
+                    return connection
+            elif self._idle:  # else each request that needs a new connection would leave one more
+                self._idle[0].close()
             if self._open >= self._limits.max_connections:
                 self._make_room()
             if self._open < self._limits.max_connections:

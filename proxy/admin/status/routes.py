@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from aiohttp import web
 
+from proxy.admin.expect import meet_expectation
 from proxy.admin.status import files
 from proxy.admin.status.board import StatusBoard
 
@@ -46,8 +47,8 @@ class StatusRoutes:
     def add_to(self, app: web.Application) -> None:
         """Add the routes to the admin port."""
         for path in files.PATHS:
-            app.router.add_get(path, self._file)
-        app.router.add_get(EVENTS_PATH, self._events, allow_head=False)
+            app.router.add_get(path, self._file, expect_handler=meet_expectation)
+        app.router.add_get(EVENTS_PATH, self._events, allow_head=False, expect_handler=meet_expectation)
         app.on_shutdown.append(self._close)
 
     async def _close(self, _: web.Application) -> None:

@@ -322,3 +322,36 @@ def test_not_ready_without_workers_and_while_draining() -> None:
     assert judge(Stage.STARTING, [worker(ready=False)]).reasons[0] == "no worker is ready"
     assert judge(Stage.SERVING, []).status is ReadinessStatus.NOT_READY
     assert judge(Stage.DRAINING, [worker()]) == Readiness(ReadinessStatus.NOT_READY, ("draining",), 1, 0, "up")
+
+
+async def talk(port: int, message: bytes) -> bytes:
+    """Everything that is answered to `message`."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(message)
+        async with asyncio.timeout(10):
+            return await reader.read()
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "start", [b"GET /healthz", b"POST /explain", b"GET /nothing", b"PUT /events", b"GET /page.js", b"OPTIONS *"]
+)
+@pytest.mark.parametrize("expectation", [b"\xff", b"x", b"100-continue, x"])
+async def test_an_unknown_expectation_is_a_417_and_is_not_repeated(admin, start: bytes, expectation: bytes) -> None:
+    """Whatever its bytes are, on every path and method."""
+    port = int(admin.url.rpartition(":")[2])
+    head = b"%b HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nexpect: %b\r\n\r\n" % (start, expectation)
+    got = await talk(port, head)
+    assert got.startswith(b"HTTP/1.1 417 ")
+    assert got.endswith(b'\r\n\r\n{"error": "only the expectation 100-continue is known"}')
+
+
+async def test_a_client_that_waits_for_100_continue_gets_it(admin) -> None:
+    """One interim answer, then that of the request."""
+    port = int(admin.url.rpartition(":")[2])
+    head = b"POST /explain HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nexpect: 100-continue\r\n"
+    got = await talk(port, head + b"content-length: 2\r\n\r\n{}")
+    assert got.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 ")
+    assert admin.overview.asked == [("/v1/chat/completions", b"{}", b"")]
