@@ -94,7 +94,7 @@ class NotFound(ClientError):
 
 
 class UnknownObject(NotFound):
-    """The client has created no such file, response or batch; one that another client created looks the same."""
+    """The client's tenant has created no such file, response or batch; one of another tenant looks the same."""
 
     code = "object_not_found"
 

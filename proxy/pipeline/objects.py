@@ -7,12 +7,14 @@ brings them, at whichever worker; that they were counted is shared like the plac
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Final, Protocol
 
 from cache import ObjectLocations
 from proxy.model import Access, Call, Endpoint
 from proxy.pipeline.exchange import Exchange
-from proxy.pipeline.reader import object_key
+from proxy.pipeline.reader import checked_key, has_checked_models, object_key
+from proxy.wire.item_ids import StreamedItemIds, item_ids
 from proxy.wire.schemas import CreatedObject
 from proxy.wire.sse import StreamTap
 from proxy.wire.usage import created_object, read_response
@@ -60,17 +62,27 @@ class CreatedObjects:
         call = exchange.call
         if call.method == "GET" and call.target.startswith(_RESPONSES_PATH) and call.object_id:
             self._count_once(exchange, body, call.object_id)
+            if call.target.partition("?")[0] == _RESPONSES_PATH + call.object_id:
+                self._own_items(exchange, body)
         elif (created := created_object(body)) is None:
             return
         elif call.method == "POST":
-            for object_id in created.ids():
-                self._own(exchange, object_id)
-            if created.background is True and exchange.usage is None:
-                self._note_background(exchange, created)
+            self._note_created(exchange, created, body)
         elif call.target == f"{_BATCHES_PATH}{call.object_id}":
             # of what is read, only this names new objects; the content of a file could name any
             for object_id in created.file_ids():
                 self._own(exchange, object_id)
+
+    def _note_created(self, exchange: Exchange, created: CreatedObject, body: bytes) -> None:
+        for object_id in created.ids():
+            self._own(exchange, object_id)
+            if has_checked_models(exchange.call) and exchange.pool is not None and exchange.attempt is not None:
+                key = checked_key(exchange.call.tenant, exchange.pool, object_id)
+                self._journal.own(key, exchange.attempt.replica)
+        if exchange.call.endpoint is Endpoint.RESPONSES:
+            self._own_items(exchange, body)
+            if created.background is True and exchange.usage is None:
+                self._note_background(exchange, created)
 
     def note_opening(self, exchange: Exchange, opening: bytes) -> bool:
         """Learn from the first bytes of a stream of the responses surface; False if they show no id yet."""
@@ -84,10 +96,25 @@ class CreatedObjects:
             self._mark(exchange, "background", object_id)
         return True
 
+    def note_items(self, exchange: Exchange, ids: Iterable[str]) -> None:
+        """Learn the ids of items of a response, which a later request of the same client may name."""
+        for item_id in ids:
+            self._own(exchange, item_id)
+
+    @staticmethod
+    def wants_items(exchange: Exchange) -> bool:
+        """Return True if the ids of a response's items are checked later, since only Cairn knows whose they are."""
+        return exchange.pool is not None and exchange.pool.shares_key
+
     def note_end(self, exchange: Exchange) -> None:
         """Learn from the end of a stream: if it brought the usage of a background response, that is now counted."""
         if exchange.background_id is not None and exchange.usage is not None:
             self._mark(exchange, "counted", exchange.background_id)
+
+    def _own_items(self, exchange: Exchange, body: bytes) -> None:
+        if self.wants_items(exchange):
+            streamed = body.lstrip().startswith(_STREAM_STARTS)
+            self.note_items(exchange, StreamedItemIds().feed(body) if streamed else item_ids(body))
 
     def _note_background(self, exchange: Exchange, created: CreatedObject) -> None:
         for object_id in created.ids():

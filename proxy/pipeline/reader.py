@@ -12,16 +12,19 @@ from typing import Final
 from cache import ObjectLocations
 from proxy.errors import BadRequest, Forbidden, NotFound, UnknownObject
 from proxy.fleet.pools import Pools, ServedPool
-from proxy.model import Access, Body, Call, Edit, Endpoint, Tenant
+from proxy.model import Access, Body, Call, Edit, Endpoint, Prompt, Tenant
 from proxy.patterns import matches_any
 from proxy.pipeline.admission import check_model
 from proxy.pipeline.exchange import Exchange
 from proxy.wire import multipart, named_models
 from proxy.wire import request as wire_request
-from proxy.wire.references import Reference, references
+from proxy.wire.references import Reference, item_references, listed_items, references
 
 _EMBEDDINGS: Final = Endpoint.EMBEDDINGS
 _INFERENCE: Final = Endpoint.INFERENCE
+_RESPONSES: Final = Endpoint.RESPONSES
+_FILES: Final = "/v1/files"
+_BATCHES: Final = "/v1/batches"
 
 
 class RequestReader:
@@ -77,8 +80,7 @@ class RequestReader:
         if call.tenant.is_limited:
             _check_further_models(call)
         if pool.shares_key:
-            continued = (Reference("responses", prompt.pinned_to),) if prompt.pinned_to else ()
-            self._check_references(call, pool, prompt.referring, continued)
+            self._check_references(call, pool, prompt.referring, _continued(call, prompt))
         if self._locations and (pinned_to := prompt.pinned_to or wire_request.first_file_id(call.body)):
             exchange.pinned_replica = self._number_in(pool, self._locate(call.tenant, pinned_to))
         if pool.sends_cache_salt and pool.isolated:
@@ -92,8 +94,8 @@ class RequestReader:
         pool = exchange.pool = self._pool_for(call, exchange.model)
         if call.tenant.is_limited:
             _check_further_models(call)
-        if pool.shares_key and not multipart.is_form(content_type):
-            self._check_references(call, pool, (call.body,))
+        if pool.shares_key:
+            self._check_named_objects(call, pool)
 
     def _pool_for(self, call: Call, model: str | None) -> ServedPool:
         """The pool that serves `model`; without a model the only pool, whose upstream then judges."""
@@ -114,6 +116,11 @@ class RequestReader:
             shared = matches_any(f"/v1/{reference.collection}/{reference.object_id}", self._allowed_paths)
             if not shared and self._locations.of(object_key(call.tenant, pool, reference.object_id)) is None:
                 raise _unknown_object()
+
+    def _check_named_objects(self, call: Call, pool: ServedPool) -> None:
+        """Raise UnknownObject if a body that is no prompt names an object which the client may not use."""
+        if call.body and not multipart.is_form(_content_type(call)):
+            self._check_references(call, pool, (call.body,), item_references(listed_items(call.body)))
 
     # -- paths with an object, or with neither
 
@@ -158,16 +165,24 @@ class RequestReader:
             )
         elif self._locations.of(object_key(call.tenant, pool, call.object_id)) is None:
             raise _unknown_object()
+        else:
+            self._check_named_objects(call, pool)
 
     def _check_creation(self, call: Call, pool: ServedPool) -> None:
-        if call.body and not multipart.is_form(_content_type(call)):
-            self._check_references(call, pool, (call.body,))
+        self._check_named_objects(call, pool)
         if call.tenant.is_limited:
             models = _created_models(call)
-            if models is None:
+            if models is None or (_path(call) == _BATCHES and not self._has_checked_input(call, pool)):
                 raise _unreadable()
             for model in models:
                 check_model(call.tenant, model)
+
+    def _has_checked_input(self, call: Call, pool: ServedPool) -> bool:
+        """Return True if the models of every file of a new batch were checked when this client uploaded it."""
+        files = references(call.body, (call.body,)) or ()
+        return bool(files) and all(
+            self._locations.of(checked_key(call.tenant, pool, each.object_id)) is not None for each in files
+        )
 
     # -- where objects lie
 
@@ -193,27 +208,51 @@ def object_key(tenant: Tenant, pool: ServedPool, object_id: str) -> str:
     return f"{tenant.id}/{object_id}" if pool.shares_key else object_id
 
 
+def checked_key(tenant: Tenant, pool: ServedPool, object_id: str) -> str:
+    """Return the key by which it is remembered that a limited client may use every model that a file names."""
+    return f"checked:{tenant.client}:{object_key(tenant, pool, object_id)}"
+
+
+def has_checked_models(call: Call) -> bool:
+    """Return True if `call`, which passed the reader, uploads a file whose models were all checked for the client."""
+    if not call.tenant.is_limited or _path(call) != _FILES:
+        return False
+    return named_models.is_batch_input(call.body, _content_type(call)) is True
+
+
+def _continued(call: Call, prompt: Prompt) -> list[Reference]:
+    """The response or conversation that a prompt continues, and the items of earlier responses that it repeats."""
+    found = [Reference("responses", prompt.pinned_to)] if prompt.pinned_to else []
+    if call.endpoint is _RESPONSES:
+        found += item_references(prompt.spans[prompt.tool_spans + prompt.system_spans :])
+    return found
+
+
 def _check_further_models(call: Call) -> None:
     models = named_models.further_models(call.body, _content_type(call))
     if models is None:
         raise _unreadable()
-    for model in models:
+    for model in (*models, *named_models.query_models(call.target)):
         check_model(call.tenant, model)
 
 
 def _created_models(call: Call) -> Iterable[str] | None:
     """The models that the new object will use, None if they cannot be read."""
-    path = call.target.partition("?")[0]
+    path = _path(call)
     content_type = _content_type(call)
-    if path == "/v1/files":
+    if path == _FILES:
         is_batch = named_models.is_batch_input(call.body, content_type)
         return named_models.batch_file_models(call.body, content_type) if is_batch is not False else ()
     if path == "/v1/messages/batches":
         return named_models.batch_request_models(call.body)
     if path == "/v1/videos":
         model = named_models.model_of(call.body, content_type)
-        return None if model is None else (model,)
+        return None if model is None else named_models.further_models(call.body, content_type)
     return ()
+
+
+def _path(call: Call) -> str:
+    return call.target.partition("?")[0]
 
 
 def _content_type(call: Call) -> bytes:

@@ -27,6 +27,7 @@ from proxy.upstream import Framing, UpstreamResponse
 from proxy.wire import headers as wire_headers
 from proxy.wire.decode import ResponseDecoder
 from proxy.wire.errors import error_event
+from proxy.wire.item_ids import StreamedItemIds
 from proxy.wire.late import events_of_plain
 from proxy.wire.sse import StreamTap
 from proxy.wire.usage import read_response
@@ -283,6 +284,7 @@ class StreamRelay:
         "_decoder",
         "_downstream",
         "_exchange",
+        "_items",
         "_limits",
         "_opening",
         "_passes_decoded",
@@ -311,6 +313,7 @@ class StreamRelay:
         self._decoder = ResponseDecoder(encoding) if encoding else None
         self._passes_decoded = exchange.head_sent  # which named no encoding
         self._wants_id = exchange.call.endpoint is _RESPONSES
+        self._items = StreamedItemIds() if self._wants_id and relay.objects.wants_items(exchange) else None
         self._opening = b""
         self._behind = False  # the client has not read what was written
         self.given_seconds = response.first_byte_seconds
@@ -334,12 +337,9 @@ class StreamRelay:
         """Write a piece to the client. Return False if the client is behind."""
         exchange, tap = self._exchange, self._tap
         exchange.response_bytes += len(piece)
-        if self._decoder is None:
-            passed = tap.feed(piece)
-        elif self._passes_decoded:
-            passed = tap.feed(self._decoder.feed(piece))
-        else:
-            tap.feed(self._decoder.feed(piece))
+        text = piece if self._decoder is None else self._decoder.feed(piece)
+        passed = tap.feed(text)
+        if self._decoder is not None and not self._passes_decoded:
             passed = piece
         keeps_up = self._downstream.offer(passed, framed if passed is piece else None) if passed else True
         seen_seconds = self.given_seconds = self._response.seen_seconds
@@ -349,8 +349,10 @@ class StreamRelay:
         else:
             self._note_progress(seen_seconds)
         if self._wants_id and len(self._opening) < _OPENING_BYTES:
-            self._opening += piece
+            self._opening += text
             self._wants_id = not self._relay.objects.note_opening(exchange, self._opening)
+        if self._items is not None and (ids := self._items.feed(text)):
+            self._relay.objects.note_items(exchange, ids)
         return keeps_up
 
     def _note_progress(self, now_seconds: float) -> None:

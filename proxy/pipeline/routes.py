@@ -59,8 +59,11 @@ _COLLECTIONS = (
 )
 """Paths under /v1 whose POST creates an object that its maker then uses by id."""
 
-_READ_WHOLE = frozenset({"batches", "messages/batches", "videos"})
+_READ_WHOLE = frozenset({"batches", "containers", "conversations", "messages/batches", "videos"})
 """Collections whose creation is read before it is sent: it names models, or objects that must be the maker's own."""
+
+_EXTENDED = frozenset({"containers", "conversations"})
+"""Collections to whose objects other objects can be added later, by their ids."""
 
 _DEPLOYMENTS: Final = "/openai/deployments/"  # Azure's prefix: the model is part of the path
 _DEFAULT_VERSION: Final = "/v1"
@@ -195,5 +198,6 @@ def _of_collection(method: str, name: str, target: str) -> Route:
         if name.startswith(f"{collection}/"):
             object_id = unquote(name.removeprefix(f"{collection}/").split("/", 1)[0])
             if not (collection == "responses" and object_id == "input_tokens"):
-                return Route(Endpoint.OTHER, target, Access.OBJECT, object_id=object_id, reads_body=False)
+                reads = method == "POST" and collection in _EXTENDED
+                return Route(Endpoint.OTHER, target, Access.OBJECT, object_id=object_id, reads_body=reads)
     return Route(Endpoint.OTHER, target, Access.ADMINISTRATION, reads_body=False)

@@ -7,6 +7,7 @@ models that the body can make the upstream use are collected; a body that cannot
 from __future__ import annotations
 
 from typing import Any, Final
+from urllib.parse import parse_qsl
 
 import msgspec
 from msgspec import Raw
@@ -17,8 +18,29 @@ from proxy.wire import multipart
 from proxy.wire.schemas import DECODE_ERRORS, decode_model, seen
 
 _BATCH_LINES_MOST: Final = 50_000  # requests of one batch, the providers' own limit
-_FALLBACKS: Final = ("models", "fallbacks", "fallback_models")
-"""Fields in which gateways accept further models, tried if the first fails."""
+_ADAPTERS: Final = frozenset({"adapter", "adapter_id", "adapters", "lora", "lora_id", "lora_name", "lora_path"})
+"""Fields in which engines take the name of an adapter, which makes another model of the one that is named."""
+
+_CONTENT: Final = frozenset(
+    {
+        "chat_template_kwargs", "documents", "functions", "input", "instructions", "messages", "metadata",
+        "mm_processor_kwargs", "prompt", "query", "suffix", "system", "texts", "user",
+    }
+)  # fmt: skip
+"""Top-level fields that hold text, a conversation or the variables of a template. They name no model."""
+
+_SCHEMAS: Final = frozenset(
+    {
+        "function", "guided_json", "input_examples", "input_schema", "json_schema", "parameters", "properties",
+        "response_schema", "schema", "structured_outputs",
+    }
+)  # fmt: skip
+"""Fields whose keys are the client's own: `model` in them is the name of an argument."""
+
+_IMAGES: Final = "image_generation"
+"""The hosted tool that runs a model of the upstream's choice if it names none."""
+
+_ESCAPE: Final = b"\\u00"  # a letter of a key could be hidden in one
 
 
 def model_of(body: Body, content_type: bytes) -> str | None:
@@ -53,23 +75,86 @@ def _json_model(body: Body) -> str | None:
 
 
 def further_models(body: Body, content_type: bytes) -> list[str] | None:
-    """Return the models that a JSON body names beside `model`: fallbacks, and `model` in other letter case.
+    """Return every model that a body names: `model`, fallbacks, adapters, and the models of hosted tools.
 
-    Some servers ignore the case of keys. None if the body cannot be read, so that it might name any. A form has none.
+    Keys are found in any letter case, since some servers ignore it, and at any depth outside of prompts and schemas.
+    None if the body cannot be read, so that it might name any.
     """
     if multipart.is_form(content_type):
-        return []
+        return _form_models(body, content_type)
     try:
         top = msgspec.json.decode(body, type=dict[str, Raw])
         found: list[str] = []
         for key, value in top.items():
-            if key != "model" and key.casefold() == "model":
+            folded = key.casefold()
+            if folded == "model" and key != "model":
                 return None
-            if key.casefold() in _FALLBACKS and bytes(value) != b"null":
-                found += msgspec.json.decode(value, type=list[str])
-    except DECODE_ERRORS:
+            if folded not in _CONTENT and (_names_models(folded) or _may_name_models(bytes(value))):
+                _collect(found, {key: msgspec.json.decode(value)})
+    except (*DECODE_ERRORS, _Unreadable):
         return None
     return found
+
+
+def query_models(target: str) -> list[str]:
+    """Return the models that the query of a request target names."""
+    query = target.partition("?")[2]
+    return [value for key, value in parse_qsl(query) if _names_models(key.casefold())] if query else []
+
+
+class _Unreadable(ValueError):
+    """A field that names models has a value of an unknown form."""
+
+
+def _form_models(body: Body, content_type: bytes) -> list[str] | None:
+    try:
+        named = [
+            field.value for field in multipart.fields(body, content_type) if _names_models(field.name.casefold())
+        ]
+        return [str(value, "utf-8").strip() for value in named]
+    except (multipart.UnreadableForm, UnicodeDecodeError):
+        return None
+
+
+def _names_models(folded: str) -> bool:
+    """Return True if the value of a key (in lower case) names models."""
+    return "model" in folded or "fallback" in folded or folded in _ADAPTERS
+
+
+def _may_name_models(text: bytes) -> bool:
+    """Return True if JSON text may contain such a key, in a fiftieth of the time that decoding it takes."""
+    folded = text.lower()
+    return any(each in folded for each in (b"model", b"fallback", b"adapter", b"lora", b"image", _ESCAPE))
+
+
+def _collect(found: list[str], value: Any) -> None:
+    """Add the models that a decoded value names, without recursion. Raises _Unreadable."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, list):
+            waiting += each
+        elif isinstance(each, dict):
+            for key, member in each.items():
+                folded = key.casefold()
+                if folded == "tools" and _draws_with_any_model(member):
+                    raise _Unreadable
+                if _names_models(folded):
+                    found += _names(member)
+                elif folded not in _SCHEMAS:
+                    waiting.append(member)
+
+
+def _draws_with_any_model(tools: Any) -> bool:
+    each_tool = tools if isinstance(tools, list) else []
+    return any(isinstance(tool, dict) and tool.get("type") == _IMAGES and not tool.get("model") for tool in each_tool)
+
+
+def _names(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(name, str) for name in values):
+        raise _Unreadable
+    return values
 
 
 def is_batch_input(body: Body, content_type: bytes) -> bool | None:
@@ -115,12 +200,14 @@ def _add_models(models: set[str], request: Any) -> bool:
     """Add the models of one decoded request; False if it names none, or has fields that could name others."""
     if not isinstance(request, dict) or not isinstance(request.get("model"), str):
         return False
+    found: list[str] = []
     for key, value in request.items():
         if key != "model" and key.casefold() == "model":
             return False
-        if key.casefold() in _FALLBACKS and value is not None:
-            if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        if key.casefold() not in _CONTENT:
+            try:
+                _collect(found, {key: value})
+            except _Unreadable:
                 return False
-            models.update(value)
-    models.add(request["model"])
+    models.update(found)
     return True

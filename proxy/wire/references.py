@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 import msgspec
+from msgspec import Raw
 
 from proxy.model import Body
 from proxy.wire.schemas import DECODE_ERRORS
@@ -26,6 +28,12 @@ _COLLECTIONS: Final = {
     "vector_store_ids": "vector_stores",
 }
 """Keys whose value is an id or a list of ids, and the collection in which those lie."""
+
+ITEMS: Final = "items"
+"""The collection of what responses consist of. No path has it: an item is named in the input of a later response."""
+
+_LONG_ITEM_BYTES: Final = 4096  # an item that refers to another has 50; what looks like text is then not decoded
+_HEAD_BYTES: Final = 256
 
 _ESCAPE: Final = b"\\u00"
 _ESCAPED_LETTER = re.compile(rb"\\u00(?:[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
@@ -60,6 +68,54 @@ def references(body: Body, others: Iterable[memoryview | Body] = ()) -> frozense
         return frozenset(_in_decoded(msgspec.json.decode(body)))
     except DECODE_ERRORS:
         return None
+
+
+class _Item(msgspec.Struct, gc=False):
+    """An input item, as far as it shows whether it only refers to an item of an earlier response."""
+
+    type: Any = None
+    id: Any = None
+    role: Any = None
+
+
+_decode_item = msgspec.json.Decoder(_Item).decode
+
+
+def item_references(items: Iterable[memoryview | bytes]) -> list[Reference]:
+    """Return the items of earlier responses that input items refer to; `type` may be left out in a reference."""
+    found: list[Reference] = []
+    for item in items:
+        if len(item) > _LONG_ITEM_BYTES and _is_long_content(bytes(item[:_HEAD_BYTES])):
+            continue
+        try:
+            head = _decode_item(item)
+        except DECODE_ERRORS:
+            continue  # a text
+        if isinstance(head.id, str) and (head.type == "item_reference" or (head.type is None and head.role is None)):
+            found.append(Reference(ITEMS, head.id))
+    return found
+
+
+_decode_members = msgspec.json.Decoder(dict[str, Raw]).decode
+_decode_items = msgspec.json.Decoder(list[Raw]).decode
+
+
+def listed_items(body: Body) -> list[memoryview]:
+    """Return the items that a JSON body lists as `input` or `items`; a body without such a list has none."""
+    found: list[memoryview] = []
+    try:
+        top = _decode_members(body)
+    except DECODE_ERRORS:
+        return found
+    for key in ("input", "items"):
+        with suppress(*DECODE_ERRORS):
+            found += map(memoryview, _decode_items(top[key]) if key in top else ())
+    return found
+
+
+def _is_long_content(head: bytes) -> bool:
+    """Return True if a long item begins as a message, a call or a result does."""
+    return (b'"role"' in head or b'"type"' in head) and b"item_reference" not in head and _ESCAPE not in head
 
 
 def _in_decoded(value: Any) -> Iterable[Reference]:

@@ -132,6 +132,9 @@ async def test_a_model_is_checked_wherever_a_path_has_one(http, path: str) -> No
             {"model": "cheap", "Model": "dear"},
             {"model": "cheap", "models": ["dear"]},
             {"model": "cheap", "fallbacks": [{"x": 1}]},
+            {"model": "cheap", "tools": [{"type": "image_generation", "model": "dear"}]},
+            {"model": "cheap", "tools": [{"type": "image_generation"}]},
+            {"model": "cheap", "lora_path": "dear"},
         )
         for body in bodies:
             raw = json.dumps(body).replace("\\\\", "\\").encode()
@@ -175,6 +178,87 @@ async def test_a_batch_of_a_limited_client_has_only_its_models(http) -> None:
         assert await status_of(http, cairn, "POST", "/v1/files", **sent) == 200
         requests = {"requests": [{"params": {"model": "cheap"}}]}
         assert await status_of(http, cairn, "POST", "/v1/messages/batches", json=requests, headers=CHEAP) == 200
+
+
+def upload(purpose: str, content: bytes = b"%PDF") -> dict[str, Any]:
+    """The form of a file with a purpose, sent by the limited client."""
+    head = f'--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\n{purpose}\r\n--b\r\n'.encode()
+    file = b'content-disposition: form-data; name="file"; filename="a"\r\n\r\n%b\r\n--b--\r\n' % content
+    return {"data": head + file, "headers": CHEAP_FORM}
+
+
+@pytest.mark.parametrize("purpose", ["user_data", "assistants", "fine-tune", ""])
+async def test_only_a_file_whose_models_were_checked_becomes_the_batch_of_a_limited_client(
+    http, purpose: str
+) -> None:
+    """A file of another purpose may be uploaded, with any content, and is nothing that runs models."""
+    dear = b'{"custom_id":"1","method":"POST","url":"/v1/chat/completions","body":{"model":"dear","messages":[]}}'
+    async with proxied() as (upstream, cairn):
+        for file_id, sent in (
+            ("file-1", upload(purpose, dear)), ("file-2", upload("batch", dear.replace(b"dear", b"cheap"))),
+        ):  # fmt: skip
+            upstream.answers["/v1/files"] = b'{"id":"%b","object":"file"}' % file_id.encode()
+            assert await status_of(http, cairn, "POST", "/v1/files", **sent) == 200
+        for batch, status in (
+            ({"input_file_id": "file-1"}, 403),
+            ({"input_file_id": "file-2"}, 200),
+            ({"input_file_id": "file-3"}, 404),
+            ({}, 403),
+        ):
+            sent = {"json": batch, "headers": CHEAP}
+            assert await status_of(http, cairn, "POST", "/v1/batches", **sent) == status, batch
+        assert await status_of(http, cairn, "GET", "/v1/files/file-1", headers=CHEAP) == 200
+
+
+async def test_clients_of_one_tenant_share_objects_and_a_limited_one_runs_no_batch_of_another(http) -> None:
+    """A batch file that a colleague with more models uploaded was not checked for it."""
+    team = tuple(
+        Client(name=name, key_sha256=hashlib.sha256(f"sk-{name}".encode()).hexdigest(), models=models, tenant="team")
+        for name, models in (("cheap", ("cheap*",)), ("free", ("*",)))
+    )
+    async with OpenAIUpstream() as upstream:
+        pool = Pool(name="p", replicas=(Replica(upstream.url, key=Secret("sk-operator")),))
+        async with running(config_for((), pools=(pool,), clients=(*team, client("other")))) as cairn:
+            upstream.answers["/v1/files"] = b'{"id":"file-1","object":"file"}'
+            sent = upload("batch", b'{"body":{"model":"dear"}}') | {"headers": {**CHEAP_FORM, **FREE}}
+            assert await status_of(http, cairn, "POST", "/v1/files", **sent) == 200
+            for headers, status in ((FREE, 200), (CHEAP, 200), (OTHER, 404)):
+                assert await status_of(http, cairn, "GET", "/v1/files/file-1", headers=headers) == status
+            for headers, status in ((FREE, 200), (CHEAP, 403), (OTHER, 404)):
+                batch = {"input_file_id": "file-1"}
+                assert await status_of(http, cairn, "POST", "/v1/batches", json=batch, headers=headers) == status
+
+
+@pytest.mark.parametrize("path", ["containers", "containers/mine/files", "conversations", "conversations/mine/items"])
+async def test_an_object_cannot_be_filled_with_anothers_files(http, path: str) -> None:
+    """Its body is read, also of a client that may use every model."""
+    async with proxied() as (upstream, cairn):
+        for made_path, made_id, headers in (
+            ("files", "file-1", OTHER), ("containers", "mine", FREE), ("conversations", "mine", FREE),
+        ):  # fmt: skip
+            upstream.answers[f"/v1/{made_path}"] = b'{"id":"%b"}' % made_id.encode()
+            assert await status_of(http, cairn, "POST", f"/v1/{made_path}", data=b"", headers=headers) == 200
+        for body in ({"file_ids": ["file-1"]}, {"items": [{"content": [{"file_id": "file-1"}]}]}):
+            assert await status_of(http, cairn, "POST", f"/v1/{path}", json=body, headers=FREE) == 404
+        assert await status_of(http, cairn, "POST", f"/v1/{path}", json={"name": "n"}, headers=FREE) == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_item_of_an_earlier_response_is_its_makers_alone(http, stream: bool) -> None:
+    """Whether the response was streamed or not, and however the reference is written."""
+    item = {"id": "msg_1", "type": "message"}
+    whole = json.dumps({"id": "resp_1", "object": "response", "output": [item]})
+    added = json.dumps({"type": "response.output_item.added", "item": item})
+    events = f'data: {{"type":"response.created","response":{whole}}}\n\ndata: {added}\n\n'
+    async with proxied() as (upstream, cairn):
+        upstream.answers["/v1/responses"] = (events if stream else whole).encode()
+        body: dict[str, Any] = {"model": "m", "input": "x", "stream": stream}
+        assert await status_of(http, cairn, "POST", "/v1/responses", json=body, headers=FREE) == 200
+        for reference in ({"type": "item_reference", "id": "msg_1"}, {"id": "msg_1"}):
+            for path in ("/v1/responses", "/v1/responses/input_tokens"):
+                body = {"model": "m", "input": [reference, {"role": "user", "content": "x"}]}
+                for headers, status in ((FREE, 200), (OTHER, 404)):
+                    assert await status_of(http, cairn, "POST", path, json=body, headers=headers) == status
 
 
 async def test_a_limited_client_sees_its_own_models_with_one_pool(http) -> None:

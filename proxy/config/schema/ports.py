@@ -92,8 +92,8 @@ class Server(Section, frozen=True):
     allowed_paths: PathPatterns = ()
     """Paths under /v1, beyond inference, that clients may use at replicas whose key is not their own, as patterns
     with `*` and `?`: `/v1/fine_tuning/*`, `/v1/files`. By default clients run models and use the files, batches and
-    responses that they created; lists of everybody's objects and administration are refused. A pattern that fits
-    `/v1/files/ID` lets every client use every file."""
+    responses that their tenant created; lists of everybody's objects and administration are refused. A pattern that
+    fits `/v1/files/ID` lets every client use every file."""
 
     cors_origins: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...], Meta(max_length=64)] = ()
     """Origins of web pages whose scripts may call the client port, such as `https://chat.example.com`, or `*` for

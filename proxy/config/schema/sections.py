@@ -94,7 +94,8 @@ class Client(Section, frozen=True):
     """SHA-256 of the client's key, in hexadecimal: `printf %s KEY | sha256sum`."""
 
     tenant: Name | None = None
-    """Tenant to which the client belongs; by default its name."""
+    """Tenant to which the client belongs; by default its name. Clients of one tenant share stored contexts, files,
+    batches and responses."""
 
     models: Annotated[Patterns, Meta(min_length=1)] = ("*",)
     """Models that the client may use, as patterns with `*` and `?`."""

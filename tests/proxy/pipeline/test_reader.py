@@ -104,12 +104,16 @@ def test_a_model_may_be_missing_with_one_pool_only(path: str) -> None:
 
 def test_a_path_may_name_the_model() -> None:
     """Azure's deployments, and the details of one model, are checked like a body."""
-    asked = exchange("POST", "/openai/deployments/cheap/chat/completions", CHAT, LIMITED)
+    cheap = CHAT | {"model": "cheap"}
+    asked = exchange("POST", "/openai/deployments/cheap/chat/completions", cheap, LIMITED)
     reader().read(asked)
     assert asked.model == "cheap"
     for method, target in (("POST", "/openai/deployments/dear/embeddings"), ("GET", "/v1/models/dear")):
         with pytest.raises(Forbidden):
-            reader().read(exchange(method, target, CHAT, LIMITED))
+            reader().read(exchange(method, target, cheap, LIMITED))
+    for target, body in (("/openai/deployments/cheap/embeddings", CHAT), ("/v1/embeddings?model=dear", cheap)):
+        with pytest.raises(Forbidden):  # which of the two the upstream uses is not known
+            reader().read(exchange("POST", target, body, LIMITED))
     shown = exchange("GET", "/v1/models/cheap", b"", LIMITED)
     reader().read(shown)
     assert shown.pool is SHARED

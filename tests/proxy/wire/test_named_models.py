@@ -7,7 +7,14 @@ import json
 import pytest
 
 from proxy.errors import BadRequest
-from proxy.wire.named_models import batch_file_models, batch_request_models, further_models, is_batch_input, model_of
+from proxy.wire.named_models import (
+    batch_file_models,
+    batch_request_models,
+    further_models,
+    is_batch_input,
+    model_of,
+    query_models,
+)
 
 JSON = b"application/json"
 FORM = b"multipart/form-data; boundary=b"
@@ -52,22 +59,61 @@ def test_a_model_given_twice_is_refused(body: bytes, content_type: bytes) -> Non
         model_of(body, content_type)
 
 
+SCHEMA = {"type": "object", "properties": {"model": {"type": "string"}}, "$defs": {"CarModel": {}}}
+
+
 @pytest.mark.parametrize(
     ("fields", "further"),
     [
         ({}, []),
         ({"models": ["a", "b"], "fallbacks": None}, ["a", "b"]),
         ({"Fallbacks": ["c"], "fallback_models": ["d"]}, ["c", "d"]),
+        ({"models": "a"}, ["a"]),
+        ({"extra_body": {"provider": [{"models": ["a"]}]}}, ["a"]),
+        ({"tools": [{"type": "image_generation", "model": "a"}, {"type": "mcp", "name": "model"}]}, ["a"]),
+        ({"tools": [{"type": "advisor", "MODEL": "a"}]}, ["a"]),
+        ({"session": {"audio": {"input": {"transcription": {"model": "a"}}}}}, ["a"]),
+        ({"plugins": [{"id": "web", "model_name": "a"}]}, ["a"]),
+        ({"lora_path": "a", "adapter_id": None, "lora": ["b"]}, ["a", "b"]),
+        ({"tools": [{"type": "image_generation"}]}, None),
+        ({"tools": [{"type": "image_generation", "model": None}]}, None),
         ({"MODEL": "x"}, None),
-        ({"models": "a"}, None),
         ({"fallbacks": [{"model": "a"}]}, None),
+        ({"context_window_fallbacks": [{"m": ["a"]}]}, None),
+        ({"lora": [{"id": 0, "scale": 1}]}, None),
+        ({"models": 7}, None),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]}, []),
+        ({"tools": [{"type": "function", "name": "f", "parameters": SCHEMA}]}, []),
+        ({"tools": [{"name": "f", "input_schema": SCHEMA, "input_examples": [{"model": "T"}]}]}, []),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, []),
+        ({"text": {"format": {"type": "json_schema", "schema": SCHEMA}}}, []),
+        ({"guided_json": SCHEMA, "structured_outputs": {"json": SCHEMA}}, []),
+        ({"messages": [{"role": "user", "content": "x", "model": "a"}], "metadata": {"model": "T"}}, []),
+        ({"chat_template_kwargs": {"model_identity": "You are a pirate."}, "modalities": ["text"]}, []),
+        ({"tool_choice": {"type": "image_generation"}}, []),
     ],
 )
-def test_further_models_are_found_or_make_the_body_unreadable(fields, further) -> None:
-    """Some servers ignore the case of keys, and gateways take fallbacks."""
-    assert further_models(json.dumps({"model": "m", **fields}).encode(), JSON) == further
+def test_every_model_that_a_body_can_make_the_upstream_use_is_found(fields, further) -> None:
+    """At any depth and in any letter case; prompts and schemas name none, and what cannot be read could name any."""
+    expected = None if further is None else ["m", *further]
+    assert further_models(json.dumps({"model": "m", **fields}).encode(), JSON) == expected
+
+
+def test_a_key_cannot_be_hidden_in_an_escape() -> None:
+    hidden = b'{"model":"m","tools":[{"type":"x","mod\\u0065l":"a"}]}'
+    assert further_models(hidden, JSON) == ["m", "a"]
+
+
+def test_the_fields_of_a_form_that_name_models_are_all_read() -> None:
+    assert further_models(form(("model", b"a"), ("fallback_model", b" b "), ("prompt", b"model")), FORM) == ["a", "b"]
+    assert further_models(form(("Model", b"\xff")), FORM) is None
     assert further_models(b"x", JSON) is None
-    assert further_models(b"x", FORM) == []
+    assert further_models(b"x", FORM) is None
+
+
+def test_a_query_may_name_models() -> None:
+    assert query_models("/v1/x?api-version=1&model=a&Fallback%5Fmodel=b") == ["a", "b"]
+    assert query_models("/v1/x") == []
 
 
 def test_a_batch_file_is_told_by_its_purpose() -> None:
@@ -93,13 +139,15 @@ def line(**body: object) -> bytes:
         (line(), None),
         (line(model=7), None),
         (line(model="a", Model="b"), None),
-        (line(model="a", fallbacks="b"), None),
+        (line(model="a", fallbacks="b"), {"a", "b"}),
+        (line(model="a", tools=[{"type": "image_generation", "model": "b"}]), {"a", "b"}),
+        (line(model="a", tools=[{"type": "image_generation"}]), None),
         (line(model="a", models=[7]), None),
         (b'{"body":7}', None),
         (b"7", None),
         (b"{}\n" * 50_001, None),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_the_models_of_a_batch_file_are_those_of_all_its_lines(content: bytes, models) -> None:
     """One line that cannot be read makes the file unreadable."""

@@ -7,7 +7,7 @@ from collections.abc import Set
 
 import pytest
 
-from proxy.wire.references import Reference, references
+from proxy.wire.references import ITEMS, Reference, item_references, listed_items, references
 
 FILE = Reference("files", "file-1")
 
@@ -67,3 +67,42 @@ def test_deep_nesting_is_walked_without_recursion() -> None:
     depth = 500
     body = b'{"a":' * depth + b'{"file_id":"file-1"}' + b"}" * depth
     assert references(body) == frozenset({FILE})
+
+
+@pytest.mark.parametrize(
+    ("item", "refers"),
+    [
+        ({"type": "item_reference", "id": "msg_1"}, True),
+        ({"id": "msg_1"}, True),
+        ({"id": "msg_1", "type": None}, True),
+        ({"id": "msg_1", "pad": "x" * 9000}, True),
+        ({"pad": "x" * 9000, "type": "item_reference", "id": "msg_1"}, True),
+        ({"type": "item_reference", "pad": "x" * 9000, "id": "msg_1"}, True),
+        ({"role": "user", "content": "x"}, False),
+        ({"id": "msg_1", "role": "assistant", "content": "x"}, False),
+        ({"type": "function_call", "id": "fc_1", "call_id": "c"}, False),
+        ({"type": "reasoning", "id": "rs_1", "encrypted_content": "x" * 9000}, False),
+        ({"role": "user", "content": "item_reference" * 900}, False),
+        ("a text", False),
+        ({"id": 7}, False),
+    ],
+)
+def test_an_item_that_only_refers_to_an_earlier_one_is_found(item, refers: bool) -> None:
+    """Its type may be left out; items that bring their content refer to nothing, whatever their id."""
+    found = item_references([memoryview(json.dumps(item).encode())])
+    assert found == ([Reference(ITEMS, "msg_1")] if refers else [])
+
+
+@pytest.mark.parametrize(
+    ("body", "count"),
+    [
+        (b'{"input":[{"id":"a"},"b"]}', 2),
+        (b'{"items":[{"id":"a"}],"input":"text"}', 1),
+        (b'{"input":{"id":"a"}}', 0),
+        (b"[]", 0),
+        (b"{", 0),
+        (b"{}", 0),
+    ],
+)
+def test_the_items_of_a_body_that_is_no_prompt_are_those_that_it_lists(body: bytes, count: int) -> None:
+    assert len(listed_items(body)) == count
