@@ -68,14 +68,15 @@ class Valkey:
     def unix_url(self) -> str:
         return f"unix://{self.socket}"
 
-    def start(self) -> Valkey:
+    def start(self, *arguments: str) -> Valkey:
+        """Start it with its own arguments and these; return once it answers."""
         base = ["--port", str(self.port), "--dir", self.folder, "--bind", "127.0.0.1"]
         if self._as_sentinel:
             configuration = Path(self.folder) / "sentinel.conf"
             configuration.write_text("\n".join(self._arguments) + "\n")
             base = [str(configuration), "--sentinel", *base]
         else:
-            base += ["--save", "", "--loglevel", "warning", "--unixsocket", self.socket, *self._arguments]
+            base += ["--save", "", "--loglevel", "warning", "--unixsocket", self.socket, *self._arguments, *arguments]
         self._process = subprocess.Popen([find_server(), *base], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _wait(lambda: self.ask("PING").startswith((b"+PONG", b"-NOAUTH")))
         return self
@@ -127,9 +128,9 @@ def running(*arguments: str) -> Iterator[Valkey]:
 
 
 @contextmanager
-def cluster_of_three() -> Iterator[Sequence[Valkey]]:
+def cluster_of_three(*arguments: str) -> Iterator[Sequence[Valkey]]:
     """A Cluster of three masters, formed by plain commands: slots given, nodes introduced."""
-    nodes = [Valkey("--cluster-enabled", "yes", "--cluster-node-timeout", "1000") for _ in range(3)]
+    nodes = [Valkey("--cluster-enabled", "yes", "--cluster-node-timeout", "1000", *arguments) for _ in range(3)]
     try:
         for node, (first, last) in zip(nodes, ((0, 5460), (5461, 10922), (10923, 16383)), strict=True):
             node.start()
