@@ -13,7 +13,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
@@ -37,6 +37,9 @@ RESOLVE_SECONDS = 4.0
 
 FORGET_SECONDS = 60.0
 """A replica that comes back within this time (a probe failed once) still has what the index says it holds."""
+
+MAX_RANKS: Final = 256
+"""More ranks on a page are a mistake; the configuration allows no more either."""
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 """From a name and a port to its addresses. Raises OSError."""
@@ -73,6 +76,7 @@ class Discovery:
         self._resolve = resolve
         self._addresses: dict[str, tuple[str, ...]] = {}  # by URL, sorted
         self._gone: dict[int, float] = {}  # replicas that were removed, and when
+        self._ranks: dict[str, int] = {}  # by the label of a replica whose configuration does not say them
         self._told_tokens: dict[int, int] = {}  # configured capacities, told to the index once: it learns from there
         self._listeners: list[Listener] = []
         self.pools = self._enter()
@@ -85,6 +89,22 @@ class Discovery:
         """Use a new configuration: replicas that it does not contain get no new request."""
         self._config = config
         self._apply()
+
+    def ranks_found(self, endpoint: ReplicaEndpoint, ranks: int) -> bool:
+        """Treat an engine as `ranks` replicas from now on, unless the configuration says how many ranks it has.
+
+        Return True if its replicas have changed; `endpoint` is then none of them any more.
+        """
+        name = endpoint.engine_name
+        if not 1 <= ranks <= MAX_RANKS or ranks == self._ranks.get(name, 1):
+            return False
+        self._ranks[name] = ranks
+        before = self.pools.served
+        self._apply()
+        if before == self.pools.served:
+            return False
+        log.info("%s has %d data-parallel ranks: each is a replica", name, ranks)
+        return True
 
     async def look(self) -> None:
         """Resolve all names once and apply what changed."""
@@ -173,7 +193,8 @@ class Discovery:
                 for each in self._behind(replica):
                     if each.label not in seen:
                         seen.add(each.label)
-                        yield from ((pool, ranked, rank) for ranked, rank in _ranked(each))
+                        ranks = each.ranks or self._ranks.get(each.label, 1)
+                        yield from ((pool, ranked, rank) for ranked, rank in _ranked(each, ranks))
 
     def _behind(self, replica: Replica) -> Iterator[Replica]:
         if not replica.is_followed:
@@ -203,13 +224,13 @@ def _served(pool: Pool, tenancy: Tenancy, *, knows_clients: bool) -> ServedPool:
     )
 
 
-def _ranked(replica: Replica) -> Iterator[tuple[Replica, int | None]]:
+def _ranked(replica: Replica, ranks: int) -> Iterator[tuple[Replica, int | None]]:
     """Yield a replica, or one for each of its ranks: an engine keeps a cache for each."""
-    if replica.ranks == 1:
+    if ranks == 1:
         yield replica, None
     else:
-        for rank in range(replica.ranks):
-            yield msgspec.structs.replace(replica, name=f"{replica.label}/rank-{rank}"), rank
+        for rank in range(ranks):
+            yield msgspec.structs.replace(replica, name=f"{replica.label}/rank-{rank}", ranks=ranks), rank
 
 
 def _backend(pool: Pool, replica: Replica, rank: int | None, *, knows_clients: bool) -> ReplicaEndpoint:
@@ -225,5 +246,6 @@ def _backend(pool: Pool, replica: Replica, rank: int | None, *, knows_clients: b
         capacity_tokens=replica.capacity_tokens,
         default_headers=default_headers_of(replica.auth, origin.host),
         rank=rank,
-        ranks=replica.ranks,
+        ranks=replica.ranks or 1,
+        engine_name=replica.label if rank is None else replica.label.rpartition("/")[0],
     )

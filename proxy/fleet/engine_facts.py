@@ -33,6 +33,7 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False):
     has_template: bool = False  # the chat template is known
     running: int | None = None
     waiting: int | None = None
+    ranks: int | None = None  # data-parallel ranks behind the address, numbered from 0, each with its own cache
 
     def per_rank(self, ranks: int) -> EngineFacts:
         """Return the facts of one of `ranks` data-parallel ranks, of which these are the sum."""
@@ -58,6 +59,7 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False):
             has_template=self.has_template or other.has_template,
             running=_first(self.running, other.running),
             waiting=_first(self.waiting, other.waiting),
+            ranks=_first(self.ranks, other.ranks),
         )
 
 
@@ -84,31 +86,47 @@ _VERSION_CHARACTERS = 32
 
 
 def read_metrics(page: bytes) -> EngineFacts:
-    """Read a Prometheus page of vLLM or SGLang (of any engine, for its start time).
-
-    vLLM: `vllm:cache_config_info` has block_size and num_gpu_blocks as labels; their product is the capacity, per
-    engine of a data-parallel server (the lines are added, as those of running and waiting requests are).
-    """
-    capacity = 0
-    for line in _VLLM.findall(page):
-        labels = dict(_LABEL.findall(line.decode("utf-8", "replace")))
-        blocks = _whole(labels.get("num_gpu_blocks")) or _whole(labels.get("num_cpu_blocks"))
-        capacity += (blocks or 0) * (_whole(labels.get("block_size")) or 0)
+    """Read a Prometheus page of vLLM or SGLang (of any engine, for its start time). Requests of several ranks are added."""
+    lines = [dict(_LABEL.findall(line.decode("utf-8", "replace"))) for line in _VLLM.findall(page)]
+    capacity = _vllm_capacity(lines)
     if not capacity:
         found = _SGLANG.search(page)
         capacity = int(float(found.group(1))) if found else 0
     started = _STARTED.search(page)
+    is_vllm = b"\nvllm:" in page or page.startswith(b"vllm:")
     return EngineFacts(
         capacity_tokens=_bounded(capacity),
         started_unix_seconds=float(started.group(1)) if started else None,
-        engine="vLLM"
-        if b"\nvllm:" in page or page.startswith(b"vllm:")
-        else "SGLang"
-        if b"sglang:" in page
-        else None,
+        engine="vLLM" if is_vllm else "SGLang" if b"sglang:" in page else None,
+        ranks=_vllm_ranks(lines),
         running=_sum(_RUNNING.findall(page)),
         waiting=_sum(_WAITING.findall(page)),
     )
+
+
+def _vllm_capacity(lines: list[dict[str, str]]) -> int:
+    """Return the tokens that all engines of a vLLM server hold, from the labels of `vllm:cache_config_info`.
+
+    There is a line for each data-parallel rank. `kv_cache_size_tokens` counts one rank's tokens, also for models
+    whose layers have different kinds of cache. Releases without it show blocks and their size; with several ranks
+    each line then has the blocks of all.
+    """
+    sizes = [_whole(labels.get("kv_cache_size_tokens")) or 0 for labels in lines]
+    if all(sizes):
+        return sum(sizes)
+    blocks = [
+        (_whole(labels.get("num_gpu_blocks")) or _whole(labels.get("num_cpu_blocks")) or 0)
+        * (_whole(labels.get("block_size")) or 0)
+        for labels in lines
+    ]
+    is_sum = len(set(blocks)) == 1 and _vllm_ranks(lines) is not None
+    return blocks[0] if is_sum else sum(blocks)
+
+
+def _vllm_ranks(lines: list[dict[str, str]]) -> int | None:
+    """Return how many data-parallel ranks the lines name; None unless they are numbered from 0."""
+    numbers = {labels.get("engine") for labels in lines}
+    return len(numbers) if lines and numbers == {str(number) for number in range(len(numbers))} else None
 
 
 class _Generation(msgspec.Struct):

@@ -47,17 +47,32 @@ class UsageReports(Protocol):
     def always_reports_usage(self, replica: int) -> None: ...
 
 
+class Ranks(Protocol):
+    """The part of `proxy.fleet.discovery.Discovery` that is told of data-parallel ranks."""
+
+    def ranks_found(self, endpoint: ReplicaEndpoint, ranks: int) -> bool:
+        """Return True if the engine is other replicas now."""
+        ...
+
+
 class EngineFindings:
     """Applies findings. One per worker."""
 
     def __init__(
-        self, fleet: Fleet, journal: Journal, model_names: ModelNames, queues: Queues, usage_reports: UsageReports
+        self,
+        fleet: Fleet,
+        journal: Journal,
+        model_names: ModelNames,
+        queues: Queues,
+        usage_reports: UsageReports,
+        ranks: Ranks,
     ) -> None:
         self._fleet = fleet
         self._journal = journal
         self._model_names = model_names
         self._queues = queues
         self._usage_reports = usage_reports
+        self._ranks = ranks
         self._started: dict[int, float] = {}
         self._capacity_tokens: dict[int, int] = {}
         self._limits: dict[int, LearnedLimit] = {}
@@ -67,6 +82,8 @@ class EngineFindings:
         facts = found.facts
         if found.models is not None:
             self._model_names.add(found.models)
+        if facts.ranks is not None and self._ranks.ranks_found(endpoint, facts.ranks):
+            return  # the ranks are new replicas and are checked each
         if facts.capacity_tokens is not None and endpoint.capacity_tokens is None:
             self._set_capacity(number, facts.capacity_tokens, facts.slots)
         if facts.in_flight_limit is not None:

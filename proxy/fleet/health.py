@@ -101,8 +101,10 @@ class HealthChecker:
 
     async def begin(self) -> None:
         """Check every replica once and log what was found, so that the first requests are served accordingly."""
-        checks = [self._tasks.start(self.check(number), "health check") for number in self._pools.served]
-        if checks:
+        known: frozenset[int] = frozenset()
+        while new := self._pools.served - known:  # more than once if engines turn out to be several ranks
+            known = self._pools.served
+            checks = [self._tasks.start(self.check(number), "health check") for number in new]
             await asyncio.wait(checks, timeout=BEGIN_SECONDS)
         for number in sorted(self._pools.served):
             log.info("%s", self.describe(number))

@@ -49,6 +49,7 @@ class ReplicaEndpoint(msgspec.Struct, frozen=True):
     default_headers: tuple[tuple[bytes, bytes], ...] = ()  # sent unless the client sends one of that name
     rank: int | None = None  # the data-parallel rank, of `ranks` behind one URL
     ranks: int = 1
+    engine_name: str = ""  # common to all ranks
 
 
 class Pools:

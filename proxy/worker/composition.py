@@ -394,7 +394,12 @@ def _traces(config: Config, basics: Basics, replicas: Replicas) -> Traces | None
 def _findings(built: Built, requests: Requests) -> EngineFindings:
     replicas = built.replicas
     return EngineFindings(
-        replicas.fleet, built.sharing.journal, replicas.model_names, requests.queues, requests.dispatcher
+        replicas.fleet,
+        built.sharing.journal,
+        replicas.model_names,
+        requests.queues,
+        requests.dispatcher,
+        replicas.discovery,
     )
 
 

@@ -43,6 +43,21 @@ async def test_each_rank_is_told_by_its_header_and_a_clients_own_header_changes_
     assert ranks == [each.rpartition("-")[2].encode() for each in (first, other, again)]
 
 
+async def test_ranks_that_the_engines_metrics_show_need_no_configuration(http) -> None:
+    """Two conversations go to two ranks, and each stays on its own."""
+    line = 'vllm:cache_config_info{block_size="16",num_gpu_blocks="60000",engine="%d"} 1.0\n'
+    async with OpenAIUpstream() as engine:
+        engine.answers["/metrics"] = (line % 0 + line % 1).encode()
+        async with running(config_for([engine.url])) as cairn:
+            first = await ask(http, cairn, body(words("one", 400), "a"))
+            other = await ask(http, cairn, body(words("two", 400), "b"))
+            again = await ask(http, cairn, body(words("one", 400), "a", "answer", "more"))
+        ranks = [asked.header(b"x-data-parallel-rank") for asked in engine.generations]
+    assert again == first != other
+    assert set(ranks) == {b"0", b"1"}
+    assert ranks[2] == ranks[0]
+
+
 async def test_a_template_with_the_system_message_first_is_what_prompts_are_found_by(http) -> None:
     """With the tools in common and another system message nothing is taken for known; bytes go on as they came."""
     shelf = [{"type": "function", "function": {"name": "f", "description": words("tools", 400)}}]

@@ -72,9 +72,10 @@ class Replica(Section, frozen=True):
     prefill_tokens_per_second: Annotated[float, Meta(gt=0)] | None = None
     """Prefill rate; by default measured."""
 
-    ranks: Annotated[int, Meta(ge=1, le=256)] = 1
-    """Data-parallel ranks behind the URL, each with its own cache. Each is a replica `<name>/rank-<n>`, selected by
-    the header `X-data-parallel-rank`. The other settings then apply to each rank."""
+    ranks: Annotated[int, Meta(ge=1, le=256)] | None = None
+    """Data-parallel ranks behind the URL, each with its own cache; by default as many as vLLM's metrics show. Each is
+    a replica `<name>/rank-<n>`, selected by the header `X-data-parallel-rank`. The other settings then apply to each
+    rank."""
 
     @property
     def label(self) -> str:

@@ -190,3 +190,25 @@ async def test_the_addresses_of_a_name_have_ranks_each():
     bench = Bench(Names("10.0.0.1", "10.0.0.2"), Replica(NAME, ranks=2))
     await bench.members.look()
     assert bench.names() == [f"10.0.0.{host}:8000/rank-{rank}" for host in (1, 2) for rank in (0, 1)]
+
+
+async def test_an_engine_becomes_as_many_replicas_as_its_metrics_show_ranks():
+    """And fewer again after a restart with fewer; what is known of the others stays."""
+    bench = Bench(Names(), Replica("http://engine:8000"), Replica("http://plain:8000"))
+    engine = bench.members.pools.backends[0]
+    assert bench.members.ranks_found(engine, 3)
+    assert bench.names() == [*(f"engine:8000/rank-{rank}" for rank in range(3)), "plain:8000"]
+    ranks = [bench.members.pools.backends[number] for number in bench.added]
+    assert [(each.rank, each.ranks, each.url) for each in ranks] == [(n, 3, "http://engine:8000") for n in range(3)]
+    assert not bench.members.ranks_found(ranks[1], 3), "nothing is new"
+    assert bench.members.ranks_found(ranks[2], 1)
+    assert bench.names() == ["engine:8000", "plain:8000"]
+    assert not bench.members.ranks_found(engine, 10**9), "a mistake of the page"
+
+
+async def test_the_configuration_overrides_the_ranks_that_metrics_show():
+    bench = Bench(Names(), Replica("http://engine:8000", ranks=1), Replica("http://other:8000", ranks=2))
+    names = bench.names()
+    for number in range(3):
+        assert not bench.members.ranks_found(bench.members.pools.backends[number], 4)
+    assert bench.names() == names == ["engine:8000", "other:8000/rank-0", "other:8000/rank-1"]

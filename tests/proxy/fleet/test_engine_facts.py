@@ -16,10 +16,34 @@ vllm:num_requests_running{model_name="m"} 3.0
 
 
 def test_vllms_capacity_is_blocks_times_their_size():
-    """Added over the engines of one server."""
+    """Added over the engines of one page, if each shows its own."""
     assert read_metrics(VLLM) == EngineFacts(441_440, None, 1.7e9, engine="vLLM", running=3)
     two = VLLM + b'vllm:cache_config_info{engine="1",num_gpu_blocks="10",block_size="16"} 1.0\n'
     assert read_metrics(two).capacity_tokens == 441_600
+
+
+def _ranks(*numbers: int, labels: str) -> bytes:
+    return "".join(f'vllm:cache_config_info{{{labels},engine="{number}"}} 1.0\n' for number in numbers).encode()
+
+
+def test_vllms_ranks_each_hold_a_share_of_what_every_line_shows():
+    """vLLM adds up the blocks of all data-parallel ranks and shows the sum in the line of each."""
+    page = _ranks(0, 1, 2, 3, labels='block_size="16",num_gpu_blocks="4000"')
+    assert read_metrics(page) == EngineFacts(64_000, engine="vLLM", ranks=4)
+    assert read_metrics(page).per_rank(4).capacity_tokens == 16_000
+
+
+def test_vllms_own_count_of_tokens_goes_before_blocks_and_is_of_one_rank():
+    """For models with several kinds of layers blocks times their size is no capacity."""
+    labels = 'block_size="528",num_gpu_blocks="4000",kv_cache_size_tokens="50000"'
+    assert read_metrics(_ranks(0, labels=labels)) == EngineFacts(50_000, engine="vLLM", ranks=1)
+    assert read_metrics(_ranks(0, 1, labels=labels)) == EngineFacts(100_000, engine="vLLM", ranks=2)
+
+
+def test_ranks_that_are_not_numbered_from_zero_are_none_that_a_header_can_name():
+    """The servers of a load balancer outside the engine show the number of their own rank only."""
+    assert read_metrics(_ranks(2, labels='block_size="16",num_gpu_blocks="100"')).ranks is None
+    assert read_metrics(VLLM).ranks is None
 
 
 def test_on_a_processor_vllm_may_count_other_blocks():

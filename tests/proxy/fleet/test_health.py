@@ -222,11 +222,17 @@ class Sink:
     def always_reports_usage(self, replica: int) -> None:
         self.told.append(("usage", replica))
 
+    def ranks_found(self, endpoint: ReplicaEndpoint, ranks: int) -> bool:
+        if ranks == endpoint.ranks:
+            return False
+        self.told.append(("ranks", ranks))
+        return True
+
 
 def test_findings_are_applied_when_they_are_new() -> None:
     """A capacity that was set once is not set again, a later start is a new epoch, a configured capacity stands."""
     bench, sink = Bench({}), Sink()
-    findings = EngineFindings(bench.fleet, sink, sink, sink, sink)
+    findings = EngineFindings(bench.fleet, sink, sink, sink, sink, sink)
     facts = EngineFacts(capacity_tokens=100, in_flight_limit=4, started_unix_seconds=10.0, tells_timings=True)
     findings.apply(0, bench.endpoint, Found(("a",), facts), 0.0)
     assert sink.told == [
@@ -270,7 +276,7 @@ async def test_a_busy_engine_that_states_no_limit_is_asked_for_its_load(monkeypa
 def test_a_limit_learned_from_the_load_is_set_and_forgotten_when_the_engine_restarts() -> None:
     """The queues follow it; a limit that the engine states, or that is configured, is not touched."""
     bench, sink = Bench({}), Sink()
-    findings = EngineFindings(bench.fleet, sink, sink, sink, sink)
+    findings = EngineFindings(bench.fleet, sink, sink, sink, sink, sink)
     busy = EngineFacts(running=64, waiting=9, started_unix_seconds=10.0)
     findings.apply(0, bench.endpoint, Found(None, busy), 0.0)
     assert (bench.fleet.limit_of(0), sink.told) == (64, [("queues",)])
@@ -281,6 +287,16 @@ def test_a_limit_learned_from_the_load_is_set_and_forgotten_when_the_engine_rest
     bench.fleet.add(ReplicaSpec("r", "pool", in_flight_limit=5))
     findings.observe_load(0, busy, 6.0)
     assert bench.fleet.limit_of(0) == 5
+
+
+def test_an_engine_that_turns_out_to_be_several_ranks_is_told_nothing_itself() -> None:
+    """Its ranks are replicas of their own, each of which is checked."""
+    bench, sink = Bench({}), Sink()
+    findings = EngineFindings(bench.fleet, sink, sink, sink, sink, sink)
+    findings.apply(0, bench.endpoint, Found(None, EngineFacts(capacity_tokens=400, ranks=4)), 0.0)
+    assert sink.told == [("ranks", 4)]
+    findings.apply(0, bench.endpoint, Found(None, EngineFacts(capacity_tokens=400, ranks=1)), 0.0)
+    assert sink.told[1:] == [("capacity", 400, None), ("budget", 400)]
 
 
 @pytest.mark.parametrize(
