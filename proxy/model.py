@@ -169,7 +169,9 @@ class ToolOrder(enum.StrEnum):
 class TemplateFacts(msgspec.Struct, frozen=True):
     """How an engine renders the prompts of one model, as far as the key of a prefix depends on it.
 
-    `drops_reasoning`: reasoning before the last user message is left out. `moves_system`: system messages from within
+    `drops_reasoning`: reasoning before the last user message is left out, `drops_thoughts`: and so is reasoning that
+    clients leave in the text between `<think>` marks. `ignores_reasoning`: the field is left out wherever it is.
+    `moves_system`: system messages from within
     the conversation are put at its head. `dated`: the head contains today's date. `none_drops_tools`: `tool_choice`
     "none" leaves the tools out. `headless`: template arguments that change nothing before the last message.
     `keeps_billing`: a client's billing block is rendered. `root` is the model's own name if it is served by others.
@@ -177,6 +179,8 @@ class TemplateFacts(msgspec.Struct, frozen=True):
 
     order: ToolOrder = ToolOrder.TOOLS_FIRST
     drops_reasoning: bool = False
+    drops_thoughts: bool = False
+    ignores_reasoning: bool = False
     moves_system: bool = False
     dated: bool = False
     none_drops_tools: bool = True

@@ -18,13 +18,15 @@ class Template(msgspec.Struct, frozen=True):
     """How one family renders.
 
     `system_first` puts the system message before the tools. `drops_reasoning` leaves out the reasoning of messages
-    before the last user message. `date` is put at the head if given. `moves_system` moves late system messages to the
-    front. `drops_billing` leaves out a client's billing block. `drops_tools_for_none` leaves out the tools if
-    `tool_choice` is "none".
+    before the last user message, also between `<think>` marks in their text; `ignores_reasoning` leaves the field out
+    everywhere. `date` is put at the head if given. `moves_system` moves late system messages to the front.
+    `drops_billing` leaves out a client's billing block. `drops_tools_for_none` leaves out the tools if `tool_choice`
+    is "none".
     """
 
     system_first: bool = False
     drops_reasoning: bool = False
+    ignores_reasoning: bool = False
     date: str = ""
     moves_system: bool = False
     drops_billing: bool = False
@@ -86,9 +88,13 @@ def render(chat: Chat, template: Template) -> bytes:
 
 
 def _message(message: Message, template: Template, *, keeps_reasoning: bool) -> str:
-    reasoning = f"<think>{message.reasoning_content}</think>" if message.reasoning_content and keeps_reasoning else ""
+    is_rendered = message.reasoning_content and keeps_reasoning and not template.ignores_reasoning
+    reasoning = f"<think>{message.reasoning_content}</think>" if is_rendered else ""
     calls = "" if message.tool_calls is None else msgspec.json.encode(message.tool_calls).decode()
-    return f"<|{message.role}|>{reasoning}{_text(message.content, template)}{calls}<|end|>"
+    text = _text(message.content, template)
+    if message.role == "assistant" and not keeps_reasoning:
+        text = text.rpartition("</think>")[2].lstrip("\n")
+    return f"<|{message.role}|>{reasoning}{text}{calls}<|end|>"
 
 
 def _text(content: Any, template: Template) -> str:

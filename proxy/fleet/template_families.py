@@ -12,16 +12,26 @@ from proxy.model import TemplateFacts, ToolOrder
 
 _SWITCHES: Final = frozenset({"enable_thinking", "thinking"})
 
-_QWEN: Final = TemplateFacts(order=ToolOrder.SYSTEM_FIRST, none_drops_tools=False)
+_QWEN: Final = TemplateFacts(order=ToolOrder.SYSTEM_FIRST, ignores_reasoning=True, none_drops_tools=False)
 _QWEN3: Final = TemplateFacts(
-    order=ToolOrder.SYSTEM_FIRST, drops_reasoning=True, none_drops_tools=False, headless=_SWITCHES
+    order=ToolOrder.SYSTEM_FIRST,
+    drops_reasoning=True,
+    drops_thoughts=True,
+    none_drops_tools=False,
+    headless=_SWITCHES,
 )
-_GLM: Final = TemplateFacts(drops_reasoning=True, none_drops_tools=False, headless=_SWITCHES)
+_GLM: Final = TemplateFacts(drops_reasoning=True, drops_thoughts=True, none_drops_tools=False, headless=_SWITCHES)
 _DEEPSEEK: Final = TemplateFacts(
-    order=ToolOrder.SYSTEM_FIRST, drops_reasoning=True, none_drops_tools=False, headless=_SWITCHES
+    order=ToolOrder.SYSTEM_FIRST,
+    drops_reasoning=True,
+    drops_thoughts=True,
+    none_drops_tools=False,
+    headless=_SWITCHES,
 )
-_LLAMA: Final = TemplateFacts(order=ToolOrder.SYSTEM_FIRST, dated=True, none_drops_tools=False)
-_MISTRAL: Final = TemplateFacts(order=ToolOrder.TOOLS_LAST, none_drops_tools=False)
+_LLAMA: Final = TemplateFacts(
+    order=ToolOrder.SYSTEM_FIRST, ignores_reasoning=True, dated=True, none_drops_tools=False
+)
+_MISTRAL: Final = TemplateFacts(order=ToolOrder.TOOLS_LAST, ignores_reasoning=True, none_drops_tools=False)
 _GPT_OSS: Final = TemplateFacts(
     order=ToolOrder.SYSTEM_FIRST, drops_reasoning=True, dated=True, none_drops_tools=False
 )

@@ -22,6 +22,7 @@ from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.fleet.templates import Templates
 from proxy.model import TemplateFacts, ToolOrder
 from proxy.upstream import Limits, UpstreamClient
+from proxy.wire.template import BILLING_MARK
 
 log = logging.getLogger("cairn.templates")
 
@@ -53,9 +54,13 @@ async def facts_of(render: Render, dates: Sequence[str] = ()) -> TemplateFacts |
     user = _shared(base, await render(_request(user="other words here")))
     order, none_drops = await _tools(render)
     headless = [name for name in _SWITCHES if await _is_headless(render, base, name, user)]
+    drops, ignores = await _reasoning(render)
     return TemplateFacts(
         order=order,
-        drops_reasoning=await _drops_reasoning(render),
+        drops_reasoning=drops,
+        drops_thoughts=await _drops_thoughts(render),
+        ignores_reasoning=ignores,
+        keeps_billing=await _keeps_billing(render),
         moves_system=await _moves_system(render),
         dated=isinstance(base, str) and any(date in base for date in dates),
         none_drops_tools=none_drops,
@@ -110,16 +115,51 @@ async def _follow_a_turn(render: Render) -> bool:
     return at_first < at_tool
 
 
-async def _drops_reasoning(render: Render) -> bool:
-    """Return whether reasoning before the last user message is left out."""
+async def _reasoning(render: Render) -> tuple[bool, bool]:
+    """Return whether reasoning before the last user message is left out, and whether it is left out everywhere."""
 
-    def turns(reasoning: str) -> dict[str, Any]:
+    def turns(reasoning: str, *more: dict[str, str]) -> dict[str, Any]:
         answer = {"role": "assistant", "content": "an answer", "reasoning_content": reasoning}
-        question = {"role": "user", "content": "a question"}
-        return {"messages": [question, answer, {"role": "user", "content": "a further one"}]}
+        return {"messages": [_QUESTION, answer, *more]}
 
-    one, other = await render(turns("so I thought")), await render(turns("or rather thus"))
-    return one is not None and one == other
+    old = await _are_equal(render, turns("so I thought", _FURTHER), turns("or rather thus", _FURTHER))
+    ignores = old and await _are_equal(render, turns("so I thought"), turns("or rather thus"))
+    return old and not ignores, ignores
+
+
+async def _drops_thoughts(render: Render) -> bool:
+    """Return whether reasoning in the text of a message before the last user message is left out."""
+
+    def turns(thought: str) -> dict[str, Any]:
+        answer = {"role": "assistant", "content": f"<think>\n{thought}\n</think>\n\nan answer"}
+        return {"messages": [_QUESTION, answer, _FURTHER]}
+
+    return await _are_equal(render, turns("so I thought"), turns("or rather thus"))
+
+
+async def _keeps_billing(render: Render) -> bool:
+    """Return whether a client's billing block before the system prompt is rendered."""
+
+    def request(nonce: str) -> dict[str, Any]:
+        texts = (f"{BILLING_MARK.decode()}: cc_version=1; cch={nonce};", "some words")
+        return {"messages": [{"role": "system", "content": [_text(text) for text in texts]}, _QUESTION]}
+
+    one = await render(request("a1b2c"))
+    return one is not None and one != await render(request("d3e4f"))
+
+
+async def _are_equal(render: Render, one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether two requests are rendered, and equally."""
+    rendered = await render(one)
+    return rendered is not None and rendered == await render(other)
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+_QUESTION: Final = {"role": "user", "content": "a question"}
+_FURTHER: Final = {"role": "user", "content": "a further one"}
 
 
 async def _moves_system(render: Render) -> bool:

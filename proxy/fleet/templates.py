@@ -86,6 +86,8 @@ def _said_over(said: Template, facts: TemplateFacts) -> TemplateFacts:
     changes: dict[str, Any] = {
         "order": said.order,
         "drops_reasoning": said.drops_reasoning,
+        "drops_thoughts": said.drops_thoughts,
+        "ignores_reasoning": said.ignores_reasoning,
         "moves_system": said.moves_system,
         "dated": said.dated,
         "none_drops_tools": said.none_drops_tools,

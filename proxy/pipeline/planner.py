@@ -5,22 +5,25 @@ It reads the index and the fleet and changes nothing but the exchange.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from cache import Match, PrefixIndex, chain_root, cut, extend
+import msgspec
+
+from cache import Content, Fingerprint, Match, PrefixIndex, chain_root, cut, extend
 from proxy.clock import Clock, utc_date
 from proxy.fleet import Fleet
 from proxy.fleet.templates import Templates
-from proxy.model import Demand
+from proxy.model import Demand, Prompt, TemplateFacts
 from proxy.pipeline.disclosure import OwnPrefixes, limited
 from proxy.pipeline.exchange import Exchange
 from proxy.routing import cost as routing
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.session_hints import DEFAULT_HEADERS, SessionHints
 from proxy.routing.token_estimate import TokenCounts
-from proxy.wire.template import keyed_salt, keyed_spans
+from proxy.wire.template import keyed_salt, keyed_spans, keyed_stored, stored_first
 
 _NOTHING_MATCHED: Final = Match({})
 
@@ -85,7 +88,7 @@ class Planner:
             if exchange.stored is None:
                 exchange.fingerprint = cut(root, keyed_spans(prompt, facts))
             else:
-                exchange.fingerprint = extend(exchange.stored.content.chain(root), prompt.spans)
+                exchange.fingerprint = _with_stored(root, exchange.stored.content, prompt, facts)
 
     def look_up(self, exchange: Exchange) -> None:
         """Find how much of the prompt each replica holds."""
@@ -151,3 +154,21 @@ class Planner:
             pinned,
             None if session is None else self._sessions.replica(session),
         )
+
+
+def _with_stored(root: int, content: Content, prompt: Prompt, facts: TemplateFacts) -> Fingerprint:
+    """Return the fingerprint of a stored context and of the messages that follow it.
+
+    The context's own part is computed once, unless what follows changes how it is rendered.
+    """
+    rest = prompt.spans
+    if not rest or not stored_first(rest, facts):
+        return cut(root, _stored_spans(content, prompt, facts, rest))
+    alone = content.chain(root, facts, partial(_stored_spans, content, prompt, facts))
+    return extend(alone, keyed_spans(msgspec.structs.replace(prompt, tool_spans=0), facts))
+
+
+def _stored_spans(
+    content: Content, prompt: Prompt, facts: TemplateFacts, rest: Sequence[memoryview | bytes] = ()
+) -> Sequence[memoryview | bytes]:
+    return keyed_stored(prompt, content.tools, content.message_views(), rest, facts)

@@ -163,14 +163,18 @@ class _PartsMessage(msgspec.Struct, gc=False):
 
 
 class MessageHead(msgspec.Struct, gc=False):
-    """A message's role, and its reasoning as raw text."""
+    """The role, type and id of a message or an item, and its content and reasoning as raw text."""
 
     role: str = ""
+    type: str = ""
+    id: Raw = NONE
+    content: Raw = NONE
     reasoning_content: Raw = NONE
     reasoning: Raw = NONE
 
 
 decode_message_head = msgspec.json.Decoder(MessageHead).decode
+decode_raw_list = msgspec.json.Decoder(list[Raw]).decode
 decode_parts_message = msgspec.json.Decoder(_PartsMessage).decode
 decode_parts = msgspec.json.Decoder(list[Part]).decode
 

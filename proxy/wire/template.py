@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from proxy.model import Prompt, TemplateFacts, ToolOrder
-from proxy.wire.schemas import NONE, decode_message_head
+from proxy.wire.schemas import NONE, decode_message_head, decode_raw_list
 
 Span = memoryview | bytes
 
@@ -21,6 +21,31 @@ BILLING_MARK: Final = b"x-anthropic-billing-header"
 
 _BILLING_REACH: Final = 256
 """Bytes at the start of the system prompt in which the mark is looked for: it begins the first text."""
+
+_BILLING_ENDS: Final = (b"\\n", b'"')
+"""The mark's line ends with the text or with a line break in it, as JSON writes it."""
+
+_SHORT_BODY_BYTES: Final = 4096
+"""A body up to this length is searched as a whole for what is left out: quicker than searching each message."""
+
+_ID_KEY: Final = b'"id"'
+_ID_HEAD_BYTES: Final = 64
+_ID_TAIL_BYTES: Final = 96
+"""Bytes at both ends of a message in which the key of its own id is looked for: clients write it first or last."""
+
+_ID_SAMPLE: Final = 3
+"""Messages after the system prompt in which ids are looked for: a client that keeps ids has them from the start."""
+
+_THOUGHT_OPENS: Final = (b"<think>", b"\\u003cthink\\u003e")
+_THOUGHT_ENDS: Final = (b"</think>", b"\\u003c/think\\u003e", b"<\\/think>")
+"""Marks around reasoning that clients leave in the text of a message, as JSON writes them."""
+
+_RESULT_MARK: Final = b'"tool_result"'
+_RESULT_REACH: Final = 160
+"""Bytes at the start of a user message in which results of tools are looked for: engines render them as messages of
+tools, and no user message."""
+
+_ANY_USER: Final = b'{"role":"user"}'
 
 _CACHE_MARK: Final = b'"cache_control"'
 _MARKED_SPANS: Final = 6
@@ -55,12 +80,49 @@ def keyed_spans(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
     """Return the prompt's spans in the order in which the engine renders them, without what it leaves out."""
     spans: Sequence[Span] = prompt.spans
     system = prompt.tool_spans  # the place of the system prompt
-    if facts.order is not _TOOLS_FIRST or facts.drops_reasoning or facts.moves_system:
+    if facts.order is not _TOOLS_FIRST or facts.moves_system or _drops_any(facts):
         spans = _arranged(prompt, facts)
         system = len(spans) - len(prompt.spans) + prompt.tool_spans if facts.order is _TOOLS_FIRST else 0
     elif _drops_tools(prompt, facts):
         spans, system = spans[system:], 0
-    return _without_marks(spans, system, keeps_billing=facts.keeps_billing)
+    body = prompt.body
+    is_short = 0 < len(body) <= _SHORT_BODY_BYTES
+    if not is_short or body.find(_CACHE_MARK) >= 0 or body.find(BILLING_MARK) >= 0:
+        spans = _without_marks(spans, system, keeps_billing=facts.keeps_billing)
+    if is_short and body.find(_ID_KEY) < 0:
+        return spans
+    for place in range(system, min(system + 1 + _ID_SAMPLE, len(spans))):
+        if _may_carry_id(spans[place]):
+            return [*spans[:place], *[_without_id(span) for span in spans[place:]]]
+    return spans
+
+
+def stored_first(rest: Sequence[Span], facts: TemplateFacts) -> bool:
+    """Return whether all of a stored context is rendered before the messages that follow it, whatever these are."""
+    if facts.moves_system or facts.order is _TOOLS_LAST:
+        return False
+    return not (facts.drops_reasoning or facts.drops_thoughts) or _last_user(rest) >= 0
+
+
+def keyed_stored(
+    prompt: Prompt, tools: bytes, messages: Sequence[Span], rest: Sequence[Span], facts: TemplateFacts
+) -> Sequence[Span]:
+    """Return the spans of a stored context, and of the messages that follow it, as `keyed_spans` does.
+
+    With `rest` left empty they are those of the context alone, before any messages for which `stored_first` holds.
+    """
+    listed: list[Span] = [tools] if tools else []
+    count = len(listed)
+    listed += messages
+    listed += rest or (_ANY_USER,)
+    # the body does not contain the context's messages, so nothing can be concluded from it
+    whole = msgspec.structs.replace(prompt, body=b"", spans=tuple(listed), tool_spans=count, system_spans=-1)
+    spans = keyed_spans(whole, facts)
+    return spans if rest else spans[:-1]
+
+
+def _drops_any(facts: TemplateFacts) -> bool:
+    return facts.drops_reasoning or facts.drops_thoughts or facts.ignores_reasoning
 
 
 def _drops_tools(prompt: Prompt, facts: TemplateFacts) -> bool:
@@ -77,9 +139,12 @@ def _arranged(prompt: Prompt, facts: TemplateFacts) -> list[Span]:
         roles = [_role(message) for message in messages]
         systems += [each for each, role in zip(messages, roles, strict=True) if role in _SYSTEM_ROLES]
         messages = [each for each, role in zip(messages, roles, strict=True) if role not in _SYSTEM_ROLES]
-    last_user = _last_user(messages) if facts.drops_reasoning or facts.order is _TOOLS_LAST else 0
-    if facts.drops_reasoning:
-        messages = [_without_reasoning(message) for message in messages[:last_user]] + messages[last_user:]
+    drops_old = facts.drops_reasoning or facts.drops_thoughts
+    last_user = max(_last_user(messages), 0) if drops_old or facts.order is _TOOLS_LAST else 0
+    if _drops_any(facts):
+        messages = [_without_reasoning(message, facts, is_old=True) for message in messages[:last_user]] + [
+            _without_reasoning(message, facts, is_old=False) for message in messages[last_user:]
+        ]
     if facts.order is _SYSTEM_FIRST:
         return [*systems, *tools, *messages]
     if facts.order is _TOOLS_LAST:
@@ -95,11 +160,12 @@ def _leading_systems(messages: Sequence[Span]) -> int:
 
 
 def _last_user(messages: Sequence[Span]) -> int:
-    """Return the place of the last user message; 0 if there is none."""
+    """Return the place of the last message that a user wrote; -1 if there is none."""
     for place in range(len(messages) - 1, -1, -1):
-        if _role(messages[place]) == "user":
+        message = messages[place]
+        if _role(message) == "user" and bytes(message[:_RESULT_REACH]).find(_RESULT_MARK) < 0:
             return place
-    return 0
+    return -1
 
 
 def _role(message: Span) -> str:
@@ -109,19 +175,78 @@ def _role(message: Span) -> str:
         return ""
 
 
-def _without_reasoning(message: Span) -> Span:
-    """Return the message without the value of its reasoning."""
+def _without_reasoning(message: Span, facts: TemplateFacts, *, is_old: bool) -> Span:
+    """Return the message without the reasoning that is not rendered; of an item that is nothing else, the type."""
+    drops_field = facts.ignores_reasoning or (is_old and facts.drops_reasoning)
+    drops_thoughts = is_old and facts.drops_thoughts
+    if not (drops_field or drops_thoughts):
+        return message
     try:
         head = decode_message_head(message)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return message
+    if drops_field and head.type == "reasoning":
+        return b'{"type":"reasoning"}'
     raw = head.reasoning_content if head.reasoning_content is not NONE else head.reasoning
-    if raw is NONE:
-        return message
-    text, reasoning = bytes(message), bytes(raw)
-    start = text.find(reasoning)
-    end = start + len(reasoning)
-    return text[:start] + text[end:]
+    if drops_field and raw is not NONE:
+        message = _with(message, raw, b"")
+    if head.role == "assistant" and head.content is not NONE:
+        content = shorter = bytes(head.content)
+        if drops_thoughts:
+            shorter = _without_thoughts(content)
+        if drops_field and shorter[:1] == b"[" and shorter.find(b'"thinking"') >= 0:
+            shorter = _without_thinking_parts(shorter)
+        if shorter != content:
+            message = _with(message, head.content, shorter)
+    return message
+
+
+def _with(message: Span, raw: msgspec.Raw, instead: bytes) -> bytes:
+    """Return the message with the first occurrence of a value's text replaced."""
+    return bytes(message).replace(bytes(raw), instead, 1)
+
+
+def _without_thoughts(content: bytes) -> bytes:
+    """Return the text of a content without the marked reasoning within it, and the line breaks that follow that."""
+    end = stop = -1
+    for mark in _THOUGHT_ENDS:
+        found = content.rfind(mark)
+        if found > end:
+            end, stop = found, found + len(mark)
+    if end < 0:
+        return content
+    starts = [found for mark in _THOUGHT_OPENS if 0 <= (found := content.find(mark)) < end]
+    start = min(starts) if starts else content.find(b'"') + 1  # some templates open it in the prompt
+    while content.startswith(b"\\n", stop):
+        stop += 2
+    return content[:start] + content[stop:]
+
+
+def _without_thinking_parts(content: bytes) -> bytes:
+    try:
+        parts = decode_raw_list(content)
+        kept = [bytes(part) for part in parts if not decode_message_head(part).type.endswith("thinking")]
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return content
+    return b"[" + b", ".join(kept) + b"]"
+
+
+def _may_carry_id(span: Span) -> bool:
+    """Return whether a message seems to have an id of its own; the ids of calls within it are further inside."""
+    return bytes(span[:_ID_HEAD_BYTES]).find(_ID_KEY) >= 0 or bytes(span[-_ID_TAIL_BYTES:]).find(_ID_KEY) >= 0
+
+
+def _without_id(span: Span) -> Span:
+    """Return a message without the value of its id, which no engine renders, unless it refers to another by it."""
+    if not _may_carry_id(span):
+        return span
+    try:
+        head = decode_message_head(span)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return span
+    if head.id is NONE or head.type == "item_reference":
+        return span
+    return _with(span, head.id, b"")
 
 
 def _without_marks(spans: Sequence[Span], system: int, *, keeps_billing: bool) -> Sequence[Span]:
@@ -146,8 +271,8 @@ def _without_billing(span: Span) -> bytes | None:
     if start < 0:
         return None
     text = bytes(span)
-    end = text.find(b'"', start)
-    return text[:start] + text[end:]
+    ends = [end for mark in _BILLING_ENDS if (end := text.find(mark, start)) >= 0]
+    return text[:start] + text[min(ends) :] if ends else text
 
 
 def _without_cache_mark(text: bytes) -> bytes:

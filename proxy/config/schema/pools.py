@@ -101,6 +101,12 @@ class Template(Section, frozen=True):
     drops_reasoning: bool | None = None
     """Reasoning before the last user message is left out."""
 
+    drops_thoughts: bool | None = None
+    """Text between `<think>` and `</think>` in assistant messages before the last user message is left out."""
+
+    ignores_reasoning: bool | None = None
+    """The field `reasoning_content` (or `reasoning`) of messages is left out wherever it is."""
+
     moves_system: bool | None = None
     """System messages from within the conversation are put at its head."""
 

@@ -45,15 +45,21 @@ def renderer(template: Template, tokens: bool = False):
     [
         (Template(), TemplateFacts(none_drops_tools=False)),
         (Template(system_first=True), TemplateFacts(order=ToolOrder.SYSTEM_FIRST, none_drops_tools=False)),
-        (Template(drops_reasoning=True), TemplateFacts(drops_reasoning=True, none_drops_tools=False)),
+        (
+            Template(drops_reasoning=True),
+            TemplateFacts(drops_reasoning=True, drops_thoughts=True, none_drops_tools=False),
+        ),
+        (Template(ignores_reasoning=True), TemplateFacts(ignores_reasoning=True, none_drops_tools=False)),
         (Template(moves_system=True), TemplateFacts(moves_system=True, none_drops_tools=False)),
         (Template(drops_tools_for_none=True), TemplateFacts(none_drops_tools=True)),
+        (Template(drops_billing=True), TemplateFacts(none_drops_tools=False, keeps_billing=False)),
     ],
 )
 async def test_a_template_shows_its_order_and_what_it_leaves_out(template, expected, tokens):
     """Whether the engine renders text or token ids."""
     facts = await facts_of(renderer(template, tokens))
-    assert facts == msgspec.structs.replace(expected, headless=ALL_HEADLESS)
+    expected = msgspec.structs.replace(expected, headless=ALL_HEADLESS, keeps_billing=not template.drops_billing)
+    assert facts == expected
 
 
 async def test_a_date_in_the_text_is_found():

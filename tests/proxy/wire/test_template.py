@@ -9,7 +9,7 @@ import pytest
 from cache.index.hashing import chain_root, cut
 from proxy.model import Endpoint, TemplateFacts, ToolOrder
 from proxy.wire.request import read
-from proxy.wire.template import keyed_salt, keyed_spans
+from proxy.wire.template import keyed_salt, keyed_spans, keyed_stored, stored_first
 
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d" * 600}}]
 SYSTEM = {"role": "system", "content": "s" * 600}
@@ -143,6 +143,137 @@ def test_the_billing_block_of_a_client_is_no_part_of_the_key_unless_it_is_render
     other = [{"role": "system", "content": system("def")}, user("q")]
     for facts in (PLAIN, TemplateFacts(order=ToolOrder.SYSTEM_FIRST), TemplateFacts(drops_reasoning=True)):
         assert hashes(chat, facts, tools=TOOLS) == hashes(other, facts, tools=TOOLS)
+
+
+def test_only_the_line_of_the_billing_mark_is_left_out():
+    """Clients may write it before the system prompt in one text; engines drop the line."""
+
+    def system(nonce, rest):
+        return {"role": "system", "content": f"x-anthropic-billing-header: cch={nonce};\n{rest * 300}"}
+
+    one, other = [system("abc", "x"), user("q")], [system("def", "x"), user("q")]
+    assert hashes(one) == hashes(other)
+    assert hashes(one)[0] != hashes([system("abc", "y"), user("q")])[0]
+
+
+DROPS = TemplateFacts(drops_reasoning=True, drops_thoughts=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<think>\nso I thought\n</think>\n\nan answer",
+        "so I thought</think>an answer",
+        [{"type": "text", "text": "<think>so I thought</think>an answer"}],
+    ],
+)
+def test_reasoning_within_the_text_of_an_old_answer_is_no_part_of_the_key_if_the_template_drops_it(content):
+    before = [SYSTEM, user("q1"), assistant(content)]
+    assert "so I thought" in texts(before, DROPS)[-1], "the last turn keeps it"
+    then = texts([*before, user("q2")], DROPS)
+    assert "so I thought" not in "".join(then)
+    assert "an answer" in then[2]
+    assert "so I thought" in "".join(texts([*before, user("q2")]))
+
+
+def test_reasoning_in_the_text_stays_if_the_template_drops_only_the_field():
+    before = [SYSTEM, user("q1"), assistant("<think>so I thought</think>an answer"), user("q2")]
+    assert "so I thought" in "".join(texts(before, TemplateFacts(drops_reasoning=True)))
+
+
+def test_a_template_that_knows_no_reasoning_leaves_the_field_out_in_the_last_turn_too():
+    """So that the next user message changes nothing in what precedes it."""
+    ignores = TemplateFacts(ignores_reasoning=True)
+    loop = [SYSTEM, user("q1"), assistant("<think>hm</think>a1", reasoning_content="so I thought")]
+    then = texts([*loop, user("q2")], ignores)
+    assert texts(loop, ignores) == then[:3]
+    assert "so I thought" not in then[2]
+    assert "hm" in then[2]
+
+
+def test_reasoning_marks_that_encoders_escape_are_found_too():
+    body = (
+        rb'{"model": "m", "messages": [{"role": "assistant", "content": "\u003cthink\u003ehm\u003c/think\u003eyes"},'
+        rb'{"role": "assistant", "content": "hm<\/think>no"}, {"role": "user", "content": "<think>mine</think>"}]}'
+    )
+    spans = [bytes(span) for span in keyed_spans(read(body, Endpoint.CHAT), DROPS)]
+    assert [b"hm" in span for span in spans] == [False, False, False]
+    assert b"yes" in spans[0]
+    assert b"no" in spans[1]
+    assert b"mine" in spans[2]
+
+
+def test_reasoning_of_other_dialects_is_dropped_before_a_users_message_and_not_before_the_result_of_a_tool():
+    thought = {"type": "thinking", "thinking": "so I thought", "signature": "s"}
+    call = {"type": "tool_use", "id": "t1", "name": "f", "input": {}}
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "r"}]}
+    loop = [user("q1"), assistant([thought, call]), result]
+    assert "so I thought" in "".join(texts(loop, DROPS, Endpoint.MESSAGES, max_tokens=5))
+    then = texts([*loop, user("q2")], DROPS, Endpoint.MESSAGES, max_tokens=5)
+    assert "so I thought" not in "".join(then)
+    assert "tool_use" in then[1]
+    items = [user("q1"), {"type": "reasoning", "id": "rs_1", "summary": []}, assistant("a1"), user("q2")]
+    prompt = read(json.dumps({"model": "m", "input": items}).encode(), Endpoint.RESPONSES)
+    assert [b"summary" in bytes(span) for span in keyed_spans(prompt, DROPS)] == [False] * 4
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_ids_of_messages_are_no_part_of_the_key(place):
+    """The ids of calls within them are, since some templates render these."""
+
+    def talk(prefix, call="call_1"):
+        calls = [{"id": call, "type": "function", "function": {"name": "f", "arguments": "{}" * 99}}]
+        messages = [user("q" * 600), assistant("a", tool_calls=calls), {"role": "tool", "content": "r"}]
+        ids = [{"id": f"{prefix}_{number}"} for number in range(len(messages))]
+        merged = zip(ids, messages, strict=True)
+        return [{**one, **other} if place == "first" else {**other, **one} for one, other in merged]
+
+    assert hashes(talk("msg_a")) == hashes(talk("msg_b"))
+    assert hashes(talk("msg_a")) != hashes(talk("msg_a", call="call_2"))
+
+
+def test_an_item_that_refers_to_another_is_known_by_its_id():
+    def key(name):
+        body = {"model": "m", "input": [{"type": "item_reference", "id": name}]}
+        prompt = read(json.dumps(body).encode(), Endpoint.RESPONSES)
+        return [bytes(span) for span in keyed_spans(prompt, PLAIN)]
+
+    assert key("msg_a") != key("msg_b")
+
+
+def stored(tools, messages, rest, facts):
+    """The key of a stored context's part alone, if it is first, with that of the rest; and of all of it at once."""
+    prompt = prompt_of(rest)
+    listed = [memoryview(json.dumps(message).encode()) for message in messages]
+    packed = json.dumps(tools).encode() if tools else b""
+    whole = keyed_stored(prompt, packed, listed, prompt.spans, facts)
+    if not stored_first(prompt.spans, facts):
+        return None, [bytes(span) for span in whole]
+    alone = [*keyed_stored(prompt, packed, listed, (), facts), *keyed_spans(prompt, facts)]
+    return [bytes(span) for span in alone], [bytes(span) for span in whole]
+
+
+@pytest.mark.parametrize("order", list(ToolOrder))
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_stored_context_is_keyed_as_the_same_prompt_sent_whole(order, drops, moves):
+    """Whether its own part is computed beforehand or not."""
+    facts = TemplateFacts(order=order, drops_reasoning=drops, moves_system=moves)
+    messages = [SYSTEM, user("document"), assistant("noted", reasoning_content="hm")]
+    for rest in ([user("q")], [user("q"), assistant("a"), {"role": "system", "content": "late"}, user("q2")]):
+        alone, whole = stored(TOOLS, messages, rest, facts)
+        sent = texts([*messages, *rest], facts, tools=TOOLS)
+        assert [span.decode() for span in whole] == sent
+        if alone is not None:
+            assert alone == whole
+    assert (alone is None) == (moves or order is ToolOrder.TOOLS_LAST)
+
+
+def test_a_stored_context_before_the_result_of_a_tool_keeps_its_last_reasoning():
+    messages = [user("q"), assistant("a", reasoning_content="so I thought")]
+    alone, whole = stored(None, messages, [{"role": "tool", "content": "r"}], DROPS)
+    assert alone is None
+    assert b"so I thought" in b"".join(whole)
 
 
 def test_messages_that_cannot_be_read_keep_their_place():
