@@ -28,7 +28,8 @@ PIP_WHEEL = .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --
 # Two rules must not install into .venv at the same time.
 .NOTPARALLEL:
 
-.PHONY: run test test-image coverage format lock wheel clean bench-datapath bench-soak bench-fleet bench-replay bench-peers
+.PHONY: run test test-image coverage format lock wheel clean bench-datapath bench-soak bench-fleet bench-replay bench-peers \
+  bench-vllm
 
 run: .venv/.demo
 	@exec .venv/bin/python -m demo --end-with-parent --port "$(PORT)" --admin-port "$(ADMIN_PORT)" \
@@ -141,6 +142,16 @@ bench-peers: .peers/.done
 	@echo "Installing sglang-router and vllm-router into .peers (a minute) ..."
 	@[ -x .peers/bin/pip ] || "$(PYTHON)" -m venv .peers
 	@.peers/bin/pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes -r benchmarks/peers.lock
+	@touch $@
+
+# Routers before two real vLLM servers on the CPU, with a tiny model of random weights; `pytest --vllm tests/vllm` checks
+# what Cairn assumes of vLLM.
+bench-vllm: .venv/.dev .build/vllm/.done
+	.venv/bin/python -m benchmarks.vllm $(ARGS)
+
+.build/vllm/.done: benchmarks/vllm/requirements.txt benchmarks/vllm/install.py
+	@echo "Installing vLLM into .build/vllm (3 GB, five minutes) ..."
+	@"$(PYTHON)" benchmarks/vllm/install.py .build/vllm
 	@touch $@
 
 clean:
