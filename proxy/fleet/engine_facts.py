@@ -86,7 +86,7 @@ _VERSION_CHARACTERS = 32
 
 
 def read_metrics(page: bytes) -> EngineFacts:
-    """Read a Prometheus page of vLLM or SGLang (of any engine, for its start time). Requests of several ranks are added."""
+    """Read a Prometheus page of vLLM or SGLang, or the start time of any engine; the requests of ranks are added."""
     lines = [dict(_LABEL.findall(line.decode("utf-8", "replace"))) for line in _VLLM.findall(page)]
     capacity = _vllm_capacity(lines)
     if not capacity:
