@@ -6,7 +6,10 @@ import logging
 import logging.handlers
 import queue
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+REPLICAS = "cairn.replicas"
+"""The logger of what is found at replicas and how they change."""
 
 _CREDENTIALS = re.compile(
     r"(?i)(?:(?P<head>\b(?:bearer|basic)\s+|\bx-api-key['\":\s=b]+)[^\s'\",]+"
@@ -36,6 +39,24 @@ class _BoundedQueueHandler(logging.handlers.QueueHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
         pass
+
+
+class _Forwarding(logging.Handler):
+    """Passes records on instead of writing them."""
+
+    def __init__(self, pass_on: Callable[[int, str], None]) -> None:
+        super().__init__()
+        self._pass_on = pass_on
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._pass_on(record.levelno, record.getMessage())
+
+
+def forward(name: str, pass_on: Callable[[int, str], None]) -> None:
+    """Call `pass_on` with level and text of each record of the logger `name`, in place of writing it here."""
+    logger = logging.getLogger(name)
+    logger.handlers[:] = [_Forwarding(pass_on)]
+    logger.propagate = False
 
 
 def set_up(level_name: str, secrets: Iterable[str] = (), stream: int = 2) -> logging.handlers.QueueListener:

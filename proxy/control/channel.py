@@ -16,6 +16,7 @@ import msgspec
 
 from proxy.config.schema import Config, make_secret, reveal
 from proxy.control.messages import (
+    Announced,
     Configure,
     Drain,
     Explain,
@@ -144,6 +145,11 @@ class WorkerControl:
             return False
         self._channel.post(report)
         return True
+
+    def announce(self, level: int, text: str) -> None:
+        """Let the supervisor log a line, once if other workers announce the same."""
+        if self._channel.unsent_bytes <= _REPORT_BACKLOG_BYTES:
+            self._channel.post(Announced(level, text))
 
     async def wait_for_drain(self) -> float:
         """Wait until told to drain; returns the seconds within which running requests may finish."""

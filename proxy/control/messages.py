@@ -135,5 +135,12 @@ class ReloadRefused(msgspec.Struct, frozen=True, tag="refused"):
     why: str
 
 
+class Announced(msgspec.Struct, frozen=True, tag="announced"):
+    """A line for the log that several workers may write: what was found at a replica, or how it changed."""
+
+    level: int
+    text: str
+
+
 ToWorker = Configure | Drain | Explain
-FromWorker = Heartbeat | Ready | WorkerReport | Explained | ReloadRefused
+FromWorker = Heartbeat | Ready | WorkerReport | Explained | ReloadRefused | Announced

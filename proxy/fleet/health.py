@@ -20,10 +20,11 @@ from proxy.fleet.fleet import Fleet
 from proxy.fleet.learned_limit import LEAST_LIMIT
 from proxy.fleet.model_list import read_models
 from proxy.fleet.pools import Pools, ReplicaEndpoint
+from proxy.logs import REPLICAS
 from proxy.tasks import Tasks
 from proxy.upstream import Limits, Origin, UpstreamResponse
 
-log = logging.getLogger("cairn.health")
+log = logging.getLogger(REPLICAS)
 
 TICK_SECONDS = 0.25
 """How often back-offs that are over are looked for."""

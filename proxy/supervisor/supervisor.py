@@ -25,12 +25,13 @@ from proxy.clock import Clock
 from proxy.config.load import Config, ConfigError, Loaded, SecretUrl
 from proxy.config.reload import taken_over
 from proxy.control.channel import MESSAGE_BYTES_AT_MOST
-from proxy.control.messages import Explain, WorkerReport
+from proxy.control.messages import Announced, Explain, WorkerReport
 from proxy.control.readiness import Readiness, Stage, judge
 from proxy.metrics import definitions as metrics
 from proxy.metrics.exposition import Exposition
 from proxy.metrics.recorder import Recorder
 from proxy.supervisor import sockets
+from proxy.supervisor.announcements import Announcements
 from proxy.supervisor.private_store import PrivateStore, StoreKeeper
 from proxy.supervisor.worker_process import Program, WorkerProcess, WorkerUnavailable
 from proxy.tasks import Tasks
@@ -85,6 +86,7 @@ class Supervisor:
         self._stop_now = asyncio.Event()
         self._was_ready = False
         self._questions = 0
+        self._announcements = Announcements()
         self._before_reload: Config | None = None
 
     # --- what the admin port shows
@@ -147,6 +149,10 @@ class Supervisor:
         log.error("the configuration was not reloaded: worker %d: %s", number, why)
         for worker in self._workers:
             worker.configure(self._config)
+
+    def worker_announced(self, number: int, line: Announced) -> None:
+        """Log what a worker found at a replica, unless another worker found the same."""
+        self._announcements.add(number, line, self._parts.clock.monotonic())
 
     def worker_died(self, number: int, starts: int) -> None:
         """Count the restart; give up if no worker was ever ready."""

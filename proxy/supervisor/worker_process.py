@@ -21,6 +21,7 @@ from proxy.clock import Clock
 from proxy.config.schema import Config
 from proxy.control.channel import Channel, ControlBroken
 from proxy.control.messages import (
+    Announced,
     Configure,
     Drain,
     Explain,
@@ -61,6 +62,9 @@ class Watcher(Protocol):
 
     def reload_refused(self, number: int, why: str) -> None:
         """The worker cannot use a new configuration."""
+
+    def worker_announced(self, number: int, line: Announced) -> None:
+        """The worker has a line for the log, which others may have, too."""
 
     def worker_died(self, number: int, starts: int) -> None:
         """The worker ended without being told to; it was started `starts` times so far."""
@@ -233,6 +237,8 @@ class WorkerProcess:
             answer = self._questions.get(message.id)
             if answer is not None and not answer.done():
                 answer.set_result(message)
+        elif isinstance(message, Announced):
+            self._watcher.worker_announced(self.number, message)
         else:
             assert isinstance(message, ReloadRefused)  # noqa: S101 - the union has no other
             self._watcher.reload_refused(self.number, message.why)

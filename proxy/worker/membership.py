@@ -10,12 +10,13 @@ from proxy.control.messages import ReplicaDown
 from proxy.fleet import Change, ReplicaChange
 from proxy.fleet.findings import EngineFindings
 from proxy.fleet.pools import ReplicaEndpoint
+from proxy.logs import REPLICAS
 from proxy.metrics.recorder import Recorder
 from proxy.pipeline.dispatch import Dispatcher
 from proxy.pipeline.settlement import Settlement
 from proxy.upstream import UpstreamClient
 
-log = logging.getLogger("cairn.replicas")
+log = logging.getLogger(REPLICAS)
 
 _WARNED: Final = frozenset({Change.DOWN, Change.THROTTLED})
 

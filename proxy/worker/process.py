@@ -80,6 +80,7 @@ async def _serve(end: socket.socket, listening: Sequence[socket.socket], target:
     except ControlBroken:
         return 1
     listener = logs.set_up(config.log.level.value, secrets_of(config))
+    logs.forward(logs.REPLICAS, control.announce)  # all workers find the same
     try:
         return await _run_target(target(config, listening, control), control, tasks)
     finally:

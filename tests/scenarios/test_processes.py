@@ -15,7 +15,7 @@ import aiohttp
 from tests.scenarios.test_conversations import words
 from tests.support.openai_upstream import OpenAIUpstream
 from tests.support.served import Served, served
-from tests.support.valkey import eventually
+from tests.support.valkey import eventually, free_port
 
 CHAT: dict[str, Any] = {"model": "test-model", "messages": [{"role": "user", "content": words("x", 800)}]}
 
@@ -182,3 +182,16 @@ async def test_no_prompt_and_no_key_is_in_the_log_or_the_metrics(tmp_path: Path)
         assert "sk-very" not in page + logged
         assert "heron" not in page
         assert "heron waits" not in "".join(line for line in cairn.lines if '"model":"the heron' not in line)
+
+
+async def test_what_all_workers_find_at_a_replica_is_one_line_of_the_log(tmp_path: Path) -> None:
+    """The start lists each replica once, and a change is one line with its reason."""
+    async with OpenAIUpstream() as upstream:
+        down = f"http://127.0.0.1:{free_port()}"
+        arguments = ["--workers", "3", "--upstream", upstream.url, "--upstream", down]
+        async with served(arguments, tmp_path) as cairn:
+            await eventually(lambda: len(cairn.worker_pids()) == 3, 40)
+        text = "".join(cairn.lines)
+        assert text.count(f"replica {upstream.url[7:-3]} (pool default) is up: models test-model") == 1
+        assert text.count(f"replica {down[7:]} (pool default) is down: unreachable") == 1
+        assert text.count(f"replica {down[7:]} (pool default) is down: the upstream cannot be reached") == 1

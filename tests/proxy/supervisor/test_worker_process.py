@@ -15,7 +15,7 @@ import pytest
 
 from proxy.clock import Clock, SystemClock
 from proxy.config.load import Config, Pool, Replica
-from proxy.control.messages import Explain, WorkerReport
+from proxy.control.messages import Announced, Explain, WorkerReport
 from proxy.supervisor import worker_process as slot_module
 from proxy.supervisor.worker_process import (
     PAUSE_FIRST_SECONDS,
@@ -45,6 +45,9 @@ class Heard:
 
     def reload_refused(self, number: int, why: str) -> None:
         raise AssertionError("none of these refuses")
+
+    def worker_announced(self, number: int, line: Announced) -> None:
+        raise AssertionError("none of these announces")
 
     def worker_died(self, number: int, starts: int) -> None:
         self.deaths.put_nowait(starts)
