@@ -52,15 +52,16 @@ class Access:
         self.store = store
         self.limits = limits
         self._clock = clock
-        self._offset_seconds = 0.0  # Redis's clock minus ours
+        # Redis's clock, or ours before its first reply, minus the monotonic one: a step of ours expires nothing
+        self._offset_seconds = clock.unix() - clock.monotonic()
 
     def now(self) -> float:
         """Return seconds since 1970 by Redis's clock, as of its last reply."""
-        return self._clock.unix() + self._offset_seconds
+        return self._clock.monotonic() + self._offset_seconds
 
     def set_clock(self, now_ms: int) -> None:
         """Take over Redis's clock from a reply."""
-        self._offset_seconds = now_ms / 1000 - self._clock.unix()
+        self._offset_seconds = now_ms / 1000 - self._clock.monotonic()
 
     async def run(self, script: Script, tenant: str, *args: str | bytes | float, read: Callable[[Any], T]) -> T:
         """Run a script on a tenant's keys and return its reply as `read` gives it. Raises CacheError."""

@@ -21,6 +21,7 @@ from cache.store.store import Store, StoreState, open_store
 from cache.totals import Sums, Totals, read_totals
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
+from tests.support.relay import Relay
 from tests.support.valkey import Valkey, eventually, free_port, running
 from tests.support.workers import Worker, prompt
 
@@ -194,9 +195,10 @@ def _kill_clients(valkey: Valkey, password: str) -> None:
 
 
 async def test_a_busy_server_is_away_and_comes_back(valkey: Valkey) -> None:
-    """Another client's endless script: BUSY for every command, until it is killed."""
+    """Another client's endless script: BUSY for every command, until it is killed; totals wait."""
     valkey.ask("CONFIG", "SET", "busy-reply-threshold", "10")
     async with opened(valkey.url) as store:
+        totals = Totals(store, "w")
         blocking = asyncio.ensure_future(  # noqa: TID251
             asyncio.to_thread(valkey.ask, "EVAL", "while true do end", "0")
         )
@@ -204,8 +206,59 @@ async def test_a_busy_server_is_away_and_comes_back(valkey: Valkey) -> None:
             await until(store, StoreState.AWAY)
             assert store.reason in (ErrorKind.BUSY, ErrorKind.TIMEOUT)
             assert store.errors[ErrorKind.BUSY] > 0
+            totals.row(DAY, "m", "u", "t").answers += 5
+            assert not await totals.flush()
         finally:
             await asyncio.to_thread(valkey.ask, "SCRIPT", "KILL")
             await blocking
         await asyncio.wait_for(store.wait_available(), 8)
         await store.execute("SET", "k", "v")
+        await eventually(totals.flush)
+        found = await read_totals(store, date.fromisoformat(DAY), date.fromisoformat(DAY))
+        assert list(found.values()) == [Sums(answers=5)]
+
+
+SLOW_LOADING = ("--key-load-delay", "700", "--loading-process-events-interval-bytes", "1024")  # 2 s for 3,000 keys
+
+
+async def test_a_server_that_loads_its_file_is_away_and_loses_no_totals() -> None:
+    """Restarted, it answers LOADING to every command until it has read its file; totals wait."""
+    with running("--enable-debug-command", "yes", "--appendonly", "yes") as valkey:
+        async with opened(valkey.url) as store:
+            totals = Totals(store, "w")
+            valkey.ask("DEBUG", "POPULATE", "3000", "filler", "1000")
+            valkey.ask("BGREWRITEAOF")
+
+            def rewritten() -> bool:
+                told = valkey.ask("INFO", "persistence")
+                return b"aof_rewrite_in_progress:0" in told and b"aof_last_rewrite_time_sec:-1" not in told
+
+            await eventually(rewritten, 10)
+            valkey.kill()
+            starting = asyncio.ensure_future(asyncio.to_thread(valkey.start, *SLOW_LOADING))  # noqa: TID251
+            await until(store, StoreState.AWAY)
+            await eventually(lambda: store.reason is ErrorKind.LOADING, 10)  # first nobody listened
+            totals.row(DAY, "m", "u", "t").answers += 5
+            assert not await totals.flush()
+            await starting
+            await asyncio.wait_for(store.wait_available(), 8)
+            await eventually(totals.flush)
+            found = await read_totals(store, date.fromisoformat(DAY), date.fromisoformat(DAY))
+            assert list(found.values()) == [Sums(answers=5)]
+            assert (totals.refused_batches, totals.lost_increments) == (0, 0)
+
+
+async def test_connections_to_a_former_master_are_given_up(valkey: Valkey) -> None:
+    """The address leads to a new master, but the pooled connections still lead to the old one, now read-only."""
+    with running() as successor:
+        async with Relay(valkey.port) as relay, opened(f"redis://127.0.0.1:{relay.port}/0") as store:
+            await store.execute("SET", "k", "v")
+            become_a_replica(valkey)
+            relay.target_port = successor.port
+
+            async def written() -> bool:
+                with contextlib.suppress(CacheError):
+                    await store.execute("SET", "k", "v")
+                return successor.ask("EXISTS", "k") == b":1\r\n"
+
+            await eventually(written, 10)

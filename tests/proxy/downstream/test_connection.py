@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from contextlib import suppress
 
 import pytest
@@ -460,3 +461,26 @@ async def test_a_drain_ends_what_does_not_end_in_its_time() -> None:
         with suppress(ConnectionError):
             assert await reader.read() == b""
         writer.close()
+
+
+async def test_connections_that_the_limit_of_open_files_allows_no_more_are_answered_503(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process with 138 descriptors takes five clients; a sixth is told, and takes the place of one that leaves."""
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (138, 138))
+    counts = Counts()
+    async with served_by(client_server(echo, counts)) as port:
+        lines = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]
+        for reader, writer in lines:
+            writer.write(request(b"/"))
+            assert (await answer_of(reader))[0] == OK
+        assert (await talk(port, request(b"/"))).startswith(b"HTTP/1.1 503 ")
+        assert counts.refusals == {ClientLimit.CONNECTIONS: 1}
+        lines[0][1].close()
+
+        async def served() -> bool:
+            return (await talk(port, GET)).startswith(b"HTTP/1.1 200 ")
+
+        await eventually(served)
+        for _, writer in lines[1:]:
+            writer.close()

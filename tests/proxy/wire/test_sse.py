@@ -90,6 +90,23 @@ def test_any_pieces_with_any_line_ends_are_cut_alike(pieces, ends, places) -> No
     assert untouched == body
 
 
+BOM = b"\xef\xbb\xbf"
+SPOKEN = 'data: {"choices":[{"index":0,"delta":{"content":"\u4e16\u754c \U0001f5ff"}}]}\n\n'.encode()
+LINES = b'data: {"choices":[{"index":0,\ndata: "delta":{"content":"x"}}]}\n\n'
+
+
+@pytest.mark.parametrize("event", [TOKEN, SPOKEN, LINES], ids=["plain", "beyond ASCII", "two data lines"])
+@pytest.mark.parametrize("withhold", [False, True])
+def test_a_first_event_behind_a_byte_order_mark_is_read_and_passes_at_any_cut(event: bytes, withhold: bool) -> None:
+    """Its token is seen, and neither the mark nor a character that is cut in two loses a byte."""
+    body = BOM + event + DONE
+    for place in range(len(body)):
+        tap, out = relay([body[:place], body[place:]], withhold=withhold)
+        assert out == body
+        assert tap.first_token_seen
+        assert tap.finished
+
+
 @given(st.lists(st.binary(max_size=40)), st.booleans(), st.sampled_from(list(Endpoint)))
 def test_any_bytes_are_survived_and_passed(chunks, withhold, endpoint) -> None:
     """What is no event stream at all is the client's to judge."""
