@@ -11,7 +11,7 @@ from benchmarks.engines.caches import BlockCache, Slots
 from benchmarks.engines.clients import SHAPES
 from benchmarks.engines.engine import SimulatedEngine
 from benchmarks.engines.proxy import CairnProxy
-from benchmarks.engines.scenarios import AgentLoad, SessionsByTurns, cairn, run_agents
+from benchmarks.engines.scenarios import AgentLoad, SessionsByTurns, bound, cairn, run_agents
 from benchmarks.engines.sessions import Session, words
 from benchmarks.engines.templates import Template, decode_chat
 from proxy.model import TemplateFacts, ToolOrder
@@ -37,8 +37,9 @@ def orders() -> Table:
     for kinds in (6, 60):
         for name, template in (("tools first", Template()), ("system first", Template(system_first=True))):
             known = {"Cairn, template known": cairn(SYSTEM_FIRST if template.system_first else None)}
-            for router, make in {**routers, **known}.items():
-                result = run_agents(AgentLoad(kinds=kinds), template, make)
+            load = AgentLoad(kinds=kinds)
+            results = {router: run_agents(load, template, make) for router, make in {**routers, **known}.items()}
+            for router, result in {**results, "bound: one cache, no queue": bound(load, template)}.items():
                 row = (f"{result.first_seconds:.2f} s", f"{result.later_seconds:.2f} s")
                 table.add_row(str(kinds), name, router, *row, f"{result.computed_tokens / 1e6:.2f}")
     return table

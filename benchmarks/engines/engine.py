@@ -20,6 +20,12 @@ PREFILL_FIXED_SECONDS = 0.010
 FIRST_TOKEN_SECONDS = 0.020
 DECODE_SECONDS = 0.020
 
+
+def seconds_alone(uncached_tokens: int) -> float:
+    """Return the time until the first token of a prompt that waits for no other."""
+    return PREFILL_FIXED_SECONDS + uncached_tokens / PREFILL_TOKENS_PER_SECOND + FIRST_TOKEN_SECONDS
+
+
 At = Callable[[float, Callable[[float], None]], None]
 """The simulation's calendar: call at a time."""
 

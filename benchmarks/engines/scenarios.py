@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import msgspec
 
 from benchmarks.engines.caches import BlockCache
-from benchmarks.engines.engine import At, Job, SimulatedEngine, Usage
+from benchmarks.engines.engine import At, Job, SimulatedEngine, Usage, seconds_alone
 from benchmarks.engines.proxy import CairnProxy, Served
 from benchmarks.engines.sessions import Session, tools, words
 from benchmarks.engines.templates import Template, decode_chat
@@ -107,6 +107,20 @@ def run_agents(
         sum(engine.computed_tokens for engine in engines),
         sum(engine.prompt_tokens for engine in engines),
     )
+
+
+def bound(load: AgentLoad, template: Template) -> LoadResult:
+    """What no router can do better: one cache of all engines, and never a queue."""
+    engine = SimulatedEngine(BlockCache(2_000_000 * load.engines), template)
+    first: list[float] = []
+    later: list[float] = []
+    for number in range(load.sessions):
+        talk = _agent(load, number)
+        for turn in range(load.turns):
+            usage = engine.serve(decode_chat(talk.ask(120)))
+            (later if turn else first).append(seconds_alone(usage.prompt_tokens - usage.cached_tokens))
+            talk.answered(usage.output_tokens)
+    return LoadResult(_median(first), _median(later), engine.computed_tokens, engine.prompt_tokens)
 
 
 def cairn(facts: TemplateFacts | None = None, **options: Any) -> Callable[[list[SimulatedEngine], At], Router]:

@@ -54,6 +54,10 @@ RECOUNT_SHARE: Final = 0.3
 FORK_MISSES: Final = 2
 """Answers in a row that found far less than predicted at a fork before its count is corrected to what they found."""
 
+FORK_MISSES_UNPROVED: Final = 3
+"""The same, counting answers to prompts that were sent before what they share was known to be computed. It mostly is
+when they are computed themselves, and waiting for later ones lets all prompts herd on one replica meanwhile."""
+
 EVICTIONS_KNOWN: Final = 3
 EVICTIONS_UNKNOWN: Final = 4
 """Evictions of different prompts before the budget shrinks, if the capacity is known or not."""
@@ -104,8 +108,11 @@ def judge(
         return _more(state, placement, cached_tokens, steps, error)
     if not placement.confident:
         # a fork has others under way most of the time: that it was computed once is enough there
-        if error < -tolerance and placement.forks and placement.proved and not placement.whole:
-            return _fork_shortfall(placement, steps, error)
+        if error < -tolerance and placement.forks and not placement.whole:
+            if placement.proved:
+                return _fork_shortfall(placement, steps, error)
+            if _is_proved_now(state.entries, placement, steps):
+                return _fork_shortfall(placement, steps, error, FORK_MISSES_UNPROVED)
         return _NOTHING
     if error >= -tolerance:
         return _right(state, placement, cached_tokens, steps, error)
@@ -212,15 +219,18 @@ def _prove(state: ReplicaState, placement: Placement) -> None:
         state.evictions = [each for each in state.evictions if each.reuse_tokens > reuse]
 
 
-def _fork_shortfall(placement: Placement, steps: list[Step], error: int) -> FeedbackKind:
-    """Less than predicted where no earlier prompt ended: counted wrongly, or not shared by the engine."""
+def _fork_shortfall(placement: Placement, steps: list[Step], error: int, misses: int = FORK_MISSES) -> FeedbackKind:
+    """Less than predicted where no earlier prompt ended: counted wrongly, or not shared by the engine.
+
+    A count that is wrong by much is corrected after `misses` such answers in a row.
+    """
     small = not placement.exact and -error <= RECOUNT_SHARE * placement.predicted_tokens
     node = _fork_node(placement, steps)
     if node is None:
         return _FORK
     if not small:
         node.fork_misses += 1
-        if node.fork_misses < FORK_MISSES or not placement.forks:
+        if node.fork_misses < misses or not placement.forks:
             return _FORK
         node.fork_tokens = max(placement.predicted_tokens + error, 0)
         return _RECOUNTED
@@ -310,6 +320,13 @@ def _common_blocks(one: Placement, other: Placement) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _is_proved_now(entries: ReplicaEntries, placement: Placement, steps: list[Step]) -> bool:
+    """True if the replica has computed by now what it was said to hold when the prompt was placed."""
+    node = _fork_node(placement, steps)
+    residency = None if node is None else node.held.get(entries)
+    return residency is not None and node is not None and residency.confirmed == len(node.hashes)
 
 
 def _fork_node(placement: Placement, steps: list[Step]) -> Node | None:

@@ -119,7 +119,9 @@ async def _reasoning(render: Render) -> tuple[bool, bool]:
     """Return whether reasoning before the last user message is left out, and whether it is left out everywhere."""
 
     def turns(reasoning: str, *more: dict[str, str]) -> dict[str, Any]:
-        answer = {"role": "assistant", "content": "an answer", "reasoning_content": reasoning}
+        # by both names: vLLM reads only the first at /tokenize, llama.cpp and SGLang only the second
+        fields = {"reasoning": reasoning, "reasoning_content": reasoning}
+        answer = {"role": "assistant", "content": "an answer", **fields}
         return {"messages": [_QUESTION, answer, *more]}
 
     old = await _are_equal(render, turns("so I thought", _FURTHER), turns("or rather thus", _FURTHER))
