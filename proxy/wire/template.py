@@ -6,6 +6,7 @@ content. The facts of a model's template come from `proxy.fleet.templates`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Final
 
@@ -49,10 +50,21 @@ _ANY_USER: Final = b'{"role":"user"}'
 
 _CACHE_MARK: Final = b'"cache_control"'
 _MARKED_SPANS: Final = 6
-"""Clients mark the last few messages and move the marks with each turn."""
+"""Clients mark the last few messages and move the marks with each turn. Marks of tools and of the system prompt stay in
+their places, but the shortest conversations are all within this reach, so that these are always left out as well."""
 
 _MARK_REACH: Final = 160
 """Bytes at the end of a message in which a mark is looked for: it follows the text of the last part."""
+
+_LONE_TEXT = re.compile(rb'"content"\s*:\s*(\[\s*\{\s*"type"\s*:\s*"text"\s*,\s*"text"\s*:\s*)"')
+_LONE_TEXT_REACH: Final = 128
+"""Bytes at the start of a message in which the first part of its content begins."""
+
+_LONE_TEXT_END: Final = b'"}]}'
+_LONE_TEXT_LEAST: Final = 36  # the length of one that says nothing, without its role
+_LONE_TEXT_MOST: Final = 1 << 20  # a longer one is not copied for its key
+_END_OF_LIST: Final = ord("]")
+_BACKSLASH: Final = ord("\\")
 
 _SYSTEM_FIRST: Final = ToolOrder.SYSTEM_FIRST
 _TOOLS_LAST: Final = ToolOrder.TOOLS_LAST
@@ -89,6 +101,8 @@ def keyed_spans(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
     is_short = 0 < len(body) <= _SHORT_BODY_BYTES
     if not is_short or body.find(_CACHE_MARK) >= 0 or body.find(BILLING_MARK) >= 0:
         spans = _without_marks(spans, system, keeps_billing=facts.keeps_billing)
+    if not is_short or body.find(_LONE_TEXT_END) >= 0:
+        spans = _with_strings(spans)
     if is_short and body.find(_ID_KEY) < 0:
         return spans
     for place in range(system, min(system + 1 + _ID_SAMPLE, len(spans))):
@@ -257,11 +271,12 @@ def _without_marks(spans: Sequence[Span], system: int, *, keeps_billing: bool) -
         if shorter is not None:
             changed = list(spans)
             changed[system] = shorter
-    for place in range(max(len(spans) - _MARKED_SPANS, 0), len(spans)):
-        span = spans[place]
-        if bytes(span[-_MARK_REACH:]).find(_CACHE_MARK) >= 0:
-            changed = list(spans) if changed is None else changed
-            changed[place] = _without_cache_mark(bytes(changed[place]))
+    head = min(system + 1, len(spans))
+    for first, end in ((0, head), (max(len(spans) - _MARKED_SPANS, head), len(spans))):
+        for place in range(first, end):
+            if bytes(spans[place][-_MARK_REACH:]).find(_CACHE_MARK) >= 0:
+                changed = list(spans) if changed is None else changed
+                changed[place] = _without_cache_mark(bytes(changed[place]))
     return spans if changed is None else changed
 
 
@@ -283,3 +298,41 @@ def _without_cache_mark(text: bytes) -> bytes:
     while start > 0 and text[start - 1 : start] in (b" ", b",", b"\n"):
         start -= 1
     return text[:start] + text[end:] if end > 0 else text
+
+
+def _with_strings(spans: Sequence[Span]) -> Sequence[Span]:
+    """Key a message whose content is a list of one text as if that were a string, since engines render both alike.
+
+    A cache mark can only be written into a list, so clients write the same message as a list while it is marked and as
+    a string once the mark has moved on.
+    """
+    changed: list[Span] | None = None
+    for place in range(len(spans)):
+        span = spans[place]
+        if len(span) > _LONE_TEXT_LEAST and span[-2] == _END_OF_LIST and len(span) <= _LONE_TEXT_MOST:
+            shorter = _with_string(span)
+            if shorter is not None:
+                changed = list(spans) if changed is None else changed
+                changed[place] = shorter
+    return spans if changed is None else changed
+
+
+def _with_string(span: Span) -> bytes | None:
+    """Return the message with a string for content; None if its content is no list of one text."""
+    opening = _LONE_TEXT.search(bytes(span[:_LONE_TEXT_REACH]))
+    if opening is None or bytes(span[-len(_LONE_TEXT_END) :]) != _LONE_TEXT_END:
+        return None
+    text = bytes(span)
+    last = len(text) - len(_LONE_TEXT_END)
+    end = text.find(b'"}', opening.end())
+    while end >= 0 and _is_escaped(text, end):
+        end = text.find(b'"}', end + 1)
+    return text[: opening.start(1)] + text[opening.end(1) : last + 1] + b"}" if end == last else None
+
+
+def _is_escaped(text: bytes, place: int) -> bool:
+    """Return True if an odd number of backslashes precedes `place`."""
+    start = place
+    while start > 0 and text[start - 1] == _BACKSLASH:
+        start -= 1
+    return (place - start) % 2 == 1

@@ -123,6 +123,49 @@ def test_cache_marks_that_move_with_each_turn_are_no_part_of_the_key():
     assert hashes(turns(1, 2)) == hashes(turns(3))
 
 
+@pytest.mark.parametrize("separators", [(", ", ": "), (",", ":")])
+@pytest.mark.parametrize("text", ["q", 'a "quoted" one', 'a brace "}', "a backslash \\", 'both \\"}', 'parts "}, {"'])
+def test_a_list_of_one_text_has_the_key_of_the_string(text, separators):
+    """A client writes a message as a list while it is marked, and as a string once the mark has moved on."""
+    marked = {"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}
+    keys = [
+        [bytes(span) for span in keyed_spans(read(body, Endpoint.MESSAGES), PLAIN)]
+        for content in ([marked], [{"type": "text", "text": text}], text)
+        if (body := json.dumps({"model": "m", "messages": [user(content)] * 9}, separators=separators).encode())
+    ]
+    assert keys[0][-6:] == keys[1][-6:] == keys[2][-6:]
+    assert json.loads(keys[1][0]) == user(text)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+        [{"type": "text", "text": "a", "citations": None}],
+        [{"type": "tool_result", "tool_use_id": "t", "content": "a"}],
+        [{"type": "text", "text": "a"}, {"type": "image", "source": {"type": "url", "url": "http://x/y"}}],
+        [],
+    ],
+)
+def test_other_lists_keep_their_own_key(content):
+    assert [json.loads(part) for part in texts([user(content)])] == [user(content)]
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.MESSAGES, Endpoint.CHAT])
+def test_marked_tools_and_system_prompts_keep_their_key_as_the_conversation_grows(endpoint):
+    """Their marks do not move, so they count alike within and beyond the reach of those that do."""
+    mark = {"cache_control": {"type": "ephemeral"}}
+    system = [{"type": "text", "text": "be kind", **mark}]
+    fields = {"tools": [{"name": "f", "description": "d", **mark}]}
+    if endpoint is Endpoint.MESSAGES:
+        first, fields = [], {**fields, "system": system}
+    else:
+        first = [{"role": "system", "content": system}]
+    grown = [[*first, *[user("q")] * count] for count in (1, 9)]
+    short, long = (texts(messages, endpoint=endpoint, **fields) for messages in grown)
+    assert short == long[: len(short)]
+
+
 def test_text_that_speaks_of_cache_marks_stays():
     messages = [user('write "cache_control": {"type": "ephemeral"} there')]
     assert texts(messages) == [json.dumps(messages[0])]
