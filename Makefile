@@ -167,3 +167,26 @@ fuzz: .venv/.dev
 .PHONY: chaos
 chaos: .venv/.dev
 	.venv/bin/python -m tests.chaos $(ARGS)
+
+# Agents and client libraries, for tests/clients, which is skipped without them. They are no dependency of Cairn, take
+# 2 GB, and are installed only by this target: make clients && .venv/bin/python -m pytest tests/clients
+CLIENT_LOCKS := $(wildcard tests/clients/python/*.txt) tests/clients/npm/package-lock.json
+.PHONY: clients lock-clients
+clients: .build/clients/.done
+
+.build/clients/.done: $(CLIENT_LOCKS) .venv/.dev
+	@echo "Installing agents and client libraries into .build/clients (three minutes) ..."
+	@rm -rf .build/clients && mkdir -p .build/clients/npm
+	@cp tests/clients/npm/package.json tests/clients/npm/package-lock.json .build/clients/npm
+	@cd .build/clients/npm && npm ci --no-audit --no-fund --loglevel=error
+	@for set in aider libraries; do \
+	  .venv/bin/uv venv --quiet .build/clients/$$set && .venv/bin/uv pip install --quiet \
+	  --python .build/clients/$$set/bin/python --require-hashes -r tests/clients/python/$$set.txt || exit 1; \
+	done
+	@touch $@
+
+# Resolves tests/clients/python/*.in and tests/clients/npm/package.json again.
+lock-clients: .venv/.dev
+	for set in aider libraries; do $(LOCK:pyproject.toml=tests/clients/python/$$set.in) \
+	  -o tests/clients/python/$$set.txt $(ARGS) || exit 1; done
+	cd tests/clients/npm && npm install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund

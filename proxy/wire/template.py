@@ -50,8 +50,8 @@ _ANY_USER: Final = b'{"role":"user"}'
 
 _CACHE_MARK: Final = b'"cache_control"'
 _MARKED_SPANS: Final = 6
-"""Clients mark the last few messages and move the marks with each turn. Marks of tools and of the system prompt stay in
-their places, but the shortest conversations are all within this reach, so that these are always left out as well."""
+"""Clients mark the last few messages and move the marks with each turn. Marks of tools and of the system prompt keep
+their places, but a short conversation is all within this reach, so that these are always left out as well."""
 
 _MARK_REACH: Final = 160
 """Bytes at the end of a message in which a mark is looked for: it follows the text of the last part."""
@@ -61,6 +61,7 @@ _LONE_TEXT_REACH: Final = 128
 """Bytes at the start of a message in which the first part of its content begins."""
 
 _LONE_TEXT_END: Final = b'"}]}'
+_LIST_IN_END: Final = b"}]}"  # ends such a message, marked or not
 _LONE_TEXT_LEAST: Final = 36  # the length of one that says nothing, without its role
 _LONE_TEXT_MOST: Final = 1 << 20  # a longer one is not copied for its key
 _END_OF_LIST: Final = ord("]")
@@ -101,7 +102,7 @@ def keyed_spans(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
     is_short = 0 < len(body) <= _SHORT_BODY_BYTES
     if not is_short or body.find(_CACHE_MARK) >= 0 or body.find(BILLING_MARK) >= 0:
         spans = _without_marks(spans, system, keeps_billing=facts.keeps_billing)
-    if not is_short or body.find(_LONE_TEXT_END) >= 0:
+    if not is_short or body.find(_LIST_IN_END) >= 0:
         spans = _with_strings(spans)
     if is_short and body.find(_ID_KEY) < 0:
         return spans
@@ -303,8 +304,8 @@ def _without_cache_mark(text: bytes) -> bytes:
 def _with_strings(spans: Sequence[Span]) -> Sequence[Span]:
     """Key a message whose content is a list of one text as if that were a string, since engines render both alike.
 
-    A cache mark can only be written into a list, so clients write the same message as a list while it is marked and as
-    a string once the mark has moved on.
+    A cache mark can only be written into a list, so clients write the same message as a list while it is marked and
+    as a string once the mark has moved on.
     """
     changed: list[Span] | None = None
     for place in range(len(spans)):

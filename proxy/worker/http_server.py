@@ -124,6 +124,7 @@ class HttpServer:
         decoded_bytes = 0
         try:
             if request.upgrade and path.endswith(_WEBSOCKET_PATHS):
+                route = Route(Endpoint.OTHER, path)
                 _refuse_websocket(request.upgrade)
             route = self._routes.route(request.method, request.target)
             tenant = self.authenticator.tenant_of_any(credentials_of(headers))

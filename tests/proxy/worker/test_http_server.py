@@ -39,6 +39,7 @@ class Pipeline:
         self._play = play
         self.calls: list[Call] = []
         self.errors: list[CairnError] = []
+        self.turned_away: list[Call] = []
 
     async def handle(self, call: Call, client: Downstream, upload: Upload | None = None) -> None:
         self.calls.append(call)
@@ -46,6 +47,7 @@ class Pipeline:
 
     def turn_away(self, call: Call, error: CairnError, client: Downstream) -> None:
         self.errors.append(error)
+        self.turned_away.append(call)
         response = error_response(error, call.endpoint, request_id=call.request_id)
         client.send(response.status, REASON_PHRASES[response.status], response.headers, response.body)
 
@@ -134,6 +136,7 @@ async def test_a_websocket_is_refused_at_once(path: bytes) -> None:
     head, _, rest = got.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 426 ")
     assert b"\r\nupgrade: HTTP/1.1" in head
+    assert [call.target for call in port.pipeline.turned_away] == [path.partition(b"?")[0].decode()]
     assert b"HTTP/1.1 200 OK" in rest
 
 
