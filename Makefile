@@ -25,25 +25,31 @@ PYTEST = -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
 
 PIP_WHEEL = .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation
 
-# Two rules must not install into .venv at the same time.
+# Two rules must not install into .venv at the same time. `make test` sets SIDE_BY_SIDE once all is installed.
+ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
+endif
 
-.PHONY: run test test-image coverage format lock wheel clean bench-datapath bench-soak bench-fleet bench-replay bench-peers \
-  bench-vllm
+.PHONY: run test checks test-image coverage format lock wheel clean \
+  bench-datapath bench-soak bench-fleet bench-replay bench-peers bench-vllm
 
 run: .venv/.demo
 	@exec .venv/bin/python -m demo --end-with-parent --port "$(PORT)" --admin-port "$(ADMIN_PORT)" \
 	  $(if $(UPSTREAM),--upstream "$(UPSTREAM)")
 
-# The compiled modules first, by the tests that reach them; then the sources, by all tests.
-test: .venv/.dev .build/compiled/.done .build/charts/.done
-	.venv/bin/ruff format --check .
-	.venv/bin/ruff check .
-	.venv/bin/mypy
-	.venv/bin/lint-imports
+# Compiles beside the checks; then the compiled modules, by the tests that reach them, and the sources, by all tests.
+test: .venv/.dev
+	@$(MAKE) --no-print-directory -j 2 SIDE_BY_SIDE=1 checks .build/compiled/.done .build/charts/.done
 	PYTHONSAFEPATH=1 PYTHONPATH=.build/compiled:. \
 	  .venv/bin/python $(PYTEST) --compiled --import-mode=append -m "not engine and not image" $(COMPILED_TESTS)
 	.venv/bin/python $(PYTEST)
+
+# The checks that run nothing of Cairn.
+checks: .venv/.dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/lint-imports
+	.venv/bin/mypy
 
 # Builds the container image on a base made by debootstrap, and runs it. Needs root, and Debian's buildah and debootstrap.
 test-image: .venv/.dev
