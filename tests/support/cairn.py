@@ -83,8 +83,8 @@ async def running(config: Config, prepare: Callable[[Worker], None] | None = Non
         prepare(worker)
     listening = socket.create_server(("127.0.0.1", 0))
     listening.setblocking(False)
-    # uvloop, on which Cairn is served, sets it on each connection; the standard loop, on which tests run, does not, and
-    # then each streamed response on a kept connection waits 40 ms for the client's delayed acknowledgement
+    # uvloop, on which Cairn is served, sets this on each connection; the standard loop, on which tests run, does not,
+    # and each streamed response on a kept connection would wait 40 ms for the client's delayed acknowledgement
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     port: int = listening.getsockname()[1]
     try:
