@@ -159,6 +159,10 @@ class Attempts:
         """Fail those who wait for a replica that is down, so that they can go elsewhere."""
         self._queues[replica].fail(error)
 
+    def needs_share(self, replica: int) -> bool:
+        """False if it makes no difference for whom an attempt at this replica is made, unless it waits."""
+        return self._queues[replica].needs_share
+
     def begin(
         self,
         plan: Plan,

@@ -6,6 +6,7 @@ look at the plan and one at the headers.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import Final
 
 from proxy.clock import Clock
@@ -31,39 +32,42 @@ class ColdTurns:
         self._shares = shares
         self._clock = clock
 
-    async def admit(self, exchange: Exchange) -> None:
-        """Wait until the request may be sent, and plan it again if it waited or may not go everywhere.
+    def admit(self, exchange: Exchange) -> Awaitable[None] | None:
+        """Return what to await before the request may be sent, None if it may be sent now.
+
+        It is planned again if it waited or may not go everywhere.
 
         Raises:
             BadRequest: a header about its urgency cannot be read.
             DeadlineUnreachable: the client's deadline cannot be met.
-            RateLimited: a new session would wait for too long, or too much waits.
-            Overloaded: no replica is left after the wait.
+            RateLimited: a new session would wait for too long, or too much waits; also raised by the awaitable.
+            Overloaded: no replica is left after the wait; raised by the awaitable only.
         """
         plan, pool, tenant = exchange.plan, exchange.pool, exchange.call.tenant
         if plan is None or pool is None or exchange.prompt is None or not exchange.call.endpoint.is_generation:
-            return
+            return None
         now = self._clock.monotonic()
         self._read_urgency(exchange, now)
         self._shares.seen(tenant.id, tenant.weight, now)
         if pool.is_provider or exchange.pinned_replica is not None or exchange.fingerprint is None:
-            return
+            return None
         views = [candidate.replica for candidate in plan.candidates]
         if not self._gate.can_hold(views):
-            return
+            return None
         least = least_uncached(plan)
         kind = classify(plan.prompt_tokens, least)
         self._note(exchange, plan, least, now)
         if kind is _SHORT:
-            return
+            return None
         turn = self._turn(exchange, plan, least)
         verdict = self._gate.judge(turn, kind, views)
         if verdict.waits:
-            await self._wait(exchange, turn, verdict)
-        elif kind is _WARM and len(views) > 1 and self._gate.is_pressed(pool.name, views):
+            return self._wait(exchange, turn, verdict)
+        if kind is _WARM and len(views) > 1 and self._gate.is_pressed(pool.name, views):
             good = about_as_good({each.replica.id: each.uncached_tokens for each in plan.candidates})
             if plan.chosen.replica.id not in good:
                 self._planner.plan(exchange, among=good)
+        return None
 
     def judge(self, exchange: Exchange) -> Verdict | None:
         """Return whether the request would wait now; None if such requests never wait. Changes nothing."""

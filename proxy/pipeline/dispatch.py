@@ -23,6 +23,7 @@ from proxy.pipeline.attempt import Attempt, Attempts
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.opening import Opening, wait_for_opening
 from proxy.pipeline.retries import AttemptFailure, FailureKind, RetryBudget
+from proxy.routing.replica_queue import ANYONE
 from proxy.upstream import Body, Origin, UpstreamResponse
 from proxy.wire import headers as wire_headers
 from proxy.wire import splice
@@ -203,7 +204,8 @@ class Dispatcher:
         """Claim the replica: charge it, and place the prompt in the index."""
         prompt, plan, match = exchange.prompt, exchange.plan, exchange.match
         assert plan is not None  # noqa: S101
-        held = None if match is None else match.held.get(candidate.replica.id)
+        replica = candidate.replica.id
+        held = None if match is None else match.held.get(replica)
         attempt = exchange.attempt = self._attempts.begin(
             plan,
             candidate,
@@ -211,7 +213,7 @@ class Dispatcher:
             held.blocks if held else 0,
             stream=prompt is not None and prompt.stream,
             source=crc32(exchange.call.tenant.id.encode()),
-            share=exchange.share_of(candidate),
+            share=exchange.share_of(candidate) if self._attempts.needs_share(replica) else ANYONE,
         )
         return attempt
 

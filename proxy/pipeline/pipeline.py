@@ -95,8 +95,11 @@ class Settling(Protocol):
 class Admitting(Protocol):
     """Between plan and relay, by `ColdTurns`."""
 
-    async def admit(self, exchange: Exchange) -> None:
-        """Let the request wait if it must, and plan it again then. Raises CairnError if it is not taken."""
+    def admit(self, exchange: Exchange) -> Awaitable[None] | None:
+        """Return what to await before the request may be sent, None if it may be sent now.
+
+        Raises CairnError if the request is not taken, and so does the awaitable.
+        """
         ...
 
     def judge(self, exchange: Exchange) -> Verdict | None:
@@ -159,7 +162,9 @@ class Pipeline:
                 self._contexts.tell_checked(exchange, client)
                 return
             self._relay.accompany(exchange, client)
-            await self.cold_turns.admit(exchange)
+            wait = self.cold_turns.admit(exchange)
+            if wait is not None:  # rarely; an await costs as much as the decision
+                await wait
             await self._relay.run(exchange, client, upload)
         except CairnError as error:
             self._refuse(exchange, error, client)

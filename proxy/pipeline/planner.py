@@ -128,7 +128,7 @@ class Planner:
             min_shareable_bytes=self._min_shareable_bytes,
             weight_per_second=self._weight_per_second,
             held_back=held_back,
-            room=self._index,
+            room=None if exchange.fingerprint is None else self._index,  # only a prompt that is placed takes room
             pool_name=exchange.pool.name,
         )
 

@@ -96,6 +96,11 @@ class ReplicaQueue:
         """Requests that have a permit."""
         return self._running
 
+    @property
+    def needs_share(self) -> bool:
+        """False if it makes no difference for whom a request that need not wait is served."""
+        return self._shares.has_several
+
     def try_acquire(self, share: Share = ANYONE) -> Permit | None:
         """Return a permit if no request would have to wait for it: the common case, without an await."""
         if not len(self._waiting) and self._has_room():

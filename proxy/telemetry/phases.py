@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Protocol
 
 from proxy.model import Outcome, Tenant
@@ -182,11 +183,15 @@ class TracedTurns:
         self._inner = inner
         self._tracing = tracing
 
-    async def admit(self, exchange: Exchange) -> None:
-        """Let the request wait, and note for how long. Raises CairnError."""
+    def admit(self, exchange: Exchange) -> Awaitable[None] | None:
+        """Return what to await if the request must wait, which notes for how long. Raises CairnError."""
+        wait = self._inner.admit(exchange)
+        return None if wait is None else self._timed(exchange, wait)
+
+    async def _timed(self, exchange: Exchange, wait: Awaitable[None]) -> None:
         started_seconds = self._tracing.now()
         try:
-            await self._inner.admit(exchange)
+            await wait
         finally:
             if self._tracing.now() - started_seconds >= WAIT_SECONDS_LEAST:
                 self._tracing.mark(exchange, Phase.WAIT, started_seconds)

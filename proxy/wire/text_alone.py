@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from proxy.model import Prompt
+from proxy.model import Body, Prompt
 from proxy.wire.media import is_plain_text
 from proxy.wire.schemas import DECODE_ERRORS, decode_tool_types
 
+SHORT_BYTES: Final = 4_096
 SEARCHED_BYTES_MOST: Final = 64 * 1024
 """Of content that is not plainly text and has no media; longer content is not searched, and taken for mixed."""
 
@@ -32,6 +33,8 @@ class TextAlone:
         """Return True if the body contains all that the upstream reads for this prompt."""
         if prompt.pinned_to is not None or prompt.has_hidden_parts:
             return False
+        if len(prompt.body) <= SHORT_BYTES and not prompt.referring and not _may_name_content(prompt.body):
+            return True  # one search of all is quicker than an examination of each message
         for tools in prompt.referring:
             if not self._are_clients(tools):
                 return False
@@ -63,6 +66,10 @@ def _all_clients(tools: memoryview) -> bool:
     except DECODE_ERRORS:
         return False
     return all((each is None or isinstance(each, str)) and each in _CLIENTS_TOOLS for each in types)
+
+
+def _may_name_content(body: Body) -> bool:
+    return body.find(_KEY_END) >= 0 or body.find(_FILE) >= 0
 
 
 def _names_content(text: bytes) -> bool:
