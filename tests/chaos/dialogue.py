@@ -53,12 +53,30 @@ class Ask(NamedTuple):
 
 def ask(conversation: int, turn: str, *, stream: bool, asks_usage: bool) -> Ask:
     """Return the request for one `turn`, a text that no other request has, of a conversation."""
-    shared = " ".join(f"{_WORDS[(conversation + i) % len(_WORDS)]}{conversation}" for i in range(_SHARED_WORDS))
-    messages = [{"role": "system", "content": shared}, {"role": "user", "content": turn}]
+    messages = [_first(conversation), {"role": "user", "content": turn}]
     body: dict[str, Any] = {"model": MODEL, "messages": messages, "stream": stream}
     if asks_usage and stream:
         body["stream_options"] = {"include_usage": True}
     return Ask(json.dumps(body).encode(), answer_to(messages), stream, asks_usage)
+
+
+def upload(conversation: int) -> bytes:
+    """Return the request that stores the first message of a conversation as a context."""
+    tree = {"model": MODEL, "messages": [_first(conversation)], "ttl": 600}
+    return json.dumps(tree).encode()
+
+
+def ask_stored(conversation: int, context_id: str, turn: str) -> Ask:
+    """Return a request that names a stored conversation; the replica gets its message in place of the name."""
+    question = {"role": "user", "content": turn}
+    messages = [{"role": "cache", "content": f"cache_id={context_id}"}, question]
+    body = json.dumps({"model": MODEL, "messages": messages}).encode()
+    return Ask(body, answer_to([_first(conversation), question]), stream=False, asks_usage=False)
+
+
+def _first(conversation: int) -> dict[str, str]:
+    shared = " ".join(f"{_WORDS[(conversation + i) % len(_WORDS)]}{conversation}" for i in range(_SHARED_WORDS))
+    return {"role": "system", "content": shared}
 
 
 def answer_to(messages: Sequence[Any]) -> Answer:

@@ -76,9 +76,9 @@ class Connection:
         """Close the connection."""
         self._writer.close()
 
-    async def post(self, body: bytes) -> Response:
+    async def post(self, body: bytes, path: str = dialogue.PATH) -> Response:
         """Send one request and read the response to its end. Raises OSError or EOFError if none begins."""
-        head = f"POST {dialogue.PATH} HTTP/1.1\r\nHost: chaos\r\nContent-Type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: chaos\r\nContent-Type: application/json\r\n"
         self._writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         lines = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         fields = (line.partition(":") for line in lines[1:] if line)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from tests.chaos import dialogue, scene, stack
+from tests.chaos.load import Connection
 from tests.chaos.scene import PASSWORD, Scene, Store
 from tests.chaos.stack import Failed, until
 from tests.support.valkey import free_port
@@ -20,6 +21,7 @@ Play = Callable[[Scene], Awaitable[None]]
 OPEN_FILES = 256  # of each process, where descriptors are short
 SMALL_DISK = "6m"
 LOADED_KEYS = "3000"
+CONTEXTS, USES = 6, 5  # each use on a connection of its own, so at either worker
 
 
 class Scenario(NamedTuple):
@@ -139,6 +141,38 @@ async def flush_redis(on: Scene) -> None:
     on.store.server.flush()
     on.mend()
     await on.hold()
+
+
+async def flush_and_kill_worker(on: Scene) -> None:
+    """All workers must agree on the tenants' secret afterwards: each finds the contexts that another stored."""
+    on.store.server.flush()
+    await kill_worker(on)
+    await until(on.stack.is_ready, 30, "both workers are ready")
+    for number in range(CONTEXTS):
+        stored: list[str] = []
+        await until(lambda: _store_context(on, number, stored), 10, "a context can be stored")  # noqa: B023
+        for use in range(USES):
+            response = await on.probe(dialogue.ask_stored(number, stored[0], f"question {use}"))
+            if response.status != 200:
+                raise Failed(f"use {use} of context {number} was answered {response.status}")
+
+
+async def _store_context(on: Scene, conversation: int, stored: list[str]) -> bool:
+    """Store a context and append its id; False while Redis is away."""
+    connection = Connection(0, *await asyncio.open_connection("127.0.0.1", on.stack.proxy.port))
+    try:
+        response = await connection.post(dialogue.upload(conversation), "/v1/caching")
+    finally:
+        connection.close()
+    if response.status == 200:
+        stored.append(msgspec.json.decode(response.body, type=_StoredContext).id)
+    elif response.status != 503:
+        raise Failed(f"storing a context was answered {response.status}: {response.body[:300]!r}")
+    return response.status == 200
+
+
+class _StoredContext(msgspec.Struct):
+    id: str
 
 
 async def fill_redis(on: Scene) -> None:
@@ -302,6 +336,8 @@ SCENARIOS = (
     Scenario("redis-killed", "Redis is killed and started again", kill_redis, shows="redis is away"),
     Scenario("redis-frozen", "SIGSTOP of Redis", freeze_redis, shows=r"redis is away \(timeout"),
     Scenario("redis-flushed", "FLUSHALL", flush_redis, keeps_totals=False),
+    Scenario("redis-flushed-worker-killed", "FLUSHALL, then SIGKILL of a worker: stored contexts are found by all",
+             flush_and_kill_worker, shows="1 of 2 workers", restarts=1, keeps_totals=False),
     Scenario("redis-full", "maxmemory reached, noeviction", fill_redis, shows=r"redis is refusing writes \(oom"),
     Scenario("redis-password", "a password is set while running", set_password, shows=r"redis is away \(auth"),
     Scenario("redis-busy", "an endless script of another client", block_redis, shows="redis is away"),

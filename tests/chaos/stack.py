@@ -178,6 +178,7 @@ class Stack:
         tree = {
             "redis": dict(redis),
             "pools": [self.pool(REPLICAS)],
+            "contexts": {"warm_replicas": 0},  # so that only clients' requests are counted
             "upstream": {
                 "first_byte_seconds": FIRST_BYTE_SECONDS,
                 "idle_seconds": IDLE_SECONDS,

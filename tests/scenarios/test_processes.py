@@ -147,6 +147,30 @@ async def test_a_reload_takes_new_replicas_and_a_bad_file_changes_nothing(tmp_pa
             assert len(new.generations) == before + 1
 
 
+async def test_a_name_with_a_label_that_is_too_long_prevents_neither_a_start_nor_a_reload(tmp_path: Path) -> None:
+    """Whether a name is followed or plain: the other replicas serve, and a reload still adds new ones."""
+    label = "x" * 70
+    bad = [f"dns+http://{label}.example:8000", f"http://{label}.example:9000"]
+    file = tmp_path / "cairn.yaml"
+
+    def write(*urls: str) -> None:
+        file.write_text(json.dumps({"pools": [{"name": "p", "replicas": [{"url": url} for url in urls]}]}))
+
+    async with OpenAIUpstream() as old, OpenAIUpstream() as new, aiohttp.ClientSession() as http:
+        write(old.url, *bad)
+        async with served(["--config", str(file)], tmp_path) as cairn:
+            assert await ask(http, cairn, CHAT) == "200"
+            assert len(old.generations) == 1
+            write(new.url, *reversed(bad))
+            cairn.process.send_signal(signal.SIGHUP)
+
+            async def moved() -> bool:
+                return await ask(http, cairn, CHAT) == "200" and len(new.generations) > 0
+
+            await eventually(moved, 10)
+            assert await cairn.metric(http, "cairn_background_task_failures_total") == 0
+
+
 async def test_explain_agrees_with_what_is_routed(tmp_path: Path) -> None:
     """The choice that is told is the one that is made, with each replica's figures."""
     async with OpenAIUpstream() as a, OpenAIUpstream() as b, aiohttp.ClientSession() as http:

@@ -177,3 +177,22 @@ def test_no_key_of_the_client_reaches_an_upstream_that_has_its_own(name: bytes) 
     for options in ({"credential": (b"authorization", b"Bearer own")}, {"drop_credentials": True}):
         assert b"secret" not in [value for _, value in upstream_head(sent, request_id="r", **options)]
     assert (name, b"secret") in upstream_head(sent, request_id="r")
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (b"7", 7.0),
+        (b" 0 ", 0.0),
+        (b"Thu, 26 Nov 2026 12:00:30 GMT", 30.0),
+        (b"Thu, 26 Nov 2026 11:00:00 GMT", 0.0),
+        (b"-1", None),
+        (b"1.5", None),
+        (b"soon", None),
+        (b"", None),
+    ],
+)
+def test_a_retry_after_is_read_as_seconds_or_as_a_date(value: bytes, seconds: float | None) -> None:
+    """A date in the past asks for no wait, and anything else is none."""
+    noon = 1_795_694_400.0  # on 26 November 2026
+    assert headers.retry_after_seconds(value, noon) == seconds
