@@ -33,6 +33,12 @@ IS_COMPILED = proxy.pipeline.pipeline.__file__.endswith(tuple(EXTENSION_SUFFIXES
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--compiled`: test the compiled modules in .build/compiled, not the sources; and `--vllm`."""
     parser.addoption("--compiled", action="store_true", help="test the compiled modules (see `make test`)")
+    parser.addoption(
+        "--openapi-examples",
+        type=int,
+        default=2,
+        help="how many requests tests/scenarios/test_openapi.py makes up for each operation",
+    )
     parser.addoption("--vllm", action="store_true", help="test against a real vLLM server (see tests/vllm)")
 
 

@@ -19,6 +19,7 @@ from aiohttp.typedefs import Handler
 
 from proxy.accounting.savings import By, SavingsReport, as_json
 from proxy.accounting.totals_reader import Unreadable
+from proxy.admin import openapi
 from proxy.admin.expect import AnyTarget, meet_expectation
 from proxy.admin.status import EVENTS_PATH, PAGE_PATHS, StatusBoard, StatusRoutes
 from proxy.config.checks import is_loopback
@@ -68,11 +69,12 @@ class AdminPort:
     def __init__(self, overview: Overview) -> None:
         self._overview = overview
         self._scraping = asyncio.Lock()
+        self._documents: dict[str, bytes] = {}
         self._runner: web.AppRunner | None = None
         self._paths: frozenset[str] = frozenset()
 
-    async def start(self, listening: socket.socket) -> None:
-        """Start to serve on `listening`."""
+    def application(self) -> web.Application:
+        """Make the application with all routes."""
         app = web.Application(middlewares=[self._guard], client_max_size=self._overview.config.server.max_body_bytes)
         routes = app.router
         routes.add_get("/healthz", self._health, expect_handler=meet_expectation)
@@ -80,9 +82,16 @@ class AdminPort:
         routes.add_get("/metrics", self._metrics, expect_handler=meet_expectation)
         routes.add_get("/savings", self._savings, expect_handler=meet_expectation)
         routes.add_post("/explain", self._explain, expect_handler=meet_expectation)
+        for path in openapi.OPENAPI_PATHS:
+            routes.add_get(path, self._openapi, expect_handler=meet_expectation)
         StatusRoutes(self._overview.board).add_to(app)
         self._paths = frozenset(resource.canonical for resource in routes.resources())
         routes.register_resource(AnyTarget(self._nothing))
+        return app
+
+    async def start(self, listening: socket.socket) -> None:
+        """Start to serve on `listening`."""
+        app = self.application()
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_CLOSE_SECONDS)
         await self._runner.setup()
         await web.SockSite(self._runner, listening).start()
@@ -107,8 +116,9 @@ class AdminPort:
         return response
 
     def _is_open(self, path: str) -> bool:
-        """Return whether `path` needs no token. The page's files contain no figures, and ask for it themselves."""
-        return path in _OPEN_PATHS or (path in PAGE_PATHS and self._overview.config.admin.token is not None)
+        """Return whether `path` needs no token. The page's files and the API's description contain no figures."""
+        is_public = path in PAGE_PATHS or path in openapi.OPENAPI_PATHS
+        return path in _OPEN_PATHS or (is_public and self._overview.config.admin.token is not None)
 
     def _refusal(self, request: web.Request) -> tuple[int, str] | None:
         token = self._overview.config.admin.token
@@ -163,6 +173,12 @@ class AdminPort:
         if request.path in self._paths:
             return _json(405, {"error": "method not allowed"})
         return _json(404, {"error": "not found"})
+
+    async def _openapi(self, request: web.Request) -> web.Response:
+        body = self._documents.get(request.path)
+        if body is None:
+            body = self._documents[request.path] = await asyncio.to_thread(openapi.encoded, request.path)
+        return web.Response(body=body, content_type="application/json")
 
 
 def _json(status: int, content: object) -> web.Response:

@@ -46,7 +46,7 @@ _INFERENCE = frozenset(
 )
 """Paths under /v1 that run a model named in the body and create nothing that could be asked for later."""
 
-_COLLECTIONS = (
+COLLECTIONS = (
     "batches",
     "chat/completions",
     "containers",
@@ -67,11 +67,11 @@ _EXTENDED = frozenset({"containers", "conversations"})
 
 _DEPLOYMENTS: Final = "/openai/deployments/"  # Azure's prefix: the model is part of the path
 _DEFAULT_VERSION: Final = "/v1"
-_LIVENESS = frozenset({"/", "/health", "/healthz", "/api/hello"})
+LIVENESS = frozenset({"/", "/health", "/healthz", "/api/hello"})
 _LIVENESS_METHODS = frozenset({"GET", "HEAD"})
 _GUESSED_LENGTH_MOST: Final = 128  # characters of an unknown path that is compared with the known ones
-_KNOWN_PATHS = sorted([f"/v1/{path}" for path in {*_PROMPTS, *_INFERENCE, *_COLLECTIONS, "models", "caching"}])
-_FIRST_SEGMENTS = frozenset({path.split("/")[0] for path in {*_PROMPTS, *_COLLECTIONS, "models", "caching"}}) | {
+KNOWN_PATHS = sorted([f"/v1/{path}" for path in {*_PROMPTS, *_INFERENCE, *COLLECTIONS, "models", "caching"}])
+_FIRST_SEGMENTS = frozenset({path.split("/")[0] for path in {*_PROMPTS, *COLLECTIONS, "models", "caching"}}) | {
     "audio",
     "images",
     "moderations",
@@ -160,7 +160,7 @@ class Routes:
         message = f"Nothing is served at this path for {method}."
         if len(path) <= _GUESSED_LENGTH_MOST:
             wanted = path if path.startswith("/v1/") else "/v1" + path
-            if likely := difflib.get_close_matches(wanted, _KNOWN_PATHS, 1, 0.5):
+            if likely := difflib.get_close_matches(wanted, KNOWN_PATHS, 1, 0.5):
                 message += f" Did you mean {likely[0]}?"
         if self._admin_port:
             message += f" Cairn's status page is on the admin port, {self._admin_port}."
@@ -169,7 +169,7 @@ class Routes:
 
 def is_liveness(method: str, path: str) -> bool:
     """Return True if the request only asks whether anything answers here; that needs no key."""
-    return method in _LIVENESS_METHODS and path in _LIVENESS
+    return method in _LIVENESS_METHODS and path in LIVENESS
 
 
 def _versioned(path: str) -> str | None:
@@ -190,7 +190,7 @@ def _deployment(method: str, path: str, query: str) -> Route:
 
 def _of_collection(method: str, name: str, target: str) -> Route:
     """Return the route of a collection, or of one of its objects and the paths below it."""
-    for collection in _COLLECTIONS:
+    for collection in COLLECTIONS:
         if name == collection:
             if method != "POST":
                 return Route(Endpoint.OTHER, target, Access.LIST, reads_body=False)
