@@ -266,6 +266,7 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
     retry_after_seconds: float = 0.0  # if unavailable: the time until it is tried again
     unavailable_because: str = ""
     running_tokens: float = 0.0  # prompts of all that is in flight there, which its cache must hold
+    is_far: bool = False  # known to be in another zone than this Cairn
 
 
 class Demand(msgspec.Struct, frozen=True, gc=False):

@@ -7,12 +7,24 @@ from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from urllib.parse import urlsplit
 
-from proxy.config.schema import FOLLOWED_SCHEME, Config, Pool, PoolKind, Price, PriceTier, Replica, SecretUrl
+from proxy.config.schema import (
+    FOLLOWED_SCHEME,
+    KUBERNETES_SCHEME,
+    Config,
+    Pool,
+    PoolKind,
+    Price,
+    PriceTier,
+    Replica,
+    SecretUrl,
+    ServiceUrl,
+)
 from proxy.config.validate import Problem
 
 _REDIS_SCHEMES = frozenset(
     {"redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"}
 )
+_UPSTREAM_SCHEMES = ("http", "https", FOLLOWED_SCHEME, KUBERNETES_SCHEME)
 _AMOUNT_MOST = Decimal(1_000_000)  # of any amount of a price; more is a mistake of the unit
 _TOKEN_AMOUNTS = ("input", "output", "cached_read", "cache_write_5m", "cache_write_1h")
 _GPU_AMOUNTS = ("usd_per_gpu_hour", "gpus_per_replica")
@@ -27,6 +39,8 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _pools(config)
     yield from _clients(config)
     yield from _prices(config)
+    if (api_url := config.kubernetes.api_url) is not None and (text := _bad_url(api_url, "token", ("https", "http"))):
+        yield "$.kubernetes.api_url", text
     if (endpoint := config.telemetry.endpoint) is not None and (
         text := _bad_url(endpoint, "token", ("http", "https"))
     ):
@@ -105,9 +119,11 @@ def _pools(config: Config) -> Iterator[Problem]:
 
 
 def _replica(path: str, replica: Replica, pool: Pool, seen: dict[str, str]) -> Iterator[Problem]:
-    if text := _bad_url(replica.url):
+    if text := _bad_service(replica) if replica.is_service else _bad_url(replica.url):
         yield f"{path}.url", text
         return
+    if replica.selector is not None and not replica.is_service:
+        yield f"{path}.selector", "is for a url of kubernetes+http://"
     first = seen.setdefault(replica.label, path)
     if first != path:
         yield f"{path}.name", f"{first} has the name {replica.label} too; give each replica a different name"
@@ -115,7 +131,19 @@ def _replica(path: str, replica: Replica, pool: Pool, seen: dict[str, str]) -> I
         yield f"{path}.capacity_tokens", "is for engines; a provider keeps prefixes for a time (ttl_seconds)"
 
 
-def _bad_url(url: str, field: str = "key", schemes: Sequence[str] = ("http", "https", FOLLOWED_SCHEME)) -> str | None:
+def _bad_service(replica: Replica) -> str | None:
+    """Return what is wrong with a URL of Kubernetes endpoints, or None."""
+    url = ServiceUrl.parse(replica.url)
+    if url is None:
+        return "expected kubernetes+http://service.namespace:port; the port is a number or a name"
+    if url.service == "*" and not replica.selector:
+        return "names no Service; set selector to the labels of those that are meant"
+    if url.port.isdigit() and not 0 < int(url.port) <= 65_535:
+        return "expected a port from 1 to 65535"
+    return None
+
+
+def _bad_url(url: str, field: str = "key", schemes: Sequence[str] = _UPSTREAM_SCHEMES) -> str | None:
     """Return what is wrong with a URL, or None, without repeating it: it may hold a password."""
     try:
         parts = urlsplit(url)

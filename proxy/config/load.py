@@ -23,6 +23,7 @@ from proxy.config.schema import (
     Admin,
     Client,
     Config,
+    Kubernetes,
     Log,
     Pool,
     PoolKind,
@@ -52,6 +53,7 @@ __all__ = [
     "worker_environment",
 ]  # fmt: skip
 
+_SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # where Kubernetes puts the token of a pod
 _KEY_BYTES_AT_MOST = 64 * 1024
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -98,7 +100,7 @@ def load(
     secrets = _Secrets(environ, file.parent if file is not None else Path())
     config = _resolved(config, secrets, environ)
     _raise_if_any([*secrets.problems, *checks.problems(config), *_missing_extras(config)])
-    return Loaded(config, (*warnings, *from_environment.warnings))
+    return Loaded(config, (*warnings, *from_environment.warnings, *_unreachable(config)))
 
 
 def as_yaml(config: Config) -> str:
@@ -145,6 +147,12 @@ def _pools_of(upstreams: Sequence[str]) -> list[dict[str, Any]]:
     return [
         {"name": "default", "kind": kinds.pop().value, "default": True, "replicas": [{"url": u} for u in upstreams]}
     ]
+
+
+def _unreachable(config: Config) -> Iterator[str]:
+    """Yield a warning if there are endpoints to be followed that nobody can be asked for here."""
+    if config.kubernetes.api_url is None and any(r.is_service for pool in config.pools for r in pool.replicas):
+        yield "$.kubernetes.api_url is needed outside a pod: the Kubernetes API is to be asked for replicas"
 
 
 def _missing_extras(config: Config) -> Iterator[Problem]:
@@ -247,7 +255,22 @@ def _resolved(config: Config, secrets: _Secrets, environ: Mapping[str, str]) -> 
         redis=redis,
         tenants=found["$.tenants"],
         telemetry=found["$.telemetry"],
+        kubernetes=_kubernetes(config.kubernetes, environ),
         pools=tuple(pools),
+    )
+
+
+def _kubernetes(given: Kubernetes, environ: Mapping[str, str]) -> Kubernetes:
+    """Return the settings of the API with those of the pod filled in, if Cairn runs in one."""
+    host = environ.get("KUBERNETES_SERVICE_HOST")
+    if given.api_url is not None or not host:
+        return given
+    port = environ.get("KUBERNETES_SERVICE_PORT", "443")
+    return msgspec.structs.replace(
+        given,
+        api_url=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}",
+        token_file=given.token_file or f"{_SERVICE_ACCOUNT}/token",
+        ca_file=given.ca_file or f"{_SERVICE_ACCOUNT}/ca.crt",
     )
 
 

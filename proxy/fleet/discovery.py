@@ -1,9 +1,12 @@
-"""Which replicas there are: those in the configuration, and those behind the DNS names that it says to follow.
+"""Which replicas there are: those in the configuration, and those behind the names that it says to follow.
 
 A URL `dns+http://name:port` stands for all addresses of the name, as a headless Kubernetes service lists its pods.
 The name is resolved every few seconds: a new address becomes a replica, a replica whose address is gone gets no new
 request, and once it has been gone for a while everything kept for it is dropped. A look-up that fails or finds
 nothing changes nothing: trouble with a name server is not the engines' trouble.
+
+A URL `kubernetes+http://service.namespace:port` stands for the ready endpoints of a Service. `Endpoints` follows them
+and reports each change; there, an empty report is true.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence, Set
 from typing import Final, Protocol
 from urllib.parse import urlsplit
 
@@ -20,9 +23,11 @@ import msgspec
 
 from cache import PrefixIndex
 from proxy.clock import Clock
-from proxy.config.schema import Config, Pool, PoolKind, Replica, Tenancy
+from proxy.config.schema import Config, Pool, PoolKind, Replica, ServiceUrl, Tenancy
 from proxy.fleet.credentials import credential_of, default_headers_of
+from proxy.fleet.endpoint_slices import Endpoint
 from proxy.fleet.fleet import Fleet
+from proxy.fleet.kubernetes import Service
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
 from proxy.fleet.replica import ReplicaSpec
 from proxy.upstream import Origin
@@ -63,17 +68,44 @@ class Listener(Protocol):
         ...
 
 
+class Endpoints(Protocol):
+    """Follows Services: `proxy.fleet.kubernetes.KubernetesEndpoints`."""
+
+    def follow(self, services: Set[Service], found: Callable[[Service, tuple[Endpoint, ...]], None]) -> None:
+        """Follow `services` and no others; call `found` whenever the endpoints of one changed."""
+        ...
+
+    async def listed(self, within_seconds: float) -> None:
+        """Return when the endpoints of all of them are known, or after `within_seconds`."""
+        ...
+
+    async def close(self) -> None:
+        """Close every connection."""
+        ...
+
+
 class Discovery:
-    """Fills the fleet, the pools and the index's budgets. One per worker."""
+    """Fills the fleet, the pools and the index's budgets. One per worker.
+
+    Without `endpoints` no Service is followed.
+    """
 
     def __init__(
-        self, config: Config, fleet: Fleet, index: PrefixIndex, clock: Clock, resolve: Resolve = resolve
+        self,
+        config: Config,
+        fleet: Fleet,
+        index: PrefixIndex,
+        clock: Clock,
+        resolve: Resolve = resolve,
+        endpoints: Endpoints | None = None,
     ) -> None:
         self._config = config
         self._fleet = fleet
         self._index = index
         self._clock = clock
         self._resolve = resolve
+        self._endpoints = endpoints
+        self._found: dict[Service, tuple[Endpoint, ...]] = {}
         self._addresses: dict[str, tuple[str, ...]] = {}  # by URL, sorted
         self._gone: dict[int, float] = {}  # replicas that were removed, and when
         self._ranks: dict[str, int] = {}  # by the label of a replica whose configuration does not say them
@@ -88,6 +120,24 @@ class Discovery:
     def adopt(self, config: Config) -> None:
         """Use a new configuration: replicas that it does not contain get no new request."""
         self._config = config
+        self._follow()
+        self._apply()
+
+    async def begin(self) -> None:
+        """Find the first replicas, within a few seconds."""
+        self._follow()
+        await self.look()
+        if self._endpoints is not None:
+            await self._endpoints.listed(RESOLVE_SECONDS)
+
+    async def close(self) -> None:
+        """Close the connections to the Kubernetes API."""
+        if self._endpoints is not None:
+            await self._endpoints.close()
+
+    def found(self, service: Service, endpoints: tuple[Endpoint, ...]) -> None:
+        """Use the endpoints that a Service has now."""
+        self._found[service] = endpoints
         self._apply()
 
     def ranks_found(self, endpoint: ReplicaEndpoint, ranks: int) -> bool:
@@ -137,6 +187,12 @@ class Discovery:
             for listener in self._listeners:
                 listener.replica_forgotten(number, endpoint)
 
+    def _follow(self) -> None:
+        services = {_service(r) for pool in self._config.pools for r in pool.replicas if r.is_service}
+        self._found = {service: found for service, found in self._found.items() if service in services}
+        if self._endpoints is not None:
+            self._endpoints.follow(services, self.found)
+
     async def _look_up(self, url: str) -> tuple[str, ...]:
         parts = urlsplit(url)
         try:
@@ -166,8 +222,10 @@ class Discovery:
         """Add every replica to the fleet, whose numbers identify them in the index too."""
         config = self._config
         backends: dict[int, ReplicaEndpoint] = {}
-        for pool, replica, rank in self._replicas():
-            spec = ReplicaSpec(replica.label, pool.name, replica.prefill_tokens_per_second, replica.max_concurrent)
+        for pool, replica, rank, is_far in self._replicas():
+            spec = ReplicaSpec(
+                replica.label, pool.name, replica.prefill_tokens_per_second, replica.max_concurrent, is_far
+            )
             number = self._fleet.add(spec)
             backends[number] = _backend(pool, replica, rank, knows_clients=bool(config.clients))
             if pool.kind is PoolKind.PROVIDER:
@@ -185,27 +243,45 @@ class Discovery:
             self._index.set_capacity(number, tokens)
             self._index.set_budget(number, tokens)
 
-    def _replicas(self) -> Iterator[tuple[Pool, Replica, int | None]]:
-        """Yield the replicas in force with their ranks, each name once: an address of two names is the first's."""
+    def _replicas(self) -> Iterator[tuple[Pool, Replica, int | None, bool]]:
+        """Yield the replicas in force, their ranks, and whether they are in another zone.
+
+        Each name comes once: an address of two names is the first's.
+        """
         seen = set()
         for pool in self._config.pools:
             for replica in pool.replicas:
-                for each in self._behind(replica):
+                for each, is_far in self._behind(replica):
                     if each.label not in seen:
                         seen.add(each.label)
                         ranks = each.ranks or self._ranks.get(each.label, 1)
-                        yield from ((pool, ranked, rank) for ranked, rank in _ranked(each, ranks))
+                        yield from ((pool, ranked, rank, is_far) for ranked, rank in _ranked(each, ranks))
 
-    def _behind(self, replica: Replica) -> Iterator[Replica]:
-        if not replica.is_followed:
-            yield replica
-            return
-        parts = urlsplit(replica.url)
-        for address in self._addresses.get(replica.url, ()):
-            host = f"[{address}]" if ipaddress.ip_address(address).version == 6 else address
-            url = f"http://{host}:{parts.port or 80}{parts.path}"
-            # named by its address, so that all proxies call it the same
-            yield msgspec.structs.replace(replica, url=url, name=None)
+    def _behind(self, replica: Replica) -> Iterator[tuple[Replica, bool]]:
+        if replica.is_service:
+            service, url = _service(replica), ServiceUrl.parse(replica.url)
+            own_zone, path = self._config.kubernetes.zone, "" if url is None else url.path
+            for address, port, zone in self._found.get(service, ()):
+                yield _at(replica, address, port, path), bool(own_zone and zone and zone != own_zone)
+        elif replica.is_followed:
+            parts = urlsplit(replica.url)
+            for address in self._addresses.get(replica.url, ()):
+                yield _at(replica, address, parts.port or 80, parts.path), False
+        else:
+            yield replica, False
+
+
+def _service(replica: Replica) -> Service:
+    """Return the Service that a replica's URL stands for; the configuration was checked."""
+    url = ServiceUrl.parse(replica.url)
+    assert url is not None  # noqa: S101
+    return Service(url.service, url.namespace, url.port, replica.selector or "")
+
+
+def _at(replica: Replica, address: str, port: int, path: str) -> Replica:
+    """Return the replica at an address. It is named by that, so that all proxies call it the same."""
+    host = f"[{address}]" if ipaddress.ip_address(address).version == 6 else address
+    return msgspec.structs.replace(replica, url=f"http://{host}:{port}{path}", name=None, selector=None)
 
 
 def _served(pool: Pool, tenancy: Tenancy, *, knows_clients: bool) -> ServedPool:

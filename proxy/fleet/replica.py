@@ -27,6 +27,7 @@ class ReplicaSpec:
     pool: str
     prefill_tokens_per_second: float | None = None
     in_flight_limit: int | None = None
+    is_far: bool = False  # known to be in another zone than this Cairn
 
 
 class Throttles:
@@ -144,6 +145,7 @@ class ReplicaState:
             retry_after_seconds=wait_seconds,
             unavailable_because=because,
             running_tokens=self.work.running_tokens + self.peers.running_tokens,
+            is_far=self.spec.is_far,
         )
         if (
             closed

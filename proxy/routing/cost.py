@@ -194,7 +194,8 @@ def _charged_for_room(candidates: list[Candidate], room: Room, seconds_per_token
 
 def _settle_ties(candidates: list[Candidate], demand: Demand, evicted_from: int, room: Room | None) -> None:
     """Among those whose cost equals the least, put first the one with fewest in flight, then with the most free room,
-    then the one that evicted the prompt, since it may still have it, then by rendezvous hashing.
+    then the one that evicted the prompt, since it may still have it, then one in this zone, then by rendezvous
+    hashing.
 
     Only replicas that hold equally much tie: if one holds more, a small difference is no noise.
     """
@@ -202,7 +203,7 @@ def _settle_ties(candidates: list[Candidate], demand: Demand, evicted_from: int,
     bound = first.cost_seconds * (1.0 + TIE_SHARE) + TIE_SECONDS
     if candidates[1].cost_seconds > bound:
         return
-    best, best_key = 0, (0, 0, False, 0)
+    best, best_key = 0, (0, 0, False, False, 0)
     for place, candidate in enumerate(candidates):
         if candidate.cost_seconds > bound:
             break
@@ -213,6 +214,7 @@ def _settle_ties(candidates: list[Candidate], demand: Demand, evicted_from: int,
             -replica.in_flight,
             0 if room is None else room.free_prompts(replica.id, candidate.uncached_tokens),
             replica.id == evicted_from,
+            not replica.is_far,
             _rendezvous(demand.tie_hash, replica.name),
         )
         if not place or key > best_key:

@@ -10,6 +10,7 @@ import asyncio
 import random
 import secrets
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache import (
@@ -45,6 +46,7 @@ from proxy.fleet import Fleet
 from proxy.fleet.discovery import Discovery
 from proxy.fleet.findings import EngineFindings
 from proxy.fleet.health import HealthChecker
+from proxy.fleet.kubernetes import LIST_LIMITS, KubernetesApi, KubernetesEndpoints
 from proxy.fleet.templates import Templates
 from proxy.metrics import definitions as metrics
 from proxy.metrics.model_labels import ModelNames
@@ -68,7 +70,7 @@ from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.remote_prefills import RemotePrefills
 from proxy.routing.token_estimate import TokenCounts
 from proxy.tasks import Tasks
-from proxy.upstream import UpstreamClient
+from proxy.upstream import Origin, UpstreamClient
 from proxy.worker import from_config
 from proxy.worker.figures import Figures, GateFigures, IndexFigures, OperationFigures, ReplicaFigures, StoreFigures
 from proxy.worker.http_server import HttpServer
@@ -136,11 +138,22 @@ def _replicas(config: Config, basics: Basics, memory: Memory) -> Replicas:
     limits = from_config.upstream_limits(config.upstream)
     return Replicas(
         fleet=fleet,
-        discovery=Discovery(config, fleet, memory.index, basics.clock),
+        discovery=Discovery(config, fleet, memory.index, basics.clock, endpoints=_endpoints(config, basics)),
         client=UpstreamClient(limits, basics.clock, from_config.trust(config.upstream)),
         model_names=ModelNames(from_config.model_names(config)),
         templates=Templates(config),
     )
+
+
+def _endpoints(config: Config, basics: Basics) -> KubernetesEndpoints:
+    settings = config.kubernetes
+    api = KubernetesApi(
+        UpstreamClient(LIST_LIMITS, basics.clock, from_config.trust_only(settings.ca_file)),
+        None if settings.api_url is None else Origin.parse(settings.api_url),
+        None if settings.token_file is None else Path(settings.token_file),
+        settings.namespace or "",
+    )
+    return KubernetesEndpoints(api, basics.loops, random.random)
 
 
 def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:

@@ -87,6 +87,15 @@ def trust(upstream: Upstream) -> Callable[[Origin], ssl.SSLContext]:
     return context
 
 
+def trust_only(ca_file: str | None) -> Callable[[Origin], ssl.SSLContext]:
+    """Return the maker of TLS contexts that trust the authorities of `ca_file` alone, or the system's without it."""
+
+    def context(_origin: Origin) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=ca_file)
+
+    return context
+
+
 def context_limits(contexts: Contexts) -> ContextLimits:
     """Return the budgets and quotas of stored contexts."""
     pinned, unchecked = contexts.unlisted_pinned_bytes, contexts.unchecked_bytes

@@ -88,7 +88,7 @@ def test_cairn_reads_the_configuration_that_the_chart_writes(example: str, tmp_p
             (tmp_path / item["path"]).write_text("redis://:password@redis:6379" if "redis" in item["path"] else "key")
     file = tmp_path / "cairn.yaml"
     file.write_text(text.replace("/run/secrets/cairn", str(tmp_path)))
-    loaded = load(file, {})
+    loaded = load(file, {"KUBERNETES_SERVICE_HOST": "10.96.0.1"})
     assert loaded.warnings == ()
     assert loaded.config.admin.token is not None
     assert loaded.config.server.port == 8080
@@ -106,11 +106,15 @@ def test_a_pod_may_take_as_long_to_stop_as_cairn_takes_to_drain(example: str) ->
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_every_pod_is_restricted(example: str) -> None:
-    """Pods pass Kubernetes' restricted standard: no root, no capabilities, a read-only root, no token of the API."""
+    """Pods pass Kubernetes' restricted standard: no root, no capabilities, a read-only root.
+
+    A pod gets the token of the API only if it follows Services there.
+    """
     manifests = rendered(example)
     workloads = of_kind(manifests, "Deployment") + of_kind(manifests, "StatefulSet")
     for pod in (workload["spec"]["template"]["spec"] for workload in workloads):
-        assert pod["automountServiceAccountToken"] is False
+        asks_the_api = example == "discovery" and pod["containers"][0]["name"] == "cairn"
+        assert pod["automountServiceAccountToken"] is asks_the_api
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         for container in pod["containers"]:
@@ -150,6 +154,25 @@ def test_the_operator_gets_a_monitor_that_finds_the_admin_port_and_the_rules_of_
     assert json.loads(dashboard["data"]["cairn.json"]) == shipped
 
 
+def test_discovery_may_list_and_watch_endpoints_in_its_namespaces_and_nothing_else() -> None:
+    """A Role and its binding to the pod's account in each namespace; none without discovery."""
+    manifests = rendered("discovery")
+    roles, bindings = of_kind(manifests, "Role"), of_kind(manifests, "RoleBinding")
+    assert [role["metadata"]["namespace"] for role in roles] == ["models", "default"]
+    for role, binding in zip(roles, bindings, strict=True):
+        (rule,) = role["rules"]
+        assert rule == {
+            "apiGroups": ["discovery.k8s.io"],
+            "resources": ["endpointslices"],
+            "verbs": ["list", "watch"],
+        }
+        assert binding["roleRef"]["name"] == role["metadata"]["name"]
+        assert binding["metadata"]["namespace"] == role["metadata"]["namespace"]
+        account = of_kind(manifests, "Deployment")[0]["spec"]["template"]["spec"]["serviceAccountName"]
+        assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": "default"}]
+    assert {"Role", "RoleBinding", "ClusterRole"}.isdisjoint(m["kind"] for m in rendered("defaults"))
+
+
 @pytest.mark.parametrize(
     ("flag", "problem"),
     [
@@ -159,6 +182,8 @@ def test_the_operator_gets_a_monitor_that_finds_the_admin_port_and_the_rules_of_
         ("image.digest=abc", "digest"),
         ("config.redis.url=redis://mine", "valkey.enabled"),
         ("valkey.enabled=false", "shared Redis"),
+        ("config.pools[0].name=a,config.pools[0].replicas[0].url=kubernetes+http://a.b:80", "discovery.enabled"),
+        ("discovery.namespaces[0]=Not_One", "namespaces"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_name(flag: str, problem: str) -> None:

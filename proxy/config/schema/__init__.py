@@ -12,7 +12,18 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from proxy.config.schema.pools import FOLLOWED_SCHEME, Auth, Pool, PoolKind, Replica, Template, Tenancy, derived_name
+from proxy.config.schema.pools import (
+    FOLLOWED_SCHEME,
+    KUBERNETES_SCHEME,
+    Auth,
+    Pool,
+    PoolKind,
+    Replica,
+    ServiceUrl,
+    Template,
+    Tenancy,
+    derived_name,
+)
 from proxy.config.schema.ports import Admin, Server
 from proxy.config.schema.prices import Price, PriceTier
 from proxy.config.schema.sections import (
@@ -21,6 +32,7 @@ from proxy.config.schema.sections import (
     Client,
     Contexts,
     Disclosure,
+    Kubernetes,
     Level,
     Log,
     LogFormat,
@@ -47,6 +59,7 @@ from proxy.config.schema.values import (
 
 __all__ = [
     "FOLLOWED_SCHEME",
+    "KUBERNETES_SCHEME",
     "LIVE",
     "MIB",
     "RETIRED",
@@ -59,6 +72,7 @@ __all__ = [
     "Config",
     "Contexts",
     "Disclosure",
+    "Kubernetes",
     "Level",
     "Log",
     "LogFormat",
@@ -75,6 +89,7 @@ __all__ = [
     "SecretUrl",
     "Section",
     "Server",
+    "ServiceUrl",
     "Telemetry",
     "Template",
     "Tenancy",
@@ -132,6 +147,9 @@ class Config(Section, frozen=True):
 
     log: Log = Log()
     """Logs."""
+
+    kubernetes: Kubernetes = Kubernetes()
+    """The API of Kubernetes."""
 
     telemetry: Telemetry = Telemetry()
     """Traces."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated
+import re
+from typing import Annotated, NamedTuple
 from urllib.parse import urlsplit
 
 from msgspec import Meta
@@ -14,7 +15,40 @@ from proxy.model import ToolOrder
 FOLLOWED_SCHEME = "dns+http"
 """Scheme of a URL that stands for every address of its host name."""
 
+KUBERNETES_SCHEME = "kubernetes+http"
+"""Scheme of a URL that stands for the ready endpoints of a Kubernetes Service, or of several."""
+
 _DEFAULT_PORTS = {"http": 80, "https": 443, FOLLOWED_SCHEME: 80}
+_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_SERVICE_URL = re.compile(
+    rf"kubernetes\+http://(?P<service>\*|{_LABEL})(\.(?P<namespace>{_LABEL}))?(\.svc(\.cluster\.local)?)?"
+    rf"(:(?P<port>{_LABEL}))?(?P<path>(/[!-~]*)?)"
+)
+
+
+class ServiceUrl(NamedTuple):
+    """A URL of Kubernetes endpoints in its parts.
+
+    `service` is `*` for all Services that the label selector finds. `namespace` is empty for Cairn's own. `port` is a
+    number or a name, or empty if the Service has only one.
+    """
+
+    service: str
+    namespace: str
+    port: str
+    path: str
+
+    @classmethod
+    def parse(cls, url: str) -> ServiceUrl | None:
+        """Return the parts of `url`, or None if it is no such URL.
+
+        >>> ServiceUrl.parse("kubernetes+http://vllm.models:http/v1")
+        ServiceUrl(service='vllm', namespace='models', port='http', path='/v1')
+        """
+        found = _SERVICE_URL.fullmatch(url)
+        if found is None:
+            return None
+        return cls(found["service"], found["namespace"] or "", found["port"] or "", found["path"])
 
 
 class PoolKind(enum.StrEnum):
@@ -42,11 +76,17 @@ class Tenancy(enum.StrEnum):
 class Replica(Section, frozen=True):
     """One endpoint of a pool.
 
-    A `url` of `dns+http://name:port` stands for one endpoint at each address of the name.
+    A `url` of `dns+http://name:port` stands for one endpoint at each address of the name, and one of
+    `kubernetes+http://service.namespace:port` for each ready endpoint of a Service, as the Kubernetes API reports
+    them; the port is a number or a name.
     """
 
     url: str
     """Base URL, with or without `/v1`."""
+
+    selector: Annotated[str, Meta(max_length=1024)] | None = None
+    """Labels that a Service followed through Kubernetes must have, such as `app=vllm,tier in (gpu, big)`. With it the
+    URL may be `kubernetes+http://*.namespace:port`, for all Services that have them."""
 
     name: Name | None = None
     """Name in metrics, logs and the shared index; by default host and port."""
@@ -86,6 +126,11 @@ class Replica(Section, frozen=True):
     def is_followed(self) -> bool:
         """True if the URL stands for every address of its host name."""
         return self.url.startswith(f"{FOLLOWED_SCHEME}://")
+
+    @property
+    def is_service(self) -> bool:
+        """True if the URL stands for endpoints that the Kubernetes API reports."""
+        return self.url.startswith(f"{KUBERNETES_SCHEME}://")
 
 
 class Template(Section, frozen=True):
@@ -163,6 +208,8 @@ def derived_name(url: str) -> str:
     >>> [derived_name(u) for u in ("http://10.0.0.7:8000/v1", "https://api.openai.com/v1", "http://h:1/a/v1")]
     ['10.0.0.7:8000', 'api.openai.com', 'h:1/a']
     """
+    if url.startswith(f"{KUBERNETES_SCHEME}://"):  # its port may be a name
+        return url.partition("://")[2].rstrip("/").removesuffix("/v1")
     parts = urlsplit(url)
     path = parts.path.rstrip("/").removesuffix("/v1")
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""

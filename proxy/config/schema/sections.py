@@ -301,6 +301,28 @@ class Log(Section, frozen=True):
     """Format of the access lines: JSON objects, or `name=value` pairs (logfmt)."""
 
 
+class Kubernetes(Section, frozen=True):
+    """The API of Kubernetes, for replicas with a URL of `kubernetes+http://`. In a pod all of it has defaults; the
+    service account must be allowed to list and watch `endpointslices`."""
+
+    api_url: Annotated[str, Meta(min_length=1)] | None = None
+    """URL of the API server; by default that of the cluster in which Cairn runs."""
+
+    token_file: str | None = None
+    """File with the token, which is read anew for each request, since Kubernetes replaces it; by default that of the
+    pod's service account, if `api_url` is not set."""
+
+    ca_file: str | None = None
+    """File with the certificate authorities of the API server; by default the cluster's, if `api_url` is not set."""
+
+    namespace: Name | None = None
+    """Namespace of URLs that name none; by default that of the pod."""
+
+    zone: Name | None = None
+    """Zone in which this Cairn runs, as in the label `topology.kubernetes.io/zone`. Of replicas that are
+    equally good, one of this zone is chosen."""
+
+
 class Telemetry(Section, frozen=True):
     """Traces by OpenTelemetry, which need the extra `otel`. Off unless an endpoint is set."""
 

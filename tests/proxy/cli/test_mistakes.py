@@ -47,7 +47,7 @@ FILES: list[tuple[str, dict[str, Any] | str, str]] = [
     (
         "an address without a scheme",
         pools(url="10.0.0.7:8000"),
-        "replicas[0].url: expected http://, https:// or dns+",
+        "replicas[0].url: expected http://, https://, dns+",
     ),
     ("a key in the URL", pools(url="https://u:sk@h"), "give the key in key_env or key_file"),
     ("a query in the URL", pools(url="https://h/v1?key=x"), "has a query or fragment; remove it"),

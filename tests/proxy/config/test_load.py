@@ -513,6 +513,37 @@ def test_loopback_is_known_by_name_and_address() -> None:
 
 
 @pytest.mark.parametrize(
+    ("replica", "message"),
+    [
+        ({"url": "kubernetes+http://a.b:"}, "expected kubernetes.http://service.namespace:port"),
+        ({"url": "kubernetes+http://a.b.c:80"}, "expected kubernetes.http://service.namespace:port"),
+        ({"url": "kubernetes+http://user:pw@a.b:80"}, "expected kubernetes.http://service.namespace:port"),
+        ({"url": "kubernetes+https://a.b:443"}, "expected http://, https://"),
+        ({"url": "kubernetes+http://*.b:80"}, "set selector to the labels"),
+        ({"url": "kubernetes+http://a.b:70000"}, "a port from 1 to 65535"),
+        ({"url": "http://a", "selector": "app=a"}, "selector: is for a url of kubernetes"),
+    ],
+)
+def test_a_service_that_cannot_be_followed_is_refused(write, replica: dict[str, str], message: str) -> None:
+    """The error says which form is expected."""
+    with pytest.raises(ConfigError, match=message):
+        load(write({"pools": [{"name": "p", "replicas": [replica]}]}), {})
+
+
+def test_a_pod_knows_its_api_server() -> None:
+    """From the environment that every pod has; elsewhere a warning says what to set."""
+    service = ("kubernetes+http://vllm.models:http",)
+    inside = load(None, {"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "6443"}, None, service)
+    assert inside.config.kubernetes.api_url == "https://[fd00::1]:6443"
+    assert inside.config.kubernetes.token_file == "/var/run/secrets/kubernetes.io/serviceaccount/token"
+    assert inside.config.kubernetes.ca_file == "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt"
+    assert inside.warnings == ()
+    assert "kubernetes.api_url is needed" in load(None, {}, None, service).warnings[0]
+    own = load(None, {"KUBERNETES_SERVICE_HOST": "h", "CAIRN_KUBERNETES__API_URL": "http://127.0.0.1:8001"}).config
+    assert (own.kubernetes.api_url, own.kubernetes.token_file) == ("http://127.0.0.1:8001", None)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"endpoint": "grpc://h:4317"}, r"\$\.telemetry\.endpoint: expected http:// or https://"),

@@ -154,6 +154,17 @@ def test_of_equal_costs_the_fewest_in_flight_wins():
     assert {chosen(msgspec.structs.replace(LONG, tie_hash=h), NOTHING, views) for h in range(50)} == {5}
 
 
+def test_a_tie_goes_to_this_zone_and_to_the_idle_one_first():
+    """The zone decides only between replicas that are equally good: a busier one of this zone waits."""
+    views = [view(n, is_far=n != 2) for n in range(4)]
+    demands = [msgspec.structs.replace(LONG, tie_hash=h) for h in range(50)]
+    assert {chosen(demand, NOTHING, views) for demand in demands} == {2}
+    views[2] = view(2, in_flight=1)
+    assert 2 not in {chosen(demand, NOTHING, views) for demand in demands}
+    held = Match({0: held_part(30_000, 7_500.0)})
+    assert chosen(LONG, held, [view(0, is_far=True), view(1)]) == 0
+
+
 def test_rates_that_differ_by_noise_are_a_tie():
     """A replica that looks one percent faster does not get every cold prompt of an idle fleet."""
     views = [view(0, rate_tokens_per_second=8_080.0), view(1)]

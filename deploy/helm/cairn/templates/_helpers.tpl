@@ -53,6 +53,13 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- else if and (not .Values.config.redis) (gt (int .Values.replicaCount) 1) -}}
 {{- fail "more than one proxy needs a shared Redis: set valkey.enabled, or config.redis.url" -}}
 {{- end -}}
+{{- range .Values.config.pools -}}
+{{- range .replicas -}}
+{{- if and (hasPrefix "kubernetes+http://" .url) (not $.Values.discovery.enabled) -}}
+{{- fail (printf "%s is found through the Kubernetes API: set discovery.enabled" .url) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- toYaml (mustMergeOverwrite $config $set) -}}
 {{- end -}}
 
