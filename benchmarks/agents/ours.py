@@ -18,6 +18,7 @@ from proxy.routing.cold_admission import (
     about_as_good,
     classify,
     is_long,
+    short_tokens,
 )
 from proxy.routing.cold_pressure import ColdPressure, ServedPrompts
 
@@ -63,6 +64,7 @@ class Gated(Cairn):
     ) -> None:
         super().__init__(rates, capacity_tokens, at, proxies=proxies, delay_seconds=delay_seconds)
         self._always = always
+        self._short_tokens = short_tokens(capacity_tokens)
         self._gates = [_Gate(number, proxy) for number, proxy in enumerate(self._proxies)]
         self._claims = Claims()
         self._known: dict[int, float] = {}  # tokens of each request under way that were served before
@@ -77,11 +79,11 @@ class Gated(Cairn):
         self._known[request.number] = depth / max(len(hashes), 1) * tokens
         for each in self._gates:  # as the journal tells them
             each.served.note(hashes, depth, tokens, tokens - least, now)
-        kind = classify(request.input_tokens, least)
+        kind = classify(request.input_tokens, least, self._short_tokens)
         if kind is TurnKind.SHORT or not (self._always or self._is_on(gate, kind, least, now)):
             self._go(request, now, send, None)
         elif kind is TurnKind.WARM:
-            self._go(request, now, send, about_as_good(uncached))
+            self._go(request, now, send, about_as_good(uncached, self._short_tokens))
         else:
             self.held_back += 1
             is_new = self._known[request.number] <= request.input_tokens - least

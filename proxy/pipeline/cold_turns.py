@@ -14,7 +14,7 @@ from proxy.errors import DeadlineUnreachable
 from proxy.model import Candidate, Plan
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.planner import Planner
-from proxy.routing.cold_admission import TurnKind, about_as_good, classify
+from proxy.routing.cold_admission import SHORT_TOKENS, TurnKind, about_as_good, classify
 from proxy.routing.cold_gate import ColdGate, Turn, Verdict
 from proxy.routing.fair_shares import TenantShares
 from proxy.wire.urgency import urgency_of
@@ -52,10 +52,11 @@ class ColdTurns:
         if pool.is_provider or exchange.pinned_replica is not None or exchange.fingerprint is None:
             return None
         views = [candidate.replica for candidate in plan.candidates]
-        if not self._gate.can_hold(views):
+        short = self._gate.short_tokens(views)
+        if short is None:
             return None
         least = least_uncached(plan)
-        kind = classify(plan.prompt_tokens, least)
+        kind = classify(plan.prompt_tokens, least, short)
         self._note(exchange, plan, least, now)
         if kind is _SHORT:
             return None
@@ -64,7 +65,7 @@ class ColdTurns:
         if verdict.waits:
             return self._wait(exchange, turn, verdict)
         if kind is _WARM and len(views) > 1 and self._gate.is_pressed(pool.name, views):
-            good = about_as_good({each.replica.id: each.uncached_tokens for each in plan.candidates})
+            good = about_as_good({each.replica.id: each.uncached_tokens for each in plan.candidates}, short)
             if plan.chosen.replica.id not in good:
                 self._planner.plan(exchange, among=good)
         return None
@@ -76,8 +77,8 @@ class ColdTurns:
             return None
         least = least_uncached(plan)
         exchange.known_tokens = self._known(exchange, plan, least)[0]
-        kind = classify(plan.prompt_tokens, least)
         views = [candidate.replica for candidate in plan.candidates]
+        kind = classify(plan.prompt_tokens, least, self._gate.short_tokens(views) or SHORT_TOKENS)
         return self._gate.judge(self._turn(exchange, plan, least), kind, views)
 
     def settle(self, exchange: Exchange) -> None:

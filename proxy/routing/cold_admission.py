@@ -20,7 +20,10 @@ from proxy.routing.fair_shares import Claimant, FairQueue, Priority, TenantShare
 from proxy.routing.shortest_job import ShortestJobQueue
 
 SHORT_TOKENS: Final = 4_096.0
-"""A turn with no more to compute than this is never held back: half a second of prefill."""
+SHORT_SHARE: Final = 0.01
+"""A turn with no more to compute than this, in tokens and as a share of a cache, is never held back: it takes half a
+second, and evicts next to nothing. Engines on a processor have caches of some 50,000 tokens, where a prompt of 3,000
+is long."""
 
 WARM_SHARE: Final = 0.5
 """A turn is warm if no more than this share of its prompt must be computed. With .8 two percent of the turns are
@@ -51,14 +54,19 @@ T = TypeVar("T")
 class TurnKind(enum.StrEnum):
     """Class of a turn by the share of its prompt that the best replica lacks."""
 
-    SHORT = "short"  # at most `SHORT_TOKENS`: routed as ever
+    SHORT = "short"  # at most `short_tokens`: routed as ever
     WARM = "warm"  # at most `WARM_SHARE` of it: routed as ever, to the replicas that are about as good as the best
     COLD = "cold"  # it waits until a replica is quiet
 
 
-def classify(prompt_tokens: float, least_uncached_tokens: float) -> TurnKind:
+def short_tokens(most_capacity_tokens: float) -> float:
+    """Return up to how many tokens a turn is short, by the size of the largest cache."""
+    return min(SHORT_TOKENS, SHORT_SHARE * most_capacity_tokens)
+
+
+def classify(prompt_tokens: float, least_uncached_tokens: float, short: float = SHORT_TOKENS) -> TurnKind:
     """The kind of a turn, by its tokens and those that the best of all replicas would have to compute."""
-    if least_uncached_tokens <= SHORT_TOKENS:
+    if least_uncached_tokens <= short:
         return TurnKind.SHORT
     return TurnKind.WARM if least_uncached_tokens <= WARM_SHARE * prompt_tokens else TurnKind.COLD
 
@@ -68,9 +76,9 @@ def is_long(uncached_tokens: float, rates: Iterable[float]) -> bool:
     return uncached_tokens >= LONG_SECONDS * max(rates)
 
 
-def about_as_good(uncached_tokens: Mapping[int, float]) -> frozenset[int]:
-    """The replicas, by number, that would compute at most `SHORT_TOKENS` more than the best one."""
-    bound = min(uncached_tokens.values()) + SHORT_TOKENS
+def about_as_good(uncached_tokens: Mapping[int, float], short: float = SHORT_TOKENS) -> frozenset[int]:
+    """The replicas, by number, that would compute at most `short` tokens more than the best one."""
+    bound = min(uncached_tokens.values()) + short
     return frozenset(replica for replica, tokens in uncached_tokens.items() if tokens <= bound)
 
 

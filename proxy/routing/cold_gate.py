@@ -27,6 +27,7 @@ from proxy.routing.cold_admission import (
     TurnKind,
     Waiting,
     is_long,
+    short_tokens,
 )
 from proxy.routing.cold_pressure import MEMORY_SECONDS, ColdPressure, ServedPrompts
 from proxy.routing.cold_wait import ColdRate, Tickets
@@ -248,7 +249,19 @@ class ColdGate:
 
         A replica that does not say what it can hold may be anything, and nothing shows whether it is busy.
         """
-        return self.limits.enabled and None not in [self._capacity_tokens(view.id) for view in views]
+        return self.short_tokens(views) is not None
+
+    def short_tokens(self, views: Sequence[ReplicaView]) -> float | None:
+        """Return up to how many tokens to compute a turn never waits for these replicas; None if no turn does."""
+        if not self.limits.enabled:
+            return None
+        most = 0.0
+        for view in views:
+            capacity = self._capacity_tokens(view.id)
+            if capacity is None:
+                return None
+            most = max(most, capacity)
+        return short_tokens(most)
 
     def is_pressed(self, pool: str, views: Sequence[ReplicaView]) -> bool:
         """Return True if cold turns of a pool wait because its sessions need more cache than there is."""

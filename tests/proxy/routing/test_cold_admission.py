@@ -18,6 +18,7 @@ from proxy.routing.cold_admission import (
     about_as_good,
     classify,
     has_room,
+    short_tokens,
 )
 from proxy.routing.fair_shares import Priority
 
@@ -43,6 +44,14 @@ def room(replica: int = 0, pending: float = 0.0, running: float = 0.0, capacity:
 def test_a_turn_is_short_warm_or_cold_by_what_the_best_replica_lacks(prompt, uncached, kind):
     """Short by tokens, warm by half of the prompt."""
     assert classify(prompt, uncached) is kind
+
+
+def test_what_is_short_shrinks_with_small_caches():
+    """A prompt of 3,000 tokens evicts a sixteenth of a cache of 48,000."""
+    assert short_tokens(1_000_000) == SHORT_TOKENS
+    assert short_tokens(48_000) == 480
+    assert classify(3_000, 3_000, short_tokens(48_000)) is TurnKind.COLD
+    assert about_as_good({0: 100.0, 1: 580.0, 2: 581.0}, short_tokens(48_000)) == {0, 1}
 
 
 def test_a_warm_turn_may_go_where_it_costs_little_more_than_at_the_best():
