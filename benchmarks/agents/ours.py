@@ -16,6 +16,7 @@ from proxy.routing.cold_admission import (
     ReplicaRoom,
     TurnKind,
     about_as_good,
+    capacity_of,
     classify,
     is_long,
     short_tokens,
@@ -108,7 +109,7 @@ class Gated(Cairn):
         while (waiting := gate.queue.head(now)) is not None:
             turn = waiting.item
             self._claims.heads[gate.number] = waiting.arrived_seconds
-            among = gate.queue.open_to(turn, _rooms(gate.proxy, now), now)
+            among = gate.queue.open_to(turn, _rooms(gate, now), now)
             among = frozenset(replica for replica in among if replica not in self._claims.holders)
             if not among or not self._claims.is_oldest(waiting.arrived_seconds):
                 break
@@ -147,14 +148,15 @@ def _uncached(request: Request, proxy: Proxy) -> dict[int, float]:
     }
 
 
-def _rooms(proxy: Proxy, now: float) -> list[ReplicaRoom]:
+def _rooms(gate: _Gate, now: float) -> list[ReplicaRoom]:
+    proxy = gate.proxy
     budgets = proxy.index.replicas()
     return [
         ReplicaRoom(
             view.id,
             view.pending_tokens / view.rate_tokens_per_second,
             view.running_tokens,
-            budgets[view.id].budget_tokens,
+            capacity_of(budgets[view.id].budget_tokens, gate.served.own_share),
         )
         for view in proxy.fleet.snapshot(POOL, now)
     ]

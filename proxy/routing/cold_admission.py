@@ -85,7 +85,7 @@ def about_as_good(uncached_tokens: Mapping[int, float], short: float = SHORT_TOK
 @dataclass(frozen=True, slots=True)
 class ReplicaRoom:
     """Work of a replica, as all processes see it. `running_tokens` are the prompts of requests that run there;
-    `capacity_tokens` what its cache holds, None if unknown."""
+    `capacity_tokens` is what fits its cache of such prompts (`capacity_of`), None if unknown."""
 
     replica: int
     pending_seconds: float
@@ -162,6 +162,15 @@ class ColdQueue(Generic[T]):
         """The turn is sent to `replica`."""
         self._queue.serve(waiting)
         self._last_cold_seconds[replica] = now_seconds
+
+
+def capacity_of(cache_tokens: float | None, own_share: float) -> float | None:
+    """Return how many tokens of whole prompts fit a cache, of which `own_share` is in no other prompt.
+
+    What prompts share is there once. Counted for each, it would leave a third of the cache unused where agents have
+    long common instructions: cold turns would then wait a third longer.
+    """
+    return None if cache_tokens is None else cache_tokens / own_share
 
 
 def has_room(room: ReplicaRoom, prompt_tokens: float) -> bool:

@@ -26,6 +26,7 @@ from proxy.routing.cold_admission import (
     ReplicaRoom,
     TurnKind,
     Waiting,
+    capacity_of,
     is_long,
     short_tokens,
 )
@@ -219,11 +220,10 @@ class ColdGate:
     def need(self, pool: str) -> float | None:
         """Return the need of continuing sessions over the capacity of the pool's caches; None if unknown."""
         now = self._clock.monotonic()
-        rooms = self._rooms(pool, now)
-        if not rooms or any(room.capacity_tokens is None for room in rooms):
+        held = [self._capacity_tokens(view.id) for view in self._fleet.snapshot(pool, now) if view.available]
+        if not held or None in held:
             return None
-        held = sum(room.capacity_tokens or 0.0 for room in rooms)
-        return self.pool(pool).served.needed_tokens(now) / held
+        return self.pool(pool).served.needed_tokens(now) / sum([tokens or 0.0 for tokens in held])
 
     def judge(self, turn: Turn, kind: TurnKind, views: Sequence[ReplicaView]) -> Verdict:
         """Return True if `turn` would wait now."""
@@ -409,7 +409,7 @@ class ColdGate:
         while (waiting := pool.queue.head(now, full)) is not None:
             turn = waiting.item.item.turn
             if self._held(pool, turn.tenant) < self._part(turn.tenant, len(views), now):
-                rooms = [self._room(view) for view in views if view.id not in pool.passes]
+                rooms = [self._room(pool, view) for view in views if view.id not in pool.passes]
                 among = pool.queue.open_to(
                     waiting.item,
                     rooms,
@@ -485,11 +485,9 @@ class ColdGate:
         arrived_unix = self._clock.unix() - (now - waiting.arrived_seconds)
         return f"{waiting.priority:d}:{self._shares.round_of(waiting.tenant):015d}:{arrived_unix:017.3f}"
 
-    def _rooms(self, pool: str, now: float) -> list[ReplicaRoom]:
-        return [self._room(view) for view in self._fleet.snapshot(pool, now) if view.available]
-
-    def _room(self, view: ReplicaView) -> ReplicaRoom:
-        return ReplicaRoom(view.id, _pending_seconds(view), view.running_tokens, self._capacity_tokens(view.id))
+    def _room(self, pool: _Pool, view: ReplicaView) -> ReplicaRoom:
+        capacity = capacity_of(self._capacity_tokens(view.id), pool.served.own_share)
+        return ReplicaRoom(view.id, _pending_seconds(view), view.running_tokens, capacity)
 
 
 def _cold_turn(waiter: _Waiter) -> ColdTurn[_Waiter]:

@@ -20,6 +20,12 @@ FIRST_PAUSE_SECONDS: Final = 60.0
 PAUSE_STEP: Final = 0.02
 """Weight of the newest pause in the mean."""
 
+SHARE_STEP: Final = 0.02
+"""Weight of the newest prompt in the mean share of a prompt that no other session has."""
+
+LEAST_OWN_SHARE: Final = 0.25
+"""More room than four times the cache is never assumed for prompts that run at once."""
+
 ENDED_AFTER_PAUSES: Final = 3.0
 """A session without a turn for this many mean pauses has ended: of exponential pauses one in twenty is longer."""
 
@@ -62,6 +68,12 @@ class ServedPrompts:
         self._boundaries: dict[int, _Served] = {}
         self._latest: OrderedDict[_Served, None] = OrderedDict()
         self._pause_seconds = FIRST_PAUSE_SECONDS
+        self._own_share = 1.0
+
+    @property
+    def own_share(self) -> float:
+        """Mean share of a prompt that no other session has: what it adds to a cache that holds others."""
+        return max(self._own_share, LEAST_OWN_SHARE)
 
     def __len__(self) -> int:
         return len(self._boundaries)
@@ -87,6 +99,7 @@ class ServedPrompts:
             shared = min(before.shared_tokens, prompt_tokens)
             self._pause_seconds += PAUSE_STEP * (now_seconds - before.seen_seconds - self._pause_seconds)
             self._drop(before)
+        self._own_share += SHARE_STEP * (1.0 - shared / max(prompt_tokens, 1.0) - self._own_share)
         served = _Served(tuple(hashes[-2:]), prompt_tokens - shared, shared, now_seconds)
         self._latest[served] = None
         for boundary in served.boundaries:

@@ -42,7 +42,7 @@ SENDS: Final = 20
 """Messages in which a change is repeated: counters are cumulative, so one that arrives is enough."""
 
 ACTIVE_SECONDS: Final = 10.0
-"""A tenant counts as active for so long after its last request."""
+"""A tenant counts as active while requests of it wait, and for so long after its last one came or ceased to wait."""
 
 CHECK_SECONDS: Final = 0.1
 """How long it is taken as known who is active."""
@@ -86,6 +86,8 @@ class TenantShares:
         self._reached = 0.0
         self._unsent: dict[str, int] = {}  # tenants that changed, and in how many messages they are still to be
         self._seen: dict[str, tuple[float, float]] = {}  # when a tenant's last request came, and its weight
+        self._waiting: dict[str, int] = {}  # requests that wait here, by tenant
+        self._went: set[str] = set()  # tenants that waited until now, or a moment ago
         self._active_weight = 0.0
         self._checked_seconds = -inf
 
@@ -118,8 +120,11 @@ class TenantShares:
         seen = self._seen
         if now_seconds - self._checked_seconds >= CHECK_SECONDS:
             self._checked_seconds = now_seconds
+            for name in self._went & seen.keys():
+                seen[name] = now_seconds, seen[name][1]
+            self._went.clear()
             oldest = now_seconds - ACTIVE_SECONDS
-            for name in [name for name, (last, _) in seen.items() if last < oldest]:
+            for name in [name for name, (last, _) in seen.items() if last < oldest and name not in self._waiting]:
                 del seen[name]
             self._active_weight = sum(weight for _, weight in seen.values())
 
@@ -127,6 +132,15 @@ class TenantShares:
         """The tenant's present round; a tenant in a lower round goes first."""
         counters = self._tenants.get(tenant)
         return int((self._reached if counters is None else counters.total) / QUANTUM_TOKENS)
+
+    def waits(self, tenant: str, change: int) -> None:
+        """One more (1) or one less (-1) of the tenant's requests waits. While any does, the tenant is active."""
+        left = self._waiting.get(tenant, 0) + change
+        if left > 0:
+            self._waiting[tenant] = left
+        else:
+            self._waiting.pop(tenant, None)
+            self._went.add(tenant)
 
     def activate(self, tenant: str) -> None:
         """The tenant begins to wait: it starts no lower than where service is now."""
@@ -254,6 +268,7 @@ class FairQueue(Generic[T]):
             line = lines[claimant.tenant] = self._make_line()
             self._shares.activate(claimant.tenant)
         claimant.entry = line.join(claimant, order_seconds, now_seconds)
+        self._shares.waits(claimant.tenant, 1)
         self._waiting += 1
         return claimant
 
@@ -265,6 +280,7 @@ class FairQueue(Generic[T]):
         lines = self._lines[claimant.priority]
         line = lines[claimant.tenant]
         line.leave(entry)
+        self._shares.waits(claimant.tenant, -1)
         self._waiting -= 1
         if not len(line):
             del lines[claimant.tenant]

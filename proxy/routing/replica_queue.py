@@ -86,6 +86,7 @@ class ReplicaQueue:
         self._is_crowded = is_crowded
         self._waiting: FairQueue[asyncio.Future[None]] = FairQueue(self._shares, self._make_line)
         self._running = 0
+        self._starting = 0  # those that were let go and whose tasks have not run yet
 
     def __len__(self) -> int:
         """Count the requests that wait."""
@@ -148,12 +149,13 @@ class ReplicaQueue:
             await future
         except BaseException:
             # the permit may have been given in the moment in which the caller was cancelled
-            if future.done() and not future.cancelled() and future.exception() is None:
+            if _was_granted(future):
                 self.release()
             raise
         finally:
             alarm.cancel()
             self._waiting.leave(entry)
+            self._starting -= _was_granted(future)
         return Permit(self)
 
     def release(self) -> None:
@@ -186,8 +188,8 @@ class ReplicaQueue:
         return ShortestJobQueue(self._limits.deadline_seconds)
 
     def _has_room(self) -> bool:
-        if self._is_crowded is not None and self._is_crowded():
-            return False
+        if self._is_crowded is not None and (self._starting or self._is_crowded()):
+            return False  # one that was let go counts as sent only once its task has run
         if self._limit is None:
             return True
         waiting = len(self._waiting) if self._checks >= CHECKS_BEFORE_BORROWING else 0
@@ -216,9 +218,10 @@ class ReplicaQueue:
             self._waiting.serve(claimant)
             if not claimant.item.done():
                 self._running += 1
+                self._starting += 1
                 claimant.item.set_result(None)
                 if self._is_crowded is not None:
-                    # it counts as sent once its task has run, which is before this is called again
+                    # its task runs before this is called again
                     asyncio.get_running_loop().call_soon(self._wake)
                     return
 
@@ -231,3 +234,7 @@ class ReplicaQueue:
     def _retry_after_seconds(self) -> float:
         """Return a hint: a tenth of the deadline."""
         return max(1.0, self._limits.deadline_seconds / 10)
+
+
+def _was_granted(future: asyncio.Future[None]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None

@@ -13,11 +13,12 @@ from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.routing.fair_shares import TenantShares
 from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 
-SENT_AHEAD: Final = (1.0, 16)
-SENT_AHEAD_CONTENDED: Final = (0.3, 2)
-"""Seconds of prefill, and requests without a first token, that a replica has before further ones wait here; the
-second pair holds while several tenants are active. An engine serves in order of arrival, so the order can be kept
-only here; with less an engine could run out of work, or have too few requests for a batch."""
+SENT_AHEAD: Final = (1.0, 4)
+SENT_AHEAD_CONTENDED: Final = (0.1, 1)
+"""Seconds of prefill, and requests without a first token, that a replica has before others wait here; the second
+pair holds while several tenants are active. An engine serves in order of arrival, so the order can be kept only here,
+and a tenant that comes while another floods the replicas waits for what they were sent. With less an engine could run
+out of work."""
 
 
 class ReplicaQueues:

@@ -190,6 +190,8 @@ async def test_one_tenant_of_two_has_half_of_the_replicas_for_long_prefills():
     other = bench.begin(tenant="other")
     await settle()
     assert other.done()
+    bench.clock.advance(1.0)
+    bench.gate.changed()
     bench.clock.advance(20.0)  # the other is gone
     bench.shares.seen("flood", 1.0, bench.clock.monotonic())
     bench.gate.changed()

@@ -199,3 +199,53 @@ def test_a_tenant_is_active_for_ten_seconds_and_its_part_is_its_weight():
     assert (here.share_of("a", 2.0), here.share_of("b", 2.0), here.is_contended(2.0)) == (0.25, 0.75, True)
     here.seen("a", 1.0, 11.0)
     assert (here.share_of("a", 12.5), here.is_contended(12.5)) == (1.0, False)
+
+
+def test_a_tenant_whose_requests_wait_is_active_however_long_ago_they_came():
+    """A flood that came at once is as active as one that goes on coming; and so is whoever was just served."""
+    shares = TenantShares()
+    waiting = queue(shares)
+    for tenant in ("flood", "other"):
+        shares.seen(tenant, 1.0, 0.0)
+    flood = waiting.join(claimant("long", "flood"), 0.0, 0.0)
+    assert shares.share_of("other", 60.0) == 1.0  # only the flood is left
+    shares.seen("other", 1.0, 60.0)
+    assert shares.share_of("other", 60.5) == 0.5
+    waiting.serve(flood)
+    assert shares.share_of("other", 69.0) == 0.5
+    assert shares.share_of("other", 80.0) == 1.0
+
+
+def jain(amounts: list[float]) -> float:
+    """Jain's index of fairness: 1 if all have the same, 1/n if one has everything."""
+    return sum(amounts) ** 2 / (len(amounts) * sum(amount * amount for amount in amounts))
+
+
+def test_four_equal_tenants_are_served_equally_whatever_they_send():
+    """Jain's index of the work done is at least .95 from the fourth round of the longest requests on, and of
+    requests of 200 to 100,000 tokens."""
+    shares = TenantShares()
+    waiting = queue(shares)
+    sizes = {"short": 200.0, "middle": 4_000.0, "long": 20_000.0, "longest": 100_000.0}
+    done = dict.fromkeys(sizes, 0.0)
+    for tenant, tokens in sizes.items():
+        for number in range(int(2_000_000 / tokens)):
+            waiting.join(claimant(str(number), tenant, tokens), 0.0, 0.0)
+    while sum(done.values()) < 4_000_000:
+        head = waiting.head(0.0)
+        assert head is not None
+        waiting.serve(head)
+        done[head.tenant] += head.tokens
+        if sum(done.values()) > 1_600_000:  # several of the longest requests each
+            assert jain(list(done.values())) >= 0.95
+    assert jain(list(done.values())) >= 0.99
+
+
+def test_weights_are_the_shares_of_the_work():
+    """A tenant of weight 3 has three quarters of it while both wait."""
+    waiting = queue()
+    for number in range(400):
+        waiting.join(claimant(str(number), "heavy", 4_000.0, weight=3.0), 0.0, 0.0)
+        waiting.join(claimant(str(number), "light", 4_000.0), 0.0, 0.0)
+    order = [each.tenant for each in served(waiting, 400)]
+    assert 0.72 < order.count("heavy") / len(order) < 0.78
