@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from proxy.admin.openapi import document
+from proxy.model import AccessLine, CacheStatus, Ending, Endpoint, MissReason, RouteReason
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -69,3 +73,44 @@ def test_every_alert_is_explained_in_operations() -> None:
     alerts = {rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule}
     explained = (ROOT / "docs/operations.md").read_text("utf-8")
     assert sorted(alert for alert in alerts if alert not in explained) == []
+
+
+def test_every_field_and_value_of_the_access_log_is_documented() -> None:
+    """In the order of the fields, and each value of an enumeration under its own heading."""
+    page = (ROOT / "docs/access-log.md").read_text("utf-8")
+    fields, _, values = page.partition("## Values")
+    assert re.findall(r"^\| `(\w+)` \|", fields, re.MULTILINE) == list(AccessLine.__struct_fields__)
+    sections = dict(section.split("\n", 1) for section in values.split("### ")[1:])
+    for heading, kind in {
+        "endpoint": Endpoint,
+        "ending": Ending,
+        "cache": CacheStatus,
+        "reason": RouteReason,
+        "miss": MissReason,
+    }.items():
+        listed = [row.split("|")[1] for row in sections[heading].splitlines() if row.startswith("| `")]
+        assert sorted(re.findall(r"`(\w+)`", " ".join(listed))) == sorted(member.value for member in kind)
+
+
+def test_every_route_of_the_admin_port_is_documented() -> None:
+    """With each of its parameters, and each field of its answers."""
+    page = (ROOT / "docs/admin.md").read_text("utf-8")
+    described = document("/openapi/admin.json")
+    for path, item in described["paths"].items():
+        for method in set(item) - {"parameters"}:
+            assert f"`{method.upper()} {path}`" in page
+            for parameter in item[method].get("parameters", ()):
+                assert f"`{parameter['name']}`" in page
+    schemas = described["components"]["schemas"]
+    for name in ("Readiness", "Explanation", "Candidate", "SavingsLine"):
+        assert [field for field in schemas[name]["properties"] if not re.search(rf'[`"]{field}[`"]', page)] == []
+
+
+def test_the_versions_of_clients_on_their_page_are_those_that_are_run() -> None:
+    """Whoever updates a client tries it, and says so."""
+    page = (ROOT / "docs/clients.md").read_text("utf-8")
+    pinned = list(json.loads((ROOT / "tests/clients/npm/package.json").read_text())["dependencies"].values())
+    for name in ("aider", "libraries"):
+        lines = (ROOT / f"tests/clients/python/{name}.in").read_text().split()
+        pinned += [line.partition("==")[2] for line in lines]
+    assert [version for version in pinned if version not in page] == []
