@@ -88,6 +88,7 @@ lock: .venv/.dev
 	$(LOCK) -c requirements/dev.txt --extra demo -o requirements/demo.txt
 	$(LOCK) -c requirements/dev.txt --group build -o requirements/build.txt
 	$(LOCK:pyproject.toml=) --no-deps --group charts -o requirements/charts.txt
+	$(LOCK:pyproject.toml=) --group docs -o requirements/docs.txt
 
 # Installs requirements/$*.txt into .venv, with uv if it is on PATH and with pip otherwise.
 .venv/.%: requirements/%.txt
@@ -196,3 +197,15 @@ lock-clients: .venv/.dev
 	for set in aider libraries; do $(LOCK:pyproject.toml=tests/clients/python/$$set.in) \
 	  -o tests/clients/python/$$set.txt $(ARGS) || exit 1; done
 	cd tests/clients/npm && npm install --package-lock-only --omit-lockfile-registry-resolved --no-audit --no-fund
+
+# The documentation as a static site, in .build/site; a broken link fails.
+.PHONY: docs
+docs: .build/docs-tools/.done
+	PYTHONPATH=.build/docs-tools .venv/bin/python scripts/docs_site.py .build/site-source
+
+.build/docs-tools/.done: requirements/docs.txt .venv/.dev
+	@echo "Installing Zensical into .build/docs-tools ..."
+	@rm -rf .build/docs-tools
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes \
+	  --target .build/docs-tools -r $<
+	@touch $@

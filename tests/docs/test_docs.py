@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from proxy.admin.openapi import document
+from proxy.cli.main import cli
+from proxy.config.load import load
 from proxy.model import AccessLine, CacheStatus, Ending, Endpoint, MissReason, RouteReason
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/**/*.md"), *ROOT.glob("benchmarks/*.md")]
 )
+docs_site = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "docs_site.py")))
+SITE_TOOLS = ROOT / ".build" / "docs-tools"
+QUICK_STARTS = ROOT / "docs" / "quickstart.md"
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 
@@ -65,6 +73,60 @@ def test_every_page_of_docs_is_found_from_the_readme() -> None:
         local = [link.partition("#")[0] for link in links(page) if "://" not in link]
         waiting += [(page.parent / name).resolve() for name in local if name]
     assert [page.name for page in ROOT.glob("docs/*.md") if page not in seen] == []
+
+
+@pytest.mark.skipif(not (SITE_TOOLS / ".done").exists(), reason="`make docs` installs the generator")
+def test_the_site_builds_without_a_broken_link() -> None:
+    """Zensical checks pages and headings; the script, all other files and the menu."""
+    run = build_site()
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert (ROOT / ".build/site/docs/quickstart.html").exists()
+
+
+def test_the_menu_of_the_site_has_every_page() -> None:
+    """A page that is written and not entered there could not be found on the site."""
+    assert sorted(docs_site.menu(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])) == docs_site.pages()
+
+
+def test_a_link_to_a_folder_leads_to_its_readme_on_the_site() -> None:
+    """A site has no folders; other files are copied, and what does not exist is an error."""
+    linked: set[Path] = set()
+    text = docs_site.staged(Path("docs/operations.md"), linked)
+    assert "](../deploy/README.md)" in text
+    assert "](../deploy/prometheus)" not in text
+    docs_site.staged(Path("docs/installing.md"), linked)
+    assert Path("deploy/gateway/nginx.conf") in linked
+
+
+def build_site() -> subprocess.CompletedProcess[str]:
+    """Build the site as `make docs` does."""
+    return subprocess.run(
+        [sys.executable, "scripts/docs_site.py", ".build/site-source"],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(SITE_TOOLS), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("block", re.findall(r"```(\w+)\n(.*?)```", QUICK_STARTS.read_text(), re.DOTALL))
+def test_the_quick_starts_are_short_and_valid(block: tuple[str, str], tmp_path: Path) -> None:
+    """Five lines each; every command and flag of Cairn exists, and the configuration loads."""
+    kind, text = block
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert len(lines) <= 5
+    if kind == "yaml":
+        (tmp_path / "cairn.yaml").write_text(text)
+        assert load(tmp_path / "cairn.yaml", {"OPENAI_API_KEY": "sk-1"}).warnings == ()
+    for line in lines:
+        if line.startswith("cairn "):
+            words = line.split("#")[0].removesuffix("& ").split()[1:]
+            help_page = CliRunner().invoke(cli, [*[w for w in words if w.isalpha()][:2], "--help"])
+            if help_page.exit_code:  # the second word is an argument
+                help_page = CliRunner().invoke(cli, [words[0], "--help"])
+            assert help_page.exit_code == 0
+            assert [word for word in words if word.startswith("--") and word not in help_page.output] == []
 
 
 def test_every_alert_is_explained_in_operations() -> None:
