@@ -32,6 +32,9 @@ CONTEXTS_TOTALS = PREFIX + "{contexts}:totals"
 # Hash: tenant to `bytes:pinned bytes:accepted:reserved until` of unlisted clients' contexts, for their common shares.
 CONTEXTS_UNLISTED = PREFIX + "{contexts}:unlisted"
 
+# Hash: reservation to `bytes:until` of contexts that are being stored, which the total budget counts too.
+CONTEXTS_RESERVED = PREFIX + "{contexts}:reserved"
+
 CONTEXTS_SWEEPER = PREFIX + "{contexts}:sweeper"  # the worker that sweeps now; expires
 
 # The secret that keys the tenants' hash, set if absent.

@@ -59,7 +59,7 @@ class AcceptedTenants:
             tenant = next(iter(self._waiting))
             await self._access.many([("SET", keys.tenant(tenant, "accepted"), 1, "EX", ACCEPTED_SECONDS)])
             await self._access.store.run_script(
-                scripts.ACCEPT, [keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED], (tenant,)
+                scripts.ACCEPT, [keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED, keys.CONTEXTS_RESERVED], (tenant,)
             )
             self._waiting.pop(tenant, None)
 

@@ -2,7 +2,8 @@
 
 There is a budget per tenant and one for all tenants together. Tenants that the configuration does not list have two
 more limits in common: a share of pinned bytes, and a share of bytes for those whose keys nobody has checked. Room in
-these shares is reserved in Redis before it is taken, so that requests at several workers cannot exceed them together.
+the total and in these shares is reserved in Redis before it is taken, so that requests at several workers cannot
+exceed them together.
 What a tenant takes is written after every change; a sweep corrects it and drops what expired.
 """
 
@@ -33,7 +34,7 @@ UNCHECKED_TENANTS_SEARCHED = 50  # for contexts to discard; those that take most
 ROOM_TRIES = 5
 
 Totals = tuple[int, int, int]  # bytes, contexts, pinned bytes
-_OVERALL = (keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED)
+_OVERALL = (keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED, keys.CONTEXTS_RESERVED)
 _MARKS = {Trust.LISTED: "", Trust.ACCEPTED: "1", Trust.UNCHECKED: "0"}  # as the script `context-note` takes them
 
 
@@ -65,25 +66,31 @@ class ContextRoom:
             )
         await self._discard(tenant, kept, victims)
 
-    async def make_over_all(self, extra_bytes: int) -> None:
-        """Discard contexts of any tenants, those worth least first, if `extra_bytes` would exceed the total budget.
+    async def reserve_over_all(self, reservation: str, size_bytes: int) -> None:
+        """Reserve room in the total budget, discarding contexts of any tenants, those worth least first.
 
-        Raises QuotaFull and other CacheErrors.
+        A second call with the same name replaces the first reservation. End it by `changed` with its name, or by
+        `release`; one that is forgotten ends after half a minute. Raises QuotaFull and other CacheErrors.
         """
-        if not extra_bytes:
-            return
         limit = self._access.limits.total_bytes
         for _ in range(ROOM_TRIES):
-            totals = await self.renew()
-            over = sum(size for size, _ in totals.values()) + extra_bytes - limit
+            args = (reservation, size_bytes, limit)
+            over = parsed(int, await self._access.store.run_script(scripts.RESERVE_TOTAL, _OVERALL, args))
             if over <= 0:
                 return
-            if not await self._discard_of(totals, over):
+            if not await self._discard_of(await self.renew(), over):
                 break
         raise QuotaFull(
             f"The limit of {limit:,} bytes for stored contexts of all clients is reached, and discarding all that "
             "are not pinned would not make enough room; try later, or raise contexts.total_bytes."
         )
+
+    async def release(self, reservation: str) -> None:
+        """Give up a reservation in the total budget that was not used. If this fails, it expires."""
+        try:
+            await self._access.store.run_script(scripts.RELEASE_TOTAL, _OVERALL, (reservation,))
+        except CacheError as error:
+            log.debug("a reservation for stored contexts stays until it expires: %s", error)
 
     async def reserve(self, tenant: str, size_bytes: int, pinned_bytes: int, trust: Trust) -> None:
         """Reserve room in the shares of unlisted tenants. Call `refresh` if the room is not used after all.
@@ -167,12 +174,19 @@ class ContextRoom:
 
     # --- what tenants take
 
-    async def changed(self, tenant: str, totals: Totals | None, trust: Trust = Trust.LISTED) -> None:
-        """Write what a tenant's contexts take now. If this fails, the next sweep corrects it."""
+    async def changed(
+        self, tenant: str, totals: Totals | None, trust: Trust = Trust.LISTED, reservation: str = ""
+    ) -> None:
+        """Write what a tenant's contexts take now, and end a reservation of `reserve_over_all`.
+
+        If this fails, the next sweep corrects it.
+        """
         if totals is None:
+            if reservation:
+                await self.release(reservation)
             return
         try:
-            await self._write(tenant, totals, _MARKS[trust])
+            await self._write(tenant, totals, _MARKS[trust], *([reservation] if reservation else []))
             await self.renew()
         except CacheError as error:
             log.debug("the total of stored contexts was not updated: %s", error)
@@ -199,8 +213,8 @@ class ContextRoom:
         self.total_contexts = sum(count for _, count in totals.values())
         return totals
 
-    async def _write(self, tenant: str, totals: Totals, mark: str) -> None:
-        await self._access.store.run_script(scripts.NOTE, _OVERALL, (tenant, *totals, mark))
+    async def _write(self, tenant: str, totals: Totals, mark: str, *reservation: str) -> None:
+        await self._access.store.run_script(scripts.NOTE, _OVERALL, (tenant, *totals, mark, *reservation))
 
     # --- in the background
 

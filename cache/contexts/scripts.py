@@ -11,7 +11,7 @@ Keys of a tenant, all in one slot (T is `cairn:{keyed hash}`; times are millisec
     T:accepted       exists while an upstream is known to accept the tenant's key
 
 Names of keys are made inside the scripts; they lie in the slot of KEYS[1], as a Cluster requires. Stored numbers may
-be damaged: one that is not a number counts as 0.
+be damaged: one that is not a number, or that no double holds exactly, counts as 0.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ local function say(kind, name)
 end
 local function context(id) return T .. ':context:' .. id end
 local function segment(digest) return T .. ':segment:' .. digest end
-local function number(value) return tonumber(value or 0) or 0 end
+local function number(value)
+  local read = tonumber(value or 0)
+  return read and math.abs(read) < 9007199254740992 and read or 0
+end
 local function later(key, at)
   if redis.call('PTTL', key) < at - now then redis.call('PEXPIREAT', key, ms(at)) end
 end
@@ -94,7 +97,7 @@ local function sweep()
 end
 local function sum(name)
   local value = redis.call('HGET', T .. ':sum', name)
-  if value and not tonumber(value) then redis.call('HDEL', T .. ':sum', name) end
+  if value and not string.match(value, '^-?%d+$') then redis.call('HDEL', T .. ':sum', name) end
   return number(value)
 end
 local function totals() return {{sum('bytes'), redis.call('ZCARD', T .. ':ids'), sum('pinned')}} end
@@ -293,7 +296,7 @@ return gone
 )
 
 
-# --- over all tenants: KEYS are `cache.keys.CONTEXTS_TOTALS` and `CONTEXTS_UNLISTED`
+# --- over all tenants: KEYS are `cache.keys.CONTEXTS_TOTALS`, `CONTEXTS_UNLISTED` and `CONTEXTS_RESERVED`
 
 RESERVED_MS = 30_000
 """How long a reservation holds before a sweep may replace it by what the tenant really takes."""
@@ -301,7 +304,10 @@ RESERVED_MS = 30_000
 _OVERALL = """
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-local function number(value) return tonumber(value or 0) or 0 end
+local function number(value)
+  local read = tonumber(value or 0)
+  return read and math.abs(read) < 9007199254740992 and read or 0
+end
 local function parse(value) return string.match(value or '', '^(%d+):(%d+):(%d):(%d+)$') end
 local function entry(tenant)
   local bytes, pinned, accepted, reserved_until = parse(redis.call('HGET', KEYS[2], tenant) or '')
@@ -347,10 +353,41 @@ return {{'ok', 0}}
 """Reserve room in the shares of unlisted tenants before it is taken. ARGV: tenant, bytes, pinned bytes, 1 if an
 upstream accepted the tenant's key, the two shares in bytes, the most unchecked tenants."""
 
+RESERVE_TOTAL = Script(
+    "context-reserve-total",
+    _OVERALL
+    + f"""
+local reservation, size, most = ARGV[1], number(ARGV[2]), number(ARGV[3])
+local taken = 0
+local totals = redis.call('HVALS', KEYS[1])
+for _, value in ipairs(totals) do taken = taken + number(string.match(value, '^(%d+):%d+$')) end
+local reserved = redis.call('HGETALL', KEYS[3])
+for at = 1, #reserved, 2 do
+  local bytes, reserved_until = string.match(reserved[at + 1], '^(%d+):(%d+)$')
+  if not bytes or number(reserved_until) <= now then
+    redis.call('HDEL', KEYS[3], reserved[at])
+  elseif reserved[at] ~= reservation then
+    taken = taken + number(bytes)
+  end
+end
+local over = taken + size - most
+if over > 0 then return over end
+redis.call('HSET', KEYS[3], reservation, string.format('%.0f:%.0f', size, now + {RESERVED_MS}))
+redis.call('PEXPIRE', KEYS[3], {RESERVED_MS})
+return 0
+""",
+)
+"""Reserve room in the total budget before it is taken. ARGV: name of the reservation, which replaces an earlier one
+of that name, its bytes, the budget in bytes. Returns by how many bytes the budget would be exceeded."""
+
+RELEASE_TOTAL = Script("context-release-total", "return redis.call('HDEL', KEYS[3], ARGV[1])")
+"""Give up a reservation in the total budget. ARGV: its name."""
+
 NOTE = Script(
     "context-note",
     _OVERALL
     + """
+if ARGV[6] then redis.call('HDEL', KEYS[3], ARGV[6]) end
 local tenant, bytes, count, pinned = ARGV[1], number(ARGV[2]), number(ARGV[3]), number(ARGV[4])
 local _, _, accepted, reserved_until = entry(tenant)
 if count > 0 then
@@ -369,7 +406,8 @@ return 1
 """,
 )
 """Write what a tenant's contexts take. ARGV: tenant, bytes, number of contexts, pinned bytes; then 0 or 1 for an
-unlisted tenant whose key is unchecked or accepted, `sweep` to leave a reservation alone, or nothing."""
+unlisted tenant whose key is unchecked or accepted, `sweep` to leave a reservation alone, or nothing; then the name
+of the reservation in the total budget that this replaces, if there is one."""
 
 ACCEPT = Script(
     "context-accept",

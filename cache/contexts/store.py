@@ -8,6 +8,7 @@ by Redis's clock, whose offset comes with every reply.
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from cache.store.store import Store
 
 REREAD_LIMIT_SECONDS = 0.05  # of reading a remembered value again; what is not remembered is waited for
 COMMIT_TRIES = 5
+_RESERVATION_BYTES = 8
 
 T = TypeVar("T")
 
@@ -151,14 +153,31 @@ class ContextStore:
             Head(draft.model, draft.name, draft.description, packed.digest, draft.size_bytes, draft.media)
         )
         if trust is Trust.LISTED:
-            return await self._create(tenant, draft, head, packed, {}, trust)
+            return await self._store(tenant, draft, head, packed, {}, trust)
         compressed = await self._bytes.compress(draft, packed, list(packed.segments))
         needed_bytes = len(head) + len(packed.manifest) + sum(map(len, compressed.values()))
         await self._room.reserve(tenant, needed_bytes, needed_bytes if draft.pinned else 0, trust)
         try:
-            return await self._create(tenant, draft, head, packed, compressed, trust)
+            return await self._store(tenant, draft, head, packed, compressed, trust)
         except BaseException:
             self._tasks.start(self._room.refresh(tenant), "contexts-refresh")
+            raise
+
+    async def _store(
+        self,
+        tenant: str,
+        draft: Draft,
+        head: bytes,
+        packed: Packed,
+        compressed: dict[bytes, bytes],
+        trust: Trust,
+    ) -> ContextRow:
+        """Store within the total budget, in which room is reserved from before the upload until it is counted."""
+        reservation = secrets.token_hex(_RESERVATION_BYTES)
+        try:
+            return await self._create(tenant, draft, head, packed, compressed, trust, reservation)
+        except BaseException:
+            self._tasks.start(self._room.release(reservation), "contexts-release")
             raise
 
     async def _create(
@@ -169,14 +188,19 @@ class ContextStore:
         packed: Packed,
         compressed: dict[bytes, bytes],
         trust: Trust,
+        reservation: str,
     ) -> ContextRow:
         upload: dict[bytes, bytes] = {}
+        reserved_bytes = 0
         for _ in range(COMMIT_TRIES):
             extra_bytes = sum(map(len, upload.values()))
-            await self._room.make_over_all(extra_bytes)
+            needed_bytes = len(head) + len(packed.manifest) + extra_bytes
+            if needed_bytes > reserved_bytes:  # and once uploaded it stays reserved until it is counted
+                await self._room.reserve_over_all(reservation, needed_bytes)
+                reserved_bytes = needed_bytes
             reply = await self._commit(tenant, draft, head, packed, extra_bytes)
             if reply.word == b"ok":
-                await self._room.changed(tenant, reply.totals, trust)
+                await self._room.changed(tenant, reply.totals, trust, reservation)
                 self._bytes.keep(tenant, draft, packed)
                 return await self.row(tenant, draft.id)
             if reply.word == b"full":

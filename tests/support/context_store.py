@@ -49,7 +49,7 @@ def keys_left(nodes: list[Valkey]) -> set[str]:
     for node in nodes:
         words = node.ask("KEYS", "*").split(b"\r\n")
         found |= {word.decode() for word in words if word.startswith(b"cairn:")}
-    return found - {keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED, keys.CONTEXTS_SWEEPER}
+    return found - {keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED, keys.CONTEXTS_RESERVED, keys.CONTEXTS_SWEEPER}
 
 
 class Opened:

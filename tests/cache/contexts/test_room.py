@@ -6,9 +6,10 @@ import asyncio
 
 import pytest
 
-from cache.errors import QuotaFull, UnknownContext
+from cache import keys
+from cache.errors import PastExpiry, QuotaFull, UnknownContext
 from tests.support.context_store import ONE, TENANTS, draft, opened
-from tests.support.valkey import Valkey
+from tests.support.valkey import Valkey, eventually
 
 
 async def test_the_least_worth_goes_when_a_tenants_budget_is_full(nodes: list[Valkey]) -> None:
@@ -48,6 +49,47 @@ async def test_with_only_pinned_ones_left_a_creation_is_refused(nodes: list[Valk
         await contexts.update(ONE, second.id, metadata={})
         await contexts.update(ONE, plain.id, metadata={"pin": "1"})
         assert len(await contexts.rows(ONE)) == 3
+
+
+async def test_creations_at_once_cannot_exceed_the_total_budget_together(nodes: list[Valkey]) -> None:
+    """Two workers, eight tenants, contexts that may not be discarded: room is reserved before it is taken."""
+    async with opened(nodes, total_bytes=150_000) as one, opened(nodes, total_bytes=150_000) as two:
+        tenants = [f"{number:032x}" for number in range(8)]
+        creations = [
+            (one, two)[number % 2].contexts.create(tenant, draft(60_000, metadata={"pin": "1"}))
+            for number, tenant in enumerate(tenants)
+        ]
+        results = await asyncio.gather(*creations, return_exceptions=True)
+        refused = [result for result in results if isinstance(result, BaseException)]
+        assert all(isinstance(error, QuotaFull) for error in refused)
+        assert len(refused) == 6
+        kept = [row for tenant in tenants for row in await one.contexts.rows(tenant)]
+        assert sum(row.size_bytes for row in kept) <= 150_000
+
+
+async def test_a_reservation_in_the_total_budget_ends_with_the_creation(server: Valkey) -> None:
+    """Whether it succeeds, is refused for another reason, or finds that the context exists."""
+    server.flush()
+    async with opened([server], total_bytes=100_000) as one:
+        with pytest.raises(PastExpiry):
+            await one.contexts.create(ONE, draft(70_000, ttl_seconds=None, expires_unix_seconds=1.0))
+        await eventually(lambda: server.ask("EXISTS", keys.CONTEXTS_RESERVED) == b":0\r\n")
+        same = draft(70_000)
+        await one.contexts.create(ONE, same)
+        await one.contexts.create(ONE, same)
+        assert server.ask("EXISTS", keys.CONTEXTS_RESERVED) == b":0\r\n"
+
+
+async def test_reservations_that_are_damaged_or_over_take_no_room(server: Valkey) -> None:
+    """They are dropped where the next one is made; so are damaged totals."""
+    server.flush()
+    server.ask(
+        "HSET", keys.CONTEXTS_RESERVED, "a", "90000:1", "b", "nan:9", "c", "9" * 5000 + ":" + "9" * 5000, "d", ""
+    )
+    server.ask("HSET", keys.CONTEXTS_TOTALS, TENANTS[1], "9" * 5000 + ":1", TENANTS[2], "inf:1")
+    async with opened([server], started=False, total_bytes=100_000) as one:
+        assert await one.contexts.create(ONE, draft(70_000))
+        assert server.ask("EXISTS", keys.CONTEXTS_RESERVED) == b":0\r\n"
 
 
 async def test_over_all_tenants_the_least_worth_goes_whosever_it_is(nodes: list[Valkey]) -> None:
