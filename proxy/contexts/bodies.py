@@ -17,6 +17,7 @@ from msgspec import Raw
 
 from proxy.errors import BadRequest
 from proxy.model import Body, Media
+from proxy.wire.bounds import check_array
 from proxy.wire.contexts import CONTEXT_ID, TAG, TTL_SECONDS_MOST
 from proxy.wire.media import find_media
 from proxy.wire.request import MODEL_NAME_BYTES_MOST
@@ -28,6 +29,8 @@ METADATA_PAIRS_MOST, KEY_CHARACTERS_MOST, VALUE_CHARACTERS_MOST = 16, 64, 512
 TAGS_MOST = 16  # of one upload
 MESSAGES_MOST = 10_000
 TOOLS_MOST = 128
+PARTS_MOST = 10_000  # of one message, and tool calls
+MEMBER_BYTES_MOST = 256 * 1024  # of one small member; the longest metadata has 60 KB, or six times that in escapes
 PAGE_MOST, PAGE_USUAL = 100, 20
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
@@ -72,15 +75,15 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class _Upload(msgspec.Struct, gc=False):
-    model: Any = None
+    model: Raw = _NONE
     messages: Raw = _NONE
     tools: Raw = _NONE
-    name: Any = None
-    description: Any = None
-    metadata: Any = None
-    tags: Any = None
-    expired_at: Any = None
-    ttl: Any = None
+    name: Raw = _NONE
+    description: Raw = _NONE
+    metadata: Raw = _NONE
+    tags: Raw = _NONE
+    expired_at: Raw = _NONE
+    ttl: Raw = _NONE
 
 
 class _Change(msgspec.Struct, gc=False):
@@ -95,11 +98,11 @@ class _Tagging(msgspec.Struct, gc=False):
 
 
 class _Message(msgspec.Struct, gc=False):
-    role: Any = None
+    role: Raw = _NONE
     content: Raw = _NONE
-    name: Any = None
+    name: Raw = _NONE
     tool_calls: Raw = _NONE
-    tool_call_id: Any = None
+    tool_call_id: Raw = _NONE
     function_call: Raw = _NONE
     refusal: Raw = _NONE
 
@@ -128,21 +131,22 @@ class _Tool(msgspec.Struct, gc=False):
 def read_upload(body: Body) -> Upload:
     """Read the body of a creation. Raises BadRequest."""
     fields = _decoded(body, _Upload)
-    if not isinstance(fields.model, str) or not 0 < len(fields.model.encode()) <= MODEL_NAME_BYTES_MOST:
+    model = _small(fields.model, "model")
+    if not isinstance(model, str) or not 0 < len(model.encode()) <= MODEL_NAME_BYTES_MOST:
         raise BadRequest(f"model must be a string of 1 to {MODEL_NAME_BYTES_MOST} bytes.", param="model")
     tools, functions = _tools(fields.tools)
     messages, bounds, last_role, media = _messages(body, fields.messages, functions)
-    ttl_seconds, expired_at = _expiry(fields.ttl, fields.expired_at)
+    ttl_seconds, expired_at = _expiry(_small(fields.ttl, "ttl"), _small(fields.expired_at, "expired_at"))
     return Upload(
-        model=fields.model,
+        model=model,
         tools=tools,
         messages=messages,
         bounds=bounds,
         ends_with_user=last_role == "user",
-        name=_text(fields.name, "name", NAME_CHARACTERS_MOST),
-        description=_text(fields.description, "description", DESCRIPTION_CHARACTERS_MOST),
-        metadata=_metadata(fields.metadata) or {},
-        tags=_tags(fields.tags),
+        name=_text(_small(fields.name, "name"), "name", NAME_CHARACTERS_MOST),
+        description=_text(_small(fields.description, "description"), "description", DESCRIPTION_CHARACTERS_MOST),
+        metadata=_metadata(_small(fields.metadata, "metadata")) or {},
+        tags=_tags(_small(fields.tags, "tags")),
         ttl_seconds=ttl_seconds,
         expired_at=expired_at,
         media=media,
@@ -151,6 +155,7 @@ def read_upload(body: Body) -> Upload:
 
 def read_change(body: Body) -> Change:
     """Read the body of a PUT. Raises BadRequest."""
+    _check_short(body)
     fields = _decoded(body, _Change)
     ttl_seconds, expired_at = _expiry(fields.ttl, fields.expired_at)
     return Change(_metadata(fields.metadata), ttl_seconds, expired_at)
@@ -158,6 +163,7 @@ def read_change(body: Body) -> Change:
 
 def read_tagging(body: Body) -> tuple[str, str | None]:
     """Read the body that creates or moves a tag: the tag, and the id, None if it cannot be one. Raises BadRequest."""
+    _check_short(body)
     fields = _decoded(body, _Tagging)
     if not isinstance(fields.cache_id, str):
         raise BadRequest("cache_id must be a string.", param="cache_id")
@@ -187,13 +193,30 @@ def read_page(query: str) -> Page:
     return Page(int(limit), order == "desc", values.get("after"), values.get("before"), metadata)
 
 
-def _decoded(body: Body, kind: type[Any]) -> Any:
+def _check_short(body: Body) -> None:
+    """Refuse a body that is longer than all its members may be: it is decoded whole."""
+    if len(body) > MEMBER_BYTES_MOST:
+        raise BadRequest(f"The body has more than {MEMBER_BYTES_MOST:,} bytes.")
+
+
+def _small(value: Raw, param: str) -> Any:
+    """Decode a small member. Raises BadRequest."""
+    if value is _NONE:
+        return None
+    if len(memoryview(value)) > MEMBER_BYTES_MOST:
+        raise BadRequest(f"{param} has more than {MEMBER_BYTES_MOST:,} bytes.", param=param)
+    return _decoded(value, Any)
+
+
+def _decoded(body: Body | Raw, kind: Any) -> Any:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError:
         raise BadRequest("The body must be a JSON object.") from None
     except msgspec.DecodeError as error:
-        raise BadRequest("The body is empty." if not body.strip() else f"The body is not JSON: {error}") from None
+        raise BadRequest(
+            "The body is empty." if not bytes(body).strip() else f"The body is not JSON: {error}"
+        ) from None
     except RecursionError:
         raise BadRequest("The body is nested too deeply.") from None
     except UnicodeDecodeError:
@@ -256,6 +279,7 @@ def _tools(value: Raw) -> tuple[bytes, frozenset[str]]:
     """Return the array as sent, empty if there is none, and the names of its functions."""
     if value is _NONE or bytes(memoryview(value)[:5]) in (b"null", b"[]"):
         return b"", frozenset()
+    check_array(value, "tools", TOOLS_MOST)
     try:
         listed = msgspec.json.decode(value, type=list[Raw])
     except _DECODE_ERRORS:
@@ -287,6 +311,7 @@ def _tool(value: Raw, param: str) -> str:
 
 def _messages(body: Body, value: Raw, functions: frozenset[str]) -> tuple[bytes, array[int], str, tuple[Media, ...]]:
     """Return the messages as sent without brackets, their bounds, the last one's role, and the parts without text."""
+    check_array(value, "messages", MESSAGES_MOST)
     try:
         listed = msgspec.json.decode(value, type=list[Raw])
     except _DECODE_ERRORS:
@@ -314,12 +339,12 @@ def _message(value: Raw, param: str, calls: dict[str, str], functions: frozenset
         message = msgspec.json.decode(value, type=_Message)
     except _DECODE_ERRORS:
         raise BadRequest("A message must be an object.", param=param) from None
-    role = message.role
+    role = _small(message.role, f"{param}.role")
     if not isinstance(role, str) or role not in _ROLES:
         raise BadRequest(
             "role must be one of assistant, developer, function, system, tool and user.", param=f"{param}.role"
         )
-    if message.name is not None and not isinstance(message.name, str):
+    if not isinstance(_small(message.name, f"{param}.name"), str | None):
         raise BadRequest("name must be a string.", param=f"{param}.name")
     made = _tool_calls(message.tool_calls, f"{param}.tool_calls")
     if made and role != "assistant":
@@ -327,7 +352,7 @@ def _message(value: Raw, param: str, calls: dict[str, str], functions: frozenset
     says_other = bool(made) or _kind(message.function_call) == "{" or _kind(message.refusal) == '"'
     _check_content(message.content, f"{param}.content", may_be_null=role == "assistant" and says_other)
     if role == "tool":
-        _check_tool_answer(message.tool_call_id, param, calls, functions)
+        _check_tool_answer(_small(message.tool_call_id, f"{param}.tool_call_id"), param, calls, functions)
     calls.update(made)
     return role
 
@@ -338,6 +363,7 @@ def _check_content(value: Raw, param: str, *, may_be_null: bool) -> None:
         return
     if kind != "[":
         raise BadRequest("content must be a string or an array of parts.", param=param)
+    check_array(value, param, PARTS_MOST)
     try:
         parts = msgspec.json.decode(value, type=list[_Part])
     except _DECODE_ERRORS:
@@ -352,6 +378,7 @@ def _check_content(value: Raw, param: str, *, may_be_null: bool) -> None:
 def _tool_calls(value: Raw, param: str) -> dict[str, str]:
     if _kind(value) in ("", "n"):
         return {}
+    check_array(value, param, PARTS_MOST)
     try:
         calls = msgspec.json.decode(value, type=list[_ToolCall])
     except _DECODE_ERRORS:

@@ -35,7 +35,7 @@ RANK_HEADER: Final = b"x-data-parallel-rank"
 HOLD_SECONDS: Final = 15.0
 """How long the head of a stream is held back for its first event. Until then another replica can be tried."""
 
-_REFUSAL_AT_MOST_BYTES = 64 * 1024
+_REFUSAL_AT_MOST_BYTES = 64 * 1024  # a longer one does not only say that a field is unknown
 _IDEMPOTENT_METHODS = frozenset({"GET", "HEAD"})
 _FULL_STATUSES = frozenset({503, 529})
 _RATE_LIMITED: Final = 429
@@ -276,9 +276,9 @@ class Dispatcher:
         self, exchange: Exchange, attempt: Attempt, endpoint: ReplicaEndpoint, refusal: UpstreamResponse
     ) -> UpstreamResponse:
         """Send again without `stream_options` if that may have caused `refusal`; a success proves that it did."""
-        text = await refusal.read(_REFUSAL_AT_MOST_BYTES)
-        if not self._usage_options.may_have_caused(attempt.replica, text):
-            refusal.put_back(text)
+        if not await refusal.fits(_REFUSAL_AT_MOST_BYTES):
+            return refusal
+        if not self._usage_options.may_have_caused(attempt.replica, refusal.peek()):
             return refusal
         exchange.asked_usage = False
         response = await self._send_body(exchange, endpoint, exchange.edits, identity=False)

@@ -139,6 +139,24 @@ class UpstreamResponse:
                 return False
         return True
 
+    async def fits(self, limit_bytes: int) -> bool:
+        """Wait until the whole body has arrived, or more than `limit_bytes` of it; return whether it is complete.
+
+        Nothing is taken. Raises what ended the exchange before. Cancelling it closes the connection.
+        """
+        while not self._complete:
+            if self.buffered_bytes > limit_bytes:
+                return False
+            if self._error is not None:
+                raise copy(self._error)
+            waiter = self._waiter = self._loop.create_future()
+            try:
+                await waiter
+            except BaseException:
+                self.abort()
+                raise
+        return True
+
     def body_now(self) -> bytes:
         """Take what has arrived of the body without waiting; once `complete`, the rest of it."""
         chunks = self.chunks
@@ -213,11 +231,6 @@ class UpstreamResponse:
             if key == name:
                 return value
         return b""
-
-    def put_back(self, body: bytes) -> None:
-        """Undo a `read` of the whole body, for a caller that looked at it before passing it on."""
-        if body:
-            self.chunks.insert(0, body)
 
     def abort(self) -> None:
         """Close the connection unless the body has ended."""

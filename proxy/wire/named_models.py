@@ -15,7 +15,8 @@ from msgspec import Raw
 from proxy.errors import BadRequest
 from proxy.model import Body
 from proxy.wire import multipart
-from proxy.wire.schemas import DECODE_ERRORS, decode_model, seen
+from proxy.wire.bounds import check_values
+from proxy.wire.schemas import DECODE_ERRORS, SecondModel, decode_model, seen
 
 _BATCH_LINES_MOST: Final = 50_000  # requests of one batch, the providers' own limit
 _ADAPTERS: Final = frozenset({"adapter", "adapter_id", "adapters", "lora", "lora_id", "lora_name", "lora_path"})
@@ -69,8 +70,8 @@ def _json_model(body: Body) -> str | None:
         model = decode_model(body).model
     except DECODE_ERRORS:
         return None
-    if len(seen.models) > 1:
-        raise BadRequest("model is given twice", param="model")
+    except SecondModel:
+        raise BadRequest("model is given twice", param="model") from None
     return str(model) or None
 
 
@@ -82,6 +83,7 @@ def further_models(body: Body, content_type: bytes) -> list[str] | None:
     """
     if multipart.is_form(content_type):
         return _form_models(body, content_type)
+    check_values(body)
     try:
         top = msgspec.json.decode(body, type=dict[str, Raw])
         found: list[str] = []
@@ -187,6 +189,7 @@ def batch_file_models(body: Body, content_type: bytes) -> set[str] | None:
 def batch_request_models(body: Body) -> set[str] | None:
     """Return every model of a `messages/batches` body, None if one of its requests cannot be read."""
     models: set[str] = set()
+    check_values(body)
     try:
         requests = msgspec.json.decode(body)["requests"]
         if not all(_add_models(models, request.get("params")) for request in requests):

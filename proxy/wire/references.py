@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Raw
 
 from proxy.model import Body
+from proxy.wire.bounds import check_values
 from proxy.wire.schemas import DECODE_ERRORS
 
 _COLLECTIONS: Final = {
@@ -64,6 +65,7 @@ def references(body: Body, others: Iterable[memoryview | Body] = ()) -> frozense
         or (body.find(_ESCAPE) >= 0 and _ESCAPED_LETTER.search(body) is not None)
     ):
         return frozenset()
+    check_values(body)
     try:
         return frozenset(_in_decoded(msgspec.json.decode(body)))
     except DECODE_ERRORS:

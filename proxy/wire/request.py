@@ -25,17 +25,23 @@ from msgspec import Raw
 
 from proxy.errors import BadRequest
 from proxy.model import Body, Endpoint, Prompt, UsageRequest
+from proxy.wire.bounds import TooManyItems, may_hold_many
 from proxy.wire.media import find_media
 from proxy.wire.schemas import (
+    MESSAGES_MOST,
     NONE,
     Common,
+    SecondModel,
     decode_chat,
+    decode_chat_counted,
     decode_completion,
     decode_conversation,
     decode_embeddings,
     decode_messages,
+    decode_messages_counted,
     decode_options,
     decode_responses,
+    decode_responses_counted,
     decode_responses_text,
     decode_text,
     seen,
@@ -43,9 +49,6 @@ from proxy.wire.schemas import (
 from proxy.wire.spans import span_of
 
 MODEL_NAME_BYTES_MOST: Final = 512  # bytes; the longest names seen (paths of local models) are under 300
-
-MESSAGES_MOST: Final = 20_000
-"""Messages or input items of one prompt; a view of each is made, and these take 30 ms of the event loop."""
 
 CACHE_MESSAGE_BYTES_MOST: Final = 1024
 """Length of the JSON text of a message that names a stored context; twice what is needed."""
@@ -110,7 +113,7 @@ def first_file_id(body: Body) -> str | None:
 
 
 def _read_chat(body: Body) -> Prompt:
-    fields = _decoded(decode_chat, body)
+    fields = _decoded(decode_chat_counted if may_hold_many(body) else decode_chat, body)
     messages = _listed(fields.messages, "messages")
     spans = [memoryview(message) for message in messages]
     tools: list[memoryview] = []
@@ -137,7 +140,7 @@ def _listed(messages: list[Raw] | None, param: str) -> list[Raw]:
     if messages is None:
         raise BadRequest(f"{param} must be an array", param=param)
     if len(messages) > MESSAGES_MOST:
-        raise BadRequest(f"{param} has {len(messages)} items; at most {MESSAGES_MOST} are accepted", param=param)
+        raise TooManyItems(f"{param} has more than {MESSAGES_MOST} items.", param=param)
     return messages
 
 
@@ -159,7 +162,7 @@ def _read_completion(body: Body) -> Prompt:
 
 def _read_messages(body: Body) -> Prompt:
     """Read Anthropic's dialect. There a change of `tool_choice` keeps tools and system cached, not the messages."""
-    fields = _decoded(decode_messages, body)
+    fields = _decoded(decode_messages_counted if may_hold_many(body) else decode_messages, body)
     messages = _listed(fields.messages, "messages")
     tools, system = _present(fields.tools), _present(fields.system, fields.tool_choice)
     spans = [*tools, *system, *[memoryview(message) for message in messages]]
@@ -289,8 +292,8 @@ def _decoded(decode: Callable[[Body], Any], body: Body) -> Any:
         raise BadRequest("the body is nested too deeply") from None
     except UnicodeDecodeError:
         raise BadRequest("the body is not valid UTF-8") from None
-    if len(models) > 1:
-        raise BadRequest("model is given twice", param="model")
+    except SecondModel:
+        raise BadRequest("model is given twice", param="model") from None
     if models and not 0 < len(fields.model) <= MODEL_NAME_BYTES_MOST:
         raise BadRequest("model is empty or too long", param="model")
     return fields
@@ -299,9 +302,9 @@ def _decoded(decode: Callable[[Body], Any], body: Body) -> Any:
 def _decoded_responses(body: Body) -> Any:
     """Decode a body whose `input` is mostly an array; if it is a string, the body is decoded a second time."""
     try:
-        return _decoded(decode_responses, body)
+        return _decoded(decode_responses_counted if may_hold_many(body) else decode_responses, body)
     except BadRequest as error:
-        if error.param != "input":
+        if error.param != "input" or isinstance(error, TooManyItems):
             raise
     return _decoded(decode_responses_text, body)
 
@@ -343,7 +346,17 @@ def _usage_request(body: Body, options: Raw) -> tuple[UsageRequest, tuple[int, i
         return _NOT_APPLICABLE, (0, 0)
     if asked is not None and asked.include_usage:
         return UsageRequest.ASKED, (0, 0)
+    if not _is_utf8(options):  # members that are not read may be anything, and these options are written anew
+        return _NOT_APPLICABLE, (0, 0)
     return UsageRequest.REPLACE, span_of(body, options)
+
+
+def _is_utf8(value: Raw) -> bool:
+    try:
+        bytes(value).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _count(value: Raw) -> int | None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 from msgspec import Raw
 
+from proxy.errors import BadRequest
 from proxy.model import Body, Usage
+from proxy.wire.bounds import check_array
 
 NONE = Raw()
 """The value of a raw member that is absent; compare by identity."""
@@ -24,11 +26,18 @@ DECODE_ERRORS = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 
 # --- requests
 
+MESSAGES_MOST: Final = 20_000
+"""Messages or input items of one prompt; a view of each is made, and these take 30 ms of the event loop."""
+
 
 class Model(str):
     """A type for which msgspec calls `_seen_model`, once for every occurrence of the key."""
 
     __slots__ = ()
+
+
+class SecondModel(Exception):
+    """The body names a model twice. msgspec passes it on, since it is no ValueError."""
 
 
 class _Seen(threading.local):
@@ -45,6 +54,8 @@ def _seen_model(kind: type, value: Any) -> Any:
     if kind is not Model or not isinstance(value, str):
         raise ValueError("model must be a string")
     seen.models.append(value)
+    if len(seen.models) > 1:
+        raise SecondModel  # at once: a body can hold millions of them
     return Model(value)
 
 
@@ -123,6 +134,33 @@ decode_responses = _of_body(_Responses)
 decode_responses_text = _of_body(_ResponsesText)
 decode_messages = _of_body(_Messages)
 decode_embeddings = _of_body(_Embeddings)
+
+
+def _counted(kind: type, member: str) -> Callable[[Body], Any]:
+    """Return a decoder like that of `kind` which counts the items of its array `member` before it makes any.
+
+    Raises BadRequest in addition.
+    """
+    decode = _of_body(msgspec.defstruct(kind.__name__, [(member, Raw, NONE)], bases=(kind,), gc=False))
+
+    def decode_counted(body: Body) -> Any:
+        fields = decode(body)
+        raw = getattr(fields, member)
+        check_array(raw, member, MESSAGES_MOST)
+        try:
+            items = None if raw is NONE else _decode_items(raw)
+        except msgspec.ValidationError:
+            raise BadRequest(f"{member} must be an array", param=member) from None
+        setattr(fields, member, items)
+        return fields
+
+    return decode_counted
+
+
+_decode_items: Callable[[Raw], list[Raw] | None] = msgspec.json.Decoder(list[Raw] | None).decode
+decode_chat_counted = _counted(_Chat, "messages")
+decode_messages_counted = _counted(_Messages, "messages")
+decode_responses_counted = _counted(_Responses, "input")
 decode_model = decode_embeddings
 
 

@@ -100,6 +100,28 @@ async def test_a_refusal_that_goes_away_without_stream_options_is_remembered_wha
         assert asked == [True, False, False]
 
 
+@pytest.mark.parametrize("status", [400, 422])
+async def test_a_long_refusal_of_a_stream_is_passed_on_unchanged(http: aiohttp.ClientSession, status: int) -> None:
+    """It is about more than a field, so nothing is sent again."""
+    body = json.dumps({"error": {"message": "x" * 200_000}}).encode()
+    failure = Failure(status, (("content-type", "application/json"),), body)
+    async with OpenAIUpstream(failures=[failure]) as upstream, running(config_for([upstream.url])) as cairn:
+        async with http.post(f"{cairn.url}/chat/completions", json=STREAM) as answer:
+            assert (answer.status, await answer.read()) == (status, body)
+        assert len(upstream.generations) == 1
+
+
+async def test_stream_options_that_are_not_utf8_are_left_to_the_upstream(http: aiohttp.ClientSession) -> None:
+    """They could not be written anew."""
+    async with OpenAIUpstream() as upstream, running(config_for([upstream.url])) as cairn:
+        for options in (b'{"a\xed\xa0\x80":[[]]}', b'{"a":"\xff"}', b'{"\\ud800":1}'):
+            body = b'{"model":"m","stream":true,"messages":[],"stream_options":%b}' % options
+            async with http.post(f"{cairn.url}/chat/completions", data=body) as answer:
+                await answer.read()
+                assert answer.status < 500 or "x-cairn-replica" in answer.headers
+        assert upstream.requests[-2].body != b""
+
+
 async def test_once_stream_options_were_accepted_another_400_is_passed_on_at_once(
     http: aiohttp.ClientSession,
 ) -> None:

@@ -27,6 +27,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tests.hostile.fuzz", description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--requests", type=int, default=1_000_000, help="how many to send (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=17, help="from which they are made (default: %(default)s)")
+    parser.add_argument("--session", type=int, help="send only the requests of this one, which a finding names")
     return parser.parse_args(arguments)
 
 
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
             def progress(done: int, findings: int) -> None:
                 bar.update(task, completed=done, description=f"fuzzing, {findings} findings")
 
-            verdict = uvloop.run(fuzz(options.requests, options.seed, progress))
+            verdict = uvloop.run(fuzz(options.requests, options.seed, progress, only=options.session))
     except StartFailed as failure:
         console.print(str(failure), style="red", highlight=False)
         return 1

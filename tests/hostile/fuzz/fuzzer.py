@@ -33,12 +33,20 @@ class Verdict:
     problems: list[str]
 
 
-async def fuzz(requests: int, seed: int, progress: Progress = lambda done, findings: None) -> Verdict:
-    """Send a number of requests, made from `seed`; `progress` gets the numbers of requests and of findings so far."""
+async def fuzz(
+    requests: int, seed: int, progress: Progress = lambda done, findings: None, *, only: int | None = None
+) -> Verdict:
+    """Send a number of requests, made from `seed`, or those of the session `only`.
+
+    `progress` gets the numbers of requests and of findings so far.
+    """
     loop = asyncio.get_running_loop()
     tally = Tally()
     async with running_world(seed) as world:
         begin = loop.time()
+        if only is not None:
+            await Session(seed, only, world.ports, world.recorder, tally).run(REQUESTS_PER_SESSION)
+            requests = 0
         sessions = itertools.count()
         warming = int(requests * _WARMING_SHARE)
         await _run(world, seed, sessions, tally, warming, progress)

@@ -68,6 +68,7 @@ def mutate(random: Random, request: Request) -> None:
             request.method = random.choice(_METHODS)
     if request.body != body:
         request.plain_body = request.body
+        request.splices = any(name == b"content-encoding" for name, _ in request.headers)
     request.kind += ", mutated"
     request.must = Must.EITHER
     if any(name == b"x-msh-context-cache" for name, _ in request.headers) or b"cache" in request.body:

@@ -1,0 +1,117 @@
+"""Bodies that would take too long to decode are refused early, and no others."""
+
+from __future__ import annotations
+
+import json
+import time
+import tracemalloc
+
+import pytest
+from msgspec import Raw
+
+from proxy.errors import BadRequest
+from proxy.model import Endpoint
+from proxy.wire.bounds import CHECKED_BYTES, COMMAS_HARMLESS, VALUES_MOST, TooManyItems, check_array, check_values
+from proxy.wire.named_models import further_models
+from proxy.wire.references import references
+from proxy.wire.request import read
+from proxy.wire.schemas import MESSAGES_MOST
+
+MIB = 1024 * 1024
+MANY = b"[" + b",".join([b"0"] * 4_000_000) + b"]"
+MEMBERS = {Endpoint.CHAT: b"messages", Endpoint.MESSAGES: b"messages", Endpoint.RESPONSES: b"input"}
+
+
+@pytest.mark.parametrize("endpoint", MEMBERS)
+@pytest.mark.parametrize("times", [1, 3])
+def test_millions_of_items_are_refused_before_they_take_memory(endpoint: Endpoint, times: int) -> None:
+    """Wherever they stand, and even if a shorter array of that name follows."""
+    member = MEMBERS[endpoint]
+    body = b'{"model":"m"' + (b',"%b":' % member + MANY) * times + b',"x":1}'
+    if times > 1:
+        body = body[:-1] + b',"%b":[]}' % member
+    tracemalloc.start()
+    try:
+        if times > 1:
+            assert read(body, endpoint).spans == ()
+        else:
+            with pytest.raises(TooManyItems) as refused:
+                read(body, endpoint)
+            assert refused.value.param == member.decode()
+        assert tracemalloc.get_traced_memory()[1] < 16 * MIB
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("endpoint", MEMBERS)
+def test_a_long_body_with_many_commas_is_read_as_a_short_one_is(endpoint: Endpoint) -> None:
+    """Its spans lie in the body, and a wrong type is named in the same way."""
+    member = MEMBERS[endpoint].decode()
+    content = "1,2," * CHECKED_BYTES
+    items = [{"role": "user", "content": content}, {"role": "user", "content": "b"}]
+    body = json.dumps({"model": "m", member: items}).encode()
+    prompt = read(body, endpoint)
+    assert [json.loads(bytes(span)) for span in prompt.spans] == items
+    for wrong in (b"7", b"{}") if endpoint is not Endpoint.RESPONSES else ():  # whose input may be anything
+        with pytest.raises(BadRequest) as refused:
+            read(b'{"model":"m","x":"%b","%b":%b}' % (content.encode(), member.encode(), wrong), endpoint)
+        assert refused.value.param == member
+
+
+def test_a_text_as_input_may_have_any_number_of_commas() -> None:
+    """It is one item."""
+    body = json.dumps({"model": "m", "input": "1,2," * CHECKED_BYTES}).encode()
+    assert len(read(body, Endpoint.RESPONSES).spans) == 1
+
+
+def test_a_second_model_ends_the_reading() -> None:
+    """A body can hold millions of them, each of which is a call."""
+    calls = b",".join([b'"model":"m"'] * 1_000_000)
+    begun = time.process_time()
+    with pytest.raises(BadRequest, match="model is given twice"):
+        read(b'{"messages":[],' + calls + b"}", Endpoint.CHAT)
+    assert time.process_time() - begun < 0.2
+
+
+@pytest.mark.parametrize("items", [0, 1, 99, 100, 101])
+def test_an_array_may_have_as_many_items_as_are_allowed(items: int) -> None:
+    """Not one more."""
+    array = Raw(b"[" + b",".join([b'{"a":[1,2]}'] * items) + b"]")
+    if items > 100:
+        with pytest.raises(TooManyItems):
+            check_array(array, "x", 100)
+    else:
+        check_array(array, "x", 100)
+
+
+@pytest.mark.parametrize("text", [b"", b"7" * 200, b'"' + b"," * 200 + b'"', b"[" + b"1," * 90, b"[" * 5000, b"{}"])
+def test_what_is_no_array_is_left_to_its_reader(text: bytes) -> None:
+    """Broken or of another type."""
+    check_array(Raw(text), "x", 100)
+
+
+@pytest.mark.parametrize("value", [b"[],", b"{},", b'"a",', b'{"a":0},', b"0,"])
+def test_a_body_that_must_be_decoded_whole_has_a_bounded_number_of_values(value: bytes) -> None:
+    """Of any kind; commas and brackets within texts do not count."""
+    text = b'"%b"' % (b'\\"[{,' * (2 * VALUES_MOST))
+    check_values(b'{"input":[%b]}' % text)
+    with pytest.raises(BadRequest):
+        check_values(b'{"input":[%b0]}' % (value * max(VALUES_MOST + 1, CHECKED_BYTES // len(value))))
+
+
+def test_neither_references_nor_further_models_are_sought_in_too_many_values() -> None:
+    """Each would decode all of them."""
+    body = b'{"file_id":"f","model":"m","x":[%b0]}' % (b"[]," * (VALUES_MOST + CHECKED_BYTES // 3))
+    with pytest.raises(BadRequest, match="values"):
+        references(body, (body,))
+    with pytest.raises(BadRequest, match="values"):
+        further_models(body, b"application/json")
+
+
+def test_the_bounds_leave_room_for_honest_bodies() -> None:
+    """As many messages as are allowed pass though they hold more commas than are harmless."""
+    message = {"role": "user", "content": "x" * 150, "a": [0] * 15}
+    body = json.dumps({"model": "m", "messages": [message] * MESSAGES_MOST}).encode()
+    assert len(body) > CHECKED_BYTES
+    assert body.count(b",") > COMMAS_HARMLESS
+    assert len(read(body, Endpoint.CHAT).spans) == MESSAGES_MOST
