@@ -6,7 +6,10 @@ The lines that point each of them at Cairn are those of docs/clients.md.
 from __future__ import annotations
 
 import json
+from base64 import urlsafe_b64encode
+from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,26 @@ async def test_claude_code(stage: Trial) -> None:
     assert stage.hosts == []
 
 
+async def test_claude_code_counts_its_context_compacts_it_and_lists_models(stage: Trial) -> None:
+    """Requests beside the conversation: `count_tokens` for each tool and skill, a summary, the list of models."""
+    claude = installed("npm/node_modules/.bin/claude")
+    stage.offers("Read", file_path=str(stage.notes))
+    env = {
+        "ANTHROPIC_BASE_URL": stage.origin,
+        "ANTHROPIC_AUTH_TOKEN": KEY,
+        "ANTHROPIC_MODEL": MODEL,
+        "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY": "1",
+    }
+    await stage.run(claude, "-p", FIRST, "--allowedTools", "Read", env=env)
+    assert MODEL in await stage.run(claude, "-p", "/context", "--continue", env=env)
+    await stage.run(claude, "-p", "/compact", "--continue", env=env)
+    lines = await stage.is_counted(requests=3)
+    assert {line["reason"] for line in lines[1:]} == {"warm"}
+    routes = Counter(line["route"] for line in stage.cairn.access_lines())
+    assert routes["/v1/messages/count_tokens"] > 5
+    assert routes["/v1/models"] > 0
+
+
 async def test_codex_with_a_provider_of_its_own(stage: Trial) -> None:
     """Responses, streamed, with a key for the prompt's cache."""
     codex = installed("npm/node_modules/.bin/codex")
@@ -69,6 +92,35 @@ async def test_codex_with_only_the_base_url_of_openai_changed(stage: Trial) -> N
     recognised(await stage.is_counted(requests=3, refused=2))
     refused = [line for line in stage.cairn.access_lines() if line["status"] == 426]
     assert {line["route"] for line in refused} == {"/v1/responses"}
+
+
+async def test_codex_that_is_signed_in_compresses_its_bodies(stage: Trial) -> None:
+    """As a subscriber's does, with an account that is made up: zstd goes on as it came, and is read all the same."""
+    codex = installed("npm/node_modules/.bin/codex")
+    stage.offers("exec_command", cmd="cat notes.txt")
+    _codex_config(stage, f'model = "{MODEL}"', f'openai_base_url = "{stage.url}"')
+    account = {"chatgpt_plan_type": "pro", "chatgpt_user_id": "nobody", "chatgpt_account_id": "none"}
+    token = _unsigned_token({"email": "a@example.com", "exp": 4_000_000_000, "https://api.openai.com/auth": account})
+    tokens = {"id_token": token, "access_token": token, "refresh_token": "none", "account_id": "none"}
+    (stage.home / ".codex" / "auth.json").write_text(
+        json.dumps(
+            {
+                "auth_mode": "chatgpt",
+                "tokens": tokens,
+                "last_refresh": datetime.now(UTC).isoformat(),
+            }
+        )
+    )
+    await _codex_turns(stage, codex, {})
+    recognised(await stage.is_counted(requests=3, refused=2))
+    sent = [asked.header(b"content-encoding") for engine in stage.engines for asked in engine.generations]
+    assert set(sent) == {b"zstd"}
+
+
+def _unsigned_token(claims: dict[str, object]) -> str:
+    """A JSON Web Token that nobody signed."""
+    parts = (json.dumps({"alg": "RS256", "typ": "JWT"}), json.dumps(claims), "signature")
+    return ".".join(urlsafe_b64encode(part.encode()).rstrip(b"=").decode() for part in parts)
 
 
 def _codex_config(stage: Trial, *lines: str) -> None:
