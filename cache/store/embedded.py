@@ -28,6 +28,7 @@ from cache.ports import Clock
 READY_LIMIT_SECONDS = 15.0  # typically 0.08; a large append-only file is read at about 100 MB a second
 STOP_LIMIT_SECONDS = 5.0  # to flush the append-only file; then it is killed, and its last second is lost
 ORPHAN_LIMIT_SECONDS = 3.0  # for the server of a killed supervisor to end
+ANSWER_LIMIT_SECONDS = 1.0
 POLL_SECONDS = 0.01
 MAX_MEMORY_BYTES = 512 * 1024 * 1024
 OLDEST_VERSION = 7  # streams, functions and scripts as used here
@@ -101,6 +102,16 @@ class EmbeddedValkey:
     def running(self) -> bool:
         """True if the server runs; if it died by itself, call `start` again."""
         return self._process is not None and self._process.poll() is None
+
+    def responds(self) -> bool:
+        """Return whether the server answers within a second; "loading" is an answer too."""
+        return bool(_ask(self._socket, b"PING\r\n"))
+
+    def kill(self) -> None:
+        """End a server that does not respond, at once; `start` then starts another under the same URL."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
     def start(self) -> None:
         """Start the server and return once it answers, after about 80 ms. Raises EmbeddedError."""
@@ -246,7 +257,7 @@ def _ask(path: str, command: bytes) -> bytes:
     """Send one inline command to the socket at `path`; return the reply, empty if there is none."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
-            asking.settimeout(1.0)
+            asking.settimeout(ANSWER_LIMIT_SECONDS)
             asking.connect(path)
             asking.sendall(command)
             return asking.recv(64)

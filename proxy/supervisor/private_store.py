@@ -1,4 +1,4 @@
-"""Run the private Valkey that Cairn starts if no Redis is configured, and start it again when it ends."""
+"""Run the private Valkey that Cairn starts if no Redis is configured; replace it when it ends or stops responding."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from proxy.backoff import ExponentialBackoff
+from proxy.clock import Clock
 
 CHECK_SECONDS = 1.0
+SILENCE_LIMIT_SECONDS = 10.0  # without an answer it is frozen; a script may block it for a moment, and so may a disk
 PAUSE_FIRST_SECONDS = 1.0
 PAUSE_MOST_SECONDS = 30.0
+
+_Result = TypeVar("_Result")
 
 log = logging.getLogger("cairn.supervisor")
 
 
 class PrivateStore(Protocol):
-    """A store that Cairn starts itself. `start` and `stop` block."""
+    """A store that Cairn starts itself. Its methods block."""
 
     @property
     def url(self) -> str:
@@ -30,6 +34,13 @@ class PrivateStore(Protocol):
         """True if its process is alive."""
         ...
 
+    def responds(self) -> bool:
+        """Return whether it answers a command."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once."""
+
     def start(self) -> None:
         """Start it and wait until it answers."""
 
@@ -40,9 +51,10 @@ class PrivateStore(Protocol):
 class StoreKeeper:
     """Starts and stops one private store. `start` of the store raises one of `errors` if it fails."""
 
-    def __init__(self, store: PrivateStore, errors: tuple[type[Exception], ...]) -> None:
+    def __init__(self, store: PrivateStore, errors: tuple[type[Exception], ...], clock: Clock) -> None:
         self._store = store
         self._errors = errors
+        self._clock = clock
         # one thread for the life of the process: on Linux the kernel ends the store with the thread that started it
         self._thread = ThreadPoolExecutor(1, "private-store")
 
@@ -61,13 +73,20 @@ class StoreKeeper:
         return True
 
     async def run(self) -> None:
-        """Start the store again whenever it has ended, until cancelled."""
+        """Start the store again whenever it has ended or stopped responding, until cancelled."""
         backoff = ExponentialBackoff(PAUSE_FIRST_SECONDS, PAUSE_MOST_SECONDS)
+        responded_seconds = self._clock.monotonic()
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             if self._store.running:
-                continue
+                if await self._in_thread(self._store.responds):
+                    responded_seconds = self._clock.monotonic()
+                if self._clock.monotonic() - responded_seconds < SILENCE_LIMIT_SECONDS:
+                    continue
+                log.error("the private Valkey has not responded for %.0f s; killing it", SILENCE_LIMIT_SECONDS)
+                await self._in_thread(self._store.kill)
             log.warning("the private Valkey has ended; starting it")
+            responded_seconds = self._clock.monotonic()
             if await self.start():
                 backoff.reset()
             else:
@@ -78,5 +97,5 @@ class StoreKeeper:
         await self._in_thread(self._store.stop)
         self._thread.shutdown(wait=False)
 
-    async def _in_thread(self, call: Callable[[], None]) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, call)
+    async def _in_thread(self, call: Callable[[], _Result]) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)

@@ -282,7 +282,7 @@ class Supervisor:
         if redis.url is not None or redis.folder is None or self._parts.private_store is None:
             return
         store = self._parts.private_store(Path(redis.folder), redis.max_memory_bytes)
-        self._store = StoreKeeper(store, self._parts.store_errors)
+        self._store = StoreKeeper(store, self._parts.store_errors, self._parts.clock)
         await self._store.start()
         redis = msgspec.structs.replace(redis, url=SecretUrl(self._store.url))
         self._config = msgspec.structs.replace(self._config, redis=redis)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from benchmarks.common import cpu
+from proxy.supervisor.private_store import SILENCE_LIMIT_SECONDS
 from tests.chaos import dialogue, scene, stack
 from tests.chaos.load import Connection
 from tests.chaos.scene import PASSWORD, Scene, Store
@@ -121,6 +123,14 @@ async def step_clock(on: Scene) -> None:
 
 
 # --- Redis
+
+
+async def freeze_private_valkey(on: Scene) -> None:
+    family = cpu.tree(on.stack.proxy.pid)
+    pid = next(process.pid for process in family if process.name.startswith("valkey-server"))
+    os.kill(pid, signal.SIGSTOP)
+    on.mend()  # nobody wakes it: it must be found
+    await on.hold(SILENCE_LIMIT_SECONDS + 3.0)
 
 
 async def kill_redis(on: Scene) -> None:
@@ -350,6 +360,8 @@ SCENARIOS = (
              shows="redis is away", keeps_totals=False),
     Scenario("cluster-node-lost", "the Cluster's node of the journal is killed and started again",
              lose_cluster_node, scene.cluster, shows="redis is away"),
+    Scenario("private-valkey-frozen", "SIGSTOP of the private Valkey", freeze_private_valkey, scene.embedded,
+             shows=r"redis is away \(timeout"),
     Scenario("disk-full", "the disk of the private Valkey is full", fill_disk, scene.embedded,
              shows=r"redis is refusing writes \(misconf", needs="disk"),
     Scenario("upstream-killed", "one of three replicas is killed, started later", kill_replica,

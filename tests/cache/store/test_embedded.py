@@ -69,6 +69,32 @@ def test_it_can_be_started_again_after_it_was_killed(valkey: EmbeddedValkey) -> 
     assert ask(valkey, b"PING") == b"+PONG\r\n"
 
 
+def test_a_frozen_server_is_told_by_its_silence_and_replaced_with_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGSTOP: it runs and does not respond; killed and started again it has what was written, under the same URL."""
+    valkey = EmbeddedValkey(tmp_path / ("d" * 120), clock=SystemClock())  # its socket lies elsewhere
+    try:
+        valkey.start()
+        assert valkey.responds()
+        ask(valkey, b"SET k v")
+        url, pid = valkey.url, valkey.pid
+        assert pid is not None
+        monkeypatch.setattr(embedded, "ANSWER_LIMIT_SECONDS", 0.05)
+        os.kill(pid, signal.SIGSTOP)
+        assert valkey.pid == pid
+        assert not valkey.responds()
+        valkey.kill()
+        assert not valkey.running
+        monkeypatch.undo()
+        valkey.start()
+        assert valkey.url == url
+        assert valkey.responds()
+        assert ask(valkey, b"GET k") == b"$1\r\nv\r\n"
+    finally:
+        valkey.stop()
+
+
 def test_a_folder_in_use_is_refused_in_one_line(valkey: EmbeddedValkey, tmp_path: Path) -> None:
     """A second Cairn on the same folder gets a clear error, and the first goes on."""
     valkey.start()

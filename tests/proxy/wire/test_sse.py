@@ -126,10 +126,10 @@ def test_only_the_extra_chunk_is_withheld(end) -> None:
 
 
 def test_usage_in_a_chunk_with_choices_is_never_withheld() -> None:
-    """Its content belongs to the client."""
+    """Its content belongs to the client, before the first token and after it."""
     chunk = FINISH.replace(b"null}", b'{"prompt_tokens":5,"completion_tokens":2}}')
-    tap, out = relay([TOKEN, chunk, DONE], withhold=True)
-    assert out == TOKEN + chunk + DONE
+    tap, out = relay([chunk, TOKEN, chunk, DONE], withhold=True)
+    assert out == chunk + TOKEN + chunk + DONE
     assert tap.usage == Usage(5, 2)
 
 
