@@ -345,6 +345,7 @@ class Outcome(msgspec.Struct, frozen=True):
     inter_token_seconds: float = 0.0  # their sum
     tried: tuple[str, ...] = ()  # replicas that failed before the last one, each with the reason: "name;503"
     head_sent_early: bool = False  # the client was sent 200 and comments before any replica had responded
+    is_background: bool = False  # it is computed after the response, which therefore has no usage
 
 
 class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):

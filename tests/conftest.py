@@ -31,7 +31,7 @@ IS_COMPILED = proxy.pipeline.pipeline.__file__.endswith(tuple(EXTENSION_SUFFIXES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--compiled`: test the compiled modules in .build/compiled, not the sources; and `--vllm`."""
+    """Add `--compiled` (test the compiled modules in .build/compiled and not the sources), and further options."""
     parser.addoption("--compiled", action="store_true", help="test the compiled modules (see `make test`)")
     parser.addoption(
         "--openapi-examples",
@@ -39,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=2,
         help="how many requests tests/scenarios/test_openapi.py makes up for each operation",
     )
+    parser.addoption("--truth-requests", type=int, help="how many requests tests/scenarios/test_truth.py sends")
     parser.addoption("--vllm", action="store_true", help="test against a real vLLM server (see tests/vllm)")
 
 

@@ -160,7 +160,7 @@ class RequestCounters:
             self._count_tokens(usage, row, source, model, upstream)
             self._count_prediction(usage, predicted_tokens, source)
             self._count_money(outcome, usage, row, source, model, upstream, outcome.replica.id)
-        elif outcome.endpoint.is_generation and 200 <= outcome.status < 300:
+        elif _should_have_usage(outcome):
             self._recorder.inc(metrics.USAGE_MISSING, (model, upstream))
             self._totals.row(self._today(), model, upstream, outcome.tenant_name).missing += 1
 
@@ -273,6 +273,12 @@ class RequestCounters:
         if day != self._day[0]:
             self._day = (day, datetime.fromtimestamp(day * _SECONDS_PER_DAY, UTC).date().isoformat())
         return self._day[1]
+
+
+def _should_have_usage(outcome: Outcome) -> bool:
+    """Return True for an answer; an error with status 200 is none, and that of a background response is to come."""
+    succeeded = outcome.endpoint.is_generation and 200 <= outcome.status < 300
+    return succeeded and outcome.ending is not Ending.UPSTREAM_ERROR and not outcome.is_background
 
 
 def _count_answer(outcome: Outcome, usage: Usage, route: _Route) -> None:

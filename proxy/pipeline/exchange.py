@@ -244,4 +244,5 @@ class Exchange:
             inter_token_counts=tuple(self.inter_token_counts or ()),
             inter_token_seconds=self.inter_token_seconds,
             head_sent_early=self.head_sent,
+            is_background=self.background_id is not None,
         )

@@ -118,6 +118,7 @@ class CreatedObjects:
 
     def _note_background(self, exchange: Exchange, created: CreatedObject) -> None:
         for object_id in created.ids():
+            exchange.background_id = object_id
             self._mark(exchange, "background", object_id)
 
     def _count_once(self, exchange: Exchange, body: bytes, object_id: str) -> None:

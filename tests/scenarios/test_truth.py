@@ -11,19 +11,32 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import AsyncExitStack
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import aiohttp
+import msgspec
+import pytest
 import yaml
 
-from proxy.config.schema import Pool, Replica
+from proxy.config.schema import Pool
 from proxy.metrics import definitions as metrics
 from tests.conftest import IS_COMPILED
 from tests.support.cairn import Cairn, config_for, running
-from tests.support.counting_upstream import KNOWN_MODEL, MUTE_MODEL, CountingUpstream, body_of, case_of
+from tests.support.counting_upstream import (
+    KNOWN_MODEL,
+    MUTE_MODEL,
+    PAIR_MODEL,
+    STRICT_MODEL,
+    TIER_PERCENT,
+    CountingUpstream,
+    body_of,
+    case_of,
+    headers_of,
+)
 from tests.support.lean_client import LeanClient
 from tests.support.served import ROOT, Served, served
 from tests.support.valkey import Valkey, eventually
@@ -35,16 +48,75 @@ LOST_SECONDS = 1.5  # the second that a crash may cost, and half of one for a ma
 PRICE = {"input": 3, "cached_read": 0.3, "cache_write_5m": 3.75, "cache_write_1h": 6, "output": 15}
 
 
+class Upstreams:
+    """All upstreams of the cases: one that reports what it cached, one that never does, one that refuses
+    `stream_options`, and a pair of which one fails. Use it as an asynchronous context."""
+
+    def __init__(self) -> None:
+        self._of = {
+            "loud": CountingUpstream(),
+            "mute": CountingUpstream(),
+            "strict": CountingUpstream(is_strict=True),
+            "sick": CountingUpstream(fails=True),
+            "well": CountingUpstream(),
+        }
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        for upstream in self._of.values():
+            await self._stack.enter_async_context(upstream)
+        return self
+
+    async def __aexit__(self, *failure: object) -> None:
+        await self._stack.aclose()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """What they reported, by their own count."""
+        return sum((upstream.counts for upstream in self._of.values()), Counter())
+
+    @property
+    def answered(self) -> int:
+        """Requests that were answered, and not refused so that they came again."""
+        return sum(upstream.answered for upstream in self._of.values())
+
+    def pools(self) -> list[dict[str, Any]]:
+        """The configuration's pools."""
+        served = {
+            "known": ([KNOWN_MODEL, "made-up-*"], ["loud"]),
+            "mute": ([MUTE_MODEL], ["mute"]),
+            "strict": ([STRICT_MODEL], ["strict"]),
+            "pair": ([PAIR_MODEL], ["sick", "well"]),
+        }
+        return [
+            {
+                "name": pool,
+                "models": models,
+                "default": pool == "known",
+                "replicas": [{"url": self._of[name].url, "name": name} for name in names],
+            }
+            for pool, (models, names) in served.items()
+        ]
+
+
+async def ask_one(client: LeanClient, number: int) -> None:
+    """Send a case and read its answer, cut or whole; a background response is then fetched twice."""
+    case = case_of(number)
+    headers = headers_of(case, number)
+    answered = await client.post(case.path, headers, body_of(case, number))
+    assert answered == (case.status, not case.cut), (number, answered)
+    for _ in range(case.requests - 1):
+        assert await client.post(f"{case.path}/resp_{number}", headers, b"", "GET") == (200, True), number
+
+
 async def ask_all(url: str, numbers: Iterable[int]) -> None:
-    """Send all cases over connections that are kept, and read each answer, cut or whole."""
+    """Send all cases over connections that are kept."""
     waiting = iter(numbers)
 
     async def ask_in_turn() -> None:
         client = LeanClient(urlsplit(url).port or 0)
         for number in waiting:
-            case = case_of(number)
-            headers = f"x-case: {number}\r\naccept-encoding: gzip\r\n"
-            assert await client.post(case.path, headers, body_of(case, number)) == (case.status, not case.cut), number
+            await ask_one(client, number)
         client.close()
 
     async with asyncio.TaskGroup() as all_:
@@ -52,8 +124,8 @@ async def ask_all(url: str, numbers: Iterable[int]) -> None:
             all_.create_task(ask_in_turn())
 
 
-def own_count(*upstreams: CountingUpstream) -> Counter[str]:
-    return sum((upstream.counts for upstream in upstreams), Counter())
+def requests_of(numbers: Iterable[int]) -> int:
+    return sum(case_of(number).requests for number in numbers)
 
 
 def counted_by(cairn: Cairn) -> dict[str, float]:
@@ -87,36 +159,33 @@ def figures(truth: Counter[str]) -> dict[str, float]:
     return {name: truth[name] for name in names}
 
 
-async def test_two_thousand_mixed_requests_through_one_worker_add_up_exactly() -> None:
-    """Streams and plain answers of all dialects; missing, null, negative and doubled usage; cut answers."""
-    async with CountingUpstream() as upstream, CountingUpstream() as mute:
-        pools = [
-            Pool(name="known", models=(KNOWN_MODEL, "made-up-*"), replicas=(Replica(upstream.url),)),
-            Pool(name="mute", models=(MUTE_MODEL,), replicas=(Replica(mute.url),)),
-        ]
+async def test_mixed_requests_through_one_worker_add_up_exactly() -> None:
+    """Streams and plain answers of all dialects; missing, null, negative and doubled usage; cut answers; compressed
+    requests, background responses, tiers, compaction, failover, refused fields, errors with status 200."""
+    numbers = range(1_000)
+    async with Upstreams() as upstreams:
+        pools = [msgspec.convert(pool, Pool) for pool in upstreams.pools()]
         async with running(config_for([], pools=pools)) as cairn:
-            await ask_all(cairn.url, range(2_000))
-            assert upstream.answered + mute.answered == 2_000
-            assert counted_by(cairn) == figures(own_count(upstream, mute))
-            assert counted_for_others(cairn) == totals_for_others(own_count(upstream, mute))
+            await ask_all(cairn.url, numbers)
+            assert upstreams.answered == requests_of(numbers)
+            assert counted_by(cairn) == figures(upstreams.counts)
+            assert counted_for_others(cairn) == totals_for_others(upstreams.counts)
             models = {labels[0] for labels in cairn.heard.exposition.labels(metrics.TOKENS)}
-            assert models == {KNOWN_MODEL, MUTE_MODEL, metrics.OTHER}
+            assert models == {KNOWN_MODEL, MUTE_MODEL, PAIR_MODEL, STRICT_MODEL, metrics.OTHER}
 
 
-def write_config(
-    folder: Path, upstream: CountingUpstream, mute: CountingUpstream, workers: int, redis_url: str | None = None
-) -> Path:
-    pools: list[dict[str, Any]] = [
-        {"name": "known", "models": [KNOWN_MODEL, "made-up-*"], "replicas": [{"url": upstream.url, "name": "loud"}]},
-        {"name": "mute", "models": [MUTE_MODEL], "replicas": [{"url": mute.url, "name": "mute"}]},
+def write_config(folder: Path, upstreams: Upstreams, workers: int, redis_url: str | None = None) -> Path:
+    tiers = [
+        {name: value * percent / 100 for name, value in PRICE.items()} | {"service_tier": tier}
+        for tier, percent in TIER_PERCENT.items()
     ]
     file = folder / "cairn.yaml"
     file.write_text(
         yaml.safe_dump(
             {
                 "server": {"workers": workers},
-                "pools": pools,
-                "prices": [PRICE | {"upstream": "loud"}, PRICE | {"upstream": "mute"}],
+                "pools": upstreams.pools(),
+                "prices": [*tiers, PRICE],
                 "log": {"access": False},
                 "redis": {"url": redis_url},
             }
@@ -173,25 +242,27 @@ def totals_of(truth: Counter[str]) -> dict[str, int]:
     }
 
 
-async def test_mixed_requests_through_four_workers_add_up_exactly_and_outlive_them(tmp_path: Path) -> None:
-    """Tokens in /metrics and in the totals, money in the totals; and the totals again after a restart of it all."""
-    async with (
-        CountingUpstream() as upstream,
-        CountingUpstream() as mute,
-        aiohttp.ClientSession() as http,
-    ):
-        file = write_config(tmp_path, upstream, mute, workers=4)
+async def test_mixed_requests_through_four_workers_add_up_exactly_and_outlive_them(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """Tokens in /metrics and in the totals, money in the totals; and the totals again after a restart of it all.
+
+    `--truth-requests 10000` makes it long.
+    """
+    numbers = range(pytestconfig.getoption("--truth-requests") or MANY)
+    async with Upstreams() as upstreams, aiohttp.ClientSession() as http:
+        file = write_config(tmp_path, upstreams, workers=4)
         async with served(["--config", str(file)], tmp_path) as cairn:
             await eventually(lambda: len(cairn.worker_pids()) == 4, 40)
-            await ask_all(cairn.url, range(MANY))
-            truth = own_count(upstream, mute)
+            await ask_all(cairn.url, numbers)
+            truth = upstreams.counts
 
             async def all_counted() -> bool:
                 return await counts_of(http, cairn) == figures(truth)
 
             await eventually(all_counted, 5)
-            assert upstream.answered + mute.answered == MANY
-            assert await cairn.metric(http, "cairn_requests_total") == MANY
+            assert upstreams.answered == requests_of(numbers)
+            assert await cairn.metric(http, "cairn_requests_total") == requests_of(numbers)
 
             async def all_written() -> bool:
                 # a worker's last second may hold nothing but answers without usage
@@ -201,14 +272,15 @@ async def test_mixed_requests_through_four_workers_add_up_exactly_and_outlive_th
             await eventually(all_written, 5)
             made = await savings_of(http, cairn)
             assert totals_in(made) == totals_of(truth)
-            assert {line["name"] for line in made["lines"]} == {KNOWN_MODEL, MUTE_MODEL, metrics.OTHER}
+            models = {KNOWN_MODEL, MUTE_MODEL, PAIR_MODEL, STRICT_MODEL, metrics.OTHER}
+            assert {line["name"] for line in made["lines"]} == models
         again = ["--config", str(file), "--workers", "1"]
         async with served(again, tmp_path) as cairn:
             assert await savings_of(http, cairn) == made
-            await ask_all(cairn.url, range(MANY, MANY + 100))
+            await ask_all(cairn.url, range(numbers.stop, numbers.stop + 100))
             cairn.stop()  # at once: what was not written yet is written while it drains
         async with served(again, tmp_path) as cairn:
-            assert totals_in(await savings_of(http, cairn)) == totals_of(own_count(upstream, mute))
+            assert totals_in(await savings_of(http, cairn)) == totals_of(upstreams.counts)
             printed = await printed_savings(cairn)
             assert printed == await savings_of(http, cairn)
 
@@ -226,12 +298,17 @@ async def printed_savings(cairn: Served) -> dict[str, Any]:
     return made
 
 
+def is_single(number: int) -> bool:
+    """True if the case is one request that is answered whole."""
+    return not case_of(number).cut and case_of(number).requests == 1
+
+
 class Load:
     """Clients that ask one case after another until nobody answers; what was answered whole, and when."""
 
     def __init__(self, url: str) -> None:
         self._port = urlsplit(url).port or 0
-        self._numbers = (number for number in itertools.count() if not case_of(number).cut)
+        self._numbers = (number for number in itertools.count() if is_single(number))
         self._clock = asyncio.get_running_loop().time
         self._answered: list[tuple[float, Counter[str]]] = []
 
@@ -246,7 +323,7 @@ class Load:
         for number in self._numbers:
             case = case_of(number)
             try:
-                _, whole = await client.post(case.path, f"x-case: {number}\r\n", body_of(case, number))
+                _, whole = await client.post(case.path, headers_of(case, number), body_of(case, number))
             except OSError:
                 return
             if not whole:
@@ -264,8 +341,8 @@ async def test_a_crash_of_the_whole_tree_loses_what_was_served_in_the_last_secon
 ) -> None:
     """SIGKILL to the supervisor and its workers while requests pass: the totals hold all that is older and nothing
     that was not served, and the next Cairn goes on from them to the token."""
-    async with CountingUpstream() as upstream, CountingUpstream() as mute, aiohttp.ClientSession() as http:
-        file = write_config(tmp_path, upstream, mute, workers=2, redis_url=redis.url)
+    async with Upstreams() as upstreams, aiohttp.ClientSession() as http:
+        file = write_config(tmp_path, upstreams, workers=2, redis_url=redis.url)
         async with served(["--config", str(file)], tmp_path) as cairn:
             await eventually(lambda: len(cairn.worker_pids()) == 2, 40)
             load = Load(cairn.url)
@@ -274,14 +351,14 @@ async def test_a_crash_of_the_whole_tree_loses_what_was_served_in_the_last_secon
             kept = totals_of(load.answered(LOST_SECONDS))
             cairn.kill()
             await asking
-        served_in_all = totals_of(own_count(upstream, mute))
+        served_in_all = totals_of(upstreams.counts)
         async with served(["--config", str(file)], tmp_path) as cairn:
             found = totals_in(await savings_of(http, cairn))
             for name, amount in found.items():
                 assert kept[name] <= amount <= served_in_all[name], name
-            before = own_count(upstream, mute)
+            before = upstreams.counts
             await ask_all(cairn.url, range(100))
-            more = totals_of(own_count(upstream, mute) - before)
+            more = totals_of(upstreams.counts - before)
 
             async def all_written() -> bool:
                 now = totals_in(await savings_of(http, cairn))
@@ -292,13 +369,13 @@ async def test_a_crash_of_the_whole_tree_loses_what_was_served_in_the_last_secon
 
 async def test_counters_never_fall_when_a_worker_is_killed(tmp_path: Path) -> None:
     """Each series of /metrics is watched over the death of one of two workers under load."""
-    async with CountingUpstream() as upstream, CountingUpstream() as mute, aiohttp.ClientSession() as http:
-        file = write_config(tmp_path, upstream, mute, workers=2)
+    async with Upstreams() as upstreams, aiohttp.ClientSession() as http:
+        file = write_config(tmp_path, upstreams, workers=2)
         async with served(["--config", str(file)], tmp_path) as cairn:
             await eventually(lambda: len(cairn.worker_pids()) == 2, 40)
             before: dict[str, float] = {}
             for step in range(6):
-                numbers = [number for number in range(step * 200, step * 200 + 200) if not case_of(number).cut]
+                numbers = [number for number in range(step * 200, step * 200 + 200) if is_single(number)]
                 if step == 3:
                     os.kill(cairn.worker_pids()[0], signal.SIGKILL)
                     await eventually(lambda: len(cairn.worker_pids()) == 3, 40)

@@ -8,23 +8,39 @@ protocol, no framework), so that ten thousand requests take seconds.
 from __future__ import annotations
 
 import asyncio
+import enum
 import gzip
 import json
 import random
+import socket
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Self
 
+import brotli
 import httptools
+import zstandard
 
 KNOWN_MODEL, MUTE_MODEL = "truth", "mute"
+PAIR_MODEL = "pair"  # served by a replica that fails and one that does not
+STRICT_MODEL = "strict"  # served by a replica that refuses `stream_options`
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+EMBEDDINGS = "/v1/embeddings"
 CUT_EVERY = 5  # rounds of all kinds: three broken answers in a row would rightly open the replica's breaker
 # what each token costs in picodollars: per million 3 dollars for input, 0.3 read, 3.75 and 6 written, 15 for output
 INPUT, READ, WRITE_5M, WRITE_1H, OUTPUT = 3_000_000, 300_000, 3_750_000, 6_000_000, 15_000_000
+TIER_PERCENT = {"flex": 50, "priority": 200, "batch": 50}  # of these prices
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": lambda body: gzip.compress(body, 1),
+    "deflate": lambda body: zlib.compress(body, 1),
+    "br": lambda body: brotli.compress(body, quality=1),
+    "zstd": lambda body: zstandard.ZstdCompressor(1).compress(body),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +60,11 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A request and its answer. `pieces` are written one by one; with `cut` the connection ends in their middle."""
+    """A request and its answer. `pieces` are written one by one; with `cut` the connection ends in their middle.
+
+    `coding` compresses the request. `later` is the answer to a GET of the response, which is asked for twice. A
+    replica that fails does so as `fails` says: a status, `reset` or `event`. NUMBER in a piece is the case's number.
+    """
 
     path: str
     stream: bool
@@ -55,6 +75,14 @@ class Case:
     packed: bool = False
     cut: bool = False
     asks_usage: bool = False
+    coding: str = ""
+    later: bytes = b""
+    fails: str = ""
+
+    @property
+    def requests(self) -> int:
+        """Requests that the client makes for it."""
+        return 3 if self.later else 1
 
 
 @cache
@@ -79,15 +107,23 @@ def body_of(case: Case, number: int) -> bytes:
         body["stream_options"] = {"include_usage": True}
     if case.path == COMPLETIONS:
         body["prompt"] = text
-    elif case.path == RESPONSES:
+    elif case.path in (RESPONSES, EMBEDDINGS):
         body["input"] = text
+        body |= {"background": True} if case.later else {}
     else:
         body["messages"] = [{"role": "user", "content": text}]
-    return json.dumps(body).encode()
+    plain = json.dumps(body).encode()
+    return PACK[case.coding](plain) if case.coding else plain
 
 
-def _counts(f: Figures, **others: int) -> Counter[str]:
-    """As Cairn must count what `f` says; `others` beside it."""
+def headers_of(case: Case, number: int) -> str:
+    """The headers with which the client sends it."""
+    coding = f"content-encoding: {case.coding}\r\n" if case.coding else ""
+    return f"x-case: {number}\r\naccept-encoding: gzip\r\ncontent-type: application/json\r\n{coding}"
+
+
+def _counts(f: Figures, percent: int = 100, **others: int) -> Counter[str]:
+    """As Cairn must count what `f` says, at `percent` of the prices; `others` beside it."""
     picos = f.fresh * INPUT + f.cached * READ + f.short * WRITE_5M + f.long * WRITE_1H + f.output * OUTPUT
     return Counter(
         input_fresh=f.fresh,
@@ -95,8 +131,8 @@ def _counts(f: Figures, **others: int) -> Counter[str]:
         input_cache_write=f.short + f.long,
         output=f.output,
         answers=1,
-        cost_picos=picos,
-        uncached_picos=f.prompt * INPUT + f.output * OUTPUT,
+        cost_picos=picos * percent // 100,
+        uncached_picos=(f.prompt * INPUT + f.output * OUTPUT) * percent // 100,
         **others,
     )
 
@@ -340,24 +376,221 @@ def _completions(f: Figures) -> Case:
     return Case(COMPLETIONS, False, _plain(_openai(f, f.prompt, cached_tokens=f.cached)), _counts(f))
 
 
+def _sent(case: Case, coding: str) -> Case:
+    return replace(case, coding=coding)
+
+
+def _zstd(f: Figures) -> Case:
+    return _sent(_openai_plain(f), "zstd")
+
+
+def _zstd_stream(f: Figures) -> Case:
+    return _sent(_responses_stream(f), "zstd")
+
+
+def _gzip_stream(f: Figures) -> Case:
+    return _sent(_openai_stream(f), "gzip")
+
+
+def _br(f: Figures) -> Case:
+    return _sent(_anthropic(f), "br")
+
+
+def _deflate(f: Figures) -> Case:
+    return _sent(_completions(f), "deflate")
+
+
+def _background(f: Figures) -> Case:
+    """Its usage comes with the first GET; the second one brings it again."""
+    f = _read_only(f)
+    whole = _responses_tree(f) | {"id": "resp_NUMBER", "background": True, "model": KNOWN_MODEL}
+    queued = whole | {"status": "queued", "usage": None}
+    return Case(RESPONSES, False, (json.dumps(queued).encode(),), _counts(f), later=json.dumps(whole).encode())
+
+
+def _background_stream(f: Figures) -> Case:
+    """Its usage comes with the stream, and later GETs bring it again."""
+    f = _read_only(f)
+    whole = _responses_tree(f) | {"id": "resp_NUMBER", "background": True, "model": KNOWN_MODEL}
+    begin = {"type": "response.created", "response": whole | {"status": "queued", "usage": None}}
+    pieces = tuple(
+        _event(each, str(each["type"])) for each in (begin, {"type": "response.completed", "response": whole})
+    )
+    return Case(RESPONSES, True, pieces, _counts(f), later=json.dumps(whole).encode())
+
+
+def _large_last_event(f: Figures) -> Case:
+    """The usage stands before 60 KB of output in the same event."""
+    f = _read_only(f)
+    whole = _responses_tree(f)
+    whole["output"] = whole["tools"] = [
+        {"type": "message", "content": [{"type": "output_text", "text": "a" * 30_000}]}
+    ]
+    usage = {"usage": whole.pop("usage")}
+    delta = {"type": "response.output_text.delta", "delta": "Hi"}
+    events = (delta, {"type": "response.completed", "response": usage | whole})
+    return Case(RESPONSES, True, tuple(_event(each, str(each["type"])) for each in events), _counts(f))
+
+
+def _tier(f: Figures) -> Case:
+    f = _read_only(f)
+    tier = ("flex", "priority", "batch")[f.prompt % 3]
+    plain = _plain(_openai(f, f.prompt, cached_tokens=f.cached), service_tier=tier)
+    return Case(CHAT, False, plain, _counts(f, TIER_PERCENT[tier]))
+
+
+def _tier_stream(f: Figures) -> Case:
+    f = _read_only(f)
+    usage = _openai(f, f.prompt, cached_tokens=f.cached)
+    last = _event({"choices": [], "usage": usage, "service_tier": "flex"})
+    return Case(CHAT, True, (_delta(), last, b"data: [DONE]\n\n"), _counts(f, TIER_PERCENT["flex"]))
+
+
+def _tier_of_messages(f: Figures) -> Case:
+    usage = _anthropic_input(f) | {"output_tokens": f.output, "service_tier": "batch"}
+    return Case(MESSAGES, False, (json.dumps({"content": [], "usage": usage}).encode(),), _counts(f, 50))
+
+
+def _compacted_usage(f: Figures) -> tuple[dict[str, Any], Counter[str]]:
+    """Two calls, of which the top of the usage shows the last one alone."""
+    first, last = Figures(5 * f.prompt, 0, 0, 0, 2 * f.output), f
+    calls = [{"type": kind, **_anthropic_input(each), "output_tokens": each.output} for kind, each in (
+        ("compaction", first), ("message", last))]  # fmt: skip
+    counted = _counts(first) + _counts(last)
+    counted["answers"] = 1
+    return calls[1] | {"iterations": calls}, counted
+
+
+def _compacted(f: Figures) -> Case:
+    usage, counted = _compacted_usage(f)
+    return Case(MESSAGES, False, (json.dumps({"content": [], "usage": usage}).encode(),), counted)
+
+
+def _compacted_stream(f: Figures) -> Case:
+    usage, counted = _compacted_usage(f)
+    end = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": usage}
+    pieces = (*_anthropic_begin(f), _event(end, "message_delta"), _event({"type": "message_stop"}, "message_stop"))
+    return Case(MESSAGES, True, pieces, counted)
+
+
+def _odd_json(f: Figures) -> Case:
+    """What a strict decoder refuses beside the usage: a lone surrogate, NaN, Infinity, bytes that are not UTF-8."""
+    f = _read_only(f)
+    usage = json.dumps(_openai(f, f.prompt, cached_tokens=f.cached)).encode()
+    odd = (b'"\\ud800"', b"NaN", b"-Infinity", b'"\xff"')[f.prompt % 4]
+    body = b'{"choices":[{"index":0,"message":{"content":%b},"logprobs":{"x":%b}}],"usage":%b}' % (odd, odd, usage)
+    return Case(CHAT, False, (body,), _counts(f))
+
+
+def _odd_json_stream(f: Figures) -> Case:
+    f = _read_only(f)
+    usage = json.dumps(_openai(f, f.prompt, cached_tokens=f.cached)).encode()
+    odd = (b'"\\udfff"', b"Infinity")[f.prompt % 2]
+    last = b'data: {"choices":[],"usage":%b,"x":%b}\n\n' % (usage, odd)
+    return Case(CHAT, True, (_delta(), last, b"data: [DONE]\n\n"), _counts(f))
+
+
+def _mistral(f: Figures) -> Case:
+    f = _read_only(f)
+    usage = {"prompt_tokens": f.prompt, "completion_tokens": f.output, "num_cached_tokens": f.cached}
+    return Case(CHAT, False, _plain(usage | {"prompt_audio_seconds": None}), _counts(f))
+
+
+def _mistral_details(f: Figures) -> Case:
+    f = _read_only(f)
+    details = {"prompt_token_details": {"cached_tokens": f.cached}, "num_cached_tokens": f.cached}
+    return Case(CHAT, False, _plain({"prompt_tokens": f.prompt, "completion_tokens": f.output} | details), _counts(f))
+
+
+def _embedded(f: Figures) -> Case:
+    f = Figures(f.prompt, 0, 0, 0, 0)
+    tree = {
+        "data": [{"index": 0, "embedding": [0.5]}],
+        "usage": {"prompt_tokens": f.prompt, "total_tokens": f.prompt},
+    }
+    return Case(EMBEDDINGS, False, (json.dumps(tree).encode(),), _counts(f, unknown=f.prompt), model=MUTE_MODEL)
+
+
+def _strict_stream(f: Figures) -> Case:
+    """Mistral's manner: usage in the last chunk of every stream, and a 422 for a field that it does not know."""
+    f = _read_only(f)
+    usage = {"prompt_tokens": f.prompt, "completion_tokens": f.output, "num_cached_tokens": f.cached}
+    last = _event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "usage": usage})
+    return Case(CHAT, True, (_delta(), last, b"data: [DONE]\n\n"), _counts(f), model=STRICT_MODEL)
+
+
+def _with_comments(f: Figures) -> Case:
+    f = _read_only(f)
+    chunks = _chunks(_openai(f, f.prompt, cached_tokens=f.cached))
+    pieces = tuple(each for chunk in chunks for each in (b": ping\n\n", chunk, b":\n\n"))
+    return Case(CHAT, True, pieces, _counts(f))
+
+
+def _with_pings(f: Figures) -> Case:
+    whole = _anthropic_stream(f)
+    ping = _event({"type": "ping"}, "ping")
+    return replace(whole, pieces=tuple(each for piece in whole.pieces for each in (ping, piece)))
+
+
+def _error_in_200(f: Figures) -> Case:
+    """No answer, whatever its status says; and nobody is billed for it."""
+    bodies = (b'{"error":{"message":"sick"}}', b"<!DOCTYPE html><html>busy</html>", b"not json")
+    return Case(CHAT, False, (bodies[f.prompt % 3],), Counter())
+
+
+def _error_event_in_200(f: Figures) -> Case:
+    error = _event({"error": {"message": "sick"}})
+    return Case(CHAT, True, ((error,), (_delta(), error))[f.prompt % 2], Counter())
+
+
+def _failover(f: Figures) -> Case:
+    f = _read_only(f)
+    plain = _plain(_openai(f, f.prompt, cached_tokens=f.cached))
+    return Case(CHAT, False, plain, _counts(f), model=PAIR_MODEL, fails=("500", "reset")[f.prompt % 2])
+
+
+def _failover_stream(f: Figures) -> Case:
+    f = _read_only(f)
+    chunks = _chunks(_openai(f, f.prompt, cached_tokens=f.cached))
+    fails = ("503", "reset", "event")[f.prompt % 3]
+    return Case(CHAT, True, chunks, _counts(f), model=PAIR_MODEL, fails=fails)
+
+
 _KINDS: tuple[Callable[[Figures], Case], ...] = (
-    _openai_plain, _cut, _openai_stream, _anthropic, _no_usage, _moonshot, _asked_stream, _zero, _negative,
-    _anthropic_stream, _responses, _null_usage, _moonshot_in_choices, _anthropic_cut, _deepseek, _mute,
-    _written_stream, _qwen, _no_usage_stream, _twice, _refused, _packed, _responses_stream, _mute_stream,
-    _more_cached_than_prompt, _timings, _completions, _deepseek_stream, _hidden_thoughts,
+    _openai_plain, _cut, _openai_stream, _anthropic, _no_usage, _moonshot, _asked_stream, _zero, _negative, _failover,
+    _anthropic_stream, _responses, _null_usage, _zstd, _moonshot_in_choices, _anthropic_cut, _deepseek, _mute, _tier,
+    _written_stream, _qwen, _background, _no_usage_stream, _twice, _refused, _compacted, _packed, _responses_stream,
+    _mute_stream, _odd_json, _more_cached_than_prompt, _timings, _strict_stream, _completions, _deepseek_stream,
+    _hidden_thoughts, _gzip_stream, _embedded, _large_last_event, _error_in_200, _tier_stream, _mistral, _br,
+    _failover_stream, _background_stream, _with_comments, _compacted_stream, _deflate, _error_event_in_200,
+    _odd_json_stream, _mistral_details, _with_pings, _tier_of_messages, _zstd_stream,
 )  # fmt: skip
 
 
 # --- the server
 
 
+class Ends(enum.Enum):
+    """What happens to the connection after an answer."""
+
+    STAYS = "stays"
+    CLOSES = "closes"
+    RESETS = "resets"
+
+
 @dataclass
 class CountingUpstream:
-    """One replica on loopback; use it as an asynchronous context. `counts` is its own count of what it reported."""
+    """One replica on loopback; use it as an asynchronous context. `counts` is its own count of what it reported.
 
+    With `fails` it fails as its cases say. With `is_strict` it refuses requests that have `stream_options`.
+    """
+
+    fails: bool = False
+    is_strict: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     answered: int = 0
     port: int = 0
+    fetched: set[int] = field(default_factory=set)  # background responses whose usage was reported
 
     @property
     def url(self) -> str:
@@ -372,23 +605,59 @@ class CountingUpstream:
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
 
-    def answer(self, number: int | None, takes_gzip: bool) -> tuple[bytes, bool]:
-        """All bytes of the answer to a case, and whether the connection ends after them."""
+    def answer(self, number: int | None, method: str, body: bytes, *, takes_gzip: bool) -> tuple[bytes, Ends]:
+        """All bytes of the answer to a case, and whether and how the connection ends after them."""
         if number is None:  # a probe
-            return b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}", False
+            return b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}", Ends.STAYS
         case = case_of(number)
+        if self.fails and case.fails:
+            return _failure(case.fails)
+        if self.is_strict and b'"stream_options"' in body:
+            return _whole(422, b'{"detail":[{"type":"extra_forbidden"}]}'), Ends.STAYS
         self.answered += 1
-        self.counts += case.counts
+        if method == "GET":
+            self._count(number, case)
+            return _whole(200, _numbered(case.later, number)), Ends.STAYS
+        if not case.later or case.stream:
+            self._count(number, case)
         packs = case.packed and takes_gzip
         kind = "text/event-stream" if case.stream and case.status == 200 else "application/json"
         head = f"HTTP/1.1 {case.status} X\r\nContent-Type: {kind}\r\n" + "Content-Encoding: gzip\r\n" * packs
         pieces = (gzip.compress(b"".join(case.pieces), 1),) if packs else case.pieces
+        pieces = tuple(_numbered(piece, number) for piece in pieces)
         if not case.stream:
-            body = b"".join(pieces)
-            return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body, False
+            whole = b"".join(pieces)
+            return f"{head}Content-Length: {len(whole)}\r\n\r\n".encode() + whole, Ends.STAYS
         chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
         end = b"5\r\ndat" if case.cut else b"0\r\n\r\n"
-        return f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks + end, case.cut
+        ends = Ends.CLOSES if case.cut else Ends.STAYS
+        return f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks + end, ends
+
+    def _count(self, number: int, case: Case) -> None:
+        """Count what is reported, that of a background response once."""
+        if case.later and number in self.fetched:
+            return
+        self.fetched.add(number)
+        self.counts += case.counts
+
+
+def _numbered(piece: bytes, number: int) -> bytes:
+    return piece.replace(b"NUMBER", b"%d" % number) if b"NUMBER" in piece else piece
+
+
+def _whole(status: int, body: bytes, kind: str = "application/json") -> bytes:
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def _failure(fails: str) -> tuple[bytes, Ends]:
+    """An answer of a sick replica, which reports what nobody may count."""
+    if fails == "reset":
+        return b"", Ends.RESETS
+    error = {"error": {"message": "sick"}, "usage": {"prompt_tokens": 7, "completion_tokens": 7}}
+    if fails == "event":
+        return _whole(200, _event(error), "text/event-stream"), Ends.STAYS
+    return _whole(int(fails), json.dumps(error).encode()), Ends.STAYS
 
 
 class _Connection(asyncio.Protocol):
@@ -397,6 +666,7 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._case: int | None = None
         self._takes_gzip = False
+        self._body = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -406,7 +676,7 @@ class _Connection(asyncio.Protocol):
         self._parser.feed_data(data)
 
     def on_message_begin(self) -> None:
-        self._case, self._takes_gzip = None, False
+        self._case, self._takes_gzip, self._body = None, False, b""
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() == b"x-case":
@@ -414,8 +684,16 @@ class _Connection(asyncio.Protocol):
         elif name.lower() == b"accept-encoding":
             self._takes_gzip = b"gzip" in value
 
+    def on_body(self, piece: bytes) -> None:
+        if self._upstream.is_strict:
+            self._body += piece
+
     def on_message_complete(self) -> None:
-        answer, ends = self._upstream.answer(self._case, self._takes_gzip)
+        method = self._parser.get_method().decode()
+        answer, ends = self._upstream.answer(self._case, method, self._body, takes_gzip=self._takes_gzip)
         self._transport.write(answer)
-        if ends:
+        if ends is Ends.RESETS:
+            raw = self._transport.get_extra_info("socket")
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if ends is not Ends.STAYS:
             self._transport.close()  # in order, so that all before the cut arrives

@@ -15,14 +15,14 @@ class LeanClient(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._answered: asyncio.Future[tuple[int, bool]] | None = None
 
-    async def post(self, path: str, headers: str, body: bytes) -> tuple[int, bool]:
+    async def post(self, path: str, headers: str, body: bytes, method: str = "POST") -> tuple[int, bool]:
         """Send and read to the end: the status, and whether the answer was whole. `headers` are whole lines."""
         if self._transport is None:
             await asyncio.get_running_loop().create_connection(lambda: self, "127.0.0.1", self._port)
         assert self._transport is not None
         self._answered = asyncio.get_running_loop().create_future()
         self._parser = httptools.HttpResponseParser(self)
-        head = f"POST {path} HTTP/1.1\r\nHost: h\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: h\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
         self._transport.write(head.encode() + body)
         return await self._answered
 
