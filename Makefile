@@ -209,3 +209,11 @@ docs: .build/docs-tools/.done
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes \
 	  --target .build/docs-tools -r $<
 	@touch $@
+
+# Sessions that need x times the cache: on a virtual clock, of SESSIONS if given, and live on simulated engines.
+.PHONY: bench-agents bench-agents-live
+bench-agents: .venv/.dev
+	.venv/bin/python -m benchmarks.agents $(SESSIONS) $(ARGS)
+
+bench-agents-live: .build/compiled/.done
+	$(BENCH) benchmarks.agents.live $(SESSIONS) $(ARGS)

@@ -108,9 +108,9 @@ class _Drive:
 @click.argument("sessions", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False)
 @click.option("--x", default=2.0, show_default=True, help="context of all active sessions over cache")
 @click.option("--engines", default=4, show_default=True)
-@click.option("--capacity", default=500_000, show_default=True, help="tokens that each engine's cache holds")
+@click.option("--capacity", default=1_000_000, show_default=True, help="tokens that each engine's cache holds")
 @click.option("--speed", default=10.0, show_default=True, help="how much faster than the clock time runs")
-@click.option("--seconds", default=1_500.0, show_default=True, help="of the engines, of which a third is warm-up")
+@click.option("--seconds", default=2_400.0, show_default=True, help="of the engines, of which a third is warm-up")
 @click.option("--only", default="", help="rows whose name contains one of these, by commas")
 def main(
     sessions: Path | None, x: float, engines: int, capacity: int, speed: float, seconds: float, only: str

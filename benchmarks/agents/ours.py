@@ -6,6 +6,8 @@ oldest turn that waits anywhere goes first. News of the others' work is `delay_s
 
 from __future__ import annotations
 
+from functools import partial
+
 from benchmarks.fleet.ours import POOL, At, Cairn, Proxy
 from benchmarks.fleet.simulation import Send
 from benchmarks.fleet.trace import Request
@@ -133,11 +135,18 @@ class Gated(Cairn):
         gate.pressure.observe(request.input_tokens - cached_tokens, repeated, now)
         if self._claims.holders.get(replica) == request.number:
             del self._claims.holders[replica]
-        self._look(gate, now)
+        self._changed(gate, now)
 
     def ended(self, request: Request, replica: int, now: float) -> None:
         super().ended(request, replica, now)
-        self._look(self._gate_of(request), now)
+        self._changed(self._gate_of(request), now)
+
+    def _changed(self, gate: _Gate, now: float) -> None:
+        """Work ended at a replica: turns may go now, and at the other proxies once they know."""
+        self._look(gate, now)
+        for other in self._gates:
+            if other is not gate and len(other.queue) and self._delay_seconds is not None:
+                self._at(now + self._delay_seconds, partial(self._look, other))
 
 
 def _uncached(request: Request, proxy: Proxy) -> dict[int, float]:

@@ -97,6 +97,7 @@ class RoundRobinBaseline:
         self._seen: set[int] = set()
         self._seen_order: deque[int] = deque()
         self._owed: dict[str, float] = {}
+        self.gained_tokens = 0  # all that `count` has returned
 
     def follow(self, replicas: Mapping[int, ReplicaStats]) -> None:
         """Update the replicas, their budgets and epochs from the index; call it from time to time."""
@@ -157,6 +158,7 @@ class RoundRobinBaseline:
         owed = self._owed.get(label, 0.0) + gain.cached_tokens - gain.round_robin_tokens
         whole = max(0, int(owed))
         self._owed[label] = owed - whole
+        self.gained_tokens += whole
         return whole
 
     def _turn(self, placement: int, replica: int) -> _SimulatedCache | None:

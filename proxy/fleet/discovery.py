@@ -238,9 +238,10 @@ class Discovery:
         return Pools(served, None if default is None else default.name, backends)
 
     def _tell_capacity(self, number: int, tokens: int | None) -> None:
+        """Start from the configured capacity. Unlike an engine's own word it may be wrong, so it bounds nothing."""
         if tokens is not None and self._told_tokens.get(number) != tokens:
             self._told_tokens[number] = tokens
-            self._index.set_capacity(number, tokens)
+            self._index.set_capacity(number, None)
             self._index.set_budget(number, tokens)
 
     def _replicas(self) -> Iterator[tuple[Pool, Replica, int | None, bool]]:

@@ -231,10 +231,16 @@ UPSTREAM_PENDING = _max(
 )
 UPSTREAM_QUEUED = _sum("upstream_queued", "Requests waiting in Cairn for a free place at a replica.", "upstream")
 COLD_WAITING = _sum(
-    "cold_turns_waiting", "Prompts that wait in Cairn until a replica is quiet, by priority.", "priority"
+    "cold_turns_waiting",
+    "Prompts that wait in Cairn until a replica is quiet, by priority and configured client; others are `other`.",
+    "priority", "client",
 )
 COLD_ADMITTED = _counter("cold_turns_admitted", "Prompts that were sent after such a wait.")
 COLD_REFUSED = _counter("cold_turns_refused", "Prompts that were refused because such a wait would be too long.")
+THRASH_AVOIDED = _counter(
+    "thrash_avoided_tokens",
+    "Cached tokens that round robin would have computed again, while sessions needed more cache than there is.",
+)
 CACHE_NEED = _max("cache_need_ratio", "Memory that the active sessions need over that of the caches.", "pool")
 UPSTREAM_BREAKER = _max(
     "upstream_breaker_state", "Circuit breaker of a replica: 0 closed (in use), 1 half open (trying), 2 open.",

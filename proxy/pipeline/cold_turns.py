@@ -138,6 +138,7 @@ class ColdTurns:
             prompt_end=fingerprint.hashes[-1],
             body_bytes=len(call.body),
             tenant=call.tenant.id,
+            client=call.tenant.client,
             weight=call.tenant.weight,
             priority=exchange.priority_to_wait_by(),
             deadline_seconds=exchange.deadline_seconds,

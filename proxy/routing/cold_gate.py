@@ -89,6 +89,7 @@ class Turn:
     weight: float
     priority: Priority
     deadline_seconds: float | None  # on the monotonic clock, by which the first token is wanted
+    client: str = ""  # the tenant's name, if it is configured
 
     @property
     def is_new(self) -> bool:
@@ -216,6 +217,20 @@ class ColdGate:
             for (priority, _), count in pool.queue.waiting().items():
                 counts[priority] += count
         return counts
+
+    def waiting_by_client(self) -> dict[tuple[Priority, str], int]:
+        """How many turns wait, by priority and the configured name of their client; the nameless are together."""
+        counts: dict[tuple[Priority, str], int] = {}
+        for pool in self._pools.values():
+            for waiter in pool.waiting:
+                key = waiter.turn.priority, waiter.turn.client
+                counts[key] = counts.get(key, 0) + 1
+        return counts
+
+    @property
+    def is_holding(self) -> bool:
+        """True while sessions of some pool need more cache than it has, so that cold turns wait."""
+        return any(pool.pressure.is_holding for pool in self._pools.values())
 
     def need(self, pool: str) -> float | None:
         """Return the need of continuing sessions over the capacity of the pool's caches; None if unknown."""

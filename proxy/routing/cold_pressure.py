@@ -141,6 +141,11 @@ class ColdPressure:
         self._is_on = False
 
     @property
+    def is_holding(self) -> bool:
+        """True if cold turns waited when it was last asked."""
+        return self._is_on
+
+    @property
     def repeated_share(self) -> float:
         """The share, 0 to 1; 0 while too little is known."""
         if self._computed_tokens < MIN_COMPUTED_TOKENS:

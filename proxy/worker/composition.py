@@ -435,7 +435,7 @@ def _reporter(control: WorkerControl, built: Built, requests: Requests) -> Repor
     queues = requests.queues.by_replica
     figures = Figures(
         replicas=ReplicaFigures(recorder, replicas.fleet, replicas.pools, queues, basics.clock),
-        gate=GateFigures(recorder, sharing.cold_gate, replicas.pools),
+        gate=GateFigures(recorder, sharing.cold_gate, replicas.pools, sharing.baseline),
         index=IndexFigures(recorder, memory.index, journal, replicas.pools, sharing.baseline),
         store=StoreFigures(
             recorder,

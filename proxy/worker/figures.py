@@ -19,6 +19,7 @@ from proxy.metrics.definitions import Labels, Spec
 from proxy.metrics.recorder import Recorder
 from proxy.model import ReplicaView
 from proxy.routing.cold_gate import ColdGate
+from proxy.routing.fair_shares import Priority
 
 _BREAKER_LEVELS = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerState.OPEN: 2}
 _BLOCKING = frozenset({"XREAD"})  # waits for new entries by design, so its duration means nothing
@@ -136,28 +137,48 @@ class ReplicaFigures:
         return up, pools
 
 
+MAX_CLIENTS_SHOWN = 32
+"""Configured clients with a label of their own among those whose prompts wait; the others are counted together."""
+
+OTHER_CLIENTS = "other"
+
+
 class GateFigures:
     """The gauges and totals of the prompts that wait until a replica is quiet."""
 
-    def __init__(self, recorder: Recorder, gate: ColdGate, pools: Pools) -> None:
+    def __init__(self, recorder: Recorder, gate: ColdGate, pools: Pools, baseline: RoundRobinBaseline) -> None:
         self._recorder = recorder
         self._gate = gate
         self._pools = pools
+        self._baseline = baseline
+        self._gained_tokens = 0
+        self._shown: set[str] = set()
         self._growth = Growth(recorder)
 
     def update(self) -> None:
         """Set the gauges, and count what was sent and refused since the last call."""
         gate, recorder = self._gate, self._recorder
-        waiting: dict[Labels, float] = {
-            (priority.name.lower(),): float(count) for priority, count in gate.waiting().items()
-        }
-        recorder.replace_gauges(metrics.COLD_WAITING, waiting)
+        recorder.replace_gauges(metrics.COLD_WAITING, self._waiting())
+        gained = self._baseline.gained_tokens - self._gained_tokens
+        self._gained_tokens += gained
+        if gained and gate.is_holding:
+            recorder.inc(metrics.THRASH_AVOIDED, (), gained)
         self._growth.count(metrics.COLD_ADMITTED, (), gate.admitted)
         self._growth.count(metrics.COLD_REFUSED, (), gate.refused)
         needs = {pool.name: gate.need(pool.name) for pool in self._pools.all if not pool.is_provider}
         recorder.replace_gauges(
             metrics.CACHE_NEED, {(name,): need for name, need in needs.items() if need is not None}
         )
+
+    def _waiting(self) -> dict[Labels, float]:
+        """Return the gauges of those that wait; the priorities of nameless clients are always there."""
+        waiting: dict[Labels, float] = {(each.name.lower(), OTHER_CLIENTS): 0.0 for each in Priority}
+        for (priority, client), count in self._gate.waiting_by_client().items():
+            if client and len(self._shown) < MAX_CLIENTS_SHOWN:
+                self._shown.add(client)
+            labels = (priority.name.lower(), client if client in self._shown else OTHER_CLIENTS)
+            waiting[labels] = waiting.get(labels, 0.0) + count
+        return waiting
 
 
 class IndexFigures:

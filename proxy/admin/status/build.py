@@ -263,7 +263,7 @@ def recent_errors(of_workers: Iterable[Sequence[ErrorRow]]) -> list[ErrorShown]:
 
 def notices(figures: Figures) -> list[str]:
     """Return what needs attention although requests are served, one sentence each."""
-    found = []
+    found = _scarce_caches(figures)
     if unpriced := int(figures.value(metrics.UNPRICED)):
         reasons = ", ".join(sorted(reason.replace("_", " ") for (reason,) in figures.series(metrics.UNPRICED)))
         found.append(
@@ -289,6 +289,17 @@ def notices(figures: Figures) -> list[str]:
     if failed := int(figures.value(metrics.RELOADS_FAILED)):
         found.append(f"{_count(failed, 'failed configuration reload')}: the old configuration is in use; see the log")
     return found
+
+
+def _scarce_caches(figures: Figures) -> list[str]:
+    """Return a sentence on each pool whose sessions need more cache than its replicas have."""
+    waiting = int(sum(figures.series(metrics.COLD_WAITING).values()))
+    verb = "waits" if waiting == 1 else "wait"
+    return [
+        f"sessions need {need:.1f} x the cache of pool {pool}: {_count(waiting, 'prompt')} {verb} for a quiet replica"
+        for (pool,), need in sorted(figures.series(metrics.CACHE_NEED).items())
+        if need > 1.0
+    ]
 
 
 def _count(number: int, noun: str) -> str:

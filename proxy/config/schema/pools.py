@@ -104,7 +104,7 @@ class Replica(Section, frozen=True):
     """Header that carries the key: `bearer`, `x-api-key` or `api-key`; by default what the host is known to want."""
 
     capacity_tokens: Count | None = None
-    """Tokens that the engine's cache can hold; by default learned from the engine and its responses."""
+    """Tokens that the engine's cache can hold, corrected by its responses; by default the engine is asked."""
 
     max_concurrent: Count | None = None
     """Requests that the replica handles at once; further ones wait in Cairn. By default what the engine reports."""

@@ -154,6 +154,14 @@ async def test_a_configured_capacity_is_said_once():
     assert bench.index.replicas()[1].budget_tokens == 1_000
 
 
+async def test_a_configured_capacity_is_where_learning_starts():
+    """One that was set too low or too high is put right by the answers."""
+    bench = Bench(Names("10.0.0.1"), Replica(NAME, capacity_tokens=1_000))
+    await bench.members.look()
+    bench.index.set_budget(0, 1_250)
+    assert bench.index.replicas()[0].budget_tokens == 1_250
+
+
 async def test_an_address_that_is_named_itself_too_is_one_replica():
     """And belongs to what stands first."""
     bench = Bench(Names("10.0.0.1"), Replica("http://10.0.0.1:8000"), Replica(NAME))

@@ -22,7 +22,15 @@ from proxy.metrics.recorder import Recorder
 from proxy.model import ReplicaView
 from proxy.routing.fair_shares import Priority
 from proxy.upstream import Origin
-from proxy.worker.figures import Figures, GateFigures, IndexFigures, OperationFigures, ReplicaFigures, StoreFigures
+from proxy.worker.figures import (
+    MAX_CLIENTS_SHOWN,
+    Figures,
+    GateFigures,
+    IndexFigures,
+    OperationFigures,
+    ReplicaFigures,
+    StoreFigures,
+)
 from proxy.worker.reporting import Reporter, StatusSource
 from tests.support.clock import FakeClock
 
@@ -67,15 +75,22 @@ class Bench:
         backend = ReplicaEndpoint("one", "p", "http://one:1", Origin.parse("http://one:1"))
         pools = Pools([ServedPool("p", ("*",))], "p", {0: backend})
         index = part(replicas=self._replicas, stats=lambda: part(size_bytes=77))
-        gate = part(waiting=lambda: {Priority.LOW: 4}, admitted=7, refused=1, need=lambda pool: 2.1)
+        self.gate = part(
+            waiting_by_client=lambda: {(Priority.LOW, "batch"): 4, (Priority.LOW, ""): 1},
+            admitted=7,
+            refused=1,
+            need=lambda pool: 2.1,
+            is_holding=True,
+        )
+        self.baseline = RoundRobinBaseline(pools)
         contexts = part(total_contexts=3, total_bytes=30, most_worth=(), now=lambda: 0.0)
         self.reporter = Reporter(
             self.supervisor,
             self.recorder,
             Figures(
                 ReplicaFigures(self.recorder, self._fleet(), pools, {0: [1, 2]}, FakeClock()),
-                GateFigures(self.recorder, gate, pools),
-                IndexFigures(self.recorder, index, self.journal, pools, RoundRobinBaseline(pools)),
+                GateFigures(self.recorder, self.gate, pools, self.baseline),
+                IndexFigures(self.recorder, index, self.journal, pools, self.baseline),
                 StoreFigures(self.recorder, self.store, self.journal, contexts, (self.vectors,)),
             ),
             StatusSource(
@@ -131,12 +146,13 @@ def test_a_report_has_the_state_of_every_part(bench: Bench) -> None:
         (metrics.INDEX_BYTES, (), 77),
         (metrics.CONTEXTS_BYTES, (), 30),
         (metrics.IN_FLIGHT, (), 5),
-        (metrics.COLD_WAITING, ("low",), 4),
         (metrics.COLD_ADMITTED, (), 7),
         (metrics.COLD_REFUSED, (), 1),
         (metrics.CACHE_NEED, ("p",), 2.1),
     ):
         assert bench.series(spec) == {labels: value}, spec.name
+    waiting = {("low", "batch"): 4, ("low", "other"): 1, ("normal", "other"): 0, ("high", "other"): 0}
+    assert bench.series(metrics.COLD_WAITING) == waiting
     assert bench.series(metrics.UPSTREAM_RATE) == {}, "a rate that is not measured is not reported"
 
 
@@ -210,3 +226,25 @@ def test_operations_on_redis_are_timed_unless_they_wait_by_design() -> None:
     exposition.apply(0, recorder.take())
     assert {labels[0] for labels in exposition.observed(metrics.REDIS_DURATION)} == {"GET", "EVALSHA", "SET"}
     assert dict(exposition.series(metrics.REDIS_ERRORS)) == {("SET", ErrorKind.TIMEOUT.value): 1}
+
+
+def test_only_some_clients_have_a_label_of_their_own(bench: Bench) -> None:
+    """The others are counted together, so that a configuration of a thousand makes no thousand series."""
+    bench.gate.waiting_by_client = lambda: {(Priority.NORMAL, f"client {n}"): 1 for n in range(MAX_CLIENTS_SHOWN + 5)}
+    bench.reporter.report()
+    series = bench.series(metrics.COLD_WAITING)
+    assert series["normal", "client 3"] == 1
+    assert series["normal", "other"] == 5
+    assert len(series) == MAX_CLIENTS_SHOWN + len(Priority)
+
+
+def test_what_routing_gains_counts_as_thrash_avoided_only_while_memory_is_short(bench: Bench) -> None:
+    """Each token once."""
+    bench.baseline.gained_tokens = 500
+    bench.gate.is_holding = False
+    bench.reporter.report()
+    bench.gate.is_holding = True
+    bench.baseline.gained_tokens += 300
+    bench.reporter.report()
+    bench.reporter.report()
+    assert bench.series(metrics.THRASH_AVOIDED) == {(): 300}

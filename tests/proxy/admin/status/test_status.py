@@ -206,6 +206,17 @@ def test_what_cannot_be_believed_is_said() -> None:
     assert build.notices(counted()) == []
 
 
+def test_sessions_that_need_more_than_the_caches_are_said() -> None:
+    """With how much more, and how many prompts wait; a pool with room has no sentence."""
+    recorder, exposition = Recorder(), Exposition()
+    recorder.replace_gauges(metrics.CACHE_NEED, {("engines",): 2.13, ("other",): 0.7})
+    recorder.replace_gauges(metrics.COLD_WAITING, {("normal", "other"): 2.0, ("low", "batch"): 1.0})
+    exposition.apply(0, recorder.take())
+    assert build.notices(exposition) == [
+        "sessions need 2.1 x the cache of pool engines: 3 prompts wait for a quiet replica"
+    ]
+
+
 def test_the_state_is_json_without_a_word_of_a_prompt() -> None:
     """It goes over the wire as it is, and holds no hash."""
     pages = [StatusReport(prefixes=PrefixReport([row(2**63 + 12345, 100)]))]
