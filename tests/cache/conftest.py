@@ -1,24 +1,50 @@
-"""What tests of stored contexts share: one server, a Cluster of three, and either in turn."""
+"""What tests of the cache share: one server, emptied for each test, a store on it, and a Cluster of three."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.support import valkey
-from tests.support.valkey import Valkey
+from cache.store.store import Store, open_store
+from proxy.clock import SystemClock
+from proxy.tasks import Tasks
+from tests.support.valkey import Valkey, cluster_of_three, running
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Valkey]:
-    with valkey.running() as running:
-        yield running
+    with running() as valkey:
+        yield valkey
+
+
+@pytest.fixture
+def valkey(server: Valkey) -> Valkey:
+    """The server, emptied."""
+    server.flush()
+    return server
+
+
+@pytest.fixture
+async def tasks() -> AsyncIterator[Tasks]:
+    """A starter of background tasks, whose tasks end with the test."""
+    tasks = Tasks()
+    yield tasks
+    await tasks.close()
+
+
+@pytest.fixture
+async def store(valkey: Valkey, tasks: Tasks) -> AsyncIterator[Store]:
+    """A store on the emptied server."""
+    store = open_store(valkey.url, clock=SystemClock(), tasks=tasks)
+    await store.start()
+    yield store
+    await store.close()
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[list[Valkey]]:
-    with valkey.cluster_of_three() as nodes:
+    with cluster_of_three() as nodes:
         yield list(nodes)
 
 

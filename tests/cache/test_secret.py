@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-
 import pytest
 
 from cache import keys
 from cache.secret import KEY_BYTES, LEAST_BYTES, SharedSecret, shared_secret, usable_key
-from cache.store.store import Store, open_store
-from proxy.clock import SystemClock
+from cache.store.store import Store
 from proxy.tasks import Tasks
-from tests.support.valkey import Valkey, eventually, running
-
-
-@pytest.fixture(scope="module")
-def shared_valkey() -> Iterator[Valkey]:
-    with running() as valkey:
-        yield valkey
-
-
-@pytest.fixture
-def valkey(shared_valkey: Valkey) -> Valkey:
-    shared_valkey.flush()
-    return shared_valkey
-
-
-@pytest.fixture
-async def tasks() -> AsyncIterator[Tasks]:
-    tasks = Tasks()
-    yield tasks
-    await tasks.close()
-
-
-@pytest.fixture
-async def store(valkey: Valkey, tasks: Tasks) -> AsyncIterator[Store]:
-    store = open_store(valkey.url, clock=SystemClock(), tasks=tasks)
-    await store.start()
-    yield store
-    await store.close()
+from tests.support.valkey import Valkey, eventually
 
 
 async def test_after_a_flush_a_new_worker_agrees_with_the_old_one(store: Store, valkey: Valkey, tasks: Tasks) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
 from datetime import date
 
 import pytest
@@ -13,27 +12,10 @@ from cache.store.store import Store, open_store
 from cache.totals import OTHER, RowKey, Sums, Totals, read_totals
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
-from tests.support.valkey import Valkey, cluster_of_three, eventually, running
+from tests.support.valkey import Valkey, cluster_of_three, eventually
 
 DAY = "2026-11-23"
 FIRST = LAST = date.fromisoformat(DAY)
-
-
-@pytest.fixture(scope="module")
-def shared_valkey() -> Iterator[Valkey]:
-    with running() as valkey:
-        yield valkey
-
-
-@pytest.fixture
-async def store(shared_valkey: Valkey) -> AsyncIterator[Store]:
-    shared_valkey.flush()
-    tasks = Tasks()
-    opened = open_store(shared_valkey.url, clock=SystemClock(), tasks=tasks)
-    await opened.start()
-    yield opened
-    await opened.close()
-    await tasks.close()
 
 
 def count(writer: Totals, day: str = DAY, tenant: str = "red", **figures: int) -> None:
@@ -96,7 +78,7 @@ async def test_more_rows_than_a_batch_are_all_written(store: Store, monkeypatch:
     assert len(found) == 39  # a row of zeros is not written
 
 
-async def test_with_redis_away_rows_gather_and_are_written_when_it_is_back(shared_valkey: Valkey) -> None:
+async def test_with_redis_away_rows_gather_and_are_written_when_it_is_back() -> None:
     """Nothing is lost and nothing waits."""
     tasks, valkey = Tasks(), Valkey()
     store = open_store(valkey.url, clock=SystemClock(), tasks=tasks)
@@ -138,12 +120,12 @@ async def test_rows_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 async def test_increments_that_redis_cannot_add_are_counted_and_all_others_are_written(
-    store: Store, shared_valkey: Valkey
+    store: Store, valkey: Valkey
 ) -> None:
     """A key of another type, and a field that is not a number, cost only their own amounts."""
     writer = Totals(store, "w")
-    shared_valkey.ask("SET", keys.totals_day("2026-11-20"), "not a hash")
-    shared_valkey.ask("HSET", keys.totals_day(DAY), '["answers","m","u","green"]', "x")
+    valkey.ask("SET", keys.totals_day("2026-11-20"), "not a hash")
+    valkey.ask("HSET", keys.totals_day(DAY), '["answers","m","u","green"]', "x")
     count(writer, day="2026-11-20", answers=1)
     count(writer, tenant="green", answers=1, missing=1)
     assert await writer.flush()
@@ -157,17 +139,17 @@ async def test_increments_that_redis_cannot_add_are_counted_and_all_others_are_w
     }
 
 
-async def test_what_is_unknown_in_a_day_is_passed_over_and_days_expire(store: Store, shared_valkey: Valkey) -> None:
+async def test_what_is_unknown_in_a_day_is_passed_over_and_days_expire(store: Store, valkey: Valkey) -> None:
     """A newer version's figure does not break an older reader."""
     writer = Totals(store, "w")
     count(writer, answers=4)
     await writer.flush()
     day = keys.totals_day(DAY)
-    shared_valkey.ask("HSET", day, '["new_figure","m","u","red"]', "9")
-    shared_valkey.ask("HSET", day, "junk", "9")
-    shared_valkey.ask("HSET", day, '["answers","m","u","blue"]', "x")
+    valkey.ask("HSET", day, '["new_figure","m","u","red"]', "9")
+    valkey.ask("HSET", day, "junk", "9")
+    valkey.ask("HSET", day, '["answers","m","u","blue"]', "x")
     assert await read_totals(store, FIRST, LAST) == {RowKey(DAY, "m", "u", "red"): Sums(answers=4)}
-    assert int(shared_valkey.ask("TTL", day)[1:]) > 399 * 86_400
+    assert int(valkey.ask("TTL", day)[1:]) > 399 * 86_400
 
 
 async def test_totals_lie_in_one_slot_of_a_cluster() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 
@@ -11,16 +11,10 @@ from cache.replication.inflight import LoadBroadcast, Row
 from cache.store.store import open_store
 from proxy.tasks import Tasks
 from tests.support.clock import FakeClock
-from tests.support.valkey import Valkey, eventually, running
+from tests.support.valkey import Valkey, eventually
 from tests.support.workers import Worker
 
 A, B = "http://a", "http://b"
-
-
-@pytest.fixture(scope="module")
-def valkey() -> Iterator[Valkey]:
-    with running() as valkey:
-        yield valkey
 
 
 class Taken:

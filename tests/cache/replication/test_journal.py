@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
@@ -13,22 +13,10 @@ from cache.replication import snapshot_writer, snapshots
 from cache.replication import writer as writer_module
 from cache.replication.codec import Budgeted
 from cache.replication.journal import JournalState
-from tests.support.valkey import Valkey, cluster_of_three, eventually, running
+from tests.support.valkey import Valkey, cluster_of_three, eventually
 from tests.support.workers import NAMES, Worker, prompt
 
 Begin = Callable[..., Awaitable[Worker]]
-
-
-@pytest.fixture(scope="module")
-def shared_valkey() -> Iterator[Valkey]:
-    with running() as valkey:
-        yield valkey
-
-
-@pytest.fixture
-def valkey(shared_valkey: Valkey) -> Valkey:
-    shared_valkey.flush()
-    return shared_valkey
 
 
 @pytest.fixture

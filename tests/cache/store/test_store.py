@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
@@ -29,31 +28,6 @@ from tests.support.valkey import Valkey, cluster_of_three, eventually, free_port
 
 DOUBLE = Script("double", "return {KEYS[1], ARGV[1] * 2}")
 BOUND_SECONDS = 0.25  # the limit is 50 ms; the rest is a busy machine
-
-
-@pytest.fixture(scope="module")
-def shared_valkey() -> Iterator[Valkey]:
-    with running() as valkey:
-        yield valkey
-
-
-@pytest.fixture
-def valkey(shared_valkey: Valkey) -> Valkey:
-    shared_valkey.flush()
-    return shared_valkey
-
-
-@pytest.fixture
-async def tasks() -> AsyncIterator[Tasks]:
-    tasks = Tasks()
-    yield tasks
-    await tasks.close()
-
-
-@pytest.fixture
-async def store(valkey: Valkey, tasks: Tasks) -> AsyncIterator[Store]:
-    async with opened(valkey.url, tasks) as store:
-        yield store
 
 
 class opened:  # noqa: N801 - reads as a verb after `async with`
