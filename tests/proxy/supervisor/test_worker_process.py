@@ -106,18 +106,27 @@ async def test_a_worker_that_hears_nothing_is_killed_after_the_deadline(monkeypa
 async def test_what_a_dead_worker_had_sent_is_read_to_its_end() -> None:
     """Its last counts may still be in the socket when its death is noticed."""
     slot = WorkerProcess(0, Program([], {}), [], Config(), Heard(), SystemClock())
-    last = asyncio.Event()
-    reading = asyncio.ensure_future(last.wait())  # noqa: TID251
-    asyncio.get_running_loop().call_soon(asyncio.get_running_loop().call_soon, last.set)
+    read = list[int]()
+
+    async def read_reports() -> None:
+        for number in range(3):
+            await asyncio.sleep(0)
+            read.append(number)
+
+    reading = asyncio.ensure_future(read_reports())  # noqa: TID251
     await slot._clear_up(reading)  # noqa: SLF001 - through a process it would depend on which event the loop sees first
-    assert reading.result() is True
+    assert read == [0, 1, 2]
 
 
 async def test_a_socket_that_outlives_its_worker_is_read_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that the worker started may have inherited it."""
     monkeypatch.setattr(slot_module, "FINAL_READ_SECONDS", 0.01)
     slot = WorkerProcess(0, Program([], {}), [], Config(), Heard(), SystemClock())
-    reading = asyncio.ensure_future(asyncio.Event().wait())  # noqa: TID251
+
+    async def read_reports() -> None:
+        await asyncio.Event().wait()
+
+    reading = asyncio.ensure_future(read_reports())  # noqa: TID251
     await slot._clear_up(reading)  # noqa: SLF001 - as above
     with pytest.raises(asyncio.CancelledError):
         await reading
