@@ -76,6 +76,7 @@ from proxy.worker.figures import Figures, GateFigures, IndexFigures, OperationFi
 from proxy.worker.http_server import HttpServer
 from proxy.worker.live_config import LiveConfig, LiveParts
 from proxy.worker.membership import DownReplicas, Forgetting
+from proxy.worker.port_settings import port_settings
 from proxy.worker.replica_queues import ReplicaQueues
 from proxy.worker.reporting import Reporter, StatusSource
 from proxy.worker.sections import (
@@ -246,24 +247,24 @@ def _accounting(
     prefix_stats = PrefixStats(replicas.model_names.label, basics.clock.unix)
     error_stats = ErrorStats(basics.clock.unix)
     counters = RequestCounters(
-        basics.recorder,
-        totals,
-        replicas.model_names,
-        prices,
-        replicas.pools,
-        replicas.fleet.measured_rate,
-        basics.clock.unix,
-        error_stats,
+        recorder=basics.recorder,
+        totals=totals,
+        names=replicas.model_names,
+        prices=prices,
+        pools=replicas.pools,
+        rate_of=replicas.fleet.measured_rate,
+        unix_seconds=basics.clock.unix,
+        errors=error_stats,
     )
     settlement = Settlement(
-        sharing.journal,
-        replicas.fleet,
-        token_counts,
-        counters,
-        prefix_stats,
-        sharing.baseline,
-        access_log,
-        basics.clock,
+        journal=sharing.journal,
+        fleet=replicas.fleet,
+        tokens=token_counts,
+        accounts=counters,
+        prefix_stats=prefix_stats,
+        baseline=sharing.baseline,
+        access_log=access_log,
+        clock=basics.clock,
     )
     return Accounting(
         token_counts=token_counts,
@@ -308,12 +309,12 @@ def _dispatcher(
         queues.look()
 
     attempts = Attempts(
-        replicas.fleet,
-        sharing.journal,
-        sharing.gate,
-        queues.by_replica,
-        changed,
-        basics.clock,
+        fleet=replicas.fleet,
+        placements=sharing.journal,
+        gate=sharing.gate,
+        queues=queues.by_replica,
+        changed=changed,
+        clock=basics.clock,
     )
     return Dispatcher(
         replicas.client,
@@ -370,15 +371,14 @@ def _requests(config: Config, secret: bytes, built: Built, traces: Traces | None
     routes = Routes(config.server.engine_paths, config.server.allowed_paths, config.admin.port)
     in_flight_limit = InFlightLimit(config.server.max_in_flight_requests)
     http_server = HttpServer(
-        config.server,
-        routes,
-        from_config.authenticator(config, secret),
-        in_flight_limit,
-        pipeline,
-        basics.recorder,
-        clock,
-        _new_id,
-        max_context_bytes=config.contexts.max_context_bytes,
+        port_settings(config),
+        routes=routes,
+        authenticator=from_config.authenticator(config, secret),
+        room=in_flight_limit,
+        pipeline=pipeline,
+        recorder=basics.recorder,
+        clock=clock,
+        new_id=_new_id,
     )
     return Requests(
         queues=queues,
@@ -419,13 +419,13 @@ def _findings(built: Built, requests: Requests) -> EngineFindings:
 def _health(config: Config, built: Built, findings: EngineFindings) -> HealthChecker:
     replicas = built.replicas
     return HealthChecker(
-        replicas.client,
-        replicas.pools,
-        replicas.fleet,
-        findings,
-        built.basics.loops,
-        built.basics.clock,
-        from_config.upstream_limits(config.upstream),
+        client=replicas.client,
+        pools=replicas.pools,
+        fleet=replicas.fleet,
+        findings=findings,
+        tasks=built.basics.loops,
+        clock=built.basics.clock,
+        limits=from_config.upstream_limits(config.upstream),
     )
 
 
@@ -447,13 +447,13 @@ def _reporter(control: WorkerControl, built: Built, requests: Requests) -> Repor
     )
     accounting = built.accounting
     status = StatusSource(
-        accounting.prefix_stats,
-        accounting.error_stats,
-        basics.down_replicas,
-        memory.index,
-        journal,
-        replicas.pools,
-        contexts,
+        prefixes=accounting.prefix_stats,
+        errors=accounting.error_stats,
+        down=basics.down_replicas,
+        index=memory.index,
+        journal=journal,
+        pools=replicas.pools,
+        contexts=contexts,
     )
     return Reporter(
         control,

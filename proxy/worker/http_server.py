@@ -13,12 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from proxy.clock import Clock
-from proxy.config.schema import Server
 from proxy.downstream.body import overloaded
 from proxy.downstream.body_reader import read_body, stream_body
 from proxy.downstream.connection import Connection
 from proxy.downstream.errors import BadHttp, ClientLimit
-from proxy.downstream.limits import Limits
 from proxy.downstream.request import IncomingRequest
 from proxy.downstream.response import ClientResponse, Downstream, whole_response
 from proxy.downstream.server import ClientServer
@@ -33,15 +31,13 @@ from proxy.pipeline.routes import Route, Routes, is_liveness
 from proxy.wire.decode import decode_request, request_encoding
 from proxy.wire.errors import error_response
 from proxy.wire.headers import kept_request_id
+from proxy.worker.port_settings import PortSettings
 
 log = logging.getLogger("cairn.server")
 
 _NOBODY = Tenant("")
 _UNKNOWN = Route(Endpoint.OTHER, "/")
 _WEBSOCKET_PATHS: Final = ("/responses", "/realtime")  # their ends
-
-_AROUND_CONTEXT_BYTES = 128 * 1024
-"""Beside messages and tools: names, descriptions, metadata and white space of a context's upload."""
 
 _DECODED_INLINE_BYTES: Final = 4096
 """A compressed body up to this size is decoded at once, a longer one in a thread: it may expand a thousandfold."""
@@ -68,9 +64,9 @@ class HttpServer:
     Create it inside the event loop.
     """
 
-    def __init__(  # noqa: PLR0913 - eight collaborators and one number
+    def __init__(
         self,
-        settings: Server,
+        settings: PortSettings,
         routes: Routes,
         authenticator: Authenticator,
         room: InFlightLimit,
@@ -78,19 +74,17 @@ class HttpServer:
         recorder: Recorder,
         clock: Clock,
         new_id: Callable[[], str],
-        *,
-        max_context_bytes: int,
     ) -> None:
-        self._settings = settings
+        self._settings = settings.server
+        self._max_upload_bytes = settings.max_upload_bytes
         self._routes = routes
-        self._cors = Cors(settings.cors_origins)
+        self._cors = Cors(settings.server.cors_origins)
         self._room = room
         self._pipeline = pipeline
         self._clock = clock
         self._new_id = new_id
-        self._max_upload_bytes = min(settings.max_body_bytes, max_context_bytes + _AROUND_CONTEXT_BYTES)
         self.authenticator = authenticator
-        self.clients = ClientServer(self.handle, limits_of(settings), clock, Meter(recorder), _plain_error)
+        self.clients = ClientServer(self.handle, settings.limits, clock, Meter(recorder), _plain_error)
 
     async def start(self, listening: Sequence[socket.socket]) -> None:
         """Serve on sockets that listen already."""
@@ -238,24 +232,6 @@ class Meter:
         self._recorder.set(metrics.CLIENT_CONNECTIONS, (), connections)
         self._recorder.set(metrics.CLIENT_HEAD_BYTES, (), head_bytes)
         self._recorder.set(metrics.CLIENT_BODY_BYTES, (), body_bytes)
-
-
-def limits_of(settings: Server) -> Limits:
-    """The limits of the client port that a configuration sets."""
-    return Limits(
-        head_bytes=settings.max_head_bytes,
-        header_line_bytes=settings.max_header_bytes,
-        head_seconds=settings.head_seconds,
-        keepalive_seconds=settings.keepalive_seconds,
-        write_seconds=settings.write_seconds,
-        body_seconds=settings.body_seconds,
-        body_bytes=settings.max_body_bytes,
-        body_bytes_per_second=settings.min_body_bytes_per_second,
-        connections=settings.max_connections,
-        connections_per_address=settings.max_connections_per_address,
-        head_bytes_in_flight=settings.max_in_flight_head_bytes,
-        body_bytes_in_flight=settings.max_in_flight_bytes,
-    )
 
 
 def _refuse_websocket(upgrade: bytes) -> None:

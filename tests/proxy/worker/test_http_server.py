@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from proxy.config.schema import Server
+from proxy.config.schema import Config, Contexts, Server
 from proxy.downstream.response import Downstream
 from proxy.errors import REASON_PHRASES, BadRequest, CairnError
 from proxy.metrics.recorder import Recorder
@@ -23,6 +23,7 @@ from proxy.pipeline.dispatch import Upload
 from proxy.pipeline.routes import Routes
 from proxy.wire.errors import error_response
 from proxy.worker.http_server import HttpServer
+from proxy.worker.port_settings import port_settings
 from tests.support.answering import served_by, talk
 from tests.support.clock import FakeClock
 from tests.support.valkey import eventually
@@ -79,15 +80,14 @@ class Running:
 async def running(play: Play = echo, *, max_requests: int = 10, **settings: Any) -> AsyncIterator[Running]:
     pipeline, room = Pipeline(play), InFlightLimit(max_requests)
     server = HttpServer(
-        Server(**settings),
-        Routes((), (), 8090),
-        Authenticator(CLIENTS, b"secret"),
-        room,
-        pipeline,
-        Recorder(),
-        FakeClock(),
-        lambda: "made-id",
-        max_context_bytes=1000,
+        port_settings(Config(server=Server(**settings), contexts=Contexts(max_context_bytes=1024))),
+        routes=Routes((), (), 8090),
+        authenticator=Authenticator(CLIENTS, b"secret"),
+        room=room,
+        pipeline=pipeline,
+        recorder=Recorder(),
+        clock=FakeClock(),
+        new_id=lambda: "made-id",
     )
     async with served_by(server.clients) as port:
         yield Running(server, pipeline, room, port)
