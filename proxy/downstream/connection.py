@@ -31,6 +31,7 @@ from proxy.downstream.body import IncomingBody, overloaded
 from proxy.downstream.chunks import Buffer
 from proxy.downstream.errors import BadHttp, ClientLimit, ClientStalled, ProtocolError
 from proxy.downstream.limits import ByteBudget, Limits
+from proxy.downstream.partial_head import END_OF_HEAD, PartialHead
 from proxy.downstream.request import HeadReader, IncomingRequest, feed_head, head_too_large
 from proxy.downstream.response import ClientResponse
 from proxy.errors import CairnError, Overloaded, RequestTimeout
@@ -51,8 +52,6 @@ _HEAD: Final = 1
 _EXCHANGE: Final = 2
 _LINGER: Final = 3
 _CLOSED: Final = 4
-_END_OF_HEAD: Final = b"\r\n\r\n"
-_BEFORE_END: Final = len(_END_OF_HEAD) - 1
 _CR: Final = 13
 _LF: Final = 10
 
@@ -111,10 +110,7 @@ class Connection(asyncio.BufferedProtocol):
         self._reads_body = False  # what is being read goes straight to the body
         self._head: HeadReader | None = None  # what `_parser` fills; both are made anew after a body not fed to it
         self._parser: HttpRequestParser | None = None
-        self._head_bytes = 0  # of a head that is not whole
-        self._line = b""  # of that head: its first line, as far as it has arrived
-        self._has_line = False
-        self._tail = b""  # of that head: the last bytes, in which its end may have begun
+        self._partial_head: PartialHead | None = None  # while a head is not whole
         self._ahead = bytearray()
         self._is_last = False  # no request is served after the present one
         self._body_bytes = 0  # of the budget of bodies, beside what `_body` holds
@@ -209,12 +205,12 @@ class Connection(asyncio.BufferedProtocol):
             return self._take_rest_of_head(data, at, end)
         while at < end and (data[at] == _CR or data[at] == _LF):
             at += 1  # empty lines before a request line (RFC 9112, section 2.2)
-        stop = data.find(_END_OF_HEAD, at, end)
+        stop = data.find(END_OF_HEAD, at, end)
         if stop < 0:
             if at < end:
                 self._begin_partial_head(data, at, end)
             return end
-        stop += len(_END_OF_HEAD)
+        stop += len(END_OF_HEAD)
         if stop - at > self._limits.head_bytes:
             raise head_too_large()
         parser = self._parser or self._new_parser()
@@ -231,42 +227,31 @@ class Connection(asyncio.BufferedProtocol):
         limits = self._limits
         self._state = _HEAD
         self.deadline = self._server.now() + min(limits.head_seconds, limits.keepalive_seconds)
-        self._line, self._has_line, self._tail = b"", False, b""
-        self._feed_head(self._parser or self._new_parser(), data, at, end)
+        self._partial_head = PartialHead()
+        self._feed_head(self._parser or self._new_parser(), self._partial_head, bytes(data[at:end]))
 
     def _take_rest_of_head(self, data: Buffer, at: int, end: int) -> int:
         """Take the next part of a head whose end may lie across two reads."""
-        parser, tail = self._parser, self._tail
+        parser, partial = self._parser, self._partial_head
         assert parser is not None  # noqa: S101 - it has seen the first part
-        seam = tail + bytes(data[at : min(end, at + _BEFORE_END)])
-        found = seam.find(_END_OF_HEAD)
-        if found >= 0:
-            stop = at + found + len(_END_OF_HEAD) - len(tail)
-        else:
-            stop = data.find(_END_OF_HEAD, at, end)
-            stop = -1 if stop < 0 else stop + len(_END_OF_HEAD)
+        assert partial is not None  # noqa: S101 - which was noted
+        stop = partial.end_in(data, at, end)
         if stop < 0:
-            self._feed_head(parser, data, at, end)
+            self._feed_head(parser, partial, bytes(data[at:end]))
             return end
-        self._feed_head(parser, data, at, stop)
+        self._feed_head(parser, partial, bytes(data[at:stop]))
         self._give_head_bytes()
-        return self._begin(parser, self._line, data, stop, end)
+        return self._begin(parser, partial.line, data, stop, end)
 
-    def _feed_head(self, parser: HttpRequestParser, data: Buffer, at: int, end: int) -> None:
+    def _feed_head(self, parser: HttpRequestParser, partial: PartialHead, piece: bytes) -> None:
         """Feed a part of a head that is not whole yet, and count it. Raises ProtocolError and Overloaded."""
-        nbytes = end - at
-        self._head_bytes += nbytes
-        if not self._server.heads.take(nbytes):
+        partial.add(piece)
+        if not self._server.heads.take(len(piece)):
             self._server.refused(ClientLimit.HEAD_BYTES)
             raise overloaded()
-        if self._head_bytes > self._limits.head_bytes:
+        if partial.nbytes > self._limits.head_bytes:
             raise head_too_large()
-        if not self._has_line:
-            line = self._line + bytes(data[at:end])
-            first, newline, _ = line.partition(b"\r\n")
-            self._line, self._has_line = first, bool(newline)
-        self._tail = (self._tail + bytes(data[max(at, end - _BEFORE_END) : end]))[-_BEFORE_END:]
-        feed_head(parser, bytes(data[at:end]))
+        feed_head(parser, piece)
 
     def _begin(self, parser: HttpRequestParser, line: bytes, data: Buffer, at: int, end: int) -> int:
         """Begin the exchange of a request whose body begins at data[at]; give the place where its body ends."""
@@ -321,8 +306,9 @@ class Connection(asyncio.BufferedProtocol):
         self._ahead = bytearray()
 
     def _give_head_bytes(self) -> None:
-        self._server.heads.give(self._head_bytes)
-        self._head_bytes = 0
+        if self._partial_head is not None:
+            self._server.heads.give(self._partial_head.nbytes)
+            self._partial_head = None
 
     # -- answering
 
