@@ -217,3 +217,8 @@ bench-agents: .venv/.dev
 
 bench-agents-live: .build/compiled/.done
 	$(BENCH) benchmarks.agents.live $(SESSIONS) $(ARGS)
+
+# Memory and descriptors under 10^5 distinct requests and thousands of idle, slow and large ones (some minutes).
+.PHONY: bounds
+bounds: .venv/.dev
+	.venv/bin/python -m tests.hostile.bounds $(ARGS)

@@ -26,7 +26,7 @@ class PartialHead:
         self._tail = b""  # the last bytes, in which the end may have begun
 
     def end_in(self, data: Buffer, at: int, end: int) -> int:
-        """Return the place where the head ends in data[at:end], which follows what has arrived; -1 if there is none."""
+        """Return where the head ends in data[at:end], which follows what has arrived; -1 if it does not end there."""
         tail = self._tail
         seam = tail + bytes(data[at : min(end, at + _BEFORE_END)])
         found = seam.find(END_OF_HEAD)

@@ -9,7 +9,7 @@ import asyncio
 import math
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from proxy.clock import Clock
 from proxy.errors import ConnectFailed, ResetBeforeResponse
@@ -20,6 +20,8 @@ from proxy.upstream.pool import Pool, PoolCounts
 from proxy.upstream.request_head import HeadWriter
 from proxy.upstream.response import UpstreamResponse
 from proxy.upstream.timeouts import Deadlines
+
+_FORGOTTEN_MOST: Final = 4096  # origins that are remembered as gone
 
 Body: TypeAlias = bytes | Sequence[bytes | bytearray | memoryview] | AsyncIterator[bytes]
 
@@ -58,6 +60,7 @@ class UpstreamClient:
         self._loop = asyncio.get_running_loop()
         self._deadlines = Deadlines(self._loop, clock)
         self._upstreams: dict[Origin, _Upstream] = {}
+        self._forgotten: set[Origin] = set()
         self._closed = False
 
     async def request(
@@ -121,16 +124,21 @@ class UpstreamClient:
         return {origin: upstream.pool.counts for origin, upstream in self._upstreams.items()}
 
     def forget(self, origin: Origin) -> bool:
-        """Drop the pool of an origin that is gone. Return False, having done nothing, while it is in use."""
+        """Drop the pool of an origin that is gone: now, or as soon as its last connection closes.
+
+        Return True if it is dropped now. A request that is still sent to the origin has a pool while it lasts.
+        """
+        if len(self._forgotten) >= _FORGOTTEN_MOST:
+            self._forgotten.clear()
+        self._forgotten.add(origin)
         upstream = self._upstreams.get(origin)
-        if upstream is None:
-            return True
-        counts = upstream.pool.counts
-        if counts.in_use or counts.waiting:
-            return False
-        upstream.pool.shut()
-        del self._upstreams[origin]
-        return True
+        if upstream is not None:
+            upstream.pool.emptied = lambda: self._drop(origin)
+            upstream.pool.shut()
+        return origin not in self._upstreams
+
+    def _drop(self, origin: Origin) -> None:
+        self._upstreams.pop(origin, None)
 
     async def close(self) -> None:
         """Close every connection, including those in use, and wait until all are gone."""
@@ -145,9 +153,10 @@ class UpstreamClient:
         upstream = self._upstreams.get(origin)
         if upstream is None:
             context = self._ssl_context(origin) if origin.scheme == "https" else None
-            upstream = self._upstreams[origin] = _Upstream(
-                origin, Pool(self._loop, self._limits, str(origin)), context
-            )
+            pool = Pool(self._loop, self._limits, str(origin))
+            if origin in self._forgotten:
+                pool.emptied = lambda: self._drop(origin)
+            upstream = self._upstreams[origin] = _Upstream(origin, pool, context)
         return upstream
 
     async def _connection(self, upstream: _Upstream, fresh: bool, limits: Limits) -> Connection:

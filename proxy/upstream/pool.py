@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -60,6 +61,7 @@ class Pool:
         self._open = 0
         self._streams_kept = 0
         self._distrusted_until_seconds = 0.0  # by the loop's clock
+        self.emptied: Callable[[], None] | None = None  # called when no connection is left and nobody waits
         self.opened = 0
         self.reused = 0
         self.retried = 0
@@ -125,6 +127,8 @@ class Pool:
                 self._open += 1
                 waiter.future.set_result(None)
                 return
+        if not self._open and self.emptied is not None:
+            self.emptied()
 
     def finished(self, connection: Connection, *, reusable: bool, was_stream: bool) -> None:
         """Keep, observe or close a connection whose response is complete."""
@@ -159,6 +163,8 @@ class Pool:
         """Close every connection that is not in use."""
         for connection in (*self._idle, *self._probation):
             connection.close()
+        if not self._open and self.emptied is not None:  # none was open to begin with
+            self.emptied()
 
     @property
     def _distrusts(self) -> bool:

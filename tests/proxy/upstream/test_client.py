@@ -925,3 +925,33 @@ async def test_an_origin_that_is_gone_is_forgotten_with_its_connections_unless_o
         assert client.forget(origin_of(upstream))
         async with asyncio.timeout(5):
             await upstream.peers[0].left.wait()
+
+
+async def test_an_origin_forgotten_while_in_use_is_dropped_with_its_last_connection(make_client: MakeClient) -> None:
+    """And so is one to which a late request is sent afterwards."""
+    client = make_client(idle_expiry_seconds=0.05)
+    gate = asyncio.Event()
+    plays: list[Play] = [[Expect(), Pause(gate), Send(answer(b"hello"))], SERVE_ONE]
+    async with ScriptedUpstream(plays) as upstream:
+        task = spawn(fetch(client, upstream))
+        await until(lambda: len(upstream.requests) == 1)
+        assert not client.forget(origin_of(upstream))
+        gate.set()
+        assert await task == b"hello"
+        await until(lambda: client.counts() == {})
+        assert await fetch(client, upstream) == b"hello"
+        await until(lambda: client.counts() == {})
+
+
+async def test_uploads_leave_no_more_connections_than_were_in_use_at_once(make_client: MakeClient) -> None:
+    """Each needs a new connection, which replaces the one that has been idle for longest."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"one"
+
+    client = make_client()
+    async with ScriptedUpstream([[*SERVE_ONE] * 2] * 6) as upstream:
+        for _ in range(5):
+            assert await fetch(client, upstream, pieces()) == b"hello"
+            assert counts(client, upstream).open == 1
+        assert upstream.connections == 5
