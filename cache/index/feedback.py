@@ -102,6 +102,8 @@ def judge(
         return _NOTHING
     granularity = state.granularity
     granularity.observe(cached_tokens)
+    if placement.whole and placement.confident and cached_tokens:
+        granularity.observe_whole(placement.held_tokens, cached_tokens)
     error = cached_tokens - min(placement.predicted_tokens, prompt_tokens)
     tolerance = max(MIN_TOLERANCE_TOKENS, placement.tolerance_tokens, granularity.tolerance_tokens())
     if error > tolerance + placement.allowance_tokens:
@@ -194,8 +196,8 @@ def _right(
     state: ReplicaState, placement: Placement, cached_tokens: int, steps: list[Step], error: int
 ) -> FeedbackKind:
     if placement.whole:
-        state.granularity.observe_end(placement.held_tokens, cached_tokens)
         if cached_tokens:
+            state.granularity.observe_end(placement.held_tokens, cached_tokens)
             _prove(state, placement)
             if placement.held_tokens < state.shortest_hit_tokens:
                 state.shortest_hit_tokens = placement.held_tokens
@@ -253,7 +255,8 @@ def _whole_shortfall(
     if not is_old or _is_shorter(placement, prompt_tokens, steps):
         return _TAIL
     if state.budget_tokens >= UNLIMITED_TOKENS:
-        return _TAIL if cached_tokens > SHARED_SHARE * placement.predicted_tokens else _evicted(state, placement)
+        is_shared = cached_tokens > SHARED_SHARE * placement.predicted_tokens
+        return _TAIL if is_shared or state.granularity.is_repeated(cached_tokens) else _evicted(state, placement)
     return _evicted(state, placement) if is_full else _TAIL
 
 

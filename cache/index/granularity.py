@@ -12,11 +12,21 @@ from typing import Final
 MIN_COUNTS: Final = 3
 """Different reported counts needed before their common divisor is taken for the block size."""
 
+MIN_REPEATED: Final = 8
+"""Or two different ones in this many reports: where blocks are large, prompts of a usual length have no third."""
+
+MIN_SPREAD_TOKENS: Final = 128
+"""Or one count in as many reports, for whole prompts whose lengths differ by this much."""
+
 MIN_BLOCK_TOKENS: Final = 16
 """A smaller common divisor makes no difference to any prediction."""
 
 MAX_LAG_BLOCKS: Final = 2
 """Number of whole blocks at the end of a held prefix that an engine may leave unused."""
+
+
+MIN_ENDS: Final = 8
+"""Reports from which it is known how many blocks at the end an engine leaves unused."""
 
 
 class Granularity:
@@ -25,12 +35,15 @@ class Granularity:
     `block_tokens` is 0 until it is known; `lag_blocks` are the whole blocks at the end that it does not reuse.
     """
 
-    __slots__ = ("_counts", "_divisor", "_lags", "block_tokens", "lag_blocks")
+    __slots__ = ("_counts", "_divisor", "_ends", "_lags", "_reports", "_same", "block_tokens", "lag_blocks")
 
     def __init__(self) -> None:
         self._divisor = 0
         self._counts: set[int] = set()
+        self._reports = 0
+        self._same = (0, 0, 0, 0)  # the last count for a whole prompt: how often in a row, for least and most held
         self._lags = [0] * (MAX_LAG_BLOCKS + 1)
+        self._ends = 0
         self.block_tokens = 0
         self.lag_blocks = 0
 
@@ -41,8 +54,36 @@ class Granularity:
         self._divisor = gcd(self._divisor, cached_tokens)
         if len(self._counts) < MIN_COUNTS:
             self._counts.add(cached_tokens)
-        known = len(self._counts) >= MIN_COUNTS and self._divisor >= MIN_BLOCK_TOKENS
-        self.block_tokens = self._divisor if known else 0
+            self._reports += 1
+        different = len(self._counts)
+        is_known = different >= MIN_COUNTS or (different > 1 and self._reports >= MIN_REPEATED)
+        if self._divisor != self.block_tokens and (is_known or self.block_tokens):  # or one count repeated showed it
+            self._set_block(self._divisor)
+
+    def observe_whole(self, held_tokens: int, cached_tokens: int) -> None:
+        """Learn from what was cached of a whole earlier prompt: one count for several lengths is whole blocks."""
+        count, times, least, most = self._same
+        if held_tokens >= (MAX_LAG_BLOCKS + 2) * cached_tokens:  # more than the blocks at an end are missing
+            self._same = (0, 0, 0, 0)
+            return
+        if count != cached_tokens:
+            self._same = (cached_tokens, 1, held_tokens, held_tokens)
+            return
+        least, most = min(least, held_tokens), max(most, held_tokens)
+        self._same = (count, times + 1, least, most)
+        if times >= MIN_REPEATED and most - least >= MIN_SPREAD_TOKENS and not self.block_tokens:
+            self._set_block(self._divisor)
+
+    def is_repeated(self, cached_tokens: int) -> bool:
+        """True if the last whole prompts all had this count, as they have where blocks are as long as they are."""
+        count, times, _, _ = self._same
+        return times > 1 and count == cached_tokens
+
+    def _set_block(self, tokens: int) -> None:
+        tokens = tokens if tokens >= MIN_BLOCK_TOKENS else 0
+        if tokens != self.block_tokens:
+            self.block_tokens, self.lag_blocks, self._ends = tokens, 0, 0
+            self._lags = [0] * (MAX_LAG_BLOCKS + 1)
 
     def observe_end(self, held_tokens: int, cached_tokens: int) -> None:
         """Learn where reuse ends, from a prompt that went on from one of which `held_tokens` were surely held."""
@@ -54,6 +95,7 @@ class Granularity:
             lags[lag] += 1
             best = lags.index(max(lags))
             self.lag_blocks = best
+            self._ends += 1
 
     def usable(self, held_tokens: int) -> int:
         """The tokens that the engine will reuse of `held_tokens`."""
@@ -64,4 +106,4 @@ class Granularity:
 
     def tolerance_tokens(self) -> int:
         """A shortfall up to this is explained by whole blocks alone."""
-        return (MAX_LAG_BLOCKS + 1) * self.block_tokens
+        return self.block_tokens * (1 if self._ends >= MIN_ENDS else MAX_LAG_BLOCKS + 1)

@@ -191,6 +191,29 @@ def test_the_budget_follows_an_engine_under_pressure_and_never_exceeds_what_it_s
     assert max(budget(proxy, 0), budget(proxy, 1)) < UNLIMITED_TOKENS
 
 
+@pytest.mark.parametrize(("block_tokens", "unused"), [(528, 1), (784, 0), (1_056, 1)])
+@pytest.mark.parametrize("stated", [True, False])
+def test_large_blocks_under_pressure_are_taken_for_no_evictions(block_tokens, unused, stated):
+    """Though prompts of a usual length all have the same count of whole blocks: the budget stays near the truth."""
+    proxy = CairnProxy(
+        [SimulatedEngine(BlockCache(48_000, block_tokens, unused))], capacities=48_000 if stated else None
+    )
+    talks, random = [Session(f"talk {number}", words("sys", 400)) for number in range(20)], Random(1)
+    for talk in talks:
+        turn(proxy, talk, tokens=2_300)
+    predicted = reported = 0
+    for step in range(300):
+        talk = talks[min(int(random.expovariate(1 / 6)), 19)]
+        if len(talk.messages) > 8:
+            del talk.messages[3:]
+        answer = turn(proxy, talk, tokens=100)
+        if step >= 100:
+            predicted += min(answer.predicted_tokens, answer.usage.prompt_tokens)
+            reported += answer.usage.cached_tokens
+    assert predicted == pytest.approx(reported, rel=0.09)
+    assert budget(proxy) > 40_000
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_cold_conversations_go_where_there_is_room(seed):
     """Twenty conversations on four idle engines that hold five to seven each: over 95 % is cached in every run."""
