@@ -177,6 +177,8 @@ chaos: .venv/.dev
 
 # Agents and client libraries, for tests/clients, which is skipped without them. They are no dependency of Cairn, take
 # 2 GB, and are installed only by this target: make clients && .venv/bin/python -m pytest tests/clients
+# (`npm ci` takes the packages of other platforms, which a lock has no entry of, for a mistake; `npm install` obeys the
+# lock too.)
 CLIENT_LOCKS := $(wildcard tests/clients/python/*.txt) tests/clients/npm/package-lock.json
 .PHONY: clients lock-clients
 clients: .build/clients/.done
@@ -185,7 +187,7 @@ clients: .build/clients/.done
 	@echo "Installing agents and client libraries into .build/clients (three minutes) ..."
 	@rm -rf .build/clients && mkdir -p .build/clients/npm
 	@cp tests/clients/npm/package.json tests/clients/npm/package-lock.json .build/clients/npm
-	@cd .build/clients/npm && npm ci --no-audit --no-fund --loglevel=error
+	@cd .build/clients/npm && npm install --omit-lockfile-registry-resolved --no-audit --no-fund --loglevel=error
 	@for set in aider libraries; do \
 	  .venv/bin/uv venv --quiet .build/clients/$$set && .venv/bin/uv pip install --quiet \
 	  --python .build/clients/$$set/bin/python --require-hashes -r tests/clients/python/$$set.txt || exit 1; \
