@@ -1,6 +1,6 @@
 """Requests made up from the OpenAPI documents by schemathesis: no 500, and answers as the documents say.
 
-`--openapi-examples 200` asks more of each operation than a run of all tests has time for.
+`--openapi-examples 200` asks more of each operation than a run of all tests has time for, its boundary cases too.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ CHECKS = (
     "response_schema_conformance",
     "ignored_auth",
 )
+FEW_EXAMPLES = 2  # as many as a run of all tests has time for
 RUN_SECONDS = 600
 
 
@@ -36,7 +37,7 @@ async def test_the_client_port_answers_as_its_document_says(tmp_path: Path, pyte
     """Before an upstream that takes what is JSON and refuses the rest."""
     async with _lenient_upstream() as upstream, _cairn(tmp_path, upstream) as cairn:
         document = f"{cairn.admin}/openapi/client.json"
-        await _schemathesis(pytestconfig, document, cairn.url.removesuffix("/v1"))
+        await _schemathesis(tmp_path, pytestconfig, document, cairn.url.removesuffix("/v1"))
 
 
 @pytest.mark.timeout(RUN_SECONDS)
@@ -44,17 +45,18 @@ async def test_the_admin_port_answers_as_its_document_says(tmp_path: Path, pytes
     """Without the stream of the status page, which has no end."""
     async with _lenient_upstream() as upstream, _cairn(tmp_path, upstream) as cairn:
         document = f"{cairn.admin}/openapi/admin.json"
-        await _schemathesis(pytestconfig, document, cairn.admin, "--exclude-path", "/events")
+        await _schemathesis(tmp_path, pytestconfig, document, cairn.admin, "--exclude-path", "/events")
 
 
-async def _schemathesis(config: pytest.Config, document: str, url: str, *options: str) -> None:
-    examples = str(config.getoption("--openapi-examples"))
+async def _schemathesis(folder: Path, config: pytest.Config, document: str, url: str, *options: str) -> None:
+    examples = config.getoption("--openapi-examples")
+    phases = "examples,fuzzing" if examples <= FEW_EXAMPLES else "examples,coverage,fuzzing"
     process = await asyncio.create_subprocess_exec(
         str(Path(sys.executable).with_name("schemathesis")), "run", document, "--url", url,
         "--header", f"Authorization: Bearer {KEY}",
         "--checks", ",".join(CHECKS),
-        "--phases", "examples,fuzzing",
-        "--max-examples", examples,
+        "--phases", phases,
+        "--max-examples", str(examples),
         "--mode", "all",
         "--generation-database", "none",
         "--seed", "1",
@@ -63,6 +65,7 @@ async def _schemathesis(config: pytest.Config, document: str, url: str, *options
         "--continue-on-failure",
         "--no-color",
         *options,
+        cwd=folder,  # it leaves a cache of what failed
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
