@@ -54,6 +54,11 @@ def cold_claims(pool: str) -> str:
     return f"{COLD}:{{{pool}}}:claims"
 
 
+def cold_last(pool: str) -> str:
+    """When each replica of a pool was last claimed for a cold turn."""
+    return f"{COLD}:{{{pool}}}:last"
+
+
 def totals_day(day: str) -> str:
     """Return the key of one day's hash, by its ISO date; it expires."""
     return f"{TOTALS}:day:{day}"

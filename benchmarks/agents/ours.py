@@ -30,11 +30,13 @@ LOOK_SECONDS = 0.5
 
 
 class Claims:
-    """Agreement of the proxies: which one may send a cold turn to which replica, and whose turn is the oldest."""
+    """Agreement of the proxies: which one may send a cold turn to which replica, when each replica took its last one,
+    and whose turn is the oldest."""
 
     def __init__(self) -> None:
         self.holders: dict[int, int] = {}  # request numbers by replica
         self.heads: dict[int, float] = {}  # arrivals of the oldest waiting turn, by proxy
+        self.last_cold_seconds: dict[int, float] = {}  # by replica
 
     def is_oldest(self, arrived_seconds: float) -> bool:
         return arrived_seconds <= min(self.heads.values())
@@ -43,10 +45,10 @@ class Claims:
 class _Gate:
     """One proxy's part: its queue, and what it knows of prompts and pressure."""
 
-    def __init__(self, number: int, proxy: Proxy) -> None:
+    def __init__(self, number: int, proxy: Proxy, claims: Claims) -> None:
         self.number = number
         self.proxy = proxy
-        self.queue: ColdQueue[tuple[Request, Send]] = ColdQueue()
+        self.queue: ColdQueue[tuple[Request, Send]] = ColdQueue(last_cold_seconds=claims.last_cold_seconds)
         self.pressure = ColdPressure()
         self.served = ServedPrompts()
         self.looks = False
@@ -68,8 +70,8 @@ class Gated(Cairn):
         super().__init__(rates, capacity_tokens, at, proxies=proxies, delay_seconds=delay_seconds)
         self._always = always
         self._short_tokens = short_tokens(capacity_tokens)
-        self._gates = [_Gate(number, proxy) for number, proxy in enumerate(self._proxies)]
         self._claims = Claims()
+        self._gates = [_Gate(number, proxy, self._claims) for number, proxy in enumerate(self._proxies)]
         self._known: dict[int, float] = {}  # tokens of each request under way that were served before
         self.held_back = 0
 

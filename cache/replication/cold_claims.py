@@ -7,7 +7,7 @@ that do not wait ask nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from cache import keys
 from cache.errors import CacheError
@@ -22,8 +22,8 @@ TAKE = Script(
     """
 local now = redis.call('TIME')
 now = now[1] * 1000 + math.floor(now[2] / 1000)
-local heads, claims, writer, order, tenant = KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3]
-local head_ms, claim_ms, most = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local heads, claims, lasts, writer, order, tenant = KEYS[1], KEYS[2], KEYS[3], ARGV[1], ARGV[2], ARGV[3]
+local head_ms, claim_ms, most, rest_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local longest_ms = 3600000 -- no entry lasts longer, so a later end is damage
 redis.call('HSET', heads, writer, (now + head_ms) .. '|' .. order)
 redis.call('PEXPIRE', heads, head_ms * 10)
@@ -48,8 +48,12 @@ for i = 1, #all, 2 do
   end
 end
 if own >= most then return '' end
-for i = 7, #ARGV do
-  if not held[ARGV[i]] then
+for i = 8, #ARGV, 2 do
+  local last = ARGV[i + 1] == 'busy' and tonumber(redis.call('HGET', lasts, ARGV[i]) or '')
+  local must_rest = last and last <= now and now - last < rest_ms
+  if not held[ARGV[i]] and not must_rest then
+    redis.call('HSET', lasts, ARGV[i], now)
+    redis.call('PEXPIRE', lasts, longest_ms)
     redis.call('HSET', claims, ARGV[i], (now + claim_ms) .. '|' .. writer .. '|' .. tenant)
     redis.call('PEXPIRE', claims, longest_ms)
     redis.call('HDEL', heads, writer)
@@ -80,13 +84,24 @@ class ColdClaims:
         self.failed = 0
 
     async def take(
-        self, pool: str, replicas: Sequence[str], *, order: str, tenant: str, claim_seconds: float, most: int
+        self,
+        pool: str,
+        replicas: Sequence[str],
+        *,
+        busy: Container[str] = (),
+        rest_seconds: float = 0.0,
+        order: str,
+        tenant: str,
+        claim_seconds: float,
+        most: int,
     ) -> str | None:
         """Claim the first of `replicas` that is free for `claim_seconds`, and return it.
 
         Args:
             pool: the pool's name; turns for different pools do not compete.
             replicas: names, best first; empty only to name this worker's oldest turn.
+            busy: those of them that are not quiet; such a one is free only if nobody claimed it in `rest_seconds`.
+            rest_seconds: see `busy`.
             order: the place of this worker's oldest turn; lower texts come first.
             tenant: whose turn it is.
             claim_seconds: the time after which the claim ends by itself.
@@ -100,7 +115,7 @@ class ColdClaims:
         """
         got = await self._store.run_script(
             TAKE,
-            [keys.cold_heads(pool), keys.cold_claims(pool)],
+            [keys.cold_heads(pool), keys.cold_claims(pool), keys.cold_last(pool)],
             [
                 self._writer_id,
                 order,
@@ -108,7 +123,8 @@ class ColdClaims:
                 round(HEAD_SECONDS * 1000),
                 round(claim_seconds * 1000),
                 most,
-                *replicas,
+                round(rest_seconds * 1000),
+                *[part for replica in replicas for part in (replica, "busy" if replica in busy else "quiet")],
             ],
         )
         return got.decode() if got else None

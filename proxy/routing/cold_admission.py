@@ -111,11 +111,14 @@ Waiting = Claimant[ColdTurn[T]]
 
 
 class ColdQueue(Generic[T]):
-    """The cold turns that wait for the replicas of one pool, and when each replica took its last one."""
+    """The cold turns that wait for the replicas of one pool, and when each replica took its last one.
 
-    def __init__(self, shares: TenantShares | None = None) -> None:
+    Several queues for the same replicas may share `last_cold_seconds`, the times by replica.
+    """
+
+    def __init__(self, shares: TenantShares | None = None, last_cold_seconds: dict[int, float] | None = None) -> None:
         self._queue: FairQueue[ColdTurn[T]] = FairQueue(shares or TenantShares(), _first_come_first_served)
-        self._last_cold_seconds: dict[int, float] = {}
+        self._last_cold_seconds = {} if last_cold_seconds is None else last_cold_seconds
         self._began_seconds = 0.0  # when turns began to wait, after none did
 
     def __len__(self) -> int:

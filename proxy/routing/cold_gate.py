@@ -8,7 +8,7 @@ other workers, the replica is claimed through `Claims` first; while those do not
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Container, Coroutine, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Final, Protocol
@@ -49,7 +49,16 @@ class Claims(Protocol):
     """Claims that all workers respect: `cache.ColdClaims`."""
 
     async def take(
-        self, pool: str, replicas: Sequence[str], *, order: str, tenant: str, claim_seconds: float, most: int
+        self,
+        pool: str,
+        replicas: Sequence[str],
+        *,
+        busy: Container[str] = (),
+        rest_seconds: float = 0.0,
+        order: str,
+        tenant: str,
+        claim_seconds: float,
+        most: int,
     ) -> str | None: ...
     def release(self, pool: str, replica: str) -> None: ...
     def withdraw(self, pool: str) -> None: ...
@@ -473,6 +482,8 @@ class ColdGate:
             got = await self._claims.take(
                 pool.name,
                 [view.name for view in views],
+                busy=[view.name for view in views if _pending_seconds(view) > self.limits.quiet_seconds],
+                rest_seconds=self.limits.rest_seconds,
                 order=self._order(waiting, now),
                 tenant=turn.tenant,
                 claim_seconds=max([_claim_seconds(turn, view) for view in views], default=CLAIM_PATIENCE_SECONDS),

@@ -19,6 +19,7 @@ class Two:
     """Two workers on one store."""
 
     def __init__(self, store: Store, tasks: Tasks) -> None:
+        self.store = store
         self.one = ColdClaims(store, "one", tasks=tasks)
         self.two = ColdClaims(store, "two", tasks=tasks)
 
@@ -63,6 +64,24 @@ async def test_the_oldest_turn_of_all_goes_first(two: Two) -> None:
         return await take(two.two, ["r0"], "2") == "r0"
 
     await eventually(free)
+
+
+async def test_a_busy_replica_rests_between_the_cold_turns_of_all_workers(two: Two) -> None:
+    """Each worker would else send one as often as if it were alone; a quiet replica takes one at any time."""
+
+    async def released() -> bool:
+        return not await two.store.execute("HEXISTS", keys.cold_claims("pool"), "r0")
+
+    assert await take(two.one, ["r0"], "1") == "r0"
+    two.one.release("pool", "r0")
+    await eventually(released)
+    assert await take(two.two, ["r0"], "2", busy=["r0"], rest_seconds=60.0) is None
+    two.two.withdraw("pool")
+    assert await take(two.one, ["r0", "r1"], "1", busy=["r0", "r1"], rest_seconds=60.0) == "r1"
+    assert await take(two.one, ["r0"], "1", busy=["r0"], rest_seconds=0.0) == "r0"
+    two.one.release("pool", "r0")
+    await eventually(released)
+    assert await take(two.one, ["r0"], "1", busy=["r1"], rest_seconds=60.0) == "r0"
 
 
 async def test_a_claim_ends_by_itself(two: Two) -> None:

@@ -266,6 +266,7 @@ async def test_with_other_workers_a_replica_is_claimed_first_and_released_after(
     await settle()
     assert not waiting.done()
     assert bench.claims.asked[0]["replicas"] == ["replica-1", "replica-0"]
+    assert bench.claims.asked[0]["busy"] == []
     bench.claims.answer = "replica-0"
     bench.gate.changed()
     await settle()
