@@ -30,7 +30,7 @@ ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
 endif
 
-.PHONY: run test checks test-image coverage format lock wheel clean \
+.PHONY: run test checks test-image coverage mutants format lock wheel clean \
   bench-datapath bench-soak bench-fleet bench-replay bench-peers bench-vllm
 
 run: .venv/.demo
@@ -63,6 +63,11 @@ coverage: .venv/.dev
 	.venv/bin/coverage html --quiet
 	.venv/bin/coverage report
 
+# Mutation testing of one package: make mutants PACKAGE=proxy/routing, of a sample of it with SAMPLE=150.
+PACKAGE ?= proxy/routing
+mutants: .venv/.dev .venv/.mutants
+	.venv/bin/python scripts/mutants.py $(PACKAGE) $(if $(SAMPLE),--sample $(SAMPLE))
+
 format: .venv/.dev
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
@@ -87,6 +92,7 @@ lock: .venv/.dev
 	$(LOCK) -c requirements/dev.txt -o requirements/runtime.txt
 	$(LOCK) -c requirements/dev.txt --extra demo -o requirements/demo.txt
 	$(LOCK) -c requirements/dev.txt --group build -o requirements/build.txt
+	$(LOCK) -c requirements/dev.txt --group mutants -o requirements/mutants.txt
 	$(LOCK:pyproject.toml=) --no-deps --group charts -o requirements/charts.txt
 	$(LOCK:pyproject.toml=) --group docs -o requirements/docs.txt
 

@@ -1,0 +1,106 @@
+"""Mutation testing of one package by mutmut: which changes of its code does no test notice?
+
+    python scripts/mutants.py proxy/routing               # every mutant
+    python scripts/mutants.py proxy/routing --sample 150  # as many, drawn with a fixed seed
+
+The tests are those of the package's own folder, tests/proxy/routing. Everything happens in a copy of the sources
+under .build/mutants, which the next full run continues: results stay until the code of their function changes. A table by
+module comes at the end, and the changes that survived are in survivors.diff beside the copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("cache", "proxy", "tests", "demo", "benchmarks")
+SEED = 1  # of the sample: the same mutants each time, as long as the code is the same
+MUTMUT = str(Path(sys.executable).parent / "mutmut")
+NO_SUCH_MUTANT = "none"  # mutmut generates mutants before it looks for those that it is to run
+
+
+def main(package: str, sample: int | None) -> int:
+    """Run the mutants of `package`, a folder, and print what survived. Return the exit code."""
+    folder = ROOT / ".build" / "mutants" / package.replace("/", "-")
+    prepare(folder, package)
+    if sample is None:
+        names = [f"{package.replace('/', '.')}.*"]
+    else:
+        run(folder, [NO_SUCH_MUTANT], quiet=True)
+        every = sorted(states(folder))
+        names = random.Random(SEED).sample(every, min(sample, len(every)))
+    failed = run(folder, names, quiet=False)
+    found = states(folder)
+    show(folder, {name: found[name] for name in (found if sample is None else names)})
+    return failed
+
+
+def prepare(folder: Path, package: str) -> None:
+    """Bring the copy in `folder` up to date, with a pyproject.toml that names `package` and its tests."""
+    for name in COPIED:
+        ignored = shutil.ignore_patterns("__pycache__", "*.meta")
+        shutil.rmtree(folder / name, ignore_errors=True)
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    mutmut = {
+        "source_paths": ["cache", "proxy"],
+        "only_mutate": [f"{package}/*"],
+        "also_copy": ["demo", "benchmarks"],
+        "pytest_add_cli_args_test_selection": [f"tests/{package}"],
+    }
+    sections = {"pytest.ini_options": options, "mutmut": mutmut}
+    lines = [f"[tool.{name}]\n" + "".join(entries(section)) for name, section in sections.items()]
+    (folder / "pyproject.toml").write_text("\n".join(lines), encoding="utf-8")
+
+
+def entries(section: dict[str, object]) -> list[str]:
+    """Return the lines of a section of TOML; a string, a number and a list of them are written as in JSON."""
+    return [f"{key} = {json.dumps(value)}\n" for key, value in section.items()]
+
+
+def run(folder: Path, names: list[str], *, quiet: bool) -> int:
+    """Run mutmut on the mutants `names`. Return its exit code."""
+    where = subprocess.DEVNULL if quiet else None
+    return subprocess.run([MUTMUT, "run", *names], cwd=folder, stdout=where, stderr=where, check=False).returncode
+
+
+def states(folder: Path) -> dict[str, str]:
+    """Return the state of each mutant by its name."""
+    command = [MUTMUT, "results", "--all", "true"]
+    output = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    return dict(line.strip().split(": ", 1) for line in output.splitlines() if ": " in line)
+
+
+def show(folder: Path, found: dict[str, str]) -> None:
+    """Print the table by module, and write how each survivor differs from the code."""
+    modules: dict[str, Counter[str]] = {}
+    for name, state in sorted(found.items()):
+        modules.setdefault(name.rpartition(".")[0], Counter())[state] += 1
+    modules["all"] = Counter(found.values())
+    print(f"{'module':<40}{'mutants':>8}{'killed':>8}{'survived':>9}{'no test':>8}{'other':>6}{'killed':>9}")
+    for module, counts in modules.items():
+        killed, survived, untested = counts["killed"] + counts["timeout"], counts["survived"], counts["no tests"]
+        total = counts.total()
+        figures = f"{total:>8}{killed:>8}{survived:>9}{untested:>8}{total - killed - survived - untested:>6}"
+        print(f"{module:<40}{figures}{killed / total:>9.1%}")
+    survivors = [name for name, state in found.items() if state == "survived"]
+    with (folder / "survivors.diff").open("w", encoding="utf-8") as file:
+        for name in survivors:
+            subprocess.run([MUTMUT, "show", name], cwd=folder, stdout=file, check=False)
+    print(f"how the survivors differ: {folder.relative_to(ROOT)}/survivors.diff")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("package", help="a folder, such as proxy/routing")
+    parser.add_argument("--sample", type=int, help="run only so many mutants")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.package.rstrip("/"), arguments.sample))
