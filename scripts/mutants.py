@@ -4,8 +4,8 @@
     python scripts/mutants.py proxy/routing --sample 150  # as many, drawn with a fixed seed
 
 The tests are those of the package's own folder, tests/proxy/routing. Everything happens in a copy of the sources
-under .build/mutants, which the next full run continues: results stay until the code of their function changes. A table by
-module comes at the end, and the changes that survived are in survivors.diff beside the copy.
+under .build/mutants, which the next full run continues: results stay until the code of their function changes. A
+table by module comes at the end, and the changes that survived are in survivors.diff beside the copy.
 """
 
 from __future__ import annotations
