@@ -49,3 +49,14 @@ def test_the_number_of_tickets_is_bounded():
     for number in range(MAX_TICKETS + 5):
         tickets.give("a", number, 1.0, 0.0, 1.0, 0.0)
     assert len(tickets) == MAX_TICKETS
+
+
+def test_a_turn_that_is_sent_away_again_is_as_new_as_the_newest():
+    """It is not among the first to go when there are too many."""
+    tickets = Tickets()
+    for number in range(MAX_TICKETS):
+        tickets.give("a", number, 1.0, 0.0, 1.0, 0.0)
+    tickets.give("a", 0, 1.0, 0.0, 1.0, 0.0)
+    tickets.give("a", MAX_TICKETS, 1.0, 0.0, 1.0, 0.0)
+    assert tickets.arrival("a", 0, 1.0) == 0.0
+    assert tickets.arrival("a", 1, 1.0) == 1.0

@@ -203,13 +203,15 @@ def test_unavailable_replicas_are_left_out_and_said_to_be_why():
 
 
 def test_none_left_is_503_with_the_seconds_until_the_first_is_tried():
-    """Retry-After is the shortest back-off, at least a second."""
+    """Retry-After is the shortest back-off, at least a second, and a second if there is none."""
     views = [view(0, available=False, retry_after_seconds=9.0), view(1, available=False, retry_after_seconds=3.0)]
     with pytest.raises(Overloaded) as caught:
         plan(LONG, NOTHING, views)
     assert (caught.value.status, caught.value.retry_after_seconds) == (503, 3.0)
-    with pytest.raises(Overloaded):
-        plan(LONG, NOTHING, [])
+    for none_left in ([view(0, available=False, retry_after_seconds=0.2)], [view(0, available=False)], []):
+        with pytest.raises(Overloaded) as caught:
+            plan(LONG, NOTHING, none_left)
+        assert caught.value.retry_after_seconds == 1.0
 
 
 def test_what_is_pinned_goes_there_however_busy_it_is():

@@ -81,6 +81,32 @@ async def test_the_leaders_failure_promotes_the_next_who_leads_the_others():
     assert len(gate) == 0
 
 
+async def test_a_follower_that_shares_too_little_with_the_promoted_one_passes():
+    """It waited for more of the failed leader's prompt than the new one computes."""
+    gate = PrefillGate()
+
+    def entered(chain: list[int], matched_blocks: int) -> Prefill | Follower | None:
+        matched_tokens = 256.0 * matched_blocks
+        return gate.enter(
+            0,
+            chain,
+            matched_blocks=matched_blocks,
+            matched_tokens=matched_tokens,
+            prompt_tokens=4_196.0,
+            prefill_seconds=0.5,
+        )
+
+    leader = entered(SHARED, 0)
+    branch = entered([*SHARED[:8], *range(8)], 8)
+    whole = entered([*SHARED, 1], 16)
+    assert isinstance(leader, Prefill)
+    assert isinstance(branch, Follower)
+    assert isinstance(whole, Follower)
+    leader.failed()
+    assert await branch.wait() is Passage.PROMOTED
+    assert await whole.wait() is Passage.OPENED
+
+
 async def test_one_that_left_is_never_promoted():
     """Its client is gone; the next who waits is taken."""
     gate = PrefillGate()

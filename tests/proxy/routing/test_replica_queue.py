@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from proxy.errors import ConnectFailed, Overloaded, RateLimited
-from proxy.routing.fair_shares import Share
+from proxy.routing.fair_shares import Share, TenantShares
 from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 from tests.support.clock import FakeClock
 
@@ -58,6 +58,18 @@ async def test_a_crowded_replica_gets_one_at_a_time_and_tenants_take_turns():
     assert sent[:2] in (["a", "b"], ["b", "a"])
     for task in tasks:
         task.cancel()
+
+
+async def test_what_is_sent_at_once_counts_for_its_tenant():
+    """By its tokens: a tenant that had much goes behind one that had nothing, once both wait."""
+    shares = TenantShares()
+    for tenant in "ab":
+        shares.seen(tenant, 1.0, 0.0)
+    queue = ReplicaQueue(1, QueueLimits(), FakeClock(), shares=shares)
+    first = await queue.acquire(1.0, Share("a", tokens=1_000_000.0))
+    assert shares.round_of("a") > shares.round_of("b")
+    assert queue.try_acquire(Share("b", tokens=1.0)) is None
+    first.done()
 
 
 async def test_waiting_requests_are_served_least_work_first():

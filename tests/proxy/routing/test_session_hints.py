@@ -22,6 +22,11 @@ def test_equal_names_of_two_tenants_are_two_sessions():
     assert hints.key("a", [(b"session-id", b"one")], b"") != hints.key("b", [(b"session-id", b"one")], b"")
 
 
+def test_a_name_may_have_256_bytes():
+    """The most that is taken."""
+    assert SessionHints().key("t", [(b"session-id", b"x" * 256)], b"") is not None
+
+
 @pytest.mark.parametrize("name", [b"", b"x" * 257])
 def test_an_empty_or_endless_name_is_no_session(name):
     assert SessionHints().key("t", [(b"session-id", name)], b"") is None

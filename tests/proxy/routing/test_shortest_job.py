@@ -16,6 +16,14 @@ def test_least_work_goes_first():
     assert [line.next(1.0), line.next(1.0), line.next(1.0), line.next(1.0)] == ["short", "middle", "long", None]
 
 
+def test_equal_work_goes_in_the_order_in_which_it_came():
+    """Neither of two equal requests may pass the other."""
+    line: ShortestJobQueue[int] = ShortestJobQueue(120.0)
+    for number in range(5):
+        line.join(number, 1.0, 0.0)
+    assert [line.next(0.0) for _ in range(5)] == [0, 1, 2, 3, 4]
+
+
 def test_a_tenth_of_the_seconds_waited_counts_against_the_work():
     """One that has waited 20 s passes one that has 1.9 s less to do, and not one that has 2.1 s less."""
     line: ShortestJobQueue[str] = ShortestJobQueue(120.0)
