@@ -6,6 +6,7 @@ Every decision is made on the normalised path, which is also the one that the up
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Final
 from urllib.parse import unquote
@@ -65,11 +66,19 @@ _READ_WHOLE = frozenset({"batches", "containers", "conversations", "messages/bat
 _EXTENDED = frozenset({"containers", "conversations"})
 """Collections to whose objects other objects can be added later, by their ids."""
 
+_ENGINES: Final = "engines/"  # OpenAI's old prefix, which some clients still use: the model is part of the path
 _DEPLOYMENTS: Final = "/openai/deployments/"  # Azure's prefix: the model is part of the path
+_MODEL_WITH_SLASHES = re.compile(
+    r"(?:/v1)?/models/((?:[A-Za-z0-9_~@:-][A-Za-z0-9._~@:-]*%2[Ff])+[A-Za-z0-9_~@:-][A-Za-z0-9._~@:-]*)"
+)
+"""The path of one model whose name has slashes, as SDKs encode it (`org%2Fname`). An encoded slash is ambiguous, but
+here both readings are the same model; no part of the name may begin with a dot."""
+
 _DEFAULT_VERSION: Final = "/v1"
 LIVENESS = frozenset({"/", "/health", "/healthz", "/api/hello"})
 _LIVENESS_METHODS = frozenset({"GET", "HEAD"})
 _GUESSED_LENGTH_MOST: Final = 128  # characters of an unknown path that is compared with the known ones
+_NEARLY_EQUAL: Final = 0.8  # of difflib's ratio; below it guesses are far-fetched
 KNOWN_PATHS = sorted([f"/v1/{path}" for path in {*_PROMPTS, *_INFERENCE, *COLLECTIONS, "models", "caching"}])
 _FIRST_SEGMENTS = frozenset({path.split("/")[0] for path in {*_PROMPTS, *COLLECTIONS, "models", "caching"}}) | {
     "audio",
@@ -125,6 +134,8 @@ class Routes:
         """
         if method == "POST" and (known := _ROUTES.get(target)):
             return known
+        if "%2" in target and (named := _MODEL_WITH_SLASHES.fullmatch(target)) and method in _LIVENESS_METHODS:
+            return Route(Endpoint.OTHER, f"/v1/models/{named[1]}", model=unquote(named[1]), reads_body=False)
         path, query = split_target(target)
         if path.startswith(_DEPLOYMENTS) and matches_any(path, self._engine_paths):
             return _deployment(method, path, query)
@@ -143,9 +154,11 @@ class Routes:
         if method == "POST":
             if endpoint := _PROMPTS.get(name):
                 return Route(endpoint, target)
+            if name.startswith(_ENGINES) and (engine := _engine(name, target)) is not None:
+                return engine
             if name in _INFERENCE:
                 return Route(Endpoint.INFERENCE, target)
-        if name == "models" and method == "GET":
+        if name == "models" and method in _LIVENESS_METHODS:
             return Route(Endpoint.MODELS, target, reads_body=False)
         if name == "caching" or name.startswith("caching/"):
             return Route(Endpoint.CACHING, target)
@@ -158,13 +171,22 @@ class Routes:
 
     def _unknown(self, method: str, path: str) -> NotFound:
         message = f"Nothing is served at this path for {method}."
-        if len(path) <= _GUESSED_LENGTH_MOST:
-            wanted = path if path.startswith("/v1/") else "/v1" + path
-            if likely := difflib.get_close_matches(wanted, KNOWN_PATHS, 1, 0.5):
-                message += f" Did you mean {likely[0]}?"
+        if len(path) <= _GUESSED_LENGTH_MOST and (likely := _likely(path.lower())):
+            message += f" Did you mean {likely}?"
         if self._admin_port:
             message += f" Cairn's status page is on the admin port, {self._admin_port}."
         return NotFound(message, code="unknown_path")
+
+
+def _likely(path: str) -> str | None:
+    """Return the known path that `path` ends with, else one that it is nearly equal to, if there is one."""
+    if path.rstrip("/") == _DEFAULT_VERSION:
+        return f"{_DEFAULT_VERSION}/models"
+    names = {known.removeprefix("/v1/"): known for known in KNOWN_PATHS}
+    ends = [name for name in names if path.endswith(f"/{name}")]
+    near = difflib.get_close_matches(path.removeprefix("/v1/").strip("/"), names, 1, _NEARLY_EQUAL)
+    name = max(ends, key=len, default=None) or next(iter(near), None)
+    return None if name is None else names[name]
 
 
 def is_liveness(method: str, path: str) -> bool:
@@ -186,6 +208,13 @@ def _deployment(method: str, path: str, query: str) -> Route:
     model, _, name = path.removeprefix(_DEPLOYMENTS).partition("/")
     endpoint = _PROMPTS.get(name, Endpoint.INFERENCE) if method == "POST" else Endpoint.OTHER
     return Route(endpoint, path + query, model=unquote(model), reads_body=method == "POST")
+
+
+def _engine(name: str, target: str) -> Route | None:
+    """A path of OpenAI's old form, `engines/MODEL/ENDPOINT`; None if it has no endpoint that runs a model."""
+    model, _, path = name.removeprefix(_ENGINES).partition("/")
+    endpoint = _PROMPTS.get(path, Endpoint.INFERENCE if path in _INFERENCE else None)
+    return None if endpoint is None else Route(endpoint, target, model=unquote(model))
 
 
 def _of_collection(method: str, name: str, target: str) -> Route:

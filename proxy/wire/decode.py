@@ -18,6 +18,7 @@ from proxy.model import Body
 
 DECODED_BYTES_MOST = 64 * 1024 * 1024  # of one response; a longer one is a decompression bomb, or has no usage
 _STEP_BYTES_MOST = 4 * 1024 * 1024  # decoded at once, so that a bomb is noticed before it fills the memory
+_NO_CODINGS: Final = (b"", b"identity", b"utf-8", b"utf8")  # a character set is a common mistake, and harmless
 _ZSTD_FEED_BYTES: Final = 128  # zstandard's decoder has no output limit: four bytes may become 128 KiB
 _ZSTD_HEADER_BYTES_MOST: Final = 18
 _ZSTD_SKIPPABLE: Final = b"\x2a\x4d\x18"  # the magic number of a frame without data, but for its first byte
@@ -139,7 +140,7 @@ def request_encoding(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
         BadRequest: the coding is unknown, or there are several.
     """
     codings = [value.strip().lower() for name, value in headers if name == b"content-encoding"]
-    codings = [coding for coding in codings if coding not in (b"", b"identity")]
+    codings = [coding for coding in codings if coding not in _NO_CODINGS]
     if not codings:
         return b""
     if len(codings) > 1 or codings[0] not in _WHOLE:

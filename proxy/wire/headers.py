@@ -68,12 +68,13 @@ _ID_SIGNS = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123
 class _Verdicts(dict[bytes, bool]):
     """Cache of the headers that pass, by lower-case name; computed once for each name."""
 
-    def __init__(self, removed: frozenset[bytes]) -> None:
+    def __init__(self, removed: frozenset[bytes], prefixes: tuple[bytes, ...] = _OWN_PREFIXES) -> None:
         super().__init__()
         self._removed = removed
+        self._prefixes = prefixes
 
     def __missing__(self, name: bytes) -> bool:
-        passes = name not in self._removed and not name.startswith(_OWN_PREFIXES)
+        passes = name not in self._removed and not name.startswith(self._prefixes)
         if len(self) < _NAMES_REMEMBERED and len(name) <= _NAME_BYTES_REMEMBERED:
             self[name] = passes
         return passes
@@ -81,7 +82,7 @@ class _Verdicts(dict[bytes, bool]):
 
 _FORWARDS = _Verdicts(_NOT_FORWARDED)
 _FORWARDS_BUT_KEYS = _Verdicts(_NOT_FORWARDED_WITH_KEY)
-_RETURNS = _Verdicts(_NOT_RETURNED)
+_RETURNS = _Verdicts(_NOT_RETURNED, (*_OWN_PREFIXES, b"access-control-"))  # the configuration says who may read it
 
 
 def upstream_head(

@@ -92,7 +92,8 @@ def read(body: Body, endpoint: Endpoint, *, model: str | None = None) -> Prompt:
         model: the model that the path names; it replaces the body's.
 
     Raises:
-        BadRequest: the body cannot be read; `param` names the field. A missing model is no error: it is empty then.
+        BadRequest: the body cannot be read; `param` names the field. A missing model is no error: it is empty then,
+            as it is if the body has null in its place.
     """
     prompt = _READERS[endpoint](body)
     if model is not None:
@@ -233,7 +234,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
 ) -> Prompt:
     """Build the prompt from the fields that all dialects share; `content` are its messages or input items."""
     asked, options = _NOT_APPLICABLE, (0, 0)
-    if fields.stream and not always_reports:
+    if fields.stream is True and not always_reports:
         asked, options = _usage_request(body, fields.stream_options)
     referring: tuple[memoryview, ...] = ()
     if fields.tools is not NONE or fields.container is not NONE:
@@ -278,7 +279,7 @@ def _skips_cache(fields: Common) -> bool:
 
 
 def _decoded(decode: Callable[[Body], Any], body: Body) -> Any:
-    """Decode the fields of `body`, and check that `model` is given at most once, not empty and not too long."""
+    """Decode the fields of `body`, and check that `model` is given at most once and not too long."""
     models = seen.models
     models.clear()
     try:
@@ -294,8 +295,8 @@ def _decoded(decode: Callable[[Body], Any], body: Body) -> Any:
         raise BadRequest("the body is not valid UTF-8") from None
     except SecondModel:
         raise BadRequest("model is given twice", param="model") from None
-    if models and not 0 < len(fields.model) <= MODEL_NAME_BYTES_MOST:
-        raise BadRequest("model is empty or too long", param="model")
+    if models and len(fields.model) > MODEL_NAME_BYTES_MOST:
+        raise BadRequest("model is too long", param="model")
     return fields
 
 

@@ -51,19 +51,19 @@ seen = _Seen()
 
 
 def _seen_model(kind: type, value: Any) -> Any:
-    if kind is not Model or not isinstance(value, str):
+    if kind is not Model or not (value is None or isinstance(value, str)):
         raise ValueError("model must be a string")
     seen.models.append(value)
     if len(seen.models) > 1:
         raise SecondModel  # at once: a body can hold millions of them
-    return Model(value)
+    return Model(value or "")  # null is as if it were absent, which the upstream judges
 
 
 class Common(msgspec.Struct, gc=False):
     """Members that all dialects share."""
 
     model: Model = Model()
-    stream: bool | None = None
+    stream: Any = None  # servers differ in what they take for true
     stream_options: Raw = NONE
     tools: Raw = NONE
     tool_choice: Raw = NONE

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.errors import CairnError, NotFound
+from proxy.errors import BadRequest, CairnError, NotFound
 from proxy.model import Access, Endpoint, Tenant
 from proxy.pipeline.routes import Routes, is_liveness
 
@@ -25,6 +25,7 @@ LIMITED = Tenant("t", models=("cheap",))
         ("POST", "/v1/messages/count_tokens", Endpoint.INFERENCE, Access.INFERENCE),
         ("POST", "/v1/responses/compact", Endpoint.INFERENCE, Access.INFERENCE),
         ("GET", "/v1/models", Endpoint.MODELS, Access.INFERENCE),
+        ("HEAD", "/v1/models", Endpoint.MODELS, Access.INFERENCE),
         ("GET", "/v1/models/a/b", Endpoint.OTHER, Access.INFERENCE),
         ("DELETE", "/v1/models/a", Endpoint.OTHER, Access.ADMINISTRATION),
         ("POST", "/v1/caching/refs/tags", Endpoint.CACHING, Access.INFERENCE),
@@ -70,7 +71,11 @@ def test_a_chat_is_a_chat_however_its_path_is_written(sent: str, meant: str) -> 
         ("/v1beta/chat/completions", "/v1/chat/completions"),
         ("/v2/chat/completion", "/v1/chat/completions"),
         ("/api/v1/messages", "/v1/messages"),
-        ("/v1", "status page"),
+        ("/V1/Chat/Completions", "/v1/chat/completions"),
+        ("/v2/rerank", "/v1/rerank"),
+        ("/openai/v1/responses", "/v1/responses"),
+        ("/v1", "/v1/models"),
+        ("/v1/", "/v1/models"),
         ("/tokenize", "8090"),
         ("/metrics", "admin port, 8090"),
     ],
@@ -79,6 +84,49 @@ def test_an_unknown_path_names_the_likely_one_and_the_status_page(path: str, lik
     """Somebody who mistyped a base URL is told the right one."""
     with pytest.raises(NotFound, match=likely):
         Routes(admin_port=8090).route("POST", path)
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/favicon.ico", "/docs", "/readyz", "/api/tags", "/x"])
+def test_no_far_fetched_path_is_guessed(path: str) -> None:
+    """A wrong guess is worse than none."""
+    with pytest.raises(NotFound) as caught:
+        Routes(admin_port=8090).route("GET", path)
+    assert "Did you mean" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("path", "endpoint", "model"),
+    [
+        ("/v1/engines/m/completions", Endpoint.COMPLETIONS, "m"),
+        ("/v1/engines/m%3A1/chat/completions", Endpoint.CHAT, "m:1"),
+        ("/v1/engines/m/embeddings", Endpoint.EMBEDDINGS, "m"),
+        ("/v1/engines/m/rerank", Endpoint.INFERENCE, "m"),
+    ],
+)
+def test_an_old_path_with_an_engine_runs_the_model_that_it_names(path: str, endpoint: Endpoint, model: str) -> None:
+    """It is checked, counted and tried elsewhere like any other."""
+    route = ROUTES.route("POST", path)
+    assert (route.endpoint, route.model, route.access, route.target) == (endpoint, model, Access.INFERENCE, path)
+    assert ROUTES.route("GET", path).access is Access.ADMINISTRATION
+    assert ROUTES.route("POST", "/v1/engines/m").access is Access.ADMINISTRATION
+
+
+@pytest.mark.parametrize("path", ["/v1/models/org%2Fname-1.5", "/models/org%2fname-1.5"])
+def test_one_model_with_a_slash_in_its_name_is_found_as_sdks_ask_for_it(path: str) -> None:
+    """Both ways to read an encoded slash there mean the same model."""
+    route = ROUTES.route("GET", path)
+    assert (route.endpoint, route.model, route.access) == (Endpoint.OTHER, "org/name-1.5", Access.INFERENCE)
+    for bad in (
+        "/v1/models/..%2Ffiles",
+        "/v1/models/a%2F..%2Ffiles",
+        "/v1/models/a%2F",
+        "/v1/models/%2Fa",
+        "/v1/x%2Fy",
+    ):
+        with pytest.raises(BadRequest):
+            ROUTES.route("GET", bad)
+    with pytest.raises(BadRequest):
+        ROUTES.route("DELETE", path)
 
 
 def test_engine_paths_are_served_only_if_they_are_configured_and_are_routed_by_their_model() -> None:

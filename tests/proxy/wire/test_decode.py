@@ -137,3 +137,9 @@ def test_an_unknown_coding_and_several_are_refused(values) -> None:
     with pytest.raises(BadRequest) as caught:
         request_encoding([(b"content-encoding", value) for value in values])
     assert caught.value.code == "unsupported_content_encoding"
+
+
+@pytest.mark.parametrize("value", [b"", b"identity", b"utf-8", b"UTF8"])
+def test_a_coding_that_compresses_nothing_is_none(value: bytes) -> None:
+    """Some clients name their character set there."""
+    assert request_encoding([(b"content-encoding", value)]) == b""

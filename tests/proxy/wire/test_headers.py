@@ -196,3 +196,12 @@ def test_a_retry_after_is_read_as_seconds_or_as_a_date(value: bytes, seconds: fl
     """A date in the past asks for no wait, and anything else is none."""
     noon = 1_795_694_400.0  # on 26 November 2026
     assert headers.retry_after_seconds(value, noon) == seconds
+
+
+def test_no_cross_origin_grant_of_an_upstream_reaches_a_page() -> None:
+    """Engines allow every origin by default; who may read responses is said in Cairn's configuration alone."""
+    grants = ((b"access-control-allow-origin", b"*"), (b"access-control-allow-credentials", b"true"))
+    assert response_head((*grants, (b"content-type", b"x")), request_id="i") == [
+        (b"content-type", b"x"),
+        (b"x-request-id", b"i"),
+    ]
