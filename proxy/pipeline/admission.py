@@ -25,6 +25,7 @@ _ANONYMOUS: Final = b""
 _ANONYMOUS_NAME: Final = "anonymous"
 _NAME_DIGITS: Final = 12  # of a keyed hash, shown to the operator
 _BUSY_RETRY_SECONDS: Final = 1.0
+_NO_KEY: Final = "No API key was sent. Send it as `Authorization: Bearer KEY`, `x-api-key` or `api-key`."
 _KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 
 
@@ -101,7 +102,7 @@ class Authenticator:
             if hmac.compare_digest(client.key_sha256, digest):
                 found = client
         if found is None:
-            raise Unauthorized("Incorrect API key provided.")
+            raise Unauthorized("Incorrect API key provided." if credential else _NO_KEY)
         tenant = self._tenant(
             found.tenant.encode(), found.models, found.tenant, found.name or found.tenant, is_listed=True
         )

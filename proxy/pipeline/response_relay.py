@@ -89,7 +89,8 @@ class ResponseRelay:
         prompt = exchange.prompt
         if prompt is not None and prompt.stream and self.silence.fills_before_head:
             call = exchange.call
-            waiting = exchange.waiting = WaitingClient(downstream, call.request_id, call.read_seconds)
+            headers = ((b"x-request-id", call.request_id.encode()), *exchange.context_notes)
+            waiting = exchange.waiting = WaitingClient(downstream, headers, call.read_seconds)
             self.silence.enter(waiting)
 
     def release(self, exchange: Exchange) -> None:

@@ -191,7 +191,7 @@ def _likely(path: str) -> str | None:
 
 def is_liveness(method: str, path: str) -> bool:
     """Return True if the request only asks whether anything answers here; that needs no key."""
-    return method in _LIVENESS_METHODS and path in LIVENESS
+    return method in _LIVENESS_METHODS and (path in LIVENESS or path.rstrip("/") in LIVENESS)
 
 
 def _versioned(path: str) -> str | None:

@@ -36,13 +36,18 @@ class SilentStream(Protocol):
 
 
 class WaitingClient:
-    """The client of a stream until a response begins. `head_sent` is true once the head of a stream was sent."""
+    """The client of a stream until a response begins. `head_sent` is true once the head of a stream was sent.
 
-    __slots__ = ("_downstream", "_request_id", "given_seconds", "head_sent")
+    `headers` are those that are known before any response: the request's id, and what was done with a stored context.
+    """
 
-    def __init__(self, downstream: Downstream, request_id: str, since_seconds: float) -> None:
+    __slots__ = ("_downstream", "_headers", "given_seconds", "head_sent")
+
+    def __init__(
+        self, downstream: Downstream, headers: tuple[tuple[bytes, bytes], ...], since_seconds: float
+    ) -> None:
         self._downstream = downstream
-        self._request_id = request_id
+        self._headers = headers
         self.given_seconds = since_seconds
         self.head_sent = False
 
@@ -50,8 +55,7 @@ class WaitingClient:
         """Write a comment, and before the first one the head of a stream."""
         if not self.head_sent:
             self.head_sent = True
-            head = (*_HEAD, (b"x-request-id", self._request_id.encode()))
-            self._downstream.begin(200, b"OK", head, None)
+            self._downstream.begin(200, b"OK", (*_HEAD, *self._headers), None)
         self._downstream.write_last(COMMENT)
 
     def end_with(self, events: bytes) -> None:

@@ -18,6 +18,7 @@ from proxy.wire.schemas import DECODE_ERRORS
 
 _MESSAGE_BYTES_MOST: Final = 2048  # of an error that is no JSON
 _DONE: Final = b"data: [DONE]\n\n"
+_OUTPUT_TEXT: Final = Raw(b'"output_text"')
 _Fields = dict[str, Raw]
 
 
@@ -103,27 +104,43 @@ def _chunk_choice(choice: _Fields) -> dict[str, Any]:
 
 
 class _Response(msgspec.Struct):
-    output: list[Any]
+    output: list[Raw]
+
+
+class _Item(msgspec.Struct):
+    id: Raw = Raw(b"null")
+    content: list[_Fields] | None = None
 
 
 def _responses(body: bytes) -> bytes:
-    """The beginning, each text as one delta, and the end with the whole response."""
+    """The beginning, each item with its parts and their text as one delta, and the end with the whole response."""
     output = msgspec.json.decode(body, type=_Response).output
-    begun: dict[str, Any] = {
-        **msgspec.json.decode(body, type=_Fields),
-        "output": [],
-        "status": "in_progress",
-        "usage": None,
-    }
-    events: list[dict[str, Any]] = [{"type": "response.created", "response": begun}]
+    begun: dict[str, Any] = {**msgspec.json.decode(body, type=_Fields), "output": [], "status": "in_progress"}
+    events: list[dict[str, Any]] = [{"type": "response.created", "response": {**begun, "usage": None}}]
     for index, item in enumerate(output):
-        for part, content in enumerate(item.get("content") or () if isinstance(item, dict) else ()):
-            if isinstance(content, dict) and content.get("type") == "output_text":
-                place = {"item_id": item.get("id"), "output_index": index, "content_index": part}
-                events.append({"type": "response.output_text.delta", **place, "delta": content.get("text")})
+        events += _item_events(index, item)
     events.append({"type": "response.completed", "response": Raw(body)})
     numbered = [{**event, "sequence_number": number} for number, event in enumerate(events)]
     return b"".join([_named(event) for event in numbered])
+
+
+def _item_events(index: int, raw: Raw) -> list[dict[str, Any]]:
+    item = msgspec.json.decode(raw, type=_Item)
+    fields: dict[str, Any] = dict(msgspec.json.decode(raw, type=_Fields))
+    if item.content is not None:
+        fields |= {"content": [], "status": "in_progress"}
+    events = [{"type": "response.output_item.added", "output_index": index, "item": fields}]
+    for number, part in enumerate(item.content or ()):
+        place = {"item_id": item.id, "output_index": index, "content_index": number}
+        is_text = part.get("type") == _OUTPUT_TEXT and "text" in part
+        begun = {**part, "text": ""} if is_text else part
+        events.append({"type": "response.content_part.added", **place, "part": begun})
+        if is_text:
+            events.append({"type": "response.output_text.delta", **place, "delta": part["text"], "logprobs": []})
+            events.append({"type": "response.output_text.done", **place, "text": part["text"], "logprobs": []})
+        events.append({"type": "response.content_part.done", **place, "part": part})
+    events.append({"type": "response.output_item.done", "output_index": index, "item": raw})
+    return events
 
 
 _BLOCKS: Final = {

@@ -36,11 +36,15 @@ REFUSAL = b'{"error": {"message": "too long", "type": "invalid_request_error", "
 
 
 class Slow(OpenAIUpstream):
-    """Answers no request that runs a model before `gate` is set; then with the error `status`, or its events."""
+    """Answers no request that runs a model before `gate` is set; then with the error `status`, or its events.
 
-    def __init__(self, status: int = 200, gate: asyncio.Event | None = None) -> None:
+    With `plain` it answers a request for a stream with JSON.
+    """
+
+    def __init__(self, status: int = 200, gate: asyncio.Event | None = None, *, plain: bytes = b"") -> None:
         super().__init__(gate=gate or asyncio.Event())
         self.status = status
+        self.plain = plain
         self.asked = asyncio.Event()
 
     async def _serve(self, request: web.BaseRequest, asked: Any, failure: Failure | None) -> web.StreamResponse:
@@ -52,6 +56,8 @@ class Slow(OpenAIUpstream):
         await self.gate.wait()
         if self.status != 200:
             return web.Response(status=self.status, body=REFUSAL, content_type="application/json")
+        if self.plain:
+            return web.Response(body=self.plain, content_type="application/json")
         return web.Response(body=EVENTS[path], content_type="text/event-stream")
 
     def open(self) -> None:
@@ -121,6 +127,37 @@ async def test_the_sdk_raises_the_error_that_came_after_a_comment() -> None:
         with pytest.raises(openai.APIError, match="too long") as caught:
             await anext(aiter(stream))
         assert caught.value.code == "context_length_exceeded"
+
+
+PART = {"type": "output_text", "text": "Hello", "annotations": []}
+ITEM = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": [PART]}
+RESPONSE: dict[str, Any] = {
+    "id": "resp_1", "object": "response", "created_at": 1, "status": "completed", "model": "m", "output": [ITEM],
+    "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
+}  # fmt: skip
+MESSAGE = {"role": "assistant", "content": "Hello"}
+COMPLETION = {
+    "id": "c", "object": "chat.completion", "created": 1, "model": "m",
+    "choices": [{"index": 0, "finish_reason": "stop", "message": MESSAGE}],
+}  # fmt: skip
+
+
+async def test_the_sdks_accumulators_read_a_plain_answer_that_came_after_a_comment() -> None:
+    """Of an upstream that knows no streams."""
+    gate = asyncio.Event()
+    async with (
+        Slow(gate=gate, plain=json.dumps(RESPONSE).encode()) as upstream,
+        running(config(upstream)) as cairn,
+        openai.AsyncOpenAI(base_url=cairn.url, api_key="k", max_retries=0) as client,
+    ):
+        async with client.responses.stream(model="test-model", input="hi") as responses:
+            upstream.open()
+            assert (await responses.get_final_response()).output_text == "Hello"
+        gate.clear()
+        upstream.plain = json.dumps(COMPLETION).encode()
+        async with client.chat.completions.stream(model="test-model", messages=[]) as chat:
+            upstream.open()
+            assert (await chat.get_final_completion()).choices[0].message.content == "Hello"
 
 
 async def test_another_replica_answers_after_a_comment_if_the_first_one_fails(http: aiohttp.ClientSession) -> None:

@@ -33,6 +33,15 @@ def test_a_listed_key_is_its_tenant_and_any_other_is_refused() -> None:
             door.tenant_of(wrong)
 
 
+def test_a_client_that_sent_no_key_is_told_how_to_send_one() -> None:
+    """It is not told that its key is wrong."""
+    door = Authenticator([known("sk-a", "red")], SECRET)
+    with pytest.raises(Unauthorized, match="No API key was sent"):
+        door.tenant_of_any([])
+    with pytest.raises(Unauthorized, match="Incorrect"):
+        door.tenant_of_any([b"sk-d"])
+
+
 def test_without_a_list_each_key_is_a_tenant_and_its_name_needs_the_secret() -> None:
     """The keyed hash separates keys and cannot be computed from a key alone."""
     door, other = Authenticator([], SECRET), Authenticator([], b"t" * 32)

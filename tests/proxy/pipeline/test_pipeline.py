@@ -64,7 +64,7 @@ class Phases:
     def accompany(self, exchange: Exchange, downstream: Any) -> None:
         self.accompanied += 1
         if self.waits_long:
-            exchange.waiting = WaitingClient(downstream, "id", 0.0)
+            exchange.waiting = WaitingClient(downstream, (), 0.0)
             exchange.waiting.fill()
 
     def release(self, exchange: Exchange) -> None:

@@ -386,6 +386,7 @@ async def test_a_client_that_waits_for_the_head_of_a_stream_gets_one_with_commen
     timers = Timers(bench)
     made = upstream(bench, body=None, sse=True)
     exchange = bench.exchange(stream=True)
+    exchange.context_notes = ((b"msh-context-cache-id", b"cache-1"),)
     task = bench.start(exchange)
     bench.client.hold.clear()
     await turns()
@@ -395,6 +396,7 @@ async def test_a_client_that_waits_for_the_head_of_a_stream_gets_one_with_commen
     assert (bench.downstream.status, bench.downstream.body) == (200, COMMENT * 2)
     assert bench.downstream.headers[b"content-type"].startswith(b"text/event-stream")
     assert bench.downstream.headers[b"x-request-id"] == b"id"
+    assert bench.downstream.headers[b"msh-context-cache-id"] == b"cache-1"
     bench.client.hold.set()
     made.send(TOKEN + DONE)
     made.end()

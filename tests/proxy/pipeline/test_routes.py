@@ -165,6 +165,7 @@ def test_liveness_is_asked_by_get_and_head_of_a_few_paths() -> None:
     """Those need no key; nothing else is answered so."""
     assert all(is_liveness(method, path) for method in ("GET", "HEAD") for path in ("/", "/health", "/healthz"))
     assert is_liveness("GET", "/api/hello")
+    assert is_liveness("GET", "/health/")
     assert not is_liveness("POST", "/")
     assert not is_liveness("GET", "/v1/models")
 

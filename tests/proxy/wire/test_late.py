@@ -77,20 +77,29 @@ def test_a_completion_is_a_chunk_as_it_is() -> None:
     assert (chunk["choices"][0]["text"], done) == ("a", "[DONE]")
 
 
-def test_a_response_begins_brings_its_text_and_ends() -> None:
+def test_a_response_begins_brings_each_item_and_ends() -> None:
+    """With the events that the SDK's accumulator needs before a text."""
     output = [
-        {"type": "reasoning", "id": "r"},
+        {"type": "reasoning", "id": "r", "summary": []},
         {"type": "message", "id": "m", "content": [{"type": "output_text", "text": "a"}, {"type": "refusal"}]},
     ]
     body = json.dumps({"id": "resp", "object": "response", "status": "completed", "output": output, "usage": {}})
     found = events(events_of_plain(200, body.encode(), Endpoint.RESPONSES))
-    assert [event["type"] for event in found] == [
-        "response.created", "response.output_text.delta", "response.completed",
+    assert [event["type"].removeprefix("response.") for event in found] == [
+        "created",
+        "output_item.added", "output_item.done",
+        "output_item.added",
+        "content_part.added", "output_text.delta", "output_text.done", "content_part.done",
+        "content_part.added", "content_part.done",
+        "output_item.done",
+        "completed",
     ]  # fmt: skip
-    assert [event["sequence_number"] for event in found] == [0, 1, 2]
+    assert [event["sequence_number"] for event in found] == list(range(12))
     assert (found[0]["response"]["id"], found[0]["response"]["output"]) == ("resp", [])
-    assert (found[1]["delta"], found[1]["output_index"], found[1]["item_id"]) == ("a", 1, "m")
-    assert found[2]["response"]["output"] == output
+    assert found[3]["item"]["content"] == []
+    assert (found[5]["delta"], found[5]["output_index"], found[5]["item_id"]) == ("a", 1, "m")
+    assert found[10]["item"] == output[1]
+    assert found[11]["response"]["output"] == output
 
 
 def test_a_message_is_its_blocks_in_deltas() -> None:
