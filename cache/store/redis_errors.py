@@ -50,8 +50,13 @@ _FIRST_WORDS: Mapping[str, _Meaning] = {
     "NOAUTH": (ErrorKind.AUTH, StoreUnavailable),
     "WRONGPASS": (ErrorKind.AUTH, StoreUnavailable),
     "NOPERM": (ErrorKind.AUTH, StoreUnavailable),
+    "DENIED": (ErrorKind.AUTH, StoreUnavailable),  # protected mode: no password, and not on loopback
 }
 """The first word of Redis's error reply, for which redis-py has no class or which it wraps in a script's error."""
+
+
+_LONG_AND_UNAUTHENTICATED = "Protocol error: unauthenticated"
+"""Redis answers so, and not with NOAUTH, to a long command (over ten arguments or 16 KB) without a password."""
 
 
 def map_error(error: BaseException, operation: str) -> CacheError:
@@ -62,7 +67,10 @@ def map_error(error: BaseException, operation: str) -> CacheError:
         if (found := _MAPPING.get(kind_of_error)) is not None:
             return _error(operation, found)
     if isinstance(error, foreign.ResponseError):
-        words = str(error).split()
+        text = str(error)
+        if text.startswith(_LONG_AND_UNAUTHENTICATED):
+            return _error(operation, (ErrorKind.AUTH, StoreUnavailable))
+        words = text.split()
         return _error(operation, _FIRST_WORDS.get(words[0] if words else "", (ErrorKind.OTHER, StoreRefused)))
     # redis-py's ConnectionError and RedisClusterException, OSError, RuntimeError of a transport that closed meanwhile
     return _error(operation, (ErrorKind.CONNECTION, StoreUnavailable))

@@ -184,6 +184,23 @@ async def test_a_password_set_on_the_running_server_is_an_outage_and_loses_no_to
         assert list(found.values()) == [Sums(answers=5)]
 
 
+async def test_a_password_set_just_before_a_batch_of_totals_loses_none_of_it(valkey: Valkey) -> None:
+    """The breaker is still closed, and Redis answers a long command without a password with a protocol error."""
+    async with opened(valkey.url) as store:
+        totals = Totals(store, "w")
+        for figure in ("answers", "prompt_tokens", "output_tokens"):
+            setattr(totals.row(DAY, "m", "u", "t"), figure, 5)
+        valkey.ask("CONFIG", "SET", "requirepass", "secret")
+        _kill_clients(valkey, password="secret")
+        assert not await totals.flush()
+        assert store.errors[ErrorKind.AUTH] > 0
+        _ask_with_password(valkey, "secret", b"CONFIG SET requirepass ''\r\n")
+        await eventually(totals.flush, 10)
+        found = await read_totals(store, date.fromisoformat(DAY), date.fromisoformat(DAY))
+        assert list(found.values()) == [Sums(answers=5, prompt_tokens=5, output_tokens=5)]
+        assert (totals.refused_batches, totals.lost_increments) == (0, 0)
+
+
 def _ask_with_password(valkey: Valkey, password: str, command: bytes) -> None:
     with socket.create_connection(("127.0.0.1", valkey.port), timeout=2) as asking:
         asking.sendall(b"AUTH %b\r\n" % password.encode() + command)
