@@ -225,6 +225,9 @@ REDIS_DROPPED = _counter(
     "what",
 )
 UPSTREAM_UP = _max("upstream_up", "1 if the replica takes requests, else 0.", "upstream")
+POOL_REPLICAS_UP = _max(
+    "pool_replicas_up", "Replicas of a pool that take requests; optional pools may have none.", "pool", "optional"
+)
 UPSTREAM_IN_FLIGHT = _sum("upstream_in_flight", "Requests sent to a replica and not yet finished.", "upstream")
 UPSTREAM_PENDING = _max(
     "upstream_pending_tokens", "Uncached prompt tokens that a replica has yet to process.", "upstream"

@@ -119,6 +119,13 @@ class ReplicaFigures:
             pool.name: PoolReport(any(view.available for view in by_pool[pool.name]), pool.optional)
             for pool in self._pools.all
         }
+        self._recorder.replace_gauges(
+            metrics.POOL_REPLICAS_UP,
+            {
+                (pool.name, "true" if pool.optional else "false"): float(sum(v.available for v in by_pool[pool.name]))
+                for pool in self._pools.all
+            },
+        )
         up = {view.name: view.available for view in views}
         rates = {view.name: self._replicas.measured_rate(view.id) for view in views}
         gauges: tuple[tuple[Spec, dict[str, float]], ...] = (

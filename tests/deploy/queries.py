@@ -1,4 +1,4 @@
-"""Reads the queries of deploy/'s rules and dashboard, and holds them against Cairn's real metrics."""
+"""Reads the queries of deploy/'s rules and dashboards, and holds them against Cairn's real metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from proxy.metrics.definitions import SPECS, Kind
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"
-DASHBOARD = DEPLOY / "grafana" / "dashboards" / "cairn.json"
+DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
 
 # labels that Prometheus adds, those of its own metrics, and the one of a heatmap's or histogram's buckets
 _ADDED = frozenset({"job", "instance"})
@@ -85,13 +85,12 @@ def rules(*kinds: str) -> list[tuple[str, str]]:
     ]
 
 
-def panels() -> Iterator[dict[str, Any]]:
-    """The dashboard's panels, those inside rows too."""
-    for panel in json.loads(DASHBOARD.read_text())["panels"]:
-        yield panel
-        yield from panel.get("panels", [])
+def panels(*dashboards: Path) -> Iterator[dict[str, Any]]:
+    """The panels of these dashboards, or of all."""
+    for dashboard in dashboards or DASHBOARDS:
+        yield from json.loads(dashboard.read_text())["panels"]
 
 
 def panel_queries() -> list[tuple[str, str]]:
-    """(panel's title, query) of the whole dashboard."""
+    """(panel's title, query) of all dashboards."""
     return [(panel["title"], target["expr"]) for panel in panels() for target in panel.get("targets", [])]

@@ -12,7 +12,7 @@ import yaml
 
 from proxy.config.load import load
 from tests.deploy.queries import (
-    DASHBOARD,
+    DASHBOARDS,
     DEPLOY,
     METRICS,
     PROMETHEUS,
@@ -26,7 +26,7 @@ from tests.deploy.queries import (
 ROOT = DEPLOY.parent
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 SERVICES: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
-ROWS = ("Savings", "Latency", "Cache", "Fleet", "Health")
+READERS = {"cairn-cache", "cairn-internals", "cairn-latency", "cairn-savings"}
 
 
 def test_the_example_configuration_can_be_served(tmp_path: Path) -> None:
@@ -42,20 +42,39 @@ def test_every_panel_asks_for_metrics_and_labels_that_exist() -> None:
     assert [(title, p) for title, query in panel_queries() for p in problems_of(query, recorded)] == []
 
 
-def test_the_dashboard_shows_every_metric_there_is() -> None:
+def test_the_dashboards_show_every_metric_there_is() -> None:
     """A new metric gets a panel; of a histogram any part will do."""
     shown = {re.sub("_(bucket|sum|count)$", "", name) for _, query in panel_queries() for name, _ in names_in(query)}
     assert [name for name in METRICS if re.sub("_(bucket|sum|count)$", "", name) not in shown] == []
 
 
-def test_the_dashboard_has_its_rows_in_order_and_no_panel_twice() -> None:
-    """Ids and titles are unique, and panels do not lie over each other."""
-    found = list(panels())
-    assert tuple(panel["title"] for panel in found if panel["type"] == "row") == ROWS
-    for key in ("id", "title"):
-        values = [panel[key] for panel in found]
-        assert len(values) == len(set(values))
-    assert overlaps([panel["gridPos"] for panel in found]) == []
+def test_there_is_a_dashboard_for_each_reader_and_no_panel_twice() -> None:
+    """Each is named by its file, leads to the others, and begins with a row; panels do not lie over each other."""
+    assert {json.loads(each.read_text())["uid"] for each in DASHBOARDS} == READERS == {d.stem for d in DASHBOARDS}
+    titles = [panel["title"] for panel in panels() if panel["type"] != "row"]
+    assert len(titles) == len(set(titles))
+    for dashboard in DASHBOARDS:
+        found = list(panels(dashboard))
+        assert found[0]["type"] == "row"
+        assert len({panel["id"] for panel in found}) == len(found)
+        assert overlaps([panel["gridPos"] for panel in found]) == []
+        assert json.loads(dashboard.read_text())["links"][0]["tags"] == ["cairn"]
+
+
+def test_every_panel_says_what_it_shows() -> None:
+    """One that needs no explanation gets a sentence all the same: its reader may not know the word."""
+    assert [panel["title"] for panel in panels() if panel["type"] != "row" and not panel.get("description")] == []
+
+
+def test_every_alert_leads_to_its_heading_in_operations() -> None:
+    """The runbook's link is relative to the documentation."""
+    operations = (ROOT / "docs" / "operations.md").read_text()
+    groups = yaml.safe_load((PROMETHEUS / "alerts.yml").read_text())["groups"]
+    alerts = {rule["alert"]: rule["annotations"] for group in groups for rule in group["rules"] if "alert" in rule}
+    assert {name: notes["runbook_url"] for name, notes in alerts.items()} == {
+        name: f"docs/operations.md#{name.lower()}" for name in alerts
+    }
+    assert re.findall("^### (Cairn.*)$", operations, re.MULTILINE) == list(alerts)
 
 
 def overlaps(places: list[dict[str, int]]) -> list[tuple[int, int]]:
@@ -70,12 +89,11 @@ def overlaps(places: list[dict[str, int]]) -> list[tuple[int, int]]:
     return twice
 
 
-def test_the_dashboard_asks_the_data_source_that_is_chosen() -> None:
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: path.stem)
+def test_a_dashboard_asks_the_data_source_that_is_chosen(dashboard: Path) -> None:
     """No data source's own id is in it."""
-    text = DASHBOARD.read_text()
-    assert set(re.findall(r'"uid": "([^"]*)"', text)) == {"${datasource}", "cairn"}
-    assert {panel["datasource"]["type"] for panel in panels() if "datasource" in panel} == {"prometheus"}
-    assert json.loads(text)["uid"] == "cairn"
+    assert set(re.findall(r'"uid": "([^"]*)"', dashboard.read_text())) == {"${datasource}", dashboard.stem}
+    assert {panel["datasource"]["type"] for panel in panels(dashboard) if "datasource" in panel} == {"prometheus"}
 
 
 def test_grafana_is_given_the_folder_where_the_dashboard_is() -> None:
@@ -88,7 +106,7 @@ def test_grafana_is_given_the_folder_where_the_dashboard_is() -> None:
     assert mounted["/etc/grafana/provisioning"] == "./grafana/provisioning"
     assert source["url"] == "http://prometheus:9090"
     home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
-    assert home == f"{provider['options']['path']}/{DASHBOARD.name}"
+    assert home == f"{provider['options']['path']}/cairn-savings.json"
 
 
 @pytest.mark.parametrize("service", SERVICES)

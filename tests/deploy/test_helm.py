@@ -6,6 +6,7 @@ helm, kubectl and the schemas are in .build/charts, where `make test` installs t
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,9 +150,21 @@ def test_the_operator_gets_a_monitor_that_finds_the_admin_port_and_the_rules_of_
     assert [m["metadata"]["name"] for m in found] == ["release-cairn-admin"]
     rules = yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yml").read_text())
     assert of_kind(manifests, "PrometheusRule")[0]["spec"] == rules
-    dashboard = next(m for m in of_kind(manifests, "ConfigMap") if "cairn.json" in m["data"])
-    shipped = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "cairn.json").read_text())
-    assert json.loads(dashboard["data"]["cairn.json"]) == shipped
+    found_maps = [m["data"] for m in of_kind(manifests, "ConfigMap") if m["metadata"]["name"].endswith("-dashboard")]
+    shipped = {
+        path.name: json.loads(path.read_text()) for path in (ROOT / "deploy/grafana/dashboards").glob("*.json")
+    }
+    assert [{name: json.loads(text) for name, text in data.items()} for data in found_maps] == [shipped]
+
+
+def test_the_links_in_alerts_begin_where_the_operator_keeps_the_documentation() -> None:
+    """Grafana and Alertmanager show them, and need whole URLs."""
+    values = str(CHART.parent / "examples" / "monitoring.yaml")
+    flag = "metrics.prometheusRule.runbookBase=https://git.example.com/cairn/"
+    run = helm("template", "release", str(CHART), "-f", values, "--set", flag)
+    links = re.findall(r"runbook_url: (\S+)", run.stdout)
+    assert links
+    assert all(link.startswith("https://git.example.com/cairn/docs/operations.md#cairn") for link in links)
 
 
 def test_discovery_may_list_and_watch_endpoints_in_its_namespaces_and_nothing_else() -> None:

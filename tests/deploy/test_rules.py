@@ -80,6 +80,6 @@ def test_every_alert_says_how_urgent_it_is_and_what_to_do() -> None:
 def assert_told_well(rule: dict[str, Any]) -> None:
     """What a person needs who is woken by it."""
     assert rule["labels"]["severity"] in ("page", "ticket", "note")
-    assert set(rule["annotations"]) == {"summary", "description"}
+    assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
     assert re.fullmatch(r"Cairn[A-Z]\w+", rule["alert"])
     assert all("\n" not in text for text in rule["annotations"].values())
