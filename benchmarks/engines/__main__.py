@@ -9,7 +9,7 @@ from rich.table import Table
 
 from benchmarks.engines.caches import BlockCache, Slots
 from benchmarks.engines.clients import SHAPES
-from benchmarks.engines.engine import SimulatedEngine
+from benchmarks.engines.engine import RankedEngine, SimulatedEngine
 from benchmarks.engines.proxy import CairnProxy
 from benchmarks.engines.scenarios import AgentLoad, SessionsByTurns, bound, cairn, run_agents
 from benchmarks.engines.sessions import Session, words
@@ -25,6 +25,7 @@ def main() -> None:
     console.print(orders())
     console.print(pressure())
     console.print(room())
+    console.print(ranks())
     console.print(shapes())
 
 
@@ -97,6 +98,30 @@ def _follow_ups(proxy: CairnProxy, conversations: int, tokens: int) -> float:
             cached += answer.usage.cached_tokens
             prompt += answer.usage.prompt_tokens
     return cached / prompt
+
+
+def ranks() -> Table:
+    """Four data-parallel ranks behind one URL, whether Cairn knows of them or not."""
+    table = Table(title="23 conversations of 12 turns on 4 ranks: tokens computed")
+    table.add_column("before")
+    table.add_column("computed", justify="right")
+    engine = RankedEngine([BlockCache(500_000) for _ in range(4)])
+    talked = _talk(CairnProxy([engine], capacities=2_000_000))
+    table.add_row("one URL, ranks unknown", f"{talked:,}")
+    ranked = RankedEngine([BlockCache(500_000) for _ in range(4)])
+    table.add_row("one URL, ranks known", f"{_talk(CairnProxy(ranked.ranks, capacities=500_000)):,}")
+    urls = [SimulatedEngine(BlockCache(500_000)) for _ in range(4)]
+    table.add_row("four URLs", f"{_talk(CairnProxy(urls, capacities=500_000)):,}")
+    return table
+
+
+def _talk(proxy: CairnProxy) -> int:
+    """Let 23 conversations have 12 turns each, one after the other, and return the tokens computed."""
+    talks = [Session(f"talk {number}", words(f"own {number}", 500)) for number in range(23)]
+    for turn in range(12):
+        for talk in talks:
+            talk.answered(proxy.ask(talk.ask(3_000 if not turn else 100)).usage.output_tokens)
+    return sum(engine.computed_tokens for engine in proxy.engines)
 
 
 def shapes() -> Table:

@@ -8,7 +8,7 @@ scenarios in which time does not matter.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -103,6 +103,26 @@ class SimulatedEngine:
             job.ended(usage, then)
 
         at(now + seconds, computed)
+
+
+class RankedEngine(SimulatedEngine):
+    """An engine of several data-parallel ranks, each with its own cache, which serve requests by turns.
+
+    A router that knows the ranks names one with each request: it has `ranks` before it, as other engines.
+    """
+
+    def __init__(self, caches: Sequence[Cache], template: Template | None = None) -> None:
+        super().__init__(caches[0], template)
+        self.ranks = [SimulatedEngine(cache, template) for cache in caches]
+        self._turn = 0
+
+    def serve(self, chat: Chat) -> Usage:
+        """Answer one request at once, at the rank whose turn it is."""
+        usage = self.ranks[self._turn % len(self.ranks)].serve(chat)
+        self._turn += 1
+        self.prompt_tokens += usage.prompt_tokens
+        self.computed_tokens += usage.prompt_tokens - usage.cached_tokens
+        return usage
 
 
 def _with_output(text: bytes, usage: Usage) -> bytes:

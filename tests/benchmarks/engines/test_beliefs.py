@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from benchmarks.engines.caches import BlockCache, EndCache, Slots
-from benchmarks.engines.engine import SimulatedEngine
+from benchmarks.engines.engine import RankedEngine, SimulatedEngine
 from benchmarks.engines.proxy import Answer, CairnProxy
 from benchmarks.engines.scenarios import AgentLoad, SessionsByTurns, bound, cairn, run_agents
 from benchmarks.engines.sessions import Session, tools, words
@@ -316,3 +316,23 @@ def test_a_shared_place_that_others_just_missed_before_it_was_computed_is_found_
     assert later.predicted_tokens < 200
     assert later.usage.cached_tokens > 2_900
     assert proxy.ask(bodies[5]).predicted_tokens > 2_900
+
+
+def test_ranks_that_are_known_are_as_good_as_engines_of_their_own():
+    """And one URL for all is far worse, since the engine serves a conversation at each rank in turn."""
+
+    def computed(proxy: CairnProxy) -> int:
+        talks = [Session(f"talk {number}", words(f"own {number}", 300)) for number in range(9)]
+        for number in range(8):
+            for talk in talks:
+                turn(proxy, talk, tokens=100 if number else 2_000)
+        return sum(engine.computed_tokens for engine in proxy.engines)
+
+    def caches() -> list[BlockCache]:
+        return [BlockCache(200_000) for _ in range(4)]
+
+    known = computed(CairnProxy(RankedEngine(caches()).ranks, capacities=200_000))
+    urls = computed(CairnProxy([SimulatedEngine(cache) for cache in caches()], capacities=200_000))
+    unknown = computed(CairnProxy([RankedEngine(caches())], capacities=800_000))
+    assert known <= urls
+    assert unknown > 2 * known

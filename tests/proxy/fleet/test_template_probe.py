@@ -62,6 +62,24 @@ async def test_a_template_shows_its_order_and_what_it_leaves_out(template, expec
     assert facts == expected
 
 
+async def test_an_engine_that_knows_reasoning_by_one_of_its_names_shows_what_it_drops():
+    """vLLM's /tokenize reads `reasoning`, llama.cpp and SGLang read `reasoning_content`."""
+    plain = renderer(Template(drops_reasoning=True))
+
+    async def renamed(request):
+        messages = [dict(message) for message in request["messages"]]
+        for message in messages:
+            message.pop("reasoning_content", None)
+            if "reasoning" in message:
+                message["reasoning_content"] = message.pop("reasoning")
+        return await plain({**request, "messages": messages})
+
+    for render_it in (plain, renamed):
+        facts = await facts_of(render_it)
+        assert facts.drops_reasoning
+        assert not facts.ignores_reasoning
+
+
 async def test_a_date_in_the_text_is_found():
     template = Template(date="Today is 31 Jan 2026. ")
     assert (await facts_of(renderer(template), ["31 Jan 2026"])).dated
