@@ -53,7 +53,7 @@ checks: .venv/.dev
 
 # Builds the container image on a base made by debootstrap, and runs it. Needs root, and Debian's buildah and debootstrap.
 test-image: .venv/.dev
-	.venv/bin/python -m pytest -m image --timeout 1500 tests/packaging/test_image.py
+	.venv/bin/python -m pytest -m image --timeout 1500 tests/packaging
 
 # Prints the lines and branches that no test enters; .build/coverage/index.html shows them in the source.
 coverage: .venv/.dev
