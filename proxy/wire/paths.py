@@ -24,6 +24,7 @@ _AMBIGUOUS = frozenset("/\\%?#")
 """Characters that may not be escaped: whether the upstream decodes them before or after it splits the path is not
 known. An escaped `%` is among them, since some servers decode twice."""
 
+_DOTS = frozenset({".", ".."})
 _KEY_PARAMETERS = frozenset({"key", "api-key", "api_key", "access_token"})
 _KEY_PARAMETER = re.compile(r"(?i)key|token|%")
 
@@ -67,6 +68,8 @@ def _normalised(path: str) -> str:
         raise _bad("The path holds a backslash, a hash, a space or a control character.")
     kept: list[str] = []
     for segment in _ESCAPE.sub(_decoded, path).split("/"):
+        if segment.replace("%3B", ";").partition(";")[0] in _DOTS and segment not in _DOTS:
+            raise _bad("The path has a dot segment with a parameter.")  # which some servers resolve as one without
         if segment == "..":
             del kept[-1:]
         elif segment not in ("", "."):

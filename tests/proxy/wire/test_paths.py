@@ -62,6 +62,11 @@ def test_a_path_is_what_a_server_takes_it_for(target: str, path: str, query: str
         "",
         "h:443",
         "/" + "a" * 20_000,
+        "/v1/models/..;/organization/api_keys",
+        "/v1/models/..;a=b/organization/api_keys",
+        "/v1/models/%2e%2e;/organization/api_keys",
+        "/v1/models/..%3b/organization/api_keys",
+        "/v1/.;/files",
     ],
 )
 def test_what_servers_could_read_in_two_ways_is_refused(target: str) -> None:
