@@ -215,7 +215,8 @@ def _is_own_origin(origin: str, request: web.Request) -> bool:
 
 
 def _host_of(header: str) -> str:
-    """Return the host of a `Host` header, without the port."""
+    """Return the host of a `Host` header, without the port; "" if something else follows an address in brackets."""
     if header.startswith("["):
-        return header[1:].partition("]")[0]
+        host, _, rest = header[1:].partition("]")
+        return host if not rest or rest.startswith(":") else ""
     return header.partition(":")[0]

@@ -164,7 +164,9 @@ async def test_a_token_guards_all_but_the_probes(admin: Running) -> None:
 
 async def test_without_a_token_a_web_page_gets_nothing_by_rebinding_its_name(admin: Running) -> None:
     """Only names of loopback itself are answered."""
-    for host, status in {"evil.example": 403, "localhost:1": 200, "127.0.0.1": 200, "[::1]:80": 200}.items():
+    answered = ("localhost:1", "127.0.0.1", "[::1]:80", "[::1]")
+    refused = ("evil.example", "[::1]evil.example", "[::1].evil.example:80", "localhost@evil.example", "")
+    for host, status in [*((each, 200) for each in answered), *((each, 403) for each in refused)]:
         assert (await admin.ask("/metrics", headers={"Host": host}))[0] == status
 
 
