@@ -22,7 +22,7 @@ from proxy.model import Ending, Endpoint
 from proxy.pipeline.dispatch import Opened, evidence
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.objects import CreatedObjects
-from proxy.pipeline.silence import COMMENT, SilenceWatch, WaitingClient
+from proxy.pipeline.silence import COMMENT, PassedStream, SilenceWatch, WaitingClient
 from proxy.upstream import Framing, UpstreamResponse
 from proxy.wire import headers as wire_headers
 from proxy.wire.decode import ResponseDecoder
@@ -161,14 +161,35 @@ class ResponseRelay:
         """Relay a long plain response as it comes. Return its body if that is to be read and not too long."""
         is_read = response.status < 300 and self._is_read(exchange)
         kept: list[bytes] = []
+        stream = self._passed_stream(response, downstream)
         downstream.begin(response.status, response.reason, head, response.content_length)
-        while piece := await response.next_chunk():
-            exchange.response_bytes += len(piece)
-            if is_read and exchange.response_bytes <= _READ_AT_MOST_BYTES:
-                kept.append(piece)
-            await downstream.write(piece)
+        try:
+            while piece := await response.next_chunk():
+                exchange.response_bytes += len(piece)
+                if is_read and exchange.response_bytes <= _READ_AT_MOST_BYTES:
+                    kept.append(piece)
+                await downstream.write(piece)
+                if stream is not None:
+                    stream.passed(piece, response.seen_seconds)
+        finally:
+            if stream is not None:
+                self.silence.leave(stream)
         downstream.end()
         return b"".join(kept) if is_read and exchange.response_bytes <= _READ_AT_MOST_BYTES else None
+
+    def _passed_stream(self, response: UpstreamResponse, downstream: Downstream) -> PassedStream | None:
+        """Watch a stream that is none of a prompt, such as that of a background response; None for any other body.
+
+        Its client gets comments, too, and it may be silent for as long as a model thinks.
+        """
+        if not response.is_event_stream or response.status >= 300:
+            return None
+        response.allow_silence(self.limits.thinking_seconds)
+        if not self.silence.is_on or response.content_length is not None or response.header(b"content-encoding"):
+            return None
+        stream = PassedStream(downstream, response.first_byte_seconds)
+        self.silence.enter(stream)
+        return stream
 
     async def _as_events(self, exchange: Exchange, response: UpstreamResponse) -> None:
         """Pass a plain response on as events, since the head of a stream was sent already."""

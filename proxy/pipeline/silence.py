@@ -17,6 +17,7 @@ from proxy.downstream.response import Downstream
 COMMENT: Final = b": waiting for the upstream\n\n"
 CHECKS: Final = 15  # in the time after which a comment is due; it comes early by up to one of them, never late
 
+_EVENT_ENDS: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _HEAD: Final = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -62,6 +63,27 @@ class WaitingClient:
         """Write the last events of a stream whose head was sent, and end it."""
         self._downstream.write_last(events)
         self._downstream.end()
+
+
+class PassedStream:
+    """A stream of events that is passed on unread; call `passed` with each piece."""
+
+    __slots__ = ("_downstream", "_end", "given_seconds")
+
+    def __init__(self, downstream: Downstream, since_seconds: float) -> None:
+        self._downstream = downstream
+        self._end = b""  # of what was passed on
+        self.given_seconds = since_seconds
+
+    def passed(self, piece: bytes, now_seconds: float) -> None:
+        """Note a piece that the client was sent."""
+        self._end = (self._end + piece[-4:])[-4:]
+        self.given_seconds = now_seconds
+
+    def fill(self) -> None:
+        """Write a comment, unless the client is inside an event."""
+        if not self._end or self._end.endswith(_EVENT_ENDS):
+            self._downstream.write_last(COMMENT)
 
 
 class SilenceWatch:

@@ -364,6 +364,41 @@ async def test_a_client_that_gets_nothing_for_a_while_gets_a_comment() -> None:
     assert timers.running == 0
 
 
+async def test_the_stream_of_a_background_response_gets_comments_and_may_be_silent_while_a_model_thinks() -> None:
+    """A GET reads no prompt, so that the stream is passed on unread; a plain body gets none."""
+    bench = Bench()
+    timers = Timers(bench)
+    made = upstream(bench, body=None, sse=True)
+    made.send(TOKEN)
+    task = bench.start(bench.exchange(endpoint=Endpoint.OTHER))
+    await turns()
+    assert made.source.allowed_silences == [900.0]
+    timers.pass_time(15)
+    assert bench.downstream.body == TOKEN + COMMENT
+    for piece in (TOKEN[:-1], TOKEN[-1:]):
+        made.send(piece)
+        await turns()
+        timers.pass_time(15)
+    assert bench.downstream.body == TOKEN + COMMENT + TOKEN + COMMENT
+    made.end()
+    await task
+    timers.pass_time(1)
+    assert timers.running == 0
+
+
+async def test_a_long_plain_body_gets_no_comment() -> None:
+    bench = Bench()
+    timers = Timers(bench)
+    made = upstream(bench, body=None)
+    made.send(b"x" * 300_000 + b"\n\n")
+    task = bench.start(bench.exchange())
+    await turns()
+    timers.pass_time(60)
+    made.end()
+    assert COMMENT not in (await task).body
+    assert made.source.allowed_silences == []
+
+
 async def test_a_comment_comes_by_itself_and_none_after_the_end() -> None:
     """By a real timer."""
     bench = Bench()
