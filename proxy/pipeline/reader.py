@@ -256,7 +256,11 @@ def _path(call: Call) -> str:
 
 
 def _content_type(call: Call) -> bytes:
-    return next((value for name, value in call.headers if name == b"content-type"), b"")
+    """The type of the body. Raises BadRequest if there are several, of which the upstream might take another one."""
+    types = [value for name, value in call.headers if name == b"content-type"]
+    if len(types) > 1:
+        raise BadRequest("content-type is given twice")
+    return types[0] if types else b""
 
 
 def _unreadable() -> Forbidden:

@@ -19,8 +19,14 @@ from proxy.wire.bounds import check_values
 from proxy.wire.schemas import DECODE_ERRORS, SecondModel, decode_model, seen
 
 _BATCH_LINES_MOST: Final = 50_000  # requests of one batch, the providers' own limit
-_ADAPTERS: Final = frozenset({"adapter", "adapter_id", "adapters", "lora", "lora_id", "lora_name", "lora_path"})
-"""Fields in which engines take the name of an adapter, which makes another model of the one that is named."""
+_OTHER_NAMES: Final = frozenset(
+    {
+        "adapter", "adapter_id", "adapters", "deployment", "deployment_id", "engine", "lora", "lora_id", "lora_name",
+        "lora_path", "preset",
+    }
+)  # fmt: skip
+"""Fields that choose a model by another name: an adapter, which makes another model of the one that is named, a
+deployment, or a gateway's preset."""
 
 _CONTENT: Final = frozenset(
     {
@@ -42,6 +48,7 @@ _IMAGES: Final = "image_generation"
 """The hosted tool that runs a model of the upstream's choice if it names none."""
 
 _ESCAPE: Final = b"\\u00"  # a letter of a key could be hidden in one
+_MARKS: Final = (b"model", b"fallback", b"adapter", b"lora", b"deployment", b"engine", b"preset", b"image", _ESCAPE)
 
 
 def model_of(body: Body, content_type: bytes) -> str | None:
@@ -120,13 +127,13 @@ def _form_models(body: Body, content_type: bytes) -> list[str] | None:
 
 def _names_models(folded: str) -> bool:
     """Return True if the value of a key (in lower case) names models."""
-    return "model" in folded or "fallback" in folded or folded in _ADAPTERS
+    return "model" in folded or "fallback" in folded or folded in _OTHER_NAMES
 
 
 def _may_name_models(text: bytes) -> bool:
     """Return True if JSON text may contain such a key, in a fiftieth of the time that decoding it takes."""
     folded = text.lower()
-    return any(each in folded for each in (b"model", b"fallback", b"adapter", b"lora", b"image", _ESCAPE))
+    return any(each in folded for each in _MARKS)
 
 
 def _collect(found: list[str], value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from cache import ObjectLocations
@@ -252,3 +253,12 @@ def test_the_key_of_an_object_names_its_owner_where_the_key_is_shared() -> None:
     """So that an id alone finds nothing."""
     assert object_key(MINE, SHARED, "x") == "mine/x"
     assert object_key(MINE, OWN_KEYS, "x") == "x"
+
+
+def test_a_second_content_type_is_refused_where_the_first_decides() -> None:
+    """The upstream might read a form where a JSON body was read here."""
+    asked = exchange("POST", "/v1/images/edits", {"model": "cheap"}, LIMITED)
+    form = (b"content-type", b"multipart/form-data; boundary=b")
+    asked.call = msgspec.structs.replace(asked.call, headers=(*asked.call.headers, form))
+    with pytest.raises(BadRequest, match="twice"):
+        reader().read(asked)

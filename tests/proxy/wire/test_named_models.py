@@ -75,6 +75,7 @@ SCHEMA = {"type": "object", "properties": {"model": {"type": "string"}}, "$defs"
         ({"session": {"audio": {"input": {"transcription": {"model": "a"}}}}}, ["a"]),
         ({"plugins": [{"id": "web", "model_name": "a"}]}, ["a"]),
         ({"lora_path": "a", "adapter_id": None, "lora": ["b"]}, ["a", "b"]),
+        ({"engine": "a", "deployment_id": "b", "extra_body": {"preset": "c"}}, ["a", "b", "c"]),
         ({"tools": [{"type": "image_generation"}]}, None),
         ({"tools": [{"type": "image_generation", "model": None}]}, None),
         ({"MODEL": "x"}, None),
