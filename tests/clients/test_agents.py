@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.clients.trial import KEY, MODEL, WORD, Trial, installed, recognised, trial
+from tests.support.valkey import free_port
 
 pytestmark = pytest.mark.timeout(300)  # a client takes seconds to start, more on a busy machine
 
@@ -163,9 +164,13 @@ async def test_cline(stage: Trial) -> None:
     settings = stage.home / ".cline" / "data" / "settings"
     settings.mkdir(parents=True)
     (settings / "global-settings.json").write_text('{"telemetryOptOut": true, "autoUpdateEnabled": false}')
-    await stage.run(cline, "auth", "-p", "openai", "-k", KEY, "-m", MODEL, "-b", stage.url)
-    assert WORD in await stage.run(cline, FIRST)
-    assert WORD in await stage.run(cline, "What is the word in notes.txt?")
+    env = {"CLINE_HUB_PORT": str(free_port())}  # of the daemon that it leaves behind
+    try:
+        await stage.run(cline, "auth", "-p", "openai", "-k", KEY, "-m", MODEL, "-b", stage.url, env=env)
+        assert WORD in await stage.run(cline, FIRST, env=env)
+        assert WORD in await stage.run(cline, "What is the word in notes.txt?", env=env)
+    finally:
+        await stage.run(cline, "hub", "stop", env=env)
     recognised(await stage.is_counted(requests=4))
 
 
