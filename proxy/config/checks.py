@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from urllib.parse import urlsplit
@@ -24,6 +25,7 @@ from proxy.config.validate import Problem
 _REDIS_SCHEMES = frozenset(
     {"redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"}
 )
+_ENDPOINT = re.compile(r"/(chat/completions|completions|responses|messages|embeddings|models)/?$")
 _UPSTREAM_SCHEMES = ("http", "https", FOLLOWED_SCHEME, KUBERNETES_SCHEME)
 _AMOUNT_MOST = Decimal(1_000_000)  # of any amount of a price; more is a mistake of the unit
 _TOKEN_AMOUNTS = ("input", "output", "cached_read", "cache_write_5m", "cache_write_1h")
@@ -161,6 +163,8 @@ def _bad_url(url: str, field: str = "key", schemes: Sequence[str] = _UPSTREAM_SC
         return f"contains a user or password; give the {field} in {field}_env or {field}_file"
     if parts.query or parts.fragment:
         return "has a query or fragment; remove it"
+    if found := _ENDPOINT.search(parts.path):
+        return f"is the URL of an endpoint; give the base URL, which ends before {found[0]}"
     return None
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from proxy.config.schema import RETIRED, Config, Section, has_mark, make_secret
-from proxy.config.validate import Problem, near_miss, size_bytes
+from proxy.config.validate import Problem, in_words, near_miss, size_bytes
 
 SHORT_NAMES = {
     "CAIRN_HOST": ("server", "host"),
@@ -80,7 +80,7 @@ def _add(found: FromEnvironment, name: str, text: str, path: Path) -> None:
         )
     except msgspec.ValidationError as error:
         message = str(error).partition(" - at `")[0]
-        found.problems.append((name, message[:1].lower() + message[1:]))
+        found.problems.append((name, in_words(message[:1].lower() + message[1:], text)))
 
 
 def _all_names() -> list[str]:

@@ -55,6 +55,7 @@ __all__ = [
 
 _SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # where Kubernetes puts the token of a pod
 _KEY_BYTES_AT_MOST = 64 * 1024
+_VARIABLE = re.compile(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)\}?")  # files are not expanded as a shell would
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -194,6 +195,10 @@ class _Secrets:
             self.problems.append((f"{path}.{sources[1]}", f"{sources[0]} is set too; set one of them only"))
         text = self._text(f"{path}.{sources[0]}", sources[0], getattr(section, sources[0]))
         if text is None:
+            return section
+        if sources[0] == name and (variable := _VARIABLE.fullmatch(text)):
+            problem = f"is the name of a variable, not its value; set {name}_env: {variable[1]}"
+            self.problems.append((f"{path}.{name}", problem))
             return section
         if not text or _CONTROL_CHARACTERS.search(text):
             self.problems.append((f"{path}.{sources[0]}", "is empty or contains control characters"))

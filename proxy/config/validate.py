@@ -24,6 +24,25 @@ _UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "ki": 1024, "Mi": 1024**
 _PATH_IN_MESSAGE = re.compile(r"(?P<text>.*) - at `(?:key` in `)?\$(?P<path>[^`]*)`", re.DOTALL)
 _SIZE_FORM = "expected a number of bytes such as 33554432, 32MB or 32MiB"
 
+_TYPE = re.compile(r"`(\w+)`")
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a mapping of settings",
+    "null": "nothing",
+}
+_FORMS = {
+    "invalid RFC3339": "expected a date such as 2026-01-31",
+    "invalid decimal": "expected an amount such as 1.25, without a currency",
+}
+"""What is said in place of a text of msgspec that begins so."""
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?) ?(ms|s|sec|m|min|h|d)")
+_DURATIONS = {"ms": 0.001, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
+
 _Section = TypeVar("_Section", bound=Section)
 
 
@@ -50,8 +69,10 @@ def problems(tree: Any, section: type[Section] = Config, path: str = "$") -> Ite
 
 
 def near_miss(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean ...?` if one of `known` resembles `name`, else an empty text."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """Return `; did you mean ...?` if one of `known` resembles `name` or begins with it, else an empty text."""
+    names = list(known)
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    found = found or [each for each in names if each.startswith(f"{name}_")]
     return f"; did you mean `{found[0]}`?" if found else ""
 
 
@@ -87,7 +108,7 @@ def _field_problems(value: Any, section: type[Section], name: str, annotation: A
         msgspec.convert(value, annotation, dec_hook=make_secret)
     except msgspec.ValidationError as error:
         where, text = _split(str(error))
-        yield path + where, _enum_text(value, inner) or _form_text(text, annotation) or text
+        yield path + where, _enum_text(value, inner) or _form_text(text, annotation) or in_words(text, value)
 
 
 def _with_sizes(tree: Any, section: type[Section]) -> Any:
@@ -150,6 +171,36 @@ def _form_text(text: str, annotation: Any) -> str | None:
             if form := (getattr(meta, "extra", None) or {}).get("form"):
                 return f"expected {form}"
     return None
+
+
+def in_words(text: str, value: Any) -> str:
+    """Return msgspec's text in words, with what to do if that can be told from `value`.
+
+    >>> in_words("expected `float`, got `str`", "5m")
+    'expected a number, got text; durations are in seconds: 300'
+    >>> in_words("expected `int`, got `null`", None)
+    'expected a whole number, got nothing; give a value, or remove the line'
+    """
+    for beginning, words in _FORMS.items():
+        if text.startswith(beginning):
+            return words
+    named = _TYPE.sub(lambda found: _TYPES.get(found[1], found[0]), text)
+    if "`null`" in text:
+        return f"{named}; give a value, or remove the line"
+    if isinstance(value, str) and "got `str`" in text:
+        return named + _advice(text, value)
+    return named
+
+
+def _advice(text: str, value: str) -> str:
+    """Return what to do about a text in place of a value of another type."""
+    if "`bool`" in text:
+        return "; write true or false, without quotes"
+    if "`array`" in text:
+        return "; write [a, b], or one `- ` a line"
+    if found := _DURATION.fullmatch(value.strip()):
+        return f"; durations are in seconds: {float(found[1]) * _DURATIONS[found[2]]:g}"
+    return "; remove the quotes" if value.strip().isdigit() else ""
 
 
 def _split(message: str) -> tuple[str, str]:

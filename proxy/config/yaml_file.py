@@ -12,6 +12,19 @@ from proxy.errors import ConfigError
 _FILE_BYTES_AT_MOST = 4 * 1024 * 1024  # the file is read into memory
 
 
+_ADVICE = {
+    "mapping values are not allowed": "; quote a value with a colon in it, and indent settings of one section alike",
+    "'\\t'": "; indent with spaces, not with tabs",
+    "cannot start any token": "; quote a value that begins with this character",
+    "expected alphabetic or numeric character": "; quote a value that begins with `*` or `&`",
+    "unexpected end of stream": "; a quote is not closed",
+    "expected '<document start>'": "; write settings as `name: value`, indented below their section",
+    "another document": "; a configuration is one document, without `---` lines",
+    "undefined alias": "; quote a value that begins with `*`, or define the anchor before",
+}
+"""What to do, by a part of YAML's own text."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, which also refuses a key given twice; by itself it would silently keep the last one."""
 
@@ -58,5 +71,8 @@ def read(file: Path) -> dict[str, Any]:
 def _problem(error: Exception) -> str:
     """Say what is wrong and where, without YAML's quotation from the file, which may contain a secret."""
     mark = getattr(error, "problem_mark", None)
-    what = getattr(error, "problem", None) or type(error).__name__
-    return f"{what} (line {mark.line + 1}, column {mark.column + 1})" if mark else str(what)
+    if mark is None:
+        return "it contains a date or a number that does not exist"
+    what = str(getattr(error, "problem", None) or type(error).__name__)
+    advice = next((words for part, words in _ADVICE.items() if part in what), "")
+    return f"{what} (line {mark.line + 1}, column {mark.column + 1}){advice}"

@@ -54,7 +54,7 @@ def test_a_bad_file_is_exit_2_and_one_line_with_file_and_path(tmp_path: Path, co
     file.write_text("pools: [{name: p, replicas: [{url: 'http://h'}, {url: 5}]}]")
     code, out, error = run(*command, str(file))
     assert (code, out) == (2, "")
-    assert error == f"cairn: {file}: $.pools[0].replicas[1].url: expected `str`, got `int`\n"
+    assert error == f"cairn: {file}: $.pools[0].replicas[1].url: expected text, got a whole number\n"
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,77 @@ FILES: list[tuple[str, dict[str, Any] | str, str]] = [
         "$.pools[0].replica: there is no such setting; did you mean `replicas`?",
     ),
     ("a pool without replicas", {"pools": [{"name": "p"}]}, "$.pools[0]: the setting `replicas` is missing"),
-    ("a number as text", {"server": {"port": "8080"}}, "$.server.port: expected `int`, got `str`"),
-    ("a port out of range", {"server": {"port": 80800}}, "$.server.port: expected `int` <= 65535"),
+    (
+        "a number as text",
+        {"server": {"port": "8080"}},
+        "$.server.port: expected a whole number, got text; remove the quotes",
+    ),
+    ("a port out of range", {"server": {"port": 80800}}, "$.server.port: expected a whole number <= 65535"),
+    (
+        "a duration with a unit",
+        {"upstream": {"first_byte_seconds": "10m"}},
+        "$.upstream.first_byte_seconds: expected a number, got text; durations are in seconds: 600",
+    ),
+    ("a list for a value", {"server": {"port": [8080]}}, "$.server.port: expected a whole number, got a list"),
+    (
+        "a value for a list",
+        {"pools": [ONE_POOL | {"models": "gpt-4"}]},
+        "$.pools[0].models: expected a list, got text; write [a, b], or one `- ` a line",
+    ),
+    ("one pool without its dash", {"pools": ONE_POOL}, "$.pools: expected a list, got a mapping of settings"),
+    (
+        "a setting without a value",
+        "server:\n  port:\n",
+        "$.server.port: expected a whole number, got nothing; give a value, or remove the line",
+    ),
+    (
+        "a word for true",
+        {"server": {"open": "yes"}},
+        "$.server.open: expected true or false, got text; write true or false, without quotes",
+    ),
+    ("a URL for a replica", {"pools": [{"name": "p", "replicas": ["http://h"]}]}, "expected a mapping of settings"),
+    (
+        "a date of another country",
+        {"prices": [{"input": 1, "output": 1, "valid_from": "01.02.2026"}]},
+        "$.prices[0].valid_from: expected a date such as 2026-01-31",
+    ),
+    (
+        "a date that does not exist",
+        "prices: [{input: 1, output: 1, valid_from: 2026-13-01}]\n",
+        "it contains a date or a number that does not exist",
+    ),
+    (
+        "an amount with its currency",
+        {"prices": [{"input": "$1", "output": 1}]},
+        "$.prices[0].input: expected an amount such as 1.25, without a currency",
+    ),
+    (
+        "the URL of an endpoint",
+        pools(url="http://h:1/v1/chat/completions"),
+        "is the URL of an endpoint; give the base URL, which ends before /chat/completions",
+    ),
+    (
+        "a variable in place of its value",
+        pools(key="${OPENAI_API_KEY}"),
+        "is the name of a variable, not its value; set key_env: OPENAI_API_KEY",
+    ),
+    (
+        "a client's key instead of its hash",
+        {"clients": [{"name": "c", "key": "sk"}]},
+        "$.clients[0].key: there is no such setting; did you mean `key_sha256`?",
+    ),
+    ("a colon in a value", "log:\n  level: a: b\n", "(line 2, column 11); quote a value with a colon in it"),
+    ("uneven indentation", "server:\n  port: 1\n   host: x\n", "indent settings of one section alike"),
+    (
+        "a star without quotes",
+        'pools: [{name: p, models: [*], replicas: [{url: "http://h"}]}]',
+        "; quote a value that begins with `*` or `&`",
+    ),
+    ("an open quote", 'server: {host: "127.0.0.1}\n', "; a quote is not closed"),
+    ("another format", "[server]\nport = 8080\n", "; write settings as `name: value`, indented below their section"),
+    ("two documents", "server: {port: 1}\n---\nserver: {port: 2}\n", "; a configuration is one document"),
+    ("an anchor that is not there", "pools: [*gone]\n", "; quote a value that begins with `*`, or define the anchor"),
+    ("a list as the file", "- server\n", "$: expected a mapping of settings"),
     (
         "a size without its form",
         {"server": {"max_body_bytes": "32 megs"}},
@@ -86,7 +155,7 @@ FILES: list[tuple[str, dict[str, Any] | str, str]] = [
         "$.prices[0].output: is needed with input; use 0 if nothing is generated",
     ),
     ("a setting given twice", "server: {port: 1}\nserver: {port: 2}\n", "'server' is given twice (line 2, column 1)"),
-    ("a tab in YAML", "server:\n\tport: 1\n", "is not YAML: found character"),
+    ("a tab in YAML", "server:\n\tport: 1\n", "; indent with spaces, not with tabs"),
 ]
 
 

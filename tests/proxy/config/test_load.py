@@ -86,8 +86,8 @@ def test_variables_set_what_they_name(name: str, text: str, path: tuple[str, str
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"CAIRN_WORKERS": "many"}, "CAIRN_WORKERS: expected `int`"),
-        ({"CAIRN_WORKERS": "0"}, "CAIRN_WORKERS: expected `int` >= 1"),
+        ({"CAIRN_WORKERS": "many"}, "CAIRN_WORKERS: expected a whole number"),
+        ({"CAIRN_WORKERS": "0"}, "CAIRN_WORKERS: expected a whole number >= 1"),
         ({"CAIRN_SERVER__PROT": "1"}, "CAIRN_SERVER__PROT: there is no such setting"),
         ({"CAIRN_POOLS__NAME": "1"}, "CAIRN_POOLS__NAME: there is no such setting"),
     ],
@@ -130,13 +130,13 @@ def test_the_environment_may_name_the_file_and_the_upstreams(write) -> None:
     ("tree", "message"),
     [
         ({"sever": {}}, r"\$\.sever: there is no such setting"),
-        ({"server": {"port": "8080"}}, r"\$\.server\.port: expected `int`, got `str`"),
-        ({"server": {"port": 70000}}, r"\$\.server\.port: expected `int` <= 65535"),
+        ({"server": {"port": "8080"}}, r"\$\.server\.port: expected a whole number, got text; remove the quotes"),
+        ({"server": {"port": 70000}}, r"\$\.server\.port: expected a whole number <= 65535"),
         ({"pools": [pool(), {"name": "b"}]}, r"\$\.pools\[1\]: the setting `replicas` is missing"),
         ({"pools": [{"name": "a", "replicas": []}]}, r"\$\.pools\[0\]\.replicas: "),
         (
             {"pools": [{"name": "a", "replicas": [{"url": "http://h"}, {"url": 5}]}]},
-            r"\$\.pools\[0\]\.replicas\[1\]\.url: expected `str`, got `int`",
+            r"\$\.pools\[0\]\.replicas\[1\]\.url: expected text, got a whole number",
         ),
         ({"pools": [pool("http://h:1", "ftp://h")]}, r"\$\.pools\[0\]\.replicas\[1\]\.url: expected http"),
         ({"pools": [pool("http://")]}, r"\$\.pools\[0\]\.replicas\[0\]\.url: expected a host"),
@@ -166,7 +166,7 @@ def test_the_environment_may_name_the_file_and_the_upstreams(write) -> None:
         ({"admin": {"host": "0.0.0.0"}}, r"\$\.admin\.host: .*token"),
         ({"server": {"port": 8090}}, r"\$\.admin\.port: 8090 is also the port of the server"),
         ({"redis": {"url": "http://h"}}, r"\$\.redis\.url: expected redis://"),
-        ({"redis": {"url": 5}}, r"\$\.redis\.url: expected `str`"),
+        ({"redis": {"url": 5}}, r"\$\.redis\.url: expected text"),
         ([1], r"\$: expected a mapping"),
         ({"server": None}, r"\$\.server: expected a mapping"),
     ],
@@ -192,12 +192,12 @@ def test_all_problems_are_reported_at_once(write) -> None:
         load(write(tree), {"CAIRN_SERVER__WORKRES": "1"})
     assert sorted(f"{path}: {text}" for path, text in caught.value.problems) == sorted(
         [
-            "$.server.port: expected `int`, got `str`",
+            "$.server.port: expected a whole number, got text; remove the quotes",
             "$.server.hots: there is no such setting; did you mean `host`?",
             "$.pools[0].replica: there is no such setting; did you mean `replicas`?",
             "$.pools[0]: the setting `replicas` is missing",
             "$.pools[1].kind: expected one of engine, provider; did you mean `engine`?",
-            "$.pools[1].replicas[0].url: expected `str`, got `int`",
+            "$.pools[1].replicas[0].url: expected text, got a whole number",
             "$.pools[1].replicas[0].nam: there is no such setting; did you mean `name`?",
             "$.log.level: expected one of debug, info, warning, error",
             "$.sever: there is no such setting; did you mean `server`?",
@@ -244,7 +244,7 @@ def test_a_size_that_is_none_is_refused(write, text: str) -> None:
 
 def test_a_size_out_of_bounds_is_refused(write) -> None:
     """With a unit as without."""
-    with pytest.raises(ConfigError, match=r"\$\.contexts\.max_context_bytes: expected `int` <= "):
+    with pytest.raises(ConfigError, match=r"\$\.contexts\.max_context_bytes: expected a whole number <= "):
         load(write({"contexts": {"max_context_bytes": "1GiB"}}), {})
 
 
