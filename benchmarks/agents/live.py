@@ -26,7 +26,7 @@ from proxy.clock import SystemClock
 from proxy.tasks import Tasks
 
 _CLOCK = SystemClock()
-ROWS = (cairn_name(1), UNGATED, SGLANG)
+ROWS = (cairn_name(1), cairn_name(2), UNGATED, SGLANG)
 SESSIONS = 400
 
 
@@ -111,7 +111,7 @@ class _Drive:
 @click.option("--capacity", default=1_000_000, show_default=True, help="tokens that each engine's cache holds")
 @click.option("--speed", default=10.0, show_default=True, help="how much faster than the clock time runs")
 @click.option("--seconds", default=2_400.0, show_default=True, help="of the engines, of which a third is warm-up")
-@click.option("--only", default="", help="rows whose name contains one of these, by commas")
+@click.option("--only", default="", help="these rows, by semicolons")
 def main(
     sessions: Path | None, x: float, engines: int, capacity: int, speed: float, seconds: float, only: str
 ) -> None:
@@ -121,7 +121,7 @@ def main(
     shared = shared_blocks(made)
     active = max(round(x * engines * capacity / unshared_tokens(made, shared)), 1)
     loop = Loop(active, engines, capacity, seconds, seconds / 3)
-    wanted = [part.strip() for part in only.split(",") if part.strip()]
+    wanted = [part.strip() for part in only.split(";") if part.strip()]
     console, rows = Console(width=130), []
     for name in (row for row in ROWS if not wanted or row in wanted):
         with scratch_folder() as folder, ExitStack() as stack:

@@ -149,13 +149,14 @@ class ReplicaQueue:
             await future
         except BaseException:
             # the permit may have been given in the moment in which the caller was cancelled
-            if _was_granted(future):
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._starting -= 1
                 self.release()
             raise
         finally:
             alarm.cancel()
             self._waiting.leave(entry)
-            self._starting -= _was_granted(future)
+        self._starting -= 1
         return Permit(self)
 
     def release(self) -> None:
@@ -234,7 +235,3 @@ class ReplicaQueue:
     def _retry_after_seconds(self) -> float:
         """Return a hint: a tenth of the deadline."""
         return max(1.0, self._limits.deadline_seconds / 10)
-
-
-def _was_granted(future: asyncio.Future[None]) -> bool:
-    return future.done() and not future.cancelled() and future.exception() is None

@@ -10,11 +10,13 @@ from contextlib import asynccontextmanager
 from statistics import median
 
 import aiohttp
+import msgspec
 import pytest
 
 from benchmarks.replay.engines import Connection, LiveEngine
 from proxy.clock import SystemClock
 from proxy.config.schema import Admission, Client, Pool, Replica, RequestPriority
+from proxy.control.messages import Explain
 from proxy.routing.fair_shares import Priority
 from tests.support.cairn import Cairn, config_for, running
 from tests.support.valkey import eventually
@@ -161,3 +163,22 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once(http):
             assert (await answer.json())["error"]["code"] == "deadline_unreachable"
         assert CLOCK.monotonic() - sent < 1.5
         await stopped(batch)
+
+
+async def test_explain_says_whether_a_prompt_would_wait_why_and_how_long(http):
+    """A short one would not; a long one would, behind those that wait already."""
+    async with fleet(1) as cairn, asyncio.TaskGroup() as group:
+        batch = [group.create_task(ask(http, cairn, "one", f"batch{n}", 100_000)) for n in range(4)]
+        await eventually(lambda: cairn.worker.sharing.cold_gate.waiting()[Priority.NORMAL] >= 2)
+        waits = []
+        for words in (100, 80_000):
+            body = {"model": "replay", "messages": [{"role": "user", "content": "asks " * words}]}
+            question = Explain(1, "/v1/chat/completions", msgspec.json.encode(body), b"key-one")
+            status, answer = await cairn.worker.explainer.explain(question, cairn.worker.http_server.authenticator)
+            assert status == 200
+            waits.append(msgspec.json.decode(answer)["wait"])
+        await stopped(batch)
+    assert (waits[0]["waits"], waits[0]["reason"]) == (False, "")
+    assert waits[1]["waits"]
+    assert "every replica has enough to do" in waits[1]["reason"]
+    assert waits[1]["seconds"] > 2 * 100_000 / (TOKENS_PER_SECOND * SPEED)

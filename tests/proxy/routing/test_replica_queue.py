@@ -72,6 +72,32 @@ async def test_what_is_sent_at_once_counts_for_its_tenant():
     first.done()
 
 
+async def test_several_events_in_one_moment_let_one_request_go():
+    """The first counts as sent only once its task has run, however often it is looked until then."""
+    sent: list[int] = []
+    open_for = [0]
+    queue = ReplicaQueue(None, QueueLimits(), FakeClock(), is_crowded=lambda: len(sent) >= open_for[0])
+
+    async def send(number: int) -> None:
+        await queue.acquire(1.0)
+        sent.append(number)
+
+    tasks = [asyncio.get_running_loop().create_task(send(number)) for number in range(6)]
+    await settle()
+    open_for[0] = 1
+    for _ in range(5):
+        queue.look()
+    await settle()
+    assert (len(sent), len(queue)) == (1, 5)
+    open_for[0] = 2
+    queue.look()
+    next(task for task in tasks if not task.done()).cancel()  # maybe the one that was just let go
+    await settle()
+    assert (len(sent), len(queue)) == (2, 3)
+    for task in tasks:
+        task.cancel()
+
+
 async def test_waiting_requests_are_served_least_work_first():
     """As places become free."""
     queue = queue_of(1)
