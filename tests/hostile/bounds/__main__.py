@@ -1,8 +1,8 @@
 """Show that what Cairn holds is bounded: `python -m tests.hostile.bounds [--short]`.
 
 10^5 requests with 10,000 prompts, 1,000 models, 1,000 keys and 10,000 header names and ids; 5,000 silent connections;
-1,000 that trickle a head; 500 bodies of 2 MB at once; /explain with the largest body. Exit code 1 if anything grew by
-more than it may, or if other clients were refused meanwhile.
+1,000 that trickle a head; 500 bodies of 2 MB at once, of which those beyond `server.max_in_flight_bytes` are refused;
+/explain with the largest body. Exit code 1 if anything grew by more than it may.
 """
 
 from __future__ import annotations

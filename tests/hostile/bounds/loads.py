@@ -228,7 +228,7 @@ async def explained(world: World, scale: Scale) -> Measured:
         writer.close()
         held = world.held()
         during = max(during, held, key=lambda each: each.memory_bytes)
-    most = 6 * scale.explained_bytes + 16 * MIB  # in the supervisor, on its way, and in the worker
+    most = 8 * scale.explained_bytes  # in the supervisor, on its way and in the worker, twice each at most
     return Measured("/explain", before, during, await quiet(world), refused, most)
 
 

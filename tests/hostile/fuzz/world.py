@@ -77,6 +77,7 @@ def _configuration(ports: tuple[int, int], upstream_ports: list[int], redis_url:
             "server": {
                 "port": ports[0],
                 "workers": 1,
+                "max_connections_per_address": 8192,  # all clients are on one here
                 "engine_paths": ["/tokenize", "/version", "/openai/deployments/*"],
                 "cors_origins": ["https://page.example"],
             },
