@@ -333,7 +333,10 @@ class Store:
         try:
             async with asyncio.timeout(limit_seconds):
                 result = await call()
-            self._connection.breaker.succeeded()
+            if not (
+                operation == "PUBLISH" and self._is_cluster
+            ):  # any node takes a message, even in a failed Cluster
+                self._connection.breaker.succeeded()
             if writes:
                 self._writing.breaker.succeeded()
             return result

@@ -252,7 +252,7 @@ async def fail_over(on: Scene) -> None:
 async def lose_cluster_node(on: Scene) -> None:
     node = on.store.node_of_the_journal
     node.kill()
-    await on.hold()
+    await on.hold(5.0)  # the others notice after a second or two, and then serve nothing
     await asyncio.to_thread(node.start)
     on.mend()
 

@@ -40,7 +40,7 @@ class Store:
     @property
     def node_of_the_journal(self) -> Valkey:
         """The node of a Cluster that holds the journal."""
-        return next(node for node in self.nodes if not node.ask("XLEN", keys.JOURNAL).startswith(b"-"))
+        return next(node for node in self.nodes if node.ask("XLEN", keys.JOURNAL).startswith(b":"))
 
     def newest_entry(self) -> bytes:
         """Return the newest entry of the journal, empty if there is none or no server answers."""

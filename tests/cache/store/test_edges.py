@@ -11,13 +11,16 @@ from redis import exceptions as foreign
 
 from cache import keys
 from cache.errors import CacheError, StoreUnavailable
+from cache.store.breaker import FAILURES_TO_OPEN
 from cache.store.pubsub import listen
 from cache.store.redis_clients import Clients
 from cache.store.redis_errors import map_error
 from cache.store.replies import entries_of_range, entries_of_read, hash_pairs
 from cache.store.store import Store, StoreState, Subscription, open_store
+from cache.store.url import parse
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
+from tests.support.clock import FakeClock
 
 
 class PubSub:
@@ -212,3 +215,27 @@ def test_replies_of_every_shape_are_read_alike() -> None:
         ]
     assert entries_of_read(None) == entries_of_range(None) == []
     assert hash_pairs({b"a": b"b"}) == hash_pairs([b"a", b"b"]) == [(b"a", b"b")]
+
+
+@pytest.mark.parametrize("topology", ["redis+cluster://127.0.0.1:1", "redis://127.0.0.1:1"])
+async def test_messages_that_any_node_of_a_cluster_takes_do_not_hide_a_lost_node(topology: str) -> None:
+    """Messages pass while the node with the journal is gone; of a single server they show that it lives."""
+
+    class OneNodeLost:
+        async def execute_command(self, name: str, *args: object) -> int:
+            if name == "PUBLISH":
+                return 0
+            raise ConnectionError
+
+    clock = FakeClock()
+    store = Store(parse(topology), clock=clock, tasks=Tasks())
+    store._clients = Clients(OneNodeLost(), OneNodeLost())  # noqa: SLF001 - instead of a Cluster under load
+    store._connection.breaker.probe_succeeded()  # noqa: SLF001
+    store._probed.set()  # noqa: SLF001
+    for _ in range(FAILURES_TO_OPEN):
+        if store.state is StoreState.AVAILABLE:
+            await store.execute("PUBLISH", "c", "x")
+        with pytest.raises(StoreUnavailable):
+            await store.execute("EXISTS", "k")
+        clock.advance(0.1)
+    assert store.state is (StoreState.AWAY if "cluster" in topology else StoreState.AVAILABLE)
