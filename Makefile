@@ -175,7 +175,7 @@ clean:
 fuzz: .venv/.dev
 	.venv/bin/python -m tests.hostile.fuzz $(ARGS)
 
-# Breaks Redis, replicas, workers and the machine under load, and counts what clients lost (five minutes).
+# Breaks Redis, replicas, workers and the machine under load, and counts what clients lost (eight minutes).
 # ARGS goes to the program: make chaos ARGS="--only redis-killed --seconds 5"
 .PHONY: chaos
 chaos: .venv/.dev
