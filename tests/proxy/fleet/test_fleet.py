@@ -72,6 +72,37 @@ def test_a_replica_that_stalls_grows_late():
     assert plan(demand, holds_a_quarter, fleet.snapshot("pool", 9.0)).chosen.replica.name == "b"
 
 
+def test_what_was_sent_is_told_from_what_waits_and_goes_down_as_time_passes():
+    """A request in a queue is pending and not sent; one that was sent counts until its first token."""
+    fleet = fleet_of("a")
+    charge = fleet.charge(0, 500.0, 0.0)
+    waits = fleet.charge(0, 500.0, 0.0, queued=True)
+    rate = fleet.rate_of(0)
+    assert (fleet.unanswered(0), fleet.own_in_flight(0)) == (1, 2)
+    assert fleet.sent_seconds(0, 0.0) == pytest.approx(500.0 / rate)
+    assert fleet.sent_seconds(0, 200.0 / rate) == pytest.approx(300.0 / rate)
+    fleet.first_token(charge, 0.5)
+    assert (fleet.unanswered(0), fleet.sent_seconds(0, 0.5)) == (0, 0.0)
+    fleet.finish(charge, 0.6)
+    fleet.finish(waits, 0.6)
+    assert fleet.own_in_flight(0) == 0
+
+
+def test_a_replica_that_is_not_there_is_down_and_has_no_name():
+    """So is one that was forgotten; its number is free again, and its name unknown."""
+    fleet = fleet_of("a", "b")
+    assert [fleet.is_down(number) for number in (0, 1, 7)] == [False, False, True]
+    assert fleet.forget(7)
+    assert not fleet.forget(0)
+    charge = fleet.charge(0, 10.0, 0.0)
+    fleet.remove(0)
+    assert not fleet.forget(0)
+    fleet.finish(charge, 0.1)
+    assert fleet.forget(0)
+    assert (fleet.name_of(0), fleet.number_of("a"), fleet.is_down(0)) == (None, None, True)
+    assert fleet.add(ReplicaSpec("c", "pool")) == 0
+
+
 def test_the_charge_of_a_client_that_left_decays_at_the_replicas_rate():
     """Engines often finish the prefill: it stays pending until that is predicted to end, and is not in flight."""
     fleet = fleet_of("a")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Iterable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from proxy.fleet import BreakerState, Cause, Fleet, ReplicaChange, ReplicaSpec
 from proxy.fleet.credentials import auth_of, credential_of, default_headers_of
 from proxy.fleet.engine_facts import EngineFacts
 from proxy.fleet.findings import EngineFindings, Found
-from proxy.fleet.health import LOAD_SECONDS, HealthChecker
+from proxy.fleet.health import FACTS_SECONDS, LOAD_SECONDS, HealthChecker
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
 from proxy.tasks import Tasks
 from proxy.upstream import Limits, Origin, UpstreamResponse
@@ -179,6 +180,85 @@ async def test_the_start_waits_for_no_replica_that_stays_silent(monkeypatch: pyt
     await bench.checker.begin()
     assert bench.checker.describe(0) == "replica r (pool pool) has not responded yet"
     await bench.tasks.close()
+
+
+async def test_the_start_checks_every_replica_and_logs_what_was_found(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench({b"/v1/models": (200, MODELS)})
+    with caplog.at_level(logging.INFO):
+        await bench.checker.begin()
+    assert "replica r (pool pool) is up: models a, b" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        (b'{"data": []}', "no models"),
+        (b'{"data": [%s]}' % b", ".join(b'{"id": "m%d"}' % n for n in range(40)), "and"),
+        (b"<html>", "it tells nothing about itself"),
+    ],
+)
+async def test_a_description_is_short_and_says_what_is_unknown(models: bytes, words: str) -> None:
+    """However many models a replica lists, and if it lists none."""
+    bench = Bench({b"/v1/models": (200, models)})
+    await bench.checker.check(0)
+    assert words in bench.checker.describe(0)
+    assert len(bench.checker.describe(0)) < 300
+
+
+async def test_a_replica_that_is_not_configured_any_more_is_asked_nothing() -> None:
+    bench = Bench({b"/v1/models": (200, MODELS)})
+    await bench.checker.check(7)
+    await bench.checker.check_load(7)
+    assert bench.headers == []
+
+
+async def test_an_engine_that_fails_while_it_tells_its_facts_keeps_what_was_known() -> None:
+    bench = Bench({b"/v1/models": (200, MODELS), b"/metrics": ResetBeforeResponse("reset")})
+    await bench.checker.check(0)
+    assert bench.found == []
+    assert bench.state() == (BreakerState.CLOSED, None)
+
+
+async def test_a_load_check_that_fails_shows_nothing() -> None:
+    bench = Bench({b"/metrics": ConnectFailed("refused")})
+    await bench.checker.check_load(0)
+    bench.pages[b"/metrics"] = (404, b"")
+    await bench.checker.check_load(0)
+    assert bench.loads == []
+    assert bench.state() == (BreakerState.CLOSED, None)
+
+
+async def test_new_replicas_are_checked_and_what_was_found_at_forgotten_ones_is_dropped() -> None:
+    bench = Bench({b"/v1/models": (200, MODELS)})
+    bench.checker.replicas_changed([0])
+    async with asyncio.timeout(5):
+        while not bench.found:  # noqa: ASYNC110 - the check runs by itself
+            await asyncio.sleep(0)
+    bench.checker.replica_forgotten(0, bench.endpoint)
+    assert bench.checker.describe(0) == "replica r (pool pool) has not responded yet"
+
+
+async def test_facts_are_asked_for_again_by_and_by_and_a_down_replica_by_its_back_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An engine may have been started again with another model, or be back."""
+    monkeypatch.setattr("proxy.fleet.health.TICK_SECONDS", 0.0)
+    bench = Bench({b"/v1/models": (200, MODELS)})
+    running = bench.tasks.start(bench.checker.run(), "health checks")
+    try:
+        await asyncio.sleep(0)
+        assert bench.found == []
+        bench.clock.advance(FACTS_SECONDS)
+        async with asyncio.timeout(5):
+            while not bench.found:  # noqa: ASYNC110 - the checker runs by itself
+                await asyncio.sleep(0)
+        bench.fleet.unreachable(0, bench.clock.monotonic(), "refused")
+        bench.clock.advance(1.0)
+        async with asyncio.timeout(5):
+            while bench.state()[0] is not BreakerState.CLOSED:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0)
+    finally:
+        running.cancel()
 
 
 async def test_a_replica_that_was_forgotten_during_a_check_is_left_alone() -> None:

@@ -18,7 +18,8 @@ async def answered_first(bench: Bench, status: int, *headers: tuple[bytes, bytes
     """Let replica 0 answer `status` and replica 1 answer 200. Return the key under which a 429 is noted."""
     bench.client.script += [Upstream(bench.clock, status, headers, b"{}"), Upstream(bench.clock, 200, (), b"{}")]
     exchange = bench.exchange()
-    assert (await bench.run(exchange)).status == 200
+    client = await bench.run(exchange)
+    assert (client.status, client.headers[b"x-cairn-tried"]) == (200, b"r0;%d" % status)
     return exchange.throttle_key
 
 
