@@ -53,12 +53,12 @@ class Claims(Protocol):
         pool: str,
         replicas: Sequence[str],
         *,
-        busy: Container[str] = (),
-        rest_seconds: float = 0.0,
         order: str,
         tenant: str,
         claim_seconds: float,
         most: int,
+        busy: Container[str] = (),
+        rest_seconds: float = 0.0,
     ) -> str | None: ...
     def release(self, pool: str, replica: str) -> None: ...
     def withdraw(self, pool: str) -> None: ...
