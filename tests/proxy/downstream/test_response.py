@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from proxy.downstream.request import IncomingRequest
-from proxy.downstream.response import ClientResponse
+from proxy.downstream.response import ClientResponse, whole_response
 from tests.support.answering import GET, serving, talk
 
 
@@ -200,3 +200,12 @@ async def test_a_client_that_left_is_noticed_by_the_next_write() -> None:
     async with serving(play) as port:
         await talk(port, GET)
         assert [await ends.get(), await ends.get()] == ["reset", "nothing"]
+
+
+def test_the_response_to_what_is_no_request_has_its_headers_and_closes() -> None:
+    """Such as the Retry-After of a refusal: a client must be able to read it."""
+    text = whole_response(503, [(b"content-type", b"text/plain"), (b"retry-after", b"1")], b"busy")
+    assert text == (
+        b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain\r\nretry-after: 1\r\n"
+        b"content-length: 4\r\nconnection: close\r\n\r\nbusy"
+    )
