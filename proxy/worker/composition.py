@@ -343,7 +343,15 @@ def _relay(config: Config, basics: Basics, replicas: Replicas, sharing: Sharing,
 def _requests(config: Config, secret: bytes, built: Built, traces: Traces | None) -> Requests:
     basics, replicas, sharing = built.basics, built.replicas, built.sharing
     clock = basics.clock
-    queues = ReplicaQueues(replicas.fleet, replicas.pools, sharing.journal, clock, basics.writer_id, sharing.shares)
+    queues = ReplicaQueues(
+        replicas.fleet,
+        replicas.pools,
+        sharing.journal,
+        clock,
+        writer_id=basics.writer_id,
+        shares=sharing.shares,
+        is_engine=lambda number: _capacity_tokens(built.memory.index, number) is not None,
+    )
     queues.set_limits(from_config.queue_limits(config.queue))
     dispatcher = _dispatcher(config, basics, replicas, sharing, queues)
     relay = _relay(config, basics, replicas, sharing, dispatcher)

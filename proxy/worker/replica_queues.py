@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -22,11 +22,31 @@ out of work."""
 
 
 class ReplicaQueues:
-    """The queues of all replicas, by the fleet's numbers in `by_replica`. `writer_id` is this worker's name."""
+    """The queues of all replicas, by the fleet's numbers in `by_replica`.
+
+    Args:
+        fleet: knows the limits and the work of each replica.
+        pools: names the replicas that are served.
+        journal: counts the other workers.
+        clock: monotonic time.
+        writer_id: this worker's name.
+        shares: of the tenants.
+        is_engine: returns True if a replica has said what it holds. An engine computes one prompt after another, but
+            what is behind any other address, such as a provider's, may compute many at a time.
+    """
 
     def __init__(
-        self, fleet: Fleet, pools: Pools, journal: Journal, clock: Clock, writer_id: str, shares: TenantShares
+        self,
+        fleet: Fleet,
+        pools: Pools,
+        journal: Journal,
+        clock: Clock,
+        *,
+        writer_id: str,
+        shares: TenantShares,
+        is_engine: Callable[[int], bool],
     ) -> None:
+        self._is_engine = is_engine
         self._shares = shares
         self._fleet = fleet
         self._pools = pools
@@ -76,6 +96,8 @@ class ReplicaQueues:
         """True if a replica has enough to do: more would wait there, in the order of arrival."""
         unanswered = self._fleet.unanswered(number)
         if unanswered < SENT_AHEAD_CONTENDED[1]:
+            return False
+        if self._fleet.limit_of(number) is None and not self._is_engine(number):
             return False
         now_seconds = self._clock.monotonic()
         seconds, requests = SENT_AHEAD_CONTENDED if self._shares.is_contended(now_seconds) else SENT_AHEAD
