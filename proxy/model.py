@@ -213,6 +213,7 @@ class Prompt(msgspec.Struct, frozen=True):
     has_hidden_parts: bool = False  # the upstream adds a stored prompt or search results
     skips_cache: bool = False  # the request asks for what only a prompt computed anew can give
     cache_key: bytes = b""  # `prompt_cache_key`, as raw JSON
+    priority: int | None = None  # as the body asks, by `proxy.wire.urgency`
     tool_spans: int = 0  # of `spans`, those that are tools; they come first
     system_spans: int = -1  # spans after the tools that are the system prompt; -1: the roles of the messages tell
 

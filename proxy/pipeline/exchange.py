@@ -20,7 +20,6 @@ from proxy.pipeline.silence import WaitingClient
 from proxy.routing.cold_gate import Pass
 from proxy.routing.fair_shares import Priority, Share
 from proxy.wire.headers import cairn_headers
-from proxy.wire.urgency import body_priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ class Exchange:
         self.session: int | None = None  # stands for the session that the client names
         self.pinned_replica: int | None = None  # the number of the replica where the object lies that is named
         self.plan: Plan | None = None
-        self.priority: Priority | None = None  # as the client asks and may; None until the body was searched for it
+        self.priority: Priority | None = None  # as the client asks and may; None until it is needed
         self.deadline_seconds: float | None = None  # of the first token, on the monotonic clock
         self.known_tokens = 0.0  # of the prompt, that were served before
         self.cold_pass: Pass | None = None  # a cold turn's right to its replica
@@ -140,9 +139,9 @@ class Exchange:
         self.priority = Priority(max(asked, self.call.tenant.highest_priority))
 
     def priority_to_wait_by(self) -> Priority:
-        """The request's priority. The body is searched for it only here, since few requests ever wait."""
+        """The request's priority: by its header, else by its body."""
         if self.priority is None:
-            said = body_priority(self.call.body)
+            said = None if self.prompt is None else self.prompt.priority
             self.set_priority(Priority.NORMAL if said is None else said)
         return self.priority or Priority.HIGH
 

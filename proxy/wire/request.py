@@ -47,6 +47,7 @@ from proxy.wire.schemas import (
     seen,
 )
 from proxy.wire.spans import span_of
+from proxy.wire.urgency import body_priority
 
 MODEL_NAME_BYTES_MOST: Final = 512  # bytes; the longest names seen (paths of local models) are under 300
 
@@ -256,6 +257,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
         has_hidden_parts=has_hidden_parts,
         skips_cache=_skips_cache(fields),
         cache_key=bytes(fields.prompt_cache_key),
+        priority=body_priority(fields.service_tier, fields.priority),
         tool_spans=tool_spans,
         system_spans=system_spans,
     )

@@ -84,6 +84,8 @@ class Common(msgspec.Struct, gc=False):
     container: Raw = NONE
     cache_prompt: Raw = NONE
     prompt_cache_key: Raw = NONE
+    priority: Raw = NONE
+    service_tier: Raw = NONE
     prompt_logprobs: Raw = NONE
     logprob_start_len: Raw = NONE
     truncate_prompt_tokens: Raw = NONE
@@ -395,11 +397,5 @@ decode_tool_types = msgspec.json.Decoder(list[ToolType] | None).decode
 # --- urgency
 
 
-class UrgencyMembers(msgspec.Struct, gc=False):
-    """The members of a body that say how urgent it is."""
-
-    priority: int | float | str | bool | None = None
-    service_tier: int | float | str | bool | None = None
-
-
-decode_urgency = msgspec.json.Decoder(UrgencyMembers).decode
+decode_tier = msgspec.json.Decoder(str).decode
+decode_priority = msgspec.json.Decoder(int | float).decode

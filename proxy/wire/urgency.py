@@ -11,11 +11,10 @@ import math
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-import msgspec
+from msgspec import Raw
 
 from proxy.errors import BadRequest
-from proxy.model import Body
-from proxy.wire.schemas import decode_urgency
+from proxy.wire.schemas import DECODE_ERRORS, NONE, decode_priority, decode_tier
 
 PRIORITY_HEADER: Final = b"x-cairn-priority"
 DEADLINE_HEADER: Final = b"x-request-deadline"
@@ -59,21 +58,22 @@ def urgency_of(headers: Iterable[tuple[bytes, bytes]]) -> Urgency:
     return UNSAID if priority is None and deadline is None else Urgency(priority, deadline)
 
 
-def body_priority(body: Body) -> int | None:
-    """Return the priority that the body says, None if it says none. Skips through the whole body once."""
-    if b'"priority"' not in body and b'"service_tier"' not in body:
+def body_priority(tier: Raw, number: Raw) -> int | None:
+    """Return the priority that a body's `service_tier` and `priority` say, None if they say none."""
+    if tier is not NONE:
+        try:
+            named = _TIERS.get(decode_tier(tier))
+        except DECODE_ERRORS:
+            named = None  # the upstream judges it
+        if named is not None:
+            return named
+    if number is NONE:
         return None
     try:
-        fields = decode_urgency(body)
-    except msgspec.MsgspecError:
-        return None  # the upstream judges it
-    tier = fields.service_tier
-    if isinstance(tier, str) and tier in _TIERS:
-        return _TIERS[tier]
-    number = fields.priority
-    if isinstance(number, bool) or not isinstance(number, int | float):
+        value = decode_priority(number)
+    except DECODE_ERRORS:
         return None
-    return HIGH if number < 0 else LOW if number > 0 else NORMAL
+    return HIGH if value < 0 else LOW if value > 0 else NORMAL
 
 
 def _seconds(value: bytes) -> float:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from proxy.errors import BadRequest
-from proxy.wire.urgency import HIGH, LOW, NORMAL, UNSAID, body_priority, urgency_of
+from proxy.model import Endpoint
+from proxy.wire.request import read
+from proxy.wire.urgency import HIGH, LOW, NORMAL, UNSAID, urgency_of
 
 
 @pytest.mark.parametrize(
@@ -40,22 +44,34 @@ def test_an_unknown_priority_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("body", "expected"),
+    ("members", "expected"),
     [
-        (b'{"model":"m","priority":-5}', HIGH),
-        (b'{"priority":0}', NORMAL),
-        (b'{"priority":7}', LOW),
-        (b'{"service_tier":"flex"}', LOW),
-        (b'{"service_tier":"priority"}', HIGH),
-        (b'{"service_tier":"auto"}', None),
-        (b'{"service_tier":"auto","priority":3}', LOW),
-        (b'{"priority":true}', None),
-        (b'{"priority":[1]}', None),
-        (b'{"messages":[{"content":"\\"priority\\": -5"}]}', None),
-        (b'not json "priority"', None),
-        (b"{}", None),
+        ({"priority": -5}, HIGH),
+        ({"priority": 0}, NORMAL),
+        ({"priority": 7}, LOW),
+        ({"priority": 0.5}, LOW),
+        ({"service_tier": "flex"}, LOW),
+        ({"service_tier": "priority"}, HIGH),
+        ({"service_tier": "auto"}, None),
+        ({"service_tier": "auto", "priority": 3}, LOW),
+        ({"service_tier": 3, "priority": -1}, HIGH),
+        ({"priority": True}, None),
+        ({"priority": [1]}, None),
+        ({"priority": None}, None),
+        ({"priority": "1"}, None),
+        ({"metadata": {"priority": -5}}, None),
+        ({}, None),
     ],
 )
-def test_the_body_may_say_it_as_openai_and_vllm_do(body, expected):
+@pytest.mark.parametrize(
+    ("endpoint", "prompt"),
+    [
+        (Endpoint.CHAT, {"messages": [{"role": "user", "content": '"priority": -5'}]}),
+        (Endpoint.COMPLETIONS, {"prompt": "Hello"}),
+        (Endpoint.RESPONSES, {"input": "Hello"}),
+        (Endpoint.MESSAGES, {"messages": [{"role": "user", "content": "Hello"}]}),
+    ],
+)
+def test_the_body_may_say_it_as_openai_and_vllm_do(endpoint, prompt, members, expected):
     """A value of another kind is left to the upstream, and text of a message says nothing."""
-    assert body_priority(body) == expected
+    assert read(json.dumps({"model": "m", **members, **prompt}).encode(), endpoint).priority == expected
