@@ -95,6 +95,7 @@ class Client:
     def __init__(self, *script: Upstream | CairnError | None) -> None:
         self.script = list(script)
         self.sent: list[tuple[Origin, bytes, dict[bytes, bytes]]] = []
+        self.targets: list[bytes] = []
         self.asked = asyncio.Event()
         self.hold = asyncio.Event()
         self.hold.set()
@@ -112,6 +113,7 @@ class Client:
     ) -> UpstreamResponse:
         whole = b"".join(body) if isinstance(body, list) else body
         self.sent.append((origin, whole, dict(headers)))
+        self.targets.append(target)
         self.asked.set()
         await self.hold.wait()
         step = self.script.pop(0)
@@ -210,6 +212,7 @@ class Bench:
             url = f"http://10.0.0.{number}:80"
             endpoints[number] = ReplicaEndpoint(f"r{number}", POOL, url, Origin.parse(url))
         self.pool = ServedPool(POOL, ("*",))
+        self.pools = Pools([self.pool], POOL, endpoints)
         limits = QueueLimits()
         self.queues = {number: ReplicaQueue(limit, limits, self.clock) for number in endpoints}
         self.load_changes = 0
@@ -218,7 +221,7 @@ class Bench:
             self.client,
             attempts,
             self.fleet,
-            Pools([self.pool], POOL, endpoints),
+            self.pools,
             self.recorder,
             self.clock,
             RetryPolicy(**policy),

@@ -78,3 +78,30 @@ async def test_a_refusal_of_the_request_says_nothing_about_the_replica() -> None
         assert (await bench.run(bench.exchange(prompt=prompt * 9_000))).status == 400
         bench.downstream = type(bench.downstream)()
     assert bench.fleet.cause(0) is None
+
+
+@pytest.mark.parametrize("own_key", [None, (b"authorization", b"Bearer replica")])
+@pytest.mark.parametrize("drops", [True, False])
+async def test_a_client_s_key_reaches_a_replica_only_if_nothing_replaces_or_drops_it(
+    drops: bool, own_key: tuple[bytes, bytes] | None
+) -> None:
+    """In whichever header or parameter it is sent."""
+    bench = Bench()
+    bench.pools.backends[0] = msgspec.structs.replace(
+        bench.pools.backends[0], drops_credentials=drops, credential=own_key
+    )
+    bench.client.script.append(Upstream(bench.clock, 200, (), b"{}"))
+    exchange = bench.exchange()
+    exchange.call = msgspec.structs.replace(
+        exchange.call,
+        target="/v1/chat/completions?a=1&key=client",
+        headers=((b"authorization", b"Bearer client"), (b"x-api-key", b"client")),
+    )
+    await bench.run(exchange)
+    sent = {name: value for name, value in bench.client.sent[0][2].items() if name != b"x-request-id"}
+    if drops or own_key is not None:
+        assert bench.client.targets == [b"/v1/chat/completions?a=1"]
+        assert sent == (dict([own_key]) if own_key else {})
+    else:
+        assert bench.client.targets == [b"/v1/chat/completions?a=1&key=client"]
+        assert sent == {b"authorization": b"Bearer client", b"x-api-key": b"client"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import msgspec
 import pytest
 
@@ -53,3 +55,9 @@ def test_saved_tokens_are_told_if_a_stored_context_was_used_and_they_were_report
     exchange = Bench().exchange()
     exchange.usage = Usage(10, 1, 7)
     assert exchange.saved_note() == ()
+    exchange.stored = cast("Any", object())  # any stored context
+    assert exchange.saved_note() == ((b"msh-context-cache-token-saved", b"7"),)
+    exchange.usage = Usage(10, 1, 0)
+    assert exchange.saved_note() == ((b"msh-context-cache-token-saved", b"0"),)
+    for exchange.usage in (Usage(10, 1), None):
+        assert exchange.saved_note() == ()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from cache import ObjectLocations
 from proxy.fleet.pools import ServedPool
+from proxy.model import Tenant
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.objects import CreatedObjects
 from tests.proxy.pipeline.test_reader import exchange
@@ -59,6 +61,25 @@ def test_files_that_the_upstream_made_for_a_batch_or_an_upload_belong_to_its_own
     assert set(noted("GET", "/v1/batches/batch-1", batch)[0]) == {"mine/file-2", "mine/file-3"}
     upload = {"id": "upload-1", "file": {"id": "file-4"}}
     assert set(noted("POST", "/v1/uploads/upload-1/complete", upload)[0]) == {"mine/upload-1", "mine/file-4"}
+
+
+@pytest.mark.parametrize(("purpose", "is_checked"), [("batch", True), ("assistants", False)])
+@pytest.mark.parametrize("models", [("m",), ("*",)])
+def test_a_limited_client_s_batch_input_is_noted_as_checked_under_its_name(
+    models: tuple[str, ...], purpose: str, is_checked: bool
+) -> None:
+    """For nobody else, and nothing but the input of a batch, whose models were looked at."""
+    journal, made = Journal(), asked("POST", "/v1/files")
+    form = b'--x\r\ncontent-disposition: form-data; name="purpose"\r\n\r\n%b\r\n--x--\r\n' % purpose.encode()
+    made.call = msgspec.structs.replace(
+        made.call,
+        tenant=Tenant("mine", client="team", models=models),
+        headers=((b"content-type", b"multipart/form-data; boundary=x"),),
+        body=form,
+    )
+    CreatedObjects(journal).note(made, b'{"id":"file-1"}')
+    expected = {"mine/file-1"} | ({"checked:team:mine/file-1"} if is_checked and models == ("m",) else set())
+    assert {key for part in journal.locations.chunks(9) for key in part} == expected
 
 
 @pytest.mark.parametrize(

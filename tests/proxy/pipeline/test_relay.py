@@ -68,6 +68,26 @@ async def test_a_long_plain_response_is_relayed_in_pieces_with_back_pressure() -
     assert client.ended
 
 
+@pytest.mark.parametrize(("status", "is_read"), [(200, True), (400, False)])
+async def test_the_usage_of_a_long_plain_response_is_read_though_it_is_relayed_in_pieces(
+    status: int, is_read: bool
+) -> None:
+    """From all pieces together, and only of a success."""
+    bench = Bench()
+    made = upstream(bench, status, body=None)
+    body = b'{"pad":"%b",%b' % (b"x" * 300_000, OK_BODY[1:])
+    for begin in range(0, len(body), 100_000):
+        made.send(body[begin : begin + 100_000])
+    made.response.content_length = len(body)
+    exchange = bench.exchange()
+    task = bench.start(exchange)
+    await turns()
+    made.end()
+    assert (await task).body == body
+    assert (exchange.usage is not None) is is_read
+    assert exchange.usage is None or exchange.usage.prompt_tokens == 9
+
+
 async def test_an_error_status_is_passed_on_and_its_placement_taken_back() -> None:
     bench = Bench()
     upstream(bench, 400, b"no")

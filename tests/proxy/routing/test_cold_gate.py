@@ -277,6 +277,19 @@ async def test_with_other_workers_a_replica_is_claimed_first_and_released_after(
     assert bench.claims.released == ["replica-0"]
 
 
+async def test_with_other_workers_one_tenant_of_two_claims_half_of_the_replicas_at_most():
+    """The claim says how many, since the passes that other workers gave are known only there."""
+    bench = Bench(4, alone=False)
+    for seen, most in (("alone", 4), ("other", 2)):
+        bench.shares.seen(seen, 1.0, bench.clock.monotonic())
+        bench.clock.advance(2.0)
+        waiting = bench.begin(tenant="alone")
+        await settle()
+        assert (bench.claims.asked[-1]["tenant"], bench.claims.asked[-1]["most"]) == ("alone", most)
+        waiting.cancel()
+        await settle()
+
+
 async def test_places_sort_by_priority_and_then_by_age():
     """As texts, since that is what Redis compares."""
     bench = Bench(1, alone=False)

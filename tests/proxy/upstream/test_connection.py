@@ -337,6 +337,17 @@ def test_a_chunk_extension_or_trailer_without_end_is_refused(endless: bytes) -> 
     assert isinstance(error_of(answered), BadResponse)
 
 
+@pytest.mark.parametrize("field", [b"Transfer-Encoding: chunked", b"transfer-encoding:\tgzip"])
+def test_a_transfer_encoding_in_a_trailer_leaves_the_answer_whole_and_costs_the_connection(field: bytes) -> None:
+    """Other fields there are harmless; what an upstream means by this one is unknown."""
+    for trailer, reusable in ((b"X-Checksum: 3", True), (field, False)):
+        wire = Wire()
+        answered = wire.begin()
+        wire.feed(chunked(b"hello", end=False), b"0\r\n" + trailer + b"\r\n\r\n")
+        assert (answered.complete, answered.body_now()) == (True, b"hello")
+        assert wire.finished_as == [(reusable, False)]
+
+
 @pytest.mark.parametrize("extra", [b"hello", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"\0"])
 @pytest.mark.parametrize("raw", [answer(b"x"), chunked(b"x"), b"HTTP/1.1 204 N\r\n\r\n"])
 def test_bytes_beyond_an_answers_end_leave_it_whole_and_cost_the_connection(raw: bytes, extra: bytes) -> None:

@@ -1,0 +1,371 @@
+"""Cold turns between plan and relay: who waits, what is noted, and what becomes of the plan and the pass."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from cache import PrefixIndex
+from proxy.errors import BadRequest, CairnError, DeadlineUnreachable, Overloaded
+from proxy.fleet import Fleet, ReplicaSpec
+from proxy.model import Endpoint, TemplateFacts, Tenant, Usage
+from proxy.pipeline.cold_turns import ColdTurns
+from proxy.pipeline.exchange import Exchange
+from proxy.pipeline.planner import Planner, PlanningRules
+from proxy.routing.cold_gate import ColdGate
+from proxy.routing.fair_shares import Priority, TenantShares
+from proxy.routing.prefill_gate import PrefillGate
+from proxy.routing.token_estimate import TokenCounts
+from proxy.tasks import Tasks
+from tests.proxy.pipeline.bench import POOL, Bench, turns
+from tests.support.clock import FakeClock
+
+RATE = 1_000.0  # tokens a second
+CAPACITY = 100_000.0  # tokens of a cache, so that up to 1,000 to compute are few
+COLD_TOKENS = 2_250.0  # of a prompt of 9,000 bytes, about
+BUSY_TOKENS = 50_000.0
+
+
+class Templates:
+    """Renders every prompt as it comes."""
+
+    def of(self, pool: str, model: str) -> TemplateFacts:
+        return TemplateFacts()
+
+
+class Gated:
+    """Cold turns over real replicas, index, planner and gate, in one worker."""
+
+    def __init__(self, replicas: int = 2, *, pressed: bool = True) -> None:
+        self.clock, self.fleet, self.index = FakeClock(), Fleet(lambda: 0.5), PrefixIndex()
+        self.shares, self.tasks = TenantShares(), Tasks()
+        for number in range(replicas):
+            self.fleet.add(ReplicaSpec(f"r{number}", POOL, prefill_tokens_per_second=RATE))
+        self.gate = ColdGate(
+            self.fleet,
+            lambda number: CAPACITY,
+            self.shares,
+            cast("Any", None),  # no other worker, so nothing is claimed
+            lambda: True,
+            self.tasks.start,
+            self.clock,
+        )
+        if pressed:
+            self.gate.observe(POOL, 100_000, 90_000)
+        self.planner = Planner(
+            self.fleet,
+            self.index,
+            TokenCounts(),
+            PrefillGate(),
+            cast("Any", Templates()),
+            self.clock,
+            PlanningRules(min_shareable_bytes=1_000),
+        )
+        self.cold_turns = ColdTurns(self.gate, self.planner, self.shares, self.clock)
+
+    def planned(
+        self,
+        prompt: str = "x" * 9_000,
+        *,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+        tenant: Tenant | None = None,
+        endpoint: Endpoint = Endpoint.CHAT,
+    ) -> Exchange:
+        """A request up to its plan."""
+        made = Bench().exchange(prompt=prompt, endpoint=endpoint)
+        made.call = msgspec.structs.replace(
+            made.call,
+            tenant=tenant or Tenant("tenant"),
+            headers=headers,
+            received_seconds=self.clock.monotonic(),
+        )
+        made.fingerprint = None
+        self.planner.fingerprint(made)
+        self.planner.look_up(made)
+        self.planner.plan(made)
+        return made
+
+    def begin(self, exchange: Exchange) -> asyncio.Task[None]:
+        """Let a request that has to wait do so beside the test."""
+        waits = self.cold_turns.admit(exchange)
+        assert waits is not None
+        return self.tasks.start(cast("Any", waits), "waits")
+
+    def make_busy(self, *replicas: int) -> list[Any]:
+        """Give replicas much to compute. Return their charges."""
+        return [self.fleet.charge(number, BUSY_TOKENS, self.clock.monotonic()) for number in replicas]
+
+    def hold(self, replica: int, prompt: str, tokens: int) -> None:
+        """Let a replica hold a prompt."""
+        held = self.planned(prompt).fingerprint
+        assert held is not None
+        placement = self.index.place(replica, held, tokens, self.clock.monotonic())
+        self.index.answered(placement, tokens, 0, 10, self.clock.monotonic())
+
+    def waiting(self) -> int:
+        return sum(self.gate.waiting().values())
+
+
+def replicas_of(exchange: Exchange) -> list[int]:
+    assert exchange.plan is not None
+    return [candidate.replica.id for candidate in exchange.plan.candidates]
+
+
+# -- who waits
+
+
+async def test_a_cold_prompt_waits_while_its_replicas_are_busy_and_then_goes_to_the_one_it_was_given() -> None:
+    """The wait is measured, and the plan has that replica alone."""
+    gated = Gated()
+    charges = gated.make_busy(0, 1)
+    exchange = gated.planned()
+    assert sorted(replicas_of(exchange)) == [0, 1]
+    waits = gated.begin(exchange)
+    await turns()
+    assert (waits.done(), gated.waiting()) == (False, 1)
+    gated.clock.advance(3.0)
+    gated.fleet.finish(charges[1], gated.clock.monotonic())
+    gated.gate.changed()
+    await waits
+    assert exchange.cold_pass is not None
+    assert (exchange.cold_pass.replica, replicas_of(exchange)) == (1, [1])
+    assert exchange.waited_seconds == pytest.approx(3.0)
+
+
+async def test_what_came_into_the_caches_during_the_wait_is_in_the_plan_after_it() -> None:
+    """The prompt is looked up again."""
+    gated = Gated(1)
+    charges = gated.make_busy(0)
+    exchange = gated.planned()
+    waits = gated.begin(exchange)
+    await turns()
+    gated.hold(0, "x" * 9_000, tokens=2_250)
+    gated.fleet.finish(charges[0], gated.clock.monotonic())
+    gated.gate.changed()
+    await waits
+    assert exchange.plan is not None
+    assert exchange.plan.chosen.matched_tokens == 2_250
+
+
+def without_fingerprint(exchange: Exchange) -> None:
+    exchange.fingerprint = None
+
+
+def pinned(exchange: Exchange) -> None:
+    exchange.pinned_replica = 0
+
+
+def at_a_provider(exchange: Exchange) -> None:
+    exchange.pool = msgspec.structs.replace(cast("Any", exchange.pool), is_provider=True)
+
+
+@pytest.mark.parametrize("change", [None, without_fingerprint, pinned, at_a_provider])
+async def test_a_prompt_without_a_choice_of_caches_never_waits(change: Any) -> None:
+    """Though any other of its size would."""
+    gated = Gated()
+    gated.make_busy(0, 1)
+    exchange = gated.planned()
+    if change is not None:
+        change(exchange)
+        assert gated.cold_turns.admit(exchange) is None
+        return
+    waits = gated.begin(exchange)
+    await turns()
+    assert gated.waiting() == 1
+    waits.cancel()
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.EMBEDDINGS, Endpoint.OTHER])
+async def test_what_generates_nothing_is_neither_held_back_nor_read(endpoint: Endpoint) -> None:
+    """Its headers may say what they like."""
+    gated = Gated()
+    exchange = gated.planned(endpoint=endpoint, headers=((b"x-cairn-priority", b"soon"),))
+    assert gated.cold_turns.admit(exchange) is None
+
+
+async def test_a_few_tokens_or_a_prompt_without_pressure_do_not_wait() -> None:
+    """They are noted all the same, as what a later prompt may continue."""
+    for gated, prompt in ((Gated(), "x" * 3_000), (Gated(pressed=False), "x" * 9_000)):
+        assert gated.cold_turns.admit(gated.planned(prompt)) is None
+        assert len(gated.gate.served(POOL)) > 0
+
+
+async def test_under_pressure_a_warm_prompt_goes_only_where_about_as_much_of_it_is_held() -> None:
+    """Elsewhere it would evict what another session needs; without pressure the load decides."""
+    for pressed, expected in ((True, [1]), (False, [0, 1])):
+        gated = Gated(pressed=pressed)
+        gated.hold(1, "x" * 9_000, tokens=2_250)
+        gated.make_busy(1)
+        exchange = gated.planned("x" * 9_000 + "y" * 6_000)
+        assert replicas_of(exchange) == [0, 1]
+        assert gated.cold_turns.admit(exchange) is None
+        assert replicas_of(exchange) == expected
+
+
+# -- urgency and shares
+
+
+@pytest.mark.parametrize(
+    ("header", "error"),
+    [
+        ((b"x-cairn-priority", b"soon"), BadRequest),
+        ((b"x-request-deadline", b"tomorrow"), BadRequest),
+        ((b"x-request-deadline", b"1"), DeadlineUnreachable),
+        ((b"x-request-deadline", b"60"), None),
+    ],
+)
+async def test_a_deadline_that_cannot_be_met_is_refused_at_once(
+    header: tuple[bytes, bytes], error: type[CairnError] | None
+) -> None:
+    """By what the best replica needs until the first token, here about 2.3 s; so is a header without a meaning."""
+    gated = Gated(pressed=False)
+    exchange = gated.planned(headers=(header,))
+    if error is None:
+        assert gated.cold_turns.admit(exchange) is None
+        assert exchange.deadline_seconds == gated.clock.monotonic() + 60.0
+        return
+    with pytest.raises(error):
+        gated.cold_turns.admit(exchange)
+
+
+async def test_the_time_that_a_request_took_to_arrive_is_part_of_its_deadline() -> None:
+    """It counts from the arrival of its head."""
+    gated = Gated(pressed=False)
+    exchange = gated.planned(headers=((b"x-request-deadline", b"4"),))
+    gated.clock.advance(2.0)
+    with pytest.raises(DeadlineUnreachable):
+        gated.cold_turns.admit(exchange)
+
+
+@pytest.mark.parametrize(("highest", "expected"), [(0, Priority.HIGH), (1, Priority.NORMAL)])
+async def test_a_prompt_waits_with_the_priority_that_its_client_asks_for_and_may_have(
+    highest: int, expected: Priority
+) -> None:
+    """The queue orders by it."""
+    gated = Gated()
+    gated.make_busy(0, 1)
+    waits = gated.begin(
+        gated.planned(headers=((b"x-cairn-priority", b"high"),), tenant=Tenant("t", highest_priority=highest))
+    )
+    await turns()
+    assert gated.gate.waiting()[expected] == 1
+    waits.cancel()
+
+
+async def test_each_tenant_that_generates_counts_among_those_that_share() -> None:
+    """By its weight, also if nothing of it ever waits."""
+    gated = Gated(pressed=False)
+    for name, weight in (("a", 1.0), ("b", 3.0)):
+        gated.cold_turns.admit(gated.planned("short", tenant=Tenant(name, weight=weight)))
+    assert gated.shares.share_of("a", gated.clock.monotonic()) == 0.25
+
+
+# -- the pass
+
+
+async def test_a_pass_is_given_back_if_no_replica_is_left_after_the_wait() -> None:
+    """The next turn gets it at once."""
+    gated = Gated(1)
+    charges = gated.make_busy(0)
+    exchange = gated.planned()
+    waits = gated.begin(exchange)
+    await turns()
+    gated.fleet.finish(charges[0], gated.clock.monotonic())
+    exchange.avoid = frozenset(("r0",))
+    gated.gate.changed()
+    with pytest.raises(Overloaded):
+        await waits
+    following = gated.begin(gated.planned("y" * 9_000))
+    await turns()
+    assert following.done()
+
+
+@pytest.mark.parametrize("end", ["first token", "settled", None])
+async def test_a_pass_ends_with_the_first_token_or_with_the_request(end: str | None) -> None:
+    """Until then the replica takes no other cold turn."""
+    gated = Gated(1)
+    exchange = gated.planned()
+    await gated.begin(exchange)
+    charge = gated.fleet.charge(0, 100.0, gated.clock.monotonic())
+    exchange.attempt = cast("Any", Attempt(charge))
+    following = gated.begin(gated.planned("y" * 9_000))
+    await turns()
+    gated.gate.changed()
+    await turns()
+    assert not following.done()
+    if end == "first token":
+        gated.fleet.first_token(charge, gated.clock.monotonic())
+        gated.gate.changed()
+    elif end == "settled":
+        gated.cold_turns.settle(exchange)
+    await turns()
+    assert following.done() is (end is not None)
+    following.cancel()
+
+
+class Attempt:
+    """An attempt, of which only the charge counts."""
+
+    def __init__(self, charge: Any) -> None:
+        self.charge = charge
+
+
+# -- what is learned
+
+
+async def test_a_prompt_that_continues_another_is_known_up_to_there_though_no_replica_holds_it() -> None:
+    """Of a new one nothing is known; of one that is held, that part is."""
+    gated = Gated(pressed=False)
+    known = []
+    for text in ("x" * 9_000, "x" * 9_000, "x" * 9_000 + "y" * 9_000, "z" * 9_000):
+        exchange = gated.planned(text)
+        gated.cold_turns.admit(exchange)
+        known.append(exchange.known_tokens)
+    assert known == [0.0, pytest.approx(COLD_TOKENS, rel=0.01), pytest.approx(COLD_TOKENS, rel=0.1), 0.0]
+    gated.hold(0, "v" * 9_000, tokens=2_250)
+    held = gated.planned("v" * 9_000)
+    gated.cold_turns.admit(held)
+    assert held.known_tokens == pytest.approx(COLD_TOKENS, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("known_tokens", "usage", "pressed"),
+    [
+        (55_000.0, Usage(60_000, 1, 0), True),
+        (55_000.0, Usage(60_000, 1, 55_000), False),  # nothing was computed twice
+        (0.0, Usage(60_000, 1, 0), False),  # all of it was new
+        (120_000.0, Usage(200_000, 1, 100_000), False),  # a fifth of what was computed
+        (55_000.0, Usage(60_000, 1), False),  # nobody knows
+        (55_000.0, None, False),
+    ],
+)
+async def test_what_is_computed_although_it_was_computed_before_makes_cold_turns_wait(
+    known_tokens: float, usage: Usage | None, pressed: bool
+) -> None:
+    """Half of all that is computed is enough; unreported cached tokens say nothing."""
+    gated = Gated(pressed=False)
+    exchange = gated.planned()
+    exchange.known_tokens, exchange.usage = known_tokens, usage
+    gated.cold_turns.settle(exchange)
+    assert gated.gate.is_pressed(POOL, gated.fleet.snapshot(POOL, gated.clock.monotonic())) is pressed
+
+
+async def test_an_explanation_tells_whether_a_prompt_would_wait_and_changes_nothing() -> None:
+    """Neither does it join the queue, nor is it a prompt that a later one continues."""
+    gated = Gated()
+    gated.make_busy(0, 1)
+    for _ in range(2):
+        exchange = gated.planned()
+        verdict = gated.cold_turns.judge(exchange)
+        assert verdict is not None
+        assert verdict.waits
+        assert exchange.known_tokens == 0.0
+    assert (gated.waiting(), len(gated.gate.served(POOL)), gated.shares.has_several) == (0, 0, False)
+    at_a_provider(exchange)
+    assert gated.cold_turns.judge(exchange) is None
+    short = gated.cold_turns.judge(gated.planned("x" * 3_000))
+    assert short is not None
+    assert not short.waits
