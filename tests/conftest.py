@@ -13,17 +13,24 @@ hypothesis.settings.load_profile("cairn")
 
 pytest_plugins = ["tests.support.engine"]
 
-# Groups of tests that take more than ten seconds, in the order in which they begin.
+# Files whose tests take more than ten seconds, in the order in which they begin.
 LONGEST = (
-    "engine",
-    "tests/status/test_page.py",
     "tests/scenarios/test_truth.py",
-    "tests/benchmarks/agents/test_agents.py",
-    "tests/proxy/supervisor/test_supervisor.py",
+    "tests/status/test_page.py",
     "tests/scenarios/test_processes.py",
-    "tests/scenarios/test_failover.py",
+    "tests/proxy/supervisor/test_supervisor.py",
+    "tests/chaos/test_chaos.py",
+    "tests/benchmarks/agents/test_agents.py",
+    "tests/hostile/fuzz/test_fuzz.py",
     "tests/scenarios/test_cold_turns.py",
-    "tests/benchmarks/engines/test_clients.py",
+    "tests/hostile/bounds/test_bounds.py",
+    "tests/scenarios/test_openapi.py",
+    "tests/scenarios/test_contexts_sdk.py",
+    "tests/test_demo.py",
+    "tests/scenarios/test_engine.py",
+    "tests/scenarios/test_failover.py",
+    "tests/deploy/test_helm.py",
+    "tests/deploy/test_rules.py",
     "tests/deploy/test_live.py",
 )
 
@@ -49,16 +56,9 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test the group whose tests all run in one process (`--dist loadgroup`), the longest groups first.
-
-    A group is a file, or all tests that use the real engines: then the fixtures of a module, and the engines, are set
-    up once and not once per process. A long group that began last would keep one process busy while the other idles.
-    """
-    groups: dict[pytest.Item, str] = {}
-    for item in items:
-        groups[item] = "engine" if item.get_closest_marker("engine") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(groups[item]))
-    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
+    """Begin with the files that take longest: one that began last would keep a process busy while others idle."""
+    files = {item: item.nodeid.partition("::")[0] for item in items}
+    items.sort(key=lambda item: LONGEST.index(files[item]) if files[item] in LONGEST else len(LONGEST))
 
 
 def pytest_configure(config: pytest.Config) -> None:
