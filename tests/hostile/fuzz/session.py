@@ -246,13 +246,7 @@ class Session:
                 while piece := await reader.read(1 << 20):
                     received += piece
         except TimeoutError:
-            writer.write_eof()
-            try:
-                async with asyncio.timeout(HANG_SECONDS):
-                    while piece := await reader.read(1 << 20):
-                        received += piece
-            except TimeoutError:
-                raise Broken("the connection stays after its client has closed it") from None
+            received += await _read_after_close(reader, writer)
         except ConnectionError:
             pass
         if b"HTTP/1.1 500 " in received:
@@ -384,3 +378,18 @@ def _difference(got: bytes, wanted: bytes) -> str:
         f"{len(got)} bytes in place of {len(wanted)}, from {at}: {got[begin : at + 200]!r} "
         f"in place of {wanted[begin : at + 200]!r}"
     )
+
+
+async def _read_after_close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """Close this side and return what still comes. Raises Broken if the other side does not close then."""
+    received = b""
+    try:
+        writer.write_eof()
+        async with asyncio.timeout(HANG_SECONDS):
+            while piece := await reader.read(1 << 20):
+                received += piece
+    except TimeoutError:
+        raise Broken("the connection stays after its client has closed it") from None
+    except (ConnectionError, RuntimeError):  # the second is uvloop's, if it was closed in this moment
+        pass
+    return received
