@@ -19,9 +19,9 @@ BUILD_FILES := pyproject.toml hatch_build.py scripts/compile.py
 COMPILED_TESTS := tests/test_compiled.py tests/cache/index tests/proxy/wire tests/proxy/upstream tests/proxy/downstream \
   $(patsubst %,tests/scenarios/test_%.py,requests truth failover contexts processes shared rules garbage hostile)
 
-# The processes that run tests: one more than two cores, since tests also wait. Each file's tests stay in one of them,
-# and the longest files begin first (tests/conftest.py).
-TEST_PROCESSES ?= 3
+# The processes that run tests. More than the machine has cores save a minute and fail tests that measure time. Each
+# file's tests stay in one of them, and the longest files begin first (tests/conftest.py).
+TEST_PROCESSES ?= 2
 PYTEST = -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 PIP_WHEEL = .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation
