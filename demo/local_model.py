@@ -10,17 +10,17 @@ import itertools
 import json
 import os
 import sys
-import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from demo.shapes import DEMO, MODEL_NAME, VOCABULARY_SIZE, Shape, model_path, vocabulary_path
+from demo.vocabulary import train_vocabulary
 
 TRAINING_BYTES = 6_000_000  # of the standard library's source; more takes longer and changes the vocabulary little
 SEED = 20_251  # arbitrary, but fixed: every machine makes the same weights
@@ -52,7 +52,7 @@ def load_vocabulary(folder: Path) -> Tokenizer:
     path = vocabulary_path(folder)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        trained = _train()
+        trained = train_vocabulary(VOCABULARY_SIZE, CONTROL_TOKENS, TRAINING_BYTES)
         _replace(path, lambda unfinished: trained.save(str(unfinished)))
     return Tokenizer.from_file(str(path))
 
@@ -67,31 +67,6 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _source_texts() -> Iterator[str]:
-    """Yield the standard library's modules in a fixed order, up to `TRAINING_BYTES`."""
-    left = TRAINING_BYTES
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        text = path.read_text(encoding="utf-8", errors="replace")[:left]
-        left -= len(text)
-        yield text
-        if left <= 0:
-            return
-
-
-def _train() -> Tokenizer:
-    vocabulary = Tokenizer(models.BPE())
-    vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    vocabulary.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
-        special_tokens=list(CONTROL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    vocabulary.train_from_iterator(_source_texts(), trainer)
-    return vocabulary
 
 
 def _write_model(path: Path, vocabulary: Tokenizer, shape: Shape) -> None:

@@ -6,11 +6,9 @@ Caching and usage behave as with trained weights; only the text makes no sense.
 from __future__ import annotations
 
 import json
-import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from demo.vocabulary import train_vocabulary
 
 NAME = "tiny"
 VOCABULARY_SIZE = 4_096
@@ -74,7 +72,8 @@ def make_model(folder: Path) -> Path:
     last = folder / "config.json"
     if not last.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _vocabulary().save(str(folder / "tokenizer.json"))
+        vocabulary = train_vocabulary(VOCABULARY_SIZE, SPECIAL_TOKENS, TRAINING_BYTES)
+        vocabulary.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(
             json.dumps(
                 {
@@ -88,28 +87,3 @@ def make_model(folder: Path) -> Path:
         )
         last.write_text(json.dumps(CONFIGURATION))
     return folder
-
-
-def _vocabulary() -> Tokenizer:
-    vocabulary = Tokenizer(models.BPE())
-    vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    vocabulary.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    vocabulary.train_from_iterator(_texts(), trainer)
-    return vocabulary
-
-
-def _texts() -> Iterator[str]:
-    """Yield the standard library's modules in a fixed order, up to `TRAINING_BYTES`."""
-    left = TRAINING_BYTES
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        text = path.read_text(encoding="utf-8", errors="replace")[:left]
-        left -= len(text)
-        yield text
-        if left <= 0:
-            return
