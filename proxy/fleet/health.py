@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 from proxy.clock import Clock
@@ -17,12 +17,13 @@ from proxy.fleet.breaker import Cause
 from proxy.fleet.engine_facts import EngineFacts, read_llama_props, read_metrics, read_sglang_server, read_version
 from proxy.fleet.findings import Found
 from proxy.fleet.fleet import Fleet
+from proxy.fleet.http_client import HttpClient
 from proxy.fleet.learned_limit import LEAST_LIMIT
 from proxy.fleet.model_list import read_models
 from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.logs import REPLICAS
 from proxy.tasks import Tasks
-from proxy.upstream import Limits, Origin, UpstreamResponse
+from proxy.upstream import Limits
 
 log = logging.getLogger(REPLICAS)
 
@@ -49,23 +50,6 @@ _UNAVAILABLE: Final = 503
 _NAMED_AT_MOST: Final = 4  # models in the log line of a replica
 
 
-class Client(Protocol):
-    """Sends one request: `proxy.upstream.UpstreamClient`."""
-
-    def request(
-        self,
-        origin: Origin,
-        method: bytes,
-        target: bytes,
-        headers: Iterable[tuple[bytes, bytes]] = (),
-        *,
-        limits: Limits | None = None,
-        retry_reused: bool = False,
-    ) -> Awaitable[UpstreamResponse]:
-        """Return when the head of the response has come; raises UpstreamError."""
-        ...
-
-
 class Findings(Protocol):
     """Applies the findings of a check: `proxy.fleet.findings.EngineFindings`."""
 
@@ -83,7 +67,7 @@ class HealthChecker:
 
     def __init__(
         self,
-        client: Client,
+        client: HttpClient,
         pools: Pools,
         fleet: Fleet,
         findings: Findings,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterable, Set
+from collections.abc import Awaitable, Callable, Set
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 from urllib.parse import quote
@@ -20,6 +20,7 @@ import msgspec
 from proxy.backoff import ExponentialBackoff
 from proxy.errors import ConnectFailed, UpstreamError
 from proxy.fleet.endpoint_slices import GONE, Endpoint, Slice, SliceList, SliceTable, WatchError
+from proxy.fleet.http_client import HttpClient
 from proxy.tasks import Tasks
 from proxy.upstream import Limits, Origin, UpstreamResponse
 
@@ -59,21 +60,8 @@ class ApiError(Exception):
         self.status = status
 
 
-class Client(Protocol):
-    """Sends one request: `proxy.upstream.UpstreamClient`."""
-
-    def request(
-        self,
-        origin: Origin,
-        method: bytes,
-        target: bytes,
-        headers: Iterable[tuple[bytes, bytes]] = (),
-        *,
-        limits: Limits | None = None,
-        retry_reused: bool = False,
-    ) -> Awaitable[UpstreamResponse]:
-        """Return when the head of the response has come; raises UpstreamError."""
-        ...
+class Client(HttpClient, Protocol):
+    """Sends requests on connections that can be closed: `proxy.upstream.UpstreamClient`."""
 
     def forget(self, origin: Origin) -> bool:
         """Drop the connections to an origin, and its TLS settings."""

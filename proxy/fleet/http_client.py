@@ -1,0 +1,25 @@
+"""Sending requests to replicas and to the API of Kubernetes, as the fleet needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterable
+from typing import Protocol
+
+from proxy.upstream import Limits, Origin, UpstreamResponse
+
+
+class HttpClient(Protocol):
+    """Sends one request: `proxy.upstream.UpstreamClient`."""
+
+    def request(
+        self,
+        origin: Origin,
+        method: bytes,
+        target: bytes,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+        *,
+        limits: Limits | None = None,
+        retry_reused: bool = False,
+    ) -> Awaitable[UpstreamResponse]:
+        """Return when the head of the response has come; raises UpstreamError."""
+        ...
