@@ -33,11 +33,6 @@ class Eviction:
         self._max_blocks = max_blocks
         self._retired: deque[tuple[Tree, ReplicaEntries]] = deque()
 
-    @property
-    def is_idle(self) -> bool:
-        """True if no entries of a past epoch are left to clear."""
-        return not self._retired
-
     def retire(self, tree: Tree, state: ReplicaState) -> None:
         """Give the replica empty entries in constant time; the old ones are cleared later, some at a time."""
         old = state.entries
