@@ -16,6 +16,7 @@ from proxy.downstream.response import ClientResponse
 from proxy.downstream.server import ClientServer
 from proxy.errors import REASON_PHRASES, CairnError
 from tests.hostile.client.inputs import BODY_BYTES_MOST, CASES
+from tests.hostile.mutated_bytes import change_at
 from tests.support.answering import client_server, served_by
 from tests.support.valkey import eventually
 
@@ -39,16 +40,7 @@ def mutated(random: Random) -> bytes:
     """One of the cases with up to five bytes or pieces changed, inserted, left out or doubled."""
     message = bytearray(random.choice(SEEDS))
     for _ in range(random.randrange(6)):
-        at = random.randrange(len(message) + 1)
-        kind = random.randrange(4)
-        if kind == 0:
-            message[at : at + 1] = bytes([random.randrange(256)])
-        elif kind == 1:
-            message[at:at] = random.choice(INSERTED)
-        elif kind == 2:
-            del message[at : at + random.randrange(1, 20)]
-        else:
-            message[at:at] = message[at : at + random.randrange(1, 200)]
+        change_at(random, message, random.randrange(len(message) + 1), INSERTED)
     return bytes(message)
 
 

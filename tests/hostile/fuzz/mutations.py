@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 from tests.hostile.fuzz.requests import JSON, MARK, Must, Request, encoded
+from tests.hostile.mutated_bytes import change_at
 
 _DEEP = 3000
 _RAW_VALUES = (
@@ -174,14 +175,5 @@ def mutate_wire(random: Random, message: bytes) -> bytes:
     end_of_head = message.find(b"\r\n\r\n") + 4
     for _ in range(random.randrange(1, 6)):
         most = len(changed) if random.random() < 0.4 else min(len(changed), max(end_of_head, 1))
-        at = random.randrange(most + 1)
-        roll = random.randrange(4)
-        if roll == 0:
-            changed[at : at + 1] = bytes([random.randrange(256)])
-        elif roll == 1:
-            changed[at:at] = random.choice(INSERTED)
-        elif roll == 2:
-            del changed[at : at + random.randrange(1, 20)]
-        else:
-            changed[at:at] = changed[at : at + random.randrange(1, 200)]
+        change_at(random, changed, random.randrange(most + 1), INSERTED)
     return bytes(changed)
