@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from random import Random
 
 import msgspec
@@ -167,26 +168,35 @@ def test_a_restart_is_seen_although_the_first_answer_brought_the_shared_head_bac
     assert turn(proxy, talks[1]).feedback.learnt is FeedbackKind.RESTARTED
 
 
+def turns_of_many(proxy: CairnProxy, count: int, random: Random) -> Iterator[Answer]:
+    """Begin `count` conversations, and yield the answers to 15 further turns for each; the first are used most."""
+    talks = [Session(f"talk {number}", words("sys", 400)) for number in range(count)]
+    for talk in talks:
+        turn(proxy, talk, tokens=2_300)
+    for _ in range(15 * count):
+        talk = talks[min(int(random.expovariate(1 / (0.3 * count))), count - 1)]
+        if len(talk.messages) > 8:
+            del talk.messages[3:]
+        yield turn(proxy, talk, tokens=100)
+
+
+def predicted_and_reported(answers: list[Answer]) -> tuple[int, int]:
+    """Sum the cached tokens of `answers`."""
+    predicted = sum(min(answer.predicted_tokens, answer.usage.prompt_tokens) for answer in answers)
+    return predicted, sum(answer.usage.cached_tokens for answer in answers)
+
+
 @pytest.mark.parametrize("stated", [True, False])
 def test_the_budget_follows_an_engine_under_pressure_and_never_exceeds_what_it_states(stated):
     """Forty sessions on two engines that hold half of them: predicted is reported within 3 %."""
     engines = [SimulatedEngine(BlockCache(48_000)) for _ in range(2)]
     proxy = CairnProxy(engines, capacities=48_000 if stated else None)
-    talks = [Session(f"talk {number}", words("sys", 400)) for number in range(40)]
-    random = Random(5)
-    for talk in talks:
-        turn(proxy, talk, tokens=2_300)
-    predicted = reported = 0
-    for step in range(600):
-        talk = talks[min(int(random.expovariate(1 / 12)), 39)]
-        if len(talk.messages) > 8:
-            del talk.messages[3:]
-        answer = turn(proxy, talk, tokens=100)
-        if step >= 200:
-            predicted += min(answer.predicted_tokens, answer.usage.prompt_tokens)
-            reported += answer.usage.cached_tokens
+    answers = []
+    for answer in turns_of_many(proxy, 40, Random(5)):
+        answers.append(answer)
         if stated:
             assert max(budget(proxy, 0), budget(proxy, 1)) <= 48_000
+    predicted, reported = predicted_and_reported(answers[200:])
     assert predicted == pytest.approx(reported, rel=0.03)
     assert max(budget(proxy, 0), budget(proxy, 1)) < UNLIMITED_TOKENS
 
@@ -198,18 +208,8 @@ def test_large_blocks_under_pressure_are_taken_for_no_evictions(block_tokens, un
     proxy = CairnProxy(
         [SimulatedEngine(BlockCache(48_000, block_tokens, unused))], capacities=48_000 if stated else None
     )
-    talks, random = [Session(f"talk {number}", words("sys", 400)) for number in range(20)], Random(1)
-    for talk in talks:
-        turn(proxy, talk, tokens=2_300)
-    predicted = reported = 0
-    for step in range(300):
-        talk = talks[min(int(random.expovariate(1 / 6)), 19)]
-        if len(talk.messages) > 8:
-            del talk.messages[3:]
-        answer = turn(proxy, talk, tokens=100)
-        if step >= 100:
-            predicted += min(answer.predicted_tokens, answer.usage.prompt_tokens)
-            reported += answer.usage.cached_tokens
+    answers = list(turns_of_many(proxy, 20, Random(1)))
+    predicted, reported = predicted_and_reported(answers[100:])
     assert predicted == pytest.approx(reported, rel=0.09)
     assert budget(proxy) > 40_000
 

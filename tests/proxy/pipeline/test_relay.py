@@ -20,8 +20,9 @@ from proxy.errors import (
 )
 from proxy.metrics.definitions import HIDDEN_ERRORS, STREAM_ABORTS
 from proxy.model import Ending, Endpoint
+from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.silence import COMMENT, SilenceWatch
-from tests.proxy.pipeline.bench import DONE, SSE, TOKEN, Bench, Upstream, turns
+from tests.proxy.pipeline.bench import DONE, SSE, TOKEN, Bench, Downstream, Upstream, turns
 
 OK_BODY = b'{"choices":[{"message":{"content":"a"}}],"usage":{"prompt_tokens":9,"completion_tokens":1}}'
 
@@ -461,6 +462,16 @@ async def test_a_client_that_waits_for_the_head_of_a_stream_gets_one_with_commen
     assert exchange.outcome(0.0).head_sent_early
 
 
+async def responding_late(bench: Bench, timers: Timers, exchange: Exchange) -> asyncio.Task[Downstream]:
+    """Start a stream whose replica responds only once its client was sent a head and a comment."""
+    bench.client.hold.clear()
+    task = bench.start(exchange)
+    await turns()
+    timers.pass_time(15)
+    bench.client.hold.set()
+    return task
+
+
 @pytest.mark.parametrize("first", [ResetBeforeResponse("reset"), 503, "error event"])
 async def test_failover_stays_possible_after_the_head_was_sent_early(first: object) -> None:
     """Comments are no part of an answer."""
@@ -474,11 +485,7 @@ async def test_failover_stays_possible_after_the_head_was_sent_early(first: obje
         upstream(bench, body=b'data: {"error": {"message": "m"}}\n\n', sse=True)
     upstream(bench, body=TOKEN + DONE, sse=True)
     exchange = bench.exchange(stream=True)
-    bench.client.hold.clear()
-    task = bench.start(exchange)
-    await turns()
-    timers.pass_time(15)
-    bench.client.hold.set()
+    task = await responding_late(bench, timers, exchange)
     client = await task
     assert client.body == COMMENT + TOKEN + DONE
     assert (exchange.ending, len(exchange.tried)) == (Ending.COMPLETE, 1)
@@ -497,11 +504,7 @@ async def test_an_error_status_after_the_early_head_is_an_event_and_the_outcome_
     if encoding:
         made.response.headers = ((b"content-encoding", b"gzip"),)
     exchange = bench.exchange(stream=True)
-    bench.client.hold.clear()
-    task = bench.start(exchange)
-    await turns()
-    timers.pass_time(15)
-    bench.client.hold.set()
+    task = await responding_late(bench, timers, exchange)
     client = await task
     event = b'data: {"error":{"message":"too long","code":"context_length_exceeded"}}\n\n'
     assert (client.status, client.body, client.ended) == (200, COMMENT + event, True)
@@ -515,11 +518,7 @@ async def test_a_compressed_stream_is_decoded_for_a_client_that_was_sent_a_head_
     timers = Timers(bench)
     made = upstream(bench, body=None, sse=True)
     made.response.headers = (*made.response.headers, (b"content-encoding", b"gzip"))
-    bench.client.hold.clear()
-    task = bench.start(bench.exchange(stream=True))
-    await turns()
-    timers.pass_time(15)
-    bench.client.hold.set()
+    task = await responding_late(bench, timers, bench.exchange(stream=True))
     made.send(gzip.compress(TOKEN + DONE))
     made.end()
     assert (await task).body == COMMENT + TOKEN + DONE
@@ -530,11 +529,7 @@ async def test_a_plain_answer_after_the_early_head_is_written_as_a_chunk_with_it
     timers = Timers(bench)
     upstream(bench, body=OK_BODY)
     exchange = bench.exchange(stream=True)
-    bench.client.hold.clear()
-    task = bench.start(exchange)
-    await turns()
-    timers.pass_time(15)
-    bench.client.hold.set()
+    task = await responding_late(bench, timers, exchange)
     client = await task
     assert b'"delta":{"content":"a"}' in client.body
     assert client.body.endswith(b"data: [DONE]\n\n")
@@ -548,11 +543,7 @@ async def test_a_plain_response_that_breaks_after_the_early_head_is_raised_for_a
     bench.dispatcher.always_reports_usage(0)
     made = upstream(bench, 400, None)
     made.send(b'{"err')
-    bench.client.hold.clear()
-    task = bench.start(bench.exchange(stream=True))
-    await turns()
-    timers.pass_time(15)
-    bench.client.hold.set()
+    task = await responding_late(bench, timers, bench.exchange(stream=True))
     await turns()
     made.fail(ResetMidResponse("reset"))
     with pytest.raises(ResetMidResponse):
