@@ -55,7 +55,7 @@ def cold_claims(pool: str) -> str:
 
 
 def cold_last(pool: str) -> str:
-    """When each replica of a pool was last claimed for a cold turn."""
+    """Key of the times at which each replica of a pool was last claimed for a cold turn."""
     return f"{COLD}:{{{pool}}}:last"
 
 

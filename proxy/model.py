@@ -85,7 +85,7 @@ class RouteReason(enum.StrEnum):
 
 
 class Ending(enum.StrEnum):
-    """How a request ended, on every path."""
+    """Endings of a request, one for every path."""
 
     COMPLETE = "complete"
     UPSTREAM_STATUS = "upstream_status"  # the upstream's error status was relayed
@@ -167,7 +167,7 @@ class ToolOrder(enum.StrEnum):
 
 
 class TemplateFacts(msgspec.Struct, frozen=True):
-    """How an engine renders the prompts of one model, as far as the key of a prefix depends on it.
+    """Facts about how an engine renders the prompts of one model, as far as the key of a prefix depends on it.
 
     `drops_reasoning`: reasoning before the last user message is left out, `drops_thoughts`: and so is reasoning that
     clients leave in the text between `<think>` marks. `ignores_reasoning`: the field is left out wherever it is.

@@ -62,7 +62,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How streams are written, and which share of a prompt is reported as cached."""
+    """The way streams are written, and the share of a prompt that is reported as cached."""
 
     chunks: int = 200
     chunk_seconds: float = 0.002

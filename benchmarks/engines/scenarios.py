@@ -110,7 +110,7 @@ def run_agents(
 
 
 def bound(load: AgentLoad, template: Template) -> LoadResult:
-    """What no router can do better: one cache of all engines, and never a queue."""
+    """Compute the bound for any router: one cache of all engines, and never a queue."""
     engine = SimulatedEngine(BlockCache(2_000_000 * load.engines), template)
     first: list[float] = []
     later: list[float] = []

@@ -15,7 +15,7 @@ BILLING_MARK = "x-anthropic-billing-header"
 
 
 class Template(msgspec.Struct, frozen=True):
-    """How one family renders.
+    """The rendering of one family of models.
 
     `system_first` puts the system message before the tools. `drops_reasoning` leaves out the reasoning of messages
     before the last user message, also between `<think>` marks in their text; `ignores_reasoning` leaves the field out

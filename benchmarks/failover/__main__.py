@@ -1,4 +1,4 @@
-"""What clients see of a sick replica beside a well one, failure by failure.
+"""Measure what clients see of a sick replica beside a well one, failure by failure.
 
     python -m benchmarks.failover [--requests 100]
 

@@ -19,7 +19,7 @@ from cache.index.hashing import chain_root
 
 BLOCK_TOKENS = 512
 BYTES_PER_TOKEN = 4
-"""What a prompt's text would have; only the index's byte counts depend on it."""
+"""Bytes that a prompt's text would have; only the index's byte counts depend on it."""
 
 SPREAD_SECONDS = 3.0
 """Most stamps of the published trace are multiples of this."""

@@ -43,7 +43,7 @@ class Figures(msgspec.Struct, frozen=True):
 
 
 class Recovery(msgspec.Struct, frozen=True):
-    """How right the predictions for the restarted engine were, beyond what all prompts share.
+    """Tell how right the predictions for the restarted engine were, beyond what all prompts share.
 
     A `kept` share is the part of the tokens predicted as cached there that were cached: before, of its first 30
     requests and of all after those. After `back_after` of its requests the next 30 kept as much as before, to within
@@ -91,7 +91,7 @@ def figures(name: str, run: Run, speed: float) -> Figures:
 
 
 def recovery(run: Run) -> Recovery | None:
-    """How the first engine fared around its restart; None if the engine that answered is not known."""
+    """Tell how the first engine fared around its restart; None if the engine that answered is not known."""
     half, restarted, shared = run.restarted_before, run.restarted, run.shared_tokens
     if half is None or not any(each.replica for each in run.seen):
         return None

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Moment(NamedTuple):
-    """When a read began: after how many messages, and in which subscription."""
+    """The point at which a read began: the number of messages before it, and the subscription."""
 
     changes: int
     subscription: int

@@ -114,7 +114,7 @@ class ContextRow(msgspec.Struct, frozen=True):
 
     @property
     def kept(self) -> Kept:
-        """How it competes with other contexts for room."""
+        """The properties by which it competes with other contexts for room."""
         rank = self.stored_value.rank(self.value_usd, self.size_bytes)
         expired = self.expires_unix_seconds <= self.as_of_unix_seconds
         return Kept(rank, self.size_bytes, self.pinned, expired)

@@ -299,7 +299,7 @@ return gone
 # --- over all tenants: KEYS are `cache.keys.CONTEXTS_TOTALS`, `CONTEXTS_UNLISTED` and `CONTEXTS_RESERVED`
 
 RESERVED_MS = 30_000
-"""How long a reservation holds before a sweep may replace it by what the tenant really takes."""
+"""Time for which a reservation holds before a sweep may replace it by what the tenant really takes."""
 
 _OVERALL = """
 local clock = redis.call('TIME')

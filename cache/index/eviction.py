@@ -1,4 +1,4 @@
-"""Which entries leave the index, and when: over a budget, past a time to live, of an epoch that is over.
+"""Drop entries from the index: over a budget, past a time to live, of an epoch that is over.
 
 Every call is bounded by a number of steps, so that no request waits for a clean-up; what is left over is done by the
 next call. Nothing here decides a budget or an epoch.

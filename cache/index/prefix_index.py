@@ -1,4 +1,4 @@
-"""Which replica holds which prefix: the index's verbs for looking up, placing, learning and upkeep.
+"""Record which replica holds which prefix: the index's verbs for looking up, placing, learning and upkeep.
 
 In memory only. No Redis, no HTTP and no clock: `now` is passed in, in seconds of one clock that all writers share.
 Replicas are small numbers of this process. A wrong entry may cost a request time, never content.

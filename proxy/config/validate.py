@@ -38,7 +38,7 @@ _FORMS = {
     "invalid RFC3339": "expected a date such as 2026-01-31",
     "invalid decimal": "expected an amount such as 1.25, without a currency",
 }
-"""What is said in place of a text of msgspec that begins so."""
+"""Plain messages, by the beginning of msgspec's own."""
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?) ?(ms|s|sec|m|min|h|d)")
 _DURATIONS = {"ms": 0.001, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}

@@ -22,7 +22,7 @@ _ADVICE = {
     "another document": "; a configuration is one document, without `---` lines",
     "undefined alias": "; quote a value that begins with `*`, or define the anchor before",
 }
-"""What to do, by a part of YAML's own text."""
+"""Advice, by a part of the YAML parser's message."""
 
 
 class _Loader(yaml.SafeLoader):

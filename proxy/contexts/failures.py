@@ -14,7 +14,7 @@ from proxy.errors import (
 )
 
 RETRY_SECONDS = 2.0
-"""When to retry while Redis is away; it is probed about once a second."""
+"""Seconds after which to retry while Redis is away; it is probed about once a second."""
 
 
 def shown(error: CacheError) -> CairnError:

@@ -52,7 +52,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class SharingReport(msgspec.Struct, frozen=True):
-    """How a worker's share of the routing knowledge is kept in step with the other proxies."""
+    """State of the exchange of routing knowledge between a worker and the other proxies."""
 
     state: str = ""
     others: int = 0  # other live workers, in all proxies

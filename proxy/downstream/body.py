@@ -292,7 +292,7 @@ class IncomingBody:
         self._source.release(held)
 
     def _due(self) -> float:
-        """When the body is late, by its limit (in all, or for the next piece) or by its rate while it was awaited."""
+        """Return when the body is late: by its limit (in all, or for the next piece), or by its rate meanwhile."""
         allowed = self._limit_seconds if self._use is _STREAM else self._limit_seconds - self._waited_seconds
         if self._rate:
             allowed = min(allowed, GRACE_SECONDS + self.received_bytes / self._rate - self._waited_seconds)

@@ -1,4 +1,4 @@
-"""When a replica that failed, or asked to be left alone, is tried again. Pure: clocks and randomness are passed in.
+"""Decide when a replica that failed, or asked to be left alone, is tried again. Pure: clock and randomness come in.
 
 A breaker is closed while the replica is fine. Each way to open it is a `Cause`:
 
@@ -50,7 +50,7 @@ class Cause(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BreakerSettings:
-    """How long a replica is left alone: `first_seconds`, doubling up to `most_seconds`."""
+    """Time for which a replica is left alone: `first_seconds`, doubling up to `most_seconds`."""
 
     first_seconds: float = 0.5
     most_seconds: float = 30.0

@@ -1,4 +1,4 @@
-"""Which replicas there are: those in the configuration, and those behind the names that it says to follow.
+"""Keep the list of replicas: those in the configuration, and those behind the names that it says to follow.
 
 A URL `dns+http://name:port` stands for all addresses of the name, as a headless Kubernetes service lists its pods.
 The name is resolved every few seconds: a new address becomes a replica, a replica whose address is gone gets no new

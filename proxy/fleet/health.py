@@ -28,16 +28,16 @@ from proxy.upstream import Limits
 log = logging.getLogger(REPLICAS)
 
 TICK_SECONDS = 0.25
-"""How often back-offs that are over are looked for."""
+"""Interval of looking for back-offs that are over."""
 
 FACTS_SECONDS = 15.0
-"""How often engines are asked for their facts. Requests notice a restart much sooner."""
+"""Interval of asking engines for their facts. Requests notice a restart much sooner."""
 
 LOAD_SECONDS = 2.0
-"""How often a busy engine that states no limit of concurrent requests is asked how many run and wait in it."""
+"""Interval of asking a busy engine that states no limit of concurrent requests how many run and wait in it."""
 
 BEGIN_SECONDS = 1.0
-"""How long the start waits for engines that do not respond."""
+"""Longest time for which the start waits for engines that do not respond."""
 
 _PAGE_AT_MOST_BYTES = 4 * 1024 * 1024
 _FACT_PAGES = (

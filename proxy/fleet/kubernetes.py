@@ -44,7 +44,7 @@ _DENIED: Final = (401, 403)
 
 
 class Service(NamedTuple):
-    """What is to be followed: `name` is `*` for all Services with the labels of `selector`."""
+    """A Service to follow: `name` is `*` for all Services with the labels of `selector`."""
 
     name: str
     namespace: str

@@ -1,4 +1,4 @@
-"""Which pool serves a model, and how to reach each replica: the configuration in the form that requests need.
+"""Find the pool that serves a model, and the way to each replica: the configuration in the form that requests need.
 
 All phases share one object; a reload replaces its contents at once (`adopt`).
 """
@@ -36,7 +36,7 @@ class ServedPool(msgspec.Struct, frozen=True):
 
 
 class ReplicaEndpoint(msgspec.Struct, frozen=True):
-    """How to reach a replica. `credential` is the header that replaces the client's own; None lets that pass."""
+    """The way to a replica. `credential` is the header that replaces the client's own; None lets that pass."""
 
     name: str
     pool: str

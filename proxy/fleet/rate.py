@@ -1,4 +1,4 @@
-"""How fast a replica prefills, learned from its responses. Pure; knows no clock."""
+"""Learn from its responses how fast a replica prefills. Pure; knows no clock."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ _ERROR_TOKENS = (-65536, -16384, -4096, -1024, -256, -64, 0, 64, 256, 1024, 4096
 
 
 class Kind(enum.Enum):
-    """How values of a metric are combined over time and over workers."""
+    """Ways of combining values of a metric over time and over workers."""
 
     COUNTER = "counter"
     GAUGE_SUM = "gauge_sum"  # the values of live workers add up

@@ -33,7 +33,7 @@ RANK_HEADER: Final = b"x-data-parallel-rank"
 """Tells vLLM and SGLang which of their data-parallel ranks serves a request."""
 
 HOLD_SECONDS: Final = 15.0
-"""How long the head of a stream is held back for its first event. Until then another replica can be tried."""
+"""Longest time that a stream's head is held back for its first event. Until then another replica can be tried."""
 
 _REFUSAL_AT_MOST_BYTES = 64 * 1024  # a longer one does not only say that a field is unknown
 _IDEMPOTENT_METHODS = frozenset({"GET", "HEAD"})
@@ -53,7 +53,7 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often, and upon which statuses, a request is sent to another replica; how long a stream's head is held."""
+    """Limits of sending a request to another replica: how often, upon which statuses, and how late."""
 
     max_retries: int = 2
     statuses: Collection[int] = frozenset({408, 429, 500, 502, 503, 504, 529})
@@ -377,7 +377,7 @@ class Dispatcher:
 
 
 class UsageOptions:
-    """Which replicas accept `stream_options`, learned from their responses."""
+    """Learns from responses which replicas accept `stream_options`."""
 
     def __init__(self) -> None:
         self._refuse: set[int] = set()

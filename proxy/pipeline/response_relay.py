@@ -51,7 +51,7 @@ _HTML = re.compile(rb"\s*<(?:!doctype|html)", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class StreamLimits:
-    """How long a stream may be silent, in seconds."""
+    """Longest silences of a stream, in seconds."""
 
     idle_seconds: float = 120.0  # without a byte, after the first event
     thinking_seconds: float = 900.0  # with nothing but comments and pings

@@ -29,7 +29,7 @@ _IDEMPOTENT_METHODS: Final = frozenset({"GET", "HEAD"})
 
 
 class FailureKind(enum.Enum):
-    """How an attempt failed, as far as a retry depends on it."""
+    """Kinds of failure of an attempt, as far as a retry depends on them."""
 
     UNSENT = "unsent"  # no connection: the replica has not seen the request
     BROKEN = "broken"  # the connection or the response broke before anything reached the client

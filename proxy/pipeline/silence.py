@@ -29,7 +29,7 @@ class SilentStream(Protocol):
     """A stream that may have to be filled."""
 
     given_seconds: float
-    """When the client received something last, on the monotonic clock."""
+    """Time at which the client last received something, on the monotonic clock."""
 
     def fill(self) -> None:
         """Write a comment to the client, if one may be written now."""

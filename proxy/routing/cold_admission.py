@@ -140,7 +140,7 @@ class ColdQueue(Generic[T]):
         return self._queue.head(now_seconds, skipped)
 
     def waiting(self) -> dict[tuple[Priority, str], int]:
-        """How many turns wait, by priority and tenant."""
+        """Count the turns that wait, by priority and tenant."""
         return self._queue.waiting()
 
     def open_to(

@@ -220,7 +220,7 @@ class ColdGate:
         self.pool(pool).pressure.observe(computed_tokens, repeated_tokens, self._clock.monotonic())
 
     def waiting(self) -> dict[Priority, int]:
-        """How many turns wait, by priority."""
+        """Count the turns that wait, by priority."""
         counts = dict.fromkeys(Priority, 0)
         for pool in self._pools.values():
             for (priority, _), count in pool.queue.waiting().items():
@@ -228,7 +228,7 @@ class ColdGate:
         return counts
 
     def waiting_by_client(self) -> dict[tuple[Priority, str], int]:
-        """How many turns wait, by priority and the configured name of their client; the nameless are together."""
+        """Count the turns that wait, by priority and configured name of their client; the nameless are together."""
         counts: dict[tuple[Priority, str], int] = {}
         for pool in self._pools.values():
             for waiter in pool.waiting:
@@ -449,7 +449,7 @@ class ColdGate:
         return sum(given.tenant == tenant for given in pool.passes.values())
 
     def _part(self, tenant: str, replicas: int, now: float) -> int:
-        """How many replicas may compute cold turns of one tenant at once: all of them if it is alone."""
+        """Return how many replicas may compute cold turns of one tenant at once: all of them if it is alone."""
         share = self._shares.share_of(tenant, now)
         return replicas if share >= 1.0 else max(min(int(share * replicas), replicas - 1), 1)
 

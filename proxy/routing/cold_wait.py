@@ -1,4 +1,4 @@
-"""How long a cold turn will wait, and what is promised to a session that is turned away. Pure; clocks are passed in.
+"""Predict how long a cold turn will wait, and keep the promise to a session that is turned away. Pure.
 
 A new session that would wait for too long is refused with a Retry-After after which it will be taken: its place in
 the order is kept by a ticket, without its body, so that it comes back as old as it is.
@@ -68,7 +68,7 @@ class Tickets:
         return len(self._tickets)
 
     def arrival(self, tenant: str, prompt_end: int, now_seconds: float) -> float:
-        """When this prompt came first: now, unless it has a ticket."""
+        """Return when this prompt came first: now, unless it has a ticket."""
         ticket = self._tickets.get((tenant, prompt_end))
         return now_seconds if ticket is None or ticket.ends_seconds < now_seconds else ticket.arrived_seconds
 

@@ -34,7 +34,7 @@ seconds: with 1 the hits of a trace are 0.92 of one pooled cache's, with 2 they 
 TTFT, with 3 they are 0.95 for two."""
 
 WEIGHT_PER_SECOND: Final = 3.0
-"""How fast `a` grows with the shortest queue. On an overloaded trace 3 has a sixth less mean TTFT than 1, and more
+"""Growth of `a` with the shortest queue. On an overloaded trace 3 has a sixth less mean TTFT than 1, and more
 hits; with short queues it makes no difference. Above 4 the slowest requests wait longer."""
 
 MAX_FUTURE_WEIGHT: Final = 30.0

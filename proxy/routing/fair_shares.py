@@ -45,7 +45,7 @@ ACTIVE_SECONDS: Final = 10.0
 """A tenant counts as active while requests of it wait, and for so long after its last one came or ceased to wait."""
 
 CHECK_SECONDS: Final = 0.1
-"""How long it is taken as known who is active."""
+"""Time for which the set of active tenants is kept before it is computed again."""
 
 VIRTUAL_TIME: Final = "\0shares"
 _TENANT: Final = "\0tenant:"
@@ -243,7 +243,7 @@ class Claimant(Generic[T]):
 
     @property
     def arrived_seconds(self) -> float:
-        """When it came."""
+        """Time of its arrival, on the monotonic clock."""
         return 0.0 if self.entry is None else self.entry.arrived_seconds
 
 
@@ -310,7 +310,7 @@ class FairQueue(Generic[T]):
                 owed[priority] = min(owed[priority] + FLOOR * claimant.tokens, MAX_OWED_TOKENS) if waits else 0.0
 
     def waiting(self) -> dict[tuple[Priority, str], int]:
-        """How many wait, by priority and tenant."""
+        """Count those that wait, by priority and tenant."""
         return {
             (priority, tenant): len(line) for priority, lines in self._lines.items() for tenant, line in lines.items()
         }

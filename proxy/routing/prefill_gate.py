@@ -33,7 +33,7 @@ PATIENCE_SECONDS: Final = 1.0
 
 
 class Passage(enum.Enum):
-    """How a follower passed the gate."""
+    """Ways in which a follower passes the gate."""
 
     OPENED = "opened"  # the leader's first token came: the prefix is computed
     PROMOTED = "promoted"  # the leader failed: this one goes ahead and leads

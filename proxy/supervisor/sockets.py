@@ -28,7 +28,7 @@ class ListenError(CairnError):
 
 
 RETRY_SECONDS = 3.0
-"""How long to wait for a port whose owner is ending, for example the workers of a supervisor that was killed."""
+"""Longest wait for a port whose owner is ending, for example the workers of a supervisor that was killed."""
 
 _RETRY_PAUSE_SECONDS = 0.1
 _Opened = TypeVar("_Opened")

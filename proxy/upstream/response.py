@@ -34,7 +34,7 @@ class Source(Protocol):
 
 
 class Framing(enum.StrEnum):
-    """How the end of a body is known."""
+    """Ways in which the end of a body is known."""
 
     NONE = "none"  # HEAD, 204, 304
     LENGTH = "length"

@@ -1,4 +1,4 @@
-"""How urgent a client says its request is: a priority and a deadline, in headers or in the body. Pure.
+"""Read how urgent a client says its request is: a priority and a deadline, in headers or in the body. Pure.
 
 `x-cairn-priority` is `high`, `normal` or `low`. The body may say the same as OpenAI's `service_tier` (`priority` or
 `flex`) or as vLLM's `priority` (a whole number, lower first, 0 by default). The header goes before the body.

@@ -84,7 +84,7 @@ class Replicas:
 
     @property
     def pools(self) -> Pools:
-        """Which pool serves a model."""
+        """Finds the pool that serves a model."""
         return self.discovery.pools
 
 

@@ -67,7 +67,7 @@ class Auth(enum.StrEnum):
 
 
 class Tenancy(enum.StrEnum):
-    """Whether clients profit from each other's cached prefixes; with `isolated` each has its own."""
+    """Share cached prefixes among clients, or keep each client's to itself (`isolated`)."""
 
     SHARED = "shared"
     ISOLATED = "isolated"
@@ -134,13 +134,13 @@ class Replica(Section, frozen=True):
 
 
 class Template(Section, frozen=True):
-    """How the engines of a pool render prompts. By default Cairn asks an engine, or goes by the model's name.
+    """The chat template of a pool's engines. By default Cairn asks an engine, or goes by the model's name.
 
     Only the key by which prompts are found depends on it; requests are passed on as they are.
     """
 
     order: ToolOrder | None = None
-    """Where the tools go: `tools_first`, `system_first` (after the system message) or `tools_last` (before the last
+    """Place of the tools: `tools_first`, `system_first` (after the system message) or `tools_last` (before the last
     user message)."""
 
     drops_reasoning: bool | None = None
@@ -193,7 +193,7 @@ class Pool(Section, frozen=True):
     """Send each tenant's salt in the field `cache_salt`, for engines that support it."""
 
     template: Template | None = None
-    """How the engines render prompts, if neither asking them nor the model's name shows it. For engines only."""
+    """The engines' chat template, if neither asking them nor the model's name shows it. For engines only."""
 
     ttl_seconds: Seconds = 300
     """Time for which a provider keeps a prefix that nobody uses."""

@@ -25,7 +25,7 @@ from proxy.config.schema.values import (
 
 
 class Level(enum.StrEnum):
-    """Which messages the process log contains."""
+    """The lowest level of messages in the process log."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -56,7 +56,7 @@ class RequestPriority(enum.StrEnum):
 
 
 class AdmissionMode(enum.StrEnum):
-    """When prompts that are not in any cache wait for a quiet replica: `auto` while memory is short, or `never`."""
+    """Hold prompts that are in no cache until a replica is quiet: `auto` while memory is short, or `never`."""
 
     AUTO = "auto"
     NEVER = "never"
