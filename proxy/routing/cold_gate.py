@@ -154,7 +154,7 @@ class _Pool:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Return whether a turn would wait now, why, and for at least how many seconds."""
+    """Answer to whether a turn would wait now: why, and for at least how many seconds."""
 
     kind: TurnKind
     waits: bool
@@ -250,8 +250,8 @@ class ColdGate:
         return self.pool(pool).served.needed_tokens(now) / sum([tokens or 0.0 for tokens in held])
 
     def judge(self, turn: Turn, kind: TurnKind, views: Sequence[ReplicaView]) -> Verdict:
-        """Return True if `turn` would wait now."""
-        if kind is TurnKind.SHORT or not views or not self.can_hold(views):
+        """Return whether `turn` would wait now. Changes nothing."""
+        if kind is TurnKind.SHORT or not views or self.short_tokens(views) is None:
             return Verdict(kind, waits=False)
         pool, now = self.pool(turn.pool), self._clock.monotonic()
         rates = [view.rate_tokens_per_second for view in views]
@@ -268,15 +268,12 @@ class ColdGate:
         seconds = self._wait_seconds(pool, turn, now, sum(rates))
         return Verdict(kind, waits=True, reason=reason, seconds=seconds)
 
-    def can_hold(self, views: Sequence[ReplicaView]) -> bool:
-        """Return True if turns may be made to wait for these replicas: the gate is on, and all capacities are known.
-
-        A replica that does not say what it can hold may be anything, and nothing shows whether it is busy.
-        """
-        return self.short_tokens(views) is not None
-
     def short_tokens(self, views: Sequence[ReplicaView]) -> float | None:
-        """Return up to how many tokens to compute a turn never waits for these replicas; None if no turn does."""
+        """Return up to how many tokens to compute a turn never waits for these replicas; None if no turn does.
+
+        None does if the gate is off, or the capacity of a replica is unknown: one that does not say what it can hold
+        may be anything, and nothing shows whether it is busy.
+        """
         if not self.limits.enabled:
             return None
         most = 0.0
@@ -288,8 +285,11 @@ class ColdGate:
         return short_tokens(most)
 
     def is_pressed(self, pool: str, views: Sequence[ReplicaView]) -> bool:
-        """Return True if cold turns of a pool wait because its sessions need more cache than there is."""
-        return self.can_hold(views) and self._is_pressed(self.pool(pool), views)
+        """Return True if cold turns of a pool wait because its sessions need more cache than there is.
+
+        Only for replicas for which turns may wait at all (`short_tokens`).
+        """
+        return self._is_pressed(self.pool(pool), views)
 
     def _is_pressed(self, pool: _Pool, views: Sequence[ReplicaView]) -> bool:
         shortest = min([view.pending_tokens / view.rate_tokens_per_second for view in views])
@@ -393,18 +393,19 @@ class ColdGate:
         """End a pass, and let the next turn look. May be called twice."""
         pool = self.pool(given.pool)
         if pool.passes.get(given.replica) is given:
-            del pool.passes[given.replica]
-            if given.is_shared:
-                self._claims.release(given.pool, given.replica_name)
+            self._end(pool, given)
             self._look(pool)
 
     def _release_done(self, pool: _Pool) -> None:
         now = self._clock.monotonic()
         for given in list(pool.passes.values()):
             if now >= given.ends_seconds or (given.is_over is not None and given.is_over()):
-                del pool.passes[given.replica]
-                if given.is_shared:
-                    self._claims.release(given.pool, given.replica_name)
+                self._end(pool, given)
+
+    def _end(self, pool: _Pool, given: Pass) -> None:
+        del pool.passes[given.replica]
+        if given.is_shared:
+            self._claims.release(given.pool, given.replica_name)
 
     def _look(self, pool: _Pool) -> None:
         self._release_done(pool)
