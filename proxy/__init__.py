@@ -1,3 +1,3 @@
-"""The proxy: handle requests. Uses `cache`, the memory of Cairn; never the other way round."""
+"""The proxy: handle requests. It uses `cache`, Cairn's memory; `cache` never imports `proxy`."""
 
 DISTRIBUTION = "cairn-proxy"  # `cairn` looks for this, since other distributions have packages of this name

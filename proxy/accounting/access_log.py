@@ -23,7 +23,7 @@ FLUSH_SECONDS: Final = 0.1  # how long lines are collected before they are writt
 PENDING_LINES_AT_MOST = 32_768  # about 8 MB while nobody reads; further lines are lost
 CLOSE_SECONDS = 2.0  # how long the end of the process waits for the last batch
 _BATCH_LINES: Final = 128  # encoded in one call, 48 KB: the call holds the interpreter's lock for 0.1 ms
-_PIPE_LINES: Final = 8  # into a pipe, where writes of several workers stay whole only up to PIPE_BUF
+_PIPE_LINES: Final = 8  # in one write to a pipe: beyond PIPE_BUF bytes, lines of several workers would mix
 _MODEL_CHARACTERS: Final = 128  # a client may send any name
 _ROUTE_CHARACTERS: Final = 128
 _CACHING: Final = Endpoint.CACHING  # a constant: the member of an enum is looked up in Python
@@ -162,7 +162,7 @@ class AccessLog:
             self._wake.wait()
             self._closing.wait(self._flush_seconds)
             self._wake.clear()
-            self._is_awake = False  # before the lines are taken, so that a line added meanwhile wakes again
+            self._is_awake = False  # before lines are taken: one that is added meanwhile must wake the thread
             while self._lines:
                 lines = [self._lines.popleft() for _ in range(min(len(self._lines), batch_lines))]
                 content = self._encode(lines)

@@ -276,7 +276,7 @@ class RequestCounters:
 
 
 def _should_have_usage(outcome: Outcome) -> bool:
-    """Return True for an answer; an error with status 200 is none, and that of a background response is to come."""
+    """Return whether the response should report usage: it succeeded, and is not one that runs in the background."""
     succeeded = outcome.endpoint.is_generation and 200 <= outcome.status < 300
     return succeeded and outcome.ending is not Ending.UPSTREAM_ERROR and not outcome.is_background
 

@@ -1,8 +1,8 @@
-"""Recognise replicas whose cached tokens cannot be: prompts that nobody has seen before, reported as wholly cached.
+"""Recognise replicas that report impossible cached tokens: new prompts, never seen before, as wholly cached.
 
 An engine that only decodes, behind one that only prefills, reports what was handed over as cached, although it was
-computed a moment before. That is no saving and says nothing about the cache. One such answer may be a prompt that
-came around Cairn; a replica is doubted when most of its new prompts are so. Pure.
+computed a moment before. That is no saving and says nothing about the cache. One such answer may be due to a prompt
+that was sent past Cairn before; a replica is doubted when most of its new prompts are reported like this. Pure.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from __future__ import annotations
 from typing import Final
 
 MIN_PROMPT_TOKENS: Final = 1_024
-"""Shorter prompts may be common to many clients."""
+"""Shorter prompts do not count: they may be common to many clients."""
 
 LAST_BLOCK_TOKENS: Final = 16
 """Engines always compute the end of a prompt, up to a block."""
 
 MIN_NEW_PROMPTS: Final = 5
-"""New prompts of a replica that were wholly cached before it is doubted."""
+"""Number of a replica's new prompts that must be reported as wholly cached before it is doubted."""
 
 DOUBTED_SHARE: Final = 0.8
-"""Share of a replica's new prompts that must be so."""
+"""Share of a replica's new prompts that must be reported as wholly cached before it is doubted."""
 
 MEMORY: Final = 64
-"""New prompts of a replica that count: then both numbers are halved, so that a repaired engine is believed again."""
+"""New prompts of a replica after which both of its counts are halved, so that a repaired engine is believed again."""
 
 
 class CachedCounts:
@@ -33,7 +33,7 @@ class CachedCounts:
         self._cached: dict[int, int] = {}
 
     def is_doubtful(self, replica: int, prompt_tokens: int, cached_tokens: int, *, is_new: bool) -> bool:
-        """Learn from an answer; return whether its cached tokens are to be ignored.
+        """Learn from a response; return whether its cached tokens are to be ignored.
 
         `is_new` means that no part of the prompt was known anywhere before.
         """

@@ -21,7 +21,7 @@ from proxy.model import MissReason, Outcome, Usage
 
 PREFIXES_REPORTED: Final = 60  # the page shows twenty; joining several workers' lists needs more of each
 PREFIXES_AT_MOST: Final = 1024  # 300 bytes each
-_KEPT_BEST: Final = 256  # kept when the table is full: this many that saved most and as many that were used last
+_KEPT_BEST: Final = 256  # kept when the table is full: the 256 rows that saved most and the 256 that were used last
 MISSES_AT_MOST: Final = 20
 _NO_MISS = frozenset({MissReason.NONE, MissReason.SHORT})  # nothing could have been cached
 

@@ -130,7 +130,7 @@ class PriceBook:
         self._resolved: dict[tuple[str, ...], Card | Unpriced] = {}
 
     def adopt(self, rules: Sequence[Rule]) -> None:
-        """Use other rules from now on."""
+        """Replace the rules."""
         self._rules = _newest_of_equals_first(rules)
         self._resolved.clear()
 

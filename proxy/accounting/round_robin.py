@@ -5,8 +5,8 @@ and, beyond its budget, emptied from the leaf that was unused for longest, as an
 reported as cached in excess of what the simulated cache would have held are due to routing.
 
 Instead of whole prompts the simulation looks at a few offsets in every prompt, denser at its beginning. A sample of
-conversations would not do: as soon as most of them share a system prompt, they are all cached or all not. The offsets
-cover every request and cost microseconds.
+conversations would not work: as soon as most of them share a system prompt, they are all cached or all not. The
+offsets cover every request and take microseconds.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ OFFSETS_BYTES = tuple([1 << power for power in range(10, 26)])
 """The offsets: 1 KB, 2, 4 and so on up to 32 MB. Each is a boundary of every fingerprint that reaches it
 (`cache.index.hashing`). Between two of them the ends of earlier prompts give more detail."""
 
-PLACES_PER_REPLICA = 32_768  # of a simulated cache, 4 MB; beyond that, those unused for longest are dropped
-PLACES_SEEN = 131_072  # 14 MB
+PLACES_PER_REPLICA = 32_768  # in one simulated cache (4 MB); when it is full, those unused for longest are dropped
+PLACES_SEEN = 131_072  # remembered as seen before (14 MB)
 
 
 class _SimulatedCache:
@@ -58,7 +58,9 @@ class _SimulatedCache:
             self.tokens -= held.popitem(last=False)[1]
 
     def held_bytes(self, fingerprint: Fingerprint, places: list[int]) -> tuple[int, int]:
-        """Return the bytes of a prompt that it holds: at least, and less than; both the same if that is known."""
+        """Return bounds of the prompt's bytes that it holds: at least the first, less than the second; equal if
+        known.
+        """
         held, hashes, ends = self.places, fingerprint.hashes, fingerprint.ends
         found = 0
         for place in places:
@@ -88,7 +90,7 @@ class Gain:
 
 
 class RoundRobinBaseline:
-    """The simulation of one worker. Each worker takes turns independently, and is told what the others routed."""
+    """The simulation of one worker. Each worker takes turns independently, and learns what the others routed."""
 
     def __init__(self, pools: Pools) -> None:
         self._pools = pools
@@ -97,7 +99,7 @@ class RoundRobinBaseline:
         self._seen: set[int] = set()
         self._seen_order: deque[int] = deque()
         self._owed: dict[str, float] = {}
-        self.gained_tokens = 0  # all that `count` has returned
+        self.gained_tokens = 0  # the sum of everything that `count` returned
 
     def follow(self, replicas: Mapping[int, ReplicaStats]) -> None:
         """Update the replicas, their budgets and epochs from the index; call it from time to time."""
@@ -143,7 +145,7 @@ class RoundRobinBaseline:
         gain = None
         if cached_tokens is not None and self._has_seen(places, held_bytes):
             round_robin = _round_robin(*cache.held_bytes(fingerprint, places), held_bytes)
-            # what was cached differs from what was predicted; with round robin it would have too
+            # less or more was cached than predicted; with round robin the same would have happened
             ahead = (round_robin - held_bytes) * tokens_per_byte
             gain = Gain(cached_tokens, max(cached_tokens + ahead, 0.0))
         self._hold(cache, fingerprint, places, tokens_per_byte)

@@ -15,7 +15,7 @@ from proxy.tasks import Tasks
 
 
 class Unreadable(Exception):
-    """The totals cannot be read; the text says why, in one line."""
+    """The totals cannot be read; the message gives the reason in one line."""
 
 
 class TotalsReader:

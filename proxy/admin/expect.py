@@ -29,5 +29,5 @@ class AnyTarget(web.PlainResource):
         self._only = self.add_route("*", handler, expect_handler=meet_expectation)
 
     async def resolve(self, request: web.Request) -> tuple[web.UrlMappingMatchInfo | None, set[str]]:  # noqa: ARG002
-        """Match."""
+        """Match every request."""
         return web.UrlMappingMatchInfo({}, self._only), set()

@@ -28,7 +28,7 @@ from proxy.control.readiness import Readiness, ReadinessStatus
 
 _GZIP_LEVEL = 1  # halves the 300 KB of a metrics page in a millisecond
 _CLOSE_SECONDS = 1.0  # for responses in progress at shutdown
-_OPEN_PATHS = frozenset({"/healthz", "/readyz"})  # probes send no token, and are told only the status
+_OPEN_PATHS = frozenset({"/healthz", "/readyz"})  # probes send no token, and receive only the status
 
 _encode = msgspec.json.encode
 

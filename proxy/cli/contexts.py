@@ -42,7 +42,7 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print the respo
 
 
 class RequestFailed(Exception):
-    """Cairn did not do what was asked; the text says why."""
+    """Cairn did not do what was asked; the message gives the reason."""
 
 
 def _seconds(_: click.Context, __: click.Parameter, value: str) -> int:

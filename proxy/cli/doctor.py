@@ -29,7 +29,7 @@ _WORDS = {True: "ok  ", None: "warn", False: "FAIL"}
 
 
 class Finding(NamedTuple):
-    """The result of one check: True is fine, None a warning, False a failure; the text says what to do."""
+    """The result of one check: True is fine, None a warning, False a failure; the text includes what to do."""
 
     is_good: bool | None
     text: str

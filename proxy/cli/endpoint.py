@@ -15,7 +15,7 @@ _ENGINE_NAMES = {"llamacpp": "llama.cpp", "vllm": "vLLM", "sglang": "SGLang"}
 
 
 class Endpoint(NamedTuple):
-    """Response of an endpoint. `problem` is None if it lists its models; `engine` is empty if it is not known."""
+    """What an endpoint reports. `problem` is None if it lists its models; `engine` is empty if it is not known."""
 
     url: str
     models: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ def _models(answer: Answer) -> tuple[str, ...] | None:
 
 
 def _engine(client: HttpClient, path: str, listed: Answer) -> str:
-    """Return the engine's name, from the owner of its models or from its metrics; empty if neither tells."""
+    """Return the engine's name, from the owner of its models or from its metrics; empty if neither shows it."""
     owner = str(json.loads(listed.body)["data"][0].get("owned_by", "")) if b'"owned_by"' in listed.body else ""
     if owner in _ENGINE_NAMES:
         return _ENGINE_NAMES[owner]

@@ -13,11 +13,11 @@ RESPONSE_BYTES_AT_MOST = 64 * 1024 * 1024
 
 
 class BadUrl(Exception):
-    """The URL is not one of a Cairn."""
+    """The URL is not one that Cairn can have: not http or https, or malformed."""
 
 
 class NoAnswer(Exception):
-    """Nothing answers at the URL; the text has the kind of the error."""
+    """Nothing answers at the URL; the message names the kind of error."""
 
 
 class Answer(NamedTuple):
@@ -120,4 +120,4 @@ class HttpClient:
                 connection.send(piece)
                 on_sent(len(piece))
         except ConnectionError:
-            pass  # the request was refused before it was all sent; the response says why
+            pass  # the request was refused before it was all sent; the response gives the reason

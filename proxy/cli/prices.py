@@ -53,7 +53,7 @@ def _book(config: Config) -> PriceBook:
 
 
 def _upstreams(config: Config, model: str, wanted: str | None) -> Iterator[tuple[str, str]]:
-    """Yield (name, URL) of the replicas that serve `model`, or of the `wanted` one, whether configured or not."""
+    """Yield (name, URL) of the replicas that serve `model`, or of `wanted` only, which need not be configured."""
     known = [(replica.label, replica.url, pool.models) for pool in config.pools for replica in pool.replicas]
     if wanted is not None:
         found = [(name, url) for name, url, _ in known if wanted.rstrip("/") in (name, url.rstrip("/"))]

@@ -27,7 +27,7 @@ _REDIS_SCHEMES = frozenset(
 )
 _ENDPOINT = re.compile(r"/(chat/completions|completions|responses|messages|embeddings|models)/?$")
 _UPSTREAM_SCHEMES = ("http", "https", FOLLOWED_SCHEME, KUBERNETES_SCHEME)
-_AMOUNT_MOST = Decimal(1_000_000)  # of any amount of a price; more is a mistake of the unit
+_AMOUNT_MOST = Decimal(1_000_000)  # largest amount in a price; more is in the wrong unit
 _TOKEN_AMOUNTS = ("input", "output", "cached_read", "cache_write_5m", "cache_write_1h")
 _GPU_AMOUNTS = ("usd_per_gpu_hour", "gpus_per_replica")
 # domains that are never public: RFC 6762, 8375, 9476 and those of clusters

@@ -55,7 +55,7 @@ __all__ = [
 
 _SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # where Kubernetes puts the token of a pod
 _KEY_BYTES_AT_MOST = 64 * 1024
-_VARIABLE = re.compile(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)\}?")  # files are not expanded as a shell would
+_VARIABLE = re.compile(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)\}?")  # no shell expands these in a file
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -141,7 +141,7 @@ def _without_retired(tree: dict[str, Any]) -> list[str]:
 
 
 def _pools_of(upstreams: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the one pool that a list of URLs stands for."""
+    """Return the one pool that a list of URLs describes."""
     kinds = {checks.implied_kind(url) for url in upstreams}
     if len(kinds) > 1:
         raise ConfigError("the upstreams are both engines and providers; put them into separate pools in a file")
@@ -151,9 +151,9 @@ def _pools_of(upstreams: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _unreachable(config: Config) -> Iterator[str]:
-    """Yield a warning if there are endpoints to be followed that nobody can be asked for here."""
+    """Yield a warning if replicas are to be found through the Kubernetes API and its URL is not known."""
     if config.kubernetes.api_url is None and any(r.is_service for pool in config.pools for r in pool.replicas):
-        yield "$.kubernetes.api_url is needed outside a pod: the Kubernetes API is to be asked for replicas"
+        yield "$.kubernetes.api_url is needed outside a pod: a pool finds its replicas through the Kubernetes API"
 
 
 def _missing_extras(config: Config) -> Iterator[Problem]:
@@ -165,7 +165,7 @@ def _missing_extras(config: Config) -> Iterator[Problem]:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package around it
+    except ModuleNotFoundError:  # a package that contains it is missing
         return False
 
 

@@ -1,7 +1,7 @@
 """Convert an untyped tree to the configuration's types, and find everything that is wrong in it at once. Pure.
 
-Every problem is the path of a setting and a text that says what is expected. No text repeats a value that could be a
-secret.
+Every problem is the path of a setting and a text that describes what is expected. No text repeats a value that could
+be a secret.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _element_section(annotation: Any) -> type[Section] | None:
 
 
 def _enum_text(value: Any, annotation: Any) -> str | None:
-    """Return what to say of a value that is none of an enum's; None if the type is no enum."""
+    """Return a message for a value that is none of an enum's; None if the type is no enum."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
             values = [member.value for member in kind]
@@ -174,7 +174,7 @@ def _form_text(text: str, annotation: Any) -> str | None:
 
 
 def in_words(text: str, value: Any) -> str:
-    """Return msgspec's text in words, with what to do if that can be told from `value`.
+    """Put msgspec's message in plain words, with advice if `value` suggests any.
 
     >>> in_words("expected `float`, got `str`", "5m")
     'expected a number, got text; durations are in seconds: 300'

@@ -69,7 +69,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def _problem(error: Exception) -> str:
-    """Say what is wrong and where, without YAML's quotation from the file, which may contain a secret."""
+    """Describe what is wrong and where, without YAML's quotation from the file, which may contain a secret."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return "it contains a date or a number that does not exist"

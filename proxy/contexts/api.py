@@ -1,4 +1,4 @@
-"""The API of stored contexts and tags under /v1/caching: each call gives one JSON object."""
+"""The API of stored contexts and tags under /v1/caching: each call returns one JSON object."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Handler = Callable[[Call], Awaitable[Body]]
 
 
 class ContextApi:
-    """One per worker."""
+    """Answers the calls. One per worker."""
 
     def __init__(
         self,

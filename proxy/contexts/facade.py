@@ -15,7 +15,7 @@ _JSON = (b"content-type", b"application/json")
 
 
 class StoredContexts:
-    """One per worker."""
+    """The operations of one worker."""
 
     def __init__(self, store: UsedContexts, api: ContextApi, use: Use, counts: Counts) -> None:
         self._store = store

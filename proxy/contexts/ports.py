@@ -21,7 +21,7 @@ class FoundContexts(Protocol):
 
 
 class UsedContexts(Protocol):
-    """The part of `cache.ContextStore` that is told how requests end."""
+    """The part of `cache.ContextStore` that records how requests ended."""
 
     def now(self) -> float: ...
     def used(self, tenant: str, row: ContextRow, reset_ttl_seconds: float | None) -> None: ...

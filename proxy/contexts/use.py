@@ -49,7 +49,10 @@ class Use:
         self._insert(exchange, prompt, (row, content), named.reference, spliced)
 
     async def _expand_repeated(self, exchange: Exchange, prompt: Prompt, reference: Reference) -> None:
-        """The request contains the whole prompt: without the context it is still served, but saves nothing."""
+        """Insert a context whose messages the request repeats.
+
+        The request contains the whole prompt, so if the context cannot be used it is served all the same.
+        """
         try:
             row, content = await self._find(exchange.call.tenant.id, reference)
         except UnknownContext as error:

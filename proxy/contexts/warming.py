@@ -1,8 +1,8 @@
-"""Warm a new context: send a request for one output token to the replicas that should hold it.
+"""Warm new contexts: send a request for one output token to each replica that should hold one.
 
 It goes through the pipeline, so it is routed, charged and placed in the index like any other. If a context does not
 end with a user message, a minimal one is appended, since many templates refuse a lone system message; its own tokens
-are asked for once per model and subtracted from the count.
+are counted by one request per model and subtracted.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class ResponseToNobody:
         """Do nothing: everything is kept already."""
 
     def write_last(self, piece: bytes) -> None:
-        """Do nothing: the last piece of a stream is of no use here."""
+        """Ignore the last piece of a stream: it is not needed here."""
 
     def break_off(self) -> None:
         """Do nothing: there is no connection."""

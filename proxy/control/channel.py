@@ -33,7 +33,7 @@ from proxy.tasks import Tasks
 
 MESSAGE_BYTES_AT_MOST = 64 * 1024 * 1024  # the largest is a body to explain: max_body_bytes, 32 MiB by default
 _LENGTH = struct.Struct(">I")
-_REPORT_BACKLOG_BYTES = 1024 * 1024  # not read by the supervisor yet; beyond this a worker keeps its counts
+_REPORT_BACKLOG_BYTES = 1024 * 1024  # unread by the supervisor; above this a worker keeps its counts for later
 HEARTBEAT_SECONDS = 0.5
 
 log = logging.getLogger("cairn.control")
@@ -105,7 +105,7 @@ Reconfigure = Callable[[Config], Awaitable[None]]
 
 
 class WorkerControl:
-    """The worker's end: reports to the supervisor, and calls back for what the supervisor asks.
+    """The worker's end: sends reports to the supervisor, and calls back when the supervisor asks for something.
 
     Set `on_explain` and `on_reload` to support them. `on_reload` raises `ConfigError` if it cannot use the new
     configuration.
@@ -147,7 +147,7 @@ class WorkerControl:
         return True
 
     def announce(self, level: int, text: str) -> None:
-        """Let the supervisor log a line, once if other workers announce the same."""
+        """Have the supervisor log a line, once only if other workers announce the same."""
         if self._channel.unsent_bytes <= _REPORT_BACKLOG_BYTES:
             self._channel.post(Announced(level, text))
 

@@ -107,8 +107,8 @@ class PoolReport(msgspec.Struct, frozen=True):
 class WorkerReport(msgspec.Struct, frozen=True, tag="report"):
     """Counts of a worker since its last report (four a second), and its current state.
 
-    `redis` is `REDIS_UP`, another word for its state, or None while that is unknown. `upstreams` says for each
-    replica whether it takes requests, `pools` whether one of each pool does. `failing_tasks` names the background
+    `redis` is `REDIS_UP`, another word for its state, or None while that is unknown. `upstreams` maps each replica to
+    whether it takes requests; `pools` shows whether a replica of each pool does. `failing_tasks` names the background
     tasks that failed and wait for a restart.
     """
 
@@ -136,7 +136,7 @@ class ReloadRefused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class Announced(msgspec.Struct, frozen=True, tag="announced"):
-    """A line for the log that several workers may write: what was found at a replica, or how it changed."""
+    """A log line that several workers may send: what was found at a replica, or how it changed."""
 
     level: int
     text: str

@@ -39,7 +39,7 @@ class WorkerView(msgspec.Struct, frozen=True):
 
     @property
     def is_silent(self) -> bool:
-        """True if it should have sent something by now."""
+        """True if its last message is too old."""
         return self.silent_seconds >= SILENT_SECONDS
 
     @property
@@ -107,7 +107,7 @@ def _pools(reports: Sequence[WorkerReport]) -> dict[str, PoolReport]:
 def _blocking(
     stage: Stage, serving: Sequence[WorkerView], upstreams: dict[str, bool], pools: dict[str, PoolReport]
 ) -> list[str]:
-    """Reasons to receive no requests."""
+    """Return the reasons why Cairn should receive no requests."""
     blocking = []
     if stage is Stage.DRAINING:
         blocking.append("draining")
@@ -122,7 +122,7 @@ def _blocking(
 def _lacking(
     workers: Sequence[WorkerView], serving: Sequence[WorkerView], upstreams: dict[str, bool], redis: str | None
 ) -> list[str]:
-    """Reasons why a Cairn that serves is degraded."""
+    """Return the reasons why a Cairn that serves requests is degraded."""
     lacking = [f"upstream {name} is down" for name, is_up in upstreams.items() if not is_up]
     if redis is not None:
         lacking.append(f"redis is {redis}")

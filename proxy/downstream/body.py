@@ -1,8 +1,8 @@
 """The body of a request: where its bytes go as they arrive, and how its reader waits for them.
 
 A body of declared length, up to the limit of what is read, lands in its final buffer: the event loop reads straight
-into `room`. Any other waits, at most `AHEAD_BYTES` of it, until somebody says whether it is read whole (`read`) or
-handed on piece by piece (`stream`); the connection stops reading meanwhile.
+into `room`. Of any other, at most `AHEAD_BYTES` are kept until its reader decides whether to read it whole (`read`)
+or piece by piece (`begin_stream`); the connection stops reading meanwhile.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from proxy.downstream.errors import BadHttp, ProtocolError
 from proxy.errors import CairnError, Overloaded, RequestTimeout, TooLarge
 
 AHEAD_BYTES: Final = 128 * 1024
-"""Of a body that is handed on, or that nobody asked for yet: reading stops from here on."""
+"""Bytes of a body that is streamed, or not asked for yet, at which the connection stops reading."""
 
 TRUSTED_BYTES: Final = 2 * 1024 * 1024
-"""A buffer is at most this much larger than what has arrived, whatever length was declared."""
+"""Bytes by which a buffer may be larger than what has arrived, whatever length was declared."""
 
 GRACE_SECONDS: Final = 10.0
-"""A body may arrive at any rate in its first seconds."""
+"""Time in which a body may arrive at any rate, at its beginning."""
 
 _UNLIMITED_BYTES: Final = 2**40
 
@@ -49,19 +49,19 @@ class Source(Protocol):
         ...
 
     def body_awaited(self, due: float) -> None:
-        """Call `body.look` at the moment `due`, and again at those that it answers, until `body_arrived`."""
+        """Call `body.look` at the time `due`, and again at each time that it returns, until `body_arrived`."""
         ...
 
     def body_arrived(self) -> None:
-        """Nobody waits for the body any more."""
+        """Stop calling `body.look`: nobody waits for the body any more."""
         ...
 
     def hold(self, nbytes: int, own: int) -> bool:
-        """Take bytes from the budget of bodies; False if it is exceeded. `own` are held already."""
+        """Take bytes from the budget of bodies; return False if it is exceeded. The body holds `own` already."""
         ...
 
     def release(self, nbytes: int) -> None:
-        """Give them back."""
+        """Give bytes back to the budget of bodies."""
         ...
 
     def client_error(self, reason: BadHttp) -> None:
@@ -70,7 +70,7 @@ class Source(Protocol):
 
 
 class Use(enum.Enum):
-    """Outcome of reading a body."""
+    """The way in which a body is read; unknown until its reader begins."""
 
     UNKNOWN = "unknown"
     READ = "read"
@@ -114,7 +114,7 @@ class IncomingBody:
         self._rate = bytes_per_second
         self._use = _UNKNOWN
         self._decoder: ChunkDecoder | None = None
-        self._view: memoryview | None = None  # of `_store`, if bytes land there; of it the first `_filled` have
+        self._view: memoryview | None = None  # of `_store`, if bytes are read into it; `_filled` have arrived
         self._filled = 0
         if length is None:
             self._decoder = ChunkDecoder(_UNLIMITED_BYTES)
@@ -140,17 +140,17 @@ class IncomingBody:
         if self._filled == len(view):
             self._grow()
             view = self._view
-        return view[self._filled :]  # type: ignore[index]  # `_grow` made another one
+        return view[self._filled :]  # type: ignore[index]  # `_grow` has replaced the view
 
     def landed(self, nbytes: int) -> None:
-        """Handle `nbytes` that the event loop put in `room`."""
+        """Handle `nbytes` bytes that the event loop read into `room`."""
         self._filled += nbytes
         self._count(nbytes)
         if self.received_bytes == self.length:
             self._end()
 
     def take(self, data: Buffer, at: int, end: int) -> int:
-        """Take what belongs to the body in data[at:end]; give the place up to which that is."""
+        """Take the part of data[at:end] that belongs to the body; return the offset at which it ends."""
         if self._error is not None:
             return end
         length = self.length
@@ -165,7 +165,7 @@ class IncomingBody:
         while at < stop:
             room = self.room()
             if room is None:
-                return end  # it has just failed
+                return end  # the body has just failed
             nbytes = min(len(room), stop - at)
             room[:nbytes] = memoryview(data)[at : at + nbytes]
             at += nbytes
@@ -173,7 +173,7 @@ class IncomingBody:
         return stop
 
     def look(self, now: float) -> float:
-        """Fail if the body is late; give the moment at which to look again."""
+        """Fail if the body is late; return the time at which to look again."""
         due = self._due()
         if due <= now:
             self._source.client_error(BadHttp.BODY_LATE)
@@ -181,18 +181,18 @@ class IncomingBody:
         return due
 
     def fail(self, error: CairnError) -> None:
-        """End the body with `error`: whoever reads it, now or later, gets it."""
+        """End the body with `error`, which is raised to its reader, now or later."""
         if self._error is None and not self.is_complete:
             self._error = error
-            self._view = None  # what still comes is dropped
+            self._view = None  # further bytes are dropped
             self._store = bytearray()
-            self._release()  # at once, so that of several bodies that grow together not all fail
+            self._release()  # at once, so that if several bodies grow together, not all of them fail
             self._wake()
 
     # -- what its reader calls
 
     async def read(self, limit_bytes: int, limit_seconds: float) -> Buffer:
-        """Give the whole body. Raises what `read_body` does."""
+        """Return the whole body. Raises the errors of `read_body`."""
         if self._decoder is not None:
             self._decoder.limit_bytes = limit_bytes
             if self._decoder.announced_bytes > limit_bytes:
@@ -209,7 +209,7 @@ class IncomingBody:
         return body
 
     def begin_stream(self, limit_seconds: float) -> None:
-        """Hand the body on piece by piece; `limit_seconds` is how long the next piece may take."""
+        """Begin to read the body piece by piece; each piece may take `limit_seconds`."""
         self._use = _STREAM
         self._limit_seconds = limit_seconds
         if self._view is not None:
@@ -220,7 +220,7 @@ class IncomingBody:
             self._source.resume_reading()
 
     async def next_piece(self) -> bytes:
-        """Give what has arrived since the last call, b"" at the end."""
+        """Return what has arrived since the last call; b"" at the end."""
         while not self._store:
             if self._error is not None:
                 raise copy(self._error)
@@ -274,7 +274,7 @@ class IncomingBody:
             raise too_large(limit_bytes)
 
     def _grow(self) -> None:
-        """Make the buffer four times as large: what has arrived is copied, at most a third of the body in all."""
+        """Make the buffer four times as large. All copying together amounts to at most a third of the body."""
         length = self.length or 0
         store = uninitialized_bytearray(min(length, 4 * self._filled))
         store[: self._filled] = self._store
@@ -292,7 +292,7 @@ class IncomingBody:
         self._source.release(held)
 
     def _due(self) -> float:
-        """Return when the body is late: by its limit (in all, or for the next piece), or by its rate meanwhile."""
+        """Return the time from which the body is late: by its limit (in all, or per piece), or by its least rate."""
         allowed = self._limit_seconds if self._use is _STREAM else self._limit_seconds - self._waited_seconds
         if self._rate:
             allowed = min(allowed, GRACE_SECONDS + self.received_bytes / self._rate - self._waited_seconds)
@@ -315,10 +315,10 @@ class IncomingBody:
 
 
 def overloaded() -> Overloaded:
-    """The error for a body that finds no room."""
+    """Return the error for a body for which there is no room."""
     return Overloaded("Too many requests at once.", code="proxy_overloaded", retry_after_seconds=1.0)
 
 
 def too_large(limit_bytes: int) -> TooLarge:
-    """The error for a body over `limit_bytes`, of no declared length."""
+    """Return the error for a body over `limit_bytes` whose length was not declared."""
     return TooLarge(f"The body has more than {limit_bytes} bytes, the most that is read.")

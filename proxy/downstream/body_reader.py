@@ -11,10 +11,10 @@ from proxy.errors import TooLarge
 
 
 async def read_body(request: IncomingRequest, limit_bytes: int, limit_seconds: float) -> Buffer:
-    """Give the whole body of `request`, which nobody else holds.
+    """Return the whole body of `request`, which nothing else refers to.
 
     Raises:
-        TooLarge: it is, or is declared to be, over `limit_bytes`; no more than that is ever held.
+        TooLarge: it is, or is declared to be, longer than `limit_bytes`; no more than that is ever kept.
         RequestTimeout: it did not arrive within `limit_seconds`, or came too slowly.
         ProtocolError: its framing is broken.
         Overloaded: the bodies of all requests together have no room for it.
@@ -30,10 +30,10 @@ async def read_body(request: IncomingRequest, limit_bytes: int, limit_seconds: f
 
 
 def stream_body(request: IncomingRequest, idle_seconds: float) -> AsyncIterator[bytes]:
-    """Give the body piece by piece, as it arrives; memory holds `AHEAD_BYTES` of it and a read.
+    """Return the body piece by piece, as it arrives; at most `AHEAD_BYTES` and one read are in memory.
 
     The iterator raises:
-        RequestTimeout: nothing came for `idle_seconds`.
+        RequestTimeout: nothing arrived for `idle_seconds`.
         ProtocolError: its framing is broken.
         Overloaded: the bodies of all requests together have no room for it.
     """
@@ -43,7 +43,7 @@ def stream_body(request: IncomingRequest, idle_seconds: float) -> AsyncIterator[
 
 
 class _Pieces:
-    """See `stream_body`. A class and not a generator, since nobody has to close it."""
+    """The iterator of `stream_body`; a class, since a generator would have to be closed."""
 
     def __init__(self, request: IncomingRequest) -> None:
         self._whole = request.whole_body

@@ -1,12 +1,12 @@
-"""Decodes a chunked body (RFC 9112, section 7.1), strictly and within bounds. Pure.
+"""Decode a chunked body (RFC 9112, section 7.1), strictly and within bounds. Pure.
 
-llhttp could do it, but through httptools it tells neither how long a chunk says that it is, so that an enormous one
-could be refused before it is waited for, nor where in a read the body ended and the next request begins.
+llhttp could do it, but httptools shows neither the declared size of a chunk, by which an enormous one is refused
+before its bytes arrive, nor where in a read the body ends and the next request begins.
 
 | state | waits for | then |
 |---|---|---|
 | SIZE | a line: hexadecimal size, perhaps an extension | DATA, or TRAILER if the size is 0 |
-| DATA | as many bytes as the line said | DATA_END |
+| DATA | as many bytes as the line declares | DATA_END |
 | DATA_END | CR LF | SIZE |
 | TRAILER | header lines, which are dropped, and an empty line | DONE |
 | DONE | nothing | - |
@@ -51,9 +51,9 @@ class ChunkDecoder:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self._state = _SIZE
-        self._left = 0  # bytes of the present chunk, or of its end, that are still to come
-        self._line = b""  # the beginning of a line that is not whole
-        self.announced_bytes = 0  # of all chunks announced so far
+        self._left = 0  # missing bytes of the present chunk, or of its end
+        self._line = b""  # the beginning of an incomplete line
+        self.announced_bytes = 0  # sum of the chunk sizes read so far
         self._extension_bytes = 0
         self._trailer_bytes = 0
 
@@ -63,10 +63,10 @@ class ChunkDecoder:
         return self._state == _DONE
 
     def decode(self, data: Buffer, at: int, end: int, out: bytearray) -> int:
-        """Append the content in data[at:end] to `out`; give the place up to which `data` was used.
+        """Append the content in data[at:end] to `out`; return the offset up to which `data` was used.
 
-        That is `end`, or just behind the body. Raises ProtocolError, and TooLarge as soon as a chunk's size exceeds
-        the limit.
+        That is `end`, or the offset just after the body. Raises ProtocolError, and TooLarge as soon as a chunk's size
+        exceeds the limit.
         """
         view = memoryview(data)
         while at < end and self._state != _DONE:

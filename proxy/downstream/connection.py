@@ -1,21 +1,20 @@
-"""A client's connection: an asyncio protocol that reads requests, one at a time, and has each answered.
+"""A client's connection: an asyncio protocol that reads requests and has them answered, one at a time.
 
 | state | waits for | the client's bytes go to | its deadline |
 |---|---|---|---|
 | IDLE | a first byte of a head | - | keep-alive; while draining, a second |
 | HEAD | the rest of the head | the parser | the whole head |
-| EXCHANGE | the handler, or for it the body or the client's reading | the body, then `_ahead` | body or write |
+| EXCHANGE | the handler (and it for the body or the client) | the body, then `_ahead` | body or write |
 | LINGER | the client to close | nowhere | lingering |
 | CLOSED | - | - | - |
 
 IDLE goes to HEAD or EXCHANGE as bytes arrive, HEAD to EXCHANGE, EXCHANGE to IDLE; each of them to LINGER if the
 connection must end and the client may still be sending (closing at once would reset the connection, and the answer
-would be lost on its way), and to CLOSED when the transport is gone, which cancels the handler.
+could be lost on its way), and to CLOSED when the transport is gone, which cancels the handler.
 
-Requests sent ahead of their turn wait as bytes, up to a bound; beyond it the connection stops reading. They are
-parsed in their turn, so that they are answered in their order and what precedes them decides whether they are
-answered at all. Upgrades are not taken up: such a request is one like any other. A client that closes its sending
-side is taken to be gone, as most servers do.
+Pipelined requests wait as unparsed bytes, up to a bound; beyond it the connection stops reading. They are parsed in
+their turn, so that they are answered in order, and only if the request before leaves the connection open. A request
+to upgrade is handled like any other. A client that closes its sending side is taken to be gone, as most servers do.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ from proxy.downstream.response import ClientResponse
 from proxy.errors import CairnError, Overloaded, RequestTimeout
 
 Handle = Callable[[IncomingRequest, ClientResponse], Awaitable[None]]
-"""Answers a request; raises nothing but cancellation and ConnectionError."""
+"""Answers a request; raises only CancelledError and ConnectionError."""
 
 ROOM_BYTES: Final = 72 * 1024
-"""Read at once, into a buffer that all connections share: a body of 64 KB comes whole with its head."""
+"""Size of one read, into a buffer that all connections share: a body of 64 KB arrives with its head."""
 
 AHEAD_BYTES: Final = 64 * 1024
-"""Requests sent ahead of their turn wait, as long as they are not longer."""
+"""Bytes of pipelined requests that are kept until their turn."""
 
 NEVER: Final = math.inf
 
@@ -68,7 +67,7 @@ class Server(Protocol):
     now: Callable[[], float]
 
     def opened(self, connection: Connection, address: str) -> ClientLimit | None:
-        """Register a connection; gives the limit that it exceeds."""
+        """Register a connection; return the limit that it exceeds, if any."""
         ...
 
     def closed(self, connection: Connection) -> None:
@@ -88,7 +87,7 @@ class Server(Protocol):
         ...
 
     def error_response(self, error: CairnError) -> bytes:
-        """Serialise the answer to what is no request."""
+        """Serialise the answer to input that is not a request."""
         ...
 
 
@@ -105,19 +104,19 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._task: asyncio.Task[None] | None = None
         self._request: IncomingRequest | None = None
-        self._body: IncomingBody | None = None  # of `_request`, until it is whole
+        self._body: IncomingBody | None = None  # of `_request`, until it has arrived
         self._awaited_body: IncomingBody | None = None
-        self._reads_body = False  # what is being read goes straight to the body
-        self._head: HeadReader | None = None  # what `_parser` fills; both are made anew after a body not fed to it
+        self._reads_body = False  # the present read goes straight into the body's buffer
+        self._head: HeadReader | None = None  # filled by `_parser`; both are replaced after a body that bypassed it
         self._parser: HttpRequestParser | None = None
-        self._partial_head: PartialHead | None = None  # while a head is not whole
+        self._partial_head: PartialHead | None = None  # while a head is incomplete
         self._ahead = bytearray()
-        self._is_last = False  # no request is served after the present one
-        self._body_bytes = 0  # of the budget of bodies, beside what `_body` holds
+        self._is_last = False  # the present request is the connection's last
+        self._body_bytes = 0  # taken from the budget of bodies, besides what `_body` holds
         self._is_paused = False
         self._next_waiter: asyncio.Future[None] | None = None
         self._drain_waiter: asyncio.Future[None] | None = None
-        self._unsent_bytes = 0  # when they were last looked at
+        self._unsent_bytes = 0  # when the write deadline was last checked
 
     # -- asyncio.BufferedProtocol
 
@@ -200,11 +199,11 @@ class Connection(asyncio.BufferedProtocol):
                 return
 
     def _take_head(self, data: Buffer, at: int, end: int) -> int:
-        """Take a head, or the next part of one; give the place up to which that is. Raises ProtocolError."""
+        """Take a head, or the next part of one; return the offset at which it ends. Raises ProtocolError."""
         if self._state == _HEAD:
             return self._take_rest_of_head(data, at, end)
         while at < end and (data[at] == _CR or data[at] == _LF):
-            at += 1  # empty lines before a request line (RFC 9112, section 2.2)
+            at += 1  # skip empty lines before a request line (RFC 9112, section 2.2)
         stop = data.find(END_OF_HEAD, at, end)
         if stop < 0:
             if at < end:
@@ -223,7 +222,7 @@ class Connection(asyncio.BufferedProtocol):
         return parser
 
     def _begin_partial_head(self, data: Buffer, at: int, end: int) -> None:
-        """Keep the first part of a head. Its parser refuses at once what cannot become one."""
+        """Keep the first part of a head. The parser refuses at once what cannot become a head."""
         limits = self._limits
         self._state = _HEAD
         self.deadline = self._server.now() + min(limits.head_seconds, limits.keepalive_seconds)
@@ -231,7 +230,7 @@ class Connection(asyncio.BufferedProtocol):
         self._feed_head(self._parser or self._new_parser(), self._partial_head, bytes(data[at:end]))
 
     def _take_rest_of_head(self, data: Buffer, at: int, end: int) -> int:
-        """Take the next part of a head whose end may lie across two reads."""
+        """Take the next part of a head, whose end may be split over two reads; return the offset at which it ends."""
         parser, partial = self._parser, self._partial_head
         assert parser is not None  # noqa: S101 - it has seen the first part
         assert partial is not None  # noqa: S101 - which was noted
@@ -244,7 +243,7 @@ class Connection(asyncio.BufferedProtocol):
         return self._begin(parser, partial.line, data, stop, end)
 
     def _feed_head(self, parser: HttpRequestParser, partial: PartialHead, piece: bytes) -> None:
-        """Feed a part of a head that is not whole yet, and count it. Raises ProtocolError and Overloaded."""
+        """Feed a part of an incomplete head to the parser, and count it. Raises ProtocolError and Overloaded."""
         partial.add(piece)
         if not self._server.heads.take(len(piece)):
             self._server.refused(ClientLimit.HEAD_BYTES)
@@ -254,7 +253,7 @@ class Connection(asyncio.BufferedProtocol):
         feed_head(parser, piece)
 
     def _begin(self, parser: HttpRequestParser, line: bytes, data: Buffer, at: int, end: int) -> int:
-        """Begin the exchange of a request whose body begins at data[at]; give the place where its body ends."""
+        """Begin the exchange of a request whose body begins at data[at]; return the offset at which its body ends."""
         limits, head = self._limits, self._head
         assert head is not None  # noqa: S101 - the parser fills it
         request = head.take(parser.get_method(), line, limits.header_line_bytes)
@@ -271,7 +270,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._server.refused(ClientLimit.BODY_BYTES)
                 request.refusal = overloaded()
             if not request.is_parser_spent:
-                parser.feed_data(body)  # which only makes it count, and ready for the next head
+                parser.feed_data(body)  # only so that the parser is ready for the next head
         elif length or request.is_chunked:
             request.body = self._body = IncomingBody(self, length, limits.body_bytes, limits.body_bytes_per_second)
             self._parser = None
@@ -286,9 +285,9 @@ class Connection(asyncio.BufferedProtocol):
         return at
 
     def _keep_ahead(self, data: Buffer, at: int, end: int) -> None:
-        """Keep requests sent ahead of their turn; stop reading once there are enough of them.
+        """Keep pipelined requests; stop reading once there are `AHEAD_BYTES` of them.
 
-        Without room for them, the present answer is the connection's last.
+        If the budget has no room for them, the present answer is the connection's last.
         """
         if self._is_last:
             return
@@ -313,7 +312,7 @@ class Connection(asyncio.BufferedProtocol):
     # -- answering
 
     async def serve(self) -> None:
-        """Answer requests in their order until the connection ends."""
+        """Answer requests in order until the connection ends."""
         handle = self._server.handle
         request: IncomingRequest | None
         response: ClientResponse | None
@@ -329,7 +328,7 @@ class Connection(asyncio.BufferedProtocol):
                 response = ClientResponse(request, self, transport)
                 await handle(request, response)
                 self._finish(response, asked_to_close=not request.keep_alive)
-                request = response = None  # or an idle connection would keep its last body
+                request = response = None  # otherwise an idle connection would keep its last body
         except ConnectionError:
             self.abort()
         except BaseException:
@@ -347,16 +346,16 @@ class Connection(asyncio.BufferedProtocol):
             self._next_waiter = None
 
     def _finish(self, response: ClientResponse, *, asked_to_close: bool) -> None:
-        """Go on after an answer: to the next request, or to the connection's end.
+        """Go on to the next request after an answer, or end the connection.
 
-        A connection that its client wants closed is closed at once, unless the client sent more than it should have.
+        If the client asked for the end, the connection is closed at once, unless it sent something after its request.
         """
         is_whole = self._body is None
         self._release_body()
         if self._state != _EXCHANGE:
             return
         if not response.ended:
-            self._shut()  # broken off: the client must not wait for more
+            self._shut()  # the answer was broken off: the client must not wait for more
         elif response.keep_alive and is_whole and not self._is_last:
             self._state = _IDLE
             self._rest()
@@ -372,7 +371,7 @@ class Connection(asyncio.BufferedProtocol):
             self._linger()
 
     def _release_body(self) -> None:
-        """Give back what the present request holds."""
+        """Give back the bytes that the present request holds."""
         request, self._request = self._request, None
         self._body = None
         nbytes, self._body_bytes = self._body_bytes, 0
@@ -385,7 +384,7 @@ class Connection(asyncio.BufferedProtocol):
     # -- ending
 
     def drain(self) -> None:
-        """Keep the connection for no longer than it takes to answer what the client sends now."""
+        """End the connection after the present request; an idle one after one more request, or a second."""
         if self._state == _IDLE:
             self._rest()
 
@@ -415,7 +414,7 @@ class Connection(asyncio.BufferedProtocol):
             self.abort()
 
     def _still_sending(self, now: float) -> bool:
-        """True if the client has read some of what was written, and so gets more time for the rest."""
+        """Return True if the client has read something since the last call, and so gets more time for the rest."""
         transport = self._transport
         unsent_bytes = 0 if transport is None else transport.get_write_buffer_size()
         progressed = 0 < unsent_bytes < self._unsent_bytes or (unsent_bytes > 0 == self._unsent_bytes)
@@ -425,12 +424,12 @@ class Connection(asyncio.BufferedProtocol):
         return progressed
 
     def abort(self) -> None:
-        """Close at once, whatever is under way."""
+        """Close at once, even during an exchange."""
         if self._transport is not None:
             self._transport.abort()
 
     def _refuse(self, error: CairnError) -> None:
-        """Answer what is no request, or finds no room, and end the connection."""
+        """Answer input that is not a request, or for which there is no room, and end the connection."""
         self._give_head_bytes()
         self._drop_ahead()
         transport = self._transport
@@ -440,7 +439,7 @@ class Connection(asyncio.BufferedProtocol):
         self._wake()
 
     def _linger(self) -> None:
-        """Send no more, and read what still comes for a while without looking at it."""
+        """Send no more, and discard what the client sends for a while."""
         self._state = _LINGER
         self._drop_ahead()
         transport = self._transport
@@ -452,7 +451,7 @@ class Connection(asyncio.BufferedProtocol):
         self.resume_reading()
 
     def _shut(self) -> None:
-        """Close once what was written is sent."""
+        """Close once everything written has been sent."""
         self._state = _LINGER
         self.deadline = self._server.now() + self._limits.linger_seconds
         self._unsent_bytes = 0
@@ -467,14 +466,14 @@ class Connection(asyncio.BufferedProtocol):
         self._unsent_bytes = 0
 
     def _wake(self) -> None:
-        """Let `serve` see that the connection ends."""
+        """Wake `serve`, so that it sees that the connection ends."""
         if self._next_waiter is not None and not self._next_waiter.done():
             self._next_waiter.set_result(None)
 
-    # -- what the response calls
+    # -- called by the response
 
     def may_stay(self) -> bool:
-        """True if another request may follow: the present one has arrived whole, and the worker is not draining."""
+        """Return True if another request may follow: this one has arrived whole and the worker is not draining."""
         return self._body is None and not self._is_last and not self._server.is_draining
 
     async def drained(self) -> None:
@@ -492,7 +491,7 @@ class Connection(asyncio.BufferedProtocol):
             self._drain_waiter = None
             self.deadline = NEVER
 
-    # -- what the body calls
+    # -- called by the body
 
     def now(self) -> float:
         """Read the monotonic clock."""
@@ -526,20 +525,20 @@ class Connection(asyncio.BufferedProtocol):
             self.deadline = due
 
     def body_arrived(self) -> None:
-        """Nobody waits for the body any more."""
+        """Stop looking at the body: nobody waits for it any more."""
         self._awaited_body = None
         if self._state == _EXCHANGE:
             self.deadline = NEVER
 
     def hold(self, nbytes: int, own: int) -> bool:
-        """Take `nbytes` of the budget of bodies; `own` are held already."""
+        """Take `nbytes` from the budget of bodies; return False if it is exceeded. The body holds `own` already."""
         if self._server.bodies.take(nbytes, own):
             return True
         self._server.refused(ClientLimit.BODY_BYTES)
         return False
 
     def release(self, nbytes: int) -> None:
-        """Give them back."""
+        """Give bytes back to the budget of bodies."""
         self._server.bodies.give(nbytes)
 
     def client_error(self, reason: BadHttp) -> None:

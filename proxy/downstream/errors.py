@@ -1,4 +1,4 @@
-"""Errors of HTTP itself: a request that is not valid, comes too slowly, or finds no room.
+"""Errors of HTTP itself: a request that is invalid, arrives too slowly, or exceeds a limit.
 
 Messages are constants, so that no answer repeats bytes that a client sent.
 """
@@ -50,7 +50,7 @@ class ProtocolError(ClientError):
         self.status = status
 
     def __reduce__(self) -> tuple[type[ProtocolError], tuple[BadHttp, str, int]]:
-        """Make copies possible: an exception's own way calls `__init__` with the message alone."""
+        """Support copying, for which an exception by default calls `__init__` with the message alone."""
         return ProtocolError, (self.reason, self.message, self.status)
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Limits:
     """Limits of one connection, and of all connections together.
 
-    Times are in seconds. `head_bytes_in_flight` bounds heads that are not whole yet and requests sent ahead of their
-    turn; `body_bytes_in_flight` bounds bodies that have arrived, not lengths that were only declared.
+    Times are in seconds. `head_bytes_in_flight` bounds incomplete heads and pipelined requests;
+    `body_bytes_in_flight` bounds bodies that have arrived, not lengths that were only declared.
     """
 
     head_bytes: int = 64 * 1024
@@ -29,12 +29,12 @@ class Limits:
     body_bytes_in_flight: int = 512 * 1024 * 1024
 
 
-_DESCRIPTORS_KEPT = 128  # for the log, Redis, the supervisor and what opens files for a moment
+_DESCRIPTORS_KEPT = 128  # for the log, Redis, the supervisor and files that are open for a moment
 _DESCRIPTORS_EACH = 2  # a client's connection, and that of its request to an upstream
 
 
 def connections_within(configured: int, descriptors: int) -> int:
-    """The largest number of connections, at most `configured`, for which a process has enough descriptors.
+    """Return the largest number of connections, at most `configured`, for which a process has enough descriptors.
 
     `descriptors` is the process's limit (RLIMIT_NOFILE); negative for none.
     """
@@ -44,7 +44,7 @@ def connections_within(configured: int, descriptors: int) -> int:
 
 
 class ByteBudget:
-    """Bytes in use, of a limited number."""
+    """Counts bytes in use against a limit."""
 
     __slots__ = ("limit", "used")
 
@@ -53,18 +53,18 @@ class ByteBudget:
         self.used = 0
 
     def take(self, nbytes: int, own: int = 0) -> bool:
-        """Add `nbytes` to what is used; False if that is now over the limit.
+        """Add `nbytes` to the bytes in use; return False if they now exceed the limit.
 
-        A holder whose `own` bytes are all that is used may exceed it: what is larger than the limit is served alone.
-        Give the bytes back in either case.
+        A holder whose `own` bytes are the only ones in use may exceed it, so that a body larger than the limit is
+        served alone. Give the bytes back in either case.
         """
         self.used += nbytes
         return self.used <= self.limit or self.used == own + nbytes
 
     def fits(self, nbytes: int, own: int = 0) -> bool:
-        """True if `nbytes` more would be within the limit, or if nothing but `own` is used. Takes nothing."""
+        """Return True if `nbytes` more would be within the limit, or if only `own` are in use. Takes nothing."""
         return self.used == own or self.used + nbytes <= self.limit
 
     def give(self, nbytes: int) -> None:
-        """Return `nbytes`."""
+        """Give `nbytes` back."""
         self.used -= nbytes

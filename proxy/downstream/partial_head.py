@@ -1,4 +1,4 @@
-"""The part of a head that has arrived, if a head does not come in one read.
+"""The part of a head that has arrived so far, if a head does not arrive in one read.
 
 The parser takes each part at once, so that what cannot become a head is refused early. It shows neither the request
 line nor where the head ends, which are found here.
@@ -15,7 +15,7 @@ _BEFORE_END: Final = len(END_OF_HEAD) - 1
 
 
 class PartialHead:
-    """`nbytes` is the size of what has arrived, `line` the request line as far as it is known, without its end."""
+    """`nbytes` have arrived; `line` is the request line as far as it is known, without its line end."""
 
     __slots__ = ("_has_line", "_tail", "line", "nbytes")
 
@@ -23,10 +23,10 @@ class PartialHead:
         self.nbytes = 0
         self.line = b""
         self._has_line = False
-        self._tail = b""  # the last bytes, in which the end may have begun
+        self._tail = b""  # the last bytes, which may be the beginning of the end
 
     def end_in(self, data: Buffer, at: int, end: int) -> int:
-        """Return where the head ends in data[at:end], which follows what has arrived; -1 if it does not end there."""
+        """Return where the head ends in data[at:end], which follows what has arrived; -1 if it does not."""
         tail = self._tail
         seam = tail + bytes(data[at : min(end, at + _BEFORE_END)])
         found = seam.find(END_OF_HEAD)

@@ -28,13 +28,13 @@ _METHODS: Final = {
 }
 _CHECKED: Final = frozenset(
     {b"content-length", b"transfer-encoding", b"connection", b"host", b"expect", b"upgrade", b"proxy-connection"}
-)  # names on which framing or the connection depends
+)  # headers on which framing or the connection depends
 
 _AROUND_TARGET_BYTES: Final = len(b"  HTTP/1.1")
 
 
 class _LowerNames(dict[bytes, bytes]):
-    """Names in lower case: every request has the same few, and one object for each makes what follows quicker."""
+    """Names in lower case, each always the same object: requests have the same few, and comparing them is faster."""
 
     def __missing__(self, name: bytes) -> bytes:
         lower = name.lower()
@@ -47,7 +47,7 @@ lower_names: Final = _LowerNames()
 
 
 class HeadReader:
-    """Collects what the parser finds in a head; the parser calls it within `feed_head`."""
+    """Collects what the parser finds in a head; the parser calls its methods during `feed_head`."""
 
     __slots__ = ("headers", "is_whole", "target")
 
@@ -66,12 +66,12 @@ class HeadReader:
         self.is_whole = True
 
     def take(self, method: bytes, line: bytes, line_bytes_most: int) -> IncomingRequest:
-        """Make the request of what was collected, and begin anew. Raises ProtocolError.
+        """Return the request that was collected, and begin a new one. Raises ProtocolError.
 
-        `line` is the request line as it came, without its end; no header may have more than `line_bytes_most`.
+        `line` is the request line as received, without its line end; no header may be longer than `line_bytes_most`.
         """
         if not self.is_whole:
-            raise _bad_line(line)  # the preface of HTTP/2, at which llhttp stops
+            raise _bad_line(line)  # the preface of HTTP/2, after which llhttp stops
         target, headers = self.target, self.headers
         self.target, self.headers, self.is_whole = b"", [], False
         return IncomingRequest(method, target, headers, line, line_bytes_most)
@@ -80,11 +80,11 @@ class HeadReader:
 class IncomingRequest:
     """One request: its head, complete before anything else sees it, and its body.
 
-    `target` is as sent. `headers` have lower-case names, in their order, duplicates kept. `peer` is the address from
-    which the connection came, "" if it has none. `content_length` is the declared length in bytes, None if none was
-    declared. `whole_body` is the body if it arrived together with the head
-    (`body` is None then); otherwise `body` receives it. `refusal` is set if there was no room for it.
-    `is_parser_spent` tells that the parser of this head cannot read another one.
+    `target` is as sent. `headers` have lower-case names and keep their order and duplicates. `peer` is the address of
+    the client, "" if the connection has none. `content_length` is the declared length in bytes, None if none was
+    declared. `whole_body` is the body if it arrived together with the head (`body` is None then); otherwise `body`
+    receives it. `refusal` is set if there was no room for it. `is_parser_spent` means that the parser of this head
+    cannot read another one.
     """
 
     __slots__ = (
@@ -139,7 +139,7 @@ class IncomingRequest:
             elif name == b"expect":
                 expect = value.strip(b" \t").lower()
             elif name == b"proxy-connection":
-                self.is_parser_spent = True  # to llhttp it is a Connection header
+                self.is_parser_spent = True  # llhttp takes it for a Connection header
             else:
                 self.is_parser_spent = True  # llhttp may expect another protocol now
                 self.upgrade = value.strip(b" \t").lower()
@@ -174,9 +174,9 @@ class IncomingRequest:
 
 
 def _is_http_1_0(method: bytes, target: bytes, line: bytes) -> bool:
-    """Tell HTTP/1.0 from HTTP/1.1. Raises ProtocolError if the line is neither, or is not made as it should be.
+    """Return True for HTTP/1.0, False for HTTP/1.1. Raises ProtocolError for any other version or a malformed line.
 
-    Its length shows that there is one space on either side of the target.
+    The line's length shows whether there is exactly one space on either side of the target.
     """
     if len(line) == len(method) + len(target) + _AROUND_TARGET_BYTES:
         if line.endswith(b" HTTP/1.1"):
@@ -199,7 +199,7 @@ def _length_of(value: bytes, before: int | None) -> int:
 
 
 def _may_stay(connection: bytes, is_http_1_0: bool) -> bool:
-    """Decide by the options of all `Connection` headers whether the client wants the connection to go on."""
+    """Decide by the options of all `Connection` headers whether the client wants to keep the connection."""
     options = [option.strip(b" \t") for option in connection.lower().split(b",")]
     return b"close" not in options and (not is_http_1_0 or b"keep-alive" in options)
 
@@ -207,7 +207,7 @@ def _may_stay(connection: bytes, is_http_1_0: bool) -> bool:
 def feed_head(parser: Parser, piece: bytes | memoryview) -> None:
     """Feed a head, or a part of one, to its parser. Raises ProtocolError.
 
-    A request to switch protocols is not taken up, so its head is like any other.
+    A request to switch protocols is handled like any other.
     """
     try:
         parser.feed_data(piece)
@@ -220,12 +220,12 @@ def feed_head(parser: Parser, piece: bytes | memoryview) -> None:
 
 
 def head_too_large() -> ProtocolError:
-    """The error for a head that has too many bytes or headers."""
+    """Return the error for a head that has too many bytes or headers."""
     return ProtocolError(BadHttp.HEAD_SIZE, "The head of the request is too large.", 431)
 
 
 def _as_reason(words: str) -> ProtocolError:
-    """Sort an error of llhttp by what it is about; its own words are not shown."""
+    """Map an error of llhttp to a reason by its text, which is not shown."""
     if "Content-Length" in words:
         return _bad_length()
     if "Transfer-Encoding" in words:

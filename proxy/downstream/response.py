@@ -1,7 +1,7 @@
 """The answer to a request, written straight to the transport.
 
-Head and body go out as one write if both are there, and an upstream's headers are never turned into a mapping and
-back. The connection supplies what depends on its state: whether it may be kept, and when its client has caught up.
+Head and body are one write if both are known, and an upstream's headers are never turned into a mapping and back. The
+connection decides whether it may be kept, and when the client has caught up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from proxy.errors import REASON_PHRASES
 
 Headers = Iterable[tuple[bytes, bytes]]
 
-_JOIN_AT_MOST_BYTES: Final = 32 * 1024  # below this a copy is cheaper than a second buffer in the system call
+_JOIN_AT_MOST_BYTES: Final = 32 * 1024  # up to this size a copy is cheaper than a second buffer in the system call
 _BODYLESS_STATUS: Final = frozenset({204, 304})
 
 
@@ -24,7 +24,7 @@ class Downstream(Protocol):
 
     @property
     def begun(self) -> bool:
-        """True once a byte of the answer was written, after which nothing can be tried again."""
+        """True once a byte of the answer has been written, after which the request cannot be retried."""
         ...
 
     def send(self, status: int, reason: bytes, headers: Headers, body: bytes) -> None:
@@ -32,16 +32,20 @@ class Downstream(Protocol):
         ...
 
     def begin(self, status: int, reason: bytes, headers: Headers, length: int | None) -> None:
-        """Write the head of an answer whose body follows; `length` None means chunked or until the end."""
+        """Write the head of an answer whose body follows, chunked or up to the connection's end if `length` is
+        None.
+        """
         ...
 
     async def write(self, piece: bytes | memoryview) -> None:
-        """Write a piece of the body; waits while the client reads slower than the upstream sends."""
+        """Write a piece of the body; wait while the client reads slower than the upstream sends."""
         ...
 
     def offer(self, piece: bytes, framed: bytes | None = None) -> bool:
-        """Write a piece without waiting; False if the client is behind: then await `drained` before the next.
-        `framed` is the same piece as a chunk of HTTP/1.1, if it came as one."""
+        """Write a piece without waiting; return False if the client is behind: then await `drained` before the next.
+
+        `framed` is the same piece as a chunk of HTTP/1.1, if the upstream sent it as one.
+        """
         ...
 
     async def drained(self) -> None:
@@ -57,7 +61,7 @@ class Downstream(Protocol):
         ...
 
     def break_off(self) -> None:
-        """End the connection without the body's end, so that nobody takes it for whole."""
+        """End the connection without the body's end, so that the client sees that the body is incomplete."""
         ...
 
 
@@ -65,7 +69,7 @@ class Sender(Protocol):
     """The connection as a response sees it."""
 
     is_behind: bool
-    """True while the transport wants nothing more written."""
+    """True while the transport's write buffer is full."""
 
     def may_stay(self) -> bool:
         """True if the connection may serve another request after this one."""
@@ -130,7 +134,7 @@ class ClientResponse:
             raise ConnectionResetError("the client left")
         if framed is not None and self._is_chunked:
             self._transport.write(framed)
-        elif self._is_chunked and len(piece) <= _JOIN_AT_MOST_BYTES:  # as `_put` does, for every piece of a stream
+        elif self._is_chunked and len(piece) <= _JOIN_AT_MOST_BYTES:  # inlined `_put`, for pieces of a stream
             self._transport.write(b"".join((b"%x\r\n" % len(piece), piece, b"\r\n")))
         else:
             self._put(piece)
@@ -156,7 +160,7 @@ class ClientResponse:
         if self._is_chunked and self._has_body:
             self._transport.write(b"0\r\n\r\n")
         elif self._remaining_bytes:
-            self.break_off()  # not as long as announced: the client must see that
+            self.break_off()  # shorter than announced: the client must see that
 
     def break_off(self) -> None:
         self.keep_alive = False
@@ -166,7 +170,7 @@ class ClientResponse:
     def _begin(self, status: int, reason: bytes, headers: Headers, length: int | None) -> bytes:
         request = self._request
         lines = [b"HTTP/1.1 %d %b" % (status, reason)]
-        lines += [b": ".join(header) for header in headers]  # a third of what formatting costs
+        lines += [b": ".join(header) for header in headers]  # takes a third of the time of formatting
         self._has_body = request.method != "HEAD" and status not in _BODYLESS_STATUS
         if length is not None:
             self._remaining_bytes = length if self._has_body else 0
@@ -189,7 +193,7 @@ class ClientResponse:
 
 
 def whole_response(status: int, headers: Headers, body: bytes) -> bytes:
-    """Serialise an answer after which the connection closes, for input that is no request."""
+    """Serialise an answer to input that is not a request; the connection closes after it."""
     lines = [b"HTTP/1.1 %d %b" % (status, REASON_PHRASES[status])]
     lines += [b": ".join(header) for header in headers]
     lines.append(b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body))

@@ -1,4 +1,4 @@
-"""The client port of one worker: accepts connections, bounds them, looks at their deadlines and drains them."""
+"""The client port of one worker: accept connections, limit them, enforce their deadlines and drain them."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from proxy.tasks import Tasks
 
 log = logging.getLogger("cairn.clients")
 
-_LOOK_SECONDS_MOST: Final = 1.0  # between two looks at all deadlines; each of them is kept to that precision
+_LOOK_SECONDS_MOST: Final = 1.0  # between two checks of all deadlines, which are enforced with this precision
 _LOOK_SECONDS_LEAST: Final = 0.01
-_PREFIX_BITS: Final = 64  # of an IPv6 address: one client has at least such a network
+_PREFIX_BITS: Final = 64  # of an IPv6 address: a client usually has a network of this size to itself
 
 
 class Observer(Protocol):
     """Counts what happens at the client port."""
 
     def client_error(self, reason: BadHttp) -> None:
-        """A client's input was refused, or came too slowly."""
+        """Count a client's input that was refused or arrived too slowly."""
         ...
 
     def refused(self, limit: ClientLimit) -> None:
-        """A connection or a request was refused because `limit` was reached."""
+        """Count a connection or request that was refused because `limit` was reached."""
         ...
 
     def in_use(self, connections: int, head_bytes: int, body_bytes: int) -> None:
-        """Set the gauges of what the limits bound."""
+        """Set the gauges of the amounts that the limits bound."""
         ...
 
 
 class ClientServer:
     """Serves `handle` on listening sockets.
 
-    `error_response` serialises the answer to what is no request. Create it inside the event loop.
+    `error_response` serialises the answer to input that is not a request. Create the server inside the event loop.
     """
 
     def __init__(
@@ -96,15 +96,15 @@ class ClientServer:
     async def drain(self, seconds: float) -> None:
         """Accept no more, and wait up to `seconds` until all connections have ended.
 
-        Each is answered once more, with `Connection: close`, if its client sends something within a second; so a
-        client that keeps its connection busy loses no request. The connections that the kernel accepted already are
-        taken first.
+        A connection is answered once more, with `Connection: close`, if its client sends a request within a second,
+        so that a client that keeps its connection busy loses no request. Connections that the kernel has accepted
+        already are taken first.
         """
         self.is_draining = True
         for connection in tuple(self._connections):
             connection.drain()
         if seconds:
-            await asyncio.sleep(0)  # the loop accepts all that wait, each time that it polls
+            await asyncio.sleep(0)  # each time the loop polls, it accepts all waiting connections
             await asyncio.sleep(0)
         for listener in self._listeners:
             listener.close()
@@ -117,7 +117,7 @@ class ClientServer:
                 log.warning("closing %d connections that have not ended in time", len(self._connections))
 
     async def close(self) -> None:
-        """End what is left at once."""
+        """End all remaining connections at once."""
         await self.drain(0)
         for connection in tuple(self._connections):
             connection.abort()
@@ -127,10 +127,10 @@ class ClientServer:
             self._looking.cancel()
             self._looking = None
 
-    # -- what a connection calls
+    # -- called by a connection
 
     def opened(self, connection: Connection, address: str) -> ClientLimit | None:
-        """Register a connection; gives the limit that it exceeds."""
+        """Register a connection; return the limit that it exceeds, if any."""
         limits, network = self.limits, network_of(address)
         exceeded = None
         if len(self._connections) >= self._max_connections:
@@ -173,7 +173,7 @@ class ClientServer:
 
 
 def network_of(address: str) -> str:
-    """Return what counts together: an IPv4 address, or the network of an IPv6 address; "" if there is none."""
+    """Return the unit of the limit per address: an IPv4 address or an IPv6 network; "" if there is no address."""
     if ":" not in address:
         return address
     parsed = ipaddress.ip_address(address.partition("%")[0])
@@ -183,7 +183,7 @@ def network_of(address: str) -> str:
 
 
 def _look_seconds(limits: Limits) -> float:
-    """A quarter of the shortest limit, within bounds."""
+    """Return the seconds between two checks of the deadlines: a quarter of the shortest limit, within bounds."""
     shortest = min(
         limits.head_seconds,
         limits.keepalive_seconds,
