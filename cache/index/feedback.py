@@ -2,7 +2,7 @@
 
 Most shortfalls are neither an eviction nor a restart. Each reason is recognised by what it alone explains:
 
-- the engine reuses whole blocks only (`cache.index.granularity`);
+- the engine reuses whole blocks only, and nothing of a prompt that is shorter (`cache.index.granularity`);
 - the prompt forks off where the engine does not share, or the fork's count was interpolated wrongly: the count of the
   fork is corrected, after a second such answer if it is off by much;
 - the prompt was rendered differently from before (a template that drops old reasoning, say): its own length is
@@ -72,6 +72,9 @@ conversations have grown a little since it was last used."""
 SHARED_SHARE: Final = 0.5
 """With an unknown capacity a prompt counts as evicted only if at most this share of it was cached."""
 
+RECENT_PROMPTS: Final = 4
+"""With an unknown capacity a prompt is recent if no more than this many of its length were placed since."""
+
 MAX_EVICTIONS: Final = 16
 """Evictions remembered of one replica until its budget changes; a few of several tenants are enough to decide."""
 
@@ -102,8 +105,8 @@ def judge(
         return _NOTHING
     granularity = state.granularity
     granularity.observe(cached_tokens)
-    if placement.whole and placement.confident and cached_tokens:
-        granularity.observe_whole(placement.held_tokens, cached_tokens)
+    if placement.whole and placement.confident:
+        _observe_whole(state, placement, cached_tokens)
     error = cached_tokens - min(placement.predicted_tokens, prompt_tokens)
     tolerance = max(MIN_TOLERANCE_TOKENS, placement.tolerance_tokens, granularity.tolerance_tokens())
     if error > tolerance + placement.allowance_tokens:
@@ -258,6 +261,18 @@ def _whole_shortfall(
         is_shared = cached_tokens > SHARED_SHARE * placement.predicted_tokens
         return _TAIL if is_shared or state.granularity.is_repeated(cached_tokens) else _evicted(state, placement)
     return _evicted(state, placement) if is_full else _TAIL
+
+
+def _observe_whole(state: ReplicaState, placement: Placement, cached_tokens: int) -> None:
+    """Learn the engine's blocks from what was cached of a whole earlier prompt."""
+    granularity, held = state.granularity, placement.held_tokens
+    if cached_tokens:
+        granularity.observe_whole(held, cached_tokens)
+        granularity.observe_hit(held)
+    elif state.slots is None:  # a slot that was taken for another prompt keeps nothing, however long it was
+        capacity = state.capacity_tokens
+        is_recent = placement.reuse_tokens <= (RECENT_PROMPTS * held if capacity is None else capacity // 2)
+        granularity.observe_miss(held, is_recent=is_recent)
 
 
 def _is_shorter(placement: Placement, prompt_tokens: int, steps: list[Step]) -> bool:

@@ -1,7 +1,8 @@
 """The steps in which an engine reuses a prompt, learned from the cached tokens that it reports.
 
 Engines reuse whole blocks: of 16 tokens on many, of several hundred on hybrid models, and some never reuse the last
-whole block. A reported count therefore falls short of what is held by up to two blocks, and that is no loss.
+whole block. A reported count therefore falls short of what is held by up to two blocks, and that is no loss. Of a
+prompt that is shorter than these blocks nothing is reused.
 """
 
 from __future__ import annotations
@@ -28,14 +29,46 @@ MAX_LAG_BLOCKS: Final = 2
 MIN_ENDS: Final = 8
 """Reports from which it is known how many blocks at the end an engine leaves unused."""
 
+MIN_MISSES: Final = 3
+"""Whole recent prompts in a row of which nothing was cached before prompts up to their length are taken for too short
+to be reused. Until then such an engine has shown no count at all from which its block could be computed."""
+
+MIN_OLD_MISSES: Final = 8
+"""The same for prompts that are so old that they may have been evicted."""
+
+MAX_FLOOR_TOKENS: Final = 8_192
+"""A longer prompt has more than one block on any engine: the largest known block has 2,096 tokens, and two of them at
+the end are left unused at most."""
+
+FLOOR_GROWTH: Final = 2
+"""Prompts up to so many times as long as those of which nothing was cached are expected to find nothing either, until
+one does. Conversations grow with each turn, so that each would be longer than all that was missed before."""
+
+COARSE_TOKENS: Final = 256
+"""From this many unused tokens at the end of a prompt on, routing takes them into account."""
+
 
 class Granularity:
     """One replica's block size and unused last blocks.
 
-    `block_tokens` is 0 until it is known; `lag_blocks` are the whole blocks at the end that it does not reuse.
+    `block_tokens` is 0 until it is known; `lag_blocks` are the whole blocks at the end that it does not reuse. Of
+    prompts of at most `floor_tokens` nothing is reused.
     """
 
-    __slots__ = ("_counts", "_divisor", "_ends", "_lags", "_reports", "_same", "block_tokens", "lag_blocks")
+    __slots__ = (
+        "_counts",
+        "_divisor",
+        "_ends",
+        "_lags",
+        "_longest_miss",
+        "_misses",
+        "_reports",
+        "_same",
+        "_shortest_hit",
+        "block_tokens",
+        "floor_tokens",
+        "lag_blocks",
+    )
 
     def __init__(self) -> None:
         self._divisor = 0
@@ -44,7 +77,11 @@ class Granularity:
         self._same = (0, 0, 0, 0)  # the last count for a whole prompt: how often in a row, for least and most held
         self._lags = [0] * (MAX_LAG_BLOCKS + 1)
         self._ends = 0
+        self._misses = 0
+        self._longest_miss = 0
+        self._shortest_hit = MAX_FLOOR_TOKENS + 1
         self.block_tokens = 0
+        self.floor_tokens = 0
         self.lag_blocks = 0
 
     def observe(self, cached_tokens: int) -> None:
@@ -97,8 +134,42 @@ class Granularity:
             self.lag_blocks = best
             self._ends += 1
 
+    def observe_miss(self, held_tokens: int, *, is_recent: bool) -> None:
+        """Learn from a whole earlier prompt of `held_tokens` of which nothing was cached.
+
+        It means something only if no prompt as short has been reused. `is_recent` is true if the engine cannot have
+        evicted it since.
+        """
+        if held_tokens >= self._shortest_hit:
+            return
+        self._misses += 1
+        self._longest_miss = max(self._longest_miss, held_tokens)
+        if self.floor_tokens or self._misses >= (MIN_MISSES if is_recent else MIN_OLD_MISSES):
+            self._set_floor()
+
+    def observe_hit(self, held_tokens: int) -> None:
+        """Learn that some of a prompt of `held_tokens` was reused: what longer ones lack is no whole block."""
+        if held_tokens < self._shortest_hit:
+            self._shortest_hit = held_tokens
+            if self.floor_tokens and not self.block_tokens:
+                self._set_block(self._divisor)  # a guess, corrected by the next count: nothing shorter was reused
+            if held_tokens <= self._longest_miss:
+                self._misses = self._longest_miss = self.floor_tokens = 0
+            elif self.floor_tokens:
+                self._set_floor()
+
+    def _set_floor(self) -> None:
+        self.floor_tokens = min(FLOOR_GROWTH * self._longest_miss, self._shortest_hit - 1)
+
+    @property
+    def is_coarse(self) -> bool:
+        """True if so much at the end of a prompt may not be reused that it makes a difference to routing."""
+        return self.floor_tokens > 0 or self.block_tokens * (1 + self.lag_blocks) >= COARSE_TOKENS
+
     def usable(self, held_tokens: int) -> int:
         """The tokens that the engine will reuse of `held_tokens`."""
+        if held_tokens <= self.floor_tokens:
+            return 0
         block = self.block_tokens
         if not block:
             return held_tokens

@@ -10,11 +10,12 @@ from cache.index.fingerprint import Fingerprint
 
 
 class Held(msgspec.Struct, frozen=True, gc=False):
-    """Part of a prompt that a replica holds."""
+    """Part of a prompt that a replica holds: `tokens` are reused, `unused_tokens` held at its end but not reused."""
 
     blocks: int
     size_bytes: int
     tokens: int
+    unused_tokens: int = 0
 
 
 class Match(msgspec.Struct, frozen=True, gc=False):

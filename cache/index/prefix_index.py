@@ -14,12 +14,13 @@ from typing import Final
 from cache.index.eviction import MAX_BLOCKS, UPKEEP_STEPS, Eviction, dropped_tokens, free_prompts
 from cache.index.feedback import confirm, judge, new_budget
 from cache.index.fingerprint import Fingerprint
+from cache.index.matching import add_fork, reused_tokens, round_to_blocks
 from cache.index.nodes import NOBODY, ReplicaEntries, Step
 from cache.index.placement import Feedback, FeedbackKind, Held, IndexStats, Match, Placement, ReplicaStats
 from cache.index.replica_state import UNLIMITED_TOKENS, ReplicaState
 from cache.index.rows import Reader, ReplicaRow, RunRow, written
 from cache.index.token_counts import estimate
-from cache.index.tree import Tree, ends_at, found_at_fork, new_entries, reuse_distance
+from cache.index.tree import Tree, ends_at, new_entries, reuse_distance
 
 __all__ = [
     "UNLIMITED_TOKENS",
@@ -67,6 +68,7 @@ class PrefixIndex:
         self._in_flight: dict[int, None] = {}
         self._next_id = (origin % 2**ORIGIN_BITS << 63 - ORIGIN_BITS) + 1
         self._snapshots = 0
+        self._coarse: set[int] = set()  # replicas whose blocks are large enough to matter for a prediction
 
     # -- looking up
 
@@ -78,13 +80,14 @@ class PrefixIndex:
         hashes = fingerprint.hashes
         found: dict[int, Held] = {}
         known: Step | None = None
-        for step in reversed(self._tree.walk(hashes)):
+        steps = self._tree.walk(hashes)
+        for step in reversed(steps):
             held = step.node.held
             if len(held) <= len(found):
                 continue
             part = Held(step.depth, step.node.ends[step.blocks - 1], step.tokens)
             if step.node.fork_tokens >= 0 and step.depth < len(hashes):
-                _add_fork(found, step, part)
+                add_fork(found, step, part)
             elif found:
                 for entries in held:
                     if entries.replica not in found:
@@ -94,6 +97,8 @@ class PrefixIndex:
             if known is None and (len(found) > 1 or NOBODY not in found):
                 known = step
         found.pop(NOBODY, None)
+        if self._coarse:
+            round_to_blocks(found, steps, self._coarse, self._replicas)
         if known is None:
             return Match(found, evicted_from=self._tree.last_holder(hashes[0]) if len(hashes) else NOBODY)
         grows = known.blocks == len(known.node.hashes) and not known.node.children
@@ -224,6 +229,7 @@ class PrefixIndex:
         steps = self._tree.walk(placement.fingerprint.hashes)
         resident = state.entries.tokens
         learnt = judge(state, placement, prompt_tokens, cached_tokens, steps)
+        self._note_blocks(placement.replica, state)
         confirm(state.entries, placement.fingerprint, steps, prompt_tokens, output_tokens)
         epoch = state.epoch + 1 if learnt is _RESTARTED else None
         budget = new_budget(state, placement, learnt, resident)
@@ -249,6 +255,7 @@ class PrefixIndex:
         if epoch == state.epoch:
             if cached_tokens:
                 state.granularity.observe(cached_tokens)
+                self._note_blocks(replica, state)
                 state.shortest_hit_tokens = min(state.shortest_hit_tokens, prompt_tokens)
             steps = self._tree.walk(fingerprint.hashes)
             confirm(state.entries, fingerprint, steps, prompt_tokens, output_tokens)
@@ -266,6 +273,7 @@ class PrefixIndex:
         self._eviction.retire(self._tree, state)
         state.epoch = epoch
         state.forget_answers()
+        self._coarse.discard(replica)
 
     def set_capacity(self, replica: int, tokens: int | None, slots: int | None = None) -> None:
         """Set what the configuration or the engine states. The budget never exceeds `tokens`, if given.
@@ -293,6 +301,7 @@ class PrefixIndex:
 
     def remove(self, replica: int) -> None:
         """Forget a replica."""
+        self._coarse.discard(replica)
         state = self._replicas.pop(replica, None)
         if state is not None:
             self._eviction.retire(self._tree, state)
@@ -394,6 +403,13 @@ class PrefixIndex:
 
     # -- inside
 
+    def _note_blocks(self, replica: int, state: ReplicaState) -> None:
+        """Remember whether look-ups must round what the replica holds to its blocks."""
+        if state.granularity.is_coarse:
+            self._coarse.add(replica)
+        else:
+            self._coarse.discard(replica)
+
     def _replica(self, replica: int) -> ReplicaState:
         state = self._replicas.get(replica)
         if state is None:
@@ -458,7 +474,7 @@ class PrefixIndex:
             stamp,
             held_blocks=last.depth,
             held_tokens=last.tokens,
-            predicted_tokens=state.granularity.usable(last.tokens if whole else found_at_fork(last)),
+            predicted_tokens=reused_tokens(state, last, whole=whole),
             proved=proved,
             confident=proved and residency.touched_by not in self._in_flight,
             exact=bool(node.pins) and node.pins[-1] == last.blocks,
@@ -486,15 +502,8 @@ class PrefixIndex:
                 continue
             state.entries, state.epoch = read.entries, read.epoch
             state.forget_answers()
+            self._coarse.discard(replica)
             state.budget_tokens = min(read.budget_tokens, state.bound_tokens)
             state.placed_tokens = read.placed_tokens
             if state.ttl_seconds is None:
                 state.ttl_seconds = read.ttl_seconds
-
-
-def _add_fork(found: dict[int, Held], step: Step, part: Held) -> None:
-    """Add the holders of a node at whose end other prompts are known to find less than all of it."""
-    fork = Held(part.blocks, part.size_bytes, found_at_fork(step))
-    for entries in step.node.held:
-        if entries.replica not in found:
-            found[entries.replica] = part if ends_at(step, entries) else fork

@@ -157,7 +157,7 @@ def _ranked(
         candidates.append(Candidate(view, matched_bytes, matched_tokens, uncached, cost))
     if len(candidates) > 1:
         if room is not None:
-            candidates = _charged_for_room(candidates, room, DROP_WEIGHT / mean_rate)
+            candidates = _charged_for_room(candidates, held, room, DROP_WEIGHT / mean_rate)
         candidates.sort(key=_cost)
         _settle_ties(candidates, demand, match.evicted_from, room)
         if demand.prior_replica is not None:
@@ -169,10 +169,12 @@ def _cost(candidate: Candidate) -> float:
     return candidate.cost_seconds
 
 
-def _charged_for_room(candidates: list[Candidate], room: Room, seconds_per_token: float) -> list[Candidate]:
+def _charged_for_room(
+    candidates: list[Candidate], held: Mapping[int, Held], room: Room, seconds_per_token: float
+) -> list[Candidate]:
     """Add to each cost what the replica must evict beyond the one that must evict least."""
     dropped = [
-        room.dropped_tokens(each.replica.id, each.matched_tokens, each.uncached_tokens)
+        room.dropped_tokens(each.replica.id, each.matched_tokens, _new_tokens(each, held))
         if each.uncached_tokens >= MIN_DROP_TOKENS
         else 0.0
         for each in candidates
@@ -192,10 +194,16 @@ def _charged_for_room(candidates: list[Candidate], room: Room, seconds_per_token
     ]
 
 
+def _new_tokens(candidate: Candidate, held: Mapping[int, Held]) -> float:
+    """Return the tokens that need new room: what is computed again but already held needs none."""
+    have = held.get(candidate.replica.id)
+    return candidate.uncached_tokens - (0 if have is None else have.unused_tokens)
+
+
 def _settle_ties(candidates: list[Candidate], demand: Demand, evicted_from: int, room: Room | None) -> None:
-    """Among those whose cost equals the least, put first the one with fewest in flight, then with the most free room,
-    then the one that evicted the prompt, since it may still have it, then one in this zone, then by rendezvous
-    hashing.
+    """Among those whose cost equals the least, put first the one with fewest in flight, then the one that holds most,
+    if none reuses more of it, then with the most free room, then the one that evicted the prompt, since it may still
+    have it, then one in this zone, then by rendezvous hashing.
 
     Only replicas that hold equally much tie: if one holds more, a small difference is no noise.
     """
@@ -203,7 +211,7 @@ def _settle_ties(candidates: list[Candidate], demand: Demand, evicted_from: int,
     bound = first.cost_seconds * (1.0 + TIE_SHARE) + TIE_SECONDS
     if candidates[1].cost_seconds > bound:
         return
-    best, best_key = 0, (0, 0, False, False, 0)
+    best, best_key = 0, (0, 0, 0, False, False, 0)
     for place, candidate in enumerate(candidates):
         if candidate.cost_seconds > bound:
             break
@@ -212,6 +220,7 @@ def _settle_ties(candidates: list[Candidate], demand: Demand, evicted_from: int,
         replica = candidate.replica
         key = (
             -replica.in_flight,
+            candidate.matched_bytes,
             0 if room is None else room.free_prompts(replica.id, candidate.uncached_tokens),
             replica.id == evicted_from,
             not replica.is_far,

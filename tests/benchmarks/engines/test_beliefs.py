@@ -85,6 +85,33 @@ def test_predictions_round_to_the_engines_blocks_once_they_are_known():
     assert [answer.usage.cached_tokens - answer.predicted_tokens for answer in answers[8:]] == [0] * 4
 
 
+@pytest.mark.parametrize("stated", [True, False])
+def test_nothing_is_predicted_of_prompts_that_are_shorter_than_a_block(stated):
+    """Of 20 conversations of 2,700 tokens an engine of blocks of 2,096, the last never reused, caches nothing."""
+    proxy = CairnProxy([SimulatedEngine(BlockCache(48_000, 2_096, 1))], capacities=48_000 if stated else None)
+    answers = list(turns_of_many(proxy, 20, Random(1)))
+    assert sum(answer.predicted_tokens for answer in answers[:60]) < 12 * 2_800
+    assert predicted_and_reported(answers[60:]) == (0, 0)
+    assert budget(proxy) > 45_000
+
+
+@pytest.mark.parametrize(("block_tokens", "unused"), [(1_056, 1), (2_096, 0), (2_096, 1)])
+def test_conversations_that_outgrow_a_block_are_predicted_and_stay(block_tokens, unused):
+    """What is cached of them is predicted from the first block on, and none moves on the way."""
+    engines = [SimulatedEngine(BlockCache(1_000_000, block_tokens, unused)) for _ in range(3)]
+    proxy = CairnProxy(engines, capacities=1_000_000)
+    talks = [Session(f"talk {number}", words(f"own {number}", 800)) for number in range(9)]
+    homes = [turn(proxy, talk, tokens=600).replica for talk in talks]
+    answers = []
+    for _ in range(16):
+        for talk, home in zip(talks, homes, strict=True):
+            answers.append(turn(proxy, talk, tokens=400))
+            assert answers[-1].replica == home
+    for few in (answers[27:72], answers[72:]):
+        predicted, reported = predicted_and_reported(few)
+        assert predicted == pytest.approx(reported, rel=0.03, abs=3 * 2_096)
+
+
 def test_an_engine_that_reuses_only_whole_prompts_keeps_its_conversations():
     """Six new conversations find nothing of the shared system prompt: the 24 that stand there stay known."""
     proxy = CairnProxy([SimulatedEngine(EndCache(10_000_000))], capacities=10_000_000)

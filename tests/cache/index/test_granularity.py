@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from cache.index.granularity import MIN_ENDS, MIN_REPEATED, Granularity
+from cache.index.granularity import (
+    COARSE_TOKENS,
+    FLOOR_GROWTH,
+    MAX_FLOOR_TOKENS,
+    MIN_ENDS,
+    MIN_MISSES,
+    MIN_OLD_MISSES,
+    MIN_REPEATED,
+    Granularity,
+)
 
 
 @pytest.mark.parametrize("counts", [(528, 1_056, 2_640), (1_056, 528, *[1_056] * 6)])
@@ -50,3 +59,57 @@ def test_the_tolerance_is_one_block_once_the_end_is_known():
     assert known.tolerance_tokens() == 528
     known.observe(16)
     assert (known.block_tokens, known.lag_blocks) == (16, 0), "what was learned of larger blocks is void"
+
+
+@pytest.mark.parametrize(("is_recent", "needed"), [(True, MIN_MISSES), (False, MIN_OLD_MISSES)])
+def test_nothing_is_expected_of_prompts_that_are_too_short_for_a_block(is_recent, needed):
+    """Prompts that may have been evicted must miss more often before their length is taken for the reason."""
+    known = Granularity()
+    for turn in range(needed):
+        assert known.usable(2_700) == 2_700
+        known.observe_miss(2_700 + turn, is_recent=is_recent)
+    assert known.floor_tokens == FLOOR_GROWTH * (2_700 + needed - 1)
+    assert known.usable(known.floor_tokens) == 0
+    assert known.usable(known.floor_tokens + 1) == known.floor_tokens + 1
+    assert known.is_coarse
+
+
+def test_a_hit_of_a_prompt_as_short_restores_what_is_expected():
+    known = Granularity()
+    for _ in range(MIN_MISSES):
+        known.observe_miss(2_700, is_recent=True)
+    known.observe_hit(2_710)
+    assert (known.usable(2_709), known.usable(2_710)) == (0, 2_710), "a longer one only shows where the floor ends"
+    known.observe_hit(2_600)
+    assert known.usable(2_600) == 2_600
+    for _ in range(MIN_OLD_MISSES):
+        known.observe_miss(2_700, is_recent=True)
+    assert known.floor_tokens == 0, "one as short was reused: what is missed since then has another reason"
+
+
+def test_the_first_count_after_misses_is_taken_for_a_block_until_another_comes():
+    """Nothing shorter was reused, so that the block and what is left unused at the end are known at once."""
+    known = Granularity()
+    for _ in range(MIN_MISSES):
+        known.observe_miss(4_000, is_recent=True)
+    known.observe(2_096)
+    known.observe_hit(4_300)
+    known.observe_end(4_300, 2_096)
+    assert (known.block_tokens, known.lag_blocks) == (2_096, 1)
+    assert (known.usable(4_250), known.usable(6_400)) == (0, 4_192)
+    known.observe(528)
+    assert known.block_tokens == 16
+
+
+def test_no_engine_has_blocks_as_long_as_the_longest_prompts():
+    known = Granularity()
+    for _ in range(MIN_OLD_MISSES):
+        known.observe_miss(MAX_FLOOR_TOKENS + 1, is_recent=True)
+    assert known.floor_tokens == 0
+
+
+def test_small_blocks_make_no_difference_to_routing():
+    known = Granularity()
+    for count in (COARSE_TOKENS // 2, COARSE_TOKENS, 3 * COARSE_TOKENS // 2):
+        known.observe(count)
+    assert (known.block_tokens, known.is_coarse) == (COARSE_TOKENS // 2, False)

@@ -281,9 +281,23 @@ def test_two_misses_on_one_conversation_or_with_a_hit_between_are_no_restart(ben
 def test_an_engine_that_never_reused_anything_is_not_taken_for_one_that_restarted(bench):
     for name in "ab":
         bench.served(talk(name, 8))
-    for name in "abab":
+    for name in "aba":
         assert bench.served(talk(name, 9), 0).learnt is FeedbackKind.TAIL
+    assert bench.served(talk("b", 9), 0).learnt is FeedbackKind.RIGHT, "nothing is expected any more"
     assert bench.index.epoch(0) == 0
+
+
+def test_what_is_held_is_reduced_to_what_the_engine_reuses_of_it(bench):
+    """A look-up rounds to the engine's blocks, and a new epoch forgets them."""
+    for turn in range(10):
+        bench.served(talk("a", 8 + turn), (7 + turn) * BLOCK_TOKENS // 2_096 * 2_096)
+    held = bench.index.match(talk("a", 17)).held[0]
+    assert held.tokens % 2_096 == 0
+    assert held.tokens + held.unused_tokens == 17 * BLOCK_TOKENS
+    bench.index.new_epoch(0, 1)
+    bench.served(talk("a", 17), 0)
+    held = bench.index.match(talk("a", 17)).held[0]
+    assert (held.tokens, held.unused_tokens) == (17 * BLOCK_TOKENS, 0)
 
 
 def test_a_hit_of_what_was_computed_after_the_first_miss_disproves_nothing(bench):

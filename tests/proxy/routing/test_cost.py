@@ -315,3 +315,30 @@ def test_a_prompt_that_was_evicted_goes_back_where_it_was_when_all_are_full(tie)
     demand = msgspec.structs.replace(LONG, tie_hash=tie)
     match = Match({}, evicted_from=2)
     assert chosen(demand, match, [view(0), view(1), view(2)], room=FakeRoom(0, 0, 0)) == 2
+
+
+def unused_part(size_bytes: int, tokens: int) -> Held:
+    """One block that a replica holds and does not reuse."""
+    return Held(1, size_bytes, 0, tokens)
+
+
+@pytest.mark.parametrize("tie", range(8))
+def test_a_prompt_that_no_replica_reuses_stays_with_the_one_that_holds_it(tie):
+    """Computing it costs the same everywhere, but only there it needs no new room, unless others are idle."""
+    demand = msgspec.structs.replace(LONG, tie_hash=tie)
+    match = Match({1: unused_part(39_000, 9_700)})
+    assert chosen(demand, match, [view(0), view(1), view(2)], room=FakeRoom(1, 0, 1)) == 1
+    assert chosen(demand, match, [view(0), view(1, in_flight=1)], room=FakeRoom(1, 0)) == 0
+
+
+def test_room_is_needed_only_for_what_is_not_held():
+    """A full replica that holds a prompt is charged for the rest of it, though it computes all of it again."""
+    asked: dict[int, float] = {}
+
+    class AskedRoom(FakeRoom):
+        def dropped_tokens(self, replica: int, matched_tokens: float, uncached_tokens: float) -> float:
+            asked[replica] = uncached_tokens
+            return super().dropped_tokens(replica, matched_tokens, uncached_tokens)
+
+    plan(LONG, Match({1: unused_part(39_000, 9_700)}), [view(0), view(1)], room=AskedRoom(1, 0))
+    assert asked == {0: 10_000.0, 1: 300.0}
