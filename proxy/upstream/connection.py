@@ -296,9 +296,11 @@ class Connection(asyncio.Protocol):
     # -- parser callbacks, called inside feed_data
 
     def on_message_begin(self) -> None:
-        if self.state is _HEAD:
+        response = self._response
+        if self.state is _HEAD and response is not None:
             self._headers = []
             self._reason = b""
+            response.first_byte_seconds = self._seen_at
         else:
             self._extra = True
 
@@ -317,6 +319,7 @@ class Connection(asyncio.Protocol):
             return
         status = parser.get_status_code()
         if status < 200:
+            response.first_byte_seconds = 0.0  # it is the final response's, which may come in the same read
             self._interim = True
             self._interims += 1
             if self._interims > _MOST_INTERIM:
@@ -345,8 +348,6 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._interim:
             self._interim = False
-            if self._response is not None:
-                self._response.first_byte_seconds = 0.0
         elif self.state is _BODY:
             self.state = _DONE
 
@@ -394,8 +395,6 @@ class Connection(asyncio.Protocol):
         self._quiet_bytes = 0
 
     def _parse(self, response: UpstreamResponse, data: bytes) -> None:
-        if not response.first_byte_seconds:
-            response.first_byte_seconds = self._seen_at
         before = self.state
         self._quiet_bytes += len(data)
         try:
@@ -476,8 +475,6 @@ class Connection(asyncio.Protocol):
         self._last_was_stream = response.is_event_stream
         if reusable:
             self.state = _IDLE
-            if self._head_only:
-                self._parser = None
             if self._reading_paused:
                 self._resume_reading()  # otherwise the end of the connection would not be noticed
         response.ended()

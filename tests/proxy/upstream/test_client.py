@@ -574,6 +574,36 @@ async def test_an_answer_that_comes_while_the_body_is_awaited_is_delivered_at_on
         await upstream.peers[0].left.wait()
 
 
+async def test_an_answer_in_the_turn_in_which_the_next_piece_comes_ends_the_upload(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The piece is not sent, and no further one is asked for."""
+    loop = asyncio.get_running_loop()
+    create = loop.create_connection
+    opened: list[asyncio.Protocol] = []
+    produced: list[bytes] = []
+
+    async def recorded(*arguments: Any, **named: Any) -> Any:
+        transport, protocol = await create(*arguments, **named)
+        opened.append(protocol)
+        return transport, protocol
+
+    async def body() -> AsyncIterator[bytes]:
+        for piece in (b"first", b"second", b"third"):
+            if piece == b"second":
+                opened[0].data_received(answer(b"too large", status=b"413 Too Large"))
+            produced.append(piece)
+            yield piece
+
+    monkeypatch.setattr(loop, "create_connection", recorded)
+    client = make_client()
+    async with ScriptedUpstream([Stall()]) as upstream:
+        answered = await client.request(origin_of(upstream), b"POST", b"/", [], body())
+        assert (answered.status, answered.early, answered.body_now()) == (413, True, b"too large")
+        assert produced == [b"first", b"second"]
+        await upstream.peers[0].left.wait()
+
+
 async def test_an_early_answer_to_a_large_body_is_delivered_and_the_connection_closed(
     make_client: MakeClient,
 ) -> None:
@@ -770,6 +800,69 @@ async def test_the_addresses_of_a_name_are_tried_in_turn(
         assert upstream.requests[0].header(b"host") == b"replica:%d" % upstream.port
 
 
+async def test_a_name_without_an_address_cannot_be_reached(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def none(*_: Any, **__: Any) -> Any:
+        return []
+
+    client = make_client()
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", none)
+    origin = Origin.parse("http://replica")
+    with pytest.raises(ConnectFailed, match="cannot be reached"):
+        await client.request(origin, b"GET", b"/")
+    assert client.counts()[origin].open == 0
+
+
+async def test_a_connection_that_closed_as_it_opened_cannot_carry_a_request(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the upstream resets it before the waiting request runs."""
+    loop = asyncio.get_running_loop()
+    create = loop.create_connection
+
+    async def lost(*arguments: Any, **named: Any) -> Any:
+        transport, protocol = await create(*arguments, **named)
+        protocol.connection_lost(ConnectionResetError())
+        transport.abort()
+        return transport, protocol
+
+    client = make_client()
+    async with ScriptedUpstream(SERVE_ONE) as upstream:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "create_connection", lost)
+            with pytest.raises(ConnectFailed, match="as it opened"):
+                await fetch(client, upstream)
+        assert counts(client, upstream).open == 0
+        assert upstream.requests == []
+
+
+async def test_a_client_that_closes_while_a_connection_is_opened_sends_nothing_on_it(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it leave one behind, and later requests are a mistake of the caller."""
+    loop = asyncio.get_running_loop()
+    create = loop.create_connection
+    gate = asyncio.Event()
+
+    async def slow(*arguments: Any, **named: Any) -> Any:
+        await gate.wait()
+        return await create(*arguments, **named)
+
+    monkeypatch.setattr(loop, "create_connection", slow)
+    client = make_client()
+    async with ScriptedUpstream(SERVE_ONE) as upstream:
+        request = spawn(fetch(client, upstream))
+        await turns()
+        await client.close()
+        gate.set()
+        with pytest.raises(ConnectFailed):
+            await request
+        assert (counts(client, upstream).open, upstream.requests) == (0, [])
+        with pytest.raises(RuntimeError, match="closed"):
+            await fetch(client, upstream)
+
+
 async def test_a_name_server_or_handshake_that_hangs_is_within_the_limit_for_connecting(
     make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -955,3 +1048,11 @@ async def test_uploads_leave_no_more_connections_than_were_in_use_at_once(make_c
             assert await fetch(client, upstream, pieces()) == b"hello"
             assert counts(client, upstream).open == 1
         assert upstream.connections == 5
+
+
+async def test_no_more_than_some_thousand_origins_are_remembered_as_gone(make_client: MakeClient) -> None:
+    """Replicas come and go behind a name for as long as a process lives."""
+    client = make_client()
+    for number in range(5_000):
+        assert client.forget(Origin("http", f"replica-{number}", 80, b""))
+    assert len(client._forgotten) <= 4_096  # noqa: SLF001 - internal state that no public name shows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from proxy.errors import BadResponse, CairnError, FirstByteTimeout, IdleTimeout,
 from proxy.upstream import Framing, Limits, UpstreamResponse
 from proxy.upstream.connection import Connection
 from proxy.upstream.timeouts import Deadlines
+from tests.proxy.upstream.conftest import spawn, turns
 from tests.support.clock import FakeClock
 from tests.support.upstream import answer, chunked
 
@@ -46,6 +48,7 @@ class FakeTransport(asyncio.Transport):
         self.paused = True
 
     def resume_reading(self) -> None:
+        assert not self.aborted, "uvloop's transport fails then"
         self.paused = False
 
     def get_write_buffer_size(self) -> int:
@@ -485,6 +488,20 @@ def test_the_stamps_are_of_the_request_and_of_the_first_byte_of_the_final_answer
     assert answered.first_byte_seconds - answered.sent_seconds == 2
 
 
+@pytest.mark.parametrize("kind", ["length", "chunked", "close"])
+def test_an_answer_in_the_same_read_as_an_interim_one_has_its_own_first_byte(kind: str) -> None:
+    """The limits of a stream are counted from it."""
+    raw = {"length": answer(b"x"), "chunked": chunked(b"x", end=False), "close": OK + b"\r\n"}[kind]
+    wire = Wire()
+    answered = wire.begin()
+    wire.clock.advance(1)
+    wire.feed(b"HTTP/1.1 100 Continue\r\n\r\n")
+    wire.clock.advance(1)
+    wire.feed(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + raw)
+    assert answered.status == 200
+    assert answered.first_byte_seconds - answered.sent_seconds == 2
+
+
 @pytest.mark.parametrize("size", [10, 70_000])
 def test_a_request_is_written_whole_small_or_large_or_in_buffers(size: int) -> None:
     body = b"y" * size
@@ -493,3 +510,127 @@ def test_a_request_is_written_whole_small_or_large_or_in_buffers(size: int) -> N
         wire.begin()
         wire.connection.send(b"head", form)  # type: ignore[arg-type]
         assert wire.transport.written == b"head" + body
+
+
+async def test_what_is_sent_on_a_lost_connection_goes_nowhere() -> None:
+    """Its reader learns of the loss; the sender need not look first."""
+    wire = Wire()
+    answered = wire.begin()
+    wire.end()
+    wire.connection.send(b"head", b"body")
+    await wire.connection.write((b"piece",), 1.0)
+    assert wire.transport.written == b""
+    assert isinstance(error_of(answered), ResetBeforeResponse)
+
+
+def test_a_transport_that_takes_more_again_with_nobody_waiting_changes_nothing() -> None:
+    """It filled up in the last piece of a request."""
+    wire = Wire()
+    answered = wire.begin()
+    wire.connection.send(b"head", b"body")
+    wire.connection.pause_writing()
+    wire.connection.resume_writing()
+    wire.feed(answer(b"x"))
+    assert answered.body_now() == b"x"
+    assert wire.finished_as == [(True, False)]
+
+
+async def test_a_piece_of_a_request_waits_while_the_transport_is_full() -> None:
+    """And the next one does not, once it takes more again."""
+    wire = Wire()
+    wire.connection = Connection(asyncio.get_running_loop(), wire.clock, wire.deadlines, wire, LIMITS)
+    wire.connection.connection_made(wire.transport)
+    answered = wire.begin()
+    wire.connection.pause_writing()
+    writing = spawn(wire.connection.write((b"one",), 3.0))
+    await turns()
+    assert (writing.done(), wire.transport.written) == (False, b"one")
+    wire.connection.resume_writing()
+    wire.connection.resume_writing()
+    await writing
+    await wire.connection.write((b"two",), 3.0)
+    assert wire.transport.written == b"onetwo"
+    wire.clock.advance(3.0)
+    wire.ring()
+    assert isinstance(error_of(answered), FirstByteTimeout), (
+        "the limit of the write runs on until the next one is set"
+    )
+
+
+def test_a_silence_allowed_while_reading_is_paused_counts_from_when_it_goes_on() -> None:
+    wire = Wire()
+    answered = wire.begin()
+    wire.feed(chunked(b"x" * 1_500, end=False))
+    assert wire.paused()
+    answered.allow_silence(20.0)
+    wire.clock.advance(1_000)
+    wire.ring()
+    assert not failed(answered)
+    answered.body_now()
+    wire.clock.advance(19.9)
+    wire.ring()
+    assert not failed(answered)
+    wire.clock.advance(0.2)
+    wire.ring()
+    assert isinstance(error_of(answered), IdleTimeout)
+
+
+def test_a_silence_allowed_before_the_head_leaves_the_limit_of_the_head() -> None:
+    wire = Wire()
+    answered = wire.begin()
+    answered.allow_silence(1.0)
+    wire.clock.advance(9.9)
+    wire.ring()
+    assert not failed(answered)
+    wire.clock.advance(0.2)
+    wire.ring()
+    assert isinstance(error_of(answered), FirstByteTimeout)
+
+
+def test_what_had_arrived_can_be_taken_while_the_transport_is_already_closing() -> None:
+    wire = Wire()
+    answered = wire.begin()
+    wire.feed(chunked(b"x" * 1_500, end=False))
+    wire.transport.aborted = True
+    assert answered.body_now() == b"x" * 1_500
+
+
+def test_a_connection_that_was_never_opened_gives_its_slot_back_once() -> None:
+    wire = Wire()
+    connection = Connection(wire.loop, wire.clock, wire.deadlines, wire, LIMITS)
+    assert not connection.usable
+    connection.close()
+    connection.close()
+    assert wire.left_times == 1
+
+
+async def test_a_sink_that_gives_a_response_up_at_a_whole_chunk_leaves_no_limit_behind() -> None:
+    """Nothing that the client does in its sink brings a closed connection back to life."""
+    wire = Wire()
+    wire.connection = Connection(asyncio.get_running_loop(), wire.clock, wire.deadlines, wire, LIMITS)
+    wire.connection.connection_made(wire.transport)
+    answered = wire.begin()
+    wire.feed(chunked(end=False))
+
+    def sink(piece: bytes, framed: bytes | None) -> bool:
+        answered.abort()
+        return True
+
+    pouring = spawn(answered.pour(sink))
+    await turns()
+    wire.feed(b"1\r\nx\r\n")
+    assert (wire.transport.aborted, wire.left_times, wire.connection.deadline) == (True, 1, math.inf)
+    with pytest.raises(ResetMidResponse):
+        await pouring
+
+
+def test_interim_answers_are_counted_anew_for_each_response() -> None:
+    """Sixty-four are let through each time."""
+    wire = Wire()
+    for _ in range(2):
+        answered = wire.begin()
+        wire.feed(b"HTTP/1.1 102 Processing\r\n\r\n" * 64, answer(b"x"))
+        assert answered.body_now() == b"x"
+    refused = wire.begin()
+    wire.feed(b"HTTP/1.1 102 Processing\r\n\r\n" * 65)
+    assert isinstance(error_of(refused), BadResponse)

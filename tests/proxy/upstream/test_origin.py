@@ -141,3 +141,18 @@ def test_made_up_header_names_do_not_grow_the_table_for_ever() -> None:
         writer.write(b"GET", b"/", [(b"x-%d" % number, b"v")], 0)
     assert len(writer._starts) <= 1024  # noqa: SLF001 - internal state that no public name shows
     assert b"x-4999: v" in writer.write(b"GET", b"/", [(b"x-4999", b"v")], 0)
+
+
+def test_made_up_targets_do_not_grow_the_table_for_ever_and_are_written_all_the_same() -> None:
+    """The longest that is remembered and the first that is not, too."""
+    writer = HeadWriter(ORIGIN)
+    for number in range(600):
+        assert writer.write(b"GET", b"/v1/files/%d" % number, [], 0).startswith(b"GET /v1/files/%d HTTP/1.1" % number)
+    assert len(writer._first_lines) == 256  # noqa: SLF001 - internal state that no public name shows
+    writer = HeadWriter(ORIGIN)
+    for length in range(400, 600):
+        target = b"/" + b"x" * length
+        for _ in range(2):
+            assert writer.write(b"GET", target, [], 0).startswith(b"GET " + target + b" HTTP/1.1\r\nhost: ")
+    assert all(len(line) < 512 for line in writer._first_lines.values())  # noqa: SLF001
+    assert max(map(len, writer._first_lines.values())) == 511  # noqa: SLF001

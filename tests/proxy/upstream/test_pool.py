@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -15,6 +15,7 @@ from proxy.upstream import Limits, Origin, UpstreamClient, pool
 from proxy.upstream.connection import Connection
 from proxy.upstream.timeouts import Deadlines
 from tests.proxy.upstream.conftest import MakeClient, counts, fetch, origin_of, spawn, turns, until
+from tests.support.clock import FakeClock
 from tests.support.upstream import (
     EVENT_STREAM,
     Expect,
@@ -301,6 +302,222 @@ class SocketTransport(asyncio.Transport):
 
     def get_write_buffer_size(self) -> int:
         return 0
+
+
+class Timer:
+    """A timer that the test lets run."""
+
+    def __init__(self, callback: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+        self.ring = lambda: callback(*arguments)
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Loop:
+    """What a pool needs of a loop, with timers and a time that the test sets."""
+
+    def __init__(self) -> None:
+        self.timers: list[Timer] = []
+        self.seconds = 1.0
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().create_future()
+
+    def call_later(self, _: float, callback: Callable[..., object], *arguments: Any) -> Timer:
+        self.timers.append(Timer(callback, arguments))
+        return self.timers[-1]
+
+    def time(self) -> float:
+        return self.seconds
+
+
+class Pooled:
+    """A pool whose connections are opened by hand, each on a socket of its own."""
+
+    def __init__(self, **limits: Any) -> None:
+        self.loop = Loop()
+        self.limits = Limits(**limits)
+        self.clock = FakeClock()
+        self.pool = pool.Pool(self.loop, self.limits, "http://replica")  # type: ignore[arg-type]
+        self.deadlines = Deadlines(asyncio.get_running_loop(), self.clock)
+        self.ends: list[socket.socket] = []
+
+    async def open(self) -> Connection:
+        """Take a slot and open a connection in it."""
+        assert await self.pool.obtain(fresh=True) is None
+        ours, theirs = socket.socketpair()
+        self.ends += [ours, theirs]
+        connection = Connection(asyncio.get_running_loop(), self.clock, self.deadlines, self.pool, self.limits)
+        connection.connection_made(SocketTransport(ours))
+        return connection
+
+    def serve(self, connection: Connection, response: bytes = answer(b"hello")) -> None:
+        """Serve one exchange on it; it is then the pool's again."""
+        connection.begin(self.limits, head_only=False)
+        connection.data_received(response)
+
+
+@pytest.fixture
+async def pooled() -> AsyncIterator[Callable[..., Pooled]]:
+    """Make pools with given limits; their sockets are closed behind the test."""
+    made: list[Pooled] = []
+
+    def make(**limits: Any) -> Pooled:
+        made.append(Pooled(**limits))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.deadlines.stop()
+        for end in each.ends:
+            end.close()
+
+
+MakePooled: TypeAlias = Callable[..., Pooled]
+STREAM = chunked(b"data: 1\n\n", headers=[EVENT_STREAM])
+
+
+async def test_a_connection_that_came_back_meanwhile_is_obtained_before_a_new_one(pooled: MakePooled) -> None:
+    """And only by a request that may use one that has served."""
+    here = pooled(max_connections=2)
+    connection = await here.open()
+    here.serve(connection)
+    assert await here.pool.obtain(fresh=False) is connection
+    assert (here.pool.counts.open, here.pool.counts.reused) == (1, 1)
+    here.serve(connection)
+    assert await here.pool.obtain(fresh=True) is None
+    assert not connection.usable, "it makes room, else uploads would leave one more each"
+
+
+async def test_a_slot_and_a_connection_pass_by_the_requests_whose_time_is_up(pooled: MakePooled) -> None:
+    """Their timers have run and they have not, so they are still in the line."""
+    for comes in ("a connection", "a slot"):
+        here = pooled(max_connections=1)
+        connection = await here.open()
+        late, waiting = spawn(here.pool.obtain(fresh=False)), spawn(here.pool.obtain(fresh=False))
+        await turns()
+        here.loop.timers[0].ring()
+        if comes == "a slot":
+            connection.close()
+        else:
+            here.serve(connection)
+        with pytest.raises(PoolTimeout):
+            await late
+        assert await waiting is (None if comes == "a slot" else connection)
+        assert (here.pool.counts.open, here.pool.counts.waiting) == (1, 0)
+
+
+async def test_a_timer_that_runs_just_after_a_connection_was_granted_takes_nothing_away(pooled: MakePooled) -> None:
+    here = pooled(max_connections=1)
+    connection = await here.open()
+    waiting = spawn(here.pool.obtain(fresh=False))
+    await turns()
+    here.serve(connection)
+    here.loop.timers[0].ring()
+    assert await waiting is connection
+    assert here.loop.timers[0].cancelled
+
+
+async def test_a_closing_pool_refuses_who_waits_and_leaves_who_was_refused_before(pooled: MakePooled) -> None:
+    here = pooled(max_connections=1)
+    await here.open()
+    late, waiting = spawn(here.pool.obtain(fresh=False)), spawn(here.pool.obtain(fresh=False))
+    await turns()
+    here.loop.timers[0].ring()
+    here.pool.close()
+    with pytest.raises(PoolTimeout, match="became free"):
+        await late
+    with pytest.raises(PoolTimeout, match="closing"):
+        await waiting
+
+
+async def test_a_connection_that_died_on_the_way_to_a_request_that_left_goes_to_nobody(pooled: MakePooled) -> None:
+    """Granted, closed by the upstream, and the request cancelled, all before the request ran."""
+    here = pooled(max_connections=1)
+    connection = await here.open()
+    leaving, waiting = spawn(here.pool.obtain(fresh=False)), spawn(here.pool.obtain(fresh=False))
+    await turns()
+    here.serve(connection)
+    leaving.cancel()
+    connection.eof_received()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert await waiting is None, "its slot goes on to the next"
+    assert here.pool.counts.open == 1
+
+
+async def test_distrust_is_logged_once_and_lasts_from_the_last_bytes_that_nobody_asked_for(
+    pooled: MakePooled, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = pooled()
+    connections = [await here.open() for _ in range(4)]
+    here.serve(connections[0], answer(b"hello") + b"POISON")
+    here.loop.seconds += pool.DISTRUST_SECONDS - 1
+    here.serve(connections[1], answer(b"hello") + b"POISON")
+    assert caplog.text.count("upstream http://replica sent bytes that no request asked for") == 1
+    assert "300 s" in caplog.text
+    here.loop.seconds += pool.DISTRUST_SECONDS - 1
+    here.serve(connections[2])
+    assert here.pool.counts.idle == 0
+    here.loop.seconds += 1
+    here.serve(connections[3])
+    assert here.pool.counts.idle == 1
+
+
+async def test_what_is_idle_or_on_probation_is_closed_at_the_first_bytes_that_nobody_asked_for(
+    pooled: MakePooled,
+) -> None:
+    here = pooled()
+    idle, probation, poisoned = [await here.open() for _ in range(3)]
+    here.serve(idle)
+    here.serve(probation, STREAM)
+    assert (here.pool.counts.idle, here.pool.counts.in_use) == (2, 1)
+    here.serve(poisoned, answer(b"hello") + b"POISON")
+    assert here.pool.counts.open == 0
+    assert here.loop.timers[0].cancelled, "the end of its probation"
+
+
+async def test_room_is_made_by_the_oldest_on_probation_and_then_by_the_oldest_idle_one(pooled: MakePooled) -> None:
+    here = pooled(max_connections=4)
+    idle, idle_too, probation, probation_too = [await here.open() for _ in range(4)]
+    here.serve(idle)
+    here.serve(idle_too)
+    here.serve(probation, STREAM)
+    here.serve(probation_too, STREAM)
+    here.pool._make_room()  # noqa: SLF001 - what a request does that finds all slots taken
+    assert [each.usable for each in (idle, idle_too, probation, probation_too)] == [True, True, False, True]
+    here.pool._make_room()  # noqa: SLF001
+    here.pool._make_room()  # noqa: SLF001
+    assert [each.usable for each in (idle, idle_too, probation, probation_too)] == [False, True, False, False]
+
+
+async def test_an_upstream_is_trusted_with_its_streams_after_three_that_outlived_their_probation(
+    pooled: MakePooled,
+) -> None:
+    here = pooled()
+    connection = await here.open()
+    for number in range(pool.TRUSTED_AFTER):
+        assert not here.pool.keeps_streams
+        here.serve(connection, STREAM)
+        assert here.pool.take() is None, "not before its probation is over"
+        here.loop.timers[number].ring()
+        assert here.pool.take() is connection
+    assert here.pool.keeps_streams
+    here.serve(connection, STREAM)
+    assert here.pool.take() is connection
+
+
+async def test_an_idle_connection_expires_after_its_time_and_one_on_probation_too(pooled: MakePooled) -> None:
+    here = pooled(idle_expiry_seconds=4)
+    idle, probation = await here.open(), await here.open()
+    here.serve(idle)
+    here.serve(probation, STREAM)
+    for elapsed, left in ((3.9, 2), (0.1, 0)):
+        here.clock.advance(elapsed)
+        here.deadlines.ring()
+        assert here.pool.counts.idle == left
 
 
 @pytest.mark.parametrize("unread", [b"", b"HTTP/1.1 200 OK\r\n"])
