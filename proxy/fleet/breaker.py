@@ -6,10 +6,12 @@ A breaker is closed while the replica is fine. Each way to open it is a `Cause`:
     -----------  -------------------------------------------------------------  ----------------------------------
     UNREACHABLE  a connection that could not be made                            any response, to a request or probe
     LOADING      a health check answered "loading the model"                    any other response
+    SILENT       health checks without an answer (`proxy.fleet.silence`)        any response, to a request or probe
     FAILING      evidence that the replica fails, not the request (see below)   a response that is not a failure
     THROTTLED    503 or 529: the replica is full                                time
 
-After its back-off (doubling with each opening in a row) one request or probe may try; its fate decides.
+After its back-off (doubling with each opening in a row) one request or probe may try; its fate decides. A silent
+replica is tried by probes only: a request would wait for as long as a prefill may take.
 
 A failed request may be its own fault, so failures are evidence that is weighed: a request that failed here and
 succeeded elsewhere proves the replica guilty at once; otherwise it takes several distinct prompts, and, for failures
@@ -44,8 +46,14 @@ class Cause(enum.StrEnum):
 
     UNREACHABLE = "unreachable"
     LOADING = "loading its model"
+    SILENT = "not responding"
     FAILING = "failing"
     THROTTLED = "full"
+
+
+PROBED: Final = frozenset({Cause.UNREACHABLE, Cause.LOADING, Cause.SILENT})
+"""Causes that the answer to a probe removes. One that failed requests is tried by a request: its model list proves
+nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +102,9 @@ class Breaker:
 
     def allows(self, now_seconds: float) -> bool:
         """Return whether a request may be sent now: it is closed, or its back-off is over and no trial runs."""
-        return self._until_seconds is None or (now_seconds >= self._until_seconds and not self._trying)
+        if self._until_seconds is None:
+            return True
+        return now_seconds >= self._until_seconds and not self._trying and self.cause is not Cause.SILENT
 
     def wait_seconds(self, now_seconds: float) -> float:
         """Return the time until the next trial; the first back-off while a trial runs."""
@@ -121,8 +131,8 @@ class Breaker:
             self._close()
 
     def reached(self) -> None:
-        """Note a probe that was answered. That closes it only if being unreachable or loading was the cause."""
-        if self.cause in (Cause.UNREACHABLE, Cause.LOADING):
+        """Note a probe that was answered. That closes it only if the cause is one of `PROBED`."""
+        if self.cause in PROBED:
             self._close()
         self._trying = False
 
@@ -136,7 +146,7 @@ class Breaker:
             del self._failures[next(iter(self._failures))]
         self._failures[failure] = None
         self._trying = False
-        if self.cause is Cause.UNREACHABLE and failure.by_status:
+        if failure.by_status and self.cause in (Cause.UNREACHABLE, Cause.SILENT):
             self._close()  # a status shows that the engine is there
         if not may_open or not self._is_convincing():
             return False
@@ -173,6 +183,8 @@ class Breaker:
     def _open(self, now_seconds: float, cause: Cause) -> bool:
         if self._until_seconds is not None and now_seconds < self._until_seconds:
             return False  # one of several requests that were under way when it opened
+        if self.cause is Cause.SILENT and cause is Cause.FAILING:
+            return False  # requests that time out there are no news, and a request would be tried after the back-off
         self._until_seconds = now_seconds + self._backoff.next_seconds(self._random())
         self.cause = cause
         self._trying = False

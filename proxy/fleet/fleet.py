@@ -205,6 +205,10 @@ class Fleet:
         """Return the number of this process's requests at a replica."""
         return self._replicas[number].work.in_flight
 
+    def has_work(self, number: int) -> bool:
+        """Return whether requests of any process are at a replica."""
+        return self._replicas[number].has_work
+
     def set_limit(self, number: int, in_flight_limit: int | None) -> None:
         """Set the limit of concurrent requests learned from the engine, unless one is configured."""
         replica = self._replicas[number]
@@ -263,7 +267,7 @@ class Fleet:
         replica.work.add(charge)
         if not (gated or queued):
             replica.work.start(charge, replica.rate_now, now_seconds, replica.peers.pending_tokens)
-        if not replica.breaker.is_closed:
+        if not replica.breaker.is_closed and replica.breaker.cause is not Cause.SILENT:
             charge.is_trial = replica.breaker.try_one(now_seconds)
         return charge
 
@@ -315,7 +319,7 @@ class Fleet:
             self._tell(replica, Change.UP, "a health check was answered")
 
     def unreachable(self, number: int, now_seconds: float, reason: str, cause: Cause = Cause.UNREACHABLE) -> bool:
-        """Note that a replica cannot be reached, or that its model is loading. Return whether that is new."""
+        """Note that a replica cannot be reached, loads its model or is frozen. Return whether that is new."""
         replica = self._replicas[number]
         replica.quiet_view = None
         known = replica.breaker.cause is cause
@@ -360,10 +364,10 @@ class Fleet:
         """End a probe that showed nothing."""
         self._replicas[number].breaker.abandon_trial()
 
-    def is_down(self, number: int) -> bool:
-        """Return whether it is known that no request can reach the replica's model."""
+    def is_probed(self, number: int) -> bool:
+        """Return whether a health check, and no request, brings the replica back."""
         replica = self._replicas.get(number)
-        return replica is None or not replica.may_be_tried
+        return replica is not None and replica.is_probed
 
     def breaker_state(self, number: int, now_seconds: float) -> BreakerState:
         """Return the state of a replica's breaker."""
@@ -374,15 +378,12 @@ class Fleet:
         return self._replicas[number].breaker.cause
 
     def probes(self, now_seconds: float) -> tuple[int, ...]:
-        """Claim a trial of each replica that a probe can bring back. Report `reached` or `unreachable` for each.
-
-        A replica that failed requests is tried by a request: its model list proves nothing.
-        """
+        """Claim a trial of each replica that a probe can bring back. Report `reached` or `unreachable` for each."""
         return tuple(
             replica.id
             for pool in self._pools.values()
             for replica in pool
-            if not replica.may_be_tried and replica.breaker.try_one(now_seconds)
+            if replica.is_probed and replica.breaker.try_one(now_seconds)
         )
 
     def _has_other_open(self, replica: ReplicaState) -> bool:

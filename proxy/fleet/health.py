@@ -1,6 +1,6 @@
 """Check replicas beside the requests: whether one is there, what it can hold, and whether it was restarted.
 
-A replica that cannot be resolved or connected to, or that is still loading its model, gets no request from the start.
+A replica that cannot be resolved or connected to, that is still loading its model, or that is frozen gets no request.
 What is learned of an engine goes to the `Findings`.
 """
 
@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 from proxy.clock import Clock
-from proxy.errors import BadResponse, ConnectFailed, ResetBeforeResponse, UpstreamError
+from proxy.errors import BadResponse, ConnectFailed, PoolTimeout, ResetBeforeResponse, UpstreamError
 from proxy.fleet.breaker import Cause
 from proxy.fleet.engine_facts import EngineFacts, read_llama_props, read_metrics, read_sglang_server, read_version
 from proxy.fleet.findings import Found
 from proxy.fleet.fleet import Fleet
-from proxy.fleet.http_client import HttpClient
+from proxy.fleet.http_client import PooledClient
 from proxy.fleet.learned_limit import LEAST_LIMIT
 from proxy.fleet.model_list import read_models
 from proxy.fleet.pools import Pools, ReplicaEndpoint
+from proxy.fleet.silence import Silence
 from proxy.logs import REPLICAS
 from proxy.tasks import Tasks
 from proxy.upstream import Limits
@@ -63,17 +64,21 @@ class Findings(Protocol):
 
 
 class HealthChecker:
-    """Checks all replicas. One per worker."""
+    """Checks all replicas. One per worker.
+
+    `limits` bound each question to a replica. `busy_seconds` is for how long one that has work may answer none.
+    """
 
     def __init__(
         self,
-        client: HttpClient,
+        client: PooledClient,
         pools: Pools,
         fleet: Fleet,
         findings: Findings,
         tasks: Tasks,
         clock: Clock,
         limits: Limits,
+        busy_seconds: float,
     ) -> None:
         self._client = client
         self._pools = pools
@@ -82,7 +87,10 @@ class HealthChecker:
         self._tasks = tasks
         self._clock = clock
         self._limits = limits
+        self._busy_seconds = busy_seconds
         self._found: dict[int, Found] = {}
+        self._silences: dict[int, Silence] = {}
+        self._checking: set[int] = set()
 
     async def begin(self) -> None:
         """Check every replica once and log what was found, so that the first requests are served accordingly."""
@@ -104,12 +112,12 @@ class HealthChecker:
                 next_load_seconds = now_seconds + LOAD_SECONDS
                 for number in self._busy():
                     self._tasks.start(self.check_load(number), "engine load check")
-            for number in self._fleet.probes(now_seconds):
+            for number in (*self._fleet.probes(now_seconds), *self._silent()):
                 self._tasks.start(self.check(number), "health check")
             if now_seconds >= next_facts_seconds:
                 next_facts_seconds = now_seconds + FACTS_SECONDS
                 for number in self._pools.served:
-                    if not self._fleet.is_down(number):  # those are probed by their back-off
+                    if number in self._fleet and not self._fleet.is_probed(number):
                         self._tasks.start(self.check(number), "health check")
             await asyncio.sleep(TICK_SECONDS)
 
@@ -121,21 +129,34 @@ class HealthChecker:
     def replica_forgotten(self, number: int, endpoint: ReplicaEndpoint) -> None:  # noqa: ARG002
         """Drop what was found at a replica that is gone for good."""
         self._found.pop(number, None)
+        self._silences.pop(number, None)
 
     async def check(self, number: int) -> None:
         """Ask a replica for its models, and an engine for its facts. Whatever it does not say stays as it is."""
         endpoint = self._pools.backends.get(number)
-        if endpoint is None:
+        if endpoint is None or number in self._checking:
             return
+        self._checking.add(number)
+        try:
+            await self._check(number, endpoint)
+        finally:
+            self._checking.discard(number)
+
+    async def _check(self, number: int, endpoint: ReplicaEndpoint) -> None:
+        sent_seconds = self._clock.monotonic()
         try:
             status, page = await self._page(endpoint, b"/v1/models")
         except (ConnectFailed, ResetBeforeResponse, BadResponse) as error:
+            self._silences.pop(number, None)
             self._down(number, error.message)
             return
-        except UpstreamError:
+        except UpstreamError as error:
             if number in self._fleet:
-                self._fleet.abandon_trial(number)  # too slow to tell anything
+                self._fleet.abandon_trial(number)
+                if not isinstance(error, PoolTimeout):  # else it was never asked
+                    self._unanswered(number, endpoint, sent_seconds)
             return
+        self._silences.pop(number, None)
         if number not in self._fleet:
             return
         if status == _UNAVAILABLE and b"loading" in page[:4096].lower():
@@ -143,6 +164,33 @@ class HealthChecker:
             return
         self._fleet.reached(number)
         await self._learn(number, endpoint, read_models(page) if status == 200 else None)
+
+    def _silent(self) -> list[int]:
+        """Return the replicas that left a health check unanswered and are not known to be down: ask them again."""
+        return [
+            number
+            for number in self._silences
+            if number in self._fleet and number not in self._checking and not self._fleet.is_probed(number)
+        ]
+
+    def _unanswered(self, number: int, endpoint: ReplicaEndpoint, sent_seconds: float) -> None:
+        """Note that a check sent at `sent_seconds` was not answered in time."""
+        if endpoint.is_provider:
+            return  # many machines behind one address, and listing models may be slow there
+        received_seconds = self._client.received_seconds(endpoint.origin)
+        if received_seconds >= sent_seconds:
+            self._silences.pop(number, None)
+            return
+        now_seconds = self._clock.monotonic()
+        silence = self._silences.get(number)
+        if silence is None or received_seconds >= silence.since_seconds:
+            silence = Silence(sent_seconds, now_seconds + self._fleet.sent_seconds(number, now_seconds))
+            self._silences[number] = silence
+        silence.checks += 1
+        has_work = self._fleet.has_work(number)
+        if silence.shows_a_frozen_replica(now_seconds, has_work=has_work, busy_seconds=self._busy_seconds):
+            silent_seconds = now_seconds - silence.since_seconds
+            self._down(number, f"no health check was answered for {silent_seconds:.0f} s", Cause.SILENT)
 
     def _busy(self) -> list[int]:
         """Return the replicas whose limit of concurrent requests can only be learned, and may be near."""

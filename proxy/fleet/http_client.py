@@ -23,3 +23,11 @@ class HttpClient(Protocol):
     ) -> Awaitable[UpstreamResponse]:
         """Return when the head of the response has come; raises UpstreamError."""
         ...
+
+
+class PooledClient(HttpClient, Protocol):
+    """A client that also tells when something was last received: `proxy.upstream.UpstreamClient`."""
+
+    def received_seconds(self, origin: Origin) -> float:
+        """Return when the last byte of any response came from an origin, on the monotonic clock; 0 for never."""
+        ...

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Final
 
-from proxy.fleet.breaker import Breaker, Cause
+from proxy.fleet.breaker import PROBED, Breaker, Cause
 from proxy.fleet.peers import PeerWork
 from proxy.fleet.rate import PrefillRate
 from proxy.fleet.work import Work
@@ -159,9 +159,20 @@ class ReplicaState:
         return view
 
     @property
+    def has_work(self) -> bool:
+        """True if requests of any process are there."""
+        return self.work.in_flight > 0 or self.peers.in_flight > 0
+
+    @property
+    def is_probed(self) -> bool:
+        """True if a health check, and no request, brings it back."""
+        return self.breaker.cause in PROBED
+
+    @property
     def may_be_tried(self) -> bool:
-        """True unless it is known that no request can reach the model."""
-        return self.breaker.cause not in (Cause.UNREACHABLE, Cause.LOADING)
+        """True unless it is known that no request can reach the model; one that has work may be silent for that."""
+        cause = self.breaker.cause
+        return cause not in PROBED or (cause is Cause.SILENT and self.has_work)
 
 
 RATE_LIMITED: Final = "rate limited for this key and model"

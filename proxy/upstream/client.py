@@ -123,6 +123,11 @@ class UpstreamClient:
         """Return each origin's connection counts."""
         return {origin: upstream.pool.counts for origin, upstream in self._upstreams.items()}
 
+    def received_seconds(self, origin: Origin) -> float:
+        """Return when the last byte of any response came from an origin, on the monotonic clock; 0 for never."""
+        upstream = self._upstreams.get(origin)
+        return 0.0 if upstream is None else upstream.pool.received_seconds
+
     def forget(self, origin: Origin) -> bool:
         """Drop the pool of an origin that is gone: now, or as soon as its last connection closes.
 
@@ -174,7 +179,7 @@ class UpstreamClient:
         except BaseException:
             pool.vacate()
             raise
-        pool.opened += 1
+        pool.opened_one(connection)
         if self._closed or not connection.usable:
             connection.close()
             raise ConnectFailed("the connection to the upstream closed as it opened")

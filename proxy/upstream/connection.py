@@ -91,6 +91,7 @@ class Connection(asyncio.Protocol):
     Attributes:
         deadline: when the thing it waits for is late, on the monotonic clock.
         served: complete responses so far.
+        seen_seconds: when bytes last came, on the monotonic clock; 0 for never.
         dropped_after_stream: the upstream closed it directly after a streamed response.
         unsolicited: bytes came beyond the end of a response, or while no request was waiting for one. What they are
             and for whom is unknown, so the connection is closed and its pool stops reusing connections for a while.
@@ -102,6 +103,7 @@ class Connection(asyncio.Protocol):
         self.state = State.IDLE
         self.deadline = NEVER
         self.served = 0
+        self.seen_seconds = 0.0
         self.dropped_after_stream = False
         self.unsolicited = False
         self._last_was_stream = False
@@ -133,7 +135,6 @@ class Connection(asyncio.Protocol):
         self._plain_bytes = 0  # bytes of the body that are still to come and bypass the parser
         self._in_chunk = False
         self._between_chunks = False  # the last byte parsed ended a chunk or the head
-        self._seen_at = 0.0  # time of the last receive
         self._drain_waiter: asyncio.Future[None] | None = None
 
     # -- called by the client and the pool
@@ -209,8 +210,8 @@ class Connection(asyncio.Protocol):
 
     def rest(self, expiry_seconds: float) -> None:
         """Close after `expiry_seconds` unless another exchange begins before."""
-        self._rested_at = self._seen_at
-        self._watch(self._seen_at + expiry_seconds)
+        self._rested_at = self.seen_seconds
+        self._watch(self.seen_seconds + expiry_seconds)
 
     @property
     def usable(self) -> bool:
@@ -269,7 +270,7 @@ class Connection(asyncio.Protocol):
             self.unsolicited = self.state is _IDLE and not data.startswith(_IDLE_NOTICES)
             self.close()
             return
-        self._seen_at = response.seen_seconds = self._now()
+        self.seen_seconds = response.seen_seconds = self._now()
         if self._plain_bytes:
             self._take_plain(response, data)
         elif not (self._between_chunks and self._relay_chunk(response, data)):
@@ -300,7 +301,7 @@ class Connection(asyncio.Protocol):
         if self.state is _HEAD and response is not None:
             self._headers = []
             self._reason = b""
-            response.first_byte_seconds = self._seen_at
+            response.first_byte_seconds = self.seen_seconds
         else:
             self._extra = True
 
@@ -442,7 +443,7 @@ class Connection(asyncio.Protocol):
             return False
         if self.state is _BODY:
             self._quiet_bytes = 0
-            self._watch(self._seen_at + self._idle_seconds)
+            self._watch(self.seen_seconds + self._idle_seconds)
         return True
 
     def _take_plain(self, response: UpstreamResponse, data: bytes) -> None:
@@ -459,7 +460,7 @@ class Connection(asyncio.Protocol):
 
     def _more(self, response: UpstreamResponse) -> None:
         """Handle a part of the body that is not its end."""
-        self.deadline = deadline = self._seen_at + self._idle_seconds
+        self.deadline = deadline = self.seen_seconds + self._idle_seconds
         if deadline < self._deadlines.next_at:
             self._deadlines.arm(deadline)
         response.wake()  # before the check below: a reader that takes everything now spares a pause and a resume

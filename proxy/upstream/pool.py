@@ -57,6 +57,8 @@ class Pool:
         self._limits = limits
         self._idle: list[Connection] = []
         self._probation: dict[Connection, asyncio.TimerHandle] = {}
+        self._connections: set[Connection] = set()
+        self._received_seconds = 0.0  # on connections that are closed
         self._waiters: deque[_Waiter] = deque()
         self._open = 0
         self._streams_kept = 0
@@ -80,6 +82,11 @@ class Pool:
             reused=self.reused,
             retried=self.retried,
         )
+
+    @property
+    def received_seconds(self) -> float:
+        """When the last byte came on any connection, on the monotonic clock; 0 for never."""
+        return max([self._received_seconds, *[connection.seen_seconds for connection in self._connections]])
 
     @property
     def keeps_streams(self) -> bool:
@@ -118,6 +125,11 @@ class Pool:
                 return granted
             granted.close()
 
+    def opened_one(self, connection: Connection) -> None:
+        """Take a connection that was opened into a slot obtained before."""
+        self.opened += 1
+        self._connections.add(connection)
+
     def vacate(self) -> None:
         """Give a slot back; the request that has waited longest gets it."""
         self._open -= 1
@@ -141,6 +153,8 @@ class Pool:
 
     def left(self, connection: Connection) -> None:
         """Forget a closed connection and free its slot."""
+        self._connections.discard(connection)
+        self._received_seconds = max(self._received_seconds, connection.seen_seconds)
         timer = self._probation.pop(connection, None)
         if timer is not None:
             timer.cancel()

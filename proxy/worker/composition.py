@@ -433,7 +433,8 @@ def _health(config: Config, built: Built, findings: EngineFindings) -> HealthChe
         findings=findings,
         tasks=built.basics.loops,
         clock=built.basics.clock,
-        limits=from_config.upstream_limits(config.upstream),
+        limits=from_config.health_check_limits(config.upstream),
+        busy_seconds=config.upstream.silence_seconds,
     )
 
 

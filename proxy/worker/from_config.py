@@ -5,6 +5,8 @@ from __future__ import annotations
 import ssl
 from collections.abc import Callable
 
+import msgspec
+
 from cache import ContextLimits
 from proxy.clock import Clock
 from proxy.config.schema import (
@@ -72,6 +74,13 @@ def upstream_limits(upstream: Upstream) -> Limits:
         pool_wait_seconds=upstream.pool_seconds,
         max_connections=upstream.max_connections,
         idle_expiry_seconds=upstream.keepalive_seconds,
+    )
+
+
+def health_check_limits(upstream: Upstream) -> Limits:
+    """Return the limits of each question of a health check: an answer takes no prefill."""
+    return msgspec.structs.replace(
+        upstream_limits(upstream), first_byte_seconds=upstream.check_seconds, idle_seconds=upstream.check_seconds
     )
 
 

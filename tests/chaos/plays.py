@@ -12,6 +12,8 @@ from typing import NamedTuple
 import msgspec
 
 from benchmarks.common import cpu
+from proxy.fleet.health import FACTS_SECONDS
+from proxy.fleet.silence import UNANSWERED_CHECKS
 from proxy.supervisor.private_store import SILENCE_LIMIT_SECONDS
 from tests.chaos import dialogue, scene, stack
 from tests.chaos.load import Connection
@@ -23,6 +25,7 @@ Play = Callable[[Scene], Awaitable[None]]
 OPEN_FILES = 256  # of each process, where descriptors are short
 SMALL_DISK = "6m"
 LOADED_KEYS = "3000"
+FOUND_FROZEN_SECONDS = FACTS_SECONDS + UNANSWERED_CHECKS * stack.CHECK_SECONDS + stack.SILENCE_SECONDS
 CONTEXTS, USES = 6, 5  # each use on a connection of its own, so at either worker
 
 
@@ -310,7 +313,7 @@ async def kill_replica(on: Scene) -> None:
 async def freeze_replica(on: Scene) -> None:
     on.lose_replica(0)
     on.stack.replicas[0].signal(signal.SIGSTOP)
-    await on.hold(stack.IDLE_SECONDS + 1.0)
+    await on.hold(FOUND_FROZEN_SECONDS)
     on.stack.replicas[0].signal(signal.SIGCONT)
     on.mend()
 
@@ -366,7 +369,7 @@ SCENARIOS = (
              shows=r"redis is refusing writes \(misconf", needs="disk"),
     Scenario("upstream-killed", "one of three replicas is killed, started later", kill_replica,
              shows="upstream r0 is down"),
-    Scenario("upstream-frozen", "SIGSTOP of one of three replicas", freeze_replica),
+    Scenario("upstream-frozen", "SIGSTOP of one of three replicas", freeze_replica, shows="upstream r0 is down"),
     Scenario("upstream-restarted", "one of three replicas is restarted", restart_replica),
     Scenario("upstream-late", "one of three replicas answers after 1.5 s", delay_replica),
     Scenario("two-proxies", "two proxies on one Redis that is frozen, flushed and killed", worst_redis, proxies=2,

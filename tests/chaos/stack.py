@@ -31,6 +31,7 @@ CLOCK_FILE = "clock"  # in the stack's folder: by how much the wall clock is shi
 WORKERS = 2
 REPLICAS = 3
 FIRST_BYTE_SECONDS = IDLE_SECONDS = 2.0
+CHECK_SECONDS = SILENCE_SECONDS = 1.0
 
 
 class Failed(Exception):
@@ -183,6 +184,8 @@ class Stack:
                 "first_byte_seconds": FIRST_BYTE_SECONDS,
                 "idle_seconds": IDLE_SECONDS,
                 "connect_seconds": 1,
+                "check_seconds": CHECK_SECONDS,
+                "silence_seconds": SILENCE_SECONDS,
                 "comment_seconds": 0,
             },
         }

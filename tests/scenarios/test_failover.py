@@ -213,6 +213,37 @@ async def test_a_replica_that_is_loading_its_model_gets_no_request_until_it_is_d
         assert cairn.heard.last.pools["engines"].up
 
 
+async def test_a_frozen_replica_is_found_by_its_silence_and_gets_no_request_until_it_answers(
+    http: aiohttp.ClientSession,
+) -> None:
+    """Its kernel accepts connections; the refusal, readiness and the status page's report say what is wrong."""
+    wakes = asyncio.Event()
+
+    class Frozen(OpenAIUpstream):
+        async def _serve(self, request: web.BaseRequest, asked: Any, failure: Failure | None) -> web.StreamResponse:
+            await wakes.wait()
+            return await super()._serve(request, asked, failure)
+
+    upstream = Upstream(check_seconds=0.1)
+    async with Frozen() as frozen, running(config_for([frozen.url], upstream=upstream)) as cairn:
+
+        async def found() -> bool:
+            cairn.worker.reporter.report()
+            assert cairn.heard.last is not None
+            return not cairn.heard.last.pools["engines"].up
+
+        await eventually(found, within_seconds=5)
+        status, text, _ = await ask(http, cairn, "chat/completions")
+        assert (status, frozen.generations) == (503, [])
+        assert "is not responding" in text
+        wakes.set()
+
+        async def served() -> bool:
+            return (await ask(http, cairn, "chat/completions"))[0] == 200
+
+        await eventually(served, within_seconds=5)
+
+
 async def test_the_start_lists_each_replica_with_what_was_found(caplog: pytest.LogCaptureFixture) -> None:
     """And each change is one line with its reason."""
     caplog.set_level("INFO")

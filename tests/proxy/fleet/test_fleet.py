@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.index.prefix_index import Held, Match
-from proxy.fleet import BreakerState, Change, Failure, Fleet, PrefillRate, ReplicaChange, ReplicaSpec, ShareRow
+from proxy.fleet import BreakerState, Cause, Change, Failure, Fleet, PrefillRate, ReplicaChange, ReplicaSpec, ShareRow
 from proxy.model import Demand
 from proxy.routing.cost import plan
 
@@ -88,10 +88,11 @@ def test_what_was_sent_is_told_from_what_waits_and_goes_down_as_time_passes():
     assert fleet.own_in_flight(0) == 0
 
 
-def test_a_replica_that_is_not_there_is_down_and_has_no_name():
+def test_a_replica_that_is_not_there_is_not_probed_and_has_no_name():
     """So is one that was forgotten; its number is free again, and its name unknown."""
     fleet = fleet_of("a", "b")
-    assert [fleet.is_down(number) for number in (0, 1, 7)] == [False, False, True]
+    fleet.unreachable(0, 0.0, "refused")
+    assert [fleet.is_probed(number) for number in (0, 1, 7)] == [True, False, False]
     assert fleet.forget(7)
     assert not fleet.forget(0)
     charge = fleet.charge(0, 10.0, 0.0)
@@ -99,7 +100,7 @@ def test_a_replica_that_is_not_there_is_down_and_has_no_name():
     assert not fleet.forget(0)
     fleet.finish(charge, 0.1)
     assert fleet.forget(0)
-    assert (fleet.name_of(0), fleet.number_of("a"), fleet.is_down(0)) == (None, None, True)
+    assert (fleet.name_of(0), fleet.number_of("a"), fleet.is_probed(0)) == (None, None, False)
     assert fleet.add(ReplicaSpec("c", "pool")) == 0
 
 
@@ -404,6 +405,43 @@ def test_a_replica_that_failed_requests_is_tried_by_a_request_and_not_by_a_probe
     assert fleet.breaker_state(0, 1.0) is BreakerState.HALF_OPEN
     fleet.responded(0)
     assert fleet.breaker_state(0, 1.0) is BreakerState.CLOSED
+
+
+def test_a_silent_replica_is_tried_by_no_request():
+    """Neither after its back-off nor as the last one: a request would wait for as long as a prefill may take."""
+    fleet = fleet_of("a")
+    fleet.unreachable(0, 0.0, "no health check was answered", Cause.SILENT)
+    assert (row(fleet, now=60.0).available, fleet.is_open(0, 60.0)) == (False, False)
+    assert row(fleet, now=60.0).unavailable_because == "not responding"
+    fleet.reached(0)
+    assert row(fleet, now=60.0).available
+
+
+def test_a_silent_replica_that_has_work_is_tried_only_if_no_other_is_left():
+    """It may be computing; a request that tries it does not keep probes away."""
+    fleet = fleet_of("a", "b")
+    charge = fleet.charge(0, 100.0, 0.0)
+    fleet.unreachable(0, 0.0, "no health check was answered", Cause.SILENT)
+    assert [view.available for view in fleet.snapshot("pool", 60.0)] == [False, True]
+    fleet.unreachable(1, 60.0, "refused")
+    assert [view.available for view in fleet.snapshot("pool", 60.1)] == [True, False]
+    tried = fleet.charge(0, 100.0, 60.1)
+    assert 0 in fleet.probes(60.1)
+    fleet.finish(charge, 60.2)
+    fleet.finish(tried, 60.2)
+    assert not row(fleet, 0, now=60.2).available
+
+
+def test_requests_that_time_out_leave_a_silent_replica_silent_and_a_status_brings_it_back():
+    """As a failing one it would be tried by a request after each back-off."""
+    fleet = fleet_of("a", "b")
+    fleet.unreachable(0, 0.0, "no health check was answered", Cause.SILENT)
+    for prompt in range(5):
+        fleet.failed(0, Failure(prompt, 1, by_status=False), 60.0, "no first byte in time")
+        fleet.proven(0, 60.0, "another replica succeeded")
+    assert fleet.cause(0) is Cause.SILENT
+    fleet.failed(0, Failure(9, 1, by_status=True), 60.0, "status 500")
+    assert fleet.cause(0) is not Cause.SILENT
 
 
 def test_probes_are_given_once_when_the_back_off_is_over():

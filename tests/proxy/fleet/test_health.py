@@ -15,6 +15,7 @@ from proxy.errors import (
     CairnError,
     ConnectFailed,
     FirstByteTimeout,
+    PoolTimeout,
     ResetBeforeResponse,
 )
 from proxy.fleet import BreakerState, Cause, Fleet, ReplicaChange, ReplicaSpec
@@ -27,6 +28,7 @@ from proxy.tasks import Tasks
 from proxy.upstream import Limits, Origin, UpstreamResponse
 from tests.support.clock import FakeClock
 
+CHECK_SECONDS, BUSY_SECONDS = 5.0, 60.0
 MODELS = b'{"data": [{"id": "a"}, {"id": "b"}]}'
 PROPS = b'{"total_slots": 2, "default_generation_settings": {"n_ctx": 100}, "build_info": "b9", "chat_template": "x"}'
 
@@ -56,7 +58,10 @@ class Bench:
         self.loads: list[tuple[int | None, int | None]] = []
         self.headers: list[dict[bytes, bytes]] = []
         self.tasks = Tasks()
-        self.checker = HealthChecker(self, self.pools, self.fleet, self, self.tasks, self.clock, Limits())
+        self.received = 0.0
+        self.checker = HealthChecker(
+            self, self.pools, self.fleet, self, self.tasks, self.clock, Limits(), busy_seconds=BUSY_SECONDS
+        )
 
     def apply(self, number: int, endpoint: ReplicaEndpoint, found: Found, now_seconds: float) -> None:
         self.found.append(found)
@@ -80,6 +85,8 @@ class Bench:
     async def _respond(self, page: Page) -> UpstreamResponse:
         if page is None:
             await asyncio.Event().wait()
+        if isinstance(page, FirstByteTimeout):
+            self.clock.advance(CHECK_SECONDS)
         if isinstance(page, CairnError):
             raise page
         assert page is not None
@@ -88,6 +95,13 @@ class Bench:
         response.chunks.append(page[1])
         response.ended()
         return response
+
+    def received_seconds(self, origin: Origin) -> float:
+        return self.received
+
+    async def check_times(self, count: int) -> None:
+        for _ in range(count):
+            await self.checker.check(0)
 
     def state(self) -> tuple[BreakerState, Cause | None]:
         return self.fleet.breaker_state(0, self.clock.monotonic()), self.fleet.cause(0)
@@ -130,6 +144,115 @@ async def test_a_slow_answer_shows_nothing_and_lets_another_probe_come() -> None
     assert bench.fleet.probes(bench.clock.monotonic()) == (0,)
     await bench.checker.check(0)
     assert bench.fleet.probes(bench.clock.monotonic()) == (0,)
+
+
+FROZEN: Mapping[bytes, Page] = {b"/v1/models": FirstByteTimeout("late")}
+"""The pages of a replica whose process is stopped: its kernel accepts connections, and nothing is answered."""
+
+
+async def test_a_frozen_replica_is_down_after_three_unanswered_checks_and_up_with_the_first_answer() -> None:
+    bench = Bench(FROZEN)
+    await bench.check_times(2)
+    assert bench.state() == (BreakerState.CLOSED, None)
+    await bench.check_times(1)
+    assert bench.state() == (BreakerState.OPEN, Cause.SILENT)
+    assert [change.reason for change in bench.changes] == ["no health check was answered for 15 s"]
+    assert bench.checker.describe(0) == "replica r (pool pool) is down: not responding"
+    bench.pages[b"/v1/models"] = (404, b"")
+    await bench.checker.check(0)
+    assert bench.state() == (BreakerState.CLOSED, None)
+
+
+async def test_an_answered_check_between_unanswered_ones_makes_a_new_start() -> None:
+    bench = Bench(FROZEN)
+    for page in (*[FROZEN[b"/v1/models"]] * 2, (200, MODELS), *[FROZEN[b"/v1/models"]] * 2):
+        bench.pages[b"/v1/models"] = page
+        await bench.checker.check(0)
+    assert bench.state() == (BreakerState.CLOSED, None)
+
+
+async def test_a_replica_that_sends_responses_is_not_frozen_however_slow_its_checks_are() -> None:
+    """A loaded event loop answers checks after half a minute and relays tokens all the while."""
+    bench = Bench(FROZEN)
+    for _ in range(20):
+        await bench.check_times(2)
+        bench.received = bench.clock.monotonic() - 1.0
+    assert bench.state() == (BreakerState.CLOSED, None)
+
+
+async def test_bytes_that_came_between_two_checks_end_the_silence_before_them() -> None:
+    bench = Bench(FROZEN)
+    await bench.check_times(2)
+    bench.received = bench.clock.monotonic()
+    bench.clock.advance(1.0)
+    await bench.check_times(2)
+    assert bench.state() == (BreakerState.CLOSED, None)
+    await bench.check_times(1)
+    assert bench.state() == (BreakerState.OPEN, Cause.SILENT)
+
+
+async def test_an_engine_that_computes_a_long_prompt_is_not_frozen_while_that_is_predicted_to_take_so_long() -> None:
+    """One with a single thread answers nothing until its prefill has ended, and somewhat later than predicted."""
+    bench = Bench(FROZEN)
+    start_seconds = bench.clock.monotonic()
+    charge = bench.fleet.charge(0, 300 * bench.fleet.rate_of(0), start_seconds)
+    while bench.clock.monotonic() < start_seconds + 300 + BUSY_SECONDS - CHECK_SECONDS:
+        await bench.check_times(1)
+        assert bench.state() == (BreakerState.CLOSED, None)
+    await bench.check_times(1)
+    assert bench.state() == (BreakerState.OPEN, Cause.SILENT)
+    bench.fleet.finish(charge, bench.clock.monotonic())
+
+
+async def test_requests_that_come_to_a_frozen_replica_do_not_put_off_that_it_is_found() -> None:
+    """What was sent after the first unanswered check explains nothing of the silence before."""
+    bench = Bench(FROZEN)
+    bench.fleet.charge(0, 1.0, bench.clock.monotonic())
+    start_seconds = bench.clock.monotonic()
+    while bench.fleet.cause(0) is None:
+        await bench.check_times(1)
+        bench.fleet.charge(0, 10 * bench.fleet.rate_of(0), bench.clock.monotonic())
+        assert bench.clock.monotonic() <= start_seconds + BUSY_SECONDS + 2 * CHECK_SECONDS
+    assert bench.fleet.cause(0) is Cause.SILENT
+
+
+async def test_a_provider_and_a_replica_whose_connections_are_all_in_use_are_not_frozen() -> None:
+    """Many machines serve a provider's address; and a check that found no free connection was never sent."""
+    for bench in (Bench(FROZEN, is_provider=True), Bench({b"/v1/models": PoolTimeout("all are in use")})):
+        await bench.check_times(10)
+        assert bench.state() == (BreakerState.CLOSED, None)
+
+
+async def test_a_replica_that_left_a_check_unanswered_is_checked_again_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that a frozen one is found within seconds of the first, and after that it is still asked."""
+    monkeypatch.setattr("proxy.fleet.health.TICK_SECONDS", 0.0)
+    bench = Bench(FROZEN)
+    await bench.checker.check(0)
+    running = bench.tasks.start(bench.checker.run(), "health checks")
+    try:
+        async with asyncio.timeout(5):
+            while bench.fleet.cause(0) is not Cause.SILENT:  # noqa: ASYNC110 - the checker runs by itself
+                await asyncio.sleep(0)
+        assert len(bench.headers) == 3
+        bench.pages[b"/v1/models"] = (200, MODELS)
+        bench.clock.advance(1.0)
+        async with asyncio.timeout(5):
+            while bench.state()[0] is not BreakerState.CLOSED:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0)
+    finally:
+        running.cancel()
+
+
+async def test_one_check_of_a_replica_runs_at_a_time() -> None:
+    """Else a frozen replica would collect them."""
+    bench = Bench({b"/v1/models": None})
+    first = bench.tasks.start(bench.checker.check(0), "health check")
+    await asyncio.sleep(0)
+    await bench.checker.check(0)
+    assert len(bench.headers) == 1
+    first.cancel()
 
 
 async def test_what_an_engine_says_is_found_and_described() -> None:

@@ -171,6 +171,24 @@ async def test_a_connection_that_the_upstream_closed_while_idle_is_forgotten(mak
         assert await fetch(client, upstream) == b"hello"
 
 
+async def test_it_is_known_when_the_last_byte_came_from_an_upstream(make_client: MakeClient) -> None:
+    """On a connection in use, on an idle one, and after the connection was closed."""
+    clock = FakeClock()
+    client = make_client(clock)
+    play: Play = [Expect(), Send(answer(b"hello")), Expect(), Send(answer(b"hello")[:-2]), Stall()]
+    async with ScriptedUpstream([play]) as upstream:
+        assert client.received_seconds(origin_of(upstream)) == 0.0
+        await fetch(client, upstream)
+        clock.advance(5.0)
+        assert client.received_seconds(origin_of(upstream)) == clock.monotonic() - 5.0
+        response = await client.request(origin_of(upstream), b"GET", b"/")
+        clock.advance(5.0)
+        assert client.received_seconds(origin_of(upstream)) == clock.monotonic() - 5.0
+        response.abort()
+        await until(lambda: counts(client, upstream).open == 0)
+        assert client.received_seconds(origin_of(upstream)) == clock.monotonic() - 5.0
+
+
 async def test_an_idle_connection_is_closed_when_it_expires(make_client: MakeClient) -> None:
     clock = FakeClock()
     client = make_client(clock, idle_expiry_seconds=4)
