@@ -15,7 +15,9 @@ REASON_PHRASES: Final = {status.value: status.phrase.encode() for status in HTTP
 
 
 class CairnError(Exception):
-    """Base of all. `message` can be shown to anyone: it contains no prompt, no key and no path of the machine."""
+    """Base of all errors. `message` can be shown to anyone: it contains no prompt, no key and no path of the
+    machine.
+    """
 
     status = 500
     type = "server_error"
@@ -46,7 +48,7 @@ class InternalError(CairnError):
 class ConfigError(CairnError):
     """The configuration cannot be used.
 
-    `problems` are all that were found: the path of a setting, such as `$.pools[0].name`, and a text. `param` is the
+    `problems` lists all that were found: the path of a setting, such as `$.pools[0].name`, and a text. `param` is the
     path of the first one; it is None if the configuration could not be read at all.
     """
 

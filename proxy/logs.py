@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 
 REPLICAS = "cairn.replicas"
-"""The logger of what is found at replicas and how they change."""
+"""Name of the logger of findings at replicas and of their changes."""
 
 _CREDENTIALS = re.compile(
     r"(?i)(?:(?P<head>\b(?:bearer|basic)\s+|\bx-api-key['\":\s=b]+)[^\s'\",]+"

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import msgspec
 
 Body: TypeAlias = bytes | bytearray
-"""A request's body. Nobody writes to it once it has been read; a long one was read in place."""
+"""A request's body. It is never changed once it has been read; a long one was read in place, as a bytearray."""
 
 
 class Endpoint(enum.StrEnum):
@@ -109,11 +109,11 @@ class Tenant(msgspec.Struct, frozen=True, gc=False):
     salt: bytes = b""
     models: tuple[str, ...] = ("*",)
     name: str = ""
-    is_listed: bool = False  # by the configuration; the key of any other tenant is checked by upstreams alone
+    is_listed: bool = False  # in the configuration; the keys of other tenants are checked by upstreams only
     client: str = ""
-    sees_all: bool = True  # it is told of prefixes that other tenants sent
-    weight: float = 1.0  # of its share where tenants wait
-    highest_priority: int = 1  # that it may ask for: 0 high, 1 normal, 2 low
+    sees_all: bool = True  # it may see that prefixes are cached which other tenants sent
+    weight: float = 1.0  # of its share while requests of several tenants wait
+    highest_priority: int = 1  # best priority that it may ask for: 0 high, 1 normal, 2 low
 
     @property
     def is_limited(self) -> bool:
@@ -126,7 +126,7 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
 
     `cached_tokens` is None if the upstream did not report them. `inconsistent` means that values were clamped.
     `prefill_seconds` is None except for engines that report it. `service_tier` is the tier that was used, if it has
-    prices of its own (flex, priority, batch). If the response took several model calls, the counts are their sums and
+    separate prices (flex, priority, batch). If the response took several model calls, the counts are their sums and
     `longest_call_tokens` is the prompt of the longest.
     """
 
@@ -150,7 +150,7 @@ class Media(msgspec.Struct, frozen=True, gc=False):
 
 
 class UsageRequest(enum.Enum):
-    """Usage reporting as the body requests it, which decides the edit that asks for it."""
+    """How the body asks for usage in a stream, which decides the edit that asks for it."""
 
     ASKED = "asked"  # include_usage is true: nothing to edit or to withhold
     ABSENT = "absent"  # no stream_options: insert the member
@@ -167,14 +167,14 @@ class ToolOrder(enum.StrEnum):
 
 
 class TemplateFacts(msgspec.Struct, frozen=True):
-    """Facts about how an engine renders the prompts of one model, as far as the key of a prefix depends on it.
+    """How an engine renders the prompts of one model, as far as the key of a prefix depends on it.
 
-    `drops_reasoning`: reasoning before the last user message is left out, `drops_thoughts`: and so is reasoning that
-    clients leave in the text between `<think>` marks. `ignores_reasoning`: the field is left out wherever it is.
-    `moves_system`: system messages from within
-    the conversation are put at its head. `dated`: the head contains today's date. `none_drops_tools`: `tool_choice`
-    "none" leaves the tools out. `headless`: template arguments that change nothing before the last message.
-    `keeps_billing`: a client's billing block is rendered. `root` is the model's own name if it is served by others.
+    `drops_reasoning`: reasoning before the last user message is left out. `drops_thoughts`: so is reasoning in the
+    text of messages between `<think>` and `</think>`. `ignores_reasoning`: the field is left out everywhere.
+    `moves_system`: system messages within the conversation are moved to its beginning. `dated`: the head contains
+    today's date. `none_drops_tools`: `tool_choice` "none" leaves the tools out. `headless`: template arguments that
+    change nothing before the last message. `keeps_billing`: a client's billing block is rendered. `root` is the
+    model's own name if it is served by others.
     """
 
     order: ToolOrder = ToolOrder.TOOLS_FIRST
@@ -209,13 +209,13 @@ class Prompt(msgspec.Struct, frozen=True):
     media: tuple[Media, ...] = ()
     max_output_tokens: int | None = None
     may_name_context: bool = False  # a short message contains "cache", perhaps as its role
-    referring: tuple[memoryview, ...] = ()  # members, beside messages and input, that may name stored objects
+    referring: tuple[memoryview, ...] = ()  # members besides messages and input that may name stored objects
     has_hidden_parts: bool = False  # the upstream adds a stored prompt or search results
-    skips_cache: bool = False  # the request asks for what only a prompt computed anew can give
+    skips_cache: bool = False  # the request needs a prompt that is computed anew
     cache_key: bytes = b""  # `prompt_cache_key`, as raw JSON
-    priority: int | None = None  # as the body asks, by `proxy.wire.urgency`
-    tool_spans: int = 0  # of `spans`, those that are tools; they come first
-    system_spans: int = -1  # spans after the tools that are the system prompt; -1: the roles of the messages tell
+    priority: int | None = None  # asked for in the body, see `proxy.wire.urgency`
+    tool_spans: int = 0  # number of `spans` that are tools; they come first
+    system_spans: int = -1  # number of spans after the tools that are the system prompt; -1: by the messages' roles
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -228,7 +228,7 @@ class Call(msgspec.Struct, frozen=True):
     target: str  # path and query as the client sent them
     headers: tuple[tuple[bytes, bytes], ...]
     body: Body
-    received_seconds: float  # monotonic: the head had arrived
+    received_seconds: float  # monotonic time at which the head had arrived
     read_seconds: float  # the whole body had arrived
     peer: str = ""
     access: Access = Access.INFERENCE
@@ -262,11 +262,11 @@ class ReplicaView(msgspec.Struct, frozen=True, gc=False):
     in_flight: int
     in_flight_limit: int | None
     lateness_seconds: float
-    in_flight_seconds: float  # c of the cost rule: the price of one more in flight
+    in_flight_seconds: float  # `c` of the cost rule: the cost of one more request in flight
     queued: int = 0
     retry_after_seconds: float = 0.0  # if unavailable: the time until it is tried again
     unavailable_because: str = ""
-    running_tokens: float = 0.0  # prompts of all that is in flight there, which its cache must hold
+    running_tokens: float = 0.0  # prompts of all requests in flight there, which its cache must hold
     is_far: bool = False  # known to be in another zone than this Cairn
 
 
@@ -275,7 +275,7 @@ class Demand(msgspec.Struct, frozen=True, gc=False):
 
     `prompt_tokens` is predicted. `tie_hash` is the chained hash of the first block that no replica has (or of the
     last block), so that independent proxies break ties alike. A match of everything except the last block, of
-    `last_block_bytes`, counts as a hit.
+    `last_block_bytes` bytes, counts as a hit.
     """
 
     size_bytes: int
@@ -312,7 +312,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class Times(msgspec.Struct, frozen=True, gc=False):
-    """Monotonic times of one request; None if it never got that far."""
+    """Monotonic times of one request; None for a step that it did not reach."""
 
     received_seconds: float
     read_seconds: float = 0.0  # the whole body had arrived
@@ -320,7 +320,7 @@ class Times(msgspec.Struct, frozen=True, gc=False):
     first_byte_seconds: float | None = None
     first_token_seconds: float | None = None
     ended_seconds: float = 0.0
-    waited_seconds: float = 0.0  # in the queue and for a leader, part of the time before `sent_seconds`
+    waited_seconds: float = 0.0  # time waited in the queue and for a leader, part of the time before `sent_seconds`
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -346,7 +346,7 @@ class Outcome(msgspec.Struct, frozen=True):
     inter_token_seconds: float = 0.0  # their sum
     tried: tuple[str, ...] = ()  # replicas that failed before the last one, each with the reason: "name;503"
     head_sent_early: bool = False  # the client was sent 200 and comments before any replica had responded
-    is_background: bool = False  # it is computed after the response, which therefore has no usage
+    is_background: bool = False  # computed after this response, which therefore has no usage
 
 
 class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):

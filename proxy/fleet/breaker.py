@@ -1,4 +1,4 @@
-"""Decide when a replica that failed, or asked to be left alone, is tried again. Pure: clock and randomness come in.
+"""Decide when a replica that failed, or is full, is tried again. Pure: clock and randomness are passed in.
 
 A breaker is closed while the replica is fine. Each way to open it is a `Cause`:
 
@@ -10,12 +10,13 @@ A breaker is closed while the replica is fine. Each way to open it is a `Cause`:
     FAILING      evidence that the replica fails, not the request (see below)   a response that is not a failure
     THROTTLED    503 or 529: the replica is full                                time
 
-After its back-off (doubling with each opening in a row) one request or probe may try; its fate decides. A silent
+After its back-off (doubling with each opening in a row) one request or probe may try; its result decides. A silent
 replica is tried by probes only: a request would wait for as long as a prefill may take.
 
-A failed request may be its own fault, so failures are evidence that is weighed: a request that failed here and
-succeeded elsewhere proves the replica guilty at once; otherwise it takes several distinct prompts, and, for failures
-that the engine itself reported by a status, several clients too. A response that is not a failure clears all of it.
+A request may fail through its own fault, so failures are weighed as evidence: a request that failed here and
+succeeded elsewhere proves at once that the replica fails; otherwise it takes several distinct prompts, and, for
+failures that the engine itself reported by a status, several clients too. A response that is not a failure clears all
+of it.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from typing import Final, NamedTuple
 from proxy.backoff import ExponentialBackoff
 
 CLIENTS_TO_OPEN: Final = 2
-"""Distinct clients whose requests must have failed by status: one client's bad prompts close nothing for others."""
+"""Distinct clients whose requests must have failed by status: one client's bad prompts must not affect others."""
 
 _EVIDENCE_KEPT: Final = 64  # failures remembered, the latest ones
 
 
 class BreakerState(enum.StrEnum):
-    """The value is the metric label."""
+    """State of a breaker; the value is the metric label."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -62,7 +63,7 @@ class BreakerSettings:
 
     first_seconds: float = 0.5
     most_seconds: float = 30.0
-    prompts_to_open: int = 3  # distinct prompts that failed in a row, while nothing proves the replica guilty
+    prompts_to_open: int = 3  # distinct prompts that failed in a row, without proof that the replica fails
     most_retry_after_seconds: float = 120.0  # a longer Retry-After is cut to this
     throttled_seconds: float = 1.0  # after a 429, 503 or 529 without a usable Retry-After
 
@@ -121,7 +122,7 @@ class Breaker:
         return True
 
     def abandon_trial(self) -> None:
-        """End a trial without a result, such as one whose client left: another may try."""
+        """End a trial without a result, such as one whose client left, so that another may start."""
         self._trying = False
 
     def responded(self) -> None:
@@ -157,7 +158,7 @@ class Breaker:
         return self._open(now_seconds, Cause.FAILING)
 
     def throttled(self, now_seconds: float, retry_after_seconds: float | None) -> bool:
-        """Leave a full replica alone for as long as it asked. Return False if it is left alone for longer already."""
+        """Do not use a full replica for as long as it asked. Return False if the present pause is longer already."""
         until = now_seconds + self.pause_seconds(retry_after_seconds)
         self._trying = False
         if self._until_seconds is not None and until <= self._until_seconds:
@@ -166,7 +167,7 @@ class Breaker:
         return True
 
     def pause_seconds(self, retry_after_seconds: float | None) -> float:
-        """Return how long a Retry-After is honoured; None stands for a missing or malformed one."""
+        """Return the seconds for which a Retry-After is honoured; None if it is missing or malformed."""
         asked = self._settings.throttled_seconds if retry_after_seconds is None else retry_after_seconds
         return min(max(asked, 0.0), self._settings.most_retry_after_seconds)
 

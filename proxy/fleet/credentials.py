@@ -1,7 +1,7 @@
-"""In which header a replica's key is sent. Pure.
+"""Choose the header in which a replica's key is sent. Pure.
 
 OpenAI and most compatible servers want `Authorization: Bearer`. Anthropic wants `x-api-key` and a version of its API,
-Azure wants `api-key`. The configuration decides; without it known hosts do.
+Azure wants `api-key`. The configuration decides; if it does not, the host does, for the hosts known here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _AZURE_HOSTS: Final = (
 
 
 def auth_of(configured: Auth | None, host: str) -> Auth:
-    """Return the header's kind for `host`: as configured, else as its name tells, else a bearer token."""
+    """Return the header's kind for `host`: as configured, else by the host's name, else a bearer token."""
     if configured is not None:
         return configured
     dotted = f".{host.lower()}"

@@ -1,12 +1,12 @@
-"""Keep the list of replicas: those in the configuration, and those behind the names that it says to follow.
+"""Keep the list of replicas: those in the configuration, and those behind names that it follows.
 
-A URL `dns+http://name:port` stands for all addresses of the name, as a headless Kubernetes service lists its pods.
-The name is resolved every few seconds: a new address becomes a replica, a replica whose address is gone gets no new
+A URL `dns+http://name:port` means all addresses of the name, as a headless Kubernetes service lists its pods. The
+name is resolved every few seconds: a new address becomes a replica, a replica whose address is gone gets no new
 request, and once it has been gone for a while everything kept for it is dropped. A look-up that fails or finds
-nothing changes nothing: trouble with a name server is not the engines' trouble.
+nothing changes nothing: a failing name server does not mean failing engines.
 
-A URL `kubernetes+http://service.namespace:port` stands for the ready endpoints of a Service. `Endpoints` follows them
-and reports each change; there, an empty report is true.
+A URL `kubernetes+http://service.namespace:port` means the ready endpoints of a Service. `Endpoints` follows them and
+reports each change; an empty list from it is believed.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from proxy.upstream import Origin
 log = logging.getLogger("cairn.discovery")
 
 LOOK_SECONDS = 5.0
-"""Between two look-ups: Kubernetes itself keeps its records for 5 s or more (CoreDNS's ttl)."""
+"""Interval of look-ups: Kubernetes itself keeps its records for 5 s or more (CoreDNS's ttl)."""
 
 RESOLVE_SECONDS = 4.0
 """A look-up that takes longer has failed."""
 
 FORGET_SECONDS = 60.0
-"""A replica that comes back within this time (a probe failed once) still has what the index says it holds."""
+"""A replica that comes back within this time (a probe failed once) is assumed to have kept its cache."""
 
 MAX_RANKS: Final = 256
-"""More ranks on a page are a mistake; the configuration allows no more either."""
+"""Largest number of ranks that is believed; the configuration allows no more either."""
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
-"""From a name and a port to its addresses. Raises OSError."""
+"""Returns the addresses of a name and port. Raises OSError."""
 
 
 async def resolve(name: str, port: int) -> Sequence[str]:
@@ -108,13 +108,13 @@ class Discovery:
         self._found: dict[Service, tuple[Endpoint, ...]] = {}
         self._addresses: dict[str, tuple[str, ...]] = {}  # by URL, sorted
         self._gone: dict[int, float] = {}  # replicas that were removed, and when
-        self._ranks: dict[str, int] = {}  # by the label of a replica whose configuration does not say them
-        self._told_tokens: dict[int, int] = {}  # configured capacities, told to the index once: it learns from there
+        self._ranks: dict[str, int] = {}  # by the label of a replica for which none are configured
+        self._told_tokens: dict[int, int] = {}  # configured capacities, which the index gets once and then corrects
         self._listeners: list[Listener] = []
         self.pools = self._enter()
 
     def subscribe(self, listener: Listener) -> None:
-        """Tell `listener` about every change from now on."""
+        """Call `listener` about every change from now on."""
         self._listeners.append(listener)
 
     def adopt(self, config: Config) -> None:
@@ -238,7 +238,9 @@ class Discovery:
         return Pools(served, None if default is None else default.name, backends)
 
     def _tell_capacity(self, number: int, tokens: int | None) -> None:
-        """Start from the configured capacity. Unlike an engine's own word it may be wrong, so it bounds nothing."""
+        """Set the configured capacity as a first value. Unlike an engine's report it may be wrong, so it is no
+        bound.
+        """
         if tokens is not None and self._told_tokens.get(number) != tokens:
             self._told_tokens[number] = tokens
             self._index.set_capacity(number, None)
@@ -247,8 +249,7 @@ class Discovery:
     def _replicas(self) -> Iterator[tuple[Pool, Replica, int | None, bool]]:
         """Yield the replicas in force, their ranks, and whether they are in another zone.
 
-        Each name comes once: an address of two names is the first's.
-        """
+        Each replica is yielded once: an address that two names have belongs to the first."""
         seen = set()
         for pool in self._config.pools:
             for replica in pool.replicas:
@@ -273,14 +274,14 @@ class Discovery:
 
 
 def _service(replica: Replica) -> Service:
-    """Return the Service that a replica's URL stands for; the configuration was checked."""
+    """Return the Service that a replica's URL names; the configuration was checked."""
     url = ServiceUrl.parse(replica.url)
     assert url is not None  # noqa: S101
     return Service(url.service, url.namespace, url.port, replica.selector or "")
 
 
 def _at(replica: Replica, address: str, port: int, path: str) -> Replica:
-    """Return the replica at an address. It is named by that, so that all proxies call it the same."""
+    """Return the replica at an address. It is named after the address, so that all proxies use the same name."""
     host = f"[{address}]" if ipaddress.ip_address(address).version == 6 else address
     return msgspec.structs.replace(replica, url=f"http://{host}:{port}{path}", name=None, selector=None)
 

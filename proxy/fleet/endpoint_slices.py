@@ -1,4 +1,4 @@
-"""The EndpointSlices of Kubernetes: which endpoints are ready, from a list and the events after it. Pure."""
+"""Keep track of Kubernetes EndpointSlices: which endpoints are ready, from a list and later events. Pure."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Final, NamedTuple
 import msgspec
 
 GONE: Final = 410
-"""Status, and code of an error event: the events after a version are no longer known; everything is listed anew."""
+"""HTTP status, and code of an error event: the events after a version are lost, so everything is listed anew."""
 
-_HTTP: Final = "http"  # of several ports without a choice, the one of this name is meant
+_HTTP: Final = "http"  # if there are several ports and none is chosen, the one of this name is used
 
 
 class Endpoint(NamedTuple):
@@ -155,7 +155,7 @@ def _ready(each: Slice, port: str) -> Iterable[Endpoint]:
 
 
 def _is_address(addresses: tuple[str, ...]) -> bool:
-    """Return True if the first address, by which an endpoint is reached, is one."""
+    """Return True if the first address, by which an endpoint is reached, is a valid IP address."""
     try:
         return bool(addresses and ipaddress.ip_address(addresses[0]))
     except ValueError:
@@ -163,7 +163,7 @@ def _is_address(addresses: tuple[str, ...]) -> bool:
 
 
 def _port_of(ports: tuple[_Port, ...], wanted: str) -> int | None:
-    """Return the number of the port that is meant, None if there is none."""
+    """Return the number of the port named `wanted` (see `SliceTable.endpoints`), None if there is none."""
     numbers: Mapping[str, int] = {
         each.name or "": each.port for each in ports if each.port is not None and (each.protocol or "TCP") == "TCP"
     }

@@ -19,15 +19,15 @@ class EngineFacts(msgspec.Struct, frozen=True, gc=False):
     """Facts about an engine; None for what it does not report.
 
     `started_unix_seconds` reveals a restart under the same address. `tells_timings` means that every stream ends with
-    what was computed and cached, whether asked for or not, as llama.cpp does it. `running` and `waiting` are its
-    requests at the moment, of all clients.
+    the computed and cached tokens, asked for or not, as from llama.cpp. `running` and `waiting` are its requests at
+    the moment, of all clients.
     """
 
     capacity_tokens: int | None = None
     in_flight_limit: int | None = None
     started_unix_seconds: float | None = None
     tells_timings: bool = False
-    slots: int | None = None  # prompts that it holds at most, one per slot
+    slots: int | None = None  # most prompts that it can hold, one per slot
     engine: str | None = None
     version: str | None = None
     has_template: bool = False  # the chat template is known

@@ -21,7 +21,7 @@ class Found(msgspec.Struct, frozen=True):
 
 
 class Journal(Protocol):
-    """The part of `cache.Journal` that is told about engines."""
+    """The part of `cache.Journal` that takes facts about engines."""
 
     def knows_budget(self, replica: int) -> bool: ...
     def set_budget(self, replica: int, tokens: int) -> None: ...
@@ -48,10 +48,10 @@ class UsageReports(Protocol):
 
 
 class Ranks(Protocol):
-    """The part of `proxy.fleet.discovery.Discovery` that is told of data-parallel ranks."""
+    """The part of `proxy.fleet.discovery.Discovery` that takes the number of data-parallel ranks."""
 
     def ranks_found(self, endpoint: ReplicaEndpoint, ranks: int) -> bool:
-        """Return True if the engine is other replicas now."""
+        """Note the ranks of an engine. Return True if other replicas have replaced `endpoint`."""
         ...
 
 
@@ -83,7 +83,7 @@ class EngineFindings:
         if found.models is not None:
             self._model_names.add(found.models)
         if facts.ranks is not None and self._ranks.ranks_found(endpoint, facts.ranks):
-            return  # the ranks are new replicas and are checked each
+            return  # the ranks are new replicas, each of which is checked
         if facts.capacity_tokens is not None and endpoint.capacity_tokens is None:
             self._set_capacity(number, facts.capacity_tokens, facts.slots)
         if facts.in_flight_limit is not None:
@@ -124,7 +124,7 @@ class EngineFindings:
             self._journal.new_epoch(number)
 
     def _set_capacity(self, number: int, tokens: int, slots: int | None) -> None:
-        """Set a budget when it is new: setting it again would undo what responses taught since.
+        """Set a budget when it is new: setting it again would undo what was learned from responses since.
 
         A worker that starts among others sets it only if their index has no budget for the replica yet.
         """

@@ -1,4 +1,4 @@
-"""All replicas of all pools: what happens to them is reported here, and a frozen snapshot is asked for.
+"""All replicas of all pools: events are reported here, and routing reads frozen snapshots.
 
 Every call is synchronous and cheap, and does no I/O. Clocks are passed as `now_seconds` (monotonic).
 """
@@ -27,8 +27,9 @@ DEFAULT_RATE_TOKENS_PER_SECOND: Final = 4_000.0
 LEAST_IN_FLIGHT_SECONDS: Final = 0.05
 MOST_IN_FLIGHT_SECONDS: Final = 0.2
 """Bounds of `c` of the cost rule. Below them a decode-heavy load herds on the holders of a hot prefix; above them
-hits are given away. It starts at the upper one: decode times are known only once the first responses have
-ended, when the herd has formed."""
+hits are given away. `c` starts at the upper bound: decode times are known only after the first responses have
+ended, when the herd has formed.
+"""
 
 DECODE_SHARE = 1.0 / 64.0
 """`c` as a share of the mean decode time."""
@@ -44,7 +45,7 @@ class Change(enum.StrEnum):
     DOWN = "down"
     UP = "up"
     THROTTLED = "throttled"
-    RATE_LIMITED = "rate limited"  # for one key and model
+    RATE_LIMITED = "rate limited"  # one key for one model
     RESTARTED = "restarted"
     DRAINING = "draining"
     GONE = "gone"
@@ -117,7 +118,7 @@ class Fleet:
         return {replica.spec.name: replica.id for pool in self._pools.values() for replica in pool}
 
     def remove(self, number: int) -> None:
-        """Stop choosing a replica. Requests under way end as they end; the number is kept for its name."""
+        """Stop choosing a replica. Requests under way go on; the number is kept for its name."""
         replica = self._replicas[number]
         self._leave_pool(replica)
         in_flight = replica.work.in_flight
@@ -175,7 +176,7 @@ class Fleet:
         if limit is None or processes <= 1:
             return limit
         share, rest = divmod(limit, processes)
-        if len(self._peers) >= processes - 1:  # the remainder goes by the order of names, once all are known
+        if len(self._peers) >= processes - 1:  # the remainder is given out in the order of names, once all are known
             share += sum(name < own_name for name in self._peers) < rest
         if not informed:
             return max(share, 1)
@@ -191,11 +192,13 @@ class Fleet:
         return (pending + uncached_tokens) / replica.rate_now + late
 
     def unanswered(self, number: int) -> int:
-        """Requests of this process that were sent to a replica and have no first token yet."""
+        """Return the number of this process's requests that were sent to a replica and have no first token yet."""
         return self._replicas[number].work.unanswered
 
     def sent_seconds(self, number: int, now_seconds: float) -> float:
-        """Prefill that was sent to a replica and must still be to do there; what waits in a queue is left out."""
+        """Return the seconds of prefill that were sent to a replica and are not done; requests in a queue do not
+        count.
+        """
         replica = self._replicas[number]
         replica.work.settle(now_seconds)
         sent = replica.work.sent_tokens - replica.work.progress_tokens(replica.rate_now, now_seconds)
@@ -329,21 +332,23 @@ class Fleet:
         return opened
 
     def failed(self, number: int, failure: Failure, now_seconds: float, reason: str) -> bool:
-        """Note a failed request as evidence. Return whether the replica is left alone from now on."""
+        """Note a failed request as evidence. Return whether the replica is not used from now on."""
         replica = self._replicas[number]
         replica.quiet_view = None
         may_open = not failure.by_status or self._has_other_open(replica)
         return self._told_down(replica, replica.breaker.failed(failure, now_seconds, may_open=may_open), reason)
 
     def proven(self, number: int, now_seconds: float, reason: str) -> bool:
-        """Note that a request failed at this replica and succeeded at another. Return whether this is left alone."""
+        """Note that a request failed at this replica and succeeded at another. Return whether this one is not
+        used from now on.
+        """
         replica = self._replicas[number]
         replica.quiet_view = None
         opened = self._has_other_open(replica) and replica.breaker.proven(now_seconds)
         return self._told_down(replica, opened, reason)
 
     def throttled(self, number: int, now_seconds: float, retry_after_seconds: float | None, reason: str) -> None:
-        """Leave a full replica alone for as long as it asked, unless it is the last open one of its pool."""
+        """Do not use a full replica for as long as it asked, unless it is the last open one of its pool."""
         replica = self._replicas[number]
         if self._has_other_open(replica):
             replica.quiet_view = None
@@ -353,7 +358,7 @@ class Fleet:
     def rate_limited(
         self, number: int, key: ThrottleKey, now_seconds: float, retry_after_seconds: float | None
     ) -> None:
-        """Leave a replica alone for one key and model, to which it answered 429."""
+        """Do not use a replica for one key and model, to which it answered 429."""
         replica = self._replicas[number]
         pause_seconds = replica.breaker.pause_seconds(retry_after_seconds)
         replica.quiet_view = None
@@ -398,7 +403,7 @@ class Fleet:
     def _tell(self, replica: ReplicaState, change: Change, reason: str = "") -> None:
         self._changed(ReplicaChange(replica.spec.name, replica.spec.pool, change, reason))
 
-    # -- what is learned
+    # -- learned rates
 
     def observe_prefill(self, charge: Charge, uncached_tokens: float, prefill_seconds: float | None = None) -> None:
         """Learn from one response: tokens that the engine reports as computed, and its own time for them, if any."""
@@ -423,7 +428,7 @@ class Fleet:
         self._rates_changed(replica.spec.pool)
 
     def rate_of(self, number: int) -> float:
-        """Return uncached tokens per second: learned, configured, or the pool's median."""
+        """Return a replica's prefill rate in uncached tokens per second: learned, configured, or that of its pool."""
         return self._replicas[number].rate_now
 
     def measured_rate(self, number: int) -> float | None:

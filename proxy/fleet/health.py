@@ -1,7 +1,7 @@
-"""Check replicas beside the requests: whether one is there, what it can hold, and whether it was restarted.
+"""Check replicas independently of requests: whether one responds, what it can hold, and whether it was restarted.
 
 A replica that cannot be resolved or connected to, that is still loading its model, or that is frozen gets no request.
-What is learned of an engine goes to the `Findings`.
+Facts about an engine are passed to `Findings`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from proxy.upstream import Limits
 log = logging.getLogger(REPLICAS)
 
 TICK_SECONDS = 0.25
-"""Interval of looking for back-offs that are over."""
+"""Interval of the check for back-offs that are over."""
 
 FACTS_SECONDS = 15.0
 """Interval of asking engines for their facts. Requests notice a restart much sooner."""
@@ -122,7 +122,7 @@ class HealthChecker:
             await asyncio.sleep(TICK_SECONDS)
 
     def replicas_changed(self, joined: Sequence[int]) -> None:
-        """Check new replicas before they are given much."""
+        """Check new replicas at once."""
         for number in joined:
             self._tasks.start(self.check(number), "health check")
 
@@ -132,7 +132,9 @@ class HealthChecker:
         self._silences.pop(number, None)
 
     async def check(self, number: int) -> None:
-        """Ask a replica for its models, and an engine for its facts. Whatever it does not say stays as it is."""
+        """Ask a replica for its models, and an engine for its facts. Facts that it does not report stay as they
+        are.
+        """
         endpoint = self._pools.backends.get(number)
         if endpoint is None or number in self._checking:
             return
@@ -153,7 +155,7 @@ class HealthChecker:
         except UpstreamError as error:
             if number in self._fleet:
                 self._fleet.abandon_trial(number)
-                if not isinstance(error, PoolTimeout):  # else it was never asked
+                if not isinstance(error, PoolTimeout):  # otherwise it was never asked
                     self._unanswered(number, endpoint, sent_seconds)
             return
         self._silences.pop(number, None)
@@ -166,7 +168,7 @@ class HealthChecker:
         await self._learn(number, endpoint, read_models(page) if status == 200 else None)
 
     def _silent(self) -> list[int]:
-        """Return the replicas that left a health check unanswered and are not known to be down: ask them again."""
+        """Return the replicas to be asked again: they left a health check unanswered and are not known to be down."""
         return [
             number
             for number in self._silences
@@ -176,7 +178,7 @@ class HealthChecker:
     def _unanswered(self, number: int, endpoint: ReplicaEndpoint, sent_seconds: float) -> None:
         """Note that a check sent at `sent_seconds` was not answered in time."""
         if endpoint.is_provider:
-            return  # many machines behind one address, and listing models may be slow there
+            return  # has many machines behind one address, and may list models slowly
         received_seconds = self._client.received_seconds(endpoint.origin)
         if received_seconds >= sent_seconds:
             self._silences.pop(number, None)
@@ -193,7 +195,7 @@ class HealthChecker:
             self._down(number, f"no health check was answered for {silent_seconds:.0f} s", Cause.SILENT)
 
     def _busy(self) -> list[int]:
-        """Return the replicas whose limit of concurrent requests can only be learned, and may be near."""
+        """Return the replicas that report no limit of concurrent requests and may be near it."""
         return [
             number
             for number, found in self._found.items()
@@ -211,7 +213,7 @@ class HealthChecker:
         try:
             status, page = await self._page(endpoint, b"/metrics")
         except UpstreamError:
-            return  # requests and the next health check show what is wrong with it
+            return  # requests and the next health check will show what is wrong
         if status == 200 and number in self._fleet:
             facts = read_metrics(page)
             facts = facts if endpoint.ranks == 1 else facts.per_rank(endpoint.ranks)

@@ -1,4 +1,4 @@
-"""Sending requests to replicas and to the API of Kubernetes, as the fleet needs it."""
+"""The HTTP client that the fleet needs, for replicas and for the API of Kubernetes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class HttpClient(Protocol):
         limits: Limits | None = None,
         retry_reused: bool = False,
     ) -> Awaitable[UpstreamResponse]:
-        """Return when the head of the response has come; raises UpstreamError."""
+        """Send a request; return when the head of the response has arrived. Raises UpstreamError."""
         ...
 
 

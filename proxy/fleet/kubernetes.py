@@ -1,8 +1,8 @@
 """Follow the EndpointSlices of Services through the Kubernetes API: list once, then watch.
 
-A watch that ends goes on from the last version that it showed, so that nothing is listed twice; if the API server no
-longer knows that version, everything is listed anew. Whatever fails is tried again with growing pauses, and until
-then the last endpoints stay: trouble with the API is not the engines' trouble.
+After a watch ends, the next one continues from the last version seen, so that nothing is listed twice; if the API
+server no longer knows that version, everything is listed anew. Failures are retried with growing pauses, and until
+then the last endpoints stay: a failing API does not mean failing engines.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WATCH_LIMITS: Final = Limits(connect_seconds=5, first_byte_seconds=15, idle_seco
 
 RETRY_FIRST_SECONDS: Final = 0.5
 RETRY_MOST_SECONDS: Final = 30.0
-STEADY_SECONDS: Final = 5.0  # a watch that lasted less counts as a failure for the next pause
+STEADY_SECONDS: Final = 5.0  # a watch that ended sooner counts as a failure: the next pause is longer
 _PAGE_SLICES: Final = 500
 _LIST_AT_MOST_BYTES: Final = 32 * 1024 * 1024
 _LINE_AT_MOST_BYTES: Final = 4 * 1024 * 1024  # a slice has at most 1,000 endpoints, about 1 MB
@@ -73,7 +73,7 @@ class Client(HttpClient, Protocol):
 
 
 class KubernetesApi:
-    """Asks the API server for EndpointSlices, with the token that is in its file at that moment."""
+    """Asks the API server for EndpointSlices; the token is read from its file for each request."""
 
     def __init__(
         self,
@@ -90,7 +90,9 @@ class KubernetesApi:
         self._namespace_file = namespace_file
 
     async def get(self, service: Service, query: str, limits: Limits) -> UpstreamResponse:
-        """Return a response of status 200. Raises ApiError for any other, UpstreamError, and OSError for a file."""
+        """Return a response with status 200. Raises ApiError for any other status, UpstreamError, and OSError for
+        a file.
+        """
         if self._origin is None:
             raise ApiError(0, "kubernetes.api_url is not set, and this is no pod")
         namespace = service.namespace or await self._own_namespace()
@@ -104,7 +106,7 @@ class KubernetesApi:
                 self._origin, b"GET", target.encode(), headers, limits=limits, retry_reused=True
             )
         except ConnectFailed:
-            self._client.forget(self._origin)  # the authorities may have changed: their file is read anew
+            self._client.forget(self._origin)  # the certificate authorities may have changed: read their file again
             raise
         if response.status != 200:
             response.abort()
@@ -181,7 +183,7 @@ class ServiceWatch:
                 return None
             return str(error)
         except msgspec.DecodeError as error:
-            self._table.version = ""  # what was missed is in a new list
+            self._table.version = ""  # a new list contains what was missed
             return f"cannot read what the API server sent: {error}"
         except UpstreamError as error:
             return error.message
@@ -231,7 +233,7 @@ class ServiceWatch:
         self.listed.set()
 
     def _note(self, trouble: str) -> None:
-        """Log what is wrong, once until it changes."""
+        """Log a problem, and again only when it changes."""
         if trouble != self._trouble:
             self._trouble = trouble
             log.warning("cannot follow the Service %s: %s", _shown(self._service), trouble)

@@ -1,9 +1,9 @@
 """Learn how many requests an engine works on at once from its own gauges. Pure: clocks are passed in.
 
-An engine that is sent more requests than it can run keeps the rest in a queue of its own, first come, first served.
-Requests are better kept in Cairn, which serves tenants by their shares; for that it must know the engine's limit.
-vLLM reports no limit, only how many requests run and how many wait. While some wait, those that run are as many as it
-can run: `max_num_seqs`, or what its cache has room for.
+An engine that is sent more requests than it can run keeps the rest in its own queue, first come, first served. They
+had better wait in Cairn, which serves tenants by their shares; for that it must know the engine's limit. vLLM reports
+no limit, only how many requests run and how many wait. While some wait, those that run are as many as it can run:
+`max_num_seqs`, or what its cache has room for.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from __future__ import annotations
 from typing import Final
 
 LEAST_LIMIT: Final = 16
-"""No lower limit is learned. With few requests running, others may wait only because a long prompt takes all of a
-step's tokens, and that is bounded by the seconds of prefill that a replica is sent ahead."""
+"""Lowest limit that is learned. With few requests running, others may wait only because a long prompt takes all
+of a step's tokens, which another rule bounds: the seconds of prefill that a replica is sent ahead.
+"""
 
 GROWTH: Final = 1.5
 """The limit grows by this factor while it is reached and nothing waits in the engine: it was too low."""
 
 PEAK_SECONDS: Final = 300.0
-"""The most requests seen to run at once count for so long; prompts of another length may leave room for fewer."""
+"""Time for which the highest number of running requests counts; other prompts may leave room for fewer."""
 
 
 class LearnedLimit:

@@ -1,8 +1,7 @@
 """Work of other processes on the same replicas, as they report it.
 
 Each process publishes whole rows, never differences, which drift for ever once one is lost. Rows carry ages and not
-timestamps, so that each reader ages them by its own clock. A process that falls silent takes its rows with it.
-"""
+timestamps, so that each reader ages them by its own clock. The rows of a process that falls silent are dropped."""
 
 from __future__ import annotations
 
@@ -88,7 +87,7 @@ class Peers:
 
     def __init__(self) -> None:
         self._shares: dict[str, tuple[float, dict[int, ShareRow]]] = {}
-        self.stale_at_seconds = inf  # when the first of them will have been silent for too long
+        self.stale_at_seconds = inf  # time at which the first of them will have been silent for too long
 
     def __len__(self) -> int:
         return len(self._shares)
@@ -97,7 +96,7 @@ class Peers:
         return iter(self._shares)
 
     def put(self, peer: str, rows: Mapping[int, ShareRow], now_seconds: float) -> None:
-        """Store the newest rows of `peer`, whose former ones were taken out by `pop`."""
+        """Store the newest rows of `peer`, after `pop` has removed the previous ones."""
         self._shares[peer] = (now_seconds, dict(rows))
         self.stale_at_seconds = min(self.stale_at_seconds, now_seconds + PEER_SILENCE_SECONDS)
 
@@ -115,6 +114,6 @@ class Peers:
         return [peer for peer, (heard, _) in self._shares.items() if heard <= oldest]
 
     def refresh(self) -> None:
-        """Compute anew when the next one will have been silent for too long."""
+        """Recompute `stale_at_seconds`."""
         heard = [each for each, _ in self._shares.values()]
         self.stale_at_seconds = min(heard) + PEER_SILENCE_SECONDS if heard else inf

@@ -1,4 +1,4 @@
-"""Find the pool that serves a model, and the way to each replica: the configuration in the form that requests need.
+"""Find the pool that serves a model, and the endpoint of each replica: the configuration as requests need it.
 
 All phases share one object; a reload replaces its contents at once (`adopt`).
 """
@@ -19,10 +19,10 @@ _MODELS_REMEMBERED_AT_MOST = 1024
 class ServedPool(msgspec.Struct, frozen=True):
     """A pool as requests see it.
 
-    `isolated` salts every prefix chain by who asks. `sends_cache_salt` adds the field of that name to bodies.
-    `shares_key` means that clients are served with a key of the operator's, or with none, and not with their own.
-    `has_own_key` means that a replica's key is configured, so that the upstream cannot tell clients apart.
-    `is_provider` means that placements end by time and that no prefix is warmed.
+    `isolated` means that every prefix chain is salted by the client's tenant. `sends_cache_salt` adds the field of
+    that name to bodies. `shares_key` means that clients are served with a key of the operator's, or with none, and
+    not with their own. `has_own_key` means that a replica's key is configured, so that the upstream cannot tell
+    clients apart. `is_provider` means that placements end by time and that no prefix is warmed.
     """
 
     name: str
@@ -36,7 +36,7 @@ class ServedPool(msgspec.Struct, frozen=True):
 
 
 class ReplicaEndpoint(msgspec.Struct, frozen=True):
-    """The way to a replica. `credential` is the header that replaces the client's own; None lets that pass."""
+    """Address of a replica. `credential` is the header that replaces the client's own; None passes that on."""
 
     name: str
     pool: str
@@ -79,11 +79,10 @@ class Pools:
         return self.backends.pop(number)
 
     def serving(self, model: str) -> ServedPool:
-        """The first pool one of whose patterns fits `model`.
+        """Return the first pool one of whose patterns matches `model`.
 
         Raises:
-            NotFound: none does.
-        """
+            NotFound: no pool serves the model."""
         pool = self._found.get(model)
         if pool is None:
             pool = self._search(model)

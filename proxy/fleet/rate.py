@@ -1,4 +1,4 @@
-"""Learn from its responses how fast a replica prefills. Pure; knows no clock."""
+"""Learn how fast a replica prefills from its responses. Pure: durations are passed in."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ REMEMBERED: Final = 64
 """Observations kept: enough for a percentile, few enough to follow a change of hardware within minutes."""
 
 ENOUGH: Final = 8
-"""Observations from which on the learned rate is used."""
+"""Number of observations from which the learned rate is used."""
 
 PERCENTILE: Final = 0.9
 """An observation may contain waits that cannot be seen from here (another client's requests, a slow network), so most
-are too low. The highest one is never taken, however few there are: it may be luck or an error."""
+are too low. The highest one is never taken, however few there are: it may be an error."""
 
 LEAST_TOKENS: Final = 256.0
 """With fewer uncached tokens an observation shows the fixed cost of a request and not the rate."""
 
 LEAST_SECONDS: Final = 0.005
-"""A shorter prefill shows the grain of a clock, a step shared with the prefill before, or a count that is wrong."""
+"""A shorter prefill shows the resolution of a clock, a step shared with another prefill, or a wrong count."""
 
 MOST_UNCONFIRMED: Final = 50_000.0
 """Tokens per second believed from a single observation: no accelerator in use today is faster."""
@@ -54,7 +54,7 @@ class PrefillRate:
         return True
 
     def guess(self, predicted_tokens: float, prefill_seconds: float) -> bool:
-        """Guess from a prefill that ended and whose computed tokens are reported only when its response has ended.
+        """Guess the rate from a prefill that has ended, before its response ends and reports the computed tokens.
 
         Return whether this changes the guess.
         """
@@ -84,7 +84,7 @@ class PrefillRate:
 
     @property
     def measured(self) -> float | None:
-        """The rate shown so far, from the first observation on; for accounts, which take no guesses."""
+        """The rate from the first observation on, for the accounting, which takes no guesses."""
         return self.learned or (_likely(self._sorted) if self._sorted else self.configured)
 
     @property
@@ -95,7 +95,7 @@ class PrefillRate:
 
 
 def pooled(rates: Sequence[PrefillRate], default: float) -> float:
-    """Return the rate of a pool of which no replica has enough observations of its own.
+    """Return the rate of a pool none of whose replicas has enough observations.
 
     All observations together count, so a new pool knows its rate after eight responses and not after eight per
     replica. Fewer than eight count only if they are faster than `default`: unseen waits make an observation too low.
@@ -110,11 +110,11 @@ def pooled(rates: Sequence[PrefillRate], default: float) -> float:
 
 
 def _high(ordered: Sequence[float]) -> float | None:
-    """The 90th percentile, but never the highest; None with too few observations."""
+    """Return the 90th percentile, but never the highest; None with too few observations."""
     count = len(ordered)
     return ordered[min(int(count * PERCENTILE), count - 2)] if count >= ENOUGH else None
 
 
 def _likely(ordered: Sequence[float]) -> float:
-    """The lower median of a few observations; a single one is bounded."""
+    """Return the lower median of a few observations; a single one is bounded."""
     return ordered[(len(ordered) - 1) // 2] if len(ordered) > 1 else min(ordered[0], MOST_UNCONFIRMED)

@@ -60,7 +60,7 @@ class Throttles:
         return until
 
     def _drop(self, now_seconds: float) -> None:
-        """Make room: drop what is over, else the oldest."""
+        """Make room: drop throttles that are over, else the oldest."""
         self._until_seconds = {key: until for key, until in self._until_seconds.items() if until > now_seconds}
         if len(self._until_seconds) >= THROTTLES_AT_MOST:
             del self._until_seconds[next(iter(self._until_seconds))]
@@ -97,7 +97,7 @@ class ReplicaState:
         self.quiet_view: ReplicaView | None = None
 
     def load(self, now_seconds: float) -> tuple[float, float]:
-        """Return pending tokens, less the running head's progress, and lateness in seconds, of all processes."""
+        """Return all processes' pending tokens minus the running head's progress, and the lateness in seconds."""
         work, peers = self.work, self.peers
         work.settle(now_seconds)
         head, late = work.head, 0.0

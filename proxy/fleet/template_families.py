@@ -1,7 +1,6 @@
 """Facts about the chat templates of known model families, as published with the models. Pure.
 
-Only a default: what the configuration says or an engine shows when it is asked counts before this.
-"""
+These are only defaults: the configuration and the answers of an engine take precedence."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ FAMILIES: Final = (
     ("*llama3*", _LLAMA),
     ("*mistral*", _MISTRAL),
 )
-"""Patterns over the model's name in lower case, the first that fits counts."""
+"""Patterns of model names in lower case; the first that matches counts."""
 
 
 def family_facts(model: str) -> TemplateFacts | None:

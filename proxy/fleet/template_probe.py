@@ -1,9 +1,8 @@
 """Find out how an engine renders prompts, by asking it to render or tokenise small ones.
 
 llama.cpp renders at `/apply-template`; vLLM and SGLang tokenise at `/tokenize`. Nothing is generated. Two prompts
-that differ in one place are compared by the length of what their renderings share: that shows what precedes what, and
-what is left out, whatever the template looks like. An engine that answers neither shows nothing.
-"""
+that differ in one place are compared by the length of the common beginning of their renderings: this shows what
+precedes what, and what is left out, for any template. Of an engine that answers neither, nothing is learned."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ from proxy.wire.template import BILLING_MARK
 log = logging.getLogger("cairn.templates")
 
 PROBE_SECONDS: Final = 30.0
-"""Between two rounds: engines come late, and their models may change."""
+"""Interval of the rounds: engines may start late, and their models may change."""
 
 MAX_MODELS_PROBED: Final = 32
 """Models of one engine that are asked about in a round."""
@@ -44,7 +43,7 @@ Render = Callable[[dict[str, Any]], Awaitable[Rendering | None]]
 
 
 async def facts_of(render: Render, dates: Sequence[str] = ()) -> TemplateFacts | None:
-    """Return what the renderings of small prompts show; None if the plainest one is refused.
+    """Return the facts that the renderings of small prompts show; None if the simplest one is refused.
 
     `dates` are ways to write today's date; one of them in the text means that the template puts it there.
     """
@@ -86,7 +85,7 @@ def _tool(description: str) -> dict[str, Any]:
 
 
 async def _tools(render: Render) -> tuple[ToolOrder, bool]:
-    """Return where the tools stand, and whether `tool_choice: none` leaves them out."""
+    """Return the place of the tools, and whether `tool_choice: none` leaves them out."""
     plain = TemplateFacts()
     one = await render(_request(tool="one tool"))
     if one is None:
@@ -101,7 +100,7 @@ async def _tools(render: Render) -> tuple[ToolOrder, bool]:
 
 
 async def _follow_a_turn(render: Render) -> bool:
-    """Return whether the tools stand behind the first turn of a conversation of two."""
+    """Return whether the tools come after the first turn of a conversation of two turns."""
 
     def turns(first: str, tool: str) -> dict[str, Any]:
         messages = [("user", first), ("assistant", "an answer"), ("user", "a further question")]
@@ -165,7 +164,7 @@ _FURTHER: Final = {"role": "user", "content": "a further one"}
 
 
 async def _moves_system(render: Render) -> bool:
-    """Return whether a system message behind a question is rendered before it."""
+    """Return whether a system message after a question is rendered before it."""
 
     def turns(question: str, late: str) -> dict[str, Any]:
         texts = [("system", "some words"), ("user", question), ("system", late), ("user", "a further one")]
@@ -214,7 +213,7 @@ class TemplateProber:
         self._limits = limits
 
     async def run(self) -> None:
-        """Ask until cancelled, again now and then for what was not answered."""
+        """Ask until cancelled; repeat unanswered questions from time to time."""
         while True:
             await self.look()
             await asyncio.sleep(PROBE_SECONDS)
@@ -280,7 +279,7 @@ class _Tokens(msgspec.Struct):
 
 
 def read_applied(page: bytes) -> Rendering:
-    """Return llama.cpp's rendered prompt; empty if the page is none."""
+    """Return llama.cpp's rendered prompt; empty if `page` does not contain one."""
     try:
         return msgspec.json.decode(page, type=_Applied).prompt
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -288,7 +287,7 @@ def read_applied(page: bytes) -> Rendering:
 
 
 def read_tokens(page: bytes) -> Rendering:
-    """Return the token ids of a vLLM or SGLang page; empty if the page is none."""
+    """Return the token ids that vLLM or SGLang returned; empty if `page` contains none."""
     try:
         return msgspec.json.decode(page, type=_Tokens).tokens
     except (msgspec.DecodeError, UnicodeDecodeError):

@@ -19,7 +19,7 @@ MAX_MODELS: Final = 1_024
 
 
 class Templates:
-    """One per worker. Every change is synchronous; nothing here opens a socket."""
+    """Facts by pool and model. One per worker. Every change is synchronous; nothing here opens a socket."""
 
     def __init__(self, config: Config) -> None:
         self._said: dict[str, Template | None] = {}
@@ -48,13 +48,13 @@ class Templates:
         return pool in self._said and (pool, model) not in self._shown
 
     def shown(self, pool: str, model: str, facts: TemplateFacts) -> None:
-        """Take in what an engine of the pool showed when it was asked."""
+        """Store the facts that an engine of the pool showed when it was asked."""
         if len(self._shown) < MAX_MODELS:
             self._shown[pool, model] = facts
             self._found.clear()
 
     def listed(self, pool: str, models: Sequence[Mapping[str, Any]]) -> None:
-        """Take in an engine's list of models: names of one `root` are one model, but an adapter is its own."""
+        """Store an engine's list of models: names with the same `root` are one model, but an adapter is another."""
         if pool not in self._said:
             return
         for each in models:
@@ -77,12 +77,12 @@ class Templates:
 
 
 def _renders(pool: Pool) -> bool:
-    """A provider's template is its own business: prefixes are matched as they are sent."""
+    """Return False for a provider: how it renders is unknown, so prefixes are matched as they are sent."""
     return pool.kind is PoolKind.ENGINE
 
 
 def _said_over(said: Template, facts: TemplateFacts) -> TemplateFacts:
-    """Return `facts` with what the configuration says in their place."""
+    """Return `facts` overridden by the configured template `said`."""
     changes: dict[str, Any] = {
         "order": said.order,
         "drops_reasoning": said.drops_reasoning,

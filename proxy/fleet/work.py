@@ -2,8 +2,8 @@
 
 A charge has two parts. Its *prefill* part (uncached tokens) is pending until the first token; its *presence* counts
 as in flight until the response ends. Engines prefill in order, so the oldest pending charge is the running head: it
-is assumed to have done `elapsed x rate` of its tokens, and the time that it takes beyond its prediction is lateness.
-"""
+is assumed to have done `elapsed x rate` of its tokens, and the time by which it exceeds its prediction is the
+lateness."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEAST_TOKENS: Final = 0.5
 
 
 class Charge:
-    """One request's claim on one replica. Changed by `Work` only; every change may be made twice."""
+    """One request's claim on one replica. Only `Work` changes it; every change may be repeated."""
 
     __slots__ = (
         "due_seconds",
@@ -103,9 +103,8 @@ class Work:
 
         The head's prefill lasted since it was sent, or since the one before it ended, here or (`elsewhere_seconds`)
         in another process: its TTFT minus the wait for earlier charges. Prefills are done in order, so charges sent
-        before it whose first token cannot be seen are done too. Left to decay by a rate that is guessed too low they
-        would pile up, and with one of them always at the head no rate would ever be learned.
-        """
+        before it whose first token cannot be seen are done too. If they decayed by a rate that is guessed too low,
+        they would pile up, and with one of them always at the head no rate would ever be learned."""
         if charge.pending:
             if self.head is charge:
                 since = max(self.released_seconds, elsewhere_seconds, charge.sent_seconds)
@@ -140,7 +139,7 @@ class Work:
                 self.released_seconds = now_seconds
 
     def settle(self, now_seconds: float) -> None:
-        """Release heads whose first token cannot be seen, once it was due."""
+        """Release heads whose first token cannot be seen and was due by now."""
         started = self._started
         while started and (head := started[0]).plain and head.due_seconds <= now_seconds:
             self._drop(head)
@@ -148,7 +147,7 @@ class Work:
 
     @property
     def unanswered(self) -> int:
-        """Charges that were sent and whose prefill is not known to be done; a few that are may be among them."""
+        """Number of charges that were sent and whose prefill is not known to be done; a few of them may be done."""
         return len(self._started)
 
     @property
@@ -157,7 +156,7 @@ class Work:
         return self._started[0] if self._started else None
 
     def progress_tokens(self, rate: float, now_seconds: float) -> float:
-        """Return the tokens that the running head must have done by now, at most all of its own."""
+        """Return the tokens that the running head must have computed by now, at most all that it has."""
         head = self.head
         if head is None:
             return 0.0
@@ -180,7 +179,7 @@ class Work:
             self.sent_tokens -= charge.uncached_tokens
             while started and not started[0].pending:
                 started.popleft()
-        if not started:  # no drift of floats
+        if not started:  # sums of floats must not drift
             self.sent_tokens = 0.0
             if self.pending_tokens < LEAST_TOKENS:
                 self.pending_tokens = 0.0

@@ -98,7 +98,7 @@ class MetricsDelta(msgspec.Struct, gc=False):
     counters: list[tuple[int, Labels, float]] = []
     histograms: list[tuple[int, Labels, list[int], float]] = []
     gauges: list[tuple[int, Labels, float]] = []
-    forgotten: list[str] = []  # replicas that are gone for good: their counts go on under GONE
+    forgotten: list[str] = []  # replicas that are gone for good: their counts continue under GONE
 
 
 def _define(name: str, kind: Kind, text: str, labels: Labels, buckets: tuple[float, ...] = ()) -> Spec:

@@ -1,4 +1,4 @@
-"""Add the workers' figures up and write the metrics page. Runs in the supervisor.
+"""Sum the workers' figures and write the metrics page. Runs in the supervisor.
 
 The figures survive a worker, a worker that is gone leaves no gauge behind, and a scrape waits for no worker. The only
 importer of prometheus_client, which chooses the format that a scraper accepts; its multiprocess mode is not used,
@@ -43,7 +43,7 @@ class Exposition:
             self._fold(upstream)
 
     def _fold(self, upstream: str) -> None:
-        """Add the counts of a replica that is gone to those of all that are, so that sums stay what they were."""
+        """Add the counts of a replica that is gone to those of `GONE`, so that sums stay the same."""
         for spec in SPECS:
             if "upstream" not in spec.labels:
                 continue

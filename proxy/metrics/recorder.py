@@ -50,7 +50,7 @@ class Histogram:
 class Recorder:
     """The counts of one process since the last `take`.
 
-    `inc` and `observe` look their series up by its labels, which is most of their 0.3 us. Code that counts for every
+    `inc` and `observe` look up the series by its labels, which takes most of their 0.3 us. Code that counts for every
     request should keep the series returned by `counter` and `histogram`; they stay valid.
     """
 
@@ -114,7 +114,7 @@ class Recorder:
         return delta
 
     def forget(self, upstream: str) -> None:
-        """Drop all series of a replica that is gone for good; what they counted goes on under `GONE`.
+        """Drop all series of a replica that is gone for good; their counts continue under `GONE`.
 
         Series that were returned for it must not be used any more.
         """

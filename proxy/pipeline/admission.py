@@ -18,7 +18,7 @@ from proxy.model import Tenant
 from proxy.patterns import matches_any
 
 _TENANTS_REMEMBERED: Final = 4096  # keys whose tenant is remembered; computing it takes 3 us
-_KEY_BYTES_REMEMBERED: Final = 512  # a longer key is hashed each time, so that strangers cannot fill memory
+_KEY_BYTES_REMEMBERED: Final = 512  # longer keys are hashed each time, so that strangers cannot fill memory
 _CREDENTIALS_MOST: Final = 8  # of one request; honest clients send one or two
 _HASH_KEY_BYTES_MOST: Final = 64  # BLAKE2b takes no longer key
 _ANONYMOUS: Final = b""
@@ -33,7 +33,8 @@ _KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 class KnownClient:
     """A client of the configuration: the SHA-256 of its key, its tenant, and patterns of the models it may use.
 
-    `weight` is its tenant's share where tenants wait, `highest_priority` the best that it may ask for (0 is high).
+    `weight` is its tenant's share while several tenants' requests wait, `highest_priority` the best that it may ask
+    for (0 is high).
     """
 
     key_sha256: bytes
@@ -47,15 +48,15 @@ class KnownClient:
 class Authenticator:
     """Finds the tenant of a key.
 
-    With `clients`, only their keys are accepted. Without, each key is a tenant of its own, named by a keyed hash, and
+    With `clients`, only their keys are accepted. Without, each key is a separate tenant, named by a keyed hash, and
     the upstream decides whether the key is valid.
 
     Args:
         clients: the clients of the configuration.
         secret: the key of the hash, so that a tenant's name cannot be computed from the client's key alone. A secret
             of any length is accepted.
-        discloses_all: tell every client of prefixes that others sent. If not, and the clients belong to several
-            tenants, each is told of its own only.
+        discloses_all: show every client that prefixes are cached which others sent. If false, and the clients belong
+            to several tenants, each sees only its own.
     """
 
     def __init__(self, clients: Sequence[KnownClient], secret: bytes, *, discloses_all: bool = False) -> None:
@@ -170,5 +171,5 @@ class InFlightLimit:
         self.requests += 1
 
     def leave(self) -> None:
-        """Count one request less."""
+        """Count one request fewer."""
         self.requests -= 1

@@ -1,4 +1,4 @@
-"""One attempt of a request at one replica: what is claimed for it, and given back on every path.
+"""One attempt of a request at one replica: the claims made for it, and their release on every path.
 
 Claimed are, in this order: the place at the cold gate and in the queue, the charge (the replica is busier), and the
 placement (it will hold the prefix). `Attempts.begin` claims, `Attempt` gives back; each way to end it may be called
@@ -67,7 +67,7 @@ class Attempt:
         permit: Permit | None,
     ) -> None:
         self._shared = shared
-        self.share = ANYONE  # for whom it waits, if it must
+        self.share = ANYONE  # whose share it uses if it must wait
         self.waits_until: float | None = None  # on the monotonic clock
         self._queue = queue
         self._waits_for = gate if isinstance(gate, Follower) else None
@@ -107,7 +107,7 @@ class Attempt:
         self.computed()
 
     def computed(self) -> None:
-        """Release those who wait for this prefix: the replica has it, as far as the response shows."""
+        """Release the requests that wait for this prefix: as far as the response shows, the replica has it."""
         prefill, self._prefill = self._prefill, None
         if prefill is not None:
             prefill.first_token()
@@ -156,11 +156,11 @@ class Attempts:
         self._clock = clock
 
     def turn_away(self, replica: int, error: UpstreamError) -> None:
-        """Fail those who wait for a replica that is down, so that they can go elsewhere."""
+        """Fail the requests that wait for a replica that is down, so that they can go elsewhere."""
         self._queues[replica].fail(error)
 
     def needs_share(self, replica: int) -> bool:
-        """False if it makes no difference for whom an attempt at this replica is made, unless it waits."""
+        """Return False if it makes no difference whose share an attempt at this replica uses, unless it waits."""
         return self._queues[replica].needs_share
 
     def begin(
@@ -176,8 +176,8 @@ class Attempts:
     ) -> Attempt:
         """Charge `candidate`, place the prefix there and enter the gate.
 
-        Without `fingerprint` (nothing worth sharing) only the charge is made. `source` stands for the tenant, `share`
-        says for whom it is sent, if it need not wait.
+        Without `fingerprint` (nothing worth sharing) only the charge is made. `source` is a number for the tenant,
+        `share` the tenant's share that it uses if it need not wait.
         """
         now_seconds = self._clock.monotonic()
         replica, uncached = candidate.replica.id, candidate.uncached_tokens

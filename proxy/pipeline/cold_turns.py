@@ -1,7 +1,7 @@
-"""Between plan and relay: note what a prompt continues, and let it wait at the cold gate if it must.
+"""Between plan and relay: find which prompt this one continues, and let it wait at the cold gate if it must.
 
-It translates between the exchange and `proxy.routing.cold_gate`, which decides. A prompt that need not wait costs one
-look at the plan and one at the headers.
+It translates between the exchange and `proxy.routing.cold_gate`, which decides. For a prompt that need not wait it
+only reads the plan and the headers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _WARM: Final = TurnKind.WARM
 
 
 class ColdTurns:
-    """One per worker."""
+    """Sends cold turns through the gate. One per worker."""
 
     def __init__(self, gate: ColdGate, planner: Planner, shares: TenantShares, clock: Clock) -> None:
         self._gate = gate
@@ -35,7 +35,7 @@ class ColdTurns:
     def admit(self, exchange: Exchange) -> Awaitable[None] | None:
         """Return what to await before the request may be sent, None if it may be sent now.
 
-        It is planned again if it waited or may not go everywhere.
+        The request is planned again if it waited, or if only some replicas are open to it.
 
         Raises:
             BadRequest: a header about its urgency cannot be read.
@@ -82,7 +82,7 @@ class ColdTurns:
         return self._gate.judge(self._turn(exchange, plan, least), kind, views)
 
     def settle(self, exchange: Exchange) -> None:
-        """Learn from a finished request how much of what it computed was computed before; end its pass."""
+        """Learn from a finished request how many of its computed tokens had been computed before; end its pass."""
         usage, pool = exchange.usage, exchange.pool
         if exchange.cold_pass is not None:
             exchange.cold_pass.release()
@@ -92,7 +92,7 @@ class ColdTurns:
         self._gate.observe(pool.name, usage.prompt_tokens - usage.cached_tokens, max(repeated, 0.0))
 
     def _read_urgency(self, exchange: Exchange, now: float) -> None:
-        """Priority and deadline, within what the client may ask for. Refuses what cannot be met."""
+        """Set priority and deadline, within what the client may ask for. Raises if the deadline cannot be met."""
         call, plan = exchange.call, exchange.plan
         urgency = urgency_of(call.headers)
         if urgency.priority is not None:
@@ -116,7 +116,9 @@ class ColdTurns:
         served.note(exchange.fingerprint.hashes, depth, tokens, tokens - least, now)
 
     def _known(self, exchange: Exchange, plan: Plan, least: float) -> tuple[float, int]:
-        """Tokens of the prompt that were served before, and the block at which the prompt ended that it continues."""
+        """Return the tokens of the prompt that were served before, and the block at which that earlier prompt
+        ended.
+        """
         fingerprint, pool = exchange.fingerprint, exchange.pool
         assert fingerprint is not None  # noqa: S101 - the caller looked
         assert pool is not None  # noqa: S101
@@ -170,6 +172,6 @@ def _first_token_seconds(candidate: Candidate) -> float:
 
 
 def _has_computed(exchange: Exchange) -> bool:
-    """True once the prefill of the request is known to be over."""
+    """Return True once the prefill of the request is known to be over."""
     attempt = exchange.attempt
     return attempt is not None and not (attempt.charge.pending and attempt.charge.present)

@@ -28,7 +28,7 @@ class Cors:
         self._origins = frozenset(origin.rstrip("/").lower().encode() for origin in origins)
 
     def preflight(self, method: str, headers: Iterable[tuple[bytes, bytes]]) -> Headers | None:
-        """Return the headers of the answer (204) to a preflight, None if the request is none that is allowed."""
+        """Return the headers of the answer (204) to a preflight; None if the request is not an allowed preflight."""
         if not self._origins or method != "OPTIONS":
             return None
         named = dict(headers)

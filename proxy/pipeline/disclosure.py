@@ -1,4 +1,4 @@
-"""Limit what a tenant is told about a prompt to prefixes that it has sent itself, although all share the index.
+"""Limit what a tenant learns about a prompt to prefixes that it has sent itself, although all share the index.
 
 Prompts are routed by the prompts of all tenants. Response headers and /explain describe only prefixes that the asking
 tenant has had answered at this worker. Two traces remain: a prompt that another tenant sent is answered sooner, and
@@ -21,7 +21,7 @@ _KEY_BYTES: Final = 8
 
 
 class Told(NamedTuple):
-    """The part of a plan that is told to the client."""
+    """The part of a plan that the client may see."""
 
     cache: CacheStatus
     miss: MissReason
@@ -84,7 +84,7 @@ def limited(match: Match, fingerprint: Fingerprint, own_blocks: int) -> Match:
 def told(
     plan: Plan, candidate: Candidate, match: Match | None, fingerprint: Fingerprint | None, own_blocks: int
 ) -> Told:
-    """Return what may be said of `plan` to a tenant that has had `own_blocks` of the prompt answered before.
+    """Return the part of `plan` that a tenant may see which has had `own_blocks` of the prompt answered before.
 
     A prompt that only others have sent looks the same as one that nobody has.
     """

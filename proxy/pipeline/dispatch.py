@@ -1,6 +1,6 @@
 """The first half of phase 7: send the request to a replica, and to the next one while nothing reached the client.
 
-Everything an attempt claims is given back here if the attempt fails. What the failure says about the replica is
+Everything an attempt claims is given back here if the attempt fails. What the failure shows about the replica is
 reported to the fleet.
 """
 
@@ -30,16 +30,16 @@ from proxy.wire import splice
 from proxy.wire.paths import without_credentials
 
 RANK_HEADER: Final = b"x-data-parallel-rank"
-"""Tells vLLM and SGLang which of their data-parallel ranks serves a request."""
+"""Header by which vLLM and SGLang choose the data-parallel rank that serves a request."""
 
 HOLD_SECONDS: Final = 15.0
 """Longest time that a stream's head is held back for its first event. Until then another replica can be tried."""
 
-_REFUSAL_AT_MOST_BYTES = 64 * 1024  # a longer one does not only say that a field is unknown
+_REFUSAL_AT_MOST_BYTES = 64 * 1024  # a longer text is not just a message about an unknown field
 _IDEMPOTENT_METHODS = frozenset({"GET", "HEAD"})
 _FULL_STATUSES = frozenset({503, 529})
 _RATE_LIMITED: Final = 429
-_FAILED_STATUSES = frozenset({408})  # beside all of 500 to 599
+_FAILED_STATUSES = frozenset({408})  # in addition to 500 to 599
 _MAY_REFUSE_STREAM_OPTIONS = frozenset({400, 415, 422})
 
 
@@ -84,7 +84,7 @@ class Client(Protocol):
         length: int | None = None,
         retry_reused: bool = False,
     ) -> Awaitable[UpstreamResponse]:
-        """Return when the head of the response has come; raises UpstreamError."""
+        """Send a request; return when the head of the response has arrived. Raises UpstreamError."""
         ...
 
 
@@ -114,7 +114,7 @@ class Dispatcher:
     async def first_response(self, exchange: Exchange, upload: Upload | None) -> Opened:
         """Return the response that the client gets, from the first replica that gives a usable one.
 
-        Raises UpstreamError if no replica responded; Overloaded or RateLimited if the request waited in vain.
+        Raises UpstreamError if no replica responded; Overloaded or RateLimited if the request waited without success.
         """
         assert exchange.plan is not None  # noqa: S101 - the pipeline's order
         candidate = exchange.plan.candidates[0]
@@ -166,7 +166,7 @@ class Dispatcher:
         return following if following is not None and self._budget.take(now_seconds) else None
 
     def _hold_guilty(self, exchange: Exchange) -> None:
-        """Report the replicas at which a request failed that now succeeded elsewhere."""
+        """Report the replicas that failed a request which then succeeded at another."""
         now_seconds = self._clock.monotonic()
         for failure in exchange.tried:
             if retries.shows_the_replica_fails(failure):
@@ -182,7 +182,7 @@ class Dispatcher:
     # -- one attempt
 
     async def _try(self, exchange: Exchange, candidate: Candidate, upload: Upload | None) -> Opened:
-        """Make one attempt. If it raises, what it claimed is given back and the fleet was told."""
+        """Make one attempt. If it raises, its claims are released and the failure was reported to the fleet."""
         attempt = self._claim(exchange, candidate)
         if attempt.must_wait:
             await self._wait(exchange, attempt, candidate)
@@ -241,7 +241,7 @@ class Dispatcher:
         """Wait until the response shows whether it is a stream, and what its first event is."""
         named_so = response.is_event_stream or not response.header(b"content-type")
         response.allow_silence(self._policy.first_byte_seconds)
-        opening = Opening.UNDECIDED  # as it stays if the body is compressed
+        opening = Opening.UNDECIDED  # and stays so if the body is compressed
         if not response.header(b"content-encoding"):
             opening = await wait_for_opening(response, exchange.call.endpoint, self._policy.hold_seconds)
         if opening is Opening.UNDECIDED:
@@ -340,7 +340,7 @@ class Dispatcher:
         attempt.take_back()
         attempt.end(now_seconds)
         if isinstance(error, PoolTimeout):
-            return  # all connections are in use, which says nothing about the replica
+            return  # all connections are in use, which shows nothing about the replica
         if isinstance(error, ConnectFailed):
             closed = self._fleet.unreachable(attempt.replica, now_seconds, error.message)
         else:
@@ -388,15 +388,15 @@ class UsageOptions:
         return replica not in self._refuse
 
     def accepts(self, replica: int) -> None:
-        """Note a success of a request with the added field."""
+        """Note that a request with the added field succeeded."""
         self._accept.add(replica)
 
     def refuses(self, replica: int) -> None:
-        """Note that the replica is not to be asked."""
+        """Note that the replica refuses the field."""
         self._refuse.add(replica)
 
     def may_have_caused(self, replica: int, refusal: bytes) -> bool:
-        """Return whether the added field may be why a request was refused with the text `refusal`."""
+        """Return whether a request that was refused with the text `refusal` may have failed for the added field."""
         return replica not in self._accept or b"stream_options" in refusal or b"include_usage" in refusal
 
     def forget(self, replica: int) -> None:
@@ -406,7 +406,7 @@ class UsageOptions:
 
 
 def evidence(exchange: Exchange, *, by_status: bool) -> Failure:
-    """Describe a failed request so that distinct prompts and clients can be told apart. Only failures pay for it."""
+    """Describe a failed request so that distinct prompts and clients can be counted. Called for failures only."""
     fingerprint = exchange.fingerprint
     prompt = fingerprint.hashes[-1] if fingerprint is not None else crc32(exchange.call.body)
     return Failure(prompt, hash(exchange.call.tenant.id), by_status)

@@ -85,14 +85,14 @@ class Exchange:
         self.fingerprint: Fingerprint | None = None
         self.match: Match | None = None
         self.pool: ServedPool | None = None
-        self.own_blocks: int | None = None  # blocks that the tenant itself has sent before; None: all may be told
-        self.only_explained = False  # nothing is sent, and the plan is told to the client
-        self.session: int | None = None  # stands for the session that the client names
-        self.pinned_replica: int | None = None  # the number of the replica where the object lies that is named
+        self.own_blocks: int | None = None  # blocks that the tenant itself has sent before; None: it may see all
+        self.only_explained = False  # nothing is sent; the client gets the plan
+        self.session: int | None = None  # a hash of the session that the client names
+        self.pinned_replica: int | None = None  # number of the replica that has the object which the request names
         self.plan: Plan | None = None
-        self.priority: Priority | None = None  # as the client asks and may; None until it is needed
+        self.priority: Priority | None = None  # as asked for and allowed; None until it is needed
         self.deadline_seconds: float | None = None  # of the first token, on the monotonic clock
-        self.known_tokens = 0.0  # of the prompt, that were served before
+        self.known_tokens = 0.0  # tokens of the prompt that were served before
         self.cold_pass: Pass | None = None  # a cold turn's right to its replica
         self.background_id: str | None = None  # of a response that is computed in the background
         self.avoid: frozenset[str] = frozenset()  # names of replicas that must not be chosen
@@ -103,9 +103,9 @@ class Exchange:
         self.context_result = ""  # the result for the stored context that was named, as the metric's label
         self.attempt: Attempt | None = None
         self.edits: tuple[Edit, ...] = ()
-        self.asked_usage = False  # the stream reports usage because Cairn asked for it, so that chunk is withheld
-        self.progress_seconds = 0.0  # when the last event came that is no keep-alive
-        self.waiting: WaitingClient | None = None  # it waits for a stream; None if no comments are sent meanwhile
+        self.asked_usage = False  # the stream reports usage because Cairn asked for it: that chunk is withheld
+        self.progress_seconds = 0.0  # time of the last event that is not a keep-alive
+        self.waiting: WaitingClient | None = None  # waits for a stream; None if no comments are sent meanwhile
         self.tried: tuple[AttemptFailure, ...] = ()  # attempts that failed before the last one
         self.status = 0
         self.ending = Ending.INTERNAL  # until another ending is known
@@ -121,7 +121,7 @@ class Exchange:
         self.response_bytes = 0
 
     def token_came(self, now_seconds: float) -> bool:
-        """Stamp a piece of the stream that carries tokens. Return True for the first."""
+        """Record the time of a piece of the stream that carries tokens. Return True for the first one."""
         if self.first_token_seconds is None:
             self.first_token_seconds = self.last_token_seconds = now_seconds
             return True
@@ -135,18 +135,18 @@ class Exchange:
         return False
 
     def set_priority(self, asked: int) -> None:
-        """Take the priority that the client asks for, or the highest that it may ask for."""
+        """Set the priority that the client asks for, at most the highest that it may ask for."""
         self.priority = Priority(max(asked, self.call.tenant.highest_priority))
 
     def priority_to_wait_by(self) -> Priority:
-        """The request's priority: by its header, else by its body."""
+        """Return the request's priority: from its header, else from its body."""
         if self.priority is None:
             said = None if self.prompt is None else self.prompt.priority
             self.set_priority(Priority.NORMAL if said is None else said)
         return self.priority or Priority.HIGH
 
     def share_of(self, candidate: Candidate) -> Share:
-        """For whom the request is served at `candidate`, if it need not wait there.
+        """Return the share by which the request is served at `candidate`, if it need not wait there.
 
         A cold turn that waited was counted when it went.
         """
@@ -155,7 +155,7 @@ class Exchange:
         return Share(tenant.id, tenant.weight, Priority.NORMAL, tokens)
 
     def waiting_share_of(self, candidate: Candidate) -> Share:
-        """For whom it waits there, and with which priority."""
+        """Return the share by which the request waits at `candidate`, with its priority."""
         return self.share_of(candidate)._replace(priority=self.priority_to_wait_by())
 
     @property
@@ -176,7 +176,7 @@ class Exchange:
         return owner, self.model or ""
 
     def notes(self) -> tuple[tuple[bytes, bytes], ...]:
-        """Headers that tell the client about the decision."""
+        """Return the response headers that describe the decision."""
         plan, attempt = self.plan, self.attempt
         if plan is None or attempt is None:
             return ()
@@ -200,19 +200,23 @@ class Exchange:
         return own + self.context_notes if self.context_notes else own
 
     def tried_note(self) -> tuple[tuple[bytes, bytes], ...]:
-        """The header that lists the replicas that failed before, each with the reason; none if there are none."""
+        """Return the header that lists the replicas that failed before, each with the reason; empty if there are
+        none.
+        """
         if not self.tried:
             return ()
         return ((b"x-cairn-tried", ", ".join(f"{each.name};{each.reason}" for each in self.tried).encode()),)
 
     def saved_note(self) -> tuple[tuple[bytes, bytes], ...]:
-        """The header with the tokens reported as cached, if a stored context was used and they were reported."""
+        """Return the header with the tokens reported as cached, if a stored context was used and they were
+        reported.
+        """
         if self.stored is None or self.usage is None or self.usage.cached_tokens is None:
             return ()
         return ((b"msh-context-cache-token-saved", b"%d" % self.usage.cached_tokens),)
 
     def outcome(self, now_seconds: float) -> Outcome:
-        """Freeze what is known into an outcome."""
+        """Return the outcome: a frozen copy of what is known."""
         call, attempt = self.call, self.attempt
         return Outcome(
             call_id=call.request_id,

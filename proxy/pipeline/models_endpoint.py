@@ -35,7 +35,7 @@ class ModelsEndpoint:
         self._clock = clock
 
     def merges_for(self, tenant: Tenant) -> bool:
-        """Return True if the list must be made here, False if the only replica's answer may pass unchanged."""
+        """Return True if the list must be merged here, False if the only replica's response may pass unchanged."""
         return tenant.is_limited or len(self._pools.all) > 1
 
     async def answer(self, exchange: Exchange, client: Downstream) -> None:
@@ -59,7 +59,7 @@ class ModelsEndpoint:
         client.send(200, b"OK", (_JSON, (b"x-request-id", call.request_id.encode())), body)
 
     async def _of_pool(self, pool: ServedPool, call: Call) -> list[dict[str, Any]]:
-        """The models of one pool that the client may use, from its least busy replica."""
+        """Return the models of one pool that the client may use, from its least busy replica."""
         views = self._fleet.snapshot(pool.name, self._clock.monotonic())
         usable = [view for view in views if view.available] or list(views)
         if not usable:

@@ -1,8 +1,7 @@
-"""Remember on which replica each object lies that a client created, and count background responses once.
+"""Remember which replica has each object that a client created, and count background responses once.
 
 A background response is answered at once and finished later. Its tokens are counted when a GET or a stream first
-brings them, at whichever worker; that they were counted is shared like the place of the object.
-"""
+brings them, at any worker; that they were counted is shared like the location of the object."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ class ObjectJournal(Protocol):
 
 
 class CreatedObjects:
-    """Learns from responses. One per worker."""
+    """Learns the locations of objects from responses. One per worker."""
 
     def __init__(self, journal: ObjectJournal) -> None:
         self._journal = journal
@@ -69,7 +68,7 @@ class CreatedObjects:
         elif call.method == "POST":
             self._note_created(exchange, created, body)
         elif call.target == f"{_BATCHES_PATH}{call.object_id}":
-            # of what is read, only this names new objects; the content of a file could name any
+            # of the bodies that are read, only these name new objects; the content of a file could name any
             for object_id in created.file_ids():
                 self._own(exchange, object_id)
 

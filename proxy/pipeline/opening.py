@@ -1,4 +1,4 @@
-"""Read the beginning of a response's body as far as it decides what the response is, without taking any of it.
+"""Peek at the beginning of a response's body to decide what the response is.
 
 Whether a response is a stream is decided by what its body begins with: servers label streams as JSON and errors as
 streams. A stream whose first event is an error is found here, while another replica can still be tried.
@@ -24,16 +24,16 @@ _USUAL: Final = (b"data: {", b"event: message_start", b"event: response.")
 
 
 class Opening(enum.Enum):
-    """Kinds of body, told apart by their first bytes."""
+    """Kinds of body, distinguished by their first bytes."""
 
-    UNDECIDED = "undecided"  # too little has come
+    UNDECIDED = "undecided"  # too little has arrived
     PLAIN = "plain"
     STREAM = "stream"
     ERROR = "error"  # a stream whose first event is an error
 
 
 class Arriving(Protocol):
-    """A response as it is needed here: `proxy.upstream.UpstreamResponse`."""
+    """The part of a response that is needed here: `proxy.upstream.UpstreamResponse`."""
 
     @property
     def complete(self) -> bool: ...
@@ -42,9 +42,9 @@ class Arriving(Protocol):
 
 
 def judge(body: bytes, endpoint: Endpoint, *, complete: bool) -> Opening:
-    """Decide what `body`, the beginning of a response, belongs to. Comments and pings decide nothing."""
+    """Return the kind of a response that begins with `body`. Comments and pings decide nothing."""
     if body.startswith(_USUAL) and b"\n\n" in body and b"error" not in body:
-        return Opening.STREAM  # nearly all streams, in a tenth of the time
+        return Opening.STREAM  # a short cut for nearly all streams: a tenth of the time
     if body in _BOM_BEGINNINGS and not complete:
         return Opening.UNDECIDED
     text = body.removeprefix(_BOM).lstrip(_WHITE)
@@ -62,7 +62,7 @@ def judge(body: bytes, endpoint: Endpoint, *, complete: bool) -> Opening:
 
 
 def first_event(text: bytes, *, complete: bool = False) -> bytes | None:
-    """Return the first event of a stream that has data and is no ping, None while it is not complete."""
+    """Return the first event of a stream that has data and is not a ping; None while it is incomplete."""
     if b"\r" in text:
         text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     start = 0
@@ -78,8 +78,7 @@ def first_event(text: bytes, *, complete: bool = False) -> bytes | None:
 async def wait_for_opening(response: Arriving, endpoint: Endpoint, timeout_seconds: float) -> Opening:
     """Wait until the body shows what it is; UNDECIDED after `timeout_seconds`.
 
-    Raises what ends the response before that. Cancelling it closes the connection.
-    """
+    Raises the error that ends the response before that. Cancelling it closes the connection."""
     body = response.peek()
     opening = judge(body, endpoint, complete=response.complete)
     if opening is not Opening.UNDECIDED:

@@ -22,7 +22,7 @@ from proxy.wire.headers import names_context
 OBJECT_NEWS_SECONDS: Final = 0.05
 """Time in which an object that was created at another worker becomes known here; ten intervals of the journal."""
 
-# constants, since looking up a member of an enum takes 70 ns, and a constant nothing if this is compiled
+# constants: looking up a member of an enum takes 70 ns, while a constant is free in compiled code
 _CHAT: Final = Endpoint.CHAT
 _MODELS: Final = Endpoint.MODELS
 _CACHING: Final = Endpoint.CACHING
@@ -68,7 +68,7 @@ class Relaying(Protocol):
         ...
 
     def release(self, exchange: Exchange) -> None:
-        """Send no more of them."""
+        """Stop sending these comments."""
         ...
 
 
@@ -76,7 +76,7 @@ class ModelListing(Protocol):
     """The list of models, by `ModelsEndpoint`."""
 
     def merges_for(self, tenant: Tenant) -> bool:
-        """Return True if the list must be made here."""
+        """Return True if the list must be merged here."""
         ...
 
     async def answer(self, exchange: Exchange, client: Downstream) -> None:
@@ -93,17 +93,16 @@ class Settling(Protocol):
 
 
 class Admitting(Protocol):
-    """Between plan and relay, by `ColdTurns`."""
+    """The step between plan and relay, by `ColdTurns`."""
 
     def admit(self, exchange: Exchange) -> Awaitable[None] | None:
         """Return what to await before the request may be sent, None if it may be sent now.
 
-        Raises CairnError if the request is not taken, and so does the awaitable.
-        """
+        Raises CairnError if the request is refused; so does the awaitable."""
         ...
 
     def judge(self, exchange: Exchange) -> Verdict | None:
-        """Return whether the request would wait if it came now. Changes nothing."""
+        """Return whether the request would wait now; None if such requests never wait. Changes nothing."""
         ...
 
     def settle(self, exchange: Exchange) -> None:
@@ -148,7 +147,7 @@ class Pipeline:
         await self.run(Exchange(call), client, upload)
 
     async def run(self, exchange: Exchange, client: Downstream, upload: Upload | None = None) -> None:
-        """Do what `handle` does, with an exchange that the caller reads afterwards."""
+        """Answer as `handle` does, for an exchange that the caller reads afterwards."""
         call = exchange.call
         try:
             if call.endpoint is _CACHING:
@@ -163,7 +162,7 @@ class Pipeline:
                 return
             self._relay.accompany(exchange, client)
             wait = self.cold_turns.admit(exchange)
-            if wait is not None:  # rarely; an await costs as much as the decision
+            if wait is not None:  # rare; an await takes as long as the decision
                 await wait
             await self._relay.run(exchange, client, upload)
         except CairnError as error:
@@ -177,7 +176,7 @@ class Pipeline:
             self._contexts.settle(exchange)
 
     async def decide(self, exchange: Exchange) -> None:
-        """Run the phases that choose, from the body to the plan. Changes only the exchange. Raises CairnError."""
+        """Run the phases from the body to the plan. Changes only the exchange. Raises CairnError."""
         if not self._object_is_known(exchange):
             await self._sleep(OBJECT_NEWS_SECONDS)
             self._reader.read(exchange)
@@ -188,7 +187,7 @@ class Pipeline:
         self._planner.plan(exchange)
 
     def _object_is_known(self, exchange: Exchange) -> bool:
-        """Read the body; return False if it names an object of which another worker may not have told us yet."""
+        """Read the body; return False if it names an object that another worker may not have announced yet."""
         try:
             self._reader.read(exchange)
         except UnknownObject:

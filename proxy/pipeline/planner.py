@@ -1,4 +1,4 @@
-"""Phases 4 to 6: from a prompt to the plan that says which replicas may serve it, best first.
+"""Phases 4 to 6: from a prompt to the plan, which lists the replicas that may serve it, best first.
 
 It reads the index and the fleet and changes nothing but the exchange.
 """
@@ -32,8 +32,9 @@ _NOTHING_MATCHED: Final = Match({})
 class PlanningRules:
     """Constants of the decision.
 
-    A prompt shorter than `min_shareable_bytes` gets no fingerprint. By `weight_per_second` uncached work counts more
-    for each second of the shortest queue. Headers named in `session_headers` name a client's session.
+    A prompt shorter than `min_shareable_bytes` gets no fingerprint. `weight_per_second` is added to the weight of
+    uncached work for each second of the shortest queue. `session_headers` are the headers that name a client's
+    session.
     """
 
     min_shareable_bytes: int
@@ -48,7 +49,7 @@ class Planner:
         fleet: gives a snapshot of a pool's replicas.
         index: finds the longest prefix that each replica holds.
         tokens: predicts how many tokens a prompt has.
-        gate: names the prefixes that are being computed, on which a request had better wait.
+        gate: knows the prefixes that are being computed, for which a request had better wait.
         templates: knows how engines render prompts, on which the key of a prefix depends.
         clock: monotonic time.
         rules: constants of the decision.
@@ -101,7 +102,7 @@ class Planner:
                 exchange.match = limited(exchange.match, fingerprint, exchange.own_blocks)
 
     def note_answered(self, exchange: Exchange) -> None:
-        """Remember where the session was served, and that the tenant may be told of this prefix from now on."""
+        """Remember where the session was served, and that the tenant may see this prefix from now on."""
         if exchange.session is not None and exchange.attempt is not None:
             self._sessions.served(exchange.session, exchange.attempt.candidate.replica.id)
         if exchange.own_blocks is not None and exchange.fingerprint is not None:

@@ -98,7 +98,7 @@ class RequestReader:
             self._check_named_objects(call, pool)
 
     def _pool_for(self, call: Call, model: str | None) -> ServedPool:
-        """The pool that serves `model`; without a model the only pool, whose upstream then judges."""
+        """Return the pool that serves `model`; without a model the only pool, whose upstream then decides."""
         if model is not None:
             check_model(call.tenant, model)
             return self._pools.serving(model)
@@ -118,7 +118,7 @@ class RequestReader:
                 raise _unknown_object()
 
     def _check_named_objects(self, call: Call, pool: ServedPool) -> None:
-        """Raise UnknownObject if a body that is no prompt names an object which the client may not use."""
+        """Raise UnknownObject if a body that is not a prompt names an object which the client may not use."""
         if call.body and not multipart.is_form(_content_type(call)):
             self._check_references(call, pool, (call.body,), item_references(listed_items(call.body)))
 
@@ -139,7 +139,7 @@ class RequestReader:
             self._check_access(call, pool)
 
     def _named_location(self, call: Call) -> str | None:
-        """The name of the replica where the object lies that the path or, for a batch, the body names."""
+        """Return the name of the replica that has the object which the path or, for a batch, the body names."""
         if call.object_id is not None:
             return self._locate(call.tenant, call.object_id)
         if call.access is Access.CREATE:
@@ -184,10 +184,10 @@ class RequestReader:
             self._locations.of(checked_key(call.tenant, pool, each.object_id)) is not None for each in files
         )
 
-    # -- where objects lie
+    # -- locations of objects
 
     def _locate(self, tenant: Tenant, object_id: str) -> str | None:
-        """The name of the replica where the client's object was created."""
+        """Return the name of the replica at which the client's object was created."""
         return self._locations.of(f"{tenant.id}/{object_id}") or self._locations.of(object_id)
 
     def _pool_of(self, name: str | None) -> ServedPool | None:
@@ -198,13 +198,15 @@ class RequestReader:
         return next((pool for pool in self._pools.all if pool.name == pool_name), None)
 
     def _number_in(self, pool: ServedPool, name: str | None) -> int | None:
-        """The number of the replica `name` if it belongs to `pool`."""
+        """Return the number of the replica `name` if it belongs to `pool`."""
         number = None if name is None else self._number_of(name)
         return number if number is not None and self._pools.backends[number].pool == pool.name else None
 
 
 def object_key(tenant: Tenant, pool: ServedPool, object_id: str) -> str:
-    """Return the key by which the place of an object is remembered. With a shared key it includes the owner."""
+    """Return the key by which the location of an object is remembered. If clients share a key it includes the
+    owner.
+    """
     return f"{tenant.id}/{object_id}" if pool.shares_key else object_id
 
 
@@ -221,7 +223,9 @@ def has_checked_models(call: Call) -> bool:
 
 
 def _continued(call: Call, prompt: Prompt) -> list[Reference]:
-    """The response or conversation that a prompt continues, and the items of earlier responses that it repeats."""
+    """Return the response or conversation that a prompt continues, and the items of earlier responses that it
+    repeats.
+    """
     found = [Reference("responses", prompt.pinned_to)] if prompt.pinned_to else []
     if call.endpoint is _RESPONSES:
         found += item_references(prompt.spans[prompt.tool_spans + prompt.system_spans :])
@@ -237,7 +241,7 @@ def _check_further_models(call: Call) -> None:
 
 
 def _created_models(call: Call) -> Iterable[str] | None:
-    """The models that the new object will use, None if they cannot be read."""
+    """Return the models that the new object will use, None if they cannot be read."""
     path = _path(call)
     content_type = _content_type(call)
     if path == _FILES:
@@ -256,7 +260,7 @@ def _path(call: Call) -> str:
 
 
 def _content_type(call: Call) -> bytes:
-    """The type of the body. Raises BadRequest if there are several, of which the upstream might take another one."""
+    """Return the body's content type. Raises BadRequest if there are several: the upstream might use another one."""
     types = [value for name, value in call.headers if name == b"content-type"]
     if len(types) > 1:
         raise BadRequest("content-type is given twice")

@@ -1,8 +1,7 @@
 """Phase 7: the request to a replica and its response to the client, with every way in which either can end.
 
-`Dispatcher` gets a response, `ResponseRelay` passes it on. Whatever the attempt claimed is given back here, on every
-path.
-"""
+`Dispatcher` gets a response, `ResponseRelay` passes it on. Everything that the attempt claimed is released here, on
+every path."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ class Relay:
         self._responses.release(exchange)
 
     async def run(self, exchange: Exchange, downstream: Downstream, upload: Upload | None = None) -> None:
-        """Get a response and pass it on; `upload` is the request's body if that is passed through and not read.
+        """Get a response and pass it on; `upload` is the request's body if it is passed through unread.
 
         Raises UpstreamError, Overloaded or RateLimited while nothing of a response was written to the client. After
         that a failure shows as a response that visibly breaks off.
@@ -54,7 +53,7 @@ class Relay:
             self._end(exchange)
 
     def _end(self, exchange: Exchange, *, client_left: bool = False) -> None:
-        """Give back what the attempt claimed. Called twice if the client left."""
+        """Release what the attempt claimed. Called twice if the client left."""
         if client_left and exchange.ending is _INTERNAL:
             exchange.ending = Ending.CLIENT_LEFT
             phase = "before_first_token" if exchange.first_token_seconds is None else "after_first_token"

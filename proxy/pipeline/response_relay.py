@@ -1,8 +1,7 @@
-"""The second half of phase 7: pass a response to the client, and note what it says about tokens.
+"""The second half of phase 7: pass a response to the client, and note the tokens that it reports.
 
-Bytes pass unchanged and as they come, with back-pressure. A response that breaks off after its head was written is
-ended so that the client can see that it is incomplete.
-"""
+Bytes are passed on unchanged as they arrive, with back-pressure. A response that breaks off after its head was
+written is ended so that the client can see that it is incomplete."""
 
 from __future__ import annotations
 
@@ -36,9 +35,9 @@ WHOLE_AT_MOST_BYTES = 256 * 1024
 """A plain response up to this size is gathered and written at once; a longer one is relayed piece by piece."""
 
 _READ_AT_MOST_BYTES = 8 * 1024 * 1024
-"""The usage of a longer plain response, decoded or not, is not read."""
+"""Largest plain response whose usage is read; the limit holds for its compressed and its decoded size."""
 
-_OPENING_BYTES: Final = 2048  # of a stream of the responses surface, in which its id is looked for
+_OPENING_BYTES: Final = 2048  # of a stream of the Responses API, searched for its id
 _COMPLETE: Final = Ending.COMPLETE  # constants: the member of an enum is looked up in Python
 _TRUNCATED: Final = Ending.TRUNCATED
 _UPSTREAM_STATUS: Final = Ending.UPSTREAM_STATUS
@@ -118,7 +117,7 @@ class ResponseRelay:
             opened.response.abort()
         pool, model = exchange.pool, exchange.model
         if exchange.usage is not None and model is not None and pool is not None and pool.is_provider:
-            self._model_names.add((model,))  # engines list their models, providers may want a key for that
+            self._model_names.add((model,))  # providers may list their models only with a key, unlike engines
 
     # -- plain responses
 
@@ -158,7 +157,7 @@ class ResponseRelay:
         downstream: Downstream,
         head: list[tuple[bytes, bytes]],
     ) -> bytes | None:
-        """Relay a long plain response as it comes. Return its body if that is to be read and not too long."""
+        """Relay a long plain response as it arrives. Return its body if it is to be read and not too long."""
         is_read = response.status < 300 and self._is_read(exchange)
         kept: list[bytes] = []
         stream = self._passed_stream(response, downstream)
@@ -178,7 +177,7 @@ class ResponseRelay:
         return b"".join(kept) if is_read and exchange.response_bytes <= _READ_AT_MOST_BYTES else None
 
     def _passed_stream(self, response: UpstreamResponse, downstream: Downstream) -> PassedStream | None:
-        """Watch a stream that is none of a prompt, such as that of a background response; None for any other body.
+        """Watch a stream that answers no prompt, such as that of a background response; None for any other body.
 
         Its client gets comments, too, and it may be silent for as long as a model thinks.
         """
@@ -192,7 +191,7 @@ class ResponseRelay:
         return stream
 
     async def _as_events(self, exchange: Exchange, response: UpstreamResponse) -> None:
-        """Pass a plain response on as events, since the head of a stream was sent already."""
+        """Pass a plain response on as events, because the head of a stream was sent already."""
         assert exchange.waiting is not None  # noqa: S101 - the caller looked
         succeeded = response.status < 300
         if succeeded and exchange.attempt is not None:
@@ -273,7 +272,7 @@ class ResponseRelay:
         return endpoint.runs_model or self.objects.may_tell(exchange.call)
 
     def _hidden_error(self, exchange: Exchange, kind: str) -> None:
-        """Count a response with a status of success that is none; its prompt may not have been computed."""
+        """Count a response that failed in spite of a 2xx status; its prompt may not have been computed."""
         exchange.ending = _UPSTREAM_ERROR
         self._recorder.inc(HIDDEN_ERRORS, (exchange.replica_name, kind))
         if exchange.attempt is not None:
@@ -333,7 +332,7 @@ class StreamRelay:
         self._tap = tap
         self._limits = relay.limits
         self._decoder = ResponseDecoder(encoding) if encoding else None
-        self._passes_decoded = exchange.head_sent  # which named no encoding
+        self._passes_decoded = exchange.head_sent  # that head named no encoding
         self._wants_id = exchange.call.endpoint is _RESPONSES
         self._items = StreamedItemIds() if self._wants_id and relay.objects.wants_items(exchange) else None
         self._opening = b""
@@ -343,7 +342,7 @@ class StreamRelay:
             self.given_seconds = exchange.waiting.given_seconds
 
     async def run(self) -> None:
-        """Relay until the end of the body. Raises UpstreamError and what writing to the client raises."""
+        """Relay until the end of the body. Raises UpstreamError, and ConnectionResetError if the client left."""
         silence = self._relay.silence
         if silence.is_on and (self._decoder is None or self._passes_decoded):
             silence.enter(self)
@@ -378,10 +377,10 @@ class StreamRelay:
         return keeps_up
 
     def _note_progress(self, now_seconds: float) -> None:
-        """Stamp tokens. Raise IdleTimeout if nothing but comments and pings has come for too long."""
+        """Record the time of tokens. Raise IdleTimeout if only comments and pings have arrived for too long."""
         exchange, tap = self._exchange, self._tap
         if tap.progress:
-            if not exchange.progress_seconds:  # the first event: from now on silence is not the prefill
+            if not exchange.progress_seconds:  # the first event: from now on, silence is not due to the prefill
                 self._response.allow_silence(self._limits.idle_seconds)
             exchange.progress_seconds = now_seconds
             if tap.first_token_seen and exchange.token_came(now_seconds) and exchange.attempt is not None:
@@ -392,6 +391,6 @@ class StreamRelay:
             raise IdleTimeout("the upstream sent nothing but keep-alives")
 
     def fill(self) -> None:
-        """Write a comment, unless the client is inside an event or has not read what it was sent."""
+        """Write a comment, unless an event is incomplete or the client has not read what was written."""
         if not self._tap.mid_event and not self._behind:
             self._downstream.write_last(COMMENT)

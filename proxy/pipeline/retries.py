@@ -49,7 +49,7 @@ class AttemptFailure(NamedTuple):
 
 
 def shows_the_replica_fails(failure: AttemptFailure) -> bool:
-    """Return whether a success at another replica proves this one guilty. A 429 is about the key and the model."""
+    """Return whether success at another replica proves that this one fails. A 429 is about the key and the model."""
     return failure.kind is not FailureKind.UNSENT and failure.reason != "429"
 
 
@@ -66,9 +66,9 @@ def of_error(candidate: Candidate, error: UpstreamError) -> AttemptFailure:
 
 
 def may_repeat(kind: FailureKind, *, runs_model: bool, method: str, replayable: bool) -> bool:
-    """Return whether sending the request again can do no harm.
+    """Return whether the request may be sent again without harm.
 
-    `runs_model`: the request runs a model and creates nothing. `replayable`: its body is at hand and not streamed.
+    `runs_model`: the request runs a model and creates nothing. `replayable`: its body is in memory and not streamed.
     """
     if not replayable or kind is FailureKind.SLOW:
         return False
@@ -80,8 +80,7 @@ def next_candidate(
 ) -> Candidate | None:
     """Return the candidate for the next attempt: the cheapest untried one that is open.
 
-    With one candidate alone it is tried again once, if its connection died before the first byte of a response.
-    """
+    A single candidate is tried once more if its connection died before the first byte of a response."""
     tried = {failure.replica for failure in failures}
     for candidate, is_open in zip(candidates, open_replicas, strict=True):
         if is_open and candidate.replica.id not in tried:

@@ -45,7 +45,7 @@ _INFERENCE = frozenset(
         "score",
     }
 )
-"""Paths under /v1 that run a model named in the body and create nothing that could be asked for later."""
+"""Paths under /v1 that run a model named in the body and create no object."""
 
 COLLECTIONS = (
     "batches",
@@ -58,10 +58,12 @@ COLLECTIONS = (
     "uploads",
     "videos",
 )
-"""Paths under /v1 whose POST creates an object that its maker then uses by id."""
+"""Paths under /v1 whose POST creates an object that its creator then uses by id."""
 
 _READ_WHOLE = frozenset({"batches", "containers", "conversations", "messages/batches", "videos"})
-"""Collections whose creation is read before it is sent: it names models, or objects that must be the maker's own."""
+"""Collections whose creation is read before it is sent: it names models, or objects that must belong to the
+creator.
+"""
 
 _EXTENDED = frozenset({"containers", "conversations"})
 """Collections to whose objects other objects can be added later, by their ids."""
@@ -78,7 +80,7 @@ _DEFAULT_VERSION: Final = "/v1"
 LIVENESS = frozenset({"/", "/health", "/healthz", "/api/hello"})
 _LIVENESS_METHODS = frozenset({"GET", "HEAD"})
 _GUESSED_LENGTH_MOST: Final = 128  # characters of an unknown path that is compared with the known ones
-_NEARLY_EQUAL: Final = 0.8  # of difflib's ratio; below it guesses are far-fetched
+_NEARLY_EQUAL: Final = 0.8  # least difflib ratio; below it guesses are far-fetched
 KNOWN_PATHS = sorted([f"/v1/{path}" for path in {*_PROMPTS, *_INFERENCE, *COLLECTIONS, "models", "caching"}])
 _FIRST_SEGMENTS = frozenset({path.split("/")[0] for path in {*_PROMPTS, *COLLECTIONS, "models", "caching"}}) | {
     "audio",
@@ -89,7 +91,7 @@ _FIRST_SEGMENTS = frozenset({path.split("/")[0] for path in {*_PROMPTS, *COLLECT
 
 
 class Route(msgspec.Struct, frozen=True, gc=False):
-    """The meaning of a method and target.
+    """What a method and target mean.
 
     `target` is the normalised path with the query. `model` is the model that the path names, `object_id` the object.
     """
@@ -190,12 +192,12 @@ def _likely(path: str) -> str | None:
 
 
 def is_liveness(method: str, path: str) -> bool:
-    """Return True if the request only asks whether anything answers here; that needs no key."""
+    """Return True if the request only asks whether anything answers here; this needs no key."""
     return method in _LIVENESS_METHODS and (path in LIVENESS or path.rstrip("/") in LIVENESS)
 
 
 def _versioned(path: str) -> str | None:
-    """`path` with exactly one leading /v1, or None if it does not belong under it."""
+    """Return `path` with exactly one leading /v1, or None if it does not belong under /v1."""
     if not path.startswith("/v1/"):
         return f"/v1{path}" if path[1:].split("/", 1)[0] in _FIRST_SEGMENTS else None
     while path.startswith("/v1/v1/"):
@@ -204,14 +206,14 @@ def _versioned(path: str) -> str | None:
 
 
 def _deployment(method: str, path: str, query: str) -> Route:
-    """A path of Azure's: the segment after the prefix is the model, the rest the endpoint."""
+    """Return the route of an Azure path: the segment after the prefix is the model, the rest the endpoint."""
     model, _, name = path.removeprefix(_DEPLOYMENTS).partition("/")
     endpoint = _PROMPTS.get(name, Endpoint.INFERENCE) if method == "POST" else Endpoint.OTHER
     return Route(endpoint, path + query, model=unquote(model), reads_body=method == "POST")
 
 
 def _engine(name: str, target: str) -> Route | None:
-    """A path of OpenAI's old form, `engines/MODEL/ENDPOINT`; None if it has no endpoint that runs a model."""
+    """Return the route of an old OpenAI path, `engines/MODEL/ENDPOINT`; None if its endpoint runs no model."""
     model, _, path = name.removeprefix(_ENGINES).partition("/")
     endpoint = _PROMPTS.get(path, Endpoint.INFERENCE if path in _INFERENCE else None)
     return None if endpoint is None else Route(endpoint, target, model=unquote(model))

@@ -1,9 +1,8 @@
 """Phase 8: learn from a finished request and count it. Runs on every path and waits for nothing.
 
-The index learns what was really cached, the fleet how fast the replica was, the token counts how long the prompt was:
-at once, because the next request is routed by it. Metrics are counted for several requests at a time (`count`),
-before each report at the latest, while code and tables are in the processor's caches.
-"""
+The index learns what was really cached, the fleet how fast the replica was, and the token counts how long the prompt
+was. This happens at once, because the next request is routed by it. Metrics are counted for several requests at a
+time (`count`), at the latest before each report, while code and tables are in the processor's caches."""
 
 from __future__ import annotations
 
@@ -76,7 +75,7 @@ class Settlement:
         return outcome
 
     def _plausible(self, exchange: Exchange, outcome: Outcome, usage: Usage, placement: Placement) -> Usage:
-        """Return the usage without an implausible count of cached tokens: nothing is learned or saved by that."""
+        """Return the usage without an implausible count of cached tokens, of which nothing is learned or counted."""
         is_new = exchange.match is not None and exchange.match.known_blocks == 0
         cached_tokens = usage.cached_tokens or 0
         if not self._cached_counts.is_doubtful(placement.replica, usage.prompt_tokens, cached_tokens, is_new=is_new):
@@ -90,14 +89,14 @@ class Settlement:
         while waiting:
             outcome, usage, placement = (
                 waiting.popleft()
-            )  # before it is counted, so that one defect does not keep the others
+            )  # removed first, so that a defect in counting one does not keep the others
             self._counters.count(outcome, usage, None if placement is None else placement.predicted_tokens)
             self._prefix_stats.add(outcome, placement, usage)
             if placement is not None and usage is not None:
                 self._count_routing_gain(outcome, usage, placement)
 
     def forget(self, replica: int, name: str) -> None:
-        """Count what is left to count, and drop what is kept for a replica that is gone for good."""
+        """Count the remaining requests, and drop what is kept for a replica that is gone for good."""
         self.count()
         self._counters.forget(replica, name)
         self._cached_counts.forget(replica)
@@ -109,7 +108,7 @@ class Settlement:
             self._counters.count_routing_gain(outcome, self._baseline.count(label, gain))
 
     def _teach_index(self, placement: Placement, usage: Usage | None, *, skips_cache: bool) -> None:
-        if usage is None or usage.longest_call_tokens:  # sums of several calls say nothing about this prompt
+        if usage is None or usage.longest_call_tokens:  # sums of several calls show nothing about this prompt
             self._journal.settled(placement)
         else:
             cached_tokens = None if skips_cache else usage.cached_tokens

@@ -1,8 +1,8 @@
 """Send a comment to the client of a stream whenever it has received nothing for a while.
 
-Clients and the proxies between them give up on a silent connection. Before a replica has responded there is no head
-of a response to put a comment behind, so the head of a stream is sent first, with status 200. From then on an error
-can reach the client only as an event of the stream, but other replicas can still be tried.
+Clients and the proxies between them give up on a silent connection. Before a replica has responded no head of a
+response was sent, so the head of a stream is sent first, with status 200. From then on an error can reach the client
+only as an event of the stream, but other replicas can still be tried.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from proxy.clock import Clock
 from proxy.downstream.response import Downstream
 
 COMMENT: Final = b": waiting for the upstream\n\n"
-CHECKS: Final = 15  # in the time after which a comment is due; it comes early by up to one of them, never late
+CHECKS: Final = 15  # per `comment_seconds`; a comment may be early by one interval, but never late
 
 _EVENT_ENDS: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _HEAD: Final = (
@@ -26,7 +26,7 @@ _HEAD: Final = (
 
 
 class SilentStream(Protocol):
-    """A stream that may have to be filled."""
+    """A stream into which comments may be written."""
 
     given_seconds: float
     """Time at which the client last received something, on the monotonic clock."""
@@ -72,16 +72,16 @@ class PassedStream:
 
     def __init__(self, downstream: Downstream, since_seconds: float) -> None:
         self._downstream = downstream
-        self._end = b""  # of what was passed on
+        self._end = b""  # the last bytes that were passed on
         self.given_seconds = since_seconds
 
     def passed(self, piece: bytes, now_seconds: float) -> None:
-        """Note a piece that the client was sent."""
+        """Note a piece that was sent to the client."""
         self._end = (self._end + piece[-4:])[-4:]
         self.given_seconds = now_seconds
 
     def fill(self) -> None:
-        """Write a comment, unless the client is inside an event."""
+        """Write a comment, unless an event is incomplete."""
         if not self._end or self._end.endswith(_EVENT_ENDS):
             self._downstream.write_last(COMMENT)
 
@@ -120,7 +120,7 @@ class SilenceWatch:
             self._start()
 
     def leave(self, stream: SilentStream) -> None:
-        """Watch `stream` no more; it need not be watched."""
+        """Stop watching `stream`. Does nothing if it is not watched."""
         self._streams.discard(stream)
 
     def _start(self) -> None:

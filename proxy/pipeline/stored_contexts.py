@@ -1,4 +1,4 @@
-"""The four operations that the pipeline needs of stored contexts."""
+"""The four operations on stored contexts that the pipeline needs."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 A cold prefill of a long prompt takes seconds, in which the warm turns behind it wait, grow old and are evicted; then
 they are cold too. So a turn of which no replica holds half waits here, first come first served, until a replica has
-nothing else to compute and what runs there leaves room for it. Warm turns never wait here, and the least recently
-used blocks, those of sessions that wait, are evicted by themselves. No session is known: only prompts are.
+nothing else to compute and what runs there leaves room for it. Warm turns never wait here, and engines evict the
+least recently used blocks, which are those of waiting sessions. The rule knows prompts only, not sessions.
 
 Pure: clocks are passed in, nothing here waits or sends. The proxy and the simulation drive the same objects.
 """
@@ -21,32 +21,37 @@ from proxy.routing.shortest_job import ShortestJobQueue
 
 SHORT_TOKENS: Final = 4_096.0
 SHORT_SHARE: Final = 0.01
-"""A turn with no more to compute than this, in tokens and as a share of a cache, is never held back: it takes half a
-second, and evicts next to nothing. Engines on a processor have caches of some 50,000 tokens, where a prompt of 3,000
-is long."""
+"""A turn with fewer uncached tokens than this, absolutely and as a share of a cache, is never held back: it takes
+half a second and evicts next to nothing. The share matters for engines on a CPU: their caches have about 50,000
+tokens, for which a prompt of 3,000 is long.
+"""
 
 WARM_SHARE: Final = 0.5
-"""A turn is warm if no more than this share of its prompt must be computed. With .8 two percent of the turns are
-lost; a bound in tokens is worse."""
+"""A turn is warm if no more than this share of its prompt must be computed. With 0.8 two percent of the turns are
+lost; a bound in tokens is worse.
+"""
 
 QUIET_SECONDS: Final = 0.5
-"""A replica is quiet with no more prefill pending than this. From .2 to 1 s it is the same; with 2 s five percent of
-the turns are lost, with 4 s nine."""
+"""A replica with no more pending prefill than this is quiet. Values from 0.2 to 1 s give the same result; with 2
+s five percent of the turns are lost, with 4 s nine.
+"""
 
 REST_SECONDS: Final = 60.0
-"""A replica that took no cold turn for so long takes one even if it is not quiet. It must not be under 20 s: with 5 s
-more than half of the turns are lost."""
+"""A replica that took no cold turn for this time takes one even if it is not quiet. The time must not be under 20
+s: with 5 s more than half of the turns are lost.
+"""
 
 LONG_SECONDS: Final = 1.0
 BACKLOG_SECONDS: Final = 3.0
-"""A cold prefill of at least `LONG_SECONDS` waits as well once every replica has `BACKLOG_SECONDS` to do, or another
-tenant is active: an engine neither interrupts it nor changes the order of what it was sent."""
+"""A cold prefill of at least `LONG_SECONDS` also waits if every replica has `BACKLOG_SECONDS` of pending prefill,
+or if another tenant is active: an engine neither interrupts a prefill nor reorders its requests.
+"""
 
 NEW_AFTER_SECONDS: Final = 1.0
-"""A turn of a session that was served before goes before a new one that came no more than this earlier."""
+"""A turn of a session that was served before precedes a new session's that arrived at most this much earlier."""
 
 ORDER_OF_ARRIVAL: Final = 1.0
-"""Weight of the arrival in a line that is first come, first served."""
+"""Weight of the arrival time that makes a queue first come, first served."""
 
 T = TypeVar("T")
 
@@ -54,30 +59,30 @@ T = TypeVar("T")
 class TurnKind(enum.StrEnum):
     """Class of a turn by the share of its prompt that the best replica lacks."""
 
-    SHORT = "short"  # at most `short_tokens`: routed as ever
-    WARM = "warm"  # at most `WARM_SHARE` of it: routed as ever, to the replicas that are about as good as the best
+    SHORT = "short"  # at most `short_tokens`: routed as usual
+    WARM = "warm"  # at most `WARM_SHARE`: routed as usual, to replicas about as good as the best
     COLD = "cold"  # it waits until a replica is quiet
 
 
 def short_tokens(most_capacity_tokens: float) -> float:
-    """Return up to how many tokens a turn is short, by the size of the largest cache."""
+    """Return the number of tokens up to which a turn is short, from the size of the largest cache."""
     return min(SHORT_TOKENS, SHORT_SHARE * most_capacity_tokens)
 
 
 def classify(prompt_tokens: float, least_uncached_tokens: float, short: float = SHORT_TOKENS) -> TurnKind:
-    """The kind of a turn, by its tokens and those that the best of all replicas would have to compute."""
+    """Return the kind of a turn, by its tokens and those that the best replica would have to compute."""
     if least_uncached_tokens <= short:
         return TurnKind.SHORT
     return TurnKind.WARM if least_uncached_tokens <= WARM_SHARE * prompt_tokens else TurnKind.COLD
 
 
 def is_long(uncached_tokens: float, rates: Iterable[float]) -> bool:
-    """True if a prefill takes a second or more wherever it goes."""
+    """Return True if a prefill takes a second or more at every replica. `rates` are in tokens per second."""
     return uncached_tokens >= LONG_SECONDS * max(rates)
 
 
 def about_as_good(uncached_tokens: Mapping[int, float], short: float = SHORT_TOKENS) -> frozenset[int]:
-    """The replicas, by number, that would compute at most `short` tokens more than the best one."""
+    """Return the replicas, by number, that would compute at most `short` tokens more than the best one."""
     bound = min(uncached_tokens.values()) + short
     return frozenset(replica for replica, tokens in uncached_tokens.items() if tokens <= bound)
 
@@ -85,7 +90,7 @@ def about_as_good(uncached_tokens: Mapping[int, float], short: float = SHORT_TOK
 @dataclass(frozen=True, slots=True)
 class ReplicaRoom:
     """Work of a replica, as all processes see it. `running_tokens` are the prompts of requests that run there;
-    `capacity_tokens` is what fits its cache of such prompts (`capacity_of`), None if unknown."""
+    `capacity_tokens` is how many tokens of such prompts fit into its cache (`capacity_of`), None if unknown."""
 
     replica: int
     pending_seconds: float
@@ -95,7 +100,7 @@ class ReplicaRoom:
 
 @dataclass(frozen=True, slots=True)
 class ColdTurn(Generic[T]):
-    """A turn that waits. `item` is the caller's; `is_new` if no prompt that it continues was served before."""
+    """A turn that waits. `item` belongs to the caller; `is_new` means that it continues no prompt served before."""
 
     item: T
     prompt_tokens: float
@@ -111,7 +116,7 @@ Waiting = Claimant[ColdTurn[T]]
 
 
 class ColdQueue(Generic[T]):
-    """The cold turns that wait for the replicas of one pool, and when each replica took its last one.
+    """The cold turns that wait for the replicas of one pool, and the time at which each replica took its last one.
 
     Several queues for the same replicas may share `last_cold_seconds`, the times by replica.
     """
@@ -119,24 +124,24 @@ class ColdQueue(Generic[T]):
     def __init__(self, shares: TenantShares | None = None, last_cold_seconds: dict[int, float] | None = None) -> None:
         self._queue: FairQueue[ColdTurn[T]] = FairQueue(shares or TenantShares(), _first_come_first_served)
         self._last_cold_seconds = {} if last_cold_seconds is None else last_cold_seconds
-        self._began_seconds = 0.0  # when turns began to wait, after none did
+        self._began_seconds = 0.0  # time at which the queue last ceased to be empty
 
     def __len__(self) -> int:
         return len(self._queue)
 
     def join(self, turn: ColdTurn[T], now_seconds: float) -> Waiting[T]:
-        """Take in a turn that arrived at `now_seconds`."""
+        """Add a turn that arrived at `now_seconds`."""
         if not len(self._queue):
             self._began_seconds = now_seconds
         waiting = Claimant(turn, turn.tenant, turn.weight, turn.priority, turn.uncached_tokens)
         return self._queue.join(waiting, NEW_AFTER_SECONDS if turn.is_new else 0.0, now_seconds)
 
     def leave(self, waiting: Waiting[T]) -> None:
-        """The turn waits no more, and was not sent. May come twice."""
+        """Remove a turn that was not sent. May be called twice."""
         self._queue.leave(waiting)
 
     def head(self, now_seconds: float, skipped: Container[str] = ()) -> Waiting[T] | None:
-        """The turn that goes next, of no tenant in `skipped`, or None."""
+        """Return the turn that goes next, of no tenant in `skipped`, or None."""
         return self._queue.head(now_seconds, skipped)
 
     def waiting(self) -> dict[tuple[Priority, str], int]:
@@ -152,7 +157,7 @@ class ColdQueue(Generic[T]):
         quiet_seconds: float = QUIET_SECONDS,
         rest_seconds: float = REST_SECONDS,
     ) -> frozenset[int]:
-        """The replicas that may take `turn` now: quiet ones with room for its prompt."""
+        """Return the replicas that may take `turn` now: quiet ones with room for its prompt."""
         last, began = self._last_cold_seconds, self._began_seconds
         return frozenset(
             room.replica
@@ -162,22 +167,24 @@ class ColdQueue(Generic[T]):
         )
 
     def serve(self, waiting: Waiting[T], replica: int, now_seconds: float) -> None:
-        """The turn is sent to `replica`."""
+        """Remove a turn that is sent to `replica`."""
         self._queue.serve(waiting)
         self._last_cold_seconds[replica] = now_seconds
 
 
 def capacity_of(cache_tokens: float | None, own_share: float) -> float | None:
-    """Return how many tokens of whole prompts fit a cache, of which `own_share` is in no other prompt.
+    """Return how many tokens of whole prompts fit into a cache, if `own_share` of each is in no other prompt.
 
-    What prompts share is there once. Counted for each, it would leave a third of the cache unused where agents have
-    long common instructions: cold turns would then wait a third longer.
+    What prompts share is stored once. If it were counted for each, a third of the cache would stay unused with agents
+    that have long common instructions, and cold turns would wait a third longer.
     """
     return None if cache_tokens is None else cache_tokens / own_share
 
 
 def has_room(room: ReplicaRoom, prompt_tokens: float) -> bool:
-    """True if what runs and this prompt fit the cache, if nothing runs, or if nobody knows its size."""
+    """Return True if the running prompts and this one fit into the cache, if nothing runs, or if its size is
+    unknown.
+    """
     capacity = room.capacity_tokens
     return capacity is None or not room.running_tokens or room.running_tokens + prompt_tokens <= capacity
 

@@ -1,9 +1,9 @@
 """Hold cold turns in a worker until `cold_admission` lets them go.
 
-One `ColdGate` per worker, with a queue per pool. It wakes when work ends somewhere, and twice a second while turns
-wait. A turn that goes gets a pass to one replica, which no other cold turn gets until its first token. If there are
-other workers, the replica is claimed through `Claims` first; while those do not answer, every worker goes on alone.
-"""
+One `ColdGate` per worker, with a queue per pool. It looks for turns that may go whenever work ends at a replica, and
+twice a second while turns wait. A turn that goes gets a pass to one replica, which no other cold turn gets until its
+first token. If there are other workers, the replica is claimed through `Claims` first; while claims fail, every
+worker decides alone."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from proxy.routing.cold_wait import ColdRate, Tickets
 from proxy.routing.fair_shares import Priority, TenantShares
 
 LOOK_SECONDS: Final = 0.5
-"""While turns wait, this often it is looked whether one may go, whatever is heard."""
+"""Interval of looking for a turn that may go while turns wait, in addition to every end of work."""
 
 CLAIM_PATIENCE: Final = 3.0
 CLAIM_PATIENCE_SECONDS: Final = 30.0
-"""A claim ends by itself after this multiple of the predicted prefill, and this long on top."""
+"""A claim expires after `CLAIM_PATIENCE` times the predicted prefill plus this time."""
 
 FULL_RETRY_SECONDS: Final = 5.0
-"""Retry-After while the waiting bodies take all the memory that they may."""
+"""Retry-After while the waiting bodies take all the memory that they are allowed."""
 
 
 class Claims(Protocol):
@@ -72,9 +72,10 @@ class Fleet(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GateLimits:
-    """`enabled` False lets everything pass. A new session waits at most `max_wait_seconds`, and the bodies of all
-    that wait here take at most `max_waiting_bytes`. The other times are those of the rule; the time constant of the
-    pressure holds for pools seen from then on."""
+    """With `enabled` False everything passes. A new session waits at most `max_wait_seconds`, and the bodies of
+    all waiting requests take at most `max_waiting_bytes`. The other times are those of `cold_admission`; a change
+    of `memory_seconds` affects only pools seen after it.
+    """
 
     enabled: bool = True
     max_wait_seconds: float = 300.0
@@ -91,23 +92,23 @@ class Turn:
     pool: str
     prompt_tokens: float
     uncached_tokens: float  # at the best replica
-    known_tokens: float  # of the prompt, that were served before
+    known_tokens: float  # tokens of the prompt that were served before
     prompt_end: int
     body_bytes: int
     tenant: str
     weight: float
     priority: Priority
-    deadline_seconds: float | None  # on the monotonic clock, by which the first token is wanted
+    deadline_seconds: float | None  # of the first token, on the monotonic clock
     client: str = ""  # the tenant's name, if it is configured
 
     @property
     def is_new(self) -> bool:
-        """True if nothing beyond what some replica still holds was served before."""
+        """True if no more of it was served before than some replica still holds."""
         return self.known_tokens <= self.prompt_tokens - self.uncached_tokens
 
 
 class Pass:
-    """A cold turn's right to one replica. `is_over`, once set, tells whether its first token came or it ended."""
+    """A cold turn's right to one replica. `is_over`, once set, returns whether its first token came or it ended."""
 
     __slots__ = ("_gate", "ends_seconds", "is_over", "is_shared", "pool", "replica", "replica_name", "tenant")
 
@@ -118,7 +119,7 @@ class Pass:
         self.replica = replica.id
         self.replica_name = replica.name
         self.ends_seconds = ends_seconds
-        self.is_shared = False  # the other workers know
+        self.is_shared = False  # it was claimed for all workers
         self.is_over: Callable[[], bool] | None = None
 
     def release(self) -> None:
@@ -146,7 +147,7 @@ class _Pool:
         self.served = ServedPrompts()
         self.rate = ColdRate()
         self.tickets = Tickets()
-        self.waiting: dict[_Waiter, float] = {}  # each with when it came
+        self.waiting: dict[_Waiter, float] = {}  # each with the time of its arrival
         self.passes: dict[int, Pass] = {}
         self.asking = False
         self.alarm: asyncio.TimerHandle | None = None
@@ -154,7 +155,7 @@ class _Pool:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Answer to whether a turn would wait now: why, and for at least how many seconds."""
+    """Whether a turn would wait now, the reason, and the least seconds that it would wait."""
 
     kind: TurnKind
     waits: bool
@@ -163,16 +164,13 @@ class Verdict:
 
 
 class ColdGate:
-    """See the module.
+    """The gate of one worker; see the module's description.
 
     Args:
         fleet: gives the replicas of a pool.
-        capacity_tokens: what a replica's cache holds, None if nobody knows: then nothing is held back for room.
-        shares: the tenants' shares.
-        claims: what the workers agree on.
-        is_alone: whether there is no other worker.
-        start: starts a background task.
-        clock: monotonic time.
+        capacity_tokens: returns the tokens that a replica's cache can hold, None if unknown: then nothing waits for
+        room. shares: the tenants' shares. claims: claims on replicas that all workers respect. is_alone: returns
+        whether there is no other worker. start: starts a background task. clock: monotonic time.
     """
 
     def __init__(
@@ -198,7 +196,7 @@ class ColdGate:
         self.admitted = 0
         self.refused = 0
 
-    # -- what is known
+    # -- knowledge
 
     def pool(self, name: str) -> _Pool:
         found = self._pools.get(name)
@@ -207,16 +205,16 @@ class ColdGate:
         return found
 
     def served(self, pool: str) -> ServedPrompts:
-        """The prompts that were sent to a pool."""
+        """Return the prompts that were sent to a pool."""
         return self.pool(pool).served
 
     def placed_elsewhere(self, pool: str, hashes: Sequence[int], prompt_tokens: float) -> None:
-        """Another worker sent a prompt to a pool."""
+        """Note that another worker sent a prompt to a pool."""
         served = self.pool(pool).served
         served.note(hashes, served.depth(hashes), prompt_tokens, 0.0, self._clock.monotonic())
 
     def observe(self, pool: str, computed_tokens: float, repeated_tokens: float) -> None:
-        """One answer: tokens that were computed for it, and those of them that were computed before."""
+        """Note a response: the tokens that were computed for it, and how many of them had been computed before."""
         self.pool(pool).pressure.observe(computed_tokens, repeated_tokens, self._clock.monotonic())
 
     def waiting(self) -> dict[Priority, int]:
@@ -228,7 +226,7 @@ class ColdGate:
         return counts
 
     def waiting_by_client(self) -> dict[tuple[Priority, str], int]:
-        """Count the turns that wait, by priority and configured name of their client; the nameless are together."""
+        """Count the turns that wait, by priority and configured name of their client; others are counted under ""."""
         counts: dict[tuple[Priority, str], int] = {}
         for pool in self._pools.values():
             for waiter in pool.waiting:
@@ -242,7 +240,9 @@ class ColdGate:
         return any(pool.pressure.is_holding for pool in self._pools.values())
 
     def need(self, pool: str) -> float | None:
-        """Return the need of continuing sessions over the capacity of the pool's caches; None if unknown."""
+        """Return the tokens that continuing sessions need, divided by the capacity of the pool's caches; None if
+        unknown.
+        """
         now = self._clock.monotonic()
         held = [self._capacity_tokens(view.id) for view in self._fleet.snapshot(pool, now) if view.available]
         if not held or None in held:
@@ -269,10 +269,10 @@ class ColdGate:
         return Verdict(kind, waits=True, reason=reason, seconds=seconds)
 
     def short_tokens(self, views: Sequence[ReplicaView]) -> float | None:
-        """Return up to how many tokens to compute a turn never waits for these replicas; None if no turn does.
+        """Return the uncached tokens up to which a turn never waits for these replicas; None if no turn ever waits.
 
-        None does if the gate is off, or the capacity of a replica is unknown: one that does not say what it can hold
-        may be anything, and nothing shows whether it is busy.
+        No turn waits if the gate is off, or if the capacity of a replica is unknown: such a replica may be anything,
+        and nothing shows whether it is busy.
         """
         if not self.limits.enabled:
             return None
@@ -287,7 +287,7 @@ class ColdGate:
     def is_pressed(self, pool: str, views: Sequence[ReplicaView]) -> bool:
         """Return True if cold turns of a pool wait because its sessions need more cache than there is.
 
-        Only for replicas for which turns may wait at all (`short_tokens`).
+        Call it only for replicas for which turns may wait at all (`short_tokens`).
         """
         return self._is_pressed(self.pool(pool), views)
 
@@ -327,7 +327,7 @@ class ColdGate:
             self._look(pool)
             return await waiter.future
         except BaseException:
-            # the pass may have been given in the moment in which the caller was cancelled
+            # the pass may have been given just when the caller was cancelled
             if waiter.future.done() and not waiter.future.cancelled() and waiter.future.exception() is None:
                 waiter.future.result().release()
             raise
@@ -381,7 +381,7 @@ class ColdGate:
     # -- going
 
     def changed(self) -> None:
-        """Work began or ended somewhere: whoever waits may go now. Cheap while nobody does."""
+        """Look for turns that may go, since work began or ended somewhere. Cheap while no turn waits."""
         if self._pools:
             for pool in self._pools.values():
                 if pool.passes:
@@ -425,7 +425,9 @@ class ColdGate:
         self._look(pool)
 
     def _first_that_may_go(self, pool: _Pool) -> tuple[Waiting[_Waiter], list[ReplicaView]] | None:
-        """The first turn of a tenant that has not its part of the replicas, and those that are open to it."""
+        """Return the first turn of a tenant that does not have its part of the replicas, and the replicas open to
+        it.
+        """
         if not len(pool.queue):
             return None
         now = self._clock.monotonic()
@@ -475,7 +477,7 @@ class ColdGate:
             self._start(self._claim(pool, waiting, views), "cold turn claim")
 
     async def _claim(self, pool: _Pool, waiting: Waiting[_Waiter], views: list[ReplicaView]) -> None:
-        """Claim one of the replicas for the first turn; whichever is first when the claim comes gets it."""
+        """Claim one of the replicas for the first turn; it goes to the turn that is first once the claim succeeds."""
         turn, now = waiting.item.item.turn, self._clock.monotonic()
         got: str | None = None
         shared = True
@@ -508,7 +510,7 @@ class ColdGate:
         self._look(pool)
 
     def _order(self, waiting: Waiting[_Waiter], now: float) -> str:
-        """The turn's place among those of all workers, as a text that sorts: priority, tenant's round, age."""
+        """Return the turn's position among those of all workers as a sortable text: priority, tenant's round, age."""
         arrived_unix = self._clock.unix() - (now - waiting.arrived_seconds)
         return f"{waiting.priority:d}:{self._shares.round_of(waiting.tenant):015d}:{arrived_unix:017.3f}"
 

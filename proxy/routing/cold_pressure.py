@@ -1,7 +1,7 @@
 """Detect that sessions need more cache than there is: only then do cold turns wait (`cold_admission`).
 
-The sign is work that is done again. A prompt that was served before and must be computed once more was evicted in
-between; where there is room, hardly any is. Pure: clocks are passed in.
+The sign is repeated work. A prompt that was served before and must be computed again was evicted in between; if there
+is enough room, this is rare. Pure: clocks are passed in.
 """
 
 from __future__ import annotations
@@ -15,39 +15,40 @@ MAX_REMEMBERED: Final = 262_144
 """Boundaries of served prompts that are remembered, about 25 MB: two of each of the last 131,072 prompts."""
 
 FIRST_PAUSE_SECONDS: Final = 60.0
-"""From one turn of a session to its next, until seen."""
+"""Assumed time from one turn of a session to its next, until one was observed."""
 
 PAUSE_STEP: Final = 0.02
 """Weight of the newest pause in the mean."""
 
 SHARE_STEP: Final = 0.02
-"""Weight of the newest prompt in the mean share of a prompt that no other session has."""
+"""Weight of the newest prompt in the mean of `own_share`."""
 
 LEAST_OWN_SHARE: Final = 0.25
-"""More room than four times the cache is never assumed for prompts that run at once."""
+"""Lower bound of `own_share`: concurrent prompts are never assumed to need less than a quarter of their tokens."""
 
 ENDED_AFTER_PAUSES: Final = 3.0
-"""A session without a turn for this many mean pauses has ended: of exponential pauses one in twenty is longer."""
+"""Mean pauses without a turn after which a session has ended: of exponential pauses one in twenty is longer."""
 
 MEMORY_SECONDS: Final = 120.0
-"""Time constant of the mean. It must span several long prefills and pass when the sessions have gone."""
+"""Time constant of the mean. It must span several long prefills, and be short enough to forget ended sessions."""
 
 ON_SHARE: Final = 0.5
 OFF_SHARE: Final = 0.3
-"""Cold turns wait while this share of what is computed was computed before. Above the size of the caches it is nine
-tenths without the gate and two thirds with it, at three quarters of their size a half, at half of it a quarter; in
-open-loop traces at most a third."""
+"""Cold turns wait while this share of the computed tokens had been computed before. If the sessions need more
+than the caches hold, the share is 0.9 without the gate and 0.67 with it; if they need three quarters of the
+caches, 0.5; if half, 0.25. In open-loop traces it is at most 0.33.
+"""
 
 CROWDED_SHARE: Final = 0.15
 CROWDED_SECONDS: Final = 10.0
-"""With all queues longer than this, less is enough: what is saved of the cache then saves everyone's waiting."""
+"""If all queues are longer than this, a smaller share is enough: cached tokens then shorten everyone's wait."""
 
 MIN_COMPUTED_TOKENS: Final = 50_000.0
-"""Below this the share is noise."""
+"""With fewer computed tokens the share is noise."""
 
 
 class _Served:
-    """The last turn of a session: its prompt less what it shared with others at its first turn, and when it came."""
+    """The last turn of a session: its prompt minus what its first turn shared with other sessions, and its time."""
 
     __slots__ = ("boundaries", "own_tokens", "seen_seconds", "shared_tokens")
 
@@ -61,7 +62,7 @@ class _Served:
 
 
 class ServedPrompts:
-    """Ends of prompts that were sent somewhere, so that a prompt which continues one is known again."""
+    """Ends of prompts that were sent to a replica, by which a prompt that continues one is recognised."""
 
     def __init__(self, most: int = MAX_REMEMBERED) -> None:
         self._most = most
@@ -72,14 +73,16 @@ class ServedPrompts:
 
     @property
     def own_share(self) -> float:
-        """Mean share of a prompt that no other session has: what it adds to a cache that holds others."""
+        """Mean share of a prompt that no other session has, which is what it adds to a cache that holds the
+        others.
+        """
         return max(self._own_share, LEAST_OWN_SHARE)
 
     def __len__(self) -> int:
         return len(self._boundaries)
 
     def depth(self, hashes: Sequence[int]) -> int:
-        """The blocks up to the end of a prompt sent before, 0 if it continues none. Looks up each at worst."""
+        """Return the number of blocks up to the end of the prompt that this one continues, 0 if it continues none."""
         kept = self._boundaries
         for place in range(len(hashes), 0, -1):
             if hashes[place - 1] in kept:
@@ -89,9 +92,10 @@ class ServedPrompts:
     def note(
         self, hashes: Sequence[int], depth: int, prompt_tokens: float, matched_tokens: float, now_seconds: float
     ) -> None:
-        """A prompt came, `depth` blocks of which ended one before; of a new one `matched_tokens` are others' as well.
+        """Note a prompt, whose first `depth` blocks are an earlier one; a new one shares `matched_tokens` with
+        others.
 
-        Its last two boundaries are kept, since the last one is often not whole.
+        Its last two boundaries are kept, because the last block is often incomplete.
         """
         before = self._boundaries.get(hashes[depth - 1]) if depth else None
         shared = min(matched_tokens, prompt_tokens)
@@ -111,9 +115,9 @@ class ServedPrompts:
             self._drop(next(iter(self._latest)))
 
     def needed_tokens(self, now_seconds: float) -> float:
-        """Return the tokens that continuing sessions need of the caches: their own parts, of all that came lately.
+        """Return the tokens that continuing sessions need in the caches: the sum of their own parts.
 
-        Lately is three times the mean time from one turn to the next.
+        A session continues if its last turn is no older than three times the mean time from one turn to the next.
         """
         oldest = now_seconds - max(ENDED_AFTER_PAUSES * self._pause_seconds, FIRST_PAUSE_SECONDS)
         needed = 0.0
@@ -131,7 +135,7 @@ class ServedPrompts:
 
 
 class ColdPressure:
-    """The share of recent work that was done before, and whether cold turns wait because of it."""
+    """The share of recent work that was repeated, and whether cold turns wait because of it."""
 
     def __init__(self, memory_seconds: float = MEMORY_SECONDS) -> None:
         self.memory_seconds = memory_seconds
@@ -142,25 +146,27 @@ class ColdPressure:
 
     @property
     def is_holding(self) -> bool:
-        """True if cold turns waited when it was last asked."""
+        """The last result of `is_on`."""
         return self._is_on
 
     @property
     def repeated_share(self) -> float:
-        """The share, 0 to 1; 0 while too little is known."""
+        """The share of repeated work, 0 to 1; 0 while too little is known."""
         if self._computed_tokens < MIN_COMPUTED_TOKENS:
             return 0.0
         return min(self._repeated_tokens / self._computed_tokens, 1.0)
 
     def observe(self, computed_tokens: float, repeated_tokens: float, now_seconds: float) -> None:
-        """One answer: tokens that were computed for it, and those of them that were computed before."""
+        """Note a response: the tokens that were computed for it, and how many of them had been computed before."""
         kept = exp(min(self._seen_seconds - now_seconds, 0.0) / self.memory_seconds)
         self._seen_seconds = max(now_seconds, self._seen_seconds)
         self._computed_tokens = self._computed_tokens * kept + computed_tokens
         self._repeated_tokens = self._repeated_tokens * kept + repeated_tokens
 
     def is_on(self, shortest_queue_seconds: float, waiting: int) -> bool:
-        """True if a cold turn that comes now must wait. `waiting` are those that wait already."""
+        """Return True if a cold turn that arrives now must wait. `waiting` is the number of turns that wait
+        already.
+        """
         share = self.repeated_share
         if self._is_on:
             self._is_on = waiting > 0 or share >= OFF_SHARE

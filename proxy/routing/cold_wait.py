@@ -1,8 +1,7 @@
-"""Predict how long a cold turn will wait, and keep the promise to a session that is turned away. Pure.
+"""Predict how long a cold turn will wait, and keep the place of a session that is turned away. Pure.
 
-A new session that would wait for too long is refused with a Retry-After after which it will be taken: its place in
-the order is kept by a ticket, without its body, so that it comes back as old as it is.
-"""
+A new session that would wait for too long is refused with a Retry-After after which it will be accepted: a ticket,
+without the body, keeps its arrival time, so that it does not lose its place in the order."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ GRACE_SECONDS: Final = 60.0
 
 
 class ColdRate:
-    """Tokens of cold turns that are taken per second while turns wait."""
+    """Tokens of cold turns that replicas take per second while turns wait."""
 
     def __init__(self) -> None:
         self._tokens = 0.0
@@ -31,11 +30,11 @@ class ColdRate:
         self._last_seconds: float | None = None
 
     def began(self, now_seconds: float) -> None:
-        """Turns begin to wait, after none did."""
+        """Note that turns begin to wait, after none did."""
         self._last_seconds = now_seconds
 
     def took(self, tokens: float, now_seconds: float) -> None:
-        """A turn that waited was sent."""
+        """Note that a turn of `tokens` that waited was sent."""
         last = now_seconds if self._last_seconds is None else self._last_seconds
         elapsed = max(now_seconds - last, 0.0)
         kept = exp(-elapsed / MEMORY_SECONDS)
@@ -44,7 +43,7 @@ class ColdRate:
         self._last_seconds = now_seconds
 
     def seconds_for(self, tokens: float, first_guess: float) -> float:
-        """The time in which `tokens` are taken; `first_guess` is the rate until one is measured."""
+        """Return the seconds in which replicas take `tokens`; `first_guess` is the rate until one is measured."""
         measured = self._tokens / self._seconds if self._seconds > 1.0 else 0.0
         return tokens / (measured or first_guess)
 
@@ -68,12 +67,12 @@ class Tickets:
         return len(self._tickets)
 
     def arrival(self, tenant: str, prompt_end: int, now_seconds: float) -> float:
-        """Return when this prompt came first: now, unless it has a ticket."""
+        """Return the time at which this prompt first arrived: now, unless it has a ticket."""
         ticket = self._tickets.get((tenant, prompt_end))
         return now_seconds if ticket is None or ticket.ends_seconds < now_seconds else ticket.arrived_seconds
 
     def tokens_before(self, arrived_seconds: float, now_seconds: float) -> float:
-        """Work of those that were turned away, will come back and came before."""
+        """Return the tokens of sessions that were turned away, arrived before and are expected back."""
         return sum(
             each.tokens
             for each in self._tickets.values()
@@ -89,7 +88,7 @@ class Tickets:
         back_seconds: float,
         now_seconds: float,
     ) -> None:
-        """Keep a place for a prompt that was told to come back in `back_seconds`."""
+        """Keep the place of a prompt that was refused with a Retry-After of `back_seconds`."""
         key = (tenant, prompt_end)
         self._tickets.pop(key, None)
         ends = now_seconds + GRACE * back_seconds + GRACE_SECONDS
@@ -98,10 +97,10 @@ class Tickets:
             self._tickets.popitem(last=False)
 
     def take(self, tenant: str, prompt_end: int) -> None:
-        """It came back and waits now, or was served."""
+        """Drop the ticket of a prompt that came back and waits now, or was served."""
         self._tickets.pop((tenant, prompt_end), None)
 
     def expire(self, now_seconds: float) -> None:
-        """Forget the places of those that did not come back."""
+        """Drop the tickets of prompts that did not come back."""
         for key in [key for key, each in self._tickets.items() if each.ends_seconds < now_seconds]:
             del self._tickets[key]

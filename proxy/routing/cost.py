@@ -1,6 +1,6 @@
-"""Choose the replica for a prompt: compute one cost in seconds for each, take the least, and give the reason.
+"""Choose the replica for a prompt: compute one cost in seconds for each, take the lowest, and state the reason.
 
-Pure: no clock, no socket, no state. The fleet's rows and the index's match come in, a `Plan` goes out.
+Pure: no clock, no socket, no state. It takes the fleet's rows and the index's match, and returns a `Plan`.
 
 The cost of replica r for a prompt p, in seconds:
 
@@ -10,8 +10,8 @@ The cost of replica r for a prompt p, in seconds:
 The first term is the time until the first token. The second charges what p computes there `a` times more, for the
 requests that will wait behind it; it uses the mean rate of all, since behind a slow replica fewer requests wait, each
 longer. `a = 2 + 3 x the shortest queue of all, in seconds`: the longer all queues are, the more it costs to compute
-something twice. The third term is the price of decoding beside many others, the last one avoids a replica that
-stalls, and the last one charges what r must evict for p if another replica has more room, as it will be computed
+something twice. The third term is the price of decoding beside many others, the fourth avoids a replica that stalls,
+and the last one charges what r must evict for p if another replica has more room, since it will have to be computed
 again. No threshold ends affinity: a hot prefix is computed a second time exactly if waiting for its holder costs
 more.
 """
@@ -29,38 +29,42 @@ if TYPE_CHECKING:
     from cache import Held, Match
 
 LEAST_FUTURE_WEIGHT: Final = 2.0
-"""`a` while a replica is idle. A prefix computed twice also evicts something else, so it costs more than its own
-seconds: with 1 the hits of a trace are 0.92 of one pooled cache's, with 2 they are 0.94 for one percent more mean
-TTFT, with 3 they are 0.95 for two."""
+"""`a` while a replica is idle. A prefix that is computed twice also evicts something else, so it costs more than
+its prefill. On a trace, 1 gives 0.92 of the hits of one pooled cache; 2 gives 0.94 at one percent more mean TTFT;
+3 gives 0.95 at two percent more.
+"""
 
 WEIGHT_PER_SECOND: Final = 3.0
-"""Growth of `a` with the shortest queue. On an overloaded trace 3 has a sixth less mean TTFT than 1, and more
-hits; with short queues it makes no difference. Above 4 the slowest requests wait longer."""
+"""Growth of `a` with the shortest queue. On an overloaded trace, 3 gives a sixth less mean TTFT than 1, and more
+hits; with short queues it makes no difference. Above 4 the slowest requests wait longer.
+"""
 
 MAX_FUTURE_WEIGHT: Final = 30.0
 """Bound of `a`: in an overload of minutes the weight would otherwise outweigh the queue's own term."""
 
 FREE_IN_FLIGHT: Final = 8
-"""Requests that decode at no price: an engine step reads the weights once for its whole batch. With a price from the
-first one on, small differences in number outweigh queues and prefixes: 2 % more mean TTFT on a trace, and no gain on
-a load of decodes, where the numbers are large. 4 to 16 give the same figures."""
+"""Number of requests that decode for free: an engine step reads the weights once for its whole batch. If the
+first one already had a price, small differences in number would outweigh queues and prefixes: 2 % more mean TTFT
+on a trace, and no gain on a decode-heavy load, where the numbers are large. 4 to 16 give the same figures.
+"""
 
 MIN_UNCACHED_TOKENS: Final = 1.0
 """Engines always compute the last token, whatever they hold."""
 
 MIN_SHAREABLE_BYTES: Final = 4_096
-"""A prompt under about 1,000 tokens is not worth indexing: computing it costs less than a detour."""
+"""Prompts under about 1,000 tokens are not worth indexing: computing one costs less than a detour."""
 
 TIE_SHARE: Final = 0.02
 TIE_SECONDS: Final = 0.002
-"""Costs nearer to the least than this are equal: learned rates differ by noise, and an idle fleet must not send every
-cold prompt to the replica whose rate looks one percent better."""
+"""Costs that exceed the lowest by less than this are equal: learned rates differ by noise, and an idle fleet must
+not send every cold prompt to the replica whose rate looks one percent better.
+"""
 
 DROP_WEIGHT: Final = 1.0
-"""`w`: the share of what is evicted that is computed again."""
+"""`w`: the share of evicted tokens that is computed again."""
 
 MIN_DROP_TOKENS: Final = 256.0
-"""A prompt with fewer uncached tokens is not worth asking for room."""
+"""For a prompt with fewer uncached tokens the room at replicas is not looked up."""
 
 
 class Room(Protocol):
@@ -78,7 +82,7 @@ class Room(Protocol):
 _NAMED_AT_MOST: Final = 4  # replicas named in an error
 
 PRIOR_SHARE: Final = 0.15
-"""Seconds by which the replica of the client's session may cost more: bytes may match less than the engine reuses."""
+"""Share by which the replica of the client's session may cost more: the engine may reuse more than bytes show."""
 
 TIE_TOKENS: Final = 16.0
 """Replicas that hold the same up to one block of an engine may tie."""
@@ -99,10 +103,9 @@ def plan(
 ) -> Plan:
     """Order the available replicas by cost, cheapest first.
 
-    `held_back` is true for a replica that is still computing what it is said to hold, so that this prompt would wait;
-    None if no replica is. Raises `Overloaded`, with the seconds until the first one is tried again, if none is
-    available.
-    """
+    `held_back` returns True for a replica that is still computing what the index says it holds, so that this prompt
+    would wait there; None means that no replica is. Raises `Overloaded`, with the seconds until the first one is
+    tried again, if none is available."""
     pinned = demand.pinned_replica
     if pinned is None:
         usable = [view for view in views if view.available]
@@ -172,7 +175,7 @@ def _cost(candidate: Candidate) -> float:
 def _charged_for_room(
     candidates: list[Candidate], held: Mapping[int, Held], room: Room, seconds_per_token: float
 ) -> list[Candidate]:
-    """Add to each cost what the replica must evict beyond the one that must evict least."""
+    """Add to each cost the tokens that the replica must evict in excess of the one that must evict fewest."""
     dropped = [
         room.dropped_tokens(each.replica.id, each.matched_tokens, _new_tokens(each, held))
         if each.uncached_tokens >= MIN_DROP_TOKENS
@@ -195,17 +198,18 @@ def _charged_for_room(
 
 
 def _new_tokens(candidate: Candidate, held: Mapping[int, Held]) -> float:
-    """Return the tokens that need new room: what is computed again but already held needs none."""
+    """Return the uncached tokens that need room in the cache; tokens that are held but computed again need none."""
     have = held.get(candidate.replica.id)
     return candidate.uncached_tokens - (0 if have is None else have.unused_tokens)
 
 
 def _settle_ties(candidates: list[Candidate], demand: Demand, evicted_from: int, room: Room | None) -> None:
-    """Among those whose cost equals the least, put first the one with fewest in flight, then the one that holds most,
-    if none reuses more of it, then with the most free room, then the one that evicted the prompt, since it may still
-    have it, then one in this zone, then by rendezvous hashing.
+    """Order the candidates whose cost equals the lowest.
 
-    Only replicas that hold equally much tie: if one holds more, a small difference is no noise.
+    The first is the one with the fewest requests in flight; then the one that holds most, if none reuses more of the
+    prompt; then the one with the most free room; then the one that evicted the prompt, since it may still have it;
+    then one in this zone; then the one that rendezvous hashing chooses. Only replicas that reuse equally much tie: if
+    one reuses more, a small difference is not noise.
     """
     first = candidates[0]
     bound = first.cost_seconds * (1.0 + TIE_SHARE) + TIE_SECONDS
@@ -235,11 +239,11 @@ def _settle_ties(candidates: list[Candidate], demand: Demand, evicted_from: int,
 def _not_waiting(
     candidates: tuple[Candidate, ...], held: Mapping[int, Held], held_back: Callable[[int, Held], bool]
 ) -> tuple[Candidate, ...]:
-    """If the cheapest would have to wait for a prefill under way, put first the cheapest of those that hold no less
-    and would have the first token sooner.
+    """If the cheapest would have to wait for a running prefill, prefer one that holds as much and answers sooner.
 
-    A hot prefix gets another copy when its holders decode many; the copy's replica is then idle, and so the cheapest
-    for all that follow. The copy is for requests that come when it is ready: one that waits for it gains nothing.
+    Of several, the cheapest goes first. A hot prefix gets another copy when its holders decode many requests; the
+    replica that computes the copy is idle otherwise, and so the cheapest for all requests that follow. The copy is
+    meant for requests that arrive when it is ready: one that waits for it gains nothing.
     """
     first = candidates[0]
     have = held.get(first.replica.id)

@@ -2,15 +2,15 @@
 
 Tenants take turns by deficit round robin. The work of a tenant, in uncached tokens over its weight, is cut into
 rounds of `QUANTUM_TOKENS`; the tenant in the lowest round is served next, and what a request takes beyond its round
-counts against the next. Of tenants in the same round the one whose first request comes first in the order of the
-queue is served, so a single tenant has exactly that order. A tenant that starts to wait begins in the present round:
-being idle earns nothing.
+counts against the next. Among tenants in the same round, the one whose first request comes first in the queue's order
+is served, so a single tenant gets exactly that order. A tenant that starts to wait begins in the present round: being
+idle earns nothing.
 
 The rounds are the same in every process. `TenantShares.rows` are this process's own cumulative counters, which the
-others replace whole (`absorb`): a lost message loses nothing, and no difference is ever sent.
+others replace as a whole (`absorb`): a lost message does no harm, because differences are never sent.
 
-Between priorities the order is strict, but for a floor: of the work done while a lower one waits, `FLOOR` is its own.
-"""
+Between priorities the order is strict except for a floor: a priority that waits gets at least the share `FLOOR` of
+the work."""
 
 from __future__ import annotations
 
@@ -22,34 +22,35 @@ from typing import Final, Generic, NamedTuple, TypeVar
 from proxy.routing.shortest_job import Entry, ShortestJobQueue
 
 QUANTUM_TOKENS: Final = 8_192.0
-"""A second of prefill. Requests of less are served several at a time, in the order of the queue; with a tenth of it
-the order of short requests is lost to the tenants' turns, with ten times of it a tenant waits ten seconds for its
-own."""
+"""About a second of prefill. Shorter requests of a tenant are served several at a time, in the order of the
+queue. With a tenth of it, tenants' turns would override the order of short requests; with ten times as much, a
+tenant would wait ten seconds for its turn.
+"""
 
 FLOOR: Final = 0.05
-"""Share of the work that a lower priority gets while a higher one waits, so that none starves."""
+"""Share of the work that a lower priority gets while a higher one waits, so that it does not starve."""
 
 MAX_OWED_TOKENS: Final = 262_144.0
-"""Tokens that the floor saves up for one priority: the work of one very long prompt."""
+"""Most tokens that a priority can save up by its floor: the work of one very long prompt."""
 
 MAX_TENANTS: Final = 1_024
-"""Tenants remembered; the one longest unserved is forgotten."""
+"""Tenants remembered; the one that was served longest ago is forgotten first."""
 
 MAX_ROWS: Final = 64
 """Tenants in one message to the other processes."""
 
 SENDS: Final = 20
-"""Messages in which a change is repeated: counters are cumulative, so one that arrives is enough."""
+"""Number of messages that repeat a change: counters are cumulative, so it is enough if one arrives."""
 
 ACTIVE_SECONDS: Final = 10.0
-"""A tenant counts as active while requests of it wait, and for so long after its last one came or ceased to wait."""
+"""A tenant is active while its requests wait, and for this time after its last one came or ceased to wait."""
 
 CHECK_SECONDS: Final = 0.1
 """Time for which the set of active tenants is kept before it is computed again."""
 
 VIRTUAL_TIME: Final = "\0shares"
 _TENANT: Final = "\0tenant:"
-"""Names of rows in the vector of in-flight work, beside those of replicas. No replica has a name like these."""
+"""Prefix of the tenants' rows in the message about in-flight work, which no replica's name can have."""
 
 T = TypeVar("T")
 
@@ -84,31 +85,31 @@ class TenantShares:
         self._tenants: dict[str, _Counters] = {}
         self._peers: dict[str, dict[str, float]] = {}
         self._reached = 0.0
-        self._unsent: dict[str, int] = {}  # tenants that changed, and in how many messages they are still to be
-        self._seen: dict[str, tuple[float, float]] = {}  # when a tenant's last request came, and its weight
+        self._unsent: dict[str, int] = {}  # tenants that changed, with the number of messages still to contain them
+        self._seen: dict[str, tuple[float, float]] = {}  # time of a tenant's last request, and its weight
         self._waiting: dict[str, int] = {}  # requests that wait here, by tenant
-        self._went: set[str] = set()  # tenants that waited until now, or a moment ago
+        self._went: set[str] = set()  # tenants whose last waiting request has just gone
         self._active_weight = 0.0
         self._checked_seconds = -inf
 
     def seen(self, tenant: str, weight: float, now_seconds: float) -> None:
-        """A request of the tenant came, whether or not it will wait."""
+        """Note a request of the tenant, whether or not it will wait."""
         self._seen[tenant] = now_seconds, weight
 
     @property
     def has_several(self) -> bool:
-        """False if only one tenant can be active; costs nothing."""
+        """Return False if only one tenant can be active; takes no time."""
         return len(self._seen) > 1
 
     def is_contended(self, now_seconds: float) -> bool:
-        """True if more than one tenant is active."""
+        """Return True if more than one tenant is active."""
         if len(self._seen) < 2:
             return False
         self._check(now_seconds)
         return len(self._seen) > 1
 
     def share_of(self, tenant: str, now_seconds: float) -> float:
-        """The tenant's weight over that of all active tenants; 1 if it is alone."""
+        """Return the tenant's weight divided by that of all active tenants; 1 if it is alone."""
         seen = self._seen
         if len(seen) < 2:
             return 1.0
@@ -129,12 +130,12 @@ class TenantShares:
             self._active_weight = sum(weight for _, weight in seen.values())
 
     def round_of(self, tenant: str) -> int:
-        """The tenant's present round; a tenant in a lower round goes first."""
+        """Return the tenant's present round; a tenant in a lower round goes first."""
         counters = self._tenants.get(tenant)
         return int((self._reached if counters is None else counters.total) / QUANTUM_TOKENS)
 
     def waits(self, tenant: str, change: int) -> None:
-        """One more (1) or one less (-1) of the tenant's requests waits. While any does, the tenant is active."""
+        """Change the number of the tenant's waiting requests by 1 or -1. While any waits, the tenant is active."""
         left = self._waiting.get(tenant, 0) + change
         if left > 0:
             self._waiting[tenant] = left
@@ -143,7 +144,7 @@ class TenantShares:
             self._went.add(tenant)
 
     def activate(self, tenant: str) -> None:
-        """The tenant begins to wait: it starts no lower than where service is now."""
+        """Let a tenant that begins to wait start no lower than the point that service has reached."""
         counters = self._counters(tenant)
         if counters.total < self._reached:
             counters.lifted += self._reached - counters.total
@@ -151,10 +152,9 @@ class TenantShares:
     def serve(self, tenant: str, tokens: float, weight: float = 1.0, *, contended: bool = False) -> None:
         """Count `tokens` of work as given to `tenant`.
 
-        `contended` says that other requests wait: then service has reached this tenant's point only, else everyone's.
-        """
+        `contended` means that other requests wait: then only this tenant's point advances, otherwise everyone's."""
         counters = self._tenants.pop(tenant, None) or self._counters(tenant)
-        self._tenants[tenant] = counters  # at the end: the one longest unserved stays in front
+        self._tenants[tenant] = counters  # moved to the end: the one served longest ago stays in front
         start = counters.total
         if start < self._reached and not contended:
             counters.lifted += self._reached - start
@@ -164,13 +164,12 @@ class TenantShares:
         self._unsent[tenant] = SENDS
 
     def rows(self) -> dict[str, tuple[float, ...]]:
-        """Return this process's recent changes, for the others: the point reached, and of each tenant its own
-        work and its lift."""
+        """Return this process's recent changes for the others: the point reached, and each tenant's work and lift."""
         rows: dict[str, tuple[float, ...]] = {}
         for name in list(self._unsent)[:MAX_ROWS]:
             left = self._unsent.pop(name) - 1
             if left:
-                self._unsent[name] = left  # at the end: others have their turn
+                self._unsent[name] = left  # moved to the end, so that others get their turn
             if (counters := self._tenants.get(name)) is not None:
                 rows[_TENANT + name] = (counters.own, counters.lifted)
         if rows:
@@ -191,14 +190,14 @@ class TenantShares:
                     self._seen[tenant] = now_seconds, 1.0
                 counters.lifted = max(counters.lifted, row[1])
                 now[tenant] = row[0]
-        # a tenant that the peer no longer tells of keeps what it was told to have had
+        # a tenant that the peer no longer reports keeps the work reported before
         now.update({tenant: own for tenant, own in before.items() if tenant in self._tenants})
         self._peers[peer] = now
         if len(reached := rows.get(VIRTUAL_TIME, ())) == 1:
             self._reached = max(self._reached, reached[0])
 
     def forget(self, peer: str) -> None:
-        """Another process is gone; what it served stays served."""
+        """Note that another process is gone; the work that it reported still counts."""
         for tenant, own in self._peers.pop(peer, {}).items():
             if (counters := self._tenants.get(tenant)) is not None:
                 counters.elsewhere -= own
@@ -215,7 +214,7 @@ class TenantShares:
 
 
 class Share(NamedTuple):
-    """For whom a request is served: `tokens` is the work that counts for the tenant."""
+    """The tenant for which a request is served, and the work in `tokens` that counts for it."""
 
     tenant: str = ""
     weight: float = 1.0
@@ -224,7 +223,7 @@ class Share(NamedTuple):
 
 
 class Claimant(Generic[T]):
-    """A request that waits, as the queue holds it. `tokens` is its uncached work."""
+    """A request in the queue. `tokens` is its uncached work."""
 
     __slots__ = ("entry", "item", "priority", "tenant", "tokens", "weight")
 
@@ -248,7 +247,7 @@ class Claimant(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Requests that wait for one thing. `make_line` makes the queue of one tenant, which has the order within it."""
+    """Requests that wait for the same thing. `make_line` makes the queue of one tenant, which orders its requests."""
 
     def __init__(self, shares: TenantShares, make_line: Callable[[], ShortestJobQueue[Claimant[T]]]) -> None:
         self._shares = shares
@@ -261,7 +260,7 @@ class FairQueue(Generic[T]):
         return self._waiting
 
     def join(self, claimant: Claimant[T], order_seconds: float, now_seconds: float) -> Claimant[T]:
-        """Take in a request; `order_seconds` is the work by which the tenant's own line is ordered."""
+        """Add a request; `order_seconds` is the work by which the tenant's own queue is ordered."""
         lines = self._lines.setdefault(claimant.priority, {})
         line = lines.get(claimant.tenant)
         if line is None:
@@ -273,7 +272,7 @@ class FairQueue(Generic[T]):
         return claimant
 
     def leave(self, claimant: Claimant[T]) -> None:
-        """Take a request out, served or not. May come twice."""
+        """Remove a request, served or not. May be called twice."""
         entry = claimant.entry
         if entry is None or entry.gone:
             return
@@ -286,7 +285,9 @@ class FairQueue(Generic[T]):
             del lines[claimant.tenant]
 
     def head(self, now_seconds: float, skipped: Container[str] = ()) -> Claimant[T] | None:
-        """The request that is served next, of no tenant in `skipped`; None if nobody waits. Changes nothing."""
+        """Return the request that is served next, of no tenant in `skipped`; None if there is none. Changes
+        nothing.
+        """
         best = None
         for priority in Priority:
             head = self._head_of(priority, now_seconds, skipped)
@@ -299,7 +300,7 @@ class FairQueue(Generic[T]):
         return best
 
     def serve(self, claimant: Claimant[T]) -> None:
-        """Take out a request that is sent now, and count its work for its tenant and priority."""
+        """Remove a request that is sent now, and count its work for its tenant and priority."""
         self.leave(claimant)
         self._shares.serve(claimant.tenant, claimant.tokens, claimant.weight, contended=self._waiting > 0)
         owed = self._owed
@@ -310,7 +311,7 @@ class FairQueue(Generic[T]):
                 owed[priority] = min(owed[priority] + FLOOR * claimant.tokens, MAX_OWED_TOKENS) if waits else 0.0
 
     def waiting(self) -> dict[tuple[Priority, str], int]:
-        """Count those that wait, by priority and tenant."""
+        """Count the waiting requests, by priority and tenant."""
         return {
             (priority, tenant): len(line) for priority, lines in self._lines.items() for tenant, line in lines.items()
         }

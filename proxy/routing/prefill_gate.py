@@ -1,4 +1,4 @@
-"""Requests that share a cold prefix wait for the first token of the one that went ahead: one prefill, not many.
+"""Let requests that share a cold prefix wait for the first token of the first one: one prefill, not many.
 
 Engines share a prefix only once it is computed, so two requests that arrive together would compute it twice. The plan
 has already placed the first one (the leader) in the index, so the next one (a follower) matches it there, on a
@@ -8,10 +8,9 @@ hashes at one position mean an equal prefix, so there is nothing to search.
 
 The leader may belong to another process (`proxy.routing.remote_prefills`).
 
-Whether waiting is worth it was decided before: the plan's cost includes the leader's pending tokens, so a request for
-which waiting costs more than a prefill elsewhere was not sent to this replica; and the plan asks `holds_back`, so one
-that another replica could answer sooner, with nothing computed twice, was not either.
-"""
+The plan has decided before whether waiting is worth it: its cost includes the leader's pending tokens, so a request
+for which waiting costs more than a prefill elsewhere is not sent to this replica; and it asks `holds_back`, so
+neither is one that another replica can answer sooner without computing anything twice."""
 
 from __future__ import annotations
 
@@ -23,13 +22,13 @@ from typing import Final
 from cache import Held
 
 COLD_TOKENS: Final = 1_024
-"""A prefix of fewer tokens under way is computed again sooner than it is worth waiting for."""
+"""For a shorter prefix that is being computed it is not worth waiting: computing it again is faster."""
 
 PATIENCE: Final = 2.0
-"""A follower waits for at most this multiple of the leader's predicted prefill ..."""
+"""A follower waits for at most this multiple of the leader's predicted prefill, plus `PATIENCE_SECONDS`."""
 
 PATIENCE_SECONDS: Final = 1.0
-"""... plus this; then it goes on alone."""
+"""Additional time for which a follower waits; then it goes on alone."""
 
 
 class Passage(enum.Enum):
@@ -43,8 +42,8 @@ class Passage(enum.Enum):
 class Prefill:
     """A request under way to a replica that computes a part of its prompt: the leader of requests that share it.
 
-    `warm_blocks` of the chain were there, or another's to compute, when it was routed; they had `warm_tokens`.
-    """
+    The first `warm_blocks` of the chain, with `warm_tokens`, were cached or being computed by another when it was
+    routed."""
 
     __slots__ = ("_gate", "followers", "hashes", "replica", "warm_blocks", "warm_tokens")
 
@@ -83,7 +82,7 @@ class Prefill:
         waiting[0].let_pass(Passage.PROMOTED)
 
     def shares(self, hashes: Sequence[int], matched_blocks: int) -> bool:
-        """True if the part of `hashes` that was matched, `matched_blocks` deep, ends in what this one computes."""
+        """Return True if the matched part of `hashes`, `matched_blocks` deep, ends in what this prefill computes."""
         return self.warm_blocks < matched_blocks <= len(self.hashes) and (
             self.hashes[matched_blocks - 1] == hashes[matched_blocks - 1]
         )
@@ -121,7 +120,9 @@ class Follower:
         return self._passage or Passage.EXPIRED
 
     def then(self, go: Callable[[], None]) -> None:
-        """Call `go` once, when it may go on. For callers without an event loop, who call `expire` themselves."""
+        """Call `go` once, when it may go on. For callers without an event loop, which must call `expire`
+        themselves.
+        """
         if self._passage is None:
             self._then = go
         else:
@@ -180,7 +181,7 @@ class PrefillGate:
         return follower
 
     def holds_back(self, hashes: Sequence[int], replica: int, held: Held) -> bool:
-        """True if a request that finds `held` of it at `replica` would have to wait there. Changes nothing."""
+        """Return True if a request of which `replica` holds `held` would have to wait there. Changes nothing."""
         return self._leader(replica, hashes, held.blocks, held.tokens) is not None
 
     def lead(self, replica: int, hashes: Sequence[int], warm_blocks: int, warm_tokens: float) -> Prefill:

@@ -17,8 +17,7 @@ class RemotePrefills:
     """Receives what the journal reports of other processes' requests (`cache.Elsewhere`).
 
     `wait_seconds(replica, tokens)` predicts the time until the first token of a prefill of `tokens` uncached tokens
-    there, the work before it included.
-    """
+    there, including the work before it."""
 
     def __init__(self, gate: PrefillGate, wait_seconds: Callable[[int, float], float]) -> None:
         self._gate = gate
@@ -41,12 +40,12 @@ class RemotePrefills:
         self._leading[placement.id] = prefill, alarm
 
     def computed(self, placement_id: int) -> None:
-        """Let the followers go: its first token came, or it took too long. May be called twice."""
+        """Let the followers go after the first token, or after too long a time. May be called twice."""
         if (prefill := self._pop(placement_id)) is not None:
             prefill.first_token()
 
     def failed(self, placement_id: int) -> None:
-        """Promote the first follower: it was taken back, or its client left."""
+        """Promote the first follower, because the placement was taken back or the client left."""
         if (prefill := self._pop(placement_id)) is not None:
             prefill.failed()
 
