@@ -1,4 +1,4 @@
-"""The only starter of background tasks. It keeps references, names tasks, and logs and counts their failures."""
+"""Start background tasks, here only: keep references, name the tasks, and log and count their failures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from proxy.backoff import ExponentialBackoff
 log = logging.getLogger("cairn.tasks")
 
 RESTART_FIRST_SECONDS = 0.1
-RESTART_MOST_SECONDS = 30.0  # a task that fails at once every time costs next to nothing and stays visible
+RESTART_MOST_SECONDS = 30.0  # a task that always fails at once then costs almost nothing and stays visible
 STEADY_SECONDS = 60.0  # a task that ran this long before it failed restarts with the first pause again
 
 

@@ -21,9 +21,9 @@ from proxy.routing.shortest_job import ShortestJobQueue
 
 SHORT_TOKENS: Final = 4_096.0
 SHORT_SHARE: Final = 0.01
-"""A turn with fewer uncached tokens than this, absolutely and as a share of a cache, is never held back: it takes
-half a second and evicts next to nothing. The share matters for engines on a CPU: their caches have about 50,000
-tokens, for which a prompt of 3,000 is long.
+"""A turn with no more uncached tokens than both of these, the second being a share of the largest cache, is never
+held back: it takes half a second and evicts next to nothing. The share matters for engines on a CPU: their caches
+have about 50,000 tokens, for which a prompt of 3,000 is long.
 """
 
 WARM_SHARE: Final = 0.5

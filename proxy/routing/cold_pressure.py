@@ -117,7 +117,8 @@ class ServedPrompts:
     def needed_tokens(self, now_seconds: float) -> float:
         """Return the tokens that continuing sessions need in the caches: the sum of their own parts.
 
-        A session continues if its last turn is no older than three times the mean time from one turn to the next.
+        A session continues if its last turn is no older than three times the mean time from one turn to the next, or
+        than a minute if that is longer.
         """
         oldest = now_seconds - max(ENDED_AFTER_PAUSES * self._pause_seconds, FIRST_PAUSE_SECONDS)
         needed = 0.0

@@ -98,7 +98,7 @@ class TenantShares:
 
     @property
     def has_several(self) -> bool:
-        """Return False if only one tenant can be active; takes no time."""
+        """False if only one tenant can be active; takes no time."""
         return len(self._seen) > 1
 
     def is_contended(self, now_seconds: float) -> bool:

@@ -1,7 +1,6 @@
 """The queue before a replica whose concurrent requests are limited; the order is `proxy.routing.shortest_job`'s.
 
-One `ReplicaQueue` per replica and process. It wakes on events only: the end of a request, a raised limit, a deadline.
-"""
+One `ReplicaQueue` per replica and process. Only events wake it: the end of a request, a raised limit, a deadline."""
 
 from __future__ import annotations
 
@@ -20,8 +19,9 @@ RECHECK_SECONDS: Final = 0.05
 """Interval at which waiting requests check whether other processes leave places free."""
 
 CHECKS_BEFORE_BORROWING: Final = 2
-"""A burst reaches all processes together, and their news takes about 10 ms, more if a loop is busy. So no process
-takes more than its share before it had time to hear from the others."""
+"""Checks before a process takes more than its share. A burst reaches all processes together, and their reports
+take about 10 ms, more if a loop is busy, so each first waits for the reports of the others.
+"""
 
 
 ANYONE: Final = Share()
@@ -63,8 +63,8 @@ class Permit:
 class ReplicaQueue:
     """Lets at most `limit` requests be at a replica at a time; None means no limit.
 
-    `places`, if given, maps the number of requests waiting here to how many of the places may be this process's now.
-    """
+    `places`, if given, maps the number of requests waiting here to the number of places that this process may use
+    now."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class ReplicaQueue:
         self._is_crowded = is_crowded
         self._waiting: FairQueue[asyncio.Future[None]] = FairQueue(self._shares, self._make_line)
         self._running = 0
-        self._starting = 0  # those that were let go and whose tasks have not run yet
+        self._starting = 0  # requests that were let go and whose tasks have not run yet
 
     def __len__(self) -> int:
         """Count the requests that wait."""
@@ -99,7 +99,7 @@ class ReplicaQueue:
 
     @property
     def needs_share(self) -> bool:
-        """False if it makes no difference for whom a request that need not wait is served."""
+        """False if it makes no difference whose share a request uses that need not wait."""
         return self._shares.has_several
 
     def try_acquire(self, share: Share = ANYONE) -> Permit | None:
@@ -118,8 +118,9 @@ class ReplicaQueue:
 
         Args:
             work_seconds: the request's uncached tokens over the replica's rate.
-            share: for whom it is served.
-            deadline_seconds: until when it waits at most, on the monotonic clock; None: as long as the queue allows.
+            share: the tenant's share that it uses.
+            deadline_seconds: latest time until which it waits, on the monotonic clock; None: as long as the queue
+                allows.
 
         Raises:
             RateLimited: too many requests wait.
@@ -148,7 +149,7 @@ class ReplicaQueue:
         try:
             await future
         except BaseException:
-            # the permit may have been given in the moment in which the caller was cancelled
+            # the permit may have been given just when the caller was cancelled
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._starting -= 1
                 self.release()
@@ -174,14 +175,14 @@ class ReplicaQueue:
         self._limits = limits
 
     def fail(self, error: CairnError) -> None:
-        """Raise `error` in every waiting request, since the replica is down: they may go elsewhere."""
+        """Raise `error` in every waiting request, so that they go elsewhere: the replica is down."""
         while (claimant := self._waiting.head(self._clock.monotonic())) is not None:
             self._waiting.leave(claimant)
             if not claimant.item.done():
                 claimant.item.set_exception(error)
 
     def look(self) -> None:
-        """Work at the replica ended somewhere: whoever waits may have room now."""
+        """Look for requests that may go, since work at the replica ended in some process."""
         if len(self._waiting):
             self._wake()
 
@@ -190,7 +191,7 @@ class ReplicaQueue:
 
     def _has_room(self) -> bool:
         if self._is_crowded is not None and (self._starting or self._is_crowded()):
-            return False  # one that was let go counts as sent only once its task has run
+            return False  # a request that was let go counts as sent only once its task has run
         if self._limit is None:
             return True
         waiting = len(self._waiting) if self._checks >= CHECKS_BEFORE_BORROWING else 0

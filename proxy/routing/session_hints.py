@@ -1,9 +1,8 @@
-"""Remember where sessions that clients name were served last: a hint for ties, never an order.
+"""Remember which replica served each session that clients name: a hint for ties, never an order.
 
-Known clients send a header that names their session, or `prompt_cache_key` in the body. Content decides where a
-prompt goes; a hint counts only among replicas that hold equally much of it and cost about the same. A hint is scoped
-by tenant, so a client can use no other's. Pure.
-"""
+Known clients send a header that names their session, or `prompt_cache_key` in the body. Content decides the replica
+of a prompt; a hint counts only among replicas that hold equally much of it and cost about the same. Hints are
+separate for each tenant. Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ MAX_SESSIONS: Final = 65_536
 """Sessions remembered; the least recently used is dropped, since clients choose the names."""
 
 MAX_HINT_BYTES: Final = 256
-"""A longer name is no session's."""
+"""Longest name of a session; longer ones are ignored."""
 
 
 class SessionHints:

@@ -2,9 +2,8 @@
 
 A request's priority is its seconds of work minus a tenth of the seconds it has waited. The difference between two
 requests does not change while both wait, so the priority is fixed at arrival (`work + 0.1 x arrival`) and a heap
-keeps the order. From half of its deadline on a request goes before all that have not reached that point, oldest
-first, so that none starves, however many short ones arrive.
-"""
+keeps the order. After half of its deadline a request precedes all that have not reached that point, oldest first, so
+that no request starves, however many short ones arrive."""
 
 from __future__ import annotations
 
@@ -83,7 +82,9 @@ class ShortestJobQueue(Generic[T]):
         return self._by_priority[0][2]
 
     def key(self, entry: Entry[T]) -> float:
-        """Return the order of an entry: lower ones are served first, but for those past half of their deadline."""
+        """Return the sort key of an entry: lower ones are served first, except for those past half of their
+        deadline.
+        """
         return entry.work_seconds + self._ageing * entry.arrived_seconds
 
     def _compact(self) -> None:

@@ -21,7 +21,9 @@ MEMORY: Final = 0.98
 """Factor by which the weight of past answers shrinks with each new one: about fifty count."""
 
 FIRST_MEDIA_TOKENS: Mapping[str, float] = {"image": 1_000.0, "audio": 1_000.0, "file": 3_000.0}
-"""By kind, before anything is learned: a one-megapixel picture, a minute of speech, a file of a few pages."""
+"""Tokens by kind before anything is learned: of a one-megapixel picture, a minute of speech, a file of a few
+pages.
+"""
 
 MEDIA_STEP: Final = 0.2
 """Weight of the newest answer in the mean of a kind."""
@@ -78,13 +80,15 @@ class TokenCounts:
         return tokens + max(text_bytes, 0) * ratio
 
     def observe(self, model: str, size_bytes: int, prompt_tokens: int, media: Sequence[Media] = ()) -> None:
-        """Learn an engine's count for a prompt. Media of several kinds teach nothing: their shares stay hidden."""
+        """Learn an engine's count for a prompt; of media only if all are of one kind, since the count is not
+        split.
+        """
         if size_bytes <= 0 or prompt_tokens <= 0:
             return
         if not media and prompt_tokens > size_bytes:
-            return  # a byte is at most one token: the upstream read more than this text
+            return  # a byte has at most one token: the upstream read more than this text
         known = self._models.pop(model, None) or _Model()
-        self._models[model] = known  # at the end: the least recently used stays in front
+        self._models[model] = known  # moved to the end: the least recently used stays in front
         if len(self._models) > MOST_MODELS:
             del self._models[next(iter(self._models))]
         if not media:

@@ -1,7 +1,6 @@
-"""Log what several workers announce once. Pure but for the log.
+"""Log lines that several workers announce only once. Pure except for the log.
 
-Each worker finds out by itself what is at a replica and how that changes, mostly at about the same time.
-"""
+Each worker examines the replicas by itself, and they mostly find the same at about the same time."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ log = logging.getLogger(REPLICAS)
 
 
 class Announcements:
-    """The lines that were logged lately, each with the worker that announced it first."""
+    """The lines logged recently, each with the worker that announced it first."""
 
     def __init__(self) -> None:
         self._logged: dict[str, tuple[int, float]] = {}

@@ -12,7 +12,7 @@ from proxy.backoff import ExponentialBackoff
 from proxy.clock import Clock
 
 CHECK_SECONDS = 1.0
-SILENCE_LIMIT_SECONDS = 10.0  # without an answer it is frozen; a script may block it for a moment, and so may a disk
+SILENCE_LIMIT_SECONDS = 10.0  # without an answer for this long it is frozen; a script or a disk may block it briefly
 PAUSE_FIRST_SECONDS = 1.0
 PAUSE_MOST_SECONDS = 30.0
 

@@ -1,4 +1,4 @@
-"""Tell the service manager that started this process about its state, by systemd's protocol sd_notify."""
+"""Report this process's state to the service manager that started it, by systemd's protocol sd_notify."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ Address = tuple[socket.AddressFamily, tuple[str, int]]
 
 
 class ListenError(CairnError):
-    """An address cannot be bound; the message says which one and why, in one line."""
+    """An address cannot be bound; the message names it and the reason in one line."""
 
     is_in_use = False
 
@@ -122,7 +122,7 @@ def _addresses(host: str, port: int) -> Sequence[Address]:
         raise ListenError(f"cannot listen on {host}: {error.strerror or error}") from None
     unique = {(family, (str(address[0]), port)): None for family, _, _, _, address in found}
     usable = [each for each in unique if each[0] in (socket.AF_INET, socket.AF_INET6)]
-    if port == 0:  # two addresses would get two ports
+    if port == 0:  # otherwise two addresses would get two ports
         return usable[:1]
     return usable
 

@@ -1,6 +1,6 @@
-"""The first process: opens the ports, starts the private Valkey and the workers, and stops them all.
+"""Run the first process: open the ports, start the private Valkey and the workers, and stop them all.
 
-It answers the admin port, adds up what the workers count, restarts workers that end, drains on SIGTERM and SIGINT (a
+It answers the admin port, adds up the workers' counts, restarts workers that end, drains on SIGTERM and SIGINT (a
 second signal ends at once) and reloads the configuration on SIGHUP. It handles no request of a client.
 """
 
@@ -38,10 +38,10 @@ from proxy.tasks import Tasks
 
 TICK_SECONDS = 1.0  # how often the supervisor's own gauges and the history of the status page are updated
 EXPLAIN_SECONDS = 5.0
-STARTS_AT_MOST = 3  # of one worker while no worker has ever been ready; then the supervisor gives up
+STARTS_AT_MOST = 3  # starts of one worker while no worker has ever been ready; then the supervisor gives up
 TOTALS_SECONDS = 2.0  # between two readings of the totals for the status page
 TOTALS_REST = 50  # pause at least this many times as long as the reading took, to leave Redis to the requests
-_OWN = -1  # the worker number under which the supervisor's own gauges are added up
+_OWN = -1  # the worker number of the supervisor's own gauges
 
 log = logging.getLogger("cairn.supervisor")
 
@@ -65,7 +65,7 @@ class Parts(msgspec.Struct, frozen=True):
 
 
 class Supervisor:
-    """Call `run` once."""
+    """The supervisor. Call `run` once."""
 
     def __init__(self, config: Config, parts: Parts) -> None:
         self._config = config
@@ -89,7 +89,7 @@ class Supervisor:
         self._announcements = Announcements()
         self._before_reload: Config | None = None
 
-    # --- what the admin port shows
+    # --- for the admin port
 
     @property
     def config(self) -> Config:
@@ -97,7 +97,7 @@ class Supervisor:
         return self._config
 
     def readiness(self) -> Readiness:
-        """True if requests are welcome."""
+        """Return whether Cairn should receive requests, and the reasons if it should not."""
         views = [worker.view() for worker in self._workers]
         return judge(self._stage, views, sorted(self._tasks.restarting))
 
@@ -124,7 +124,7 @@ class Supervisor:
                 return answer.status, answer.body
         return 503, b'{"error": "no worker answers"}'
 
-    # --- what happens to the workers
+    # --- called by the workers' watchers
 
     def worker_ready(self, number: int) -> None:
         """Note that a worker is ready; the first one ends the start."""
@@ -141,7 +141,7 @@ class Supervisor:
         self.board.add_report(number, report)
 
     def reload_refused(self, number: int, why: str) -> None:
-        """Return to the old configuration in all workers: a restarted worker could not start with the new one."""
+        """Go back to the old configuration in all workers: a restarted worker could not start with the new one."""
         if self._before_reload is None:  # another worker refused it already
             return
         self._config, self._before_reload = self._before_reload, None
@@ -166,7 +166,8 @@ class Supervisor:
     # --- from start to end
 
     async def run(self) -> int:
-        """Serve until told to stop; returns the exit code: 0 after a drain, 1 if it was cut short or never began.
+        """Serve until told to stop. Return the exit code: 0 after a drain, 1 if it was cut short or serving never
+        began.
 
         Raises:
             ListenError: a port cannot be opened; nothing was started.
@@ -217,7 +218,7 @@ class Supervisor:
             log.info("draining: still accepting for %.1f s", server.drain_accept_seconds)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stop_now.wait(), server.drain_accept_seconds)
-        # only this process's copies: the workers accept what is queued there until they close theirs
+        # closes only this process's copies: the workers accept queued connections until they close theirs
         sockets.close_all(self._listening)
         log.info("draining: requests may finish within %.0f s", server.drain_seconds)
         for worker in self._workers:
@@ -256,7 +257,7 @@ class Supervisor:
         self._stop.set()
 
     def _reload(self) -> None:
-        """Use the configuration as it is now on disk, except for what only a restart can change."""
+        """Read the configuration again and apply it, except for settings that only a restart can change."""
         try:
             loaded = self._parts.reload()
         except ConfigError as error:
@@ -277,7 +278,7 @@ class Supervisor:
     # --- background work
 
     async def _start_store(self) -> None:
-        """Start the private Valkey if no Redis is configured. If it fails, Cairn works without it, only worse."""
+        """Start the private Valkey if no Redis is configured. If that fails, Cairn serves without it, less well."""
         redis = self._config.redis
         if redis.url is not None or redis.folder is None or self._parts.private_store is None:
             return

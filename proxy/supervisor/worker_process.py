@@ -52,22 +52,22 @@ class WorkerUnavailable(Exception):
 
 
 class Watcher(Protocol):
-    """Is called when something happens to a worker; `number` identifies the worker."""
+    """Receives the events of a worker; `number` identifies the worker."""
 
     def worker_ready(self, number: int) -> None:
-        """The worker accepts requests."""
+        """Note that the worker accepts requests."""
 
     def worker_reported(self, number: int, report: WorkerReport) -> None:
-        """The worker sent a report."""
+        """Take a report of the worker."""
 
     def reload_refused(self, number: int, why: str) -> None:
-        """The worker cannot use a new configuration."""
+        """Note that the worker cannot use a new configuration."""
 
     def worker_announced(self, number: int, line: Announced) -> None:
-        """The worker has a line for the log, which others may have, too."""
+        """Take a log line of the worker, which others may send as well."""
 
     def worker_died(self, number: int, starts: int) -> None:
-        """The worker ended without being told to; it was started `starts` times so far."""
+        """Note that the worker ended without being told to; it has been started `starts` times."""
 
 
 class Program(msgspec.Struct, frozen=True):
@@ -176,7 +176,7 @@ class WorkerProcess:
     # --- one process
 
     async def _run_once(self) -> str:
-        """Start a worker and wait for its end; returns how it ended, in words."""
+        """Start a worker and wait for its end; return a description of how it ended."""
         self._starts += 1
         ours, theirs = socket.socketpair()
         try:
@@ -232,7 +232,7 @@ class WorkerProcess:
             self.ready = True
             self._watcher.worker_ready(self.number)
         elif isinstance(message, Heartbeat):
-            pass  # the time of the message is all that counts
+            pass  # only the time of the message matters
         elif isinstance(message, Explained):
             answer = self._questions.get(message.id)
             if answer is not None and not answer.done():

@@ -1,8 +1,7 @@
 """Attributes of spans, by OpenTelemetry's conventions for generative AI and for HTTP. Pure.
 
-A span contains no prompt, no key, no hash and nothing of the tenant. What has no name in the conventions begins with
-`cairn.`.
-"""
+A span contains no prompt, no key, no hash and nothing of the tenant. Names that are not in the conventions begin with
+`cairn.`."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ _FAILED: Final = frozenset(
 
 
 def server_span_name(call: Call) -> str:
-    """Return the name of a request's span: method and route, in which `{id}` stands for an object's id."""
+    """Return the name of a request's span: method and route, with `{id}` in place of an object's id."""
     return f"{call.method} {route_of(call)}"
 
 
@@ -78,7 +77,7 @@ def inference_attributes(
     found: Attributes = {"cairn.ending": outcome.ending.value, "cairn.retries": outcome.retries}
     if operation := _OPERATIONS.get(call.endpoint):
         found["gen_ai.operation.name"] = operation
-        # the dialect: which company's engine or service answers is not known
+        # by the dialect: the company whose engine or service answers is not known
         found["gen_ai.provider.name"] = "anthropic" if call.endpoint is Endpoint.MESSAGES else "openai"
     if outcome.model:
         found["gen_ai.request.model"] = outcome.model[:_MODEL_CHARACTERS]
@@ -101,8 +100,7 @@ def inference_attributes(
 def error_type(outcome: Outcome, *, client_errors: bool = False) -> str | None:
     """Return why a request failed, or None if it did not.
 
-    A status from 400 to 499 is an error of the client, and only counts as one with `client_errors`.
-    """
+    A status from 400 to 499 is the client's error, and counts only with `client_errors`."""
     if outcome.ending in _FAILED or outcome.status >= (400 if client_errors else 500):
         return outcome.error_code or (str(outcome.status) if outcome.status >= 400 else outcome.ending.value)
     return None

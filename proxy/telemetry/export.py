@@ -70,14 +70,16 @@ class TraceExport:
         self.tracer: Tracer = self._provider.get_tracer("cairn")
 
     async def close(self) -> None:
-        """Send the remaining spans, for at most `CLOSE_SECONDS`; what the collector has not taken then is lost."""
+        """Send the remaining spans, for at most `CLOSE_SECONDS`; spans that the collector has not taken then are
+        lost.
+        """
         ended: Future[None] = Future()
 
         def shut_down() -> None:
             self._provider.shutdown()
             ended.set_result(None)
 
-        # not the loop's executor, which the process would wait for
+        # not in the loop's executor, for which the process would wait
         threading.Thread(target=shut_down, name="last-spans", daemon=True).start()
         await asyncio.wait([asyncio.wrap_future(ended)], timeout=CLOSE_SECONDS)
 

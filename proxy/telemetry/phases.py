@@ -1,4 +1,4 @@
-"""The pipeline's collaborators with a clock around them. Each wrapper does what it wraps, and notes the time."""
+"""Wrappers that time the pipeline's phases. Each calls the object that it wraps, and notes the time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from proxy.pipeline.dispatch import Upload
 
 WAIT_SECONDS_LEAST = 0.001
-"""A request that was held up for less did not wait: it was only looked at."""
+"""A request that was delayed by less did not wait: it was only examined."""
 
 
 class SettlingToOutcome(Protocol):
@@ -58,7 +58,7 @@ class TracedReader:
         self._tracing = tracing
 
     def read(self, exchange: Exchange) -> None:
-        """Read, and note when."""
+        """Read the request, and note the time."""
         started_seconds = self._tracing.now()
         try:
             self._inner.read(exchange)
@@ -74,7 +74,7 @@ class TracedPlanner:
         self._tracing = tracing
 
     def fingerprint(self, exchange: Exchange) -> None:
-        """Hash the prompt, and note when."""
+        """Hash the prompt, and note the time."""
         started_seconds = self._tracing.now()
         try:
             self._inner.fingerprint(exchange)
@@ -82,7 +82,7 @@ class TracedPlanner:
             self._tracing.mark(exchange, Phase.FINGERPRINT, started_seconds)
 
     def look_up(self, exchange: Exchange) -> None:
-        """Look the prompt up, and note when."""
+        """Look the prompt up, and note the time."""
         started_seconds = self._tracing.now()
         try:
             self._inner.look_up(exchange)
@@ -90,7 +90,7 @@ class TracedPlanner:
             self._tracing.mark(exchange, Phase.LOOK_UP, started_seconds)
 
     def plan(self, exchange: Exchange) -> None:
-        """Order the replicas, and note when."""
+        """Order the replicas, and note the time."""
         started_seconds = self._tracing.now()
         try:
             self._inner.plan(exchange)
@@ -110,7 +110,7 @@ class TracedRelay:
         self._tracing = tracing
 
     async def run(self, exchange: Exchange, downstream: Downstream, upload: Upload | None = None) -> None:
-        """Relay, and note when. Raises what the relay raises."""
+        """Relay, and note the time. Raises the relay's errors."""
         started_seconds = self._tracing.now()
         self._tracing.begin_relay(exchange)
         try:
@@ -139,7 +139,7 @@ class TracedModels:
         return self._inner.merges_for(tenant)
 
     async def answer(self, exchange: Exchange, client: Downstream) -> None:
-        """Write the list, and note when. Raises UpstreamError."""
+        """Write the list, and note the time. Raises UpstreamError."""
         started_seconds = self._tracing.now()
         self._tracing.begin_relay(exchange)
         try:
@@ -160,7 +160,7 @@ class TracedContexts:
         await self._inner.answer(exchange, client)
 
     async def expand(self, exchange: Exchange) -> None:
-        """Insert the context, and note when. Raises CairnError."""
+        """Insert the context, and note the time. Raises CairnError."""
         started_seconds = self._tracing.now()
         try:
             await self._inner.expand(exchange)
@@ -184,7 +184,7 @@ class TracedTurns:
         self._tracing = tracing
 
     def admit(self, exchange: Exchange) -> Awaitable[None] | None:
-        """Return what to await if the request must wait, which notes for how long. Raises CairnError."""
+        """Return what to await if the request must wait, which also notes the time. Raises CairnError."""
         wait = self._inner.admit(exchange)
         return None if wait is None else self._timed(exchange, wait)
 

@@ -12,7 +12,7 @@ from proxy.telemetry.tracing import AddressOf, Tracing
 
 
 class Traces:
-    """One per worker. `instance` is the worker's name among all workers of all proxies."""
+    """The traces of one worker. `instance` is its name among all workers of all proxies."""
 
     def __init__(self, settings: Telemetry, instance: str, clock: Clock, address_of: AddressOf) -> None:
         self._export = TraceExport(settings, instance)

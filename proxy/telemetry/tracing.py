@@ -25,7 +25,7 @@ _CONTEXT_HEADERS: Final = (b"traceparent", b"tracestate")
 _NANOSECONDS: Final = 1_000_000_000
 
 AddressOf = Callable[[int], tuple[str, int] | None]
-"""From a replica's number to its host and port."""
+"""Returns the host and port of a replica, by its number."""
 
 
 class Phase(enum.StrEnum):
@@ -69,7 +69,7 @@ class RequestTrace:
         self.context: Context = set_span_in_context(root)
         self.has_parent = has_parent  # the client sent a valid traceparent
         self.is_sampled: bool = root.is_recording()
-        self.unix_offset = unix_offset_seconds  # from the monotonic clock to that of dates
+        self.unix_offset = unix_offset_seconds  # added to a monotonic time gives a Unix time
         self.marks: list[Mark] = []
         self.relay: Span | None = None
         self.relay_started_seconds = 0.0
@@ -102,7 +102,7 @@ class Tracing:
         return len(self._running)
 
     def mark(self, exchange: Exchange, phase: Phase, started_seconds: float) -> None:
-        """Note that `phase` is over. An explanation is no request, and leaves no trace."""
+        """Note that `phase` is over. An explanation is not a request and is not traced."""
         if exchange.only_explained:
             return
         trace = self._trace_of(exchange)
@@ -122,9 +122,9 @@ class Tracing:
             )
             sent = trace.relay.get_span_context()
         elif trace.has_parent:
-            return  # it goes on as it came, so that the upstream's spans have a parent that exists
+            return  # the header is passed on unchanged, so that the upstream's spans have an existing parent
         else:
-            sent = trace.root.get_span_context()  # says that the trace is not sampled
+            sent = trace.root.get_span_context()  # has the flag that the trace is not sampled
         exchange.call = replace(exchange.call, headers=_with_context(exchange.call, sent, trace.has_parent))
 
     def take(self, exchange: Exchange) -> RequestTrace:
@@ -160,7 +160,7 @@ class Tracing:
         for name, value in call.headers:
             if name in _CONTEXT_HEADERS:
                 key, text = name.decode(), value.decode("latin-1")
-                # several lines of tracestate are one list; several of traceparent are no valid one
+                # several lines of tracestate form one list; several of traceparent are invalid
                 carrier[key] = f"{carrier[key]},{text}" if key in carrier else text
         parent = self._propagator.extract(carrier) if carrier else Context()
         offset_seconds = self._clock.unix() - self.now()
@@ -201,7 +201,7 @@ class Tracing:
 
 
 def _with_context(call: Call, sent: SpanContext, has_parent: bool) -> tuple[tuple[bytes, bytes], ...]:
-    """Return the headers with `sent` as the parent of what the upstream does.
+    """Return the headers with `sent` as the parent of the upstream's spans.
 
     `tracestate` belongs to the trace of a valid `traceparent`; without one it is dropped.
     """

@@ -1,4 +1,4 @@
-"""Send one request over a connection of its origin's pool, and name everything that can go wrong on the way.
+"""Send a request over a connection of its origin's pool, and map every failure to an error.
 
 Whether another replica is tried is the caller's decision, made from the error.
 """
@@ -75,17 +75,17 @@ class UpstreamClient:
         limits: Limits | None = None,
         retry_reused: bool = False,
     ) -> UpstreamResponse:
-        """Send a request and return when the head of the final response has come.
+        """Send a request and return when the head of the final response has arrived.
 
         Args:
             body: bytes, buffers that are written without being joined, or an async iterator.
             length: size in bytes of an iterator's body; without it the body is sent chunked.
             limits: replaces the client's limits for this request.
-            retry_reused: send once more on a fresh connection if a pooled one turned out dead before any byte came.
-                A body that cannot be sent twice is never sent on a pooled connection in the first place.
+            retry_reused: send again on a new connection if a pooled one turns out to be dead before any byte arrives.
+                A body that cannot be sent twice is never sent on a pooled connection.
 
         Raises ValueError, with nothing sent, if the head cannot be written safely; PoolTimeout, ConnectFailed,
-        ResetBeforeResponse, FirstByteTimeout, BadResponse; and whatever the iterator raises. On each of these, and on
+        ResetBeforeResponse, FirstByteTimeout, BadResponse; and the errors of the iterator. On each of these, and on
         cancellation, the connection is closed.
         """
         upstream = self._upstream(origin)
@@ -93,7 +93,7 @@ class UpstreamClient:
         streamed = False
         if isinstance(body, bytes):
             length = len(body)
-        elif isinstance(body, list) or not isinstance(body, AsyncIterator):  # the cheap test first
+        elif isinstance(body, list) or not isinstance(body, AsyncIterator):  # the cheaper test first
             length = sum(map(len, body))
         else:
             streamed = True
@@ -131,8 +131,7 @@ class UpstreamClient:
     def forget(self, origin: Origin) -> bool:
         """Drop the pool of an origin that is gone: now, or as soon as its last connection closes.
 
-        Return True if it is dropped now. A request that is still sent to the origin has a pool while it lasts.
-        """
+        Return True if it is dropped now. A request that is sent to the origin later has a pool while it lasts."""
         if len(self._forgotten) >= _FORGOTTEN_MOST:
             self._forgotten.clear()
         self._forgotten.add(origin)
@@ -194,7 +193,7 @@ class UpstreamClient:
         length: int | None,
         limits: Limits,
     ) -> None:
-        """Send a body piece by piece until it ends, or until the response or a failure comes first.
+        """Send a body piece by piece until it ends, or until a response or a failure arrives.
 
         No time limit runs while the iterator is awaited: the upstream is not late then.
         """

@@ -1,4 +1,4 @@
-"""Open a connection: name, TCP and TLS within one limit, every address in turn, foreign errors mapped once."""
+"""Open a connection: resolve, connect and do the TLS handshake within one limit; map foreign errors once."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def _try_in_turn(
             async with asyncio.timeout_at(loop.time() + (ends_at - loop.time()) / left):
                 return await _connect(loop, address, origin.port, ssl_context, name, make())
         except ssl.SSLError:
-            raise  # it responded; another address would have the same certificate
+            raise  # the server responded; another address would have the same certificate
         except OSError:
             if left == 1:
                 raise

@@ -66,7 +66,7 @@ class State(enum.Enum):
     IDLE = "idle"
     HEAD = "head"
     BODY = "body"
-    DONE = "done"  # the response is complete, its last bytes are still inside the parser
+    DONE = "done"  # the response is complete, but the parser has not returned from its last bytes
     CLOSED = "closed"
 
 
@@ -89,12 +89,12 @@ class Connection(asyncio.Protocol):
     """An HTTP/1.1 connection, client side.
 
     Attributes:
-        deadline: when the thing it waits for is late, on the monotonic clock.
+        deadline: time at which what it waits for is late, on the monotonic clock.
         served: complete responses so far.
         seen_seconds: when bytes last came, on the monotonic clock; 0 for never.
         dropped_after_stream: the upstream closed it directly after a streamed response.
-        unsolicited: bytes came beyond the end of a response, or while no request was waiting for one. What they are
-            and for whom is unknown, so the connection is closed and its pool stops reusing connections for a while.
+        unsolicited: bytes came beyond the end of a response, or while no request was waiting for one. Their meaning
+            and recipient are unknown, so the connection is closed and its pool stops reusing connections for a while.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Connection(asyncio.Protocol):
         self._buffered_bytes = 0
         self._reading_paused = False
         self._writing_paused = False
-        self._plain_bytes = 0  # bytes of the body that are still to come and bypass the parser
+        self._plain_bytes = 0  # missing bytes of the body, which bypass the parser
         self._in_chunk = False
         self._between_chunks = False  # the last byte parsed ended a chunk or the head
         self._drain_waiter: asyncio.Future[None] | None = None
@@ -171,7 +171,7 @@ class Connection(asyncio.Protocol):
             transport.writelines((head, *body))
 
     def upload(self, *, unfinished: bool) -> None:
-        """Record whether the request's body is still being sent piece by piece."""
+        """Note whether the request's body is still being sent piece by piece."""
         self._uploading = unfinished
 
     async def write(self, pieces: Sequence[bytes], stall_seconds: float) -> None:
@@ -240,7 +240,7 @@ class Connection(asyncio.Protocol):
             response.fail(error or ResetMidResponse("the connection was closed from this side"))
 
     def discard(self) -> None:
-        """Drop the socket of a connection that was never handed to anyone; the caller gives its slot back."""
+        """Drop the socket of a connection that was never handed out; the caller gives its slot back."""
         self.state = _CLOSED
         if self._transport is not None:
             self._transport.abort()
@@ -312,7 +312,7 @@ class Connection(asyncio.Protocol):
         if self.state is _HEAD:
             self._headers.append((name.lower(), value.strip(b" \t")))
         elif self.state is _BODY and name.lower() in _FRAMING_FIELDS:
-            self._extra = True  # the body is whole by its chunks; what the upstream means by this is unknown
+            self._extra = True  # the last chunk was seen, so the meaning of further bytes is unknown
 
     def on_headers_complete(self) -> None:
         response, parser = self._response, self._parser
@@ -384,9 +384,9 @@ class Connection(asyncio.Protocol):
     def _settle_framing(self, response: UpstreamResponse, status: int, chunked: bool, length: int | None) -> None:
         if self._head_only:
             self.state = _DONE  # the parser would wait for a body that the response to a HEAD does not have
-            self._keep_alive = False  # if one follows all the same, the next response would begin with it
+            self._keep_alive = False  # if a body follows all the same, the next response would begin with it
         elif status in (204, 304):
-            self._keep_alive = self._keep_alive and not (chunked or length)  # the same
+            self._keep_alive = self._keep_alive and not (chunked or length)  # for the same reason
         elif chunked:
             response.framing = Framing.CHUNKED
         elif length is not None:
@@ -459,11 +459,11 @@ class Connection(asyncio.Protocol):
             self._finish(response)
 
     def _more(self, response: UpstreamResponse) -> None:
-        """Handle a part of the body that is not its end."""
+        """Handle a part of the body before its end."""
         self.deadline = deadline = self.seen_seconds + self._idle_seconds
         if deadline < self._deadlines.next_at:
             self._deadlines.arm(deadline)
-        response.wake()  # before the check below: a reader that takes everything now spares a pause and a resume
+        response.wake()  # before the check below: if the reader takes everything now, no pause is needed
         if self._buffered_bytes > self._buffer_bytes and self.state is not _CLOSED:
             self._pause_reading()
 
@@ -504,7 +504,7 @@ class Connection(asyncio.Protocol):
         return error
 
     def _head_bytes(self) -> int:
-        """Size of the head, for one that came in one read with a large part of its body."""
+        """Return the size of the head, if it came in one read with a large part of its body."""
         return sum(len(name) + len(value) + len(b": \r\n") for name, value in self._headers)
 
     def _unsent(self) -> bool:

@@ -15,12 +15,12 @@ _PATH = re.compile(r"[!-~]*")
 class Limits(msgspec.Struct, frozen=True):
     """Bounds of one exchange and of the pool of each origin; times in seconds."""
 
-    connect_seconds: float = 5.0  # name, TCP and TLS together; a replica in reach answers in milliseconds
+    connect_seconds: float = 5.0  # name, TCP and TLS together; a reachable replica answers in milliseconds
     first_byte_seconds: float = 600.0  # a plain response comes only after its last token
     idle_seconds: float = 300.0  # between two pieces of a body
     pool_wait_seconds: float = 10.0
     max_connections: int = 1024  # per origin: above what one engine serves at once, below the usual file limit
-    max_waiting: int = 4096  # requests in line for a connection, per origin
+    max_waiting: int = 4096  # requests that wait for a connection, per origin
     max_idle: int = 256
     idle_expiry_seconds: float = 4.0  # uvicorn, the server of vLLM and SGLang, closes after 5
     max_head_bytes: int = 65_536  # of a response, with interim responses, trailers and chunk extensions

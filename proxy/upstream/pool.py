@@ -1,8 +1,7 @@
 """The connections of one origin: which one is used next, which requests wait, and when one may be reused.
 
-It decides and counts; it opens no socket. A slot stands for one connection, being opened or open. It is given back
-exactly once: when the connection is closed or could not be opened.
-"""
+It decides and counts; it opens no socket. A slot represents one connection, being opened or open. It is given back
+exactly once: when the connection is closed or could not be opened."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ class _Waiter:
 
 
 class Pool:
-    """The pool of one origin. Last in, first out, so that the surplus of a burst expires.
+    """The pool of one origin. Last in, first out, so that surplus connections of a burst expire.
 
     `name` is the origin's, for the log.
     """
@@ -70,7 +69,7 @@ class Pool:
 
     @property
     def counts(self) -> PoolCounts:
-        """Return the pool's figures."""
+        """The pool's figures."""
         aside = len(self._idle) + len(self._probation)
         waiting = len(self._waiters)
         return PoolCounts(
@@ -113,7 +112,7 @@ class Pool:
             if not fresh:
                 if (connection := self.take()) is not None:
                     return connection
-            elif self._idle:  # else each request that needs a new connection would leave one more
+            elif self._idle:  # otherwise each request that needs a new connection would leave one more
                 self._idle[0].close()
             if self._open >= self._limits.max_connections:
                 self._make_room()
@@ -177,7 +176,7 @@ class Pool:
         """Close every connection that is not in use."""
         for connection in (*self._idle, *self._probation):
             connection.close()
-        if not self._open and self.emptied is not None:  # none was open to begin with
+        if not self._open and self.emptied is not None:  # no connection was open before
             self.emptied()
 
     @property

@@ -1,8 +1,7 @@
-"""Write the head of a request as bytes. Pure. A head that it accepts cannot be read as two requests.
+"""Write the head of a request as bytes. Pure. An accepted head cannot be read as two requests.
 
-Which headers a client may send on is decided in `proxy.wire.headers`; what belongs to the connection itself (framing,
-host, hop-by-hop) is written here and nowhere else.
-"""
+`proxy.wire.headers` decides which of a client's headers are passed on; headers that belong to the connection itself
+(framing, host, hop-by-hop) are written only here."""
 
 from __future__ import annotations
 

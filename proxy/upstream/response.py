@@ -1,7 +1,7 @@
 """A response from an upstream as its reader sees it: the head, then the body in pieces as they arrive.
 
-The connection fills it and may be back in its pool before the body was read: what was not taken yet waits here.
-"""
+The connection fills it and may be back in its pool before the body is read: bytes that were not taken yet wait
+here."""
 
 from __future__ import annotations
 
@@ -119,9 +119,8 @@ class UpstreamResponse:
     async def arrived(self, seen_bytes: int, loop_seconds: float) -> bool:
         """Wait until more than `seen_bytes` are there to be taken, or the body is complete.
 
-        Return False when the loop's clock reaches `loop_seconds` first. Raises what ended the exchange. Cancelling it
-        closes the connection.
-        """
+        Return False when the loop's clock reaches `loop_seconds` first. Raises the error that ended the exchange.
+        Cancelling it closes the connection."""
         while self.buffered_bytes <= seen_bytes and not self._complete:
             if self._error is not None:
                 raise copy(self._error)
@@ -134,7 +133,7 @@ class UpstreamResponse:
                 raise
             finally:
                 timer.cancel()
-            if self._waiter is waiter:  # nothing has come: the timer woke it
+            if self._waiter is waiter:  # nothing has arrived: the timer woke it
                 self._waiter = None
                 return False
         return True
@@ -142,8 +141,7 @@ class UpstreamResponse:
     async def fits(self, limit_bytes: int) -> bool:
         """Wait until the whole body has arrived, or more than `limit_bytes` of it; return whether it is complete.
 
-        Nothing is taken. Raises what ended the exchange before. Cancelling it closes the connection.
-        """
+        Nothing is taken. Raises the error that ended the exchange before. Cancelling it closes the connection."""
         while not self._complete:
             if self.buffered_bytes > limit_bytes:
                 return False
@@ -191,9 +189,8 @@ class UpstreamResponse:
         """Call `sink` with each piece in the event that brings it; return True at the end of the body.
 
         Return False as soon as `sink` does: nothing more is taken until the next call, and the connection stops
-        reading. No task is woken per piece, which is half the cost of relaying one. Raises what `next_chunk` raises
-        and what `sink` raises. Cancelling it closes the connection.
-        """
+        reading. No task is woken per piece, which would be half the cost of relaying one. Raises the errors of
+        `next_chunk` and of `sink`. Cancelling it closes the connection."""
         while not self.chunks or sink(self.body_now(), None):
             if self._complete:
                 return True
@@ -246,7 +243,7 @@ class UpstreamResponse:
 
     @property
     def pending(self) -> bool:
-        """True while neither the head nor a failure has come."""
+        """True while neither the head nor a failure has arrived."""
         return not self.status and self._error is None
 
     async def head_arrived(self) -> None:
@@ -262,13 +259,13 @@ class UpstreamResponse:
         raise copy(self._error)
 
     def interrupt_with(self, callback: Callable[[], object] | None) -> None:
-        """Call `callback` once, as soon as the head has come or the exchange has failed."""
+        """Call `callback` once, as soon as the head has arrived or the exchange has failed."""
         self._interrupt = callback
         if not self.pending:
             self.wake()
 
     def ended(self) -> None:
-        """Mark the body as complete and let go of the connection."""
+        """Mark the body as complete and release the connection."""
         self._connection = None
         self._complete = True
         self.wake()
@@ -284,7 +281,7 @@ class UpstreamResponse:
         self.wake()
 
     def wake(self) -> None:
-        """Let a waiting reader look again after any change."""
+        """Wake a waiting reader after any change, so that it checks again."""
         waiter = self._waiter
         if waiter is not None and (self._sink is None or not self._poured(self._sink, waiter)):
             self._waiter = None

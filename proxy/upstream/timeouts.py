@@ -1,8 +1,8 @@
-"""One timer for all connections of a client, so that no request and no piece of a stream sets its own.
+"""One timer for all connections of a client, so that requests and pieces of streams do not set their own.
 
-Each connection has the time at which the thing it waits for is late, and moves it by plain assignment. The timer
-fires at the earliest such time known when it was set, checks all connections, and is set again. The times mostly move
-later, so the timer is touched about once per shortest limit, and idle streams cost nothing.
+Each connection has a deadline for what it waits for, and moves it by plain assignment. The timer fires at the
+earliest deadline known when it was set, checks all connections, and is set again. Deadlines mostly move later, so the
+timer is touched about once per shortest limit, and idle streams cost nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Watched(Protocol):
         ...
 
     def close(self) -> None:
-        """Close, ending whatever is under way."""
+        """Close, and end any exchange in progress."""
         ...
 
 
@@ -81,7 +81,7 @@ class Deadlines:
         self.next_at = math.inf
 
     async def close(self) -> None:
-        """Close everything that is watched and wait until all of it is gone."""
+        """Close everything that is watched and wait until all of it is closed."""
         self.stop()
         for watched in tuple(self._watched):
             watched.close()

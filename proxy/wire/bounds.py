@@ -17,13 +17,13 @@ from proxy.errors import BadRequest
 from proxy.model import Body
 
 CHECKED_BYTES: Final = 3 * 1024 * 1024
-"""Bodies from this length on are checked: shorter ones hold at most 1.5 million items, which take 0.1 s."""
+"""Least length of a body that is checked: shorter ones hold at most 1.5 million items, which take 0.1 s."""
 
 COMMAS_HARMLESS: Final = 250_000
-"""Up to this number nothing that is decoded takes longer than 20 ms."""
+"""Number of commas up to which decoding takes at most 20 ms."""
 
 VALUES_MOST: Final = 1_000_000
-"""Of a body that must be decoded whole. They take 0.2 s, and a batch of 100,000 requests has fewer."""
+"""Most values of a body that must be decoded whole. They take 0.2 s; a batch of 100,000 requests has fewer."""
 
 _STRING: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _ABSENT: Final = Raw()
@@ -31,19 +31,18 @@ _UNREADABLE = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
 
 class TooManyItems(BadRequest):
-    """An array is longer than it may be."""
+    """An array has too many items."""
 
 
 def may_hold_many(body: Body) -> bool:
-    """Return True if `body` may hold so many values that its arrays must be counted before they are decoded."""
+    """Return True if `body` may hold too many values, so that its arrays must be counted before they are decoded."""
     return len(body) >= CHECKED_BYTES and body.count(b",") > COMMAS_HARMLESS
 
 
 def check_array(array: Raw, member: str, items_most: int) -> None:
     """Raise TooManyItems if `array`, the value of `member`, is an array of more than `items_most` items.
 
-    Whatever else is wrong with it is left for its reader to find.
-    """
+    Other defects are left for its reader to find."""
     if len(memoryview(array)) <= items_most:  # an item takes more than a byte
         return
     try:
@@ -71,7 +70,9 @@ def _structure_of(text: Body) -> int:
 
 @functools.cache
 def _array_decoder(items_most: int) -> msgspec.json.Decoder[Any]:
-    """Return the decoder of a structure written as an array: it stops at the first item too many, unlike a list's."""
+    """Return the decoder of a structure written as an array, which stops at the first item too many, unlike a
+    list's.
+    """
     members = [(f"item_{place}", Raw, _ABSENT) for place in range(items_most)]
     return msgspec.json.Decoder(
         msgspec.defstruct("Items", members, array_like=True, forbid_unknown_fields=True, gc=False)

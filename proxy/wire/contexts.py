@@ -1,8 +1,7 @@
 """Find the stored context that a chat request names, and the edits that insert it. Pure.
 
-A context is named by a first message of the role `cache`, or by a header while its messages are sent again. The
-stored bytes are inserted as they are; neither side is re-encoded.
-"""
+A context is named by a first message of the role `cache`, or by a header if its messages are repeated in the request.
+The stored bytes are inserted unchanged; nothing is re-encoded."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ _NONE = Raw()
 
 
 class Reference(msgspec.Struct, frozen=True):
-    """The context that is named, by id or by tag, with its options. A name that no context can have is neither."""
+    """The context that a request names, by id or by tag, with its options. Both are None for an invalid name."""
 
     id: str | None = None
     tag: str | None = None
@@ -59,7 +58,7 @@ class _Body(msgspec.Struct, gc=False):
 
     @property
     def listed(self) -> list[Raw]:
-        """The messages; none if `messages` is null."""
+        """The messages; empty if `messages` is null."""
         return self.messages or []
 
 
@@ -76,8 +75,7 @@ def named_in(prompt: Prompt) -> Named | None:
     """Return the context that a message of the role `cache` names, None if there is no such message.
 
     Raises:
-        BadRequest: the message is not the first or is malformed, or the request has tools of its own.
-    """
+        BadRequest: the message is not the first or is malformed, or the request has its own tools."""
     body = _decode_body(prompt.body)
     named = None
     for place, message in enumerate(body.listed):
@@ -184,7 +182,7 @@ def splice_named(prompt: Prompt, named: Named, tools: bytes, messages: bytes) ->
 
 
 def splice_repeated(prompt: Prompt, tools: bytes, messages: bytes, stored: Sequence[memoryview]) -> Spliced | str:
-    """Replace messages and tools that were sent again by the stored ones; return the first place where they differ.
+    """Replace repeated messages and tools by the stored ones, or return the first place where they differ.
 
     They are compared as JSON values: white space, escapes and the order of keys do not matter.
 
@@ -224,7 +222,7 @@ def _same(sent: memoryview, stored: memoryview) -> bool:
 
 
 def _meaning(value: memoryview) -> bytes:
-    """Return the same text for equal values. It is encoded again, since for Python true is 1, and 1 is 1.0."""
+    """Return a canonical text of a value. Values cannot be compared directly: in Python True == 1 == 1.0."""
     try:
         return msgspec.json.encode(msgspec.json.decode(value), order="deterministic")
     except DECODE_ERRORS:

@@ -1,4 +1,4 @@
-"""Decode compressed bodies under a limit: responses as they pass, to read their usage, and whole requests.
+"""Decode compressed bodies up to a limit: responses as they pass, to read their usage, and whole requests.
 
 A response that cannot be decoded (bad data, an unknown coding, too large) is passed on all the same, and its usage is
 unknown. A request that cannot be decoded is refused.
@@ -17,11 +17,11 @@ from proxy.errors import BadRequest, TooLarge
 from proxy.model import Body
 
 DECODED_BYTES_MOST = 64 * 1024 * 1024  # of one response; a longer one is a decompression bomb, or has no usage
-_STEP_BYTES_MOST = 4 * 1024 * 1024  # decoded at once, so that a bomb is noticed before it fills the memory
+_STEP_BYTES_MOST = 4 * 1024 * 1024  # decoded in one step, so that a bomb is noticed before it fills the memory
 _NO_CODINGS: Final = (b"", b"identity", b"utf-8", b"utf8")  # a character set is a common mistake, and harmless
 _ZSTD_FEED_BYTES: Final = 128  # zstandard's decoder has no output limit: four bytes may become 128 KiB
 _ZSTD_HEADER_BYTES_MOST: Final = 18
-_ZSTD_SKIPPABLE: Final = b"\x2a\x4d\x18"  # the magic number of a frame without data, but for its first byte
+_ZSTD_SKIPPABLE: Final = b"\x2a\x4d\x18"  # the magic number of a frame without data, except for its first byte
 _ZSTD_REPEATED_BYTE: Final = 2  # the type of a block, in bits 1 and 2 of its header
 _ZSTD_WINDOW_BYTES = 8 * 1024 * 1024  # the largest window that RFC 9659 allows
 
@@ -75,7 +75,7 @@ def _inflate(stream: zlib._Decompress) -> _Step:
 
 
 def _deflate() -> _Step:
-    """`deflate` means zlib's format, but some peers send raw deflate; the first byte distinguishes them."""
+    """Return the decoder of `deflate`, which means zlib's format; some peers send raw deflate, as byte 1 shows."""
     chosen: list[_Step] = []
 
     def step(chunk: bytes, most: int) -> bytes:
@@ -157,7 +157,7 @@ def decode_request(body: Body, encoding: bytes, limit_bytes: int) -> bytes:
     Args:
         body: the whole body as it was sent.
         encoding: the coding that `request_encoding` returned.
-        limit_bytes: of the decoded body. At most one byte more is ever decoded.
+        limit_bytes: the largest decoded size. At most one byte more is ever decoded.
 
     Raises:
         TooLarge: the decoded body is longer than `limit_bytes`.

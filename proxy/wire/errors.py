@@ -1,4 +1,4 @@
-"""Turn a CairnError into the response that a client reads: OpenAI's error shape, or Anthropic's on its path."""
+"""Turn a CairnError into the response that a client reads: in OpenAI's error format, or Anthropic's on its path."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ErrorResponse(msgspec.Struct, frozen=True, gc=False):
 
 
 def error_response(error: CairnError, endpoint: Endpoint, *, request_id: str = "") -> ErrorResponse:
-    """Return the response for `error`, if nothing else was sent before."""
+    """Return the response for `error`, to be sent if nothing was sent before."""
     headers = [_JSON]
     if error.retry_after_seconds is not None:
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_seconds))))

@@ -40,7 +40,7 @@ def data_of(event: bytes) -> bytes:
 def read_event(event: bytes, endpoint: Endpoint) -> EventRead:
     """Return what a raw event of a stream of `endpoint` reports; never raises."""
     if event.startswith(b"data: {") and 0 < len(event) - event.find(b"\n") <= 2 and _CR not in event:
-        payload = event[6:]  # one line of JSON, as nearly all are; white space after it is harmless
+        payload = event[6:]  # one line of JSON, as in nearly all events; white space after it is harmless
     else:
         payload = data_of(event).strip()
         if payload == b"[DONE]":
@@ -58,7 +58,7 @@ def read_event(event: bytes, endpoint: Endpoint) -> EventRead:
 
 
 def _leniently(payload: bytes, endpoint: Endpoint) -> EventRead:
-    """Read what a strict decoder refuses: NaN, Infinity, lone surrogates, bytes that are not UTF-8."""
+    """Read an event that a strict decoder refuses: NaN, Infinity, lone surrogates, bytes that are not UTF-8."""
     if endpoint is Endpoint.RESPONSES:
         if (event := decode_leniently(payload, ResponsesEvent)) is not None:
             return _of_responses(event)
@@ -72,7 +72,7 @@ def _leniently(payload: bytes, endpoint: Endpoint) -> EventRead:
 
 
 def _of_chunk(chunk: Chunk) -> EventRead:
-    """A chunk of chat or completions."""
+    """Read a chunk of chat or completions."""
     usage = chunk.usage or chunk.usageMetadata
     token = finished = False
     for choice in chunk.choices or ():
@@ -86,7 +86,7 @@ def _of_chunk(chunk: Chunk) -> EventRead:
 
 
 def _is_token(delta: Delta) -> bool:
-    """Return True for content, reasoning or a tool call; a role, null and empty values are no token."""
+    """Return True for content, reasoning or a tool call; roles, nulls and empty values are not tokens."""
     return bool(
         delta.content
         or delta.reasoning_content

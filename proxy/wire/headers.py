@@ -46,14 +46,14 @@ _CREDENTIALS = frozenset(
         b"openai-project",
     }
 )
-"""Keys in every form in which providers take them, and which of a key's accounts is charged."""
+"""Headers in which providers take keys, and headers that choose the account to be charged."""
 
 _SET_ANEW = frozenset({b"host", b"content-length", b"expect", b"x-request-id"})
 _NOT_FORWARDED = _HOP_BY_HOP | _FORWARDED | _SET_ANEW | {b"cookie"}
 _NOT_FORWARDED_WITH_KEY = _NOT_FORWARDED | _CREDENTIALS
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id", b"set-cookie", b"alt-svc", b"strict-transport-security"}
 CONTEXT_HEADER: Final = b"x-msh-context-cache"
-_OWN_PREFIXES = (b"x-cairn-", b"x-forwarded-", CONTEXT_HEADER)  # Cairn's own, or easily forged: never passed on
+_OWN_PREFIXES = (b"x-cairn-", b"x-forwarded-", CONTEXT_HEADER)  # set by Cairn, or easily forged: never passed on
 
 _NUL: Final = 0
 _LF: Final = 10
@@ -66,7 +66,7 @@ _ID_SIGNS = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123
 
 
 class _Verdicts(dict[bytes, bool]):
-    """Cache of the headers that pass, by lower-case name; computed once for each name."""
+    """Whether a header passes, by lower-case name; computed once for each name."""
 
     def __init__(self, removed: frozenset[bytes], prefixes: tuple[bytes, ...] = _OWN_PREFIXES) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class _Verdicts(dict[bytes, bool]):
 
 _FORWARDS = _Verdicts(_NOT_FORWARDED)
 _FORWARDS_BUT_KEYS = _Verdicts(_NOT_FORWARDED_WITH_KEY)
-_RETURNS = _Verdicts(_NOT_RETURNED, (*_OWN_PREFIXES, b"access-control-"))  # the configuration says who may read it
+_RETURNS = _Verdicts(_NOT_RETURNED, (*_OWN_PREFIXES, b"access-control-"))  # `Cors` sets these
 
 
 def upstream_head(
@@ -101,7 +101,7 @@ def upstream_head(
         request_id: sent as `x-request-id`.
         credential: the replica's own header, such as (b"authorization", b"Bearer ..."); it replaces every key of the
             client, and the client's choice of the account to be charged.
-        drop_credentials: leave the client's keys out and put nothing in their place, because they are Cairn's own.
+        drop_credentials: remove the client's keys without replacing them, because they are keys of Cairn.
         identity: ask for a response that is not compressed.
         decoded: the body was compressed and is sent decoded.
 
@@ -182,7 +182,7 @@ def names_context(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 def kept_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    """Return the client's own request id if it is short and of harmless characters; None if one must be made."""
+    """Return the client's request id if it is short and has harmless characters only; None if one must be made."""
     for name, value in headers:
         if name == b"x-request-id":
             return value.decode() if 0 < len(value) <= REQUEST_ID_BYTES_MOST and _ID_SIGNS.issuperset(value) else None
@@ -201,7 +201,7 @@ def retry_after_seconds(value: bytes, now_unix_seconds: float) -> float | None:
 
 
 def _cache_status(cache: CacheStatus, miss: MissReason) -> bytes:
-    """RFC 9211 has no term for a prompt of which a part is cached: that is `fwd=partial`, and all of it a hit."""
+    """Return the value of `Cache-Status`. RFC 9211 has no term for a partly cached prompt: it is `fwd=partial`."""
     text = {
         CacheStatus.HIT: "Cairn; hit",
         CacheStatus.PARTIAL: "Cairn; fwd=partial",
@@ -225,4 +225,4 @@ def _not_listed(headers: list[tuple[bytes, bytes]], listed: list[bytes]) -> list
 
 def _breaks_out(headers: list[tuple[bytes, bytes]]) -> bool:
     text = b"".join([value for _, value in headers])
-    return _LF in text or _CR in text or _NUL in text  # as numbers: for bytes Python first raises an error internally
+    return _LF in text or _CR in text or _NUL in text  # numbers: with bytes, Python raises an error internally

@@ -1,8 +1,7 @@
 """Find the ids of the items of a response, so that a later request that names one can be checked. Pure.
 
-Only what the upstream made counts: a response also repeats the client's tools and metadata, in which a client could
-write the ids of others.
-"""
+Only items that the upstream created count: a response also repeats the client's tools and metadata, in which a client
+could write the ids of others."""
 
 from __future__ import annotations
 
@@ -46,12 +45,12 @@ def item_ids(body: bytes | memoryview) -> list[str]:
 
 
 class StreamedItemIds:
-    """Finds the ids in a stream of the responses surface, in pieces cut anywhere."""
+    """Finds the ids in a stream of the Responses API, in pieces cut anywhere."""
 
     __slots__ = ("_line",)
 
     def __init__(self) -> None:
-        self._line = b""  # the beginning of a line, until its end has come
+        self._line = b""  # the beginning of a line, until its end has arrived
 
     def feed(self, piece: bytes) -> list[str]:
         """Take the next bytes and return the ids of the items that they complete."""

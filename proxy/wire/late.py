@@ -1,8 +1,7 @@
 """Write a plain response as the events of a stream, for a client that was sent the head of a stream already. Pure.
 
 It is used for errors, which an upstream sends as a plain response although a stream was asked for, and for upstreams
-that answer every request plainly. Values are copied as they stand in the response.
-"""
+that never stream. Values are copied unchanged from the response."""
 
 from __future__ import annotations
 
@@ -16,14 +15,14 @@ from proxy.model import Body, Endpoint
 from proxy.wire.errors import error_event
 from proxy.wire.schemas import DECODE_ERRORS
 
-_MESSAGE_BYTES_MOST: Final = 2048  # of an error that is no JSON
+_MESSAGE_BYTES_MOST: Final = 2048  # of an error that is not JSON
 _DONE: Final = b"data: [DONE]\n\n"
 _OUTPUT_TEXT: Final = Raw(b'"output_text"')
 _Fields = dict[str, Raw]
 
 
 def events_of_plain(status: int, body: Body, endpoint: Endpoint, *, request_id: str = "") -> bytes:
-    """Return the events that say what a plain response with `status` and the decoded `body` says."""
+    """Return the events that are equivalent to a plain response with `status` and the decoded `body`."""
     if status < 300:
         try:
             return _answer(bytes(body), endpoint)
@@ -79,7 +78,7 @@ def _phrase(status: int) -> str:
 
 
 def _answer(body: bytes, endpoint: Endpoint) -> bytes:
-    """The events of a whole answer. Raises what decoding raises, and KeyError if it has not the endpoint's shape."""
+    """Return the events of a whole answer. Raises DECODE_ERRORS, and KeyError if it is not one of this endpoint."""
     if endpoint is Endpoint.MESSAGES:
         return _messages(body)
     if endpoint is Endpoint.RESPONSES:
@@ -95,7 +94,7 @@ def _answer(body: bytes, endpoint: Endpoint) -> bytes:
 
 
 def _chunk_choice(choice: _Fields) -> dict[str, Any]:
-    """A choice with its message as the delta of a chunk, in which each tool call has its index."""
+    """Return a choice with its message as the delta of a chunk, in which each tool call has its index."""
     message: dict[str, Any] = msgspec.json.decode(choice["message"], type=_Fields)
     if (raw := message.get("tool_calls")) is not None and bytes(raw) != b"null":
         calls = msgspec.json.decode(raw, type=list[_Fields])
@@ -113,7 +112,7 @@ class _Item(msgspec.Struct):
 
 
 def _responses(body: bytes) -> bytes:
-    """The beginning, each item with its parts and their text as one delta, and the end with the whole response."""
+    """Return the first event, each item with its parts and their text as one delta, and the end with the response."""
     output = msgspec.json.decode(body, type=_Response).output
     begun: dict[str, Any] = {**msgspec.json.decode(body, type=_Fields), "output": [], "status": "in_progress"}
     events: list[dict[str, Any]] = [{"type": "response.created", "response": {**begun, "usage": None}}]
@@ -147,11 +146,11 @@ _BLOCKS: Final = {
     "text": (("text", "text_delta"),),
     "thinking": (("thinking", "thinking_delta"), ("signature", "signature_delta")),
 }
-"""The fields of a content block that deltas bring, and the deltas' types. Other blocks come whole."""
+"""The fields of a content block that are sent as deltas, and the deltas' types. Other blocks are sent whole."""
 
 
 def _messages(body: bytes) -> bytes:
-    """The beginning of a message, each of its blocks, and its end."""
+    """Return the events of a message: its beginning, each of its blocks, and its end."""
     message = msgspec.json.decode(body, type=_Fields)
     blocks = msgspec.json.decode(message["content"], type=list[_Fields])
     ended = {key: message[key] for key in ("stop_reason", "stop_sequence") if key in message}
@@ -190,5 +189,5 @@ def _named(event: dict[str, Any]) -> bytes:
 
 
 def _data(value: Any) -> bytes:
-    """One event of JSON in a single line, however the values in it were written."""
+    """Return one event with its JSON in a single line."""
     return b"data: " + msgspec.json.format(msgspec.json.encode(value), indent=-1) + b"\n\n"

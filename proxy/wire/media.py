@@ -2,9 +2,9 @@
 
 Searching two megabytes for a marker takes as long as reading the whole body. Therefore plain text is recognised by
 its beginning, and any other body is sampled first: base64 contains no spaces, quotes or escapes, and only a run of
-samples without any is examined closely. Media that are missed by this are short compared with the body, and counted
-nearly right as text. A picture named by its address has no bytes here and is not media.
-"""
+samples without any is examined closely. Media that are missed by this are short compared with the body, and counting
+them as text is nearly right. A picture that is named by a URL has no bytes in the body and does not count as
+media."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from msgspec import Raw
 from proxy.model import Body, Media
 from proxy.wire.schemas import DECODE_ERRORS, Part, decode_parts, decode_parts_message
 
-MEDIA_BYTES_LEAST: Final = 1024  # bytes; a shorter picture has no more tokens than text of its length
+MEDIA_BYTES_LEAST: Final = 1024  # bytes; a shorter picture has no more tokens than text of the same length
 _SAMPLES: Final = 2048  # of one body: 3 us
 _FEW: Final = 8  # messages whose beginnings are examined; with more of them, sampling is cheaper
 _TEXT = re.compile(rb'\s*\{\s*(?:"role"\s*:\s*"\w+"\s*,\s*)?"content"\s*:\s*"')  # a message whose content is a string
-_STRIDE_LEAST: Final = 61  # bytes; odd, so as not to keep step with escapes of six characters
-_RUN = b"b" * 64  # samples in a row that are base64: in prose one byte in five is not, so one body in 500 has such
+_STRIDE_LEAST: Final = 61  # bytes; no multiple of an escape's six characters, which would always hit the same one
+_RUN = b"b" * 64  # samples in a row that are base64; in prose one byte in five is not: one body in 500 has such
 _BASE64 = bytes(
     98 if chr(byte).isascii() and (chr(byte).isalnum() or chr(byte) in "+/=_-") else 32 for byte in range(256)
 )
@@ -41,7 +41,7 @@ _EXACT_TYPES = {
 
 
 def find_media(body: Body, content: Iterable[Raw]) -> tuple[Media, ...]:
-    """Return the media in the messages or input items `content` of `body`, in their order; never raises.
+    """Return the media in the messages or input items `content` of `body`, in order; never raises.
 
     Takes 1 us for a few messages of text, and otherwise under 10 us at 2 MB if there are none.
     """
@@ -54,7 +54,7 @@ def find_media(body: Body, content: Iterable[Raw]) -> tuple[Media, ...]:
     if not long:
         return ()
     stride = max(_STRIDE_LEAST, size // _SAMPLES) | 1
-    if body[::stride].translate(_BASE64).find(_RUN) < 0:  # `in` first raises an error internally
+    if body[::stride].translate(_BASE64).find(_RUN) < 0:  # `in` raises and catches an error internally
         return ()
     found: list[Media] = []
     for message in long:

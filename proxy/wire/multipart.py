@@ -1,8 +1,6 @@
 """Find the fields of a `multipart/form-data` body without copying it. Pure.
 
-Forms are read strictly: a form that two parsers could read differently is not read at all, since a decision depends
-on it.
-"""
+Forms are read strictly: a form that two parsers could read differently is refused, since a decision depends on it."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ _DISPOSITION = re.compile(
 
 
 class UnreadableForm(ValueError):
-    """The body is not a form that every parser reads alike."""
+    """The body is not a form that every parser reads in the same way."""
 
 
 class Field(NamedTuple):
@@ -38,7 +36,7 @@ class Field(NamedTuple):
 
 
 def is_form(content_type: bytes) -> bool:
-    """Return True if a `content-type` header says that the body is a form."""
+    """Return True if a `content-type` header declares the body to be a form."""
     return content_type[:19].lower() == b"multipart/form-data"
 
 
@@ -76,7 +74,7 @@ def _boundary(content_type: bytes) -> bytes:
 
 
 def _name(head: bytes) -> str:
-    """The name in the one `content-disposition` line of a part's head."""
+    """Return the name in the one `content-disposition` line of a part's head."""
     lines = [line for line in head.decode("latin-1").split("\r\n") if line[:20].lower() == "content-disposition:"]
     found = _DISPOSITION.fullmatch(lines[0][20:].strip()) if len(lines) == 1 else None
     if (

@@ -1,8 +1,7 @@
-"""Find the models that a body names, in every form in which paths take them. Pure.
+"""Find the models that a body names, for every kind of path. Pure.
 
 For a client that may use every model, the one model that routes the request is enough. For a limited client all
-models that the body can make the upstream use are collected; a body that cannot be read in full is not accepted then.
-"""
+models are collected that the body can make the upstream use, and a body that cannot be read in full is refused."""
 
 from __future__ import annotations
 
@@ -25,8 +24,9 @@ _OTHER_NAMES: Final = frozenset(
         "lora_path", "preset",
     }
 )  # fmt: skip
-"""Fields that choose a model by another name: an adapter, which makes another model of the one that is named, a
-deployment, or a gateway's preset."""
+"""Fields that choose a model in another way: an adapter (which changes the named model), a deployment, or a
+gateway's preset.
+"""
 
 _CONTENT: Final = frozenset(
     {
@@ -34,7 +34,7 @@ _CONTENT: Final = frozenset(
         "mm_processor_kwargs", "prompt", "query", "suffix", "system", "texts", "user",
     }
 )  # fmt: skip
-"""Top-level fields that hold text, a conversation or the variables of a template. They name no model."""
+"""Top-level fields that hold text, a conversation or the variables of a template, and name no model."""
 
 _SCHEMAS: Final = frozenset(
     {
@@ -45,9 +45,9 @@ _SCHEMAS: Final = frozenset(
 """Fields whose keys are the client's own: `model` in them is the name of an argument."""
 
 _IMAGES: Final = "image_generation"
-"""The hosted tool that runs a model of the upstream's choice if it names none."""
+"""The hosted tool that runs a model chosen by the upstream if it names none."""
 
-_ESCAPE: Final = b"\\u00"  # a letter of a key could be hidden in one
+_ESCAPE: Final = b"\\u00"  # an escape could hide a letter of a key
 _MARKS: Final = (b"model", b"fallback", b"adapter", b"lora", b"deployment", b"engine", b"preset", b"image", _ESCAPE)
 
 
@@ -86,8 +86,7 @@ def further_models(body: Body, content_type: bytes) -> list[str] | None:
     """Return every model that a body names: `model`, fallbacks, adapters, and the models of hosted tools.
 
     Keys are found in any letter case, since some servers ignore it, and at any depth outside of prompts and schemas.
-    None if the body cannot be read, so that it might name any.
-    """
+    None if the body cannot be read, since it might name any model."""
     if multipart.is_form(content_type):
         return _form_models(body, content_type)
     check_values(body)

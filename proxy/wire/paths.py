@@ -1,8 +1,7 @@
 """Normalise a request target as web servers do, so that a path means the same here and at the upstream.
 
 Servers decode percent-escapes before they look a path up, and many also resolve dot segments and merge slashes. A
-decision made on the text as sent could therefore be about another path than the one that is served. Pure.
-"""
+decision based on the unnormalised text could therefore be about another path than the one served. Pure."""
 
 from __future__ import annotations
 
@@ -12,10 +11,12 @@ from urllib.parse import unquote
 
 from proxy.errors import BadRequest
 
-TARGET_BYTES_MOST: Final = 16 * 1024  # of path and query; the longest honest ones are pages of a cursor, under 1 KB
+TARGET_BYTES_MOST: Final = (
+    16 * 1024
+)  # of path and query; the longest honest ones, with a list's cursor, have under 1 KB
 
 _ORDINARY = re.compile(r"/[A-Za-z0-9_~-][A-Za-z0-9._~-]*(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*")
-"""Paths that are normal already: no escape, no empty segment, none that begins with a dot."""
+"""Paths that are normal already: no escape, no empty segment, no segment that begins with a dot."""
 
 _ABSOLUTE = re.compile(r"(?i)https?://[^/?#]*")
 _ESCAPE = re.compile(r"%(?P<digits>[0-9A-Fa-f]{2})?")
@@ -35,7 +36,8 @@ def split_target(target: str) -> tuple[str, str]:
     The host of an absolute target (`http://host/path`) is dropped. Characters outside ASCII are percent-encoded.
 
     Raises:
-        BadRequest: the target is no path, too long, or ambiguous: an escaped slash, backslash, percent sign, question
+        BadRequest: the target is not a path, too long, or ambiguous: an escaped slash, backslash, percent sign,
+        question
             mark or hash, a backslash, a fragment, a control character or a malformed escape.
     """
     if len(target) > TARGET_BYTES_MOST:
@@ -69,7 +71,7 @@ def _normalised(path: str) -> str:
     kept: list[str] = []
     for segment in _ESCAPE.sub(_decoded, path).split("/"):
         if segment.replace("%3B", ";").partition(";")[0] in _DOTS and segment not in _DOTS:
-            raise _bad("The path has a dot segment with a parameter.")  # which some servers resolve as one without
+            raise _bad("The path has a dot segment with a parameter.")  # some servers ignore the parameter
         if segment == "..":
             del kept[-1:]
         elif segment not in ("", "."):
@@ -78,7 +80,7 @@ def _normalised(path: str) -> str:
 
 
 def _decoded(escape: re.Match[str]) -> str:
-    """Decode an escape of an unreserved character, which never needed one; keep any other, in upper case."""
+    """Decode an escape of an unreserved character, which needs none; keep any other, in upper case."""
     digits = escape["digits"]
     if digits is None:
         raise _bad("The path has a percent sign that no two hexadecimal digits follow.")
@@ -91,7 +93,7 @@ def _decoded(escape: re.Match[str]) -> str:
 
 
 def _encoded(target: str) -> str:
-    """Percent-encode what is not ASCII, and leave the rest alone."""
+    """Percent-encode characters that are not ASCII, and nothing else."""
     raw = target.encode("utf-8", "surrogateescape" if _is_escaped(target) else "surrogatepass")
     return "".join([chr(byte) if byte < 0x80 else f"%{byte:02X}" for byte in raw])
 

@@ -28,17 +28,19 @@ _COLLECTIONS: Final = {
     "container_id": "containers",
     "vector_store_ids": "vector_stores",
 }
-"""Keys whose value is an id or a list of ids, and the collection in which those lie."""
+"""Keys whose value is an id or a list of ids, with the collection of these objects."""
 
 ITEMS: Final = "items"
-"""The collection of what responses consist of. No path has it: an item is named in the input of a later response."""
+"""The collection of a response's items. It has no path: an item is named in the input of a later response."""
 
-_LONG_ITEM_BYTES: Final = 4096  # an item that refers to another has 50; what looks like text is then not decoded
+_LONG_ITEM_BYTES: Final = 4096  # a reference has about 50; a longer item that looks like content is not decoded
 _HEAD_BYTES: Final = 256
 
 _ESCAPE: Final = b"\\u00"
 _ESCAPED_LETTER = re.compile(rb"\\u00(?:[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
-"""A letter or underscore written as an escape. Encoders do not write letters so, but one could hide a key."""
+"""A letter or underscore written as an escape. Encoders do not escape letters, but a client could hide a key like
+this.
+"""
 
 _IN_CONTENT: Final = b"file_id"  # the one key with an id in messages and input items
 _ELSEWHERE = (b"_id", b"container", b"conversation", _ESCAPE)
@@ -57,8 +59,7 @@ def references(body: Body, others: Iterable[memoryview | Body] = ()) -> frozense
     Args:
         body: the whole body. It is searched for files, at 0.5 ms per MB, and decoded only if it may refer to an
             object.
-        others: its members in which objects of other kinds are named, such as tools.
-    """
+        others: the members of the body that may name objects of other kinds, such as tools."""
     if not (
         body.find(_IN_CONTENT) >= 0
         or any(bytes(member).find(key) >= 0 for member in others for key in _ELSEWHERE)
@@ -73,7 +74,7 @@ def references(body: Body, others: Iterable[memoryview | Body] = ()) -> frozense
 
 
 class _Item(msgspec.Struct, gc=False):
-    """An input item, as far as it shows whether it only refers to an item of an earlier response."""
+    """An input item: the members that show whether it only refers to an item of an earlier response."""
 
     type: Any = None
     id: Any = None
@@ -92,7 +93,7 @@ def item_references(items: Iterable[memoryview | bytes]) -> list[Reference]:
         try:
             head = _decode_item(item)
         except DECODE_ERRORS:
-            continue  # a text
+            continue  # a string
         if isinstance(head.id, str) and (head.type == "item_reference" or (head.type is None and head.role is None)):
             found.append(Reference(ITEMS, head.id))
     return found
@@ -116,7 +117,7 @@ def listed_items(body: Body) -> list[memoryview]:
 
 
 def _is_long_content(head: bytes) -> bool:
-    """Return True if a long item begins as a message, a call or a result does."""
+    """Return True if a long item begins like a message, a call or a result."""
     return (b'"role"' in head or b'"type"' in head) and b"item_reference" not in head and _ESCAPE not in head
 
 
@@ -135,7 +136,7 @@ def _in_decoded(value: Any) -> Iterable[Reference]:
 
 
 def _ids(value: Any) -> list[str]:
-    """The ids in the value of a key: a string, a list of strings, or an object with an id."""
+    """Return the ids in the value of a key: a string, a list of strings, or an object with an id."""
     if isinstance(value, dict):
         value = value.get("id")
     values = value if isinstance(value, list) else [value]

@@ -1,7 +1,7 @@
 """Read a generation request as spans of its body. Pure.
 
-Long content is never decoded, and nothing is refused that the upstream can judge. What the prefix chain is made of is
-decided here:
+Long content is never decoded, and errors that the upstream can report are left to it. The content of the prefix chain
+is decided here:
 
 - The salt: the model, the adapter, the conversation that is continued, and the arguments that change how the engine
   renders the *head* of the prompt (`reasoning_effort`, `chat_template_kwargs`, ...). Sampling does not count.
@@ -52,10 +52,10 @@ from proxy.wire.urgency import body_priority
 MODEL_NAME_BYTES_MOST: Final = 512  # bytes; the longest names seen (paths of local models) are under 300
 
 CACHE_MESSAGE_BYTES_MOST: Final = 1024
-"""Length of the JSON text of a message that names a stored context; twice what is needed."""
+"""Longest JSON text of a message that names a stored context; twice what is needed."""
 
 _SEARCHED_BYTES: Final = 8192
-"""A body up to this length is searched as a whole, at 1 us per KB; in longer ones only the short messages are."""
+"""Longest body that is searched as a whole, at 1 us per KB; of longer ones only the short messages are searched."""
 
 _NOTHING = frozenset({b"", b"null", b"[]", b"{}"})
 _NOT_APPLICABLE: Final = UsageRequest.NOT_APPLICABLE
@@ -93,9 +93,8 @@ def read(body: Body, endpoint: Endpoint, *, model: str | None = None) -> Prompt:
         model: the model that the path names; it replaces the body's.
 
     Raises:
-        BadRequest: the body cannot be read; `param` names the field. A missing model is no error: it is empty then,
-            as it is if the body has null in its place.
-    """
+        BadRequest: the body cannot be read; `param` names the field. A missing model is not an error: like null, it
+        is read as empty."""
     prompt = _READERS[endpoint](body)
     if model is not None:
         salt = (model.encode(), *prompt.chain_salt[1:])
@@ -157,13 +156,15 @@ def _read_completion(body: Body) -> Prompt:
     fields = _decoded(decode_completion, body)
     spans = _present(fields.prompt, fields.suffix)
     prompt = _prompt(body, fields, spans, (), fields.max_tokens)
-    if bytes(fields.echo) == b"true":  # with log-probabilities the prompt is computed anew
+    if bytes(fields.echo) == b"true":  # with log-probabilities the whole prompt is computed
         prompt = msgspec.structs.replace(prompt, skips_cache=True)
     return prompt
 
 
 def _read_messages(body: Body) -> Prompt:
-    """Read Anthropic's dialect. There a change of `tool_choice` keeps tools and system cached, not the messages."""
+    """Read Anthropic's dialect. In it, after a change of `tool_choice` tools and system stay cached, but not the
+    messages.
+    """
     fields = _decoded(decode_messages_counted if may_hold_many(body) else decode_messages, body)
     messages = _listed(fields.messages, "messages")
     tools, system = _present(fields.tools), _present(fields.system, fields.tool_choice)
@@ -264,9 +265,10 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
 
 
 def _skips_cache(fields: Common) -> bool:
-    """True if the engine computes the prompt anew whatever it holds: its cached tokens then say nothing.
+    """Return True if the engine computes the whole prompt although it may have it cached.
 
-    llama.cpp's `cache_prompt: false`; log-probabilities of the prompt (vLLM, SGLang); a prompt cut off on its left.
+    Its cached tokens then show nothing. The reasons: llama.cpp's `cache_prompt: false`; log-probabilities of the
+    prompt (vLLM, SGLang); a prompt truncated on its left.
     """
     values = _no_cache_values(fields)
     if values == _NO_NO_CACHE_VALUES:
@@ -349,7 +351,7 @@ def _usage_request(body: Body, options: Raw) -> tuple[UsageRequest, tuple[int, i
         return _NOT_APPLICABLE, (0, 0)
     if asked is not None and asked.include_usage:
         return UsageRequest.ASKED, (0, 0)
-    if not _is_utf8(options):  # members that are not read may be anything, and these options are written anew
+    if not _is_utf8(options):  # unread members may contain anything, and the options are written again
         return _NOT_APPLICABLE, (0, 0)
     return UsageRequest.REPLACE, span_of(body, options)
 

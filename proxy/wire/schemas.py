@@ -37,7 +37,7 @@ class Model(str):
 
 
 class SecondModel(Exception):
-    """The body names a model twice. msgspec passes it on, since it is no ValueError."""
+    """The body names a model twice. msgspec does not convert it, since it is not a ValueError."""
 
 
 class _Seen(threading.local):
@@ -55,15 +55,15 @@ def _seen_model(kind: type, value: Any) -> Any:
         raise ValueError("model must be a string")
     seen.models.append(value)
     if len(seen.models) > 1:
-        raise SecondModel  # at once: a body can hold millions of them
-    return Model(value or "")  # null is as if it were absent, which the upstream judges
+        raise SecondModel  # at once: a body can hold millions of models
+    return Model(value or "")  # null counts as absent, which is left to the upstream
 
 
 class Common(msgspec.Struct, gc=False):
     """Members that all dialects share."""
 
     model: Model = Model()
-    stream: Any = None  # servers differ in what they take for true
+    stream: Any = None  # servers differ in the values that they accept as true
     stream_options: Raw = NONE
     tools: Raw = NONE
     tool_choice: Raw = NONE
@@ -181,7 +181,7 @@ decode_conversation = msgspec.json.Decoder(_Conversation).decode
 decode_text = msgspec.json.Decoder(str).decode
 
 
-# --- content that may be a picture, a sound or a file
+# --- content that may contain a picture, a sound or a file
 
 
 class Part(msgspec.Struct, gc=False):
@@ -274,7 +274,7 @@ class _ResponseObject(msgspec.Struct, gc=False):
 
 
 class ResponsesEvent(msgspec.Struct, gc=False):
-    """An event of the responses surface."""
+    """An event of the Responses API."""
 
     type: str = ""
     response: _ResponseObject | None = None
@@ -289,7 +289,7 @@ class _MessageObject(msgspec.Struct, gc=False):
 
 
 class MessagesEvent(msgspec.Struct, gc=False):
-    """An event of Anthropic's surface."""
+    """An event of Anthropic's Messages API."""
 
     type: str = ""
     message: _MessageObject | None = None
@@ -362,11 +362,11 @@ decode_choices = msgspec.json.Decoder(list[_ChoiceUsage] | None).decode
 decode_created = msgspec.json.Decoder(CreatedObject).decode
 
 
-# --- JSON that is not quite
+# --- invalid JSON
 
 
 LENIENT_BYTES_MOST = 1024 * 1024
-"""A longer text is not decoded by Python's decoder, which takes 10 ms per MB."""
+"""Longest text that Python's decoder is used for, which takes 10 ms per MB."""
 
 _Kind = TypeVar("_Kind")
 
@@ -386,7 +386,7 @@ def decode_leniently(text: bytes | memoryview, kind: type[_Kind]) -> _Kind | Non
 
 
 class ToolType(msgspec.Struct, gc=False):
-    """The member of a tool that names whose it is."""
+    """The member of a tool that shows whether it is hosted by the upstream."""
 
     type: Any = None
 

@@ -1,8 +1,8 @@
 """Find the offset of a raw value in the body from which it was decoded.
 
 msgspec's `Raw` values point into the body, but Python cannot ask for their offset. A search for their bytes might
-find an equal text elsewhere, so the two memory addresses are subtracted: exact, and 2 us for any size.
-"""
+find an equal text elsewhere, so the two memory addresses are subtracted, which is exact and takes 2 us for any
+size."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _address(value: Body | memoryview | msgspec.Raw) -> int:
 
 
 def span_of(body: Body, part: memoryview | msgspec.Raw) -> tuple[int, int]:
-    """Return start and end of `part`, a view into `body`, as offsets in bytes; raise ValueError if it is none."""
+    """Return start and end of `part`, a view into `body`, as offsets in bytes; raise ValueError if it is not one."""
     start = _address(part) - _address(body)
     end = start + len(memoryview(part))
     if start < 0 or end > len(body):

@@ -48,7 +48,7 @@ def _place(edit: Edit) -> tuple[int, int]:
 
 
 def ask_usage(prompt: Prompt) -> Edit | None:
-    """Return the edit that makes the stream report usage, None if it does so already or cannot."""
+    """Return the edit that makes the stream report usage; None if it does already, or cannot."""
     if prompt.usage_request is _ABSENT:
         start = prompt.body.index(b"{") + 1
         return Edit(start, start, _ASK_MEMBER)

@@ -1,9 +1,8 @@
 """Observe a stream of server-sent events (first token, usage, end, error), and withhold one chunk on request.
 
-Pure and incremental: the upstream's bytes go in, the client's bytes come out. After the first token nothing is parsed
-while the stream runs. Its last kilobytes are kept, and what they report is read when it is asked for. Only if a usage
-chunk must be withheld is every chunk examined, and an event that is cut is then held until its other half arrives.
-"""
+Pure and incremental: it takes the upstream's bytes and returns the client's. After the first token nothing is parsed
+while the stream runs. Its last kilobytes are kept, and parsed when their content is asked for. Only if a usage chunk
+must be withheld is every chunk examined, and a split event is then held until the rest arrives."""
 
 from __future__ import annotations
 
@@ -17,14 +16,14 @@ from proxy.wire.events import NOTHING, read_event
 from proxy.wire.schemas import EventRead
 from proxy.wire.usage import merge, normal, tail_usage
 
-EVENT_BYTES_MOST = 1024 * 1024  # of an event that is held until it is complete; a longer one passes unread
+EVENT_BYTES_MOST = 1024 * 1024  # of an event that is held until it is complete; a longer one is passed on unread
 TAIL_BYTES = 16 * 1024  # kept of a running stream: its last events, or the end of a very long one
 _TAIL_TRIMMED_AT_BYTES = TAIL_BYTES + 4 * 1024  # trimming at every chunk would cost 4 % of each
 _LAST_EVENTS: Final = 64  # read at the end: [DONE], usage, finish, and keep-alives between them
 _USAGE_KEY: Final = b'"usage"'
 _USAGE_BYTES_MOST: Final = 4096  # of a usage object, with its key
 
-# Two line ends. The groups are atomic, or CR LF would count as two.
+# Two line ends. The groups are atomic, otherwise CR LF would count as two.
 _EVENT_END = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
 _LINE_ENDS = re.compile(rb"[\r\n]*")
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
@@ -52,7 +51,8 @@ class StreamTap:
 
     With `withhold_usage` (the usage was not asked for by the client) the chunk without choices is withheld.
     `first_token_seen` becomes true at the first content, reasoning or tool call. `progress` is true if the last chunk
-    was more than keep-alives. `usage`, `finished` and `error_seen` are computed on access, in 5 us after a change.
+    contained more than keep-alives. `usage`, `finished` and `error_seen` are computed on access, in 5 us after a
+    change.
     """
 
     __slots__ = (
@@ -81,13 +81,13 @@ class StreamTap:
         self.first_token_seen = False
         self.progress = True
         self._withhold = withhold_usage
-        self._tail: deque[bytes] = deque()  # the last chunks as they came
+        self._tail: deque[bytes] = deque()  # the last chunks, as received
         self._tail_bytes = 0
-        self._tail_cut = False  # something came before the tail
+        self._tail_cut = False  # there was something before the tail
         self._dropped_end = b""  # the last bytes before the tail, in which a key may begin
         self._passed_usage: Any = None  # the last usage object before the tail
         self._buffer = bytearray()  # an event not yet complete
-        self._searched = 0  # of the buffer, for its end
+        self._searched = 0  # bytes of the buffer that were searched for the event's end
         self._has_cr = False  # the stream uses CR somewhere, so that line ends need a closer look
         self._skipping = False  # inside an event that is too long to read
         self._skipped = False  # such an event came before the first token
@@ -97,7 +97,7 @@ class StreamTap:
         self._result: StreamRead | None = None
 
     def feed(self, chunk: bytes) -> bytes:
-        """Take a chunk as it came and return the client's part of it: the same object if nothing is withheld."""
+        """Take a chunk and return the client's part of it: the same object if nothing is withheld."""
         if not chunk:
             return chunk
         self._result = None
@@ -116,14 +116,14 @@ class StreamTap:
                 not self._buffer
                 and self._drop_line_feed is None
                 and not self._skipping
-                and chunk.find(b"[]") < 0  # `in` costs four times as much
+                and chunk.find(b"[]") < 0  # `in` takes four times as long
                 and chunk.endswith(b"\n\n")
             ):
                 return chunk
         return self._scan(chunk)
 
     def close(self) -> bytes:
-        """End the stream and return the bytes that were held and are due to the client, mostly none."""
+        """End the stream and return held bytes that belong to the client, usually none."""
         rest = bytes(self._buffer)
         self._buffer.clear()
         if not rest or not self._withhold:
@@ -149,7 +149,7 @@ class StreamTap:
 
     @property
     def mid_event(self) -> bool:
-        """True if the bytes given to the client end inside an event."""
+        """True if the bytes sent to the client end inside an event."""
         if self._withhold and not self._skipping:
             return False
         end = b"".join(list(self._tail)[-4:])[-4:]
@@ -187,7 +187,7 @@ class StreamTap:
         self._dropped_end = dropped[1 - len(_USAGE_KEY) :]
 
     def _weigh(self, chunk: bytes) -> None:
-        """Set `progress` for a chunk that may consist of comments, blank lines or pings only."""
+        """Set `progress`, for a chunk that may consist of comments, blank lines or pings only."""
         at_line_start = not self._tail or self._tail[-1][-1] in (_CR, _LF)
         lines = chunk.splitlines()
         if self._in_comment:
@@ -302,7 +302,7 @@ class StreamTap:
         return reads
 
     def _of_fragment(self, fragment: bytes) -> EventRead:
-        """Read the end of an event longer than the tail. On the responses surface only the last event has usage."""
+        """Read the end of an event longer than the tail. In the Responses API only the last event has usage."""
         usage = tail_usage(fragment)
         has_usage = usage is not None or self._passed_usage is not None
         return EventRead(usage=usage, finished=has_usage and self.endpoint is Endpoint.RESPONSES)

@@ -1,7 +1,7 @@
-"""The key of a prompt as its engine renders it: which bytes, in which order, precede which.
+"""Arrange the key of a prompt as its engine renders it: the bytes that count, in the engine's order.
 
-Only the key is arranged; the body goes on as it came. A wrong arrangement costs a wrong guess of a route, never
-content. The facts of a model's template come from `proxy.fleet.templates`.
+Only the key is arranged; the body is passed on unchanged. A wrong arrangement can only cause a wrong routing guess,
+never wrong content. The facts of a model's template come from `proxy.fleet.templates`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from proxy.wire.schemas import NONE, decode_message_head, decode_raw_list
 Span = memoryview | bytes
 
 BILLING_MARK: Final = b"x-anthropic-billing-header"
-"""Begins a block that changes with each request, before the system prompt; most engines leave it out."""
+"""The beginning of a block before the system prompt that changes with each request; most engines leave it out."""
 
 _BILLING_REACH: Final = 256
-"""Bytes at the start of the system prompt in which the mark is looked for: it begins the first text."""
+"""Bytes at the start of the system prompt that are searched for the mark, which begins the first text."""
 
 _BILLING_ENDS: Final = (b"\\n", b'"')
 """The mark's line ends with the text or with a line break in it, as JSON writes it."""
 
 _SHORT_BODY_BYTES: Final = 4096
-"""A body up to this length is searched as a whole for what is left out: quicker than searching each message."""
+"""Longest body that is searched as a whole for parts to be left out, which is faster than searching each message."""
 
 _ID_KEY: Final = b'"id"'
 _ID_HEAD_BYTES: Final = 64
 _ID_TAIL_BYTES: Final = 96
-"""Bytes at both ends of a message in which the key of its own id is looked for: clients write it first or last."""
+"""Bytes at both ends of a message that are searched for the key of its own id: clients write it first or last."""
 
 _ID_SAMPLE: Final = 3
-"""Messages after the system prompt in which ids are looked for: a client that keeps ids has them from the start."""
+"""Messages after the system prompt that are searched for ids: a client that keeps ids has them from the start."""
 
 _THOUGHT_OPENS: Final = (b"<think>", b"\\u003cthink\\u003e")
 _THOUGHT_ENDS: Final = (b"</think>", b"\\u003c/think\\u003e", b"<\\/think>")
@@ -43,18 +43,21 @@ _THOUGHT_ENDS: Final = (b"</think>", b"\\u003c/think\\u003e", b"<\\/think>")
 
 _RESULT_MARK: Final = b'"tool_result"'
 _RESULT_REACH: Final = 160
-"""Bytes at the start of a user message in which results of tools are looked for: engines render them as messages of
-tools, and no user message."""
+"""Bytes at the start of a user message that are searched for results of tools: engines render these as tool
+messages and not as a user message.
+"""
 
 _ANY_USER: Final = b'{"role":"user"}'
 
 _CACHE_MARK: Final = b'"cache_control"'
 _MARKED_SPANS: Final = 6
-"""Clients mark the last few messages and move the marks with each turn. Marks of tools and of the system prompt keep
-their places, but a short conversation is all within this reach, so that these are always left out as well."""
+"""Number of last spans that are searched for cache marks: clients mark the last few messages and move the marks
+with each turn. Marks of tools and of the system prompt stay in place, but in a short conversation they are within
+this reach too, so they are always left out as well.
+"""
 
 _MARK_REACH: Final = 160
-"""Bytes at the end of a message in which a mark is looked for: it follows the text of the last part."""
+"""Bytes at the end of a message that are searched for a mark, which follows the text of the last part."""
 
 _LONE_TEXT = re.compile(rb'"content"\s*:\s*(\[\s*\{\s*"type"\s*:\s*"text"\s*,\s*"text"\s*:\s*)"')
 _LONE_TEXT_REACH: Final = 128
@@ -62,7 +65,7 @@ _LONE_TEXT_REACH: Final = 128
 
 _LONE_TEXT_END: Final = b'"}]}'
 _LIST_IN_END: Final = b"}]}"  # ends such a message, marked or not
-_LONE_TEXT_LEAST: Final = 36  # the length of one that says nothing, without its role
+_LONE_TEXT_LEAST: Final = 36  # length of such a message with an empty text, without its role
 _LONE_TEXT_MOST: Final = 1 << 20  # a longer one is not copied for its key
 _END_OF_LIST: Final = ord("]")
 _BACKSLASH: Final = ord("\\")
@@ -74,7 +77,9 @@ _SYSTEM_ROLES: Final = frozenset({"system", "developer"})
 
 
 def keyed_salt(prompt: Prompt, facts: TemplateFacts, today: str) -> tuple[bytes, ...]:
-    """Return what precedes the prompt in its key: the model and what changes the head of the rendered text."""
+    """Return what precedes the prompt in its key: the model, and arguments that change the head of the rendered
+    text.
+    """
     salt = prompt.chain_salt
     if not (facts.root or facts.dated or (len(salt) > 1 and (facts.headless or not facts.none_drops_tools))):
         return salt
@@ -113,7 +118,7 @@ def keyed_spans(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
 
 
 def stored_first(rest: Sequence[Span], facts: TemplateFacts) -> bool:
-    """Return whether all of a stored context is rendered before the messages that follow it, whatever these are."""
+    """Return whether a stored context is always rendered before the messages that follow it."""
     if facts.moves_system or facts.order is _TOOLS_LAST:
         return False
     return not (facts.drops_reasoning or facts.drops_thoughts) or _last_user(rest) >= 0
@@ -124,8 +129,8 @@ def keyed_stored(
 ) -> Sequence[Span]:
     """Return the spans of a stored context, and of the messages that follow it, as `keyed_spans` does.
 
-    With `rest` left empty they are those of the context alone, before any messages for which `stored_first` holds.
-    """
+    With an empty `rest` they are those of the context alone, valid before any messages for which `stored_first`
+    holds."""
     listed: list[Span] = [tools] if tools else []
     count = len(listed)
     listed += messages
@@ -191,7 +196,9 @@ def _role(message: Span) -> str:
 
 
 def _without_reasoning(message: Span, facts: TemplateFacts, *, is_old: bool) -> Span:
-    """Return the message without the reasoning that is not rendered; of an item that is nothing else, the type."""
+    """Return the message without the reasoning that is not rendered; of an item of reasoning only, the type
+    remains.
+    """
     drops_field = facts.ignores_reasoning or (is_old and facts.drops_reasoning)
     drops_thoughts = is_old and facts.drops_thoughts
     if not (drops_field or drops_thoughts):
@@ -222,7 +229,7 @@ def _with(message: Span, raw: msgspec.Raw, instead: bytes) -> bytes:
 
 
 def _without_thoughts(content: bytes) -> bytes:
-    """Return the text of a content without the marked reasoning within it, and the line breaks that follow that."""
+    """Return the text of a content without marked reasoning and the line breaks that follow it."""
     end = stop = -1
     for mark in _THOUGHT_ENDS:
         found = content.rfind(mark)
@@ -231,7 +238,7 @@ def _without_thoughts(content: bytes) -> bytes:
     if end < 0:
         return content
     starts = [found for mark in _THOUGHT_OPENS if 0 <= (found := content.find(mark)) < end]
-    start = min(starts) if starts else content.find(b'"') + 1  # some templates open it in the prompt
+    start = min(starts) if starts else content.find(b'"') + 1  # some templates write the opening mark into the prompt
     while content.startswith(b"\\n", stop):
         stop += 2
     return content[:start] + content[stop:]
@@ -247,12 +254,12 @@ def _without_thinking_parts(content: bytes) -> bytes:
 
 
 def _may_carry_id(span: Span) -> bool:
-    """Return whether a message seems to have an id of its own; the ids of calls within it are further inside."""
+    """Return whether a message seems to have its own id; the ids of calls within it are further inside."""
     return bytes(span[:_ID_HEAD_BYTES]).find(_ID_KEY) >= 0 or bytes(span[-_ID_TAIL_BYTES:]).find(_ID_KEY) >= 0
 
 
 def _without_id(span: Span) -> Span:
-    """Return a message without the value of its id, which no engine renders, unless it refers to another by it."""
+    """Return a message without the value of its id, which no engine renders, unless the id refers to another item."""
     if not _may_carry_id(span):
         return span
     try:
@@ -302,7 +309,7 @@ def _without_cache_mark(text: bytes) -> bytes:
 
 
 def _with_strings(spans: Sequence[Span]) -> Sequence[Span]:
-    """Key a message whose content is a list of one text as if that were a string, since engines render both alike.
+    """Key a message whose content is a list of one text as if it were a string, since engines render both alike.
 
     A cache mark can only be written into a list, so clients write the same message as a list while it is marked and
     as a string once the mark has moved on.
@@ -319,7 +326,7 @@ def _with_strings(spans: Sequence[Span]) -> Sequence[Span]:
 
 
 def _with_string(span: Span) -> bytes | None:
-    """Return the message with a string for content; None if its content is no list of one text."""
+    """Return the message with a string for content; None if its content is not a list of one text."""
     opening = _LONE_TEXT.search(bytes(span[:_LONE_TEXT_REACH]))
     if opening is None or bytes(span[-len(_LONE_TEXT_END) :]) != _LONE_TEXT_END:
         return None

@@ -1,8 +1,7 @@
 """Decide whether the reported tokens of a prompt are those of its text alone. Pure.
 
 They are not if the upstream adds something that the body does not contain: an earlier conversation, a stored prompt,
-a file or picture that is only named, or the description and the results of a hosted tool.
-"""
+a file or picture that is only referred to, or the description and the results of a hosted tool."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from proxy.wire.schemas import DECODE_ERRORS, decode_tool_types
 
 SHORT_BYTES: Final = 4_096
 SEARCHED_BYTES_MOST: Final = 64 * 1024
-"""Of content that is not plainly text and has no media; longer content is not searched, and taken for mixed."""
+"""Longest content that is searched, if it is not plain text and has no media; longer content counts as mixed."""
 
 _KEY_END: Final = b'url"'  # of url, image_url, file_url, audio_url and video_url
 _FILE: Final = b"file_id"
@@ -24,7 +23,9 @@ _CLIENTS_TOOLS = frozenset({None, "", "function", "custom"})
 
 
 class TextAlone:
-    """Remembers for lists of tools whether all are the client's own, since the same few come with every request."""
+    """Remembers whether all tools of a list are the client's own, since the same few lists come with every
+    request.
+    """
 
     def __init__(self) -> None:
         self._tools: dict[tuple[int, bytes, bytes], bool] = {}
@@ -34,7 +35,7 @@ class TextAlone:
         if prompt.pinned_to is not None or prompt.has_hidden_parts:
             return False
         if len(prompt.body) <= SHORT_BYTES and not prompt.referring and not _may_name_content(prompt.body):
-            return True  # one search of all is quicker than an examination of each message
+            return True  # one search of the whole body is faster than examining each message
         for tools in prompt.referring:
             if not self._are_clients(tools):
                 return False

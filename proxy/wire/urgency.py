@@ -1,8 +1,8 @@
-"""Read how urgent a client says its request is: a priority and a deadline, in headers or in the body. Pure.
+"""Read the urgency that a client states for its request: a priority and a deadline, in headers or body. Pure.
 
-`x-cairn-priority` is `high`, `normal` or `low`. The body may say the same as OpenAI's `service_tier` (`priority` or
-`flex`) or as vLLM's `priority` (a whole number, lower first, 0 by default). The header goes before the body.
-`x-request-deadline` is in seconds from the arrival of the request, such as `2.5`.
+`x-cairn-priority` is `high`, `normal` or `low`. The body may contain the priority as OpenAI's `service_tier`
+(`priority` or `flex`) or as vLLM's `priority` (a whole number, lower first, 0 by default). The header takes
+precedence. `x-request-deadline` is in seconds from the arrival of the request, such as `2.5`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TIERS: Final = {"priority": HIGH, "flex": LOW}
 
 
 class Urgency(NamedTuple):
-    """As the headers say it; None for what they leave out."""
+    """The values of the headers; None for a missing one."""
 
     priority: int | None = None
     deadline_seconds: float | None = None
@@ -42,8 +42,7 @@ def urgency_of(headers: Iterable[tuple[bytes, bytes]]) -> Urgency:
     """Read both headers.
 
     Raises:
-        BadRequest: a header has a value that it cannot have.
-    """
+        BadRequest: a header has an invalid value."""
     priority: int | None = None
     deadline: float | None = None
     for name, value in headers:
@@ -59,12 +58,12 @@ def urgency_of(headers: Iterable[tuple[bytes, bytes]]) -> Urgency:
 
 
 def body_priority(tier: Raw, number: Raw) -> int | None:
-    """Return the priority that a body's `service_tier` and `priority` say, None if they say none."""
+    """Return the priority that a body's `service_tier` and `priority` ask for, None if they ask for none."""
     if tier is not NONE:
         try:
             named = _TIERS.get(decode_tier(tier))
         except DECODE_ERRORS:
-            named = None  # the upstream judges it
+            named = None  # left to the upstream
         if named is not None:
             return named
     if number is NONE:

@@ -1,9 +1,8 @@
 """Convert the tokens that a response reports into one normal form, from the dialects of engines and providers.
 
-Everything here is arithmetic on decoded JSON and never raises: a value that cannot be true is clamped and the result
-marked `inconsistent`. In the normal form, cached and written tokens are part of the prompt, and reasoning is part of
-the output. A cached count that nobody reported is None, not zero.
-"""
+This is arithmetic on decoded JSON and never raises: an impossible value is clamped and the result marked
+`inconsistent`. In the normal form, cached and written tokens are part of the prompt, and reasoning is part of the
+output. A cached count that was not reported is None, not zero."""
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ class _Counts:
         return int(min(max(value, 0), TOKENS_MOST))
 
     def within(self, value: int, most: int) -> int:
-        """Return `value`, or `most` if that is smaller, which is inconsistent."""
+        """Return `value`, or `most` if that is smaller; the counts are then inconsistent."""
         if value <= most:
             return value
         self.inconsistent = True
@@ -73,11 +72,9 @@ def normal(
     """Return the normal form of a decoded usage object, None if it names neither prompt nor output tokens.
 
     Args:
-        usage: `usage`, or Gemini's `usageMetadata`. Its dialect is told by its field names, since compatible servers
-            mix them.
-        timings: llama.cpp's, if any.
-        endpoint: only decides whether `input_tokens` excludes cached tokens, as it does in Anthropic's dialect.
-        service_tier: as the response names it beside the usage.
+        usage: `usage`, or Gemini's `usageMetadata`. Its field names decide the dialect, since compatible servers mix
+        them. timings: llama.cpp's, if any. endpoint: only decides whether `input_tokens` excludes cached tokens, as
+        it does in Anthropic's dialect. service_tier: as the response names it beside the usage.
     """
     counts = _Counts()
     if not isinstance(usage, dict):
@@ -95,7 +92,7 @@ def normal(
 
 
 def _tier(value: Any) -> str:
-    """The name of a service tier that has prices of its own, else empty."""
+    """Return the name of a service tier that has separate prices, else an empty string."""
     if not isinstance(value, str) or len(value) > _TIER_LENGTH_MOST or value.lower() in _ORDINARY_TIERS:
         return ""
     return value.lower()
@@ -122,7 +119,7 @@ def _common(usage: dict[str, Any]) -> Usage | None:
 
 
 def _excludes_cached(usage: dict[str, Any], endpoint: Endpoint) -> bool:
-    """Anthropic counts cached tokens outside `input_tokens`; its field names on the responses surface do not."""
+    """Return True for Anthropic's `input_tokens`, which exclude cached tokens, unless details show OpenAI's form."""
     if "prompt_tokens" in usage or "input_tokens_details" in usage:
         return False
     named = "cache_read_input_tokens" in usage or "cache_creation_input_tokens" in usage
@@ -130,7 +127,7 @@ def _excludes_cached(usage: dict[str, Any], endpoint: Endpoint) -> bool:
 
 
 def _of_openai(usage: dict[str, Any], timings: Any, counts: _Counts) -> Usage | None:
-    """OpenAI (chat and responses), Moonshot, DeepSeek, Qwen, Mistral, vLLM, SGLang, and llama.cpp with usage."""
+    """Read OpenAI's form, also of Moonshot, DeepSeek, Qwen, Mistral, vLLM, SGLang, and llama.cpp with usage."""
     details = (
         usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or usage.get("prompt_token_details")
     )
@@ -166,7 +163,7 @@ def _of_openai(usage: dict[str, Any], timings: Any, counts: _Counts) -> Usage | 
 
 
 def _agreed(reports: tuple[int | None, ...], counts: _Counts) -> int | None:
-    """Return one count of what several fields repeat: a positive one before zero, the smaller of two that differ."""
+    """Return one count that several fields repeat: a positive one before zero, the smaller of two that differ."""
     known = {report for report in reports if report is not None}
     positive = known - {0}
     if len(positive) > 1:
@@ -193,7 +190,7 @@ def _with_hidden(
 
 
 def _of_anthropic(usage: dict[str, Any], counts: _Counts) -> Usage | None:
-    """Anthropic's form. If the response took several calls (a compaction before the answer, say), all are added up.
+    """Read Anthropic's form. If the response took several calls (for example a compaction first), add them up.
 
     The counts at the top are then those of the last call alone.
     """
@@ -229,7 +226,7 @@ def _of_anthropic_call(usage: dict[str, Any], counts: _Counts) -> Usage | None:
 
 
 def _of_gemini(usage: dict[str, Any], counts: _Counts) -> Usage:
-    """`usageMetadata`: `candidatesTokenCount` excludes thinking, `promptTokenCount` excludes results of tools."""
+    """Read Gemini's form: `candidatesTokenCount` excludes thinking, `promptTokenCount` excludes results of tools."""
     prompt = (counts.of(usage, "promptTokenCount") or 0) + (counts.of(usage, "toolUsePromptTokenCount") or 0)
     thoughts = counts.of(usage, "thoughtsTokenCount") or 0
     output = (counts.of(usage, "candidatesTokenCount") or 0) + thoughts
@@ -238,7 +235,7 @@ def _of_gemini(usage: dict[str, Any], counts: _Counts) -> Usage:
 
 
 def _of_timings(timings: Any, counts: _Counts) -> Usage | None:
-    """llama.cpp without `usage`: the prompt is what it reused and what it computed."""
+    """Read llama.cpp's timings, without `usage`: the prompt is the sum of reused and computed tokens."""
     computed = counts.of(timings, "prompt_n")
     cached = counts.of(timings, "cache_n")
     if computed is None:
@@ -249,7 +246,7 @@ def _of_timings(timings: Any, counts: _Counts) -> Usage | None:
 
 
 def _written(usage: dict[str, Any], details: Any, counts: _Counts) -> tuple[int, int]:
-    """Cache writes for five minutes and for an hour; a write that is in neither part of the split is for minutes."""
+    """Return the cache writes for five minutes and for an hour; writes in neither part count as five minutes."""
     split = usage.get("cache_creation")
     if split is None and isinstance(details, dict):
         split = details.get("cache_creation")
@@ -267,7 +264,7 @@ def _written(usage: dict[str, Any], details: Any, counts: _Counts) -> tuple[int,
 
 
 def _prefill(timings: Any) -> float | None:
-    """Seconds in which llama.cpp computed the prompt."""
+    """Return the seconds in which llama.cpp computed the prompt."""
     value = timings.get("prompt_ms") if isinstance(timings, dict) else None
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e9:
         return None
@@ -305,7 +302,7 @@ def _made(
 
 
 def merge(earlier: Any, later: Any) -> Any:
-    """Merge two reports of one stream: the later one counts, except for zeros and nulls that the earlier one knew.
+    """Merge two reports of one stream: the later one counts, except for zeros and nulls if the earlier has a value.
 
     Anthropic reports the input at the start and the output at the end, and some servers repeat the input as zero.
     """
@@ -343,7 +340,7 @@ def read_response(body: bytes | memoryview, endpoint: Endpoint) -> ResponseRead:
 
 
 def _usage_in_choices(choices: msgspec.Raw) -> Any:
-    """Moonshot's older place for it."""
+    """Return the usage inside a choice, where Moonshot's older API has it."""
     try:
         return next((choice.usage for choice in decode_choices(choices) or () if choice.usage), None)
     except DECODE_ERRORS:
@@ -359,7 +356,7 @@ def created_object(body: bytes | memoryview) -> CreatedObject | None:
 
 
 _USAGE_KEY = re.compile(rb'"usage"\s*:\s*(?=\{)')
-_KEYS_TRIED: Final = 8  # from the end; a hostile event may contain thousands
+_KEYS_TRIED: Final = 8  # occurrences tried, from the end; a hostile event may contain thousands
 _BRACE = re.compile(rb"[{}]")
 
 

@@ -1,8 +1,7 @@
 """The composition root of a worker: build every object once, in sections.
 
 A section is a function that takes earlier sections and returns its own objects in a frozen dataclass. Nothing here
-decides anything about a request.
-"""
+makes decisions about requests."""
 
 from __future__ import annotations
 
@@ -400,7 +399,7 @@ def _requests(config: Config, secret: bytes, built: Built, traces: Traces | None
 
 
 def _traces(config: Config, basics: Basics, replicas: Replicas) -> Traces | None:
-    """Return what makes and sends traces; None, with nothing imported, if that is off."""
+    """Return the objects that make and send traces; None, with nothing imported, if tracing is off."""
     if config.telemetry.endpoint is None:
         return None
     from proxy.telemetry.traces import Traces
@@ -492,7 +491,7 @@ def _live_config(config: Config, secret: bytes, built: Built, requests: Requests
 
 
 async def build(config: Config, control: WorkerControl, *, access_log_descriptor: int = 1) -> Parts:
-    """Build all parts of a worker; what takes long is done in a thread."""
+    """Build all parts of a worker; slow steps run in a thread."""
     builtin_prices = await asyncio.to_thread(BuiltinPrices)
     configured = config.tenants.secret
     # if none is configured, the one in Redis replaces this one as soon as Redis answers (`proxy.worker.lifecycle`)

@@ -1,7 +1,6 @@
-"""Explain how a request would be routed at this moment, without routing it: the answer of `/explain`.
+"""Explain how a request would be routed now, without routing it: the answer of `/explain`.
 
-It runs the pipeline's own phases, so that it cannot disagree with them, and changes nothing.
-"""
+It runs the pipeline's own phases, so its result is theirs, and it changes nothing."""
 
 from __future__ import annotations
 
@@ -79,7 +78,9 @@ def _explanation(exchange: Exchange, verdict: Verdict | None) -> dict[str, Any]:
 
 
 def _wait(verdict: Verdict | None) -> dict[str, Any] | None:
-    """Return whether the request would wait before it is sent, why, and about how long; None if it never waits."""
+    """Return whether the request would wait before it is sent, why, and for about how long; None if it never
+    waits.
+    """
     if verdict is None:
         return None
     return {

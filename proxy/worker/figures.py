@@ -145,7 +145,7 @@ class ReplicaFigures:
 
 
 MAX_CLIENTS_SHOWN = 32
-"""Configured clients with a label of their own among those whose prompts wait; the others are counted together."""
+"""Most configured clients whose waiting prompts have a separate label; the others are counted together."""
 
 OTHER_CLIENTS = "other"
 
@@ -178,7 +178,7 @@ class GateFigures:
         )
 
     def _waiting(self) -> dict[Labels, float]:
-        """Return the gauges of those that wait; the priorities of nameless clients are always there."""
+        """Return the gauges of waiting prompts; those of unnamed clients are always present."""
         waiting: dict[Labels, float] = {(each.name.lower(), OTHER_CLIENTS): 0.0 for each in Priority}
         for (priority, client), count in self._gate.waiting_by_client().items():
             if client and len(self._shown) < MAX_CLIENTS_SHOWN:
@@ -208,7 +208,7 @@ class IndexFigures:
         """Set the gauges and count new evictions."""
         blocks: dict[Labels, float] = {}
         tokens: dict[Labels, float] = {}
-        # every worker has the whole index, so only one of them counts its evictions
+        # every worker has the whole index, so only one of them counts evictions
         is_ours = self._journal.holds_lease or self._journal.state is not JournalState.LIVE
         replicas = self._index.replicas()
         self._baseline.follow(replicas)
@@ -243,7 +243,7 @@ class StoreFigures:
 
     @property
     def redis(self) -> str:
-        """The state of Redis as this worker sees it: `REDIS_UP`, or what is wrong and why."""
+        """The state of Redis as this worker sees it: `REDIS_UP`, or the problem and its reason."""
         state, reason = self._store.state, self._store.reason
         if state is StoreState.AVAILABLE:
             return REDIS_UP
@@ -279,7 +279,7 @@ class OperationFigures:
         """Count one operation, its duration and its error."""
         if operation not in _BLOCKING:
             self._recorder.observe(metrics.REDIS_DURATION, (operation,), seconds)
-        # NOSCRIPT is no failure: the script is then sent in full
+        # NOSCRIPT is not a failure: the script is then sent in full
         if error is not None and error is not ErrorKind.NOSCRIPT:
             self._recorder.inc(metrics.REDIS_ERRORS, (operation, error.value))
 

@@ -42,7 +42,7 @@ def breaker_settings(upstream: Upstream) -> BreakerSettings:
 
 
 def retry_policy(upstream: Upstream) -> RetryPolicy:
-    """Return when a request is sent to another replica."""
+    """Return the limits of sending a request to another replica."""
     return RetryPolicy(
         max_retries=upstream.max_retries,
         statuses=frozenset(upstream.retry_statuses),
@@ -53,7 +53,7 @@ def retry_policy(upstream: Upstream) -> RetryPolicy:
 
 
 def stream_limits(upstream: Upstream) -> StreamLimits:
-    """Return how long a stream may be silent."""
+    """Return the longest silences of a stream."""
     return StreamLimits(
         idle_seconds=upstream.idle_seconds,
         thinking_seconds=upstream.thinking_seconds,
@@ -61,7 +61,7 @@ def stream_limits(upstream: Upstream) -> StreamLimits:
 
 
 def silence_watch(upstream: Upstream, clock: Clock) -> SilenceWatch:
-    """Return what sends comments to the clients of silent streams."""
+    """Return the watch that sends comments to the clients of silent streams."""
     return SilenceWatch(upstream.comment_seconds, clock, before_head=upstream.comment_before_head)
 
 
@@ -85,7 +85,7 @@ def health_check_limits(upstream: Upstream) -> Limits:
 
 
 def trust(upstream: Upstream) -> Callable[[Origin], ssl.SSLContext]:
-    """Return the maker of TLS contexts: they trust the system's authorities and those of `ca_file`."""
+    """Return a factory of TLS contexts that trust the system's authorities and those of `ca_file`."""
 
     def context(origin: Origin) -> ssl.SSLContext:
         trusted = default_ssl_context(origin)
@@ -97,7 +97,7 @@ def trust(upstream: Upstream) -> Callable[[Origin], ssl.SSLContext]:
 
 
 def trust_only(ca_file: str | None) -> Callable[[Origin], ssl.SSLContext]:
-    """Return the maker of TLS contexts that trust the authorities of `ca_file` alone, or the system's without it."""
+    """Return a factory of TLS contexts that trust only the authorities of `ca_file`, or the system's without it."""
 
     def context(_origin: Origin) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=ca_file)
@@ -123,7 +123,7 @@ def context_limits(contexts: Contexts) -> ContextLimits:
 
 
 def queue_limits(queue: Queueing) -> QueueLimits:
-    """Return how long and how many requests may wait at a replica."""
+    """Return how long requests may wait for a replica, and how many."""
     return QueueLimits(queue.deadline_seconds, queue.max_waiting)
 
 
@@ -143,7 +143,7 @@ def known_clients(clients: tuple[Client, ...]) -> list[KnownClient]:
 
 
 def authenticator(config: Config, secret: bytes) -> Authenticator:
-    """Return what finds the tenant of a key, by the clients of the configuration."""
+    """Return the authenticator for the clients of the configuration."""
     discloses_all = config.tenants.disclosure is Disclosure.ALL
     return Authenticator(known_clients(config.clients), secret, discloses_all=discloses_all)
 

@@ -1,8 +1,7 @@
-"""HTTP in, `Call` out; the pipeline's answer goes out through `ClientResponse`.
+"""Turn a request into a `Call`, and answer it through the pipeline.
 
-One of the named edges that catch every exception: an unforeseen one becomes a 500 and a logged defect, and the next
-request is served.
-"""
+This is one of the few places that catch every exception: an unforeseen one becomes a 500 and a logged defect, and the
+next request is served."""
 
 from __future__ import annotations
 
@@ -59,7 +58,7 @@ class RequestPipeline(Protocol):
 
 
 class HttpServer:
-    """The client port of one worker. `new_id` makes request ids, unlike any other's.
+    """The client port of one worker. `new_id` makes unique request ids.
 
     Create it inside the event loop.
     """
@@ -91,13 +90,13 @@ class HttpServer:
         await self.clients.start(listening, self._settings.backlog)
 
     async def stop(self, finish_seconds: float) -> None:
-        """Accept no more, let what runs finish for `finish_seconds`, then end it."""
+        """Accept no more, let running requests finish within `finish_seconds`, then end them."""
         if finish_seconds:
             await self.clients.drain(finish_seconds)
         await self.clients.close()
 
     def connect(self) -> Connection:
-        """Make the protocol of a connection that something else than a listening socket brings."""
+        """Make the protocol of a connection that does not come from a listening socket."""
         return self.clients.connect()
 
     async def handle(self, request: IncomingRequest, client: ClientResponse) -> None:
@@ -145,7 +144,7 @@ class HttpServer:
                 self._room.leave()
 
     async def _body(self, request: IncomingRequest, headers: Headers, endpoint: Endpoint) -> tuple[Body, Body | None]:
-        """The whole body, decoded; and as it was sent, if that was compressed."""
+        """Return the whole body, decoded, and the body as sent if it was compressed."""
         encoding = request_encoding(headers)
         limit = self._max_upload_bytes if endpoint is Endpoint.CACHING else self._settings.max_body_bytes
         self._check_declared(request, limit)
@@ -157,17 +156,17 @@ class HttpServer:
         return await asyncio.to_thread(decode_request, body, encoding, limit), body
 
     def _hold(self, nbytes: int, own: int) -> None:
-        """Count `nbytes` among the bodies in flight; `own` are counted already. Raises Overloaded."""
+        """Count `nbytes` of bodies in flight, `own` of which are counted already. Raises Overloaded."""
         if not self.clients.bodies.take(nbytes, own):
             self.clients.refused(ClientLimit.BODY_BYTES)
             raise overloaded()
 
     def _check_declared(self, request: IncomingRequest, limit_bytes: int) -> None:
-        """Refuse a body that is too large, or that finds no room now, before it is sent."""
+        """Refuse a body that is too large, or for which there is no room now, before the client sends it."""
         declared_bytes = request.content_length
         if declared_bytes is None or request.body is None:
             return
-        if declared_bytes > limit_bytes:  # before the room is looked at: coming back later would not help
+        if declared_bytes > limit_bytes:  # checked before the room: a later retry would not help
             raise TooLarge(f"The body has {declared_bytes} bytes; at most {limit_bytes} are read.")
         held_bytes = request.body.held_bytes
         if not self.clients.bodies.fits(declared_bytes - held_bytes, held_bytes):

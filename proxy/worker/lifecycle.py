@@ -42,9 +42,8 @@ async def run_worker(config: Config, listening: Sequence[socket.socket], control
 class Worker:
     """Everything that one worker consists of, and the order in which it starts and stops.
 
-    At the start the store, the index and the journal come first (the journal waits until it knows what the others
-    know), then the replicas, then the client port; at the end the reverse.
-    """
+    The store, the index and the journal start first (the journal waits until it has caught up with the others), then
+    the replicas, then the client port. They stop in the reverse order."""
 
     def __init__(self, parts: Parts) -> None:
         built, requests = parts.built, parts.requests
@@ -95,13 +94,13 @@ class Worker:
         return TemplateProber(replicas.client, replicas.pools, replicas.templates, self.basics.clock, limits)
 
     async def _share_secret(self) -> None:
-        """Name tenants as all other proxies do. Until Redis answers, this worker uses its own secret."""
+        """Adopt the secret by which all proxies name tenants. Until Redis answers, this worker uses its own."""
         if self.live.config.tenants.secret is not None:
             return
         shared = SharedSecret(self.memory.store, self.live.adopt_secret)
         self.basics.loops.keep(shared.run, "tenant secret")
         if self.memory.store.state is StoreState.AVAILABLE:
-            # other workers would not find a context that is stored under this worker's own secret
+            # other workers would not find a context stored under this worker's own secret
             agreed = self.basics.tasks.start(shared.agreed.wait(), "tenant secret agreed")
             await asyncio.wait([agreed], timeout=_SECRET_SECONDS)
 
@@ -125,7 +124,7 @@ class Worker:
 
 
 def freeze_garbage() -> None:
-    """Exempt the objects built so far from garbage collection, and make collections rare.
+    """Exempt all present objects from garbage collection, and make collections rare.
 
     A full collection over a large index is a pause of tens of milliseconds; requests create hardly any cycles.
     """

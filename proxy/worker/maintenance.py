@@ -1,4 +1,4 @@
-"""Maintain the prefix index beside the requests, and measure how late the event loop runs."""
+"""Maintain the prefix index in the background, and measure how late the event loop runs."""
 
 from __future__ import annotations
 

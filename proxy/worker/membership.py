@@ -68,7 +68,7 @@ class Forgetting:
         self._recorder = recorder
 
     def replicas_changed(self, joined: Sequence[int]) -> None:
-        """Do nothing: what is kept for a replica is made when it is first used."""
+        """Do nothing: state of a replica is created when it is first used."""
 
     def replica_forgotten(self, number: int, endpoint: ReplicaEndpoint) -> None:
         """Drop connections, learned facts and series."""

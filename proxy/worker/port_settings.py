@@ -10,7 +10,7 @@ from proxy.config.schema import Config, Server
 from proxy.downstream.limits import Limits
 
 _AROUND_CONTEXT_BYTES: Final = 128 * 1024
-"""Beside messages and tools: names, descriptions, metadata and white space of a context's upload."""
+"""Bytes besides messages and tools: names, descriptions, metadata and white space of a context's upload."""
 
 
 class PortSettings(msgspec.Struct, frozen=True):
@@ -22,14 +22,14 @@ class PortSettings(msgspec.Struct, frozen=True):
 
 
 def port_settings(config: Config) -> PortSettings:
-    """Return the settings of the client port that a configuration makes."""
+    """Return the settings of the client port for a configuration."""
     server = config.server
     uploads = min(server.max_body_bytes, config.contexts.max_context_bytes + _AROUND_CONTEXT_BYTES)
     return PortSettings(server=server, limits=limits_of(server), max_upload_bytes=uploads)
 
 
 def limits_of(settings: Server) -> Limits:
-    """The limits of the client port that a configuration sets."""
+    """Return the limits of the client port for the section `server`."""
     return Limits(
         head_bytes=settings.max_head_bytes,
         header_line_bytes=settings.max_header_bytes,

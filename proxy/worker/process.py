@@ -1,4 +1,4 @@
-"""Run a worker process on uvloop: it ends with its supervisor and ignores the signals that are meant for that.
+"""Run a worker process on uvloop: it ends with its supervisor and ignores signals that are for the supervisor.
 
 It receives the configuration over the control socket and runs a target, which is
 `proxy.worker.lifecycle.run_worker` except in tests.
@@ -35,7 +35,7 @@ log = logging.getLogger("cairn.worker")
 
 
 def run(control_descriptor: int, listen_descriptors: Sequence[int], parent_pid: int, target: Target) -> int:
-    """Run a worker until the target returns or the supervisor is gone; returns the exit code.
+    """Run a worker until the target returns or the supervisor is gone. Return the exit code.
 
     Args:
         control_descriptor: the inherited end of the control socket.
@@ -44,7 +44,7 @@ def run(control_descriptor: int, listen_descriptors: Sequence[int], parent_pid: 
         target: called with the configuration, the sockets and the control.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # a terminal or a service manager sends these to the whole group; the supervisor decides what they mean
+        # a terminal or a service manager sends these to the whole group; the supervisor acts on them
         signal.signal(number, signal.SIG_IGN)
     if not _tie_to_parent(parent_pid):
         return 1
@@ -56,14 +56,14 @@ def run(control_descriptor: int, listen_descriptors: Sequence[int], parent_pid: 
 
 
 def _tie_to_parent(parent_pid: int) -> bool:
-    """Let the kernel end this process with its parent, if it can; returns False if the parent is already gone."""
+    """Let the kernel end this process with its parent, if it can. Return False if the parent is already gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     return os.getppid() == parent_pid
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the pages of freed bodies; otherwise each body of 2 MB costs 390 page faults, 0.2 ms.
+    """Let glibc keep the pages of freed bodies; otherwise each body of 2 MB causes 390 page faults, 0.2 ms.
 
     With another C library nothing is changed.
     """

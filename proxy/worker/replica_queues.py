@@ -15,10 +15,11 @@ from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 
 SENT_AHEAD: Final = (1.0, 4)
 SENT_AHEAD_CONTENDED: Final = (0.1, 1)
-"""Seconds of prefill, and requests without a first token, that a replica has before others wait here; the second
-pair holds while several tenants are active. An engine serves in order of arrival, so the order can be kept only here,
-and a tenant that comes while another floods the replicas waits for what they were sent. With less an engine could run
-out of work."""
+"""Seconds of prefill, and requests without a first token, that a replica is sent before others wait here; the
+second pair holds while several tenants are active. An engine serves in order of arrival, so only the queue here
+can keep an order, and a tenant that arrives while another floods the replicas waits for all requests already
+sent. With smaller values an engine could run out of work.
+"""
 
 
 class ReplicaQueues:
@@ -30,9 +31,9 @@ class ReplicaQueues:
         journal: counts the other workers.
         clock: monotonic time.
         writer_id: this worker's name.
-        shares: of the tenants.
-        is_engine: returns True if a replica has said what it holds. An engine computes one prompt after another, but
-            what is behind any other address, such as a provider's, may compute many at a time.
+        shares: the tenants' shares.
+        is_engine: returns True if a replica has reported the capacity of its cache. An engine computes one prompt
+            after another, but the servers behind another address, such as a provider's, may compute many at a time.
     """
 
     def __init__(
@@ -88,12 +89,12 @@ class ReplicaQueues:
                 queue.set_limit(limit)
 
     def look(self) -> None:
-        """Work ended somewhere: let those that wait look whether there is room now."""
+        """Let waiting requests check whether there is room now, since work ended in some process."""
         for queue in self.by_replica.values():
             queue.look()
 
     def _is_crowded(self, number: int) -> bool:
-        """True if a replica has enough to do: more would wait there, in the order of arrival."""
+        """Return True if a replica has enough work: more would wait there, in order of arrival."""
         unanswered = self._fleet.unanswered(number)
         if unanswered < SENT_AHEAD_CONTENDED[1]:
             return False

@@ -16,11 +16,11 @@ from proxy.metrics.recorder import Recorder
 from proxy.worker.figures import Figures, Growth, Index, Journal
 
 REPORT_SECONDS = 0.25
-"""Counts of at most this many seconds are lost when a worker is killed."""
+"""Interval of reports: at most the counts of this time are lost when a worker is killed."""
 
 
 class ReportChannel(Protocol):
-    """The way to the supervisor; `proxy.control.channel.WorkerControl` in the product."""
+    """The channel to the supervisor; `proxy.control.channel.WorkerControl` in the product."""
 
     def report(self, report: WorkerReport) -> bool:
         """Send `report` without waiting; returns False if it was not sent."""

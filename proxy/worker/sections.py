@@ -115,7 +115,7 @@ class Accounting:
 
 
 class OwnRequests:
-    """Sends Cairn's own requests through the pipeline, which is built after those who need it."""
+    """Sends Cairn's own requests through the pipeline, which is built after the objects that need it."""
 
     def __init__(self) -> None:
         self.pipeline: Pipeline | None = None
@@ -138,7 +138,7 @@ class Contexts:
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """The way of a request: the client port, the pipeline and the queues."""
+    """The path of a request: the client port, the pipeline and the queues."""
 
     queues: ReplicaQueues
     dispatcher: Dispatcher
@@ -151,7 +151,7 @@ class Requests:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """The sections that are built before the way of a request."""
+    """The sections that are built before `Requests`."""
 
     basics: Basics
     memory: Memory
