@@ -1,4 +1,4 @@
-"""The cache: prefix index, replication, stored contexts, totals. `proxy` imports from this module only."""
+"""The cache: prefix index, replication, stored contexts and totals. `proxy` imports from this module only."""
 
 from cache.contexts.access import ContextLimits, Trust
 from cache.contexts.rows import ContextRow, ContextStatus, Draft, Tag

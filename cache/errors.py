@@ -27,7 +27,7 @@ class ErrorKind(enum.StrEnum):
 
 
 class CacheError(Exception):
-    """Base class. `kind` is the label of its counter. The message holds no key, value or credential."""
+    """Base class. `kind` is the label of its counter. The message contains no key, value or credential."""
 
     kind = ErrorKind.OTHER
 
@@ -50,7 +50,7 @@ class StoreTimeout(StoreUnavailable):
 
 
 class WritesRefused(CacheError):
-    """Redis serves reads and refuses writes, whatever they are. Nothing was written; a later attempt may succeed."""
+    """Redis serves reads and refuses all writes. Nothing was written; a later attempt may succeed."""
 
 
 class StoreFull(WritesRefused):
@@ -60,7 +60,7 @@ class StoreFull(WritesRefused):
 
 
 class StoreReadOnly(WritesRefused):
-    """The server is a replica, as after a failover. The next connection is a new one, to find the master."""
+    """The server is a replica, as after a failover. A new connection is opened next, to find the master."""
 
     kind = ErrorKind.READONLY
 
@@ -84,7 +84,7 @@ class QuotaFull(CacheError):
 
 
 class PinRefused(CacheError):
-    """This tenant may not pin contexts yet, since nobody has checked its key."""
+    """This tenant may not pin contexts yet, since its key is unchecked."""
 
 
 class PastExpiry(CacheError):
@@ -92,8 +92,8 @@ class PastExpiry(CacheError):
 
 
 class StoreUrlError(CacheError):
-    """The URL of the store cannot be used. The message says why."""
+    """The URL of the store cannot be used. The message gives the reason."""
 
 
 class EmbeddedError(CacheError):
-    """The private Valkey cannot be started. The message says, in one line, what to do."""
+    """The private Valkey cannot be started. The message says what to do, in one line."""

@@ -1,7 +1,7 @@
 """All Redis keys and channels of Cairn. Pure.
 
-Every key begins with `cairn:`. Keys that one script touches share a hash tag, `{...}`, so that they lie on one node
-of a Cluster: the journal's keys under `{journal}`, each tenant's contexts under the tenant's keyed hash.
+Every key begins with `cairn:`. Keys that one script uses share a hash tag, `{...}`, so that they are on one node of a
+Cluster: the journal's keys under `{journal}`, each tenant's contexts under the tenant's keyed hash.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ WRITERS = PREFIX + "{journal}:writers"  # sorted set: live writers, by the secon
 GENERATION = PREFIX + "{journal}:generation"  # made once; a different value means that Redis lost everything
 PROBE = PREFIX + "{journal}:probe"  # written to learn whether Redis accepts writes; expires
 
-# Cold turns, for each pool in one slot for one script: a hash of each worker's oldest turn that waits, and a hash of
-# who may send a cold turn to which replica. Both values carry the time at which they end.
+# Cold turns, for each pool in one slot for one script: a hash of each worker's oldest waiting turn, and a hash of the
+# claims on replicas. Both contain the time at which they expire.
 COLD = PREFIX + "cold"
 
-# Pub/sub channel, not a key: the work in flight of every worker.
+# Pub/sub channel, not a key: every worker's work in flight.
 INFLIGHT_CHANNEL = PREFIX + "inflight"
 
 # Pub/sub channel: names each context or tag that changed, with its tenant.
@@ -45,17 +45,17 @@ TOTALS = PREFIX + "{totals}"
 
 
 def cold_heads(pool: str) -> str:
-    """Each worker's oldest cold turn that waits for a pool."""
+    """Return the key of each worker's oldest cold turn that waits for a pool."""
     return f"{COLD}:{{{pool}}}:heads"
 
 
 def cold_claims(pool: str) -> str:
-    """The replicas of a pool that are claimed for cold turns."""
+    """Return the key of the replicas of a pool that are claimed for cold turns."""
     return f"{COLD}:{{{pool}}}:claims"
 
 
 def cold_last(pool: str) -> str:
-    """Key of the times at which each replica of a pool was last claimed for a cold turn."""
+    """Return the key of the times at which each replica of a pool was last claimed for a cold turn."""
     return f"{COLD}:{{{pool}}}:last"
 
 
@@ -75,7 +75,7 @@ def snapshot_chunk(snapshot: str, number: int) -> str:
 
 
 def tenant(keyed_hash: str, *parts: str) -> str:
-    """Return a key of one tenant's content. All keys of a tenant lie in one slot.
+    """Return a key of one tenant's content. All keys of a tenant are in one slot.
 
     >>> tenant("9f2c", "context", "cache-1")
     'cairn:{9f2c}:context:cache-1'

@@ -1,8 +1,7 @@
-"""The secret that keys the tenants' hash: made once, kept in Redis, the same for every worker of every proxy.
+"""Share the secret that keys the tenants' hash: made once, kept in Redis, the same for all workers of all proxies.
 
 Redis may lose it (FLUSHALL, a failover). Then the first worker to notice writes back the one that it knows, and all
-others take over whichever secret is in Redis, so that all workers agree on every tenant's name again.
-"""
+others adopt the secret that is in Redis, so that all workers agree on every tenant's name again."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ KEY_BYTES = 64  # the longest key of BLAKE2b
 CHECK_SECONDS = 0.5  # after Redis lost the secret, workers may disagree for this long
 RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS = 0.1, 2.0
 
-# Reply: the secret in Redis, which is ARGV[1] if there was none that can be used.
+# Reply: the secret in Redis, which is ARGV[1] if there was no usable one.
 _AGREE = Script(
     "agree-on-secret",
     """

@@ -1,11 +1,10 @@
 """Totals that outlive every process: sums per day, model, upstream and tenant, in one Redis hash per day.
 
-Rows are added to in memory. About once a second the new amounts go to Redis in one script, so a crash loses a second
-at most. Each batch has a number, and the script stores the last number of each writer: a batch that is sent twice,
-because a reply was lost, counts once. While Redis is away or refuses writes the rows wait, within a bound.
+Amounts are added to rows in memory. About once a second one script adds them in Redis, so a crash loses at most a
+second. Each batch has a number, and the script stores the last number of each writer: a batch that is sent twice,
+because a reply was lost, counts once. While Redis is away or refuses writes the rows wait, up to a bound.
 
-This module knows integers and names; it has no notion of prices, requests or metrics.
-"""
+This module handles integers and names only, not prices, requests or metrics."""
 
 from __future__ import annotations
 
@@ -22,15 +21,15 @@ from cache.errors import CacheError, StoreRefused
 from cache.store.replies import hash_pairs
 from cache.store.store import Script, Store
 
-FLUSH_SECONDS = 0.9  # together with the write itself a crash loses no more than a second
+FLUSH_SECONDS = 0.9  # with the write itself, a crash loses at most a second
 WRITE_LIMIT_SECONDS = 1.0  # of one batch; nothing waits for it
 READ_LIMIT_SECONDS = 5.0
 ROWS_PENDING = 4096  # rows that may wait for Redis; beyond, new rows are counted under the tenant `other`
-TENANTS_A_DAY = 1000  # told apart by one writer: keys can be made up, and each costs a row
+TENANTS_A_DAY = 1000  # counted separately by one writer: keys can be made up, and each costs a row
 BATCH_ROWS = 256  # about 3,000 increments, 2 ms of Redis's time
 KEPT_DAYS = 400
 WRITER_SECONDS = 86_400  # how long a writer's last number is kept; it sends again within seconds
-READ_DAYS = 31  # in one round trip
+READ_DAYS = 31  # read in one round trip
 MAX_AMOUNT = 2**63 - 1  # Redis counts in signed 64 bits
 OTHER = "other"
 
@@ -40,8 +39,8 @@ log = logging.getLogger("cairn.totals")
 class Sums(msgspec.Struct):
     """The figures of a row. Amounts of money are integers of 1e-12 USD, in which every list price is whole.
 
-    `prompt_tokens` includes cached and written ones; `unknown_tokens` belong to responses that did not report what
-    was cached. `missing` counts responses that ended before their usage, `unpriced` those without a price.
+    `prompt_tokens` includes cached and written ones; `unknown_tokens` belong to responses that did not report cached
+    tokens. `missing` counts responses that ended before their usage, `unpriced` those without a price.
     """
 
     answers: int = 0
@@ -52,12 +51,12 @@ class Sums(msgspec.Struct):
     written_tokens: int = 0
     output_tokens: int = 0
     unknown_tokens: int = 0
-    input_picos: int = 0  # if nothing had been cached or written
+    input_picos: int = 0  # cost of the input if nothing had been cached or written
     output_picos: int = 0
     saving_picos: int = 0
     surcharge_picos: int = 0
-    routing_gain_tokens: int = 0  # cached in excess of what round robin would have had
-    prefill_micros: int = 0  # time of prefill that cached tokens saved, in 1e-6 s
+    routing_gain_tokens: int = 0  # cached tokens in excess of those that round robin would have had
+    prefill_micros: int = 0  # prefill time that cached tokens saved, in 1e-6 s
 
     def add(self, other: Sums) -> None:
         """Add the figures of `other`."""
@@ -80,7 +79,7 @@ class RowKey(NamedTuple):
 class _Batch(msgspec.Struct, frozen=True):
     number: int
     days: tuple[str, ...]
-    args: tuple[str | int, ...]  # for each day the number of its increments, then field and amount of each
+    args: tuple[str | int, ...]  # for each day the number of increments, then each one's field and amount
 
 
 # Reply: the number of increments that Redis could not add, -1 if the batch had been counted before. The number is
@@ -108,7 +107,7 @@ return failed
 
 
 class Totals:
-    """Adds up and writes. One per worker; `writer_id` must be unique.
+    """Sums amounts and writes them to Redis. One per worker; `writer_id` must be unique.
 
     `lost_increments` counts amounts that Redis could not add; `merged_rows` counts rows that were counted under the
     tenant `other` because too many waited for Redis.
@@ -139,7 +138,7 @@ class Totals:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Amounts that were lost, and rows that lost their tenant."""
+        """Numbers of amounts that were lost, and of rows that lost their tenant."""
         return {"total_lost": self.lost_increments, "total_without_tenant": self.merged_rows}
 
     async def run(self) -> None:
@@ -154,10 +153,10 @@ class Totals:
             while batch := self._next_batch():
                 try:
                     self._note_failures(await self._write(batch))
-                except StoreRefused as error:  # about this batch: it would be refused again
+                except StoreRefused as error:  # due to this batch: it would be refused again
                     self.refused_batches += 1
                     self._note_failures(len(batch.args) // 2, error)
-                except CacheError:  # about Redis: the store has counted it, and the same batch is sent again
+                except CacheError:  # due to Redis: the store has counted it, and the same batch is sent again
                     return False
                 self._sending = None
         return True
@@ -190,7 +189,7 @@ class Totals:
         return key.tenant in tenants
 
     def _next_batch(self) -> _Batch | None:
-        """Return the batch being sent, which stays the same until it is known to have arrived, or else a new one."""
+        """Return the batch that is being sent, until it is known to have arrived; otherwise a new one."""
         if self._sending is None and self._pending:
             taken = [(key, self._pending.pop(key)) for key in list(self._pending)[:BATCH_ROWS]]
             self._written += 1

@@ -15,9 +15,7 @@ REASON_PHRASES: Final = {status.value: status.phrase.encode() for status in HTTP
 
 
 class CairnError(Exception):
-    """Base of all errors. `message` can be shown to anyone: it contains no prompt, no key and no path of the
-    machine.
-    """
+    """Base of all errors. `message` can be shown to anyone: it contains no prompt, key or path of the machine."""
 
     status = 500
     type = "server_error"

@@ -1,7 +1,7 @@
-"""Tenants whose key an upstream has accepted.
+"""Remember the tenants whose key an upstream has accepted.
 
-Where clients bring keys that Cairn cannot check, anyone can make up any number of them. A key with which an upstream
-answered a request is not made up; its tenant may pin contexts and is not limited to the share of unchecked tenants.
+If clients use keys that Cairn cannot check, anyone can make up any number of them. A key with which an upstream
+answered a request is genuine: its tenant may pin contexts and is not limited to the share of unchecked tenants.
 Workers share what they learn through Redis.
 """
 
@@ -17,14 +17,14 @@ from cache.contexts import scripts
 from cache.contexts.access import Access
 from cache.errors import CacheError
 
-ACCEPTED_SECONDS = 7 * 86_400  # without a request for this long, a key has to be accepted again
+ACCEPTED_SECONDS = 7 * 86_400  # after this long without a request, a key must be accepted again
 REMEMBERED_AT_MOST = 8192  # tenants; forgotten ones are looked up in Redis
-WAITING_AT_MOST = 8192  # tenants that Redis is not told of yet
+WAITING_AT_MOST = 8192  # tenants not yet written to Redis
 RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS = 0.1, 5.0
 
 
 class AcceptedTenants:
-    """One per worker. `dropped` counts tenants of which Redis was never told."""
+    """The accepted tenants. One per worker. `dropped` counts tenants that were never written to Redis."""
 
     def __init__(self, access: Access) -> None:
         self._access = access
@@ -34,7 +34,7 @@ class AcceptedTenants:
         self.dropped = 0
 
     def note(self, tenant: str) -> None:
-        """Note that an upstream accepted the tenant's key. On the path of every request: cheap after the first."""
+        """Note that an upstream accepted the tenant's key. Called for every request; cheap after the first."""
         if tenant in self._known:
             return
         self._remember(tenant)
@@ -54,7 +54,7 @@ class AcceptedTenants:
         return bool(found)
 
     async def flush(self) -> None:
-        """Tell Redis of new tenants. Raises CacheError; the rest waits."""
+        """Write new tenants to Redis. Raises CacheError; those not written wait."""
         while self._waiting:
             tenant = next(iter(self._waiting))
             await self._access.many([("SET", keys.tenant(tenant, "accepted"), 1, "EX", ACCEPTED_SECONDS)])
@@ -64,7 +64,7 @@ class AcceptedTenants:
             self._waiting.pop(tenant, None)
 
     async def run(self) -> None:
-        """Tell Redis until cancelled."""
+        """Write new tenants to Redis until cancelled."""
         backoff = ExponentialBackoff(RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS)
         while True:
             await self._wake.wait()

@@ -1,4 +1,4 @@
-"""A tenant's keys in Redis, for all parts of the context store: scripts, commands, Redis's clock, the limits.
+"""Access to a tenant's keys in Redis, for all parts of the context store: scripts, commands, clock and limits.
 
 Replies are read in one place (`parsed`), so that damaged data becomes a `StoreCorrupt` and nothing else.
 """
@@ -27,7 +27,7 @@ class Trust(enum.Enum):
 
     LISTED = "listed"  # the configuration lists it
     ACCEPTED = "accepted"  # an upstream answered a request that was sent with it
-    UNCHECKED = "unchecked"  # nobody: it may be made up
+    UNCHECKED = "unchecked"  # neither: it may be made up
 
 
 class ContextLimits(msgspec.Struct, frozen=True):
@@ -37,7 +37,7 @@ class ContextLimits(msgspec.Struct, frozen=True):
     tenant_bytes: int
     pinned_bytes: int  # of one tenant
     unlisted_pinned_bytes: int  # of all tenants that are not listed, together
-    unchecked_bytes: int  # of all tenants whose keys nobody has checked, together
+    unchecked_bytes: int  # of all tenants with unchecked keys, together
     contexts_at_most: int  # of one tenant
     tags_at_most: int  # of one tenant
     grace_seconds: float
@@ -46,13 +46,13 @@ class ContextLimits(msgspec.Struct, frozen=True):
 
 
 class Access:
-    """One per worker. `limits` may be replaced at any time."""
+    """Runs scripts and commands for one tenant each. One per worker. `limits` may be replaced at any time."""
 
     def __init__(self, store: Store, limits: ContextLimits, clock: Clock) -> None:
         self.store = store
         self.limits = limits
         self._clock = clock
-        # Redis's clock, or ours before its first reply, minus the monotonic one: a step of ours expires nothing
+        # Redis's clock (ours before its first reply) minus the monotonic one: if our clock jumps, nothing expires
         self._offset_seconds = clock.unix() - clock.monotonic()
 
     def now(self) -> float:
@@ -60,11 +60,11 @@ class Access:
         return self._clock.monotonic() + self._offset_seconds
 
     def set_clock(self, now_ms: int) -> None:
-        """Take over Redis's clock from a reply."""
+        """Set the clock from a reply of Redis."""
         self._offset_seconds = now_ms / 1000 - self._clock.monotonic()
 
     async def run(self, script: Script, tenant: str, *args: str | bytes | float, read: Callable[[Any], T]) -> T:
-        """Run a script on a tenant's keys and return its reply as `read` gives it. Raises CacheError."""
+        """Run a script on a tenant's keys and return its reply, converted by `read`. Raises CacheError."""
         key = keys.tenant(tenant)
         reply = await self.store.run_script(script, [key], args, limit_seconds=BULK_LIMIT_SECONDS)
         return parsed(read, reply)
@@ -87,5 +87,5 @@ def parsed(read: Callable[[Any], T], reply: Any) -> T:
 
 
 def milliseconds(seconds: float | None) -> int:
-    """Return a time as scripts take it; 0 for None."""
+    """Return a time in the milliseconds that scripts take; 0 for None."""
     return 0 if seconds is None else round(seconds * 1000)

@@ -1,4 +1,4 @@
-"""The content of stored contexts: packed and uploaded in segments; read, verified and kept in memory.
+"""The content of stored contexts: pack and upload it in segments; read it, verify it and keep it in memory.
 
 A content is identified by the digest of its manifest. Rows and tags are handled elsewhere.
 """
@@ -18,14 +18,14 @@ from cache.contexts.segments import Content, Packed
 from cache.errors import StoreCorrupt, UnknownContext
 from cache.ports import Tasks
 
-ROUND_BYTES = 4 * segments.SEGMENT_BYTES  # carried by one round trip at most
+ROUND_BYTES = 4 * segments.SEGMENT_BYTES  # most bytes of one round trip
 OFF_LOOP_BYTES = 128 * 1024  # larger contents are packed and verified in a thread: 0.3 ms of work
 
 T = TypeVar("T")
 
 
 class ContextBytes:
-    """One per worker. `damaged` is called for each content that does not match its digest."""
+    """Contents of one worker. `damaged` is called for each content that does not match its digest."""
 
     def __init__(self, access: Access, tasks: Tasks, damaged: Callable[[], None]) -> None:
         self._access = access

@@ -1,8 +1,7 @@
 """Contents of stored contexts in a worker's memory, bounded in bytes; the least recently used are dropped first.
 
-A content that is not in memory is read once, however many requests wait for it; one that is cancelled does not
-affect the others.
-"""
+A content that is not in memory is read once, however many requests wait for it; cancelling one request does not
+affect the others."""
 
 from __future__ import annotations
 
@@ -14,11 +13,11 @@ from typing import Any
 from cache.contexts.segments import Content
 from cache.ports import Tasks
 
-ENTRY_BYTES = 512  # memory of an entry beside its content's bytes, at least
+ENTRY_BYTES = 512  # least memory of an entry in addition to its content's bytes
 
 
 class ContentCache:
-    """`size_bytes` never exceeds `most_bytes` between calls. A content larger than that is returned but not kept."""
+    """Contents by key, at most `most_bytes` between calls; a larger content is returned but not kept."""
 
     def __init__(self, most_bytes: int, tasks: Tasks) -> None:
         self._most_bytes = most_bytes
@@ -46,7 +45,7 @@ class ContentCache:
         return content
 
     async def get(self, key: Hashable, read: Callable[[], Awaitable[Content]]) -> Content:
-        """Return the content from memory or from `read`; all that wait for one read get its result or its error."""
+        """Return the content from memory or from `read`; all that wait for the same read get its result or error."""
         if (content := self.peek(key)) is not None:
             return content
         task = self._reading.get(key)
@@ -75,7 +74,7 @@ class ContentCache:
             self.size_bytes -= _size(last)
 
     async def _read(self, key: Hashable, read: Callable[[], Awaitable[Content]]) -> Content | Exception:
-        """Return the content or the error, which belongs to those who wait and not to the log."""
+        """Return the content or the error; the error is raised to the waiting requests and not logged."""
         self.reads += 1
         try:
             content = await read()

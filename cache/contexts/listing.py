@@ -15,11 +15,11 @@ from cache.errors import StoreCorrupt
 READ_AT_ONCE = 100  # rows in one script
 
 DAMAGED = Kept(rank=float("-inf"), size_bytes=0, expired=True)
-"""Stands for a damaged row, whose size is not known. It is discarded before everything else."""
+"""In place of a damaged row, whose size is not known. It is discarded before everything else."""
 
 
 class Listing:
-    """One per worker. Everything raises StoreUnavailable and the store's other errors.
+    """Reads rows and tags. One per worker. Every method raises StoreUnavailable and the store's other errors.
 
     A damaged row is left out of lists, and `damaged` is called for it; only `row` raises StoreCorrupt.
     """
@@ -55,7 +55,7 @@ class Listing:
         return found
 
     async def kept(self, tenant: str) -> list[tuple[str, Kept]]:
-        """Return every context of a tenant by id, as it competes for room."""
+        """Return every context of a tenant by id, with the properties by which it competes for room."""
         ids = await self.ids(tenant)
         found: list[tuple[str, Kept]] = []
         for start in range(0, len(ids), READ_AT_ONCE):

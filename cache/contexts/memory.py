@@ -1,8 +1,7 @@
 """Rows and tags of stored contexts in a worker's memory, valid until a message on the channel names them.
 
-What was read while subscribed to the channel is current until a message names it. What was read before, or while a
-change came in, is used only while Redis is away.
-"""
+A value that was read while subscribed to the channel is current until a message names it. A value that was read
+before, or while a change arrived, is used only while Redis is away."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from cache.contexts.rows import ContextRow, Tag
 from cache.store.pubsub import listen
 from cache.store.store import Store
 
-ENTRIES_AT_MOST = 8192  # of each, rows and tags
+ENTRIES_AT_MOST = 8192  # of rows and of tags, each
 
 T = TypeVar("T")
 
@@ -58,7 +57,7 @@ class Entries(Generic[T]):
 
 
 class ContextMemory:
-    """One per worker. `run` subscribes to the channel."""
+    """Rows and tags of one worker. `run` subscribes to the channel."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -67,7 +66,7 @@ class ContextMemory:
         self._subscription = 0  # number of the present subscription; 0 while there is none
         self._subscriptions = 0
         self._changes = 0  # messages so far
-        self.dropped_messages = 0  # that could not be read
+        self.dropped_messages = 0  # messages that could not be read
 
     @property
     def is_subscribed(self) -> bool:
@@ -79,7 +78,7 @@ class ContextMemory:
         return Moment(self._changes, self._subscription)
 
     def is_current(self, remembered: Remembered[T]) -> bool:
-        """Return whether Redis would give the same value now."""
+        """Return whether Redis has the same value now."""
         return self._subscription > 0 and remembered.subscription == self._subscription
 
     def row(self, tenant: str, context_id: str) -> Remembered[ContextRow] | None:
@@ -99,7 +98,7 @@ class ContextMemory:
         self._tags.put(tenant, tag.tag, self._read_since(since, tag))
 
     def postpone(self, tenant: str, context_id: str, expires_unix_seconds: float) -> None:
-        """Change the expiry of a remembered row; Redis is told later."""
+        """Change the expiry of a remembered row; it is written to Redis later."""
         known = self._rows.get(tenant, context_id)
         if known is not None:
             row = msgspec.structs.replace(known.value, expires_unix_seconds=expires_unix_seconds)

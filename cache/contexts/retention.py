@@ -1,8 +1,8 @@
-"""Decide which stored contexts to discard when a budget is full: those worth least per byte. Pure.
+"""Decide which stored contexts to discard when a budget is full: those with the least worth per byte. Pure.
 
-The rule is greedy-dual (Young 1994; with sizes, Cao and Irani 1997; with frequencies, Cherkasova 1998). Those raise a
-floor at every eviction, so that unused entries fall behind; here the clock itself is the floor. Uses decay with the
-time constant `MEMORY_SECONDS`:
+The rule is greedy-dual (Young 1994; with sizes, Cao and Irani 1997; with frequencies, Cherkasova 1998). Those
+algorithms raise a floor at every eviction, so that unused entries fall behind; here the clock is the floor. Uses
+decay with the time constant `MEMORY_SECONDS`:
 
     worth(now) = uses(now) / MEMORY_SECONDS x value of one use / bytes          (USD per second and byte)
     ln worth(now) = rank - now / MEMORY_SECONDS
@@ -42,7 +42,7 @@ class StoredValue(msgspec.Struct, frozen=True, gc=False):
         return self.uses * math.exp(-max(0.0, now_seconds - self.used_seconds) / MEMORY_SECONDS)
 
     def rank(self, value_usd: float, size_bytes: int) -> float:
-        """Return what is compared; higher is kept longer. `value_usd` is the saving of one use."""
+        """Return the rank of a context; a higher one is kept longer. `value_usd` is the saving of one use."""
         density = max(self.uses * value_usd, _LEAST) / MEMORY_SECONDS / max(1, size_bytes)
         return math.log(density) + self.used_seconds / MEMORY_SECONDS
 

@@ -1,10 +1,9 @@
-"""Keep stored contexts within their budgets: discard those worth least, and know what all tenants take.
+"""Keep stored contexts within their budgets: discard those worth least, and count the bytes of all tenants.
 
-There is a budget per tenant and one for all tenants together. Tenants that the configuration does not list have two
-more limits in common: a share of pinned bytes, and a share of bytes for those whose keys nobody has checked. Room in
-the total and in these shares is reserved in Redis before it is taken, so that requests at several workers cannot
-exceed them together.
-What a tenant takes is written after every change; a sweep corrects it and drops what expired.
+There is a budget per tenant and one for all tenants together. Tenants that the configuration does not list share two
+more limits: one of pinned bytes, and one of bytes for tenants with unchecked keys. Room in the total and in these
+shares is reserved in Redis before it is used, so that requests at several workers cannot exceed them together. The
+bytes of a tenant are written after every change; a sweep corrects them and deletes expired contexts.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ log = logging.getLogger("cairn.contexts")
 
 SWEEP_SECONDS = 60.0
 SURVEY_SECONDS = 10.0  # how often the contexts that are worth most are determined, for the status page
-SURVEYED_AT_MOST = 500  # contexts, of the tenants that have most
+SURVEYED_AT_MOST = 500  # contexts, of the tenants with the most bytes
 SHOWN_AT_MOST = 20
-UNCHECKED_TENANTS_AT_MOST = 1000  # with stored contexts
-UNCHECKED_TENANTS_SEARCHED = 50  # for contexts to discard; those that take most
+UNCHECKED_TENANTS_AT_MOST = 1000  # most unchecked tenants with stored contexts
+UNCHECKED_TENANTS_SEARCHED = 50  # searched for contexts to discard: the tenants with the most bytes
 ROOM_TRIES = 5
 
 Totals = tuple[int, int, int]  # bytes, contexts, pinned bytes
@@ -39,7 +38,7 @@ _MARKS = {Trust.LISTED: "", Trust.ACCEPTED: "1", Trust.UNCHECKED: "0"}  # as the
 
 
 class ContextRoom:
-    """One per worker. `evicted` is called with a reason and a number of contexts."""
+    """Room for contexts. One per worker. `evicted` is called with a reason and a number of contexts."""
 
     def __init__(self, access: Access, listing: Listing, evicted: Callable[[str, int], None]) -> None:
         self._access = access
@@ -56,7 +55,7 @@ class ContextRoom:
         """Discard contexts of this tenant, those worth least first. Raises QuotaFull and other CacheErrors."""
         kept = await self._listing.kept(tenant)
         if await self._drop_damaged(tenant, kept):
-            return  # the caller tries again, and may have enough room now
+            return  # the caller tries again; there may be enough room now
         victims = choose(kept, needed_bytes)
         if not victims:
             raise QuotaFull(
@@ -67,10 +66,10 @@ class ContextRoom:
         await self._discard(tenant, kept, victims)
 
     async def reserve_over_all(self, reservation: str, size_bytes: int) -> None:
-        """Reserve room in the total budget, discarding contexts of any tenants, those worth least first.
+        """Reserve room in the total budget; discard contexts of any tenant if needed, those worth least first.
 
         A second call with the same name replaces the first reservation. End it by `changed` with its name, or by
-        `release`; one that is forgotten ends after half a minute. Raises QuotaFull and other CacheErrors.
+        `release`; otherwise it expires after half a minute. Raises QuotaFull and other CacheErrors.
         """
         limit = self._access.limits.total_bytes
         for _ in range(ROOM_TRIES):
@@ -122,7 +121,7 @@ class ContextRoom:
         )
 
     async def _unchecked(self, asking: str) -> dict[str, int]:
-        """Return the bytes of the unchecked tenants that take most, and of the one that asks for room."""
+        """Return the bytes of the unchecked tenants that have most, and of the one that asks for room."""
         sizes: dict[str, int] = {}
         for name, value in await self._access.hash(keys.CONTEXTS_UNLISTED):
             try:
@@ -136,9 +135,9 @@ class ContextRoom:
         return {tenant: sizes[tenant] for tenant in {*largest, *({asking} & sizes.keys())}}
 
     async def _discard_of(self, tenants: Iterable[str], needed_bytes: int) -> bool:
-        """Discard what is worth least of several tenants; return False if that would not free enough.
+        """Discard contexts of several tenants, those worth least first; return False if that would not free enough.
 
-        If there are damaged contexts, only those are discarded, and the caller looks again.
+        If there are damaged contexts, only those are discarded, and the caller tries again.
         """
         kept = {tenant: await self._listing.kept(tenant) for tenant in tenants}
         if any([await self._drop_damaged(tenant, listed) for tenant, listed in kept.items()]):
@@ -172,12 +171,12 @@ class ContextRoom:
             await self.changed(tenant, totals)
         return dropped
 
-    # --- what tenants take
+    # --- totals
 
     async def changed(
         self, tenant: str, totals: Totals | None, trust: Trust = Trust.LISTED, reservation: str = ""
     ) -> None:
-        """Write what a tenant's contexts take now, and end a reservation of `reserve_over_all`.
+        """Write the totals of a tenant's contexts, and end a reservation of `reserve_over_all`.
 
         If this fails, the next sweep corrects it.
         """
@@ -192,7 +191,7 @@ class ContextRoom:
             log.debug("the total of stored contexts was not updated: %s", error)
 
     async def refresh(self, tenant: str) -> None:
-        """Write what a tenant's contexts really take, after a reservation that was not used."""
+        """Write the real totals of a tenant's contexts, after a reservation that was not used."""
         try:
             totals = await self._access.run(scripts.TOTALS, tenant, read=read_totals)
         except CacheError as error:
@@ -219,11 +218,11 @@ class ContextRoom:
     # --- in the background
 
     async def run_sweeps(self) -> None:
-        """Sweep now and then, in one worker at a time, until cancelled."""
+        """Sweep from time to time, in one worker at a time, until cancelled."""
         await self._repeat(self._sweep_or_renew, SWEEP_SECONDS, "swept")
 
     async def run_surveys(self) -> None:
-        """Determine now and then which contexts are worth most, until cancelled."""
+        """Determine from time to time which contexts are worth most, until cancelled."""
         await self._repeat(self.survey, SURVEY_SECONDS, "surveyed")
 
     async def _repeat(self, work: Callable[[], Awaitable[object]], seconds: float, done: str) -> None:

@@ -1,18 +1,17 @@
-"""The scripts that change stored contexts, each atomic. `cache.contexts.store` and `room` read their replies.
+"""The Lua scripts that change stored contexts, each atomic. `cache.contexts.store` and `room` read their replies.
 
 Keys of a tenant, all in one slot (T is `cairn:{keyed hash}`; times are milliseconds of Redis's own clock):
 
     T:context:ID     hash: head, manifest, metadata, pin, expires, status, tokens, error, bytes, uses, used, value
     T:segment:HEX    one compressed segment; it expires ten minutes after it was written unless committed
     T:ids            sorted set: ids by creation        T:gone   sorted set: ids by the end of their grace time
-    T:held           hash: id to `bytes:pin:digests`, what to give back when the context is dropped
+    T:held           hash: id to `bytes:pin:digests`, to be released when the context is dropped
     T:refs, T:sizes  hashes: the number of contexts with a segment, and its stored bytes
     T:sum            hash: bytes and pinned bytes       T:tags   hash: tag to `id ms`
     T:accepted       exists while an upstream is known to accept the tenant's key
 
-Names of keys are made inside the scripts; they lie in the slot of KEYS[1], as a Cluster requires. Stored numbers may
-be damaged: one that is not a number, or that no double holds exactly, counts as 0.
-"""
+The scripts make the names of keys themselves; these are in the slot of KEYS[1], as a Cluster requires. Stored numbers
+may be damaged: a value that is not a number, or not an exact double, counts as 0."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ UPLOAD_SECONDS = 600
 """Expiry of an uploaded segment that no commit refers to."""
 
 _CONTAINERS_MS = 86_400_000  # the tenant's own keys outlive the last context by a day
-_SWEPT_AT_ONCE = 32  # contexts; each has some hundred segments, and Redis serves nobody else during a script
+_SWEPT_AT_ONCE = 32  # contexts; each has up to a few hundred segments, and Redis serves no one else during a script
 
 _PRELUDE = f"""
 local T = KEYS[1]
@@ -299,7 +298,7 @@ return gone
 # --- over all tenants: KEYS are `cache.keys.CONTEXTS_TOTALS`, `CONTEXTS_UNLISTED` and `CONTEXTS_RESERVED`
 
 RESERVED_MS = 30_000
-"""Time for which a reservation holds before a sweep may replace it by what the tenant really takes."""
+"""Time for which a reservation holds before a sweep may replace it by the tenant's real bytes."""
 
 _OVERALL = """
 local clock = redis.call('TIME')
@@ -350,7 +349,7 @@ put(tenant, bytes + add, own_pinned + add_pinned, accepted, now + {RESERVED_MS})
 return {{'ok', 0}}
 """,
 )
-"""Reserve room in the shares of unlisted tenants before it is taken. ARGV: tenant, bytes, pinned bytes, 1 if an
+"""Reserve room in the shares of unlisted tenants before it is used. ARGV: tenant, bytes, pinned bytes, 1 if an
 upstream accepted the tenant's key, the two shares in bytes, the most unchecked tenants."""
 
 RESERVE_TOTAL = Script(
@@ -377,8 +376,9 @@ redis.call('PEXPIRE', KEYS[3], {RESERVED_MS})
 return 0
 """,
 )
-"""Reserve room in the total budget before it is taken. ARGV: name of the reservation, which replaces an earlier one
-of that name, its bytes, the budget in bytes. Returns by how many bytes the budget would be exceeded."""
+"""Reserve room in the total budget before it is used. ARGV: name of the reservation, which replaces an earlier
+one of that name, its bytes, the budget in bytes. Returns the bytes by which the budget would be exceeded.
+"""
 
 RELEASE_TOTAL = Script("context-release-total", "return redis.call('HDEL', KEYS[3], ARGV[1])")
 """Give up a reservation in the total budget. ARGV: its name."""
@@ -405,9 +405,10 @@ end
 return 1
 """,
 )
-"""Write what a tenant's contexts take. ARGV: tenant, bytes, number of contexts, pinned bytes; then 0 or 1 for an
-unlisted tenant whose key is unchecked or accepted, `sweep` to leave a reservation alone, or nothing; then the name
-of the reservation in the total budget that this replaces, if there is one."""
+"""Write the totals of a tenant's contexts. ARGV: tenant, bytes, number of contexts, pinned bytes; then 0 or 1 for
+an unlisted tenant whose key is unchecked or accepted, `sweep` to keep a reservation, or nothing; then the name of
+the reservation in the total budget that this replaces, if there is one.
+"""
 
 ACCEPT = Script(
     "context-accept",

@@ -1,9 +1,8 @@
-"""A context's content as segments, named by digest and cut so that equal documents have equal segments. Pure.
+"""Cut a context's content into segments, named by digest, so that equal documents have equal segments. Pure.
 
-A large message is cut by itself, so two contexts that share a document share its segments. What lies between large
-messages (separators, short messages) is joined. A `Manifest` names each segment by its BLAKE2b digest, and is itself
-named by one: with a manifest's digest no other content can be read.
-"""
+A large message is cut separately, so two contexts that share a document share its segments. Bytes between large
+messages (separators, short messages) are joined. A `Manifest` names each segment by its BLAKE2b digest and is itself
+named by one, so a manifest's digest identifies exactly one content."""
 
 from __future__ import annotations
 
@@ -24,10 +23,10 @@ SEGMENT_BYTES = 1024 * 1024
 """Largest segment before compression: small enough not to delay an event loop for long."""
 
 ALONE_BYTES = 16 * 1024
-"""Smallest message that is cut by itself: sharing a smaller one would save less than its key costs."""
+"""Smallest message that is cut separately: sharing a smaller one would save less than its key costs."""
 
 INLINE_BYTES = 1024
-"""Less than this between two large messages is stored in the manifest itself."""
+"""Bytes between two large messages are stored in the manifest itself if there are fewer than this."""
 
 DIGEST_BYTES = 32
 VERSION = 1
@@ -35,9 +34,9 @@ CHAINS_AT_MOST = 8
 """Prefix chains kept with a content: one per model, salt and set of template arguments used recently."""
 
 MAX_CONTENT_BYTES = 512 * 1024 * 1024
-"""Of a content that is read; larger ones cannot be created."""
+"""Largest content that is read; larger ones cannot be created."""
 
-_LEVEL = 3  # zstd's default: 2 MB of prose in 8 ms to a third; higher levels take twice as long for a tenth less
+_LEVEL = 3  # zstd's default: 2 MB of prose become a third in 8 ms; higher levels take twice as long to save a tenth
 
 
 class Manifest(msgspec.Struct, frozen=True, array_like=True):
@@ -121,7 +120,7 @@ class Content:
         """Return the prefix chain of the spans from `root`; computed at its first use in this worker.
 
         `arrange` returns the spans as an engine renders them, by default in the order of `spans`; equal values of
-        `arrangement` stand for equal results. The chain is not stored in Redis: reading and checking its 12 KB takes
+        `arrangement` must mean equal results. The chain is not stored in Redis: reading and checking its 12 KB takes
         as long as hashing 2 MB (0.4 ms).
         """
         chain = self._chains.get((root, arrangement))
@@ -188,7 +187,7 @@ def _open(digest: bytes, size: int, stored: bytes | None) -> bytes:
 
 
 def _runs(messages: memoryview, bounds: Sequence[int]) -> Iterator[memoryview]:
-    """Yield the messages in pieces, with each large message as a piece of its own."""
+    """Yield the messages in pieces, with each large message as a separate piece."""
     start = 0
     for at in range(0, len(bounds), 2):
         begin, end = bounds[at], bounds[at + 1]

@@ -1,9 +1,8 @@
-"""Stored contexts: created whole or not at all, found by id or tag, discarded by worth when room is needed.
+"""Stored contexts: create them atomically, find them by id or tag, discard those worth least if room is needed.
 
 A worker keeps what it has read: contents in a bounded number of bytes (`content_cache`), rows and tags until a
-message on the channel names them (`memory`). While Redis is away, what is in memory is still served. Expiry is judged
-by Redis's clock, whose offset comes with every reply.
-"""
+message on the channel names them (`memory`). While Redis is away, what is in memory is still served. Expiry is
+decided by Redis's clock, whose offset is learned from every reply."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from cache.errors import CacheError, PastExpiry, PinRefused, QuotaFull, StoreCor
 from cache.ports import Clock, Tasks
 from cache.store.store import Store
 
-REREAD_LIMIT_SECONDS = 0.05  # of reading a remembered value again; what is not remembered is waited for
+REREAD_LIMIT_SECONDS = 0.05  # for reading a remembered value again; a value that is not remembered is waited for
 COMMIT_TRIES = 5
 _RESERVATION_BYTES = 8
 
@@ -46,7 +45,7 @@ class _Reply(msgspec.Struct, frozen=True):
 
 
 class ContextStore:
-    """One per worker. `evicted` is called with a reason and a number; `damaged` for each damaged content or row."""
+    """One per worker. `evicted` gets a reason and a number of contexts; `damaged` is called for each damage."""
 
     def __init__(
         self,
@@ -68,7 +67,7 @@ class ContextStore:
         self._accepted = AcceptedTenants(self._access)
         self._running: list[asyncio.Task[Any]] = []
 
-    # --- life
+    # --- start and end
 
     async def start(self) -> None:
         """Begin to listen, to report uses and to sweep."""
@@ -90,7 +89,7 @@ class ContextStore:
         self._running = []
 
     def adopt(self, limits: ContextLimits) -> None:
-        """Use other limits: budgets at the next creation, times at the next change of each context."""
+        """Replace the limits: budgets apply from the next creation, times from the next change of each context."""
         self._access.limits = limits
         self._bytes.contents.limit(limits.memory_bytes)
 
@@ -142,7 +141,7 @@ class ContextStore:
     # --- creating
 
     async def create(self, tenant: str, draft: Draft, trust: Trust = Trust.LISTED) -> ContextRow:
-        """Store `draft`, whole or not at all, discarding what is worth least if room is needed.
+        """Store `draft`, whole or not at all; if room is needed, discard the contexts worth least.
 
         Raises QuotaFull, PinRefused, PastExpiry, StoreUnavailable and the store's other errors.
         """
@@ -172,7 +171,7 @@ class ContextStore:
         compressed: dict[bytes, bytes],
         trust: Trust,
     ) -> ContextRow:
-        """Store within the total budget, in which room is reserved from before the upload until it is counted."""
+        """Store within the total budget; room is reserved from before the upload until the context is counted."""
         reservation = secrets.token_hex(_RESERVATION_BYTES)
         try:
             return await self._create(tenant, draft, head, packed, compressed, trust, reservation)
@@ -195,7 +194,7 @@ class ContextStore:
         for _ in range(COMMIT_TRIES):
             extra_bytes = sum(map(len, upload.values()))
             needed_bytes = len(head) + len(packed.manifest) + extra_bytes
-            if needed_bytes > reserved_bytes:  # and once uploaded it stays reserved until it is counted
+            if needed_bytes > reserved_bytes:  # it stays reserved after the upload until it is counted
                 await self._room.reserve_over_all(reservation, needed_bytes)
                 reserved_bytes = needed_bytes
             reply = await self._commit(tenant, draft, head, packed, extra_bytes)
@@ -296,7 +295,7 @@ class ContextStore:
         return found
 
     async def tagged(self, tenant: str, tag: str) -> ContextRow:
-        """Return the row of the context that a tag names, before or after a move but never in between.
+        """Return the row of the context that a tag names; during a move of the tag, the old or the new one.
 
         Raises UnknownContext and other CacheErrors.
         """
@@ -328,7 +327,7 @@ class ContextStore:
         expires_unix_seconds: float | None = None,
         trust: Trust = Trust.LISTED,
     ) -> ContextRow:
-        """Change what is given; a new expiry revives an inactive context.
+        """Change the given properties; a new expiry revives an inactive context.
 
         Raises UnknownContext, PastExpiry, QuotaFull, PinRefused and other CacheErrors.
         """
@@ -387,7 +386,7 @@ class ContextStore:
         )
 
     def used(self, tenant: str, row: ContextRow, reset_ttl_seconds: float | None) -> None:
-        """Note a successful use; Redis is told within some milliseconds."""
+        """Note a successful use; it is written to Redis some milliseconds later."""
         self._uses.add(tenant, row.id, reset_ttl_seconds)
         if reset_ttl_seconds is not None:
             self._memory.postpone(tenant, row.id, self.now() + reset_ttl_seconds)
@@ -405,10 +404,10 @@ class ContextStore:
         self._memory.drop_tag(tenant, tag)
         await self._access.run(scripts.UNTAG, tenant, tag, read=lambda reply: reply)
 
-    # --- whose keys are checked
+    # --- trust in keys
 
     def accepted(self, tenant: str) -> None:
-        """Note that an upstream accepted the tenant's key. Cheap; on the path of every request."""
+        """Note that an upstream accepted the tenant's key. Called for every request, so it is cheap."""
         self._accepted.note(tenant)
 
     async def trust_of(self, tenant: str) -> Trust:
@@ -460,7 +459,7 @@ def _read_whole(reply: Any) -> tuple[int, bool]:
 
 
 async def _or_remembered(reading: Awaitable[T], remembered: T) -> T:
-    """Return what is read or, if Redis does not answer at once, what is remembered."""
+    """Return the value that is read or, if Redis does not answer at once, the remembered one."""
     try:
         async with asyncio.timeout(REREAD_LIMIT_SECONDS):
             return await reading

@@ -1,7 +1,6 @@
-"""Report uses of stored contexts to Redis: together, some milliseconds later, so that no request waits for it.
+"""Report uses of stored contexts to Redis: in batches, some milliseconds later, so that no request waits for it.
 
-While Redis is away or refuses writes the uses wait, within a bound; beyond it further contexts are not noted.
-"""
+While Redis is away or refuses writes the uses wait, up to a bound; beyond it further contexts are not noted."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ _Uses = dict[str, tuple[int, float | None]]  # by id: number of uses, and the la
 
 
 class ContextUses:
-    """One per worker. `dropped` counts uses that were not noted, because too many waited or Redis refused them."""
+    """Uses at one worker. `dropped` counts those not noted, because too many waited or Redis refused them."""
 
     def __init__(self, access: Access) -> None:
         self._access = access

@@ -1,8 +1,7 @@
-"""Drop entries from the index: over a budget, past a time to live, of an epoch that is over.
+"""Drop entries from the index: over a budget, past a time to live, or of an epoch that has ended.
 
-Every call is bounded by a number of steps, so that no request waits for a clean-up; what is left over is done by the
-next call. Nothing here decides a budget or an epoch.
-"""
+Every call is bounded by a number of steps, so that no request waits for a clean-up; the next call continues. Budgets
+and epochs are decided elsewhere."""
 
 from __future__ import annotations
 
@@ -16,14 +15,14 @@ from cache.index.replica_state import UNLIMITED_TOKENS, ReplicaState
 from cache.index.tree import Tree, new_entries
 
 MAX_BLOCKS: Final = 2_000_000
-"""Blocks of all replicas together, 100 to 200 MB: a bound for the process, whatever the budgets say."""
+"""Blocks of all replicas together (100 to 200 MB): a bound for the process, whatever the budgets are."""
 
 UPKEEP_STEPS: Final = 500
 """Nodes that one call may drop: one to two milliseconds."""
 
 
 MIN_PROMPT_TOKENS: Final = 1_024.0
-"""Prompts count as at least this long when free room is compared: shorter ones make no difference."""
+"""Least length that is assumed for a prompt when free room is compared: shorter ones make no difference."""
 
 
 class Eviction:
@@ -34,7 +33,7 @@ class Eviction:
         self._retired: deque[tuple[Tree, ReplicaEntries]] = deque()
 
     def retire(self, tree: Tree, state: ReplicaState) -> None:
-        """Give the replica empty entries in constant time; the old ones are cleared later, some at a time."""
+        """Give the replica empty entries in constant time; the old ones are cleared later, in portions."""
         old = state.entries
         state.evicted_blocks += old.evicted_blocks
         state.entries = new_entries(old.replica)
@@ -43,7 +42,7 @@ class Eviction:
         self._retired.append((tree, old))
 
     def make_room(self, tree: Tree, state: ReplicaState, states: Iterable[ReplicaState]) -> None:
-        """After a placement at `state`: bring it under its budget, and all `states` under the process's bound."""
+        """Bring `state` under its budget after a placement, and all `states` under the process's bound."""
         steps = UPKEEP_STEPS
         if state.slots is not None:
             steps = _fit_slots(tree, state, state.slots, steps)
@@ -74,7 +73,7 @@ class Eviction:
         return steps
 
     def expire(self, tree: Tree, state: ReplicaState, now: float, steps: int) -> int:
-        """Drop what is past the replica's time to live, in at most `steps` steps. Return the steps left."""
+        """Drop entries past the replica's time to live, in at most `steps` steps. Return the steps left."""
         if state.ttl_seconds is None:
             return steps
         entries = state.entries
@@ -91,7 +90,7 @@ class Eviction:
                 tree.release(entries, _oldest(entries))
                 steps -= 1
             else:
-                entries.ring.older = entries.ring.newer = None  # it is its own neighbour: cut, so that it is freed
+                entries.ring.older = entries.ring.newer = None  # it is its own neighbour: break the cycle, to free it
                 self._retired.popleft()
         return steps
 
@@ -103,12 +102,12 @@ def dropped_tokens(state: ReplicaState, matched_tokens: float, uncached_tokens: 
         over = entries.tokens + uncached_tokens - state.budget_tokens
         return min(max(over, 0.0), uncached_tokens)
     if matched_tokens > uncached_tokens or state.taken_slots < state.slots:
-        return 0.0  # it goes on in its own slot, or a slot is free
+        return 0.0  # it continues in its own slot, or a slot is free
     return entries.tokens / state.taken_slots if state.taken_slots else 0.0
 
 
 def free_prompts(state: ReplicaState, prompt_tokens: float) -> int:
-    """Count the prompts of a length that fit into free room; minus those that are held if the capacity is unknown."""
+    """Return how many prompts of a length fit into free room; if the capacity is unknown, minus the held ones."""
     if state.slots is not None:
         return state.slots - state.taken_slots
     prompt_tokens = max(prompt_tokens, MIN_PROMPT_TOKENS)
@@ -118,7 +117,7 @@ def free_prompts(state: ReplicaState, prompt_tokens: float) -> int:
 
 
 def _fit_slots(tree: Tree, state: ReplicaState, slots: int, steps: int) -> int:
-    """Keep the prompts that were used last, one per slot: each leaf of what the replica holds is one prompt."""
+    """Keep the most recently used prompts, one per slot: each leaf of the replica's entries is one prompt."""
     entries = state.entries
     ring, taken = entries.ring, 0
     surplus: list[Node] = []

@@ -1,19 +1,18 @@
-"""Compare an answer's usage with the prediction of the index, and explain the difference.
+"""Compare a response's usage with the prediction of the index, and explain the difference.
 
-Most shortfalls are neither an eviction nor a restart. Each reason is recognised by what it alone explains:
+Most shortfalls are due to neither an eviction nor a restart. Each reason is recognised by a sign of its own:
 
 - the engine reuses whole blocks only, and nothing of a prompt that is shorter (`cache.index.granularity`);
 - the prompt forks off where the engine does not share, or the fork's count was interpolated wrongly: the count of the
-  fork is corrected, after a second such answer if it is off by much;
-- the prompt was rendered differently from before (a template that drops old reasoning, say): its own length is
-  corrected and nothing else;
-- the engine evicted it: only if the entries fill the budget, and the prompt is older than anything that was shown to
-  be there; several such answers shrink the budget;
+  fork is corrected, after a second such response if the error is large;
+- the prompt was rendered differently from before (for example by a template that drops old reasoning): only its own
+  length is corrected;
+- the engine evicted it: only if the entries fill the budget, and the prompt is older than everything that was shown
+  to be cached; several such responses shrink the budget;
 - the engine restarted: only if nothing was cached of two whole earlier prompts, of two tenants if it serves several.
 
-Functions on the tree and on one replica's state. They may recount entries but never drop any; a new epoch or budget
-they only propose, and the index applies it.
-"""
+These are functions on the tree and on one replica's state. They may recount entries but never drop any; they only
+propose a new epoch or budget, which the index applies."""
 
 from __future__ import annotations
 
@@ -26,48 +25,51 @@ from cache.index.replica_state import UNLIMITED_TOKENS, ReplicaState
 from cache.index.token_counts import learn_tokens, recount
 
 MIN_TOLERANCE_TOKENS: Final = 128
-"""Engines and providers report in steps of 16 to 128 tokens; a smaller difference means nothing."""
+"""Engines and providers report in steps of 16 to 128 tokens, so a smaller difference is ignored."""
 
 SHRINK: Final = 0.95
 SHRINK_AT_LEAST: Final = 0.99
-"""Bounds of the shrink of a stated budget. One that was only learned becomes what the evicted prompts needed."""
+"""Bounds of the factor by which a stated budget shrinks. A learned one becomes what the evicted prompts needed."""
 
 GROW: Final = 1.025
 GROW_FULL_AND_RIGHT: Final = 1.001
 PROOF_SHARE: Final = 0.9
-"""A right prediction makes a full budget grow if the prompt was among the oldest tenth of what it allows."""
+"""A correct prediction makes a full budget grow if the prompt was in the oldest tenth of the budget."""
 
 SHRINK_AFTER: Final = 1.0 / 12.0
-"""Share of the cache that must be placed anew between two shrinks, since several shortfalls at once often have
-one cause. With a whole turnover, which takes minutes if sessions need more cache than there is, the budget stays a
-third above the truth, and a fifth of the turns are lost to prefixes that are gone."""
+"""Share of the cache that must be placed anew between two shrinks, since several simultaneous shortfalls often
+have one cause. With a whole turnover, which takes minutes if sessions need more cache than there is, the budget
+would stay a third too high, and a fifth of the turns would be lost to prefixes that are gone.
+"""
 
 FULL: Final = 0.95
-"""Share of the budget from which an index counts as full; only then can the budget be what was wrong."""
+"""Share of the budget from which an index counts as full; only then can a wrong budget be the cause."""
 
 NEARLY_FULL: Final = 0.85
 """Share of the budget from which an engine may have evicted something: it also holds outputs and running prompts."""
 
 RECOUNT_SHARE: Final = 0.3
-"""Up to this share one answer corrects the interpolated count of a fork; a larger error needs a second answer."""
+"""Up to this share, one response corrects the interpolated count of a fork; a larger error needs a second one."""
 
 FORK_MISSES: Final = 2
-"""Answers in a row that found far less than predicted at a fork before its count is corrected to what they found."""
+"""Responses in a row that found far less than predicted at a fork before its count is corrected to their result."""
 
 FORK_MISSES_UNPROVED: Final = 3
-"""The same, counting answers to prompts that were sent before what they share was known to be computed. It mostly is
-when they are computed themselves, and waiting for later ones lets all prompts herd on one replica meanwhile."""
+"""The same, including prompts that were sent before their shared part was known to be computed. It usually has
+been by the time they are computed, and waiting for later prompts would let all herd on one replica.
+"""
 
 EVICTIONS_KNOWN: Final = 3
 EVICTIONS_UNKNOWN: Final = 4
-"""Evictions of different prompts before the budget shrinks, if the capacity is known or not."""
+"""Evictions of different prompts before the budget shrinks, if the capacity is known and if it is not."""
 
 PROVEN_DECAY: Final = 0.98
-"""Factor of `proven_tokens` with each eviction: running requests and outputs take a changing part of the room."""
+"""Factor of `proven_tokens` at each eviction: running requests and outputs take a varying part of the room."""
 
 GROWTH: Final = 1.125
-"""With an unknown capacity only a prompt that is older by this factor than all that was shown counts as evicted: all
-conversations have grown a little since it was last used."""
+"""With an unknown capacity, a prompt counts as evicted only if it is older by this factor than all that was shown
+to be cached: all conversations have grown a little since it was last used.
+"""
 
 SHARED_SHARE: Final = 0.5
 """With an unknown capacity a prompt counts as evicted only if at most this share of it was cached."""
@@ -76,7 +78,7 @@ RECENT_PROMPTS: Final = 4
 """With an unknown capacity a prompt is recent if no more than this many of its length were placed since."""
 
 MAX_EVICTIONS: Final = 16
-"""Evictions remembered of one replica until its budget changes; a few of several tenants are enough to decide."""
+"""Evictions of one replica that are remembered until its budget changes; a few, of several tenants, suffice."""
 
 MAX_SUSPECTS: Final = 4
 
@@ -96,7 +98,7 @@ _RESTARTED: Final = FeedbackKind.RESTARTED
 def judge(
     state: ReplicaState, placement: Placement, prompt_tokens: int, cached_tokens: int | None, steps: list[Step]
 ) -> FeedbackKind:
-    """Explain an answer by comparing it with its placement, and recount the fork if that was wrong.
+    """Explain a response by comparing it with its placement, and recount the fork if its count was wrong.
 
     `steps` is the placement's path in the tree. None for `cached_tokens` means that the upstream did not report them,
     or that the request asked not to use the cache.
@@ -112,7 +114,7 @@ def judge(
     if error > tolerance + placement.allowance_tokens:
         return _more(state, placement, cached_tokens, steps, error)
     if not placement.confident:
-        # a fork has others under way most of the time: that it was computed once is enough there
+        # at a fork other prompts are mostly in flight, so it is enough that it was computed once
         if error < -tolerance and placement.forks and not placement.whole:
             if placement.proved:
                 return _fork_shortfall(placement, steps, error)
@@ -148,7 +150,7 @@ def confirm(
 
 
 def new_budget(state: ReplicaState, placement: Placement, learnt: FeedbackKind, resident_tokens: int) -> int | None:
-    """Return the budget in tokens that follows from an answer, or None; `resident_tokens` were held before it."""
+    """Return the budget in tokens that follows from a response, or None; `resident_tokens` were held before it."""
     budget = state.budget_tokens
     if learnt is _LESS:
         least = min([each.reuse_tokens for each in state.evictions], default=budget)
@@ -171,10 +173,10 @@ def new_budget(state: ReplicaState, placement: Placement, learnt: FeedbackKind, 
 def _more(
     state: ReplicaState, placement: Placement, cached_tokens: int, steps: list[Step], error: int
 ) -> FeedbackKind:
-    """More was cached than predicted: a fork was counted too short, or the index had evicted what the engine kept.
+    """Explain that more was cached than predicted: a fork was counted too short, or evicted here but not there.
 
-    A count that answers have confirmed, or one that would be wrong by far, is not what was wrong: every prompt that
-    forks off there would then be expected to be cached much further than it can be.
+    A count that responses have confirmed, or whose error would be large, is not corrected: otherwise every prompt
+    that forks off there would be expected to be cached much further than it can be.
     """
     state.suspects = []
     if placement.proved and placement.forks and not placement.whole:
@@ -190,7 +192,7 @@ def _more(
     if cached_tokens > state.proven_tokens:
         state.proven_tokens = cached_tokens
     if state.slots is not None and not placement.forks:
-        state.slots += 1  # it also keeps prompts outside its slots, in the host's memory
+        state.slots += 1  # the engine also keeps prompts outside its slots, in the host's memory
         state.capacity_tokens = None
     return _MORE
 
@@ -209,14 +211,14 @@ def _right(
         if node is not None:
             node.fork_misses = 0
             if cached_tokens and not placement.exact and node.fork_tokens < 0:
-                recount(steps, placement.held_blocks, error)  # by nothing, too: the count is known from then on
+                recount(steps, placement.held_blocks, error)  # even by 0: the count is known from then on
     if cached_tokens and not _explained(state, placement, cached_tokens, steps):
         state.suspects = []
     return _RIGHT
 
 
 def _prove(state: ReplicaState, placement: Placement) -> None:
-    """A whole earlier prompt was there: so was everything that is newer."""
+    """Note that a whole earlier prompt was cached, and so was everything newer."""
     reuse = placement.reuse_tokens
     if reuse > state.proven_tokens:
         state.proven_tokens = reuse
@@ -225,9 +227,9 @@ def _prove(state: ReplicaState, placement: Placement) -> None:
 
 
 def _fork_shortfall(placement: Placement, steps: list[Step], error: int, misses: int = FORK_MISSES) -> FeedbackKind:
-    """Less than predicted where no earlier prompt ended: counted wrongly, or not shared by the engine.
+    """Explain a shortfall at a fork, where no earlier prompt ended: counted wrongly, or not shared by the engine.
 
-    A count that is wrong by much is corrected after `misses` such answers in a row.
+    A large error is corrected after `misses` such responses in a row.
     """
     small = not placement.exact and -error <= RECOUNT_SHARE * placement.predicted_tokens
     node = _fork_node(placement, steps)
@@ -247,13 +249,13 @@ def _fork_shortfall(placement: Placement, steps: list[Step], error: int, misses:
 def _whole_shortfall(
     state: ReplicaState, placement: Placement, prompt_tokens: int, cached_tokens: int, steps: list[Step]
 ) -> FeedbackKind:
-    """Less than predicted of a whole earlier prompt, whose count was reported."""
-    is_old = placement.reuse_tokens > state.proven_tokens  # older than all that was shown to be there
+    """Explain a shortfall of a whole earlier prompt, whose count was reported."""
+    is_old = placement.reuse_tokens > state.proven_tokens  # older than everything that was shown to be cached
     is_full = state.entries.tokens >= NEARLY_FULL * state.budget_tokens
-    if state.capacity_tokens is None and not is_full:  # what was shown is all that is known of its room
+    if state.capacity_tokens is None and not is_full:  # of its room, only what was shown is known
         is_full = 0 < GROWTH * state.proven_tokens < placement.reuse_tokens > state.entries.tokens // 2
     if _explained(state, placement, cached_tokens, steps) and not (is_old and is_full):
-        # an engine that never reused a prompt this short has shown nothing by not doing so again
+        # an engine that never reused a prompt this short shows nothing by not doing so again
         return _TAIL if placement.held_tokens < state.shortest_hit_tokens else _suspect(state, placement)
     if not is_old or _is_shorter(placement, prompt_tokens, steps):
         return _TAIL
@@ -276,7 +278,7 @@ def _observe_whole(state: ReplicaState, placement: Placement, cached_tokens: int
 
 
 def _is_shorter(placement: Placement, prompt_tokens: int, steps: list[Step]) -> bool:
-    """True if the prompt has fewer tokens than its parts had before: it was rendered differently."""
+    """Return True if the prompt has fewer tokens than its parts had before: it was rendered differently."""
     if not steps or steps[-1].depth != len(placement.fingerprint.hashes):
         return False
     estimated = steps[-1].tokens
@@ -284,7 +286,7 @@ def _is_shorter(placement: Placement, prompt_tokens: int, steps: list[Step]) -> 
 
 
 def _evicted(state: ReplicaState, placement: Placement) -> FeedbackKind:
-    """Count an eviction: enough of them since the budget last changed mean that it shrinks, once a turnover."""
+    """Count an eviction; enough of them since the budget last changed shrink it, at most once per turnover."""
     state.proven_tokens = int(state.proven_tokens * PROVEN_DECAY)
     if state.slots is not None and state.slots > state.stated_slots:
         state.slots -= 1
@@ -300,7 +302,7 @@ def _evicted(state: ReplicaState, placement: Placement) -> FeedbackKind:
 
 
 def _suspect(state: ReplicaState, placement: Placement) -> FeedbackKind:
-    """Nothing was there of a whole earlier prompt: the second such prompt means a restart."""
+    """Note that nothing of a whole earlier prompt was cached; the second such prompt means a restart."""
     for other in state.suspects:
         if not same_chain(other, placement) and (other.source != placement.source or not state.has_several_sources):
             return _RESTARTED
@@ -309,7 +311,7 @@ def _suspect(state: ReplicaState, placement: Placement) -> FeedbackKind:
 
 
 def _explained(state: ReplicaState, placement: Placement, cached_tokens: int, steps: list[Step]) -> bool:
-    """True if what was cached is no more than what the suspects' own answers have computed since."""
+    """Return True if no more was cached than the suspects' own responses have computed since."""
     tolerance = max(MIN_TOLERANCE_TOKENS, state.granularity.tolerance_tokens())
     if cached_tokens <= tolerance // 2:
         return True
@@ -322,13 +324,13 @@ def _explained(state: ReplicaState, placement: Placement, cached_tokens: int, st
 
 
 def same_chain(one: Placement, other: Placement) -> bool:
-    """True if what one placement found held is a prefix of what the other did."""
+    """Return True if the held part of one placement is a prefix of that of the other."""
     depth = min(one.held_blocks, other.held_blocks) - 1
     return one.fingerprint.hashes[depth] == other.fingerprint.hashes[depth]
 
 
 def _common_blocks(one: Placement, other: Placement) -> int:
-    """Boundaries that two chains share, found by bisection since hashes are chained."""
+    """Return the number of boundaries that two chains share, found by bisection since hashes are chained."""
     mine, theirs = one.fingerprint.hashes, other.fingerprint.hashes
     low, high = 0, min(len(mine), len(theirs))
     while low < high:
@@ -341,14 +343,14 @@ def _common_blocks(one: Placement, other: Placement) -> int:
 
 
 def _is_proved_now(entries: ReplicaEntries, placement: Placement, steps: list[Step]) -> bool:
-    """True if the replica has computed by now what it was said to hold when the prompt was placed."""
+    """Return True if the replica has computed by now what the index said it held when the prompt was placed."""
     node = _fork_node(placement, steps)
     residency = None if node is None else node.held.get(entries)
     return residency is not None and node is not None and residency.confirmed == len(node.hashes)
 
 
 def _fork_node(placement: Placement, steps: list[Step]) -> Node | None:
-    """The node at whose end the placement's held part ended, if it is still there."""
+    """Return the node at whose end the placement's held part ended, None if it is gone."""
     for step in steps:
         if step.depth == placement.held_blocks and step.blocks == len(step.node.hashes):
             return step.node

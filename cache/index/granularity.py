@@ -1,8 +1,8 @@
-"""The steps in which an engine reuses a prompt, learned from the cached tokens that it reports.
+"""Learn the steps in which an engine reuses prompts, from the cached tokens that it reports.
 
-Engines reuse whole blocks: of 16 tokens on many, of several hundred on hybrid models, and some never reuse the last
-whole block. A reported count therefore falls short of what is held by up to two blocks, and that is no loss. Of a
-prompt that is shorter than these blocks nothing is reused.
+Engines reuse whole blocks: often of 16 tokens, with hybrid models of several hundred, and some never reuse the last
+whole block. A reported count may therefore be up to two blocks lower than what is held, without any loss. Prompts
+shorter than these blocks are not reused at all.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from math import gcd
 from typing import Final
 
 MIN_COUNTS: Final = 3
-"""Different reported counts needed before their common divisor is taken for the block size."""
+"""Different reported counts needed before their common divisor counts as the block size."""
 
 MIN_REPEATED: Final = 8
-"""Or two different ones in this many reports: where blocks are large, prompts of a usual length have no third."""
+"""Or two different counts in this many reports: with large blocks, prompts of a usual length have no third."""
 
 MIN_SPREAD_TOKENS: Final = 128
-"""Or one count in as many reports, for whole prompts whose lengths differ by this much."""
+"""Or one count in `MIN_REPEATED` reports, for whole prompts whose lengths differ by this much."""
 
 MIN_BLOCK_TOKENS: Final = 16
 """A smaller common divisor makes no difference to any prediction."""
@@ -27,25 +27,28 @@ MAX_LAG_BLOCKS: Final = 2
 
 
 MIN_ENDS: Final = 8
-"""Reports from which it is known how many blocks at the end an engine leaves unused."""
+"""Reports needed to know how many blocks at the end an engine leaves unused."""
 
 MIN_MISSES: Final = 3
-"""Whole recent prompts in a row of which nothing was cached before prompts up to their length are taken for too short
-to be reused. Until then such an engine has shown no count at all from which its block could be computed."""
+"""Whole recent prompts in a row of which nothing was cached, after which prompts up to their length count as too
+short to be reused. Such an engine has shown no count from which its block size could be computed.
+"""
 
 MIN_OLD_MISSES: Final = 8
-"""The same for prompts that are so old that they may have been evicted."""
+"""The same for prompts so old that they may have been evicted."""
 
 MAX_FLOOR_TOKENS: Final = 8_192
-"""A longer prompt has more than one block on any engine: the largest known block has 2,096 tokens, and two of them at
-the end are left unused at most."""
+"""A longer prompt has usable blocks on any engine: the largest known block has 2,096 tokens, and at most two at the
+end are left unused.
+"""
 
 FLOOR_GROWTH: Final = 2
-"""Prompts up to so many times as long as those of which nothing was cached are expected to find nothing either, until
-one does. Conversations grow with each turn, so that each would be longer than all that was missed before."""
+"""Factor by which prompts may be longer than those of which nothing was cached, and still be expected to find
+nothing, until one does. Conversations grow with each turn, so each turn is longer than those that missed before.
+"""
 
 COARSE_TOKENS: Final = 256
-"""From this many unused tokens at the end of a prompt on, routing takes them into account."""
+"""Number of unused tokens at the end of a prompt from which routing takes them into account."""
 
 
 class Granularity:
@@ -74,7 +77,7 @@ class Granularity:
         self._divisor = 0
         self._counts: set[int] = set()
         self._reports = 0
-        self._same = (0, 0, 0, 0)  # the last count for a whole prompt: how often in a row, for least and most held
+        self._same = (0, 0, 0, 0)  # last count for a whole prompt, repetitions in a row, least and most held
         self._lags = [0] * (MAX_LAG_BLOCKS + 1)
         self._ends = 0
         self._misses = 0
@@ -85,7 +88,7 @@ class Granularity:
         self.lag_blocks = 0
 
     def observe(self, cached_tokens: int) -> None:
-        """Learn from a reported count, whatever prompt it was for."""
+        """Learn from a reported count of any prompt."""
         if not cached_tokens or self._divisor == 1:
             return
         self._divisor = gcd(self._divisor, cached_tokens)
@@ -94,13 +97,13 @@ class Granularity:
             self._reports += 1
         different = len(self._counts)
         is_known = different >= MIN_COUNTS or (different > 1 and self._reports >= MIN_REPEATED)
-        if self._divisor != self.block_tokens and (is_known or self.block_tokens):  # or one count repeated showed it
+        if self._divisor != self.block_tokens and (is_known or self.block_tokens):  # or a repeated count showed it
             self._set_block(self._divisor)
 
     def observe_whole(self, held_tokens: int, cached_tokens: int) -> None:
         """Learn from what was cached of a whole earlier prompt: one count for several lengths is whole blocks."""
         count, times, least, most = self._same
-        if held_tokens >= (MAX_LAG_BLOCKS + 2) * cached_tokens:  # more than the blocks at an end are missing
+        if held_tokens >= (MAX_LAG_BLOCKS + 2) * cached_tokens:  # more is missing than blocks at an end
             self._same = (0, 0, 0, 0)
             return
         if count != cached_tokens:
@@ -112,7 +115,7 @@ class Granularity:
             self._set_block(self._divisor)
 
     def is_repeated(self, cached_tokens: int) -> bool:
-        """True if the last whole prompts all had this count, as they have where blocks are as long as they are."""
+        """Return True if the last whole prompts all had this count, as with blocks as long as the prompts."""
         count, times, _, _ = self._same
         return times > 1 and count == cached_tokens
 
@@ -123,7 +126,7 @@ class Granularity:
             self._lags = [0] * (MAX_LAG_BLOCKS + 1)
 
     def observe_end(self, held_tokens: int, cached_tokens: int) -> None:
-        """Learn where reuse ends, from a prompt that went on from one of which `held_tokens` were surely held."""
+        """Learn where reuse ends, from a prompt that continues one of which `held_tokens` were surely held."""
         if not self.block_tokens:
             return
         lag = held_tokens // self.block_tokens - cached_tokens // self.block_tokens
@@ -167,7 +170,7 @@ class Granularity:
         return self.floor_tokens > 0 or self.block_tokens * (1 + self.lag_blocks) >= COARSE_TOKENS
 
     def usable(self, held_tokens: int) -> int:
-        """The tokens that the engine will reuse of `held_tokens`."""
+        """Return the tokens that the engine will reuse of `held_tokens`."""
         if held_tokens <= self.floor_tokens:
             return 0
         block = self.block_tokens
@@ -176,5 +179,5 @@ class Granularity:
         return max(0, (held_tokens // block - self.lag_blocks) * block)
 
     def tolerance_tokens(self) -> int:
-        """A shortfall up to this is explained by whole blocks alone."""
+        """Return the largest shortfall that whole blocks alone explain."""
         return self.block_tokens * (1 if self._ends >= MIN_ENDS else MAX_LAG_BLOCKS + 1)

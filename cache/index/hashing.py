@@ -1,8 +1,7 @@
 """Cut a prompt's bytes into blocks and chain their hashes. The only importer of xxhash.
 
 A hash covers all bytes up to its boundary, so equal hashes mean equal prefixes. They are fast and not cryptographic:
-they may decide a route and never content.
-"""
+they may decide a route but never content."""
 
 from __future__ import annotations
 
@@ -18,8 +17,9 @@ BLOCK_BYTES_LEAST: Final = 512
 """Block size up to FINE_REACH_BYTES, where system prompts fork: about 128 tokens of prose."""
 
 FINE_REACH_BYTES: Final = 8 * 1024
-"""From there on a block is an eighth of the power of two that lies before it, so half a block, by which a fork may be
-missed, is never more than a sixteenth of what is known."""
+"""From here on a block is an eighth of the power of two below its offset, so half a block, by which a fork may be
+missed, is at most a sixteenth of what precedes it.
+"""
 
 BLOCK_BYTES_MOST: Final = 4096
 """Block size from 32 KB on: router blocks of 1 to 4 KB lose nothing against an engine's own of 16 tokens."""
@@ -57,7 +57,7 @@ def extend(known: Fingerprint, spans: Sequence[memoryview | bytes]) -> Fingerpri
 def _go_on(
     seed: int, known_hashes: array[int], known_ends: array[int], spans: Sequence[memoryview | bytes]
 ) -> Fingerprint:
-    """Continue the chain from `seed`, after copies of the known arrays."""
+    """Continue the chain from `seed`, in copies of the known arrays."""
     digest = xxh3_64_intdigest
     hashes: list[int] = []
     ends = known_ends[:]
@@ -96,8 +96,9 @@ _LISTED = array(
         *range(_32K, _LISTED_BYTES, BLOCK_BYTES_MOST),
     ],
 )
-"""The grid up to the length of nearly all prompts: slicing it is a copy, while making each number costs half as much
-as hashing a block."""
+"""The grid up to the length of nearly all prompts: a slice of it is a copy, while computing each number takes
+half as long as hashing a block.
+"""
 
 
 def _grid(begin: int, end: int) -> array[int]:
@@ -111,7 +112,7 @@ def _grid(begin: int, end: int) -> array[int]:
 
 
 def _before(offset: int) -> int:
-    """Count the grid's offsets below `offset`, which is at least 1; the list may end before it."""
+    """Return the number of the grid's offsets below `offset`, which is at least 1 and may be beyond the list."""
     last = offset - 1
     if last < FINE_REACH_BYTES:
         return last // BLOCK_BYTES_LEAST

@@ -1,8 +1,7 @@
 """Data types of the prefix tree: nodes, and which replica's entries contain them.
 
-Nodes and residencies are kept out of Python's garbage collector (`gc=False`): with a million blocks each of its full
-passes would be a pause. They form cycles only through `Node.children`, which are cut when a node is dropped.
-"""
+Nodes and residencies are exempt from Python's garbage collector (`gc=False`): with a million blocks, each full pass
+would be a pause. They form cycles only through `Node.children`, which are cut when a node is dropped."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ class Node(msgspec.Struct, gc=False, eq=False):
 
     `ends` are bytes from the start of the prompt. `tokens` count from the start of the run, so that a correction
     above the node changes nothing in it. The first `known` boundaries lie on a chain whose prompt tokens were
-    reported; at `pins` (numbers of boundaries) the count is the reported one and not interpolated by bytes.
-    """
+    reported; at `pins` (numbers of boundaries) the count was reported and not interpolated by bytes."""
 
     parent: Node | None
     hashes: array[int]
@@ -31,16 +29,16 @@ class Node(msgspec.Struct, gc=False, eq=False):
     known: int = 0
     pins: tuple[int, ...] = ()
     emitted: int = 0  # number of the last snapshot that wrote it
-    fork_misses: int = 0  # answers in a row that found far less than predicted of what forks off at its end
-    fork_tokens: int = -1  # what such prompts find, from the start of the prompt; -1: all that precedes
+    fork_misses: int = 0  # responses in a row that found far less than predicted at its end
+    fork_tokens: int = -1  # tokens that such prompts find, from the start of the prompt; -1: all that precede
 
 
 class Residency(msgspec.Struct, gc=False, eq=False):
-    """The fact that a replica holds a node. `older` and `newer` link the replica's order of recency.
+    """Records that a replica holds a node. `older` and `newer` link the replica's order of recency.
 
-    `touched_by` is the last placement over it, `confirmed` the number of the run's boundaries that an answer has
-    proved, `output_tokens` what the engine generated after the end of the run and may have cached. `ends` are the
-    numbers of boundaries at which prompts ended that this replica has answered.
+    `touched_by` is the last placement over it, `confirmed` the number of the run's boundaries that a response has
+    proved, `output_tokens` the tokens that the engine generated after the end of the run and may have cached. `ends`
+    are the numbers of boundaries at which prompts ended that this replica has answered.
     """
 
     node: Node | None

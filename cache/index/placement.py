@@ -22,8 +22,8 @@ class Match(msgspec.Struct, frozen=True, gc=False):
     """Lookup result for a prompt. `held` has the replicas that hold any of it.
 
     `known_*` is the deepest part that any replica holds. If that is not all, `evicted_from` is the replica that held
-    more until it was dropped for room (-1 if none), and `diverged` means that other prompts go on differently there.
-    """
+    more until it was dropped for room (-1 if none), and `diverged` means that other prompts continue differently
+    there."""
 
     held: dict[int, Held]
     known_blocks: int = 0
@@ -41,15 +41,14 @@ class Match(msgspec.Struct, frozen=True, gc=False):
 class Placement(msgspec.Struct, frozen=True, gc=False):
     """A prompt routed to a replica, which held `held_blocks` of it, worth `predicted_tokens`, before.
 
-    `stamp` is the time in seconds, `source` a number that identifies the tenant. `held_tokens` is what is held, of
-    which the engine reuses `predicted_tokens`. `exact` means that this is a reported count and not interpolated,
-    `whole` that an earlier prompt ended there, `forks` that other prompts go on differently from there. `proved`
-    means that an answer of this epoch showed that it was computed, `confident` that besides the last placement over
-    its deepest part is not in flight.
-    `tolerance_tokens` is the size of the last held block, `allowance_tokens` what the engine generated after it and
-    may have cached. `reuse_tokens` is how much the replica was told to hold since it last used this prompt, at least:
-    an engine that evicts the oldest first has it if it holds that much.
-    """
+    `stamp` is the time in seconds, `source` a number that identifies the tenant. `held_tokens` are held, of which the
+    engine reuses `predicted_tokens`. `exact` means that this count was reported and not interpolated, `whole` that an
+    earlier prompt ended there, `forks` that other prompts continue differently from there. `proved` means that a
+    response of this epoch showed that it was computed, `confident` that in addition the last placement over its
+    deepest part is not in flight. `tolerance_tokens` is the size of the last held block, `allowance_tokens` what the
+    engine generated after it and may have cached. `reuse_tokens` is a lower bound of the tokens placed at the replica
+    since it last used this prompt: an engine that evicts the oldest first still has the prompt if its cache holds
+    that many."""
 
     id: int
     replica: int
@@ -71,25 +70,25 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
 
 
 class FeedbackKind(enum.StrEnum):
-    """Conclusion that the index drew from an answer."""
+    """Conclusion that the index drew from a response."""
 
     NOTHING = "nothing"  # the upstream did not report, or is a provider, or the prediction was not confident
     STALE = "stale"  # routed under a past epoch, hence ignored
     RIGHT = "right"
     RECOUNTED = "recounted"  # the tokens of a fork were counted wrongly, or the engine does not share there
-    FORK = "fork"  # far less than predicted at a fork: one more corrects its count
-    TAIL = "tail"  # less of a whole earlier prompt, which was rendered differently or is not reused to its end
+    FORK = "fork"  # far less than predicted at a fork: one more such response corrects its count
+    TAIL = "tail"  # less than a whole earlier prompt, which was rendered differently or is not reused to its end
     EVICTED = "evicted"  # the engine has evicted a whole earlier prompt; several such shrink the budget
     LESS = "less"  # evicted once more: the budget shrinks
     MORE = "more"  # the budget may grow
-    SUSPECT = "suspect"  # nothing cached of a whole earlier prompt: one more means a restart
+    SUSPECT = "suspect"  # nothing cached of a whole earlier prompt: one more such response means a restart
     RESTARTED = "restarted"
 
 
 class Feedback(msgspec.Struct, frozen=True, gc=False):
-    """Predicted against reported. `error_tokens` is reported minus predicted, None if nothing was reported.
+    """Comparison of the prediction with the report. `error_tokens` is reported minus predicted, None if not reported.
 
-    `epoch` and `budget_tokens` are decisions for all proxies, None if there is none to take.
+    `epoch` and `budget_tokens` are decisions for all proxies, None if there are none.
     """
 
     predicted_tokens: int

@@ -1,10 +1,9 @@
-"""Record which replica holds which prefix: the index's verbs for looking up, placing, learning and upkeep.
+"""Record which replica holds which prefix: the index's operations for looking up, placing, learning and upkeep.
 
-In memory only. No Redis, no HTTP and no clock: `now` is passed in, in seconds of one clock that all writers share.
+It is in memory only and has no clock: `now` is passed in, in seconds of a clock that all writers share.
 Replicas are small numbers of this process. A wrong entry may cost a request time, never content.
 
-Every verb is bounded: what does not fit into one call's share of upkeep is done by the next one, or by `tend`.
-"""
+Every operation is bounded: upkeep that exceeds a call's share is done by the next call, or by `tend`."""
 
 from __future__ import annotations
 
@@ -37,18 +36,21 @@ __all__ = [
 ]
 
 LOADED_ROWS: Final = 100
-"""Rows read back between two yields: about a millisecond."""
+"""Rows loaded between two yields: about a millisecond."""
 
 MAX_IN_FLIGHT: Final = 65_536
 """Placements remembered as unanswered; beyond that the oldest count as answered."""
 
 REUSE_STEPS: Final = 8
 REUSE_STEPS_UNKNOWN: Final = 128
-"""Residencies looked at from either end for a reuse distance: under a microsecond. More while the capacity is learned
-from these distances and from nothing else."""
+"""Residencies examined from either end for a reuse distance: under a microsecond. The second number applies while
+the capacity can be learned from these distances only.
+"""
 
 ORIGIN_BITS: Final = 24
-"""Placement ids are origin << (63 - ORIGIN_BITS) | counter: no two writers share one, and they fit a signed 64."""
+"""Placement ids are origin << (63 - ORIGIN_BITS) | counter: no two writers share one, and they fit into 64 signed
+bits.
+"""
 
 # constants: the member of an enum is looked up in Python
 _RESTARTED: Final = FeedbackKind.RESTARTED
@@ -73,10 +75,9 @@ class PrefixIndex:
     # -- looking up
 
     def match(self, fingerprint: Fingerprint) -> Match:
-        """Find which replicas hold how much of a prompt.
+        """Return which replicas hold how much of a prompt.
 
-        Costs the nodes on its path and the replicas that drop out on the way.
-        """
+        Its cost is proportional to the nodes on the path and the replicas that drop out on the way."""
         hashes = fingerprint.hashes
         found: dict[int, Held] = {}
         known: Step | None = None
@@ -123,8 +124,7 @@ class PrefixIndex:
     def free_prompts(self, replica: int, prompt_tokens: float) -> int:
         """Count the prompts of this length that fit into the replica's free room.
 
-        Negative if its capacity is not known: then minus the number of such prompts that it holds.
-        """
+        If its capacity is not known, this is minus the number of such prompts that it holds."""
         state = self._replicas.get(replica)
         return 0 if state is None else free_prompts(state, prompt_tokens)
 
@@ -170,7 +170,7 @@ class PrefixIndex:
         return self._place(replica, fingerprint, prompt_tokens, now, placement_id, source)
 
     def take_back(self, placement: Placement) -> None:
-        """Undo what only this placement created and no later placement has touched."""
+        """Remove the entries that only this placement created and no later placement has touched."""
         self.apply_take_back(
             placement.replica, placement.fingerprint, placement.held_blocks, placement.epoch, placement.id
         )
@@ -200,7 +200,7 @@ class PrefixIndex:
                 self._tree.trim(entries, node, from_block - start)
 
     def settled(self, placement: Placement) -> None:
-        """End a placement whose request brought no answer to learn from; what it placed stays."""
+        """End a placement whose request brought no usage to learn from; its entries stay."""
         self._in_flight.pop(placement.id, None)
 
     # -- learning
@@ -215,7 +215,7 @@ class PrefixIndex:
         *,
         decide: bool = True,
     ) -> Feedback:
-        """Learn from an answer's usage.
+        """Learn from a response's usage.
 
         `cached_tokens` is None if the upstream did not report them, or if the request asked not to use the cache.
         With `decide` the epoch or budget that follows is applied here; without, it is only returned.
@@ -250,7 +250,7 @@ class PrefixIndex:
         *,
         cached_tokens: int | None = None,
     ) -> None:
-        """Apply what another writer's answer reported: the tokens of a chain, which the replica has computed."""
+        """Apply the usage of another writer's response: the tokens of a chain, which the replica has computed."""
         state = self._replica(replica)
         if epoch == state.epoch:
             if cached_tokens:
@@ -260,7 +260,7 @@ class PrefixIndex:
             steps = self._tree.walk(fingerprint.hashes)
             confirm(state.entries, fingerprint, steps, prompt_tokens, output_tokens)
 
-    # -- what the lease-holder decides
+    # -- epochs and budgets
 
     def new_epoch(self, replica: int, epoch: int) -> None:
         """Begin an epoch: the replica restarted and holds nothing. Takes constant time.
@@ -276,7 +276,7 @@ class PrefixIndex:
         self._coarse.discard(replica)
 
     def set_capacity(self, replica: int, tokens: int | None, slots: int | None = None) -> None:
-        """Set what the configuration or the engine states. The budget never exceeds `tokens`, if given.
+        """Set the capacity that the configuration or the engine states. The budget never exceeds `tokens`, if given.
 
         `slots` is the number of prompts that the engine can hold, if it keeps each in a slot.
         """
@@ -287,16 +287,15 @@ class PrefixIndex:
     def set_budget(self, replica: int, tokens: int) -> None:
         """Set how many tokens the index keeps of the replica, at most its capacity.
 
-        What exceeds it goes with the next placements and `tend`.
-        """
+        Entries beyond it are dropped by the next placements and `tend`."""
         state = self._replica(replica)
         tokens = min(tokens, state.bound_tokens)
         if tokens < state.budget_tokens:
-            state.placed_tokens = 0  # growing is no turnover: each right answer would put off the next shrink
+            state.placed_tokens = 0  # not for growth: otherwise each correct prediction would delay the next shrink
         state.budget_tokens = tokens
 
     def set_ttl(self, replica: int, seconds: float | None) -> None:
-        """Let the replica's placements end by time, as a provider's do: no answer then changes budget or epoch."""
+        """Let the replica's placements end by time, as at a provider: responses change neither budget nor epoch."""
         self._replica(replica).ttl_seconds = seconds
 
     def remove(self, replica: int) -> None:
@@ -319,10 +318,10 @@ class PrefixIndex:
             steps = eviction.evict(self._tree, state, steps)
         return steps <= 0
 
-    # -- seen from outside
+    # -- figures
 
     def replicas(self) -> dict[int, ReplicaStats]:
-        """Figures of each replica."""
+        """Return the figures of each replica."""
         return {
             replica: ReplicaStats(
                 state.entries.blocks,
@@ -335,7 +334,7 @@ class PrefixIndex:
         }
 
     def has_several_sources(self, replica: int) -> bool:
-        """True if more than one tenant was routed to the replica in its present epoch."""
+        """Return True if more than one tenant was routed to the replica in its present epoch."""
         return self._replica(replica).has_several_sources
 
     def budget_tokens(self, replica: int) -> int:
@@ -344,11 +343,13 @@ class PrefixIndex:
         return UNLIMITED_TOKENS if state is None else state.budget_tokens
 
     def epoch(self, replica: int) -> int:
-        """The replica's present epoch."""
+        """Return the replica's present epoch."""
         return self._replica(replica).epoch
 
     def stats(self) -> IndexStats:
-        """Totals. Memory by the measured size of a node with its arrays, of a residency, and 17 bytes a boundary."""
+        """Return the totals. Memory is estimated from the size of a node and of a residency, and 17 bytes a
+        boundary.
+        """
         tree = self._tree
         size_bytes = tree.blocks * 17 + tree.nodes * 720 + tree.residencies * 130
         return IndexStats(tree.blocks, tree.nodes, tree.residencies, size_bytes)
@@ -356,10 +357,10 @@ class PrefixIndex:
     # -- snapshots
 
     def snapshot(self, rows_per_chunk: int = 500) -> Iterator[Sequence[ReplicaRow | RunRow]]:
-        """Write all that `load` needs, in chunks of bounded work between which the index may change.
+        """Yield all rows that `load` needs, in chunks of bounded work between which the index may change.
 
-        What was there at the first chunk and still is at the last is in it, prefix-closed. A change in between may
-        or may not be, so the reader applies again what came after the first chunk.
+        Entries that exist from the first chunk to the last are included, prefix-closed. A change in between may or
+        may not be, so the reader applies changes since the first chunk again.
         """
         self._snapshots += 1
         number = self._snapshots
@@ -372,11 +373,11 @@ class PrefixIndex:
     def load(
         self, rows: Iterable[ReplicaRow | RunRow], replica_of: Mapping[int, int] | None = None
     ) -> Iterator[None]:
-        """Become the index that was written. Yields now and then, and is done when it ends.
+        """Replace this index by the one that was written. Yields from time to time; it is complete at the end.
 
-        `replica_of` translates replica numbers; those that it leaves out are dropped. Until the end all verbs use the
-        present contents, which are then let go. A replica that has begun a newer epoch here by then holds nothing,
-        and one with a time to live keeps its own.
+        `replica_of` translates replica numbers; those that it leaves out are dropped. Until the end all operations
+        use the present contents, which are then dropped. A replica that has begun a newer epoch here by then holds
+        nothing, and one with a time to live keeps it.
         """
         tree = Tree()
         loaded: dict[int, ReplicaState] = {}
@@ -491,7 +492,7 @@ class PrefixIndex:
         )
 
     def _become(self, tree: Tree, loaded: dict[int, ReplicaState]) -> None:
-        """Replace the present contents by what was read back."""
+        """Replace the present contents by the loaded ones."""
         for state in self._replicas.values():
             self._eviction.retire(self._tree, state)
         self._tree = tree

@@ -1,4 +1,4 @@
-"""The state of one replica in the index: its entries, its epoch, its room and what its answers have shown."""
+"""The state of one replica in the index: its entries, epoch and room, and what its responses have shown."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ class ReplicaState:
     it. `slots` is the number of prompts that it can hold, for engines that keep one prompt per slot, of which
     `taken_slots` are known to be taken. `placed_tokens` are the tokens placed since the budget last shrank,
     `shortest_hit_tokens` the shortest earlier prompt that was reused. `proven_tokens` is the most that the engine has
-    shown to hold at one time. `suspects` and `evictions` are answers that may mean a restart or a budget that is too
-    large.
-    `sources` are the tenants that were routed here in this epoch.
+    shown to hold at one time. `suspects` and `evictions` are responses that may mean a restart, or a budget that is
+    too large. `sources` are the tenants that were routed here in this epoch.
     """
 
     entries: ReplicaEntries
@@ -62,7 +61,7 @@ class ReplicaState:
             self.sources.add(source)
 
     def forget_answers(self) -> None:
-        """Drop what the answers of an epoch have shown."""
+        """Drop what the responses of an epoch have shown."""
         self.proven_tokens = 0
         self.shortest_hit_tokens = UNLIMITED_TOKENS
         self.granularity = Granularity()

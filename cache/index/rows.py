@@ -15,7 +15,7 @@ from cache.index.nodes import NOBODY, Node, ReplicaEntries, Residency
 from cache.index.tree import Tree
 
 SORTED_PORTION = 1_000
-"""Residencies sorted at a time while an index is read back: under a millisecond."""
+"""Residencies sorted at a time while an index is loaded: under a millisecond."""
 
 _Aged = tuple[float, int, int, Residency]
 
@@ -74,20 +74,19 @@ def written(tree: Tree, number: int, rows_per_chunk: int) -> Iterator[list[RunRo
 
 
 class Reader:
-    """Fill an empty tree from rows. `entries_of` maps a row's replica number to its entries; None leaves it out."""
+    """Fills an empty tree from rows. `entries_of` maps a row's replica number to its entries; None leaves it out."""
 
     def __init__(self, tree: Tree, entries_of: Callable[[int], ReplicaEntries | None]) -> None:
         self._tree = tree
         self._entries_of = entries_of
         self._ends: dict[int, Node] = {}
         self._order: dict[ReplicaEntries, list[list[_Aged]]] = {}
-        self._serial = 0  # keeps equal ages apart, so that residencies are never compared
+        self._serial = 0  # breaks ties of equal ages, so that residencies are never compared
 
     def add(self, row: RunRow) -> None:
         """Add a run below its parent.
 
-        A holder that does not hold the parent, or is newer than there, was added between two chunks.
-        """
+        Holders that do not hold the parent, or are newer there, were added between two chunks and are left out."""
         tree = self._tree
         parent = tree.root if row.parent is None else self._ends.get(row.parent)
         if not 0 < len(row.hashes) == 2 * len(row.ends) == 2 * len(row.tokens):
@@ -122,7 +121,7 @@ class Reader:
                     yield
 
     def _note(self, entries: ReplicaEntries, stamp: float, depth: int, residency: Residency) -> None:
-        """Collect in sorted portions, since one sort of everything would be a pause."""
+        """Add a residency to a sorted portion: sorting everything at once would be a pause."""
         portions = self._order.setdefault(entries, [[]])
         self._serial += 1
         portions[-1].append((stamp, depth, self._serial, residency))
@@ -149,7 +148,7 @@ def _first_and_last(row: RunRow) -> tuple[int, int]:
 
 
 def _unwritten(node: Node, number: int) -> list[Node]:
-    """Return, and mark as written, the node and those above it that this snapshot lacks, the highest first."""
+    """Return the node and those above it that this snapshot lacks, the highest first, and mark them as written."""
     found: list[Node] = []
     above: Node | None = node
     while above is not None and above.parent is not None and above.emitted != number:

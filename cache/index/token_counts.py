@@ -1,4 +1,4 @@
-"""Token counts along a chain: interpolated by bytes when a prompt is placed, corrected by what upstreams report.
+"""Token counts along a chain: interpolated by bytes when a prompt is placed, corrected by upstreams' reports.
 
 Pure arithmetic on the tree's nodes. A reported count is fixed at a pin; between pins counts follow the bytes.
 """
@@ -14,7 +14,7 @@ from cache.index.fingerprint import Fingerprint
 from cache.index.nodes import Node, Step
 
 MAX_PROMPT_TOKENS = 2**30
-"""A higher count that an upstream reports is clamped to this: counts are 32 bits wide."""
+"""Higher counts that an upstream reports are clamped to this: counts are 32 bits wide."""
 
 MAX_FORKS_RECOUNTED: Final = 64
 """Children of a recounted node that are corrected with it; the others are corrected by their own next answers."""
@@ -27,7 +27,7 @@ def estimate(fingerprint: Fingerprint, last: Step | None, prompt_tokens: float) 
     prompt_tokens = min(max(prompt_tokens, 0.0), MAX_PROMPT_TOKENS)
     if (
         ends[depth] <= known_bytes
-    ):  # two chains of equal hashes and different lengths: one of them was damaged in Redis
+    ):  # two chains with equal hashes and different lengths: one of them was damaged in Redis
         known_bytes = ends[depth - 1]
     rate = (prompt_tokens - known_tokens) / (ends[-1] - known_bytes)
     if rate <= 0:
@@ -36,12 +36,11 @@ def estimate(fingerprint: Fingerprint, last: Step | None, prompt_tokens: float) 
 
 
 def learn_tokens(steps: list[Step], prompt_tokens: int) -> None:
-    """Make the path's counts add up to what was reported for its end, and pin them there.
+    """Make the path's counts add up to the count that was reported for its end, and pin it there.
 
     The parts that lie on no other reported chain absorb the difference in proportion; if there are none, the part
     after the last pin of the last node does. If the prompt is shorter than its earlier parts were reported to be, it
-    is rendered differently now: the end of the part that is its alone shrinks.
-    """
+    is rendered differently now, and the end of its unshared part shrinks."""
     last = steps[-1]
     change = min(prompt_tokens, MAX_PROMPT_TOKENS) - last.tokens
     unknown = [step for step in steps if step.node.known < step.blocks]
@@ -57,7 +56,7 @@ def learn_tokens(steps: list[Step], prompt_tokens: int) -> None:
 
 
 def _shorten(steps: list[Step], prompt_tokens: int) -> None:
-    """Take what exceeds `prompt_tokens` from the end of the path, as far up as no other prompt shares it."""
+    """Remove the tokens in excess of `prompt_tokens` from the end of the path, as far as it is not shared."""
     over = sum([step.node.tokens[step.blocks - 1] for step in steps]) - prompt_tokens
     below: Node | None = None
     for step in reversed(steps):
@@ -75,7 +74,7 @@ def _shorten(steps: list[Step], prompt_tokens: int) -> None:
 
 
 def _share(unknown: list[Step], change: int) -> None:
-    """Let the part of each node that is on no reported chain absorb its share of `change`."""
+    """Distribute `change` over the parts of the nodes that are on no reported chain."""
     parts = [_tokens_between(step.node, step.node.known, step.blocks) for step in unknown]
     left = sum(parts)
     for step, part in zip(unknown, parts, strict=True):
@@ -85,7 +84,7 @@ def _share(unknown: list[Step], change: int) -> None:
 
 
 def _absorb(node: Node, start: int, stop: int, change: int) -> int:
-    """Reshape the run's boundaries [start, stop) and keep the reported counts behind them. Return the change made."""
+    """Reshape the run's boundaries [start, stop) and keep the reported counts after them. Return the change made."""
     done = reshape(node, start, stop, change) if change else 0
     if done and node.known > stop:
         reshape(node, stop, _next_pin(node, stop), -done)

@@ -1,11 +1,10 @@
-"""The radix tree of prefix chains, and which replica holds which node. No budgets, no epochs, no feedback.
+"""The radix tree of prefix chains, with the replicas that hold each node. No budgets, epochs or feedback.
 
-A node is a run of consecutive boundaries that each of its holders holds whole; at the place where they differ it is
-split. Hashes are chained, so two chains that agree at a depth agree before it: a mismatch inside a run is found by
+A node is a run of consecutive boundaries that each of its holders holds completely; if they differ, it is split.
+Hashes are chained, so two chains that agree at a depth agree before it: a mismatch inside a run is found by
 bisection, and a replica that holds a node holds all nodes above it (prefix-closed). Each replica's entries are kept
 in an order of recency in which a node is always older than those above it, so its oldest node is always a leaf among
-what it holds.
-"""
+those it holds."""
 
 from __future__ import annotations
 
@@ -19,23 +18,23 @@ from cache.index.fingerprint import Fingerprint
 from cache.index.nodes import NOBODY, Node, ReplicaEntries, Residency, Step
 
 EVICTED_HASHES: Final = 16_384
-"""Chain ends remembered after eviction, to tell an evicted prefix from a cold one: about 1.5 MB."""
+"""Chain ends remembered after eviction, to distinguish an evicted prefix from a cold one: about 1.5 MB."""
 
 MAX_CHILDREN_SEEN: Final = 8
-"""Children of a node that are looked at: where many prompts fork off, none of them is the one that goes on."""
+"""Children of a node that are examined: if many prompts fork off, none of them is the continuation."""
 
 _FOREVER = float("inf")
 
 
 def new_entries(replica: int) -> ReplicaEntries:
-    """Entries of a replica that holds nothing."""
+    """Return the entries of a replica that holds nothing."""
     ring = Residency(None, None, None, _FOREVER, 0)
     ring.older = ring.newer = ring
     return ReplicaEntries(replica, ring)
 
 
 def ends_at(step: Step, entries: ReplicaEntries) -> bool:
-    """True if a prompt that the replica answered ended at the step, or one boundary on in a partly filled block."""
+    """Return True if a prompt that the replica answered ended at the step, or in the partly filled block after it."""
     node = step.node
     residency = node.held.get(entries)
     if residency is not None and residency.ends and step.blocks in residency.ends:
@@ -49,7 +48,7 @@ def ends_at(step: Step, entries: ReplicaEntries) -> bool:
 
 
 def found_at_fork(step: Step) -> int:
-    """Return the tokens that a prompt finds that goes on differently from the end of the step."""
+    """Return the tokens that a prompt finds which continues differently after the step."""
     node = step.node
     if node.fork_tokens < 0 or step.blocks < len(node.hashes):
         return step.tokens
@@ -57,7 +56,7 @@ def found_at_fork(step: Step) -> int:
 
 
 def reuse_distance(entries: ReplicaEntries, residency: Residency, steps: int) -> int:
-    """Return at least how many tokens the replica was told to hold since it last used a node, the node's included.
+    """Return a lower bound of the tokens placed at the replica since it last used a node, including the node's.
 
     Exact for a node among the `steps` newest or the `steps` oldest; for one between them a lower bound.
     """
@@ -87,7 +86,7 @@ class Tree:
         self._last_stamp = 0.0
 
     def walk(self, hashes: Sequence[int]) -> list[Step]:
-        """Return the nodes that a chain runs through, the head first; all but the last are matched whole."""
+        """Return the nodes that a chain runs through, the head first; all but the last match completely."""
         steps: list[Step] = []
         children = self.root.children
         total, depth, tokens = len(hashes), 0, 0
@@ -114,7 +113,7 @@ class Tree:
         return self._evicted.get(block_hash, NOBODY)
 
     def stamp(self, now: float) -> float:
-        """Return `now` in seconds, moved on by the least step if needed, so that stamps order all touches."""
+        """Return `now` in seconds, increased by the least step if needed, so that stamps order all touches."""
         self._last_stamp = now if now > self._last_stamp else nextafter(self._last_stamp, _FOREVER)
         return self._last_stamp
 
@@ -164,7 +163,7 @@ class Tree:
     def grow(self, above: Node, entries: ReplicaEntries, chain: Fingerprint, depth: int, tokens: array[int]) -> Node:
         """Add the chain's boundaries from `depth` on below `above`. Return their node, not yet held by `entries`.
 
-        A leaf that only `entries` holds is lengthened in place and returned, held: a conversation stays one node.
+        A leaf that only `entries` holds is extended in place and stays held, so that a conversation stays one node.
         """
         added = len(chain.hashes) - depth
         self.blocks += added
@@ -204,7 +203,7 @@ class Tree:
             newest.newer = ring.older = residency  # type: ignore[union-attr]
 
     def restore(self, above: Node, hashes: array[int], ends: array[int], tokens: array[int]) -> Node:
-        """Add a node that was read back, below `above` and not held yet."""
+        """Add a node that was loaded, below `above` and not held yet."""
         node = Node(above, hashes, ends, tokens, {})
         if above.children is None:
             above.children = {}
@@ -214,7 +213,7 @@ class Tree:
         return node
 
     def hold(self, entries: ReplicaEntries, node: Node, residency: Residency) -> None:
-        """Let `entries` hold a node that was read back; `link` gives it a place in the order later."""
+        """Let `entries` hold a node that was loaded; `link` gives it a place in the order later."""
         node.held[entries] = residency
         entries.blocks += len(node.hashes)
         entries.tokens += node.tokens[-1]
@@ -222,13 +221,13 @@ class Tree:
         self._last_stamp = max(self._last_stamp, residency.stamp)
 
     def link(self, entries: ReplicaEntries, residency: Residency) -> None:
-        """Make a residency that was read back the replica's newest."""
+        """Make a residency that was loaded the replica's newest."""
         newest = entries.ring.older
         residency.older, residency.newer = newest, entries.ring
         newest.newer = entries.ring.older = residency  # type: ignore[union-attr]
 
     def release(self, entries: ReplicaEntries, node: Node, *, evicted: bool = False) -> None:
-        """Let go of a whole node of which `entries` holds no child; without holders it leaves the tree."""
+        """Stop holding a whole node, of which `entries` holds no child; a node without holders is removed."""
         residency = node.held.pop(entries)
         residency.older.newer, residency.newer.older = residency.newer, residency.older  # type: ignore[union-attr]
         self.residencies -= 1
@@ -246,7 +245,7 @@ class Tree:
                 self._remember(first, entries.replica)
 
     def trim(self, entries: ReplicaEntries, node: Node, keep: int, *, evicted: bool = False) -> None:
-        """Let go of all but the first `keep` boundaries (0 < keep < its length) of one of the replica's leaves."""
+        """Stop holding all but the first `keep` boundaries (0 < keep < its length) of one of the replica's leaves."""
         if len(node.held) > 1 or node.children:
             self.split(node, keep)
             self.release(entries, node, evicted=evicted)
@@ -276,7 +275,7 @@ class Tree:
 
 
 def _agreement(run: Sequence[int], hashes: Sequence[int], depth: int, differing: int) -> int:
-    """Count the boundaries of `run` that equal the chain's from `depth` on: at least one, fewer than `differing`."""
+    """Return how many boundaries of `run` equal the chain's from `depth` on: at least one, fewer than `differing`."""
     low, high = 1, differing - 1
     while low < high:
         middle = (low + high + 1) // 2

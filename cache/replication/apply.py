@@ -1,8 +1,7 @@
 """Apply other writers' deltas to this worker's index.
 
-Deltas come from Redis, which is a trust boundary: one that names an unknown replica or placement, or holds values
-that cannot be applied, is dropped and counted, and the next one is applied.
-"""
+Deltas come from Redis, which is a trust boundary: a delta that names an unknown replica or placement, or has values
+that cannot be applied, is dropped and counted, and the next one is applied."""
 
 from __future__ import annotations
 
@@ -35,10 +34,10 @@ from cache.replication.stats import JournalStats
 from cache.replication.writer import ReplicaNames
 
 REMEMBERED_BLOCKS = 1_000_000
-"""Boundaries of other writers' placements that may still be answered or taken back."""
+"""Boundaries remembered of other writers' placements, which may still be answered or taken back."""
 
 MAX_EPOCH_STEP: Final = 1_000
-"""A replica does not restart more often than this between two deltas; a larger step is damaged data."""
+"""Largest step of an epoch: a replica does not restart more often between two deltas, so more is damaged data."""
 
 _OF_REPLICAS = (Placed, Began, Budgeted, Owned)
 _CANNOT_BE_APPLIED = (StoreCorrupt, ArithmeticError, LookupError, ValueError)
@@ -48,13 +47,13 @@ class RemotePrefills(Protocol):
     """Receives the progress of other writers' requests."""
 
     def placed(self, placement: Placement, prompt_tokens: int) -> None:
-        """A request was sent; the part of its prompt that was not held is being computed."""
+        """Note that a request was sent; the part of its prompt that was not held is being computed."""
 
     def computed(self, placement_id: int) -> None:
-        """Its first token or its response came."""
+        """Note that the first token or the response of a request arrived."""
 
     def failed(self, placement_id: int) -> None:
-        """It was taken back, or its client left."""
+        """Note that a request was taken back, or that its client left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ class _Remembered:
 
 
 class DeltaApplier:
-    """Applies batches. `live` is False while the index is being rebuilt: old prefills are of no interest then."""
+    """Applies batches. `live` is False while the index is being rebuilt, when prefills are not reported."""
 
     def __init__(
         self,
@@ -115,7 +114,7 @@ class DeltaApplier:
         self.apply(batch)
 
     def apply_own_budgets(self, payload: bytes) -> None:
-        """Apply the budgets of an own entry: their order in the stream decides which change counts."""
+        """Apply the budgets of this writer's own entry: the order in the stream decides which change counts."""
         try:
             batch = codec.decode_batch(payload)[1]
         except StoreCorrupt:
@@ -164,7 +163,7 @@ class DeltaApplier:
 
     def _apply_placed(self, delta: Placed, replica: int, now: float) -> None:
         fingerprint = delta.fingerprint
-        # a clock ahead of ours must not make its placements the newest; false for NaN, too
+        # a clock ahead of ours must not make its placements the newest; also false for NaN
         stamp = delta.unix_seconds if 0.0 <= delta.unix_seconds <= now else now
         placement = self._index.apply_place(
             replica,

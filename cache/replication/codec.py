@@ -5,7 +5,7 @@ bytes, little-endian, as on every machine that Cairn supports. Journal entries a
 first, so that a writer recognises its own without decoding them. Replicas are identified by their stable names.
 
 Redis is a trust boundary: other software may write to it. Decoding raises `StoreCorrupt` for everything that is
-damaged, truncated, of another version, or holds a value that no Cairn writes, such as a negative budget, a NaN or a
+damaged, truncated, of another version, or has a value that Cairn never writes, such as a negative budget, a NaN or a
 chain whose boundaries do not increase. Callers drop such a value, count it and continue.
 """
 
@@ -34,7 +34,7 @@ VECTOR_VERSION = 1
 MAX_WRITER_BYTES = 255
 
 MAX_ENTRY_BYTES = 16 * 1024 * 1024
-"""A journal entry holds 20,000 boundaries (250 KB) plus at most one prompt; a prompt of 1 GB has 6 MB of them."""
+"""Largest journal entry. One has 20,000 boundaries (250 KB) plus at most one prompt; a prompt of 1 GB has 6 MB."""
 
 MAX_EPOCH = 2**48
 MAX_ID = 2**63 - 1
@@ -50,7 +50,7 @@ Figure = Annotated[float, Meta(ge=-60, le=1e12)]
 
 
 class Placed(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
-    """A prompt was routed to a replica. Holds the whole chain: with an unknown parent it could not be applied."""
+    """A prompt was routed to a replica. Has the whole chain, since a part could not be applied without its parent."""
 
     replica: int  # the writer's own number for it, as in the batch's names
     placement: PlacementId
@@ -59,7 +59,7 @@ class Placed(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     ends: bytes
     prompt_tokens: Tokens
     unix_seconds: float
-    source: Annotated[int, Meta(ge=0, le=2**32)] = 0  # stands for the tenant; earlier versions do not write it
+    source: Annotated[int, Meta(ge=0, le=2**32)] = 0  # a number for the tenant; earlier versions do not write it
 
     @property
     def fingerprint(self) -> Fingerprint:

@@ -1,9 +1,8 @@
-"""Claims on replicas for cold turns, which all workers of all proxies respect, and the oldest waiting turn of each.
+"""Claims on replicas for cold turns, respected by all workers of all proxies, and each worker's oldest waiting turn.
 
-A worker that wants to send a cold turn to a replica asks Redis once. It gets the replica if nobody holds it and no
-other worker has a turn that comes first. A claim expires by itself; it is released at the turn's first token. Turns
-that do not wait ask nothing.
-"""
+A worker that wants to send a cold turn to a replica asks Redis once. It gets the replica if it is not claimed and no
+other worker has a turn that comes first. A claim is released at the turn's first token, and otherwise expires. Turns
+that do not wait do not ask."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from cache.ports import Tasks
 from cache.store.store import Script, Store
 
 HEAD_SECONDS = 2.0
-"""A worker's oldest turn counts for so long after the worker named it last; it does so twice a second."""
+"""Time for which a worker's oldest turn counts after the worker last named it, which it does twice a second."""
 
 TAKE = Script(
     "cold-take",
@@ -100,15 +99,15 @@ class ColdClaims:
         Args:
             pool: the pool's name; turns for different pools do not compete.
             replicas: names, best first; empty only to name this worker's oldest turn.
-            busy: those of them that are not quiet; such a one is free only if nobody claimed it in `rest_seconds`.
+            busy: those of them that are not quiet; these are free only if not claimed for `rest_seconds`.
             rest_seconds: see `busy`.
             order: the place of this worker's oldest turn; lower texts come first.
-            tenant: whose turn it is.
-            claim_seconds: the time after which the claim ends by itself.
+            tenant: the tenant of the turn.
+            claim_seconds: the time after which the claim expires.
             most: the claims that the tenant may have at once.
 
         Returns:
-            None if no replica is free, if another worker's turn comes first, or if the tenant has its part.
+            None if no replica is free, if another worker's turn comes first, or if the tenant has `most` claims.
 
         Raises:
             CacheError: Redis did not answer.
@@ -134,7 +133,7 @@ class ColdClaims:
         self._tasks.start(self._release(pool, replica), "cold claim release")
 
     def withdraw(self, pool: str) -> None:
-        """No turn waits here any more, in the background."""
+        """Withdraw this worker's oldest turn, in the background: no turn waits any more."""
         self._tasks.start(self._withdraw(pool), "cold turn withdrawal")
 
     async def _release(self, pool: str, replica: str) -> None:

@@ -1,8 +1,8 @@
-"""Share the work in flight of every worker: each publishes its whole vector while it changes, never differences.
+"""Share every worker's work in flight: each publishes its whole vector while it changes, never differences.
 
-A lost difference would be wrong for ever; a lost vector is replaced by the next one some milliseconds later. Vectors
-of others are passed on whole, in place of the writer's previous one. The receiver ages them, and drops a writer after
-a second of silence. They are published on a pub/sub channel and not stored.
+A lost difference would never be corrected; a lost vector is replaced by the next one some milliseconds later. Vectors
+of others are passed on as a whole, in place of the writer's previous one. The receiver ages them, and drops a writer
+after a second of silence. They are published on a pub/sub channel and not stored.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ log = logging.getLogger("cairn.inflight")
 SEND_INTERVAL_SECONDS = 0.005  # vectors that are 100 ms old cost 8 % of TTFT
 ALONE_INTERVAL_SECONDS = 0.1
 REPEAT_SECONDS = 0.3  # unchanged work is published again, three times before receivers would drop it
-WRITERS_AT_MOST = 4_096  # whose last number is remembered
-NUMBER_SECONDS = 2.0  # after which a writer's last number is not binding, so that a damaged one heals
+WRITERS_AT_MOST = 4_096  # writers whose last number is remembered
+NUMBER_SECONDS = 2.0  # after this time a writer's last number is ignored, so that a damaged one does no lasting harm
 
 Row = tuple[float, ...]
 
@@ -61,12 +61,12 @@ class LoadBroadcast:
         self._number = int(clock.unix() * 1000)
         self._busy = False
         self._changed = asyncio.Event()
-        self._received: dict[str, tuple[int, float]] = {}  # writer to its last number, and when it came
+        self._received: dict[str, tuple[int, float]] = {}  # a writer's last number, and the time of its arrival
         self._running: list[asyncio.Task[Any]] = []
         self.sent = 0
         self.received = 0
         self.dropped_corrupt = 0
-        self.dropped_stale = 0  # with a number not above the writer's last one
+        self.dropped_stale = 0  # messages with a number not above the writer's last one
 
     async def start(self) -> None:
         """Begin to listen and to send."""
@@ -86,7 +86,7 @@ class LoadBroadcast:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Vectors that were dropped, by reason."""
+        """Numbers of vectors that were dropped, by reason."""
         return {"vector_corrupt": self.dropped_corrupt, "vector_stale": self.dropped_stale}
 
     def changed(self) -> None:

@@ -1,15 +1,14 @@
 """Replicate the index among all workers of all proxies through one Redis Stream.
 
-Each verb changes this worker's index at once and queues a delta for the others (`writer`); nothing that a request
-calls waits for Redis. Every few milliseconds one entry with all queued deltas is appended to the stream, which every
-worker reads and applies (`rebuild`, `apply`).
+Each operation changes this worker's index at once and queues a delta for the others (`writer`); no call of a request
+waits for Redis. Every few milliseconds one entry with all queued deltas is appended to the stream, which every worker
+reads and applies (`rebuild`, `apply`).
 
-Who decides. An epoch is a number that only grows, so two workers that detect the same restart agree without asking.
-A budget change names the value that it starts from and is applied, by its writer too, when it is read from the
-stream, and only if the budget still has that value; so the stream's order decides between two simultaneous changes.
-Workers that decided apart while Redis was away are brought together by the lease-holder, which repeats its epochs and
-budgets after each snapshot. No decision waits for the lease-holder.
-"""
+Decisions need no coordination. An epoch is a number that only grows, so two workers that detect the same restart
+agree. A budget change names the value that it starts from and is applied, also by its writer, when it is read from
+the stream, and only if the budget still has that value; so the stream's order decides between simultaneous changes.
+Workers that decided differently while Redis was away agree again through the lease-holder, which repeats its epochs
+and budgets after each snapshot. No decision waits for the lease-holder."""
 
 from __future__ import annotations
 
@@ -55,7 +54,7 @@ _AVAILABLE: Final = StoreState.AVAILABLE
 
 
 class Journal:
-    """The index's verbs, shared with all other workers. Replicas are numbers here and names in the stream."""
+    """The index's operations, shared with all other workers. Replicas are numbers here and names in the stream."""
 
     def __init__(
         self,
@@ -85,12 +84,12 @@ class Journal:
         reader = self._reader = StreamReader(store, lease, index, rows, applier, writer, clock, stats)
         self._snapshots = SnapshotWriter(index, locations, replicas, lease, reader, writer, clock, stats)
         self.holds_lease = False
-        self.others = 0  # live writers beside this one
+        self.others = 0  # other live writers
         self._generation = b""
         self._snapshotting: asyncio.Task[Any] | None = None
         self._running: list[asyncio.Task[Any]] = []
 
-    # --- verbs: synchronous, on the path of a request
+    # --- operations: synchronous, on the path of a request
 
     def place(self, replica: int, fingerprint: Fingerprint, prompt_tokens: float, *, source: int = 0) -> Placement:
         """Note that a prompt was routed; see `PrefixIndex.place`."""
@@ -114,7 +113,7 @@ class Journal:
     def left(self, placement: Placement) -> None:
         """Note that the client left before the first token. The placement stays, but nothing should wait for it."""
         if self.others and _is_shared(placement):
-            # from the end of the chain on, so that nothing is undone
+            # from the end of the chain, so that nothing is undone
             self._writer.enqueue(TakenBack(placement.id, len(placement.fingerprint.hashes)))
 
     def settled(self, placement: Placement) -> None:
@@ -164,7 +163,7 @@ class Journal:
         self._writer.enqueue(Began(replica, epoch))
 
     def set_capacity(self, replica: int, tokens: int | None, slots: int | None) -> None:
-        """Set what the replica states about its room, in this worker; see `PrefixIndex.set_capacity`."""
+        """Set the capacity that the replica reports, in this worker only; see `PrefixIndex.set_capacity`."""
         self._index.set_capacity(replica, None if tokens is None else max(1, min(tokens, UNLIMITED_TOKENS)), slots)
 
     def set_budget(self, replica: int, tokens: int) -> None:
@@ -199,8 +198,11 @@ class Journal:
         return self._writer.queued
 
     async def start(self, ready_seconds: float = READY_SECONDS) -> JournalState:
-        """Begin, and return once the index is what the others know: at once if Redis is away, and after
-        `ready_seconds` at the latest. The rest is caught up with in the background."""
+        """Begin, and return once the index contains what the others know.
+
+        Return at once if Redis is away, and after `ready_seconds` at the latest; the index then catches up in the
+        background.
+        """
         self._running = [
             self._tasks.keep(self._reader.run, "journal-read"),
             self._tasks.keep(self._writer.run, "journal-write"),
@@ -218,7 +220,7 @@ class Journal:
         return self.state
 
     async def close(self) -> None:
-        """Send what is queued, give up the lease, end."""
+        """Send the queued deltas, give up the lease, and end."""
         running = [*self._running, *([self._snapshotting] if self._snapshotting else [])]
         for task in running:
             task.cancel()
@@ -245,7 +247,7 @@ class Journal:
             await asyncio.sleep(self._lease_seconds / 3)
 
     def _note(self, tick: Tick, position_before: StreamId) -> None:
-        """Act on the lease, and on a stream that Redis lost or that was trimmed beyond this reader."""
+        """React to the state of the lease, and to a stream that was lost or trimmed beyond this reader."""
         self.holds_lease = tick.holds_lease
         self.others = max(0, tick.writers - 1)
         self._writer.alone = self.others == 0
@@ -266,8 +268,10 @@ class Journal:
             self._snapshotting = self._tasks.start(self._snapshots.write(), "journal-snapshot")
 
     def _write_anew(self) -> None:
-        """Redis lost the stream (a flush, a failover), but this worker still knows everything: repeat what others
-        may not have read, and let the lease-holder write the rest as a snapshot."""
+        """Restore a stream that Redis lost (a flush, a failover), since this worker still knows everything.
+
+        It repeats the entries that others may not have read; the lease-holder writes the rest as a snapshot.
+        """
         log.warning("Redis lost the shared index: writing it again")
         self._snapshots.wanted = True
         self._writer.repeat_recent()
@@ -283,5 +287,5 @@ def _is_shared(placement: Placement) -> bool:
 
 
 def _counted(tokens: int) -> int:
-    """A reported number of tokens, within what an entry can hold."""
+    """Return a reported number of tokens, limited to the values that an entry can have."""
     return max(0, min(tokens, UNLIMITED_TOKENS))

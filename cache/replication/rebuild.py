@@ -1,8 +1,8 @@
 """Read the journal's stream, and rebuild the index from the last snapshot when the stream alone is not enough.
 
-A rebuild loads the snapshot, then replays what the stream holds after it. It happens at the start, after Redis lost
-the stream, and after this reader fell behind the oldest entry. What is damaged in Redis is dropped and counted, never
-fatal: without a usable snapshot the index is rebuilt from the stream alone.
+A rebuild loads the snapshot, then replays the entries after it. It happens at the start, after Redis lost the stream,
+and after this reader fell behind the oldest entry. Damaged values in Redis are dropped and counted, never fatal:
+without a usable snapshot the index is rebuilt from the stream alone.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from cache.replication.writer import RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS, Jo
 from cache.store.replies import StreamEntry
 from cache.store.store import Store
 
-READ_INTERVAL_SECONDS: Final = 0.004  # between two reads, so that the entries of several writers come in one reply
+READ_INTERVAL_SECONDS: Final = 0.004  # between two reads, so that one reply has the entries of several writers
 READ_BLOCK_SECONDS: Final = 0.5
 READ_ENTRIES: Final = 256
-REPLAY_LIMIT_SECONDS: Final = 2.0  # of one read while the stream is replayed
+REPLAY_LIMIT_SECONDS: Final = 2.0  # limit of one read while the stream is replayed
 MAX_PLACED_TOKENS: Final = 2**53
-SLICE_SECONDS: Final = 0.004  # of applying or loading before the event loop gets its turn
+SLICE_SECONDS: Final = 0.004  # of applying or loading before the event loop may run
 
 
 class StreamReader:
@@ -70,7 +70,7 @@ class StreamReader:
 
     @property
     def live(self) -> bool:
-        """True if the index holds everything that the stream said, and the stream can be read."""
+        """True if the index contains the whole stream, and the stream can be read."""
         return self._applier.live and not self._refused
 
     @property
@@ -79,7 +79,7 @@ class StreamReader:
         return self._applier.live
 
     def lost(self) -> None:
-        """Note that Redis lost the stream: read the new one from its beginning. This worker still knows the old."""
+        """Note that Redis lost the stream: read the new one from the start. This worker still knows the old one."""
         self._losses += 1
         self._applier.live = False
 
@@ -101,7 +101,7 @@ class StreamReader:
                     keys.JOURNAL, format_id(position), READ_BLOCK_SECONDS, READ_ENTRIES
                 )
             except CacheError as error:
-                self._refused = isinstance(error, StoreRefused)  # an outage shows in the store's state instead
+                self._refused = isinstance(error, StoreRefused)  # an outage is visible in the store's state instead
                 await asyncio.sleep(backoff.next_seconds(random.random()))
                 continue
             self._refused = False
@@ -187,8 +187,7 @@ class SnapshotRows:
     def of(self, parts: list[bytes | None], replica_of: dict[int, int]) -> Iterator[ReplicaRow | RunRow]:
         """Yield the valid rows of all parts; fill `replica_of` before the rows that need it. Empties `parts`.
 
-        Rows that hang on a dropped one are left out by the index.
-        """
+        The index leaves out rows below a dropped one."""
         seen: set[int] = set()
         while parts:
             try:
@@ -210,7 +209,7 @@ class SnapshotRows:
                 yield self._bounded(row)
 
     def _bounded(self, row: ReplicaRow | RunRow) -> ReplicaRow | RunRow:
-        """Limit figures that may be large, but must not grow beyond what can be written again.
+        """Limit figures to values that can be written again.
 
         A clock ahead of ours must not make its placements the newest for ever.
         """

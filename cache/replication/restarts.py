@@ -1,9 +1,8 @@
-"""Detect that a replica restarted, from whole earlier prompts of which nothing was cached.
+"""Detect that a replica restarted: nothing was cached of whole earlier prompts.
 
-Two such answers in the same epoch, on chains of which neither is a prefix of the other, mean that the replica's cache
-is empty: a new epoch begins, here and for all writers. If the replica serves several tenants, the two must be of two
-tenants. The answers may be this worker's or another's.
-"""
+Two such responses in the same epoch, on chains of which neither is a prefix of the other, mean that the replica's
+cache is empty: a new epoch begins, here and for all writers. If the replica serves several tenants, the two must be
+of different tenants. The responses may be this worker's or another's."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from cache.ports import Clock
 from cache.replication.codec import Began, Delta, Placed
 
 MAX_MISSES: Final = 4
-"""Misses remembered per replica: of one tenant there may be several before another's comes."""
+"""Misses remembered per replica: one tenant may have several before another has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ class Miss:
     fingerprint: Fingerprint
     held_blocks: int
     prompt_tokens: int
-    source: int = 0  # a number that stands for the tenant
+    source: int = 0  # a number for the tenant
 
 
 class RestartDetector:
@@ -59,7 +58,7 @@ class RestartDetector:
             self._misses[replica] = [*earlier, miss][-MAX_MISSES:]
 
     def restarted(self, replica: int, epoch: int, second: Miss) -> None:
-        """Begin `epoch`, in which the replica has computed the prompts of all misses; tell all writers."""
+        """Begin `epoch`, in which the prompts of all misses have been computed, and announce it to all writers."""
         earlier = self._misses.pop(replica, [])
         now = self._clock.unix()
         self._index.new_epoch(replica, epoch)

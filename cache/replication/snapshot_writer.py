@@ -21,7 +21,7 @@ from cache.replication.snapshots import LeaseAndSnapshots
 from cache.replication.stats import JournalStats
 from cache.replication.writer import JournalWriter, ReplicaNames
 
-SNAPSHOT_ENTRIES = 4_096  # entries since the last snapshot: the most that a start replays, about
+SNAPSHOT_ENTRIES = 4_096  # entries since the last snapshot: about the most that a start replays
 SNAPSHOT_BYTES = 32 * 1024 * 1024  # bytes since the last snapshot: half a second of reading
 SNAPSHOT_SECONDS: Final = 60.0  # since the last snapshot, if anything changed
 SNAPSHOT_ROWS: Final = 100  # of one part: about 1 ms of work at 50 boundaries a row
@@ -29,7 +29,7 @@ SNAPSHOT_OWNERS: Final = 2_000
 
 
 class SnapshotWriter:
-    """One per worker. `wanted` asks for a snapshot whatever has changed, as after Redis lost everything."""
+    """Writes snapshots. One per worker. Set `wanted` to force one, as after Redis lost everything."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class SnapshotWriter:
         )
 
     async def write(self) -> None:
-        """Write the index part by part. What changes meanwhile is in the stream after the position noted here."""
+        """Write the index part by part. Later changes are in the stream after the position that is noted first."""
         reader = self._reader
         self._last_seconds = self._clock.monotonic()
         position = reader.position

@@ -1,9 +1,8 @@
-"""The lease, the snapshots, and how far the stream may be trimmed: the Redis side of it.
+"""The lease, the snapshots and the trimming of the stream, in Redis.
 
-One script looks after the lease once a second. One commits a snapshot: its parts are written before, with an expiry,
-and count only once the commit names them. Keys of the journal with a wrong type, or with a value that Cairn does not
-write, are replaced, so that damage ends by itself.
-"""
+One script maintains the lease once a second. Another commits a snapshot: its parts are written before, with an
+expiry, and count only once the commit names them. Keys of the journal with a wrong type, or with a value that Cairn
+does not write, are replaced, so that damage repairs itself."""
 
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ from cache.store.store import Script, Store
 
 CHUNK_LIMIT_SECONDS = 1.0  # of reading or writing one part
 CHUNK_EXPIRY_SECONDS = 120  # of a part that no commit has named yet
-PRESENCE_SECONDS = 5  # a writer that is silent for longer is not counted any more
-TRIM_AGE_SECONDS = 10.0  # younger entries are not trimmed: only a reader that is stalled for longer falls behind
+PRESENCE_SECONDS = 5  # a writer that is silent for longer no longer counts
+TRIM_AGE_SECONDS = 10.0  # younger entries are not trimmed: only a reader that stalls for longer falls behind
 MAX_PARTS = 100_000  # the largest index has about 20,000
 
 # Reply: 1 if the lease is ours, the generation, the id up to which the stream was trimmed, the number of live
@@ -131,7 +130,7 @@ class Tick(msgspec.Struct, frozen=True, gc=False):
 
 
 class SnapshotHead(msgspec.Struct, frozen=True, gc=False):
-    """The committed snapshot. It holds what the stream said up to `stream_id`."""
+    """The committed snapshot. It contains the stream up to `stream_id`."""
 
     id: str
     stream_id: StreamId
@@ -153,7 +152,7 @@ class LeaseAndSnapshots:
         ours, generation, trimmed, writers, tip, snapshots = await self._store.run_script(_TICK, script_keys, args)
         try:
             trimmed_id = parse_id(trimmed)
-        except StoreCorrupt:  # of a damaged snapshot, which the next one replaces
+        except StoreCorrupt:  # the snapshot is damaged; the next one replaces it
             trimmed_id = START
         return Tick(bool(ours), generation, trimmed_id, writers, parse_id(tip), bool(snapshots))
 
@@ -167,7 +166,7 @@ class LeaseAndSnapshots:
         await self._store.execute("SET", key, part, "EX", CHUNK_EXPIRY_SECONDS, limit_seconds=CHUNK_LIMIT_SECONDS)
 
     async def commit(self, snapshot: str, parts: int, stream_id: StreamId, now_unix_seconds: float) -> bool:
-        """Commit a snapshot, delete the one before, trim the stream to it.
+        """Commit a snapshot, delete the previous one, and trim the stream to it.
 
         Returns False if another writer has the lease. Raises CacheError.
         """

@@ -17,7 +17,7 @@ class JournalStats:
     applied_deltas: int = 0
     dropped_queued: int = 0  # deltas never sent, because the queue was full while Redis was away
     dropped_corrupt: int = 0  # entries, or parts of a snapshot, that could not be decoded
-    dropped_invalid: int = 0  # deltas, or rows of a snapshot, with values that no Cairn writes
+    dropped_invalid: int = 0  # deltas, or rows of a snapshot, with values that Cairn never writes
     dropped_unknown: int = 0  # deltas of replicas that this process does not have
     dropped_orphans: int = 0  # deltas of placements that are not remembered
     rebuilds: int = 0

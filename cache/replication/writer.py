@@ -1,4 +1,4 @@
-"""Write the journal: queue deltas, pack them into entries, append these to the stream.
+"""Write the journal: queue deltas, pack them into entries, and append these to the stream.
 
 `enqueue` is on the path of a request and waits for nothing. While Redis is away deltas wait in the queue, up to a
 bound; beyond it the oldest are dropped and counted.
@@ -46,7 +46,7 @@ class ReplicaNames(Protocol):
 
 
 class JournalWriter:
-    """The journal's own deltas on their way to the stream. One per worker."""
+    """Queues this worker's deltas and appends them to the stream. One per worker."""
 
     def __init__(
         self, store: Store, writer_id: str, replicas: ReplicaNames, clock: Clock, stats: JournalStats
@@ -85,7 +85,7 @@ class JournalWriter:
         return batches
 
     def repeat_recent(self) -> None:
-        """Queue the entries of the last seconds again, since Redis lost them before everyone may have read them."""
+        """Queue the entries of the last seconds again: Redis lost them, perhaps before everyone had read them."""
         self._unsent.extend([payload for _, payload in self._recent])
         self._recent.clear()
         self._recent_bytes = 0

@@ -14,15 +14,15 @@ from cache.backoff import ExponentialBackoff
 
 FAILURES_TO_OPEN = 5  # in a row; fewer could be one lost connection of a pool
 SPAN_TO_OPEN_SECONDS = (
-    0.25  # from the first failure to the last: a pause of 200 ms that fails twenty at once is a blip
+    0.25  # least time from the first failure to the last: a pause of 200 ms that fails twenty at once is harmless
 )
 WINDOW_SECONDS = 10.0  # a failure older than this is forgotten
-PAUSE_FIRST_SECONDS = 0.1  # a restart of Redis takes about as long
-PAUSE_MOST_SECONDS = 5.0  # one probe in five seconds costs nothing and recovers soon enough
+PAUSE_FIRST_SECONDS = 0.1  # a restart of Redis takes about this long
+PAUSE_MOST_SECONDS = 5.0  # a probe every five seconds costs nothing and notices recovery soon enough
 
 
 class BreakerState(enum.StrEnum):
-    """The value is the metric label."""
+    """State of a breaker; the value is the metric label."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -45,7 +45,7 @@ class Breaker:
         return self.state is BreakerState.CLOSED
 
     def pause_seconds(self, random: float) -> float:
-        """Return how long to wait before the next probe; each call of one outage returns a longer pause."""
+        """Return the seconds to wait before the next probe; within an outage each call returns a longer pause."""
         return self._backoff.next_seconds(random)
 
     def succeeded(self) -> None:

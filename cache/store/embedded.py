@@ -1,7 +1,8 @@
 """Run a private Valkey, so that Cairn starts with nothing else installed: one process on a unix socket, no TCP port.
 
-Synchronous, for the supervisor that owns it; workers connect to its `url` as to any Redis. Two Cairns never share a
-folder: each folder has a lock, which the server holds too, so that the lock outlives a supervisor that was killed.
+It is synchronous, for the supervisor that owns it; workers connect to its `url` as to any Redis. Two Cairns never
+share a folder: each folder has a lock, which the server holds too, so that the lock outlives a supervisor that was
+killed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cache.errors import EmbeddedError
 from cache.ports import Clock
 
 READY_LIMIT_SECONDS = 15.0  # typically 0.08; a large append-only file is read at about 100 MB a second
-STOP_LIMIT_SECONDS = 5.0  # to flush the append-only file; then it is killed, and its last second is lost
+STOP_LIMIT_SECONDS = 5.0  # to flush the append-only file; then it is killed and loses its last second
 ORPHAN_LIMIT_SECONDS = 3.0  # for the server of a killed supervisor to end
 ANSWER_LIMIT_SECONDS = 1.0
 POLL_SECONDS = 0.01
@@ -104,7 +105,7 @@ class EmbeddedValkey:
         return self._process is not None and self._process.poll() is None
 
     def responds(self) -> bool:
-        """Return whether the server answers within a second; "loading" is an answer too."""
+        """Return whether the server answers within a second; "loading" counts as an answer."""
         return bool(_ask(self._socket, b"PING\r\n"))
 
     def kill(self) -> None:
@@ -167,7 +168,7 @@ class EmbeddedValkey:
                         f"another Cairn (process {owner or 'unknown'}) uses {self._folder}: stop it, "
                         "give this one another folder, or share one Redis with --redis"
                     ) from None
-                # the owner was killed and its server still runs: stop that server and take over its data
+                # the owner was killed and its server still runs: stop the server and take over its data
                 _ask(self._socket, b"SHUTDOWN\r\n")
                 time.sleep(POLL_SECONDS)
         os.truncate(lock, 0)

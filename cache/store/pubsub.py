@@ -1,7 +1,7 @@
-"""Listen to a channel of Redis for ever, subscribing again after every loss of the connection.
+"""Listen to a Redis channel for ever, and subscribe again after every loss of the connection.
 
-Messages may be lost in between, and there is no sign which. A listener that depends on all of them uses `begun` and
-`ended`, which are called when a subscription begins and ends.
+Messages may be lost in between without notice. A listener that depends on all of them uses `begun` and `ended`, which
+are called when a subscription begins and ends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cache.store.store import Store
 log = logging.getLogger("cairn.pubsub")
 
 RECONNECT_FIRST_SECONDS, RECONNECT_MOST_SECONDS = 0.05, 2.0
-LISTEN_SECONDS = 1.0  # of silence on the channel, after which Redis is sent a ping
+LISTEN_SECONDS = 1.0  # of silence on the channel, after which a ping is sent to Redis
 
 
 async def listen(

@@ -15,8 +15,8 @@ from redis.backoff import ExponentialBackoff
 from cache.store.url import StoreUrl, Topology
 
 CONNECT_LIMIT_SECONDS = 1.0  # may include TLS, asking Sentinels, or learning a Cluster's slots
-CONNECTIONS = 16  # of one worker; more than it has operations at a time under ordinary load
-OWN_CONNECTIONS = 4  # beside the pool: the stream's reader, the subscriptions, and spares
+CONNECTIONS = 16  # of one worker; more than its concurrent operations under ordinary load
+OWN_CONNECTIONS = 4  # outside the pool: the stream's reader, the subscriptions, and spares
 RETRIES = 1  # a pooled connection may have died unnoticed; a second failure is left to the breaker
 RETRY_BASE_SECONDS, RETRY_CAP_SECONDS = 0.002, 0.01  # short enough for the retry to fit within the operation's limit
 
@@ -37,7 +37,7 @@ class Clients:
 def make_clients(url: StoreUrl) -> Clients:
     """Return clients for `url`; they connect at their first use."""
     options = dict(parse_url(url.node_url))
-    # The store sets one limit per whole operation, so that a blocking read can have its own.
+    # The store limits each operation as a whole, so that a blocking read can have its own limit.
     options |= {
         "protocol": 2,
         "driver_info": None,
@@ -47,7 +47,7 @@ def make_clients(url: StoreUrl) -> Clients:
     }
     if url.topology is Topology.CLUSTER:
         client = _cluster(url, options)
-        return Clients(client, client)  # a blocking read takes a connection of its node, which has plenty
+        return Clients(client, client)  # a blocking read takes a connection of its node, which has enough
     if url.topology is Topology.SENTINEL:
         return _sentinel(url, options)
     return Clients(_single(options, CONNECTIONS), _single(options, OWN_CONNECTIONS))

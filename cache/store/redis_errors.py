@@ -52,11 +52,11 @@ _FIRST_WORDS: Mapping[str, _Meaning] = {
     "NOPERM": (ErrorKind.AUTH, StoreUnavailable),
     "DENIED": (ErrorKind.AUTH, StoreUnavailable),  # protected mode: no password, and not on loopback
 }
-"""The first word of Redis's error reply, for which redis-py has no class or which it wraps in a script's error."""
+"""Meanings by the first word of Redis's reply, for errors without a class in redis-py or inside a script's error."""
 
 
 _LONG_AND_UNAUTHENTICATED = "Protocol error: unauthenticated"
-"""Redis answers so, and not with NOAUTH, to a long command (over ten arguments or 16 KB) without a password."""
+"""Redis's reply, in place of NOAUTH, to a long command (over ten arguments or 16 KB) without a password."""
 
 
 def map_error(error: BaseException, operation: str) -> CacheError:

@@ -1,4 +1,4 @@
-"""Redis replies, in each shape that redis-py gives them, as one shape. Pure."""
+"""Convert Redis replies from the several forms that redis-py returns to one. Pure."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """The connection to Redis: bounded in time and in number of operations, behind two circuit breakers.
 
-Every operation ends within its limit, with a result or with a `CacheError`. Two outages are told apart:
+Every operation ends within its limit, with a result or with a `CacheError`. There are two kinds of outage:
 
 - Redis is away (no connection, no reply, LOADING, NOAUTH, BUSY): all operations fail at once, until a probe succeeds.
 - Redis refuses writes (out of memory, READONLY, MISCONF, NOREPLICAS): writes fail at once, until a probe can write
-  again; reads and publishing go on.
+  again; reads and publishing continue.
 
 Each change is logged once. Keys, encodings and scripts belong to the callers.
 """
@@ -33,7 +33,7 @@ log = logging.getLogger("cairn.store")
 
 T = TypeVar("T")
 
-LIMIT_SECONDS = 0.05  # of one operation, its wait for a connection and its retry included
+LIMIT_SECONDS = 0.05  # of one operation, including its wait for a connection and its retry
 PROBE_LIMIT_SECONDS = CONNECT_LIMIT_SECONDS
 PROBE_KEY_MILLISECONDS = 1000
 STREAM_GRACE_SECONDS = 1.0  # beyond the time for which Redis is asked to block
@@ -63,7 +63,7 @@ class StoreState(enum.StrEnum):
 
 
 class Script:
-    """A Lua script. It is sent whole once and called by its digest afterwards.
+    """A Lua script. It is sent in full once and called by its digest afterwards.
 
     `writes` is False for a script that should run even while Redis refuses writes.
     """
@@ -86,7 +86,7 @@ class Subscription:
         self._pinged = False
 
     async def next(self, wait_seconds: float) -> bytes | None:
-        """Return the next message, or None after `wait_seconds` without one; Redis is then sent a ping.
+        """Return the next message, or None after `wait_seconds` without one; then a ping is sent.
 
         Raises StoreUnavailable if the connection is lost or the ping was not answered.
         """
@@ -134,7 +134,7 @@ class Store:
         self.observe = observe
         self.errors: dict[ErrorKind, int] = dict.fromkeys(ErrorKind, 0)  # failed operations since the start
         self.skipped = 0  # operations that were not sent because of an open breaker
-        self.openings = 0  # how often the connection's breaker opened
+        self.openings = 0  # number of times that the connection's breaker opened
         self._clients: Clients | None = None
         self._slots = asyncio.Semaphore(CONNECTIONS)
         self._waiting = 0
@@ -210,7 +210,7 @@ class Store:
     # --- operations
 
     async def execute(self, *command: str | bytes | int | float, limit_seconds: float | None = None) -> Any:
-        """Run one command and return its reply as Redis gave it (bytes, int, list, None). Raises CacheError."""
+        """Run one command and return Redis's reply unchanged (bytes, int, list, None). Raises CacheError."""
         name = str(command[0])
         return await self._pooled(
             name, lambda: self._client.execute_command(*command), limit_seconds, writes=name in _WRITES
@@ -219,7 +219,7 @@ class Store:
     async def execute_many(self, commands: Sequence[Command], limit_seconds: float | None = None) -> list[Any]:
         """Run several commands in one round trip, without a transaction. Raises CacheError.
 
-        On a Cluster all keys must lie in one slot. Scripts cannot be run this way.
+        On a Cluster all keys must be in one slot. Scripts cannot be run this way.
         """
         writes = any(command[0] in _WRITES for command in commands)
         return await self._pooled("PIPELINE", lambda: self._pipeline(commands), limit_seconds, writes=writes)
@@ -227,7 +227,7 @@ class Store:
     async def run_script(
         self, script: Script, script_keys: Sequence[str], args: Command = (), limit_seconds: float | None = None
     ) -> Any:
-        """Call a script by its digest; send it whole if Redis does not know it. Raises CacheError."""
+        """Call a script by its digest; send it in full if Redis does not know it. Raises CacheError."""
         rest = (len(script_keys), *script_keys, *args)
         try:
             return await self._run("EVALSHA", script.digest, script, rest, limit_seconds)
@@ -348,7 +348,7 @@ class Store:
             self.observe(operation, self._clock.monotonic() - started, kind)
 
     def _failed(self, error: BaseException, operation: str) -> CacheError:
-        """Map an exception and tell the breakers."""
+        """Map an exception, and report it to the breakers."""
         mapped = map_error(error, operation)
         self.errors[mapped.kind] += 1
         now_seconds = self._clock.monotonic()
@@ -366,7 +366,7 @@ class Store:
         return mapped
 
     def _reconnect_if_read_only(self, mapped: CacheError) -> None:
-        """The name may point to a new master by now, but a pooled connection would stay with the old one."""
+        """Drop pooled connections to a replica: they stay with the old server, though the name has a new master."""
         if mapped.kind is ErrorKind.READONLY and self._url is not None and self._url.topology is Topology.SINGLE:
             pool = self._client.connection_pool
             self._tasks.start(pool.disconnect(inuse_connections=False), "store-reconnect")
@@ -427,7 +427,7 @@ class Store:
 
 
 class _Outage:
-    """One breaker with the present outage: its error, when it began, and events for both of its ends."""
+    """One breaker with the present outage: its error, its beginning, and events for its beginning and end."""
 
     def __init__(self, breaker: Breaker) -> None:
         self.breaker = breaker

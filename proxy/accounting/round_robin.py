@@ -58,9 +58,7 @@ class _SimulatedCache:
             self.tokens -= held.popitem(last=False)[1]
 
     def held_bytes(self, fingerprint: Fingerprint, places: list[int]) -> tuple[int, int]:
-        """Return bounds of the prompt's bytes that it holds: at least the first, less than the second; equal if
-        known.
-        """
+        """Return bounds of the prompt's bytes that it holds: at least the first, less than the second; or equal."""
         held, hashes, ends = self.places, fingerprint.hashes, fingerprint.ends
         found = 0
         for place in places:

@@ -32,8 +32,8 @@ class Downstream(Protocol):
         ...
 
     def begin(self, status: int, reason: bytes, headers: Headers, length: int | None) -> None:
-        """Write the head of an answer whose body follows, chunked or up to the connection's end if `length` is
-        None.
+        """Write the head of an answer whose body follows; `length` None means chunked or up to the connection's
+        end.
         """
         ...
 

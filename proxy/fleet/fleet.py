@@ -196,9 +196,7 @@ class Fleet:
         return self._replicas[number].work.unanswered
 
     def sent_seconds(self, number: int, now_seconds: float) -> float:
-        """Return the seconds of prefill that were sent to a replica and are not done; requests in a queue do not
-        count.
-        """
+        """Return the seconds of prefill that were sent to a replica and are not done, without queued requests."""
         replica = self._replicas[number]
         replica.work.settle(now_seconds)
         sent = replica.work.sent_tokens - replica.work.progress_tokens(replica.rate_now, now_seconds)
@@ -339,8 +337,8 @@ class Fleet:
         return self._told_down(replica, replica.breaker.failed(failure, now_seconds, may_open=may_open), reason)
 
     def proven(self, number: int, now_seconds: float, reason: str) -> bool:
-        """Note that a request failed at this replica and succeeded at another. Return whether this one is not
-        used from now on.
+        """Note that a request failed here and succeeded elsewhere. Return whether this replica is not used from
+        now on.
         """
         replica = self._replicas[number]
         replica.quiet_view = None

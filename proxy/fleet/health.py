@@ -132,9 +132,7 @@ class HealthChecker:
         self._silences.pop(number, None)
 
     async def check(self, number: int) -> None:
-        """Ask a replica for its models, and an engine for its facts. Facts that it does not report stay as they
-        are.
-        """
+        """Ask a replica for its models, and an engine for its facts. Facts that are not reported stay as they are."""
         endpoint = self._pools.backends.get(number)
         if endpoint is None or number in self._checking:
             return

@@ -90,8 +90,8 @@ class KubernetesApi:
         self._namespace_file = namespace_file
 
     async def get(self, service: Service, query: str, limits: Limits) -> UpstreamResponse:
-        """Return a response with status 200. Raises ApiError for any other status, UpstreamError, and OSError for
-        a file.
+        """Return a response with status 200. Raises ApiError for another status, UpstreamError, and OSError for
+        files.
         """
         if self._origin is None:
             raise ApiError(0, "kubernetes.api_url is not set, and this is no pod")

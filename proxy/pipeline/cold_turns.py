@@ -116,9 +116,7 @@ class ColdTurns:
         served.note(exchange.fingerprint.hashes, depth, tokens, tokens - least, now)
 
     def _known(self, exchange: Exchange, plan: Plan, least: float) -> tuple[float, int]:
-        """Return the tokens of the prompt that were served before, and the block at which that earlier prompt
-        ended.
-        """
+        """Return the tokens of the prompt that were served before, and the block at which they end."""
         fingerprint, pool = exchange.fingerprint, exchange.pool
         assert fingerprint is not None  # noqa: S101 - the caller looked
         assert pool is not None  # noqa: S101

@@ -200,17 +200,13 @@ class Exchange:
         return own + self.context_notes if self.context_notes else own
 
     def tried_note(self) -> tuple[tuple[bytes, bytes], ...]:
-        """Return the header that lists the replicas that failed before, each with the reason; empty if there are
-        none.
-        """
+        """Return the header that lists the replicas that failed before, with the reasons; empty if none did."""
         if not self.tried:
             return ()
         return ((b"x-cairn-tried", ", ".join(f"{each.name};{each.reason}" for each in self.tried).encode()),)
 
     def saved_note(self) -> tuple[tuple[bytes, bytes], ...]:
-        """Return the header with the tokens reported as cached, if a stored context was used and they were
-        reported.
-        """
+        """Return the header with the tokens reported as cached, if a stored context was used; else nothing."""
         if self.stored is None or self.usage is None or self.usage.cached_tokens is None:
             return ()
         return ((b"msh-context-cache-token-saved", b"%d" % self.usage.cached_tokens),)

@@ -204,9 +204,7 @@ class RequestReader:
 
 
 def object_key(tenant: Tenant, pool: ServedPool, object_id: str) -> str:
-    """Return the key by which the location of an object is remembered. If clients share a key it includes the
-    owner.
-    """
+    """Return the key of an object's location in memory. If clients share a key, it includes the owner."""
     return f"{tenant.id}/{object_id}" if pool.shares_key else object_id
 
 
@@ -223,9 +221,7 @@ def has_checked_models(call: Call) -> bool:
 
 
 def _continued(call: Call, prompt: Prompt) -> list[Reference]:
-    """Return the response or conversation that a prompt continues, and the items of earlier responses that it
-    repeats.
-    """
+    """Return the response or conversation that a prompt continues, and the earlier items that it repeats."""
     found = [Reference("responses", prompt.pinned_to)] if prompt.pinned_to else []
     if call.endpoint is _RESPONSES:
         found += item_references(prompt.spans[prompt.tool_spans + prompt.system_spans :])

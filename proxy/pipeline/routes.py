@@ -61,9 +61,7 @@ COLLECTIONS = (
 """Paths under /v1 whose POST creates an object that its creator then uses by id."""
 
 _READ_WHOLE = frozenset({"batches", "containers", "conversations", "messages/batches", "videos"})
-"""Collections whose creation is read before it is sent: it names models, or objects that must belong to the
-creator.
-"""
+"""Collections whose creation is read before it is sent: it names models, or objects that the client must own."""
 
 _EXTENDED = frozenset({"containers", "conversations"})
 """Collections to whose objects other objects can be added later, by their ids."""

@@ -182,9 +182,7 @@ def capacity_of(cache_tokens: float | None, own_share: float) -> float | None:
 
 
 def has_room(room: ReplicaRoom, prompt_tokens: float) -> bool:
-    """Return True if the running prompts and this one fit into the cache, if nothing runs, or if its size is
-    unknown.
-    """
+    """Return True if the running prompts and this one fit into the cache, nothing runs, or its size is unknown."""
     capacity = room.capacity_tokens
     return capacity is None or not room.running_tokens or room.running_tokens + prompt_tokens <= capacity
 

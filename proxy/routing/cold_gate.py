@@ -240,9 +240,7 @@ class ColdGate:
         return any(pool.pressure.is_holding for pool in self._pools.values())
 
     def need(self, pool: str) -> float | None:
-        """Return the tokens that continuing sessions need, divided by the capacity of the pool's caches; None if
-        unknown.
-        """
+        """Return the tokens that continuing sessions need over the capacity of the pool's caches; None if unknown."""
         now = self._clock.monotonic()
         held = [self._capacity_tokens(view.id) for view in self._fleet.snapshot(pool, now) if view.available]
         if not held or None in held:
@@ -425,9 +423,7 @@ class ColdGate:
         self._look(pool)
 
     def _first_that_may_go(self, pool: _Pool) -> tuple[Waiting[_Waiter], list[ReplicaView]] | None:
-        """Return the first turn of a tenant that does not have its part of the replicas, and the replicas open to
-        it.
-        """
+        """Return the first turn of a tenant that lacks its part of the replicas, and the replicas open to it."""
         if not len(pool.queue):
             return None
         now = self._clock.monotonic()

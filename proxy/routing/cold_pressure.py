@@ -73,9 +73,7 @@ class ServedPrompts:
 
     @property
     def own_share(self) -> float:
-        """Mean share of a prompt that no other session has, which is what it adds to a cache that holds the
-        others.
-        """
+        """Mean share of a prompt that no other session has: the part that it adds to a cache with the others."""
         return max(self._own_share, LEAST_OWN_SHARE)
 
     def __len__(self) -> int:
@@ -165,9 +163,7 @@ class ColdPressure:
         self._repeated_tokens = self._repeated_tokens * kept + repeated_tokens
 
     def is_on(self, shortest_queue_seconds: float, waiting: int) -> bool:
-        """Return True if a cold turn that arrives now must wait. `waiting` is the number of turns that wait
-        already.
-        """
+        """Return True if a cold turn that arrives now must wait. `waiting` is the number of turns waiting already."""
         share = self.repeated_share
         if self._is_on:
             self._is_on = waiting > 0 or share >= OFF_SHARE

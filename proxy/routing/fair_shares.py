@@ -285,9 +285,7 @@ class FairQueue(Generic[T]):
             del lines[claimant.tenant]
 
     def head(self, now_seconds: float, skipped: Container[str] = ()) -> Claimant[T] | None:
-        """Return the request that is served next, of no tenant in `skipped`; None if there is none. Changes
-        nothing.
-        """
+        """Return the request to serve next, of no tenant in `skipped`; None if there is none. Changes nothing."""
         best = None
         for priority in Priority:
             head = self._head_of(priority, now_seconds, skipped)

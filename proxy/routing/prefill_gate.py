@@ -120,9 +120,7 @@ class Follower:
         return self._passage or Passage.EXPIRED
 
     def then(self, go: Callable[[], None]) -> None:
-        """Call `go` once, when it may go on. For callers without an event loop, which must call `expire`
-        themselves.
-        """
+        """Call `go` once, when it may go on. For callers without an event loop, which must call `expire`."""
         if self._passage is None:
             self._then = go
         else:

@@ -82,9 +82,7 @@ class ShortestJobQueue(Generic[T]):
         return self._by_priority[0][2]
 
     def key(self, entry: Entry[T]) -> float:
-        """Return the sort key of an entry: lower ones are served first, except for those past half of their
-        deadline.
-        """
+        """Return the sort key of an entry: lower ones are served first, except after half of a deadline."""
         return entry.work_seconds + self._ageing * entry.arrived_seconds
 
     def _compact(self) -> None:

@@ -21,9 +21,7 @@ MEMORY: Final = 0.98
 """Factor by which the weight of past answers shrinks with each new one: about fifty count."""
 
 FIRST_MEDIA_TOKENS: Mapping[str, float] = {"image": 1_000.0, "audio": 1_000.0, "file": 3_000.0}
-"""Tokens by kind before anything is learned: of a one-megapixel picture, a minute of speech, a file of a few
-pages.
-"""
+"""First guess by kind: a one-megapixel picture, a minute of speech, a file of a few pages."""
 
 MEDIA_STEP: Final = 0.2
 """Weight of the newest answer in the mean of a kind."""
@@ -80,9 +78,7 @@ class TokenCounts:
         return tokens + max(text_bytes, 0) * ratio
 
     def observe(self, model: str, size_bytes: int, prompt_tokens: int, media: Sequence[Media] = ()) -> None:
-        """Learn an engine's count for a prompt; of media only if all are of one kind, since the count is not
-        split.
-        """
+        """Learn an engine's count for a prompt; about media only if all are of one kind."""
         if size_bytes <= 0 or prompt_tokens <= 0:
             return
         if not media and prompt_tokens > size_bytes:

@@ -70,9 +70,7 @@ class TraceExport:
         self.tracer: Tracer = self._provider.get_tracer("cairn")
 
     async def close(self) -> None:
-        """Send the remaining spans, for at most `CLOSE_SECONDS`; spans that the collector has not taken then are
-        lost.
-        """
+        """Send the remaining spans, for at most `CLOSE_SECONDS`; those not taken by then are lost."""
         ended: Future[None] = Future()
 
         def shut_down() -> None:

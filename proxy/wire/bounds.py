@@ -70,9 +70,7 @@ def _structure_of(text: Body) -> int:
 
 @functools.cache
 def _array_decoder(items_most: int) -> msgspec.json.Decoder[Any]:
-    """Return the decoder of a structure written as an array, which stops at the first item too many, unlike a
-    list's.
-    """
+    """Return the decoder of a structure as an array; unlike a list's, it stops at the first item too many."""
     members = [(f"item_{place}", Raw, _ABSENT) for place in range(items_most)]
     return msgspec.json.Decoder(
         msgspec.defstruct("Items", members, array_like=True, forbid_unknown_fields=True, gc=False)

@@ -38,8 +38,7 @@ _HEAD_BYTES: Final = 256
 
 _ESCAPE: Final = b"\\u00"
 _ESCAPED_LETTER = re.compile(rb"\\u00(?:[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
-"""A letter or underscore written as an escape. Encoders do not escape letters, but a client could hide a key like
-this.
+"""A letter or underscore written as an escape. Encoders do not escape letters, but a client could to hide a key.
 """
 
 _IN_CONTENT: Final = b"file_id"  # the one key with an id in messages and input items

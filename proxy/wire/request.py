@@ -162,9 +162,7 @@ def _read_completion(body: Body) -> Prompt:
 
 
 def _read_messages(body: Body) -> Prompt:
-    """Read Anthropic's dialect. In it, after a change of `tool_choice` tools and system stay cached, but not the
-    messages.
-    """
+    """Read Anthropic's dialect, in which a change of `tool_choice` leaves tools and system cached, not messages."""
     fields = _decoded(decode_messages_counted if may_hold_many(body) else decode_messages, body)
     messages = _listed(fields.messages, "messages")
     tools, system = _present(fields.tools), _present(fields.system, fields.tool_choice)

@@ -77,9 +77,7 @@ _SYSTEM_ROLES: Final = frozenset({"system", "developer"})
 
 
 def keyed_salt(prompt: Prompt, facts: TemplateFacts, today: str) -> tuple[bytes, ...]:
-    """Return what precedes the prompt in its key: the model, and arguments that change the head of the rendered
-    text.
-    """
+    """Return what precedes the prompt in its key: the model, and arguments that change the rendered head."""
     salt = prompt.chain_salt
     if not (facts.root or facts.dated or (len(salt) > 1 and (facts.headless or not facts.none_drops_tools))):
         return salt
@@ -196,9 +194,7 @@ def _role(message: Span) -> str:
 
 
 def _without_reasoning(message: Span, facts: TemplateFacts, *, is_old: bool) -> Span:
-    """Return the message without the reasoning that is not rendered; of an item of reasoning only, the type
-    remains.
-    """
+    """Return the message without reasoning that is not rendered; of an item of reasoning only the type remains."""
     drops_field = facts.ignores_reasoning or (is_old and facts.drops_reasoning)
     drops_thoughts = is_old and facts.drops_thoughts
     if not (drops_field or drops_thoughts):

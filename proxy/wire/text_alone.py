@@ -23,9 +23,7 @@ _CLIENTS_TOOLS = frozenset({None, "", "function", "custom"})
 
 
 class TextAlone:
-    """Remembers whether all tools of a list are the client's own, since the same few lists come with every
-    request.
-    """
+    """Remembers whether all tools of a list are the client's own: the same few lists come with every request."""
 
     def __init__(self) -> None:
         self._tools: dict[tuple[int, bytes, bytes], bool] = {}

@@ -78,9 +78,7 @@ def _explanation(exchange: Exchange, verdict: Verdict | None) -> dict[str, Any]:
 
 
 def _wait(verdict: Verdict | None) -> dict[str, Any] | None:
-    """Return whether the request would wait before it is sent, why, and for about how long; None if it never
-    waits.
-    """
+    """Return whether the request would wait, why, and for about how long; None if it never waits."""
     if verdict is None:
         return None
     return {
