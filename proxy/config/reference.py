@@ -111,6 +111,8 @@ def as_json_schema() -> str:
         [Config], schema_hook=_schema_of_secret, ref_template="#/$defs/{name}"
     )
     for name, component in components.items():
+        if "description" in component:
+            component["description"] = inspect.cleandoc(component["description"])  # msgspec keeps the indentation
         section = getattr(schema, name, None)
         if isinstance(section, type) and issubclass(section, Section):
             _describe(component, section)

@@ -56,3 +56,22 @@ def test_the_schema_describes_a_file() -> None:
     assert sections["Server"]["additionalProperties"] is False
     assert sections["Replica"]["properties"]["key"]["anyOf"] == [{"type": "string"}, {"type": "null"}]
     assert set(sections["Config"]["properties"]) == {field.name for field in msgspec.structs.fields(Config)}
+
+
+def test_descriptions_in_the_schema_are_not_indented() -> None:
+    """Neither of sections and enums, which are docstrings, nor of settings."""
+    indented: list[str] = []
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            text = node.get("description")
+            if isinstance(text, str) and any(line != line.strip() for line in text.splitlines()):
+                indented.append(text)
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+
+    walk(json.loads(as_json_schema()))
+    assert not indented
