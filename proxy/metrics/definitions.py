@@ -244,7 +244,7 @@ THRASH_AVOIDED = _counter(
     "thrash_avoided_tokens",
     "Cached tokens that round robin would have computed again, while sessions needed more cache than there is.",
 )
-CACHE_NEED = _max("cache_need_ratio", "Memory that the active sessions need over that of the caches.", "pool")
+CACHE_NEED = _max("cache_need_ratio", "Memory that the active sessions need, divided by that of the caches.", "pool")
 UPSTREAM_BREAKER = _max(
     "upstream_breaker_state", "Circuit breaker of a replica: 0 closed (in use), 1 half open (trying), 2 open.",
     "upstream",
@@ -265,7 +265,7 @@ STREAM_ABORTS = _counter("stream_aborts", "Responses that were cut off.", "side"
 LOOP_LAG = _histogram("event_loop_lag_seconds", "Delay of a timer in a worker's event loop.", _LAG_SECONDS)
 IN_FLIGHT = _sum("in_flight_requests", "Requests inside Cairn.")
 CLIENT_CONNECTIONS = _sum("client_connections", "Open connections of clients.")
-CLIENT_HEAD_BYTES = _sum("client_head_bytes", "Bytes of unfinished request heads, and of requests sent ahead.")
+CLIENT_HEAD_BYTES = _sum("client_head_bytes", "Bytes of unfinished request heads, and of pipelined requests.")
 CLIENT_BODY_BYTES = _sum("client_body_bytes", "Bytes of request bodies that have arrived and are held.")
 CLIENT_REFUSED = _counter("client_refused", "Connections and requests refused at a limit of the port.", "limit")
 CLIENT_ERRORS = _counter("client_errors", "Input of clients that was not valid HTTP or came too slowly.", "reason")
