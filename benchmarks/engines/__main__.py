@@ -73,7 +73,7 @@ def pressure() -> Table:
 
 
 def room() -> Table:
-    """Conversations on engines that hold just as many, and on slots."""
+    """Run conversations on engines that hold exactly as many, and on slots."""
     table = Table(title="conversations where room is scarce: cached share of follow-ups")
     table.add_column("engines")
     table.add_column("conversations")

@@ -167,7 +167,7 @@ def own_head(version: int, writer: str) -> bytes:
     """Return the bytes with which every message of `writer` begins."""
     name = writer.encode()
     if not 0 < len(name) <= MAX_WRITER_BYTES:
-        raise ValueError(f"a writer's name has 1 to {MAX_WRITER_BYTES} bytes")
+        raise ValueError(f"a writer's name must have 1 to {MAX_WRITER_BYTES} bytes")
     return bytes((version, len(name))) + name
 
 

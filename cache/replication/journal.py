@@ -214,7 +214,8 @@ class Journal:
                     await self._reader.ready.wait()
             except TimeoutError:
                 log.warning(
-                    "the shared index is not loaded after %.1f s: starting without it, loading goes on", ready_seconds
+                    "the shared index is not loaded after %.1f s: starting without it, loading continues",
+                    ready_seconds,
                 )
         self._reader.ready.set()
         return self.state

@@ -362,7 +362,7 @@ class Store:
             self._reconnect_if_read_only(mapped)
             if self._writing.breaker.failed(now_seconds):
                 self._writing.begin(mapped, now_seconds)
-                log.warning("Redis refuses writes (%s): they wait, reads go on", mapped.kind)
+                log.warning("Redis refuses writes (%s): they wait, reads continue", mapped.kind)
         return mapped
 
     def _reconnect_if_read_only(self, mapped: CacheError) -> None:

@@ -15,7 +15,7 @@ async def meet_expectation(request: web.Request) -> web.StreamResponse | None:
     if request.version != HttpVersion11:
         return None
     if request.headers.get("Expect", "").lower() != "100-continue":
-        return web.json_response({"error": "only the expectation 100-continue is known"}, status=417)
+        return web.json_response({"error": "only the expectation 100-continue is supported"}, status=417)
     await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     request.writer.output_size = 0  # or the response would count as begun
     return None

@@ -139,7 +139,7 @@ def _bad_service(replica: Replica) -> str | None:
     if url is None:
         return "expected kubernetes+http://service.namespace:port; the port is a number or a name"
     if url.service == "*" and not replica.selector:
-        return "names no Service; set selector to the labels of those that are meant"
+        return "names no Service; set selector to the labels of the wanted Services"
     if url.port.isdigit() and not 0 < int(url.port) <= 65_535:
         return "expected a port from 1 to 65535"
     return None

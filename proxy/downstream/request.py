@@ -144,17 +144,17 @@ class IncomingRequest:
                 self.is_parser_spent = True  # llhttp may expect another protocol now
                 self.upgrade = value.strip(b" \t").lower()
         if hosts != 1 and (hosts or not self.is_http_1_0):
-            raise ProtocolError(BadHttp.HOST, "A request has exactly one Host header.")
+            raise ProtocolError(BadHttp.HOST, "A request must have exactly one Host header.")
         if encodings:
             self._check_encoding(encodings)
         if len(headers) > HEADERS_MOST:
             raise head_too_large()
         if expect and not self.is_http_1_0:
             if expect != b"100-continue":
-                raise ProtocolError(BadHttp.EXPECT, "Only the expectation 100-continue is known.", 417)
+                raise ProtocolError(BadHttp.EXPECT, "Only the expectation 100-continue is supported.", 417)
             self.expects_continue = self.has_body
         if method == b"CONNECT":
-            raise ProtocolError(BadHttp.TUNNEL, "This proxy opens no tunnels.", 501)
+            raise ProtocolError(BadHttp.TUNNEL, "This proxy does not open tunnels.", 501)
         self.method = _METHODS.get(method) or method.decode("ascii")
         self.target = target.decode("ascii")
         self.keep_alive = _may_stay(connection, self.is_http_1_0) if connection else not self.is_http_1_0
@@ -167,7 +167,8 @@ class IncomingRequest:
     def _check_encoding(self, encodings: int) -> None:
         if encodings > 1 or not self.is_chunked or self.is_http_1_0:
             raise ProtocolError(
-                BadHttp.TRANSFER_ENCODING, "The only transfer encoding of a request is chunked, of HTTP/1.1."
+                BadHttp.TRANSFER_ENCODING,
+                "The only transfer encoding of a request is chunked, in HTTP/1.1.",
             )
         if self.content_length is not None:
             raise _bad_length()

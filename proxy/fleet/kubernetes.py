@@ -94,7 +94,7 @@ class KubernetesApi:
         files.
         """
         if self._origin is None:
-            raise ApiError(0, "kubernetes.api_url is not set, and this is no pod")
+            raise ApiError(0, "kubernetes.api_url is not set, and Cairn does not run in a pod")
         namespace = service.namespace or await self._own_namespace()
         labels = [] if service.name == "*" else [f"kubernetes.io/service-name={service.name}"]
         labels += [service.selector] if service.selector else []

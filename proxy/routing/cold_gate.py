@@ -258,9 +258,9 @@ class ColdGate:
             reason = "the sessions need more cache than the replicas have"
         elif is_long(turn.uncached_tokens, rates):
             if self._shares.share_of(turn.tenant, now) < 1.0:
-                reason = "other tenants are active, and a long prefill of one keeps the others waiting"
+                reason = "other tenants are active, and a long prefill would keep them waiting"
             elif len(pool.queue) or min(map(_pending_seconds, views)) >= BACKLOG_SECONDS:
-                reason = "every replica has enough to do, and the order can be kept only here"
+                reason = "every replica has enough work, and only the proxy can keep the order"
         if not reason:
             return Verdict(kind, waits=False)
         seconds = self._wait_seconds(pool, turn, now, sum(rates))
@@ -349,7 +349,7 @@ class ColdGate:
         if self.waiting_bytes + turn.body_bytes > limits.max_waiting_bytes:
             self.refused += 1
             raise RateLimited(
-                "The requests that wait for a replica take all the memory that they may.",
+                "The requests that wait for a replica take all the memory allowed for them.",
                 retry_after_seconds=FULL_RETRY_SECONDS,
             )
         if turn.is_new and verdict.seconds > limits.max_wait_seconds:
@@ -358,7 +358,7 @@ class ColdGate:
             arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, now)
             pool.tickets.give(turn.tenant, turn.prompt_end, turn.uncached_tokens, arrived, back, now)
             raise RateLimited(
-                "More sessions are active than the replicas have memory for; new ones are taken again later.",
+                "More sessions are active than the replicas have memory for; new ones are accepted again later.",
                 retry_after_seconds=back,
             )
 

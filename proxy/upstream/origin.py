@@ -49,11 +49,11 @@ class Origin(msgspec.Struct, frozen=True, cache_hash=True):
         """
         parts = urlsplit(url)
         if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
-            raise ValueError("an upstream's URL is http://host[:port][/path] or https://host[:port][/path]")
+            raise ValueError("an upstream's URL must be http://host[:port][/path] or https://host[:port][/path]")
         if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-            raise ValueError("an upstream's URL has no credentials, query or fragment")
+            raise ValueError("an upstream's URL must have no credentials, query or fragment")
         if not (_PATH.fullmatch(parts.path) and _PATH.fullmatch(parts.hostname)):
-            raise ValueError("an upstream's URL is ASCII without spaces")
+            raise ValueError("an upstream's URL must be ASCII without spaces")
         root_path, api_path = _split_path(parts.path)
         port = parts.port or _DEFAULT_PORTS[parts.scheme]
         return cls(parts.scheme, parts.hostname, port, root_path.encode(), api_path.encode())

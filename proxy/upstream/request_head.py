@@ -39,7 +39,7 @@ class _Starts(dict[bytes, bytes | None]):
 
     def __missing__(self, name: bytes) -> bytes | None:
         if not _TOKEN.fullmatch(name):
-            raise ValueError("a header's name is a token")
+            raise ValueError("a header's name must be a token")
         start = None if name.lower() in _OURS else name + b": "
         if len(self) < _MAX_KNOWN_NAMES and len(name) < _MAX_KNOWN_NAME_BYTES:
             self[name] = start
@@ -76,14 +76,14 @@ class HeadWriter:
         line_ends = len(lines) + (1 if lines[-1] == b"\r\n" else 2)
         # Three scans of the whole head are cheaper than one per value and find every line end inside a value.
         if head.count(b"\r") != line_ends or head.count(b"\n") != line_ends or 0 in head:
-            raise ValueError("a header's value has no CR, LF or NUL")
+            raise ValueError("a header's value must not contain CR, LF or NUL")
         return head
 
     def _first_line(self, method: bytes, target: bytes) -> bytes:
         if not _TOKEN.fullmatch(method):
-            raise ValueError("a method is a token")
+            raise ValueError("a method must be a token")
         if not _TARGET.fullmatch(target):
-            raise ValueError("a target starts with a slash and has no white space or control characters")
+            raise ValueError("a target must start with a slash and contain no white space or control characters")
         line = method + b" " + self._origin.target(target) + self._host_line
         if len(self._first_lines) < _MAX_KNOWN_LINES and len(line) < _MAX_KNOWN_LINE_BYTES:
             self._first_lines[method, target] = line

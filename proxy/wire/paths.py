@@ -48,7 +48,7 @@ def split_target(target: str) -> tuple[str, str]:
     if not _ORDINARY.fullmatch(path):
         path = _normalised(path)
     if mark and ("#" in query or not _is_visible(query)):
-        raise _bad("The query holds a fragment, a space or a control character.")
+        raise _bad("The query contains a fragment, a space or a control character.")
     return path, mark + query
 
 
@@ -67,7 +67,7 @@ def _normalised(path: str) -> str:
     if not path.startswith("/"):
         raise _bad("The target of the request is not a path.")
     if "\\" in path or "#" in path or not _is_visible(path):
-        raise _bad("The path holds a backslash, a hash, a space or a control character.")
+        raise _bad("The path contains a backslash, a hash, a space or a control character.")
     kept: list[str] = []
     for segment in _ESCAPE.sub(_decoded, path).split("/"):
         if segment.replace("%3B", ";").partition(";")[0] in _DOTS and segment not in _DOTS:
@@ -83,7 +83,7 @@ def _decoded(escape: re.Match[str]) -> str:
     """Decode an escape of an unreserved character, which needs none; keep any other, in upper case."""
     digits = escape["digits"]
     if digits is None:
-        raise _bad("The path has a percent sign that no two hexadecimal digits follow.")
+        raise _bad("The path has a percent sign that is not followed by two hexadecimal digits.")
     character = chr(int(digits, 16))
     if character in _UNRESERVED:
         return character

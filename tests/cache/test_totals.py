@@ -49,7 +49,7 @@ async def test_names_of_any_characters_stay_apart(store: Store) -> None:
 
 
 async def test_a_batch_whose_answer_was_lost_counts_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It arrived, the writer did not hear of it and sends it again; what came meanwhile is a batch of its own."""
+    """It arrived, but its reply did not, so the writer sends it again; later amounts are a separate batch."""
     writer = Totals(store, "w")
     count(writer, answers=1)
     really = store.run_script

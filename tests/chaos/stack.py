@@ -199,7 +199,7 @@ class Stack:
         return self.proxies[0]
 
     def pool(self, replicas: int) -> dict[str, Any]:
-        """Return the pool's configuration with the first so many replicas."""
+        """Return the pool's configuration with the first `count` replicas."""
         named = [
             {"name": f"r{n}", "url": f"http://127.0.0.1:{port}"}
             for n, port in enumerate(self.replica_ports[:replicas])

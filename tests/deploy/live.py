@@ -112,7 +112,7 @@ class Run:
         return float(rows[0]["value"][1]) if rows else 0.0
 
     def wait_for_scrapes(self, more: int) -> None:
-        """Until so many more are there."""
+        """Wait until this many more are there."""
         wanted = self.scrapes() + more
         _until(lambda: self.scrapes() >= wanted, "scrapes")
 

@@ -180,5 +180,5 @@ async def test_explain_says_whether_a_prompt_would_wait_why_and_how_long(http):
         await stopped(batch)
     assert (waits[0]["waits"], waits[0]["reason"]) == (False, "")
     assert waits[1]["waits"]
-    assert "every replica has enough to do" in waits[1]["reason"]
+    assert "every replica has enough work" in waits[1]["reason"]
     assert waits[1]["seconds"] > 2 * 100_000 / (TOKENS_PER_SECOND * SPEED)

@@ -249,7 +249,7 @@ async def test_a_tool_answer_with_its_call_and_tool_is_taken(redis: Valkey) -> N
     ],
 )
 async def test_a_malformed_use_names_its_field(redis: Valkey, change: Any, param: str) -> None:
-    """400, and the upstream hears nothing."""
+    """400, and the upstream receives nothing."""
     async with serving(redis, warm_replicas=0) as (client, upstream):
         await client.put(tags=["t"])
         status, answer, _ = await client.call("POST", "/chat/completions", {"model": MODEL, **change})
@@ -291,7 +291,7 @@ async def test_a_dry_run_asks_no_upstream_and_counts_no_token(redis: Valkey) -> 
 
 
 async def test_reset_ttl_moves_the_end_on_success_only(redis: Valkey) -> None:
-    """Now and so many seconds; a failed answer leaves it."""
+    """It becomes now plus this many seconds; a failed response leaves it unchanged."""
     async with serving(redis, warm_replicas=0) as (client, upstream):
         made = await client.put()
         upstream.failures.append(Failure(400))

@@ -119,7 +119,7 @@ async def under_load(cairn: Cairn, http: aiohttp.ClientSession) -> AsyncIterator
 
 
 async def served(taken: list[float], count: int) -> None:
-    """Wait for so many more answers."""
+    """Wait for this many more answers."""
     before = len(taken)
     await eventually(lambda: len(taken) >= before + count, within_seconds=20)
 

@@ -104,7 +104,7 @@ async def opened(browser: Browser, admin: str, **kwargs: Any) -> Looked:
 
 
 def shown(requests: int) -> str:
-    """A script that is true once so many requests are shown."""
+    """A script that is true once this many requests are shown."""
     return f"() => Number(document.querySelector('#figures').dataset.requests) === {requests}"
 
 

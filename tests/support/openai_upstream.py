@@ -40,7 +40,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What to answer instead: an error status, or a broken connection after so many chunks of a stream."""
+    """What to answer instead: an error status, or a broken connection after this many chunks of a stream."""
 
     status: int = 500
     headers: tuple[tuple[str, str], ...] = ()

@@ -110,7 +110,7 @@ class Supervised:
             assert line, f"no line like {pattern!r} came: {self.seen}"
 
     def workers_ready(self, count: int) -> None:
-        """Wait until so many have said that they are ready, before or after it said where it serves."""
+        """Wait until this many have reported that they are ready, before or after it printed where it serves."""
         while len(re.findall("worker . is ready", "".join(self.seen))) < count:
             self.line("worker . is ready")
 

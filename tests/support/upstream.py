@@ -121,7 +121,7 @@ class Send(Step):
 
 @dataclass(frozen=True, slots=True)
 class Flood(Step):
-    """Write `piece` so many times, as fast as the client takes it."""
+    """Write `piece` this many times, as fast as the client takes it."""
 
     piece: bytes
     times: int

@@ -29,7 +29,7 @@ class Bench:
 
 
 async def until(running: Coroutine[Any, Any, None], store: FakeStore, operations: int) -> None:
-    """Run a loop until it has done so many operations."""
+    """Run a loop until it has done this many operations."""
     done = asyncio.Event()
 
     def count() -> None:

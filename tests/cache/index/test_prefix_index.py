@@ -23,7 +23,7 @@ def chain(*names: str, block_bytes: int = BLOCK_BYTES) -> Fingerprint:
 
 
 def talk(name: str, blocks: int, system: int = 0) -> Fingerprint:
-    """A prompt of so many blocks, the first `system` of which are common to all."""
+    """A prompt of `blocks` blocks, the first `system` of which are common to all."""
     return chain(*[f"s{i}" for i in range(system)], *[f"{name}{i}" for i in range(blocks - system)])
 
 

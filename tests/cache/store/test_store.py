@@ -43,7 +43,7 @@ class opened:  # noqa: N801 - reads as a verb after `async with`
 
 
 async def seconds_of(store: Store, *command: str) -> float:
-    """How long one operation takes, be it answered or not."""
+    """How long one operation takes, whether it is answered or not."""
     started = time.monotonic()  # noqa: TID251
     with contextlib.suppress(CacheError):
         await store.execute(*command)
@@ -198,7 +198,7 @@ async def test_an_exhausted_pool_is_a_timeout_and_no_queue_grows(store: Store, t
 
 
 async def test_out_of_memory_fails_writes_and_leaves_reads(store: Store, valkey: Valkey) -> None:
-    """noeviction: a write is StoreFull, scripts included, reads go on, and the breaker stays closed."""
+    """noeviction: a write is StoreFull, scripts included, reads continue, and the breaker stays closed."""
     await store.execute("SET", "k", "v")
     valkey.ask("CONFIG", "SET", "maxmemory", "1")
     try:

@@ -36,7 +36,7 @@ def made(by: By = By.MODEL) -> SavingsReport:
 
 
 def test_money_is_exact_and_input_and_bill_savings_are_two_figures() -> None:
-    """Two dollars saved of three of input and four in all, less a quarter for writing."""
+    """Two dollars saved of three of input and four in all, minus a quarter for writing."""
     line = made().lines[0]
     assert (line.name, line.answers, line.cached_share) == ("big", 2, D("0.8000"))
     assert (line.uncached_cost_usd, line.saving_usd, line.surcharge_usd) == (D(4), D(2), D("0.25"))

@@ -347,7 +347,7 @@ async def test_an_unknown_expectation_is_a_417_and_is_not_repeated(admin, start:
     head = b"%b HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nexpect: %b\r\n\r\n" % (start, expectation)
     got = await talk(port, head)
     assert got.startswith(b"HTTP/1.1 417 ")
-    assert got.endswith(b'\r\n\r\n{"error": "only the expectation 100-continue is known"}')
+    assert got.endswith(b'\r\n\r\n{"error": "only the expectation 100-continue is supported"}')
 
 
 async def test_a_client_that_waits_for_100_continue_gets_it(admin) -> None:

@@ -31,7 +31,7 @@ def view(number: int = 0) -> ReplicaView:
 
 
 def planned(matched_bytes: int, cache: CacheStatus, miss: MissReason, reason: RouteReason) -> tuple[Plan, Candidate]:
-    """A plan whose first replica holds so many bytes, at four bytes a token."""
+    """A plan whose first replica holds this many bytes, at four bytes a token."""
     candidate = Candidate(view(), matched_bytes, matched_bytes / 4, 1.0, 1.0)
     return Plan((candidate,), reason, miss, cache, 5_000.0), candidate
 

@@ -299,7 +299,7 @@ class Attempted:
 
 
 def test_a_replica_that_still_computes_the_prefix_comes_after_one_that_has_computed_it() -> None:
-    """Though the other decodes so many responses that it costs more; a moment later the order is by cost again."""
+    """Although the other one costs more because it decodes many responses; a moment later, cost decides again."""
     planning = Planning()
     exchange, now = planning.planned(planning.read()), planning.clock.monotonic()
     for replica in (0, 1):

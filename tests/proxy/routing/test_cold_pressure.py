@@ -30,7 +30,7 @@ def test_only_the_latest_prompts_are_remembered():
 
 
 def test_what_sessions_need_is_the_own_part_of_each_that_goes_on():
-    """The last prompt of each counts, less what it shared at its first turn, until it was silent for long."""
+    """The last prompt of each counts, minus what it shared at its first turn, until it was silent for long."""
     served = ServedPrompts()
     served.note([1, 2, 3], 0, 3_000.0, 1_000.0, 0.0)
     served.note([7, 8, 9], 0, 5_000.0, 0.0, 0.0)

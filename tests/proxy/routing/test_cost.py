@@ -279,7 +279,7 @@ def test_the_replica_of_the_session_is_taken_if_it_costs_little_more_and_holds_a
 
 
 class FakeRoom:
-    """Replicas with free room for so many prompts; those without must evict all that comes."""
+    """Replicas with free room for this many prompts; those without must evict for every prompt."""
 
     def __init__(self, *free: int) -> None:
         self.free = free

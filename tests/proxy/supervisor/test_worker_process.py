@@ -32,7 +32,7 @@ SILENT = "import signal; signal.pause()"
 
 
 class Heard:
-    """A watcher that notes what it hears."""
+    """A watcher that records its calls."""
 
     def __init__(self) -> None:
         self.deaths: asyncio.Queue[int] = asyncio.Queue()
@@ -90,7 +90,7 @@ async def test_nobody_explains_where_there_is_no_worker() -> None:
 
 
 async def test_a_worker_that_hears_nothing_is_killed_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A drain ends even where the worker stands still."""
+    """A drain ends even if the worker is frozen."""
     monkeypatch.setattr(slot_module, "KILL_MARGIN_SECONDS", 0.05)
     program = Program([sys.executable, "-c", SILENT], dict(os.environ))  # noqa: TID251
     slot = WorkerProcess(0, program, [], Config(), Heard(), SystemClock())
