@@ -11,12 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 _MARK = b'DISTRIBUTION = "cairn-proxy"'
+_UNUSED = "opentelemetry.sdk.metrics"  # redis-py loads it if it is installed: 0.2 s for each process, for nothing
 
 
 def main() -> None:
     """Run the command line; exits."""
     if problem := foreign_package(Path(__file__).resolve().parent.parent):
         sys.exit(f"cairn: {problem}")
+    sys.modules[_UNUSED] = None  # type: ignore[assignment]  # importing it fails, as if it were not installed
     try:
         from proxy.cli.main import cli
     except ImportError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import socket
 import subprocess
@@ -109,6 +110,17 @@ def test_a_foreign_package_is_told_in_one_line(tmp_path: Path, name: str, conten
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=tmp_path, check=False)
     assert done.returncode == 1
     assert re.fullmatch(rf"cairn: the package `{name}` \(.*\) is not Cairn's: .*\n", done.stderr), done.stderr
+
+
+def test_no_process_loads_the_metrics_of_opentelemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """redis-py would, if they are installed; nothing of Cairn's uses them."""
+    monkeypatch.setattr(sys, "argv", ["cairn", "--version"])
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.metrics", sys)  # to be put back as it was
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 0
+    with pytest.raises(ImportError):
+        importlib.import_module("opentelemetry.sdk.metrics")
 
 
 def test_a_missing_package_is_told_in_one_line() -> None:
