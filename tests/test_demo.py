@@ -49,7 +49,7 @@ def test_ten_questions_take_turns_between_the_documents():
 
 
 def test_questions_about_a_document_share_all_of_their_prompt_but_the_question():
-    """What comes before the question is the same to the byte."""
+    """Everything before the question is the same to the byte."""
     one, other = (chat_request(Question("cairns.md", text), "m")["messages"] for text in ("a", "b"))
     assert one[0] == other[0]
     assert one[1] != other[1]
@@ -115,7 +115,7 @@ def test_the_second_question_about_a_document_is_warm_on_a_real_engine(engine):
 
 @pytest.mark.engine
 def test_a_restarted_engine_has_its_address_and_an_empty_cache(two_engines):
-    """What tests of restarts rely on."""
+    """Tests of restarts rely on this."""
     engine = two_engines[1]
     question, clock, url = ten_questions()[0], SystemClock(), engine.url
     ask(url, MODEL_NAME, question, clock)

@@ -1,4 +1,4 @@
-"""What tests of the cache share: one server, emptied for each test, a store on it, and a Cluster of three."""
+"""Fixtures of the cache's tests: one server, emptied for each test, a store on it, and a Cluster of three."""
 
 from __future__ import annotations
 

@@ -261,7 +261,7 @@ def test_a_good_delta_after_an_impossible_one_of_the_same_entry_is_applied() -> 
 
 
 def test_a_placement_from_the_future_is_not_the_newest_for_ever() -> None:
-    """Neither by a delta nor by a snapshot; NaN counts as now."""
+    """This holds for a delta and for a snapshot; NaN counts as now."""
     for seconds in (1e12, float("inf"), float("nan"), -5.0):
         worker = Usable()
         chain = CHAINS[0]
@@ -305,7 +305,7 @@ def good_row() -> list[bytes | None]:
 @settings(max_examples=300)
 @given(st.lists(st.tuples(st.integers(0, 12), fields), max_size=4), st.integers(0, 2**53))
 def test_any_fields_are_a_valid_row_or_corrupt(changes: list[tuple[int, bytes | None]], now_ms: int) -> None:
-    """Whatever is computed of a row that was read is finite."""
+    """Everything that is computed from a row that was read is finite."""
     stored = good_row()
     for at, value in changes:
         stored[at] = value

@@ -9,7 +9,7 @@ from cache import keys
 
 
 def test_every_key_has_the_prefix() -> None:
-    """So that a Redis can be shared, and Cairn's part of it found."""
+    """A Redis can therefore be shared, and Cairn's keys in it can be found."""
     names = [value for name, value in vars(keys).items() if name.isupper()]
     assert len(names) >= 8
     assert all(name.startswith("cairn:") for name in names)

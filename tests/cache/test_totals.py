@@ -39,7 +39,7 @@ async def test_two_writers_add_up_to_the_last_unit(store: Store) -> None:
 
 
 async def test_names_of_any_characters_stay_apart(store: Store) -> None:
-    """What an upstream lists may hold anything."""
+    """Names that an upstream lists may contain anything."""
     writer = Totals(store, "w")
     names = ('a"b', "a\x1fb", "a:b", "ä", "")
     for name in names:

@@ -22,7 +22,7 @@ _CACHED = re.compile(rb'"cached_tokens": (\d+)')
 
 
 class Answer(NamedTuple):
-    """What a replica says to one list of messages."""
+    """A replica's response to one list of messages."""
 
     id: str
     words: tuple[str, ...]

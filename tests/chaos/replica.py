@@ -24,7 +24,7 @@ _BLOCK_BYTES = 256
 
 
 class Replica:
-    """What all connections share: the prefix cache and the present delay."""
+    """State that all connections share: the prefix cache and the present delay."""
 
     def __init__(self) -> None:
         self.late_seconds = 0.0

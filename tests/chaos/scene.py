@@ -1,4 +1,4 @@
-"""What a play acts on: the stack, the store outside it, and the marks that the verdict needs."""
+"""The objects of a play: the stack, the store outside it, and the marks that the verdict needs."""
 
 from __future__ import annotations
 

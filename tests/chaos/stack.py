@@ -1,4 +1,4 @@
-"""The system under test: replicas and proxies in processes of their own, and a watch over each proxy's readiness."""
+"""The system under test: replicas and proxies in separate processes, and a watch over each proxy's readiness."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CHECK_SECONDS = SILENCE_SECONDS = 1.0
 
 
 class Failed(Exception):
-    """The stack did not do what the play depends on; the text says what."""
+    """The stack did not do what the play depends on; the message describes it."""
 
 
 class Program:
@@ -96,7 +96,7 @@ class Seen(NamedTuple):
 
 
 class Surroundings(NamedTuple):
-    """What the proxies' processes inherit: variables, and the limit of open files (0 for the machine's)."""
+    """The environment of the proxies' processes: variables, and the limit of open files (0 for the machine's)."""
 
     environment: Mapping[str, str]
     open_files: int = 0
@@ -199,7 +199,7 @@ class Stack:
         return self.proxies[0]
 
     def pool(self, replicas: int) -> dict[str, Any]:
-        """Return the pool's configuration with the first `count` replicas."""
+        """Return the pool's configuration with the first `replicas` replicas."""
         named = [
             {"name": f"r{n}", "url": f"http://127.0.0.1:{port}"}
             for n, port in enumerate(self.replica_ports[:replicas])

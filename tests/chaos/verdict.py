@@ -16,7 +16,7 @@ _READY = "ready"
 
 
 class Marks(NamedTuple):
-    """What the play noted. Times are monotonic seconds."""
+    """Observations of a play. Times are monotonic seconds."""
 
     begun: float
     mended: float

@@ -37,7 +37,7 @@ DOCUMENT = "A cairn is a pile of stones that marks a path for those who come aft
 
 @dataclass
 class Scripted:
-    """Upstreams in a loop and thread of their own."""
+    """Upstreams in a separate loop and thread."""
 
     engines: tuple[OpenAIUpstream, OpenAIUpstream]
     provider: OpenAIUpstream
@@ -48,7 +48,7 @@ class Scripted:
         return (*self.engines, self.provider)
 
     def fail(self, *failures: Failure) -> None:
-        """What the engines do next, whichever is asked; nothing: serve."""
+        """The next behaviour of the engines; empty: serve."""
         for engine in self.engines:
             engine.failures[:] = failures
 
@@ -80,7 +80,7 @@ def scripted_upstreams() -> Iterator[Scripted]:
 
 @dataclass
 class Run:
-    """What the tests look at."""
+    """The parts that the tests examine."""
 
     prometheus: str
     cairn: str

@@ -47,7 +47,7 @@ METRICS = _real_metrics()
 
 
 def names_in(query: str) -> Iterator[tuple[str, str]]:
-    """Each metric's name that stands in `query`, with its matchers."""
+    """Return each metric's name in `query`, with its matchers."""
     bare = _GROUPING.sub(" ", _DURATION.sub(" ", query))
     for found in _SELECTOR.finditer(_without_matched_values(bare)):
         following = bare[found.end() :].lstrip()[:1]
@@ -61,7 +61,7 @@ def _without_matched_values(query: str) -> str:
 
 
 def problems_of(query: str, recorded: Set[str] = frozenset()) -> Iterator[str]:
-    """What in `query` no metric of Cairn's, of Prometheus's or of `recorded` has."""
+    """Return the names in `query` that no metric of Cairn, of Prometheus or of `recorded` has."""
     known: set[str] = set()
     for name, matchers in names_in(query):
         labels = _ADDED if name in recorded else METRICS.get(name, _FOREIGN.get(name))

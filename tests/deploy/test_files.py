@@ -1,4 +1,4 @@
-"""What can be known of compose.yaml, the Dockerfile and the provisioning without a Docker engine or Grafana."""
+"""Checks of compose.yaml, the Dockerfile and the provisioning that need neither a Docker engine nor Grafana."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_there_is_a_dashboard_for_each_reader_and_no_panel_twice() -> None:
 
 
 def test_every_panel_says_what_it_shows() -> None:
-    """One that needs no explanation gets a sentence all the same: its reader may not know the word."""
+    """Even an obvious one has a sentence: the reader may not know the word."""
     assert [panel["title"] for panel in panels() if panel["type"] != "row" and not panel.get("description")] == []
 
 

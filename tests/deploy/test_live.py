@@ -62,7 +62,7 @@ def has_figures(rows: list[Any]) -> bool:
 
 
 def test_every_query_of_the_dashboard_is_answered_with_data(run: Run) -> None:
-    """But for those whose metric has no series here, each with its reason."""
+    """Exceptions are queries whose metric has no series here, each with its reason."""
     without = [(title, query) for title, query in panel_queries() if not has_figures(run.query(filled(query)))]
     unexplained = [entry for entry in without if not any(re.search(rf"\b{name}\b", entry[1]) for name in EMPTY_HERE)]
     assert not unexplained

@@ -19,7 +19,7 @@ from tests.deploy.queries import names_in, problems_of
     ],
 )
 def test_it_finds(query: str, problem: str) -> None:
-    """What no scrape has: a name, a matched label, a grouping."""
+    """A name, a matched label and a grouping that no scrape has are found."""
     assert list(problems_of(query)) == [problem]
 
 

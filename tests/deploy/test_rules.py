@@ -23,7 +23,7 @@ needs_promtool = pytest.mark.skipif(
 
 
 def promtool(*arguments: str | Path) -> str:
-    """What promtool prints; an assertion where it fails."""
+    """Return what promtool prints; assert that it succeeds."""
     done = subprocess.run(
         ["promtool", *map(str, arguments)],
         capture_output=True,
@@ -52,7 +52,7 @@ def test_every_alert_fires_when_it_should_and_not_otherwise() -> None:
 
 
 def test_every_alert_has_a_test_that_fires_it_and_one_that_does_not() -> None:
-    """So that a rule without either cannot be added."""
+    """A rule without either therefore cannot be added."""
     expected: dict[str, set[bool]] = {name: set() for name, _ in rules("alert")}
     for file in TESTS:
         for group in yaml.safe_load(file.read_text())["tests"]:
@@ -78,7 +78,7 @@ def test_every_alert_says_how_urgent_it_is_and_what_to_do() -> None:
 
 
 def assert_told_well(rule: dict[str, Any]) -> None:
-    """What a person needs who is woken by it."""
+    """They have what a person needs who is woken by the alert."""
     assert rule["labels"]["severity"] in ("page", "ticket", "note")
     assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
     assert re.fullmatch(r"Cairn[A-Z]\w+", rule["alert"])

@@ -169,7 +169,7 @@ def test_every_route_of_the_admin_port_is_documented() -> None:
 
 
 def test_the_versions_of_clients_on_their_page_are_those_that_are_run() -> None:
-    """Whoever updates a client tries it, and says so."""
+    """An update of a client must be tried and documented."""
     page = (ROOT / "docs/clients.md").read_text("utf-8")
     pinned = list(json.loads((ROOT / "tests/clients/npm/package.json").read_text())["dependencies"].values())
     for name in ("aider", "libraries"):

@@ -163,7 +163,7 @@ def test_it_runs_compiled_as_a_numeric_user(image: Path) -> None:
 
 
 def test_what_it_adds_to_its_base_is_small(image: Path) -> None:
-    """Neither the demo nor a compiler is in it."""
+    """It contains neither the demo nor a compiler."""
     size = sum(path.lstat().st_size for path in (image / "opt" / "cairn").rglob("*") if not path.is_dir())
     assert size < LAYER_BYTES_AT_MOST
     assert not (image / "opt" / "build").exists()

@@ -1,4 +1,4 @@
-"""What scenario tests share: a client session, a Valkey, and no blocking call in the loop while one runs."""
+"""Fixtures of the scenario tests: a client session, a Valkey, and no blocking call in the loop during a test."""
 
 from __future__ import annotations
 

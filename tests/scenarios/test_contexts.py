@@ -515,7 +515,7 @@ async def test_a_tag_moved_at_another_proxy_is_followed_within_100_ms_and_never_
 
 
 async def test_a_deletion_and_a_change_reach_the_other_proxy_within_100_ms(redis: Valkey) -> None:
-    """What it holds in memory is dropped."""
+    """Its contents in memory are dropped."""
     async with two_proxies(redis) as (here, there, _):
         made = await here.put()
         reference = f"cache_id={made['id']}"

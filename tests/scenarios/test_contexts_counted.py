@@ -1,4 +1,4 @@
-"""What is counted of stored contexts: tokens of what is no text, and only what really used one."""
+"""Counts about stored contexts: tokens of parts without text, and only requests that really used one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.valkey import Valkey
 
 
 async def explained(client: Client, body: dict[str, Any]) -> dict[str, Any]:
-    """What `/explain` says of a chat."""
+    """Return the answer of `/explain` for a chat."""
     worker = client.cairn.worker
     question = Explain(1, "/v1/chat/completions", json.dumps(body).encode(), b"sk-one")
     _, told = await worker.explainer.explain(question, worker.http_server.authenticator)
@@ -42,7 +42,7 @@ async def test_a_stored_picture_is_counted_by_its_kind_and_not_by_its_bytes(redi
 
 
 async def test_what_is_only_explained_is_no_use(redis: Valkey) -> None:
-    """Neither of a context that is there nor of one that is not; a question that is asked counts once."""
+    """This holds for a context that exists and for one that does not; a question that is asked counts once."""
     async with serving(redis, warm_replicas=0) as (client, upstream):
         made = await client.put()
         named = {"model": MODEL, "messages": [{"role": "cache", "content": f"cache_id={made['id']}"}, QUESTION]}

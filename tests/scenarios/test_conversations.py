@@ -108,7 +108,7 @@ async def test_a_restarted_replica_is_known_as_cold_after_two_answers(http: aioh
 
 
 async def test_a_failure_takes_the_placement_back(http: aiohttp.ClientSession) -> None:
-    """What was never computed is not predicted."""
+    """Tokens that were never computed are not predicted."""
     from tests.support.openai_upstream import Failure
 
     async with OpenAIUpstream(failures=[Failure(500)]) as upstream, running(config_for([upstream.url])) as cairn:

@@ -1,4 +1,6 @@
-"""What engines differ in, through a running worker: ranks behind one URL, templates, requests that want no cache."""
+"""Differences between engines, through a running worker: ranks behind one URL, templates, requests that want no
+cache.
+"""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ EVENTS = {
 async def test_a_stream_whose_first_event_is_an_error_is_tried_elsewhere(
     http: aiohttp.ClientSession, path: str, kind: str
 ) -> None:
-    """Whatever its content type says; comments and pings before it decide nothing."""
+    """This holds for any content type; comments and pings before it decide nothing."""
     sick = Sick(200, b": waiting\n\n" + EVENTS[path], kind)
     async with sick_and_well(sick) as (cairn, _):
         for number in range(40):
@@ -291,7 +291,7 @@ async def test_a_stream_that_ends_with_an_error_is_not_complete(http: aiohttp.Cl
 
 
 async def test_a_json_body_with_the_content_type_of_a_stream_is_no_stream(http: aiohttp.ClientSession) -> None:
-    """What the body begins with decides, and its usage is counted."""
+    """The beginning of the body decides, and its usage is counted."""
     body = json.dumps({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}})
     async with Sick(200, body.encode(), "text/event-stream") as sick, running(config_for([sick.url])) as cairn:
         _, text, _ = await ask(http, cairn, "chat/completions", stream=True)

@@ -193,7 +193,7 @@ VLLM = 'process_start_time_seconds {at}\nvllm:cache_config_info{{block_size="16"
 
 
 async def test_a_capacity_is_scraped_and_said_again_only_when_it_changes() -> None:
-    """What answers taught since then stands; a later start time means a new epoch."""
+    """What was learned from responses since then is kept; a later start time means a new epoch."""
     pages = {"/v1/models": MODELS, "/metrics": VLLM.format(at=1000.0, blocks=1_000)}
     async with scripted(pages) as url, running(config_for([url])) as cairn:
         worker = cairn.worker
@@ -241,7 +241,7 @@ def cold(*upstreams: OpenAIUpstream) -> int:
 async def test_siblings_at_another_proxy_wait_for_the_first_ones_prefill(
     http: aiohttp.ClientSession, valkey: Valkey
 ) -> None:
-    """What the first proxy sent is heard of by the second, whose requests go when its first token has come."""
+    """The second proxy learns of the first one's request, and its own requests go after that one's first token."""
     gate = asyncio.Event()
     async with OpenAIUpstream(gate=gate) as a, OpenAIUpstream(gate=gate) as b:
         config = config_for([a.url, b.url], valkey.url)

@@ -32,7 +32,7 @@ def tokens_in(cairn: Cairn) -> float:
 
 
 async def test_all_calls_of_a_compaction_are_counted(http) -> None:
-    """What is billed is the sum of the iterations, not the last call alone."""
+    """The sum of the iterations is billed, not the last call alone."""
     iterations = [
         {"type": "compaction", "input_tokens": 180_000, "output_tokens": 3_500},
         {"type": "message", "input_tokens": 23_000, "output_tokens": 1_000},

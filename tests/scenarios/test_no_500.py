@@ -85,7 +85,7 @@ PATHS = ("chat/completions", "completions", "responses", "messages", "embeddings
 
 @pytest.mark.parametrize("path", PATHS)
 async def test_no_malformed_body_is_a_500(http, path: str) -> None:
-    """Wherever a body is read, for JSON, forms and compressed bodies."""
+    """This holds on every path that reads a body, for JSON, forms and compressed bodies."""
     shapes = [
         b"",
         b"\xff",

@@ -189,7 +189,7 @@ async def test_explain_agrees_with_what_is_routed(tmp_path: Path) -> None:
 
 
 async def test_no_prompt_and_no_key_is_in_the_log_or_the_metrics(tmp_path: Path) -> None:
-    """What a client sent in confidence is nowhere that an operator looks."""
+    """Confidential content of a client is in no place where an operator looks."""
     secret_words = "the heron waits at the weir"
     body: dict[str, Any] = CHAT | {"messages": [{"role": "user", "content": secret_words}], "stream": True}
     async with OpenAIUpstream() as upstream, aiohttp.ClientSession() as http:

@@ -122,7 +122,7 @@ CHEAP_FORM = {**CHEAP, "content-type": "multipart/form-data; boundary=b"}
     ],
 )
 async def test_a_model_is_checked_wherever_a_path_has_one(http, path: str) -> None:
-    """What a limited client may use is served, what it may not is refused, and so is what cannot be read."""
+    """A limited client's models are served, others are refused, and so are bodies that cannot be read."""
     async with proxied() as (upstream, cairn):
         bodies: tuple[object, ...] = (
             {"model": "dear"},

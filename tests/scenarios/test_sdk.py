@@ -19,7 +19,7 @@ TOOLS: list[Any] = [
 
 
 async def both_ways(use: Callable[[openai.OpenAI], Any]) -> tuple[Any, Any]:
-    """What `use` gives directly and through Cairn, by the synchronous client in a thread."""
+    """Return the results of `use` directly and through Cairn, by the synchronous client in a thread."""
 
     def run(url: str) -> Any:
         with openai.OpenAI(base_url=url, api_key="sk-test", max_retries=0) as client:

@@ -1,4 +1,4 @@
-"""What Cairn counts is what the upstreams reported, to the token and the picodollar, whatever happens on the way."""
+"""Cairn's counts equal the upstreams' reports, to the token and the picodollar, whatever happens on the way."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Upstreams:
 
     @property
     def counts(self) -> Counter[str]:
-        """What they reported, by their own count."""
+        """Return what they reported, by their own count."""
         return sum((upstream.counts for upstream in self._of.values()), Counter())
 
     @property
@@ -286,7 +286,7 @@ async def test_mixed_requests_through_four_workers_add_up_exactly_and_outlive_th
 
 
 async def printed_savings(cairn: Served) -> dict[str, Any]:
-    """What `cairn savings` says of the running one."""
+    """Return the report of `cairn savings` for the running Cairn."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "proxy", "savings", "--by", "model", "--url", cairn.admin, "--json",
         stdout=asyncio.subprocess.PIPE,
@@ -331,7 +331,7 @@ class Load:
             self._answered.append((self._clock(), case.counts))
 
     def answered(self, seconds_ago: float) -> Counter[str]:
-        """What was answered longer than so long ago."""
+        """Return the cases that were answered more than this long ago."""
         latest = self._clock() - seconds_ago
         return sum((counts for at, counts in self._answered if at <= latest), Counter())
 

@@ -54,7 +54,7 @@ class Looked:
             self.complaints.append(f"{message.type}: {message.text}")
 
     async def value(self, script: str) -> Any:
-        """What `script` gives in the page."""
+        """Return the value of `script` in the page."""
         return await self.page.evaluate(script)
 
     async def until(self, script: str) -> Any:

@@ -45,7 +45,7 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one case is about: tokens of the prompt, of it cached and written, and of the output."""
+    """The counts of one case: tokens of the prompt, those of them cached and written, and of the output."""
 
     prompt: int
     cached: int
@@ -99,7 +99,7 @@ def case_of(number: int) -> Case:
 
 
 def body_of(case: Case, number: int) -> bytes:
-    """What the client sends; one in ten is long enough to be placed, one in seven names a model nobody knows."""
+    """Return the client's body; one in ten is long enough to be placed, one in seven names an unknown model."""
     text = f"{number % 40}: " + "stones " * (900 if number % 10 == 0 else 20)
     model = f"made-up-{number}" if case.model == KNOWN_MODEL and number % 7 == 0 else case.model
     body: dict[str, Any] = {"model": model, "stream": case.stream}
@@ -474,7 +474,7 @@ def _compacted_stream(f: Figures) -> Case:
 
 
 def _odd_json(f: Figures) -> Case:
-    """What a strict decoder refuses beside the usage: a lone surrogate, NaN, Infinity, bytes that are not UTF-8."""
+    """Texts that a strict decoder refuses beside the usage: a lone surrogate, NaN, Infinity, invalid UTF-8."""
     f = _read_only(f)
     usage = json.dumps(_openai(f, f.prompt, cached_tokens=f.cached)).encode()
     odd = (b'"\\ud800"', b"NaN", b"-Infinity", b'"\xff"')[f.prompt % 4]
@@ -571,7 +571,7 @@ _KINDS: tuple[Callable[[Figures], Case], ...] = (
 
 
 class Ends(enum.Enum):
-    """What happens to the connection after an answer."""
+    """The fate of the connection after a response."""
 
     STAYS = "stays"
     CLOSES = "closes"

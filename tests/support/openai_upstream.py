@@ -40,7 +40,9 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What to answer instead: an error status, or a broken connection after this many chunks of a stream."""
+    """A response in place of the usual one: an error status, or a broken connection after this many chunks of a
+    stream.
+    """
 
     status: int = 500
     headers: tuple[tuple[str, str], ...] = ()

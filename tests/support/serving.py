@@ -19,7 +19,7 @@ START_SECONDS = 30.0
 
 
 class Serving(NamedTuple):
-    """Where it is reached; `url` is the base URL for an SDK."""
+    """Its addresses; `url` is the base URL for an SDK."""
 
     url: str
     admin: str

@@ -56,7 +56,7 @@ class Tiny:
             self.running.discard(task)
 
     async def answer(self, path: str) -> bytes:
-        """What stands at `path`."""
+        """Return the object at `path`."""
         if path == "/hold":
             self.report(held=1)
             await self.released.wait()
@@ -76,7 +76,7 @@ class Tiny:
 
 
 async def target(config: Config, sockets: Sequence[socket], control: WorkerControl) -> None:
-    """What `proxy.worker.lifecycle.run_worker` is to the real one."""
+    """Run the tiny worker, as `proxy.worker.lifecycle.run_worker` runs the real one."""
     if "crash" in sys.argv:
         raise SystemExit(3)
     tiny = Tiny(config, control)

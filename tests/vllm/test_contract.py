@@ -1,4 +1,6 @@
-"""What Cairn assumes of vLLM, tried on a real server: pages, usage, errors, how prompts are rendered and reused."""
+"""Cairn's assumptions about vLLM, tried on a real server: pages, usage, errors, how prompts are rendered and
+reused.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def budget(proxy: CairnProxy, replica: int = 0) -> int:
 
 
 def held_tokens(proxy: CairnProxy, session: Session, replica: int = 0) -> int:
-    """What the index says a replica holds of a conversation as it stands."""
+    """Return the tokens of the present conversation that the index says a replica holds."""
     prompt = read(session.body(), Endpoint.CHAT)
     held = proxy.index.match(cut(chain_root((b"", *prompt.chain_salt)), prompt.spans)).held.get(replica)
     return held.tokens if held else 0
@@ -78,7 +78,7 @@ def test_follow_ups_stay_whatever_the_engines_block_size(block_tokens, unused):
 
 
 def test_predictions_round_to_the_engines_blocks_once_they_are_known():
-    """What an engine of blocks of 528, the last never reused, will report is predicted to the token."""
+    """The report of an engine with blocks of 528, the last never reused, is predicted to the token."""
     proxy = CairnProxy([SimulatedEngine(BlockCache(1_000_000, 528, 1))], capacities=1_000_000)
     talk = Session("talk", SYSTEM)
     answers = [turn(proxy, talk, tokens=700) for _ in range(12)]
@@ -97,7 +97,7 @@ def test_nothing_is_predicted_of_prompts_that_are_shorter_than_a_block(stated):
 
 @pytest.mark.parametrize(("block_tokens", "unused"), [(1_056, 1), (2_096, 0), (2_096, 1)])
 def test_conversations_that_outgrow_a_block_are_predicted_and_stay(block_tokens, unused):
-    """What is cached of them is predicted from the first block on, and none moves on the way."""
+    """Their cached tokens are predicted from the first block on, and none changes its replica."""
     engines = [SimulatedEngine(BlockCache(1_000_000, block_tokens, unused)) for _ in range(3)]
     proxy = CairnProxy(engines, capacities=1_000_000)
     talks = [Session(f"talk {number}", words(f"own {number}", 800)) for number in range(9)]
@@ -317,7 +317,7 @@ def test_agents_with_the_same_tools_share_them_across_system_prompts_if_the_temp
 
 
 def test_a_fork_that_is_not_shared_keeps_the_length_of_the_prompt():
-    """What is not reused is computed: the next prompt's own length is predicted as before."""
+    """Tokens that are not reused are computed: the next prompt's own length is predicted as before."""
     proxy = CairnProxy([SimulatedEngine(BlockCache(1_000_000), SYSTEM_FIRST)], capacities=1_000_000)
     for number in range(4):
         turn(proxy, Session(f"user {number}", words(f"own {number}", 200), tools("search", 3_000)))

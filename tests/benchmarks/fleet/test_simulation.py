@@ -59,7 +59,7 @@ def test_a_warm_up_can_be_left_out_of_the_figures():
 
 
 def test_blocks_go_least_recently_used_and_of_one_prompt_the_deepest_first():
-    """So that what remains of a prompt is a prefix of it."""
+    """The remaining blocks of a prompt are therefore a prefix of it."""
     cache = BlockCache(4 * 512)
     old, new = (make_request(n, 0.0, 1_536, 1, [10 * n, 10 * n + 1, 10 * n + 2]) for n in (1, 2))
     cache.use(old.blocks)

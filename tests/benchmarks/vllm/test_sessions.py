@@ -51,7 +51,7 @@ async def test_sessions_ask_again_with_all_that_went_before():
 
 
 def test_the_vocabulary_has_each_word_of_the_sessions_as_one_token(tmp_path):
-    """So that a text has as many tokens as it is asked to have."""
+    """A text therefore has exactly the number of tokens asked for."""
     folder = model.make_model(tmp_path / "model")
     from tokenizers import Tokenizer  # here, since it takes half a second to load
 

@@ -68,7 +68,7 @@ async def test_a_failed_read_is_told_to_all_and_tried_again_by_the_next() -> Non
 
 
 async def test_a_smaller_bound_holds_at_once() -> None:
-    """What was not used for longest goes; a larger one takes more again."""
+    """The content that was unused for longest is dropped; a larger budget keeps more again."""
     kept = ContentCache(3 * (1000 + ENTRY_BYTES), Tasks())
     for name in "abc":
         kept.put(name, content(1000))

@@ -1,4 +1,4 @@
-"""What a worker remembers of contexts and tags: dropped by news, and served while Redis is away."""
+"""Contexts and tags that a worker remembers: dropped when they change, and served while Redis is away."""
 
 from __future__ import annotations
 

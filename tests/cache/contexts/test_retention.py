@@ -1,4 +1,4 @@
-"""What is discarded: the least worth per byte, what has expired before it, what is pinned never."""
+"""The order of discarding: expired contexts first, then those worth least per byte, pinned ones never."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_least_worth_per_byte_goes_first_and_only_as_many_as_needed() -> Non
 
 
 def test_what_has_expired_goes_before_anything_that_is_alive() -> None:
-    """Whatever its worth was."""
+    """This holds for any worth."""
     assert choose([("alive", Kept(-9.0, 10)), ("over", Kept(9.0, 10, expired=True))], 5) == ["over"]
 
 

@@ -43,7 +43,7 @@ async def test_two_contexts_share_a_documents_segments_and_the_last_takes_them_a
 
 
 async def test_tenants_share_nothing(nodes: list[Valkey]) -> None:
-    """Neither ids nor tags nor segments."""
+    """They share neither ids nor tags nor segments."""
     async with opened(nodes) as one:
         for tenant in TENANTS:
             await one.contexts.create(tenant, draft(seed=7, id="cache-" + "a" * 32, tags=("t",)))

@@ -104,7 +104,7 @@ async def test_damaged_rows_are_discarded_before_all_others(server: Valkey) -> N
 
 
 async def test_with_redis_slow_a_remembered_row_is_served(server: Valkey) -> None:
-    """What cannot be read again within a moment is served as it was."""
+    """A tag that cannot be read again at once is served as remembered."""
     own = await asyncio.to_thread(Valkey().start)
     try:
         async with opened([own], started=False) as one:

@@ -1,4 +1,4 @@
-"""What waits for Redis: uses of contexts, and keys that upstreams accepted. It is kept, bounded, and told later."""
+"""Uses of contexts and accepted keys wait for Redis: they are kept, bounded, and written later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the index remembers of a replica to judge later answers is bounded."""
+"""The index's memory of a replica, by which later responses are judged, is bounded."""
 
 from __future__ import annotations
 

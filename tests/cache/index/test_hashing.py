@@ -101,7 +101,7 @@ def test_roots_tell_their_parts_apart_and_start_different_chains():
 
 @given(st.integers(0, 2**64 - 1), st.lists(st.binary(max_size=5000), max_size=6), st.integers(1, 40_000))
 def test_going_on_from_a_known_chain_is_cutting_the_whole(root: int, spans: list[bytes], head: int) -> None:
-    """Whatever was known and wherever it ends; what was known stays as it was."""
+    """This holds for any known chain, which stays unchanged."""
     known = cut(root, [b"x" * head])
     before = known.hashes[:], known.ends[:]
     went_on, whole = extend(known, spans), cut(root, [b"x" * head, *spans])

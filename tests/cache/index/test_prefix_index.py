@@ -1,4 +1,4 @@
-"""What the index promises verb by verb; its set semantics are held against a model in test_prefix_index_model."""
+"""The index's operations one by one; test_prefix_index_model compares its set semantics with a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def chain(*names: str, block_bytes: int = BLOCK_BYTES) -> Fingerprint:
 
 
 def talk(name: str, blocks: int, system: int = 0) -> Fingerprint:
-    """A prompt of `blocks` blocks, the first `system` of which are common to all."""
+    """Return a prompt of `blocks` blocks, the first `system` of which are common to all."""
     return chain(*[f"s{i}" for i in range(system)], *[f"{name}{i}" for i in range(blocks - system)])
 
 

@@ -1,4 +1,4 @@
-"""What replaying traces showed: a budget must follow the truth and not run away from it in either direction."""
+"""Results of replayed traces: a budget must follow the true capacity and not drift in either direction."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_a_view_of_an_array_is_written_as_its_bytes() -> None:
 
 
 def test_a_writer_knows_its_echo_by_the_first_bytes() -> None:
-    """Neither another writer nor one whose name begins alike is taken for it."""
+    """Messages of another writer, even with the same beginning of its name, are not mistaken for its own."""
     assert BATCH.startswith(HEAD)
     assert not codec.encode_batch(codec.own_head(1, "writer2"), {}, []).startswith(HEAD)
 
@@ -69,7 +69,7 @@ def test_another_version_is_refused() -> None:
 
 @given(st.binary(max_size=200))
 def test_no_bytes_do_worse_than_being_refused(noise: bytes) -> None:
-    """Whatever stands in Redis, the only error is StoreCorrupt."""
+    """For any bytes in Redis, the only error is StoreCorrupt."""
     for decode in (codec.decode_batch, codec.decode_vector, codec.decode_chunk):
         for payload in (noise, b"\x01" + noise, HEAD + noise):
             try:

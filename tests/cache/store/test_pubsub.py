@@ -12,7 +12,7 @@ from tests.support.valkey import Valkey, eventually
 
 
 async def test_a_hearing_ends_with_redis_and_another_begins_with_it() -> None:
-    """Messages of both come through, and who listens knows that some in between may not have."""
+    """Messages of both subscriptions arrive, and the listener knows that some in between may be lost."""
     own = await asyncio.to_thread(Valkey().start)
     tasks, said, heard = Tasks(), list[str](), list[bytes]()
     store = open_store(own.url, clock=SystemClock(), tasks=tasks)

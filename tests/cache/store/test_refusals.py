@@ -142,7 +142,7 @@ async def test_refused_writes_wait_while_reads_go_on_and_everything_heals(
 async def test_the_journal_goes_on_alone_while_writes_are_refused_and_tells_later(
     begin: Change, end: Change, kind: ErrorKind, spare_folder: str
 ) -> None:
-    """What was placed meanwhile reaches the other worker once Redis takes writes again."""
+    """Placements made meanwhile reach the other worker once Redis accepts writes again."""
     with running("--dir", str(Path(spare_folder))) as valkey:
         one, two = await Worker(valkey.url, "one").start(), await Worker(valkey.url, "two").start()
         try:

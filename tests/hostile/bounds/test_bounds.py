@@ -1,4 +1,4 @@
-"""What Cairn holds is bounded, in the short form; `make bounds` is the long one."""
+"""The memory and descriptors that Cairn holds are bounded, in a short run; `make bounds` is the long one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What nginx and aiohttp, as installed, make of the same hostile input: `python -m tests.hostile.client.compare`.
+"""Compare how nginx and aiohttp, as installed, handle the same hostile input: `python -m
+tests.hostile.client.compare`.
 
 For each case it prints the statuses of the answers and, as `.` or `>`, whether the connection ended or went on. Only
 the cases in which one of them differs from what Cairn must do are shown. Without nginx on PATH it is left out.

@@ -57,7 +57,7 @@ _ADMIN_PATHS = (
 
 
 class Must(enum.Enum):
-    """What must become of a request."""
+    """The required outcome of a request."""
 
     PASS = "pass"  # relayed, once, with the upstream's own answer
     ANSWER = "answer"  # answered by Cairn itself, with no 5xx

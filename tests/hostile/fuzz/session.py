@@ -47,7 +47,7 @@ class Answer:
 
 @dataclass(slots=True)
 class Tally:
-    """What all sessions found. `outcomes` counts requests by kind and outcome."""
+    """Findings of all sessions. `outcomes` counts requests by kind and outcome."""
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     findings: list[str] = field(default_factory=list)

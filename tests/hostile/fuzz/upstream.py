@@ -48,7 +48,7 @@ _EVENTS = (
 
 @dataclass(slots=True)
 class Record:
-    """What reached the upstream under one number, and the body that its client must get."""
+    """The request that reached the upstream under one number, and the body that its client must get."""
 
     method: str
     target: bytes

@@ -25,7 +25,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What the processes of Cairn hold at a quiet moment."""
+    """The resources that Cairn's processes hold at a quiet moment."""
 
     memory_bytes: int
     descriptors: Mapping[str, int]  # by what is at the other end

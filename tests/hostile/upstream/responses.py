@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 class Result(enum.Enum):
-    """What the client sees."""
+    """The result that the client sees."""
 
     WHOLE = "whole"  # the response with its own body and nothing else
     REFUSED = "refused"  # 502: nothing of the response can be trusted

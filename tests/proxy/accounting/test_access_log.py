@@ -67,7 +67,7 @@ NOBODYS = msgspec.structs.replace(CALL, tenant=Tenant(""), peer="")
 
 
 def written(tmp_path: Path, *lines: AccessLine, **kwargs: Any) -> list[dict]:
-    """What a log writes of `lines`, decoded."""
+    """Return what a log writes for `lines`, decoded."""
     file = tmp_path / "access.log"
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     log = AccessLog(descriptor, **kwargs)
@@ -111,7 +111,7 @@ def test_a_line_tells_one_request_and_no_tenant(tmp_path: Path) -> None:
 
 
 def test_a_refused_request_has_a_short_line(tmp_path: Path) -> None:
-    """What is unknown is left out."""
+    """Unknown fields are left out."""
     refused = Outcome(
         "r",
         Endpoint.OTHER,
@@ -195,7 +195,7 @@ def test_lines_of_several_workers_do_not_mix_in_one_pipe() -> None:
 
 
 def test_a_reader_that_stopped_costs_lines_and_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has no room is dropped and counted; memory is bounded."""
+    """Lines without room are dropped and counted; memory is bounded."""
     monkeypatch.setattr(logs, "PENDING_LINES_AT_MOST", 100)
     monkeypatch.setattr(logs, "CLOSE_SECONDS", 0.05)
     reading, writing = os.pipe()
@@ -242,7 +242,7 @@ def test_lines_may_be_logfmt(tmp_path: Path) -> None:
     ],
 )
 def test_a_route_has_no_ids_and_no_query(target: str, object_id: str | None, endpoint: Endpoint, route: str) -> None:
-    """So that lines of one route can be grouped, and an id that is a secret is not logged."""
+    """Lines of one route can be grouped, and an id that is a secret is not logged."""
     assert (
         logs.route_of(msgspec.structs.replace(CALL, target=target, object_id=object_id, endpoint=endpoint)) == route
     )

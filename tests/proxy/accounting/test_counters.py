@@ -1,4 +1,4 @@
-"""What one answer adds under OpenTelemetry's names; the sums over many answers are `tests.scenarios.test_truth`'s."""
+"""The counts of one response under OpenTelemetry's names; `tests.scenarios.test_truth` checks sums over many."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STREAMED = Outcome(
 
 
 def counted(outcome: Outcome) -> Exposition:
-    """What is counted of one answer."""
+    """Return the counts of one response."""
     recorder, exposition = Recorder(), Exposition()
     pools = Pools((), None, {0: ReplicaEndpoint("one", "p", "http://h", Origin.parse("http://h"))})
     accounts = RequestCounters(

@@ -138,7 +138,7 @@ def test_the_built_in_data_has_rates_and_tiers_and_says_where_from() -> None:
     "upstream", ["http://127.0.0.1:8000/v1", "not a url", "https://dashscope.aliyuncs.com/v1", ""]
 )
 def test_what_the_built_in_data_cannot_find_is_none_and_never_raised(upstream: str) -> None:
-    """Self-hosted and unknown upstreams have no price of their own."""
+    """Self-hosted and unknown upstreams have no built-in price."""
     assert BuiltinPrices().card("no-such-model", upstream) is None
 
 

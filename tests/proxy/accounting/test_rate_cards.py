@@ -47,7 +47,7 @@ def test_numbers_are_taken_as_written_and_not_as_floats_are_stored(cards) -> Non
 
 
 def test_a_card_says_where_it_stands_and_from_when(cards) -> None:
-    """What `cairn prices` shows."""
+    """As `cairn prices` shows them."""
     card = book_of(cards({"model": "x"} | TOKENS, {"model": "gpt-*", "valid_from": "2026-02-01"} | TOKENS)).card(
         "gpt-5", "u", "2026-03-01"
     )
@@ -77,7 +77,7 @@ def test_the_first_card_that_fits_stands_whatever_the_date_of_a_wider_one(cards)
 
 
 def test_a_card_can_name_a_service_tier(cards) -> None:
-    """Flex and priority have prices of their own, wherever they are in the list; other tiers cost the plain price."""
+    """Flex and priority have separate prices, at any place in the list; other tiers cost the plain price."""
     flex, priority = (
         {"service_tier": name, "input": usd, "output": usd} for name, usd in (("flex", 1), ("priority", 9))
     )
@@ -153,7 +153,7 @@ def test_of_cards_with_the_same_globs_the_newest_that_has_come_stands() -> None:
 
 
 def test_new_rules_count_from_then_on(cards) -> None:
-    """What was resolved under the old ones is forgotten."""
+    """Prices that were found under the old rules are forgotten."""
     book = book_of(cards(TOKENS))
     before = book.card("m", "u", "2026")
     book.adopt(rules_of(cards({"input": 7, "output": 7}).prices))

@@ -53,7 +53,7 @@ def gained(gain: Gain | None) -> float:
 
 
 def test_every_place_is_a_boundary_of_every_prompt_that_reaches_it() -> None:
-    """Wherever its messages end; else two prompts that share a prefix would not share its places."""
+    """This does not depend on where its messages end: two prompts that share a prefix must share its places."""
     chosen = random.Random(3)
     sizes = [chosen.randint(1, 30_000) for _ in range(20)]
     fingerprint = cut(chain_root([b"m"]), [bytes(size) for size in sizes])
@@ -135,7 +135,7 @@ def test_a_paper_cache_is_emptied_over_its_budget_from_the_longest_unused() -> N
 
 
 def test_memory_is_bounded(monkeypatch) -> None:
-    """Whatever the budgets say."""
+    """The bound holds for any budget."""
     monkeypatch.setattr("proxy.accounting.round_robin.PLACES_PER_REPLICA", 100)
     monkeypatch.setattr("proxy.accounting.round_robin.PLACES_SEEN", 150)
     fleet = Fleet(2)

@@ -95,7 +95,7 @@ def test_since_is_a_day_or_so_many_days_or_all() -> None:
 
 @given(st.lists(st.integers(0, 10**18), min_size=4, max_size=4))
 def test_no_picodollar_is_lost_between_the_totals_and_the_text(amounts: list[int]) -> None:
-    """Nor added."""
+    """None is added either."""
     names = ("input_picos", "output_picos", "saving_picos", "surcharge_picos")
     sums = Sums(**dict(zip(names, amounts, strict=True)))
     line = from_json(as_json(report({RowKey("2026-11-23", "m", "u", "t"): sums}, By.DAY, SINCE, UNTIL))).total

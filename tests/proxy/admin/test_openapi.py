@@ -57,7 +57,7 @@ def test_a_document_is_valid_and_says_what_each_part_is(path: str) -> None:
 
 
 async def test_each_route_of_the_admin_port_is_described_and_no_other() -> None:
-    """What aiohttp's router serves is what the document has."""
+    """aiohttp's router serves exactly the routes of the document."""
     router = AdminPort(FakeOverview()).application().router
     served = {
         (route.method, route.resource.canonical)

@@ -28,7 +28,7 @@ TODAY = date(2026, 11, 23)
 
 
 class FakeOverview:
-    """What the supervisor would show."""
+    """A stand-in for the supervisor as the source of what is shown."""
 
     def __init__(self) -> None:
         self.config = Config(server=Server(max_body_bytes=1000))
@@ -130,7 +130,7 @@ async def test_savings_are_json_and_what_they_cannot_be_is_told(admin: Running) 
 
 
 async def test_explain_hands_on_path_body_and_key(admin: Running) -> None:
-    """The client's key comes in a header of its own, since Authorization is the admin's."""
+    """The client's key has a separate header, since Authorization is the admin's."""
     await admin.ask("/explain", "POST", data=b"{1}")
     await admin.ask("/explain?path=/v1/messages", "POST", data=b"", headers={"X-Cairn-Client-Key": "k"})
     assert admin.overview.asked == [("/v1/chat/completions", b"{1}", b""), ("/v1/messages", b"", b"k")]
@@ -182,7 +182,7 @@ async def test_without_a_token_a_web_page_gets_nothing_by_rebinding_its_name(adm
 )
 @pytest.mark.parametrize("with_token", [False, True])
 async def test_a_page_of_another_site_gets_nothing(admin: Running, headers: dict[str, str], with_token: bool) -> None:
-    """Neither an explanation nor one of the streams, nor figures, whether or not there is a token."""
+    """It gets no explanation, no stream and no figures, with or without a token."""
     if with_token:
         admin.overview.config = Config(admin=Admin(token=Secret("right")))
         headers = headers | {"Authorization": "Bearer right"}
@@ -342,7 +342,7 @@ async def talk(port: int, message: bytes) -> bytes:
 )
 @pytest.mark.parametrize("expectation", [b"\xff", b"x", b"100-continue, x"])
 async def test_an_unknown_expectation_is_a_417_and_is_not_repeated(admin, start: bytes, expectation: bytes) -> None:
-    """Whatever its bytes are, on every path and method."""
+    """This holds for any bytes, on every path and method."""
     port = int(admin.url.rpartition(":")[2])
     head = b"%b HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nexpect: %b\r\n\r\n" % (start, expectation)
     got = await talk(port, head)

@@ -54,7 +54,7 @@ def test_the_built_in_card_is_shown_with_its_tiers(file: str) -> None:
 
 
 def test_without_a_configuration_the_models_own_provider_is_meant() -> None:
-    """So that a price can be looked up at once."""
+    """A price can therefore be looked up without any set-up."""
     assert "claude-sonnet-4-5 at its own provider" in shown("claude-sonnet-4-5")
 
 

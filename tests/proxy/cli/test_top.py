@@ -74,7 +74,7 @@ def test_no_figure_is_cut_at_any_width(width: int) -> None:
 
 
 class Overview:
-    """What the admin port of this test shows."""
+    """The state that the admin port of this test shows."""
 
     def __init__(self) -> None:
         self.config = Config()

@@ -112,7 +112,7 @@ def test_kubernetes_service_variables_configure_nothing() -> None:
 
 
 def test_the_environment_may_name_the_file_and_the_upstreams(write) -> None:
-    """CAIRN_CONFIG and CAIRN_UPSTREAM; the latter stands in place of the file's pools, a flag in place of both."""
+    """CAIRN_CONFIG and CAIRN_UPSTREAM; the latter replaces the file's pools, a flag replaces both."""
     file = write({"pools": [pool("http://from-file:1")]})
     environ = {"CAIRN_CONFIG": str(file)}
     assert load(None, environ).config.pools[0].name == "a"
@@ -275,7 +275,7 @@ def test_a_password_in_a_url_is_refused_without_showing_it(write) -> None:
     ],
 )
 def test_what_is_not_yaml_is_said_in_one_line(write, text: str, message: str) -> None:
-    """What and where, without a piece of the file, which may hold a key."""
+    """It names the problem and its place, without a piece of the file, which may contain a key."""
     with pytest.raises(ConfigError, match=message) as caught:
         load(write(text), {})
     assert "\n" not in caught.value.message
@@ -354,7 +354,7 @@ def test_an_admin_port_for_the_world_needs_a_token(write) -> None:
 
 
 def test_a_workers_environment_holds_no_secret_and_no_setting(write) -> None:
-    """What the supervisor was told by variables reaches a worker over its socket alone."""
+    """Settings from the supervisor's variables reach a worker only through its socket."""
     config = load(write({"pools": [pool()], "admin": {"token_env": "T"}}), {"T": "t"}).config
     environ = {"T": "t", "CAIRN_REDIS": "redis://:pw@h", "PATH": "/bin"}
     assert worker_environment(config, environ) == {"PATH": "/bin"}
@@ -389,14 +389,14 @@ def test_a_secret_shows_itself_nowhere(secret: Secret) -> None:
 
 
 def test_a_secret_url_shows_its_host() -> None:
-    """Who reads the effective configuration must see where Redis is."""
+    """A reader of the effective configuration must see where Redis is."""
     assert str(SECRETS[1]) == "redis://***@h:1/0?password=***&db=1"
     assert str(SecretUrl("unix:///run/valkey.sock")) == "unix:///run/valkey.sock"
 
 
 @given(st.text(min_size=1))
 def test_no_url_makes_redaction_fail(text: str) -> None:
-    """Whatever stands there, showing it raises nothing."""
+    """Showing any text as a URL raises nothing."""
     str(SecretUrl(text))
 
 
@@ -456,7 +456,7 @@ def test_engines_and_providers_are_not_one_pool() -> None:
 
 
 def test_tenancy_is_the_pools_else_the_common_one_and_isolated_where_clients_pay_a_provider(write) -> None:
-    """What one client pays for at a provider is never shared with another."""
+    """A prefix that one client pays for at a provider is never shared with another."""
     tree = {
         "tenancy": "isolated",
         "pools": [
@@ -507,7 +507,7 @@ def test_the_private_valkey_lies_in_the_users_own_folder_one_per_port(monkeypatc
 
 
 def test_loopback_is_known_by_name_and_address() -> None:
-    """What anyone else can reach is not."""
+    """An address that others can reach is not."""
     assert all(map(is_loopback, ["localhost", "127.0.0.1", "127.1.2.3", "::1", "[::1]"]))
     assert not any(map(is_loopback, ["0.0.0.0", "::", "10.0.0.1", "localhost.evil.example", ""]))
 

@@ -59,7 +59,7 @@ def test_the_schema_describes_a_file() -> None:
 
 
 def test_descriptions_in_the_schema_are_not_indented() -> None:
-    """Neither of sections and enums, which are docstrings, nor of settings."""
+    """This holds for sections and enums, whose descriptions are docstrings, and for settings."""
     indented: list[str] = []
 
     def walk(node: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a reload takes over at once, and what it says has to wait for a restart."""
+"""The changes that a reload applies at once, and those that it reports as needing a restart."""
 
 from __future__ import annotations
 

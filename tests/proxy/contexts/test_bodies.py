@@ -1,4 +1,4 @@
-"""What clients send to /v1/caching: what is read, and which field each refusal names."""
+"""Bodies sent to /v1/caching: what is read, and the field that each refusal names."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ async def test_ready_and_reports_reach_the_supervisor(ends) -> None:
 
 
 async def test_drain_is_heard_once(ends) -> None:
-    """The first deadline applies, and is also the answer to those who ask later."""
+    """The first deadline applies, and later callers get it as well."""
     channel, worker = ends
     assert not worker.draining
     await channel.send(Drain(3.5))

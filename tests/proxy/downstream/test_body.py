@@ -12,7 +12,7 @@ from tests.support.answering import serving, talk
 
 
 async def read_by(limit_bytes: int, limit_seconds: float, *pieces: bytes) -> object:
-    """What `read_body` gives or raises for a raw request."""
+    """Return what `read_body` returns or raises for a raw request."""
     outcome: asyncio.Future[object] = asyncio.get_running_loop().create_future()
 
     async def play(request: IncomingRequest, answer: ClientResponse) -> None:

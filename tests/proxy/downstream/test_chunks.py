@@ -47,7 +47,7 @@ def test_a_body_is_the_same_however_it_is_cut_and_what_follows_is_left(
 
 
 class Body:
-    """What llhttp makes of a body."""
+    """Return llhttp's reading of a body."""
 
     def __init__(self) -> None:
         self.content = b""
@@ -153,7 +153,7 @@ def test_many_small_chunks_have_no_extension_and_no_long_line() -> None:
 
 
 def test_each_bound_is_kept_to_the_byte() -> None:
-    """What is just within it passes, and one more does not."""
+    """A value just within the limit passes, and one more does not."""
     line = b"1;" + b"a" * 252
     assert decode([line + b"\r\nx\r\n0\r\n\r\n"])[1]
     with pytest.raises(ProtocolError):

@@ -195,7 +195,7 @@ async def test_a_body_that_is_refused_is_not_asked_for() -> None:
 
 
 async def test_an_early_answer_announces_the_end_and_arrives_whole() -> None:
-    """What still comes of the body is read and dropped for a while: a reset would cost the answer."""
+    """The rest of the body is read and dropped for a while: a reset could lose the answer."""
     async with serving(refuse) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         whole = request(b"/one", body=b"b" * 3_000_000)
@@ -268,7 +268,7 @@ async def test_a_client_that_leaves_cancels_its_request() -> None:
 
 
 async def test_a_client_that_leaves_inside_a_body_cancels_its_request() -> None:
-    """What it sent is given back to the budget."""
+    """Its bytes are given back to the budget."""
     server = client_server(echo)
     async with served_by(server) as port:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -426,7 +426,7 @@ async def test_bodies_are_bounded_by_what_has_come_of_them() -> None:
 
 
 async def test_a_request_leaves_nothing_behind_on_a_connection_that_rests() -> None:
-    """Neither its body nor its place in the budgets."""
+    """Neither its body nor its bytes in the budgets stay."""
     server = client_server(echo)
     async with served_by(server) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -207,7 +207,7 @@ async def test_an_idle_connection_whose_answer_is_still_being_read_is_kept() -> 
 
 
 async def test_a_connection_that_lingers_is_aborted_when_its_client_never_closes() -> None:
-    """What it sends meanwhile is dropped."""
+    """Bytes that it sends meanwhile are dropped."""
 
     async def refuse(asked: IncomingRequest, answer: ClientResponse) -> None:
         answer.send(403, b"No", [], b"")

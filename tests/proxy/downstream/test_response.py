@@ -100,7 +100,7 @@ async def test_an_answer_shorter_than_announced_ends_the_connection() -> None:
 
 
 async def test_a_slow_reader_holds_the_writer_back() -> None:
-    """What is not read does not pile up in memory."""
+    """Bytes that the client does not read do not accumulate in memory."""
     written = 0
     piece = b"x" * 65_536
 

@@ -77,7 +77,7 @@ async def test_the_addresses_of_a_name_are_replicas_as_long_as_it_has_them():
 
 
 async def test_a_name_server_in_trouble_changes_nothing():
-    """Neither an error nor an empty answer takes the engines away."""
+    """Neither an error nor an empty answer removes the engines."""
     names = Names("10.0.0.1")
     bench = Bench(names)
     await bench.members.look()
@@ -142,7 +142,7 @@ async def test_a_name_with_a_label_that_is_too_long_is_a_failed_look_up():
 
 
 async def test_a_configured_capacity_is_said_once():
-    """What the answers taught since stands, whenever addresses change."""
+    """What was learned from responses since is kept when addresses change."""
     names = Names("10.0.0.1")
     bench = Bench(names, Replica(NAME, capacity_tokens=1_000))
     await bench.members.look()
@@ -163,7 +163,7 @@ async def test_a_configured_capacity_is_where_learning_starts():
 
 
 async def test_an_address_that_is_named_itself_too_is_one_replica():
-    """And belongs to what stands first."""
+    """It belongs to the one listed first."""
     bench = Bench(Names("10.0.0.1"), Replica("http://10.0.0.1:8000"), Replica(NAME))
     await bench.members.look()
     assert bench.names() == ["10.0.0.1:8000"]
@@ -181,7 +181,7 @@ def test_the_scheme_is_accepted_and_no_other(tmp_path):
 
 
 async def test_the_ranks_of_an_engine_are_replicas_that_differ_by_a_header():
-    """Four caches behind one URL, each with a name, a number and the stated capacity of its own."""
+    """Four caches behind one URL, each with its own name, number and stated capacity."""
     bench = Bench(
         Names(), Replica("http://engine:8000", ranks=4, capacity_tokens=9_000), Replica("http://plain:8000")
     )

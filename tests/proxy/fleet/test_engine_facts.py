@@ -1,4 +1,4 @@
-"""What engines say of themselves."""
+"""Facts that engines report about themselves."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_sglangs_capacity_from_its_metrics_or_its_server():
 
 
 def test_llamas_slots_limit_it_and_hold_its_tokens():
-    """Each slot has a context of its own."""
+    """Each slot has its own context."""
     page = b'{"default_generation_settings": {"n_ctx": 4096, "params": {}}, "total_slots": 4, "build_info": "b1"}'
     assert read_llama_props(page) == EngineFacts(
         16_384, 4, tells_timings=True, slots=4, engine="llama.cpp", version="b1"

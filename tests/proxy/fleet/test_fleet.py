@@ -156,7 +156,7 @@ events = st.lists(
 
 @given(events)
 def test_charges_return_to_zero_on_every_ending(script):
-    """Whatever comes in whatever order, however often: when all have ended and time has passed, nothing is left."""
+    """For any events in any order and number: when all have ended and time has passed, nothing is left."""
     fleet = fleet_of("a", "b")
     now, charges = 0.0, []
     for verb, which, step, tokens in script:
@@ -203,7 +203,7 @@ def test_the_rate_is_a_high_percentile_of_the_last_64_from_8_on():
 
 
 def test_a_replica_that_is_not_known_has_the_pools_rate():
-    """Until it has eight of its own, the median of the others."""
+    """Until it has eight observations, the median of the others applies."""
     fleet = Fleet(Random(1).random)
     numbers = [fleet.add(ReplicaSpec(name, "pool")) for name in "abc"]
     charges = [fleet.charge(number, 1.0, 0.0) for number in numbers]
@@ -333,7 +333,7 @@ def test_a_request_that_succeeded_elsewhere_closes_the_replica_at_which_it_faile
 
 
 def test_statuses_never_close_the_last_open_replica_of_a_pool():
-    """Whatever the evidence; a connection that cannot be made does."""
+    """This holds for any evidence; a connection that cannot be made does close it."""
     fleet = fleet_of("a", "b")
     fleet.proven(1, 0.0, "500")
     assert not fleet.proven(0, 0.0, "500")
@@ -408,7 +408,7 @@ def test_a_replica_that_failed_requests_is_tried_by_a_request_and_not_by_a_probe
 
 
 def test_a_silent_replica_is_tried_by_no_request():
-    """Neither after its back-off nor as the last one: a request would wait for as long as a prefill may take."""
+    """This holds after its back-off and for the last one: a request would wait for as long as a prefill may take."""
     fleet = fleet_of("a")
     fleet.unreachable(0, 0.0, "no health check was answered", Cause.SILENT)
     assert (row(fleet, now=60.0).available, fleet.is_open(0, 60.0)) == (False, False)
@@ -522,7 +522,7 @@ def test_a_name_keeps_its_number_when_it_comes_back():
 
 
 def test_two_processes_see_each_others_work():
-    """What one has charged costs the other as much, its head's progress counted once by the reader's clock."""
+    """One's charges cost the other the same; the progress of the head is counted once, by the reader's clock."""
     one, two = fleet_of("a", "b"), fleet_of("b", "a")
     one.charge(0, 500.0, 100.0)
     one.charge(0, 300.0, 100.0)
@@ -571,7 +571,7 @@ def test_what_waits_for_a_place_is_seen_as_queued():
     fleet.client_left(leaves)
     fleet.finish(waits, 0.2)
     assert (row(fleet, now=0.2).queued, row(fleet, now=0.2).in_flight) == (1, 1)
-    fleet.set_limit(0, 100)  # a configured limit stands
+    fleet.set_limit(0, 100)  # a configured limit stays
     assert row(fleet).in_flight_limit == 2
     free = fleet_of("a")
     free.set_limit(0, 4)

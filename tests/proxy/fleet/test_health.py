@@ -205,7 +205,7 @@ async def test_an_engine_that_computes_a_long_prompt_is_not_frozen_while_that_is
 
 
 async def test_requests_that_come_to_a_frozen_replica_do_not_put_off_that_it_is_found() -> None:
-    """What was sent after the first unanswered check explains nothing of the silence before."""
+    """Requests sent after the first unanswered check do not explain the silence before them."""
     bench = Bench(FROZEN)
     bench.fleet.charge(0, 1.0, bench.clock.monotonic())
     start_seconds = bench.clock.monotonic()
@@ -226,7 +226,7 @@ async def test_a_provider_and_a_replica_whose_connections_are_all_in_use_are_not
 async def test_a_replica_that_left_a_check_unanswered_is_checked_again_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """So that a frozen one is found within seconds of the first, and after that it is still asked."""
+    """A frozen replica is therefore found within seconds, and it is still asked afterwards."""
     monkeypatch.setattr("proxy.fleet.health.TICK_SECONDS", 0.0)
     bench = Bench(FROZEN)
     await bench.checker.check(0)
@@ -433,7 +433,7 @@ class Sink:
 
 
 def test_findings_are_applied_when_they_are_new() -> None:
-    """A capacity that was set once is not set again, a later start is a new epoch, a configured capacity stands."""
+    """A capacity that was set once is not set again, a later start is a new epoch, a configured capacity stays."""
     bench, sink = Bench({}), Sink()
     findings = EngineFindings(bench.fleet, sink, sink, sink, sink, sink)
     facts = EngineFacts(capacity_tokens=100, in_flight_limit=4, started_unix_seconds=10.0, tells_timings=True)

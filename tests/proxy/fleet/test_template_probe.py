@@ -1,4 +1,4 @@
-"""What probes show of a template, on renderers that are true to life."""
+"""The facts that probes find about a template, with realistic renderers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALL_HEADLESS = frozenset({"enable_thinking", "thinking"})
 
 
 def renderer(template: Template, tokens: bool = False):
-    """What an engine with `template` answers: text, or token ids of four characters each."""
+    """The answers of an engine with `template`: text, or token ids of four characters each."""
 
     async def rendered(request):
         text = (

@@ -76,7 +76,7 @@ def test_histograms_join_over_workers_and_sorted_counts() -> None:
 
 
 def test_gauges_that_all_workers_see_are_not_added() -> None:
-    """Each worker tells the same index; the largest view stands."""
+    """All workers report the same index; the largest value counts."""
     exposition = Exposition()
     for worker, blocks in ((1, 10.0), (2, 12.0)):
         recorder = Recorder()
@@ -94,7 +94,7 @@ def test_replaced_gauges_lose_the_series_of_what_is_gone() -> None:
 
 
 def test_a_delta_survives_the_control_socket() -> None:
-    """What one process packs the other reads alike."""
+    """One process reads what the other packed."""
     recorder = Recorder()
     recorder.inc(metrics.TOKENS, ("m", "u", "output"), 7)
     recorder.observe(metrics.TTFT, LABELS, 0.3)
@@ -124,7 +124,7 @@ def test_both_formats_parse_and_every_name_has_a_prefix() -> None:
 
 
 def test_a_series_that_is_kept_goes_on_after_it_was_taken_and_shows_nothing_before_it_counted() -> None:
-    """Whoever counts for every request finds its series once."""
+    """Code that counts for every request looks up its series once."""
     recorder = Recorder()
     tally = recorder.counter(metrics.REJECTED, ("a",))
     buckets = recorder.histogram(metrics.OVERHEAD, ("b",))

@@ -105,7 +105,7 @@ def test_a_scrape_of_eight_thousand_series_takes_under_a_tenth_of_a_second() -> 
 
 
 def test_ten_thousand_made_up_models_add_one_series() -> None:
-    """Whatever clients call them, the label is `other`."""
+    """The label is `other` for all of them."""
     from proxy.metrics.model_labels import ModelNames
 
     names, recorder, exposition = ModelNames(["known"]), Recorder(), Exposition()

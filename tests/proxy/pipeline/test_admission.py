@@ -1,4 +1,4 @@
-"""Who may enter: keys, tenants, paths and room."""
+"""Admission of requests: keys, tenants, paths and room."""
 
 from __future__ import annotations
 

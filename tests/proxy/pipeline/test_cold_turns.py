@@ -354,7 +354,7 @@ async def test_what_is_computed_although_it_was_computed_before_makes_cold_turns
 
 
 async def test_an_explanation_tells_whether_a_prompt_would_wait_and_changes_nothing() -> None:
-    """Neither does it join the queue, nor is it a prompt that a later one continues."""
+    """The prompt does not join the queue, and later prompts do not continue it."""
     gated = Gated()
     gated.make_busy(0, 1)
     for _ in range(2):

@@ -70,7 +70,7 @@ def test_every_other_request_is_no_preflight(origins, method, headers) -> None:
 
 
 def test_a_preflight_without_wishes_or_with_too_many_gets_a_star() -> None:
-    """What is repeated to the asker is bounded."""
+    """The names repeated to the client are bounded."""
     cors = Cors(("https://a.example",))
     for headers in (ASKING, (*ASKING, (b"access-control-request-headers", b"x" * 10_000))):
         assert dict(cors.preflight("OPTIONS", headers) or ())[b"access-control-allow-headers"] == b"*"

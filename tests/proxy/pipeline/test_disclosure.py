@@ -58,7 +58,7 @@ def test_memory_of_prefixes_is_bounded_and_keeps_the_newest() -> None:
 
 
 def test_what_only_others_sent_looks_like_what_nobody_sent() -> None:
-    """Whatever the index knows of it: held here, held elsewhere, evicted or continued differently."""
+    """This holds for whatever the index knows of it: held here, held elsewhere, evicted or continued differently."""
     match = Match({0: Held(len(PROMPT), PROMPT.size_bytes, 5_000)}, len(PROMPT), PROMPT.size_bytes, 5_000)
     for known, matched_bytes, cache, miss, reason in (
         (match, PROMPT.size_bytes, CacheStatus.HIT, MissReason.NONE, RouteReason.WARM),

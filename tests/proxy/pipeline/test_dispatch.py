@@ -1,4 +1,4 @@
-"""What a response's status tells the fleet about the replica that gave it."""
+"""The effect of a response's status on what the fleet knows about the replica."""
 
 from __future__ import annotations
 

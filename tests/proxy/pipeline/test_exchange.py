@@ -1,4 +1,4 @@
-"""What an exchange tells the client and hands to settlement."""
+"""The headers that an exchange gives to the client, and the outcome that it gives to settlement."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def asked(method: str, target: str, *, shares_key: bool = True) -> Exchange:
 
 
 def noted(method: str, target: str, body: Any, **options: bool) -> tuple[dict[str, str], Exchange]:
-    """What is remembered after one response."""
+    """Return what is remembered after one response."""
     journal, made = Journal(), asked(method, target, **options)
     CreatedObjects(journal).note(made, body if isinstance(body, bytes) else json.dumps(body).encode())
     return {key: name for part in journal.locations.chunks(99) for key, name in part.items()}, made
@@ -93,7 +93,7 @@ def test_reading_an_object_makes_nothing_ones_own(target: str) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"x", b'{"id":7}', b'{"id":""}', b"\xff"])
 def test_a_response_without_an_id_is_passed_over(body: bytes) -> None:
-    """Whatever the upstream answers."""
+    """This holds for any response."""
     assert noted("POST", "/v1/files", body)[0] == {}
 
 

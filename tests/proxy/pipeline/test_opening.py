@@ -1,4 +1,4 @@
-"""What the beginning of a body shows, however it is cut."""
+"""The kind of a body is found from its beginning, however it is cut."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ async def test_a_request_goes_through_its_phases_in_order() -> None:
 
 
 async def test_stored_contexts_and_the_list_of_models_are_answered_here() -> None:
-    """Neither is routed; the list only if one replica's would not do."""
+    """Neither is routed; the list is made here only if a single replica's is not enough."""
     phases = Phases()
     await ran(phases, exchange("POST", "/v1/caching", {}))
     assert phases.steps == ["contexts.answer", *END]
@@ -251,7 +251,7 @@ async def test_a_dry_run_of_a_context_is_answered_and_not_relayed() -> None:
 
 
 async def test_only_an_answered_prompt_is_noted() -> None:
-    """What was refused, or ended otherwise, is no prefix that the tenant has had answered."""
+    """A prompt that was refused, or failed, does not count as answered for the tenant."""
     for ending, noted in ((Ending.COMPLETE, True), (Ending.UPSTREAM_STATUS, False), (Ending.TRUNCATED, False)):
         phases = Phases()
         phases.ending = ending

@@ -197,7 +197,7 @@ def test_without_a_default_pool_a_path_without_a_model_is_not_found() -> None:
 
 
 def test_administration_and_lists_are_refused_unless_they_are_allowed() -> None:
-    """A limited client may not use them even then, since nothing says what they do."""
+    """A limited client may not use them even then, since it is unknown what they do."""
     for target in ("/v1/files", "/v1/organization/users", "/v1/fine_tuning/jobs/obj"):
         with pytest.raises(Forbidden):
             reader().read(exchange("GET", target))
@@ -238,7 +238,7 @@ def test_a_batch_goes_where_its_file_lies() -> None:
     ],
 )
 def test_what_a_limited_client_creates_has_only_its_models(target: str, good: Any, bad: Any) -> None:
-    """What cannot be read is refused; a file is read as a form."""
+    """Bodies that cannot be read are refused; a file is read as a form."""
     if target == "/v1/files":
         with pytest.raises(Forbidden):
             reader().read(exchange("POST", target, bad, LIMITED))
@@ -250,7 +250,7 @@ def test_what_a_limited_client_creates_has_only_its_models(target: str, good: An
 
 
 def test_the_key_of_an_object_names_its_owner_where_the_key_is_shared() -> None:
-    """So that an id alone finds nothing."""
+    """An id alone therefore finds nothing."""
     assert object_key(MINE, SHARED, "x") == "mine/x"
     assert object_key(MINE, OWN_KEYS, "x") == "x"
 

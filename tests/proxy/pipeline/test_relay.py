@@ -112,7 +112,7 @@ BEFORE: list[CairnError] = [
 
 @pytest.mark.parametrize("error", BEFORE)
 async def test_a_failure_before_the_response_is_tried_at_the_next_replica(error: CairnError) -> None:
-    """What the first attempt claimed is given back before the second begins."""
+    """The claims of the first attempt are released before the second begins."""
     bench = Bench(error)
     upstream(bench)
     exchange = bench.exchange()

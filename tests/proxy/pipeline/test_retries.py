@@ -52,7 +52,7 @@ def test_every_error_has_a_kind(error: UpstreamError, kind: FailureKind) -> None
 
 @pytest.mark.parametrize("kind", FailureKind)
 def test_what_may_be_repeated(kind: FailureKind) -> None:
-    """Whatever runs a model or only reads, unless it may still be computed; and anything that was never sent."""
+    """Requests that run a model or only read, unless they may still be computed; and all that were never sent."""
 
     def repeats(*, runs_model: bool = False, method: str = "POST", replayable: bool = True) -> bool:
         return may_repeat(kind, runs_model=runs_model, method=method, replayable=replayable)

@@ -60,7 +60,7 @@ def test_path_and_method_name_the_endpoint_and_who_may_use_it(method, path, endp
     ],
 )
 def test_a_chat_is_a_chat_however_its_path_is_written(sent: str, meant: str) -> None:
-    """What the upstream gets is the path that was decided on."""
+    """The upstream gets the path on which the decision was made."""
     route = ROUTES.route("POST", sent)
     assert (route.endpoint, route.target) == (Endpoint.CHAT, meant)
 
@@ -172,7 +172,7 @@ def test_liveness_is_asked_by_get_and_head_of_a_few_paths() -> None:
 
 @given(st.sampled_from(("GET", "POST", "DELETE", "OPTIONS")), st.text(max_size=50))
 def test_any_target_has_a_route_or_is_refused(method: str, target: str) -> None:
-    """Whatever comes over the wire, nothing else is raised."""
+    """For any input, nothing else is raised."""
     for routes in (ROUTES, CONFIGURED):
         try:
             routes.route(method, target)
@@ -181,7 +181,7 @@ def test_any_target_has_a_route_or_is_refused(method: str, target: str) -> None:
 
 
 def test_a_creation_stays_one_however_wide_the_allowed_paths_are() -> None:
-    """What a limited client uploads is read all the same."""
+    """Uploads of a limited client are read all the same."""
     wide = Routes(allowed_paths=("/v1/*",))
     assert wide.route("POST", "/v1/files").access is Access.CREATE
     assert wide.route("POST", "/v1/files").must_read(LIMITED)

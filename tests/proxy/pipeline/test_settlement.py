@@ -285,7 +285,7 @@ def test_what_a_picture_costs_is_learned_beside_the_text() -> None:
 
 
 def test_requests_are_counted_several_at_a_time_in_their_order() -> None:
-    """What is left is counted before a report."""
+    """The remaining requests are counted before a report."""
     settling = Settling()
     for status in range(COUNTED_TOGETHER - 1):
         settling.settle(status=status)
@@ -301,7 +301,7 @@ def test_requests_are_counted_several_at_a_time_in_their_order() -> None:
 
 
 def test_a_request_that_cannot_be_counted_does_not_keep_the_others() -> None:
-    """Nor is it tried again and again."""
+    """It is not tried again either."""
     settling = Settling()
     settling.counters.defects = {500}
     for status in (200, 500, 201):

@@ -133,7 +133,7 @@ def test_priorities_and_tenants_share_the_queue():
 
 @given(st.lists(st.tuples(st.booleans(), st.floats(0.0, 5.0)), min_size=1, max_size=50))
 def test_no_turn_is_passed_by_more_than_a_second_of_later_ones(arrivals):
-    """Whatever comes: first come, first served, but for new ones and those of the same second."""
+    """First come, first served, except for new ones and those of the same second."""
     queue: ColdQueue[float] = ColdQueue()
     now = 0.0
     for is_new, gap in arrivals:

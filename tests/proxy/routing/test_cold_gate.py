@@ -149,7 +149,7 @@ async def test_a_client_that_leaves_is_gone_from_the_queue_at_once():
 
 
 async def test_short_and_warm_turns_never_wait():
-    """Nor any where capacity is unknown, while there is room, or if it is switched off."""
+    """No turn waits if the capacity is unknown, while there is room, or if the gate is off."""
     bench = Bench()
     turn = bench.turn()
     assert bench.verdict(turn).waits

@@ -196,7 +196,7 @@ def test_in_flight_requests_have_a_price():
 
 
 def test_unavailable_replicas_are_left_out_and_said_to_be_why():
-    """What only a replica that is down holds is a miss by name."""
+    """A prefix that only a replica that is down holds is a miss with that reason."""
     made = plan(LONG, Match({0: held_part(39_000, 9_750.0)}), [view(0, available=False), view(1), view(2)])
     assert [candidate.replica.id for candidate in made.candidates if candidate.replica.id == 0] == []
     assert (made.reason, made.miss) == (RouteReason.COLD, MissReason.DOWN)
@@ -252,7 +252,7 @@ def test_reasons_of_hits_and_misses():
     st.floats(0, 1e6),
 )
 def test_every_available_replica_is_a_candidate_in_order_of_cost(rows, tokens):
-    """But for the tie at the head, costs rise; none is lost, none comes twice, and none computes nothing."""
+    """Except for the tie at the head, costs rise; none is lost or listed twice, and each computes something."""
     views = [
         view(n, rate_tokens_per_second=rate, pending_tokens=pending, in_flight=flying, lateness_seconds=late)
         for n, (rate, pending, flying, late) in enumerate(rows)

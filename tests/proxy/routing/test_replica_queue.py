@@ -38,7 +38,7 @@ async def test_without_a_limit_nothing_waits():
 
 
 async def test_a_crowded_replica_gets_one_at_a_time_and_tenants_take_turns():
-    """What was sent counts before the next is: a queue that opens does not let all through at once."""
+    """Each request counts before the next is sent: a queue that opens does not let all through at once."""
     sent: list[str] = []
     room = [0]
     queue = ReplicaQueue(None, QueueLimits(), FakeClock(), is_crowded=lambda: len(sent) >= room[0])
@@ -169,7 +169,7 @@ async def test_beyond_its_length_it_answers_429():
 
 
 async def test_when_the_replica_is_down_all_that_wait_are_told():
-    """So that they may go elsewhere, and none waits for what will not come."""
+    """They can go elsewhere, and none waits without hope."""
     queue = queue_of(1)
     permit = await queue.acquire(1.0)
     tasks = [asyncio.get_running_loop().create_task(queue.acquire(1.0)) for _ in range(3)]

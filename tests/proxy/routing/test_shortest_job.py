@@ -17,7 +17,7 @@ def test_least_work_goes_first():
 
 
 def test_equal_work_goes_in_the_order_in_which_it_came():
-    """Neither of two equal requests may pass the other."""
+    """Of two equal requests, the later one does not overtake the earlier."""
     line: ShortestJobQueue[int] = ShortestJobQueue(120.0)
     for number in range(5):
         line.join(number, 1.0, 0.0)

@@ -1,4 +1,4 @@
-"""What all workers find is logged once, and what one of them finds again is logged again."""
+"""Findings of all workers are logged once, and a finding that one of them repeats is logged again."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_an_explanation_comes_from_a_worker(file: Path) -> None:
 
 
 def test_a_killed_worker_is_replaced_and_no_connection_is_reset(file: Path) -> None:
-    """Who connects while there is no worker is answered by the next one; the pause grows with each death."""
+    """A client that connects while there is no worker is answered by the next one; the pause grows each time."""
     with start(file) as cairn:
         cairn.started()
         for pause in ("0.1", "0.2"):
@@ -156,7 +156,7 @@ def test_a_drain_ends_at_its_deadline(file: Path) -> None:
 
 
 def test_a_second_signal_ends_now(file: Path) -> None:
-    """What runs is cut off, and the exit code tells."""
+    """Running requests are cut off, and the exit code shows it."""
     with start(file) as cairn:
         cairn.started()
         held = cairn.hold()

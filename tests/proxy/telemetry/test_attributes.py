@@ -1,4 +1,4 @@
-"""What spans contain."""
+"""The content of spans."""
 
 from __future__ import annotations
 

@@ -387,7 +387,7 @@ async def test_a_chunk_is_offered_as_it_came_only_where_it_is_whole(
 
 @pytest.mark.parametrize("size", [b"0x3", b"+3", b" 3", b"3_", b"-3", b""])
 async def test_a_chunk_whose_size_is_no_number_is_a_bad_answer(make_client: MakeClient, size: bytes) -> None:
-    """Also where a whole chunk could stand."""
+    """This holds also at a place where a whole chunk could be."""
     client = make_client()
     gate = asyncio.Event()
     play: Play = [Expect(), Send(chunked(b"a", end=False)), Pause(gate), Send(size + b"\r\nabc\r\n"), Stall()]
@@ -858,7 +858,7 @@ async def test_a_connection_that_closed_as_it_opened_cannot_carry_a_request(
 async def test_a_client_that_closes_while_a_connection_is_opened_sends_nothing_on_it(
     make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does it leave one behind, and later requests are a mistake of the caller."""
+    """It leaves no connection behind, and later requests are a mistake of the caller."""
     loop = asyncio.get_running_loop()
     create = loop.create_connection
     gate = asyncio.Event()

@@ -316,7 +316,7 @@ class Timer:
 
 
 class Loop:
-    """What a pool needs of a loop, with timers and a time that the test sets."""
+    """The part of a loop that a pool needs, with timers and a time that the test sets."""
 
     def __init__(self) -> None:
         self.timers: list[Timer] = []

@@ -50,7 +50,7 @@ class Filled:
 
 
 async def test_more_has_arrived_only_with_more_than_was_seen() -> None:
-    """What is there already is not waited for, and nothing of it is taken."""
+    """Bytes that have arrived already are not waited for, and none are taken."""
     body = Filled()
     body.bring(b"ab")
     assert await body.response.arrived(1, body.late()) is True

@@ -1,4 +1,4 @@
-"""Whatever bytes come over the wire, the pure readers return a value or raise a CairnError, and nothing else."""
+"""For any bytes, the pure readers return a value or raise a CairnError, and nothing else."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def read_or_none(body: bytes, endpoint: Endpoint) -> Prompt | None:
 @settings(max_examples=400)
 @given(bodies(), st.sampled_from((*GENERATIONS, Endpoint.EMBEDDINGS)))
 def test_any_body_is_a_prompt_or_refused(body: bytes, endpoint: Endpoint) -> None:
-    """What is read can be edited, searched and fingerprinted, and its name is text that can be sent and logged."""
+    """A prompt that was read can be edited, searched and fingerprinted, and its model's name can be sent and
+    logged.
+    """
     prompt = read_or_none(body, endpoint)
     if prompt is None:
         return

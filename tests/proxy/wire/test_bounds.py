@@ -25,7 +25,7 @@ MEMBERS = {Endpoint.CHAT: b"messages", Endpoint.MESSAGES: b"messages", Endpoint.
 @pytest.mark.parametrize("endpoint", MEMBERS)
 @pytest.mark.parametrize("times", [1, 3])
 def test_millions_of_items_are_refused_before_they_take_memory(endpoint: Endpoint, times: int) -> None:
-    """Wherever they stand, and even if a shorter array of that name follows."""
+    """They are refused at any place, and even if a shorter array of that name follows."""
     member = MEMBERS[endpoint]
     body = b'{"model":"m"' + (b',"%b":' % member + MANY) * times + b',"x":1}'
     if times > 1:

@@ -29,7 +29,7 @@ def made(body: bytes, spliced: contexts.Spliced) -> bytes:
 def test_a_named_context_is_spliced_in_as_if_it_had_been_sent(
     rest: list[Any], stored: list[Any], between: tuple[str, str], has_tools: bool, tools_are: str
 ) -> None:
-    """Whatever stands around it; the rest keeps its bytes, and the views behind are those of the rest."""
+    """This holds for any surroundings; the rest keeps its bytes, and the views are those of the rest."""
     tools = [{"type": "function"}] if has_tools else None
     fields: dict[str, Any] = {"model": "m", "messages": [NAMING, *rest], "n": 1}
     if tools_are == "null":
@@ -90,7 +90,7 @@ def test_what_only_python_takes_for_equal_is_not(sent: bytes, stored: bytes) -> 
 
 @pytest.mark.parametrize("word", ["cache", "cached", "role", '"cache"'])
 def test_a_message_that_only_speaks_of_caches_is_no_reference(word: str) -> None:
-    """Nor is one in which the word stands as a value."""
+    """A message that has the word as a value is none either."""
     body = json.dumps({"model": "m", "messages": [{"role": "user", "content": word, "name": "cache"}]}).encode()
     assert contexts.named_in(request.read(body, Endpoint.CHAT)) is None
 
@@ -143,7 +143,7 @@ def test_null_messages_and_invalid_text_are_refused_or_passed_on(body: bytes) ->
 
 @given(st.binary(max_size=60), st.binary(max_size=60))
 def test_any_bytes_around_a_reference_are_refused_or_read(before: bytes, after: bytes) -> None:
-    """Whatever a client puts into the content and beside it."""
+    """This holds for anything inside the content and beside it."""
     body = b'{"model":"m","messages":[{"role":"cache","content":"tag=%b"},{"role":"user","content":"%b"}]}'
     with contextlib.suppress(BadRequest):
         contexts.named_in(request.read(body % (before, after), Endpoint.CHAT))

@@ -42,7 +42,7 @@ def test_when_to_try_again_is_told_in_whole_seconds(seconds, value) -> None:
 @pytest.mark.parametrize("endpoint", [Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES, Endpoint.MESSAGES])
 @pytest.mark.parametrize("mid_event", [False, True])
 def test_a_broken_stream_ends_with_an_event_that_is_read_as_an_error(endpoint, mid_event) -> None:
-    """Our own tap stands in for a client's parser."""
+    """Our own tap takes the place of a client's parser."""
     tap = StreamTap(endpoint)
     if mid_event:
         tap.feed(b'data: {"cho')

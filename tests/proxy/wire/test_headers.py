@@ -31,7 +31,7 @@ def head(*extra: tuple[bytes, bytes], **options) -> list[tuple[bytes, bytes]]:
 
 
 def test_host_and_length_are_left_out_and_the_request_id_is_set_anew() -> None:
-    """The first two are the connection's to write, the third stands once, with our value."""
+    """The connection writes the first two itself; the third appears once, with our value."""
     found = head((b"x-request-id", b"theirs"))
     assert [pair for pair in found if pair[0] in (b"host", b"content-length", b"x-request-id")] == [
         (b"x-request-id", b"r1")
@@ -83,7 +83,7 @@ def test_identity_is_asked_for_where_bytes_may_be_withheld() -> None:
 
 
 def test_names_made_up_by_strangers_do_not_grow_memory() -> None:
-    """What is remembered of names is bounded, and those beyond are judged all the same."""
+    """The number of remembered names is bounded, and further ones are still judged."""
     made_up = [(b"x-cairn-%d" % number, b"1") for number in range(5_000)] + [(b"n" * 100, b"1")]
     assert upstream_head(made_up, request_id="r") == ((b"n" * 100, b"1"), (b"x-request-id", b"r"))
     assert len(headers._FORWARDS) <= 1024  # noqa: SLF001 - internal state that no public name shows
@@ -172,7 +172,7 @@ def test_a_client_s_request_id_is_kept_where_it_is_harmless(value, kept) -> None
     ],
 )
 def test_no_key_of_the_client_reaches_an_upstream_that_has_its_own(name: bytes) -> None:
-    """Nor the choice of the account to be charged; with the client's own key all of it passes."""
+    """The choice of the account to be charged does not either; with the client's own key all of it passes."""
     sent = [(name, b"secret")]
     for options in ({"credential": (b"authorization", b"Bearer own")}, {"drop_credentials": True}):
         assert b"secret" not in [value for _, value in upstream_head(sent, request_id="r", **options)]

@@ -40,7 +40,7 @@ def events(raw: bytes) -> list[Any]:
 def test_an_error_is_one_event_in_the_endpoints_own_dialect(
     endpoint: Endpoint, body: bytes, message: str | None
 ) -> None:
-    """Whatever shape it came in; the tap of a stream sees it as an error."""
+    """This holds for every form of the error; the tap of a stream recognises it as one."""
     raw = events_of_plain(503, body, endpoint, request_id="id")
     (event,) = events(raw)
     assert read_event(raw, endpoint).error

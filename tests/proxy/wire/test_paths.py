@@ -78,7 +78,7 @@ def test_what_servers_could_read_in_two_ways_is_refused(target: str) -> None:
 
 @given(st.text(max_size=60) | st.text(alphabet="/.%25Fabc?#\\", max_size=40).map("/".__add__))
 def test_any_target_is_refused_or_normal_once_and_for_all(target: str) -> None:
-    """What comes out is ASCII, has no dot or empty segment however often it is decoded, and stays as it is."""
+    """The result is ASCII, has no dot or empty segment however often it is decoded, and is stable."""
     try:
         path, query = split_target(target)
     except BadRequest:

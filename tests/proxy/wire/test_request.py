@@ -33,7 +33,7 @@ def salt(**fields: object) -> tuple[bytes, ...]:
 
 
 def test_each_message_is_a_span_of_its_own_bytes() -> None:
-    """What is hashed is what stands in the body, escapes, spaces and all."""
+    """The bytes of the body are hashed unchanged, with escapes and spaces."""
     prompt = read(CHAT, Endpoint.CHAT)
     assert [bytes(span) for span in prompt.spans] == [
         b'{"role":"user","content":"hi"}',
@@ -80,7 +80,7 @@ def test_what_changes_the_rendered_head_is_in_the_salt(fields) -> None:
     ],
 )
 def test_sampling_is_not_in_the_salt(fields) -> None:
-    """What the engine applies after the prompt changes no prefix."""
+    """Settings that the engine applies after the prompt do not change the prefix."""
     assert salt(**fields) == salt()
 
 
@@ -324,7 +324,7 @@ _FIELDS = st.sampled_from(
 
 @given(st.dictionaries(_FIELDS, _VALUE | st.lists(_VALUE), max_size=8), st.sampled_from(GENERATIONS), st.booleans())
 def test_any_json_is_read_or_refused_and_its_messages_are_found(fields, endpoint, indented) -> None:
-    """Spans parse back to the values that stand in the body, whatever its white space."""
+    """Spans parse to the values in the body, with any white space."""
     body = json.dumps(fields | {"model": "m"}, indent=2 if indented else None, ensure_ascii=False).encode()
     try:
         prompt = read(body, endpoint)

@@ -51,7 +51,7 @@ def test_edits_that_overlap_or_lie_outside_are_refused(edits) -> None:
     st.sampled_from([Endpoint.CHAT, Endpoint.COMPLETIONS]),
 )
 def test_asking_for_usage_equals_parse_and_insert(options, indent, lead, first, endpoint) -> None:
-    """Whatever stands there, the spliced body says what a parsed and changed one would say."""
+    """For any body, the spliced one has the same meaning as a parsed and changed one."""
     fields: dict[str, object] = {"model": "m", "messages": [{"content": '{"stream_options":{}}'}], "prompt": "p"}
     fields["stream"] = True
     if options != "absent":

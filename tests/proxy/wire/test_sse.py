@@ -62,7 +62,7 @@ def test_a_stream_cut_at_every_byte_reads_as_in_one_piece(name, withhold) -> Non
 
 @given(st.sampled_from(sorted(STREAMS)), st.lists(st.integers(0, 5000), max_size=8), st.booleans())
 def test_any_cutting_gives_the_same_reading_and_the_same_bytes(name, places, withhold) -> None:
-    """Where the network cuts must not matter."""
+    """The places where the network cuts must not matter."""
     body = STREAMS[name]
     whole, out = relay([body], endpoint_of(name), withhold=withhold)
     tap, cut_out = relay(cut(body, places), endpoint_of(name), withhold=withhold)
@@ -109,7 +109,7 @@ def test_a_first_event_behind_a_byte_order_mark_is_read_and_passes_at_any_cut(ev
 
 @given(st.lists(st.binary(max_size=40)), st.booleans(), st.sampled_from(list(Endpoint)))
 def test_any_bytes_are_survived_and_passed(chunks, withhold, endpoint) -> None:
-    """What is no event stream at all is the client's to judge."""
+    """A body that is not an event stream is left to the client."""
     tap, out = relay(chunks, endpoint, withhold=withhold)
     assert out == b"".join(chunks)
     assert tap.usage is None

@@ -225,7 +225,7 @@ def test_reasoning_in_the_text_stays_if_the_template_drops_only_the_field():
 
 
 def test_a_template_that_knows_no_reasoning_leaves_the_field_out_in_the_last_turn_too():
-    """So that the next user message changes nothing in what precedes it."""
+    """The next user message therefore changes nothing before it."""
     ignores = TemplateFacts(ignores_reasoning=True)
     loop = [SYSTEM, user("q1"), assistant("<think>hm</think>a1", reasoning_content="so I thought")]
     then = texts([*loop, user("q2")], ignores)

@@ -1,4 +1,4 @@
-"""What a client says about how urgent its request is."""
+"""The urgency that a client states for its request."""
 
 from __future__ import annotations
 

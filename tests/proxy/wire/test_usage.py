@@ -90,7 +90,7 @@ def _usage_of(body: bytes, endpoint: Endpoint) -> Usage | None:
 
 
 def endpoint_of(name: str) -> Endpoint:
-    """The endpoint that a golden file's name stands for."""
+    """Return the endpoint that a golden file's name means."""
     for part, endpoint in (("anthropic", Endpoint.MESSAGES), ("responses", Endpoint.RESPONSES)):
         if part in name:
             return endpoint
@@ -98,7 +98,7 @@ def endpoint_of(name: str) -> Endpoint:
 
 
 def test_every_golden_file_has_its_expected_usage() -> None:
-    """No golden file stands there unread."""
+    """Every golden file is read."""
     assert {path.name for path in GOLDEN.iterdir()} - {"README.md"} == set(EXPECTED)
 
 
@@ -149,7 +149,7 @@ def test_anthropic_without_cache_fields_is_unknown_and_not_zero() -> None:
 
 
 def test_the_split_of_writes_keeps_its_sum() -> None:
-    """What the split leaves unsaid was written for five minutes; a split beyond the sum is inconsistent."""
+    """Writes in neither part of the split are for five minutes; a split larger than the sum is inconsistent."""
     base = {"input_tokens": 0, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 100}
     assert normal(base | {"cache_creation": {"ephemeral_1h_input_tokens": 30}}) == Usage(100, 0, 0, 70, 30)
     beyond = normal(base | {"cache_creation": {"ephemeral_1h_input_tokens": 300}})
@@ -182,7 +182,7 @@ def test_two_fields_that_disagree_give_the_lesser_and_a_mark() -> None:
     ],
 )
 def test_a_cached_count_of_any_kind_is_clamped_and_marked(value, tokens, inconsistent) -> None:
-    """What cannot be true is never raised and never priced."""
+    """An impossible value raises nothing and is never priced."""
     usage = normal({"prompt_tokens": 100, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": value}})
     assert usage == Usage(100, 1, tokens, inconsistent=inconsistent)
 

@@ -61,7 +61,7 @@ async def test_a_target_that_fails_is_exit_1(caplog: pytest.LogCaptureFixture) -
 
 
 async def test_without_a_supervisor_it_ends_its_target_and_itself() -> None:
-    """Where the kernel does not end it, the closed socket does."""
+    """If the kernel does not end it, the closed socket does."""
     ended = asyncio.Event()
 
     async def for_ever(_: WorkerControl) -> None:

@@ -1,4 +1,4 @@
-"""What a worker reports to its supervisor, with small fakes in place of the parts that it reports on."""
+"""A worker's reports to its supervisor, with small fakes in place of the parts that they describe."""
 
 from __future__ import annotations
 

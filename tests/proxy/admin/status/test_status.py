@@ -1,4 +1,4 @@
-"""What the status page shows: its state as a function of counters and reports, its history, and its stream."""
+"""The content of the status page: its state as a function of counters and reports, its history, and its stream."""
 
 from __future__ import annotations
 
