@@ -160,10 +160,10 @@ class Connection(asyncio.BufferedProtocol):
         self._drop_ahead()
         self._server.closed(self)
         self._transport = None
-        if self._request is None:
-            self._wake()
-        elif self._task is not None:
+        if self._request is not None and self._task is not None:
             self._task.cancel()
+        else:
+            self._wake()
 
     def pause_writing(self) -> None:
         self.is_behind = True
@@ -323,8 +323,7 @@ class Connection(asyncio.BufferedProtocol):
                     await self._next()
                     continue
                 transport = self._transport
-                if transport is None:
-                    break
+                assert transport is not None  # noqa: S101 - the state is CLOSED once it is gone
                 response = ClientResponse(request, self, transport)
                 await handle(request, response)
                 self._finish(response, asked_to_close=not request.keep_alive)
@@ -407,10 +406,11 @@ class Connection(asyncio.BufferedProtocol):
     def _expire_exchange(self, now: float) -> None:
         if self._awaited_body is not None:
             self.deadline = self._awaited_body.look(now)
-        elif self._drain_waiter is not None and not self._still_sending(now):
+            return
+        waiter = self._drain_waiter  # done if the client caught up in this turn of the loop
+        if waiter is not None and not waiter.done() and not self._still_sending(now):
             self.client_error(BadHttp.READ_LATE)
-            if not self._drain_waiter.done():
-                self._drain_waiter.set_exception(ClientStalled("the client stopped reading"))
+            waiter.set_exception(ClientStalled("the client stopped reading"))
             self.abort()
 
     def _still_sending(self, now: float) -> bool:

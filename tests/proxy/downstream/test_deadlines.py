@@ -42,7 +42,8 @@ class Port:
 
     def __init__(self, play: Play, **limits: Any) -> None:
         self.clock, self.counts, self.line = FakeClock(), Counts(), SlowLine()
-        self.server: ClientServer = client_server(play, self.counts, self.clock, body_bytes_per_second=RATE, **limits)
+        limits = {"body_bytes_per_second": RATE, **limits}
+        self.server: ClientServer = client_server(play, self.counts, self.clock, **limits)
         self.connection: Connection = self.server.connect()
         self.connection.connection_made(self.line)
 

@@ -306,6 +306,76 @@ BAD: dict[str, bytes] = {
 }
 
 
+INVALID = "the upstream's response is not valid HTTP/1.1"
+TOO_LARGE = "the upstream's response has too large a head, trailer or chunk extension"
+REASONS = {
+    "chunked in two fields": "the upstream's response has a transfer encoding that was not asked for",
+    "another encoding": "the upstream's response has a transfer encoding that was not asked for",
+    "101": "the upstream switched protocols unasked",
+    "101 without more": "the upstream switched protocols unasked",
+    "status 99": "the upstream switched protocols unasked",
+    "a large head": TOO_LARGE,
+    "many small headers": TOO_LARGE,
+    "interim answers without end": "the upstream sent too many interim responses",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_error_for_an_answer_that_cannot_be_trusted_says_what_is_wrong_with_it(name: str) -> None:
+    """It is what an operator finds in the log and a client in the body of the 502."""
+    wire = Wire()
+    answered = wire.begin()
+    wire.feed(*[BAD[name][i : i + 1] for i in range(len(BAD[name]))])
+    assert error_of(answered).message == REASONS.get(name, INVALID)
+
+
+def test_a_head_too_large_is_refused_too_when_it_comes_in_one_read_with_its_body() -> None:
+    """The body's bytes do not count: a short head before a long body is let through."""
+    for size, refused in ((1_900, False), (3_000, True)):
+        wire = Wire()
+        answered = wire.begin()
+        wire.feed(answer(b"y" * 5_000, headers=[b"X: " + b"x" * size]))
+        assert failed(answered) is refused
+        if refused:
+            assert error_of(answered).message == "the upstream's response has too large a head"
+
+
+def test_the_error_for_each_end_says_where_it_came() -> None:
+    before, head, body = OK[:0], OK, answer(b"hello")[:-1]
+    expected = {
+        before: "the upstream closed before its response began",
+        head: "the upstream closed inside the head of its response",
+        body: "the upstream closed inside its response",
+    }
+    for sent, message in expected.items():
+        wire = Wire()
+        answered = wire.begin()
+        wire.feed(*([sent] if sent else []))
+        wire.end()
+        assert error_of(answered).message == message
+    for sent, message in (
+        (before, "the upstream did not begin its response in time"),
+        (body, "the upstream sent nothing for too long inside its response"),
+    ):
+        wire = Wire()
+        answered = wire.begin()
+        wire.feed(*([sent] if sent else []))
+        wire.clock.advance(11)
+        wire.ring()
+        assert error_of(answered).message == message
+    for is_reader, message in (
+        (True, "the response was abandoned"),
+        (False, "the connection was closed from this side"),
+    ):
+        wire = Wire()
+        answered = wire.begin()
+        if is_reader:
+            answered.abort()
+        else:
+            wire.connection.close()
+        assert error_of(answered).message == message
+
+
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("size", [1, 100_000])
 def test_an_answer_that_cannot_be_trusted_is_refused_and_its_connection_dropped(name: str, size: int) -> None:
@@ -393,6 +463,23 @@ def test_reading_stops_over_the_buffers_bound_and_goes_on_when_it_was_taken() ->
     assert wire.paused()
     assert len(answered.body_now()) > 1_000
     assert not wire.paused()
+    wire.feed(b"x" * 1_000)
+    assert not wire.paused(), "what was taken counts no more"
+    wire.feed(b"x")
+    assert wire.paused()
+
+
+def test_a_body_just_too_long_for_the_parser_is_whole_when_it_is_taken_as_it_comes() -> None:
+    """What was taken is not still to come."""
+    body = b"x" * 70_000
+    raw = answer(body)
+    wire = Wire()
+    answered = wire.begin()
+    got = b""
+    for at in range(0, len(raw), 7_000):
+        wire.feed(raw[at : at + 7_000])
+        got += answered.body_now()
+    assert (got == body, answered.complete, wire.finished_as) == (True, True, [(True, False)])
 
 
 def test_a_paused_reader_is_not_the_upstreams_lateness_but_a_silent_upstream_is() -> None:
@@ -548,6 +635,7 @@ async def test_a_piece_of_a_request_waits_while_the_transport_is_full() -> None:
     wire.connection.resume_writing()
     wire.connection.resume_writing()
     await writing
+    wire.connection.resume_writing()
     await wire.connection.write((b"two",), 3.0)
     assert wire.transport.written == b"onetwo"
     wire.clock.advance(3.0)

@@ -69,6 +69,21 @@ def test_a_url_that_is_not_a_plain_base_is_refused(url: str) -> None:
         Origin.parse(url)
 
 
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("h:80", "an upstream's URL must be http://host[:port][/path] or https://host[:port][/path]"),
+        ("http://u@h", "an upstream's URL must have no credentials, query or fragment"),
+        ("http://h/a b", "an upstream's URL must be ASCII without spaces"),
+    ],
+)
+def test_the_error_for_a_url_says_how_it_must_be(url: str, message: str) -> None:
+    """The one who configured it reads this."""
+    with pytest.raises(ValueError) as caught:
+        Origin.parse(url)
+    assert str(caught.value) == message
+
+
 def test_a_head_has_host_first_the_callers_headers_in_order_and_the_length_last() -> None:
     head = HeadWriter(ORIGIN).write(b"POST", b"/v1/x", [(b"b", b"2"), (b"a", b"1"), (b"b", b"3")], 5)
     assert head == b"POST /v1/x HTTP/1.1\r\nhost: replica:8000\r\nb: 2\r\na: 1\r\nb: 3\r\ncontent-length: 5\r\n\r\n"
