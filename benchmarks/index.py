@@ -34,7 +34,7 @@ def chain(rng: random.Random, base: Fingerprint | None, blocks: int) -> Fingerpr
 
 
 def head(base: Fingerprint, blocks: int) -> Fingerprint:
-    """The first blocks of a fingerprint."""
+    """Return the first blocks of a fingerprint."""
     return Fingerprint(base.hashes[:blocks], base.ends[:blocks])
 
 
@@ -66,7 +66,7 @@ def build(rng: random.Random, blocks: int, low: int, high: int) -> tuple[PrefixI
 
 
 def microseconds(work: Callable[[], object], repeat: int) -> float:
-    """CPU time of one call, the least of several rounds."""
+    """Return the CPU microseconds of one call, the least of several rounds."""
     rounds = []
     for _ in range(5):
         begun = process_time_ns()
@@ -77,7 +77,7 @@ def microseconds(work: Callable[[], object], repeat: int) -> float:
 
 
 def each(work: Callable[[int], object], count: int) -> list[float]:
-    """CPU microseconds of each of `count` calls, sorted."""
+    """Return the CPU microseconds of each of `count` calls, sorted."""
     times = []
     for i in range(count):
         begun = process_time_ns()
@@ -87,7 +87,7 @@ def each(work: Callable[[int], object], count: int) -> list[float]:
 
 
 def spread(times: list[float]) -> str:
-    """Median, 99th of a hundred, and most."""
+    """Format the median, the 99th percentile and the maximum."""
     return (
         f"median {statistics.median(times):8.1f}   p99 {times[int(len(times) * 0.99)]:8.1f}   most {times[-1]:8.1f}"
     )
@@ -103,7 +103,7 @@ def report_cut() -> None:
 
 
 def report_memory(low: int, high: int) -> None:
-    """Traced bytes a block of an index of 100,000 blocks, with its fingerprints not counted."""
+    """Print the traced bytes per block of an index of 100,000 blocks, without its fingerprints."""
     rng = random.Random(2)
     tracemalloc.start()
     index, talks = build(rng, 100_000, low, high)
@@ -119,7 +119,7 @@ def report_memory(low: int, high: int) -> None:
 
 
 def report_lookups() -> None:
-    """Lookup, placement, eviction and snapshot on the full index."""
+    """Print the cost of lookup, placement, eviction and snapshot on the full index."""
     rng = random.Random(3)
     index, talks = build(rng, BLOCKS, 8, 60)
     stats = index.stats()
@@ -144,13 +144,13 @@ def report_lookups() -> None:
 
 
 def place(index: PrefixIndex, replica: int, prompt: Fingerprint) -> None:
-    """One request's whole use of the index but the lookup."""
+    """Use the index as one request does, except for the lookup."""
     placement = index.place(replica, prompt, TOKENS_PER_BLOCK * len(prompt), 1e6)
     index.answered(placement, TOKENS_PER_BLOCK * len(prompt), placement.predicted_tokens, 200, 1e6)
 
 
 def main() -> None:
-    """Print all."""
+    """Print all reports."""
     report_cut()
     print("memory, traced bytes a block")
     for low, high in ((1, 1), (2, 4), (8, 60)):

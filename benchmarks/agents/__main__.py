@@ -92,7 +92,7 @@ CONTESTANTS: dict[str, tuple[str, Make]] = {
 )
 @click.option("--replicas", default=4, show_default=True)
 @click.option("--capacity", default=1_000_000, show_default=True, help="tokens that each replica's cache holds")
-@click.option("--believed", default=1.0, show_default=True, help="capacity as the rules are told it, over the truth")
+@click.option("--believed", default=1.0, show_default=True, help="assumed capacity, divided by the true one")
 @click.option("--rules", "names", default=",".join(CONTESTANTS), show_default=True)
 @click.option("--proxies", default=1, show_default=True, help="Cairn proxies that share the fleet")
 @click.option("--delay", default=0.01, show_default=True, help="seconds until they know each other's news")

@@ -56,11 +56,11 @@ class _Drive:
         self.seen: list[tuple[float, Seen]] = []
 
     def now(self) -> float:
-        """The engines' seconds since the start."""
+        """Return the engines' seconds since the start."""
         return (_CLOCK.monotonic() - self._began) * self._speed
 
     async def run(self) -> None:
-        """Drive all sessions until the time is over; what is under way then does not count."""
+        """Drive all sessions until the time is over; unfinished turns do not count."""
         connector = aiohttp.TCPConnector(limit=0)
         tasks = Tasks()
         async with aiohttp.ClientSession(connector=connector, read_bufsize=1 << 18) as http:

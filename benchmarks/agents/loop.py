@@ -1,4 +1,4 @@
-"""The closed loop on a virtual clock: the active sessions, the engines and one rule; counts what came of it."""
+"""The closed loop on a virtual clock: the active sessions, the engines and one rule, with the resulting counts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Program(msgspec.Struct):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """Of one rule. Times are seconds; TTFT counts from the moment the client sent.
+    """Result of one rule. Times are in seconds; TTFT counts from the moment the client sent.
 
     `worst_slowdown` is the largest over all sessions of their turns' time over the same with nobody else there.
     """
@@ -66,7 +66,7 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class ClosedLoop:
-    """Drives the sessions and counts. A rule that is told sessions may ask `program_of`."""
+    """Drives the sessions and counts. A rule that knows sessions may call `program_of`."""
 
     rule: Router
 
@@ -87,7 +87,7 @@ class ClosedLoop:
         self.turns = 0
 
     def program_of(self, request: Request) -> Program:
-        """The session of a request under way; `next` is the number of the turn after it."""
+        """Return the session of a request under way; `next` is the number of the turn after it."""
         return self._running[request.number]
 
     def start(self) -> None:
@@ -156,7 +156,7 @@ class ClosedLoop:
         )
 
     def _unfinished(self) -> Iterator[float]:
-        """Slowdowns of the sessions that are still under way, with what their present turn has taken so far."""
+        """Yield the slowdowns of unfinished sessions, including the time that their present turn has taken so far."""
         for program in self._running.values():
             waited = self._loop.seconds - program.sent_seconds
             before = program.turns[program.next - 2] if program.next > 1 else None
@@ -165,7 +165,7 @@ class ClosedLoop:
 
 
 def alone_seconds(turn: Turn, before: Turn | None) -> float:
-    """The time of a turn on an idle replica that holds the session's turn before it, or nothing."""
+    """Return the time of a turn on an idle replica that holds the session's turn before it, or nothing."""
     matched = 0
     if before is not None:
         pairs = zip(turn.blocks, before.blocks, strict=False)
@@ -176,7 +176,7 @@ def alone_seconds(turn: Turn, before: Turn | None) -> float:
 
 
 def endless(sessions: list[Session], shared: frozenset[int]) -> Iterator[Session]:
-    """The sessions again and again, each time as others'."""
+    """Yield the sessions for ever, in each cycle as those of others."""
     for cycle in count():
         for session in sessions:
             yield again(session, cycle, shared)
@@ -188,7 +188,7 @@ def run(
     loop: Loop,
     make_rule: Callable[[Calendar, ClosedLoop], Router],
 ) -> Result:
-    """Run sessions through one rule, for the time that `loop` says."""
+    """Run sessions through one rule, for the time that `loop` states."""
     calendar = Calendar()
     closed = ClosedLoop(sessions, shared, loop, calendar)
     closed.rule = make_rule(calendar, closed)

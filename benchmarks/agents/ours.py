@@ -26,7 +26,7 @@ from proxy.routing.cold_admission import (
 from proxy.routing.cold_pressure import ColdPressure, ServedPrompts
 
 LOOK_SECONDS = 0.5
-"""While turns wait, this often it is looked whether one may go; and at every first token and end."""
+"""Interval of looking for a turn that may go while turns wait, in addition to every first token and end."""
 
 
 class Claims:
@@ -43,7 +43,7 @@ class Claims:
 
 
 class _Gate:
-    """One proxy's part: its queue, and what it knows of prompts and pressure."""
+    """One proxy's part: its queue, and its knowledge of prompts and pressure."""
 
     def __init__(self, number: int, proxy: Proxy, claims: Claims) -> None:
         self.number = number
@@ -82,7 +82,7 @@ class Gated(Cairn):
         hashes, tokens = request.fingerprint.hashes, request.input_tokens
         depth = gate.served.depth(hashes)
         self._known[request.number] = depth / max(len(hashes), 1) * tokens
-        for each in self._gates:  # as the journal tells them
+        for each in self._gates:  # as the journal does
             each.served.note(hashes, depth, tokens, tokens - least, now)
         kind = classify(request.input_tokens, least, self._short_tokens)
         if kind is TurnKind.SHORT or not (self._always or self._is_on(gate, kind, least, now)):
@@ -144,7 +144,7 @@ class Gated(Cairn):
         self._changed(self._gate_of(request), now)
 
     def _changed(self, gate: _Gate, now: float) -> None:
-        """Work ended at a replica: turns may go now, and at the other proxies once they know."""
+        """Look for turns that may go, since work ended at a replica; at the other proxies once they know."""
         self._look(gate, now)
         for other in self._gates:
             if other is not gate and len(other.queue) and self._delay_seconds is not None:

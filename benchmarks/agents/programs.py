@@ -1,4 +1,4 @@
-"""Admission of whole sessions: a rule that is told each session's id and end, unlike all others.
+"""Admission of whole sessions: a rule that knows each session's id and end, unlike all others.
 
 A session is admitted to the replica with most room if its first prompt fits beside the sessions that are there, keeps
 its part of the cache until it ends, and has all its turns served there. The others wait in order of arrival.
@@ -15,7 +15,7 @@ from benchmarks.fleet.trace import Request
 
 
 class WholePrograms:
-    """The rule. `program_of` tells which session a request belongs to."""
+    """The rule. `program_of` returns the session of a request."""
 
     def __init__(self, replicas: int, capacity_tokens: int, program_of: Callable[[Request], Program]) -> None:
         self._capacity_tokens = capacity_tokens
@@ -35,10 +35,10 @@ class WholePrograms:
             send(replica, float(request.input_tokens), now)
 
     def started(self, request: Request, now: float) -> None:
-        """The engines' queues are first in, first out."""
+        """Do nothing: the engines' queues are first in, first out."""
 
     def first_token(self, request: Request, replica: int, cached_tokens: int, now: float) -> None:
-        """Nothing is learned from answers."""
+        """Do nothing: nothing is learned from responses."""
 
     def ended(self, request: Request, replica: int, now: float) -> None:
         program = self._program_of(request)

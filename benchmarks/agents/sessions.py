@@ -1,4 +1,4 @@
-"""Sessions as a closed loop needs them: turns with chained blocks, and the pause before each. Knows no replica.
+"""Sessions as a closed loop needs them: turns with chained blocks, and the pause before each.
 
 They are made up (`synthetic`), or come from a file: one turn a line with a `session_id` and a `delay` in
 milliseconds, as AIPerf replays them, or a trace in Mooncake's form, whose conversations are found by their prefixes.
@@ -44,7 +44,7 @@ class Turn(msgspec.Struct, frozen=True):
     blocks: tuple[int, ...]
 
     def request(self, number: int, now: float) -> Request:
-        """The turn as the simulated fleet takes it."""
+        """Return the turn as the simulated fleet takes it."""
         ends = [BLOCK_TOKENS * BYTES_PER_TOKEN * (place + 1) for place in range(len(self.blocks))]
         ends[-1] = self.input_tokens * BYTES_PER_TOKEN
         fingerprint = Fingerprint(array("Q", self.blocks), array("I", ends))
@@ -91,7 +91,7 @@ class _Chain(list[int]):
             self.append(self.after(b"%s/%d" % (name, place)))
 
     def after(self, name: bytes) -> int:
-        """The hash of a block of this name after the present last one."""
+        """Return the hash of a block of this name after the present last one."""
         return chain_root([(self[-1] if self else 0).to_bytes(8, "little"), name])
 
 
@@ -107,7 +107,7 @@ class _Line(msgspec.Struct):
 
 
 def read_sessions(path: Path) -> list[Session]:
-    """The sessions of a .jsonl or .jsonl.gz file, in order of their first turn.
+    """Return the sessions of a .jsonl or .jsonl.gz file, in order of their first turn.
 
     Raises ValueError if a line has fewer hash ids than its tokens need.
     """
@@ -127,7 +127,7 @@ def _by_id(rows: Sequence[_Line]) -> list[list[tuple[_Line, float]]]:
 
 
 def _by_prefix(rows: Sequence[_Line]) -> list[list[tuple[_Line, float]]]:
-    """A request continues the one whose whole blocks (all but its last, and more than the first) begin it."""
+    """Group requests: one continues the request whose whole blocks (all but the last, at least two) begin it."""
     sessions: list[list[tuple[_Line, float]]] = []
     ends: dict[tuple[int, ...], int] = {}  # the whole blocks of a session's last turn, to its place in `sessions`
     for row in sorted(rows, key=lambda row: row.timestamp or 0.0):
@@ -156,7 +156,7 @@ def _turn(row: _Line, pause_seconds: float) -> Turn:
 
 
 def again(session: Session, cycle: int, shared: frozenset[int]) -> Session:
-    """The session once more as another's: its own blocks change, those in `shared` stay.
+    """Return the session once more as another's: its own blocks change, those in `shared` stay.
 
     Only for files with fewer sessions than a run needs; in cycle 0 it is the session itself.
     """
@@ -173,7 +173,7 @@ def _renamed(block: int, cycle: int, shared: frozenset[int]) -> int:
 
 
 def shared_blocks(sessions: Sequence[Session]) -> frozenset[int]:
-    """The blocks that more than one session has."""
+    """Return the blocks that more than one session has."""
     owners: Counter[int] = Counter()
     for session in sessions:
         owners.update({block for turn in session for block in turn.blocks})
@@ -181,7 +181,7 @@ def shared_blocks(sessions: Sequence[Session]) -> frozenset[int]:
 
 
 def unshared_tokens(sessions: Sequence[Session], shared: frozenset[int]) -> float:
-    """Mean over all turns of the tokens that no other session has: what an active session adds to a cache."""
+    """Return the mean tokens of a turn that no other session has: what an active session adds to a cache."""
     own = turns = 0
     for session in sessions:
         for turn in session:

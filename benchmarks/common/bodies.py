@@ -79,12 +79,12 @@ def body(shape: Shape) -> tuple[bytearray, int]:
 
 
 def stamp(buffer: bytearray, offset: int, number: int) -> None:
-    """Makes the body in `buffer` different from all others, in place and in the same size."""
+    """Make the body in `buffer` different from all others, in place and in the same size."""
     buffer[offset : offset + STAMP_DIGITS] = b"%0*d" % (STAMP_DIGITS, number)
 
 
 def request_head(path: str, size_bytes: int) -> bytes:
-    """The head that the OpenAI SDK would send, near enough in number and size of headers."""
+    """Return the head that the OpenAI SDK would send, near enough in number and size of headers."""
     return (
         b"POST %b HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: application/json\r\nuser-agent: OpenAI/Python 3.50.0\r\n"
         b"authorization: Bearer sk-benchmark-0000000000000000\r\nx-stainless-lang: python\r\n"

@@ -1,8 +1,7 @@
 """CPU seconds, memory and descriptors of a process and its descendants, read from the system.
 
 On Linux from /proc and the process's own CPU clock (nanoseconds, all threads, those that ended too); elsewhere from
-`ps` (hundredths of a second). Knows nothing of what the processes are.
-"""
+`ps` (hundredths of a second). It does not depend on what the processes are."""
 
 from __future__ import annotations
 
@@ -59,7 +58,7 @@ def tree(root_pid: int) -> list[Process]:
 
 
 def parse_ps_time(text: str) -> float:
-    """Seconds of ps's TIME: [[days-]hours:]minutes:seconds[.hundredths]."""
+    """Return the seconds of ps's TIME: [[days-]hours:]minutes:seconds[.hundredths]."""
     days, _, clock = text.strip().rpartition("-")
     seconds = 0.0
     for part in clock.split(":"):
@@ -81,7 +80,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory of one process."""
+    """Return the resident memory of one process in bytes."""
     if _LINUX:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
     return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)], text=True)) * 1024

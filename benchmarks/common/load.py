@@ -99,7 +99,7 @@ class Run:
         self._connections: list[Connection] = []
 
     async def connect(self) -> None:
-        """Opens all connections."""
+        """Open all connections."""
         content, offset = bodies.body(self.job.shape())
         loop = asyncio.get_running_loop()
         for _ in range(self.job.connections):
@@ -109,7 +109,7 @@ class Run:
             self._connections.append(connection)
 
     async def go(self, seconds: float, max_requests: int) -> float:
-        """Sends until one of the limits is reached and the last answer has come; gives back the seconds taken."""
+        """Send until one of the limits is reached and the last answer has arrived; return the seconds taken."""
         self._left = max_requests
         start = _CLOCK.monotonic()
         self._deadline = start + seconds
@@ -122,7 +122,7 @@ class Run:
         return _CLOCK.monotonic() - start
 
     def may_send(self) -> bool:
-        """Takes one request of those left; False when the run is over."""
+        """Take one of the remaining requests; return False when the run is over."""
         if self._left <= 0 or _CLOCK.monotonic() >= self._deadline:
             return False
         self._left -= 1
@@ -130,24 +130,24 @@ class Run:
         return True
 
     def rest(self) -> None:
-        """One connection has no more to do."""
+        """Note that one connection has finished."""
         self._busy -= 1
         if not self._busy and self._finished is not None and not self._finished.done():
             self._finished.set_result(None)
 
     def forget(self) -> None:
-        """Drops what the warm-up counted."""
+        """Drop the counts of the warm-up."""
         self.latencies, self.first_bytes = array("d"), array("d")
         self.answer_sizes.clear()
         self.reads = 0
 
     def close(self) -> None:
-        """Closes all connections."""
+        """Close all connections."""
         for connection in self._connections:
             connection.close()
 
     def result(self, seconds: float) -> Result:
-        """The figures so far."""
+        """Return the figures so far."""
         ordered = sorted(self.latencies)
         return Result(
             requests=len(ordered),
@@ -189,7 +189,7 @@ class Connection(asyncio.Protocol):
         self._transport.set_write_buffer_limits(high=1 << 26)
 
     def next(self, now: float) -> None:
-        """Sends the next request, now or when it is due."""
+        """Send the next request, now or when it is due."""
         interval = self._run.job.interval_seconds
         if interval:
             self._due = max(self._due + interval, now) if self._due else now
@@ -275,7 +275,7 @@ class Connection(asyncio.Protocol):
                 self._run.rest()
 
     def close(self) -> None:
-        """Closes the connection, if it is open."""
+        """Close the connection, if it is open."""
         if self._transport is not None:
             self._closing = True
             self._transport.close()
@@ -310,7 +310,7 @@ def main() -> None:
 
 
 class GeneratorFailed(Exception):
-    """The generator ended or said something unexpected."""
+    """The generator ended or sent something unexpected."""
 
 
 class Generator:
@@ -327,27 +327,27 @@ class Generator:
         )
 
     def prepare(self, job: Job) -> None:
-        """Connects and warms; returns when the generator is ready to be started."""
+        """Connect and warm up; return when the generator is ready to be started."""
         self._say(msgspec.json.encode(job).decode())
         if (line := self._hear()) != "ready":
             raise GeneratorFailed(line)
 
     def start(self) -> None:
-        """Starts the prepared job."""
+        """Start the prepared job."""
         self._say("go")
 
     def finish(self) -> Result:
-        """Waits for the job's end."""
+        """Wait for the job's end."""
         return msgspec.json.decode(self._hear(), type=Result)
 
     def run(self, job: Job) -> Result:
-        """A whole job."""
+        """Run a whole job."""
         self.prepare(job)
         self.start()
         return self.finish()
 
     def stop(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._process.kill()
         self._process.wait()
 

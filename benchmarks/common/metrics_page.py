@@ -1,4 +1,4 @@
-"""Reads a page of metrics in the Prometheus text form; pure."""
+"""Read a metrics page in Prometheus' text format. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starts what is measured, waits until it answers, and ends it with all its children."""
+"""Start the measured processes, wait until they answer, and end them with all their children."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _POLL_SECONDS = 0.05
 
 
 class StartFailed(Exception):
-    """A process ended, or did not answer in time; the message holds the end of what it wrote."""
+    """A process ended, or did not answer in time; the message contains the end of its output."""
 
 
 def free_port() -> int:
-    """A port that was free on loopback a moment ago."""
+    """Return a port that was free on loopback a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -57,11 +57,11 @@ class Running:
         self.pid = self._process.pid
 
     def last_words(self) -> str:
-        """The end of its output."""
+        """Return the end of its output."""
         return self.log.read_text(errors="replace")[-2000:]
 
     async def answers(self, port: int, path: str, seconds: float) -> None:
-        """Returns once GET `path` is answered with 200; raises `StartFailed` if that takes too long."""
+        """Return once GET `path` is answered with 200. Raises `StartFailed` if that takes too long."""
         for _ in range(int(seconds / _POLL_SECONDS)):
             if self._process.poll() is not None:
                 raise StartFailed(f"{self.name} ended with {self._process.returncode}:\n{self.last_words()}")
@@ -86,7 +86,7 @@ class Running:
                 self._process.wait()
         for pid in family[1:]:
             try:
-                if os.getpgid(pid) == self.pid:  # the number may be another's by now
+                if os.getpgid(pid) == self.pid:  # the number may belong to another process by now
                     os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
@@ -109,7 +109,7 @@ async def get(port: int, path: str, seconds: float = 5.0) -> tuple[int, bytes]:
 
 
 def unchunk(framed: bytes) -> bytes:
-    """The content of a whole chunked body."""
+    """Return the content of a whole chunked body."""
     pieces = []
     while framed:
         size_text, _, framed = framed.partition(b"\r\n")
@@ -122,7 +122,7 @@ def unchunk(framed: bytes) -> bytes:
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder for logs and state, gone at the end of the run.
+    """Return a folder for logs and state, gone at the end of the run.
 
     A Valkey that was stopped while a child of it rewrote its file leaves that child alive for some milliseconds: it
     may still write while the folder is being removed.
@@ -131,5 +131,5 @@ def scratch_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def end_on_signals() -> None:
-    """Lets SIGTERM end this process as an exception does, so that what it started is stopped."""
+    """Let SIGTERM end this process like an exception, so that the processes it started are stopped."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -20,7 +20,7 @@ class Socket:
 
 
 def parse_table(text: str) -> dict[str, Socket]:
-    """/proc/net/tcp by inode."""
+    """Return the sockets of /proc/net/tcp by inode."""
     found = {}
     for line in text.splitlines()[1:]:
         fields = line.split()
@@ -31,7 +31,7 @@ def parse_table(text: str) -> dict[str, Socket]:
 
 
 def tcp_sockets(pid: int) -> list[Socket]:
-    """All TCP sockets that a process has open."""
+    """Return all TCP sockets that a process has open."""
     table = {}
     for name in ("tcp", "tcp6"):
         path = Path(f"/proc/{pid}/net/{name}")

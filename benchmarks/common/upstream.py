@@ -1,10 +1,10 @@
 """A static upstream: several replicas in one process, fast, on asyncio protocols and httptools.
 
-Answers chat completions with a fixed JSON of about 1 KB or a stream of a given number of chunks, one write per
-chunk, and the health and model pages that routers ask for at their start. The end of the last message,
-`[[wish size]]`, says what else it should do (`Wish`) and how large the prompt is: routers that write bodies anew drop
-members they do not know and change the size, and the answer must not depend on that. It counts what it received;
-GET /bench/stats tells. It knows no proxy.
+Answers chat completions with a fixed JSON of about 1 KB or a stream of a given number of chunks, one write per chunk,
+and the health and model pages that routers ask for at their start. The end of the last message, `[[wish size]]`, says
+what else it should do (`Wish`) and how large the prompt is: routers that write bodies anew drop members they do not
+know and change the size, and the answer must not depend on that. It counts what it receives, and shows the counts at
+GET /bench/stats.
 
 python -m benchmarks.common.upstream --ports 9001,9002 [--chunks 200] [--chunk-seconds 0.002]
 """
@@ -24,7 +24,7 @@ from typing import cast
 import httptools
 import uvloop
 
-_LOOK_BYTES = 512  # members, spliced ones too, are looked for in this many bytes at both ends
+_LOOK_BYTES = 512  # bytes at both ends that are searched for members, including spliced ones
 _BYTES_PER_TOKEN = 4
 _ENGINE_BLOCK_TOKENS = 16
 _ANSWER_TEXT = "The stones were set by those who came before, and each one rests on the last. " * 9
@@ -56,7 +56,7 @@ class Tally:
     digests: list[str] = field(default_factory=list)
 
     def page(self) -> bytes:
-        """The counts as JSON."""
+        """Return the counts as JSON."""
         return json.dumps({name: getattr(self, name) for name in self.__slots__}).encode()
 
 
@@ -70,7 +70,7 @@ class Manner:
 
 
 def usage(body_bytes: int, cached_share: float, output_tokens: int) -> dict[str, object]:
-    """The usage of a warm engine for a prompt of this size, cached tokens in whole blocks of the engine."""
+    """Return the usage of a warm engine for a prompt of this size, cached tokens in whole blocks of the engine."""
     prompt = max(1, body_bytes // _BYTES_PER_TOKEN)
     cached = int(prompt * cached_share) // _ENGINE_BLOCK_TOKENS * _ENGINE_BLOCK_TOKENS
     return {
@@ -115,7 +115,7 @@ STREAM_END = b"0\r\n\r\n"
 
 
 def framed(content: bytes) -> bytes:
-    """One chunk of chunked framing."""
+    """Return one chunk of chunked framing."""
     return b"%x\r\n%b\r\n" % (len(content), content)
 
 
@@ -287,7 +287,7 @@ class ReplicaConnection(asyncio.Protocol):
 
 
 async def serve(ports: Sequence[int], manner: Manner) -> None:
-    """Serves on loopback until cancelled."""
+    """Serve on loopback until cancelled."""
     loop = asyncio.get_running_loop()
     tally = Tally()
     for port in ports:

@@ -52,11 +52,11 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class Wrong(Exception):
-    """An answer was not what it must be."""
+    """An answer was wrong."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options; ends the process with 2 for wrong ones."""
+    """Return the options; exit with 2 if they are wrong."""
     parser = argparse.ArgumentParser(prog="benchmarks.contexts", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--size", default="2m", help="of the stored context")
     parser.add_argument("--requests", type=int, default=200, help="of one measurement")
@@ -75,7 +75,7 @@ def question(number: int, size_bytes: int, head: bytes) -> bytes:
 
 
 async def post(http: aiohttp.ClientSession, url: str, body: bytes) -> float:
-    """Seconds until the whole answer is here. Raises Wrong."""
+    """Return the seconds until the whole answer has arrived. Raises Wrong."""
     before = _CLOCK.monotonic()
     async with http.post(url, data=body, headers={"content-type": "application/json"}) as answer:
         text = await answer.read()
@@ -103,7 +103,7 @@ async def upload(http: aiohttp.ClientSession, url: str, message: bytes) -> None:
 async def measure(
     ask: Callable[[bytes], Awaitable[float]], make: Callable[[int], bytes], requests: int, started: Started | None
 ) -> Sample:
-    """`requests` questions, one after the other, so that none waits for another."""
+    """Ask `requests` questions, one after the other, so that none waits for another."""
     bodies = [make(number) for number in range(requests)]
     before = cpu_by_role(started.roles()) if started is not None else {}
     seconds = [await ask(body) for body in bodies]
@@ -116,7 +116,7 @@ async def measure(
 
 
 async def first_use_ms(http: aiohttp.ClientSession, cairn: Started, body: bytes, plain: bytes) -> float:
-    """Kill the worker; the time of the first question at its successor, that has answered plain requests before."""
+    """Kill the worker; return the time of the first question at its successor, after some plain requests."""
     url = f"http://127.0.0.1:{cairn.port}/v1/chat/completions"
     for pid in cairn.roles()["proxy"]:
         os.kill(pid, signal.SIGKILL)
@@ -135,7 +135,7 @@ async def first_use_ms(http: aiohttp.ClientSession, cairn: Started, body: bytes,
 
 
 async def run(options: argparse.Namespace, folder: Path, stack: ExitStack) -> tuple[dict[str, Sample], float]:
-    """The best of each, and the median of first uses in milliseconds."""
+    """Return the best figures of each contestant, and the median of first uses in milliseconds."""
     port = free_port()
     upstream = Running("upstream", [sys.executable, "-m", "benchmarks.common.upstream", "--ports", str(port)], folder)
     stack.callback(upstream.stop)
@@ -183,7 +183,7 @@ def _best(samples: Sequence[Sample]) -> Sample:
 
 
 def table(bests: dict[str, Sample]) -> Table:
-    """A row for each contestant."""
+    """Return a table with a row for each contestant."""
     shown = Table(title="a question on a long prompt")
     for name in ("", "CPU µs", "p50 ms", "p99 ms", "bytes from the client"):
         shown.add_column(name, justify="right" if name else "left")

@@ -28,7 +28,7 @@ _UPSTREAM_START_SECONDS = 20.0
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options; ends the process with 2 for wrong ones."""
+    """Return the options; exit with 2 if they are wrong."""
     parser = argparse.ArgumentParser(prog="benchmarks.datapath", description=(__doc__ or "").split("\n", 1)[0])
     sizes = parser.add_argument("--sizes", default="1k,64k,512k,2m", help="body sizes, by commas")
     parser.add_argument("--rounds", type=int, default=3, help="rounds; the best is shown")
@@ -79,7 +79,7 @@ def chosen(options: argparse.Namespace, console: Console) -> list[Contestant]:
 
 
 def upstream_command(ports: Sequence[int], options: argparse.Namespace) -> list[str]:
-    """The static upstream's command line."""
+    """Return the static upstream's command line."""
     seconds = streams.SILENT_SECONDS if options.streams else options.chunk_seconds
     command = [sys.executable, "-m", "benchmarks.common.upstream", "--ports", ",".join(map(str, ports))]
     command += ["--chunks", str(options.chunks), "--chunk-seconds", str(seconds)]
@@ -89,7 +89,7 @@ def upstream_command(ports: Sequence[int], options: argparse.Namespace) -> list[
 async def start_all(
     found: Sequence[Contestant], ports: Sequence[int], options: argparse.Namespace, folder: Path, stack: ExitStack
 ) -> list[Started]:
-    """Starts the upstream and each proxy; one that does not start is shown and left out."""
+    """Start the upstream and each proxy; one that does not start is shown and left out."""
     upstream = Running("upstream", upstream_command(ports, options), folder)
     stack.callback(upstream.stop)
     for port in ports:
@@ -114,7 +114,7 @@ def measure_all(
     stack: ExitStack,
     console: Console,
 ) -> list[Sample]:
-    """All rounds; each proxy is first checked to answer right in each cell."""
+    """Run all rounds; first check that each proxy answers correctly in each cell."""
     generators = [Generator(number) for number in range(options.generators)]
     for generator in generators:
         stack.callback(generator.stop)

@@ -23,7 +23,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def make_handler(session: aiohttp.ClientSession, upstreams: list[str]) -> Handler:
-    """A handler that passes each request to the next upstream."""
+    """Return a handler that passes each request to the next upstream."""
     turns = itertools.cycle(upstreams)
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -46,7 +46,7 @@ def make_handler(session: aiohttp.ClientSession, upstreams: list[str]) -> Handle
 
 
 async def pass_through(upstreams: list[str]) -> web.Application:
-    """The application of the pass-through."""
+    """Return the application of the pass-through."""
     application = web.Application(client_max_size=_MAX_BODY_BYTES)
 
     async def with_session(_: web.Application):  # type: ignore[no-untyped-def]  # noqa: ANN202

@@ -1,7 +1,6 @@
 """Describe the measured proxies: how each is started, when it is ready, and the role of each process.
 
-Knows command lines and nothing of measuring.
-"""
+It builds command lines and measures nothing."""
 
 from __future__ import annotations
 
@@ -67,7 +66,7 @@ def _bare(wanted: Wanted) -> list[str]:
 
 
 def cairn_command(wanted: Wanted) -> list[str]:
-    """`cairn serve` with this interpreter, its journal in an embedded Valkey and every setting at its default."""
+    """Return `cairn serve` with this interpreter, an embedded Valkey and every setting at its default."""
     where = ["--host", "127.0.0.1", "--port", str(wanted.port), "--admin-port", str(wanted.side_port)]
     return [*_CAIRN, "serve", *where, "--workers", str(wanted.workers), *_urls(wanted, "--upstream")]
 
@@ -93,7 +92,7 @@ def _peer_files(module: str) -> tuple[Path, ...]:
 
 
 def contestants() -> list[Contestant]:
-    """All that are known, in the order of the table."""
+    """Return all known contestants, in the order of the table."""
     return [
         Contestant(BARE, _bare),
         Contestant(CAIRN, cairn_command, own_state=True),
@@ -137,7 +136,7 @@ def assign_roles(family: Sequence[cpu.Process]) -> dict[str, list[int]]:
 async def start(
     contestant: Contestant, upstream_ports: Sequence[int], folder: Path, workers: int, quiet_peers: bool
 ) -> Started:
-    """Starts a proxy and waits until it relays a chat request; raises `StartFailed`."""
+    """Start a proxy and wait until it relays a chat request. Raises `StartFailed`."""
     urls = tuple(f"http://127.0.0.1:{port}" for port in upstream_ports)
     wanted = Wanted(urls, free_port(), free_port(), workers, quiet_peers)
     changes: dict[str, str] = {}

@@ -2,7 +2,7 @@
 
 One generator sends 2 MB bodies at a steady pace, another small ones; the latency of the small ones beyond what they
 take while nothing else runs is the time that they waited. The direct row is what the machine, the upstream and the
-generators themselves cost; on two busy cores that is most of it. Where a proxy tells its loop's lag in its metrics
+generators themselves cost; on two busy cores that is most of it. If a proxy shows its loop's lag in its metrics
 (`cairn_event_loop_lag_seconds`), the highest bucket reached is shown too.
 """
 
@@ -39,7 +39,7 @@ class Lag(msgspec.Struct, frozen=True):
 
 
 def probe(name: str, port: int, seconds: float, small: Generator, large: Generator) -> Lag:
-    """One proxy (or the upstream itself)."""
+    """Measure one proxy (or the upstream itself)."""
     small_job = msgspec.structs.replace(_SMALL, port=port, seconds=seconds)
     large_job = msgspec.structs.replace(_LARGE, port=port, seconds=seconds)
     alone = small.run(small_job)
@@ -61,7 +61,7 @@ def probe(name: str, port: int, seconds: float, small: Generator, large: Generat
 
 
 def probe_all(started: Sequence[Started], direct_port: int, seconds: float, stack: ExitStack) -> list[Lag]:
-    """The upstream itself, then each proxy."""
+    """Measure the upstream itself, then each proxy."""
     small, large = Generator(0), Generator(1)
     stack.callback(small.stop)
     stack.callback(large.stop)
@@ -81,7 +81,7 @@ def _metrics(proxy: Started) -> dict[str, float]:
 
 
 def table(lags: Sequence[Lag]) -> Table:
-    """One row per proxy."""
+    """Return a table with one row per proxy."""
     found = Table(title="Small requests (1 KB every 4 ms) together with 50 bodies of 2 MB a second, milliseconds")
     for title in (
         "proxy",

@@ -1,7 +1,6 @@
-"""Measures: alternates the proxies within each round, reads CPU clocks exactly around the counted requests.
+"""Measure: alternate the proxies within each round, and read CPU clocks exactly around the counted requests.
 
-Knows no table; gives back one `Sample` per proxy, cell and round.
-"""
+The result is one `Sample` per proxy, cell and round."""
 
 from __future__ import annotations
 
@@ -40,12 +39,12 @@ class Sample(msgspec.Struct, frozen=True):
     result: Result
 
     def microseconds(self, role: str) -> float:
-        """CPU of one role per unit."""
+        """Return the CPU microseconds of one role per unit."""
         return self.cpu_seconds.get(role, 0.0) / self.units * 1e6
 
 
 class WrongAnswer(Exception):
-    """A proxy answered something else than the upstream did."""
+    """A proxy's answer differs from the upstream's."""
 
 
 def cells(
@@ -72,12 +71,12 @@ def cells(
 
 
 def cpu_by_role(roles: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """CPU seconds so far of the processes of each role."""
+    """Return the CPU seconds so far of the processes of each role."""
     return {role: sum(map(cpu.cpu_seconds, pids)) for role, pids in roles.items()}
 
 
 def sample(started: Started, cell: Cell, round_: int, generators: Sequence[Generator], answer_bytes: int) -> Sample:
-    """One measurement; raises `WrongAnswer` on any failure, and on any answer of another size than `answer_bytes`."""
+    """Measure once. Raises `WrongAnswer` on any failure, and on an answer of another size than `answer_bytes`."""
     job = msgspec.structs.replace(cell.job, port=started.port)
     for generator in generators:
         generator.prepare(job)
@@ -100,9 +99,9 @@ def sample(started: Started, cell: Cell, round_: int, generators: Sequence[Gener
 
 
 def check(started: Started, cell: Cell, direct_port: int, generator: Generator) -> int:
-    """Sends one body straight and one through the proxy, compares the answers byte for byte; gives back their size.
+    """Send one body directly and one through the proxy, compare the answers byte for byte, and return their size.
 
-    The two bodies differ in their stamp only, of which the upstream's answer does not depend.
+    The two bodies differ in their stamp only, on which the upstream's answer does not depend.
     """
     once = msgspec.structs.replace(cell.job, connections=1, max_requests=1, warm_requests=0, capture=True)
     direct = generator.run(msgspec.structs.replace(once, port=direct_port))
@@ -117,7 +116,7 @@ def check(started: Started, cell: Cell, direct_port: int, generator: Generator) 
 
 
 def order(names: Sequence[str], round_: int) -> Iterator[str]:
-    """The proxies of a round, each round beginning with another one, so that none is always the first."""
+    """Return the proxies of a round, each round beginning with another one, so that none is always the first."""
     shift = round_ % len(names)
     yield from names[shift:]
     yield from names[:shift]

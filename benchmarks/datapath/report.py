@@ -1,4 +1,4 @@
-"""Makes tables and a JSON file of samples; pure but for the file."""
+"""Make tables and a JSON file of samples. Pure except for the file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Best(msgspec.Struct, frozen=True):
 
 
 def best(samples: Sequence[Sample]) -> Best:
-    """Of all rounds of one proxy in one cell."""
+    """Return the best of all rounds of one proxy in one cell."""
     figures = [sample.microseconds("proxy") for sample in samples]
     least = samples[figures.index(min(figures))]
     return Best(
@@ -48,7 +48,7 @@ def best(samples: Sequence[Sample]) -> Best:
 
 
 def summary(samples: Sequence[Sample]) -> dict[tuple[str, str], Best]:
-    """The best of each proxy in each cell."""
+    """Return the best of each proxy in each cell."""
     groups: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
         groups.setdefault((sample.proxy, sample.cell), []).append(sample)
@@ -68,7 +68,7 @@ def _number(value: float) -> str:
 
 
 def cpu_table(bests: Mapping[tuple[str, str], Best], proxies: Sequence[str], columns: Sequence[str]) -> Table:
-    """CPU microseconds per request and per chunk, with Cairn's ratios to the others below."""
+    """Return a table of CPU microseconds per request and per chunk, with Cairn's ratios to the others below."""
     table = Table(title="CPU, microseconds per request (chunk: per streamed chunk), best of the rounds")
     table.add_column("proxy")
     for column in columns:
@@ -100,7 +100,7 @@ def _ratio(bests: Mapping[tuple[str, str], Best], proxy: str, to: str, column: s
 
 
 def latency_table(bests: Mapping[tuple[str, str], Best], proxies: Sequence[str], columns: Sequence[str]) -> Table:
-    """p50 and p99 of whole answers, and requests (chunks) per second."""
+    """Return a table of the p50 and p99 of whole answers, and requests (chunks) per second."""
     table = Table(title="Latency, ms p50 / p99, and requests (chunks) per second, at full load of one machine")
     table.add_column("proxy")
     for column in columns:
@@ -119,7 +119,7 @@ def latency_table(bests: Mapping[tuple[str, str], Best], proxies: Sequence[str],
 
 
 def store(path: Path, settings: Mapping[str, object], samples: Sequence[Sample]) -> None:
-    """Writes settings, the bests and every sample as JSON."""
+    """Write settings, the bests and every sample as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"settings": settings, "best": list(summary(samples).values()), "samples": samples}
     path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1))

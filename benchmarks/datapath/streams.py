@@ -60,7 +60,7 @@ class _Stream(asyncio.Protocol):
 
 
 def allow_descriptors(wanted: int) -> int:
-    """Raises this process's limit, which its children inherit; gives back how many streams fit it."""
+    """Raise this process's limit, which its children inherit; return how many streams fit within it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * wanted + _SPARE_DESCRIPTORS  # a proxy holds two ends of each
     limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
@@ -94,7 +94,7 @@ async def _close(streams: Sequence[_Stream]) -> None:
 
 
 async def stand(started: Started, count: int, seconds: float) -> Standing:
-    """Opens the streams, waits `seconds`, closes them."""
+    """Open the streams, wait `seconds`, and close them."""
     await _close(await _open(started.port, _WARM_STREAMS))
     roles = started.roles()
     idle = await _spent(roles, seconds)
@@ -108,14 +108,14 @@ async def stand(started: Started, count: int, seconds: float) -> Standing:
 
 
 async def _spent(roles: Mapping[str, Sequence[int]], seconds: float) -> float:
-    """CPU seconds a second."""
+    """Return the CPU seconds spent per second."""
     before = sum(cpu_by_role(roles).values())
     await asyncio.sleep(seconds)
     return (sum(cpu_by_role(roles).values()) - before) / seconds
 
 
 def table(standings: Sequence[Standing]) -> Table:
-    """One row per proxy."""
+    """Return a table with one row per proxy."""
     found = Table(title="Open streams on which nothing happens")
     for title in ("proxy", "streams", "CPU without, ms per second", "CPU, ms per second", "memory, KB per stream"):
         found.add_column(title, justify="left" if title == "proxy" else "right")

@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def orders() -> Table:
-    """Agents with the same tools, before templates of either order."""
+    """Compare agents with the same tools on templates of either order."""
     table = Table(title="60 sessions of 4 turns in 20 s on 4 engines, tools in common")
     for heading in ("system prompts", "template", "router", "TTFT p50 first", "later", "computed Mtok"):
         table.add_column(heading)
@@ -47,7 +47,7 @@ def orders() -> Table:
 
 
 def pressure() -> Table:
-    """Sessions that need twice the cache there is: predicted beside reported."""
+    """Run sessions that need twice the available cache: predicted beside reported tokens."""
     table = Table(title="40 sessions of 3,000 tokens on two engines of 48,000 tokens, 900 turns")
     for heading in ("capacity", "predicted / reported", "cached", "budgets at the end"):
         table.add_column(heading)
@@ -101,7 +101,7 @@ def _follow_ups(proxy: CairnProxy, conversations: int, tokens: int) -> float:
 
 
 def ranks() -> Table:
-    """Four data-parallel ranks behind one URL, whether Cairn knows of them or not."""
+    """Run four data-parallel ranks behind one URL, known and unknown to Cairn."""
     table = Table(title="23 conversations of 12 turns on 4 ranks: tokens computed")
     table.add_column("before")
     table.add_column("computed", justify="right")
@@ -125,7 +125,7 @@ def _talk(proxy: CairnProxy) -> int:
 
 
 def shapes() -> Table:
-    """Sessions of known agents: computed tokens beside those of session affinity."""
+    """Run sessions of known agents: computed tokens beside those of session affinity."""
     table = Table(title="6 sessions of 20 turns on 3 engines: tokens computed, of those with session affinity")
     templates = {
         "tools first": (Template(drops_billing=True), TemplateFacts()),

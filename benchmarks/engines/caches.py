@@ -20,7 +20,7 @@ class Cache(Protocol):
     """An engine's memory of prompts."""
 
     def find(self, text: bytes) -> int:
-        """The tokens of `text` that need not be computed; at least one always is. Marks them as used."""
+        """Return the tokens of `text` that need not be computed; at least one always is. Marks them as used."""
         ...
 
     def keep(self, text: bytes) -> None:
@@ -33,7 +33,7 @@ class Cache(Protocol):
 
 
 def tokens_of(text: bytes) -> int:
-    """The length of a text in tokens."""
+    """Return the length of a text in tokens."""
     return max(len(text) // BYTES_PER_TOKEN, 1)
 
 
@@ -65,7 +65,7 @@ class BlockCache:
 
     @property
     def held_tokens(self) -> int:
-        """Return the present contents."""
+        """The present contents in tokens."""
         return len(self._blocks) * self.block_tokens
 
     def _use(self, blocks: list[int]) -> None:
@@ -137,7 +137,7 @@ class Slots:
 
 
 def _shared_bytes(one: bytes, other: bytes) -> int:
-    """The length of the longest common prefix, by bisection on slices."""
+    """Return the length of the longest common prefix, by bisection on slices."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

@@ -39,7 +39,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Job(msgspec.Struct):
-    """A request at an engine, and whom to tell of its first token and its end."""
+    """A request at an engine, and the functions to call at its first token and its end."""
 
     chat: Chat
     first_token: Callable[[Usage, float], None]
@@ -126,5 +126,5 @@ class RankedEngine(SimulatedEngine):
 
 
 def _with_output(text: bytes, usage: Usage) -> bytes:
-    """The prompt and the text that was generated after it."""
+    """Return the prompt and the text that was generated after it."""
     return text + b"w " * (usage.output_tokens * BYTES_PER_TOKEN // 2)

@@ -33,7 +33,7 @@ _WORDS = (
 
 @lru_cache(4_096)
 def words(seed: object, tokens: int) -> str:
-    """Text of `tokens` tokens, equal for equal seeds."""
+    """Return text of `tokens` tokens, equal for equal seeds."""
     random, size = Random(str(seed)), tokens * BYTES_PER_TOKEN
     parts = [f"{seed} "]
     length = len(parts[0])
@@ -45,7 +45,7 @@ def words(seed: object, tokens: int) -> str:
 
 
 def tools(name: str, tokens: int) -> list[dict[str, Any]]:
-    """One tool whose description has about `tokens` tokens."""
+    """Return one tool whose description has about `tokens` tokens."""
     function = {"name": name, "description": words(f"tool {name}", tokens), "parameters": {"type": "object"}}
     return [{"type": "function", "function": function}]
 
@@ -63,7 +63,7 @@ class Session:
         self._turns = 0
 
     def ask(self, tokens: int = 50, role: str = "user") -> bytes:
-        """The next request's body, with a new message of `tokens` tokens."""
+        """Return the next request's body, with a new message of `tokens` tokens."""
         self._turns += 1
         self.messages.append({"role": role, "content": words(f"{self.name} turn {self._turns}", tokens)})
         return self.body()

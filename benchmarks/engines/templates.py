@@ -64,7 +64,7 @@ decode_chat = msgspec.json.Decoder(Chat).decode
 
 
 def render(chat: Chat, template: Template) -> bytes:
-    """The text that the engine computes, without the generation prompt that follows it."""
+    """Return the text that the engine computes, without the generation prompt that follows it."""
     messages = chat.messages
     leading = 0
     while leading < len(messages) and messages[leading].role in ("system", "developer"):

@@ -2,7 +2,7 @@
 
     python -m benchmarks.failover [--requests 100]
 
-Each cell is a pool of its own with a sick and a well replica, before one Cairn; requests are sent one after another.
+Each cell is a separate pool with a sick and a well replica, behind one Cairn; requests are sent one after another.
 The table is Markdown: errors that reached the client, and in brackets how many requests the sick replica saw.
 """
 
@@ -24,7 +24,7 @@ START_SECONDS = 40.0
 
 
 async def run(requests: int, folder: Path) -> str:
-    """Measure the whole table before a Cairn in a process of its own."""
+    """Measure the whole table with a Cairn in a separate process."""
     closing = ClosedLater()
     await closing.open()
     async with Upstreams() as upstreams, aiohttp.ClientSession() as http:

@@ -43,7 +43,7 @@ SHAPES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A failure, and the requests that meet it: a pool of its own, named by the model."""
+    """A failure, and the requests that meet it: a separate pool, named by the model."""
 
     failure: str
     path: str
@@ -70,7 +70,7 @@ class Result:
 
 
 def cells() -> Iterator[Cell]:
-    """All cells of the table that mean something."""
+    """Yield all meaningful cells of the table."""
     for failure in FAILURES:
         for path, stream in SHAPES:
             if stream or failure not in _STREAMS_ONLY:
@@ -78,7 +78,7 @@ def cells() -> Iterator[Cell]:
 
 
 def pools(upstreams: Upstreams, closed_port: int) -> list[dict[str, Any]]:
-    """The configuration's pools: one for each cell."""
+    """Return the configuration's pools: one for each cell."""
     made = []
     for cell in cells():
         refused = f"http://127.0.0.1:{closed_port}/{cell.sick}/{WELL}/v1"
@@ -114,7 +114,7 @@ async def measure_all(
 
 
 def as_markdown(results: dict[Cell, Result], requests: int) -> str:
-    """The table: errors that reached the client, and in brackets requests that the sick replica saw."""
+    """Return the table: errors that reached the client, and in brackets requests that the sick replica saw."""
     names = [f"{path}{', stream' if stream else ''}" for path, stream in SHAPES]
     rows = [f"| of {requests} requests | {' | '.join(names)} |", "|---" * (len(SHAPES) + 1) + "|"]
     for failure, words in FAILURES.items():

@@ -1,4 +1,4 @@
-"""One server that plays sick and well replicas, told apart by the first segment of the path. It knows no proxy."""
+"""One server that simulates sick and well replicas, distinguished by the first segment of the path."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Upstreams:
         self._server.close()
 
     def url(self, name: str, behaviour: str) -> str:
-        """The base URL of a replica that behaves so: WELL, RESET, ..., or a status as text."""
+        """Return the base URL of a replica with this behaviour: WELL, RESET, ..., or a status as text."""
         return f"http://127.0.0.1:{self.port}/{name}/{behaviour}/v1"
 
 

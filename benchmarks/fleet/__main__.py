@@ -115,7 +115,7 @@ def _requests(
 
 
 def pooled_hit(requests: list[Request], capacity_tokens: int) -> float:
-    """The hit share of one cache as large as all replicas' together: the bound for every rule."""
+    """Return the hit share of one cache as large as all replicas' together: the bound for every rule."""
     cache, cached = BlockCache(capacity_tokens), 0
     for request in requests:
         cached += min(cache.matched_tokens(request), request.input_tokens - 1)

@@ -3,8 +3,7 @@
 Prefill computes 8,000 uncached tokens a second, divided by 1 + active/128 for `active` decoding requests, plus 10 ms;
 the first token comes 20 ms after. Decoding takes 20 ms a token, times 1 + active/64. Blocks of 512 tokens can be
 reused when the prefill that computed them ends; the least recently used go first, of one prompt the deepest first.
-It knows no routing.
-"""
+Routing is not part of it."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ class BlockCache:
         return len(self._blocks)
 
     def matched_tokens(self, request: Request) -> int:
-        """Tokens of the longest prefix that is here."""
+        """Return the tokens of the longest cached prefix."""
         holds, matched = self.holds, 0
         for block in request.blocks:
             if not holds(block):
@@ -76,12 +75,12 @@ class PinningCache(BlockCache):
         return block in self._blocks or block in self._users
 
     def fits(self, blocks: Iterable[int]) -> bool:
-        """True if a request can run beside those that run; always if none does."""
+        """Return True if a request fits beside the running ones, or if none runs."""
         new = sum(1 for block in blocks if block not in self._users)
         return not self._users or self._most is None or len(self._users) + new <= self._most
 
     def pin(self, blocks: Iterable[int]) -> None:
-        """Blocks of a running request; those that were not here are computed, and others evicted for them."""
+        """Keep the blocks of a running request; missing ones are computed, and others evicted for them."""
         users = self._users
         for block in blocks:
             users[block] = users.get(block, 0) + 1
@@ -89,7 +88,9 @@ class PinningCache(BlockCache):
         self._evict()
 
     def unpin(self, blocks: Iterable[int]) -> None:
-        """The request ended: blocks that no other uses are the newest, the first of them newest of all."""
+        """Release the blocks of an ended request: those that no other uses become the newest, the first newest of
+        all.
+        """
         users, kept = self._users, self._blocks
         for block in reversed(tuple(blocks)):
             left = users[block] - 1
@@ -144,7 +145,7 @@ class Engine:
         return len(self._fifo) if self._line is None else len(self._line)
 
     def submit(self, request: Request, work_seconds: float, now: float) -> None:
-        """A request arrives; `work_seconds` is its predicted prefill, for the order of the queue."""
+        """Take a request; `work_seconds` is its predicted prefill, for the order of the queue."""
         if self._line is None:
             self._fifo.append(request)
         else:
@@ -184,7 +185,7 @@ class Engine:
         self._at(now + seconds, computed)
 
     def _reuse(self, request: Request, held: int) -> None:
-        """Its prefill begins with `held` blocks that are here."""
+        """Note that a prefill begins with `held` cached blocks."""
         if self._pinning is not None:
             self._pinning.pin(request.blocks[:held])
         else:

@@ -1,8 +1,8 @@
-"""Cairn's rule on a virtual clock: the very index, fleet, plan and cold gate of the proxy, with nothing re-stated.
+"""Cairn's rule on a virtual clock, with the proxy's own index, fleet, plan and cold gate.
 
-Usage is told at the end of a stream, as engines do, so that is when capacities and rates are learned. Several proxies
-may share the fleet; each learns of the others' placements, answers and work `delay_seconds` later, and has a gate of
-its own, which knows nothing of the others' prefills.
+Usage is reported at the end of a stream, as by engines, so capacities and rates are learned then. Several proxies may
+share the fleet; each learns of the others' placements, responses and work `delay_seconds` later, and has its own
+gate, which does not know the others' prefills.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from proxy.routing.prefill_gate import Follower, Prefill, PrefillGate
 
 POOL = "pool"
 HEARTBEAT_SECONDS = 0.25
-"""A proxy with work under way says so this often, or the others take it for dead after a second."""
+"""Interval at which a proxy with work in flight reports; otherwise the others drop it after a second."""
 
 At = Callable[[float, Callable[[float], None]], None]
 
@@ -40,7 +40,7 @@ class _UnderWay:
 
 
 class Proxy:
-    """One proxy's whole state that matters to routing."""
+    """One proxy's state for routing."""
 
     def __init__(self, name: str, rates: list[float | None], capacity_tokens: int, origin: int, at: At) -> None:
         self.name = name
@@ -107,7 +107,7 @@ class Proxy:
     def _wait(
         self, follower: Follower, charge: Charge, send: Callable[[float], None], now: float, *, ordered: bool
     ) -> None:
-        """Send it when its leader's first token has come; `self._now` is then the time."""
+        """Send the request when its leader's first token has arrived; `self._now` is then the time."""
         self._now = now
 
         def go() -> None:
@@ -138,7 +138,7 @@ class Proxy:
             under_way.prefill.first_token()
 
     def ended(self, request: Request, replica: int, now: float) -> tuple[Placement, Feedback]:
-        """Usage comes at the end of a stream, so that is when anything is learned."""
+        """Learn from the usage, which is reported at the end of a stream."""
         under_way = self._under_way.pop(request.number)
         self.fleet.finish(under_way.charge, now)
         self.fleet.observe_prefill(under_way.charge, request.input_tokens - under_way.cached_tokens)
@@ -224,7 +224,7 @@ class Cairn:
             self._beating.remove(proxy)
 
     def _tell(self, proxy: Proxy, news: Callable[[Proxy, float], None] | None, now: float) -> None:
-        """Let the others know `news` and the proxy's whole vector, when the delay is over; None is never."""
+        """Send `news` and the proxy's whole vector to the others after the delay; with None, never."""
         if len(self._proxies) == 1 or self._delay_seconds is None:
             return
         rows = proxy.fleet.share(now)

@@ -1,7 +1,6 @@
-"""Other routers' rules, re-stated from what their documentation and code say they do, on one set of books.
+"""Other routers' rules, restated from their documentation and code, on one set of books.
 
-Each sees what a proxy can: what it routed where, first tokens and ends. All ties: fewest in flight, then random.
-"""
+Each sees what a proxy can see: its routing, first tokens and ends. All ties: fewest in flight, then random."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ RING_POINTS = 100
 class Books:
     """In-flight requests and pending uncached tokens per replica, and an index filled when routed.
 
-    From what is pending the running head's progress is taken off, elapsed time x rate, for every rule alike.
-    """
+    The running head's progress (elapsed time x rate) is subtracted from the pending tokens, for every rule."""
 
     def __init__(self, replicas: int, capacity_tokens: int | None, seed: int) -> None:
         self.random = Random(seed)
@@ -37,12 +35,12 @@ class Books:
 
     @property
     def pending(self) -> list[float]:
-        """Tokens by replica that are charged and must still be to do."""
+        """Tokens by replica that are charged and cannot be done yet."""
         return [self._still(n) for n in range(len(self._charges))]
 
     @property
     def charged(self) -> list[float]:
-        """Uncached tokens by replica of the requests without a first token, with nothing taken off."""
+        """Uncached tokens by replica of the requests without a first token, with nothing subtracted."""
         return [sum(charges.values()) for charges in self._charges]
 
     def _still(self, replica: int) -> float:
@@ -53,11 +51,11 @@ class Books:
         return sum(charges.values()) - min(done, next(iter(charges.values())))
 
     def uncached(self, request: Request) -> list[float]:
-        """Tokens that each replica would compute, as the index believes."""
+        """Return the tokens that each replica would compute, according to the index."""
         return [max(1.0, request.input_tokens - cache.matched_tokens(request)) for cache in self.index]
 
     def least(self, costs: Sequence[float]) -> int:
-        """The replica of least cost; ties: fewest in flight, then random."""
+        """Return the replica of least cost; ties: fewest in flight, then random."""
         best = min(zip(costs, self.in_flight, strict=True))
         tied = [n for n, key in enumerate(zip(costs, self.in_flight, strict=True)) if key == best]
         return self.random.choice(tied)
@@ -96,7 +94,7 @@ class Rule:
         self._books = Books(replicas, None if endless_index else capacity_tokens, seed)
 
     def route(self, request: Request, now: float, send: Send) -> None:
-        """At once, with the uncached tokens that the rule expects there."""
+        """Send the request at once, with the uncached tokens that the rule expects."""
         self._books.now = now
         replica = self._choose(self._books, request)
         uncached = max(1.0, request.input_tokens - self._books.index[replica].matched_tokens(request))
@@ -104,7 +102,7 @@ class Rule:
         send(replica, uncached, now)
 
     def started(self, request: Request, now: float) -> None:
-        """These rules have no queue of their own."""
+        """Do nothing: these rules have no queue."""
 
     def first_token(self, request: Request, replica: int, cached_tokens: int, now: float) -> None:
         del cached_tokens
@@ -139,7 +137,7 @@ def least_pending(books: Books, request: Request) -> int:
 
 
 def consistent_hash(replicas: int, key_block: int = 2) -> Choice:
-    """A ring of 100 points a replica; the key is the chained id of the second block."""
+    """Return the rule of a ring of 100 points per replica; the key is the chained id of the second block."""
     ring = sorted(
         (chain_root([b"%d" % replica, b"%d" % point]), replica)
         for replica in range(replicas)
@@ -156,8 +154,11 @@ def consistent_hash(replicas: int, key_block: int = 2) -> Choice:
 
 
 def cache_aware(threshold: float = 0.3, apart: int = 64, ratio: float = 1.5) -> Choice:
-    """SGLang's router: the deepest match where it is more than `threshold` of the prompt, else the smallest tree;
-    the fewest in flight where the numbers in flight are further apart than `apart` and `ratio`."""
+    """Return the rule of SGLang's router.
+
+    It takes the deepest match if it is more than `threshold` of the prompt, else the smallest tree; and the fewest in
+    flight if the numbers in flight differ by more than `apart` and `ratio`.
+    """
 
     def choose(books: Books, request: Request) -> int:
         most, fewest = max(books.in_flight), min(books.in_flight)
@@ -175,7 +176,7 @@ def cache_aware(threshold: float = 0.3, apart: int = 64, ratio: float = 1.5) -> 
 
 
 def scorers(capacity_tokens: int, prefix: float = 2.0, queue: float = 1.0, resident: float = 1.0) -> Choice:
-    """The gateway inference extension's weighted scorers, which llm-d has too: prefix, queue and KV use, 2:1:1."""
+    """Return the gateway inference extension's weighted scorers (also in llm-d): prefix, queue, KV use, 2:1:1."""
 
     def choose(books: Books, request: Request) -> int:
         most, fewest = max(books.waiting), min(books.waiting)
@@ -191,7 +192,9 @@ def scorers(capacity_tokens: int, prefix: float = 2.0, queue: float = 1.0, resid
 
 
 def dynamo(books: Books, request: Request) -> int:
-    """Dynamo's cost in blocks: prefill still to do and of this prompt, and the blocks that decode, this one's too."""
+    """Choose by Dynamo's cost in blocks: pending prefill and this prompt's, and decoding blocks with this
+    prompt's.
+    """
     uncached, pending = books.uncached(request), books.pending
     return books.least(
         [
@@ -202,8 +205,11 @@ def dynamo(books: Books, request: Request) -> int:
 
 
 def token_aware(holds: float = 0.8, relief_seconds: float = 18.0) -> Choice:
-    """llm-d's rule since August 2026: of the replicas that hold most of the prompt, the one with least uncached
-    tokens in flight and to come; all others too once the best of them is `relief_seconds` of prefill ahead."""
+    """Return llm-d's rule since August 2026.
+
+    Of the replicas that hold most of the prompt, it takes the one with the fewest uncached tokens in flight and to
+    come; all others are considered too once the best of them is `relief_seconds` of prefill behind.
+    """
 
     def choose(books: Books, request: Request) -> int:
         uncached, charged = books.uncached(request), books.charged
@@ -221,13 +227,13 @@ def token_aware(holds: float = 0.8, relief_seconds: float = 18.0) -> Choice:
 
 
 def lmetric(books: Books, request: Request) -> int:
-    """LMetric: uncached tokens to compute, times the requests that would then be in flight."""
+    """Choose by LMetric: uncached tokens to compute, times the requests that would then be in flight."""
     uncached, charged = books.uncached(request), books.charged
     return books.least([(charged[n] + uncached[n]) * (books.in_flight[n] + 1) for n in range(len(uncached))])
 
 
 def pending_and_own(weight: float = 2.0) -> Choice:
-    """Pending tokens and twice one's own uncached: the cost rule without the clock, the weight and the lateness."""
+    """Return a rule of pending tokens and twice the own uncached ones: the cost rule without clock and lateness."""
 
     def choose(books: Books, request: Request) -> int:
         uncached = books.uncached(request)

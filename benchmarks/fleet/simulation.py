@@ -1,4 +1,4 @@
-"""The virtual clock: arrivals go by a rule to engines, and what comes of it is counted."""
+"""The virtual clock: a rule sends arrivals to engines, and the results are counted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ matters), and the time."""
 
 
 class Router(Protocol):
-    """Interface of a rule; it is told of first tokens and ends."""
+    """Interface of a rule, which is notified of first tokens and ends."""
 
     def route(self, request: Request, now: float, send: Send) -> None:
         """Choose a replica, and call `send` once, now or later."""
@@ -47,7 +47,7 @@ class Setup(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """Of one rule. `hit_share` is cached tokens over prompt tokens, `imbalance` the most loaded over the mean."""
+    """Result of one rule. `hit_share` is cached over prompt tokens, `imbalance` the most loaded over the mean."""
 
     hit_share: float
     mean_ttft_seconds: float
@@ -58,7 +58,7 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Calendar:
-    """Events in order of time; equal times in order of making."""
+    """Events in order of time; at equal times in order of creation."""
 
     def __init__(self) -> None:
         self._events: list[tuple[float, int, Callable[[float], None]]] = []

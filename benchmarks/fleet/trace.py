@@ -1,4 +1,4 @@
-"""Workloads: a trace in Mooncake's form, or one made up. It knows nothing of replicas.
+"""Workloads: a trace in Mooncake's form, or a synthetic one.
 
 A line is {"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [...]}, one id per 512
 tokens; equal ids mean an equal prefix up to there (Mooncake, FAST'25).
@@ -44,7 +44,7 @@ class _Line(msgspec.Struct):
 
 
 def read_trace(path: Path, limit: int | None = None) -> list[Request]:
-    """The requests of a .jsonl or .jsonl.gz file in order of arrival, the first at 0 s; at most `limit`."""
+    """Return the requests of a .jsonl or .jsonl.gz file in order of arrival, the first at 0 s; at most `limit`."""
     decoder = msgspec.json.Decoder(_Line)
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         rows = [decoder.decode(line) for line in lines if line.strip()]
@@ -58,7 +58,7 @@ def read_trace(path: Path, limit: int | None = None) -> list[Request]:
 
 
 def make_request(number: int, arrival_seconds: float, inputs: int, outputs: int, ids: Iterable[int]) -> Request:
-    """A request with its chain, an id per 512 tokens of `inputs`; surplus ids are left out."""
+    """Return a request with its chain, an id per 512 tokens of `inputs`; surplus ids are left out."""
     needed = -(-inputs // BLOCK_TOKENS)
     hashes, last = [], 0
     for place, block in enumerate(ids):
@@ -77,14 +77,14 @@ def make_request(number: int, arrival_seconds: float, inputs: int, outputs: int,
 
 
 def spread(requests: list[Request], seed: int = 1) -> list[Request]:
-    """Each request moved to a random moment of the 3 s after its stamp."""
+    """Return each request moved to a random moment of the 3 s after its stamp."""
     random = Random(seed)
     moved = [_at(request, request.arrival_seconds + random.random() * SPREAD_SECONDS) for request in requests]
     return sorted(moved, key=lambda request: request.arrival_seconds)
 
 
 def at_load(requests: list[Request], tokens_per_second: float) -> list[Request]:
-    """The same arrivals, faster or slower, so that raw input tokens come at `tokens_per_second` in the mean."""
+    """Return the same arrivals, faster or slower, so that `tokens_per_second` raw input tokens arrive in the mean."""
     seconds = requests[-1].arrival_seconds - requests[0].arrival_seconds
     if seconds <= 0:
         return requests
@@ -93,7 +93,7 @@ def at_load(requests: list[Request], tokens_per_second: float) -> list[Request]:
 
 
 def decode_heavy(count: int = 3_000, per_second: float = 30.0, seed: int = 1) -> list[Request]:
-    """One hot prompt of 4,096 tokens with 200 of one's own, and 800 tokens of output: decoding is the load."""
+    """Return requests with a hot prefix of 4,096 tokens, 200 own tokens, and 800 of output: decoding is the load."""
     return list(_decode_heavy(count, per_second, Random(seed)))
 
 

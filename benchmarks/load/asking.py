@@ -1,4 +1,4 @@
-"""One streamed chat request, and what its answer said: times, tokens, what was cached."""
+"""One streamed chat request, and the facts of its answer: times, tokens, cached tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Answer(msgspec.Struct, frozen=True):
 
     @property
     def is_warm(self) -> bool:
-        """Return whether most of the prompt was cached."""
+        """True if most of the prompt was cached."""
         return (self.cached_tokens or 0) * 2 > self.prompt_tokens
 
 

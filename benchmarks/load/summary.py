@@ -1,4 +1,4 @@
-"""From answers to figures, tables, a file and a plot. Pure but for the files."""
+"""Turn answers into figures, tables, a file and a plot. Pure except for the files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.load.asking import Answer
 
 
 class Waits(msgspec.Struct, frozen=True):
-    """Time to first token of some of the answers, in seconds; NaN of none."""
+    """Time to first token of some of the answers, in seconds; NaN if there are none."""
 
     requests: int
     mean_seconds: float
@@ -33,7 +33,7 @@ class Savings(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """A whole run. `cached_share` is of the prompt tokens of answers that said what was cached."""
+    """A whole run. `cached_share` refers to the prompt tokens of answers that reported cached tokens."""
 
     requests: int
     seconds: float
@@ -55,7 +55,7 @@ class Prices(msgspec.Struct, frozen=True):
 
 
 def summarize(answers: Sequence[Answer], seconds: float, prices: Prices | None) -> Summary:
-    """The figures of a run that took `seconds`."""
+    """Return the figures of a run that took `seconds`."""
     good = [answer for answer in answers if not answer.error]
     said = [answer for answer in good if answer.cached_tokens is not None]
     warm = [answer for answer in good if answer.is_warm]
@@ -113,7 +113,7 @@ def tables(summary: Summary) -> list[Table]:
 
 
 def store(file: Path, settings: dict[str, object], summary: Summary, answers: Sequence[Answer]) -> None:
-    """Everything as JSON, each answer included."""
+    """Write everything as JSON, including each answer."""
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {"settings": settings, "summary": msgspec.to_builtins(summary), "answers": msgspec.to_builtins(answers)}
     file.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")

@@ -12,7 +12,7 @@ from benchmarks.fleet.trace import BYTES_PER_TOKEN, read_trace
 from benchmarks.replay.texts import Texts
 
 TURN_TOKENS = 100
-"""Of a question, and of the made-up answer before it."""
+"""Length of a question, and of the made-up answer before it."""
 
 _VOCABULARY = 4_096
 _LETTERS = "etaoinshrdlucmfwypvbgkqjxz"
@@ -34,7 +34,7 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 def of_trace(file: Path, count: int | None, rate: float | None) -> Iterator[Turn]:
-    """The requests of a trace in Mooncake's form at its own times, or at `rate` requests a second in the mean."""
+    """Yield the requests of a trace in Mooncake's form at its own times, or at a mean `rate` per second."""
     requests, texts = read_trace(file, count), Texts()
     span = requests[-1].arrival_seconds if requests else 0.0
     factor = len(requests) / rate / span if rate and span > 0 else 1.0

@@ -1,8 +1,8 @@
 """Cairn's own CPU per request, without a socket: one worker, driven in this process on transports that only count.
 
-What the system's network costs is left out, and the least of many batches is shown, so the figure hardly depends on
-what else the machine does: for finding what a change gave, never for comparing proxies (that is `datapath`).
-The sources are measured as they stand; with -P, the installed and compiled Cairn.
+The cost of the system's network is left out, and the lowest of many batches is shown, so the figure hardly depends on
+the machine's other load. It shows the effect of a change and cannot compare proxies (use `datapath`). The sources are
+measured uncompiled; with -P, the installed and compiled Cairn.
 
 python [-P] -m benchmarks.path [--sizes 1k,64k] [--chunks 200] [--seconds 2] [--profile 40] [--traced 1.0]
 """
@@ -64,7 +64,7 @@ class Wire:
         return self._protocol
 
     def deliver(self, content: memoryview) -> int:
-        """Hand over what a read from the socket would give; how much of it was taken."""
+        """Hand over the bytes that a read from the socket would return; return how many were taken."""
         protocol = self._protocol
         if not isinstance(protocol, asyncio.BufferedProtocol):
             protocol.data_received(bytes(content[:_READ_BYTES]))
@@ -192,7 +192,7 @@ class Run:
                 self._done.set_result(None)
 
     async def batch(self, clients: Sequence[Client], requests: int) -> float:
-        """CPU seconds of this thread for `requests` requests."""
+        """Return the CPU seconds of this thread for `requests` requests."""
         self._left = requests - len(clients)
         self._busy = len(clients)
         self._done = self.loop.create_future()
@@ -244,7 +244,7 @@ async def measure(worker: Worker, label: str, size_bytes: int, chunks: int, opti
 
 
 def show(profile: cProfile.Profile, rows: int, requests: int) -> None:
-    """The functions that took most, each with its calls and microseconds per request."""
+    """Print the functions that took most time, with their calls and microseconds per request."""
     stats = cast(Any, pstats.Stats(profile)).stats
     order = sorted(stats.items(), key=lambda item: -item[1][2])
     total = sum(item[1][2] for item in order)
@@ -260,7 +260,7 @@ def show(profile: cProfile.Profile, rows: int, requests: int) -> None:
 
 
 class Deaf:
-    """A control socket to nobody."""
+    """A control socket without another end."""
 
     def report(self, report: object) -> bool:  # noqa: ARG002
         return True
@@ -273,7 +273,7 @@ async def main(options: argparse.Namespace, folder: Path) -> None:
         environ = {"HOME": str(folder)}
         upstreams = ("http://127.0.0.1:9001", "http://127.0.0.1:9002")
         flags: dict[tuple[str, str], object] = {("redis", "url"): SecretUrl(valkey.url)}
-        if options.traced is not None:  # nobody listens there: what making spans costs, not what sending them does
+        if options.traced is not None:  # nothing listens there: this measures making spans, not sending them
             flags |= {("telemetry", "endpoint"): "http://127.0.0.1:9", ("telemetry", "sample_ratio"): options.traced}
             logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
         config = load(None, environ, flags, upstreams).config

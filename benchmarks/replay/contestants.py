@@ -1,6 +1,6 @@
-"""Start each contestant before a fleet of engines, and tell the ports on which it answers.
+"""Start each contestant in front of a fleet of engines, and return the ports on which it answers.
 
-Knows command lines and nothing of traces. What is not installed is left out.
+Contestants that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class Entrant:
 
     @property
     def is_cairn(self) -> bool:
-        """True where its answers tell what was predicted."""
+        """True if its answers show what was predicted."""
         return bool(self.admin_ports)
 
 
 def known(proxies: Sequence[int], *, peers: bool) -> list[str]:
-    """The names of all that can be started here, in the order of the table."""
+    """Return the names of all contestants that can be started here, in the order of the table."""
     names = []
     if peers:
         if shutil.which("haproxy"):
@@ -127,7 +127,7 @@ def _haproxy(name: str, port: int, engines: Sequence[int], plan: Plan) -> list[s
 
 
 async def _enter_cairn(entrant: Entrant, count: int, urls: Sequence[str], plan: Plan, stack: ExitStack) -> None:
-    """`count` proxies on one Valkey. Nothing is said of capacities or rates: both are learned."""
+    """Start `count` proxies on one Valkey. Capacities and rates are not configured: both are learned."""
     store = free_port()
     command = [find_server(), "--port", str(store), "--save", "", "--bind", "127.0.0.1", "--dir", str(plan.folder)]
     _run(f"valkey of {entrant.name}", command, plan, stack)
@@ -148,11 +148,11 @@ async def _enter_cairn(entrant: Entrant, count: int, urls: Sequence[str], plan: 
 
 
 _LOOK_AROUND_SECONDS = 3.5
-"""Proxies notice each other when they next look at the lease, each second; until then they tell their news slowly."""
+"""Time until proxies have noticed each other, by the lease, each second; until then they publish slowly."""
 
 
 def _admission(speed: float, *, enabled: bool) -> dict[str, object]:
-    """The gate's times, as much smaller as time runs faster; no session is refused, since clients wait."""
+    """Return the gate's settings with times divided by `speed`; no session is refused, since clients wait."""
     gate = Admission()
     return {
         "enabled": "auto" if enabled else "never",
@@ -164,7 +164,7 @@ def _admission(speed: float, *, enabled: bool) -> dict[str, object]:
 
 
 def cairn_config(urls: Sequence[str], store_port: int, speed: float) -> dict[str, object]:
-    """The defaults; where time runs faster, the cost rule's constants in seconds are made as much smaller."""
+    """Return a default configuration in which the cost rule's constants in seconds are divided by `speed`."""
     routing = Routing()
     return {
         "redis": {"url": f"redis://127.0.0.1:{store_port}/0"},

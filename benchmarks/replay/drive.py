@@ -1,4 +1,4 @@
-"""Sends the requests of a trace at their times and notes what became of each. It knows no rule."""
+"""Send the requests of a trace at their times and record the result of each."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ _LAG = re.compile(rb"^cairn_journal_lag_seconds ([0-9.e+-]+)", re.MULTILINE)
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """One request as its client saw it. Seconds are the clock's, not the engines'; `error` is empty where it ended
-    well. `predicted_tokens` and `replica` are Cairn's word."""
+    """One request as its client saw it. Seconds are the clock's, not the engines'; `error` is empty if it
+    succeeded. `predicted_tokens` and `replica` are as Cairn reports them.
+    """
 
     number: int
     ttft_seconds: float
@@ -62,8 +63,10 @@ class Run(msgspec.Struct, frozen=True):
 async def drive(
     entrant: Entrant, requests: Sequence[Request], texts: Texts, speed: float, *, restart: bool = False
 ) -> Run:
-    """All `requests` through the entrant, arrivals `speed` times as fast; with `restart` its first engine forgets
-    everything half-way."""
+    """Send all `requests` through the entrant, with arrivals `speed` times as fast.
+
+    With `restart` its first engine forgets everything half-way.
+    """
     seen: list[Seen] = []
     lags: list[float] = []
     timeout = aiohttp.ClientTimeout(total=_GIVE_UP_SECONDS)
@@ -83,7 +86,7 @@ async def drive(
 
 
 def _shared_tokens(requests: Sequence[Request]) -> int:
-    """Of the blocks that all prompts begin with."""
+    """Return the tokens of the blocks with which all prompts begin."""
     first, last = min(each.blocks for each in requests), max(each.blocks for each in requests)
     depth = next((n for n, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
     return depth * BLOCK_TOKENS
@@ -148,7 +151,7 @@ async def ask(
 
 
 async def _watch(http: aiohttp.ClientSession, entrant: Entrant, lags: list[float]) -> None:
-    """Sample how old the journal's news was, where there are several proxies."""
+    """Sample the age of the journal's entries, if there are several proxies."""
     while len(entrant.admin_ports) > 1:
         await asyncio.sleep(_LAG_SAMPLE_SECONDS)
         for port in entrant.admin_ports:

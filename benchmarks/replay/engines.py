@@ -1,8 +1,8 @@
 """Simulated engines behind HTTP: the model of `benchmarks.fleet.engine` in real time, sped up by a factor.
 
-One process has all engines of a fleet, each on its own port. A prompt's text is cut into blocks of 2,048 bytes,
-which are 512 tokens; usage is told as vLLM does. Beside the OpenAI paths each port has `/metrics` with its capacity
-and start time, `POST /replay/restart`, after which it holds nothing, and `/replay/stats`. It knows no router.
+One process has all engines of a fleet, each on its own port. A prompt's text is cut into blocks of 2,048 bytes, which
+are 512 tokens; usage is reported as by vLLM. In addition to the OpenAI paths each port has `/metrics` with its
+capacity and start time, `POST /replay/restart`, after which it holds nothing, and `/replay/stats`.
 
 python -m benchmarks.replay.engines --ports 9001,9002 --capacity 500000 --speed 5
 """
@@ -31,9 +31,9 @@ from proxy.clock import SystemClock
 
 _CLOCK = SystemClock()
 _CHUNK_SECONDS = 1.0
-"""Of engine time between two chunks: some 50 tokens in one, since chunks cost the proxies' CPU and decide nothing."""
+"""Engine time between two chunks: about 50 tokens in one, since chunks cost the proxies' CPU and decide nothing."""
 
-_OUTPUT_TOKENS = 16  # where a body does not say
+_OUTPUT_TOKENS = 16  # if a body does not set it
 
 _NO_FINGERPRINT = Fingerprint(array("Q"), array("I"))
 _PREPARATIONS = frozenset({b"/v1/chat/completions/render", b"/tokenize"})
@@ -67,7 +67,7 @@ class Stats(msgspec.Struct):
 
 
 def blocks_of(text: bytes) -> tuple[int, ...]:
-    """Chained hashes of the blocks of `text`, the last of which may be short."""
+    """Return the chained hashes of the blocks of `text`, the last of which may be short."""
     found, last = [], 0
     for start in range(0, len(text), BLOCK_BYTES):
         last = xxhash.xxh3_64_intdigest(text[start : start + BLOCK_BYTES], last)
@@ -90,15 +90,15 @@ class LiveEngine:
         self.stats = Stats()
 
     def at(self, time: float, call: Callable[[float], None]) -> None:
-        """The engine's calendar: `time` in its own seconds. It is told the time planned, so it does not drift."""
+        """Call `call` at `time`, in the engine's seconds; it gets the planned time, so that nothing drifts."""
         self._loop.call_at(self._origin_seconds + time / self._speed, call, time)
 
     def now(self) -> float:
-        """Its own seconds."""
+        """Return the time in the engine's seconds."""
         return (self._loop.time() - self._origin_seconds) * self._speed
 
     def submit(self, stream: Stream, body: _Body) -> None:
-        """A request has arrived."""
+        """Take a request that has arrived."""
         text = "".join(message.content for message in body.messages).encode()
         self._numbers += 1
         tokens = max(-(-len(text) // BYTES_PER_TOKEN), 1)
@@ -108,12 +108,12 @@ class LiveEngine:
         self.engine.submit(request, 0.0, now)
 
     def restart(self) -> None:
-        """Hold nothing from now on, as another process would; what runs goes on, so that no request is lost."""
+        """Forget all prompts, like a new process; running requests continue, so that none is lost."""
         self.engine.cache = BlockCache(self._capacity_tokens)
         self._started_unix_seconds = _CLOCK.unix()
 
     def metrics(self) -> bytes:
-        """A page as vLLM's, of what a router may read there."""
+        """Return a metrics page like vLLM's, with the metrics that a router may read."""
         stats, model = self.stats, f'model_name="{MODEL}"'
         blocks = self._capacity_tokens // BLOCK_TOKENS
         return (
@@ -128,7 +128,7 @@ class LiveEngine:
     # events of the engine's model
 
     def started(self, request: Request, now: float) -> None:
-        """Its prefill begins; nobody asks."""
+        """Do nothing when a prefill begins."""
 
     def first_token(self, request: Request, replica: int, cached_tokens: int, now: float) -> None:
         """Count it and send the first token."""
@@ -165,7 +165,7 @@ _STOP = framed(_event([{"index": 0, "delta": {}, "finish_reason": "stop"}]))
 
 
 def usage_of(request: Request, cached_tokens: int) -> dict[str, object]:
-    """As vLLM says it: where nothing was cached the details are null."""
+    """Return the usage as vLLM reports it: if nothing was cached the details are null."""
     return {
         "prompt_tokens": request.input_tokens,
         "completion_tokens": request.output_tokens,
@@ -175,7 +175,7 @@ def usage_of(request: Request, cached_tokens: int) -> dict[str, object]:
 
 
 class Stream:
-    """One answer on its way; a client that left is written to no more."""
+    """One response in progress; nothing more is written to a client that left."""
 
     def __init__(self, transport: asyncio.Transport, is_streamed: bool, close_after: bool) -> None:
         self._transport = transport
@@ -184,18 +184,18 @@ class Stream:
         self._usage: dict[str, object] = {}
 
     def begin(self, request: Request, cached_tokens: int) -> None:
-        """The first token, behind a chunk that carries the role alone."""
+        """Send the first token, after a chunk with the role alone."""
         self._usage = usage_of(request, cached_tokens)
         if self._is_streamed:
             self._write(STREAM_HEAD + _ROLE + _TOKEN)
 
     def more(self) -> None:
-        """The next chunk."""
+        """Send the next chunk."""
         if self._is_streamed:
             self._write(_TOKEN)
 
     def end(self) -> None:
-        """The last chunk, or the whole of a plain answer."""
+        """Send the last chunk, or the whole of a plain response."""
         if self._is_streamed:
             self._write(_STOP + framed(_event([], usage=self._usage)) + framed(b"data: [DONE]\n\n") + STREAM_END)
         else:

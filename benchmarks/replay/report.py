@@ -1,4 +1,4 @@
-"""From what was seen to figures, a table, a file and a drawing. Seconds are the engines', scaled back."""
+"""Turn observations into figures, a table, a file and a drawing. Seconds are the engines', scaled back."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from benchmarks.common.figures import percentile
 from benchmarks.replay.drive import Run, Seen
 
 WARM_UP = 200
-"""Requests that the last column leaves out: what a router learns in the beginning."""
+"""Requests that the last column leaves out, in which a router learns."""
 
 RECOVERY = 30
-"""Requests to a restarted engine after which its ratio is to be what it was ..."""
+"""Requests to a restarted engine after which its ratio should be as before, to within `_LIKE_BEFORE`."""
 
 _LIKE_BEFORE = 0.02
-"""... but for this much."""
+"""Difference of ratios that does not matter."""
 
 
 class Figures(msgspec.Struct, frozen=True):
@@ -43,13 +43,12 @@ class Figures(msgspec.Struct, frozen=True):
 
 
 class Recovery(msgspec.Struct, frozen=True):
-    """Tell how right the predictions for the restarted engine were, beyond what all prompts share.
+    """How right the predictions for the restarted engine were, beyond the prefix that all prompts share.
 
     A `kept` share is the part of the tokens predicted as cached there that were cached: before, of its first 30
-    requests and of all after those. After `back_after` of its requests the next 30 kept as much as before, to within
-    a fiftieth; None if they never did. Hit shares leave out what all prompts share, too; `others` are all other
-    engines in the same spans. `wrong` are requests of which over half of what was predicted was not there.
-    """
+    requests and of all after those. After `back_after` of its requests the next 30 kept the same share as before, to
+    within 0.02; None if they never did. Hit shares leave out the common prefix, too; `others` are all other engines
+    in the same spans. `wrong` are requests of which over half of the predicted tokens were not cached."""
 
     kept_before: float
     kept_first: float
@@ -65,7 +64,7 @@ class Recovery(msgspec.Struct, frozen=True):
 
 
 def figures(name: str, run: Run, speed: float) -> Figures:
-    """The row of one entrant."""
+    """Return the row of one entrant."""
     good = [each for each in run.seen if not each.error]
     waits = sorted(each.ttft_seconds * speed for each in good)
     warm = sorted(each.ttft_seconds * speed for each in good if each.number >= WARM_UP)
@@ -91,7 +90,7 @@ def figures(name: str, run: Run, speed: float) -> Figures:
 
 
 def recovery(run: Run) -> Recovery | None:
-    """Tell how the first engine fared around its restart; None if the engine that answered is not known."""
+    """Return the figures of the first engine around its restart; None if the answering engine is not known."""
     half, restarted, shared = run.restarted_before, run.restarted, run.shared_tokens
     if half is None or not any(each.replica for each in run.seen):
         return None
@@ -125,7 +124,7 @@ def _is_wrong(each: Seen) -> bool:
 
 
 def _kept(seen: Sequence[Seen], shared: int) -> float:
-    """Of what was predicted as cached, what was; one where nothing was predicted, for then nothing was wrong."""
+    """Return the share of the tokens predicted as cached that were cached; 1 if none were predicted."""
     predicted = sum(max(each.predicted_tokens - shared, 0) for each in seen)
     found = sum(max(min(each.cached_tokens, each.predicted_tokens) - shared, 0) for each in seen)
     return found / predicted if predicted else 1.0
@@ -137,7 +136,7 @@ def _share(seen: Sequence[Seen], shared: int) -> float:
 
 
 def table(title: str, rows: Sequence[Figures]) -> Table:
-    """All rows."""
+    """Return a table of all rows."""
     made = Table(title=title)
     headings = (
         "router",
@@ -181,7 +180,7 @@ def _restart_cells(restart: Recovery | None) -> tuple[str, ...]:
 
 
 def remarks(rows: Sequence[Figures]) -> list[str]:
-    """Format what does not fit in the table: how late things were, and restarts."""
+    """Format figures that do not fit in the table: lateness and restarts."""
     said = [f"load sent late, p99 in engine seconds: {max((r.late_p99_seconds for r in rows), default=0.0):.3f}"]
     for row in rows:
         if not math.isnan(row.news_p50_seconds):
@@ -201,14 +200,14 @@ def remarks(rows: Sequence[Figures]) -> list[str]:
 
 
 def store(file: Path, settings: dict[str, object], bound: float, rows: Sequence[Figures]) -> None:
-    """Everything as JSON."""
+    """Write everything as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {"settings": settings, "pooled_hit_share": bound, "rows": [msgspec.to_builtins(row) for row in rows]}
     file.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
 
 
 def draw(file: Path, title: str, bound: float, rows: Sequence[Figures]) -> None:
-    """Mean and p99 TTFT as bars, and the hit ratio beside its bound, as SVG."""
+    """Draw mean and p99 TTFT as bars, and the hit ratio beside its bound, as SVG."""
     import matplotlib as mpl
 
     mpl.use("svg")

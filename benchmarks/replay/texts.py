@@ -27,12 +27,12 @@ class Texts:
         self._pool = " ".join(chooser.choices(vocabulary, k=_POOL_BYTES // 5)).encode()
 
     def block(self, block: int) -> bytes:
-        """The 2,048 bytes of one block."""
+        """Return the 2,048 bytes of one block."""
         start = block % (len(self._pool) - BLOCK_BYTES)
         return b"%0*x %b" % (_ID_DIGITS, block, self._pool[start : start + BLOCK_BYTES - _ID_DIGITS - 1])
 
     def body(self, request: Request) -> bytes:
-        """The JSON of a streamed chat request whose one message has four bytes a token."""
+        """Return the JSON of a streamed chat request whose one message has four bytes a token."""
         text = b"".join(map(self.block, request.blocks))[: request.input_tokens * BYTES_PER_TOKEN]
         return (
             b'{"model":"%b","stream":true,"stream_options":{"include_usage":true},"max_tokens":%d,'

@@ -20,7 +20,7 @@ OURS, YARDSTICK = "worth per byte", "LRU"
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options; ends the process with 2 for wrong ones."""
+    """Return the options; exit with 2 if they are wrong."""
     parser = argparse.ArgumentParser(prog="benchmarks.retention", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("trace", type=Path, help="a .jsonl or .jsonl.gz in Mooncake's form")
     parser.add_argument("--budgets", default="1,3,10", help="room, in percent of the trace's segments, by commas")
@@ -31,7 +31,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def table(results: dict[float, dict[str, Outcome]], segments: int) -> Table:
-    """A row for each budget."""
+    """Return a table with a row for each budget."""
     shown = Table(title=f"prompt tokens saved, of {segments:,} segments of 512 tokens")
     for name in ("room", *POLICIES, f"against {YARDSTICK}"):
         shown.add_column(name, justify="right")

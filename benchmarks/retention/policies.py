@@ -19,7 +19,7 @@ SEGMENT_USD = BLOCK_TOKENS * 1e-6
 """Saving of one use of a segment; the same for all, so it changes nothing but the figures' scale."""
 
 Rank = Callable[[StoredValue | None, float], tuple[StoredValue, float]]
-"""The standing before (None: not kept) and the moment of a use, to the standing and the rank after it."""
+"""Maps the value before a use (None: not kept) and its time to the value and the rank after it."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -30,23 +30,23 @@ class Outcome(msgspec.Struct, frozen=True):
 
     @property
     def share(self) -> float:
-        """Of all tokens."""
+        """Share of all tokens."""
         return self.saved_tokens / self.tokens
 
 
 def worth(before: StoredValue | None, now_seconds: float) -> tuple[StoredValue, float]:
-    """The product's rule: `cache.contexts.retention`."""
+    """Rank by Cairn's rule: `cache.contexts.retention`."""
     standing = StoredValue(1.0, now_seconds) if before is None else before.used(now_seconds)
     return standing, standing.rank(SEGMENT_USD, SEGMENT_BYTES)
 
 
 def least_recent(_: StoredValue | None, now_seconds: float) -> tuple[StoredValue, float]:
-    """LRU: the time of the last use."""
+    """Rank by LRU: the time of the last use."""
     return StoredValue(1.0, now_seconds), now_seconds
 
 
 def least_frequent(before: StoredValue | None, now_seconds: float) -> tuple[StoredValue, float]:
-    """LFU: the number of uses since it was taken in."""
+    """Rank by LFU: the number of uses since it was added."""
     uses = 1.0 if before is None else before.uses + 1.0
     return StoredValue(uses, now_seconds), uses
 

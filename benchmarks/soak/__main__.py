@@ -1,8 +1,7 @@
-"""Many mixed requests against Cairn: plain, streams, leaving clients, upstreams that reset; then: what is left?
+"""Send many mixed requests to Cairn (plain, streams, leaving clients, resets), then check that nothing is left over.
 
 python -m benchmarks.soak [--requests 200000] [--clients 64] [--workers 1] [--proxy cairn]
-Exit code 0: every answer was right and nothing is left over; 1: not so.
-"""
+Exit code 0: every answer was right and nothing is left over; 1 otherwise."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ _SEED = 7
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options; ends the process with 2 for wrong ones."""
+    """Return the options; exit with 2 if they are wrong."""
     parser = argparse.ArgumentParser(prog="benchmarks.soak", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--requests", type=int, default=200_000)
     parser.add_argument("--clients", type=int, default=64, help="at a time")

@@ -78,7 +78,7 @@ async def look(
 
 
 def compare(before: Moment, after: Moment, growth_allowed: float) -> list[Finding]:
-    """The verdict on two quiet moments, the first after a tenth of the run and the second at its end."""
+    """Return the verdict on two quiet moments, the first after a tenth of the run and the second at its end."""
     growth = after.resident_bytes / before.resident_bytes - 1
     findings = [
         Finding(

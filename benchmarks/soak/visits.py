@@ -83,7 +83,7 @@ class Request:
         self._offset = offset + len(head)
 
     def bytes(self, conversation: int) -> bytes:
-        """The whole request."""
+        """Return the whole request."""
         bodies.stamp(self._buffer, self._offset, conversation)
         return bytes(self._buffer)
 
@@ -176,7 +176,7 @@ async def _read_chunked(reader: asyncio.StreamReader) -> bytes:
 
 
 def wrong(tally: Mapping[tuple[Visit, str], int], refused_share: float) -> dict[str, int]:
-    """Visits that ended as they must not. Refusals (503, a replica in back-off after resets) may be a small share."""
+    """Return the visits that ended wrongly. A small share of refusals (503, a back-off after resets) is allowed."""
     found = {
         f"{visit}: {word}": count
         for (visit, word), count in tally.items()

@@ -33,7 +33,7 @@ _ENVIRONMENT = {
 
 
 def is_installed() -> bool:
-    """True if the environment with vLLM is there."""
+    """Return True if the environment with vLLM exists."""
     return (FOLDER / ".done").exists()
 
 

