@@ -35,7 +35,9 @@ from proxy.worker.port_settings import PortSettings
 log = logging.getLogger("cairn.server")
 
 _NOBODY = Tenant("")
-_UNKNOWN = Route(Endpoint.OTHER, "/")
+_UNKNOWN = Route(Endpoint.OTHER, "unknown")
+"""A path that is not served or cannot be read. It does not repeat the client's text, so that lines can be grouped."""
+
 _WEBSOCKET_PATHS: Final = ("/responses", "/realtime")  # their ends
 
 _DECODED_INLINE_BYTES: Final = 4096
@@ -117,7 +119,7 @@ class HttpServer:
         decoded_bytes = 0
         try:
             if request.upgrade and path.endswith(_WEBSOCKET_PATHS):
-                route = Route(Endpoint.OTHER, path)
+                route = Route(Endpoint.OTHER, "/v1" + next(filter(path.endswith, _WEBSOCKET_PATHS)))
                 _refuse_websocket(request.upgrade)
             route = self._routes.route(request.method, request.target)
             tenant = self.authenticator.tenant_of_any(credentials_of(headers))

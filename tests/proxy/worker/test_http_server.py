@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from proxy.accounting.access_log import route_of
 from proxy.config.schema import Config, Contexts, Server
 from proxy.downstream.response import Downstream
 from proxy.errors import REASON_PHRASES, BadRequest, CairnError
@@ -138,6 +139,14 @@ async def test_a_websocket_is_refused_at_once(path: bytes) -> None:
     assert b"\r\nupgrade: HTTP/1.1" in head
     assert [call.target for call in port.pipeline.turned_away] == [path.partition(b"?")[0].decode()]
     assert b"HTTP/1.1 200 OK" in rest
+
+
+@pytest.mark.parametrize("target", [b"/v2/secret-0123456789", b"/", b"/v1/chat%2Fcompletions", b"/.env"])
+async def test_the_route_of_a_path_that_is_not_served_is_unknown(target: bytes) -> None:
+    """It does not repeat what strangers make up, and is not that of the root, which is served."""
+    async with running() as port:
+        assert (await port.ask(KEY, target=target))[0] in (400, 404)
+    assert [route_of(call) for call in port.pipeline.turned_away] == ["unknown"]
 
 
 async def test_what_a_browser_or_a_balancer_asks_first_needs_no_key() -> None:
