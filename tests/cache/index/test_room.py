@@ -1,0 +1,219 @@
+"""Room at a replica: prompts in slots, free room, what a placement would evict, the bound on all blocks together."""
+
+from __future__ import annotations
+
+import pytest
+
+from cache.index.prefix_index import FeedbackKind, PrefixIndex
+from tests.cache.index.test_prefix_index import BLOCK_TOKENS, Bench, chain, talk
+
+TOKENS = float(BLOCK_TOKENS)
+
+
+@pytest.fixture
+def slots() -> Bench:
+    """An index whose replica 0 is an engine with two slots."""
+    bench = Bench()
+    bench.index.set_capacity(0, None, slots=2)
+    return bench
+
+
+def depths(bench: Bench, *names: str) -> list[int]:
+    return [bench.depth(talk(name, 4)) for name in names]
+
+
+# -- slots
+
+
+def test_an_engine_with_slots_keeps_the_prompts_used_last(slots):
+    for name in "abac":
+        slots.ask(talk(name, 4))
+    assert depths(slots, "a", "b", "c") == [4, 0, 4]
+    assert slots.index.match(talk("b", 4)).evicted
+
+
+def test_a_prompt_that_goes_on_keeps_its_slot(slots):
+    for blocks in range(1, 6):
+        slots.ask(talk("a", blocks))
+        slots.ask(talk("b", 4))
+    assert depths(slots, "a", "b") == [4, 4]
+    assert slots.depth(talk("a", 5)) == 5
+
+
+def test_of_a_prompt_that_loses_its_slot_goes_what_no_other_one_shares(slots):
+    """The system prompt stays with those that begin with it, and goes with the last of them."""
+    for name in "abc":
+        slots.ask(talk(name, 6, system=2))
+    assert [slots.depth(talk(name, 6, system=2)) for name in "abc"] == [2, 6, 6]
+    for name in "xy":
+        slots.ask(talk(name, 4))
+    assert slots.depth(talk("b", 6, system=2)) == 0
+    assert slots.index.stats().blocks == 8
+
+
+def test_clearing_slots_takes_a_bounded_number_of_steps_at_a_time():
+    """The next placement goes on with it."""
+    bench = Bench()
+    for number in range(1_300):
+        bench.ask(talk(str(number), 1))
+    bench.index.set_capacity(0, None, slots=1)
+    left = []
+    for number in range(3):
+        bench.ask(talk(f"new{number}", 1))
+        left.append(bench.index.replicas()[0].blocks)
+    assert left == [801, 302, 1]
+
+
+def test_more_than_predicted_shows_that_an_engine_holds_one_prompt_more(slots):
+    """Some keep prompts in the host's memory too, outside their slots."""
+    for name in "abc":
+        slots.served(talk(name, 8), 0)
+    assert slots.served(talk("a", 9), 8 * BLOCK_TOKENS).learnt is FeedbackKind.MORE
+    for name in "bc":
+        slots.ask(talk(name, 8))
+    assert slots.index.free_prompts(0, 1) == 0
+    assert [slots.depth(talk(name, 8)) for name in "abc"] == [8, 8, 8]
+
+
+def test_free_slots_are_counted_and_the_one_of_a_prompt_that_goes_on_costs_nothing(slots):
+    assert slots.index.free_prompts(0, 1.0) == 2
+    slots.ask(talk("a", 4))
+    assert slots.index.free_prompts(0, 10**9) == 1
+    assert slots.index.dropped_tokens(0, 0.0, 9 * TOKENS) == 0.0, "a slot is free"
+    slots.ask(talk("b", 8))
+    assert slots.index.free_prompts(0, 1.0) == 0
+    assert slots.index.dropped_tokens(0, 0.0, 9 * TOKENS) == 6 * TOKENS, "the average of what the slots hold"
+    assert slots.index.dropped_tokens(0, 10 * TOKENS, 9 * TOKENS) == 0.0, "it goes on in its own"
+
+
+def test_an_engine_without_a_slot_drops_nothing_for_another_prompt():
+    index = PrefixIndex()
+    index.set_capacity(0, None, slots=0)
+    assert (index.dropped_tokens(0, 0.0, TOKENS), index.free_prompts(0, 1.0)) == (0.0, 0)
+
+
+# -- room in tokens
+
+
+def test_what_a_prompt_would_evict_is_what_exceeds_the_budget_and_no_more_than_its_own(slots):
+    bench = Bench()
+    bench.index.set_budget(0, 10 * BLOCK_TOKENS)
+    bench.ask(talk("a", 8))
+    for uncached, dropped in ((1, 0), (2, 0), (3, 1), (12, 10), (100, 98)):
+        assert bench.index.dropped_tokens(0, 0.0, uncached * TOKENS) == dropped * TOKENS
+    bench.index.set_budget(0, BLOCK_TOKENS)
+    assert bench.index.dropped_tokens(0, 0.0, 2 * TOKENS) == 2 * TOKENS
+
+
+def test_free_room_is_counted_in_prompts_of_at_least_a_thousand_tokens():
+    bench = Bench()
+    bench.index.set_budget(0, 10_240)
+    bench.ask(talk("a", 4))
+    assert [bench.index.free_prompts(0, tokens) for tokens in (1.0, 1_024.0, 2_000.0, 8_240.0, 8_241.0)] == [
+        8,
+        8,
+        4,
+        1,
+        0,
+    ]
+    bench.index.set_budget(0, 100)
+    assert bench.index.free_prompts(0, 1.0) == 0
+
+
+def test_of_replicas_of_unknown_room_the_emptier_one_has_more():
+    bench = Bench()
+    bench.ask(talk("a", 8), replica=0)
+    bench.ask(talk("b", 4), replica=1)
+    bench.index.set_ttl(2, None)
+    assert [bench.index.free_prompts(replica, 2_000.0) for replica in (0, 1, 2)] == [-3, -2, -1]
+
+
+def test_nothing_is_known_of_the_room_of_an_unknown_replica():
+    index = PrefixIndex()
+    assert (index.dropped_tokens(5, 0.0, TOKENS), index.free_prompts(5, TOKENS)) == (0.0, 0)
+
+
+# -- the process
+
+
+def test_the_bound_on_all_blocks_takes_from_the_replica_that_holds_most():
+    index = PrefixIndex(max_blocks=20)
+    index.place(0, talk("small", 5), 100, 1.0)
+    for number in range(10):
+        index.place(1, talk(str(number), 5), 100, 2.0 + number)
+    assert index.stats().blocks == 20
+    assert index.match(talk("small", 5)).held.keys() == {0}
+    assert [index.match(talk(str(number), 5)).known_blocks for number in (0, 6, 7, 9)] == [0, 0, 5, 5]
+
+
+def test_a_budget_cuts_the_end_of_the_oldest_run_as_far_as_it_must():
+    bench = Bench()
+    bench.ask(talk("old", 8))
+    bench.ask(talk("new", 4))
+    bench.index.set_budget(0, 9 * BLOCK_TOKENS)
+    bench.index.tend(bench.now)
+    assert (bench.depth(talk("old", 8)), bench.depth(talk("new", 4))) == (5, 4)
+    assert bench.index.replicas()[0].evicted_blocks == 3
+    bench.index.set_budget(0, 4 * BLOCK_TOKENS + 1)
+    bench.index.tend(bench.now)
+    assert (bench.depth(talk("old", 8)), bench.depth(talk("new", 4))) == (0, 4)
+
+
+def test_upkeep_goes_on_with_past_epochs_at_the_next_placement():
+    bench = Bench()
+    for number in range(600):
+        bench.ask(talk(str(number), 1))
+    bench.index.new_epoch(0, 1)
+    assert bench.index.stats().nodes == 600
+    bench.ask(talk("x", 1))
+    assert bench.index.stats().nodes == 101
+    bench.ask(talk("y", 1))
+    assert bench.index.stats().nodes == 2
+
+
+def test_an_entry_ends_at_its_time_to_live_and_each_use_begins_it_anew():
+    bench = Bench()
+    bench.index.set_ttl(0, 10.0)
+    bench.index.place(0, talk("a", 1), TOKENS, 100.0)
+    bench.index.place(0, talk("b", 1), TOKENS, 101.0)
+    bench.index.place(0, talk("a", 1), TOKENS, 105.0)
+    for now, left in ((110.9, [1, 1]), (111.0, [1, 0]), (114.9, [1, 0]), (115.0, [0, 0])):
+        assert not bench.index.tend(now)
+        assert [bench.depth(talk(name, 1)) for name in "ab"] == left
+
+
+def test_tenants_of_a_replica_are_told_apart_until_its_next_epoch():
+    index = PrefixIndex()
+    index.place(0, talk("a", 1), TOKENS, 1.0, source=7)
+    assert not index.has_several_sources(0)
+    index.place(0, talk("b", 1), TOKENS, 2.0, source=8)
+    assert index.has_several_sources(0)
+    index.new_epoch(0, 1)
+    assert not index.has_several_sources(0)
+    assert (index.epoch(0), index.replicas()[0].blocks) == (1, 0)
+
+
+# -- other writers and damaged chains
+
+
+def test_taking_back_by_another_writer_ends_where_another_placement_or_prompt_builds_on_it():
+    index, prompt = PrefixIndex(), talk("a", 6)
+    index.apply_place(0, talk("a", 2), 2 * BLOCK_TOKENS, 0, 1, 1.0)
+    index.apply_place(0, prompt, 6 * BLOCK_TOKENS, 0, 2, 2.0)
+    index.apply_take_back(0, talk("other", 3), 0, 0, 2)
+    index.apply_take_back(0, prompt, 2, 0, 9)
+    index.apply_take_back(1, prompt, 2, 0, 2)
+    assert index.match(prompt).held[0].blocks == 6
+    index.apply_take_back(0, prompt, 2, 0, 2)
+    assert index.match(prompt).held[0].blocks == 2
+
+
+def test_two_chains_of_equal_hashes_and_other_lengths_are_placed_without_harm():
+    """One of them was damaged in Redis, and its ends lie before those of the other."""
+    bench = Bench()
+    bench.ask(chain("a", "b", block_bytes=10_000))
+    damaged = chain("a", "b", "c", block_bytes=1_000)
+    placement = bench.ask(damaged)
+    assert placement.held_blocks == 2
+    assert bench.depth(damaged) == 3
+    assert bench.index.replicas()[0].tokens > 0
