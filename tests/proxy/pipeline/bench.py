@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -17,7 +17,7 @@ from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
 from proxy.metrics.recorder import Recorder
 from proxy.model import CacheStatus, Call, Candidate, Endpoint, MissReason, Plan, RouteReason, Tenant
 from proxy.pipeline.attempt import Attempts
-from proxy.pipeline.dispatch import Dispatcher, RetryPolicy
+from proxy.pipeline.dispatch import Dispatcher, RetryPolicy, Upload
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.objects import CreatedObjects
 from proxy.pipeline.relay import Relay
@@ -96,6 +96,7 @@ class Client:
         self.script = list(script)
         self.sent: list[tuple[Origin, bytes, dict[bytes, bytes]]] = []
         self.targets: list[bytes] = []
+        self.lengths: list[int | None] = []
         self.asked = asyncio.Event()
         self.hold = asyncio.Event()
         self.hold.set()
@@ -111,9 +112,12 @@ class Client:
         length: int | None = None,
         retry_reused: bool = False,
     ) -> UpstreamResponse:
+        if isinstance(body, AsyncIterator):
+            body = [piece async for piece in body]
         whole = b"".join(body) if isinstance(body, list) else body
         self.sent.append((origin, whole, dict(headers)))
         self.targets.append(target)
+        self.lengths.append(length)
         self.asked.set()
         await self.hold.wait()
         step = self.script.pop(0)
@@ -131,6 +135,7 @@ class Downstream:
     def __init__(self) -> None:
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
+        self.length: int | None = None
         self.body = b""
         self.ended = self.broken = self.gone = self.full = False
         self.read = asyncio.Event()
@@ -145,7 +150,7 @@ class Downstream:
         self.body, self.ended = body, True
 
     def begin(self, status: int, reason: bytes, headers: Iterable[tuple[bytes, bytes]], length: int | None) -> None:
-        self.status, self.headers = status, dict(headers)
+        self.status, self.headers, self.length = status, dict(headers), length
 
     async def write(self, piece: bytes | memoryview) -> None:
         if not self.offer(bytes(piece)):
@@ -262,7 +267,7 @@ class Bench:
         )
         exchange = Exchange(call)
         exchange.pool = self.pool
-        if endpoint.runs_model:
+        if endpoint.is_generation or endpoint is Endpoint.EMBEDDINGS:
             exchange.prompt = wire_request.read(body, endpoint)
             exchange.model = exchange.prompt.model
             exchange.fingerprint = cut(0, exchange.prompt.spans)
@@ -271,12 +276,12 @@ class Bench:
         exchange.plan = Plan(candidates, RouteReason.COLD, MissReason.COLD, CacheStatus.MISS, 9_000.0)
         return exchange
 
-    async def run(self, exchange: Exchange) -> Downstream:
-        """Relay it to the end."""
+    async def run(self, exchange: Exchange, upload: Upload | None = None) -> Downstream:
+        """Relay it to the end; `upload` is a body that is passed through."""
         relay = Relay(self.dispatcher, self.responses(), self.recorder, self.clock)
         relay.accompany(exchange, self.downstream)
         try:
-            await relay.run(exchange, self.downstream)
+            await relay.run(exchange, self.downstream, upload)
         finally:
             relay.release(exchange)
         return self.downstream

@@ -132,3 +132,18 @@ def test_requests_in_flight_are_bounded_and_leaving_makes_room() -> None:
     room.leave()
     room.enter()
     assert room.requests == 2
+
+
+def test_a_client_without_a_key_is_anonymous_if_no_clients_are_listed() -> None:
+    """And differs from every client with a key."""
+    door = Authenticator([], SECRET)
+    assert door.tenant_of(b"").name == "anonymous"
+    assert door.tenant_of(b"").id not in {door.tenant_of(b"anonymous").id, door.tenant_of(b"x").id}
+    assert door.tenant_of_any([]).id == door.tenant_of(b"").id
+
+
+def test_a_very_long_key_is_a_tenant_like_any_other_and_takes_no_memory() -> None:
+    door = Authenticator([], SECRET)
+    assert door.tenant_of(b"k" * 10_000).id == door.tenant_of(b"k" * 10_000).id
+    assert door.tenant_of(b"k" * 10_000).id != door.tenant_of(b"k" * 10_001).id
+    assert not door._seen  # noqa: SLF001 - internal state that no public name shows

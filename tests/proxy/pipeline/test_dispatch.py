@@ -1,13 +1,18 @@
-"""The effect of a response's status on what the fleet knows about the replica."""
+"""What reaches a replica, and the effect of a response's status on what the fleet knows about it."""
 
 from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 import pytest
 
+from proxy.errors import ConnectFailed, UpstreamError
 from proxy.fleet.replica import ThrottleKey
-from proxy.model import ReplicaView, Tenant
-from tests.proxy.pipeline.bench import POOL, Bench, Upstream
+from proxy.model import Endpoint, ReplicaView, Tenant
+from proxy.pipeline.dispatch import Upload
+from tests.proxy.pipeline.bench import DONE, POOL, SSE, TOKEN, Bench, Downstream, Upstream, turns
 
 
 def views(bench: Bench, key: ThrottleKey | None = None) -> tuple[ReplicaView, ...]:
@@ -105,3 +110,160 @@ async def test_a_client_s_key_reaches_a_replica_only_if_nothing_replaces_or_drop
     else:
         assert bench.client.targets == [b"/v1/chat/completions?a=1&key=client"]
         assert sent == {b"authorization": b"Bearer client", b"x-api-key": b"client"}
+
+
+# -- the body
+
+
+async def pieces(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+@pytest.mark.parametrize("length", [None, 6])
+async def test_a_body_that_is_passed_through_reaches_the_replica_in_pieces_with_the_length_that_was_declared(
+    length: int | None,
+) -> None:
+    bench = Bench(replicas=1)
+    bench.client.script.append(Upstream(bench.clock, 200, (), b"{}"))
+    exchange = bench.exchange(endpoint=Endpoint.OTHER)
+    assert (await bench.run(exchange, Upload(pieces(b"abc", b"def"), length))).status == 200
+    assert bench.client.sent[0][1] == b"abcdef"
+    assert bench.client.lengths == [length]
+
+
+@pytest.mark.parametrize("first", [ConnectFailed("refused"), 503])
+async def test_a_body_that_is_passed_through_is_sent_to_one_replica_only(first: UpstreamError | int) -> None:
+    """Its pieces are gone once they were sent."""
+    bench = Bench()
+    failed = Upstream(bench.clock, first, (), b"{}") if isinstance(first, int) else first
+    bench.client.script += [failed, Upstream(bench.clock, 200, (), b"{}")]
+    exchange = bench.exchange(endpoint=Endpoint.OTHER)
+    upload = Upload(pieces(b"abc"), 3)
+    if isinstance(first, int):
+        assert (await bench.run(exchange, upload)).status == first
+    else:
+        with pytest.raises(ConnectFailed):
+            await bench.run(exchange, upload)
+    assert len(bench.client.sent) == 1
+    assert bench.nothing_is_claimed()
+
+
+def compressed(bench: Bench, *, stream: bool) -> Any:
+    """A request whose body the client sent compressed."""
+    exchange = bench.exchange(stream=stream)
+    exchange.call = msgspec.structs.replace(
+        exchange.call, encoded_body=b"compressed", headers=((b"content-encoding", b"gzip"),)
+    )
+    return exchange
+
+
+async def test_a_compressed_body_that_needs_no_edit_is_sent_as_it_came() -> None:
+    bench = Bench()
+    bench.client.script.append(Upstream(bench.clock, 200, (), b"{}"))
+    await bench.run(compressed(bench, stream=False))
+    assert (bench.client.sent[0][1], bench.client.lengths) == (b"compressed", [10])
+    assert bench.client.sent[0][2][b"content-encoding"] == b"gzip"
+
+
+async def test_a_compressed_body_that_is_edited_is_sent_decoded() -> None:
+    """And its encoding is not named any more."""
+    bench = Bench()
+    bench.client.script.append(Upstream(bench.clock, 200, SSE, TOKEN + DONE))
+    exchange = compressed(bench, stream=True)
+    await bench.run(exchange)
+    sent = bench.client.sent[0]
+    assert msgspec.json.decode(sent[1]) == {
+        **msgspec.json.decode(exchange.call.body),
+        "stream_options": {"include_usage": True},
+    }
+    assert bench.client.lengths == [len(sent[1])]
+    assert b"content-encoding" not in sent[2]
+
+
+async def test_configured_headers_are_sent_unless_the_client_sends_its_own() -> None:
+    """The rank is Cairn's choice alone."""
+    bench = Bench()
+    bench.pools.backends[0] = msgspec.structs.replace(
+        bench.pools.backends[0],
+        default_headers=((b"anthropic-version", b"default"), (b"x-extra", b"default")),
+        rank=3,
+    )
+    bench.client.script.append(Upstream(bench.clock, 200, (), b"{}"))
+    exchange = bench.exchange()
+    exchange.call = msgspec.structs.replace(
+        exchange.call, headers=((b"anthropic-version", b"client"), (b"x-data-parallel-rank", b"7"))
+    )
+    await bench.run(exchange)
+    sent = {name: value for name, value in bench.client.sent[0][2].items() if name != b"x-request-id"}
+    assert sent == {b"anthropic-version": b"client", b"x-extra": b"default", b"x-data-parallel-rank": b"3"}
+
+
+# -- stream_options
+
+
+async def streamed(bench: Bench, *script: tuple[int, bytes]) -> tuple[Downstream, list[bool]]:
+    """Send one stream to responses of these statuses. Return the client, and which requests asked for usage."""
+    bench.client.script += [
+        Upstream(bench.clock, status, SSE if status == 200 else (), body) for status, body in script
+    ]
+    bench.client.sent.clear()
+    client = bench.downstream = Downstream()
+    await bench.run(bench.exchange(stream=True))
+    return client, [b"stream_options" in body for _, body, _ in bench.client.sent]
+
+
+OK = (200, TOKEN + DONE)
+
+
+async def test_a_replica_that_refuses_the_field_is_asked_no_more_until_it_is_forgotten() -> None:
+    """Another replica may get its number."""
+    bench = Bench(replicas=1)
+    assert (await streamed(bench, (400, b"unknown field"), OK))[1] == [True, False]
+    assert (await streamed(bench, OK))[1] == [False]
+    bench.dispatcher.forget(0)
+    assert (await streamed(bench, OK))[1] == [True]
+
+
+async def test_a_request_that_is_refused_without_the_field_too_proves_nothing() -> None:
+    """The client gets the answer to its own bytes."""
+    bench = Bench(replicas=1)
+    client, asked = await streamed(bench, (400, b"with the field"), (400, b"the model is unknown"))
+    assert (client.status, client.body, asked) == (400, b"the model is unknown", [True, False])
+    assert (await streamed(bench, OK))[1] == [True]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "asked"),
+    [
+        ((400, b"the prompt is too long"), [True]),
+        ((400, b"stream_options is unknown"), [True, False]),
+        ((400, b"include_usage is unknown"), [True, False]),
+        ((401, b"stream_options is unknown"), [True]),
+    ],
+)
+async def test_a_replica_that_took_the_field_before_is_sent_a_second_request_only_if_its_refusal_names_it(
+    refusal: tuple[int, bytes], asked: list[bool]
+) -> None:
+    bench = Bench(replicas=1)
+    await streamed(bench, OK)
+    script = (refusal, OK)[: len(asked)]
+    client, sent = await streamed(bench, *script)
+    assert sent == asked
+    assert client.status == (200 if len(asked) == 2 else refusal[0])
+    assert len(asked) == 2 or client.body == refusal[1]
+
+
+async def test_a_refusal_that_is_long_and_not_complete_is_passed_on_since_it_is_about_more_than_a_field() -> None:
+    """Even of a replica that never took the field: no client waits for the rest of it."""
+    bench = Bench(replicas=1)
+    refusal = Upstream(bench.clock, 400)
+    refusal.send(b"x" * (64 * 1024 + 1))
+    bench.client.script.append(refusal)
+    task = bench.start(bench.exchange(stream=True))
+    await turns()
+    assert (bench.downstream.status, len(bench.downstream.body)) == (400, 64 * 1024 + 1)
+    refusal.send(b"y")
+    refusal.end()
+    assert (await task).body.endswith(b"xy")
+    assert len(bench.client.sent) == 1

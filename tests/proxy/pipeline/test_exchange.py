@@ -7,9 +7,11 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from proxy.model import Ending, Usage
+from cache import Match
+from cache.index.prefix_index import Held
+from proxy.model import CacheStatus, Ending, MissReason, RouteReason, Usage
 from proxy.pipeline.retries import AttemptFailure, FailureKind
-from tests.proxy.pipeline.bench import Bench
+from tests.proxy.pipeline.bench import Bench, Upstream
 
 
 def test_gaps_between_tokens_are_counted_per_bucket() -> None:
@@ -61,3 +63,25 @@ def test_saved_tokens_are_told_if_a_stored_context_was_used_and_they_were_report
     assert exchange.saved_note() == ((b"msh-context-cache-token-saved", b"0"),)
     for exchange.usage in (Usage(10, 1), None):
         assert exchange.saved_note() == ()
+
+
+async def test_a_client_is_told_of_its_own_prefixes_only_and_no_times_if_others_are_hidden_from_it() -> None:
+    bench = Bench()
+    bench.client.script.append(Upstream(bench.clock, 200, (), b"{}"))
+    exchange = bench.exchange()
+    assert exchange.plan is not None
+    assert exchange.fingerprint is not None
+    warm = msgspec.structs.replace(exchange.plan.candidates[0], matched_bytes=8_192, matched_tokens=2_000.0)
+    exchange.plan = msgspec.structs.replace(
+        exchange.plan, candidates=(warm,), reason=RouteReason.WARM, cache=CacheStatus.HIT, miss=MissReason.NONE
+    )
+    exchange.match = Match({0: Held(1, 8_192, 2_000)}, known_blocks=1, known_bytes=8_192, known_tokens=2_000)
+    await bench.run(exchange)
+    seen = dict(exchange.notes())
+    exchange.own_blocks = 0
+    told = dict(exchange.notes())
+    assert (seen[b"x-cairn-matched-tokens"], told[b"x-cairn-matched-tokens"]) == (b"2000", b"0")
+    assert b"hit" in seen[b"cache-status"]
+    assert b"hit" not in told[b"cache-status"]
+    assert b"server-timing" in seen
+    assert b"server-timing" not in told

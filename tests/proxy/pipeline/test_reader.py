@@ -262,3 +262,30 @@ def test_a_second_content_type_is_refused_where_the_first_decides() -> None:
     asked.call = msgspec.structs.replace(asked.call, headers=(*asked.call.headers, form))
     with pytest.raises(BadRequest, match="twice"):
         reader().read(asked)
+
+
+def test_a_batch_of_a_limited_client_needs_an_input_whose_models_were_checked_for_it() -> None:
+    """Checked for its tenant's other clients, it may name models that this one may not use."""
+    limited = Tenant("mine", models=("cheap",), client="team")
+    body = {"input_file_id": "file-1", "endpoint": "/v1/chat/completions"}
+    for client, accepted in (("team", True), ("other", False)):
+        locations = made(**{"file-1": "mine"})
+        locations.learn(f"checked:{client}:mine/file-1", "b")
+        asked = exchange("POST", "/v1/batches", body, limited)
+        if accepted:
+            reader(locations).read(asked)
+            assert asked.pinned_replica == 1
+        else:
+            with pytest.raises(Forbidden, match="cannot be read"):
+                reader(locations).read(asked)
+
+
+def test_a_model_of_another_kind_of_inference_is_checked_like_a_prompt_s() -> None:
+    """Further models that a limited client may not use are refused there too, and objects of others."""
+    reader().read(exchange("POST", "/v1/rerank", {"model": "cheap"}, LIMITED))
+    for body in ({"model": "dear"}, {"model": "cheap", "models": ["dear"]}):
+        with pytest.raises(Forbidden):
+            reader().read(exchange("POST", "/v1/rerank", body, LIMITED))
+    asked = exchange("POST", "/v1/rerank", {"model": "free-1", "input": [{"type": "x", "file_id": "file-9"}]})
+    reader().read(asked)
+    assert asked.pool is OWN_KEYS

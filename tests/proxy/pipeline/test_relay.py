@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import gzip
 from collections.abc import Callable
+from typing import Any, cast
 
+import msgspec
 import pytest
 
 from proxy.errors import (
@@ -22,6 +24,7 @@ from proxy.metrics.definitions import HIDDEN_ERRORS, STREAM_ABORTS
 from proxy.model import Ending, Endpoint
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.silence import COMMENT, SilenceWatch
+from proxy.upstream import Framing
 from tests.proxy.pipeline.bench import DONE, SSE, TOKEN, Bench, Downstream, Upstream, turns
 
 OK_BODY = b'{"choices":[{"message":{"content":"a"}}],"usage":{"prompt_tokens":9,"completion_tokens":1}}'
@@ -98,6 +101,93 @@ async def test_an_error_status_is_passed_on_and_its_placement_taken_back() -> No
     assert exchange.ending is Ending.UPSTREAM_STATUS
     assert bench.placements.done["taken back"] == 1
     assert bench.nothing_is_claimed()
+
+
+@pytest.mark.parametrize("status", [200, 304])
+async def test_a_response_without_a_body_is_passed_on_with_the_length_that_its_head_names(status: int) -> None:
+    """As the answer to a HEAD."""
+    bench = Bench()
+    made = upstream(bench, status, b"")
+    made.response.framing, made.response.content_length = Framing.NONE, 17
+    exchange = bench.exchange(endpoint=Endpoint.OTHER)
+    client = await bench.run(exchange)
+    assert (client.status, client.length, client.body, client.ended) == (status, 17, b"", True)
+    assert exchange.ending is Ending.COMPLETE
+
+
+@pytest.mark.parametrize(("status", "note"), [(200, b"4"), (400, None)])
+async def test_the_answer_to_a_stored_context_says_how_many_tokens_that_saved(
+    status: int, note: bytes | None
+) -> None:
+    """If it succeeded."""
+    bench = Bench()
+    body = OK_BODY[:-2] + b',"prompt_tokens_details":{"cached_tokens":4}}}'
+    upstream(bench, status, body)
+    exchange = bench.exchange()
+    exchange.stored = cast("Any", object())  # any stored context
+    client = await bench.run(exchange)
+    assert client.headers.get(b"msh-context-cache-token-saved") == note
+    assert client.body == body
+
+
+async def test_the_usage_of_a_compressed_response_is_read_and_its_bytes_are_the_upstream_s() -> None:
+    bench = Bench()
+    made = upstream(bench, body=gzip.compress(OK_BODY))
+    made.response.headers = ((b"content-encoding", b"gzip"),)
+    exchange = bench.exchange()
+    assert gzip.decompress((await bench.run(exchange)).body) == OK_BODY
+    assert exchange.usage is not None
+    assert exchange.usage.prompt_tokens == 9
+
+
+@pytest.mark.parametrize(("method", "names"), [("GET", {"a", "b"}), ("DELETE", set())])
+async def test_the_models_that_an_upstream_lists_may_be_labels(method: str, names: set[str]) -> None:
+    """A body that is no list of models names none."""
+    for body, found in ((b'{"data":[{"id":"a"},{"id":"b"}]}', names), (b"<html>", set())):
+        bench = Bench()
+        upstream(bench, body=body)
+        exchange = bench.exchange(endpoint=Endpoint.MODELS)
+        exchange.call = msgspec.structs.replace(exchange.call, method=method)
+        assert (await bench.run(exchange)).body == body
+        assert bench.names == found
+
+
+@pytest.mark.parametrize(("is_provider", "names"), [(True, {"m"}), (False, set())])
+async def test_a_provider_s_model_may_be_a_label_once_it_has_answered(is_provider: bool, names: set[str]) -> None:
+    """A name that only clients have sent may not, and engines list theirs."""
+    for body, found in ((OK_BODY, names), (b"{}", set())):
+        bench = Bench()
+        upstream(bench, body=body)
+        exchange = bench.exchange()
+        exchange.pool = msgspec.structs.replace(bench.pool, is_provider=is_provider)
+        await bench.run(exchange)
+        assert bench.names == found
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "kind"),
+    [
+        (Endpoint.CHAT, b'{"error":{"message":"out of memory"}}', "error_body"),
+        (Endpoint.CHAT, b' \n{"error":{"message":"out of memory"}}', "error_body"),
+        (Endpoint.CHAT, b"<!DOCTYPE html><title>Sign in</title>", "html"),
+        (Endpoint.INFERENCE, b"  <HTML>Sign in</HTML>", "html"),
+        (Endpoint.INFERENCE, b"RIFF....WAVE", None),
+        (Endpoint.EMBEDDINGS, b'{"data":[]}', None),
+    ],
+)
+async def test_an_error_behind_a_successful_status_is_counted_and_its_placement_taken_back(
+    endpoint: Endpoint, body: bytes, kind: str | None
+) -> None:
+    """The client gets what the upstream sent. Sound and other media are no errors, and only a prompt was placed."""
+    bench = Bench()
+    upstream(bench, body=body)
+    exchange = bench.exchange(endpoint=endpoint)
+    client = await bench.run(exchange)
+    assert (client.status, client.body) == (200, body)
+    assert exchange.ending is (Ending.COMPLETE if kind is None else Ending.UPSTREAM_ERROR)
+    if kind is not None:
+        assert bench.recorder.counter(HIDDEN_ERRORS, ("r0", kind)).value == 1
+    assert bench.placements.done["taken back"] == (1 if kind and endpoint is Endpoint.CHAT else 0)
 
 
 # -- failures before anything reached the client
@@ -292,6 +382,63 @@ async def test_the_head_of_a_stream_is_held_back_for_its_first_event_and_no_long
     assert len(bench.client.sent) == 1
 
 
+async def test_an_error_inside_a_stream_is_counted_though_the_stream_goes_on_to_its_end() -> None:
+    """What came before it was computed, so the placement stays."""
+    event = b'data: {"error": {"message": "m"}}\n\n'
+    bench = Bench()
+    upstream(bench, body=TOKEN + event + DONE, sse=True)
+    exchange = bench.exchange(stream=True)
+    client = await bench.run(exchange)
+    assert (client.body, client.ended) == (TOKEN + event + DONE, True)
+    assert exchange.ending is Ending.UPSTREAM_ERROR
+    assert bench.recorder.counter(HIDDEN_ERRORS, ("r0", "error_event")).value == 1
+    assert bench.placements.done["taken back"] == 0
+
+
+async def test_what_follows_the_last_whole_event_of_a_stream_reaches_the_client() -> None:
+    """Also if the chunk with the usage is withheld, for which events are collected."""
+    bench = Bench()
+    rest = b'data: {"choices":[{"delta":{"cont'
+    upstream(bench, body=TOKEN + rest, sse=True)
+    client = await bench.run(bench.exchange(stream=True))
+    assert (client.body, client.ended) == (TOKEN + rest, True)
+
+
+async def test_a_compressed_stream_passes_as_it_came_and_its_tokens_are_counted() -> None:
+    """With no usage asked, so that nothing must be withheld."""
+    bench = Bench()
+    bench.dispatcher.always_reports_usage(0)
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":1}}\n\n'
+    body = gzip.compress(TOKEN + usage + DONE)
+    made = upstream(bench, body=body, sse=True)
+    made.response.headers = (*made.response.headers, (b"content-encoding", b"gzip"))
+    exchange = bench.exchange(stream=True)
+    assert (await bench.run(exchange)).body == body
+    assert exchange.usage is not None
+    assert (exchange.usage.prompt_tokens, exchange.ending) == (9, Ending.COMPLETE)
+
+
+@pytest.mark.parametrize("shares_key", [True, False])
+async def test_a_streamed_response_and_its_items_belong_to_the_client_that_made_them(shares_key: bool) -> None:
+    """With a key of the client's own the upstream itself knows whose the items are."""
+    bench = Bench()
+    made = upstream(bench, body=None, sse=True)
+    exchange = bench.exchange(stream=True, endpoint=Endpoint.RESPONSES)
+    exchange.pool = msgspec.structs.replace(bench.pool, shares_key=shares_key)
+    task = bench.start(exchange)
+    for piece in (
+        b'data: {"type":"response.created",',
+        b'"response":{"id":"resp_1"}}\n\n',
+        b'data: {"type":"response.output_item.added","item":{"id":"msg_1"}}\n\n',
+    ):
+        made.send(piece)
+        await turns()
+    made.end()
+    await task
+    keys = {key for part in bench.placements.locations.chunks(9) for key in part}
+    assert keys == ({"tenant/resp_1", "tenant/msg_1"} if shares_key else {"resp_1"})
+
+
 # -- silence
 
 
@@ -418,6 +565,24 @@ async def test_a_long_plain_body_gets_no_comment() -> None:
     made.end()
     assert COMMENT not in (await task).body
     assert made.source.allowed_silences == []
+
+
+@pytest.mark.parametrize("of", ["encoding", "length"])
+async def test_a_passed_stream_into_which_no_comment_fits_gets_none(of: str) -> None:
+    """A compressed body, or one whose length its head names, has no place for it."""
+    bench = Bench()
+    timers = Timers(bench)
+    made = upstream(bench, body=None, sse=True)
+    if of == "encoding":
+        made.response.headers = (*made.response.headers, (b"content-encoding", b"gzip"))
+    else:
+        made.response.content_length = 300_000
+    made.send(b"\n\n")
+    task = bench.start(bench.exchange(endpoint=Endpoint.OTHER))
+    await turns()
+    timers.pass_time(60)
+    made.end()
+    assert (await task).body == b"\n\n"
 
 
 async def test_a_comment_comes_by_itself_and_none_after_the_end() -> None:
