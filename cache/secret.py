@@ -1,7 +1,8 @@
 """Share the secret that keys the tenants' hash: made once, kept in Redis, the same for all workers of all proxies.
 
 Redis may lose it (FLUSHALL, a failover). Then the first worker to notice writes back the one that it knows, and all
-others adopt the secret that is in Redis, so that all workers agree on every tenant's name again."""
+others adopt the secret that is in Redis, so that all workers agree on every tenant's name again.
+"""
 
 from __future__ import annotations
 

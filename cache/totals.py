@@ -4,7 +4,8 @@ Amounts are added to rows in memory. About once a second one script adds them in
 second. Each batch has a number, and the script stores the last number of each writer: a batch that is sent twice,
 because a reply was lost, counts once. While Redis is away or refuses writes the rows wait, up to a bound.
 
-This module handles integers and names only, not prices, requests or metrics."""
+This module handles integers and names only, not prices, requests or metrics.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """CPU seconds, memory and descriptors of a process and its descendants, read from the system.
 
 On Linux from /proc and the process's own CPU clock (nanoseconds, all threads, those that ended too); elsewhere from
-`ps` (hundredths of a second). It does not depend on what the processes are."""
+`ps` (hundredths of a second). It does not depend on what the processes are.
+"""
 
 from __future__ import annotations
 

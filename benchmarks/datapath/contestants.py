@@ -1,6 +1,7 @@
 """Describe the measured proxies: how each is started, when it is ready, and the role of each process.
 
-It builds command lines and measures nothing."""
+It builds command lines and measures nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Measure: alternate the proxies within each round, and read CPU clocks exactly around the counted requests.
 
-The result is one `Sample` per proxy, cell and round."""
+The result is one `Sample` per proxy, cell and round.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 Prefill computes 8,000 uncached tokens a second, divided by 1 + active/128 for `active` decoding requests, plus 10 ms;
 the first token comes 20 ms after. Decoding takes 20 ms a token, times 1 + active/64. Blocks of 512 tokens can be
 reused when the prefill that computed them ends; the least recently used go first, of one prompt the deepest first.
-Routing is not part of it."""
+Routing is not part of it.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Other routers' rules, restated from their documentation and code, on one set of books.
 
-Each sees what a proxy can see: its routing, first tokens and ends. All ties: fewest in flight, then random."""
+Each sees what a proxy can see: its routing, first tokens and ends. All ties: fewest in flight, then random.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ RING_POINTS = 100
 class Books:
     """In-flight requests and pending uncached tokens per replica, and an index filled when routed.
 
-    The running head's progress (elapsed time x rate) is subtracted from the pending tokens, for every rule."""
+    The running head's progress (elapsed time x rate) is subtracted from the pending tokens, for every rule.
+    """
 
     def __init__(self, replicas: int, capacity_tokens: int | None, seed: int) -> None:
         self.random = Random(seed)

@@ -48,7 +48,8 @@ class Recovery(msgspec.Struct, frozen=True):
     A `kept` share is the part of the tokens predicted as cached there that were cached: before, of its first 30
     requests and of all after those. After `back_after` of its requests the next 30 kept the same share as before, to
     within 0.02; None if they never did. Hit shares leave out the common prefix, too; `others` are all other engines
-    in the same spans. `wrong` are requests of which over half of the predicted tokens were not cached."""
+    in the same spans. `wrong` are requests of which over half of the predicted tokens were not cached.
+    """
 
     kept_before: float
     kept_first: float

@@ -1,7 +1,8 @@
 """Send many mixed requests to Cairn (plain, streams, leaving clients, resets), then check that nothing is left over.
 
 python -m benchmarks.soak [--requests 200000] [--clients 64] [--workers 1] [--proxy cairn]
-Exit code 0: every answer was right and nothing is left over; 1 otherwise."""
+Exit code 0: every answer was right and nothing is left over; 1 otherwise.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Contents of stored contexts in a worker's memory, bounded in bytes; the least recently used are dropped first.
 
 A content that is not in memory is read once, however many requests wait for it; cancelling one request does not
-affect the others."""
+affect the others.
+"""
 
 from __future__ import annotations
 

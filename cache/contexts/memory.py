@@ -1,7 +1,8 @@
 """Rows and tags of stored contexts in a worker's memory, valid until a message on the channel names them.
 
 A value that was read while subscribed to the channel is current until a message names it. A value that was read
-before, or while a change arrived, is used only while Redis is away."""
+before, or while a change arrived, is used only while Redis is away.
+"""
 
 from __future__ import annotations
 

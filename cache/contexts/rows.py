@@ -1,6 +1,7 @@
 """Data types for stored contexts and tags, and the reading of scripts' replies. Pure.
 
-Redis is a trust boundary: a reply with a value that Cairn does not write raises `StoreCorrupt`."""
+Redis is a trust boundary: a reply with a value that Cairn does not write raises `StoreCorrupt`.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ Keys of a tenant, all in one slot (T is `cairn:{keyed hash}`; times are millisec
     T:accepted       exists while an upstream is known to accept the tenant's key
 
 The scripts make the names of keys themselves; these are in the slot of KEYS[1], as a Cluster requires. Stored numbers
-may be damaged: a value that is not a number, or not an exact double, counts as 0."""
+may be damaged: a value that is not a number, or not an exact double, counts as 0.
+"""
 
 from __future__ import annotations
 

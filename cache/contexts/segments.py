@@ -2,7 +2,8 @@
 
 A large message is cut separately, so two contexts that share a document share its segments. Bytes between large
 messages (separators, short messages) are joined. A `Manifest` names each segment by its BLAKE2b digest and is itself
-named by one, so a manifest's digest identifies exactly one content."""
+named by one, so a manifest's digest identifies exactly one content.
+"""
 
 from __future__ import annotations
 

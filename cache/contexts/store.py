@@ -2,7 +2,8 @@
 
 A worker keeps what it has read: contents in a bounded number of bytes (`content_cache`), rows and tags until a
 message on the channel names them (`memory`). While Redis is away, what is in memory is still served. Expiry is
-decided by Redis's clock, whose offset is learned from every reply."""
+decided by Redis's clock, whose offset is learned from every reply.
+"""
 
 from __future__ import annotations
 

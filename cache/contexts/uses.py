@@ -1,6 +1,7 @@
 """Report uses of stored contexts to Redis: in batches, some milliseconds later, so that no request waits for it.
 
-While Redis is away or refuses writes the uses wait, up to a bound; beyond it further contexts are not noted."""
+While Redis is away or refuses writes the uses wait, up to a bound; beyond it further contexts are not noted.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Drop entries from the index: over a budget, past a time to live, or of an epoch that has ended.
 
 Every call is bounded by a number of steps, so that no request waits for a clean-up; the next call continues. Budgets
-and epochs are decided elsewhere."""
+and epochs are decided elsewhere.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ Most shortfalls are due to neither an eviction nor a restart. Each reason is rec
 - the engine restarted: only if nothing was cached of two whole earlier prompts, of two tenants if it serves several.
 
 These are functions on the tree and on one replica's state. They may recount entries but never drop any; they only
-propose a new epoch or budget, which the index applies."""
+propose a new epoch or budget, which the index applies.
+"""
 
 from __future__ import annotations
 

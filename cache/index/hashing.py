@@ -1,7 +1,8 @@
 """Cut a prompt's bytes into blocks and chain their hashes. The only importer of xxhash.
 
 A hash covers all bytes up to its boundary, so equal hashes mean equal prefixes. They are fast and not cryptographic:
-they may decide a route but never content."""
+they may decide a route but never content.
+"""
 
 from __future__ import annotations
 

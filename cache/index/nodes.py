@@ -1,7 +1,8 @@
 """Data types of the prefix tree: nodes, and which replica's entries contain them.
 
 Nodes and residencies are exempt from Python's garbage collector (`gc=False`): with a million blocks, each full pass
-would be a pause. They form cycles only through `Node.children`, which are cut when a node is dropped."""
+would be a pause. They form cycles only through `Node.children`, which are cut when a node is dropped.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class Node(msgspec.Struct, gc=False, eq=False):
 
     `ends` are bytes from the start of the prompt. `tokens` count from the start of the run, so that a correction
     above the node changes nothing in it. The first `known` boundaries lie on a chain whose prompt tokens were
-    reported; at `pins` (numbers of boundaries) the count was reported and not interpolated by bytes."""
+    reported; at `pins` (numbers of boundaries) the count was reported and not interpolated by bytes.
+    """
 
     parent: Node | None
     hashes: array[int]

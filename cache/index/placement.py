@@ -23,7 +23,8 @@ class Match(msgspec.Struct, frozen=True, gc=False):
 
     `known_*` is the deepest part that any replica holds. If that is not all, `evicted_from` is the replica that held
     more until it was dropped for room (-1 if none), and `diverged` means that other prompts continue differently
-    there."""
+    there.
+    """
 
     held: dict[int, Held]
     known_blocks: int = 0
@@ -48,7 +49,8 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
     deepest part is not in flight. `tolerance_tokens` is the size of the last held block, `allowance_tokens` what the
     engine generated after it and may have cached. `reuse_tokens` is a lower bound of the tokens placed at the replica
     since it last used this prompt: an engine that evicts the oldest first still has the prompt if its cache holds
-    that many."""
+    that many.
+    """
 
     id: int
     replica: int

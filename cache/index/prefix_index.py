@@ -3,7 +3,8 @@
 It is in memory only and has no clock: `now` is passed in, in seconds of a clock that all writers share.
 Replicas are small numbers of this process. A wrong entry may cost a request time, never content.
 
-Every operation is bounded: upkeep that exceeds a call's share is done by the next call, or by `tend`."""
+Every operation is bounded: upkeep that exceeds a call's share is done by the next call, or by `tend`.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ class PrefixIndex:
     def match(self, fingerprint: Fingerprint) -> Match:
         """Return which replicas hold how much of a prompt.
 
-        Its cost is proportional to the nodes on the path and the replicas that drop out on the way."""
+        Its cost is proportional to the nodes on the path and the replicas that drop out on the way.
+        """
         hashes = fingerprint.hashes
         found: dict[int, Held] = {}
         known: Step | None = None
@@ -124,7 +126,8 @@ class PrefixIndex:
     def free_prompts(self, replica: int, prompt_tokens: float) -> int:
         """Count the prompts of this length that fit into the replica's free room.
 
-        If its capacity is not known, this is minus the number of such prompts that it holds."""
+        If its capacity is not known, this is minus the number of such prompts that it holds.
+        """
         state = self._replicas.get(replica)
         return 0 if state is None else free_prompts(state, prompt_tokens)
 
@@ -287,7 +290,8 @@ class PrefixIndex:
     def set_budget(self, replica: int, tokens: int) -> None:
         """Set how many tokens the index keeps of the replica, at most its capacity.
 
-        Entries beyond it are dropped by the next placements and `tend`."""
+        Entries beyond it are dropped by the next placements and `tend`.
+        """
         state = self._replica(replica)
         tokens = min(tokens, state.bound_tokens)
         if tokens < state.budget_tokens:

@@ -86,7 +86,8 @@ class Reader:
     def add(self, row: RunRow) -> None:
         """Add a run below its parent.
 
-        Holders that do not hold the parent, or are newer there, were added between two chunks and are left out."""
+        Holders that do not hold the parent, or are newer there, were added between two chunks and are left out.
+        """
         tree = self._tree
         parent = tree.root if row.parent is None else self._ends.get(row.parent)
         if not 0 < len(row.hashes) == 2 * len(row.ends) == 2 * len(row.tokens):

@@ -40,7 +40,8 @@ def learn_tokens(steps: list[Step], prompt_tokens: int) -> None:
 
     The parts that lie on no other reported chain absorb the difference in proportion; if there are none, the part
     after the last pin of the last node does. If the prompt is shorter than its earlier parts were reported to be, it
-    is rendered differently now, and the end of its unshared part shrinks."""
+    is rendered differently now, and the end of its unshared part shrinks.
+    """
     last = steps[-1]
     change = min(prompt_tokens, MAX_PROMPT_TOKENS) - last.tokens
     unknown = [step for step in steps if step.node.known < step.blocks]

@@ -4,7 +4,8 @@ A node is a run of consecutive boundaries that each of its holders holds complet
 Hashes are chained, so two chains that agree at a depth agree before it: a mismatch inside a run is found by
 bisection, and a replica that holds a node holds all nodes above it (prefix-closed). Each replica's entries are kept
 in an order of recency in which a node is always older than those above it, so its oldest node is always a leaf among
-those it holds."""
+those it holds.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Apply other writers' deltas to this worker's index.
 
 Deltas come from Redis, which is a trust boundary: a delta that names an unknown replica or placement, or has values
-that cannot be applied, is dropped and counted, and the next one is applied."""
+that cannot be applied, is dropped and counted, and the next one is applied.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 A worker that wants to send a cold turn to a replica asks Redis once. It gets the replica if it is not claimed and no
 other worker has a turn that comes first. A claim is released at the turn's first token, and otherwise expires. Turns
-that do not wait do not ask."""
+that do not wait do not ask.
+"""
 
 from __future__ import annotations
 

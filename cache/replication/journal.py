@@ -8,7 +8,8 @@ Decisions need no coordination. An epoch is a number that only grows, so two wor
 agree. A budget change names the value that it starts from and is applied, also by its writer, when it is read from
 the stream, and only if the budget still has that value; so the stream's order decides between simultaneous changes.
 Workers that decided differently while Redis was away agree again through the lease-holder, which repeats its epochs
-and budgets after each snapshot. No decision waits for the lease-holder."""
+and budgets after each snapshot. No decision waits for the lease-holder.
+"""
 
 from __future__ import annotations
 

@@ -187,7 +187,8 @@ class SnapshotRows:
     def of(self, parts: list[bytes | None], replica_of: dict[int, int]) -> Iterator[ReplicaRow | RunRow]:
         """Yield the valid rows of all parts; fill `replica_of` before the rows that need it. Empties `parts`.
 
-        The index leaves out rows below a dropped one."""
+        The index leaves out rows below a dropped one.
+        """
         seen: set[int] = set()
         while parts:
             try:

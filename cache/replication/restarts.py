@@ -2,7 +2,8 @@
 
 Two such responses in the same epoch, on chains of which neither is a prefix of the other, mean that the replica's
 cache is empty: a new epoch begins, here and for all writers. If the replica serves several tenants, the two must be
-of different tenants. The responses may be this worker's or another's."""
+of different tenants. The responses may be this worker's or another's.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 One script maintains the lease once a second. Another commits a snapshot: its parts are written before, with an
 expiry, and count only once the commit names them. Keys of the journal with a wrong type, or with a value that Cairn
-does not write, are replaced, so that damage repairs itself."""
+does not write, are replaced, so that damage repairs itself.
+"""
 
 from __future__ import annotations
 

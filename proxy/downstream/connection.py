@@ -4,7 +4,7 @@
 |---|---|---|---|
 | IDLE | a first byte of a head | - | keep-alive; while draining, a second |
 | HEAD | the rest of the head | the parser | the whole head |
-| EXCHANGE | the handler (and it for the body or the client) | the body, then `_ahead` | body or write |
+| EXCHANGE | the handler, which may await body or client | the body, then `_ahead` | body or write |
 | LINGER | the client to close | nowhere | lingering |
 | CLOSED | - | - | - |
 

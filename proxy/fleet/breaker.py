@@ -54,7 +54,8 @@ class Cause(enum.StrEnum):
 
 PROBED: Final = frozenset({Cause.UNREACHABLE, Cause.LOADING, Cause.SILENT})
 """Causes that the answer to a probe removes. One that failed requests is tried by a request: its model list proves
-nothing."""
+nothing.
+"""
 
 
 @dataclass(frozen=True, slots=True)

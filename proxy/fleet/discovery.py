@@ -249,7 +249,8 @@ class Discovery:
     def _replicas(self) -> Iterator[tuple[Pool, Replica, int | None, bool]]:
         """Yield the replicas in force, their ranks, and whether they are in another zone.
 
-        Each replica is yielded once: an address that two names have belongs to the first."""
+        Each replica is yielded once: an address that two names have belongs to the first.
+        """
         seen = set()
         for pool in self._config.pools:
             for replica in pool.replicas:

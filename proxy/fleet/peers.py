@@ -1,7 +1,8 @@
 """Work of other processes on the same replicas, as they report it.
 
 Each process publishes whole rows, never differences, which drift for ever once one is lost. Rows carry ages and not
-timestamps, so that each reader ages them by its own clock. The rows of a process that falls silent are dropped."""
+timestamps, so that each reader ages them by its own clock. The rows of a process that falls silent are dropped.
+"""
 
 from __future__ import annotations
 

@@ -82,7 +82,8 @@ class Pools:
         """Return the first pool one of whose patterns matches `model`.
 
         Raises:
-            NotFound: no pool serves the model."""
+            NotFound: no pool serves the model.
+        """
         pool = self._found.get(model)
         if pool is None:
             pool = self._search(model)

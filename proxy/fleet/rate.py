@@ -16,7 +16,8 @@ ENOUGH: Final = 8
 
 PERCENTILE: Final = 0.9
 """An observation may contain waits that cannot be seen from here (another client's requests, a slow network), so most
-are too low. The highest one is never taken, however few there are: it may be an error."""
+are too low. The highest one is never taken, however few there are: it may be an error.
+"""
 
 LEAST_TOKENS: Final = 256.0
 """With fewer uncached tokens an observation shows the fixed cost of a request and not the rate."""

@@ -1,6 +1,7 @@
 """Facts about the chat templates of known model families, as published with the models. Pure.
 
-These are only defaults: the configuration and the answers of an engine take precedence."""
+These are only defaults: the configuration and the answers of an engine take precedence.
+"""
 
 from __future__ import annotations
 

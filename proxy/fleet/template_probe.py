@@ -2,7 +2,8 @@
 
 llama.cpp renders at `/apply-template`; vLLM and SGLang tokenise at `/tokenize`. Nothing is generated. Two prompts
 that differ in one place are compared by the length of the common beginning of their renderings: this shows what
-precedes what, and what is left out, for any template. Of an engine that answers neither, nothing is learned."""
+precedes what, and what is left out, for any template. Of an engine that answers neither, nothing is learned.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 A charge has two parts. Its *prefill* part (uncached tokens) is pending until the first token; its *presence* counts
 as in flight until the response ends. Engines prefill in order, so the oldest pending charge is the running head: it
 is assumed to have done `elapsed x rate` of its tokens, and the time by which it exceeds its prediction is the
-lateness."""
+lateness.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +105,8 @@ class Work:
         The head's prefill lasted since it was sent, or since the one before it ended, here or (`elsewhere_seconds`)
         in another process: its TTFT minus the wait for earlier charges. Prefills are done in order, so charges sent
         before it whose first token cannot be seen are done too. If they decayed by a rate that is guessed too low,
-        they would pile up, and with one of them always at the head no rate would ever be learned."""
+        they would pile up, and with one of them always at the head no rate would ever be learned.
+        """
         if charge.pending:
             if self.head is charge:
                 since = max(self.released_seconds, elsewhere_seconds, charge.sent_seconds)

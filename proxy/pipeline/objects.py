@@ -1,7 +1,8 @@
 """Remember which replica has each object that a client created, and count background responses once.
 
 A background response is answered at once and finished later. Its tokens are counted when a GET or a stream first
-brings them, at any worker; that they were counted is shared like the location of the object."""
+brings them, at any worker; that they were counted is shared like the location of the object.
+"""
 
 from __future__ import annotations
 

@@ -78,7 +78,8 @@ def first_event(text: bytes, *, complete: bool = False) -> bytes | None:
 async def wait_for_opening(response: Arriving, endpoint: Endpoint, timeout_seconds: float) -> Opening:
     """Wait until the body shows what it is; UNDECIDED after `timeout_seconds`.
 
-    Raises the error that ends the response before that. Cancelling it closes the connection."""
+    Raises the error that ends the response before that. Cancelling it closes the connection.
+    """
     body = response.peek()
     opening = judge(body, endpoint, complete=response.complete)
     if opening is not Opening.UNDECIDED:

@@ -98,7 +98,8 @@ class Admitting(Protocol):
     def admit(self, exchange: Exchange) -> Awaitable[None] | None:
         """Return what to await before the request may be sent, None if it may be sent now.
 
-        Raises CairnError if the request is refused; so does the awaitable."""
+        Raises CairnError if the request is refused; so does the awaitable.
+        """
         ...
 
     def judge(self, exchange: Exchange) -> Verdict | None:

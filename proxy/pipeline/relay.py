@@ -1,7 +1,8 @@
 """Phase 7: the request to a replica and its response to the client, with every way in which either can end.
 
 `Dispatcher` gets a response, `ResponseRelay` passes it on. Everything that the attempt claimed is released here, on
-every path."""
+every path.
+"""
 
 from __future__ import annotations
 

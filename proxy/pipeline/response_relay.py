@@ -1,7 +1,8 @@
 """The second half of phase 7: pass a response to the client, and note the tokens that it reports.
 
 Bytes are passed on unchanged as they arrive, with back-pressure. A response that breaks off after its head was
-written is ended so that the client can see that it is incomplete."""
+written is ended so that the client can see that it is incomplete.
+"""
 
 from __future__ import annotations
 

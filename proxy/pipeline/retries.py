@@ -80,7 +80,8 @@ def next_candidate(
 ) -> Candidate | None:
     """Return the candidate for the next attempt: the cheapest untried one that is open.
 
-    A single candidate is tried once more if its connection died before the first byte of a response."""
+    A single candidate is tried once more if its connection died before the first byte of a response.
+    """
     tried = {failure.replica for failure in failures}
     for candidate, is_open in zip(candidates, open_replicas, strict=True):
         if is_open and candidate.replica.id not in tried:

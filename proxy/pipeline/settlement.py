@@ -2,7 +2,8 @@
 
 The index learns what was really cached, the fleet how fast the replica was, and the token counts how long the prompt
 was. This happens at once, because the next request is routed by it. Metrics are counted for several requests at a
-time (`count`), at the latest before each report, while code and tables are in the processor's caches."""
+time (`count`), at the latest before each report, while code and tables are in the processor's caches.
+"""
 
 from __future__ import annotations
 

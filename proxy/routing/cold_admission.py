@@ -90,7 +90,8 @@ def about_as_good(uncached_tokens: Mapping[int, float], short: float = SHORT_TOK
 @dataclass(frozen=True, slots=True)
 class ReplicaRoom:
     """Work of a replica, as all processes see it. `running_tokens` are the prompts of requests that run there;
-    `capacity_tokens` is how many tokens of such prompts fit into its cache (`capacity_of`), None if unknown."""
+    `capacity_tokens` is how many tokens of such prompts fit into its cache (`capacity_of`), None if unknown.
+    """
 
     replica: int
     pending_seconds: float

@@ -3,7 +3,8 @@
 One `ColdGate` per worker, with a queue per pool. It looks for turns that may go whenever work ends at a replica, and
 twice a second while turns wait. A turn that goes gets a pass to one replica, which no other cold turn gets until its
 first token. If there are other workers, the replica is claimed through `Claims` first; while claims fail, every
-worker decides alone."""
+worker decides alone.
+"""
 
 from __future__ import annotations
 
@@ -169,8 +170,12 @@ class ColdGate:
     Args:
         fleet: gives the replicas of a pool.
         capacity_tokens: returns the tokens that a replica's cache can hold, None if unknown: then nothing waits for
-        room. shares: the tenants' shares. claims: claims on replicas that all workers respect. is_alone: returns
-        whether there is no other worker. start: starts a background task. clock: monotonic time.
+            room.
+        shares: the tenants' shares.
+        claims: claims on replicas that all workers respect.
+        is_alone: returns whether there is no other worker.
+        start: starts a background task.
+        clock: monotonic time.
     """
 
     def __init__(

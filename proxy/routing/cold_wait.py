@@ -1,7 +1,8 @@
 """Predict how long a cold turn will wait, and keep the place of a session that is turned away. Pure.
 
 A new session that would wait for too long is refused with a Retry-After after which it will be accepted: a ticket,
-without the body, keeps its arrival time, so that it does not lose its place in the order."""
+without the body, keeps its arrival time, so that it does not lose its place in the order.
+"""
 
 from __future__ import annotations
 

@@ -105,7 +105,8 @@ def plan(
 
     `held_back` returns True for a replica that is still computing what the index says it holds, so that this prompt
     would wait there; None means that no replica is. Raises `Overloaded`, with the seconds until the first one is
-    tried again, if none is available."""
+    tried again, if none is available.
+    """
     pinned = demand.pinned_replica
     if pinned is None:
         usable = [view for view in views if view.available]

@@ -10,7 +10,8 @@ The rounds are the same in every process. `TenantShares.rows` are this process's
 others replace as a whole (`absorb`): a lost message does no harm, because differences are never sent.
 
 Between priorities the order is strict except for a floor: a priority that waits gets at least the share `FLOOR` of
-the work."""
+the work.
+"""
 
 from __future__ import annotations
 
@@ -152,7 +153,8 @@ class TenantShares:
     def serve(self, tenant: str, tokens: float, weight: float = 1.0, *, contended: bool = False) -> None:
         """Count `tokens` of work as given to `tenant`.
 
-        `contended` means that other requests wait: then only this tenant's point advances, otherwise everyone's."""
+        `contended` means that other requests wait: then only this tenant's point advances, otherwise everyone's.
+        """
         counters = self._tenants.pop(tenant, None) or self._counters(tenant)
         self._tenants[tenant] = counters  # moved to the end: the one served longest ago stays in front
         start = counters.total

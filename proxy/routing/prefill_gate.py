@@ -10,7 +10,8 @@ The leader may belong to another process (`proxy.routing.remote_prefills`).
 
 The plan has decided before whether waiting is worth it: its cost includes the leader's pending tokens, so a request
 for which waiting costs more than a prefill elsewhere is not sent to this replica; and it asks `holds_back`, so
-neither is one that another replica can answer sooner without computing anything twice."""
+neither is one that another replica can answer sooner without computing anything twice.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class Prefill:
     """A request under way to a replica that computes a part of its prompt: the leader of requests that share it.
 
     The first `warm_blocks` of the chain, with `warm_tokens`, were cached or being computed by another when it was
-    routed."""
+    routed.
+    """
 
     __slots__ = ("_gate", "followers", "hashes", "replica", "warm_blocks", "warm_tokens")
 

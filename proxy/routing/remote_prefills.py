@@ -17,7 +17,8 @@ class RemotePrefills:
     """Receives what the journal reports of other processes' requests (`cache.Elsewhere`).
 
     `wait_seconds(replica, tokens)` predicts the time until the first token of a prefill of `tokens` uncached tokens
-    there, including the work before it."""
+    there, including the work before it.
+    """
 
     def __init__(self, gate: PrefillGate, wait_seconds: Callable[[int, float], float]) -> None:
         self._gate = gate

@@ -1,6 +1,7 @@
 """The queue before a replica whose concurrent requests are limited; the order is `proxy.routing.shortest_job`'s.
 
-One `ReplicaQueue` per replica and process. Only events wake it: the end of a request, a raised limit, a deadline."""
+One `ReplicaQueue` per replica and process. Only events wake it: the end of a request, a raised limit, a deadline.
+"""
 
 from __future__ import annotations
 

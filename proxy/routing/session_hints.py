@@ -2,7 +2,8 @@
 
 Known clients send a header that names their session, or `prompt_cache_key` in the body. Content decides the replica
 of a prompt; a hint counts only among replicas that hold equally much of it and cost about the same. Hints are
-separate for each tenant. Pure."""
+separate for each tenant. Pure.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 A request's priority is its seconds of work minus a tenth of the seconds it has waited. The difference between two
 requests does not change while both wait, so the priority is fixed at arrival (`work + 0.1 x arrival`) and a heap
 keeps the order. After half of its deadline a request precedes all that have not reached that point, oldest first, so
-that no request starves, however many short ones arrive."""
+that no request starves, however many short ones arrive.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Log lines that several workers announce only once. Pure except for the log.
 
-Each worker examines the replicas by itself, and they mostly find the same at about the same time."""
+Each worker examines the replicas by itself, and they mostly find the same at about the same time.
+"""
 
 from __future__ import annotations
 

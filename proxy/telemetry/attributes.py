@@ -1,7 +1,8 @@
 """Attributes of spans, by OpenTelemetry's conventions for generative AI and for HTTP. Pure.
 
 A span contains no prompt, no key, no hash and nothing of the tenant. Names that are not in the conventions begin with
-`cairn.`."""
+`cairn.`.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +101,8 @@ def inference_attributes(
 def error_type(outcome: Outcome, *, client_errors: bool = False) -> str | None:
     """Return why a request failed, or None if it did not.
 
-    A status from 400 to 499 is the client's error, and counts only with `client_errors`."""
+    A status from 400 to 499 is the client's error, and counts only with `client_errors`.
+    """
     if outcome.ending in _FAILED or outcome.status >= (400 if client_errors else 500):
         return outcome.error_code or (str(outcome.status) if outcome.status >= 400 else outcome.ending.value)
     return None

@@ -131,7 +131,8 @@ class UpstreamClient:
     def forget(self, origin: Origin) -> bool:
         """Drop the pool of an origin that is gone: now, or as soon as its last connection closes.
 
-        Return True if it is dropped now. A request that is sent to the origin later has a pool while it lasts."""
+        Return True if it is dropped now. A request that is sent to the origin later has a pool while it lasts.
+        """
         if len(self._forgotten) >= _FORGOTTEN_MOST:
             self._forgotten.clear()
         self._forgotten.add(origin)

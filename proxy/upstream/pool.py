@@ -1,7 +1,8 @@
 """The connections of one origin: which one is used next, which requests wait, and when one may be reused.
 
 It decides and counts; it opens no socket. A slot represents one connection, being opened or open. It is given back
-exactly once: when the connection is closed or could not be opened."""
+exactly once: when the connection is closed or could not be opened.
+"""
 
 from __future__ import annotations
 

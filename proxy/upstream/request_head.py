@@ -1,7 +1,8 @@
 """Write the head of a request as bytes. Pure. An accepted head cannot be read as two requests.
 
 `proxy.wire.headers` decides which of a client's headers are passed on; headers that belong to the connection itself
-(framing, host, hop-by-hop) are written only here."""
+(framing, host, hop-by-hop) are written only here.
+"""
 
 from __future__ import annotations
 

@@ -120,7 +120,8 @@ class UpstreamResponse:
         """Wait until more than `seen_bytes` are there to be taken, or the body is complete.
 
         Return False when the loop's clock reaches `loop_seconds` first. Raises the error that ended the exchange.
-        Cancelling it closes the connection."""
+        Cancelling it closes the connection.
+        """
         while self.buffered_bytes <= seen_bytes and not self._complete:
             if self._error is not None:
                 raise copy(self._error)
@@ -141,7 +142,8 @@ class UpstreamResponse:
     async def fits(self, limit_bytes: int) -> bool:
         """Wait until the whole body has arrived, or more than `limit_bytes` of it; return whether it is complete.
 
-        Nothing is taken. Raises the error that ended the exchange before. Cancelling it closes the connection."""
+        Nothing is taken. Raises the error that ended the exchange before. Cancelling it closes the connection.
+        """
         while not self._complete:
             if self.buffered_bytes > limit_bytes:
                 return False
@@ -190,7 +192,8 @@ class UpstreamResponse:
 
         Return False as soon as `sink` does: nothing more is taken until the next call, and the connection stops
         reading. No task is woken per piece, which would be half the cost of relaying one. Raises the errors of
-        `next_chunk` and of `sink`. Cancelling it closes the connection."""
+        `next_chunk` and of `sink`. Cancelling it closes the connection.
+        """
         while not self.chunks or sink(self.body_now(), None):
             if self._complete:
                 return True

@@ -42,7 +42,8 @@ def may_hold_many(body: Body) -> bool:
 def check_array(array: Raw, member: str, items_most: int) -> None:
     """Raise TooManyItems if `array`, the value of `member`, is an array of more than `items_most` items.
 
-    Other defects are left for its reader to find."""
+    Other defects are left for its reader to find.
+    """
     if len(memoryview(array)) <= items_most:  # an item takes more than a byte
         return
     try:

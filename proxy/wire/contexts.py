@@ -1,7 +1,8 @@
 """Find the stored context that a chat request names, and the edits that insert it. Pure.
 
 A context is named by a first message of the role `cache`, or by a header if its messages are repeated in the request.
-The stored bytes are inserted unchanged; nothing is re-encoded."""
+The stored bytes are inserted unchanged; nothing is re-encoded.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def named_in(prompt: Prompt) -> Named | None:
     """Return the context that a message of the role `cache` names, None if there is no such message.
 
     Raises:
-        BadRequest: the message is not the first or is malformed, or the request has its own tools."""
+        BadRequest: the message is not the first or is malformed, or the request has its own tools.
+    """
     body = _decode_body(prompt.body)
     named = None
     for place, message in enumerate(body.listed):

@@ -1,7 +1,8 @@
 """Find the ids of the items of a response, so that a later request that names one can be checked. Pure.
 
 Only items that the upstream created count: a response also repeats the client's tools and metadata, in which a client
-could write the ids of others."""
+could write the ids of others.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Write a plain response as the events of a stream, for a client that was sent the head of a stream already. Pure.
 
 It is used for errors, which an upstream sends as a plain response although a stream was asked for, and for upstreams
-that never stream. Values are copied unchanged from the response."""
+that never stream. Values are copied unchanged from the response.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ Searching two megabytes for a marker takes as long as reading the whole body. Th
 its beginning, and any other body is sampled first: base64 contains no spaces, quotes or escapes, and only a run of
 samples without any is examined closely. Media that are missed by this are short compared with the body, and counting
 them as text is nearly right. A picture that is named by a URL has no bytes in the body and does not count as
-media."""
+media.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Find the fields of a `multipart/form-data` body without copying it. Pure.
 
-Forms are read strictly: a form that two parsers could read differently is refused, since a decision depends on it."""
+Forms are read strictly: a form that two parsers could read differently is refused, since a decision depends on it.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Find the models that a body names, for every kind of path. Pure.
 
 For a client that may use every model, the one model that routes the request is enough. For a limited client all
-models are collected that the body can make the upstream use, and a body that cannot be read in full is refused."""
+models are collected that the body can make the upstream use, and a body that cannot be read in full is refused.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ def further_models(body: Body, content_type: bytes) -> list[str] | None:
     """Return every model that a body names: `model`, fallbacks, adapters, and the models of hosted tools.
 
     Keys are found in any letter case, since some servers ignore it, and at any depth outside of prompts and schemas.
-    None if the body cannot be read, since it might name any model."""
+    None if the body cannot be read, since it might name any model.
+    """
     if multipart.is_form(content_type):
         return _form_models(body, content_type)
     check_values(body)

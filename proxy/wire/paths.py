@@ -1,7 +1,8 @@
 """Normalise a request target as web servers do, so that a path means the same here and at the upstream.
 
 Servers decode percent-escapes before they look a path up, and many also resolve dot segments and merge slashes. A
-decision based on the unnormalised text could therefore be about another path than the one served. Pure."""
+decision based on the unnormalised text could therefore be about another path than the one served. Pure.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def references(body: Body, others: Iterable[memoryview | Body] = ()) -> frozense
     Args:
         body: the whole body. It is searched for files, at 0.5 ms per MB, and decoded only if it may refer to an
             object.
-        others: the members of the body that may name objects of other kinds, such as tools."""
+        others: the members of the body that may name objects of other kinds, such as tools.
+    """
     if not (
         body.find(_IN_CONTENT) >= 0
         or any(bytes(member).find(key) >= 0 for member in others for key in _ELSEWHERE)

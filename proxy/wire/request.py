@@ -94,7 +94,8 @@ def read(body: Body, endpoint: Endpoint, *, model: str | None = None) -> Prompt:
 
     Raises:
         BadRequest: the body cannot be read; `param` names the field. A missing model is not an error: like null, it
-        is read as empty."""
+        is read as empty.
+    """
     prompt = _READERS[endpoint](body)
     if model is not None:
         salt = (model.encode(), *prompt.chain_salt[1:])

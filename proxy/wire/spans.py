@@ -2,7 +2,8 @@
 
 msgspec's `Raw` values point into the body, but Python cannot ask for their offset. A search for their bytes might
 find an equal text elsewhere, so the two memory addresses are subtracted, which is exact and takes 2 us for any
-size."""
+size.
+"""
 
 from __future__ import annotations
 

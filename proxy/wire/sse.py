@@ -2,7 +2,8 @@
 
 Pure and incremental: it takes the upstream's bytes and returns the client's. After the first token nothing is parsed
 while the stream runs. Its last kilobytes are kept, and parsed when their content is asked for. Only if a usage chunk
-must be withheld is every chunk examined, and a split event is then held until the rest arrives."""
+must be withheld is every chunk examined, and a split event is then held until the rest arrives.
+"""
 
 from __future__ import annotations
 

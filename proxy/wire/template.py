@@ -128,7 +128,8 @@ def keyed_stored(
     """Return the spans of a stored context, and of the messages that follow it, as `keyed_spans` does.
 
     With an empty `rest` they are those of the context alone, valid before any messages for which `stored_first`
-    holds."""
+    holds.
+    """
     listed: list[Span] = [tools] if tools else []
     count = len(listed)
     listed += messages

@@ -1,7 +1,8 @@
 """Decide whether the reported tokens of a prompt are those of its text alone. Pure.
 
 They are not if the upstream adds something that the body does not contain: an earlier conversation, a stored prompt,
-a file or picture that is only referred to, or the description and the results of a hosted tool."""
+a file or picture that is only referred to, or the description and the results of a hosted tool.
+"""
 
 from __future__ import annotations
 

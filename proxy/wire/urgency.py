@@ -42,7 +42,8 @@ def urgency_of(headers: Iterable[tuple[bytes, bytes]]) -> Urgency:
     """Read both headers.
 
     Raises:
-        BadRequest: a header has an invalid value."""
+        BadRequest: a header has an invalid value.
+    """
     priority: int | None = None
     deadline: float | None = None
     for name, value in headers:

@@ -2,7 +2,8 @@
 
 This is arithmetic on decoded JSON and never raises: an impossible value is clamped and the result marked
 `inconsistent`. In the normal form, cached and written tokens are part of the prompt, and reasoning is part of the
-output. A cached count that was not reported is None, not zero."""
+output. A cached count that was not reported is None, not zero.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +74,10 @@ def normal(
 
     Args:
         usage: `usage`, or Gemini's `usageMetadata`. Its field names decide the dialect, since compatible servers mix
-        them. timings: llama.cpp's, if any. endpoint: only decides whether `input_tokens` excludes cached tokens, as
-        it does in Anthropic's dialect. service_tier: as the response names it beside the usage.
+            them.
+        timings: llama.cpp's, if any.
+        endpoint: only decides whether `input_tokens` excludes cached tokens, as it does in Anthropic's dialect.
+        service_tier: as the response names it beside the usage.
     """
     counts = _Counts()
     if not isinstance(usage, dict):

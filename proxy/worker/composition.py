@@ -1,7 +1,8 @@
 """The composition root of a worker: build every object once, in sections.
 
 A section is a function that takes earlier sections and returns its own objects in a frozen dataclass. Nothing here
-makes decisions about requests."""
+makes decisions about requests.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Explain how a request would be routed now, without routing it: the answer of `/explain`.
 
-It runs the pipeline's own phases, so its result is theirs, and it changes nothing."""
+It runs the pipeline's own phases, so its result is theirs, and it changes nothing.
+"""
 
 from __future__ import annotations
 

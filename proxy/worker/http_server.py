@@ -1,7 +1,8 @@
 """Turn a request into a `Call`, and answer it through the pipeline.
 
 This is one of the few places that catch every exception: an unforeseen one becomes a 500 and a logged defect, and the
-next request is served."""
+next request is served.
+"""
 
 from __future__ import annotations
 

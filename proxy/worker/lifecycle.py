@@ -43,7 +43,8 @@ class Worker:
     """Everything that one worker consists of, and the order in which it starts and stops.
 
     The store, the index and the journal start first (the journal waits until it has caught up with the others), then
-    the replicas, then the client port. They stop in the reverse order."""
+    the replicas, then the client port. They stop in the reverse order.
+    """
 
     def __init__(self, parts: Parts) -> None:
         built, requests = parts.built, parts.requests

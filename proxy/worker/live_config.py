@@ -45,7 +45,8 @@ class LiveConfig:
         """Apply the live part of a new configuration (`proxy.config.reload`); running requests are not affected.
 
         Raises:
-            ConfigError: the configuration needs a restart; nothing was changed."""
+            ConfigError: the configuration needs a restart; nothing was changed.
+        """
         parts = self._parts
         self.config = config
         parts.queues.set_limits(from_config.queue_limits(config.queue))

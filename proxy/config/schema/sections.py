@@ -149,12 +149,14 @@ class Upstream(Section, frozen=True):
     check_seconds: Seconds = 5
     """Time within which a replica must answer a health check. One that leaves three in a row unanswered, and sends
     nothing else meanwhile, is frozen and gets no request until it answers one; if it has requests to work on, see
-    `silence_seconds`."""
+    `silence_seconds`.
+    """
 
     silence_seconds: Seconds = 60
     """Longest silence of a replica that has requests to work on, beyond the time predicted for their prompts, before
     it counts as frozen. Raise it for an engine that answers nothing, not even health checks, while it computes for
-    longer than this."""
+    longer than this.
+    """
 
     comment_seconds: Wait = 15
     """Send a comment to the client of a stream whenever it has received nothing for this long; 0 for never."""
