@@ -127,7 +127,10 @@ class EmbeddedValkey:
             self._launch(binary)
         except OSError as error:
             self.stop()
-            raise EmbeddedError(f"the private Valkey cannot use {self._folder}: {error.strerror or error}") from error
+            raise EmbeddedError(
+                f"the private Valkey cannot use {self._folder}: {error.strerror or error}; set redis.folder or "
+                "XDG_DATA_HOME to a folder that is writable, or redis.url to a server"
+            ) from error
         try:
             self._wait_until_ready()
         except EmbeddedError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import resource
 import shutil
 import socket
@@ -15,6 +14,7 @@ import click
 
 from proxy.cli import exit_codes as exits
 from proxy.cli.endpoint import ask
+from proxy.config.data_folder import can_be_made, nearest_existing
 from proxy.errors import ConfigError
 from proxy.patterns import matches_any
 
@@ -140,8 +140,8 @@ async def _redis(config: Config) -> Finding:
 def _folder(config: Config) -> Finding:
     """Check the folder of the private Valkey."""
     folder = Path(config.redis.folder or ".")
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(existing, os.W_OK):
+    existing = nearest_existing(folder)
+    if not can_be_made(folder):
         return Finding(False, f"{existing} is not writable, so the private Valkey cannot start; set redis.folder")
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < max(_FREE_BYTES, 2 * config.redis.max_memory_bytes):

@@ -7,7 +7,6 @@ once, so that nothing starts with a configuration that cannot work. Every proble
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,7 @@ import msgspec
 import yaml
 
 from proxy.config import checks, environment, validate, yaml_file
+from proxy.config.data_folder import data_folder
 from proxy.config.environment import process_environment
 from proxy.config.schema import (
     RETIRED,
@@ -99,9 +99,13 @@ def load(
     _raise_if_any(validate.problems(tree))
     config = validate.convert(tree, Config)
     secrets = _Secrets(environ, file.parent if file is not None else Path())
+    named_folder = config.redis.folder
     config = _resolved(config, secrets, environ)
     _raise_if_any([*secrets.problems, *checks.problems(config), *_missing_extras(config)])
-    return Loaded(config, (*warnings, *from_environment.warnings, *_unreachable(config)))
+    warnings = [*warnings, *from_environment.warnings, *_unreachable(config)]
+    if config.redis.folder is not None and named_folder is None:
+        warnings += filter(None, [data_folder(environ, config.server.port).warning])
+    return Loaded(config, tuple(warnings))
 
 
 def as_yaml(config: Config) -> str:
@@ -253,7 +257,7 @@ def _resolved(config: Config, secrets: _Secrets, environ: Mapping[str, str]) -> 
         pools.append(msgspec.structs.replace(pool, replicas=named, tenancy=_tenancy(pool, named, config)))
     redis = found["$.redis"]
     if isinstance(redis, Redis) and redis.url is None and redis.folder is None:
-        redis = msgspec.structs.replace(redis, folder=str(_data_folder(environ) / f"valkey-{config.server.port}"))
+        redis = msgspec.structs.replace(redis, folder=str(data_folder(environ, config.server.port).path))
     return msgspec.structs.replace(
         config,
         admin=found["$.admin"],
@@ -290,13 +294,3 @@ def _tenancy(pool: Pool, replicas: Sequence[Replica], config: Config) -> Tenancy
     """Return the pool's tenancy. If clients use their own keys at a provider, they never share what they pay for."""
     keyless_provider = pool.kind is PoolKind.PROVIDER and any(replica.key is None for replica in replicas)
     return Tenancy.ISOLATED if keyless_provider else pool.tenancy or config.tenancy
-
-
-def _data_folder(environ: Mapping[str, str]) -> Path:
-    """Return the folder in which this user's programs keep their files."""
-    if given := environ.get("XDG_DATA_HOME"):
-        return Path(given) / "cairn"
-    home = Path(environ.get("HOME") or "/tmp")  # noqa: S108 - a user without a home still gets a running Cairn
-    if sys.platform == "darwin":
-        return home / "Library" / "Application Support" / "Cairn"
-    return home / ".local" / "share" / "cairn"

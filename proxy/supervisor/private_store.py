@@ -57,6 +57,7 @@ class StoreKeeper:
         self._clock = clock
         # one thread for the life of the process: on Linux the kernel ends the store with the thread that started it
         self._thread = ThreadPoolExecutor(1, "private-store")
+        self._problem = ""  # why the last start failed
 
     @property
     def url(self) -> str:
@@ -68,8 +69,13 @@ class StoreKeeper:
         try:
             await self._in_thread(self._store.start)
         except self._errors as error:
-            log.warning("serving without a store: %s", error)
+            if str(error) != self._problem:  # said once, and not at every try
+                log.warning("serving without a store: %s", error)
+            self._problem = str(error)
             return False
+        if self._problem:
+            log.info("the private Valkey has started")
+        self._problem = ""
         return True
 
     async def run(self) -> None:
@@ -85,7 +91,8 @@ class StoreKeeper:
                     continue
                 log.error("the private Valkey has not responded for %.0f s; killing it", SILENCE_LIMIT_SECONDS)
                 await self._in_thread(self._store.kill)
-            log.warning("the private Valkey has ended; starting it")
+            if not self._problem:
+                log.warning("the private Valkey has ended; starting it")
             responded_seconds = self._clock.monotonic()
             if await self.start():
                 backoff.reset()

@@ -179,3 +179,12 @@ def test_it_is_ready_soon(valkey: EmbeddedValkey) -> None:
     started = time.monotonic()  # noqa: TID251
     valkey.start()
     assert time.monotonic() - started < 3  # noqa: TID251
+
+
+def test_a_folder_that_cannot_be_used_is_named_with_a_way_out(tmp_path: Path) -> None:
+    """A file is where the folder should be; the error names the path and what to set."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    valkey = EmbeddedValkey(blocked / "valkey-1", clock=SystemClock())
+    with pytest.raises(EmbeddedError, match=r"cannot use .*/file/valkey-1: .*; set redis\.folder or XDG_DATA_HOME"):
+        valkey.start()

@@ -105,6 +105,7 @@ def test_kubernetes_service_variables_configure_nothing() -> None:
         "CAIRN_PORT_80_TCP_ADDR": "10.0.0.1",
         "CAIRN_SERVICE_HOST": "10.0.0.1",
         "CAIRN_WORKRES": "4",
+        "XDG_DATA_HOME": "/d",
     }
     loaded = load(None, environ)
     assert loaded.config.server.port == 8080
@@ -250,7 +251,10 @@ def test_a_size_out_of_bounds_is_refused(write) -> None:
 
 def test_a_former_setting_is_ignored_with_a_warning(write) -> None:
     """A file of an older version still starts Cairn."""
-    loaded = load(write({"server": {"request_seconds": 5, "port": 1}}), {"CAIRN_SERVER__REQUEST_SECONDS": "5"})
+    loaded = load(
+        write({"server": {"request_seconds": 5, "port": 1}}),
+        {"CAIRN_SERVER__REQUEST_SECONDS": "5", "XDG_DATA_HOME": "/d"},
+    )
     assert loaded.config.server.port == 1
     assert [warning.partition(": ")[0] for warning in loaded.warnings] == [
         "$.server.request_seconds is ignored",
@@ -496,16 +500,6 @@ def test_the_name_follows_from_the_url(url: str, name: str) -> None:
     assert derived_name(url) == name
 
 
-def test_the_private_valkey_lies_in_the_users_own_folder_one_per_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    """XDG_DATA_HOME, else the system's custom; none where a Redis is named."""
-    monkeypatch.setattr("sys.platform", "linux")
-    assert load(None, {"XDG_DATA_HOME": "/d"}).config.redis.folder == "/d/cairn/valkey-8080"
-    assert load(None, {"HOME": "/h", "CAIRN_PORT": "1"}).config.redis.folder == "/h/.local/share/cairn/valkey-1"
-    assert load(None, {"HOME": "/h", "CAIRN_REDIS": "redis://h"}).config.redis.folder is None
-    monkeypatch.setattr("sys.platform", "darwin")
-    assert load(None, {"HOME": "/h"}).config.redis.folder == "/h/Library/Application Support/Cairn/valkey-8080"
-
-
 def test_loopback_is_known_by_name_and_address() -> None:
     """An address that others can reach is not."""
     assert all(map(is_loopback, ["localhost", "127.0.0.1", "127.1.2.3", "::1", "[::1]"]))
@@ -533,7 +527,8 @@ def test_a_service_that_cannot_be_followed_is_refused(write, replica: dict[str, 
 def test_a_pod_knows_its_api_server() -> None:
     """From the environment that every pod has; elsewhere a warning says what to set."""
     service = ("kubernetes+http://vllm.models:http",)
-    inside = load(None, {"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "6443"}, None, service)
+    pod = {"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "6443", "XDG_DATA_HOME": "/d"}
+    inside = load(None, pod, None, service)
     assert inside.config.kubernetes.api_url == "https://[fd00::1]:6443"
     assert inside.config.kubernetes.token_file == "/var/run/secrets/kubernetes.io/serviceaccount/token"
     assert inside.config.kubernetes.ca_file == "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt"

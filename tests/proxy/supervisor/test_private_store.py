@@ -95,3 +95,20 @@ async def test_a_store_that_responds_again_in_time_is_left_alone() -> None:
     store = Hesitating(clock)
     await kept(store, clock, "looks", 40)
     assert (store.kills, store.starts) == (0, 0)
+
+
+async def test_a_store_that_cannot_start_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Not at every try, and not that it has ended; once it starts, the log has that too."""
+    clock = FakeClock()
+    store = ScriptedStore(clock)
+    store.running, store.fails = False, 3
+    keeper = StoreKeeper(store, (Broken,), clock)
+    with caplog.at_level("INFO", "cairn.supervisor"):
+        assert not await keeper.start()
+        running = asyncio.get_running_loop().create_task(keeper.run())
+        await eventually(lambda: store.looks >= 1, 10)
+        running.cancel()
+        await asyncio.wait([running])
+    await keeper.stop()
+    assert store.starts == 4
+    assert caplog.messages == ["serving without a store: no room", "the private Valkey has started"]
