@@ -99,10 +99,12 @@ lock: .venv/.dev
 	$(LOCK) --all-extras --group dev -o requirements/dev.txt $(ARGS)
 	$(LOCK) -c requirements/dev.txt -o requirements/runtime.txt
 	$(LOCK) -c requirements/dev.txt --extra demo -o requirements/demo.txt
+	$(LOCK) -c requirements/dev.txt --extra otel -o requirements/otel.txt
 	$(LOCK) -c requirements/dev.txt --group build -o requirements/build.txt
 	$(LOCK) -c requirements/dev.txt --group mutants -o requirements/mutants.txt
 	$(LOCK:pyproject.toml=) --no-deps --group charts -o requirements/charts.txt
 	$(LOCK:pyproject.toml=) --group docs -o requirements/docs.txt
+	$(LOCK:pyproject.toml=) --group sbom -o requirements/sbom.txt
 
 # Installs requirements/$*.txt into .venv with uv, which takes a sixth of pip's time: the one on PATH, or else the one in
 # dev.txt, which pip installs first. pip installs all if uv cannot, such as from an index that only pip's settings name.
@@ -240,3 +242,23 @@ bench-agents-live: .build/compiled/.done
 .PHONY: bounds
 bounds: .venv/.dev
 	.venv/bin/python -m tests.hostile.bounds $(ARGS)
+
+# The software bill of materials of a release, dist/cairn_proxy.cdx.json: every package that the wheel brings with the
+# extra `otel`, with its version and licence, as installed from the lock. The image has one too.
+SBOM_OF = .build/sbom
+.PHONY: sbom
+sbom: .build/sbom-tools/.done
+	@rm -rf $(SBOM_OF) && .venv/bin/python -m venv --without-pip $(SBOM_OF) && mkdir -p dist
+	@CAIRN_COMPILE=never $(PIP_WHEEL) -w $(SBOM_OF) .
+	@.venv/bin/python -m pip --python $(SBOM_OF)/bin/python install --quiet --disable-pip-version-check --no-compile \
+	  --require-hashes -r requirements/otel.txt
+	@.venv/bin/python -m pip --python $(SBOM_OF)/bin/python install --quiet --disable-pip-version-check --no-compile \
+	  --no-deps $(SBOM_OF)/*.whl
+	.build/sbom-tools/bin/cyclonedx-py environment --pyproject pyproject.toml --gather-license-texts --output-reproducible \
+	  --output-format JSON --output-file dist/cairn_proxy.cdx.json $(SBOM_OF)/bin/python
+
+.build/sbom-tools/.done: requirements/sbom.txt .venv/.dev
+	@rm -rf .build/sbom-tools && .venv/bin/python -m venv --without-pip .build/sbom-tools
+	@.venv/bin/python -m pip --python .build/sbom-tools/bin/python install --quiet --disable-pip-version-check --no-compile \
+	  --require-hashes -r $<
+	@touch $@
