@@ -118,7 +118,7 @@ def test_the_quick_starts_are_short_and_valid(block: tuple[str, str], tmp_path: 
     assert len(lines) <= 5
     if kind == "yaml":
         (tmp_path / "cairn.yaml").write_text(text)
-        assert load(tmp_path / "cairn.yaml", {"OPENAI_API_KEY": "sk-1"}).warnings == ()
+        assert load(tmp_path / "cairn.yaml", {"OPENAI_API_KEY": "sk-1", "HOME": str(tmp_path)}).warnings == ()
     for line in lines:
         if line.startswith("cairn "):
             words = line.split("#")[0].removesuffix("& ").split()[1:]
