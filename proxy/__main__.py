@@ -18,12 +18,17 @@ def main() -> None:
     """Run the command line; exits."""
     if problem := foreign_package(Path(__file__).resolve().parent.parent):
         sys.exit(f"cairn: {problem}")
-    sys.modules[_UNUSED] = None  # type: ignore[assignment]  # importing it fails, as if it were not installed
+    leave_out_unused()
     try:
         from proxy.cli.main import cli
     except ImportError as error:
         sys.exit(f"cairn: {error}; install cairn-proxy again, preferably into a separate environment")
     cli()
+
+
+def leave_out_unused() -> None:
+    """Let the import of what redis-py loads and Cairn does not use fail, as if it were not installed."""
+    sys.modules[_UNUSED] = None  # type: ignore[assignment]
 
 
 def foreign_package(root: Path) -> str | None:

@@ -22,6 +22,9 @@ LIMIT_SECONDS = 20.0  # nothing here takes a second on an idle machine
 
 def main(file: str, mode: str, store: str) -> int:
     """The process itself: what `cairn serve` does, with the tiny worker."""
+    from proxy.__main__ import leave_out_unused
+
+    leave_out_unused()
     from cache import EmbeddedError, EmbeddedValkey
     from proxy import logs
     from proxy.clock import SystemClock
