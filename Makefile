@@ -19,8 +19,8 @@ BUILD_FILES := pyproject.toml hatch_build.py scripts/compile.py
 COMPILED_TESTS := tests/test_compiled.py tests/cache/index tests/proxy/wire tests/proxy/upstream tests/proxy/downstream \
   $(patsubst %,tests/scenarios/test_%.py,requests truth failover contexts processes shared rules garbage hostile)
 
-# The processes that run tests. More than the machine has cores save a minute and fail tests that measure time. Each
-# file's tests stay in one of them, and the longest files begin first (tests/conftest.py).
+# The number of processes that run tests. More than the machine has cores saves a minute but fails tests that measure
+# time. Each file's tests stay in one process, and the longest files start first (tests/conftest.py).
 TEST_PROCESSES ?= 2
 PYTEST = -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
@@ -52,7 +52,7 @@ tests:
 	  .venv/bin/python $(PYTEST) --compiled --import-mode=append -m "not engine and not image" $(COMPILED_TESTS)
 	.venv/bin/python $(PYTEST)
 
-# The checks that run nothing of Cairn.
+# The static checks, which do not run Cairn.
 checks: .venv/.dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -63,7 +63,7 @@ checks: .venv/.dev
 test-image: .venv/.dev
 	.venv/bin/python -m pytest -m image --timeout 1500 tests/packaging
 
-# Prints the lines and branches that no test enters; .build/coverage/index.html shows them in the source.
+# Prints the lines and branches that no test reaches; .build/coverage/index.html shows them in the source.
 coverage: .venv/.dev
 	rm -f .build/coverage-data*
 	-.venv/bin/coverage run $(PYTEST) $(ARGS)
@@ -91,7 +91,7 @@ wheel: .venv/.dev
 	  *) cp .build/release/*.whl dist/ ;; \
 	esac
 
-# One resolution, dev.txt, for all; the others hold the part of it that they need. Versions change only if
+# One resolution, dev.txt, for all; the others contain the part of it that they need. Versions change only if
 # pyproject.toml asks for it; `make lock ARGS=--upgrade` takes the newest. No file names an index.
 LOCK = .venv/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
   --no-annotate --no-header --quiet
@@ -171,7 +171,7 @@ bench-peers: .peers/.done
 	@touch $@
 
 # Routers before two real vLLM servers on the CPU, with a tiny model of random weights; `pytest --vllm tests/vllm` checks
-# what Cairn assumes of vLLM.
+# Cairn's assumptions about vLLM.
 bench-vllm: .venv/.dev .build/vllm/.done
 	.venv/bin/python -m benchmarks.vllm $(ARGS)
 

@@ -81,7 +81,7 @@ CONTESTANTS: dict[str, tuple[str, Make]] = {
     "dynamo": ("Dynamo's cost", _books(lambda _: rules.dynamo)),
     "token-aware": ("llm-d's token-aware rule", _books(lambda _: rules.token_aware())),
     "lmetric": ("LMetric", _books(lambda _: rules.lmetric)),
-    "programs": ("whole sessions, told ids and ends", _programs),
+    "programs": ("whole sessions, with known ids and ends", _programs),
 }
 
 
