@@ -46,8 +46,8 @@ class Access(enum.Enum):
     INFERENCE = "inference"  # every client, for the models it may use
     CREATE = "create"  # every client; what it creates is its own
     OBJECT = "object"  # the client that created the object
-    LIST = "list"  # nobody: the list shows what all clients created
-    ADMINISTRATION = "administration"  # nobody
+    LIST = "list"  # no client: the list shows what all clients created
+    ADMINISTRATION = "administration"  # no client
     CONFIGURED = "configured"  # every client: the configuration allows the path
 
 

@@ -1,6 +1,6 @@
 """Build the documentation as a static site with Zensical: `make docs`.
 
-    python scripts/docs_site.py SOURCE    # copies the pages to SOURCE, and builds as mkdocs.yml says
+    python scripts/docs_site.py SOURCE    # copies the pages to SOURCE, and builds as configured in mkdocs.yml
 
 Zensical fails on links to pages and headings that do not exist; links to other files and pages that are missing in
 the menu are found here.

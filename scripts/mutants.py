@@ -101,6 +101,6 @@ def show(folder: Path, found: dict[str, str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("package", help="a folder, such as proxy/routing")
-    parser.add_argument("--sample", type=int, help="run only so many mutants")
+    parser.add_argument("--sample", type=int, help="run only this many mutants")
     arguments = parser.parse_args()
     sys.exit(main(arguments.package.rstrip("/"), arguments.sample))

@@ -1,6 +1,6 @@
 """Compare a response's usage with the prediction of the index, and explain the difference.
 
-Most shortfalls are due to neither an eviction nor a restart. Each reason is recognised by a sign of its own:
+Most shortfalls are due to neither an eviction nor a restart. Each reason is recognised by its own sign:
 
 - the engine reuses whole blocks only, and nothing of a prompt that is shorter (`cache.index.granularity`);
 - the prompt forks off where the engine does not share, or the fork's count was interpolated wrongly: the count of the

@@ -166,7 +166,7 @@ class Granularity:
 
     @property
     def is_coarse(self) -> bool:
-        """True if so much at the end of a prompt may not be reused that it makes a difference to routing."""
+        """True if the end of a prompt that may not be reused is long enough to matter for routing."""
         return self.floor_tokens > 0 or self.block_tokens * (1 + self.lag_blocks) >= COARSE_TOKENS
 
     def usable(self, held_tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""Parts of a look-up: what a replica reuses of what it holds, at forks and with blocks of its size. Pure."""
+"""Parts of a lookup: the tokens that a replica reuses of those it holds, at forks and by its block size. Pure."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def add_fork(found: dict[int, Held], step: Step, part: Held) -> None:
 
 
 def reused_tokens(state: ReplicaState, step: Step, *, whole: bool) -> int:
-    """Return the tokens that the replica reuses of what it holds up to `step`; `whole` if a prompt ended there."""
+    """Return the tokens that the replica reuses of those it holds up to `step`; `whole` if a prompt ended there."""
     found = step.tokens if whole else found_at_fork(step)
     if found < step.tokens:
-        return found  # as answers have reported it, in whole blocks
+        return found  # as responses have reported it, in whole blocks
     return state.granularity.usable(found)
 
 
 def round_to_blocks(
     found: dict[int, Held], steps: list[Step], replicas: Iterable[int], states: Mapping[int, ReplicaState]
 ) -> None:
-    """Reduce what each of `replicas` holds of a prompt, whose path is `steps`, to what it will reuse."""
+    """Reduce the held part of a prompt, whose path is `steps`, to the part that each of `replicas` will reuse."""
     for replica in replicas:
         have = found.get(replica)
         if have is None:
             continue
         step = next(each for each in steps if each.depth == have.blocks)
-        if have.tokens == step.tokens:  # less is what answers have reported
+        if have.tokens == step.tokens:  # a lower count was reported by responses
             reused = states[replica].granularity.usable(have.tokens)
             if reused < have.tokens:
                 found[replica] = Held(have.blocks, have.size_bytes, reused, have.tokens - reused)

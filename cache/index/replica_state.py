@@ -47,7 +47,7 @@ class ReplicaState:
 
     @property
     def bound_tokens(self) -> int:
-        """The most that the budget may be."""
+        """The upper bound of the budget."""
         return UNLIMITED_TOKENS if self.capacity_tokens is None else self.capacity_tokens
 
     @property

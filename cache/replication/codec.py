@@ -63,7 +63,7 @@ class Placed(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """Return the chain. Raises StoreCorrupt if it is empty, truncated, or its boundaries do not increase."""
+        """The chain. Raises StoreCorrupt if it is empty, truncated, or its boundaries do not increase."""
         hashes, ends = array("Q"), array("I")
         try:
             hashes.frombytes(self.hashes)

@@ -36,7 +36,7 @@ class HttpClient:
     def __init__(
         self, url: str, headers: Mapping[str, str], timeout_seconds: float, ca_file: str | None = None
     ) -> None:
-        """Raises BadUrl."""
+        """Split the URL. Raises BadUrl."""
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             self._port = parts.port

@@ -72,7 +72,7 @@ class Sender(Protocol):
     """True while the transport's write buffer is full."""
 
     def may_stay(self) -> bool:
-        """True if the connection may serve another request after this one."""
+        """Return True if the connection may serve another request after this one."""
         ...
 
     async def drained(self) -> None:

@@ -70,7 +70,7 @@ class BreakerSettings:
 
 
 class Failure(NamedTuple):
-    """A failed request as evidence. `prompt` and `client` are hashes that only tell prompts and clients apart."""
+    """A failed request as evidence. `prompt` and `client` are hashes that only distinguish prompts and clients."""
 
     prompt: int
     client: int

@@ -141,7 +141,7 @@ class Discovery:
         self._apply()
 
     def ranks_found(self, endpoint: ReplicaEndpoint, ranks: int) -> bool:
-        """Treat an engine as `ranks` replicas from now on, unless the configuration says how many ranks it has.
+        """Treat an engine as `ranks` replicas from now on, unless the configuration sets the number of ranks.
 
         Return True if its replicas have changed; `endpoint` is then none of them any more.
         """

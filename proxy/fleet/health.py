@@ -228,7 +228,7 @@ class HealthChecker:
             self._findings.apply(number, endpoint, found, self._clock.monotonic())
 
     def describe(self, number: int) -> str:
-        """Return one line on a replica: where it is and what was found there."""
+        """Return one line about a replica: its address and what was found there."""
         endpoint = self._pools.backends[number]
         start = f"replica {endpoint.name} (pool {endpoint.pool})"
         cause = self._fleet.cause(number)

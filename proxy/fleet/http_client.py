@@ -26,8 +26,8 @@ class HttpClient(Protocol):
 
 
 class PooledClient(HttpClient, Protocol):
-    """A client that also tells when something was last received: `proxy.upstream.UpstreamClient`."""
+    """A client that also knows when something was last received: `proxy.upstream.UpstreamClient`."""
 
     def received_seconds(self, origin: Origin) -> float:
-        """Return when the last byte of any response came from an origin, on the monotonic clock; 0 for never."""
+        """Return the monotonic time of the last byte of any response from an origin; 0 if there was none."""
         ...

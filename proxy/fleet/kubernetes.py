@@ -27,7 +27,7 @@ from proxy.upstream import Limits, Origin, UpstreamResponse
 log = logging.getLogger("cairn.discovery")
 
 WATCH_SECONDS: Final = 240
-"""Length of one watch, after which the API server ends it. The next one goes on where it ended."""
+"""Length of one watch, after which the API server ends it. The next one continues from there."""
 
 LIST_LIMITS: Final = Limits(connect_seconds=5, first_byte_seconds=15, idle_seconds=15)
 WATCH_LIMITS: Final = Limits(connect_seconds=5, first_byte_seconds=15, idle_seconds=WATCH_SECONDS + 30)

@@ -1,4 +1,4 @@
-"""Keep one worker process running: start it, read its reports, restart it when it ends, and stop it when told.
+"""Keep one worker process running: start it, read its reports, restart it when it ends, and stop it on request.
 
 Everything that happens to the worker is passed on through `Watcher`.
 """
@@ -67,7 +67,7 @@ class Watcher(Protocol):
         """Take a log line of the worker, which others may send as well."""
 
     def worker_died(self, number: int, starts: int) -> None:
-        """Note that the worker ended without being told to; it has been started `starts` times."""
+        """Note that the worker ended unexpectedly; it has been started `starts` times."""
 
 
 class Program(msgspec.Struct, frozen=True):

@@ -85,7 +85,7 @@ class Tracing:
     Args:
         tracer: makes a span, and decides with its sampler whether it is recorded.
         clock: dates the spans.
-        address_of: where a replica is.
+        address_of: returns the address of a replica.
     """
 
     def __init__(self, tracer: Tracer, clock: Clock, address_of: AddressOf) -> None:

@@ -215,7 +215,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def usable(self) -> bool:
-        """True if a request may be sent on it, as far as the events handled so far tell."""
+        """True if a request may be sent on it, as far as the events handled so far show."""
         return self.state is _IDLE and self._transport is not None and not self._transport.is_closing()
 
     @property

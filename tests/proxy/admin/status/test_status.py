@@ -55,7 +55,7 @@ def row(key: int, saved: int, used: float = 1.0, hits: int = 1) -> PrefixRow:
 
 
 def test_saved_since_the_start_is_the_sum_of_the_series() -> None:
-    """Money is minus the surcharge; output is no part of the prompt."""
+    """The surcharge is subtracted from the money; output is no part of the prompt."""
     figures = counted(
         *tokens("one", input_fresh=10, input_cached=30, input_cache_write=5, output=99),
         *tokens("two", input_cached=5),
