@@ -216,6 +216,7 @@ class Prompt(msgspec.Struct, frozen=True):
     priority: int | None = None  # asked for in the body, see `proxy.wire.urgency`
     tool_spans: int = 0  # number of `spans` that are tools; they come first
     system_spans: int = -1  # number of spans after the tools that are the system prompt; -1: by the messages' roles
+    is_plain_text: bool = False  # all spans but tools are messages whose content is a string; False if not examined
 
 
 class Call(msgspec.Struct, frozen=True):

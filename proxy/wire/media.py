@@ -10,7 +10,7 @@ media.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from msgspec import Raw
@@ -18,6 +18,7 @@ from msgspec import Raw
 from proxy.model import Body, Media
 from proxy.wire.schemas import DECODE_ERRORS, Part, decode_parts, decode_parts_message
 
+SHORT_BODY_BYTES: Final = 4_096
 MEDIA_BYTES_LEAST: Final = 1024  # bytes; a shorter picture has no more tokens than text of the same length
 _SAMPLES: Final = 2048  # of one body: 3 us
 _FEW: Final = 8  # messages whose beginnings are examined; with more of them, sampling is cheaper
@@ -51,7 +52,7 @@ def find_media(body: Body, content: Iterable[Raw]) -> tuple[Media, ...]:
         return ()
     long = [message for message in content if len(memoryview(message)) >= MEDIA_BYTES_LEAST]
     if len(long) <= _FEW:
-        long = [message for message in long if _TEXT.match(message) is None]
+        long = [message for message in long if not is_plain_text(message)]
     if not long:
         return ()
     stride = max(_STRIDE_LEAST, size // _SAMPLES) | 1
@@ -61,6 +62,16 @@ def find_media(body: Body, content: Iterable[Raw]) -> tuple[Media, ...]:
     for message in long:
         found += _in_parts(_parts(message), nested=False)
     return tuple(found)
+
+
+def are_plain_text(body: Body, content: Sequence[Raw]) -> bool:
+    """Return True if the contents of all of a few messages begin as strings, so that none has parts.
+
+    False for many messages, and for a short body, which is faster to search as a whole.
+    """
+    if len(body) <= SHORT_BODY_BYTES or not 0 < len(content) <= _FEW:
+        return False
+    return not [message for message in content if not is_plain_text(message)]
 
 
 def is_plain_text(message: Raw | memoryview | bytes) -> bool:

@@ -26,7 +26,7 @@ from msgspec import Raw
 from proxy.errors import BadRequest
 from proxy.model import Body, Endpoint, Prompt, UsageRequest
 from proxy.wire.bounds import TooManyItems, may_hold_many
-from proxy.wire.media import find_media
+from proxy.wire.media import are_plain_text, find_media
 from proxy.wire.schemas import (
     MESSAGES_MOST,
     NONE,
@@ -240,6 +240,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
     referring: tuple[memoryview, ...] = ()
     if fields.tools is not NONE or fields.container is not NONE:
         referring = tuple(_present(fields.tools, fields.container))
+    is_plain_text = are_plain_text(body, content)
     return Prompt(
         body,
         str(fields.model),
@@ -250,7 +251,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
         usage_request=asked,
         stream_options_span=options,
         pinned_to=pinned_to,
-        media=find_media(body, content),
+        media=() if is_plain_text else find_media(body, content),
         max_output_tokens=None if limit is NONE else _count(limit),
         may_name_context=names_context,
         referring=referring,
@@ -260,6 +261,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
         priority=body_priority(fields.service_tier, fields.priority),
         tool_spans=tool_spans,
         system_spans=system_spans,
+        is_plain_text=is_plain_text and system_spans <= 0,
     )
 
 

@@ -64,6 +64,7 @@ _LONE_TEXT_REACH: Final = 128
 """Bytes at the start of a message in which the first part of its content begins."""
 
 _LONE_TEXT_END: Final = b'"}]}'
+_LIST_END: Final = b"]}"  # ends a message whose content is a list
 _LIST_IN_END: Final = b"}]}"  # ends such a message, marked or not
 _LONE_TEXT_LEAST: Final = 36  # length of such a message with an empty text, without its role
 _LONE_TEXT_MOST: Final = 1 << 20  # a longer one is not copied for its key
@@ -102,13 +103,17 @@ def keyed_spans(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
     elif _drops_tools(prompt, facts):
         spans, system = spans[system:], 0
     body = prompt.body
-    is_short = 0 < len(body) <= _SHORT_BODY_BYTES
-    if not is_short or body.find(_CACHE_MARK) >= 0 or body.find(BILLING_MARK) >= 0:
-        spans = _without_marks(spans, system, keeps_billing=facts.keeps_billing)
-    if not is_short or body.find(_LIST_IN_END) >= 0:
-        spans = _with_strings(spans)
-    if is_short and body.find(_ID_KEY) < 0:
+    if 0 < len(body) <= _SHORT_BODY_BYTES:
+        if body.find(_CACHE_MARK) >= 0 or body.find(BILLING_MARK) >= 0:
+            spans = _without_marks(spans, system, keeps_billing=facts.keeps_billing)
+        if body.find(_LIST_IN_END) >= 0:
+            spans = _with_strings(spans)
+        if body.find(_ID_KEY) < 0:
+            return spans
+    elif _is_key_already(spans, system):
         return spans
+    else:
+        spans = _with_strings(_without_marks(spans, system, keeps_billing=facts.keeps_billing))
     for place in range(system, min(system + 1 + _ID_SAMPLE, len(spans))):
         if _may_carry_id(spans[place]):
             return [*spans[:place], *[_without_id(span) for span in spans[place:]]]
@@ -248,6 +253,28 @@ def _without_thinking_parts(content: bytes) -> bytes:
     except (msgspec.DecodeError, UnicodeDecodeError):
         return content
     return b"[" + b", ".join(kept) + b"]"
+
+
+def _is_key_already(spans: Sequence[Span], system: int) -> bool:
+    """Return True if one look at both ends of each message shows that nothing is to be left out.
+
+    False means only that a closer look is needed. `system` is the place of the system prompt.
+    """
+    count = len(spans)
+    for place in range(count):
+        span = spans[place]
+        may_have_id = system <= place <= system + _ID_SAMPLE
+        if may_have_id or place < system or place >= count - _MARKED_SPANS:
+            tail = bytes(span[-_MARK_REACH:])
+            if tail.endswith(_LIST_END) or tail.find(_CACHE_MARK) >= 0:
+                return False
+            if may_have_id:
+                head = bytes(span[:_BILLING_REACH])
+                if tail.find(_ID_KEY) >= 0 or head.find(_ID_KEY) >= 0 or head.find(BILLING_MARK) >= 0:
+                    return False
+        elif len(span) > _LONE_TEXT_LEAST and span[-2] == _END_OF_LIST:
+            return False
+    return True
 
 
 def _may_carry_id(span: Span) -> bool:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Final
 
 from proxy.model import Body, Prompt
-from proxy.wire.media import is_plain_text
+from proxy.wire.media import SHORT_BODY_BYTES, is_plain_text
 from proxy.wire.schemas import DECODE_ERRORS, decode_tool_types
 
-SHORT_BYTES: Final = 4_096
 SEARCHED_BYTES_MOST: Final = 64 * 1024
 """Longest content that is searched, if it is not plain text and has no media; longer content counts as mixed."""
 
@@ -33,11 +32,13 @@ class TextAlone:
         """Return True if the body contains all that the upstream reads for this prompt."""
         if prompt.pinned_to is not None or prompt.has_hidden_parts:
             return False
-        if len(prompt.body) <= SHORT_BYTES and not prompt.referring and not _may_name_content(prompt.body):
+        if len(prompt.body) <= SHORT_BODY_BYTES and not prompt.referring and not _may_name_content(prompt.body):
             return True  # one search of the whole body is faster than examining each message
         for tools in prompt.referring:
             if not self._are_clients(tools):
                 return False
+        if prompt.is_plain_text:
+            return True
         most = None if prompt.media else SEARCHED_BYTES_MOST
         for span in prompt.spans:
             if is_plain_text(span) or any(span == tools for tools in prompt.referring):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cache.index.hashing import chain_root, cut
 from proxy.model import Endpoint, TemplateFacts, ToolOrder
@@ -323,3 +326,23 @@ def test_messages_that_cannot_be_read_keep_their_place():
     body = b'{"model": "m", "messages": [{"role": 5}, "text", {"role": "user"}], "tools": [{"type": "function"}]}'
     spans = keyed_spans(read(body, Endpoint.CHAT), TemplateFacts(ToolOrder.SYSTEM_FIRST, drops_reasoning=True))
     assert [bytes(span)[:8] for span in spans] == [b'[{"type"', b'{"role":', b'"text"', b'{"role":']
+
+
+_MARK = {"cache_control": {"type": "ephemeral"}}
+_MESSAGES = st.one_of(
+    st.builds(user, st.text(max_size=300)),
+    st.builds(lambda text, name: {"id": name, **assistant(text)}, st.text(max_size=300), st.text(max_size=9)),
+    st.builds(lambda text, name: assistant(text, id=name), st.text(max_size=300), st.text(max_size=9)),
+    st.builds(lambda text: user([{"type": "text", "text": text, **_MARK}]), st.text(max_size=40)),
+    st.builds(lambda text: user([{"type": "text", "text": text}]), st.text(max_size=40)),
+    st.builds(lambda text: user(text) | _MARK, st.text(max_size=40)),
+    st.just({"role": "system", "content": "x-anthropic-billing-header: cch=1\nbe kind"}),
+)
+
+
+@given(st.lists(_MESSAGES, max_size=12), st.booleans())
+def test_the_key_does_not_depend_on_how_much_of_the_body_is_searched(messages, has_tools):
+    """A short body is searched as a whole, a long one at the ends of its messages: both leave out the same."""
+    prompt = prompt_of(messages, **({"tools": TOOLS} if has_tools else {}))
+    long = msgspec.structs.replace(prompt, body=bytes(prompt.body) + b" " * 4096)
+    assert [*map(bytes, keyed_spans(long, PLAIN))] == [*map(bytes, keyed_spans(prompt, PLAIN))]

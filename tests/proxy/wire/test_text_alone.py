@@ -76,3 +76,11 @@ def test_lists_of_tools_are_remembered_within_a_bound() -> None:
         body = {"model": "m", "messages": [], "tools": [{"type": "function", "n": number}]}
         assert alone.holds_for(read(json.dumps(body).encode(), Endpoint.CHAT))
     assert len(alone._tools) <= 256  # noqa: SLF001 - internal state that no public name shows
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"), [("b" * 4096, True), ([{"type": "image_url", "image_url": {"url": "https://x/y"}}], False)]
+)
+def test_a_few_long_messages_are_text_alone_only_if_each_content_is_a_string(last, expected):
+    messages = [{"role": "system", "content": "a" * 4096}, {"role": "user", "content": last}]
+    assert holds({"messages": messages}) is expected
