@@ -140,8 +140,8 @@ class Granularity:
     def observe_miss(self, held_tokens: int, *, is_recent: bool) -> None:
         """Learn from a whole earlier prompt of `held_tokens` of which nothing was cached.
 
-        It means something only if no prompt as short has been reused. `is_recent` is true if the engine cannot have
-        evicted it since.
+        It is used only if no prompt of this length or shorter has been reused. `is_recent` is true if the engine
+        cannot have evicted it since.
         """
         if held_tokens >= self._shortest_hit:
             return
@@ -151,7 +151,7 @@ class Granularity:
             self._set_floor()
 
     def observe_hit(self, held_tokens: int) -> None:
-        """Learn that some of a prompt of `held_tokens` was reused: what longer ones lack is no whole block."""
+        """Learn that some of a prompt of `held_tokens` was reused, so longer prompts do not lack a whole block."""
         if held_tokens < self._shortest_hit:
             self._shortest_hit = held_tokens
             if self.floor_tokens and not self.block_tokens:

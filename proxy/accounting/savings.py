@@ -143,7 +143,7 @@ def as_json(report: SavingsReport) -> bytes:
 
 
 def from_json(text: bytes) -> SavingsReport:
-    """Decode a report. Raises msgspec.MsgspecError if `text` is none."""
+    """Decode a report. Raises msgspec.MsgspecError if `text` is not one."""
     return msgspec.json.decode(text, type=SavingsReport)
 
 

@@ -152,7 +152,7 @@ def _element_section(annotation: Any) -> type[Section] | None:
 
 
 def _enum_text(value: Any, annotation: Any) -> str | None:
-    """Return a message for a value that is none of an enum's; None if the type is no enum."""
+    """Return a message for a value that an enum does not have; None if the type is not an enum."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
             values = [member.value for member in kind]

@@ -23,7 +23,7 @@ _decode_listing = msgspec.json.Decoder(_Listing).decode
 
 
 def read_models(page: bytes) -> list[dict[str, Any]] | None:
-    """Return the entries of a model list, None if `page` is none."""
+    """Return the entries of a model list, None if `page` is not one."""
     try:
         return _decode_listing(page).data
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

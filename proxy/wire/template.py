@@ -184,7 +184,7 @@ def _leading_systems(messages: Sequence[Span]) -> int:
 
 
 def _last_user(messages: Sequence[Span]) -> int:
-    """Return the place of the last message that a user wrote; -1 if there is none."""
+    """Return the index of the last message that a user wrote; -1 if there is none."""
     for place in range(len(messages) - 1, -1, -1):
         message = messages[place]
         if _role(message) == "user" and bytes(message[:_RESULT_REACH]).find(_RESULT_MARK) < 0:

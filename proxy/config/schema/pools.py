@@ -40,7 +40,7 @@ class ServiceUrl(NamedTuple):
 
     @classmethod
     def parse(cls, url: str) -> ServiceUrl | None:
-        """Return the parts of `url`, or None if it is no such URL.
+        """Return the parts of `url`, or None if it is not such a URL.
 
         >>> ServiceUrl.parse("kubernetes+http://vllm.models:http/v1")
         ServiceUrl(service='vllm', namespace='models', port='http', path='/v1')
