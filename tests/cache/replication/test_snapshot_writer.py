@@ -1,0 +1,142 @@
+"""Snapshots, recent entries and parts that are written and read on fakes, without Redis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cache.errors import CacheError, StoreCorrupt
+from cache.index.prefix_index import PrefixIndex
+from cache.replication import codec, snapshots
+from cache.replication.codec import MAX_ENTRY_BYTES, Began, SnapshotChunk
+from cache.replication.owners import ObjectLocations
+from cache.replication.rebuild import SnapshotRows
+from cache.replication.snapshots import LeaseAndSnapshots, parse_id
+from cache.replication.stats import JournalStats
+from cache.replication.writer import RECENT_BYTES, RECENT_SECONDS, JournalWriter
+from tests.cache.replication.test_verbs import LONG, Bench
+from tests.support.clock import FakeClock
+from tests.support.fake_store import FakeStore
+from tests.support.workers import NAMES, Numbered
+
+
+class Lease:
+    """Takes the parts of a snapshot, up to `most`, and commits it if it may."""
+
+    def __init__(self, most: int = 99, *, commits: bool = True) -> None:
+        self.most = most
+        self.commits = commits
+        self.parts: list[bytes] = []
+        self.committed_at: Any = None
+
+    async def put_part(self, snapshot: str, number: int, part: bytes) -> None:
+        if number >= self.most:
+            raise CacheError("away")
+        self.parts.append(part)
+
+    async def commit(self, snapshot: str, parts: int, position: tuple[int, int], unix_seconds: float) -> bool:
+        self.committed_at = (parts, position)
+        return self.commits
+
+
+def with_lease(bench: Bench, lease: Lease) -> Any:
+    writer = bench.journal._snapshots  # noqa: SLF001 - internal state that no public name shows
+    writer._lease = lease  # type: ignore[assignment]  # noqa: SLF001
+    return writer
+
+
+async def test_a_snapshot_holds_the_index_and_is_followed_by_its_epochs_and_budgets() -> None:
+    """Only of replicas that have a name; those that only this process knows mean nothing to others."""
+    bench, lease = Bench(), Lease()
+    writer = with_lease(bench, lease)
+    bench.index.place(0, LONG, 5_000, 1.0)
+    bench.index.place(99, LONG, 5_000, 2.0)
+    bench.journal._reader.position = (7, 1)  # noqa: SLF001
+    bench.journal._reader.read_since_snapshot = [3, 300]  # noqa: SLF001
+    assert writer.is_due()
+    await writer.write()
+    assert not writer.is_due()
+    assert lease.committed_at == (len(lease.parts), (7, 1))
+    names = [name for part in lease.parts for name in codec.decode_chunk(part).names.values()]
+    assert set(names) == {NAMES[0]}
+    assert Began(0, 0) in bench.queued()
+    assert bench.journal.stats.snapshots == 1
+
+
+@pytest.mark.parametrize("lease", [Lease(most=0), Lease(commits=False)])
+async def test_a_snapshot_that_was_not_committed_is_counted_and_leaves_its_reasons(lease: Lease) -> None:
+    """Redis failed in it, or another worker took the lease meanwhile: what was read since stays to be covered."""
+    bench = Bench()
+    writer = with_lease(bench, lease)
+    bench.index.place(0, LONG, 5_000, 1.0)
+    reader = bench.journal._reader  # noqa: SLF001
+    reader.read_since_snapshot = [3, 300]
+    await writer.write()
+    assert reader.read_since_snapshot == [3, 300]
+    assert (writer.wanted, bench.journal.stats.failed_snapshots, bench.journal.stats.snapshots) == (True, 1, 0)
+    assert bench.queued() == []
+
+
+async def test_own_entries_are_kept_for_some_seconds_and_some_megabytes() -> None:
+    """To write them again if Redis loses everything; the newest is kept whatever its size, until it is old."""
+    store, clock = FakeStore(), FakeClock()
+    writer = JournalWriter(store.as_store(), "w", Numbered(NAMES), clock, JournalStats())
+
+    async def send(payload: bytes) -> None:
+        writer._unsent.append(payload)  # noqa: SLF001 - internal state that no public name shows
+        await writer.flush()
+
+    await send(b"old")
+    clock.advance(RECENT_SECONDS + 0.1)
+    await send(b"new")
+    await send(b"x" * RECENT_BYTES)
+    writer.repeat_recent()
+    assert list(writer._unsent) == [b"x" * RECENT_BYTES]  # noqa: SLF001
+    await writer.flush()
+    await send(b"x" * (RECENT_BYTES + 1))
+    writer.repeat_recent()
+    assert list(writer._unsent) == []  # noqa: SLF001
+    assert [command[-1] for _, command in store.ran][:2] == [b"old", b"new"]
+
+
+def test_what_is_too_large_to_be_an_entry_is_refused_unread() -> None:
+    noise = b"\1" * (MAX_ENTRY_BYTES + 1)
+    with pytest.raises(StoreCorrupt, match="journal entry is too large"):
+        codec.decode_batch(noise)
+    with pytest.raises(StoreCorrupt, match="vector is too large"):
+        codec.decode_vector(noise)
+
+
+@pytest.mark.parametrize("text", [b"", b"x", b"1-x", b"-1-0", b"18446744073709551616-0", b"0-18446744073709551616"])
+def test_a_stream_id_that_redis_cannot_have_written_is_damage(text: bytes) -> None:
+    with pytest.raises(StoreCorrupt):
+        parse_id(text)
+
+
+def test_a_stream_id_without_its_second_number_is_its_first() -> None:
+    assert [parse_id(text) for text in (b"7", b"7-0", b"18446744073709551615-5")] == [(7, 0), (7, 0), (2**64 - 1, 5)]
+
+
+@pytest.mark.parametrize("parts", [b"-1", b"%d" % (snapshots.MAX_PARTS + 1), b"many"])
+async def test_a_snapshots_head_with_an_impossible_number_of_parts_is_damage(parts: bytes) -> None:
+    store = FakeStore()
+    store.replies["HMGET"] = [b"id", b"1-0", parts]
+    with pytest.raises(StoreCorrupt):
+        await LeaseAndSnapshots(store.as_store(), "w", lease_seconds=1.0).head()
+
+
+def test_lost_and_damaged_parts_and_rows_that_come_twice_are_left_out_and_counted() -> None:
+    index, stats = PrefixIndex(origin=1), JournalStats()
+    index.place(0, LONG, 5_000, 1.0)
+    chunks = [SnapshotChunk({0: NAMES[0]}, rows) for rows in index.snapshot()]
+    first, *others = [codec.encode_chunk(chunk) for chunk in chunks]
+    rows = SnapshotRows(ObjectLocations(), Numbered(NAMES), FakeClock(), stats)
+    replica_of: dict[int, int] = {}
+    read = list(rows.of([first, None, b"junk", first, *others], replica_of))
+    assert (stats.dropped_corrupt, stats.dropped_invalid) == (2, 1)
+    assert replica_of == {0: 0}
+    loaded = PrefixIndex()
+    for _ in loaded.load(read, replica_of):
+        pass
+    assert loaded.match(LONG).held[0].blocks == len(LONG)
