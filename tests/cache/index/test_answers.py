@@ -226,7 +226,7 @@ def test_a_snapshot_leaves_out_what_nobody_holds_and_reads_a_holder_once(bench):
         bench.served(talk(name, 4, system=2))
     rows = [row for rows in bench.index.snapshot(1) for row in rows]
     doubled = [
-        msgspec.structs.replace(row, holders=(*row.holders, *row.holders, HolderRow(9, 1.0, 0, 0, ())))
+        msgspec.structs.replace(row, holders=(*row.holders, *row.holders, HolderRow(9, 1.0, 0, 0, 0)))
         if isinstance(row, RunRow)
         else row
         for row in rows
