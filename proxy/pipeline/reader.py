@@ -172,8 +172,16 @@ class RequestReader:
         self._check_named_objects(call, pool)
         if call.tenant.is_limited:
             models = _created_models(call)
-            if models is None or (_path(call) == _BATCHES and not self._has_checked_input(call, pool)):
+            if models is None:
                 raise _unreadable()
+            if _path(call) == _BATCHES and not self._has_checked_input(call, pool):
+                raise Forbidden(
+                    "This key may use some models only, and those of the batch's input file are not known. Send the "
+                    "file to /v1/files in one request, with purpose batch and this key; files that /v1/uploads "
+                    "assembled from parts cannot be checked.",
+                    param="input_file_id",
+                    code="model_not_allowed",
+                )
             for model in models:
                 check_model(call.tenant, model)
 

@@ -210,6 +210,21 @@ async def test_only_a_file_whose_models_were_checked_becomes_the_batch_of_a_limi
         assert await status_of(http, cairn, "GET", "/v1/files/file-1", headers=CHEAP) == 200
 
 
+async def test_a_file_made_of_parts_is_no_batch_of_a_limited_client_and_the_refusal_says_what_to_do(http) -> None:
+    """Its parts pass unread, so that its models are unknown; as any other file it may be used."""
+    async with proxied() as (upstream, cairn):
+        upstream.answers["/v1/uploads"] = b'{"id":"upload-1","object":"upload"}'
+        upstream.answers["/v1/uploads/upload-1/complete"] = b'{"id":"upload-1","file":{"id":"file-9"}}'
+        for path in upstream.answers.copy():
+            assert await status_of(http, cairn, "POST", path, json={"purpose": "batch"}, headers=CHEAP) == 200
+        assert await status_of(http, cairn, "GET", "/v1/files/file-9", headers=CHEAP) == 200
+        batch = {"input_file_id": "file-9"}
+        async with http.post(f"{cairn.url}/batches", json=batch, headers=CHEAP) as answer:
+            error = (await answer.json())["error"]
+        assert (answer.status, error["code"], error["param"]) == (403, "model_not_allowed", "input_file_id")
+        assert "Send the file to /v1/files in one request" in error["message"]
+
+
 async def test_clients_of_one_tenant_share_objects_and_a_limited_one_runs_no_batch_of_another(http) -> None:
     """A batch file that a colleague with more models uploaded was not checked for it."""
     team = tuple(

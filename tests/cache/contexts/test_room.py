@@ -51,6 +51,18 @@ async def test_with_only_pinned_ones_left_a_creation_is_refused(nodes: list[Valk
         assert len(await contexts.rows(ONE)) == 3
 
 
+async def test_a_pinned_creation_beyond_the_quota_of_pins_is_refused_although_the_budget_has_room(
+    server: Valkey,
+) -> None:
+    """Otherwise one client's pins could take a whole budget that its other contexts need."""
+    server.flush()
+    async with opened([server], tenant_bytes=200_000, pinned_bytes=50_000) as one:
+        await one.contexts.create(ONE, draft(metadata={"pin": "1"}))
+        with pytest.raises(QuotaFull, match=r"contexts\.pinned_bytes"):
+            await one.contexts.create(ONE, draft(metadata={"pin": "1"}))
+        await one.contexts.create(ONE, draft())
+
+
 async def test_creations_at_once_cannot_exceed_the_total_budget_together(nodes: list[Valkey]) -> None:
     """Two workers, eight tenants, contexts that may not be discarded: room is reserved before it is taken."""
     async with opened(nodes, total_bytes=150_000) as one, opened(nodes, total_bytes=150_000) as two:

@@ -267,7 +267,15 @@ async def test_what_an_engine_says_is_found_and_described() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [b"[" * 100_000, b'{"data": ' + b"[" * 100_000, b'{"data": [' + b"9" * 5_000, b"\xff\xfe", b""]
+    "page",
+    [
+        b"[" * 100_000,
+        b'{"data": ' + b"[" * 100_000,
+        b'{"data": [{"id": "a", "x": ' + b"[" * 10_000,
+        b'{"data": [' + b"9" * 5_000,
+        b"\xff\xfe",
+        b"",
+    ],
 )
 async def test_a_page_that_cannot_be_read_says_nothing_and_ends_nothing(page: bytes) -> None:
     paths = (b"/v1/models", b"/metrics", b"/props", b"/get_server_info", b"/version")
