@@ -10,10 +10,10 @@ import pytest
 from cache import PrefixIndex
 from cache.index.hashing import cut
 from proxy.config.load import load
-from proxy.config.schema import Config, Pool, Replica
+from proxy.config.schema import Config, Pool, PoolKind, Replica
 from proxy.errors import ConfigError
 from proxy.fleet import Fleet
-from proxy.fleet.discovery import FORGET_SECONDS, Discovery
+from proxy.fleet.discovery import FORGET_SECONDS, Discovery, resolve
 from proxy.fleet.pools import ReplicaEndpoint
 from tests.support.clock import FakeClock
 
@@ -220,3 +220,40 @@ async def test_the_configuration_overrides_the_ranks_that_metrics_show():
     for number in range(3):
         assert not bench.members.ranks_found(bench.members.pools.backends[number], 4)
     assert bench.names() == names == ["engine:8000", "other:8000/rank-0", "other:8000/rank-1"]
+
+
+async def test_an_address_resolves_to_itself():
+    """By the system's resolver."""
+    assert set(await resolve("127.0.0.1", 80)) == {"127.0.0.1"}
+
+
+async def test_what_a_replica_with_a_request_left_held_is_forgotten_when_that_has_ended():
+    """Its number is not given away before."""
+    names = Names("10.0.0.1", "10.0.0.2")
+    bench = Bench(names)
+    await bench.members.begin()
+    charge = bench.fleet.charge(0, 10.0, 0.0)
+    names.addresses = ("10.0.0.2",)
+    await bench.members.look()
+    bench.clock.advance(FORGET_SECONDS + 1)
+    bench.members.forget()
+    assert bench.forgotten == []
+    bench.fleet.finish(charge, 1.0)
+    bench.members.forget()
+    assert bench.forgotten == [0]
+    await bench.members.close()
+
+
+async def test_what_a_provider_was_sent_ends_by_time_and_its_capacity_is_not_used():
+    """Nothing shows what a provider can hold."""
+    pool = Pool("cloud", (Replica("http://cloud", capacity_tokens=5),), kind=PoolKind.PROVIDER, ttl_seconds=300.0)
+    index = PrefixIndex()
+    members = Discovery(Config(pools=(pool,)), Fleet(Random(1).random), index, FakeClock(), Names())
+    chain = cut(0, [b"x" * 9_000])
+    index.place(0, chain, 2_000, 0.0)
+    assert members.pools.all[0].is_provider
+    assert index.replicas()[0].budget_tokens != 5
+    index.tend(299.0)
+    assert 0 in index.match(chain).held
+    index.tend(301.0)
+    assert index.match(chain).held == {}

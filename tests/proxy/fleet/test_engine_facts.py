@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -108,3 +109,25 @@ def test_running_and_waiting_requests_are_read_and_added_over_the_ranks():
     sglang = read_metrics(b"sglang:num_running_reqs 4\nsglang:num_queue_reqs 1\n")
     assert (sglang.running, sglang.waiting) == (4, 1)
     assert read_metrics(b"vllm:num_requests_running nan\n").running is None
+
+
+def test_sglang_names_its_version():
+    """And an engine that names none has none."""
+    assert read_sglang_server(b'{"version":"0.5.1","max_total_num_tokens":9}').version == "0.5.1"
+    assert read_sglang_server(b'{"max_total_num_tokens":9}').version is None
+
+
+def test_what_one_page_leaves_out_is_taken_from_the_next():
+    """What a page says itself is kept."""
+    full = EngineFacts(10, 2, 1.5, tells_timings=True, slots=3, engine="e", version="v", has_template=True)
+    full = msgspec.structs.replace(full, running=4, waiting=5, ranks=6)
+    assert EngineFacts().joined(full) == full
+    assert full.joined(EngineFacts()) == full
+    assert full.joined(EngineFacts(11, 12, 13.0, slots=14, engine="x", running=15, waiting=16, ranks=17)) == full
+
+
+def test_each_of_many_ranks_holds_something():
+    """A sum that is less than the number of ranks is no capacity of nothing."""
+    one = EngineFacts(3, 2, running=9, waiting=3).per_rank(4)
+    assert (one.capacity_tokens, one.in_flight_limit, one.running, one.waiting) == (1, 1, 2, 0)
+    assert EngineFacts().per_rank(4) == EngineFacts()

@@ -656,3 +656,46 @@ def test_a_replica_at_rest_costs_no_new_row():
     assert row(fleet, now=5.0).in_flight == 1
     fleet.finish(charge, 5.0)
     assert row(fleet, now=5.0).in_flight == 0
+
+
+def test_the_wait_at_a_replica_is_what_is_pending_before_it_and_how_late_it_is():
+    """With the prompt's own work."""
+    fleet = fleet_of("a")
+    assert fleet.wait_seconds(0, 500.0, 0.0) == pytest.approx(0.5)
+    fleet.charge(0, 1_000.0, 0.0)
+    assert fleet.wait_seconds(0, 500.0, 0.0) == pytest.approx(1.5)
+    assert fleet.wait_seconds(0, 500.0, 3.0) == pytest.approx(0.5 + 2.0)
+
+
+def test_a_replica_is_open_until_it_cannot_be_reached_and_again_after_its_back_off():
+    fleet = fleet_of("a")
+    assert fleet.is_open(0, 0.0)
+    fleet.unreachable(0, 0.0, "refused")
+    assert not fleet.is_open(0, 0.0)
+    assert fleet.is_open(0, 100.0)
+
+
+def test_a_rate_is_measured_once_it_was_shown_or_configured():
+    """Until then the pool's is assumed; a response without a time for its prefill shows nothing."""
+    fleet = Fleet(lambda: 0.5)
+    fleet.add(ReplicaSpec("a", "pool"))
+    fleet.add(ReplicaSpec("b", "pool", prefill_tokens_per_second=RATE))
+    assert (fleet.measured_rate(0), fleet.measured_rate(1)) == (None, RATE)
+    charge = fleet.charge(0, 4_000.0, 0.0)
+    fleet.observe_prefill(charge, 4_000.0)
+    assert fleet.measured_rate(0) is None
+    for _ in range(50):
+        fleet.observe_prefill(charge, 4_000.0, 2.0)
+    assert fleet.measured_rate(0) == pytest.approx(2_000.0, rel=0.2)
+
+
+def test_a_process_that_ends_leaves_no_work_behind_and_none_at_replicas_that_are_gone():
+    fleet = fleet_of("a", "b")
+    peer_row = ShareRow(400, 2, 400, 0.0, 0.0, 0.0)
+    fleet.absorb("other", {"a": peer_row, "b": peer_row, "unknown": peer_row}, 0.0)
+    assert [view.in_flight for view in fleet.snapshot("pool", 0.0)] == [2, 2]
+    fleet.remove(1)
+    assert fleet.forget(1)
+    fleet.forget_peer("other")
+    assert [(view.in_flight, view.pending_tokens) for view in fleet.snapshot("pool", 0.0)] == [(0, 0.0)]
+    fleet.forget_peer("other")

@@ -20,7 +20,7 @@ from proxy.config.schema import Config, Kubernetes, Pool, Replica
 from proxy.fleet import Fleet
 from proxy.fleet.discovery import Discovery
 from proxy.fleet.endpoint_slices import Endpoint
-from proxy.fleet.kubernetes import LIST_LIMITS, KubernetesApi, KubernetesEndpoints, Service, ServiceWatch
+from proxy.fleet.kubernetes import LIST_LIMITS, ApiError, KubernetesApi, KubernetesEndpoints, Service, ServiceWatch
 from proxy.tasks import Tasks
 from proxy.upstream import Origin, UpstreamClient
 from proxy.worker.from_config import trust_only
@@ -274,3 +274,63 @@ async def test_a_replica_of_another_zone_is_far() -> None:
         assert [view.is_far for _, view in sorted(bench.views().items())] == [False, True, False]
     async with ApiServer(*slices) as server, Bench(server, config(url)) as bench:
         assert not any(view.is_far for view in bench.views().values())
+
+
+class Answering:
+    """A client that keeps what it is asked and answers with status 200."""
+
+    def __init__(self) -> None:
+        self.targets: list[bytes] = []
+        self.headers: dict[bytes, bytes] = {}
+        self.status = 200
+
+    async def request(self, origin: Origin, method: bytes, target: bytes, headers: Any, **more: Any) -> Answering:
+        self.targets.append(target)
+        self.headers = dict(headers)
+        return self
+
+
+async def test_outside_a_cluster_the_operator_is_told_which_key_to_set() -> None:
+    with pytest.raises(ApiError, match=r"kubernetes\.api_url"):
+        await KubernetesApi(Answering(), None, None).get(VLLM, "limit=1", LIST_LIMITS)  # type: ignore[arg-type]
+
+
+async def test_a_service_without_a_namespace_is_looked_for_in_the_pods_own(tmp_path: Path) -> None:
+    """JSON is asked for, since the API server knows other formats, and no token is sent where there is none."""
+    file = tmp_path / "namespace"
+    file.write_text("mine\n")
+    client = Answering()
+    api = KubernetesApi(client, Origin.parse("http://api"), None, namespace_file=file)  # type: ignore[arg-type]
+    for _ in range(2):
+        await api.get(Service("vllm", "", "http"), "limit=1", LIST_LIMITS)
+        file.unlink(missing_ok=True)
+    path = b"/apis/discovery.k8s.io/v1/namespaces/mine/endpointslices"
+    assert [target.partition(b"?")[0] for target in client.targets] == [path] * 2
+    assert client.headers == {b"accept": b"application/json"}
+
+
+async def test_an_event_that_never_ends_is_not_kept_and_everything_is_listed_anew() -> None:
+    """Empty lines are passed over."""
+    async with ApiServer(slice_of("a", "10.0.0.1")) as server, following(server) as found:
+        await asyncio.wait_for(server.watching.wait(), 5)
+        server.send_raw(b"\n\n")
+        server.send("ADDED", slice_of("b", "10.0.0.2", version="11"))
+        await eventually(lambda: found.addresses == ["10.0.0.1", "10.0.0.2"])
+        for _ in range(5):
+            server.send_raw(b"x" * 1024 * 1024)
+        await eventually(lambda: len(server.lists) == 2)
+
+
+async def test_the_start_waits_no_longer_than_it_may_for_an_api_server_that_is_silent() -> None:
+    tasks = Tasks()
+
+    class Silent(Answering):
+        async def request(self, *args: Any, **more: Any) -> Answering:
+            await asyncio.Event().wait()
+            return self
+
+    api = KubernetesApi(Silent(), Origin.parse("http://api"), None)  # type: ignore[arg-type]
+    endpoints = KubernetesEndpoints(api, tasks, lambda: 0.5)
+    endpoints.follow({VLLM}, lambda service, found: None)
+    await endpoints.listed(0.01)
+    await tasks.close()

@@ -205,3 +205,50 @@ async def test_a_provider_is_never_asked():
 def test_pages_that_are_no_renderings_are_none(page):
     assert not template_probe.read_applied(page)
     assert not template_probe.read_tokens(page)
+
+
+async def test_an_engine_that_refuses_some_prompts_shows_what_the_others_show():
+    """Conversations of several turns, or a system message that comes late: some templates raise an error there."""
+    whole = renderer(Template(system_first=True, moves_system=True))
+
+    def refusing(refuse):
+        async def rendered(request):
+            return None if refuse([message["role"] for message in request["messages"]]) else await whole(request)
+
+        return rendered
+
+    facts = await facts_of(refusing(lambda roles: len(roles) > 2))
+    assert (facts.order, facts.moves_system) == (ToolOrder.SYSTEM_FIRST, False)
+    facts = await facts_of(refusing(lambda roles: "system" in roles[1:]))
+    assert (facts.order, facts.moves_system) == (ToolOrder.SYSTEM_FIRST, False)
+    assert (await facts_of(whole)).moves_system
+
+
+async def test_a_prompt_that_is_refused_after_a_small_change_shows_no_order():
+    """What the two would share is not known."""
+    whole = renderer(Template(system_first=True))
+
+    async def rendered(request):
+        return None if "other tool" in str(request) else await whole(request)
+
+    assert (await facts_of(rendered)).order is ToolOrder.TOOLS_FIRST
+
+
+async def test_the_prompts_that_are_asked_about_are_such_as_clients_send():
+    """Engines check them: roles, and tools as functions with a name, a description and parameters."""
+    asked = []
+
+    async def rendered(request):
+        asked.append(request)
+        return str(request)
+
+    await template_probe.facts_of(rendered)
+    assert {message["role"] for request in asked for message in request["messages"]} == {
+        "system",
+        "user",
+        "assistant",
+    }
+    tools = [tool for request in asked for tool in request.get("tools", ())]
+    assert tools
+    assert all(tool["type"] == "function" for tool in tools)
+    assert {frozenset(tool["function"]) for tool in tools} == {frozenset({"name", "description", "parameters"})}

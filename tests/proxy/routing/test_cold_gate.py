@@ -329,3 +329,63 @@ async def test_a_claim_that_comes_for_a_client_that_left_is_given_back():
     waiting.cancel()
     await settle()
     assert bench.claims.released == ["replica-0"]
+
+
+async def test_the_last_turn_that_waits_withdraws_the_worker_s_claim():
+    """So that others need not wait for a worker in which nobody waits; alone there is no claim."""
+    for alone, withdrawn in ((False, 1), (True, 0)):
+        bench = Bench(1, alone=alone)
+        bench.fleet.pending[0] = 1e6
+        first, second = bench.begin(), bench.begin(prompt_end=2)
+        await settle()
+        first.cancel()
+        await settle()
+        assert bench.claims.withdrawn == 0
+        second.cancel()
+        await settle()
+        assert bench.claims.withdrawn == withdrawn
+
+
+async def test_what_waits_is_counted_by_priority_and_by_the_name_of_its_client():
+    """Clients without a name are counted together."""
+    bench = Bench(1)
+    bench.fleet.pending[0] = 1e6
+    turns = [
+        bench.begin(client="red"),
+        bench.begin(client="red", prompt_end=2),
+        bench.begin(prompt_end=3),
+        bench.begin(client="red", prompt_end=4, priority=Priority.HIGH),
+    ]
+    await settle()
+    assert bench.gate.waiting_by_client() == {
+        (Priority.NORMAL, "red"): 2,
+        (Priority.NORMAL, ""): 1,
+        (Priority.HIGH, "red"): 1,
+    }
+    assert (bench.gate.waiting()[Priority.HIGH], bench.gate.waiting()[Priority.NORMAL]) == (1, 3)
+    for turn in turns:
+        turn.cancel()
+    await settle()
+    assert bench.gate.waiting_by_client() == {}
+
+
+def test_the_need_of_the_sessions_is_told_as_a_share_of_what_all_caches_hold():
+    """Also of those that other workers served; unknown if one does not say what it can hold."""
+    bench = Bench(2, capacity=100_000.0)
+    assert bench.gate.need(POOL) == 0.0
+    bench.gate.placed_elsewhere(POOL, [1, 2], 50_000.0)
+    bench.gate.served(POOL).note([5, 6], 0, 20_000.0, 0.0, bench.clock.monotonic())
+    assert bench.gate.need(POOL) == pytest.approx(0.35)
+    bench.gate.placed_elsewhere(POOL, [1, 2, 3], 60_000.0)
+    assert bench.gate.need(POOL) == pytest.approx(0.40)
+    assert Bench(2, capacity=None).gate.need(POOL) is None
+    assert Bench(0).gate.need(POOL) is None
+
+
+def test_it_holds_while_the_sessions_of_any_pool_need_more_than_there_is():
+    bench = Bench()
+    assert not bench.gate.is_holding
+    assert bench.verdict(bench.turn()).waits
+    assert bench.gate.is_holding
+    bench.gate.observe("other", 100_000, 0)
+    assert bench.gate.is_holding

@@ -73,3 +73,33 @@ def test_little_work_and_old_work_say_nothing():
     pressure.observe(1.0, 0.0, 20 * MEMORY_SECONDS)
     assert pressure.repeated_share == 0.0
     assert not pressure.is_on(0.0, 0)
+
+
+def test_exactly_half_is_enough_and_never_more_than_all():
+    """Both shares are means, and the repeated part of an answer may be more than it computed."""
+    pressure = ColdPressure()
+    pressure.observe(100_000, 50_000, 0.0)
+    assert pressure.is_on(0.0, 0)
+    assert pressure.is_holding
+    pressure.observe(0, 90_000_000, 0.0)
+    assert pressure.repeated_share == 1.0
+
+
+def test_a_prompt_adds_only_its_own_part_to_a_cache():
+    """At least a quarter is assumed, however much prompts share."""
+    served = ServedPrompts()
+    assert served.own_share == 1.0
+    for name in range(0, 4_000, 2):
+        served.note([name, name + 1], 0, 1_000.0, 500.0, 0.0)
+    assert 0.49 < served.own_share < 0.51
+    for name in range(10_000, 14_000, 2):
+        served.note([name, name + 1], 0, 1_000.0, 1_000.0, 0.0)
+    assert served.own_share == 0.25
+
+
+def test_two_sessions_that_end_alike_are_one_from_then_on():
+    served = ServedPrompts()
+    served.note([1, 2], 0, 1_000.0, 0.0, 0.0)
+    served.note([3, 2], 0, 2_000.0, 0.0, 0.0)
+    assert served.needed_tokens(1.0) == 2_000.0
+    assert served.depth([1]) == 0

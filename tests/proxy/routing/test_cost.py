@@ -342,3 +342,28 @@ def test_room_is_needed_only_for_what_is_not_held():
 
     plan(LONG, Match({1: unused_part(39_000, 9_700)}), [view(0), view(1)], room=AskedRoom(1, 0))
     assert asked == {0: 10_000.0, 1: 300.0}
+
+
+def test_a_replica_that_names_no_time_does_not_shorten_the_wait_for_the_others():
+    views = [view(0, available=False), view(1, available=False, retry_after_seconds=5.0)]
+    with pytest.raises(Overloaded) as caught:
+        plan(LONG, NOTHING, views)
+    assert caught.value.retry_after_seconds == 5.0
+
+
+def test_the_error_names_the_pool_and_the_first_replicas_with_what_is_wrong_with_each():
+    """And how many there are more."""
+    views = [view(n, available=False, unavailable_because="unreachable") for n in range(9)]
+    with pytest.raises(Overloaded, match=r"'gpus'.*replica-0 is unreachable,.*and \d more"):
+        plan(LONG, NOTHING, views, pool_name="gpus")
+    with pytest.raises(Overloaded, match="there is none"):
+        plan(LONG, NOTHING, [])
+
+
+def test_a_tie_is_settled_though_another_replica_costs_much_more():
+    """Whatever its place in the snapshot."""
+    busy = view(0, in_flight=3, in_flight_seconds=0.0)
+    idle = view(1, in_flight_seconds=0.0)
+    far_behind = view(2, pending_tokens=1e6, in_flight_seconds=0.0)
+    for views in ([busy, idle, far_behind], [far_behind, busy, idle], [idle, far_behind, busy]):
+        assert chosen(LONG, NOTHING, views) == 1

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from proxy.errors import ConnectFailed, Overloaded, RateLimited
+from proxy.errors import ConnectFailed, DeadlineUnreachable, Overloaded, RateLimited
 from proxy.routing.fair_shares import Share, TenantShares
 from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 from tests.support.clock import FakeClock
@@ -219,3 +219,65 @@ async def test_other_bounds_hold_from_the_next_request_on():
     queue.set_limits(QueueLimits(deadline_seconds=0.01, max_waiting=1))
     with pytest.raises(Overloaded):
         await queue.acquire(1.0)
+
+
+@pytest.mark.parametrize("deadline_seconds", [0.01, -5.0])
+async def test_a_request_waits_no_longer_than_its_own_deadline(deadline_seconds: float):
+    """Also one that has passed when it comes; the client is told when to come back."""
+    queue = queue_of(1)
+    first = await queue.acquire(1.0)
+    now_seconds = queue._clock.monotonic()  # noqa: SLF001 - the clock of the test itself
+    with pytest.raises(DeadlineUnreachable) as caught:
+        await queue.acquire(1.0, deadline_seconds=now_seconds + deadline_seconds)
+    assert caught.value.retry_after_seconds is not None
+    assert len(queue) == 0
+    first.done()
+
+
+async def test_a_deadline_that_is_later_than_the_queues_does_not_lengthen_it():
+    queue = queue_of(1, deadline_seconds=0.01)
+    first = await queue.acquire(1.0)
+    with pytest.raises(Overloaded) as caught:
+        await queue.acquire(1.0, deadline_seconds=1e9)
+    assert not isinstance(caught.value, DeadlineUnreachable)
+    first.done()
+
+
+async def test_it_matters_for_whom_a_request_is_served_once_there_are_several_tenants():
+    shares = TenantShares()
+    queue = ReplicaQueue(1, QueueLimits(), FakeClock(), shares=shares)
+    shares.seen("a", 1.0, 0.0)
+    assert not queue.needs_share
+    shares.seen("b", 1.0, 0.0)
+    assert queue.needs_share
+
+
+async def test_a_look_at_an_empty_queue_changes_nothing():
+    queue = queue_of(1)
+    first = await queue.acquire(1.0)
+    queue.look()
+    assert (len(queue), queue.running) == (0, 1)
+    first.done()
+
+
+async def test_a_request_that_was_cancelled_in_the_moment_of_its_turn_gives_it_to_the_next():
+    """Also when all are told that the replica is down in that moment."""
+    queue = queue_of(1)
+    first = await queue.acquire(1.0)
+    order: list[float] = []
+    loop = asyncio.get_running_loop()
+    leaving, staying = (loop.create_task(waiter(queue, work, order)) for work in (1.0, 2.0))
+    await settle()
+    first.done()
+    leaving.cancel()
+    await settle()
+    assert order == [2.0]
+    assert staying.done()
+    first = await queue.acquire(1.0)
+    leaving = loop.create_task(waiter(queue, 1.0, order))
+    await settle()
+    leaving.cancel()
+    queue.fail(ConnectFailed("The replica is down."))
+    first.done()
+    await settle()
+    assert (len(queue), queue.running) == (0, 0)

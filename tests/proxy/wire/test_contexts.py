@@ -199,3 +199,61 @@ def test_repeated_tools_are_replaced_by_the_stored_ones() -> None:
     spliced = contexts.splice_repeated(prompt, b'[{"a":1.0}]', b'{"a":1}', [memoryview(b'{"a":1}')])
     assert isinstance(spliced, contexts.Spliced)
     assert made(bytes(prompt.body), spliced) == b'{"model":"m","tools":[{"a":1.0}],"messages":[{"a":1}]}'
+
+
+def test_a_context_may_be_named_in_headers() -> None:
+    """By its id, with the same options as in a message; without an id none is named."""
+    named = contexts.reference_in(
+        [
+            (b"accept", b"*/*"),
+            (b"x-msh-context-cache", b" cache-0123456789abcdef01234567 "),
+            (b"x-msh-context-cache-reset-ttl", b"60"),
+            (b"x-msh-context-cache-dryrun", b"1"),
+        ]
+    )
+    assert named is not None
+    assert (named.tag, named.reset_ttl_seconds, named.dry_run) == (None, 60, True)
+    assert contexts.reference_in([(b"x-msh-context-cache-reset-ttl", b"60")]) is None
+    assert contexts.reference_in([]) is None
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [(b"-reset-ttl", b"0"), (b"-reset-ttl", b"-1"), (b"-reset-ttl", b"1e3"), (b"-dryrun", b"yes")],
+)
+def test_options_that_cannot_be_read_are_refused_and_the_error_names_the_header(header: bytes, value: bytes) -> None:
+    with pytest.raises(BadRequest) as caught:
+        contexts.reference_in([(b"x-msh-context-cache", b"x"), (b"x-msh-context-cache" + header, value)])
+    assert caught.value.param == "X-Msh-Context-Cache"
+
+
+@pytest.mark.parametrize("key", ["tools", "functions"])
+def test_tools_beside_a_named_context_are_refused_and_the_error_names_the_field(key: str) -> None:
+    """The stored context has its own; null is as good as absent."""
+    for value, is_refused in (([], True), (None, False)):
+        body = json.dumps({"model": "m", "messages": [NAMING], key: value}).encode()
+        prompt = request.read(body, Endpoint.CHAT)
+        if is_refused:
+            with pytest.raises(BadRequest) as caught:
+                contexts.named_in(prompt)
+            assert caught.value.param == key
+        else:
+            assert contexts.named_in(prompt) is not None
+
+
+def test_every_option_of_a_reference_is_known_and_others_are_refused() -> None:
+    read = contexts.read_reference("tag=book;reset_ttl=60;dry_run=1")
+    assert (read.tag, read.reset_ttl_seconds, read.dry_run) == ("book", 60, True)
+    for content in ("tag=book;other=1", "tag=book;dry_run=2", "tag=book;reset_ttl=x", "tag=a;tag=b"):
+        with pytest.raises(BadRequest):
+            contexts.read_reference(content)
+
+
+def test_an_empty_list_of_tools_repeats_a_context_without_tools_and_no_other() -> None:
+    """So does null."""
+    stored = b'{"role":"user","content":"a"}'
+    for sent in ("[]", "null"):
+        body = b'{"model":"m","tools":%b,"messages":[%b]}' % (sent.encode(), stored)
+        prompt = request.read(body, Endpoint.CHAT)
+        assert isinstance(contexts.splice_repeated(prompt, b"", stored, [memoryview(stored)]), contexts.Spliced)
+        assert contexts.splice_repeated(prompt, b'[{"a":1}]', stored, [memoryview(stored)]) == "tools"

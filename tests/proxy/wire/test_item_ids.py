@@ -55,3 +55,10 @@ def test_a_line_without_end_is_not_kept() -> None:
 )
 def test_the_ids_of_a_plain_response_are_those_of_its_output(body: bytes, expected: list[str]) -> None:
     assert item_ids(body) == expected
+
+
+@pytest.mark.parametrize("data", [b'{"type":"response.output_item.added"', b"[1]", b"\xff"])
+def test_an_event_that_cannot_be_read_names_no_item_and_the_next_is_read(data: bytes) -> None:
+    ids = StreamedItemIds()
+    assert ids.feed(b"data: " + data + b" output_item.added\n\n") == []
+    assert ids.feed(event(ADDED, item={"id": "msg_1"})) == ["msg_1"]

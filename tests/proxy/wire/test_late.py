@@ -131,3 +131,40 @@ def test_a_message_is_its_blocks_in_deltas() -> None:
 def test_a_success_that_is_no_answer_is_an_error_event(endpoint: Endpoint, body: bytes) -> None:
     raw = events_of_plain(200, body, endpoint)
     assert read_event(raw, endpoint).error
+
+
+def test_a_message_begins_without_the_reason_of_its_end_and_a_text_ends_with_its_fields() -> None:
+    """An accumulator starts from the first event, and SDKs read `logprobs` of both events of a text."""
+    body = json.dumps({"type": "message", "content": [], "stop_reason": "end_turn", "stop_sequence": "x"}).encode()
+    begun = events(events_of_plain(200, body, Endpoint.MESSAGES))[0]["message"]
+    assert begun == {"type": "message", "content": [], "stop_reason": None, "stop_sequence": None}
+    output = [{"type": "message", "id": "m", "content": [{"type": "output_text", "text": "a", "annotations": []}]}]
+    found = events(events_of_plain(200, json.dumps({"output": output}).encode(), Endpoint.RESPONSES))
+    delta, done = (event for event in found if "output_text" in event["type"])
+    place = {"item_id": "m", "output_index": 0, "content_index": 0, "logprobs": []}
+    assert delta == {"type": "response.output_text.delta", **place, "delta": "a", "sequence_number": 3}
+    assert done == {"type": "response.output_text.done", **place, "text": "a", "sequence_number": 4}
+
+
+@pytest.mark.parametrize("status", [422, 499])
+def test_an_error_that_says_nothing_is_told_by_its_status(status: int) -> None:
+    """In every dialect, with a message that is no empty text."""
+    for body in (b'{"error":{"message":""}}', b"{}"):
+        (event,) = events(events_of_plain(status, body, Endpoint.RESPONSES))
+        assert str(status) in event["message"]
+        assert event["code"] == str(status)
+
+
+def test_an_answer_with_an_error_and_no_choices_is_passed_on_as_an_event() -> None:
+    (event,) = events(events_of_plain(200, b'{"error":{"message":"out of memory"}}', Endpoint.CHAT))
+    assert event == {"error": {"message": "out of memory"}}
+
+
+def test_a_chat_message_without_tool_calls_has_none_in_its_chunk() -> None:
+    """Null stays null."""
+    body = b'{"choices":[{"message":{"content":"a","tool_calls":null}},{"message":{"content":"b"}}]}'
+    chunk, _ = events(events_of_plain(200, body, Endpoint.CHAT))
+    assert [choice["delta"] for choice in chunk["choices"]] == [
+        {"content": "a", "tool_calls": None},
+        {"content": "b"},
+    ]

@@ -303,3 +303,30 @@ def test_the_usage_of_a_first_event_too_long_to_hold_is_found() -> None:
         tap.feed(event[start : start + 60_000])
     assert tap.usage is not None
     assert tap.finished
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "event"),
+    [
+        (Endpoint.CHAT, b'{"choices":[{"delta":{"content":%b}}],"usage":{"prompt_tokens":5,"completion_tokens":2}}'),
+        (
+            Endpoint.RESPONSES,
+            b'{"type":"response.x.delta","delta":%b,"response":{"usage":{"input_tokens":5,"output_tokens":2}}}',
+        ),
+        (
+            Endpoint.MESSAGES,
+            b'{"type":"content_block_delta","delta":%b,"usage":{"input_tokens":5,"output_tokens":2}}',
+        ),
+    ],
+)
+@pytest.mark.parametrize("value", [b'"\\ud800"', b"NaN", b'"\xff"'])
+def test_an_event_that_a_strict_decoder_refuses_is_read_as_well(
+    endpoint: Endpoint, event: bytes, value: bytes
+) -> None:
+    """A lone surrogate, NaN and bytes that are no UTF-8, in every dialect."""
+    stream = b"data: " + event % value + b"\n\n"
+    tap, out = relay([stream], endpoint)
+    assert out == stream
+    assert tap.first_token_seen
+    assert tap.usage is not None
+    assert (tap.usage.prompt_tokens, tap.usage.output_tokens) == (5, 2)

@@ -84,3 +84,10 @@ def test_lists_of_tools_are_remembered_within_a_bound() -> None:
 def test_a_few_long_messages_are_text_alone_only_if_each_content_is_a_string(last, expected):
     messages = [{"role": "system", "content": "a" * 4096}, {"role": "user", "content": last}]
     assert holds({"messages": messages}) is expected
+
+
+def test_a_file_id_that_begins_a_list_of_content_is_found_and_a_text_of_that_kind_is_not() -> None:
+    """Wherever the key is, and whatever white space is around it."""
+    assert not holds({"messages": [{"role": "user", "content": [{"file_id": "f"}]}]})
+    assert not holds({"messages": [{"role": "user", "content": [{"a": {"url": "x"}, "b": {"url": "https://x"}}]}]})
+    assert holds(content({"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": "url"}))

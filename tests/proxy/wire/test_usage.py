@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from proxy.model import Endpoint, Usage
 from proxy.wire.decode import ResponseDecoder
 from proxy.wire.sse import StreamTap
-from proxy.wire.usage import TOKENS_MOST, merge, normal, read_response, tail_usage
+from proxy.wire.usage import TOKENS_MOST, ResponseRead, created_object, merge, normal, read_response, tail_usage
 
 GOLDEN = Path(__file__).parent / "golden"
 PACK: dict[bytes, Callable[[bytes], bytes]] = {
@@ -340,3 +340,52 @@ def test_calls_that_add_up_to_less_than_the_whole_are_no_list_of_it() -> None:
 def test_mistrals_own_names_of_cached_tokens_are_read(fields) -> None:
     """At the top, or in details whose name is in the singular."""
     assert normal({"prompt_tokens": 100, "completion_tokens": 1, **fields}) == Usage(100, 1, 64)
+
+
+def test_a_body_that_a_strict_decoder_refuses_is_read_as_well() -> None:
+    """A lone surrogate or NaN in the text costs no usage, whichever the endpoint."""
+    for text in (b'"\\ud800"', b"NaN"):
+        body = b'{"x":%b,"usage":{"prompt_tokens":9,"completion_tokens":1},"model":"m"}' % text
+        read = read_response(body, Endpoint.CHAT)
+        assert (read.usage, read.error_seen, read.model) == (Usage(9, 1), False, "m")
+
+
+def test_a_response_that_is_cut_or_broken_has_the_usage_at_its_end_and_is_an_error_without_one() -> None:
+    """By the endpoint's own names, with the counts that it does not name left out."""
+    tail = b'x","usage":{"input_tokens":7,"output_tokens":2}}'
+    read = read_response(tail, Endpoint.MESSAGES)
+    assert read.usage is not None
+    assert (read.usage.prompt_tokens, read.usage.output_tokens, read.error_seen) == (7, 2, False)
+    assert read_response(b"nothing", Endpoint.CHAT) == ResponseRead(None, error_seen=True)
+
+
+def test_none_cached_is_a_count_and_more_than_the_prompt_is_not() -> None:
+    """An absent count is not a zero."""
+    for cached, expected in ((0, 0), (10, 10), (None, None)):
+        details = {} if cached is None else {"prompt_tokens_details": {"cached_tokens": cached}}
+        usage = normal({"prompt_tokens": 10, "completion_tokens": 1, **details}, endpoint=Endpoint.CHAT)
+        assert usage is not None
+        assert usage.cached_tokens == expected
+
+
+@pytest.mark.parametrize("body", [b"", b"x", b"[]", b'{"id":7}', b"\xff"])
+def test_a_response_that_describes_no_object_describes_none(body: bytes) -> None:
+    """Whatever the upstream sends."""
+    created = created_object(body)
+    assert created is None or not list(created.ids())
+
+
+def test_usage_in_a_choice_is_found_unless_the_choices_cannot_be_read() -> None:
+    """Moonshot's older API has it there."""
+    body = b'{"choices":[{},{"usage":{"prompt_tokens":9,"completion_tokens":1}}]}'
+    assert read_response(body, Endpoint.CHAT).usage == Usage(9, 1)
+    for choices in (b"7", b'[{"usage":7}]', b"null"):
+        assert read_response(b'{"choices":%b}' % choices, Endpoint.CHAT).usage is None
+
+
+def test_the_last_object_that_has_counts_is_the_usage_of_a_fragment() -> None:
+    """Not a tool's parameter of that name; one with NaN in it is read, and one without an end is none."""
+    counts = b'"usage": {"prompt_tokens": 9, "completion_tokens": 1, "x": {"y": NaN}}'
+    assert normal(tail_usage(b'{"a":1},' + counts + b', "usage": {"type": "string"}')) == Usage(9, 1)
+    assert tail_usage(counts[:-1]) is None
+    assert tail_usage(b'"usage": 7') is None
