@@ -383,9 +383,13 @@ def test_the_need_of_the_sessions_is_told_as_a_share_of_what_all_caches_hold():
 
 
 def test_it_holds_while_the_sessions_of_any_pool_need_more_than_there_is():
+    """From the first turn on that must wait for it."""
     bench = Bench()
-    assert not bench.gate.is_holding
+    holding = [bench.gate.is_holding]
     assert bench.verdict(bench.turn()).waits
-    assert bench.gate.is_holding
     bench.gate.observe("other", 100_000, 0)
-    assert bench.gate.is_holding
+    holding.append(bench.gate.is_holding)
+    bench.gate.observe(POOL, 10_000_000, 0)
+    assert not bench.verdict(bench.turn()).waits
+    holding.append(bench.gate.is_holding)
+    assert holding == [False, True, False]
