@@ -89,7 +89,7 @@ def test_cairn_reads_the_configuration_that_the_chart_writes(example: str, tmp_p
             (tmp_path / item["path"]).write_text("redis://:password@redis:6379" if "redis" in item["path"] else "key")
     file = tmp_path / "cairn.yaml"
     file.write_text(text.replace("/run/secrets/cairn", str(tmp_path)))
-    loaded = load(file, {"KUBERNETES_SERVICE_HOST": "10.96.0.1"})
+    loaded = load(file, {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "XDG_DATA_HOME": "/var/lib"})  # as in the image
     assert loaded.warnings == ()
     assert loaded.config.admin.token is not None
     assert loaded.config.server.port == 8080
