@@ -14,6 +14,7 @@ import click
 
 from proxy.cli import exit_codes as exits
 from proxy.cli.endpoint import ask
+from proxy.cli.terminal import print_sentence
 from proxy.config.data_folder import can_be_made, nearest_existing
 from proxy.errors import ConfigError
 from proxy.patterns import matches_any
@@ -51,7 +52,7 @@ def doctor(file: Path | None) -> None:
     has_failed = False
     findings = [Finding(None, warning) for warning in loaded.warnings]
     for found in (*findings, *check(loaded.config)):
-        click.echo(f"{_WORDS[found.is_good]}  {found.text}")
+        print_sentence(f"{_WORDS[found.is_good]}  {found.text}", indent="      ")
         has_failed = has_failed or found.is_good is False
     if has_failed:
         raise SystemExit(exits.FAILED)

@@ -18,7 +18,7 @@ from proxy.cli import exit_codes as exits
 from proxy.cli.admin_port import admin_client, admin_url
 from proxy.cli.http_client import NoAnswer
 from proxy.cli.tables import number, text
-from proxy.cli.terminal import print_table
+from proxy.cli.terminal import print_sentence, print_table
 from proxy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _from_admin_port(config: Config, url: str, since: str, by: By) -> SavingsRep
 
 def _print(report: SavingsReport) -> None:
     since = report.lines[0].name if report.by == "day" and report.lines else report.since
-    click.echo(f"Savings from {since} to {report.until} (UTC), by {report.by.value}")
+    print_sentence(f"Savings from {since} to {report.until} (UTC), by {report.by.value}")
     if not report.lines:
         click.echo("No request was answered in this time.")
         return
@@ -133,7 +133,7 @@ def _print(report: SavingsReport) -> None:
     if notes:
         click.echo()
     for note in notes:
-        click.echo(note)
+        print_sentence(note)
 
 
 _TOKEN_COLUMNS = [

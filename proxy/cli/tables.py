@@ -1,17 +1,21 @@
-"""Lay out tables for a terminal or a pipe. Pure; no value is ever cut or broken.
+"""Lay out tables and sentences for a terminal or a pipe. Pure; no value is ever cut or broken.
 
-In a terminal a table that is too wide is written as records, one line per value. A pipe gets the table at its full
-width, whatever that is.
+In a terminal a table that is too wide is written as records, one line per value, and a sentence is broken between
+words. A pipe gets both at their full width, whatever that is.
 """
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.cells import cell_len
 
 _GAP = "  "
+_NO_BREAK_SPACE = "\u00a0"
+_NARROWEST = 20  # a terminal that reports less, or nothing, gets lines of this width
 
 
 class Column(NamedTuple):
@@ -35,7 +39,7 @@ def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int
     """Return the lines of a table, or of records if the table is wider than `width` (None: any width)."""
     sizes = [max(map(cell_len, (column.heading, *(row[at] for row in rows)))) for at, column in enumerate(columns)]
     if width is not None and sum(sizes) + len(_GAP) * (len(columns) - 1) > width:
-        return _records(columns, rows)
+        return _records(columns, rows, width)
     headings = [column.heading for column in columns]
     return [_line(columns, sizes, row) for row in (headings, *rows)]
 
@@ -48,14 +52,41 @@ def _line(columns: Sequence[Column], sizes: Sequence[int], cells: Sequence[str])
     return _GAP.join(padded).rstrip()
 
 
-def _records(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the rows one after another: the first value as a title, then a line for each other column."""
+def _records(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Return the rows one after another, under the first heading: the first value, then a line for each other column.
+
+    A text that does not fit beside its heading is on a line of its own.
+    """
     widest = max((cell_len(column.heading) for column in columns[1:]), default=0)
     numbers = max((cell_len(row[at]) for row in rows for at, each in enumerate(columns) if each.is_number), default=0)
-    lines: list[str] = []
+    lines = [columns[0].heading]
     for row in rows:
-        lines.append(row[0])
+        lines.append(f"  {row[0]}")
         for column, cell in zip(columns[1:], row[1:], strict=True):
             heading = column.heading + " " * (widest - cell_len(column.heading))
-            lines.append(f"  {heading}{_GAP}{cell.rjust(numbers) if column.is_number else cell}")
+            line = f"    {heading}{_GAP}{cell.rjust(numbers) if column.is_number else cell}"
+            fits = column.is_number or cell_len(line) <= width
+            lines += [line] if fits else [f"    {column.heading}", *fold(f"      {cell}", width, "      ")]
     return lines
+
+
+def fold(sentence: str, width: int | None, indent: str = "") -> list[str]:
+    """Return the lines of `sentence`, broken between words, but not between a number and its unit.
+
+    Args:
+        sentence: spaces at its begin are kept.
+        width: of the terminal, in characters; None for one line.
+        indent: what each line but the first begins with.
+    """
+    if width is None:
+        return [sentence]
+    words = re.sub(r"(?<=\d) (?=\S)", _NO_BREAK_SPACE, sentence.lstrip())
+    lines = textwrap.wrap(
+        words,
+        max(width, _NARROWEST),
+        initial_indent=sentence[: len(sentence) - len(sentence.lstrip())],
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace(_NO_BREAK_SPACE, " ") for line in lines]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import click
 
-from proxy.cli.tables import Column, lay_out
+from proxy.cli.tables import Column, fold, lay_out
 
 
 def terminal_width() -> int | None:
@@ -21,4 +21,10 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title:
     if title:
         click.echo(click.style(title, bold=True))
     for line in lay_out(columns, rows, terminal_width()):
+        click.echo(line)
+
+
+def print_sentence(sentence: str, indent: str = "") -> None:
+    """Print a sentence, broken between words in a terminal; each line but the first begins with `indent`."""
+    for line in fold(sentence, terminal_width(), indent):
         click.echo(line)

@@ -6,18 +6,16 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from proxy.cli import exit_codes as exits
 from proxy.cli.admin_port import admin_client, admin_url
 from proxy.cli.http_client import HttpClient, NoAnswer
-from proxy.cli.tables import Column, lay_out, number, text
+from proxy.cli.tables import Column, fold, lay_out, number, text
+from proxy.cli.terminal import terminal_width
 from proxy.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _TIMEOUT_SECONDS = 10.0
@@ -46,7 +44,7 @@ def top(url: str | None, file: Path | None, once: bool) -> None:
     try:
         if once:
             state = next(states(client), None)
-            for line in lines(state or {}, None) if state else ():
+            for line in lines(state or {}, terminal_width()) if state else ():
                 click.echo(line)
         else:
             _watch(client)
@@ -89,11 +87,18 @@ def lines(state: State, width: int | None) -> list[str]:
     """Return the screen: the status and its reasons, failures, replicas, savings and prefixes. Pure."""
     if not state:
         return []
-    shown = [*_head(state), "", *_failures(state, width), *_replicas(state, width), "", *_savings(state, width)]
+    shown = [
+        *_head(state, width),
+        "",
+        *_failures(state, width),
+        *_replicas(state, width),
+        "",
+        *_savings(state, width),
+    ]
     return [*shown, "", *_prefixes(state, width)] if state["prefixes"] else shown
 
 
-def _head(state: State) -> list[str]:
+def _head(state: State, width: int | None) -> list[str]:
     up = sum(replica["up"] for replica in state["replicas"])
     facts = (
         f"{up} of {len(state['replicas'])} replicas up",
@@ -102,8 +107,22 @@ def _head(state: State) -> list[str]:
         f"{state['waiting']:,} waiting",
         f"{state['requests']:,} requests in {_duration(state['now_unix_seconds'] - state['started_unix_seconds'])}",
     )
-    head = [f"Cairn {state['version']}: {state['status']}", ", ".join(facts)]
-    return head + [f"  now: {reason}" for reason in state["reasons"]] + [f"  note: {n}" for n in state["notices"]]
+    head = [f"Cairn {state['version']}: {state['status']}", *_packed(facts, width)]
+    remarks = [f"  now: {reason}" for reason in state["reasons"]] + [f"  note: {each}" for each in state["notices"]]
+    return head + [line for remark in remarks for line in fold(remark, width, "    ")]
+
+
+def _packed(facts: Sequence[str], width: int | None) -> list[str]:
+    """Return the facts, separated by commas, in as few lines as fit in `width`; no fact is broken."""
+    lines = [facts[0]]
+    for fact in facts[1:]:
+        longer = f"{lines[-1]}, {fact}"
+        if width is None or len(longer) < width:  # a comma may follow
+            lines[-1] = longer
+        else:
+            lines[-1] += ","
+            lines.append(fact)
+    return lines
 
 
 def _failures(state: State, width: int | None) -> list[str]:

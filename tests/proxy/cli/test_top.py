@@ -111,3 +111,12 @@ def test_without_a_cairn_it_says_so() -> None:
     assert result.exit_code == 1
     assert "no Cairn answers at" in result.stderr
     assert "--url" in result.stderr
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_no_figure_is_broken_in_a_narrow_terminal(width: int) -> None:
+    """Every line fits, and each fact of the head is whole on one of them."""
+    shown = lines(state(), width)
+    assert [line for line in shown if len(line) > width] == []
+    for fact in ("1 of 2 replicas up", "0.0 requests/s", "3 in flight", "0 waiting", "0 requests in 15 min"):
+        assert any(fact in line for line in shown)
