@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-import click
+from proxy.cli.terminal import print_sentence
 
 FAILED = 1
 """The command failed."""
@@ -16,5 +16,5 @@ MISUSED = 2
 def fail(*problems: str, code: int = FAILED) -> NoReturn:
     """Print each problem and exit with `code`."""
     for problem in problems:
-        click.echo(f"cairn: {problem}", err=True)
+        print_sentence(f"cairn: {problem}", indent="  ", err=True)
     raise SystemExit(code)

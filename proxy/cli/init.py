@@ -9,6 +9,7 @@ import click
 
 from proxy.cli import exit_codes as exits
 from proxy.cli.endpoint import Endpoint, ask
+from proxy.cli.terminal import print_sentence
 
 _HEAD = """# Configuration of Cairn, written by `cairn init`. All settings: `cairn config reference`.
 # Check it against the endpoints with `cairn doctor --config {file}`, start with `cairn serve --config {file}`.
@@ -49,12 +50,12 @@ def init(urls: tuple[str, ...], output: Path, force: bool, key: str) -> None:
     endpoints = [ask(url, headers) for url in urls]
     for endpoint in endpoints:
         if endpoint.problem is not None:
-            click.echo(f"cairn: {endpoint.url} {endpoint.problem}", err=True)
+            print_sentence(f"cairn: {endpoint.url} {endpoint.problem}", indent="  ", err=True)
     try:
         output.write_text(configuration(endpoints, str(output), has_key=bool(key)))
     except OSError as error:
         exits.fail(f"cannot write {output}: {error.strerror}")
-    click.echo(f"{output} is written; start with: cairn serve --config {output}")
+    print_sentence(f"{output} is written; start with: cairn serve --config {output}", indent="  ")
 
 
 def configuration(endpoints: Sequence[Endpoint], file: str, *, has_key: bool) -> str:
@@ -75,7 +76,9 @@ def configuration(endpoints: Sequence[Endpoint], file: str, *, has_key: bool) ->
 
 
 def _replica(endpoint: Endpoint, *, has_key: bool) -> str:
-    found = endpoint.problem or ", ".join(filter(None, (endpoint.engine, f"{len(endpoint.models)} models")))
+    count = len(endpoint.models)
+    models = f"{count} model" if count == 1 else f"{count} models"
+    found = endpoint.problem or ", ".join(filter(None, (endpoint.engine, models)))
     lines = [f"      - url: {_quoted(endpoint.url)}    # {found}"]
     lines += ["        key_env: OPENAI_API_KEY"] if has_key else ["        # key_env: OPENAI_API_KEY"]
     if not endpoint.engine and endpoint.problem is None:

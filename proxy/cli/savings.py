@@ -137,12 +137,11 @@ def _print(report: SavingsReport) -> None:
 
 
 _TOKEN_COLUMNS = [
-    number(heading)
-    for heading in ("responses", "prompt", "cached", "share", "written", "output", "prefill seconds saved")
+    number(heading) for heading in ("responses", "prompt", "cached", "share", "written", "output", "prefill saved")
 ]
 _MONEY_COLUMNS = [
     number(heading)
-    for heading in ("uncached cost", "saving", "surcharge", "net saving", "cost", "of input", "of the bill")
+    for heading in ("uncached", "saving", "surcharge", "net saving", "cost", "of input", "of the bill")
 ]
 
 
@@ -155,7 +154,7 @@ def _token_cells(line: SavingsLine) -> tuple[str, ...]:
         _share(line.cached_share),
         f"{line.written_tokens:,}",
         f"{line.output_tokens:,}",
-        f"{line.prefill_seconds_saved:,.1f}",
+        f"{line.prefill_seconds_saved:,.1f} s",
     )
 
 

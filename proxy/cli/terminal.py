@@ -11,9 +11,10 @@ import click
 from proxy.cli.tables import Column, fold, lay_out
 
 
-def terminal_width() -> int | None:
-    """Return the width of the terminal that standard output is, or None if it is a pipe or a file."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+def terminal_width(*, err: bool = False) -> int | None:
+    """Return the width of the terminal, or None if standard output (or `err`, standard error) is a pipe or a file."""
+    is_terminal = (sys.stderr if err else sys.stdout).isatty()
+    return shutil.get_terminal_size().columns if is_terminal else None
 
 
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str = "") -> None:
@@ -24,7 +25,7 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title:
         click.echo(line)
 
 
-def print_sentence(sentence: str, indent: str = "") -> None:
+def print_sentence(sentence: str, indent: str = "", *, err: bool = False) -> None:
     """Print a sentence, broken between words in a terminal; each line but the first begins with `indent`."""
-    for line in fold(sentence, terminal_width(), indent):
-        click.echo(line)
+    for line in fold(sentence, terminal_width(err=err), indent):
+        click.echo(line, err=err)
