@@ -173,8 +173,9 @@ class TemplateFacts(msgspec.Struct, frozen=True):
     text of messages between `<think>` and `</think>`. `ignores_reasoning`: the field is left out everywhere.
     `moves_system`: system messages within the conversation are moved to its beginning. `dated`: the head contains
     today's date. `none_drops_tools`: `tool_choice` "none" leaves the tools out. `headless`: template arguments that
-    change nothing before the last message. `keeps_billing`: a client's billing block is rendered. `root` is the
-    model's own name if it is served by others.
+    change nothing before the last message. `keeps_billing`: a client's billing block is rendered.
+    `joins_head`: prompts share nothing unless tools and system messages are equal, since engines of the pool put them
+    in different orders. `root` is the model's own name if it is served by others.
     """
 
     order: ToolOrder = ToolOrder.TOOLS_FIRST
@@ -186,6 +187,7 @@ class TemplateFacts(msgspec.Struct, frozen=True):
     none_drops_tools: bool = True
     headless: frozenset[str] = frozenset()
     keeps_billing: bool = False
+    joins_head: bool = False
     root: str = ""
 
 

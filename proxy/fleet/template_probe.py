@@ -202,7 +202,7 @@ def _shared(one: Rendering, other: Rendering | None) -> int:
 
 
 class TemplateProber:
-    """Asks one engine of each pool about each of its models. One per worker."""
+    """Asks each engine about each of its models. One per worker."""
 
     def __init__(
         self, client: UpstreamClient, pools: Pools, templates: Templates, clock: Clock, limits: Limits
@@ -221,8 +221,12 @@ class TemplateProber:
 
     async def look(self) -> None:
         """Ask every engine about the models that are not known yet, once."""
-        for number in sorted(self._pools.served):
-            endpoint = self._pools.backends[number]
+        endpoints = [self._pools.backends[number] for number in sorted(self._pools.served)]
+        in_force: dict[str, set[str]] = {}
+        for endpoint in endpoints:
+            in_force.setdefault(endpoint.pool, set()).add(_engine_of(endpoint))
+        self._templates.keep(in_force)
+        for endpoint in endpoints:
             if endpoint.is_provider:
                 continue
             try:
@@ -235,10 +239,10 @@ class TemplateProber:
         self._templates.listed(endpoint.pool, models)
         names = [str(model.get("id")) for model in models[:MAX_MODELS_PROBED]]
         for name in names:
-            if self._templates.wants_probe(endpoint.pool, name):
+            if self._templates.wants_probe(endpoint.pool, name, _engine_of(endpoint)):
                 facts = await facts_of(self._renderer(endpoint, name), self._dates())
                 if facts is not None:
-                    self._templates.shown(endpoint.pool, name, facts)
+                    self._templates.shown(endpoint.pool, name, _engine_of(endpoint), facts)
 
     def _dates(self) -> list[str]:
         now = datetime.fromtimestamp(self._clock.unix(), UTC)
@@ -269,6 +273,11 @@ class TemplateProber:
             return response.status, await response.read(_PAGE_AT_MOST_BYTES)
         finally:
             response.abort()
+
+
+def _engine_of(endpoint: ReplicaEndpoint) -> str:
+    """Return the name of the engine behind an endpoint, which all its ranks share."""
+    return endpoint.engine_name or endpoint.name
 
 
 class _Applied(msgspec.Struct):

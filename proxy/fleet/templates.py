@@ -1,15 +1,22 @@
-"""The facts of every model's chat template: as configured, as shown by an engine, or its family's default."""
+"""The facts of every model's chat template: as configured, as shown by the engines, or its family's default.
+
+A prompt has one key for all engines of a pool. If they render differently, the key is made so that what two prompts
+share in it is shared at each of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from proxy.config.schema import Config, Pool, PoolKind, Template
 from proxy.fleet.template_families import family_facts
-from proxy.model import TemplateFacts
+from proxy.model import TemplateFacts, ToolOrder
+
+log = logging.getLogger("cairn.templates")
 
 PLAIN: Final = TemplateFacts()
 """Tools first and nothing left out: the order of the dialects themselves."""
@@ -23,7 +30,7 @@ class Templates:
 
     def __init__(self, config: Config) -> None:
         self._said: dict[str, Template | None] = {}
-        self._shown: dict[tuple[str, str], TemplateFacts] = {}
+        self._shown: dict[tuple[str, str], dict[str, TemplateFacts]] = {}
         self._roots: dict[tuple[str, str], str] = {}
         self._found: dict[tuple[str, str], TemplateFacts] = {}
         self.set_config(config)
@@ -43,15 +50,39 @@ class Templates:
             self._found[pool, model] = found
         return found
 
-    def wants_probe(self, pool: str, model: str) -> bool:
+    def wants_probe(self, pool: str, model: str, engine: str) -> bool:
         """Return whether an engine of the pool should be asked how it renders."""
-        return pool in self._said and (pool, model) not in self._shown
+        return pool in self._said and engine not in self._shown.get((pool, model), ())
 
-    def shown(self, pool: str, model: str, facts: TemplateFacts) -> None:
+    def shown(self, pool: str, model: str, engine: str, facts: TemplateFacts) -> None:
         """Store the facts that an engine of the pool showed when it was asked."""
-        if len(self._shown) < MAX_MODELS:
-            self._shown[pool, model] = facts
-            self._found.clear()
+        known = self._shown.get((pool, model))
+        if known is None:
+            if len(self._shown) >= MAX_MODELS:
+                return
+            known = self._shown[pool, model] = {}
+        known[engine] = facts
+        self._found.clear()
+        if any(each != facts for each in known.values()):
+            log.warning(
+                "pool %s: engines render prompts of %s differently (%s unlike %s); only what all of them share is "
+                "expected to be cached. Serve one template per pool.",
+                pool,
+                model,
+                engine,
+                next(name for name, each in known.items() if each != facts),
+            )
+
+    def keep(self, engines: Mapping[str, Collection[str]]) -> None:
+        """Forget what engines showed that are gone; `engines` are those in force by pool."""
+        for (pool, model), known in list(self._shown.items()):
+            in_force = engines.get(pool, ())
+            gone = [name for name in known if name not in in_force]
+            if len(gone) == len(known):
+                continue  # the last known template is a better guess than its family's
+            for name in gone:
+                del self._shown[pool, model][name]
+                self._found.clear()
 
     def listed(self, pool: str, models: Sequence[Mapping[str, Any]]) -> None:
         """Store an engine's list of models: names with the same `root` are one model, but an adapter is another."""
@@ -69,11 +100,39 @@ class Templates:
         if pool not in self._said:
             return PLAIN
         root = self._roots.get((pool, model), "")
-        facts = self._shown.get((pool, model)) or family_facts(model) or family_facts(root) or PLAIN
+        shown = self._shown.get((pool, model))
+        facts = common_facts(list(shown.values())) if shown else family_facts(model) or family_facts(root) or PLAIN
         said = self._said[pool]
         if said is not None:
             facts = _said_over(said, facts)
         return msgspec.structs.replace(facts, root=root) if root else facts
+
+
+def common_facts(shown: Sequence[TemplateFacts]) -> TemplateFacts:
+    """Return facts by which prompts have in common what they have in common at each of several engines, or less.
+
+    Billing lines are left out unless all engines render them: an engine that does reuses nothing of such a session
+    either way, and the others do.
+    """
+    first = shown[0]
+    if all(each == first for each in shown):
+        return first
+    orders = {each.order for each in shown}
+    order = first.order
+    if len(orders) > 1:
+        order = ToolOrder.TOOLS_LAST if ToolOrder.TOOLS_LAST in orders else ToolOrder.TOOLS_FIRST
+    return TemplateFacts(
+        order=order,
+        joins_head=len(orders) > 1,
+        drops_reasoning=any(each.drops_reasoning for each in shown),
+        drops_thoughts=any(each.drops_thoughts for each in shown),
+        ignores_reasoning=all(each.ignores_reasoning for each in shown),
+        moves_system=any(each.moves_system for each in shown),
+        dated=any(each.dated for each in shown),
+        none_drops_tools=any(each.none_drops_tools for each in shown),
+        headless=frozenset.intersection(*[each.headless for each in shown]),
+        keeps_billing=all(each.keeps_billing for each in shown),
+    )
 
 
 def _renders(pool: Pool) -> bool:
@@ -85,6 +144,7 @@ def _said_over(said: Template, facts: TemplateFacts) -> TemplateFacts:
     """Return `facts` overridden by the configured template `said`."""
     changes: dict[str, Any] = {
         "order": said.order,
+        "joins_head": None if said.order is None else False,
         "drops_reasoning": said.drops_reasoning,
         "drops_thoughts": said.drops_thoughts,
         "ignores_reasoning": said.ignores_reasoning,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Final
 
 import msgspec
@@ -95,6 +96,8 @@ def keyed_salt(prompt: Prompt, facts: TemplateFacts, today: str) -> tuple[bytes,
 
 def keyed_spans(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
     """Return the prompt's spans in the order in which the engine renders them, without what it leaves out."""
+    if facts.joins_head:
+        return _with_joint_head(prompt, msgspec.structs.replace(facts, joins_head=False))
     spans: Sequence[Span] = prompt.spans
     system = prompt.tool_spans  # the place of the system prompt
     if facts.order is not _TOOLS_FIRST or facts.moves_system or _drops_any(facts):
@@ -114,15 +117,35 @@ def keyed_spans(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
         return spans
     else:
         spans = _with_strings(_without_marks(spans, system, keeps_billing=facts.keeps_billing))
+    return _without_ids(spans, system)
+
+
+def _without_ids(spans: Sequence[Span], system: int) -> Sequence[Span]:
+    """Return the spans without the ids of messages, if one of the first from `system` on has one."""
     for place in range(system, min(system + 1 + _ID_SAMPLE, len(spans))):
         if _may_carry_id(spans[place]):
             return [*spans[:place], *[_without_id(span) for span in spans[place:]]]
     return spans
 
 
+def _with_joint_head(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
+    """Return the spans behind a digest of tools and system messages, so that prompts share both or nothing."""
+    spans = keyed_spans(prompt, facts)
+    head = spans
+    if facts.order is not _TOOLS_FIRST:
+        head = keyed_spans(prompt, msgspec.structs.replace(facts, order=_TOOLS_FIRST))
+    count = 0 if _drops_tools(prompt, facts) else prompt.tool_spans
+    leading = prompt.system_spans
+    count += leading if leading >= 0 else _leading_systems(prompt.spans[prompt.tool_spans :])
+    digest = blake2b(digest_size=16)
+    for span in head[:count]:
+        digest.update(span)
+    return [digest.digest(), *spans]
+
+
 def stored_first(rest: Sequence[Span], facts: TemplateFacts) -> bool:
     """Return whether a stored context is always rendered before the messages that follow it."""
-    if facts.moves_system or facts.order is _TOOLS_LAST:
+    if facts.moves_system or facts.joins_head or facts.order is _TOOLS_LAST:
         return False
     return not (facts.drops_reasoning or facts.drops_thoughts) or _last_user(rest) >= 0
 

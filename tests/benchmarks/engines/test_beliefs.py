@@ -16,6 +16,7 @@ from benchmarks.engines.sessions import Session, tools, words
 from benchmarks.engines.templates import Template, decode_chat
 from cache import FeedbackKind, chain_root, cut
 from cache.index.prefix_index import UNLIMITED_TOKENS
+from proxy.fleet.templates import common_facts
 from proxy.model import Endpoint, TemplateFacts, ToolOrder
 from proxy.wire.request import read
 
@@ -363,3 +364,28 @@ def test_ranks_that_are_known_are_as_good_as_engines_of_their_own():
     unknown = computed(CairnProxy([RankedEngine(caches())], capacities=800_000))
     assert known <= urls
     assert unknown > 2 * known
+
+
+def test_engines_of_one_pool_that_render_differently_are_expected_to_share_what_each_does():
+    """Two put the tools first, one the system message, which also drops old reasoning: no prediction is too high.
+
+    Sessions with the same tools and different system prompts, as with the same of both, compute no more than before
+    engines to which they are bound.
+    """
+    dropping = Template(system_first=True, drops_reasoning=True)
+    facts = common_facts(
+        [TemplateFacts(), TemplateFacts(), TemplateFacts(order=ToolOrder.SYSTEM_FIRST, drops_reasoning=True)]
+    )
+    kinds = (Template(), Template(), dropping)
+    proxy = CairnProxy([SimulatedEngine(BlockCache(1_000_000), kind) for kind in kinds], facts=facts)
+    bound_to = [SimulatedEngine(BlockCache(1_000_000), kind) for kind in kinds]
+    talks = [Session(f"talk {number}", words(f"kind {number % 4}", 900), tools("all", 1_500)) for number in range(12)]
+    answers = []
+    for _ in range(6):
+        for number, talk in enumerate(talks):
+            answers.append(turn(proxy, talk, tokens=200, reasoning=100))
+            del talk.messages[-1]
+            bound_to[number % 3].serve(decode_chat(talk.body()))
+            talk.answered(answers[-1].usage.output_tokens, 100)
+    assert all(answer.predicted_tokens <= answer.usage.cached_tokens + 64 for answer in answers)
+    assert sum(engine.computed_tokens for engine in proxy.engines) <= sum(each.computed_tokens for each in bound_to)

@@ -184,12 +184,33 @@ async def test_an_engine_is_asked_about_each_of_its_models_once(path):
     assert engine.asked[asked:] == [b"/v1/models"]
 
 
+async def test_each_engine_of_a_pool_is_asked_and_its_ranks_are_one():
+    """Two engines that render differently, the second with two ranks."""
+    engines = {"a": FakeEngine(b"/tokenize", Template()), "b": FakeEngine(b"/tokenize", Template(system_first=True))}
+
+    class BothEngines:
+        async def request(self, origin, *arguments, **more):
+            return await engines[origin.host].request(origin, *arguments, **more)
+
+    templates = Templates(Config(pools=(Pool("pool", (Replica("http://a"), Replica("http://b"))),)))
+
+    def endpoint(name: str, engine: str) -> ReplicaEndpoint:
+        return ReplicaEndpoint(name, "pool", f"http://{engine}", Origin.parse(f"http://{engine}"), engine_name=engine)
+
+    endpoints = {0: endpoint("a", "a"), 1: endpoint("b/rank-0", "b"), 2: endpoint("b/rank-1", "b")}
+    pools = Pools((ServedPool("pool", ("*",)),), None, endpoints)
+    probing = TemplateProber(BothEngines(), pools, templates, FakeClock(), Limits())  # type: ignore[arg-type]
+    await probing.look()
+    assert templates.of("pool", "chat").joins_head
+    assert engines["b"].asked[-1] == b"/v1/models", "the second rank only lists its models"
+
+
 async def test_an_engine_that_cannot_render_or_be_reached_changes_nothing():
     engine = FakeEngine(b"/nowhere", Template())
     probing, templates = prober(engine)
     await probing.look()
     assert templates.of("pool", "chat").order is ToolOrder.TOOLS_FIRST
-    assert templates.wants_probe("pool", "chat")
+    assert templates.wants_probe("pool", "chat", "h")
     engine.fails = True
     await probing.look()
 

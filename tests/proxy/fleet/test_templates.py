@@ -6,7 +6,7 @@ import pytest
 
 from proxy.config.schema import Config, Pool, PoolKind, Replica, Template
 from proxy.fleet.template_families import family_facts
-from proxy.fleet.templates import PLAIN, Templates
+from proxy.fleet.templates import PLAIN, Templates, common_facts
 from proxy.model import TemplateFacts, ToolOrder
 
 
@@ -37,18 +37,65 @@ def test_an_unknown_model_is_taken_as_it_is_sent():
 
 def test_what_an_engine_shows_counts_before_the_family_and_what_is_configured_before_both():
     known = templates(Template(dated=True, arguments_without_effect=("thinking",)))
-    assert known.wants_probe("pool", "qwen3")
-    known.shown("pool", "qwen3", TemplateFacts(moves_system=True))
-    assert not known.wants_probe("pool", "qwen3")
+    assert known.wants_probe("pool", "qwen3", "h")
+    known.shown("pool", "qwen3", "h", TemplateFacts(moves_system=True))
+    assert not known.wants_probe("pool", "qwen3", "h")
     facts = known.of("pool", "qwen3")
     assert facts == TemplateFacts(moves_system=True, dated=True, headless=frozenset({"thinking"}))
     known.set_config(Config(pools=(Pool("pool", (Replica("http://h"),)),)))
     assert known.of("pool", "qwen3") == TemplateFacts(moves_system=True)
 
 
+SYSTEM_FIRST = TemplateFacts(order=ToolOrder.SYSTEM_FIRST)
+
+
+def test_engines_that_render_differently_have_in_common_what_each_of_them_shares(caplog):
+    """The log names both; once the one that differs is gone, the other counts alone."""
+    known = templates()
+    known.shown("pool", "m", "a", TemplateFacts())
+    known.shown("pool", "m", "b", TemplateFacts())
+    assert not known.of("pool", "m").joins_head
+    assert not caplog.records
+    known.shown("pool", "m", "c", SYSTEM_FIRST)
+    assert known.of("pool", "m").joins_head
+    assert "engines render prompts of m differently (c unlike a)" in caplog.text
+    assert known.wants_probe("pool", "m", "d")
+    known.keep({"pool": {"c", "d"}})
+    assert known.of("pool", "m") == SYSTEM_FIRST
+    known.keep({"pool": {"d"}})
+    assert known.of("pool", "m") == SYSTEM_FIRST, "the last known template is a better guess than none"
+
+
+def test_an_order_that_is_configured_holds_for_all_engines():
+    known = templates(Template(order=ToolOrder.SYSTEM_FIRST))
+    known.shown("pool", "m", "a", TemplateFacts())
+    known.shown("pool", "m", "b", SYSTEM_FIRST)
+    assert known.of("pool", "m") == SYSTEM_FIRST
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "common"),
+    [
+        ({"drops_reasoning": True}, {"ignores_reasoning": True}, {"drops_reasoning": True}),
+        ({"drops_thoughts": True}, {}, {"drops_thoughts": True}),
+        ({"ignores_reasoning": True}, {}, {}),
+        ({"moves_system": True, "dated": True}, {}, {"moves_system": True, "dated": True}),
+        ({"keeps_billing": True}, {}, {}),
+        ({"none_drops_tools": False}, {}, {}),
+        ({"headless": frozenset("ab")}, {"headless": frozenset("bc")}, {"headless": frozenset("b")}),
+        ({"order": ToolOrder.TOOLS_LAST}, {}, {"order": ToolOrder.TOOLS_LAST, "joins_head": True}),
+        ({"order": ToolOrder.SYSTEM_FIRST}, {}, {"joins_head": True}),
+    ],
+)
+def test_the_common_facts_expect_no_more_than_either_engine_shares(one, other, common):
+    shown = [TemplateFacts(**one), TemplateFacts(**other)]
+    assert common_facts(shown) == common_facts(shown[::-1]) == TemplateFacts(**common)
+    assert common_facts(shown[:1] * 2) == shown[0]
+
+
 def test_a_provider_is_not_asked_and_its_prompts_are_keyed_as_they_are_sent():
     known = templates(kind=PoolKind.PROVIDER)
-    assert not known.wants_probe("pool", "qwen3")
+    assert not known.wants_probe("pool", "qwen3", "h")
     assert known.of("pool", "qwen3") is PLAIN
 
 
@@ -74,4 +121,6 @@ def test_the_memory_of_models_is_bounded():
     known = templates()
     for number in range(3_000):
         known.of("pool", f"model-{number}")
+        known.shown("pool", f"model-{number}", "h", PLAIN)
+    assert len(known._shown) == 1_024  # noqa: SLF001 - the same
     assert len(known._found) <= 1_024  # noqa: SLF001 - internal state that no public name shows

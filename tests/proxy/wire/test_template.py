@@ -71,6 +71,32 @@ def test_agents_with_the_same_tools_and_other_system_prompts_share_only_what_the
     assert hashes(one, first, tools=TOOLS)[0] != hashes(two, first, tools=TOOLS)[0]
 
 
+@pytest.mark.parametrize("order", [ToolOrder.TOOLS_FIRST, ToolOrder.TOOLS_LAST])
+def test_with_a_joint_head_prompts_share_tools_and_system_prompt_or_nothing(order):
+    """As they do before engines of which some put the tools first and others the system prompt."""
+    joint = TemplateFacts(order=order, joins_head=True)
+    one = hashes([SYSTEM, user("q")], joint, tools=TOOLS)
+    same = hashes([SYSTEM, user("another")], joint, tools=TOOLS)
+    assert one[: len(one) - 1] == same[: len(one) - 1]
+    other_system = hashes([{**SYSTEM, "content": "s" * 599 + "t"}, user("q")], joint, tools=TOOLS)
+    other_tools = hashes([SYSTEM, user("q")], joint, tools=[*TOOLS, *TOOLS])
+    assert one[0] not in (other_system[0], other_tools[0])
+
+
+def test_a_joint_head_leaves_out_what_changes_with_each_request():
+    """Billing lines, and tools that are not rendered."""
+    joint = TemplateFacts(joins_head=True)
+
+    def billed(nonce):
+        line = f"x-anthropic-billing-header: cc_version=1; cch={nonce};"
+        parts = [{"type": "text", "text": line}, {"type": "text", "text": "s" * 600}]
+        return hashes([{"role": "system", "content": parts}, user("q")], joint)
+
+    assert billed("a1b2c") == billed("d3e4f")
+    without = [hashes([SYSTEM, user("q")], joint, tools=some, tool_choice="none") for some in (TOOLS, TOOLS * 2)]
+    assert without[0] == without[1]
+
+
 def test_old_reasoning_is_no_part_of_a_key_if_the_template_drops_it():
     drops = TemplateFacts(drops_reasoning=True)
     before = [SYSTEM, user("q1"), assistant("a1", reasoning_content="r" * 2_000)]
@@ -313,6 +339,10 @@ def test_a_stored_context_is_keyed_as_the_same_prompt_sent_whole(order, drops, m
         if alone is not None:
             assert alone == whole
     assert (alone is None) == (moves or order is ToolOrder.TOOLS_LAST)
+
+
+def test_a_stored_context_with_a_joint_head_is_keyed_as_the_same_prompt_sent_whole():
+    assert not stored_first((), TemplateFacts(joins_head=True)), "what follows may belong to the head"
 
 
 def test_a_stored_context_before_the_result_of_a_tool_keeps_its_last_reasoning():
