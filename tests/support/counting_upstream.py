@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import functools
 import gzip
 import json
 import random
@@ -86,6 +87,7 @@ class Case:
 
 
 @cache
+@functools.cache  # client and upstreams ask for each half a dozen times, and ten thousand take 20 MB
 def case_of(number: int) -> Case:
     """The case of a number; neighbours are of different kinds."""
     chosen = random.Random(number)
