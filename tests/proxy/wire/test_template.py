@@ -362,7 +362,7 @@ _MARK = {"cache_control": {"type": "ephemeral"}}
 _MESSAGES = st.one_of(
     st.builds(user, st.text(max_size=300)),
     st.builds(lambda text, name: {"id": name, **assistant(text)}, st.text(max_size=300), st.text(max_size=9)),
-    st.builds(lambda text, name: assistant(text, id=name), st.text(max_size=300), st.text(max_size=9)),
+    st.builds(lambda text, name: assistant(text, id=name), st.sampled_from(["a", "a" * 300]), st.text(max_size=9)),
     st.builds(lambda text: user([{"type": "text", "text": text, **_MARK}]), st.text(max_size=40)),
     st.builds(lambda text: user([{"type": "text", "text": text}]), st.text(max_size=40)),
     st.builds(lambda text: user(text) | _MARK, st.text(max_size=40)),
