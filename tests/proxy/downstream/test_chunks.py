@@ -138,6 +138,21 @@ def test_a_broken_body_is_refused_before_more_of_it_comes(message: bytes, reason
     assert refusal.value.reason is reason
 
 
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        (b"x", "chunks"),
+        (b"1\r\nab", "chunks"),
+        ((b"1;" + b"a" * 200 + b"\r\nx\r\n") * 100, "chunk extensions"),
+        (b"0\r\n: a\r\n", "trailer .* valid"),
+        (b"0\r\n" + b"a: b\r\n" * 2000, "trailer .* too large"),
+    ],
+)
+def test_the_error_for_a_broken_body_says_which_part_of_it_is_wrong(sent: bytes, message: str) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        decode([sent])
+
+
 def test_a_chunk_over_the_limit_is_refused_by_its_size() -> None:
     """Not a byte of it is waited for; neither of one that the chunks before it make too large."""
     with pytest.raises(TooLarge):

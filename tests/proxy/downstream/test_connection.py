@@ -438,8 +438,8 @@ async def test_a_request_leaves_nothing_behind_on_a_connection_that_rests() -> N
         writer.close()
 
 
-async def test_a_drain_ends_what_does_not_end_in_its_time() -> None:
-    """The request is cancelled, and its connection closed."""
+async def test_a_drain_ends_what_does_not_end_in_its_time(caplog: pytest.LogCaptureFixture) -> None:
+    """The request is cancelled, its connection closed, and the log says how many there were."""
     entered, left = asyncio.Event(), asyncio.Event()
 
     async def wait(asked: IncomingRequest, answer: ClientResponse) -> None:
@@ -455,6 +455,7 @@ async def test_a_drain_ends_what_does_not_end_in_its_time() -> None:
         writer.write(request(b"/"))
         await entered.wait()
         await server.drain(0.05)
+        assert caplog.messages == ["closing 1 connections that have not ended in time"]
         assert not left.is_set()
         await server.close()
         assert left.is_set()

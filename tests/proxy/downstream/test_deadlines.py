@@ -27,14 +27,24 @@ HEAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n"
 class SlowLine(Line):
     """A connection whose unsent bytes are set by the test."""
 
-    unsent_bytes = 0
-    aborts = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.unsent_bytes = self.aborts = 0
+        self.ends: list[str] = []  # of the sending side, by the call
 
     def get_write_buffer_size(self) -> int:
         return self.unsent_bytes
 
     def abort(self) -> None:
         self.aborts += 1
+
+    def close(self) -> None:
+        self.ends.append("close")
+        super().close()
+
+    def write_eof(self) -> None:
+        self.ends.append("write_eof")
+        super().close()
 
 
 class Port:

@@ -114,6 +114,37 @@ def test_a_head_that_can_be_read_in_two_ways_is_refused_with_its_reason(
     assert (refusal.value.reason, refusal.value.status) == (reason, status)
 
 
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (b"GET  / HTTP/1.1\r\n" + HOST + b"\r\n", "request line"),
+        (b"GET /a#b HTTP/1.1\r\n" + HOST + b"\r\n", "fragment"),
+        (b"GET / HTTP/2.0\r\n" + HOST + b"\r\n", "version .* HTTP/1.0 or HTTP/1.1"),
+        (b"CONNECT x:1 HTTP/1.1\r\n" + HOST + b"\r\n", "tunnels"),
+        (LINE + b"\r\n", "exactly one Host header"),
+        (LINE + b"host: a b\r\n\r\n", "Host header"),
+        (LINE + HOST + b"content-length: x\r\n\r\n", "length of the body"),
+        (LINE + HOST + b"transfer-encoding: gzip\r\n\r\n", "transfer encoding"),
+        (LINE + HOST + b"transfer-encoding: gzip, chunked\r\n\r\n", "chunked"),
+        (LINE + HOST + b"expect: 200-ok\r\n\r\n", "100-continue"),
+        (LINE + HOST + b"x : a\r\n\r\n", "header of the request"),
+        (LINE + HOST + b"x: a\r\n" * 256 + b"\r\n", "too large"),
+    ],
+)  # fmt: skip
+def test_the_error_for_a_head_says_which_part_of_it_is_wrong(head: bytes, message: str) -> None:
+    """It is the body of the answer, the only thing that its author sees."""
+    with pytest.raises(ProtocolError, match=message):
+        read(head)
+
+
+def test_a_chunked_request_with_a_length_is_refused_whoever_notices() -> None:
+    """llhttp does; the check behind it is for the day on which it does not."""
+    headers = [(b"host", b"x"), (b"transfer-encoding", b"chunked"), (b"content-length", b"3")]
+    with pytest.raises(ProtocolError) as refusal:
+        IncomingRequest(b"POST", b"/", headers, b"POST / HTTP/1.1", 1_000)
+    assert refusal.value.reason is BadHttp.CONTENT_LENGTH
+
+
 def test_made_up_names_are_not_remembered_for_ever() -> None:
     """Common ones are, once."""
     for number in range(30):

@@ -7,11 +7,13 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from proxy.downstream.body import GRACE_SECONDS
+from proxy.downstream.body import GRACE_SECONDS, overloaded
 from proxy.downstream.body_reader import read_body
 from proxy.downstream.errors import BadHttp, ClientLimit
+from proxy.downstream.limits import Limits
 from proxy.downstream.request import IncomingRequest
 from proxy.downstream.response import ClientResponse
+from proxy.downstream.server import _look_seconds
 from proxy.errors import CairnError, Overloaded
 from tests.proxy.downstream.test_cuts import post
 from tests.proxy.downstream.test_deadlines import HEAD, Port, read
@@ -306,8 +308,66 @@ async def test_a_client_that_asked_for_the_end_and_sent_more_is_read_until_it_cl
     play: Play, status: bytes
 ) -> None:
     """Closing at once would reset the connection under the answer."""
-    port = Port(play)
-    await port.send(GET.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n") + GET)
-    assert port.line.written.startswith(b"HTTP/1.1 " + status)
-    assert port.line.written.count(b"HTTP/1.1") == 1
+    last = GET.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
+    for sent, ends in ((last + GET, ["write_eof"]), (last, ["close"])):
+        port = Port(play)
+        await port.send(sent)
+        assert port.line.written.startswith(b"HTTP/1.1 " + status)
+        assert port.line.written.count(b"HTTP/1.1") == 1
+        assert port.line.ends == ends
+        await port.end()
+
+
+async def test_a_connection_without_room_tells_its_client_to_come_again() -> None:
+    """The code and the seconds are what a client's library acts upon."""
+    error = overloaded()
+    assert (error.status, error.code, error.retry_after_seconds) == (503, "proxy_overloaded", 1.0)
+    assert "many requests" in error.message
+
+
+async def test_a_request_knows_the_address_from_which_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None for a local socket, whose peers have no address."""
+    for peername, expected in ((("10.0.0.9", 4711), "10.0.0.9"), ("", ""), (None, "")):
+        peers: list[str] = []
+
+        async def play(asked: IncomingRequest, answer: ClientResponse, peers: list[str] = peers) -> None:
+            peers.append(asked.peer)
+            answer.send(200, b"OK", [], b"")
+
+        port = Port(play)
+        connection = port.server.connect()
+        line = type(port.line)()
+        monkeypatch.setattr(line, "get_extra_info", {"peername": peername}.get)
+        connection.connection_made(line)
+        connection.get_buffer(-1)[: len(GET)] = GET
+        connection.buffer_updated(len(GET))
+        await port.settle()
+        assert peers == [expected]
+        connection.connection_lost(None)
+        await port.end()
+
+
+async def test_a_connection_is_idle_too_long_from_the_moment_of_its_deadline() -> None:
+    port = Port(greet, keepalive_seconds=75)
+    await port.after(74.5)
+    assert not port.line.is_closing()
+    await port.after(0.5)
+    assert port.line.is_closing()
     await port.end()
+
+
+@pytest.mark.parametrize(
+    ("limits", "seconds"),
+    [
+        (Limits(), 0.5),
+        (Limits(linger_seconds=60), 1.0),
+        (Limits(write_seconds=1.0), 0.25),
+        (Limits(head_seconds=0.4), 0.1),
+        (Limits(keepalive_seconds=0.2), 0.05),
+        (Limits(body_seconds=0.8), 0.2),
+        (Limits(head_seconds=0.001), 0.01),
+    ],
+)
+def test_deadlines_are_looked_at_four_times_in_the_shortest_limit(limits: Limits, seconds: float) -> None:
+    """At least once a second, and at most a hundred times."""
+    assert _look_seconds(limits) == pytest.approx(seconds)
