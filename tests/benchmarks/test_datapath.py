@@ -59,6 +59,7 @@ def test_tables_have_a_row_for_each_proxy_its_companions_and_each_ratio():
         "cairn / bare aiohttp",
         "cairn / sglang-router",
         "sglang-router / bare aiohttp",
+        "target, cairn / bare aiohttp",
         "target, cairn / sglang-router",
     ]
     assert latency_table(summary(samples), names, ["1 KB"]).row_count == 3
