@@ -276,7 +276,7 @@ def test_a_batch_of_a_limited_client_needs_an_input_whose_models_were_checked_fo
             reader(locations).read(asked)
             assert asked.pinned_replica == 1
         else:
-            with pytest.raises(Forbidden, match="batch.s input file"):
+            with pytest.raises(Forbidden, match="input file"):
                 reader(locations).read(asked)
 
 
