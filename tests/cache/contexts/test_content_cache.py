@@ -77,3 +77,15 @@ async def test_a_smaller_bound_holds_at_once() -> None:
     kept.limit(2 * (1000 + ENTRY_BYTES))
     kept.put("d", content(1000))
     assert len(kept) == 2
+
+
+async def test_what_is_in_memory_is_not_read_again() -> None:
+    """And counts as a hit."""
+
+    async def read() -> Content:
+        raise AssertionError("it is in memory")
+
+    kept, known = ContentCache(10_000, Tasks()), content(10)
+    kept.put("x", known)
+    assert await kept.get("x", read) is known
+    assert kept.hits == 1

@@ -331,6 +331,7 @@ def test_urls_are_read(url: str, topology: Topology, nodes: tuple[tuple[str, int
         "redis://h/x",
         "redis+sentinel://h",
         "redis+cluster://h/1",
+        "redis+cluster://h,:7000",
         "unix://",
         "redis://h:x",
         "h",
