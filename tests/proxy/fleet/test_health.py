@@ -57,6 +57,8 @@ class Bench:
         self.found: list[Found] = []
         self.loads: list[tuple[int | None, int | None]] = []
         self.headers: list[dict[bytes, bytes]] = []
+        self.retried: list[bool] = []
+        self.found_at: list[tuple[int, ReplicaEndpoint]] = []
         self.tasks = Tasks()
         self.received = 0.0
         self.checker = HealthChecker(
@@ -65,6 +67,7 @@ class Bench:
 
     def apply(self, number: int, endpoint: ReplicaEndpoint, found: Found, now_seconds: float) -> None:
         self.found.append(found)
+        self.found_at.append((number, endpoint))
 
     def observe_load(self, number: int, facts: EngineFacts, now_seconds: float) -> None:
         self.loads.append((facts.running, facts.waiting))
@@ -80,6 +83,7 @@ class Bench:
         retry_reused: bool = False,
     ) -> Awaitable[UpstreamResponse]:
         self.headers.append(dict(headers))
+        self.retried.append(retry_reused)
         return self._respond(self.pages.get(target, (404, b"")))
 
     async def _respond(self, page: Page) -> UpstreamResponse:
@@ -529,3 +533,18 @@ def test_a_key_goes_in_the_header_that_its_host_wants(host: str, auth: Auth) -> 
     name, value = credential_of("k", None, host)
     assert (name, value) == ((b"authorization", b"Bearer k") if auth is Auth.BEARER else (auth.value.encode(), b"k"))
     assert bool(default_headers_of(None, host)) is (auth is Auth.X_API_KEY)
+
+
+async def test_a_check_on_a_connection_that_the_replica_had_closed_is_made_again() -> None:
+    """Each request is marked so, or a replica that closes idle connections would seem to be down."""
+    bench = Bench({b"/v1/models": (200, MODELS), b"/metrics": (200, b"")})
+    await bench.checker.check(0)
+    await bench.checker.check_load(0)
+    assert len(bench.retried) > 2
+    assert all(bench.retried)
+
+
+async def test_what_is_found_is_told_with_the_replica_at_which_it_was_found() -> None:
+    bench = Bench({b"/v1/models": (200, MODELS)})
+    await bench.checker.check(0)
+    assert bench.found_at == [(0, bench.endpoint)]

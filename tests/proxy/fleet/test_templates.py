@@ -124,3 +124,11 @@ def test_the_memory_of_models_is_bounded():
         known.shown("pool", f"model-{number}", "h", PLAIN)
     assert len(known._shown) == 1_024  # noqa: SLF001 - the same
     assert len(known._found) <= 1_024  # noqa: SLF001 - internal state that no public name shows
+
+
+def test_the_memory_of_roots_is_bounded_and_those_that_are_known_stay():
+    """Engines list as many names as they are configured with."""
+    known = templates()
+    known.listed("pool", [{"id": f"name-{number}", "root": "/m"} for number in range(3_000)])
+    roots = [known.of("pool", f"name-{number}").root for number in (0, 1_023, 1_024, 2_999)]
+    assert roots == ["/m", "/m", "", ""]

@@ -393,3 +393,18 @@ def test_it_holds_while_the_sessions_of_any_pool_need_more_than_there_is():
     assert not bench.verdict(bench.turn()).waits
     holding.append(bench.gate.is_holding)
     assert holding == [False, True, False]
+
+
+async def test_a_session_that_was_served_goes_before_a_new_one_of_the_same_moment():
+    """New is a prompt of which no more was served than some replica still holds."""
+    bench = Bench(1)
+    bench.fleet.pending[0] = 1e6
+    new = bench.begin(known_tokens=10_000.0, prompt_end=1)
+    served = bench.begin(known_tokens=100_000.0, prompt_end=2)
+    await settle()
+    bench.fleet.pending[0] = 0.0
+    bench.gate.changed()
+    await settle()
+    assert (new.done(), served.done()) == (False, True)
+    new.cancel()
+    await settle()

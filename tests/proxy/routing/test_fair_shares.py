@@ -249,3 +249,15 @@ def test_weights_are_the_shares_of_the_work():
         waiting.join(claimant(str(number), "light", 4_000.0), 0.0, 0.0)
     order = [each.tenant for each in served(waiting, 400)]
     assert 0.72 < order.count("heavy") / len(order) < 0.78
+
+
+def test_a_tenant_that_comes_back_is_lifted_to_the_others_and_no_further():
+    """Its pause is no credit, and costs it nothing either: from then on they take turns."""
+    shares = TenantShares()
+    for tenant in "ab":
+        shares.seen(tenant, 1.0, 0.0)
+    shares.serve("a", 1.0)
+    for _ in range(20):
+        shares.serve("b", QUANTUM_TOKENS)
+    shares.serve("a", QUANTUM_TOKENS)
+    assert abs(shares.round_of("a") - shares.round_of("b")) <= 1
