@@ -89,9 +89,7 @@ class PinningCache(BlockCache):
         self._evict()
 
     def unpin(self, blocks: Iterable[int]) -> None:
-        """Release the blocks of an ended request: those that no other uses become the newest, the first newest of
-        all.
-        """
+        """Release the blocks of an ended request: unused ones become the newest, the first of them newest of all."""
         users, kept = self._users, self._blocks
         for block in reversed(tuple(blocks)):
             left = users[block] - 1

@@ -194,9 +194,7 @@ def scorers(capacity_tokens: int, prefix: float = 2.0, queue: float = 1.0, resid
 
 
 def dynamo(books: Books, request: Request) -> int:
-    """Choose by Dynamo's cost in blocks: pending prefill and this prompt's, and decoding blocks with this
-    prompt's.
-    """
+    """Choose by Dynamo's cost in blocks: pending and own prefill, and decoding blocks including the own ones."""
     uncached, pending = books.uncached(request), books.pending
     return books.least(
         [

@@ -83,9 +83,7 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
 
 
 async def _send(url: str, model: str, turns: Sequence[Turn], headers: dict[str, str]) -> tuple[list[Answer], float]:
-    """Send all turns at their times; return the answers in order of their ends, and the seconds from first to
-    last.
-    """
+    """Send all turns at their times; return the answers as they ended, and the seconds from first to last."""
     answers: list[Answer] = []
     tasks = Tasks()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -351,9 +351,7 @@ class PrefixIndex:
         return self._replica(replica).epoch
 
     def stats(self) -> IndexStats:
-        """Return the totals. Memory is estimated from the size of a node and of a residency, and 17 bytes a
-        boundary.
-        """
+        """Return the totals. Memory is estimated by the sizes of nodes and residencies, and 17 bytes a boundary."""
         tree = self._tree
         size_bytes = tree.blocks * 17 + tree.nodes * 720 + tree.residencies * 130
         return IndexStats(tree.blocks, tree.nodes, tree.residencies, size_bytes)

@@ -32,9 +32,7 @@ class Downstream(Protocol):
         ...
 
     def begin(self, status: int, reason: bytes, headers: Headers, length: int | None) -> None:
-        """Write the head of an answer whose body follows; `length` None means chunked or up to the connection's
-        end.
-        """
+        """Write the head of an answer whose body follows; without `length`, chunked or until the connection ends."""
         ...
 
     async def write(self, piece: bytes | memoryview) -> None:

@@ -238,7 +238,7 @@ class Discovery:
         return Pools(served, None if default is None else default.name, backends)
 
     def _tell_capacity(self, number: int, tokens: int | None) -> None:
-        """Set the configured capacity as a first value; unlike an engine's report it may be wrong, so it is no
+        """Set the configured capacity as a first value; it may be wrong, so unlike an engine's report it is no
         bound.
         """
         if tokens is not None and self._told_tokens.get(number) != tokens:

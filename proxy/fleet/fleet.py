@@ -337,9 +337,7 @@ class Fleet:
         return self._told_down(replica, replica.breaker.failed(failure, now_seconds, may_open=may_open), reason)
 
     def proven(self, number: int, now_seconds: float, reason: str) -> bool:
-        """Note that a request failed here and succeeded elsewhere. Return whether this replica is not used from
-        now on.
-        """
+        """Note that a request failed here and succeeded elsewhere. Return whether the replica is now left unused."""
         replica = self._replicas[number]
         replica.quiet_view = None
         opened = self._has_other_open(replica) and replica.breaker.proven(now_seconds)

@@ -90,9 +90,7 @@ class KubernetesApi:
         self._namespace_file = namespace_file
 
     async def get(self, service: Service, query: str, limits: Limits) -> UpstreamResponse:
-        """Return a response with status 200. Raises ApiError for another status, UpstreamError, and OSError for
-        files.
-        """
+        """Return a response with status 200. Raises ApiError (another status), UpstreamError and OSError (a file)."""
         if self._origin is None:
             raise ApiError(0, "kubernetes.api_url is not set, and Cairn does not run in a pod")
         namespace = service.namespace or await self._own_namespace()

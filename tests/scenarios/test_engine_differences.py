@@ -1,6 +1,4 @@
-"""Differences between engines, through a running worker: ranks behind one URL, templates, requests that want no
-cache.
-"""
+"""Differences between engines, through a running worker: ranks behind one URL, templates, uncached requests."""
 
 from __future__ import annotations
 

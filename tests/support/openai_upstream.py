@@ -40,9 +40,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A response in place of the usual one: an error status, or a broken connection after this many chunks of a
-    stream.
-    """
+    """A response in place of the usual one: an error status, or a connection that breaks after some chunks."""
 
     status: int = 500
     headers: tuple[tuple[str, str], ...] = ()

@@ -1,6 +1,4 @@
-"""Cairn's assumptions about vLLM, tried on a real server: pages, usage, errors, how prompts are rendered and
-reused.
-"""
+"""Cairn's assumptions about vLLM, tried on a real server: pages, usage, errors, rendering and reuse."""
 
 from __future__ import annotations
 

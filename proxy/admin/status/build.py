@@ -245,9 +245,7 @@ def misses(of_workers: Iterable[Sequence[MissRow]]) -> list[Miss]:
 
 
 def miss_reasons(figures: Figures) -> dict[str, int]:
-    """Return how often prompts were not fully cached, by reason; a prompt that is too short to share is not a
-    miss.
-    """
+    """Return how often prompts were not fully cached, by reason; prompts too short to share do not count."""
     return {reason: n for reason, n in _by_label(figures, metrics.PREFIX_MISS).items() if reason != MissReason.SHORT}
 
 

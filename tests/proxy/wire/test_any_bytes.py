@@ -74,9 +74,7 @@ def read_or_none(body: bytes, endpoint: Endpoint) -> Prompt | None:
 @settings(max_examples=400)
 @given(bodies(), st.sampled_from((*GENERATIONS, Endpoint.EMBEDDINGS)))
 def test_any_body_is_a_prompt_or_refused(body: bytes, endpoint: Endpoint) -> None:
-    """A prompt that was read can be edited, searched and fingerprinted, and its model's name can be sent and
-    logged.
-    """
+    """A prompt that was read can be edited, searched and fingerprinted, and its model's name can be logged."""
     prompt = read_or_none(body, endpoint)
     if prompt is None:
         return
