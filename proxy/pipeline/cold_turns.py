@@ -15,7 +15,8 @@ from proxy.model import Candidate, Plan
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.planner import Planner
 from proxy.routing.cold_admission import SHORT_TOKENS, TurnKind, about_as_good, classify
-from proxy.routing.cold_gate import ColdGate, Turn, Verdict
+from proxy.routing.cold_gate import ColdGate
+from proxy.routing.cold_turn import Turn, Verdict
 from proxy.routing.fair_shares import TenantShares
 from proxy.wire.urgency import urgency_of
 

@@ -15,7 +15,7 @@ from proxy.model import Call, Ending, Endpoint, Tenant
 from proxy.pipeline.dispatch import Upload
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.stored_contexts import StoredContexts
-from proxy.routing.cold_gate import Verdict
+from proxy.routing.cold_turn import Verdict
 from proxy.wire.errors import error_event, error_response
 from proxy.wire.headers import names_context
 

@@ -9,10 +9,9 @@ worker decides alone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Container, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
 from math import ceil
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from cache import CacheError
 from proxy.clock import Clock
@@ -20,8 +19,6 @@ from proxy.errors import CairnError, DeadlineUnreachable, RateLimited
 from proxy.model import ReplicaView
 from proxy.routing.cold_admission import (
     BACKLOG_SECONDS,
-    QUIET_SECONDS,
-    REST_SECONDS,
     ColdQueue,
     ColdTurn,
     ReplicaRoom,
@@ -31,7 +28,8 @@ from proxy.routing.cold_admission import (
     is_long,
     short_tokens,
 )
-from proxy.routing.cold_pressure import MEMORY_SECONDS, ColdPressure, ServedPrompts
+from proxy.routing.cold_pressure import ColdPressure, ServedPrompts
+from proxy.routing.cold_turn import Claims, Fleet, GateLimits, Turn, Verdict
 from proxy.routing.cold_wait import ColdRate, Tickets
 from proxy.routing.fair_shares import Priority, TenantShares
 
@@ -44,68 +42,6 @@ CLAIM_PATIENCE_SECONDS: Final = 30.0
 
 FULL_RETRY_SECONDS: Final = 5.0
 """Retry-After while the waiting bodies take all the memory that they are allowed."""
-
-
-class Claims(Protocol):
-    """Claims that all workers respect: `cache.ColdClaims`."""
-
-    async def take(
-        self,
-        pool: str,
-        replicas: Sequence[str],
-        *,
-        order: str,
-        tenant: str,
-        claim_seconds: float,
-        most: int,
-        busy: Container[str] = (),
-        rest_seconds: float = 0.0,
-    ) -> str | None: ...
-    def release(self, pool: str, replica: str) -> None: ...
-    def withdraw(self, pool: str) -> None: ...
-
-
-class Fleet(Protocol):
-    """The part of `proxy.fleet.Fleet` that decides when a turn may go."""
-
-    def snapshot(self, pool: str, now_seconds: float) -> Sequence[ReplicaView]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class GateLimits:
-    """With `enabled` False everything passes. A new session waits at most `max_wait_seconds`, and the bodies of
-    all waiting requests take at most `max_waiting_bytes`. The other times are those of `cold_admission`; a change
-    of `memory_seconds` affects only pools seen after it.
-    """
-
-    enabled: bool = True
-    max_wait_seconds: float = 300.0
-    max_waiting_bytes: int = 256 * 1024 * 1024
-    quiet_seconds: float = QUIET_SECONDS
-    rest_seconds: float = REST_SECONDS
-    memory_seconds: float = MEMORY_SECONDS
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A generation request, as the gate sees it. `prompt_end` is its last chained hash."""
-
-    pool: str
-    prompt_tokens: float
-    uncached_tokens: float  # at the best replica
-    known_tokens: float  # tokens of the prompt that were served before
-    prompt_end: int
-    body_bytes: int
-    tenant: str
-    weight: float
-    priority: Priority
-    deadline_seconds: float | None  # of the first token, on the monotonic clock
-    client: str = ""  # the tenant's name, if it is configured
-
-    @property
-    def is_new(self) -> bool:
-        """True if no more of it was served before than some replica still holds."""
-        return self.known_tokens <= self.prompt_tokens - self.uncached_tokens
 
 
 class Pass:
@@ -152,16 +88,6 @@ class _Pool:
         self.passes: dict[int, Pass] = {}
         self.asking = False
         self.alarm: asyncio.TimerHandle | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether a turn would wait now, the reason, and the least seconds that it would wait."""
-
-    kind: TurnKind
-    waits: bool
-    reason: str = ""
-    seconds: float = 0.0
 
 
 class ColdGate:

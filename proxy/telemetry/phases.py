@@ -9,7 +9,7 @@ from proxy.model import Outcome, Tenant
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.pipeline import Admitting, ModelListing, Pipeline, Planning, Reading, Relaying
 from proxy.pipeline.stored_contexts import StoredContexts
-from proxy.routing.cold_gate import Verdict
+from proxy.routing.cold_turn import Verdict
 from proxy.telemetry.tracing import Phase, Tracing
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from proxy.pipeline.admission import Authenticator
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.pipeline import Pipeline
 from proxy.pipeline.routes import Routes
-from proxy.routing.cold_gate import Verdict
+from proxy.routing.cold_turn import Verdict
 from proxy.wire.errors import error_response
 
 

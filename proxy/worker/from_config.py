@@ -25,7 +25,7 @@ from proxy.pipeline.admission import Authenticator, KnownClient
 from proxy.pipeline.dispatch import HOLD_SECONDS, RetryPolicy
 from proxy.pipeline.response_relay import StreamLimits
 from proxy.pipeline.silence import SilenceWatch
-from proxy.routing.cold_gate import GateLimits
+from proxy.routing.cold_turn import GateLimits
 from proxy.routing.replica_queue import QueueLimits
 from proxy.upstream import Limits, Origin, default_ssl_context
 

@@ -12,7 +12,8 @@ from cache import CacheError
 from proxy.errors import DeadlineUnreachable, RateLimited
 from proxy.model import ReplicaView
 from proxy.routing.cold_admission import TurnKind
-from proxy.routing.cold_gate import ColdGate, GateLimits, Pass, Turn
+from proxy.routing.cold_gate import ColdGate, Pass
+from proxy.routing.cold_turn import GateLimits, Turn
 from proxy.routing.fair_shares import Priority, TenantShares
 from proxy.tasks import Tasks
 from tests.support.clock import FakeClock
