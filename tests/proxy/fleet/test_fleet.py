@@ -432,6 +432,26 @@ def test_a_silent_replica_that_has_work_is_tried_only_if_no_other_is_left():
     assert not row(fleet, 0, now=60.2).available
 
 
+def test_work_of_another_process_may_be_why_a_replica_is_silent():
+    fleet = fleet_of("a")
+    row_of_peer = ShareRow(
+        pending_tokens=0,
+        in_flight=1,
+        head_tokens=0,
+        head_seconds=0.0,
+        overdue_seconds=0.0,
+        released_seconds=0.0,
+        waiting=0,
+        running_tokens=0,
+        sent_tokens=0,
+    )
+    fleet.absorb("peer", {"a": tuple(row_of_peer)}, 0.0)
+    fleet.unreachable(0, 0.0, "no health check was answered", Cause.SILENT)
+    assert row(fleet, now=0.1).available
+    fleet.forget_peer("peer")
+    assert not row(fleet, now=0.1).available
+
+
 def test_requests_that_time_out_leave_a_silent_replica_silent_and_a_status_brings_it_back():
     """As a failing one it would be tried by a request after each back-off."""
     fleet = fleet_of("a", "b")

@@ -249,6 +249,19 @@ async def test_a_replica_that_left_a_check_unanswered_is_checked_again_at_once(
         running.cancel()
 
 
+async def test_a_busy_replica_is_not_asked_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its responses show that it lives, and checks would only add to its work."""
+    monkeypatch.setattr("proxy.fleet.health.TICK_SECONDS", 0.0)
+    bench = Bench(FROZEN)
+    bench.received = bench.clock.monotonic() + 1.0
+    await bench.checker.check(0)
+    running = bench.tasks.start(bench.checker.run(), "health checks")
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(bench.headers) == 1
+    running.cancel()
+
+
 async def test_one_check_of_a_replica_runs_at_a_time() -> None:
     """Else a frozen replica would collect them."""
     bench = Bench({b"/v1/models": None})
