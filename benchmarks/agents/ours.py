@@ -18,7 +18,6 @@ from proxy.routing.cold_admission import (
     ReplicaRoom,
     TurnKind,
     about_as_good,
-    capacity_of,
     classify,
     is_long,
     short_tokens,
@@ -113,7 +112,8 @@ class Gated(Cairn):
         while (waiting := gate.queue.head(now)) is not None:
             turn = waiting.item
             self._claims.heads[gate.number] = waiting.arrived_seconds
-            among = gate.queue.open_to(turn, _rooms(gate, now), now)
+            is_pressed = self._always or gate.pressure.is_holding
+            among = gate.queue.open_to(waiting, _rooms(gate, now), now, is_pressed=is_pressed)
             among = frozenset(replica for replica in among if replica not in self._claims.holders)
             if not among or not self._claims.is_oldest(waiting.arrived_seconds):
                 break
@@ -141,6 +141,8 @@ class Gated(Cairn):
 
     def ended(self, request: Request, replica: int, now: float) -> None:
         super().ended(request, replica, now)
+        for each in self._gates:  # as the journal tells them
+            each.served.ended(request.fingerprint.hashes[-1], replica, now)
         self._changed(self._gate_of(request), now)
 
     def _changed(self, gate: _Gate, now: float) -> None:
@@ -164,10 +166,12 @@ def _rooms(gate: _Gate, now: float) -> list[ReplicaRoom]:
     budgets = proxy.index.replicas()
     return [
         ReplicaRoom(
-            view.id,
-            view.pending_tokens / view.rate_tokens_per_second,
-            view.running_tokens,
-            capacity_of(budgets[view.id].budget_tokens, gate.served.own_share),
+            replica=view.id,
+            pending_seconds=view.pending_tokens / view.rate_tokens_per_second,
+            running_tokens=view.running_tokens,
+            cache_tokens=budgets[view.id].budget_tokens,
+            own_share=gate.served.own_share,
+            resting_tokens=gate.served.resting_tokens(view.id, now),
         )
         for view in proxy.fleet.snapshot(POOL, now)
     ]

@@ -62,11 +62,12 @@ class Listeners:
     """Receivers of other writers' activity, each optional.
 
     `placed` gets the id, replica, chain and predicted tokens of every placement; `prefills` gets the progress of
-    those that were applied while the index is live.
+    those that were applied while the index is live; `answered` gets the replica and chain of every answer.
     """
 
     placed: Callable[[int, int, Fingerprint, float], None] | None = None
     prefills: RemotePrefills | None = None
+    answered: Callable[[int, Fingerprint], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ class DeltaApplier:
         self._replicas = replicas
         self._placed = listeners.placed
         self._prefills = listeners.prefills
+        self._answered = listeners.answered
         self._clock = clock
         self._stats = stats
         self.live = False
@@ -210,6 +212,8 @@ class DeltaApplier:
             )
             if delta.cached_tokens:
                 self._restarts.clear(replica)
+            if self._answered is not None:
+                self._answered(replica, fingerprint)
         elif 0 < delta.held_blocks <= len(fingerprint.hashes):
             tokens = remembered.prompt_tokens
             miss = Miss(

@@ -89,6 +89,9 @@ class ColdTurns:
             exchange.cold_pass.release()
         if usage is None or usage.cached_tokens is None or pool is None or exchange.fingerprint is None:
             return
+        if exchange.attempt is not None:
+            replica = exchange.attempt.candidate.replica.id
+            self._gate.ended(pool.name, exchange.fingerprint.hashes[-1], replica)
         repeated = min(exchange.known_tokens, usage.prompt_tokens) - usage.cached_tokens
         self._gate.observe(pool.name, usage.prompt_tokens - usage.cached_tokens, max(repeated, 0.0))
 

@@ -24,7 +24,6 @@ from proxy.routing.cold_admission import (
     ReplicaRoom,
     TurnKind,
     Waiting,
-    capacity_of,
     is_long,
     short_tokens,
 )
@@ -143,6 +142,10 @@ class ColdGate:
         """Note that another worker sent a prompt to a pool."""
         served = self.pool(pool).served
         served.note(hashes, served.depth(hashes), prompt_tokens, 0.0, self._clock.monotonic())
+
+    def ended(self, pool: str, prompt_end: int, replica: int) -> None:
+        """Note that some worker's answer from a replica ended, to the prompt with this last hash."""
+        self.pool(pool).served.ended(prompt_end, replica, self._clock.monotonic())
 
     def observe(self, pool: str, computed_tokens: float, repeated_tokens: float) -> None:
         """Note a response: the tokens that were computed for it, and how many of them had been computed before."""
@@ -363,11 +366,12 @@ class ColdGate:
         while (waiting := pool.queue.head(now, full)) is not None:
             turn = waiting.item.item.turn
             if self._held(pool, turn.tenant) < self._part(turn.tenant, len(views), now):
-                rooms = [self._room(pool, view) for view in views if view.id not in pool.passes]
+                rooms = [self._room(pool, view, now) for view in views if view.id not in pool.passes]
                 among = pool.queue.open_to(
-                    waiting.item,
+                    waiting,
                     rooms,
                     now,
+                    is_pressed=pool.pressure.is_holding,
                     quiet_seconds=self.limits.quiet_seconds,
                     rest_seconds=self.limits.rest_seconds,
                 )
@@ -441,9 +445,15 @@ class ColdGate:
         arrived_unix = self._clock.unix() - (now - waiting.arrived_seconds)
         return f"{waiting.priority:d}:{self._shares.round_of(waiting.tenant):015d}:{arrived_unix:017.3f}"
 
-    def _room(self, pool: _Pool, view: ReplicaView) -> ReplicaRoom:
-        capacity = capacity_of(self._capacity_tokens(view.id), pool.served.own_share)
-        return ReplicaRoom(view.id, _pending_seconds(view), view.running_tokens, capacity)
+    def _room(self, pool: _Pool, view: ReplicaView, now: float) -> ReplicaRoom:
+        return ReplicaRoom(
+            replica=view.id,
+            pending_seconds=_pending_seconds(view),
+            running_tokens=view.running_tokens,
+            cache_tokens=self._capacity_tokens(view.id),
+            own_share=pool.served.own_share,
+            resting_tokens=pool.served.resting_tokens(view.id, now),
+        )
 
 
 def _cold_turn(waiter: _Waiter) -> ColdTurn[_Waiter]:

@@ -6,9 +6,9 @@ is enough room, this is rare. Pure: clocks are passed in.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
-from math import exp
+from math import exp, inf
 from typing import Final
 
 MAX_REMEMBERED: Final = 262_144
@@ -28,6 +28,11 @@ LEAST_OWN_SHARE: Final = 0.25
 
 ENDED_AFTER_PAUSES: Final = 3.0
 """Mean pauses without a turn after which a session has ended: of exponential pauses one in twenty is longer."""
+
+RESTING_SECONDS: Final = 10.0
+"""A session rests for this time after the end of a turn: most pauses of an agent's tools are shorter. With 5 s one
+percent of the turns is lost.
+"""
 
 MEMORY_SECONDS: Final = 120.0
 """Time constant of the mean. It must span several long prefills, and be short enough to forget ended sessions."""
@@ -50,7 +55,7 @@ MIN_COMPUTED_TOKENS: Final = 50_000.0
 class _Served:
     """The last turn of a session: its prompt minus what its first turn shared with other sessions, and its time."""
 
-    __slots__ = ("boundaries", "own_tokens", "seen_seconds", "shared_tokens")
+    __slots__ = ("boundaries", "ended_seconds", "own_tokens", "seen_seconds", "shared_tokens")
 
     def __init__(
         self, boundaries: tuple[int, ...], own_tokens: float, shared_tokens: float, seen_seconds: float
@@ -59,6 +64,7 @@ class _Served:
         self.own_tokens = own_tokens
         self.shared_tokens = shared_tokens
         self.seen_seconds = seen_seconds
+        self.ended_seconds = inf
 
 
 class ServedPrompts:
@@ -70,6 +76,7 @@ class ServedPrompts:
         self._latest: OrderedDict[_Served, None] = OrderedDict()
         self._pause_seconds = FIRST_PAUSE_SECONDS
         self._own_share = 1.0
+        self._ended: dict[int, deque[_Served]] = {}  # by replica, the earliest first
 
     @property
     def own_share(self) -> float:
@@ -111,6 +118,28 @@ class ServedPrompts:
             self._boundaries[boundary] = served
         while len(self._boundaries) > self._most:
             self._drop(next(iter(self._latest)))
+
+    def ended(self, prompt_end: int, replica: int, now_seconds: float) -> None:
+        """Note that a replica answered the prompt with this last hash: its session rests, until it continues."""
+        served = self._boundaries.get(prompt_end)
+        if served is not None:
+            served.ended_seconds = now_seconds
+            self._resting(replica, now_seconds).append(served)
+
+    def resting_tokens(self, replica: int, now_seconds: float) -> float:
+        """Return the tokens of the prompts whose answers ended at a replica a moment ago and that none continues."""
+        latest, resting = self._latest, self._resting(replica, now_seconds)
+        return sum([each.own_tokens + each.shared_tokens for each in resting if each in latest])
+
+    def _resting(self, replica: int, now_seconds: float) -> deque[_Served]:
+        """Return the prompts whose answers ended at a replica a moment ago, and forget earlier ones."""
+        ended = self._ended.get(replica)
+        if ended is None:
+            ended = self._ended[replica] = deque()
+        oldest = now_seconds - RESTING_SECONDS
+        while ended and ended[0].ended_seconds < oldest:
+            ended.popleft()
+        return ended
 
     def needed_tokens(self, now_seconds: float) -> float:
         """Return the tokens that continuing sessions need in the caches: the sum of their own parts.

@@ -171,6 +171,11 @@ def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
         if backend is not None and not backend.is_provider:
             cold_gate.placed_elsewhere(backend.pool, fingerprint.hashes, prompt_tokens)
 
+    def answered(replica: int, fingerprint: Fingerprint) -> None:
+        backend = replicas.pools.backends.get(replica)
+        if backend is not None and not backend.is_provider:
+            cold_gate.ended(backend.pool, fingerprint.hashes[-1], replica)
+
     journal = Journal(
         memory.index,
         memory.store,
@@ -178,7 +183,7 @@ def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
         clock=clock,
         tasks=basics.tasks,
         replicas=fleet,
-        listeners=Listeners(placed=placed, prefills=remote_prefills),
+        listeners=Listeners(placed=placed, prefills=remote_prefills, answered=answered),
     )
     shares = TenantShares()
     cold_gate = ColdGate(

@@ -217,7 +217,12 @@ class Applying:
         self.heard = Heard()
         self.routed: list[int] = []
         self.restarts = RestartDetector(self.index, lambda delta: None, self.clock)
-        listeners = Listeners(lambda placement, *_: self.routed.append(placement), self.heard)
+        self.ended: list[tuple[int, int]] = []
+        listeners = Listeners(
+            lambda placement, *_: self.routed.append(placement),
+            self.heard,
+            lambda replica, chain: self.ended.append((replica, chain.hashes[-1])),
+        )
         self.applier = DeltaApplier(
             self.index, self.locations, self.restarts, Numbered(NAMES), listeners, self.clock, self.stats
         )
@@ -238,6 +243,14 @@ def test_prefills_of_others_are_told_while_the_index_is_live() -> None:
     applying.apply(placed(2), Computed(2), Answered(2, 5_000, 10, 1_000), TakenBack(2, 0))
     assert applying.routed == [1, 2]
     assert applying.heard.said == [("placed", 2), ("computed", 2), ("computed", 2), ("failed", 2)]
+
+
+def test_answers_of_others_are_told_by_replica_and_chain() -> None:
+    """Those of placements that are known; one that was taken back is no answer."""
+    applying = Applying()
+    applying.apply(placed(1), placed(2, replica=1), Answered(2, 5_000, 10, 1_000), TakenBack(1, 0))
+    applying.apply(Answered(9, 5_000, 10, 1_000))
+    assert applying.ended == [(1, LONG.hashes[-1])]
 
 
 def test_deltas_of_old_epochs_unknown_replicas_and_unknown_placements_are_counted() -> None:

@@ -353,6 +353,21 @@ async def test_what_is_computed_although_it_was_computed_before_makes_cold_turns
     assert gated.gate.is_pressed(POOL, gated.fleet.snapshot(POOL, gated.clock.monotonic())) is pressed
 
 
+async def test_a_session_rests_at_the_replica_that_answered_it() -> None:
+    """Until then it runs; another replica of the plan has nothing to do with it."""
+    gated = Gated(pressed=False)
+    exchange = gated.planned()
+    assert gated.cold_turns.admit(exchange) is None
+    assert exchange.plan is not None
+    attempt = Attempt(gated.fleet.charge(1, 100.0, gated.clock.monotonic()))
+    attempt.candidate = next(each for each in exchange.plan.candidates if each.replica.id == 1)
+    exchange.attempt, exchange.usage = cast("Any", attempt), Usage(2_000, 1, 0)
+    served, now = gated.gate.served(POOL), gated.clock.monotonic()
+    assert [served.resting_tokens(number, now) for number in (0, 1)] == [0.0, 0.0]
+    gated.cold_turns.settle(exchange)
+    assert [served.resting_tokens(number, now) for number in (0, 1)] == [0.0, exchange.plan.prompt_tokens]
+
+
 async def test_an_explanation_tells_whether_a_prompt_would_wait_and_changes_nothing() -> None:
     """The prompt does not join the queue, and later prompts do not continue it."""
     gated = Gated()

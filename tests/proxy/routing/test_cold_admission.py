@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from proxy.routing.cold_admission import (
     NEW_AFTER_SECONDS,
+    PATIENCE_SECONDS,
     QUIET_SECONDS,
     REST_SECONDS,
     SHORT_TOKENS,
@@ -16,8 +17,8 @@ from proxy.routing.cold_admission import (
     ReplicaRoom,
     TurnKind,
     about_as_good,
+    can_run,
     classify,
-    has_room,
     short_tokens,
 )
 from proxy.routing.fair_shares import Priority
@@ -69,13 +70,34 @@ def test_the_first_goes_to_a_quiet_replica_with_room():
         room(3, running=900_000.0),
         room(4, running=1e9, capacity=None),
     ]
-    assert queue.open_to(turn(), rooms, 0.0) == {0, 3, 4}
+    assert queue.open_to(queue.join(turn(), 0.0), rooms, 0.0) == {0, 3, 4}
 
 
 def test_a_prompt_larger_than_the_cache_goes_when_nothing_runs():
     """It would wait for ever otherwise."""
-    assert has_room(room(running=0.0, capacity=1_000), 100_000)
-    assert not has_room(room(running=1.0, capacity=1_000), 100_000)
+    assert can_run(room(running=0.0, capacity=1_000), 100_000)
+    assert not can_run(room(running=1.0, capacity=1_000), 100_000)
+
+
+def test_what_prompts_share_takes_room_once():
+    """A third of the cache would stay empty if it were counted for each."""
+    shared_by_half = ReplicaRoom(0, 0.0, 1_500_000.0, 1e6, own_share=0.5)
+    assert can_run(shared_by_half, 500_000)
+    assert not can_run(shared_by_half, 500_001)
+
+
+def test_under_pressure_a_turn_leaves_resting_sessions_alone_for_a_minute():
+    """It goes at once if they fit as well, if nothing runs, or if there is no pressure; and at last in any case."""
+    queue: ColdQueue[str] = ColdQueue()
+    waiting = queue.join(turn(), 0.0)
+
+    def resting(replica: int, tokens: float, running: float = 600_000.0) -> ReplicaRoom:
+        return ReplicaRoom(replica, 0.0, running, 1e6, own_share=0.5, resting_tokens=tokens)
+
+    rooms = [resting(0, 300_000), resting(1, 300_001), resting(2, 900_000, running=0.0)]
+    assert queue.open_to(waiting, rooms, PATIENCE_SECONDS - 0.1, is_pressed=True) == {0, 2}
+    assert queue.open_to(waiting, rooms, 0.0, is_pressed=False) == {0, 1, 2}
+    assert queue.open_to(waiting, rooms, PATIENCE_SECONDS, is_pressed=True) == {0, 1, 2}
 
 
 def test_a_replica_that_is_never_quiet_takes_a_cold_turn_once_in_a_minute():
@@ -83,12 +105,12 @@ def test_a_replica_that_is_never_quiet_takes_a_cold_turn_once_in_a_minute():
     queue: ColdQueue[str] = ColdQueue()
     busy = [room(0, pending=9.0)]
     waiting = queue.join(turn(), 100.0)
-    assert queue.open_to(turn(), busy, 100.0 + REST_SECONDS - 0.1) == set()
-    assert queue.open_to(turn(), busy, 100.0 + REST_SECONDS) == {0}
+    assert queue.open_to(waiting, busy, 100.0 + REST_SECONDS - 0.1) == set()
+    assert queue.open_to(waiting, busy, 100.0 + REST_SECONDS) == {0}
     queue.serve(waiting, 0, 160.0)
-    queue.join(turn(), 161.0)
-    assert queue.open_to(turn(), busy, 160.0 + REST_SECONDS - 0.1) == set()
-    assert queue.open_to(turn(), busy, 160.0 + REST_SECONDS) == {0}
+    waiting = queue.join(turn(), 161.0)
+    assert queue.open_to(waiting, busy, 160.0 + REST_SECONDS - 0.1) == set()
+    assert queue.open_to(waiting, busy, 160.0 + REST_SECONDS) == {0}
 
 
 def test_turns_go_in_order_of_arrival():

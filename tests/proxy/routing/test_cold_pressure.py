@@ -6,6 +6,7 @@ from proxy.routing.cold_pressure import (
     CROWDED_SECONDS,
     MEMORY_SECONDS,
     MIN_COMPUTED_TOKENS,
+    RESTING_SECONDS,
     ColdPressure,
     ServedPrompts,
 )
@@ -39,6 +40,23 @@ def test_what_sessions_need_is_the_own_part_of_each_that_goes_on():
     served.note(longer, served.depth(longer), 6_000.0, 4_000.0, 10.0)
     assert served.needed_tokens(11.0) == 5_000 + 5_000
     assert served.needed_tokens(1_000.0) == 0.0
+
+
+def test_a_session_rests_where_its_turn_ended_until_the_next_one_comes_or_it_is_silent():
+    """Whole prompts, by replica; what was never sent does not rest."""
+    served = ServedPrompts()
+    served.note([1, 2, 3], 0, 3_000.0, 1_000.0, 0.0)
+    served.note([7, 8, 9], 0, 5_000.0, 0.0, 0.0)
+    assert served.resting_tokens(0, 5.0) == 0.0
+    served.ended(3, 0, 5.0)
+    served.ended(9, 0, 6.0)
+    served.ended(99, 0, 6.0)
+    assert (served.resting_tokens(0, 7.0), served.resting_tokens(1, 7.0)) == (8_000.0, 0.0)
+    longer = [1, 2, 3, 4, 5]
+    served.note(longer, served.depth(longer), 6_000.0, 3_000.0, 8.0)
+    assert served.resting_tokens(0, 9.0) == 5_000.0
+    assert served.resting_tokens(0, 6.0 + RESTING_SECONDS) == 5_000.0
+    assert served.resting_tokens(0, 6.1 + RESTING_SECONDS) == 0.0
 
 
 def test_cold_turns_wait_once_half_of_the_work_was_done_before_and_until_less_than_a_third_is():
