@@ -307,10 +307,11 @@ async def test_a_pass_ends_with_the_first_token_or_with_the_request(end: str | N
 
 
 class Attempt:
-    """An attempt, of which only the charge counts."""
+    """An attempt, of which only the charge and the candidate count."""
 
-    def __init__(self, charge: Any) -> None:
+    def __init__(self, charge: Any, candidate: Any = None) -> None:
         self.charge = charge
+        self.candidate = candidate
 
 
 # -- what is learned
@@ -359,8 +360,8 @@ async def test_a_session_rests_at_the_replica_that_answered_it() -> None:
     exchange = gated.planned()
     assert gated.cold_turns.admit(exchange) is None
     assert exchange.plan is not None
-    attempt = Attempt(gated.fleet.charge(1, 100.0, gated.clock.monotonic()))
-    attempt.candidate = next(each for each in exchange.plan.candidates if each.replica.id == 1)
+    candidate = next(each for each in exchange.plan.candidates if each.replica.id == 1)
+    attempt = Attempt(gated.fleet.charge(1, 100.0, gated.clock.monotonic()), candidate)
     exchange.attempt, exchange.usage = cast("Any", attempt), Usage(2_000, 1, 0)
     served, now = gated.gate.served(POOL), gated.clock.monotonic()
     assert [served.resting_tokens(number, now) for number in (0, 1)] == [0.0, 0.0]
