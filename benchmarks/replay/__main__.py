@@ -11,16 +11,21 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.common.processes import ROOT, StartFailed, end_on_signals, scratch_folder
+from benchmarks.engines.scenarios import AgentLoad
 from benchmarks.fleet.__main__ import pooled_hit
 from benchmarks.fleet.engine import PREFILL_TOKENS_PER_SECOND
 from benchmarks.fleet.trace import Request, at_load, decode_heavy, read_trace, spread
 from benchmarks.replay import report
+from benchmarks.replay.agents import agents
 from benchmarks.replay.contestants import Entrant, Plan, enter, known
 from benchmarks.replay.drive import Run, drive
-from benchmarks.replay.texts import Texts
+from benchmarks.replay.engines import TEMPLATES
+from benchmarks.replay.texts import Bodies, Texts
 
 RESULTS = ROOT / "benchmarks" / "results"
 _TABLE_COLUMNS = 150
+_AGENTS_HELP = "no trace: 60 agents' sessions of 4 turns, before engines that render prompts by this template"
+_TURN_SECONDS = 4.0  # of a session: an answer of a loaded fleet and a second's pause
 
 
 @click.command()
@@ -36,6 +41,7 @@ _TABLE_COLUMNS = 150
 @click.option("--one-by-one", is_flag=True, help="one after the other, each with separate engines")
 @click.option("--spread", "is_spread", is_flag=True, help="each request at random in the 3 s after its stamp")
 @click.option("--decode-heavy", "is_decode_heavy", is_flag=True, help="no trace: one hot prompt, long answers")
+@click.option("--agents", "template", type=click.Choice(list(TEMPLATES)), help=_AGENTS_HELP)
 @click.option("--restart", is_flag=True, help="half-way the first engine forgets everything")
 @click.option("--name", default="", help="of the files in benchmarks/results")
 def main(  # noqa: PLR0913 - click passes one parameter per option
@@ -51,6 +57,7 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
     one_by_one: bool,
     is_spread: bool,
     is_decode_heavy: bool,
+    template: str | None,
     restart: bool,
     name: str,
 ) -> None:
@@ -59,19 +66,26 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
     end_on_signals()
     console = Console()
     console = console if console.is_terminal else Console(width=_TABLE_COLUMNS)
-    requests = _requests(trace, count, is_decode_heavy, is_spread, rho * engines * PREFILL_TOKENS_PER_SECOND)
+    texts: Bodies
+    if template is None:
+        texts = Texts()
+        requests = _requests(trace, count, is_decode_heavy, is_spread, rho * engines * PREFILL_TOKENS_PER_SECOND)
+    else:
+        requests, texts = agents(AgentLoad(engines=engines), TEMPLATES[template], _TURN_SECONDS)
     wanted = [part.strip() for part in only.split(",") if part.strip()]
     names = known([int(n) for n in proxies.split(",")], peers=peers)
     names = [each for each in names if not wanted or any(part in each for part in wanted)]
     bound = pooled_hit(requests, engines * capacity)
     with scratch_folder() as folder:
-        plan = Plan(engines, capacity, speed, Path(folder))
-        rows = _measure(names, requests, plan, console, one_by_one=one_by_one, restart=restart)
+        plan = Plan(engines, capacity, speed, Path(folder), template=template or "")
+        rows = _measure(names, requests, texts, plan, console, one_by_one=one_by_one, restart=restart)
     title = f"{engines} engines of {capacity:,} tokens, {len(requests)} requests, time x{speed:g}"
     console.print(report.table(f"{title}; one pooled cache would hit {bound:.1%}", rows))
     for remark in report.remarks(rows):
         console.print(remark, highlight=False)
-    stem = name or ("replay-decode-heavy" if is_decode_heavy else "replay")
+    stem = name or (
+        "replay-decode-heavy" if is_decode_heavy else f"replay-agents-{template}" if template else "replay"
+    )
     report.store(RESULTS / f"{stem}.json", settings, bound, rows)
     report.draw(RESULTS / f"{stem}.svg", title, bound, rows)
 
@@ -82,15 +96,22 @@ def _requests(
     if is_decode_heavy:
         return decode_heavy(count)
     if trace is None:
-        raise click.UsageError("name a TRACE, or --decode-heavy")
+        raise click.UsageError("name a TRACE, or --decode-heavy, or --agents")
     requests = read_trace(trace, count)
     return at_load(spread(requests) if is_spread else requests, tokens_per_second)
 
 
 def _measure(
-    names: list[str], requests: list[Request], plan: Plan, console: Console, *, one_by_one: bool, restart: bool
+    names: list[str],
+    requests: list[Request],
+    texts: Bodies,
+    plan: Plan,
+    console: Console,
+    *,
+    one_by_one: bool,
+    restart: bool,
 ) -> list[report.Figures]:
-    texts, rows = Texts(), []
+    rows = []
     groups = [[name] for name in names] if one_by_one else [names]
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("replaying", total=len(groups))
@@ -105,7 +126,7 @@ def _measure(
 async def _together(
     names: list[str],
     requests: list[Request],
-    texts: Texts,
+    texts: Bodies,
     plan: Plan,
     stack: ExitStack,
     console: Console,

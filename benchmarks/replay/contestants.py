@@ -47,6 +47,7 @@ class Plan(msgspec.Struct, frozen=True):
     speed: float
     folder: Path
     pins: bool = False  # blocks of running requests cannot be evicted
+    template: str = ""  # by which the engines render; empty: a prompt is the text of its messages
 
 
 @dataclass(slots=True)
@@ -67,7 +68,7 @@ class Entrant:
 
 def known(proxies: Sequence[int], *, peers: bool) -> list[str]:
     """Return the names of all contestants that can be started here, in the order of the table."""
-    names = []
+    names = [ROUND_ROBIN]
     if peers:
         if shutil.which("haproxy"):
             names += ["round robin (haproxy)", "least connections (haproxy)"]
@@ -76,6 +77,7 @@ def known(proxies: Sequence[int], *, peers: bool) -> list[str]:
     return [*names, *(cairn_name(count) for count in proxies)]
 
 
+ROUND_ROBIN = "round robin"
 UNGATED = "Cairn without the gate"
 
 
@@ -90,10 +92,14 @@ async def enter(name: str, plan: Plan, stack: ExitStack) -> Entrant:
     command = [sys.executable, "-m", "benchmarks.replay.engines", "--ports", ",".join(map(str, entrant.engine_ports))]
     command += ["--capacity", str(plan.capacity_tokens), "--speed", str(plan.speed)]
     command += ["--pins"] if plan.pins else []
+    command += ["--template", plan.template] if plan.template else []
     engines = _run(f"engines of {name}", command, plan, stack)
     for port in entrant.engine_ports:
         await engines.answers(port, "/v1/models", _START_SECONDS)
     urls = tuple(f"http://127.0.0.1:{port}" for port in entrant.engine_ports)
+    if name == ROUND_ROBIN:
+        entrant.ports += entrant.engine_ports
+        return entrant
     if name.startswith("Cairn"):
         count = 1 if name in (cairn_name(1), UNGATED) else int(name.split()[1])
         await _enter_cairn(entrant, count, urls, plan, stack)

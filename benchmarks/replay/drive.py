@@ -11,7 +11,7 @@ import msgspec
 
 from benchmarks.fleet.trace import BLOCK_TOKENS, Request
 from benchmarks.replay.contestants import Entrant
-from benchmarks.replay.texts import Texts
+from benchmarks.replay.texts import Bodies
 from proxy.clock import SystemClock
 
 _CLOCK = SystemClock()
@@ -61,7 +61,7 @@ class Run(msgspec.Struct, frozen=True):
 
 
 async def drive(
-    entrant: Entrant, requests: Sequence[Request], texts: Texts, speed: float, *, restart: bool = False
+    entrant: Entrant, requests: Sequence[Request], texts: Bodies, speed: float, *, restart: bool = False
 ) -> Run:
     """Send all `requests` through the entrant, with arrivals `speed` times as fast.
 
@@ -97,7 +97,7 @@ async def _send_all(
     http: aiohttp.ClientSession,
     entrant: Entrant,
     requests: Sequence[Request],
-    texts: Texts,
+    texts: Bodies,
     speed: float,
     half: int | None,
     seen: list[Seen],
@@ -116,7 +116,7 @@ async def _send_all(
 
 
 async def _one(
-    http: aiohttp.ClientSession, port: int, request: Request, texts: Texts, due: float, seen: list[Seen]
+    http: aiohttp.ClientSession, port: int, request: Request, texts: Bodies, due: float, seen: list[Seen]
 ) -> None:
     sent = _CLOCK.monotonic()
     try:

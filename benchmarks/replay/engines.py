@@ -23,6 +23,7 @@ import uvloop
 import xxhash
 
 from benchmarks.common.upstream import STREAM_END, STREAM_HEAD, framed
+from benchmarks.engines.templates import Chat, Template, decode_chat, render
 from benchmarks.fleet.engine import BlockCache, Engine
 from benchmarks.fleet.trace import BLOCK_TOKENS, BYTES_PER_TOKEN, Request
 from benchmarks.replay.texts import BLOCK_BYTES, MODEL
@@ -33,10 +34,8 @@ _CLOCK = SystemClock()
 _CHUNK_SECONDS = 1.0
 """Engine time between two chunks: about 50 tokens in one, since chunks cost the proxies' CPU and decide nothing."""
 
-_OUTPUT_TOKENS = 16  # if a body does not set it
-
 _NO_FINGERPRINT = Fingerprint(array("Q"), array("I"))
-_PREPARATIONS = frozenset({b"/v1/chat/completions/render", b"/tokenize"})
+_PREPARATIONS = frozenset({b"/v1/chat/completions/render"})
 _MODEL_PAGES = {
     b"/v1/models": {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "bench"}]},
     b"/get_model_info": {"model_path": MODEL, "is_generation": True},
@@ -47,13 +46,7 @@ _MODEL_PAGES = {
 }
 
 
-class _Message(msgspec.Struct):
-    content: str
-
-
-class _Body(msgspec.Struct):
-    messages: list[_Message]
-    max_tokens: int | None = None
+class _Body(Chat):
     max_completion_tokens: int | None = None
     stream: bool = False
 
@@ -78,7 +71,10 @@ def blocks_of(text: bytes) -> tuple[int, ...]:
 class LiveEngine:
     """One engine in real time; its clock runs `speed` times as fast. Listens to its `Engine`."""
 
-    def __init__(self, number: int, capacity_tokens: int, speed: float, *, pins: bool = False) -> None:
+    def __init__(
+        self, number: int, capacity_tokens: int, speed: float, template: Template | None = None, *, pins: bool = False
+    ) -> None:
+        self._template = template
         self._loop = asyncio.get_running_loop()
         self._speed = speed
         self._origin_seconds = self._loop.time()
@@ -99,13 +95,29 @@ class LiveEngine:
 
     def submit(self, stream: Stream, body: _Body) -> None:
         """Take a request that has arrived."""
-        text = "".join(message.content for message in body.messages).encode()
+        text = self._text(body)
         self._numbers += 1
         tokens = max(-(-len(text) // BYTES_PER_TOKEN), 1)
-        now, output = self.now(), body.max_completion_tokens or body.max_tokens or _OUTPUT_TOKENS
+        now, output = self.now(), body.max_completion_tokens or body.max_tokens
         request = Request(self._numbers, now, tokens, output, blocks_of(text), _NO_FINGERPRINT)
         self._streams[request.number] = stream
         self.engine.submit(request, 0.0, now)
+
+    def tokenized(self, body: bytes) -> dict[str, object]:
+        """Tokenise a prompt; return nothing if the engine has no template or the body no messages."""
+        if self._template is None:
+            return {}
+        try:
+            text = render(decode_chat(body), self._template)
+        except msgspec.DecodeError:
+            return {}
+        starts = range(0, len(text), BYTES_PER_TOKEN)
+        return {"tokens": [int.from_bytes(text[start : start + BYTES_PER_TOKEN], "big") for start in starts]}
+
+    def _text(self, body: _Body) -> bytes:
+        if self._template is not None:
+            return render(body, self._template)
+        return "".join(message.content for message in body.messages).encode()
 
     def restart(self) -> None:
         """Forget all prompts, like a new process; running requests continue, so that none is lost."""
@@ -264,6 +276,8 @@ class Connection(asyncio.Protocol):
             return _page(self._engine.metrics())
         if path == b"/replay/stats":
             return _page(msgspec.to_builtins(self._engine.stats))
+        if path == b"/tokenize":
+            return _page(self._engine.tokenized(b"".join(self._pieces)))
         if path == b"/replay/restart":
             self._engine.restart()
             return _page({})
@@ -272,11 +286,16 @@ class Connection(asyncio.Protocol):
         return b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
 
 
-async def serve(ports: Sequence[int], capacity_tokens: int, speed: float, *, pins: bool = False) -> None:
-    """Serve on loopback until cancelled."""
+TEMPLATES = {"tools_first": Template(), "system_first": Template(system_first=True, drops_reasoning=True)}
+
+
+async def serve(
+    ports: Sequence[int], capacity_tokens: int, speed: float, template: Template | None = None, *, pins: bool = False
+) -> None:
+    """Serve on loopback until cancelled. Without a template a prompt is the text of its messages."""
     loop = asyncio.get_running_loop()
     for number, port in enumerate(ports):
-        engine = LiveEngine(number, capacity_tokens, speed, pins=pins)
+        engine = LiveEngine(number, capacity_tokens, speed, template, pins=pins)
         await loop.create_server(functools.partial(Connection, engine), "127.0.0.1", port, backlog=1024)
     await asyncio.Event().wait()
 
@@ -287,10 +306,11 @@ def main() -> None:
     parser.add_argument("--capacity", type=int, required=True)
     parser.add_argument("--speed", type=float, required=True)
     parser.add_argument("--pins", action="store_true", help="blocks of running requests cannot be evicted")
+    parser.add_argument("--template", choices=list(TEMPLATES), help="render messages and tools by this template")
     options = parser.parse_args()
-    uvloop.run(
-        serve([int(port) for port in options.ports.split(",")], options.capacity, options.speed, pins=options.pins)
-    )
+    ports = [int(port) for port in options.ports.split(",")]
+    template = None if options.template is None else TEMPLATES[options.template]
+    uvloop.run(serve(ports, options.capacity, options.speed, template, pins=options.pins))
 
 
 if __name__ == "__main__":

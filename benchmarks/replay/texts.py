@@ -7,6 +7,7 @@ text is drawn by the block's chained id, so equal prefixes have equal text and d
 from __future__ import annotations
 
 import random
+from typing import Protocol
 
 from benchmarks.fleet.trace import BLOCK_TOKENS, BYTES_PER_TOKEN, Request
 
@@ -15,6 +16,14 @@ MODEL = "replay"
 _POOL_BYTES = 1 << 20
 _ID_DIGITS = 16
 _LETTERS = "etaoinshrdlucmfwypvbgkqjxz"
+
+
+class Bodies(Protocol):
+    """The bodies of requests."""
+
+    def body(self, request: Request) -> bytes:
+        """Return the JSON of a streamed chat request."""
+        ...
 
 
 class Texts:

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common.processes import free_port
+from benchmarks.engines.scenarios import AgentLoad
 from benchmarks.fleet.trace import decode_heavy, make_request
 from benchmarks.replay import report
+from benchmarks.replay.agents import agents
 from benchmarks.replay.contestants import Entrant, cairn_config
 from benchmarks.replay.drive import EngineCount, Run, Seen, drive
-from benchmarks.replay.engines import blocks_of, serve
+from benchmarks.replay.engines import TEMPLATES, LiveEngine, blocks_of, serve
 from benchmarks.replay.texts import BLOCK_BYTES, Texts
 from proxy.config.load import load
 
@@ -54,6 +56,30 @@ async def test_the_engines_cache_what_they_computed_and_forget_it_on_command():
     assert row.hit_share == pytest.approx(0.5, abs=0.001)
     assert row.computed_tokens == 4 * 2_048 - 2 * 2_047
     assert row.mean_ttft_seconds > 0.1  # half of them computed 2,048 tokens at 8,000 a second
+
+
+async def test_engines_with_a_template_render_tokenise_and_reuse_as_it_says():
+    """Agents of one kind share tools and system prompt, two kinds only what the template puts first."""
+    load = AgentLoad(sessions=4, turns=2, seconds=1.0, kinds=2, tool_tokens=2_000, system_tokens=1_200)
+    template = TEMPLATES["system_first"]
+    requests, bodies = agents(load, template, 20.0)
+    assert [each.arrival_seconds for each in requests] == sorted(each.arrival_seconds for each in requests)
+    port = free_port()
+    serving = asyncio.get_running_loop().create_task(serve([port], 100_000, 200.0, template))
+    try:
+        run = await drive(Entrant("direct", [port], [port]), requests, bodies, 200.0)
+    finally:
+        serving.cancel()
+    assert [each.error for each in run.seen] == [""] * 8
+    assert [each.prompt_tokens for each in run.seen] == pytest.approx([each.input_tokens for each in requests], abs=1)
+    warm = [each.cached_tokens for each in run.seen if each.cached_tokens]
+    assert len(warm) == 6, "only the first of each kind computes everything"
+    assert min(warm) >= 3_072
+    engine = LiveEngine(0, 100_000, 1.0, template)
+    tokens = engine.tokenized(bodies.body(requests[0]))["tokens"]
+    assert isinstance(tokens, list)
+    assert len(tokens) == pytest.approx(requests[0].input_tokens, abs=1)
+    assert engine.tokenized(b'{"prompt": "x"}') == LiveEngine(0, 100_000, 1.0).tokenized(b"{}") == {}
 
 
 def test_the_configuration_that_the_proxies_get_is_valid_and_scales_with_time(tmp_path: Path):
