@@ -56,12 +56,15 @@ async def _close_pages(browser: Browser) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def cairn(folder: Path, workers: int, **sections: Any) -> AsyncIterator[Fleet]:
-    """Cairn before two upstreams."""
-    async with OpenAIUpstream() as one, OpenAIUpstream() as other, aiohttp.ClientSession() as http:
+async def cairn(
+    folder: Path, workers: int, model: str = "test-model", replica: str = "replica", **sections: Any
+) -> AsyncIterator[Fleet]:
+    """Cairn before two upstreams that serve `model`."""
+    one, other = OpenAIUpstream(models=(model,)), OpenAIUpstream(models=(model,))
+    async with one, other, aiohttp.ClientSession() as http:
         upstreams = [one, other]
-        replicas = [{"url": each.url, "name": f"replica-{at}"} for at, each in enumerate(upstreams, start=1)]
-        pools = [{"name": "engines", "replicas": replicas, "models": ["test-model"]}]
+        replicas = [{"url": each.url, "name": f"{replica}-{at}"} for at, each in enumerate(upstreams, start=1)]
+        pools = [{"name": "engines", "replicas": replicas, "models": [model]}]
         async with serving(folder, {"server": {"workers": workers}, "pools": pools, **sections}) as running:
             yield Fleet(running.url, running.admin, upstreams, http)
 
@@ -73,10 +76,10 @@ async def fleet(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> A
         yield running
 
 
-async def ask(fleet: Fleet, question: str) -> None:
+async def ask(fleet: Fleet, question: str, model: str = "test-model") -> None:
     """A streamed chat about the document."""
     messages = [{"role": "system", "content": DOCUMENT}, {"role": "user", "content": question}]
-    body = {"model": "test-model", "stream": True, "messages": messages}
+    body = {"model": model, "stream": True, "messages": messages}
     async with fleet.http.post(f"{fleet.url}/chat/completions", json=body) as answer:
         assert answer.status == 200
         await answer.read()
@@ -242,6 +245,7 @@ async def test_dead_engines_are_seen_at_a_glance(browser: Browser, tmp_path: Pat
             await looked.until("() => document.querySelector('#status').textContent === 'Not ready'")
             await looked.until("() => document.querySelectorAll('#down tbody tr').length === 2")
             await looked.until("() => document.querySelectorAll('#error-plot .main-svg').length > 0")
+            await looked.until("() => Number(document.querySelector('#reasons tbody td.number').textContent) > 0")
         assert await looked.value("() => document.querySelector('#replicas-up').textContent") == "0 of 2"
         assert await column(looked, "down", 0) == ["replica-1", "replica-2"]
         assert all(await column(looked, "down", 1)), "a reason is shown"
@@ -254,3 +258,41 @@ async def test_dead_engines_are_seen_at_a_glance(browser: Browser, tmp_path: Pat
             assert bottom <= 900, seen
         assert looked.complaints == []
         await looked.keep("status-page-failures.png")
+
+
+LONG_MODEL = "meta-llama/Llama-3.3-70B-Instruct-FP8-dynamic"
+LONG_REPLICA = "gpu-07.inference.example.com-8000"
+# the most lines that a text takes which contains one of the names, by table
+LINES_OF_NAMES = """names => {
+  const lines = cell => {
+    const range = document.createRange();
+    range.selectNodeContents(cell);
+    return new Set([...range.getClientRects()].filter(r => r.width).map(r => Math.round(r.top))).size;
+  };
+  const hasName = cell => names.some(name => cell.textContent.includes(name));
+  return Object.fromEntries([...document.querySelectorAll('table')].map(table => {
+    const cells = [...table.querySelectorAll('tbody td')].filter(hasName);
+    return [table.id, Math.max(0, ...cells.map(lines))];
+  }));
+}"""
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+async def test_long_names_are_not_broken_into_pieces(browser: Browser, tmp_path: Path, width: int) -> None:
+    """Those of models and replicas, in every table that has them, break once at most; nothing sticks out sideways."""
+    async with cairn(tmp_path, 1, LONG_MODEL, LONG_REPLICA) as running:
+        for number in range(3):
+            await ask(running, f"Question {number}?", LONG_MODEL)
+        await running.upstreams[0].stop()
+        await running.upstreams[1].stop()
+        body = {"model": LONG_MODEL, "messages": [{"role": "user", "content": "?"}]}
+        async with running.http.post(f"{running.url}/chat/completions", json=body) as answer:
+            assert answer.status >= 500
+        looked = await opened(browser, running.admin, width=width)
+        async with asyncio.timeout(20):
+            await looked.until("() => document.querySelectorAll('#down tbody tr').length === 2")
+        await looked.keep(f"status-page-names-{width}.png")
+        lines = await looked.page.evaluate(LINES_OF_NAMES, [LONG_MODEL, LONG_REPLICA])
+        assert all(lines[table] >= 1 for table in ("down", "errors", "replicas", "prefixes"))
+        assert {table: count for table, count in lines.items() if count > 2} == {}
+        assert await looked.value("() => document.documentElement.scrollWidth") <= width

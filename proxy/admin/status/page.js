@@ -202,13 +202,13 @@ function showFailures(state) {
   if (nothing) return;
   fill("down", down.map((each) => [
     { text: each.name, kind: "strong" },
-    { text: each.why || "no answer", kind: "alert" },
+    { text: each.why || "no answer", kind: "alert long" },
     { text: each.down_since_unix_seconds === null ? "–" : duration(Math.round(state.now_unix_seconds - each.down_since_unix_seconds)).replace(".0", ""), kind: "number" },
   ]), "All replicas are up");
   fill("errors", state.recent_errors.map((each) => [
     { text: each.client || "unknown", kind: "strong" },
-    { text: each.model },
-    { text: reason(each.reason) },
+    { text: each.model, kind: "long" },
+    { text: reason(each.reason), kind: "long" },
     { text: whole.format(each.count), kind: "number", value: each.count },
     { text: ago(each.last_unix_seconds, state.now_unix_seconds), kind: "number quiet" },
   ]), "No failed request in the last hour");
@@ -400,6 +400,7 @@ function drawErrors(found, width) {
   const sums = {};
   for (const bin of found) for (const [code, count] of Object.entries(bin.errors)) sums[code] = (sums[code] ?? 0) + count;
   const codes = Object.keys(sums).sort((one, other) => sums[other] - sums[one]);
+  const most = Math.max(...found.map((bin) => total(bin.errors)));
   const paints = ["alert", "part", "cold", "soft"].map(colour);
   const paint = (at) => paints[Math.min(at, paints.length - 1)];
   const edges = [new Date(found[0].at * 1000), new Date((found[found.length - 1].at + width) * 1000)];
@@ -409,7 +410,7 @@ function drawErrors(found, width) {
   })), layout({
     barmode: "stack", margin: { l: 38, r: 4, t: 6, b: 22 },
     xaxis: { type: "date", range: edges, showgrid: false, nticks: 7, tickformat: width < 30 ? "%H:%M:%S" : "%H:%M" },
-    yaxis: { rangemode: "tozero", nticks: 3, tickformat: "~s" },
+    yaxis: { rangemode: "tozero", nticks: 3, tickformat: "~s", ...(most <= 2 && { dtick: 1 }) }, // no half requests
   }), OPTIONS);
   byId("error-plot").setAttribute("aria-label", `${whole.format(total(sums))} failed requests in the time shown`);
   const all = Object.entries(view.state.errors).sort((one, other) => (sums[other[0]] ?? 0) - (sums[one[0]] ?? 0) || other[1] - one[1]);
