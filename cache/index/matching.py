@@ -34,8 +34,8 @@ def round_to_blocks(
         have = found.get(replica)
         if have is None:
             continue
-        step = next(each for each in steps if each.depth == have.blocks)
-        if have.tokens == step.tokens:  # a lower count was reported by responses
-            reused = states[replica].granularity.usable(have.tokens)
-            if reused < have.tokens:
-                found[replica] = Held(have.blocks, have.size_bytes, reused, have.tokens - reused)
+        for step in steps:
+            if step.depth == have.blocks and step.tokens == have.tokens:  # fewer are what answers have reported
+                reused = states[replica].granularity.usable(have.tokens)
+                if reused < have.tokens:
+                    found[replica] = Held(have.blocks, have.size_bytes, reused, have.tokens - reused)
