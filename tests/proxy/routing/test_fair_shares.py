@@ -256,8 +256,9 @@ def test_a_tenant_that_comes_back_is_lifted_to_the_others_and_no_further():
     shares = TenantShares()
     for tenant in "ab":
         shares.seen(tenant, 1.0, 0.0)
-    shares.serve("a", 1.0)
-    for _ in range(20):
+    for _ in range(10):
+        shares.serve("a", QUANTUM_TOKENS)
+    for _ in range(30):
         shares.serve("b", QUANTUM_TOKENS)
     shares.serve("a", QUANTUM_TOKENS)
     assert abs(shares.round_of("a") - shares.round_of("b")) <= 1

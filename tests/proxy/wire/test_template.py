@@ -376,3 +376,17 @@ def test_the_key_does_not_depend_on_how_much_of_the_body_is_searched(messages, h
     prompt = prompt_of(messages, **({"tools": TOOLS} if has_tools else {}))
     long = msgspec.structs.replace(prompt, body=bytes(prompt.body) + b" " * 4096)
     assert [*map(bytes, keyed_spans(long, PLAIN))] == [*map(bytes, keyed_spans(prompt, PLAIN))]
+
+
+def test_only_an_assistants_thoughts_are_left_out_of_the_key():
+    """What a user or a tool wrote between such marks is rendered."""
+    facts = TemplateFacts(drops_thoughts=True)
+
+    def key(role: str, thought: str) -> list[bytes]:
+        old = {"role": role, "content": f"<think>{thought}</think>an answer"}
+        prompt = prompt_of([SYSTEM, user("q1"), old, user("q2")])
+        return [bytes(span) for span in keyed_spans(prompt, facts)]
+
+    for role in ("user", "tool", "system"):
+        assert key(role, "one") != key(role, "other")
+    assert key("assistant", "one") == key("assistant", "other")

@@ -352,10 +352,10 @@ def test_a_body_that_a_strict_decoder_refuses_is_read_as_well() -> None:
 
 def test_a_response_that_is_cut_or_broken_has_the_usage_at_its_end_and_is_an_error_without_one() -> None:
     """By the endpoint's own names, with the counts that it does not name left out."""
-    tail = b'x","usage":{"input_tokens":7,"output_tokens":2}}'
+    tail = b'x","usage":{"input_tokens":7,"cache_read_input_tokens":5,"output_tokens":2}}'
     read = read_response(tail, Endpoint.MESSAGES)
     assert read.usage is not None
-    assert (read.usage.prompt_tokens, read.usage.output_tokens, read.error_seen) == (7, 2, False)
+    assert (read.usage.prompt_tokens, read.usage.output_tokens, read.error_seen) == (12, 2, False)
     read = read_response(b"nothing", Endpoint.CHAT)
     assert (read.usage, read.error_seen, read.model) == (None, True, None)
 
