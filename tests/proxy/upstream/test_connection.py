@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -476,8 +477,8 @@ def test_a_body_just_too_long_for_the_parser_is_whole_when_it_is_taken_as_it_com
     wire = Wire()
     answered = wire.begin()
     got = b""
-    for at in range(0, len(raw), 7_000):
-        wire.feed(raw[at : at + 7_000])
+    for begin, end in pairwise([0, *range(10_000, len(raw), 1_000), len(raw)]):
+        wire.feed(raw[begin:end])
         got += answered.body_now()
     assert (got == body, answered.complete, wire.finished_as) == (True, True, [(True, False)])
 
