@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cache.index.prefix_index import FeedbackKind, PrefixIndex
+from cache.index.prefix_index import UNLIMITED_TOKENS, FeedbackKind, PrefixIndex
 from tests.cache.index.test_prefix_index import BLOCK_TOKENS, Bench, chain, talk
 
 TOKENS = float(BLOCK_TOKENS)
@@ -217,3 +217,19 @@ def test_two_chains_of_equal_hashes_and_other_lengths_are_placed_without_harm():
     assert placement.held_blocks == 2
     assert bench.depth(damaged) == 3
     assert bench.index.replicas()[0].tokens > 0
+
+
+def test_taking_back_leaves_a_shared_head_to_another_prompt_of_the_same_placement():
+    """One id came twice, as in a damaged entry."""
+    index = PrefixIndex()
+    for name in "ab":
+        index.apply_place(0, talk(name, 4, system=2), 4 * BLOCK_TOKENS, 0, 1, 1.0)
+    index.apply_take_back(0, talk("a", 4, system=2), 0, 0, 1)
+    assert [index.match(talk(name, 4, system=2)).held[0].blocks for name in "ab"] == [2, 4]
+
+
+def test_a_replica_that_was_never_used_can_be_removed_and_has_no_bound():
+    index = PrefixIndex()
+    index.remove(9)
+    assert index.replicas() == {}
+    assert index.budget_tokens(9) == UNLIMITED_TOKENS
