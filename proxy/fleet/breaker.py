@@ -75,6 +75,7 @@ class Failure(NamedTuple):
     prompt: int
     client: int
     by_status: bool  # the engine answered with an error; otherwise the connection or the response broke
+    after_head: bool = False  # the response began with the head of a success
 
 
 class Breaker:
@@ -127,10 +128,20 @@ class Breaker:
         self._trying = False
 
     def responded(self) -> None:
-        """Close after a response that is not a failure, and forget all evidence."""
+        """Close after the head of a response that is not a failure.
+
+        Failures that were seen only after such a head are remembered, with the back-off that they have led to, until
+        a response is `completed`.
+        """
         if self._failures or self._until_seconds is not None:
+            self._failures = {failure: None for failure in self._failures if failure.after_head}
+            self._close(keep_backoff=bool(self._failures))
+
+    def completed(self) -> None:
+        """Forget all evidence after a whole response without an error."""
+        if self._failures:
             self._failures.clear()
-            self._close()
+            self._backoff.reset()
 
     def reached(self) -> None:
         """Note a probe that was answered. That closes it only if the cause is one of `PROBED`."""
@@ -192,8 +203,9 @@ class Breaker:
         self._trying = False
         return True
 
-    def _close(self) -> None:
-        self._backoff.reset()
+    def _close(self, *, keep_backoff: bool = False) -> None:
+        if not keep_backoff:
+            self._backoff.reset()
         self._until_seconds = None
         self._trying = False
         self.cause = None

@@ -311,6 +311,10 @@ class Fleet:
         else:
             replica.breaker.responded()
 
+    def completed(self, number: int) -> None:
+        """Note a response of the model that came whole and contained no error."""
+        self._replicas[number].breaker.completed()
+
     def reached(self, number: int) -> None:
         """Note a health check that was answered."""
         replica = self._replicas[number]

@@ -405,8 +405,8 @@ class UsageOptions:
         self._accept.discard(replica)
 
 
-def evidence(exchange: Exchange, *, by_status: bool) -> Failure:
+def evidence(exchange: Exchange, *, by_status: bool, after_head: bool = False) -> Failure:
     """Describe a failed request so that distinct prompts and clients can be counted. Called for failures only."""
     fingerprint = exchange.fingerprint
     prompt = fingerprint.hashes[-1] if fingerprint is not None else crc32(exchange.call.body)
-    return Failure(prompt, hash(exchange.call.tenant.id), by_status)
+    return Failure(prompt, hash(exchange.call.tenant.id), by_status, after_head)

@@ -116,6 +116,8 @@ class ResponseRelay:
             self._broke(exchange, downstream, error)
         finally:
             opened.response.abort()
+        if exchange.ending is _COMPLETE and exchange.attempt is not None and exchange.call.endpoint.runs_model:
+            self._fleet.completed(exchange.attempt.replica)
         pool, model = exchange.pool, exchange.model
         if exchange.usage is not None and model is not None and pool is not None and pool.is_provider:
             self._model_names.add((model,))  # providers may list their models only with a key, unlike engines
@@ -277,7 +279,7 @@ class ResponseRelay:
         exchange.ending = _UPSTREAM_ERROR
         self._recorder.inc(HIDDEN_ERRORS, (exchange.replica_name, kind))
         if exchange.attempt is not None:
-            failure = evidence(exchange, by_status=True)
+            failure = evidence(exchange, by_status=True, after_head=True)
             now_seconds = self.clock.monotonic()
             self._fleet.failed(exchange.attempt.replica, failure, now_seconds, f"a successful status with {kind}")
             if exchange.first_token_seconds is None:
@@ -291,7 +293,7 @@ class ResponseRelay:
         self._recorder.inc(STREAM_ABORTS, ("upstream", phase))
         if exchange.attempt is not None:
             now_seconds = self.clock.monotonic()
-            failure = evidence(exchange, by_status=False)
+            failure = evidence(exchange, by_status=False, after_head=True)
             self._fleet.failed(exchange.attempt.replica, failure, now_seconds, error.message)
             if exchange.first_token_seconds is None:
                 exchange.attempt.take_back()

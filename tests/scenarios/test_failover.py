@@ -281,6 +281,36 @@ async def test_a_200_that_is_none_is_relayed_and_counted_as_an_error(
         assert outcomes[0].ending is Ending.UPSTREAM_ERROR
 
 
+@pytest.mark.parametrize(
+    ("stream", "kind", "body"),
+    [
+        (False, "application/json", b'{"error": {"message": "sick"}}'),
+        (
+            True,
+            "text/event-stream",
+            b'data: {"choices":[{"delta":{"content":"a"}}]}\n\ndata: {"error":{"message":"sick"}}\n\n',
+        ),
+    ],
+)
+async def test_a_replica_whose_every_200_turns_out_to_be_an_error_is_left_alone(
+    http: aiohttp.ClientSession, stream: bool, kind: str, body: bytes
+) -> None:
+    """The head of its next response does not make up for the errors behind the last ones."""
+    sick = Sick(200, body, kind)
+    async with sick_and_well(sick) as (cairn, _):
+        for number in range(60):
+            chat = {
+                "model": "test-model",
+                "stream": stream,
+                "messages": [{"role": "user", "content": f"hi {number}"}],
+            }
+            key = {"authorization": f"Bearer client {number % 2}"}
+            async with http.post(f"{cairn.url}/chat/completions", json=chat, headers=key) as response:
+                assert response.status == 200
+                await response.read()
+        assert 3 <= sick.asked <= 12
+
+
 async def test_a_stream_that_ends_with_an_error_is_not_complete(http: aiohttp.ClientSession) -> None:
     """It is relayed as it came."""
     events = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\ndata: {"error":{"message":"sick"}}\n\n'

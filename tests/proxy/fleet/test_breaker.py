@@ -121,3 +121,20 @@ def test_back_offs_grow_while_nothing_succeeds_and_begin_anew_after_a_success() 
     each.responded()
     each.unreachable(now_seconds)
     assert each.wait_seconds(now_seconds) == waits[0]
+
+
+def test_failures_behind_a_good_head_are_forgotten_only_after_a_whole_response() -> None:
+    """Each such response begins like a good one, so that its head alone proves nothing against them."""
+    each = breaker()
+    for prompt in range(SETTINGS.prompts_to_open):
+        each.responded()
+        opened = each.failed(Failure(prompt, prompt, by_status=True, after_head=True), 0.0)
+        assert opened is (prompt == SETTINGS.prompts_to_open - 1)
+    first_wait_seconds = each.wait_seconds(0.0)
+    each.responded()  # the trial's response begins well, too
+    assert each.is_closed
+    assert each.failed(Failure(9, 9, by_status=True, after_head=True), 1.0)
+    assert each.wait_seconds(1.0) > first_wait_seconds
+    each.responded()
+    each.completed()
+    assert not each.failed(Failure(10, 10, by_status=True, after_head=True), 2.0)
