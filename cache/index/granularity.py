@@ -30,8 +30,8 @@ MIN_ENDS: Final = 8
 """Reports needed to know how many blocks at the end an engine leaves unused."""
 
 MIN_MISSES: Final = 3
-"""Whole recent prompts in a row of which nothing was cached, after which prompts up to their length count as too
-short to be reused. Such an engine has shown no count from which its block size could be computed.
+"""Number of whole recent prompts in a row of which nothing was cached, after which prompts up to their length count
+as too short to be reused. Such an engine has shown no count from which its block size could be computed.
 """
 
 MIN_OLD_MISSES: Final = 8

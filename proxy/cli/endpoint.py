@@ -15,7 +15,7 @@ _ENGINE_NAMES = {"llamacpp": "llama.cpp", "vllm": "vLLM", "sglang": "SGLang"}
 
 
 class Endpoint(NamedTuple):
-    """What an endpoint reports. `problem` is None if it lists its models; `engine` is empty if it is not known."""
+    """An endpoint's report. `problem` is None if it lists its models; `engine` is empty if it is not known."""
 
     url: str
     models: tuple[str, ...] = ()

@@ -89,7 +89,7 @@ _FIRST_SEGMENTS = frozenset({path.split("/")[0] for path in {*_PROMPTS, *COLLECT
 
 
 class Route(msgspec.Struct, frozen=True, gc=False):
-    """What a method and target mean.
+    """The meaning of a method and target.
 
     `target` is the normalised path with the query. `model` is the model that the path names, `object_id` the object.
     """

@@ -76,7 +76,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a turn would wait now, the reason, and the least seconds that it would wait."""
+    """The decision whether a turn waits now, its reason, and the least seconds of the wait."""
 
     kind: TurnKind
     waits: bool

@@ -66,7 +66,7 @@ _ID_SIGNS = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123
 
 
 class _Verdicts(dict[bytes, bool]):
-    """Whether a header passes, by lower-case name; computed once for each name."""
+    """A table of which headers pass, by lower-case name; computed once for each name."""
 
     def __init__(self, removed: frozenset[bytes], prefixes: tuple[bytes, ...] = _OWN_PREFIXES) -> None:
         super().__init__()

@@ -19,6 +19,8 @@ from proxy.model import Body, Media
 from proxy.wire.schemas import DECODE_ERRORS, Part, decode_parts, decode_parts_message
 
 SHORT_BODY_BYTES: Final = 4_096
+"""Longest body that is searched as a whole, which is faster than searching each message."""
+
 MEDIA_BYTES_LEAST: Final = 1024  # bytes; a shorter picture has no more tokens than text of the same length
 _SAMPLES: Final = 2048  # of one body: 3 us
 _FEW: Final = 8  # messages whose beginnings are examined; with more of them, sampling is cheaper

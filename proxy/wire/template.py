@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 
 from proxy.model import Prompt, TemplateFacts, ToolOrder
+from proxy.wire.media import SHORT_BODY_BYTES
 from proxy.wire.schemas import NONE, decode_message_head, decode_raw_list
 
 Span = memoryview | bytes
@@ -26,9 +27,6 @@ _BILLING_REACH: Final = 256
 
 _BILLING_ENDS: Final = (b"\\n", b'"')
 """The mark's line ends with the text or with a line break in it, as JSON writes it."""
-
-_SHORT_BODY_BYTES: Final = 4096
-"""Longest body that is searched as a whole for parts to be left out, which is faster than searching each message."""
 
 _ID_KEY: Final = b'"id"'
 _ID_HEAD_BYTES: Final = 64
@@ -106,7 +104,7 @@ def keyed_spans(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
     elif _drops_tools(prompt, facts):
         spans, system = spans[system:], 0
     body = prompt.body
-    if 0 < len(body) <= _SHORT_BODY_BYTES:
+    if 0 < len(body) <= SHORT_BODY_BYTES:
         if body.find(_CACHE_MARK) >= 0 or body.find(BILLING_MARK) >= 0:
             spans = _without_marks(spans, system, keeps_billing=facts.keeps_billing)
         if body.find(_LIST_IN_END) >= 0:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-import sys
 from pathlib import Path
 from shutil import which
 
@@ -16,6 +15,7 @@ import aiohttp
 import pytest
 
 from benchmarks.common.processes import free_port
+from tests.packaging.serving import read_until
 from tests.packaging.test_image import PACKAGES
 from tests.support.openai_upstream import OpenAIUpstream
 
@@ -41,26 +41,6 @@ def debian() -> Path:
     return base
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of plain Python."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(folder),
-    ]
-    environ = {**os.environ, "CAIRN_COMPILE": "never"}  # noqa: TID251 - passed on to a command
-    subprocess.run([*command, str(ROOT)], check=True, env=environ)
-    return next(folder.glob("*.whl"))
-
-
 async def test_a_wheel_answers_in_a_bare_debian(debian: Path, wheel: Path) -> None:
     """With the commands of docs/installing.md, Cairn is installed there, starts, and answers its first request."""
     port, admin_port = free_port(), free_port()
@@ -70,10 +50,8 @@ async def test_a_wheel_answers_in_a_bare_debian(debian: Path, wheel: Path) -> No
             *(str(debian), str(wheel), upstream.url, str(port), str(admin_port)),
             stderr=asyncio.subprocess.PIPE,
         )
-        assert process.stderr is not None
         try:
-            while b"is ready" not in (line := await process.stderr.readline()):
-                assert line, "it ended before it served"
+            await read_until(process, b"is ready")
             body = {"model": "test-model", "messages": [{"role": "user", "content": "Hello"}]}
             answer = await client.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body)
             assert answer.status == 200

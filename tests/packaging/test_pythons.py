@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 
 from benchmarks.common.processes import free_port
+from tests.packaging.serving import ends_cleanly, read_until
 from tests.support.openai_upstream import OpenAIUpstream
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,26 +59,6 @@ def _runs(command: list[str], version: str) -> bool:
     return f"Python {version}." in subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of plain Python."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(folder),
-    ]
-    environ = {**os.environ, "CAIRN_COMPILE": "never"}  # noqa: TID251 - passed on to a command
-    subprocess.run([*command, str(ROOT)], check=True, env=environ)
-    return next(folder.glob("*.whl"))
-
-
 def install(wheel: Path, version: str, folder: Path) -> None:
     """Install the wheel and the locked packages, wheels only, into `folder`."""
     uv = [str(Path(sys.executable).with_name("uv")), "pip", "install", "--quiet", "--python-version", version]
@@ -107,19 +88,12 @@ async def test_a_wheel_answers_on(version: str, wheel: Path, tmp_path: Path) -> 
             env={**environ, "CAIRN_SERVER__DRAIN_ACCEPT_SECONDS": "0"},
             stderr=asyncio.subprocess.PIPE,
         )
-        assert process.stderr is not None
         try:
-            written = b""
-            while b"serving on" not in written:
-                written += (line := await process.stderr.readline())
-                assert line, written.decode()
-            assert b"Warning" not in written
+            assert b"Warning" not in await read_until(process, b"serving on")
             body = {"model": "test-model", "messages": [{"role": "user", "content": "Hello"}]}
             answer = await client.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body)
             assert (await answer.json())["choices"][0]["message"]["content"] == "Hello, world"
-            process.terminate()
-            await process.stderr.read()
-            assert await process.wait() == 0
+            assert await ends_cleanly(process)
         finally:
             if process.returncode is None:
                 process.kill()

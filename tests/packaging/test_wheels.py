@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.packaging.serving import ends_cleanly, read_until
+
 ROOT = Path(__file__).resolve().parents[2]
 WHEELS = ROOT / ".build" / "wheels"
 START_SECONDS = 30
@@ -61,14 +63,10 @@ async def test_an_installed_wheel_serves_and_stops(installed: dict[bool, Path], 
         env={"PATH": "/usr/bin:/bin", "XDG_DATA_HOME": str(tmp_path), "CAIRN_SERVER__DRAIN_ACCEPT_SECONDS": "0"},
         stderr=asyncio.subprocess.PIPE,
     )
-    assert process.stderr is not None
     try:
         async with asyncio.timeout(START_SECONDS):
-            while b"serving on" not in (line := await process.stderr.readline()):
-                assert line, "it ended before it served"
-            process.terminate()
-            await process.stderr.read()
-            assert await process.wait() == 0
+            await read_until(process, b"serving on")
+            assert await ends_cleanly(process)
     finally:
         if process.returncode is None:
             process.kill()

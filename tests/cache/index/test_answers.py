@@ -1,4 +1,4 @@
-"""What responses show and what becomes of it: forks in flight, renderings that shrink, other writers' answers."""
+"""The index learns from responses: forks in flight, renderings that shrink, other writers' answers."""
 
 from __future__ import annotations
 

@@ -275,7 +275,7 @@ def test_a_server_whose_version_cannot_be_read_is_not_taken(monkeypatch: pytest.
 def test_the_owner_of_a_folder_is_alive_if_its_process_exists_whosever_it_is(
     monkeypatch: pytest.MonkeyPatch, owner: str, error: Exception | None, alive: bool
 ) -> None:
-    """What is not a process id, as in a damaged file, is nobody."""
+    """A text that is no process id, as in a damaged file, names no process."""
 
     def kill(pid: int, sign: int) -> None:
         assert (pid, sign) == (12, 0)

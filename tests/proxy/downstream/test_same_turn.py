@@ -184,7 +184,7 @@ async def test_a_read_that_lands_in_a_body_which_is_over_by_then_is_dropped() ->
 
 
 async def test_a_body_that_came_with_its_head_is_refused_when_bodies_have_no_room() -> None:
-    """What others hold counts; alone, a body may be larger than the limit. All of it is given back."""
+    """The bytes of other bodies count; alone, a body may exceed the limit. All of it is given back."""
     outcomes: list[object] = []
     gate = asyncio.Event()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -40,6 +40,13 @@ class Source:
     def taken(self) -> None: ...
     def allow_silence(self, seconds: float) -> None: ...
     def close(self, error: CairnError | None = None) -> None: ...
+
+
+async def until(holds: Callable[[], object]) -> None:
+    """Let the checker, which runs by itself, go on until `holds` does. Raises TimeoutError after 5 s."""
+    async with asyncio.timeout(5):
+        while not holds():  # noqa: ASYNC110 - it polls what the checker changes
+            await asyncio.sleep(0)
 
 
 class Bench:
@@ -236,15 +243,11 @@ async def test_a_replica_that_left_a_check_unanswered_is_checked_again_at_once(
     await bench.checker.check(0)
     running = bench.tasks.start(bench.checker.run(), "health checks")
     try:
-        async with asyncio.timeout(5):
-            while bench.fleet.cause(0) is not Cause.SILENT:  # noqa: ASYNC110 - the checker runs by itself
-                await asyncio.sleep(0)
+        await until(lambda: bench.fleet.cause(0) is Cause.SILENT)
         assert len(bench.headers) == 3
         bench.pages[b"/v1/models"] = (200, MODELS)
         bench.clock.advance(1.0)
-        async with asyncio.timeout(5):
-            while bench.state()[0] is not BreakerState.CLOSED:  # noqa: ASYNC110 - as above
-                await asyncio.sleep(0)
+        await until(lambda: bench.state()[0] is BreakerState.CLOSED)
     finally:
         running.cancel()
 
@@ -379,9 +382,7 @@ async def test_a_load_check_that_fails_shows_nothing() -> None:
 async def test_new_replicas_are_checked_and_what_was_found_at_forgotten_ones_is_dropped() -> None:
     bench = Bench({b"/v1/models": (200, MODELS)})
     bench.checker.replicas_changed([0])
-    async with asyncio.timeout(5):
-        while not bench.found:  # noqa: ASYNC110 - the check runs by itself
-            await asyncio.sleep(0)
+    await until(lambda: bench.found)
     bench.checker.replica_forgotten(0, bench.endpoint)
     assert bench.checker.describe(0) == "replica r (pool pool) has not responded yet"
 
@@ -397,14 +398,10 @@ async def test_facts_are_asked_for_again_by_and_by_and_a_down_replica_by_its_bac
         await asyncio.sleep(0)
         assert bench.found == []
         bench.clock.advance(FACTS_SECONDS)
-        async with asyncio.timeout(5):
-            while not bench.found:  # noqa: ASYNC110 - the checker runs by itself
-                await asyncio.sleep(0)
+        await until(lambda: bench.found)
         bench.fleet.unreachable(0, bench.clock.monotonic(), "refused")
         bench.clock.advance(1.0)
-        async with asyncio.timeout(5):
-            while bench.state()[0] is not BreakerState.CLOSED:  # noqa: ASYNC110 - as above
-                await asyncio.sleep(0)
+        await until(lambda: bench.state()[0] is BreakerState.CLOSED)
     finally:
         running.cancel()
 
@@ -493,9 +490,7 @@ async def test_a_busy_engine_that_states_no_limit_is_asked_for_its_load(monkeypa
         for _ in range(8):
             bench.fleet.charge(0, 100.0, bench.clock.monotonic())
         bench.clock.advance(LOAD_SECONDS)
-        async with asyncio.timeout(5):
-            while not bench.loads:  # noqa: ASYNC110 - the checker runs by itself
-                await asyncio.sleep(0)
+        await until(lambda: bench.loads)
     finally:
         running.cancel()
     assert bench.loads == [(20, 3)]
