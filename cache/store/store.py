@@ -42,6 +42,7 @@ WAITING = 64  # operations that may wait for a connection; further ones fail at 
 _AWAY = frozenset(
     {ErrorKind.TIMEOUT, ErrorKind.CONNECTION, ErrorKind.LOADING, ErrorKind.AUTH, ErrorKind.BUSY}
 )  # no command is served; any other error is a reply to this command
+_MESSAGES = frozenset({"PUBLISH", "SUBSCRIBE"})  # also served while loading, and by any node of a failed Cluster
 _WRITES = frozenset({"SET", "DEL", "UNLINK", "EXPIRE", "PEXPIRE", "XADD", "HSET", "HDEL", "SADD", "ZADD", "INCR"})
 
 Command = Sequence[str | bytes | int | float]
@@ -333,9 +334,7 @@ class Store:
         try:
             async with asyncio.timeout(limit_seconds):
                 result = await call()
-            if not (
-                operation == "PUBLISH" and self._is_cluster
-            ):  # any node takes a message, even in a failed Cluster
+            if operation not in _MESSAGES:
                 self._connection.breaker.succeeded()
             if writes:
                 self._writing.breaker.succeeded()

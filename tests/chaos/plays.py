@@ -24,7 +24,7 @@ from tests.support.valkey import free_port
 Play = Callable[[Scene], Awaitable[None]]
 OPEN_FILES = 256  # of each process, where descriptors are short
 SMALL_DISK = "6m"
-LOADED_KEYS = "3000"
+LOADED_KEYS, KEY_MICROSECONDS = "5000", "700"  # over three seconds
 FOUND_FROZEN_SECONDS = FACTS_SECONDS + UNANSWERED_CHECKS * stack.CHECK_SECONDS + stack.SILENCE_SECONDS
 CONTEXTS, USES = 6, 5  # each use on a connection of its own, so at either worker
 
@@ -119,10 +119,16 @@ async def exhaust_descriptors(on: Scene) -> None:
 
 
 async def step_clock(on: Scene) -> None:
-    for seconds in (3600, -3600, 0):
+    """Step from 23:30 across midnight, back, and across again, so that the report includes both days."""
+    for seconds in (3600, -3600, 3600):
         on.step_clock(seconds)
         await on.hold()
     on.mend()
+    await until(lambda: _has_totals_of(on, 2), 5, "there are totals of both days")
+
+
+async def _has_totals_of(on: Scene, days: int) -> bool:
+    return len((await on.stack.proxy.savings())["lines"]) == days
 
 
 # --- Redis
@@ -229,13 +235,13 @@ async def block_redis(on: Scene) -> None:
 
 
 async def load_slowly(on: Scene) -> None:
-    """Kill it and let its start take long: every key costs a millisecond."""
+    """Kill it and let its start take long: each key costs `KEY_MICROSECONDS`."""
     server = on.store.server
     server.ask("DEBUG", "POPULATE", LOADED_KEYS, "filler", "1000")
     server.ask("BGREWRITEAOF")
     await until(lambda: _rewritten(on), 20, "Valkey has rewritten its file")
     server.kill()
-    slow = ("--key-load-delay", "700", "--loading-process-events-interval-bytes", "1024")
+    slow = ("--key-load-delay", KEY_MICROSECONDS, "--loading-process-events-interval-bytes", "1024")
     await asyncio.to_thread(server.start, *slow)
     on.mend()
 
@@ -345,7 +351,7 @@ SCENARIOS = (
     Scenario("sighup", "SIGHUP with a good, a bad and a good file", reload_good_and_bad),
     Scenario("descriptors", "workers run out of file descriptors", exhaust_descriptors,
              refuses=True, open_files=OPEN_FILES),
-    Scenario("clock", "the wall clock jumps by an hour, forth and back", step_clock, needs="clock"),
+    Scenario("clock", "the wall clock jumps by an hour and back, across midnight", step_clock, needs="clock"),
     Scenario("redis-killed", "Redis is killed and started again", kill_redis, shows="redis is away"),
     Scenario("redis-frozen", "SIGSTOP of Redis", freeze_redis, shows=r"redis is away \(timeout"),
     Scenario("redis-flushed", "FLUSHALL", flush_redis, keeps_totals=False),
@@ -354,7 +360,8 @@ SCENARIOS = (
     Scenario("redis-full", "maxmemory reached, noeviction", fill_redis, shows=r"redis is refusing writes \(oom"),
     Scenario("redis-password", "a password is set while running", set_password, shows=r"redis is away \(auth"),
     Scenario("redis-busy", "an endless script of another client", block_redis, shows="redis is away"),
-    Scenario("redis-loading", "Redis is restarted and loads its file slowly", load_slowly, shows="redis is away"),
+    Scenario("redis-loading", "Redis is restarted and loads its file slowly", load_slowly,
+             shows=r"redis is away \(loading"),
     Scenario("redis-read-only", "Redis becomes a replica, and a master again", make_read_only,
              shows=r"redis is refusing writes \(readonly", keeps_totals=False),
     Scenario("redis-no-replicas", "min-replicas-to-write is not met", want_replicas,

@@ -129,7 +129,7 @@ async def _check(scenario: Scenario, on: Scene, load: Load) -> list[str]:
 
 async def _totals(proxy: Proxy) -> Counted:
     """All proxies write to one Redis, so that one of them can read all totals."""
-    total = await proxy.savings()
+    total = (await proxy.savings())["total"]
     return Counted(int(total["prompt_tokens"]), int(total["output_tokens"]))
 
 

@@ -143,8 +143,10 @@ class Scene:
         os.kill(pid, number)
 
     def step_clock(self, seconds: int) -> None:
-        """Set the wall clock of Cairn's processes that many seconds beside the machine's."""
-        self._clock_file.write_text(f"{seconds:+d}\n")
+        """Set the wall clock of Cairn's processes forward, or back, from what it is now."""
+        following = self._clock_file.with_suffix(".new")
+        following.write_text(f"{int(self._clock_file.read_text()) + seconds:+d}\n")
+        following.replace(self._clock_file)  # at once: every reading of the clock reads the file
 
     def reload(self, tree: Mapping[str, Any]) -> None:
         """Write a configuration and send SIGHUP."""

@@ -28,6 +28,8 @@ START_SECONDS = 60.0
 STOP_SECONDS = 20.0
 POLL_SECONDS = 0.05
 CLOCK_FILE = "clock"  # in the stack's folder: by how much the wall clock is shifted
+DAY_SECONDS = 86_400
+HALF_PAST_ELEVEN_SECONDS = DAY_SECONDS - 1800
 WORKERS = 2
 REPLICAS = 3
 FIRST_BYTE_SECONDS = IDLE_SECONDS = 2.0
@@ -158,12 +160,12 @@ class Proxy(Program):
         return parse((await get(self.admin_port, "/metrics"))[1].decode())
 
     async def savings(self) -> dict[str, Any]:
-        """Return the sum of all totals in Redis. Raises Failed if they cannot be read."""
+        """Return the report of all totals in Redis, by day. Raises Failed if they cannot be read."""
         status, body = await get(self.admin_port, "/savings?by=day")
         if status != 200:
             raise Failed(f"{self.name}: /savings answers {status}: {body[:200]!r}")
-        total: dict[str, Any] = json.loads(body)["total"]
-        return total
+        report: dict[str, Any] = json.loads(body)
+        return report
 
 
 class Stack:
@@ -249,7 +251,8 @@ async def until(holds: Callable[[], Any], seconds: float, what: str) -> None:
 def clock_shift(file: Path) -> dict[str, str] | None:
     """Return the environment in which a process's wall clock is shifted by the seconds in `file`.
 
-    None if that does not work here. libfaketime shifts CLOCK_REALTIME and leaves the monotonic clock alone.
+    None if that does not work here. libfaketime shifts CLOCK_REALTIME and leaves the monotonic clock alone. The file
+    is left with the seconds until half past eleven at night (UTC), so that the time of day is the same in every run.
     """
     file.write_text("+0\n")
     spec = importlib.util.find_spec("libfaketime")
@@ -272,9 +275,14 @@ def clock_shift(file: Path) -> dict[str, str] | None:
         text=True,
         check=False,
     ).stdout
-    file.write_text("+0\n")
+    file.write_text(f"{seconds_until_half_past_eleven(CLOCK.unix()):+d}\n")
     works = re.fullmatch(r"[\d.]+\n", shifted) and float(shifted) - CLOCK.unix() > 7000
     return changes if works else None
+
+
+def seconds_until_half_past_eleven(unix_seconds: float) -> int:
+    """Return the seconds until the next 23:30 UTC, at least 0 and less than a day."""
+    return int(HALF_PAST_ELEVEN_SECONDS - unix_seconds) % DAY_SECONDS
 
 
 def ended(pids: Sequence[int]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.chaos.__main__ import parse_arguments
 from tests.chaos.plays import SCENARIOS
 from tests.chaos.run import Skipped, play
+from tests.chaos.stack import seconds_until_half_past_eleven
 
 SHORT = ("worker-frozen", "redis-password", "upstream-killed")
 
@@ -24,6 +26,15 @@ async def test_a_fault_under_load_costs_no_answer(name: str, tmp_path: Path) -> 
     assert verdict.problems == ()
     assert (verdict.lost, verdict.wrong) == (0, 0)
     assert verdict.requests > 20
+
+
+@pytest.mark.parametrize(
+    ("time_of_day", "seconds"), [("23:30:00", 0), ("23:29:59", 1), ("00:00:00", 84_600), ("23:30:01", 86_399)]
+)
+def test_the_clock_begins_before_midnight_at_any_time_of_day(time_of_day: str, seconds: int) -> None:
+    """It is never set back, since what it counted there would be of a third day."""
+    unix_seconds = datetime.fromisoformat(f"2026-03-31T{time_of_day}+00:00").timestamp()
+    assert seconds_until_half_past_eleven(unix_seconds) == seconds
 
 
 def test_scenarios_have_names_of_their_own() -> None:
