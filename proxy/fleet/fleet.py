@@ -217,16 +217,22 @@ class Fleet:
             replica.limit = in_flight_limit
             replica.quiet_view = None
 
-    def snapshot(self, pool: str, now_seconds: float, key: ThrottleKey | None = None) -> tuple[ReplicaView, ...]:
-        """Return frozen rows of a pool's replicas, with the work of other processes.
+    def snapshot(
+        self, pool: str, now_seconds: float, key: ThrottleKey | None = None, pinned: int | None = None
+    ) -> tuple[ReplicaView, ...]:
+        """Return frozen rows of a pool's replicas, or of the `pinned` one alone, with the work of other processes.
 
-        A replica that answered 429 to `key` is unavailable to it. If none is available, the least bad one that may
-        be reached is shown as available: its own answer is better than a refusal made without asking it.
+        A replica that answered 429 to `key` is unavailable to it. If none of the rows is available, the least bad
+        replica that may be reached is shown as available: its own answer is better than a refusal made without asking
+        it.
         """
         if now_seconds >= self._peers.stale_at_seconds:
             self._drop_silent_peers(now_seconds)
         price = self._in_flight_seconds.get(pool, self._most_price)
-        views = tuple([replica.view(now_seconds, price, key) for replica in self._pools.get(pool, ())])
+        replicas = self._pools.get(pool, ())
+        if pinned is not None:
+            replicas = [replica for replica in replicas if replica.id == pinned]
+        views = tuple([replica.view(now_seconds, price, key) for replica in replicas])
         for view in views:
             if view.available:
                 return views

@@ -114,7 +114,9 @@ class Planner:
         Raises Overloaded if none is left.
         """
         assert exchange.pool is not None  # noqa: S101 - the reader set it or raised
-        views = self._fleet.snapshot(exchange.pool.name, self._clock.monotonic(), exchange.throttle_key)
+        views = self._fleet.snapshot(
+            exchange.pool.name, self._clock.monotonic(), exchange.throttle_key, exchange.pinned_replica
+        )
         if exchange.avoid:
             views = tuple([view for view in views if view.name not in exchange.avoid])
         if among is not None:

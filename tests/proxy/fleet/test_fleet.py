@@ -356,6 +356,21 @@ def test_when_no_replica_is_open_the_least_bad_one_is_tried():
     assert [view.available for view in alone.snapshot("pool", 0.0)] == [False]
 
 
+def test_a_request_that_can_go_to_one_replica_only_is_tried_there_if_it_can_be_reached():
+    """Another open replica is no reason to refuse it, since that one cannot serve it."""
+    fleet = fleet_of("a", "b", "c")
+    fleet.proven(0, 0.0, "500")
+    fleet.unreachable(1, 0.0, "refused")
+
+    def rows(pinned: int | None) -> list[tuple[int, bool]]:
+        return [(view.id, view.available) for view in fleet.snapshot("pool", 0.0, pinned=pinned)]
+
+    assert rows(None) == [(0, False), (1, False), (2, True)]
+    assert rows(0) == [(0, True)]
+    assert rows(1) == [(1, False)]
+    assert rows(2) == [(2, True)]
+
+
 def test_requests_that_were_under_way_when_it_opened_do_not_lengthen_the_back_off():
     """Fifty that fail together are one failure."""
     fleet = fleet_of("a")

@@ -272,6 +272,16 @@ def test_a_named_object_pins_the_plan_to_its_replica() -> None:
             assert (order(exchange), exchange.plan.reason) == ([pinned], RouteReason.PINNED)
 
 
+def test_a_failing_replica_is_asked_for_the_objects_that_it_alone_has() -> None:
+    """All other requests leave it alone."""
+    planning = Planning()
+    planning.fleet.proven(0, planning.clock.monotonic(), "500")
+    exchange = planning.read()
+    assert order(planning.planned(exchange)) == [1]
+    exchange.pinned_replica = 0
+    assert order(planning.planned(exchange)) == [0]
+
+
 @pytest.mark.parametrize("served_at", [0, 1])
 def test_a_session_returns_to_the_replica_that_served_it_last_where_nothing_else_decides(served_at: int) -> None:
     """Though its new prompt shares nothing with the last; another tenant's session of that name does not."""
