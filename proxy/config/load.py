@@ -18,6 +18,7 @@ import yaml
 from proxy.config import checks, environment, validate, yaml_file
 from proxy.config.data_folder import data_folder
 from proxy.config.environment import process_environment
+from proxy.config.files import read_at_most
 from proxy.config.schema import (
     RETIRED,
     Admin,
@@ -220,8 +221,10 @@ class _Secrets:
             return self._environ[value].strip()
         file = self._folder / value
         try:
-            with file.expanduser().open("rb") as stream:
-                return stream.read(_KEY_BYTES_AT_MOST).decode().strip()
+            content = read_at_most(file.expanduser(), _KEY_BYTES_AT_MOST + 1)
+            if len(content) <= _KEY_BYTES_AT_MOST:
+                return content.decode().strip()
+            self.problems.append((path, f"{file} is larger than {_KEY_BYTES_AT_MOST} bytes"))
         except OSError as error:
             self.problems.append((path, f"cannot read {file}: {error.strerror or type(error).__name__}"))
         except UnicodeDecodeError:

@@ -10,11 +10,11 @@ import difflib
 import enum
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin
 
 import msgspec
 
-from proxy.config.schema import Config, Section, has_mark, make_secret
+from proxy.config.schema import Config, Section, has_mark, make_secret, types_of
 
 Problem = tuple[str, str]
 """The path of a setting, and what is wrong with it."""
@@ -24,6 +24,7 @@ _UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "ki": 1024, "Mi": 1024**
 _PATH_IN_MESSAGE = re.compile(r"(?P<text>.*) - at `(?:key` in `)?\$(?P<path>[^`]*)`", re.DOTALL)
 _SIZE_FORM = "expected a number of bytes such as 33554432, 32MB or 32MiB"
 
+_NUL = "\0"
 _TYPE = re.compile(r"`(\w+)`")
 _TYPES = {
     "int": "a whole number",
@@ -56,7 +57,7 @@ def problems(tree: Any, section: type[Section] = Config, path: str = "$") -> Ite
     if not isinstance(tree, dict):
         yield path, "expected a mapping of settings"
         return
-    types = get_type_hints(section, include_extras=True)
+    types = types_of(section)
     required = [field.name for field in msgspec.structs.fields(section) if field.required]
     for name, value in tree.items():
         if name in types:
@@ -104,10 +105,25 @@ def _field_problems(value: Any, section: type[Section], name: str, annotation: A
             yield path, _SIZE_FORM
             return
         value = size
+    if isinstance(value, list) and element is None and get_origin(inner) is tuple:
+        each_type = get_args(inner)[0]
+        inside = [found for at, each in enumerate(value) for found in _wrong(each, each_type, f"{path}[{at}]")]
+        if inside:
+            yield from inside
+            return
+    yield from _wrong(value, annotation, path)
+
+
+def _wrong(value: Any, annotation: Any, path: str) -> Iterator[Problem]:
+    """Yield the problem of a value that contains no section, if it has one."""
+    if isinstance(value, str) and _NUL in value:  # no path, host, name or key may contain one
+        yield path, "contains a null character"
+        return
     try:
         msgspec.convert(value, annotation, dec_hook=make_secret)
     except msgspec.ValidationError as error:
         where, text = _split(str(error))
+        inner = _unmarked(annotation)
         yield path + where, _enum_text(value, inner) or _form_text(text, annotation) or in_words(text, value)
 
 
@@ -115,7 +131,7 @@ def _with_sizes(tree: Any, section: type[Section]) -> Any:
     """Return `tree` with every size written as a number."""
     if not isinstance(tree, dict):
         return tree
-    types = get_type_hints(section, include_extras=True)
+    types = types_of(section)
     return {
         name: _with_size(value, section, name, types[name]) if name in types else value
         for name, value in tree.items()

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from proxy.config.files import read_at_most
 from proxy.errors import ConfigError
 
 _FILE_BYTES_AT_MOST = 4 * 1024 * 1024  # the file is read into memory
@@ -32,11 +33,13 @@ class _Loader(yaml.SafeLoader):
         """Build one mapping."""
         seen = set()
         for key_node, _ in node.value:
-            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a name is expected here", problem_mark=key_node.start_mark)
+            if key_node.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"key {key_node.value!r} is given twice", problem_mark=key_node.start_mark
                 )
-            seen.add(key_node.value if isinstance(key_node, yaml.ScalarNode) else id(key_node))
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
@@ -47,8 +50,7 @@ def read(file: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, or is not a YAML mapping.
     """
     try:
-        with file.open("rb") as stream:
-            content = stream.read(_FILE_BYTES_AT_MOST + 1)
+        content = read_at_most(file, _FILE_BYTES_AT_MOST + 1)
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror or type(error).__name__}") from None
     if len(content) > _FILE_BYTES_AT_MOST:

@@ -31,6 +31,7 @@ RETRY_SECONDS = 3.0
 """Longest wait for a port whose owner is ending, for example the workers of a supervisor that was killed."""
 
 _RETRY_PAUSE_SECONDS = 0.1
+_CHOOSE_OWN = "give an address of this machine, or 0.0.0.0 for all of them, in --host or admin.host"
 _Opened = TypeVar("_Opened")
 
 
@@ -119,7 +120,7 @@ def _addresses(host: str, port: int) -> Sequence[Address]:
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise ListenError(f"cannot listen on {host}: {error.strerror or error}") from None
+        raise ListenError(f"cannot listen on {host}: {error.strerror or error}; {_CHOOSE_OWN}") from None
     unique = {(family, (str(address[0]), port)): None for family, _, _, _, address in found}
     usable = [each for each in unique if each[0] in (socket.AF_INET, socket.AF_INET6)]
     if port == 0:  # otherwise two addresses would get two ports
@@ -132,4 +133,6 @@ def _reason(error: OSError) -> str:
         return "the port is in use; choose another with --port or --admin-port"
     if error.errno == errno.EACCES:
         return "permission denied; ports below 1024 need a privilege (CAP_NET_BIND_SERVICE)"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"this machine does not have that address; {_CHOOSE_OWN}"
     return error.strerror or type(error).__name__

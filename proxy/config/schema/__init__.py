@@ -55,6 +55,7 @@ from proxy.config.schema.values import (
     make_secret,
     redact,
     reveal,
+    types_of,
 )
 
 __all__ = [
@@ -100,6 +101,7 @@ __all__ = [
     "make_secret",
     "redact",
     "reveal",
+    "types_of",
 ]
 
 

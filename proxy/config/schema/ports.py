@@ -18,6 +18,7 @@ from proxy.config.schema.values import (
     Secret,
     Section,
     Wait,
+    WebOrigin,
 )
 
 
@@ -95,7 +96,7 @@ class Server(Section, frozen=True):
     responses that their tenant created; lists of everybody's objects and administration are refused. A pattern that
     fits `/v1/files/ID` lets every client use every file."""
 
-    cors_origins: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...], Meta(max_length=64)] = ()
+    cors_origins: Annotated[tuple[WebOrigin, ...], Meta(max_length=64)] = ()
     """Origins of web pages whose scripts may call the client port, such as `https://chat.example.com`, or `*` for
     any. None by default: browsers then keep pages of other origins away."""
 

@@ -46,14 +46,21 @@ class Price(Section, frozen=True):
     upstream: Annotated[str, Meta(min_length=1, max_length=1024)] = "*"
     """Pattern of the replica's name or URL."""
 
-    service_tier: Annotated[str, Meta(pattern=r"^[a-z0-9_-]+$", max_length=32)] | None = None
+    service_tier: (
+        Annotated[
+            str, Meta(pattern=r"^[a-z0-9_-]+$", max_length=32, extra={"form": "lower-case letters, digits, _ and -"})
+        ]
+        | None
+    ) = None
     """Service tier, as the response names it, to which the price applies: `flex`, `priority` or `batch`. A price
     without it applies to every tier without its own price."""
 
     valid_from: date | None = None
     """First day (UTC) on which the price applies."""
 
-    currency: Annotated[str, Meta(pattern=r"^[A-Z]{3}$")] = "USD"
+    currency: Annotated[str, Meta(pattern=r"^[A-Z]{3}$", extra={"form": "three capital letters, such as USD"})] = (
+        "USD"
+    )
     """Currency of the amounts."""
 
     usd_per_unit: Decimal | None = None

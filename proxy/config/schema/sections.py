@@ -210,7 +210,13 @@ class Routing(Section, frozen=True):
     """Additional weight of uncached tokens per second of work in the shortest queue."""
 
     session_headers: Annotated[
-        tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")], ...], Meta(max_length=16)
+        tuple[
+            Annotated[
+                str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$", extra={"form": "the name of a header, without a colon"})
+            ],
+            ...,
+        ],
+        Meta(max_length=16),
     ] = (
         "x-claude-code-session-id",
         "session-id",

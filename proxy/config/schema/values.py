@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, get_type_hints
 from urllib.parse import urlsplit
 
@@ -35,7 +37,18 @@ Name = Annotated[
 Sha256 = Annotated[
     str, Meta(pattern=r"^[0-9A-Fa-f]{64}$", extra={"form": "64 hexadecimal digits, from: printf %s KEY | sha256sum"})
 ]
-PathPatterns = Annotated[tuple[Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=256)], ...], Meta(max_length=256)]
+PathPattern = Annotated[
+    str, Meta(pattern=r"^/[!-~]*$", max_length=256, extra={"form": "a path that begins with /, without spaces"})
+]
+PathPatterns = Annotated[tuple[PathPattern, ...], Meta(max_length=256)]
+WebOrigin = Annotated[
+    str,
+    Meta(
+        pattern=r"^(\*|[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9.:\[\]_-]+/?)$",
+        max_length=256,
+        extra={"form": "a scheme and a host, such as https://chat.example.com, or *"},
+    ),
+]
 Patterns = tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...]
 
 
@@ -93,7 +106,13 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
 def has_mark(section: type[Section], field: str, mark: str) -> bool:
     """Return whether the type of `field` is marked, with "live" (`LIVE`) or "size" (`SIZE`)."""
-    return mark in _marks(get_type_hints(section, include_extras=True)[field])
+    return mark in _marks(types_of(section)[field])
+
+
+@cache
+def types_of(section: type[Section]) -> Mapping[str, Any]:
+    """Return the annotation of each field. Computing it takes 0.1 ms, which a thousand clients would need each."""
+    return get_type_hints(section, include_extras=True)
 
 
 def _marks(annotation: Any) -> set[str]:

@@ -10,6 +10,7 @@ import yaml
 from click.testing import CliRunner
 
 from proxy.cli.main import cli
+from proxy.config.schema import Config, Section, types_of
 
 ONE_POOL = {"name": "p", "replicas": [{"url": "http://10.0.0.7:8000"}]}
 
@@ -155,6 +156,42 @@ FILES: list[tuple[str, dict[str, Any] | str, str]] = [
         "$.prices[0].output: is needed with input; use 0 if nothing is generated",
     ),
     ("a setting given twice", "server: {port: 1}\nserver: {port: 2}\n", "'server' is given twice (line 2, column 1)"),
+    ("a list as a name", "server:\n  ? [a, b]\n  : 1\n", "is not YAML: a name is expected here (line 2, column 5)"),
+    (
+        "a null character in a path",
+        'redis: {folder: "/var/lib/a\\0b"}\n',
+        "$.redis.folder: contains a null character",
+    ),
+    (
+        "a null character in a list",
+        'pools: [{name: p, models: ["a\\0"], replicas: [{url: "http://h"}]}]',
+        "$.pools[0].models[0]: contains a null character",
+    ),
+    (
+        "a host for an origin",
+        {"server": {"cors_origins": ["chat.example.com"]}},
+        "$.server.cors_origins[0]: expected a scheme and a host, such as https://chat.example.com, or *",
+    ),
+    (
+        "a page for an origin",
+        {"server": {"cors_origins": ["https://chat.example.com/app"]}},
+        "$.server.cors_origins[0]: expected a scheme and a host",
+    ),
+    (
+        "a path without its slash, behind a right one",
+        {"server": {"engine_paths": ["/tokenize", "rerank"]}},
+        "$.server.engine_paths[1]: expected a path that begins with /, without spaces",
+    ),
+    (
+        "a header with its colon",
+        {"routing": {"session_headers": ["x-session:"]}},
+        "$.routing.session_headers[0]: expected the name of a header, without a colon",
+    ),
+    (
+        "a currency by its sign",
+        {"prices": [{"input": 1, "output": 1, "currency": "$"}]},
+        "$.prices[0].currency: expected three capital letters, such as USD",
+    ),
     ("a tab in YAML", "server:\n\tport: 1\n", "; indent with spaces, not with tabs"),
 ]
 
@@ -169,6 +206,34 @@ def test_a_mistake_in_the_file_is_explained(tmp_path: Path, content: dict[str, A
     assert result.exit_code == 2
     assert says in result.stderr, result.stderr
     assert all(line.startswith("cairn: ") for line in result.stderr.splitlines())
+
+
+def test_every_mistake_in_a_list_is_named(tmp_path: Path) -> None:
+    """Not only its first."""
+    file = tmp_path / "cairn.yaml"
+    file.write_text('server: {allowed_paths: ["v1/files", "/v1/batches", ""]}\n')
+    found = CliRunner().invoke(cli, ["serve", "--config", str(file)]).stderr
+    assert "allowed_paths[0]" in found
+    assert "allowed_paths[1]" not in found
+    assert "allowed_paths[2]" in found
+
+
+def test_no_form_of_a_setting_is_explained_by_a_regular_expression() -> None:
+    """Every pattern in the schema has a description for people."""
+    types: list[Any] = [Config]
+    checked = 0
+    while types:
+        kind = types.pop()
+        patterns = [part.pattern for part in getattr(kind, "__metadata__", ()) if getattr(part, "pattern", None)]
+        if patterns:
+            checked += 1
+            assert any((part.extra or {}).get("form") for part in kind.__metadata__ if part.pattern), patterns
+        types += getattr(kind, "__args__", ())
+        if hasattr(kind, "__metadata__"):
+            types.append(kind.__origin__)
+        if isinstance(kind, type) and issubclass(kind, Section):
+            types += types_of(kind).values()
+    assert checked > 5
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,9 @@ def test_a_port_that_another_cairn_serves_is_taken() -> None:
 
 def test_a_host_that_does_not_resolve_is_one_line() -> None:
     """No traceback for a name that means nothing."""
-    with pytest.raises(ListenError, match=r"cannot listen on no-such-host\.invalid"):
+    with pytest.raises(
+        ListenError, match=r"cannot listen on no-such-host\.invalid: .*; give an address of this machine"
+    ):
         listen.open_for_workers("no-such-host.invalid", 0, 1, 16)
 
 
