@@ -32,7 +32,7 @@ def main() -> None:
 def orders() -> Table:
     """Compare agents with the same tools on templates of either order."""
     table = Table(title="60 sessions of 4 turns in 20 s on 4 engines, tools in common")
-    for heading in ("system prompts", "template", "router", "TTFT p50 first", "later", "computed Mtok"):
+    for heading in ("system prompts", "template", "router", "TTFT p50 first", "later", "mean", "computed Mtok"):
         table.add_column(heading)
     routers = {"sessions by turns": SessionsByTurns, "Cairn, template unknown": cairn()}
     for kinds in (6, 60):
@@ -41,7 +41,8 @@ def orders() -> Table:
             load = AgentLoad(kinds=kinds)
             results = {router: run_agents(load, template, make) for router, make in {**routers, **known}.items()}
             for router, result in {**results, "bound: one cache, no queue": bound(load, template)}.items():
-                row = (f"{result.first_seconds:.2f} s", f"{result.later_seconds:.2f} s")
+                seconds = (result.first_seconds, result.later_seconds, result.mean_seconds)
+                row = [f"{each:.2f} s" for each in seconds]
                 table.add_row(str(kinds), name, router, *row, f"{result.computed_tokens / 1e6:.2f}")
     return table
 

@@ -47,10 +47,11 @@ class SessionsByTurns:
 
 
 class LoadResult(msgspec.Struct, frozen=True):
-    """Cost of a load: median seconds to the first token of first and of later turns, and tokens computed."""
+    """Cost of a load: median seconds to the first token of first and of later turns, the mean of all, and tokens."""
 
     first_seconds: float
     later_seconds: float
+    mean_seconds: float
     computed_tokens: int
     prompt_tokens: int
 
@@ -102,10 +103,11 @@ def run_agents(
         calendar.at(random.random() * load.seconds, begin(number))
     calendar.run()
     return LoadResult(
-        _median(first),
-        _median(later),
-        sum(engine.computed_tokens for engine in engines),
-        sum(engine.prompt_tokens for engine in engines),
+        first_seconds=_median(first),
+        later_seconds=_median(later),
+        mean_seconds=_mean(first + later),
+        computed_tokens=sum(engine.computed_tokens for engine in engines),
+        prompt_tokens=sum(engine.prompt_tokens for engine in engines),
     )
 
 
@@ -120,7 +122,13 @@ def bound(load: AgentLoad, template: Template) -> LoadResult:
             usage = engine.serve(decode_chat(talk.ask(120)))
             (later if turn else first).append(seconds_alone(usage.prompt_tokens - usage.cached_tokens))
             talk.answered(usage.output_tokens)
-    return LoadResult(_median(first), _median(later), engine.computed_tokens, engine.prompt_tokens)
+    return LoadResult(
+        first_seconds=_median(first),
+        later_seconds=_median(later),
+        mean_seconds=_mean(first + later),
+        computed_tokens=engine.computed_tokens,
+        prompt_tokens=engine.prompt_tokens,
+    )
 
 
 def cairn(facts: TemplateFacts | None = None, **options: Any) -> Callable[[list[SimulatedEngine], At], Router]:
@@ -136,3 +144,7 @@ def _agent(load: AgentLoad, number: int) -> Session:
 
 def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2] if values else 0.0
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / max(len(values), 1)

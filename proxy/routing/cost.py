@@ -13,7 +13,8 @@ longer. `a = 2 + 3 x the shortest queue of all, in seconds`: the longer all queu
 something twice. The third term is the price of decoding beside many others, the fourth avoids a replica that stalls,
 and the last one charges what r must evict for p if another replica has more room, since it will have to be computed
 again. No threshold ends affinity: a hot prefix is computed a second time exactly if waiting for its holder costs
-more.
+more. At an idle replica with ample room, a copy of a prefix that other prompts share delays and evicts nothing, so it
+is not charged by the second term.
 """
 
 from __future__ import annotations
@@ -65,6 +66,15 @@ DROP_WEIGHT: Final = 1.0
 
 MIN_DROP_TOKENS: Final = 256.0
 """For a prompt with fewer uncached tokens the room at replicas is not looked up."""
+
+
+IDLE_TOKENS: Final = 256.0
+"""A replica with fewer tokens to compute is idle: a few hundredths of a second."""
+
+COPY_ROOM_PROMPTS: Final = 8
+"""Prompts of a length for which a replica must have free room before it gets a copy of a shared prefix at its price
+in time alone. With less, copies soon evict something: 0.3 points of hits on a trace.
+"""
 
 
 class Room(Protocol):
@@ -162,6 +172,8 @@ def _ranked(
     if len(candidates) > 1:
         if room is not None:
             candidates = _charged_for_room(candidates, held, room, DROP_WEIGHT / mean_rate)
+            if match.diverged:
+                candidates = _eased_for_copies(candidates, room, prompt_tokens, future_seconds)
         candidates.sort(key=_cost)
         _settle_ties(candidates, demand, match.evicted_from, room)
         if demand.prior_replica is not None:
@@ -195,6 +207,35 @@ def _charged_for_room(
             each.cost_seconds + (tokens - least) * seconds_per_token,
         )
         for each, tokens in zip(candidates, dropped, strict=True)
+    ]
+
+
+def _eased_for_copies(
+    candidates: list[Candidate], room: Room, prompt_tokens: float, seconds_per_token: float
+) -> list[Candidate]:
+    """Take back what idle replicas are charged, for later requests, for the part of the prompt that others hold.
+
+    It applies if all that hold most of it are busy. Other prompts share this part, so a copy of it serves them too.
+    """
+    most = max([each.matched_tokens for each in candidates])
+    if most < MIN_DROP_TOKENS:
+        return candidates
+    for each in candidates:
+        if each.matched_tokens == most and each.replica.pending_tokens < IDLE_TOKENS:
+            return candidates
+    return [
+        Candidate(
+            each.replica,
+            each.matched_bytes,
+            each.matched_tokens,
+            each.uncached_tokens,
+            each.cost_seconds - (most - each.matched_tokens) * seconds_per_token,
+        )
+        if each.matched_tokens < most
+        and each.replica.pending_tokens < IDLE_TOKENS
+        and room.free_prompts(each.replica.id, prompt_tokens) >= COPY_ROOM_PROMPTS
+        else each
+        for each in candidates
     ]
 
 

@@ -313,8 +313,10 @@ def test_agents_wait_as_long_as_the_best_router_would_let_them():
 
 
 def test_agents_with_the_same_tools_share_them_across_system_prompts_if_the_template_puts_tools_first():
+    """And they copy them to idle engines rather than wait for each other."""
     ours, sticky = run_agents(SIX_KINDS, Template(), cairn()), run_agents(SIX_KINDS, Template(), SessionsByTurns)
     assert ours.computed_tokens < 0.7 * sticky.computed_tokens
+    assert ours.mean_seconds < sticky.mean_seconds
 
 
 def test_a_fork_that_is_not_shared_keeps_the_length_of_the_prompt():

@@ -304,6 +304,29 @@ def test_what_must_be_evicted_costs_as_much_as_computing_it_again():
     assert chosen(LONG, NOTHING, [view(0), view(1, pending_tokens=12_000.0)], room=FakeRoom(0, 1)) == 0
 
 
+def test_a_shared_head_is_copied_to_an_idle_replica_with_room_once_waiting_takes_longer_than_computing_it():
+    """The price of the copy is its time alone; a conversation's own history keeps the full price, and so does a copy
+    where little room is left, or where something else is being computed."""
+    shared = Match({0: held_part(32_000, 8_000.0)}, known_bytes=32_000, diverged=True)
+
+    def where(pending: float, *, match: Match = shared, room: int = 8, other: float = 0.0) -> int:
+        return chosen(
+            LONG, match, [view(0, pending_tokens=pending), view(1, pending_tokens=other)], room=FakeRoom(8, room)
+        )
+
+    assert [where(7_900.0), where(8_100.0)] == [0, 1]
+    own = msgspec.structs.replace(shared, diverged=False)
+    assert [where(23_900.0, match=own), where(24_100.0, match=own)] == [0, 1]
+    assert [where(23_900.0, room=7), where(24_100.0, room=7)] == [0, 1]
+    assert where(12_000.0, other=300.0) == 0
+
+
+def test_no_copy_is_made_if_a_holder_of_the_shared_head_is_idle():
+    held = Match({0: held_part(32_000, 8_000.0), 1: held_part(32_000, 8_000.0)}, diverged=True)
+    views = [view(0, pending_tokens=50_000.0), view(1, lateness_seconds=1.2), view(2)]
+    assert chosen(LONG, held, views, room=FakeRoom(8, 8, 8)) == 1
+
+
 def test_room_is_not_asked_for_a_prompt_that_is_nearly_all_there():
     held = Match({0: held_part(39_900, 9_900.0), 1: held_part(39_900, 9_900.0)})
     assert chosen(LONG, held, [view(0), view(1, pending_tokens=400.0)], room=FakeRoom(0, 1)) == 0
