@@ -164,6 +164,13 @@ class Overloaded(CairnError):
     code = "no_upstream_available"
 
 
+class TurnedAway(CairnError):
+    """The replica for which a request waits is not used any more: the request is planned again. No client gets it."""
+
+    status = 503
+    type = "server_error"
+
+
 class DeadlineUnreachable(CairnError):
     """The client's own deadline passes before the first token could come."""
 

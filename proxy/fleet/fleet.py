@@ -81,7 +81,7 @@ class Fleet:
     ) -> None:
         self._random = random
         self._breaker = breaker or BreakerSettings()
-        self._changed = changed
+        self._listeners = [changed]
         self._default_rate = default_rate_tokens_per_second
         self._least_price, self._most_price = in_flight_seconds
         self._replicas: dict[int, ReplicaState] = {}
@@ -91,6 +91,10 @@ class Fleet:
         self._in_flight_seconds: dict[str, float] = {}
         self._decode_seconds: dict[str, float] = {}
         self._peers = Peers()
+
+    def listen(self, listener: Callable[[ReplicaChange], None]) -> None:
+        """Call `listener` with every change, too, once the fleet has taken it over."""
+        self._listeners.append(listener)
 
     # -- membership
 
@@ -241,6 +245,11 @@ class Fleet:
     def is_open(self, number: int, now_seconds: float) -> bool:
         """Return whether requests may be sent to a replica now."""
         return self._replicas[number].breaker.allows(now_seconds)
+
+    def is_used(self, number: int) -> bool:
+        """Return whether a replica gets requests as a matter of course: it is not down, full or removed."""
+        replica = self._replicas[number]
+        return replica.breaker.is_closed and not replica.is_draining
 
     def _with_least_bad(self, views: tuple[ReplicaView, ...]) -> tuple[ReplicaView, ...]:
         tried = [view for view in views if self._replicas[view.id].may_be_tried]
@@ -407,7 +416,9 @@ class Fleet:
         return opened
 
     def _tell(self, replica: ReplicaState, change: Change, reason: str = "") -> None:
-        self._changed(ReplicaChange(replica.spec.name, replica.spec.pool, change, reason))
+        event = ReplicaChange(replica.spec.name, replica.spec.pool, change, reason)
+        for listener in self._listeners:
+            listener(event)
 
     # -- learned rates
 

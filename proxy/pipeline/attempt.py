@@ -12,7 +12,7 @@ from typing import Protocol
 
 from cache import Fingerprint, Placement
 from proxy.clock import Clock
-from proxy.errors import UpstreamError
+from proxy.errors import TurnedAway
 from proxy.fleet import Charge, Fleet
 from proxy.model import Candidate, Plan
 from proxy.routing.fair_shares import Share
@@ -49,6 +49,7 @@ class Attempt:
         "_queue",
         "_shared",
         "_waits_for",
+        "_was_used",
         "candidate",
         "charge",
         "placement",
@@ -65,8 +66,11 @@ class Attempt:
         queue: ReplicaQueue,
         gate: Prefill | Follower | None,
         permit: Permit | None,
+        *,
+        was_used: bool = False,
     ) -> None:
         self._shared = shared
+        self._was_used = was_used  # otherwise it is sent to a replica that is known to be down: there is no other
         self.share = ANYONE  # whose share it uses if it must wait
         self.waits_until: float | None = None  # on the monotonic clock
         self._queue = queue
@@ -90,15 +94,22 @@ class Attempt:
     async def wait(self, clock: Clock) -> None:
         """Wait for the leader of the same cold prefix, then for a place at the replica.
 
-        Raises Overloaded at the deadline and RateLimited if too many wait.
+        Raises Overloaded at the deadline, RateLimited if too many wait, and TurnedAway if the replica goes down.
         """
         if self._waits_for is not None:
             await self._waits_for.wait()
+            self._check_replica()
         candidate = self.candidate
         work_seconds = candidate.uncached_tokens / candidate.replica.rate_tokens_per_second
         self._permit = await self._queue.acquire(work_seconds, self.share, self.waits_until)
+        self._check_replica()
         self._shared.fleet.start(self.charge, clock.monotonic())
         self._shared.changed()
+
+    def _check_replica(self) -> None:
+        """Raise TurnedAway if the replica has gone down during the wait."""
+        if self._was_used and not self._shared.fleet.is_used(self.replica):
+            raise TurnedAway("The replica for which the request waited is not used any more.")
 
     def first_token(self, now_seconds: float) -> None:
         """Note that the prefill is done."""
@@ -155,9 +166,12 @@ class Attempts:
         self._queues = queues
         self._clock = clock
 
-    def turn_away(self, replica: int, error: UpstreamError) -> None:
-        """Fail the requests that wait for a replica that is down, so that they can go elsewhere."""
-        self._queues[replica].fail(error)
+    def turn_away(self, replica: int) -> None:
+        """Raise TurnedAway in all requests that wait for a replica which is not used any more."""
+        self._gate.turn_away(replica)
+        queue = self._queues.get(replica)
+        if queue is not None:
+            queue.fail(TurnedAway("The replica for which the request waited is not used any more."))
 
     def needs_share(self, replica: int) -> bool:
         """Return False if it makes no difference whose share an attempt at this replica uses, unless it waits."""
@@ -208,4 +222,5 @@ class Attempts:
         if fingerprint is not None:
             placement = self._shared.placements.place(replica, fingerprint, plan.prompt_tokens, source=source)
         self._shared.changed()
-        return Attempt(self._shared, candidate, charge, placement, queue, gate, permit)
+        was_used = permit is None and self._shared.fleet.is_used(replica)
+        return Attempt(self._shared, candidate, charge, placement, queue, gate, permit, was_used=was_used)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable
 from typing import Final
 
 from proxy.clock import Clock
-from proxy.errors import DeadlineUnreachable
+from proxy.errors import DeadlineUnreachable, Overloaded, TurnedAway
 from proxy.model import Candidate, Plan
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.planner import Planner
@@ -152,12 +152,17 @@ class ColdTurns:
         before = self._clock.monotonic()
         try:
             given = exchange.cold_pass = await self._gate.wait(turn, verdict)
+        except TurnedAway:
+            self._planner.plan_again(exchange)
+            return
         finally:
             exchange.waited_seconds += self._clock.monotonic() - before
         given.is_over = lambda: _has_computed(exchange)
         try:
             self._planner.look_up(exchange)
             self._planner.plan(exchange, among=frozenset((given.replica,)))
+        except Overloaded:  # its replica has just gone down
+            self._planner.plan_again(exchange)
         except BaseException:
             given.release()
             raise

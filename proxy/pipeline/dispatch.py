@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, Protocol
 from zlib import crc32
 
 from proxy.clock import Clock
-from proxy.errors import ConnectFailed, PoolTimeout, UpstreamError
+from proxy.errors import ConnectFailed, PoolTimeout, TurnedAway, UpstreamError
 from proxy.fleet import Failure, Fleet
 from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.metrics.definitions import HIDDEN_ERRORS, UPSTREAM_RETRIES
@@ -88,6 +88,14 @@ class Client(Protocol):
         ...
 
 
+class Planning(Protocol):
+    """Plans a request a second time: `proxy.pipeline.planner.Planner`."""
+
+    def plan_again(self, exchange: Exchange) -> None:
+        """Order the replicas as they are now. Raises Overloaded if none can take the request."""
+        ...
+
+
 class Dispatcher:
     """Sends requests to replicas. One per worker."""
 
@@ -95,6 +103,7 @@ class Dispatcher:
         self,
         client: Client,
         attempts: Attempts,
+        planner: Planning,
         fleet: Fleet,
         pools: Pools,
         recorder: Recorder,
@@ -103,6 +112,7 @@ class Dispatcher:
     ) -> None:
         self._client = client
         self._attempts = attempts
+        self._planner = planner
         self._fleet = fleet
         self._pools = pools
         self._recorder = recorder
@@ -114,6 +124,8 @@ class Dispatcher:
     async def first_response(self, exchange: Exchange, upload: Upload | None) -> Opened:
         """Return the response that the client gets, from the first replica that gives a usable one.
 
+        A request whose replica goes down while it waits for it is planned again at once.
+
         Raises UpstreamError if no replica responded; Overloaded or RateLimited if the request waited without success.
         """
         assert exchange.plan is not None  # noqa: S101 - the pipeline's order
@@ -122,6 +134,9 @@ class Dispatcher:
         while True:
             try:
                 opened = await self._try(exchange, candidate, upload)
+            except TurnedAway:
+                candidate = self._planned_again(exchange)
+                continue
             except UpstreamError as error:
                 failure = retries.of_error(candidate, error)
                 following = self._following(exchange, failure, upload)
@@ -150,6 +165,15 @@ class Dispatcher:
         self._usage_options.forget(replica)
 
     # -- which replica is next
+
+    def _planned_again(self, exchange: Exchange) -> Candidate:
+        """Return the first candidate of a new plan. Nothing was sent, so this is no retry. Raises Overloaded."""
+        self._planner.plan_again(exchange)
+        assert exchange.plan is not None  # noqa: S101
+        candidates = exchange.plan.candidates
+        tried = {failure.replica for failure in exchange.tried}
+        untried = [each for each in candidates if each.replica.id not in tried]
+        return (untried or candidates)[0]
 
     def _following(self, exchange: Exchange, failure: AttemptFailure, upload: Upload | None) -> Candidate | None:
         """Return the candidate to try after `failure`; None if this was the last attempt."""
@@ -338,17 +362,11 @@ class Dispatcher:
         """Give back a failed attempt and report it."""
         now_seconds = self._clock.monotonic()
         attempt.take_back()
-        attempt.end(now_seconds)
-        if isinstance(error, PoolTimeout):
-            return  # all connections are in use, which shows nothing about the replica
         if isinstance(error, ConnectFailed):
-            closed = self._fleet.unreachable(attempt.replica, now_seconds, error.message)
-        else:
-            closed = self._fleet.failed(
-                attempt.replica, evidence(exchange, by_status=False), now_seconds, error.message
-            )
-        if closed:
-            self._attempts.turn_away(attempt.replica, error)
+            self._fleet.unreachable(attempt.replica, now_seconds, error.message)
+        elif not isinstance(error, PoolTimeout):  # all connections in use show nothing about the replica
+            self._fleet.failed(attempt.replica, evidence(exchange, by_status=False), now_seconds, error.message)
+        attempt.end(now_seconds)
 
     def _judge(
         self, exchange: Exchange, candidate: Candidate, response: UpstreamResponse, opening: Opening

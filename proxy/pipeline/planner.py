@@ -135,6 +135,16 @@ class Planner:
             pool_name=exchange.pool.name,
         )
 
+    def plan_again(self, exchange: Exchange) -> None:
+        """Plan a request whose replica went down while it waited there. Raises Overloaded if none is left.
+
+        A cold turn that has waited at the cold gate does not do so again.
+        """
+        if exchange.cold_pass is not None:
+            exchange.cold_pass.release()
+        self.look_up(exchange)
+        self.plan(exchange)
+
     def _demand(self, exchange: Exchange) -> Demand:
         prompt, fingerprint, match = exchange.prompt, exchange.fingerprint, exchange.match
         pinned = exchange.pinned_replica

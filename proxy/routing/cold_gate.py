@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from cache import CacheError
 from proxy.clock import Clock
-from proxy.errors import CairnError, DeadlineUnreachable, RateLimited
+from proxy.errors import CairnError, DeadlineUnreachable, RateLimited, TurnedAway
 from proxy.model import ReplicaView
 from proxy.routing.cold_admission import (
     BACKLOG_SECONDS,
@@ -241,6 +241,7 @@ class ColdGate:
         Raises:
             RateLimited: a new session would wait for too long, or the waiting bodies take too much memory.
             DeadlineUnreachable: its deadline cannot be met, or has passed.
+            TurnedAway: no replica of the pool is left.
         """
         now = self._clock.monotonic()
         pool = self.pool(turn.pool)
@@ -341,6 +342,10 @@ class ColdGate:
 
     def _look(self, pool: _Pool) -> None:
         self._release_done(pool)
+        if len(pool.queue) and not self._available(pool):
+            for waiter in pool.waiting:
+                _fail(waiter, TurnedAway("No replica is left for which the request could wait."))
+            return
         while (found := self._first_that_may_go(pool)) is not None:
             waiting, views = found
             if not self._is_alone():
@@ -361,7 +366,7 @@ class ColdGate:
         if not len(pool.queue):
             return None
         now = self._clock.monotonic()
-        views = [view for view in self._fleet.snapshot(pool.name, now) if view.available]
+        views = self._available(pool)
         full: set[str] = set()
         while (waiting := pool.queue.head(now, full)) is not None:
             turn = waiting.item.item.turn
@@ -378,6 +383,9 @@ class ColdGate:
                 return waiting, sorted((view for view in views if view.id in among), key=_pending_seconds)
             full.add(turn.tenant)
         return None
+
+    def _available(self, pool: _Pool) -> list[ReplicaView]:
+        return [view for view in self._fleet.snapshot(pool.name, self._clock.monotonic()) if view.available]
 
     def _held(self, pool: _Pool, tenant: str) -> int:
         return sum(given.tenant == tenant for given in pool.passes.values())

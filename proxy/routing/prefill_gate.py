@@ -188,6 +188,13 @@ class PrefillGate:
         """Announce a long prefill that does not wait itself; call its `first_token` or `failed`."""
         return self.open(Prefill(self, replica, hashes, warm_blocks, warm_tokens))
 
+    def turn_away(self, replica: int) -> None:
+        """Let all requests pass that wait for a prefill at `replica`, which is not used any more."""
+        for leader in self._leaders.get(replica, ()):
+            followers, leader.followers = leader.followers, []
+            for follower in followers:
+                follower.expire()
+
     @property
     def is_open(self) -> bool:
         """True if there is nothing to wait for, at any replica."""

@@ -75,7 +75,7 @@ from proxy.worker import from_config
 from proxy.worker.figures import Figures, GateFigures, IndexFigures, OperationFigures, ReplicaFigures, StoreFigures
 from proxy.worker.http_server import HttpServer
 from proxy.worker.live_config import LiveConfig, LiveParts
-from proxy.worker.membership import DownReplicas, Forgetting
+from proxy.worker.membership import DownReplicas, Forgetting, TurningAway
 from proxy.worker.port_settings import port_settings
 from proxy.worker.replica_queues import ReplicaQueues
 from proxy.worker.reporting import Reporter, StatusSource
@@ -306,7 +306,7 @@ def _contexts(config: Config, basics: Basics, memory: Memory, replicas: Replicas
 
 
 def _dispatcher(
-    config: Config, basics: Basics, replicas: Replicas, sharing: Sharing, queues: ReplicaQueues
+    config: Config, basics: Basics, replicas: Replicas, sharing: Sharing, queues: ReplicaQueues, planner: Planner
 ) -> Dispatcher:
     def changed() -> None:
         sharing.load_broadcast.changed()
@@ -321,9 +321,11 @@ def _dispatcher(
         changed=changed,
         clock=basics.clock,
     )
+    replicas.fleet.listen(TurningAway(replicas.fleet, attempts, sharing.cold_gate).replica_changed)
     return Dispatcher(
         replicas.client,
         attempts,
+        planner,
         replicas.fleet,
         replicas.pools,
         basics.recorder,
@@ -358,8 +360,6 @@ def _requests(config: Config, secret: bytes, built: Built, traces: Traces | None
         is_engine=lambda number: _capacity_tokens(built.memory.index, number) is not None,
     )
     queues.set_limits(from_config.queue_limits(config.queue))
-    dispatcher = _dispatcher(config, basics, replicas, sharing, queues)
-    relay = _relay(config, basics, replicas, sharing, dispatcher)
     planner = Planner(
         replicas.fleet,
         built.memory.index,
@@ -373,6 +373,8 @@ def _requests(config: Config, secret: bytes, built: Built, traces: Traces | None
             config.routing.session_headers,
         ),
     )
+    dispatcher = _dispatcher(config, basics, replicas, sharing, queues, planner)
+    relay = _relay(config, basics, replicas, sharing, dispatcher)
     locations, number_of = sharing.journal.locations, replicas.fleet.number_of
     reader = RequestReader(replicas.pools, number_of, locations, config.server.allowed_paths)
     models_endpoint = ModelsEndpoint(replicas.client, replicas.pools, replicas.fleet, clock)

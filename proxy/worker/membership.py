@@ -7,18 +7,21 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from proxy.control.messages import ReplicaDown
-from proxy.fleet import Change, ReplicaChange
+from proxy.fleet import Change, Fleet, ReplicaChange
 from proxy.fleet.findings import EngineFindings
 from proxy.fleet.pools import ReplicaEndpoint
 from proxy.logs import REPLICAS
 from proxy.metrics.recorder import Recorder
+from proxy.pipeline.attempt import Attempts
 from proxy.pipeline.dispatch import Dispatcher
 from proxy.pipeline.settlement import Settlement
+from proxy.routing.cold_gate import ColdGate
 from proxy.upstream import UpstreamClient
 
 log = logging.getLogger(REPLICAS)
 
 _WARNED: Final = frozenset({Change.DOWN, Change.THROTTLED})
+_LEFT: Final = _WARNED | {Change.DRAINING}
 
 
 class DownReplicas:
@@ -48,6 +51,22 @@ def log_change(change: ReplicaChange) -> None:
     level = logging.WARNING if change.change in _WARNED else logging.INFO
     reason = f": {change.reason}" if change.reason else ""
     log.log(level, "replica %s (pool %s) is %s%s", change.name, change.pool, change.change.value, reason)
+
+
+class TurningAway:
+    """Sends requests elsewhere that wait for a replica which is not used any more."""
+
+    def __init__(self, fleet: Fleet, attempts: Attempts, cold_gate: ColdGate) -> None:
+        self._fleet = fleet
+        self._attempts = attempts
+        self._cold_gate = cold_gate
+
+    def replica_changed(self, change: ReplicaChange) -> None:
+        """Let them be planned again if the replica is down, full or removed."""
+        number = self._fleet.number_of(change.name)
+        if change.change in _LEFT and number is not None:
+            self._attempts.turn_away(number)
+            self._cold_gate.changed()
 
 
 class Forgetting:

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from proxy.config.schema import Auth, Pool, PoolKind, Replica, Secret, Upstream
+from proxy.config.schema import Auth, Config, Pool, PoolKind, Replica, Secret, Upstream
 from proxy.metrics import definitions as metrics
 from proxy.model import Ending, Outcome
 from tests.conftest import IS_COMPILED
@@ -211,6 +211,81 @@ async def test_a_replica_that_is_loading_its_model_gets_no_request_until_it_is_d
         await eventually(served, within_seconds=5)
         cairn.worker.reporter.report()
         assert cairn.heard.last.pools["engines"].up
+
+
+class Reloading(OpenAIUpstream):
+    """Holds what it was asked for until `goes_on` is set, and may say in its model list that it loads its model."""
+
+    def __init__(self) -> None:
+        self.goes_on = asyncio.Event()
+        super().__init__(gate=self.goes_on)
+        self.is_loading = False
+
+    async def _serve(self, request: web.BaseRequest, asked: Any, failure: Failure | None) -> web.StreamResponse:
+        if self.is_loading and request.path == "/v1/models":
+            return web.Response(status=503, text='{"error":{"message":"Loading model"}}')
+        return await super()._serve(request, asked, failure)
+
+
+def one_at_a_time(*upstreams: OpenAIUpstream) -> Config:
+    replicas = [Replica(each.url, name=f"r{n}", max_concurrent=1) for n, each in enumerate(upstreams)]
+    return config_for([], pools=[Pool(name="engines", replicas=tuple(replicas))])
+
+
+def begin(http: aiohttp.ClientSession, cairn: Cairn, count: int) -> list[asyncio.Task[tuple[int, str, Any]]]:
+    asks = [ask(http, cairn, "chat/completions", number) for number in range(count)]
+    return [asyncio.ensure_future(each) for each in asks]  # noqa: TID251
+
+
+def waiting(cairn: Cairn) -> list[int]:
+    return [len(queue) for queue in cairn.worker.requests.queues.by_replica.values()]
+
+
+async def test_requests_that_wait_for_a_replica_are_served_elsewhere_as_soon_as_a_check_finds_it_down(
+    http: aiohttp.ClientSession,
+) -> None:
+    """They are planned again at once, and only what the replica had begun to compute stays there."""
+    async with Reloading() as one, Reloading() as two, running(one_at_a_time(one, two)) as cairn:
+        asked = begin(http, cairn, 8)
+        await eventually(lambda: waiting(cairn) == [3, 3])
+        one.is_loading = True
+        await cairn.worker.health.check(0)
+        await eventually(lambda: waiting(cairn) == [0, 6])
+        two.goes_on.set()
+        done, pending = await asyncio.wait(asked, return_when=asyncio.FIRST_EXCEPTION, timeout=5)
+        assert ([each.result()[0] for each in done], len(pending)) == ([200] * 7, 1)
+        assert (len(one.generations), len(two.generations)) == (1, 7)
+        assert all("x-cairn-tried" not in each.result()[2] for each in done), "they were sent once"
+        one.goes_on.set()
+        assert (await pending.pop())[0] == 200
+
+
+async def test_requests_that_wait_for_the_last_replica_are_refused_with_the_reason_when_it_goes_down(
+    http: aiohttp.ClientSession,
+) -> None:
+    """They do not wait for the queue's deadline."""
+    async with Reloading() as one, running(one_at_a_time(one)) as cairn:
+        asked = begin(http, cairn, 3)
+        await eventually(lambda: waiting(cairn) == [2])
+        one.is_loading = True
+        await cairn.worker.health.check(0)
+        done, pending = await asyncio.wait(asked, timeout=1)
+        assert [each.result()[0] for each in done] == [503, 503]
+        assert all("r0 is loading its model" in each.result()[1] for each in done)
+        one.goes_on.set()
+        assert (await pending.pop())[0] == 200
+
+
+async def test_requests_that_wait_for_a_replica_are_served_elsewhere_when_another_request_finds_it_down(
+    http: aiohttp.ClientSession,
+) -> None:
+    """However many they are: they were never sent, so the budget of retries is not theirs."""
+    async with Reloading() as one, Reloading() as two, running(one_at_a_time(one, two)) as cairn:
+        asked = begin(http, cairn, 24)
+        await eventually(lambda: waiting(cairn) == [11, 11])
+        await one.stop()  # the one that it computes is reset, and the next one finds nobody there
+        two.goes_on.set()
+        assert [(await each)[0] for each in asked] == [200] * 24
 
 
 async def test_a_frozen_replica_is_found_by_its_silence_and_gets_no_request_until_it_answers(

@@ -11,7 +11,7 @@ import msgspec
 
 from cache import Fingerprint, ObjectLocations, Placement
 from cache.index.hashing import cut
-from proxy.errors import CairnError
+from proxy.errors import CairnError, Overloaded
 from proxy.fleet import Fleet, ReplicaSpec
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
 from proxy.metrics.recorder import Recorder
@@ -221,10 +221,13 @@ class Bench:
         limits = QueueLimits()
         self.queues = {number: ReplicaQueue(limit, limits, self.clock) for number in endpoints}
         self.load_changes = 0
-        attempts = Attempts(self.fleet, self.placements, PrefillGate(), self.queues, self._load_changed, self.clock)
+        self.attempts = Attempts(
+            self.fleet, self.placements, PrefillGate(), self.queues, self._load_changed, self.clock
+        )
         self.dispatcher = Dispatcher(
             self.client,
-            attempts,
+            self.attempts,
+            self,
             self.fleet,
             self.pools,
             self.recorder,
@@ -235,6 +238,14 @@ class Bench:
         self.silence = SilenceWatch(0.0, self.clock)
         self.names: set[str] = set()
         self.downstream = Downstream()
+
+    def plan_again(self, exchange: Exchange) -> None:
+        """Plan again with the replicas that are available now."""
+        views = self.fleet.snapshot(POOL, self.clock.monotonic())
+        candidates = tuple(Candidate(view, 0, 0.0, 9_000.0, 1.0) for view in views if view.available)
+        if not candidates:
+            raise Overloaded("no replica is left")
+        exchange.plan = Plan(candidates, RouteReason.COLD, MissReason.COLD, CacheStatus.MISS, 9_000.0)
 
     def _load_changed(self) -> None:
         self.load_changes += 1
@@ -271,9 +282,7 @@ class Bench:
             exchange.prompt = wire_request.read(body, endpoint)
             exchange.model = exchange.prompt.model
             exchange.fingerprint = cut(0, exchange.prompt.spans)
-        views = self.fleet.snapshot(POOL, self.clock.monotonic())
-        candidates = tuple(Candidate(view, 0, 0.0, 9_000.0, 1.0) for view in views if view.available)
-        exchange.plan = Plan(candidates, RouteReason.COLD, MissReason.COLD, CacheStatus.MISS, 9_000.0)
+        self.plan_again(exchange)
         return exchange
 
     async def run(self, exchange: Exchange, upload: Upload | None = None) -> Downstream:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.index.hashing import cut
-from proxy.fleet import Fleet, ReplicaSpec
+from proxy.errors import TurnedAway
+from proxy.fleet import Failure, Fleet, ReplicaSpec
 from proxy.model import CacheStatus, Candidate, MissReason, Plan, RouteReason
 from proxy.pipeline.attempt import Attempt, Attempts
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
-from tests.proxy.pipeline.bench import POOL, Placements
+from tests.proxy.pipeline.bench import POOL, Placements, turns
 from tests.support.clock import FakeClock
 
 CHAIN = cut(0, [b"x" * 40_000])
@@ -94,6 +97,49 @@ async def test_it_goes_on_when_the_first_fails() -> None:
     assert bench.placements.done["taken back"] == 1
     second.end(bench.clock.monotonic())
     assert bench.load() == (0, 0.0)
+
+
+async def test_one_that_waits_for_the_first_is_turned_away_when_the_replica_goes_down() -> None:
+    """At once: the first may hang there for as long as it likes, and has the only place."""
+    bench = Bench(limit=1)
+    first, second = bench.begin(), bench.begin(matched=True)
+    waits = asyncio.ensure_future(second.wait(bench.clock))  # noqa: TID251
+    await turns()
+    bench.fleet.unreachable(0, bench.clock.monotonic(), "frozen")
+    bench.attempts.turn_away(0)
+    with pytest.raises(TurnedAway):
+        await asyncio.wait_for(waits, 1)
+    for attempt in (first, second):
+        attempt.end(bench.clock.monotonic())
+    assert (bench.load()[0], bench.queue.running) == (0, 0)
+
+
+async def test_one_that_gets_a_place_just_when_the_replica_goes_down_is_turned_away() -> None:
+    """The place was given before, and goes to the next."""
+    bench = Bench(limit=1)
+    first, second = bench.begin(None), bench.begin(None)
+    waits = asyncio.ensure_future(second.wait(bench.clock))  # noqa: TID251
+    await turns()
+    first.end(bench.clock.monotonic())
+    bench.fleet.unreachable(0, bench.clock.monotonic(), "refused")
+    with pytest.raises(TurnedAway):
+        await waits
+    second.end(bench.clock.monotonic())
+    assert bench.queue.running == 0
+
+
+async def test_one_that_is_sent_to_a_replica_known_to_be_down_waits_for_its_turn() -> None:
+    """There is no other, and its own answer is better than a refusal."""
+    bench = Bench(limit=1)
+    first = bench.begin(None)
+    for prompt in range(3):
+        bench.fleet.failed(0, Failure(prompt, 0, by_status=False), bench.clock.monotonic(), "reset")
+    second = bench.begin(None)
+    waits = asyncio.ensure_future(second.wait(bench.clock))  # noqa: TID251
+    await turns()
+    first.end(bench.clock.monotonic())
+    await asyncio.wait_for(waits, 1)
+    second.end(bench.clock.monotonic())
 
 
 ENDS = ("first_token", "computed", "take_back", "end", "leave")

@@ -283,6 +283,50 @@ async def test_a_pass_is_given_back_if_no_replica_is_left_after_the_wait() -> No
     assert following.done()
 
 
+async def test_a_turn_whose_replica_goes_down_just_when_it_is_given_is_sent_to_another() -> None:
+    """Its pass is given back."""
+    gated = Gated()
+    charges = gated.make_busy(0, 1)
+    exchange = gated.planned()
+    waits = gated.begin(exchange)
+    await turns()
+    gated.fleet.finish(charges[0], gated.clock.monotonic())
+    gated.gate.changed()
+    gated.fleet.unreachable(0, gated.clock.monotonic(), "refused")
+    await waits
+    assert replicas_of(exchange) == [1]
+    assert not gated.gate.pool(POOL).passes
+
+
+async def test_turns_that_wait_are_refused_with_the_reason_when_no_replica_is_left() -> None:
+    """Also one that is just about to wait."""
+    gated = Gated()
+    gated.make_busy(0, 1)
+    first, late = gated.planned(), gated.planned("y" * 9_000)
+    waits = gated.begin(first)
+    await turns()
+    for replica in (0, 1):
+        gated.fleet.unreachable(replica, gated.clock.monotonic(), "refused")
+    gated.gate.changed()
+    for each in (waits, gated.begin(late)):
+        with pytest.raises(Overloaded, match="r0 is unreachable, r1 is unreachable"):
+            await asyncio.wait_for(each, 1)
+    assert gated.waiting() == 0
+
+
+async def test_a_turn_whose_replica_goes_down_while_it_queues_there_is_planned_without_its_pass() -> None:
+    """It has waited at the gate already."""
+    gated = Gated()
+    exchange = gated.planned()
+    await gated.begin(exchange)
+    assert exchange.cold_pass is not None
+    given = exchange.cold_pass.replica
+    gated.fleet.unreachable(given, gated.clock.monotonic(), "refused")
+    gated.planner.plan_again(exchange)
+    assert replicas_of(exchange) == [1 - given]
+    assert not gated.gate.pool(POOL).passes
+
+
 @pytest.mark.parametrize("end", ["first token", "settled", None])
 async def test_a_pass_ends_with_the_first_token_or_with_the_request(end: str | None) -> None:
     """Until then the replica takes no other cold turn."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -267,3 +268,68 @@ async def test_a_refusal_that_is_long_and_not_complete_is_passed_on_since_it_is_
     refusal.end()
     assert (await task).body.endswith(b"xy")
     assert len(bench.client.sent) == 1
+
+
+# -- a wait for a replica that goes down
+
+
+async def test_a_request_that_waits_for_a_replica_goes_elsewhere_when_that_is_full_or_down() -> None:
+    """It is no retry: nothing was sent, and no replica is blamed."""
+    bench = Bench(None, limit=1)
+    first = bench.start(bench.exchange())
+    await bench.client.asked.wait()
+    exchange = bench.exchange(prompt="y" * 9_000)
+    second = bench.start(exchange)
+    await turns()
+    assert len(bench.queues[0]) == 1
+    bench.client.script.append(Upstream(bench.clock, 200, (), b"{}"))
+    bench.fleet.throttled(0, bench.clock.monotonic(), 7.0, "503")
+    bench.attempts.turn_away(0)
+    client = await second
+    assert (client.status, exchange.tried, exchange.replica_name) == (200, (), "r1")
+    assert bench.placements.done["taken back"] == 1
+    first.cancel()
+    await turns()
+
+
+async def test_a_request_that_waits_in_its_second_attempt_is_not_sent_where_it_failed_before() -> None:
+    """Unless only that replica is left."""
+    bench = Bench(None, replicas=3, limit=1)
+    bench.client.script.append(Upstream(bench.clock, 500, (), b"{}"))
+    at_one = bench.start(begun_at(bench, 1))
+    await bench.client.asked.wait()
+    exchange = bench.exchange(prompt="y" * 9_000)
+    task = bench.start(exchange)
+    await turns()
+    assert len(bench.queues[1]) == 1
+    bench.client.script.append(Upstream(bench.clock, 200, (), b"{}"))
+    bench.fleet.unreachable(1, bench.clock.monotonic(), "refused")
+    bench.attempts.turn_away(1)
+    assert (await task).status == 200
+    assert (exchange.replica_name, [each.name for each in exchange.tried]) == ("r2", ["r0"])
+    at_one.cancel()
+    await turns()
+
+
+def begun_at(bench: Bench, replica: int) -> Any:
+    """A request whose plan has one replica alone."""
+    exchange = bench.exchange()
+    assert exchange.plan is not None
+    only = tuple(each for each in exchange.plan.candidates if each.replica.id == replica)
+    exchange.plan = msgspec.structs.replace(exchange.plan, candidates=only)
+    return exchange
+
+
+async def test_the_place_of_a_request_that_finds_a_replica_down_goes_to_nobody_who_waits_there() -> None:
+    """They would find the same."""
+    bench = Bench(limit=1)
+    bench.client.hold.clear()
+    first = bench.start(bench.exchange())
+    await bench.client.asked.wait()
+    second = bench.start(bench.exchange(prompt="y" * 9_000))
+    await turns()
+    bench.client.script += [ConnectFailed("refused"), *(Upstream(bench.clock, 200, (), b"{}") for _ in range(2))]
+    bench.client.hold.set()
+    await asyncio.gather(first, second)
+    assert [sent[0].host for sent in bench.client.sent] == ["10.0.0.0", "10.0.0.1", "10.0.0.1"]
+    assert bench.nothing_is_claimed()

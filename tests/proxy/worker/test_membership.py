@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
+import pytest
+
 from proxy.control.messages import ReplicaDown
-from proxy.fleet import Change, ReplicaChange
-from proxy.worker.membership import DownReplicas
+from proxy.fleet import Change, Fleet, ReplicaChange, ReplicaSpec
+from proxy.worker.membership import DownReplicas, TurningAway
 from tests.support.clock import FakeClock
 
 
@@ -23,3 +27,35 @@ def test_a_replica_is_down_since_its_first_failure_with_its_newest_reason() -> N
     assert down.report() == {"one": ReplicaDown(110.0, "full")}
     down.replica_changed(ReplicaChange("one", "p", Change.UP, "a request was answered"))
     assert down.report() == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "leaves"),
+    [
+        (Change.DOWN, True),
+        (Change.THROTTLED, True),
+        (Change.DRAINING, True),
+        (Change.RATE_LIMITED, False),
+        (Change.RESTARTED, False),
+        (Change.UP, False),
+    ],
+)
+def test_requests_that_wait_leave_a_replica_that_takes_no_more(change: Change, *, leaves: bool) -> None:
+    """One key's 429 and a restart concern only what is sent next."""
+    fleet = Fleet(lambda: 0.5)
+    fleet.add(ReplicaSpec("other", "p"))
+    fleet.add(ReplicaSpec("one", "p"))
+    left, looked = list[int](), list[int]()
+
+    class Attempts:
+        def turn_away(self, replica: int) -> None:
+            left.append(replica)
+
+    class ColdGate:
+        def changed(self) -> None:
+            looked.append(1)
+
+    turning = TurningAway(fleet, cast("Any", Attempts()), cast("Any", ColdGate()))
+    turning.replica_changed(ReplicaChange("one", "p", change))
+    turning.replica_changed(ReplicaChange("unknown", "p", change))
+    assert (left, looked) == (([1], [1]) if leaves else ([], []))
