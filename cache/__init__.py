@@ -36,6 +36,7 @@ from cache.replication.stats import JournalStats
 from cache.secret import SharedSecret, usable_key
 from cache.store.breaker import BreakerState
 from cache.store.embedded import EmbeddedValkey
+from cache.store.private_folder import why_unsafe
 from cache.store.store import Store, StoreState, open_store
 from cache.totals import KEPT_DAYS, RowKey, Sums, Totals, read_totals
 
@@ -90,4 +91,5 @@ __all__ = [
     "open_store",
     "read_totals",
     "usable_key",
+    "why_unsafe",
 ]

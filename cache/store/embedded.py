@@ -25,6 +25,7 @@ from pathlib import Path
 
 from cache.errors import EmbeddedError
 from cache.ports import Clock
+from cache.store.private_folder import why_unsafe
 
 READY_LIMIT_SECONDS = 15.0  # typically 0.08; a large append-only file is read at about 100 MB a second
 STOP_LIMIT_SECONDS = 5.0  # to flush the append-only file; then it is killed and loses its last second
@@ -120,8 +121,7 @@ class EmbeddedValkey:
             return
         binary = self._find()
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._folder.chmod(0o700)
+            self._make_folder()
             self._take_lock()
             self._choose_socket()
             self._launch(binary)
@@ -153,6 +153,19 @@ class EmbeddedValkey:
         if self._socket_folder is not None:
             shutil.rmtree(self._socket_folder, ignore_errors=True)
             self._socket_folder = None
+
+    def _make_folder(self) -> None:
+        self._refuse_unsafe_folder()
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._refuse_unsafe_folder()  # another user may have been faster
+        self._folder.chmod(0o700)
+
+    def _refuse_unsafe_folder(self) -> None:
+        if problem := why_unsafe(self._folder):
+            raise EmbeddedError(
+                f"the private Valkey does not use {self._folder}, since {problem}: remove that, or set redis.folder "
+                "or XDG_DATA_HOME to a folder that only this user can write to"
+            )
 
     def _take_lock(self) -> None:
         if self._lock is not None:

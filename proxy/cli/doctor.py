@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from cache import why_unsafe
 from proxy.cli import exit_codes as exits
 from proxy.cli.endpoint import ask
 from proxy.cli.terminal import print_sentence
@@ -144,6 +145,10 @@ def _folder(config: Config) -> Finding:
     existing = nearest_existing(folder)
     if not can_be_made(folder):
         return Finding(False, f"{existing} is not writable, so the private Valkey cannot start; set redis.folder")
+    if problem := why_unsafe(folder):
+        return Finding(
+            False, f"{problem}, so the private Valkey does not use {folder}; remove that, or set redis.folder"
+        )
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < max(_FREE_BYTES, 2 * config.redis.max_memory_bytes):
         return Finding(None, f"{existing} has only {free_bytes // 1024**2} MiB free for the private Valkey")

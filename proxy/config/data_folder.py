@@ -22,7 +22,9 @@ def data_folder(environ: Mapping[str, str], port: int) -> DataFolder:
 
     `XDG_DATA_HOME` decides, and then the home directory. Containers and services often run as a user without a home,
     or with a home that cannot be written. Cairn then uses a temporary folder, since without a store it would share no
-    index between workers and keep no totals. Its name contains the user, so that users do not collide.
+    index between workers and keep no totals. Its name contains the user, so that users do not collide, and stays the
+    same, so that totals and contexts outlast a restart. If another user was first to make it, it is not used
+    (`cache.why_unsafe`).
     """
     name = f"valkey-{port}"
     if given := environ.get("XDG_DATA_HOME"):

@@ -103,6 +103,15 @@ async def test_doctor_asks_redis_and_compares_the_clocks(upstream: OpenAIUpstrea
     assert "and the clocks agree" in done.output, done.output
 
 
+async def test_doctor_finds_a_folder_that_others_can_write_to(upstream: OpenAIUpstream, tmp_path: Path) -> None:
+    """The private Valkey would not start there."""
+    file = config_file(tmp_path, {"url": upstream.url})
+    (tmp_path / "valkey").mkdir()
+    (tmp_path / "valkey").chmod(0o777)
+    done = await run("doctor", "--config", file)
+    assert (done.exit_code, "can be written to by other users, so the private" in done.output) == (1, True)
+
+
 async def test_doctor_reports_a_bad_file_as_every_command_does(tmp_path: Path) -> None:
     """All problems, exit 2."""
     (tmp_path / "c.yaml").write_text("sever: {}\nlog: {level: loud}\n")
