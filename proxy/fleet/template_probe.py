@@ -3,13 +3,16 @@
 llama.cpp renders at `/apply-template`; vLLM and SGLang tokenise at `/tokenize`. Nothing is generated. Two prompts
 that differ in one place are compared by the length of the common beginning of their renderings: this shows what
 precedes what, and what is left out, for any template. Of an engine that answers neither, nothing is learned.
+
+An engine may come back at its address with another model or template. So one prompt is rendered again in each round,
+and a rendering or a list of models that has changed has all questions asked anew.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -201,6 +204,38 @@ def _shared(one: Rendering, other: Rendering | None) -> int:
     return shared
 
 
+_SAMPLE: Final = {
+    "messages": [
+        {"role": "system", "content": "some words here"},
+        _QUESTION,
+        {
+            "role": "assistant",
+            "content": "<think>\nso I thought\n</think>\n\nan answer",
+            "reasoning": "so I thought",
+            "reasoning_content": "so I thought",
+        },
+        _FURTHER,
+    ],
+    "tools": [_tool("one tool")],
+}
+"""A prompt with a bit of everything, whose rendering changes with nearly every change of a template."""
+
+
+async def sample(render: Render) -> int:
+    """Return a number that stands for an engine's present template; 0 if the engine renders nothing."""
+    rendering = await render(_SAMPLE)
+    if rendering is None:
+        rendering = await render(_request())
+    return 0 if rendering is None else hash(tuple(rendering)) or 1
+
+
+class _Answers(msgspec.Struct):
+    """What an engine answered: its models, and the samples by model."""
+
+    models: list[tuple[str, object]]
+    samples: dict[str, int]
+
+
 class TemplateProber:
     """Asks each engine about each of its models. One per worker."""
 
@@ -212,6 +247,8 @@ class TemplateProber:
         self._templates = templates
         self._clock = clock
         self._limits = limits
+        self._answers: dict[tuple[str, str], _Answers] = {}  # by pool and engine
+        self._rounds = 0
 
     async def run(self) -> None:
         """Ask until cancelled; repeat unanswered questions from time to time."""
@@ -220,12 +257,15 @@ class TemplateProber:
             await asyncio.sleep(PROBE_SECONDS)
 
     async def look(self) -> None:
-        """Ask every engine about the models that are not known yet, once."""
-        endpoints = [self._pools.backends[number] for number in sorted(self._pools.served)]
+        """Ask every engine about the models that are not known yet or may have changed, once."""
+        served = [self._pools.backends[number] for number in sorted(self._pools.served)]
+        endpoints = list({(each.pool, _engine_of(each)): each for each in reversed(served)}.values())[::-1]
         in_force: dict[str, set[str]] = {}
         for endpoint in endpoints:
             in_force.setdefault(endpoint.pool, set()).add(_engine_of(endpoint))
         self._templates.keep(in_force)
+        self._answers = {key: value for key, value in self._answers.items() if key[1] in in_force.get(key[0], ())}
+        self._rounds += 1
         for endpoint in endpoints:
             if endpoint.is_provider:
                 continue
@@ -235,14 +275,40 @@ class TemplateProber:
                 log.debug("replica %s shows nothing of its template: %s", endpoint.name, error)
 
     async def _ask(self, endpoint: ReplicaEndpoint) -> None:
+        pool, engine = endpoint.pool, _engine_of(endpoint)
         models = await fetch_models(self._client, endpoint)
-        self._templates.listed(endpoint.pool, models)
+        self._templates.listed(pool, engine, models)
         names = [str(model.get("id")) for model in models[:MAX_MODELS_PROBED]]
+        if await self._has_changed(endpoint, models, names):
+            self._templates.doubt(pool, engine)
+        samples = self._answers[pool, engine].samples
         for name in names:
-            if self._templates.wants_probe(endpoint.pool, name, _engine_of(endpoint)):
-                facts = await facts_of(self._renderer(endpoint, name), self._dates())
+            if self._templates.wants_probe(pool, name, engine):
+                render = self._renderer(endpoint, name)
+                facts = await facts_of(render, self._dates())
                 if facts is not None:
-                    self._templates.shown(endpoint.pool, name, _engine_of(endpoint), facts)
+                    self._templates.shown(pool, name, engine, facts)
+                    samples[name] = await sample(render)
+
+    async def _has_changed(
+        self, endpoint: ReplicaEndpoint, models: Sequence[Mapping[str, Any]], names: Sequence[str]
+    ) -> bool:
+        """Return whether an engine's models have changed since it was last asked, or the rendering of one of them.
+
+        Each round looks at another model.
+        """
+        key = (endpoint.pool, _engine_of(endpoint))
+        listed = sorted([(str(model.get("id")), model.get("root")) for model in models], key=str)
+        known = self._answers.get(key)
+        if known is None or known.models != listed:
+            self._answers[key] = _Answers(listed, {})
+            return known is not None
+        sampled = [name for name in names if name in known.samples]
+        if not sampled:
+            return False
+        name = sampled[self._rounds % len(sampled)]
+        now = await sample(self._renderer(endpoint, name))
+        return now not in (0, known.samples[name])
 
     def _dates(self) -> list[str]:
         now = datetime.fromtimestamp(self._clock.unix(), UTC)

@@ -31,7 +31,8 @@ class Templates:
     def __init__(self, config: Config) -> None:
         self._said: dict[str, Template | None] = {}
         self._shown: dict[tuple[str, str], dict[str, TemplateFacts]] = {}
-        self._roots: dict[tuple[str, str], str] = {}
+        self._doubted: set[tuple[str, str, str]] = set()  # pool, model, engine
+        self._roots: dict[tuple[str, str], dict[str, str]] = {}
         self._found: dict[tuple[str, str], TemplateFacts] = {}
         self.set_config(config)
 
@@ -52,7 +53,15 @@ class Templates:
 
     def wants_probe(self, pool: str, model: str, engine: str) -> bool:
         """Return whether an engine of the pool should be asked how it renders."""
-        return pool in self._said and engine not in self._shown.get((pool, model), ())
+        if pool not in self._said:
+            return False
+        return engine not in self._shown.get((pool, model), ()) or (pool, model, engine) in self._doubted
+
+    def doubt(self, pool: str, engine: str) -> None:
+        """Have an engine asked again about all its models; until it answers, what it showed before counts."""
+        for (of_pool, model), known in self._shown.items():
+            if of_pool == pool and engine in known:
+                self._doubted.add((pool, model, engine))
 
     def shown(self, pool: str, model: str, engine: str, facts: TemplateFacts) -> None:
         """Store the facts that an engine of the pool showed when it was asked."""
@@ -61,6 +70,9 @@ class Templates:
             if len(self._shown) >= MAX_MODELS:
                 return
             known = self._shown[pool, model] = {}
+        self._doubted.discard((pool, model, engine))
+        if known.get(engine) == facts:
+            return
         known[engine] = facts
         self._found.clear()
         if any(each != facts for each in known.values()):
@@ -73,6 +85,11 @@ class Templates:
                 next(name for name, each in known.items() if each != facts),
             )
 
+    def mixed_models(self, pool: str) -> int:
+        """Count the models of a pool that its engines render differently."""
+        shown = [known.values() for (of_pool, _), known in self._shown.items() if of_pool == pool]
+        return sum([any(each != next(iter(known)) for each in known) for known in shown])
+
     def keep(self, engines: Mapping[str, Collection[str]]) -> None:
         """Forget what engines showed that are gone; `engines` are those in force by pool."""
         for (pool, model), known in list(self._shown.items()):
@@ -82,24 +99,45 @@ class Templates:
                 continue  # the last known template is a better guess than its family's
             for name in gone:
                 del self._shown[pool, model][name]
+                self._doubted.discard((pool, model, name))
                 self._found.clear()
+        for (pool, model), roots in list(self._roots.items()):
+            gone = [name for name in roots if name not in engines.get(pool, ())]
+            if len(gone) < len(roots):
+                for name in gone:
+                    self._set_root(pool, model, name, "")
 
-    def listed(self, pool: str, models: Sequence[Mapping[str, Any]]) -> None:
+    def listed(self, pool: str, engine: str, models: Sequence[Mapping[str, Any]]) -> None:
         """Store an engine's list of models: names with the same `root` are one model, but an adapter is another."""
         if pool not in self._said:
             return
-        for each in models:
-            name, root = each.get("id"), each.get("root")
-            if not isinstance(name, str) or not isinstance(root, str) or each.get("parent") or name == root:
-                continue
-            if self._roots.get((pool, name)) != root and len(self._roots) < MAX_MODELS:
-                self._roots[pool, name] = root
-                self._found.clear()
+        roots = {each["id"]: _root_of(each) for each in models if isinstance(each.get("id"), str)}
+        for (of_pool, name), known in list(self._roots.items()):
+            if of_pool == pool and engine in known:
+                roots.setdefault(name, "")
+        for name, root in roots.items():
+            self._set_root(pool, name, engine, root)
+
+    def _set_root(self, pool: str, name: str, engine: str, root: str) -> None:
+        """Store the root of a model's name at an engine; empty if there is none."""
+        known = self._roots.get((pool, name), {})
+        if known.get(engine, "") == root:
+            return
+        self._found.clear()
+        if root and (known or len(self._roots) < MAX_MODELS):
+            self._roots.setdefault((pool, name), known)[engine] = root
+        elif known.pop(engine, None) is not None and not known:
+            del self._roots[pool, name]
+
+    def _root(self, pool: str, name: str) -> str:
+        """Return the root of a model's name; empty if no engine states one, or if they state different ones."""
+        roots = set(self._roots.get((pool, name), {}).values())
+        return roots.pop() if len(roots) == 1 else ""
 
     def _combine(self, pool: str, model: str) -> TemplateFacts:
         if pool not in self._said:
             return PLAIN
-        root = self._roots.get((pool, model), "")
+        root = self._root(pool, model)
         shown = self._shown.get((pool, model))
         facts = common_facts(list(shown.values())) if shown else family_facts(model) or family_facts(root) or PLAIN
         said = self._said[pool]
@@ -133,6 +171,12 @@ def common_facts(shown: Sequence[TemplateFacts]) -> TemplateFacts:
         headless=frozenset.intersection(*[each.headless for each in shown]),
         keeps_billing=all(each.keeps_billing for each in shown),
     )
+
+
+def _root_of(model: Mapping[str, Any]) -> str:
+    """Return the name of the model of which this entry is another name; empty for an adapter."""
+    root = model.get("root")
+    return root if isinstance(root, str) and not model.get("parent") and root != model["id"] else ""
 
 
 def _renders(pool: Pool) -> bool:

@@ -135,10 +135,15 @@ class FakeEngine:
 
     def __init__(self, path: bytes, template: Template) -> None:
         self._path = path
-        self._render = renderer(template)
+        self.serves(template)
         self.asked: list[bytes] = []
         self.headers: list[tuple[tuple[bytes, bytes], ...]] = []
         self.fails = False
+
+    def serves(self, template: Template, root: str = "/m") -> None:
+        """Answer by another template from now on, with another model if `root` differs."""
+        self._render = renderer(template)
+        self._root = root
 
     async def request(self, origin, method, target, headers=(), body=b"", **more) -> FakeResponse:
         if self.fails:
@@ -146,7 +151,8 @@ class FakeEngine:
         self.asked.append(target)
         self.headers.append(tuple(headers))
         if target == b"/v1/models":
-            models = [{"id": "chat", "root": "/m"}, {"id": "code", "root": "/m"}, {"id": "sql", "parent": "chat"}]
+            names = [{"id": name, "root": self._root} for name in ("chat", "code")]
+            models = [*names, {"id": "sql", "parent": "chat"}]
             return FakeResponse(200, {"data": models})
         if target != self._path:
             return FakeResponse(404, {})
@@ -181,7 +187,33 @@ async def test_an_engine_is_asked_about_each_of_its_models_once(path):
     assert all((b"authorization", b"Bearer own") in headers for headers in engine.headers)
     asked = len(engine.asked)
     await probing.look()
-    assert engine.asked[asked:] == [b"/v1/models"]
+    assert engine.asked[asked] == b"/v1/models"
+    assert set(engine.asked[asked + 1 :]) <= {b"/apply-template", path}
+    assert engine.asked[asked:].count(path) == 1, "one prompt shows that nothing has changed"
+
+
+@pytest.mark.parametrize("path", [b"/apply-template", b"/tokenize"])
+async def test_an_engine_that_comes_back_with_another_template_is_asked_again(path):
+    """And so is one with other models; as long as it refuses to answer, what it showed before counts."""
+    engine = FakeEngine(path, Template())
+    probing, templates = prober(engine)
+    await probing.look()
+    await probing.look()
+    assert templates.of("pool", "chat").order is ToolOrder.TOOLS_FIRST
+    engine.serves(Template(system_first=True))
+    for _ in range(2):
+        await probing.look()
+        for name in ("chat", "code"):
+            assert templates.of("pool", name).order is ToolOrder.SYSTEM_FIRST
+    engine.fails = True
+    await probing.look()
+    engine.fails = False
+    engine.serves(Template(), root="/other")
+    await probing.look()
+    assert (templates.of("pool", "chat").order, templates.of("pool", "code").root) == (
+        ToolOrder.TOOLS_FIRST,
+        "/other",
+    )
 
 
 async def test_each_engine_of_a_pool_is_asked_and_its_ranks_are_one():
@@ -202,7 +234,7 @@ async def test_each_engine_of_a_pool_is_asked_and_its_ranks_are_one():
     probing = TemplateProber(BothEngines(), pools, templates, FakeClock(), Limits())  # type: ignore[arg-type]
     await probing.look()
     assert templates.of("pool", "chat").joins_head
-    assert engines["b"].asked[-1] == b"/v1/models", "the second rank only lists its models"
+    assert engines["b"].asked.count(b"/v1/models") == 1, "its ranks are one engine"
 
 
 async def test_an_engine_that_cannot_render_or_be_reached_changes_nothing():

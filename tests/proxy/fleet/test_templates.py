@@ -59,9 +59,11 @@ def test_engines_that_render_differently_have_in_common_what_each_of_them_shares
     known.shown("pool", "m", "c", SYSTEM_FIRST)
     assert known.of("pool", "m").joins_head
     assert "engines render prompts of m differently (c unlike a)" in caplog.text
+    assert (known.mixed_models("pool"), known.mixed_models("other")) == (1, 0)
     assert known.wants_probe("pool", "m", "d")
     known.keep({"pool": {"c", "d"}})
     assert known.of("pool", "m") == SYSTEM_FIRST
+    assert known.mixed_models("pool") == 0
     known.keep({"pool": {"d"}})
     assert known.of("pool", "m") == SYSTEM_FIRST, "the last known template is a better guess than none"
 
@@ -101,9 +103,10 @@ def test_a_provider_is_not_asked_and_its_prompts_are_keyed_as_they_are_sent():
 
 def test_names_of_one_root_are_one_model_and_an_adapter_is_its_own():
     known = templates()
-    known.listed("elsewhere", [{"id": "chat", "root": "/models/qwen3"}])
+    known.listed("elsewhere", "h", [{"id": "chat", "root": "/models/qwen3"}])
     known.listed(
         "pool",
+        "h",
         [
             {"id": "chat", "root": "/models/qwen3"},
             {"id": "code", "root": "/models/qwen3"},
@@ -129,6 +132,34 @@ def test_the_memory_of_models_is_bounded():
 def test_the_memory_of_roots_is_bounded_and_those_that_are_known_stay():
     """Engines list as many names as they are configured with."""
     known = templates()
-    known.listed("pool", [{"id": f"name-{number}", "root": "/m"} for number in range(3_000)])
+    known.listed("pool", "h", [{"id": f"name-{number}", "root": "/m"} for number in range(3_000)])
     roots = [known.of("pool", f"name-{number}").root for number in (0, 1_023, 1_024, 2_999)]
     assert roots == ["/m", "/m", "", ""]
+
+
+def test_a_root_is_an_engines_own_and_changes_with_it():
+    """Engines that state different roots for a name share it with no other; one that is gone has no say."""
+    known = templates()
+    known.listed("pool", "a", [{"id": "chat", "root": "/old"}])
+    known.listed("pool", "b", [{"id": "chat", "root": "/new"}])
+    known.listed("pool", "c", [{"id": "chat", "root": "chat"}])
+    assert known.of("pool", "chat").root == ""
+    known.listed("pool", "a", [{"id": "chat", "root": "/new"}])
+    assert known.of("pool", "chat").root == "/new"
+    known.listed("pool", "a", [{"id": "other"}])
+    known.keep({"pool": {"a", "b"}})
+    assert known.of("pool", "chat").root == "/new"
+    known.listed("pool", "b", [])
+    assert known.of("pool", "chat").root == ""
+
+
+def test_an_engine_in_doubt_is_asked_again_and_its_old_answer_counts_until_then():
+    known = templates()
+    known.shown("pool", "m", "a", SYSTEM_FIRST)
+    known.shown("pool", "m", "b", SYSTEM_FIRST)
+    known.doubt("pool", "a")
+    assert (known.wants_probe("pool", "m", "a"), known.wants_probe("pool", "m", "b")) == (True, False)
+    assert known.of("pool", "m") == SYSTEM_FIRST
+    known.shown("pool", "m", "a", TemplateFacts())
+    assert not known.wants_probe("pool", "m", "a")
+    assert known.of("pool", "m").joins_head
