@@ -245,6 +245,11 @@ THRASH_AVOIDED = _counter(
     "Cached tokens that round robin would have computed again, while sessions needed more cache than there is.",
 )
 CACHE_NEED = _max("cache_need_ratio", "Memory that the active sessions need, divided by that of the caches.", "pool")
+MIXED_TEMPLATES = _max(
+    "mixed_template_models",
+    "Models whose prompts the engines of a pool render differently, so that less of them is shared.",
+    "pool",
+)
 UPSTREAM_BREAKER = _max(
     "upstream_breaker_state", "Circuit breaker of a replica: 0 closed (in use), 1 half open (trying), 2 open.",
     "upstream",

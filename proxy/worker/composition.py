@@ -450,7 +450,7 @@ def _reporter(control: WorkerControl, built: Built, requests: Requests) -> Repor
     recorder, journal, contexts = basics.recorder, sharing.journal, built.contexts.store
     queues = requests.queues.by_replica
     figures = Figures(
-        replicas=ReplicaFigures(recorder, replicas.fleet, replicas.pools, queues, basics.clock),
+        replicas=ReplicaFigures(recorder, replicas.fleet, replicas.pools, queues, basics.clock, replicas.templates),
         gate=GateFigures(recorder, sharing.cold_gate, replicas.pools, sharing.baseline),
         index=IndexFigures(recorder, memory.index, journal, replicas.pools, sharing.baseline),
         store=StoreFigures(

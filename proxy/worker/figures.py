@@ -35,6 +35,12 @@ class Replicas(Protocol):
     def measured_rate(self, number: int) -> float | None: ...
 
 
+class Rendering(Protocol):
+    """The part of `proxy.fleet.templates.Templates` that is reported."""
+
+    def mixed_models(self, pool: str) -> int: ...
+
+
 class Index(Protocol):
     """The part of `cache.PrefixIndex` that is reported."""
 
@@ -102,9 +108,16 @@ class ReplicaFigures:
     """The gauges of all replicas."""
 
     def __init__(
-        self, recorder: Recorder, replicas: Replicas, pools: Pools, queues: Mapping[int, Sized], clock: Clock
+        self,
+        recorder: Recorder,
+        replicas: Replicas,
+        pools: Pools,
+        queues: Mapping[int, Sized],
+        clock: Clock,
+        rendering: Rendering,
     ) -> None:
         self._recorder = recorder
+        self._rendering = rendering
         self._replicas = replicas
         self._pools = pools
         self._queues = queues
@@ -124,6 +137,14 @@ class ReplicaFigures:
             {
                 (pool.name, "true" if pool.optional else "false"): float(sum(v.available for v in by_pool[pool.name]))
                 for pool in self._pools.all
+            },
+        )
+        self._recorder.replace_gauges(
+            metrics.MIXED_TEMPLATES,
+            {
+                (pool.name,): float(self._rendering.mixed_models(pool.name))
+                for pool in self._pools.all
+                if not pool.is_provider
             },
         )
         up = {view.name: view.available for view in views}

@@ -263,7 +263,7 @@ def recent_errors(of_workers: Iterable[Sequence[ErrorRow]]) -> list[ErrorShown]:
 
 def notices(figures: Figures) -> list[str]:
     """Return what needs attention although requests are served, one sentence each."""
-    found = _scarce_caches(figures)
+    found = _scarce_caches(figures) + _mixed_templates(figures)
     if unpriced := int(figures.value(metrics.UNPRICED)):
         reasons = ", ".join(sorted(reason.replace("_", " ") for (reason,) in figures.series(metrics.UNPRICED)))
         found.append(
@@ -299,6 +299,16 @@ def _scarce_caches(figures: Figures) -> list[str]:
         f"sessions need {need:.1f} x the cache of pool {pool}: {_count(waiting, 'prompt')} {verb} for a quiet replica"
         for (pool,), need in sorted(figures.series(metrics.CACHE_NEED).items())
         if need > 1.0
+    ]
+
+
+def _mixed_templates(figures: Figures) -> list[str]:
+    """Return a sentence on each pool whose engines render prompts differently."""
+    return [
+        f"engines of pool {pool} render prompts of {_count(int(models), 'model')} differently: only what all of them "
+        "share is expected to be cached; see the log"
+        for (pool,), models in sorted(figures.series(metrics.MIXED_TEMPLATES).items())
+        if models
     ]
 
 

@@ -88,7 +88,9 @@ class Bench:
             self.supervisor,
             self.recorder,
             Figures(
-                ReplicaFigures(self.recorder, self._fleet(), pools, {0: [1, 2]}, FakeClock()),
+                ReplicaFigures(
+                    self.recorder, self._fleet(), pools, {0: [1, 2]}, FakeClock(), part(mixed_models=lambda pool: 1)
+                ),
                 GateFigures(self.recorder, self.gate, pools, self.baseline),
                 IndexFigures(self.recorder, index, self.journal, pools, self.baseline),
                 StoreFigures(self.recorder, self.store, self.journal, contexts, (self.vectors,)),
@@ -149,6 +151,7 @@ def test_a_report_has_the_state_of_every_part(bench: Bench) -> None:
         (metrics.COLD_ADMITTED, (), 7),
         (metrics.COLD_REFUSED, (), 1),
         (metrics.CACHE_NEED, ("p",), 2.1),
+        (metrics.MIXED_TEMPLATES, ("p",), 1.0),
     ):
         assert bench.series(spec) == {labels: value}, spec.name
     waiting = {("low", "batch"): 4, ("low", "other"): 1, ("normal", "other"): 0, ("high", "other"): 0}

@@ -217,6 +217,17 @@ def test_sessions_that_need_more_than_the_caches_are_said() -> None:
     ]
 
 
+def test_a_pool_whose_engines_render_differently_has_a_sentence() -> None:
+    """One whose engines agree has none."""
+    recorder, exposition = Recorder(), Exposition()
+    recorder.replace_gauges(metrics.MIXED_TEMPLATES, {("engines",): 2.0, ("other",): 0.0})
+    exposition.apply(0, recorder.take())
+    assert build.notices(exposition) == [
+        "engines of pool engines render prompts of 2 models differently: only what all of them share is expected to "
+        "be cached; see the log"
+    ]
+
+
 def test_the_state_is_json_without_a_word_of_a_prompt() -> None:
     """It goes over the wire as it is, and holds no hash."""
     pages = [StatusReport(prefixes=PrefixReport([row(2**63 + 12345, 100)]))]
