@@ -27,6 +27,10 @@ PYTEST = -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --require-hashes
 PIP_WHEEL = .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation
 
+# Let Python keep the bytecode of what it imports, also if the environment forbids it: `make run` and the tests start many
+# processes, and without it each spends three times the CPU on its start.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Two rules must not install into .venv at the same time. `make test` sets SIDE_BY_SIDE once all is installed.
 ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
