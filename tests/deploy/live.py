@@ -28,7 +28,7 @@ from tests.support.openai_upstream import Failure, OpenAIUpstream
 
 ROOT = DEPLOY.parent
 TOKEN = "for-this-test"
-LIMIT_SECONDS = 25.0
+LIMIT_SECONDS = 60.0  # bounds the time of a failure
 SCRAPE_INTERVAL = "300ms"  # in place of 15 s, so that rates exist within seconds
 BATCHES = 3
 PIECES = ("stone upon stone " * 500,) * 30  # more than a socket takes at once, so that there is a time between tokens

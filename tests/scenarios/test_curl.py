@@ -15,6 +15,9 @@ from tests.support.served import served
 CURL = shutil.which("curl")
 BODY_BYTES = 1_500_000
 MORE_SECONDS_MOST = 0.020
+BUSY_SECONDS_MOST = 0.035
+"""On a machine on which the request alone takes longer than 20 ms; less than a delayed acknowledgement, of 40 ms."""
+
 PAIRS_MOST = 60
 """Any of the waits that this looks for is in every request; other work on the machine is not in sixty of them."""
 
@@ -48,7 +51,8 @@ async def test_curl_with_a_body_of_1_5_mb_takes_at_most_20_ms_more_than_directly
             direct = min(direct, await seconds(upstream.url, body, *WITHOUT_EXPECT))
             for options in waiting:
                 best[options] = min(best[options], await seconds(cairn.url, body, *options))
-            waiting = [options for options in waiting if best[options] - direct > MORE_SECONDS_MOST]
+            most = min(max(MORE_SECONDS_MOST, direct), BUSY_SECONDS_MOST)
+            waiting = [options for options in waiting if best[options] - direct > most]
             if not waiting:
                 break
         assert waiting == [], (direct, best)

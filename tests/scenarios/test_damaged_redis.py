@@ -72,8 +72,8 @@ async def test_damage_in_redis_costs_no_request_and_no_sharing(redis: Valkey) ->
         applied = journals[1].stats.applied_deltas
         assert (await here.call("POST", "/chat/completions", LONG))[0] == 200
         await eventually(lambda: journals[1].stats.applied_deltas > applied)
-        await eventually(lambda: any(journal.holds_lease for journal in journals), 15)
-        await eventually(lambda: all(journal.others == 1 for journal in journals), 15)
+        await eventually(lambda: any(journal.holds_lease for journal in journals))
+        await eventually(lambda: all(journal.others == 1 for journal in journals))
         made = await here.put()
         assert (await there.ask(f"cache_id={made['id']}"))[0] == 200
         assert (await there.call("GET", "/caching"))[1]["data"][0]["id"] == made["id"]
@@ -92,7 +92,7 @@ async def test_a_proxy_that_starts_on_damage_becomes_live(redis: Valkey) -> None
             assert journal.state is JournalState.LIVE
             client = Client(http, cairn)
             assert (await client.call("POST", "/chat/completions", LONG))[0] == 200
-            await eventually(lambda: journal.stats.snapshots >= 1, 15)
+            await eventually(lambda: journal.stats.snapshots >= 1)
             assert b"nonsense" not in redis.ask("HGET", keys.SNAPSHOT, "stream_id")
             assert tasks_failed(cairn) == {}
 
@@ -110,7 +110,7 @@ async def test_a_key_of_the_wrong_type_is_replaced(redis: Valkey, wrong: str) ->
         def is_right() -> bool:
             return redis.ask("TYPE", wrong) not in (b"+set\r\n", b"+none\r\n") and journal.state is JournalState.LIVE
 
-        await eventually(is_right, 15)
+        await eventually(is_right)
 
 
 async def test_contexts_with_damaged_rows_cost_only_themselves(redis: Valkey) -> None:

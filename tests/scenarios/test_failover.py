@@ -208,7 +208,7 @@ async def test_a_replica_that_is_loading_its_model_gets_no_request_until_it_is_d
         async def served() -> bool:
             return (await ask(http, cairn, "chat/completions"))[0] == 200
 
-        await eventually(served, within_seconds=5)
+        await eventually(served)
         cairn.worker.reporter.report()
         assert cairn.heard.last.pools["engines"].up
 
@@ -307,7 +307,7 @@ async def test_a_frozen_replica_is_found_by_its_silence_and_gets_no_request_unti
             assert cairn.heard.last is not None
             return not cairn.heard.last.pools["engines"].up
 
-        await eventually(found, within_seconds=5)
+        await eventually(found)
         status, text, _ = await ask(http, cairn, "chat/completions")
         assert (status, frozen.generations) == (503, [])
         assert "is not responding" in text
@@ -316,7 +316,7 @@ async def test_a_frozen_replica_is_found_by_its_silence_and_gets_no_request_unti
         async def served() -> bool:
             return (await ask(http, cairn, "chat/completions"))[0] == 200
 
-        await eventually(served, within_seconds=5)
+        await eventually(served)
 
 
 async def test_the_start_lists_each_replica_with_what_was_found(caplog: pytest.LogCaptureFixture) -> None:

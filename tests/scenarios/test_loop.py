@@ -65,7 +65,7 @@ async def test_no_step_of_the_loop_takes_long_for_a_body_of_two_megabytes(
                 return answer.status == 200
         return False
 
-    await eventually(is_up, 10)
+    await eventually(is_up)
     async with running(config_for([replica])) as cairn:
         url = f"{cairn.url}/chat/completions"
 

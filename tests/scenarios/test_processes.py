@@ -41,10 +41,10 @@ async def test_a_worker_killed_under_load_loses_only_its_own_requests_in_flight(
         await eventually(lambda: len(cairn.worker_pids()) == 2, 30)
         bodies = [CHAT | {"seed": number} for number in range(16)]
         asked = [asyncio.get_running_loop().create_task(ask(http, cairn, body)) for body in bodies]
-        await eventually(lambda: upstream.in_flight == 16, 10)
+        await eventually(lambda: upstream.in_flight == 16)
         os.kill(cairn.worker_pids()[0], signal.SIGKILL)
         lost_upstream = 16
-        await eventually(lambda: upstream.in_flight < lost_upstream, 10)
+        await eventually(lambda: upstream.in_flight < lost_upstream)
         gate.set()
         endings = Counter(await asyncio.gather(*asked))
         assert 0 < endings["200"] < 16
@@ -56,7 +56,7 @@ async def test_a_worker_killed_under_load_loses_only_its_own_requests_in_flight(
             whole = await cairn.metric(http, "cairn_requests_total", endpoint="chat_completions")
             return whole == endings["200"] + 16
 
-        await eventually(counted, 5)
+        await eventually(counted)
         assert await cairn.metric(http, "cairn_worker_restarts_total") == 1
 
 
@@ -69,9 +69,9 @@ async def test_what_runs_is_finished_when_told_to_end(tmp_path: Path) -> None:
         served(["--upstream", upstream.url], tmp_path) as cairn,
     ):
         asked = asyncio.get_running_loop().create_task(ask(http, cairn, CHAT))
-        await eventually(lambda: upstream.in_flight == 1, 10)
+        await eventually(lambda: upstream.in_flight == 1)
         cairn.stop()
-        await eventually(lambda: any("draining" in line for line in cairn.lines), 10)
+        await eventually(lambda: any("draining" in line for line in cairn.lines))
         gate.set()
         assert await asked == "200"
 
@@ -134,14 +134,14 @@ async def test_a_reload_takes_new_replicas_and_a_bad_file_changes_nothing(tmp_pa
             async def moved() -> bool:
                 return await ask(http, cairn, CHAT) == "200" and len(new.generations) > 0
 
-            await eventually(moved, 10)
+            await eventually(moved)
             file.write_text("pools: 3")
             cairn.process.send_signal(signal.SIGHUP)
 
             async def refused() -> bool:
                 return await cairn.metric(http, "cairn_config_reload_failures_total") == 1
 
-            await eventually(refused, 10)
+            await eventually(refused)
             before = len(new.generations)
             assert await ask(http, cairn, CHAT) == "200"
             assert len(new.generations) == before + 1
@@ -167,7 +167,7 @@ async def test_a_name_with_a_label_that_is_too_long_prevents_neither_a_start_nor
             async def moved() -> bool:
                 return await ask(http, cairn, CHAT) == "200" and len(new.generations) > 0
 
-            await eventually(moved, 10)
+            await eventually(moved)
             assert await cairn.metric(http, "cairn_background_task_failures_total") == 0
 
 

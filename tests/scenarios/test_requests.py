@@ -334,7 +334,7 @@ async def test_a_replica_that_cannot_be_reached_is_down_from_the_start_and_the_5
                 async with http.post(url, json=CHAT) as answer:
                     return answer.status == 200
 
-            await eventually(served, within_seconds=5)
+            await eventually(served)
 
 
 async def test_a_replica_that_closes_every_stream_costs_no_request(http: aiohttp.ClientSession) -> None:

@@ -147,15 +147,15 @@ async def test_redis_stopped_hung_or_flushed_under_load_loses_no_request(
             await served(taken, 120)
             during = sorted(taken[mark:])
             if fault != "flushed":
-                await eventually(lambda: cairn.worker.sharing.journal.state is JournalState.ALONE, 10)
+                await eventually(lambda: cairn.worker.sharing.journal.state is JournalState.ALONE)
                 cairn.worker.reporter.report()
                 assert cairn.heard.last is not None
                 await eventually(lambda: cairn.heard.last and str(cairn.heard.last.redis).startswith("away ("))
             await asyncio.to_thread(mend_it, valkey)
             await eventually(lambda: cairn.worker.sharing.journal.state is JournalState.LIVE, 20)
             await served(taken, 60)
-            # an operation on Redis may take 50 ms: were any waited for, the median would show it
-            assert during[len(during) // 2] < before + 0.04
+            # an operation on Redis may take a second: were any waited for, the median would show it
+            assert during[len(during) // 2] < before + 0.4
         if fault != "hung":
             async with running(config) as again:
                 await eventually(lambda: again.worker.memory.index.stats().blocks > 0)

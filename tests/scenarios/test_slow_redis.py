@@ -35,7 +35,9 @@ async def test_no_request_waits_for_a_slow_redis_and_the_log_stays_short(
     async with (
         OpenAIUpstream() as upstream,
         Relay(redis.port) as relay,
-        running(config_for([upstream.url], f"redis://127.0.0.1:{relay.port}/0")) as cairn,
+        running(
+            config_for([upstream.url], f"redis://127.0.0.1:{relay.port}/0", redis_seconds=SLOW_SECONDS / 4)
+        ) as cairn,
     ):
         store = cairn.worker.memory.store
         await ask(http, cairn, 0)
@@ -47,4 +49,4 @@ async def test_no_request_waits_for_a_slow_redis_and_the_log_stays_short(
         assert len(caplog.records) <= 2
         assert not any(record.exc_info for record in caplog.records)
         relay.delay_seconds = 0.0
-        await eventually(lambda: store.state is StoreState.AVAILABLE, 10)
+        await eventually(lambda: store.state is StoreState.AVAILABLE)

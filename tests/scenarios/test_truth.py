@@ -260,7 +260,7 @@ async def test_mixed_requests_through_four_workers_add_up_exactly_and_outlive_th
             async def all_counted() -> bool:
                 return await counts_of(http, cairn) == figures(truth)
 
-            await eventually(all_counted, 5)
+            await eventually(all_counted)
             assert upstreams.answered == requests_of(numbers)
             assert await cairn.metric(http, "cairn_requests_total") == requests_of(numbers)
 
@@ -269,7 +269,7 @@ async def test_mixed_requests_through_four_workers_add_up_exactly_and_outlive_th
                 total = (await savings_of(http, cairn))["total"]
                 return (total["answers"], total["missing_usage"]) == (truth["answers"], truth["missing"])
 
-            await eventually(all_written, 5)
+            await eventually(all_written)
             made = await savings_of(http, cairn)
             assert totals_in(made) == totals_of(truth)
             models = {KNOWN_MODEL, MUTE_MODEL, PAIR_MODEL, STRICT_MODEL, metrics.OTHER}
@@ -364,7 +364,7 @@ async def test_a_crash_of_the_whole_tree_loses_what_was_served_in_the_last_secon
                 now = totals_in(await savings_of(http, cairn))
                 return now == {name: amount + more[name] for name, amount in found.items()}
 
-            await eventually(all_written, 5)
+            await eventually(all_written)
 
 
 async def test_counters_never_fall_when_a_worker_is_killed(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ async def served_by(server: ClientServer) -> AsyncIterator[int]:
     try:
         yield port
     finally:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await server.close()
 
 
@@ -78,7 +78,7 @@ async def talk(port: int, *pieces: bytes) -> bytes:
         for piece in pieces:
             writer.write(piece)
             await writer.drain()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             return await reader.read(-1)
     finally:
         writer.close()

@@ -59,14 +59,18 @@ def config_for(
     redis_url: str | None = None,
     *,
     min_shareable_bytes: int = 256,
+    redis_seconds: float = 1.0,
     pools: Sequence[Pool] = (),
     **sections: Any,
 ) -> Config:
-    """A configuration with one engine pool of `urls`, and no access log."""
+    """A configuration with one engine pool of `urls`, and no access log.
+
+    An operation on Redis may take `redis_seconds`, since a busy machine often takes longer than the usual 50 ms.
+    """
     pool = Pool(name="engines", replicas=tuple(Replica(url) for url in urls)) if urls else None
     return Config(
         server=sections.pop("server", Server(port=0)),
-        redis=Redis(url=SecretUrl(redis_url) if redis_url else None),
+        redis=Redis(url=SecretUrl(redis_url) if redis_url else None, operation_seconds=redis_seconds),
         pools=(*([pool] if pool else []), *pools),
         routing=Routing(min_shareable_bytes=min_shareable_bytes),
         log=Log(access=False),

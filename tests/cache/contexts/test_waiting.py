@@ -38,7 +38,7 @@ async def until(running: Coroutine[Any, Any, None], store: FakeStore, operations
 
     store.did = count
     task = asyncio.ensure_future(running)  # noqa: TID251
-    await asyncio.wait_for(done.wait(), 5)
+    await asyncio.wait_for(done.wait(), 30)
     await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait([task])

@@ -103,7 +103,7 @@ async def test_listening_begins_again_after_each_loss(monkeypatch: pytest.Monkey
     store: Any = Subscribing()
     work = listen(store, "c", received.append, begun=lambda: said.append("+"), ended=lambda: said.append("-"))
     task = asyncio.ensure_future(work)  # noqa: TID251
-    await asyncio.wait_for(ended.wait(), 5)
+    await asyncio.wait_for(ended.wait(), 30)
     task.cancel()
     assert (said, received) == (["+", "-"] * 2, [b"a", b"b"])
 
@@ -196,7 +196,7 @@ async def test_a_probe_of_writes_that_fails_otherwise_keeps_the_reason(monkeypat
     refused = map_error(foreign.ResponseError("OOM"), "SET")
     store._writing.breaker.state = store._writing.breaker.state.OPEN  # noqa: SLF001 - internal state that no public name shows
     store._writing.begin(refused, 0.0)  # noqa: SLF001 - internal state that no public name shows
-    await asyncio.wait_for(store.wait_writable(), 5)
+    await asyncio.wait_for(store.wait_writable(), 30)
     assert answers == []
     assert store.state is StoreState.AVAILABLE
     assert client.connection_pool.disconnects == 1

@@ -27,7 +27,7 @@ async def test_a_hearing_ends_with_redis_and_another_begins_with_it() -> None:
         await asyncio.to_thread(own.kill)
         await eventually(lambda: said == ["begun", "ended"])
         await asyncio.to_thread(own.start)
-        await eventually(lambda: said == ["begun", "ended", "begun"], 10)
+        await eventually(lambda: said == ["begun", "ended", "begun"])
         own.ask("PUBLISH", "c", "two")
         await eventually(lambda: heard == [b"one", b"two"])
         hearing.cancel()

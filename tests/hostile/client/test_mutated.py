@@ -49,7 +49,7 @@ async def visit(port: int, random: Random) -> None:
     message = mutated(random)
     cut, way = random.randrange(len(message) + 1), random.randrange(4)
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
                 writer.write(message[:cut])

@@ -47,7 +47,7 @@ async def ends():
 
 async def next_of(channel: Channel[FromWorker]):
     """The next message that is no heartbeat, in bounded time."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while isinstance(message := await channel.receive(), Heartbeat):
             pass
         return message
@@ -83,7 +83,7 @@ async def test_drain_is_heard_once(ends) -> None:
     assert not worker.draining
     await channel.send(Drain(3.5))
     await channel.send(Drain(9.0))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert await worker.wait_for_drain() == 3.5
         assert await worker.wait_for_drain() == 3.5
     assert worker.draining
@@ -97,7 +97,7 @@ async def test_whoever_stops_waiting_for_the_drain_does_not_end_it_for_others(en
     waiter.cancel()
     await asyncio.wait({waiter})
     await channel.send(Drain(1.0))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert await worker.wait_for_drain() == 1.0
 
 
@@ -141,7 +141,7 @@ async def test_a_reload_is_taken_or_refused_with_its_reason(ends) -> None:
 
     worker.on_reload = reload
     await channel.send(Configure(CONFIG))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert await taken.get() == CONFIG
     await channel.send(Configure(Config()))
     assert await next_of(channel) == ReloadRefused("$.pools: none")
@@ -151,7 +151,7 @@ async def test_a_worker_without_a_supervisor_knows_it(ends) -> None:
     """The closed socket is an order to end at once."""
     channel, worker = ends
     channel.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         await worker.orphaned.wait()
         assert await worker.wait_for_drain() == 0.0
 
@@ -223,5 +223,5 @@ async def test_a_body_of_32_mib_can_be_asked_about(ends) -> None:
 async def test_a_worker_sends_heartbeats_whatever_else_it_does(ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first at once, and another after each pause."""
     channel, _ = ends
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert [await channel.receive(), await channel.receive()] == [Heartbeat(), Heartbeat()]

@@ -24,7 +24,7 @@ async def read_by(limit_bytes: int, limit_seconds: float, *pieces: bytes) -> obj
 
     async with serving(play) as port:
         asked = asyncio.get_running_loop().create_task(talk(port, *pieces))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             result = await outcome
         asked.cancel()
         return result
@@ -70,6 +70,6 @@ async def test_a_body_is_passed_through_piece_by_piece() -> None:
 
     async with serving(play) as port:
         asked = asyncio.get_running_loop().create_task(talk(port, HEAD + b"content-length: 6\r\n\r\n", b"abc"))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             assert await outcome == (b"abc", 408)
         asked.cancel()

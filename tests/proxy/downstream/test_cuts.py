@@ -102,7 +102,7 @@ async def served(answers: int, *pieces: bytes) -> tuple[list[bytes], Line]:
     for piece in pieces:
         for _ in range(4):
             await asyncio.sleep(0)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await deliver(connection, line, piece)
     await eventually(lambda: line.written.count(b"HTTP/1.1 200 OK") >= answers)
     assert not line.closed

@@ -44,7 +44,7 @@ class Source:
 
 async def until(holds: Callable[[], object]) -> None:
     """Let the checker, which runs by itself, go on until `holds` does. Raises TimeoutError after 5 s."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not holds():  # noqa: ASYNC110 - it polls what the checker changes
             await asyncio.sleep(0)
 

@@ -70,7 +70,7 @@ async def following(
 async def test_a_service_is_listed_once_and_then_watched_from_that_version() -> None:
     """Each change of its ready endpoints is reported, and no other event is."""
     async with ApiServer(slice_of("a", "10.0.0.1")) as server, following(server) as found:
-        await asyncio.wait_for(server.watching.wait(), 5)
+        await asyncio.wait_for(server.watching.wait(), 30)
         assert found.addresses == ["10.0.0.1"]
         server.send("ADDED", slice_of("b", "10.0.0.2", version="11"))
         await eventually(lambda: found.addresses == ["10.0.0.1", "10.0.0.2"])
@@ -91,7 +91,7 @@ async def test_services_are_found_by_labels_in_the_own_namespace() -> None:
     """`*` leaves the name out; the selector reaches the API as it was written."""
     service = Service("*", "", "http", "app=vllm,tier in (gpu, big)")
     async with ApiServer(slice_of("a", "10.0.0.1")) as server, following(server, service):
-        await asyncio.wait_for(server.watching.wait(), 5)
+        await asyncio.wait_for(server.watching.wait(), 30)
         assert server.lists[0].path.endswith("/namespaces/own/endpointslices")
         assert server.lists[0].query["labelSelector"] == "app=vllm,tier in (gpu, big)"
 
@@ -100,7 +100,7 @@ async def test_services_are_found_by_labels_in_the_own_namespace() -> None:
 async def test_a_watch_that_ends_goes_on_from_the_last_version(how: str) -> None:
     """Nothing is listed again, and the endpoints stay meanwhile."""
     async with ApiServer(slice_of("a", "10.0.0.1")) as server, following(server) as found:
-        await asyncio.wait_for(server.watching.wait(), 5)
+        await asyncio.wait_for(server.watching.wait(), 30)
         server.send("BOOKMARK", {"metadata": {"resourceVersion": "42"}})
         getattr(server, how)()
         await eventually(lambda: len(server.watches) == 2)
@@ -114,7 +114,7 @@ async def test_a_watch_that_ends_goes_on_from_the_last_version(how: str) -> None
 async def test_an_expired_version_is_followed_by_a_new_list(where: str) -> None:
     """410 comes as an event within a watch or as the status of one."""
     async with ApiServer(slice_of("a", "10.0.0.1")) as server, following(server) as found:
-        await asyncio.wait_for(server.watching.wait(), 5)
+        await asyncio.wait_for(server.watching.wait(), 30)
         server.slices, server.version = [slice_of("a", "10.0.0.9")], "900"
         if where == "event":
             server.send("ERROR", {"kind": "Status", "code": 410, "message": "too old resource version"})
@@ -138,7 +138,7 @@ async def test_long_lists_come_in_pages() -> None:
 async def test_events_may_come_in_pieces_and_nonsense_is_followed_by_a_new_list() -> None:
     """A line split over two chunks is one event; what is none costs a list, since something was missed."""
     async with ApiServer(slice_of("a", "10.0.0.1")) as server, following(server) as found:
-        await asyncio.wait_for(server.watching.wait(), 5)
+        await asyncio.wait_for(server.watching.wait(), 30)
         server.send_raw(b'{"type":"DELETED","object":{"meta')
         server.send_raw(b'data":{"name":"a","resourceVersion":"11"}}}\n')
         await eventually(lambda: found.addresses == [])
@@ -153,7 +153,7 @@ async def test_failures_are_retried_with_growing_pauses_and_logged_once(caplog: 
     async with ApiServer(slice_of("a", "10.0.0.1")) as server:
         server.statuses = [403, 403, 403, None, 503, 503]
         async with following(server) as found:
-            await asyncio.wait_for(server.watching.wait(), 5)
+            await asyncio.wait_for(server.watching.wait(), 30)
         assert found.pauses == [0.5, 1.0, 2.0, 4.0, 8.0]
     messages = [record.message for record in caplog.records]
     assert len(messages) == 3
@@ -170,7 +170,7 @@ async def test_the_token_is_read_for_each_request(tmp_path: Path, caplog: pytest
     token = tmp_path / "token"
     token.write_text("first\n")
     async with ApiServer(slice_of("a", "10.0.0.1")) as server, following(server, token_file=token) as found:
-        await asyncio.wait_for(server.watching.wait(), 5)
+        await asyncio.wait_for(server.watching.wait(), 30)
         token.write_text("second")
         server.end()
         await eventually(lambda: len(server.watches) == 2)
@@ -312,7 +312,7 @@ async def test_a_service_without_a_namespace_is_looked_for_in_the_pods_own(tmp_p
 async def test_an_event_that_never_ends_is_not_kept_and_everything_is_listed_anew() -> None:
     """Empty lines are passed over."""
     async with ApiServer(slice_of("a", "10.0.0.1")) as server, following(server) as found:
-        await asyncio.wait_for(server.watching.wait(), 5)
+        await asyncio.wait_for(server.watching.wait(), 30)
         server.send_raw(b"\n\n")
         server.send("ADDED", slice_of("b", "10.0.0.2", version="11"))
         await eventually(lambda: found.addresses == ["10.0.0.1", "10.0.0.2"])

@@ -91,16 +91,16 @@ def test_numbers_are_written_as_the_reference_writes_them(value: float) -> None:
 
 
 def test_a_scrape_of_eight_thousand_series_takes_under_a_tenth_of_a_second() -> None:
-    """Four workers at full load have no more; the best of three, since the machine is shared."""
+    """Of CPU time, and the best of three, since the machine is shared; four workers at full load have no more."""
     exposition = Exposition()
     exposition.apply(0, everything(1, 64))
     page, _ = exposition.render("")
     assert sum(not line.startswith(b"#") for line in page.splitlines()) > 8_000
     taken = []
     for _ in range(3):
-        began = time.perf_counter()  # noqa: TID251
+        began = time.thread_time()
         exposition.render("")
-        taken.append(time.perf_counter() - began)  # noqa: TID251
+        taken.append(time.thread_time() - began)
     assert min(taken) < 0.1
 
 

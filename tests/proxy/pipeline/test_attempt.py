@@ -108,7 +108,7 @@ async def test_one_that_waits_for_the_first_is_turned_away_when_the_replica_goes
     bench.fleet.unreachable(0, bench.clock.monotonic(), "frozen")
     bench.attempts.turn_away(0)
     with pytest.raises(TurnedAway):
-        await asyncio.wait_for(waits, 1)
+        await asyncio.wait_for(waits, 30)
     for attempt in (first, second):
         attempt.end(bench.clock.monotonic())
     assert (bench.load()[0], bench.queue.running) == (0, 0)
@@ -138,7 +138,7 @@ async def test_one_that_is_sent_to_a_replica_known_to_be_down_waits_for_its_turn
     waits = asyncio.ensure_future(second.wait(bench.clock))  # noqa: TID251
     await turns()
     first.end(bench.clock.monotonic())
-    await asyncio.wait_for(waits, 1)
+    await asyncio.wait_for(waits, 30)
     second.end(bench.clock.monotonic())
 
 

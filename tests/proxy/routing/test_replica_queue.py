@@ -206,7 +206,7 @@ async def test_what_other_processes_leave_free_is_taken_a_moment_later():
     await settle()
     assert (len(queue), queue.running) == (1, 1)
     allowed = 2
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         await task
     assert order == [1.0]
     first.done()

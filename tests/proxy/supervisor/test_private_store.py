@@ -53,7 +53,7 @@ async def kept(store: ScriptedStore, clock: FakeClock, until: str, count: int) -
     """Run a keeper until the store has counted something that often."""
     keeper = StoreKeeper(store, (Broken,), clock)
     running = asyncio.get_running_loop().create_task(keeper.run())
-    await eventually(lambda: getattr(store, until) >= count, 10)
+    await eventually(lambda: getattr(store, until) >= count)
     running.cancel()
     await asyncio.wait([running])
     await keeper.stop()
@@ -106,7 +106,7 @@ async def test_a_store_that_cannot_start_says_so_once(caplog: pytest.LogCaptureF
     with caplog.at_level("INFO", "cairn.supervisor"):
         assert not await keeper.start()
         running = asyncio.get_running_loop().create_task(keeper.run())
-        await eventually(lambda: store.looks >= 1, 10)
+        await eventually(lambda: store.looks >= 1)
         running.cancel()
         await asyncio.wait([running])
     await keeper.stop()

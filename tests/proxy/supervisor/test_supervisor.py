@@ -32,7 +32,7 @@ def file(tmp_path: Path) -> Path:
 def write(file: Path, pool: str = "first", **server: object) -> Path:
     """Write a configuration; `server` is merged into that section."""
     tree = {
-        "server": {"port": 0, "drain_accept_seconds": 0, "drain_seconds": 20} | server,
+        "server": {"port": 0, "drain_accept_seconds": 0, "drain_seconds": 100} | server,
         "admin": {"port": 0},
         "redis": {"folder": str(file.parent / "valkey")},
         "pools": [{"name": pool, "replicas": [{"url": "http://127.0.0.1:9", "key_env": "ENGINE_KEY"}]}],
@@ -114,7 +114,7 @@ def test_the_queue_of_a_dead_worker_outlives_it(file: Path) -> None:
 
 def test_sigterm_lets_what_runs_end(file: Path) -> None:
     """Not ready at once, accepting for a moment, the running request is answered, exit 0."""
-    write(file, drain_accept_seconds=20)
+    write(file, drain_accept_seconds=100)
     with start(file) as cairn:
         cairn.started()
         held = cairn.hold()

@@ -29,7 +29,7 @@ async def make_client() -> AsyncIterator[MakeClient]:
         return made[-1]
 
     yield make
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         for client in made:
             await client.close()
 
@@ -56,7 +56,7 @@ async def turns(count: int = 20) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Return when `condition` holds; for what other tasks and the kernel do soon. Fails after five seconds."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - what it waits for is in other sockets and has no event
             await asyncio.sleep(0)
 

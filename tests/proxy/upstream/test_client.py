@@ -734,7 +734,7 @@ async def test_the_clients_own_timer_sees_to_the_limits(make_client: MakeClient)
 async def test_each_request_has_limits_of_its_own_whichever_comes_first(make_client: MakeClient) -> None:
     client = make_client()
     async with ScriptedUpstream([Expect(), Stall()]) as upstream:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             limits = [Limits(first_byte_seconds=seconds) for seconds in (0.02, 0.06, 0.04)]
             late = [fetch(client, upstream, limits=each) for each in limits]
             errors = await asyncio.gather(*late, return_exceptions=True)
@@ -749,7 +749,7 @@ async def test_an_upload_that_ended_and_is_not_answered_is_late_by_the_same_limi
         await until(lambda: len(upstream.requests) == 1)
         clock.advance(31)
         client._deadlines.ring()  # noqa: SLF001 - internal state that no public name shows
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             with pytest.raises(FirstByteTimeout):
                 await request
 
@@ -1034,7 +1034,7 @@ async def test_an_origin_that_is_gone_is_forgotten_with_its_connections_unless_o
         assert client.forget(origin_of(upstream))
         assert client.counts() == {}
         assert client.forget(origin_of(upstream))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await upstream.peers[0].left.wait()
 
 

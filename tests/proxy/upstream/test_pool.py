@@ -145,7 +145,7 @@ async def assert_cancelled_and_closed(
     with pytest.raises(asyncio.CancelledError):
         await task
     assert client.counts()[origin or origin_of(upstream)].open == 0, "the slot is free"
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         await upstream.peers[-1].left.wait()
 
 

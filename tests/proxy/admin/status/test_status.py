@@ -324,11 +324,11 @@ async def test_a_request_that_ended_wakes_those_who_look(bench: Bench) -> None:
     recorder = Recorder()
     recorder.inc(metrics.REQUESTS, ("chat_completions", "m", "one", "2xx", "hit", "true"))
     bench.report(counts=recorder.take())
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 30)
     again = asyncio.get_running_loop().create_task(bench.board.wait_for_change())
     await asyncio.sleep(0)
     bench.board.take_sample()
-    await asyncio.wait_for(again, 1)
+    await asyncio.wait_for(again, 30)
 
 
 async def test_a_new_page_gets_the_readings_so_far(bench: Bench) -> None:
