@@ -37,6 +37,7 @@ from cache.secret import SharedSecret, usable_key
 from cache.store.breaker import BreakerState
 from cache.store.embedded import EmbeddedValkey
 from cache.store.private_folder import why_unsafe
+from cache.store.redis_clients import check_url as check_store_url
 from cache.store.store import Store, StoreState, open_store
 from cache.totals import KEPT_DAYS, RowKey, Sums, Totals, read_totals
 
@@ -86,6 +87,7 @@ __all__ = [
     "Trust",
     "UnknownContext",
     "chain_root",
+    "check_store_url",
     "cut",
     "extend",
     "open_store",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,28 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialBackoff
 
-from cache.store.url import StoreUrl, Topology
+from cache.errors import StoreUrlError
+from cache.store.url import StoreUrl, Topology, parse
 
 CONNECT_LIMIT_SECONDS = 1.0  # may include TLS, asking Sentinels, or learning a Cluster's slots
 CONNECTIONS = 16  # of one worker; more than its concurrent operations under ordinary load
 OWN_CONNECTIONS = 4  # outside the pool: the stream's reader, the subscriptions, and spares
 RETRIES = 1  # a pooled connection may have died unnoticed; a second failure is left to the breaker
 RETRY_BASE_SECONDS, RETRY_CAP_SECONDS = 0.002, 0.01  # short enough for the retry to fit within the operation's limit
+
+
+_FILE_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+_OPTIONS = frozenset({
+    "client_name", "db", "health_check_interval", "password", "socket_keepalive", "ssl_ca_data", "ssl_ca_path",
+    "ssl_cert_reqs", "ssl_check_hostname", "ssl_ciphers", "ssl_password", "username", *_FILE_OPTIONS,
+})  # fmt: skip
+"""Options that the URL may have."""
+
+_REPLACED = frozenset({"max_connections", "protocol", "socket_connect_timeout", "socket_timeout"})
+"""Options that the URL may have, but which Cairn sets itself."""
+
+_FROM_URL = frozenset({"connection_class", "host", "path", "port"})
+_CERTIFICATE_REQUIREMENTS = frozenset({"none", "optional", "required"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +50,31 @@ class Clients:
         return {self.pooled, self.reader, self.sentinel} - {None}
 
 
+def check_url(text: str) -> None:
+    """Raise StoreUrlError if clients cannot be made for a URL: it is malformed, or has options that mean nothing.
+
+    Without this check the clients would fail when they are made or when they first connect.
+    """
+    url = parse(text)
+    try:
+        options = dict(parse_url(url.node_url))
+    except ValueError as error:
+        raise StoreUrlError(f"the URL of Redis cannot be read: {error}") from None
+    given = options.keys() | url.sentinel_options.keys()
+    if unknown := sorted(given - _OPTIONS - _REPLACED - _FROM_URL):
+        known = ", ".join(sorted(_OPTIONS))
+        raise StoreUrlError(f"the URL of Redis has an unknown option, {unknown[0]}; known are {known}")
+    for source in (options, url.sentinel_options):
+        if source.get("ssl_cert_reqs", "required") not in _CERTIFICATE_REQUIREMENTS:
+            raise StoreUrlError("ssl_cert_reqs in the URL of Redis must be none, optional or required")
+        for name in _FILE_OPTIONS:
+            if name in source and not os.access(str(source[name]), os.R_OK):
+                raise StoreUrlError(f"{name} in the URL of Redis names a file that cannot be read")
+
+
 def make_clients(url: StoreUrl) -> Clients:
     """Return clients for `url`; they connect at their first use."""
-    options = dict(parse_url(url.node_url))
+    options = _without(dict(parse_url(url.node_url)), *_REPLACED)
     # The store limits each operation as a whole, so that a blocking read can have its own limit.
     options |= {
         "protocol": 2,

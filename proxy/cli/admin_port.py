@@ -6,7 +6,7 @@ import ipaddress
 from typing import TYPE_CHECKING
 
 from proxy.cli import exit_codes as exits
-from proxy.cli.http_client import BadUrl, HttpClient
+from proxy.cli.http_client import BadKey, BadUrl, HttpClient
 
 if TYPE_CHECKING:
     from proxy.config.schema import Config
@@ -31,4 +31,6 @@ def admin_client(url: str, config: Config, timeout_seconds: float) -> HttpClient
     try:
         return HttpClient(url, headers, timeout_seconds)
     except BadUrl:
-        exits.fail(f"--url {url}: is not a URL", code=exits.MISUSED)
+        exits.fail(f"{url} is not the address of an admin port, such as http://127.0.0.1:8090", code=exits.MISUSED)
+    except BadKey:
+        exits.fail("admin.token contains a character that cannot be sent in a header", code=exits.MISUSED)

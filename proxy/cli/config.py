@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 
-@click.group("config")
+@click.group("config", short_help="Print all settings, or their JSON Schema.")
 def config() -> None:
     """Print the reference of all settings, or their JSON Schema."""
 
@@ -18,7 +18,7 @@ def reference() -> None:
     click.echo(as_markdown(), nl=False)
 
 
-@config.command()
+@config.command(short_help="Print the JSON Schema of a configuration file.")
 def schema() -> None:
     """Print the JSON Schema of a configuration file, for editors and validators."""
     from proxy.config.reference import as_json_schema

@@ -14,8 +14,8 @@ import click
 
 from proxy.cli import exit_codes as exits
 from proxy.cli.documents import Unreadable, read_documents
-from proxy.cli.http_client import BadUrl, HttpClient, NoAnswer
-from proxy.cli.tables import number, text
+from proxy.cli.http_client import BadKey, BadUrl, HttpClient, NoAnswer
+from proxy.cli.tables import number, printable, text
 from proxy.cli.terminal import print_table
 from proxy.clock import SystemClock
 
@@ -62,6 +62,8 @@ class Cairn:
             self._client = HttpClient(url, headers, RESPONSE_SECONDS)
         except BadUrl:
             raise RequestFailed(f"{url!r} is not the address of a Cairn, such as {USUAL_URL}") from None
+        except BadKey:
+            raise RequestFailed("the key contains a control character, such as a line end; remove it") from None
         self._client.path = self._client.path.removesuffix("/v1") + "/v1"
         self._url = url
 
@@ -72,7 +74,9 @@ class Cairn:
         try:
             answer = self._client.request(method, path, body, on_sent)
         except NoAnswer as error:
-            raise RequestFailed(f"no Cairn answers at {self._url} ({error})") from None
+            raise RequestFailed(
+                f"no Cairn answers at {self._url} ({error}); start it, or give its address with --url"
+            ) from None
         return _decoded(answer.status, answer.body)
 
     def model(self) -> str:
@@ -100,12 +104,12 @@ class Cairn:
         return rows
 
 
-@click.group("contexts")
+@click.group("contexts", short_help="Store documents once, and refer to them by a tag.")
 def contexts() -> None:
     """Store documents once, and refer to them in requests by a tag."""
 
 
-@contexts.command("put")
+@contexts.command("put", short_help="Store FILES as one context.")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--tag", "tags", multiple=True, help="A tag for the context; if another context has the tag, it moves.")
 @click.option(
@@ -202,7 +206,7 @@ def _cells(row: dict[str, Any], tags: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-@contexts.command("show")
+@contexts.command("show", short_help="Show one context, by id or tag.")
 @click.argument("name")
 @_url
 @_key
@@ -219,12 +223,13 @@ def show(name: str, url: str, key: str, as_json: bool) -> None:
     messages = found.pop("messages")
     for field, value in found.items():
         if value not in ("", {}, []):
-            click.echo(f"{field}: {value if isinstance(value, str | int | float) else json.dumps(value)}")
+            shown = value if isinstance(value, str | int | float) else json.dumps(value)
+            click.echo(printable(f"{field}: {shown}"))
     for place, message in enumerate(messages):
         content = message.get("content")
         size = len(content) if isinstance(content, str) else len(json.dumps(content))
         first = content.partition("\n")[0][:80] if isinstance(content, str) else ""
-        click.echo(f"messages[{place}]: {message['role']}, {size:,} characters: {first}")
+        click.echo(printable(f"messages[{place}]: {message['role']}, {size:,} characters: {first}"))
 
 
 @contexts.command("rm")
@@ -245,7 +250,7 @@ def rm(names: tuple[str, ...], url: str, key: str) -> None:
         exits.fail(str(error))
 
 
-@contexts.command("tag")
+@contexts.command("tag", short_help="Move, delete or look up a tag.")
 @click.argument("tag")
 @click.argument("context_id", required=False)
 @click.option("--delete", "is_deletion", is_flag=True, help="Delete the tag; the context stays.")
@@ -268,10 +273,12 @@ def tag(tag: str, context_id: str | None, is_deletion: bool, url: str, key: str)
 
 
 def _messages(files: Sequence[Path], console: Console) -> list[dict[str, str]]:
+    from rich.text import Text
+
     with console.status("reading") as status:
         messages = []
         for document in read_documents(files):
-            status.update(f"reading {document.name}")
+            status.update(Text(f"reading {document.name}"))  # a name may contain what rich takes for markup
             messages.append(document.message)
     return messages
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import resource
 import shutil
 import socket
@@ -14,7 +16,7 @@ import click
 
 from cache import why_unsafe
 from proxy.cli import exit_codes as exits
-from proxy.cli.endpoint import ask
+from proxy.cli.endpoint import ask, key_headers
 from proxy.cli.terminal import print_sentence
 from proxy.config.data_folder import can_be_made, nearest_existing
 from proxy.errors import ConfigError
@@ -37,7 +39,7 @@ class Finding(NamedTuple):
     text: str
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Check a configuration, and say what to mend.")
 @click.option("--config", "file", type=_FILE, help="The configuration file.  [env: CAIRN_CONFIG]")
 def doctor(file: Path | None) -> None:
     """Check a configuration against the endpoints, Redis, the clock and file limits; exit 1 if a check fails."""
@@ -73,8 +75,11 @@ def check(config: Config) -> Iterator[Finding]:
 
 def _replica(pool: Pool, replica: Replica, config: Config) -> Iterator[Finding]:
     name = f"replica {replica.label}"
+    if replica.is_service:
+        yield Finding(None, f"{name} is found through the Kubernetes API and is not checked here; see /readyz")
+        return
     for url in _urls(replica):
-        headers = {} if replica.key is None else {"authorization": f"Bearer {replica.key.reveal()}"}
+        headers = {} if replica.key is None else key_headers(replica.key.reveal(), replica.auth, url)
         found = ask(url, headers, config.upstream.ca_file)
         if found.problem is not None:
             needs_client_key = replica.key is None and "refuses the key" in found.problem
@@ -165,8 +170,18 @@ def _ports(config: Config) -> Iterator[Finding]:
                 (host.strip("[]"), port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
             ):
                 yield Finding(True, f"{name} port {port} is free")
-        except OSError as error:
-            yield Finding(None, f"{name} port {port} on {host}: {error.strerror}; fine if this Cairn is running")
+        except (OSError, UnicodeError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                yield Finding(None, f"{name} port {port} on {host} is in use; fine if this Cairn is running")
+                continue
+            why = "not a host name" if isinstance(error, UnicodeError) else _reason(error)
+            yield Finding(False, f"cannot listen on {host} port {port}: {why}; check {name}.host and {name}.port")
+
+
+def _reason(error: OSError) -> str:
+    """Return the system's words; those of `create_server` repeat the address."""
+    number = error.errno or 0
+    return os.strerror(number) if number > 0 else str(error.strerror).partition(" (while")[0]
 
 
 def _descriptors(config: Config) -> Finding:

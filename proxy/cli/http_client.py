@@ -16,6 +16,10 @@ class BadUrl(Exception):
     """The URL is not one that Cairn can have: not http or https, or malformed."""
 
 
+class BadKey(Exception):
+    """The key cannot be sent in a header: it contains a control character, such as a line end."""
+
+
 class NoAnswer(Exception):
     """Nothing answers at the URL; the message names the kind of error."""
 
@@ -36,17 +40,20 @@ class HttpClient:
     def __init__(
         self, url: str, headers: Mapping[str, str], timeout_seconds: float, ca_file: str | None = None
     ) -> None:
-        """Split the URL. Raises BadUrl."""
+        """Split the URL. Raises BadUrl, and BadKey if a header cannot be sent."""
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             self._port = parts.port
-        except ValueError:
+            (parts.hostname or "").encode("idna")
+        except ValueError:  # includes the UnicodeError for a label of a host name that is empty or too long
             raise BadUrl(url) from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if parts.scheme not in ("http", "https") or not parts.hostname or not url.isprintable() or " " in url:
             raise BadUrl(url)
+        if not all(value.isprintable() for value in headers.values()):
+            raise BadKey
         self._is_secure = parts.scheme == "https"
         self._host = parts.hostname
-        self._headers = dict(headers)
+        self._headers = {name: value.encode() for name, value in headers.items()}
         self._timeout_seconds = timeout_seconds
         self._ca_file = ca_file
         self.path = parts.path.rstrip("/")
@@ -59,7 +66,10 @@ class HttpClient:
         Raises:
             NoAnswer: nothing answers, or not in HTTP.
         """
-        connection = self._connection()
+        try:
+            connection = self._connection()
+        except OSError:
+            raise NoAnswer(f"the certificate authorities in {self._ca_file} cannot be read") from None
         try:
             self._send(connection, method, target, body, on_sent)
             response = connection.getresponse()
@@ -85,7 +95,7 @@ class HttpClient:
             while line := response.readline():
                 field, _, value = line.rstrip(b"\n").partition(b": ")
                 if field == b"event":
-                    name = value.decode()
+                    name = value.decode(errors="replace")
                 elif field == b"data":
                     yield name, value
         except (OSError, http.client.HTTPException) as error:

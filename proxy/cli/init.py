@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 
 from proxy.cli import exit_codes as exits
-from proxy.cli.endpoint import Endpoint, ask
+from proxy.cli.endpoint import Endpoint, ask, key_headers
 from proxy.cli.terminal import print_sentence
 
+_LINE_LENGTH = 100
 _HEAD = """# Configuration of Cairn, written by `cairn init`. All settings: `cairn config reference`.
 # Check it against the endpoints with `cairn doctor --config {file}`, start with `cairn serve --config {file}`.
 
@@ -34,7 +35,7 @@ _TAIL = """
 """
 
 
-@click.command("init")
+@click.command("init", short_help="Write a configuration for endpoints.")
 @click.argument("urls", nargs=-1, required=True, metavar="URL...")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default="cairn.yaml", show_default=True)
 @click.option("--force", is_flag=True, help="Replace an existing file.")
@@ -46,8 +47,8 @@ def init(urls: tuple[str, ...], output: Path, force: bool, key: str) -> None:
     """
     if output.exists() and not force:
         exits.fail(f"{output} exists; choose another --output, or replace it with --force", code=exits.MISUSED)
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    endpoints = [ask(url, headers) for url in urls]
+    urls = _distinct(urls)
+    endpoints = [ask(url, key_headers(key.strip(), None, url) if key else {}) for url in urls]
     for endpoint in endpoints:
         if endpoint.problem is not None:
             print_sentence(f"cairn: {endpoint.url} {endpoint.problem}", indent="  ", err=True)
@@ -56,6 +57,17 @@ def init(urls: tuple[str, ...], output: Path, force: bool, key: str) -> None:
     except OSError as error:
         exits.fail(f"cannot write {output}: {error.strerror}")
     print_sentence(f"{output} is written; start with: cairn serve --config {output}", indent="  ")
+
+
+def _distinct(urls: Sequence[str]) -> tuple[str, ...]:
+    """Return the URLs, each endpoint once; exits if a configuration could not contain one of them."""
+    from proxy.config.checks import bad_url
+    from proxy.config.schema import derived_name
+
+    problems = [(url, problem) for url in urls if (problem := bad_url(url, "key", ("http", "https")))]
+    if problems:
+        exits.fail(*[f"{url}: {problem}" for url, problem in problems], code=exits.MISUSED)
+    return tuple({derived_name(url): url for url in reversed(urls)}.values())[::-1]
 
 
 def configuration(endpoints: Sequence[Endpoint], file: str, *, has_key: bool) -> str:
@@ -69,10 +81,18 @@ def configuration(endpoints: Sequence[Endpoint], file: str, *, has_key: bool) ->
     for number, ((kind, models), members) in enumerate(pools.items(), start=1):
         name = kind if len(pools) == 1 else f"{kind}-{number}"
         patterns = list(models) if len(pools) > 1 and models else ["*"]
-        text += f"  - name: {name}\n    kind: {kind}\n    models: [{', '.join(map(_quoted, patterns))}]\n"
+        text += f"  - name: {name}\n    kind: {kind}\n{_list(patterns)}"
         text += "    default: true\n" if number == 1 else ""
         text += "    replicas:\n" + "".join(_replica(member, has_key=has_key) for member in members)
     return text + _TAIL
+
+
+def _list(patterns: Sequence[str]) -> str:
+    """Return the setting `models`, in one line if that is short."""
+    line = f"    models: [{', '.join(map(_quoted, patterns))}]\n"
+    return (
+        line if len(line) < _LINE_LENGTH else "    models:\n" + "".join(f"      - {_quoted(p)}\n" for p in patterns)
+    )
 
 
 def _replica(endpoint: Endpoint, *, has_key: bool) -> str:

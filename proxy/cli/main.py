@@ -7,6 +7,7 @@ runs, so that `cairn --version` does not wait for a web server to load.
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -55,9 +56,11 @@ def data_path() -> str:
 @click.version_option(own_version(), prog_name="cairn", message=f"%(prog)s %(version)s ({data_path()})")
 def cli() -> None:
     """Cairn sends each prompt to the replica that has its prefix cached, and shows what that saves."""
+    # commands report failures themselves; without a handler, Python writes warnings to standard error as well
+    logging.getLogger("cairn").addHandler(logging.NullHandler())
 
 
-@cli.command(epilog=_EPILOG)
+@cli.command(epilog=_EPILOG, short_help="Serve one or more upstreams.")
 @click.option("--config", "file", type=_FILE, help="The configuration file.  [env: CAIRN_CONFIG]")
 @click.option("--host", help="Address to serve on.  [default: 127.0.0.1]")
 @click.option("--port", type=_PORT, help="Port to serve on.  [default: 8080]")
@@ -171,7 +174,7 @@ def _report_started(environ: Mapping[str, str], address: str, admin_address: str
     click.echo(f"cairn: serving on {address}/v1, admin on {admin_address}", err=True)
 
 
-@cli.command("check-config")
+@cli.command("check-config", short_help="Print the complete configuration of FILE.")
 @click.argument("file", type=_FILE)
 def check_config(file: Path) -> None:
     """Print the complete configuration of FILE and the environment, with secrets as ***; exit 2 if it is invalid."""

@@ -27,7 +27,7 @@ _NO_PRICE = {
 }
 
 
-@click.command("prices")
+@click.command("prices", short_help="Show the price of MODEL at each upstream.")
 @click.argument("model")
 @click.option("--upstream", metavar="URL", help="A replica's URL, or its name in the configuration.")
 @click.option("--config", "file", type=_FILE, help="The YAML file.  [env: CAIRN_CONFIG]")

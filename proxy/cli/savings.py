@@ -7,6 +7,7 @@ private Valkey.
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ _ASK_SECONDS = 15.0
 _PERCENT = Decimal(100)
 
 
-@click.command("savings")
+@click.command("savings", short_help="Show what caching saved.")
 @click.option(
     "--since", default="", metavar="DATE|7d", help="First day, or the number of days until today.  [default: all]"
 )
@@ -47,6 +48,12 @@ def savings(
     from proxy.accounting import savings as words
     from proxy.config.load import load, process_environment
 
+    if as_json and as_csv:
+        exits.fail("give --json or --csv, not both", code=exits.MISUSED)
+    try:
+        words.first_day(since, datetime.now(UTC).date())
+    except ValueError:
+        exits.fail(_NO_DAY.format(since), code=exits.MISUSED)
     try:
         config = load(file, process_environment()).config
     except ConfigError as error:
@@ -79,9 +86,7 @@ async def _from_redis(url: str, since: str, by: By) -> SavingsReport:
     try:
         return await reader.read(since, by)
     except (Unreadable, CacheError) as error:
-        exits.fail(str(error), code=exits.FAILED)
-    except ValueError:
-        exits.fail(_NO_DAY.format(since), code=exits.MISUSED)
+        exits.fail(f"{error}; check --redis or redis.url, its password and the network", code=exits.FAILED)
     finally:
         await reader.close()
         await tasks.close()
@@ -104,8 +109,6 @@ def _from_admin_port(config: Config, url: str, since: str, by: By) -> SavingsRep
             f"no Cairn answers at {url}. The totals of a Cairn without a shared Redis are in its private Valkey: "
             "start it, or give its admin port with --url, or a shared Redis with --redis"
         )
-    if status == 400:
-        exits.fail(_NO_DAY.format(since), code=exits.MISUSED)
     try:
         if status != 200:
             why = msgspec.json.decode(body, type=dict[str, str]).get("error", "")

@@ -35,8 +35,20 @@ def number(heading: str) -> Column:
     return Column(heading, is_number=True)
 
 
+def printable(sentence: str) -> str:
+    """Return a text that may come from anywhere without what could control a terminal or cannot be written.
+
+    >>> printable("a\\nb\\x1b[2J")
+    'a b\ufffd[2J'
+    """
+    if sentence.isprintable():
+        return sentence
+    return "".join([each if each.isprintable() else " " if each.isspace() else "\ufffd" for each in sentence])
+
+
 def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
     """Return the lines of a table, or of records if the table is wider than `width` (None: any width)."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     sizes = [max(map(cell_len, (column.heading, *(row[at] for row in rows)))) for at, column in enumerate(columns)]
     if width is not None and sum(sizes) + len(_GAP) * (len(columns) - 1) > width:
         return _records(columns, rows, width)
@@ -78,6 +90,7 @@ def fold(sentence: str, width: int | None, indent: str = "") -> list[str]:
         width: of the terminal, in characters; None for one line.
         indent: what each line but the first begins with.
     """
+    sentence = printable(sentence)
     if width is None:
         return [sentence]
     words = re.sub(r"(?<=\d) (?=\S)", _NO_BREAK_SPACE, sentence.lstrip())

@@ -13,7 +13,7 @@ import click
 from proxy.cli import exit_codes as exits
 from proxy.cli.admin_port import admin_client, admin_url
 from proxy.cli.http_client import HttpClient, NoAnswer
-from proxy.cli.tables import Column, fold, lay_out, number, text
+from proxy.cli.tables import Column, fold, lay_out, number, printable, text
 from proxy.cli.terminal import terminal_width
 from proxy.errors import ConfigError
 
@@ -27,7 +27,7 @@ _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 State = dict[str, Any]
 
 
-@click.command("top")
+@click.command("top", short_help="Show what a running Cairn does.")
 @click.option("--url", metavar="URL", help="The admin port of a running Cairn.  [default: http://127.0.0.1:8090]")
 @click.option("--config", "file", type=_FILE, help="The configuration file that names it.  [env: CAIRN_CONFIG]")
 @click.option("--once", is_flag=True, help="Print the figures once and exit.")
@@ -107,7 +107,7 @@ def _head(state: State, width: int | None) -> list[str]:
         f"{state['waiting']:,} waiting",
         f"{state['requests']:,} requests in {_duration(state['now_unix_seconds'] - state['started_unix_seconds'])}",
     )
-    head = [f"Cairn {state['version']}: {state['status']}", *_packed(facts, width)]
+    head = [printable(f"Cairn {state['version']}: {state['status']}"), *_packed(facts, width)]
     remarks = [f"  now: {reason}" for reason in state["reasons"]] + [f"  note: {each}" for each in state["notices"]]
     return head + [line for remark in remarks for line in fold(remark, width, "    ")]
 

@@ -41,10 +41,10 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _pools(config)
     yield from _clients(config)
     yield from _prices(config)
-    if (api_url := config.kubernetes.api_url) is not None and (text := _bad_url(api_url, "token", ("https", "http"))):
+    if (api_url := config.kubernetes.api_url) is not None and (text := bad_url(api_url, "token", ("https", "http"))):
         yield "$.kubernetes.api_url", text
     if (endpoint := config.telemetry.endpoint) is not None and (
-        text := _bad_url(endpoint, "token", ("http", "https"))
+        text := bad_url(endpoint, "token", ("http", "https"))
     ):
         yield "$.telemetry.endpoint", text
 
@@ -97,11 +97,13 @@ def _exposure(config: Config) -> Iterator[Problem]:
         yield "$.admin.port", f"{admin.port} is also the port of the server"
 
 
+def is_redis(url: SecretUrl) -> bool:
+    """Return whether the URL begins like one of Redis."""
+    return url.reveal().partition("://")[0] in _REDIS_SCHEMES
+
+
 def _redis(url: SecretUrl | None) -> Iterator[Problem]:
-    if url is None:
-        return
-    scheme = url.reveal().partition("://")[0]
-    if scheme not in _REDIS_SCHEMES:
+    if url is not None and not is_redis(url):
         yield "$.redis.url", "expected redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
 
 
@@ -121,7 +123,7 @@ def _pools(config: Config) -> Iterator[Problem]:
 
 
 def _replica(path: str, replica: Replica, pool: Pool, seen: dict[str, str]) -> Iterator[Problem]:
-    if text := _bad_service(replica) if replica.is_service else _bad_url(replica.url):
+    if text := _bad_service(replica) if replica.is_service else bad_url(replica.url):
         yield f"{path}.url", text
         return
     if replica.selector is not None and not replica.is_service:
@@ -145,7 +147,7 @@ def _bad_service(replica: Replica) -> str | None:
     return None
 
 
-def _bad_url(url: str, field: str = "key", schemes: Sequence[str] = _UPSTREAM_SCHEMES) -> str | None:
+def bad_url(url: str, field: str = "key", schemes: Sequence[str] = _UPSTREAM_SCHEMES) -> str | None:
     """Return what is wrong with a URL, or None, without repeating it: it may hold a password."""
     try:
         parts = urlsplit(url)

@@ -7,6 +7,7 @@ once, so that nothing starts with a configuration that cannot work. Every proble
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,11 +101,12 @@ def load(
     _raise_if_any(validate.problems(tree))
     config = validate.convert(tree, Config)
     secrets = _Secrets(environ, file.parent if file is not None else Path())
-    named_folder = config.redis.folder
+    named = config
     config = _resolved(config, secrets, environ)
-    _raise_if_any([*secrets.problems, *checks.problems(config), *_missing_extras(config)])
+    found = [*secrets.problems, *checks.problems(config), *_missing_extras(config), *_bad_authorities(named)]
+    _raise_if_any([*found, *_bad_redis(config.redis.url)])
     warnings = [*warnings, *from_environment.warnings, *_unreachable(config)]
-    if config.redis.folder is not None and named_folder is None:
+    if config.redis.folder is not None and named.redis.folder is None:
         warnings += filter(None, [data_folder(environ, config.server.port).warning])
     return Loaded(config, tuple(warnings))
 
@@ -165,6 +167,32 @@ def _missing_extras(config: Config) -> Iterator[Problem]:
     """Yield the settings that need packages which are not installed."""
     if config.telemetry.endpoint is not None and not _is_installed("opentelemetry.exporter.otlp.proto.http"):
         yield "$.telemetry.endpoint", "needs packages that are not installed: pip install 'cairn-proxy[otel]'"
+
+
+def _bad_authorities(config: Config) -> Iterator[Problem]:
+    """Yield the files of certificate authorities that cannot be used; otherwise each request would fail for them."""
+    for section in ("upstream", "kubernetes", "telemetry"):
+        file = getattr(config, section).ca_file
+        if file is None:
+            continue
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
+        except ssl.SSLError:
+            yield f"$.{section}.ca_file", f"{file} contains no certificate; expected certificates in the form of PEM"
+        except OSError as error:
+            yield f"$.{section}.ca_file", f"cannot read {file}: {error.strerror or type(error).__name__}"
+
+
+def _bad_redis(url: SecretUrl | None) -> Iterator[Problem]:
+    """Yield what the URL of Redis has that no client can be made of; only its beginning is checked before."""
+    if url is None or not checks.is_redis(url):
+        return
+    from cache import CacheError, check_store_url  # takes as long to load as everything else here
+
+    try:
+        check_store_url(url.reveal())
+    except CacheError as error:
+        yield "$.redis.url", str(error)
 
 
 def _is_installed(module: str) -> bool:

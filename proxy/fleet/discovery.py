@@ -23,8 +23,8 @@ import msgspec
 
 from cache import PrefixIndex
 from proxy.clock import Clock
+from proxy.config.credentials import credential_of, default_headers_of
 from proxy.config.schema import Config, Pool, PoolKind, Replica, ServiceUrl, Tenancy
-from proxy.fleet.credentials import credential_of, default_headers_of
 from proxy.fleet.endpoint_slices import Endpoint
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.kubernetes import Service

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Final, TypeAlias
 
 from proxy.clock import Clock
-from proxy.errors import ConnectFailed, ResetBeforeResponse
+from proxy.errors import ConnectFailed, ResetBeforeResponse, TlsFailed
 from proxy.upstream.connect import dial
 from proxy.upstream.connection import Connection
 from proxy.upstream.origin import Limits, Origin
@@ -157,12 +157,18 @@ class UpstreamClient:
             raise RuntimeError("the upstream client is closed")
         upstream = self._upstreams.get(origin)
         if upstream is None:
-            context = self._ssl_context(origin) if origin.scheme == "https" else None
+            context = self._tls(origin) if origin.scheme == "https" else None
             pool = Pool(self._loop, self._limits, str(origin))
             if origin in self._forgotten:
                 pool.emptied = lambda: self._drop(origin)
             upstream = self._upstreams[origin] = _Upstream(origin, pool, context)
         return upstream
+
+    def _tls(self, origin: Origin) -> ssl.SSLContext:
+        try:
+            return self._ssl_context(origin)
+        except OSError as error:  # includes ssl.SSLError
+            raise TlsFailed("the certificate authorities for the upstream cannot be read") from error
 
     async def _connection(self, upstream: _Upstream, fresh: bool, limits: Limits) -> Connection:
         """Return a connection of the pool, else a new one."""

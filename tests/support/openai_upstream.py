@@ -144,7 +144,7 @@ class OpenAIUpstream:
 
     async def _serve(self, request: web.BaseRequest, asked: Asked, failure: Failure | None) -> web.StreamResponse:
         path = asked.target.split("?")[0]
-        if path == "/v1/models":
+        if path == "/v1/models" and path not in self.answers:
             return _json({"object": "list", "data": [_model(name) for name in self.models]})
         if path == "/v1/embeddings":
             return self._embeddings(asked.json())

@@ -20,6 +20,7 @@ from cache.errors import (
 )
 from cache.store import redis_clients
 from cache.store import store as store_module
+from cache.store.redis_clients import check_url, make_clients
 from cache.store.store import Script, Store, StoreState, open_store
 from cache.store.url import Topology, parse
 from proxy.clock import SystemClock
@@ -339,3 +340,41 @@ def test_bad_urls_say_what_is_wrong(url: str) -> None:
     """A URL that cannot be used is an error of its own at the start."""
     with pytest.raises(StoreUrlError, match="URL of Redis"):
         parse(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("redis://h/1?foo=bar", "an unknown option, foo; known are client_name, db"),
+        ("redis+sentinel://h/m?foo=1", "an unknown option, foo"),
+        ("redis+sentinel://h/m?sentinel_foo=1", "an unknown option, foo"),
+        ("redis+cluster://h?decode_responses=1", "an unknown option, decode_responses"),
+        ("redis://h?retry_on_error=x", "an unknown option, retry_on_error"),
+        ("redis://h?health_check_interval=x", "cannot be read: Invalid value for 'health_check_interval'"),
+        ("unix:///s?db=q", "cannot be read: Invalid value for 'db'"),
+        ("rediss://h?ssl_cert_reqs=maybe", "must be none, optional or required"),
+        ("rediss://h?ssl_ca_certs=/no/such.pem", "ssl_ca_certs in the URL of Redis names a file that cannot be read"),
+        ("redis://[::1", "cannot be read"),
+    ],
+)
+def test_a_url_of_which_no_client_can_be_made_is_refused(url: str, says: str) -> None:
+    """Otherwise each worker would fail as it starts, or at its first command."""
+    with pytest.raises(StoreUrlError, match=says):
+        check_url(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:p%40ss@h:1/3?client_name=x&health_check_interval=30",
+        "unix:///run/redis.sock?db=2",
+        "rediss://h?ssl_cert_reqs=none",
+        "redis://h?max_connections=5&socket_timeout=3&protocol=3",
+        "redis+sentinel://:p@h,h2:1/m/2?sentinel_password=x",
+        "rediss+cluster://h,[::1]:7000?ssl_cert_reqs=required",
+    ],
+)
+def test_clients_can_be_made_of_every_url_that_is_accepted(url: str) -> None:
+    """Options that Cairn sets itself are ignored."""
+    check_url(url)
+    make_clients(parse(url))

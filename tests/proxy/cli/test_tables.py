@@ -7,10 +7,18 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.cli.tables import fold, lay_out, number, text
+from proxy.cli.tables import fold, lay_out, number, printable, text
 
 COLUMNS = [text("day"), number("prompt tokens"), number("saved")]
 ROWS = [("2026-11-26", "1,296,000", "$12.0000"), ("total", "7", "$0.5000")]
+
+
+@given(st.text(st.characters(exclude_categories=())))
+def test_any_text_can_be_printed_and_controls_no_terminal(anything: str) -> None:
+    """Names of models and clients come from outside."""
+    for shown in (printable(anything), *fold(anything, None), *lay_out([text("model")], [(anything,)], None)):
+        assert shown.isprintable()
+        shown.encode()
 
 
 def test_a_table_that_fits_is_aligned() -> None:

@@ -580,3 +580,30 @@ def test_a_loaded_configuration_is_frozen() -> None:
     loaded: Loaded = load(None, {})
     with pytest.raises(AttributeError):
         loaded.config.server.port = 1  # type: ignore[misc]
+
+
+# --- what only shows when it is used
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        (
+            {"upstream": {"ca_file": "/no/such.pem"}},
+            r"\$\.upstream\.ca_file: cannot read /no/such\.pem: No such file",
+        ),
+        ({"upstream": {"ca_file": __file__}}, r"\$\.upstream\.ca_file: .* contains no certificate"),
+        ({"kubernetes": {"ca_file": "/no/such.pem"}}, r"\$\.kubernetes\.ca_file: cannot read"),
+        (
+            {"redis": {"url": "redis://h:99999"}},
+            r"\$\.redis\.url: the URL of Redis cannot be read: Port out of range",
+        ),
+        ({"redis": {"url": "redis://h/x"}}, r"\$\.redis\.url: the database in the URL of Redis is not a number"),
+        ({"redis": {"url": "redis+sentinel://"}}, r"\$\.redis\.url: the URL of Redis names an empty host"),
+        ({"redis": {"url": "redis://h?timeout=5"}}, r"\$\.redis\.url: .* unknown option, timeout"),
+    ],
+)
+def test_what_would_fail_in_every_worker_is_refused_before_one_starts(write, section: dict, says: str) -> None:
+    """Workers would end again and again, or answer each request with an error."""
+    with pytest.raises(ConfigError, match=says):
+        load(write(section), {})

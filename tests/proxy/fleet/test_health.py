@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from proxy.config.credentials import auth_of, credential_of, default_headers_of
 from proxy.config.schema import Auth
 from proxy.errors import (
     BadResponse,
@@ -19,7 +20,6 @@ from proxy.errors import (
     ResetBeforeResponse,
 )
 from proxy.fleet import BreakerState, Cause, Fleet, ReplicaChange, ReplicaSpec
-from proxy.fleet.credentials import auth_of, credential_of, default_headers_of
 from proxy.fleet.engine_facts import EngineFacts
 from proxy.fleet.findings import EngineFindings, Found
 from proxy.fleet.health import FACTS_SECONDS, LOAD_SECONDS, HealthChecker

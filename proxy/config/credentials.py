@@ -36,10 +36,14 @@ def auth_of(configured: Auth | None, host: str) -> Auth:
 
 def credential_of(key: str, configured: Auth | None, host: str) -> tuple[bytes, bytes]:
     """Return the header that carries `key` to `host`."""
+    name, value = auth_header(key, configured, host)
+    return name.encode(), value.encode()
+
+
+def auth_header(key: str, configured: Auth | None, host: str) -> tuple[str, str]:
+    """Return the same header as texts."""
     auth = auth_of(configured, host)
-    if auth is Auth.BEARER:
-        return b"authorization", b"Bearer " + key.encode()
-    return auth.value.encode(), key.encode()
+    return ("authorization", f"Bearer {key}") if auth is Auth.BEARER else (auth.value, key)
 
 
 def default_headers_of(configured: Auth | None, host: str) -> tuple[tuple[bytes, bytes], ...]:
