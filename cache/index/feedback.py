@@ -260,6 +260,8 @@ def _whole_shortfall(
         return _TAIL if placement.held_tokens < state.shortest_hit_tokens else _suspect(state, placement)
     if not is_old or _is_shorter(placement, prompt_tokens, steps):
         return _TAIL
+    if state.granularity.may_explain(placement.held_tokens - cached_tokens):
+        return _TAIL
     if state.budget_tokens >= UNLIMITED_TOKENS:
         is_shared = cached_tokens > SHARED_SHARE * placement.predicted_tokens
         return _TAIL if is_shared or state.granularity.is_repeated(cached_tokens) else _evicted(state, placement)

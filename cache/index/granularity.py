@@ -47,6 +47,9 @@ FLOOR_GROWTH: Final = 2
 nothing, until one does. Conversations grow with each turn, so each turn is longer than those that missed before.
 """
 
+MAX_BLOCK_TOKENS: Final = 2_096
+"""The largest known block."""
+
 COARSE_TOKENS: Final = 256
 """Number of unused tokens at the end of a prompt from which routing takes them into account."""
 
@@ -177,6 +180,15 @@ class Granularity:
         if not block:
             return held_tokens
         return max(0, (held_tokens // block - self.lag_blocks) * block)
+
+    def may_explain(self, missing_tokens: int) -> bool:
+        """Return True if blocks may be the reason for a shortfall: too few counts were reported to know their size.
+
+        They are at most as large as the common divisor of the counts so far.
+        """
+        if self.block_tokens or self._divisor == 1 or len(self._counts) >= MIN_COUNTS:
+            return False
+        return missing_tokens <= (MAX_LAG_BLOCKS + 1) * (self._divisor or MAX_BLOCK_TOKENS)
 
     def tolerance_tokens(self) -> int:
         """Return the largest shortfall that whole blocks alone explain."""

@@ -113,3 +113,22 @@ def test_small_blocks_make_no_difference_to_routing():
     for count in (COARSE_TOKENS // 2, COARSE_TOKENS, 3 * COARSE_TOKENS // 2):
         known.observe(count)
     assert (known.block_tokens, known.is_coarse) == (COARSE_TOKENS // 2, False)
+
+
+def test_until_the_size_of_blocks_is_known_they_explain_what_up_to_three_of_them_hold():
+    """The largest known block, or the common divisor of the first counts; afterwards their size decides alone."""
+    granularity = Granularity()
+    assert (granularity.may_explain(3 * 2_096), granularity.may_explain(3 * 2_096 + 1)) == (True, False)
+    granularity.observe(1_056)
+    granularity.observe(1_584)
+    assert (granularity.may_explain(3 * 528), granularity.may_explain(3 * 528 + 1)) == (True, False)
+    granularity.observe(2_112)
+    assert granularity.block_tokens == 528
+    assert not granularity.may_explain(1)
+
+
+def test_an_engine_without_blocks_explains_nothing_by_them():
+    granularity = Granularity()
+    for count in (1_000, 1_001):
+        granularity.observe(count)
+    assert not granularity.may_explain(1)
