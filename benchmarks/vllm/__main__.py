@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,16 @@ BLOCKS = 1_500
 
 
 class Case(msgspec.Struct, frozen=True):
-    """A load, and what it is to show."""
+    """A load, and what it is to show. With `ranks` it is one server with two data-parallel ranks."""
 
     title: str
     load: Load
     rows: tuple[str, ...]
+    ranks: bool = False
 
 
 ROUND_ROBIN, CAIRN, UNGATED = "round robin", "Cairn", "Cairn without the gate"
+DIRECT, RANKS_UNKNOWN = "vLLM alone", "Cairn, ranks unknown"
 CASES = {
     "room": Case("room: sessions need 0.6 of the cache", Load(20, 3_000, 2.0, 30, 90), (ROUND_ROBIN, CAIRN)),
     "pressure": Case(
@@ -45,6 +47,12 @@ CASES = {
         "thrash: sessions need 1.75 of the cache, think time 2 s", Load(56, 3_000, 2.0, 40, 120), (UNGATED, CAIRN)
     ),
     "calm": Case("the same, think time 10 s", Load(56, 3_000, 10.0, 40, 120), (UNGATED, CAIRN)),
+    "ranks": Case(
+        "room: sessions need 0.6 of the cache",
+        Load(20, 3_000, 2.0, 30, 90),
+        (DIRECT, RANKS_UNKNOWN, CAIRN),
+        ranks=True,
+    ),
 }
 
 
@@ -70,9 +78,9 @@ def main(only: str, seconds: float, seed: int) -> None:
         raise click.UsageError(f"unknown cases: {', '.join(sorted(unknown))}")
     cases = [_within(CASES[name], seconds) for name in only.split(",")]
     console = Console(width=150)
-    with scratch_folder() as folder, ExitStack() as stack:
+    with scratch_folder() as folder:
         try:
-            asyncio.run(_measure_all(cases, seed, console, Path(folder), stack))
+            asyncio.run(_measure_all(cases, seed, console, Path(folder)))
         except StartFailed as failure:
             console.print(f"given up: {failure}", highlight=False)
             sys.exit(1)
@@ -86,10 +94,21 @@ def _within(case: Case, seconds: float) -> Case:
     return msgspec.structs.replace(case, load=load)
 
 
-async def _measure_all(cases: Sequence[Case], seed: int, console: Console, folder: Path, stack: ExitStack) -> None:
-    """Run all rows before the same two engines, whose caches are emptied before each."""
+async def _measure_all(cases: Sequence[Case], seed: int, console: Console, folder: Path) -> None:
+    """Run the cases of two engines, then those of one engine with ranks."""
     options = ["--num-gpu-blocks-override", str(BLOCKS), "--block-size", str(BLOCK_TOKENS)]
-    engines = await start_engines(2, options, folder, stack)
+    for count, more in ((2, []), (1, ["--data-parallel-size", "2"])):
+        chosen = [case for case in cases if case.ranks == bool(more)]
+        if chosen:
+            with ExitStack() as engine_stack:
+                engines = await start_engines(count, [*options, *more], folder, engine_stack)
+                await _measure_cases(chosen, seed, console, engines, folder)
+
+
+async def _measure_cases(
+    cases: Sequence[Case], seed: int, console: Console, engines: Sequence[int], folder: Path
+) -> None:
+    """Run all rows before the same engines, whose caches are emptied before each."""
     for case in cases:
         rows = []
         for name in case.rows:
@@ -101,19 +120,23 @@ async def _measure_all(cases: Sequence[Case], seed: int, console: Console, folde
 
 async def _measure(name: str, load: Load, seed: int, engines: Sequence[int], folder: Path, stack: ExitStack) -> Row:
     """Run the load through one router."""
-    if name == ROUND_ROBIN:
+    if name in (ROUND_ROBIN, DIRECT):
         return Row(name, await Closed(load, lambda number: engines[number % len(engines)], seed).run())
-    port, admin = await _start_cairn(engines, gated=name == CAIRN, folder=folder, stack=stack)
+    replica = {"ranks": 1} if name == RANKS_UNKNOWN else {}
+    port, admin = await _start_cairn(engines, replica, gated=name != UNGATED, folder=folder, stack=stack)
     figures, believed = await asyncio.gather(
         Closed(load, lambda _: port, seed).run(), _most_believed(admin, load.seconds)
     )
     return Row(name, figures, believed)
 
 
-async def _start_cairn(engines: Sequence[int], *, gated: bool, folder: Path, stack: ExitStack) -> tuple[int, int]:
-    """Start Cairn with its defaults, and return its port and its admin port."""
+async def _start_cairn(
+    engines: Sequence[int], replica: Mapping[str, object], *, gated: bool, folder: Path, stack: ExitStack
+) -> tuple[int, int]:
+    """Start Cairn with its defaults and `replica` for each engine, and return its port and its admin port."""
+    replicas = [{"url": f"http://127.0.0.1:{port}", **replica} for port in engines]
     config = {
-        "pools": [{"name": "engines", "replicas": [{"url": f"http://127.0.0.1:{port}"} for port in engines]}],
+        "pools": [{"name": "engines", "replicas": replicas}],
         "admission": {"enabled": "auto" if gated else "never"},
     }
     file, port, admin = folder / "cairn.yaml", free_port(), free_port()
@@ -147,7 +170,8 @@ def _replicas(event: Any) -> list[dict[str, Any]]:
 def _table(case: Case, rows: Sequence[Row]) -> Table:
     load = case.load
     table = Table(
-        title=f"2 vLLM of {BLOCKS * BLOCK_TOKENS:,} tokens, {load.sessions} sessions of {load.prompt_tokens:,}: "
+        title=f"{'2 ranks of one vLLM' if case.ranks else '2 vLLM'} of {BLOCKS * BLOCK_TOKENS:,} tokens, "
+        f"{load.sessions} sessions of {load.prompt_tokens:,}: "
         f"{case.title}"
     )
     for heading in ("router", "turns", "cached", "computed/turn", "predicted/reported", "mean TTFT s", "p50", "p99"):
