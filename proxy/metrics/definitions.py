@@ -263,7 +263,7 @@ UPSTREAM_RETRIES = _counter(
 )
 HIDDEN_ERRORS = _counter(
     "upstream_hidden_errors",
-    "Responses with a status of success that were an error body, an HTML page or a stream with an error.",
+    "Responses with a status of success that were an error, an HTML page, empty, or a stream with an error.",
     "upstream", "kind",
 )
 STREAM_ABORTS = _counter("stream_aborts", "Responses that were cut off.", "side", "phase")

@@ -21,7 +21,7 @@ from proxy.model import Candidate, Edit
 from proxy.pipeline import retries
 from proxy.pipeline.attempt import Attempt, Attempts
 from proxy.pipeline.exchange import Exchange
-from proxy.pipeline.opening import Opening, wait_for_opening
+from proxy.pipeline.opening import Opening, judge_plain, wait_for_opening
 from proxy.pipeline.retries import AttemptFailure, FailureKind, RetryBudget
 from proxy.routing.replica_queue import ANYONE
 from proxy.upstream import Body, Origin, UpstreamResponse
@@ -35,11 +35,24 @@ RANK_HEADER: Final = b"x-data-parallel-rank"
 HOLD_SECONDS: Final = 15.0
 """Longest time that a stream's head is held back for its first event. Until then another replica can be tried."""
 
+_GATHERED_AT_MOST_BYTES: Final = 32 * 1024
+"""A plain response up to this size is whole before any of it is written, so that another replica can be tried if it
+breaks off or is an error. It must stay below `Limits.buffer_bytes`, above which a connection stops reading."""
+
 _REFUSAL_AT_MOST_BYTES = 64 * 1024  # a longer text is not just a message about an unknown field
 _IDEMPOTENT_METHODS = frozenset({"GET", "HEAD"})
 _FULL_STATUSES = frozenset({503, 529})
 _RATE_LIMITED: Final = 429
 _FAILED_STATUSES = frozenset({408})  # in addition to 500 to 599
+_STREAMS = frozenset({Opening.STREAM, Opening.ERROR})
+_HIDDEN_ERRORS = {
+    Opening.ERROR: ("error_event", "a stream that begins with an error"),
+    Opening.EMPTY: ("empty", "a successful status with an empty body"),
+    Opening.ERROR_BODY: ("error_body", "a successful status with an error as its body"),
+    Opening.HTML: ("html", "a successful status with an HTML page"),
+}
+"""The reason in metrics and in the header, and the one in the log, of a failure behind a status of success."""
+
 _MAY_REFUSE_STREAM_OPTIONS = frozenset({400, 415, 422})
 
 
@@ -198,8 +211,8 @@ class Dispatcher:
 
     def _discard(self, exchange: Exchange, opened: Opened) -> None:
         opened.response.abort()
-        if opened.failure is not None and opened.failure.kind is FailureKind.ERROR_EVENT:
-            self._recorder.inc(HIDDEN_ERRORS, (opened.failure.name, "error_event"))
+        if opened.failure is not None and opened.failure.kind is FailureKind.HIDDEN:
+            self._recorder.inc(HIDDEN_ERRORS, (opened.failure.name, opened.failure.reason))
         if exchange.attempt is not None:
             exchange.attempt.end(self._clock.monotonic())
 
@@ -216,13 +229,15 @@ class Dispatcher:
             opening = Opening.PLAIN
             if self._may_be_stream(exchange, response):
                 opening = await self._open(exchange, response)
+            if opening is Opening.PLAIN and response.status < 300 and exchange.call.endpoint.runs_model:
+                opening = await self._plain_opening(exchange, response)
         except UpstreamError as error:
             self._failed(exchange, attempt, error)
             raise
         failure = self._judge(exchange, candidate, response, opening)
         if failure is not None or response.status >= 400:
             attempt.take_back()
-        return Opened(response, opening in (Opening.STREAM, Opening.ERROR), failure)
+        return Opened(response, opening in _STREAMS, failure)
 
     def _claim(self, exchange: Exchange, candidate: Candidate) -> Attempt:
         """Claim the replica: charge it, and place the prompt in the index."""
@@ -273,6 +288,21 @@ class Dispatcher:
         if opening is Opening.PLAIN:
             response.allow_silence(self._policy.idle_seconds)
         return opening
+
+    async def _plain_opening(self, exchange: Exchange, response: UpstreamResponse) -> Opening:
+        """Wait until a short response is whole, or a long one has begun: until then another replica can be tried.
+
+        Raises the error that ends the response before that.
+        """
+        if not response.complete:
+            length = response.content_length
+            if length is not None and length <= _GATHERED_AT_MOST_BYTES:
+                await response.fits(_GATHERED_AT_MOST_BYTES)
+            else:
+                await response.begun()
+        if not response.complete or response.header(b"content-encoding"):
+            return Opening.PLAIN
+        return judge_plain(response.peek(), exchange.call.endpoint)
 
     # -- the request
 
@@ -374,10 +404,9 @@ class Dispatcher:
         """Report a response to the fleet. Return a failure if another replica should be tried."""
         status, number, name = response.status, candidate.replica.id, candidate.replica.name
         now_seconds = self._clock.monotonic()
-        if opening is Opening.ERROR:
-            failure = evidence(exchange, by_status=True)
-            self._fleet.failed(number, failure, now_seconds, "a stream that begins with an error")
-            return AttemptFailure(number, name, FailureKind.ERROR_EVENT, "error_event")
+        if (hidden := _HIDDEN_ERRORS.get(opening)) is not None:
+            self._fleet.failed(number, evidence(exchange, by_status=True), now_seconds, hidden[1])
+            return AttemptFailure(number, name, FailureKind.HIDDEN, hidden[0])
         if status == _RATE_LIMITED or status in _FULL_STATUSES:
             wait_seconds = wire_headers.retry_after_seconds(response.header(b"retry-after"), self._clock.unix())
             if status == _RATE_LIMITED:

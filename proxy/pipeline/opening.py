@@ -1,17 +1,20 @@
 """Peek at the beginning of a response's body to decide what the response is.
 
 Whether a response is a stream is decided by what its body begins with: servers label streams as JSON and errors as
-streams. A stream whose first event is an error is found here, while another replica can still be tried.
+streams. A stream that begins with an error or ends before its first event, and a plain response that is an error or
+empty, are found here, while another replica can still be tried.
 """
 
 from __future__ import annotations
 
 import asyncio
 import enum
+import re
 from typing import Final, Protocol
 
 from proxy.model import Endpoint
 from proxy.wire.events import data_of, read_event
+from proxy.wire.usage import read_response
 
 _EXAMINED_BYTES_AT_MOST: Final = 64 * 1024  # of a first event; a longer one is no error
 _BOM: Final = b"\xef\xbb\xbf"
@@ -20,6 +23,8 @@ _WHITE: Final = b" \t\r\n"
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 _FIELD_BYTES_AT_MOST: Final = 6
 _PING: Final = b"event: ping"
+_DATA_ENDS: Final = (b"}", b"[DONE]")
+_HTML = re.compile(rb"<(?:!doctype|html)", re.IGNORECASE)
 _USUAL: Final = (b"data: {", b"event: message_start", b"event: response.")
 
 
@@ -30,6 +35,9 @@ class Opening(enum.Enum):
     PLAIN = "plain"
     STREAM = "stream"
     ERROR = "error"  # a stream whose first event is an error
+    EMPTY = "empty"  # it ends before its first event; of a plain response, before its first byte
+    ERROR_BODY = "error_body"  # a plain response that is an error in spite of its status
+    HTML = "html"  # a plain response that is a page
 
 
 class Arriving(Protocol):
@@ -49,14 +57,15 @@ def judge(body: bytes, endpoint: Endpoint, *, complete: bool) -> Opening:
         return Opening.UNDECIDED
     text = body.removeprefix(_BOM).lstrip(_WHITE)
     if not text:
-        return Opening.PLAIN if complete else Opening.UNDECIDED
+        return Opening.EMPTY if complete else Opening.UNDECIDED
     if not text.startswith(_FIELDS):
         could_begin = len(text) < _FIELD_BYTES_AT_MOST and any(field.startswith(text) for field in _FIELDS)
         return Opening.UNDECIDED if could_begin and not complete else Opening.PLAIN
     event = first_event(text, complete=complete)
     if event is None:
-        long = len(text) > _EXAMINED_BYTES_AT_MOST
-        return Opening.STREAM if long or complete else Opening.UNDECIDED
+        if complete:
+            return Opening.EMPTY
+        return Opening.STREAM if len(text) > _EXAMINED_BYTES_AT_MOST else Opening.UNDECIDED
     is_error = b"error" in event and read_event(event, endpoint).error
     return Opening.ERROR if is_error else Opening.STREAM
 
@@ -72,7 +81,21 @@ def first_event(text: bytes, *, complete: bool = False) -> bytes | None:
         if data_of(event.lstrip(b"\n")) and not event.lstrip(b"\n").startswith(_PING):
             return event.lstrip(b"\n")
     rest = text[start:]
-    return rest if complete and data_of(rest) else None
+    return rest if complete and data_of(rest).strip().endswith(_DATA_ENDS) else None
+
+
+def judge_plain(body: bytes, endpoint: Endpoint) -> Opening:
+    """Return the kind of a whole plain response with a status of success."""
+    if body.startswith(b"{") and (body.find(b'"error"') < 0 or len(body) > _EXAMINED_BYTES_AT_MOST):
+        return Opening.PLAIN  # nearly all: what else there is to read is read behind the response
+    text = body.strip()
+    if text.startswith((b"{", b"[")):
+        return Opening.ERROR_BODY if read_response(text, endpoint).error_seen else Opening.PLAIN
+    if _HTML.match(text):
+        return Opening.HTML
+    if endpoint is Endpoint.INFERENCE:
+        return Opening.PLAIN  # sound, a picture or a text
+    return Opening.ERROR_BODY if text else Opening.EMPTY
 
 
 async def wait_for_opening(response: Arriving, endpoint: Endpoint, timeout_seconds: float) -> Opening:

@@ -25,7 +25,7 @@ from proxy.pipeline.objects import CreatedObjects
 from proxy.pipeline.silence import COMMENT, PassedStream, SilenceWatch, WaitingClient
 from proxy.upstream import Framing, UpstreamResponse
 from proxy.wire import headers as wire_headers
-from proxy.wire.decode import ResponseDecoder
+from proxy.wire.decode import ResponseDecoder, response_encoding
 from proxy.wire.errors import error_event
 from proxy.wire.item_ids import StreamedItemIds
 from proxy.wire.late import events_of_plain
@@ -204,7 +204,7 @@ class ResponseRelay:
         exchange.ending = _COMPLETE if response.status < 400 else _UPSTREAM_STATUS
         if succeeded:
             self._read_plain(exchange, response, body)
-        if encoding := response.header(b"content-encoding"):
+        if encoding := response_encoding(response.headers):
             body = ResponseDecoder(encoding, _READ_AT_MOST_BYTES).feed(body)
         self.release(exchange)
         call = exchange.call
@@ -215,8 +215,11 @@ class ResponseRelay:
         if not self._is_read(exchange):
             return
         endpoint = exchange.call.endpoint
-        if encoding := response.header(b"content-encoding"):
-            body = ResponseDecoder(encoding, _READ_AT_MOST_BYTES).feed(body)
+        if encoding := response_encoding(response.headers):
+            decoder = ResponseDecoder(encoding, _READ_AT_MOST_BYTES)
+            body = decoder.feed(body)
+            if not decoder.alive:
+                return  # it may be understood by the client
         if endpoint.runs_model:
             self._read_usage(exchange, body)
         if self.objects.may_tell(exchange.call):
@@ -327,7 +330,7 @@ class StreamRelay:
         downstream: Downstream,
         tap: StreamTap,
     ) -> None:
-        encoding = response.header(b"content-encoding")
+        encoding = response_encoding(response.headers)
         self._relay = relay
         self._exchange = exchange
         self._response = response

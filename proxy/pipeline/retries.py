@@ -35,7 +35,7 @@ class FailureKind(enum.Enum):
     BROKEN = "broken"  # the connection or the response broke before anything reached the client
     SLOW = "slow"  # no first byte or no event in time: the replica may still be computing
     STATUS = "status"  # a response with a status that asks for another try
-    ERROR_EVENT = "error_event"  # a stream with status 200 whose first event is an error
+    HIDDEN = "hidden"  # a status of success, and an error or nothing behind it
 
 
 class AttemptFailure(NamedTuple):

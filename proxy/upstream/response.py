@@ -157,6 +157,21 @@ class UpstreamResponse:
                 raise
         return True
 
+    async def begun(self) -> None:
+        """Wait until something of the body is there to be taken, or the body is complete.
+
+        Raises the error that ended the exchange before. Cancelling it closes the connection.
+        """
+        while not self.chunks and not self._complete:
+            if self._error is not None:
+                raise copy(self._error)
+            waiter = self._waiter = self._loop.create_future()
+            try:
+                await waiter
+            except BaseException:
+                self.abort()
+                raise
+
     def body_now(self) -> bytes:
         """Take what has arrived of the body without waiting; once `complete`, the rest of it."""
         chunks = self.chunks

@@ -19,6 +19,8 @@ from proxy.model import Body
 DECODED_BYTES_MOST = 64 * 1024 * 1024  # of one response; a longer one is a decompression bomb, or has no usage
 _STEP_BYTES_MOST = 4 * 1024 * 1024  # decoded in one step, so that a bomb is noticed before it fills the memory
 _NO_CODINGS: Final = (b"", b"identity", b"utf-8", b"utf8")  # a character set is a common mistake, and harmless
+_CODINGS_MOST: Final = 3  # of one response, one within the other; each makes a bomb worse
+_GZIP_BEGIN: Final = b"\x1f"
 _ZSTD_FEED_BYTES: Final = 128  # zstandard's decoder has no output limit: four bytes may become 128 KiB
 _ZSTD_HEADER_BYTES_MOST: Final = 18
 _ZSTD_SKIPPABLE: Final = b"\x2a\x4d\x18"  # the magic number of a frame without data, except for its first byte
@@ -26,29 +28,37 @@ _ZSTD_REPEATED_BYTE: Final = 2  # the type of a block, in bits 1 and 2 of its he
 _ZSTD_WINDOW_BYTES = 8 * 1024 * 1024  # the largest window that RFC 9659 allows
 
 
+def response_encoding(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return the codings of a response's body in the order in which they were applied, b"" if there are none."""
+    return b",".join([value for name, value in headers if name == b"content-encoding"])
+
+
 class ResponseDecoder:
     """Incremental decoder of one response. `alive` is false once it has given up; then `feed` returns b""."""
 
     def __init__(self, encoding: bytes, decoded_bytes_most: int = DECODED_BYTES_MOST) -> None:
-        """Create a decoder for the value of a `content-encoding` header: gzip, deflate, br, zstd or identity."""
-        make = _STEPS.get(encoding.strip().lower())
-        self._step = make() if make else None
+        """Create a decoder for the value of `response_encoding`: any of gzip, deflate, br, zstd and identity."""
+        codings = [coding for each in encoding.split(b",") if (coding := each.strip().lower()) not in _NO_CODINGS]
+        makes = [_STEPS.get(coding) for coding in codings[: _CODINGS_MOST + 1]]
+        self.alive = len(makes) <= _CODINGS_MOST and None not in makes
+        self._steps = [make() for make in reversed(makes) if make is not None] if self.alive else []
         self._left_bytes = decoded_bytes_most
-        self.alive = self._step is not None
 
     def feed(self, chunk: bytes) -> bytes:
         """Return the decoded bytes of `chunk`, or b"" if there are none or the decoder has given up."""
-        if self._step is None:
+        if not self.alive:
             return b""
+        decoded = chunk
         try:
-            decoded = self._step(chunk, min(self._left_bytes + 1, _STEP_BYTES_MOST))
+            for step in self._steps:
+                decoded = step(decoded, min(self._left_bytes + 1, _STEP_BYTES_MOST))
         except (zlib.error, brotli.error, zstandard.ZstdError):
             return self._give_up()
         self._left_bytes -= len(decoded)
         return self._give_up() if self._left_bytes < 0 else decoded
 
     def _give_up(self) -> bytes:
-        self._step = None
+        self._steps = []
         self.alive = False
         return b""
 
@@ -56,12 +66,22 @@ class ResponseDecoder:
 _Step = Callable[[bytes, int], bytes]
 
 
-def _identity() -> _Step:
-    return lambda chunk, _most: chunk
-
-
 def _gzip() -> _Step:
-    return _inflate(zlib.decompressobj(wbits=31))
+    """Return the decoder of gzip, whose members follow each other (RFC 1952, 2.2)."""
+    stream = zlib.decompressobj(wbits=31)
+
+    def step(chunk: bytes, most: int) -> bytes:
+        nonlocal stream
+        decoded = stream.decompress(chunk, most)
+        while stream.eof and stream.unused_data.startswith(_GZIP_BEGIN):  # anything else is padding
+            rest = stream.unused_data
+            stream = zlib.decompressobj(wbits=31)
+            decoded += stream.decompress(rest, max(1, most - len(decoded)))
+        if stream.unconsumed_tail:
+            raise zlib.error("too much from one chunk")
+        return decoded
+
+    return step
 
 
 def _inflate(stream: zlib._Decompress) -> _Step:
@@ -101,14 +121,13 @@ def _brotli() -> _Step:
 
 
 def _zstd() -> _Step:
-    stream = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
+    stream = decompressor.decompressobj(read_across_frames=True)
 
     def step(chunk: bytes, most: int) -> bytes:
         parts: list[bytes] = []
         size = 0
         for start in range(0, len(chunk), _ZSTD_FEED_BYTES):
-            if stream.eof:
-                break
             part = stream.decompress(chunk[start : start + _ZSTD_FEED_BYTES])
             parts.append(part)
             size += len(part)
@@ -120,8 +139,6 @@ def _zstd() -> _Step:
 
 
 _STEPS: dict[bytes, Callable[[], _Step]] = {
-    b"": _identity,
-    b"identity": _identity,
     b"gzip": _gzip,
     b"x-gzip": _gzip,
     b"deflate": _deflate,

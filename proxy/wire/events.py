@@ -5,7 +5,10 @@ Data that cannot be read counts as none of these, except for a usage object foun
 
 from __future__ import annotations
 
+import re
 from typing import Final
+
+import msgspec
 
 from proxy.model import Endpoint
 from proxy.wire.schemas import (
@@ -25,6 +28,9 @@ from proxy.wire.usage import tail_usage
 _BOM: Final = b"\xef\xbb\xbf"
 _CR: Final = 13
 
+_ERROR_NAME = re.compile(rb"(?:^|[\r\n]|\xef\xbb\xbf)event: ?error[ \t]*(?:[\r\n]|$)")
+_ERROR: Final = "error"
+
 NOTHING = EventRead()
 _DONE = EventRead(finished=True)
 
@@ -41,12 +47,19 @@ def read_event(event: bytes, endpoint: Endpoint) -> EventRead:
     """Return what a raw event of a stream of `endpoint` reports; never raises."""
     if event.startswith(b"data: {") and 0 < len(event) - event.find(b"\n") <= 2 and _CR not in event:
         payload = event[6:]  # one line of JSON, as in nearly all events; white space after it is harmless
+    elif b"error" in event and _ERROR_NAME.search(event):
+        read = _read_payload(data_of(event).strip(), endpoint)
+        return read if read.error else msgspec.structs.replace(read, error=True)
     else:
         payload = data_of(event).strip()
-        if payload == b"[DONE]":
-            return _DONE
-        if not payload.startswith(b"{"):
-            return NOTHING
+    return _read_payload(payload, endpoint)
+
+
+def _read_payload(payload: bytes, endpoint: Endpoint) -> EventRead:
+    if payload == b"[DONE]":
+        return _DONE
+    if not payload.startswith(b"{"):
+        return NOTHING
     try:
         if endpoint is Endpoint.RESPONSES:
             return _of_responses(decode_responses_event(payload))
@@ -72,17 +85,24 @@ def _leniently(payload: bytes, endpoint: Endpoint) -> EventRead:
 
 
 def _of_chunk(chunk: Chunk) -> EventRead:
-    """Read a chunk of chat or completions."""
-    usage = chunk.usage or chunk.usageMetadata
+    """Read a chunk of chat or completions.
+
+    Groq reports usage, and the error that ends a stream early, in `x_groq` too. Errors of older vLLM and SGLang have
+    their fields at the top, with the object "error". OpenRouter ends a failed choice with the reason "error".
+    """
+    groq = chunk.x_groq if type(chunk.x_groq) is dict else {}
+    usage = chunk.usage or chunk.usageMetadata or groq.get("usage")
+    error = bool(chunk.error or groq.get(_ERROR)) or _ERROR in (chunk.object, chunk.type)
     token = finished = False
     for choice in chunk.choices or ():
         if choice.text or (choice.delta is not None and _is_token(choice.delta)):
             token = True
         if choice.finish_reason:
             finished = True
+            error = error or choice.finish_reason == _ERROR
         usage = usage or choice.usage
     extra = chunk.choices is not None and not chunk.choices and isinstance(usage, dict)
-    return EventRead(token, finished, bool(chunk.error), extra, usage, chunk.timings, chunk.service_tier)
+    return EventRead(token, finished, error, extra, usage, chunk.timings, chunk.service_tier)
 
 
 def _is_token(delta: Delta) -> bool:

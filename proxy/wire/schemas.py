@@ -262,6 +262,9 @@ class Chunk(msgspec.Struct, gc=False):
     timings: Any = None
     error: Any = None
     service_tier: Any = None
+    object: Any = None
+    type: Any = None
+    x_groq: Any = None
 
 
 decode_chunk = msgspec.json.Decoder(Chunk).decode
@@ -330,6 +333,16 @@ class _ChoiceUsage(msgspec.Struct, gc=False):
     usage: Any = None
 
 
+class PlainError(msgspec.Struct, gc=False):
+    """The members that show whether a plain response without usage is an error."""
+
+    id: Any = None
+    object: Any = None
+    type: Any = None
+    detail: Any = None
+    message: Any = None
+
+
 class CreatedObject(msgspec.Struct, gc=False):
     """An object of the upstream that has an id: a response, file, batch, upload, container or conversation.
 
@@ -359,6 +372,7 @@ def _texts(*values: Any) -> list[str]:
 
 decode_response = msgspec.json.Decoder(_PlainResponseWithChoices).decode
 decode_choices = msgspec.json.Decoder(list[_ChoiceUsage] | None).decode
+decode_error = msgspec.json.Decoder(PlainError).decode
 decode_created = msgspec.json.Decoder(CreatedObject).decode
 
 

@@ -21,6 +21,7 @@ from proxy.wire.schemas import (
     ResponseRead,
     decode_choices,
     decode_created,
+    decode_error,
     decode_leniently,
     decode_response,
 )
@@ -28,6 +29,8 @@ from proxy.wire.schemas import (
 TOKENS_MOST: Final = 1_000_000_000  # of one response; a larger figure is a defect of the upstream
 _ITERATIONS_MOST: Final = 1000  # model calls of one response that are added up
 _TIER_LENGTH_MOST: Final = 32
+_ERROR_BYTES_MOST: Final = 64 * 1024  # of a body that is only an error
+_FAILED_CHOICE = re.compile(rb'"finish_reason"\s*:\s*"error"')
 _ORDINARY_TIERS = frozenset({"", "default", "standard", "auto", "on_demand"})
 
 
@@ -182,12 +185,15 @@ def _with_hidden(
     cached: int | None,
     counts: _Counts,
 ) -> int | None:
-    """Add the thinking that Gemini's OpenAI surface counts in `total_tokens` alone to the output."""
+    """Add the thinking that Gemini's OpenAI surface counts in `total_tokens` alone to the output.
+
+    If the rest of the total is as large as the cached part of the prompt, that was counted twice.
+    """
     total = counts.of(usage, "total_tokens")
     if total is None or prompt is None or output is None:
         return output
     hidden = total - prompt - output
-    if hidden > 0 and (reasoning == hidden or not (reasoning or cached)):
+    if hidden > 0 and (reasoning == hidden or (not reasoning and hidden != cached)):
         return output + hidden
     return output
 
@@ -335,11 +341,31 @@ def read_response(body: bytes | memoryview, endpoint: Endpoint) -> ResponseRead:
             return ResponseRead(found, error_seen=found is None)
         response = lenient
         usage = response.usage or response.usageMetadata
+    found = normal(usage, response.timings, endpoint=endpoint, service_tier=response.service_tier)
     return ResponseRead(
-        normal(usage, response.timings, endpoint=endpoint, service_tier=response.service_tier),
-        error_seen=bool(response.error),
+        found,
+        error_seen=bool(response.error) or _is_error(body, has_usage=found is not None),
         model=response.model if isinstance(response.model, str) else None,
     )
+
+
+def _is_error(body: bytes | memoryview, *, has_usage: bool) -> bool:
+    """Return True for an error that has no member `error`.
+
+    A choice may have ended with one (OpenRouter), or the whole body is one: an object "error" with its fields at the
+    top (older vLLM and SGLang), or a bare `detail` or `message` of a web framework or gateway.
+    """
+    if has_usage:
+        text = bytes(body)
+        return text.find(b'"error"') >= 0 and _FAILED_CHOICE.search(text) is not None
+    if len(body) > _ERROR_BYTES_MOST:
+        return False
+    try:
+        told = decode_error(body)
+    except DECODE_ERRORS:
+        return False
+    is_bare = told.id is None and told.object is None and (type(told.message) is str or bool(told.detail))
+    return is_bare or "error" in (told.object, told.type)
 
 
 def _usage_in_choices(choices: msgspec.Raw) -> Any:

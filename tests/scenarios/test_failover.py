@@ -86,26 +86,89 @@ async def test_every_path_with_a_model_is_tried_elsewhere(http: aiohttp.ClientSe
         assert cairn.count(metrics.UPSTREAM_RETRIES, (sick.url[7:-3], "500")) == sick.asked
 
 
-EVENTS = {
-    "chat/completions": b'data: {"error": {"message": "sick", "code": 500}}\n\n',
-    "responses": b'event: error\ndata: {"type": "error", "code": "sick", "message": "sick"}\n\n',
-    "messages": b'event: ping\ndata: {"type": "ping"}\n\nevent: error\ndata: {"type": "error", "error": {}}\n\n',
-}
+EVENTS = [
+    ("chat/completions", b'data: {"error": {"message": "sick", "code": 500}}\n\n', "error_event"),
+    ("chat/completions", b"event: error\ndata: sick\n\n", "error_event"),
+    ("chat/completions", b'data: {"object": "error", "message": "sick", "code": 500}\n\n', "error_event"),
+    ("chat/completions", b"", "empty"),
+    ("chat/completions", b'data: {"sick', "empty"),
+    ("responses", b'event: error\ndata: {"type": "error", "code": "sick", "message": "sick"}\n\n', "error_event"),
+    (
+        "messages",
+        b'event: ping\ndata: {"type": "ping"}\n\nevent: error\ndata: {"type": "error", "error": {}}\n\n',
+        "error_event",
+    ),
+]
 
 
 @pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
-@pytest.mark.parametrize("path", EVENTS)
-async def test_a_stream_whose_first_event_is_an_error_is_tried_elsewhere(
-    http: aiohttp.ClientSession, path: str, kind: str
+@pytest.mark.parametrize(("path", "body", "reason"), EVENTS)
+async def test_a_stream_whose_first_event_is_an_error_or_missing_is_tried_elsewhere(
+    http: aiohttp.ClientSession, path: str, body: bytes, reason: str, kind: str
 ) -> None:
     """This holds for any content type; comments and pings before it decide nothing."""
-    sick = Sick(200, b": waiting\n\n" + EVENTS[path], kind)
+    sick = Sick(200, b": waiting\n\n" + body, kind)
     async with sick_and_well(sick) as (cairn, _):
-        for number in range(40):
+        for number in range(20):
             status, text, _ = await ask(http, cairn, path, number, stream=True)
             assert (status, "sick" in text, "error" in text) == (200, False, False)
+            assert "data:" in text or path == "messages"
         assert 0 < sick.asked <= 8
-        assert cairn.count(metrics.HIDDEN_ERRORS, (sick.url[7:-3], "error_event")) == sick.asked
+        assert cairn.count(metrics.HIDDEN_ERRORS, (sick.url[7:-3], reason)) == sick.asked
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "reason"),
+    [
+        ("chat/completions", b'{"error": {"message": "sick"}}', "error_body"),
+        ("responses", b'{"object": "error", "message": "sick", "code": 500}', "error_body"),
+        ("messages", b'{"type": "error", "error": {"type": "sick"}}', "error_body"),
+        ("embeddings", b"<html>sick</html>", "html"),
+        ("chat/completions", b"", "empty"),
+    ],
+)
+async def test_a_plain_200_that_is_an_error_is_tried_elsewhere(
+    http: aiohttp.ClientSession, path: str, body: bytes, reason: str, stream: bool
+) -> None:
+    """Nothing of it has reached the client, whether that asked for a stream or not."""
+    sick = Sick(200, body)
+    async with sick_and_well(sick) as (cairn, _):
+        for number in range(20):
+            status, text, _ = await ask(http, cairn, path, number, **({"stream": True} if stream else {}))
+            assert (status, "sick" in text, bool(text)) == (200, False, True)
+        assert 0 < sick.asked <= 8
+        assert cairn.count(metrics.HIDDEN_ERRORS, (sick.url[7:-3], reason)) == sick.asked
+
+
+class Cut(OpenAIUpstream):
+    """Breaks off every plain response to a prompt within its body: declared by a length, or in chunks."""
+
+    def __init__(self, head: bytes) -> None:
+        super().__init__()
+        self.head = head
+        self.asked = 0
+
+    async def _serve(self, request: web.BaseRequest, asked: Any, failure: Failure | None) -> web.StreamResponse:
+        if request.path.removeprefix("/v1/") not in BODIES or request.transport is None:
+            return await super()._serve(request, asked, failure)
+        self.asked += 1
+        request.transport.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n" + self.head)
+        await asyncio.sleep(0)
+        request.transport.close()
+        return web.Response()
+
+
+@pytest.mark.parametrize("head", [b'content-length: 99\r\n\r\n{"id":', b"transfer-encoding: chunked\r\n\r\n"])
+@pytest.mark.parametrize("path", ["chat/completions", "embeddings"])
+async def test_a_plain_response_that_breaks_off_before_the_client_got_any_is_tried_elsewhere(
+    http: aiohttp.ClientSession, path: str, head: bytes
+) -> None:
+    """A short body is gathered first, and of a long one nothing is written until it begins."""
+    async with OpenAIUpstream() as well, Cut(head) as sick, running(config_for([sick.url, well.url])) as cairn:
+        answers = [await ask(http, cairn, path, number) for number in range(20)]
+        assert {status for status, _, _ in answers} == {200}
+        assert 0 < sick.asked <= 8
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
@@ -339,6 +402,19 @@ async def test_the_start_lists_each_replica_with_what_was_found(caplog: pytest.L
         ("embeddings", b'{"error": {"message": "sick"}}', "application/json", "error_body"),
         ("chat/completions", b"<!DOCTYPE html><html>busy</html>", "text/html", "html"),
         ("chat/completions", b"not json", "text/plain", "error_body"),
+        (
+            "chat/completions",
+            b'{"object": "error", "message": "sick", "code": 400}',
+            "application/json",
+            "error_body",
+        ),
+        ("embeddings", b'{"detail": "sick"}', "application/json", "error_body"),
+        (
+            "chat/completions",
+            b'{"choices": [{"finish_reason": "error"}], "usage": {"prompt_tokens": 9, "completion_tokens": 0}}',
+            "application/json",
+            "error_body",
+        ),
     ],
 )
 async def test_a_200_that_is_none_is_relayed_and_counted_as_an_error(
@@ -372,7 +448,7 @@ async def test_a_replica_whose_every_200_turns_out_to_be_an_error_is_left_alone(
 ) -> None:
     """The head of its next response does not make up for the errors behind the last ones."""
     sick = Sick(200, body, kind)
-    async with sick_and_well(sick) as (cairn, _):
+    async with sick_and_well(sick, max_retries=0) as (cairn, _):
         for number in range(60):
             chat = {
                 "model": "test-model",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from collections.abc import Callable
 from typing import Any
 
+import brotli
 import pytest
 
 from proxy.metrics import definitions as metrics
@@ -62,6 +65,46 @@ async def test_usage_beside_what_is_not_quite_json_is_counted(http, beside: byte
     sent = CHAT | {"stream": True, "stream_options": {"include_usage": True}}
     cairn = await counted(http, "chat/completions", sent, events, STREAM)
     assert (tokens_in(cairn), cairn.tokens("output")) == (1000, 7)
+
+
+USAGE = {"prompt_tokens": 1000, "completion_tokens": 7, "total_tokens": 1007}
+
+
+@pytest.mark.parametrize(
+    ("usage", "output"),
+    [
+        ({"x_groq": {"usage": USAGE}}, 7),
+        ({"usage": {**USAGE, "total_tokens": 1207, "prompt_tokens_details": {"cached_tokens": 64}}}, 207),
+        ({"usage": {**USAGE, "total_tokens": 1071, "prompt_tokens_details": {"cached_tokens": 64}}}, 7),
+    ],
+)
+async def test_usage_in_the_words_of_a_provider_is_counted(http, usage: dict[str, Any], output: int) -> None:
+    """Groq's own field; and Gemini's thinking, which only the total has, unless that has cached tokens twice."""
+    last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], **usage}
+    events = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\ndata: ' + json.dumps(last).encode() + b"\n\n"
+    cairn = await counted(http, "chat/completions", CHAT | {"stream": True}, events, STREAM)
+    assert (tokens_in(cairn), cairn.tokens("output")) == (1000, output)
+
+
+@pytest.mark.parametrize(
+    ("coding", "encode"),
+    [
+        ("gzip, br", lambda text: brotli.compress(gzip.compress(text))),
+        ("identity, gzip", gzip.compress),
+        ("utf-8", bytes),
+    ],
+)
+async def test_usage_within_several_codings_is_counted(http, coding: str, encode: Callable[[bytes], bytes]) -> None:
+    """As servers behind gateways apply them, or name what is none."""
+    body = encode(json.dumps({"usage": USAGE}).encode())
+    cairn = await counted(http, "chat/completions", CHAT, body, (*JSON, ("content-encoding", coding)))
+    assert (tokens_in(cairn), cairn.tokens("output")) == (1000, 7)
+
+
+async def test_a_response_in_an_unknown_coding_is_no_error(http) -> None:
+    """Its client may understand it, so that it says nothing against the replica."""
+    cairn = await counted(http, "chat/completions", CHAT, b"\x01\x02", (*JSON, ("content-encoding", "x-own")))
+    assert cairn.heard.exposition.total(metrics.HIDDEN_ERRORS, 1, "error_body") == 0
 
 
 @pytest.mark.parametrize("after", [0, 5_000, 20_000, 300_000])

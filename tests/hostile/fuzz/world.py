@@ -84,6 +84,8 @@ def _configuration(ports: tuple[int, int], upstream_ports: list[int], redis_url:
             "admin": {"port": ports[1]},
             "redis": {"url": redis_url},
             "pools": [{"name": "engines", "replicas": replicas, "default": True}],
+            # many responses here are empty or errors in spite of their status, for which others would be asked
+            "upstream": {"max_retries": 0},
             "contexts": {"total_bytes": 4 * MIB, "tenant_bytes": MIB, "pinned_bytes": MIB // 2},
             "log": {"level": "warning", "access": False},
         }

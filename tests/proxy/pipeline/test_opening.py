@@ -8,7 +8,7 @@ import pytest
 
 from proxy.errors import ResetMidResponse
 from proxy.model import Endpoint
-from proxy.pipeline.opening import Opening, judge, wait_for_opening
+from proxy.pipeline.opening import Opening, judge, judge_plain, wait_for_opening
 from tests.proxy.pipeline.bench import Upstream, turns
 from tests.support.clock import FakeClock
 
@@ -32,6 +32,14 @@ BODIES: dict[str, tuple[bytes, Endpoint, Opening]] = {
     "an error behind comments": (b': a\n\n: b\n\ndata: {"error": {"code": 5}}\n\n', Endpoint.CHAT, Opening.ERROR),
     "an error of responses": (
         b'event: error\ndata: {"type": "error", "message": "m"}\n\n', Endpoint.RESPONSES, Opening.ERROR,
+    ),
+    "an event named error": (b"event: error\ndata: busy\n\n", Endpoint.CHAT, Opening.ERROR),
+    "named so behind its data": (b'data: {"message": "m"}\nevent:error\n\n', Endpoint.MESSAGES, Opening.ERROR),
+    "named so behind a mark": (b"\xef\xbb\xbfevent: error\r\ndata: {}\r\n\r\n", Endpoint.CHAT, Opening.ERROR),
+    "an object named error": (b'data: {"object":"error","message":"m"}\n\n', Endpoint.CHAT, Opening.ERROR),
+    "an error of Groq": (b'data: {"x_groq":{"error":"busy"}}\n\n', Endpoint.CHAT, Opening.ERROR),
+    "a choice that failed": (
+        b'data: {"choices":[{"delta":{},"finish_reason":"error"}]}\n\n', Endpoint.CHAT, Opening.ERROR,
     ),
     "a failed response": (
         b'event: response.failed\ndata: {"type": "response.failed", "response": {"error": {}}}\n\n',
@@ -58,11 +66,45 @@ def test_a_whole_first_event_decides_and_a_part_of_it_does_not(name: str) -> Non
         assert judge(body[:cut], endpoint, complete=False) in (Opening.UNDECIDED, opening), cut
 
 
-def test_an_empty_body_is_plain_and_an_event_cut_off_by_the_end_is_a_stream() -> None:
-    assert judge(b"", Endpoint.CHAT, complete=True) is Opening.PLAIN
-    assert judge(b"", Endpoint.CHAT, complete=False) is Opening.UNDECIDED
-    assert judge(CHUNK[:-5], Endpoint.CHAT, complete=True) is Opening.STREAM
+@pytest.mark.parametrize("body", [b"", b"\n", b"\xef\xbb\xbf", b": busy\n\n", b"event: ping\n\n", CHUNK[:-9]])
+def test_a_body_that_ends_before_its_first_event_is_empty(body: bytes) -> None:
+    """Nothing in it is an answer, whether it has comments or a part of an event."""
+    assert judge(body, Endpoint.CHAT, complete=False) is Opening.UNDECIDED
+    assert judge(body, Endpoint.CHAT, complete=True) is Opening.EMPTY
+
+
+def test_an_event_whose_last_line_has_no_end_is_read() -> None:
+    """Some servers close the connection in place of the blank line."""
+    assert judge(CHUNK[:-2], Endpoint.CHAT, complete=True) is Opening.STREAM
+    assert judge(b"data: [DONE]", Endpoint.CHAT, complete=True) is Opening.STREAM
     assert judge(b'data: {"error": {"message": "m"}}', Endpoint.CHAT, complete=True) is Opening.ERROR
+
+
+@pytest.mark.parametrize(
+    ("body", "endpoint", "opening"),
+    [
+        (b'{"choices":[],"error":null}', Endpoint.CHAT, Opening.PLAIN),
+        (b'{"choices":[{"message":{"content":"say \\"error\\": 1"}}]}', Endpoint.CHAT, Opening.PLAIN),
+        (b'{"id":"resp_1","output":[],"error":null,"usage":{"input_tokens":1}}', Endpoint.RESPONSES, Opening.PLAIN),
+        (b' {"error":{"message":"m"}}', Endpoint.CHAT, Opening.ERROR_BODY),
+        (b'{"error":"busy"}', Endpoint.INFERENCE, Opening.ERROR_BODY),
+        (b'{"object":"error","message":"m","code":500}', Endpoint.CHAT, Opening.ERROR_BODY),
+        (b'{"type":"error","error":{"type":"overloaded_error"}}', Endpoint.MESSAGES, Opening.ERROR_BODY),
+        (b'[{"error":{"code":503}}]', Endpoint.CHAT, Opening.ERROR_BODY),
+        (b"<html>busy</html>", Endpoint.EMBEDDINGS, Opening.HTML),
+        (b"\n<!DOCTYPE html>", Endpoint.INFERENCE, Opening.HTML),
+        (b"busy", Endpoint.CHAT, Opening.ERROR_BODY),
+        (b"<svg/>", Endpoint.INFERENCE, Opening.PLAIN),
+        (b"ID3\x04", Endpoint.INFERENCE, Opening.PLAIN),
+        (b"", Endpoint.INFERENCE, Opening.PLAIN),
+        (b"", Endpoint.MESSAGES, Opening.EMPTY),
+    ],
+)
+def test_a_plain_body_that_is_an_error_is_told_from_an_answer(
+    body: bytes, endpoint: Endpoint, opening: Opening
+) -> None:
+    """In every dialect; what is not JSON may be an answer only of speech, pictures and the like."""
+    assert judge_plain(body, endpoint) is opening
 
 
 def test_an_event_that_is_too_long_is_no_error_and_is_not_waited_for() -> None:
@@ -102,7 +144,7 @@ async def test_what_ends_the_response_ends_the_wait() -> None:
     waiting = asyncio.get_running_loop().create_task(wait_for_opening(ended.response, Endpoint.CHAT, 60.0))
     await turns()
     ended.end()
-    assert await waiting is Opening.PLAIN
+    assert await waiting is Opening.EMPTY
 
 
 async def test_a_cancelled_wait_closes_the_connection() -> None:

@@ -33,6 +33,11 @@ CODED: dict[bytes, Callable[[bytes], bytes]] = {
     b"br": functools.partial(brotli.compress, quality=1),
     b"zstd": zstandard.compress,
     b"identity": bytes,
+    b"": bytes,
+    b"gzip,": lambda text: gzip.compress(text[:9]) + gzip.compress(text[9:]) + bytes(4),
+    b"zstd,identity": lambda text: zstandard.compress(text[:9]) + zstandard.compress(text[9:]),
+    b"gzip, br": lambda text: brotli.compress(gzip.compress(text), quality=1),
+    b"deflate,gzip,zstd": lambda text: zstandard.compress(gzip.compress(zlib.compress(text))),
 }
 
 
@@ -58,7 +63,7 @@ def test_a_bomb_ends_the_decoding_within_the_cap(encoding) -> None:
     assert not decoder.alive
 
 
-@pytest.mark.parametrize("encoding", [b"compress", b"gzip, br", b"dcz", b"x"])
+@pytest.mark.parametrize("encoding", [b"compress", b"gzip, compress", b"dcz", b"x", b"gzip,gzip,gzip,gzip"])
 def test_an_unknown_coding_is_not_decoded(encoding) -> None:
     """The answer is relayed, its usage counts as missing."""
     decoder = ResponseDecoder(encoding)
