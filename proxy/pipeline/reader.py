@@ -18,13 +18,14 @@ from proxy.pipeline.admission import check_model
 from proxy.pipeline.exchange import Exchange
 from proxy.wire import multipart, named_models
 from proxy.wire import request as wire_request
-from proxy.wire.references import Reference, item_references, listed_items, references
+from proxy.wire.references import Reference, form_references, item_references, listed_items, references
 
 _EMBEDDINGS: Final = Endpoint.EMBEDDINGS
 _INFERENCE: Final = Endpoint.INFERENCE
 _RESPONSES: Final = Endpoint.RESPONSES
 _FILES: Final = "/v1/files"
 _BATCHES: Final = "/v1/batches"
+_URL_ENCODED: Final = b"application/x-www-form-urlencoded"
 
 
 class RequestReader:
@@ -111,15 +112,28 @@ class RequestReader:
     ) -> None:
         found = references(call.body, members)
         if found is None:
-            raise BadRequest("The body is not valid JSON.")
-        for reference in (*known, *found):
+            raise BadRequest("The body is not valid JSON in UTF-8, or has a member twice that names an object.")
+        self._check_owned(call, pool, (*known, *found))
+
+    def _check_owned(self, call: Call, pool: ServedPool, named: Iterable[Reference]) -> None:
+        for reference in named:
             shared = matches_any(f"/v1/{reference.collection}/{reference.object_id}", self._allowed_paths)
             if not shared and self._locations.of(object_key(call.tenant, pool, reference.object_id)) is None:
                 raise _unknown_object()
 
     def _check_named_objects(self, call: Call, pool: ServedPool) -> None:
         """Raise UnknownObject if a body that is not a prompt names an object which the client may not use."""
-        if call.body and not multipart.is_form(_content_type(call)):
+        content_type = _content_type(call)
+        if not call.body:
+            return
+        if multipart.is_form(content_type):
+            named = form_references(call.body, content_type)
+            if named is None:
+                raise BadRequest("The form cannot be read.")
+            self._check_owned(call, pool, named)
+        elif content_type[: len(_URL_ENCODED)].lower() == _URL_ENCODED:
+            raise BadRequest("Send the body as application/json or multipart/form-data.")
+        else:
             self._check_references(call, pool, (call.body,), item_references(listed_items(call.body)))
 
     # -- paths with an object, or with neither
@@ -229,8 +243,8 @@ def has_checked_models(call: Call) -> bool:
 
 
 def _continued(call: Call, prompt: Prompt) -> list[Reference]:
-    """Return the response or conversation that a prompt continues, and the earlier items that it repeats."""
-    found = [Reference("responses", prompt.pinned_to)] if prompt.pinned_to else []
+    """Return the response and conversation that a prompt continues, its container, and the earlier items in it."""
+    found = [Reference(*name) for name in prompt.names]
     if call.endpoint is _RESPONSES:
         found += item_references(prompt.spans[prompt.tool_spans + prompt.system_spans :])
     return found

@@ -48,8 +48,22 @@ _CREDENTIALS = frozenset(
 )
 """Headers in which providers take keys, and headers that choose the account to be charged."""
 
+_OVERRIDES = frozenset(
+    {
+        b"x-http-method",
+        b"x-http-method-override",
+        b"x-method-override",
+        b"x-original-host",
+        b"x-original-method",
+        b"x-original-uri",
+        b"x-original-url",
+        b"x-rewrite-url",
+    }
+)
+"""Headers by which some servers replace the method, path or host of a request, which were checked here."""
+
 _SET_ANEW = frozenset({b"host", b"content-length", b"expect", b"x-request-id"})
-_NOT_FORWARDED = _HOP_BY_HOP | _FORWARDED | _SET_ANEW | {b"cookie"}
+_NOT_FORWARDED = _HOP_BY_HOP | _FORWARDED | _OVERRIDES | _SET_ANEW | {b"cookie"}
 _NOT_FORWARDED_WITH_KEY = _NOT_FORWARDED | _CREDENTIALS
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id", b"set-cookie", b"alt-svc", b"strict-transport-security"}
 CONTEXT_HEADER: Final = b"x-msh-context-cache"
@@ -74,7 +88,8 @@ class _Verdicts(dict[bytes, bool]):
         self._prefixes = prefixes
 
     def __missing__(self, name: bytes) -> bool:
-        passes = name not in self._removed and not name.startswith(self._prefixes)
+        alike = name.replace(b"_", b"-")  # which servers behind CGI or WSGI cannot tell apart
+        passes = alike not in self._removed and not alike.startswith(self._prefixes)
         if len(self) < _NAMES_REMEMBERED and len(name) <= _NAME_BYTES_REMEMBERED:
             self[name] = passes
         return passes

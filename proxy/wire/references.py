@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Raw
 
 from proxy.model import Body
+from proxy.wire import multipart
 from proxy.wire.bounds import check_values
 from proxy.wire.schemas import DECODE_ERRORS
 
@@ -26,9 +27,13 @@ _COLLECTIONS: Final = {
     "conversation": "conversations",
     "container": "containers",
     "container_id": "containers",
+    "vector_store_id": "vector_stores",
     "vector_store_ids": "vector_stores",
 }
 """Keys whose value is an id or a list of ids, with the collection of these objects."""
+
+_KEY = re.compile(rb'"(?:%b)"\s*:' % b"|".join(key.encode() for key in _COLLECTIONS), re.IGNORECASE)
+_FIELD_NAME = re.compile(r"[a-z_]+")  # in the name of a form's field, such as `file_ids[]` or `image[file_id]`
 
 ITEMS: Final = "items"
 """The collection of a response's items. It has no path: an item is named in the input of a later response."""
@@ -41,6 +46,7 @@ _ESCAPED_LETTER = re.compile(rb"\\u00(?:[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
 """A letter or underscore written as an escape. Encoders do not escape letters, but a client could to hide a key.
 """
 
+_NUL: Final = b"\0"
 _IN_CONTENT: Final = b"file_id"  # the one key with an id in messages and input items
 _ELSEWHERE = (b"_id", b"container", b"conversation", _ESCAPE)
 
@@ -60,6 +66,8 @@ def references(body: Body, others: Iterable[memoryview | Body] = ()) -> frozense
             object.
         others: the members of the body that may name objects of other kinds, such as tools.
     """
+    if body.find(_NUL) >= 0:
+        return None  # JSON in UTF-16 or UTF-32, which some servers read, and no search here does
     if not (
         body.find(_IN_CONTENT) >= 0
         or any(bytes(member).find(key) >= 0 for member in others for key in _ELSEWHERE)
@@ -68,9 +76,28 @@ def references(body: Body, others: Iterable[memoryview | Body] = ()) -> frozense
         return frozenset()
     check_values(body)
     try:
-        return frozenset(_in_decoded(msgspec.json.decode(body)))
+        found, keys = _in_decoded(msgspec.json.decode(body))
     except DECODE_ERRORS:
         return None
+    plain = _ESCAPED_LETTER.sub(_unescaped, body) if body.find(_ESCAPE) >= 0 else body
+    written = sum(1 for _ in _KEY.finditer(plain))
+    return frozenset(found) if written <= keys else None  # of a key given twice, only the last one was decoded
+
+
+def form_references(body: Body, content_type: bytes) -> frozenset[Reference] | None:
+    """Return the objects that the fields of a form refer to, None if that cannot be read.
+
+    A form that cannot be read refers to nothing if it contains none of the names that refer.
+    """
+    found: list[Reference] = []
+    try:
+        for field in multipart.fields(body, content_type):
+            collections = {_COLLECTIONS.get(name) for name in _FIELD_NAME.findall(field.name.lower())} - {None}
+            found += [Reference(str(each), str(field.value, "utf-8").strip()) for each in collections]
+    except (multipart.UnreadableForm, UnicodeDecodeError):
+        lower = body.lower()
+        return None if any(name.encode() in lower for name in _COLLECTIONS) else frozenset()
+    return frozenset(found)
 
 
 class _Item(msgspec.Struct, gc=False):
@@ -121,8 +148,17 @@ def _is_long_content(head: bytes) -> bool:
     return (b'"role"' in head or b'"type"' in head) and b"item_reference" not in head and _ESCAPE not in head
 
 
-def _in_decoded(value: Any) -> Iterable[Reference]:
-    """Walk a decoded body without recursion."""
+def _unescaped(escape: re.Match[bytes]) -> bytes:
+    return bytes([int(escape[0][2:], 16)])
+
+
+def _in_decoded(value: Any) -> tuple[list[Reference], int]:
+    """Return the references in a decoded body, and how many keys may refer. Walks without recursion.
+
+    Letter case is ignored, as some servers ignore it.
+    """
+    found: list[Reference] = []
+    keys = 0
     waiting = [value]
     while waiting:
         each = waiting.pop()
@@ -130,9 +166,11 @@ def _in_decoded(value: Any) -> Iterable[Reference]:
             waiting += each
         elif isinstance(each, dict):
             for key, member in each.items():
-                if collection := _COLLECTIONS.get(key):
-                    yield from (Reference(collection, name) for name in _ids(member))
+                if collection := _COLLECTIONS.get(key.lower()):
+                    keys += 1
+                    found += [Reference(collection, name) for name in _ids(member)]
                 waiting.append(member)
+    return found, keys
 
 
 def _ids(value: Any) -> list[str]:

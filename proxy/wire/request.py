@@ -31,11 +31,12 @@ from proxy.wire.schemas import (
     MESSAGES_MOST,
     NONE,
     Common,
+    Named,
     SecondModel,
+    SecondObject,
     decode_chat,
     decode_chat_counted,
     decode_completion,
-    decode_conversation,
     decode_embeddings,
     decode_messages,
     decode_messages_counted,
@@ -43,7 +44,6 @@ from proxy.wire.schemas import (
     decode_responses,
     decode_responses_counted,
     decode_responses_text,
-    decode_text,
     seen,
 )
 from proxy.wire.spans import span_of
@@ -58,6 +58,11 @@ _SEARCHED_BYTES: Final = 8192
 """Longest body that is searched as a whole, at 1 us per KB; of longer ones only the short messages are searched."""
 
 _NOTHING = frozenset({b"", b"null", b"[]", b"{}"})
+_COLLECTIONS: Final = {
+    "previous_response_id": "responses",
+    "conversation": "conversations",
+    "container": "containers",
+}
 _NOT_APPLICABLE: Final = UsageRequest.NOT_APPLICABLE
 
 
@@ -190,7 +195,7 @@ def _read_responses(body: Body) -> Prompt:
     elif fields.input:
         items = _listed(fields.input, "input")
         spans += map(memoryview, items)
-    continued = _text(fields.previous_response_id) or _conversation(fields.conversation)
+    continued = _object_id(fields.previous_response_id) or _object_id(fields.conversation)
     return _prompt(
         body,
         fields,
@@ -238,8 +243,11 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
     if fields.stream is True and not always_reports:
         asked, options = _usage_request(body, fields.stream_options)
     referring: tuple[memoryview, ...] = ()
-    if fields.tools is not NONE or fields.container is not NONE:
-        referring = tuple(_present(fields.tools, fields.container))
+    if fields.tools is not NONE:
+        referring = tuple(_present(fields.tools))
+    names: tuple[tuple[str, str], ...] = ()
+    if seen.objects:
+        names = _names(fields)
     is_plain_text = are_plain_text(body, content)
     return Prompt(
         body,
@@ -255,6 +263,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
         max_output_tokens=None if limit is NONE else _count(limit),
         may_name_context=names_context,
         referring=referring,
+        names=names,
         has_hidden_parts=has_hidden_parts,
         skips_cache=_skips_cache(fields),
         cache_key=bytes(fields.prompt_cache_key),
@@ -287,6 +296,8 @@ def _decoded(decode: Callable[[Body], Any], body: Body) -> Any:
     """Decode the fields of `body`, and check that `model` is given at most once and not too long."""
     models = seen.models
     models.clear()
+    if seen.objects:
+        seen.objects.clear()
     try:
         fields = decode(body)
     except msgspec.ValidationError as error:
@@ -300,6 +311,8 @@ def _decoded(decode: Callable[[Body], Any], body: Body) -> Any:
         raise BadRequest("the body is not valid UTF-8") from None
     except SecondModel:
         raise BadRequest("model is given twice", param="model") from None
+    except SecondObject as error:
+        raise _second(error.member) from None
     if models and len(fields.model) > MODEL_NAME_BYTES_MOST:
         raise BadRequest("model is too long", param="model")
     return fields
@@ -371,19 +384,23 @@ def _count(value: Raw) -> int | None:
     return int(text) if len(text) < 16 and text.isdigit() else None
 
 
-def _text(value: Raw) -> str | None:
-    """Return a non-empty string, else None."""
-    try:
-        return decode_text(value) or None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
+def _object_id(named: Named | None) -> str | None:
+    return None if named is None else named.object_id
 
 
-def _conversation(value: Raw) -> str | None:
-    """Return the id of a conversation, given as a string or as {"id": ...}."""
-    if value is NONE:
-        return None
-    try:
-        return decode_conversation(value).id or None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return _text(value)
+def _names(fields: Common) -> tuple[tuple[str, str], ...]:
+    """Return the objects that the body continues or uses, as (collection, id).
+
+    Raises BadRequest if a member is given twice, the second time as null.
+    """
+    found: list[tuple[str, str]] = []
+    for member, object_id in seen.objects.items():
+        if getattr(fields, member, None) is None:
+            raise _second(member)
+        if object_id:
+            found.append((_COLLECTIONS[member], object_id))
+    return tuple(found)
+
+
+def _second(member: str) -> BadRequest:
+    return BadRequest(f"{member} is given twice", param=member)

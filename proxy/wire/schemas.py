@@ -40,17 +40,71 @@ class SecondModel(Exception):
     """The body names a model twice. msgspec does not convert it, since it is not a ValueError."""
 
 
+class Named:
+    """The value of a member that names an object; msgspec calls `_seen_model` for every occurrence of its key."""
+
+    __slots__ = ("object_id",)
+    member = ""
+
+    def __init__(self, value: Any) -> None:
+        inner = value.get("id") if isinstance(value, dict) else value
+        self.object_id: str | None = inner if isinstance(inner, str) and inner else None
+
+
+class PreviousResponse(Named):
+    """The response that a prompt continues."""
+
+    __slots__ = ()
+    member = "previous_response_id"
+
+
+class Conversation(Named):
+    """The conversation that a prompt continues, as an id or as {"id": ...}."""
+
+    __slots__ = ()
+    member = "conversation"
+
+
+class Container(Named):
+    """The container in which tools run, as an id or as {"id": ...}."""
+
+    __slots__ = ()
+    member = "container"
+
+
+_NAMED: Final[dict[str, type[Named]]] = {kind.member: kind for kind in (PreviousResponse, Conversation, Container)}
+_NAMED_BYTES_MOST: Final = 64 * 1024  # of the value of one of them in a body with very many values
+
+
+class SecondObject(Exception):
+    """The body has the member `member` twice, so that the upstream might read the other one."""
+
+    def __init__(self, member: str) -> None:
+        super().__init__(member)
+        self.member = member
+
+
 class _Seen(threading.local):
-    """The models found in the body being read; per thread, so that any thread may read a body."""
+    """The models and objects found in the body being read; per thread, so that any thread may read a body."""
 
     def __init__(self) -> None:
         self.models: list[object] = []
+        self.objects: dict[str, str] = {}  # id by member
 
 
 seen = _Seen()
 
 
+def _noted(named: Named) -> Named:
+    seen.objects[named.member] = named.object_id or ""
+    return named
+
+
 def _seen_model(kind: type, value: Any) -> Any:
+    if issubclass(kind, Named):
+        if kind.member in seen.objects:
+            raise SecondObject(kind.member)
+        return _noted(kind(value))
     if kind is not Model or not (value is None or isinstance(value, str)):
         raise ValueError("model must be a string")
     seen.models.append(value)
@@ -81,7 +135,7 @@ class Common(msgspec.Struct, gc=False):
     enable_thinking: Raw = NONE
     thinking: Raw = NONE
     max_tokens: Raw = NONE
-    container: Raw = NONE
+    container: Container | None = None
     cache_prompt: Raw = NONE
     prompt_cache_key: Raw = NONE
     priority: Raw = NONE
@@ -109,8 +163,8 @@ class _Responses(Common, gc=False):
     instructions: Raw = NONE
     prompt: Raw = NONE
     max_output_tokens: Raw = NONE
-    previous_response_id: Raw = NONE
-    conversation: Raw = NONE
+    previous_response_id: PreviousResponse | None = None
+    conversation: Conversation | None = None
 
 
 class _ResponsesText(_Responses, gc=False):
@@ -141,12 +195,18 @@ decode_embeddings = _of_body(_Embeddings)
 def _counted(kind: type, member: str) -> Callable[[Body], Any]:
     """Return a decoder like that of `kind` which counts the items of its array `member` before it makes any.
 
+    It is for bodies that may hold so many values that none may be decoded whose size is not known.
+
     Raises BadRequest in addition.
     """
-    decode = _of_body(msgspec.defstruct(kind.__name__, [(member, Raw, NONE)], bases=(kind,), gc=False))
+    names = [field.name for field in msgspec.structs.fields(kind) if field.name in _NAMED]
+    raw_members = [(name, Raw, NONE) for name in (member, *names)]
+    decode = _of_body(msgspec.defstruct(kind.__name__, raw_members, bases=(kind,), gc=False))
 
     def decode_counted(body: Body) -> Any:
         fields = decode(body)
+        for name in names:  # their values may be as large as the body
+            setattr(fields, name, _bounded(getattr(fields, name), _NAMED[name], body))
         raw = getattr(fields, member)
         check_array(raw, member, MESSAGES_MOST)
         try:
@@ -157,6 +217,18 @@ def _counted(kind: type, member: str) -> Callable[[Body], Any]:
         return fields
 
     return decode_counted
+
+
+def _bounded(raw: Raw, kind: type[Named], body: Body) -> Named | None:
+    """Return what `_seen_model` would have made of a member. Raises BadRequest and SecondObject."""
+    if raw is NONE:
+        return None
+    if len(memoryview(raw)) > _NAMED_BYTES_MOST:
+        raise BadRequest(f"{kind.member} is too long", param=kind.member)
+    if body.count(b'"%b"' % kind.member.encode()) > 1:
+        raise SecondObject(kind.member)
+    value = msgspec.json.decode(raw)
+    return None if value is None else _noted(kind(value))
 
 
 _decode_items: Callable[[Raw], list[Raw] | None] = msgspec.json.Decoder(list[Raw] | None).decode
@@ -171,14 +243,6 @@ class _Options(msgspec.Struct, gc=False):
 
 
 decode_options = msgspec.json.Decoder(_Options | None).decode
-
-
-class _Conversation(msgspec.Struct, gc=False):
-    id: str | None = None
-
-
-decode_conversation = msgspec.json.Decoder(_Conversation).decode
-decode_text = msgspec.json.Decoder(str).decode
 
 
 # --- content that may contain a picture, a sound or a file

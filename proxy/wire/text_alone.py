@@ -30,7 +30,7 @@ class TextAlone:
 
     def holds_for(self, prompt: Prompt) -> bool:
         """Return True if the body contains all that the upstream reads for this prompt."""
-        if prompt.pinned_to is not None or prompt.has_hidden_parts:
+        if prompt.names or prompt.has_hidden_parts:
             return False
         if len(prompt.body) <= SHORT_BODY_BYTES and not prompt.referring and not _may_name_content(prompt.body):
             return True  # one search of the whole body is faster than examining each message

@@ -289,3 +289,49 @@ def test_a_model_of_another_kind_of_inference_is_checked_like_a_prompt_s() -> No
     asked = exchange("POST", "/v1/rerank", {"model": "free-1", "input": [{"type": "x", "file_id": "file-9"}]})
     reader().read(asked)
     assert asked.pool is OWN_KEYS
+
+
+FORM = b'--b\r\ncontent-disposition: form-data; name="file_id"\r\n\r\nfile-1\r\n--b--\r\n'
+FORM_TYPE = b"multipart/form-data; boundary=b"
+
+
+def with_type(asked: Exchange, content_type: bytes) -> Exchange:
+    asked.call = msgspec.structs.replace(asked.call, headers=((b"content-type", content_type),))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("target", "body", "content_type"),
+    [
+        ("/v1/containers/cntr-mine/files", FORM, FORM_TYPE),
+        ("/v1/containers/cntr-mine/files", b'{"file_id":"file-1"}', b"multipart/form-data"),
+        ("/v1/containers/cntr-mine/files", b"file%5Fid=file-1", b"application/x-www-form-urlencoded"),
+        ("/v1/containers/cntr-mine/files", '{"file_id":"file-1"}'.encode("utf-16"), b"application/json"),
+        ("/v1/batches", FORM.replace(b"file_id", b"input_file_id"), FORM_TYPE),
+        ("/v1/images/edits", FORM, FORM_TYPE),
+        ("/v1/messages", {"model": "dear", "messages": [], "container": "cntr-1"}, b"application/json"),
+        (
+            "/v1/responses",
+            {"model": "dear", "input": "x", "previous_response_id": "resp-mine", "conversation": "conv-1"},
+            b"application/json",
+        ),
+        (
+            "/v1/responses",
+            b'{"model":"dear","input":"x","previous_response_id":"resp-1","previous_response_id":null}',
+            b"application/json",
+        ),
+    ],
+)
+def test_no_form_of_a_body_names_objects_of_others(target: str, body: Any, content_type: bytes) -> None:
+    """Multipart or not, in whatever encoding, once or twice."""
+    locations = made(
+        **{"cntr-mine": "mine", "resp-mine": "mine"} | dict.fromkeys(("file-1", "cntr-1", "conv-1"), "others")
+    )
+    with pytest.raises((UnknownObject, BadRequest)):
+        reader(locations).read(with_type(exchange("POST", target, body), content_type))
+
+
+def test_a_form_may_name_the_client_s_own_file() -> None:
+    """As JSON may."""
+    locations = made(**{"cntr-mine": "mine", "file-1": "mine"})
+    reader(locations).read(with_type(exchange("POST", "/v1/containers/cntr-mine/files", FORM), FORM_TYPE))

@@ -56,11 +56,26 @@ def test_end_to_end_headers_pass_with_the_client_s_key() -> None:
     "name",
     b"connection keep-alive te trailer transfer-encoding upgrade proxy-authorization proxy-connection expect cookie "
     b"forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-forwarded-anything x-real-ip via "
+    b"x-http-method-override x-http-method x-method-override x-original-url x-original-uri x-rewrite-url "
+    b"x-original-host x_forwarded_for transfer_encoding content_length x_http_method_override x_cairn_replica "
+    b"proxy_authorization "
     b"x-cairn-replica x-cairn-anything x-msh-context-cache x-msh-context-cache-reset-ttl".split(),
 )
 def test_what_ends_here_is_dropped(name) -> None:
-    """Hop-by-hop, spoofable, and our own."""
+    """Hop-by-hop, spoofable, overriding what was checked, and our own; also spelled as CGI would read it."""
     assert name not in dict(head((name, b"x")))
+
+
+def test_a_name_with_an_underscore_that_means_nothing_else_passes() -> None:
+    """Codex sends the id of its session in one."""
+    assert dict(head((b"session_id", b"s")))[b"session_id"] == b"s"
+
+
+@pytest.mark.parametrize("name", [b"openai_project", b"openai_organization", b"api_key", b"x_api_key"])
+def test_no_spelling_of_an_account_goes_with_the_replica_s_key(name: bytes) -> None:
+    """The client does not choose whose account is charged."""
+    found = upstream_head(((name, b"x"),), request_id="r1", credential=(b"authorization", b"Bearer op"))
+    assert name not in dict(found)
 
 
 def test_what_connection_lists_is_dropped() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Set
 
 import pytest
 
-from proxy.wire.references import ITEMS, Reference, item_references, listed_items, references
+from proxy.wire.references import ITEMS, Reference, form_references, item_references, listed_items, references
 
 FILE = Reference("files", "file-1")
 
@@ -106,3 +106,60 @@ def test_an_item_that_only_refers_to_an_earlier_one_is_found(item, refers: bool)
 )
 def test_the_items_of_a_body_that_is_no_prompt_are_those_that_it_lists(body: bytes, count: int) -> None:
     assert len(listed_items(body)) == count
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"file_id":"file-1","file_id":"file-2"}',
+        b'{"input":[{"file_id":"file-1","file\\u005fid":"file-2"}]}',
+        b'{"input":[{"file\\u005fid":"file-1","file_id":"file-2"}]}',
+        b'{"file_id":"x","conversation":"a","Conversation" : "b","conversation":"c"}',
+    ],
+)
+def test_a_key_that_is_given_twice_has_an_unknown_value(body: bytes) -> None:
+    """Servers differ in which of the two they use."""
+    assert references(body, (body,)) is None
+
+
+def test_text_that_looks_like_a_second_key_is_none() -> None:
+    """Quotation marks in text are escaped."""
+    body = json.dumps({"file_id": "file-1", "text": '"file_id": "file-2"'}).encode()
+    assert references(body) == frozenset({FILE})
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_json_in_another_encoding_has_unknown_references(encoding: str) -> None:
+    """Python's own decoder reads it, and so do servers that use it."""
+    assert references(json.dumps({"file_id": "file-1"}).encode(encoding)) is None
+
+
+def test_letter_case_does_not_hide_a_key_beside_another() -> None:
+    """Go's decoder, for one, ignores it."""
+    assert found({"file_id": "file-1", "File_IDs": ["file-2"]}) == {FILE, Reference("files", "file-2")}
+
+
+TYPE = b"multipart/form-data; boundary=b"
+
+
+def form(**fields: str) -> bytes:
+    parts = [
+        f'--b\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n{value}\r\n' for name, value in fields.items()
+    ]
+    return "".join(parts).encode() + b"--b--\r\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["file_id", "File_ID", "file_ids[]", "file_ids[0]", "image[file_id]", "input_file_id"]
+)
+def test_the_fields_of_a_form_refer_as_members_do(name: str) -> None:
+    """However servers write structures in their names."""
+    assert form_references(form(**{"purpose": "x", name: "file-1"}), TYPE) == frozenset({FILE})
+
+
+def test_a_form_that_cannot_be_read_may_refer_only_if_it_has_the_names() -> None:
+    """A decision is needed, and most forms that a strict reader refuses are honest."""
+    assert form_references(b"preamble--b\r\nx", TYPE) == frozenset()
+    assert form_references(b'{"file_id":"file-1"}', b"multipart/form-data") is None
+    assert form_references(b"preamble" + form(FILE_ID="file-1"), TYPE) is None
+    assert form_references(form(file_id="file-1").replace(b"file-1", b"\xff"), TYPE) is None

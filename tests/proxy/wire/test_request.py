@@ -134,6 +134,46 @@ def test_what_names_an_object_is_pinned_to_it(fields, pinned) -> None:
     assert read(json.dumps({"model": "m", "input": "x", **fields}).encode(), Endpoint.RESPONSES).pinned_to == pinned
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "fields", "names"),
+    [
+        (
+            Endpoint.RESPONSES,
+            {"previous_response_id": "resp_1", "conversation": {"id": "conv_1"}},
+            {("responses", "resp_1"), ("conversations", "conv_1")},
+        ),
+        (Endpoint.RESPONSES, {"conversation": "conv_1"}, {("conversations", "conv_1")}),
+        (Endpoint.MESSAGES, {"container": "c-1", "messages": []}, {("containers", "c-1")}),
+        (Endpoint.MESSAGES, {"container": {"id": "c-1", "skills": []}, "messages": []}, {("containers", "c-1")}),
+        (Endpoint.MESSAGES, {"container": {"skills": []}, "messages": []}, set()),
+        (Endpoint.RESPONSES, {"previous_response_id": 7, "conversation": None, "container": [1]}, set()),
+    ],
+)
+@pytest.mark.parametrize("padding", ["", "," * 260_000 + " " * 3_000_000], ids=["short", "many values"])
+def test_every_object_that_a_prompt_names_is_found(endpoint, fields, names, padding) -> None:
+    """Each of them must be the client's own, also in a body that may hold too many values to be decoded whole."""
+    body = {"model": "m", "metadata": padding} | ({"input": "x"} if endpoint is Endpoint.RESPONSES else {}) | fields
+    assert set(read(json.dumps(body).encode(), endpoint).names) == names
+
+
+@pytest.mark.parametrize("member", ["previous_response_id", "conversation", "container"])
+@pytest.mark.parametrize("values", [('"a"', '"b"'), ('"a"', "null"), ('{"id":"a"}', '"b"'), ("7", '"b"')])
+@pytest.mark.parametrize("padding", ["", "," * 260_000 + " " * 3_000_000], ids=["short", "many values"])
+def test_an_object_that_is_named_twice_is_refused(member: str, values: tuple[str, str], padding: str) -> None:
+    """Servers differ in which of the two they use."""
+    first, second = values
+    body = f'{{"model":"m","input":"x","{member}":{first},"{member}":{second},"metadata":"{padding}"}}'
+    with pytest.raises(BadRequest, match=f"{member} is given twice"):
+        read(body.encode(), Endpoint.RESPONSES)
+
+
+def test_what_names_an_object_is_not_decoded_if_it_is_as_large_as_the_body() -> None:
+    """A list of a million numbers would take the event loop a tenth of a second."""
+    body = f'{{"model":"m","messages":[],"container":[{"7," * 2_000_000}7]}}'
+    with pytest.raises(BadRequest, match="container is too long"):
+        read(body.encode(), Endpoint.MESSAGES)
+
+
 def test_the_first_file_id_is_found() -> None:
     """It costs a search, so it is made where files were uploaded."""
     body = b'{"model":"m","messages":[{"content":[{"type":"file","file":{"file_id" : "file-7"}}]}]}'
