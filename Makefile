@@ -15,9 +15,13 @@ SOURCES := $(shell find cache proxy -name '*.py' -o -name '*.html' -o -name '*.j
 BUILD_FILES := pyproject.toml hatch_build.py scripts/compile.py
 
 # The tests that run a second time, against the compiled modules: whole workers, and units whose tests need no doubles of
-# compiled classes (a compiled module accepts only the class that its annotation names).
+# compiled classes (a compiled module accepts only the class that its annotation names). Those with the mark `once` do not:
+# what they test is not compiled.
 COMPILED_TESTS := tests/test_compiled.py tests/cache/index tests/proxy/wire tests/proxy/upstream tests/proxy/downstream \
   $(patsubst %,tests/scenarios/test_%.py,requests truth failover contexts processes shared rules garbage hostile)
+
+# The tests of what `make ready` builds, which run after it, beside the compiled modules' tests.
+BUILT_TESTS := tests/packaging/test_wheels.py tests/deploy/test_helm.py
 
 # The number of processes that run tests. More than the machine has cores saves a minute but fails tests that measure
 # time. Each file's tests stay in one process, and the longest files start first (tests/conftest.py).
@@ -31,30 +35,44 @@ PIP_WHEEL = .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --
 # processes, and without it each spends three times the CPU on its start.
 export PYTHONDONTWRITEBYTECODE :=
 
-# Two rules must not install into .venv at the same time. `make test` sets SIDE_BY_SIDE once all is installed.
+# Two rules must not install into .venv at the same time. `make test` sets SIDE_BY_SIDE for targets that use one of them.
 ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
 endif
+OUTPUT_BY_TARGET = $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-.PHONY: run test ready tests checks test-image coverage mutants format lock wheel clean \
+.PHONY: run test ready tests test-sources test-built debian-packages checks test-image coverage mutants format lock wheel clean \
   bench-datapath bench-soak bench-fleet bench-replay bench-peers bench-vllm
 
 run: .venv/.demo
 	@exec .venv/bin/python -m demo --end-with-parent --port "$(PORT)" --admin-port "$(ADMIN_PORT)" \
 	  $(if $(UPSTREAM),--upstream "$(UPSTREAM)")
 
-test: ready
-	@$(MAKE) --no-print-directory tests
+# The sources are tested at once; nice(1) leaves to the checks and the compiler what the tests do not use of the machine.
+# SYSTEM_PACKAGES is a target that installs what the tests find on PATH (.ci/run).
+test:
+	@$(MAKE) --no-print-directory -j 4 SIDE_BY_SIDE=1 ready test-sources
+	@$(MAKE) --no-print-directory test-built
 
-# Installs and compiles what the tests use, beside the checks.
+# Checks the sources, and builds what some tests use.
 ready: .venv/.dev
-	@$(MAKE) --no-print-directory -j 2 SIDE_BY_SIDE=1 checks .build/compiled/.done .build/charts/.done
+	@nice -n 19 $(MAKE) --no-print-directory $(OUTPUT_BY_TARGET) $(if $(SIDE_BY_SIDE),,-j 2 SIDE_BY_SIDE=1) \
+	  checks .build/compiled/.done .build/charts/.done
 
-# The compiled modules, by the tests that reach them, and the sources, by all tests.
-tests:
+tests: test-sources test-built
+
+test-sources: .venv/.dev $(SYSTEM_PACKAGES)
+	.venv/bin/python $(PYTEST) $(BUILT_TESTS:%=--ignore=%)
+
+test-built: .venv/.dev
 	PYTHONSAFEPATH=1 PYTHONPATH=.build/compiled:. \
-	  .venv/bin/python $(PYTEST) --compiled --import-mode=append -m "not engine and not image" $(COMPILED_TESTS)
-	.venv/bin/python $(PYTEST)
+	  .venv/bin/python $(PYTEST) --compiled --import-mode=append -m "not engine and not image and not once" \
+	  $(COMPILED_TESTS) $(BUILT_TESTS)
+
+# What the tests use besides Python's packages, on Debian and as root: promtool and nginx for deploy/, Chromium for the
+# status page. Without them their tests are skipped.
+debian-packages:
+	@bash scripts/debian_packages.sh
 
 # The static checks, which do not run Cairn.
 checks: .venv/.dev

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 
 from tests.scenarios.test_conversations import words
 from tests.support.openai_upstream import OpenAIUpstream
@@ -30,6 +31,7 @@ async def ask(http: aiohttp.ClientSession, cairn: Served, body: dict[str, Any]) 
         return type(error).__name__
 
 
+@pytest.mark.once
 async def test_a_worker_killed_under_load_loses_only_its_own_requests_in_flight(tmp_path: Path) -> None:
     """Sixteen requests are held; the worker of some dies; the others are answered, and a new worker serves."""
     gate = asyncio.Event()
@@ -60,6 +62,7 @@ async def test_a_worker_killed_under_load_loses_only_its_own_requests_in_flight(
         assert await cairn.metric(http, "cairn_worker_restarts_total") == 1
 
 
+@pytest.mark.once
 async def test_what_runs_is_finished_when_told_to_end(tmp_path: Path) -> None:
     """SIGTERM while a request is under way: it is answered whole, then the exit code is 0."""
     gate = asyncio.Event()
@@ -147,6 +150,7 @@ async def test_a_reload_takes_new_replicas_and_a_bad_file_changes_nothing(tmp_pa
             assert len(new.generations) == before + 1
 
 
+@pytest.mark.once
 async def test_a_name_with_a_label_that_is_too_long_prevents_neither_a_start_nor_a_reload(tmp_path: Path) -> None:
     """Whether a name is followed or plain: the other replicas serve, and a reload still adds new ones."""
     label = "x" * 70
@@ -208,6 +212,7 @@ async def test_no_prompt_and_no_key_is_in_the_log_or_the_metrics(tmp_path: Path)
         assert "heron waits" not in "".join(line for line in cairn.lines if '"model":"the heron' not in line)
 
 
+@pytest.mark.once
 async def test_what_all_workers_find_at_a_replica_is_one_line_of_the_log(tmp_path: Path) -> None:
     """The start lists each replica once, and a change is one line with its reason."""
     async with OpenAIUpstream() as upstream:

@@ -336,6 +336,7 @@ class Load:
         return sum((counts for at, counts in self._answered if at <= latest), Counter())
 
 
+@pytest.mark.once
 async def test_a_crash_of_the_whole_tree_loses_what_was_served_in_the_last_second_at_most(
     tmp_path: Path, redis: Valkey
 ) -> None:
@@ -367,6 +368,7 @@ async def test_a_crash_of_the_whole_tree_loses_what_was_served_in_the_last_secon
             await eventually(all_written)
 
 
+@pytest.mark.once
 async def test_counters_never_fall_when_a_worker_is_killed(tmp_path: Path) -> None:
     """Each series of /metrics is watched over the death of one of two workers under load."""
     async with Upstreams() as upstreams, aiohttp.ClientSession() as http:
