@@ -147,6 +147,7 @@ class Media(msgspec.Struct, frozen=True, gc=False):
 
     kind: str  # "image", "audio", "file"
     size_bytes: int
+    start: int = -1  # offset in the body; -1 if it is in a stored context
 
 
 class UsageRequest(enum.Enum):

@@ -19,6 +19,7 @@ from proxy.model import Demand, Endpoint, Plan, Prompt, TemplateFacts
 from proxy.routing.cost import plan
 from proxy.routing.prefill_gate import Follower, Prefill, PrefillGate
 from proxy.routing.token_estimate import TokenCounts
+from proxy.wire.media import locate_media
 from proxy.wire.request import read
 from proxy.wire.template import keyed_salt, keyed_spans
 
@@ -142,7 +143,9 @@ class CairnProxy:
     def _route(self, body: bytes, tenant: str, now: float) -> _Routed:
         prompt = read(body, Endpoint.CHAT)
         salt = (b"", *keyed_salt(prompt, self.facts, TODAY))
-        fingerprint = cut(chain_root(salt), keyed_spans(prompt, self.facts))
+        spans = keyed_spans(prompt, self.facts)
+        media = locate_media(prompt.media, prompt.body, spans, partial(self.tokens.media_tokens, prompt.model))
+        fingerprint = msgspec.structs.replace(cut(chain_root(salt), spans), media=media)
         match = self.index.match(fingerprint)
         tokens = self.tokens.predict(
             prompt.model, prompt.size_bytes, prompt.media, match.known_bytes, match.known_tokens

@@ -141,7 +141,7 @@ def confirm(
     if not steps or steps[-1].depth != len(fingerprint.hashes):
         return
     last = steps[-1]
-    learn_tokens(steps, prompt_tokens)
+    learn_tokens(steps, prompt_tokens, fingerprint.media)
     residency = last.node.held.get(entries)
     if residency is not None:
         if not residency.ends or residency.ends[-1] < last.blocks:

@@ -52,7 +52,8 @@ def extend(known: Fingerprint, spans: Sequence[memoryview | bytes]) -> Fingerpri
     """
     if not known.hashes:
         raise ValueError("cannot extend an empty fingerprint: cut all spans from their root instead")
-    return _go_on(known.hashes[-1], known.hashes, known.ends, spans)
+    longer = _go_on(known.hashes[-1], known.hashes, known.ends, spans)
+    return Fingerprint(longer.hashes, longer.ends, known.media) if known.media else longer
 
 
 def _go_on(

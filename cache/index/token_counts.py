@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from collections.abc import Sequence
 from itertools import islice
 from typing import Final
 
-from cache.index.fingerprint import Fingerprint
+from cache.index.fingerprint import Fingerprint, MediaPart
 from cache.index.nodes import Node, Step
 
 MAX_PROMPT_TOKENS = 2**30
 """Higher counts that an upstream reports are clamped to this: counts are 32 bits wide."""
+
+TOKENS_PER_BYTE: Final = 0.25
+"""Of text, if nothing better can be computed."""
 
 MAX_FORKS_RECOUNTED: Final = 64
 """Children of a recounted node that are corrected with it; the others are corrected by their own next answers."""
@@ -29,22 +33,60 @@ def estimate(fingerprint: Fingerprint, last: Step | None, prompt_tokens: float) 
         ends[depth] <= known_bytes
     ):  # two chains with equal hashes and different lengths: one of them was damaged in Redis
         known_bytes = ends[depth - 1]
+    if fingerprint.media:
+        return _beside_media(fingerprint, depth, known_bytes, prompt_tokens - known_tokens)
     rate = (prompt_tokens - known_tokens) / (ends[-1] - known_bytes)
     if rate <= 0:
         rate = prompt_tokens / ends[-1]
     return array("I", [int((end - known_bytes) * rate + 0.5) for end in ends[depth:].tolist()])
 
 
-def learn_tokens(steps: list[Step], prompt_tokens: int) -> None:
+def _beside_media(fingerprint: Fingerprint, depth: int, known_bytes: int, tokens: float) -> array[int]:
+    """Interpolate counts by the bytes of the text alone; those of media are estimated.
+
+    `tokens` is the count for the boundaries from `depth` on, which lie beyond `known_bytes`.
+    """
+    ends = fingerprint.ends[depth:].tolist()
+    before = [_media_before(fingerprint.media, end) for end in (known_bytes, *ends)]
+    skipped_bytes, skipped_tokens = before[0]
+    media_bytes, media_tokens = before[-1][0] - skipped_bytes, before[-1][1] - skipped_tokens
+    text_bytes = max(ends[-1] - known_bytes - media_bytes, 1.0)
+    text_tokens = tokens - media_tokens
+    if text_tokens <= 0:  # the estimates are too high, or the text's own count is
+        text_tokens = text_bytes * TOKENS_PER_BYTE
+    scale = max(tokens, 0.0) / (text_tokens + media_tokens)
+    rate = text_tokens / text_bytes
+    counts = [
+        int(scale * ((end - known_bytes - size + skipped_bytes) * rate + count - skipped_tokens) + 0.5)
+        for end, (size, count) in zip(ends, before[1:], strict=True)
+    ]
+    return array("I", counts)
+
+
+def _media_before(media: Sequence[MediaPart], end: int) -> tuple[float, float]:
+    """Return the bytes and the tokens of media before an offset; one that reaches beyond it counts in part."""
+    size = tokens = 0.0
+    for start, stop, count in media:
+        if start >= end:
+            break
+        size += min(stop, end) - start
+        tokens += count * (min(stop, end) - start) / (stop - start)
+    return size, tokens
+
+
+def learn_tokens(steps: list[Step], prompt_tokens: int, media: Sequence[MediaPart] = ()) -> None:
     """Make the path's counts add up to the count that was reported for its end, and pin it there.
 
-    The parts that lie on no other reported chain absorb the difference in proportion; if there are none, the part
-    after the last pin of the last node does. If the prompt is shorter than its earlier parts were reported to be, it
-    is rendered differently now, and the end of its unshared part shrinks.
+    The parts that lie on no other reported chain absorb the difference: first `media`, whose tokens are guessed, then
+    all in proportion. If there are none, the part after the last pin of the last node does. If the prompt is shorter
+    than its earlier parts were reported to be, it is rendered differently now, and the end of its unshared part
+    shrinks.
     """
     last = steps[-1]
     change = min(prompt_tokens, MAX_PROMPT_TOKENS) - last.tokens
     unknown = [step for step in steps if step.node.known < step.blocks]
+    if media and unknown and change:
+        change -= _recount_media(steps, media, change)
     if unknown:
         _share(unknown, change)
     else:
@@ -82,6 +124,33 @@ def _share(unknown: list[Step], change: int) -> None:
         share = change if part == left else change * part // left
         change -= _absorb(step.node, step.node.known, step.blocks, share)
         left -= part
+
+
+def _recount_media(steps: list[Step], media: Sequence[MediaPart], change: int) -> int:
+    """Change the counts of media that lie in runs on no reported chain, at most to zero. Return the change made."""
+    runs: list[tuple[Node, list[MediaPart]]] = []
+    begin = 0
+    for step in steps:
+        node, end = step.node, step.node.ends[step.blocks - 1]
+        inside = [part for part in media if begin <= part[0] and part[1] <= end]
+        if inside and not node.known:
+            runs.append((node, inside))
+        begin = end
+    estimated = 0
+    for run in runs:
+        estimated += sum([part[2] for part in run[1]])
+    if not estimated:
+        return 0
+    made, share = 0, max(change, -estimated) / estimated
+    for node, inside in runs:
+        before, least = node.tokens[-1], 0
+        for i, end in enumerate(node.ends.tolist()):
+            least = max(least, node.tokens[i] + round(share * _media_before(inside, end)[1]))
+            node.tokens[i] = least
+        for entries in node.held:
+            entries.tokens += node.tokens[-1] - before
+        made += node.tokens[-1] - before
+    return made
 
 
 def _absorb(node: Node, start: int, stop: int, change: int) -> int:

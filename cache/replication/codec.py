@@ -38,12 +38,19 @@ MAX_ENTRY_BYTES = 16 * 1024 * 1024
 
 MAX_EPOCH = 2**48
 MAX_ID = 2**63 - 1
+MAX_MEDIA = 1_024
+"""Images, sounds and files of one prompt that are written; the others count as text."""
+
 MAX_VECTOR_ROWS = 65_536
 
 PlacementId = Annotated[int, Meta(ge=0, le=MAX_ID)]
 Epoch = Annotated[int, Meta(ge=0, le=MAX_EPOCH)]
 Tokens = Annotated[int, Meta(ge=0, le=UNLIMITED_TOKENS)]
 Budget = Annotated[int, Meta(ge=1, le=UNLIMITED_TOKENS)]
+Offset = Annotated[int, Meta(ge=0, le=2**32)]
+MediaRow = tuple[Offset, Offset, Tokens]
+"""Start and end of an image, sound or file in bytes, and its estimated tokens."""
+
 Blocks = Annotated[int, Meta(ge=0, le=2**32)]
 Figure = Annotated[float, Meta(ge=-60, le=1e12)]
 """A number of a vector. Ages may be slightly negative. NaN and infinities are out of range."""
@@ -60,10 +67,11 @@ class Placed(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     prompt_tokens: Tokens
     unix_seconds: float
     source: Annotated[int, Meta(ge=0, le=2**32)] = 0  # a number for the tenant; earlier versions do not write it
+    media: Annotated[tuple[MediaRow, ...], Meta(max_length=MAX_MEDIA)] = ()  # nor this
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """The chain. Raises StoreCorrupt if it is empty, truncated, or its boundaries do not increase."""
+        """The chain. Raises StoreCorrupt if it is empty, truncated, or its boundaries or media do not increase."""
         hashes, ends = array("Q"), array("I")
         try:
             hashes.frombytes(self.hashes)
@@ -74,7 +82,12 @@ class Placed(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
             raise StoreCorrupt("a chain's hashes and ends differ in number")
         if not _increases(ends):
             raise StoreCorrupt("a chain's boundaries do not increase")
-        return Fingerprint(hashes, ends)
+        last = 0
+        for start, end, _ in self.media:
+            if not last <= start < end:
+                raise StoreCorrupt("a chain's media do not increase")
+            last = end
+        return Fingerprint(hashes, ends, self.media)
 
 
 class TakenBack(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):

@@ -16,7 +16,7 @@ from cache.index.placement import Placement
 from cache.index.prefix_index import PrefixIndex
 from cache.index.token_counts import MAX_PROMPT_TOKENS
 from cache.ports import Clock
-from cache.replication.codec import Began, Delta, Placed
+from cache.replication.codec import MAX_MEDIA, Began, Delta, Placed
 
 MAX_MISSES: Final = 4
 """Misses remembered per replica: one tenant may have several before another has one."""
@@ -84,6 +84,7 @@ def placed(placement: Placement, prompt_tokens: float, unix_seconds: float) -> P
         prompt_tokens=max(0, min(int(prompt_tokens), MAX_PROMPT_TOKENS)),
         unix_seconds=unix_seconds,
         source=placement.source,
+        media=chain.media[:MAX_MEDIA],
     )
 
 

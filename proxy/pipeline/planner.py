@@ -23,6 +23,7 @@ from proxy.routing import cost as routing
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.session_hints import DEFAULT_HEADERS, SessionHints
 from proxy.routing.token_estimate import TokenCounts
+from proxy.wire.media import locate_media
 from proxy.wire.template import keyed_salt, keyed_spans, keyed_stored, stored_first
 
 _NOTHING_MATCHED: Final = Match({})
@@ -87,9 +88,17 @@ class Planner:
             today = utc_date(self._clock.unix()) if facts.dated else ""
             root = chain_root((salt, *keyed_salt(prompt, facts, today)))
             if exchange.stored is None:
-                exchange.fingerprint = cut(root, keyed_spans(prompt, facts))
+                exchange.fingerprint = self._cut(root, prompt, facts)
             else:
                 exchange.fingerprint = _with_stored(root, exchange.stored.content, prompt, facts)
+
+    def _cut(self, root: int, prompt: Prompt, facts: TemplateFacts) -> Fingerprint:
+        spans = keyed_spans(prompt, facts)
+        fingerprint = cut(root, spans)
+        if not prompt.media:
+            return fingerprint
+        media = locate_media(prompt.media, prompt.body, spans, partial(self._tokens.media_tokens, prompt.model))
+        return Fingerprint(fingerprint.hashes, fingerprint.ends, media)
 
     def look_up(self, exchange: Exchange) -> None:
         """Find how much of the prompt each replica holds."""

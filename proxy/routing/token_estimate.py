@@ -36,7 +36,7 @@ class _Model:
     def __init__(self) -> None:
         self.text_bytes = FIRST_WEIGHT_BYTES
         self.text_tokens = FIRST_WEIGHT_BYTES * FIRST_TOKENS_PER_BYTE
-        self.media_tokens = dict(FIRST_MEDIA_TOKENS)
+        self.media_tokens: dict[str, float] = {}  # mean by kind, of kinds that were counted
 
 
 class TokenCounts:
@@ -49,6 +49,12 @@ class TokenCounts:
         """Return the ratio for text; the first guess for a model that never answered."""
         known = self._models.get(model)
         return FIRST_TOKENS_PER_BYTE if known is None else known.text_tokens / known.text_bytes
+
+    def media_tokens(self, model: str, kind: str) -> float:
+        """Return the mean tokens of one image, sound or file; the first guess if none was counted."""
+        known = self._models.get(model)
+        counted = None if known is None else known.media_tokens.get(kind)
+        return FIRST_MEDIA_TOKENS.get(kind, FIRST_MEDIA_TOKENS["file"]) if counted is None else counted
 
     def predict(
         self,
@@ -66,15 +72,13 @@ class TokenCounts:
         ratio = self.tokens_per_byte(model)
         if not media:
             return known_tokens + (size_bytes - known_bytes) * ratio
-        known = self._models.get(model)
-        by_kind = FIRST_MEDIA_TOKENS if known is None else known.media_tokens
         text_bytes, tokens, room = size_bytes - known_bytes, known_tokens, known_bytes
         for item in media:
             if item.size_bytes <= room:
                 room -= item.size_bytes
             else:
                 text_bytes -= item.size_bytes
-                tokens += by_kind.get(item.kind, FIRST_MEDIA_TOKENS["file"])
+                tokens += self.media_tokens(model, item.kind)
         return tokens + max(text_bytes, 0) * ratio
 
     def observe(self, model: str, size_bytes: int, prompt_tokens: int, media: Sequence[Media] = ()) -> None:

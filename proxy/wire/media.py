@@ -10,13 +10,14 @@ media.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from msgspec import Raw
 
 from proxy.model import Body, Media
 from proxy.wire.schemas import DECODE_ERRORS, Part, decode_parts, decode_parts_message
+from proxy.wire.spans import span_of
 
 SHORT_BODY_BYTES: Final = 4_096
 """Longest body that is searched as a whole, which is faster than searching each message."""
@@ -62,8 +63,43 @@ def find_media(body: Body, content: Iterable[Raw]) -> tuple[Media, ...]:
         return ()
     found: list[Media] = []
     for message in long:
-        found += _in_parts(_parts(message), nested=False)
+        found += _in_parts(body, _parts(message), nested=False)
     return tuple(found)
+
+
+def locate_media(
+    media: Sequence[Media], body: Body, spans: Sequence[memoryview | bytes], tokens_of: Callable[[str], float]
+) -> tuple[tuple[int, int, int], ...]:
+    """Return start and end of each of `media` in the concatenated `spans`, and its tokens, which its kind determines.
+
+    Spans are views of `body`, or copies that were rewritten. Media that are in none of them, or in another order, are
+    left out.
+    """
+    wanted = [item for item in media if item.start >= 0]
+    found: list[tuple[int, int, int]] = []
+    base = 0
+    for span in spans:
+        cursor = 0
+        while wanted and len(span) - cursor >= wanted[0].size_bytes:
+            at = _place_in(span, body, wanted[0], cursor)
+            if at < 0:
+                break
+            item = wanted.pop(0)
+            cursor = at + item.size_bytes
+            found.append((base + at, base + cursor, round(tokens_of(item.kind))))
+        base += len(span)
+    return tuple(found)
+
+
+def _place_in(span: memoryview | bytes, body: Body, item: Media, cursor: int) -> int:
+    """Return the offset of `item` in a span, from `cursor` on; -1 if it is not there."""
+    if isinstance(span, bytes):
+        return span.find(bytes(memoryview(body)[item.start : item.start + item.size_bytes]), cursor)
+    try:
+        start, end = span_of(body, span)
+    except ValueError:
+        return -1
+    return item.start - start if start <= item.start and item.start + item.size_bytes <= end else -1
 
 
 def are_plain_text(body: Body, content: Sequence[Raw]) -> bool:
@@ -88,18 +124,31 @@ def _parts(message: Raw | bytes) -> list[Part]:
         return []
 
 
-def _in_parts(parts: list[Part], *, nested: bool) -> list[Media]:
+def _in_parts(body: Body, parts: list[Part], *, nested: bool) -> list[Media]:
     found: list[Media] = []
     for part in parts:
         kind = _EXACT_TYPES.get(part.type)
         if kind is not None:
             values = (part.image_url, part.input_audio, part.audio_url, part.video_url)
-            size = sum(len(memoryview(value)) for value in (*values, part.file, part.file_data, part.source))
+            longest = max((*values, part.file, part.file_data, part.source), key=_size)
+            size = _size(longest)
             if size >= MEDIA_BYTES_LEAST:
-                found.append(Media(kind, size))
+                found.append(Media(kind, size, _start(body, longest)))
         elif not nested and len(memoryview(part.content)) >= MEDIA_BYTES_LEAST:
-            found += _in_parts(_nested_parts(part.content), nested=True)
+            found += _in_parts(body, _nested_parts(part.content), nested=True)
     return found
+
+
+def _size(value: Raw) -> int:
+    return len(memoryview(value))
+
+
+def _start(body: Body, value: Raw) -> int:
+    """Return the offset of a value in the body, -1 if it is no part of it."""
+    try:
+        return span_of(body, value)[0]
+    except ValueError:
+        return -1
 
 
 def _nested_parts(value: Raw) -> list[Part]:

@@ -603,3 +603,27 @@ def test_a_real_conversation_is_found_turn_after_turn():
         assert placement.held_blocks == before
         before = len(prompt)
         index.answered(placement, prompt.size_bytes // 4, placement.predicted_tokens, 9, float(turn))
+
+
+def test_a_part_before_or_behind_an_image_has_the_tokens_of_its_text_here_and_at_other_writers():
+    """Forty blocks, of which an image takes most bytes and few tokens: it absorbs the error of the estimate."""
+    hashes = array("Q", range(1, 41))
+    ends = array("I", range(2_000, 82_000, 2_000))
+    picture = Fingerprint(hashes, ends, ((4_000, 72_000, 1_000),))
+    mine, theirs = PrefixIndex(), PrefixIndex(origin=1)
+    placement = mine.place(0, picture, 4_000.0, 1.0)
+    mine.answered(placement, 3_256, 0, 10, 2.0)
+    theirs.apply_place(0, picture, 4_000.0, 0, placement.id, 1.0)
+    theirs.apply_answer(0, picture, 3_256, 10, 0)
+    for index in (mine, theirs):
+        held = [index.match(Fingerprint(hashes[:blocks], ends[:blocks])).held[0].tokens for blocks in (1, 2, 36, 40)]
+        assert held == [500, 1_000, 1_256, 3_256]
+
+
+def test_an_image_with_too_high_an_estimate_leaves_the_text_its_tokens():
+    """The whole prompt has fewer tokens than the image was guessed to have: both are scaled, then the image alone."""
+    picture = Fingerprint(array("Q", (1, 2)), array("I", (4_000, 84_000)), ((4_000, 84_000, 3_000),))
+    index = PrefixIndex()
+    placement = index.place(0, picture, 2_000.0, 1.0)
+    index.answered(placement, 1_100, 0, 0, 2.0)
+    assert index.match(Fingerprint(array("Q", (1,)), array("I", (4_000,)))).held[0].tokens == 500

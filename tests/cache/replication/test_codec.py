@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ HEAD = codec.own_head(codec.JOURNAL_VERSION, "writer")
 CHAIN = cut(7, [b"x" * 3_000])
 DELTAS: list[codec.Delta] = [
     Placed(0, 2**62, 3, CHAIN.hashes.tobytes(), CHAIN.ends.tobytes(), 750, 1_700_000_000.25),
+    Placed(0, 7, 3, CHAIN.hashes.tobytes(), CHAIN.ends.tobytes(), 750, 1.0, 5, ((10, 900, 256), (900, 2_000, 256))),
     TakenBack(5, 2),
     Answered(5, 700, 20, None),
     Answered(5, 700, 20, 0),
@@ -35,6 +37,9 @@ def test_a_batch_is_read_as_it_was_written() -> None:
     placed = batch.deltas[0]
     assert isinstance(placed, Placed)
     assert (placed.fingerprint.hashes, placed.fingerprint.ends) == (CHAIN.hashes, CHAIN.ends)
+    pictured = batch.deltas[1]
+    assert isinstance(pictured, Placed)
+    assert pictured.fingerprint.media == ((10, 900, 256), (900, 2_000, 256))
 
 
 def test_a_view_of_an_array_is_written_as_its_bytes() -> None:
@@ -123,3 +128,20 @@ def test_a_writers_name_fits_its_length_byte() -> None:
     for bad in ("", "x" * 256):
         with pytest.raises(ValueError, match="writer"):
             codec.own_head(1, bad)
+
+
+@pytest.mark.parametrize("media", [((5, 5, 1),), ((9, 5, 1),), ((5, 90, 1), (80, 100, 1))])
+def test_media_that_overlap_or_are_empty_are_refused(media: tuple[tuple[int, int, int], ...]) -> None:
+    placed = Placed(0, 1, 0, CHAIN.hashes.tobytes(), CHAIN.ends.tobytes(), 1, 0.0, 0, media)
+    with pytest.raises(StoreCorrupt):
+        _ = placed.fingerprint
+
+
+def test_a_placement_of_an_earlier_version_is_read() -> None:
+    """It names no tenant and no media; one of a later version may have further fields."""
+    fields = [0, 0, 1, 0, CHAIN.hashes.tobytes(), CHAIN.ends.tobytes(), 750, 1.0]
+    for row in (fields, [*fields, 5, [], "new"]):
+        _, batch = codec.decode_batch(HEAD + msgspec.msgpack.encode([{}, [row]]))
+        (placed,) = batch.deltas
+        assert isinstance(placed, Placed)
+        assert (placed.prompt_tokens, placed.fingerprint.media) == (750, ())

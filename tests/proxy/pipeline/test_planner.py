@@ -108,6 +108,20 @@ def test_only_a_generation_that_is_long_enough_to_share_has_a_key() -> None:
     assert not planning.key(endpoint=Endpoint.EMBEDDINGS)
 
 
+def test_an_image_has_its_place_and_its_tokens_in_the_key() -> None:
+    """So that what precedes it is not counted by the bytes of its base64."""
+    planning = Planning()
+    exchange, url = planning.read(), "data:image/png;base64," + "aGVsbG8h" * 1_000
+    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+    body = msgspec.json.encode({"model": "m", "messages": [{"role": "system", "content": "x" * 9_000}, message]})
+    prompt = exchange.prompt = wire_request.read(body, Endpoint.CHAT)
+    planning.planner.fingerprint(exchange)
+    assert exchange.fingerprint is not None
+    ((start, end, tokens),) = exchange.fingerprint.media
+    assert url.encode() in b"".join(prompt.spans)[start:end]
+    assert (end - start < len(url) + 20, tokens) == (True, 1_000)
+
+
 def test_tenants_share_keys_except_in_an_isolated_pool() -> None:
     """There the salt of the tenant begins the chain, so that all of its hashes are the tenant's own."""
     planning = Planning()

@@ -34,6 +34,15 @@ def test_a_picture_is_counted_by_its_kind_and_not_by_its_bytes():
     assert counts.tokens_per_byte("m") == 0.25  # pictures teach nothing about text
 
 
+def test_the_first_picture_that_is_counted_replaces_the_guess():
+    """Of its kind and model only."""
+    counts, picture = TokenCounts(), Media("image", 1_000_000)
+    assert counts.media_tokens("m", "image") == 1_000
+    counts.observe("m", 1_004_000, 1_256, [picture])
+    assert counts.media_tokens("m", "image") == 256
+    assert (counts.media_tokens("m", "audio"), counts.media_tokens("other", "image")) == (1_000, 1_000)
+
+
 def test_media_in_the_known_part_are_not_counted_again():
     """They are in what was answered."""
     counts, picture = TokenCounts(), Media("image", 1_000_000)

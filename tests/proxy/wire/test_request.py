@@ -415,7 +415,29 @@ def test_media_of_responses_are_found_in_its_items() -> None:
     """Input items hold content parts as messages do."""
     item = {"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64," + PICTURE}]}
     body = json.dumps({"model": "m", "input": [item]}).encode()
-    assert read(body, Endpoint.RESPONSES).media == (Media("image", len(PICTURE) + 24),)
+    assert read(body, Endpoint.RESPONSES).media == (Media("image", len(PICTURE) + 24, body.index(b'"data:image')),)
+
+
+def _image(url: str) -> dict[str, object]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def test_media_are_located_in_views_of_the_body_and_in_rewritten_copies_of_them() -> None:
+    """By their order, so that two equal ones are two; one that no span contains is left out."""
+    pictures = [_image(PICTURE + name) for name in ("one", "two", "two")]
+    messages = [{"role": "user", "content": [pictures[0]]}, {"role": "user", "content": pictures[1:]}]
+    body = json.dumps({"model": "m", "messages": messages}).encode()
+    prompt = read(body, Endpoint.CHAT)
+    copied = (prompt.spans[0], b"  " + bytes(prompt.spans[1]))
+    for spans in (prompt.spans, copied):
+        text = b"".join(spans)
+        found = media.locate_media(prompt.media, body, spans, lambda kind: 300.4)
+        values = [body[item.start : item.start + item.size_bytes] for item in prompt.media]
+        assert [text[start:end] for start, end, _ in found] == values
+        assert [tokens for _, _, tokens in found] == [300] * 3
+        assert len({start for start, _, _ in found}) == 3
+    assert media.locate_media(prompt.media, body, prompt.spans[:1], lambda kind: 1.0)[1:] == ()
+    assert media.locate_media([Media("image", 50)], body, prompt.spans, lambda kind: 1.0) == ()
 
 
 @pytest.mark.parametrize("content", [b'"%b"', b'[{"type":"text","text":"%b"}]'])
