@@ -274,7 +274,7 @@ class Dispatcher:
         """Return True if the beginning of the response must be read to know whether it is a stream."""
         prompt = exchange.prompt
         wants_stream = (prompt is not None and prompt.stream) or response.is_event_stream
-        return wants_stream and response.status < 400 and exchange.call.endpoint.is_generation
+        return wants_stream and response.status < 400 and exchange.call.endpoint.runs_model
 
     async def _open(self, exchange: Exchange, response: UpstreamResponse) -> Opening:
         """Wait until the response shows whether it is a stream, and what its first event is."""

@@ -30,13 +30,14 @@ from proxy.wire.errors import error_event
 from proxy.wire.item_ids import StreamedItemIds
 from proxy.wire.late import events_of_plain
 from proxy.wire.sse import StreamTap
-from proxy.wire.usage import read_response
+from proxy.wire.usage import PassedBody, read_response
 
 WHOLE_AT_MOST_BYTES = 256 * 1024
 """A plain response up to this size is gathered and written at once; a longer one is relayed piece by piece."""
 
 _READ_AT_MOST_BYTES = 8 * 1024 * 1024
-"""Largest plain response whose usage is read; the limit holds for its compressed and its decoded size."""
+"""Largest plain response that is read as a whole; the limit holds for its compressed and its decoded size. Of a
+longer one only the usage near its beginning or its end is read."""
 
 _OPENING_BYTES: Final = 2048  # of a stream of the Responses API, searched for its id
 _COMPLETE: Final = Ending.COMPLETE  # constants: the member of an enum is looked up in Python
@@ -148,10 +149,12 @@ class ResponseRelay:
                 if succeeded:
                     self._read_plain(exchange, response, body)
         else:
-            kept = await self._in_pieces(exchange, response, downstream, head)
+            passed = await self._in_pieces(exchange, response, downstream, head)
             exchange.ending = ending
-            if kept is not None:
-                self._read_plain(exchange, response, kept)
+            if passed is not None and (whole := passed.whole()) is not None:
+                self._read_plain(exchange, response, whole)
+            if passed is not None and exchange.usage is None and exchange.call.endpoint.runs_model:
+                exchange.usage = passed.usage()
 
     async def _in_pieces(
         self,
@@ -159,17 +162,19 @@ class ResponseRelay:
         response: UpstreamResponse,
         downstream: Downstream,
         head: list[tuple[bytes, bytes]],
-    ) -> bytes | None:
-        """Relay a long plain response as it arrives. Return its body if it is to be read and not too long."""
-        is_read = response.status < 300 and self._is_read(exchange)
-        kept: list[bytes] = []
+    ) -> PassedBody | None:
+        """Relay a long plain response as it arrives. Return its body if it is to be read."""
+        body: PassedBody | None = None
+        if response.status < 300 and self._is_read(exchange):
+            encoding = response_encoding(response.headers)
+            body = PassedBody(encoding, exchange.call.endpoint, _READ_AT_MOST_BYTES)
         stream = self._passed_stream(response, downstream)
         downstream.begin(response.status, response.reason, head, response.content_length)
         try:
             while piece := await response.next_chunk():
                 exchange.response_bytes += len(piece)
-                if is_read and exchange.response_bytes <= _READ_AT_MOST_BYTES:
-                    kept.append(piece)
+                if body is not None:
+                    body.feed(piece)
                 await downstream.write(piece)
                 if stream is not None:
                     stream.passed(piece, response.seen_seconds)
@@ -177,7 +182,7 @@ class ResponseRelay:
             if stream is not None:
                 self.silence.leave(stream)
         downstream.end()
-        return b"".join(kept) if is_read and exchange.response_bytes <= _READ_AT_MOST_BYTES else None
+        return body
 
     def _passed_stream(self, response: UpstreamResponse, downstream: Downstream) -> PassedStream | None:
         """Watch a stream that answers no prompt, such as that of a background response; None for any other body.

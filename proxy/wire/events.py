@@ -30,6 +30,8 @@ _CR: Final = 13
 
 _ERROR_NAME = re.compile(rb"(?:^|[\r\n]|\xef\xbb\xbf)event: ?error[ \t]*(?:[\r\n]|$)")
 _ERROR: Final = "error"
+_PART_ENDS: Final = (".delta", ".partial_image")  # of the types of events of transcripts, speech and pictures
+_WHOLE_ENDS: Final = (".done", ".completed")
 
 NOTHING = EventRead()
 _DONE = EventRead(finished=True)
@@ -93,7 +95,8 @@ def _of_chunk(chunk: Chunk) -> EventRead:
     groq = chunk.x_groq if type(chunk.x_groq) is dict else {}
     usage = chunk.usage or chunk.usageMetadata or groq.get("usage")
     error = bool(chunk.error or groq.get(_ERROR)) or _ERROR in (chunk.object, chunk.type)
-    token = finished = False
+    kind = chunk.type if type(chunk.type) is str else ""
+    token, finished = kind.endswith(_PART_ENDS), kind.endswith(_WHOLE_ENDS)
     for choice in chunk.choices or ():
         if choice.text or (choice.delta is not None and _is_token(choice.delta)):
             token = True

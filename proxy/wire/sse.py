@@ -28,6 +28,7 @@ _USAGE_BYTES_MOST: Final = 4096  # of a usage object, with its key
 _EVENT_END = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
 _LINE_ENDS = re.compile(rb"[\r\n]*")
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_TYPED_EVENTS: Final = (Endpoint.RESPONSES, Endpoint.INFERENCE)
 _COLON: Final = 58
 _CR: Final = 13
 _LF: Final = 10
@@ -303,10 +304,10 @@ class StreamTap:
         return reads
 
     def _of_fragment(self, fragment: bytes) -> EventRead:
-        """Read the end of an event longer than the tail. In the Responses API only the last event has usage."""
+        """Read the end of an event longer than the tail. In streams with typed events only the last one has usage."""
         usage = tail_usage(fragment)
         has_usage = usage is not None or self._passed_usage is not None
-        return EventRead(usage=usage, finished=has_usage and self.endpoint is Endpoint.RESPONSES)
+        return EventRead(usage=usage, finished=has_usage and self.endpoint in _TYPED_EVENTS)
 
 
 class _Digest:

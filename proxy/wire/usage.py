@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from proxy.model import Endpoint, Usage
+from proxy.wire.decode import ResponseDecoder
 from proxy.wire.schemas import (
     DECODE_ERRORS,
     NONE,
@@ -93,6 +94,8 @@ def normal(
         found = _of_anthropic(usage, counts)
     else:
         found = _of_openai(usage, timings, counts) or _of_timings(timings, counts)
+        if found is None and not endpoint.is_generation:
+            found = _of_total(usage, counts)
     tier = _tier(usage.get("service_tier")) or _tier(service_tier)
     return msgspec.structs.replace(found, service_tier=tier) if tier and found is not None else found
 
@@ -243,6 +246,12 @@ def _of_gemini(usage: dict[str, Any], counts: _Counts) -> Usage:
     return _made(counts, prompt=prompt, output=output, cached=cached, reasoning=thoughts)
 
 
+def _of_total(usage: dict[str, Any], counts: _Counts) -> Usage | None:
+    """Read the total of a request without output, the only figure of Jina's rerank and Voyage's embeddings."""
+    total = counts.of(usage, "total_tokens")
+    return None if total is None else _made(counts, prompt=total, output=0, cached=None)
+
+
 def _of_timings(timings: Any, counts: _Counts) -> Usage | None:
     """Read llama.cpp's timings, without `usage`: the prompt is the sum of reused and computed tokens."""
     computed = counts.of(timings, "prompt_n")
@@ -384,6 +393,52 @@ def created_object(body: bytes | memoryview) -> CreatedObject | None:
         return None
 
 
+class PassedBody:
+    """A plain response that is read after it has passed: as a whole if it is short enough, else at its two ends.
+
+    Args:
+        encoding: its content codings, as `response_encoding` returns them. A compressed body is also decoded as it
+            passes, since it may be short only in this form.
+        endpoint: decides how the usage is read.
+        whole_bytes_most: the largest body that is kept, as it was sent.
+    """
+
+    def __init__(self, encoding: bytes, endpoint: Endpoint, whole_bytes_most: int) -> None:
+        self._decoder = ResponseDecoder(encoding) if encoding else None
+        self._endpoint = endpoint
+        self._left_bytes = whole_bytes_most
+        self._pieces: list[bytes] = []
+        self._begin = b""
+        self._end = b""
+
+    def feed(self, piece: bytes) -> None:
+        """Take the next piece of the body."""
+        if self._decoder is not None:
+            self._keep_ends(self._decoder.feed(piece))
+        kept_all, self._left_bytes = self._left_bytes >= 0, self._left_bytes - len(piece)
+        if self._left_bytes >= 0:
+            self._pieces.append(piece)
+        elif self._decoder is None:
+            self._keep_ends(b"".join((*self._pieces, piece)) if kept_all else piece)
+        if self._left_bytes < 0:
+            self._pieces.clear()
+
+    def whole(self) -> bytes | None:
+        """Return the body as it was sent, None if it is too long."""
+        return b"".join(self._pieces) if self._left_bytes >= 0 else None
+
+    def usage(self) -> Usage | None:
+        """Return the usage near the beginning or the end of a body that cannot be read as a whole."""
+        found = normal(tail_usage(self._end), endpoint=self._endpoint)
+        return found or normal(tail_usage(self._begin), endpoint=self._endpoint)
+
+    def _keep_ends(self, text: bytes) -> None:
+        if len(self._begin) < _END_BYTES:
+            self._begin += text[: _END_BYTES - len(self._begin)]
+        self._end = (self._end + text)[-_END_BYTES:] if len(text) < _END_BYTES else text[-_END_BYTES:]
+
+
+_END_BYTES: Final = 16 * 1024  # of the beginning and the end of a long body, which are searched
 _USAGE_KEY = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _KEYS_TRIED: Final = 8  # occurrences tried, from the end; a hostile event may contain thousands
 _BRACE = re.compile(rb"[{}]")
@@ -401,7 +456,7 @@ def tail_usage(fragment: bytes) -> Any:
             depth += 1 if brace.group() == b"{" else -1
             if depth == 0:
                 found = _object(fragment[key.end() : brace.end()])
-                if normal(found) is not None:
+                if normal(found, endpoint=Endpoint.INFERENCE) is not None:
                     return found
                 break
     return None

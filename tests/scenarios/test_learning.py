@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import brotli
 import pytest
+from aiohttp import web
 
 from proxy.metrics import definitions as metrics
 from tests.support.cairn import Cairn, config_for, running
@@ -105,6 +108,95 @@ async def test_a_response_in_an_unknown_coding_is_no_error(http) -> None:
     """Its client may understand it, so that it says nothing against the replica."""
     cairn = await counted(http, "chat/completions", CHAT, b"\x01\x02", (*JSON, ("content-encoding", "x-own")))
     assert cairn.heard.exposition.total(metrics.HIDDEN_ERRORS, 1, "error_body") == 0
+
+
+class Answering(OpenAIUpstream):
+    """Answers every POST with the same bytes."""
+
+    answer: tuple[tuple[tuple[str, str], ...], bytes] = (JSON, b"{}")
+
+    async def _serve(self, request: web.BaseRequest, asked: Any, failure: Failure | None) -> web.StreamResponse:
+        if request.method != "POST":
+            return await super()._serve(request, asked, failure)
+        return web.Response(headers=dict(self.answer[0]), body=self.answer[1])
+
+
+async def counted_at(http, path: str, answer: bytes, headers=JSON) -> Cairn:
+    """A worker that has relayed one answer of an endpoint without a prompt."""
+    upstream = Answering()
+    upstream.answer = (headers, answer)
+    async with upstream, running(config_for([upstream.url])) as cairn:
+        async with http.post(f"{cairn.url}/{path}", json={"model": "m", "input": "hi"}) as got:
+            assert await got.read() == answer
+        cairn.worker.reporter.report()
+    return cairn
+
+
+def events_of(*events: dict[str, Any]) -> bytes:
+    """The bytes of a stream."""
+    return b"".join([b"data: " + json.dumps(event).encode() + b"\n\n" for event in events])
+
+
+IN_OUT = {"input_tokens": 1000, "output_tokens": 7, "total_tokens": 1007}
+
+
+@pytest.mark.parametrize(
+    ("path", "events"),
+    [
+        (
+            "fim/completions",
+            [
+                {"choices": [{"index": 0, "delta": {"content": "a" * 90}}]},
+                {"choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": "stop"}], "usage": USAGE},
+            ],
+        ),
+        (
+            "audio/transcriptions",
+            [
+                {"type": "transcript.text.delta", "delta": "a"},
+                {"type": "transcript.text.done", "text": "a", "usage": {"type": "tokens", **IN_OUT}},
+            ],
+        ),
+        (
+            "audio/speech",
+            [{"type": "speech.audio.delta", "audio": "A"}, {"type": "speech.audio.done", "usage": IN_OUT}],
+        ),
+        (
+            "images/generations",
+            [
+                {"type": "image_generation.partial_image", "b64_json": "A" * 90_000},
+                {"type": "image_generation.completed", "b64_json": "A" * 1_200_000, "usage": IN_OUT},
+            ],
+        ),
+    ],
+)
+async def test_usage_in_the_stream_of_any_path_that_runs_a_model_is_counted(
+    http, path: str, events: list[dict[str, Any]]
+) -> None:
+    """Completions in the middle, transcripts, speech and pictures, whose last event may be long."""
+    cairn = await counted_at(http, path, events_of(*events), STREAM)
+    assert (tokens_in(cairn), cairn.tokens("output")) == (1000, 7)
+    assert cairn.heard.exposition.total(metrics.STREAM_ABORTS, 0, "upstream") == 0
+
+
+@pytest.mark.parametrize("path", ["rerank", "embeddings"])
+async def test_a_total_is_the_prompt_where_there_is_no_output(http, path: str) -> None:
+    """Jina and Voyage report nothing else."""
+    cairn = await counted_at(http, path, b'{"results":[],"usage":{"total_tokens":38}}')
+    assert (tokens_in(cairn), cairn.tokens("output")) == (38, 0)
+
+
+@pytest.mark.parametrize("coding", ["", "gzip"])
+@pytest.mark.parametrize("place", ["before", "behind"])
+async def test_usage_of_a_response_too_long_to_be_kept_is_counted(http, place: str, coding: str) -> None:
+    """Several large pictures in one response, however it is compressed."""
+    usage = b'"usage":' + json.dumps(IN_OUT).encode()
+    pictures = b'"data":[{"b64_json":"' + base64.b64encode(Random(1).randbytes(6_300_000)) + b'"}]'
+    body = b"{" + b",".join((usage, pictures) if place == "before" else (pictures, usage)) + b"}"
+    packed = gzip.compress(body, 1) if coding else body
+    headers = (*JSON, ("content-encoding", coding)) if coding else JSON
+    cairn = await counted_at(http, "images/generations", packed, headers)
+    assert (tokens_in(cairn), cairn.tokens("output")) == (1000, 7)
 
 
 @pytest.mark.parametrize("after", [0, 5_000, 20_000, 300_000])
