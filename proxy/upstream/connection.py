@@ -505,7 +505,7 @@ class Connection(asyncio.Protocol):
 
     def _head_bytes(self) -> int:
         """Return the size of the head, if it came in one read with a large part of its body."""
-        return sum(len(name) + len(value) + len(b": \r\n") for name, value in self._headers)
+        return len(self._reason) + sum(len(name) + len(value) + len(b": \r\n") for name, value in self._headers)
 
     def _unsent(self) -> bool:
         return self._transport is not None and self._transport.get_write_buffer_size() > 0

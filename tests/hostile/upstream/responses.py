@@ -34,6 +34,8 @@ OK = b"HTTP/1.1 200 OK\r\n"
 OWN = OK + b"Content-Length: 3\r\n\r\nown"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n3\r\nown\r\n"
 POISON = OK + b"Content-Length: 8\r\n\r\nPOISONED"
+SIZED = b"Content-Length: 3\r\n\r\nown"
+LAST_CHUNKS = b"3\r\nown\r\n0\r\n\r\n"
 HEAD_ONLY = OK + b"Content-Length: 3\r\n\r\n"
 
 
@@ -78,6 +80,25 @@ CASES: dict[str, Case] = {
         b"HTTP/1.1 304 Not Modified\r\nContent-Length: 3\r\n\r\n", b"own", body=b"", status=304
     ),
     "a response behind 204": whole(b"HTTP/1.1 204 No Content\r\n\r\n" + POISON, body=b"", status=204),
+    "a chunked body behind 204": whole(
+        b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n" + LAST_CHUNKS, body=b"", status=204
+    ),
+    "chunks in the response to HEAD, while idle": whole(
+        OK + b"Transfer-Encoding: chunked\r\n\r\n", None, LAST_CHUNKS, body=b"", method="HEAD"
+    ),
+    "a second response behind one that closes": whole(OK + b"Connection: close\r\n" + SIZED + POISON),
+    "a second response behind one that closes, later": whole(OK + b"Connection: close\r\n" + SIZED, POISON),
+    "a second response behind chunks that close": whole(
+        OK + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + LAST_CHUNKS + POISON
+    ),
+    "a second response behind one of HTTP/1.0": whole(b"HTTP/1.0 200 OK\r\n" + SIZED + POISON),
+    "a second response behind a kept one of HTTP/1.0": whole(
+        b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\n" + SIZED + POISON
+    ),
+    "a second response behind chunks of HTTP/1.0": whole(
+        b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n" + LAST_CHUNKS + POISON
+    ),
+    "a second response behind an upgrade": whole(OK + b"Connection: upgrade\r\nUpgrade: h2c\r\n" + SIZED + POISON),
     # framing
     "spaces around the length": whole(OK + b"Content-Length:   3  \r\n\r\nown"),
     "a tab around the length": whole(OK + b"Content-Length:\t3\t\r\n\r\nown"),
@@ -106,14 +127,20 @@ CASES: dict[str, Case] = {
     "cut inside a body of known length": broken(OK + b"Content-Length: 9\r\n\r\nown", ends=True),
     "cut inside a chunk": broken(OK + b"Transfer-Encoding: chunked\r\n\r\n9\r\nown", ends=True),
     "cut before the last chunk": broken(CHUNKED, ends=True),
+    "a connection header that lists the length": whole(OK + b"Connection: content-length, x\r\n" + SIZED),
+    "identity as a transfer encoding": refused(OK + b"Transfer-Encoding: identity\r\n" + SIZED, ends=True),
+    "no length in HTTP/1.0, then the end": ended(b"HTTP/1.0 200 OK\r\n\r\nown"),
+    "bare LFs": refused(b"HTTP/1.1 200 OK\nContent-Length: 3\n\nown"),
     "cut inside the head": refused(OK + b"Content-Le", ends=True),
     # chunks and trailers
     "a chunk size that is no number": broken(CHUNKED, b"zz\r\nPOISONED\r\n0\r\n\r\n"),
     "a negative chunk size": broken(CHUNKED, b"-8\r\nPOISONED\r\n0\r\n\r\n"),
     "a chunk size beyond 64 bits": broken(CHUNKED, b"fffffffffffffffff\r\nPOISONED\r\n"),
     "a chunk longer than its size": broken(CHUNKED, b"3\r\nPOISONED\r\n0\r\n\r\n"),
-    "a chunk extension without end": broken(CHUNKED, b"3;" + b"x" * 100_000),
-    "a trailer without end": broken(CHUNKED, b"0\r\n" + b"X-T: y\r\n" * 20_000),
+    "a chunk size before a space": broken(CHUNKED, b"8 \r\nPOISONED\r\n0\r\n\r\n"),
+    "a chunk size before a bare LF": broken(CHUNKED, b"8\nPOISONED\r\n0\r\n\r\n"),
+    "a chunk extension without end": broken(CHUNKED, b"3;" + b"x" * 1_000_000),
+    "a trailer without end": broken(CHUNKED, b"0\r\n" + b"X-T: y\r\n" * 100_000),
     "a trailer that repeats the length": broken(CHUNKED + b"0\r\nContent-Length: 8\r\n\r\n", POISON),
     "a trailer that repeats the transfer encoding": whole(
         CHUNKED + b"0\r\nTransfer-Encoding: chunked\r\n\r\n", POISON
@@ -126,6 +153,10 @@ CASES: dict[str, Case] = {
     "a status of four digits": refused(b"HTTP/1.1 2000 OK\r\nContent-Length: 3\r\n\r\nown"),
     "status 0": refused(b"HTTP/1.1 000 Odd\r\nContent-Length: 3\r\n\r\nown"),
     "a head over the limit": refused(OK + b"X-A: " + b"a" * 100_000 + b"\r\nContent-Length: 3\r\n\r\nown"),
+    "a reason over the limit": refused(b"HTTP/1.1 200 " + b"x" * 100_000 + b"\r\n" + SIZED),
+    "a reason without end": refused(b"HTTP/1.1 200 " + b"x" * 1_000_000),
+    "no reason": whole(b"HTTP/1.1 200\r\n" + SIZED),
+    "a reason that is not ASCII": whole(b"HTTP/1.1 200 \xff\xfe\r\n" + SIZED),
     "many headers": refused(OK + b"X-A: a\r\n" * 20_000 + b"Content-Length: 3\r\n\r\nown"),
     "NUL in a header": refused(OK + b"X-A: a\0b\r\nContent-Length: 3\r\n\r\nown"),
     "a bare CR in a header": refused(OK + b"X-A: a\rContent-Length: 9\r\nContent-Length: 3\r\n\r\nown"),
@@ -135,6 +166,9 @@ CASES: dict[str, Case] = {
     "a flood of 102": refused(b"HTTP/1.1 102 Processing\r\n\r\n" * 100, OWN),
     "a flood of 102 in one segment": refused(b"HTTP/1.1 102 Processing\r\n\r\n" * 100 + OWN),
     "a large flood of 100": refused(*[b"HTTP/1.1 100 Continue\r\n\r\n" * 1_000] * 5),
+    "100 with a length": whole(b"HTTP/1.1 100 Continue\r\nContent-Length: 5\r\n\r\n" + OWN),
+    "100 with a body": refused(b"HTTP/1.1 100 Continue\r\nContent-Length: 5\r\n\r\nhello" + OWN),
+    "large heads of 103": refused(*[b"HTTP/1.1 103 Early\r\n" + b"Link: %b\r\n" % (b"x" * 3_000) * 8 + b"\r\n"] * 5),
     "101 without an upgrade": refused(b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"),
     # statuses with a time
     "429 with an absurd Retry-After": whole(
