@@ -51,7 +51,7 @@ async def shared_secret(store: Store, known: bytes | None = None) -> bytes:
         found = None if known is None else await store.execute("GET", keys.SECRET)
     except StoreRefused:  # a key of another type
         found = None
-    if found is None or len(found) < LEAST_BYTES:
+    if not isinstance(found, bytes) or len(found) < LEAST_BYTES:
         found = await store.run_script(_AGREE, [keys.SECRET], (offered, LEAST_BYTES))
     if not isinstance(found, bytes):
         raise StoreCorrupt("the secret in Redis is damaged")

@@ -19,7 +19,7 @@ import msgspec
 
 from cache import keys
 from cache.errors import CacheError, StoreRefused
-from cache.store.replies import hash_pairs
+from cache.store.replies import hash_pairs, parsed
 from cache.store.store import Script, Store
 
 FLUSH_SECONDS = 0.9  # with the write itself, a crash loses at most a second
@@ -165,7 +165,7 @@ class Totals:
     async def _write(self, batch: _Batch) -> int:
         args = (batch.number, WRITER_SECONDS, KEPT_DAYS * 86_400, *batch.args)
         days = [keys.totals_day(day) for day in batch.days]
-        return int(await self._store.run_script(_ADD, [self._writer, *days], args, WRITE_LIMIT_SECONDS))
+        return parsed(int, await self._store.run_script(_ADD, [self._writer, *days], args, WRITE_LIMIT_SECONDS))
 
     def _note_failures(self, count: int, error: CacheError | None = None) -> None:
         if count > 0:
@@ -221,7 +221,7 @@ async def read_totals(store: Store, first: date, last: date) -> dict[RowKey, Sum
         chunk = days[start : start + READ_DAYS]
         commands = [("HGETALL", keys.totals_day(day)) for day in chunk]
         for day, reply in zip(chunk, await store.execute_many(commands, READ_LIMIT_SECONDS), strict=True):
-            for field, amount in hash_pairs(reply):
+            for field, amount in parsed(hash_pairs, reply):
                 _add_field(rows, day, field, amount)
             await asyncio.sleep(0)
     return rows
@@ -232,7 +232,7 @@ def _add_field(rows: dict[RowKey, Sums], day: str, field: bytes, amount: bytes) 
     try:
         figure, model, upstream, tenant = _decode_field(field)
         value = int(amount)
-    except (msgspec.MsgspecError, ValueError):
+    except (msgspec.MsgspecError, ValueError, TypeError):
         return
     if figure in _FIGURES and abs(value) <= MAX_AMOUNT:
         sums = rows.setdefault(RowKey(day, model, upstream, tenant), Sums())

@@ -1,7 +1,7 @@
 """Mutation testing of one package by mutmut: which changes of its code does no test notice?
 
     python scripts/mutants.py proxy/routing               # every mutant
-    python scripts/mutants.py proxy/routing --sample 150  # as many, drawn with a fixed seed
+    python scripts/mutants.py proxy/routing --sample 150  # as many, drawn with a fixed seed (--seed for another)
 
 The tests are those of the package's own folder, tests/proxy/routing. Everything happens in a copy of the sources
 under .build/mutants, which the next full run continues: results stay until the code of their function changes. A
@@ -22,12 +22,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("cache", "proxy", "tests", "demo", "benchmarks")
-SEED = 1  # of the sample: the same mutants each time, as long as the code is the same
+SEED = 1  # of the sample, unless another is given: the same mutants each time, as long as the code is the same
 MUTMUT = str(Path(sys.executable).parent / "mutmut")
 NO_SUCH_MUTANT = "none"  # mutmut generates mutants before it looks for those that it is to run
 
 
-def main(package: str, sample: int | None) -> int:
+def main(package: str, sample: int | None, seed: int) -> int:
     """Run the mutants of `package`, a folder, and print what survived. Return the exit code."""
     folder = ROOT / ".build" / "mutants" / package.replace("/", "-")
     prepare(folder, package)
@@ -36,7 +36,7 @@ def main(package: str, sample: int | None) -> int:
     else:
         run(folder, [NO_SUCH_MUTANT], quiet=True)
         every = sorted(states(folder))
-        names = random.Random(SEED).sample(every, min(sample, len(every)))
+        names = random.Random(seed).sample(every, min(sample, len(every)))
     failed = run(folder, names, quiet=False)
     found = states(folder)
     show(folder, {name: found[name] for name in (found if sample is None else names)})
@@ -102,5 +102,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("package", help="a folder, such as proxy/routing")
     parser.add_argument("--sample", type=int, help="run only this many mutants")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the sample")
     arguments = parser.parse_args()
-    sys.exit(main(arguments.package.rstrip("/"), arguments.sample))
+    sys.exit(main(arguments.package.rstrip("/"), arguments.sample, arguments.seed))

@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from cache import keys
-from cache.errors import StoreCorrupt
 from cache.ports import Clock
-from cache.store.replies import hash_pairs
+from cache.store.replies import hash_pairs, parsed
 from cache.store.store import Command, Script, Store
 
 BULK_LIMIT_SECONDS = 2.0  # of an operation that moves a megabyte or lists many; never on the path of a plain request
@@ -75,15 +74,7 @@ class Access:
 
     async def hash(self, key: str) -> list[tuple[bytes, bytes]]:
         """Return all fields and values of a hash. Raises CacheError."""
-        return hash_pairs((await self.many([("HGETALL", key)]))[0])
-
-
-def parsed(read: Callable[[Any], T], reply: Any) -> T:
-    """Return `read(reply)`. Raises StoreCorrupt if the reply is not as `read` expects it."""
-    try:
-        return read(reply)
-    except (ValueError, TypeError, ArithmeticError, LookupError, msgspec.MsgspecError) as error:
-        raise StoreCorrupt("a reply about stored contexts is damaged") from error
+        return parsed(hash_pairs, (await self.many([("HGETALL", key)]))[0])
 
 
 def milliseconds(seconds: float | None) -> int:

@@ -7,10 +7,11 @@ from typing import Any
 
 from cache import keys
 from cache.contexts import scripts
-from cache.contexts.access import Access, parsed
+from cache.contexts.access import Access
 from cache.contexts.retention import Kept
 from cache.contexts.rows import ContextRow, Tag, read_row, read_tag
 from cache.errors import StoreCorrupt
+from cache.store.replies import parsed
 
 READ_AT_ONCE = 100  # rows in one script
 

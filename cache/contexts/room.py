@@ -16,11 +16,12 @@ from typing import Any
 
 from cache import keys
 from cache.contexts import scripts
-from cache.contexts.access import Access, Trust, parsed
+from cache.contexts.access import Access, Trust
 from cache.contexts.listing import DAMAGED, Listing
 from cache.contexts.retention import Kept, choose
 from cache.contexts.rows import ContextRow
 from cache.errors import CacheError, QuotaFull, StoreCorrupt
+from cache.store.replies import parsed
 
 log = logging.getLogger("cairn.contexts")
 

@@ -12,6 +12,7 @@ from collections.abc import Container, Sequence
 from cache import keys
 from cache.errors import CacheError
 from cache.ports import Tasks
+from cache.store.replies import parsed
 from cache.store.store import Script, Store
 
 HEAD_SECONDS = 2.0
@@ -127,7 +128,7 @@ class ColdClaims:
                 *[part for replica in replicas for part in (replica, "busy" if replica in busy else "quiet")],
             ],
         )
-        return got.decode() if got else None
+        return parsed(bytes.decode, got) if got else None
 
     def release(self, pool: str, replica: str) -> None:
         """Give a claim back, in the background; one that Redis does not receive expires."""

@@ -100,14 +100,15 @@ class StreamReader:
                 entries = await self._store.read_stream(
                     keys.JOURNAL, format_id(position), READ_BLOCK_SECONDS, READ_ENTRIES
                 )
+                if entries and self.synced and self.position == position:
+                    await self._apply(entries, own=False)
             except CacheError as error:
                 self._refused = isinstance(error, StoreRefused)  # an outage is visible in the store's state instead
                 await asyncio.sleep(backoff.next_seconds(random.random()))
                 continue
             self._refused = False
             backoff.reset()
-            if entries and self.synced and self.position == position:
-                await self._apply(entries, own=False)
+            if entries:
                 await asyncio.sleep(READ_INTERVAL_SECONDS)
 
     async def _apply(self, entries: list[StreamEntry], *, own: bool) -> None:

@@ -7,10 +7,13 @@ does not write, are replaced, so that damage repairs itself.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from cache import keys
 from cache.errors import StoreCorrupt
+from cache.store.replies import parsed, text, text_or_none
 from cache.store.store import Script, Store
 
 CHUNK_LIMIT_SECONDS = 1.0  # of reading or writing one part
@@ -102,16 +105,16 @@ StreamId = tuple[int, int]
 START: StreamId = (0, 0)
 
 
-def parse_id(text: bytes) -> StreamId:
+def parse_id(written: bytes) -> StreamId:
     """Return a stream's id as two numbers, which compare as Redis orders them. Raises StoreCorrupt."""
-    milliseconds, _, number = text.partition(b"-")
+    milliseconds, _, number = written.partition(b"-")
     try:
-        parsed = int(milliseconds), int(number or b"0")
+        found = int(milliseconds), int(number or b"0")
     except ValueError as error:
         raise StoreCorrupt("a stream id is damaged") from error
-    if not (0 <= parsed[0] < 2**64 and 0 <= parsed[1] < 2**64):
+    if not (0 <= found[0] < 2**64 and 0 <= found[1] < 2**64):
         raise StoreCorrupt("a stream id is out of range")
-    return parsed
+    return found
 
 
 def format_id(stream_id: StreamId) -> bytes:
@@ -150,12 +153,7 @@ class LeaseAndSnapshots:
         """Take or renew the lease, announce this writer, and return the state. Raises CacheError."""
         script_keys = (keys.LEASE, keys.SNAPSHOT, keys.GENERATION, keys.WRITERS, keys.JOURNAL)
         args = (self._writer, self._lease_ms, new_generation, PRESENCE_SECONDS)
-        ours, generation, trimmed, writers, tip, snapshots = await self._store.run_script(_TICK, script_keys, args)
-        try:
-            trimmed_id = parse_id(trimmed)
-        except StoreCorrupt:  # the snapshot is damaged; the next one replaces it
-            trimmed_id = START
-        return Tick(bool(ours), generation, trimmed_id, writers, parse_id(tip), bool(snapshots))
+        return parsed(_read_tick, await self._store.run_script(_TICK, script_keys, args))
 
     async def leave(self) -> None:
         """Give up the lease, if it is ours, so that another writer gets it at once. Raises CacheError."""
@@ -182,15 +180,7 @@ class LeaseAndSnapshots:
     async def head(self) -> SnapshotHead | None:
         """Return the committed snapshot, None if there is none. Raises StoreCorrupt and other CacheErrors."""
         reply = await self._store.execute("HMGET", keys.SNAPSHOT, "id", "stream_id", "parts")
-        if None in reply:
-            return None
-        try:
-            head = SnapshotHead(reply[0].decode(), parse_id(reply[1]), int(reply[2]))
-        except ValueError as error:
-            raise StoreCorrupt("the snapshot's head is damaged") from error
-        if not 0 <= head.parts <= MAX_PARTS:
-            raise StoreCorrupt("the snapshot's head has an impossible number of parts")
-        return head
+        return parsed(_read_head, reply)
 
     async def fetch(self) -> tuple[SnapshotHead, list[bytes | None]] | None:
         """Return the committed snapshot and its parts in order, None for a lost part; None if there is no snapshot.
@@ -208,5 +198,22 @@ class LeaseAndSnapshots:
 
     async def _part(self, head: SnapshotHead, number: int) -> bytes | None:
         key = keys.snapshot_chunk(head.id, number)
-        part: bytes | None = await self._store.execute("GET", key, limit_seconds=CHUNK_LIMIT_SECONDS)
-        return part
+        return parsed(text_or_none, await self._store.execute("GET", key, limit_seconds=CHUNK_LIMIT_SECONDS))
+
+
+def _read_tick(reply: Any) -> Tick:
+    ours, generation, trimmed, writers, tip, snapshots = reply
+    try:
+        trimmed_id = parse_id(trimmed)
+    except StoreCorrupt:  # the snapshot is damaged; the next one replaces it
+        trimmed_id = START
+    return Tick(bool(ours), text(generation), trimmed_id, int(writers), parse_id(tip), bool(snapshots))
+
+
+def _read_head(reply: Any) -> SnapshotHead | None:
+    if None in reply:
+        return None
+    head = SnapshotHead(reply[0].decode(), parse_id(reply[1]), int(reply[2]))
+    if not 0 <= head.parts <= MAX_PARTS:
+        raise StoreCorrupt("the snapshot's head has an impossible number of parts")
+    return head

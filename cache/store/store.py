@@ -26,7 +26,7 @@ from cache.store import url as store_url
 from cache.store.breaker import Breaker, BreakerState
 from cache.store.redis_clients import CONNECT_LIMIT_SECONDS, CONNECTIONS, Clients, make_clients
 from cache.store.redis_errors import map_error
-from cache.store.replies import StreamEntry, entries_of_range, entries_of_read
+from cache.store.replies import StreamEntry, entries_of_range, entries_of_read, parsed
 from cache.store.url import StoreUrl, Topology
 
 log = logging.getLogger("cairn.store")
@@ -253,7 +253,7 @@ class Store:
         reply = await self._guarded(
             "XREAD", lambda: self._reader.execute_command(*command, **options), block_seconds + STREAM_GRACE_SECONDS
         )
-        return entries_of_read(reply)
+        return parsed(entries_of_read, reply)
 
     async def read_range(
         self, stream: str, after_id: bytes, count: int, limit_seconds: float | None = None
@@ -262,7 +262,7 @@ class Store:
         reply = await self.execute(
             "XRANGE", stream, b"(" + after_id, "+", "COUNT", count, limit_seconds=limit_seconds
         )
-        return entries_of_range(reply)
+        return parsed(entries_of_range, reply)
 
     async def subscribe(self, channel: str) -> Subscription:
         """Subscribe to `channel`. Raises CacheError."""
@@ -386,7 +386,9 @@ class Store:
             try:
                 async with asyncio.timeout(PROBE_LIMIT_SECONDS):
                     # Not PING: on a Cluster this asks the node that holds the journal.
-                    await self._client.execute_command("EXISTS", keys.LEASE)
+                    reply = await self._client.execute_command("EXISTS", keys.LEASE)
+                    if not isinstance(reply, int):
+                        raise StoreUnavailable("what answers is no Redis", ErrorKind.OTHER)
             except Exception as error:  # noqa: BLE001 - without Redis the cache goes on alone
                 self._probe_of_connection_failed(map_error(error, "probe"))
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from array import array
+from datetime import date
 from typing import Any
 
 import msgspec
@@ -13,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.contexts import room, rows, segments, store
-from cache.contexts.access import parsed
 from cache.contexts.memory import ContextMemory
 from cache.contexts.retention import choose
-from cache.errors import StoreCorrupt
+from cache.errors import CacheError, StoreCorrupt
 from cache.index.fingerprint import Fingerprint
 from cache.index.hashing import cut
 from cache.index.placement import Placement
@@ -25,12 +25,16 @@ from cache.index.rows import HolderRow, ReplicaRow, RunRow
 from cache.replication import codec
 from cache.replication.apply import MAX_EPOCH_STEP, DeltaApplier, Listeners
 from cache.replication.codec import Batch, SnapshotChunk
+from cache.replication.cold_claims import ColdClaims
 from cache.replication.owners import ObjectLocations
 from cache.replication.rebuild import SnapshotRows
 from cache.replication.restarts import RestartDetector
-from cache.replication.snapshots import parse_id
+from cache.replication.snapshots import LeaseAndSnapshots, parse_id
 from cache.replication.stats import JournalStats
+from cache.secret import shared_secret
+from cache.store.replies import entries_of_range, entries_of_read, parsed
 from cache.store.store import open_store
+from cache.totals import Totals, read_totals
 from proxy.tasks import Tasks
 from tests.support.clock import FakeClock
 from tests.support.workers import NAMES, Numbered, prompt
@@ -285,11 +289,64 @@ def test_a_snapshot_row_that_comes_twice_counts_once() -> None:
     assert reader.stats.dropped_invalid > 0
 
 
-# --- stored contexts
+# --- replies
 
 junk = st.recursive(
     st.one_of(st.none(), st.binary(max_size=30), numbers, st.floats()), lambda inner: st.lists(inner, max_size=5)
 )
+
+
+class Answering:
+    """A store whose every reply is `reply`."""
+
+    def __init__(self, reply: Any) -> None:
+        self._reply = reply
+
+    async def execute(self, *command: Any, limit_seconds: float | None = None) -> Any:
+        return self._reply
+
+    async def execute_many(self, commands: Any, limit_seconds: float | None = None) -> Any:
+        return [self._reply for _ in commands]
+
+    async def run_script(self, *call: Any, limit_seconds: float | None = None) -> Any:
+        return self._reply
+
+
+@settings(max_examples=60)
+@given(st.one_of(junk, st.lists(st.one_of(junk, st.just(b"1-1")), min_size=6, max_size=6)))
+async def test_any_reply_is_read_or_an_error_of_the_cache(reply: Any) -> None:
+    """Lease, snapshots, totals, claims and the secret: the server may be no Redis."""
+    store: Any = Answering(reply)
+    lease = LeaseAndSnapshots(store, "w", lease_seconds=1.0)
+    totals = Totals(store, "w")
+    totals.row("2026-01-31", "m", "u", "t").answers += 1
+    assert await totals.flush() in (True, False)
+    day = date(2026, 1, 31)
+    for call in (
+        lambda: lease.tick("g"),
+        lease.head,
+        lease.leave,
+        lambda: read_totals(store, day, day),
+        lambda: shared_secret(store),
+        lambda: shared_secret(store, b"known" * 9),
+        lambda: ColdClaims(store, "w", tasks=Tasks()).take(
+            "p", ["r"], order="", tenant="t", claim_seconds=1.0, most=1
+        ),
+    ):
+        with contextlib.suppress(CacheError):
+            await call()
+
+
+@given(junk)
+def test_any_reply_of_a_stream_is_read_or_corrupt(reply: Any) -> None:
+    """Of a read with and without waiting."""
+    for read in (entries_of_read, entries_of_range):
+        with contextlib.suppress(StoreCorrupt):
+            assert all(isinstance(part, bytes) for entry in parsed(read, reply) for part in (entry.id, entry.payload))
+
+
+# --- stored contexts
+
 fields = st.one_of(
     st.none(),
     st.binary(max_size=20),

@@ -10,7 +10,7 @@ import pytest
 from redis import exceptions as foreign
 
 from cache import keys
-from cache.errors import CacheError, StoreUnavailable
+from cache.errors import CacheError, ErrorKind, StoreUnavailable
 from cache.store.breaker import FAILURES_TO_OPEN
 from cache.store.pubsub import listen
 from cache.store.redis_clients import Clients
@@ -181,7 +181,7 @@ async def test_a_probe_of_writes_that_fails_otherwise_keeps_the_reason(monkeypat
 
     def act(*command: Any) -> Any:
         if command[1] != keys.PROBE:
-            return None
+            return 0
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -239,3 +239,16 @@ async def test_messages_that_are_taken_do_not_hide_an_outage(topology: str) -> N
             await store.execute("EXISTS", "k")
         clock.advance(0.1)
     assert store.state is StoreState.AWAY
+
+
+@pytest.mark.parametrize("reply", [None, b"OK", [], {}, 1.0], ids=repr)
+async def test_a_server_that_is_no_redis_is_away(reply: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe is answered by a number."""
+    other = Client(lambda *_: reply)
+    monkeypatch.setattr("cache.store.store.make_clients", lambda url: Clients(other, other))
+    tasks = Tasks()
+    store = open_store("redis://127.0.0.1:1", clock=SystemClock(), tasks=tasks)
+    assert await store.start() is StoreState.AWAY
+    assert store.reason is ErrorKind.OTHER
+    await store.close()
+    await tasks.close()
