@@ -22,7 +22,7 @@ from proxy.accounting.totals_reader import Unreadable
 from proxy.admin import openapi
 from proxy.admin.expect import AnyTarget, meet_expectation
 from proxy.admin.status import EVENTS_PATH, PAGE_PATHS, StatusBoard, StatusRoutes
-from proxy.config.checks import is_loopback
+from proxy.config.checks import host_of, is_loopback
 from proxy.config.schema import Config
 from proxy.control.readiness import Readiness, ReadinessStatus
 
@@ -127,7 +127,7 @@ class AdminPort:
             is_right = _same(given.strip(), token.reveal()) and scheme.lower() == "bearer"
             return None if is_right else (401, "send the admin token as Authorization: Bearer TOKEN")
         # refuses a host name that a web page made point here (DNS rebinding)
-        if is_loopback(_host_of(request.headers.get("Host", ""))):
+        if is_loopback(host_of(request.headers.get("Host", ""))):
             return None
         return 403, "without admin.token only requests to localhost are answered"
 
@@ -212,11 +212,3 @@ def _cross_site(request: web.Request) -> tuple[int, str] | None:
 def _is_own_origin(origin: str, request: web.Request) -> bool:
     """Return whether `origin` has the host and port of the request; its scheme may be that of a proxy in front."""
     return origin.partition("://")[2].lower() == request.headers.get("Host", "").lower()
-
-
-def _host_of(header: str) -> str:
-    """Return the host of a `Host` header, without the port; "" if something else follows an address in brackets."""
-    if header.startswith("["):
-        host, _, rest = header[1:].partition("]")
-        return host if not rest or rest.startswith(":") else ""
-    return header.partition(":")[0]

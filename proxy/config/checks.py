@@ -59,6 +59,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def host_of(header: str) -> str:
+    """Return the host of a `Host` header, without the port; "" if something else follows an address in brackets."""
+    if header.startswith("["):
+        host, _, rest = header[1:].partition("]")
+        return host if not rest or rest.startswith(":") else ""
+    return header.partition(":")[0]
+
+
 def implied_kind(url: str) -> PoolKind:
     """Guess the kind of an upstream from its URL: https to a public name is a provider, everything else an engine.
 

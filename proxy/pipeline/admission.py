@@ -16,6 +16,7 @@ import msgspec
 from proxy.errors import Forbidden, Overloaded, Unauthorized
 from proxy.model import Tenant
 from proxy.patterns import matches_any
+from proxy.pipeline.page_guard import PageGuard
 
 _TENANTS_REMEMBERED: Final = 4096  # keys whose tenant is remembered; computing it takes 3 us
 _KEY_BYTES_REMEMBERED: Final = 512  # longer keys are hashed each time, so that strangers cannot fill memory
@@ -57,13 +58,34 @@ class Authenticator:
             of any length is accepted.
         discloses_all: show every client that prefixes are cached which others sent. If false, and the clients belong
             to several tenants, each sees only its own.
+        pages: without clients, decides which pages in browsers may send requests; None allows all.
     """
 
-    def __init__(self, clients: Sequence[KnownClient], secret: bytes, *, discloses_all: bool = False) -> None:
+    def __init__(
+        self,
+        clients: Sequence[KnownClient],
+        secret: bytes,
+        *,
+        discloses_all: bool = False,
+        pages: PageGuard | None = None,
+    ) -> None:
+        self._pages = None if clients else pages
         self._clients = tuple(clients)
         self._sees_all = discloses_all or len({client.tenant for client in clients}) < 2
         self._secret = secret if len(secret) <= _HASH_KEY_BYTES_MOST else hashlib.blake2b(secret).digest()
         self._seen: dict[bytes, Tenant] = {}
+
+    def admit(self, method: str, headers: Sequence[tuple[bytes, bytes]]) -> Tenant:
+        """Return the tenant of a request, from its keys.
+
+        Raises:
+            Unauthorized: clients are configured, and none has one of these keys.
+            Forbidden: a page of another site may have sent the request.
+        """
+        credentials = credentials_of(headers)
+        if self._pages is not None:
+            self._pages.check(method, headers, has_key=bool(credentials))
+        return self.tenant_of_any(credentials)
 
     def tenant_of_any(self, credentials: Sequence[bytes]) -> Tenant:
         """Return the tenant of the first key in `credentials` that is accepted.

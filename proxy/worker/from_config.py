@@ -9,6 +9,7 @@ import msgspec
 
 from cache import ContextLimits
 from proxy.clock import Clock
+from proxy.config.checks import is_loopback
 from proxy.config.schema import (
     Admission,
     AdmissionMode,
@@ -23,6 +24,7 @@ from proxy.config.schema import (
 from proxy.fleet import BreakerSettings
 from proxy.pipeline.admission import Authenticator, KnownClient
 from proxy.pipeline.dispatch import HOLD_SECONDS, RetryPolicy
+from proxy.pipeline.page_guard import PageGuard
 from proxy.pipeline.response_relay import StreamLimits
 from proxy.pipeline.silence import SilenceWatch
 from proxy.routing.cold_turn import GateLimits
@@ -145,7 +147,14 @@ def known_clients(clients: tuple[Client, ...]) -> list[KnownClient]:
 def authenticator(config: Config, secret: bytes) -> Authenticator:
     """Return the authenticator for the clients of the configuration."""
     discloses_all = config.tenants.disclosure is Disclosure.ALL
-    return Authenticator(known_clients(config.clients), secret, discloses_all=discloses_all)
+    return Authenticator(known_clients(config.clients), secret, discloses_all=discloses_all, pages=page_guard(config))
+
+
+def page_guard(config: Config) -> PageGuard:
+    """Return which pages may send requests without a key; the replicas' keys are for localhost, unless allowed."""
+    server = config.server
+    is_local = config.has_replica_keys and not server.open and is_loopback(server.host)
+    return PageGuard(server.cors_origins, local_only=is_local)
 
 
 def gate_limits(admission: Admission) -> GateLimits:

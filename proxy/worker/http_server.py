@@ -24,7 +24,7 @@ from proxy.errors import REASON_PHRASES, CairnError, InternalError, TooLarge, Up
 from proxy.metrics import definitions as metrics
 from proxy.metrics.recorder import Recorder
 from proxy.model import Body, Call, Endpoint, Tenant
-from proxy.pipeline.admission import Authenticator, InFlightLimit, credentials_of
+from proxy.pipeline.admission import Authenticator, InFlightLimit
 from proxy.pipeline.cors import Cors
 from proxy.pipeline.dispatch import Upload
 from proxy.pipeline.routes import Route, Routes, is_liveness
@@ -123,7 +123,7 @@ class HttpServer:
                 route = Route(Endpoint.OTHER, "/v1" + next(filter(path.endswith, _WEBSOCKET_PATHS)))
                 _refuse_websocket(request.upgrade)
             route = self._routes.route(request.method, request.target)
-            tenant = self.authenticator.tenant_of_any(credentials_of(headers))
+            tenant = self.authenticator.admit(request.method, headers)
             self._room.enter()
             entered = True
             reads = route.must_read(tenant)

@@ -21,6 +21,7 @@ from proxy.metrics.recorder import Recorder
 from proxy.model import Call
 from proxy.pipeline.admission import Authenticator, InFlightLimit, KnownClient
 from proxy.pipeline.dispatch import Upload
+from proxy.pipeline.page_guard import PageGuard
 from proxy.pipeline.routes import Routes
 from proxy.wire.errors import error_response
 from proxy.worker.http_server import HttpServer
@@ -78,12 +79,18 @@ class Running:
 
 
 @asynccontextmanager
-async def running(play: Play = echo, *, max_requests: int = 10, **settings: Any) -> AsyncIterator[Running]:
+async def running(
+    play: Play = echo,
+    *,
+    max_requests: int = 10,
+    authenticator: Authenticator | None = None,
+    **settings: Any,
+) -> AsyncIterator[Running]:
     pipeline, room = Pipeline(play), InFlightLimit(max_requests)
     server = HttpServer(
         port_settings(Config(server=Server(**settings), contexts=Contexts(max_context_bytes=1024))),
         routes=Routes((), (), 8090),
-        authenticator=Authenticator(CLIENTS, b"secret"),
+        authenticator=authenticator or Authenticator(CLIENTS, b"secret"),
         room=room,
         pipeline=pipeline,
         recorder=Recorder(),
@@ -123,6 +130,13 @@ async def test_a_stranger_is_refused_without_a_look_at_the_body() -> None:
         head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99999\r\n\r\n"
         assert (await talk(port.port, head)).startswith(b"HTTP/1.1 401 ")
     assert port.pipeline.calls == []
+
+
+async def test_a_page_of_another_site_is_refused_without_a_look_at_the_body() -> None:
+    """403: the method and the headers decide."""
+    async with running(authenticator=Authenticator((), b"secret", pages=PageGuard())) as port:
+        assert (await port.ask(b"origin: https://evil.example\r\n", b"{}"))[0] == 403
+        assert (await port.ask(b"", b"{}"))[0] == 200
 
 
 @pytest.mark.parametrize("path", [b"/v1/responses", b"/v1/realtime?model=x"])
