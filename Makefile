@@ -11,7 +11,7 @@ ADMIN_PORT ?= 8090
 # For bench-fleet and bench-replay: a trace in Mooncake's format.
 TRACE ?=
 
-SOURCES := $(shell find cache proxy -name '*.py' -o -name '*.html' -o -name '*.js' -o -name '*.css')
+SOURCES := $(shell find cache proxy -name '*.py' -o -name '*.c' -o -name '*.html' -o -name '*.js' -o -name '*.css')
 BUILD_FILES := pyproject.toml hatch_build.py scripts/compile.py
 
 # The tests that run a second time, against the compiled modules: whole workers, and units whose tests need no doubles of

@@ -1,4 +1,4 @@
-"""Compile the data path with mypyc: the modules that pyproject.toml lists under [tool.cairn.compile].
+"""Compile the data path: modules with mypyc, and libraries in C, as pyproject.toml lists them under [tool.cairn].
 
     python scripts/compile.py FOLDER              # leaves cairn_cache.<abi>.so and the like in FOLDER
     python scripts/compile.py FOLDER --profiled   # twice, the second time by the counts of a training run
@@ -21,7 +21,7 @@ import sysconfig
 import tomllib
 from pathlib import Path
 from shutil import copytree, rmtree
-from typing import cast
+from typing import Any, cast
 
 from mypyc.build import mypycify
 from setuptools import Extension, setup
@@ -38,8 +38,19 @@ NO_ERROR = "-Wno-error"  # mypyc turns warnings into errors, and these options c
 
 def groups() -> list[tuple[list[str], str | None]]:
     """Return the modules of each library with its name. Calls within one library are C calls."""
-    listed = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["tool"]["cairn"]["compile"]
-    return [(modules, f"cairn_{name}") for name, modules in listed.items()]
+    return [(modules, f"cairn_{name}") for name, modules in _listed()["compile"].items()]
+
+
+def c_libraries() -> list[Extension]:
+    """Return the libraries that are written in C."""
+    return [Extension(name, [source], extra_compile_args=["-O2"]) for name, source in _listed()["c"].items()]
+
+
+def _listed() -> dict[str, dict[str, Any]]:
+    listed: dict[str, dict[str, Any]] = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "cairn"
+    ]
+    return listed
 
 
 def main(folder: Path, *, profiled: bool) -> None:
@@ -57,6 +68,7 @@ def main(folder: Path, *, profiled: bool) -> None:
         [*MYPY_OPTIONS, *modules], opt_level=level, debug_level="0", separate=separate, target_dir=str(folder / "c")
     )
     extensions = cast(list[Extension], made)  # setuptools is imported, so they are its own and not distutils'
+    extensions += c_libraries()
     if profiled:
         train(extensions, folder)
     build(extensions, folder, folder, BY_COUNTS if profiled else [])

@@ -13,8 +13,8 @@ import pytest
 from tests.conftest import IS_COMPILED
 
 ROOT = Path(__file__).parents[1]
-GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cairn"]["compile"]
-MODULES = [module for modules in GROUPS.values() for module in modules]
+LISTED = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cairn"]
+MODULES = [module for modules in LISTED["compile"].values() for module in modules]
 PURE = {"bytes", "len", "end", "find", "index", "start", "min", "max"}
 
 
@@ -79,3 +79,10 @@ def test_all_that_is_listed_is_compiled(module: str) -> None:
     """Each listed module is compiled; one that is not would be slow without notice."""
     name = module.removesuffix(".py").replace("/", ".")
     assert not (importlib.import_module(name).__file__ or "").endswith(".py")
+
+
+@pytest.mark.skipif(not IS_COMPILED, reason="the sources are tested")
+@pytest.mark.parametrize("library", LISTED["c"])
+def test_each_library_in_c_is_there(library: str) -> None:
+    """Each listed library is compiled; without one, Cairn would be slow without notice."""
+    importlib.import_module(library)

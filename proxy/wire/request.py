@@ -26,6 +26,7 @@ from msgspec import Raw
 from proxy.errors import BadRequest
 from proxy.model import Body, Endpoint, Prompt, UsageRequest
 from proxy.wire.bounds import TooManyItems, may_hold_many
+from proxy.wire.json_cuts import shortened
 from proxy.wire.media import are_plain_text, find_media
 from proxy.wire.schemas import (
     MESSAGES_MOST,
@@ -294,6 +295,18 @@ def _skips_cache(fields: Common) -> bool:
 
 def _decoded(decode: Callable[[Body], Any], body: Body) -> Any:
     """Decode the fields of `body`, and check that `model` is given at most once and not too long."""
+    short = shortened(body)
+    if short is None:
+        return _decoded_text(decode, body)
+    try:
+        fields = _decoded_text(decode, short.text)
+    except BadRequest:
+        return _decoded_text(decode, body)  # for an error about the text that the client has sent
+    short.restore(fields, NONE)
+    return fields
+
+
+def _decoded_text(decode: Callable[[Body], Any], body: Body) -> Any:
     models = seen.models
     models.clear()
     if seen.objects:

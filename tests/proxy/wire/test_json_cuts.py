@@ -1,0 +1,160 @@
+"""Long strings are cut out of JSON before it is decoded, and nothing that is read of a body shows it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+
+import pytest
+from msgspec import Raw
+
+from proxy.errors import BadRequest
+from proxy.model import Endpoint, Prompt
+from proxy.wire import json_cuts
+from proxy.wire.request import MODEL_NAME_BYTES_MOST, read
+from proxy.wire.spans import span_of
+
+cuts = pytest.importorskip("cairn_json_cuts", reason="it is compiled with the data path")
+
+PIECES = (
+    "plain text, ",
+    'a "quote" ',
+    "two\nlines ",
+    "a back\\slash ",
+    '\\" ',
+    "é漢😀 ",
+    "\t",
+    "/",
+    "\x01",
+    "{[]}:, ",
+)
+LONG = "x" * 40_000
+
+
+def a_text(rng: random.Random, size: int) -> str:
+    text = "".join(rng.choices(PIECES, k=size // 4))
+    return text[:size]
+
+
+def a_body(rng: random.Random, endpoint: Endpoint) -> bytes:
+    """A body with short and long strings at every depth; its sizes surround the limits of what is cut."""
+
+    def text() -> str:
+        return a_text(rng, rng.choice((0, 3, 1020, 2047, 2048, 2049, 9_000, 30_000)))
+
+    message = {"role": "user", "content": text()}
+    parts = {"role": "user", "content": [{"type": "text", "text": text()}, {"type": "text", "text": text()}]}
+    messages = rng.choices([message, parts, {"role": "assistant", "content": text()}], k=4)
+    members: dict[str, object] = {
+        "model": rng.choice(("m", "m" * MODEL_NAME_BYTES_MOST)),
+        "stream": rng.choice((True, False, None)),
+        "stream_options": rng.choice((None, {}, {"include_usage": False}, {"note": text()})),
+        "tools": rng.choice((None, [], [{"type": "function", "function": {"description": text()}}])),
+        "metadata": {"unread": [text(), {"deeper": text()}]},
+        "chat_template_kwargs": {"note": text()},
+        "prompt_cache_key": text(),
+        "max_tokens": 5,
+        "messages": messages,
+        "input": rng.choice((messages, text())),
+        "prompt": text(),
+        "system": text(),
+        "instructions": text(),
+    }
+    if endpoint is not Endpoint.RESPONSES:
+        del members["prompt"]
+    if endpoint is Endpoint.COMPLETIONS:
+        members["prompt"] = text()
+    names = list(members)
+    rng.shuffle(names)
+    return json.dumps({name: members[name] for name in names}, ensure_ascii=rng.random() < 0.5).encode()
+
+
+def outcome(body: bytes | bytearray, endpoint: Endpoint) -> Prompt | str:
+    """The prompt that is read, or the error's text."""
+    try:
+        return read(body, endpoint)
+    except BadRequest as error:
+        return str(error)
+
+
+def offsets(body: bytes, prompt: Prompt) -> list[tuple[int, int]]:
+    """Where each span is in the body."""
+    return [span_of(body, memoryview(span)) for span in prompt.spans]
+
+
+@pytest.fixture
+def whole_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes, Endpoint], Prompt | str]:
+    """Read a body without any cuts."""
+
+    def read_whole(body: bytes, endpoint: Endpoint) -> Prompt | str:
+        with monkeypatch.context() as patch:
+            patch.setattr(json_cuts, "_shorten", None)
+            return outcome(body, endpoint)
+
+    return read_whole
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES, Endpoint.MESSAGES])
+def test_a_prompt_is_read_the_same_with_and_without_cuts(endpoint: Endpoint, whole_only) -> None:
+    """The same members, spans and offsets are found, or the same error."""
+    rng = random.Random(7)
+    shortened = 0
+    for _ in range(60):
+        body = a_body(rng, endpoint)
+        shortened += json_cuts.shortened(body) is not None
+        found, expected = outcome(body, endpoint), whole_only(body, endpoint)
+        assert found == expected
+        if isinstance(found, Prompt) and isinstance(expected, Prompt):
+            assert offsets(body, found) == offsets(body, expected)
+    assert shortened > 30
+
+
+def test_a_damaged_body_is_read_the_same_with_and_without_cuts(whole_only) -> None:
+    """A body that is cut off, or has a byte that is wrong, has the same outcome; errors name the same offset."""
+    rng = random.Random(11)
+    body = a_body(rng, Endpoint.CHAT)
+    for _ in range(300):
+        damaged = bytearray(body)
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            damaged[rng.randrange(len(damaged))] = rng.choice(b'"\\{}[]:,u0\x00\x1f\x7f\xff ')
+        del damaged[rng.choice((len(damaged), rng.randrange(len(damaged)))) :]
+        assert outcome(bytes(damaged), Endpoint.CHAT) == whole_only(bytes(damaged), Endpoint.CHAT)
+
+
+@pytest.mark.parametrize("wrong", ["\\x", "\\u12g4", "\\", "\x00", "\n", "\x1f"])
+@pytest.mark.parametrize("place", [0, 15, 1023, 39_999, 40_000])
+def test_a_text_with_an_odd_string_is_left_to_the_decoder(wrong: str, place: int) -> None:
+    """An escape that JSON does not know, or a bare control character, is found wherever it is in a string."""
+    odd = LONG[:place] + wrong + LONG[place:]
+    assert cuts.shorten(f'[["{odd}"]]'.encode()) is None or wrong == "\\"
+    assert cuts.shorten(f'[["{LONG}"],["{odd}'.encode()) is None
+
+
+@pytest.mark.parametrize("escape", ['\\"', "\\\\", "\\/", "\\n", "\\u00e9"])
+def test_no_escape_is_cut_in_two(escape: str) -> None:
+    """A long member of the outermost object keeps a beginning that is a string by itself."""
+    for shift in range(13):
+        text = "x" * shift + escape * 4_000
+        short, _ = cuts.shorten(f'{{"model":"{text}"}}'.encode())
+        kept = json.loads(short)["model"]
+        assert json.loads(f'"{text}"').startswith(kept)
+        assert 1024 <= len(short) - len('{"model":""}') < 1024 + 6
+
+
+def test_a_text_without_long_strings_is_soon_given_up() -> None:
+    """A pass over many short strings would cost more than it saves."""
+    short = [{"name": "a" * 20} for _ in range(40_000)]
+    assert cuts.shorten(json.dumps(short).encode()) is None
+    assert cuts.shorten(json.dumps([*short, LONG * 40]).encode()) is None
+    assert cuts.shorten(json.dumps([LONG, *short[:100]]).encode()) is not None
+
+
+def test_a_part_that_is_no_view_into_the_short_text_is_refused() -> None:
+    """An offset that does not lie in the short text is an error and no read beyond the body."""
+    body = f'{{"a":"{LONG}"}}'.encode()
+    short, packed = cuts.shorten(body)
+    for part in (b"elsewhere", Raw(b'"else"'), memoryview(body)):
+        with pytest.raises(ValueError, match="does not lie"):
+            cuts.whole(memoryview(body), short, packed, part)
+    assert bytes(cuts.whole(memoryview(body), short, packed, memoryview(short)[5:-1])) == body[5:-1]
