@@ -9,7 +9,8 @@ Most shortfalls are due to neither an eviction nor a restart. Each reason is rec
   length is corrected;
 - the engine evicted it: only if the entries fill the budget, and the prompt is older than everything that was shown
   to be cached; several such responses shrink the budget;
-- the engine restarted: only if nothing was cached of two whole earlier prompts, of two tenants if it serves several.
+- the engine restarted: only if nothing was cached of two whole earlier prompts in a row, of two tenants if it serves
+  several, and of more if it has lost prompts without a restart.
 
 These are functions on the tree and on one replica's state. They may recount entries but never drop any; they only
 propose a new epoch or budget, which the index applies.
@@ -22,7 +23,7 @@ from typing import Final
 from cache.index.fingerprint import Fingerprint
 from cache.index.nodes import Node, ReplicaEntries, Step
 from cache.index.placement import FeedbackKind, Placement
-from cache.index.replica_state import UNLIMITED_TOKENS, ReplicaState
+from cache.index.replica_state import MAX_RESTART_MISSES, UNLIMITED_TOKENS, ReplicaState
 from cache.index.token_counts import learn_tokens, recount
 
 MIN_TOLERANCE_TOKENS: Final = 128
@@ -81,7 +82,8 @@ RECENT_PROMPTS: Final = 4
 MAX_EVICTIONS: Final = 16
 """Evictions of one replica that are remembered until its budget changes; a few, of several tenants, suffice."""
 
-MAX_SUSPECTS: Final = 4
+MAX_SUSPECTS: Final = MAX_RESTART_MISSES + 1
+"""Suspects of one replica that are remembered: one more than needed, since they may all be of one tenant."""
 
 # constants: the member of an enum is looked up in Python
 _NOTHING: Final = FeedbackKind.NOTHING
@@ -214,7 +216,7 @@ def _right(
             if cached_tokens and not placement.exact and node.fork_tokens < 0:
                 recount(steps, placement.held_blocks, error)  # even by 0: the count is known from then on
     if cached_tokens and not _explained(state, placement, cached_tokens, steps):
-        state.suspects = []
+        state.saw_hit()
     return _RIGHT
 
 
@@ -291,6 +293,7 @@ def _is_shorter(placement: Placement, prompt_tokens: int, steps: list[Step]) -> 
 def _evicted(state: ReplicaState, placement: Placement) -> FeedbackKind:
     """Count an eviction; enough of them since the budget last changed shrink it, at most once per turnover."""
     state.proven_tokens = int(state.proven_tokens * PROVEN_DECAY)
+    state.saw_loss()
     if state.slots is not None and state.slots > state.stated_slots:
         state.slots -= 1
     others = [each for each in state.evictions if not same_chain(each, placement)]
@@ -305,11 +308,15 @@ def _evicted(state: ReplicaState, placement: Placement) -> FeedbackKind:
 
 
 def _suspect(state: ReplicaState, placement: Placement) -> FeedbackKind:
-    """Note that nothing of a whole earlier prompt was cached; the second such prompt means a restart."""
-    for other in state.suspects:
-        if not same_chain(other, placement) and (other.source != placement.source or not state.has_several_sources):
-            return _RESTARTED
-    state.suspects = [*state.suspects, placement][-MAX_SUSPECTS:]
+    """Note that nothing of a whole earlier prompt was cached.
+
+    The second such prompt in a row means a restart, or a later one if the engine also loses prompts otherwise.
+    """
+    others = [other for other in state.suspects if not same_chain(other, placement)]
+    several = not state.has_several_sources or any(other.source != placement.source for other in others)
+    if len(others) + 1 >= state.restart_misses and several:
+        return _RESTARTED
+    state.suspects = [*others, placement][-MAX_SUSPECTS:]
     return _SUSPECT
 
 

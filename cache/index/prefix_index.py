@@ -341,6 +341,10 @@ class PrefixIndex:
         """Return True if more than one tenant was routed to the replica in its present epoch."""
         return self._replica(replica).has_several_sources
 
+    def restart_misses(self, replica: int) -> int:
+        """Return how many prompts in a row of which nothing is cached mean that the replica restarted."""
+        return self._replica(replica).restart_misses
+
     def budget_tokens(self, replica: int) -> int:
         """Return how many tokens the replica is believed to hold; UNLIMITED_TOKENS if that is not known."""
         state = self._replicas.get(replica)

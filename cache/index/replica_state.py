@@ -12,6 +12,19 @@ from cache.index.placement import Placement
 UNLIMITED_TOKENS: Final = 2**31
 """The budget of a replica whose capacity is not known yet."""
 
+MIN_RESTART_MISSES: Final = 2
+MAX_RESTART_MISSES: Final = 8
+"""Bounds of the prompts in a row of which nothing is cached that mean a restart."""
+
+RESTART_CHANCE: Final = 0.002
+"""Chance of so many misses in a row without a restart that is small enough, by the share of prompts that is lost."""
+
+HIT_STEP: Final = 0.1
+"""Weight of the newest prompt in the share of prompts that hit: ten count."""
+
+HIT_SHARE_KEPT: Final = 0.5
+"""Factor of that share when a restart was concluded: the next one needs more evidence, until prompts hit again."""
+
 MAX_SOURCES: Final = 2
 """Tenants remembered per replica and epoch: enough to know whether there are several."""
 
@@ -25,7 +38,8 @@ class ReplicaState:
     `taken_slots` are known to be taken. `placed_tokens` are the tokens placed since the budget last shrank,
     `shortest_hit_tokens` the shortest earlier prompt that was reused. `proven_tokens` is the most that the engine has
     shown to hold at one time. `suspects` and `evictions` are responses that may mean a restart, or a budget that is
-    too large. `sources` are the tenants that were routed here in this epoch.
+    too large. `sources` are the tenants that were routed here in this epoch. `hit_share` is the recent share of whole
+    earlier prompts of which anything was cached.
     """
 
     entries: ReplicaEntries
@@ -44,6 +58,7 @@ class ReplicaState:
     suspects: list[Placement] = field(default_factory=list)
     evictions: list[Placement] = field(default_factory=list)
     sources: set[int] = field(default_factory=set)
+    hit_share: float = 1.0
 
     @property
     def bound_tokens(self) -> int:
@@ -54,6 +69,26 @@ class ReplicaState:
     def has_several_sources(self) -> bool:
         """True if more than one tenant was routed here in this epoch."""
         return len(self.sources) >= MAX_SOURCES
+
+    @property
+    def restart_misses(self) -> int:
+        """Prompts in a row of which nothing is cached that mean a restart: by chance they would be too rare."""
+        lost_share = 1.0 - self.hit_share
+        needed, chance = MIN_RESTART_MISSES, lost_share**MIN_RESTART_MISSES
+        while chance > RESTART_CHANCE and needed < MAX_RESTART_MISSES:
+            needed, chance = needed + 1, chance * lost_share
+        return needed
+
+    def saw_hit(self) -> None:
+        """Note that something of a whole earlier prompt was cached: the suspects before it were evicted."""
+        for _ in self.suspects:
+            self.saw_loss()
+        self.hit_share += HIT_STEP * (1.0 - self.hit_share)
+        self.suspects = []
+
+    def saw_loss(self) -> None:
+        """Note that nothing of a whole earlier prompt was cached, since it was evicted."""
+        self.hit_share -= HIT_STEP * self.hit_share
 
     def saw_source(self, source: int) -> None:
         """Remember the tenant of a placement."""
@@ -68,3 +103,4 @@ class ReplicaState:
         self.suspects = []
         self.evictions = []
         self.sources = set()
+        self.hit_share *= HIT_SHARE_KEPT  # it may have been no restart

@@ -2,7 +2,8 @@
 
 Two such responses in the same epoch, on chains of which neither is a prefix of the other, mean that the replica's
 cache is empty: a new epoch begins, here and for all writers. If the replica serves several tenants, the two must be
-of different tenants. The responses may be this worker's or another's.
+of different tenants; if it also loses prompts without a restart, there must be more. The responses may be this
+worker's or another's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cache.index.token_counts import MAX_PROMPT_TOKENS
 from cache.ports import Clock
 from cache.replication.codec import MAX_MEDIA, Began, Delta, Placed
 
-MAX_MISSES: Final = 4
+MAX_MISSES: Final = 9
 """Misses remembered per replica: one tenant may have several before another has one."""
 
 
@@ -48,15 +49,16 @@ class RestartDetector:
         self._misses.pop(replica, None)
 
     def missed(self, replica: int, miss: Miss) -> None:
-        """Note a miss; begin a new epoch if it is the second one."""
+        """Note a miss; begin a new epoch if enough of them came in a row."""
         if miss.epoch != self._index.epoch(replica):
             return
         earlier = [each for each in self._misses.get(replica, ()) if each.epoch == miss.epoch]
-        several = self._index.has_several_sources(replica)
-        if any(_differ(each, miss) and (each.source != miss.source or not several) for each in earlier):
+        others = [each for each in earlier if _differ(each, miss)]
+        several = not self._index.has_several_sources(replica) or any(each.source != miss.source for each in others)
+        if len(others) + 1 >= self._index.restart_misses(replica) and several:
             self.restarted(replica, miss.epoch + 1, miss)
         else:
-            self._misses[replica] = [*earlier, miss][-MAX_MISSES:]
+            self._misses[replica] = [*others, miss][-MAX_MISSES:]
 
     def restarted(self, replica: int, epoch: int, second: Miss) -> None:
         """Begin `epoch`, in which the prompts of all misses have been computed, and announce it to all writers."""

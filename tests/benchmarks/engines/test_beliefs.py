@@ -129,6 +129,14 @@ def test_an_engine_that_reuses_only_whole_prompts_keeps_its_conversations():
         assert answer.usage.cached_tokens > 0.9 * answer.predicted_tokens > 0
 
 
+def test_an_engine_that_reuses_only_whole_prompts_is_not_taken_for_one_that_restarts_under_pressure():
+    """It loses every other conversation completely, as a restart does."""
+    proxy = CairnProxy([SimulatedEngine(EndCache(60_000))], capacities=60_000)
+    answers = list(turns_of_many(proxy, 20, Random(1)))
+    assert sum(not answer.usage.cached_tokens for answer in answers[20:]) > 60
+    assert proxy.index.epoch(0) <= 1
+
+
 @pytest.mark.parametrize("fields", [{"cache_prompt": False}, {"prompt_logprobs": 1}])
 def test_requests_that_ask_for_no_cache_teach_nothing(fields):
     """Two of one tenant leave every conversation on that engine as it was."""

@@ -278,6 +278,22 @@ def test_two_misses_on_one_conversation_or_with_a_hit_between_are_no_restart(ben
     assert bench.index.epoch(0) == 0
 
 
+def test_an_engine_that_loses_prompts_without_a_restart_needs_more_misses_in_a_row_for_one(bench):
+    """As one that reuses whole prompts only, under pressure: its misses look like a restart, and are no news."""
+    talks = [talk(f"n{n}", 8) for n in range(30)]
+    for _ in range(2):
+        for each in talks:
+            bench.served(each)
+    assert bench.index.restart_misses(0) == 2
+    for lost, kept in zip(talks[:5], talks[5:10], strict=True):
+        assert bench.served(lost, 0).learnt is FeedbackKind.SUSPECT
+        bench.served(kept)
+    needed = bench.index.restart_misses(0)
+    assert 3 <= needed <= 8
+    kinds = [bench.served(each, 0).learnt for each in talks[10 : 10 + needed]]
+    assert kinds == [FeedbackKind.SUSPECT] * (needed - 1) + [FeedbackKind.RESTARTED]
+
+
 def test_an_engine_that_never_reused_anything_is_not_taken_for_one_that_restarted(bench):
     for name in "ab":
         bench.served(talk(name, 8))
