@@ -154,22 +154,23 @@ class Authenticator:
 def credentials_of(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
     """Return the keys in a request's headers (names in lower case), in their order, each once.
 
-    A key comes as `Authorization: Bearer KEY` (in any letter case) or as the bare value of `Authorization`,
-    `x-api-key` (Anthropic) or `api-key` (Azure).
+    A key comes as `Authorization: Bearer KEY` (in any letter case) or as the value of `Authorization`, `x-api-key`
+    (Anthropic) or `api-key` (Azure), with or without `Bearer`.
     """
     found: list[bytes] = []
     for name, value in headers:
         if name in _KEY_HEADERS:
-            scheme, space, rest = value.strip().partition(b" ")
-            key = rest.strip() if space and len(name) == 13 and scheme.lower() == b"bearer" else value.strip()
+            key = value.strip()
+            if key[:6].lower() == b"bearer" and key[6:7] in (b" ", b"\t", b""):
+                key = key[6:].strip()
             if key and key not in found and len(found) < _CREDENTIALS_MOST:
                 found.append(key)
     return found
 
 
 def check_model(tenant: Tenant, model: str) -> None:
-    """Raise Forbidden if `tenant` may not use `model`."""
-    if "*" not in tenant.models and not matches_any(model, tenant.models):
+    """Raise Forbidden if `tenant` may not use `model`. One with control characters might be read as another one."""
+    if "*" not in tenant.models and not (matches_any(model, tenant.models) and model.isprintable()):
         raise Forbidden("This key may not use this model.", param="model", code="model_not_allowed")
 
 

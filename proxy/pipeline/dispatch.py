@@ -6,6 +6,7 @@ reported to the fleet.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
@@ -131,7 +132,7 @@ class Dispatcher:
         self._recorder = recorder
         self._clock = clock
         self._policy = policy
-        self._budget = RetryBudget()
+        self._budgets: defaultdict[str, RetryBudget] = defaultdict(RetryBudget)  # by pool
         self._usage_options = UsageOptions()
 
     async def first_response(self, exchange: Exchange, upload: Upload | None) -> Opened:
@@ -143,7 +144,7 @@ class Dispatcher:
         """
         assert exchange.plan is not None  # noqa: S101 - the pipeline's order
         candidate = exchange.plan.candidates[0]
-        self._budget.note_request(self._clock.monotonic())
+        self._budget(exchange).note_request(self._clock.monotonic())
         while True:
             try:
                 opened = await self._try(exchange, candidate, upload)
@@ -200,7 +201,11 @@ class Dispatcher:
         candidates, now_seconds = exchange.plan.candidates, self._clock.monotonic()
         open_replicas = [self._fleet.is_open(each.replica.id, now_seconds) for each in candidates]
         following = retries.next_candidate((*exchange.tried, failure), candidates, open_replicas)
-        return following if following is not None and self._budget.take(now_seconds) else None
+        return following if following is not None and self._budget(exchange).take(now_seconds) else None
+
+    def _budget(self, exchange: Exchange) -> RetryBudget:
+        """Return the budget of the request's pool: an outage of one pool uses up no retries of another."""
+        return self._budgets[exchange.pool.name if exchange.pool is not None else ""]
 
     def _hold_guilty(self, exchange: Exchange) -> None:
         """Report the replicas that failed a request which then succeeded at another."""
@@ -408,7 +413,7 @@ class Dispatcher:
             self._fleet.failed(number, evidence(exchange, by_status=True), now_seconds, hidden[1])
             return AttemptFailure(number, name, FailureKind.HIDDEN, hidden[0])
         if status == _RATE_LIMITED or status in _FULL_STATUSES:
-            wait_seconds = wire_headers.retry_after_seconds(response.header(b"retry-after"), self._clock.unix())
+            wait_seconds = wire_headers.pause_seconds(response.headers, self._clock.unix())
             if status == _RATE_LIMITED:
                 self._fleet.rate_limited(number, exchange.throttle_key, now_seconds, wait_seconds)
             else:

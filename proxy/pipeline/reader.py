@@ -104,6 +104,8 @@ class RequestReader:
             check_model(call.tenant, model)
             return self._pools.serving(model)
         if call.tenant.is_limited or len(self._pools.all) != 1:
+            if multipart.is_form(_content_type(call)):
+                raise BadRequest("The form has no field `model` that can be read.", param="model")
             raise BadRequest("model is missing", param="model")
         return self._pools.all[0]
 

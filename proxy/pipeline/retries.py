@@ -92,7 +92,7 @@ def next_candidate(
 
 
 class RetryBudget:
-    """Retries allowed: a tenth of the requests of the last ten seconds, at least three.
+    """Retries allowed in one pool: a tenth of its requests of the last ten seconds, at least three.
 
     Without it an outage would multiply the load by the number of retries.
     """

@@ -8,7 +8,9 @@ removed in both directions, since a cookie that one upstream sets would be sent 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Final
 
@@ -69,6 +71,9 @@ _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id", b"set-cookie", b"alt-svc", b"str
 CONTEXT_HEADER: Final = b"x-msh-context-cache"
 _OWN_PREFIXES = (b"x-cairn-", b"x-forwarded-", CONTEXT_HEADER)  # set by Cairn, or easily forged: never passed on
 
+_NUMBER = re.compile(r"[0-9]{1,40}(?:\.[0-9]{0,40})?")
+_MILLISECONDS = frozenset({b"retry-after-ms", b"x-ms-retry-after-ms"})
+_RETRY_AFTER_MOST_SECONDS: Final = 999_999_999.0  # whatever is longer means the same
 _NUL: Final = 0
 _LF: Final = 10
 _CR: Final = 13
@@ -205,14 +210,35 @@ def kept_request_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 
 
 def retry_after_seconds(value: bytes, now_unix_seconds: float) -> float | None:
-    """Return the seconds of a `retry-after` value, a number or a date (RFC 9110, 10.2.3); None if it is neither."""
+    """Return the seconds of a `retry-after` value, a number or a date (RFC 9110, 10.2.3); None if it is neither.
+
+    Fractions, which providers send and SDKs read, are allowed too.
+    """
     text = value.decode("latin-1").strip()
-    if text.isascii() and text.isdigit():
-        return float(text[:9])
+    if _NUMBER.fullmatch(text):
+        return min(float(text), _RETRY_AFTER_MOST_SECONDS)
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - now_unix_seconds)
+        date = parsedate_to_datetime(text)
+        if date.tzinfo is None:  # the obsolete format of asctime, or -0000
+            date = date.replace(tzinfo=UTC)
+        return max(0.0, date.timestamp() - now_unix_seconds)
     except (ValueError, OverflowError):
         return None
+
+
+def pause_seconds(headers: Iterable[tuple[bytes, bytes]], now_unix_seconds: float) -> float | None:
+    """Return the seconds for which a refusal asks its client to wait; None if it does not say.
+
+    `retry-after-ms` and Azure's `x-ms-retry-after-ms` are more precise than `retry-after`, which may come with them.
+    """
+    asked: float | None = None
+    for name, value in headers:
+        if name == b"retry-after":
+            seconds = retry_after_seconds(value, now_unix_seconds)
+            asked = seconds if asked is None else asked
+        elif name in _MILLISECONDS and _NUMBER.fullmatch(text := value.decode("latin-1").strip()):
+            return min(float(text) / 1000, _RETRY_AFTER_MOST_SECONDS)
+    return asked
 
 
 def _cache_status(cache: CacheStatus, miss: MissReason) -> bytes:

@@ -21,8 +21,10 @@ _TYPE = re.compile(
 )
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=?-]{1,70}")  # RFC 2046, 5.1.1, without spaces
 _DISPOSITION = re.compile(
-    r'form-data(?:\s*;\s*(?:name="(?P<name>[^"\\\r\n]*)"|filename\*?=(?:"[^"\r\n]*"|[^;"\s]*)))*\s*', re.IGNORECASE
+    r'form-data(?:\s*;\s*(?:name="(?P<name>[^"\\\r\n]*)"|filename\*?=(?:"[^"\r\n]*"|"(?:[^"\\\r\n]|\\.)*"|[^;"\s]*)))*\s*',
+    re.IGNORECASE,
 )
+"""In a file's name some senders escape a quote by a backslash, and others send backslashes as they are."""
 
 
 class UnreadableForm(ValueError):

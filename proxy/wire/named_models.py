@@ -6,6 +6,7 @@ models are collected that the body can make the upstream use, and a body that ca
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
@@ -48,6 +49,8 @@ _SCHEMAS: Final = frozenset(
 _IMAGES: Final = "image_generation"
 """The hosted tool that runs a model chosen by the upstream if it names none."""
 
+_CHARSET = re.compile(rb"""charset\s*=\s*["']?([^"';\s]*)""", re.IGNORECASE)
+_UTF8: Final = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii"})
 _ESCAPE: Final = b"\\u00"  # an escape could hide a letter of a key
 _MARKS: Final = (b"model", b"fallback", b"adapter", b"lora", b"deployment", b"engine", b"preset", b"image", _ESCAPE)
 
@@ -91,6 +94,8 @@ def further_models(body: Body, content_type: bytes) -> list[str] | None:
     """
     if multipart.is_form(content_type):
         return _form_models(body, content_type)
+    if (charset := _CHARSET.search(content_type)) is not None and charset[1].lower() not in _UTF8:
+        return None  # some servers decode JSON by it: in UTF-7 ASCII text may name other members
     check_values(body)
     try:
         top = msgspec.json.decode(body, type=dict[str, Raw])
@@ -107,9 +112,10 @@ def further_models(body: Body, content_type: bytes) -> list[str] | None:
 
 
 def query_models(target: str) -> list[str]:
-    """Return the models that the query of a request target names."""
+    """Return the models that the query of a request target names, whether `;` separates parameters or not."""
     query = target.partition("?")[2]
-    return [value for key, value in parse_qsl(query) if _names_models(key.casefold())] if query else []
+    pairs = parse_qsl(query) + (parse_qsl(query, separator=";") if ";" in query else [])
+    return [value for key, value in pairs if _names_models(key.casefold())]
 
 
 class _Unreadable(ValueError):

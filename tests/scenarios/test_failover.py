@@ -26,7 +26,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9},
     "embeddings": {"input": "hi"},
 }
-STATUSES = [408, 429, 500, 502, 503, 504, 529]
+STATUSES = [408, 429, 500, 502, 503, 504, 522, 529]
 
 
 class Sick(OpenAIUpstream):
@@ -197,6 +197,21 @@ async def test_an_outage_is_not_multiplied_by_retries(http: aiohttp.ClientSessio
         answers = [await ask(http, cairn, "chat/completions", number) for number in range(100)]
         assert {status for status, _, _ in answers} == {500}
         assert 100 <= one.asked + two.asked <= 111
+
+
+async def test_an_outage_of_one_pool_uses_up_no_retries_of_another(http: aiohttp.ClientSession) -> None:
+    """A model whose replicas all fail is asked for often; one of another pool is served by its well replica."""
+    async with Sick(500) as one, Sick(500) as two, Sick(500) as sick, OpenAIUpstream() as well:
+        pools = (
+            Pool(name="down", models=("down",), replicas=(Replica(one.url), Replica(two.url))),
+            Pool(name="half", models=("*",), replicas=(Replica(sick.url), Replica(well.url))),
+        )
+        async with running(config_for((), pools=pools)) as cairn:
+            for number in range(20):
+                assert (await ask(http, cairn, "chat/completions", number, model="down"))[0] == 500
+            for number in range(20):
+                assert (await ask(http, cairn, "chat/completions", number))[0] == 200
+            assert sick.asked > 0
 
 
 async def test_a_request_that_timed_out_is_not_computed_a_second_time(http: aiohttp.ClientSession) -> None:

@@ -145,6 +145,26 @@ async def test_a_model_is_checked_wherever_a_path_has_one(http, path: str) -> No
         assert await status_of(http, cairn, "POST", f"/v1/{path}", json=good, headers=CHEAP) == 200
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "rerank"])
+async def test_a_limited_client_reaches_no_model_that_some_servers_read_where_others_do_not(http, path: str) -> None:
+    """Behind a semicolon of the query, behind a NUL, or in letters of another charset."""
+    body = {"model": "cheap", "messages": [], "query": "q"}
+    utf7 = b'{"model":"cheap","messages":[],"+AG0-odel":"dear"}'
+    sent: dict[str, dict[str, Any]] = {
+        "?model=cheap;model=dear": {"json": body},
+        "?x;model=dear": {"json": body},
+        "?": {"json": body | {"model": "cheap\0dear"}},
+        "": {"data": utf7, "headers": {**CHEAP, "content-type": 'application/json; charset="utf-7"'}},
+    }
+    async with proxied() as (upstream, cairn):
+        for query, request in sent.items():
+            named = {"headers": CHEAP, **request}
+            assert await status_of(http, cairn, "POST", f"/v1/{path}{query}", **named) == 403, query
+        assert relayed(upstream) == []
+        utf8 = {"json": body, "headers": {**CHEAP, "content-type": "application/json; charset=UTF-8"}}
+        assert await status_of(http, cairn, "POST", f"/v1/{path}?a=b;c=d", **utf8) == 200
+
+
 @pytest.mark.parametrize("path", ["images/edits", "audio/transcriptions", "audio/translations"])
 async def test_the_model_of_a_form_is_checked(http, path: str) -> None:
     """Forms are read strictly: two models, or a form that parsers read differently, are refused."""
@@ -371,6 +391,9 @@ async def test_where_clients_bring_their_own_keys_every_path_passes(http) -> Non
         {"api-key": "sk-free"},
         {"authorization": "Bearer placeholder", "x-api-key": "sk-free"},
         {"api-key": "placeholder", "authorization": "bearer sk-free"},
+        {"x-api-key": "Bearer sk-free"},
+        {"authorization": "Bearer", "api-key": "sk-free"},
+        {"authorization": "Bearer\tsk-free"},
     ],
 )
 async def test_a_key_counts_in_every_form_and_none_reaches_the_upstream(http, headers) -> None:

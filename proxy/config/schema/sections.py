@@ -175,7 +175,11 @@ class Upstream(Section, frozen=True):
     max_retries: Annotated[int, Meta(ge=0, le=10)] = 2
     """Further attempts at other replicas, while nothing of a response has reached the client."""
 
-    retry_statuses: tuple[Annotated[int, Meta(ge=400, le=599)], ...] = (408, 429, 500, 502, 503, 504, 529)
+    retry_statuses: tuple[Annotated[int, Meta(ge=400, le=599)], ...] = (
+        *(408, 429, 500, 502, 503, 504),
+        *(520, 521, 522, 523, 524),  # of Cloudflare, for a host behind it that fails
+        *(529, 530),
+    )
     """Statuses upon which a request is tried at another replica."""
 
     backoff_seconds: Seconds = 0.5

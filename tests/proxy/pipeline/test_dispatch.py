@@ -30,10 +30,14 @@ async def answered_first(bench: Bench, status: int, *headers: tuple[bytes, bytes
 
 
 @pytest.mark.parametrize("status", [503, 529])
-async def test_a_full_replica_is_left_alone_for_as_long_as_it_asks(status: int) -> None:
+@pytest.mark.parametrize(
+    "headers",
+    [[(b"retry-after", b"7")], [(b"retry-after", b"7.0")], [(b"retry-after", b"1"), (b"retry-after-ms", b"7000")]],
+)
+async def test_a_full_replica_is_left_alone_for_as_long_as_it_asks(status: int, headers: list) -> None:
     """For every key and model, and no longer."""
     bench = Bench()
-    await answered_first(bench, status, (b"retry-after", b"7"))
+    await answered_first(bench, status, *headers)
     assert [view.available for view in views(bench)] == [False, True]
     bench.clock.advance(6.9)
     assert [view.available for view in views(bench)] == [False, True]

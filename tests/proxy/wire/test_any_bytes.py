@@ -194,8 +194,9 @@ def test_any_headers_are_read_or_refused(given_headers: list[tuple[bytes, bytes]
 @example(b"Fri, 31 Dec 9999 23:59:59 -2359", 0.0)
 def test_any_retry_after_is_seconds_or_nothing(value: bytes, now: float) -> None:
     """Never negative, never an error."""
-    seconds = headers.retry_after_seconds(value, now)
-    assert seconds is None or seconds >= 0
+    for name in (b"retry-after", b"retry-after-ms"):
+        seconds = headers.pause_seconds([(name, value)], now)
+        assert seconds is None or seconds >= 0
 
 
 @given(VALUES)

@@ -202,7 +202,12 @@ def test_no_key_of_the_client_reaches_an_upstream_that_has_its_own(name: bytes) 
         (b"Thu, 26 Nov 2026 12:00:30 GMT", 30.0),
         (b"Thu, 26 Nov 2026 11:00:00 GMT", 0.0),
         (b"-1", None),
-        (b"1.5", None),
+        (b"1.5", 1.5),
+        (b"9" * 40, 999_999_999.0),
+        (b"Thu Nov 26 12:00:30 2026", 30.0),
+        (b"Thu, 26 Nov 2026 12:00:30 -0000", 30.0),
+        (b"3s", None),
+        (b"nan", None),
         (b"soon", None),
         (b"", None),
     ],
@@ -211,6 +216,22 @@ def test_a_retry_after_is_read_as_seconds_or_as_a_date(value: bytes, seconds: fl
     """A date in the past asks for no wait, and anything else is none."""
     noon = 1_795_694_400.0  # on 26 November 2026
     assert headers.retry_after_seconds(value, noon) == seconds
+
+
+@pytest.mark.parametrize(
+    ("pairs", "seconds"),
+    [
+        ([], None),
+        ([(b"retry-after", b"7")], 7.0),
+        ([(b"retry-after", b"7"), (b"retry-after", b"9")], 7.0),
+        ([(b"retry-after", b"2"), (b"retry-after-ms", b"1500")], 1.5),
+        ([(b"x-ms-retry-after-ms", b"250.5"), (b"retry-after", b"1")], 0.2505),
+        ([(b"retry-after-ms", b"soon"), (b"retry-after", b"1")], 1.0),
+    ],
+)
+def test_a_pause_is_read_from_every_header_that_names_one(pairs: list, seconds: float | None) -> None:
+    """Milliseconds are more precise than the seconds beside them."""
+    assert headers.pause_seconds(pairs, 0.0) == seconds
 
 
 def test_no_cross_origin_grant_of_an_upstream_reaches_a_page() -> None:

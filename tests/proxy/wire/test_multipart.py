@@ -24,6 +24,9 @@ def test_fields_are_found_with_their_bytes() -> None:
     empty = HEAD + b"; filename*=utf-8''x; name=\"n\"\r\n\r\n\r\n"
     assert values(MODEL + file + empty + END) == [("model", b"m"), ("file", b"\x00--b\r\n-\r\n--"), ("n", b"")]
     assert values(MODEL + END, b'Multipart/Form-Data; charset=utf-8; boundary="b"') == [("model", b"m")]
+    for name in (rb"a\"b.wav", rb"C:\a.wav", rb"C:\a\\", "\u00e4".encode()):
+        named = HEAD + b'; name="file"; filename="' + name + b'"\r\n\r\nx\r\n'
+        assert values(named + MODEL + END) == [("file", b"x"), ("model", b"m")], name
     body = MODEL + END
     assert next(iter(fields(body, TYPE))).value.obj is body
 
@@ -60,12 +63,14 @@ def test_a_boundary_that_is_missing_or_ambiguous_is_refused(parameter: bytes) ->
         HEAD + b'; name="a\\"b"\r\n\r\nm\r\n' + END,
         HEAD + b"; name*=utf-8''a\r\n\r\nm\r\n" + END,
         HEAD + b"; name=a\r\n\r\nm\r\n" + END,
+        HEAD + b'; filename="a\\"; name="b"; name="c"\r\n\r\nm\r\n' + END,
+        HEAD + b'; name="b"; filename="a\\"; name=\\""\r\n\r\nm\r\n' + END,
         b'--b\r\ncontent-disposition: attachment; name="a"\r\n\r\nm\r\n' + END,
         HEAD + b'; name="a"\r\ncontent-disposition: form-data; name="b"\r\n\r\nm\r\n' + END,
         b"--b\r\nx: " + b"y" * 5000 + MODEL[5:] + END,
         MODEL * (PARTS_MOST + 1) + END,
     ],
-    ids=range(15),
+    ids=range(17),
 )
 def test_a_form_that_two_parsers_could_read_differently_is_refused(body: bytes) -> None:
     """A missing end, names given twice or encoded, bare line feeds, endless heads and parts."""
