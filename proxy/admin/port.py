@@ -143,7 +143,8 @@ class AdminPort:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         async with self._scraping:
-            body, content_type = self._overview.scrape(request.headers.get("Accept", ""))
+            accept = _bytes(request.headers.get("Accept", "")).decode("ascii", "replace")  # a part of it is repeated
+            body, content_type = self._overview.scrape(accept)
             headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
             if "gzip" in request.headers.get("Accept-Encoding", ""):
                 body = await asyncio.to_thread(gzip.compress, body, _GZIP_LEVEL)

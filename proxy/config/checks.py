@@ -51,7 +51,7 @@ def problems(config: Config) -> Iterator[Problem]:
 
 def is_loopback(host: str) -> bool:
     """Return whether only this machine can reach a port on `host`."""
-    if host == "localhost":
+    if host.lower() == "localhost":
         return True
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback

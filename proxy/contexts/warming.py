@@ -19,6 +19,7 @@ from proxy.errors import InternalError
 from proxy.model import Call, Ending, Endpoint, Tenant
 from proxy.pipeline.exchange import Exchange
 from proxy.wire.contexts import Reference
+from proxy.wire.schemas import DECODE_ERRORS
 
 MINIMAL_MESSAGE = {"role": "user", "content": "."}
 MODELS_REMEMBERED_AT_MOST = 1024
@@ -181,7 +182,7 @@ def _failure(response: ResponseToNobody) -> WarmingFailed:
     kind, code = "server_error" if response.status >= 500 else "invalid_request_error", ""
     try:
         refusal = msgspec.json.decode(response.body, type=_Refusal)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except DECODE_ERRORS:
         refusal = _Refusal()
     if refusal.error is not None:
         if isinstance(refusal.error.type, str) and _CODE.fullmatch(refusal.error.type):

@@ -10,8 +10,9 @@ from typing import TypeVar
 
 import msgspec
 
-_DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+from proxy.wire.schemas import DECODE_ERRORS
 
+_MOST_REQUESTS = 1_000_000  # at once; more is not a limit
 _T = TypeVar("_T")
 
 
@@ -151,9 +152,9 @@ def read_llama_props(page: bytes) -> EngineFacts:
     """Read llama.cpp's `/props`: slots and the tokens of each; a slot serves one request at a time."""
     try:
         props = msgspec.json.decode(page, type=_LlamaProps)
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         return EngineFacts()
-    slots = props.total_slots if props.total_slots > 0 else None
+    slots = _limit(props.total_slots)
     return EngineFacts(
         capacity_tokens=_bounded((slots or 1) * props.default_generation_settings.n_ctx),
         in_flight_limit=slots,
@@ -169,13 +170,13 @@ def read_sglang_server(page: bytes) -> EngineFacts:
     """Read SGLang's `/get_server_info`: the numbers are at the top or in `internal_states`, by release."""
     try:
         server = msgspec.json.decode(page, type=_SglangInfo)
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         return EngineFacts()
     parts = server.internal_states if server.max_total_num_tokens is None and server.internal_states else [server]
-    limits = [part.max_running_requests or server.max_running_requests or 0 for part in parts]
+    limits = [_limit(part.max_running_requests) or _limit(server.max_running_requests) or 0 for part in parts]
     return EngineFacts(
         capacity_tokens=_bounded(sum(part.max_total_num_tokens or 0 for part in parts)),
-        in_flight_limit=sum(limits) or None,
+        in_flight_limit=_limit(sum(limits)),
         engine="SGLang" if server.max_total_num_tokens is not None or server.internal_states else None,
         version=server.version[:_VERSION_CHARACTERS] if server.version else None,
     )
@@ -189,7 +190,7 @@ def read_version(page: bytes) -> EngineFacts:
     """Read vLLM's `/version`."""
     try:
         return EngineFacts(version=msgspec.json.decode(page, type=_Version).version[:_VERSION_CHARACTERS] or None)
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         return EngineFacts()
 
 
@@ -203,6 +204,11 @@ def _sum(numbers: list[bytes]) -> int | None:
 
 def _whole(text: str | None) -> int | None:
     return int(text) if text is not None and len(text) <= 18 and text.isascii() and text.isdecimal() else None
+
+
+def _limit(requests: int | None) -> int | None:
+    """Return a number of requests at once, None if it is none: below a limit of 1 a replica would get no request."""
+    return requests if requests is not None and 0 < requests <= _MOST_REQUESTS else None
 
 
 def _bounded(tokens: int) -> int | None:

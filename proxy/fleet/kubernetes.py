@@ -23,6 +23,7 @@ from proxy.fleet.endpoint_slices import GONE, Endpoint, Slice, SliceList, SliceT
 from proxy.fleet.http_client import HttpClient
 from proxy.tasks import Tasks
 from proxy.upstream import Limits, Origin, UpstreamResponse
+from proxy.wire.schemas import DECODE_ERRORS
 
 log = logging.getLogger("cairn.discovery")
 
@@ -180,7 +181,7 @@ class ServiceWatch:
                 self._table.version = ""
                 return None
             return str(error)
-        except msgspec.DecodeError as error:
+        except DECODE_ERRORS as error:
             self._table.version = ""  # a new list contains what was missed
             return f"cannot read what the API server sent: {error}"
         except UpstreamError as error:

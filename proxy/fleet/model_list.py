@@ -11,6 +11,7 @@ from proxy.fleet.pools import ReplicaEndpoint
 from proxy.model import Call
 from proxy.upstream import UpstreamClient
 from proxy.wire.headers import upstream_head
+from proxy.wire.schemas import DECODE_ERRORS
 
 _LIST_AT_MOST_BYTES = 8 * 1024 * 1024
 
@@ -26,7 +27,7 @@ def read_models(page: bytes) -> list[dict[str, Any]] | None:
     """Return the entries of a model list, None if `page` is not one."""
     try:
         return _decode_listing(page).data
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except DECODE_ERRORS:
         return None
 
 

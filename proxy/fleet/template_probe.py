@@ -25,6 +25,7 @@ from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.fleet.templates import Templates
 from proxy.model import TemplateFacts, ToolOrder
 from proxy.upstream import Limits, UpstreamClient
+from proxy.wire.schemas import DECODE_ERRORS
 from proxy.wire.template import BILLING_MARK
 
 log = logging.getLogger("cairn.templates")
@@ -358,7 +359,7 @@ def read_applied(page: bytes) -> Rendering:
     """Return llama.cpp's rendered prompt; empty if `page` does not contain one."""
     try:
         return msgspec.json.decode(page, type=_Applied).prompt
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except DECODE_ERRORS:
         return ""
 
 
@@ -366,7 +367,7 @@ def read_tokens(page: bytes) -> Rendering:
     """Return the token ids that vLLM or SGLang returned; empty if `page` contains none."""
     try:
         return msgspec.json.decode(page, type=_Tokens).tokens
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except DECODE_ERRORS:
         return []
 
 

@@ -206,11 +206,11 @@ async def test_a_link_of_another_site_may_be_followed_except_to_a_stream(admin: 
 
 async def test_headers_that_are_not_utf_8_are_no_defect(admin: Running) -> None:
     """A wrong token, and a client's key as it was sent."""
-    raw = b"POST %b HTTP/1.1\r\nHost: localhost\r\n%b: %b\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    raw = b"%b %b HTTP/1.1\r\nHost: localhost\r\n%b: %b\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
-    async def status(target: bytes, name: bytes, value: bytes) -> int:
+    async def status(target: bytes, name: bytes, value: bytes, method: bytes = b"POST") -> int:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(admin.url.rpartition(":")[2]))
-        writer.write(raw % (target, name, value))
+        writer.write(raw % (method, target, name, value))
         answer = await reader.read()
         writer.close()
         return int(answer.split()[1])
@@ -218,6 +218,7 @@ async def test_headers_that_are_not_utf_8_are_no_defect(admin: Running) -> None:
     assert await status(b"/explain", b"X-Cairn-Client-Key", b"k\xff\xfe") == 200
     assert admin.overview.asked == [("/v1/chat/completions", b"", b"k\xff\xfe")]
     assert await status(b"/explain?path=%ff", b"X-Other", b"x") == 400
+    assert await status(b"/metrics", b"Accept", b"application/openmetrics-text;version=\xff", b"GET") == 200
     admin.overview.config = Config(admin=Admin(token=Secret("right")))
     assert await status(b"/explain", b"Authorization", b"Bearer \xff\xfe") == 401
 

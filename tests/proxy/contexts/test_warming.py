@@ -101,6 +101,11 @@ def fail(error: BaseException) -> Callable[[Downstream], None]:
         (lambda client: client.send(400, b"", (), b'{"error":{"type":"bad","code":"long"}}'), "bad", "400 (long)"),
         (lambda client: client.send(404, b"", (), b"<html>"), "invalid_request_error", "404."),
         (
+            lambda client: client.send(400, b"", (), b'{"x":' + b"[" * 20_000 + b"]" * 20_000 + b"}"),
+            "invalid_request_error",
+            "400.",
+        ),
+        (
             lambda client: client.send(503, b"", (), b'{"error":{"type":"Has Spaces","code":7}}'),
             "server_error",
             "503.",

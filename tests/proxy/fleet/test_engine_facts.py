@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -131,3 +132,15 @@ def test_each_of_many_ranks_holds_something():
     one = EngineFacts(3, 2, running=9, waiting=3).per_rank(4)
     assert (one.capacity_tokens, one.in_flight_limit, one.running, one.waiting) == (1, 1, 2, 0)
     assert EngineFacts().per_rank(4) == EngineFacts()
+
+
+@pytest.mark.parametrize("limit", [b"-1", b"0", b"99999999999999999999"])
+def test_a_limit_under_which_a_replica_would_get_nothing_is_none(limit: bytes) -> None:
+    """Nor is a number that no engine can have; SGLang writes -1 for what it does not know yet."""
+    server = read_sglang_server(b'{"max_total_num_tokens": 400, "max_running_requests": %b}' % limit)
+    assert (server.capacity_tokens, server.in_flight_limit) == (400, None)
+    inner = read_sglang_server(
+        b'{"internal_states": [{"max_running_requests": %b}, {"max_running_requests": 8}]}' % limit
+    )
+    assert inner.in_flight_limit == 8
+    assert read_llama_props(b'{"total_slots": %b}' % limit).in_flight_limit is None

@@ -135,14 +135,15 @@ async def test_long_lists_come_in_pages() -> None:
         assert [asked.query.get("continue") for asked in server.lists] == [None, "2", "4"]
 
 
-async def test_events_may_come_in_pieces_and_nonsense_is_followed_by_a_new_list() -> None:
+@pytest.mark.parametrize("line", [b"not json", b'{"type":"\xff"}', b'{"x":' + b"[" * 20_000 + b"]" * 20_000 + b"}"])
+async def test_events_may_come_in_pieces_and_nonsense_is_followed_by_a_new_list(line: bytes) -> None:
     """A line split over two chunks is one event; what is none costs a list, since something was missed."""
     async with ApiServer(slice_of("a", "10.0.0.1")) as server, following(server) as found:
         await asyncio.wait_for(server.watching.wait(), 30)
         server.send_raw(b'{"type":"DELETED","object":{"meta')
         server.send_raw(b'data":{"name":"a","resourceVersion":"11"}}}\n')
         await eventually(lambda: found.addresses == [])
-        server.send_raw(b"not json\n")
+        server.send_raw(line + b"\n")
         await eventually(lambda: found.addresses == ["10.0.0.1"])
         assert len(server.lists) == 2
 

@@ -254,7 +254,10 @@ async def test_a_provider_is_never_asked():
     assert engine.asked == []
 
 
-@pytest.mark.parametrize("page", [b"", b"[]", b'{"prompt": 5}', b'{"tokens": "x"}', b"\xff"])
+DEEP = b'{"x":' + b"[" * 20_000 + b"]" * 20_000 + b"}"
+
+
+@pytest.mark.parametrize("page", [b"", b"[]", b'{"prompt": 5}', b'{"tokens": "x"}', b"\xff", DEEP])
 def test_pages_that_are_no_renderings_are_none(page):
     assert not template_probe.read_applied(page)
     assert not template_probe.read_tokens(page)
