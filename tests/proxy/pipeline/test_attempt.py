@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cache.index.hashing import cut
 from proxy.errors import TurnedAway
 from proxy.fleet import Failure, Fleet, ReplicaSpec
+from proxy.fleet.fleet import DEFAULT_RATE_TOKENS_PER_SECOND
 from proxy.model import CacheStatus, Candidate, MissReason, Plan, RouteReason
 from proxy.pipeline.attempt import Attempt, Attempts
 from proxy.routing.prefill_gate import PrefillGate
@@ -32,9 +33,8 @@ class Bench:
         self.placements = Placements()
         self.queue = ReplicaQueue(limit, QueueLimits(), self.clock)
         self.changes = 0
-        self.attempts = Attempts(
-            self.fleet, self.placements, PrefillGate(), {0: self.queue}, self._changed, self.clock
-        )
+        self.gate = PrefillGate()
+        self.attempts = Attempts(self.fleet, self.placements, self.gate, {0: self.queue}, self._changed, self.clock)
 
     def _changed(self) -> None:
         self.changes += 1
@@ -97,6 +97,23 @@ async def test_it_goes_on_when_the_first_fails() -> None:
     assert bench.placements.done["taken back"] == 1
     second.end(bench.clock.monotonic())
     assert bench.load() == (0, 0.0)
+
+
+def test_one_waits_for_the_first_about_as_long_as_its_own_prefill_is_predicted_to_take() -> None:
+    """In seconds: what is pending and its own tokens over the replica's rate."""
+    bench = Bench()
+    waits: list[float] = []
+    enter = bench.gate.enter
+
+    def entered(*chain: Any, prefill_seconds: float, **match: Any) -> Any:
+        waits.append(prefill_seconds)
+        return enter(*chain, prefill_seconds=prefill_seconds, **match)
+
+    bench.gate.enter = entered  # type: ignore[method-assign]
+    attempts = [bench.begin(), bench.begin(matched=True)]
+    assert waits == [10_000.0 / DEFAULT_RATE_TOKENS_PER_SECOND, 10_001.0 / DEFAULT_RATE_TOKENS_PER_SECOND]
+    for attempt in attempts:
+        attempt.end(bench.clock.monotonic())
 
 
 async def test_one_that_waits_for_the_first_is_turned_away_when_the_replica_goes_down() -> None:

@@ -90,7 +90,7 @@ def test_what_is_all_ones_own_is_told_as_it_is() -> None:
     plan, candidate = planned(PROMPT.size_bytes, CacheStatus.PARTIAL, MissReason.CHANGED, RouteReason.WARM)
     assert told(plan, candidate, match, LONGER, len(PROMPT)).miss is MissReason.NONE
     plan, candidate = planned(0, CacheStatus.BYPASS, MissReason.SHORT, RouteReason.SHORT)
-    assert told(plan, candidate, None, None, 0).cache is CacheStatus.BYPASS
+    assert told(plan, candidate, None, None, 0) == Told(CacheStatus.BYPASS, MissReason.SHORT, RouteReason.SHORT, 0.0)
 
 
 @given(st.integers(0, len(LONGER)), st.integers(1, len(LONGER)), st.integers(1, len(LONGER)))

@@ -43,6 +43,7 @@ async def test_what_was_tried_is_told_in_the_headers_the_outcome_and_the_reason(
     assert exchange.tried_note() == ((b"x-cairn-tried", b"r0;503, r1;connect"),)
     outcome = exchange.outcome(1.0)
     assert (outcome.retries, outcome.tried) == (2, ("r0;503", "r1;connect"))
+    assert outcome.plan is exchange.plan is not None
 
 
 def test_a_429_is_about_the_clients_key_unless_the_replicas_own_is_sent() -> None:

@@ -125,6 +125,16 @@ def test_a_background_response_is_counted_once(streamed: bool) -> None:
     assert counted == [None, 5, None]
 
 
+@pytest.mark.parametrize("before", [b"", b"\r\n"])
+def test_items_of_a_stream_that_is_read_as_a_whole_are_ones_own(before: bytes) -> None:
+    """Whatever space comes before its first event."""
+    journal = Journal()
+    item = {"type": "response.output_item.added", "item": {"id": "rs_1", "type": "reasoning"}}
+    body = before + b"event: x\ndata: %b\n\n" % json.dumps(item).encode()
+    CreatedObjects(journal).note(asked("GET", "/v1/responses/resp_1"), body)
+    assert {key for part in journal.locations.chunks(9) for key in part} == {"mine/rs_1"}
+
+
 def test_a_background_stream_that_brings_its_usage_is_counted_there() -> None:
     """A later GET of it counts nothing."""
     objects, made = CreatedObjects(Journal()), asked("POST", "/v1/responses")

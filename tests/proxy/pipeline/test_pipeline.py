@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -30,6 +31,8 @@ class Phases:
         self.ending = Ending.COMPLETE
         self.waits_long = False  # the client is sent a head and a comment before any response
         self.accompanied = 0
+        self.upload: Upload | None = None
+        self.settled: list[Exchange] = []
         self.pipeline = Pipeline(self, self, self, self, self, Contexts(self), Waits(self), self.sleep)
 
     def step(self, name: str) -> None:
@@ -59,6 +62,7 @@ class Phases:
 
     async def run(self, exchange: Exchange, downstream: Any, upload: Upload | None = None) -> None:
         self.step("relay")
+        self.upload = upload
         exchange.ending = self.ending
 
     def accompany(self, exchange: Exchange, downstream: Any) -> None:
@@ -112,6 +116,7 @@ class Waits:
         return None
 
     def settle(self, exchange: Exchange) -> None:
+        self.phases.settled.append(exchange)
         self.phases.step("admit.settle")
 
 
@@ -140,6 +145,19 @@ async def test_a_request_goes_through_its_phases_in_order() -> None:
     phases = Phases()
     await phases.pipeline.handle(exchange("POST", "/v1/chat/completions", CHAT).call, Kept())
     assert phases.steps == [*DECISIONS, *ANSWERED, *END]
+
+
+async def test_the_body_that_is_passed_through_and_the_exchange_itself_reach_the_last_phases() -> None:
+    """The relay sends the one; the gate learns from the other and takes its pass back."""
+    phases, asked, upload = Phases(), exchange("POST", "/v1/files"), Upload(no_pieces(), 0)
+    await phases.pipeline.run(asked, Kept(), upload)
+    assert phases.upload is upload
+    assert phases.settled == [asked]
+
+
+async def no_pieces() -> AsyncIterator[bytes]:
+    return
+    yield
 
 
 async def test_stored_contexts_and_the_list_of_models_are_answered_here() -> None:

@@ -20,6 +20,7 @@ from proxy.errors import (
     ResetBeforeResponse,
     ResetMidResponse,
 )
+from proxy.fleet import Failure, Fleet
 from proxy.metrics.definitions import HIDDEN_ERRORS, STREAM_ABORTS
 from proxy.model import Ending, Endpoint
 from proxy.pipeline.exchange import Exchange
@@ -27,6 +28,7 @@ from proxy.pipeline.silence import COMMENT, SilenceWatch
 from proxy.upstream import Framing
 from tests.proxy.pipeline.bench import DONE, SSE, TOKEN, Bench, Downstream, Upstream, turns
 
+JSON = ((b"content-type", b"application/json"),)
 OK_BODY = b'{"choices":[{"message":{"content":"a"}}],"usage":{"prompt_tokens":9,"completion_tokens":1}}'
 
 
@@ -152,6 +154,29 @@ async def test_the_models_that_an_upstream_lists_may_be_labels(method: str, name
         assert bench.names == found
 
 
+@pytest.mark.parametrize(("named", "ending"), [((), Ending.TRUNCATED), (JSON, Ending.COMPLETE)])
+async def test_a_compressed_answer_to_a_request_for_a_stream_is_what_its_content_type_says(
+    named: tuple[tuple[bytes, bytes], ...], ending: Ending
+) -> None:
+    """Without one it is a stream, of which the end is missing."""
+    bench = Bench()
+    made = upstream(bench, body=gzip.compress(OK_BODY))
+    made.response.headers = (*named, (b"content-encoding", b"gzip"))
+    exchange = bench.exchange(stream=True)
+    await bench.run(exchange)
+    assert exchange.ending is ending
+
+
+async def test_what_a_plain_response_creates_is_remembered_with_its_replica() -> None:
+    """Its later requests go there."""
+    bench = Bench()
+    upstream(bench, body=b'{"id":"resp_1","object":"response","usage":null}')
+    exchange = bench.exchange(endpoint=Endpoint.RESPONSES)
+    exchange.call = msgspec.structs.replace(exchange.call, target="/v1/responses")
+    await bench.run(exchange)
+    assert [name for part in bench.placements.locations.chunks(9) for name in part.values()] == ["0"]
+
+
 @pytest.mark.parametrize(("is_provider", "names"), [(True, {"m"}), (False, set())])
 async def test_a_provider_s_model_may_be_a_label_once_it_has_answered(is_provider: bool, names: set[str]) -> None:
     """A name that only clients have sent may not, and engines list theirs."""
@@ -176,17 +201,20 @@ async def test_a_provider_s_model_may_be_a_label_once_it_has_answered(is_provide
     ],
 )
 async def test_an_error_behind_a_successful_status_is_counted_and_its_placement_taken_back(
-    endpoint: Endpoint, body: bytes, kind: str | None
+    monkeypatch: pytest.MonkeyPatch, endpoint: Endpoint, body: bytes, kind: str | None
 ) -> None:
     """The client gets what the upstream sent. Sound and other media are no errors, and only a prompt was placed."""
     bench = Bench(max_retries=0)
     upstream(bench, body=body)
+    failures: list[Failure] = []
+    monkeypatch.setattr(Fleet, "failed", lambda fleet, number, failure, *_: failures.append(failure))
     exchange = bench.exchange(endpoint=endpoint)
     client = await bench.run(exchange)
     assert (client.status, client.body) == (200, body)
     assert exchange.ending is (Ending.COMPLETE if kind is None else Ending.UPSTREAM_ERROR)
     if kind is not None:
         assert bench.recorder.counter(HIDDEN_ERRORS, ("r0", kind)).value == 1
+        assert {failure.by_status for failure in failures} == {True}, "clients are told apart, as for a status"
     assert bench.placements.done["taken back"] == (1 if kind and endpoint is Endpoint.CHAT else 0)
 
 
@@ -702,6 +730,16 @@ async def test_a_plain_answer_after_the_early_head_is_written_as_a_chunk_with_it
     assert exchange.usage.prompt_tokens == 9
 
 
+async def test_an_error_event_after_the_early_head_names_the_request_as_its_dialect_does() -> None:
+    """A body that is no error of the dialect, as a proxy in between writes, is told by its status."""
+    bench = Bench(max_retries=0)
+    timers = Timers(bench)
+    bench.dispatcher.always_reports_usage(0)
+    upstream(bench, 400, b"Bad Request")
+    task = await responding_late(bench, timers, bench.exchange(stream=True, endpoint=Endpoint.MESSAGES))
+    assert b'"request_id":"id"' in (await task).body
+
+
 async def test_a_plain_response_that_breaks_after_the_early_head_is_raised_for_an_event_to_be_written() -> None:
     bench = Bench(max_retries=0)
     timers = Timers(bench)
@@ -802,6 +840,8 @@ async def test_a_client_that_leaves_inside_a_response_closes_the_upstream(stream
     await left(bench, task)
     assert made.source.closed
     assert exchange.ending is Ending.CLIENT_LEFT
+    phase = "after_first_token" if stream else "before_first_token"
+    assert bench.recorder.counter(STREAM_ABORTS, ("client", phase)).value == 1
 
 
 async def test_a_client_that_leaves_while_it_does_not_read_closes_the_upstream() -> None:

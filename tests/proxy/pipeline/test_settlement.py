@@ -85,6 +85,7 @@ class Baseline:
     """Round robin would have had a hundred cached tokens fewer."""
 
     def answered(self, placement: Placement, prompt_tokens: int, cached_tokens: int | None) -> int | None:
+        assert placement.replica == 0
         return None if cached_tokens is None else cached_tokens - 100
 
     def count(self, label: str, gain: int) -> int:
