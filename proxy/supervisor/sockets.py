@@ -81,15 +81,34 @@ def open_admin(host: str, port: int) -> socket.socket:
     return open_one(family, address, 128)
 
 
-def open_one(family: int, address: tuple[str, int], backlog: int, *, shared: bool = False) -> socket.socket:
-    """Open a socket that listens at `address`; `shared` lets other processes of this user listen there too."""
+def is_shared(end: socket.socket) -> bool:
+    """Return whether other sockets may listen at the same address, as the workers' own do."""
+    return sys.platform == "linux" and end.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) != 0
+
+
+def renewed(end: socket.socket, backlog: int | None) -> socket.socket:
+    """Close a shared socket, resetting the connections that wait there, and return another at its address.
+
+    It listens if `backlog` is given; otherwise it gets no connections until its worker listens. Raises ListenError.
+    """
+    other = open_one(end.family, end.getsockname()[:2], backlog, shared=True)  # first, so that the port stays taken
+    end.close()
+    return other
+
+
+def open_one(family: int, address: tuple[str, int], backlog: int | None, *, shared: bool = False) -> socket.socket:
+    """Open a socket that listens at `address`, or is only bound to it if `backlog` is None.
+
+    `shared` lets other processes of this user listen there too.
+    """
     opened = socket.socket(family, socket.SOCK_STREAM)
     try:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         opened.bind(address)
-        opened.listen(backlog)
+        if backlog is not None:
+            opened.listen(backlog)
         opened.setblocking(False)
     except OSError as error:
         opened.close()

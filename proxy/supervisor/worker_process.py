@@ -33,10 +33,12 @@ from proxy.control.messages import (
     WorkerReport,
 )
 from proxy.control.readiness import WorkerView
+from proxy.supervisor.sockets import ListenError, is_shared, renewed
 from proxy.tasks import Tasks
 
 START_LIMIT_SECONDS = 60.0  # a worker that is not ready by then is killed
 STABLE_SECONDS = 10.0  # uptime after which the back-off starts over
+DEATHS_TO_LEAVE = 3  # in a row, each before the worker was stable; then its port takes connections only while it runs
 PAUSE_FIRST_SECONDS = 0.1
 PAUSE_MOST_SECONDS = 5.0  # connections that the kernel assigned to this worker wait at most this long
 KILL_MARGIN_SECONDS = 2.0  # after the deadline of a drain, for the worker's own clean-up
@@ -78,13 +80,16 @@ class Program(msgspec.Struct, frozen=True):
 
 
 class WorkerProcess:
-    """Worker number `number`, which listens on `sockets`; one process at a time."""
+    """Worker number `number`, which listens on `sockets`; one process at a time.
+
+    It replaces sockets in that list if its process ends again and again.
+    """
 
     def __init__(
         self,
         number: int,
         program: Program,
-        sockets: Sequence[socket.socket],
+        sockets: list[socket.socket],
         config: Config,
         watcher: Watcher,
         clock: Clock,
@@ -99,6 +104,8 @@ class WorkerProcess:
         self._tasks = Tasks()
         self._backoff = ExponentialBackoff(PAUSE_FIRST_SECONDS, PAUSE_MOST_SECONDS)
         self._starts = 0
+        self._deaths = 0  # in a row
+        self._has_left = False  # its sockets listen only while it runs
         self._ending = asyncio.Event()
         self._drain_deadline_seconds = 0.0  # monotonic
         self._process: Process | None = None
@@ -125,8 +132,11 @@ class WorkerProcess:
                 how = await self._run_once()
                 if self._ending.is_set():
                     return
-                if self._clock.monotonic() - started_seconds >= STABLE_SECONDS:
+                was_stable = self._clock.monotonic() - started_seconds >= STABLE_SECONDS
+                if was_stable:
                     self._backoff.reset()
+                self._deaths = 1 if was_stable else self._deaths + 1
+                self._renew_sockets()
                 pause_seconds = self._backoff.next_seconds()
                 log.warning("worker %d %s; starting another in %.1f s", self.number, how, pause_seconds)
                 self._watcher.worker_died(self.number, self._starts)
@@ -134,6 +144,25 @@ class WorkerProcess:
                     await asyncio.wait_for(self._ending.wait(), pause_seconds)
         finally:
             await self._tasks.close()
+
+    def _renew_sockets(self) -> None:
+        """Take no connections for a worker that ends again and again, except while it runs.
+
+        The kernel gives connections to every socket that listens, whether or not its worker runs. They wait for a
+        successor, which takes a moment; but if it ends as well, their clients would wait for as long as it does.
+        """
+        leaves = self._deaths >= DEATHS_TO_LEAVE
+        if not (leaves or self._has_left) or not all(map(is_shared, self._sockets)):
+            return
+        if leaves and not self._has_left:
+            log.error("worker %d keeps ending; it gets connections only while it runs", self.number)
+        self._has_left = leaves
+        backlog = None if leaves else self._config.server.backlog
+        for at, end in enumerate(self._sockets):
+            try:
+                self._sockets[at] = renewed(end, backlog)
+            except ListenError as error:  # the old one is as good
+                log.warning("worker %d: %s", self.number, error.message)
 
     def configure(self, config: Config) -> None:
         """Use `config` from now on, in the running worker and in its successors."""

@@ -14,7 +14,8 @@ import msgspec
 from benchmarks.common import cpu
 from proxy.fleet.health import FACTS_SECONDS
 from proxy.fleet.silence import UNANSWERED_CHECKS
-from proxy.supervisor.private_store import SILENCE_LIMIT_SECONDS
+from proxy.supervisor import private_store
+from proxy.supervisor.worker_process import SILENCE_LIMIT_SECONDS
 from tests.chaos import dialogue, scene, stack
 from tests.chaos.load import Connection
 from tests.chaos.scene import PASSWORD, Scene, Store
@@ -78,6 +79,14 @@ async def kill_supervisor(on: Scene) -> None:
     await on.hold(2.0)
 
 
+async def freeze_supervisor(on: Scene) -> None:
+    """For longer than a worker may be silent."""
+    on.stack.proxy.signal(signal.SIGSTOP)
+    await on.hold(SILENCE_LIMIT_SECONDS + 2.0)
+    on.stack.proxy.signal(signal.SIGCONT)
+    on.mend()
+
+
 async def _gone(pids: list[int]) -> bool:
     return stack.ended(pids)
 
@@ -139,7 +148,7 @@ async def freeze_private_valkey(on: Scene) -> None:
     pid = next(process.pid for process in family if process.name.startswith("valkey-server"))
     os.kill(pid, signal.SIGSTOP)
     on.mend()  # nobody wakes it: it must be found
-    await on.hold(SILENCE_LIMIT_SECONDS + 3.0)
+    await on.hold(private_store.SILENCE_LIMIT_SECONDS + 3.0)
 
 
 async def kill_redis(on: Scene) -> None:
@@ -346,6 +355,7 @@ SCENARIOS = (
     Scenario("worker-frozen", "SIGSTOP of one of two workers", freeze_worker, shows="has not responded", restarts=1),
     Scenario("supervisor-killed", "SIGKILL of the supervisor, started again at once, with the private Valkey",
              kill_supervisor, scene.embedded, shows="does not answer", starts_over=True),
+    Scenario("supervisor-frozen", "SIGSTOP of the supervisor", freeze_supervisor, shows="does not answer"),
     Scenario("sigterm", "SIGTERM with open streams, then started again", end_with_open_streams,
              shows="draining", starts_over=True),
     Scenario("sighup", "SIGHUP with a good, a bad and a good file", reload_good_and_bad),

@@ -17,7 +17,9 @@ from proxy.clock import Clock, SystemClock
 from proxy.config.load import Config, Pool, Replica
 from proxy.control.messages import Announced, Explain, WorkerReport
 from proxy.supervisor import worker_process as slot_module
+from proxy.supervisor.sockets import open_one
 from proxy.supervisor.worker_process import (
+    DEATHS_TO_LEAVE,
     PAUSE_FIRST_SECONDS,
     STABLE_SECONDS,
     Program,
@@ -235,3 +237,82 @@ class Offset(SystemClock):
     def monotonic(self) -> float:
         self.readings += bool(self.seconds)
         return SystemClock.monotonic() + self.seconds
+
+
+def shared_sockets() -> list[socket.socket]:
+    """The sockets of two workers on one port."""
+    first = open_one(socket.AF_INET, ("127.0.0.1", 0), 128, shared=True)
+    return [first, open_one(socket.AF_INET, first.getsockname(), 128, shared=True)]
+
+
+def taken_by(end: socket.socket, port: int, connections: int = 40) -> int:
+    """Open connections and count those that the kernel gives to `end`."""
+    clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(connections)]
+    taken = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            end.accept()[0].close()
+            taken += 1
+    for client in clients:
+        client.close()
+    return taken
+
+
+async def test_a_worker_that_ends_again_and_again_gets_no_connections(caplog: pytest.LogCaptureFixture) -> None:
+    """Those that waited for it are reset, not left waiting; the other workers get all new ones."""
+    theirs, ours = shared_sockets()
+    port = theirs.getsockname()[1]
+    sockets, heard = [ours], Heard()
+    waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+    worker = WorkerProcess(0, Program(["/no/such/program"], {}), sockets, Config(), heard, SystemClock())
+    running = asyncio.ensure_future(worker.run())  # noqa: TID251
+    async with asyncio.timeout(20):
+        while await heard.deaths.get() < DEATHS_TO_LEAVE:
+            assert sockets == [ours], "at first they wait for its successor"
+    assert sockets[0].getsockname()[1] == port
+    assert sum(was_reset(client) for client in waiting) > 0
+    taken_by(theirs, port, 0)  # empties its queue
+    assert taken_by(theirs, port) == 40
+    assert caplog.text.count("worker 0 keeps ending; it gets connections only while it runs") == 1
+    worker.kill()
+    await running
+    for each in (theirs, *sockets, *waiting):
+        each.close()
+
+
+def was_reset(client: socket.socket) -> bool:
+    client.setblocking(False)
+    try:
+        return client.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+async def test_a_worker_that_has_left_its_port_is_there_while_it_runs_and_again_once_it_was_stable() -> None:
+    """A successor that runs for long is served as before, also by connections that wait for its own successor."""
+    theirs, ours = shared_sockets()
+    port = theirs.getsockname()[1]
+    sockets = [ours]
+    worker = WorkerProcess(0, Program(["/no/such/program"], {}), sockets, Config(), Heard(), SystemClock())
+    for deaths, listens in ((DEATHS_TO_LEAVE, False), (DEATHS_TO_LEAVE + 1, False), (1, True), (2, True)):
+        worker._deaths = deaths  # noqa: SLF001 - internal state that no public name shows
+        worker._renew_sockets()  # noqa: SLF001 - internal state that no public name shows
+        taken_by(theirs, port, 0)
+        assert (taken_by(theirs, port) < 40) is listens
+        if not listens:
+            sockets[0].listen(128)  # as the worker does when it serves
+            assert taken_by(theirs, port) < 40
+    for each in (theirs, *sockets):
+        each.close()
+
+
+async def test_a_socket_that_all_workers_share_is_kept() -> None:
+    """The others accept its connections."""
+    with socket.create_server(("127.0.0.1", 0)) as only:
+        sockets = [only]
+        worker = WorkerProcess(0, Program(["/no/such/program"], {}), sockets, Config(), Heard(), SystemClock())
+        worker._deaths = DEATHS_TO_LEAVE  # noqa: SLF001 - internal state that no public name shows
+        worker._renew_sockets()  # noqa: SLF001 - internal state that no public name shows
+        assert sockets == [only]
