@@ -23,9 +23,9 @@ COMPILED_TESTS := tests/test_compiled.py tests/cache/index tests/proxy/wire test
 # The tests of what `make ready` builds, which run after it, beside the compiled modules' tests.
 BUILT_TESTS := tests/packaging/test_wheels.py tests/deploy/test_helm.py
 
-# The number of processes that run tests. More than the machine has cores saves a minute but fails tests that measure
-# time. Each file's tests stay in one process, and the longest files start first (tests/conftest.py).
-TEST_PROCESSES ?= 2
+# The number of processes that run tests: one more than the cores of a small machine, since tests wait half of their time.
+# Each file's tests stay in one process, and the longest files start first (tests/conftest.py).
+TEST_PROCESSES ?= 3
 PYTEST = -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --require-hashes

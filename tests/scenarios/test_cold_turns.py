@@ -143,9 +143,9 @@ async def test_a_request_of_high_priority_goes_before_the_batch_in_front_of_it(h
     """If its client may ask for that."""
     async with fleet(1) as cairn, asyncio.TaskGroup() as group:
         gate = cairn.worker.sharing.cold_gate
-        batch = [group.create_task(ask(http, cairn, "one", f"batch{n}", 60_000)) for n in range(6)]
+        batch = [group.create_task(ask(http, cairn, "one", f"batch{n}", 30_000)) for n in range(6)]
         await eventually(lambda: gate.waiting()[Priority.NORMAL] >= 3)
-        await ask(http, cairn, "one", "urgent", 60_000, x_cairn_priority="high")
+        await ask(http, cairn, "one", "urgent", 30_000, x_cairn_priority="high")
         assert sum(task.done() for task in batch) <= 3
         await stopped(batch)
 
