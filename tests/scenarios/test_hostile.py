@@ -64,7 +64,9 @@ async def test_a_request_whose_framing_is_ambiguous_reaches_no_upstream(raw: byt
 async def test_a_host_that_the_client_names_is_never_asked(http: aiohttp.ClientSession) -> None:
     """An absolute target, a Host header, a forwarded host: the replica gets its own name and no hearsay."""
     async with OpenAIUpstream() as upstream, running(config_for([upstream.url])) as cairn:
-        got = await talk(cairn.port, b"GET http://169.254.169.254/v1/models HTTP/1.1\r\nhost: evil\r\n\r\n")
+        got = await talk(
+            cairn.port, b"GET http://169.254.169.254/v1/models HTTP/1.1\r\nhost: evil\r\nconnection: close\r\n\r\n"
+        )
         assert b" 200 " in got.split(b"\r\n")[0]
         assert b"test-model" in got
         spoofed = {"host": "evil", "x-forwarded-for": "1.2.3.4", "forwarded": "for=x", "connection": "x-drop-me"}
