@@ -19,14 +19,25 @@ async def read_body(request: IncomingRequest, limit_bytes: int, limit_seconds: f
         ProtocolError: its framing is broken.
         Overloaded: the bodies of all requests together have no room for it.
     """
+    body = body_at_hand(request, limit_bytes)
+    if body is None and request.body is not None:
+        return await request.body.read(limit_bytes, limit_seconds)
+    return body or b""
+
+
+def body_at_hand(request: IncomingRequest, limit_bytes: int) -> bytes | None:
+    """Return the whole body of `request` if it came together with the head, None if it must be awaited.
+
+    Raises:
+        TooLarge: it is, or is declared to be, longer than `limit_bytes`.
+        Overloaded: the bodies of all requests together have no room for it.
+    """
     length = request.content_length
     if length is not None and length > limit_bytes:
         raise TooLarge(f"The body has {length} bytes; at most {limit_bytes} are read.")
     if request.refusal is not None:
         raise copy(request.refusal)
-    if request.body is not None:
-        return await request.body.read(limit_bytes, limit_seconds)
-    return request.whole_body
+    return request.whole_body if request.body is None else None
 
 
 def stream_body(request: IncomingRequest, idle_seconds: float) -> AsyncIterator[bytes]:

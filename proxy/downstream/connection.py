@@ -100,6 +100,7 @@ class Connection(asyncio.BufferedProtocol):
         self.address = ""
         self._server = server
         self._limits = server.limits
+        self._loop = asyncio.get_running_loop()
         self._state = _IDLE
         self._transport: asyncio.Transport | None = None
         self._task: asyncio.Task[None] | None = None
@@ -320,7 +321,9 @@ class Connection(asyncio.BufferedProtocol):
             while self._state < _LINGER:
                 request = self._request
                 if request is None:
-                    await self._next()
+                    waiter = self._next_waiter = self._loop.create_future()
+                    await waiter
+                    self._next_waiter = None
                     continue
                 transport = self._transport
                 assert transport is not None  # noqa: S101 - the state is CLOSED once it is gone
@@ -335,14 +338,7 @@ class Connection(asyncio.BufferedProtocol):
             raise
         finally:
             self._release_body()
-            self._task = None
-
-    async def _next(self) -> None:
-        waiter = self._next_waiter = asyncio.get_running_loop().create_future()
-        try:
-            await waiter
-        finally:
-            self._next_waiter = None
+            self._task = self._next_waiter = None
 
     def _finish(self, response: ClientResponse, *, asked_to_close: bool) -> None:
         """Go on to the next request after an answer, or end the connection.
@@ -482,7 +478,7 @@ class Connection(asyncio.BufferedProtocol):
             raise ConnectionResetError("the client left")
         if not self.is_behind:
             return
-        waiter = self._drain_waiter = asyncio.get_running_loop().create_future()
+        waiter = self._drain_waiter = self._loop.create_future()
         self._unsent_bytes = self._transport.get_write_buffer_size()
         self.deadline = self._server.now() + self._limits.write_seconds
         try:

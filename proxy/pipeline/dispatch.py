@@ -311,20 +311,24 @@ class Dispatcher:
 
     # -- the request
 
-    async def _send(self, exchange: Exchange, attempt: Attempt, upload: Upload | None) -> UpstreamResponse:
+    def _send(self, exchange: Exchange, attempt: Attempt, upload: Upload | None) -> Awaitable[UpstreamResponse]:
         endpoint = self._pools.backends[attempt.replica]
+        exchange.asked_usage = False
         if upload is not None:
-            exchange.asked_usage = False
-            return await self._request(exchange, endpoint, upload.pieces, upload.length, identity=False)
+            return self._request(exchange, endpoint, upload.pieces, upload.length, identity=False)
         prompt = exchange.prompt
-        ask = None
         if prompt is not None and self._usage_options.may_ask(attempt.replica):
             ask = splice.ask_usage(prompt)
-        edits = exchange.edits if ask is None else (*exchange.edits, ask)
-        response = await self._send_body(exchange, endpoint, edits, identity=ask is not None)
-        exchange.asked_usage = ask is not None
-        if ask is None:
-            return response
+            if ask is not None:
+                return self._send_asking(exchange, attempt, endpoint, ask)
+        return self._send_body(exchange, endpoint, exchange.edits, identity=False)
+
+    async def _send_asking(
+        self, exchange: Exchange, attempt: Attempt, endpoint: ReplicaEndpoint, ask: Edit
+    ) -> UpstreamResponse:
+        """Send the body with `ask`, so that the stream reports usage; without it if that may be why it is refused."""
+        response = await self._send_body(exchange, endpoint, (*exchange.edits, ask), identity=True)
+        exchange.asked_usage = True
         if response.status < 300:
             self._usage_options.accepts(attempt.replica)
         elif response.status in _MAY_REFUSE_STREAM_OPTIONS:

@@ -134,8 +134,8 @@ class Pipeline:
         self._sleep = sleep
         self.cold_turns = cold_turns
 
-    async def handle(self, call: Call, client: Downstream, upload: Upload | None = None) -> None:
-        """Answer an admitted call.
+    def handle(self, call: Call, client: Downstream, upload: Upload | None = None) -> Awaitable[None]:
+        """Answer an admitted call when the result is awaited.
 
         Args:
             call: the request.
@@ -145,7 +145,7 @@ class Pipeline:
         Raises:
             ConnectionResetError: the client left.
         """
-        await self.run(Exchange(call), client, upload)
+        return self.run(Exchange(call), client, upload)
 
     async def run(self, exchange: Exchange, client: Downstream, upload: Upload | None = None) -> None:
         """Answer as `handle` does, for an exchange that the caller reads afterwards."""
@@ -157,13 +157,16 @@ class Pipeline:
             if call.endpoint is _MODELS and self._models_endpoint.merges_for(call.tenant):
                 await self._models_endpoint.answer(exchange, client)
                 return
-            await self.decide(exchange)
+            wait = self._read(exchange)
+            if wait is not None:  # rare; a coroutine costs more than this question
+                await wait
+            self._choose(exchange)
             if exchange.only_checked:
                 self._contexts.tell_checked(exchange, client)
                 return
             self._relay.accompany(exchange, client)
             wait = self.cold_turns.admit(exchange)
-            if wait is not None:  # rare; an await takes as long as the decision
+            if wait is not None:
                 await wait
             await self._relay.run(exchange, client, upload)
         except CairnError as error:
@@ -178,11 +181,28 @@ class Pipeline:
 
     async def decide(self, exchange: Exchange) -> None:
         """Run the phases from the body to the plan. Changes only the exchange. Raises CairnError."""
-        if not self._object_is_known(exchange):
+        wait = self._read(exchange)
+        if wait is not None:
+            await wait
+        self._choose(exchange)
+
+    def _read(self, exchange: Exchange) -> Awaitable[None] | None:
+        """Read the body; return what to await before the prompt is complete, None if it is."""
+        is_known = self._object_is_known(exchange)
+        if is_known and not self._names_context(exchange):
+            return None
+        return self._complete(exchange, is_known)
+
+    async def _complete(self, exchange: Exchange, object_is_known: bool) -> None:
+        """Wait for news of the object that the request names, and insert the stored context that it names."""
+        if not object_is_known:
             await self._sleep(OBJECT_NEWS_SECONDS)
             self._reader.read(exchange)
         if self._names_context(exchange):
             await self._contexts.expand(exchange)
+
+    def _choose(self, exchange: Exchange) -> None:
+        """Run the phases from the complete prompt to the plan."""
         self._planner.fingerprint(exchange)
         self._planner.look_up(exchange)
         self._planner.plan(exchange)

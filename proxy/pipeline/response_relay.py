@@ -7,7 +7,7 @@ written is ended so that the client can see that it is incomplete.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -110,7 +110,9 @@ class ResponseRelay:
                 await self._as_events(exchange, opened.response)
             else:
                 self.release(exchange)
-                await self._plain(exchange, opened.response, downstream)
+                rest = self._plain(exchange, opened.response, downstream)
+                if rest is not None:
+                    await rest
         except UpstreamError as error:
             if is_late or not downstream.begun:
                 raise
@@ -125,36 +127,64 @@ class ResponseRelay:
 
     # -- plain responses
 
-    async def _plain(self, exchange: Exchange, response: UpstreamResponse, downstream: Downstream) -> None:
+    def _plain(
+        self, exchange: Exchange, response: UpstreamResponse, downstream: Downstream
+    ) -> Awaitable[None] | None:
+        """Write a response that has arrived whole; return what to await if it has not."""
         succeeded = response.status < 300
         if succeeded and exchange.attempt is not None:
             exchange.attempt.computed()
         head = self._response_head(exchange, response)
-        length = response.content_length
-        ending = _COMPLETE if response.status < 400 else _UPSTREAM_STATUS
         if response.framing is Framing.NONE:
-            downstream.begin(response.status, response.reason, head, length)
+            downstream.begin(response.status, response.reason, head, response.content_length)
             downstream.end()
-            exchange.ending = ending
-        elif response.complete or (length is not None and length <= WHOLE_AT_MOST_BYTES):
-            body = response.body_now() if response.complete else await response.read(WHOLE_AT_MOST_BYTES)
-            exchange.response_bytes = len(body)
-            exchange.ending = ending
-            if exchange.stored is not None and succeeded:
-                self._read_plain(exchange, response, body)
-                head += exchange.saved_note()
-                downstream.send(response.status, response.reason, head, body)
-            else:
-                downstream.send(response.status, response.reason, head, body)
-                if succeeded:
-                    self._read_plain(exchange, response, body)
+            exchange.ending = _ending_of(response)
+        elif response.complete:
+            self._whole(exchange, response, downstream, head, response.body_now())
         else:
-            passed = await self._in_pieces(exchange, response, downstream, head)
-            exchange.ending = ending
-            if passed is not None and (whole := passed.whole()) is not None:
-                self._read_plain(exchange, response, whole)
-            if passed is not None and exchange.usage is None and exchange.call.endpoint.runs_model:
-                exchange.usage = passed.usage()
+            return self._arriving(exchange, response, downstream, head)
+        return None
+
+    async def _arriving(
+        self,
+        exchange: Exchange,
+        response: UpstreamResponse,
+        downstream: Downstream,
+        head: list[tuple[bytes, bytes]],
+    ) -> None:
+        """Gather a short response and write it at once; relay a long one as it arrives."""
+        length = response.content_length
+        if length is not None and length <= WHOLE_AT_MOST_BYTES:
+            body = await response.read(WHOLE_AT_MOST_BYTES)
+            self._whole(exchange, response, downstream, head, body)
+            return
+        passed = await self._in_pieces(exchange, response, downstream, head)
+        exchange.ending = _ending_of(response)
+        if passed is not None and (whole := passed.whole()) is not None:
+            self._read_plain(exchange, response, whole)
+        if passed is not None and exchange.usage is None and exchange.call.endpoint.runs_model:
+            exchange.usage = passed.usage()
+
+    def _whole(
+        self,
+        exchange: Exchange,
+        response: UpstreamResponse,
+        downstream: Downstream,
+        head: list[tuple[bytes, bytes]],
+        body: bytes,
+    ) -> None:
+        """Write a whole response, and read its body: before, if a header depends on that."""
+        succeeded = response.status < 300
+        exchange.response_bytes = len(body)
+        exchange.ending = _ending_of(response)
+        if exchange.stored is not None and succeeded:
+            self._read_plain(exchange, response, body)
+            head += exchange.saved_note()
+            downstream.send(response.status, response.reason, head, body)
+        else:
+            downstream.send(response.status, response.reason, head, body)
+            if succeeded:
+                self._read_plain(exchange, response, body)
 
     async def _in_pieces(
         self,
@@ -206,7 +236,7 @@ class ResponseRelay:
             exchange.attempt.computed()
         body = await response.read(_READ_AT_MOST_BYTES)
         exchange.response_bytes = len(body)
-        exchange.ending = _COMPLETE if response.status < 400 else _UPSTREAM_STATUS
+        exchange.ending = _ending_of(response)
         if succeeded:
             self._read_plain(exchange, response, body)
         if encoding := response_encoding(response.headers):
@@ -405,3 +435,7 @@ class StreamRelay:
         """Write a comment, unless an event is incomplete or the client has not read what was written."""
         if not self._tap.mid_event and not self._behind:
             self._downstream.write_last(COMMENT)
+
+
+def _ending_of(response: UpstreamResponse) -> Ending:
+    return _COMPLETE if response.status < 400 else _UPSTREAM_STATUS

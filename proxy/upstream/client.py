@@ -107,7 +107,9 @@ class UpstreamClient:
                     await self._upload(connection, response, head, body, length, limits)  # type: ignore[arg-type]
                 else:
                     connection.send(head, body)  # type: ignore[arg-type]
-                await response.head_arrived()
+                while response.pending:
+                    await response.change()
+                response.check()
             except ResetBeforeResponse as error:
                 if not (error.reused and retry_reused):
                     raise

@@ -264,17 +264,15 @@ class UpstreamResponse:
         """True while neither the head nor a failure has arrived."""
         return not self.status and self._error is None
 
-    async def head_arrived(self) -> None:
-        """Wait for the final head. Raise the error that ended the exchange before it.
+    def change(self) -> asyncio.Future[None]:
+        """Return a future that is done once anything arrives or the exchange fails: no coroutine is made for it."""
+        waiter = self._waiter = self._loop.create_future()
+        return waiter
 
-        If this is cancelled, the caller calls `abort`.
-        """
-        while self._error is None:
-            if self.status:
-                return
-            waiter = self._waiter = self._loop.create_future()
-            await waiter
-        raise copy(self._error)
+    def check(self) -> None:
+        """Raise the error that ended the exchange, if one did."""
+        if self._error is not None:
+            raise copy(self._error)
 
     def interrupt_with(self, callback: Callable[[], object] | None) -> None:
         """Call `callback` once, as soon as the head has arrived or the exchange has failed."""

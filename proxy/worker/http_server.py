@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
 from proxy.clock import Clock
 from proxy.downstream.body import overloaded
-from proxy.downstream.body_reader import read_body, stream_body
+from proxy.downstream.body_reader import body_at_hand, read_body, stream_body
 from proxy.downstream.connection import Connection
 from proxy.downstream.errors import BadHttp, ClientLimit
 from proxy.downstream.request import IncomingRequest
@@ -51,8 +51,8 @@ Headers = tuple[tuple[bytes, bytes], ...]
 class RequestPipeline(Protocol):
     """The pipeline as the server sees it."""
 
-    async def handle(self, call: Call, client: Downstream, upload: Upload | None = None) -> None:
-        """Answer an admitted call."""
+    def handle(self, call: Call, client: Downstream, upload: Upload | None = None) -> Awaitable[None]:
+        """Answer an admitted call when the result is awaited."""
         ...
 
     def turn_away(self, call: Call, error: CairnError, client: Downstream) -> None:
@@ -127,7 +127,10 @@ class HttpServer:
             self._room.enter()
             entered = True
             reads = route.must_read(tenant)
-            body, encoded = await self._body(request, headers, route.endpoint) if reads else (b"", None)
+            encoded: Body | None = None
+            body = self._body_at_hand(request, headers, route.endpoint) if reads else b""
+            if body is None:
+                body, encoded = await self._body(request, headers, route.endpoint)
             if encoded is not None:
                 decoded_bytes = len(body)
                 self._hold(decoded_bytes, len(encoded))
@@ -146,10 +149,19 @@ class HttpServer:
             if entered:
                 self._room.leave()
 
+    def _body_at_hand(self, request: IncomingRequest, headers: Headers, endpoint: Endpoint) -> Body | None:
+        """Return the body of nearly all short requests: it came with its head and is not compressed. Else None."""
+        if request.body is not None or request_encoding(headers):
+            return None
+        return body_at_hand(request, self._body_bytes_most(endpoint))
+
+    def _body_bytes_most(self, endpoint: Endpoint) -> int:
+        return self._max_upload_bytes if endpoint is Endpoint.CACHING else self._settings.max_body_bytes
+
     async def _body(self, request: IncomingRequest, headers: Headers, endpoint: Endpoint) -> tuple[Body, Body | None]:
         """Return the whole body, decoded, and the body as sent if it was compressed."""
         encoding = request_encoding(headers)
-        limit = self._max_upload_bytes if endpoint is Endpoint.CACHING else self._settings.max_body_bytes
+        limit = self._body_bytes_most(endpoint)
         self._check_declared(request, limit)
         body = await read_body(request, limit, self._settings.body_seconds)
         if not encoding:
