@@ -6,7 +6,9 @@ A decoder finds the end of a string byte by byte: half of the time that a body o
 
 from __future__ import annotations
 
+import functools
 import importlib
+import operator
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -36,6 +38,13 @@ def _compiled() -> tuple[Shorten | None, Whole | None]:
 _shorten, _whole = _compiled()
 
 
+@functools.cache
+def _members(kind: type[msgspec.Struct]) -> tuple[tuple[str, ...], Callable[[msgspec.Struct], tuple[Any, ...]]]:
+    """Return the names of a struct's members, and a function that returns all their values."""
+    names = kind.__struct_fields__
+    return names, operator.attrgetter(*names)
+
+
 class ShortText:
     """A text without the inside of its long strings.
 
@@ -51,13 +60,14 @@ class ShortText:
 
     def restore(self, fields: msgspec.Struct, absent: Raw) -> None:
         """Replace the raw values of `fields`, which were decoded from `text`, by those of the whole text."""
-        for name in fields.__struct_fields__:
-            value: Any = getattr(fields, name)
+        names, values_of = _members(type(fields))
+        for name, value in zip(names, values_of(fields), strict=True):
+            if value is absent:  # most of them are
+                continue
             if type(value) is Raw:
-                if value is not absent:
-                    setattr(fields, name, self.whole(value))
+                setattr(fields, name, self.whole(value))
             elif type(value) is list and value and type(value[0]) is Raw:
-                value[:] = map(self.whole, value)
+                value[:] = [self.whole(item) for item in value]
 
     def whole(self, part: Raw) -> Raw:
         """Return the part of the whole text whose short form is `part`."""
