@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import Final
 
 from cache import Content, ContextRow, Fingerprint, Match
 from proxy.fleet import ThrottleKey
@@ -20,6 +21,8 @@ from proxy.pipeline.silence import WaitingClient
 from proxy.routing.cold_gate import Pass
 from proxy.routing.fair_shares import Priority, Share
 from proxy.wire.headers import cairn_headers
+
+_GAPS: Final = INTER_TOKEN.buckets  # a constant: two attributes are looked up for every chunk of a stream otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +130,9 @@ class Exchange:
             return True
         counts = self.inter_token_counts
         if counts is None:
-            counts = self.inter_token_counts = [0] * (len(INTER_TOKEN.buckets) + 1)
+            counts = self.inter_token_counts = [0] * (len(_GAPS) + 1)
         gap = now_seconds - self.last_token_seconds
-        counts[bisect_left(INTER_TOKEN.buckets, gap)] += 1
+        counts[bisect_left(_GAPS, gap)] += 1
         self.inter_token_seconds += gap
         self.last_token_seconds = now_seconds
         return False

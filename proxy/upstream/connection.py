@@ -51,6 +51,7 @@ from proxy.upstream.timeouts import Deadlines
 
 NEVER = math.inf
 _HEX: Final = b"0123456789abcdefABCDEF"
+_SMALL_SIZES: Final = {b"%x" % size: size for size in range(1, 2048)}  # nearly all chunks of streams are that small
 _SIZE_DIGITS_MOST: Final = 8  # longer chunk sizes are left to the parser
 _JOIN_BYTES: Final = 65_536  # up to this size one copy is cheaper than a second buffer in the system call
 _PLAIN_BYTES: Final = 65_536  # above this size a new parser costs less than a second copy of the body
@@ -433,10 +434,16 @@ class Connection(asyncio.Protocol):
         The parser is between two chunks and need not see it. The last chunk (size 0) is always left to the parser.
         """
         digits = data.find(b"\r\n", 0, _SIZE_DIGITS_MOST + 2)
-        if digits < 1 or data[:digits].strip(_HEX):
+        if digits < 1:
             return False
+        written = data[:digits]
+        size = _SMALL_SIZES.get(written, 0)
+        if not size:
+            if written.strip(_HEX):
+                return False
+            size = int(written, 16)
         begin = digits + 2
-        end = begin + int(data[:digits], 16)
+        end = begin + size
         if end == begin or len(data) != end + 2 or not data.endswith(b"\r\n"):
             return False
         if not response.relay_chunk(data[begin:end], data):

@@ -32,8 +32,8 @@ _TYPED_EVENTS: Final = (Endpoint.RESPONSES, Endpoint.INFERENCE)
 _COLON: Final = 58
 _CR: Final = 13
 _LF: Final = 10
-_COMMENT_OR_BLANK = frozenset((_COLON, _CR, _LF))
 _PING: Final = b"event: ping"  # Anthropic's keep-alive
+_PING_START: Final = 101  # its first letter
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,9 @@ class StreamTap:
         if not chunk:
             return chunk
         self._result = None
-        if self._in_comment or chunk[0] in _COMMENT_OR_BLANK or chunk.startswith(_PING):
+        first = chunk[0]
+        is_aside = first in (_COLON, _CR, _LF)
+        if self._in_comment or is_aside or (first == _PING_START and chunk.startswith(_PING)):
             self._weigh(chunk)
         else:
             self.progress = True
