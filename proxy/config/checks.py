@@ -36,7 +36,7 @@ _PRIVATE_SUFFIXES = (".local", ".internal", ".lan", ".svc", ".home.arpa", ".test
 
 def problems(config: Config) -> Iterator[Problem]:
     """Yield everything that is wrong with `config`, in the order of the tree."""
-    yield from _exposure(config)
+    yield from exposure(config)
     yield from _redis(config.redis.url)
     yield from _pools(config)
     yield from _clients(config)
@@ -88,7 +88,8 @@ def _is_private(host: str) -> bool:
         return "." not in host or host.endswith(_PRIVATE_SUFFIXES)
 
 
-def _exposure(config: Config) -> Iterator[Problem]:
+def exposure(config: Config) -> Iterator[Problem]:
+    """Yield the settings that would let strangers use replicas' keys or the admin port."""
     server, admin = config.server, config.admin
     if config.has_replica_keys and not config.clients and not server.open and not is_loopback(server.host):
         yield (

@@ -260,12 +260,12 @@ class Supervisor:
         """Read the configuration again and apply it, except for settings that only a restart can change."""
         try:
             loaded = self._parts.reload()
+            config, waiting = taken_over(self._config, loaded.config, own_store=self._store is not None)
         except ConfigError as error:
             self._recorder.inc(metrics.RELOADS_FAILED)
             log.error("the configuration was not reloaded: %s", error.message)  # noqa: TRY400 - not a defect here
             return
-        self._before_reload = self._config
-        self._config, waiting = taken_over(self._config, loaded.config, own_store=self._store is not None)
+        self._before_reload, self._config = self._config, config
         for warning in loaded.warnings:
             log.warning("%s", warning)
         for path in waiting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 from msgspec.structs import replace
 
 from proxy.config.reload import is_live, taken_over
@@ -23,6 +24,7 @@ from proxy.config.schema import (
     Tenancy,
     Upstream,
 )
+from proxy.errors import ConfigError
 
 
 def test_only_what_the_schema_marks_is_live() -> None:
@@ -89,3 +91,22 @@ def test_the_private_stores_address_is_no_setting() -> None:
     assert taken_over(old, Config(redis=Redis(folder="f")), own_store=True) == (old, ())
     new = Config(redis=Redis(url=SecretUrl("redis://h"), folder="f"))
     assert taken_over(old, new, own_store=True) == (old, ("$.redis.url",))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "path"),
+    [
+        (
+            Config(server=Server(host="0.0.0.0")),
+            Config(pools=(Pool(name="p", replicas=(Replica("http://h", key=Secret("k")),)),)),
+            "$.server.host",
+        ),
+        (Config(admin=Admin(host="0.0.0.0", token=Secret("t"))), Config(), "$.admin.host"),
+    ],
+    ids=["keys", "token"],
+)
+def test_a_file_that_is_safe_only_after_a_restart_is_refused(old: Config, new: Config, path: str) -> None:
+    """It moves a port to loopback, where no clients or token are needed; until a restart the port stays open."""
+    with pytest.raises(ConfigError, match="restart to apply all changes") as refused:
+        taken_over(old, new, own_store=False)
+    assert [problem[0] for problem in refused.value.problems] == [path]
