@@ -6,10 +6,12 @@ the others. This module imports only the standard library, so that the check alw
 
 from __future__ import annotations
 
+import errno
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MARK = b'DISTRIBUTION = "cairn-proxy"'
 _UNUSED = "opentelemetry.sdk.metrics"  # redis-py loads it if it is installed: 0.2 s for each process, for nothing
 
@@ -23,7 +25,12 @@ def main() -> None:
         from proxy.cli.main import cli
     except ImportError as error:
         sys.exit(f"cairn: {error}; install cairn-proxy again, preferably into a separate environment")
-    cli()
+    try:
+        cli()
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        sys.exit(f"cairn: the output cannot be written: {error.strerror}")
 
 
 def leave_out_unused() -> None:

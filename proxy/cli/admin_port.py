@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from proxy.config.schema import Config
 
 
+TOKEN_NEEDED = "wants its token; set CAIRN_ADMIN_TOKEN, or give the configuration that names it with --config"  # noqa: S105 - a sentence
+
+
 def admin_url(config: Config) -> str:
     """Return the URL of this configuration's admin port; one that listens on all addresses is reached on loopback."""
     host = config.admin.host

@@ -77,7 +77,7 @@ class Cairn:
             raise RequestFailed(
                 f"no Cairn answers at {self._url} ({error}); start it, or give its address with --url"
             ) from None
-        return _decoded(answer.status, answer.body)
+        return _decoded(self._url, answer.status, answer.body)
 
     def model(self) -> str:
         """Return the model that is served. Raises RequestFailed if there are several."""
@@ -99,7 +99,10 @@ class Cairn:
         while more:
             query = {"limit": PAGE, "order": "asc"} | ({"after": rows[-1][cursor]} if rows else {})
             page = self.call("GET", f"{path}?{urlencode(query)}")
-            rows += page["data"]
+            found = page.get("data")
+            if not isinstance(found, list) or not all(isinstance(row, dict) and cursor in row for row in found):
+                raise _no_cairn(self._url, 200)
+            rows += found
             more = bool(page.get("has_more"))
         return rows
 
@@ -301,17 +304,21 @@ def _wait(cairn: Cairn, made: dict[str, Any], console: Console) -> dict[str, Any
     return made
 
 
-def _decoded(status: int, body: bytes) -> Any:
+def _decoded(url: str, status: int, body: bytes) -> Any:
     try:
         answer = json.loads(body)
-    except ValueError:
-        raise RequestFailed(f"the server there is not a Cairn (status {status})") from None
-    if status >= 400:
-        error = answer.get("error") if isinstance(answer, dict) else None
-        message = error.get("message") if isinstance(error, dict) else None
-        param = f"{error['param']}: " if isinstance(error, dict) and error.get("param") else ""
-        raise RequestFailed(f"{param}{message or f'status {status}'}")
+    except (ValueError, RecursionError):
+        answer = None
+    error = answer.get("error") if isinstance(answer, dict) else None
+    if status >= 400 and isinstance(error, dict) and isinstance(error.get("message"), str):
+        raise RequestFailed(f"{error['param']}: {error['message']}" if error.get("param") else error["message"])
+    if status >= 400 or not isinstance(answer, dict):
+        raise _no_cairn(url, status)
     return answer
+
+
+def _no_cairn(url: str, status: int) -> RequestFailed:
+    return RequestFailed(f"{url} is not the client port of a Cairn (status {status}); give that with --url")
 
 
 def _left(expired_at: int) -> str:

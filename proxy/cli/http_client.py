@@ -24,6 +24,10 @@ class NoAnswer(Exception):
     """Nothing answers at the URL; the message names the kind of error."""
 
 
+class TokenNeeded(NoAnswer):
+    """The admin port refuses the request for want of its token."""
+
+
 class Answer(NamedTuple):
     """An HTTP response."""
 
@@ -89,6 +93,8 @@ class HttpClient:
         try:
             self._send(connection, "GET", target, b"", lambda _: None)
             response = connection.getresponse()
+            if response.status == 401:
+                raise TokenNeeded
             if response.status != 200:
                 raise NoAnswer(f"status {response.status}")
             name = ""

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import click
 
 from proxy.cli import exit_codes as exits
-from proxy.cli.admin_port import admin_client, admin_url
+from proxy.cli.admin_port import TOKEN_NEEDED, admin_client, admin_url
 from proxy.cli.http_client import NoAnswer
 from proxy.cli.tables import number, text
 from proxy.cli.terminal import print_sentence, print_table
@@ -109,6 +109,8 @@ def _from_admin_port(config: Config, url: str, since: str, by: By) -> SavingsRep
             f"no Cairn answers at {url}. The totals of a Cairn without a shared Redis are in its private Valkey: "
             "start it, or give its admin port with --url, or a shared Redis with --redis"
         )
+    if status == 401:
+        exits.fail(f"the admin port {url} {TOKEN_NEEDED}")
     try:
         if status != 200:
             why = msgspec.json.decode(body, type=dict[str, str]).get("error", "")

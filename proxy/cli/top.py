@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from proxy.cli import exit_codes as exits
-from proxy.cli.admin_port import admin_client, admin_url
-from proxy.cli.http_client import HttpClient, NoAnswer
+from proxy.cli.admin_port import TOKEN_NEEDED, admin_client, admin_url
+from proxy.cli.http_client import HttpClient, NoAnswer, TokenNeeded
 from proxy.cli.tables import Column, fold, lay_out, number, printable, text
 from proxy.cli.terminal import terminal_width
 from proxy.errors import ConfigError
@@ -48,6 +48,8 @@ def top(url: str | None, file: Path | None, once: bool) -> None:
                 click.echo(line)
         else:
             _watch(client)
+    except TokenNeeded:
+        exits.fail(f"the admin port {address} {TOKEN_NEEDED}")
     except NoAnswer as error:
         exits.fail(f"no Cairn answers at {address} ({error}); start it, or give its admin port with --url")
     except KeyboardInterrupt:

@@ -282,6 +282,7 @@ LOG_DROPPED = _counter("log_lines_dropped", "Access log lines lost because they 
 WORKERS = _sum("workers", "Worker processes that are ready.")
 WORKER_RESTARTS = _counter("worker_restarts", "Worker processes that ended unexpectedly and were replaced.")
 RELOADS_FAILED = _counter("config_reload_failures", "Configuration reloads that failed and changed nothing.")
+RELOAD_SUCCEEDED = _max("config_last_reload_successful", "1 if the last configuration reload succeeded, else 0.")
 RELOADED_AT = _max(
     "config_last_reload_success_timestamp_seconds", "Unix time at which the configuration in use was read."
 )

@@ -145,7 +145,7 @@ class Supervisor:
         if self._before_reload is None:  # another worker refused it already
             return
         self._config, self._before_reload = self._before_reload, None
-        self._recorder.inc(metrics.RELOADS_FAILED)
+        self._note_reload(succeeded=False)
         log.error("the configuration was not reloaded: worker %d: %s", number, why)
         for worker in self._workers:
             worker.configure(self._config)
@@ -195,7 +195,7 @@ class Supervisor:
             await self._close()
 
     async def _serve(self) -> int:
-        self._recorder.set(metrics.RELOADED_AT, (), self._parts.clock.unix())
+        self._note_reload(succeeded=True)
         self._workers = [self._new_worker(number) for number in range(len(self._listening))]
         running = [self._tasks.start(worker.run(), f"worker-{worker.number}") for worker in self._workers]
         self._tasks.keep(self._tick, "tick")
@@ -262,7 +262,7 @@ class Supervisor:
             loaded = self._parts.reload()
             config, waiting = taken_over(self._config, loaded.config, own_store=self._store is not None)
         except ConfigError as error:
-            self._recorder.inc(metrics.RELOADS_FAILED)
+            self._note_reload(succeeded=False)
             log.error("the configuration was not reloaded: %s", error.message)  # noqa: TRY400 - not a defect here
             return
         self._before_reload, self._config = self._config, config
@@ -272,8 +272,15 @@ class Supervisor:
             log.warning("%s takes effect only after a restart", path)
         for worker in self._workers:
             worker.configure(self._config)
-        self._recorder.set(metrics.RELOADED_AT, (), self._parts.clock.unix())
+        self._note_reload(succeeded=True)
         log.info("the configuration was reloaded")
+
+    def _note_reload(self, *, succeeded: bool) -> None:
+        self._recorder.set(metrics.RELOAD_SUCCEEDED, (), float(succeeded))
+        if succeeded:
+            self._recorder.set(metrics.RELOADED_AT, (), self._parts.clock.unix())
+        else:
+            self._recorder.inc(metrics.RELOADS_FAILED)
 
     # --- background work
 

@@ -286,8 +286,8 @@ def notices(figures: Figures) -> list[str]:
         found.append(f"{_count(inconsistent, 'response')} with contradictory token counts: corrected")
     if restarts := int(figures.value(metrics.WORKER_RESTARTS)):
         found.append(f"{_count(restarts, 'worker restart')} after an unexpected end; see the log")
-    if failed := int(figures.value(metrics.RELOADS_FAILED)):
-        found.append(f"{_count(failed, 'failed configuration reload')}: the old configuration is in use; see the log")
+    if figures.value(metrics.RELOADS_FAILED) and not figures.series(metrics.RELOAD_SUCCEEDED).get((), 0):
+        found.append("the last configuration reload failed: the old configuration is in use; see the log")
     return found
 
 

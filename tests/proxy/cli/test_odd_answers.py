@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import click
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import RawTestServer
 from click.testing import CliRunner, Result
 
 from proxy.cli.endpoint import key_headers
@@ -185,3 +189,41 @@ def test_no_summary_of_a_command_is_cut() -> None:
             groups += [((*path, name), each) for name, each in group.commands.items()]
             shown = CliRunner().invoke(cli, [*path, "--help"], terminal_width=80).output
             assert "..." not in shown.partition("Commands:")[2], shown
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"null", b"5", b"[" * 20_000 + b"]" * 20_000, b"<html>", b'{"error":"not found"}', b'{"data":[null]}'],
+    ids=["null", "number", "deep", "page", "error", "rows"],
+)
+async def test_a_server_that_is_no_cairn_is_named_as_one(upstream: OpenAIUpstream, answer: bytes) -> None:
+    """For example the admin port, or an engine."""
+    upstream.answers["/v1/caching"] = answer
+    done = await run("contexts", "list", "--url", upstream.url)
+    assert "is not the client port of a Cairn (status 200)" in done.stderr.replace("\n  ", " ")
+
+
+@pytest.mark.parametrize("command", [("top", "--once"), ("savings",)])
+async def test_an_admin_port_that_wants_its_token_is_not_called_absent(command: tuple[str, ...]) -> None:
+    """It says where the token can be given."""
+
+    async def refuse(_: web.BaseRequest) -> web.Response:
+        return web.json_response({"error": "send the token"}, status=401)
+
+    server = RawTestServer(refuse)
+    await server.start_server()
+    try:
+        done = await run(*command, "--url", str(server.make_url("/")))
+    finally:
+        await server.close()
+    assert "wants its token; set CAIRN_ADMIN_TOKEN" in done.stderr.replace("\n  ", " ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_explained() -> None:
+    """Where the output goes, not only where files are written."""
+    command = [sys.executable, "-m", "proxy", "config", "schema"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "cairn: the output cannot be written: No space left on device\n"

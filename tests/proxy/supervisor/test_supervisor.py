@@ -191,6 +191,7 @@ def test_sighup_with_a_bad_file_changes_nothing(file: Path) -> None:
         cairn.line(r"\$\.server\.port: expected a whole number")
         assert cairn.get("/pool") == (200, "first")
         assert value(cairn.get("/metrics", admin=True)[1], "cairn_config_reload_failures_total") == 1
+        assert value(cairn.get("/metrics", admin=True)[1], "cairn_config_last_reload_successful") == 0
         write(file, pool="unfit")
         cairn.signal(signal.SIGHUP)
         cairn.line("was not reloaded: worker 0: .*unfit")
@@ -208,6 +209,7 @@ def test_a_reload_keeps_what_only_a_restart_can_change(file: Path) -> None:
         cairn.signal(signal.SIGHUP)
         cairn.line(r"\$\.server\.workers takes effect only after a restart")
         cairn.line("was reloaded")
+        assert value(cairn.get("/metrics", admin=True)[1], "cairn_config_last_reload_successful") == 1
         assert json.loads(cairn.get("/readyz", admin=True)[1])["workers"] == 1
 
 

@@ -206,6 +206,16 @@ def test_what_cannot_be_believed_is_said() -> None:
     assert build.notices(counted()) == []
 
 
+def test_a_failed_reload_has_a_sentence_until_one_succeeds() -> None:
+    """Afterwards the file's settings are in use, however often a reload failed before."""
+    recorder, exposition = Recorder(), Exposition()
+    recorder.inc(metrics.RELOADS_FAILED)
+    for succeeded, sentences in ((0.0, 1), (1.0, 0)):
+        recorder.set(metrics.RELOAD_SUCCEEDED, (), succeeded)
+        exposition.apply(0, recorder.take())
+        assert len(build.notices(exposition)) == sentences
+
+
 def test_sessions_that_need_more_than_the_caches_are_said() -> None:
     """With how much more, and how many prompts wait; a pool with room has no sentence."""
     recorder, exposition = Recorder(), Exposition()
