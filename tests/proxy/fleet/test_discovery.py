@@ -10,7 +10,7 @@ import pytest
 from cache import PrefixIndex
 from cache.index.hashing import cut
 from proxy.config.load import load
-from proxy.config.schema import Config, Pool, PoolKind, Replica
+from proxy.config.schema import Client, Config, Pool, PoolKind, Replica, Secret
 from proxy.errors import ConfigError
 from proxy.fleet import Fleet
 from proxy.fleet.discovery import FORGET_SECONDS, Discovery, resolve
@@ -257,3 +257,17 @@ async def test_what_a_provider_was_sent_ends_by_time_and_its_capacity_is_not_use
     assert 0 in index.match(chain).held
     index.tend(301.0)
     assert index.match(chain).held == {}
+
+
+@pytest.mark.parametrize(
+    ("clients", "key", "shares"),
+    [((), None, False), ((), Secret("own"), True), ((Client("a", "0" * 64),), None, True)],
+)
+def test_clients_share_a_key_if_the_replica_has_its_own_or_if_they_are_listed(
+    clients: tuple[Client, ...], key: Secret | None, shares: bool
+) -> None:
+    """Then only Cairn knows whose an object is."""
+    config = Config(pools=(Pool("p", (Replica("http://r", key=key),)),), clients=clients)
+    members = Discovery(config, Fleet(Random(1).random), PrefixIndex(), FakeClock(), Names())
+    assert members.pools.all[0].shares_key is shares
+    assert members.pools.all[0].has_own_key is (key is not None)

@@ -150,6 +150,9 @@ class FakeEngine:
             raise ConnectFailed("nobody there")
         self.asked.append(target)
         self.headers.append(tuple(headers))
+        if body:
+            assert (b"content-type", b"application/json") in headers
+            assert msgspec.json.decode(body)["model"] in ("chat", "code", "sql")
         if target == b"/v1/models":
             names = [{"id": name, "root": self._root} for name in ("chat", "code")]
             models = [*names, {"id": "sql", "parent": "chat"}]

@@ -1,0 +1,57 @@
+"""The effect of an engine's facts on budgets and limits."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from proxy.fleet import Fleet, ReplicaSpec
+from proxy.fleet.engine_facts import EngineFacts
+from proxy.fleet.findings import EngineFindings, Found
+from proxy.fleet.pools import ReplicaEndpoint
+from proxy.upstream import Origin
+
+URL = "http://10.0.0.1:80"
+
+
+class Told:
+    """Journal, queues and model names in one; keeps what it is told."""
+
+    def __init__(self, *, knows_budget: bool = False) -> None:
+        self._knows_budget = knows_budget
+        self.capacities: list[tuple[int, int, int | None]] = []
+        self.budgets: list[int] = []
+
+    def set_capacity(self, number: int, tokens: int, slots: int | None) -> None:
+        self.capacities.append((number, tokens, slots))
+
+    def set_budget(self, number: int, tokens: int) -> None:
+        self.budgets.append(tokens)
+
+    def knows_budget(self, number: int) -> bool:
+        return self._knows_budget
+
+    def update(self) -> None:
+        pass
+
+
+def findings(told: Told) -> EngineFindings:
+    fleet = Fleet(lambda: 0.5)
+    fleet.add(ReplicaSpec("r0", "p"))
+    other = cast("Any", told)
+    return EngineFindings(fleet, other, other, other, other, other)
+
+
+@pytest.mark.parametrize(("knows_budget", "budgets"), [(False, [500, 600]), (True, [600])])
+def test_a_stated_capacity_is_told_with_its_slots_and_is_a_budget_only_when_it_is_new(
+    knows_budget: bool, budgets: list[int]
+) -> None:
+    """A worker that starts among others takes over the budget that they have learned."""
+    told = Told(knows_budget=knows_budget)
+    found = findings(told)
+    endpoint = ReplicaEndpoint("r0", "p", URL, Origin.parse(URL))
+    for tokens in (500, 500, 600):
+        found.apply(0, endpoint, Found(None, EngineFacts(capacity_tokens=tokens, slots=4)), 0.0)
+    assert told.capacities == [(0, 500, 4), (0, 600, 4)]
+    assert told.budgets == budgets
