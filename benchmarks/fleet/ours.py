@@ -204,7 +204,12 @@ class Cairn:
         def answered(other: Proxy, then: float) -> None:
             del then
             other.index.apply_answer(
-                replica, request.fingerprint, request.input_tokens, request.output_tokens, placement.epoch
+                replica,
+                request.fingerprint,
+                request.input_tokens,
+                request.output_tokens,
+                placement.epoch,
+                placement_id=placement.id,
             )
             if feedback.epoch is not None:
                 other.index.new_epoch(replica, feedback.epoch)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
-from cache.index.nodes import NOBODY, Node, ReplicaEntries
+from cache.index.nodes import NO_PLACEMENT, NOBODY, Node, ReplicaEntries, Residency
 from cache.index.replica_state import UNLIMITED_TOKENS, ReplicaState
 from cache.index.tree import Tree, new_entries
 
@@ -22,14 +22,22 @@ UPKEEP_STEPS: Final = 500
 """Nodes that one call may drop: one to two milliseconds."""
 
 
+MAX_RUN_SECONDS: Final = 600.0
+"""Time after which a prompt without an answer no longer counts as running: its worker may be gone."""
+
 MIN_PROMPT_TOKENS: Final = 1_024.0
 """Least length that is assumed for a prompt when free room is compared: shorter ones make no difference."""
 
 
 class Eviction:
-    """Drops entries, oldest first. `max_blocks` bounds the blocks of all replicas together."""
+    """Drops entries, oldest first, except those of running prompts, which engines do not evict either.
 
-    def __init__(self, max_blocks: int = MAX_BLOCKS) -> None:
+    `running` maps the ids of placements without an answer to their times; `max_blocks` bounds the blocks of all
+    replicas together.
+    """
+
+    def __init__(self, running: Mapping[int, float], max_blocks: int = MAX_BLOCKS) -> None:
+        self._running = running
         self._max_blocks = max_blocks
         self._retired: deque[tuple[Tree, ReplicaEntries]] = deque()
 
@@ -58,20 +66,31 @@ class Eviction:
                 steps -= 1
 
     def evict(self, tree: Tree, state: ReplicaState, steps: int) -> int:
-        """Drop the oldest blocks until the budget holds, in at most `steps` steps. Return the steps left."""
-        entries = state.entries
+        """Drop the oldest blocks until the budget holds, in at most `steps` steps. Return the steps left.
+
+        A running prompt becomes the newest instead, once in a call: its engine uses it now.
+        """
+        entries, began = state.entries, tree.last_stamp
         while steps > 0 and entries.blocks:
             over = entries.tokens - state.budget_tokens
             if over <= 0:
                 break
+            steps -= 1
             node = _oldest(entries)
+            residency = node.held[entries]
+            if residency.stamp <= began and self._is_running(residency):
+                tree.touch(entries, _path_to(node), tree.stamp(0.0), NO_PLACEMENT)
+                continue
             keep = bisect_right(node.tokens, node.tokens[-1] - over)
             if 0 < keep < len(node.hashes):
                 tree.trim(entries, node, keep, evicted=True)
             else:
                 tree.release(entries, node, evicted=True)
-            steps -= 1
         return steps
+
+    def _is_running(self, residency: Residency) -> bool:
+        placed_seconds = self._running.get(residency.touched_by)
+        return placed_seconds is not None and residency.stamp - placed_seconds < MAX_RUN_SECONDS
 
     def expire(self, tree: Tree, state: ReplicaState, now: float, steps: int) -> int:
         """Drop entries past the replica's time to live, in at most `steps` steps. Return the steps left."""
@@ -144,6 +163,14 @@ def _fit_slots(tree: Tree, state: ReplicaState, slots: int, steps: int) -> int:
 
 def _has_held_child(entries: ReplicaEntries, node: Node) -> bool:
     return node.children is not None and any(entries in child.held for child in node.children.values())
+
+
+def _path_to(node: Node) -> list[Node]:
+    path = [node]
+    while (above := path[-1].parent) is not None and above.parent is not None:
+        path.append(above)
+    path.reverse()
+    return path
 
 
 def _oldest(entries: ReplicaEntries) -> Node:

@@ -15,6 +15,9 @@ from mypy_extensions import mypyc_attr
 NOBODY = -1
 """The replica number of entries whose epoch is over."""
 
+NO_PLACEMENT = 0
+"""A number that no placement has."""
+
 
 @mypyc_attr(acyclic=True)
 class Node:

@@ -15,7 +15,7 @@ from cache.index.eviction import MAX_BLOCKS, UPKEEP_STEPS, Eviction, dropped_tok
 from cache.index.feedback import confirm, judge, new_budget
 from cache.index.fingerprint import Fingerprint
 from cache.index.matching import add_fork, reused_tokens, round_to_blocks
-from cache.index.nodes import NOBODY, ReplicaEntries, Step
+from cache.index.nodes import NO_PLACEMENT, NOBODY, ReplicaEntries, Step
 from cache.index.placement import Feedback, FeedbackKind, Held, IndexStats, Match, Placement, ReplicaStats
 from cache.index.replica_state import UNLIMITED_TOKENS, ReplicaState
 from cache.index.rows import Reader, ReplicaRow, RunRow, written
@@ -67,8 +67,9 @@ class PrefixIndex:
     def __init__(self, *, origin: int = 0, max_blocks: int = MAX_BLOCKS) -> None:
         self._tree = Tree()
         self._replicas: dict[int, ReplicaState] = {}
-        self._eviction = Eviction(max_blocks)
-        self._in_flight: dict[int, None] = {}
+        self._in_flight: dict[int, None] = {}  # placements of this process without an answer
+        self._running: dict[int, float] = {}  # placements of all processes without an answer, with their times
+        self._eviction = Eviction(self._running, max_blocks)
         self._next_id = (origin % 2**ORIGIN_BITS << 63 - ORIGIN_BITS) + 1
         self._snapshots = 0
         self._coarse: set[int] = set()  # replicas whose blocks are large enough to matter for a prediction
@@ -183,6 +184,7 @@ class PrefixIndex:
     ) -> None:
         """Take back another writer's placement, given by its parts; applying it twice is harmless."""
         self._in_flight.pop(placement_id, None)
+        self._running.pop(placement_id, None)
         state = self._replica(replica)
         if epoch != state.epoch:
             return
@@ -205,6 +207,7 @@ class PrefixIndex:
     def settled(self, placement: Placement) -> None:
         """End a placement whose request brought no usage to learn from; its entries stay."""
         self._in_flight.pop(placement.id, None)
+        self._running.pop(placement.id, None)
 
     # -- learning
 
@@ -224,6 +227,7 @@ class PrefixIndex:
         With `decide` the epoch or budget that follows is applied here; without, it is only returned.
         """
         self._in_flight.pop(placement.id, None)
+        self._running.pop(placement.id, None)
         predicted = min(placement.predicted_tokens, prompt_tokens)
         error = None if cached_tokens is None else cached_tokens - predicted
         state = self._replica(placement.replica)
@@ -233,12 +237,14 @@ class PrefixIndex:
         resident = state.entries.tokens
         learnt = judge(state, placement, prompt_tokens, cached_tokens, steps)
         self._note_blocks(placement.replica, state)
+        steps = self._renew(state, placement.fingerprint, prompt_tokens, steps)
         confirm(state.entries, placement.fingerprint, steps, prompt_tokens, output_tokens)
         epoch = state.epoch + 1 if learnt is _RESTARTED else None
         budget = new_budget(state, placement, learnt, resident)
         if decide and epoch is not None:
             self.new_epoch(placement.replica, epoch)
             self._place(placement.replica, placement.fingerprint, prompt_tokens, now, placement.id, placement.source)
+            self._running.pop(placement.id, None)
         if decide and budget is not None:
             self.set_budget(placement.replica, budget)
         return Feedback(predicted, error, learnt, epoch, budget)
@@ -252,16 +258,45 @@ class PrefixIndex:
         epoch: int,
         *,
         cached_tokens: int | None = None,
+        placement_id: int = 0,
     ) -> None:
         """Apply the usage of another writer's response: the tokens of a chain, which the replica has computed."""
+        self._running.pop(placement_id, None)
         state = self._replica(replica)
         if epoch == state.epoch:
             if cached_tokens:
                 state.granularity.observe(cached_tokens)
                 self._note_blocks(replica, state)
                 state.shortest_hit_tokens = min(state.shortest_hit_tokens, prompt_tokens)
-            steps = self._tree.walk(fingerprint.hashes)
+            steps = self._renew_elsewhere(state, fingerprint, prompt_tokens, self._tree.walk(fingerprint.hashes))
             confirm(state.entries, fingerprint, steps, prompt_tokens, output_tokens)
+
+    def _renew(
+        self, state: ReplicaState, fingerprint: Fingerprint, prompt_tokens: int, steps: list[Step]
+    ) -> list[Step]:
+        """Make an answered prompt the newest: an engine holds all its blocks to the end of the answer.
+
+        `steps` is the prompt's path. Return its path now. A provider's time to live begins with the request, so
+        nothing changes there.
+        """
+        if state.ttl_seconds is not None:
+            return steps
+        tree = self._tree
+        tree.split_end(steps)
+        self._hold(state, fingerprint, prompt_tokens, steps, tree.stamp(0.0), NO_PLACEMENT)
+        return tree.walk(fingerprint.hashes)
+
+    def _renew_elsewhere(
+        self, state: ReplicaState, fingerprint: Fingerprint, prompt_tokens: int, steps: list[Step]
+    ) -> list[Step]:
+        """Do what `_renew` does for another writer's prompt, except that a node which continues it stays whole."""
+        if not steps or steps[-1].depth < len(fingerprint.hashes):
+            return self._renew(state, fingerprint, prompt_tokens, steps)
+        if state.ttl_seconds is None:
+            whole = [step.node for step in steps if step.blocks == len(step.node.hashes)]
+            self._tree.touch(state.entries, whole, self._tree.stamp(0.0), NO_PLACEMENT)
+            self._eviction.make_room(self._tree, state, self._replicas.values())
+        return self._tree.walk(fingerprint.hashes)
 
     # -- epochs and budgets
 
@@ -434,6 +469,10 @@ class PrefixIndex:
     ) -> Placement:
         tree, state = self._tree, self._replica(replica)
         entries, stamp = state.entries, tree.stamp(now)
+        running = self._running
+        running[placement_id] = stamp
+        if len(running) > MAX_IN_FLIGHT:
+            del running[next(iter(running))]
         steps = tree.walk(fingerprint.hashes)
         tree.split_end(steps)
         last: Step | None = None
@@ -442,6 +481,20 @@ class PrefixIndex:
                 break
             last = step
         placement = self._placement(state, placement_id, fingerprint, last, stamp, source)
+        self._hold(state, fingerprint, prompt_tokens, steps, stamp, placement_id)
+        return placement
+
+    def _hold(
+        self,
+        state: ReplicaState,
+        fingerprint: Fingerprint,
+        prompt_tokens: float,
+        steps: list[Step],
+        stamp: float,
+        placement_id: int,
+    ) -> None:
+        """Let a replica hold a whole prompt, whose path so far is `steps`, as its newest."""
+        tree, entries = self._tree, state.entries
         held_before = entries.tokens
         path = [step.node for step in steps]
         depth = steps[-1].depth if steps else 0
@@ -453,7 +506,6 @@ class PrefixIndex:
         tree.touch(entries, path, stamp, placement_id)
         state.placed_tokens += entries.tokens - held_before
         self._eviction.make_room(tree, state, self._replicas.values())
-        return placement
 
     def _placement(
         self,

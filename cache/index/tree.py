@@ -16,7 +16,7 @@ from math import nextafter
 from typing import Final
 
 from cache.index.fingerprint import Fingerprint
-from cache.index.nodes import NOBODY, Node, ReplicaEntries, Residency, Step
+from cache.index.nodes import NO_PLACEMENT, NOBODY, Node, ReplicaEntries, Residency, Step
 
 EVICTED_HASHES: Final = 16_384
 """Chain ends remembered after eviction, to distinguish an evicted prefix from a cold one: about 1.5 MB."""
@@ -113,6 +113,11 @@ class Tree:
         """Return the replica that held a boundary last and recently evicted it, or NOBODY."""
         return self._evicted.get(block_hash, NOBODY)
 
+    @property
+    def last_stamp(self) -> float:
+        """The stamp of the latest touch."""
+        return self._last_stamp
+
     def stamp(self, now: float) -> float:
         """Return `now` in seconds, increased by the least step if needed, so that stamps order all touches."""
         self._last_stamp = now if now > self._last_stamp else nextafter(self._last_stamp, _FOREVER)
@@ -185,7 +190,10 @@ class Tree:
         return node
 
     def touch(self, entries: ReplicaEntries, path: Sequence[Node], stamp: float, touched_by: int) -> None:
-        """Hold every node of `path` (the head first, from the root on) and make them the newest, the head last."""
+        """Hold every node of `path` (the head first, from the root on) and make them the newest, the head last.
+
+        `touched_by` is the placement; with `NO_PLACEMENT` the last one over each node stays the last.
+        """
         ring = entries.ring
         for node in reversed(path):
             residency = node.held.get(entries)
@@ -198,7 +206,8 @@ class Tree:
                 older, newer = residency.older, residency.newer
                 older.newer, newer.older = newer, older  # type: ignore[union-attr]
                 residency.stamp = stamp
-                residency.touched_by = touched_by
+                if touched_by != NO_PLACEMENT:
+                    residency.touched_by = touched_by
             newest = ring.older
             residency.older, residency.newer = newest, ring
             newest.newer = ring.older = residency  # type: ignore[union-attr]

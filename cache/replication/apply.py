@@ -209,6 +209,7 @@ class DeltaApplier:
                 delta.output_tokens,
                 epoch,
                 cached_tokens=delta.cached_tokens,
+                placement_id=delta.placement,
             )
             if delta.cached_tokens:
                 self._restarts.clear(replica)

@@ -36,9 +36,22 @@ class NaiveReplica:
     def depth(self, chain: tuple[int, ...]) -> int:
         return next((i for i in range(len(chain)) if chain[: i + 1] not in self.held), len(chain))
 
-    def make_room(self) -> None:
+    def make_room(self, running: set[int], stamp: int) -> int:
+        """Drop the oldest, but let what is running become the newest once; return the stamp reached."""
+        began = stamp
         while len(self.held) * BLOCK_TOKENS > self.budget:
-            del self.held[min(self.held, key=lambda prefix: (self.held[prefix][0], -len(prefix)))]
+            oldest = min(self.held, key=lambda prefix: (self.held[prefix][0], -len(prefix)))
+            if self.held[oldest][0] <= began and self.held[oldest][1] in running:
+                stamp += 1
+                self.touch(oldest, stamp)
+            else:
+                del self.held[oldest]
+        return stamp
+
+    def touch(self, chain: tuple[int, ...], stamp: int) -> None:
+        """Make a prompt the newest, with the placements that touched it last."""
+        for i in range(len(chain)):
+            self.held[chain[: i + 1]] = (stamp, self.held.get(chain[: i + 1], (0, 0))[1])
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -49,6 +62,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.placements: list[tuple[Any, tuple[int, ...], int]] = []
         self.now = 0.0
         self.stamp = 0
+        self.running: set[int] = set()
 
     @rule(replica=replicas, chain=chains, advance=st.sampled_from([0.0, 1.0]))
     def place(self, replica: int, chain: tuple[int, ...], advance: float) -> None:
@@ -61,7 +75,8 @@ class IndexMachine(RuleBasedStateMachine):
         assert placement.predicted_tokens == before * BLOCK_TOKENS
         for i in range(len(chain)):
             model.held[chain[: i + 1]] = (self.stamp, placement.id)
-        model.make_room()
+        self.running.add(placement.id)
+        self.stamp = model.make_room(self.running, self.stamp)
         self.placements.append((placement, chain, model.epoch))
 
     @rule(data=st.data())
@@ -70,6 +85,7 @@ class IndexMachine(RuleBasedStateMachine):
             return
         placement, chain, epoch = data.draw(st.sampled_from(self.placements))
         self.index.take_back(placement)
+        self.running.discard(placement.id)
         model = self.model[placement.replica]
         if epoch != model.epoch:
             return
@@ -82,16 +98,22 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def answer(self, data: st.DataObject) -> None:
         if self.placements:
-            placement, chain, _ = data.draw(st.sampled_from(self.placements))
+            placement, chain, epoch = data.draw(st.sampled_from(self.placements))
             tokens = len(chain) * BLOCK_TOKENS
             self.index.answered(placement, tokens, placement.predicted_tokens, 3, self.now, decide=False)
+            self.running.discard(placement.id)
+            model = self.model[placement.replica]
+            if epoch == model.epoch:
+                self.stamp += 1
+                model.touch(chain, self.stamp)
+                self.stamp = model.make_room(self.running, self.stamp)
 
     @rule(replica=replicas, blocks=st.integers(1, 25))
     def set_budget(self, replica: int, blocks: int) -> None:
         self.index.set_budget(replica, blocks * BLOCK_TOKENS)
         self.index.tend(self.now)
         self.model[replica].budget = blocks * BLOCK_TOKENS
-        self.model[replica].make_room()
+        self.stamp = self.model[replica].make_room(self.running, self.stamp)
 
     @rule(replica=replicas)
     def begin_epoch(self, replica: int) -> None:
@@ -117,6 +139,7 @@ class IndexMachine(RuleBasedStateMachine):
                 )
         other._next_id = self.index._next_id  # noqa: SLF001 - internal state that no public name shows
         self.index = other
+        self.running.clear()
 
     @rule(chain=chains)
     def matches_agree(self, chain: tuple[int, ...]) -> None:
