@@ -18,7 +18,7 @@ from benchmarks.fleet import rules
 from benchmarks.fleet.ours import Cairn
 from benchmarks.fleet.simulation import Calendar, Router
 
-SYNTHETIC_SESSIONS = 700
+SYNTHETIC_SESSIONS = 1_200
 
 
 class Fleet(msgspec.Struct, frozen=True):
@@ -116,7 +116,7 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
         raise click.UsageError(f"unknown rules: {', '.join(sorted(unknown))}")
     made = read_sessions(sessions) if sessions is not None else synthetic(SYNTHETIC_SESSIONS, seed)
     shared = shared_blocks(made)
-    each = unshared_tokens(made, shared)
+    each = unshared_tokens(made)
     fleet = Fleet(replicas, round(believed * capacity), proxies, delay if proxies > 1 else 0.0)
     console = Console()
     for x in (float(load) for load in loads.split(",")):

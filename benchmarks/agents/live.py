@@ -119,7 +119,7 @@ def main(
     end_on_signals()
     made = read_sessions(sessions) if sessions is not None else synthetic(SESSIONS)
     shared = shared_blocks(made)
-    active = max(round(x * engines * capacity / unshared_tokens(made, shared)), 1)
+    active = max(round(x * engines * capacity / unshared_tokens(made)), 1)
     loop = Loop(active, engines, capacity, seconds, seconds / 3)
     wanted = [part.strip() for part in only.split(";") if part.strip()]
     console, rows = Console(width=130), []

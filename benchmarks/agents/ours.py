@@ -7,12 +7,15 @@ oldest turn that waits anywhere goes first. News of the others' work is `delay_s
 from __future__ import annotations
 
 from functools import partial
+from math import inf
 
+from benchmarks.fleet.engine import PREFILL_TOKENS_PER_SECOND
 from benchmarks.fleet.ours import POOL, At, Cairn, Proxy
 from benchmarks.fleet.simulation import Send
 from benchmarks.fleet.trace import Request
 from proxy.routing.cold_admission import (
     BACKLOG_SECONDS,
+    QUIET_SECONDS,
     ColdQueue,
     ColdTurn,
     ReplicaRoom,
@@ -23,9 +26,15 @@ from proxy.routing.cold_admission import (
     short_tokens,
 )
 from proxy.routing.cold_pressure import ColdPressure, ServedPrompts
+from proxy.routing.shortest_job import ShortestJobQueue
+from proxy.routing.warm_wait import PATIENCE_SECONDS
 
 LOOK_SECONDS = 0.5
 """Interval of looking for a turn that may go while turns wait, in addition to every first token and end."""
+
+
+WARM_LOOK_SECONDS = 0.1
+"""The same interval while warm turns wait."""
 
 
 class Claims:
@@ -51,6 +60,12 @@ class _Gate:
         self.pressure = ColdPressure()
         self.served = ServedPrompts()
         self.looks = False
+        self.warm: dict[int, ShortestJobQueue[tuple[Request, Send, float]]] = {}  # turns and arrivals, by replica
+
+    @property
+    def waiting(self) -> int:
+        """The turns that wait, cold or warm."""
+        return len(self.queue) + sum(map(len, self.warm.values()))
 
 
 class Gated(Cairn):
@@ -84,15 +99,47 @@ class Gated(Cairn):
         for each in self._gates:  # as the journal does
             each.served.note(hashes, depth, tokens, tokens - least, now)
         kind = classify(request.input_tokens, least, self._short_tokens)
-        if kind is TurnKind.SHORT or not (self._always or self._is_on(gate, kind, least, now)):
+        if tokens <= self._short_tokens or not (self._always or self._is_on(gate, kind, least, now)):
             self._go(request, now, send, None)
-        elif kind is TurnKind.WARM:
-            self._go(request, now, send, about_as_good(uncached, self._short_tokens))
-        else:
-            self.held_back += 1
-            is_new = self._known[request.number] <= request.input_tokens - least
-            gate.queue.join(ColdTurn((request, send), request.input_tokens, least, is_new), now)
+        elif kind is TurnKind.COLD:
+            self._hold(gate, request, send, least, now)
             self._look(gate, now)
+        else:
+            self._go_warm(gate, request, send, uncached, now)
+
+    def _hold(self, gate: _Gate, request: Request, send: Send, least: float, arrived_seconds: float) -> None:
+        self.held_back += 1
+        is_new = self._known[request.number] <= request.input_tokens - least
+        gate.queue.join(ColdTurn((request, send), request.input_tokens, least, is_new), arrived_seconds)
+
+    def _go_warm(self, gate: _Gate, request: Request, send: Send, uncached: dict[int, float], now: float) -> None:
+        """Send a warm turn to one of the best replicas that is quiet, or let it wait for the best of them."""
+        good = about_as_good(uncached, self._short_tokens)
+        pending = _pending_seconds(gate, now)
+        free = frozenset(each for each in good if pending[each] <= QUIET_SECONDS and not len(gate.warm.get(each, ())))
+        if free:
+            self._go(request, now, send, free)
+            return
+        best = min(good, key=lambda each: (pending[each], each))
+        line = gate.warm.setdefault(best, ShortestJobQueue(PATIENCE_SECONDS))
+        line.join((request, send, now), uncached[best] / PREFILL_TOKENS_PER_SECOND, now)
+        self._plan_look(gate, now)
+
+    def _look_warm(self, gate: _Gate, now: float) -> None:
+        """Send the warm turns whose replica is quiet; those that were evicted meanwhile wait as cold ones."""
+        for replica, line in list(gate.warm.items()):
+            while len(line) and _pending_seconds(gate, now)[replica] <= QUIET_SECONDS:
+                turn = line.next(now)
+                assert turn is not None  # noqa: S101 - there is one
+                request, send, arrived = turn
+                uncached = _uncached(request, gate.proxy)
+                least = min(uncached.values())
+                if classify(request.input_tokens, least, self._short_tokens) is TurnKind.COLD:
+                    self._hold(gate, request, send, least, arrived)
+                else:
+                    self._go(request, now, send, about_as_good(uncached, self._short_tokens))
+            if not len(line):
+                del gate.warm[replica]
 
     def _is_on(self, gate: _Gate, kind: TurnKind, uncached: float, now: float) -> bool:
         views = gate.proxy.fleet.snapshot(POOL, now)
@@ -109,6 +156,7 @@ class Gated(Cairn):
         return self.dispatch(request, now, send, among=among)
 
     def _look(self, gate: _Gate, now: float) -> None:
+        self._look_warm(gate, now)
         while (waiting := gate.queue.head(now)) is not None:
             turn = waiting.item
             self._claims.heads[gate.number] = waiting.arrived_seconds
@@ -122,9 +170,13 @@ class Gated(Cairn):
             self._claims.holders[replica] = request.number
         if not len(gate.queue):
             self._claims.heads.pop(gate.number, None)
-        elif not gate.looks:
+        self._plan_look(gate, now)
+
+    def _plan_look(self, gate: _Gate, now: float) -> None:
+        if gate.waiting and not gate.looks:
             gate.looks = True
-            self._at(now + LOOK_SECONDS, lambda then: self._look_again(gate, then))
+            interval = WARM_LOOK_SECONDS if gate.warm else LOOK_SECONDS
+            self._at(now + interval, lambda then: self._look_again(gate, then))
 
     def _look_again(self, gate: _Gate, now: float) -> None:
         gate.looks = False
@@ -149,7 +201,7 @@ class Gated(Cairn):
         """Look for turns that may go, since work ended at a replica; at the other proxies once they know."""
         self._look(gate, now)
         for other in self._gates:
-            if other is not gate and len(other.queue) and self._delay_seconds is not None:
+            if other is not gate and other.waiting and self._delay_seconds is not None:
                 self._at(now + self._delay_seconds, partial(self._look, other))
 
 
@@ -161,13 +213,18 @@ def _uncached(request: Request, proxy: Proxy) -> dict[int, float]:
     }
 
 
+def _pending_seconds(gate: _Gate, now: float) -> dict[int, float]:
+    views = gate.proxy.fleet.snapshot(POOL, now)
+    return {view.id: view.pending_tokens / view.rate_tokens_per_second for view in views}
+
+
 def _rooms(gate: _Gate, now: float) -> list[ReplicaRoom]:
     proxy = gate.proxy
     budgets = proxy.index.replicas()
     return [
         ReplicaRoom(
             replica=view.id,
-            pending_seconds=view.pending_tokens / view.rate_tokens_per_second,
+            pending_seconds=inf if view.id in gate.warm else view.pending_tokens / view.rate_tokens_per_second,
             running_tokens=view.running_tokens,
             cache_tokens=budgets[view.id].budget_tokens,
             own_share=gate.served.own_share,

@@ -11,7 +11,8 @@ from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, count
+from math import log, sqrt
 from pathlib import Path
 from random import Random
 
@@ -21,18 +22,42 @@ from benchmarks.fleet.trace import BLOCK_TOKENS, BYTES_PER_TOKEN, Request
 from cache.index.fingerprint import Fingerprint
 from cache.index.hashing import chain_root
 
+
+class Skewed(msgspec.Struct, frozen=True):
+    """A lognormal distribution, by its mean and median."""
+
+    mean: float
+    median: float
+
+    def draw(self, random: Random) -> float:
+        """Draw a value."""
+        return random.lognormvariate(log(self.median), sqrt(2.0 * log(self.mean / self.median)))
+
+
 COMMON_TOKENS = 32_000
 GROUPS = 100
 GROUP_TOKENS = 10_000
 GROUP_SKEW = 0.6
-FIRST_CONTEXT_TOKENS = 54_700
-NEW_TOKENS = 5_760
-OUTPUT_TOKENS = 990
-FEWEST_TURNS, MOST_TURNS = 10, 32
-TOOL_PAUSE_SECONDS = 5.0
-PERSON_PAUSE_SECONDS = 30.0
-PERSON_SHARE = 0.2
-"""One pause in five is a person's, the others are a tool's; both are exponential."""
+CONTEXT_TOKENS = 200_000
+"""A session ends when its next prompt would be longer."""
+
+OWN_TOKENS = Skewed(15_000, 5_000)
+"""A first prompt's tokens beyond what it shares: 54,000 tokens in all in the mean."""
+
+NEW_TOKENS = Skewed(6_000, 4_000)
+"""Tokens of a turn after the last answer."""
+
+OUTPUT_TOKENS = Skewed(1_000, 800)
+FEWEST_OUTPUT_TOKENS = 30
+TOOL_PAUSE_SECONDS = Skewed(5.0, 2.0)
+PERSON_PAUSE_SECONDS = Skewed(30.0, 15.0)
+PERSON_SHARE = 0.3
+SHORTEST_PAUSE = 0.2
+"""Pauses become shorter as the context grows, down to this share of those at its beginning."""
+
+END_SHARE = 0.05
+END_GROWTH = 0.5
+"""A session ends before a turn with probability `END_SHARE`, and half of it more with a full context."""
 
 
 class Turn(msgspec.Struct, frozen=True):
@@ -53,34 +78,55 @@ class Turn(msgspec.Struct, frozen=True):
 
 Session = tuple[Turn, ...]
 
+SHARED_BY = 0.1
+"""Share of the sessions from which on a block counts as common to all in `unshared_tokens`."""
 
-def synthetic(count: int, seed: int = 1) -> list[Session]:
-    """Coding agents' sessions: a prompt common to all, a repository's common to its group, and a growing rest."""
+
+def synthetic(sessions: int, seed: int = 1) -> list[Session]:
+    """Coding agents' sessions: a prompt common to all, a repository's common to its group, and a growing rest.
+
+    Sizes, pauses and ends have the distributions of the coding agents' sessions that AIPerf generates.
+    """
     random = Random(seed)
     heavier = list(accumulate(1.0 / (rank + 1) ** GROUP_SKEW for rank in range(GROUPS)))
     made = []
-    for number in range(count):
+    for number in range(sessions):
         group = bisect_left(heavier, random.random() * heavier[-1])
-        turns = random.randint(FEWEST_TURNS, MOST_TURNS)
-        made.append(tuple(_turns(number, group, turns, random)))
+        made.append(tuple(_turns(number, group, random)))
     return made
 
 
-def _turns(number: int, group: int, turns: int, random: Random) -> Iterator[Turn]:
+def _turns(number: int, group: int, random: Random) -> Iterator[Turn]:
     common, group_blocks = COMMON_TOKENS // BLOCK_TOKENS, GROUP_TOKENS // BLOCK_TOKENS
     chain = _Chain()
     chain.extend((b"common", place) for place in range(common))
     chain.extend((b"group%d" % group, place) for place in range(group_blocks))
-    tokens, own = FIRST_CONTEXT_TOKENS, b"session%d" % number
-    for turn in range(turns):
+    tokens, pause, own = _first_tokens(random), 0.0, b"session%d" % number
+    for turn in count():
         whole = tokens // BLOCK_TOKENS
         chain.extend((own, place) for place in range(len(chain), whole))
-        mean = PERSON_PAUSE_SECONDS if random.random() < PERSON_SHARE else TOOL_PAUSE_SECONDS
-        pause = random.expovariate(1.0 / mean)
         # the last block is not full, so the next turn's block in its place is another
         last = () if tokens % BLOCK_TOKENS == 0 else (chain.after(b"part%d.%d" % (number, turn)),)
-        yield Turn(pause, tokens, OUTPUT_TOKENS, (*chain, *last))
-        tokens += NEW_TOKENS
+        output = max(int(OUTPUT_TOKENS.draw(random)), FEWEST_OUTPUT_TOKENS)
+        yield Turn(pause, tokens, output, (*chain, *last))
+        pause = _pause_seconds(tokens, random)
+        tokens += output + max(int(NEW_TOKENS.draw(random)), 1)
+        ends = END_SHARE * (1.0 + END_GROWTH * tokens / CONTEXT_TOKENS)
+        if tokens >= CONTEXT_TOKENS or random.random() < ends:
+            return
+
+
+def _first_tokens(random: Random) -> int:
+    shared = COMMON_TOKENS + GROUP_TOKENS
+    while (tokens := shared + max(int(OWN_TOKENS.draw(random)), 1)) >= CONTEXT_TOKENS:
+        pass
+    return tokens
+
+
+def _pause_seconds(tokens: int, random: Random) -> float:
+    pause = PERSON_PAUSE_SECONDS if random.random() < PERSON_SHARE else TOOL_PAUSE_SECONDS
+    full = tokens / CONTEXT_TOKENS
+    return pause.draw(random) * (1.0 - (1.0 - SHORTEST_PAUSE) * full)
 
 
 class _Chain(list[int]):
@@ -174,17 +220,26 @@ def _renamed(block: int, cycle: int, shared: frozenset[int]) -> int:
 
 def shared_blocks(sessions: Sequence[Session]) -> frozenset[int]:
     """Return the blocks that more than one session has."""
-    owners: Counter[int] = Counter()
+    return _blocks_of_at_least(2, sessions)
+
+
+def _blocks_of_at_least(owners: float, sessions: Sequence[Session]) -> frozenset[int]:
+    """Return the blocks that at least this many sessions have."""
+    counts: Counter[int] = Counter()
     for session in sessions:
-        owners.update({block for turn in session for block in turn.blocks})
-    return frozenset(block for block, count in owners.items() if count > 1)
+        counts.update({block for turn in session for block in turn.blocks})
+    return frozenset(block for block, count in counts.items() if count >= owners)
 
 
-def unshared_tokens(sessions: Sequence[Session], shared: frozenset[int]) -> float:
-    """Return the mean tokens of a turn that no other session has: what an active session adds to a cache."""
+def unshared_tokens(sessions: Sequence[Session]) -> float:
+    """Return the mean tokens of a turn that an active session adds to a cache.
+
+    Blocks of at least a tenth of the sessions are left out. Others seldom belong to two sessions that are active.
+    """
+    common = _blocks_of_at_least(SHARED_BY * len(sessions), sessions)
     own = turns = 0
     for session in sessions:
         for turn in session:
-            own += sum(1 for block in turn.blocks if block not in shared)
+            own += sum(1 for block in turn.blocks if block not in common)
             turns += 1
     return own * BLOCK_TOKENS / max(turns, 1)

@@ -14,14 +14,14 @@ from proxy.errors import DeadlineUnreachable, Overloaded, TurnedAway
 from proxy.model import Candidate, Plan
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.planner import Planner
-from proxy.routing.cold_admission import SHORT_TOKENS, TurnKind, about_as_good, classify
+from proxy.routing.cold_admission import SHORT_TOKENS, TurnKind, about_as_good, classify, waits_while_warm
 from proxy.routing.cold_gate import ColdGate
 from proxy.routing.cold_turn import Turn, Verdict
 from proxy.routing.fair_shares import TenantShares
 from proxy.wire.urgency import urgency_of
 
 _SHORT: Final = TurnKind.SHORT
-_WARM: Final = TurnKind.WARM
+_COLD: Final = TurnKind.COLD
 
 
 class ColdTurns:
@@ -59,16 +59,15 @@ class ColdTurns:
         least = least_uncached(plan)
         kind = classify(plan.prompt_tokens, least, short)
         self._note(exchange, plan, least, now)
+        may_cool = waits_while_warm(kind, plan.prompt_tokens, short)
         if kind is _SHORT:
-            return None
+            return self._go_warm(exchange, plan, short) if may_cool and self._gate.was_pressed(pool.name) else None
         turn = self._turn(exchange, plan, least)
         verdict = self._gate.judge(turn, kind, views)
         if verdict.waits:
-            return self._wait(exchange, turn, verdict)
-        if kind is _WARM and len(views) > 1 and self._gate.is_pressed(pool.name, views):
-            good = about_as_good({each.replica.id: each.uncached_tokens for each in plan.candidates}, short)
-            if plan.chosen.replica.id not in good:
-                self._planner.plan(exchange, among=good)
+            return self._wait(exchange, turn, verdict, now)
+        if may_cool and self._gate.is_pressed(pool.name, views):
+            return self._go_warm(exchange, plan, short)
         return None
 
     def judge(self, exchange: Exchange) -> Verdict | None:
@@ -148,15 +147,51 @@ class ColdTurns:
             deadline_seconds=exchange.deadline_seconds,
         )
 
-    async def _wait(self, exchange: Exchange, turn: Turn, verdict: Verdict) -> None:
+    def _go_warm(self, exchange: Exchange, plan: Plan, short: float) -> Awaitable[None] | None:
+        """Plan for the replicas that hold most; return what to await if all of these are busy."""
+        good = about_as_good({each.replica.id: each.uncached_tokens for each in plan.candidates}, short)
+        free = frozenset([each for each in good if not self._gate.warm.is_busy(each)])
+        if not free:
+            best = next(each for each in plan.candidates if each.replica.id in good)
+            return self._wait_warm(exchange, plan, best, short)
+        if plan.chosen.replica.id not in free:
+            self._planner.plan(exchange, among=free)
+        return None
+
+    async def _wait_warm(self, exchange: Exchange, plan: Plan, candidate: Candidate, short: float) -> None:
+        """Wait for a replica that holds the prompt; if it holds too little of it then, wait as a cold turn."""
+        arrived, replica = self._clock.monotonic(), candidate.replica
+        turn = self._turn(exchange, plan, candidate.uncached_tokens)
+        try:
+            await self._gate.wait_warm(turn, replica.id, candidate.uncached_tokens / replica.rate_tokens_per_second)
+        finally:
+            exchange.waited_seconds += self._clock.monotonic() - arrived
+        exchange.is_counted = True
+        self._planner.look_up(exchange)
+        self._planner.plan(exchange)
+        plan = exchange.plan or plan
+        least = least_uncached(plan)
+        kind = classify(plan.prompt_tokens, least, short)
+        if kind is _COLD:
+            turn = self._turn(exchange, plan, least)
+            verdict = self._gate.judge(turn, kind, [each.replica for each in plan.candidates])
+            if verdict.waits:
+                await self._wait(exchange, turn, verdict, arrived)
+            return
+        good = about_as_good({each.replica.id: each.uncached_tokens for each in plan.candidates}, short)
+        if plan.chosen.replica.id not in good:
+            self._planner.plan(exchange, among=good)
+
+    async def _wait(self, exchange: Exchange, turn: Turn, verdict: Verdict, arrived_seconds: float) -> None:
         before = self._clock.monotonic()
         try:
-            given = exchange.cold_pass = await self._gate.wait(turn, verdict)
+            given = exchange.cold_pass = await self._gate.wait(turn, verdict, arrived_seconds)
         except TurnedAway:
             self._planner.plan_again(exchange)
             return
         finally:
             exchange.waited_seconds += self._clock.monotonic() - before
+        exchange.is_counted = True
         given.is_over = lambda: _has_computed(exchange)
         try:
             self._planner.look_up(exchange)

@@ -56,6 +56,7 @@ class Exchange:
         "first_token_seconds",
         "inter_token_counts",
         "inter_token_seconds",
+        "is_counted",
         "is_warming",
         "known_tokens",
         "last_token_seconds",
@@ -97,6 +98,7 @@ class Exchange:
         self.deadline_seconds: float | None = None  # of the first token, on the monotonic clock
         self.known_tokens = 0.0  # tokens of the prompt that were served before
         self.cold_pass: Pass | None = None  # a cold turn's right to its replica
+        self.is_counted = False  # its work was counted for its tenant while it waited
         self.background_id: str | None = None  # of a response that is computed in the background
         self.avoid: frozenset[str] = frozenset()  # names of replicas that must not be chosen
         self.stored: StoredUse | None = None
@@ -151,10 +153,10 @@ class Exchange:
     def share_of(self, candidate: Candidate) -> Share:
         """Return the share by which the request is served at `candidate`, if it need not wait there.
 
-        A cold turn that waited was counted when it went.
+        A turn that waited before its placement was counted when it went.
         """
         tenant = self.call.tenant
-        tokens = candidate.uncached_tokens if self.cold_pass is None else 0.0
+        tokens = 0.0 if self.is_counted else candidate.uncached_tokens
         return Share(tenant.id, tenant.weight, Priority.NORMAL, tokens)
 
     def waiting_share_of(self, candidate: Candidate) -> Share:

@@ -84,6 +84,11 @@ def classify(prompt_tokens: float, least_uncached_tokens: float, short: float = 
     return TurnKind.WARM if least_uncached_tokens <= WARM_SHARE * prompt_tokens else TurnKind.COLD
 
 
+def waits_while_warm(kind: TurnKind, prompt_tokens: float, short: float = SHORT_TOKENS) -> bool:
+    """Return True if a turn that is not cold may have become so by the time its replica can compute it."""
+    return kind is not TurnKind.COLD and prompt_tokens > short
+
+
 def is_long(uncached_tokens: float, rates: Iterable[float]) -> bool:
     """Return True if a prefill takes a second or more at every replica. `rates` are in tokens per second."""
     return uncached_tokens >= LONG_SECONDS * max(rates)

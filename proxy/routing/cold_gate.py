@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from math import ceil
+from math import ceil, inf
 from typing import Any, Final
 
 from cache import CacheError
@@ -30,7 +30,8 @@ from proxy.routing.cold_admission import (
 from proxy.routing.cold_pressure import ColdPressure, ServedPrompts
 from proxy.routing.cold_turn import Claims, Fleet, GateLimits, Turn, Verdict
 from proxy.routing.cold_wait import ColdRate, Tickets
-from proxy.routing.fair_shares import Priority, TenantShares
+from proxy.routing.fair_shares import Priority, Share, TenantShares
+from proxy.routing.warm_wait import WarmQueues
 
 LOOK_SECONDS: Final = 0.5
 """Interval of looking for a turn that may go while turns wait, in addition to every end of work."""
@@ -122,6 +123,7 @@ class ColdGate:
         self._clock = clock
         self._pools: dict[str, _Pool] = {}
         self.limits = GateLimits()
+        self.warm = WarmQueues(fleet, shares, lambda: self.limits.quiet_seconds, clock)
         self.waiting_bytes = 0
         self.admitted = 0
         self.refused = 0
@@ -216,6 +218,10 @@ class ColdGate:
             most = max(most, capacity)
         return short_tokens(most)
 
+    def was_pressed(self, pool: str) -> bool:
+        """Return True if the last turn that was judged found cold turns of a pool waiting. Takes no time."""
+        return self.pool(pool).pressure.is_holding
+
     def is_pressed(self, pool: str, views: Sequence[ReplicaView]) -> bool:
         """Return True if cold turns of a pool wait because its sessions need more cache than there is.
 
@@ -235,8 +241,25 @@ class ColdGate:
 
     # -- waiting
 
-    async def wait(self, turn: Turn, verdict: Verdict) -> Pass:
-        """Wait until the turn may go.
+    async def wait_warm(self, turn: Turn, replica: int, work_seconds: float) -> None:
+        """Wait until a replica can compute a turn that it holds; it may hold less of it then.
+
+        Returns at once if the waiting bodies take all the memory allowed for them.
+
+        Raises:
+            DeadlineUnreachable: the turn's deadline passed.
+        """
+        if self.waiting_bytes + turn.body_bytes > self.limits.max_waiting_bytes:
+            return
+        share = Share(turn.tenant, turn.weight, turn.priority, turn.uncached_tokens)
+        self.waiting_bytes += turn.body_bytes
+        try:
+            await self.warm.wait(replica, work_seconds, share, turn.deadline_seconds)
+        finally:
+            self.waiting_bytes -= turn.body_bytes
+
+    async def wait(self, turn: Turn, verdict: Verdict, arrived_seconds: float | None = None) -> Pass:
+        """Wait until the turn may go. `arrived_seconds` is the time of its arrival, None if that is now.
 
         Raises:
             RateLimited: a new session would wait for too long, or the waiting bodies take too much memory.
@@ -250,7 +273,7 @@ class ColdGate:
         waiter = _Waiter(turn, asyncio.get_running_loop().create_future())
         if not len(pool.queue):
             pool.rate.began(now)
-        arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, now)
+        arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, arrived_seconds or now)
         pool.tickets.take(turn.tenant, turn.prompt_end)
         waiting = pool.queue.join(_cold_turn(waiter), arrived)
         pool.waiting[waiter] = arrived
@@ -316,6 +339,7 @@ class ColdGate:
     def changed(self) -> None:
         """Look for turns that may go, since work began or ended somewhere. Cheap while no turn waits."""
         if self._pools:
+            self.warm.look()
             for pool in self._pools.values():
                 if pool.passes:
                     self._release_done(pool)
@@ -456,7 +480,7 @@ class ColdGate:
     def _room(self, pool: _Pool, view: ReplicaView, now: float) -> ReplicaRoom:
         return ReplicaRoom(
             replica=view.id,
-            pending_seconds=_pending_seconds(view),
+            pending_seconds=inf if self.warm.waiting(view.id) else _pending_seconds(view),
             running_tokens=view.running_tokens,
             cache_tokens=self._capacity_tokens(view.id),
             own_share=pool.served.own_share,

@@ -35,6 +35,7 @@ class Fleet(Protocol):
     """The part of `proxy.fleet.Fleet` that decides when a turn may go."""
 
     def snapshot(self, pool: str, now_seconds: float) -> Sequence[ReplicaView]: ...
+    def sent_seconds(self, number: int, now_seconds: float) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)

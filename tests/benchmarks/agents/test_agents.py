@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
+from statistics import mean
 
 import msgspec
 import pytest
@@ -11,8 +13,9 @@ from click.testing import CliRunner
 from benchmarks.agents.__main__ import CONTESTANTS, Fleet, main
 from benchmarks.agents.loop import Loop, Result, alone_seconds, run
 from benchmarks.agents.sessions import (
-    FIRST_CONTEXT_TOKENS,
-    NEW_TOKENS,
+    COMMON_TOKENS,
+    CONTEXT_TOKENS,
+    GROUP_TOKENS,
     again,
     read_sessions,
     shared_blocks,
@@ -31,29 +34,46 @@ SHARED = shared_blocks(SESSIONS)
 def closed_loop(name: str, x: float, believed: float = 1.0, proxies: int = 1, which: int = 0) -> Result:
     """Two replicas for an hour; the clock is virtual, so equal arguments give equal results and are run once."""
     sessions, shared = SETS[which], shared_blocks(SETS[which])
-    active = round(x * 2 * 1_000_000 / unshared_tokens(sessions, shared))
+    active = round(x * 2 * 1_000_000 / unshared_tokens(sessions))
     fleet = Fleet(2, round(believed * 1_000_000), proxies, 0.01)
     loop = Loop(active, 2, 1_000_000, 3_600.0, 900.0)
     return run(sessions, shared, loop, lambda calendar, closed: CONTESTANTS[name][1](fleet, calendar, closed))
 
 
 def test_a_made_up_session_grows_by_its_own_blocks_on_what_it_shares():
-    """Turn after turn 5,760 tokens more; equal seeds make equal sessions."""
-    session = SESSIONS[0]
-    assert [turn.input_tokens for turn in session[:3]] == [FIRST_CONTEXT_TOKENS + NEW_TOKENS * n for n in range(3)]
-    whole = FIRST_CONTEXT_TOKENS // 512
-    assert session[0].blocks[:whole] == session[1].blocks[:whole]
-    assert session[0].blocks[whole] != session[1].blocks[whole]
-    assert session[0].blocks[:62] == SESSIONS[1][0].blocks[:62]
-    assert session[0].blocks[90] != SESSIONS[1][0].blocks[90]
+    """Turn after turn by the last answer and new tokens, up to the context; equal seeds make equal sessions."""
+    session = max(SESSIONS, key=len)
+    first, second = session[0], session[1]
+    whole = first.input_tokens // 512
+    assert all(b.input_tokens > a.input_tokens + a.output_tokens for a, b in pairwise(session))
+    assert session[-1].input_tokens < CONTEXT_TOKENS
+    assert first.blocks[:whole] == second.blocks[:whole]
+    assert first.blocks[whole] != second.blocks[whole]
+    common = COMMON_TOKENS // 512
+    assert {session[0].blocks[:common] for session in SESSIONS} == {first.blocks[:common]}
+    own = (COMMON_TOKENS + GROUP_TOKENS) // 512 + 1
+    assert len({session[0].blocks[own] for session in SESSIONS if len(session[0].blocks) > own}) > 100
     assert synthetic(3)[2] == SESSIONS[2]
+
+
+def test_made_up_sessions_have_the_sizes_of_coding_agents():
+    """In the mean: 54,000 tokens at first, then 6,000 new and 1,000 out a turn, twelve turns, pauses of 7 s."""
+    sessions = SETS[0] + SETS[1]
+    turns = [turn for session in sessions for turn in session]
+    later = [pair for session in sessions for pair in pairwise(session)]
+    new = [b.input_tokens - a.input_tokens - a.output_tokens for a, b in later]
+    assert mean(session[0].input_tokens for session in sessions) == pytest.approx(54_000, rel=0.05)
+    assert mean(new) == pytest.approx(5_900, rel=0.1)
+    assert mean(turn.output_tokens for turn in turns) == pytest.approx(1_000, rel=0.1)
+    assert mean(map(len, sessions)) == pytest.approx(12, rel=0.1)
+    assert mean(b.pause_seconds for _, b in later) == pytest.approx(7.4, rel=0.2)
 
 
 def test_a_session_again_keeps_what_it_shares_and_is_another_beyond():
     """Or the second cycle of a file would be all hits."""
     other = again(SESSIONS[0], 1, SHARED)
-    assert other[0].blocks[:62] == SESSIONS[0][0].blocks[:62]
-    assert not set(other[0].blocks[90:]) & set(SESSIONS[0][0].blocks[90:])
+    assert other[-1].blocks[:62] == SESSIONS[0][-1].blocks[:62]
+    assert not set(other[-1].blocks[82:]) & set(SESSIONS[0][-1].blocks[82:])
 
 
 def write(path, rows):
@@ -110,11 +130,13 @@ def test_blocks_of_running_requests_are_not_evicted():
 
 def test_alone_a_turn_computes_what_is_new_in_it():
     """The measure of a slowdown."""
-    before, turn = SESSIONS[0][0], SESSIONS[0][1]
-    whole = FIRST_CONTEXT_TOKENS // 512 * 512
+    before, turn = max(SESSIONS, key=len)[:2]
+    whole = before.input_tokens // 512 * 512
     expected = (turn.input_tokens - whole) / 8_000 + 0.03 + turn.output_tokens * 0.02
     assert alone_seconds(turn, before) == pytest.approx(expected)
-    assert alone_seconds(before, None) == pytest.approx(before.input_tokens / 8_000 + 0.03 + 990 * 0.02)
+    assert alone_seconds(before, None) == pytest.approx(
+        before.input_tokens / 8_000 + 0.03 + before.output_tokens * 0.02
+    )
 
 
 def test_with_room_the_gate_changes_nothing_and_without_it_it_doubles_the_turns():

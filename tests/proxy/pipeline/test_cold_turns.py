@@ -194,15 +194,65 @@ async def test_a_few_tokens_or_a_prompt_without_pressure_do_not_wait() -> None:
 
 
 async def test_under_pressure_a_warm_prompt_goes_only_where_about_as_much_of_it_is_held() -> None:
-    """Elsewhere it would evict what another session needs; without pressure the load decides."""
-    for pressed, expected in ((True, [1]), (False, [0, 1])):
-        gated = Gated(pressed=pressed)
-        gated.hold(1, "x" * 9_000, tokens=2_250)
-        gated.make_busy(1)
-        exchange = gated.planned("x" * 9_000 + "y" * 6_000)
-        assert replicas_of(exchange) == [0, 1]
-        assert gated.cold_turns.admit(exchange) is None
-        assert replicas_of(exchange) == expected
+    """Elsewhere it would evict what another session needs, so it waits; without pressure the load decides."""
+    gated = Gated(pressed=False)
+    gated.hold(1, "x" * 9_000, tokens=2_250)
+    gated.make_busy(1)
+    exchange = gated.planned("x" * 9_000 + "y" * 6_000)
+    assert gated.cold_turns.admit(exchange) is None
+    assert replicas_of(exchange) == [0, 1]
+    gated.gate.observe(POOL, 100_000, 90_000)
+    exchange = gated.planned("x" * 9_000 + "y" * 6_000)
+    waits = gated.begin(exchange)
+    await turns()
+    assert (waits.done(), gated.gate.warm.waiting(1), gated.waiting()) == (False, 1, 0)
+    waits.cancel()
+    await turns()
+    assert (gated.gate.warm.waiting(1), gated.gate.waiting_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("own", [6_000, 40], ids=["warm", "short"])
+async def test_under_pressure_a_warm_prompt_goes_once_its_replica_is_quiet(own: int) -> None:
+    """To that replica, and its work was counted while it waited."""
+    gated = Gated()
+    gated.hold(1, "x" * 9_000, tokens=2_250)
+    charges = gated.make_busy(1)
+    gated.gate.is_pressed(POOL, gated.fleet.snapshot(POOL, gated.clock.monotonic()))
+    exchange = gated.planned("x" * 9_000 + "y" * own)
+    waits = gated.begin(exchange)
+    await turns()
+    gated.clock.advance(3.0)
+    gated.fleet.finish(charges[0], gated.clock.monotonic())
+    gated.gate.changed()
+    await waits
+    assert replicas_of(exchange)[0] == 1
+    assert exchange.plan is not None
+    assert exchange.share_of(exchange.plan.chosen).tokens == 0.0
+    assert exchange.waited_seconds == pytest.approx(3.0)
+
+
+async def test_a_warm_prompt_that_was_evicted_while_it_waited_waits_as_a_cold_one() -> None:
+    """In the place of its arrival: before a cold one that came after it."""
+    gated = Gated()
+    gated.hold(1, "x" * 9_000, tokens=2_250)
+    charges = gated.make_busy(0, 1)
+    exchange = gated.planned("x" * 9_000 + "y" * 6_000)
+    warm = gated.begin(exchange)
+    await turns()
+    gated.clock.advance(1.0)
+    later = gated.begin(gated.planned("z" * 9_000))
+    await turns()
+    gated.index.new_epoch(1, 1)
+    gated.gate.warm.look()
+    for charge in charges[1:]:
+        gated.fleet.finish(charge, gated.clock.monotonic())
+    gated.clock.advance(1.0)
+    gated.gate.changed()
+    await turns()
+    assert (warm.done(), later.done()) == (True, False)
+    assert exchange.cold_pass is not None
+    assert exchange.waited_seconds == pytest.approx(2.0)
+    later.cancel()
 
 
 # -- urgency and shares

@@ -35,6 +35,9 @@ class FakeFleet:
             for n, (pending, running) in enumerate(zip(self.pending, self.running, strict=True))
         )
 
+    def sent_seconds(self, number: int, now_seconds: float) -> float:
+        return self.pending[number] / 10_000.0
+
 
 class FakeClaims:
     """Claims without a Redis. `answer` is given to every request for one; CacheError is raised."""
@@ -425,3 +428,30 @@ async def test_a_session_that_was_served_goes_before_a_new_one_of_the_same_momen
     assert (new.done(), served.done()) == (False, True)
     new.cancel()
     await settle()
+
+
+async def test_a_replica_for_which_warm_turns_wait_takes_no_cold_one():
+    """Even once it is quiet: the warm one goes first, and is sent before the cold one looks again."""
+    bench = Bench(1)
+    bench.fleet.pending[0] = 20_000.0
+    warm = bench.tasks.start(bench.gate.wait_warm(bench.turn(), 0, 1.0), "warm")
+    cold = bench.begin()
+    await settle()
+    assert (bench.gate.warm.waiting(0), bench.gate.waiting_bytes) == (1, 2_000)
+    bench.fleet.pending[0] = 0.0
+    bench.clock.advance(1.0)
+    bench.gate.changed()
+    await settle()
+    assert (warm.done(), bench.gate.warm.waiting(0)) == (True, 0)
+    bench.gate.changed()
+    await settle()
+    assert cold.done()
+
+
+async def test_a_warm_turn_does_not_wait_if_the_bodies_that_wait_take_all_the_memory():
+    """It is sent at once, as without pressure."""
+    bench = Bench(1)
+    bench.gate.limits = GateLimits(max_waiting_bytes=500)
+    bench.fleet.pending[0] = 20_000.0
+    await bench.gate.wait_warm(bench.turn(), 0, 1.0)
+    assert bench.gate.waiting_bytes == 0
