@@ -237,7 +237,7 @@ class PrefixIndex:
         resident = state.entries.tokens
         learnt = judge(state, placement, prompt_tokens, cached_tokens, steps)
         self._note_blocks(placement.replica, state)
-        steps = self._renew(state, placement.fingerprint, prompt_tokens, steps)
+        steps = self._renew(state, placement.fingerprint, prompt_tokens, steps, placement.id)
         confirm(state.entries, placement.fingerprint, steps, prompt_tokens, output_tokens)
         epoch = state.epoch + 1 if learnt is _RESTARTED else None
         budget = new_budget(state, placement, learnt, resident)
@@ -268,30 +268,44 @@ class PrefixIndex:
                 state.granularity.observe(cached_tokens)
                 self._note_blocks(replica, state)
                 state.shortest_hit_tokens = min(state.shortest_hit_tokens, prompt_tokens)
-            steps = self._renew_elsewhere(state, fingerprint, prompt_tokens, self._tree.walk(fingerprint.hashes))
+            steps = self._tree.walk(fingerprint.hashes)
+            steps = self._renew_elsewhere(state, fingerprint, prompt_tokens, steps, placement_id)
             confirm(state.entries, fingerprint, steps, prompt_tokens, output_tokens)
 
     def _renew(
-        self, state: ReplicaState, fingerprint: Fingerprint, prompt_tokens: int, steps: list[Step]
+        self,
+        state: ReplicaState,
+        fingerprint: Fingerprint,
+        prompt_tokens: int,
+        steps: list[Step],
+        placement_id: int,
     ) -> list[Step]:
         """Make an answered prompt the newest: an engine holds all its blocks to the end of the answer.
 
-        `steps` is the prompt's path. Return its path now. A provider's time to live begins with the request, so
-        nothing changes there.
+        `steps` is the prompt's path. Return its path now. What was evicted meanwhile is placed again. A provider's
+        time to live begins with the request, so nothing changes there.
         """
         if state.ttl_seconds is not None:
             return steps
         tree = self._tree
         tree.split_end(steps)
-        self._hold(state, fingerprint, prompt_tokens, steps, tree.stamp(0.0), NO_PLACEMENT)
+        is_whole = bool(steps) and steps[-1].depth == len(fingerprint.hashes)
+        is_whole = is_whole and all(state.entries in step.node.held for step in steps)
+        touched_by = NO_PLACEMENT if is_whole else placement_id
+        self._hold(state, fingerprint, prompt_tokens, steps, tree.stamp(0.0), touched_by)
         return tree.walk(fingerprint.hashes)
 
     def _renew_elsewhere(
-        self, state: ReplicaState, fingerprint: Fingerprint, prompt_tokens: int, steps: list[Step]
+        self,
+        state: ReplicaState,
+        fingerprint: Fingerprint,
+        prompt_tokens: int,
+        steps: list[Step],
+        placement_id: int,
     ) -> list[Step]:
         """Do what `_renew` does for another writer's prompt, except that a node which continues it stays whole."""
         if not steps or steps[-1].depth < len(fingerprint.hashes):
-            return self._renew(state, fingerprint, prompt_tokens, steps)
+            return self._renew(state, fingerprint, prompt_tokens, steps, placement_id)
         if state.ttl_seconds is None:
             whole = [step.node for step in steps if step.blocks == len(step.node.hashes)]
             self._tree.touch(state.entries, whole, self._tree.stamp(0.0), NO_PLACEMENT)

@@ -25,6 +25,7 @@ from proxy.routing.cold_admission import (
     TurnKind,
     Waiting,
     is_long,
+    is_quiet,
     short_tokens,
 )
 from proxy.routing.cold_pressure import ColdPressure, ServedPrompts
@@ -448,7 +449,7 @@ class ColdGate:
             got = await self._claims.take(
                 pool.name,
                 [view.name for view in views],
-                busy=[view.name for view in views if _pending_seconds(view) > self.limits.quiet_seconds],
+                busy=[view.name for view in views if not is_quiet(_pending_seconds(view), self.limits.quiet_seconds)],
                 rest_seconds=self.limits.rest_seconds,
                 order=self._order(waiting, now),
                 tenant=turn.tenant,

@@ -43,15 +43,16 @@ class NaiveReplica:
             oldest = min(self.held, key=lambda prefix: (self.held[prefix][0], -len(prefix)))
             if self.held[oldest][0] <= began and self.held[oldest][1] in running:
                 stamp += 1
-                self.touch(oldest, stamp)
+                self.touch(oldest, stamp, None)
             else:
                 del self.held[oldest]
         return stamp
 
-    def touch(self, chain: tuple[int, ...], stamp: int) -> None:
-        """Make a prompt the newest, with the placements that touched it last."""
+    def touch(self, chain: tuple[int, ...], stamp: int, placement_id: int | None) -> None:
+        """Make a prompt the newest; None leaves each part to the placement that touched it last."""
         for i in range(len(chain)):
-            self.held[chain[: i + 1]] = (stamp, self.held.get(chain[: i + 1], (0, 0))[1])
+            prefix = chain[: i + 1]
+            self.held[prefix] = (stamp, self.held[prefix][1] if placement_id is None else placement_id)
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -105,7 +106,8 @@ class IndexMachine(RuleBasedStateMachine):
             model = self.model[placement.replica]
             if epoch == model.epoch:
                 self.stamp += 1
-                model.touch(chain, self.stamp)
+                whole = model.depth(chain) == len(chain)
+                model.touch(chain, self.stamp, None if whole else placement.id)
                 self.stamp = model.make_room(self.running, self.stamp)
 
     @rule(replica=replicas, blocks=st.integers(1, 25))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.routing.cold_admission import (
+    COLD_QUIET,
     NEW_AFTER_SECONDS,
     PATIENCE_SECONDS,
     QUIET_SECONDS,
@@ -64,8 +65,8 @@ def test_the_first_goes_to_a_quiet_replica_with_room():
     """Not to one that computes for longer, nor to one whose running prompts leave no room."""
     queue: ColdQueue[str] = ColdQueue()
     rooms = [
-        room(0, pending=QUIET_SECONDS),
-        room(1, pending=QUIET_SECONDS + 0.01),
+        room(0, pending=COLD_QUIET * QUIET_SECONDS),
+        room(1, pending=COLD_QUIET * QUIET_SECONDS + 0.01),
         room(2, running=900_001.0),
         room(3, running=900_000.0),
         room(4, running=1e9, capacity=None),

@@ -129,7 +129,7 @@ async def test_a_turn_waits_until_a_replica_is_quiet():
     await settle()
     assert not waiting.done()
     assert bench.gate.waiting()[Priority.NORMAL] == 1
-    bench.fleet.pending[0] = 4_000.0
+    bench.fleet.pending[0] = 2_000.0
     bench.gate.changed()
     await settle()
     assert waiting.done()
@@ -281,7 +281,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once():
 async def test_with_other_workers_a_replica_is_claimed_first_and_released_after():
     """Best replica first, with the turn's place among all; what is not given is waited for."""
     bench = Bench(alone=False)
-    bench.fleet.pending = [3_000.0, 0.0]
+    bench.fleet.pending = [1_000.0, 0.0]
     waiting = bench.begin()
     await settle()
     assert not waiting.done()
