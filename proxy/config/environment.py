@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from proxy.config.schema import RETIRED, Config, Section, has_mark, make_secret
-from proxy.config.validate import Problem, in_words, near_miss, size_bytes
+from proxy.config.validate import SIZE_FORM, Problem, explained, is_list, near_miss, size_bytes
 
 SHORT_NAMES = {
     "CAIRN_HOST": ("server", "host"),
@@ -57,7 +57,7 @@ def read(environ: Mapping[str, str]) -> FromEnvironment:
             section, _, field = name.removeprefix("CAIRN_").lower().partition("__")
             _add(found, name, text, (section, field))
         else:
-            near = near_miss(name, (*SHORT_NAMES, *OTHER_NAMES))
+            near = near_miss(name, (*SHORT_NAMES, *OTHER_NAMES), prefix="CAIRN_")
             found.warnings.append(f"{name} is not a setting and is ignored{near}")
     return found
 
@@ -71,16 +71,21 @@ def _add(found: FromEnvironment, name: str, text: str, path: Path) -> None:
     is_section = isinstance(section, type) and issubclass(section, Section)
     types = {field.name: field.type for field in msgspec.structs.fields(section)} if is_section else {}  # type: ignore[arg-type]
     if not is_section or path[1] not in types:
-        found.problems.append((name, "there is no such setting" + near_miss(name, _all_names())))
+        found.problems.append((name, "there is no such setting" + near_miss(name, _all_names(), prefix="CAIRN_")))
         return
-    size = size_bytes(text) if has_mark(section, path[1], "size") else None  # type: ignore[arg-type]
+    value: object = text
+    if has_mark(section, path[1], "size"):  # type: ignore[arg-type]
+        size = size_bytes(text)
+        if size is None and not text.strip().removeprefix("-").isdigit():
+            found.problems.append((name, SIZE_FORM))
+            return
+        value = text if size is None else size
+    elif is_list(types[path[1]]):
+        value = [part for part in re.split(r"[,\s]+", text) if part]
     try:
-        found.values[path] = msgspec.convert(
-            text if size is None else size, types[path[1]], strict=False, dec_hook=make_secret
-        )
+        found.values[path] = msgspec.convert(value, types[path[1]], strict=False, dec_hook=make_secret)
     except msgspec.ValidationError as error:
-        message = str(error).partition(" - at `")[0]
-        found.problems.append((name, in_words(message[:1].lower() + message[1:], text)))
+        found.problems.append((name, explained(error, value, types[path[1]])))
 
 
 def _all_names() -> list[str]:

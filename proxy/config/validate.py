@@ -22,7 +22,7 @@ Problem = tuple[str, str]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]i?B?|B)")
 _UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "ki": 1024, "Mi": 1024**2, "Gi": 1024**3}
 _PATH_IN_MESSAGE = re.compile(r"(?P<text>.*) - at `(?:key` in `)?\$(?P<path>[^`]*)`", re.DOTALL)
-_SIZE_FORM = "expected a number of bytes such as 33554432, 32MB or 32MiB"
+SIZE_FORM = "expected a number of bytes such as 33554432, 32MB or 32MiB"
 
 _NUL = "\0"
 _TYPE = re.compile(r"`(\w+)`")
@@ -69,12 +69,16 @@ def problems(tree: Any, section: type[Section] = Config, path: str = "$") -> Ite
             yield path, f"the setting `{name}` is missing"
 
 
-def near_miss(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean ...?` if one of `known` resembles `name` or begins with it, else an empty text."""
-    names = list(known)
+def near_miss(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return `; did you mean ...?` if one of `known` resembles `name` or begins with it, else an empty text.
+
+    A `prefix` that all names have is left out of the comparison, in which it would make all of them alike.
+    """
+    name = name.removeprefix(prefix)
+    names = [each.removeprefix(prefix) for each in known]
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     found = found or [each for each in names if each.startswith(f"{name}_")]
-    return f"; did you mean `{found[0]}`?" if found else ""
+    return f"; did you mean `{prefix}{found[0]}`?" if found else ""
 
 
 def size_bytes(text: str) -> int | None:
@@ -102,10 +106,10 @@ def _field_problems(value: Any, section: type[Section], name: str, annotation: A
     if has_mark(section, name, "size") and isinstance(value, str):
         size = size_bytes(value)
         if size is None:
-            yield path, _SIZE_FORM
+            yield path, SIZE_FORM
             return
         value = size
-    if isinstance(value, list) and element is None and get_origin(inner) is tuple:
+    if isinstance(value, list) and element is None and is_list(annotation):
         each_type = get_args(inner)[0]
         inside = [found for at, each in enumerate(value) for found in _wrong(each, each_type, f"{path}[{at}]")]
         if inside:
@@ -122,9 +126,20 @@ def _wrong(value: Any, annotation: Any, path: str) -> Iterator[Problem]:
     try:
         msgspec.convert(value, annotation, dec_hook=make_secret)
     except msgspec.ValidationError as error:
-        where, text = _split(str(error))
-        inner = _unmarked(annotation)
-        yield path + where, _enum_text(value, inner) or _form_text(text, annotation) or in_words(text, value)
+        yield path + _split(str(error))[0], explained(error, value, annotation)
+
+
+def explained(error: msgspec.ValidationError, value: Any, annotation: Any) -> str:
+    """Return what is wrong with `value`, which is not of the type `annotation`."""
+    text = _split(str(error))[1]
+    if is_list(annotation) and isinstance(value, list):  # the problem is one of its elements
+        annotation = get_args(_unmarked(annotation))[0]
+    return _enum_text(value, _unmarked(annotation)) or _form_text(text, annotation) or in_words(text, value)
+
+
+def is_list(annotation: Any) -> bool:
+    """Return whether a setting of this type is a list."""
+    return get_origin(_unmarked(annotation)) is tuple
 
 
 def _with_sizes(tree: Any, section: type[Section]) -> Any:

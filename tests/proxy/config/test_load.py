@@ -75,10 +75,13 @@ def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_defau
         ("CAIRN_LOG__LEVEL", "debug", ("log", "level"), "debug"),
         ("CAIRN_REDIS", "redis://:pw@h/0", ("redis", "url"), SecretUrl("redis://:pw@h/0")),
         ("CAIRN_ADMIN_TOKEN", "12345", ("admin", "token"), Secret("12345")),
+        ("CAIRN_SERVER__ENGINE_PATHS", "/tokenize, /rerank", ("server", "engine_paths"), ("/tokenize", "/rerank")),
+        ("CAIRN_SERVER__CORS_ORIGINS", "", ("server", "cors_origins"), ()),
+        ("CAIRN_UPSTREAM__RETRY_STATUSES", "500,503", ("upstream", "retry_statuses"), (500, 503)),
     ],
 )
 def test_variables_set_what_they_name(name: str, text: str, path: tuple[str, str], value: object) -> None:
-    """Short names, and CAIRN_SECTION__SETTING for every other scalar."""
+    """Short names, and CAIRN_SECTION__SETTING for every other setting of a section, lists included."""
     config = load(None, {name: text}).config
     assert getattr(getattr(config, path[0]), path[1]) == value
 
@@ -89,13 +92,32 @@ def test_variables_set_what_they_name(name: str, text: str, path: tuple[str, str
         ({"CAIRN_WORKERS": "many"}, "CAIRN_WORKERS: expected a whole number"),
         ({"CAIRN_WORKERS": "0"}, "CAIRN_WORKERS: expected a whole number >= 1"),
         ({"CAIRN_SERVER__PROT": "1"}, "CAIRN_SERVER__PROT: there is no such setting"),
-        ({"CAIRN_POOLS__NAME": "1"}, "CAIRN_POOLS__NAME: there is no such setting"),
+        ({"CAIRN_POOLS__NAME": "1"}, "CAIRN_POOLS__NAME: there is no such setting$"),
+        (
+            {"CAIRN_SERVER__MAX_BODY_BYTES": "32mb"},
+            "CAIRN_SERVER__MAX_BODY_BYTES: expected a number of bytes such as",
+        ),
+        ({"CAIRN_LOG__FORMAT": "xml"}, "CAIRN_LOG__FORMAT: expected one of json, logfmt"),
+        (
+            {"CAIRN_SERVER__ENGINE_PATHS": "/a,rerank"},
+            "CAIRN_SERVER__ENGINE_PATHS: expected a path that begins with /",
+        ),
+        ({"CAIRN_UPSTREAM__RETRY_STATUSES": "5xx"}, "CAIRN_UPSTREAM__RETRY_STATUSES: expected a whole number"),
     ],
 )
 def test_a_bad_variable_is_named(environ: dict[str, str], message: str) -> None:
     """The message tells the variable, not a place in a file that has nothing to do with it."""
     with pytest.raises(ConfigError, match=message):
         load(None, environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("CAIRN_CLIENTS", ""), ("CAIRN_TENANCY", ""), ("CAIRN_UPSTREAMS", "; did you mean `CAIRN_UPSTREAM`?")],
+)
+def test_an_unknown_variable_is_compared_without_what_all_have_in_common(name: str, near: str) -> None:
+    """Otherwise every name is like every other."""
+    assert f"{name} is not a setting and is ignored{near}" in load(None, {name: "x"}).warnings
 
 
 def test_kubernetes_service_variables_configure_nothing() -> None:
