@@ -134,7 +134,7 @@ class RequestReader:
                 raise BadRequest("The form cannot be read.")
             self._check_owned(call, pool, named)
         elif content_type[: len(_URL_ENCODED)].lower() == _URL_ENCODED:
-            raise BadRequest("Send the body as application/json or multipart/form-data.")
+            raise BadRequest("Send the body with the content-type application/json or multipart/form-data.")
         else:
             self._check_references(call, pool, (call.body,), item_references(listed_items(call.body)))
 
