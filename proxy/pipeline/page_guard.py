@@ -40,6 +40,9 @@ class PageGuard:
             headers: with names in lower case.
             has_key: the request has a key, any key. A browser sends one to another site only after it was allowed to.
         """
+        is_harmless = has_key or self._allows_all or method in _HARMLESS_METHODS
+        if is_harmless and not self._local_only:
+            return
         host = origin = site = b""
         for name, value in headers:
             if name == b"host":
@@ -54,7 +57,7 @@ class PageGuard:
                 "can list clients, or allow every host name by server.open.",
                 code=_CODE,
             )
-        if method in _HARMLESS_METHODS or has_key or self._allows_all:
+        if is_harmless:
             return
         is_foreign = origin and origin.partition(b"://")[2].lower() != host.lower()
         if (is_foreign or (site and site not in _FROM_HERE)) and origin.lower() not in self._origins:
