@@ -60,8 +60,10 @@ def parse(url: str) -> StoreUrl:
         if not topology:
             return _single(url, parts)
         return _many(scheme, Topology(topology), parts)
-    except ValueError as error:
-        raise StoreUrlError(f"the URL of Redis cannot be read: {error}") from None
+    except ValueError:  # its text repeats what stands where the port should be: perhaps a part of the password
+        raise StoreUrlError(
+            "the URL of Redis cannot be read: check host and port, and write / ? # @ in a password as %2F %3F %23 %40"
+        ) from None
 
 
 def _split(url: str) -> SplitResult:

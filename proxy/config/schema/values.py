@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, get_type_hints
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -19,7 +17,13 @@ LIVE = Meta(extra={"live": True})
 SIZE = Meta(extra={"size": True})
 """Marks a number of bytes, which may also be written as `32MB` or `32MiB`."""
 
-_CREDENTIAL_IN_QUERY = re.compile(r"(?i)\b(password|token|key|secret)=[^&]*")
+_HARMLESS_OPTIONS = frozenset({
+    "client_name", "db", "health_check_interval", "max_connections", "protocol", "socket_connect_timeout",
+    "socket_keepalive", "socket_timeout", "ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile", "ssl_check_hostname",
+    "ssl_keyfile",
+})  # fmt: skip
+"""Options in a URL whose values may be shown."""
+
 
 Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: any free port, for tests and demonstrations
 Count = Annotated[int, Meta(ge=1)]
@@ -89,15 +93,23 @@ class SecretUrl(Secret):
     __slots__ = ()
 
     def redacted(self) -> str:
-        """Return the URL with `***` in place of what may be secret."""
-        try:
-            parts = urlsplit(self._text)
-        except ValueError:
+        """Return the URL with `***` in place of what may be secret: of everything, if its parts are not clear."""
+        scheme, mark, rest = self._text.partition("://")
+        if not mark or not scheme.replace("+", "").isalnum():
             return "***"
-        netloc = parts.netloc.rpartition("@")
-        shown = f"***@{netloc[2]}" if netloc[1] else netloc[2]
-        query = _CREDENTIAL_IN_QUERY.sub(r"\1=***", parts.query)
-        return f"{parts.scheme}://{shown}{parts.path}" + (f"?{query}" if query else "")
+        credentials, at, place = rest.rpartition("@")
+        if not set("/?#").isdisjoint(credentials):  # a password should have these only encoded
+            return f"{scheme}://***"
+        address, question, query = place.partition("#")[0].partition("?")
+        shown = f"{scheme}://{'***@' if at else ''}{address}"
+        return f"{shown}?{'&'.join(map(_redacted_option, query.split('&')))}" if question else shown
+
+
+def _redacted_option(option: str) -> str:
+    name, is_given, _ = option.partition("=")
+    if name in _HARMLESS_OPTIONS:
+        return option
+    return f"{name}=***" if is_given else "***"
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=False):

@@ -420,6 +420,39 @@ def test_a_secret_url_shows_its_host() -> None:
     assert str(SecretUrl("unix:///run/valkey.sock")) == "unix:///run/valkey.sock"
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis+sentinel://:hunter2@h,h2:1/m?sentinel_password=hunter2&sentinel_username=hunter2",
+        "rediss://h?ssl_password=hunter2&PASSWORD=hunter2&pass%77ord=hunter2&hunter2",
+        "redis://:#hunter2@h/0",
+        "redis://:x/hunter2@h/0",
+        "redis://:x?hunter2@h",
+        "redis://:hunter2@x@h",
+        "redis://h/0?password=x@hunter2",
+        "redis://h#hunter2",
+        "unix://user:hunter2@/run/x.sock",
+        "hunter2:x@h",
+        "hunter2",
+    ],
+)
+def test_no_part_of_a_password_is_shown_however_a_url_is_written(url: str) -> None:
+    """Neither in the effective configuration nor in the error about a URL that cannot be read."""
+    assert "hunter2" not in str(SecretUrl(url))
+    message = ""
+    try:
+        load(None, {"CAIRN_REDIS": url, "XDG_DATA_HOME": "/d"})
+    except ConfigError as error:
+        message = error.message
+    assert "hunter2" not in message
+
+
+def test_options_that_hold_no_secret_are_shown() -> None:
+    """And where Redis is."""
+    url = "rediss+sentinel://:pw@h,h2:1/m/2?ssl_cert_reqs=none&db=1"
+    assert str(SecretUrl(url)) == "rediss+sentinel://***@h,h2:1/m/2?ssl_cert_reqs=none&db=1"
+
+
 @given(st.text(min_size=1))
 def test_no_url_makes_redaction_fail(text: str) -> None:
     """Showing any text as a URL raises nothing."""
@@ -618,7 +651,7 @@ def test_a_loaded_configuration_is_frozen() -> None:
         ({"kubernetes": {"ca_file": "/no/such.pem"}}, r"\$\.kubernetes\.ca_file: cannot read"),
         (
             {"redis": {"url": "redis://h:99999"}},
-            r"\$\.redis\.url: the URL of Redis cannot be read: Port out of range",
+            r"\$\.redis\.url: the URL of Redis cannot be read: check host and port",
         ),
         ({"redis": {"url": "redis://h/x"}}, r"\$\.redis\.url: the database in the URL of Redis is not a number"),
         ({"redis": {"url": "redis+sentinel://"}}, r"\$\.redis\.url: the URL of Redis names an empty host"),
