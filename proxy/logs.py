@@ -17,6 +17,8 @@ _CREDENTIALS = re.compile(
     r"|\bsk-[a-z0-9_-]{8,})"
 )
 
+_CONTROLS = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069]")
+
 
 class RedactingFormatter(logging.Formatter):
     """Replaces known secrets, and what looks like a credential, by `***`, in tracebacks too."""
@@ -25,6 +27,14 @@ class RedactingFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
         known = sorted({s for s in secrets if len(s) >= 4}, key=len, reverse=True)
         self._known = re.compile("|".join(map(re.escape, known))) if known else None
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
+        """Return the line of `record`, in which nothing ends the line or controls a terminal.
+
+        Names of models and errors come from upstreams. A traceback, which follows the line, has lines of its own.
+        """
+        record.message = _CONTROLS.sub(" ", record.message)
+        return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the text of `record` without secrets."""

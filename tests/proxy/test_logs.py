@@ -57,3 +57,14 @@ def test_every_secret_of_a_configuration_is_known() -> None:
         pools=(Pool("p", (Replica("http://h", key=Secret("k")), Replica("http://i"))),),
     )
     assert secrets_of(config) == {"t", "redis://:p@h", "k"}
+
+
+@pytest.mark.parametrize(
+    "odd", ["\n2026-11-27 00:00:00 INFO forged", "\r", "\x1b[2J", "\x9b2J", "\u2028", "\u202egnol"]
+)
+def test_a_message_is_one_line_and_controls_no_terminal(odd: str) -> None:
+    """An upstream chooses the names of its models; a traceback keeps its lines."""
+    line = RedactingFormatter().format(record("models %s", f"a{odd}b"))
+    assert len(line.splitlines()) == 1
+    assert line.isprintable()
+    assert "ValueError" in RedactingFormatter().format(record("x", error=ValueError("y"))).splitlines()[-1]
