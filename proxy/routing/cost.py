@@ -61,8 +61,11 @@ TIE_SECONDS: Final = 0.002
 not send every cold prompt to the replica whose rate looks one percent better.
 """
 
-DROP_WEIGHT: Final = 1.0
-"""`w`: the share of evicted tokens that is computed again."""
+DROP_WEIGHT: Final = 3.0
+"""`w`: how often evicted tokens are computed again, since doing so evicts others while the replica is overfull. With
+1, sessions that share a head and outgrow their replica stay there although others are empty. On traces, 3 gives 0.2
+to 0.6 points more hits than 1 with mean TTFT 1 to 2 % higher, and 3 % lower under overload.
+"""
 
 MIN_DROP_TOKENS: Final = 256.0
 """For a prompt with fewer uncached tokens the room at replicas is not looked up."""

@@ -269,6 +269,20 @@ def test_cold_conversations_go_where_there_is_room(seed):
     assert cached / prompt > 0.95
 
 
+def test_conversations_that_outgrow_the_engine_of_their_common_head_move_to_empty_ones():
+    """Six that begin at one of three idle engines, which hold two each: few turns compute much anew."""
+    engines = [SimulatedEngine(BlockCache(40_000)) for _ in range(3)]
+    sticky = [SimulatedEngine(BlockCache(40_000)) for _ in range(3)]
+    proxy = CairnProxy(engines, capacities=40_000)
+    talks = [Session(f"talk {number}", words("system", 3_000)) for number in range(6)]
+    for _ in range(20):
+        for number, talk in enumerate(talks):
+            answer = proxy.ask(talk.ask(600))
+            sticky[number % 3].serve(decode_chat(talk.body()))
+            talk.answered(answer.usage.output_tokens)
+    assert sum(each.computed_tokens for each in engines) < 2 * sum(each.computed_tokens for each in sticky)
+
+
 @pytest.mark.parametrize(("conversations", "wanted"), [(8, 0.98), (12, 0.6)])
 def test_slots_are_the_unit_of_room(conversations, wanted):
     """Two engines of four slots hold eight conversations whole, and most of twelve."""

@@ -297,11 +297,13 @@ def test_a_cold_prompt_goes_where_there_is_most_room_whatever_its_hash(tie):
     assert chosen(demand, NOTHING, [view(0), view(1), view(2)], room=FakeRoom(1, 3, 2)) == 1
 
 
-def test_what_must_be_evicted_costs_as_much_as_computing_it_again():
+def test_what_must_be_evicted_costs_as_much_as_computing_it_three_times():
     """A replica with room takes a cold prompt although it has the longer queue, up to that cost."""
-    busy = view(1, pending_tokens=8_000.0)
-    assert chosen(LONG, NOTHING, [view(0), busy], room=FakeRoom(0, 1)) == 1
-    assert chosen(LONG, NOTHING, [view(0), view(1, pending_tokens=12_000.0)], room=FakeRoom(0, 1)) == 0
+
+    def where(pending: float) -> int:
+        return chosen(LONG, NOTHING, [view(0), view(1, pending_tokens=pending)], room=FakeRoom(0, 1))
+
+    assert [where(28_000.0), where(32_000.0)] == [1, 0]
 
 
 def test_a_shared_head_is_copied_to_an_idle_replica_with_room_once_waiting_takes_longer_than_computing_it():
@@ -349,7 +351,7 @@ def unused_part(size_bytes: int, tokens: int) -> Held:
 def test_a_prompt_that_no_replica_reuses_stays_with_the_one_that_holds_it(tie):
     """Computing it costs the same everywhere, but only there it needs no new room, unless others are idle."""
     demand = msgspec.structs.replace(LONG, tie_hash=tie)
-    match = Match({1: unused_part(39_000, 9_700)})
+    match = Match({1: unused_part(39_600, 9_900)})
     assert chosen(demand, match, [view(0), view(1), view(2)], room=FakeRoom(1, 0, 1)) == 1
     assert chosen(demand, match, [view(0), view(1, in_flight=1)], room=FakeRoom(1, 0)) == 0
 
