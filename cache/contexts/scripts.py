@@ -110,11 +110,20 @@ COMMIT = Script(
 local id, head, manifest, digests, metadata, pin, expires, ttl, grace = unpack(ARGV, 1, 9)
 local room, pin_room, ids_most, tags_most, status, tokens, value, warming, tags, extra = unpack(ARGV, 10, 19)
 if redis.call('EXISTS', context(id)) == 1 then return {'ok', now} end
+local kinds = {ids = 'zset', gone = 'zset', held = 'hash', refs = 'hash', sizes = 'hash', sum = 'hash', tags = 'hash'}
+for name, kind in pairs(kinds) do
+  local found = redis.call('TYPE', T .. ':' .. name).ok
+  if found ~= 'none' and found ~= kind then redis.call('UNLINK', T .. ':' .. name) end
+end
 sweep()
 local missing, own, fresh, whole = {}, #head + #manifest + #metadata, 0, 0
 for at = 1, #digests, 64 do
   local digest = string.sub(digests, at, at + 63)
-  local size = redis.call('STRLEN', segment(digest))
+  local size = redis.pcall('STRLEN', segment(digest))
+  if type(size) == 'table' then
+    redis.call('UNLINK', segment(digest))
+    size = 0
+  end
   if size == 0 then missing[#missing + 1] = digest end
   whole = whole + size
   if redis.call('HEXISTS', T .. ':refs', digest) == 0 then fresh = fresh + size end
@@ -160,15 +169,24 @@ READ = Script(
     + """
 local rows = {}
 for at, id in ipairs(ARGV) do
-  rows[at] = redis.call('HMGET', context(id), 'head', 'metadata', 'created', 'expires', 'status', 'tokens', 'error',
+  local row = redis.pcall('HMGET', context(id), 'head', 'metadata', 'created', 'expires', 'status', 'tokens', 'error',
     'bytes', 'uses', 'used', 'value', 'warming', 'pin')
+  rows[at] = row.err and {'a key of another type'} or row
 end
 return {now, rows}
 """,
     writes=False,
 )
 
-IDS = Script("context-ids", _PRELUDE + "return {now, redis.call('ZRANGE', T .. ':ids', 0, -1)}", writes=False)
+IDS = Script(
+    "context-ids",
+    _PRELUDE
+    + """
+local found = redis.pcall('ZRANGE', T .. ':ids', 0, -1)
+return {now, found.err and {} or found}
+""",
+    writes=False,
+)
 
 UPDATE = Script(
     "context-update",

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from cache import keys
 from cache.contexts.rows import ContextStatus
-from cache.errors import PastExpiry, QuotaFull, StoreFull, UnknownContext
+from cache.errors import PastExpiry, QuotaFull, StoreCorrupt, StoreFull, UnknownContext
 from cache.store.store import Script, Store
 from tests.support.context_store import ONE, TENANTS, draft, keys_left, opened
 from tests.support.valkey import Valkey
@@ -194,6 +195,42 @@ async def test_flushall_is_a_context_that_is_not_there_and_counts_right_afterwar
         assert two.contexts.total_bytes == 0
         await two.contexts.create(ONE, draft())
         assert two.contexts.total_contexts == 1
+
+
+@pytest.mark.parametrize("name", ["ids", "gone", "held", "refs", "sizes", "sum", "tags"])
+async def test_a_key_of_the_wrong_type_is_replaced_when_a_context_is_stored(server: Valkey, name: str) -> None:
+    """What it held is lost; until then a list has what can be read."""
+    server.flush()
+    async with opened([server]) as one:
+        await one.contexts.create(ONE, draft(seed=1))
+        key = keys.tenant(ONE, name)
+        server.ask("DEL", key)
+        server.ask("SET", key, "x")
+        if name != "tags":
+            await one.contexts.rows(ONE)
+        made = await one.contexts.create(ONE, draft(seed=2, tags=("t",)))
+        assert made.id in [row.id for row in await one.contexts.rows(ONE)]
+        assert (await one.contexts.tagged(ONE, "t")).id == made.id
+        assert (await one.contexts.content(ONE, made)).messages
+
+
+async def test_a_context_or_a_segment_of_the_wrong_type_costs_only_its_own_context(server: Valkey) -> None:
+    """The context is damaged, and can be deleted; the segment is uploaded again with the next context that has it."""
+    server.flush()
+    async with opened([server]) as one, opened([server]) as two:
+        good, bad = [await one.contexts.create(ONE, draft(seed=seed)) for seed in (1, 2)]
+        key = keys.tenant(ONE, "context", bad.id)
+        server.ask("DEL", key)
+        server.ask("SADD", key, "x")
+        assert [row.id for row in await two.contexts.rows(ONE)] == [good.id]
+        with pytest.raises(StoreCorrupt):
+            await two.contexts.row(ONE, bad.id)
+        await two.contexts.delete(ONE, bad.id)
+        segment = next(each for each in keys_left([server]) if ":segment:" in each)
+        server.ask("DEL", segment)
+        server.ask("SADD", segment, "x")
+        again = await two.contexts.create(ONE, draft(seed=1))
+        assert (await two.contexts.content(ONE, again)).messages
 
 
 async def test_a_context_left_in_the_middle_of_its_warming_is_an_error_and_not_pending_for_ever(
