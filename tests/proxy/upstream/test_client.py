@@ -351,6 +351,7 @@ def unchunked(wire: bytes) -> bytes:
 RELAYED = (
     pytest.param([b"3\r\nabc\r\n"], [b"3\r\nabc\r\n"], id="a whole chunk"),
     pytest.param([b"00A\r\n0123456789\r\n"], [b"00A\r\n0123456789\r\n"], id="its digits as they are"),
+    pytest.param([b"900\r\n%b\r\n" % (b"x" * 0x900)], [b"900\r\n%b\r\n" % (b"x" * 0x900)], id="a large one"),
     pytest.param([b"3\r\nabc\r\n3\r\ndef\r\n"], [None], id="two at once"),
     pytest.param([b"3\r\nab", b"c\r\n", b"1\r\nd\r\n"], [None, None, b"1\r\nd\r\n"], id="one cut, then a whole"),
     pytest.param([b"1", b"5\r\n" + b"x" * 21 + b"\r\n"], [None], id="cut within its size"),
