@@ -78,7 +78,24 @@ static int is_hex(byte sign)
     return (sign >= '0' && sign <= '9') || (sign >= 'a' && sign <= 'f') || (sign >= 'A' && sign <= 'F');
 }
 
-/* Return the length of the escape that begins with the backslash at `at`, 0 if there is no such escape. */
+/* Return the number that \uXXXX at `at` stands for, -1 if it is not written like that. */
+static int code_unit(const byte *at, const byte *end)
+{
+    if (end - at < 6 || at[0] != '\\' || at[1] != 'u')
+        return -1;
+    int value = 0;
+    for (int i = 2; i < 6; i++) {
+        if (!is_hex(at[i]))
+            return -1;
+        value = 16 * value + (at[i] <= '9' ? at[i] - '0' : (at[i] | 0x20) - 'a' + 10);
+    }
+    return value;
+}
+
+/* Return the length of the escape that begins with the backslash at `at`, 0 if there is no such escape.
+ *
+ * A pair of surrogates is one escape; a decoder refuses one that is alone.
+ */
 static Py_ssize_t escape_length(const byte *at, const byte *end)
 {
     if (end - at < 2)
@@ -86,8 +103,13 @@ static Py_ssize_t escape_length(const byte *at, const byte *end)
     switch (at[1]) {
     case '"': case '\\': case '/': case 'b': case 'f': case 'n': case 'r': case 't':
         return 2;
-    case 'u':
-        return end - at >= 6 && is_hex(at[2]) && is_hex(at[3]) && is_hex(at[4]) && is_hex(at[5]) ? 6 : 0;
+    case 'u': {
+        const int unit = code_unit(at, end);
+        if (unit < 0xD800 || unit > 0xDFFF)
+            return unit < 0 ? 0 : 6;
+        const int second = unit <= 0xDBFF ? code_unit(at + 6, end) : -1;
+        return second >= 0xDC00 && second <= 0xDFFF ? 12 : 0;
+    }
     default:
         return 0;
     }
@@ -110,11 +132,11 @@ static const byte *string_end(const byte *at, const byte *end)
 }
 
 /* Return where the first KEPT_BYTES of a well-formed string end, or a few bytes later, outside of an escape. */
-static const byte *kept_end(const byte *text)
+static const byte *kept_end(const byte *text, const byte *end)
 {
     const byte *at = text;
     while (at - text < KEPT_BYTES)
-        at += *at != '\\' ? 1 : at[1] == 'u' ? 6 : 2;
+        at += *at != '\\' ? 1 : escape_length(at, end);
     return at;
 }
 
@@ -154,7 +176,7 @@ static int find_cuts(const byte *text, const byte *end, Cuts *cuts)
             if (stop == NULL)
                 return 0;
             if (stop - at >= LONG_BYTES) {
-                const byte *from = depth > 1 ? at : kept_end(at);
+                const byte *from = depth > 1 ? at : kept_end(at, stop);
                 const Py_ssize_t short_at = (from - text) - removed;
                 removed += stop - from;
                 if (add_cut(cuts, short_at, removed) < 0)
