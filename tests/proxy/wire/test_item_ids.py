@@ -22,6 +22,8 @@ STREAM = (
     + event(ADDED, item={"id": "msg_1", "type": "message"})
     + event(ADDED, item=None)
     + event(ADDED, item={"id": 7})
+    + event(ADDED, item={"id": "ci_1", "type": "code_interpreter_call", "container_id": "cntr_1"})
+    + event(ADDED, item={"id": "fc_1", "type": "function_call", "container_id": "stolen"})
     + event("response.completed", response=STOLEN)
 )
 
@@ -33,7 +35,7 @@ def test_the_ids_of_added_items_are_found_at_any_cut(size: int, line_end: bytes)
     stream = STREAM.replace(b"\n", line_end)
     ids = StreamedItemIds()
     found = [each for at in range(0, len(stream), size) for each in ids.feed(stream[at : at + size])]
-    assert found == ["rs_1", "msg_1"]
+    assert found == ["rs_1", "msg_1", "ci_1", "cntr_1", "fc_1"]
 
 
 def test_a_line_without_end_is_not_kept() -> None:
@@ -47,6 +49,8 @@ def test_a_line_without_end_is_not_kept() -> None:
     ("body", "expected"),
     [
         (b'{"id":"resp_1","output":[{"id":"msg_1"},{"id":null},{}],"tools":[{"id":"stolen"}]}', ["msg_1"]),
+        (b'{"output":[{"id":"ci_1","type":"code_interpreter_call","container_id":"c_1"}]}', ["ci_1", "c_1"]),
+        (b'{"output":[{"id":"fc_1","type":"function_call","container_id":"stolen"}]}', ["fc_1"]),
         (b'{"output":null}', []),
         (b'{"output":7}', []),
         (b"x", []),
