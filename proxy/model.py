@@ -214,6 +214,7 @@ class Prompt(msgspec.Struct, frozen=True):
     may_name_context: bool = False  # a short message contains "cache", perhaps as its role
     referring: tuple[memoryview, ...] = ()  # members besides messages and input that may name stored objects
     names: tuple[tuple[str, str], ...] = ()  # what it continues and the container: (collection, id)
+    is_stored: bool = False  # the upstream keeps the completion as an object
     has_hidden_parts: bool = False  # the upstream adds a stored prompt or search results
     skips_cache: bool = False  # the request needs a prompt that is computed anew
     cache_key: bytes = b""  # `prompt_cache_key`, as raw JSON

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Final, Protocol
 
 from cache import ObjectLocations
-from proxy.model import Access, Call, Endpoint
+from proxy.model import Access, Call, Endpoint, Prompt
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.reader import checked_key, has_checked_models, object_key
 from proxy.wire.item_ids import StreamedItemIds, item_ids
@@ -22,6 +22,9 @@ from proxy.wire.usage import created_object, read_response
 _RESPONSE_ID = re.compile(rb'"response"\s*:\s*\{[^{}\[\]]*?"id"\s*:\s*"([^"\\]+)"')
 """The id of the response in its first event. An object or array before it may be the client's own, so nothing is
 found behind one."""
+
+_CHUNK_ID = re.compile(rb'data: ?\{[^{}\[\]]*?"id"\s*:\s*"([^"\\]+)"')
+"""The id of a chat completion in its first chunk."""
 
 _IN_BACKGROUND = re.compile(rb'"background"\s*:\s*true')
 _STREAM_STARTS: Final = (b"event:", b"data:")
@@ -50,11 +53,12 @@ class CreatedObjects:
         self._journal = journal
 
     @staticmethod
-    def may_tell(call: Call) -> bool:
-        """Return True if the response to `call` may be about an object."""
+    def may_tell(call: Call, prompt: Prompt | None = None) -> bool:
+        """Return True if the response to `call`, which has this prompt, may be about an object."""
         return call.method in _READ_METHODS and (
             call.endpoint is Endpoint.RESPONSES
             or (call.endpoint is Endpoint.OTHER and call.access is not Access.INFERENCE)
+            or (prompt is not None and prompt.is_stored)
         )
 
     def note(self, exchange: Exchange, body: bytes) -> None:
@@ -85,13 +89,14 @@ class CreatedObjects:
                 self._note_background(exchange, created)
 
     def note_opening(self, exchange: Exchange, opening: bytes) -> bool:
-        """Learn from the first bytes of a stream of the responses surface; False if they show no id yet."""
-        found = _RESPONSE_ID.search(opening)
+        """Learn from the first bytes of a stream whose result is kept as an object; False if they show no id yet."""
+        of_chat = exchange.call.endpoint is Endpoint.CHAT
+        found = _CHUNK_ID.search(opening) if of_chat else _RESPONSE_ID.search(opening)
         if found is None:
             return False
         object_id = found[1].decode(errors="replace")
         self._own(exchange, object_id)
-        if _IN_BACKGROUND.search(opening):
+        if not of_chat and _IN_BACKGROUND.search(opening):
             exchange.background_id = object_id
             self._mark(exchange, "background", object_id)
         return True

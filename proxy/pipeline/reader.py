@@ -18,13 +18,24 @@ from proxy.pipeline.admission import check_model
 from proxy.pipeline.exchange import Exchange
 from proxy.wire import multipart, named_models
 from proxy.wire import request as wire_request
-from proxy.wire.references import Reference, form_references, item_references, listed_items, references
+from proxy.wire.references import (
+    Reference,
+    first_object_id,
+    form_references,
+    item_references,
+    listed_items,
+    references,
+)
 
 _EMBEDDINGS: Final = Endpoint.EMBEDDINGS
 _INFERENCE: Final = Endpoint.INFERENCE
 _RESPONSES: Final = Endpoint.RESPONSES
 _FILES: Final = "/v1/files"
 _BATCHES: Final = "/v1/batches"
+_VIDEOS: Final = "/v1/videos"
+_MESSAGE_BATCHES: Final = "/v1/messages/batches"
+_RUNNING: Final = frozenset({_VIDEOS, _MESSAGE_BATCHES})  # whose creation runs models that its body names
+_RESPONSES_PATH: Final = "/v1/responses/"
 _URL_ENCODED: Final = b"application/x-www-form-urlencoded"
 
 
@@ -82,11 +93,20 @@ class RequestReader:
             _check_further_models(call)
         if pool.shares_key:
             self._check_references(call, pool, prompt.referring, _continued(call, prompt))
-        if self._locations and (pinned_to := prompt.pinned_to or wire_request.first_file_id(call.body)):
-            exchange.pinned_replica = self._number_in(pool, self._locate(call.tenant, pinned_to))
+        if self._locations:
+            exchange.pinned_replica = self._number_in(pool, self._named_in(call, prompt))
         if pool.sends_cache_salt and pool.isolated:
             at = prompt.body.index(b"{") + 1
             exchange.edits = (Edit(at, at, b'"cache_salt":"%b",' % call.tenant.id.encode()),)
+
+    def _named_in(self, call: Call, prompt: Prompt) -> str | None:
+        """Return the name of the replica that has what a prompt continues, else a file or container that it uses."""
+        named = prompt.pinned_to or wire_request.first_file_id(call.body)
+        if not named and prompt.names:
+            named = prompt.names[0][1]
+        if not named and prompt.referring:
+            named = first_object_id(prompt.referring)
+        return self._locate(call.tenant, named) if named else None
 
     def _read_model(self, exchange: Exchange) -> None:
         call = exchange.call
@@ -97,6 +117,11 @@ class RequestReader:
             _check_further_models(call)
         if pool.shares_key:
             self._check_named_objects(call, pool)
+        if self._locations and call.target.startswith(
+            _RESPONSES_PATH
+        ):  # what it compacts or counts is at one replica
+            name = self._located(call.tenant, references(call.body, (call.body,)))
+            exchange.pinned_replica = self._number_in(pool, name)
 
     def _pool_for(self, call: Call, model: str | None) -> ServedPool:
         """Return the pool that serves `model`; without a model the only pool, whose upstream then decides."""
@@ -143,7 +168,7 @@ class RequestReader:
     def _read_path(self, exchange: Exchange) -> None:
         call = exchange.call
         name = self._named_location(call)
-        pool = self._pool_of(name) or self._pools.default
+        pool = self._pool_of(name) or self._pool_of_created(call) or self._pools.default
         if pool is None:
             raise NotFound(
                 "No pool is the default for paths that name no model; mark one with default: true.",
@@ -159,8 +184,7 @@ class RequestReader:
         if call.object_id is not None:
             return self._locate(call.tenant, call.object_id)
         if call.access is Access.CREATE:
-            found = references(call.body, (call.body,)) if call.body else None
-            return next(filter(None, (self._locate(call.tenant, each.object_id) for each in found or ())), None)
+            return self._located(call.tenant, references(call.body, (call.body,)) if call.body else None)
         if not self._locations:
             return None
         segments = call.target.partition("?")[0].split("/")
@@ -175,8 +199,8 @@ class RequestReader:
             return
         elif call.object_id is None:
             raise Forbidden(
-                "This path is not available with the key that clients share. The operator can allow it in "
-                "server.allowed_paths.",
+                f"{call.method} is not available at this path with the key that clients share. POST runs models; the "
+                "operator can allow more in server.allowed_paths.",
                 code="path_not_allowed",
             )
         elif self._locations.of(object_key(call.tenant, pool, call.object_id)) is None:
@@ -213,6 +237,21 @@ class RequestReader:
     def _locate(self, tenant: Tenant, object_id: str) -> str | None:
         """Return the name of the replica at which the client's object was created."""
         return self._locations.of(f"{tenant.id}/{object_id}") or self._locations.of(object_id)
+
+    def _located(self, tenant: Tenant, found: Iterable[Reference] | None) -> str | None:
+        """Return the name of the replica that has one of the objects that a body refers to."""
+        return next(filter(None, (self._locate(tenant, each.object_id) for each in found or ())), None)
+
+    def _pool_of_created(self, call: Call) -> ServedPool | None:
+        """Return the pool of the model that a new object runs, None if its body names none."""
+        if call.access is not Access.CREATE or _path(call) not in _RUNNING:
+            return None
+        models = _running_models(call)
+        if not models:
+            return None
+        for model in models:
+            check_model(call.tenant, model)
+        return self._pools.serving(models[0])
 
     def _pool_of(self, name: str | None) -> ServedPool | None:
         number = None if name is None else self._number_of(name)
@@ -267,12 +306,20 @@ def _created_models(call: Call) -> Iterable[str] | None:
     if path == _FILES:
         is_batch = named_models.is_batch_input(call.body, content_type)
         return named_models.batch_file_models(call.body, content_type) if is_batch is not False else ()
-    if path == "/v1/messages/batches":
+    if path == _MESSAGE_BATCHES:
         return named_models.batch_request_models(call.body)
-    if path == "/v1/videos":
+    if path == _VIDEOS:
         model = named_models.model_of(call.body, content_type)
         return None if model is None else named_models.further_models(call.body, content_type)
     return ()
+
+
+def _running_models(call: Call) -> list[str]:
+    """Return the models that a new video or batch of messages names."""
+    if _path(call) == _VIDEOS:
+        model = named_models.model_of(call.body, _content_type(call))
+        return [] if model is None else [model]
+    return sorted(named_models.batch_request_models(call.body) or ())
 
 
 def _path(call: Call) -> str:

@@ -25,7 +25,7 @@ from proxy.pipeline.objects import CreatedObjects
 from proxy.pipeline.silence import COMMENT, PassedStream, SilenceWatch, WaitingClient
 from proxy.upstream import Framing, UpstreamResponse
 from proxy.wire import headers as wire_headers
-from proxy.wire.decode import ResponseDecoder, response_encoding
+from proxy.wire.decode import ResponseDecoder, content_encoding
 from proxy.wire.errors import error_event
 from proxy.wire.item_ids import StreamedItemIds
 from proxy.wire.late import events_of_plain
@@ -196,7 +196,7 @@ class ResponseRelay:
         """Relay a long plain response as it arrives. Return its body if it is to be read."""
         body: PassedBody | None = None
         if response.status < 300 and self._is_read(exchange):
-            encoding = response_encoding(response.headers)
+            encoding = content_encoding(response.headers)
             body = PassedBody(encoding, exchange.call.endpoint, _READ_AT_MOST_BYTES)
         stream = self._passed_stream(response, downstream)
         downstream.begin(response.status, response.reason, head, response.content_length)
@@ -239,7 +239,7 @@ class ResponseRelay:
         exchange.ending = _ending_of(response)
         if succeeded:
             self._read_plain(exchange, response, body)
-        if encoding := response_encoding(response.headers):
+        if encoding := content_encoding(response.headers):
             body = ResponseDecoder(encoding, _READ_AT_MOST_BYTES).feed(body)
         self.release(exchange)
         call = exchange.call
@@ -250,14 +250,14 @@ class ResponseRelay:
         if not self._is_read(exchange):
             return
         endpoint = exchange.call.endpoint
-        if encoding := response_encoding(response.headers):
+        if encoding := content_encoding(response.headers):
             decoder = ResponseDecoder(encoding, _READ_AT_MOST_BYTES)
             body = decoder.feed(body)
             if not decoder.alive:
                 return  # it may be understood by the client
         if endpoint.runs_model:
             self._read_usage(exchange, body)
-        if self.objects.may_tell(exchange.call):
+        if self.objects.may_tell(exchange.call, exchange.prompt):
             self.objects.note(exchange, body)
         if endpoint is _MODELS:
             self._model_names.add(str(model.get("id")) for model in read_models(body) or ())
@@ -365,7 +365,7 @@ class StreamRelay:
         downstream: Downstream,
         tap: StreamTap,
     ) -> None:
-        encoding = response_encoding(response.headers)
+        encoding = content_encoding(response.headers)
         self._relay = relay
         self._exchange = exchange
         self._response = response
@@ -374,8 +374,9 @@ class StreamRelay:
         self._limits = relay.limits
         self._decoder = ResponseDecoder(encoding) if encoding else None
         self._passes_decoded = exchange.head_sent  # that head named no encoding
-        self._wants_id = exchange.call.endpoint is _RESPONSES
-        self._items = StreamedItemIds() if self._wants_id and relay.objects.wants_items(exchange) else None
+        is_response = exchange.call.endpoint is _RESPONSES
+        self._wants_id = is_response or (exchange.prompt is not None and exchange.prompt.is_stored)
+        self._items = StreamedItemIds() if is_response and relay.objects.wants_items(exchange) else None
         self._opening = b""
         self._behind = False  # the client has not read what was written
         self.given_seconds = response.first_byte_seconds

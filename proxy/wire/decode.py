@@ -28,8 +28,8 @@ _ZSTD_REPEATED_BYTE: Final = 2  # the type of a block, in bits 1 and 2 of its he
 _ZSTD_WINDOW_BYTES = 8 * 1024 * 1024  # the largest window that RFC 9659 allows
 
 
-def response_encoding(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return the codings of a response's body in the order in which they were applied, b"" if there are none."""
+def content_encoding(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return the codings of a body as listed, in the order in which they were applied; b"" if there are none."""
     return b",".join([value for name, value in headers if name == b"content-encoding"])
 
 
@@ -37,7 +37,7 @@ class ResponseDecoder:
     """Incremental decoder of one response. `alive` is false once it has given up; then `feed` returns b""."""
 
     def __init__(self, encoding: bytes, decoded_bytes_most: int = DECODED_BYTES_MOST) -> None:
-        """Create a decoder for the value of `response_encoding`: any of gzip, deflate, br, zstd and identity."""
+        """Create a decoder for the value of `content_encoding`: any of gzip, deflate, br, zstd and identity."""
         codings = [coding for each in encoding.split(b",") if (coding := each.strip().lower()) not in _NO_CODINGS]
         makes = [_STEPS.get(coding) for coding in codings[: _CODINGS_MOST + 1]]
         self.alive = len(makes) <= _CODINGS_MOST and None not in makes
@@ -156,8 +156,8 @@ def request_encoding(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     Raises:
         BadRequest: the coding is unknown, or there are several.
     """
-    codings = [value.strip().lower() for name, value in headers if name == b"content-encoding"]
-    codings = [coding for coding in codings if coding not in _NO_CODINGS]
+    listed = content_encoding(headers)
+    codings = [coding for each in listed.split(b",") if (coding := each.strip().lower()) not in _NO_CODINGS]
     if not codings:
         return b""
     if len(codings) > 1 or codings[0] not in _WHOLE:

@@ -51,6 +51,9 @@ _IN_CONTENT: Final = b"file_id"  # the one key with an id in messages and input 
 _ELSEWHERE = (b"_id", b"container", b"conversation", _ESCAPE)
 
 
+_IN_TOOLS: Final = (b'"container"', b'"file_ids"', b'"vector_store_ids"')  # keys with ids in hosted tools
+
+
 class Reference(NamedTuple):
     """An object by its collection, as in paths, and its id."""
 
@@ -98,6 +101,16 @@ def form_references(body: Body, content_type: bytes) -> frozenset[Reference] | N
         lower = body.lower()
         return None if any(name.encode() in lower for name in _COLLECTIONS) else frozenset()
     return frozenset(found)
+
+
+def first_object_id(members: Iterable[memoryview]) -> str | None:
+    """Return the id of the first object, such as a container, that members besides messages and input refer to."""
+    for member in members:
+        text = bytes(member)
+        if any(key in text for key in _IN_TOOLS):
+            for reference in references(text, (text,)) or ():
+                return reference.object_id
+    return None
 
 
 class _Item(msgspec.Struct, gc=False):

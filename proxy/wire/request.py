@@ -140,6 +140,7 @@ def _read_chat(body: Body) -> Prompt:
         names_context=_may_name_context(body, spans),
         tool_spans=len(tools),
         has_hidden_parts=fields.web_search_options is not NONE,
+        is_stored=fields.store is True,
     )
 
 
@@ -236,6 +237,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
     always_reports: bool = False,
     names_context: bool = False,
     has_hidden_parts: bool = False,
+    is_stored: bool = False,
     tool_spans: int = 0,
     system_spans: int = -1,
 ) -> Prompt:
@@ -266,6 +268,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
         referring=referring,
         names=names,
         has_hidden_parts=has_hidden_parts,
+        is_stored=is_stored,
         skips_cache=_skips_cache(fields),
         cache_key=bytes(fields.prompt_cache_key),
         priority=body_priority(fields.service_tier, fields.priority),

@@ -150,6 +150,7 @@ class _Chat(Common, gc=False):
     functions: Raw = NONE
     max_completion_tokens: Raw = NONE
     web_search_options: Raw = NONE
+    store: Any = None
 
 
 class _Completion(Common, gc=False):

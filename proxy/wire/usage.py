@@ -397,7 +397,7 @@ class PassedBody:
     """A plain response that is read after it has passed: as a whole if it is short enough, else at its two ends.
 
     Args:
-        encoding: its content codings, as `response_encoding` returns them. A compressed body is also decoded as it
+        encoding: its content codings, as `content_encoding` returns them. A compressed body is also decoded as it
             passes, since it may be short only in this form.
         endpoint: decides how the usage is read.
         whole_bytes_most: the largest body that is kept, as it was sent.

@@ -31,6 +31,7 @@ from proxy.pipeline.routes import Route, Routes, is_liveness
 from proxy.wire.decode import decode_request, request_encoding
 from proxy.wire.errors import error_response
 from proxy.wire.headers import kept_request_id
+from proxy.wire.paths import split_target
 from proxy.worker.port_settings import PortSettings
 
 log = logging.getLogger("cairn.server")
@@ -39,7 +40,7 @@ _NOBODY = Tenant("")
 _UNKNOWN = Route(Endpoint.OTHER, "unknown")
 """A path that is not served or cannot be read. It does not repeat the client's text, so that lines can be grouped."""
 
-_WEBSOCKET_PATHS: Final = ("/responses", "/realtime")  # their ends
+_WEBSOCKET_PATHS: Final = ("/responses", "/realtime")  # parts of them
 
 _DECODED_INLINE_BYTES: Final = 4096
 """A compressed body up to this size is decoded at once, a longer one in a thread: it may expand a thousandfold."""
@@ -119,9 +120,9 @@ class HttpServer:
         entered = False
         decoded_bytes = 0
         try:
-            if request.upgrade and path.endswith(_WEBSOCKET_PATHS):
-                route = Route(Endpoint.OTHER, "/v1" + next(filter(path.endswith, _WEBSOCKET_PATHS)))
-                _refuse_websocket(request.upgrade)
+            if request.upgrade and (websocket := _websocket_route(request)) is not None:
+                route = websocket
+                raise UpgradeRefused("This proxy does not speak WebSocket; send the request over HTTP.")
             route = self._routes.route(request.method, request.target)
             tenant = self.authenticator.admit(request.method, headers)
             self._room.enter()
@@ -248,9 +249,16 @@ class Meter:
         self._recorder.set(metrics.CLIENT_BODY_BYTES, (), body_bytes)
 
 
-def _refuse_websocket(upgrade: bytes) -> None:
-    if b"websocket" in upgrade.split(b","):
-        raise UpgradeRefused("This proxy does not speak WebSocket; send the request over HTTP.")
+def _websocket_route(request: IncomingRequest) -> Route | None:
+    """Return the route of a request for a WebSocket where clients try one first; None for any other upgrade.
+
+    Raises BadRequest for an ambiguous path.
+    """
+    if b"websocket" not in [protocol.strip() for protocol in request.upgrade.split(b",")]:
+        return None
+    path = split_target(request.target)[0]
+    name = next((name for name in _WEBSOCKET_PATHS if name in path), None)
+    return None if name is None else Route(Endpoint.OTHER, f"/v1{name}")
 
 
 def _plain_error(error: CairnError) -> bytes:

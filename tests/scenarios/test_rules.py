@@ -360,6 +360,66 @@ async def test_an_object_is_its_makers_and_nobody_elses(http) -> None:
         assert len(targets) == 7
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stored_completion_is_its_makers(http, stream: bool) -> None:
+    """It is kept by the upstream only if the client asked for that."""
+    async with proxied() as (_, cairn):
+        for store, status in ((True, 200), (False, 404)):
+            body = CHAT | {"store": store, "stream": stream}
+            async with http.post(f"{cairn.url}/chat/completions", json=body, headers=FREE) as answer:
+                text = await answer.text()
+            made = text.partition('"id": "')[2].partition('"')[0]
+            for end in ("", "/messages"):
+                path = f"/v1/chat/completions/{made}{end}"
+                assert await status_of(http, cairn, "GET", path, headers=FREE) == status
+                assert await status_of(http, cairn, "GET", path, headers=OTHER) == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("videos", {"model": "dear", "prompt": "x"}),
+        ("messages/batches", {"requests": [{"params": {"model": "dear"}}]}),
+    ],
+)
+async def test_what_runs_a_model_later_is_created_in_the_pool_of_the_model(http, path: str, body: Any) -> None:
+    """And not in the default pool, which need not serve it; without a default pool it is created all the same."""
+    async with OpenAIUpstream() as cheap, OpenAIUpstream() as dear:
+        pools = (
+            Pool(name="cheap", models=("cheap",), default=True, replicas=(Replica(cheap.url),)),
+            Pool(name="dear", models=("dear",), replicas=(Replica(dear.url),)),
+        )
+        async with running(config_for((), pools=pools, clients=CLIENTS)) as cairn:
+            for headers, status in ((FREE, 200), (CHEAP, 403)):
+                assert await status_of(http, cairn, "POST", f"/v1/{path}", json=body, headers=headers) == status
+        assert [asked.target for asked in relayed(dear)] == [f"/v1/{path}"]
+        assert relayed(cheap) == []
+
+
+async def test_what_counts_or_compacts_a_response_goes_where_it_is(http) -> None:
+    """So does a prompt whose tools use a container."""
+    async with OpenAIUpstream() as one, OpenAIUpstream() as two, running(config_for((one.url, two.url))) as cairn:
+        for number in range(6):
+            for upstream in (one, two):
+                upstream.answers["/v1/containers"] = json.dumps({"id": f"cntr_{number}"}).encode()
+                upstream.requests.clear()
+            async with http.post(f"{cairn.url}/responses", json={"model": "m", "input": f"{number}"}) as answer:
+                made = (await answer.json())["id"]
+            (place,) = [upstream for upstream in (one, two) if relayed(upstream)]
+            for path in ("compact", "input_tokens"):
+                body: dict[str, Any] = {"model": "m", "input": "x", "previous_response_id": made}
+                assert await status_of(http, cairn, "POST", f"/v1/responses/{path}", json=body) == 200
+            assert len(relayed(place)) == 3
+            for upstream in (one, two):
+                upstream.requests.clear()
+            assert await status_of(http, cairn, "POST", "/v1/containers", json={"name": "n"}) == 200
+            (place,) = [upstream for upstream in (one, two) if relayed(upstream)]
+            tool = {"type": "code_interpreter", "container": f"cntr_{number}"}
+            body = {"model": "m", "input": f"x {number}", "tools": [tool]}
+            assert await status_of(http, cairn, "POST", "/v1/responses", json=body) == 200
+            assert len(relayed(place)) == 2
+
+
 async def test_another_clients_response_is_not_continued(http) -> None:
     """`previous_response_id` and `conversation` are checked, in the body of a response and of what compacts one."""
     async with proxied() as (_, cairn):
@@ -455,8 +515,12 @@ async def test_a_compressed_request_is_read_and_passes_as_it_came(http, coding: 
 
 
 async def test_an_unknown_content_encoding_is_refused(http) -> None:
-    """A body that cannot be read cannot be checked."""
+    """A body that cannot be read cannot be checked; a coding that is none is not looked at."""
     async with proxied() as (_, cairn):
+        packed = gzip.compress(json.dumps(CHAT).encode())
+        for coding in ("gzip, identity", "identity,gzip"):
+            sent = {"data": packed, "headers": {**FREE, "content-encoding": coding}}
+            assert await status_of(http, cairn, "POST", "/v1/messages/count_tokens", **sent) == 200
         for coding in ("lzma", "gzip, br"):
             headers = {**CHEAP, "content-encoding": coding}
             assert await status_of(http, cairn, "POST", "/v1/chat/completions", data=b"x", headers=headers) == 400
@@ -524,6 +588,18 @@ async def test_engine_paths_are_routed_by_their_model_if_they_are_configured(htt
                 "/tokenize",
                 f"/openai/deployments/{model}/chat/completions?api-version=1",
             ]
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/responses", "/responses/", "/v1/%72esponses", "//v1//realtime?model=m", "/v1/realtime/translations"]
+)
+@pytest.mark.parametrize("upgrade", ["websocket", "WebSocket", "h2c, websocket"])
+async def test_a_websocket_is_refused_at_once_however_its_path_is_written(http, path: str, upgrade: str) -> None:
+    """Without asking for the key, so that the client falls back to HTTP."""
+    async with proxied() as (upstream, cairn):
+        headers = {"upgrade": upgrade, "connection": "Upgrade"}
+        assert await status_of(http, cairn, "GET", path, headers=headers) == 426
+        assert relayed(upstream) == []
 
 
 async def test_an_unknown_path_names_the_likely_one(http) -> None:
