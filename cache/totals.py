@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import date, timedelta
 from typing import NamedTuple
 
@@ -20,10 +21,12 @@ import msgspec
 from cache import keys
 from cache.errors import CacheError, StoreRefused
 from cache.store.replies import hash_pairs, parsed
-from cache.store.store import Script, Store
+from cache.store.store import Script, Store, StoreState
 
 FLUSH_SECONDS = 0.9  # with the write itself, a crash loses at most a second
 WRITE_LIMIT_SECONDS = 1.0  # of one batch; nothing waits for it
+CLOSE_SECONDS = 1.5  # for the last rows; a worker that has drained for as long as it may is killed after two
+CLOSE_PAUSE_SECONDS = 0.05  # between two tries to write them
 READ_LIMIT_SECONDS = 5.0
 ROWS_PENDING = 4096  # rows that may wait for Redis; beyond, new rows are counted under the tenant `other`
 TENANTS_A_DAY = 1000  # counted separately by one writer: keys can be made up, and each costs a row
@@ -161,6 +164,17 @@ class Totals:
                     return False
                 self._sending = None
         return True
+
+    async def close(self) -> None:
+        """Write what is pending, and try again for `CLOSE_SECONDS` as long as Redis does not take it."""
+        is_written = self._store.state is StoreState.OFF
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                while not is_written:
+                    is_written = await self.flush()
+                    await asyncio.sleep(0 if is_written else CLOSE_PAUSE_SECONDS)
+        if not is_written:
+            log.error("the totals of the last requests were not written: Redis did not take them in time")
 
     async def _write(self, batch: _Batch) -> int:
         args = (batch.number, WRITER_SECONDS, KEPT_DAYS * 86_400, *batch.args)

@@ -110,7 +110,7 @@ class Worker:
         await self.http_server.stop(0)
         await self.basics.loops.close()
         self.reporter.report()
-        await self.accounting.totals.flush()
+        await self.accounting.totals.close()
         await self.contexts.store.close()
         await self.sharing.load_broadcast.close()
         await self.sharing.journal.close()

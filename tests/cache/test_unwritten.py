@@ -37,6 +37,26 @@ async def test_only_a_refusal_of_the_batch_itself_loses_it() -> None:
     assert (totals.refused_batches, totals.lost_increments) == (1, 2)
 
 
+async def test_the_last_rows_are_tried_again_for_a_moment(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Redis may be slow just when a worker ends; what it never takes is one line of the log."""
+    monkeypatch.setattr(totals_module, "CLOSE_PAUSE_SECONDS", 0.0)
+    store = FakeStore()
+    store.replies["add-totals"] = 0
+    totals = Totals(store.as_store(), "w")
+    totals.row(DAY, "m", "u", "t").answers += 1
+    store.errors += [StoreUnavailable("slow")] * 3
+    await totals.close()
+    assert [args[0] for _, args in store.ran] == [1] * 4
+    assert caplog.records == []
+    monkeypatch.setattr(totals_module, "CLOSE_SECONDS", 0.01)
+    totals.row(DAY, "m", "u", "t").answers += 1
+    store.errors += [StoreUnavailable("away")] * 1_000_000
+    await totals.close()
+    assert "the totals of the last requests were not written" in caplog.text
+
+
 async def test_rows_beyond_the_bound_are_counted_as_they_lose_their_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their amounts are kept."""
     monkeypatch.setattr(totals_module, "ROWS_PENDING", 3)

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from cache.errors import CacheError
-from cache.store.store import Script, Store
+from cache.store.store import Script, Store, StoreState
 
 
 class FakeStore:
     """Answers scripts by name and commands by their first word; `errors` are raised first, one per operation."""
+
+    state = StoreState.AVAILABLE
 
     def __init__(self) -> None:
         self.replies: dict[str, Any] = {}
