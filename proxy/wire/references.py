@@ -32,6 +32,12 @@ _COLLECTIONS: Final = {
 }
 """Keys whose value is an id or a list of ids, with the collection of these objects."""
 
+_CLIENTS_OWN: Final = frozenset({"input_examples", "input_schema", "metadata", "parameters"})
+"""Keys whose values have keys of the client's own choice: a `file_id` in them is, for example, a tool's argument."""
+
+_TOOL_CALLS: Final = frozenset({"tool_use", "mcp_tool_use"})
+"""Types of content whose `input` holds the arguments of a tool, which the upstream only renders."""
+
 _KEY = re.compile(rb'"(?:%b)"\s*:' % b"|".join(key.encode() for key in _COLLECTIONS), re.IGNORECASE)
 _FIELD_NAME = re.compile(r"[a-z_]+")  # in the name of a form's field, such as `file_ids[]` or `image[file_id]`
 
@@ -166,23 +172,26 @@ def _unescaped(escape: re.Match[bytes]) -> bytes:
 
 
 def _in_decoded(value: Any) -> tuple[list[Reference], int]:
-    """Return the references in a decoded body, and how many keys may refer. Walks without recursion.
+    """Return the references in a decoded body, and how many keys look like one. Walks without recursion.
 
     Letter case is ignored, as some servers ignore it.
     """
     found: list[Reference] = []
     keys = 0
-    waiting = [value]
+    waiting = [(value, True)]
     while waiting:
-        each = waiting.pop()
+        each, may_refer = waiting.pop()
         if isinstance(each, list):
-            waiting += each
+            waiting += [(member, may_refer) for member in each]
         elif isinstance(each, dict):
+            kind = each.get("type")
+            calls_tool = isinstance(kind, str) and kind in _TOOL_CALLS
             for key, member in each.items():
                 if collection := _COLLECTIONS.get(key.lower()):
                     keys += 1
-                    found += [Reference(collection, name) for name in _ids(member)]
-                waiting.append(member)
+                    found += [Reference(collection, name) for name in _ids(member)] if may_refer else ()
+                is_own = key in _CLIENTS_OWN or (calls_tool and key == "input")
+                waiting.append((member, may_refer and not is_own))
     return found, keys
 
 

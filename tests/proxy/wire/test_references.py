@@ -163,3 +163,40 @@ def test_a_form_that_cannot_be_read_may_refer_only_if_it_has_the_names() -> None
     assert form_references(b'{"file_id":"file-1"}', b"multipart/form-data") is None
     assert form_references(b"preamble" + form(FILE_ID="file-1"), TYPE) is None
     assert form_references(form(file_id="file-1").replace(b"file-1", b"\xff"), TYPE) is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"content": [{"type": "tool_use", "input": {"file_id": "a", "x": [{"container": "web-1"}]}}]}]},
+        {"messages": [{"content": [{"type": "mcp_tool_use", "input": {"file_id": "drive-1"}}]}]},
+        {
+            "tools": [
+                {"name": "get", "input_schema": {"default": {"file_id": "a"}}, "input_examples": [{"file_id": "b"}]}
+            ]
+        },
+        {
+            "tools": [
+                {"function": {"parameters": {"properties": {"file_id": {"const": "a"}}, "default": {"file_id": "b"}}}}
+            ]
+        },
+        {"metadata": {"conversation": "42", "file_id": "a"}},
+    ],
+)
+def test_the_arguments_of_a_tool_and_the_client_s_own_keys_refer_to_nothing(body: dict[str, object]) -> None:
+    """Many tools have an argument named file_id, and requests that repeat such a call must not be refused."""
+    assert found(body | {"x": [{"user_id": "u"}]}, "x") == set()
+
+
+def test_what_a_tool_returned_may_refer() -> None:
+    """Its content is read by the upstream, like that of any message."""
+    result = {"type": "tool_result", "content": [{"type": "image", "source": {"type": "file", "file_id": "file-1"}}]}
+    assert found({"messages": [{"content": [result]}]}) == {FILE}
+    assert found({"input": {"file_id": "file-1"}}) == {FILE}
+    assert found({"prompt": {"variables": {"x": {"type": "input_file", "file_id": "file-1"}}}}) == {FILE}
+
+
+def test_an_argument_that_looks_like_a_second_key_is_none() -> None:
+    """Keys are counted there as well."""
+    call = {"type": "tool_use", "input": {"file_id": "a"}}
+    assert found({"messages": [{"content": [call, {"file_id": "file-1"}]}]}) == {FILE}
