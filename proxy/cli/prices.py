@@ -11,7 +11,7 @@ import click
 
 from proxy.cli import exit_codes as exits
 from proxy.cli.tables import Column, number, text
-from proxy.cli.terminal import print_table
+from proxy.cli.terminal import print_sentence, print_table
 from proxy.errors import ConfigError
 from proxy.patterns import matches_any
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _NO_PRICE = {
-    "no_card": "neither the configuration nor the built-in data has a price for this model at this upstream",
+    "no_card": "neither the configuration nor the built-in data has a price for this model at this upstream; add one "
+    "under prices",
     "no_exchange_rate": "the price is in another currency than USD; set usd_per_unit",
     "no_prefill_rate": "the prefill rate of the replica is not known yet",
 }
@@ -69,17 +70,18 @@ def _print(model: str, upstreams: list[tuple[str, str]], book: PriceBook, day: d
 
     if not upstreams:
         click.echo(f"No pool of the configuration serves {model}.")
-    for name, url in upstreams:
+    for number_shown, (name, url) in enumerate(upstreams):
+        if number_shown:
+            click.echo()
         card = book.card(model, url, day.isoformat(), name)
         place = " ".join(filter(None, (name, url))) or "its own provider"
         if isinstance(card, Unpriced):
             click.echo(f"{model} at {place}: no price")
-            click.echo(f"  {_NO_PRICE[card.value]}")
+            print_sentence(f"  {_NO_PRICE[card.value]}", indent="  ")
             continue
         click.echo(f"{model} at {place}")
         click.echo(f"  from {card.source}" + (f", valid from {card.date}" if card.date else ", no date"))
         print_table(*_table(card))
-        click.echo()
 
 
 def _table(card: Card) -> tuple[Sequence[Column], Sequence[Sequence[str]]]:

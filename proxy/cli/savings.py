@@ -179,11 +179,17 @@ def _notes(total: SavingsLine) -> list[str]:
         gain, share = total.routing_gain_tokens, Decimal(total.routing_gain_tokens) / max(total.cached_tokens, 1)
         notes.append(f"Due to routing: {gain:,} cached tokens ({_share(share)}) that round robin would have missed.")
     if total.unpriced:
-        notes.append(f"{total.unpriced:,} responses have no price and are not in the USD table; see cairn prices.")
+        notes.append(
+            f"Not in the USD table, for want of a price: {_counted(total.unpriced, 'response')}; see cairn prices."
+        )
     if total.unknown_tokens:
         notes.append(
-            f"For {total.unknown_tokens:,} prompt tokens the upstream did not report whether they were cached."
+            f"Not reported by the upstream as cached or not: {_counted(total.unknown_tokens, 'prompt token')}."
         )
     if total.missing_usage:
-        notes.append(f"{total.missing_usage:,} responses ended without token counts and are not included.")
+        notes.append(f"Not included, for want of token counts: {_counted(total.missing_usage, 'response')}.")
     return notes
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
