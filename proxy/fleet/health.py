@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
@@ -48,6 +49,9 @@ _FACT_PAGES = (
     (b"/version", read_version),
 )
 _UNAVAILABLE: Final = 503
+_LOADING = re.compile(rb"loading|starting|warming|initializ|not (?:yet )?ready|not (?:yet )?loaded", re.IGNORECASE)
+"""The words of engines that will serve their model soon: llama.cpp, SGLang, TGI, Triton."""
+
 _NAMED_AT_MOST: Final = 4  # models in the log line of a replica
 
 
@@ -159,7 +163,7 @@ class HealthChecker:
         self._silences.pop(number, None)
         if number not in self._fleet:
             return
-        if status == _UNAVAILABLE and b"loading" in page[:4096].lower():
+        if status == _UNAVAILABLE and _LOADING.search(page[:4096]) is not None:
             self._down(number, "it is loading its model", Cause.LOADING)
             return
         self._fleet.reached(number)

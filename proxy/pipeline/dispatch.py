@@ -300,11 +300,13 @@ class Dispatcher:
         Raises the error that ends the response before that.
         """
         if not response.complete:
+            if not response.buffered_bytes:  # the head came before the prefill
+                response.allow_silence(self._policy.first_byte_seconds)
+                await response.begun()
+                response.allow_silence(self._policy.idle_seconds)
             length = response.content_length
             if length is not None and length <= _GATHERED_AT_MOST_BYTES:
                 await response.fits(_GATHERED_AT_MOST_BYTES)
-            else:
-                await response.begun()
         if not response.complete or response.header(b"content-encoding"):
             return Opening.PLAIN
         return judge_plain(response.peek(), exchange.call.endpoint)

@@ -226,6 +226,29 @@ async def test_a_request_that_timed_out_is_not_computed_a_second_time(http: aioh
             gate.set()
 
 
+async def test_a_plain_response_whose_head_comes_before_its_prefill_is_waited_for(
+    http: aiohttp.ClientSession,
+) -> None:
+    """Only within its body is it bound by the idle limit."""
+
+    class Early(OpenAIUpstream):
+        async def _serve(self, request: web.BaseRequest, asked: Any, failure: Failure | None) -> web.StreamResponse:
+            if request.path != "/v1/chat/completions" or request.transport is None:
+                return await super()._serve(request, asked, failure)
+            request.transport.write(
+                b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 14\r\n\r\n"
+            )
+            await asyncio.sleep(0.4)
+            request.transport.write(b'{"choices":[]}')
+            request.transport.close()
+            return web.Response()
+
+    async with Early() as upstream:
+        config = config_for([upstream.url], upstream=Upstream(first_byte_seconds=10, idle_seconds=0.15))
+        async with running(config) as cairn:
+            assert (await ask(http, cairn, "chat/completions"))[:2] == (200, '{"choices":[]}')
+
+
 async def test_one_clients_bad_prompts_close_no_engine_for_another(http: aiohttp.ClientSession) -> None:
     """Both engines answer 500 to the one prompt, and go on serving all others."""
 
@@ -261,16 +284,17 @@ async def test_a_429_is_for_its_client_and_model_only(http: aiohttp.ClientSessio
                 assert response.status == expected
 
 
+@pytest.mark.parametrize("words", ["Loading model", "Starting", "The model is not ready."])
 async def test_a_replica_that_is_loading_its_model_gets_no_request_until_it_is_done(
-    http: aiohttp.ClientSession,
+    http: aiohttp.ClientSession, words: str
 ) -> None:
-    """llama.cpp answers 503 to everything until then; readiness and the refusal say so."""
+    """llama.cpp and others answer 503 to everything until then; readiness and the refusal say so."""
     loading = True
 
     class Loading(OpenAIUpstream):
         async def _serve(self, request: web.BaseRequest, asked: Any, failure: Failure | None) -> web.StreamResponse:
             if loading:
-                body = {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}
+                body = {"error": {"code": 503, "message": words, "type": "unavailable_error"}}
                 return web.Response(status=503, text=json.dumps(body))
             return await super()._serve(request, asked, failure)
 
