@@ -74,14 +74,15 @@ async def test_an_installed_wheel_serves_and_stops(installed: dict[bool, Path], 
 
 @KINDS
 def test_a_wheel_holds_cairn_and_nothing_else(pure: bool) -> None:
-    """The packages, the page's files and the license are in it; tests, benchmarks and the demo are not."""
+    """The packages, their libraries, the page's files and the license are in it; tests, benchmarks and C are not."""
     names = zipfile.ZipFile(BUILT[pure]).namelist()
-    tops = {name.partition("/")[0] for name in names if ".dist-info" not in name and "__mypyc" not in name}
+    tops = {name.partition("/")[0] for name in names if ".dist-info" not in name and not name.startswith("cairn_")}
     assert tops == {"cache", "proxy"}
     for page in (ROOT / "proxy" / "admin" / "status").glob("*.[hjc][ts]*"):
         assert f"proxy/admin/status/{page.name}" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert pure is not any(name.endswith(".so") for name in names)
+    assert not any(name.endswith(".c") for name in names)
 
 
 def test_what_a_user_installs_is_small() -> None:
