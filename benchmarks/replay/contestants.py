@@ -47,6 +47,7 @@ class Plan(msgspec.Struct, frozen=True):
     speed: float
     folder: Path
     pins: bool = False  # blocks of running requests cannot be evicted
+    max_concurrent: int | None = None  # of each engine, in Cairn's configuration
     template: str = ""  # by which the engines render; empty: a prompt is the text of its messages
 
 
@@ -139,7 +140,8 @@ async def _enter_cairn(entrant: Entrant, count: int, urls: Sequence[str], plan: 
     _run(f"valkey of {entrant.name}", command, plan, stack)
     file = plan.folder / f"cairn-{count}.yaml"
     admission = _admission(plan.speed, enabled=entrant.name != UNGATED)
-    file.write_text(yaml.safe_dump({**cairn_config(urls, store, plan.speed), "admission": admission}))
+    config = cairn_config(urls, store, plan.speed, plan.max_concurrent)
+    file.write_text(yaml.safe_dump({**config, "admission": admission}))
     for number in range(count):
         port, admin = free_port(), free_port()
         where = ["--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin)]
@@ -169,12 +171,15 @@ def _admission(speed: float, *, enabled: bool) -> dict[str, object]:
     }
 
 
-def cairn_config(urls: Sequence[str], store_port: int, speed: float) -> dict[str, object]:
+def cairn_config(
+    urls: Sequence[str], store_port: int, speed: float, max_concurrent: int | None = None
+) -> dict[str, object]:
     """Return a default configuration in which the cost rule's constants in seconds are divided by `speed`."""
     routing = Routing()
+    limit = {} if max_concurrent is None else {"max_concurrent": max_concurrent}
     return {
         "redis": {"url": f"redis://127.0.0.1:{store_port}/0"},
-        "pools": [{"name": "engines", "replicas": [{"url": url} for url in urls]}],
+        "pools": [{"name": "engines", "replicas": [{"url": url, **limit} for url in urls]}],
         "routing": {
             "in_flight_seconds_least": routing.in_flight_seconds_least / speed,
             "in_flight_seconds_most": routing.in_flight_seconds_most / speed,

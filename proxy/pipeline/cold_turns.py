@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import Final
 
+import msgspec
+
 from proxy.clock import Clock
 from proxy.errors import DeadlineUnreachable, Overloaded, TurnedAway
 from proxy.model import Candidate, Plan
@@ -50,7 +52,11 @@ class ColdTurns:
         now = self._clock.monotonic()
         self._read_urgency(exchange, now)
         self._shares.seen(tenant.id, tenant.weight, now)
-        if pool.is_provider or exchange.pinned_replica is not None or exchange.fingerprint is None:
+        if pool.is_provider or exchange.pinned_replica is not None:
+            return None
+        if self._shares.has_several and self._shares.passes_others(tenant.id):
+            plan = exchange.plan = self._soonest_first(plan, now)
+        if exchange.fingerprint is None:
             return None
         views = [candidate.replica for candidate in plan.candidates]
         short = self._gate.short_tokens(views)
@@ -146,6 +152,21 @@ class ColdTurns:
             priority=exchange.priority_to_wait_by(),
             deadline_seconds=exchange.deadline_seconds,
         )
+
+    def _soonest_first(self, plan: Plan, now: float) -> Plan:
+        """Try first, of the replicas that hold about as much as the best, the one whose engine is free soonest.
+
+        The plan counts the requests that wait for a replica. One that goes before them waits only for what was sent.
+        """
+        if len(plan.candidates) < 2:
+            return plan
+        bound = least_uncached(plan) + SHORT_TOKENS
+        good = [each for each in plan.candidates if each.uncached_tokens <= bound and each.replica.available]
+        soonest = min(good, key=lambda each: self._gate.warm.sent_seconds(each.replica.id, now), default=plan.chosen)
+        if soonest is plan.chosen:
+            return plan
+        others = [each for each in plan.candidates if each is not soonest]
+        return msgspec.structs.replace(plan, candidates=(soonest, *others))
 
     def _go_warm(self, exchange: Exchange, plan: Plan, short: float) -> Awaitable[None] | None:
         """Plan for the replicas that hold most; return what to await if all of these are busy."""

@@ -130,6 +130,10 @@ class TenantShares:
                 del seen[name]
             self._active_weight = sum(weight for _, weight in seen.values())
 
+    def passes_others(self, tenant: str) -> bool:
+        """Return True if requests of other tenants wait here and none of this one, which goes before them."""
+        return bool(self._waiting) and tenant not in self._waiting
+
     def round_of(self, tenant: str) -> int:
         """Return the tenant's present round; a tenant in a lower round goes first."""
         counters = self._tenants.get(tenant)

@@ -60,6 +60,10 @@ class WarmQueues:
         """Return True if a replica has too much work for one more turn, or if others wait for it already."""
         return self.waiting(replica) > 0 or self._has_work(replica)
 
+    def sent_seconds(self, replica: int, now_seconds: float) -> float:
+        """Return the seconds of prefill that were sent to a replica and are not done."""
+        return self._work.sent_seconds(replica, now_seconds)
+
     async def wait(
         self, replica: int, work_seconds: float, share: Share, deadline_seconds: float | None = None
     ) -> None:

@@ -479,3 +479,20 @@ async def test_an_explanation_tells_whether_a_prompt_would_wait_and_changes_noth
     short = gated.cold_turns.judge(gated.planned("x" * 3_000))
     assert short is not None
     assert not short.waits
+
+
+@pytest.mark.parametrize("waiting", ["flood", "tenant"])
+async def test_a_tenant_that_goes_before_the_others_goes_where_the_engine_is_free_soonest(waiting: str) -> None:
+    """Even if more requests of another wait for that replica; one whose own requests wait follows the plan."""
+    gated = Gated(pressed=False)
+    now = gated.clock.monotonic()
+    gated.fleet.charge(0, 3_000.0, now)
+    gated.fleet.charge(1, 1_000.0, now)
+    gated.fleet.charge(1, 9_000.0, now, queued=True)
+    gated.shares.seen("flood", 1.0, now)
+    gated.shares.waits(waiting, 1)
+    exchange = gated.planned("a short one")
+    assert replicas_of(exchange) == [0, 1]
+    gated.shares.seen("tenant", 1.0, now)
+    assert gated.cold_turns.admit(exchange) is None
+    assert replicas_of(exchange) == ([1, 0] if waiting == "flood" else [0, 1])
