@@ -287,12 +287,13 @@ class PrefixIndex:
         """
         if state.ttl_seconds is not None:
             return steps
-        tree = self._tree
+        tree, entries = self._tree, state.entries
         tree.split_end(steps)
         is_whole = bool(steps) and steps[-1].depth == len(fingerprint.hashes)
-        is_whole = is_whole and all(state.entries in step.node.held for step in steps)
-        touched_by = NO_PLACEMENT if is_whole else placement_id
-        self._hold(state, fingerprint, prompt_tokens, steps, tree.stamp(0.0), touched_by)
+        if is_whole and entries in steps[-1].node.held:
+            tree.touch(entries, [step.node for step in steps], tree.stamp(0.0), NO_PLACEMENT)
+            return steps
+        self._hold(state, fingerprint, prompt_tokens, steps, tree.stamp(0.0), placement_id)
         return tree.walk(fingerprint.hashes)
 
     def _renew_elsewhere(
@@ -304,13 +305,14 @@ class PrefixIndex:
         placement_id: int,
     ) -> list[Step]:
         """Do what `_renew` does for another writer's prompt, except that a node which continues it stays whole."""
-        if not steps or steps[-1].depth < len(fingerprint.hashes):
+        entries = state.entries
+        whole = [step.node for step in steps if step.blocks == len(step.node.hashes)]
+        is_known = bool(steps) and steps[-1].depth == len(fingerprint.hashes)
+        if not is_known or entries not in steps[-1].node.held:
             return self._renew(state, fingerprint, prompt_tokens, steps, placement_id)
         if state.ttl_seconds is None:
-            whole = [step.node for step in steps if step.blocks == len(step.node.hashes)]
-            self._tree.touch(state.entries, whole, self._tree.stamp(0.0), NO_PLACEMENT)
-            self._eviction.make_room(self._tree, state, self._replicas.values())
-        return self._tree.walk(fingerprint.hashes)
+            self._tree.touch(entries, whole, self._tree.stamp(0.0), NO_PLACEMENT)
+        return steps
 
     # -- epochs and budgets
 
