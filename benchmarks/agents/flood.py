@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.processes import StartFailed, end_on_signals, scratch_folder
+from benchmarks.fleet.trace import BYTES_PER_TOKEN
 from benchmarks.replay.contestants import Entrant, Plan, cairn_name, enter
-from benchmarks.replay.engines import BYTES_PER_TOKEN
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
 
