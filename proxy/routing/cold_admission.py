@@ -49,9 +49,8 @@ s: with 5 s more than half of the turns are lost.
 PATIENCE_SECONDS: Final = 60.0
 """Under pressure, a turn that waited for less than this spares the sessions that will soon continue: it goes to a
 replica only if the prompts that ended there within `cold_pressure.RESTING_SECONDS` fit as well. If the sessions need
-little more than there is, a session ends or pauses in that time, and 7 % more turns are served; if they need twice as
-much, all wait longer, and nothing changes. With 30 s half of that is gained; without a bound 9 %, but p99 is three
-times as long.
+little more than there is, a session ends or pauses in that time, and 2 % more turns are served; if they need twice as
+much, all wait longer, and nothing changes. Without a bound more turns are served, but p99 is three times as long.
 """
 
 LONG_SECONDS: Final = 1.0

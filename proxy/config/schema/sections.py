@@ -301,7 +301,7 @@ class Admission(Section, frozen=True):
     """Memory per worker for the bodies of waiting requests; further ones are answered 429."""
 
     quiet_seconds: Annotated[Seconds, LIVE] = 0.5
-    """Uncached work up to which a replica counts as quiet."""
+    """Uncached work up to which a replica counts as quiet; for a cold turn two fifths of it."""
 
     rest_seconds: Annotated[Seconds, LIVE] = 60
     """Time after which a replica takes such a prompt although it is not quiet."""
