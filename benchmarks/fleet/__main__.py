@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import click
+import msgspec
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -54,6 +55,9 @@ RULES: dict[str, tuple[str, Make]] = {
 @click.option("--proxies", default=1, show_default=True, help="number of Cairn proxies that share the fleet")
 @click.option("--delay", default=0.1, show_default=True, help="seconds until they know each other's news; < 0: never")
 @click.option("--skip", default=0, show_default=True, help="leave this many first requests out of the figures")
+@click.option(
+    "--pins", is_flag=True, help="engines keep the blocks of running requests, as vLLM does; no cairn-queue"
+)
 @click.option("--decode-heavy", "is_decode_heavy", is_flag=True, help="no trace: one hot prompt, long answers")
 def main(  # noqa: PLR0913 - click passes one parameter per option
     trace: Path | None,
@@ -67,15 +71,19 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
     proxies: int,
     delay: float,
     skip: int,
+    pins: bool,
     is_decode_heavy: bool,
 ) -> None:
     """Compare routing rules on TRACE (.jsonl or .jsonl.gz, a hash id per 512 tokens)."""
     per_replica = tuple(float(rate) for rate in rates.split(",") if rate)
-    setup = Setup(replicas, capacity, rates=per_replica, skip=skip)
+    setup = Setup(replicas, capacity, rates=per_replica, skip=skip, pins=pins)
     total = sum(setup.rate(n) for n in range(replicas))
     requests = _requests(trace, limit, is_decode_heavy, is_spread, rho * total)
-    wanted = [name.strip() for name in names.split(",") if name.strip()] or [*RULES, "cairn", "cairn-queue"]
-    unknown = set(wanted) - {*RULES, "cairn", "cairn-queue"}
+    known = (
+        [*RULES, "cairn"] if pins else [*RULES, "cairn", "cairn-queue"]
+    )  # engines that pin are first in, first out
+    wanted = [name.strip() for name in names.split(",") if name.strip()] or known
+    unknown = set(wanted) - set(known)
     if unknown:
         raise click.UsageError(f"unknown rules: {', '.join(sorted(unknown))}")
 
@@ -97,7 +105,7 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
             results.append((title, simulate(requests, setup, make(setup))))
         else:
             ordered = name == "cairn-queue"
-            chosen = Setup(replicas, capacity, ordered=ordered, rates=per_replica, skip=skip)
+            chosen = msgspec.structs.replace(setup, ordered=ordered)
             title = "Cairn, queue in order of uncached work" if ordered else "Cairn"
             results.append((title, simulate(requests, chosen, partial(cairn, ordered=ordered))))
     console.print(_table(results, pooled_hit(requests, replicas * capacity)))

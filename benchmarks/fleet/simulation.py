@@ -33,14 +33,18 @@ class Router(Protocol):
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """The fleet that is simulated. `rates` are tokens per second per replica; the figures leave out the first
-    `skip` requests."""
+    """The fleet that is simulated.
+
+    `rates` are tokens per second per replica; the figures leave out the first `skip` requests. With `pins` engines
+    keep the blocks of running requests.
+    """
 
     replicas: int
     capacity_tokens: int
     ordered: bool = False
     rates: tuple[float, ...] = ()
     skip: int = 0
+    pins: bool = False
 
     def rate(self, replica: int) -> float:
         return self.rates[replica % len(self.rates)] if self.rates else PREFILL_TOKENS_PER_SECOND
@@ -109,7 +113,9 @@ def simulate(requests: list[Request], setup: Setup, make_rule: Callable[[Calenda
     """Run all `requests` through one rule."""
     calendar, count = Calendar(), _Count(setup.replicas, setup.skip)
     engines = [
-        Engine(n, setup.capacity_tokens, calendar.at, count, rate=setup.rate(n), ordered=setup.ordered)
+        Engine(
+            n, setup.capacity_tokens, calendar.at, count, rate=setup.rate(n), ordered=setup.ordered, pins=setup.pins
+        )
         for n in range(setup.replicas)
     ]
     rule = count.rule = make_rule(calendar)

@@ -52,6 +52,13 @@ def test_a_repeated_prompt_computes_one_token():
     assert result.computed_tokens == 4_096 + 1
 
 
+def test_engines_that_pin_admit_no_prompt_beside_a_running_one_for_which_there_is_no_room():
+    """The second prompt waits for the end of the first one's long answer; elsewhere it takes its blocks."""
+    requests = [make_request(n, 2.0 * n, 4_096, 500, range(8 * n, 8 * n + 8)) for n in range(2)]
+    assert run(requests, replicas=1, capacity_tokens=6_144, pins=True).p99_ttft_seconds > 8.0
+    assert run(requests, replicas=1, capacity_tokens=6_144).p99_ttft_seconds < 1.0
+
+
 def test_a_warm_up_can_be_left_out_of_the_figures():
     """The first request is served and not counted."""
     requests = [make_request(n, 10.0 * n, 4_096, 5, range(8)) for n in range(2)]
