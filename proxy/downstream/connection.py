@@ -63,6 +63,7 @@ class Server(Protocol):
     heads: ByteBudget
     bodies: ByteBudget
     is_draining: bool
+    is_closed: bool
     room: bytearray
     now: Callable[[], float]
 
@@ -126,6 +127,9 @@ class Connection(asyncio.BufferedProtocol):
         peer = transport.get_extra_info("peername")
         self.address = peer[0] if isinstance(peer, tuple) else ""
         exceeded = self._server.opened(self, self.address)
+        if self._server.is_closed:
+            self._transport.abort()  # type: ignore[union-attr]
+            return
         if exceeded is not None:
             self._server.refused(exceeded)
             self._transport.write(self._server.error_response(overloaded()))  # type: ignore[union-attr]

@@ -60,6 +60,7 @@ class ClientServer:
         self.heads = ByteBudget(limits.head_bytes_in_flight)
         self.bodies = ByteBudget(limits.body_bytes_in_flight)
         self.is_draining = False
+        self.is_closed = False
         self.room = bytearray(ROOM_BYTES)
         self.now = clock.monotonic
         self.client_error = observer.client_error
@@ -117,7 +118,8 @@ class ClientServer:
                 log.warning("closing %d connections that have not ended in time", len(self._connections))
 
     async def close(self) -> None:
-        """End all remaining connections at once."""
+        """End all remaining connections at once, and those that the kernel has accepted and the loop brings later."""
+        self.is_closed = True
         await self.drain(0)
         for connection in tuple(self._connections):
             connection.abort()

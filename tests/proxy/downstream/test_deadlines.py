@@ -95,6 +95,17 @@ async def stream(asked: IncomingRequest, answer: ClientResponse) -> None:
         answer.send(error.status, b"No", [], b"")
 
 
+async def test_a_connection_that_comes_after_the_end_is_not_served() -> None:
+    """What could answer it is closed by then, so it is reset and its client may send the request elsewhere."""
+    port = Port(read)
+    await port.end()
+    late, line = port.server.connect(), SlowLine()
+    late.connection_made(line)
+    assert (line.aborts, line.written) == (1, b"")
+    late.connection_lost(None)
+    assert len(port.server) == 0
+
+
 @pytest.mark.parametrize("play", [read, stream])
 async def test_a_body_keeps_a_least_rate_after_its_first_seconds(play: Play) -> None:
     """As long as it does it may take its time; a trickle below the rate is a 408."""
