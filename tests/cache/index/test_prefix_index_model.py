@@ -36,6 +36,9 @@ class NaiveReplica:
     def depth(self, chain: tuple[int, ...]) -> int:
         return next((i for i in range(len(chain)) if chain[: i + 1] not in self.held), len(chain))
 
+    def is_continued(self, chain: tuple[int, ...]) -> bool:
+        return any(len(longer) > len(chain) and longer[: len(chain)] == chain for longer in self.held)
+
     def make_room(self, running: set[int], stamp: int) -> int:
         """Drop the oldest, but let what is running become the newest once; return the stamp reached."""
         began = stamp
@@ -92,7 +95,7 @@ class IndexMachine(RuleBasedStateMachine):
             return
         for i in range(len(chain), placement.held_blocks, -1):
             if chain[:i] in model.held:
-                if model.held[chain[:i]][1] != placement.id:
+                if model.held[chain[:i]][1] != placement.id or model.is_continued(chain[:i]):
                     break
                 del model.held[chain[:i]]
 
