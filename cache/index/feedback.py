@@ -313,8 +313,7 @@ def _suspect(state: ReplicaState, placement: Placement) -> FeedbackKind:
     The second such prompt in a row means a restart, or a later one if the engine also loses prompts otherwise.
     """
     others = [other for other in state.suspects if not same_chain(other, placement)]
-    several = not state.has_several_sources or any(other.source != placement.source for other in others)
-    if len(others) + 1 >= state.restart_misses and several:
+    if state.is_restart(placement.source, [other.source for other in others]):
         return _RESTARTED
     state.suspects = [*others, placement][-MAX_SUSPECTS:]
     return _SUSPECT

@@ -392,6 +392,10 @@ class PrefixIndex:
         """Return True if more than one tenant was routed to the replica in its present epoch."""
         return self._replica(replica).has_several_sources
 
+    def is_restart(self, replica: int, source: int, other_sources: Sequence[int]) -> bool:
+        """Return True if one more prompt of which nothing is cached means a restart: `ReplicaState.is_restart`."""
+        return self._replica(replica).is_restart(source, other_sources)
+
     def restart_misses(self, replica: int) -> int:
         """Return how many prompts in a row of which nothing is cached mean that the replica restarted."""
         return self._replica(replica).restart_misses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -78,6 +79,15 @@ class ReplicaState:
         while chance > RESTART_CHANCE and needed < MAX_RESTART_MISSES:
             needed, chance = needed + 1, chance * lost_share
         return needed
+
+    def is_restart(self, source: int, other_sources: Sequence[int]) -> bool:
+        """Return True if a prompt of which nothing is cached means a restart, after such prompts of `other_sources`.
+
+        If the replica serves several tenants, they must be of several.
+        """
+        if self.has_several_sources and not any(other != source for other in other_sources):
+            return False
+        return len(other_sources) + 1 >= self.restart_misses
 
     def saw_hit(self) -> None:
         """Note that something of a whole earlier prompt was cached: the suspects before it were evicted."""

@@ -15,11 +15,12 @@ from typing import Final
 from cache.index.fingerprint import Fingerprint
 from cache.index.placement import Placement
 from cache.index.prefix_index import PrefixIndex
+from cache.index.replica_state import MAX_RESTART_MISSES
 from cache.index.token_counts import MAX_PROMPT_TOKENS
 from cache.ports import Clock
 from cache.replication.codec import MAX_MEDIA, Began, Delta, Placed
 
-MAX_MISSES: Final = 9
+MAX_MISSES: Final = MAX_RESTART_MISSES + 1
 """Misses remembered per replica: one tenant may have several before another has one."""
 
 
@@ -54,8 +55,7 @@ class RestartDetector:
             return
         earlier = [each for each in self._misses.get(replica, ()) if each.epoch == miss.epoch]
         others = [each for each in earlier if _differ(each, miss)]
-        several = not self._index.has_several_sources(replica) or any(each.source != miss.source for each in others)
-        if len(others) + 1 >= self._index.restart_misses(replica) and several:
+        if self._index.is_restart(replica, miss.source, [each.source for each in others]):
             self.restarted(replica, miss.epoch + 1, miss)
         else:
             self._misses[replica] = [*others, miss][-MAX_MISSES:]

@@ -231,7 +231,7 @@ async def sample(render: Render) -> int:
 
 
 class _Answers(msgspec.Struct):
-    """What an engine answered: its models, and the samples by model."""
+    """An engine's answers: its models, and the samples by model."""
 
     models: list[tuple[str, object]]
     samples: dict[str, int]

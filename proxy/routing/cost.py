@@ -202,14 +202,7 @@ def _charged_for_room(
     if max(dropped) <= least:
         return candidates
     return [
-        Candidate(
-            each.replica,
-            each.matched_bytes,
-            each.matched_tokens,
-            each.uncached_tokens,
-            each.cost_seconds + (tokens - least) * seconds_per_token,
-        )
-        for each, tokens in zip(candidates, dropped, strict=True)
+        _costing(each, (tokens - least) * seconds_per_token) for each, tokens in zip(candidates, dropped, strict=True)
     ]
 
 
@@ -227,19 +220,24 @@ def _eased_for_copies(
         if each.matched_tokens == most and each.replica.pending_tokens < IDLE_TOKENS:
             return candidates
     return [
-        Candidate(
-            each.replica,
-            each.matched_bytes,
-            each.matched_tokens,
-            each.uncached_tokens,
-            each.cost_seconds - (most - each.matched_tokens) * seconds_per_token,
-        )
+        _costing(each, (each.matched_tokens - most) * seconds_per_token)
         if each.matched_tokens < most
         and each.replica.pending_tokens < IDLE_TOKENS
         and room.free_prompts(each.replica.id, prompt_tokens) >= COPY_ROOM_PROMPTS
         else each
         for each in candidates
     ]
+
+
+def _costing(candidate: Candidate, more_seconds: float) -> Candidate:
+    """Return the candidate with `more_seconds` added to its cost."""
+    return Candidate(
+        candidate.replica,
+        candidate.matched_bytes,
+        candidate.matched_tokens,
+        candidate.uncached_tokens,
+        candidate.cost_seconds + more_seconds,
+    )
 
 
 def _new_tokens(candidate: Candidate, held: Mapping[int, Held]) -> float:

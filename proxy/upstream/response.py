@@ -147,14 +147,7 @@ class UpstreamResponse:
         while not self._complete:
             if self.buffered_bytes > limit_bytes:
                 return False
-            if self._error is not None:
-                raise copy(self._error)
-            waiter = self._waiter = self._loop.create_future()
-            try:
-                await waiter
-            except BaseException:
-                self.abort()
-                raise
+            await self._arrival()
         return True
 
     async def begun(self) -> None:
@@ -163,14 +156,18 @@ class UpstreamResponse:
         Raises the error that ended the exchange before. Cancelling it closes the connection.
         """
         while not self.chunks and not self._complete:
-            if self._error is not None:
-                raise copy(self._error)
-            waiter = self._waiter = self._loop.create_future()
-            try:
-                await waiter
-            except BaseException:
-                self.abort()
-                raise
+            await self._arrival()
+
+    async def _arrival(self) -> None:
+        """Wait until more arrives; raise the error that ended the exchange. Cancelling it closes the connection."""
+        if self._error is not None:
+            raise copy(self._error)
+        waiter = self._waiter = self._loop.create_future()
+        try:
+            await waiter
+        except BaseException:
+            self.abort()
+            raise
 
     def body_now(self) -> bytes:
         """Take what has arrived of the body without waiting; once `complete`, the rest of it."""

@@ -199,7 +199,7 @@ async def test_flushall_is_a_context_that_is_not_there_and_counts_right_afterwar
 
 @pytest.mark.parametrize("name", ["ids", "gone", "held", "refs", "sizes", "sum", "tags"])
 async def test_a_key_of_the_wrong_type_is_replaced_when_a_context_is_stored(server: Valkey, name: str) -> None:
-    """What it held is lost; until then a list has what can be read."""
+    """Its contents are lost; until then a list has the rows that can be read."""
     server.flush()
     async with opened([server]) as one:
         await one.contexts.create(ONE, draft(seed=1))

@@ -49,7 +49,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(shared: Path, mode: int) 
 
 
 def test_a_symbolic_link_is_not_followed(shared: Path, tmp_path: Path) -> None:
-    """Wherever it leads, and if it leads nowhere; nor is one above the folder."""
+    """Neither the folder nor one above it may be a link, whether or not the link leads anywhere."""
     target = made(tmp_path / "target", 0o700)
     (shared / "link").symlink_to(target)
     (shared / "broken").symlink_to(tmp_path / "nowhere")

@@ -221,7 +221,7 @@ async def test_an_admin_port_that_wants_its_token_is_not_called_absent(command: 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_a_full_disk_is_explained() -> None:
-    """Where the output goes, not only where files are written."""
+    """The output is treated like the files that other commands write."""
     command = [sys.executable, "-m", "proxy", "config", "schema"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)

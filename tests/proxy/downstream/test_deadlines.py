@@ -96,7 +96,7 @@ async def stream(asked: IncomingRequest, answer: ClientResponse) -> None:
 
 
 async def test_a_connection_that_comes_after_the_end_is_not_served() -> None:
-    """What could answer it is closed by then, so it is reset and its client may send the request elsewhere."""
+    """It is reset, since the upstream client is closed by then; its client may send the request elsewhere."""
     port = Port(read)
     await port.end()
     late, line = port.server.connect(), SlowLine()

@@ -127,7 +127,7 @@ def test_a_background_response_is_counted_once(streamed: bool) -> None:
 
 @pytest.mark.parametrize("before", [b"", b"\r\n"])
 def test_items_of_a_stream_that_is_read_as_a_whole_are_ones_own(before: bytes) -> None:
-    """Whatever space comes before its first event."""
+    """Space before its first event makes no difference."""
     journal = Journal()
     item = {"type": "response.output_item.added", "item": {"id": "rs_1", "type": "reasoning"}}
     body = before + b"event: x\ndata: %b\n\n" % json.dumps(item).encode()

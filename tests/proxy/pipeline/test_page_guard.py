@@ -70,7 +70,7 @@ def test_pages_of_the_configured_origins_are_admitted() -> None:
 
 @pytest.mark.parametrize("host", [b"localhost", b"localhost:8080", b"127.0.0.1:8080", b"127.1.2.3", b"[::1]:8080"])
 def test_names_of_loopback_are_admitted_where_only_these_are(host: bytes) -> None:
-    """Whatever the method."""
+    """Requests that read and requests that write are treated alike."""
     assert not is_refused("GET", ((b"host", host),), local_only=True)
     assert not is_refused("POST", ((b"host", host), KEY), local_only=True)
 
@@ -101,7 +101,7 @@ def test_listed_clients_need_no_such_check() -> None:
 def test_only_keys_that_rely_on_loopback_are_for_loopback_only(
     server: Server, key: Secret | None, is_local: bool
 ) -> None:
-    """Who allows more has said so."""
+    """Other hosts are refused only if a replica's key is usable because the port is on loopback."""
     config = Config(server=server, pools=(Pool(name="p", replicas=(Replica("http://h", key=key),)),))
     guard = from_config.page_guard(config)
     if is_local:
