@@ -156,7 +156,8 @@ async def test_totals_lie_in_one_slot_of_a_cluster() -> None:
     """Script and pipeline touch keys of one slot only."""
     with cluster_of_three() as nodes:
         tasks = Tasks()
-        store = open_store(f"redis+cluster://127.0.0.1:{nodes[0].port}", clock=SystemClock(), tasks=tasks)
+        url = f"redis+cluster://127.0.0.1:{nodes[0].port}"
+        store = open_store(url, clock=SystemClock(), tasks=tasks, limit_seconds=5.0)  # time is not tested here
         try:
             await store.start()
             writer = Totals(store, "w")
