@@ -11,7 +11,7 @@ from cache.index.hashing import cut
 from cache.index.prefix_index import PrefixIndex
 from cache.replication.inflight import LoadBroadcast, Row
 from cache.replication.journal import Journal
-from cache.store.store import Store, open_store
+from cache.store.store import LIMIT_SECONDS, Store, open_store
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
 
@@ -32,16 +32,24 @@ class Numbered:
 
 
 class Worker:
-    """One worker. `names` are its replicas in the order of its own numbers."""
+    """One worker. `names` are its replicas in the order of its own numbers, `limit_seconds` its store's limit."""
 
-    def __init__(self, url: str, writer: str, *, names: list[str] | None = None, lease_seconds: float = 0.3) -> None:
+    def __init__(
+        self,
+        url: str,
+        writer: str,
+        *,
+        names: list[str] | None = None,
+        lease_seconds: float = 0.3,
+        limit_seconds: float = LIMIT_SECONDS,
+    ) -> None:
         self.clock = SystemClock()
         self.tasks = Tasks()
         self.names = NAMES if names is None else names
         self.work: dict[str, Row] = {}
         self.heard: dict[str, Mapping[str, Row]] = {}
         self.index = PrefixIndex(origin=random.Random(writer).getrandbits(24))
-        self.store: Store = open_store(url, clock=self.clock, tasks=self.tasks)
+        self.store: Store = open_store(url, clock=self.clock, tasks=self.tasks, limit_seconds=limit_seconds)
         self.journal = Journal(
             self.index,
             self.store,

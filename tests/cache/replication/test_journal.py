@@ -345,7 +345,7 @@ async def test_it_works_on_a_cluster() -> None:
     """Stream, snapshot and lease lie in one slot; a worker that starts later knows all."""
     with cluster_of_three() as nodes:
         url = f"redis+cluster://127.0.0.1:{nodes[0].port}"
-        one, two = Worker(url, "one"), Worker(url, "two")
+        one, two = (Worker(url, name, limit_seconds=5.0) for name in ("one", "two"))  # time is not tested here
         try:
             await one.start()
             one.place(prompt(1))
