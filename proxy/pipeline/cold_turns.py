@@ -170,7 +170,7 @@ class ColdTurns:
 
     def _go_warm(self, exchange: Exchange, plan: Plan, short: float) -> Awaitable[None] | None:
         """Plan for the replicas that hold most; return what to await if all of these are busy."""
-        good = about_as_good({each.replica.id: each.uncached_tokens for each in plan.candidates}, short)
+        good = holding_most(plan, short)
         free = frozenset([each for each in good if not self._gate.warm.is_busy(each)])
         if not free:
             best = next(each for each in plan.candidates if each.replica.id in good)
@@ -199,7 +199,7 @@ class ColdTurns:
             if verdict.waits:
                 await self._wait(exchange, turn, verdict, arrived)
             return
-        good = about_as_good({each.replica.id: each.uncached_tokens for each in plan.candidates}, short)
+        good = holding_most(plan, short)
         if plan.chosen.replica.id not in good:
             self._planner.plan(exchange, among=good)
 
@@ -222,6 +222,11 @@ class ColdTurns:
         except BaseException:
             given.release()
             raise
+
+
+def holding_most(plan: Plan, short: float) -> frozenset[int]:
+    """Return the replicas of a plan that hold about as much of the prompt as the best one."""
+    return about_as_good({each.replica.id: each.uncached_tokens for each in plan.candidates}, short)
 
 
 def least_uncached(plan: Plan) -> float:

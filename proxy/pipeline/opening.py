@@ -24,7 +24,7 @@ _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 _FIELD_BYTES_AT_MOST: Final = 6
 _PING: Final = b"event: ping"
 _DATA_ENDS: Final = (b"}", b"[DONE]")
-_HTML = re.compile(rb"<(?:!doctype|html)", re.IGNORECASE)
+HTML = re.compile(rb"\s*<(?:!doctype|html)", re.IGNORECASE)
 _USUAL: Final = (b"data: {", b"event: message_start", b"event: response.")
 
 
@@ -91,7 +91,7 @@ def judge_plain(body: bytes, endpoint: Endpoint) -> Opening:
     text = body.strip()
     if text.startswith((b"{", b"[")):
         return Opening.ERROR_BODY if read_response(text, endpoint).error_seen else Opening.PLAIN
-    if _HTML.match(text):
+    if HTML.match(text):
         return Opening.HTML
     if endpoint is Endpoint.INFERENCE:
         return Opening.PLAIN  # sound, a picture or a text

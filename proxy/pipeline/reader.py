@@ -117,9 +117,7 @@ class RequestReader:
             _check_further_models(call)
         if pool.shares_key:
             self._check_named_objects(call, pool)
-        if self._locations and call.target.startswith(
-            _RESPONSES_PATH
-        ):  # what it compacts or counts is at one replica
+        if self._locations and call.target.startswith(_RESPONSES_PATH):  # what it compacts is at one replica
             name = self._located(call.tenant, references(call.body, (call.body,)))
             exchange.pinned_replica = self._number_in(pool, name)
 

@@ -6,7 +6,6 @@ written is ended so that the client can see that it is incomplete.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -22,6 +21,7 @@ from proxy.model import Ending, Endpoint
 from proxy.pipeline.dispatch import Opened, evidence
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.objects import CreatedObjects
+from proxy.pipeline.opening import HTML
 from proxy.pipeline.silence import COMMENT, PassedStream, SilenceWatch, WaitingClient
 from proxy.upstream import Framing, UpstreamResponse
 from proxy.wire import headers as wire_headers
@@ -47,7 +47,6 @@ _UPSTREAM_ERROR: Final = Ending.UPSTREAM_ERROR
 _RESPONSES: Final = Endpoint.RESPONSES
 _EMBEDDINGS: Final = Endpoint.EMBEDDINGS
 _MODELS: Final = Endpoint.MODELS
-_HTML = re.compile(rb"\s*<(?:!doctype|html)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +264,7 @@ class ResponseRelay:
     def _read_usage(self, exchange: Exchange, body: bytes) -> None:
         endpoint = exchange.call.endpoint
         is_json = body.startswith(b"{") or body.lstrip()[:1] == b"{"
-        if not is_json and _HTML.match(body):
+        if not is_json and HTML.match(body):
             self._hidden_error(exchange, "html")
         elif is_json or endpoint.is_generation or endpoint is _EMBEDDINGS:
             read = read_response(body, endpoint)

@@ -274,7 +274,8 @@ class ColdGate:
         waiter = _Waiter(turn, asyncio.get_running_loop().create_future())
         if not len(pool.queue):
             pool.rate.began(now)
-        arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, arrived_seconds or now)
+        came = now if arrived_seconds is None else arrived_seconds
+        arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, came)
         pool.tickets.take(turn.tenant, turn.prompt_end)
         waiting = pool.queue.join(_cold_turn(waiter), arrived)
         pool.waiting[waiter] = arrived

@@ -31,7 +31,7 @@ MESSAGES_MOST: Final = 20_000
 
 
 class Model(str):
-    """A type for which msgspec calls `_seen_model`, once for every occurrence of the key."""
+    """A type for which msgspec calls `_convert`, once for every occurrence of the key."""
 
     __slots__ = ()
 
@@ -41,7 +41,7 @@ class SecondModel(Exception):
 
 
 class Named:
-    """The value of a member that names an object; msgspec calls `_seen_model` for every occurrence of its key."""
+    """The value of a member that names an object; msgspec calls `_convert` for every occurrence of its key."""
 
     __slots__ = ("object_id",)
     member = ""
@@ -100,7 +100,7 @@ def _noted(named: Named) -> Named:
     return named
 
 
-def _seen_model(kind: type, value: Any) -> Any:
+def _convert(kind: type, value: Any) -> Any:
     if issubclass(kind, Named):
         if kind.member in seen.objects:
             raise SecondObject(kind.member)
@@ -182,7 +182,7 @@ class _Embeddings(msgspec.Struct, gc=False):
 
 
 def _of_body(kind: type) -> Callable[[Body], Any]:
-    return msgspec.json.Decoder(kind, dec_hook=_seen_model).decode
+    return msgspec.json.Decoder(kind, dec_hook=_convert).decode
 
 
 decode_chat = _of_body(_Chat)
@@ -221,7 +221,7 @@ def _counted(kind: type, member: str) -> Callable[[Body], Any]:
 
 
 def _bounded(raw: Raw, kind: type[Named], body: Body) -> Named | None:
-    """Return what `_seen_model` would have made of a member. Raises BadRequest and SecondObject."""
+    """Return what `_convert` would have made of a member. Raises BadRequest and SecondObject."""
     if raw is NONE:
         return None
     if len(memoryview(raw)) > _NAMED_BYTES_MOST:
