@@ -13,8 +13,10 @@ connection must end and the client may still be sending (closing at once would r
 could be lost on its way), and to CLOSED when the transport is gone, which cancels the handler.
 
 Pipelined requests wait as unparsed bytes, up to a bound; beyond it the connection stops reading. They are parsed in
-their turn, so that they are answered in order, and only if the request before leaves the connection open. A request
-to upgrade is handled like any other. A client that closes its sending side is taken to be gone, as most servers do.
+their turn, so that they are answered in order, and only if the request before leaves the connection open. Between two
+of them other connections have a turn, and the next one begins only after the client has read most of the answers
+before it. A request to upgrade is handled like any other. A client that closes its sending side is taken to be gone,
+as most servers do.
 """
 
 from __future__ import annotations
@@ -329,12 +331,16 @@ class Connection(asyncio.BufferedProtocol):
                     await waiter
                     self._next_waiter = None
                     continue
+                if self.is_behind:
+                    await self.drained()  # of a client that does not read, only one answer is buffered
                 transport = self._transport
                 assert transport is not None  # noqa: S101 - the state is CLOSED once it is gone
                 response = ClientResponse(request, self, transport)
                 await handle(request, response)
                 self._finish(response, asked_to_close=not request.keep_alive)
                 request = response = None  # otherwise an idle connection would keep its last body
+                if self._request is not None:
+                    await asyncio.sleep(0)  # a pipelined request: other connections have their turn before it
         except ConnectionError:
             self.abort()
         except BaseException:

@@ -62,6 +62,49 @@ async def test_requests_sent_ahead_are_answered_in_their_order() -> None:
         writer.close()
 
 
+async def test_answers_that_are_not_read_hold_up_the_requests_behind_them() -> None:
+    """A client that pipelines and does not read makes the server hold a few answers, and loses none once it reads."""
+    served = 0
+
+    async def play(_: IncomingRequest, answer: ClientResponse) -> None:
+        nonlocal served
+        served += 1
+        answer.send(200, b"OK", [], b"x" * 2**20)
+
+    async with serving(play) as port, asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request(b"/") * 100)
+        before = -1
+        while before != served:  # until it stands still
+            before = served
+            for _ in range(50):
+                await asyncio.sleep(0)
+        assert served < 30
+        for _ in range(100):
+            assert (await answer_of(reader))[0] == OK
+        writer.close()
+
+
+async def test_a_client_that_pipelines_takes_turns_with_the_others() -> None:
+    """The answer to another client does not wait for all of its requests."""
+    served: list[bytes] = []
+
+    async def play(asked: IncomingRequest, answer: ClientResponse) -> None:
+        served.append(asked.target.encode())
+        answer.send(200, b"OK", [], b"")
+
+    async with serving(play) as port, asyncio.timeout(20):
+        _, first = await asyncio.open_connection("127.0.0.1", port)
+        reader, second = await asyncio.open_connection("127.0.0.1", port)
+        first.write(request(b"/first") * 1000)
+        second.write(request(b"/second"))
+        assert await answer_of(reader) == (OK, b"")
+        assert served.index(b"/second") < 100
+        assert len(served) < 200
+        first.close()
+        second.close()
+
+
 async def test_a_request_behind_a_refused_upgrade_is_answered() -> None:
     """As `curl --http2` asks for; in one read and in the next."""
     async with serving(echo) as port:

@@ -186,6 +186,7 @@ async def test_a_client_that_reads_slowly_keeps_its_connection_and_one_that_stop
 
     async def pour(asked: IncomingRequest, answer: ClientResponse) -> None:
         answer.begin(200, b"OK", [], None)
+        port.connection.pause_writing()
         try:
             await answer.drained()
         except ConnectionResetError as error:
@@ -193,7 +194,6 @@ async def test_a_client_that_reads_slowly_keeps_its_connection_and_one_that_stop
             raise
 
     port = Port(pour, write_seconds=10)
-    port.connection.pause_writing()
     port.line.unsent_bytes = 100_000
     await port.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
     for _ in range(5):
