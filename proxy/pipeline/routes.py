@@ -68,6 +68,7 @@ _EXTENDED = frozenset({"containers", "conversations"})
 
 _ENGINES: Final = "engines/"  # OpenAI's old prefix, which some clients still use: the model is part of the path
 _DEPLOYMENTS: Final = "/openai/deployments/"  # Azure's prefix: the model is part of the path
+_EXTENSIONS: Final = "extensions/"  # Azure's older path of chats about documents: extensions/chat/completions
 _MODEL_WITH_SLASHES = re.compile(
     r"(?:/v1)?/models/((?:[A-Za-z0-9_~@:-][A-Za-z0-9._~@:-]*%2[Ff])+[A-Za-z0-9_~@:-][A-Za-z0-9._~@:-]*)"
 )
@@ -138,7 +139,7 @@ class Routes:
             return Route(Endpoint.OTHER, f"/v1/models/{named[1]}", model=unquote(named[1]), reads_body=False)
         path, query = split_target(target)
         if path.startswith(_DEPLOYMENTS) and matches_any(path, self._engine_paths):
-            return _deployment(method, path, query)
+            return self._if_allowed(_deployment(method, path, query), path)
         versioned = _versioned(path)
         if versioned is not None and not (versioned != path and matches_any(path, self._engine_paths)):
             return self._under_version(method, versioned, query)
@@ -164,8 +165,12 @@ class Routes:
             return Route(Endpoint.CACHING, target)
         if name.startswith("models/") and method in ("GET", "HEAD"):
             return Route(Endpoint.OTHER, target, model=unquote(name.removeprefix("models/")), reads_body=False)
-        route = _of_collection(method, name, target)
-        if route.access is not Access.CREATE and matches_any(path, self._allowed_paths):
+        return self._if_allowed(_of_collection(method, name, target), path)
+
+    def _if_allowed(self, route: Route, path: str) -> Route:
+        """Return `route`, open to clients that share a key if the configuration allows its path."""
+        is_open = route.access in (Access.INFERENCE, Access.CREATE)
+        if not is_open and matches_any(path, self._allowed_paths):
             return msgspec.structs.replace(route, access=Access.CONFIGURED)
         return route
 
@@ -204,17 +209,27 @@ def _versioned(path: str) -> str | None:
 
 
 def _deployment(method: str, path: str, query: str) -> Route:
-    """Return the route of an Azure path: the segment after the prefix is the model, the rest the endpoint."""
+    """Return the route of an Azure path: the segment after the prefix is the model, the rest the endpoint.
+
+    What does not run the model, such as DELETE of the deployment itself, is administration.
+    """
     model, _, name = path.removeprefix(_DEPLOYMENTS).partition("/")
-    endpoint = _PROMPTS.get(name, Endpoint.INFERENCE) if method == "POST" else Endpoint.OTHER
-    return Route(endpoint, path + query, model=unquote(model), reads_body=method == "POST")
+    endpoint = _endpoint_of(name.removeprefix(_EXTENSIONS)) if method == "POST" else None
+    if endpoint is None:
+        return Route(Endpoint.OTHER, path + query, Access.ADMINISTRATION, model=unquote(model), reads_body=False)
+    return Route(endpoint, path + query, model=unquote(model))
 
 
 def _engine(name: str, target: str) -> Route | None:
     """Return the route of an old OpenAI path, `engines/MODEL/ENDPOINT`; None if its endpoint runs no model."""
     model, _, path = name.removeprefix(_ENGINES).partition("/")
-    endpoint = _PROMPTS.get(path, Endpoint.INFERENCE if path in _INFERENCE else None)
+    endpoint = _endpoint_of(path)
     return None if endpoint is None else Route(endpoint, target, model=unquote(model))
+
+
+def _endpoint_of(name: str) -> Endpoint | None:
+    """Return the endpoint of a path below a model's own path, None if it runs no model."""
+    return _PROMPTS.get(name, Endpoint.INFERENCE if name in _INFERENCE else None)
 
 
 def _of_collection(method: str, name: str, target: str) -> Route:

@@ -46,20 +46,28 @@ _CREDENTIALS = frozenset(
         b"ocp-apim-subscription-key",
         b"openai-organization",
         b"openai-project",
+        b"x-goog-user-project",
     }
 )
 """Headers in which providers take keys, and headers that choose the account to be charged."""
 
 _OVERRIDES = frozenset(
     {
+        b"x-envoy-original-path",
+        b"x-host",
+        b"x-http-host-override",
         b"x-http-method",
         b"x-http-method-override",
         b"x-method-override",
         b"x-original-host",
         b"x-original-method",
+        b"x-original-path",
         b"x-original-uri",
         b"x-original-url",
+        b"x-override-url",
+        b"x-request-uri",
         b"x-rewrite-url",
+        b"x-waws-unencoded-url",
     }
 )
 """Headers by which some servers replace the method, path or host of a request, which were checked here."""
@@ -67,7 +75,24 @@ _OVERRIDES = frozenset(
 _SET_ANEW = frozenset({b"host", b"content-length", b"expect", b"x-request-id"})
 _NOT_FORWARDED = _HOP_BY_HOP | _FORWARDED | _OVERRIDES | _SET_ANEW | {b"cookie"}
 _NOT_FORWARDED_WITH_KEY = _NOT_FORWARDED | _CREDENTIALS
-_NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id", b"set-cookie", b"alt-svc", b"strict-transport-security"}
+_ABOUT_ORIGIN = frozenset(
+    {
+        b"alt-svc",
+        b"clear-site-data",
+        b"nel",
+        b"report-to",
+        b"reporting-endpoints",
+        b"set-cookie",
+        b"set-cookie2",
+        b"strict-transport-security",
+    }
+)
+"""Headers that a browser applies to the whole origin, which is Cairn's and not the upstream's."""
+
+_FOR_FRONT_SERVERS = frozenset({b"x-accel-redirect", b"x-lighttpd-send-file", b"x-reproxy-url", b"x-sendfile"})
+"""Headers by which nginx, lighttpd, Perlbal or Apache in front of Cairn would send a file of their own instead."""
+
+_NOT_RETURNED = _HOP_BY_HOP | _ABOUT_ORIGIN | _FOR_FRONT_SERVERS | {b"x-request-id"}
 CONTEXT_HEADER: Final = b"x-msh-context-cache"
 _OWN_PREFIXES = (b"x-cairn-", b"x-forwarded-", CONTEXT_HEADER)  # set by Cairn, or easily forged: never passed on
 

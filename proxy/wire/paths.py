@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from typing import Final
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_to_bytes
 
 from proxy.errors import BadRequest
 
@@ -38,8 +38,8 @@ def split_target(target: str) -> tuple[str, str]:
 
     Raises:
         BadRequest: the target is not a path, too long, or ambiguous: an escaped slash, backslash, percent sign,
-        question
-            mark or hash, a backslash, a fragment, a control character or a malformed escape.
+            question mark or hash, a backslash, a fragment, a control character, a malformed escape, escapes that
+            are not UTF-8, or a dot segment with a parameter or spaces.
     """
     if len(target) > TARGET_BYTES_MOST:
         raise _bad("The target of the request is too long.")
@@ -70,9 +70,12 @@ def _normalised(path: str) -> str:
     if "\\" in path or "#" in path or not _is_visible(path):
         raise _bad("The path contains a backslash, a hash, a space or a control character.")
     kept: list[str] = []
-    for segment in _ESCAPE.sub(_decoded, path).split("/"):
-        if segment.replace("%3B", ";").partition(";")[0] in _DOTS and segment not in _DOTS:
-            raise _bad("The path has a dot segment with a parameter.")  # some servers ignore the parameter
+    decoded = _ESCAPE.sub(_decoded, path)
+    if "%" in decoded and not _is_utf_8(decoded):
+        raise _bad("The escapes of the path are not UTF-8.")  # some servers take %C0%AE for a dot, %C0%AF for a slash
+    for segment in decoded.split("/"):
+        if segment not in _DOTS and segment.replace("%20", "").replace("%3B", ";").partition(";")[0] in _DOTS:
+            raise _bad("The path has a dot segment with a parameter or spaces.")  # which some servers ignore
         if segment == "..":
             del kept[-1:]
         elif segment not in ("", "."):
@@ -91,6 +94,14 @@ def _decoded(escape: re.Match[str]) -> str:
     if character in _AMBIGUOUS or character < " " or character == "\x7f":
         raise _bad("The path has an escaped slash, backslash, percent, question mark, hash or control character.")
     return f"%{digits.upper()}"
+
+
+def _is_utf_8(path: str) -> bool:
+    try:
+        unquote_to_bytes(path).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _encoded(target: str) -> str:

@@ -88,10 +88,11 @@ class Server(Section, frozen=True):
     engine_paths: PathPatterns = ()
     """Paths outside /v1 that are passed on to engines and routed by the model in the body, as patterns with `*` and
     `?`: `/tokenize`, `/detokenize`, `/rerank`, `/score`, `/pooling`, `/apply-template`, `/openai/deployments/*`. A
-    path under `/openai/deployments/` names its model itself. None by default."""
+    path under `/openai/deployments/` names its model itself; what runs no model there needs `allowed_paths` too.
+    None by default."""
 
     allowed_paths: PathPatterns = ()
-    """Paths under /v1, beyond inference, that clients may use at replicas whose key is not their own, as patterns
+    """Paths beyond inference that clients may use at replicas whose key is not their own, as patterns
     with `*` and `?`: `/v1/fine_tuning/*`, `/v1/files`. By default clients run models and use the files, batches and
     responses that their tenant created; lists of everybody's objects and administration are refused. A pattern that
     fits `/v1/files/ID` lets every client use every file."""

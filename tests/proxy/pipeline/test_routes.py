@@ -142,6 +142,25 @@ def test_engine_paths_are_served_only_if_they_are_configured_and_are_routed_by_t
     assert chat.target == "/openai/deployments/gpt-4o/chat/completions?api-version=1"
     image = CONFIGURED.route("POST", "/openai/deployments/dall-e/images/generations")
     assert (image.endpoint, image.model) == (Endpoint.INFERENCE, "dall-e")
+    documents = CONFIGURED.route("POST", "/openai/deployments/m/extensions/chat/completions")
+    assert (documents.endpoint, documents.access) == (Endpoint.CHAT, Access.INFERENCE)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("DELETE", "/openai/deployments/m"),
+        ("GET", "/openai/deployments/m/chat/completions"),
+        ("POST", "/openai/deployments/m/files"),
+        ("POST", "/openai/deployments/m/v1/files"),
+        ("PUT", "/openai/deployments/m/embeddings"),
+    ],
+)
+def test_what_does_not_run_a_deployment_is_administration(method: str, path: str) -> None:
+    """A pattern for all deployments opens inference; anything else has to be allowed by name."""
+    assert CONFIGURED.route(method, path).access is Access.ADMINISTRATION
+    opened = Routes(("/openai/deployments/*",), ("/openai/deployments/*",))
+    assert opened.route(method, path).access is Access.CONFIGURED
 
 
 def test_a_configured_path_is_open_and_its_neighbours_are_not() -> None:

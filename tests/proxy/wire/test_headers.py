@@ -57,7 +57,8 @@ def test_end_to_end_headers_pass_with_the_client_s_key() -> None:
     b"connection keep-alive te trailer transfer-encoding upgrade proxy-authorization proxy-connection expect cookie "
     b"forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-forwarded-anything x-real-ip via "
     b"x-http-method-override x-http-method x-method-override x-original-url x-original-uri x-rewrite-url "
-    b"x-original-host x_forwarded_for transfer_encoding content_length x_http_method_override x_cairn_replica "
+    b"x-original-host x-original-path x-host x-http-host-override x-override-url x-request-uri x-envoy-original-path "
+    b"x-waws-unencoded-url x_forwarded_for transfer_encoding content_length x_http_method_override x_cairn_replica "
     b"proxy_authorization "
     b"x-cairn-replica x-cairn-anything x-msh-context-cache x-msh-context-cache-reset-ttl".split(),
 )
@@ -71,7 +72,9 @@ def test_a_name_with_an_underscore_that_means_nothing_else_passes() -> None:
     assert dict(head((b"session_id", b"s")))[b"session_id"] == b"s"
 
 
-@pytest.mark.parametrize("name", [b"openai_project", b"openai_organization", b"api_key", b"x_api_key"])
+@pytest.mark.parametrize(
+    "name", [b"openai_project", b"x-goog-user-project", b"openai_organization", b"api_key", b"x_api_key"]
+)
 def test_no_spelling_of_an_account_goes_with_the_replica_s_key(name: bytes) -> None:
     """The client does not choose whose account is charged."""
     found = upstream_head(((name, b"x"),), request_id="r1", credential=(b"authorization", b"Bearer op"))
@@ -136,6 +139,16 @@ def test_the_answer_s_head_loses_what_ends_here_and_gains_ours() -> None:
         ours,
     ]
     assert (b"content-length", b"5") in response_head(upstream, request_id="r1")
+
+
+@pytest.mark.parametrize(
+    "name",
+    b"x-accel-redirect x-sendfile x-lighttpd-send-file x-reproxy-url set-cookie set-cookie2 alt-svc nel report-to "
+    b"reporting-endpoints clear-site-data strict-transport-security access-control-allow-origin".split(),
+)
+def test_an_upstream_decides_nothing_for_a_front_server_or_for_the_origin(name: bytes) -> None:
+    """nginx before Cairn would send a file of its own for x-accel-redirect."""
+    assert name not in dict(response_head([(name, b"x")], request_id="r1"))
 
 
 def test_cairn_s_own_headers_tell_the_decision() -> None:
