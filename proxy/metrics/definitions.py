@@ -240,6 +240,12 @@ COLD_WAITING = _sum(
 )
 COLD_ADMITTED = _counter("cold_turns_admitted", "Prompts that were sent after such a wait.")
 COLD_REFUSED = _counter("cold_turns_refused", "Prompts that were refused because such a wait would be too long.")
+WARM_WAITING = _sum(
+    "warm_turns_waiting",
+    "Prompts that wait in Cairn for a busy replica that holds them, by priority and configured client; others are "
+    "`other`.",
+    "priority", "client",
+)
 THRASH_AVOIDED = _counter(
     "thrash_avoided_tokens",
     "Cached tokens that round robin would have computed again, while sessions needed more cache than there is.",

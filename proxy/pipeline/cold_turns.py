@@ -85,7 +85,24 @@ class ColdTurns:
         exchange.known_tokens = self._known(exchange, plan, least)[0]
         views = [candidate.replica for candidate in plan.candidates]
         kind = classify(plan.prompt_tokens, least, self._gate.short_tokens(views) or SHORT_TOKENS)
-        return self._gate.judge(self._turn(exchange, plan, least), kind, views)
+        verdict = self._gate.judge(self._turn(exchange, plan, least), kind, views)
+        return verdict if verdict.waits else self._judge_warm(plan, pool.name, kind)
+
+    def _judge_warm(self, plan: Plan, pool: str, kind: TurnKind) -> Verdict:
+        """Return whether a turn that need not wait for a quiet replica waits for one that holds it."""
+        warm, views = self._gate.warm, [candidate.replica for candidate in plan.candidates]
+        short = self._gate.short_tokens(views)
+        if short is None or not waits_while_warm(kind, plan.prompt_tokens, short) or not self._gate.was_pressed(pool):
+            return Verdict(kind, waits=False)
+        good = holding_most(plan, short)
+        if not all(map(warm.is_busy, good)):
+            return Verdict(kind, waits=False)
+        return Verdict(
+            kind,
+            waits=True,
+            reason="every replica that holds the prompt is busy, and may evict it before it is computed",
+            seconds=min(map(warm.wait_seconds, good)),
+        )
 
     def settle(self, exchange: Exchange) -> None:
         """Learn from a finished request how many of its computed tokens had been computed before; end its pass."""

@@ -9,7 +9,7 @@ worker decides alone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from math import ceil, inf
 from typing import Any, Final
 
@@ -125,6 +125,7 @@ class ColdGate:
         self._pools: dict[str, _Pool] = {}
         self.limits = GateLimits()
         self.warm = WarmQueues(fleet, shares, lambda: self.limits.quiet_seconds, clock)
+        self._warm_waiting: dict[tuple[Priority, str], int] = {}
         self.waiting_bytes = 0
         self.admitted = 0
         self.refused = 0
@@ -170,6 +171,10 @@ class ColdGate:
                 key = waiter.turn.priority, waiter.turn.client
                 counts[key] = counts.get(key, 0) + 1
         return counts
+
+    def warm_waiting_by_client(self) -> Mapping[tuple[Priority, str], int]:
+        """Count the turns that wait for the replica that holds them, as `waiting_by_client` does."""
+        return self._warm_waiting
 
     @property
     def is_holding(self) -> bool:
@@ -253,11 +258,16 @@ class ColdGate:
         if self.waiting_bytes + turn.body_bytes > self.limits.max_waiting_bytes:
             return
         share = Share(turn.tenant, turn.weight, turn.priority, turn.uncached_tokens)
+        key, counts = (turn.priority, turn.client), self._warm_waiting
+        counts[key] = counts.get(key, 0) + 1
         self.waiting_bytes += turn.body_bytes
         try:
             await self.warm.wait(replica, work_seconds, share, turn.deadline_seconds)
         finally:
             self.waiting_bytes -= turn.body_bytes
+            counts[key] -= 1
+            if not counts[key]:
+                del counts[key]
 
     async def wait(self, turn: Turn, verdict: Verdict, arrived_seconds: float | None = None) -> Pass:
         """Wait until the turn may go. `arrived_seconds` is the time of its arrival, None if that is now.

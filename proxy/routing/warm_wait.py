@@ -32,6 +32,17 @@ class SentWork(Protocol):
     def sent_seconds(self, number: int, now_seconds: float) -> float: ...
 
 
+class _Line:
+    """The turns that wait for one replica, and those that were let go and whose tasks have not run yet."""
+
+    __slots__ = ("queue", "turns", "work_seconds")
+
+    def __init__(self, queue: ReplicaQueue) -> None:
+        self.queue = queue
+        self.turns = 0
+        self.work_seconds = 0.0
+
+
 class WarmQueues:
     """The warm turns that wait in this worker.
 
@@ -49,12 +60,12 @@ class WarmQueues:
         self._shares = shares
         self._quiet_seconds = quiet_seconds
         self._clock = clock
-        self._queues: dict[int, ReplicaQueue] = {}
+        self._lines: dict[int, _Line] = {}
 
     def waiting(self, replica: int) -> int:
         """Count the turns that wait for a replica."""
-        queue = self._queues.get(replica)
-        return 0 if queue is None else len(queue)
+        line = self._lines.get(replica)
+        return 0 if line is None else len(line.queue)
 
     def is_busy(self, replica: int) -> bool:
         """Return True if a replica has too much work for one more turn, or if others wait for it already."""
@@ -64,6 +75,13 @@ class WarmQueues:
         """Return the seconds of prefill that were sent to a replica and are not done."""
         return self._work.sent_seconds(replica, now_seconds)
 
+    def wait_seconds(self, replica: int) -> float:
+        """Estimate how long a turn would wait for a replica: until the work sent there and before it is done."""
+        if not self.is_busy(replica):
+            return 0.0
+        line, sent = self._lines.get(replica), self.sent_seconds(replica, self._clock.monotonic())
+        return max(sent + (0.0 if line is None else line.work_seconds) - self._quiet_seconds(), 0.0)
+
     async def wait(
         self, replica: int, work_seconds: float, share: Share, deadline_seconds: float | None = None
     ) -> None:
@@ -71,28 +89,35 @@ class WarmQueues:
 
         Raises DeadlineUnreachable if `deadline_seconds`, on the monotonic clock, passes first.
         """
-        queue = self._queues.get(replica)
-        if queue is None:
-            queue = self._queues[replica] = ReplicaQueue(
-                None,
-                _LIMITS,
-                self._clock,
-                _unlimited,  # so that it checks whether the replica has become quiet
-                shares=self._shares,
-                is_crowded=partial(self._has_work, replica),
-            )
+        line = self._lines.get(replica)
+        if line is None:
+            line = self._lines[replica] = _Line(self._make_queue(replica))
+        line.turns += 1
+        line.work_seconds += work_seconds
         try:
-            await queue.acquire(work_seconds, share, deadline_seconds)
+            await line.queue.acquire(work_seconds, share, deadline_seconds)
         except (Overloaded, RateLimited):
             return
         finally:
-            if not len(queue):
-                self._queues.pop(replica, None)
+            line.turns -= 1
+            line.work_seconds -= work_seconds
+            if not line.turns:
+                del self._lines[replica]
 
     def look(self) -> None:
         """Let turns go whose replica is quiet now, since work ended somewhere."""
-        for queue in tuple(self._queues.values()):
-            queue.look()
+        for line in tuple(self._lines.values()):
+            line.queue.look()
+
+    def _make_queue(self, replica: int) -> ReplicaQueue:
+        return ReplicaQueue(
+            None,
+            _LIMITS,
+            self._clock,
+            _unlimited,  # so that it checks whether the replica has become quiet
+            shares=self._shares,
+            is_crowded=partial(self._has_work, replica),
+        )
 
     def _has_work(self, replica: int) -> bool:
         return self._work.sent_seconds(replica, self._clock.monotonic()) > self._quiet_seconds()

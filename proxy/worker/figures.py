@@ -186,7 +186,8 @@ class GateFigures:
     def update(self) -> None:
         """Set the gauges, and count what was sent and refused since the last call."""
         gate, recorder = self._gate, self._recorder
-        recorder.replace_gauges(metrics.COLD_WAITING, self._waiting())
+        recorder.replace_gauges(metrics.COLD_WAITING, self._waiting(gate.waiting_by_client()))
+        recorder.replace_gauges(metrics.WARM_WAITING, self._waiting(gate.warm_waiting_by_client()))
         gained = self._baseline.gained_tokens - self._gained_tokens
         self._gained_tokens += gained
         if gained and gate.is_holding:
@@ -198,10 +199,10 @@ class GateFigures:
             metrics.CACHE_NEED, {(name,): need for name, need in needs.items() if need is not None}
         )
 
-    def _waiting(self) -> dict[Labels, float]:
+    def _waiting(self, counts: Mapping[tuple[Priority, str], int]) -> dict[Labels, float]:
         """Return the gauges of waiting prompts; those of unnamed clients are always present."""
         waiting: dict[Labels, float] = {(each.name.lower(), OTHER_CLIENTS): 0.0 for each in Priority}
-        for (priority, client), count in self._gate.waiting_by_client().items():
+        for (priority, client), count in counts.items():
             if client and len(self._shown) < MAX_CLIENTS_SHOWN:
                 self._shown.add(client)
             labels = (priority.name.lower(), client if client in self._shown else OTHER_CLIENTS)

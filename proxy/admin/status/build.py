@@ -294,9 +294,12 @@ def notices(figures: Figures) -> list[str]:
 def _scarce_caches(figures: Figures) -> list[str]:
     """Return a sentence on each pool whose sessions need more cache than its replicas have."""
     waiting = int(sum(figures.series(metrics.COLD_WAITING).values()))
+    warm = int(sum(figures.series(metrics.WARM_WAITING).values()))
     verb = "waits" if waiting == 1 else "wait"
+    cached = f", {warm:,} for the one that holds what they continue" if warm else ""
     return [
         f"sessions need {need:.1f} x the cache of pool {pool}: {_count(waiting, 'prompt')} {verb} for a quiet replica"
+        + cached
         for (pool,), need in sorted(figures.series(metrics.CACHE_NEED).items())
         if need > 1.0
     ]

@@ -15,6 +15,7 @@ from proxy.model import Endpoint, TemplateFacts, Tenant, Usage
 from proxy.pipeline.cold_turns import ColdTurns
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.planner import Planner, PlanningRules
+from proxy.routing.cold_admission import TurnKind
 from proxy.routing.cold_gate import ColdGate
 from proxy.routing.fair_shares import Priority, TenantShares
 from proxy.routing.prefill_gate import PrefillGate
@@ -229,6 +230,32 @@ async def test_under_pressure_a_warm_prompt_goes_once_its_replica_is_quiet(own: 
     assert exchange.plan is not None
     assert exchange.share_of(exchange.plan.chosen).tokens == 0.0
     assert exchange.waited_seconds == pytest.approx(3.0)
+
+
+async def test_a_warm_prompt_that_would_wait_is_told_how_long() -> None:
+    """For the work that was sent to its replica and the turns that wait there; without either it would not wait."""
+    gated = Gated()
+    gated.hold(1, "x" * 9_000, tokens=2_250)
+    prompts = ["x" * 9_000 + own * 6_000 for own in "yz"]
+    gated.gate.is_pressed(POOL, gated.fleet.snapshot(POOL, gated.clock.monotonic()))
+    idle = gated.cold_turns.judge(gated.planned(prompts[0]))
+    assert idle is not None
+    assert not idle.waits
+    gated.make_busy(1)
+    sent_only = gated.cold_turns.judge(gated.planned(prompts[0]))
+    waits = gated.begin(gated.planned(prompts[1]))
+    await turns()
+    verdict = gated.cold_turns.judge(gated.planned(prompts[0]))
+    assert sent_only is not None
+    assert verdict is not None
+    assert (verdict.kind, verdict.waits, "busy" in verdict.reason) == (TurnKind.WARM, True, True)
+    assert sent_only.seconds > 0.0
+    assert verdict.seconds == pytest.approx(sent_only.seconds + 6_000 / 4 / RATE, rel=0.05)
+    assert gated.gate.warm_waiting_by_client() == {(Priority.NORMAL, ""): 1}
+    waits.cancel()
+    await turns()
+    assert gated.gate.warm_waiting_by_client() == {}
+    assert gated.cold_turns.judge(gated.planned(prompts[0])) == sent_only
 
 
 async def test_a_warm_prompt_that_was_evicted_while_it_waited_waits_as_a_cold_one() -> None:

@@ -77,6 +77,7 @@ class Bench:
         index = part(replicas=self._replicas, stats=lambda: part(size_bytes=77))
         self.gate = part(
             waiting_by_client=lambda: {(Priority.LOW, "batch"): 4, (Priority.LOW, ""): 1},
+            warm_waiting_by_client=lambda: {(Priority.HIGH, "batch"): 2},
             admitted=7,
             refused=1,
             need=lambda pool: 2.1,
@@ -156,6 +157,8 @@ def test_a_report_has_the_state_of_every_part(bench: Bench) -> None:
         assert bench.series(spec) == {labels: value}, spec.name
     waiting = {("low", "batch"): 4, ("low", "other"): 1, ("normal", "other"): 0, ("high", "other"): 0}
     assert bench.series(metrics.COLD_WAITING) == waiting
+    warm = {("high", "batch"): 2, ("low", "other"): 0, ("normal", "other"): 0, ("high", "other"): 0}
+    assert bench.series(metrics.WARM_WAITING) == warm
     assert bench.series(metrics.UPSTREAM_RATE) == {}, "a rate that is not measured is not reported"
 
 

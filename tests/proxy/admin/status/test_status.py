@@ -225,6 +225,9 @@ def test_sessions_that_need_more_than_the_caches_are_said() -> None:
     assert build.notices(exposition) == [
         "sessions need 2.1 x the cache of pool engines: 3 prompts wait for a quiet replica"
     ]
+    recorder.replace_gauges(metrics.WARM_WAITING, {("normal", "other"): 4.0})
+    exposition.apply(0, recorder.take())
+    assert build.notices(exposition)[0].endswith("quiet replica, 4 for the one that holds what they continue")
 
 
 def test_a_pool_whose_engines_render_differently_has_a_sentence() -> None:
