@@ -93,9 +93,9 @@ def waits_while_warm(kind: TurnKind, prompt_tokens: float, short: float = SHORT_
     return kind is not TurnKind.COLD and prompt_tokens > short
 
 
-def is_long(uncached_tokens: float, rates: Iterable[float]) -> bool:
-    """Return True if a prefill takes a second or more at every replica. `rates` are in tokens per second."""
-    return uncached_tokens >= LONG_SECONDS * max(rates)
+def is_long(uncached_tokens: float, rates: Iterable[float], long_seconds: float = LONG_SECONDS) -> bool:
+    """Return True if a prefill takes `long_seconds` or more at every replica. `rates` are in tokens per second."""
+    return uncached_tokens >= long_seconds * max(rates)
 
 
 def about_as_good(uncached_tokens: Mapping[int, float], short: float = SHORT_TOKENS) -> frozenset[int]:
@@ -180,6 +180,7 @@ class ColdQueue(Generic[T]):
         is_pressed: bool = False,
         quiet_seconds: float = QUIET_SECONDS,
         rest_seconds: float = REST_SECONDS,
+        patience_seconds: float = PATIENCE_SECONDS,
     ) -> frozenset[int]:
         """Return the replicas that may take a turn now: quiet ones with room for its prompt.
 
@@ -188,7 +189,7 @@ class ColdQueue(Generic[T]):
         """
         last, began = self._last_cold_seconds, self._began_seconds
         tokens = waiting.item.prompt_tokens
-        has_room = fits if is_pressed and now_seconds - waiting.arrived_seconds < PATIENCE_SECONDS else can_run
+        has_room = fits if is_pressed and now_seconds - waiting.arrived_seconds < patience_seconds else can_run
         return frozenset(
             room.replica
             for room in rooms

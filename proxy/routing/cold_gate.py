@@ -19,6 +19,8 @@ from proxy.errors import CairnError, DeadlineUnreachable, RateLimited, TurnedAwa
 from proxy.model import ReplicaView
 from proxy.routing.cold_admission import (
     BACKLOG_SECONDS,
+    LONG_SECONDS,
+    PATIENCE_SECONDS,
     ColdQueue,
     ColdTurn,
     ReplicaRoom,
@@ -28,7 +30,7 @@ from proxy.routing.cold_admission import (
     is_quiet,
     short_tokens,
 )
-from proxy.routing.cold_pressure import ColdPressure, ServedPrompts
+from proxy.routing.cold_pressure import CROWDED_SECONDS, RESTING_SECONDS, ColdPressure, ServedPrompts
 from proxy.routing.cold_turn import Claims, Fleet, GateLimits, Turn, Verdict
 from proxy.routing.cold_wait import ColdRate, Tickets
 from proxy.routing.fair_shares import Priority, Share, TenantShares
@@ -124,7 +126,7 @@ class ColdGate:
         self._clock = clock
         self._pools: dict[str, _Pool] = {}
         self.limits = GateLimits()
-        self.warm = WarmQueues(fleet, shares, lambda: self.limits.quiet_seconds, clock)
+        self.warm = WarmQueues(fleet, shares, lambda: self.limits, clock)
         self._warm_waiting: dict[tuple[Priority, str], int] = {}
         self.waiting_bytes = 0
         self.admitted = 0
@@ -198,10 +200,10 @@ class ColdGate:
         reason = ""
         if kind is TurnKind.COLD and self._is_pressed(pool, views):
             reason = "the sessions need more cache than the replicas have"
-        elif is_long(turn.uncached_tokens, rates):
+        elif is_long(turn.uncached_tokens, rates, LONG_SECONDS * self.limits.pace):
             if self._shares.share_of(turn.tenant, now) < 1.0:
                 reason = "other tenants are active, and a long prefill would keep them waiting"
-            elif len(pool.queue) or min(map(_pending_seconds, views)) >= BACKLOG_SECONDS:
+            elif len(pool.queue) or min(map(_pending_seconds, views)) >= BACKLOG_SECONDS * self.limits.pace:
                 reason = "every replica has enough work, and only the proxy can keep the order"
         if not reason:
             return Verdict(kind, waits=False)
@@ -237,7 +239,7 @@ class ColdGate:
 
     def _is_pressed(self, pool: _Pool, views: Sequence[ReplicaView]) -> bool:
         shortest = min([view.pending_tokens / view.rate_tokens_per_second for view in views])
-        return pool.pressure.is_on(shortest, len(pool.queue))
+        return pool.pressure.is_on(shortest, len(pool.queue), CROWDED_SECONDS * self.limits.pace)
 
     def _wait_seconds(self, pool: _Pool, turn: Turn, now: float, rate: float) -> float:
         arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, now)
@@ -391,7 +393,9 @@ class ColdGate:
                 break
             self._serve(pool, waiting, views[0], shared=False)
         if len(pool.queue) and pool.alarm is None:
-            pool.alarm = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look_again, pool)
+            pool.alarm = asyncio.get_running_loop().call_later(
+                LOOK_SECONDS * self.limits.pace, self._look_again, pool
+            )
 
     def _look_again(self, pool: _Pool) -> None:
         pool.alarm = None
@@ -415,6 +419,7 @@ class ColdGate:
                     is_pressed=pool.pressure.is_holding,
                     quiet_seconds=self.limits.quiet_seconds,
                     rest_seconds=self.limits.rest_seconds,
+                    patience_seconds=PATIENCE_SECONDS * self.limits.pace,
                 )
                 return waiting, sorted((view for view in views if view.id in among), key=_pending_seconds)
             full.add(turn.tenant)
@@ -434,7 +439,7 @@ class ColdGate:
     def _serve(self, pool: _Pool, waiting: Waiting[_Waiter], replica: ReplicaView, *, shared: bool) -> None:
         now = self._clock.monotonic()
         turn, future = waiting.item.item.turn, waiting.item.item.future
-        given = Pass(self, pool.name, turn.tenant, replica, now + _claim_seconds(turn, replica))
+        given = Pass(self, pool.name, turn.tenant, replica, now + self._claim_seconds(turn, replica))
         given.is_shared = shared
         pool.queue.serve(waiting, replica.id, now)
         pool.rate.took(turn.uncached_tokens, now)
@@ -464,7 +469,9 @@ class ColdGate:
                 rest_seconds=self.limits.rest_seconds,
                 order=self._order(waiting, now),
                 tenant=turn.tenant,
-                claim_seconds=max([_claim_seconds(turn, view) for view in views], default=CLAIM_PATIENCE_SECONDS),
+                claim_seconds=max(
+                    [self._claim_seconds(turn, view) for view in views], default=CLAIM_PATIENCE_SECONDS
+                ),
                 most=self._part(turn.tenant, len(self._fleet.snapshot(pool.name, now)), now),
             )
         except CacheError:
@@ -484,6 +491,10 @@ class ColdGate:
             self._serve(pool, waiting, replica, shared=shared)
         self._look(pool)
 
+    def _claim_seconds(self, turn: Turn, view: ReplicaView) -> float:
+        prefill = (view.pending_tokens + turn.uncached_tokens) / view.rate_tokens_per_second
+        return CLAIM_PATIENCE * prefill + CLAIM_PATIENCE_SECONDS * self.limits.pace
+
     def _order(self, waiting: Waiting[_Waiter], now: float) -> str:
         """Return the turn's position among those of all workers as a sortable text: priority, tenant's round, age."""
         arrived_unix = self._clock.unix() - (now - waiting.arrived_seconds)
@@ -496,7 +507,7 @@ class ColdGate:
             running_tokens=view.running_tokens,
             cache_tokens=self._capacity_tokens(view.id),
             own_share=pool.served.own_share,
-            resting_tokens=pool.served.resting_tokens(view.id, now),
+            resting_tokens=pool.served.resting_tokens(view.id, now, RESTING_SECONDS * self.limits.pace),
         )
 
 
@@ -515,11 +526,6 @@ def _cold_turn(waiter: _Waiter) -> ColdTurn[_Waiter]:
 
 def _pending_seconds(view: ReplicaView) -> float:
     return view.pending_tokens / view.rate_tokens_per_second
-
-
-def _claim_seconds(turn: Turn, view: ReplicaView) -> float:
-    prefill = (view.pending_tokens + turn.uncached_tokens) / view.rate_tokens_per_second
-    return CLAIM_PATIENCE * prefill + CLAIM_PATIENCE_SECONDS
 
 
 def _fail(waiter: _Waiter, error: CairnError) -> None:

@@ -124,19 +124,20 @@ class ServedPrompts:
         served = self._boundaries.get(prompt_end)
         if served is not None:
             served.ended_seconds = now_seconds
-            self._resting(replica, now_seconds).append(served)
+            self._resting(replica).append(served)
 
-    def resting_tokens(self, replica: int, now_seconds: float) -> float:
-        """Return the tokens of the prompts whose answers ended at a replica a moment ago and that none continues."""
-        latest, resting = self._latest, self._resting(replica, now_seconds)
+    def resting_tokens(self, replica: int, now_seconds: float, resting_seconds: float = RESTING_SECONDS) -> float:
+        """Return the tokens of the prompts whose answers ended at a replica within `resting_seconds` and that none
+        continues.
+        """
+        latest, resting = self._latest, self._resting(replica, now_seconds - resting_seconds)
         return sum([each.own_tokens + each.shared_tokens for each in resting if each in latest])
 
-    def _resting(self, replica: int, now_seconds: float) -> deque[_Served]:
-        """Return the prompts whose answers ended at a replica a moment ago, and forget earlier ones."""
+    def _resting(self, replica: int, oldest: float = -inf) -> deque[_Served]:
+        """Return the prompts whose answers ended at a replica since `oldest`, and forget earlier ones."""
         ended = self._ended.get(replica)
         if ended is None:
             ended = self._ended[replica] = deque()
-        oldest = now_seconds - RESTING_SECONDS
         while ended and ended[0].ended_seconds < oldest:
             ended.popleft()
         return ended
@@ -191,11 +192,11 @@ class ColdPressure:
         self._computed_tokens = self._computed_tokens * kept + computed_tokens
         self._repeated_tokens = self._repeated_tokens * kept + repeated_tokens
 
-    def is_on(self, shortest_queue_seconds: float, waiting: int) -> bool:
+    def is_on(self, shortest_queue_seconds: float, waiting: int, crowded_seconds: float = CROWDED_SECONDS) -> bool:
         """Return True if a cold turn that arrives now must wait. `waiting` is the number of turns waiting already."""
         share = self.repeated_share
         if self._is_on:
             self._is_on = waiting > 0 or share >= OFF_SHARE
         else:
-            self._is_on = share >= ON_SHARE or (share >= CROWDED_SHARE and shortest_queue_seconds >= CROWDED_SECONDS)
+            self._is_on = share >= ON_SHARE or (share >= CROWDED_SHARE and shortest_queue_seconds >= crowded_seconds)
         return self._is_on

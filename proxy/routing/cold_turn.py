@@ -43,6 +43,9 @@ class GateLimits:
     """With `enabled` False everything passes. A new session waits at most `max_wait_seconds`, and the bodies of
     all waiting requests take at most `max_waiting_bytes`. The other times are those of `cold_admission`; a change
     of `memory_seconds` affects only pools seen after it.
+
+    `pace` is a factor for the times that are no settings: they are in proportion to `rest_seconds`, because all of
+    them are related to the time that an engine takes for a long prompt.
     """
 
     enabled: bool = True
@@ -51,6 +54,10 @@ class GateLimits:
     quiet_seconds: float = QUIET_SECONDS
     rest_seconds: float = REST_SECONDS
     memory_seconds: float = MEMORY_SECONDS
+
+    @property
+    def pace(self) -> float:
+        return self.rest_seconds / REST_SECONDS
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Final, Protocol
 
 from proxy.clock import Clock
 from proxy.errors import Overloaded, RateLimited
+from proxy.routing.cold_turn import GateLimits
 from proxy.routing.fair_shares import Share, TenantShares
 from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 
@@ -22,8 +23,6 @@ PATIENCE_SECONDS: Final = 120.0
 
 MAX_WAITING: Final = 1_024
 """Turns that wait for one replica; beyond that they are sent at once."""
-
-_LIMITS: Final = QueueLimits(PATIENCE_SECONDS, MAX_WAITING)
 
 
 class SentWork(Protocol):
@@ -49,16 +48,14 @@ class WarmQueues:
     Args:
         work: shows the work that was sent to a replica.
         shares: the tenants' shares.
-        quiet_seconds: returns the seconds of work up to which a replica takes a turn.
+        limits: returns the gate's limits in force.
         clock: monotonic time.
     """
 
-    def __init__(
-        self, work: SentWork, shares: TenantShares, quiet_seconds: Callable[[], float], clock: Clock
-    ) -> None:
+    def __init__(self, work: SentWork, shares: TenantShares, limits: Callable[[], GateLimits], clock: Clock) -> None:
         self._work = work
         self._shares = shares
-        self._quiet_seconds = quiet_seconds
+        self._limits = limits
         self._clock = clock
         self._lines: dict[int, _Line] = {}
 
@@ -80,7 +77,7 @@ class WarmQueues:
         if not self.is_busy(replica):
             return 0.0
         line, sent = self._lines.get(replica), self.sent_seconds(replica, self._clock.monotonic())
-        return max(sent + (0.0 if line is None else line.work_seconds) - self._quiet_seconds(), 0.0)
+        return max(sent + (0.0 if line is None else line.work_seconds) - self._limits().quiet_seconds, 0.0)
 
     async def wait(
         self, replica: int, work_seconds: float, share: Share, deadline_seconds: float | None = None
@@ -112,7 +109,7 @@ class WarmQueues:
     def _make_queue(self, replica: int) -> ReplicaQueue:
         return ReplicaQueue(
             None,
-            _LIMITS,
+            QueueLimits(PATIENCE_SECONDS * self._limits().pace, MAX_WAITING),
             self._clock,
             _unlimited,  # so that it checks whether the replica has become quiet
             shares=self._shares,
@@ -120,7 +117,7 @@ class WarmQueues:
         )
 
     def _has_work(self, replica: int) -> bool:
-        return self._work.sent_seconds(replica, self._clock.monotonic()) > self._quiet_seconds()
+        return self._work.sent_seconds(replica, self._clock.monotonic()) > self._limits().quiet_seconds
 
 
 def _unlimited(waiting: int) -> int | None:

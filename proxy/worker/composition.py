@@ -359,7 +359,8 @@ def _requests(config: Config, secret: bytes, built: Built, traces: Traces | None
         shares=sharing.shares,
         is_engine=lambda number: _capacity_tokens(built.memory.index, number) is not None,
     )
-    queues.set_limits(from_config.queue_limits(config.queue))
+    sharing.cold_gate.limits = gate_limits = from_config.gate_limits(config.admission)
+    queues.set_limits(from_config.queue_limits(config.queue), gate_limits.pace)
     planner = Planner(
         replicas.fleet,
         built.memory.index,
@@ -380,7 +381,6 @@ def _requests(config: Config, secret: bytes, built: Built, traces: Traces | None
     models_endpoint = ModelsEndpoint(replicas.client, replicas.pools, replicas.fleet, clock)
     settlement, stored = built.accounting.settlement, built.contexts.stored
     cold_turns = ColdTurns(sharing.cold_gate, planner, sharing.shares, clock)
-    sharing.cold_gate.limits = from_config.gate_limits(config.admission)
     make_pipeline = Pipeline if traces is None else traces.pipeline
     pipeline = make_pipeline(reader, planner, relay, models_endpoint, settlement, stored, cold_turns)
     routes = Routes(config.server.engine_paths, config.server.allowed_paths, config.admin.port)

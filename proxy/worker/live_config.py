@@ -49,8 +49,8 @@ class LiveConfig:
         """
         parts = self._parts
         self.config = config
-        parts.queues.set_limits(from_config.queue_limits(config.queue))
-        parts.cold_gate.limits = from_config.gate_limits(config.admission)
+        parts.cold_gate.limits = gate_limits = from_config.gate_limits(config.admission)
+        parts.queues.set_limits(from_config.queue_limits(config.queue), gate_limits.pace)
         parts.discovery.adopt(config)
         parts.templates.set_config(config)
         parts.model_names.add(from_config.model_names(config))

@@ -18,7 +18,7 @@ SENT_AHEAD_CONTENDED: Final = (0.1, 1)
 """Seconds of prefill, and requests without a first token, that a replica is sent before others wait here; the
 second pair holds while several tenants are active. An engine serves in order of arrival, so only the queue here
 can keep an order, and a tenant that arrives while another floods the replicas waits for all requests already
-sent. With smaller values an engine could run out of work.
+sent. With smaller values an engine could run out of work. The seconds are for a pace of 1.
 """
 
 
@@ -55,11 +55,13 @@ class ReplicaQueues:
         self._clock = clock
         self._writer_id = writer_id
         self._limits = QueueLimits()
+        self._pace = 1.0
         self.by_replica: dict[int, ReplicaQueue] = {}
 
-    def set_limits(self, limits: QueueLimits) -> None:
-        """Use `limits` in all queues."""
+    def set_limits(self, limits: QueueLimits, pace: float = 1.0) -> None:
+        """Use `limits` in all queues, and send ahead by the pace of the cold gate (`cold_turn.GateLimits`)."""
         self._limits = limits
+        self._pace = pace
         self.update()
 
     def replicas_changed(self, joined: Sequence[int]) -> None:  # noqa: ARG002 - `update` finds what is new
@@ -102,7 +104,7 @@ class ReplicaQueues:
             return False
         now_seconds = self._clock.monotonic()
         seconds, requests = SENT_AHEAD_CONTENDED if self._shares.is_contended(now_seconds) else SENT_AHEAD
-        return unanswered >= requests and self._fleet.sent_seconds(number, now_seconds) > seconds
+        return unanswered >= requests and self._fleet.sent_seconds(number, now_seconds) > seconds * self._pace
 
     def _places(self, number: int, waiting: int) -> int | None:
         """Return this worker's share of a replica's limit; the other shares belong to the journal's other writers."""

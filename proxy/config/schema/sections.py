@@ -304,7 +304,8 @@ class Admission(Section, frozen=True):
     """Uncached work up to which a replica counts as quiet; for a cold turn two fifths of it."""
 
     rest_seconds: Annotated[Seconds, LIVE] = 60
-    """Time after which a replica takes such a prompt although it is not quiet."""
+    """Time after which a replica takes such a prompt although it is not quiet. The times that are no settings are in
+    proportion to it."""
 
     memory_seconds: Seconds = 120
     """Time over which it is judged whether memory is short."""

@@ -11,7 +11,7 @@ import pytest
 from cache import CacheError
 from proxy.errors import DeadlineUnreachable, RateLimited
 from proxy.model import ReplicaView
-from proxy.routing.cold_admission import TurnKind
+from proxy.routing.cold_admission import REST_SECONDS, TurnKind
 from proxy.routing.cold_gate import ColdGate, Pass
 from proxy.routing.cold_pressure import RESTING_SECONDS
 from proxy.routing.cold_turn import GateLimits, Turn
@@ -135,16 +135,22 @@ async def test_a_turn_waits_until_a_replica_is_quiet():
     assert waiting.done()
 
 
-async def test_under_pressure_a_turn_spares_the_sessions_whose_turn_has_just_ended():
+@pytest.mark.parametrize("pace", [1.0, 0.2])
+async def test_under_pressure_a_turn_spares_the_sessions_whose_turn_has_just_ended(pace: float):
     """It waits while they and what runs leave no room, and goes as soon as one of them rests no longer."""
     bench = Bench(replicas=1)
+    bench.gate.limits = GateLimits(rest_seconds=pace * REST_SECONDS)
     bench.fleet.running[0] = 500_000.0
     bench.gate.served(POOL).note([1, 2], 0, 450_000.0, 0.0, bench.clock.monotonic())
     bench.gate.ended(POOL, 2, 0)
     turn = bench.begin(prompt_end=9)
     await settle()
     assert not turn.done()
-    bench.clock.advance(RESTING_SECONDS + 0.1)
+    bench.clock.advance(pace * RESTING_SECONDS - 0.1)
+    bench.gate.changed()
+    await settle()
+    assert not turn.done()
+    bench.clock.advance(0.2)
     bench.gate.changed()
     await settle()
     assert turn.done()

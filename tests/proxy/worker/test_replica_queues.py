@@ -12,11 +12,41 @@ from cache import JournalState
 from proxy.fleet import Fleet
 from proxy.fleet.replica import ReplicaSpec
 from proxy.routing.fair_shares import TenantShares
+from proxy.routing.replica_queue import QueueLimits
 from proxy.worker.replica_queues import SENT_AHEAD, ReplicaQueues
 from tests.support.clock import FakeClock
 
 RATE = 1_000.0
 SENT = 3 * SENT_AHEAD[1]
+
+
+class Bench:
+    """The queue of one replica, which computes a request in a second."""
+
+    def __init__(self, *, is_engine: bool, limit: int | None = None) -> None:
+        self.fleet, self.clock = Fleet(Random(1).random), FakeClock()
+        pools: Any = SimpleNamespace(served=[0])
+        journal: Any = SimpleNamespace(others=0, state=JournalState.LIVE)
+        self.fleet.add(ReplicaSpec("a", "pool", prefill_tokens_per_second=RATE, in_flight_limit=limit))
+        self.queues = ReplicaQueues(
+            self.fleet,
+            pools,
+            journal,
+            self.clock,
+            writer_id="w",
+            shares=TenantShares(),
+            is_engine=lambda _number: is_engine,
+        )
+        self.queues.update()
+
+    def sent(self) -> int:
+        """Count the requests that need not wait, of many that come at once."""
+        permits = 0
+        for _ in range(SENT):
+            if self.queues.by_replica[0].try_acquire() is not None:
+                permits += 1
+                self.fleet.charge(0, RATE, self.clock.monotonic())
+        return permits
 
 
 @pytest.mark.parametrize(
@@ -26,24 +56,12 @@ SENT = 3 * SENT_AHEAD[1]
 )
 def test_only_before_an_engine_do_requests_wait_for_its_prefills(is_engine, limit, at_once):
     """An engine is sent little ahead; a provider or a balancer, which says nothing of itself, is sent everything."""
-    fleet, clock = Fleet(Random(1).random), FakeClock()
-    pools: Any = SimpleNamespace(served=[0])
-    journal: Any = SimpleNamespace(others=0, state=JournalState.LIVE)
-    fleet.add(ReplicaSpec("a", "pool", prefill_tokens_per_second=RATE, in_flight_limit=limit))
-    queues = ReplicaQueues(
-        fleet,
-        pools,
-        journal,
-        clock,
-        writer_id="w",
-        shares=TenantShares(),
-        is_engine=lambda _number: is_engine,
-    )
-    queues.update()
-    permits = []
-    for _ in range(SENT):
-        permit = queues.by_replica[0].try_acquire()
-        if permit is not None:
-            permits.append(permit)
-            fleet.charge(0, RATE, clock.monotonic())
-    assert len(permits) == at_once
+    assert Bench(is_engine=is_engine, limit=limit).sent() == at_once
+
+
+@pytest.mark.parametrize(("pace", "at_once"), [(1.0, SENT_AHEAD[1]), (6.0, 7)])
+def test_more_is_sent_ahead_where_the_gate_has_more_time(pace, at_once):
+    """In proportion, so that a benchmark in faster time keeps the same order."""
+    bench = Bench(is_engine=True)
+    bench.queues.set_limits(QueueLimits(), pace)
+    assert bench.sent() == at_once
