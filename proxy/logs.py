@@ -17,6 +17,8 @@ _CREDENTIALS = re.compile(
     r"|\bsk-[a-z0-9_-]{8,})"
 )
 
+_SECRET_CHARACTERS_LEAST = 4
+
 _CONTROLS = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069]")
 
 
@@ -25,8 +27,15 @@ class RedactingFormatter(logging.Formatter):
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-        known = sorted({s for s in secrets if len(s) >= 4}, key=len, reverse=True)
-        self._known = re.compile("|".join(map(re.escape, known))) if known else None
+        self._secrets: frozenset[str] = frozenset()
+        self._known: re.Pattern[str] | None = None
+        self.add(secrets)
+
+    def add(self, secrets: Iterable[str]) -> None:
+        """Replace these secrets too. Secrets of fewer than four characters are ignored: they are parts of words."""
+        self._secrets |= {secret for secret in secrets if len(secret) >= _SECRET_CHARACTERS_LEAST}
+        longest_first = sorted(self._secrets, key=len, reverse=True)
+        self._known = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
         """Return the line of `record`, in which nothing ends the line or controls a terminal.
@@ -38,9 +47,9 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the text of `record` without secrets."""
-        text = super().format(record)
-        if self._known is not None:
-            text = self._known.sub("***", text)
+        text, known = super().format(record), self._known
+        if known is not None:
+            text = known.sub("***", text)
         return _CREDENTIALS.sub(lambda match: (match["head"] or match["url"] or "") + "***", text)
 
 
@@ -69,13 +78,30 @@ def forward(name: str, pass_on: Callable[[int, str], None]) -> None:
     logger.propagate = False
 
 
-def set_up(level_name: str, secrets: Iterable[str] = (), stream: int = 2) -> logging.handlers.QueueListener:
-    """Write the log of the whole process to the descriptor `stream` from a thread; returns the thread's listener.
+class ProcessLog:
+    """The log of the process, written by a thread."""
+
+    def __init__(self, listener: logging.handlers.QueueListener, formatter: RedactingFormatter) -> None:
+        self._listener = listener
+        self._formatter = formatter
+
+    def redact(self, secrets: Iterable[str]) -> None:
+        """Replace these secrets as well from now on, for example those of a configuration that was reloaded."""
+        self._formatter.add(secrets)
+
+    def stop(self) -> None:
+        """Write what is in the queue, and end the thread."""
+        self._listener.stop()
+
+
+def set_up(level_name: str, secrets: Iterable[str] = (), stream: int = 2) -> ProcessLog:
+    """Write the log of the whole process to the descriptor `stream` from a thread.
 
     aiohttp's messages about malformed requests are left out: they are the client's fault, and are counted.
     """
     handler = logging.StreamHandler(open(stream, "w", closefd=False, errors="backslashreplace"))  # noqa: SIM115
-    handler.setFormatter(RedactingFormatter(secrets))
+    formatter = RedactingFormatter(secrets)
+    handler.setFormatter(formatter)
     records: queue.Queue[logging.LogRecord] = queue.Queue(maxsize=10_000)
     listener = logging.handlers.QueueListener(records, handler)
     root = logging.getLogger()
@@ -84,4 +110,4 @@ def set_up(level_name: str, secrets: Iterable[str] = (), stream: int = 2) -> log
     for noisy in ("aiohttp.server", "aiohttp.access", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     listener.start()
-    return listener
+    return ProcessLog(listener, formatter)

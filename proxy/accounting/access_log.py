@@ -7,6 +7,7 @@ waits. An access line has no field for a prompt, a key or a hash of either.
 from __future__ import annotations
 
 import os
+import re
 import select
 import stat
 import threading
@@ -29,6 +30,8 @@ _ROUTE_CHARACTERS: Final = 128
 _CACHING: Final = Endpoint.CACHING  # a constant: the member of an enum is looked up in Python
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PLAIN_SIGNS = frozenset("!#$%&'()*+,-./:;<>?@[]^_`{|}~")
+_CONTROLS = re.compile(rb"\x7f|\xc2[\x80-\x9f]|\xe2\x80[\xa8-\xae]|\xe2\x81[\xa6-\xa9]")
+"""DEL, C1 controls, line separators and marks of direction, in UTF-8. JSON escapes only the controls below 0x20."""
 
 
 def access_line(call: Call, outcome: Outcome, unix_seconds: float) -> AccessLine:
@@ -92,12 +95,23 @@ def route_of(call: Call) -> str:
 
 def json_lines(lines: Sequence[AccessLine]) -> bytes:
     """Encode lines as JSON objects."""
-    return msgspec.json.Encoder().encode_lines(lines)
+    return _without_controls(msgspec.json.Encoder().encode_lines(lines))
 
 
 def logfmt_lines(lines: Sequence[AccessLine]) -> bytes:
     """Encode lines as `name=value` pairs, values with spaces or quotes in quotes; unknown fields are omitted."""
-    return "".join(f"{_logfmt(msgspec.to_builtins(line))}\n" for line in lines).encode()
+    return _without_controls("".join(f"{_logfmt(msgspec.to_builtins(line))}\n" for line in lines).encode())
+
+
+def _without_controls(encoded: bytes) -> bytes:
+    """Escape what would control a terminal that shows the log. It can only be within a JSON string."""
+    if encoded.isascii() and b"\x7f" not in encoded:
+        return encoded
+    return _CONTROLS.sub(_escape, encoded)
+
+
+def _escape(found: re.Match[bytes]) -> bytes:
+    return b"\\u%04x" % ord(found[0].decode())
 
 
 def _logfmt(fields: dict[str, Any]) -> str:

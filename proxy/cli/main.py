@@ -119,25 +119,30 @@ def serve(
         _fail(error, exits.MISUSED, file)
     for warning in loaded.warnings:
         click.echo(f"cairn: {warning}", err=True)
-    sys.exit(_supervise(loaded.config, _parts(loaded.config, environ, read)))
+    sys.exit(_supervise(loaded.config, environ, read))
 
 
-def _supervise(config: Config, parts: Parts) -> int:
+def _supervise(config: Config, environ: Mapping[str, str], read: Callable[[], Loaded]) -> int:
     from proxy import logs
     from proxy.config.load import secrets_of
     from proxy.supervisor.supervisor import Supervisor
 
-    listener = logs.set_up(config.log.level.value, secrets_of(config))
+    log = logs.set_up(config.log.level.value, secrets_of(config))
+
+    def read_again() -> Loaded:
+        loaded = read()
+        log.redact(secrets_of(loaded.config))  # before anything can log them
+        return loaded
 
     async def run() -> int:
-        return await Supervisor(config, parts).run()
+        return await Supervisor(config, _parts(config, environ, read_again)).run()
 
     try:
         return asyncio.run(run())
     except CairnError as error:
         _fail(error, code=exits.FAILED)
     finally:
-        listener.stop()
+        log.stop()
 
 
 def _parts(config: Config, environ: Mapping[str, str], read: Callable[[], Loaded]) -> Parts:

@@ -108,7 +108,7 @@ class WorkerControl:
     """The worker's end: sends reports to the supervisor, and calls back when the supervisor asks for something.
 
     Set `on_explain` and `on_reload` to support them. `on_reload` raises `ConfigError` if it cannot use the new
-    configuration.
+    configuration; one that comes before it is set waits for it. `before_reload` is called first.
     """
 
     def __init__(self, channel: Channel[ToWorker], tasks: Tasks) -> None:
@@ -117,7 +117,9 @@ class WorkerControl:
         self._drain: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self.orphaned = asyncio.Event()
         self.on_explain: Explainer | None = None
-        self.on_reload: Reconfigure | None = None
+        self.before_reload: Callable[[Config], None] | None = None
+        self._on_reload: Reconfigure | None = None
+        self._waiting: Config | None = None  # came while this worker was starting
 
     @classmethod
     async def open(cls, end: socket.socket, tasks: Tasks) -> tuple[WorkerControl, Config]:
@@ -134,6 +136,18 @@ class WorkerControl:
         tasks.start(control._receive(), "control")
         tasks.keep(control._beat, "heartbeat")
         return control, first.config
+
+    @property
+    def on_reload(self) -> Reconfigure | None:
+        """Return the function that applies a new configuration."""
+        return self._on_reload
+
+    @on_reload.setter
+    def on_reload(self, reconfigure: Reconfigure) -> None:
+        self._on_reload = reconfigure
+        config, self._waiting = self._waiting, None
+        if config is not None:
+            self._tasks.start(self._apply(config, reconfigure), "reload")
 
     async def send_ready(self) -> None:
         """Report that requests are accepted."""
@@ -195,10 +209,15 @@ class WorkerControl:
         await self._channel.send(Explained(question.id, status, body))
 
     async def _reload(self, config: Config) -> None:
-        if self.on_reload is None:
-            self._channel.post(ReloadRefused("this worker cannot reload its configuration"))
-            return
+        if self.before_reload is not None:
+            self.before_reload(config)
+        if self._on_reload is None:
+            self._waiting = config
+        else:
+            await self._apply(config, self._on_reload)
+
+    async def _apply(self, config: Config, reconfigure: Reconfigure) -> None:
         try:
-            await self.on_reload(config)
+            await reconfigure(config)
         except ConfigError as error:
             self._channel.post(ReloadRefused(error.message))

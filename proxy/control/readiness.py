@@ -30,12 +30,17 @@ class ReadinessStatus(enum.StrEnum):
 
 
 class WorkerView(msgspec.Struct, frozen=True):
-    """One worker as the supervisor sees it. `silent_seconds` is the time since its last message of any kind."""
+    """One worker as the supervisor sees it.
+
+    `silent_seconds` is the time since its last message of any kind. `deaths` is how often in a row it has ended soon
+    after its start, 0 unless that keeps happening.
+    """
 
     number: int
     ready: bool
     report: WorkerReport | None = None
     silent_seconds: float = 0.0
+    deaths: int = 0
 
     @property
     def is_silent(self) -> bool:
@@ -130,4 +135,5 @@ def _lacking(
         lacking.append(f"{len(serving)} of {len(workers)} workers are ready")
     silent = [worker for worker in workers if worker.ready and worker.is_silent]
     lacking += [f"worker {each.number} has not responded for {each.silent_seconds:.0f} s" for each in silent]
+    lacking += [f"worker {each.number} has ended {each.deaths} times in a row" for each in workers if each.deaths]
     return lacking

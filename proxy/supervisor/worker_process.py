@@ -105,6 +105,7 @@ class WorkerProcess:
         self._backoff = ExponentialBackoff(PAUSE_FIRST_SECONDS, PAUSE_MOST_SECONDS)
         self._starts = 0
         self._deaths = 0  # in a row
+        self._started_seconds = 0.0  # monotonic
         self._has_left = False  # its sockets listen only while it runs
         self._ending = asyncio.Event()
         self._drain_deadline_seconds = 0.0  # monotonic
@@ -121,18 +122,26 @@ class WorkerProcess:
 
     def view(self) -> WorkerView:
         """Return the worker's current state."""
-        silent_seconds = self._clock.monotonic() - self._message_seconds if self.ready else 0.0
-        return WorkerView(self.number, self.ready, self._report, silent_seconds)
+        now_seconds = self._clock.monotonic()
+        silent_seconds = now_seconds - self._message_seconds if self.ready else 0.0
+        is_stable = self.ready and now_seconds - self._started_seconds >= STABLE_SECONDS
+        return WorkerView(
+            self.number,
+            self.ready,
+            self._report,
+            silent_seconds=silent_seconds,
+            deaths=0 if is_stable or self._deaths < DEATHS_TO_LEAVE else self._deaths,
+        )
 
     async def run(self) -> None:
         """Keep a worker running until `drain` or `kill` has ended it."""
         try:
             while not self._ending.is_set():
-                started_seconds = self._clock.monotonic()
+                self._started_seconds = self._clock.monotonic()
                 how = await self._run_once()
                 if self._ending.is_set():
                     return
-                was_stable = self._clock.monotonic() - started_seconds >= STABLE_SECONDS
+                was_stable = self._clock.monotonic() - self._started_seconds >= STABLE_SECONDS
                 if was_stable:
                     self._backoff.reset()
                 self._deaths = 1 if was_stable else self._deaths + 1

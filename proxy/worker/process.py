@@ -79,13 +79,14 @@ async def _serve(end: socket.socket, listening: Sequence[socket.socket], target:
         control, config = await WorkerControl.open(end, tasks)
     except ControlBroken:
         return 1
-    listener = logs.set_up(config.log.level.value, secrets_of(config))
+    process_log = logs.set_up(config.log.level.value, secrets_of(config))
+    control.before_reload = lambda following: process_log.redact(secrets_of(following))
     logs.forward(logs.REPLICAS, control.announce)  # all workers find the same
     try:
         return await _run_target(target(config, listening, control), control, tasks)
     finally:
         await tasks.close()
-        listener.stop()
+        process_log.stop()
 
 
 async def _run_target(serving: Coroutine[Any, Any, None], control: WorkerControl, tasks: Tasks) -> int:

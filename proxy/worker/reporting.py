@@ -190,17 +190,21 @@ class Reporter:
         self._recorder.set(metrics.IN_FLIGHT, (), self._requests.requests)
         if self._access_log is not None:
             self._growth.count(metrics.LOG_DROPPED, (), self._access_log.dropped)
-        counts = self._recorder.take()
-        report = WorkerReport(
-            counts=counts,
-            in_flight=self._requests.requests,
-            redis=self._figures.store.redis,
-            upstreams=upstreams,
-            pools=pools,
-            failing_tasks=tuple(sorted(self._failing_tasks())),
-            page=self._status.report(),
-        )
-        if self._channel.report(report):
+        page = self._status.report()
+        counts, is_sent = self._recorder.take(), False
+        try:
+            report = WorkerReport(
+                counts=counts,
+                in_flight=self._requests.requests,
+                redis=self._figures.store.redis,
+                upstreams=upstreams,
+                pools=pools,
+                failing_tasks=tuple(sorted(self._failing_tasks())),
+                page=page,
+            )
+            is_sent = self._channel.report(report)
+        finally:
+            if not is_sent:  # also if something failed: counts are never lost by that
+                self._recorder.put_back(counts)
+        if is_sent:
             self._status.report_sent()
-        else:
-            self._recorder.put_back(counts)

@@ -49,6 +49,15 @@ def test_harmless_text_stays_as_it_is() -> None:
     assert RedactingFormatter(["", "a"]).format(record(text)).endswith(text)
 
 
+def test_secrets_that_become_known_later_are_not_written_either() -> None:
+    """Those of a configuration that was reloaded; the former ones remain secret."""
+    formatter = RedactingFormatter(["first-key"])
+    text = "bad keys: first-key, second-key, second-key-and-more"
+    assert formatter.format(record(text)).endswith("bad keys: ***, second-key, second-key-and-more")
+    formatter.add(["second-key", "second-key-and-more", "bad"])
+    assert formatter.format(record(text)).endswith("bad keys: ***, ***, ***")
+
+
 def test_every_secret_of_a_configuration_is_known() -> None:
     """Tokens, the Redis URL and the keys of replicas."""
     config = Config(

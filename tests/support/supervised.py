@@ -28,18 +28,20 @@ def main(file: str, mode: str, store: str) -> int:
     from cache import EmbeddedError, EmbeddedValkey
     from proxy import logs
     from proxy.clock import SystemClock
-    from proxy.config.load import load, process_environment, secrets_of, worker_environment
+    from proxy.config.load import Loaded, load, process_environment, secrets_of, worker_environment
     from proxy.supervisor.supervisor import Parts, Supervisor
 
     environ, clock = process_environment(), SystemClock()
 
-    def read():
-        return load(Path(file), environ)
+    def read() -> Loaded:
+        loaded = load(Path(file), environ)
+        log.redact(secrets_of(loaded.config))
+        return loaded
 
     def started(address: str, admin: str) -> None:
         os.write(1, f"started {address} {admin}\n".encode())  # in one piece, among the lines of the log
 
-    config = read().config
+    config = load(Path(file), environ).config
     parts = Parts(
         worker_command=(sys.executable, "-m", "tests.support.tiny_worker", mode),
         environment=worker_environment(config, environ),
@@ -50,7 +52,7 @@ def main(file: str, mode: str, store: str) -> int:
         version="9.9.9",
         started=started,
     )
-    listener = logs.set_up(config.log.level.value, secrets_of(config))
+    log = logs.set_up(config.log.level.value, secrets_of(config))
 
     async def run() -> int:
         return await Supervisor(config, parts).run()
@@ -58,7 +60,7 @@ def main(file: str, mode: str, store: str) -> int:
     try:
         return asyncio.run(run())
     finally:
-        listener.stop()
+        log.stop()
 
 
 class Supervised:

@@ -150,6 +150,19 @@ def test_a_hostile_model_name_stays_one_bounded_line(tmp_path: Path) -> None:
     assert line["model"] == ('"\n{}' * 1000)[:128]
 
 
+@pytest.mark.parametrize("encode", [logs.json_lines, logs.logfmt_lines])
+@pytest.mark.parametrize("odd", ["\x1b", "\x7f", "\x80", "\x9b", "\x9f", "\u2028", "\u202e", "\u2066"])
+def test_nothing_that_a_client_chose_controls_a_terminal_that_shows_the_log(odd: str, encode: Any) -> None:
+    """It is escaped as JSON escapes a line end, so that a reader of the log gets back what was sent."""
+    call = msgspec.structs.replace(CALL, target=f"/v1/{odd}[2Jpath", tenant=Tenant("t", client=f"name{odd}"))
+    outcome = msgspec.structs.replace(OUTCOME, model=f"m\xe9{odd}\u4e2d\U0001f600", tried=(f"a;{odd}",))
+    text = encode([access_line(call, outcome, 0.0)]).decode()
+    (line,) = text.split("\n")[:-1]
+    assert line.isprintable()
+    assert f'"/v1/\\u{ord(odd):04x}[2Jpath"' in line
+    assert f'"m\xe9\\u{ord(odd):04x}\u4e2d\U0001f600"' in line
+
+
 def test_every_line_is_written_in_order_by_the_end(tmp_path: Path) -> None:
     """More than a batch, and `close` waits for the last."""
     lines = [access_line(CALL, OUTCOME, float(number)) for number in range(1000)]

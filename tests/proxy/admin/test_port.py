@@ -259,9 +259,9 @@ async def test_the_stream_begins_with_the_history_and_ends_with_the_port(admin: 
 # --- the judgement
 
 
-def worker(number: int = 0, ready: bool = True, silent: float = 0.1, **report) -> WorkerView:
+def worker(number: int = 0, ready: bool = True, silent: float = 0.1, deaths: int = 0, **report) -> WorkerView:
     """A worker that reported `report`."""
-    return WorkerView(number, ready, WorkerReport(MetricsDelta(), **({"redis": "up"} | report)), silent)
+    return WorkerView(number, ready, WorkerReport(MetricsDelta(), **({"redis": "up"} | report)), silent, deaths)
 
 
 def test_ready_when_all_is_well() -> None:
@@ -318,6 +318,16 @@ def test_a_worker_that_does_not_respond_does_not_count() -> None:
         "worker 1 has not responded for 3 s",
     )
     assert judge(Stage.SERVING, [worker(silent=SILENT_SECONDS)]).status is ReadinessStatus.NOT_READY
+
+
+def test_a_worker_that_keeps_ending_degrades_also_while_it_runs() -> None:
+    """It serves, but probably not for long."""
+    found = judge(Stage.SERVING, [worker(), worker(1, deaths=4)])
+    assert (found.status, found.reasons, found.workers) == (
+        ReadinessStatus.DEGRADED,
+        ("worker 1 has ended 4 times in a row",),
+        2,
+    )
 
 
 def test_not_ready_without_workers_and_while_draining() -> None:

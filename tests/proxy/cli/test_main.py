@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import socket
 import subprocess
@@ -15,6 +16,10 @@ from click.testing import CliRunner
 
 from proxy import __main__
 from proxy.cli.main import cli
+from proxy.config.load import Config
+from proxy.supervisor import supervisor
+from proxy.supervisor.supervisor import Parts
+from tests.support.process_logging import logging_restored
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -130,3 +135,31 @@ def test_a_missing_package_is_told_in_one_line() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=ROOT, check=False)
     assert done.returncode == 1
     assert re.fullmatch(r"cairn: No module named '\w+'; install cairn-proxy again.*\n", done.stderr), done.stderr
+
+
+def test_keys_of_a_reloaded_file_are_not_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The supervisor's log redacts them from the moment in which they are read."""
+    file = tmp_path / "cairn.yaml"
+
+    def write(key: str) -> None:
+        file.write_text(f"pools: [{{name: p, replicas: [{{url: 'http://127.0.0.1:9', key: {key}}}]}}]")
+
+    class Reloading:
+        """In place of the supervisor: reloads once, and logs a key of each file."""
+
+        def __init__(self, config: Config, parts: Parts) -> None:
+            self._reload = parts.reload
+
+        async def run(self) -> int:
+            write("second-key")
+            self._reload()
+            logging.getLogger("cairn.x").warning("bad keys first-key and second-key")
+            return 0
+
+    monkeypatch.setattr(supervisor, "Supervisor", Reloading)
+    write("first-key")
+    with logging_restored():
+        assert run("serve", "--config", str(file))[0] == 0
+    assert capfd.readouterr().err.endswith("bad keys *** and ***\n")

@@ -130,8 +130,6 @@ async def test_a_worker_that_explains_nothing_says_so(ends) -> None:
 async def test_a_reload_is_taken_or_refused_with_its_reason(ends) -> None:
     """ConfigError is the way to say no."""
     channel, worker = ends
-    await channel.send(Configure(CONFIG))
-    assert isinstance(await next_of(channel), ReloadRefused)
     taken: asyncio.Queue[Config] = asyncio.Queue()
 
     async def reload(config: Config) -> None:
@@ -145,6 +143,26 @@ async def test_a_reload_is_taken_or_refused_with_its_reason(ends) -> None:
         assert await taken.get() == CONFIG
     await channel.send(Configure(Config()))
     assert await next_of(channel) == ReloadRefused("$.pools: none")
+
+
+async def test_a_reload_that_comes_while_a_worker_starts_waits_and_is_not_refused(ends) -> None:
+    """A refusal would undo it in all workers. Only the last one counts."""
+    channel, worker = ends
+    first, last = (Config(pools=(Pool(name, (Replica("http://h"),)),)) for name in ("first", "last"))
+    read, taken = asyncio.Event(), asyncio.Queue[Config]()
+    worker.before_reload = lambda config: config == last and read.set()
+    await channel.send(Configure(first))
+    await channel.send(Configure(last))
+    async with asyncio.timeout(20):
+        await read.wait()
+
+    async def reload(config: Config) -> None:
+        taken.put_nowait(config)
+
+    worker.on_reload = reload
+    async with asyncio.timeout(20):
+        assert await taken.get() == last
+    assert taken.empty()
 
 
 async def test_a_worker_without_a_supervisor_knows_it(ends) -> None:

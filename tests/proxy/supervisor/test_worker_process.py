@@ -308,6 +308,22 @@ async def test_a_worker_that_has_left_its_port_is_there_while_it_runs_and_again_
         each.close()
 
 
+async def test_a_worker_that_keeps_ending_is_reported_until_it_was_stable() -> None:
+    """Whether it runs, starts or waits for its next start; two deaths may be chance."""
+    clock = FakeClock()
+    worker = WorkerProcess(0, Program(["/no/such/program"], {}), [], Config(), Heard(), clock)
+    for deaths, is_ready, uptime_seconds, told in (
+        (DEATHS_TO_LEAVE - 1, False, 0.0, 0),
+        (DEATHS_TO_LEAVE, False, 0.0, DEATHS_TO_LEAVE),
+        (7, True, STABLE_SECONDS - 0.1, 7),
+        (7, False, STABLE_SECONDS, 7),
+        (7, True, STABLE_SECONDS, 0),
+    ):
+        worker._deaths, worker.ready = deaths, is_ready  # noqa: SLF001 - internal state that no public name shows
+        worker._started_seconds = clock.monotonic() - uptime_seconds  # noqa: SLF001 - as above
+        assert worker.view().deaths == told
+
+
 async def test_a_socket_that_all_workers_share_is_kept() -> None:
     """The others accept its connections."""
     with socket.create_server(("127.0.0.1", 0)) as only:

@@ -7,16 +7,17 @@ import logging
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from proxy.config.load import Config
+from proxy.config.load import Config, Pool, Replica, Secret
 from proxy.control.channel import Channel, WorkerControl
 from proxy.control.messages import Configure, Drain, FromWorker
 from proxy.tasks import Tasks
 from proxy.worker import process as worker
+from tests.support.process_logging import logging_restored
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -72,6 +73,33 @@ async def test_without_a_supervisor_it_ends_its_target_and_itself() -> None:
 
     assert await run(for_ever, lambda channel: channel.close()) == 1
     assert ended.is_set()
+
+
+async def test_keys_of_a_reloaded_configuration_are_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
+    """Not even by what the reload itself logs."""
+
+    async def serve(_: Config, __: Sequence[socket.socket], control: WorkerControl) -> None:
+        ended = asyncio.Event()
+
+        async def reload(config: Config) -> None:
+            logging.getLogger("cairn.x").warning("bad key %s", config.pools[0].replicas[0].key.reveal())
+            ended.set()
+
+        control.on_reload = reload
+        await ended.wait()
+
+    def keyed(key: str) -> Configure:
+        return Configure(Config(pools=(Pool("p", (Replica("http://h", key=Secret(key)),)),)))
+
+    ours, theirs = socket.socketpair()
+    channel: Channel[FromWorker] = await Channel.open(ours, FromWorker)
+    channel.post(keyed("first-key"))
+    channel.post(keyed("second-key"))
+    with logging_restored():
+        async with asyncio.timeout(10):
+            assert await worker._serve(theirs, [], serve) == 0  # noqa: SLF001 - `run` would change this process
+    channel.close()
+    assert capfd.readouterr().err.endswith("bad key ***\n")
 
 
 def test_a_worker_whose_parent_is_another_ends_at_once() -> None:

@@ -201,6 +201,21 @@ def test_counts_wait_while_the_supervisor_does_not_read(bench: Bench) -> None:
     assert bench.supervisor.last.page.prefixes is None
 
 
+def test_counts_of_a_report_that_fails_come_with_the_next(bench: Bench) -> None:
+    """Whichever part fails, before or after the counts were taken."""
+    bench.recorder.inc(metrics.ROUTE_DECISIONS, ("warm",), 2)
+    sends, bench.supervisor.report = bench.supervisor.report, part()  # type: ignore[method-assign]
+    with pytest.raises(TypeError):
+        bench.reporter.report()
+    bench.supervisor.report = sends  # type: ignore[method-assign]
+    bench.journal.state = None
+    with pytest.raises(AttributeError):
+        bench.reporter.report()
+    bench.journal.state = JournalState.LIVE
+    bench.reporter.report()
+    assert bench.series(metrics.ROUTE_DECISIONS) == {("warm",): 2}
+
+
 def test_totals_that_others_keep_are_counted_by_their_growth(bench: Bench) -> None:
     """Evictions, lost log lines and discarded updates."""
     for evicted, dropped in ((5, 1), (5, 1), (7, 4)):
