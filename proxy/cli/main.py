@@ -207,14 +207,15 @@ cli.add_command(top)
 @click.option("--control", type=int, required=True)
 @click.option("--listen", required=True)
 @click.option("--parent", type=int, required=True)
-def worker(control: int, listen: str, parent: int) -> None:
+@click.option("--handover", type=int)
+def worker(control: int, listen: str, parent: int, handover: int | None) -> None:
     """Run one worker. Only the supervisor starts it."""
     from importlib import import_module
 
     from proxy.worker.process import run
 
     run_worker = import_module("proxy.worker.lifecycle").run_worker
-    sys.exit(run(control, [int(descriptor) for descriptor in listen.split(",")], parent, run_worker))
+    sys.exit(run(control, [int(descriptor) for descriptor in listen.split(",")], parent, run_worker, handover))
 
 
 def _fail(error: CairnError, code: int, file: Path | None = None) -> NoReturn:

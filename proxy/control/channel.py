@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from proxy.config.schema import Config, make_secret, reveal
+from proxy.control.handover import Handover
 from proxy.control.messages import (
     Announced,
     Configure,
@@ -108,7 +109,8 @@ class WorkerControl:
     """The worker's end: sends reports to the supervisor, and calls back when the supervisor asks for something.
 
     Set `on_explain` and `on_reload` to support them. `on_reload` raises `ConfigError` if it cannot use the new
-    configuration; one that comes before it is set waits for it. `before_reload` is called first.
+    configuration; one that comes before it is set waits for it. `before_reload` is called first. `handover` brings
+    connections that other workers should have served.
     """
 
     def __init__(self, channel: Channel[ToWorker], tasks: Tasks) -> None:
@@ -116,6 +118,7 @@ class WorkerControl:
         self._tasks = tasks
         self._drain: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self.orphaned = asyncio.Event()
+        self.handover: Handover | None = None
         self.on_explain: Explainer | None = None
         self.before_reload: Callable[[Config], None] | None = None
         self._on_reload: Reconfigure | None = None

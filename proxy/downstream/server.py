@@ -94,6 +94,17 @@ class ClientServer:
             self._listeners.append(await loop.create_server(self.connect, sock=end, backlog=backlog))
         self._look()
 
+    def adopt(self, connection: socket.socket) -> None:
+        """Serve a connection that was accepted elsewhere."""
+        connection.setblocking(False)
+        self._tasks.start(self._adopt(connection), "adopt")
+
+    async def _adopt(self, connection: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(self.connect, connection)
+        except OSError:  # its client has gone
+            connection.close()
+
     async def drain(self, seconds: float) -> None:
         """Accept no more, and wait up to `seconds` until all connections have ended.
 

@@ -12,6 +12,7 @@ import resource
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from proxy.clock import Clock
@@ -86,12 +87,15 @@ def is_shared(end: socket.socket) -> bool:
     return sys.platform == "linux" and end.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) != 0
 
 
-def renewed(end: socket.socket, backlog: int | None) -> socket.socket:
-    """Close a shared socket, resetting the connections that wait there, and return another at its address.
+def renewed(end: socket.socket, take: Callable[[socket.socket], None]) -> socket.socket:
+    """Close a shared socket and return another at its address, which gets no connections until its worker listens.
 
-    It listens if `backlog` is given; otherwise it gets no connections until its worker listens. Raises ListenError.
+    `take` gets the connections that waited at the old one. Raises ListenError.
     """
-    other = open_one(end.family, end.getsockname()[:2], backlog, shared=True)  # first, so that the port stays taken
+    other = open_one(end.family, end.getsockname()[:2], None, shared=True)  # first, so that the port stays taken
+    with suppress(OSError):  # BlockingIOError at last; any other error means that no further one can be had
+        while True:
+            take(end.accept()[0])
     end.close()
     return other
 

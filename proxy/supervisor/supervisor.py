@@ -163,6 +163,12 @@ class Supervisor:
             log.error("workers end before they are ready; giving up")
             self._stop.set()
 
+    def heir_of(self, number: int) -> WorkerProcess | None:
+        """Return the worker that gets connections of a worker that ended: another one that serves, the least busy."""
+        views = [(worker.view(), worker) for worker in self._workers if worker.number != number]
+        serving = [(view.report.in_flight if view.report else 0, worker) for view, worker in views if view.serves]
+        return min(serving, key=lambda each: each[0])[1] if serving else None
+
     # --- from start to end
 
     async def run(self) -> int:

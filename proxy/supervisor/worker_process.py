@@ -20,6 +20,7 @@ from proxy.backoff import ExponentialBackoff
 from proxy.clock import Clock
 from proxy.config.schema import Config
 from proxy.control.channel import Channel, ControlBroken
+from proxy.control.handover import hand_over
 from proxy.control.messages import (
     Announced,
     Configure,
@@ -38,9 +39,9 @@ from proxy.tasks import Tasks
 
 START_LIMIT_SECONDS = 60.0  # a worker that is not ready by then is killed
 STABLE_SECONDS = 10.0  # uptime after which the back-off starts over
-DEATHS_TO_LEAVE = 3  # in a row, each before the worker was stable; then its port takes connections only while it runs
+DEATHS_TO_REPORT = 3  # in a row, each before the worker was stable; then readiness says so
 PAUSE_FIRST_SECONDS = 0.1
-PAUSE_MOST_SECONDS = 5.0  # connections that the kernel assigned to this worker wait at most this long
+PAUSE_MOST_SECONDS = 5.0
 KILL_MARGIN_SECONDS = 2.0  # after the deadline of a drain, for the worker's own clean-up
 FINAL_READ_SECONDS = 1.0  # to read what a worker had sent before it ended
 SILENCE_CHECK_SECONDS = 0.5
@@ -71,6 +72,16 @@ class Watcher(Protocol):
     def worker_died(self, number: int, starts: int) -> None:
         """Note that the worker ended unexpectedly; it has been started `starts` times."""
 
+    def heir_of(self, number: int) -> Heir | None:
+        """Return another worker that serves, for connections of this one; None if there is none."""
+
+
+class Heir(Protocol):
+    """A worker that can take connections of another one; `WorkerProcess` in the product."""
+
+    def adopt(self, connection: socket.socket) -> bool:
+        """Serve `connection`, whose descriptor here may be closed afterwards. Return False if that is impossible."""
+
 
 class Program(msgspec.Struct, frozen=True):
     """The program of a worker; descriptors and the parent's process id are appended to `command`."""
@@ -82,7 +93,7 @@ class Program(msgspec.Struct, frozen=True):
 class WorkerProcess:
     """Worker number `number`, which listens on `sockets`; one process at a time.
 
-    It replaces sockets in that list if its process ends again and again.
+    It replaces sockets in that list if its process ends while other workers serve.
     """
 
     def __init__(
@@ -106,11 +117,11 @@ class WorkerProcess:
         self._starts = 0
         self._deaths = 0  # in a row
         self._started_seconds = 0.0  # monotonic
-        self._has_left = False  # its sockets listen only while it runs
         self._ending = asyncio.Event()
         self._drain_deadline_seconds = 0.0  # monotonic
         self._process: Process | None = None
         self._channel: Channel[FromWorker] | None = None
+        self._handover: socket.socket | None = None
         self._report: WorkerReport | None = None
         self._message_seconds = 0.0  # monotonic; of the last message
         self._questions: dict[int, asyncio.Future[Explained]] = {}
@@ -130,7 +141,7 @@ class WorkerProcess:
             self.ready,
             self._report,
             silent_seconds=silent_seconds,
-            deaths=0 if is_stable or self._deaths < DEATHS_TO_LEAVE else self._deaths,
+            deaths=0 if is_stable or self._deaths < DEATHS_TO_REPORT else self._deaths,
         )
 
     async def run(self) -> None:
@@ -145,7 +156,9 @@ class WorkerProcess:
                 if was_stable:
                     self._backoff.reset()
                 self._deaths = 1 if was_stable else self._deaths + 1
-                self._renew_sockets()
+                if self._deaths == DEATHS_TO_REPORT:
+                    log.error("worker %d keeps ending within %.0f s of its start", self.number, STABLE_SECONDS)
+                self._leave_port()
                 pause_seconds = self._backoff.next_seconds()
                 log.warning("worker %d %s; starting another in %.1f s", self.number, how, pause_seconds)
                 self._watcher.worker_died(self.number, self._starts)
@@ -154,24 +167,34 @@ class WorkerProcess:
         finally:
             await self._tasks.close()
 
-    def _renew_sockets(self) -> None:
-        """Take no connections for a worker that ends again and again, except while it runs.
+    def _leave_port(self) -> None:
+        """While other workers serve, take no connections until the next process listens.
 
-        The kernel gives connections to every socket that listens, whether or not its worker runs. They wait for a
-        successor, which takes a moment; but if it ends as well, their clients would wait for as long as it does.
+        The kernel gives connections to every socket that listens, whether or not its worker runs. They would wait for
+        a successor, which takes a moment, or for ever if it keeps ending. Those that wait already go to the others.
+        If no other worker serves, they wait for whichever starts first.
         """
-        leaves = self._deaths >= DEATHS_TO_LEAVE
-        if not (leaves or self._has_left) or not all(map(is_shared, self._sockets)):
+        if self._watcher.heir_of(self.number) is None or not all(map(is_shared, self._sockets)):
             return
-        if leaves and not self._has_left:
-            log.error("worker %d keeps ending; it gets connections only while it runs", self.number)
-        self._has_left = leaves
-        backlog = None if leaves else self._config.server.backlog
+        lost = 0
+
+        def pass_on(connection: socket.socket) -> None:
+            nonlocal lost
+            heir = self._watcher.heir_of(self.number)
+            lost += heir is None or not heir.adopt(connection)
+            connection.close()
+
         for at, end in enumerate(self._sockets):
             try:
-                self._sockets[at] = renewed(end, backlog)
+                self._sockets[at] = renewed(end, pass_on)
             except ListenError as error:  # the old one is as good
                 log.warning("worker %d: %s", self.number, error.message)
+        if lost:
+            log.warning("worker %d: %d connections that waited for it were closed", self.number, lost)
+
+    def adopt(self, connection: socket.socket) -> bool:
+        """Serve a connection that another worker should have accepted; see `Heir`."""
+        return self._handover is not None and hand_over(self._handover, connection)
 
     def configure(self, config: Config) -> None:
         """Use `config` from now on, in the running worker and in its successors."""
@@ -216,14 +239,21 @@ class WorkerProcess:
     async def _run_once(self) -> str:
         """Start a worker and wait for its end; return a description of how it ended."""
         self._starts += 1
-        ours, theirs = socket.socketpair()
         try:
-            self._process = process = await self._spawn(theirs)
+            (ours, theirs), (handover, their_handover) = socket.socketpair(), socket.socketpair()
+        except OSError as error:  # out of descriptors
+            return f"could not be started: {error.strerror}"
+        handover.setblocking(False)
+        try:
+            self._process = process = await self._spawn(theirs, their_handover)
         except OSError as error:  # out of processes, memory or descriptors
             ours.close()
+            handover.close()
             return f"could not be started: {error.strerror}"
         finally:
             theirs.close()
+            their_handover.close()
+        self._handover = handover
         start_limit = asyncio.get_running_loop().call_later(START_LIMIT_SECONDS, self._kill_unless_ready, process)
         receiving: asyncio.Task[None] | None = None
         watching = self._tasks.start(self._watch_silence(), f"worker-{self.number}-silence")
@@ -241,14 +271,15 @@ class WorkerProcess:
             await self._clear_up(receiving)
         return f"(pid {process.pid}) ended with {code}"
 
-    async def _spawn(self, control: socket.socket) -> Process:
+    async def _spawn(self, control: socket.socket, handover: socket.socket) -> Process:
         listening = [each.fileno() for each in self._sockets]
         return await create_subprocess_exec(
             *self._program.command,
             *("--control", str(control.fileno())),
+            *("--handover", str(handover.fileno())),
             *("--listen", ",".join(map(str, listening))),
             *("--parent", str(os.getpid())),
-            pass_fds=[control.fileno(), *listening],
+            pass_fds=[control.fileno(), handover.fileno(), *listening],
             env=dict(self._program.environment),
             stdin=DEVNULL,
         )
@@ -302,7 +333,9 @@ class WorkerProcess:
             receiving.cancel()
         if self._channel is not None:
             self._channel.close()
-        self.ready, self._process, self._channel, self._report = False, None, None, None
+        if self._handover is not None:
+            self._handover.close()
+        self.ready, self._process, self._channel, self._handover, self._report = False, None, None, None, None
         for answer in self._questions.values():
             if not answer.done():
                 answer.set_exception(WorkerUnavailable())

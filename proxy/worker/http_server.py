@@ -103,6 +103,10 @@ class HttpServer:
         """Make the protocol of a connection that does not come from a listening socket."""
         return self.clients.connect()
 
+    def adopt(self, connection: socket.socket) -> None:
+        """Serve a connection that was accepted elsewhere."""
+        self.clients.adopt(connection)
+
     async def handle(self, request: IncomingRequest, client: ClientResponse) -> None:
         """Answer one request, from its head to the last byte of its answer."""
         received_seconds = self._clock.monotonic()

@@ -32,6 +32,8 @@ async def run_worker(config: Config, listening: Sequence[socket.socket], control
     try:
         await worker.start(listening)
         freeze_garbage()
+        if control.handover is not None:
+            control.handover.start(worker.http_server.adopt)
         await control.send_ready()
         finish_seconds = await control.wait_for_drain()
         await worker.http_server.stop(finish_seconds)

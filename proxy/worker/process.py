@@ -21,6 +21,7 @@ import uvloop
 from proxy import logs
 from proxy.config.load import Config, secrets_of
 from proxy.control.channel import ControlBroken, WorkerControl
+from proxy.control.handover import Handover
 from proxy.tasks import Tasks
 
 Target = Callable[[Config, Sequence[socket.socket], WorkerControl], Coroutine[Any, Any, None]]
@@ -34,7 +35,13 @@ _KEPT_FREE_BYTES = 64 * 1024 * 1024  # freed memory kept at the end of the heap
 log = logging.getLogger("cairn.worker")
 
 
-def run(control_descriptor: int, listen_descriptors: Sequence[int], parent_pid: int, target: Target) -> int:
+def run(
+    control_descriptor: int,
+    listen_descriptors: Sequence[int],
+    parent_pid: int,
+    target: Target,
+    handover_descriptor: int | None = None,
+) -> int:
     """Run a worker until the target returns or the supervisor is gone. Return the exit code.
 
     Args:
@@ -42,6 +49,7 @@ def run(control_descriptor: int, listen_descriptors: Sequence[int], parent_pid: 
         listen_descriptors: the inherited listening sockets.
         parent_pid: the supervisor; if the parent is another process, the supervisor has ended.
         target: called with the configuration, the sockets and the control.
+        handover_descriptor: the inherited end of the socket that brings connections of workers that ended.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # a terminal or a service manager sends these to the whole group; the supervisor acts on them
@@ -51,8 +59,9 @@ def run(control_descriptor: int, listen_descriptors: Sequence[int], parent_pid: 
     keep_freed_memory()
     control = socket.socket(fileno=control_descriptor)
     listening = [socket.socket(fileno=descriptor) for descriptor in listen_descriptors]
+    handover = None if handover_descriptor is None else socket.socket(fileno=handover_descriptor)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(control, listening, target))
+        return runner.run(_serve(control, listening, target, handover))
 
 
 def _tie_to_parent(parent_pid: int) -> bool:
@@ -73,12 +82,16 @@ def keep_freed_memory() -> None:
         set_option(_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES)
 
 
-async def _serve(end: socket.socket, listening: Sequence[socket.socket], target: Target) -> int:
+async def _serve(
+    end: socket.socket, listening: Sequence[socket.socket], target: Target, handover: socket.socket | None = None
+) -> int:
     tasks = Tasks()
     try:
         control, config = await WorkerControl.open(end, tasks)
     except ControlBroken:
         return 1
+    if handover is not None:
+        control.handover = Handover(handover)
     process_log = logs.set_up(config.log.level.value, secrets_of(config))
     control.before_reload = lambda following: process_log.redact(secrets_of(following))
     logs.forward(logs.REPLICAS, control.announce)  # all workers find the same

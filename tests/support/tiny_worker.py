@@ -30,6 +30,8 @@ class Tiny:
         self.running: set[asyncio.Task] = set()
         control.on_reload = self.reload
         control.on_explain = self.explain
+        if control.handover is not None:
+            control.handover.start(self.adopt)
 
     async def reload(self, config: Config) -> None:
         """Take any configuration but one whose pool is named `unfit`."""
@@ -40,6 +42,14 @@ class Tiny:
     async def explain(self, question: Explain) -> tuple[int, bytes]:
         """Echo."""
         return 200, b"%s %s %s" % (question.path.encode(), question.credential, question.body)
+
+    def adopt(self, connection: socket) -> None:
+        """Serve a connection that waited for another worker."""
+        connection.setblocking(False)
+        self.running.add(asyncio.get_running_loop().create_task(self._adopt(connection)))
+
+    async def _adopt(self, connection: socket) -> None:
+        await self.serve(*await asyncio.open_connection(sock=connection))
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One request, one answer."""
@@ -93,4 +103,5 @@ async def target(config: Config, sockets: Sequence[socket], control: WorkerContr
 if __name__ == "__main__":
     given = dict(zip(sys.argv[2::2], sys.argv[3::2], strict=True))
     listening = [int(descriptor) for descriptor in given["--listen"].split(",")]
-    sys.exit(run(int(given["--control"]), listening, int(given["--parent"]), target))
+    handover = int(given["--handover"]) if "--handover" in given else None
+    sys.exit(run(int(given["--control"]), listening, int(given["--parent"]), target, handover))

@@ -150,7 +150,7 @@ async def test_a_reload_that_comes_while_a_worker_starts_waits_and_is_not_refuse
     channel, worker = ends
     first, last = (Config(pools=(Pool(name, (Replica("http://h"),)),)) for name in ("first", "last"))
     read, taken = asyncio.Event(), asyncio.Queue[Config]()
-    worker.before_reload = lambda config: config == last and read.set()
+    worker.before_reload = lambda config: read.set() if config == last else None
     await channel.send(Configure(first))
     await channel.send(Configure(last))
     async with asyncio.timeout(20):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
+import struct
 from contextlib import suppress
 
 import pytest
@@ -393,6 +395,25 @@ async def test_connections_are_bounded_in_all_and_by_address(limit: ClientLimit)
         server.look()
         assert counts.gauges[0] <= 2
         lines[1][1].close()
+
+
+async def test_a_connection_that_was_accepted_elsewhere_is_served_and_counts() -> None:
+    """Its client may have sent a request before. One whose client is gone costs nothing."""
+    counts = Counts()
+    server = client_server(echo, counts, None, connections_per_address=1)
+    async with served_by(server) as port:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            gone = socket.create_connection(listening.getsockname())
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            gone.close()
+            reader, writer = await asyncio.open_connection(*listening.getsockname())
+            writer.write(request(b"/sent-before"))
+            for _ in range(2):
+                server.adopt(listening.accept()[0])
+        assert await answer_of(reader) == (OK, b"POST /sent-before ")
+        assert (await talk(port)).startswith(b"HTTP/1.1 503 ")
+        assert counts.refusals == {ClientLimit.CONNECTIONS_PER_ADDRESS: 1}
+        writer.close()
 
 
 async def test_unfinished_heads_are_bounded_in_all() -> None:

@@ -10,12 +10,18 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
+from proxy.control.messages import WorkerReport
+from proxy.control.readiness import SILENT_SECONDS, WorkerView
+from proxy.metrics.definitions import MetricsDelta
 from proxy.supervisor import sockets as listen
 from proxy.supervisor.sockets import ListenError
+from proxy.supervisor.supervisor import Supervisor
 from tests.support.clock import FakeClock
 from tests.support.supervised import Supervised, wait_gone
 from tests.support.valkey import free_port
@@ -97,19 +103,40 @@ def test_a_killed_worker_is_replaced_and_no_connection_is_reset(file: Path) -> N
 
 
 @linux
-def test_the_queue_of_a_dead_worker_outlives_it(file: Path) -> None:
-    """With a socket each, connections that the kernel gave to the dead one wait for its successor."""
+def test_the_queue_of_a_dead_worker_is_served_by_another(file: Path) -> None:
+    """The kernel gives connections also to one that does not run; they do not wait for its successor."""
     write(file, workers=2)
     with start(file) as cairn:
         cairn.started()
         cairn.workers_ready(2)
-        os.kill(int(cairn.get("/pid")[1]), signal.SIGKILL)
+        ended = int(cairn.get("/pid")[1])
+        os.kill(ended, signal.SIGSTOP)
         connections = [cairn.connect() for _ in range(20)]
         for connection in connections:
             connection.request("GET", "/pid")
-        assert all(connection.getresponse().status == 200 for connection in connections)
+        os.kill(ended, signal.SIGKILL)
+        served_by = {connection.getresponse().read() for connection in connections}
+        assert len(served_by) == 1
+        assert served_by != {b"%d" % ended}
         for connection in connections:
             connection.close()
+
+
+def test_connections_of_a_dead_worker_go_to_the_least_busy_one_that_serves() -> None:
+    """Never to itself, to one that starts, or to one that is silent."""
+    views = [
+        WorkerView(0, True, WorkerReport(MetricsDelta(), in_flight=0)),
+        WorkerView(1, True, WorkerReport(MetricsDelta(), in_flight=5)),
+        WorkerView(2, True, WorkerReport(MetricsDelta(), in_flight=4)),
+        WorkerView(3, False, WorkerReport(MetricsDelta(), in_flight=0)),
+        WorkerView(4, True, WorkerReport(MetricsDelta(), in_flight=0), silent_seconds=SILENT_SECONDS),
+    ]
+    workers: list[Any] = [SimpleNamespace(number=each.number, view=lambda each=each: each) for each in views]
+    supervisor: Any = SimpleNamespace(_workers=workers)
+    assert Supervisor.heir_of(supervisor, 0) is workers[2]
+    assert Supervisor.heir_of(supervisor, 2) is workers[0]
+    supervisor._workers = [workers[0], *workers[3:]]  # noqa: SLF001 - the fake's own
+    assert Supervisor.heir_of(supervisor, 0) is None
 
 
 def test_sigterm_lets_what_runs_end(file: Path) -> None:

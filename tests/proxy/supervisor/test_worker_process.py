@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
+from select import select
 
 import pytest
 
@@ -19,9 +20,10 @@ from proxy.control.messages import Announced, Explain, WorkerReport
 from proxy.supervisor import worker_process as slot_module
 from proxy.supervisor.sockets import open_one
 from proxy.supervisor.worker_process import (
-    DEATHS_TO_LEAVE,
+    DEATHS_TO_REPORT,
     PAUSE_FIRST_SECONDS,
     STABLE_SECONDS,
+    Heir,
     Program,
     WorkerProcess,
     WorkerUnavailable,
@@ -38,6 +40,7 @@ class Heard:
 
     def __init__(self) -> None:
         self.deaths: asyncio.Queue[int] = asyncio.Queue()
+        self.heir: Heir | None = None
 
     def worker_ready(self, number: int) -> None:
         raise AssertionError("none of these is ever ready")
@@ -53,6 +56,9 @@ class Heard:
 
     def worker_died(self, number: int, starts: int) -> None:
         self.deaths.put_nowait(starts)
+
+    def heir_of(self, number: int) -> Heir | None:
+        return self.heir
 
 
 async def dies_and_comes_back(command: Sequence[str]) -> WorkerProcess:
@@ -258,52 +264,74 @@ def taken_by(end: socket.socket, port: int, connections: int = 40) -> int:
     return taken
 
 
-async def test_a_worker_that_ends_again_and_again_gets_no_connections(caplog: pytest.LogCaptureFixture) -> None:
-    """Those that waited for it are reset, not left waiting; the other workers get all new ones."""
+class OtherWorker:
+    """Takes connections of a worker that ended, as many as it has `room` for."""
+
+    def __init__(self, room: int) -> None:
+        self.adopted: list[socket.socket] = []
+        self._room = room
+
+    def adopt(self, connection: socket.socket) -> bool:
+        if len(self.adopted) == self._room:
+            return False
+        self.adopted.append(connection.dup())
+        return True
+
+
+async def test_connections_of_a_worker_that_ends_go_to_one_that_serves(caplog: pytest.LogCaptureFixture) -> None:
+    """Those that wait for it and all new ones, from its first death on; those that no other can take are closed."""
     theirs, ours = shared_sockets()
     port = theirs.getsockname()[1]
     sockets, heard = [ours], Heard()
+    other = heard.heir = OtherWorker(room=3)
     waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
     worker = WorkerProcess(0, Program(["/no/such/program"], {}), sockets, Config(), heard, SystemClock())
     running = asyncio.ensure_future(worker.run())  # noqa: TID251
     async with asyncio.timeout(20):
-        while await heard.deaths.get() < DEATHS_TO_LEAVE:
-            assert sockets == [ours], "at first they wait for its successor"
+        await heard.deaths.get()
     assert sockets[0].getsockname()[1] == port
-    assert sum(was_reset(client) for client in waiting) > 0
-    taken_by(theirs, port, 0)  # empties its queue
-    assert taken_by(theirs, port) == 40
-    assert caplog.text.count("worker 0 keeps ending; it gets connections only while it runs") == 1
+    for adopted in other.adopted:
+        adopted.sendall(b"served")
+    served = sum(client.recv(6) == b"served" for client in waiting if select([client], [], [], 0)[0])
+    assert served == 3
+    closed = 40 - served - taken_by(theirs, port, 0)
+    assert f"worker 0: {closed} connections that waited for it were closed" in caplog.text
+    assert taken_by(theirs, port) == 40, "new ones"
     worker.kill()
     await running
-    for each in (theirs, *sockets, *waiting):
+    for each in (theirs, *sockets, *waiting, *other.adopted):
         each.close()
 
 
-def was_reset(client: socket.socket) -> bool:
-    client.setblocking(False)
-    try:
-        return client.recv(1) == b""
-    except BlockingIOError:
-        return False
-    except ConnectionResetError:
-        return True
+async def test_connections_wait_for_a_successor_if_no_other_worker_serves() -> None:
+    """Its socket goes on listening."""
+    theirs, ours = shared_sockets()
+    sockets, heard = [ours], Heard()
+    worker = WorkerProcess(0, Program(["/no/such/program"], {}), sockets, Config(), heard, SystemClock())
+    running = asyncio.ensure_future(worker.run())  # noqa: TID251
+    async with asyncio.timeout(20):
+        await heard.deaths.get()
+    assert sockets == [ours]
+    theirs.close()
+    assert taken_by(ours, ours.getsockname()[1]) == 40
+    worker.kill()
+    await running
+    ours.close()
 
 
-async def test_a_worker_that_has_left_its_port_is_there_while_it_runs_and_again_once_it_was_stable() -> None:
-    """A successor that runs for long is served as before, also by connections that wait for its own successor."""
+async def test_a_worker_that_has_left_its_port_gets_connections_as_soon_as_it_listens() -> None:
+    """Its successor inherits a socket at the same address, however often it ended."""
     theirs, ours = shared_sockets()
     port = theirs.getsockname()[1]
-    sockets = [ours]
-    worker = WorkerProcess(0, Program(["/no/such/program"], {}), sockets, Config(), Heard(), SystemClock())
-    for deaths, listens in ((DEATHS_TO_LEAVE, False), (DEATHS_TO_LEAVE + 1, False), (1, True), (2, True)):
-        worker._deaths = deaths  # noqa: SLF001 - internal state that no public name shows
-        worker._renew_sockets()  # noqa: SLF001 - internal state that no public name shows
+    sockets, heard = [ours], Heard()
+    heard.heir = OtherWorker(room=0)
+    worker = WorkerProcess(0, Program(["/no/such/program"], {}), sockets, Config(), heard, SystemClock())
+    for _ in range(3):
+        worker._leave_port()  # noqa: SLF001 - internal state that no public name shows
         taken_by(theirs, port, 0)
-        assert (taken_by(theirs, port) < 40) is listens
-        if not listens:
-            sockets[0].listen(128)  # as the worker does when it serves
-            assert taken_by(theirs, port) < 40
+        assert taken_by(theirs, port) == 40
+        sockets[0].listen(128)  # as the worker does when it serves
+        assert taken_by(theirs, port) < 40
     for each in (theirs, *sockets):
         each.close()
 
@@ -313,8 +341,8 @@ async def test_a_worker_that_keeps_ending_is_reported_until_it_was_stable() -> N
     clock = FakeClock()
     worker = WorkerProcess(0, Program(["/no/such/program"], {}), [], Config(), Heard(), clock)
     for deaths, is_ready, uptime_seconds, told in (
-        (DEATHS_TO_LEAVE - 1, False, 0.0, 0),
-        (DEATHS_TO_LEAVE, False, 0.0, DEATHS_TO_LEAVE),
+        (DEATHS_TO_REPORT - 1, False, 0.0, 0),
+        (DEATHS_TO_REPORT, False, 0.0, DEATHS_TO_REPORT),
         (7, True, STABLE_SECONDS - 0.1, 7),
         (7, False, STABLE_SECONDS, 7),
         (7, True, STABLE_SECONDS, 0),
@@ -328,7 +356,8 @@ async def test_a_socket_that_all_workers_share_is_kept() -> None:
     """The others accept its connections."""
     with socket.create_server(("127.0.0.1", 0)) as only:
         sockets = [only]
-        worker = WorkerProcess(0, Program(["/no/such/program"], {}), sockets, Config(), Heard(), SystemClock())
-        worker._deaths = DEATHS_TO_LEAVE  # noqa: SLF001 - internal state that no public name shows
-        worker._renew_sockets()  # noqa: SLF001 - internal state that no public name shows
+        heard = Heard()
+        heard.heir = OtherWorker(room=0)
+        worker = WorkerProcess(0, Program(["/no/such/program"], {}), sockets, Config(), heard, SystemClock())
+        worker._leave_port()  # noqa: SLF001 - internal state that no public name shows
         assert sockets == [only]
