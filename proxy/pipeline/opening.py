@@ -17,12 +17,17 @@ from proxy.wire.events import data_of, read_event
 from proxy.wire.usage import read_response
 
 _EXAMINED_BYTES_AT_MOST: Final = 64 * 1024  # of a first event; a longer one is no error
+_ASIDE_BYTES_AT_MOST: Final = 8 * 1024
+"""Bytes of comments and pings behind which no first event is looked for. All of them are read again whenever more
+arrives."""
+
 _BOM: Final = b"\xef\xbb\xbf"
 _BOM_BEGINNINGS: Final = (_BOM[:1], _BOM[:2])
 _WHITE: Final = b" \t\r\n"
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 _FIELD_BYTES_AT_MOST: Final = 6
 _PING: Final = b"event: ping"
+_EVENT_END: Final = b"\n\n"
 _DATA_ENDS: Final = (b"}", b"[DONE]")
 HTML = re.compile(rb"\s*<(?:!doctype|html)", re.IGNORECASE)
 _USUAL: Final = (b"data: {", b"event: message_start", b"event: response.")
@@ -63,6 +68,8 @@ def judge(body: bytes, endpoint: Endpoint, *, complete: bool) -> Opening:
         return Opening.UNDECIDED if could_begin and not complete else Opening.PLAIN
     event = first_event(text, complete=complete)
     if event is None:
+        if _has_many_asides(text):
+            return Opening.STREAM
         if complete:
             return Opening.EMPTY
         return Opening.STREAM if len(text) > _EXAMINED_BYTES_AT_MOST else Opening.UNDECIDED
@@ -70,18 +77,38 @@ def judge(body: bytes, endpoint: Endpoint, *, complete: bool) -> Opening:
     return Opening.ERROR if is_error else Opening.STREAM
 
 
+def _has_many_asides(text: bytes) -> bool:
+    """Return True if `text` begins with so many comments and pings that no first event is looked for behind them."""
+    return len(text) > _ASIDE_BYTES_AT_MOST and _asides_bytes(_with_line_feeds(text)) > _ASIDE_BYTES_AT_MOST
+
+
 def first_event(text: bytes, *, complete: bool = False) -> bytes | None:
-    """Return the first event of a stream that has data and is not a ping; None while it is incomplete."""
-    if b"\r" in text:
-        text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    start = 0
-    while (end := text.find(b"\n\n", start)) >= 0:
-        event = text[start : end + 2]
-        start = end + 2
-        if data_of(event.lstrip(b"\n")) and not event.lstrip(b"\n").startswith(_PING):
-            return event.lstrip(b"\n")
+    """Return the first event of a stream that has data and is not a ping; None while it is incomplete.
+
+    It is not looked for behind `_ASIDE_BYTES_AT_MOST` of comments and pings.
+    """
+    text = _with_line_feeds(text)
+    start = _asides_bytes(text)
+    end = text.find(_EVENT_END, start)
+    if end >= 0:
+        return text[start : end + len(_EVENT_END)].lstrip(b"\n") if start <= _ASIDE_BYTES_AT_MOST else None
     rest = text[start:]
     return rest if complete and data_of(rest).strip().endswith(_DATA_ENDS) else None
+
+
+def _with_line_feeds(text: bytes) -> bytes:
+    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
+
+
+def _asides_bytes(text: bytes) -> int:
+    """Return the size of the events without data and of the pings with which `text` begins, up to a bound."""
+    start = 0
+    while start <= _ASIDE_BYTES_AT_MOST and (end := text.find(_EVENT_END, start)) >= 0:
+        event = text[start:end].lstrip(b"\n")
+        if data_of(event) and not event.startswith(_PING):
+            break
+        start = end + len(_EVENT_END)
+    return start
 
 
 def judge_plain(body: bytes, endpoint: Endpoint) -> Opening:

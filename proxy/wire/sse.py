@@ -27,6 +27,7 @@ _USAGE_BYTES_MOST: Final = 4096  # of a usage object, with its key
 # Two line ends. The groups are atomic, otherwise CR LF would count as two.
 _EVENT_END = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
 _LINE_ENDS = re.compile(rb"[\r\n]*")
+_FIELD_LINE = re.compile(rb"[\r\n][^:\r\n]")  # a line that is neither a comment nor blank, with the end before it
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _TYPED_EVENTS: Final = (Endpoint.RESPONSES, Endpoint.INFERENCE)
 _COLON: Final = 58
@@ -34,6 +35,12 @@ _CR: Final = 13
 _LF: Final = 10
 _PING: Final = b"event: ping"  # Anthropic's keep-alive
 _PING_START: Final = 101  # its first letter
+_PING_BYTES_MOST: Final = 256
+_PING_LINES_MOST: Final = 3
+
+_OPENING_EVENTS_MOST: Final = 2000
+"""Events in which a first token is looked for, so that a stream of tiny events takes no time from other requests. An
+honest stream has a few, and a ping every second or so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,8 @@ class StreamTap:
         "_has_cr",
         "_head",
         "_in_comment",
+        "_is_past_opening",
+        "_opening_events",
         "_passed_usage",
         "_result",
         "_searched",
@@ -92,10 +101,12 @@ class StreamTap:
         self._searched = 0  # bytes of the buffer that were searched for the event's end
         self._has_cr = False  # the stream uses CR somewhere, so that line ends need a closer look
         self._skipping = False  # inside an event that is too long to read
-        self._skipped = False  # such an event came before the first token
+        self._skipped = False  # such an event, or too many, came before the first token
         self._drop_line_feed: bool | None = None  # a CR ended an event: whether to drop a LF that belongs to it
         self._head = _Digest()  # of the events up to the first token
         self._in_comment = False
+        self._opening_events = 0
+        self._is_past_opening = False  # the first token was seen, or is no longer looked for
         self._result: StreamRead | None = None
 
     def feed(self, chunk: bytes) -> bytes:
@@ -113,7 +124,7 @@ class StreamTap:
         self._tail_bytes += len(chunk)
         if self._tail_bytes > _TAIL_TRIMMED_AT_BYTES:
             self._trim_tail()
-        if self.first_token_seen:
+        if self._is_past_opening:
             if not self._withhold:
                 return chunk
             if (
@@ -193,18 +204,16 @@ class StreamTap:
     def _weigh(self, chunk: bytes) -> None:
         """Set `progress`, for a chunk that may consist of comments, blank lines or pings only."""
         at_line_start = not self._tail or self._tail[-1][-1] in (_CR, _LF)
-        lines = chunk.splitlines()
-        if self._in_comment:
-            lines[0] = b":" + lines[0]
-        elif not at_line_start:
-            self.progress, self._in_comment = True, False
+        if not self._in_comment and not at_line_start:
+            self.progress = True
             return
-        ended = chunk[-1] in (_CR, _LF)
-        self._in_comment = not ended and lines[-1].startswith(b":")
-        if lines[0].startswith(_PING):
-            self.progress = len(lines) > 3
+        if not self._in_comment and chunk.startswith(_PING):
+            self.progress = len(chunk) > _PING_BYTES_MOST or len(chunk.splitlines()) > _PING_LINES_MOST
         else:
-            self.progress = any(line and line[0] != _COLON for line in lines)
+            begins_field = not self._in_comment and chunk[0] not in (_COLON, _CR, _LF)
+            self.progress = begins_field or _FIELD_LINE.search(chunk) is not None
+        last_line = max(chunk.rfind(b"\n"), chunk.rfind(b"\r")) + 1
+        self._in_comment = chunk.startswith(b":", last_line) or (self._in_comment and not last_line)
 
     def _scan(self, chunk: bytes) -> bytes:
         """Cut the complete part into events, read those that matter, and return the client's part of them."""
@@ -216,7 +225,7 @@ class StreamTap:
         while (end := self._event_end()) > 0:
             self._take(bytes(self._buffer[start:end]), out, last=end == len(self._buffer))
             start = self._blank_lines(end, out)
-            if self.first_token_seen and not self._withhold:
+            if self._is_past_opening and not self._withhold:
                 self._buffer.clear()
                 return chunk
         del self._buffer[:start]
@@ -256,16 +265,24 @@ class StreamTap:
         read = NOTHING
         if self._skipping:
             self._skipping = False
-        elif not self.first_token_seen or _NO_CHOICES.search(event):
+        elif not self._is_past_opening or _NO_CHOICES.search(event):
             read = read_event(event, self.endpoint)
-        if not self.first_token_seen:
-            self._head.add(read)
-            self.first_token_seen = read.token
+        if not self._is_past_opening:
+            self._note_opening(read)
         dropped = self._withhold and read.extra
         if not dropped:
             out.append(event)
         if last and event[-1] == _CR:
             self._drop_line_feed = dropped
+
+    def _note_opening(self, read: EventRead) -> None:
+        """Note an event that came before the first token, or brings it."""
+        self._head.add(read)
+        self._opening_events += 1
+        if read.token:
+            self.first_token_seen = self._is_past_opening = True
+        elif self._opening_events == _OPENING_EVENTS_MOST:
+            self._skipped = self._is_past_opening = True
 
     def _give_up(self, out: list[bytes]) -> None:
         """Pass on an event that is too long to hold, except for its last bytes, in which its end may begin."""
@@ -273,7 +290,7 @@ class StreamTap:
         del self._buffer[:-3]
         self._searched = 0
         self._skipping = True
-        self._skipped = self._skipped or not self.first_token_seen
+        self._skipped = self._skipped or not self._is_past_opening
 
     def _digest(self) -> _Digest:
         """Combine the events up to the first token, the usage before the tail, and the last events of the tail."""

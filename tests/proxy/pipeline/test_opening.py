@@ -111,6 +111,19 @@ def test_an_event_that_is_too_long_is_no_error_and_is_not_waited_for() -> None:
     assert judge(b"data: {" + b"x" * 70_000, Endpoint.CHAT, complete=False) is Opening.STREAM
 
 
+@pytest.mark.parametrize("aside", [b":\n\n", b": a\r\n\r\n", b'event: ping\ndata: {"type": "ping"}\n\n'])
+@pytest.mark.parametrize("complete", [False, True])
+def test_behind_many_comments_or_pings_no_first_event_is_looked_for(aside: bytes, complete: bool) -> None:
+    """They would all be read anew with each piece that arrives: 60 KB of them took the loop for seconds."""
+    few, many = aside * (6_000 // len(aside)), aside * (20_000 // len(aside))
+    error = b'data: {"error": {"code": 5}}\n\n'
+    undecided = Opening.EMPTY if complete else Opening.UNDECIDED
+    assert judge(few, Endpoint.MESSAGES, complete=complete) is undecided
+    assert judge(few + error, Endpoint.MESSAGES, complete=complete) is Opening.ERROR
+    assert judge(many, Endpoint.MESSAGES, complete=complete) is Opening.STREAM
+    assert judge(many + error, Endpoint.MESSAGES, complete=complete) is Opening.STREAM
+
+
 async def test_the_body_is_left_where_it_is() -> None:
     """It arrives in pieces, and all of them are there to be relayed."""
     upstream = Upstream(FakeClock())

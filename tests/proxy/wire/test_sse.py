@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,36 @@ def test_keep_alives_are_not_progress() -> None:
     for chunk, progress in fed:
         tap.feed(chunk)
         assert tap.progress == progress, chunk
+
+
+@pytest.mark.parametrize("aside", [b"\r", b"\n", b":\n", b": busy\n\n", b":"])
+def test_a_megabyte_of_keep_alives_is_no_progress_and_is_not_cut_into_lines(aside: bytes) -> None:
+    """A list of a million lines would take memory, and the loop's time."""
+    tap = StreamTap(Endpoint.CHAT)
+    tap.feed(TOKEN)
+    chunk = aside * (1_000_000 // len(aside))
+    tracemalloc.start()
+    try:
+        tap.feed(chunk)
+        assert tracemalloc.get_traced_memory()[1] < 3_500_000
+    finally:
+        tracemalloc.stop()
+    assert not tap.progress
+    tap.feed(b"\n" + TOKEN)
+    assert tap.progress
+
+
+@pytest.mark.parametrize("withhold", [False, True])
+@pytest.mark.parametrize("step", [7, 1000, 10_000_000])
+def test_the_first_token_is_looked_for_in_a_bounded_number_of_events(step: int, withhold: bool) -> None:
+    """Behind them nothing is read before the end, which still tells."""
+    body = b"data: {}\n\n" * 1_999
+    assert relay([body + TOKEN])[0].first_token_seen
+    body += ROLE + TOKEN * 3 + FINISH + USAGE + DONE
+    tap, out = relay([body[i : i + step] for i in range(0, len(body), step)], withhold=withhold)
+    assert out == (body.replace(USAGE, b"") if withhold else body)
+    assert not tap.first_token_seen
+    assert (tap.usage, tap.finished) == (Usage(5, 2), True)
 
 
 def test_a_long_stream_keeps_only_its_tail() -> None:
