@@ -1,8 +1,9 @@
 """Count the outcomes of requests: requests, errors, times, tokens and money.
 
 Tokens are counted as the upstream reported them. If an upstream omits the cached tokens, they are unknown until it
-has reported some that are not zero (vLLM and SGLang omit zeros); from then on an omitted count is zero. Unknown
-tokens save nothing.
+has reported some that are not zero (vLLM and SGLang omit zeros); from then on an omitted count is zero. This is
+separate for each endpoint, and for streams: many engines report cached tokens in some of their dialects only.
+Unknown tokens save nothing.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class RequestCounters:
         self._rate_of = rate_of
         self._unix_seconds = unix_seconds
         self._errors = errors
-        self._shows_cached: set[int] = set()
+        self._shows_cached: set[tuple[int, Endpoint, bool]] = set()
         self._day = (0, "")
         self._pools = pools
         # bounded, because the labels are
@@ -128,13 +129,13 @@ class RequestCounters:
         self._sources: dict[tuple[str, str], _Source] = {}
 
     def known_usage(self, outcome: Outcome) -> Usage | None:
-        """Return the outcome's usage; omitted cached tokens are zero if the upstream has reported others before."""
+        """Return the outcome's usage; omitted cached tokens are zero if such responses have reported others."""
         usage, replica = outcome.usage, outcome.replica
         if usage is None or replica is None:
             return usage
         if usage.cached_tokens:
-            self._shows_cached.add(replica.id)
-        elif usage.cached_tokens is None and replica.id in self._shows_cached:
+            self._shows_cached.add((replica.id, outcome.endpoint, outcome.stream))
+        elif usage.cached_tokens is None and (replica.id, outcome.endpoint, outcome.stream) in self._shows_cached:
             return replace(usage, cached_tokens=0)
         return usage
 
@@ -166,7 +167,7 @@ class RequestCounters:
 
     def forget(self, replica: int, upstream: str) -> None:
         """Drop what is kept for a replica that is gone for good, whose number may be given to another."""
-        self._shows_cached.discard(replica)
+        self._shows_cached = {shown for shown in self._shows_cached if shown[0] != replica}
         self._sources = {key: source for key, source in self._sources.items() if key[1] != upstream}
         self._routes = {key: route for key, route in self._routes.items() if key[2] != upstream}
 

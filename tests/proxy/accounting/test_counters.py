@@ -36,11 +36,10 @@ STREAMED = Outcome(
 )
 
 
-def counted(outcome: Outcome) -> Exposition:
-    """Return the counts of one response."""
-    recorder, exposition = Recorder(), Exposition()
+def counters(recorder: Recorder) -> RequestCounters:
+    """Return counters of one replica, "one"."""
     pools = Pools((), None, {0: ReplicaEndpoint("one", "p", "http://h", Origin.parse("http://h"))})
-    accounts = RequestCounters(
+    return RequestCounters(
         recorder,
         Totals(cast(Store, None), "writer"),  # written by nobody here
         ModelNames(["m"]),
@@ -50,7 +49,12 @@ def counted(outcome: Outcome) -> Exposition:
         lambda: 0.0,
         ErrorStats(lambda: 0.0),
     )
-    accounts.count(outcome, outcome.usage, None)
+
+
+def counted(outcome: Outcome) -> Exposition:
+    """Return the counts of one response."""
+    recorder, exposition = Recorder(), Exposition()
+    counters(recorder).count(outcome, outcome.usage, None)
     exposition.apply(0, recorder.take())
     return exposition
 
@@ -82,3 +86,16 @@ def test_an_answer_of_one_token_has_no_time_per_token_and_one_without_usage_no_t
     assert sums(short, metrics.GEN_AI_PER_TOKEN) == {}
     mute = counted(replace(STREAMED, usage=None))
     assert sums(mute, metrics.GEN_AI_USAGE) == sums(mute, metrics.GEN_AI_PER_TOKEN) == {}
+
+
+@pytest.mark.parametrize("other", [{"endpoint": Endpoint.MESSAGES}, {"stream": False}])
+def test_cached_tokens_that_a_dialect_never_reports_are_not_zero_because_another_reports_them(
+    other: dict[str, object],
+) -> None:
+    """Engines report them in some dialects, or in streams only; a zero would count as an eviction or a restart."""
+    accounts, mute = counters(Recorder()), replace(STREAMED, usage=Usage(1000, 21))
+    assert accounts.known_usage(STREAMED) == Usage(1000, 21, 990)
+    assert accounts.known_usage(mute) == Usage(1000, 21, 0)
+    assert accounts.known_usage(replace(mute, **other)) == Usage(1000, 21, None)
+    accounts.forget(0, "one")
+    assert accounts.known_usage(mute) == Usage(1000, 21, None)
