@@ -176,7 +176,10 @@ class TemplateFacts(msgspec.Struct, frozen=True):
     today's date. `none_drops_tools`: `tool_choice` "none" leaves the tools out. `headless`: template arguments that
     change nothing before the last message. `keeps_billing`: a client's billing block is rendered.
     `joins_head`: prompts share nothing unless tools and system messages are equal, since engines of the pool put them
-    in different orders. `root` is the model's own name if it is served by others.
+    in different orders. `splits_systems`: of several system messages at the beginning, only the first is rendered
+    before the tools. `system_last`: the system message is rendered with the last user message.
+    `developer_in_place`: a message of a developer is not a system message. `root` is the model's own name if it is
+    served by others.
     """
 
     order: ToolOrder = ToolOrder.TOOLS_FIRST
@@ -189,6 +192,9 @@ class TemplateFacts(msgspec.Struct, frozen=True):
     headless: frozenset[str] = frozenset()
     keeps_billing: bool = False
     joins_head: bool = False
+    splits_systems: bool = False
+    system_last: bool = False
+    developer_in_place: bool = False
     root: str = ""
 
 

@@ -12,31 +12,46 @@ from proxy.model import TemplateFacts, ToolOrder
 
 _SWITCHES: Final = frozenset({"enable_thinking", "thinking"})
 
-_QWEN: Final = TemplateFacts(order=ToolOrder.SYSTEM_FIRST, ignores_reasoning=True, none_drops_tools=False)
+_QWEN: Final = TemplateFacts(
+    order=ToolOrder.SYSTEM_FIRST, ignores_reasoning=True, none_drops_tools=False, splits_systems=True
+)
 _QWEN3: Final = TemplateFacts(
     order=ToolOrder.SYSTEM_FIRST,
     drops_reasoning=True,
     drops_thoughts=True,
     none_drops_tools=False,
     headless=_SWITCHES,
+    splits_systems=True,
 )
 _GLM: Final = TemplateFacts(drops_reasoning=True, drops_thoughts=True, none_drops_tools=False, headless=_SWITCHES)
 _DEEPSEEK: Final = TemplateFacts(
     order=ToolOrder.SYSTEM_FIRST,
     drops_reasoning=True,
     drops_thoughts=True,
+    moves_system=True,
     none_drops_tools=False,
     headless=_SWITCHES,
 )
 _LLAMA: Final = TemplateFacts(
-    order=ToolOrder.SYSTEM_FIRST, ignores_reasoning=True, dated=True, none_drops_tools=False
+    order=ToolOrder.SYSTEM_FIRST,
+    ignores_reasoning=True,
+    dated=True,
+    none_drops_tools=False,
+    splits_systems=True,
 )
 _MISTRAL: Final = TemplateFacts(order=ToolOrder.TOOLS_LAST, ignores_reasoning=True, none_drops_tools=False)
-_GPT_OSS: Final = TemplateFacts(
-    order=ToolOrder.SYSTEM_FIRST, drops_reasoning=True, dated=True, none_drops_tools=False
+_MISTRAL_OLD: Final = TemplateFacts(
+    order=ToolOrder.TOOLS_LAST, ignores_reasoning=True, none_drops_tools=False, system_last=True
 )
+_GPT_OSS: Final = TemplateFacts(
+    order=ToolOrder.SYSTEM_FIRST, drops_reasoning=True, dated=True, none_drops_tools=False, splits_systems=True
+)
+_KIMI: Final = TemplateFacts(ignores_reasoning=True, none_drops_tools=False, headless=_SWITCHES)
+_COHERE: Final = TemplateFacts(ignores_reasoning=True, none_drops_tools=False)
 
 FAMILIES: Final = (
+    ("*qwen3.5*", _GLM),
+    ("*qwen3-coder*", _QWEN),
     ("*qwen3*", _QWEN3),
     ("*qwq*", _QWEN3),
     ("*qwen*", _QWEN),
@@ -45,9 +60,24 @@ FAMILIES: Final = (
     ("*glm-5*", _GLM),
     ("*deepseek*", _DEEPSEEK),
     ("*gpt-oss*", _GPT_OSS),
+    ("*nemotron*", _QWEN3),
     ("*llama-3*", _LLAMA),
     ("*llama3*", _LLAMA),
+    ("*devstral*", _QWEN),
+    ("*ministral-3*", _QWEN),
+    ("*mistral-nemo*", _MISTRAL_OLD),
+    ("*mistral-7b*", _MISTRAL_OLD),
+    ("*mixtral*", _MISTRAL_OLD),
     ("*mistral*", _MISTRAL),
+    ("*kimi*", _KIMI),
+    ("*command-*", _COHERE),
+    ("*minimax-m*", _QWEN3),
+    ("*gemma*", _QWEN),
+    ("*granite*", _QWEN),
+    ("*seed-oss*", _QWEN),
+    ("*phi-4*", _QWEN),
+    ("*mimo*", _QWEN),
+    ("*lfm2*", _QWEN),
 )
 """Patterns of model names in lower case; the first that matches counts."""
 

@@ -14,6 +14,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -22,6 +23,7 @@ from proxy.clock import Clock
 from proxy.errors import UpstreamError
 from proxy.fleet.model_list import fetch_models
 from proxy.fleet.pools import Pools, ReplicaEndpoint
+from proxy.fleet.template_families import family_facts
 from proxy.fleet.templates import Templates
 from proxy.model import TemplateFacts, ToolOrder
 from proxy.upstream import Limits, UpstreamClient
@@ -46,30 +48,59 @@ Rendering = Sequence[object]
 Render = Callable[[dict[str, Any]], Awaitable[Rendering | None]]
 """Renders the messages, tools and arguments of a request; None if the engine refuses them."""
 
+TextOf = Callable[[Rendering], Awaitable[str]]
+"""Returns the text of token ids; empty if the engine does not."""
 
-async def facts_of(render: Render, dates: Sequence[str] = ()) -> TemplateFacts | None:
+
+async def facts_of(
+    render: Render, dates: Sequence[str] = (), text_of: TextOf | None = None, *, may_be_dated: bool = False
+) -> TemplateFacts | None:
     """Return the facts that the renderings of small prompts show; None if the simplest one is refused.
 
-    `dates` are ways to write today's date; one of them in the text means that the template puts it there.
+    Args:
+        render: renders the messages, tools and arguments of a request.
+        dates: ways to write today's date; one of them in the text means that the template puts it there.
+        text_of: returns the text of token ids.
+        may_be_dated: whether a template whose text is unknown counts as dated.
     """
     base = await render(_request())
+    if base is None:
+        render = _without_system(render)
+        base = await render(_request())
     if base is None:
         return None
     user = _shared(base, await render(_request(user="other words here")))
     order, none_drops = await _tools(render)
     headless = [name for name in _SWITCHES if await _is_headless(render, base, name, user)]
     drops, ignores = await _reasoning(render)
+    text = base if isinstance(base, str) else "" if text_of is None else await text_of(base)
+    is_dated = any(date in text for date in dates) if text else may_be_dated
+    moves = await _moves_system(render)
+    is_system_first = order is ToolOrder.SYSTEM_FIRST
     return TemplateFacts(
         order=order,
         drops_reasoning=drops,
         drops_thoughts=await _drops_thoughts(render),
         ignores_reasoning=ignores,
         keeps_billing=await _keeps_billing(render),
-        moves_system=await _moves_system(render),
-        dated=isinstance(base, str) and any(date in base for date in dates),
+        moves_system=moves,
+        dated=is_dated,
         none_drops_tools=none_drops,
         headless=frozenset(headless),
+        splits_systems=is_system_first and not moves and await _splits_systems(render),
+        system_last=await _follows_a_turn(render, "system"),
+        developer_in_place=is_system_first and await _developer_is_in_place(render),
     )
+
+
+def _without_system(render: Render) -> Render:
+    """Return a renderer that leaves out system messages, for templates that refuse them."""
+
+    async def rendered(request: dict[str, Any]) -> Rendering | None:
+        messages = [message for message in request["messages"] if message["role"] != "system"]
+        return await render({**request, "messages": messages})
+
+    return rendered
 
 
 def _request(
@@ -90,33 +121,71 @@ def _tool(description: str) -> dict[str, Any]:
 
 
 async def _tools(render: Render) -> tuple[ToolOrder, bool]:
-    """Return the place of the tools, and whether `tool_choice: none` leaves them out."""
+    """Return the place of the tools, and whether `tool_choice: none` leaves them out.
+
+    Tools that are never rendered count as if they came after the system message: prompts with other tools then have
+    the system message in common, as they have at the engine.
+    """
     plain = TemplateFacts()
     one = await render(_request(tool="one tool"))
     if one is None:
         return plain.order, plain.none_drops_tools
-    at_tool = _shared(one, await render(_request(tool="other tool")))
+    other = await render(_request(tool="other tool"))
+    if one == other:
+        return ToolOrder.SYSTEM_FIRST, plain.none_drops_tools
+    at_tool = _shared(one, other)
     at_system = _shared(one, await render(_request(tool="one tool", system="other words here")))
     none = await render(_request(tool="one tool", tool_choice="none"))
     drops = none is not None and _shared(one, none) < min(at_tool, len(one))
-    if at_tool < at_system:
-        return ToolOrder.TOOLS_FIRST, drops
-    return (ToolOrder.TOOLS_LAST if await _follow_a_turn(render) else ToolOrder.SYSTEM_FIRST), drops
+    if await _follows_a_turn(render, "tool"):
+        return ToolOrder.TOOLS_LAST, drops
+    return (ToolOrder.TOOLS_FIRST if at_tool < at_system else ToolOrder.SYSTEM_FIRST), drops
 
 
-async def _follow_a_turn(render: Render) -> bool:
-    """Return whether the tools come after the first turn of a conversation of two turns."""
+async def _follows_a_turn(render: Render, part: str) -> bool:
+    """Return whether a `part`, "tool" or "system", comes after the first turn of a conversation of two turns."""
 
-    def turns(first: str, tool: str) -> dict[str, Any]:
-        messages = [("user", first), ("assistant", "an answer"), ("user", "a further question")]
-        return {"messages": [{"role": role, "content": text} for role, text in messages], "tools": [_tool(tool)]}
+    def turns(first: str = "a question", **parts: str) -> dict[str, Any]:
+        messages = [("system", parts.get("system", "some words here"))]
+        messages += [("user", first), ("assistant", "an answer"), ("user", "a further question")]
+        rows = [{"role": role, "content": text} for role, text in messages]
+        return {"messages": rows, "tools": [_tool(parts.get("tool", "one tool"))]}
 
-    base = await render(turns("a question", "one tool"))
-    if base is None:
+    base = await render(turns())
+    changed = await render(turns(**{part: "other words"}))
+    if base is None or base == changed:
         return False
-    at_first = _shared(base, await render(turns("other words", "one tool")))
-    at_tool = _shared(base, await render(turns("a question", "other tool")))
-    return at_first < at_tool
+    return _shared(base, await render(turns("other words"))) < _shared(base, changed)
+
+
+async def _splits_systems(render: Render) -> bool:
+    """Return whether the tools come before the second of two system messages."""
+
+    def systems(second: str, tool: str = "one tool") -> dict[str, Any]:
+        messages = [{"role": "system", "content": text} for text in ("some words", second)]
+        return {"messages": [*messages, _QUESTION], "tools": [_tool(tool)]}
+
+    return await _precedes(render, systems("more words"), systems("more words", "other tool"), systems("other words"))
+
+
+async def _developer_is_in_place(render: Render) -> bool:
+    """Return whether the tools, which follow the system message, come before a developer's message."""
+
+    def lead(text: str, tool: str = "one tool") -> dict[str, Any]:
+        return {"messages": [{"role": "developer", "content": text}, _QUESTION], "tools": [_tool(tool)]}
+
+    return await _precedes(render, lead("some words"), lead("some words", "other tool"), lead("other words"))
+
+
+async def _precedes(
+    render: Render, request: dict[str, Any], with_other_tool: dict[str, Any], with_other_text: dict[str, Any]
+) -> bool:
+    """Return whether the tools are rendered before a text; False if a prompt is refused or has no tools."""
+    base, other = await render(request), await render(with_other_tool)
+    if base is None or other is None or base == other:
+        return False
+    at_text = await render(with_other_text)
+    return at_text is not None and _shared(base, other) < _shared(base, at_text)
 
 
 async def _reasoning(render: Render) -> tuple[bool, bool]:
@@ -286,7 +355,13 @@ class TemplateProber:
         for name in names:
             if self._templates.wants_probe(pool, name, engine):
                 render = self._renderer(endpoint, name)
-                facts = await facts_of(render, self._dates())
+                family = family_facts(name)
+                facts = await facts_of(
+                    render,
+                    self._dates(),
+                    partial(self._text_of, endpoint, name),
+                    may_be_dated=family is not None and family.dated,
+                )
                 if facts is not None:
                     self._templates.shown(pool, name, engine, facts)
                     samples[name] = await sample(render)
@@ -329,6 +404,12 @@ class TemplateProber:
                 return rendering
         return None
 
+    async def _text_of(self, endpoint: ReplicaEndpoint, model: str, tokens: Rendering) -> str:
+        """Return the text of token ids, as vLLM and SGLang return it; empty if the engine does not."""
+        body = msgspec.json.encode({"model": model, "tokens": tokens})
+        status, page = await self._post(endpoint, b"/detokenize", body)
+        return read_text(page) if status == 200 else ""
+
     async def _post(self, endpoint: ReplicaEndpoint, path: bytes, body: bytes) -> tuple[int, bytes]:
         headers: tuple[tuple[bytes, bytes], ...] = ((b"content-type", b"application/json"),)
         if endpoint.credential is not None:
@@ -351,6 +432,11 @@ class _Applied(msgspec.Struct):
     prompt: str = ""
 
 
+class _Text(msgspec.Struct):
+    prompt: str = ""
+    text: Any = ""
+
+
 class _Tokens(msgspec.Struct):
     tokens: list[int] = []
 
@@ -361,6 +447,15 @@ def read_applied(page: bytes) -> Rendering:
         return msgspec.json.decode(page, type=_Applied).prompt
     except DECODE_ERRORS:
         return ""
+
+
+def read_text(page: bytes) -> str:
+    """Return the text in which vLLM or SGLang turned token ids; empty if `page` contains none."""
+    try:
+        read = msgspec.json.decode(page, type=_Text)
+    except DECODE_ERRORS:
+        return ""
+    return read.prompt or (read.text if isinstance(read.text, str) else "")
 
 
 def read_tokens(page: bytes) -> Rendering:

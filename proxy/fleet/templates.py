@@ -156,12 +156,16 @@ def common_facts(shown: Sequence[TemplateFacts]) -> TemplateFacts:
     if all(each == first for each in shown):
         return first
     orders = {each.order for each in shown}
+    heads = {(each.order, each.system_last, each.splits_systems, each.developer_in_place) for each in shown}
     order = first.order
     if len(orders) > 1:
         order = ToolOrder.TOOLS_LAST if ToolOrder.TOOLS_LAST in orders else ToolOrder.TOOLS_FIRST
     return TemplateFacts(
         order=order,
-        joins_head=len(orders) > 1,
+        joins_head=len(heads) > 1,
+        splits_systems=all(each.splits_systems for each in shown),
+        system_last=any(each.system_last for each in shown),
+        developer_in_place=all(each.developer_in_place for each in shown),
         drops_reasoning=any(each.drops_reasoning for each in shown),
         drops_thoughts=any(each.drops_thoughts for each in shown),
         ignores_reasoning=all(each.ignores_reasoning for each in shown),
@@ -189,6 +193,7 @@ def _said_over(said: Template, facts: TemplateFacts) -> TemplateFacts:
     changes: dict[str, Any] = {
         "order": said.order,
         "joins_head": None if said.order is None else False,
+        "system_last": said.system_last,
         "drops_reasoning": said.drops_reasoning,
         "drops_thoughts": said.drops_thoughts,
         "ignores_reasoning": said.ignores_reasoning,

@@ -280,6 +280,7 @@ class MessageHead(msgspec.Struct, gc=False):
 
 decode_message_head = msgspec.json.Decoder(MessageHead).decode
 decode_raw_list = msgspec.json.Decoder(list[Raw]).decode
+decode_raw_members = msgspec.json.Decoder(dict[str, Raw]).decode
 decode_parts_message = msgspec.json.Decoder(_PartsMessage).decode
 decode_parts = msgspec.json.Decoder(list[Part]).decode
 

@@ -15,7 +15,7 @@ import msgspec
 
 from proxy.model import Prompt, TemplateFacts, ToolOrder
 from proxy.wire.media import SHORT_BODY_BYTES
-from proxy.wire.schemas import NONE, decode_message_head, decode_raw_list
+from proxy.wire.schemas import NONE, decode_message_head, decode_raw_list, decode_raw_members
 
 Span = memoryview | bytes
 
@@ -74,6 +74,13 @@ _SYSTEM_FIRST: Final = ToolOrder.SYSTEM_FIRST
 _TOOLS_LAST: Final = ToolOrder.TOOLS_LAST
 _TOOLS_FIRST: Final = ToolOrder.TOOLS_FIRST
 _SYSTEM_ROLES: Final = frozenset({"system", "developer"})
+_SYSTEM_ONLY: Final = frozenset({"system"})
+
+_KWARGS: Final = b"chat_template_kwargs"
+_REASONING: Final = b"reasoning"
+_EFFORT: Final = "reasoning_effort"
+_EFFORTLESS: Final = frozenset({"effort", "summary", "generate_summary"})
+"""Members of the Responses API's `reasoning`: its effort, and how much of the reasoning is shown to the client."""
 
 
 def keyed_salt(prompt: Prompt, facts: TemplateFacts, today: str) -> tuple[bytes, ...]:
@@ -85,11 +92,25 @@ def keyed_salt(prompt: Prompt, facts: TemplateFacts, today: str) -> tuple[bytes,
     if facts.dated:
         kept += (b"date", today.encode())
     for place in range(1, len(salt) - 1, 2):
-        name = salt[place]
+        name, value = salt[place], salt[place + 1]
         if name.decode(errors="replace") in facts.headless or (name == b"tool_choice" and not facts.none_drops_tools):
             continue
-        kept += (name, salt[place + 1])
+        if facts.headless and (name == _KWARGS or (name == _REASONING and _EFFORT in facts.headless)):
+            value = _without_headless(value, facts.headless | _EFFORTLESS if name == _REASONING else facts.headless)
+            if not value:
+                continue
+        kept += (name, value)
     return tuple(kept)
+
+
+def _without_headless(value: bytes, headless: frozenset[str]) -> bytes:
+    """Return the JSON object `value` without the members in `headless`; empty if none is left."""
+    try:
+        members = decode_raw_members(value)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return value
+    kept = [b'"%b":%b' % (name.encode(), bytes(member)) for name, member in members.items() if name not in headless]
+    return value if len(kept) == len(members) else b",".join(kept)
 
 
 def keyed_spans(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
@@ -98,7 +119,7 @@ def keyed_spans(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
         return _with_joint_head(prompt, msgspec.structs.replace(facts, joins_head=False))
     spans: Sequence[Span] = prompt.spans
     system = prompt.tool_spans  # the place of the system prompt
-    if facts.order is not _TOOLS_FIRST or facts.moves_system or _drops_any(facts):
+    if facts.order is not _TOOLS_FIRST or facts.moves_system or facts.system_last or _drops_any(facts):
         spans = _arranged(prompt, facts)
         system = len(spans) - len(prompt.spans) + prompt.tool_spans if facts.order is _TOOLS_FIRST else 0
     elif _drops_tools(prompt, facts):
@@ -133,8 +154,7 @@ def _with_joint_head(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
     if facts.order is not _TOOLS_FIRST:
         head = keyed_spans(prompt, msgspec.structs.replace(facts, order=_TOOLS_FIRST))
     count = 0 if _drops_tools(prompt, facts) else prompt.tool_spans
-    leading = prompt.system_spans
-    count += leading if leading >= 0 else _leading_systems(prompt.spans[prompt.tool_spans :])
+    count += _leading_systems(prompt, prompt.spans[prompt.tool_spans :], _SYSTEM_ROLES)
     digest = blake2b(digest_size=16)
     for span in head[:count]:
         digest.update(span)
@@ -143,7 +163,7 @@ def _with_joint_head(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
 
 def stored_first(rest: Sequence[Span], facts: TemplateFacts) -> bool:
     """Return whether a stored context is always rendered before the messages that follow it."""
-    if facts.moves_system or facts.joins_head or facts.order is _TOOLS_LAST:
+    if facts.moves_system or facts.joins_head or facts.system_last or facts.order is _TOOLS_LAST:
         return False
     return not (facts.drops_reasoning or facts.drops_thoughts) or _last_user(rest) >= 0
 
@@ -178,28 +198,42 @@ def _arranged(prompt: Prompt, facts: TemplateFacts) -> list[Span]:
     count = prompt.tool_spans
     tools: list[Span] = [] if _drops_tools(prompt, facts) else list(prompt.spans[:count])
     rest: list[Span] = list(prompt.spans[count:])
-    leading = prompt.system_spans if prompt.system_spans >= 0 else _leading_systems(rest)
+    system_roles = _SYSTEM_ONLY if facts.developer_in_place else _SYSTEM_ROLES
+    leading = _leading_systems(prompt, rest, system_roles)
+    if facts.splits_systems and prompt.system_spans <= 0:
+        leading = min(leading, 1)
     systems, messages = rest[:leading], rest[leading:]
     if facts.moves_system:
         roles = [_role(message) for message in messages]
-        systems += [each for each, role in zip(messages, roles, strict=True) if role in _SYSTEM_ROLES]
-        messages = [each for each, role in zip(messages, roles, strict=True) if role not in _SYSTEM_ROLES]
-    drops_old = facts.drops_reasoning or facts.drops_thoughts
-    last_user = max(_last_user(messages), 0) if drops_old or facts.order is _TOOLS_LAST else 0
+        systems += [each for each, role in zip(messages, roles, strict=True) if role in system_roles]
+        messages = [each for each, role in zip(messages, roles, strict=True) if role not in system_roles]
+    needs_last = facts.drops_reasoning or facts.drops_thoughts or facts.system_last or facts.order is _TOOLS_LAST
+    last_user = max(_last_user(messages), 0) if needs_last else 0
     if _drops_any(facts):
         messages = [_without_reasoning(message, facts, is_old=True) for message in messages[:last_user]] + [
             _without_reasoning(message, facts, is_old=False) for message in messages[last_user:]
         ]
+    return _in_order(facts, tools, systems, messages, last_user)
+
+
+def _in_order(
+    facts: TemplateFacts, tools: list[Span], systems: list[Span], messages: list[Span], last_user: int
+) -> list[Span]:
+    early, late = messages[:last_user], messages[last_user:]
+    if facts.system_last:
+        late = [*systems, *late]
+        systems = []
     if facts.order is _SYSTEM_FIRST:
-        return [*systems, *tools, *messages]
+        return [*systems, *tools, *early, *late]
     if facts.order is _TOOLS_LAST:
-        return [*systems, *messages[:last_user], *tools, *messages[last_user:]]
-    return [*tools, *systems, *messages]
+        return [*systems, *early, *tools, *late]
+    return [*tools, *systems, *early, *late]
 
 
-def _leading_systems(messages: Sequence[Span]) -> int:
-    leading = 0
-    while leading < len(messages) and _role(messages[leading]) in _SYSTEM_ROLES:
+def _leading_systems(prompt: Prompt, messages: Sequence[Span], roles: frozenset[str]) -> int:
+    """Return the number of system prompts before the first turn: in a field of their own, or as messages."""
+    leading = max(prompt.system_spans, 0)
+    while not prompt.system_spans > 0 and leading < len(messages) and _role(messages[leading]) in roles:
         leading += 1
     return leading
 

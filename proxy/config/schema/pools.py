@@ -152,6 +152,9 @@ class Template(Section, frozen=True):
     ignores_reasoning: bool | None = None
     """The field `reasoning_content` (or `reasoning`) of messages is left out wherever it is."""
 
+    system_last: bool | None = None
+    """The system message is rendered with the last user message, and so moves with each turn."""
+
     moves_system: bool | None = None
     """System messages from within the conversation are put at its head."""
 

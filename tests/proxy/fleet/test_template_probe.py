@@ -118,6 +118,69 @@ async def test_tools_before_the_last_question_are_seen():
     assert (await facts_of(rendered)).order is ToolOrder.TOOLS_LAST
 
 
+def in_order(place):
+    """A renderer of the parts of a prompt in the order that `place` gives, by role; tools have the role "tools"."""
+
+    async def rendered(request):
+        parts = [(message["role"], str(message["content"])) for message in request["messages"]]
+        if "tools" in request:
+            parts.append(("tools", str(request["tools"])))
+        last = max(number for number, (role, _) in enumerate(parts) if role == "user")
+        placed = [(place(role, number, last), number, text) for number, (role, text) in enumerate(parts)]
+        return "".join(f"[{text}]" for _, _, text in sorted(each for each in placed if each[0] is not None))
+
+    return rendered
+
+
+async def test_a_system_message_with_the_last_question_is_seen_with_the_tools_before_it():
+    """As Mistral's older templates render it: it is not taken for one that follows the tools at the beginning."""
+    places = {"tools": 0.3, "system": 0.2}
+    late = in_order(lambda role, number, last: last - places[role] if role in places else number)
+    facts = await facts_of(late)
+    assert (facts.order, facts.system_last) == (ToolOrder.TOOLS_LAST, True)
+    plain = await facts_of(renderer(Template()))
+    assert not plain.system_last
+
+
+async def test_tools_that_are_never_rendered_do_not_come_last():
+    """They would take the turns before the last question out of what prompts share."""
+    facts = await facts_of(in_order(lambda role, number, last: None if role == "tools" else number))
+    assert (facts.order, facts.splits_systems) == (ToolOrder.SYSTEM_FIRST, False)
+
+
+async def test_tools_between_two_system_messages_are_seen_and_a_developers_message_after_them():
+    facts = await facts_of(in_order(lambda role, number, last: 0.5 if role == "tools" and number > 1 else number))
+    assert (facts.order, facts.splits_systems, facts.developer_in_place) == (ToolOrder.SYSTEM_FIRST, True, False)
+    after = in_order(lambda role, number, last: {"system": -2, "tools": -1}.get(role, number))
+    assert (await facts_of(after)).developer_in_place
+    assert not (await facts_of(renderer(Template(system_first=True)))).splits_systems
+
+
+async def test_an_engine_that_refuses_system_messages_shows_the_rest():
+    whole = renderer(Template(drops_reasoning=True))
+
+    async def without_system(request):
+        return None if any(each["role"] == "system" for each in request["messages"]) else await whole(request)
+
+    facts = await facts_of(without_system)
+    assert facts.drops_reasoning
+    assert not facts.moves_system
+
+
+@pytest.mark.parametrize(
+    ("text", "family", "dated"), [("on 31 Jan 2026", False, True), ("", True, True), ("", False, False)]
+)
+async def test_a_date_in_token_ids_is_found_in_their_text_or_else_known_by_the_family(text, family, dated):
+    async def text_of(tokens):
+        assert all(isinstance(token, int) for token in tokens)
+        return text
+
+    tokens = renderer(Template(), tokens=True)
+    facts = await template_probe.facts_of(tokens, ["31 Jan 2026"], text_of, may_be_dated=family)
+    assert facts is not None
+    assert facts.dated is dated
+
+
 class FakeResponse:
     def __init__(self, status: int, content: object) -> None:
         self.status = status
@@ -157,6 +220,8 @@ class FakeEngine:
             names = [{"id": name, "root": self._root} for name in ("chat", "code")]
             models = [*names, {"id": "sql", "parent": "chat"}]
             return FakeResponse(200, {"data": models})
+        if target == b"/detokenize" and self._path == b"/tokenize":
+            return FakeResponse(200, {"prompt": "".join(map(chr, msgspec.json.decode(body)["tokens"]))})
         if target != self._path:
             return FakeResponse(404, {})
         text = await self._render(msgspec.json.decode(body))
@@ -219,6 +284,14 @@ async def test_an_engine_that_comes_back_with_another_template_is_asked_again(pa
     )
 
 
+@pytest.mark.parametrize("path", [b"/apply-template", b"/tokenize"])
+async def test_an_engine_that_puts_the_date_into_prompts_is_known_to(path):
+    """Also if it answers with token ids, whose text is asked for."""
+    probing, templates = prober(FakeEngine(path, Template(date="Today Date: 14 Nov 2023\n")))
+    await probing.look()
+    assert templates.of("pool", "chat").dated
+
+
 async def test_each_engine_of_a_pool_is_asked_and_its_ranks_are_one():
     """Two engines that render differently, the second with two ranks."""
     engines = {"a": FakeEngine(b"/tokenize", Template()), "b": FakeEngine(b"/tokenize", Template(system_first=True))}
@@ -264,6 +337,7 @@ DEEP = b'{"x":' + b"[" * 20_000 + b"]" * 20_000 + b"}"
 def test_pages_that_are_no_renderings_are_none(page):
     assert not template_probe.read_applied(page)
     assert not template_probe.read_tokens(page)
+    assert not template_probe.read_text(page)
 
 
 async def test_an_engine_that_refuses_some_prompts_shows_what_the_others_show():

@@ -19,15 +19,28 @@ def templates(template: Template | None = None, kind: PoolKind = PoolKind.ENGINE
     ("model", "order", "drops"),
     [
         ("Qwen/Qwen2.5-7B-Instruct", ToolOrder.SYSTEM_FIRST, False),
-        ("qwen3-coder-30b", ToolOrder.SYSTEM_FIRST, True),
+        ("qwen3-32b", ToolOrder.SYSTEM_FIRST, True),
+        ("qwen3-coder-30b", ToolOrder.SYSTEM_FIRST, False),
+        ("Qwen/Qwen3.5-4B", ToolOrder.TOOLS_FIRST, True),
         ("deepseek-ai/DeepSeek-V3.1", ToolOrder.SYSTEM_FIRST, True),
         ("zai-org/GLM-4.6", ToolOrder.TOOLS_FIRST, True),
         ("mistralai/Mistral-Small", ToolOrder.TOOLS_LAST, False),
+        ("mistralai/Mistral-Nemo-Instruct-2407", ToolOrder.TOOLS_LAST, False),
+        ("mistralai/Devstral-Small-2507", ToolOrder.SYSTEM_FIRST, False),
+        ("moonshotai/Kimi-K2-Instruct", ToolOrder.TOOLS_FIRST, False),
+        ("google/gemma-3-27b-it", ToolOrder.SYSTEM_FIRST, False),
     ],
 )
 def test_a_known_family_has_a_default(model, order, drops):
     facts = templates().of("pool", model)
     assert (facts.order, facts.drops_reasoning) == (order, drops)
+
+
+def test_a_systems_place_that_is_configured_counts_before_the_family():
+    """Older models of Mistral's render the system message with the last user message."""
+    assert templates().of("pool", "mistral-7b").system_last
+    assert not templates(Template(system_last=False)).of("pool", "mistral-7b").system_last
+    assert templates(Template(system_last=True)).of("pool", "my-own").system_last
 
 
 def test_an_unknown_model_is_taken_as_it_is_sent():
@@ -87,6 +100,9 @@ def test_an_order_that_is_configured_holds_for_all_engines():
         ({"headless": frozenset("ab")}, {"headless": frozenset("bc")}, {"headless": frozenset("b")}),
         ({"order": ToolOrder.TOOLS_LAST}, {}, {"order": ToolOrder.TOOLS_LAST, "joins_head": True}),
         ({"order": ToolOrder.SYSTEM_FIRST}, {}, {"joins_head": True}),
+        ({"system_last": True}, {}, {"system_last": True, "joins_head": True}),
+        ({"splits_systems": True}, {}, {"joins_head": True}),
+        ({"developer_in_place": True}, {}, {"joins_head": True}),
     ],
 )
 def test_the_common_facts_expect_no_more_than_either_engine_shares(one, other, common):

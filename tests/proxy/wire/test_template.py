@@ -55,6 +55,48 @@ def test_tools_stand_where_the_template_puts_them(order, expected):
     assert [names.get(part) or json.loads(part)["content"] for part in parts] == expected
 
 
+def contents(messages, facts, **fields):
+    parts = [json.loads(part) for part in texts(messages, facts, tools=TOOLS, **fields)]
+    return ["tools" if isinstance(part, list) else part["content"] for part in parts]
+
+
+def test_of_several_system_messages_only_the_first_precedes_the_tools_if_the_template_renders_the_others_in_place():
+    """As nearly all templates do that put the system message first."""
+    messages = [{"role": "system", "content": text} for text in ("first", "second")] + [user("q")]
+    first = TemplateFacts(order=ToolOrder.SYSTEM_FIRST)
+    assert contents(messages, first) == ["first", "second", "tools", "q"]
+    split = msgspec.structs.replace(first, splits_systems=True)
+    assert contents(messages, split) == ["first", "tools", "second", "q"]
+    of_another_dialect = texts(
+        [user("q")], split, Endpoint.MESSAGES, system="be kind", tools=TOOLS, tool_choice={"type": "any"}
+    )
+    assert of_another_dialect.index(json.dumps(TOOLS)) == 2, "after the system prompt and the choice of a tool"
+
+
+def test_a_system_message_that_moves_with_the_last_user_message_is_keyed_there():
+    """With the tools, as by Mistral's older templates: the turns before it are what prompts share."""
+    moving = TemplateFacts(order=ToolOrder.TOOLS_LAST, system_last=True)
+    messages = [{"role": "system", "content": "rules"}, user("q1"), assistant("a1"), user("q2")]
+    assert contents(messages, moving) == ["q1", "a1", "tools", "rules", "q2"]
+    assert contents([*messages, assistant("a2")], moving) == ["q1", "a1", "tools", "rules", "q2", "a2"]
+    assert contents(messages, TemplateFacts(system_last=True)) == ["tools", "q1", "a1", "rules", "q2"]
+
+
+def test_a_developers_message_precedes_the_tools_unless_it_is_rendered_in_its_place():
+    messages = [{"role": "developer", "content": "rules"}, user("q")]
+    first = TemplateFacts(order=ToolOrder.SYSTEM_FIRST)
+    assert contents(messages, first) == ["rules", "tools", "q"]
+    in_place = msgspec.structs.replace(first, developer_in_place=True)
+    assert contents(messages, in_place) == ["tools", "rules", "q"]
+
+
+def test_a_system_message_among_the_items_of_a_response_is_put_before_the_tools():
+    first = TemplateFacts(order=ToolOrder.SYSTEM_FIRST)
+    items = [{"role": "system", "content": "rules"}, user("q")]
+    prompt = read(json.dumps({"model": "m", "tools": TOOLS, "input": items}).encode(), Endpoint.RESPONSES)
+    assert bytes(keyed_spans(prompt, first)[0]) == json.dumps(items[0]).encode()
+
+
 def test_the_system_prompt_of_other_dialects_is_put_before_the_tools_too():
     first = TemplateFacts(order=ToolOrder.SYSTEM_FIRST)
     parts = texts([user("q")], first, Endpoint.MESSAGES, system="be kind", tools=TOOLS, max_tokens=5)
@@ -126,6 +168,29 @@ def test_arguments_that_change_no_head_and_names_of_one_model_share_a_chain():
     assert keyed_salt(with_it, facts, "") == keyed_salt(without, facts, "") == (b"/models/m",)
     effort = prompt_of([user("q")], reasoning_effort="low", enable_thinking=True)
     assert keyed_salt(effort, facts, "") == (b"/models/m", b"reasoning_effort", b'"low"')
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({"chat_template_kwargs": {"enable_thinking": False}}, ()),
+        ({"chat_template_kwargs": {"enable_thinking": False, "tone": 1}}, (b"chat_template_kwargs", b'"tone":1')),
+        ({"chat_template_kwargs": {}}, ()),
+        ({"chat_template_kwargs": "odd"}, (b"chat_template_kwargs", b'"odd"')),
+        ({"reasoning": {"effort": "low", "summary": "auto"}}, ()),
+        ({"reasoning": {"effort": "low", "enabled": True}}, (b"reasoning", b'"enabled":true')),
+    ],
+)
+def test_a_switch_that_changes_no_head_is_no_part_of_the_key_wherever_it_is_written(fields, kept):
+    facts = TemplateFacts(headless=frozenset({"enable_thinking", "reasoning_effort"}))
+    salt = keyed_salt(prompt_of([user("q")], **fields), facts, "")
+    assert tuple(part.replace(b" ", b"") for part in salt[1:]) == kept
+
+
+def test_an_effort_that_is_rendered_at_the_head_counts_in_every_dialect():
+    facts = TemplateFacts(headless=frozenset({"enable_thinking"}))
+    prompt = prompt_of([user("q")], reasoning={"effort": "low"})
+    assert keyed_salt(prompt, facts, "")[1:] == (b"reasoning", b'{"effort": "low"}')
 
 
 def test_tool_choice_none_leaves_the_tools_out_or_changes_nothing():
@@ -328,17 +393,21 @@ def stored(tools, messages, rest, facts):
 @pytest.mark.parametrize("order", list(ToolOrder))
 @pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("moves", [False, True])
-def test_a_stored_context_is_keyed_as_the_same_prompt_sent_whole(order, drops, moves):
+@pytest.mark.parametrize("last", [False, True])
+def test_a_stored_context_is_keyed_as_the_same_prompt_sent_whole(order, drops, moves, last):
     """Whether its own part is computed beforehand or not."""
-    facts = TemplateFacts(order=order, drops_reasoning=drops, moves_system=moves)
+    facts = TemplateFacts(
+        order=order, drops_reasoning=drops, moves_system=moves, splits_systems=not moves, system_last=last
+    )
     messages = [SYSTEM, user("document"), assistant("noted", reasoning_content="hm")]
-    for rest in ([user("q")], [user("q"), assistant("a"), {"role": "system", "content": "late"}, user("q2")]):
+    late = {"role": "system", "content": "late"}
+    for rest in ([user("q")], [late, user("q")], [user("q"), assistant("a"), late, user("q2")]):
         alone, whole = stored(TOOLS, messages, rest, facts)
         sent = texts([*messages, *rest], facts, tools=TOOLS)
         assert [span.decode() for span in whole] == sent
         if alone is not None:
             assert alone == whole
-    assert (alone is None) == (moves or order is ToolOrder.TOOLS_LAST)
+    assert (alone is None) == (moves or last or order is ToolOrder.TOOLS_LAST)
 
 
 def test_a_stored_context_with_a_joint_head_is_keyed_as_the_same_prompt_sent_whole():
