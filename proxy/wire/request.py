@@ -270,7 +270,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
         has_hidden_parts=has_hidden_parts,
         is_stored=is_stored,
         skips_cache=_skips_cache(fields),
-        cache_key=bytes(fields.prompt_cache_key),
+        cache_key=b"" if fields.prompt_cache_key is NONE else _cache_key(fields.prompt_cache_key),
         priority=body_priority(fields.service_tier, fields.priority),
         tool_spans=tool_spans,
         system_spans=system_spans,
@@ -392,6 +392,12 @@ def _is_utf8(value: Raw) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def _cache_key(value: Raw) -> bytes:
+    """Return `prompt_cache_key` as raw JSON; empty if it is null, an empty string or no string."""
+    text = bytes(value)
+    return text if len(text) > 2 and text[:1] == b'"' else b""
 
 
 def _count(value: Raw) -> int | None:

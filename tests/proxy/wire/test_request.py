@@ -457,3 +457,12 @@ def test_pictures_stand_out_among_much_plain_text(messages: int) -> None:
     plain = [{"role": "user", "content": PROSE * 5}, {"content": PROSE * 5, "role": "user"}] * messages
     body = json.dumps({"model": "m", "messages": [*plain, {"content": [part], "role": "user"}, *plain]}).encode()
     assert [found.kind for found in read(body, Endpoint.CHAT).media] == ["image"]
+
+
+@pytest.mark.parametrize(
+    ("key", "kept"), [("abc", b'"abc"'), ("", b""), (None, b""), (5, b""), (["a"], b""), ({"a": 1}, b"")]
+)
+def test_only_a_text_names_a_session_in_the_body(key, kept) -> None:
+    """A client that always sends the field without a value has no session, and not one session for all."""
+    body = {"model": "m", "messages": [], "prompt_cache_key": key}
+    assert read(json.dumps(body).encode(), Endpoint.CHAT).cache_key == kept
