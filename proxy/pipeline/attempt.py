@@ -185,12 +185,14 @@ class Attempts:
         matched_blocks: int,
         *,
         stream: bool,
+        waits_for_prefix: bool = True,
         source: int = 0,
         share: Share = ANYONE,
     ) -> Attempt:
         """Charge `candidate`, place the prefix there and enter the gate.
 
-        Without `fingerprint` (nothing worth sharing) only the charge is made. `source` is a number for the tenant,
+        Without `fingerprint` (nothing worth sharing) only the charge is made. Without `waits_for_prefix` the gate is
+        not entered, since the prompt is computed anew in any case. `source` is a number for the tenant,
         `share` the tenant's share that it uses if it need not wait.
         """
         now_seconds = self._clock.monotonic()
@@ -198,7 +200,7 @@ class Attempts:
         queue = self._queues[replica]
         gate: Prefill | Follower | None = None
         placement: Placement | None = None
-        if fingerprint is not None:
+        if fingerprint is not None and waits_for_prefix:
             gate = self._gate.enter(
                 replica,
                 fingerprint.hashes,

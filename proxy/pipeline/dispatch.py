@@ -256,6 +256,7 @@ class Dispatcher:
             exchange.fingerprint,
             held.blocks if held else 0,
             stream=prompt is not None and prompt.stream,
+            waits_for_prefix=prompt is None or not prompt.skips_cache,
             source=crc32(exchange.call.tenant.id.encode()),
             share=exchange.share_of(candidate) if self._attempts.needs_share(replica) else ANYONE,
         )

@@ -101,10 +101,12 @@ class Planner:
         return Fingerprint(fingerprint.hashes, fingerprint.ends, media)
 
     def look_up(self, exchange: Exchange) -> None:
-        """Find how much of the prompt each replica holds."""
+        """Find how much of the prompt each replica holds and may reuse: nothing if it is to be computed anew."""
         fingerprint, tenant = exchange.fingerprint, exchange.call.tenant
         if fingerprint is not None:
             exchange.match = self._index.match(fingerprint)
+            if exchange.prompt is not None and exchange.prompt.skips_cache:
+                exchange.match = msgspec.structs.replace(exchange.match, held={})
         if not tenant.sees_all and exchange.pool is not None and not exchange.pool.isolated:
             exchange.own_blocks = 0 if fingerprint is None else self._own_prefixes.known_blocks(tenant, fingerprint)
             if exchange.only_explained and fingerprint is not None and exchange.match is not None:

@@ -39,13 +39,13 @@ class Bench:
     def _changed(self) -> None:
         self.changes += 1
 
-    def begin(self, fingerprint: Any = CHAIN, *, matched: bool = False) -> Attempt:
+    def begin(self, fingerprint: Any = CHAIN, *, matched: bool = False, **more: Any) -> Attempt:
         """Begin an attempt; `matched` if the index says that the replica holds the prompt, or will."""
         view = self.fleet.snapshot(POOL, self.clock.monotonic())[0]
         matched_tokens = 9_999.0 if matched else 0.0
         candidate = Candidate(view, 0, matched_tokens, 10_000.0 - matched_tokens, 1.0)
         plan = Plan((candidate,), RouteReason.COLD, MissReason.COLD, CacheStatus.MISS, 10_000.0)
-        return self.attempts.begin(plan, candidate, fingerprint, len(CHAIN) if matched else 0, stream=True)
+        return self.attempts.begin(plan, candidate, fingerprint, len(CHAIN) if matched else 0, stream=True, **more)
 
     def load(self) -> tuple[int, float]:
         view = self.fleet.snapshot(POOL, self.clock.monotonic())[0]
@@ -71,6 +71,15 @@ def test_the_second_with_a_cold_prefix_waits_for_the_first() -> None:
     second.end(0.0)
     first.end(0.0)
     assert bench.load() == (0, 0.0)
+
+
+def test_one_that_is_computed_anew_in_any_case_does_not_wait_for_the_first() -> None:
+    bench = Bench()
+    first, anew = bench.begin(), bench.begin(waits_for_prefix=False)
+    assert not anew.must_wait
+    assert anew.placement is not None, "the replica will hold it all the same"
+    for attempt in (first, anew):
+        attempt.end(bench.clock.monotonic())
 
 
 async def test_it_goes_on_when_the_first_has_its_first_token() -> None:

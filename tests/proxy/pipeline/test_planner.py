@@ -315,6 +315,23 @@ def test_a_session_returns_to_the_replica_that_served_it_last_where_nothing_else
     assert others == by_key
 
 
+def test_a_prompt_that_must_be_computed_anew_goes_where_least_is_to_do_and_is_charged_in_full() -> None:
+    """Not to the replica that holds it, which could not reuse it, while others like it wait there."""
+    planning = Planning()
+    warm = planning.planned(planning.read())
+    planning.serve(warm, 0)
+    planning.fleet.charge(0, 500.0, planning.clock.monotonic())
+    assert order(planning.planned(planning.read()))[0] == 0
+    anew = planning.read()
+    assert anew.prompt is not None
+    anew.prompt = msgspec.structs.replace(anew.prompt, skips_cache=True)
+    planning.planned(anew)
+    assert order(anew)[0] == 1
+    assert anew.plan is not None
+    assert {each.uncached_tokens for each in anew.plan.candidates} == {anew.plan.prompt_tokens}
+    assert anew.plan.prompt_tokens == 2_000, "its length is known all the same"
+
+
 class Attempted:
     """An attempt, of which only the candidate counts."""
 
