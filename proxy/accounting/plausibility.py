@@ -1,16 +1,19 @@
-"""Recognise replicas that report impossible cached tokens: new prompts, never seen before, as wholly cached.
+"""Recognise impossible cached tokens: new prompts, never seen before, as wholly cached; or more than the prompt has.
 
 An engine that only decodes, behind one that only prefills, reports what was handed over as cached, although it was
 computed a moment before. That is no saving and says nothing about the cache. One such answer may be due to a prompt
-that was sent past Cairn before; a replica is doubted when most of its new prompts are reported like this. Pure.
+that was sent past Cairn before; a replica is doubted when most of its new prompts are reported like this. A prompt
+is new if a long part of it is, since most begin with tools and instructions that are common to many. Pure.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-MIN_PROMPT_TOKENS: Final = 1_024
-"""Shorter prompts do not count: they may be common to many clients."""
+from proxy.model import Usage
+
+MIN_NEW_TOKENS: Final = 1_024
+"""Prompts of which fewer tokens are new do not count: they may have been sent by other ways."""
 
 LAST_BLOCK_TOKENS: Final = 16
 """Engines always compute the end of a prompt, up to a block."""
@@ -25,6 +28,11 @@ MEMORY: Final = 64
 """New prompts of a replica after which both of its counts are halved, so that a repaired engine is believed again."""
 
 
+def is_impossible(usage: Usage) -> bool:
+    """Return True if the cached tokens were reported as negative, or as more than the prompt has."""
+    return usage.inconsistent and usage.cached_tokens in (0, usage.prompt_tokens)
+
+
 class CachedCounts:
     """New prompts by replica: how many there were, and how many of them were reported as wholly cached."""
 
@@ -32,12 +40,12 @@ class CachedCounts:
         self._new: dict[int, int] = {}
         self._cached: dict[int, int] = {}
 
-    def is_doubtful(self, replica: int, prompt_tokens: int, cached_tokens: int, *, is_new: bool) -> bool:
+    def is_doubtful(self, replica: int, prompt_tokens: int, cached_tokens: int, *, new_tokens: int) -> bool:
         """Learn from a response; return whether its cached tokens are to be ignored.
 
-        `is_new` means that no part of the prompt was known anywhere before.
+        `new_tokens` of the prompt were known nowhere before.
         """
-        if is_new and prompt_tokens >= MIN_PROMPT_TOKENS:
+        if new_tokens >= MIN_NEW_TOKENS:
             self._count(replica, cached_tokens >= prompt_tokens - LAST_BLOCK_TOKENS)
         if not cached_tokens:
             return False

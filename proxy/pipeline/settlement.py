@@ -12,10 +12,10 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from cache import Journal, Placement
+from cache import Journal, Match, Placement
 from proxy.accounting.access_log import AccessLog, access_line
 from proxy.accounting.counters import RequestCounters
-from proxy.accounting.plausibility import CachedCounts
+from proxy.accounting.plausibility import CachedCounts, is_impossible
 from proxy.accounting.prefix_stats import PrefixStats
 from proxy.accounting.round_robin import RoundRobinBaseline
 from proxy.clock import Clock
@@ -26,6 +26,9 @@ from proxy.routing.token_estimate import TokenCounts
 from proxy.wire.text_alone import TextAlone
 
 COUNTED_TOGETHER: Final = 32  # requests
+
+PART_SHARE: Final = 0.5
+"""A prompt has at least this share of the tokens that an earlier prompt had with which it begins."""
 
 _Finished = tuple[Outcome, Usage | None, Placement | None]
 
@@ -61,26 +64,31 @@ class Settlement:
         outcome = exchange.outcome(self._clock.monotonic())
         usage = self._counters.known_usage(outcome)
         placement = None if exchange.attempt is None else exchange.attempt.placement
+        skips_cache = exchange.prompt is not None and exchange.prompt.skips_cache
+        if usage is not None and usage.cached_tokens is not None:
+            usage = self._plausible(exchange, outcome, usage, placement)
         if placement is not None:
-            if usage is not None and usage.cached_tokens is not None:
-                usage = self._plausible(exchange, outcome, usage, placement)
-            skips_cache = exchange.prompt is not None and exchange.prompt.skips_cache
             self._teach_index(placement, usage, skips_cache=skips_cache)
         if usage is not None:
-            self._teach_fleet(exchange, outcome, usage)
+            self._teach_fleet(exchange, outcome, usage, counts_whole=not _is_part(usage, placement))
         if self._access_log is not None:
             self._access_log.write(access_line(exchange.call, outcome, self._clock.unix()))
-        self._uncounted.append((outcome, usage, placement))
+        # of a request that must be computed anew, neither a prediction nor a baseline can be compared
+        self._uncounted.append((outcome, usage, None if skips_cache else placement))
         if len(self._uncounted) >= COUNTED_TOGETHER:
             self.count()
         return outcome
 
-    def _plausible(self, exchange: Exchange, outcome: Outcome, usage: Usage, placement: Placement) -> Usage:
+    def _plausible(self, exchange: Exchange, outcome: Outcome, usage: Usage, placement: Placement | None) -> Usage:
         """Return the usage without an implausible count of cached tokens, of which nothing is learned or counted."""
-        is_new = exchange.match is not None and exchange.match.known_blocks == 0
-        cached_tokens = usage.cached_tokens or 0
-        if not self._cached_counts.is_doubtful(placement.replica, usage.prompt_tokens, cached_tokens, is_new=is_new):
-            return usage
+        if not is_impossible(usage):
+            if placement is None:
+                return usage
+            new_tokens = _new_tokens(exchange.match, usage, placement)
+            cached_tokens = usage.cached_tokens or 0
+            doubt = self._cached_counts.is_doubtful
+            if not doubt(placement.replica, usage.prompt_tokens, cached_tokens, new_tokens=new_tokens):
+                return usage
         self._counters.count_implausible(outcome)
         return replace(usage, cached_tokens=None)
 
@@ -109,20 +117,37 @@ class Settlement:
             self._counters.count_routing_gain(outcome, self._baseline.count(label, gain))
 
     def _teach_index(self, placement: Placement, usage: Usage | None, *, skips_cache: bool) -> None:
-        if usage is None or usage.longest_call_tokens:  # sums of several calls show nothing about this prompt
+        # sums of several calls show nothing about this prompt, nor do counts of a part of it
+        if usage is None or usage.longest_call_tokens or _is_part(usage, placement):
             self._journal.settled(placement)
         else:
             cached_tokens = None if skips_cache else usage.cached_tokens
             self._journal.answered(placement, usage.prompt_tokens, cached_tokens, usage.output_tokens)
 
-    def _teach_fleet(self, exchange: Exchange, outcome: Outcome, usage: Usage) -> None:
+    def _teach_fleet(self, exchange: Exchange, outcome: Outcome, usage: Usage, *, counts_whole: bool) -> None:
         prompt, attempt, times = exchange.prompt, exchange.attempt, outcome.times
         if prompt is None or attempt is None or outcome.ending is not Ending.COMPLETE:
             return
-        if not usage.longest_call_tokens and exchange.stored is None and self._text_alone.holds_for(prompt):
+        counts_whole = counts_whole and not usage.longest_call_tokens and exchange.stored is None
+        if counts_whole and self._text_alone.holds_for(prompt):
             self._tokens.observe(prompt.model, prompt.size_bytes, usage.prompt_tokens, prompt.media)
         computed_tokens = usage.prompt_tokens - (usage.cached_tokens or 0)
         if usage.cached_tokens is not None:
             self._fleet.observe_prefill(attempt.charge, computed_tokens, usage.prefill_seconds or None)
         if times.first_token_seconds is not None:
             self._fleet.observe_decode(attempt.replica, times.ended_seconds - times.first_token_seconds)
+
+
+def _new_tokens(match: Match | None, usage: Usage, placement: Placement) -> int:
+    """Return how many tokens of a prompt were known nowhere before; 0 if that is uncertain."""
+    if match is None or match.evicted:
+        return 0
+    return usage.prompt_tokens - match.known_tokens - placement.allowance_tokens
+
+
+def _is_part(usage: Usage, placement: Placement | None) -> bool:
+    """Return True if the upstream counted only a part of the prompt, as some do that count what they computed."""
+    if usage.cached_tokens is not None:
+        return False
+    held_tokens = 0 if placement is None else placement.held_tokens
+    return usage.prompt_tokens <= 0 or usage.prompt_tokens < PART_SHARE * held_tokens

@@ -193,6 +193,46 @@ def test_cached_tokens_teach_nothing_if_the_request_asked_not_to_use_the_cache()
     assert settling.journal.taught == [(4_000, None, 30)]
 
 
+def test_a_request_that_asked_not_to_use_the_cache_is_compared_with_no_prediction() -> None:
+    """Nor with round robin, which could not have reused anything either."""
+    settling = Settling()
+    settling.settle(skips_cache=True)
+    settling.settle()
+    settling.settlement.count()
+    assert [predicted for _, _, predicted in settling.counters.counted] == [None, 70]
+    assert settling.counters.gains == [900]
+
+
+@pytest.mark.parametrize("placed", [True, False])
+@pytest.mark.parametrize("cached", [0, 4_000])
+def test_impossible_counts_are_no_savings_and_teach_nothing(cached: int, placed: bool) -> None:
+    """A negative count is not a lost prefix, and one above the prompt's is not a prompt that was all cached."""
+    settling = Settling()
+    settling.settle(Usage(4_000, 30, cached, inconsistent=True), placed=placed)
+    settling.settlement.count()
+    assert settling.counters.implausible == 1
+    assert settling.journal.taught == [(4_000, None, 30)] * placed
+    assert [usage and usage.cached_tokens for _, usage, _ in settling.counters.counted] == [None]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cached", "lesson"), [(0, None, None), (1_900, None, None), (1_900, 0, (1_900, 0, 30))]
+)
+def test_counts_of_a_part_of_the_prompt_teach_nothing_about_it(
+    tokens: int, cached: int | None, lesson: tuple[int, int, int] | None
+) -> None:
+    """Some engines report only what they computed, and nothing as cached."""
+    settling = Settling()
+    exchange = settling.exchange(Usage(tokens, 30, cached))
+    assert exchange.attempt is not None
+    assert exchange.attempt.placement is not None
+    exchange.attempt.placement = msgspec.structs.replace(exchange.attempt.placement, held_tokens=4_000)
+    settling.settlement.settle(exchange)
+    assert settling.journal.taught == [lesson]
+    assert settling.learned_tokens_per_byte() is (lesson is not None)
+    assert settling.fleet.decodes == [1.0]
+
+
 def test_cached_tokens_that_the_upstream_omits_count_as_the_counters_know_them() -> None:
     """For the index, the fleet and the totals alike."""
     settling = Settling()
@@ -204,13 +244,22 @@ def test_cached_tokens_that_the_upstream_omits_count_as_the_counters_know_them()
     assert settling.counters.counted == [(200, Usage(4_000, 30, 0), 70)]
 
 
-@pytest.mark.parametrize(("known_blocks", "doubted"), [(0, 4), (1, 0)])
-def test_a_replica_that_reports_new_prompts_as_wholly_cached_is_not_believed(known_blocks: int, doubted: int) -> None:
-    """From the fifth on; what is known somewhere may well be cached there."""
+@pytest.mark.parametrize(
+    ("match", "doubted"),
+    [
+        (Match({}), 4),
+        (Match({}, known_blocks=1, known_tokens=2_900), 4),
+        (Match({}, known_blocks=1, known_tokens=3_500), 0),
+        (Match({}, known_blocks=1, known_tokens=2_900, evicted_from=0), 0),
+    ],
+    ids=["unknown", "a long part unknown", "known", "known until it was evicted"],
+)
+def test_a_replica_that_reports_new_prompts_as_wholly_cached_is_not_believed(match: Match, doubted: int) -> None:
+    """From the fifth on, though all begin with what is known; what is known somewhere may well be cached there."""
     settling = Settling()
     for _ in range(8):
         exchange = settling.exchange(Usage(4_000, 30, 4_000))
-        exchange.match = Match({}, known_blocks=known_blocks)
+        exchange.match = match
         settling.settlement.settle(exchange)
     settling.settlement.count()
     assert settling.counters.implausible == doubted
