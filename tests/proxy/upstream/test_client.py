@@ -797,7 +797,7 @@ async def test_a_name_that_does_not_resolve_is_named(
         raise socket.gaierror(socket.EAI_NONAME, "unknown")
 
     client = make_client()
-    with pytest.raises(ConnectFailed):
+    with pytest.raises(ConnectFailed, match=r"^the upstream's name is not a valid host name$"):
         await client.request(Origin.parse(f"http://{'a' * 70}.invalid"), b"GET", b"/")
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", unknown)
     with pytest.raises(ConnectFailed, match="resolve"):
@@ -817,6 +817,30 @@ async def test_the_addresses_of_a_name_are_tried_in_turn(
         answered = await client.request(Origin.parse(f"http://replica:{upstream.port}"), b"GET", b"/")
         assert answered.status == 200
         assert upstream.requests[0].header(b"host") == b"replica:%d" % upstream.port
+
+
+async def test_each_address_of_a_name_gets_its_share_of_the_time_that_is_left(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def three(*_: Any, **__: Any) -> Any:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{at}", 0)) for at in (1, 2, 3)]
+
+    async def refuse(*_: Any, **__: Any) -> Any:
+        raise ConnectionRefusedError
+
+    loop, limit, shares = asyncio.get_running_loop(), asyncio.timeout_at, list[float]()
+
+    def noted(when: float) -> asyncio.Timeout:
+        shares.append(when - loop.time())
+        return limit(when)
+
+    client = make_client(connect_seconds=600.0)
+    monkeypatch.setattr(loop, "getaddrinfo", three)
+    monkeypatch.setattr(loop, "create_connection", refuse)
+    monkeypatch.setattr(asyncio, "timeout_at", noted)
+    with pytest.raises(ConnectFailed):
+        await client.request(Origin.parse("http://replica"), b"GET", b"/")
+    assert shares == pytest.approx([200.0, 300.0, 600.0], abs=50.0)
 
 
 async def test_a_name_without_an_address_cannot_be_reached(
@@ -932,12 +956,12 @@ async def test_tls_with_a_trusted_certificate_works_and_is_kept_alive(
 async def test_tls_of_an_unknown_authority_or_another_name_is_refused(
     make_client: MakeClient, authority: trustme.CA
 ) -> None:
-    for client, name in (
-        (make_client(), "127.0.0.1"),
-        (make_client(tls=trusting(authority)), "other.example"),
+    for client, name, why in (
+        (make_client(), "127.0.0.1", "local issuer certificate"),
+        (make_client(tls=trusting(authority)), "other.example", "IP address mismatch"),
     ):
         async with ScriptedUpstream(SERVE_ONE, tls=server_context(authority, name)) as upstream:
-            with pytest.raises(TlsFailed):
+            with pytest.raises(TlsFailed, match=why):
                 await fetch(client, upstream)
             assert counts(client, upstream).open == 0
             assert upstream.requests == []
@@ -946,7 +970,7 @@ async def test_tls_of_an_unknown_authority_or_another_name_is_refused(
 async def test_tls_towards_a_plain_upstream_is_refused(make_client: MakeClient) -> None:
     client = make_client()
     async with ScriptedUpstream([Send(b"HTTP/1.1 400 Bad\r\n\r\n"), Stall()]) as upstream:
-        with pytest.raises(TlsFailed):
+        with pytest.raises(TlsFailed, match=r"to the upstream: [A-Z_]+$"):
             await client.request(Origin.parse(f"https://127.0.0.1:{upstream.port}"), b"GET", b"/")
 
 

@@ -174,6 +174,13 @@ def test_a_malformed_reference_is_refused_with_its_field(content: object) -> Non
     assert caught.value.param == "messages[0].content"
 
 
+@pytest.mark.parametrize("content", ["reset_ttl=60", "tag=a;cache_id=cache-1"])
+def test_a_reference_to_nothing_or_to_two_contexts_is_refused_with_what_to_write(content: str) -> None:
+    """The error names the two keys."""
+    with pytest.raises(BadRequest, match=r"^The content must have either cache_id or tag\.$"):
+        contexts.read_reference(content)
+
+
 @pytest.mark.parametrize("content", ["tag=1x", "cache_id=x", "tag=" + "a" * 200])
 def test_a_name_that_no_context_can_have_is_a_reference_to_none(content: str) -> None:
     """It is answered like a name that does not exist."""

@@ -116,6 +116,18 @@ def test_a_bomb_is_too_large_and_never_held(coding: bytes) -> None:
         tracemalloc.stop()
 
 
+def test_a_bomb_behind_a_member_that_fills_the_limit_is_never_held() -> None:
+    """A gzip body may have several members, and zlib takes a limit of 0 for none."""
+    bomb = gzip.compress(bytes(100_001)) + gzip.compress(bytes(50_000_000), 1)
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooLarge):
+            decode_request(bomb, b"gzip", 100_000)
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_raw_deflate_and_frames_of_zstd_are_read_as_senders_write_them() -> None:
     """Without zlib's head; several frames, skippable ones, repeated bytes, and no size in the head."""
     raw = zlib.compressobj(wbits=-15)

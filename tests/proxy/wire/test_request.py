@@ -404,6 +404,30 @@ def test_media_are_found_in_every_dialect_also_inside_long_text(part, kind, pros
     assert len(PICTURE) <= found.size_bytes < len(PICTURE) + 100
 
 
+def test_all_media_of_a_message_are_found_in_their_order() -> None:
+    """Those beside the result of a tool, and those inside it."""
+    inner = {"type": "tool_result", "content": [{"type": "image", "source": {"type": "base64", "data": PICTURE}}]}
+    sound = {"type": "input_audio", "input_audio": {"data": PICTURE, "format": "wav"}}
+    body = json.dumps({"model": "m", "messages": [{"content": [sound, inner, sound]}]}).encode()
+    assert [found.kind for found in read(body, Endpoint.CHAT).media] == ["audio", "image", "audio"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_plain"),
+    [
+        ({"messages": [{"role": "user", "content": PROSE}]}, True),
+        ({"messages": [{"role": "user", "content": "hi"}]}, False),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": PROSE}]}]}, False),
+        ({"messages": [{"role": "user", "content": PROSE}], "system": PROSE}, False),
+    ],
+    ids=["strings", "short", "parts", "system"],
+)
+def test_a_prompt_of_strings_alone_is_known_to_have_no_parts(fields, is_plain) -> None:
+    """So that its messages need no second look; a short body and a system prompt are not examined."""
+    endpoint = Endpoint.MESSAGES if "system" in fields else Endpoint.CHAT
+    assert read(json.dumps({"model": "m", **fields}).encode(), endpoint).is_plain_text is is_plain
+
+
 @pytest.mark.parametrize("content", [PROSE, PICTURE, "a" * 5000, [{"type": "text", "text": PICTURE}], 7, [7]])
 def test_text_is_not_media_even_where_it_looks_like_it(content) -> None:
     """Sampling may err; the close look does not."""

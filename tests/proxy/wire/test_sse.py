@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.model import Endpoint, Usage
+from proxy.wire.events import read_event
 from proxy.wire.sse import EVENT_BYTES_MOST, TAIL_BYTES, StreamTap
 from tests.proxy.wire.test_usage import endpoint_of
 
@@ -48,6 +49,21 @@ def test_a_running_stream_passes_as_the_same_objects() -> None:
     held = StreamTap(Endpoint.CHAT, withhold_usage=True)
     held.feed(TOKEN)
     assert held.feed(TOKEN) is TOKEN
+
+
+def test_the_last_bytes_of_a_long_stream_are_read_from_their_first_one_on() -> None:
+    """What lies just within them counts, and what lies before them was not kept."""
+    between = b": x\n\n"
+    for rest_bytes, finished in ((TAIL_BYTES, True), (TAIL_BYTES + len(between + FINISH), False)):
+        rest = b":" + b" " * (rest_bytes - len(between + FINISH) - 3) + b"\n\n"
+        tap, _ = relay([TOKEN * 60, between, FINISH, rest])
+        assert tap.finished is finished
+
+
+def test_an_event_of_several_lines_is_read_as_one() -> None:
+    """Although its first line looks like a whole one."""
+    read = read_event(b'data: {"choices": [\ndata: {"finish_reason": "stop"}]}\n\n', Endpoint.CHAT)
+    assert read.finished
 
 
 @pytest.mark.parametrize("name", STREAMS)
