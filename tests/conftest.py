@@ -8,7 +8,7 @@ import pytest
 import proxy.pipeline.pipeline
 
 # what holds for all inputs does not depend on how busy the machine is
-hypothesis.settings.register_profile("cairn", deadline=None)
+hypothesis.settings.register_profile("cairn", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("cairn")
 
 pytest_plugins = ["tests.support.engine"]

@@ -532,7 +532,7 @@ async def test_connections_that_the_limit_of_open_files_allows_no_more_are_answe
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A process with 138 descriptors takes five clients; a sixth is told, and takes the place of one that leaves."""
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (138, 138))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (138, 4096))
     counts = Counts()
     async with served_by(client_server(echo, counts)) as port:
         lines = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]

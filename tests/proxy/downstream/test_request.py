@@ -41,6 +41,7 @@ def test_a_head_is_read_with_lower_case_names_in_their_order() -> None:
         (b"1", b"connection: closed\r\n", True),
         (b"0", b"", False),
         (b"0", b"connection: Keep-Alive\r\n", True),
+        (b"0", b"connection: te\r\n", False),
         (b"0", b"connection: keep-alive, close\r\n", False),
     ],
 )
@@ -143,6 +144,17 @@ def test_a_chunked_request_with_a_length_is_refused_whoever_notices() -> None:
     with pytest.raises(ProtocolError) as refusal:
         IncomingRequest(b"POST", b"/", headers, b"POST / HTTP/1.1", 1_000)
     assert refusal.value.reason is BadHttp.CONTENT_LENGTH
+
+
+@pytest.mark.parametrize("space", [b"\x0b", b"\x0c", b"\x85", b"\xa0"])
+def test_only_spaces_and_tabs_around_an_encoding_are_ignored(space: bytes) -> None:
+    """Other servers may take the rest for a part of its name, and find no encoding that they know."""
+    for value in (space + b"chunked", b"chunked" + space):
+        with pytest.raises(ProtocolError) as refused:
+            IncomingRequest(b"POST", b"/", [(b"host", b"x"), (b"transfer-encoding", value)], b"POST / HTTP/1.1", 99)
+        assert refused.value.reason is BadHttp.TRANSFER_ENCODING
+    headers = [(b"host", b"x"), (b"transfer-encoding", b" \tChunked\t ")]
+    assert IncomingRequest(b"POST", b"/", headers, b"POST / HTTP/1.1", 99).is_chunked
 
 
 def test_made_up_names_are_not_remembered_for_ever() -> None:

@@ -58,6 +58,29 @@ async def test_a_connection_serves_the_next_request_after_each_framing() -> None
     )
 
 
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("method", "status"), [(b"HEAD", 200), (b"HEAD", 404), (b"GET", 304)])
+async def test_a_response_without_a_body_leaves_the_connection_in_step(
+    method: bytes, status: int, whole: bool
+) -> None:
+    """Its body is left out, since the client would take it for the next response."""
+
+    async def play(request: IncomingRequest, answer: ClientResponse) -> None:
+        if request.target == "/last":
+            answer.send(200, b"OK", [], b"last")
+        elif whole:
+            answer.send(status, b"X", [], b"hello")
+        else:
+            answer.begin(status, b"X", [], 5)
+            answer.end()
+
+    async with serving(play) as port:
+        got = await talk(port, method + b" / HTTP/1.1\r\nhost: x\r\n\r\n", GET.replace(b"/ ", b"/last ", 1))
+    head, _, rest = got.partition(b"\r\n\r\n")
+    assert head.split(b"\r\n") == [b"HTTP/1.1 %d X" % status, *([] if status == 304 else [b"content-length: 5"])]
+    assert rest == b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\nconnection: close\r\n\r\nlast"
+
+
 async def test_a_client_of_http_1_0_gets_no_chunks() -> None:
     """The end of the connection is the end of the body."""
 

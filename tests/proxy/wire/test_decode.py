@@ -57,8 +57,13 @@ def test_a_bomb_ends_the_decoding_within_the_cap(encoding) -> None:
     coded = CODED[encoding](bytes(30_000_000))
     decoder = ResponseDecoder(encoding, decoded_bytes_most=1_000_000)
     seen = 0
-    for start in range(0, len(coded), 65536):
-        seen += len(decoder.feed(coded[start : start + 65536]))
+    tracemalloc.start()
+    try:
+        for start in range(0, len(coded), 65536):
+            seen += len(decoder.feed(coded[start : start + 65536]))
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
     assert seen <= 1_000_000
     assert not decoder.alive
 
