@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import date, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from cache import keys
-from cache.errors import CacheError, StoreRefused
+from cache.errors import CacheError, ErrorKind, StoreRefused
 from cache.store.replies import hash_pairs, parsed
 from cache.store.store import Script, Store, StoreState
 
@@ -87,7 +87,8 @@ class _Batch(msgspec.Struct, frozen=True):
 
 
 # Reply: the number of increments that Redis could not add, -1 if the batch had been counted before. The number is
-# stored first: an error in the middle loses the rest instead of counting twice.
+# stored first: an error in the middle loses the rest instead of counting twice. A day of the wrong type and a field
+# that is not a number are replaced.
 _ADD = Script(
     "add-totals",
     """
@@ -96,11 +97,20 @@ local last_number = redis.pcall('GET', KEYS[1])
 if type(last_number) == 'string' and (tonumber(last_number) or 0) >= number then return -1 end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
 local at, failed = 4, 0
+local function add(key, field, amount)
+  local reply = redis.pcall('HINCRBY', key, field, amount)
+  return type(reply) ~= 'table' or not reply.err
+end
 for day = 2, #KEYS do
+  local kind = redis.call('TYPE', KEYS[day]).ok
+  if kind ~= 'none' and kind ~= 'hash' then redis.call('UNLINK', KEYS[day]) end
   local last = at + 2 * tonumber(ARGV[at])
   for field = at + 1, last, 2 do
-    local reply = redis.pcall('HINCRBY', KEYS[day], ARGV[field], ARGV[field + 1])
-    if type(reply) == 'table' and reply.err then failed = failed + 1 end
+    if not add(KEYS[day], ARGV[field], ARGV[field + 1]) then
+      local found = redis.call('HGET', KEYS[day], ARGV[field])
+      if found and not string.match(found, '^-?%d+$') then redis.call('HDEL', KEYS[day], ARGV[field]) end
+      if not add(KEYS[day], ARGV[field], ARGV[field + 1]) then failed = failed + 1 end
+    end
   end
   redis.call('EXPIRE', KEYS[day], ARGV[3])
   at = last + 1
@@ -233,12 +243,25 @@ async def read_totals(store: Store, first: date, last: date) -> dict[RowKey, Sum
     rows: dict[RowKey, Sums] = {}
     for start in range(0, len(days), READ_DAYS):
         chunk = days[start : start + READ_DAYS]
-        commands = [("HGETALL", keys.totals_day(day)) for day in chunk]
-        for day, reply in zip(chunk, await store.execute_many(commands, READ_LIMIT_SECONDS), strict=True):
+        for day, reply in zip(chunk, await _read_days(store, chunk), strict=True):
             for field, amount in parsed(hash_pairs, reply):
                 _add_field(rows, day, field, amount)
             await asyncio.sleep(0)
     return rows
+
+
+async def _read_days(store: Store, days: Sequence[str]) -> list[Any]:
+    """Return the reply for each day, an empty one for a day of the wrong type. Raises CacheError."""
+    commands = [("HGETALL", keys.totals_day(day)) for day in days]
+    try:
+        return await store.execute_many(commands, READ_LIMIT_SECONDS)
+    except StoreRefused as error:
+        if error.kind is not ErrorKind.WRONGTYPE:
+            raise
+        if len(days) == 1:
+            log.warning("the totals of %s are damaged and are left out", days[0])
+            return [()]
+        return [reply for day in days for reply in await _read_days(store, [day])]
 
 
 def _add_field(rows: dict[RowKey, Sums], day: str, field: bytes, amount: bytes) -> None:

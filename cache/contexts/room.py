@@ -20,7 +20,7 @@ from cache.contexts.access import Access, Trust
 from cache.contexts.listing import DAMAGED, Listing
 from cache.contexts.retention import Kept, choose
 from cache.contexts.rows import ContextRow
-from cache.errors import CacheError, QuotaFull, StoreCorrupt
+from cache.errors import CacheError, QuotaFull, StoreCorrupt, StoreRefused
 from cache.store.replies import parsed
 
 log = logging.getLogger("cairn.contexts")
@@ -236,8 +236,10 @@ class ContextRoom:
             await asyncio.sleep(seconds * random.uniform(0.8, 1.2))
 
     async def _sweep_or_renew(self) -> None:
-        sweeping = ("SET", keys.CONTEXTS_SWEEPER, "1", "NX", "EX", round(SWEEP_SECONDS / 2))
-        await (self.sweep() if (await self._access.many([sweeping]))[0] else self.renew())
+        swept_keys = (keys.CONTEXTS_SWEEPER, *_OVERALL)
+        args = (round(SWEEP_SECONDS * 500),)
+        sweeps = parsed(int, await self._access.store.run_script(scripts.BEGIN_SWEEP, swept_keys, args))
+        await (self.sweep() if sweeps else self.renew())
 
     async def sweep(self) -> None:
         """Delete contexts whose grace time is over, and correct the totals. Raises CacheError."""
@@ -252,7 +254,10 @@ class ContextRoom:
             try:
                 swept, totals = await self._access.run(scripts.SWEEP, tenant, read=_read_counted)
                 await self._write(tenant, totals, "sweep")
-            except StoreCorrupt:
+            except (
+                StoreCorrupt,
+                StoreRefused,
+            ):  # damaged data of one tenant must not keep the others from being swept
                 self.dropped_totals += 1
                 continue
             if swept:

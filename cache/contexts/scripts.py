@@ -11,7 +11,7 @@ Keys of a tenant, all in one slot (T is `cairn:{keyed hash}`; times are millisec
     T:accepted       exists while an upstream is known to accept the tenant's key
 
 The scripts make the names of keys themselves; these are in the slot of KEYS[1], as a Cluster requires. Stored numbers
-may be damaged: a value that is not a number, or not an exact double, counts as 0.
+may be damaged: a value that is not a number, or not an exact double, counts as 0. Keys of the wrong type are deleted.
 """
 
 from __future__ import annotations
@@ -90,6 +90,14 @@ local function drop(id)
   say('c', id)
   return 1
 end
+local wanted = {{ids = 'zset', gone = 'zset'}}
+for _, name in ipairs({{'held', 'refs', 'sizes', 'sum', 'tags'}}) do wanted[name] = 'hash' end
+local function repair()
+  for name, kind in pairs(wanted) do
+    local found = redis.call('TYPE', T .. ':' .. name).ok
+    if found ~= 'none' and found ~= kind then redis.call('UNLINK', T .. ':' .. name) end
+  end
+end
 local function sweep()
   local over = redis.call('ZRANGEBYSCORE', T .. ':gone', '-inf', ms(now), 'LIMIT', 0, {_SWEPT_AT_ONCE})
   for _, id in ipairs(over) do drop(id) end
@@ -110,11 +118,7 @@ COMMIT = Script(
 local id, head, manifest, digests, metadata, pin, expires, ttl, grace = unpack(ARGV, 1, 9)
 local room, pin_room, ids_most, tags_most, status, tokens, value, warming, tags, extra = unpack(ARGV, 10, 19)
 if redis.call('EXISTS', context(id)) == 1 then return {'ok', now} end
-local kinds = {ids = 'zset', gone = 'zset', held = 'hash', refs = 'hash', sizes = 'hash', sum = 'hash', tags = 'hash'}
-for name, kind in pairs(kinds) do
-  local found = redis.call('TYPE', T .. ':' .. name).ok
-  if found ~= 'none' and found ~= kind then redis.call('UNLINK', T .. ':' .. name) end
-end
+repair()
 sweep()
 local missing, own, fresh, whole = {}, #head + #manifest + #metadata, 0, 0
 for at = 1, #digests, 64 do
@@ -192,6 +196,7 @@ UPDATE = Script(
     "context-update",
     _PRELUDE
     + """
+repair()
 local id, metadata, pin, expires, ttl, grace, pin_room = unpack(ARGV)
 local digests, own, was, packed = digests_of(id)
 if redis.call('EXISTS', context(id)) == 0 or not digests then return {'unknown'} end
@@ -261,6 +266,7 @@ DROP = Script(
     "context-drop",
     _PRELUDE
     + """
+repair()
 local dropped = 0
 for at = 2, #ARGV do
   local id = ARGV[at]
@@ -270,7 +276,7 @@ return {dropped, totals()}
 """,
 )
 
-SWEEP = Script("context-sweep", _PRELUDE + "local swept = sweep() return {swept, totals()}")
+SWEEP = Script("context-sweep", _PRELUDE + "repair() local swept = sweep() return {swept, totals()}")
 
 TOTALS = Script("context-totals", _PRELUDE + "return totals()", writes=False)
 
@@ -291,6 +297,7 @@ TAG = Script(
     "context-tag",
     _PRELUDE
     + """
+repair()
 local tag, id, most = unpack(ARGV)
 if redis.call('EXISTS', context(id)) == 0 then return {'unknown'} end
 if redis.call('HEXISTS', T .. ':tags', tag) == 0 and redis.call('HLEN', T .. ':tags') >= tonumber(most) then
@@ -320,6 +327,10 @@ RESERVED_MS = 30_000
 """Time for which a reservation holds before a sweep may replace it by the tenant's real bytes."""
 
 _OVERALL = """
+for _, key in ipairs(KEYS) do
+  local kind = redis.call('TYPE', key).ok
+  if kind ~= 'none' and kind ~= 'hash' then redis.call('UNLINK', key) end
+end
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local function number(value)
@@ -399,7 +410,7 @@ return 0
 one of that name, its bytes, the budget in bytes. Returns the bytes by which the budget would be exceeded.
 """
 
-RELEASE_TOTAL = Script("context-release-total", "return redis.call('HDEL', KEYS[3], ARGV[1])")
+RELEASE_TOTAL = Script("context-release-total", _OVERALL + "return redis.call('HDEL', KEYS[3], ARGV[1])")
 """Give up a reservation in the total budget. ARGV: its name."""
 
 NOTE = Script(
@@ -439,3 +450,19 @@ return 1
 """,
 )
 """Count a tenant as one whose key an upstream accepted. ARGV: tenant."""
+
+BEGIN_SWEEP = Script(
+    "context-begin-sweep",
+    """
+local kinds = {'string', 'hash', 'hash', 'hash'}
+for at, key in ipairs(KEYS) do
+  local kind = redis.call('TYPE', key).ok
+  if kind ~= 'none' and kind ~= kinds[at] then redis.call('UNLINK', key) end
+end
+local left = redis.call('PTTL', KEYS[1])
+if left == -1 or left > tonumber(ARGV[1]) then redis.call('UNLINK', KEYS[1]) end
+return redis.call('SET', KEYS[1], '1', 'NX', 'PX', ARGV[1]) and 1 or 0
+""",
+)
+"""Return 1 if this worker is to sweep now, 0 if another one does or did lately. KEYS: `cache.keys.CONTEXTS_SWEEPER`,
+then those of all tenants. ARGV: milliseconds for which no other worker sweeps."""

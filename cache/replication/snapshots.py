@@ -42,8 +42,9 @@ local holder = get('GET', KEYS[1])
 if not holder then
   redis.pcall('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
   holder = get('GET', KEYS[1])
-elseif holder == ARGV[1] or redis.call('PTTL', KEYS[1]) < 0 then
-  redis.pcall('PEXPIRE', KEYS[1], ARGV[2])
+else
+  local left = redis.call('PTTL', KEYS[1])
+  if holder == ARGV[1] or left < 0 or left > 2 * ARGV[2] then redis.pcall('PEXPIRE', KEYS[1], ARGV[2]) end
 end
 redis.pcall('SET', KEYS[3], ARGV[3], 'NX')
 local now = tonumber(redis.call('TIME')[1])
@@ -55,6 +56,10 @@ if redis.call('EXISTS', KEYS[5]) == 1 then
   local facts = get('XINFO', 'STREAM', KEYS[5]) or {}
   for i = 1, #facts, 2 do
     if facts[i] == 'last-generated-id' then tip = facts[i + 1] end
+  end
+  if tip == '18446744073709551615-18446744073709551615' then
+    redis.pcall('UNLINK', KEYS[5]) -- nothing can be appended to a stream with the last possible id
+    tip = '0-0'
   end
 end
 return {
@@ -203,11 +208,14 @@ class LeaseAndSnapshots:
 
 def _read_tick(reply: Any) -> Tick:
     ours, generation, trimmed, writers, tip, snapshots = reply
+    tip_id, has_snapshot = parse_id(tip), bool(snapshots)
     try:
         trimmed_id = parse_id(trimmed)
-    except StoreCorrupt:  # the snapshot is damaged; the next one replaces it
-        trimmed_id = START
-    return Tick(bool(ours), text(generation), trimmed_id, int(writers), parse_id(tip), bool(snapshots))
+    except StoreCorrupt:
+        trimmed_id, has_snapshot = START, False
+    if trimmed_id > tip_id:  # the snapshot is damaged, or of a stream that was lost; the next one replaces it
+        trimmed_id, has_snapshot = START, False
+    return Tick(bool(ours), text(generation), trimmed_id, int(writers), tip_id, has_snapshot)
 
 
 def _read_head(reply: Any) -> SnapshotHead | None:

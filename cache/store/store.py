@@ -296,7 +296,10 @@ class Store:
         pipeline = self._client.pipeline() if self._is_cluster else self._client.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
-        replies: list[Any] = await pipeline.execute()
+        replies: list[Any] = await pipeline.execute(raise_on_error=False)  # it would hide the error's first word
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
         return replies
 
     async def _pooled(

@@ -9,12 +9,13 @@ import pytest
 from cache import keys, totals
 from cache.errors import StoreTimeout
 from cache.store.store import Store, open_store
-from cache.totals import OTHER, RowKey, Sums, Totals, read_totals
+from cache.totals import MAX_AMOUNT, OTHER, RowKey, Sums, Totals, read_totals
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
 from tests.support.valkey import Valkey, cluster_of_three, eventually
 
 DAY = "2026-11-23"
+BEFORE = "2026-11-22"
 FIRST = LAST = date.fromisoformat(DAY)
 
 
@@ -119,23 +120,31 @@ async def test_rows_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     assert writer.pending_rows == 21
 
 
-async def test_increments_that_redis_cannot_add_are_counted_and_all_others_are_written(
-    store: Store, valkey: Valkey
-) -> None:
-    """A key of another type, and a field that is not a number, cost only their own amounts."""
+async def test_damage_in_redis_is_replaced_and_costs_only_its_own_amounts(store: Store, valkey: Valkey) -> None:
+    """A day of another type, a field that is not a number. A sum that would overflow stays; that is counted."""
     writer = Totals(store, "w")
-    valkey.ask("SET", keys.totals_day("2026-11-20"), "not a hash")
+    valkey.ask("SET", keys.totals_day(BEFORE), "not a hash")
     valkey.ask("HSET", keys.totals_day(DAY), '["answers","m","u","green"]', "x")
-    count(writer, day="2026-11-20", answers=1)
+    valkey.ask("HSET", keys.totals_day(DAY), '["missing","m","u","green"]', str(MAX_AMOUNT))
+    count(writer, day=BEFORE, answers=1)
     count(writer, tenant="green", answers=1, missing=1)
     assert await writer.flush()
+    assert writer.lost_increments == 1
+    found = await read_totals(store, date.fromisoformat(BEFORE), LAST)
+    assert found == {
+        RowKey(BEFORE, "m", "u", "red"): Sums(answers=1),
+        RowKey(DAY, "m", "u", "green"): Sums(answers=1, missing=MAX_AMOUNT),
+    }
+
+
+async def test_a_damaged_day_that_nobody_writes_hides_no_other(store: Store, valkey: Valkey) -> None:
+    """It is left out."""
+    writer = Totals(store, "w")
+    valkey.ask("SET", keys.totals_day(BEFORE), "not a hash")
     count(writer, answers=1)
     assert await writer.flush()
-    assert writer.lost_increments == 2
-    found = await read_totals(store, FIRST, LAST)
-    assert found == {
-        RowKey(DAY, "m", "u", "green"): Sums(missing=1),
-        RowKey(DAY, "m", "u", "red"): Sums(answers=1),
+    assert await read_totals(store, date.fromisoformat(BEFORE), LAST) == {
+        RowKey(DAY, "m", "u", "red"): Sums(answers=1)
     }
 
 

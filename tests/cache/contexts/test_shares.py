@@ -102,3 +102,45 @@ async def test_damaged_entries_of_the_shares_are_dropped(server: Valkey) -> None
         await one.contexts.survey()
         assert len(await one.contexts.rows(MADE_UP[0])) == 1
         assert one.contexts._room.dropped_totals > 0  # noqa: SLF001 - internal state that no public name shows
+
+
+@pytest.mark.parametrize("wrong", [keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED, keys.CONTEXTS_RESERVED])
+async def test_a_key_of_all_tenants_of_the_wrong_type_is_replaced(server: Valkey, wrong: str) -> None:
+    """Until then no tenant could store a context."""
+    server.flush()
+    server.ask("SADD", wrong, "x")
+    async with opened([server], unchecked_bytes=100_000) as one:
+        for tenant, trust in ((HONEST, Trust.LISTED), (MADE_UP[0], Trust.UNCHECKED)):
+            await one.contexts.create(tenant, draft(20_000), trust)
+            assert len(await one.contexts.rows(tenant)) == 1
+    assert server.ask("TYPE", wrong) in (b"+hash\r\n", b"+none\r\n")
+
+
+@pytest.mark.parametrize("damage", [("SADD", "x"), ("SET", "1"), ("SET", "1", "EX", "999999999")])
+async def test_the_sweep_goes_on_whatever_its_key_is(
+    server: Valkey, monkeypatch: pytest.MonkeyPatch, damage: tuple[str, ...]
+) -> None:
+    """A key of the wrong type, or one that does not end, does not say that another worker sweeps."""
+    server.flush()
+    monkeypatch.setattr("cache.contexts.room.SWEEP_SECONDS", 0.02)
+    server.ask(damage[0], keys.CONTEXTS_SWEEPER, *damage[1:])
+    server.ask("SADD", keys.CONTEXTS_TOTALS, "x")
+    async with opened([server]):
+        await eventually(lambda: server.ask("TYPE", keys.CONTEXTS_TOTALS) == b"+none\r\n")
+        await eventually(lambda: int(server.ask("PTTL", keys.CONTEXTS_SWEEPER)[1:]) in range(-2, 11))
+
+
+async def test_a_tenant_whose_keys_are_damaged_does_not_keep_the_others_from_being_swept(server: Valkey) -> None:
+    """Its own keys of the wrong type are replaced."""
+    server.flush()
+    async with opened([server]) as one:
+        for tenant in (HONEST, MADE_UP[0]):
+            await one.contexts.create(tenant, draft(1_000))
+        for name in ("gone", "sum", "refs"):
+            server.ask("DEL", keys.tenant(HONEST, name))
+            server.ask("SADD", keys.tenant(HONEST, name), "x")
+        server.ask("DEL", keys.CONTEXTS_TOTALS)
+        server.ask("HSET", keys.CONTEXTS_TOTALS, HONEST, "1:1", MADE_UP[0], "1:1")
+        await one.contexts.sweep()
+        assert b"\r\n1:1\r\n" not in server.ask("HGET", keys.CONTEXTS_TOTALS, MADE_UP[0])
+        assert server.ask("TYPE", keys.tenant(HONEST, "gone")) == b"+none\r\n"

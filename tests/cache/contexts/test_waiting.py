@@ -177,14 +177,14 @@ async def test_background_work_goes_on_after_an_error_of_redis(monkeypatch: pyte
     monkeypatch.setattr("cache.contexts.room.SWEEP_SECONDS", 0.001)
     monkeypatch.setattr("cache.contexts.room.SURVEY_SECONDS", 0.001)
     bench = Bench()
-    bench.store.replies |= {"HGETALL": {}, "SET": None}
+    bench.store.replies |= {"HGETALL": {}, "context-begin-sweep": 0}
     bench.store.errors.append(StoreUnavailable("away"))
     await until(room(bench).run_sweeps(), bench.store, 3)
-    assert [name for name, _ in bench.store.ran[:3]] == ["SET", "SET", "HGETALL"]
+    assert [name for name, _ in bench.store.ran[:3]] == ["context-begin-sweep"] * 2 + ["HGETALL"]
     bench.store.ran.clear()
-    bench.store.replies["SET"] = True
+    bench.store.replies["context-begin-sweep"] = 1
     await until(room(bench).run_sweeps(), bench.store, 3)
-    assert [name for name, _ in bench.store.ran[:3]] == ["SET", "HGETALL", "HGETALL"]
+    assert [name for name, _ in bench.store.ran[:3]] == ["context-begin-sweep", "HGETALL", "HGETALL"]
     bench.store.ran.clear()
     bench.store.errors.append(StoreCorrupt("damaged"))
     await until(room(bench).run_surveys(), bench.store, 2)

@@ -118,3 +118,12 @@ async def test_damaged_entries_hold_nothing_back(two: Two, server: Valkey, value
     server.ask("HSET", keys.cold_claims("pool"), "r0", value)
     assert await take(two.one, ["r0"], "1") == "r0"
     assert server.ask("HGET", keys.cold_heads("pool"), "ghost") == b"$-1\r\n"
+
+
+async def test_keys_of_the_wrong_type_hold_nothing_back(two: Two, server: Valkey) -> None:
+    """They are replaced."""
+    for key in (keys.cold_heads("pool"), keys.cold_claims("pool"), keys.cold_last("pool")):
+        server.ask("DEL", key)
+        server.ask("SADD", key, "x")
+    assert await take(two.one, ["r0"], "1") == "r0"
+    assert await take(two.two, ["r0"], "2") is None

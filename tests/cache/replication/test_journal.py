@@ -295,6 +295,34 @@ async def test_a_worker_that_fell_behind_loads_anew(begin: Begin, monkeypatch: p
     assert two.knows(prompt(1))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ("SET", keys.LEASE, "nobody", "PX", "999999999999"),
+        ("XADD", keys.JOURNAL, "18446744073709551615-18446744073709551615", "d", "x"),
+        ("HSET", keys.SNAPSHOT, "trimmed", "18446744073709551615-1"),
+        ("HSET", keys.SNAPSHOT, "stream_id", "18446744073709551615-1"),
+    ],
+)
+async def test_values_that_no_proxy_writes_end_no_sharing(
+    begin: Begin, valkey: Valkey, damage: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease without an end, a stream with the last possible id, a snapshot of a time to come: all are replaced."""
+    monkeypatch.setattr(snapshot_writer, "SNAPSHOT_SECONDS", 0.1)
+    one, two = await begin("one"), await begin("two")
+    one.place(prompt(1))
+    await eventually(lambda: two.knows(prompt(1)))
+    await eventually(lambda: one.journal.stats.snapshots + two.journal.stats.snapshots >= 1)
+    valkey.ask(*damage)
+    written = one.journal.stats.snapshots + two.journal.stats.snapshots
+    await eventually(lambda: one.journal.stats.snapshots + two.journal.stats.snapshots > written + 1)
+    await eventually(lambda: one.journal.state is two.journal.state is JournalState.LIVE)
+    two.place(prompt(2))
+    await eventually(lambda: one.knows(prompt(2)))
+    three = await begin("three")
+    assert three.knows(prompt(1))
+
+
 async def test_two_confident_misses_at_two_workers_are_a_restart_for_all(begin: Begin) -> None:
     """Each worker saw one answer of the restarted replica; together they know that it is cold."""
     one, two = await begin("one"), await begin("two")

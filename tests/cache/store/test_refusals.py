@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import CacheError, ErrorKind, StoreUnavailable, WritesRefused
+from cache.errors import CacheError, ErrorKind, StoreRefused, StoreUnavailable, WritesRefused
 from cache.replication.journal import JournalState
 from cache.store.breaker import BreakerState
 from cache.store.store import Store, StoreState, open_store
@@ -136,6 +136,22 @@ async def test_refused_writes_wait_while_reads_go_on_and_everything_heals(
             found = await read_totals(store, date.fromisoformat(DAY), date.fromisoformat(DAY))
             assert list(found.values()) == [Sums(answers=5)]
             assert (totals.refused_batches, totals.lost_increments) == (0, 0)
+
+
+async def test_an_error_of_one_of_several_commands_has_its_own_kind(valkey: Valkey) -> None:
+    """redis-py puts other words before it, so that it looked like an error of the command itself."""
+    async with opened(valkey.url) as store:
+        await store.execute("SET", "k", "v")
+        with pytest.raises(StoreRefused) as refused:
+            await store.execute_many([("GET", "k"), ("HGETALL", "k"), ("GET", "k")])
+        assert refused.value.kind is ErrorKind.WRONGTYPE
+        want_a_replica(valkey)
+        try:
+            with pytest.raises(WritesRefused) as refusal:
+                await store.execute_many([("GET", "k"), ("SET", "k", "w")])
+        finally:
+            want_no_replica(valkey)
+        assert refusal.value.kind is ErrorKind.NOREPLICAS
 
 
 @pytest.mark.parametrize(("begin", "end", "kind"), REFUSING_WRITES)
