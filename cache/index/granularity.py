@@ -42,6 +42,11 @@ MAX_FLOOR_TOKENS: Final = 8_192
 end are left unused.
 """
 
+MIN_LONG_MISSES: Final = 8
+"""Number of recent prompts longer than this of which nothing was cached, after which an engine that has never reused
+anything counts as one that reuses nothing: its cache is turned off.
+"""
+
 FLOOR_GROWTH: Final = 2
 """Factor by which prompts may be longer than those of which nothing was cached, and still be expected to find
 nothing, until one does. Conversations grow with each turn, so each turn is longer than those that missed before.
@@ -49,6 +54,8 @@ nothing, until one does. Conversations grow with each turn, so each turn is long
 
 MAX_BLOCK_TOKENS: Final = 2_096
 """The largest known block."""
+
+_NO_HIT: Final = 1 << 62  # tokens of the shortest prompt that was reused, as long as there is none
 
 COARSE_TOKENS: Final = 256
 """Number of unused tokens at the end of a prompt from which routing takes them into account."""
@@ -66,6 +73,7 @@ class Granularity:
         "_divisor",
         "_ends",
         "_lags",
+        "_long_misses",
         "_longest_miss",
         "_misses",
         "_reports",
@@ -84,8 +92,9 @@ class Granularity:
         self._lags = [0] * (MAX_LAG_BLOCKS + 1)
         self._ends = 0
         self._misses = 0
+        self._long_misses = 0
         self._longest_miss = 0
-        self._shortest_hit = MAX_FLOOR_TOKENS + 1
+        self._shortest_hit = _NO_HIT
         self.block_tokens = 0
         self.floor_tokens = 0
         self.lag_blocks = 0
@@ -148,6 +157,12 @@ class Granularity:
         """
         if held_tokens >= self._shortest_hit:
             return
+        if held_tokens > MAX_FLOOR_TOKENS:
+            if not is_recent or self._shortest_hit < _NO_HIT:
+                return
+            self._long_misses += 1
+            if self._long_misses < MIN_LONG_MISSES:
+                return
         self._misses += 1
         self._longest_miss = max(self._longest_miss, held_tokens)
         if self.floor_tokens or self._misses >= (MIN_MISSES if is_recent else MIN_OLD_MISSES):
@@ -160,12 +175,13 @@ class Granularity:
             if self.floor_tokens and not self.block_tokens:
                 self._set_block(self._divisor)  # a guess, corrected by the next count: nothing shorter was reused
             if held_tokens <= self._longest_miss:
-                self._misses = self._longest_miss = self.floor_tokens = 0
+                self._misses = self._long_misses = self._longest_miss = self.floor_tokens = 0
             elif self.floor_tokens:
                 self._set_floor()
 
     def _set_floor(self) -> None:
-        self.floor_tokens = min(FLOOR_GROWTH * self._longest_miss, self._shortest_hit - 1)
+        most = self._shortest_hit - 1 if self._long_misses >= MIN_LONG_MISSES else MAX_FLOOR_TOKENS
+        self.floor_tokens = min(FLOOR_GROWTH * self._longest_miss, self._shortest_hit - 1, most)
 
     @property
     def is_coarse(self) -> bool:

@@ -74,7 +74,7 @@ class EngineFindings:
         self._usage_reports = usage_reports
         self._ranks = ranks
         self._started: dict[int, float] = {}
-        self._capacity_tokens: dict[int, int] = {}
+        self._rooms: dict[int, tuple[int, int | None]] = {}  # capacity in tokens, and slots, by replica
         self._limits: dict[int, LearnedLimit] = {}
 
     def apply(self, number: int, endpoint: ReplicaEndpoint, found: Found, now_seconds: float) -> None:
@@ -110,7 +110,7 @@ class EngineFindings:
         """Drop what is known of a replica that is gone for good."""
         self._limits.pop(number, None)
         self._started.pop(number, None)
-        self._capacity_tokens.pop(number, None)
+        self._rooms.pop(number, None)
 
     def _note_start(self, number: int, started_unix_seconds: float) -> None:
         """Start a new epoch if the engine was restarted: its cache is empty."""
@@ -124,14 +124,14 @@ class EngineFindings:
             self._journal.new_epoch(number)
 
     def _set_capacity(self, number: int, tokens: int, slots: int | None) -> None:
-        """Set a budget when it is new: setting it again would undo what was learned from responses since.
+        """Set a budget and slots when they are new: setting it again would undo what was learned from responses since.
 
         A worker that starts among others sets it only if their index has no budget for the replica yet.
         """
-        first = number not in self._capacity_tokens
-        if self._capacity_tokens.get(number) == tokens:
+        first = number not in self._rooms
+        if self._rooms.get(number) == (tokens, slots):
             return
-        self._capacity_tokens[number] = tokens
+        self._rooms[number] = (tokens, slots)
         self._journal.set_capacity(number, tokens, slots)
         if not (first and self._journal.knows_budget(number)):
             self._journal.set_budget(number, tokens)

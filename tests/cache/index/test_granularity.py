@@ -9,6 +9,7 @@ from cache.index.granularity import (
     FLOOR_GROWTH,
     MAX_FLOOR_TOKENS,
     MIN_ENDS,
+    MIN_LONG_MISSES,
     MIN_MISSES,
     MIN_OLD_MISSES,
     MIN_REPEATED,
@@ -101,11 +102,28 @@ def test_the_first_count_after_misses_is_taken_for_a_block_until_another_comes()
     assert known.block_tokens == 16
 
 
-def test_no_engine_has_blocks_as_long_as_the_longest_prompts():
+@pytest.mark.parametrize(("is_recent", "had_hit"), [(False, False), (True, True)])
+def test_no_engine_has_blocks_as_long_as_the_longest_prompts(is_recent, had_hit):
+    """They may have been evicted, or an engine that reused one before has another reason now."""
     known = Granularity()
-    for _ in range(MIN_OLD_MISSES):
-        known.observe_miss(MAX_FLOOR_TOKENS + 1, is_recent=True)
+    if had_hit:
+        known.observe_hit(5 * MAX_FLOOR_TOKENS)
+    for _ in range(4 * MIN_LONG_MISSES):
+        known.observe_miss(2 * MAX_FLOOR_TOKENS, is_recent=is_recent)
     assert known.floor_tokens == 0
+
+
+def test_of_an_engine_that_never_reuses_anything_nothing_is_expected_until_it_does():
+    """However long the prompts are: its cache is turned off."""
+    known, held = Granularity(), 2 * MAX_FLOOR_TOKENS
+    for _ in range(MIN_LONG_MISSES - 1):
+        known.observe_miss(held, is_recent=True)
+    assert known.usable(held) == held
+    for _ in range(MIN_MISSES):
+        known.observe_miss(held, is_recent=True)
+    assert (known.usable(held), known.is_coarse) == (0, True)
+    known.observe_hit(held)
+    assert known.usable(held) == held
 
 
 def test_small_blocks_make_no_difference_to_routing():

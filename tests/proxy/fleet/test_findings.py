@@ -55,3 +55,13 @@ def test_a_stated_capacity_is_told_with_its_slots_and_is_a_budget_only_when_it_i
         found.apply(0, endpoint, Found(None, EngineFacts(capacity_tokens=tokens, slots=4)), 0.0)
     assert told.capacities == [(0, 500, 4), (0, 600, 4)]
     assert told.budgets == budgets
+
+
+def test_an_engine_that_comes_back_with_the_same_room_in_other_slots_has_those() -> None:
+    """llama.cpp divides its context among the slots."""
+    told = Told()
+    found = findings(told)
+    endpoint = ReplicaEndpoint("r0", "p", URL, Origin.parse(URL))
+    for slots in (4, 4, 8):
+        found.apply(0, endpoint, Found(None, EngineFacts(capacity_tokens=500, slots=slots)), 0.0)
+    assert told.capacities == [(0, 500, 4), (0, 500, 8)]
