@@ -124,7 +124,7 @@ class EngineFindings:
             self._journal.new_epoch(number)
 
     def _set_capacity(self, number: int, tokens: int, slots: int | None) -> None:
-        """Set a budget and slots when they are new: setting it again would undo what was learned from responses since.
+        """Set a budget and slots when they are new: setting them again would undo what was learned from responses.
 
         A worker that starts among others sets it only if their index has no budget for the replica yet.
         """

@@ -126,7 +126,11 @@ class ColdTurns:
         if urgency.deadline_seconds is None or plan is None:
             return
         exchange.deadline_seconds = call.received_seconds + urgency.deadline_seconds
-        soonest = min(map(_first_token_seconds, plan.candidates))
+        # a rate that is only guessed may be far too low, and would never be measured if everything were refused
+        knows_rate = self._gate.knows_rate
+        soonest = min(
+            [_first_token_seconds(each) if knows_rate(each.replica.id) else 0.0 for each in plan.candidates]
+        )
         if now + soonest > exchange.deadline_seconds:
             raise DeadlineUnreachable(
                 f"The first token would come after {soonest:.1f} s, which is past the deadline.",

@@ -226,6 +226,10 @@ class ColdGate:
             most = max(most, capacity)
         return short_tokens(most)
 
+    def knows_rate(self, replica: int) -> bool:
+        """Return True if a replica's prefill rate is configured or was measured, and not only guessed."""
+        return self._fleet.measured_rate(replica) is not None
+
     def was_pressed(self, pool: str) -> bool:
         """Return True if the last turn that was judged found cold turns of a pool waiting. Takes no time."""
         return self.pool(pool).pressure.is_holding

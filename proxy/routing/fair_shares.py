@@ -96,6 +96,8 @@ class TenantShares:
     def seen(self, tenant: str, weight: float, now_seconds: float) -> None:
         """Note a request of the tenant, whether or not it will wait."""
         self._seen[tenant] = now_seconds, weight
+        if len(self._seen) > MAX_TENANTS:
+            self._check(now_seconds)  # else those that are no longer active would stay until requests wait
 
     @property
     def has_several(self) -> bool:

@@ -40,11 +40,11 @@ class Templates:
 class Gated:
     """Cold turns over real replicas, index, planner and gate, in one worker."""
 
-    def __init__(self, replicas: int = 2, *, pressed: bool = True) -> None:
+    def __init__(self, replicas: int = 2, *, pressed: bool = True, rate: float | None = RATE) -> None:
         self.clock, self.fleet, self.index = FakeClock(), Fleet(lambda: 0.5), PrefixIndex()
         self.shares, self.tasks = TenantShares(), Tasks()
         for number in range(replicas):
-            self.fleet.add(ReplicaSpec(f"r{number}", POOL, prefill_tokens_per_second=RATE))
+            self.fleet.add(ReplicaSpec(f"r{number}", POOL, prefill_tokens_per_second=rate))
         self.gate = ColdGate(
             self.fleet,
             lambda number: CAPACITY,
@@ -306,6 +306,12 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once(
         return
     with pytest.raises(error):
         gated.cold_turns.admit(exchange)
+
+
+async def test_a_deadline_is_not_refused_for_a_rate_that_is_only_guessed() -> None:
+    """A new fleet would never show how fast it is, if every request with a deadline were refused."""
+    gated = Gated(pressed=False, rate=None)
+    assert gated.cold_turns.admit(gated.planned(headers=((b"x-request-deadline", b"0.1"),))) is None
 
 
 async def test_the_time_that_a_request_took_to_arrive_is_part_of_its_deadline() -> None:

@@ -38,6 +38,9 @@ class FakeFleet:
     def sent_seconds(self, number: int, now_seconds: float) -> float:
         return self.pending[number] / 10_000.0
 
+    def measured_rate(self, number: int) -> float:
+        return 10_000.0
+
 
 class FakeClaims:
     """Claims without a Redis. `answer` is given to every request for one; CacheError is raised."""

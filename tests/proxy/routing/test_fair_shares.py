@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.routing.fair_shares import (
+    ACTIVE_SECONDS,
     FLOOR,
     MAX_OWED_TOKENS,
+    MAX_TENANTS,
     QUANTUM_TOKENS,
     SENDS,
     Claimant,
@@ -262,3 +264,12 @@ def test_a_tenant_that_comes_back_is_lifted_to_the_others_and_no_further():
         shares.serve("b", QUANTUM_TOKENS)
     shares.serve("a", QUANTUM_TOKENS)
     assert abs(shares.round_of("a") - shares.round_of("b")) <= 1
+
+
+def test_tenants_that_are_no_longer_active_are_forgotten_even_if_no_request_ever_waits():
+    """Without listed clients every key is a tenant, and a client may invent as many as it likes."""
+    shares = TenantShares()
+    for number in range(5 * MAX_TENANTS):
+        shares.seen(f"key {number}", 1.0, number * 10.0 * ACTIVE_SECONDS / MAX_TENANTS)
+    assert len(shares._seen) <= MAX_TENANTS + 1  # noqa: SLF001 - nothing else shows it
+    assert shares.share_of(f"key {5 * MAX_TENANTS - 1}", 5e9) == 1.0
