@@ -138,6 +138,26 @@ async def test_a_turn_waits_until_a_replica_is_quiet():
     assert waiting.done()
 
 
+async def test_a_busy_replica_takes_one_cold_turn_in_each_rest():
+    """Counted from the last one that it took, although others wait since before."""
+    bench = Bench(1)
+    rest_seconds = bench.gate.limits.rest_seconds
+    bench.fleet.pending[0] = 1e6
+    first, second = bench.begin(), bench.begin()
+    await settle()
+    for waited_seconds, done in ((rest_seconds - 0.5, (False, False)), (0.5, (True, False))):
+        bench.clock.advance(waited_seconds)
+        bench.gate.changed()
+        await settle()
+        assert (first.done(), second.done()) == done
+    first.result().release()
+    for waited_seconds, done in ((0.0, False), (rest_seconds - 0.5, False), (0.5, True)):
+        bench.clock.advance(waited_seconds)
+        bench.gate.changed()
+        await settle()
+        assert second.done() is done
+
+
 @pytest.mark.parametrize("pace", [1.0, 0.2])
 async def test_under_pressure_a_turn_spares_the_sessions_whose_turn_has_just_ended(pace: float):
     """It waits while they and what runs leave no room, and goes as soon as one of them rests no longer."""
@@ -267,8 +287,10 @@ async def test_the_memory_of_waiting_bodies_is_bounded():
     bench.fleet.pending[0] = 1e6
     waiting = [bench.begin(), bench.begin()]
     await settle()
+    assert (bench.gate.admitted, bench.gate.refused) == (0, 0)
     with pytest.raises(RateLimited):
         await bench.gate.wait(bench.turn(), bench.verdict(bench.turn()))
+    assert (bench.gate.admitted, bench.gate.refused) == (0, 1)
     assert not any(each.done() for each in waiting)
 
 
@@ -282,7 +304,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once():
     with pytest.raises(DeadlineUnreachable):
         await bench.gate.wait(hopeless, bench.verdict(hopeless))
     tight = bench.turn(deadline_seconds=bench.clock.monotonic() + 0.01)
-    with pytest.raises(DeadlineUnreachable):
+    with pytest.raises(DeadlineUnreachable, match=r"^The deadline passed while the request waited for a replica\.$"):
         await bench.gate.wait(tight, bench.gate.judge(tight, TurnKind.SHORT, ()))
     assert not before.done()
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from proxy.routing.cold_pressure import (
     CROWDED_SECONDS,
+    CROWDED_SHARE,
+    ENDED_AFTER_PAUSES,
+    FIRST_PAUSE_SECONDS,
     MEMORY_SECONDS,
     MIN_COMPUTED_TOKENS,
     RESTING_SECONDS,
@@ -19,6 +22,22 @@ def test_a_prompt_that_continues_a_served_one_is_known_to_that_depth():
     assert served.depth([1, 2, 3, 4, 5, 6]) == 4
     assert served.depth([1, 2, 3, 9, 10]) == 3
     assert served.depth([1, 2, 8]) == 0
+
+
+def test_a_prompt_that_continues_one_of_a_single_block_is_known_too():
+    """As short agents' prompts are in large blocks."""
+    served = ServedPrompts()
+    served.note([1], 0, 1.0, 0.0, 0.0)
+    assert served.depth([1, 2, 3]) == 1
+
+
+def test_a_session_needs_its_room_for_as_long_as_its_next_turn_may_come():
+    """At the last moment, too."""
+    served = ServedPrompts()
+    served.note([1, 2, 3], 0, 3_000.0, 1_000.0, 0.0)
+    last_seconds = ENDED_AFTER_PAUSES * FIRST_PAUSE_SECONDS
+    assert served.needed_tokens(last_seconds) == 2_000.0
+    assert served.needed_tokens(last_seconds + 0.1) == 0.0
 
 
 def test_only_the_latest_prompts_are_remembered():
@@ -78,6 +97,13 @@ def test_with_long_queues_everywhere_less_is_enough():
     pressure = ColdPressure()
     pressure.observe(100_000, 20_000, 0.0)
     assert not pressure.is_on(CROWDED_SECONDS - 0.1, 0)
+    assert pressure.is_on(CROWDED_SECONDS, 0)
+
+
+def test_exactly_the_share_for_crowded_replicas_is_enough():
+    """As with half, if they are not crowded."""
+    pressure = ColdPressure()
+    pressure.observe(100_000, CROWDED_SHARE * 100_000, 0.0)
     assert pressure.is_on(CROWDED_SECONDS, 0)
 
 

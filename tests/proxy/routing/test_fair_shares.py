@@ -174,6 +174,17 @@ def test_work_of_a_process_that_is_gone_stays_counted():
     assert here.round_of("a") == 5
 
 
+def test_a_process_that_begins_anew_under_the_same_name_adds_to_what_is_counted():
+    """Its counts begin at zero again, and are not the difference from those of its predecessor."""
+    here = TenantShares()
+    for _ in range(2):
+        there = TenantShares()
+        there.serve("a", 5 * QUANTUM_TOKENS)
+        here.absorb("there", there.rows(), 0.0)
+        here.forget("there")
+    assert here.round_of("a") == 10
+
+
 def test_a_row_that_is_a_replicas_changes_nothing():
     """The rows travel beside those of replicas."""
     here = TenantShares()
