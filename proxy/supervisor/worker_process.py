@@ -34,6 +34,7 @@ from proxy.control.messages import (
     WorkerReport,
 )
 from proxy.control.readiness import WorkerView
+from proxy.supervisor.silence import SILENCE_LIMIT_SECONDS, WorkerSilence, cpu_wait_seconds
 from proxy.supervisor.sockets import ListenError, is_shared, renewed
 from proxy.tasks import Tasks
 
@@ -45,7 +46,6 @@ PAUSE_MOST_SECONDS = 5.0
 KILL_MARGIN_SECONDS = 2.0  # after the deadline of a drain, for the worker's own clean-up
 FINAL_READ_SECONDS = 1.0  # to read what a worker had sent before it ended
 SILENCE_CHECK_SECONDS = 0.5
-SILENCE_LIMIT_SECONDS = 5.0  # a worker that sends nothing for this long is frozen and is killed
 
 log = logging.getLogger("cairn.supervisor")
 
@@ -256,7 +256,7 @@ class WorkerProcess:
         self._handover = handover
         start_limit = asyncio.get_running_loop().call_later(START_LIMIT_SECONDS, self._kill_unless_ready, process)
         receiving: asyncio.Task[None] | None = None
-        watching = self._tasks.start(self._watch_silence(), f"worker-{self.number}-silence")
+        watching = self._tasks.start(self._watch_silence(process.pid), f"worker-{self.number}-silence")
         try:
             self._channel = await Channel.open(ours, FromWorker)
             receiving = self._tasks.start(self._receive(self._channel), f"worker-{self.number}")
@@ -312,9 +312,9 @@ class WorkerProcess:
             assert isinstance(message, ReloadRefused)  # noqa: S101 - the union has no other
             self._watcher.reload_refused(self.number, message.why)
 
-    async def _watch_silence(self) -> None:
+    async def _watch_silence(self, pid: int) -> None:
         """Kill a worker that is ready and sends nothing: its loop is blocked, or the process is stopped."""
-        checked_seconds = self._clock.monotonic()
+        checked_seconds, silence = self._clock.monotonic(), WorkerSilence()
         while True:
             await asyncio.sleep(SILENCE_CHECK_SECONDS)
             now_seconds = self._clock.monotonic()
@@ -322,7 +322,7 @@ class WorkerProcess:
                 # this process was stopped or blocked itself: the worker's messages may still be unread
                 self._message_seconds = now_seconds
             checked_seconds = now_seconds
-            if self.ready and now_seconds - self._message_seconds >= SILENCE_LIMIT_SECONDS:
+            if silence.is_frozen(now_seconds, self._message_seconds, cpu_wait_seconds(pid)) and self.ready:
                 log.error("worker %d has not responded for %.0f s; killing it", self.number, SILENCE_LIMIT_SECONDS)
                 self._kill()
                 return

@@ -15,7 +15,8 @@ from benchmarks.common import cpu
 from proxy.fleet.health import FACTS_SECONDS
 from proxy.fleet.silence import UNANSWERED_CHECKS
 from proxy.supervisor import private_store
-from proxy.supervisor.worker_process import DEATHS_TO_REPORT, SILENCE_LIMIT_SECONDS
+from proxy.supervisor.silence import SILENCE_LIMIT_SECONDS
+from proxy.supervisor.worker_process import DEATHS_TO_REPORT
 from tests.chaos import dialogue, scene, stack
 from tests.chaos.load import Connection
 from tests.chaos.scene import PASSWORD, Scene, Store

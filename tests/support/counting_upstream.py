@@ -233,9 +233,9 @@ def _negative(f: Figures) -> Case:
 
 
 def _more_cached_than_prompt(f: Figures) -> Case:
-    clamped = Figures(f.prompt, f.prompt, 0, 0, f.output)
+    """What cannot be is ignored: how much was cached is then unknown."""
     usage = _openai(f, f.prompt, cached_tokens=f.prompt + 100)
-    return Case(CHAT, False, _plain(usage), _counts(clamped, inconsistent=1))
+    return Case(CHAT, False, _plain(usage), _counts(_nothing_cached(f), unknown=f.prompt, inconsistent=1))
 
 
 def _moonshot(f: Figures) -> Case:

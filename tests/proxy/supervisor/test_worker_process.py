@@ -17,6 +17,7 @@ import pytest
 from proxy.clock import Clock, SystemClock
 from proxy.config.load import Config, Pool, Replica
 from proxy.control.messages import Announced, Explain, WorkerReport
+from proxy.supervisor import silence
 from proxy.supervisor import worker_process as slot_module
 from proxy.supervisor.sockets import open_one
 from proxy.supervisor.worker_process import (
@@ -209,7 +210,8 @@ async def test_a_frozen_worker_is_killed_and_replaced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It sends no heartbeat."""
-    monkeypatch.setattr(slot_module, "SILENCE_LIMIT_SECONDS", 1.5)
+    for module in (slot_module, silence):
+        monkeypatch.setattr(module, "SILENCE_LIMIT_SECONDS", 1.5)
     async with tiny_worker(SystemClock()) as (worker, watcher):
         assert worker.pid is not None
         frozen = worker.pid

@@ -220,6 +220,18 @@ def test_a_long_body_of_known_length_is_whole_and_leaves_the_connection_in_step(
         assert answered.body_now() == b"next"
 
 
+def test_the_rest_of_a_long_body_of_known_length_is_not_copied() -> None:
+    """A reader gets the bytes objects that the event loop read; a short one goes through the parser, which copies."""
+    for size, copied in ((200_000, False), (20_000, True)):
+        wire = Wire()
+        answered = wire.begin()
+        head, _, body = answer(b"y" * size).partition(b"\r\n\r\n")
+        wire.feed(head + b"\r\n\r\n" + body[:100])
+        piece = body[100:10_100]
+        wire.feed(piece)
+        assert (answered.chunks[-1] is not piece) is copied
+
+
 @pytest.mark.parametrize("kept", [1_000, 150_000, len(LONG) - 1])
 def test_a_long_body_that_ends_too_early_is_broken(kept: int) -> None:
     wire = Wire()
@@ -339,6 +351,19 @@ def test_a_head_too_large_is_refused_too_when_it_comes_in_one_read_with_its_body
         assert failed(answered) is refused
         if refused:
             assert error_of(answered).message == "the upstream's response has too large a head"
+
+
+@pytest.mark.parametrize(("over_bytes", "refused"), [(0, False), (1, True)])
+def test_a_head_in_one_read_with_its_body_may_have_as_many_bytes_as_the_limit_says(
+    over_bytes: int, refused: bool
+) -> None:
+    """Its reason and its header lines count."""
+    others_bytes = len(b"OK" + b"Content-Length: 5000\r\n" + b"X: \r\n")
+    wire = Wire()
+    answered = wire.begin()
+    value = b"x" * (LIMITS.max_head_bytes - others_bytes + over_bytes)
+    wire.feed(answer(b"y" * 5_000, headers=[b"X: " + value]))
+    assert failed(answered) is refused
 
 
 def test_the_error_for_each_end_says_where_it_came() -> None:
