@@ -27,7 +27,7 @@ from proxy.routing.cold_admission import (
 )
 from proxy.routing.cold_pressure import ColdPressure, ServedPrompts
 from proxy.routing.shortest_job import ShortestJobQueue
-from proxy.routing.warm_wait import PATIENCE_SECONDS
+from proxy.routing.warm_wait import AGEING, PATIENCE_SECONDS
 
 LOOK_SECONDS = 0.5
 """Interval of looking for a turn that may go while turns wait, in addition to every first token and end."""
@@ -121,7 +121,7 @@ class Gated(Cairn):
             self._go(request, now, send, free)
             return
         best = min(good, key=lambda each: (pending[each], each))
-        line = gate.warm.setdefault(best, ShortestJobQueue(PATIENCE_SECONDS))
+        line = gate.warm.setdefault(best, ShortestJobQueue(PATIENCE_SECONDS, AGEING))
         line.join((request, send, now), uncached[best] / PREFILL_TOKENS_PER_SECOND, now)
         self._plan_look(gate, now)
 

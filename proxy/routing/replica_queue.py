@@ -14,7 +14,7 @@ from typing import Final
 from proxy.clock import Clock
 from proxy.errors import CairnError, DeadlineUnreachable, Overloaded, RateLimited
 from proxy.routing.fair_shares import Claimant, FairQueue, Share, TenantShares
-from proxy.routing.shortest_job import ShortestJobQueue
+from proxy.routing.shortest_job import AGEING, ShortestJobQueue
 
 RECHECK_SECONDS: Final = 0.05
 """Interval at which waiting requests check whether other processes leave places free."""
@@ -76,6 +76,7 @@ class ReplicaQueue:
         *,
         shares: TenantShares | None = None,
         is_crowded: Callable[[], bool] | None = None,
+        ageing: float = AGEING,
     ) -> None:
         self._limit = limit
         self._limits = limits
@@ -85,6 +86,7 @@ class ReplicaQueue:
         self._checks = 0
         self._shares = shares or TenantShares()
         self._is_crowded = is_crowded
+        self._ageing = ageing
         self._waiting: FairQueue[asyncio.Future[None]] = FairQueue(self._shares, self._make_line)
         self._running = 0
         self._starting = 0  # requests that were let go and whose tasks have not run yet
@@ -188,7 +190,7 @@ class ReplicaQueue:
             self._wake()
 
     def _make_line(self) -> ShortestJobQueue[Claimant[asyncio.Future[None]]]:
-        return ShortestJobQueue(self._limits.deadline_seconds)
+        return ShortestJobQueue(self._limits.deadline_seconds, self._ageing)
 
     def _has_room(self) -> bool:
         if self._is_crowded is not None and (self._starting or self._is_crowded()):

@@ -21,6 +21,12 @@ from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 PATIENCE_SECONDS: Final = 120.0
 """After this time a turn is judged again even if its replica is busy."""
 
+AGEING: Final = 0.01
+"""Seconds of work that one second of waiting is worth, a tenth of that in other queues: a prompt whose end was
+evicted goes after those that are still held as a whole, so that these stay so. With 0.1, 5 % fewer turns are served.
+After half of `PATIENCE_SECONDS` the order is that of arrival.
+"""
+
 MAX_WAITING: Final = 1_024
 """Turns that wait for one replica; beyond that they are sent at once."""
 
@@ -114,6 +120,7 @@ class WarmQueues:
             _unlimited,  # so that it checks whether the replica has become quiet
             shares=self._shares,
             is_crowded=partial(self._has_work, replica),
+            ageing=AGEING,
         )
 
     def _has_work(self, replica: int) -> bool:

@@ -28,6 +28,8 @@ RATE = 1_000.0  # tokens a second
 CAPACITY = 100_000.0  # tokens of a cache, so that up to 1,000 to compute are few
 COLD_TOKENS = 2_250.0  # of a prompt of 9,000 bytes, about
 BUSY_TOKENS = 50_000.0
+HELD, HELD_TOKENS = "x" * 14_000, 3_500
+OWN = 4_800  # bytes that a warm turn adds: over 1,000 tokens, and less than three tenths of its prompt
 
 
 class Templates:
@@ -197,13 +199,13 @@ async def test_a_few_tokens_or_a_prompt_without_pressure_do_not_wait() -> None:
 async def test_under_pressure_a_warm_prompt_goes_only_where_about_as_much_of_it_is_held() -> None:
     """Elsewhere it would evict what another session needs, so it waits; without pressure the load decides."""
     gated = Gated(pressed=False)
-    gated.hold(1, "x" * 9_000, tokens=2_250)
+    gated.hold(1, HELD, tokens=HELD_TOKENS)
     gated.make_busy(1)
-    exchange = gated.planned("x" * 9_000 + "y" * 6_000)
+    exchange = gated.planned(HELD + "y" * OWN)
     assert gated.cold_turns.admit(exchange) is None
     assert replicas_of(exchange) == [0, 1]
     gated.gate.observe(POOL, 100_000, 90_000)
-    exchange = gated.planned("x" * 9_000 + "y" * 6_000)
+    exchange = gated.planned(HELD + "y" * OWN)
     waits = gated.begin(exchange)
     await turns()
     assert (waits.done(), gated.gate.warm.waiting(1), gated.waiting()) == (False, 1, 0)
@@ -212,14 +214,14 @@ async def test_under_pressure_a_warm_prompt_goes_only_where_about_as_much_of_it_
     assert (gated.gate.warm.waiting(1), gated.gate.waiting_bytes) == (0, 0)
 
 
-@pytest.mark.parametrize("own", [6_000, 40], ids=["warm", "short"])
+@pytest.mark.parametrize("own", [OWN, 40], ids=["warm", "short"])
 async def test_under_pressure_a_warm_prompt_goes_once_its_replica_is_quiet(own: int) -> None:
     """To that replica, and its work was counted while it waited."""
     gated = Gated()
-    gated.hold(1, "x" * 9_000, tokens=2_250)
+    gated.hold(1, HELD, tokens=HELD_TOKENS)
     charges = gated.make_busy(1)
     gated.gate.is_pressed(POOL, gated.fleet.snapshot(POOL, gated.clock.monotonic()))
-    exchange = gated.planned("x" * 9_000 + "y" * own)
+    exchange = gated.planned(HELD + "y" * own)
     waits = gated.begin(exchange)
     await turns()
     gated.clock.advance(3.0)
@@ -235,8 +237,8 @@ async def test_under_pressure_a_warm_prompt_goes_once_its_replica_is_quiet(own: 
 async def test_a_warm_prompt_that_would_wait_is_told_how_long() -> None:
     """For the work that was sent to its replica and the turns that wait there; without either it would not wait."""
     gated = Gated()
-    gated.hold(1, "x" * 9_000, tokens=2_250)
-    prompts = ["x" * 9_000 + own * 6_000 for own in "yz"]
+    gated.hold(1, HELD, tokens=HELD_TOKENS)
+    prompts = [HELD + own * OWN for own in "yz"]
     gated.gate.is_pressed(POOL, gated.fleet.snapshot(POOL, gated.clock.monotonic()))
     idle = gated.cold_turns.judge(gated.planned(prompts[0]))
     assert idle is not None
@@ -250,7 +252,7 @@ async def test_a_warm_prompt_that_would_wait_is_told_how_long() -> None:
     assert verdict is not None
     assert (verdict.kind, verdict.waits, "busy" in verdict.reason) == (TurnKind.WARM, True, True)
     assert sent_only.seconds > 0.0
-    assert verdict.seconds == pytest.approx(sent_only.seconds + 6_000 / 4 / RATE, rel=0.05)
+    assert verdict.seconds == pytest.approx(sent_only.seconds + OWN / 4 / RATE, rel=0.05)
     assert gated.gate.warm_waiting_by_client() == {(Priority.NORMAL, ""): 1}
     waits.cancel()
     await turns()
@@ -261,9 +263,9 @@ async def test_a_warm_prompt_that_would_wait_is_told_how_long() -> None:
 async def test_a_warm_prompt_that_was_evicted_while_it_waited_waits_as_a_cold_one() -> None:
     """In the place of its arrival: before a cold one that came after it."""
     gated = Gated()
-    gated.hold(1, "x" * 9_000, tokens=2_250)
+    gated.hold(1, HELD, tokens=HELD_TOKENS)
     charges = gated.make_busy(0, 1)
-    exchange = gated.planned("x" * 9_000 + "y" * 6_000)
+    exchange = gated.planned(HELD + "y" * OWN)
     warm = gated.begin(exchange)
     await turns()
     gated.clock.advance(1.0)

@@ -11,6 +11,7 @@ from proxy.routing.cold_admission import (
     NEW_AFTER_SECONDS,
     PATIENCE_SECONDS,
     QUIET_SECONDS,
+    RESERVED_SHARE,
     REST_SECONDS,
     SHORT_TOKENS,
     ColdQueue,
@@ -38,13 +39,13 @@ def room(replica: int = 0, pending: float = 0.0, running: float = 0.0, capacity:
     [
         (4_096, 4_096, TurnKind.SHORT),
         (100_000, SHORT_TOKENS, TurnKind.SHORT),
-        (100_000, 50_000, TurnKind.WARM),
-        (100_000, 50_001, TurnKind.COLD),
+        (100_000, 30_000, TurnKind.WARM),
+        (100_000, 30_001, TurnKind.COLD),
         (5_000, 5_000, TurnKind.COLD),
     ],
 )
 def test_a_turn_is_short_warm_or_cold_by_what_the_best_replica_lacks(prompt, uncached, kind):
-    """Short by tokens, warm by half of the prompt."""
+    """Short by tokens, warm by a share of the prompt."""
     assert classify(prompt, uncached) is kind
 
 
@@ -95,10 +96,23 @@ def test_under_pressure_a_turn_leaves_resting_sessions_alone_for_a_minute():
     def resting(replica: int, tokens: float, running: float = 600_000.0) -> ReplicaRoom:
         return ReplicaRoom(replica, 0.0, running, 1e6, own_share=0.5, resting_tokens=tokens)
 
-    rooms = [resting(0, 300_000), resting(1, 300_001), resting(2, 900_000, running=0.0)]
-    assert queue.open_to(waiting, rooms, PATIENCE_SECONDS - 0.1, is_pressed=True) == {0, 2}
+    most = (1.0 - RESERVED_SHARE) * 1e6 / 0.5 - 700_000.0
+    rooms = [resting(0, most), resting(1, most + 1), resting(2, 2 * most, running=0.0)]
+    assert queue.open_to(waiting, rooms, 0.0, is_pressed=True) == {0, 2}
     assert queue.open_to(waiting, rooms, 0.0, is_pressed=False) == {0, 1, 2}
+    assert queue.open_to(waiting, rooms, PATIENCE_SECONDS - 0.1, is_pressed=True) == {0, 2}
     assert queue.open_to(waiting, rooms, PATIENCE_SECONDS, is_pressed=True) == {0, 1, 2}
+
+
+def test_the_minute_begins_when_a_turn_is_the_first():
+    """If twice as many sessions are active as fit, all wait for longer; each would go without sparing any."""
+    queue: ColdQueue[str] = ColdQueue()
+    first, second = queue.join(turn(), 0.0), queue.join(turn(), 0.0)
+    rooms = [ReplicaRoom(0, 0.0, 600_000.0, 1e6, resting_tokens=900_000.0)]
+    for waiting, begins in ((first, 0.0), (second, PATIENCE_SECONDS)):
+        assert queue.open_to(waiting, rooms, begins, is_pressed=True) == set()
+        assert queue.open_to(waiting, rooms, begins + PATIENCE_SECONDS - 0.1, is_pressed=True) == set()
+        assert queue.open_to(waiting, rooms, begins + PATIENCE_SECONDS, is_pressed=True) == {0}
 
 
 def test_a_replica_that_is_never_quiet_takes_a_cold_turn_once_in_a_minute():
