@@ -1,12 +1,17 @@
-"""`python -m benchmarks.agents.live [FILE]`: the closed loop over HTTP, against simulated engines in scaled time."""
+"""`python -m benchmarks.agents.live [FILE]`: the closed loop over HTTP, against simulated engines in scaled time.
+
+Some routers' results depend on which sessions meet at which engine, so several sets of sessions are made up, by seeds
+that are fixed beforehand, and the mean over all sets is shown with the least and the most.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
+from statistics import fmean
 
 import aiohttp
 import click
@@ -31,7 +36,7 @@ SESSIONS = 400
 
 
 class Turns(msgspec.Struct, frozen=True):
-    """Result of one router. Times are in the engines' seconds."""
+    """Result of one router and set of sessions. Times are in the engines' seconds."""
 
     turns_per_hour: float
     hit_share: float
@@ -111,27 +116,46 @@ class _Drive:
 @click.option("--capacity", default=1_000_000, show_default=True, help="tokens that each engine's cache holds")
 @click.option("--speed", default=10.0, show_default=True, help="how much faster than the clock time runs")
 @click.option("--seconds", default=2_400.0, show_default=True, help="of the engines, of which a third is warm-up")
+@click.option("--seeds", default="1,2,3", show_default=True, help="of the sets of sessions that are made up")
 @click.option("--only", default="", help="these rows, by semicolons")
 def main(
-    sessions: Path | None, x: float, engines: int, capacity: int, speed: float, seconds: float, only: str
+    sessions: Path | None,
+    x: float,
+    engines: int,
+    capacity: int,
+    speed: float,
+    seconds: float,
+    seeds: str,
+    only: str,
 ) -> None:
-    """Compare routers on SESSIONS (.jsonl or .jsonl.gz), or on sessions made up."""
+    """Compare routers on SESSIONS (.jsonl or .jsonl.gz), or on sets of sessions made up."""
     end_on_signals()
-    made = read_sessions(sessions) if sessions is not None else synthetic(SESSIONS)
-    shared = shared_blocks(made)
-    active = max(round(x * engines * capacity / unshared_tokens(made)), 1)
-    loop = Loop(active, engines, capacity, seconds, seconds / 3)
+    if sessions is None:
+        sets = {f"set {seed}": synthetic(SESSIONS, int(seed)) for seed in seeds.split(",")}
+    else:
+        sets = {sessions.name: read_sessions(sessions)}
     wanted = [part.strip() for part in only.split(";") if part.strip()]
-    console, rows = Console(width=130), []
-    for name in (row for row in ROWS if not wanted or row in wanted):
-        with scratch_folder() as folder, ExitStack() as stack:
-            plan = Plan(engines, capacity, speed, Path(folder), pins=True)
-            try:
-                rows.append((name, asyncio.run(_measure(name, plan, endless(made, shared), loop, stack))))
-            except StartFailed as failure:
-                console.print(f"left out: {failure}", highlight=False)
-    title = f"{engines} engines of {capacity:,} tokens, {active} sessions that need {x:g} x that, time x{speed:g}"
-    console.print(_table(title, rows))
+    console, results = Console(width=130), dict[str, dict[str, Turns]]()
+    for set_name, made in sets.items():
+        active = max(round(x * engines * capacity / unshared_tokens(made)), 1)
+        loop = Loop(active, engines, capacity, seconds, seconds / 3)
+        for name in (row for row in ROWS if not wanted or row in wanted):
+            turns = _run(name, made, loop, speed, console)
+            if turns is not None:
+                results.setdefault(name, {})[set_name] = turns
+    title = f"{engines} engines of {capacity:,} tokens, sessions that need {x:g} x that, time x{speed:g}"
+    console.print(_table(title, results))
+
+
+def _run(name: str, made: list[Session], loop: Loop, speed: float, console: Console) -> Turns | None:
+    """Run one set of sessions through one router; return None if it cannot be started."""
+    with scratch_folder() as folder, ExitStack() as stack:
+        plan = Plan(loop.replicas, loop.capacity_tokens, speed, Path(folder), pins=True)
+        try:
+            return asyncio.run(_measure(name, plan, endless(made, shared_blocks(made)), loop, stack))
+        except StartFailed as failure:
+            console.print(f"left out: {failure}", highlight=False)
+            return None
 
 
 async def _measure(name: str, plan: Plan, sessions: Iterator[Session], loop: Loop, stack: ExitStack) -> Turns:
@@ -140,22 +164,45 @@ async def _measure(name: str, plan: Plan, sessions: Iterator[Session], loop: Loo
     return drive.turns()
 
 
-def _table(title: str, rows: list[tuple[str, Turns]]) -> Table:
+def _table(title: str, results: dict[str, dict[str, Turns]]) -> Table:
+    """Show each router's mean over all sets, and below it the sets if there are several."""
     table = Table(title=title)
-    for heading in ("router", "turns/h", "hit %", "mean TTFT s", "p50", "p99", "max", "failed"):
+    for heading in ("router", "turns/h", "least - most", "hit %", "mean TTFT s", "p50", "p99", "max", "failed"):
         table.add_column(heading, justify="left" if heading == "router" else "right", no_wrap=True)
-    for name, turns in rows:
-        table.add_row(
-            name,
-            f"{turns.turns_per_hour:,.0f}",
-            f"{100 * turns.hit_share:.1f}",
-            f"{turns.mean_ttft_seconds:.2f}",
-            f"{turns.p50_ttft_seconds:.2f}",
-            f"{turns.p99_ttft_seconds:.1f}",
-            f"{turns.max_ttft_seconds:.0f}",
-            str(turns.failed),
-        )
+    for name, by_set in results.items():
+        sets = list(by_set.values())
+        counts = [turns.turns_per_hour for turns in sets]
+        table.add_row(name, *_cells(mean_of(sets), f"{min(counts):,.0f} - {max(counts):,.0f}"))
+        if len(sets) > 1:
+            for set_name, turns in by_set.items():
+                table.add_row(f"  {set_name}", *_cells(turns))
     return table
+
+
+def mean_of(sets: Sequence[Turns]) -> Turns:
+    """Return the means over several sets of sessions; of `max_ttft_seconds` the largest, of `failed` the sum."""
+    return Turns(
+        turns_per_hour=fmean(each.turns_per_hour for each in sets),
+        hit_share=fmean(each.hit_share for each in sets),
+        mean_ttft_seconds=fmean(each.mean_ttft_seconds for each in sets),
+        p50_ttft_seconds=fmean(each.p50_ttft_seconds for each in sets),
+        p99_ttft_seconds=fmean(each.p99_ttft_seconds for each in sets),
+        max_ttft_seconds=max(each.max_ttft_seconds for each in sets),
+        failed=sum(each.failed for each in sets),
+    )
+
+
+def _cells(turns: Turns, spread: str = "") -> tuple[str, ...]:
+    return (
+        f"{turns.turns_per_hour:,.0f}",
+        spread,
+        f"{100 * turns.hit_share:.1f}",
+        f"{turns.mean_ttft_seconds:.2f}",
+        f"{turns.p50_ttft_seconds:.2f}",
+        f"{turns.p99_ttft_seconds:.1f}",
+        f"{turns.max_ttft_seconds:.0f}",
+        str(turns.failed),
+    )
 
 
 if __name__ == "__main__":
