@@ -109,6 +109,8 @@ class ColdTurns:
         usage, pool = exchange.usage, exchange.pool
         if exchange.cold_pass is not None:
             exchange.cold_pass.release()
+        if exchange.noted is not None and pool is not None and not _was_sent(exchange):
+            self._gate.served(pool.name).withdraw(exchange.noted, self._clock.monotonic())
         if usage is None or usage.cached_tokens is None or pool is None or exchange.fingerprint is None:
             return
         if exchange.attempt is not None:
@@ -143,7 +145,7 @@ class ColdTurns:
         exchange.known_tokens, depth = self._known(exchange, plan, least)
         served = self._gate.served(exchange.pool.name)
         tokens = plan.prompt_tokens
-        served.note(exchange.fingerprint.hashes, depth, tokens, tokens - least, now)
+        exchange.noted = served.note(exchange.fingerprint.hashes, depth, tokens, tokens - least, now)
 
     def _known(self, exchange: Exchange, plan: Plan, least: float) -> tuple[float, int]:
         """Return the tokens of the prompt that were served before, and the block at which they end."""
@@ -258,6 +260,11 @@ def least_uncached(plan: Plan) -> float:
 def _first_token_seconds(candidate: Candidate) -> float:
     replica = candidate.replica
     return (replica.pending_tokens + candidate.uncached_tokens) / replica.rate_tokens_per_second
+
+
+def _was_sent(exchange: Exchange) -> bool:
+    """Return True if a replica computes the prompt, or has: it was placed there, and not taken back."""
+    return exchange.attempt is not None and exchange.attempt.placement is not None
 
 
 def _has_computed(exchange: Exchange) -> bool:

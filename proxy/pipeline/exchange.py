@@ -19,6 +19,7 @@ from proxy.pipeline.disclosure import told
 from proxy.pipeline.retries import AttemptFailure
 from proxy.pipeline.silence import WaitingClient
 from proxy.routing.cold_gate import Pass
+from proxy.routing.cold_pressure import Noted
 from proxy.routing.fair_shares import Priority, Share
 from proxy.wire.headers import cairn_headers
 
@@ -62,6 +63,7 @@ class Exchange:
         "last_token_seconds",
         "match",
         "model",
+        "noted",
         "only_checked",
         "only_explained",
         "own_blocks",
@@ -97,6 +99,7 @@ class Exchange:
         self.priority: Priority | None = None  # as asked for and allowed; None until it is needed
         self.deadline_seconds: float | None = None  # of the first token, on the monotonic clock
         self.known_tokens = 0.0  # tokens of the prompt that were served before
+        self.noted: Noted | None = None  # as a prompt of its session, unless it is not sent after all
         self.cold_pass: Pass | None = None  # a cold turn's right to its replica
         self.is_counted = False  # its work was counted for its tenant while it waited
         self.background_id: str | None = None  # of a response that is computed in the background

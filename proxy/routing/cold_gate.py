@@ -328,7 +328,8 @@ class ColdGate:
                 "The requests that wait for a replica take all the memory allowed for them.",
                 retry_after_seconds=FULL_RETRY_SECONDS,
             )
-        if turn.is_new and verdict.seconds > limits.max_wait_seconds:
+        is_too_long = verdict.seconds > limits.max_wait_seconds
+        if turn.is_new and is_too_long and not pool.tickets.is_due(turn.tenant, turn.prompt_end, now):
             self.refused += 1
             back = max(verdict.seconds - limits.max_wait_seconds, 1.0)
             arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, now)

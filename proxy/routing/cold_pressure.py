@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from math import exp, inf
-from typing import Final
+from typing import Final, NamedTuple
 
 MAX_REMEMBERED: Final = 262_144
 """Boundaries of served prompts that are remembered, about 25 MB: two of each of the last 131,072 prompts."""
@@ -55,7 +55,7 @@ MIN_COMPUTED_TOKENS: Final = 50_000.0
 class _Served:
     """The last turn of a session: its prompt minus what its first turn shared with other sessions, and its time."""
 
-    __slots__ = ("boundaries", "ended_seconds", "own_tokens", "seen_seconds", "shared_tokens")
+    __slots__ = ("boundaries", "ended_seconds", "is_withdrawn", "own_tokens", "seen_seconds", "shared_tokens")
 
     def __init__(
         self, boundaries: tuple[int, ...], own_tokens: float, shared_tokens: float, seen_seconds: float
@@ -65,6 +65,14 @@ class _Served:
         self.shared_tokens = shared_tokens
         self.seen_seconds = seen_seconds
         self.ended_seconds = inf
+        self.is_withdrawn = False  # it was not sent after all
+
+
+class Noted(NamedTuple):
+    """A prompt as noted, and the turn before it in its session, None if it is the first."""
+
+    turn: _Served
+    before: _Served | None
 
 
 class ServedPrompts:
@@ -96,11 +104,11 @@ class ServedPrompts:
 
     def note(
         self, hashes: Sequence[int], depth: int, prompt_tokens: float, matched_tokens: float, now_seconds: float
-    ) -> None:
+    ) -> Noted:
         """Note a prompt, whose first `depth` blocks are an earlier one; a new one shares `matched_tokens` with
         others.
 
-        Its last two boundaries are kept, because the last block is often incomplete.
+        Its last two boundaries are kept, because the last block is often incomplete. Return what `withdraw` needs.
         """
         before = self._boundaries.get(hashes[depth - 1]) if depth else None
         shared = min(matched_tokens, prompt_tokens)
@@ -118,6 +126,24 @@ class ServedPrompts:
             self._boundaries[boundary] = served
         while len(self._boundaries) > self._most:
             self._drop(next(iter(self._latest)))
+        return Noted(served, before)
+
+    def withdraw(self, noted: Noted, now_seconds: float) -> None:
+        """Forget a prompt that was not sent: it was refused, or its client left while it waited.
+
+        Otherwise it would count as computed before when it comes again. The turn before it is the latest once more.
+        """
+        turn, before = noted
+        turn.is_withdrawn = True
+        if turn not in self._latest:
+            return  # continued, or forgotten
+        self._drop(turn)
+        if before is None or before.is_withdrawn:
+            return
+        before.seen_seconds = now_seconds
+        self._latest[before] = None
+        for boundary in before.boundaries:
+            self._boundaries.setdefault(boundary, before)
 
     def ended(self, prompt_end: int, replica: int, now_seconds: float) -> None:
         """Note that a replica answered the prompt with this last hash: its session rests, until it continues."""

@@ -50,11 +50,12 @@ class ColdRate:
 
 
 class _Ticket:
-    __slots__ = ("arrived_seconds", "ends_seconds", "tokens")
+    __slots__ = ("arrived_seconds", "due_seconds", "ends_seconds", "tokens")
 
-    def __init__(self, arrived_seconds: float, tokens: float, ends_seconds: float) -> None:
+    def __init__(self, arrived_seconds: float, tokens: float, due_seconds: float, ends_seconds: float) -> None:
         self.arrived_seconds = arrived_seconds
         self.tokens = tokens
+        self.due_seconds = due_seconds
         self.ends_seconds = ends_seconds
 
 
@@ -71,6 +72,14 @@ class Tickets:
         """Return the time at which this prompt first arrived: now, unless it has a ticket."""
         ticket = self._tickets.get((tenant, prompt_end))
         return now_seconds if ticket is None or ticket.ends_seconds < now_seconds else ticket.arrived_seconds
+
+    def is_due(self, tenant: str, prompt_end: int, now_seconds: float) -> bool:
+        """Return True if this prompt was refused and comes back after its Retry-After: it was promised to wait then.
+
+        The prediction may be a little higher by now, and a client that is refused twice believes no Retry-After.
+        """
+        ticket = self._tickets.get((tenant, prompt_end))
+        return ticket is not None and ticket.due_seconds <= now_seconds <= ticket.ends_seconds
 
     def tokens_before(self, arrived_seconds: float, now_seconds: float) -> float:
         """Return the tokens of sessions that were turned away, arrived before and are expected back."""
@@ -93,7 +102,7 @@ class Tickets:
         key = (tenant, prompt_end)
         self._tickets.pop(key, None)
         ends = now_seconds + GRACE * back_seconds + GRACE_SECONDS
-        self._tickets[key] = _Ticket(arrived_seconds, tokens, ends)
+        self._tickets[key] = _Ticket(arrived_seconds, tokens, now_seconds + back_seconds, ends)
         while len(self._tickets) > MAX_TICKETS:
             self._tickets.popitem(last=False)
 

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from cache import PrefixIndex
-from proxy.errors import BadRequest, CairnError, DeadlineUnreachable, Overloaded
+from proxy.errors import BadRequest, CairnError, DeadlineUnreachable, Overloaded, RateLimited
 from proxy.fleet import Fleet, ReplicaSpec
 from proxy.model import Endpoint, TemplateFacts, Tenant, Usage
 from proxy.pipeline.cold_turns import ColdTurns
@@ -17,6 +17,7 @@ from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.planner import Planner, PlanningRules
 from proxy.routing.cold_admission import TurnKind
 from proxy.routing.cold_gate import ColdGate
+from proxy.routing.cold_turn import GateLimits
 from proxy.routing.fair_shares import Priority, TenantShares
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.token_estimate import TokenCounts
@@ -178,6 +179,33 @@ async def test_a_prompt_without_a_choice_of_caches_never_waits(change: Any) -> N
     waits = gated.begin(exchange)
     await turns()
     assert gated.waiting() == 1
+    waits.cancel()
+
+
+async def test_a_session_that_is_refused_or_leaves_is_as_new_when_it_comes_again() -> None:
+    """It goes behind the sessions that came before it, and its work is no repetition; what was sent is known."""
+    gated = Gated()
+    gated.make_busy(0, 1)
+    waits, leaving = gated.begin(gated.planned("x" * 9_000)), gated.planned("y" * 9_000)
+    leaves = gated.begin(leaving)
+    await turns()
+    leaves.cancel()
+    await turns()
+    gated.cold_turns.settle(leaving)
+    gated.gate.limits = GateLimits(max_wait_seconds=0.0)
+    refused = gated.planned("z" * 9_000)
+    with pytest.raises(RateLimited):
+        await cast("Any", gated.cold_turns.admit(refused))
+    gated.cold_turns.settle(refused)
+    gated.gate.limits = GateLimits()
+    known = gated.gate.served(POOL)
+    depths = [known.depth(cast("Any", each.fingerprint).hashes) for each in (leaving, refused)]
+    assert (depths, len(known)) == ([0, 0], 2)
+    sent = gated.planned("w" * 3_000)
+    gated.cold_turns.admit(sent)
+    sent.attempt = cast("Any", Attempt(None, cast("Any", sent.plan).chosen))
+    gated.cold_turns.settle(sent)
+    assert known.depth(cast("Any", sent.fingerprint).hashes) > 0
     waits.cancel()
 
 
@@ -436,11 +464,12 @@ async def test_a_pass_ends_with_the_first_token_or_with_the_request(end: str | N
 
 
 class Attempt:
-    """An attempt, of which only the charge and the candidate count."""
+    """An attempt whose prompt is placed, of which otherwise only the charge and the candidate count."""
 
     def __init__(self, charge: Any, candidate: Any = None) -> None:
         self.charge = charge
         self.candidate = candidate
+        self.placement = "placed"
 
 
 # -- what is learned

@@ -278,6 +278,26 @@ async def test_a_new_session_beyond_the_longest_wait_is_told_when_to_come_back_a
     assert order.index(later) < order.index(served)  # as old as its first try, which came before
 
 
+async def test_a_session_that_comes_back_when_it_was_told_to_waits_though_the_prediction_has_grown():
+    """Before that time it is refused once more."""
+    bench = Bench(1)
+    bench.gate.limits = GateLimits(max_wait_seconds=20.0)
+    bench.fleet.pending[0] = 1e6
+    before = [bench.begin(), bench.begin(), bench.begin()]
+    await settle()
+    new = bench.turn(known_tokens=0.0, prompt_end=9)
+    for seconds in (0.0, 6.0):
+        bench.clock.advance(seconds)
+        with pytest.raises(RateLimited):
+            await bench.gate.wait(new, bench.verdict(new))
+    bench.clock.advance(7.0)
+    back = bench.begin(known_tokens=0.0, prompt_end=9)
+    await settle()
+    assert not back.done()
+    for each in (*before, back):
+        each.cancel()
+
+
 async def test_the_memory_of_waiting_bodies_is_bounded():
     """One more is refused, whoever it is."""
     bench = Bench(1)

@@ -40,6 +40,32 @@ def test_a_session_needs_its_room_for_as_long_as_its_next_turn_may_come():
     assert served.needed_tokens(last_seconds + 0.1) == 0.0
 
 
+def test_a_prompt_that_was_not_sent_after_all_is_unknown_and_its_session_is_where_it_was():
+    """It was refused, or its client left; nothing of it was computed."""
+    served = ServedPrompts()
+    fresh = served.note([7, 8, 9], 0, 9_000.0, 0.0, 0.0)
+    served.withdraw(fresh, 1.0)
+    assert (len(served), served.needed_tokens(1.0)) == (0, 0.0)
+    served.note([1, 2, 3], 0, 3_000.0, 1_000.0, 0.0)
+    longer = [1, 2, 3, 4, 5]
+    further = served.note(longer, 3, 5_000.0, 3_000.0, 50.0)
+    assert served.needed_tokens(51.0) == 4_000.0
+    served.withdraw(further, 100.0)
+    served.withdraw(further, 100.0)
+    assert (served.depth(longer), served.needed_tokens(101.0)) == (3, 2_000.0)
+
+
+def test_a_prompt_that_another_continues_stays_known_though_it_was_not_sent_itself():
+    """A client that asks again while its first request waits: the second one counts, then neither."""
+    served = ServedPrompts()
+    first = served.note([1, 2, 3], 0, 3_000.0, 0.0, 0.0)
+    again = served.note([1, 2, 3], 3, 3_000.0, 0.0, 1.0)
+    served.withdraw(first, 2.0)
+    assert served.depth([1, 2, 3]) == 3
+    served.withdraw(again, 3.0)
+    assert len(served) == 0
+
+
 def test_only_the_latest_prompts_are_remembered():
     """A bound on memory; those used last stay."""
     served = ServedPrompts(most=4)
