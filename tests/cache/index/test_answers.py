@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
+
 import msgspec
 import pytest
 
+from cache.index.feedback import _common_blocks
+from cache.index.fingerprint import Fingerprint
+from cache.index.placement import Placement
 from cache.index.prefix_index import LOADED_ROWS, MAX_IN_FLIGHT, FeedbackKind, PrefixIndex, RunRow
 from cache.index.rows import HolderRow
 from tests.cache.index.test_prefix_index import BLOCK_TOKENS, Bench, chain, fill, talk
@@ -121,6 +126,7 @@ def test_hits_of_old_prompts_take_the_evictions_back_that_they_disprove(bench):
 def test_an_eviction_takes_back_a_slot_that_was_learned_and_none_that_was_stated(bench):
     bench.index.set_capacity(0, None, slots=4)
     state = bench.index._replica(0)  # noqa: SLF001 - internal state that no public name shows
+    assert (state.slots, state.stated_slots) == (4, 4)
     for name in "abcd":
         bench.served(talk(name, 8), 0)
     bench.served(talk("a", 9), 8 * BLOCK_TOKENS + 900)
@@ -237,6 +243,52 @@ def test_a_snapshot_leaves_out_what_nobody_holds_and_reads_a_holder_once(bench):
         pass
     assert {each: stats.blocks for each, stats in other.replicas().items()} == {0: 6}
     assert other.stats().residencies == bench.index.stats().residencies
+
+
+def test_a_snapshot_goes_on_past_what_was_evicted_while_it_is_written(bench):
+    """Runs that nobody holds any more are left out, and those after them are not."""
+    for name in "abc":
+        bench.served(talk(name, 4))
+    rows = [row for chunk in bench.index.snapshot() for row in chunk if isinstance(row, RunRow)]
+    middle = next(name for name in "abc" if array("Q", rows[1].hashes) == talk(name, 4).hashes)
+    last = next(name for name in "abc" if array("Q", rows[2].hashes) == talk(name, 4).hashes)
+    writing = bench.index.snapshot(1)
+    while not isinstance((first := next(writing))[0], RunRow):
+        pass
+    for name in {*"abc"} - {middle}:
+        bench.served(talk(name, 4))
+    bench.index.set_budget(0, 8 * BLOCK_TOKENS)
+    bench.index.tend(bench.now)
+    assert bench.depth(talk(middle, 4)) == 0
+    assert [row.hashes for chunk in (first, *writing) for row in chunk] == [
+        rows[0].hashes,
+        talk(last, 4).hashes.tobytes(),
+    ]
+
+
+def test_pictures_in_several_prompts_are_recounted_each_in_its_own(bench):
+    """A replica's tokens are those of all its prompts, and a count that was reported stays."""
+    first, second = (
+        Fingerprint(talk(name, 2).hashes, talk(name, 2).ends, ((100, 1_000, 50),)) for name in ("a", "b")
+    )
+    for prompt in (first, second):
+        bench.index.place(0, prompt, 1_000, bench.now)
+    assert bench.index.replicas()[0].tokens == 2_000
+    placement = bench.index.place(0, second, 1_000, bench.now)
+    bench.index.answered(placement, 1_400, 0, 0, bench.now)
+    assert bench.index.replicas()[0].tokens == 1_000 + 1_400
+    longer = Fingerprint(talk("b", 3).hashes, talk("b", 3).ends, second.media)
+    placement = bench.index.place(0, longer, 1_900, bench.now)
+    bench.index.answered(placement, 2_300, 1_400, 0, bench.now)
+    held = bench.index.match(second).held[0]
+    assert (held.blocks, held.tokens) == (2, 1_400)
+
+
+def test_chains_share_the_boundaries_up_to_the_first_that_differs():
+    """None at all if they differ from the start."""
+    for mine, theirs, common in (("abcd", "abxy", 2), ("abcd", "xbcd", 0), ("ab", "abcd", 2), ("a", "b", 0)):
+        one, other = (Placement(1, 0, 0, chain(*names), 1.0) for names in (mine, theirs))
+        assert _common_blocks(one, other) == common
 
 
 def test_a_long_snapshot_is_read_in_portions_and_in_the_order_of_use():

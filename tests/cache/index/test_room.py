@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cache.index.eviction import UPKEEP_STEPS
 from cache.index.prefix_index import UNLIMITED_TOKENS, FeedbackKind, PrefixIndex
 from tests.cache.index.test_prefix_index import BLOCK_TOKENS, Bench, chain, talk
 
@@ -157,6 +158,38 @@ def test_a_budget_cuts_the_end_of_the_oldest_run_as_far_as_it_must():
     bench.index.set_budget(0, 4 * BLOCK_TOKENS + 1)
     bench.index.tend(bench.now)
     assert (bench.depth(talk("old", 8)), bench.depth(talk("new", 4))) == (0, 4)
+
+
+def test_the_end_of_a_run_that_another_replica_holds_too_is_cut_for_one_of_them():
+    """It counts as evicted there, and the other one keeps it."""
+    bench = Bench()
+    for replica in (0, 1):
+        bench.ask(talk("a", 8), replica)
+    bench.index.set_budget(0, 5 * BLOCK_TOKENS)
+    bench.index.tend(bench.now)
+    assert (bench.depth(talk("a", 8), 0), bench.depth(talk("a", 8), 1)) == (5, 8)
+    assert [bench.index.replicas()[replica].evicted_blocks for replica in (0, 1)] == [3, 0]
+
+
+def test_a_run_that_was_cut_keeps_the_counts_that_were_reported_up_to_there():
+    """Also one for the very boundary at which it ends now."""
+    bench = Bench()
+    for blocks in (4, 6, 8):
+        bench.served(talk("a", blocks))
+    bench.index.set_budget(0, 6 * BLOCK_TOKENS)
+    bench.index.tend(bench.now)
+    (step,) = bench.index._tree.walk(talk("a", 8).hashes)  # noqa: SLF001 - internal state that no public name shows
+    assert (len(step.node.hashes), step.node.pins) == (6, (4, 6))
+
+
+def test_one_call_drops_no_more_runs_than_its_steps():
+    """And as many, if so many are over the budget."""
+    bench = Bench()
+    for number in range(UPKEEP_STEPS + 100):
+        bench.served(talk(str(number), 1))
+    bench.index.set_budget(0, 0)
+    left = [(bench.index.tend(bench.now), bench.index.replicas()[0].blocks) for _ in range(2)]
+    assert left == [(True, 100), (False, 0)]
 
 
 def test_upkeep_goes_on_with_past_epochs_at_the_next_placement():
