@@ -18,11 +18,12 @@ def test_gaps_between_tokens_are_counted_per_bucket() -> None:
     """The first token begins no gap."""
     exchange = Bench().exchange(stream=True)
     assert exchange.token_came(10.0)
-    assert not exchange.token_came(10.01)
-    assert not exchange.token_came(10.51)
+    for now_seconds in (10.01, 10.02, 10.52):
+        assert not exchange.token_came(now_seconds)
     outcome = exchange.outcome(11.0)
-    assert sum(outcome.inter_token_counts) == 2
-    assert outcome.inter_token_seconds == pytest.approx(0.51)
+    assert sorted(outcome.inter_token_counts)[-2:] == [1, 2]
+    assert sum(outcome.inter_token_counts) == 3
+    assert outcome.inter_token_seconds == pytest.approx(0.52)
     assert (outcome.times.first_token_seconds, outcome.times.ended_seconds) == (10.0, 11.0)
 
 
@@ -64,6 +65,18 @@ def test_saved_tokens_are_told_if_a_stored_context_was_used_and_they_were_report
     assert exchange.saved_note() == ((b"msh-context-cache-token-saved", b"0"),)
     for exchange.usage in (Usage(10, 1), None):
         assert exchange.saved_note() == ()
+
+
+async def test_the_times_in_the_headers_are_those_before_the_upstream_and_at_it() -> None:
+    """In milliseconds; none at the upstream before its first byte."""
+    bench = Bench()
+    bench.client.script.append(Upstream(bench.clock, 200, (), b"{}"))
+    exchange = bench.exchange()
+    await bench.run(exchange)
+    exchange.sent_seconds = exchange.call.read_seconds + 0.002
+    for first_byte_seconds, upstream_ms in ((None, b"0.000"), (exchange.sent_seconds + 0.25, b"250.000")):
+        exchange.first_byte_seconds = first_byte_seconds
+        assert dict(exchange.notes())[b"server-timing"] == b"cairn;dur=2.000, upstream;dur=" + upstream_ms
 
 
 async def test_a_client_is_told_of_its_own_prefixes_only_and_no_times_if_others_are_hidden_from_it() -> None:

@@ -167,6 +167,22 @@ def test_files_in_a_prompt_must_be_ones_own_unless_the_operator_shares_them() ->
         reader(made(**{"file-1": "mine"})).read(exchange("POST", "/v1/chat/completions", broken))
 
 
+def test_a_prompt_goes_to_the_replica_of_the_container_that_it_uses() -> None:
+    """The container has the files that its code made."""
+    body = {"model": "dear", "messages": [], "container": "container-1"}
+    asked = exchange("POST", "/v1/messages", body)
+    reader(made(**{"container-1": "mine"})).read(asked)
+    assert asked.pinned_replica == 1
+
+
+@pytest.mark.parametrize("body", [{}, {"prompt": "a hill"}, {"model": None}, b"not json"])
+def test_a_video_that_names_no_model_goes_to_the_default_pool(body: Any) -> None:
+    """The upstream refuses it, or has a default of its own."""
+    asked = exchange("POST", "/v1/videos", body)
+    reader(of=pools(SHARED, OWN_KEYS, default="own")).read(asked)
+    assert asked.pool == OWN_KEYS
+
+
 @pytest.mark.parametrize(
     ("method", "target"),
     [("GET", "/v1/responses/obj"), ("POST", "/v1/responses/obj/cancel"), ("DELETE", "/v1/files/obj")],

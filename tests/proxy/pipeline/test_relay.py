@@ -22,7 +22,7 @@ from proxy.errors import (
 )
 from proxy.fleet import Failure, Fleet
 from proxy.metrics.definitions import HIDDEN_ERRORS, STREAM_ABORTS
-from proxy.model import Ending, Endpoint
+from proxy.model import Ending, Endpoint, Usage, UsageRequest
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.silence import COMMENT, SilenceWatch
 from proxy.upstream import Framing
@@ -332,6 +332,35 @@ async def test_a_stream_is_relayed_as_it_comes_and_its_ending_is_noted() -> None
     assert bench.nothing_is_claimed()
 
 
+@pytest.mark.parametrize("asks", [False, True])
+async def test_usage_that_only_cairn_asked_for_is_read_and_not_passed_on(asks: bool) -> None:
+    """A client that asked for it gets it."""
+    bench = Bench()
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":1,"total_tokens":10}}\n\n'
+    upstream(bench, body=TOKEN + usage + DONE, sse=True)
+    exchange = bench.exchange(stream=True)
+    if asks:
+        assert exchange.prompt is not None
+        exchange.prompt = msgspec.structs.replace(exchange.prompt, usage_request=UsageRequest.ASKED)
+    client = await bench.run(exchange)
+    assert client.body == (TOKEN + usage + DONE if asks else TOKEN + DONE)
+    assert exchange.usage == Usage(9, 1)
+
+
+async def test_the_stream_of_a_response_is_read_by_its_own_dialect() -> None:
+    """Its usage is in the event that ends it."""
+    bench = Bench()
+    ended = {
+        "id": "r",
+        "usage": {"input_tokens": 9, "output_tokens": 1, "input_tokens_details": {"cached_tokens": 4}},
+    }
+    events = ({"type": "response.output_text.delta", "delta": "a"}, {"type": "response.completed", "response": ended})
+    upstream(bench, body=b"".join(b"data: %b\n\n" % msgspec.json.encode(each) for each in events), sse=True)
+    exchange = bench.exchange(stream=True, endpoint=Endpoint.RESPONSES)
+    await bench.run(exchange)
+    assert (exchange.usage, exchange.ending) == (Usage(9, 1, 4), Ending.COMPLETE)
+
+
 async def test_a_stream_without_its_end_is_truncated() -> None:
     bench = Bench()
     upstream(bench, body=TOKEN, sse=True)
@@ -363,6 +392,8 @@ async def test_a_stream_that_breaks_later_ends_with_an_error_event_and_no_end(
 ) -> None:
     """A prefix that was not computed is taken back."""
     bench = Bench()
+    failures = list[Failure]()
+    bench.fleet.failed = lambda number, failure, *_: failures.append(failure)  # type: ignore[method-assign,assignment]
     made = upstream(bench, body=None, sse=True)
     role = b'data: {"choices":[{"delta":{"role":"assistant"}}]}\n\n'
     made.send(TOKEN if after_token else role)
@@ -375,6 +406,7 @@ async def test_a_stream_that_breaks_later_ends_with_an_error_event_and_no_end(
     assert not client.ended
     assert b'"error"' in client.body
     assert exchange.ending is Ending.UPSTREAM_BROKE
+    assert [(failure.by_status, failure.after_head) for failure in failures] == [(False, True)]
     assert bench.placements.done["taken back"] == (0 if after_token else 1)
     phase = "after_first_token" if after_token else "before_first_token"
     assert bench.recorder.counter(STREAM_ABORTS, ("upstream", phase)).value == 1

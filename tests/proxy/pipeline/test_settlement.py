@@ -109,13 +109,13 @@ class Learner(Fleet):
         super().__init__(lambda: 0.5)
         self.add(ReplicaSpec("r0", POOL))
         self.prefills: list[tuple[float, float | None]] = []
-        self.decodes: list[float] = []
+        self.decodes: list[tuple[int, float]] = []
 
     def observe_prefill(self, charge: Any, uncached_tokens: float, prefill_seconds: float | None = None) -> None:
         self.prefills.append((uncached_tokens, prefill_seconds))
 
     def observe_decode(self, number: int, decode_seconds: float) -> None:
-        self.decodes.append(decode_seconds)
+        self.decodes.append((number, decode_seconds))
 
 
 class Attempt:
@@ -230,7 +230,7 @@ def test_counts_of_a_part_of_the_prompt_teach_nothing_about_it(
     settling.settlement.settle(exchange)
     assert settling.journal.taught == [lesson]
     assert settling.learned_tokens_per_byte() is (lesson is not None)
-    assert settling.fleet.decodes == [1.0]
+    assert settling.fleet.decodes == [(0, 1.0)]
 
 
 def test_cached_tokens_that_the_upstream_omits_count_as_the_counters_know_them() -> None:
@@ -281,7 +281,7 @@ def test_the_fleet_learns_what_was_computed_and_how_long_was_decoded() -> None:
     settling.settle()
     settling.settle(msgspec.structs.replace(USAGE, prefill_seconds=0.25))
     assert settling.fleet.prefills == [(3_000, None), (3_000, 0.25)]
-    assert settling.fleet.decodes == [1.0, 1.0]
+    assert settling.fleet.decodes == [(0, 1.0), (0, 1.0)]
     assert settling.learned_tokens_per_byte()
 
 
