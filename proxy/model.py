@@ -174,7 +174,8 @@ class TemplateFacts(msgspec.Struct, frozen=True):
     text of messages between `<think>` and `</think>`. `ignores_reasoning`: the field is left out everywhere.
     `moves_system`: system messages within the conversation are moved to its beginning. `dated`: the head contains
     today's date. `none_drops_tools`: `tool_choice` "none" leaves the tools out. `headless`: template arguments that
-    change nothing before the last message. `keeps_billing`: a client's billing block is rendered.
+    change nothing before the last message. `keeps_billing`: a client's billing block is rendered;
+    `messages_drop_billing`: but not if it comes in Anthropic's dialect, which engines translate first.
     `joins_head`: prompts share nothing unless tools and system messages are equal, since engines of the pool put them
     in different orders. `splits_systems`: of several system messages at the beginning, only the first is rendered
     before the tools. `system_last`: the system message is rendered with the last user message.
@@ -191,6 +192,7 @@ class TemplateFacts(msgspec.Struct, frozen=True):
     none_drops_tools: bool = True
     headless: frozenset[str] = frozenset()
     keeps_billing: bool = False
+    messages_drop_billing: bool = False
     joins_head: bool = False
     splits_systems: bool = False
     system_last: bool = False
@@ -227,6 +229,7 @@ class Prompt(msgspec.Struct, frozen=True):
     priority: int | None = None  # asked for in the body, see `proxy.wire.urgency`
     tool_spans: int = 0  # number of `spans` that are tools; they come first
     system_spans: int = -1  # number of spans after the tools that are the system prompt; -1: by the messages' roles
+    is_anthropic: bool = False  # in the dialect of /v1/messages
     is_plain_text: bool = False  # all spans but tools are messages whose content is a string; False if not examined
 
 

@@ -234,6 +234,7 @@ def _text(text: str) -> dict[str, str]:
 
 
 _QUESTION: Final = {"role": "user", "content": "a question"}
+_BILLING_LINE: Final = f"{BILLING_MARK.decode()}: cc_version=1; cch=a1b2c;"
 _FURTHER: Final = {"role": "user", "content": "a further one"}
 
 
@@ -363,6 +364,8 @@ class TemplateProber:
                     may_be_dated=family is not None and family.dated,
                 )
                 if facts is not None:
+                    if facts.keeps_billing and await self._messages_drop_billing(endpoint, name):
+                        facts = msgspec.structs.replace(facts, messages_drop_billing=True)
                     self._templates.shown(pool, name, engine, facts)
                     samples[name] = await sample(render)
 
@@ -404,6 +407,19 @@ class TemplateProber:
                 return rendering
         return None
 
+    async def _messages_drop_billing(self, endpoint: ReplicaEndpoint, model: str) -> bool:
+        """Return False if a billing block counts as part of a prompt in Anthropic's dialect; True if not, or if that
+        is unknown.
+
+        Some engines leave it out when they translate such a prompt, before it is rendered.
+        """
+        counts = []
+        for blocks in ((_text("some words"),), (_text(_BILLING_LINE), _text("some words"))):
+            request = {"model": model, "max_tokens": 1, "system": blocks, "messages": [_QUESTION]}
+            status, page = await self._post(endpoint, b"/v1/messages/count_tokens", msgspec.json.encode(request))
+            counts.append(read_count(page) if status == 200 else 0)
+        return not 0 < counts[0] < counts[1]
+
     async def _text_of(self, endpoint: ReplicaEndpoint, model: str, tokens: Rendering) -> str:
         """Return the text of token ids, as vLLM and SGLang return it; empty if the engine does not."""
         body = msgspec.json.encode({"model": model, "tokens": tokens})
@@ -432,6 +448,10 @@ class _Applied(msgspec.Struct):
     prompt: str = ""
 
 
+class _Count(msgspec.Struct):
+    input_tokens: int = 0
+
+
 class _Text(msgspec.Struct):
     prompt: str = ""
     text: Any = ""
@@ -447,6 +467,14 @@ def read_applied(page: bytes) -> Rendering:
         return msgspec.json.decode(page, type=_Applied).prompt
     except DECODE_ERRORS:
         return ""
+
+
+def read_count(page: bytes) -> int:
+    """Return the tokens that an engine counted; 0 if `page` contains no count."""
+    try:
+        return msgspec.json.decode(page, type=_Count).input_tokens
+    except DECODE_ERRORS:
+        return 0
 
 
 def read_text(page: bytes) -> str:

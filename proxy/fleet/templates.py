@@ -174,6 +174,7 @@ def common_facts(shown: Sequence[TemplateFacts]) -> TemplateFacts:
         none_drops_tools=any(each.none_drops_tools for each in shown),
         headless=frozenset.intersection(*[each.headless for each in shown]),
         keeps_billing=all(each.keeps_billing for each in shown),
+        messages_drop_billing=any(each.messages_drop_billing for each in shown),
     )
 
 
@@ -201,6 +202,7 @@ def _said_over(said: Template, facts: TemplateFacts) -> TemplateFacts:
         "dated": said.dated,
         "none_drops_tools": said.none_drops_tools,
         "keeps_billing": said.keeps_billing,
+        "messages_drop_billing": None if said.keeps_billing is None else False,
         "headless": None if said.arguments_without_effect is None else frozenset(said.arguments_without_effect),
     }
     given = {name: value for name, value in changes.items() if value is not None}

@@ -184,6 +184,7 @@ def _read_messages(body: Body) -> Prompt:
         always_reports=True,
         tool_spans=len(tools),
         system_spans=len(system),
+        is_anthropic=True,
     )
 
 
@@ -240,6 +241,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
     is_stored: bool = False,
     tool_spans: int = 0,
     system_spans: int = -1,
+    is_anthropic: bool = False,
 ) -> Prompt:
     """Build the prompt from the fields that all dialects share; `content` are its messages or input items."""
     asked, options = _NOT_APPLICABLE, (0, 0)
@@ -274,6 +276,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
         priority=body_priority(fields.service_tier, fields.priority),
         tool_spans=tool_spans,
         system_spans=system_spans,
+        is_anthropic=is_anthropic,
         is_plain_text=is_plain_text and system_spans <= 0,
     )
 

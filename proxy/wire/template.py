@@ -125,9 +125,10 @@ def keyed_spans(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
     elif _drops_tools(prompt, facts):
         spans, system = spans[system:], 0
     body = prompt.body
+    keeps_billing = facts.keeps_billing and not (prompt.is_anthropic and facts.messages_drop_billing)
     if 0 < len(body) <= SHORT_BODY_BYTES:
         if body.find(_CACHE_MARK) >= 0 or body.find(BILLING_MARK) >= 0:
-            spans = _without_marks(spans, system, keeps_billing=facts.keeps_billing)
+            spans = _without_marks(spans, system, keeps_billing=keeps_billing)
         if body.find(_LIST_IN_END) >= 0:
             spans = _with_strings(spans)
         if body.find(_ID_KEY) < 0:
@@ -135,7 +136,7 @@ def keyed_spans(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
     elif _is_key_already(spans, system):
         return spans
     else:
-        spans = _with_strings(_without_marks(spans, system, keeps_billing=facts.keeps_billing))
+        spans = _with_strings(_without_marks(spans, system, keeps_billing=keeps_billing))
     return _without_ids(spans, system)
 
 

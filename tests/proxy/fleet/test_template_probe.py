@@ -202,6 +202,7 @@ class FakeEngine:
         self.asked: list[bytes] = []
         self.headers: list[tuple[tuple[bytes, bytes], ...]] = []
         self.fails = False
+        self.counts_billing: bool | None = None
 
     def serves(self, template: Template, root: str = "/m") -> None:
         """Answer by another template from now on, with another model if `root` differs."""
@@ -220,6 +221,9 @@ class FakeEngine:
             names = [{"id": name, "root": self._root} for name in ("chat", "code")]
             models = [*names, {"id": "sql", "parent": "chat"}]
             return FakeResponse(200, {"data": models})
+        if target == b"/v1/messages/count_tokens" and self.counts_billing is not None:
+            billed = b"x-anthropic-billing-header" in body and self.counts_billing
+            return FakeResponse(200, {"input_tokens": 20 if billed else 10})
         if target == b"/detokenize" and self._path == b"/tokenize":
             return FakeResponse(200, {"prompt": "".join(map(chr, msgspec.json.decode(body)["tokens"]))})
         if target != self._path:
@@ -292,6 +296,17 @@ async def test_an_engine_that_puts_the_date_into_prompts_is_known_to(path):
     assert templates.of("pool", "chat").dated
 
 
+@pytest.mark.parametrize(("counts", "drops"), [(None, True), (False, True), (True, False)])
+async def test_a_billing_line_in_anthropics_dialect_is_known_by_its_count(counts, drops):
+    """vLLM leaves it out of these prompts and renders it in all others; an engine that counts none leaves it out."""
+    engine = FakeEngine(b"/tokenize", Template())
+    engine.counts_billing = counts
+    probing, templates = prober(engine)
+    await probing.look()
+    facts = templates.of("pool", "chat")
+    assert (facts.keeps_billing, facts.messages_drop_billing) == (True, drops)
+
+
 async def test_each_engine_of_a_pool_is_asked_and_its_ranks_are_one():
     """Two engines that render differently, the second with two ranks."""
     engines = {"a": FakeEngine(b"/tokenize", Template()), "b": FakeEngine(b"/tokenize", Template(system_first=True))}
@@ -338,6 +353,7 @@ def test_pages_that_are_no_renderings_are_none(page):
     assert not template_probe.read_applied(page)
     assert not template_probe.read_tokens(page)
     assert not template_probe.read_text(page)
+    assert not template_probe.read_count(page)
 
 
 async def test_an_engine_that_refuses_some_prompts_shows_what_the_others_show():

@@ -282,6 +282,20 @@ def test_the_billing_block_of_a_client_is_no_part_of_the_key_unless_it_is_render
         assert hashes(chat, facts, tools=TOOLS) == hashes(other, facts, tools=TOOLS)
 
 
+def test_a_billing_block_in_anthropics_dialect_is_kept_only_if_it_is_rendered_from_there():
+    def keys(facts):
+        blocks = [
+            [{"type": "text", "text": text} for text in (f"x-anthropic-billing-header: cch={n};", "s" * 600)]
+            for n in "ab"
+        ]
+        return [hashes([user("q")], facts, Endpoint.MESSAGES, system=system) for system in blocks]
+
+    one, two = keys(TemplateFacts(keeps_billing=True))
+    assert one != two
+    one, two = keys(TemplateFacts(keeps_billing=True, messages_drop_billing=True))
+    assert one == two
+
+
 def test_only_the_line_of_the_billing_mark_is_left_out():
     """Clients may write it before the system prompt in one text; engines drop the line."""
 
