@@ -150,9 +150,13 @@ class ContextsAway(CairnError):
     code = "contexts_unavailable"
 
 
-class ContextDamaged(CairnError):
-    """The stored content of a context differs from what was uploaded; none of it is used."""
+class ContextDamaged(NotFound):
+    """The stored content of a context differs from what was uploaded; none of it is used.
 
+    Like a context that is gone, it has to be uploaded again; the request would fail again.
+    """
+
+    type = "resource_not_found_error"
     code = "context_damaged"
 
 

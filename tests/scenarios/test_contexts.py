@@ -466,8 +466,8 @@ async def test_a_damaged_segment_is_500_and_never_a_partial_prompt(redis: Valkey
                 fresh = Client(client.http, other)
                 status, answer, _ = await fresh.ask(f"cache_id={made['id']}")
                 assert (status, answer["error"]["type"], answer["error"]["code"]) == (
-                    500,
-                    "server_error",
+                    404,
+                    "resource_not_found_error",
                     "context_damaged",
                 )
                 assert other.count(metrics.CONTEXTS_DAMAGED) == 1
