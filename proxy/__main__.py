@@ -7,6 +7,7 @@ the others. This module imports only the standard library, so that the check alw
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ _UNUSED = "opentelemetry.sdk.metrics"  # redis-py loads it if it is installed: 0
 
 def main() -> None:
     """Run the command line; exits."""
+    open_standard_streams()
     if problem := foreign_package(Path(__file__).resolve().parent.parent):
         sys.exit(f"cairn: {problem}")
     leave_out_unused()
@@ -31,6 +33,18 @@ def main() -> None:
         if error.errno not in _FULL:
             raise
         sys.exit(f"cairn: the output cannot be written: {error.strerror}")
+
+
+def open_standard_streams() -> None:
+    """Open those of the descriptors 0, 1 and 2 that are closed, on the null device.
+
+    Otherwise the next sockets would get these numbers, and log lines would be written to a client.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def leave_out_unused() -> None:

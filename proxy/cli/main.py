@@ -10,6 +10,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 from pathlib import Path
@@ -176,7 +177,8 @@ def _report_started(environ: Mapping[str, str], address: str, admin_address: str
     from proxy.supervisor.service_manager import READY, notify
 
     notify(environ.get("NOTIFY_SOCKET"), READY)
-    click.echo(f"cairn: serving on {address}/v1, admin on {admin_address}", err=True)
+    with suppress(OSError):  # standard error may be a pipe that nobody reads, or a file on a full disk
+        click.echo(f"cairn: serving on {address}/v1, admin on {admin_address}", err=True)
 
 
 @cli.command("check-config", short_help="Print the complete configuration of FILE.")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
+import os
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from proxy import __main__
+from proxy.cli import main
 from proxy.cli.main import cli
 from proxy.config.load import Config
 from proxy.supervisor import supervisor
@@ -163,3 +167,31 @@ def test_keys_of_a_reloaded_file_are_not_logged(
     with logging_restored():
         assert run("serve", "--config", str(file))[0] == 0
     assert capfd.readouterr().err.endswith("bad keys *** and ***\n")
+
+
+def test_closed_standard_streams_are_opened_before_a_socket_takes_their_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Log lines are written to descriptors 1 and 2, which must not be those of a client."""
+    opened: list[str] = []
+
+    def status_of(descriptor: int) -> None:
+        if descriptor:
+            raise OSError(errno.EBADF, "closed")
+
+    system = SimpleNamespace(
+        fstat=status_of, open=lambda path, _: opened.append(path), devnull=os.devnull, O_RDWR=os.O_RDWR
+    )
+    monkeypatch.setattr(__main__, "os", system)
+    __main__.open_standard_streams()
+    assert opened == [os.devnull] * 2
+
+
+def test_the_start_is_reported_to_nobody_if_nobody_can_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard error on a full disk once cost the first worker its life."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(main.click, "echo", full)
+    main._report_started({}, "http://a", "http://b")  # noqa: SLF001 - what the supervisor is given to call
