@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ _UNUSED = "opentelemetry.sdk.metrics"  # redis-py loads it if it is installed: 0
 def main() -> None:
     """Run the command line; exits."""
     open_standard_streams()
+    hold_reloads(sys.argv[1:])
     if problem := foreign_package(Path(__file__).resolve().parent.parent):
         sys.exit(f"cairn: {problem}")
     leave_out_unused()
@@ -45,6 +47,12 @@ def open_standard_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+def hold_reloads(arguments: list[str]) -> None:
+    """Let SIGHUP wait while `cairn serve` starts, until the supervisor handles it: it would end the process."""
+    if arguments[:1] == ["serve"]:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 
 
 def leave_out_unused() -> None:

@@ -7,12 +7,14 @@ import importlib
 import logging
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -193,5 +195,17 @@ def test_the_start_is_reported_to_nobody_if_nobody_can_read_it(monkeypatch: pyte
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(main.click, "echo", full)
+    monkeypatch.setattr(click, "echo", full)
     main._report_started({}, "http://a", "http://b")  # noqa: SLF001 - what the supervisor is given to call
+
+
+def test_a_reload_waits_for_the_end_of_the_start() -> None:
+    """SIGHUP ends a process that does not handle it yet; other commands still end with their terminal."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        __main__.hold_reloads(["top"])
+        assert signal.SIGHUP not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        __main__.hold_reloads(["serve", "--config", "x"])
+        assert signal.SIGHUP in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
