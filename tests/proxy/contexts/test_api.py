@@ -172,7 +172,7 @@ async def test_another_tenants_context_looks_as_if_it_did_not_exist() -> None:
         (PastExpiry("x"), 400, "future"),
         (QuotaFull("The limit is reached."), 429, "The limit is reached."),
         (PinRefused("Pin later."), 403, "Pin later."),
-        (StoreCorrupt("x"), 500, "upload the context again"),
+        (StoreCorrupt("x"), 404, "upload the context again"),
         (StoreUnavailable("x"), 503, "try again"),
         (CacheError("x"), 503, "try again"),
     ],
