@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 
 import click
 import msgspec
@@ -16,7 +17,7 @@ from benchmarks.fleet import rules
 from benchmarks.fleet.engine import BlockCache
 from benchmarks.fleet.ours import Cairn
 from benchmarks.fleet.simulation import Calendar, Result, Router, Setup, simulate
-from benchmarks.fleet.trace import Request, at_load, decode_heavy, read_trace, spread
+from benchmarks.fleet.trace import NUDGE_SECONDS, Request, at_load, decode_heavy, read_trace, spread
 
 Make = Callable[[Setup], Callable[[Calendar], Router]]
 
@@ -58,6 +59,13 @@ RULES: dict[str, tuple[str, Make]] = {
 @click.option(
     "--pins", is_flag=True, help="engines keep the blocks of running requests, as vLLM does; no cairn-queue"
 )
+@click.option(
+    "--runs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="show the means of several runs; in all but the first each arrival is up to 50 ms later",
+)
 @click.option("--decode-heavy", "is_decode_heavy", is_flag=True, help="no trace: one hot prompt, long answers")
 def main(  # noqa: PLR0913 - click passes one parameter per option
     trace: Path | None,
@@ -72,13 +80,15 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
     delay: float,
     skip: int,
     pins: bool,
+    runs: int,
     is_decode_heavy: bool,
 ) -> None:
     """Compare routing rules on TRACE (.jsonl or .jsonl.gz, a hash id per 512 tokens)."""
     per_replica = tuple(float(rate) for rate in rates.split(",") if rate)
     setup = Setup(replicas, capacity, rates=per_replica, skip=skip, pins=pins)
     total = sum(setup.rate(n) for n in range(replicas))
-    requests = _requests(trace, limit, is_decode_heavy, is_spread, rho * total)
+    requests = _requests(trace, limit, is_decode_heavy, is_spread)
+    arrivals = [_arrivals(requests, run, 0.0 if is_decode_heavy else rho * total) for run in range(runs)]
     known = (
         [*RULES, "cairn"] if pins else [*RULES, "cairn", "cairn-queue"]
     )  # engines that pin are first in, first out
@@ -98,28 +108,33 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
         )
 
     console = Console()
-    results: list[tuple[str, Result]] = []
+    results: list[tuple[str, list[Result]]] = []
     for name in track(wanted, "simulating", console=Console(stderr=True)):
         if name in RULES:
             title, make = RULES[name]
-            results.append((title, simulate(requests, setup, make(setup))))
+            results.append((title, [simulate(each, setup, make(setup)) for each in arrivals]))
         else:
             ordered = name == "cairn-queue"
             chosen = msgspec.structs.replace(setup, ordered=ordered)
             title = "Cairn, queue in order of uncached work" if ordered else "Cairn"
-            results.append((title, simulate(requests, chosen, partial(cairn, ordered=ordered))))
+            rule = partial(cairn, ordered=ordered)
+            results.append((title, [simulate(each, chosen, rule) for each in arrivals]))
     console.print(_table(results, pooled_hit(requests, replicas * capacity)))
 
 
-def _requests(
-    trace: Path | None, limit: int | None, is_decode_heavy: bool, is_spread: bool, tokens_per_second: float
-) -> list[Request]:
+def _requests(trace: Path | None, limit: int | None, is_decode_heavy: bool, is_spread: bool) -> list[Request]:
     if is_decode_heavy:
         return decode_heavy(limit or 3_000)
     if trace is None:
         raise click.UsageError("name a TRACE, or --decode-heavy")
     requests = read_trace(trace, limit)
-    return at_load(spread(requests) if is_spread else requests, tokens_per_second)
+    return spread(requests) if is_spread else requests
+
+
+def _arrivals(requests: list[Request], run: int, tokens_per_second: float) -> list[Request]:
+    """Return the requests of one run, at the load of `tokens_per_second`, or as they come if that is 0."""
+    moved = spread(requests, run, NUDGE_SECONDS) if run else requests
+    return at_load(moved, tokens_per_second) if tokens_per_second else moved
 
 
 def pooled_hit(requests: list[Request], capacity_tokens: int) -> float:
@@ -131,19 +146,22 @@ def pooled_hit(requests: list[Request], capacity_tokens: int) -> float:
     return cached / max(sum(request.input_tokens for request in requests), 1)
 
 
-def _table(results: list[tuple[str, Result]], bound: float) -> Table:
+def _table(results: list[tuple[str, list[Result]]], bound: float) -> Table:
+    """Return a row per rule: the means of its runs and, of several, the standard error of the mean TTFT."""
     table = Table(title=f"one pooled cache would hit {bound:.1%}")
     for heading in ("rule", "hit %", "mean TTFT s", "p50", "p99", "computed Mtok", "imbalance"):
         table.add_column(heading, justify="left" if heading == "rule" else "right")
-    for title, result in results:
+    for title, runs in results:
+        ttfts = [run.mean_ttft_seconds for run in runs]
+        error = f" ± {stdev(ttfts) / len(runs) ** 0.5:.2f}" if len(runs) > 1 else ""
         table.add_row(
             title,
-            f"{100 * result.hit_share:.1f}",
-            f"{result.mean_ttft_seconds:.2f}",
-            f"{result.p50_ttft_seconds:.2f}",
-            f"{result.p99_ttft_seconds:.2f}",
-            f"{result.computed_tokens / 1e6:.1f}",
-            f"{result.imbalance:.2f}",
+            f"{100 * mean(run.hit_share for run in runs):.1f}",
+            f"{mean(ttfts):.2f}{error}",
+            f"{mean(run.p50_ttft_seconds for run in runs):.2f}",
+            f"{mean(run.p99_ttft_seconds for run in runs):.2f}",
+            f"{mean(run.computed_tokens for run in runs) / 1e6:.1f}",
+            f"{mean(run.imbalance for run in runs):.2f}",
         )
     return table
 

@@ -24,6 +24,9 @@ BYTES_PER_TOKEN = 4
 SPREAD_SECONDS = 3.0
 """Most stamps of the published trace are multiples of this."""
 
+NUDGE_SECONDS = 0.05
+"""Arrivals of a repeated run are moved by up to this: it means nothing to a client, but ties fall otherwise."""
+
 
 class Request(msgspec.Struct, frozen=True):
     """One request: `blocks` are chained, so equal numbers mean equal prefixes."""
@@ -76,10 +79,10 @@ def make_request(number: int, arrival_seconds: float, inputs: int, outputs: int,
     )
 
 
-def spread(requests: list[Request], seed: int = 1) -> list[Request]:
-    """Return each request moved to a random moment of the 3 s after its stamp."""
+def spread(requests: list[Request], seed: int = 1, seconds: float = SPREAD_SECONDS) -> list[Request]:
+    """Return each request moved to a random moment of the `seconds` after its stamp."""
     random = Random(seed)
-    moved = [_at(request, request.arrival_seconds + random.random() * SPREAD_SECONDS) for request in requests]
+    moved = [_at(request, request.arrival_seconds + random.random() * seconds) for request in requests]
     return sorted(moved, key=lambda request: request.arrival_seconds)
 
 

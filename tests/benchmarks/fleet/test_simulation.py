@@ -191,3 +191,20 @@ def test_the_command_prints_a_row_per_rule(tmp_path):
     for title in ("round robin", "Dynamo's cost", "Cairn"):
         assert title in done.output
     assert CliRunner().invoke(main, [str(trace), "--rules", "magic"]).exit_code == 2
+
+
+def test_several_runs_show_the_error_of_their_mean(tmp_path: Path):
+    """One run has none."""
+    options = [str(write_trace(tmp_path / "trace.jsonl")), "--rules", "round-robin", "--replicas", "2"]
+    shown = [CliRunner().invoke(main, [*options, "--runs", runs]).output for runs in ("1", "2")]
+    assert ["±" in output for output in shown] == [False, True]
+
+
+def test_each_arrival_is_moved_by_less_than_asked():
+    """Another seed moves it otherwise."""
+    requests = conversations(4, 3)
+    one, other = spread(requests, 1, 0.05), spread(requests, 2, 0.05)
+    for moved in (one, other):
+        assert sorted(each.number for each in moved) == [each.number for each in requests]
+        assert all(0 <= each.arrival_seconds - requests[each.number].arrival_seconds < 0.05 for each in moved)
+    assert one != other
