@@ -210,7 +210,7 @@ class Routing(Section, frozen=True):
     in_flight_seconds_most: Annotated[float, Meta(ge=0)] = 0.2
     """Upper bound of the cost of each request in flight at a replica after the first eight."""
 
-    future_weight_per_second: Annotated[float, Meta(ge=0)] = 3.0
+    future_weight_per_second: Annotated[float, Meta(ge=0)] = 8.0
     """Additional weight of uncached tokens per second of work in the shortest queue."""
 
     session_headers: Annotated[

@@ -88,7 +88,7 @@ def test_the_configuration_that_the_proxies_get_is_valid_and_scales_with_time(tm
     file.write_text(json.dumps(cairn_config(["http://127.0.0.1:9001"], 6379, 4.0)))
     routing = load(file, {}).config.routing
     assert (routing.in_flight_seconds_least, routing.in_flight_seconds_most) == (0.0125, 0.05)
-    assert routing.future_weight_per_second == 12.0
+    assert routing.future_weight_per_second == 32.0
 
 
 def test_a_restart_is_judged_by_what_was_predicted_of_the_engine_that_began_anew():

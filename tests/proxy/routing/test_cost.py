@@ -106,10 +106,10 @@ def test_the_longer_every_queue_the_dearer_a_second_prefill():
 
 
 def test_the_growing_weight_is_bounded():
-    """An overload of minutes leaves the weight at thirty."""
+    """An overload of minutes leaves the weight at sixty."""
     assert future_weight([view(0), view(1, pending_tokens=80_000.0)]) == 2.0
-    assert future_weight([view(0, pending_tokens=8_000.0)]) == 5.0
-    assert future_weight([view(0, pending_tokens=8_000_000.0)]) == 30.0
+    assert future_weight([view(0, pending_tokens=8_000.0)]) == 10.0
+    assert future_weight([view(0, pending_tokens=8_000_000.0)]) == 60.0
 
 
 @given(
