@@ -1,7 +1,7 @@
-"""Data types that the phases of a request exchange: frozen structs and closed enums. Pure.
+"""Data types that the phases of a request exchange: closed enums, and structs that are decoded or changed. Pure.
 
-They are `msgspec.Struct` and not dataclasses because several are created for every request: a frozen struct of ten
-fields takes a quarter of a microsecond instead of 1.5.
+The structs are `msgspec.Struct` and not dataclasses because several are created for every request: a frozen struct of
+ten fields takes a quarter of a microsecond instead of 1.5. What is read most often is in `proxy.records`.
 """
 
 from __future__ import annotations
@@ -233,135 +233,12 @@ class Prompt(msgspec.Struct, frozen=True):
     is_plain_text: bool = False  # all spans but tools are messages whose content is a string; False if not examined
 
 
-class Call(msgspec.Struct, frozen=True):
-    """An admitted request. Header names are lower-case. `peer` is the address from which the client connected."""
-
-    request_id: str
-    tenant: Tenant
-    endpoint: Endpoint
-    method: str
-    target: str  # path and query as the client sent them
-    headers: tuple[tuple[bytes, bytes], ...]
-    body: Body
-    received_seconds: float  # monotonic time at which the head had arrived
-    read_seconds: float  # the whole body had arrived
-    peer: str = ""
-    access: Access = Access.INFERENCE
-    path_model: str | None = None  # the model that the path names
-    object_id: str | None = None  # the object that the path names
-    encoded_body: Body | None = None  # the body as it was sent, if that was compressed
-
-
 class Edit(msgspec.Struct, frozen=True, gc=False):
     """Replace body[start:end] by `insert`; a body is changed in no other way."""
 
     start: int
     end: int
     insert: bytes | memoryview
-
-
-class ReplicaView(msgspec.Struct, frozen=True, gc=False):
-    """A replica as the plan sees it: one row of the fleet's snapshot.
-
-    `pending_tokens` are the uncached tokens of requests here and at the other proxies that the replica has not
-    processed yet, as far as can be estimated. `lateness_seconds` is how long its oldest unanswered request is overdue
-    for its first token. `in_flight` excludes requests that wait for another one with the same prefix. A replica
-    that is not `available` gets no request for now, and `unavailable_because` names the reason.
-    """
-
-    id: int  # dense number within the process, the index's replica number
-    name: str
-    available: bool
-    rate_tokens_per_second: float
-    pending_tokens: float
-    in_flight: int
-    in_flight_limit: int | None
-    lateness_seconds: float
-    in_flight_seconds: float  # `c` of the cost rule: the cost of one more request in flight
-    queued: int = 0
-    retry_after_seconds: float = 0.0  # if unavailable: the time until it is tried again
-    unavailable_because: str = ""
-    running_tokens: float = 0.0  # prompts of all requests in flight there, which its cache must hold
-    is_far: bool = False  # known to be in another zone than this Cairn
-
-
-class Demand(msgspec.Struct, frozen=True, gc=False):
-    """Properties of a prompt that the plan depends on.
-
-    `prompt_tokens` is predicted. `tie_hash` is the chained hash of the first block that no replica has (or of the
-    last block), so that independent proxies break ties alike. A match of everything except the last block, of
-    `last_block_bytes` bytes, counts as a hit.
-    """
-
-    size_bytes: int
-    prompt_tokens: float
-    tie_hash: int = 0
-    last_block_bytes: int = 0
-    pinned_replica: int | None = None
-    prior_replica: int | None = None  # where the client's session was served last
-
-
-class Candidate(msgspec.Struct, frozen=True, gc=False):
-    """One replica, and what this prompt would cost there."""
-
-    replica: ReplicaView
-    matched_bytes: int
-    matched_tokens: float
-    uncached_tokens: float
-    cost_seconds: float
-
-
-class Plan(msgspec.Struct, frozen=True):
-    """Replicas in the order in which to try them, cheapest first, and the reason for it."""
-
-    candidates: tuple[Candidate, ...]
-    reason: RouteReason
-    miss: MissReason
-    cache: CacheStatus
-    prompt_tokens: float  # predicted
-
-    @property
-    def chosen(self) -> Candidate:
-        """The first replica to try."""
-        return self.candidates[0]
-
-
-class Times(msgspec.Struct, frozen=True, gc=False):
-    """Monotonic times of one request; None for a step that it did not reach."""
-
-    received_seconds: float
-    read_seconds: float = 0.0  # the whole body had arrived
-    sent_seconds: float | None = None  # sent to the upstream that answered
-    first_byte_seconds: float | None = None
-    first_token_seconds: float | None = None
-    ended_seconds: float = 0.0
-    waited_seconds: float = 0.0  # time waited in the queue and for a leader, part of the time before `sent_seconds`
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """The result of a request; every path produces exactly one."""
-
-    call_id: str
-    endpoint: Endpoint
-    model: str | None
-    stream: bool
-    ending: Ending
-    status: int
-    times: Times
-    replica: ReplicaView | None = None
-    plan: Plan | None = None
-    usage: Usage | None = None
-    retries: int = 0
-    response_bytes: int = 0
-    request_bytes: int = 0
-    tenant_id: str = ""
-    tenant_name: str = ""
-    error_code: str | None = None
-    inter_token_counts: tuple[int, ...] = ()  # gaps after the first token, per bucket of the metric
-    inter_token_seconds: float = 0.0  # their sum
-    tried: tuple[str, ...] = ()  # replicas that failed before the last one, each with the reason: "name;503"
-    head_sent_early: bool = False  # the client was sent 200 and comments before any replica had responded
-    is_background: bool = False  # computed after this response, which therefore has no usage
 
 
 class AccessLine(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):

@@ -15,7 +15,8 @@ from benchmarks.engines.engine import At, Job, SimulatedEngine, Usage
 from benchmarks.engines.templates import decode_chat
 from cache import Feedback, Fingerprint, Placement, PrefixIndex, chain_root, cut
 from proxy.fleet import Charge, Fleet, ReplicaSpec
-from proxy.model import Demand, Endpoint, Plan, Prompt, TemplateFacts
+from proxy.model import Endpoint, Prompt, TemplateFacts
+from proxy.records import Demand, Plan
 from proxy.routing.cost import plan
 from proxy.routing.prefill_gate import Follower, Prefill, PrefillGate
 from proxy.routing.token_estimate import TokenCounts
@@ -145,7 +146,8 @@ class CairnProxy:
         salt = (b"", *keyed_salt(prompt, self.facts, TODAY))
         spans = keyed_spans(prompt, self.facts)
         media = locate_media(prompt.media, prompt.body, spans, partial(self.tokens.media_tokens, prompt.model))
-        fingerprint = msgspec.structs.replace(cut(chain_root(salt), spans), media=media)
+        cut_text = cut(chain_root(salt), spans)
+        fingerprint = Fingerprint(cut_text.hashes, cut_text.ends, media)
         match = self.index.match(fingerprint)
         tokens = self.tokens.predict(
             prompt.model, prompt.size_bytes, prompt.media, match.known_bytes, match.known_tokens

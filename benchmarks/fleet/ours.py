@@ -15,7 +15,7 @@ from benchmarks.fleet.simulation import Send
 from benchmarks.fleet.trace import Request
 from cache.index.prefix_index import Feedback, Placement, PrefixIndex
 from proxy.fleet import Charge, Fleet, ReplicaSpec
-from proxy.model import Demand
+from proxy.records import Demand
 from proxy.routing.cost import plan
 from proxy.routing.prefill_gate import Follower, Prefill, PrefillGate
 

@@ -18,7 +18,8 @@ from typing import Any, Final
 
 import msgspec
 
-from proxy.model import AccessLine, Call, Endpoint, Outcome
+from proxy.model import AccessLine, Endpoint
+from proxy.records import Call, Outcome
 
 FLUSH_SECONDS: Final = 0.1  # how long lines are collected before they are written together
 PENDING_LINES_AT_MOST = 32_768  # about 8 MB while nobody reads; further lines are lost

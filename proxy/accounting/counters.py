@@ -23,7 +23,8 @@ from proxy.fleet.pools import Pools
 from proxy.metrics import definitions as metrics
 from proxy.metrics.model_labels import ModelNames
 from proxy.metrics.recorder import Recorder
-from proxy.model import CacheStatus, Ending, Endpoint, MissReason, Outcome, RouteReason, Usage
+from proxy.model import CacheStatus, Ending, Endpoint, MissReason, RouteReason, Usage
+from proxy.records import Outcome
 
 _STATUS_CLASSES = ("0xx", "1xx", "2xx", "3xx", "4xx", "5xx")
 _OPERATIONS = {Endpoint.COMPLETIONS: "text_completion", Endpoint.EMBEDDINGS: "embeddings"}  # OpenTelemetry's names

@@ -10,7 +10,8 @@ from heapq import nlargest
 from typing import Final
 
 from proxy.control.error_rows import ErrorRow
-from proxy.model import Ending, Outcome
+from proxy.model import Ending
+from proxy.records import Outcome
 
 ROWS_AT_MOST: Final = 512
 ROWS_REPORTED: Final = 50

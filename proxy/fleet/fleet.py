@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from statistics import median
 from typing import Final
-
-from msgspec.structs import replace
 
 from proxy.fleet.breaker import Breaker, BreakerSettings, BreakerState, Cause, Failure
 from proxy.fleet.peers import PEER_SILENCE_SECONDS, ROW_LENGTHS, Peers, ShareRow
 from proxy.fleet.rate import pooled
 from proxy.fleet.replica import ReplicaSpec, ReplicaState, ThrottleKey
 from proxy.fleet.work import Charge
-from proxy.model import ReplicaView
+from proxy.records import ReplicaView
 
 DEFAULT_RATE_TOKENS_PER_SECOND: Final = 4_000.0
 """Assumed before any rate is known: between a processor (about 500) and a large accelerator (20,000 and more)."""

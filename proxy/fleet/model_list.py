@@ -8,7 +8,7 @@ import msgspec
 
 from proxy.errors import BadResponse
 from proxy.fleet.pools import ReplicaEndpoint
-from proxy.model import Call
+from proxy.records import Call
 from proxy.upstream import UpstreamClient
 from proxy.wire.headers import upstream_head
 from proxy.wire.schemas import DECODE_ERRORS

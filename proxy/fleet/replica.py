@@ -10,7 +10,7 @@ from proxy.fleet.breaker import PROBED, Breaker, Cause
 from proxy.fleet.peers import PeerWork
 from proxy.fleet.rate import PrefillRate
 from proxy.fleet.work import Work
-from proxy.model import ReplicaView
+from proxy.records import ReplicaView
 
 THROTTLES_AT_MOST: Final = 1024
 """Keys and models remembered per replica; clients choose both."""

@@ -14,7 +14,7 @@ from cache import Fingerprint, Placement
 from proxy.clock import Clock
 from proxy.errors import TurnedAway
 from proxy.fleet import Charge, Fleet
-from proxy.model import Candidate, Plan
+from proxy.records import Candidate, Plan
 from proxy.routing.fair_shares import Share
 from proxy.routing.prefill_gate import Follower, Prefill, PrefillGate
 from proxy.routing.replica_queue import ANYONE, Permit, ReplicaQueue

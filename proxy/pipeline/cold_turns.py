@@ -6,16 +6,15 @@ only reads the plan and the headers.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Awaitable
 from typing import Final
 
-import msgspec
-
 from proxy.clock import Clock
 from proxy.errors import DeadlineUnreachable, Overloaded, TurnedAway
-from proxy.model import Candidate, Plan
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.planner import Planner
+from proxy.records import Candidate, Plan
 from proxy.routing.cold_admission import SHORT_TOKENS, TurnKind, about_as_good, classify, waits_while_warm
 from proxy.routing.cold_gate import ColdGate
 from proxy.routing.cold_turn import Turn, Verdict
@@ -189,7 +188,7 @@ class ColdTurns:
         if soonest is plan.chosen:
             return plan
         others = [each for each in plan.candidates if each is not soonest]
-        return msgspec.structs.replace(plan, candidates=(soonest, *others))
+        return dataclasses.replace(plan, candidates=(soonest, *others))
 
     def _go_warm(self, exchange: Exchange, plan: Plan, short: float) -> Awaitable[None] | None:
         """Plan for the replicas that hold most; return what to await if all of these are busy."""

@@ -18,12 +18,13 @@ from proxy.fleet import Failure, Fleet
 from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.metrics.definitions import HIDDEN_ERRORS, UPSTREAM_RETRIES
 from proxy.metrics.recorder import Recorder
-from proxy.model import Candidate, Edit
+from proxy.model import Edit
 from proxy.pipeline import retries
 from proxy.pipeline.attempt import Attempt, Attempts
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.opening import Opening, judge_plain, wait_for_opening
 from proxy.pipeline.retries import AttemptFailure, FailureKind, RetryBudget
+from proxy.records import Candidate
 from proxy.routing.replica_queue import ANYONE
 from proxy.upstream import Body, Origin, UpstreamResponse
 from proxy.wire import headers as wire_headers

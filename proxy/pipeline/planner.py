@@ -5,6 +5,7 @@ It reads the index and the fleet and changes nothing but the exchange.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +17,10 @@ from cache import Content, Fingerprint, Match, PrefixIndex, chain_root, cut, ext
 from proxy.clock import Clock, utc_date
 from proxy.fleet import Fleet
 from proxy.fleet.templates import Templates
-from proxy.model import Demand, Prompt, TemplateFacts
+from proxy.model import Prompt, TemplateFacts
 from proxy.pipeline.disclosure import OwnPrefixes, limited
 from proxy.pipeline.exchange import Exchange
+from proxy.records import Demand
 from proxy.routing import cost as routing
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.session_hints import DEFAULT_HEADERS, SessionHints
@@ -106,7 +108,7 @@ class Planner:
         if fingerprint is not None:
             exchange.match = self._index.match(fingerprint)
             if exchange.prompt is not None and exchange.prompt.skips_cache:
-                exchange.match = msgspec.structs.replace(exchange.match, held={})
+                exchange.match = dataclasses.replace(exchange.match, held={})
         if not tenant.sees_all and exchange.pool is not None and not exchange.pool.isolated:
             exchange.own_blocks = 0 if fingerprint is None else self._own_prefixes.known_blocks(tenant, fingerprint)
             if exchange.only_explained and fingerprint is not None and exchange.match is not None:

@@ -19,7 +19,7 @@ from proxy.errors import (
     ResetBeforeResponse,
     UpstreamError,
 )
-from proxy.model import Candidate
+from proxy.records import Candidate
 
 BUDGET_SECONDS: Final = 10.0
 BUDGET_SHARE: Final = 0.1

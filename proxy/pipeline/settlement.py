@@ -20,8 +20,9 @@ from proxy.accounting.prefix_stats import PrefixStats
 from proxy.accounting.round_robin import RoundRobinBaseline
 from proxy.clock import Clock
 from proxy.fleet import Fleet
-from proxy.model import Ending, Outcome, Usage
+from proxy.model import Ending, Usage
 from proxy.pipeline.exchange import Exchange
+from proxy.records import Outcome
 from proxy.routing.token_estimate import TokenCounts
 from proxy.wire.text_alone import TextAlone
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from cache import CacheError
 from proxy.clock import Clock
 from proxy.errors import CairnError, DeadlineUnreachable, RateLimited, TurnedAway
-from proxy.model import ReplicaView
+from proxy.records import ReplicaView
 from proxy.routing.cold_admission import (
     BACKLOG_SECONDS,
     LONG_SECONDS,

@@ -6,7 +6,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from proxy.model import ReplicaView
+from proxy.records import ReplicaView
 from proxy.routing.cold_admission import QUIET_SECONDS, REST_SECONDS, TurnKind
 from proxy.routing.cold_pressure import MEMORY_SECONDS
 from proxy.routing.fair_shares import Priority

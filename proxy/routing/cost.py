@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 from zlib import crc32
 
 from proxy.errors import Overloaded
-from proxy.model import CacheStatus, Candidate, Demand, MissReason, Plan, ReplicaView, RouteReason
+from proxy.model import CacheStatus, MissReason, RouteReason
+from proxy.records import Candidate, Demand, Plan, ReplicaView
 
 if TYPE_CHECKING:
     from cache import Held, Match

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final, NamedTuple
 
-from msgspec.structs import replace
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation import get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from proxy.clock import Clock
-from proxy.model import Call, Outcome
 from proxy.pipeline.exchange import Exchange
+from proxy.records import Call, Outcome
 from proxy.telemetry import attributes
 
 _CONTEXT_HEADERS: Final = (b"traceparent", b"tracestate")

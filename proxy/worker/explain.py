@@ -12,11 +12,12 @@ import msgspec
 from proxy.clock import Clock
 from proxy.control.messages import Explain
 from proxy.errors import BadRequest, CairnError
-from proxy.model import Call, Candidate, Endpoint
+from proxy.model import Endpoint
 from proxy.pipeline.admission import Authenticator
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.pipeline import Pipeline
 from proxy.pipeline.routes import Routes
+from proxy.records import Call, Candidate
 from proxy.routing.cold_turn import Verdict
 from proxy.wire.errors import error_response
 

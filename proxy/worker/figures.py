@@ -17,7 +17,7 @@ from proxy.fleet.pools import Pools
 from proxy.metrics import definitions as metrics
 from proxy.metrics.definitions import Labels, Spec
 from proxy.metrics.recorder import Recorder
-from proxy.model import ReplicaView
+from proxy.records import ReplicaView
 from proxy.routing.cold_gate import ColdGate
 from proxy.routing.fair_shares import Priority
 

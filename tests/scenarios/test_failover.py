@@ -14,7 +14,8 @@ from aiohttp import web
 
 from proxy.config.schema import Auth, Config, Pool, PoolKind, Replica, Secret, Upstream
 from proxy.metrics import definitions as metrics
-from proxy.model import Ending, Outcome
+from proxy.model import Ending
+from proxy.records import Outcome
 from tests.conftest import IS_COMPILED
 from tests.support.cairn import Cairn, config_for, running
 from tests.support.openai_upstream import Failure, OpenAIUpstream

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -126,7 +127,7 @@ async def test_two_misses_on_different_chains_are_a_restart_and_one_is_a_suspici
 
 
 def _fields(placement: Placement) -> dict[str, Any]:
-    return {name: getattr(placement, name) for name in placement.__struct_fields__}
+    return {field.name: getattr(placement, field.name) for field in dataclasses.fields(placement)}
 
 
 async def test_a_restart_that_the_index_found_itself_is_told_to_all(bench: Bench) -> None:

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import threading
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from proxy.accounting import access_log as logs
 from proxy.accounting.access_log import AccessLog, access_line
-from proxy.model import (
-    AccessLine,
-    CacheStatus,
-    Call,
-    Candidate,
-    Ending,
-    Endpoint,
-    MissReason,
-    Outcome,
-    Plan,
-    ReplicaView,
-    RouteReason,
-    Tenant,
-    Times,
-    Usage,
-)
+from proxy.model import AccessLine, CacheStatus, Ending, Endpoint, MissReason, RouteReason, Tenant, Usage
+from proxy.records import Call, Candidate, Outcome, Plan, ReplicaView, Times
 
 REPLICA = ReplicaView(0, "h:1", True, 1.0, 0.0, 0, None, 0.0, 0.05)
 PLAN = Plan(
@@ -63,7 +49,7 @@ CALL = Call(
     read_seconds=10.0,
     peer="10.0.0.9",
 )
-NOBODYS = msgspec.structs.replace(CALL, tenant=Tenant(""), peer="")
+NOBODYS = dataclasses.replace(CALL, tenant=Tenant(""), peer="")
 
 
 def written(tmp_path: Path, *lines: AccessLine, **kwargs: Any) -> list[dict]:
@@ -138,7 +124,7 @@ def test_a_refused_request_has_a_short_line(tmp_path: Path) -> None:
 
 def test_the_replicas_that_were_tried_are_listed_with_the_reasons(tmp_path: Path) -> None:
     """In the order in which they failed."""
-    outcome = msgspec.structs.replace(OUTCOME, retries=2, tried=("a;503", "b;connect"))
+    outcome = dataclasses.replace(OUTCOME, retries=2, tried=("a;503", "b;connect"))
     (line,) = written(tmp_path, access_line(NOBODYS, outcome, 0.0))
     assert (line["retries"], line["tried"]) == (2, ["a;503", "b;connect"])
 
@@ -154,8 +140,8 @@ def test_a_hostile_model_name_stays_one_bounded_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("odd", ["\x1b", "\x7f", "\x80", "\x9b", "\x9f", "\u2028", "\u202e", "\u2066"])
 def test_nothing_that_a_client_chose_controls_a_terminal_that_shows_the_log(odd: str, encode: Any) -> None:
     """It is escaped as JSON escapes a line end, so that a reader of the log gets back what was sent."""
-    call = msgspec.structs.replace(CALL, target=f"/v1/{odd}[2Jpath", tenant=Tenant("t", client=f"name{odd}"))
-    outcome = msgspec.structs.replace(OUTCOME, model=f"m\xe9{odd}\u4e2d\U0001f600", tried=(f"a;{odd}",))
+    call = dataclasses.replace(CALL, target=f"/v1/{odd}[2Jpath", tenant=Tenant("t", client=f"name{odd}"))
+    outcome = dataclasses.replace(OUTCOME, model=f"m\xe9{odd}\u4e2d\U0001f600", tried=(f"a;{odd}",))
     text = encode([access_line(call, outcome, 0.0)]).decode()
     (line,) = text.split("\n")[:-1]
     assert line.isprintable()
@@ -235,7 +221,7 @@ def test_a_reader_that_is_gone_costs_lines_and_nothing_else() -> None:
 
 def test_lines_may_be_logfmt(tmp_path: Path) -> None:
     """Pairs without what is unknown; a value with spaces or quotes is quoted, so that no client can add a pair."""
-    odd = msgspec.structs.replace(OUTCOME, model='a "b" c=d\n')
+    odd = dataclasses.replace(OUTCOME, model='a "b" c=d\n')
     text = logs.logfmt_lines([access_line(CALL, OUTCOME, 0.25), access_line(NOBODYS, odd, 0.0)]).decode()
     first, second = text.splitlines()
     assert first.startswith(
@@ -256,6 +242,4 @@ def test_lines_may_be_logfmt(tmp_path: Path) -> None:
 )
 def test_a_route_has_no_ids_and_no_query(target: str, object_id: str | None, endpoint: Endpoint, route: str) -> None:
     """Lines of one route can be grouped, and an id that is a secret is not logged."""
-    assert (
-        logs.route_of(msgspec.structs.replace(CALL, target=target, object_id=object_id, endpoint=endpoint)) == route
-    )
+    assert logs.route_of(dataclasses.replace(CALL, target=target, object_id=object_id, endpoint=endpoint)) == route

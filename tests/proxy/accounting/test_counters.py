@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
-from msgspec.structs import replace
 
 from cache import Store, Totals
 from proxy.accounting.counters import RequestCounters
@@ -17,7 +17,8 @@ from proxy.metrics.definitions import Spec
 from proxy.metrics.exposition import Exposition
 from proxy.metrics.model_labels import ModelNames
 from proxy.metrics.recorder import Recorder
-from proxy.model import Ending, Endpoint, Outcome, ReplicaView, Times, Usage
+from proxy.model import Ending, Endpoint, Usage
+from proxy.records import Outcome, ReplicaView, Times
 from proxy.upstream import Origin
 
 REPLICA = ReplicaView(0, "one", True, 1.0, 0.0, 0, None, 0.0, 0.05)
@@ -90,7 +91,7 @@ def test_an_answer_of_one_token_has_no_time_per_token_and_one_without_usage_no_t
 
 @pytest.mark.parametrize("other", [{"endpoint": Endpoint.MESSAGES}, {"stream": False}])
 def test_cached_tokens_that_a_dialect_never_reports_are_not_zero_because_another_reports_them(
-    other: dict[str, object],
+    other: dict[str, Any],
 ) -> None:
     """Engines report them in some dialects, or in streams only; a zero would count as an eviction or a restart."""
     accounts, mute = counters(Recorder()), replace(STREAMED, usage=Usage(1000, 21))

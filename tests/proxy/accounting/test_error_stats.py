@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import msgspec
+import dataclasses
+
 import pytest
 
 from proxy.accounting.error_stats import ROWS_AT_MOST, ROWS_REPORTED, ErrorStats, error_reason
-from proxy.model import Ending, Endpoint, Outcome, Times
+from proxy.model import Ending, Endpoint
+from proxy.records import Outcome, Times
 from tests.support.clock import FakeClock
 
 FINE = Outcome("r", Endpoint.CHAT, "m", False, Ending.COMPLETE, 200, Times(0.0), tenant_name="web")
 
 
 def failed(ending: Ending = Ending.UPSTREAM_FAILED, code: str | None = "upstream_timeout", **changes) -> Outcome:
-    return msgspec.structs.replace(FINE, ending=ending, error_code=code, **changes)
+    return dataclasses.replace(FINE, ending=ending, error_code=code, **changes)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cache.index.prefix_index import Held, Match
 from proxy.fleet import BreakerState, Cause, Change, Failure, Fleet, PrefillRate, ReplicaChange, ReplicaSpec, ShareRow
-from proxy.model import Demand
+from proxy.records import Demand
 from proxy.routing.cost import plan
 
 RATE = 1_000.0  # tokens per second of every replica here, so that tokens read as milliseconds

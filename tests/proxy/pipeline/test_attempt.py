@@ -13,8 +13,9 @@ from cache.index.hashing import cut
 from proxy.errors import TurnedAway
 from proxy.fleet import Failure, Fleet, ReplicaSpec
 from proxy.fleet.fleet import DEFAULT_RATE_TOKENS_PER_SECOND
-from proxy.model import CacheStatus, Candidate, MissReason, Plan, RouteReason
+from proxy.model import CacheStatus, MissReason, RouteReason
 from proxy.pipeline.attempt import Attempt, Attempts
+from proxy.records import Candidate, Plan
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 from tests.proxy.pipeline.bench import POOL, Placements, turns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any, cast
 
 import msgspec
@@ -80,7 +81,7 @@ class Gated:
     ) -> Exchange:
         """A request up to its plan."""
         made = Bench().exchange(prompt=prompt, endpoint=endpoint)
-        made.call = msgspec.structs.replace(
+        made.call = dataclasses.replace(
             made.call,
             tenant=tenant or Tenant("tenant"),
             headers=headers,

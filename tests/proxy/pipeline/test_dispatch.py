@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 
 from proxy.errors import ConnectFailed, UpstreamError
 from proxy.fleet.replica import ThrottleKey
-from proxy.model import Endpoint, ReplicaView, Tenant
+from proxy.model import Endpoint, Tenant
 from proxy.pipeline.dispatch import Upload
+from proxy.records import ReplicaView
 from tests.proxy.pipeline.bench import DONE, POOL, SSE, TOKEN, Bench, Downstream, Upstream, turns
 
 
@@ -73,7 +75,7 @@ async def test_failures_of_three_prompts_of_two_clients_open_the_breaker(status:
     for prompt, client in (("a", "one"), ("b", "one"), ("c", "other")):
         bench.client.script.append(Upstream(bench.clock, status, ((b"retry-after", b"7"),), b"{}"))
         exchange = bench.exchange(prompt=prompt * 9_000)
-        exchange.call = msgspec.structs.replace(exchange.call, tenant=Tenant(client))
+        exchange.call = dataclasses.replace(exchange.call, tenant=Tenant(client))
         assert (await bench.run(exchange)).status == status
         bench.downstream = type(bench.downstream)()
         available.append([view.available for view in views(bench)])
@@ -102,7 +104,7 @@ async def test_a_client_s_key_reaches_a_replica_only_if_nothing_replaces_or_drop
     )
     bench.client.script.append(Upstream(bench.clock, 200, (), b"{}"))
     exchange = bench.exchange()
-    exchange.call = msgspec.structs.replace(
+    exchange.call = dataclasses.replace(
         exchange.call,
         target="/v1/chat/completions?a=1&key=client",
         headers=((b"authorization", b"Bearer client"), (b"x-api-key", b"client")),
@@ -157,7 +159,7 @@ async def test_a_body_that_is_passed_through_is_sent_to_one_replica_only(first: 
 def compressed(bench: Bench, *, stream: bool) -> Any:
     """A request whose body the client sent compressed."""
     exchange = bench.exchange(stream=stream)
-    exchange.call = msgspec.structs.replace(
+    exchange.call = dataclasses.replace(
         exchange.call, encoded_body=b"compressed", headers=((b"content-encoding", b"gzip"),)
     )
     return exchange
@@ -196,7 +198,7 @@ async def test_configured_headers_are_sent_unless_the_client_sends_its_own() -> 
     )
     bench.client.script.append(Upstream(bench.clock, 200, (), b"{}"))
     exchange = bench.exchange()
-    exchange.call = msgspec.structs.replace(
+    exchange.call = dataclasses.replace(
         exchange.call, headers=((b"anthropic-version", b"client"), (b"x-data-parallel-rank", b"7"))
     )
     await bench.run(exchange)
@@ -320,7 +322,7 @@ def begun_at(bench: Bench, replica: int) -> Any:
     exchange = bench.exchange()
     assert exchange.plan is not None
     only = tuple(each for each in exchange.plan.candidates if each.replica.id == replica)
-    exchange.plan = msgspec.structs.replace(exchange.plan, candidates=only)
+    exchange.plan = dataclasses.replace(exchange.plan, candidates=only)
     return exchange
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import msgspec
@@ -85,8 +86,8 @@ async def test_a_client_is_told_of_its_own_prefixes_only_and_no_times_if_others_
     exchange = bench.exchange()
     assert exchange.plan is not None
     assert exchange.fingerprint is not None
-    warm = msgspec.structs.replace(exchange.plan.candidates[0], matched_bytes=8_192, matched_tokens=2_000.0)
-    exchange.plan = msgspec.structs.replace(
+    warm = dataclasses.replace(exchange.plan.candidates[0], matched_bytes=8_192, matched_tokens=2_000.0)
+    exchange.plan = dataclasses.replace(
         exchange.plan, candidates=(warm,), reason=RouteReason.WARM, cache=CacheStatus.HIT, miss=MissReason.NONE
     )
     exchange.match = Match({0: Held(1, 8_192, 2_000)}, known_blocks=1, known_bytes=8_192, known_tokens=2_000)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
-from msgspec.structs import replace
 
 from proxy.errors import BadResponse, ConnectFailed
 from proxy.fleet import Fleet

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
-import msgspec
 import pytest
 
 from cache import ObjectLocations
@@ -71,7 +71,7 @@ def test_a_limited_client_s_batch_input_is_noted_as_checked_under_its_name(
     """For nobody else, and nothing but the input of a batch, whose models were looked at."""
     journal, made = Journal(), asked("POST", "/v1/files")
     form = b'--x\r\ncontent-disposition: form-data; name="purpose"\r\n\r\n%b\r\n--x--\r\n' % purpose.encode()
-    made.call = msgspec.structs.replace(
+    made.call = dataclasses.replace(
         made.call,
         tenant=Tenant("mine", client="team", models=models),
         headers=((b"content-type", b"multipart/form-data; boundary=x"),),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from typing import Any, cast
 
@@ -67,7 +68,7 @@ class Planning:
     ) -> Exchange:
         """A request that was read and is not planned yet."""
         made = Bench().exchange(prompt=prompt)
-        made.call = msgspec.structs.replace(made.call, tenant=tenant, headers=headers, endpoint=endpoint)
+        made.call = dataclasses.replace(made.call, tenant=tenant, headers=headers, endpoint=endpoint)
         made.pool, made.fingerprint, made.plan = pool, None, None
         return made
 

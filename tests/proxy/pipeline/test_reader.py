@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
-import msgspec
 import pytest
 
 from cache import ObjectLocations
 from proxy.errors import BadRequest, Forbidden, NotFound, UnknownObject
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
-from proxy.model import Call, Tenant
+from proxy.model import Tenant
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.reader import RequestReader, object_key
 from proxy.pipeline.routes import Routes
+from proxy.records import Call
 from proxy.upstream import Origin
 
 MINE, OTHERS, LIMITED = Tenant("mine"), Tenant("others"), Tenant("limited", models=("cheap",))
@@ -275,7 +276,7 @@ def test_a_second_content_type_is_refused_where_the_first_decides() -> None:
     """The upstream might read a form where a JSON body was read here."""
     asked = exchange("POST", "/v1/images/edits", {"model": "cheap"}, LIMITED)
     form = (b"content-type", b"multipart/form-data; boundary=b")
-    asked.call = msgspec.structs.replace(asked.call, headers=(*asked.call.headers, form))
+    asked.call = dataclasses.replace(asked.call, headers=(*asked.call.headers, form))
     with pytest.raises(BadRequest, match="twice"):
         reader().read(asked)
 
@@ -312,7 +313,7 @@ FORM_TYPE = b"multipart/form-data; boundary=b"
 
 
 def with_type(asked: Exchange, content_type: bytes) -> Exchange:
-    asked.call = msgspec.structs.replace(asked.call, headers=((b"content-type", content_type),))
+    asked.call = dataclasses.replace(asked.call, headers=((b"content-type", content_type),))
     return asked
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gzip
 from collections.abc import Callable
 from typing import Any, cast
@@ -149,7 +150,7 @@ async def test_the_models_that_an_upstream_lists_may_be_labels(method: str, name
         bench = Bench()
         upstream(bench, body=body)
         exchange = bench.exchange(endpoint=Endpoint.MODELS)
-        exchange.call = msgspec.structs.replace(exchange.call, method=method)
+        exchange.call = dataclasses.replace(exchange.call, method=method)
         assert (await bench.run(exchange)).body == body
         assert bench.names == found
 
@@ -172,7 +173,7 @@ async def test_what_a_plain_response_creates_is_remembered_with_its_replica() ->
     bench = Bench()
     upstream(bench, body=b'{"id":"resp_1","object":"response","usage":null}')
     exchange = bench.exchange(endpoint=Endpoint.RESPONSES)
-    exchange.call = msgspec.structs.replace(exchange.call, target="/v1/responses")
+    exchange.call = dataclasses.replace(exchange.call, target="/v1/responses")
     await bench.run(exchange)
     assert [name for part in bench.placements.locations.chunks(9) for name in part.values()] == ["0"]
 

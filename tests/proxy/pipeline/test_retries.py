@@ -16,7 +16,6 @@ from proxy.errors import (
     TlsFailed,
     UpstreamError,
 )
-from proxy.model import Candidate, ReplicaView
 from proxy.pipeline.retries import (
     AttemptFailure,
     FailureKind,
@@ -26,6 +25,7 @@ from proxy.pipeline.retries import (
     of_error,
     shows_the_replica_fails,
 )
+from proxy.records import Candidate, ReplicaView
 
 REPLICAS = [ReplicaView(n, f"r{n}", True, 1.0, 0.0, 0, None, 0.0, 0.05) for n in range(3)]
 CANDIDATES = [Candidate(replica, 0, 0.0, 1.0, 1.0) for replica in REPLICAS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from typing import Any, cast
 
@@ -10,9 +11,10 @@ import pytest
 
 from cache import Fingerprint, Match, Placement
 from proxy.fleet import Fleet, ReplicaSpec
-from proxy.model import Candidate, Ending, Media, Outcome, Usage
+from proxy.model import Ending, Media, Usage
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.settlement import COUNTED_TOGETHER, Settlement
+from proxy.records import Candidate, Outcome
 from proxy.routing.token_estimate import TokenCounts
 from tests.proxy.pipeline.bench import POOL, Bench
 from tests.support.clock import FakeClock
@@ -226,7 +228,7 @@ def test_counts_of_a_part_of_the_prompt_teach_nothing_about_it(
     exchange = settling.exchange(Usage(tokens, 30, cached))
     assert exchange.attempt is not None
     assert exchange.attempt.placement is not None
-    exchange.attempt.placement = msgspec.structs.replace(exchange.attempt.placement, held_tokens=4_000)
+    exchange.attempt.placement = dataclasses.replace(exchange.attempt.placement, held_tokens=4_000)
     settling.settlement.settle(exchange)
     assert settling.journal.taught == [lesson]
     assert settling.learned_tokens_per_byte() is (lesson is not None)

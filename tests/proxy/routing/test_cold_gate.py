@@ -10,7 +10,7 @@ import pytest
 
 from cache import CacheError
 from proxy.errors import DeadlineUnreachable, RateLimited
-from proxy.model import ReplicaView
+from proxy.records import ReplicaView
 from proxy.routing.cold_admission import REST_SECONDS, TurnKind
 from proxy.routing.cold_gate import ColdGate, Pass
 from proxy.routing.cold_pressure import RESTING_SECONDS

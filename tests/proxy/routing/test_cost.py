@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from random import Random
+from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cache import Held, Match
 from proxy.errors import Overloaded
-from proxy.model import CacheStatus, Demand, MissReason, ReplicaView, RouteReason
+from proxy.model import CacheStatus, MissReason, RouteReason
+from proxy.records import Demand, ReplicaView
 from proxy.routing.cost import future_weight, plan
 
 
@@ -24,7 +26,7 @@ NOTHING = Match({})
 LONG = Demand(size_bytes=40_000, prompt_tokens=10_000.0, tie_hash=7, last_block_bytes=2_048)
 
 
-def view(number: int = 0, **changes: object) -> ReplicaView:
+def view(number: int = 0, **changes: Any) -> ReplicaView:
     row = ReplicaView(
         id=number,
         name=f"replica-{number}",
@@ -36,7 +38,7 @@ def view(number: int = 0, **changes: object) -> ReplicaView:
         lateness_seconds=0.0,
         in_flight_seconds=0.05,
     )
-    return msgspec.structs.replace(row, **changes)
+    return dataclasses.replace(row, **changes)
 
 
 def chosen(*args, **kwargs) -> int:
@@ -134,7 +136,7 @@ def test_ties_do_not_favour_the_first(count):
     random.shuffle(views)
     falls = [0] * count
     for _ in range(100 * count):
-        falls[chosen(msgspec.structs.replace(LONG, tie_hash=random.getrandbits(64)), NOTHING, views)] += 1
+        falls[chosen(dataclasses.replace(LONG, tie_hash=random.getrandbits(64)), NOTHING, views)] += 1
     assert min(falls) > 70
     assert max(falls) < 130
 
@@ -143,21 +145,19 @@ def test_a_tie_is_broken_alike_in_every_process():
     """The same prefix and names give the same replica, in any order of the rows: proxies need not talk for it."""
     views = [view(n) for n in range(8)]
     assert chosen(LONG, NOTHING, views) == chosen(LONG, NOTHING, views[::-1])
-    assert (
-        chosen(msgspec.structs.replace(LONG, tie_hash=1), NOTHING, views) == 3
-    )  # fixed: no seed of the process in it
+    assert chosen(dataclasses.replace(LONG, tie_hash=1), NOTHING, views) == 3  # fixed: no seed of the process in it
 
 
 def test_of_equal_costs_the_fewest_in_flight_wins():
     """Rendezvous comes second."""
     views = [view(n, in_flight=0 if n == 5 else 3, in_flight_seconds=0.0) for n in range(8)]
-    assert {chosen(msgspec.structs.replace(LONG, tie_hash=h), NOTHING, views) for h in range(50)} == {5}
+    assert {chosen(dataclasses.replace(LONG, tie_hash=h), NOTHING, views) for h in range(50)} == {5}
 
 
 def test_a_tie_goes_to_this_zone_and_to_the_idle_one_first():
     """The zone decides only between replicas that are equally good: a busier one of this zone waits."""
     views = [view(n, is_far=n != 2) for n in range(4)]
-    demands = [msgspec.structs.replace(LONG, tie_hash=h) for h in range(50)]
+    demands = [dataclasses.replace(LONG, tie_hash=h) for h in range(50)]
     assert {chosen(demand, NOTHING, views) for demand in demands} == {2}
     views[2] = view(2, in_flight=1)
     assert 2 not in {chosen(demand, NOTHING, views) for demand in demands}
@@ -168,15 +168,15 @@ def test_a_tie_goes_to_this_zone_and_to_the_idle_one_first():
 def test_rates_that_differ_by_noise_are_a_tie():
     """A replica that looks one percent faster does not get every cold prompt of an idle fleet."""
     views = [view(0, rate_tokens_per_second=8_080.0), view(1)]
-    assert {chosen(msgspec.structs.replace(LONG, tie_hash=h), NOTHING, views) for h in range(50)} == {0, 1}
+    assert {chosen(dataclasses.replace(LONG, tie_hash=h), NOTHING, views) for h in range(50)} == {0, 1}
 
 
 def test_mixed_hardware_is_priced_by_its_own_rate():
     """A cold prompt goes to the fast one, until its queue takes longer than the slow one's prefill."""
     slow, fast = view(0, rate_tokens_per_second=2_000.0), view(1, rate_tokens_per_second=16_000.0)
     assert chosen(LONG, NOTHING, [slow, fast]) == 1
-    assert chosen(LONG, NOTHING, [slow, msgspec.structs.replace(fast, pending_tokens=60_000.0)]) == 1
-    assert chosen(LONG, NOTHING, [slow, msgspec.structs.replace(fast, pending_tokens=80_000.0)]) == 0
+    assert chosen(LONG, NOTHING, [slow, dataclasses.replace(fast, pending_tokens=60_000.0)]) == 1
+    assert chosen(LONG, NOTHING, [slow, dataclasses.replace(fast, pending_tokens=80_000.0)]) == 0
     # the same tokens warm on the slow one save more seconds there than a cold prefill costs on the fast one
     assert chosen(LONG, Match({0: held_part(39_000, 9_800.0)}), [slow, fast]) == 0
 
@@ -216,7 +216,7 @@ def test_none_left_is_503_with_the_seconds_until_the_first_is_tried():
 
 def test_what_is_pinned_goes_there_however_busy_it_is():
     """The object lives on one replica: no cost moves it, and without that replica there is no answer."""
-    pinned = msgspec.structs.replace(LONG, pinned_replica=1)
+    pinned = dataclasses.replace(LONG, pinned_replica=1)
     busy = view(1, pending_tokens=90_000.0)
     made = plan(pinned, Match({0: held_part(39_000, 9_750.0)}), [view(0), busy])
     assert ([c.replica.id for c in made.candidates], made.reason) == ([1], RouteReason.PINNED)
@@ -266,7 +266,7 @@ def test_every_available_replica_is_a_candidate_in_order_of_cost(rows, tokens):
 
 
 def with_prior(replica: int) -> Demand:
-    return msgspec.structs.replace(LONG, prior_replica=replica)
+    return dataclasses.replace(LONG, prior_replica=replica)
 
 
 def test_the_replica_of_the_session_is_taken_if_it_costs_little_more_and_holds_as_much():
@@ -293,7 +293,7 @@ class FakeRoom:
 
 @pytest.mark.parametrize("tie", range(8))
 def test_a_cold_prompt_goes_where_there_is_most_room_whatever_its_hash(tie):
-    demand = msgspec.structs.replace(LONG, tie_hash=tie)
+    demand = dataclasses.replace(LONG, tie_hash=tie)
     assert chosen(demand, NOTHING, [view(0), view(1), view(2)], room=FakeRoom(1, 3, 2)) == 1
 
 
@@ -317,7 +317,7 @@ def test_a_shared_head_is_copied_to_an_idle_replica_with_room_once_waiting_takes
         )
 
     assert [where(7_900.0), where(8_100.0)] == [0, 1]
-    own = msgspec.structs.replace(shared, diverged=False)
+    own = dataclasses.replace(shared, diverged=False)
     assert [where(23_900.0, match=own), where(24_100.0, match=own)] == [0, 1]
     assert [where(23_900.0, room=7), where(24_100.0, room=7)] == [0, 1]
     assert where(12_000.0, other=300.0) == 0
@@ -337,7 +337,7 @@ def test_room_is_not_asked_for_a_prompt_that_is_nearly_all_there():
 @pytest.mark.parametrize("tie", range(8))
 def test_a_prompt_that_was_evicted_goes_back_where_it_was_when_all_are_full(tie):
     """An engine may still have what the index let go."""
-    demand = msgspec.structs.replace(LONG, tie_hash=tie)
+    demand = dataclasses.replace(LONG, tie_hash=tie)
     match = Match({}, evicted_from=2)
     assert chosen(demand, match, [view(0), view(1), view(2)], room=FakeRoom(0, 0, 0)) == 2
 
@@ -350,7 +350,7 @@ def unused_part(size_bytes: int, tokens: int) -> Held:
 @pytest.mark.parametrize("tie", range(8))
 def test_a_prompt_that_no_replica_reuses_stays_with_the_one_that_holds_it(tie):
     """Computing it costs the same everywhere, but only there it needs no new room, unless others are idle."""
-    demand = msgspec.structs.replace(LONG, tie_hash=tie)
+    demand = dataclasses.replace(LONG, tie_hash=tie)
     match = Match({1: unused_part(39_600, 9_900)})
     assert chosen(demand, match, [view(0), view(1), view(2)], room=FakeRoom(1, 0, 1)) == 1
     assert chosen(demand, match, [view(0), view(1, in_flight=1)], room=FakeRoom(1, 0)) == 0

@@ -11,7 +11,7 @@ from cache.index.fingerprint import Fingerprint
 from cache.index.hashing import chain_root, cut
 from cache.index.prefix_index import Held, PrefixIndex
 from proxy.fleet import Charge, Fleet, ReplicaSpec
-from proxy.model import Demand
+from proxy.records import Demand
 from proxy.routing.cost import plan
 from proxy.routing.prefill_gate import Follower, Passage, Prefill, PrefillGate
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from msgspec.structs import replace
+from dataclasses import replace
 
 from proxy.model import Ending, Endpoint
 from proxy.telemetry.attributes import error_type, inference_attributes, inference_span_name, server_attributes

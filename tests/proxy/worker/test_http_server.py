@@ -18,11 +18,11 @@ from proxy.config.schema import Config, Contexts, Server
 from proxy.downstream.response import Downstream
 from proxy.errors import REASON_PHRASES, BadRequest, CairnError
 from proxy.metrics.recorder import Recorder
-from proxy.model import Call
 from proxy.pipeline.admission import Authenticator, InFlightLimit, KnownClient
 from proxy.pipeline.dispatch import Upload
 from proxy.pipeline.page_guard import PageGuard
 from proxy.pipeline.routes import Routes
+from proxy.records import Call
 from proxy.wire.errors import error_response
 from proxy.worker.http_server import HttpServer
 from proxy.worker.port_settings import port_settings

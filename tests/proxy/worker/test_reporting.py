@@ -19,7 +19,7 @@ from proxy.metrics import definitions as metrics
 from proxy.metrics.definitions import Labels, Spec
 from proxy.metrics.exposition import Exposition
 from proxy.metrics.recorder import Recorder
-from proxy.model import ReplicaView
+from proxy.records import ReplicaView
 from proxy.routing.fair_shares import Priority
 from proxy.upstream import Origin
 from proxy.worker.figures import (

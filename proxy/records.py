@@ -1,0 +1,325 @@
+"""Records that the phases of a request exchange. Pure.
+
+They are dataclasses with their own constructors, and not structs: compiled code constructs its own classes and reads
+their attributes without a look-up, of which a request needs hundreds. `Final` makes them read-only for the type
+checker; a frozen dataclass would take twenty times as long to construct. None of them is part of a cycle, so they are
+exempt from Python's garbage collector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from mypy_extensions import mypyc_attr
+
+from proxy.model import Access, Body, CacheStatus, Ending, Endpoint, MissReason, RouteReason, Tenant, Usage
+
+
+@mypyc_attr(acyclic=True)
+@dataclass(init=False)
+class Call:
+    """An admitted request. Header names are lower-case. `peer` is the address from which the client connected."""
+
+    request_id: Final[str]
+    tenant: Final[Tenant]
+    endpoint: Final[Endpoint]
+    method: Final[str]
+    target: Final[str]  # path and query as the client sent them
+    headers: Final[tuple[tuple[bytes, bytes], ...]]
+    body: Final[Body]
+    received_seconds: Final[float]  # monotonic time at which the head had arrived
+    read_seconds: Final[float]  # the whole body had arrived
+    peer: Final[str]
+    access: Final[Access]
+    path_model: Final[str | None]  # the model that the path names
+    object_id: Final[str | None]  # the object that the path names
+    encoded_body: Final[Body | None]  # the body as it was sent, if that was compressed
+
+    def __init__(  # noqa: PLR0913 - one for each field
+        self,
+        request_id: str,
+        tenant: Tenant,
+        endpoint: Endpoint,
+        method: str,
+        target: str,
+        headers: tuple[tuple[bytes, bytes], ...],
+        body: Body,
+        received_seconds: float,
+        read_seconds: float,
+        peer: str = "",
+        access: Access = Access.INFERENCE,
+        path_model: str | None = None,
+        object_id: str | None = None,
+        encoded_body: Body | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.tenant = tenant
+        self.endpoint = endpoint
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.body = body
+        self.received_seconds = received_seconds
+        self.read_seconds = read_seconds
+        self.peer = peer
+        self.access = access
+        self.path_model = path_model
+        self.object_id = object_id
+        self.encoded_body = encoded_body
+
+
+@mypyc_attr(acyclic=True)
+@dataclass(init=False)
+class ReplicaView:
+    """A replica as the plan sees it: one row of the fleet's snapshot.
+
+    `pending_tokens` are the uncached tokens of requests here and at the other proxies that the replica has not
+    processed yet, as far as can be estimated. `lateness_seconds` is how long its oldest unanswered request is overdue
+    for its first token. `in_flight` excludes requests that wait for another one with the same prefix. A replica
+    that is not `available` gets no request for now, and `unavailable_because` names the reason.
+    """
+
+    id: Final[int]  # dense number within the process, the index's replica number
+    name: Final[str]
+    available: Final[bool]
+    rate_tokens_per_second: Final[float]
+    pending_tokens: Final[float]
+    in_flight: Final[int]
+    in_flight_limit: Final[int | None]
+    lateness_seconds: Final[float]
+    in_flight_seconds: Final[float]  # `c` of the cost rule: the cost of one more request in flight
+    queued: Final[int]
+    retry_after_seconds: Final[float]  # if unavailable: the time until it is tried again
+    unavailable_because: Final[str]
+    running_tokens: Final[float]  # prompts of all requests in flight there, which its cache must hold
+    is_far: Final[bool]  # known to be in another zone than this Cairn
+
+    def __init__(  # noqa: PLR0913 - one for each field
+        self,
+        id: int,
+        name: str,
+        available: bool,
+        rate_tokens_per_second: float,
+        pending_tokens: float,
+        in_flight: int,
+        in_flight_limit: int | None,
+        lateness_seconds: float,
+        in_flight_seconds: float,
+        queued: int = 0,
+        retry_after_seconds: float = 0.0,
+        unavailable_because: str = "",
+        running_tokens: float = 0.0,
+        is_far: bool = False,
+    ) -> None:
+        self.id = id
+        self.name = name
+        self.available = available
+        self.rate_tokens_per_second = rate_tokens_per_second
+        self.pending_tokens = pending_tokens
+        self.in_flight = in_flight
+        self.in_flight_limit = in_flight_limit
+        self.lateness_seconds = lateness_seconds
+        self.in_flight_seconds = in_flight_seconds
+        self.queued = queued
+        self.retry_after_seconds = retry_after_seconds
+        self.unavailable_because = unavailable_because
+        self.running_tokens = running_tokens
+        self.is_far = is_far
+
+
+@mypyc_attr(acyclic=True)
+@dataclass(init=False)
+class Demand:
+    """Properties of a prompt that the plan depends on.
+
+    `prompt_tokens` is predicted. `tie_hash` is the chained hash of the first block that no replica has (or of the
+    last block), so that independent proxies break ties alike. A match of everything except the last block, of
+    `last_block_bytes` bytes, counts as a hit.
+    """
+
+    size_bytes: Final[int]
+    prompt_tokens: Final[float]
+    tie_hash: Final[int]
+    last_block_bytes: Final[int]
+    pinned_replica: Final[int | None]
+    prior_replica: Final[int | None]  # where the client's session was served last
+
+    def __init__(
+        self,
+        size_bytes: int,
+        prompt_tokens: float,
+        tie_hash: int = 0,
+        last_block_bytes: int = 0,
+        pinned_replica: int | None = None,
+        prior_replica: int | None = None,
+    ) -> None:
+        self.size_bytes = size_bytes
+        self.prompt_tokens = prompt_tokens
+        self.tie_hash = tie_hash
+        self.last_block_bytes = last_block_bytes
+        self.pinned_replica = pinned_replica
+        self.prior_replica = prior_replica
+
+
+@mypyc_attr(acyclic=True)
+@dataclass(init=False)
+class Candidate:
+    """One replica, and what this prompt would cost there."""
+
+    replica: Final[ReplicaView]
+    matched_bytes: Final[int]
+    matched_tokens: Final[float]
+    uncached_tokens: Final[float]
+    cost_seconds: Final[float]
+
+    def __init__(
+        self,
+        replica: ReplicaView,
+        matched_bytes: int,
+        matched_tokens: float,
+        uncached_tokens: float,
+        cost_seconds: float,
+    ) -> None:
+        self.replica = replica
+        self.matched_bytes = matched_bytes
+        self.matched_tokens = matched_tokens
+        self.uncached_tokens = uncached_tokens
+        self.cost_seconds = cost_seconds
+
+
+@mypyc_attr(acyclic=True)
+@dataclass(init=False)
+class Plan:
+    """Replicas in the order in which to try them, cheapest first, and the reason for it."""
+
+    candidates: Final[tuple[Candidate, ...]]
+    reason: Final[RouteReason]
+    miss: Final[MissReason]
+    cache: Final[CacheStatus]
+    prompt_tokens: Final[float]  # predicted
+
+    def __init__(
+        self,
+        candidates: tuple[Candidate, ...],
+        reason: RouteReason,
+        miss: MissReason,
+        cache: CacheStatus,
+        prompt_tokens: float,
+    ) -> None:
+        self.candidates = candidates
+        self.reason = reason
+        self.miss = miss
+        self.cache = cache
+        self.prompt_tokens = prompt_tokens
+
+    @property
+    def chosen(self) -> Candidate:
+        """The first replica to try."""
+        return self.candidates[0]
+
+
+@mypyc_attr(acyclic=True)
+@dataclass(init=False)
+class Times:
+    """Monotonic times of one request; None for a step that it did not reach."""
+
+    received_seconds: Final[float]
+    read_seconds: Final[float]  # the whole body had arrived
+    sent_seconds: Final[float | None]  # sent to the upstream that answered
+    first_byte_seconds: Final[float | None]
+    first_token_seconds: Final[float | None]
+    ended_seconds: Final[float]
+    waited_seconds: Final[float]  # in the queue and for a leader, before `sent_seconds`
+
+    def __init__(
+        self,
+        received_seconds: float,
+        read_seconds: float = 0.0,
+        sent_seconds: float | None = None,
+        first_byte_seconds: float | None = None,
+        first_token_seconds: float | None = None,
+        ended_seconds: float = 0.0,
+        waited_seconds: float = 0.0,
+    ) -> None:
+        self.received_seconds = received_seconds
+        self.read_seconds = read_seconds
+        self.sent_seconds = sent_seconds
+        self.first_byte_seconds = first_byte_seconds
+        self.first_token_seconds = first_token_seconds
+        self.ended_seconds = ended_seconds
+        self.waited_seconds = waited_seconds
+
+
+@mypyc_attr(acyclic=True)
+@dataclass(init=False)
+class Outcome:
+    """The result of a request; every path produces exactly one."""
+
+    call_id: Final[str]
+    endpoint: Final[Endpoint]
+    model: Final[str | None]
+    stream: Final[bool]
+    ending: Final[Ending]
+    status: Final[int]
+    times: Final[Times]
+    replica: Final[ReplicaView | None]
+    plan: Final[Plan | None]
+    usage: Final[Usage | None]
+    retries: Final[int]
+    response_bytes: Final[int]
+    request_bytes: Final[int]
+    tenant_id: Final[str]
+    tenant_name: Final[str]
+    error_code: Final[str | None]
+    inter_token_counts: Final[tuple[int, ...]]  # gaps after the first token, per bucket of the metric
+    inter_token_seconds: Final[float]  # their sum
+    tried: Final[tuple[str, ...]]  # replicas that failed before the last one, each with the reason: "name;503"
+    head_sent_early: Final[bool]  # the client was sent 200 and comments before any replica had responded
+    is_background: Final[bool]  # computed after this response, which therefore has no usage
+
+    def __init__(  # noqa: PLR0913 - one for each field
+        self,
+        call_id: str,
+        endpoint: Endpoint,
+        model: str | None,
+        stream: bool,
+        ending: Ending,
+        status: int,
+        times: Times,
+        replica: ReplicaView | None = None,
+        plan: Plan | None = None,
+        usage: Usage | None = None,
+        retries: int = 0,
+        response_bytes: int = 0,
+        request_bytes: int = 0,
+        tenant_id: str = "",
+        tenant_name: str = "",
+        error_code: str | None = None,
+        inter_token_counts: tuple[int, ...] = (),
+        inter_token_seconds: float = 0.0,
+        tried: tuple[str, ...] = (),
+        head_sent_early: bool = False,
+        is_background: bool = False,
+    ) -> None:
+        self.call_id = call_id
+        self.endpoint = endpoint
+        self.model = model
+        self.stream = stream
+        self.ending = ending
+        self.status = status
+        self.times = times
+        self.replica = replica
+        self.plan = plan
+        self.usage = usage
+        self.retries = retries
+        self.response_bytes = response_bytes
+        self.request_bytes = request_bytes
+        self.tenant_id = tenant_id
+        self.tenant_name = tenant_name
+        self.error_code = error_code
+        self.inter_token_counts = inter_token_counts
+        self.inter_token_seconds = inter_token_seconds
+        self.tried = tried
+        self.head_sent_early = head_sent_early
+        self.is_background = is_background
