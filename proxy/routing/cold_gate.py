@@ -197,13 +197,16 @@ class ColdGate:
             return Verdict(kind, waits=False)
         pool, now = self.pool(turn.pool), self._clock.monotonic()
         rates = [view.rate_tokens_per_second for view in views]
-        reason = ""
-        if kind is TurnKind.COLD and self._is_pressed(pool, views):
-            reason = "the sessions need more cache than the replicas have"
+        is_cold, reason = kind is TurnKind.COLD, ""
+        if self._is_pressed(pool, views):
+            if is_cold:
+                reason = "the sessions need more cache than the replicas have"
         elif is_long(turn.uncached_tokens, rates, LONG_SECONDS * self.limits.pace):
             if self._shares.share_of(turn.tenant, now) < 1.0:
                 reason = "other tenants are active, and a long prefill would keep them waiting"
-            elif len(pool.queue) or min(map(_pending_seconds, views)) >= BACKLOG_SECONDS * self.limits.pace:
+            elif is_cold and (
+                len(pool.queue) or min(map(_pending_seconds, views)) >= BACKLOG_SECONDS * self.limits.pace
+            ):
                 reason = "every replica has enough work, and only the proxy can keep the order"
         if not reason:
             return Verdict(kind, waits=False)

@@ -66,9 +66,9 @@ class WarmQueues:
         self._lines: dict[int, _Line] = {}
 
     def waiting(self, replica: int) -> int:
-        """Count the turns that wait for a replica."""
+        """Count the turns that wait for a replica, and those that were let go and are to be judged again."""
         line = self._lines.get(replica)
-        return 0 if line is None else len(line.queue)
+        return 0 if line is None else line.turns
 
     def is_busy(self, replica: int) -> bool:
         """Return True if a replica has too much work for one more turn, or if others wait for it already."""

@@ -156,6 +156,21 @@ async def test_a_busy_replica_takes_one_cold_turn_in_each_rest():
             first.result().release()
 
 
+@pytest.mark.parametrize("pressed", [True, False])
+async def test_a_warm_turn_never_waits_behind_cold_ones(pressed: bool):
+    """However long it takes to compute: it would be evicted meanwhile. It waits for the replica that holds it."""
+    bench = Bench()
+    if not pressed:
+        bench.gate.observe(POOL, 1e9, 0.0)
+    bench.fleet.pending = [1e6, 1e6]
+    waiting = bench.begin()
+    await settle()
+    warm = bench.turn(uncached_tokens=25_000.0)
+    assert not bench.verdict(warm, TurnKind.WARM).waits
+    assert bench.verdict(warm, TurnKind.COLD).waits
+    waiting.cancel()
+
+
 @pytest.mark.parametrize("pace", [1.0, 0.2])
 async def test_under_pressure_a_turn_spares_the_sessions_whose_turn_has_just_ended(pace: float):
     """It waits while they and what runs leave no room, and goes as soon as one of them rests no longer."""
