@@ -20,6 +20,7 @@ from proxy.records import Call
 from proxy.wire import multipart, named_models
 from proxy.wire import request as wire_request
 from proxy.wire.references import (
+    REFERENCES_MOST,
     Reference,
     first_object_id,
     form_references,
@@ -138,7 +139,10 @@ class RequestReader:
     ) -> None:
         found = references(call.body, members)
         if found is None:
-            raise BadRequest("The body is not valid JSON in UTF-8, or has a member twice that names an object.")
+            raise BadRequest(
+                "The body is not valid JSON in UTF-8, has a member twice that names an object, names more than "
+                f"{REFERENCES_MOST:,} objects, or writes letters as escapes."
+            )
         self._check_owned(call, pool, (*known, *found))
 
     def _check_owned(self, call: Call, pool: ServedPool, named: Iterable[Reference]) -> None:

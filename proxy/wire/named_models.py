@@ -149,7 +149,7 @@ def _collect(found: list[str], value: Any) -> None:
     while waiting:
         each = waiting.pop()
         if isinstance(each, list):
-            waiting += each
+            waiting += [member for member in each if isinstance(member, (dict, list))]
         elif isinstance(each, dict):
             for key, member in each.items():
                 folded = key.casefold()
@@ -157,7 +157,7 @@ def _collect(found: list[str], value: Any) -> None:
                     raise _Unreadable
                 if _names_models(folded):
                     found += _names(member)
-                elif folded not in _SCHEMAS:
+                elif folded not in _SCHEMAS and isinstance(member, (dict, list)):
                     waiting.append(member)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -52,6 +53,9 @@ _ESCAPED_LETTER = re.compile(rb"\\u00(?:[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
 """A letter or underscore written as an escape. Encoders do not escape letters, but a client could to hide a key.
 """
 
+_ESCAPED_LETTERS_MOST: Final = 50_000  # 30 ms; text about escapes, such as a program, may contain some
+REFERENCES_MOST: Final = 10_000  # of one body
+
 _NUL: Final = b"\0"
 _IN_CONTENT: Final = b"file_id"  # the one key with an id in messages and input items
 _ELSEWHERE = (b"_id", b"container", b"conversation", _ESCAPE)
@@ -68,7 +72,7 @@ class Reference(NamedTuple):
 
 
 def references(body: Body, others: Iterable[memoryview | Body] = ()) -> frozenset[Reference] | None:
-    """Return the objects that a JSON body refers to, None if it cannot be read.
+    """Return the objects that a JSON body refers to, None if it cannot be read or refers to too many.
 
     Args:
         body: the whole body. It is searched for files, at 0.5 ms per MB, and decoded only if it may refer to an
@@ -83,14 +87,20 @@ def references(body: Body, others: Iterable[memoryview | Body] = ()) -> frozense
         or (body.find(_ESCAPE) >= 0 and _ESCAPED_LETTER.search(body) is not None)
     ):
         return frozenset()
+    plain, escaped_letters = body, 0
+    if body.find(_ESCAPE) >= 0:
+        plain, escaped_letters = _ESCAPED_LETTER.subn(_unescaped, body, _ESCAPED_LETTERS_MOST)
+    written = sum(1 for _ in islice(_KEY.finditer(plain), REFERENCES_MOST + 1))
+    if escaped_letters == _ESCAPED_LETTERS_MOST or written > REFERENCES_MOST:
+        return None
     check_values(body)
     try:
         found, keys = _in_decoded(msgspec.json.decode(body))
     except DECODE_ERRORS:
         return None
-    plain = _ESCAPED_LETTER.sub(_unescaped, body) if body.find(_ESCAPE) >= 0 else body
-    written = sum(1 for _ in _KEY.finditer(plain))
-    return frozenset(found) if written <= keys else None  # of a key given twice, only the last one was decoded
+    if written > keys or len(found) > REFERENCES_MOST:
+        return None  # of a key given twice, only the last one was decoded
+    return frozenset(found)
 
 
 def form_references(body: Body, content_type: bytes) -> frozenset[Reference] | None:
@@ -182,7 +192,7 @@ def _in_decoded(value: Any) -> tuple[list[Reference], int]:
     while waiting:
         each, may_refer = waiting.pop()
         if isinstance(each, list):
-            waiting += [(member, may_refer) for member in each]
+            waiting += [(member, may_refer) for member in each if isinstance(member, (dict, list))]
         elif isinstance(each, dict):
             kind = each.get("type")
             calls_tool = isinstance(kind, str) and kind in _TOOL_CALLS
@@ -191,7 +201,8 @@ def _in_decoded(value: Any) -> tuple[list[Reference], int]:
                     keys += 1
                     found += [Reference(collection, name) for name in _ids(member)] if may_refer else ()
                 is_own = key in _CLIENTS_OWN or (calls_tool and key == "input")
-                waiting.append((member, may_refer and not is_own))
+                if isinstance(member, (dict, list)):
+                    waiting.append((member, may_refer and not is_own))
     return found, keys
 
 

@@ -200,3 +200,22 @@ def test_an_argument_that_looks_like_a_second_key_is_none() -> None:
     """Keys are counted there as well."""
     call = {"type": "tool_use", "input": {"file_id": "a"}}
     assert found({"messages": [{"content": [call, {"file_id": "file-1"}]}]}) == {FILE}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"x":"' + b"\\u0061" * 50_000 + b'"}',
+        b'{"input":[' + b",".join([b'{"file_id":"f"}'] * 10_001) + b"]}",
+        b'{"file_ids":[' + b",".join([b'"f"'] * 10_001) + b"]}",
+    ],
+)
+def test_so_many_escapes_or_references_that_they_take_long_are_unknown(body: bytes) -> None:
+    """30 MB of escaped letters took 4 seconds, in which no other request was served."""
+    assert references(body, (body,)) is None
+
+
+def test_a_program_with_escapes_and_a_request_with_many_files_are_read() -> None:
+    """Both stay far below the bounds."""
+    body = b'{"x":"' + b"\\u0061" * 20_000 + b'","file_ids":[' + b",".join(b'"f%d"' % i for i in range(5_000)) + b"]}"
+    assert len(references(body, (body,)) or ()) == 5_000
