@@ -48,6 +48,12 @@ REUSE_STEPS_UNKNOWN: Final = 128
 the capacity can be learned from these distances only.
 """
 
+SAFE_HIT_SHARE: Final = 0.9
+"""Below this share of whole earlier prompts that hit, a stated capacity is not relied on. An engine that keeps a
+state for each prompt, as hybrid models need, holds fewer prompts than their shared tokens suggest: it loses some
+that are far from being the oldest.
+"""
+
 ORIGIN_BITS: Final = 24
 """Placement ids are origin << (63 - ORIGIN_BITS) | counter: no two writers share one, and they fit into 64 signed
 bits.
@@ -562,7 +568,9 @@ class PrefixIndex:
             tolerance_tokens=tokens[-1] - (tokens[-2] if len(tokens) > 1 else 0),
             allowance_tokens=residency.output_tokens,
             reuse_tokens=reuse_distance(
-                state.entries, residency, REUSE_STEPS if state.capacity_tokens else REUSE_STEPS_UNKNOWN
+                state.entries,
+                residency,
+                REUSE_STEPS if state.capacity_tokens and state.hit_share >= SAFE_HIT_SHARE else REUSE_STEPS_UNKNOWN,
             )
             if whole
             else 0,

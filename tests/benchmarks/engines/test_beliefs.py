@@ -137,6 +137,16 @@ def test_an_engine_that_reuses_only_whole_prompts_is_not_taken_for_one_that_rest
     assert proxy.index.epoch(0) <= 1
 
 
+def test_the_budget_of_an_engine_that_keeps_a_state_for_each_prompt_shrinks_to_what_it_holds():
+    """It holds a third of the tokens that it states, as the index counts them: shared parts once."""
+    proxy = CairnProxy([SimulatedEngine(EndCache(100_000))], capacities=100_000)
+    answers = list(turns_of_many(proxy, 40, Random(1)))
+    predicted, reported = predicted_and_reported(answers[-200:])
+    assert 0.9 * reported < predicted < 1.4 * reported
+    assert budget(proxy) < 50_000
+    assert proxy.index.epoch(0) == 0
+
+
 @pytest.mark.parametrize("fields", [{"cache_prompt": False}, {"prompt_logprobs": 1}])
 def test_requests_that_ask_for_no_cache_teach_nothing(fields):
     """Two of one tenant leave every conversation on that engine as it was."""
