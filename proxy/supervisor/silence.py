@@ -33,13 +33,13 @@ class WorkerSilence:
         return could_run_seconds >= SILENCE_LIMIT_SECONDS or silent_seconds >= STARVED_LIMIT_SECONDS
 
 
-def cpu_wait_seconds(pid: int) -> float:
+def cpu_wait_seconds(pid: int, processes: Path = Path("/proc")) -> float:
     """Return for how long the first thread of a process has been ready to run without a processor.
 
     This grows on an overloaded machine and while a container's limit is reached, and not while the process is
     stopped, runs, or waits for anything else. 0 if the kernel does not tell.
     """
     try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / _NANOSECONDS_PER_SECOND
+        return int((processes / str(pid) / "schedstat").read_text().split()[1]) / _NANOSECONDS_PER_SECOND
     except (OSError, ValueError, IndexError):
         return 0.0

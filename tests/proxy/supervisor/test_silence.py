@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from proxy.supervisor.silence import SILENCE_LIMIT_SECONDS, STARVED_LIMIT_SECONDS, WorkerSilence, cpu_wait_seconds
 
 
@@ -31,9 +33,19 @@ def test_a_worker_that_has_no_processor_to_run_on_is_not_frozen_until_much_later
     assert silence.is_frozen(103.0 + SILENCE_LIMIT_SECONDS, 103.0, 10.0), "what it waited before its message is past"
 
 
-def test_the_kernel_tells_how_long_a_process_waited_for_a_processor() -> None:
-    """Never less than before; nothing about a process that is gone."""
-    before = cpu_wait_seconds(os.getpid())
-    assert 0 <= before <= cpu_wait_seconds(os.getpid())
-    assert before > 0 or not Path("/proc/self/schedstat").exists()
-    assert cpu_wait_seconds(2**30) == 0.0
+@pytest.mark.parametrize(
+    ("schedstat", "seconds"), [("5000000000 2500000000 7\n", 2.5), ("", 0.0), ("1", 0.0), ("a b c", 0.0), (None, 0.0)]
+)
+def test_the_second_figure_of_the_kernel_is_the_time_without_a_processor(
+    schedstat: str | None, seconds: float, tmp_path: Path
+) -> None:
+    """In nanoseconds; nothing is known of a process that is gone, or on another system."""
+    if schedstat is not None:
+        (tmp_path / "12").mkdir()
+        (tmp_path / "12" / "schedstat").write_text(schedstat)
+    assert cpu_wait_seconds(12, tmp_path) == seconds
+
+
+def test_the_time_without_a_processor_never_falls() -> None:
+    """Of this process."""
+    assert 0.0 <= cpu_wait_seconds(os.getpid()) <= cpu_wait_seconds(os.getpid())
