@@ -22,6 +22,7 @@ class Work:
         self.seconds = {0: 100.0, 1: 0.0}
 
     def sent_seconds(self, number: int, now_seconds: float) -> float:
+        assert now_seconds >= 0.0
         return self.seconds[number]
 
 
