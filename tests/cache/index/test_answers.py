@@ -9,10 +9,11 @@ import pytest
 
 from cache.index.feedback import _common_blocks
 from cache.index.fingerprint import Fingerprint
+from cache.index.matching import round_to_blocks
 from cache.index.placement import Placement
-from cache.index.prefix_index import LOADED_ROWS, MAX_IN_FLIGHT, FeedbackKind, PrefixIndex, RunRow
+from cache.index.prefix_index import LOADED_ROWS, MAX_IN_FLIGHT, FeedbackKind, Held, PrefixIndex, RunRow
 from cache.index.rows import HolderRow
-from tests.cache.index.test_prefix_index import BLOCK_TOKENS, Bench, chain, fill, talk
+from tests.cache.index.test_prefix_index import BLOCK_BYTES, BLOCK_TOKENS, Bench, chain, fill, talk
 
 
 @pytest.fixture
@@ -264,6 +265,49 @@ def test_a_snapshot_goes_on_past_what_was_evicted_while_it_is_written(bench):
         rows[0].hashes,
         talk(last, 4).hashes.tobytes(),
     ]
+
+
+def test_a_run_that_is_divided_while_a_snapshot_is_written_is_read_again_as_a_whole(bench):
+    """Its head comes before its rest, which could not be placed otherwise."""
+    for name in "abc":
+        bench.served(talk(name, 4))
+    writing = bench.index.snapshot(1)
+    chunks = [next(writing), next(writing)]
+    for name in "abc":
+        bench.served(chain(f"{name}0", f"{name}1", "other"))
+    other = PrefixIndex()
+    for _ in other.load([row for chunk in (*chunks, *writing) for row in chunk]):
+        pass
+    assert [other.match(talk(name, 4)).known_blocks for name in "abc"] == [4, 4, 4]
+
+
+def test_what_is_generated_after_a_prompt_is_not_expected_again_once_another_continued_it(bench):
+    """The longer prompt contains it."""
+    bench.served(talk("a", 4), output=100)
+    assert bench.ask(talk("a", 6)).allowance_tokens == 100
+    assert bench.ask(talk("a", 8)).allowance_tokens == 0
+
+
+def test_hits_make_a_restart_less_likely_and_losses_more(bench):
+    """Both by a share of what is left."""
+    state = bench.index._replica(0)  # noqa: SLF001 - internal state that no public name shows
+    shares = [state.hit_share]
+    for learn in (state.saw_loss, state.saw_loss, state.saw_hit, state.saw_hit):
+        learn()
+        shares.append(state.hit_share)
+    assert 1.0 == shares[0] > shares[1] > shares[2] < shares[3] < shares[4] < 1.0
+
+
+def test_of_large_blocks_only_whole_ones_are_expected_and_the_match_keeps_its_size(bench):
+    """Its bytes are those that are held."""
+    state = bench.index._replica(0)  # noqa: SLF001 - internal state that no public name shows
+    bench.served(talk("a", 4))
+    for count in (784, 1_568, 2_352):
+        state.granularity.observe(count)
+    found = bench.index.match(talk("a", 4)).held
+    steps = bench.index._tree.walk(talk("a", 4).hashes)  # noqa: SLF001 - as above
+    round_to_blocks(found, steps, [0, 1], {0: state})
+    assert found == {0: Held(4, 4 * BLOCK_BYTES, 2 * 784, 4 * BLOCK_TOKENS - 2 * 784)}
 
 
 def test_pictures_in_several_prompts_are_recounted_each_in_its_own(bench):

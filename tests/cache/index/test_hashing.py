@@ -113,3 +113,12 @@ def test_an_empty_chain_does_not_go_on() -> None:
     """It would not know where from."""
     with pytest.raises(ValueError):
         extend(cut(1, []), [b"x"])
+
+
+@pytest.mark.parametrize("before_bytes", [BLOCK_BYTES_LEAST - 1, BLOCK_BYTES_LEAST, BLOCK_BYTES_LEAST + 1])
+def test_the_grid_goes_on_just_behind_a_span_that_ends_beside_it(before_bytes):
+    """Its next offset is a boundary even one byte after the end of a span."""
+    ends = cut(0, [b"x" * before_bytes, b"y" * BLOCK_BYTES_LEAST]).ends.tolist()
+    grid = [BLOCK_BYTES_LEAST, 2 * BLOCK_BYTES_LEAST]
+    end = before_bytes + BLOCK_BYTES_LEAST
+    assert ends == sorted({before_bytes, end, *[offset for offset in grid if offset < end]})

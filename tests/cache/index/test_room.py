@@ -6,6 +6,7 @@ import pytest
 
 from cache.index.eviction import UPKEEP_STEPS
 from cache.index.prefix_index import UNLIMITED_TOKENS, FeedbackKind, PrefixIndex
+from cache.index.tree import reuse_distance
 from tests.cache.index.test_prefix_index import BLOCK_TOKENS, Bench, chain, talk
 
 TOKENS = float(BLOCK_TOKENS)
@@ -180,6 +181,29 @@ def test_a_run_that_was_cut_keeps_the_counts_that_were_reported_up_to_there():
     bench.index.tend(bench.now)
     (step,) = bench.index._tree.walk(talk("a", 8).hashes)  # noqa: SLF001 - internal state that no public name shows
     assert (len(step.node.hashes), step.node.pins) == (6, (4, 6))
+
+
+def test_a_prompt_that_runs_stays_although_it_is_the_oldest():
+    """Its engine uses it now; of those that were answered the oldest goes."""
+    bench = Bench()
+    bench.ask(talk("running", 4))
+    for name in ("old", "new"):
+        bench.served(talk(name, 4))
+    bench.index.set_budget(0, 8 * BLOCK_TOKENS)
+    bench.index.tend(bench.now)
+    assert depths(bench, "running", "old", "new") == [4, 0, 4]
+
+
+def test_the_distance_of_reuse_is_exact_near_either_end_of_the_order_of_use():
+    """And a lower bound between them."""
+    bench = Bench()
+    for name in "abcdefgh":
+        bench.ask(talk(name, 1))
+    entries = bench.index._replica(0).entries  # noqa: SLF001 - internal state that no public name shows
+    walk = bench.index._tree.walk  # noqa: SLF001 - as above
+    held = [walk(talk(name, 1).hashes)[0].node.held[entries] for name in "abcdefgh"]
+    distances = [reuse_distance(entries, each, steps=3) / BLOCK_TOKENS for each in held]
+    assert distances == [8, 7, 6, 4, 4, 3, 2, 1]
 
 
 def test_one_call_drops_no_more_runs_than_its_steps():
