@@ -33,6 +33,24 @@ def test_a_listed_key_is_its_tenant_and_any_other_is_refused() -> None:
             door.tenant_of(wrong)
 
 
+@pytest.mark.parametrize(
+    ("tenants", "discloses_all", "sees_all"),
+    [
+        (["red"], False, True),
+        (["red", "red"], False, True),
+        (["red", "blue"], False, False),
+        (["red", "blue"], True, True),
+    ],
+)
+def test_what_others_have_sent_is_shown_only_if_there_are_no_others_or_the_operator_says_so(
+    tenants: list[str], discloses_all: bool, sees_all: bool
+) -> None:
+    """Several keys of one tenant are no others."""
+    clients = [known(f"sk-{number}", tenant) for number, tenant in enumerate(tenants)]
+    door = Authenticator(clients, SECRET, discloses_all=discloses_all)
+    assert door.tenant_of(b"sk-0").sees_all is sees_all
+
+
 def test_a_client_that_sent_no_key_is_told_how_to_send_one() -> None:
     """It is not told that its key is wrong."""
     door = Authenticator([known("sk-a", "red")], SECRET)

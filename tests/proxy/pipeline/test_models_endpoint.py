@@ -70,7 +70,8 @@ async def listed(upstreams: Upstreams, fleet: Replicas, tenant: Tenant = MINE) -
     endpoint = ModelsEndpoint(cast("UpstreamClient", upstreams), pools(), cast("Fleet", fleet), FakeClock())
     asked, kept = exchange("GET", "/v1/models", tenant=tenant), Kept()
     await endpoint.answer(asked, kept)
-    body = kept.calls[0][4]
+    _, status, _, _, body = kept.calls[0]
+    assert status == 200
     assert isinstance(body, bytes)
     return [model["id"] for model in json.loads(body)["data"]], asked
 

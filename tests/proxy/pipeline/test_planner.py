@@ -252,6 +252,17 @@ def test_the_replica_that_holds_the_prefix_comes_first_and_its_count_of_tokens_i
         assert warm.plan.prompt_tokens == 4_000
 
 
+def test_the_rest_of_a_prompt_is_estimated_by_what_its_own_model_has_shown() -> None:
+    """Behind a part whose tokens were reported."""
+    planning = Planning(1)
+    for _ in range(200):
+        planning.tokens.observe("m", 9_000, 9_000, ())
+    planning.serve(planning.planned(planning.read()), 0, tokens=9_000)
+    longer = planning.planned(planning.read("x" * 18_000))
+    assert longer.plan is not None
+    assert longer.plan.prompt_tokens == pytest.approx(18_000, rel=0.05)
+
+
 def test_replicas_to_avoid_and_those_not_asked_for_are_left_out() -> None:
     """If none is left, the client is told so."""
     planning = Planning(3)

@@ -227,9 +227,18 @@ def test_administration_and_lists_are_refused_unless_they_are_allowed() -> None:
 
 def test_an_object_below_a_configured_path_is_reached_where_it_was_made() -> None:
     """Any segment that is a known id names the replica."""
-    asked = exchange("GET", "/v1/fine_tuning/jobs/obj", allowed=("/v1/fine_tuning/*",))
-    reader(made(obj="mine")).read(asked)
-    assert asked.pinned_replica == 1
+    for target in ("/v1/fine_tuning/jobs/obj", "/v1/fine_tuning/jobs/obj?limit=5"):
+        asked = exchange("GET", target, allowed=("/v1/fine_tuning/*",))
+        reader(made(obj="mine")).read(asked)
+        assert asked.pinned_replica == 1
+
+
+def test_what_a_response_compacts_is_at_the_replica_that_made_it() -> None:
+    """The body names it, as in a request that continues it."""
+    body = {"model": "free-1", "previous_response_id": "resp_1"}
+    asked = exchange("POST", "/v1/responses/compact", body)
+    reader(made(resp_1="c")).read(asked)
+    assert asked.pinned_replica == 2
 
 
 def test_a_batch_goes_where_its_file_lies() -> None:

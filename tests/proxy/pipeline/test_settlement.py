@@ -91,6 +91,7 @@ class Baseline:
         return None if cached_tokens is None else cached_tokens - 100
 
     def count(self, label: str, gain: int) -> int:
+        assert label == "m"
         return gain
 
 
