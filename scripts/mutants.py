@@ -48,7 +48,8 @@ def prepare(folder: Path, package: str) -> None:
     for name in COPIED:
         ignored = shutil.ignore_patterns("__pycache__", "*.meta")
         shutil.rmtree(folder / name, ignore_errors=True)
-        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        # with the time of the copy: mutmut changes a file anew only if it is younger than what it made of it before
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored, copy_function=shutil.copy)
     options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
     mutmut = {
         "source_paths": ["cache", "proxy"],

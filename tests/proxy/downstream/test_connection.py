@@ -73,8 +73,12 @@ async def test_answers_that_are_not_read_hold_up_the_requests_behind_them() -> N
         served += 1
         answer.send(200, b"OK", [], b"x" * 2**20)
 
-    async with serving(play) as port, asyncio.timeout(20):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    async with serving(play) as port, asyncio.timeout(60):
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)  # or the kernel may take tens of megabytes
+        client.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
+        reader, writer = await asyncio.open_connection(sock=client)
         writer.write(request(b"/") * 100)
         before = -1
         while before != served:  # until it stands still
