@@ -738,6 +738,23 @@ async def test_a_sink_that_gives_a_response_up_at_a_whole_chunk_leaves_no_limit_
         await pouring
 
 
+async def test_each_whole_chunk_that_goes_straight_to_a_sink_moves_the_idle_limit() -> None:
+    """As one that the parser reads."""
+    wire = Wire()
+    wire.connection = Connection(asyncio.get_running_loop(), wire.clock, wire.deadlines, wire, LIMITS)
+    wire.connection.connection_made(wire.transport)
+    answered = wire.begin()
+    wire.feed(chunked(end=False))
+    pouring = spawn(answered.pour(lambda piece, framed: True))
+    await turns()
+    for _ in range(3):
+        wire.clock.advance(LIMITS.idle_seconds - 1)
+        wire.feed(b"1\r\nx\r\n")
+        assert wire.connection.deadline == wire.clock.monotonic() + LIMITS.idle_seconds
+    wire.feed(b"0\r\n\r\n")
+    await pouring
+
+
 def test_interim_answers_are_counted_anew_for_each_response() -> None:
     """Sixty-four are let through each time."""
     wire = Wire()
