@@ -39,6 +39,7 @@ MAX_MODELS_PROBED: Final = 32
 """Models of one engine that are asked about in a round."""
 
 _PAGE_AT_MOST_BYTES: Final = 1024 * 1024
+_NO_SUCH_PAGE: Final = frozenset({404, 405, 501})
 _SWITCHES: Final = ("enable_thinking", "thinking", "reasoning_effort")
 _DATE_FORMATS: Final = ("%Y-%m-%d", "%d %b %Y", "%d %B %Y", "%B %d, %Y")
 
@@ -300,6 +301,10 @@ async def sample(render: Render) -> int:
     return 0 if rendering is None else hash(tuple(rendering)) or 1
 
 
+class _NoPage(Exception):
+    """An engine has no page that renders or tokenises prompts."""
+
+
 class _Answers(msgspec.Struct):
     """An engine's answers: its models, and the samples by model."""
 
@@ -342,7 +347,7 @@ class TemplateProber:
                 continue
             try:
                 await self._ask(endpoint)
-            except UpstreamError as error:
+            except (UpstreamError, _NoPage) as error:
                 log.debug("replica %s shows nothing of its template: %s", endpoint.name, error)
 
     async def _ask(self, endpoint: ReplicaEndpoint) -> None:
@@ -401,10 +406,15 @@ class TemplateProber:
         return render
 
     async def _rendered(self, endpoint: ReplicaEndpoint, body: bytes) -> Rendering | None:
+        """Return what one of the pages renders, None if they refuse. Raises _NoPage if it has none."""
+        statuses = []
         for path, read in _PAGES:
             status, page = await self._post(endpoint, path, body)
             if status == 200 and (rendering := read(page)):
                 return rendering
+            statuses.append(status)
+        if _NO_SUCH_PAGE.issuperset(statuses):
+            raise _NoPage("it has no page that renders prompts")
         return None
 
     async def _messages_drop_billing(self, endpoint: ReplicaEndpoint, model: str) -> bool:

@@ -87,6 +87,8 @@ _no_cache_values = operator.attrgetter(
     "cache_prompt", "prompt_logprobs", "logprob_start_len", "truncate_prompt_tokens"
 )
 _NO_NO_CACHE_VALUES = (NONE,) * 4
+_UNTEMPLATED: Final = (b"template", b"none")
+"""Part of the salt of a prompt that is rendered without a template; the same text as input of a response has one."""
 _NO_TEMPLATE_VALUES = (NONE,) * len(_TEMPLATE)
 
 
@@ -164,9 +166,12 @@ def _read_completion(body: Body) -> Prompt:
     fields = _decoded(decode_completion, body)
     spans = _present(fields.prompt, fields.suffix)
     prompt = _prompt(body, fields, spans, (), fields.max_tokens)
-    if bytes(fields.echo) == b"true":  # with log-probabilities the whole prompt is computed
-        prompt = msgspec.structs.replace(prompt, skips_cache=True)
-    return prompt
+    return msgspec.structs.replace(
+        prompt,
+        chain_salt=(*prompt.chain_salt, *_UNTEMPLATED),
+        # with log-probabilities the whole prompt is computed
+        skips_cache=prompt.skips_cache or bytes(fields.echo) == b"true",
+    )
 
 
 def _read_messages(body: Body) -> Prompt:

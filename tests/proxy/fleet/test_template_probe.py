@@ -338,6 +338,15 @@ async def test_an_engine_that_cannot_render_or_be_reached_changes_nothing():
     await probing.look()
 
 
+async def test_an_engine_that_has_no_page_for_it_is_asked_about_one_model_per_round():
+    """It may have many models, and logs each question."""
+    engine = FakeEngine(b"/elsewhere", Template())
+    probing, _ = prober(engine)
+    for _ in range(2):
+        await probing.look()
+    assert engine.asked == [b"/v1/models", b"/apply-template", b"/tokenize"] * 2
+
+
 async def test_a_provider_is_never_asked():
     engine = FakeEngine(b"/tokenize", Template())
     probing, _ = prober(engine, PoolKind.PROVIDER)

@@ -490,3 +490,12 @@ def test_only_a_text_names_a_session_in_the_body(key, kept) -> None:
     """A client that always sends the field without a value has no session, and not one session for all."""
     body = {"model": "m", "messages": [], "prompt_cache_key": key}
     assert read(json.dumps(body).encode(), Endpoint.CHAT).cache_key == kept
+
+
+def test_a_text_without_a_template_has_another_key_than_the_same_text_as_input_of_a_response() -> None:
+    """An engine shares nothing between them."""
+    text = "word " * 500
+    bodies = [(Endpoint.COMPLETIONS, {"prompt": text}), (Endpoint.RESPONSES, {"input": text})]
+    prompts = [read(json.dumps({"model": "m", **fields}).encode(), endpoint) for endpoint, fields in bodies]
+    assert [bytes(each.spans[0]) for each in prompts] == [json.dumps(text).encode()] * 2
+    assert prompts[0].chain_salt != prompts[1].chain_salt
