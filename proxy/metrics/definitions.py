@@ -159,7 +159,7 @@ USAGE_MISSING = _counter(
 )
 CACHED_IMPLAUSIBLE = _counter(
     "cached_implausible",
-    "Responses whose cached tokens were ignored: new prompts reported as wholly cached, or impossible counts.",
+    "Responses whose cached tokens were ignored: impossible counts, whole new prompts, or no time spared.",
     "upstream",
 )
 USAGE_INCONSISTENT = _counter(

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from cache import Journal, Match, Placement
 from proxy.accounting.access_log import AccessLog, access_line
 from proxy.accounting.counters import RequestCounters
-from proxy.accounting.plausibility import CachedCounts, is_impossible
+from proxy.accounting.plausibility import CachedCounts, SparedTime, is_impossible
 from proxy.accounting.prefix_stats import PrefixStats
 from proxy.accounting.round_robin import RoundRobinBaseline
 from proxy.clock import Clock
@@ -58,6 +58,7 @@ class Settlement:
         self._clock = clock
         self._text_alone = TextAlone()
         self._cached_counts = CachedCounts()
+        self._spared_time = SparedTime()
         self._uncounted: deque[_Finished] = deque()
 
     def settle(self, exchange: Exchange) -> Outcome:
@@ -66,7 +67,7 @@ class Settlement:
         usage = self._counters.known_usage(outcome)
         placement = None if exchange.attempt is None else exchange.attempt.placement
         skips_cache = exchange.prompt is not None and exchange.prompt.skips_cache
-        if usage is not None and usage.cached_tokens is not None:
+        if usage is not None:
             usage = self._plausible(exchange, outcome, usage, placement)
         if placement is not None:
             self._teach_index(placement, usage, skips_cache=skips_cache)
@@ -83,12 +84,13 @@ class Settlement:
     def _plausible(self, exchange: Exchange, outcome: Outcome, usage: Usage, placement: Placement | None) -> Usage:
         """Return the usage without an implausible count of cached tokens, of which nothing is learned or counted."""
         if not is_impossible(usage):
-            if placement is None:
+            if placement is None or (usage.cached_tokens is None and not _is_unknown(exchange.match)):
                 return usage
+            about = placement.replica, usage.prompt_tokens, usage.cached_tokens or 0
             new_tokens = _new_tokens(exchange.match, usage, placement)
-            cached_tokens = usage.cached_tokens or 0
-            doubt = self._cached_counts.is_doubtful
-            if not doubt(placement.replica, usage.prompt_tokens, cached_tokens, new_tokens=new_tokens):
+            is_new_and_cached = self._cached_counts.is_doubtful(*about, new_tokens=new_tokens)
+            spares_no_time = self._spared_time.is_doubtful(*about, _seconds_alone(exchange, outcome, usage))
+            if not is_new_and_cached and not spares_no_time:
                 return usage
         self._counters.count_implausible(outcome)
         return replace(usage, cached_tokens=None)
@@ -110,6 +112,7 @@ class Settlement:
         self.count()
         self._counters.forget(replica, name)
         self._cached_counts.forget(replica)
+        self._spared_time.forget(replica)
 
     def _count_routing_gain(self, outcome: Outcome, usage: Usage, placement: Placement) -> None:
         gain = self._baseline.answered(placement, usage.prompt_tokens, usage.cached_tokens)
@@ -139,11 +142,28 @@ class Settlement:
             self._fleet.observe_decode(attempt.replica, times.ended_seconds - times.first_token_seconds)
 
 
+def _is_unknown(match: Match | None) -> bool:
+    """Return True if no part of the prompt was known anywhere: if nothing is reported as cached, nothing was."""
+    return match is not None and match.known_blocks == 0 and not match.evicted
+
+
 def _new_tokens(match: Match | None, usage: Usage, placement: Placement) -> int:
     """Return how many tokens of a prompt were known nowhere before; 0 if that is uncertain."""
     if match is None or match.evicted:
         return 0
     return usage.prompt_tokens - match.known_tokens - placement.allowance_tokens
+
+
+def _seconds_alone(exchange: Exchange, outcome: Outcome, usage: Usage) -> float | None:
+    """Return the time until the first token if the request had its replica to itself, else None."""
+    attempt, times = exchange.attempt, outcome.times
+    if attempt is None or attempt.candidate.replica.in_flight or outcome.ending is not Ending.COMPLETE:
+        return None
+    if usage.prefill_seconds:
+        return usage.prefill_seconds
+    if times.first_token_seconds is None or times.sent_seconds is None:
+        return None
+    return times.first_token_seconds - times.sent_seconds
 
 
 def _is_part(usage: Usage, placement: Placement | None) -> bool:

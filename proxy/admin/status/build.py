@@ -280,8 +280,8 @@ def notices(figures: Figures) -> list[str]:
     if implausible := int(figures.value(metrics.CACHED_IMPLAUSIBLE)):
         found.append(
             f"{_count(implausible, 'response')} with cached tokens that cannot be: a replica reports new prompts as "
-            "wholly cached, as an engine does that only decodes, or more tokens as cached than the prompt has. They "
-            "are not counted as savings"
+            "wholly cached, as an engine does that only decodes, or more tokens as cached than the prompt has, or "
+            "takes as long as without a cache. They are not counted as savings"
         )
     if inconsistent := int(figures.value(metrics.USAGE_INCONSISTENT)):
         found.append(f"{_count(inconsistent, 'response')} with contradictory token counts: corrected")

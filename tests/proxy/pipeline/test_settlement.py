@@ -206,6 +206,21 @@ def test_a_request_that_asked_not_to_use_the_cache_is_compared_with_no_predictio
     assert settling.counters.gains == [900]
 
 
+@pytest.mark.parametrize(("in_flight", "doubted"), [(0, 4), (1, 0)])
+def test_cached_tokens_that_spare_no_time_are_not_believed(in_flight: int, doubted: int) -> None:
+    """If the request had the replica to itself: others make it wait, however much is cached."""
+    settling = Settling()
+    for cached in [0] * 4 + [3_500] * 8:
+        exchange = settling.exchange(Usage(4_000, 30, cached))
+        exchange.match = Match({}, known_blocks=1, known_tokens=4_000)
+        exchange.sent_seconds = settling.clock.monotonic() - 2.0
+        attempt = cast("Any", exchange.attempt)
+        view = dataclasses.replace(attempt.candidate.replica, in_flight=in_flight)
+        attempt.candidate = dataclasses.replace(attempt.candidate, replica=view)
+        settling.settlement.settle(exchange)
+    assert settling.counters.implausible == doubted
+
+
 @pytest.mark.parametrize("placed", [True, False])
 @pytest.mark.parametrize("cached", [0, 4_000])
 def test_impossible_counts_are_no_savings_and_teach_nothing(cached: int, placed: bool) -> None:
