@@ -96,6 +96,7 @@ def test_a_response_begins_brings_each_item_and_ends() -> None:
     ]  # fmt: skip
     assert [event["sequence_number"] for event in found] == list(range(12))
     assert (found[0]["response"]["id"], found[0]["response"]["output"]) == ("resp", [])
+    assert found[0]["response"]["usage"] is None, "it would be counted twice"
     assert found[3]["item"]["content"] == []
     assert (found[5]["delta"], found[5]["output_index"], found[5]["item_id"]) == ("a", 1, "m")
     assert found[10]["item"] == output[1]
@@ -113,6 +114,7 @@ def test_a_message_is_its_blocks_in_deltas() -> None:
         {"type": "message", "content": blocks, "stop_reason": "tool_use", "usage": {"output_tokens": 2}}
     )
     found = events(events_of_plain(200, body.encode(), Endpoint.MESSAGES))
+    assert found[0]["type"] == "message_start"
     assert found[0]["message"]["content"] == []
     deltas = [event["delta"] for event in found if event["type"] == "content_block_delta"]
     assert [delta["type"] for delta in deltas] == [

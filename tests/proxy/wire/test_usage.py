@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from proxy.model import Endpoint, Usage
 from proxy.wire.decode import ResponseDecoder
 from proxy.wire.sse import StreamTap
-from proxy.wire.usage import TOKENS_MOST, created_object, merge, normal, read_response, tail_usage
+from proxy.wire.usage import TOKENS_MOST, PassedBody, created_object, merge, normal, read_response, tail_usage
 
 GOLDEN = Path(__file__).parent / "golden"
 PACK: dict[bytes, Callable[[bytes], bytes]] = {
@@ -390,3 +390,12 @@ def test_the_last_object_that_has_counts_is_the_usage_of_a_fragment() -> None:
     assert normal(tail_usage(b'{"a":1},' + counts + b', "usage": {"type": "string"}')) == Usage(9, 1)
     assert tail_usage(counts[:-1]) is None
     assert tail_usage(b'"usage": 7') is None
+
+
+@pytest.mark.parametrize(("most_bytes", "whole"), [(6, b"abcdef"), (5, None)])
+def test_a_body_that_has_passed_is_kept_as_a_whole_up_to_a_limit(most_bytes: int, whole: bytes | None) -> None:
+    """As it was sent."""
+    body = PassedBody(b"", Endpoint.CHAT, most_bytes)
+    for piece in (b"abc", b"", b"def"):
+        body.feed(piece)
+    assert body.whole() == whole
