@@ -58,6 +58,7 @@ class FakeClaims:
         return self.answer
 
     def release(self, pool: str, replica: str) -> None:
+        assert pool == POOL
         self.released.append(replica)
 
     def withdraw(self, pool: str) -> None:

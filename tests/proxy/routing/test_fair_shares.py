@@ -133,6 +133,16 @@ def test_a_higher_priority_goes_first_and_a_lower_one_keeps_a_floor():
     assert len(waiting) == 0
 
 
+def test_a_priority_saves_up_only_while_its_requests_wait():
+    """One that comes after much work of a higher priority has no claim to a part of it."""
+    waiting = queue()
+    for number in range(300):
+        waiting.join(claimant("high", tokens=1_000, priority=Priority.HIGH), 0.0, float(number))
+    served(waiting, 200)
+    waiting.join(claimant("low", tokens=1_000, priority=Priority.LOW), 0.0, 300.0)
+    assert {each.item for each in served(waiting, 10)} == {"high"}
+
+
 def test_a_request_longer_than_the_floor_saves_up_is_served_all_the_same():
     """Or a very long prompt of a low priority would starve."""
     waiting = queue()
@@ -212,6 +222,15 @@ def test_a_tenant_is_active_for_ten_seconds_and_its_part_is_its_weight():
     assert (here.share_of("a", 2.0), here.share_of("b", 2.0), here.is_contended(2.0)) == (0.25, 0.75, True)
     here.seen("a", 1.0, 11.0)
     assert (here.share_of("a", 12.5), here.is_contended(12.5)) == (1.0, False)
+
+
+def test_a_tenant_that_only_another_process_serves_has_the_part_of_one():
+    """Its weight is not known here."""
+    here, there = TenantShares(), TenantShares()
+    there.serve("theirs", QUANTUM_TOKENS)
+    here.seen("ours", 1.0, 0.0)
+    here.absorb("there", there.rows(), 0.0)
+    assert here.share_of("ours", 0.0) == 0.5
 
 
 def test_a_tenant_whose_requests_wait_is_active_however_long_ago_they_came():

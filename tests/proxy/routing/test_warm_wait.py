@@ -71,6 +71,10 @@ async def test_the_wait_is_estimated_by_what_was_sent_and_what_waits() -> None:
     assert bench.queues.wait_seconds(0) == max(5.0 - quiet_seconds, 0.0)
     await bench.tasks.close()
     assert bench.queues.wait_seconds(0) == 0.0
+    bench.work.seconds[0] = 100.0
+    await bench.begin(quiet_seconds / 2)
+    bench.work.seconds[0] = 0.0
+    assert bench.queues.wait_seconds(0) == 0.0, "what waits there is less than what counts as quiet"
 
 
 async def test_a_turn_whose_own_deadline_passes_is_refused() -> None:

@@ -55,7 +55,7 @@ def test_the_model_of_a_body_is_found(body: bytes, content_type: bytes, model: s
 )
 def test_a_model_given_twice_is_refused(body: bytes, content_type: bytes) -> None:
     """The upstream might read the other one."""
-    with pytest.raises(BadRequest, match="^model is given twice$"):
+    with pytest.raises(BadRequest, match=r"^model is given twice$"):
         model_of(body, content_type)
 
 
