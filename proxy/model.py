@@ -179,8 +179,9 @@ class TemplateFacts(msgspec.Struct, frozen=True):
     `joins_head`: prompts share nothing unless tools and system messages are equal, since engines of the pool put them
     in different orders. `splits_systems`: of several system messages at the beginning, only the first is rendered
     before the tools. `system_last`: the system message is rendered with the last user message.
-    `developer_in_place`: a message of a developer is not a system message. `root` is the model's own name if it is
-    served by others.
+    `rewrites_turns`: answers before the last user message are rendered otherwise than those after it, even without
+    reasoning. `developer_in_place`: a message of a developer is not a system message. `root` is the model's own name
+    if it is served by others.
     """
 
     order: ToolOrder = ToolOrder.TOOLS_FIRST
@@ -197,6 +198,7 @@ class TemplateFacts(msgspec.Struct, frozen=True):
     splits_systems: bool = False
     system_last: bool = False
     developer_in_place: bool = False
+    rewrites_turns: bool = False
     root: str = ""
 
 

@@ -91,6 +91,7 @@ async def facts_of(
         splits_systems=is_system_first and not moves and await _splits_systems(render),
         system_last=await _follows_a_turn(render, "system"),
         developer_in_place=is_system_first and await _developer_is_in_place(render),
+        rewrites_turns=await _rewrites_turns(render),
     )
 
 
@@ -211,6 +212,22 @@ async def _drops_thoughts(render: Render) -> bool:
         return {"messages": [_QUESTION, answer, _FURTHER]}
 
     return await _are_equal(render, turns("so I thought"), turns("or rather thus"))
+
+
+async def _rewrites_turns(render: Render) -> bool:
+    """Return whether an answer without reasoning is rendered otherwise once a user message follows."""
+
+    def turns(text: str, *more: dict[str, Any]) -> dict[str, Any]:
+        call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        result = {"role": "tool", "tool_call_id": "call00001", "content": text}
+        return {"messages": [_QUESTION, answer, result, *more]}  # without tools, which may move to the last question
+
+    base, other = await render(turns("a result")), await render(turns("other words"))
+    continued = await render(turns("a result", _FURTHER))
+    if base is None or other is None or continued is None or base == other:
+        return False
+    return _shared(base, continued) < _shared(base, other)
 
 
 async def _keeps_billing(render: Render) -> bool:

@@ -166,6 +166,7 @@ def common_facts(shown: Sequence[TemplateFacts]) -> TemplateFacts:
         splits_systems=all(each.splits_systems for each in shown),
         system_last=any(each.system_last for each in shown),
         developer_in_place=all(each.developer_in_place for each in shown),
+        rewrites_turns=any(each.rewrites_turns for each in shown),
         drops_reasoning=any(each.drops_reasoning for each in shown),
         drops_thoughts=any(each.drops_thoughts for each in shown),
         ignores_reasoning=all(each.ignores_reasoning for each in shown),

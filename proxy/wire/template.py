@@ -46,6 +46,8 @@ _RESULT_REACH: Final = 160
 messages and not as a user message.
 """
 
+_RECENT_MARK: Final = b"\0"
+
 _ANY_USER: Final = b'{"role":"user"}'
 
 _CACHE_MARK: Final = b'"cache_control"'
@@ -115,6 +117,8 @@ def _without_headless(value: bytes, headless: frozenset[str]) -> bytes:
 
 def keyed_spans(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
     """Return the prompt's spans in the order in which the engine renders them, without what it leaves out."""
+    if facts.rewrites_turns:
+        return _with_recent_marks(keyed_spans(prompt, msgspec.structs.replace(facts, rewrites_turns=False)))
     if facts.joins_head:
         return _with_joint_head(prompt, msgspec.structs.replace(facts, joins_head=False))
     spans: Sequence[Span] = prompt.spans
@@ -148,6 +152,13 @@ def _without_ids(spans: Sequence[Span], system: int) -> Sequence[Span]:
     return spans
 
 
+def _with_recent_marks(spans: Sequence[Span]) -> Sequence[Span]:
+    """Return the spans with a mark on each answer after the last user message, whose key is another before it."""
+    first = max(_last_user(spans), 0)
+    recent = [bytes(span) + _RECENT_MARK if _role(span) == "assistant" else span for span in spans[first:]]
+    return [*spans[:first], *recent]
+
+
 def _with_joint_head(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
     """Return the spans behind a digest of tools and system messages, so that prompts share both or nothing."""
     spans = keyed_spans(prompt, facts)
@@ -166,7 +177,7 @@ def stored_first(rest: Sequence[Span], facts: TemplateFacts) -> bool:
     """Return whether a stored context is always rendered before the messages that follow it."""
     if facts.moves_system or facts.joins_head or facts.system_last or facts.order is _TOOLS_LAST:
         return False
-    return not (facts.drops_reasoning or facts.drops_thoughts) or _last_user(rest) >= 0
+    return not (facts.drops_reasoning or facts.drops_thoughts or facts.rewrites_turns) or _last_user(rest) >= 0
 
 
 def keyed_stored(

@@ -156,6 +156,25 @@ async def test_tools_between_two_system_messages_are_seen_and_a_developers_messa
     assert not (await facts_of(renderer(Template(system_first=True)))).splits_systems
 
 
+async def test_answers_that_are_rendered_otherwise_once_a_question_follows_are_seen():
+    """Some templates put an empty block of thoughts into those after the last question, even if there are none."""
+
+    async def rendered(request):
+        messages = request["messages"]
+        last = max(place for place, each in enumerate(messages) if each["role"] == "user")
+        marked = [place > last and each["role"] == "assistant" for place, each in enumerate(messages)]
+        return "".join(
+            f"[{'<think></think>' * mark}{each['content']}]" for mark, each in zip(marked, messages, strict=True)
+        )
+
+    assert (await facts_of(rendered)).rewrites_turns
+    assert not (await facts_of(renderer(Template(drops_reasoning=True)))).rewrites_turns
+    ignoring = in_order(lambda role, number, last: None if role == "tool" else number)
+    assert not (await facts_of(ignoring)).rewrites_turns
+    late = in_order(lambda role, number, last: last - 0.5 if role == "tools" else number)
+    assert not (await facts_of(late)).rewrites_turns
+
+
 async def test_an_engine_that_refuses_system_messages_shows_the_rest():
     whole = renderer(Template(drops_reasoning=True))
 
@@ -405,6 +424,7 @@ async def test_the_prompts_that_are_asked_about_are_such_as_clients_send():
         "system",
         "user",
         "assistant",
+        "tool",
     }
     tools = [tool for request in asked for tool in request.get("tools", ())]
     assert tools

@@ -95,6 +95,7 @@ def test_an_order_that_is_configured_holds_for_all_engines():
         ({"drops_thoughts": True}, {}, {"drops_thoughts": True}),
         ({"ignores_reasoning": True}, {}, {}),
         ({"moves_system": True, "dated": True}, {}, {"moves_system": True, "dated": True}),
+        ({"rewrites_turns": True}, {}, {"rewrites_turns": True}),
         ({"keeps_billing": True}, {}, {}),
         ({"none_drops_tools": False}, {}, {}),
         ({"headless": frozenset("ab")}, {"headless": frozenset("bc")}, {"headless": frozenset("b")}),

@@ -150,6 +150,17 @@ def test_old_reasoning_is_no_part_of_a_key_if_the_template_drops_it():
     assert "rrr" in "".join(texts([*before, user("q2")]))
 
 
+def test_an_answer_has_another_key_before_a_users_message_if_the_template_renders_it_otherwise_there():
+    """What precedes the first such answer is shared, as at the engine."""
+    rewrites = TemplateFacts(rewrites_turns=True)
+    loop = [SYSTEM, user("q1"), assistant("a1"), {"role": "tool", "content": "r"}, assistant("a2")]
+    within, after = texts(loop, rewrites), texts([*loop, user("q2")], rewrites)
+    assert texts([*loop, {"role": "tool", "content": "r2"}], rewrites)[:5] == within
+    shared = [one == other for one, other in zip(within, after, strict=False)]
+    assert shared == [True, True, False, True, False]
+    assert texts(loop) == texts([*loop, user("q2")])[:5]
+
+
 def test_late_system_messages_go_to_the_front_if_the_template_moves_them():
     late = {"role": "system", "content": "late"}
     parts = texts([SYSTEM, user("q1"), late, user("q2")], TemplateFacts(moves_system=True))
@@ -422,6 +433,16 @@ def test_a_stored_context_is_keyed_as_the_same_prompt_sent_whole(order, drops, m
         if alone is not None:
             assert alone == whole
     assert (alone is None) == (moves or last or order is ToolOrder.TOOLS_LAST)
+
+
+def test_a_stored_context_with_answers_that_are_rewritten_is_keyed_as_the_same_prompt_sent_whole():
+    """It is computed beforehand only if a user message follows."""
+    rewrites = TemplateFacts(rewrites_turns=True)
+    messages = [SYSTEM, user("document"), assistant("noted")]
+    for rest, is_alone in (([user("q"), assistant("a")], True), ([{"role": "tool", "content": "r"}], False)):
+        alone, whole = stored(None, messages, rest, rewrites)
+        assert [span.decode() for span in whole] == texts([*messages, *rest], rewrites)
+        assert alone == (whole if is_alone else None)
 
 
 def test_a_stored_context_with_a_joint_head_is_keyed_as_the_same_prompt_sent_whole():
