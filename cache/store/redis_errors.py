@@ -59,6 +59,10 @@ _LONG_AND_UNAUTHENTICATED = "Protocol error: unauthenticated"
 """Redis's reply, in place of NOAUTH, to a long command (over ten arguments or 16 KB) without a password."""
 
 
+_DENIED_IN_SCRIPT = "ACL failure in script"
+"""Redis's reply, in place of NOPERM, if the user may run a script but not a command, key or channel in it."""
+
+
 def map_error(error: BaseException, operation: str) -> CacheError:
     """Return the cache's error for `error`. Redis's text is not repeated: a script's error could hold a key."""
     if isinstance(error, CacheError):
@@ -68,7 +72,7 @@ def map_error(error: BaseException, operation: str) -> CacheError:
             return _error(operation, found)
     if isinstance(error, foreign.ResponseError):
         text = str(error)
-        if text.startswith(_LONG_AND_UNAUTHENTICATED):
+        if text.startswith((_LONG_AND_UNAUTHENTICATED, _DENIED_IN_SCRIPT)):
             return _error(operation, (ErrorKind.AUTH, StoreUnavailable))
         words = text.split()
         return _error(operation, _FIRST_WORDS.get(words[0] if words else "", (ErrorKind.OTHER, StoreRefused)))

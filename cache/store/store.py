@@ -17,7 +17,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from cache import keys
 from cache.errors import CacheError, ErrorKind, StoreRefused, StoreTimeout, StoreUnavailable, WritesRefused
@@ -44,6 +44,14 @@ _AWAY = frozenset(
 )  # no command is served; any other error is a reply to this command
 _MESSAGES = frozenset({"PUBLISH", "SUBSCRIBE"})  # also served while loading, and by any node of a failed Cluster
 _WRITES = frozenset({"SET", "DEL", "UNLINK", "EXPIRE", "PEXPIRE", "XADD", "HSET", "HDEL", "SADD", "ZADD", "INCR"})
+
+_PERMITTED: Final = """
+redis.call('TIME')
+redis.call('SET', KEYS[1], '1', 'PX', ARGV[1])
+redis.call('PUBLISH', ARGV[2], '- c -')
+return 1
+"""
+"""Does what the scripts do: they need a command of each kind, keys and a channel. The message names no context."""
 
 Command = Sequence[str | bytes | int | float]
 Observer = Callable[[str, float, ErrorKind | None], None]  # operation, seconds, error
@@ -392,6 +400,8 @@ class Store:
                     reply = await self._client.execute_command("EXISTS", keys.LEASE)
                     if not isinstance(reply, int):
                         raise StoreUnavailable("what answers is no Redis", ErrorKind.OTHER)
+                    if outage.kind is ErrorKind.AUTH:
+                        await self._check_permissions()
             except Exception as error:  # noqa: BLE001 - without Redis the cache goes on alone
                 self._probe_of_connection_failed(map_error(error, "probe"))
             else:
@@ -399,6 +409,19 @@ class Store:
                 if (seconds := outage.end(self._clock.monotonic())) is not None:
                     log.warning("Redis is back after %.1f s", seconds)
             self._probed.set()
+
+    async def _check_permissions(self) -> None:
+        """Raise the error of a user of Redis that may run only some of the commands that Cairn needs.
+
+        Otherwise each successful probe would end an outage that the next command begins again.
+        """
+        try:
+            await self._client.execute_command(
+                "EVAL", _PERMITTED, 1, keys.PROBE, PROBE_KEY_MILLISECONDS, keys.CONTEXTS_CHANNEL
+            )
+        except Exception as error:
+            if map_error(error, "probe").kind in _AWAY:
+                raise
 
     def _probe_of_connection_failed(self, error: CacheError) -> None:
         self.errors[error.kind] += 1

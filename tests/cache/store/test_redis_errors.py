@@ -22,6 +22,11 @@ from cache.store.redis_errors import map_error
     ("error", "kind", "meaning"),
     [
         (foreign.ResponseError("MISCONF Errors writing to the AOF file"), ErrorKind.MISCONF, WritesRefused),
+        (
+            foreign.ResponseError("ACL failure in script: No permissions to access a channel"),
+            ErrorKind.AUTH,
+            StoreUnavailable,
+        ),
         (foreign.ResponseError("NOREPLICAS Not enough good replicas"), ErrorKind.NOREPLICAS, WritesRefused),
         (foreign.ResponseError("OOM command not allowed. script: abc, on @user_script:3."), ErrorKind.OOM, StoreFull),
         (foreign.OutOfMemoryError("x"), ErrorKind.OOM, StoreFull),

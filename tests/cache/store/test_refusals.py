@@ -17,7 +17,7 @@ import pytest
 from cache.errors import CacheError, ErrorKind, StoreRefused, StoreUnavailable, WritesRefused
 from cache.replication.journal import JournalState
 from cache.store.breaker import BreakerState
-from cache.store.store import Store, StoreState, open_store
+from cache.store.store import Script, Store, StoreState, open_store
 from cache.totals import Sums, Totals, read_totals
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
@@ -225,6 +225,28 @@ def _ask_with_password(valkey: Valkey, password: str, command: bytes) -> None:
 
 def _kill_clients(valkey: Valkey, password: str) -> None:
     _ask_with_password(valkey, password, b"CLIENT KILL TYPE normal SKIPME yes\r\n")
+
+
+@pytest.mark.parametrize("denied", ["resetchannels", "-time", "-@scripting", "-set"])
+async def test_a_user_who_may_not_do_everything_is_an_outage_until_it_may(valkey: Valkey, denied: str) -> None:
+    """It shows, and does not begin and end again with each command."""
+    valkey.ask("ACL", "SETUSER", "cairn", "reset", "on", ">pw", "~cairn:*", "&cairn:*", "+@all", denied)
+    script = Script("try", "redis.call('TIME') redis.call('SET', 'cairn:x', 1) redis.call('PUBLISH', 'cairn:x', 'y')")
+    async with opened(valkey.url.replace("//", "//cairn:pw@")) as store:
+
+        async def is_away() -> bool:
+            with contextlib.suppress(CacheError):
+                await store.run_script(script, ["cairn:x"])
+            return store.state is StoreState.AWAY
+
+        await eventually(is_away)
+        assert store.reason is ErrorKind.AUTH
+        failed = store.errors[ErrorKind.AUTH]
+        await eventually(lambda: store.errors[ErrorKind.AUTH] >= failed + 2)
+        assert (store.state, store.openings) == (StoreState.AWAY, 1)
+        valkey.ask("ACL", "SETUSER", "cairn", "&cairn:*", "+@all")
+        await eventually(lambda: store.state is StoreState.AVAILABLE)
+        assert await store.run_script(script, ["cairn:x"]) is None
 
 
 async def test_a_busy_server_is_away_and_comes_back(valkey: Valkey) -> None:
