@@ -28,6 +28,10 @@ from proxy.wire.text_alone import TextAlone
 
 COUNTED_TOGETHER: Final = 32  # requests
 
+MAX_ADDED_TOKENS: Final = 32_768
+MAX_MEDIA_TOKENS: Final = 1_048_576
+"""A byte has at most one token; a template may add some, and a picture, sound or film has many."""
+
 PART_SHARE: Final = 0.5
 """A prompt has at least this share of the tokens that an earlier prompt had with which it begins."""
 
@@ -70,9 +74,9 @@ class Settlement:
         if usage is not None:
             usage = self._plausible(exchange, outcome, usage, placement)
         if placement is not None:
-            self._teach_index(placement, usage, skips_cache=skips_cache)
+            self._teach_index(exchange, placement, usage, skips_cache=skips_cache)
         if usage is not None:
-            self._teach_fleet(exchange, outcome, usage, counts_whole=not _is_part(usage, placement))
+            self._teach_fleet(exchange, outcome, usage, counts_prompt=_counts_prompt(exchange, usage, placement))
         if self._access_log is not None:
             self._access_log.write(access_line(exchange.call, outcome, self._clock.unix()))
         # of a request that must be computed anew, neither a prediction nor a baseline can be compared
@@ -120,20 +124,22 @@ class Settlement:
             label = self._counters.label(outcome)
             self._counters.count_routing_gain(outcome, self._baseline.count(label, gain))
 
-    def _teach_index(self, placement: Placement, usage: Usage | None, *, skips_cache: bool) -> None:
-        # sums of several calls show nothing about this prompt, nor do counts of a part of it
-        if usage is None or usage.longest_call_tokens or _is_part(usage, placement):
+    def _teach_index(
+        self, exchange: Exchange, placement: Placement, usage: Usage | None, *, skips_cache: bool
+    ) -> None:
+        # sums of several calls show nothing about this prompt
+        if usage is None or usage.longest_call_tokens or not _counts_prompt(exchange, usage, placement):
             self._journal.settled(placement)
         else:
             cached_tokens = None if skips_cache else usage.cached_tokens
             self._journal.answered(placement, usage.prompt_tokens, cached_tokens, usage.output_tokens)
 
-    def _teach_fleet(self, exchange: Exchange, outcome: Outcome, usage: Usage, *, counts_whole: bool) -> None:
+    def _teach_fleet(self, exchange: Exchange, outcome: Outcome, usage: Usage, *, counts_prompt: bool) -> None:
         prompt, attempt, times = exchange.prompt, exchange.attempt, outcome.times
         if prompt is None or attempt is None or outcome.ending is not Ending.COMPLETE:
             return
-        counts_whole = counts_whole and not usage.longest_call_tokens and exchange.stored is None
-        if counts_whole and self._text_alone.holds_for(prompt):
+        counts_prompt = counts_prompt and not usage.longest_call_tokens and exchange.stored is None
+        if counts_prompt and self._text_alone.holds_for(prompt):
             self._tokens.observe(prompt.model, prompt.size_bytes, usage.prompt_tokens, prompt.media)
         computed_tokens = usage.prompt_tokens - (usage.cached_tokens or 0)
         if usage.cached_tokens is not None:
@@ -166,9 +172,17 @@ def _seconds_alone(exchange: Exchange, outcome: Outcome, usage: Usage) -> float 
     return times.first_token_seconds - times.sent_seconds
 
 
-def _is_part(usage: Usage, placement: Placement | None) -> bool:
-    """Return True if the upstream counted only a part of the prompt, as some do that count what they computed."""
-    if usage.cached_tokens is not None:
-        return False
-    held_tokens = 0 if placement is None else placement.held_tokens
-    return usage.prompt_tokens <= 0 or usage.prompt_tokens < PART_SHARE * held_tokens
+def _counts_prompt(exchange: Exchange, usage: Usage, placement: Placement | None) -> bool:
+    """Return False if the tokens cannot be those of this prompt: fewer than are known, or more than it can have.
+
+    Some upstreams count only what they computed. Far too many would evict all others from the index.
+    """
+    if usage.cached_tokens is None:
+        held_tokens = 0 if placement is None else placement.held_tokens
+        if usage.prompt_tokens <= 0 or usage.prompt_tokens < PART_SHARE * held_tokens:
+            return False
+    prompt = exchange.prompt
+    if prompt is None or prompt.has_hidden_parts or prompt.pinned_to is not None:  # it contains more than the body
+        return True
+    most = prompt.size_bytes + MAX_ADDED_TOKENS + MAX_MEDIA_TOKENS * len(prompt.media)
+    return usage.prompt_tokens <= most

@@ -13,7 +13,7 @@ from cache import Fingerprint, Match, Placement
 from proxy.fleet import Fleet, ReplicaSpec
 from proxy.model import Ending, Media, Usage
 from proxy.pipeline.exchange import Exchange
-from proxy.pipeline.settlement import COUNTED_TOGETHER, Settlement
+from proxy.pipeline.settlement import COUNTED_TOGETHER, MAX_ADDED_TOKENS, Settlement
 from proxy.records import Candidate, Outcome
 from proxy.routing.token_estimate import TokenCounts
 from tests.proxy.pipeline.bench import POOL, Bench
@@ -249,6 +249,24 @@ def test_counts_of_a_part_of_the_prompt_teach_nothing_about_it(
     assert settling.journal.taught == [lesson]
     assert settling.learned_tokens_per_byte() is (lesson is not None)
     assert settling.fleet.decodes == [(0, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prompt", "learned"),
+    [
+        (PROMPT_BYTES + MAX_ADDED_TOKENS, {}, True),
+        (PROMPT_BYTES + MAX_ADDED_TOKENS + 1, {}, False),
+        (10**9, {}, False),
+        (10**6, {"media": (Media("image", 0, 100),)}, True),
+        (10**6, {"has_hidden_parts": True}, True),
+        (10**6, {"pinned_to": "resp_1"}, True),
+    ],
+)
+def test_more_tokens_than_a_prompt_can_have_teach_nothing(tokens: int, prompt: dict[str, Any], learned: bool) -> None:
+    """They would fill the replica's budget, and everything else known of it would be evicted."""
+    settling = Settling()
+    settling.settle(Usage(tokens, 30, 16), **prompt)
+    assert settling.journal.taught == [(tokens, 16, 30) if learned else None]
 
 
 def test_cached_tokens_that_the_upstream_omits_count_as_the_counters_know_them() -> None:
