@@ -13,7 +13,7 @@ from proxy.errors import DeadlineUnreachable, RateLimited
 from proxy.records import ReplicaView
 from proxy.routing.cold_admission import REST_SECONDS, TurnKind
 from proxy.routing.cold_gate import ColdGate, Pass
-from proxy.routing.cold_pressure import RESTING_SECONDS
+from proxy.routing.cold_pressure import CROWDED_SECONDS, RESTING_SECONDS
 from proxy.routing.cold_turn import GateLimits, Turn
 from proxy.routing.fair_shares import Priority, TenantShares
 from proxy.tasks import Tasks
@@ -403,6 +403,19 @@ async def test_without_redis_each_goes_on_alone():
     await settle()
     waiting.result().release()
     assert bench.claims.released == []
+
+
+def test_how_long_queues_must_be_for_little_repeated_work_to_be_pressure_follows_the_pace():
+    """Like all times of the gate."""
+    bench = Bench(1)
+    bench.gate.observe(POOL, 1_000_000, 90_000)
+    for pace in (1.0, 0.2):
+        bench.gate.limits = GateLimits(rest_seconds=pace * REST_SECONDS)
+        for seconds, pressed in ((pace * CROWDED_SECONDS - 0.1, False), (pace * CROWDED_SECONDS, True)):
+            bench.fleet.pending[0] = seconds * 10_000.0
+            views = bench.fleet.snapshot(POOL, 0.0)
+            assert bench.gate.is_pressed(POOL, views) is pressed
+            bench.gate.pool(POOL).pressure._is_on = False  # noqa: SLF001 - it would last
 
 
 async def test_a_claim_that_comes_for_a_client_that_left_is_given_back():
