@@ -23,6 +23,7 @@ from proxy.routing.cold_admission import (
     about_as_good,
     classify,
     is_long,
+    patience_seconds,
     short_tokens,
 )
 from proxy.routing.cold_pressure import ColdPressure, ServedPrompts
@@ -161,7 +162,13 @@ class Gated(Cairn):
             turn = waiting.item
             self._claims.heads[gate.number] = waiting.arrived_seconds
             is_pressed = self._always or gate.pressure.is_holding
-            among = gate.queue.open_to(waiting, _rooms(gate, now), now, is_pressed=is_pressed)
+            among = gate.queue.open_to(
+                waiting,
+                _rooms(gate, now),
+                now,
+                is_pressed=is_pressed,
+                patience_seconds=patience_seconds(turn.uncached_tokens / PREFILL_TOKENS_PER_SECOND),
+            )
             among = frozenset(replica for replica in among if replica not in self._claims.holders)
             if not among or not self._claims.is_oldest(waiting.arrived_seconds):
                 break

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from proxy.routing.cold_admission import (
     COLD_QUIET,
     NEW_AFTER_SECONDS,
+    PATIENCE_PREFILLS,
     PATIENCE_SECONDS,
     QUIET_SECONDS,
     RESERVED_SHARE,
@@ -21,6 +22,7 @@ from proxy.routing.cold_admission import (
     about_as_good,
     can_run,
     classify,
+    patience_seconds,
     short_tokens,
 )
 from proxy.routing.fair_shares import Priority
@@ -102,6 +104,13 @@ def test_under_pressure_a_turn_leaves_resting_sessions_alone_for_a_minute():
     assert queue.open_to(waiting, rooms, 0.0, is_pressed=False) == {0, 1, 2}
     assert queue.open_to(waiting, rooms, PATIENCE_SECONDS - 0.1, is_pressed=True) == {0, 2}
     assert queue.open_to(waiting, rooms, PATIENCE_SECONDS, is_pressed=True) == {0, 1, 2}
+
+
+def test_a_turn_spares_nobody_for_longer_than_a_part_of_its_own_prefill():
+    """At most a minute; a small one would leave the replica idle for longer than it computes."""
+    assert patience_seconds(1e6) == PATIENCE_SECONDS
+    assert patience_seconds(1e6, 0.2) == 0.2 * PATIENCE_SECONDS
+    assert patience_seconds(8.0) == 8.0 * PATIENCE_PREFILLS
 
 
 def test_the_minute_begins_when_a_turn_is_the_first():

@@ -177,10 +177,10 @@ async def test_under_pressure_a_turn_spares_the_sessions_whose_turn_has_just_end
     """It waits while they and what runs leave no room, and goes as soon as one of them rests no longer."""
     bench = Bench(replicas=1)
     bench.gate.limits = GateLimits(rest_seconds=pace * REST_SECONDS)
-    bench.fleet.running[0] = 500_000.0
+    bench.fleet.running[0] = 300_000.0
     bench.gate.served(POOL).note([1, 2], 0, 450_000.0, 0.0, bench.clock.monotonic())
     bench.gate.ended(POOL, 2, 0)
-    turn = bench.begin(prompt_end=9)
+    turn = bench.begin(prompt_end=9, prompt_tokens=450_000.0, uncached_tokens=400_000.0)
     await settle()
     assert not turn.done()
     bench.clock.advance(pace * RESTING_SECONDS - 0.1)
