@@ -98,58 +98,6 @@ class Ending(enum.StrEnum):
     INTERNAL = "internal"
 
 
-class Tenant(msgspec.Struct, frozen=True, gc=False):
-    """The tenant of a request. `id` is a keyed hash, the key of what it stores; it never leaves the process.
-
-    `salt` is the first input of its prefix hashes. `name` is for the operator: as configured, else the beginning of
-    the hash. `client` is the name of the configured client, empty if clients are not configured.
-    """
-
-    id: str
-    salt: bytes = b""
-    models: tuple[str, ...] = ("*",)
-    name: str = ""
-    is_listed: bool = False  # in the configuration; the keys of other tenants are checked by upstreams only
-    client: str = ""
-    sees_all: bool = True  # it may see that prefixes are cached which other tenants sent
-    weight: float = 1.0  # of its share while requests of several tenants wait
-    highest_priority: int = 1  # best priority that it may ask for: 0 high, 1 normal, 2 low
-
-    @property
-    def is_limited(self) -> bool:
-        """True if the client may use only some models."""
-        return "*" not in self.models
-
-
-class Usage(msgspec.Struct, frozen=True, gc=False):
-    """Tokens of one response in normal form; cached and written tokens are part of `prompt_tokens`.
-
-    `cached_tokens` is None if the upstream did not report them. `inconsistent` means that values were clamped.
-    `prefill_seconds` is None except for engines that report it. `service_tier` is the tier that was used, if it has
-    separate prices (flex, priority, batch). If the response took several model calls, the counts are their sums and
-    `longest_call_tokens` is the prompt of the longest.
-    """
-
-    prompt_tokens: int
-    output_tokens: int = 0
-    cached_tokens: int | None = None
-    cache_write_5m_tokens: int = 0
-    cache_write_1h_tokens: int = 0
-    reasoning_tokens: int = 0
-    inconsistent: bool = False
-    prefill_seconds: float | None = None
-    service_tier: str = ""
-    longest_call_tokens: int = 0
-
-
-class Media(msgspec.Struct, frozen=True, gc=False):
-    """An image, sound or file in the prompt: hashed as bytes, counted in tokens by its kind."""
-
-    kind: str  # "image", "audio", "file"
-    size_bytes: int
-    start: int = -1  # offset in the body; -1 if it is in a stored context
-
-
 class UsageRequest(enum.Enum):
     """How the body asks for usage in a stream, which decides the edit that asks for it."""
 
@@ -200,39 +148,6 @@ class TemplateFacts(msgspec.Struct, frozen=True):
     developer_in_place: bool = False
     rewrites_turns: bool = False
     root: str = ""
-
-
-class Prompt(msgspec.Struct, frozen=True):
-    """A generation request as read: small values are decoded, long content stays a span of the body.
-
-    `chain_salt` are the raw bytes that precede the prompt in the key (model, adapter, template arguments).
-    `spans` are zero-copy views in the order in which an engine renders them: tools, then each message (or the
-    prompt, or instructions and input items). Each of them ends with a boundary.
-    """
-
-    body: Body
-    model: str
-    stream: bool
-    chain_salt: tuple[bytes, ...]
-    spans: tuple[memoryview | bytes, ...]
-    size_bytes: int  # of all spans and of the stored context before them
-    usage_request: UsageRequest = UsageRequest.NOT_APPLICABLE
-    stream_options_span: tuple[int, int] = (0, 0)
-    pinned_to: str | None = None  # previous_response_id, or the first file id
-    media: tuple[Media, ...] = ()
-    max_output_tokens: int | None = None
-    may_name_context: bool = False  # a short message contains "cache", perhaps as its role
-    referring: tuple[memoryview, ...] = ()  # members besides messages and input that may name stored objects
-    names: tuple[tuple[str, str], ...] = ()  # what it continues and the container: (collection, id)
-    is_stored: bool = False  # the upstream keeps the completion as an object
-    has_hidden_parts: bool = False  # the upstream adds a stored prompt or search results
-    skips_cache: bool = False  # the request needs a prompt that is computed anew
-    cache_key: bytes = b""  # `prompt_cache_key`, as raw JSON
-    priority: int | None = None  # asked for in the body, see `proxy.wire.urgency`
-    tool_spans: int = 0  # number of `spans` that are tools; they come first
-    system_spans: int = -1  # number of spans after the tools that are the system prompt; -1: by the messages' roles
-    is_anthropic: bool = False  # in the dialect of /v1/messages
-    is_plain_text: bool = False  # all spans but tools are messages whose content is a string; False if not examined
 
 
 class Edit(msgspec.Struct, frozen=True, gc=False):

@@ -13,7 +13,206 @@ from typing import Final
 
 from mypy_extensions import mypyc_attr
 
-from proxy.model import Access, Body, CacheStatus, Ending, Endpoint, MissReason, RouteReason, Tenant, Usage
+from proxy.model import Access, Body, CacheStatus, Ending, Endpoint, MissReason, RouteReason, UsageRequest
+
+
+@mypyc_attr(acyclic=True)
+@dataclass(init=False)
+class Tenant:
+    """The tenant of a request. `id` is a keyed hash, the key of what it stores; it never leaves the process.
+
+    `salt` is the first input of its prefix hashes. `name` is for the operator: as configured, else the beginning of
+    the hash. `client` is the name of the configured client, empty if clients are not configured.
+    """
+
+    id: Final[str]
+    salt: Final[bytes]
+    models: Final[tuple[str, ...]]
+    name: Final[str]
+    is_listed: Final[bool]  # in the configuration; the keys of other tenants are checked by upstreams only
+    client: Final[str]
+    sees_all: Final[bool]  # it may see that prefixes are cached which other tenants sent
+    weight: Final[float]  # of its share while requests of several tenants wait
+    highest_priority: Final[int]  # best priority that it may ask for: 0 high, 1 normal, 2 low
+
+    def __init__(  # noqa: PLR0913 - one for each field
+        self,
+        id: str,
+        salt: bytes = b"",
+        models: tuple[str, ...] = ("*",),
+        name: str = "",
+        is_listed: bool = False,
+        client: str = "",
+        sees_all: bool = True,
+        weight: float = 1.0,
+        highest_priority: int = 1,
+    ) -> None:
+        self.id = id
+        self.salt = salt
+        self.models = models
+        self.name = name
+        self.is_listed = is_listed
+        self.client = client
+        self.sees_all = sees_all
+        self.weight = weight
+        self.highest_priority = highest_priority
+
+    @property
+    def is_limited(self) -> bool:
+        """True if the client may use only some models."""
+        return "*" not in self.models
+
+
+@mypyc_attr(acyclic=True)
+@dataclass(init=False)
+class Usage:
+    """Tokens of one response in normal form; cached and written tokens are part of `prompt_tokens`.
+
+    `cached_tokens` is None if the upstream did not report them. `inconsistent` means that values were clamped.
+    `prefill_seconds` is None except for engines that report it. `service_tier` is the tier that was used, if it has
+    separate prices (flex, priority, batch). If the response took several model calls, the counts are their sums and
+    `longest_call_tokens` is the prompt of the longest.
+    """
+
+    prompt_tokens: Final[int]
+    output_tokens: Final[int]
+    cached_tokens: Final[int | None]
+    cache_write_5m_tokens: Final[int]
+    cache_write_1h_tokens: Final[int]
+    reasoning_tokens: Final[int]
+    inconsistent: Final[bool]
+    prefill_seconds: Final[float | None]
+    service_tier: Final[str]
+    longest_call_tokens: Final[int]
+
+    def __init__(  # noqa: PLR0913 - one for each field
+        self,
+        prompt_tokens: int,
+        output_tokens: int = 0,
+        cached_tokens: int | None = None,
+        cache_write_5m_tokens: int = 0,
+        cache_write_1h_tokens: int = 0,
+        reasoning_tokens: int = 0,
+        inconsistent: bool = False,
+        prefill_seconds: float | None = None,
+        service_tier: str = "",
+        longest_call_tokens: int = 0,
+    ) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.output_tokens = output_tokens
+        self.cached_tokens = cached_tokens
+        self.cache_write_5m_tokens = cache_write_5m_tokens
+        self.cache_write_1h_tokens = cache_write_1h_tokens
+        self.reasoning_tokens = reasoning_tokens
+        self.inconsistent = inconsistent
+        self.prefill_seconds = prefill_seconds
+        self.service_tier = service_tier
+        self.longest_call_tokens = longest_call_tokens
+
+
+@mypyc_attr(acyclic=True)
+@dataclass(init=False)
+class Media:
+    """An image, sound or file in the prompt: hashed as bytes, counted in tokens by its kind."""
+
+    kind: Final[str]  # "image", "audio", "file"
+    size_bytes: Final[int]
+    start: Final[int]  # offset in the body; -1 if it is in a stored context
+
+    def __init__(
+        self,
+        kind: str,
+        size_bytes: int,
+        start: int = -1,
+    ) -> None:
+        self.kind = kind
+        self.size_bytes = size_bytes
+        self.start = start
+
+
+@mypyc_attr(acyclic=True)
+@dataclass(init=False)
+class Prompt:
+    """A generation request as read: small values are decoded, long content stays a span of the body.
+
+    `chain_salt` are the raw bytes that precede the prompt in the key (model, adapter, template arguments).
+    `spans` are zero-copy views in the order in which an engine renders them: tools, then each message (or the
+    prompt, or instructions and input items). Each of them ends with a boundary.
+    """
+
+    body: Final[Body]
+    model: Final[str]
+    stream: Final[bool]
+    chain_salt: Final[tuple[bytes, ...]]
+    spans: Final[tuple[memoryview | bytes, ...]]
+    size_bytes: Final[int]  # of all spans and of the stored context before them
+    usage_request: Final[UsageRequest]
+    stream_options_span: Final[tuple[int, int]]
+    pinned_to: Final[str | None]  # previous_response_id, or the first file id
+    media: Final[tuple[Media, ...]]
+    max_output_tokens: Final[int | None]
+    may_name_context: Final[bool]  # a short message contains "cache", perhaps as its role
+    referring: Final[tuple[memoryview, ...]]  # members besides messages and input that may name stored objects
+    names: Final[tuple[tuple[str, str], ...]]  # what it continues and the container: (collection, id)
+    is_stored: Final[bool]  # the upstream keeps the completion as an object
+    has_hidden_parts: Final[bool]  # the upstream adds a stored prompt or search results
+    skips_cache: Final[bool]  # the request needs a prompt that is computed anew
+    cache_key: Final[bytes]  # `prompt_cache_key`, as raw JSON
+    priority: Final[int | None]  # asked for in the body, see `proxy.wire.urgency`
+    tool_spans: Final[int]  # number of `spans` that are tools; they come first
+    system_spans: Final[int]  # number of spans after the tools that are the system prompt; -1: by the messages' roles
+    is_anthropic: Final[bool]  # in the dialect of /v1/messages
+    is_plain_text: Final[bool]  # all spans but tools are messages whose content is a string; False if not examined
+
+    def __init__(  # noqa: PLR0913 - one for each field
+        self,
+        body: Body,
+        model: str,
+        stream: bool,
+        chain_salt: tuple[bytes, ...],
+        spans: tuple[memoryview | bytes, ...],
+        size_bytes: int,
+        usage_request: UsageRequest = UsageRequest.NOT_APPLICABLE,
+        stream_options_span: tuple[int, int] = (0, 0),
+        pinned_to: str | None = None,
+        media: tuple[Media, ...] = (),
+        max_output_tokens: int | None = None,
+        may_name_context: bool = False,
+        referring: tuple[memoryview, ...] = (),
+        names: tuple[tuple[str, str], ...] = (),
+        is_stored: bool = False,
+        has_hidden_parts: bool = False,
+        skips_cache: bool = False,
+        cache_key: bytes = b"",
+        priority: int | None = None,
+        tool_spans: int = 0,
+        system_spans: int = -1,
+        is_anthropic: bool = False,
+        is_plain_text: bool = False,
+    ) -> None:
+        self.body = body
+        self.model = model
+        self.stream = stream
+        self.chain_salt = chain_salt
+        self.spans = spans
+        self.size_bytes = size_bytes
+        self.usage_request = usage_request
+        self.stream_options_span = stream_options_span
+        self.pinned_to = pinned_to
+        self.media = media
+        self.max_output_tokens = max_output_tokens
+        self.may_name_context = may_name_context
+        self.referring = referring
+        self.names = names
+        self.is_stored = is_stored
+        self.has_hidden_parts = has_hidden_parts
+        self.skips_cache = skips_cache
+        self.cache_key = cache_key
+        self.priority = priority
+        self.tool_spans = tool_spans
+        self.system_spans = system_spans
+        self.is_anthropic = is_anthropic
+        self.is_plain_text = is_plain_text
 
 
 @mypyc_attr(acyclic=True)

@@ -15,8 +15,8 @@ from benchmarks.engines.engine import At, Job, SimulatedEngine, Usage
 from benchmarks.engines.templates import decode_chat
 from cache import Feedback, Fingerprint, Placement, PrefixIndex, chain_root, cut
 from proxy.fleet import Charge, Fleet, ReplicaSpec
-from proxy.model import Endpoint, Prompt, TemplateFacts
-from proxy.records import Demand, Plan
+from proxy.model import Endpoint, TemplateFacts
+from proxy.records import Demand, Plan, Prompt
 from proxy.routing.cost import plan
 from proxy.routing.prefill_gate import Follower, Prefill, PrefillGate
 from proxy.routing.token_estimate import TokenCounts

@@ -9,11 +9,10 @@ Unknown tokens save nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Final
-
-from msgspec.structs import replace
 
 from cache import Sums, Totals
 from proxy.accounting import pricing
@@ -23,8 +22,8 @@ from proxy.fleet.pools import Pools
 from proxy.metrics import definitions as metrics
 from proxy.metrics.model_labels import ModelNames
 from proxy.metrics.recorder import Recorder
-from proxy.model import CacheStatus, Ending, Endpoint, MissReason, RouteReason, Usage
-from proxy.records import Outcome
+from proxy.model import CacheStatus, Ending, Endpoint, MissReason, RouteReason
+from proxy.records import Outcome, Usage
 
 _STATUS_CLASSES = ("0xx", "1xx", "2xx", "3xx", "4xx", "5xx")
 _OPERATIONS = {Endpoint.COMPLETIONS: "text_completion", Endpoint.EMBEDDINGS: "embeddings"}  # OpenTelemetry's names

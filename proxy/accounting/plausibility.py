@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Final
 
-from proxy.model import Usage
+from proxy.records import Usage
 
 MIN_NEW_TOKENS: Final = 1_024
 """Prompts of which fewer tokens are new do not count: they may have been sent by other ways."""

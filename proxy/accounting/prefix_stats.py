@@ -17,8 +17,8 @@ from typing import Final
 
 from cache import Placement
 from proxy.control.prefix_rows import MissRow, PrefixReport, PrefixRow
-from proxy.model import MissReason, Usage
-from proxy.records import Outcome
+from proxy.model import MissReason
+from proxy.records import Outcome, Usage
 
 PREFIXES_REPORTED: Final = 60  # the page shows twenty; joining several workers' lists needs more of each
 PREFIXES_AT_MOST: Final = 1024  # 300 bytes each

@@ -20,8 +20,8 @@ from decimal import Decimal
 
 import msgspec
 
-from proxy.model import Usage
 from proxy.patterns import matches
+from proxy.records import Usage
 
 ZERO = Decimal(0)
 _PER_MILLION = Decimal(1_000_000)

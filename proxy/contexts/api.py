@@ -16,9 +16,8 @@ from proxy.contexts.bodies import Page, Upload
 from proxy.contexts.ports import ManagedContexts, ServingPools, TokenPredictor, TokenValue, Warmer
 from proxy.contexts.warming import WarmingFailed
 from proxy.errors import BadRequest, NotFound, TooLarge
-from proxy.model import Tenant
 from proxy.pipeline.admission import check_model
-from proxy.records import Call
+from proxy.records import Call, Tenant
 from proxy.tasks import Tasks
 from proxy.wire.contexts import CONTEXT_ID, TAG, Reference
 

@@ -16,7 +16,8 @@ import msgspec
 from msgspec import Raw
 
 from proxy.errors import BadRequest
-from proxy.model import Body, Media
+from proxy.model import Body
+from proxy.records import Media
 from proxy.wire.bounds import check_array
 from proxy.wire.contexts import CONTEXT_ID, TAG, TTL_SECONDS_MOST
 from proxy.wire.media import find_media

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from cache import Content, ContextRow, Draft, Tag, Trust
 from proxy.fleet.pools import ServedPool
-from proxy.model import Media, Tenant
+from proxy.records import Media, Tenant
 from proxy.wire.contexts import Reference
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from msgspec.structs import replace
+from dataclasses import replace
 
 from cache import CacheError, Content, ContextRow, ContextStatus, StoreCorrupt, UnknownContext
 from proxy.contexts import failures
 from proxy.contexts.ports import FoundContexts
-from proxy.model import Media, Prompt
 from proxy.pipeline.exchange import Exchange, StoredUse
+from proxy.records import Media, Prompt
 from proxy.wire import contexts as wire
 from proxy.wire.contexts import Named, Reference, Spliced
 

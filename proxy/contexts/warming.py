@@ -16,9 +16,9 @@ import msgspec
 from proxy.clock import Clock
 from proxy.downstream.response import Downstream
 from proxy.errors import InternalError
-from proxy.model import Ending, Endpoint, Tenant
+from proxy.model import Ending, Endpoint
 from proxy.pipeline.exchange import Exchange
-from proxy.records import Call
+from proxy.records import Call, Tenant
 from proxy.wire.contexts import Reference
 from proxy.wire.schemas import DECODE_ERRORS
 

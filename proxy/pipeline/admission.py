@@ -5,18 +5,17 @@ All of this happens before any byte of a prompt is read.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import hmac
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import msgspec
-
 from proxy.errors import Forbidden, Overloaded, Unauthorized
-from proxy.model import Tenant
 from proxy.patterns import matches_any
 from proxy.pipeline.page_guard import PageGuard
+from proxy.records import Tenant
 
 _TENANTS_REMEMBERED: Final = 4096  # keys whose tenant is remembered; computing it takes 3 us
 _KEY_BYTES_REMEMBERED: Final = 512  # longer keys are hashed each time, so that strangers cannot fill memory
@@ -129,7 +128,7 @@ class Authenticator:
         tenant = self._tenant(
             found.tenant.encode(), found.models, found.tenant, found.name or found.tenant, is_listed=True
         )
-        return msgspec.structs.replace(tenant, weight=found.weight, highest_priority=found.highest_priority)
+        return dataclasses.replace(tenant, weight=found.weight, highest_priority=found.highest_priority)
 
     def _keyed(self, credential: bytes) -> Tenant:
         if not credential:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from cache import Fingerprint, Held, Match
-from proxy.model import CacheStatus, MissReason, RouteReason, Tenant
-from proxy.records import Candidate, Plan
+from proxy.model import CacheStatus, MissReason, RouteReason
+from proxy.records import Candidate, Plan, Tenant
 
 BLOCKS_MOST: Final = 262_144
 """Blocks remembered in each of two generations, 20 MB in all; 250 prompts of 2 MB, or 5,000 of 64 KB."""

@@ -13,12 +13,12 @@ from cache import Content, ContextRow, Fingerprint, Match
 from proxy.fleet import ThrottleKey
 from proxy.fleet.pools import ServedPool
 from proxy.metrics.definitions import INTER_TOKEN
-from proxy.model import Edit, Ending, Prompt, RouteReason, Usage
+from proxy.model import Edit, Ending, RouteReason
 from proxy.pipeline.attempt import Attempt
 from proxy.pipeline.disclosure import told
 from proxy.pipeline.retries import AttemptFailure
 from proxy.pipeline.silence import WaitingClient
-from proxy.records import Call, Candidate, Outcome, Plan, Times
+from proxy.records import Call, Candidate, Outcome, Plan, Prompt, Times, Usage
 from proxy.routing.cold_gate import Pass
 from proxy.routing.cold_pressure import Noted
 from proxy.routing.fair_shares import Priority, Share

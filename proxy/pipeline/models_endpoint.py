@@ -17,10 +17,10 @@ from proxy.errors import UpstreamError
 from proxy.fleet import Fleet
 from proxy.fleet.model_list import fetch_models
 from proxy.fleet.pools import Pools, ServedPool
-from proxy.model import Ending, Tenant
+from proxy.model import Ending
 from proxy.patterns import matches_any
 from proxy.pipeline.exchange import Exchange
-from proxy.records import Call
+from proxy.records import Call, Tenant
 from proxy.upstream import UpstreamClient
 
 _JSON = (b"content-type", b"application/json")

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from typing import Final, Protocol
 
 from cache import ObjectLocations
-from proxy.model import Access, Endpoint, Prompt
+from proxy.model import Access, Endpoint
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.reader import checked_key, has_checked_models, object_key
-from proxy.records import Call
+from proxy.records import Call, Prompt
 from proxy.wire.item_ids import StreamedItemIds, item_ids
 from proxy.wire.schemas import CreatedObject
 from proxy.wire.sse import StreamTap

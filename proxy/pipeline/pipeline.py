@@ -11,11 +11,11 @@ from typing import Final, Protocol
 
 from proxy.downstream.response import Downstream
 from proxy.errors import REASON_PHRASES, CairnError, UnknownObject, UpstreamError
-from proxy.model import Ending, Endpoint, Tenant
+from proxy.model import Ending, Endpoint
 from proxy.pipeline.dispatch import Upload
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.stored_contexts import StoredContexts
-from proxy.records import Call
+from proxy.records import Call, Tenant
 from proxy.routing.cold_turn import Verdict
 from proxy.wire.errors import error_event, error_response
 from proxy.wire.headers import names_context

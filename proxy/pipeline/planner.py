@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-import msgspec
-
 from cache import Content, Fingerprint, Match, PrefixIndex, chain_root, cut, extend
 from proxy.clock import Clock, utc_date
 from proxy.fleet import Fleet
 from proxy.fleet.templates import Templates
-from proxy.model import Prompt, TemplateFacts
+from proxy.model import TemplateFacts
 from proxy.pipeline.disclosure import OwnPrefixes, limited
 from proxy.pipeline.exchange import Exchange
-from proxy.records import Demand
+from proxy.records import Demand, Prompt
 from proxy.routing import cost as routing
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.session_hints import DEFAULT_HEADERS, SessionHints
@@ -191,7 +189,7 @@ def _with_stored(root: int, content: Content, prompt: Prompt, facts: TemplateFac
     if not rest or not stored_first(rest, facts):
         return cut(root, _stored_spans(content, prompt, facts, rest))
     alone = content.chain(root, facts, partial(_stored_spans, content, prompt, facts))
-    return extend(alone, keyed_spans(msgspec.structs.replace(prompt, tool_spans=0), facts))
+    return extend(alone, keyed_spans(dataclasses.replace(prompt, tool_spans=0), facts))
 
 
 def _stored_spans(

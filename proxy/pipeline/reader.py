@@ -12,11 +12,11 @@ from typing import Final
 from cache import ObjectLocations
 from proxy.errors import BadRequest, Forbidden, NotFound, UnknownObject
 from proxy.fleet.pools import Pools, ServedPool
-from proxy.model import Access, Body, Edit, Endpoint, Prompt, Tenant
+from proxy.model import Access, Body, Edit, Endpoint
 from proxy.patterns import matches_any
 from proxy.pipeline.admission import check_model
 from proxy.pipeline.exchange import Exchange
-from proxy.records import Call
+from proxy.records import Call, Prompt, Tenant
 from proxy.wire import multipart, named_models
 from proxy.wire import request as wire_request
 from proxy.wire.references import (

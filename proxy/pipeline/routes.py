@@ -14,8 +14,9 @@ from urllib.parse import unquote
 import msgspec
 
 from proxy.errors import NotFound
-from proxy.model import Access, Endpoint, Tenant
+from proxy.model import Access, Endpoint
 from proxy.patterns import matches_any
+from proxy.records import Tenant
 from proxy.wire.paths import split_target
 
 _PROMPTS = {

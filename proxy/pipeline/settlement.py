@@ -8,9 +8,8 @@ time (`count`), at the latest before each report, while code and tables are in t
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import Final
-
-from msgspec.structs import replace
 
 from cache import Journal, Match, Placement
 from proxy.accounting.access_log import AccessLog, access_line
@@ -20,9 +19,9 @@ from proxy.accounting.prefix_stats import PrefixStats
 from proxy.accounting.round_robin import RoundRobinBaseline
 from proxy.clock import Clock
 from proxy.fleet import Fleet
-from proxy.model import Ending, Usage
+from proxy.model import Ending
 from proxy.pipeline.exchange import Exchange
-from proxy.records import Outcome
+from proxy.records import Outcome, Usage
 from proxy.routing.token_estimate import TokenCounts
 from proxy.wire.text_alone import TextAlone
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from proxy.model import Media
+from proxy.records import Media
 
 FIRST_TOKENS_PER_BYTE: Final = 0.25
 """English prose and JSON, before anything is learned."""

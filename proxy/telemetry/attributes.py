@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Final, TypeAlias
 
 from proxy.accounting.access_log import route_of
-from proxy.model import Ending, Endpoint, Prompt
-from proxy.records import Call, Outcome
+from proxy.model import Ending, Endpoint
+from proxy.records import Call, Outcome, Prompt
 
 Attributes: TypeAlias = dict[str, str | int | float | bool]
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Protocol
 
-from proxy.model import Tenant
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.pipeline import Admitting, ModelListing, Pipeline, Planning, Reading, Relaying
 from proxy.pipeline.stored_contexts import StoredContexts
-from proxy.records import Outcome
+from proxy.records import Outcome, Tenant
 from proxy.routing.cold_turn import Verdict
 from proxy.telemetry.tracing import Phase, Tracing
 

@@ -14,7 +14,8 @@ import msgspec
 from msgspec import Raw
 
 from proxy.errors import BadRequest
-from proxy.model import Body, Edit, Prompt
+from proxy.model import Body, Edit
+from proxy.records import Prompt
 from proxy.wire.headers import CONTEXT_HEADER
 from proxy.wire.request import CACHE_MESSAGE_BYTES_MOST
 from proxy.wire.schemas import DECODE_ERRORS

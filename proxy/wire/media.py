@@ -15,7 +15,8 @@ from typing import Final
 
 from msgspec import Raw
 
-from proxy.model import Body, Media
+from proxy.model import Body
+from proxy.records import Media
 from proxy.wire.schemas import DECODE_ERRORS, Part, decode_parts, decode_parts_message
 from proxy.wire.spans import span_of
 

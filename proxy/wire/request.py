@@ -16,6 +16,7 @@ nlohmann. Only a second `model` is refused, since the model decides what a clien
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -24,7 +25,8 @@ import msgspec
 from msgspec import Raw
 
 from proxy.errors import BadRequest
-from proxy.model import Body, Endpoint, Prompt, UsageRequest
+from proxy.model import Body, Endpoint, UsageRequest
+from proxy.records import Prompt
 from proxy.wire.bounds import TooManyItems, may_hold_many
 from proxy.wire.json_cuts import shortened
 from proxy.wire.media import are_plain_text, find_media
@@ -107,7 +109,7 @@ def read(body: Body, endpoint: Endpoint, *, model: str | None = None) -> Prompt:
     prompt = _READERS[endpoint](body)
     if model is not None:
         salt = (model.encode(), *prompt.chain_salt[1:])
-        prompt = msgspec.structs.replace(prompt, model=model, chain_salt=salt)
+        prompt = dataclasses.replace(prompt, model=model, chain_salt=salt)
     return prompt
 
 
@@ -166,7 +168,7 @@ def _read_completion(body: Body) -> Prompt:
     fields = _decoded(decode_completion, body)
     spans = _present(fields.prompt, fields.suffix)
     prompt = _prompt(body, fields, spans, (), fields.max_tokens)
-    return msgspec.structs.replace(
+    return dataclasses.replace(
         prompt,
         chain_salt=(*prompt.chain_salt, *_UNTEMPLATED),
         # with log-probabilities the whole prompt is computed

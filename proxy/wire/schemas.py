@@ -14,7 +14,8 @@ import msgspec
 from msgspec import Raw
 
 from proxy.errors import BadRequest
-from proxy.model import Body, Usage
+from proxy.model import Body
+from proxy.records import Usage
 from proxy.wire.bounds import check_array
 
 NONE = Raw()

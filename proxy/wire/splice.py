@@ -11,7 +11,8 @@ from typing import Final
 
 import msgspec
 
-from proxy.model import Body, Edit, Prompt, UsageRequest
+from proxy.model import Body, Edit, UsageRequest
+from proxy.records import Prompt
 
 _ABSENT: Final = UsageRequest.ABSENT  # constants, since looking up a member of an enum takes 70 ns
 _REPLACE: Final = UsageRequest.REPLACE

@@ -12,7 +12,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Final
 
-from proxy.model import Endpoint, Usage
+from proxy.model import Endpoint
+from proxy.records import Usage
 from proxy.wire.events import NOTHING, read_event
 from proxy.wire.schemas import EventRead
 from proxy.wire.usage import merge, normal, tail_usage

@@ -6,6 +6,7 @@ never wrong content. The facts of a model's template come from `proxy.fleet.temp
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -13,7 +14,8 @@ from typing import Final
 
 import msgspec
 
-from proxy.model import Prompt, TemplateFacts, ToolOrder
+from proxy.model import TemplateFacts, ToolOrder
+from proxy.records import Prompt
 from proxy.wire.media import SHORT_BODY_BYTES
 from proxy.wire.schemas import NONE, decode_message_head, decode_raw_list, decode_raw_members
 
@@ -193,7 +195,7 @@ def keyed_stored(
     listed += messages
     listed += rest or (_ANY_USER,)
     # the body does not contain the context's messages, so nothing can be concluded from it
-    whole = msgspec.structs.replace(prompt, body=b"", spans=tuple(listed), tool_spans=count, system_spans=-1)
+    whole = dataclasses.replace(prompt, body=b"", spans=tuple(listed), tool_spans=count, system_spans=-1)
     spans = keyed_spans(whole, facts)
     return spans if rest else spans[:-1]
 

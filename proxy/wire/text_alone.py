@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from proxy.model import Body, Prompt
+from proxy.model import Body
+from proxy.records import Prompt
 from proxy.wire.media import SHORT_BODY_BYTES, is_plain_text
 from proxy.wire.schemas import DECODE_ERRORS, decode_tool_types
 

@@ -7,12 +7,14 @@ output. A cached count that was not reported is None, not zero.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any, Final
 
 import msgspec
 
-from proxy.model import Endpoint, Usage
+from proxy.model import Endpoint
+from proxy.records import Usage
 from proxy.wire.decode import ResponseDecoder
 from proxy.wire.schemas import (
     DECODE_ERRORS,
@@ -97,7 +99,7 @@ def normal(
         if found is None and not endpoint.is_generation:
             found = _of_total(usage, counts)
     tier = _tier(usage.get("service_tier")) or _tier(service_tier)
-    return msgspec.structs.replace(found, service_tier=tier) if tier and found is not None else found
+    return dataclasses.replace(found, service_tier=tier) if tier and found is not None else found
 
 
 def _tier(value: Any) -> str:
@@ -223,7 +225,7 @@ def _of_anthropic(usage: dict[str, Any], counts: _Counts) -> Usage | None:
         cached=sum(known) if known else None,
         written=(sum(c.cache_write_5m_tokens for c in calls), sum(c.cache_write_1h_tokens for c in calls)),
     )
-    return msgspec.structs.replace(added, longest_call_tokens=max((call.prompt_tokens for call in calls), default=0))
+    return dataclasses.replace(added, longest_call_tokens=max((call.prompt_tokens for call in calls), default=0))
 
 
 def _of_anthropic_call(usage: dict[str, Any], counts: _Counts) -> Usage | None:

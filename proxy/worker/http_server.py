@@ -23,12 +23,12 @@ from proxy.downstream.server import ClientServer
 from proxy.errors import REASON_PHRASES, CairnError, InternalError, TooLarge, UpgradeRefused
 from proxy.metrics import definitions as metrics
 from proxy.metrics.recorder import Recorder
-from proxy.model import Body, Endpoint, Tenant
+from proxy.model import Body, Endpoint
 from proxy.pipeline.admission import Authenticator, InFlightLimit
 from proxy.pipeline.cors import Cors
 from proxy.pipeline.dispatch import Upload
 from proxy.pipeline.routes import Route, Routes, is_liveness
-from proxy.records import Call
+from proxy.records import Call, Tenant
 from proxy.wire.decode import decode_request, request_encoding
 from proxy.wire.errors import error_response
 from proxy.wire.headers import kept_request_id

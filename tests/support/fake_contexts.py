@@ -14,8 +14,8 @@ from proxy.config.schema import Contexts as Settings
 from proxy.contexts.api import ContextApi
 from proxy.contexts.warming import WarmingFailed
 from proxy.fleet.pools import ServedPool
-from proxy.model import Endpoint, Media, Tenant
-from proxy.records import Call
+from proxy.model import Endpoint
+from proxy.records import Call, Media, Tenant
 from proxy.tasks import Tasks
 from proxy.wire.contexts import Reference
 from tests.support.valkey import eventually

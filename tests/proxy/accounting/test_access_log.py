@@ -13,8 +13,8 @@ import pytest
 
 from proxy.accounting import access_log as logs
 from proxy.accounting.access_log import AccessLog, access_line
-from proxy.model import AccessLine, CacheStatus, Ending, Endpoint, MissReason, RouteReason, Tenant, Usage
-from proxy.records import Call, Candidate, Outcome, Plan, ReplicaView, Times
+from proxy.model import AccessLine, CacheStatus, Ending, Endpoint, MissReason, RouteReason
+from proxy.records import Call, Candidate, Outcome, Plan, ReplicaView, Tenant, Times, Usage
 
 REPLICA = ReplicaView(0, "h:1", True, 1.0, 0.0, 0, None, 0.0, 0.05)
 PLAN = Plan(

@@ -17,8 +17,8 @@ from proxy.metrics.definitions import Spec
 from proxy.metrics.exposition import Exposition
 from proxy.metrics.model_labels import ModelNames
 from proxy.metrics.recorder import Recorder
-from proxy.model import Ending, Endpoint, Usage
-from proxy.records import Outcome, ReplicaView, Times
+from proxy.model import Ending, Endpoint
+from proxy.records import Outcome, ReplicaView, Times, Usage
 from proxy.upstream import Origin
 
 REPLICA = ReplicaView(0, "one", True, 1.0, 0.0, 0, None, 0.0, 0.05)

@@ -8,8 +8,8 @@ import pytest
 
 from cache import Fingerprint, Placement
 from proxy.accounting.prefix_stats import MISSES_AT_MOST, PREFIXES_AT_MOST, PrefixStats, PrefixTable
-from proxy.model import CacheStatus, Ending, Endpoint, MissReason, RouteReason, Usage
-from proxy.records import Outcome, Plan, ReplicaView, Times
+from proxy.model import CacheStatus, Ending, Endpoint, MissReason, RouteReason
+from proxy.records import Outcome, Plan, ReplicaView, Times, Usage
 from tests.support.clock import FakeClock
 
 REPLICA = ReplicaView(0, "replica-1", True, 1000.0, 0.0, 0, None, 0.0, 0.05)

@@ -21,7 +21,7 @@ from proxy.accounting.pricing import (
     bill,
     rates_of,
 )
-from proxy.model import Usage
+from proxy.records import Usage
 
 D = Decimal
 SONNET = TokenCard(rates_of(D(3), D(15), D("0.3"), D("3.75"), D(6)))

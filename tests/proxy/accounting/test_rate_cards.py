@@ -13,7 +13,7 @@ from proxy.accounting.pricing import Bill, GpuCard, PriceBook, Rule, TokenCard, 
 from proxy.accounting.rate_cards import rules_of
 from proxy.config.load import Config, ConfigError, as_yaml, load
 from proxy.config.schema import make_secret, reveal
-from proxy.model import Usage
+from proxy.records import Usage
 
 D = Decimal
 TOKENS = {"input": 0.15, "output": "0.6"}

@@ -11,7 +11,7 @@ from cache import CacheError, PastExpiry, PinRefused, QuotaFull, StoreCorrupt, T
 from cache.errors import StoreUnavailable
 from proxy.contexts.warming import WarmingFailed
 from proxy.errors import CairnError
-from proxy.model import Tenant
+from proxy.records import Tenant
 from tests.support.fake_contexts import NOW, Api
 
 UPLOAD: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "stone"}]}

@@ -16,9 +16,9 @@ from proxy.contexts.use import Use
 from proxy.downstream.response import Downstream
 from proxy.errors import BadRequest, CairnError, ContextDamaged, ContextNotFound, ContextsAway
 from proxy.metrics import definitions as metrics
-from proxy.model import Ending, Endpoint, Tenant, Usage
+from proxy.model import Ending, Endpoint
 from proxy.pipeline.exchange import Exchange, StoredUse
-from proxy.records import Call
+from proxy.records import Call, Tenant, Usage
 from proxy.wire import request
 from tests.support.fake_contexts import LISTED, NOW, Api, FakeStore
 

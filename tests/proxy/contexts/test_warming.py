@@ -16,8 +16,9 @@ from proxy.contexts.warming import ResponseToNobody, Warming, WarmingFailed
 from proxy.downstream.response import Downstream
 from proxy.errors import InternalError
 from proxy.fleet.pools import Pools, ServedPool
-from proxy.model import Ending, Usage
+from proxy.model import Ending
 from proxy.pipeline.exchange import Exchange
+from proxy.records import Usage
 from proxy.wire.contexts import Reference
 from tests.support.clock import FakeClock
 from tests.support.fake_contexts import LISTED

@@ -15,7 +15,7 @@ from proxy.errors import CairnError, Overloaded
 from proxy.fleet import Fleet, ReplicaSpec
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
 from proxy.metrics.recorder import Recorder
-from proxy.model import CacheStatus, Endpoint, MissReason, RouteReason, Tenant
+from proxy.model import CacheStatus, Endpoint, MissReason, RouteReason
 from proxy.pipeline.attempt import Attempts
 from proxy.pipeline.dispatch import Dispatcher, RetryPolicy, Upload
 from proxy.pipeline.exchange import Exchange
@@ -23,7 +23,7 @@ from proxy.pipeline.objects import CreatedObjects
 from proxy.pipeline.relay import Relay
 from proxy.pipeline.response_relay import ResponseRelay, StreamLimits
 from proxy.pipeline.silence import SilenceWatch
-from proxy.records import Call, Candidate, Plan
+from proxy.records import Call, Candidate, Plan, Tenant
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 from proxy.upstream import Framing, Origin, UpstreamResponse

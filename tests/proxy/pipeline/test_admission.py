@@ -7,7 +7,6 @@ import hashlib
 import pytest
 
 from proxy.errors import Forbidden, Overloaded, Unauthorized
-from proxy.model import Tenant
 from proxy.pipeline.admission import (
     Authenticator,
     InFlightLimit,
@@ -15,6 +14,7 @@ from proxy.pipeline.admission import (
     check_model,
     credentials_of,
 )
+from proxy.records import Tenant
 
 SECRET = b"s" * 32
 

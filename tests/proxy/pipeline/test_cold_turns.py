@@ -12,10 +12,11 @@ import pytest
 from cache import PrefixIndex
 from proxy.errors import BadRequest, CairnError, DeadlineUnreachable, Overloaded, RateLimited
 from proxy.fleet import Fleet, ReplicaSpec
-from proxy.model import Endpoint, TemplateFacts, Tenant, Usage
+from proxy.model import Endpoint, TemplateFacts
 from proxy.pipeline.cold_turns import ColdTurns
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.planner import Planner, PlanningRules
+from proxy.records import Tenant, Usage
 from proxy.routing.cold_admission import TurnKind
 from proxy.routing.cold_gate import ColdGate
 from proxy.routing.cold_turn import GateLimits

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache import Held, Match, chain_root, cut
-from proxy.model import CacheStatus, MissReason, RouteReason, Tenant
+from proxy.model import CacheStatus, MissReason, RouteReason
 from proxy.pipeline.disclosure import OwnPrefixes, Told, limited, told
-from proxy.records import Candidate, Plan, ReplicaView
+from proxy.records import Candidate, Plan, ReplicaView, Tenant
 
 RED, BLUE = Tenant("red", b"r" * 16), Tenant("blue", b"b" * 16)
 PROMPT = cut(chain_root((b"", b"m")), (b"a" * 20_000,))

@@ -12,9 +12,9 @@ import pytest
 
 from proxy.errors import ConnectFailed, UpstreamError
 from proxy.fleet.replica import ThrottleKey
-from proxy.model import Endpoint, Tenant
+from proxy.model import Endpoint
 from proxy.pipeline.dispatch import Upload
-from proxy.records import ReplicaView
+from proxy.records import ReplicaView, Tenant
 from tests.proxy.pipeline.bench import DONE, POOL, SSE, TOKEN, Bench, Downstream, Upstream, turns
 
 

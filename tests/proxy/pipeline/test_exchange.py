@@ -10,8 +10,9 @@ import pytest
 
 from cache import Match
 from cache.index.prefix_index import Held
-from proxy.model import CacheStatus, Ending, MissReason, RouteReason, Usage
+from proxy.model import CacheStatus, Ending, MissReason, RouteReason
 from proxy.pipeline.retries import AttemptFailure, FailureKind
+from proxy.records import Usage
 from tests.proxy.pipeline.bench import Bench, Upstream
 
 

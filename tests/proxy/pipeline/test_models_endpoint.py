@@ -10,9 +10,10 @@ import pytest
 
 from proxy.errors import BadResponse, ConnectFailed
 from proxy.fleet import Fleet
-from proxy.model import Ending, Tenant
+from proxy.model import Ending
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.models_endpoint import ModelsEndpoint
+from proxy.records import Tenant
 from proxy.upstream import Origin, UpstreamClient
 from tests.proxy.pipeline.test_cors import Kept
 from tests.proxy.pipeline.test_disclosure import view

@@ -10,9 +10,9 @@ import pytest
 
 from cache import ObjectLocations
 from proxy.fleet.pools import ServedPool
-from proxy.model import Tenant
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.objects import CreatedObjects
+from proxy.records import Tenant
 from tests.proxy.pipeline.test_reader import exchange
 
 USAGE = {"input_tokens": 5, "output_tokens": 2, "total_tokens": 7}

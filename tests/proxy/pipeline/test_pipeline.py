@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, Overloaded, ResetBeforeResponse, UnknownObject
-from proxy.model import Ending, Endpoint, Prompt, Tenant
+from proxy.model import Ending, Endpoint
 from proxy.pipeline.dispatch import Upload
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.pipeline import OBJECT_NEWS_SECONDS, Pipeline
 from proxy.pipeline.silence import COMMENT, WaitingClient
+from proxy.records import Prompt, Tenant
 from proxy.wire.request import read as read_prompt
 from tests.proxy.pipeline.test_cors import Kept
 from tests.proxy.pipeline.test_reader import CHAT, exchange

@@ -13,9 +13,10 @@ from cache import Content, PrefixIndex
 from proxy.errors import Overloaded
 from proxy.fleet import Fleet, ReplicaSpec
 from proxy.fleet.pools import ServedPool
-from proxy.model import CacheStatus, Endpoint, MissReason, RouteReason, TemplateFacts, Tenant
+from proxy.model import CacheStatus, Endpoint, MissReason, RouteReason, TemplateFacts
 from proxy.pipeline.exchange import Exchange, StoredUse
 from proxy.pipeline.planner import Planner, PlanningRules
+from proxy.records import Tenant
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.token_estimate import TokenCounts
 from proxy.wire import request as wire_request
@@ -164,7 +165,7 @@ def test_a_stored_context_has_the_key_of_the_same_messages_sent_whole(facts: Tem
     content = Content(b"d", b"", first, array("I", (0, len(first))))
     stored.stored = StoredUse(cast("Any", None), content, 0.0)
     assert stored.prompt is not None
-    stored.prompt = msgspec.structs.replace(stored.prompt, size_bytes=stored.prompt.size_bytes + len(first))
+    stored.prompt = dataclasses.replace(stored.prompt, size_bytes=stored.prompt.size_bytes + len(first))
     for each in (whole, stored):
         planning.planner.fingerprint(each)
     assert whole.fingerprint is not None
@@ -203,7 +204,7 @@ def test_a_tenant_is_told_of_a_prefix_only_after_it_had_it_answered() -> None:
     """Unless it may see all; the plan is the same either way."""
     planning = Planning()
     planning.serve(planning.planned(planning.read(tenant=OTHER)), replica=1)
-    limited = msgspec.structs.replace(ONE, sees_all=False)
+    limited = dataclasses.replace(ONE, sees_all=False)
     first = planning.planned(planning.read(tenant=limited))
     assert (first.own_blocks, order(first)[0]) == (0, 1)
     planning.planner.note_answered(first)
@@ -219,7 +220,7 @@ def test_an_explanation_is_planned_by_the_tenants_own_prefixes() -> None:
     """Or its order of the replicas would show what others sent."""
     planning = Planning()
     planning.serve(planning.planned(planning.read(tenant=OTHER)), replica=1)
-    limited = msgspec.structs.replace(ONE, sees_all=False)
+    limited = dataclasses.replace(ONE, sees_all=False)
 
     def explained() -> CacheStatus:
         made = planning.read(tenant=limited)
@@ -336,7 +337,7 @@ def test_a_prompt_that_must_be_computed_anew_goes_where_least_is_to_do_and_is_ch
     assert order(planning.planned(planning.read()))[0] == 0
     anew = planning.read()
     assert anew.prompt is not None
-    anew.prompt = msgspec.structs.replace(anew.prompt, skips_cache=True)
+    anew.prompt = dataclasses.replace(anew.prompt, skips_cache=True)
     planning.planned(anew)
     assert order(anew)[0] == 1
     assert anew.plan is not None

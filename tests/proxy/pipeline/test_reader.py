@@ -11,11 +11,10 @@ import pytest
 from cache import ObjectLocations
 from proxy.errors import BadRequest, Forbidden, NotFound, UnknownObject
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
-from proxy.model import Tenant
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.reader import RequestReader, object_key
 from proxy.pipeline.routes import Routes
-from proxy.records import Call
+from proxy.records import Call, Tenant
 from proxy.upstream import Origin
 
 MINE, OTHERS, LIMITED = Tenant("mine"), Tenant("others"), Tenant("limited", models=("cheap",))

@@ -23,9 +23,10 @@ from proxy.errors import (
 )
 from proxy.fleet import Failure, Fleet
 from proxy.metrics.definitions import HIDDEN_ERRORS, STREAM_ABORTS
-from proxy.model import Ending, Endpoint, Usage, UsageRequest
+from proxy.model import Ending, Endpoint, UsageRequest
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.silence import COMMENT, SilenceWatch
+from proxy.records import Usage
 from proxy.upstream import Framing
 from tests.proxy.pipeline.bench import DONE, SSE, TOKEN, Bench, Downstream, Upstream, turns
 
@@ -342,7 +343,7 @@ async def test_usage_that_only_cairn_asked_for_is_read_and_not_passed_on(asks: b
     exchange = bench.exchange(stream=True)
     if asks:
         assert exchange.prompt is not None
-        exchange.prompt = msgspec.structs.replace(exchange.prompt, usage_request=UsageRequest.ASKED)
+        exchange.prompt = dataclasses.replace(exchange.prompt, usage_request=UsageRequest.ASKED)
     client = await bench.run(exchange)
     assert client.body == (TOKEN + usage + DONE if asks else TOKEN + DONE)
     assert exchange.usage == Usage(9, 1)

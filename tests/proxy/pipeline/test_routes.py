@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest, CairnError, NotFound
-from proxy.model import Access, Endpoint, Tenant
+from proxy.model import Access, Endpoint
 from proxy.pipeline.routes import Routes, is_liveness
+from proxy.records import Tenant
 
 ROUTES = Routes()
 CONFIGURED = Routes(("/tokenize", "/rerank", "/openai/deployments/*"), ("/v1/fine_tuning/*", "/v1/files"), 8090)

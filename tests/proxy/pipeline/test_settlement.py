@@ -6,15 +6,14 @@ import dataclasses
 from array import array
 from typing import Any, cast
 
-import msgspec
 import pytest
 
 from cache import Fingerprint, Match, Placement
 from proxy.fleet import Fleet, ReplicaSpec
-from proxy.model import Ending, Media, Usage
+from proxy.model import Ending
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.settlement import COUNTED_TOGETHER, MAX_ADDED_TOKENS, Settlement
-from proxy.records import Candidate, Outcome
+from proxy.records import Candidate, Media, Outcome, Usage
 from proxy.routing.token_estimate import TokenCounts
 from tests.proxy.pipeline.bench import POOL, Bench
 from tests.support.clock import FakeClock
@@ -52,7 +51,7 @@ class Counters:
     def known_usage(self, outcome: Outcome) -> Usage | None:
         usage = outcome.usage
         if usage is not None and usage.cached_tokens is None:
-            return msgspec.structs.replace(usage, cached_tokens=self.omitted_cached_tokens)
+            return dataclasses.replace(usage, cached_tokens=self.omitted_cached_tokens)
         return usage
 
     def count(self, outcome: Outcome, usage: Usage | None, predicted_tokens: int | None) -> None:
@@ -154,7 +153,7 @@ class Settling:
         made = Bench().exchange(stream=True, prompt="x" * PROMPT_BYTES)
         assert made.plan is not None
         assert made.prompt is not None
-        made.prompt = msgspec.structs.replace(made.prompt, size_bytes=PROMPT_BYTES, **prompt)
+        made.prompt = dataclasses.replace(made.prompt, size_bytes=PROMPT_BYTES, **prompt)
         fingerprint = Fingerprint(array("Q", (1,)), array("I", (PROMPT_BYTES,)))
         placement = Placement(1, 0, 0, fingerprint, 0.0, predicted_tokens=70) if placed else None
         made.attempt = cast("Any", Attempt(made.plan.chosen, placement))
@@ -181,7 +180,7 @@ def test_the_index_learns_the_reported_tokens_of_a_prompt_that_was_placed() -> N
     assert settling.journal.taught == [(4_000, 1_000, 30)]
 
 
-@pytest.mark.parametrize("usage", [None, msgspec.structs.replace(USAGE, longest_call_tokens=3_000)])
+@pytest.mark.parametrize("usage", [None, dataclasses.replace(USAGE, longest_call_tokens=3_000)])
 def test_a_placement_ends_without_a_lesson_if_its_tokens_are_unknown_or_a_sum_of_calls(usage: Usage | None) -> None:
     """It must end all the same, or it counts as in flight for ever."""
     settling = Settling()
@@ -192,7 +191,7 @@ def test_a_placement_ends_without_a_lesson_if_its_tokens_are_unknown_or_a_sum_of
 def test_cached_tokens_teach_nothing_if_the_request_asked_not_to_use_the_cache() -> None:
     """Its zero does not mean that the prefix is gone."""
     settling = Settling()
-    settling.settle(msgspec.structs.replace(USAGE, cached_tokens=0), skips_cache=True)
+    settling.settle(dataclasses.replace(USAGE, cached_tokens=0), skips_cache=True)
     assert settling.journal.taught == [(4_000, None, 30)]
 
 
@@ -315,7 +314,7 @@ def test_the_fleet_learns_what_was_computed_and_how_long_was_decoded() -> None:
     """With the engine's own time of the prefill, if it reports one."""
     settling = Settling()
     settling.settle()
-    settling.settle(msgspec.structs.replace(USAGE, prefill_seconds=0.25))
+    settling.settle(dataclasses.replace(USAGE, prefill_seconds=0.25))
     assert settling.fleet.prefills == [(3_000, None), (3_000, 0.25)]
     assert settling.fleet.decodes == [(0, 1.0), (0, 1.0)]
     assert settling.learned_tokens_per_byte()
@@ -346,7 +345,7 @@ def test_without_cached_tokens_or_a_first_token_neither_rate_is_learned() -> Non
 def test_only_tokens_of_a_prompts_own_text_teach_how_many_a_byte_has(kind: str) -> None:
     """Others include what the body does not contain."""
     settling = Settling()
-    usage = msgspec.structs.replace(USAGE, longest_call_tokens=3_000) if kind == "sum of calls" else USAGE
+    usage = dataclasses.replace(USAGE, longest_call_tokens=3_000) if kind == "sum of calls" else USAGE
     exchange = settling.exchange(usage, has_hidden_parts=kind == "hidden parts")
     if kind == "stored context":
         exchange.stored = cast("Any", object())
@@ -360,7 +359,7 @@ def test_what_a_picture_costs_is_learned_beside_the_text() -> None:
     picture = Media("image", 1_000_000)
     exchange = settling.exchange(Usage(4_250, 1, 0), media=(picture,))
     assert exchange.prompt is not None
-    exchange.prompt = msgspec.structs.replace(exchange.prompt, size_bytes=1_000_000 + PROMPT_BYTES)
+    exchange.prompt = dataclasses.replace(exchange.prompt, size_bytes=1_000_000 + PROMPT_BYTES)
     before = settling.tokens.predict("m", 1_000_000, [picture])
     settling.settlement.settle(exchange)
     assert settling.tokens.predict("m", 1_000_000, [picture]) != before

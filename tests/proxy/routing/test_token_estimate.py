@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.model import Media
+from proxy.records import Media
 from proxy.routing.token_estimate import MOST_MODELS, TokenCounts
 
 

@@ -10,9 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import CairnError
-from proxy.model import Endpoint, Prompt, Usage
+from proxy.model import Endpoint
 from proxy.pipeline.admission import Authenticator, credentials_of
 from proxy.pipeline.cors import Cors
+from proxy.records import Prompt, Usage
 from proxy.wire import contexts, headers, multipart, named_models, usage
 from proxy.wire.decode import ResponseDecoder, decode_request, request_encoding
 from proxy.wire.events import read_event

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec import structs
 
 from proxy.errors import BadRequest
 from proxy.model import Endpoint
@@ -197,7 +197,7 @@ def test_a_repeated_context_must_be_there_to_be_replaced() -> None:
     assert contexts.splice_repeated(prompt, b"[1]", b'{"a":1}', [view]) == "tools"
     broken = request.read(b'{"model":"m","messages":[{"a":1}]}', Endpoint.COMPLETIONS)
     with pytest.raises(BadRequest):
-        contexts.splice_repeated(structs.replace(broken, body=b'{"messages":7}'), b"", b"", [view])
+        contexts.splice_repeated(dataclasses.replace(broken, body=b'{"messages":7}'), b"", b"", [view])
 
 
 def test_repeated_tools_are_replaced_by_the_stored_ones() -> None:

@@ -10,7 +10,8 @@ import pytest
 from msgspec import Raw
 
 from proxy.errors import BadRequest
-from proxy.model import Endpoint, Prompt
+from proxy.model import Endpoint
+from proxy.records import Prompt
 from proxy.wire import json_cuts
 from proxy.wire.request import MODEL_NAME_BYTES_MOST, read
 from proxy.wire.spans import span_of

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from benchmarks.common.bodies import words
 from proxy.errors import BadRequest
-from proxy.model import Endpoint, Media, UsageRequest
+from proxy.model import Endpoint, UsageRequest
+from proxy.records import Media
 from proxy.wire import media
 from proxy.wire.request import first_file_id, read
 

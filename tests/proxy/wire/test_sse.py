@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.model import Endpoint, Usage
+from proxy.model import Endpoint
+from proxy.records import Usage
 from proxy.wire.events import read_event
 from proxy.wire.sse import EVENT_BYTES_MOST, TAIL_BYTES, StreamTap
 from tests.proxy.wire.test_usage import endpoint_of

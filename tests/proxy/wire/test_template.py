@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import msgspec
@@ -478,7 +479,7 @@ _MESSAGES = st.one_of(
 def test_the_key_does_not_depend_on_how_much_of_the_body_is_searched(messages, has_tools):
     """A short body is searched as a whole, a long one at the ends of its messages: both leave out the same."""
     prompt = prompt_of(messages, **({"tools": TOOLS} if has_tools else {}))
-    long = msgspec.structs.replace(prompt, body=bytes(prompt.body) + b" " * 4096)
+    long = dataclasses.replace(prompt, body=bytes(prompt.body) + b" " * 4096)
     assert [*map(bytes, keyed_spans(long, PLAIN))] == [*map(bytes, keyed_spans(prompt, PLAIN))]
 
 

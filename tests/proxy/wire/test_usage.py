@@ -13,7 +13,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.model import Endpoint, Usage
+from proxy.model import Endpoint
+from proxy.records import Usage
 from proxy.wire.decode import ResponseDecoder
 from proxy.wire.sse import StreamTap
 from proxy.wire.usage import TOKENS_MOST, PassedBody, created_object, merge, normal, read_response, tail_usage
