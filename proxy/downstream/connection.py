@@ -118,6 +118,7 @@ class Connection(asyncio.BufferedProtocol):
         self._is_last = False  # the present request is the connection's last
         self._body_bytes = 0  # taken from the budget of bodies, besides what `_body` holds
         self._is_paused = False
+        self._pauses_a_turn = False  # and for no other reason
         self._next_waiter: asyncio.Future[None] | None = None
         self._drain_waiter: asyncio.Future[None] | None = None
         self._unsent_bytes = 0  # when the write deadline was last checked
@@ -152,6 +153,8 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         if not self._reads_body:
             self._feed(self._server.room, 0, nbytes)
+            if self._body is not None and self._body.length is None and not self._is_paused:
+                self._pause_a_turn()
         elif self._body is not None:
             self._body.landed(nbytes)
             if self._body.is_complete:
@@ -503,8 +506,22 @@ class Connection(asyncio.BufferedProtocol):
         """Read the monotonic clock."""
         return self._server.now()
 
+    def _pause_a_turn(self) -> None:
+        """Let other connections have a turn before the next part of a chunked body is read.
+
+        The loop would read up to 32 parts in a row, and one of chunks of a byte each takes milliseconds to decode.
+        """
+        self.pause_reading()
+        self._pauses_a_turn = True
+        self._loop.call_soon(self._end_turn)
+
+    def _end_turn(self) -> None:
+        if self._pauses_a_turn:
+            self.resume_reading()
+
     def pause_reading(self) -> None:
         """Stop reading from the client."""
+        self._pauses_a_turn = False
         if not self._is_paused and self._transport is not None:
             self._is_paused = True
             self._transport.pause_reading()

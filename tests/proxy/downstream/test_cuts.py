@@ -173,6 +173,46 @@ async def test_reading_stops_while_enough_waits(path: bytes) -> None:
     assert (server.heads.used, server.bodies.used) == (0, 0)
 
 
+async def test_a_chunked_body_is_read_in_turn_with_other_connections() -> None:
+    """32 reads in a row of chunks of one byte kept the loop busy for seconds. Other pauses of reading last on."""
+
+    async def play(asked: IncomingRequest, answer: ClientResponse) -> None:
+        body = stream_body(asked, 5.0)
+        await go_on.wait()
+        answer.send(200, b"OK", [], b"%d" % sum([len(piece) async for piece in body]))
+
+    def send(piece: bytes) -> None:
+        connection.get_buffer(-1)[: len(piece)] = piece
+        connection.buffer_updated(len(piece))
+
+    def reads() -> bool:
+        return not line.paused
+
+    go_on = asyncio.Event()
+    server, line = client_server(play, body_bytes=0), Line()
+    connection = server.connect()
+    connection.connection_made(line)
+    send(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+    for _ in range(2):
+        send(b"ea60\r\n" + b"x" * 60_000 + b"\r\n")
+        assert not reads()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert reads()
+    send(b"ea60\r\n" + b"x" * 60_000 + b"\r\n")
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not reads()
+    go_on.set()
+    await eventually(reads)
+    send(b"0\r\n\r\n")
+    assert reads()
+    await eventually(lambda: line.written.endswith(b"180000"))
+    connection.connection_lost(None)
+    await server.close()
+    assert (server.heads.used, server.bodies.used) == (0, 0)
+
+
 async def test_an_end_of_a_head_inside_a_body_is_none() -> None:
     """A head that came in two reads, the second of which begins with its last two bytes."""
     message = post(b"\r\n\r\n" + LONG)
