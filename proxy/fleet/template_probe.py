@@ -41,6 +41,7 @@ MAX_MODELS_PROBED: Final = 32
 _PAGE_AT_MOST_BYTES: Final = 1024 * 1024
 _NO_SUCH_PAGE: Final = frozenset({404, 405, 501})
 _SWITCHES: Final = ("enable_thinking", "thinking", "reasoning_effort")
+_DAY_SECONDS: Final = 86_400.0
 _DATE_FORMATS: Final = ("%Y-%m-%d", "%d %b %Y", "%d %B %Y", "%B %d, %Y")
 
 Rendering = Sequence[object]
@@ -412,8 +413,10 @@ class TemplateProber:
         return now not in (0, known.samples[name])
 
     def _dates(self) -> list[str]:
-        now = datetime.fromtimestamp(self._clock.unix(), UTC)
-        return [now.strftime(form) for form in _DATE_FORMATS]
+        """Return ways to write the date of today, anywhere on earth."""
+        now = self._clock.unix()
+        days = [datetime.fromtimestamp(now + days * _DAY_SECONDS, UTC) for days in (0, -1, 1)]
+        return [day.strftime(form) for day in days for form in _DATE_FORMATS]
 
     def _renderer(self, endpoint: ReplicaEndpoint, model: str) -> Render:
         async def render(request: dict[str, Any]) -> Rendering | None:

@@ -308,11 +308,12 @@ async def test_an_engine_that_comes_back_with_another_template_is_asked_again(pa
 
 
 @pytest.mark.parametrize("path", [b"/apply-template", b"/tokenize"])
-async def test_an_engine_that_puts_the_date_into_prompts_is_known_to(path):
-    """Also if it answers with token ids, whose text is asked for."""
-    probing, templates = prober(FakeEngine(path, Template(date="Today Date: 14 Nov 2023\n")))
+@pytest.mark.parametrize(("day", "dated"), [("13", True), ("14", True), ("15", True), ("16", False)])
+async def test_an_engine_that_puts_the_date_into_prompts_is_known_to(path, day, dated):
+    """Also if it is in another time zone, or answers with token ids, whose text is asked for."""
+    probing, templates = prober(FakeEngine(path, Template(date=f"Today Date: {day} Nov 2023\n")))
     await probing.look()
-    assert templates.of("pool", "chat").dated
+    assert templates.of("pool", "chat").dated is dated
 
 
 @pytest.mark.parametrize(("counts", "drops"), [(None, True), (False, True), (True, False)])
