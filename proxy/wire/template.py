@@ -80,6 +80,7 @@ _TOOLS_FIRST: Final = ToolOrder.TOOLS_FIRST
 _SYSTEM_ROLES: Final = frozenset({"system", "developer"})
 _SYSTEM_ONLY: Final = frozenset({"system"})
 
+_THINKING: Final = b"thinking"
 _KWARGS: Final = b"chat_template_kwargs"
 _REASONING: Final = b"reasoning"
 _EFFORT: Final = "reasoning_effort"
@@ -90,13 +91,21 @@ _EFFORTLESS: Final = frozenset({"effort", "summary", "generate_summary"})
 def keyed_salt(prompt: Prompt, facts: TemplateFacts, today: str) -> tuple[bytes, ...]:
     """Return what precedes the prompt in its key: the model, and arguments that change the rendered head."""
     salt = prompt.chain_salt
-    if not (facts.root or facts.dated or (len(salt) > 1 and (facts.headless or not facts.none_drops_tools))):
+    has_thinking = prompt.is_anthropic and _THINKING in salt[1:]
+    if not (
+        has_thinking
+        or facts.root
+        or facts.dated
+        or (len(salt) > 1 and (facts.headless or not facts.none_drops_tools))
+    ):
         return salt
     kept: list[bytes] = [facts.root.encode() or salt[0]]
     if facts.dated:
         kept += (b"date", today.encode())
     for place in range(1, len(salt) - 1, 2):
         name, value = salt[place], salt[place + 1]
+        if has_thinking and name == _THINKING:
+            continue
         if name.decode(errors="replace") in facts.headless or (name == b"tool_choice" and not facts.none_drops_tools):
             continue
         if facts.headless and (name == _KWARGS or (name == _REASONING and _EFFORT in facts.headless)):
@@ -119,10 +128,17 @@ def _without_headless(value: bytes, headless: frozenset[str]) -> bytes:
 
 def keyed_spans(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
     """Return the prompt's spans in the order in which the engine renders them, without what it leaves out."""
+    if prompt.is_anthropic and len(prompt.chain_salt) > 1:
+        prompt = _with_thinking(prompt, facts)
     if facts.rewrites_turns:
         return _with_recent_marks(keyed_spans(prompt, msgspec.structs.replace(facts, rewrites_turns=False)))
     if facts.joins_head:
         return _with_joint_head(prompt, msgspec.structs.replace(facts, joins_head=False))
+    return _without_what_changes(prompt, facts)
+
+
+def _without_what_changes(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
+    """Return the spans in the engine's order, without marks, ids and lists that change from turn to turn."""
     spans: Sequence[Span] = prompt.spans
     system = prompt.tool_spans  # the place of the system prompt
     if facts.order is not _TOOLS_FIRST or facts.moves_system or facts.system_last or _drops_any(facts):
@@ -152,6 +168,20 @@ def _without_ids(spans: Sequence[Span], system: int) -> Sequence[Span]:
         if _may_carry_id(spans[place]):
             return [*spans[:place], *[_without_id(span) for span in spans[place:]]]
     return spans
+
+
+def _with_thinking(prompt: Prompt, facts: TemplateFacts) -> Prompt:
+    """Return a prompt of Anthropic's dialect with its `thinking` after the system prompt.
+
+    A change of it leaves tools and system prompt cached at the provider. `keyed_salt` leaves it out.
+    """
+    salt, place = prompt.chain_salt, prompt.tool_spans + prompt.system_spans
+    if _THINKING not in salt[1:] or "thinking" in facts.headless:
+        return prompt
+    at = salt.index(_THINKING, 1)
+    spans = (*prompt.spans[:place], salt[at + 1], *prompt.spans[place:])
+    rest = (*salt[:at], *salt[at + 2 :])
+    return dataclasses.replace(prompt, spans=spans, chain_salt=rest, system_spans=prompt.system_spans + 1)
 
 
 def _with_recent_marks(spans: Sequence[Span]) -> Sequence[Span]:

@@ -199,6 +199,23 @@ def test_a_switch_that_changes_no_head_is_no_part_of_the_key_wherever_it_is_writ
     assert tuple(part.replace(b" ", b"") for part in salt[1:]) == kept
 
 
+def test_a_change_of_thinking_leaves_tools_and_system_prompt_known_in_anthropics_dialect():
+    """As at the provider; before an engine whose template does not know it, it changes nothing at all."""
+
+    def keys(facts, **fields):
+        return hashes([user("q" * 600)], facts, Endpoint.MESSAGES, system="s" * 600, tools=TOOLS, **fields)
+
+    for facts in (PLAIN, TemplateFacts(order=ToolOrder.SYSTEM_FIRST)):
+        budgets = [{"type": "enabled", "budget_tokens": tokens} for tokens in (4_000, 31_999)]
+        one, two = [keys(facts, thinking=budget) for budget in budgets]
+        shared = [mine == theirs for mine, theirs in zip(one, two, strict=True)]
+        assert shared.index(False) >= 2
+        assert not shared[-1]
+        assert keys(facts)[: shared.index(False)] == one[: shared.index(False)]
+    ignored = TemplateFacts(headless=frozenset({"thinking"}))
+    assert keys(ignored, thinking=budgets[0]) == keys(ignored, thinking=budgets[1]) == keys(ignored)
+
+
 def test_an_effort_that_is_rendered_at_the_head_counts_in_every_dialect():
     facts = TemplateFacts(headless=frozenset({"enable_thinking"}))
     prompt = prompt_of([user("q")], reasoning={"effort": "low"})
