@@ -135,7 +135,7 @@ async def _tools(render: Render) -> tuple[ToolOrder, bool]:
         return plain.order, plain.none_drops_tools
     other = await render(_request(tool="other tool"))
     if one == other:
-        return ToolOrder.SYSTEM_FIRST, plain.none_drops_tools
+        return ToolOrder.SYSTEM_FIRST, False
     at_tool = _shared(one, other)
     at_system = _shared(one, await render(_request(tool="one tool", system="other words here")))
     none = await render(_request(tool="one tool", tool_choice="none"))

@@ -146,6 +146,7 @@ async def test_tools_that_are_never_rendered_do_not_come_last():
     """They would take the turns before the last question out of what prompts share."""
     facts = await facts_of(in_order(lambda role, number, last: None if role == "tools" else number))
     assert (facts.order, facts.splits_systems) == (ToolOrder.SYSTEM_FIRST, False)
+    assert not facts.none_drops_tools, "`tool_choice: none` changes nothing"
 
 
 async def test_tools_between_two_system_messages_are_seen_and_a_developers_message_after_them():
