@@ -213,8 +213,8 @@ class ContextRoom:
         self.total_contexts = sum(count for _, count in totals.values())
         return totals
 
-    async def _write(self, tenant: str, totals: Totals, mark: str, *reservation: str) -> None:
-        await self._access.store.run_script(scripts.NOTE, _OVERALL, (tenant, *totals, mark, *reservation))
+    async def _write(self, tenant: str, totals: Totals, mark: str, *rest: str | bytes) -> None:
+        await self._access.store.run_script(scripts.NOTE, _OVERALL, (tenant, *totals, mark, *rest))
 
     # --- in the background
 
@@ -252,17 +252,18 @@ class ContextRoom:
                 self.dropped_totals += 1
         for tenant in tenants:
             try:
-                swept, totals = await self._access.run(scripts.SWEEP, tenant, read=_read_counted)
-                await self._write(tenant, totals, "sweep")
-            except (
-                StoreCorrupt,
-                StoreRefused,
-            ):  # damaged data of one tenant must not keep the others from being swept
+                await self._sweep_one(tenant)
+            except (StoreCorrupt, StoreRefused):  # damaged data of one tenant must not keep others from being swept
                 self.dropped_totals += 1
-                continue
-            if swept:
-                self._evicted("expired", swept)
         await self.renew()
+
+    async def _sweep_one(self, tenant: str) -> None:
+        entries = [("HGET", key, tenant) for key in (keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED)]
+        before = [value or b"" for value in await self._access.many(entries)]
+        swept, totals = await self._access.run(scripts.SWEEP, tenant, read=_read_counted)
+        await self._write(tenant, totals, "sweep", *before)
+        if swept:
+            self._evicted("expired", swept)
 
     async def survey(self) -> None:
         """Determine which contexts are worth most. Raises CacheError."""

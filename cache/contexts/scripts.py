@@ -417,8 +417,13 @@ NOTE = Script(
     "context-note",
     _OVERALL
     + """
-if ARGV[6] then redis.call('HDEL', KEYS[3], ARGV[6]) end
 local tenant, bytes, count, pinned = ARGV[1], number(ARGV[2]), number(ARGV[3]), number(ARGV[4])
+if ARGV[5] == 'sweep' then
+  local was, was_unlisted = redis.call('HGET', KEYS[1], tenant), redis.call('HGET', KEYS[2], tenant)
+  if (was or '') ~= ARGV[6] or (was_unlisted or '') ~= ARGV[7] then return 0 end
+elseif ARGV[6] then
+  redis.call('HDEL', KEYS[3], ARGV[6])
+end
 local _, _, accepted, reserved_until = entry(tenant)
 if count > 0 then
   redis.call('HSET', KEYS[1], tenant, string.format('%.0f:%.0f', bytes, count))
@@ -436,8 +441,9 @@ return 1
 """,
 )
 """Write the totals of a tenant's contexts. ARGV: tenant, bytes, number of contexts, pinned bytes; then 0 or 1 for
-an unlisted tenant whose key is unchecked or accepted, `sweep` to keep a reservation, or nothing; then the name of
-the reservation in the total budget that this replaces, if there is one.
+an unlisted tenant whose key is unchecked or accepted, or nothing; then the name of the reservation in the total
+budget that this replaces, if there is one. Or, after the totals, `sweep` to keep a reservation in the shares, and the
+tenant's values in both hashes before the totals were read: if they have changed since, newer totals stay.
 """
 
 ACCEPT = Script(

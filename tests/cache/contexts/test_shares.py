@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from cache import keys
+from cache.contexts import scripts
 from cache.contexts.access import Trust
 from cache.errors import CacheError, PinRefused, QuotaFull
+from cache.store.store import Script
 from tests.support.context_store import draft, opened
 from tests.support.valkey import Valkey, eventually
 
@@ -43,6 +46,24 @@ async def test_requests_at_once_cannot_exceed_the_share_together(nodes: list[Val
         await asyncio.gather(*creations, return_exceptions=True)
         sizes = [row.size_bytes for tenant in MADE_UP for row in await one.contexts.rows(tenant)]
         assert 0 < sum(sizes) <= 150_000
+
+
+async def test_a_sweep_keeps_totals_that_are_newer_than_its_own(nodes: list[Valkey]) -> None:
+    """What is pinned between the two steps of a sweep counts in the shares."""
+    async with opened(nodes, started=False, unlisted_pinned_bytes=100_000) as one:
+        plain = await one.contexts.create(MADE_UP[0], draft(70_000), Trust.ACCEPTED)
+        run_script = one.store.run_script
+
+        async def pin_before_totals_are_written(script: Script, *args: Any, **options: Any) -> Any:
+            if script is scripts.NOTE and "sweep" in args[1]:
+                one.store.run_script = run_script  # type: ignore[method-assign]
+                await one.contexts.update(MADE_UP[0], plain.id, metadata={"pin": "1"}, trust=Trust.ACCEPTED)
+            return await run_script(script, *args, **options)
+
+        one.store.run_script = pin_before_totals_are_written  # type: ignore[method-assign]
+        await one.contexts.sweep()
+        with pytest.raises(QuotaFull, match=r"contexts\.unlisted_pinned_bytes"):
+            await one.contexts.create(MADE_UP[1], draft(70_000, metadata={"pin": "1"}), Trust.ACCEPTED)
 
 
 async def test_accepted_keys_share_a_bound_on_pins(nodes: list[Valkey]) -> None:
