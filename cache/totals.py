@@ -20,6 +20,7 @@ import msgspec
 
 from cache import keys
 from cache.errors import CacheError, ErrorKind, StoreRefused
+from cache.store.lua import DROP_UNLESS
 from cache.store.replies import hash_pairs, parsed
 from cache.store.store import Script, Store, StoreState
 
@@ -91,7 +92,8 @@ class _Batch(msgspec.Struct, frozen=True):
 # that is not a number are replaced.
 _ADD = Script(
     "add-totals",
-    """
+    DROP_UNLESS
+    + """
 local number = tonumber(ARGV[1])
 local last_number = redis.pcall('GET', KEYS[1])
 if type(last_number) == 'string' and (tonumber(last_number) or 0) >= number then return -1 end
@@ -102,8 +104,7 @@ local function add(key, field, amount)
   return type(reply) ~= 'table' or not reply.err
 end
 for day = 2, #KEYS do
-  local kind = redis.call('TYPE', KEYS[day]).ok
-  if kind ~= 'none' and kind ~= 'hash' then redis.call('UNLINK', KEYS[day]) end
+  drop_unless('hash', KEYS[day])
   local last = at + 2 * tonumber(ARGV[at])
   for field = at + 1, last, 2 do
     if not add(KEYS[day], ARGV[field], ARGV[field + 1]) then

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from cache import keys
 from cache.contexts.retention import MEMORY_SECONDS
+from cache.store.lua import DROP_UNLESS
 from cache.store.store import Script
 
 UPLOAD_SECONDS = 600
@@ -90,13 +91,10 @@ local function drop(id)
   say('c', id)
   return 1
 end
-local wanted = {{ids = 'zset', gone = 'zset'}}
-for _, name in ipairs({{'held', 'refs', 'sizes', 'sum', 'tags'}}) do wanted[name] = 'hash' end
+{DROP_UNLESS}
 local function repair()
-  for name, kind in pairs(wanted) do
-    local found = redis.call('TYPE', T .. ':' .. name).ok
-    if found ~= 'none' and found ~= kind then redis.call('UNLINK', T .. ':' .. name) end
-  end
+  for _, name in ipairs({{':ids', ':gone'}}) do drop_unless('zset', T .. name) end
+  for _, name in ipairs({{':held', ':refs', ':sizes', ':sum', ':tags'}}) do drop_unless('hash', T .. name) end
 end
 local function sweep()
   local over = redis.call('ZRANGEBYSCORE', T .. ':gone', '-inf', ms(now), 'LIMIT', 0, {_SWEPT_AT_ONCE})
@@ -326,11 +324,9 @@ return gone
 RESERVED_MS = 30_000
 """Time for which a reservation holds before a sweep may replace it by the tenant's real bytes."""
 
-_OVERALL = """
-for _, key in ipairs(KEYS) do
-  local kind = redis.call('TYPE', key).ok
-  if kind ~= 'none' and kind ~= 'hash' then redis.call('UNLINK', key) end
-end
+_OVERALL = f"""
+{DROP_UNLESS}
+for _, key in ipairs(KEYS) do drop_unless('hash', key) end
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local function number(value)
@@ -459,12 +455,10 @@ return 1
 
 BEGIN_SWEEP = Script(
     "context-begin-sweep",
-    """
-local kinds = {'string', 'hash', 'hash', 'hash'}
-for at, key in ipairs(KEYS) do
-  local kind = redis.call('TYPE', key).ok
-  if kind ~= 'none' and kind ~= kinds[at] then redis.call('UNLINK', key) end
-end
+    DROP_UNLESS
+    + """
+drop_unless('string', KEYS[1])
+for at = 2, #KEYS do drop_unless('hash', KEYS[at]) end
 local left = redis.call('PTTL', KEYS[1])
 if left == -1 or left > tonumber(ARGV[1]) then redis.call('UNLINK', KEYS[1]) end
 return redis.call('SET', KEYS[1], '1', 'NX', 'PX', ARGV[1]) and 1 or 0

@@ -12,6 +12,7 @@ from collections.abc import Container, Sequence
 from cache import keys
 from cache.errors import CacheError
 from cache.ports import Tasks
+from cache.store.lua import DROP_UNLESS
 from cache.store.replies import parsed
 from cache.store.store import Script, Store
 
@@ -20,16 +21,14 @@ HEAD_SECONDS = 2.0
 
 TAKE = Script(
     "cold-take",
-    """
+    DROP_UNLESS
+    + """
 local now = redis.call('TIME')
 now = now[1] * 1000 + math.floor(now[2] / 1000)
 local heads, claims, lasts, writer, order, tenant = KEYS[1], KEYS[2], KEYS[3], ARGV[1], ARGV[2], ARGV[3]
 local head_ms, claim_ms, most, rest_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local longest_ms = 3600000 -- no entry lasts longer, so a later end is damage
-for _, key in ipairs(KEYS) do
-  local kind = redis.call('TYPE', key).ok
-  if kind ~= 'none' and kind ~= 'hash' then redis.call('UNLINK', key) end
-end
+for _, key in ipairs(KEYS) do drop_unless('hash', key) end
 redis.call('HSET', heads, writer, (now + head_ms) .. '|' .. order)
 redis.call('PEXPIRE', heads, head_ms * 10)
 local all = redis.call('HGETALL', heads)

@@ -13,6 +13,7 @@ import msgspec
 
 from cache import keys
 from cache.errors import StoreCorrupt
+from cache.store.lua import DROP_UNLESS
 from cache.store.replies import parsed, text, text_or_none
 from cache.store.store import Script, Store
 
@@ -27,11 +28,10 @@ MAX_PARTS = 100_000  # the largest index has about 20,000
 # ignored, so that readers still learn what they can.
 _TICK = Script(
     "tick",
-    """
-local kinds = {'string', 'hash', 'string', 'zset', 'stream'}
-for i, kind in ipairs(kinds) do
-  local found = redis.call('TYPE', KEYS[i]).ok
-  if found ~= 'none' and found ~= kind then redis.pcall('UNLINK', KEYS[i]) end
+    DROP_UNLESS
+    + """
+for i, kind in ipairs({'string', 'hash', 'string', 'zset', 'stream'}) do
+  pcall(drop_unless, kind, KEYS[i])
 end
 local function get(command, ...)
   local reply = redis.pcall(command, ...)
