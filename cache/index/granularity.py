@@ -180,8 +180,8 @@ class Granularity:
                 self._set_floor()
 
     def _set_floor(self) -> None:
-        most = self._shortest_hit - 1 if self._long_misses >= MIN_LONG_MISSES else MAX_FLOOR_TOKENS
-        self.floor_tokens = min(FLOOR_GROWTH * self._longest_miss, self._shortest_hit - 1, most)
+        tokens = min(FLOOR_GROWTH * self._longest_miss, self._shortest_hit - 1)
+        self.floor_tokens = tokens if self._long_misses >= MIN_LONG_MISSES else min(tokens, MAX_FLOOR_TOKENS)
 
     @property
     def is_coarse(self) -> bool:

@@ -394,17 +394,9 @@ class PrefixIndex:
             for replica, state in self._replicas.items()
         }
 
-    def has_several_sources(self, replica: int) -> bool:
-        """Return True if more than one tenant was routed to the replica in its present epoch."""
-        return self._replica(replica).has_several_sources
-
     def is_restart(self, replica: int, source: int, other_sources: Sequence[int]) -> bool:
         """Return True if one more prompt of which nothing is cached means a restart: `ReplicaState.is_restart`."""
         return self._replica(replica).is_restart(source, other_sources)
-
-    def restart_misses(self, replica: int) -> int:
-        """Return how many prompts in a row of which nothing is cached mean that the replica restarted."""
-        return self._replica(replica).restart_misses
 
     def budget_tokens(self, replica: int) -> int:
         """Return how many tokens the replica is believed to hold; UNLIMITED_TOKENS if that is not known."""

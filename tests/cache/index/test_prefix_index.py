@@ -284,11 +284,11 @@ def test_an_engine_that_loses_prompts_without_a_restart_needs_more_misses_in_a_r
     for _ in range(2):
         for each in talks:
             bench.served(each)
-    assert bench.index.restart_misses(0) == 2
+    assert bench.index._replica(0).restart_misses == 2  # noqa: SLF001 - internal state that no public name shows
     for lost, kept in zip(talks[:5], talks[5:10], strict=True):
         assert bench.served(lost, 0).learnt is FeedbackKind.SUSPECT
         bench.served(kept)
-    needed = bench.index.restart_misses(0)
+    needed = bench.index._replica(0).restart_misses  # noqa: SLF001 - internal state that no public name shows
     assert 3 <= needed <= 8
     kinds = [bench.served(each, 0).learnt for each in talks[10 : 10 + needed]]
     assert kinds == [FeedbackKind.SUSPECT] * (needed - 1) + [FeedbackKind.RESTARTED]

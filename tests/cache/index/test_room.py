@@ -242,11 +242,11 @@ def test_an_entry_ends_at_its_time_to_live_and_each_use_begins_it_anew():
 def test_tenants_of_a_replica_are_told_apart_until_its_next_epoch():
     index = PrefixIndex()
     index.place(0, talk("a", 1), TOKENS, 1.0, source=7)
-    assert not index.has_several_sources(0)
+    assert not index._replica(0).has_several_sources  # noqa: SLF001 - internal state that no public name shows
     index.place(0, talk("b", 1), TOKENS, 2.0, source=8)
-    assert index.has_several_sources(0)
+    assert index._replica(0).has_several_sources  # noqa: SLF001 - internal state that no public name shows
     index.new_epoch(0, 1)
-    assert not index.has_several_sources(0)
+    assert not index._replica(0).has_several_sources  # noqa: SLF001 - internal state that no public name shows
     assert (index.epoch(0), index.replicas()[0].blocks) == (1, 0)
 
 
