@@ -72,10 +72,11 @@ class Settlement:
         skips_cache = exchange.prompt is not None and exchange.prompt.skips_cache
         if usage is not None:
             usage = self._plausible(exchange, outcome, usage, placement)
+        counts_prompt = usage is not None and _counts_prompt(exchange, usage, placement)
         if placement is not None:
-            self._teach_index(exchange, placement, usage, skips_cache=skips_cache)
+            self._teach_index(placement, usage if counts_prompt else None, skips_cache=skips_cache)
         if usage is not None:
-            self._teach_fleet(exchange, outcome, usage, counts_prompt=_counts_prompt(exchange, usage, placement))
+            self._teach_fleet(exchange, outcome, usage, counts_prompt=counts_prompt)
         if self._access_log is not None:
             self._access_log.write(access_line(exchange.call, outcome, self._clock.unix()))
         # of a request that must be computed anew, neither a prediction nor a baseline can be compared
@@ -123,11 +124,8 @@ class Settlement:
             label = self._counters.label(outcome)
             self._counters.count_routing_gain(outcome, self._baseline.count(label, gain))
 
-    def _teach_index(
-        self, exchange: Exchange, placement: Placement, usage: Usage | None, *, skips_cache: bool
-    ) -> None:
-        # sums of several calls show nothing about this prompt
-        if usage is None or usage.longest_call_tokens or not _counts_prompt(exchange, usage, placement):
+    def _teach_index(self, placement: Placement, usage: Usage | None, *, skips_cache: bool) -> None:
+        if usage is None or usage.longest_call_tokens:  # sums of several calls show nothing about this prompt
             self._journal.settled(placement)
         else:
             cached_tokens = None if skips_cache else usage.cached_tokens

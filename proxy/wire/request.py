@@ -167,13 +167,8 @@ def _may_name_context(body: Body, spans: list[memoryview]) -> bool:
 def _read_completion(body: Body) -> Prompt:
     fields = _decoded(decode_completion, body)
     spans = _present(fields.prompt, fields.suffix)
-    prompt = _prompt(body, fields, spans, (), fields.max_tokens)
-    return dataclasses.replace(
-        prompt,
-        chain_salt=(*prompt.chain_salt, *_UNTEMPLATED),
-        # with log-probabilities the whole prompt is computed
-        skips_cache=prompt.skips_cache or bytes(fields.echo) == b"true",
-    )
+    echoes = bytes(fields.echo) == b"true"  # with log-probabilities the whole prompt is computed
+    return _prompt(body, fields, spans, (), fields.max_tokens, is_templated=False, skips_cache=echoes)
 
 
 def _read_messages(body: Body) -> Prompt:
@@ -249,6 +244,8 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
     tool_spans: int = 0,
     system_spans: int = -1,
     is_anthropic: bool = False,
+    is_templated: bool = True,
+    skips_cache: bool = False,
 ) -> Prompt:
     """Build the prompt from the fields that all dialects share; `content` are its messages or input items."""
     asked, options = _NOT_APPLICABLE, (0, 0)
@@ -260,12 +257,13 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
     names: tuple[tuple[str, str], ...] = ()
     if seen.objects:
         names = _names(fields)
+    salt = _salt(fields) if is_templated else (*_salt(fields), *_UNTEMPLATED)
     is_plain_text = are_plain_text(body, content)
     return Prompt(
         body,
         str(fields.model),
         stream=fields.stream is True,
-        chain_salt=_salt(fields) if pinned_to is None else (*_salt(fields), b"continues", pinned_to.encode()),
+        chain_salt=salt if pinned_to is None else (*salt, b"continues", pinned_to.encode()),
         spans=tuple(spans),
         size_bytes=sum([len(span) for span in spans]),
         usage_request=asked,
@@ -278,7 +276,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
         names=names,
         has_hidden_parts=has_hidden_parts,
         is_stored=is_stored,
-        skips_cache=_skips_cache(fields),
+        skips_cache=skips_cache or _skips_cache(fields),
         cache_key=b"" if fields.prompt_cache_key is NONE else _cache_key(fields.prompt_cache_key),
         priority=body_priority(fields.service_tier, fields.priority),
         tool_spans=tool_spans,
