@@ -5,6 +5,7 @@ proxy's own modules, with nothing re-stated. Sequential with `ask`; on a virtual
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from random import Random
 from zlib import crc32
@@ -146,8 +147,7 @@ class CairnProxy:
         salt = (b"", *keyed_salt(prompt, self.facts, TODAY))
         spans = keyed_spans(prompt, self.facts)
         media = locate_media(prompt.media, prompt.body, spans, partial(self.tokens.media_tokens, prompt.model))
-        cut_text = cut(chain_root(salt), spans)
-        fingerprint = Fingerprint(cut_text.hashes, cut_text.ends, media)
+        fingerprint = replace(cut(chain_root(salt), spans), media=media)
         match = self.index.match(fingerprint)
         tokens = self.tokens.predict(
             prompt.model, prompt.size_bytes, prompt.media, match.known_bytes, match.known_tokens

@@ -15,8 +15,10 @@ _MARK = b"c"
 
 
 def hand_over(end: socket.socket, connection: socket.socket) -> bool:
-    """Send `connection` through `end`, which does not block. Return False if the worker has not read the last ones,
-    or is gone."""
+    """Send `connection` through `end`, which does not block.
+
+    Return False if the worker is gone, or has not read those before.
+    """
     try:
         socket.send_fds(end, [_MARK], [connection.fileno()])
     except OSError:

@@ -189,14 +189,7 @@ class UpstreamResponse:
         while not self.chunks:
             if self._complete:
                 return b""
-            if self._error is not None:
-                raise copy(self._error)
-            waiter = self._waiter = self._loop.create_future()
-            try:
-                await waiter
-            except BaseException:
-                self.abort()
-                raise
+            await self._arrival()
         return self.body_now()
 
     async def pour(self, sink: Sink) -> bool:

@@ -233,7 +233,7 @@ def _negative(f: Figures) -> Case:
 
 
 def _more_cached_than_prompt(f: Figures) -> Case:
-    """What cannot be is ignored: how much was cached is then unknown."""
+    """Report an impossible count, which is ignored: the number of cached tokens is then unknown."""
     usage = _openai(f, f.prompt, cached_tokens=f.prompt + 100)
     return Case(CHAT, False, _plain(usage), _counts(_nothing_cached(f), unknown=f.prompt, inconsistent=1))
 

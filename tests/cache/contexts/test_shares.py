@@ -49,7 +49,7 @@ async def test_requests_at_once_cannot_exceed_the_share_together(nodes: list[Val
 
 
 async def test_a_sweep_keeps_totals_that_are_newer_than_its_own(nodes: list[Valkey]) -> None:
-    """What is pinned between the two steps of a sweep counts in the shares."""
+    """A pin between the two steps of a sweep counts in the shares."""
     async with opened(nodes, started=False, unlisted_pinned_bytes=100_000) as one:
         plain = await one.contexts.create(MADE_UP[0], draft(70_000), Trust.ACCEPTED)
         run_script = one.store.run_script

@@ -1,4 +1,4 @@
-"""Where a head ends that does not come in one read."""
+"""Find the end of a head that comes in several reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEAD = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 @pytest.mark.parametrize("before", [b"", b"the body of another request\r\n\r\nand its rest"])
 @pytest.mark.parametrize("arrived", range(len(HEAD)))
 def test_the_end_of_a_head_is_found_at_any_cut_and_never_before_its_own_bytes(arrived: int, before: bytes) -> None:
-    """What lies in the same read before it is not its own."""
+    """Bytes that precede the head in the same read belong to another request."""
     head = PartialHead()
     head.add(HEAD[:arrived])
     data = before + HEAD[arrived:] + b"the body\r\n\r\n"

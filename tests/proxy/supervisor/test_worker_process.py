@@ -339,7 +339,7 @@ async def test_a_worker_that_has_left_its_port_gets_connections_as_soon_as_it_li
 
 
 async def test_a_worker_that_keeps_ending_is_reported_until_it_was_stable() -> None:
-    """Whether it runs, starts or waits for its next start; two deaths may be chance."""
+    """Two deaths may be chance; after the third, readiness says so in every state of the worker."""
     clock = FakeClock()
     worker = WorkerProcess(0, Program(["/no/such/program"], {}), [], Config(), Heard(), clock)
     for deaths, is_ready, uptime_seconds, told in (

@@ -53,7 +53,7 @@ def test_a_running_stream_passes_as_the_same_objects() -> None:
 
 
 def test_the_last_bytes_of_a_long_stream_are_read_from_their_first_one_on() -> None:
-    """What lies just within them counts, and what lies before them was not kept."""
+    """Usage just within the last bytes counts; usage before them was not kept."""
     between = b": x\n\n"
     for rest_bytes, finished in ((TAIL_BYTES, True), (TAIL_BYTES + len(between + FINISH), False)):
         rest = b":" + b" " * (rest_bytes - len(between + FINISH) - 3) + b"\n\n"

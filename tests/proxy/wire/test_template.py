@@ -152,7 +152,7 @@ def test_old_reasoning_is_no_part_of_a_key_if_the_template_drops_it():
 
 
 def test_an_answer_has_another_key_before_a_users_message_if_the_template_renders_it_otherwise_there():
-    """What precedes the first such answer is shared, as at the engine."""
+    """Both prompts share the key of everything before the first such answer, as the engine does."""
     rewrites = TemplateFacts(rewrites_turns=True)
     loop = [SYSTEM, user("q1"), assistant("a1"), {"role": "tool", "content": "r"}, assistant("a2")]
     within, after = texts(loop, rewrites), texts([*loop, user("q2")], rewrites)
