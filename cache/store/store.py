@@ -27,6 +27,7 @@ from cache.store.breaker import Breaker, BreakerState
 from cache.store.redis_clients import CONNECT_LIMIT_SECONDS, CONNECTIONS, Clients, make_clients
 from cache.store.redis_errors import map_error
 from cache.store.replies import StreamEntry, entries_of_range, entries_of_read, parsed
+from cache.store.time_limit import time_limit
 from cache.store.url import StoreUrl, Topology
 
 log = logging.getLogger("cairn.store")
@@ -343,7 +344,7 @@ class Store:
         started = self._clock.monotonic()
         kind: ErrorKind | None = None
         try:
-            async with asyncio.timeout(limit_seconds):
+            async with time_limit(limit_seconds):
                 result = await call()
             if operation not in _MESSAGES:
                 self._connection.breaker.succeeded()
@@ -395,7 +396,7 @@ class Store:
                 await asyncio.sleep(outage.breaker.pause_seconds(random.random()))
             outage.breaker.probing()
             try:
-                async with asyncio.timeout(PROBE_LIMIT_SECONDS):
+                async with time_limit(PROBE_LIMIT_SECONDS):
                     # Not PING: on a Cluster this asks the node that holds the journal.
                     reply = await self._client.execute_command("EXISTS", keys.LEASE)
                     if not isinstance(reply, int):
@@ -438,7 +439,7 @@ class Store:
             await self.wait_available()
             outage.breaker.probing()
             try:
-                async with asyncio.timeout(PROBE_LIMIT_SECONDS):
+                async with time_limit(PROBE_LIMIT_SECONDS):
                     await self._client.execute_command("SET", keys.PROBE, 1, "PX", PROBE_KEY_MILLISECONDS)
             except Exception as error:  # noqa: BLE001 - reads go on
                 mapped = map_error(error, "probe")

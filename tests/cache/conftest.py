@@ -9,7 +9,7 @@ import pytest
 from cache.store.store import Store, open_store
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
-from tests.support.valkey import Valkey, cluster_of_three, running
+from tests.support.valkey import PATIENT_SECONDS, Valkey, cluster_of_three, running
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,10 @@ async def tasks() -> AsyncIterator[Tasks]:
 
 @pytest.fixture
 async def store(valkey: Valkey, tasks: Tasks) -> AsyncIterator[Store]:
-    """A store on the emptied server."""
-    store = open_store(valkey.url, clock=SystemClock(), tasks=tasks)
+    """A store on the emptied server, whose operations have more time than Cairn gives them."""
+    store = open_store(valkey.url, clock=SystemClock(), tasks=tasks, limit_seconds=PATIENT_SECONDS)
     await store.start()
+    await store.wait_available()
     yield store
     await store.close()
 

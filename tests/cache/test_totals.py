@@ -12,7 +12,7 @@ from cache.store.store import Store, open_store
 from cache.totals import MAX_AMOUNT, OTHER, RowKey, Sums, Totals, read_totals
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
-from tests.support.valkey import Valkey, cluster_of_three, eventually
+from tests.support.valkey import PATIENT_SECONDS, Valkey, cluster_of_three, eventually
 
 DAY = "2026-11-23"
 BEFORE = "2026-11-22"
@@ -82,7 +82,7 @@ async def test_more_rows_than_a_batch_are_all_written(store: Store, monkeypatch:
 async def test_with_redis_away_rows_gather_and_are_written_when_it_is_back() -> None:
     """Nothing is lost and nothing waits."""
     tasks, valkey = Tasks(), Valkey()
-    store = open_store(valkey.url, clock=SystemClock(), tasks=tasks)
+    store = open_store(valkey.url, clock=SystemClock(), tasks=tasks, limit_seconds=PATIENT_SECONDS)
     try:
         await store.start()
         writer = Totals(store, "w")
@@ -166,7 +166,7 @@ async def test_totals_lie_in_one_slot_of_a_cluster() -> None:
     with cluster_of_three() as nodes:
         tasks = Tasks()
         url = f"redis+cluster://127.0.0.1:{nodes[0].port}"
-        store = open_store(url, clock=SystemClock(), tasks=tasks, limit_seconds=5.0)  # time is not tested here
+        store = open_store(url, clock=SystemClock(), tasks=tasks, limit_seconds=PATIENT_SECONDS)
         try:
             await store.start()
             writer = Totals(store, "w")

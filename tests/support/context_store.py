@@ -18,7 +18,7 @@ from cache.contexts.store import ContextStore
 from cache.store.store import Store, open_store
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
-from tests.support.valkey import Valkey
+from tests.support.valkey import PATIENT_SECONDS, Valkey
 
 MIB = 1024 * 1024
 LIMITS = ContextLimits(
@@ -74,7 +74,7 @@ class Opened:
 @asynccontextmanager
 async def opened(nodes: list[Valkey], *, started: bool = True, **changes: Any) -> AsyncIterator[Opened]:
     tasks = Tasks()
-    store = open_store(url_of(nodes), clock=SystemClock(), tasks=tasks, limit_seconds=1.0)
+    store = open_store(url_of(nodes), clock=SystemClock(), tasks=tasks, limit_seconds=PATIENT_SECONDS)
     await store.start()
     await store.wait_available()
     one = Opened(store, msgspec.structs.replace(LIMITS, **changes), tasks)

@@ -11,9 +11,10 @@ from cache.index.hashing import cut
 from cache.index.prefix_index import PrefixIndex
 from cache.replication.inflight import LoadBroadcast, Row
 from cache.replication.journal import Journal
-from cache.store.store import LIMIT_SECONDS, Store, open_store
+from cache.store.store import Store, open_store
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
+from tests.support.valkey import PATIENT_SECONDS
 
 NAMES = ["http://one:8000", "http://two:8000", "http://three:8000"]
 
@@ -41,7 +42,7 @@ class Worker:
         *,
         names: list[str] | None = None,
         lease_seconds: float = 0.3,
-        limit_seconds: float = LIMIT_SECONDS,
+        limit_seconds: float = PATIENT_SECONDS,
     ) -> None:
         self.clock = SystemClock()
         self.tasks = Tasks()

@@ -12,7 +12,7 @@ from cache.replication.cold_claims import ColdClaims
 from cache.store.store import Store, open_store
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
-from tests.support.valkey import Valkey, eventually
+from tests.support.valkey import PATIENT_SECONDS, Valkey, eventually
 
 
 class Two:
@@ -28,7 +28,9 @@ class Two:
 async def two(server: Valkey) -> AsyncIterator[Two]:
     server.flush()
     tasks = Tasks()
-    store = open_store(f"redis://127.0.0.1:{server.port}/0", clock=SystemClock(), tasks=tasks, limit_seconds=2.0)
+    store = open_store(
+        f"redis://127.0.0.1:{server.port}/0", clock=SystemClock(), tasks=tasks, limit_seconds=PATIENT_SECONDS
+    )
     await store.start()
     yield Two(store, tasks)
     await store.close()

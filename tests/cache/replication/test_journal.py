@@ -15,6 +15,7 @@ from cache.replication import snapshot_writer, snapshots
 from cache.replication import writer as writer_module
 from cache.replication.codec import Budgeted
 from cache.replication.journal import JournalState
+from cache.store.store import LIMIT_SECONDS
 from tests.support.valkey import Valkey, cluster_of_three, eventually, seconds_until
 from tests.support.workers import NAMES, Worker, prompt
 
@@ -255,7 +256,7 @@ async def test_the_queue_is_bounded_while_redis_is_away(monkeypatch: pytest.Monk
 
 async def test_a_hung_redis_delays_no_verb_and_heals(begin: Begin, valkey: Valkey) -> None:
     """SIGSTOP: placing stays a matter of microseconds; SIGCONT: the others learn what was placed meanwhile."""
-    one, two = await begin("one"), await begin("two")
+    one, two = await begin("one", limit_seconds=LIMIT_SECONDS), await begin("two")
     valkey.hang()
     try:
         chains = [prompt(seed) for seed in range(50)]
@@ -373,7 +374,7 @@ async def test_it_works_on_a_cluster() -> None:
     """Stream, snapshot and lease lie in one slot; a worker that starts later knows all."""
     with cluster_of_three() as nodes:
         url = f"redis+cluster://127.0.0.1:{nodes[0].port}"
-        one, two = (Worker(url, name, limit_seconds=5.0) for name in ("one", "two"))  # time is not tested here
+        one, two = (Worker(url, name) for name in ("one", "two"))
         try:
             await one.start()
             one.place(prompt(1))

@@ -8,14 +8,14 @@ from cache.store.pubsub import listen
 from cache.store.store import open_store
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
-from tests.support.valkey import Valkey, eventually
+from tests.support.valkey import PATIENT_SECONDS, Valkey, eventually
 
 
 async def test_a_hearing_ends_with_redis_and_another_begins_with_it() -> None:
     """Messages of both subscriptions arrive, and the listener knows that some in between may be lost."""
     own = await asyncio.to_thread(Valkey().start)
     tasks, said, heard = Tasks(), list[str](), list[bytes]()
-    store = open_store(own.url, clock=SystemClock(), tasks=tasks)
+    store = open_store(own.url, clock=SystemClock(), tasks=tasks, limit_seconds=PATIENT_SECONDS)
     await store.start()
     hearing = tasks.start(
         listen(store, "c", heard.append, begun=lambda: said.append("begun"), ended=lambda: said.append("ended")), "l"

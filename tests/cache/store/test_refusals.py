@@ -22,16 +22,16 @@ from cache.totals import Sums, Totals, read_totals
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
 from tests.support.relay import Relay
-from tests.support.valkey import Valkey, eventually, free_port, running
+from tests.support.valkey import PATIENT_SECONDS, Valkey, eventually, free_port, running
 from tests.support.workers import Worker, prompt
 
 DAY = "2026-11-23"
 
 
 @asynccontextmanager
-async def opened(url: str) -> AsyncIterator[Store]:
+async def opened(url: str, limit_seconds: float = PATIENT_SECONDS) -> AsyncIterator[Store]:
     tasks = Tasks()
-    store = open_store(url, clock=SystemClock(), tasks=tasks)
+    store = open_store(url, clock=SystemClock(), tasks=tasks, limit_seconds=limit_seconds)
     await store.start()
     try:
         yield store
@@ -218,7 +218,7 @@ async def test_a_password_set_just_before_a_batch_of_totals_loses_none_of_it(val
 
 
 def _ask_with_password(valkey: Valkey, password: str, command: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", valkey.port), timeout=2) as asking:
+    with socket.create_connection(("127.0.0.1", valkey.port), timeout=PATIENT_SECONDS) as asking:
         asking.sendall(b"AUTH %b\r\n" % password.encode() + command)
         asking.recv(4096)
 

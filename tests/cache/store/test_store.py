@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -25,7 +26,16 @@ from cache.store.store import Script, Store, StoreState, open_store
 from cache.store.url import Topology, parse
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
-from tests.support.valkey import Valkey, cluster_of_three, eventually, free_port, running, watched_by_sentinel
+from tests.support.clock import FakeClock
+from tests.support.valkey import (
+    PATIENT_SECONDS,
+    Valkey,
+    cluster_of_three,
+    eventually,
+    free_port,
+    running,
+    watched_by_sentinel,
+)
 
 DOUBLE = Script("double", "return {KEYS[1], ARGV[1] * 2}")
 BOUND_SECONDS = 0.25  # the limit is 50 ms; the rest is a busy machine
@@ -33,7 +43,8 @@ BOUND_SECONDS = 0.25  # the limit is 50 ms; the rest is a busy machine
 
 class opened:  # noqa: N801 - reads as a verb after `async with`
     def __init__(self, url: str | None, tasks: Tasks, **options: object) -> None:
-        self.store = open_store(url, clock=SystemClock(), tasks=tasks, **options)  # type: ignore[arg-type]
+        options = {"clock": SystemClock(), "limit_seconds": PATIENT_SECONDS} | options
+        self.store = open_store(url, tasks=tasks, **options)  # type: ignore[arg-type]
 
     async def __aenter__(self) -> Store:
         await self.store.start()
@@ -41,6 +52,16 @@ class opened:  # noqa: N801 - reads as a verb after `async with`
 
     async def __aexit__(self, *_: object) -> None:
         await self.store.close()
+
+
+@pytest.fixture
+async def quick_store(valkey: Valkey, tasks: Tasks) -> AsyncIterator[Store]:
+    """A store on the emptied server, with the limit that Cairn's own has."""
+    store = open_store(valkey.url, clock=SystemClock(), tasks=tasks)
+    await store.start()
+    await store.wait_available()
+    yield store
+    await store.close()
 
 
 async def seconds_of(store: Store, *command: str) -> float:
@@ -132,9 +153,10 @@ async def test_refused_at_start_is_known_at_once_and_heals(tasks: Tasks) -> None
 
 
 async def test_a_hung_redis_bounds_every_operation_then_opens_the_breaker_then_heals(
-    store: Store, valkey: Valkey, caplog: pytest.LogCaptureFixture
+    quick_store: Store, valkey: Valkey, caplog: pytest.LogCaptureFixture
 ) -> None:
     """SIGSTOP: each operation ends within its limit, soon at once; SIGCONT: everything works, no reply mixed up."""
+    store = quick_store
     await eventually(lambda: is_answered(store, "SET", "k", "right"))
     caplog.clear()
     valkey.hang()
@@ -169,16 +191,19 @@ async def is_answered(store: Store, *command: str) -> bool:
     return True
 
 
-async def test_one_slow_blip_opens_nothing(store: Store, valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+async def test_one_slow_blip_opens_nothing(valkey: Valkey, tasks: Tasks, caplog: pytest.LogCaptureFixture) -> None:
     """Twenty operations that one pause fails together are one failure to the breaker, and no line in the log."""
-    valkey.hang()
-    try:
-        await asyncio.gather(*(seconds_of(store, "GET", "k") for _ in range(20)))
-    finally:
-        valkey.go_on()
-    assert store.errors[ErrorKind.TIMEOUT] == 20
-    await eventually(lambda: answers(store))
-    assert store.openings == 0
+    at_one_time = FakeClock()
+    async with opened(valkey.url, tasks, clock=at_one_time) as store:
+        valkey.hang()
+        try:
+            blip = [store.execute("GET", "k", limit_seconds=store_module.LIMIT_SECONDS) for _ in range(20)]
+            failed = await asyncio.gather(*blip, return_exceptions=True)
+        finally:
+            valkey.go_on()
+        assert [type(error) for error in failed] == [StoreTimeout] * 20
+        assert await store.execute("GET", "k") is None
+        assert store.openings == 0
     assert not [record for record in caplog.records if record.name == "cairn.store"]
 
 
