@@ -1,7 +1,7 @@
 /* Cut the inside out of the long strings of JSON text, and find parts of the short text in the whole one.
  *
  * Nothing of a prompt's text is decoded, but the decoder must find the end of each string, byte by byte. This pass
- * examines 16 bytes at once and takes a quarter of the time; the decoder then reads the short text. Nothing is judged
+ * examines 16 or 64 bytes at once and takes an eighth of the time; the decoder then reads the short text. Nothing is judged
  * here: text that is odd in any way (a string without an end, a control character, an unknown escape) is left to the
  * decoder as it is.
  *
@@ -15,6 +15,11 @@
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__) /* Clang defines it too */
+#define WITH_AVX2
+#include <immintrin.h>
 #endif
 
 #define LONG_BYTES 2048          /* shortest string that is worth a cut */
@@ -116,7 +121,7 @@ static Py_ssize_t escape_length(const byte *at, const byte *end)
 }
 
 /* Return the quote that ends the string whose text begins at `at`, NULL if the string is odd. */
-static const byte *string_end(const byte *at, const byte *end)
+static const byte *string_end_anywhere(const byte *at, const byte *end)
 {
     for (;;) {
         at = next_special(at, end);
@@ -130,6 +135,86 @@ static const byte *string_end(const byte *at, const byte *end)
         at += length;
     }
 }
+
+#if defined(WITH_AVX2)
+#define AVX2 __attribute__((target("avx2")))
+
+/* Return a bit for each of 64 bytes: set if the byte follows a run of backslashes of odd length.
+ *
+ * `carried` is 1 if the first byte is escaped by the 64 bytes before it, and becomes 1 if these escape the next one.
+ * A run is of odd length if it begins at an even place and ends before an odd one, or the other way round; the sum of
+ * a run and its first bit has the bit of the place behind it (Langdale and Lemire: Parsing Gigabytes of JSON per
+ * Second, 2019).
+ */
+static inline uint64_t escaped_places(uint64_t backslashes, uint64_t *carried)
+{
+    const uint64_t even = 0x5555555555555555u, escaped_first = *carried;
+    backslashes &= ~escaped_first;
+    const uint64_t begins = backslashes & ~(backslashes << 1);
+    const uint64_t from_even = backslashes + (begins & even), from_odd = backslashes + (begins & ~even);
+    *carried = from_odd < backslashes; /* it overflowed: a run from an odd place reaches the end */
+    return escaped_first | (~backslashes & ((from_even & ~even) | (from_odd & even)));
+}
+
+/* Return a bit for each of 64 bytes, from two vectors with the bytes 0 and 255. */
+AVX2 static inline uint64_t bits(__m256i low, __m256i high)
+{
+    return (uint32_t)_mm256_movemask_epi8(low) | (uint64_t)(uint32_t)_mm256_movemask_epi8(high) << 32;
+}
+
+AVX2 static inline __m256i is_control(__m256i signs)
+{
+    return _mm256_cmpeq_epi8(_mm256_min_epu8(signs, _mm256_set1_epi8(0x1f)), signs);
+}
+
+/* Find the bytes that are no second byte of an escape of two: not one of "\/bfnrt.
+ *
+ * Both halves of a byte are looked up, with a bit for each upper half that occurs: 1 is 2, 2 is 5, 4 is 6 and 8 is 7.
+ */
+AVX2 static inline __m256i is_no_short_escape(__m256i signs)
+{
+    const __m256i lower = _mm256_setr_epi8(0, 0, 13, 0, 8, 0, 4, 0, 0, 0, 0, 0, 2, 0, 4, 1,
+                                           0, 0, 13, 0, 8, 0, 4, 0, 0, 0, 0, 0, 2, 0, 4, 1);
+    const __m256i upper = _mm256_setr_epi8(0, 0, 1, 0, 0, 2, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0,
+                                           0, 0, 1, 0, 0, 2, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i upper_halves = _mm256_and_si256(_mm256_srli_epi16(signs, 4), _mm256_set1_epi8(0x0f));
+    const __m256i both = _mm256_and_si256(_mm256_shuffle_epi8(lower, signs), _mm256_shuffle_epi8(upper, upper_halves));
+    return _mm256_cmpeq_epi8(both, _mm256_setzero_si256());
+}
+
+/* Do the same with 64 bytes at once. Escapes of two bytes, one in a hundred bytes of prose, need no branch. */
+AVX2 static const byte *string_end_avx2(const byte *at, const byte *end)
+{
+    const __m256i quote = _mm256_set1_epi8('"'), backslash = _mm256_set1_epi8('\\');
+    uint64_t carried = 0;
+    while (end - at >= 64) {
+        const __m256i low = _mm256_loadu_si256((const __m256i *)at);
+        const __m256i high = _mm256_loadu_si256((const __m256i *)(at + 32));
+        const uint64_t quotes = bits(_mm256_cmpeq_epi8(low, quote), _mm256_cmpeq_epi8(high, quote));
+        const uint64_t backslashes = bits(_mm256_cmpeq_epi8(low, backslash), _mm256_cmpeq_epi8(high, backslash));
+        const uint64_t controls = bits(is_control(low), is_control(high));
+        const uint64_t not_short = bits(is_no_short_escape(low), is_no_short_escape(high));
+        const uint64_t escaped = escaped_places(backslashes, &carried);
+        const uint64_t stops = (quotes & ~escaped) | (escaped & not_short) | controls;
+        if (!stops) {
+            at += 64;
+            continue;
+        }
+        at += __builtin_ctzll(stops);
+        if (*at == '"')
+            return at;
+        const Py_ssize_t length = *at == 'u' ? escape_length(at - 1, end) : 0;
+        if (!length)
+            return NULL;
+        at += length - 1;
+        carried = 0;
+    }
+    return string_end_anywhere(at - carried, end);
+}
+#endif
+
+/* Chosen by the processor when the module is loaded. */
+static const byte *(*string_end)(const byte *at, const byte *end) = string_end_anywhere;
 
 /* Return where the first KEPT_BYTES of a well-formed string end, or a few bytes later, outside of an escape. */
 static const byte *kept_end(const byte *text, const byte *end)
@@ -290,5 +375,9 @@ static struct PyModuleDef module = {
 
 PyMODINIT_FUNC PyInit_cairn_json_cuts(void)
 {
+#if defined(WITH_AVX2)
+    if (__builtin_cpu_supports("avx2"))
+        string_end = string_end_avx2;
+#endif
     return PyModuleDef_Init(&module);
 }
