@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from proxy.config.schema import Pool, Queueing, Replica
+from proxy.config.schema import Config, Pool, Queueing, Replica
 from proxy.metrics import definitions as metrics
 from proxy.worker.lifecycle import Worker
 from tests.scenarios.test_conversations import words
@@ -156,16 +156,26 @@ async def test_two_processes_keep_one_limit_together(http: aiohttp.ClientSession
 
 async def test_the_queue_has_the_length_and_the_deadline_that_are_configured(http: aiohttp.ClientSession) -> None:
     """Beyond its length 429, at its deadline 503; its places are seen in metrics and are zero at the end."""
+
+    def configured(url: str, deadline_seconds: float) -> Config:
+        pool = Pool(name="engines", replicas=(Replica(url, max_concurrent=1),))
+        return config_for([], pools=[pool], queue=Queueing(deadline_seconds=deadline_seconds, max_waiting=2))
+
     gate = asyncio.Event()
     async with OpenAIUpstream(gate=gate) as upstream:
-        pool = Pool(name="engines", replicas=(Replica(upstream.url, max_concurrent=1),))
-        config = config_for([], pools=[pool], queue=Queueing(deadline_seconds=0.3, max_waiting=2))
-        async with running(config) as cairn:
+        async with running(configured(upstream.url, 60.0)) as cairn:
             first = asyncio.get_running_loop().create_task(ask(http, cairn, "a"))
             await eventually(lambda: len(upstream.generations) == 1)
             rest = [asyncio.get_running_loop().create_task(ask(http, cairn, "b")) for _ in range(3)]
-            await eventually(lambda: queued(cairn) == 2)
-            assert sorted([(await each)[0] for each in rest]) == [429, 503, 503]
+            await eventually(lambda: queued(cairn) == 2 and any(each.done() for each in rest))
+            gate.set()
+            assert sorted([(await each)[0] for each in (first, *rest)]) == [200, 200, 200, 429]
+            assert queued(cairn) == 0
+        gate.clear()
+        async with running(configured(upstream.url, 0.1)) as cairn:
+            first = asyncio.get_running_loop().create_task(ask(http, cairn, "a"))
+            await eventually(lambda: upstream.in_flight == 1)
+            assert (await ask(http, cairn, "b"))[0] == 503
             gate.set()
             assert (await first)[0] == 200
             assert queued(cairn) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 
 import aiohttp
 import pytest
@@ -95,11 +96,11 @@ async def test_a_head_that_trickles_is_ended() -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", cairn.port)
         reader, second = await asyncio.open_connection("127.0.0.1", cairn.port)
         second.write(b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n")
-        await reader.readuntil(b"\r\n\r\n")
         second.write(b"GET /v1/mod")
         async with asyncio.timeout(20):
-            while await reader.read(1024):
-                pass
+            with suppress(ConnectionError):  # on a slow machine the time ended before the first request
+                while await reader.read(1024):
+                    pass
         writer.close()
         second.close()
 

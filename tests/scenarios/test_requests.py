@@ -262,14 +262,14 @@ async def test_any_other_path_passes_to_the_default_pool_and_its_body_is_streame
 async def test_a_client_that_leaves_cancels_the_upstream_and_nothing_stays_charged(
     http: aiohttp.ClientSession,
 ) -> None:
-    """Within a second the upstream's request is gone, and no place is held."""
+    """The upstream's request is gone before it is answered, and no place is held."""
     gate = asyncio.Event()
     async with OpenAIUpstream(gate=gate) as upstream, running(config_for([upstream.url])) as cairn:
         for body in (CHAT, STREAM):
             task = asyncio.ensure_future(http.post(f"{cairn.url}/chat/completions", json=body))  # noqa: TID251
             await eventually(lambda: upstream.in_flight == 1)
             task.cancel()
-            await eventually(lambda: upstream.in_flight == 0, within_seconds=1.0)
+            await eventually(lambda: upstream.in_flight == 0)  # the gate stays closed: nothing else ends it
         await eventually(lambda: cairn.worker.requests.in_flight_limit.requests == 0)
         assert cairn.worker.replicas.fleet.own_in_flight(0) == 0
         assert upstream.abandoned == 2

@@ -14,7 +14,7 @@ from tests.support.openai_upstream import OpenAIUpstream
 from tests.support.relay import Relay
 from tests.support.valkey import Valkey, eventually
 
-SLOW_SECONDS = 0.2
+SLOW_SECONDS = 0.4
 REQUESTS = 30
 
 
@@ -36,7 +36,7 @@ async def test_no_request_waits_for_a_slow_redis_and_the_log_stays_short(
         OpenAIUpstream() as upstream,
         Relay(redis.port) as relay,
         running(
-            config_for([upstream.url], f"redis://127.0.0.1:{relay.port}/0", redis_seconds=SLOW_SECONDS / 4)
+            config_for([upstream.url], f"redis://127.0.0.1:{relay.port}/0", redis_seconds=SLOW_SECONDS / 8)
         ) as cairn,
     ):
         store = cairn.worker.memory.store

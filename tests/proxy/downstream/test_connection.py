@@ -16,6 +16,7 @@ from proxy.downstream.request import IncomingRequest
 from proxy.downstream.response import ClientResponse
 from proxy.errors import CairnError
 from tests.support.answering import GET, Counts, client_server, served_by, serving, talk
+from tests.support.clock import FakeClock
 from tests.support.valkey import eventually
 
 OK = b"HTTP/1.1 200 OK"
@@ -171,14 +172,23 @@ async def test_empty_lines_before_a_request_are_skipped() -> None:
 
 async def test_an_idle_connection_is_closed_after_its_time() -> None:
     """Counted from the end of its last answer; one that never sent anything, too."""
-    async with serving(echo, keepalive_seconds=0.05) as port:
+    clock = FakeClock()
+    server = client_server(echo, clock=clock, keepalive_seconds=75)
+    async with served_by(server) as port, asyncio.timeout(20):
         silent, silent_writer = await asyncio.open_connection("127.0.0.1", port)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await eventually(lambda: len(server) == 2)
+        clock.advance(1)
         writer.write(request(b"/"))
         await answer_of(reader)
-        async with asyncio.timeout(20):
-            assert await reader.read() == b""
-            assert await silent.read() == b""
+        clock.advance(74)
+        server.look()
+        assert await silent.read() == b""
+        writer.write(request(b"/"))
+        assert (await answer_of(reader))[0] == OK
+        clock.advance(75)
+        server.look()
+        assert await reader.read() == b""
         writer.close()
         silent_writer.close()
 
@@ -268,17 +278,25 @@ async def test_a_body_that_came_whole_and_was_not_read_ends_nothing() -> None:
 
 
 async def test_a_body_that_never_ends_ends_the_connection() -> None:
-    """If nobody wants it, after the lingering time."""
-    async with serving(refuse, linger_seconds=0.05) as port:
+    """If nobody wants it, after the lingering time, however steadily it comes."""
+    clock = FakeClock()
+    server = client_server(refuse, clock=clock, linger_seconds=5)
+    async with served_by(server) as port, asyncio.timeout(20):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request(b"/one", body=b"b" * 300_000)[:-1])
         await answer_of(reader)
-        async with asyncio.timeout(20):
-            with suppress(ConnectionError):
-                while True:
-                    writer.write(b"b")
-                    await writer.drain()
-                    await asyncio.sleep(0.01)
+        await writer.drain()
+        clock.advance(4)
+        server.look()
+        assert len(server) == 1
+        with suppress(ConnectionError):
+            for _ in range(10):
+                writer.write(b"b")
+                await asyncio.sleep(0)
+            clock.advance(1)
+            server.look()
+            assert await reader.read() == b""
+        await eventually(lambda: not len(server))
         writer.close()
 
 
