@@ -17,6 +17,7 @@ from proxy.downstream.errors import BadHttp, ClientLimit
 from proxy.downstream.limits import ByteBudget, Limits, connections_within
 from proxy.errors import CairnError
 from proxy.tasks import Tasks
+from proxy.timers import DeadlineTimer
 
 log = logging.getLogger("cairn.clients")
 
@@ -72,7 +73,7 @@ class ClientServer:
         self._by_network: Counter[str] = Counter()
         self._tasks = Tasks()
         self._listeners: list[asyncio.Server] = []
-        self._looking: asyncio.TimerHandle | None = None
+        self._looking: DeadlineTimer | None = None
         self._all_gone: asyncio.Event = asyncio.Event()
         self._all_gone.set()
 
@@ -92,6 +93,7 @@ class ClientServer:
         loop = asyncio.get_running_loop()
         for end in listening:
             self._listeners.append(await loop.create_server(self.connect, sock=end, backlog=backlog))
+        self._looking = DeadlineTimer(loop, self._look)
         self._look()
 
     def adopt(self, connection: socket.socket) -> None:
@@ -182,7 +184,8 @@ class ClientServer:
 
     def _look(self) -> None:
         self.look()
-        self._looking = asyncio.get_running_loop().call_later(_look_seconds(self.limits), self._look)
+        if self._looking is not None:
+            self._looking.start(_look_seconds(self.limits))
 
 
 def network_of(address: str) -> str:

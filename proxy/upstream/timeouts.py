@@ -12,6 +12,7 @@ import math
 from typing import Final, Protocol
 
 from proxy.clock import Clock
+from proxy.timers import DeadlineTimer
 
 _SLACK_SECONDS: Final = 0.01  # a timer that fires slightly early would only be set again
 
@@ -37,7 +38,7 @@ class Deadlines:
         self.next_at = math.inf
         self._loop = loop
         self._clock = clock
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer = DeadlineTimer(loop, self.ring)
         self._watched: set[Watched] = set()
         self._all_gone: asyncio.Future[None] | None = None
 
@@ -58,11 +59,8 @@ class Deadlines:
         """Fire at `deadline` at the latest."""
         if deadline >= self.next_at:
             return
-        if self._timer is not None:
-            self._timer.cancel()
         self.next_at = deadline
-        delay_seconds = max(0.0, deadline - self._clock.monotonic()) + _SLACK_SECONDS
-        self._timer = self._loop.call_later(delay_seconds, self.ring)
+        self._timer.start(max(0.0, deadline - self._clock.monotonic()) + _SLACK_SECONDS)
 
     def ring(self) -> None:
         """Expire everything that is late and set the timer for the earliest of the rest."""
@@ -75,9 +73,7 @@ class Deadlines:
 
     def stop(self) -> None:
         """Do not fire until armed again."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._timer.cancel()
         self.next_at = math.inf
 
     async def close(self) -> None:
