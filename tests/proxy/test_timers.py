@@ -39,7 +39,9 @@ async def test_a_timer_rings_once_at_its_time(monkeypatch: pytest.MonkeyPatch) -
     assert ringing.done == ["rung"]
 
 
-async def test_after_a_pause_the_loop_reads_its_sockets_before_the_timer_rings(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_after_a_pause_the_loop_reads_its_sockets_before_the_timer_rings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Then it rings, however late the loop is in that moment: a loop that is always late has deadlines, too."""
     ringing = Ringing(monkeypatch)
     ringing.timer.start(10.0)
