@@ -14,8 +14,8 @@ class DeadlineTimer:
     """Calls `ring` after a delay, once the event loop has read what had arrived by then.
 
     An event loop handles its timers before its sockets. After a pause of the process, or a slow callback, every
-    deadline has passed, although what was awaited in time may lie unread in a socket. A timer that is late is therefore
-    put off once, for one turn of the loop.
+    deadline has passed, although what was awaited may have come in time and lie unread in a socket. A timer that is
+    late is therefore put off once, for one turn of the loop.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, ring: Callable[[], None]) -> None:

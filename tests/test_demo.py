@@ -25,7 +25,7 @@ from demo.shapes import DEMO, MODEL_NAME, SLOT_TOKENS, SMALL, model_path
 from proxy.clock import SystemClock
 from proxy.config.schema import Config
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 
 
 def answer(prompt_tokens: int, cached_tokens: int | None, ttft_seconds: float) -> Answer:

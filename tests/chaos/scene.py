@@ -49,7 +49,7 @@ class Store:
 
     def ask_with_password(self, *commands: bytes) -> None:
         """Send inline commands after the password."""
-        with socket.create_connection(("127.0.0.1", self.server.port), timeout=2) as asking:
+        with socket.create_connection(("127.0.0.1", self.server.port), timeout=10) as asking:
             asking.sendall(b"AUTH %b\r\n" % PASSWORD.encode() + b"".join(each + b"\r\n" for each in commands))
             asking.recv(4096)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.live import Run, running
+from tests.deploy.live import LIMIT_SECONDS, Run, running
 from tests.deploy.queries import DEPLOY, panel_queries, rules
 
 pytestmark = pytest.mark.skipif(
@@ -98,7 +98,12 @@ def test_prometheus_counts_what_was_asked(run: Run) -> None:
 def test_promtool_finds_nothing_to_say_about_a_real_scrape(run: Run) -> None:
     """Names, units and help texts are as Prometheus's own linter wants them."""
     checked = subprocess.run(
-        ["promtool", "check", "metrics"], input=run.scrape, capture_output=True, text=True, timeout=20, check=False
+        ["promtool", "check", "metrics"],
+        input=run.scrape,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
     )
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
 
@@ -115,4 +120,6 @@ def test_the_images_health_check_tells_a_live_proxy_from_a_dead_one(run: Run) ->
 
 def health(code: str) -> int:
     """The exit code of the check."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=20, check=False).returncode
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, timeout=LIMIT_SECONDS, check=False
+    ).returncode

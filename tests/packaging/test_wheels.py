@@ -21,7 +21,7 @@ from tests.packaging.serving import ends_cleanly, read_until
 
 ROOT = Path(__file__).resolve().parents[2]
 WHEELS = ROOT / ".build" / "wheels"
-START_SECONDS = 30
+START_SECONDS = 60
 BUILT = {path.stem.split("-")[2] == "py3": path for path in WHEELS.glob("*.whl")}
 
 pytestmark = pytest.mark.skipif(len(BUILT) != 2, reason="`make test` builds the wheels first")

@@ -20,6 +20,7 @@ from cache.store import embedded
 from cache.store.embedded import EmbeddedValkey, find_server
 from proxy.clock import SystemClock
 from tests.support.clock import FakeClock
+from tests.support.valkey import PATIENT_SECONDS
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
 
 def ask(valkey: EmbeddedValkey, command: bytes) -> bytes:
     with socket.socket(socket.AF_UNIX) as asking:
-        asking.settimeout(5)
+        asking.settimeout(PATIENT_SECONDS)
         asking.connect(valkey.url.removeprefix("unix://"))
         asking.sendall(command + b"\r\n")
         return asking.recv(4096)

@@ -17,7 +17,7 @@ def test_a_shell_gets_the_commands_and_flags() -> None:
         env={"_CAIRN_COMPLETE": "bash_complete", "COMP_WORDS": "cairn serve --up", "COMP_CWORD": "2", "PATH": "/bin"},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         cwd=ROOT,
         check=False,
     )

@@ -93,7 +93,7 @@ def test_a_taken_port_is_exit_1_and_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         command = [sys.executable, "-m", "proxy", "serve", "--upstream", "http://127.0.0.1:9", "--port", str(port)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=ROOT, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
     assert done.returncode == 1
     assert done.stderr == (
         f"cairn: cannot listen on 127.0.0.1 port {port}: the port is in use; "
@@ -118,7 +118,7 @@ def test_a_foreign_package_is_told_in_one_line(tmp_path: Path, name: str, conten
     (tmp_path / name / "__init__.py").write_text(content if name == "cache" else "")
     command = [sys.executable, "-P", "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
                "from proxy.__main__ import main; main()"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=tmp_path, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
     assert done.returncode == 1
     assert re.fullmatch(rf"cairn: the package `{name}` \(.*\) is not Cairn's: .*\n", done.stderr), done.stderr
 
@@ -138,7 +138,7 @@ def test_a_missing_package_is_told_in_one_line() -> None:
     """Not a traceback of imports."""
     command = [sys.executable, "-P", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
                "from proxy.__main__ import main; main()"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=ROOT, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
     assert done.returncode == 1
     assert re.fullmatch(r"cairn: No module named '\w+'; install cairn-proxy again.*\n", done.stderr), done.stderr
 

@@ -15,7 +15,7 @@ def listening(address: str) -> socket.socket:
     """Return a datagram socket bound to `address`, as a service manager has it."""
     manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     manager.bind(address)
-    manager.settimeout(5)
+    manager.settimeout(60)
     return manager
 
 

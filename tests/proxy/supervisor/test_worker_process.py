@@ -31,6 +31,8 @@ from proxy.supervisor.worker_process import (
 )
 from tests.support.clock import FakeClock
 
+LIMIT_SECONDS = 60.0  # bounds the time of a failure: on a busy machine a process takes many seconds to start
+
 # what a worker gets: --control FD --listen FDS --parent PID
 NONSENSE = "import os, sys, signal; os.write(int(sys.argv[2]), b'\\xff' * 8); signal.pause()"
 SILENT = "import signal; signal.pause()"
@@ -67,7 +69,7 @@ async def dies_and_comes_back(command: Sequence[str]) -> WorkerProcess:
     heard = Heard()
     slot = WorkerProcess(0, Program(command, dict(os.environ)), [], Config(), heard, SystemClock())  # noqa: TID251
     running = asyncio.ensure_future(slot.run())  # noqa: TID251
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(LIMIT_SECONDS):
         assert [await heard.deaths.get(), await heard.deaths.get()] == [1, 2]
         slot.kill()
         await running
@@ -104,7 +106,7 @@ async def test_a_worker_that_hears_nothing_is_killed_after_the_deadline(monkeypa
     program = Program([sys.executable, "-c", SILENT], dict(os.environ))  # noqa: TID251
     slot = WorkerProcess(0, program, [], Config(), Heard(), SystemClock())
     running = asyncio.ensure_future(slot.run())  # noqa: TID251
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(LIMIT_SECONDS):
         while slot.pid is None:  # noqa: ASYNC110 - turns of the loop, until the process is there
             await asyncio.sleep(0)
         slot.drain(0.0)
@@ -164,7 +166,7 @@ async def test_the_pause_grows_unless_the_worker_was_stable(
     program = Program(["/no/such/program"], {})
     slot = WorkerProcess(0, program, [], Config(), watcher, JumpingClock(uptime_seconds))
     running = asyncio.ensure_future(slot.run())  # noqa: TID251
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(LIMIT_SECONDS):
         assert [await watcher.deaths.get(), await watcher.deaths.get()] == [1, 2]
     slot.kill()
     await running
@@ -198,7 +200,7 @@ async def tiny_worker(clock: Clock) -> AsyncIterator[tuple[WorkerProcess, Ready]
         worker = WorkerProcess(0, program, [listening], config, watcher, clock)
         running = asyncio.ensure_future(worker.run())  # noqa: TID251
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(LIMIT_SECONDS):
                 await watcher.is_ready.wait()
                 yield worker, watcher
         finally:
@@ -220,7 +222,7 @@ async def test_a_frozen_worker_is_killed_and_replaced(
         await watcher.deaths.get()
         await watcher.is_ready.wait()
         assert worker.pid not in (None, frozen)
-    assert "worker 0 has not responded for 2 s; killing it" in caplog.text
+    assert re.search(r"worker 0 has not responded for \d+ s; killing it", caplog.text)
 
 
 async def test_a_supervisor_that_was_stopped_itself_kills_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +291,7 @@ async def test_connections_of_a_worker_that_ends_go_to_one_that_serves(caplog: p
     waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
     worker = WorkerProcess(0, Program(["/no/such/program"], {}), sockets, Config(), heard, SystemClock())
     running = asyncio.ensure_future(worker.run())  # noqa: TID251
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(LIMIT_SECONDS):
         await heard.deaths.get()
     assert sockets[0].getsockname()[1] == port
     for adopted in other.adopted:
@@ -311,7 +313,7 @@ async def test_connections_wait_for_a_successor_if_no_other_worker_serves() -> N
     sockets, heard = [ours], Heard()
     worker = WorkerProcess(0, Program(["/no/such/program"], {}), sockets, Config(), heard, SystemClock())
     running = asyncio.ensure_future(worker.run())  # noqa: TID251
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(LIMIT_SECONDS):
         await heard.deaths.get()
     assert sockets == [ours]
     theirs.close()

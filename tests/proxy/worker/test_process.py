@@ -34,7 +34,7 @@ async def run(target: Callable[[WorkerControl], Awaitable[None]], then: Callable
         await target(control)
 
     then(channel)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         code = await worker._run_target(work(), control, tasks)  # noqa: SLF001 - internal state that no public name shows
     await tasks.close()
     channel.close()
@@ -97,7 +97,7 @@ async def test_keys_of_a_reloaded_configuration_are_not_logged(capfd: pytest.Cap
     channel.post(keyed("first-key"))
     channel.post(keyed("second-key"))
     with logging_restored():
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert await worker._serve(theirs, [], serve) == 0  # noqa: SLF001 - `run` would change this process
     channel.close()
     assert capfd.readouterr().err.endswith("bad key ***\n")
@@ -106,5 +106,5 @@ async def test_keys_of_a_reloaded_configuration_are_not_logged(capfd: pytest.Cap
 def test_a_worker_whose_parent_is_another_ends_at_once() -> None:
     """The supervisor died before the worker could be tied to it."""
     command = [sys.executable, "-m", "tests.support.tiny_worker", "serve", "--control", "0", "--listen", "0"]
-    done = subprocess.run([*command, "--parent", "999999999"], timeout=30, cwd=ROOT, check=False, capture_output=True)
+    done = subprocess.run([*command, "--parent", "999999999"], timeout=60, cwd=ROOT, check=False, capture_output=True)
     assert (done.returncode, done.stderr) == (1, b"")
