@@ -9,8 +9,9 @@ import msgspec
 import pytest
 
 from benchmarks.common.load import Job, Run
-from benchmarks.common.processes import free_port, get
+from benchmarks.common.processes import get
 from benchmarks.common.upstream import Manner, parse_wish, plain_answer, serve
+from tests.support.valkey import free_port
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ import yaml
 
 from tests.deploy.queries import DEPLOY, PROMETHEUS
 from tests.support.openai_upstream import Failure, OpenAIUpstream
+from tests.support.valkey import free_port
 
 ROOT = DEPLOY.parent
 TOKEN = "for-this-test"
@@ -170,8 +170,7 @@ def _cairn(folder: Path, upstreams: Scripted) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def _prometheus(folder: Path, admin: str) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     shutil.copy(PROMETHEUS / "alerts.yml", folder)
     text = (PROMETHEUS / "prometheus.yml").read_text()
     for old, new in (

@@ -14,10 +14,10 @@ from shutil import which
 import aiohttp
 import pytest
 
-from benchmarks.common.processes import free_port
 from tests.packaging.serving import read_until
 from tests.packaging.test_image import PACKAGES
 from tests.support.openai_upstream import OpenAIUpstream
+from tests.support.valkey import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / ".build" / "image"

@@ -22,7 +22,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from benchmarks.common.processes import free_port
+from tests.support.valkey import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / ".build" / "image"

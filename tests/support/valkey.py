@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
+import random
 import shutil
 import signal
 import socket
@@ -16,6 +19,8 @@ from pathlib import Path
 
 from cache.store.embedded import find_server
 
+_FIRST_PORT = 12_000
+_PROCESSES_MOST = 16  # of one test run, that choose ports at the same time
 LIMIT_SECONDS = 30.0  # bounds the time of a failure; on an idle machine no wait takes a second
 PATIENT_SECONDS = 10.0  # the limit of an operation whose time is not tested: beyond any pause of the machine
 
@@ -47,14 +52,32 @@ def _wait(holds: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
+def _ports() -> Iterator[int]:
+    """Yield the ports of this process of the test run, in turn, from a random one on.
+
+    They lie below those that Linux gives to outgoing connections (32,768 and higher), as do the bus ports, which a
+    Cluster adds 10,000 to. So nobody takes one between the choice and the start of a server, or while it restarts.
+    """
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # noqa: TID251 - pytest-xdist's only way to tell it
+    mine = range(_FIRST_PORT + number % _PROCESSES_MOST, _FIRST_PORT + 10_000, _PROCESSES_MOST)
+    start = random.randrange(len(mine))
+    yield from itertools.cycle((*mine[start:], *mine[:start]))
+
+
+_own_ports = _ports()
+
+
 def free_port() -> int:
-    """A port of the loopback that nobody listens on, and whose bus port (10,000 higher) exists too."""
-    while True:
-        with socket.socket() as listening:
-            listening.bind(("127.0.0.1", 0))
-            port: int = listening.getsockname()[1]
-            if port < 55_000:
-                return port
+    """Return a port of the loopback that nobody listens on, nor on its bus port, and that no other test gets."""
+    for port in _own_ports:
+        try:
+            for each in (port, port + 10_000):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", each))
+        except OSError:
+            continue
+        return port
+    raise AssertionError("the ports of this process are endless")
 
 
 class Valkey:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.common.processes import free_port
 from benchmarks.engines.scenarios import AgentLoad
 from benchmarks.fleet.trace import decode_heavy, make_request
 from benchmarks.replay import report
@@ -18,6 +17,7 @@ from benchmarks.replay.drive import EngineCount, Run, Seen, drive
 from benchmarks.replay.engines import TEMPLATES, LiveEngine, blocks_of, serve
 from benchmarks.replay.texts import BLOCK_BYTES, Texts
 from proxy.config.load import load
+from tests.support.valkey import free_port
 
 
 def text_of(body: bytes) -> bytes:

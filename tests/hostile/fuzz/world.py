@@ -14,8 +14,9 @@ from pathlib import Path
 import yaml
 
 from benchmarks.common import cpu, sockets
-from benchmarks.common.processes import Running, free_port
+from benchmarks.common.processes import Running
 from tests.hostile.fuzz.upstream import Recorder
+from tests.support.valkey import free_port
 from tests.support.valkey import running as running_valkey
 
 _START_SECONDS = 60.0

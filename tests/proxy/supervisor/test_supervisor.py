@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -353,9 +352,7 @@ def test_a_host_that_does_not_resolve_is_one_line() -> None:
 
 def test_localhost_means_every_address_of_it() -> None:
     """A name with several addresses is served on all of them, on one port."""
-    free = socket.create_server(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-    free.close()
+    port = free_port()
     opened = listen.open_for_workers("localhost", port, 1, 16)
     try:
         assert {s.getsockname()[1] for s in opened[0]} == {port}
