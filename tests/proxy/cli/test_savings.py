@@ -16,7 +16,7 @@ from cache import Sums, Totals, open_store
 from proxy.cli.main import cli
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
-from tests.support.valkey import Valkey, free_port, running
+from tests.support.valkey import PATIENT_SECONDS, Valkey, free_port, running
 
 USD = 10**12
 
@@ -31,7 +31,7 @@ def valkey() -> Iterator[Valkey]:
 
 async def write(url: str) -> None:
     tasks = Tasks()
-    store = open_store(url, clock=SystemClock(), tasks=tasks)
+    store = open_store(url, clock=SystemClock(), tasks=tasks, limit_seconds=PATIENT_SECONDS)
     await store.start()
     totals, today = Totals(store, "w"), datetime.now(UTC).date().isoformat()
     totals.row(today, "gpt", "east", "red").add(

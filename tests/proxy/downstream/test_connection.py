@@ -349,14 +349,14 @@ async def test_a_client_that_leaves_inside_a_body_cancels_its_request() -> None:
 
 async def test_a_drain_loses_no_request_of_a_busy_connection() -> None:
     """Each client is told `Connection: close` with an answer to what it sent, and only then its connection ends."""
-    server = client_server(echo)
+    server = client_server(echo, drain_idle_seconds=60)
     async with served_by(server) as port:
         lines = [await asyncio.open_connection("127.0.0.1", port) for _ in range(16)]
         for reader, writer in lines:
             writer.write(request(b"/one"))
             await answer_of(reader)
         draining = asyncio.get_running_loop().create_task(server.drain(60.0))
-        await asyncio.sleep(0.05)
+        await eventually(lambda: server.is_draining)
         for reader, writer in lines:
             writer.write(request(b"/two"))
             head = await reader.readuntil(b"\r\n\r\n")
