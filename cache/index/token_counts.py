@@ -80,7 +80,7 @@ def _media_before(media: Sequence[MediaPart], offsets: Sequence[int]) -> list[tu
         part_size = part_tokens = 0.0
         if at < len(media) and media[at][0] < offset:
             start, stop, count = media[at]
-            part_size = offset - start
+            part_size = float(offset - start)
             part_tokens = count * part_size / (stop - start)
         found.append((size + part_size, tokens + part_tokens))
     return found
