@@ -241,10 +241,14 @@ class Connection(asyncio.Protocol):
             response.fail(error or ResetMidResponse("the connection was closed from this side"))
 
     def discard(self) -> None:
-        """Drop the socket of a connection that was never handed out; the caller gives its slot back."""
+        """Drop the socket of a connection that was never handed out; the caller gives its slot back.
+
+        It is not watched any longer: if opening it was cancelled, uvloop closes the socket without `connection_lost`.
+        """
         self.state = _CLOSED
         if self._transport is not None:
             self._transport.abort()
+        self._deadlines.discard(self)
 
     def expire(self) -> None:
         """Handle a missed deadline: fail the response under way, or close an idle connection."""

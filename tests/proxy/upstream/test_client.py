@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -1077,6 +1078,22 @@ async def test_an_origin_forgotten_while_in_use_is_dropped_with_its_last_connect
         await until(lambda: client.counts() == {})
         assert await fetch(client, upstream) == b"hello"
         await until(lambda: client.counts() == {})
+
+
+async def test_a_request_that_is_cancelled_while_its_connection_opens_leaves_nothing_behind(
+    make_client: MakeClient,
+) -> None:
+    """Whenever that is, the client can be closed: it waits for no connection that was never handed out."""
+    client = make_client()
+    async with ScriptedUpstream([SERVE_ONE] * 12) as upstream:
+        for turn in range(12):
+            request = spawn(fetch(client, upstream))
+            await turns(turn)
+            request.cancel()
+            await asyncio.wait([request])
+        async with asyncio.timeout(10):
+            await client.close()
+        assert counts(client, upstream).open == 0
 
 
 async def test_uploads_leave_no_more_connections_than_were_in_use_at_once(make_client: MakeClient) -> None:
