@@ -11,21 +11,22 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Any
 
-from cache.contexts.segments import Content
+from cache.contexts.segments import Content, Usage
 from cache.ports import Tasks
-
-ENTRY_BYTES = 512  # least memory of an entry in addition to its content's bytes
 
 
 class ContentCache:
-    """Contents by key, at most `most_bytes` between calls; a larger content is returned but not kept."""
+    """Contents by key, of which at most `most_bytes` are kept, with their prefix chains.
+
+    A larger content is returned but not kept. A chain that is computed later makes room at the next call.
+    """
 
     def __init__(self, most_bytes: int, tasks: Tasks) -> None:
         self._most_bytes = most_bytes
         self._tasks = tasks
         self._kept: OrderedDict[Hashable, Content] = OrderedDict()
         self._reading: dict[Hashable, asyncio.Task[Any]] = {}
-        self.size_bytes = 0
+        self._usage = Usage()
         self.hits = 0
         self.reads = 0
 
@@ -33,6 +34,11 @@ class ContentCache:
         """Change the bound."""
         self._most_bytes = most_bytes
         self._make_room()
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of what is kept."""
+        return self._usage.size_bytes
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -43,6 +49,7 @@ class ContentCache:
         if content is not None:
             self._kept.move_to_end(key)
             self.hits += 1
+            self._make_room()
         return content
 
     async def get(self, key: Hashable, read: Callable[[], Awaitable[Content]]) -> Content:
@@ -62,17 +69,17 @@ class ContentCache:
         """Keep `content`, and drop the least recently used to make room."""
         old = self._kept.pop(key, None)
         if old is not None:
-            self.size_bytes -= _size(old)
-        if _size(content) > self._most_bytes:
+            old.count_in(None)
+        if content.memory_bytes > self._most_bytes:
             return
         self._kept[key] = content
-        self.size_bytes += _size(content)
+        content.count_in(self._usage)
         self._make_room()
 
     def _make_room(self) -> None:
-        while self.size_bytes > self._most_bytes:
+        while self._usage.size_bytes > self._most_bytes:
             _, last = self._kept.popitem(last=False)
-            self.size_bytes -= _size(last)
+            last.count_in(None)
 
     async def _read(self, key: Hashable, read: Callable[[], Awaitable[Content]]) -> Content | Exception:
         """Return the content or the error; the error is raised to the waiting requests and not logged."""
@@ -85,7 +92,3 @@ class ContentCache:
             return error
         finally:
             del self._reading[key]
-
-
-def _size(content: Content) -> int:
-    return content.size_bytes + ENTRY_BYTES

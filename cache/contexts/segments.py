@@ -34,6 +34,10 @@ VERSION = 1
 CHAINS_AT_MOST = 8
 """Prefix chains kept with a content: one per model, salt and set of template arguments used recently."""
 
+CONTENT_BYTES = 600
+CHAIN_BYTES = 450
+"""Memory of a kept content in addition to its bytes, and of a chain in addition to its boundaries, as measured."""
+
 MAX_CONTENT_BYTES = 512 * 1024 * 1024
 """Largest content that is read; larger ones cannot be created."""
 
@@ -76,20 +80,39 @@ class Packed(msgspec.Struct, frozen=True):
     segments: dict[bytes, memoryview]
 
 
+class Usage:
+    """The memory of several contents, which each of them keeps up to date."""
+
+    __slots__ = ("size_bytes",)
+
+    def __init__(self) -> None:
+        self.size_bytes = 0
+
+
 class Content:
     """The uploaded bytes of a context: `tools` (a JSON array, or empty) and `messages` (without brackets).
 
-    Prefix chains are computed at their first use and kept.
+    Prefix chains are computed at their first use and kept. `memory_bytes` is an estimate that includes them.
     """
 
-    __slots__ = ("_chains", "bounds", "digest", "messages", "tools")
+    __slots__ = ("_chains", "_usage", "bounds", "digest", "memory_bytes", "messages", "tools")
 
     def __init__(self, digest: bytes, tools: bytes, messages: bytes, bounds: array[int]) -> None:
         self.digest = digest
         self.tools = tools
         self.messages = messages
         self.bounds = bounds
+        self.memory_bytes = CONTENT_BYTES + self.size_bytes + len(bounds) * bounds.itemsize
+        self._usage: Usage | None = None
         self._chains: dict[tuple[int, Hashable], Fingerprint] = {}
+
+    def count_in(self, usage: Usage | None) -> None:
+        """Count the memory of this content in `usage` from now on, and no longer where it was counted before."""
+        if self._usage is not None:
+            self._usage.size_bytes -= self.memory_bytes
+        self._usage = usage
+        if usage is not None:
+            usage.size_bytes += self.memory_bytes
 
     @property
     def size_bytes(self) -> int:
@@ -127,10 +150,16 @@ class Content:
         chain = self._chains.get((root, arrangement))
         if chain is None:
             if len(self._chains) >= CHAINS_AT_MOST:
-                del self._chains[next(iter(self._chains))]
+                self._grow(-_chain_bytes(self._chains.pop(next(iter(self._chains)))))
             chain = cut(root, self.spans() if arrange is None else arrange())
             self._chains[root, arrangement] = chain
+            self._grow(_chain_bytes(chain))
         return chain
+
+    def _grow(self, added_bytes: int) -> None:
+        self.memory_bytes += added_bytes
+        if self._usage is not None:
+            self._usage.size_bytes += added_bytes
 
 
 def pack(tools: bytes, messages: bytes, bounds: array[int]) -> Packed:
@@ -169,6 +198,10 @@ def unpack(manifest: Manifest, digest: bytes, stored: Mapping[bytes, bytes | Non
     if bounds and (bounds[-1] > len(messages) or not all(map(le, bounds, islice(bounds, 1, None)))):
         raise StoreCorrupt("a context's bounds are damaged")
     return Content(digest, tools, messages, bounds)
+
+
+def _chain_bytes(chain: Fingerprint) -> int:
+    return CHAIN_BYTES + len(chain.hashes) * chain.hashes.itemsize + len(chain.ends) * chain.ends.itemsize
 
 
 def _open(digest: bytes, size: int, stored: bytes | None) -> bytes:

@@ -16,7 +16,12 @@ from cache.index.replica_state import UNLIMITED_TOKENS, ReplicaState
 from cache.index.tree import Tree, new_entries
 
 MAX_BLOCKS: Final = 2_000_000
-"""Blocks of all replicas together (100 to 200 MB): a bound for the process, whatever the budgets are."""
+"""Blocks of all replicas together, whatever the budgets are: it bounds the snapshots in Redis (24 MB) too."""
+
+MAX_BYTES: Final = 256 * 1024 * 1024
+"""Memory of all entries, unless configured. It is reached before the blocks are if prompts are short: a node of one
+block takes as much as 60 blocks of a long one.
+"""
 
 UPKEEP_STEPS: Final = 500
 """Nodes that one call may drop: one to two milliseconds."""
@@ -32,13 +37,16 @@ MIN_PROMPT_TOKENS: Final = 1_024.0
 class Eviction:
     """Drops entries, oldest first, except those of running prompts, which engines do not evict either.
 
-    `running` maps the ids of placements without an answer to their times; `max_blocks` bounds the blocks of all
-    replicas together.
+    `running` maps the ids of placements without an answer to their times; `max_blocks` and `max_bytes` bound the
+    blocks of all replicas together and their memory.
     """
 
-    def __init__(self, running: Mapping[int, float], max_blocks: int = MAX_BLOCKS) -> None:
+    def __init__(
+        self, running: Mapping[int, float], max_blocks: int = MAX_BLOCKS, max_bytes: int = MAX_BYTES
+    ) -> None:
         self._running = running
         self._max_blocks = max_blocks
+        self._max_bytes = max_bytes
         self._retired: deque[tuple[Tree, ReplicaEntries]] = deque()
 
     def retire(self, tree: Tree, state: ReplicaState) -> None:
@@ -51,7 +59,7 @@ class Eviction:
         self._retired.append((tree, old))
 
     def make_room(self, tree: Tree, state: ReplicaState, states: Iterable[ReplicaState]) -> None:
-        """Bring `state` under its budget after a placement, and all `states` under the process's bound."""
+        """Bring `state` under its budget after a placement, and all `states` under the process's bounds."""
         steps = UPKEEP_STEPS
         if state.slots is not None:
             steps = _fit_slots(tree, state, state.slots, steps)
@@ -59,11 +67,14 @@ class Eviction:
             steps = self.evict(tree, state, steps)
         if self._retired:
             steps = self.clear_retired(steps)
-        if tree.blocks > self._max_blocks:
+        if self._is_full(tree):
             largest = max(states, key=lambda each: each.entries.blocks).entries
-            while tree.blocks > self._max_blocks and steps > 0 and largest.blocks:
+            while self._is_full(tree) and steps > 0 and largest.blocks:
                 tree.release(largest, _oldest(largest), evicted=True)
                 steps -= 1
+
+    def _is_full(self, tree: Tree) -> bool:
+        return tree.blocks > self._max_blocks or tree.size_bytes > self._max_bytes
 
     def evict(self, tree: Tree, state: ReplicaState, steps: int) -> int:
         """Drop the oldest blocks until the budget holds, in at most `steps` steps. Return the steps left.

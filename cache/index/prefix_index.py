@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from cache.index.eviction import MAX_BLOCKS, UPKEEP_STEPS, Eviction, dropped_tokens, free_prompts
+from cache.index.eviction import MAX_BLOCKS, MAX_BYTES, UPKEEP_STEPS, Eviction, dropped_tokens, free_prompts
 from cache.index.feedback import confirm, judge, new_budget
 from cache.index.fingerprint import Fingerprint
 from cache.index.matching import add_fork, reused_tokens, round_to_blocks
@@ -66,16 +66,16 @@ _RESTARTED: Final = FeedbackKind.RESTARTED
 class PrefixIndex:
     """The index of this process.
 
-    `origin`, random per process, sets the placement ids apart from those of other processes. `max_blocks` bounds the
-    blocks of all replicas together.
+    `origin`, random per process, sets the placement ids apart from those of other processes. `max_blocks` and
+    `max_bytes` bound the blocks of all replicas together and their memory.
     """
 
-    def __init__(self, *, origin: int = 0, max_blocks: int = MAX_BLOCKS) -> None:
+    def __init__(self, *, origin: int = 0, max_blocks: int = MAX_BLOCKS, max_bytes: int = MAX_BYTES) -> None:
         self._tree = Tree()
         self._replicas: dict[int, ReplicaState] = {}
         self._in_flight: dict[int, None] = {}  # placements of this process without an answer
         self._running: dict[int, float] = {}  # placements of all processes without an answer, with their times
-        self._eviction = Eviction(self._running, max_blocks)
+        self._eviction = Eviction(self._running, max_blocks, max_bytes)
         self._next_id = (origin % 2**ORIGIN_BITS << 63 - ORIGIN_BITS) + 1
         self._snapshots = 0
         self._coarse: set[int] = set()  # replicas whose blocks are large enough to matter for a prediction
@@ -408,10 +408,9 @@ class PrefixIndex:
         return self._replica(replica).epoch
 
     def stats(self) -> IndexStats:
-        """Return the totals. Memory is estimated by the sizes of nodes and residencies, and 17 bytes a boundary."""
+        """Return the totals."""
         tree = self._tree
-        size_bytes = tree.blocks * 17 + tree.nodes * 720 + tree.residencies * 130
-        return IndexStats(tree.blocks, tree.nodes, tree.residencies, size_bytes)
+        return IndexStats(tree.blocks, tree.nodes, tree.residencies, tree.size_bytes)
 
     # -- snapshots
 

@@ -21,6 +21,11 @@ from cache.index.nodes import NO_PLACEMENT, NOBODY, Node, ReplicaEntries, Reside
 EVICTED_HASHES: Final = 16_384
 """Chain ends remembered after eviction, to distinguish an evicted prefix from a cold one: about 1.5 MB."""
 
+BLOCK_BYTES: Final = 17
+NODE_BYTES: Final = 760
+RESIDENCY_BYTES: Final = 200
+"""Memory of a block, of a node with its arrays and dictionaries, and of a residency, as measured (64-bit CPython)."""
+
 MAX_CHILDREN_SEEN: Final = 8
 """Children of a node that are examined: if many prompts fork off, none of them is the continuation."""
 
@@ -85,6 +90,11 @@ class Tree:
         self.residencies = 0
         self._evicted: dict[int, int] = {}  # boundaries to the replica that held them last
         self._last_stamp = 0.0
+
+    @property
+    def size_bytes(self) -> int:
+        """Estimate of the memory that it takes."""
+        return self.blocks * BLOCK_BYTES + self.nodes * NODE_BYTES + self.residencies * RESIDENCY_BYTES
 
     def walk(self, hashes: Sequence[int]) -> list[Step]:
         """Return the nodes that a chain runs through, the head first; all but the last match completely."""

@@ -124,7 +124,8 @@ def _memory(config: Config, basics: Basics) -> Memory:
         limit_seconds=config.redis.operation_seconds,
         observe=OperationFigures(basics.recorder).observe,
     )
-    return Memory(store, PrefixIndex(origin=secrets.randbits(_ORIGIN_BITS)))
+    index = PrefixIndex(origin=secrets.randbits(_ORIGIN_BITS), max_bytes=config.routing.index_bytes)
+    return Memory(store, index)
 
 
 def _replicas(config: Config, basics: Basics, memory: Memory) -> Replicas:

@@ -213,6 +213,9 @@ class Routing(Section, frozen=True):
     future_weight_per_second: Annotated[float, Meta(ge=0)] = 8.0
     """Additional weight of uncached tokens per second of work in the shortest queue."""
 
+    index_bytes: Annotated[int, Meta(ge=MIB), SIZE] = 256 * MIB
+    """Memory per worker for the prefix index. Beyond it, prefixes that were unused for longest are forgotten."""
+
     session_headers: Annotated[
         tuple[
             Annotated[

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
 from cache.index.eviction import UPKEEP_STEPS
+from cache.index.hashing import cut
 from cache.index.prefix_index import UNLIMITED_TOKENS, FeedbackKind, PrefixIndex
 from cache.index.tree import reuse_distance
 from tests.cache.index.test_prefix_index import BLOCK_TOKENS, Bench, chain, talk
@@ -290,3 +293,33 @@ def test_a_replica_that_was_never_used_can_be_removed_and_has_no_bound():
     index.remove(9)
     assert index.replicas() == {}
     assert index.budget_tokens(9) == UNLIMITED_TOKENS
+
+
+def test_the_bound_on_memory_holds_for_prompts_of_one_block_that_no_bound_on_blocks_would_stop():
+    """The newest stay, and what was evicted is known to have been."""
+    index = PrefixIndex(max_bytes=100_000)
+    for number in range(500):
+        index.place(number % 2, talk(str(number), 1), 100, float(number))
+        assert index.stats().size_bytes <= 100_000
+    assert index.stats().size_bytes > 90_000
+    assert [index.match(talk(str(number), 1)).known_blocks for number in (0, 420, 499)] == [0, 1, 1]
+    assert index.match(talk("0", 1)).evicted
+
+
+@pytest.mark.parametrize(("prompts", "blocks", "holders"), [(1_000, 1, 1), (1_000, 2, 2), (500, 12, 1), (30, 900, 1)])
+def test_the_size_of_the_index_is_that_of_its_memory(prompts, blocks, holders):
+    """Within a fifth, for answered prompts of any length; boundaries are as large as real ones."""
+    index = PrefixIndex(origin=1)
+    tracemalloc.start()
+    try:
+        for number in range(prompts):
+            fingerprint = cut(2**62 + number, [b"x" * 512 * blocks])
+            for replica in range(holders):
+                tokens = fingerprint.size_bytes // 4
+                placement = index.place(replica, fingerprint, tokens, 1e9 + number)
+                index.answered(placement, tokens, int(placement.predicted_tokens), 9, 1e9 + number)
+        del fingerprint, placement
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert 0.8 * taken < index.stats().size_bytes < 1.2 * taken
