@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import date, timedelta
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ TENANTS_A_DAY = 1000  # counted separately by one writer: keys can be made up, a
 BATCH_ROWS = 256  # about 3,000 increments, 2 ms of Redis's time
 KEPT_DAYS = 400
 WRITER_SECONDS = 86_400  # how long a writer's last number is kept; it sends again within seconds
-READ_DAYS = 31  # read in one round trip
+READ_DAYS = 4  # read in one round trip: a day may have tens of thousands of fields, which are in memory until added
 MAX_AMOUNT = 2**63 - 1  # Redis counts in signed 64 bits
 OTHER = "other"
 
@@ -237,8 +237,13 @@ def _increments(key: RowKey, sums: Sums) -> Iterator[str | int]:
 # --- reading
 
 
-async def read_totals(store: Store, first: date, last: date) -> dict[RowKey, Sums]:
-    """Return the rows of all days from `first` to `last`, at most `KEPT_DAYS` + 1 days. Raises CacheError."""
+async def read_totals(
+    store: Store, first: date, last: date, merge: Callable[[RowKey], RowKey] = lambda key: key
+) -> dict[RowKey, Sums]:
+    """Return the rows of all days from `first` to `last`, at most `KEPT_DAYS` + 1 days. Raises CacheError.
+
+    Rows for which `merge` returns the same key are added up while they are read, so that fewer are in memory.
+    """
     count = min((last - first).days + 1, KEPT_DAYS + 1)
     days = [(last - timedelta(days=back)).isoformat() for back in range(count - 1, -1, -1)]
     rows: dict[RowKey, Sums] = {}
@@ -246,7 +251,7 @@ async def read_totals(store: Store, first: date, last: date) -> dict[RowKey, Sum
         chunk = days[start : start + READ_DAYS]
         for day, reply in zip(chunk, await _read_days(store, chunk), strict=True):
             for field, amount in parsed(hash_pairs, reply):
-                _add_field(rows, day, field, amount)
+                _add_field(rows, day, field, amount, merge)
             await asyncio.sleep(0)
     return rows
 
@@ -265,7 +270,9 @@ async def _read_days(store: Store, days: Sequence[str]) -> list[Any]:
         return [reply for day in days for reply in await _read_days(store, [day])]
 
 
-def _add_field(rows: dict[RowKey, Sums], day: str, field: bytes, amount: bytes) -> None:
+def _add_field(
+    rows: dict[RowKey, Sums], day: str, field: bytes, amount: bytes, merge: Callable[[RowKey], RowKey]
+) -> None:
     """Add one field of a day's hash; ignore one that this version does not know or that is damaged."""
     try:
         figure, model, upstream, tenant = _decode_field(field)
@@ -273,7 +280,7 @@ def _add_field(rows: dict[RowKey, Sums], day: str, field: bytes, amount: bytes) 
     except (msgspec.MsgspecError, ValueError, TypeError):
         return
     if figure in _FIGURES and abs(value) <= MAX_AMOUNT:
-        sums = rows.setdefault(RowKey(day, model, upstream, tenant), Sums())
+        sums = rows.setdefault(merge(RowKey(day, model, upstream, tenant)), Sums())
         setattr(sums, figure, getattr(sums, figure) + value)
 
 

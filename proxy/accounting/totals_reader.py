@@ -6,12 +6,21 @@ The connection is opened at the first read and is independent of any worker.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime
 
-from cache import CacheError, Store, StoreState, open_store, read_totals
+from cache import CacheError, RowKey, Store, StoreState, open_store, read_totals
 from proxy.accounting.savings import By, SavingsReport, first_day, report
 from proxy.clock import Clock
 from proxy.tasks import Tasks
+
+_MERGED: Mapping[By, Callable[[RowKey], RowKey]] = {
+    By.DAY: lambda key: RowKey(key.day, "", "", ""),
+    By.MODEL: lambda key: RowKey("", key.model, "", ""),
+    By.UPSTREAM: lambda key: RowKey("", "", key.upstream, ""),
+    By.TENANT: lambda key: RowKey("", "", "", key.tenant),
+}
+"""The key of all rows that are added up to one line of a report."""
 
 
 class Unreadable(Exception):
@@ -38,7 +47,7 @@ class TotalsReader:
         today = self._today()
         first = first_day(since, today)
         try:
-            rows = await read_totals(await self._opened(), first, today)
+            rows = await read_totals(await self._opened(), first, today, _MERGED[by])
         except CacheError as error:
             raise Unreadable(f"the totals cannot be read: {error}") from None
         return report(rows, by, first, today)

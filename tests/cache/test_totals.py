@@ -39,6 +39,18 @@ async def test_two_writers_add_up_to_the_last_unit(store: Store) -> None:
     assert [key.day for key in both_days] == ["2026-11-22", DAY]
 
 
+async def test_rows_that_are_merged_while_they_are_read_add_up(store: Store) -> None:
+    """Over all days and tenants, however many days are read in one round trip."""
+    writer = Totals(store, "w")
+    days = [f"2026-11-{day:02}" for day in range(1, 3 * totals.READ_DAYS)]
+    for day in days:
+        count(writer, day=day, answers=2)
+        count(writer, day=day, tenant="blue", answers=1, prompt_tokens=5)
+    await writer.flush()
+    found = await read_totals(store, date(2026, 10, 31), LAST, lambda key: key._replace(day="", tenant=""))
+    assert found == {RowKey("", "m", "u", ""): Sums(answers=3 * len(days), prompt_tokens=5 * len(days))}
+
+
 async def test_names_of_any_characters_stay_apart(store: Store) -> None:
     """Names that an upstream lists may contain anything."""
     writer = Totals(store, "w")
