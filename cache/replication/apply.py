@@ -34,8 +34,12 @@ from cache.replication.restarts import Miss, RestartDetector
 from cache.replication.stats import JournalStats
 from cache.replication.writer import ReplicaNames
 
-REMEMBERED_BLOCKS = 1_000_000
-"""Boundaries remembered of other writers' placements, which may still be answered or taken back."""
+REMEMBERED_BYTES = 32 * 1024 * 1024
+"""Memory for other writers' placements, which may still be answered or taken back: 40,000 short prompts, or 2,500 of
+two megabytes.
+"""
+
+_PLACEMENT_BYTES: Final = 640  # of one of them, in addition to its boundaries, as measured
 
 MAX_EPOCH_STEP: Final = 1_000
 """Largest step of an epoch: a replica does not restart more often between two deltas, so more is damaged data."""
@@ -105,7 +109,7 @@ class DeltaApplier:
         self._stats = stats
         self.live = False
         self._remembered: OrderedDict[int, _Remembered] = OrderedDict()
-        self._remembered_blocks = 0
+        self._remembered_bytes = 0
 
     def apply_payload(self, payload: bytes) -> None:
         """Apply one entry of the stream."""
@@ -240,8 +244,12 @@ class DeltaApplier:
         known = self._remembered
         before = known.get(placement)
         if before is not None:
-            self._remembered_blocks -= len(before.fingerprint.hashes)
-        self._remembered_blocks += len(remembered.fingerprint.hashes)
+            self._remembered_bytes -= _size_bytes(before)
+        self._remembered_bytes += _size_bytes(remembered)
         known[placement] = remembered
-        while self._remembered_blocks > REMEMBERED_BLOCKS:
-            self._remembered_blocks -= len(known.popitem(last=False)[1].fingerprint.hashes)
+        while self._remembered_bytes > REMEMBERED_BYTES:
+            self._remembered_bytes -= _size_bytes(known.popitem(last=False)[1])
+
+
+def _size_bytes(remembered: _Remembered) -> int:
+    return _PLACEMENT_BYTES + len(remembered.fingerprint.hashes) * codec.BOUNDARY_BYTES

@@ -28,6 +28,9 @@ from cache.index.rows import ReplicaRow, RunRow
 HASH_BYTES = 8
 """Size of one boundary's hash in an encoded chain."""
 
+BOUNDARY_BYTES = HASH_BYTES + 4
+"""Size of a boundary in memory: its hash and its end."""
+
 JOURNAL_VERSION = 1
 SNAPSHOT_VERSION = 1
 VECTOR_VERSION = 1

@@ -24,11 +24,13 @@ BATCH_INTERVAL_SECONDS: Final = 0.005  # deltas queued meanwhile go into one ent
 ALONE_INTERVAL_SECONDS: Final = 0.05  # while no other writer is known
 BATCH_BLOCKS: Final = 20_000  # boundaries of one entry, about 250 KB: a millisecond or two for a reader
 WRITE_LIMIT_SECONDS: Final = 0.2  # of one entry; nothing waits for it
-QUEUE_BLOCKS = 1_000_000  # boundaries that wait while Redis is away, about 12 MB
+QUEUE_BYTES = 32 * 1024 * 1024  # memory for deltas that wait while Redis is away: three for each request
 RECENT_SECONDS: Final = 5.0  # own entries are kept this long, to write them again if Redis loses everything
 RECENT_BYTES = 4 * 1024 * 1024
 RETRY_FIRST_SECONDS: Final = 0.05
 RETRY_MOST_SECONDS: Final = 1.0
+
+_DELTA_BYTES: Final = 260  # memory of a delta in addition to its boundaries, on average of a request's
 
 _OF_REPLICAS = (Placed, Began, Budgeted, Owned)
 
@@ -58,7 +60,7 @@ class JournalWriter:
         self.head = codec.own_head(codec.JOURNAL_VERSION, writer_id)
         self.alone = True
         self._queue: deque[Delta] = deque()
-        self._queue_blocks = 0
+        self._queue_bytes = 0
         self._unsent: deque[bytes] = deque()  # packed, but not in the stream yet
         self._recent: deque[tuple[float, bytes]] = deque()
         self._recent_bytes = 0
@@ -72,9 +74,9 @@ class JournalWriter:
     def enqueue(self, delta: Delta) -> None:
         """Queue a delta for all other writers."""
         self._queue.append(delta)
-        self._queue_blocks += _blocks(delta)
-        while self._queue_blocks > QUEUE_BLOCKS:
-            self._queue_blocks -= _blocks(self._queue.popleft())
+        self._queue_bytes += _size_bytes(delta)
+        while self._queue_bytes > QUEUE_BYTES:
+            self._queue_bytes -= _size_bytes(self._queue.popleft())
             self._stats.dropped_queued += 1
         self._wake.set()
 
@@ -122,9 +124,9 @@ class JournalWriter:
         while self._queue and blocks < BATCH_BLOCKS:
             deltas.append(self._queue.popleft())
             blocks += _blocks(deltas[-1])
+            self._queue_bytes -= _size_bytes(deltas[-1])
         if not deltas:
             return False
-        self._queue_blocks -= blocks
         self._unsent.append(codec.encode_batch(self.head, self._names(deltas), deltas))
         self._stats.written_deltas += len(deltas)
         return True
@@ -153,5 +155,9 @@ class JournalWriter:
 
 
 def _blocks(delta: Delta) -> int:
-    """Return the weight of a delta in the queue: its number of boundaries."""
+    """Return the weight of a delta in an entry: its number of boundaries."""
     return len(delta.hashes) // HASH_BYTES if isinstance(delta, Placed) else 1
+
+
+def _size_bytes(delta: Delta) -> int:
+    return _DELTA_BYTES + len(delta.hashes) + len(delta.ends) if isinstance(delta, Placed) else _DELTA_BYTES

@@ -246,7 +246,7 @@ async def test_without_redis_a_worker_goes_on_alone_and_tells_later() -> None:
 
 async def test_the_queue_is_bounded_while_redis_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest go, counted."""
-    monkeypatch.setattr(writer_module, "QUEUE_BLOCKS", 100)
+    monkeypatch.setattr(writer_module, "QUEUE_BYTES", 5_000)
     worker = Worker(Valkey().url, "one")
     for seed in range(50):
         worker.place(prompt(seed))

@@ -53,7 +53,7 @@ class Bench:
         """Everything that is queued, which is then forgotten."""
         (batch,) = self.journal._writer.unsent()  # noqa: SLF001 - internal state that no public name shows
         self.journal._writer._queue.clear()  # noqa: SLF001 - internal state that no public name shows
-        self.journal._writer._queue_blocks = 0  # noqa: SLF001 - internal state that no public name shows
+        self.journal._writer._queue_bytes = 0  # noqa: SLF001 - internal state that no public name shows
         return list(batch.deltas)
 
     def with_others(self) -> None:
@@ -288,12 +288,13 @@ def test_a_budget_change_counts_only_from_the_value_that_it_names() -> None:
 
 def test_what_is_remembered_of_others_placements_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest are forgotten first, also if one comes twice with another chain."""
-    monkeypatch.setattr("cache.replication.apply.REMEMBERED_BLOCKS", 2 * len(LONG))
+    size_bytes = 640 + 12 * len(LONG)
+    monkeypatch.setattr("cache.replication.apply.REMEMBERED_BYTES", 2 * size_bytes)
     applying = Applying()
     other = Placed(0, 1, 0, OTHER.hashes.tobytes(), OTHER.ends.tobytes(), 5_000, 1.0)
     applying.apply(placed(1), other, placed(2), placed(3))
     assert list(applying.applier._remembered) == [2, 3]  # noqa: SLF001 - internal state that no public name shows
-    assert applying.applier._remembered_blocks == 2 * len(LONG)  # noqa: SLF001 - internal state that no public name shows
+    assert applying.applier._remembered_bytes == 2 * size_bytes  # noqa: SLF001 - internal state that no public name shows
 
 
 async def test_an_error_of_redis_at_the_close_is_not_raised(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
