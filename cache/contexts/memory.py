@@ -7,7 +7,7 @@ before, or while a change arrived, is used only while Redis is away.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -16,9 +16,18 @@ from cache.contexts.rows import ContextRow, Tag
 from cache.store.pubsub import listen
 from cache.store.store import Store
 
-ENTRIES_AT_MOST = 8192  # of rows and of tags, each
+ENTRIES_BYTES = 16 * 1024 * 1024
+"""Memory for rows, and for tags: 13,000 rows with little metadata, or 400 with all that is allowed."""
 
-T = TypeVar("T")
+
+class Sized(Protocol):
+    """A value with an estimate of its memory, which never changes."""
+
+    @property
+    def memory_bytes(self) -> int: ...
+
+
+T = TypeVar("T", bound=Sized)
 
 
 class Moment(NamedTuple):
@@ -36,10 +45,18 @@ class Remembered(msgspec.Struct, Generic[T], frozen=True):
 
 
 class Entries(Generic[T]):
-    """Remembered values of one kind, by tenant and name; the one that was read longest ago is dropped first."""
+    """Remembered values of one kind, by tenant and name, at most `most_bytes`.
 
-    def __init__(self) -> None:
+    The one that was read longest ago is dropped first.
+    """
+
+    def __init__(self, most_bytes: int = ENTRIES_BYTES) -> None:
+        self._most_bytes = most_bytes
         self._entries: OrderedDict[tuple[str, str], Remembered[T]] = OrderedDict()
+        self.size_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def get(self, tenant: str, name: str) -> Remembered[T] | None:
         """Return the remembered value."""
@@ -49,12 +66,15 @@ class Entries(Generic[T]):
         """Remember a value as the one that was read last."""
         self.drop(tenant, name)
         self._entries[tenant, name] = remembered
-        if len(self._entries) > ENTRIES_AT_MOST:
-            self._entries.popitem(last=False)
+        self.size_bytes += remembered.value.memory_bytes
+        while self.size_bytes > self._most_bytes:
+            self.size_bytes -= self._entries.popitem(last=False)[1].value.memory_bytes
 
     def drop(self, tenant: str, name: str) -> None:
         """Forget a value."""
-        self._entries.pop((tenant, name), None)
+        dropped = self._entries.pop((tenant, name), None)
+        if dropped is not None:
+            self.size_bytes -= dropped.value.memory_bytes
 
 
 class ContextMemory:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from array import array
 from collections.abc import Sequence
+from sys import getsizeof
 
 import msgspec
 
@@ -18,6 +19,11 @@ HEAD_VERSION = 1
 PIN = "pin"  # the metadata key that keeps a context from being discarded
 DIGEST_BYTES = 32
 MAX_SECONDS = 1e11  # since 1970: the year 5138
+ROW_BYTES = 950
+MEDIA_BYTES = 120
+TAG_BYTES = 500
+"""Memory of a remembered row in addition to its texts, of each part that is not text, and of a tag, as measured."""
+
 MAX_NUMBER = 1e15  # of bytes, tokens, uses, USD
 _PINNING = frozenset({"1", "true", "yes", "on"})
 
@@ -103,6 +109,13 @@ class ContextRow(msgspec.Struct, frozen=True):
         return self.stored_status
 
     @property
+    def memory_bytes(self) -> int:
+        """Estimate of its memory in a worker."""
+        head, metadata = self.head, self.metadata
+        texts = (head.name, head.description, *metadata, *metadata.values())
+        return ROW_BYTES + getsizeof(metadata) + sum(map(getsizeof, texts)) + MEDIA_BYTES * len(head.media)
+
+    @property
     def worth(self) -> float:
         """Worth in USD per second and byte, as of the time of reading."""
         return self.stored_value.worth(self.value_usd, self.size_bytes, self.as_of_unix_seconds)
@@ -126,6 +139,11 @@ class Tag(msgspec.Struct, frozen=True):
     tag: str
     context_id: str
     created_unix_seconds: float
+
+    @property
+    def memory_bytes(self) -> int:
+        """Estimate of its memory in a worker."""
+        return TAG_BYTES
 
 
 def pins(metadata: dict[str, str]) -> bool:

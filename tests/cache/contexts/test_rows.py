@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import msgspec
 import pytest
 
-from cache.contexts.memory import ENTRIES_AT_MOST, Entries, Remembered
+from cache.contexts.memory import Entries, Remembered
 from cache.contexts.rows import HEAD_VERSION, ContextRow, ContextStatus, Head, encode_head, read_row, read_tag
 from cache.errors import StoreCorrupt
 
@@ -71,13 +73,50 @@ def test_a_tag_is_read_with_its_context_and_its_time() -> None:
             read_tag("t", damaged)
 
 
-def test_a_worker_remembers_a_bounded_number_of_rows_the_last_read_ones() -> None:
-    entries = Entries[int]()
-    for number in range(ENTRIES_AT_MOST):
-        entries.put("tenant", str(number), Remembered(number, 1))
-    entries.put("tenant", "0", Remembered(0, 2))
-    entries.put("tenant", "new", Remembered(-1, 2))
-    assert [entries.get("tenant", name) is not None for name in ("0", "1", "2", "new")] == [True, False, True, True]
+def sized(
+    description: str = "", media: int = 0, metadata: dict[str, str] | None = None, number: int = 0
+) -> ContextRow:
+    head = msgspec.structs.replace(HEAD, description=description, media=(("image", 5_000),) * media)
+    fields = {
+        "head": encode_head(head),
+        "metadata": msgspec.msgpack.encode(metadata or {}),
+        "size": b"%d" % (number + 999),
+    }
+    read = read_row(f"cache-{number:032}", list({**FIELDS, **fields}.values()), 5_000)
+    assert read is not None
+    return read
+
+
+def test_remembered_rows_are_bounded_in_bytes_and_the_one_that_was_read_longest_ago_goes_first() -> None:
+    """Texts and media count; what is read again or dropped is counted once."""
+    small, large = sized(), sized("é" * 500, 100, {"note": "n" * 400})
+    assert large.memory_bytes > small.memory_bytes + 12_000
+    most = large.memory_bytes + 3 * small.memory_bytes
+    entries: Entries[ContextRow] = Entries(most)
+    for name in ("large", "one", "two", "three", "large", "one", "four"):
+        entries.put("t", name, Remembered(large if name == "large" else small, 1))
+    kept = [name for name in ("large", "one", "two", "three", "four") if entries.get("t", name) is not None]
+    assert (kept, entries.size_bytes) == (["large", "one", "three", "four"], most)
+    entries.drop("t", "large")
+    entries.drop("t", "large")
+    assert (len(entries), entries.size_bytes) == (3, 3 * small.memory_bytes)
+
+
+@pytest.mark.parametrize(("media", "length"), [(0, 0), (0, 500), (200, 10)])
+def test_the_size_of_a_remembered_row_is_that_of_its_memory(media: int, length: int) -> None:
+    """Within a fifth."""
+    entries: Entries[ContextRow] = Entries()
+    tracemalloc.start()
+    try:
+        for number in range(200):
+            metadata = {f"key {number} {pair}": chr(0x100) * length for pair in range(length // 50)}
+            read = sized("d" * length, media, metadata, number)
+            entries.put(f"{number:032}", read.id, Remembered(read, 1))
+        del read, metadata
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert 0.8 * taken < entries.size_bytes < 1.2 * taken
 
 
 def test_a_context_that_is_warmed_for_too_long_has_failed() -> None:
