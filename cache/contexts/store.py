@@ -120,6 +120,11 @@ class ContextStore:
         return self._room.total_bytes
 
     @property
+    def memory_bytes(self) -> int:
+        """Memory of the contents that this worker keeps."""
+        return self._bytes.contents.size_bytes
+
+    @property
     def total_contexts(self) -> int:
         """Number of all tenants' contexts, as last read."""
         return self._room.total_contexts

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 OWNERS_AT_MOST = 65_536
-"""Ids remembered, about 10 MB; a request for a forgotten one goes to the least loaded replica."""
+"""Ids remembered unless configured, about 10 MB; a request for a forgotten one goes to the least loaded replica."""
 
 ID_CHARACTERS_AT_MOST = 256
 
@@ -18,10 +18,15 @@ class ObjectLocations:
     """Maps object ids to the names of the replicas that have them."""
 
     def __init__(self) -> None:
+        self._most = OWNERS_AT_MOST
         self._names: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def limit(self, most: int) -> None:
+        """Set the number of ids that are remembered, before there are any."""
+        self._most = most
 
     def of(self, made_id: str) -> str | None:
         """Return the name of the replica that has `made_id`, None if unknown."""
@@ -44,7 +49,7 @@ class ObjectLocations:
             return False
         self._names.pop(made_id, None)
         self._names[made_id] = name
-        if len(self._names) > OWNERS_AT_MOST:
+        if len(self._names) > self._most:
             del self._names[next(iter(self._names))]
         return True
 

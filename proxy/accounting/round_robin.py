@@ -22,8 +22,13 @@ OFFSETS_BYTES = tuple([1 << power for power in range(10, 26)])
 """The offsets: 1 KB, 2, 4 and so on up to 32 MB. Each is a boundary of every fingerprint that reaches it
 (`cache.index.hashing`). Between two of them the ends of earlier prompts give more detail."""
 
-PLACES_PER_REPLICA = 32_768  # in one simulated cache (4 MB); when it is full, those unused for longest are dropped
-PLACES_SEEN = 131_072  # remembered as seen before (14 MB)
+PLACES_SEEN = 131_072
+"""Places remembered as seen before (14 MB), unless the prefix index is configured to be small. A simulated cache has
+a quarter of them (4 MB); when it is full, those unused for longest are dropped.
+"""
+
+INDEX_BYTES_PER_PLACE = 2048
+"""Memory of the prefix index for which one place is remembered: in all a tenth of the index."""
 
 
 class _SimulatedCache:
@@ -32,9 +37,10 @@ class _SimulatedCache:
     The end of each prompt is a place too, of no tokens: the next turn continues from there.
     """
 
-    __slots__ = ("budget_tokens", "epoch", "places", "tokens")
+    __slots__ = ("_most_places", "budget_tokens", "epoch", "places", "tokens")
 
-    def __init__(self) -> None:
+    def __init__(self, most_places: int) -> None:
+        self._most_places = most_places
         # a dict takes longer to find its first key, the more were dropped before
         self.places: OrderedDict[int, float] = OrderedDict()
         self.tokens = 0.0
@@ -54,7 +60,7 @@ class _SimulatedCache:
             self.tokens += tokens - held.pop(place, 0.0)
             held[place] = tokens
             end = begin
-        while held and (self.tokens > self.budget_tokens or len(held) > PLACES_PER_REPLICA):
+        while held and (self.tokens > self.budget_tokens or len(held) > self._most_places):
             self.tokens -= held.popitem(last=False)[1]
 
     def held_bytes(self, fingerprint: Fingerprint, places: list[int]) -> tuple[int, int]:
@@ -88,10 +94,14 @@ class Gain:
 
 
 class RoundRobinBaseline:
-    """The simulation of one worker. Each worker takes turns independently, and learns what the others routed."""
+    """The simulation of one worker. Each worker takes turns independently, and learns what the others routed.
 
-    def __init__(self, pools: Pools) -> None:
+    It remembers `most_places` places, and a quarter of that for each replica.
+    """
+
+    def __init__(self, pools: Pools, most_places: int = PLACES_SEEN) -> None:
         self._pools = pools
+        self._most_places = most_places
         self._peers: dict[int, tuple[int, ...]] = {}
         self._caches: dict[int, _SimulatedCache] = {}
         self._seen: set[int] = set()
@@ -117,7 +127,7 @@ class RoundRobinBaseline:
                 continue
             cache = self._caches.get(number)
             if cache is None or cache.epoch < stats.epoch:
-                cache = self._caches[number] = _SimulatedCache()
+                cache = self._caches[number] = _SimulatedCache(self._most_places // 4)
                 cache.epoch = stats.epoch
             cache.budget_tokens = float(stats.budget_tokens)
 
@@ -169,7 +179,7 @@ class RoundRobinBaseline:
         number = peers[placement % len(peers)]
         cache = self._caches.get(number)
         if cache is None:
-            cache = self._caches[number] = _SimulatedCache()
+            cache = self._caches[number] = _SimulatedCache(self._most_places // 4)
         return cache
 
     def _has_seen(self, places: list[int], held_bytes: int) -> bool:
@@ -185,7 +195,7 @@ class RoundRobinBaseline:
             if place not in seen:
                 seen.add(place)
                 order.append(place)
-        while len(seen) > PLACES_SEEN:
+        while len(seen) > self._most_places:
             seen.discard(order.popleft())
 
 

@@ -201,6 +201,9 @@ INDEX_EVICTIONS = _counter(
 )
 CONTEXTS = _max("contexts", "Stored contexts.")
 CONTEXTS_BYTES = _max("contexts_bytes", "Bytes of stored contexts in Redis.")
+CONTEXT_MEMORY_BYTES = _sum(
+    "context_memory_bytes", "Memory used by contents of stored contexts, over all workers."
+)
 CONTEXTS_EVICTED = _counter("contexts_evictions", "Stored contexts that were removed, by reason.", "reason")
 CONTEXTS_DAMAGED = _counter("contexts_damaged", "Stored contexts whose content in Redis failed its checksum.")
 CONTEXT_USES = _counter("context_uses", "Requests that named a stored context, by result.", "result")

@@ -33,7 +33,7 @@ from proxy.accounting.error_stats import ErrorStats
 from proxy.accounting.prefix_stats import PrefixStats
 from proxy.accounting.pricing import PriceBook
 from proxy.accounting.rate_cards import rules_of
-from proxy.accounting.round_robin import RoundRobinBaseline
+from proxy.accounting.round_robin import INDEX_BYTES_PER_PLACE, PLACES_SEEN, RoundRobinBaseline
 from proxy.clock import SystemClock
 from proxy.config.schema import Config
 from proxy.contexts import StoredContexts
@@ -158,9 +158,10 @@ def _endpoints(config: Config, basics: Basics) -> KubernetesEndpoints:
     return KubernetesEndpoints(api, basics.loops, random.random)
 
 
-def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
+def _sharing(config: Config, basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
     clock, fleet = basics.clock, replicas.fleet
-    baseline = RoundRobinBaseline(replicas.pools)
+    most_places = min(PLACES_SEEN, config.routing.index_bytes // INDEX_BYTES_PER_PLACE)
+    baseline = RoundRobinBaseline(replicas.pools, most_places)
     gate = PrefillGate()
     remote_prefills = RemotePrefills(
         gate, lambda number, uncached_tokens: fleet.wait_seconds(number, uncached_tokens, clock.monotonic())
@@ -186,6 +187,7 @@ def _sharing(basics: Basics, memory: Memory, replicas: Replicas) -> Sharing:
         replicas=fleet,
         listeners=Listeners(placed=placed, prefills=remote_prefills, answered=answered),
     )
+    journal.locations.limit(config.routing.max_objects)
     shares = TenantShares()
     cold_gate = ColdGate(
         fleet,
@@ -508,7 +510,7 @@ async def build(config: Config, control: WorkerControl, *, access_log_descriptor
     basics = _basics()
     memory = _memory(config, basics)
     replicas = _replicas(config, basics, memory)
-    sharing = _sharing(basics, memory, replicas)
+    sharing = _sharing(config, basics, memory, replicas)
     prices = PriceBook(rules_of(config.prices), builtin_prices.card)
     access_log = AccessLog(access_log_descriptor, FORMATS[config.log.format]) if config.log.access else None
     accounting = _accounting(basics, memory, replicas, sharing, prices, access_log)

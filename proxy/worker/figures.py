@@ -79,6 +79,8 @@ class StoredTotals(Protocol):
     def total_contexts(self) -> int: ...
     @property
     def total_bytes(self) -> int: ...
+    @property
+    def memory_bytes(self) -> int: ...
 
 
 class Dropping(Protocol):
@@ -277,6 +279,7 @@ class StoreFigures:
         self._recorder.set(metrics.REDIS_BREAKER, (), _STORE_LEVELS[self._store.breaker_state])
         self._recorder.set(metrics.CONTEXTS, (), self._contexts.total_contexts)
         self._recorder.set(metrics.CONTEXTS_BYTES, (), self._contexts.total_bytes)
+        self._recorder.set(metrics.CONTEXT_MEMORY_BYTES, (), self._contexts.memory_bytes)
         self._recorder.set(metrics.JOURNAL_LAG, (), stats.lag_seconds)
         for reason, total in (
             ("queue", stats.dropped_queued),

@@ -216,6 +216,10 @@ class Routing(Section, frozen=True):
     index_bytes: Annotated[int, Meta(ge=MIB), SIZE] = 256 * MIB
     """Memory per worker for the prefix index. Beyond it, prefixes that were unused for longest are forgotten."""
 
+    max_objects: Count = 65_536
+    """Stored responses, files and other objects of which a worker remembers the replica, at about 150 bytes each. A
+    request for a forgotten one goes to the least loaded replica."""
+
     session_headers: Annotated[
         tuple[
             Annotated[

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from cache.replication import owners
 from cache.replication.owners import ID_CHARACTERS_AT_MOST, ObjectLocations
 
 
@@ -36,10 +35,10 @@ def test_what_cannot_be_an_id_is_not_learned(bad: str) -> None:
     assert len(locations) == 0
 
 
-def test_the_oldest_is_forgotten_first_and_parts_hold_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_is_forgotten_first_and_parts_hold_all() -> None:
     """In order, the oldest first."""
-    monkeypatch.setattr(owners, "OWNERS_AT_MOST", 3)
     locations = ObjectLocations()
+    locations.limit(3)
     for name in "abcd":
         locations.learn(name, "http://one")
     assert [list(part) for part in locations.chunks(2)] == [["b", "c"], ["d"]]

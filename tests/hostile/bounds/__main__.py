@@ -31,7 +31,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 async def measure(scale: Scale, console: Console) -> list[Measured]:
     """Send all loads to one Cairn."""
     results = []
-    async with running_world(1) as world:
+    async with running_world(1, {}) as world:
         for load in LOADS:
             console.print(f"{(load.__doc__ or '').strip()} ...", highlight=False)
             results.append(await load(world, scale))

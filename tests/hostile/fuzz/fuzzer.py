@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tests.hostile.fuzz.session import Session, Tally
-from tests.hostile.fuzz.world import MIB, Held, World, running_world
+from tests.hostile.fuzz.world import CONTEXT_BYTES, INDEX_BYTES, MIB, Held, World, running_world
 
 REQUESTS_PER_SESSION = 25
 AT_ONCE = 24  # sessions
 FINDINGS_MOST = 25  # after which no further session begins
 _WARMING_SHARE = 0.25  # of the requests, in which tables and caches fill
 _QUIET_SECONDS = 2.0
-_MEMORY_GROWTH_MOST = 0.10
-_MEMORY_GROWTH_BYTES_LEAST = 24 * MIB  # what a short run may still add: tables that have a bound are not full yet
+FULL_SHARE = 0.9  # of its bound, from which a table counts as full
+OVER_SHARE = 1.05  # the next request makes room for what the last one added
+FULL_REQUESTS = 15_000  # after which the tables must be full; in a shorter warming they still grow
+MEMORY_GROWTH_MOST = 0.10  # of full tables: the allocators keep free memory between what lives
+SHORT_MEMORY_GROWTH_MOST = 0.15  # in a short run the tables, of 2 MB in all, are not full yet
 _MORE_DESCRIPTORS = {"upstream": 64, "redis": 16}  # connections that are kept for the next request, within a bound
 
 Progress = Callable[[int, int], None]
@@ -54,7 +57,7 @@ async def fuzz(
         await _run(world, seed, sessions, tally, requests, progress)
         end = await _quiet(world)
         seconds = loop.time() - begin
-        problems = [*tally.findings, *world.complaints(), *growth(warm, end)]
+        problems = [*tally.findings, *world.complaints(), *growth(warm, end, are_full=warming >= FULL_REQUESTS)]
     return Verdict(tally, warm, end, seconds, problems)
 
 
@@ -73,14 +76,22 @@ async def _run(
 
 async def _quiet(world: World) -> Held:
     await asyncio.sleep(_QUIET_SECONDS)
-    return world.held()
+    return await world.held_and_kept()
 
 
-def growth(warm: Held, end: Held) -> list[str]:
-    """Return what grew by more than it may."""
+def growth(warm: Held, end: Held, *, are_full: bool) -> list[str]:
+    """Return what grew by more than it may. `are_full` tells whether all tables must have been full when warm."""
     problems = []
-    allowed_bytes = max(_MEMORY_GROWTH_BYTES_LEAST, int(warm.memory_bytes * _MEMORY_GROWTH_MOST))
-    if end.memory_bytes > warm.memory_bytes + allowed_bytes:
+    for table, before, after, bound in (
+        ("index", warm.index_bytes, end.index_bytes, INDEX_BYTES),
+        ("contents", warm.context_bytes, end.context_bytes, CONTEXT_BYTES),
+    ):
+        if are_full and before < FULL_SHARE * bound:
+            problems.append(f"the {table} was not full ({before} of {bound} bytes): memory proves nothing")
+        if after > OVER_SHARE * bound:
+            problems.append(f"the {table} has {after} bytes, at most {bound}")
+    allowed_share = MEMORY_GROWTH_MOST if are_full else SHORT_MEMORY_GROWTH_MOST
+    if end.memory_bytes > warm.memory_bytes * (1 + allowed_share):
         problems.append(f"memory grew from {warm.memory_bytes / MIB:.1f} to {end.memory_bytes / MIB:.1f} MB")
     for kind in sorted({*warm.descriptors, *end.descriptors}):
         before, after = warm.descriptors.get(kind, 0), end.descriptors.get(kind, 0)

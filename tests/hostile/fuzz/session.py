@@ -14,10 +14,11 @@ from random import Random
 from tests.hostile.client.inputs import CASES
 from tests.hostile.fuzz.mutations import mutate, mutate_wire
 from tests.hostile.fuzz.requests import Known, Must, Request, mark, well_formed
-from tests.hostile.fuzz.upstream import ANSWER, Record, Recorder
+from tests.hostile.fuzz.upstream import ANSWER, NUMBERS_PER_SESSION, Record, Recorder
 
 HANG_SECONDS = 30.0
 QUIET_SECONDS = 0.05  # after which a connection whose framing was changed is taken to wait for more
+_KEYS = 40  # few, so that whatever is kept for each is complete after some thousand requests
 _MUTATED_SHARE = 0.75
 _WIRE_SHARE = 0.12  # of sessions
 _LEAVING_SHARE = 0.04
@@ -60,15 +61,17 @@ class Session:
     def __init__(self, seed: int, number: int, ports: tuple[int, int], recorder: Recorder, tally: Tally) -> None:
         self._name = f"{seed}:{number}"
         self._random = Random(self._name)
-        self._first = number * 1000
+        self._number = number
+        self._first = number * NUMBERS_PER_SESSION
         self._ports = ports
         self._recorder = recorder
         self._tally = tally
-        self._known = Known(key=b"key-%d" % self._random.randrange(400) if self._random.random() < 0.8 else b"")
+        self._known = Known(key=b"key-%d" % self._random.randrange(_KEYS) if self._random.random() < 0.8 else b"")
         self._connections: dict[int, tuple[asyncio.StreamReader, asyncio.StreamWriter]] = {}
 
     async def run(self, requests: int) -> None:
         """Send a number of requests, some of them ahead of their turn; note what is wrong."""
+        self._recorder.begin(self._number)
         try:
             if self._random.random() < _WIRE_SHARE:
                 for turn in range(requests):
@@ -78,6 +81,7 @@ class Session:
         finally:
             for _, writer in self._connections.values():
                 writer.close()
+            self._recorder.end(self._number)
 
     # -- requests whose framing is valid
 

@@ -16,6 +16,7 @@ import httptools
 
 from tests.hostile.fuzz.requests import MARK, MODELS, number_of
 
+NUMBERS_PER_SESSION = 1000
 ANSWER = b"x-answer"  # the header with the number of the request that is answered
 _STATUSES = (200,) * 30 + (201, 202, 400, 404, 409, 422)
 _LINE_ENDS = (b"\n", b"\n", b"\n", b"\r\n", b"\r")
@@ -60,13 +61,27 @@ class Record:
 
 
 class Recorder:
-    """The records by number; `unnumbered` counts requests without a number, which are Cairn's own."""
+    """The records of requests of present sessions, by number: the memory of a run does not depend on its length.
+
+    `unnumbered` counts requests without a number, which are Cairn's own.
+    """
 
     def __init__(self, seed: int) -> None:
         self.records: dict[int, Record] = {}
         self.unnumbered = 0
         self._seed = seed
         self._servers: list[asyncio.Server] = []
+        self._sessions: set[int] = set()
+
+    def begin(self, session: int) -> None:
+        """Keep records of a session's requests from now on."""
+        self._sessions.add(session)
+
+    def end(self, session: int) -> None:
+        """Drop the records of a session, and keep none of those of its requests that come later."""
+        self._sessions.discard(session)
+        for number in [number for number in self.records if number // NUMBERS_PER_SESSION == session]:
+            del self.records[number]
 
     async def start(self, replicas: int) -> list[int]:
         """Serve on free ports, and return them."""
@@ -88,7 +103,9 @@ class Recorder:
             return _unnumbered(target), False
         if (before := self.records.get(number)) is not None:
             before.times += 1
-        record = self.records[number] = Record(method, target, body, before.times if before else 1)
+        record = Record(method, target, body, before.times if before else 1)
+        if number // NUMBERS_PER_SESSION in self._sessions:
+            self.records[number] = record
         random = Random(f"{self._seed} {number}")
         streams, counts_usage = _asked(body)
         if method == "POST" and streams and random.random() < 0.95:

@@ -8,13 +8,13 @@ import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from benchmarks.common import cpu, sockets
-from benchmarks.common.processes import Running
+from benchmarks.common.processes import Running, get
 from tests.hostile.fuzz.upstream import Recorder
 from tests.support.valkey import free_port
 from tests.support.valkey import running as running_valkey
@@ -22,6 +22,13 @@ from tests.support.valkey import running as running_valkey
 _START_SECONDS = 60.0
 _REPLICAS = 2
 MIB = 1 << 20
+INDEX_BYTES = MIB
+CONTEXT_BYTES = MIB // 2
+SMALL: Mapping[str, Mapping[str, int]] = {
+    "routing": {"index_bytes": INDEX_BYTES, "max_objects": 500},
+    "contexts": {"memory_bytes": CONTEXT_BYTES},
+}
+"""Bounds of all that Cairn keeps of requests, so small that they are reached after some thousand of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,8 @@ class Held:
 
     memory_bytes: int
     descriptors: Mapping[str, int]  # by what is at the other end
+    index_bytes: int = 0
+    context_bytes: int = 0  # of contents of stored contexts
 
 
 class World:
@@ -42,6 +51,17 @@ class World:
         self._upstream_ports = upstream_ports
         self.recorder = recorder
         self._cairn = cairn
+
+    async def held_and_kept(self) -> Held:
+        """Return what supervisor and workers hold now, with the sizes of their tables as Cairn reports them."""
+        _, page = await get(self.ports[1], "/metrics")
+        sizes = dict.fromkeys(("cairn_index_bytes", "cairn_context_memory_bytes"), 0)
+        for line in page.decode().splitlines():
+            name, _, value = line.rpartition(" ")
+            if name in sizes:
+                sizes[name] = int(float(value))
+        index_bytes, context_bytes = sizes.values()
+        return replace(self.held(), index_bytes=index_bytes, context_bytes=context_bytes)
 
     def held(self) -> Held:
         """Return what supervisor and workers hold now."""
@@ -71,7 +91,10 @@ class World:
         ]
 
 
-def _configuration(ports: tuple[int, int], upstream_ports: list[int], redis_url: str) -> str:
+def _configuration(
+    ports: tuple[int, int], upstream_ports: list[int], redis_url: str, bounds: Mapping[str, Mapping[str, int]]
+) -> str:
+    contexts = {"total_bytes": 4 * MIB, "tenant_bytes": MIB, "pinned_bytes": MIB // 2}
     replicas = [{"url": f"http://127.0.0.1:{port}", "name": f"r{at}"} for at, port in enumerate(upstream_ports)]
     return yaml.safe_dump(
         {
@@ -87,21 +110,22 @@ def _configuration(ports: tuple[int, int], upstream_ports: list[int], redis_url:
             "pools": [{"name": "engines", "replicas": replicas, "default": True}],
             # many responses here are empty or errors in spite of their status, for which others would be asked
             "upstream": {"max_retries": 0},
-            "contexts": {"total_bytes": 4 * MIB, "tenant_bytes": MIB, "pinned_bytes": MIB // 2},
+            "routing": dict(bounds.get("routing", {})),
+            "contexts": {**contexts, **bounds.get("contexts", {})},
             "log": {"level": "warning", "access": False},
         }
     )
 
 
 @asynccontextmanager
-async def running_world(seed: int) -> AsyncIterator[World]:
-    """Run everything for the time of a block."""
+async def running_world(seed: int, bounds: Mapping[str, Mapping[str, int]] = SMALL) -> AsyncIterator[World]:
+    """Run everything for the time of a block; `bounds` are settings of Cairn, by section."""
     recorder = Recorder(seed)
     with tempfile.TemporaryDirectory(prefix="cairn-fuzz-") as folder, running_valkey() as valkey:
         upstream_ports = await recorder.start(_REPLICAS)
         ports = free_port(), free_port()
         file = Path(folder, "cairn.yaml")
-        await asyncio.to_thread(file.write_text, _configuration(ports, upstream_ports, valkey.url))
+        await asyncio.to_thread(file.write_text, _configuration(ports, upstream_ports, valkey.url, bounds))
         changes = {"XDG_DATA_HOME": folder, "XDG_STATE_HOME": folder}
         cairn = Running(
             "cairn", [sys.executable, "-m", "proxy", "serve", "--config", str(file)], Path(folder), changes

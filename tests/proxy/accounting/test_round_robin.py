@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache import UNLIMITED_TOKENS, Fingerprint, PrefixIndex, ReplicaStats, chain_root, cut
-from proxy.accounting.round_robin import OFFSETS_BYTES, PLACES_PER_REPLICA, PLACES_SEEN, Gain, RoundRobinBaseline
+from proxy.accounting.round_robin import OFFSETS_BYTES, PLACES_SEEN, Gain, RoundRobinBaseline
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
 from proxy.upstream import Origin
 
@@ -19,11 +19,18 @@ TOKENS_PER_BYTE = 0.25
 class Fleet:
     """Replicas, the real index that routes to them by `replica`, and the shadow beside it."""
 
-    def __init__(self, replicas: int, *, budget: int = UNLIMITED_TOKENS, provider: bool = False) -> None:
+    def __init__(
+        self,
+        replicas: int,
+        *,
+        budget: int = UNLIMITED_TOKENS,
+        provider: bool = False,
+        most_places: int = PLACES_SEEN,
+    ) -> None:
         backends = {
             n: ReplicaEndpoint(f"r{n}", "p", URL, Origin.parse(URL), is_provider=provider) for n in range(replicas)
         }
-        self.shadow = RoundRobinBaseline(Pools([ServedPool("p", ("*",))], "p", backends))
+        self.shadow = RoundRobinBaseline(Pools([ServedPool("p", ("*",))], "p", backends), most_places)
         self.index = PrefixIndex()
         self.numbers = range(replicas)
         self.follow(budget)
@@ -134,16 +141,13 @@ def test_a_paper_cache_is_emptied_over_its_budget_from_the_longest_unused() -> N
     assert all(paper.tokens <= 2 * 1000 for paper in fleet.shadow._caches.values())  # noqa: SLF001 - internal state that no public name shows
 
 
-def test_memory_is_bounded(monkeypatch) -> None:
+def test_memory_is_bounded() -> None:
     """The bound holds for any budget."""
-    monkeypatch.setattr("proxy.accounting.round_robin.PLACES_PER_REPLICA", 100)
-    monkeypatch.setattr("proxy.accounting.round_robin.PLACES_SEEN", 150)
-    fleet = Fleet(2)
+    fleet = Fleet(2, most_places=160)
     for number in range(200):
         fleet.ask(prompt(f"doc{number}"))
-    assert all(len(paper.places) <= 100 for paper in fleet.shadow._caches.values())  # noqa: SLF001 - internal state that no public name shows
-    assert len(fleet.shadow._seen) <= 150  # noqa: SLF001 - internal state that no public name shows
-    assert PLACES_PER_REPLICA < PLACES_SEEN
+    assert all(len(paper.places) <= 40 for paper in fleet.shadow._caches.values())  # noqa: SLF001 - internal state that no public name shows
+    assert len(fleet.shadow._seen) <= 160  # noqa: SLF001 - internal state that no public name shows
 
 
 def test_an_upstream_that_reports_no_tokens_says_nothing_wrong() -> None:

@@ -84,7 +84,7 @@ class Bench:
             is_holding=True,
         )
         self.baseline = RoundRobinBaseline(pools)
-        contexts = part(total_contexts=3, total_bytes=30, most_worth=(), now=lambda: 0.0)
+        contexts = part(total_contexts=3, total_bytes=30, memory_bytes=7, most_worth=(), now=lambda: 0.0)
         self.reporter = Reporter(
             self.supervisor,
             self.recorder,
@@ -148,6 +148,7 @@ def test_a_report_has_the_state_of_every_part(bench: Bench) -> None:
         (metrics.INDEX_TOKENS, ("one",), 40),
         (metrics.INDEX_BYTES, (), 77),
         (metrics.CONTEXTS_BYTES, (), 30),
+        (metrics.CONTEXT_MEMORY_BYTES, (), 7),
         (metrics.IN_FLIGHT, (), 5),
         (metrics.COLD_ADMITTED, (), 7),
         (metrics.COLD_REFUSED, (), 1),
