@@ -1,6 +1,7 @@
 """Show that what Cairn holds is bounded: `python -m tests.hostile.bounds [--short]`.
 
-10^5 requests with 10,000 prompts, 1,000 models, 1,000 keys and 10,000 header names and ids; 5,000 silent connections;
+10^5 requests with 10,000 prompts, 1,000 models, 1,000 keys and 10,000 header names and ids, of which an eighth store
+contexts and make objects, each a new one, beyond the bounds that are configured for them; 5,000 silent connections;
 1,000 that trickle a head; 500 bodies of 2 MB at once, of which those beyond `server.max_in_flight_bytes` are refused;
 /explain with the largest body. Exit code 1 if anything grew by more than it may.
 """
@@ -31,7 +32,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 async def measure(scale: Scale, console: Console) -> list[Measured]:
     """Send all loads to one Cairn."""
     results = []
-    async with running_world(1, {}) as world:
+    async with running_world(1) as world:
         for load in LOADS:
             console.print(f"{(load.__doc__ or '').strip()} ...", highlight=False)
             results.append(await load(world, scale))

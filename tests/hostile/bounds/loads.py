@@ -14,6 +14,8 @@ from tests.hostile.fuzz.world import MIB, Held, World
 
 CLIENTS = 16
 PROMPT_BYTES = 6_000  # enough to be kept in the prefix index
+SIXTEEN, CONTEXT, OBJECT = 16, 6, 7  # of sixteen requests, one stores a context and one makes an object
+CONTENT_BYTES = 3_000
 WARMING_SHARE = 0.4  # of the requests, in which everything that is distinct has come at least once
 QUIET_SECONDS = 1.5
 BODY_BYTES = 2 * MIB
@@ -108,7 +110,7 @@ async def others(world: World) -> int:
 
 
 async def distinct(world: World, scale: Scale) -> Measured:
-    """Many prompts, models, keys, header names and request ids."""
+    """Many prompts, models, keys, header names, request ids, stored contexts and objects."""
     numbers = iter(range(scale.requests))
     refused = 0
 
@@ -118,7 +120,11 @@ async def distinct(world: World, scale: Scale) -> Measured:
             number % scale.keys, number % scale.names, number % scale.names,
         )  # fmt: skip
         body = chat(prompt, f"made-up-{number % scale.models}")
-        return post(body, more + b"%b: %b\r\n" % (MARK, mark(number)))
+        more += b"%b: %b\r\n" % (MARK, mark(number))
+        if number % SIXTEEN == CONTEXT:
+            messages = [{"role": "system", "content": f"context {number} " + "words " * (CONTENT_BYTES // 6)}]
+            return post(json.dumps({"model": "m-0", "messages": messages}).encode(), more, b"/v1/caching")
+        return post(body, more, b"/v1/conversations" if number % SIXTEEN == OBJECT else b"/v1/chat/completions")
 
     async def client(until: int) -> None:
         nonlocal refused
@@ -126,7 +132,8 @@ async def distinct(world: World, scale: Scale) -> Measured:
         for number in numbers:
             writer.write(request(number))
             answer = await read_answer(reader, "POST")
-            refused += answer is None or answer.status >= 500
+            is_full = number % SIXTEEN == CONTEXT and answer is not None and answer.status == 503
+            refused += (answer is None or answer.status >= 500) and not is_full
             if answer is None or answer.ends:
                 writer.close()
                 reader, writer = await connect(world)

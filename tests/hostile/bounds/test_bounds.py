@@ -14,7 +14,7 @@ from tests.hostile.fuzz.world import MIB, Held, World, running_world
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world() -> AsyncIterator[World]:
     """One Cairn for all loads: what one of them leaves behind, the others start with."""
-    async with running_world(1, {}) as running:
+    async with running_world(1) as running:
         yield running
 
 

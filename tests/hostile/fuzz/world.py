@@ -24,11 +24,7 @@ _REPLICAS = 2
 MIB = 1 << 20
 INDEX_BYTES = MIB
 CONTEXT_BYTES = MIB // 2
-SMALL: Mapping[str, Mapping[str, int]] = {
-    "routing": {"index_bytes": INDEX_BYTES, "max_objects": 500},
-    "contexts": {"memory_bytes": CONTEXT_BYTES},
-}
-"""Bounds of all that Cairn keeps of requests, so small that they are reached after some thousand of them."""
+"""Bounds of what Cairn keeps of requests, so small that they are reached after some thousand of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +87,7 @@ class World:
         ]
 
 
-def _configuration(
-    ports: tuple[int, int], upstream_ports: list[int], redis_url: str, bounds: Mapping[str, Mapping[str, int]]
-) -> str:
-    contexts = {"total_bytes": 4 * MIB, "tenant_bytes": MIB, "pinned_bytes": MIB // 2}
+def _configuration(ports: tuple[int, int], upstream_ports: list[int], redis_url: str) -> str:
     replicas = [{"url": f"http://127.0.0.1:{port}", "name": f"r{at}"} for at, port in enumerate(upstream_ports)]
     return yaml.safe_dump(
         {
@@ -110,22 +103,27 @@ def _configuration(
             "pools": [{"name": "engines", "replicas": replicas, "default": True}],
             # many responses here are empty or errors in spite of their status, for which others would be asked
             "upstream": {"max_retries": 0},
-            "routing": dict(bounds.get("routing", {})),
-            "contexts": {**contexts, **bounds.get("contexts", {})},
+            "routing": {"index_bytes": INDEX_BYTES, "max_objects": 500},
+            "contexts": {
+                "total_bytes": 4 * MIB,
+                "tenant_bytes": MIB,
+                "pinned_bytes": MIB // 2,
+                "memory_bytes": CONTEXT_BYTES,
+            },
             "log": {"level": "warning", "access": False},
         }
     )
 
 
 @asynccontextmanager
-async def running_world(seed: int, bounds: Mapping[str, Mapping[str, int]] = SMALL) -> AsyncIterator[World]:
-    """Run everything for the time of a block; `bounds` are settings of Cairn, by section."""
+async def running_world(seed: int) -> AsyncIterator[World]:
+    """Run everything for the time of a block."""
     recorder = Recorder(seed)
     with tempfile.TemporaryDirectory(prefix="cairn-fuzz-") as folder, running_valkey() as valkey:
         upstream_ports = await recorder.start(_REPLICAS)
         ports = free_port(), free_port()
         file = Path(folder, "cairn.yaml")
-        await asyncio.to_thread(file.write_text, _configuration(ports, upstream_ports, valkey.url, bounds))
+        await asyncio.to_thread(file.write_text, _configuration(ports, upstream_ports, valkey.url))
         changes = {"XDG_DATA_HOME": folder, "XDG_STATE_HOME": folder}
         cairn = Running(
             "cairn", [sys.executable, "-m", "proxy", "serve", "--config", str(file)], Path(folder), changes
