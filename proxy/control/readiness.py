@@ -9,6 +9,7 @@ import msgspec
 
 from proxy.control.messages import REDIS_UP, PoolReport, WorkerReport
 
+RESPONSIVE_SECONDS = 1.0  # a worker that is silent for this long gets no new connections while others respond
 SILENT_SECONDS = 2.0  # a worker sends a heartbeat twice a second; one that is silent for this long does not serve
 _REDIS_FINE = frozenset({None, REDIS_UP})
 
@@ -51,6 +52,11 @@ class WorkerView(msgspec.Struct, frozen=True):
     def serves(self) -> bool:
         """True if it is ready and responds."""
         return self.ready and not self.is_silent
+
+    @property
+    def is_responsive(self) -> bool:
+        """True if it can be given connections of another worker: it is ready and has just sent something."""
+        return self.ready and self.silent_seconds < RESPONSIVE_SECONDS
 
 
 class Readiness(msgspec.Struct, frozen=True):

@@ -164,9 +164,11 @@ class Supervisor:
             self._stop.set()
 
     def heir_of(self, number: int) -> WorkerProcess | None:
-        """Return the worker that gets connections of a worker that ended: another one that serves, the least busy."""
+        """Return the least busy other worker that responds, for connections of one that ended or is silent."""
         views = [(worker.view(), worker) for worker in self._workers if worker.number != number]
-        serving = [(view.report.in_flight if view.report else 0, worker) for view, worker in views if view.serves]
+        serving = [
+            (view.report.in_flight if view.report else 0, worker) for view, worker in views if view.is_responsive
+        ]
         return min(serving, key=lambda each: each[0])[1] if serving else None
 
     # --- from start to end
@@ -224,11 +226,11 @@ class Supervisor:
             log.info("draining: still accepting for %.1f s", server.drain_accept_seconds)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stop_now.wait(), server.drain_accept_seconds)
-        # closes only this process's copies: the workers accept queued connections until they close theirs
-        sockets.close_all(self._listening)
         log.info("draining: requests may finish within %.0f s", server.drain_seconds)
         for worker in self._workers:
             worker.drain(server.drain_seconds)
+        # closes only this process's copies: the workers accept queued connections until they close theirs
+        sockets.close_all(self._listening)
         ended = self._tasks.start(_all_of(running), "all-workers")
         at_once = self._tasks.start(self._stop_now.wait(), "second-signal")
         await asyncio.wait({ended, at_once}, return_when=asyncio.FIRST_COMPLETED)

@@ -33,7 +33,8 @@ from proxy.control.messages import (
     ReloadRefused,
     WorkerReport,
 )
-from proxy.control.readiness import WorkerView
+from proxy.control.readiness import RESPONSIVE_SECONDS, WorkerView
+from proxy.supervisor.relief import Heir, Relief
 from proxy.supervisor.silence import SILENCE_LIMIT_SECONDS, WorkerSilence, cpu_wait_seconds
 from proxy.supervisor.sockets import ListenError, is_shared, renewed
 from proxy.tasks import Tasks
@@ -45,7 +46,7 @@ PAUSE_FIRST_SECONDS = 0.1
 PAUSE_MOST_SECONDS = 5.0
 KILL_MARGIN_SECONDS = 2.0  # after the deadline of a drain, for the worker's own clean-up
 FINAL_READ_SECONDS = 1.0  # to read what a worker had sent before it ended
-SILENCE_CHECK_SECONDS = 0.5
+SILENCE_CHECK_SECONDS = 0.25
 
 log = logging.getLogger("cairn.supervisor")
 
@@ -74,13 +75,6 @@ class Watcher(Protocol):
 
     def heir_of(self, number: int) -> Heir | None:
         """Return another worker that serves, for connections of this one; None if there is none."""
-
-
-class Heir(Protocol):
-    """A worker that can take connections of another one; `WorkerProcess` in the product."""
-
-    def adopt(self, connection: socket.socket) -> bool:
-        """Serve `connection`, whose descriptor here may be closed afterwards. Return False if that is impossible."""
 
 
 class Program(msgspec.Struct, frozen=True):
@@ -122,6 +116,7 @@ class WorkerProcess:
         self._process: Process | None = None
         self._channel: Channel[FromWorker] | None = None
         self._handover: socket.socket | None = None
+        self._relief = Relief(number, sockets, lambda: watcher.heir_of(number))
         self._report: WorkerReport | None = None
         self._message_seconds = 0.0  # monotonic; of the last message
         self._questions: dict[int, asyncio.Future[Explained]] = {}
@@ -206,6 +201,7 @@ class WorkerProcess:
         """Let running requests finish within `seconds` and start no other worker; `run` returns afterwards."""
         self._drain_deadline_seconds = self._clock.monotonic() + seconds
         self._ending.set()
+        self._relief.stop()
         if self._channel is not None:
             self._send_drain(self._channel)
 
@@ -267,6 +263,7 @@ class WorkerProcess:
         finally:
             start_limit.cancel()
             watching.cancel()
+            self._relief.stop()
             self._kill()
             await self._clear_up(receiving)
         return f"(pid {process.pid}) ended with {code}"
@@ -313,7 +310,10 @@ class WorkerProcess:
             self._watcher.reload_refused(self.number, message.why)
 
     async def _watch_silence(self, pid: int) -> None:
-        """Kill a worker that is ready and sends nothing: its loop is blocked, or the process is stopped."""
+        """Kill a worker that is ready and sends nothing: its loop is blocked, or the process is stopped.
+
+        Long before that is certain, others get its new connections.
+        """
         checked_seconds, silence = self._clock.monotonic(), WorkerSilence()
         while True:
             await asyncio.sleep(SILENCE_CHECK_SECONDS)
@@ -326,6 +326,11 @@ class WorkerProcess:
                 log.error("worker %d has not responded for %.0f s; killing it", self.number, SILENCE_LIMIT_SECONDS)
                 self._kill()
                 return
+            if self.ready and now_seconds - self._message_seconds >= RESPONSIVE_SECONDS:
+                if not self._ending.is_set():
+                    self._relief.start()
+            else:
+                self._relief.stop()
 
     async def _clear_up(self, receiving: asyncio.Task[None] | None) -> None:
         if receiving is not None:

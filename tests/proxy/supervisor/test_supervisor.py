@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from proxy.control.messages import WorkerReport
-from proxy.control.readiness import SILENT_SECONDS, WorkerView
+from proxy.control.readiness import RESPONSIVE_SECONDS, WorkerView
 from proxy.metrics.definitions import MetricsDelta
 from proxy.supervisor import sockets as listen
 from proxy.supervisor.sockets import ListenError
@@ -128,7 +128,7 @@ def test_connections_of_a_dead_worker_go_to_the_least_busy_one_that_serves() -> 
         WorkerView(1, True, WorkerReport(MetricsDelta(), in_flight=5)),
         WorkerView(2, True, WorkerReport(MetricsDelta(), in_flight=4)),
         WorkerView(3, False, WorkerReport(MetricsDelta(), in_flight=0)),
-        WorkerView(4, True, WorkerReport(MetricsDelta(), in_flight=0), silent_seconds=SILENT_SECONDS),
+        WorkerView(4, True, WorkerReport(MetricsDelta(), in_flight=0), silent_seconds=RESPONSIVE_SECONDS),
     ]
     workers: list[Any] = [SimpleNamespace(number=each.number, view=lambda each=each: each) for each in views]
     supervisor: Any = SimpleNamespace(_workers=workers)

@@ -19,12 +19,12 @@ from proxy.config.load import Config, Pool, Replica
 from proxy.control.messages import Announced, Explain, WorkerReport
 from proxy.supervisor import silence
 from proxy.supervisor import worker_process as slot_module
+from proxy.supervisor.relief import Heir
 from proxy.supervisor.sockets import open_one
 from proxy.supervisor.worker_process import (
     DEATHS_TO_REPORT,
     PAUSE_FIRST_SECONDS,
     STABLE_SECONDS,
-    Heir,
     Program,
     WorkerProcess,
     WorkerUnavailable,
@@ -180,6 +180,7 @@ class Ready(Heard):
     def __init__(self) -> None:
         super().__init__()
         self.is_ready = asyncio.Event()
+        self.address = ("", 0)
 
     def worker_ready(self, number: int) -> None:
         self.is_ready.set()
@@ -194,8 +195,8 @@ async def tiny_worker(clock: Clock) -> AsyncIterator[tuple[WorkerProcess, Ready]
     watcher = Ready()
     command = [sys.executable, "-m", "tests.support.tiny_worker", "serve"]
     program = Program(command, dict(os.environ))  # noqa: TID251
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        listening.setblocking(False)
+    with open_one(socket.AF_INET, ("127.0.0.1", 0), 128, shared=True) as listening:
+        watcher.address = listening.getsockname()
         config = Config(pools=(Pool("p", (Replica("http://127.0.0.1:9"),)),))
         worker = WorkerProcess(0, program, [listening], config, watcher, clock)
         running = asyncio.ensure_future(worker.run())  # noqa: TID251
@@ -208,16 +209,22 @@ async def tiny_worker(clock: Clock) -> AsyncIterator[tuple[WorkerProcess, Ready]
             await running
 
 
-async def test_a_frozen_worker_is_killed_and_replaced(
+async def test_a_frozen_worker_loses_its_connections_and_is_killed_and_replaced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It sends no heartbeat."""
-    for module in (slot_module, silence):
-        monkeypatch.setattr(module, "SILENCE_LIMIT_SECONDS", 1.5)
+    """It sends no heartbeat: at first others get its new connections; when it is certainly frozen it is ended."""
     async with tiny_worker(SystemClock()) as (worker, watcher):
         assert worker.pid is not None
         frozen = worker.pid
+        other = watcher.heir = OtherWorker(room=1)
         os.kill(frozen, signal.SIGSTOP)
+        monkeypatch.setattr(silence, "SILENCE_LIMIT_SECONDS", LIMIT_SECONDS)
+        with socket.create_connection(watcher.address):
+            async with asyncio.timeout(LIMIT_SECONDS):
+                await other.has_adopted.wait()
+        assert worker.pid == frozen
+        for module in (slot_module, silence):
+            monkeypatch.setattr(module, "SILENCE_LIMIT_SECONDS", 0.5)
         watcher.is_ready.clear()
         await watcher.deaths.get()
         await watcher.is_ready.wait()
@@ -273,12 +280,14 @@ class OtherWorker:
 
     def __init__(self, room: int) -> None:
         self.adopted: list[socket.socket] = []
+        self.has_adopted = asyncio.Event()
         self._room = room
 
     def adopt(self, connection: socket.socket) -> bool:
         if len(self.adopted) == self._room:
             return False
         self.adopted.append(connection.dup())
+        self.has_adopted.set()
         return True
 
 
