@@ -18,7 +18,7 @@ from msgspec import Raw
 from proxy.errors import BadRequest
 from proxy.model import Body
 from proxy.records import Media
-from proxy.wire.bounds import check_array
+from proxy.wire.bounds import check_array, check_nesting, may_hold_many
 from proxy.wire.contexts import CONTEXT_ID, TAG, TTL_SECONDS_MOST
 from proxy.wire.media import find_media
 from proxy.wire.request import MODEL_NAME_BYTES_MOST
@@ -131,6 +131,8 @@ class _Tool(msgspec.Struct, gc=False):
 
 def read_upload(body: Body) -> Upload:
     """Read the body of a creation. Raises BadRequest."""
+    if may_hold_many(body):
+        check_nesting(body)
     fields = _decoded(body, _Upload)
     model = _small(fields.model, "model")
     if not isinstance(model, str) or not 0 < len(model.encode()) <= MODEL_NAME_BYTES_MOST:

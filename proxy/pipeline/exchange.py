@@ -37,6 +37,10 @@ class StoredUse:
     reset_ttl_seconds: float | None = None
 
 
+class TakesLong(Exception):
+    """The body is read for so long that it must be done in a thread; see `Exchange.is_read_aside`."""
+
+
 class Exchange:
     """State of one request and response so far. `sent_seconds` and the times after it belong to the last attempt."""
 
@@ -59,6 +63,7 @@ class Exchange:
         "inter_token_counts",
         "inter_token_seconds",
         "is_counted",
+        "is_read_aside",
         "is_warming",
         "known_tokens",
         "last_token_seconds",
@@ -95,6 +100,7 @@ class Exchange:
         self.own_blocks: int | None = None  # blocks that the tenant itself has sent before; None: it may see all
         self.only_explained = False  # nothing is sent; the client gets the plan
         self.session: int | None = None  # a hash of the session that the client names
+        self.is_read_aside = False  # its body is being read in a thread, and may take long
         self.pinned_replica: int | None = None  # number of the replica that has the object which the request names
         self.plan: Plan | None = None
         self.priority: Priority | None = None  # as asked for and allowed; None until it is needed
@@ -128,6 +134,11 @@ class Exchange:
         self.waited_seconds = 0.0
         self.usage: Usage | None = None
         self.response_bytes = 0
+
+    def take_reading(self, draft: Exchange) -> None:
+        """Take over all that reading the body has set in `draft`."""
+        self.prompt, self.model, self.pool = draft.prompt, draft.model, draft.pool
+        self.edits, self.pinned_replica = draft.edits, draft.pinned_replica
 
     def token_came(self, now_seconds: float) -> bool:
         """Record the time of a piece of the stream that carries tokens. Return True for the first one."""

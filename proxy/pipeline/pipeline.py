@@ -13,7 +13,7 @@ from proxy.downstream.response import Downstream
 from proxy.errors import REASON_PHRASES, CairnError, UnknownObject, UpstreamError
 from proxy.model import Ending, Endpoint
 from proxy.pipeline.dispatch import Upload
-from proxy.pipeline.exchange import Exchange
+from proxy.pipeline.exchange import Exchange, TakesLong
 from proxy.pipeline.stored_contexts import StoredContexts
 from proxy.records import Call, Tenant
 from proxy.routing.cold_turn import Verdict
@@ -133,6 +133,7 @@ class Pipeline:
         self._settlement = settlement
         self._contexts = contexts
         self._sleep = sleep
+        self._reads_aside = asyncio.Semaphore(1)
         self.cold_turns = cold_turns
 
     def handle(self, call: Call, client: Downstream, upload: Upload | None = None) -> Awaitable[None]:
@@ -189,7 +190,10 @@ class Pipeline:
 
     def _read(self, exchange: Exchange) -> Awaitable[None] | None:
         """Read the body; return what to await before the prompt is complete, None if it is."""
-        is_known = self._object_is_known(exchange)
+        try:
+            is_known = self._object_is_known(exchange)
+        except TakesLong:
+            return self._complete_long(exchange)
         if is_known and not self._names_context(exchange):
             return None
         return self._complete(exchange, is_known)
@@ -201,6 +205,29 @@ class Pipeline:
             self._reader.read(exchange)
         if self._names_context(exchange):
             await self._contexts.expand(exchange)
+
+    async def _complete_long(self, exchange: Exchange) -> None:
+        """Read a body in a thread, then do the same as `_complete`."""
+        try:
+            await self._read_aside(exchange)
+        except UnknownObject:
+            await self._sleep(OBJECT_NEWS_SECONDS)
+            await self._read_aside(exchange)
+        if self._names_context(exchange):
+            await self._contexts.expand(exchange)
+
+    async def _read_aside(self, exchange: Exchange) -> None:
+        """Read the body in a thread, one at a time: several would take the interpreter from the loop in turn.
+
+        The thread goes on if the client leaves, so it has an exchange of its own.
+        """
+        draft = Exchange(exchange.call)
+        draft.only_explained = draft.is_read_aside = True  # an explanation is not traced; the request itself is
+        async with self._reads_aside:
+            try:
+                await asyncio.to_thread(self._reader.read, draft)
+            finally:
+                exchange.take_reading(draft)
 
     def _choose(self, exchange: Exchange) -> None:
         """Run the phases from the complete prompt to the plan."""

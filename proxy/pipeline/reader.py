@@ -15,7 +15,7 @@ from proxy.fleet.pools import Pools, ServedPool
 from proxy.model import Access, Body, Edit, Endpoint
 from proxy.patterns import matches_any
 from proxy.pipeline.admission import check_model
-from proxy.pipeline.exchange import Exchange
+from proxy.pipeline.exchange import Exchange, TakesLong
 from proxy.records import Call, Prompt, Tenant
 from proxy.wire import multipart, named_models
 from proxy.wire import request as wire_request
@@ -26,8 +26,15 @@ from proxy.wire.references import (
     form_references,
     item_references,
     listed_items,
+    may_refer,
     references,
 )
+
+LONG_BYTES: Final = 4 * 1024 * 1024
+"""Length from which a body is read in a thread: 32 MB take a tenth of a second, and more if they are an attack."""
+
+LONG_IF_DECODED_BYTES: Final = 256 * 1024
+"""The same for a body that may have to be decoded whole, at up to 0.3 s per MB, and not only searched."""
 
 _EMBEDDINGS: Final = Endpoint.EMBEDDINGS
 _INFERENCE: Final = Endpoint.INFERENCE
@@ -63,6 +70,10 @@ class RequestReader:
         self._locations = locations
         self._allowed_paths = tuple(allowed_paths)
 
+    @property
+    def _checks_objects(self) -> bool:
+        return any(pool.shares_key for pool in self._pools.all)
+
     def read(self, exchange: Exchange) -> None:
         """Set the exchange's prompt, model, pool, edits and pinned replica.
 
@@ -70,7 +81,10 @@ class RequestReader:
             BadRequest: the body cannot be read.
             Forbidden: the client may not use this model or path.
             NotFound: no pool serves the model, or the client has created no such object.
+            TakesLong: it must be called in a thread, with `exchange.is_read_aside` set.
         """
+        if len(exchange.call.body) >= LONG_IF_DECODED_BYTES and not exchange.is_read_aside:
+            self._check_duration(exchange.call)
         endpoint = exchange.call.endpoint
         if endpoint.is_generation or endpoint is _EMBEDDINGS:
             self._read_prompt(exchange)
@@ -82,6 +96,15 @@ class RequestReader:
             exchange.pool = self._pools.serving(exchange.model)
         else:
             self._read_path(exchange)
+
+    def _check_duration(self, call: Call) -> None:
+        """Raise TakesLong if reading this body could block the event loop for long."""
+        endpoint = call.endpoint
+        reads_spans = endpoint.is_generation or endpoint is _EMBEDDINGS
+        if len(call.body) >= LONG_BYTES or call.tenant.is_limited or not reads_spans:
+            raise TakesLong
+        if self._checks_objects and may_refer(call.body):
+            raise TakesLong
 
     # -- paths with a model in the body
 

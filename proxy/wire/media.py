@@ -24,6 +24,10 @@ SHORT_BODY_BYTES: Final = 4_096
 """Longest body that is searched as a whole, which is faster than searching each message."""
 
 MEDIA_BYTES_LEAST: Final = 1024  # bytes; a shorter picture has no more tokens than text of the same length
+PARTS_MOST: Final = 50_000
+"""Objects of a message that is decoded to find its media; nobody sends more parts than a thousand."""
+
+_PARTS_LEAST_BYTES: Final = 100_000  # two bytes for each of so many parts
 _SAMPLES: Final = 2048  # of one body: 3 us
 _FEW: Final = 8  # messages whose beginnings are examined; with more of them, sampling is cheaper
 _TEXT = re.compile(rb'\s*\{\s*(?:"role"\s*:\s*"\w+"\s*,\s*)?"content"\s*:\s*"')  # a message whose content is a string
@@ -119,6 +123,8 @@ def is_plain_text(message: Raw | memoryview | bytes) -> bool:
 
 
 def _parts(message: Raw | bytes) -> list[Part]:
+    if _has_too_many_parts(message):
+        return []
     try:
         return decode_parts_message(message).content or []
     except DECODE_ERRORS:
@@ -140,6 +146,11 @@ def _in_parts(body: Body, parts: list[Part], *, nested: bool) -> list[Media]:
     return found
 
 
+def _has_too_many_parts(value: Raw | bytes) -> bool:
+    """Return True if decoding the parts in `value` could take long. Braces inside texts are counted too."""
+    return len(memoryview(value)) > _PARTS_LEAST_BYTES and bytes(value).count(b"{") > PARTS_MOST
+
+
 def _size(value: Raw) -> int:
     return len(memoryview(value))
 
@@ -153,6 +164,8 @@ def _start(body: Body, value: Raw) -> int:
 
 
 def _nested_parts(value: Raw) -> list[Part]:
+    if _has_too_many_parts(value):
+        return []
     try:
         return decode_parts(value)
     except DECODE_ERRORS:

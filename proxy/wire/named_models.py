@@ -46,6 +46,8 @@ _SCHEMAS: Final = frozenset(
 )  # fmt: skip
 """Fields whose keys are the client's own: `model` in them is the name of an argument."""
 
+_MEMBERS_MOST: Final = 1000  # of a body's outermost object, each of which is searched; requests have some fifty
+
 _IMAGES: Final = "image_generation"
 """The hosted tool that runs a model chosen by the upstream if it names none."""
 
@@ -99,6 +101,8 @@ def further_models(body: Body, content_type: bytes) -> list[str] | None:
     check_values(body)
     try:
         top = msgspec.json.decode(body, type=dict[str, Raw])
+        if len(top) > _MEMBERS_MOST:
+            return None
         found: list[str] = []
         for key, value in top.items():
             folded = key.casefold()

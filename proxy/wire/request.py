@@ -27,7 +27,7 @@ from msgspec import Raw
 from proxy.errors import BadRequest
 from proxy.model import Body, Endpoint, UsageRequest
 from proxy.records import Prompt
-from proxy.wire.bounds import TooManyItems, may_hold_many
+from proxy.wire.bounds import TooManyItems
 from proxy.wire.json_cuts import shortened
 from proxy.wire.media import are_plain_text, find_media
 from proxy.wire.schemas import (
@@ -38,14 +38,11 @@ from proxy.wire.schemas import (
     SecondModel,
     SecondObject,
     decode_chat,
-    decode_chat_counted,
     decode_completion,
     decode_embeddings,
     decode_messages,
-    decode_messages_counted,
     decode_options,
     decode_responses,
-    decode_responses_counted,
     decode_responses_text,
     seen,
 )
@@ -125,7 +122,7 @@ def first_file_id(body: Body) -> str | None:
 
 
 def _read_chat(body: Body) -> Prompt:
-    fields = _decoded(decode_chat_counted if may_hold_many(body) else decode_chat, body)
+    fields = _decoded(decode_chat, body)
     messages = _listed(fields.messages, "messages")
     spans = [memoryview(message) for message in messages]
     tools: list[memoryview] = []
@@ -173,7 +170,7 @@ def _read_completion(body: Body) -> Prompt:
 
 def _read_messages(body: Body) -> Prompt:
     """Read Anthropic's dialect, in which a change of `tool_choice` leaves tools and system cached, not messages."""
-    fields = _decoded(decode_messages_counted if may_hold_many(body) else decode_messages, body)
+    fields = _decoded(decode_messages, body)
     messages = _listed(fields.messages, "messages")
     tools, system = _present(fields.tools), _present(fields.system, fields.tool_choice)
     spans = [*tools, *system, *[memoryview(message) for message in messages]]
@@ -345,7 +342,7 @@ def _decoded_text(decode: Callable[[Body], Any], body: Body) -> Any:
 def _decoded_responses(body: Body) -> Any:
     """Decode a body whose `input` is mostly an array; if it is a string, the body is decoded a second time."""
     try:
-        return _decoded(decode_responses_counted if may_hold_many(body) else decode_responses, body)
+        return _decoded(decode_responses, body)
     except BadRequest as error:
         if error.param != "input" or isinstance(error, TooManyItems):
             raise

@@ -16,7 +16,7 @@ from msgspec import Raw
 from proxy.errors import BadRequest
 from proxy.model import Body
 from proxy.records import Usage
-from proxy.wire.bounds import check_array
+from proxy.wire.bounds import check_array, check_nesting, may_hold_many
 
 NONE = Raw()
 """The value of a raw member that is absent; compare by identity."""
@@ -186,39 +186,43 @@ def _of_body(kind: type) -> Callable[[Body], Any]:
     return msgspec.json.Decoder(kind, dec_hook=_convert).decode
 
 
-decode_chat = _of_body(_Chat)
-decode_completion = _of_body(_Completion)
-decode_responses = _of_body(_Responses)
-decode_responses_text = _of_body(_ResponsesText)
-decode_messages = _of_body(_Messages)
-decode_embeddings = _of_body(_Embeddings)
+_ANY_VALUE: Final = frozenset({"stream", "store"})  # only `true` matters, but the value may be of any type and size
 
 
-def _counted(kind: type, member: str) -> Callable[[Body], Any]:
-    """Return a decoder like that of `kind` which counts the items of its array `member` before it makes any.
+def _counted(kind: type, member: str | None = None) -> Callable[[Body], Any]:
+    """Return a decoder of `kind` which, if the body may hold very many values, decodes none whose size is not known.
 
-    It is for bodies that may hold so many values that none may be decoded whose size is not known.
-
-    Raises BadRequest in addition.
+    It then counts the items of the array `member` before it makes any. Raises BadRequest in addition.
     """
-    names = [field.name for field in msgspec.structs.fields(kind) if field.name in _NAMED]
-    raw_members = [(name, Raw, NONE) for name in (member, *names)]
+    fields_of_kind = {field.name for field in msgspec.structs.fields(kind)}
+    names, flags = sorted(fields_of_kind & _NAMED.keys()), sorted(fields_of_kind & _ANY_VALUE)
+    raw_members = [(name, Raw, NONE) for name in (*names, *flags, *([member] if member else []))]
+    decode_short = _of_body(kind)
     decode = _of_body(msgspec.defstruct(kind.__name__, raw_members, bases=(kind,), gc=False))
 
     def decode_counted(body: Body) -> Any:
+        if not may_hold_many(body):
+            return decode_short(body)
+        check_nesting(body)
         fields = decode(body)
         for name in names:  # their values may be as large as the body
             setattr(fields, name, _bounded(getattr(fields, name), _NAMED[name], body))
-        raw = getattr(fields, member)
-        check_array(raw, member, MESSAGES_MOST)
-        try:
-            items = None if raw is NONE else _decode_items(raw)
-        except msgspec.ValidationError:
-            raise BadRequest(f"{member} must be an array", param=member) from None
-        setattr(fields, member, items)
+        for name in flags:
+            setattr(fields, name, bytes(getattr(fields, name)) == b"true")
+        if member is not None:
+            setattr(fields, member, _items(getattr(fields, member), member))
         return fields
 
     return decode_counted
+
+
+def _items(raw: Raw, member: str) -> list[Raw] | None:
+    """Return the items of an array, None if it is absent or null. Raises BadRequest."""
+    check_array(raw, member, MESSAGES_MOST)
+    try:
+        return None if raw is NONE else _decode_items(raw)
+    except msgspec.ValidationError:
+        raise BadRequest(f"{member} must be an array", param=member) from None
 
 
 def _bounded(raw: Raw, kind: type[Named], body: Body) -> Named | None:
@@ -234,9 +238,12 @@ def _bounded(raw: Raw, kind: type[Named], body: Body) -> Named | None:
 
 
 _decode_items: Callable[[Raw], list[Raw] | None] = msgspec.json.Decoder(list[Raw] | None).decode
-decode_chat_counted = _counted(_Chat, "messages")
-decode_messages_counted = _counted(_Messages, "messages")
-decode_responses_counted = _counted(_Responses, "input")
+decode_completion = _counted(_Completion)
+decode_responses_text = _counted(_ResponsesText)
+decode_embeddings = _counted(_Embeddings)
+decode_chat = _counted(_Chat, "messages")
+decode_messages = _counted(_Messages, "messages")
+decode_responses = _counted(_Responses, "input")
 decode_model = decode_embeddings
 
 

@@ -16,6 +16,9 @@ from proxy.wire.schemas import DECODE_ERRORS, decode_tool_types
 SEARCHED_BYTES_MOST: Final = 64 * 1024
 """Longest content that is searched, if it is not plain text and has no media; longer content counts as mixed."""
 
+TOOLS_BYTES_MOST: Final = 1024 * 1024
+"""Longest list of tools that is decoded; a longer one counts as if some of them were hosted."""
+
 _KEY_END: Final = b'url"'  # of url, image_url, file_url, audio_url and video_url
 _FILE: Final = b"file_id"
 _AFTER_KEY_BYTES: Final = 64  # colon, white space and the beginning of the value
@@ -63,6 +66,8 @@ class TextAlone:
 
 
 def _all_clients(tools: memoryview) -> bool:
+    if len(tools) > TOOLS_BYTES_MOST:
+        return False  # unknown: millions of tools would take seconds
     try:
         types = [each.type for each in decode_tool_types(tools) or ()]
     except DECODE_ERRORS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from proxy.errors import BadRequest, Overloaded, ResetBeforeResponse, UnknownObject
 from proxy.model import Ending, Endpoint
 from proxy.pipeline.dispatch import Upload
-from proxy.pipeline.exchange import Exchange
+from proxy.pipeline.exchange import Exchange, TakesLong
 from proxy.pipeline.pipeline import OBJECT_NEWS_SECONDS, Pipeline
 from proxy.pipeline.silence import COMMENT, WaitingClient
 from proxy.records import Prompt, Tenant
@@ -159,6 +160,45 @@ async def test_the_body_that_is_passed_through_and_the_exchange_itself_reach_the
 async def no_pieces() -> AsyncIterator[bytes]:
     return
     yield
+
+
+@pytest.mark.parametrize("object_is_news", [False, True])
+async def test_a_body_that_takes_long_is_read_in_a_thread_of_its_own(object_is_news: bool) -> None:
+    """The loop goes on meanwhile; what was read is then the request's, also if it had to be read a second time."""
+    phases = Phases(read=[TakesLong(), *([UnknownObject("no")] if object_is_news else [])])
+    threads: list[tuple[int, bool]] = []
+
+    def read(exchange: Exchange) -> None:
+        threads.append((threading.get_ident(), exchange.is_read_aside))
+        exchange.model = f"read {len(threads)}"
+        phases.step("read")
+
+    phases.read = read  # type: ignore[method-assign]
+    phases.pipeline = Pipeline(phases, phases, phases, phases, phases, Contexts(phases), Waits(phases), phases.sleep)
+    asked, _ = await ran(phases, exchange("POST", "/v1/chat/completions", CHAT))
+    reads = 3 if object_is_news else 2
+    assert phases.steps == ["read"] * (reads - 1) + [*DECISIONS, *ANSWERED, *END]
+    assert threads[0] == (threading.get_ident(), False)
+    assert all(thread != threading.get_ident() and aside for thread, aside in threads[1:])
+    assert asked.model == f"read {reads}"
+    assert not asked.only_explained
+    assert phases.slept == ([OBJECT_NEWS_SECONDS] if object_is_news else [])
+
+
+async def test_a_refusal_in_the_thread_is_answered_with_what_was_read_before_it() -> None:
+    """The log names the model that the client may not use."""
+    phases = Phases()
+
+    def read(exchange: Exchange) -> None:
+        if not exchange.is_read_aside:
+            raise TakesLong
+        exchange.model = "secret"
+        raise BadRequest("no")
+
+    phases.read = read  # type: ignore[method-assign]
+    phases.pipeline = Pipeline(phases, phases, phases, phases, phases, Contexts(phases), Waits(phases), phases.sleep)
+    asked, kept = await ran(phases, exchange("POST", "/v1/chat/completions", CHAT))
+    assert (asked.model, asked.status, len(kept.calls)) == ("secret", 400, 1)
 
 
 async def test_stored_contexts_and_the_list_of_models_are_answered_here() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 from cache import ObjectLocations
 from proxy.errors import BadRequest, Forbidden, NotFound, UnknownObject
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
-from proxy.pipeline.exchange import Exchange
-from proxy.pipeline.reader import RequestReader, object_key
+from proxy.pipeline.exchange import Exchange, TakesLong
+from proxy.pipeline.reader import LONG_BYTES, LONG_IF_DECODED_BYTES, RequestReader, object_key
 from proxy.pipeline.routes import Routes
 from proxy.records import Call, Tenant
 from proxy.upstream import Origin
@@ -89,6 +90,37 @@ def test_an_isolated_pool_whose_engine_knows_the_field_gets_a_salt() -> None:
     asked = exchange("POST", "/v1/chat/completions", CHAT | {"model": "free-1"})
     reader().read(asked)
     assert [edit.insert for edit in asked.edits] == [b'"cache_salt":"mine",']
+
+
+def long_chat(nbytes: int, model: str = "dear", more: str = "") -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": "x" * nbytes}], "more": more}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "tenant", "takes_long"),
+    [
+        ("/v1/chat/completions", long_chat(LONG_BYTES), MINE, True),
+        ("/v1/chat/completions", long_chat(LONG_BYTES // 2), MINE, False),
+        ("/v1/chat/completions", long_chat(LONG_IF_DECODED_BYTES, more="file_id"), MINE, True),
+        ("/v1/chat/completions", long_chat(LONG_IF_DECODED_BYTES // 2, more="file_id"), MINE, False),
+        ("/v1/chat/completions", long_chat(LONG_IF_DECODED_BYTES, "cheap"), LIMITED, True),
+        ("/v1/chat/completions", long_chat(LONG_IF_DECODED_BYTES // 2, "cheap"), LIMITED, False),
+        ("/v1/rerank", long_chat(LONG_IF_DECODED_BYTES), MINE, True),
+        ("/v1/rerank", long_chat(LONG_IF_DECODED_BYTES // 2), MINE, False),
+    ],
+)
+def test_a_body_whose_reading_could_block_the_loop_is_left_to_a_thread(
+    path: str, body: dict[str, Any], tenant: Tenant, takes_long: bool
+) -> None:
+    """By its length, and earlier if it may have to be decoded whole; there it is read as any other."""
+    asked = exchange("POST", path, body, tenant)
+    if takes_long:
+        with pytest.raises(TakesLong):
+            reader().read(asked)
+        asked.is_read_aside = True
+    with contextlib.suppress(NotFound):
+        reader().read(asked)
+    assert asked.model == body["model"]
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/rerank"])

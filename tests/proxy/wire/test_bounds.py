@@ -11,7 +11,17 @@ from msgspec import Raw
 
 from proxy.errors import BadRequest
 from proxy.model import Endpoint
-from proxy.wire.bounds import CHECKED_BYTES, COMMAS_HARMLESS, VALUES_MOST, TooManyItems, check_array, check_values
+from proxy.wire import bounds
+from proxy.wire.bounds import (
+    CHECKED_BYTES,
+    COMMAS_HARMLESS,
+    NESTED_MOST,
+    VALUES_MOST,
+    TooManyItems,
+    check_array,
+    check_nesting,
+    check_values,
+)
 from proxy.wire.named_models import further_models
 from proxy.wire.references import references
 from proxy.wire.request import read
@@ -65,8 +75,8 @@ def test_a_text_as_input_may_have_any_number_of_commas() -> None:
 
 
 def test_a_second_model_ends_the_reading() -> None:
-    """A body can hold millions of them, each of which is a call."""
-    calls = b",".join([b'"model":"m"'] * 1_000_000)
+    """A body can hold half a million of them, each of which is a call."""
+    calls = b",".join([b'"model":"m"'] * (NESTED_MOST - 100))
     begun = time.process_time()
     with pytest.raises(BadRequest, match="model is given twice"):
         read(b'{"messages":[],' + calls + b"}", Endpoint.CHAT)
@@ -115,3 +125,47 @@ def test_the_bounds_leave_room_for_honest_bodies() -> None:
     assert len(body) > CHECKED_BYTES
     assert body.count(b",") > COMMAS_HARMLESS
     assert len(read(body, Endpoint.CHAT).spans) == MESSAGES_MOST
+
+
+@pytest.mark.parametrize("endpoint", [each for each in Endpoint if each.is_generation] + [Endpoint.EMBEDDINGS])
+@pytest.mark.parametrize("unit", [b"{}", b"[]", b'{"a":1}'])
+def test_millions_of_objects_arrays_and_members_are_refused_anywhere(endpoint: Endpoint, unit: bytes) -> None:
+    """Even what is only skipped takes too long then."""
+    many = b",".join([unit] * (NESTED_MOST + 1))
+    with pytest.raises(BadRequest, match="objects, arrays and members"):
+        read(b'{"model":"m","messages":[],"input":[],"prompt":"a","x":[%b]}' % many, endpoint)
+
+
+def test_a_body_may_have_any_number_of_token_ids() -> None:
+    """A prompt of them has millions, and they are skipped fast."""
+    prompt = read(b'{"model":"m","prompt":[%b]}' % b",".join([b"17"] * 3_000_000), Endpoint.COMPLETIONS)
+    assert prompt.size_bytes == 9_000_001
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        (b'{"a":[{}],"b":"c"}', 5),
+        (b'["[{:","\\"",[],"\\\\\\"[[[",{}]', 3),
+        (b'["\\\\",["\\\\\\\\"],":\\\\"]', 2),
+        (b'["\\u005b[","a\\n[",["\\\\n["]]', 2),
+        (b'{"":{"":""}}', 4),
+    ],
+)
+def test_signs_inside_strings_do_not_count_however_they_are_escaped(
+    monkeypatch: pytest.MonkeyPatch, text: bytes, count: int
+) -> None:
+    """A text about JSON has many."""
+    json.loads(text)
+    monkeypatch.setattr(bounds, "NESTED_MOST", count)
+    check_nesting(text)
+    monkeypatch.setattr(bounds, "NESTED_MOST", count - 1)
+    with pytest.raises(BadRequest):
+        check_nesting(text)
+
+
+def test_many_strings_with_signs_are_told_from_members() -> None:
+    """Strings that only follow each other cost nothing; each member has a sign outside."""
+    check_nesting(b"[" + b",".join([b'"[{:"'] * (2 * NESTED_MOST)) + b"]")
+    with pytest.raises(BadRequest):
+        check_nesting(b"{" + b",".join([b'"[":"{"'] * (2 * NESTED_MOST)) + b"}")
