@@ -3,7 +3,8 @@
     python scripts/mutants.py proxy/routing               # every mutant
     python scripts/mutants.py proxy/routing --sample 150  # as many, drawn with a fixed seed (--seed for another)
 
-The tests are those of the package's own folder, tests/proxy/routing. Everything happens in a copy of the sources
+The tests are those of the package's own folder, tests/proxy/routing. What they do not notice is then checked by mypy,
+as `make checks` checks the sources, and counted in a column of its own. Everything happens in a copy of the sources
 under .build/mutants, which the next full run continues: results stay until the code of their function changes. A
 table by module comes at the end, and the changes that survived are in survivors.diff beside the copy.
 """
@@ -11,6 +12,7 @@ table by module comes at the end, and the changes that survived are in survivors
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import random
 import shutil
@@ -25,6 +27,9 @@ COPIED = ("cache", "proxy", "tests", "demo", "benchmarks")
 SEED = 1  # of the sample, unless another is given: the same mutants each time, as long as the code is the same
 MUTMUT = str(Path(sys.executable).parent / "mutmut")
 NO_SUCH_MUTANT = "none"  # mutmut generates mutants before it looks for those that it is to run
+TYPES = "types"  # the state of a mutant that no test noticed, but mypy
+# A class of mutants has each method, and so each annotated attribute, many times, and lines of mutmut's own.
+NOT_OF_MUTANTS = ("no-redef", "unused-ignore")
 
 
 def main(package: str, sample: int | None, seed: int) -> int:
@@ -39,7 +44,11 @@ def main(package: str, sample: int | None, seed: int) -> int:
         names = random.Random(seed).sample(every, min(sample, len(every)))
     failed = run(folder, names, quiet=False)
     found = states(folder)
-    show(folder, {name: found[name] for name in (found if sample is None else names)})
+    tried = {name: found[name] for name in (found if sample is None else names)}
+    for name in ill_typed(folder, package):
+        if tried.get(name) in ("survived", "no tests"):
+            tried[name] = TYPES
+    show(folder, tried)
     return failed
 
 
@@ -80,19 +89,65 @@ def states(folder: Path) -> dict[str, str]:
     return dict(line.strip().split(": ", 1) for line in output.splitlines() if ": " in line)
 
 
+def ill_typed(folder: Path, package: str) -> set[str]:
+    """Return the names of the mutants in which mypy finds an error, with the options that check the sources.
+
+    Raises `RuntimeError` if it finds one outside mutants, since then it says nothing about them.
+    """
+    copy = folder / "mutants"
+    disabled = [f"--disable-error-code={code}" for code in NOT_OF_MUTANTS]
+    options = ["--config-file", str(ROOT / "pyproject.toml"), *disabled, "--output", "json", package]
+    command = [sys.executable, "-m", "mypy", *options]
+    report = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False).stdout
+    errors: dict[str, set[int]] = {}
+    for error in map(json.loads, report.splitlines()):
+        if error["severity"] == "error":
+            errors.setdefault(error["file"], set()).add(error["line"])
+    names: set[str] = set()
+    for file, lines in errors.items():
+        found = mutants_at(copy / file, lines)
+        names |= {f"{file.removesuffix('.py').replace('/', '.')}.{name}" for name in found}
+    return names
+
+
+def mutants_at(file: Path, lines: set[int]) -> set[str]:
+    """Return the names of the functions in `file` that are mutants and contain some of `lines`.
+
+    Raises `RuntimeError` if one of the lines is in none.
+    """
+    names: set[str] = set()
+    left = set(lines)
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and "__mutmut_" in node.name:
+            within = {line for line in lines if node.lineno <= line <= (node.end_lineno or 0)}
+            if within and not node.name.endswith("__mutmut_orig"):
+                names.add(node.name)
+                left -= within
+    if left:
+        raise RuntimeError(f"mypy finds errors outside mutants, in lines {sorted(left)} of {file}")
+    return names
+
+
 def show(folder: Path, found: dict[str, str]) -> None:
     """Print the table by module, and write how each survivor differs from the code."""
     modules: dict[str, Counter[str]] = {}
     for name, state in sorted(found.items()):
         modules.setdefault(name.rpartition(".")[0], Counter())[state] += 1
     modules["all"] = Counter(found.values())
-    print(f"{'module':<40}{'mutants':>8}{'killed':>8}{'survived':>9}{'no test':>8}{'other':>6}{'killed':>9}")
+    titles = ("killed", "timeout", TYPES, "survived", "no test", "other")
+    print(
+        f"{'module':<40}{'mutants':>8}"
+        + "".join(f"{title:>9}" for title in titles)
+        + f"{'by tests':>10}{'noticed':>9}"
+    )
     for module, counts in modules.items():
-        killed, survived, untested = counts["killed"] + counts["timeout"], counts["survived"], counts["no tests"]
-        total = counts.total()
-        figures = f"{total:>8}{killed:>8}{survived:>9}{untested:>8}{total - killed - survived - untested:>6}"
-        print(f"{module:<40}{figures}{killed / total:>9.1%}")
-    survivors = [name for name, state in found.items() if state == "survived"]
+        killed, late, typed = counts["killed"], counts["timeout"], counts[TYPES]
+        survived, untested, total = counts["survived"], counts["no tests"], counts.total()
+        other = total - killed - late - typed - survived - untested
+        figures = "".join(f"{count:>9}" for count in (killed, late, typed, survived, untested, other))
+        tests = killed + late
+        print(f"{module:<40}{total:>8}{figures}{tests / total:>10.1%}{(tests + typed) / total:>9.1%}")
+    survivors = [name for name, state in found.items() if state in ("survived", "no tests")]
     with (folder / "survivors.diff").open("w", encoding="utf-8") as file:
         for name in survivors:
             subprocess.run([MUTMUT, "show", name], cwd=folder, stdout=file, check=False)
