@@ -51,7 +51,7 @@ class Pool:
     `name` is the origin's, for the log.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits, name: str = "") -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits, name: str) -> None:
         self._name = name
         self._loop = loop
         self._limits = limits

@@ -22,6 +22,7 @@ from proxy.errors import (
     TlsFailed,
 )
 from proxy.upstream import Framing, Limits, Origin, PoolCounts, pool
+from proxy.upstream.client import default_ssl_context
 from tests.conftest import IS_COMPILED
 from tests.proxy.upstream.conftest import MakeClient, counts, fetch, origin_of, spawn, turns, until
 from tests.support.clock import FakeClock
@@ -483,7 +484,7 @@ async def test_read_refuses_more_than_its_limit_and_closes(make_client: MakeClie
     client = make_client()
     async with ScriptedUpstream([Expect(), Send(chunked(b"x" * 100, end=False)), Stall()]) as upstream:
         answered = await client.request(origin_of(upstream), b"GET", b"/")
-        with pytest.raises(BadResponse):
+        with pytest.raises(BadResponse, match=r"^the upstream's response has more than 99 bytes$"):
             await answered.read(99)
         assert counts(client, upstream).open == 0
         await upstream.peers[0].left.wait()
@@ -520,13 +521,13 @@ async def test_a_body_in_pieces_is_sent_as_declared_or_chunked(make_client: Make
         assert counts(client, upstream).idle == 1
 
 
-@pytest.mark.parametrize("pieces", [[b"short"], [b"much too", b" long"]])
+@pytest.mark.parametrize(("pieces", "how"), [([b"too", b"short"], "shorter"), ([b"much too", b" long"], "longer")])
 async def test_a_body_that_is_not_as_long_as_declared_is_never_completed(
-    make_client: MakeClient, pieces: Sequence[bytes]
+    make_client: MakeClient, pieces: Sequence[bytes], how: str
 ) -> None:
     client = make_client()
     async with ScriptedUpstream(SERVE_ONE) as upstream:
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=f"^the request's body is {how} than declared$"):
             await fetch(client, upstream, pieces_of(*pieces), length=9)
         assert counts(client, upstream).open == 0
         await upstream.peers[0].left.wait()
@@ -785,7 +786,7 @@ async def test_a_refused_connection_is_named_and_its_slot_is_free_again(make_cli
         closed.bind(("127.0.0.1", 0))
         origin = Origin.parse(f"http://127.0.0.1:{closed.getsockname()[1]}")
         for _ in range(3):
-            with pytest.raises(ConnectFailed):
+            with pytest.raises(ConnectFailed, match=r"^the upstream cannot be reached$"):
                 await client.request(origin, b"GET", b"/")
     assert client.counts()[origin].open == 0
 
@@ -800,7 +801,7 @@ async def test_a_name_that_does_not_resolve_is_named(
     with pytest.raises(ConnectFailed, match=r"^the upstream's name is not a valid host name$"):
         await client.request(Origin.parse(f"http://{'a' * 70}.invalid"), b"GET", b"/")
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", unknown)
-    with pytest.raises(ConnectFailed, match="resolve"):
+    with pytest.raises(ConnectFailed, match=r"^the upstream's name does not resolve$"):
         await client.request(Origin.parse("http://replica.invalid"), b"GET", b"/")
 
 
@@ -817,6 +818,30 @@ async def test_the_addresses_of_a_name_are_tried_in_turn(
         answered = await client.request(Origin.parse(f"http://replica:{upstream.port}"), b"GET", b"/")
         assert answered.status == 200
         assert upstream.requests[0].header(b"host") == b"replica:%d" % upstream.port
+
+
+async def test_the_addresses_of_the_two_families_are_tried_alternately_and_each_once(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica whose IPv6 does not work costs one attempt, not one for each of its addresses."""
+    tried: list[str] = []
+
+    async def resolve(*_: Any, **__: Any) -> Any:
+        six, four = socket.AF_INET6, socket.AF_INET
+        found = [(six, "::1"), (six, "::2"), (six, "::3"), (four, "127.0.0.1"), (four, "127.0.0.1")]
+        return [(family, socket.SOCK_STREAM, 6, "", (address, 0)) for family, address in found]
+
+    async def refuse(_: Any, address: str, *__: Any, **___: Any) -> Any:
+        tried.append(address)
+        raise ConnectionRefusedError
+
+    client = make_client()
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "getaddrinfo", resolve)
+    monkeypatch.setattr(loop, "create_connection", refuse)
+    with pytest.raises(ConnectFailed):
+        await client.request(Origin.parse("http://replica"), b"GET", b"/")
+    assert tried == ["::1", "127.0.0.1", "::2", "::3"]
 
 
 async def test_each_address_of_a_name_gets_its_share_of_the_time_that_is_left(
@@ -874,7 +899,7 @@ async def test_a_connection_that_closed_as_it_opened_cannot_carry_a_request(
     async with ScriptedUpstream(SERVE_ONE) as upstream:
         with monkeypatch.context() as patch:
             patch.setattr(loop, "create_connection", lost)
-            with pytest.raises(ConnectFailed, match="as it opened"):
+            with pytest.raises(ConnectFailed, match=r"^the connection to the upstream closed as it opened$"):
                 await fetch(client, upstream)
         assert counts(client, upstream).open == 0
         assert upstream.requests == []
@@ -902,7 +927,7 @@ async def test_a_client_that_closes_while_a_connection_is_opened_sends_nothing_o
         with pytest.raises(ConnectFailed):
             await request
         assert (counts(client, upstream).open, upstream.requests) == (0, [])
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(RuntimeError, match=r"^the upstream client is closed$"):
             await fetch(client, upstream)
 
 
@@ -951,6 +976,15 @@ async def test_tls_with_a_trusted_certificate_works_and_is_kept_alive(
         for _ in range(2):
             assert await fetch(client, upstream, b"x" * 300_000) == b"hello"
         assert upstream.connections == 1
+
+
+def test_tls_offers_http_1_1_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise an upstream could choose HTTP/2, which is not spoken here."""
+    offered: list[list[str]] = []
+    monkeypatch.setattr(ssl.SSLContext, "set_alpn_protocols", lambda _, names: offered.append(names))
+    context = default_ssl_context(Origin.parse("https://replica"))
+    assert offered == [["http/1.1"]]
+    assert (context.check_hostname, context.verify_mode) == (True, ssl.CERT_REQUIRED)
 
 
 async def test_tls_of_an_unknown_authority_or_another_name_is_refused(

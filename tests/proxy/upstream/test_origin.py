@@ -137,6 +137,29 @@ def test_a_target_or_name_of_another_shape_is_refused(target: bytes, name: bytes
         HeadWriter(ORIGIN).write(b"GET", target, [(name, b"v")], 0)
 
 
+@pytest.mark.parametrize(
+    ("method", "target", "name", "value", "message"),
+    [
+        (b"G T", b"/", b"a", b"b", "a method must be a token"),
+        (
+            b"GET",
+            b"v1",
+            b"a",
+            b"b",
+            "a target must start with a slash and contain no white space or control characters",
+        ),
+        (b"GET", b"/", b"a:", b"b", "a header's name must be a token"),
+        (b"GET", b"/", b"a", b"b\nc", "a header's value must not contain CR, LF or NUL"),
+    ],
+)
+def test_the_error_for_a_head_says_what_is_wrong_with_it(
+    method: bytes, target: bytes, name: bytes, value: bytes, message: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        HeadWriter(ORIGIN).write(method, target, [(name, value)], 0)
+    assert str(caught.value) == message
+
+
 @given(st.lists(st.tuples(st.binary(max_size=6), st.binary(max_size=12)), max_size=4))
 def test_whatever_is_written_has_exactly_the_lines_that_were_meant(headers: list[tuple[bytes, bytes]]) -> None:
     try:

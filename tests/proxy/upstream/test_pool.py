@@ -56,7 +56,7 @@ async def test_who_waits_too_long_is_refused_and_leaves_the_line(make_client: Ma
     async with ScriptedUpstream(gated(gate)) as upstream:
         first = spawn(fetch(client, upstream))
         await until(lambda: len(upstream.requests) == 1)
-        with pytest.raises(PoolTimeout):
+        with pytest.raises(PoolTimeout, match=r"^no connection to the upstream became free in time$"):
             await fetch(client, upstream)
         assert counts(client, upstream).waiting == 0
         gate.set()
@@ -70,7 +70,7 @@ async def test_a_line_that_is_full_refuses_at_once(make_client: MakeClient) -> N
     async with ScriptedUpstream(gated(gate)) as upstream:
         tasks = [spawn(fetch(client, upstream)) for _ in range(2)]
         await until(lambda: len(upstream.requests) == 1)
-        with pytest.raises(PoolTimeout):
+        with pytest.raises(PoolTimeout, match=r"^too many requests wait for a connection to the upstream$"):
             await fetch(client, upstream)
         gate.set()
         await asyncio.gather(*tasks)
@@ -429,7 +429,7 @@ async def test_a_closing_pool_refuses_who_waits_and_leaves_who_was_refused_befor
     here.pool.close()
     with pytest.raises(PoolTimeout, match="became free"):
         await late
-    with pytest.raises(PoolTimeout, match="closing"):
+    with pytest.raises(PoolTimeout, match=r"^the client is closing$"):
         await waiting
 
 
@@ -457,7 +457,7 @@ async def test_distrust_is_logged_once_and_lasts_from_the_last_bytes_that_nobody
     here.loop.seconds += pool.DISTRUST_SECONDS - 1
     here.serve(connections[1], answer(b"hello") + b"POISON")
     assert caplog.text.count("upstream http://replica sent bytes that no request asked for") == 1
-    assert "300 s" in caplog.text
+    assert caplog.records[0].getMessage().endswith("; its connections are not reused for 300 s")
     here.loop.seconds += pool.DISTRUST_SECONDS - 1
     here.serve(connections[2])
     assert here.pool.counts.idle == 0
@@ -526,7 +526,7 @@ async def test_a_connection_passes_to_a_waiting_request_only_if_nothing_waits_un
     loop = asyncio.get_running_loop()
     clock = SystemClock()
     limits = Limits(max_connections=1)
-    connections = pool.Pool(loop, limits)
+    connections = pool.Pool(loop, limits, "http://replica")
     ours, theirs = socket.socketpair()
     with ours, theirs:
         deadlines = Deadlines(loop, clock)

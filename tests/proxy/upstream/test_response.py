@@ -96,6 +96,21 @@ async def test_a_piece_that_comes_in_the_moment_of_the_deadline_has_arrived() ->
     assert body.response.body_now() == b"x"
 
 
+@pytest.mark.parametrize("how", ["a piece", "the end"])
+async def test_a_body_has_begun_with_its_first_piece_or_its_end(how: str) -> None:
+    body = Filled()
+    waiting = spawn(body.response.begun())
+    await turns()
+    assert not waiting.done()
+    if how == "a piece":
+        body.bring(b"x")
+    else:
+        body.response.ended()
+    await waiting
+    await body.response.begun()
+    assert (body.response.peek(), body.source.taken_times) == (b"x" if how == "a piece" else b"", 0)
+
+
 async def test_a_body_fits_if_it_ends_within_the_limit() -> None:
     """With exactly as many bytes it does; nothing is taken."""
     body = Filled()
@@ -120,7 +135,7 @@ async def test_a_body_with_a_byte_over_the_limit_does_not_fit() -> None:
     assert (body.response.peek(), body.source.closed_with) == (b"abcde", [])
 
 
-@pytest.mark.parametrize("wait", ["arrived", "fits", "next_chunk", "pour"])
+@pytest.mark.parametrize("wait", ["arrived", "begun", "fits", "next_chunk", "pour"])
 async def test_whoever_waits_for_a_body_learns_how_it_was_broken_off(wait: str) -> None:
     """At once, and again whenever it is asked."""
     body = Filled()
@@ -129,6 +144,7 @@ async def test_whoever_waits_for_a_body_learns_how_it_was_broken_off(wait: str) 
     def begin() -> asyncio.Task[object]:
         calls = {
             "arrived": lambda: response.arrived(0, body.late()),
+            "begun": response.begun,
             "fits": lambda: response.fits(9),
             "next_chunk": response.next_chunk,
             "pour": lambda: response.pour(lambda piece, _: not got.append(piece)),  # type: ignore[func-returns-value]
@@ -144,15 +160,23 @@ async def test_whoever_waits_for_a_body_learns_how_it_was_broken_off(wait: str) 
     assert got == []
 
 
-@pytest.mark.parametrize("wait", ["arrived", "fits"])
+@pytest.mark.parametrize("wait", ["arrived", "begun", "fits"])
 async def test_who_leaves_while_a_part_of_the_body_is_awaited_closes_the_connection(wait: str) -> None:
     body = Filled()
-    waiting = spawn(body.response.arrived(0, body.late()) if wait == "arrived" else body.response.fits(9))
+    response = body.response
+    waits = {
+        "arrived": lambda: response.arrived(0, body.late()),
+        "begun": response.begun,
+        "fits": lambda: response.fits(9),
+    }
+    waiting = spawn(waits[wait]())
     await turns()
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    assert [type(error) for error in body.source.closed_with] == [ResetMidResponse]
+    [error] = body.source.closed_with
+    assert isinstance(error, ResetMidResponse)
+    assert error.message == "the response was abandoned"
 
 
 # -- a sink
@@ -198,7 +222,9 @@ async def test_what_a_sink_raises_at_a_piece_ends_the_pouring_and_closes(whole: 
         body.bring(b"d")
     with pytest.raises(ConnectionResetError):
         await pouring
-    assert [type(error) for error in body.source.closed_with] == [ResetMidResponse]
+    [error] = body.source.closed_with
+    assert isinstance(error, ResetMidResponse)
+    assert error.message == "the response was abandoned"
 
 
 async def test_pieces_that_come_while_a_cancelled_sink_is_ending_do_not_reach_it() -> None:
