@@ -90,42 +90,35 @@ def states(folder: Path) -> dict[str, str]:
 
 
 def ill_typed(folder: Path, package: str) -> set[str]:
-    """Return the names of the mutants in which mypy finds an error, with the options that check the sources.
-
-    Raises `RuntimeError` if it finds one outside mutants, since then it says nothing about them.
-    """
+    """Return the names of the mutants in which mypy finds an error, with the options that check the sources."""
     copy = folder / "mutants"
     disabled = [f"--disable-error-code={code}" for code in NOT_OF_MUTANTS]
     options = ["--config-file", str(ROOT / "pyproject.toml"), *disabled, "--output", "json", package]
     command = [sys.executable, "-m", "mypy", *options]
     report = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False).stdout
-    errors: dict[str, set[int]] = {}
+    errors: dict[str, list[tuple[int, str]]] = {}
     for error in map(json.loads, report.splitlines()):
         if error["severity"] == "error":
-            errors.setdefault(error["file"], set()).add(error["line"])
+            errors.setdefault(error["file"], []).append((error["line"], error["message"]))
     names: set[str] = set()
-    for file, lines in errors.items():
-        found = mutants_at(copy / file, lines)
-        names |= {f"{file.removesuffix('.py').replace('/', '.')}.{name}" for name in found}
+    for file, found in errors.items():
+        module = file.removesuffix(".py").replace("/", ".")
+        names |= {f"{module}.{name}" for name in ill_typed_in(copy / file, found)}
     return names
 
 
-def mutants_at(file: Path, lines: set[int]) -> set[str]:
-    """Return the names of the functions in `file` that are mutants and contain some of `lines`.
+def ill_typed_in(file: Path, errors: list[tuple[int, str]]) -> set[str]:
+    """Return the names of the mutants in `file` that have some of the `errors`, each a line and a message.
 
-    Raises `RuntimeError` if one of the lines is in none.
+    An error that the original of a mutant has as well comes from the way in which mutmut writes them.
     """
-    names: set[str] = set()
-    left = set(lines)
+    found: dict[str, set[str]] = {}
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and "__mutmut_" in node.name:
-            within = {line for line in lines if node.lineno <= line <= (node.end_lineno or 0)}
-            if within and not node.name.endswith("__mutmut_orig"):
-                names.add(node.name)
-                left -= within
-    if left:
-        raise RuntimeError(f"mypy finds errors outside mutants, in lines {sorted(left)} of {file}")
-    return names
+            end = node.end_lineno or node.lineno
+            found[node.name] = {message for line, message in errors if node.lineno <= line <= end}
+    original = {name: found.get(f"{name.rpartition('_')[0]}_orig", set()) for name in found}
+    return {name for name, messages in found.items() if messages - original[name]}
 
 
 def show(folder: Path, found: dict[str, str]) -> None:
