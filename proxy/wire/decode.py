@@ -78,7 +78,7 @@ def _gzip() -> _Step:
             stream = zlib.decompressobj(wbits=31)
             decoded += stream.decompress(rest, max(1, most - len(decoded)))
         if stream.unconsumed_tail:
-            raise zlib.error("too much from one chunk")
+            raise zlib.error  # too much from one chunk
         return decoded
 
     return step
@@ -88,7 +88,7 @@ def _inflate(stream: zlib._Decompress) -> _Step:
     def step(chunk: bytes, most: int) -> bytes:
         decoded = stream.decompress(chunk, most)
         if stream.unconsumed_tail:
-            raise zlib.error("too much from one chunk")
+            raise zlib.error  # too much from one chunk
         return decoded
 
     return step
@@ -114,7 +114,7 @@ def _brotli() -> _Step:
     def step(chunk: bytes, most: int) -> bytes:
         decoded: bytes = stream.process(chunk, output_buffer_limit=most)
         if not stream.can_accept_more_data() and not stream.is_finished():
-            raise zlib.error("too much from one chunk")
+            raise zlib.error  # too much from one chunk
         return decoded
 
     return step
@@ -132,7 +132,7 @@ def _zstd() -> _Step:
             parts.append(part)
             size += len(part)
             if size > most:
-                raise zlib.error("too much from one chunk")
+                raise zlib.error  # too much from one chunk
         return b"".join(parts)
 
     return step

@@ -47,32 +47,33 @@ def fields(body: Body, content_type: bytes) -> Iterator[Field]:
     """Yield the fields of a form in their order.
 
     Raises:
-        UnreadableForm: the boundary, a part's head or the end is missing, malformed or ambiguous.
+        UnreadableForm: the boundary, a part's head or the end is missing, malformed or ambiguous, or there are more
+            than `PARTS_MOST` parts.
     """
     marker = b"--" + _boundary(content_type)
     if not body.startswith(marker):
-        raise UnreadableForm("the first boundary is not at the start")
+        raise UnreadableForm
     view = memoryview(body)
     at = len(marker)
     for _ in range(PARTS_MOST):
         if body[at : at + 2] == b"--":
             return
         if body[at : at + 2] != b"\r\n":
-            raise UnreadableForm("no line end behind a boundary")
+            raise UnreadableForm
         head_end = body.find(b"\r\n\r\n", at, at + _HEAD_BYTES_MOST)
         value_end = body.find(b"\r\n" + marker, head_end + 2)
         if head_end < 0 or value_end < 0:
-            raise UnreadableForm("a part has no end")
+            raise UnreadableForm
         yield Field(_name(bytes(body[at + 2 : head_end])), view[head_end + 4 : max(value_end, head_end + 4)])
         at = value_end + 2 + len(marker)
-    raise UnreadableForm("too many parts")
+    raise UnreadableForm
 
 
 def _boundary(content_type: bytes) -> bytes:
     found = _TYPE.fullmatch(content_type.strip())
     boundary = (found["quoted"] or found["plain"] or b"") if found is not None else b""
     if not _BOUNDARY.fullmatch(boundary):
-        raise UnreadableForm("no usable boundary")
+        raise UnreadableForm
     return boundary
 
 
@@ -85,5 +86,5 @@ def _name(head: bytes) -> str:
         or found["name"] is None
         or lines[0].lower().count("name=") - lines[0].lower().count("filename=") != 1
     ):
-        raise UnreadableForm("a part without a plain name")
+        raise UnreadableForm
     return found["name"]

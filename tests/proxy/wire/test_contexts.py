@@ -264,3 +264,93 @@ def test_an_empty_list_of_tools_repeats_a_context_without_tools_and_no_other() -
         prompt = request.read(body, Endpoint.CHAT)
         assert isinstance(contexts.splice_repeated(prompt, b"", stored, [memoryview(stored)]), contexts.Spliced)
         assert contexts.splice_repeated(prompt, b'[{"a":1}]', stored, [memoryview(stored)]) == "tools"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (7, "The content of a message of the role cache must be a string."),
+        ("tag", "The content must be key=value pairs separated by semicolons, each key once."),
+        ("tag=a;tag=b", "The content must be key=value pairs separated by semicolons, each key once."),
+        ("tag=a;reset_ttl=", "The content must be key=value pairs separated by semicolons, each key once."),
+        ("tag=a;ttl=5", "The content may have the keys cache_id, tag, reset_ttl and dry_run only."),
+        ("dry_run=1", "The content must have either cache_id or tag."),
+        ("tag=a;cache_id=b", "The content must have either cache_id or tag."),
+        ("tag=a;reset_ttl=0", "reset_ttl must be a positive number of seconds."),
+        ("tag=a;reset_ttl=1.5", "reset_ttl must be a positive number of seconds."),
+        ("tag=a;reset_ttl=\u0663", "reset_ttl must be a positive number of seconds."),
+        ("tag=a;reset_ttl=1234567890", "reset_ttl must be a positive number of seconds."),
+        ("tag=a;dry_run=2", "dry_run must be 0 or 1."),
+    ],
+)
+def test_the_error_for_a_reference_says_how_it_must_be(content: Any, message: str) -> None:
+    """It names the content of the first message, and for a header the header."""
+    with pytest.raises(BadRequest) as refused:
+        contexts.read_reference(content)
+    assert (refused.value.message, refused.value.param) == (message, "messages[0].content")
+
+
+def test_the_options_of_a_reference_are_read_in_any_order() -> None:
+    """A reset of 999,999,999 seconds is the longest; a dry run must be asked for."""
+    name = "cache-" + "0" * 32
+    assert contexts.read_reference("reset_ttl=999999999;tag=book;dry_run=1") == contexts.Reference(
+        None, "book", 999_999_999, True
+    )
+    assert contexts.read_reference(f"dry_run=0;cache_id={name}") == contexts.Reference(name, None, None, False)
+    assert contexts.read_reference("tag=a;reset_ttl=1").reset_ttl_seconds == 1
+
+
+def test_headers_name_a_context_by_its_id_and_have_the_same_options() -> None:
+    name = b"cache-" + b"0" * 32
+    header = b"x-msh-context-cache"
+    named = [(header, b" %b " % name), (header + b"-reset-ttl", b"7"), (header + b"-dryrun", b"1")]
+    assert contexts.reference_in(named) == contexts.Reference(name.decode(), None, 7, True)
+    assert contexts.reference_in(named[1:]) is None
+    assert contexts.reference_in([(header, b"\xe9")]) == contexts.Reference(None, None, None, False)
+    for option, value, message in (
+        (b"-reset-ttl", b"-1", "reset_ttl must be a positive number of seconds."),
+        (b"-dryrun", b"yes", "dry_run must be 0 or 1."),
+    ):
+        with pytest.raises(BadRequest) as refused:
+            contexts.reference_in([(header, name), (header + option, value)])
+        assert (refused.value.message, refused.value.param) == (message, "X-Msh-Context-Cache")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "a"}, NAMING]},
+            "Only the first message may have the role cache.",
+            "messages[1].role",
+        ),
+        (
+            {"messages": [NAMING], "tools": []},
+            "tools must be absent: the stored context has its own.",
+            "tools",
+        ),
+        (
+            {"messages": [NAMING], "functions": [{}]},
+            "functions must be absent: the stored context has its own.",
+            "functions",
+        ),
+    ],
+)
+def test_the_error_for_a_request_with_a_reference_says_what_is_wrong_with_it(
+    fields: dict[str, Any], message: str, param: str
+) -> None:
+    prompt = request.read(json.dumps({"model": "m", **fields}).encode(), Endpoint.CHAT)
+    with pytest.raises(BadRequest) as refused:
+        contexts.named_in(prompt)
+    assert (refused.value.message, refused.value.param) == (message, param)
+
+
+def test_the_error_for_a_body_or_a_message_that_cannot_be_read_says_so() -> None:
+    prompt = request.read(b'{"model":"m","messages":[{"role":"cache","content":"tag=a"}]}', Endpoint.CHAT)
+    for body, message, param in (
+        (b"[]", "The body must be a JSON object with an array of messages, in UTF-8.", None),
+        (b'{"messages":[{},["cache"]]}', "A message must be a JSON object in UTF-8.", "messages[1]"),
+    ):
+        with pytest.raises(BadRequest) as refused:
+            contexts.named_in(dataclasses.replace(prompt, body=body))
+        assert (refused.value.message, refused.value.param) == (message, param)

@@ -101,11 +101,14 @@ def test_a_compressed_request_is_decoded_within_its_limit(coding: bytes) -> None
     """To the byte; one byte more is too large, and damage, a cut and bytes behind it are refused."""
     packed = CODINGS[coding](BODY)
     assert decode_request(bytearray(packed), coding, len(BODY)) == BODY
-    with pytest.raises(TooLarge):
+    with pytest.raises(TooLarge) as large:
         decode_request(packed, coding, len(BODY) - 1)
+    assert large.value.message == f"The decoded body has more than {len(BODY) - 1} bytes, the most that is read."
     for broken in (b"", packed[:-1], packed[:1], packed[: len(packed) // 2], packed + b"junk", b"\x00" + packed):
-        with pytest.raises(BadRequest):
+        with pytest.raises(BadRequest) as caught:
             decode_request(broken, coding, len(BODY))
+        assert caught.value.message == f"The body is not valid {coding.decode()}."
+        assert caught.value.code == "bad_content_encoding"
 
 
 @pytest.mark.parametrize("coding", CODINGS)
@@ -159,6 +162,7 @@ def test_an_unknown_coding_and_several_are_refused(values) -> None:
     with pytest.raises(BadRequest) as caught:
         request_encoding([(b"content-encoding", value) for value in values])
     assert caught.value.code == "unsupported_content_encoding"
+    assert caught.value.message == "The body's content-encoding is not one of gzip, deflate, br and zstd."
 
 
 @pytest.mark.parametrize("value", [b"", b"identity", b"utf-8", b"UTF8"])

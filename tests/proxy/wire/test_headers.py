@@ -110,11 +110,11 @@ def test_names_made_up_by_strangers_do_not_grow_memory() -> None:
 @pytest.mark.parametrize("value", [b"a\r\nb: c", b"a\nb", b"a\rb", b"a\0b"])
 def test_a_value_that_breaks_out_of_its_line_is_refused(value) -> None:
     """Both ways."""
-    with pytest.raises(BadRequest):
+    with pytest.raises(BadRequest, match=r"^a header contains a line break or NUL$"):
         head((b"x-note", value))
     with pytest.raises(BadRequest):
         head(request_id=value.decode())
-    with pytest.raises(BadResponse):
+    with pytest.raises(BadResponse, match=r"^a header of the response contains a line break or NUL$"):
         response_head([(b"x-note", value)], request_id="r1")
 
 

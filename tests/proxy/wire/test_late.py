@@ -133,6 +133,7 @@ def test_a_message_is_its_blocks_in_deltas() -> None:
 def test_a_success_that_is_no_answer_is_an_error_event(endpoint: Endpoint, body: bytes) -> None:
     raw = events_of_plain(200, body, endpoint)
     assert read_event(raw, endpoint).error
+    assert b'"the upstream answered a request for a stream with something else"' in raw
 
 
 def test_a_message_begins_without_the_reason_of_its_end_and_a_text_ends_with_its_fields() -> None:

@@ -86,6 +86,49 @@ def test_what_servers_could_read_in_two_ways_is_refused(target: str) -> None:
     assert caught.value.code == "bad_path"
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("/" + "a" * 16_384, "The target of the request is too long."),
+        ("/v1/x?a b", "The query contains a fragment, a space or a control character."),
+        ("/v1/x?a#b", "The query contains a fragment, a space or a control character."),
+        ("v1", "The target of the request is not a path."),
+        ("/v1/a b", "The path contains a backslash, a hash, a space or a control character."),
+        ("/v1/a\\b", "The path contains a backslash, a hash, a space or a control character."),
+        ("/v1/%ff", "The escapes of the path are not UTF-8."),
+        ("/v1/..;x", "The path has a dot segment with a parameter or spaces."),
+        ("/v1/%4", "The path has a percent sign that is not followed by two hexadecimal digits."),
+        (
+            "/v1/%2F",
+            "The path has an escaped slash, backslash, percent, question mark, hash or control character.",
+        ),
+        (
+            "/v1/%7F",
+            "The path has an escaped slash, backslash, percent, question mark, hash or control character.",
+        ),
+    ],
+)
+def test_the_error_for_a_target_says_what_is_wrong_with_it(target: str, message: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        split_target(target)
+    assert caught.value.message == message
+
+
+def test_a_target_may_have_16_kib() -> None:
+    """Path and query together."""
+    path = "/" + "a" * 9_000
+    query = "?" + "b" * (16_384 - len(path) - 1)
+    assert split_target(path + query) == (path, query)
+
+
+def test_the_escape_of_a_space_and_of_characters_beyond_ascii_pass() -> None:
+    """Those of letters are resolved, and those of control characters up to the last are refused."""
+    assert split_target("/v1/a%20b/%c3%a9/%7e") == ("/v1/a%20b/%C3%A9/~", "")
+    for escape in ("%00", "%1f", "%7F"):
+        with pytest.raises(BadRequest):
+            split_target(f"/v1/{escape}")
+
+
 @given(st.text(max_size=60) | st.text(alphabet="/.%25Fabc?#\\", max_size=40).map("/".__add__))
 def test_any_target_is_refused_or_normal_once_and_for_all(target: str) -> None:
     """The result is ASCII, has no dot or empty segment however often it is decoded, and is stable."""

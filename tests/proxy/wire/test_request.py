@@ -164,14 +164,14 @@ def test_an_object_that_is_named_twice_is_refused(member: str, values: tuple[str
     """Servers differ in which of the two they use."""
     first, second = values
     body = f'{{"model":"m","input":"x","{member}":{first},"{member}":{second},"metadata":"{padding}"}}'
-    with pytest.raises(BadRequest, match=f"{member} is given twice"):
+    with pytest.raises(BadRequest, match=f"^{member} is given twice$"):
         read(body.encode(), Endpoint.RESPONSES)
 
 
 def test_what_names_an_object_is_not_decoded_if_it_is_as_large_as_the_body() -> None:
     """A list of a million numbers would take the event loop a tenth of a second."""
     body = f'{{"model":"m","messages":[],"container":[{"7," * 2_000_000}7]}}'
-    with pytest.raises(BadRequest, match="container is too long"):
+    with pytest.raises(BadRequest, match=r"^container is too long$"):
         read(body.encode(), Endpoint.MESSAGES)
 
 
@@ -278,6 +278,28 @@ def test_a_bad_body_is_refused_with_its_field(body, param) -> None:
         read(body, Endpoint.CHAT)
     assert caught.value.param == param
     assert "mmmm" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "param"),
+    [
+        (b"  ", "the body is empty", None),
+        (b"{", "the body is not valid JSON: Input data was truncated", None),
+        (b'{"messages":' + b"[" * 100_000, "the body is nested too deeply", None),
+        (b'{"model":"\xff","messages":[]}', "the body is not valid UTF-8", None),
+        (b'{"model":"a","model":"a","messages":[]}', "model is given twice", "model"),
+        (b'{"model":"%b","messages":[]}' % (b"m" * 513), "model is too long", "model"),
+        (b'{"model":7,"messages":[]}', "model: model must be a string", "model"),
+        (b'{"model":"m"}', "messages must be an array", "messages"),
+        (b'{"messages":[%b0]}' % (b"0," * 20_000), "messages has more than 20000 items.", "messages"),
+        (b'{"messages":{"a":1}}', "messages: Expected `array | null`, got `object`", "messages"),
+        (b"[]", "the body: Expected `object`, got `array`", None),
+    ],
+)
+def test_the_error_for_a_body_says_what_is_wrong_with_it(body: bytes, message: str, param: str | None) -> None:
+    with pytest.raises(BadRequest) as caught:
+        read(body, Endpoint.CHAT)
+    assert (caught.value.message, caught.value.param) == (message, param)
 
 
 def test_a_body_without_a_model_is_read_and_a_model_of_the_path_replaces_its_own() -> None:

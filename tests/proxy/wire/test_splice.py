@@ -39,7 +39,7 @@ def test_edits_in_any_order_are_made_at_their_places() -> None:
 )
 def test_edits_that_overlap_or_lie_outside_are_refused(edits) -> None:
     """A wrong offset must not become a wrong prompt."""
-    with pytest.raises(ValueError, match="overlap"):
+    with pytest.raises(ValueError, match=r"^edits overlap or lie outside the body$"):
         splice.apply(b"0123456789", edits)
 
 

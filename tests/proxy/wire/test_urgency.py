@@ -28,19 +28,25 @@ def test_nothing_said_is_nothing():
 @pytest.mark.parametrize("value", [b"0", b"-1", b"nan", b"inf", b"soon", b"", b"90000"])
 def test_a_deadline_that_is_no_time_is_refused(value):
     """Rather than ignored: the client relies on it."""
-    with pytest.raises(BadRequest):
+    with pytest.raises(BadRequest) as caught:
         urgency_of([(b"x-request-deadline", value)])
+    assert caught.value.message == "x-request-deadline must be a number of seconds, above 0 and at most 86400."
+    assert caught.value.param == "x-request-deadline"
 
 
 def test_a_deadline_is_in_seconds():
-    """With a fraction, if the client likes."""
+    """With a fraction, if the client likes; a day is the longest."""
+    assert urgency_of([(b"x-request-deadline", b"86400")]).deadline_seconds == 86_400
+    with pytest.raises(BadRequest):
+        urgency_of([(b"x-request-deadline", b"86400.001")])
     assert urgency_of([(b"x-request-deadline", b"2.5")]).deadline_seconds == 2.5
 
 
 def test_an_unknown_priority_is_refused():
     """It names the three."""
-    with pytest.raises(BadRequest, match="high, normal or low"):
+    with pytest.raises(BadRequest, match=r"^x-cairn-priority must be high, normal or low\.$") as caught:
         urgency_of([(b"x-cairn-priority", b"urgent")])
+    assert caught.value.param == "x-cairn-priority"
 
 
 @pytest.mark.parametrize(
