@@ -43,16 +43,20 @@ async def test_a_body_is_read_whole_however_it_is_cut() -> None:
 
 async def test_a_body_over_the_limit_is_refused() -> None:
     """By its declared length before a byte of it, by its chunks as soon as they exceed it."""
-    assert isinstance(await read_by(5, 1, HEAD + b"content-length: 6\r\n\r\n"), TooLarge)
-    chunked = HEAD + b"transfer-encoding: chunked\r\n\r\n6\r\nabcdef\r\n"
-    assert isinstance(await read_by(5, 1, chunked), TooLarge)
+    declared = await read_by(5, 1, HEAD + b"content-length: 6\r\n\r\n")
+    assert isinstance(declared, TooLarge)
+    assert declared.message == "The body has 6 bytes; at most 5 are read."
+    chunked = await read_by(5, 1, HEAD + b"transfer-encoding: chunked\r\n\r\n6\r\nabcdef\r\n")
+    assert isinstance(chunked, TooLarge)
+    assert chunked.message == "The body has more than 5 bytes, the most that is read."
+    assert await read_by(5, 1, HEAD + b"content-length: 5\r\n\r\nabcde") == b"abcde"
 
 
 async def test_a_body_that_does_not_come_is_a_408() -> None:
     """The limit is of time, too."""
     late = await read_by(99, 0.02, HEAD + b"content-length: 6\r\n\r\nabc")
     assert isinstance(late, RequestTimeout)
-    assert late.status == 408
+    assert (late.status, late.message) == (408, "The body of the request did not arrive in time.")
 
 
 async def test_a_body_is_passed_through_piece_by_piece() -> None:

@@ -141,23 +141,25 @@ def test_a_broken_body_is_refused_before_more_of_it_comes(message: bytes, reason
 @pytest.mark.parametrize(
     ("sent", "message"),
     [
-        (b"x", "chunks"),
-        (b"1\r\nab", "chunks"),
-        ((b"1;" + b"a" * 200 + b"\r\nx\r\n") * 100, "chunk extensions"),
-        (b"0\r\n: a\r\n", "trailer .* valid"),
-        (b"0\r\n" + b"a: b\r\n" * 2000, "trailer .* too large"),
+        (b"x", "The chunks of the body are not valid."),
+        (b"1\r\nab", "The chunks of the body are not valid."),
+        ((b"1;" + b"a" * 200 + b"\r\nx\r\n") * 100, "The body has too many chunk extensions."),
+        (b"0\r\n: a\r\n", "The trailer of the body is not valid."),
+        (b"0\r\n" + b"a: b\r\n" * 2000, "The trailer of the body is too large."),
     ],
 )
 def test_the_error_for_a_broken_body_says_which_part_of_it_is_wrong(sent: bytes, message: str) -> None:
-    with pytest.raises(ProtocolError, match=message):
+    with pytest.raises(ProtocolError) as refusal:
         decode([sent])
+    assert refusal.value.message == message
+    assert refusal.value.status == (431 if "large" in message else 400)
 
 
 def test_a_chunk_over_the_limit_is_refused_by_its_size() -> None:
     """Not a byte of it is waited for; neither of one that the chunks before it make too large."""
     with pytest.raises(TooLarge):
         decode([b"FFFFFFFFFFFFFFF\r\n"])
-    with pytest.raises(TooLarge):
+    with pytest.raises(TooLarge, match=r"^The body has more than 10 bytes, the most that is read\.$"):
         decode([b"6\r\nabcdef\r\n5\r\n"], limit_bytes=10)
     assert decode([b"6\r\nabcdef\r\n4\r\nabcd\r\n0\r\n\r\n"], limit_bytes=10)[1]
 

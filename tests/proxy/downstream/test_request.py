@@ -118,24 +118,26 @@ def test_a_head_that_can_be_read_in_two_ways_is_refused_with_its_reason(
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        (b"GET  / HTTP/1.1\r\n" + HOST + b"\r\n", "request line"),
-        (b"GET /a#b HTTP/1.1\r\n" + HOST + b"\r\n", "fragment"),
-        (b"GET / HTTP/2.0\r\n" + HOST + b"\r\n", "version .* HTTP/1.0 or HTTP/1.1"),
-        (b"CONNECT x:1 HTTP/1.1\r\n" + HOST + b"\r\n", "tunnels"),
-        (LINE + b"\r\n", "exactly one Host header"),
-        (LINE + b"host: a b\r\n\r\n", "Host header"),
-        (LINE + HOST + b"content-length: x\r\n\r\n", "length of the body"),
-        (LINE + HOST + b"transfer-encoding: gzip\r\n\r\n", "transfer encoding"),
-        (LINE + HOST + b"transfer-encoding: gzip, chunked\r\n\r\n", "chunked"),
-        (LINE + HOST + b"expect: 200-ok\r\n\r\n", "100-continue"),
-        (LINE + HOST + b"x : a\r\n\r\n", "header of the request"),
-        (LINE + HOST + b"x: a\r\n" * 256 + b"\r\n", "too large"),
+        (b"GET  / HTTP/1.1\r\n" + HOST + b"\r\n", "The request line is not valid."),
+        (b"GET /a#b HTTP/1.1\r\n" + HOST + b"\r\n", "The request target has a fragment."),
+        (b"GET / HTTP/2.0\r\n" + HOST + b"\r\n", "The version of the request is not HTTP/1.0 or HTTP/1.1."),
+        (b"CONNECT x:1 HTTP/1.1\r\n" + HOST + b"\r\n", "This proxy does not open tunnels."),
+        (LINE + b"\r\n", "A request must have exactly one Host header."),
+        (LINE + b"host: a b\r\n\r\n", "The Host header is not a valid host."),
+        (LINE + HOST + b"content-length: x\r\n\r\n", "The length of the body is not declared in a valid way."),
+        (LINE + HOST + b"transfer-encoding: gzip\r\n\r\n", "The transfer encoding of the request is not valid."),
+        (LINE + HOST + b"transfer-encoding: gzip, chunked\r\n\r\n",
+         "The only transfer encoding of a request is chunked, in HTTP/1.1."),
+        (LINE + HOST + b"expect: 200-ok\r\n\r\n", "Only the expectation 100-continue is supported."),
+        (LINE + HOST + b"x : a\r\n\r\n", "A header of the request is not valid."),
+        (LINE + HOST + b"x: a\r\n" * 256 + b"\r\n", "The head of the request is too large."),
     ],
 )  # fmt: skip
 def test_the_error_for_a_head_says_which_part_of_it_is_wrong(head: bytes, message: str) -> None:
     """It is the body of the answer, the only thing that its author sees."""
-    with pytest.raises(ProtocolError, match=message):
+    with pytest.raises(ProtocolError) as refusal:
         read(head)
+    assert refusal.value.message == message
 
 
 def test_a_chunked_request_with_a_length_is_refused_whoever_notices() -> None:

@@ -217,12 +217,12 @@ async def test_a_client_that_left_is_noticed_by_the_next_write() -> None:
             try:
                 act()
                 ends.put_nowait("nothing")
-            except ConnectionResetError:
-                ends.put_nowait("reset")
+            except ConnectionResetError as error:
+                ends.put_nowait(f"reset: {error}")
 
     async with serving(play) as port:
         await talk(port, GET)
-        assert [await ends.get(), await ends.get()] == ["reset", "nothing"]
+        assert [await ends.get(), await ends.get()] == ["reset: the client left", "nothing"]
 
 
 def test_the_response_to_what_is_no_request_has_its_headers_and_closes() -> None:

@@ -322,6 +322,7 @@ async def test_a_connection_without_room_tells_its_client_to_come_again() -> Non
     """The code and the seconds are what a client's library acts upon."""
     error = overloaded()
     assert (error.status, error.code, error.retry_after_seconds) == (503, "proxy_overloaded", 1.0)
+    assert error.message == "Too many requests at once."
     assert "many requests" in error.message
 
 

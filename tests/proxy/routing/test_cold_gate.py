@@ -242,6 +242,21 @@ async def test_a_long_prefill_waits_where_another_tenant_is_active_or_everything
     assert not bench.verdict(bench.turn(uncached_tokens=9_000.0)).waits
 
 
+async def test_a_verdict_gives_the_reason_for_the_wait():
+    """It is what /explain shows."""
+    bench = Bench()
+    assert bench.verdict(bench.turn()).reason == "the sessions need more cache than the replicas have"
+    bench.gate.observe(POOL, 10_000_000, 0)
+    bench.fleet.pending = [40_000.0, 40_000.0]
+    busy = "every replica has enough work, and only the proxy can keep the order"
+    assert bench.verdict(bench.turn()).reason == busy
+    for tenant in ("a", "b"):
+        bench.shares.seen(tenant, 1.0, bench.clock.monotonic())
+    others = "other tenants are active, and a long prefill would keep them waiting"
+    assert bench.verdict(bench.turn()).reason == others
+    assert bench.verdict(bench.turn(), TurnKind.SHORT).reason == ""
+
+
 async def test_one_tenant_of_two_has_half_of_the_replicas_for_long_prefills():
     """The other's go past those that wait, and alone it has all."""
     bench = Bench(4)
@@ -273,6 +288,9 @@ async def test_a_new_session_beyond_the_longest_wait_is_told_when_to_come_back_a
     with pytest.raises(RateLimited) as refused:
         await bench.gate.wait(new, bench.verdict(new))
     assert refused.value.retry_after_seconds == pytest.approx(7.0)
+    assert refused.value.message == (
+        "More sessions are active than the replicas have memory for; new ones are accepted again later."
+    )
     bench.clock.advance(2.0)
     served = bench.begin(prompt_end=10)
     await settle()
@@ -322,8 +340,10 @@ async def test_the_memory_of_waiting_bodies_is_bounded():
     waiting = [bench.begin(), bench.begin()]
     await settle()
     assert (bench.gate.admitted, bench.gate.refused) == (0, 0)
-    with pytest.raises(RateLimited):
+    with pytest.raises(RateLimited) as caught:
         await bench.gate.wait(bench.turn(), bench.verdict(bench.turn()))
+    assert caught.value.message == "The requests that wait for a replica take all the memory allowed for them."
+    assert caught.value.retry_after_seconds == 5.0
     assert (bench.gate.admitted, bench.gate.refused) == (0, 1)
     assert not any(each.done() for each in waiting)
 
@@ -335,8 +355,11 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once():
     before = bench.begin()
     await settle()
     hopeless = bench.turn(deadline_seconds=bench.clock.monotonic() + 5.0)
-    with pytest.raises(DeadlineUnreachable):
+    with pytest.raises(DeadlineUnreachable) as caught:
         await bench.gate.wait(hopeless, bench.verdict(hopeless))
+    assert caught.value.message == "The first token would come after about 9 s, which is past the deadline."
+    assert caught.value.retry_after_seconds == pytest.approx(9.0)
+    assert bench.gate.refused == 1
     tight = bench.turn(deadline_seconds=bench.clock.monotonic() + 0.01)
     with pytest.raises(DeadlineUnreachable, match=r"^The deadline passed while the request waited for a replica\.$"):
         await bench.gate.wait(tight, bench.gate.judge(tight, TurnKind.SHORT, ()))

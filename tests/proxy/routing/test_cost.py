@@ -379,9 +379,13 @@ def test_a_replica_that_names_no_time_does_not_shorten_the_wait_for_the_others()
 def test_the_error_names_the_pool_and_the_first_replicas_with_what_is_wrong_with_each():
     """And how many there are more."""
     views = [view(n, available=False, unavailable_because="unreachable") for n in range(9)]
-    with pytest.raises(Overloaded, match=r"'gpus'.*replica-0 is unreachable,.*and \d more"):
-        plan(LONG, NOTHING, views, pool_name="gpus")
-    with pytest.raises(Overloaded, match="there is none"):
+    views[1] = view(1, available=False)
+    first = "replica-0 is unreachable, replica-1 is unavailable, replica-2 is unreachable, replica-3 is unreachable"
+    for known, why in ((views, f"{first}, and 5 more"), (views[:5], f"{first}, and 1 more"), (views[:4], first)):
+        with pytest.raises(Overloaded) as caught:
+            plan(LONG, NOTHING, known, pool_name="gpus")
+        assert caught.value.message == f"No replica of pool 'gpus' can take this request now: {why}."
+    with pytest.raises(Overloaded, match=r"^No replica of pool '' can take this request now: there is none\.$"):
         plan(LONG, NOTHING, [])
 
 

@@ -150,7 +150,8 @@ async def test_the_deadline_answers_503():
     with pytest.raises(Overloaded) as caught:
         await queue.acquire(1.0)
     assert caught.value.status == 503
-    assert caught.value.retry_after_seconds is not None
+    assert caught.value.retry_after_seconds == 1.0
+    assert caught.value.message == "The request waited too long for a replica."
     assert len(queue) == 0
 
 
@@ -164,6 +165,7 @@ async def test_beyond_its_length_it_answers_429():
     with pytest.raises(RateLimited) as caught:
         await queue.acquire(1.0)
     assert (caught.value.status, caught.value.retry_after_seconds) == (429, 12.0)
+    assert caught.value.message == "Too many requests wait for a replica."
     first.done()
     await task
 
@@ -229,7 +231,7 @@ async def test_a_request_waits_no_longer_than_its_own_deadline(deadline_seconds:
     now_seconds = queue._clock.monotonic()  # noqa: SLF001 - the clock of the test itself
     with pytest.raises(DeadlineUnreachable) as caught:
         await queue.acquire(1.0, deadline_seconds=now_seconds + deadline_seconds)
-    assert caught.value.retry_after_seconds is not None
+    assert caught.value.retry_after_seconds == 12.0
     assert len(queue) == 0
     first.done()
 
