@@ -56,7 +56,7 @@ def test_a_client_that_sent_no_key_is_told_how_to_send_one() -> None:
     door = Authenticator([known("sk-a", "red")], SECRET)
     with pytest.raises(Unauthorized, match="No API key was sent"):
         door.tenant_of_any([])
-    with pytest.raises(Unauthorized, match="Incorrect"):
+    with pytest.raises(Unauthorized, match=r"^Incorrect API key provided\.$"):
         door.tenant_of_any([b"sk-d"])
 
 
@@ -138,7 +138,8 @@ def test_a_tenant_may_use_its_models_only() -> None:
             check_model(tenant, model)
     with pytest.raises(Forbidden) as refusal:
         check_model(tenant, "llama-2")
-    assert refusal.value.param == "model"
+    assert (refusal.value.message, refusal.value.param) == ("This key may not use this model.", "model")
+    assert refusal.value.code == "model_not_allowed"
 
 
 def test_requests_in_flight_are_bounded_and_leaving_makes_room() -> None:
@@ -148,7 +149,8 @@ def test_requests_in_flight_are_bounded_and_leaving_makes_room() -> None:
     room.enter()
     with pytest.raises(Overloaded) as refusal:
         room.enter()
-    assert refusal.value.retry_after_seconds
+    assert (refusal.value.message, refusal.value.code) == ("Too many requests at once.", "proxy_overloaded")
+    assert refusal.value.retry_after_seconds == 1.0
     room.leave()
     room.enter()
     assert room.requests == 2

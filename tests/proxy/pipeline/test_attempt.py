@@ -126,6 +126,9 @@ def test_one_waits_for_the_first_about_as_long_as_its_own_prefill_is_predicted_t
         attempt.end(bench.clock.monotonic())
 
 
+GONE = r"^The replica for which the request waited is not used any more\.$"
+
+
 async def test_one_that_waits_for_the_first_is_turned_away_when_the_replica_goes_down() -> None:
     """At once: the first may hang there for as long as it likes, and has the only place."""
     bench = Bench(limit=1)
@@ -134,7 +137,7 @@ async def test_one_that_waits_for_the_first_is_turned_away_when_the_replica_goes
     await turns()
     bench.fleet.unreachable(0, bench.clock.monotonic(), "frozen")
     bench.attempts.turn_away(0)
-    with pytest.raises(TurnedAway):
+    with pytest.raises(TurnedAway, match=GONE):
         await asyncio.wait_for(waits, 30)
     for attempt in (first, second):
         attempt.end(bench.clock.monotonic())
@@ -149,9 +152,26 @@ async def test_one_that_gets_a_place_just_when_the_replica_goes_down_is_turned_a
     await turns()
     first.end(bench.clock.monotonic())
     bench.fleet.unreachable(0, bench.clock.monotonic(), "refused")
-    with pytest.raises(TurnedAway):
+    with pytest.raises(TurnedAway, match=GONE):
         await waits
     second.end(bench.clock.monotonic())
+    assert bench.queue.running == 0
+
+
+async def test_one_that_queues_at_a_replica_is_turned_away_when_it_goes_down() -> None:
+    """One for whose replica nothing waits changes nothing."""
+    bench = Bench(limit=1)
+    first, second = bench.begin(None), bench.begin(None)
+    waits = asyncio.ensure_future(second.wait(bench.clock))  # noqa: TID251
+    await turns()
+    bench.attempts.turn_away(7)
+    await turns()
+    assert not waits.done()
+    bench.attempts.turn_away(0)
+    with pytest.raises(TurnedAway, match=GONE):
+        await asyncio.wait_for(waits, 30)
+    for attempt in (first, second):
+        attempt.end(bench.clock.monotonic())
     assert bench.queue.running == 0
 
 

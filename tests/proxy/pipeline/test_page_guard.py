@@ -83,6 +83,16 @@ def test_a_host_name_that_was_made_to_point_to_loopback_is_refused(host: bytes) 
         assert not is_refused(method, ((b"host", host), KEY))
 
 
+def test_the_error_for_another_site_says_how_it_can_be_allowed() -> None:
+    with pytest.raises(Forbidden) as refused:
+        PageGuard().check("POST", (HERE, FOREIGN), has_key=False)
+    assert refused.value.message == (
+        "Pages of other sites may not send requests without a key. The operator can allow this page's origin "
+        "in server.cors_origins."
+    )
+    assert refused.value.code == "cross_site_request"
+
+
 def test_listed_clients_need_no_such_check() -> None:
     """No page has their keys."""
     with pytest.raises(Exception, match="Incorrect API key"):
@@ -105,7 +115,12 @@ def test_only_keys_that_rely_on_loopback_are_for_loopback_only(
     config = Config(server=server, pools=(Pool(name="p", replicas=(Replica("http://h", key=key),)),))
     guard = from_config.page_guard(config)
     if is_local:
-        with pytest.raises(Forbidden, match="localhost only"):
+        with pytest.raises(Forbidden) as refused:
             guard.check("GET", ((b"host", b"evil.example"),), has_key=True)
+        assert refused.value.message == (
+            "Without a list of clients, the replicas' keys can be used by way of localhost only. The operator "
+            "can list clients, or allow every host name by server.open."
+        )
+        assert refused.value.code == "cross_site_request"
     else:
         guard.check("GET", ((b"host", b"evil.example"),), has_key=True)

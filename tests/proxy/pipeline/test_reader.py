@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cache import ObjectLocations
-from proxy.errors import BadRequest, Forbidden, NotFound, UnknownObject
+from proxy.errors import BadRequest, CairnError, Forbidden, NotFound, UnknownObject
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
 from proxy.pipeline.exchange import Exchange, TakesLong
 from proxy.pipeline.reader import LONG_BYTES, LONG_IF_DECODED_BYTES, RequestReader, object_key
@@ -317,7 +317,7 @@ def test_a_second_content_type_is_refused_where_the_first_decides() -> None:
     asked = exchange("POST", "/v1/images/edits", {"model": "cheap"}, LIMITED)
     form = (b"content-type", b"multipart/form-data; boundary=b")
     asked.call = dataclasses.replace(asked.call, headers=(*asked.call.headers, form))
-    with pytest.raises(BadRequest, match="twice"):
+    with pytest.raises(BadRequest, match=r"^content-type is given twice$"):
         reader().read(asked)
 
 
@@ -386,6 +386,71 @@ def test_no_form_of_a_body_names_objects_of_others(target: str, body: Any, conte
     )
     with pytest.raises((UnknownObject, BadRequest)):
         reader(locations).read(with_type(exchange("POST", target, body), content_type))
+
+
+UNREADABLE_BODY = (
+    "The body is not valid JSON in UTF-8, has a member twice that names an object, names more than 10,000 objects, "
+    "or writes letters as escapes."
+)
+FORM_OF_NOTHING = b'--b\r\ncontent-disposition: form-data; name="x"\r\n\r\ny\r\n--b--\r\n'
+
+
+@pytest.mark.parametrize(
+    ("asked", "of", "message"),
+    [
+        (exchange("POST", "/v1/rerank", {}), None, "model is missing"),
+        (
+            with_type(exchange("POST", "/v1/audio/transcriptions", FORM_OF_NOTHING), FORM_TYPE),
+            None,
+            "The form has no field `model` that can be read.",
+        ),
+        (exchange("POST", "/v1/batches", b'{"input_file_id":'), None, UNREADABLE_BODY),
+        (with_type(exchange("POST", "/v1/batches", b"file_id"), FORM_TYPE), None, "The form cannot be read."),
+        (
+            with_type(exchange("POST", "/v1/batches", b"a=b"), b"Application/X-WWW-Form-URLEncoded; charset=utf-8"),
+            None,
+            "Send the body with the content-type application/json or multipart/form-data.",
+        ),
+        (
+            exchange("GET", "/v1/files"),
+            pools(default=None),
+            "No pool is the default for paths that name no model; mark one with default: true.",
+        ),
+        (
+            exchange("GET", "/v1/files"),
+            None,
+            "GET is not available at this path with the key that clients share. POST runs models; the operator can "
+            "allow more in server.allowed_paths.",
+        ),
+        (exchange("GET", "/v1/files/obj"), None, "The request names an object that does not exist."),
+        (
+            exchange("POST", "/v1/videos", {}, LIMITED),
+            None,
+            "This key may use some models only, and the models of this request cannot be read.",
+        ),
+        (
+            exchange("POST", "/v1/embeddings", b'{"model":"cheap","fallbacks":"\xff"}', LIMITED),
+            None,
+            "This key may use some models only, and the models of this request cannot be read.",
+        ),
+    ],
+)
+def test_the_error_for_a_request_says_what_is_wrong_with_it(asked: Exchange, of: Pools | None, message: str) -> None:
+    with pytest.raises(CairnError) as refused:
+        reader(of=of).read(asked)
+    assert refused.value.message == message
+
+
+def test_the_error_for_a_batch_whose_models_are_not_known_says_how_to_send_its_file() -> None:
+    body = {"input_file_id": "file-1", "endpoint": "/v1/chat/completions"}
+    with pytest.raises(Forbidden) as refused:
+        reader(made(**{"file-1": "limited"})).read(exchange("POST", "/v1/batches", body, LIMITED))
+    assert (refused.value.param, refused.value.code) == ("input_file_id", "model_not_allowed")
+    assert refused.value.message == (
+        "This key may use some models only, and those of the batch's input file are not known. Send the file to "
+        "/v1/files in one request, with purpose batch and this key; files that /v1/uploads assembled from parts "
+        "cannot be checked."
+    )
 
 
 def test_a_form_may_name_the_client_s_own_file() -> None:

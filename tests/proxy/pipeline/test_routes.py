@@ -87,6 +87,16 @@ def test_an_unknown_path_names_the_likely_one_and_the_status_page(path: str, lik
         Routes(admin_port=8090).route("POST", path)
 
 
+def test_the_error_for_an_unknown_path_says_what_may_have_been_meant() -> None:
+    """And where the status page is, if there is one."""
+    for port, rest in ((8090, " Cairn's status page is on the admin port, 8090."), (0, "")):
+        for path, guess in (("/v2/rerank", " Did you mean /v1/rerank?"), ("/x", "")):
+            with pytest.raises(NotFound) as caught:
+                Routes(admin_port=port).route("POST", path)
+            assert caught.value.message == f"Nothing is served at this path for POST.{guess}{rest}"
+            assert caught.value.code == "unknown_path"
+
+
 @pytest.mark.parametrize("path", ["/metrics", "/favicon.ico", "/docs", "/readyz", "/api/tags", "/x"])
 def test_no_far_fetched_path_is_guessed(path: str) -> None:
     """A wrong guess is worse than none."""
