@@ -346,9 +346,8 @@ class ColdGate:
         deadline = waiter.turn.deadline_seconds
         if deadline is None:
             return None
-        left = max(deadline - self._clock.monotonic(), 0.0)
         return asyncio.get_running_loop().call_later(
-            left,
+            deadline - self._clock.monotonic(),
             _fail,
             waiter,
             DeadlineUnreachable(

@@ -145,7 +145,7 @@ class ReplicaQueue:
         now_seconds = self._clock.monotonic()
         entry = self._waiting.join(Claimant(future, *share), work_seconds, now_seconds)
         if deadline_seconds is not None and deadline_seconds - now_seconds < self._limits.deadline_seconds:
-            alarm = loop.call_later(max(deadline_seconds - now_seconds, 0.0), self._expire, future, _PASSED)
+            alarm = loop.call_later(deadline_seconds - now_seconds, self._expire, future, _PASSED)
         else:
             alarm = loop.call_later(self._limits.deadline_seconds, self._expire, future, _TOO_LONG)
         self._schedule_recheck()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from proxy.routing.cold_admission import REST_SECONDS, TurnKind
 from proxy.routing.cold_gate import ColdGate, Pass
 from proxy.routing.cold_pressure import CROWDED_SECONDS, RESTING_SECONDS
 from proxy.routing.cold_turn import GateLimits, Turn
-from proxy.routing.fair_shares import Priority, TenantShares
+from proxy.routing.fair_shares import QUANTUM_TOKENS, Priority, TenantShares
 from proxy.tasks import Tasks
 from tests.support.clock import FakeClock
 
@@ -416,6 +416,146 @@ async def test_places_sort_by_priority_and_then_by_age():
     await settle()
     assert older < bench.claims.asked[-1]["order"]
     waiting.cancel()
+
+
+async def test_a_place_is_a_text_of_priority_round_and_time_of_arrival():
+    """Padded, so that texts sort like numbers; the time is by the wall clock, which workers share."""
+    bench = Bench(1, alone=False)
+    bench.fleet.pending[0] = 1e6
+    bench.shares.serve("a", 5 * QUANTUM_TOKENS)
+    waiting = bench.begin(priority=Priority.LOW)
+    await settle()
+    assert bench.claims.asked[-1]["order"] == "2:000000000000005:0001700000000.000"
+    bench.clock.advance(2.5)
+    bench.gate.changed()
+    await settle()
+    assert bench.claims.asked[-1]["order"] == "2:000000000000005:0001700000000.000"
+    waiting.cancel()
+    await settle()
+
+
+async def test_a_claim_says_which_replicas_are_busy_and_for_how_long_it_may_last():
+    """Three times the longest prefill and half a minute; the half minute if none is open, and all by the pace."""
+    for pace in (1.0, 0.2):
+        bench = Bench(2, alone=False)
+        bench.gate.limits = GateLimits(rest_seconds=pace * REST_SECONDS)
+        bench.fleet.pending[1] = 1e6
+        waiting = bench.begin()
+        await settle()
+        about = bench.claims.asked[-1]
+        assert (about["replicas"], about["busy"]) == (["replica-0"], [])
+        assert about["rest_seconds"] == pace * REST_SECONDS
+        assert about["claim_seconds"] == pytest.approx(3 * 9.0 + pace * 30.0)
+        bench.fleet.pending[0] = 20_000.0
+        bench.gate.changed()
+        await settle()
+        assert (bench.claims.asked[-1]["replicas"], bench.claims.asked[-1]["claim_seconds"]) == ([], 30.0)
+        bench.clock.advance(pace * REST_SECONDS)
+        bench.gate.changed()
+        await settle()
+        about = bench.claims.asked[-1]
+        assert (about["replicas"], about["busy"]) == (["replica-0", "replica-1"], ["replica-0", "replica-1"])
+        assert about["claim_seconds"] == pytest.approx(3 * (1e6 + 90_000.0) / 10_000.0 + pace * 30.0)
+        waiting.cancel()
+        await settle()
+
+
+async def test_a_pass_ends_by_itself_after_three_times_its_prefill_and_half_a_minute():
+    """Its request may hang."""
+    bench = Bench(1)
+    first, second = bench.begin(), bench.begin()
+    await settle()
+    for seconds, goes in ((3 * 9.0 + 30.0 - 0.01, False), (0.01, True)):
+        bench.clock.advance(seconds)
+        bench.gate.changed()
+        await settle()
+        assert second.done() is goes
+    assert first.result().replica == second.result().replica
+
+
+@pytest.mark.parametrize(
+    ("replicas", "weights", "part"),
+    [(1, (1.0, 1.0), 1), (2, (1.0, 99.0), 1), (2, (99.0, 1.0), 1), (3, (1.0, 1.0), 1), (4, (3.0, 1.0), 3)],
+)
+async def test_the_part_of_a_tenant_is_its_share_rounded_down_and_leaves_one_to_the_others(
+    replicas: int, weights: tuple[float, float], part: int
+):
+    """It is at least one."""
+    bench = Bench(replicas)
+    for tenant, weight in zip(("own", "other"), weights, strict=True):
+        bench.shares.seen(tenant, weight, bench.clock.monotonic())
+    own = [bench.begin(tenant="own", weight=weights[0]) for _ in range(replicas + 1)]
+    await settle()
+    assert sum(each.done() for each in own) == part
+    for each in own:
+        each.cancel()
+    await settle()
+
+
+async def test_while_turns_wait_the_gate_looks_twice_a_second_by_the_pace(monkeypatch: pytest.MonkeyPatch):
+    """One timer, however many wait; it is set again until none waits."""
+    timers: list[tuple[float, Callable[[], object]]] = []
+    loop = asyncio.get_running_loop()
+
+    def noted(delay: float, call: Callable[..., object], *about: object) -> object:
+        timers.append((delay, lambda: call(*about)))
+        return timers
+
+    monkeypatch.setattr(loop, "call_later", noted)
+    for pace in (1.0, 0.2):
+        timers.clear()
+        bench = Bench(1)
+        bench.gate.limits = GateLimits(rest_seconds=pace * REST_SECONDS)
+        bench.fleet.pending[0] = 1e6
+        first, second = bench.begin(), bench.begin()
+        await settle()
+        assert [delay for delay, _ in timers] == [0.5 * pace]
+        timers.pop()[1]()
+        assert [delay for delay, _ in timers] == [0.5 * pace]
+        bench.fleet.pending[0] = 0.0
+        timers.pop()[1]()
+        await settle()
+        assert (first.done(), second.done(), len(timers)) == (True, False, 1)
+        second.cancel()
+        await settle()
+        timers.pop()[1]()
+        assert timers == []
+
+
+async def test_the_bound_of_waiting_bodies_and_that_of_the_wait_belong_to_what_is_allowed():
+    """To the byte, for cold and for warm turns, and to the second."""
+    bench = Bench(1)
+    bench.gate.limits = GateLimits(max_waiting_bytes=2_000, max_wait_seconds=9.0)
+    bench.fleet.pending[0] = 1e6
+    first = bench.begin()
+    await settle()
+    new = bench.begin(known_tokens=0.0, prompt_end=2)
+    await settle()
+    assert (bench.gate.waiting_bytes, new.done()) == (2_000, False)
+    new.cancel()
+    await settle()
+    warm = bench.tasks.start(bench.gate.wait_warm(bench.turn(client="red"), 0, 1.0), "warm")
+    await settle()
+    assert (bench.gate.waiting_bytes, warm.done()) == (2_000, False)
+    assert bench.gate.warm_waiting_by_client() == {(Priority.NORMAL, "red"): 1}
+    first.cancel()
+    warm.cancel()
+    await settle()
+    assert bench.gate.warm_waiting_by_client() == {}
+
+
+async def test_turns_that_wait_for_a_replica_that_holds_them_are_counted_each():
+    bench = Bench(1)
+    bench.fleet.pending[0] = 1e6
+    warm = [bench.tasks.start(bench.gate.wait_warm(bench.turn(), 0, 1.0), "warm") for _ in range(3)]
+    await settle()
+    assert bench.gate.warm_waiting_by_client() == {(Priority.NORMAL, ""): 3}
+    warm[0].cancel()
+    await settle()
+    assert bench.gate.warm_waiting_by_client() == {(Priority.NORMAL, ""): 2}
+    for each in warm:
+        each.cancel()
+    await settle()
 
 
 async def test_without_redis_each_goes_on_alone():

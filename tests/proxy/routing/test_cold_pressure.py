@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from math import log
+
+import pytest
+
 from proxy.routing.cold_pressure import (
     CROWDED_SECONDS,
     CROWDED_SHARE,
@@ -9,6 +13,8 @@ from proxy.routing.cold_pressure import (
     FIRST_PAUSE_SECONDS,
     MEMORY_SECONDS,
     MIN_COMPUTED_TOKENS,
+    OFF_SHARE,
+    PAUSE_STEP,
     RESTING_SECONDS,
     ColdPressure,
     ServedPrompts,
@@ -173,3 +179,96 @@ def test_two_sessions_that_end_alike_are_one_from_then_on():
     served.note([3, 2], 0, 2_000.0, 0.0, 0.0)
     assert served.needed_tokens(1.0) == 2_000.0
     assert served.depth([1]) == 0
+
+
+def test_the_share_is_a_mean_in_which_older_work_counts_less():
+    """Half after 83 s; an answer that is noted late makes nothing older or younger."""
+    pressure = ColdPressure()
+    pressure.observe(100_000, 90_000, 10.0)
+    pressure.observe(100_000, 0, 10.0 + MEMORY_SECONDS * log(2.0))
+    assert pressure.repeated_share == pytest.approx(0.3)
+    pressure.observe(150_000, 0, 5.0)
+    assert pressure.repeated_share == pytest.approx(0.15)
+    pressure.observe(0, 0, 10.0 + MEMORY_SECONDS * log(2.0))
+    pressure.observe(300_000, 45_000, 10.0 + MEMORY_SECONDS * log(2.0))
+    assert pressure.repeated_share == pytest.approx(0.15)
+
+
+def test_the_memory_of_the_share_can_be_shorter():
+    """It follows the pace of the gate."""
+    pressure = ColdPressure(memory_seconds=10.0)
+    pressure.observe(100_000, 100_000, 0.0)
+    pressure.observe(100_000, 0, 10.0 * log(2.0))
+    assert pressure.repeated_share == pytest.approx(1 / 3)
+
+
+def test_each_bound_of_the_pressure_belongs_to_it():
+    """The least work that says something, and the share at which turns still wait."""
+    pressure = ColdPressure()
+    pressure.observe(MIN_COMPUTED_TOKENS, MIN_COMPUTED_TOKENS, 0.0)
+    assert pressure.repeated_share == 1.0
+    assert pressure.is_on(0.0, 0)
+    pressure = ColdPressure()
+    pressure.observe(100_000, 100_000, 0.0)
+    assert pressure.is_on(0.0, 0)
+    pressure.observe(900_000, OFF_SHARE * 1_000_000 - 100_000, 0.0)
+    assert pressure.is_on(0.0, 0)
+    pressure.observe(1_000, 0, 0.0)
+    assert not pressure.is_on(0.0, 0)
+
+
+def test_sessions_that_pause_for_longer_need_their_room_for_longer():
+    """Three times the mean pause, which each turn moves by a fiftieth; no less than a minute."""
+    for pause_seconds, turns, least in ((500.0, 1, 0.0), (1.0, 1_000, FIRST_PAUSE_SECONDS)):
+        served, mean, now = ServedPrompts(), FIRST_PAUSE_SECONDS, 0.0
+        served.note([1, 2], 0, 1_000.0, 0.0, now)
+        for _ in range(turns):
+            now += pause_seconds
+            served.note([1, 2], 2, 1_000.0, 0.0, now)
+            mean += PAUSE_STEP * (pause_seconds - mean)
+        last = now + max(ENDED_AFTER_PAUSES * mean, least)
+        assert served.needed_tokens(last - 0.01) == 1_000.0
+        assert served.needed_tokens(last + 0.01) == 0.0
+
+
+def test_each_prompt_moves_the_share_that_is_its_own_by_a_fiftieth():
+    """A turn shares what the first one of its session did, and no prompt more than all of it."""
+    served = ServedPrompts()
+    served.note([1, 2], 0, 1_000.0, 500.0, 0.0)
+    assert served.own_share == pytest.approx(0.99)
+    served.note([1, 2, 3], 2, 2_000.0, 1_900.0, 1.0)
+    assert served.own_share == pytest.approx(0.99 + 0.02 * (0.75 - 0.99))
+    before = served.own_share
+    served.note([7, 8], 0, 1_000.0, 5_000.0, 2.0)
+    assert served.own_share == pytest.approx(before * 0.98)
+    assert served.needed_tokens(2.0) == 1_500.0
+
+
+def test_a_prompt_of_no_tokens_is_its_own():
+    """As one whose count is not known yet."""
+    served = ServedPrompts()
+    served.note([1], 0, 0.0, 0.0, 0.0)
+    assert (served.own_share, served.needed_tokens(0.0)) == (1.0, 0.0)
+
+
+def test_a_prompt_that_comes_back_to_a_session_that_was_withdrawn_before_finds_neither():
+    """Both its turns were refused, the later one last."""
+    served = ServedPrompts()
+    first = served.note([1, 2], 0, 1_000.0, 0.0, 0.0)
+    second = served.note([1, 2, 3, 4], 2, 2_000.0, 0.0, 1.0)
+    served.withdraw(first, 2.0)
+    served.withdraw(second, 3.0)
+    assert (len(served), served.needed_tokens(3.0)) == (0, 0.0)
+
+
+def test_a_session_whose_next_turn_was_withdrawn_continues_from_that_moment():
+    """Its place in the order of last turns is the newest, and the boundaries of others are theirs."""
+    served = ServedPrompts()
+    served.note([1, 2], 0, 1_000.0, 0.0, 0.0)
+    further = served.note([1, 2, 3, 4], 2, 3_000.0, 0.0, 10.0)
+    other = served.note([9, 2], 0, 500.0, 0.0, 11.0)
+    served.withdraw(further, 100.0)
+    assert served.needed_tokens(100.0 + ENDED_AFTER_PAUSES * 59.0) == 1_000.0
+    assert served.depth([9, 2]) == 2
+    served.withdraw(other, 101.0)
+    assert served.depth([1]) == 1

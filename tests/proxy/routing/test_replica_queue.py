@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
 from proxy.errors import ConnectFailed, DeadlineUnreachable, Overloaded, RateLimited
 from proxy.routing.fair_shares import Share, TenantShares
-from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
+from proxy.routing.replica_queue import RECHECK_SECONDS, QueueLimits, ReplicaQueue
 from tests.support.clock import FakeClock
 
 
@@ -252,6 +253,46 @@ async def test_it_matters_for_whom_a_request_is_served_once_there_are_several_te
     assert not queue.needs_share
     shares.seen("b", 1.0, 0.0)
     assert queue.needs_share
+
+
+async def test_places_of_others_are_asked_for_once_their_news_had_time_to_come(monkeypatch: pytest.MonkeyPatch):
+    """At the second look, which comes a tenth of a second later; when none waits the count begins anew."""
+    timers: list[tuple[float, Callable[[], object]]] = []
+    loop = asyncio.get_running_loop()
+    asked: list[int] = []
+
+    def places(waiting: int) -> int:
+        asked.append(waiting)
+        return 1
+
+    queue = ReplicaQueue(4, QueueLimits(), FakeClock(), places)
+    first = await queue.acquire(1.0)
+    later = loop.call_later
+
+    def noted(delay: float, call: Callable[..., object], *about: object) -> asyncio.TimerHandle:
+        if delay == RECHECK_SECONDS:
+            timers.append((delay, lambda: call(*about)))
+        return later(1_000.0, call, *about)
+
+    monkeypatch.setattr(loop, "call_later", noted)
+    waits = [loop.create_task(queue.acquire(1.0)) for _ in range(2)]
+    for _ in range(2):
+        await settle()
+        assert len(timers) == 1
+        asked.clear()
+        for expected in (0, 2):
+            timers.pop()[1]()
+            assert asked[-1] == expected
+        for each in waits:
+            each.cancel()
+        await settle()
+        timers.pop()[1]()
+        assert timers == []
+        waits = [loop.create_task(queue.acquire(1.0)) for _ in range(2)]
+    for each in waits:
+        each.cancel()
+    await settle()
+    first.done()
 
 
 async def test_a_look_at_an_empty_queue_changes_nothing():
