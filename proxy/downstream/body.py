@@ -293,7 +293,7 @@ class IncomingBody:
 
     def _due(self) -> float:
         """Return the time from which the body is late: by its limit (in all, or per piece), or by its least rate."""
-        allowed = self._limit_seconds if self._use is _STREAM else self._limit_seconds - self._waited_seconds
+        allowed = self._limit_seconds
         if self._rate:
             allowed = min(allowed, GRACE_SECONDS + self.received_bytes / self._rate - self._waited_seconds)
         return self._waits_from + allowed

@@ -20,7 +20,7 @@ async def read_body(request: IncomingRequest, limit_bytes: int, limit_seconds: f
         Overloaded: the bodies of all requests together have no room for it.
     """
     body = body_at_hand(request, limit_bytes)
-    if body is None and request.body is not None:
+    if request.body is not None:
         return await request.body.read(limit_bytes, limit_seconds)
     return body or b""
 
