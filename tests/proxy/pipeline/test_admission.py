@@ -33,6 +33,21 @@ def test_a_listed_key_is_its_tenant_and_any_other_is_refused() -> None:
             door.tenant_of(wrong)
 
 
+def test_a_listed_client_has_what_its_configuration_gives_it() -> None:
+    """It is named by its tenant if it has no name; without a list, all models are allowed."""
+    digest = hashlib.sha256(b"sk-a").digest()
+    listed = KnownClient(digest, "red", ("m-*",), "team", 2.5, 0)
+    tenant = Authenticator([listed], SECRET).tenant_of(b"sk-a")
+    assert (tenant.models, tenant.name, tenant.client) == (("m-*",), "red", "team")
+    assert (tenant.weight, tenant.highest_priority, tenant.is_listed) == (2.5, 0, True)
+    tenant = Authenticator([KnownClient(digest, "red")], SECRET).tenant_of(b"sk-a")
+    assert (tenant.models, tenant.client, tenant.weight, tenant.highest_priority) == (("*",), "red", 1.0, 1)
+    stranger = Authenticator([], SECRET).tenant_of(b"sk-a")
+    assert (stranger.models, stranger.name, stranger.client) == (("*",), stranger.id[:12], "")
+    assert not stranger.is_listed
+    assert stranger.id == stranger.salt.hex()
+
+
 @pytest.mark.parametrize(
     ("tenants", "discloses_all", "sees_all"),
     [

@@ -40,13 +40,14 @@ class Bench:
     def _changed(self) -> None:
         self.changes += 1
 
-    def begin(self, fingerprint: Any = CHAIN, *, matched: bool = False, **more: Any) -> Attempt:
+    def begin(self, fingerprint: Any = CHAIN, *, matched: bool = False, stream: bool = True, **more: Any) -> Attempt:
         """Begin an attempt; `matched` if the index says that the replica holds the prompt, or will."""
         view = self.fleet.snapshot(POOL, self.clock.monotonic())[0]
         matched_tokens = 9_999.0 if matched else 0.0
         candidate = Candidate(view, 0, matched_tokens, 10_000.0 - matched_tokens, 1.0)
         plan = Plan((candidate,), RouteReason.COLD, MissReason.COLD, CacheStatus.MISS, 10_000.0)
-        return self.attempts.begin(plan, candidate, fingerprint, len(CHAIN) if matched else 0, stream=True, **more)
+        matched_blocks = len(CHAIN) if matched else 0
+        return self.attempts.begin(plan, candidate, fingerprint, matched_blocks, stream=stream, **more)
 
     def load(self) -> tuple[int, float]:
         view = self.fleet.snapshot(POOL, self.clock.monotonic())[0]
@@ -60,6 +61,28 @@ def test_without_a_fingerprint_only_the_charge_and_the_place_are_taken() -> None
     assert attempt.placement is None
     attempt.end(bench.clock.monotonic())
     assert (bench.load(), bench.queue.running, bench.placements.done) == ((0, 0.0), 0, {})
+
+
+def test_the_charge_says_how_the_request_is_sent_and_whether_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind another prefill, in the replica's queue, or not at all."""
+    bench = Bench(limit=1)
+    charged: list[tuple[object, ...]] = []
+    charge = bench.fleet.charge
+
+    def noted(replica: int, tokens: float, now: float, **about: Any) -> Any:
+        charged.append((replica, tokens, *(about[name] for name in ("plain", "gated", "queued", "prompt_tokens"))))
+        return charge(replica, tokens, now, **about)
+
+    monkeypatch.setattr(bench.fleet, "charge", noted)
+    attempts = [bench.begin(), bench.begin(matched=True), bench.begin(None), bench.begin(None, stream=False)]
+    assert charged == [
+        (0, 10_000.0, False, False, False, 10_000.0),
+        (0, 1.0, False, True, False, 10_000.0),
+        (0, 10_000.0, False, False, True, 10_000.0),
+        (0, 10_000.0, True, False, True, 10_000.0),
+    ]
+    for attempt in attempts:
+        attempt.end(bench.clock.monotonic())
 
 
 def test_the_second_with_a_cold_prefix_waits_for_the_first() -> None:

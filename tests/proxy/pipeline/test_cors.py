@@ -50,7 +50,10 @@ def test_a_preflight_of_a_listed_origin_is_granted(origins) -> None:
     granted = dict(Cors(origins).preflight("OPTIONS", asked) or ())
     assert granted[b"access-control-allow-origin"] == (b"*" if "*" in origins else b"https://a.example")
     assert granted[b"access-control-allow-headers"] == b"authorization, x-y"
-    assert b"POST" in granted[b"access-control-allow-methods"]
+    assert granted[b"access-control-allow-methods"] == b"GET, HEAD, POST, PUT, PATCH, DELETE"
+    assert granted[b"access-control-max-age"] == b"7200"
+    assert granted.get(b"vary") == (None if "*" in origins else b"Origin")
+    assert len(granted) == (4 if "*" in origins else 5)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +75,10 @@ def test_every_other_request_is_no_preflight(origins, method, headers) -> None:
 def test_a_preflight_without_wishes_or_with_too_many_gets_a_star() -> None:
     """The names repeated to the client are bounded."""
     cors = Cors(("https://a.example",))
-    for headers in (ASKING, (*ASKING, (b"access-control-request-headers", b"x" * 10_000))):
-        assert dict(cors.preflight("OPTIONS", headers) or ())[b"access-control-allow-headers"] == b"*"
+    for names, allowed in ((b"", b"*"), (b"x" * 4096, b"x" * 4096), (b"x" * 4097, b"*")):
+        headers = (*ASKING, (b"access-control-request-headers", names))
+        assert dict(cors.preflight("OPTIONS", headers) or ())[b"access-control-allow-headers"] == allowed
+    assert dict(cors.preflight("OPTIONS", ASKING) or ())[b"access-control-allow-headers"] == b"*"
 
 
 async def test_a_response_to_a_page_names_its_origin_in_place_of_the_upstreams_word() -> None:

@@ -396,49 +396,75 @@ FORM_OF_NOTHING = b'--b\r\ncontent-disposition: form-data; name="x"\r\n\r\ny\r\n
 
 
 @pytest.mark.parametrize(
-    ("asked", "of", "message"),
+    ("asked", "of", "message", "param", "code"),
     [
-        (exchange("POST", "/v1/rerank", {}), None, "model is missing"),
+        (exchange("POST", "/v1/rerank", {}), None, "model is missing", "model", None),
         (
             with_type(exchange("POST", "/v1/audio/transcriptions", FORM_OF_NOTHING), FORM_TYPE),
             None,
             "The form has no field `model` that can be read.",
+            "model",
+            None,
         ),
-        (exchange("POST", "/v1/batches", b'{"input_file_id":'), None, UNREADABLE_BODY),
-        (with_type(exchange("POST", "/v1/batches", b"file_id"), FORM_TYPE), None, "The form cannot be read."),
+        (exchange("POST", "/v1/batches", b'{"input_file_id":'), None, UNREADABLE_BODY, None, None),
+        (
+            with_type(exchange("POST", "/v1/batches", b"file_id"), FORM_TYPE),
+            None,
+            "The form cannot be read.",
+            None,
+            None,
+        ),
         (
             with_type(exchange("POST", "/v1/batches", b"a=b"), b"Application/X-WWW-Form-URLEncoded; charset=utf-8"),
             None,
             "Send the body with the content-type application/json or multipart/form-data.",
+            None,
+            None,
         ),
         (
             exchange("GET", "/v1/files"),
             pools(default=None),
             "No pool is the default for paths that name no model; mark one with default: true.",
+            None,
+            "no_default_pool",
         ),
         (
             exchange("GET", "/v1/files"),
             None,
             "GET is not available at this path with the key that clients share. POST runs models; the operator can "
             "allow more in server.allowed_paths.",
+            None,
+            "path_not_allowed",
         ),
-        (exchange("GET", "/v1/files/obj"), None, "The request names an object that does not exist."),
+        (
+            exchange("GET", "/v1/files/obj"),
+            None,
+            "The request names an object that does not exist.",
+            None,
+            UnknownObject.code,
+        ),
         (
             exchange("POST", "/v1/videos", {}, LIMITED),
             None,
             "This key may use some models only, and the models of this request cannot be read.",
+            "model",
+            "model_not_allowed",
         ),
         (
             exchange("POST", "/v1/embeddings", b'{"model":"cheap","fallbacks":"\xff"}', LIMITED),
             None,
             "This key may use some models only, and the models of this request cannot be read.",
+            "model",
+            "model_not_allowed",
         ),
     ],
 )
-def test_the_error_for_a_request_says_what_is_wrong_with_it(asked: Exchange, of: Pools | None, message: str) -> None:
+def test_the_error_for_a_request_says_what_is_wrong_with_it(
+    asked: Exchange, of: Pools | None, message: str, param: str | None, code: str | None
+) -> None:
     with pytest.raises(CairnError) as refused:
         reader(of=of).read(asked)
-    assert refused.value.message == message
+    assert (refused.value.message, refused.value.param, refused.value.code) == (message, param, code)
 
 
 def test_the_error_for_a_batch_whose_models_are_not_known_says_how_to_send_its_file() -> None:
@@ -457,3 +483,11 @@ def test_a_form_may_name_the_client_s_own_file() -> None:
     """As JSON may."""
     locations = made(**{"cntr-mine": "mine", "file-1": "mine"})
     reader(locations).read(with_type(exchange("POST", "/v1/containers/cntr-mine/files", FORM), FORM_TYPE))
+
+
+def test_without_a_content_type_a_body_is_read_as_json() -> None:
+    """As servers do."""
+    asked = exchange("POST", "/v1/rerank", {"model": "cheap"}, LIMITED)
+    asked.call = dataclasses.replace(asked.call, headers=())
+    reader().read(asked)
+    assert asked.model == "cheap"

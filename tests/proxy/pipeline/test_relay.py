@@ -209,7 +209,14 @@ async def test_an_error_behind_a_successful_status_is_counted_and_its_placement_
     bench = Bench(max_retries=0)
     upstream(bench, body=body)
     failures: list[Failure] = []
-    monkeypatch.setattr(Fleet, "failed", lambda fleet, number, failure, *_: failures.append(failure))
+    reasons: list[str] = []
+
+    def failed(_: Fleet, number: int, failure: Failure, now_seconds: float, reason: str) -> None:
+        assert (number, now_seconds) == (0, bench.clock.monotonic())
+        failures.append(failure)
+        reasons.append(reason)
+
+    monkeypatch.setattr(Fleet, "failed", failed)
     exchange = bench.exchange(endpoint=endpoint)
     client = await bench.run(exchange)
     assert (client.status, client.body) == (200, body)
@@ -217,6 +224,7 @@ async def test_an_error_behind_a_successful_status_is_counted_and_its_placement_
     if kind is not None:
         assert bench.recorder.counter(HIDDEN_ERRORS, ("r0", kind)).value == 1
         assert {failure.by_status for failure in failures} == {True}, "clients are told apart, as for a status"
+        assert reasons[-1] == f"a successful status with {kind}"
     assert bench.placements.done["taken back"] == (1 if kind and endpoint is Endpoint.CHAT else 0)
 
 
@@ -243,6 +251,19 @@ async def test_a_failure_before_the_response_is_tried_at_the_next_replica(error:
     assert client.headers[b"x-cairn-tried"].startswith(b"r0;")
     assert exchange.outcome(0.0).retries == 1
     assert bench.nothing_is_claimed()
+
+
+async def test_a_success_elsewhere_is_told_to_the_fleet_with_the_failure_that_it_proves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A connection that could not be made proves nothing by it."""
+    proven: list[tuple[int, float, str]] = []
+    monkeypatch.setattr(Fleet, "proven", lambda _, number, now, reason: proven.append((number, now, reason)))
+    for error in (ConnectFailed("refused"), BadResponse("not HTTP")):
+        bench = Bench(error)
+        upstream(bench)
+        assert (await bench.run(bench.exchange())).status == 200
+    assert proven == [(0, bench.clock.monotonic(), f"{BadResponse.reason}, and another replica succeeded")]
 
 
 @pytest.mark.parametrize("error", [*BEFORE, FirstByteTimeout("late")])

@@ -102,3 +102,28 @@ def test_the_budget_is_a_tenth_of_the_requests_of_ten_seconds_and_at_least_three
         budget.take(25.0)
     assert budget.take(25.0)
     assert not budget.take(25.0)  # and the requests are, too
+
+
+def test_each_end_of_the_budgets_time_belongs_to_it() -> None:
+    """A retry counts until it is ten seconds old, and the requests of a second until all of it is that old."""
+    budget = RetryBudget()
+    assert [budget.take(5.0) for _ in range(3)] == [True] * 3
+    assert not budget.take(14.9)
+    assert budget.take(15.0)
+    budget = RetryBudget()
+    for _ in range(50):
+        budget.note_request(5.9)
+    assert [budget.take(16.0) for _ in range(6)] == [True] * 5 + [False]
+    budget = RetryBudget()
+    for _ in range(50):
+        budget.note_request(5.9)
+    assert [budget.take(16.1) for _ in range(4)] == [True] * 3 + [False]
+
+
+def test_old_requests_are_forgotten_though_nothing_is_retried() -> None:
+    """A pool that never fails keeps a dozen numbers."""
+    budget = RetryBudget()
+    for second in range(1_000):
+        budget.note_request(float(second))
+    assert len(budget._requests) <= 12  # noqa: SLF001 - internal state that no public name shows
+    assert budget._total == len(budget._requests)  # noqa: SLF001
