@@ -348,3 +348,35 @@ def test_a_long_snapshot_is_read_in_portions_and_in_the_order_of_use():
     while other.tend(bench.now):
         pass
     assert [other.match(talk(str(number), 1)).known_blocks for number in (0, 2_496, 2_497, 2_499)] == [0, 0, 1, 1]
+
+
+def test_another_writers_answer_places_a_prompt_that_only_other_replicas_hold(bench):
+    """Its placement may have been lost on the way, or evicted here."""
+    prompt = talk("a", 12)
+    bench.served(prompt, replica=1)
+    assert bench.depth(prompt) == 0
+    bench.index.apply_answer(0, prompt, 6_000, 0, 0)
+    assert (bench.depth(prompt), bench.depth(prompt, 1)) == (12, 12)
+    assert bench.ask(prompt).proved
+
+
+def test_another_writers_answer_of_a_past_epoch_changes_nothing(bench):
+    prompt = talk("a", 12)
+    bench.index.new_epoch(0, 2)
+    for epoch in (1, 3):
+        bench.index.apply_answer(0, prompt, 6_000, 0, epoch, cached_tokens=512)
+        assert bench.depth(prompt) == 0
+    bench.index.apply_answer(0, prompt, 6_000, 0, 2)
+    assert bench.depth(prompt) == 12
+
+
+def test_an_epoch_that_is_not_newer_is_ignored(bench):
+    """It is told more than once, and may come late."""
+    prompt = talk("a", 12)
+    bench.index.new_epoch(0, 2)
+    bench.served(prompt)
+    for epoch in (1, 2):
+        bench.index.new_epoch(0, epoch)
+        assert bench.depth(prompt) == 12
+    bench.index.new_epoch(0, 3)
+    assert bench.depth(prompt) == 0
