@@ -10,9 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from proxy.errors import ConnectFailed, UpstreamError
+from proxy.errors import BadResponse, ConnectFailed, PoolTimeout, UpstreamError
+from proxy.fleet import Fleet
 from proxy.fleet.replica import ThrottleKey
-from proxy.model import Endpoint
+from proxy.model import Ending, Endpoint
 from proxy.pipeline.dispatch import Upload
 from proxy.records import ReplicaView, Tenant
 from tests.proxy.pipeline.bench import DONE, POOL, SSE, TOKEN, Bench, Downstream, Upstream, turns
@@ -204,6 +205,82 @@ async def test_configured_headers_are_sent_unless_the_client_sends_its_own() -> 
     await bench.run(exchange)
     sent = {name: value for name, value in bench.client.sent[0][2].items() if name != b"x-request-id"}
     assert sent == {b"anthropic-version": b"client", b"x-extra": b"default", b"x-data-parallel-rank": b"3"}
+
+
+class Told:
+    """Keeps what the fleet is told about a response."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[tuple[Any, ...]] = []
+        for name in ("failed", "rate_limited", "throttled", "responded", "unreachable"):
+            monkeypatch.setattr(Fleet, name, self._noting(name))
+
+    def _noting(self, name: str) -> Any:
+        def note(_: Fleet, *arguments: Any) -> None:
+            plain = [each for each in arguments if isinstance(each, str)]
+            self.events.append((name, arguments[0], *plain))
+
+        return note
+
+
+@pytest.mark.parametrize(
+    ("status", "event", "ending"),
+    [
+        (200, ("responded", 0), Ending.COMPLETE),
+        (299, ("responded", 0), Ending.COMPLETE),
+        (300, ("responded", 0), Ending.COMPLETE),
+        (399, ("responded", 0), Ending.COMPLETE),
+        (400, ("responded", 0), Ending.UPSTREAM_STATUS),
+        (408, ("failed", 0, "status 408"), Ending.UPSTREAM_STATUS),
+        (429, ("rate_limited", 0), Ending.UPSTREAM_STATUS),
+        (499, ("responded", 0), Ending.UPSTREAM_STATUS),
+        (500, ("failed", 0, "status 500"), Ending.UPSTREAM_STATUS),
+        (503, ("throttled", 0, "status 503"), Ending.UPSTREAM_STATUS),
+        (529, ("throttled", 0, "status 529"), Ending.UPSTREAM_STATUS),
+        (599, ("failed", 0, "status 599"), Ending.UPSTREAM_STATUS),
+    ],
+)
+async def test_each_status_has_its_meaning_for_the_fleet_and_for_the_prompts_placement(
+    monkeypatch: pytest.MonkeyPatch, status: int, event: tuple[Any, ...], ending: Ending
+) -> None:
+    """A prompt was computed for a success alone, and certainly not for an error."""
+    told = Told(monkeypatch)
+    body = b'{"choices":[{"message":{"content":"a"}}],"usage":{"prompt_tokens":9,"completion_tokens":1}}'
+    bench = Bench(max_retries=0)
+    bench.client.script.append(Upstream(bench.clock, status, (), body))
+    exchange = bench.exchange()
+    client = await bench.run(exchange)
+    assert told.events[0] == event
+    assert (client.status, client.body, exchange.ending) == (status, body, ending)
+    done = bench.placements.done
+    assert ("computed" in done, "taken back" in done) == (status < 300, status >= 400)
+    assert (exchange.usage is not None) is (status < 300)
+
+
+@pytest.mark.parametrize(
+    ("error", "event"),
+    [
+        (ConnectFailed("refused"), ("unreachable", 0, "refused")),
+        (BadResponse("not HTTP"), ("failed", 0, "not HTTP")),
+        (PoolTimeout("all in use"), None),
+    ],
+)
+async def test_each_failure_has_its_meaning_for_the_fleet(
+    monkeypatch: pytest.MonkeyPatch, error: UpstreamError, event: tuple[Any, ...] | None
+) -> None:
+    """That all connections are in use shows nothing about the replica."""
+    told = Told(monkeypatch)
+    with pytest.raises(type(error)):
+        await Bench(error, max_retries=0).run(Bench().exchange())
+    assert told.events == ([] if event is None else [event])
+
+
+@pytest.mark.parametrize("status", [200, 299, 300])
+async def test_only_a_success_shows_that_a_replica_takes_the_field_for_usage(status: int) -> None:
+    """A refusal that does not name it may then have another reason."""
+    bench = Bench(replicas=1, max_retries=0)
+    await streamed(bench, (status, TOKEN + DONE))
+    assert bench.dispatcher._usage_options.may_have_caused(0, b"no") is (status >= 300)  # noqa: SLF001
 
 
 # -- stream_options
