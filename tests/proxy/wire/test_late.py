@@ -171,3 +171,134 @@ def test_a_chat_message_without_tool_calls_has_none_in_its_chunk() -> None:
         {"content": "a", "tool_calls": None},
         {"content": "b"},
     ]
+
+
+def test_the_events_of_a_message_are_these() -> None:
+    """To the byte: SDKs read each of these fields."""
+    body = {
+        "type": "message",
+        "content": [
+            {"type": "thinking", "thinking": "hm", "signature": "s"},
+            {"type": "tool_use", "id": "t", "name": "f", "input": {"x": 1}},
+            {"type": "image"},
+        ],
+        "stop_reason": "end_turn",
+        "stop_sequence": "x",
+        "usage": {"output_tokens": 2},
+    }
+    raw = json.dumps(body, indent=1).encode()
+    assert events_of_plain(200, raw, Endpoint.MESSAGES).decode().split("\n\n")[:-1] == [
+        'event: message_start\ndata: {"type":"message_start","message":{"type":"message","content":[],'
+        '"stop_reason":null,"stop_sequence":null,"usage":{"output_tokens":2}}}',
+        'event: content_block_start\ndata: {"type":"content_block_start","index":0,"content_block":'
+        '{"type":"thinking","thinking":"","signature":""}}',
+        'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":'
+        '{"type":"thinking_delta","thinking":"hm"}}',
+        'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":'
+        '{"type":"signature_delta","signature":"s"}}',
+        'event: content_block_stop\ndata: {"type":"content_block_stop","index":0}',
+        'event: content_block_start\ndata: {"type":"content_block_start","index":1,"content_block":'
+        '{"type":"tool_use","id":"t","name":"f","input":{}}}',
+        'event: content_block_delta\ndata: {"type":"content_block_delta","index":1,"delta":'
+        '{"type":"input_json_delta","partial_json":"{\\"x\\": 1}"}}'.replace('\\"x\\": 1', '\\n    \\"x\\": 1\\n   '),
+        'event: content_block_stop\ndata: {"type":"content_block_stop","index":1}',
+        'event: content_block_start\ndata: {"type":"content_block_start","index":2,"content_block":{"type":"image"}}',
+        'event: content_block_stop\ndata: {"type":"content_block_stop","index":2}',
+        'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn","stop_sequence":"x"},'
+        '"usage":{"output_tokens":2}}',
+        'event: message_stop\ndata: {"type":"message_stop"}',
+    ]
+
+
+def test_the_events_of_a_response_are_these() -> None:
+    """Items without content and parts without text are sent as they are."""
+    body = {
+        "id": "r",
+        "status": "completed",
+        "usage": {"input_tokens": 1},
+        "output": [
+            {"type": "message", "id": "m", "status": "completed", "content": [{"type": "refusal", "refusal": "no"}]},
+            {"type": "reasoning", "status": "completed"},
+        ],
+    }
+    raw = json.dumps(body, separators=(",", ":"))
+    message, reasoning = (json.dumps(item, separators=(",", ":")) for item in body["output"])
+    names = ["created", "output_item.added", "content_part.added", "content_part.done", "output_item.done"]
+    names += ["output_item.added", "output_item.done", "completed"]
+    place = '"item_id":"m","output_index":0,"content_index":0,"part":{"type":"refusal","refusal":"no"}'
+    begun = message.replace("completed", "in_progress").replace('[{"type":"refusal","refusal":"no"}]', "[]")
+    fields = [
+        '"response":{"id":"r","status":"in_progress","usage":null,"output":[]}',
+        f'"output_index":0,"item":{begun}',
+        place,
+        place,
+        f'"output_index":0,"item":{message}',
+        f'"output_index":1,"item":{reasoning}',
+        f'"output_index":1,"item":{reasoning}',
+        f'"response":{raw}',
+    ]
+    assert events_of_plain(200, raw.encode(), Endpoint.RESPONSES).decode().split("\n\n")[:-1] == [
+        f'event: response.{name}\ndata: {{"type":"response.{name}",{rest},"sequence_number":{number}}}'
+        for number, (name, rest) in enumerate(zip(names, fields, strict=True))
+    ]
+
+
+def test_the_events_of_a_chat_and_of_a_completion_are_these() -> None:
+    """A tool call without an index gets its place as one; a null instead of calls stays."""
+    calls = '[{"id":"a"},{"index":7,"id":"b"}]'
+    chat = (
+        '{"id":"c","object":"chat.completion","choices":[{"index":0,"message":{"content":"x","tool_calls":CALLS},'
+        '"finish_reason":"stop"},{"index":1,"message":{"tool_calls":null}}],"usage":{"prompt_tokens":1}}'
+    ).replace("CALLS", calls)
+    assert events_of_plain(200, chat.encode(), Endpoint.CHAT) == (
+        b'data: {"id":"c","object":"chat.completion.chunk","choices":[{"delta":{"content":"x","tool_calls":'
+        b'[{"index":0,"id":"a"},{"index":7,"id":"b"}]},"index":0,"finish_reason":"stop"},'
+        b'{"delta":{"tool_calls":null},"index":1}],"usage":{"prompt_tokens":1}}\n\ndata: [DONE]\n\n'
+    )
+    completion = b'{"object":"text_completion", "choices":[{"text":"x"}]}'
+    assert events_of_plain(299, completion, Endpoint.COMPLETIONS) == (
+        b'data: {"object":"text_completion","choices":[{"text":"x"}]}\n\ndata: [DONE]\n\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "endpoint", "text"),
+    [
+        (503, b'{"error": {"message": "m"}}', Endpoint.CHAT, b'data: {"error":{"message":"m"}}\n\n'),
+        (
+            503,
+            b'{"type":"error","error": {"type": "t"}}',
+            Endpoint.MESSAGES,
+            b'event: error\ndata: {"type":"error","error":{"type":"t"}}\n\n',
+        ),
+        (
+            300,
+            b'{"error": {"message": "m", "code": 7, "param": "p", "type": "t"}}',
+            Endpoint.RESPONSES,
+            b'event: error\ndata: {"type":"error","code":"7","message":"m","param":"p"}\n\n',
+        ),
+        (
+            503,
+            b'{"error": {"param": 7}}',
+            Endpoint.RESPONSES,
+            b'event: error\ndata: {"type":"error","code":"503","message":"The upstream answered 503 Service '
+            b'Unavailable.","param":null}\n\n',
+        ),
+        (
+            503,
+            b'{"detail": "busy"}',
+            Endpoint.CHAT,
+            b'data: {"error":{"message":"busy","type":"upstream_error","param":null,"code":"503"}}\n\n',
+        ),
+        (
+            599,
+            b"<html>",
+            Endpoint.CHAT,
+            b'data: {"error":{"message":"The upstream answered 599 .","type":"upstream_error","param":null,'
+            b'"code":"599"}}\n\n',
+        ),
+    ],
+)
+def test_the_event_of_an_error_is_this(status: int, body: bytes, endpoint: Endpoint, text: bytes) -> None:
+    """Its own fields if it has them, else the first text that says something, else its status."""
+    assert events_of_plain(status, body, endpoint) == text

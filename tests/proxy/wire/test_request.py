@@ -181,6 +181,9 @@ def test_the_first_file_id_is_found() -> None:
     assert read(body, Endpoint.CHAT).pinned_to is None
     assert first_file_id(body) == "file-7"
     assert first_file_id(CHAT) is None
+    assert first_file_id(b'"file_id":"file-8"') == "file-8"
+    assert first_file_id(b'{"file_id" "x":"y"}') is None
+    assert first_file_id(b'{"file_id":7}') is None
 
 
 @pytest.mark.parametrize(
