@@ -125,7 +125,7 @@ async def test_a_goodbye_is_said_at_the_end(valkey: Valkey) -> None:
 
         await eventually(seen)
         await one.close()
-        await eventually(lambda: not two.heard, 0.8)
+        await eventually(lambda: not two.heard)
     finally:
         await two.close()
 

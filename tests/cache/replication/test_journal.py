@@ -41,14 +41,15 @@ async def test_a_second_worker_knows_at_once_what_the_first_placed(begin: Begin)
     """Well within 100 ms, and by name: the two number their replicas differently."""
     one, two = await begin("one"), await begin("two", names=NAMES[::-1])
     taken, lags = list[float](), list[float]()
-    for seed in range(5):
+    for seed in range(20):  # on a busy machine only the least of several is a measure
         chain = prompt(seed)
         one.place(chain, 0)
         taken.append(await seconds_until(partial(two.knows, chain, 2)))
         lags.append(two.journal.stats.lag_seconds)
         assert not two.knows(chain, 0)
-    assert min(taken) < 0.1
-    assert min(lags) < 0.1
+        if max(min(taken), min(lags)) < 0.1:
+            return
+    pytest.fail(f"known only after {min(taken):.3f} s, read only after {min(lags):.3f} s")
 
 
 async def test_a_short_prefix_is_not_shared(begin: Begin) -> None:
@@ -270,16 +271,17 @@ async def test_a_hung_redis_delays_no_verb_and_heals(begin: Begin, valkey: Valke
     await eventually(lambda: all(two.knows(chain) for chain in chains))
 
 
-async def test_the_lease_passes_on_when_its_holder_dies(begin: Begin, valkey: Valkey) -> None:
+async def test_the_lease_passes_on_when_its_holder_dies(valkey: Valkey) -> None:
     """One holds it; killed without a word, the other takes over when it expires."""
-    one = await Worker(valkey.url, "dies").start()
-    await eventually(lambda: one.journal.holds_lease)
-    two = await begin("two")
-    await eventually(lambda: two.journal.others == 1)
-    assert not two.journal.holds_lease
-    await one.die()
-    await eventually(lambda: two.journal.holds_lease)
-    await eventually(lambda: two.journal.stats.snapshots >= 1)
+    workers = [await Worker(valkey.url, name).start() for name in ("one", "two")]
+    await eventually(lambda: all(each.journal.others == 1 for each in workers))
+    await eventually(lambda: sum(each.journal.holds_lease for each in workers) == 1)
+    holder, heir = sorted(workers, key=lambda each: not each.journal.holds_lease)  # the first, unless it was paused
+    await holder.die()
+    written = heir.journal.stats.snapshots
+    await eventually(lambda: heir.journal.holds_lease)
+    await eventually(lambda: heir.journal.stats.snapshots > written)
+    await heir.close()
 
 
 async def test_a_worker_that_fell_behind_loads_anew(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
