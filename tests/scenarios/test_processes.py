@@ -40,7 +40,7 @@ async def test_a_worker_killed_under_load_loses_only_its_own_requests_in_flight(
         served(["--workers", "2", "--upstream", upstream.url], tmp_path) as cairn,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as http,
     ):
-        await eventually(lambda: len(cairn.worker_pids()) == 2, 30)
+        await eventually(lambda: len(cairn.worker_pids()) == 2)
         bodies = [CHAT | {"seed": number} for number in range(16)]
         asked = [asyncio.get_running_loop().create_task(ask(http, cairn, body)) for body in bodies]
         await eventually(lambda: upstream.in_flight == 16)
@@ -51,7 +51,7 @@ async def test_a_worker_killed_under_load_loses_only_its_own_requests_in_flight(
         endings = Counter(await asyncio.gather(*asked))
         assert 0 < endings["200"] < 16
         assert endings["200"] + endings["ServerDisconnectedError"] + endings["ClientOSError"] == 16
-        await eventually(lambda: len(cairn.worker_pids()) == 3, 30)
+        await eventually(lambda: len(cairn.worker_pids()) == 3)
         assert {await ask(http, cairn, CHAT | {"seed": number}) for number in range(16)} == {"200"}
 
         async def counted() -> bool:
@@ -107,11 +107,11 @@ async def test_no_request_of_a_kept_connection_is_lost_when_told_to_end(tmp_path
         OpenAIUpstream() as upstream,
         served(["--workers", "2", "--upstream", upstream.url], tmp_path) as cairn,
     ):
-        await eventually(lambda: len(cairn.worker_pids()) == 2, 30)
+        await eventually(lambda: len(cairn.worker_pids()) == 2)
         started = [asyncio.Event() for _ in range(16)]
         loop = asyncio.get_running_loop()
         clients = [loop.create_task(keep_asking(cairn, event)) for event in started]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await asyncio.gather(*[event.wait() for event in started])
             cairn.stop()
             ends = await asyncio.gather(*clients)

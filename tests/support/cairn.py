@@ -95,6 +95,6 @@ async def running(config: Config, prepare: Callable[[Worker], None] | None = Non
         await worker.start([listening])
         yield Cairn(worker, heard, port)
     finally:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await worker.close()
         listening.close()

@@ -89,7 +89,7 @@ async def served(arguments: Sequence[str], folder: Path) -> AsyncIterator[Served
         await running.started()
         yield running
         running.stop()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await process.wait() == (-signal.SIGKILL if running.killed else 0), "".join(running.lines[-20:])
     finally:
         if process.returncode is None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks.vllm import model
-from benchmarks.vllm.sessions import Closed, Load, Turn, figures, words
+from benchmarks.vllm.sessions import Closed, Figures, Load, Turn, figures, words
 from tests.support.openai_upstream import OpenAIUpstream
 
 
@@ -36,12 +36,17 @@ def test_without_cairn_nothing_was_predicted_and_no_turn_divides_by_nothing():
     assert figures([], 3).computed_per_turn == 0
 
 
+async def looped(port: int, seconds: float) -> Figures:
+    """Run two sessions of the closed loop on one engine."""
+    load = Load(2, 50, 0.001, warm_up_seconds=0, seconds=seconds, arrival_seconds=0)
+    return await Closed(load, lambda _: port, seed=1).run()
+
+
 async def test_sessions_ask_again_with_all_that_went_before():
     """And a second session begins with other words."""
     for seconds in (0.5, 2.0, 8.0):  # a busy machine does too little in the first
         async with OpenAIUpstream() as engine:
-            load = Load(2, 50, 0.001, warm_up_seconds=0, seconds=seconds, arrival_seconds=0)
-            found = await Closed(load, lambda _, port=engine.port: port, seed=1).run()
+            found = await looped(engine.port, seconds)
         if found.turns > 8:
             break
     asked = [json.loads(each.body)["messages"] for each in engine.generations]
