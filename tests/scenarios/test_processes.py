@@ -219,7 +219,7 @@ async def test_what_all_workers_find_at_a_replica_is_one_line_of_the_log(tmp_pat
         down = f"http://127.0.0.1:{free_port()}"
         arguments = ["--workers", "3", "--upstream", upstream.url, "--upstream", down]
         async with served(arguments, tmp_path) as cairn:
-            await eventually(lambda: len(cairn.worker_pids()) == 3, 40)
+            await eventually(lambda: len(cairn.worker_pids()) == 3)
         text = "".join(cairn.lines)
         assert text.count(f"replica {upstream.url[7:-3]} (pool default) is up: models test-model") == 1
         assert text.count(f"replica {down[7:]} (pool default) is down: unreachable") == 1
