@@ -188,7 +188,7 @@ class Store:
             self._tasks.keep(self._probe_writing, "store-probe-writes"),
         ]
         try:
-            async with asyncio.timeout(wait_seconds):
+            async with time_limit(wait_seconds):
                 await self._probed.wait()
         except TimeoutError:
             self._probed.set()

@@ -33,6 +33,7 @@ async def opened(url: str, limit_seconds: float = PATIENT_SECONDS) -> AsyncItera
     tasks = Tasks()
     store = open_store(url, clock=SystemClock(), tasks=tasks, limit_seconds=limit_seconds)
     await store.start()
+    await store.wait_available()
     try:
         yield store
     finally:

@@ -42,12 +42,17 @@ BOUND_SECONDS = 0.25  # the limit is 50 ms; the rest is a busy machine
 
 
 class opened:  # noqa: N801 - reads as a verb after `async with`
-    def __init__(self, url: str | None, tasks: Tasks, **options: object) -> None:
+    """A started store; unless it `is_away`, one that Redis answers."""
+
+    def __init__(self, url: str | None, tasks: Tasks, *, is_away: bool = False, **options: object) -> None:
+        self._is_away = is_away
         options = {"clock": SystemClock(), "limit_seconds": PATIENT_SECONDS} | options
         self.store = open_store(url, tasks=tasks, **options)  # type: ignore[arg-type]
 
     async def __aenter__(self) -> Store:
         await self.store.start()
+        if not self._is_away:
+            await self.store.wait_available()
         return self.store
 
     async def __aexit__(self, *_: object) -> None:
@@ -140,7 +145,7 @@ async def test_refused_at_start_is_known_at_once_and_heals(tasks: Tasks) -> None
     valkey = Valkey()
     try:
         started = time.monotonic()  # noqa: TID251
-        async with opened(valkey.url, tasks) as store:
+        async with opened(valkey.url, tasks, is_away=True) as store:
             assert time.monotonic() - started < 5  # noqa: TID251
             assert store.state is StoreState.AWAY
             with pytest.raises(StoreUnavailable):
@@ -240,21 +245,23 @@ async def test_an_exhausted_pool_is_a_timeout_and_no_queue_grows(store: Store, t
     await eventually(lambda: answers(store))
 
 
-async def test_out_of_memory_fails_writes_and_leaves_reads(store: Store, valkey: Valkey) -> None:
-    """noeviction: a write is StoreFull, scripts included, reads continue, and the breaker stays closed."""
-    await store.execute("SET", "k", "v")
-    valkey.ask("CONFIG", "SET", "maxmemory", "1")
-    try:
-        for _ in range(10):
+async def test_out_of_memory_fails_writes_and_leaves_reads(valkey: Valkey, tasks: Tasks) -> None:
+    """noeviction: a write is StoreFull, scripts included, reads continue, and a moment of it opens no breaker."""
+    a_moment = FakeClock()
+    async with opened(valkey.url, tasks, clock=a_moment) as store:
+        await store.execute("SET", "k", "v")
+        valkey.ask("CONFIG", "SET", "maxmemory", "1")
+        try:
+            for _ in range(10):
+                with pytest.raises(StoreFull):
+                    await store.execute("SET", "other", "x")
             with pytest.raises(StoreFull):
-                await store.execute("SET", "other", "x")
-        with pytest.raises(StoreFull):
-            await store.run_script(Script("write", "return redis.call('SET', KEYS[1], 'x')"), ["other"])
-        assert await store.execute("GET", "k") == b"v"
-    finally:
-        valkey.ask("CONFIG", "SET", "maxmemory", "0")
-    assert store.errors[ErrorKind.OOM] == 11
-    assert store.state is StoreState.AVAILABLE
+                await store.run_script(Script("write", "return redis.call('SET', KEYS[1], 'x')"), ["other"])
+            assert await store.execute("GET", "k") == b"v"
+        finally:
+            valkey.ask("CONFIG", "SET", "maxmemory", "0")
+        assert store.errors[ErrorKind.OOM] == 11
+        assert store.state is StoreState.AVAILABLE
 
 
 async def test_a_replica_refuses_writes_and_is_counted(tasks: Tasks) -> None:
@@ -271,14 +278,14 @@ async def test_a_wrong_password_is_counted_as_auth(tasks: Tasks) -> None:
     """The store is away with that reason, and says no password."""
     with running("--requirepass", "secret") as valkey_process:
         url = f"redis://:wrong@127.0.0.1:{valkey_process.port}/0"
-        async with opened(url, tasks) as store:
-            assert store.state is StoreState.AWAY
-            assert store.errors[ErrorKind.AUTH] >= 1
+        async with opened(url, tasks, is_away=True) as store:
+            await eventually(lambda: store.errors[ErrorKind.AUTH] >= 1)
+            assert (store.state, store.reason) == (StoreState.AWAY, ErrorKind.AUTH)
 
 
 async def test_without_a_url_the_store_is_off(tasks: Tasks) -> None:
     """Every operation says so at once."""
-    async with opened(None, tasks) as store:
+    async with opened(None, tasks, is_away=True) as store:
         assert store.state is StoreState.OFF
         with pytest.raises(StoreUnavailable):
             await store.execute("GET", "k")
