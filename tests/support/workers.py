@@ -75,8 +75,8 @@ class Worker:
         self.heard.pop(writer, None)
 
     async def start(self) -> Worker:
-        await self.store.start()
-        await self.journal.start()
+        await self.store.start(PATIENT_SECONDS)
+        await self.journal.start(PATIENT_SECONDS)
         await self.board.start()
         return self
 
