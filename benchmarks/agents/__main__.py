@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.agents import cpu
 from benchmarks.agents.loop import ClosedLoop, Loop, Result, run
 from benchmarks.agents.ours import Gated
 from benchmarks.agents.programs import WholePrograms
@@ -22,12 +24,16 @@ SYNTHETIC_SESSIONS = 1_200
 
 
 class Fleet(msgspec.Struct, frozen=True):
-    """Inputs of a contestant. `capacity_tokens` is its belief about each replica's cache."""
+    """Inputs of a contestant.
+
+    `capacity_tokens` is its belief about each replica's cache; with `is_stated` the engines have stated it.
+    """
 
     replicas: int
     capacity_tokens: int
     proxies: int
     delay_seconds: float
+    is_stated: bool = False
 
     @property
     def rates(self) -> list[float | None]:
@@ -54,6 +60,7 @@ def _cairn(fleet: Fleet, calendar: Calendar, loop: ClosedLoop) -> Router:
         calendar.at,
         proxies=fleet.proxies,
         delay_seconds=fleet.delay_seconds,
+        is_stated=fleet.is_stated,
     )
 
 
@@ -65,6 +72,7 @@ def _ungated(fleet: Fleet, calendar: Calendar, loop: ClosedLoop) -> Router:
         calendar.at,
         proxies=fleet.proxies,
         delay_seconds=fleet.delay_seconds,
+        is_stated=fleet.is_stated,
     )
 
 
@@ -98,6 +106,7 @@ CONTESTANTS: dict[str, tuple[str, Make]] = {
 @click.option("--delay", default=0.01, show_default=True, help="seconds until they know each other's news")
 @click.option("--seconds", default=7_200.0, show_default=True, help="simulated time, of which a sixth is warm-up")
 @click.option("--seed", default=1, show_default=True)
+@click.option("--like-vllm", is_flag=True, help="short prompts and engines on a CPU, as in `make bench-vllm`")
 def main(  # noqa: PLR0913 - click passes one parameter per option
     sessions: Path | None,
     loads: str,
@@ -109,16 +118,21 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
     delay: float,
     seconds: float,
     seed: int,
+    like_vllm: bool,
 ) -> None:
     """Compare rules on SESSIONS (.jsonl or .jsonl.gz, AIPerf's or Mooncake's form), or on sessions made up."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if unknown := set(wanted) - set(CONTESTANTS):
         raise click.UsageError(f"unknown rules: {', '.join(sorted(unknown))}")
+    console = Console()
+    if like_vllm:
+        for case in cpu.CASES:
+            console.print(_table_like_vllm(case, wanted, proxies, delay))
+        return
     made = read_sessions(sessions) if sessions is not None else synthetic(SYNTHETIC_SESSIONS, seed)
     shared = shared_blocks(made)
     each = unshared_tokens(made)
     fleet = Fleet(replicas, round(believed * capacity), proxies, delay if proxies > 1 else 0.0)
-    console = Console()
     for x in (float(load) for load in loads.split(",")):
         active = max(round(x * replicas * capacity / each), 1)
         loop = Loop(active, replicas, capacity, seconds, seconds / 6)
@@ -127,6 +141,29 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
 
 def _row(sessions: list[Session], shared: frozenset[int], loop: Loop, name: str, fleet: Fleet) -> Result:
     return run(sessions, shared, loop, lambda calendar, closed: CONTESTANTS[name][1](fleet, calendar, closed))
+
+
+def _table_like_vllm(case: cpu.Case, names: list[str], proxies: int, delay: float) -> Table:
+    fleet = Fleet(cpu.REPLICAS, cpu.CAPACITY_TOKENS, proxies, delay if proxies > 1 else 0.0, is_stated=True)
+    table = Table(
+        title=f"{case.sessions} sessions of {cpu.FIRST_TOKENS:,} tokens, pauses of {case.pause_seconds:g} s"
+    )
+    for heading in ("rule", "turns", "cached %", "computed/turn", "mean TTFT s", "p50", "p99", "max"):
+        table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=heading == "rule")
+    for name in names:
+        title, make = CONTESTANTS[name]
+        means = cpu.measure(case, partial(make, fleet))
+        table.add_row(
+            title,
+            f"{means.turns:,.0f}",
+            f"{100 * means.hit_share:.1f}",
+            f"{means.computed_tokens:,.0f}",
+            f"{means.mean_ttft_seconds:.2f}",
+            f"{means.p50_ttft_seconds:.2f}",
+            f"{means.p99_ttft_seconds:.1f}",
+            f"{means.max_ttft_seconds:.1f}",
+        )
+    return table
 
 
 def _table(x: float, active: int, results: list[tuple[str, Result]]) -> Table:

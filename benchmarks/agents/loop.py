@@ -7,6 +7,7 @@ from itertools import count
 
 import msgspec
 
+from benchmarks.agents.chunked import ChunkedEngine, Speed
 from benchmarks.agents.sessions import Session, Turn, again
 from benchmarks.fleet.engine import (
     DECODE_SECONDS,
@@ -16,20 +17,27 @@ from benchmarks.fleet.engine import (
     Engine,
 )
 from benchmarks.fleet.simulation import Calendar, Router
-from benchmarks.fleet.trace import Request
+from benchmarks.fleet.trace import BLOCK_TOKENS, Request
 
 ARRIVAL_SECONDS = 60.0
 """All active sessions begin within this time."""
 
 
 class Loop(msgspec.Struct, frozen=True):
-    """A simulation: `active` sessions at once for `seconds`; the first `warm_up_seconds` do not count."""
+    """A simulation: `active` sessions at once for `seconds`; the first `warm_up_seconds` do not count.
+
+    The sessions begin within `arrival_seconds`. With a `speed` the engines compute in steps, otherwise one prompt
+    after another.
+    """
 
     active: int
     replicas: int = 4
     capacity_tokens: int = 1_000_000
     seconds: float = 7_200.0
     warm_up_seconds: float = 1_200.0
+    arrival_seconds: float = ARRIVAL_SECONDS
+    speed: Speed | None = None
+    block_tokens: int = BLOCK_TOKENS
 
 
 class Program(msgspec.Struct):
@@ -51,7 +59,8 @@ class Program(msgspec.Struct):
 class Result(msgspec.Struct, frozen=True):
     """Result of one rule. Times are in seconds; TTFT counts from the moment the client sent.
 
-    `worst_slowdown` is the largest over all sessions of their turns' time over the same with nobody else there.
+    `worst_slowdown` is the largest over all sessions of their turns' time over the same with nobody else there,
+    `computed_tokens` the mean prompt tokens of a turn that engines computed.
     """
 
     turns_per_hour: float
@@ -63,6 +72,7 @@ class Result(msgspec.Struct, frozen=True):
     worst_slowdown: float
     hit_share: float
     turns: int
+    computed_tokens: float
 
 
 class ClosedLoop:
@@ -78,13 +88,19 @@ class ClosedLoop:
         self._sessions = count()
         self._running: dict[int, Program] = {}
         self._programs: dict[int, Program] = {}
-        self._engines = [Engine(n, loop.capacity_tokens, calendar.at, self, pins=True) for n in range(loop.replicas)]
+        self._engines = [self._make_engine(number) for number in range(loop.replicas)]
         self.ttft_seconds: list[float] = []
         self.session_seconds: list[float] = []
         self.slowdowns: list[float] = []
         self.cached_tokens = 0
         self.input_tokens = 0
         self.turns = 0
+
+    def _make_engine(self, number: int) -> Engine | ChunkedEngine:
+        loop, at = self._loop, self._calendar.at
+        if loop.speed is None:
+            return Engine(number, loop.capacity_tokens, at, self, pins=True)
+        return ChunkedEngine(number, loop.capacity_tokens, at, self, speed=loop.speed, block_tokens=loop.block_tokens)
 
     def program_of(self, request: Request) -> Program:
         """Return the session of a request under way; `next` is the number of the turn after it."""
@@ -93,7 +109,7 @@ class ClosedLoop:
     def start(self) -> None:
         """Let all sessions begin."""
         for place in range(self._loop.active):
-            self._calendar.at(ARRIVAL_SECONDS * place / self._loop.active, self._begin)
+            self._calendar.at(self._loop.arrival_seconds * place / self._loop.active, self._begin)
 
     def _begin(self, now: float) -> None:
         program = Program(next(self._sessions), next(self._next_session), began_seconds=now)
@@ -128,7 +144,7 @@ class ClosedLoop:
         self.rule.ended(request, replica, now)
         program = self._running.pop(request.number)
         before = program.turns[program.next - 2] if program.next > 1 else None
-        program.ideal_seconds += alone_seconds(program.turns[program.next - 1], before)
+        program.ideal_seconds += alone_seconds(program.turns[program.next - 1], before, self._loop.speed)
         program.busy_seconds += now - program.sent_seconds
         self.turns += now >= self._loop.warm_up_seconds
         if program.is_last:
@@ -153,6 +169,7 @@ class ClosedLoop:
             worst_slowdown=max([*self.slowdowns, *self._unfinished()], default=1.0),
             hit_share=self.cached_tokens / max(self.input_tokens, 1),
             turns=self.turns,
+            computed_tokens=(self.input_tokens - self.cached_tokens) / max(len(self.ttft_seconds), 1),
         )
 
     def _unfinished(self) -> Iterator[float]:
@@ -160,17 +177,19 @@ class ClosedLoop:
         for program in self._running.values():
             waited = self._loop.seconds - program.sent_seconds
             before = program.turns[program.next - 2] if program.next > 1 else None
-            ideal = program.ideal_seconds + alone_seconds(program.turns[program.next - 1], before)
+            ideal = program.ideal_seconds + alone_seconds(program.turns[program.next - 1], before, self._loop.speed)
             yield (program.busy_seconds + waited) / ideal
 
 
-def alone_seconds(turn: Turn, before: Turn | None) -> float:
+def alone_seconds(turn: Turn, before: Turn | None, speed: Speed | None = None) -> float:
     """Return the time of a turn on an idle replica that holds the session's turn before it, or nothing."""
     matched = 0
     if before is not None:
         pairs = zip(turn.blocks, before.blocks, strict=False)
         matched = next((place for place, (one, other) in enumerate(pairs) if one != other), len(before.blocks))
-    uncached = max(turn.input_tokens - 512 * matched, 1)
+    uncached = max(turn.input_tokens - turn.block_tokens * matched, 1)
+    if speed is not None:
+        return speed.alone_seconds(uncached, turn.output_tokens)
     prefill = uncached / PREFILL_TOKENS_PER_SECOND + PREFILL_FIXED_SECONDS + FIRST_TOKEN_SECONDS
     return prefill + turn.output_tokens * DECODE_SECONDS
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import partial
 from math import inf
 
-from benchmarks.fleet.engine import PREFILL_TOKENS_PER_SECOND
 from benchmarks.fleet.ours import POOL, At, Cairn, Proxy
 from benchmarks.fleet.simulation import Send
 from benchmarks.fleet.trace import Request
@@ -23,7 +22,6 @@ from proxy.routing.cold_admission import (
     about_as_good,
     classify,
     is_long,
-    patience_seconds,
     short_tokens,
 )
 from proxy.routing.cold_pressure import ColdPressure, ServedPrompts
@@ -80,9 +78,12 @@ class Gated(Cairn):
         *,
         proxies: int = 1,
         delay_seconds: float | None = 0.0,
+        is_stated: bool = False,
         always: bool = False,
     ) -> None:
-        super().__init__(rates, capacity_tokens, at, proxies=proxies, delay_seconds=delay_seconds)
+        super().__init__(
+            rates, capacity_tokens, at, proxies=proxies, delay_seconds=delay_seconds, is_stated=is_stated
+        )
         self._always = always
         self._short_tokens = short_tokens(capacity_tokens)
         self._claims = Claims()
@@ -123,7 +124,7 @@ class Gated(Cairn):
             return
         best = min(good, key=lambda each: (pending[each], each))
         line = gate.warm.setdefault(best, ShortestJobQueue(PATIENCE_SECONDS, AGEING))
-        line.join((request, send, now), uncached[best] / PREFILL_TOKENS_PER_SECOND, now)
+        line.join((request, send, now), uncached[best] / max(_rates(gate, now)), now)
         self._plan_look(gate, now)
 
     def _look_warm(self, gate: _Gate, now: float) -> None:
@@ -162,12 +163,9 @@ class Gated(Cairn):
             turn = waiting.item
             self._claims.heads[gate.number] = waiting.arrived_seconds
             is_pressed = self._always or gate.pressure.is_holding
+            round_seconds = gate.served.recently_needed_tokens(now) / sum(_rates(gate, now))
             among = gate.queue.open_to(
-                waiting,
-                _rooms(gate, now),
-                now,
-                is_pressed=is_pressed,
-                patience_seconds=patience_seconds(turn.uncached_tokens / PREFILL_TOKENS_PER_SECOND),
+                waiting, _rooms(gate, now), now, is_pressed=is_pressed, round_seconds=round_seconds
             )
             among = frozenset(replica for replica in among if replica not in self._claims.holders)
             if not among or not self._claims.is_oldest(waiting.arrived_seconds):
@@ -223,6 +221,10 @@ def _uncached(request: Request, proxy: Proxy) -> dict[int, float]:
 def _pending_seconds(gate: _Gate, now: float) -> dict[int, float]:
     views = gate.proxy.fleet.snapshot(POOL, now)
     return {view.id: view.pending_tokens / view.rate_tokens_per_second for view in views}
+
+
+def _rates(gate: _Gate, now: float) -> list[float]:
+    return [view.rate_tokens_per_second for view in gate.proxy.fleet.snapshot(POOL, now)]
 
 
 def _rooms(gate: _Gate, now: float) -> list[ReplicaRoom]:

@@ -67,10 +67,11 @@ class Turn(msgspec.Struct, frozen=True):
     input_tokens: int
     output_tokens: int
     blocks: tuple[int, ...]
+    block_tokens: int = BLOCK_TOKENS
 
     def request(self, number: int, now: float) -> Request:
         """Return the turn as the simulated fleet takes it."""
-        ends = [BLOCK_TOKENS * BYTES_PER_TOKEN * (place + 1) for place in range(len(self.blocks))]
+        ends = [self.block_tokens * BYTES_PER_TOKEN * (place + 1) for place in range(len(self.blocks))]
         ends[-1] = self.input_tokens * BYTES_PER_TOKEN
         fingerprint = Fingerprint(array("Q", self.blocks), array("I", ends))
         return Request(number, now, self.input_tokens, self.output_tokens, self.blocks, fingerprint)
@@ -98,7 +99,7 @@ def synthetic(sessions: int, seed: int = 1) -> list[Session]:
 
 def _turns(number: int, group: int, random: Random) -> Iterator[Turn]:
     common, group_blocks = COMMON_TOKENS // BLOCK_TOKENS, GROUP_TOKENS // BLOCK_TOKENS
-    chain = _Chain()
+    chain = Chain()
     chain.extend((b"common", place) for place in range(common))
     chain.extend((b"group%d" % group, place) for place in range(group_blocks))
     tokens, pause, own = _first_tokens(random), 0.0, b"session%d" % number
@@ -129,7 +130,7 @@ def _pause_seconds(tokens: int, random: Random) -> float:
     return pause.draw(random) * (1.0 - (1.0 - SHORTEST_PAUSE) * full)
 
 
-class _Chain(list[int]):
+class Chain(list[int]):
     """Chained hashes, which grow as the session does."""
 
     def extend(self, blocks: Iterable[tuple[bytes, int]]) -> None:  # type: ignore[override]
@@ -195,7 +196,7 @@ def _turn(row: _Line, pause_seconds: float) -> Turn:
     needed = max(-(-row.input_length // BLOCK_TOKENS), 1)
     if len(row.hash_ids) < needed:
         raise ValueError(f"{row.input_length} tokens need {needed} hash ids, a line has {len(row.hash_ids)}")
-    chain = _Chain()
+    chain = Chain()
     for block in row.hash_ids[:needed]:
         chain.append(chain.after(block.to_bytes(16, "little", signed=True)))
     return Turn(pause_seconds, max(row.input_length, 1), max(row.output_length, 1), tuple(chain))

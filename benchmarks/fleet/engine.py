@@ -28,8 +28,9 @@ QUEUE_DEADLINE_SECONDS = 1e9
 class BlockCache:
     """Least recently used blocks, in tokens; None for no limit. Serves the engine and the other routers' indexes."""
 
-    def __init__(self, capacity_tokens: int | None) -> None:
-        self._most = None if capacity_tokens is None else max(capacity_tokens // BLOCK_TOKENS, 1)
+    def __init__(self, capacity_tokens: int | None, block_tokens: int = BLOCK_TOKENS) -> None:
+        self._block_tokens = block_tokens
+        self._most = None if capacity_tokens is None else max(capacity_tokens // block_tokens, 1)
         self._blocks: OrderedDict[int, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -42,7 +43,7 @@ class BlockCache:
             if not holds(block):
                 break
             matched += 1
-        return min(matched * BLOCK_TOKENS, request.input_tokens)
+        return min(matched * self._block_tokens, request.input_tokens)
 
     def use(self, blocks: Iterable[int]) -> None:
         """Make them the newest, the first of them newest of all."""
@@ -65,8 +66,8 @@ class BlockCache:
 class PinningCache(BlockCache):
     """A cache that keeps the blocks of running requests: they are evicted only once the last of these has ended."""
 
-    def __init__(self, capacity_tokens: int) -> None:
-        super().__init__(capacity_tokens)
+    def __init__(self, capacity_tokens: int, block_tokens: int = BLOCK_TOKENS) -> None:
+        super().__init__(capacity_tokens, block_tokens)
         self._users: dict[int, int] = {}
 
     def __len__(self) -> int:

@@ -42,12 +42,23 @@ class _UnderWay:
 class Proxy:
     """One proxy's state for routing."""
 
-    def __init__(self, name: str, rates: list[float | None], capacity_tokens: int, origin: int, at: At) -> None:
+    def __init__(
+        self,
+        name: str,
+        rates: list[float | None],
+        capacity_tokens: int,
+        origin: int,
+        at: At,
+        *,
+        is_stated: bool = False,
+    ) -> None:
         self.name = name
         self.index = PrefixIndex(origin=origin)
         self.fleet = Fleet(Random(origin).random)
         for replica, rate in enumerate(rates):
             self.fleet.add(ReplicaSpec(f"replica-{replica}", POOL, prefill_tokens_per_second=rate))
+            if is_stated:
+                self.index.set_capacity(replica, capacity_tokens)
             self.index.set_budget(replica, capacity_tokens)
         self.gate = PrefillGate()
         self._at = at
@@ -151,7 +162,10 @@ class Proxy:
 
 
 class Cairn:
-    """One or several proxies as one rule; requests go to them by turns."""
+    """One or several proxies as one rule; requests go to them by turns.
+
+    `capacity_tokens` is where learning begins; with `is_stated` the engines state it, and it is an upper bound.
+    """
 
     def __init__(
         self,
@@ -162,8 +176,11 @@ class Cairn:
         proxies: int = 1,
         ordered: bool = False,
         delay_seconds: float | None = 0.0,
+        is_stated: bool = False,
     ) -> None:
-        self._proxies = [Proxy(f"proxy-{n}", rates, capacity_tokens, n + 1, at) for n in range(proxies)]
+        self._proxies = [
+            Proxy(f"proxy-{n}", rates, capacity_tokens, n + 1, at, is_stated=is_stated) for n in range(proxies)
+        ]
         self._at = at
         self._delay_seconds = delay_seconds
         self._ordered = ordered

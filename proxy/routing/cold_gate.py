@@ -20,6 +20,7 @@ from proxy.records import ReplicaView
 from proxy.routing.cold_admission import (
     BACKLOG_SECONDS,
     LONG_SECONDS,
+    PATIENCE_SECONDS,
     ColdQueue,
     ColdTurn,
     ReplicaRoom,
@@ -27,7 +28,6 @@ from proxy.routing.cold_admission import (
     Waiting,
     is_long,
     is_quiet,
-    patience_seconds,
     short_tokens,
 )
 from proxy.routing.cold_pressure import CROWDED_SECONDS, RESTING_SECONDS, ColdPressure, ServedPrompts
@@ -414,6 +414,7 @@ class ColdGate:
             return None
         now = self._clock.monotonic()
         views = self._available(pool)
+        rate = sum([view.rate_tokens_per_second for view in views]) or 1.0
         full: set[str] = set()
         while (waiting := pool.queue.head(now, full)) is not None:
             turn = waiting.item.item.turn
@@ -426,15 +427,12 @@ class ColdGate:
                     is_pressed=pool.pressure.is_holding,
                     quiet_seconds=self.limits.quiet_seconds,
                     rest_seconds=self.limits.rest_seconds,
-                    patience_seconds=self._patience_seconds(turn, views),
+                    patience_seconds=PATIENCE_SECONDS * self.limits.pace,
+                    round_seconds=pool.served.recently_needed_tokens(now) / rate,
                 )
                 return waiting, sorted((view for view in views if view.id in among), key=_pending_seconds)
             full.add(turn.tenant)
         return None
-
-    def _patience_seconds(self, turn: Turn, views: Sequence[ReplicaView]) -> float:
-        rate = max([view.rate_tokens_per_second for view in views], default=1.0)
-        return patience_seconds(turn.uncached_tokens / rate, self.limits.pace)
 
     def _available(self, pool: _Pool) -> list[ReplicaView]:
         return [view for view in self._fleet.snapshot(pool.name, self._clock.monotonic()) if view.available]

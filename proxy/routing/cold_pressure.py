@@ -29,6 +29,9 @@ LEAST_OWN_SHARE: Final = 0.25
 ENDED_AFTER_PAUSES: Final = 3.0
 """Mean pauses without a turn after which a session has ended: of exponential pauses one in twenty is longer."""
 
+NEED_SECONDS: Final = 1.0
+"""Age up to which the sum of what all sessions need is used again: with thousands of them it takes a millisecond."""
+
 RESTING_SECONDS: Final = 5.0
 """A session rests for this time after the end of a turn: most pauses of an agent's tools are shorter. With 10 s one
 percent more turns are served, and cold ones wait a sixth longer.
@@ -84,6 +87,8 @@ class ServedPrompts:
         self._latest: OrderedDict[_Served, None] = OrderedDict()
         self._pause_seconds = FIRST_PAUSE_SECONDS
         self._own_share = 1.0
+        self._needed_tokens = 0.0
+        self._needed_seconds = -inf
         self._ended: dict[int, deque[_Served]] = {}  # by replica, the earliest first
 
     @property
@@ -181,6 +186,13 @@ class ServedPrompts:
                 break
             needed += served.own_tokens
         return needed
+
+    def recently_needed_tokens(self, now_seconds: float) -> float:
+        """Return `needed_tokens` of now, or of a moment ago."""
+        if now_seconds - self._needed_seconds >= NEED_SECONDS:
+            self._needed_tokens = self.needed_tokens(now_seconds)
+            self._needed_seconds = now_seconds
+        return self._needed_tokens
 
     def _drop(self, served: _Served) -> None:
         self._latest.pop(served, None)

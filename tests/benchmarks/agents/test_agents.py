@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.agents import cpu
 from benchmarks.agents.__main__ import CONTESTANTS, Fleet, main
 from benchmarks.agents.loop import Loop, Result, alone_seconds, run
 from benchmarks.agents.sessions import (
@@ -168,6 +169,24 @@ def test_the_others_serve_their_sessions(name):
     assert result.turns > 100
     assert 0.0 < result.hit_share < 1.0
     assert result.worst_slowdown >= 1.0
+
+
+@cache
+def on_a_cpu(name: str, pause_seconds: float) -> Result:
+    """The load of `benchmarks.vllm` with one seed."""
+    fleet = Fleet(cpu.REPLICAS, cpu.CAPACITY_TOKENS, 1, 0.0, is_stated=True)
+    case = cpu.Case(56, pause_seconds)
+    return cpu.run_once(case, 1, lambda calendar, closed: CONTESTANTS[name][1](fleet, calendar, closed))
+
+
+def test_before_small_caches_and_short_prompts_the_gate_does_what_it_is_for():
+    """Most turns are cached, and nobody waits longer than without it; with long pauses it changes nothing."""
+    gated, ungated = on_a_cpu("cairn", 2.0), on_a_cpu("ungated", 2.0)
+    assert gated.turns > 1.7 * ungated.turns
+    assert gated.computed_tokens < 0.4 * ungated.computed_tokens
+    assert gated.mean_ttft_seconds < 0.6 * ungated.mean_ttft_seconds
+    assert gated.p99_ttft_seconds < 1.1 * ungated.p99_ttft_seconds
+    assert on_a_cpu("cairn", 10.0).turns == pytest.approx(on_a_cpu("ungated", 10.0).turns, rel=0.02)
 
 
 def test_the_command_prints_a_table_for_each_load():

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from proxy.routing.cold_admission import (
     COLD_QUIET,
     NEW_AFTER_SECONDS,
-    PATIENCE_PREFILLS,
     PATIENCE_SECONDS,
     QUIET_SECONDS,
     RESERVED_SHARE,
     REST_SECONDS,
     SHORT_TOKENS,
+    SPARING_ROUNDS,
+    SPARING_SHARE,
     ColdQueue,
     ColdTurn,
     ReplicaRoom,
@@ -22,7 +23,6 @@ from proxy.routing.cold_admission import (
     about_as_good,
     can_run,
     classify,
-    patience_seconds,
     short_tokens,
 )
 from proxy.routing.fair_shares import Priority
@@ -90,27 +90,40 @@ def test_what_prompts_share_takes_room_once():
     assert not can_run(shared_by_half, 500_001)
 
 
+def resting(replica: int, tokens: float, running: float = 700_000.0) -> ReplicaRoom:
+    """A replica where turns of `tokens` ended a moment ago; half of each prompt is shared."""
+    return ReplicaRoom(replica, 0.0, running, 1e6, own_share=0.5, resting_tokens=tokens)
+
+
 def test_under_pressure_a_turn_leaves_resting_sessions_alone_for_a_minute():
-    """It goes at once if they fit as well, if nothing runs, or if there is no pressure; and at last in any case."""
+    """It goes at once if they fit as well, or if there is no pressure; and at last in any case."""
     queue: ColdQueue[str] = ColdQueue()
     waiting = queue.join(turn(), 0.0)
-
-    def resting(replica: int, tokens: float, running: float = 600_000.0) -> ReplicaRoom:
-        return ReplicaRoom(replica, 0.0, running, 1e6, own_share=0.5, resting_tokens=tokens)
-
-    most = (1.0 - RESERVED_SHARE) * 1e6 / 0.5 - 700_000.0
-    rooms = [resting(0, most), resting(1, most + 1), resting(2, 2 * most, running=0.0)]
-    assert queue.open_to(waiting, rooms, 0.0, is_pressed=True) == {0, 2}
-    assert queue.open_to(waiting, rooms, 0.0, is_pressed=False) == {0, 1, 2}
-    assert queue.open_to(waiting, rooms, PATIENCE_SECONDS - 0.1, is_pressed=True) == {0, 2}
-    assert queue.open_to(waiting, rooms, PATIENCE_SECONDS, is_pressed=True) == {0, 1, 2}
+    most = (1.0 - RESERVED_SHARE) * 1e6 / 0.5 - 800_000.0
+    rooms = [resting(0, most), resting(1, most + 1)]
+    assert queue.open_to(waiting, rooms, 0.0, is_pressed=True) == {0}
+    assert queue.open_to(waiting, rooms, 0.0, is_pressed=False) == {0, 1}
+    assert queue.open_to(waiting, rooms, PATIENCE_SECONDS - 0.1, is_pressed=True) == {0}
+    assert queue.open_to(waiting, rooms, PATIENCE_SECONDS, is_pressed=True) == {0, 1}
 
 
-def test_a_turn_spares_nobody_for_longer_than_a_part_of_its_own_prefill():
-    """At most a minute; a small one would leave the replica idle for longer than it computes."""
-    assert patience_seconds(1e6) == PATIENCE_SECONDS
-    assert patience_seconds(1e6, 0.2) == 0.2 * PATIENCE_SECONDS
-    assert patience_seconds(8.0) == 8.0 * PATIENCE_PREFILLS
+def test_nobody_is_spared_where_less_than_a_third_of_the_cache_runs():
+    """Such a replica has time for a cold prefill, and waiting for those that rest would leave it idle."""
+    queue: ColdQueue[str] = ColdQueue()
+    waiting = queue.join(turn(), 0.0)
+    least = SPARING_SHARE * 1e6 / 0.5
+    rooms = [resting(0, 5e6, running=0.0), resting(1, 5e6, running=least - 1.0), resting(2, 5e6, running=least)]
+    assert queue.open_to(waiting, rooms, 0.0, is_pressed=True) == {0, 1}
+
+
+def test_a_turn_spares_nobody_once_it_has_waited_as_long_as_without_the_gate():
+    """Without it turns wait for about a round: the time to compute the prompts of all sessions once."""
+    queue: ColdQueue[str] = ColdQueue()
+    waiting = queue.join(turn(), 100.0)
+    rooms = [resting(0, 5e6)]
+    late = 100.0 + SPARING_ROUNDS * 20.0
+    assert queue.open_to(waiting, rooms, late - 0.1, is_pressed=True, round_seconds=20.0) == set()
+    assert queue.open_to(waiting, rooms, late, is_pressed=True, round_seconds=20.0) == {0}
 
 
 def test_the_minute_begins_when_a_turn_is_the_first():

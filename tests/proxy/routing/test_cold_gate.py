@@ -11,7 +11,7 @@ import pytest
 from cache import CacheError
 from proxy.errors import DeadlineUnreachable, RateLimited
 from proxy.records import ReplicaView
-from proxy.routing.cold_admission import REST_SECONDS, TurnKind
+from proxy.routing.cold_admission import REST_SECONDS, SPARING_ROUNDS, TurnKind
 from proxy.routing.cold_gate import ColdGate, Pass
 from proxy.routing.cold_pressure import CROWDED_SECONDS, RESTING_SECONDS
 from proxy.routing.cold_turn import GateLimits, Turn
@@ -177,13 +177,31 @@ async def test_under_pressure_a_turn_spares_the_sessions_whose_turn_has_just_end
     """It waits while they and what runs leave no room, and goes as soon as one of them rests no longer."""
     bench = Bench(replicas=1)
     bench.gate.limits = GateLimits(rest_seconds=pace * REST_SECONDS)
-    bench.fleet.running[0] = 300_000.0
+    bench.fleet.running[0] = 350_000.0
     bench.gate.served(POOL).note([1, 2], 0, 450_000.0, 0.0, bench.clock.monotonic())
     bench.gate.ended(POOL, 2, 0)
     turn = bench.begin(prompt_end=9, prompt_tokens=450_000.0, uncached_tokens=400_000.0)
     await settle()
     assert not turn.done()
     bench.clock.advance(pace * RESTING_SECONDS - 0.1)
+    bench.gate.changed()
+    await settle()
+    assert not turn.done()
+    bench.clock.advance(0.2)
+    bench.gate.changed()
+    await settle()
+    assert turn.done()
+
+
+async def test_a_turn_spares_nobody_once_all_prompts_could_have_been_computed():
+    """Two sessions of 30,000 tokens take one replica 6 s: without the gate turns would wait for about that long."""
+    bench = Bench(replicas=1)
+    bench.fleet.running[0] = 900_000.0
+    for end in (2, 3):
+        bench.gate.served(POOL).note([10 * end, end], 0, 30_000.0, 0.0, bench.clock.monotonic())
+    turn = bench.begin(prompt_end=9)
+    await settle()
+    bench.clock.advance(SPARING_ROUNDS * 6.0 - 0.1)
     bench.gate.changed()
     await settle()
     assert not turn.done()

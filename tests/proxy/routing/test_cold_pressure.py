@@ -13,6 +13,7 @@ from proxy.routing.cold_pressure import (
     FIRST_PAUSE_SECONDS,
     MEMORY_SECONDS,
     MIN_COMPUTED_TOKENS,
+    NEED_SECONDS,
     OFF_SHARE,
     PAUSE_STEP,
     RESTING_SECONDS,
@@ -272,3 +273,13 @@ def test_a_session_whose_next_turn_was_withdrawn_continues_from_that_moment():
     assert served.depth([9, 2]) == 2
     served.withdraw(other, 101.0)
     assert served.depth([1]) == 1
+
+
+def test_a_sum_of_what_sessions_need_is_used_for_a_second():
+    """The gate asks for it whenever work ends somewhere."""
+    served = ServedPrompts()
+    served.note([1, 2], 0, 1_000.0, 0.0, 0.0)
+    assert served.recently_needed_tokens(0.0) == 1_000.0
+    served.note([3, 4], 0, 500.0, 0.0, 0.0)
+    assert served.recently_needed_tokens(NEED_SECONDS - 0.1) == 1_000.0
+    assert served.recently_needed_tokens(NEED_SECONDS) == 1_500.0
