@@ -111,11 +111,13 @@ def read(body: Body, endpoint: Endpoint, *, model: str | None = None) -> Prompt:
 
 
 def first_file_id(body: Body) -> str | None:
-    """Return the first `file_id` in `body`, found by a search at 0.2 ms per MB; None if there is none."""
-    start = body.find(b'"file_id"')
+    """Return the first `file_id` in `body`, None if there is none. The inside of long strings is not searched."""
+    short = shortened(body)
+    text = body if short is None else short.text
+    start = text.find(b'"file_id"')
     if start < 0:
         return None
-    parts = body[start + len(b'"file_id"') : start + 600].split(b'"', 2)
+    parts = text[start + len(b'"file_id"') : start + 600].split(b'"', 2)
     if len(parts) < 3 or parts[0].strip() != b":":
         return None
     return parts[1].decode(errors="replace")

@@ -14,7 +14,8 @@ from proxy.errors import BadRequest
 from proxy.model import Endpoint
 from proxy.records import Prompt
 from proxy.wire import json_cuts
-from proxy.wire.request import MODEL_NAME_BYTES_MOST, read
+from proxy.wire.references import Reference, may_refer, references
+from proxy.wire.request import MODEL_NAME_BYTES_MOST, first_file_id, read
 from proxy.wire.spans import span_of
 
 cuts = pytest.importorskip("cairn_json_cuts", reason="it is compiled with the data path")
@@ -199,6 +200,23 @@ def test_a_text_without_long_strings_is_soon_given_up() -> None:
     assert cuts.shorten(json.dumps(short).encode()) is None
     assert cuts.shorten(json.dumps([*short, LONG * 40]).encode()) is None
     assert cuts.shorten(json.dumps([LONG, *short[:100]]).encode()) is not None
+
+
+@pytest.mark.parametrize("place", ["before", "between", "after", "within"])
+def test_a_file_is_found_by_its_key_and_not_by_a_long_text_about_it(place: str) -> None:
+    """Only the inside of long strings is not searched, where no key can be."""
+    part = '{"type":"file","file":{"file_id":"file-1"}}'
+    escaped = part.replace("file_id", "\\u0066ile_id")
+    about = json.dumps(LONG + part + escaped + LONG)
+    body = {
+        "before": f'{{"messages":[{part},"{LONG}"]}}',
+        "between": f'{{"input":"{LONG}","messages":["{LONG}",{part},{about}]}}',
+        "after": f'{{"messages":[{about},{escaped}]}}',
+        "within": f'{{"messages":[{about}]}}',
+    }[place].encode()
+    assert may_refer(body) == (place != "within")
+    assert references(body) == (frozenset() if place == "within" else {Reference("files", "file-1")})
+    assert first_file_id(body) == ("file-1" if place in ("before", "between") else None)
 
 
 def test_a_part_that_is_no_view_into_the_short_text_is_refused() -> None:
