@@ -254,3 +254,55 @@ def test_no_cross_origin_grant_of_an_upstream_reaches_a_page() -> None:
         (b"content-type", b"x"),
         (b"x-request-id", b"i"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("cache", "miss", "text"),
+    [
+        (CacheStatus.HIT, MissReason.NONE, b"Cairn; hit"),
+        (CacheStatus.PARTIAL, MissReason.NONE, b"Cairn; fwd=partial"),
+        (CacheStatus.MISS, MissReason.COLD, b"Cairn; fwd=miss; detail=cold"),
+        (CacheStatus.BYPASS, MissReason.SHORT, b"Cairn; fwd=bypass; detail=short"),
+    ],
+)
+def test_each_status_of_the_cache_has_its_words(cache: CacheStatus, miss: MissReason, text: bytes) -> None:
+    assert headers._cache_status(cache, miss) == text  # noqa: SLF001 - its table is made when it is imported
+
+
+def test_times_are_left_out_where_they_could_show_what_others_do() -> None:
+    described = cairn_headers(
+        cache=CacheStatus.HIT,
+        miss=MissReason.NONE,
+        reason=RouteReason.WARM,
+        replica="r",
+        matched_tokens=1.0,
+        overhead_seconds=1.0,
+        upstream_seconds=1.0,
+        tells_times=False,
+    )
+    assert [name for name, _ in described] == [
+        b"cache-status", b"x-cairn-replica", b"x-cairn-matched-tokens", b"x-cairn-reason",
+    ]  # fmt: skip
+
+
+def test_only_short_names_and_so_many_of_them_are_remembered() -> None:
+    """The longest that is kept has 64 bytes, and the table 1,024 names."""
+    table = headers._Verdicts(frozenset({b"x-secret"}), (b"x-own-",))  # noqa: SLF001 - a table that no other test fills
+    assert [table[name] for name in (b"x_secret", b"x-secret", b"x-own-a", b"x-a")] == [False, False, False, True]
+    assert (table[b"n" * 64], table[b"n" * 65]) == (True, True)
+    assert (b"n" * 64 in table, b"n" * 65 in table) == (True, False)
+    for number in range(2_000):
+        assert table[b"x-%d" % number]
+    assert len(table) == 1_024
+
+
+def test_the_longest_request_id_that_is_kept_has_128_signs() -> None:
+    assert kept_request_id([(b"x-request-id", b"x" * 128)]) == "x" * 128
+
+
+def test_connection_lists_names_in_any_letter_case_over_all_its_headers() -> None:
+    """Among the two words that are no names."""
+    sent = [(b"x-a", b"1"), (b"x-b", b"1"), (b"x-c", b"1"), (b"connection", b"close, X-A")]
+    assert upstream_head(sent, request_id="r") == ((b"x-b", b"1"), (b"x-c", b"1"), (b"x-request-id", b"r"))
+    sent.append((b"connection", b"keep-alive , x-b"))
+    assert upstream_head(sent, request_id="r") == ((b"x-c", b"1"), (b"x-request-id", b"r"))

@@ -525,3 +525,213 @@ def test_a_text_without_a_template_has_another_key_than_the_same_text_as_input_o
     prompts = [read(json.dumps({"model": "m", **fields}).encode(), endpoint) for endpoint, fields in bodies]
     assert [bytes(each.spans[0]) for each in prompts] == [json.dumps(text).encode()] * 2
     assert prompts[0].chain_salt != prompts[1].chain_salt
+
+
+TOOLS = [{"name": "t"}]
+SAID = [{"role": "user", "content": "x"}]
+TOOLS_SPAN, SAID_SPAN = b'[{"name":"t"}]', b'{"role":"user","content":"x"}'
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields", "spans", "expected"),
+    [
+        (Endpoint.CHAT, {"messages": SAID}, [SAID_SPAN], {}),
+        (
+            Endpoint.CHAT,
+            {
+                "messages": SAID,
+                "tools": TOOLS,
+                "functions": [{"name": "f"}],
+                "stream": True,
+                "max_completion_tokens": 7,
+                "max_tokens": 9,
+                "web_search_options": {},
+                "store": True,
+                "prompt_cache_key": "k",
+                "priority": -1,
+                "tool_choice": "none",
+                "reasoning_effort": "low",
+            },
+            [TOOLS_SPAN, b'[{"name":"f"}]', SAID_SPAN],
+            {
+                "stream": True,
+                "chain_salt": (b"m", b"reasoning_effort", b'"low"', b"tool_choice", b"none"),
+                "usage_request": UsageRequest.ABSENT,
+                "max_output_tokens": 7,
+                "has_hidden_parts": True,
+                "is_stored": True,
+                "cache_key": b'"k"',
+                "priority": 0,
+                "tool_spans": 2,
+                "referring": [TOOLS_SPAN],
+            },
+        ),
+        (
+            Endpoint.CHAT,
+            {"messages": [{"role": "cache", "content": "tag=a"}], "max_tokens": 9, "cache_prompt": False},
+            [b'{"role":"cache","content":"tag=a"}'],
+            {"max_output_tokens": 9, "may_name_context": True, "skips_cache": True},
+        ),
+        (
+            Endpoint.COMPLETIONS,
+            {
+                "prompt": "p",
+                "suffix": "s",
+                "max_tokens": 5,
+                "stream": True,
+                "stream_options": {"include_usage": False},
+            },
+            [b'"p"', b'"s"'],
+            {
+                "stream": True,
+                "chain_salt": (b"m", b"template", b"none"),
+                "usage_request": UsageRequest.REPLACE,
+                "stream_options_span": (85, 108),
+                "max_output_tokens": 5,
+            },
+        ),
+        (
+            Endpoint.COMPLETIONS,
+            {"prompt": "p", "echo": True},
+            [b'"p"'],
+            {"chain_salt": (b"m", b"template", b"none"), "skips_cache": True},
+        ),
+        (
+            Endpoint.MESSAGES,
+            {
+                "messages": SAID,
+                "system": "s",
+                "tools": TOOLS,
+                "tool_choice": {"type": "any"},
+                "max_tokens": 5,
+                "stream": True,
+                "container": "c",
+            },
+            [TOOLS_SPAN, b'"s"', b'{"type":"any"}', SAID_SPAN],
+            {
+                "stream": True,
+                "max_output_tokens": 5,
+                "names": (("containers", "c"),),
+                "tool_spans": 1,
+                "system_spans": 2,
+                "is_anthropic": True,
+                "referring": [TOOLS_SPAN],
+            },
+        ),
+        (
+            Endpoint.RESPONSES,
+            {
+                "input": SAID,
+                "instructions": "i",
+                "prompt": {"id": "p"},
+                "tools": TOOLS,
+                "max_output_tokens": 5,
+                "previous_response_id": "r",
+                "stream": True,
+            },
+            [TOOLS_SPAN, b'"i"', b'{"id":"p"}', SAID_SPAN],
+            {
+                "stream": True,
+                "chain_salt": (b"m", b"continues", b"r"),
+                "pinned_to": "r",
+                "max_output_tokens": 5,
+                "names": (("responses", "r"),),
+                "has_hidden_parts": True,
+                "tool_spans": 1,
+                "system_spans": 2,
+                "referring": [TOOLS_SPAN],
+            },
+        ),
+        (
+            Endpoint.RESPONSES,
+            {"input": "x", "conversation": {"id": "c"}},
+            [b'"x"'],
+            {
+                "chain_salt": (b"m", b"continues", b"c"),
+                "pinned_to": "c",
+                "names": (("conversations", "c"),),
+                "system_spans": 0,
+            },
+        ),
+        (Endpoint.EMBEDDINGS, {"input": "x"}, [], {}),
+    ],
+    ids=range(9),
+)
+def test_a_prompt_has_these_facts_and_no_others(
+    endpoint: Endpoint, fields: dict[str, object], spans: list[bytes], expected: dict[str, object]
+) -> None:
+    """Everything that is not in the body has its default."""
+    prompt = read(json.dumps({"model": "m", **fields}, separators=(",", ":")).encode(), endpoint)
+    found = {name: getattr(prompt, name) for name in DEFAULTS}
+    found["referring"] = [bytes(each) for each in prompt.referring]
+    assert found == {**DEFAULTS, **expected}
+    assert [bytes(span) for span in prompt.spans] == spans
+    assert prompt.size_bytes == sum(map(len, spans))
+
+
+DEFAULTS: dict[str, object] = {
+    "model": "m",
+    "stream": False,
+    "chain_salt": (b"m",),
+    "usage_request": UsageRequest.NOT_APPLICABLE,
+    "stream_options_span": (0, 0),
+    "pinned_to": None,
+    "media": (),
+    "max_output_tokens": None,
+    "may_name_context": False,
+    "referring": [],
+    "names": (),
+    "has_hidden_parts": False,
+    "is_stored": False,
+    "skips_cache": False,
+    "cache_key": b"",
+    "priority": None,
+    "tool_spans": 0,
+    "system_spans": -1,
+    "is_anthropic": False,
+    "is_plain_text": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "member"),
+    [(Endpoint.CHAT, "messages"), (Endpoint.MESSAGES, "messages"), (Endpoint.RESPONSES, "input")],
+)
+def test_the_error_for_a_list_names_it_in_every_dialect(endpoint: Endpoint, member: str) -> None:
+    """Missing, where it must be there, and too long."""
+    if endpoint is not Endpoint.RESPONSES:
+        with pytest.raises(BadRequest) as caught:
+            read(b'{"model":"m"}', endpoint)
+        assert (caught.value.message, caught.value.param) == (f"{member} must be an array", member)
+    for items, refused in ((20_000, False), (20_001, True)):
+        body = b'{"model":"m","%b":[%b0]}' % (member.encode(), b"0," * (items - 1))
+        if refused:
+            with pytest.raises(BadRequest) as caught:
+                read(body, endpoint)
+            assert (caught.value.message, caught.value.param) == (f"{member} has more than 20000 items.", member)
+        else:
+            assert len(read(body, endpoint).spans) == items
+
+
+@pytest.mark.parametrize(
+    ("fields", "skips"),
+    [
+        ({"cache_prompt": True}, False),
+        ({"cache_prompt": False}, True),
+        ({"prompt_logprobs": None}, False),
+        ({"prompt_logprobs": 0}, True),
+        ({"logprob_start_len": -1}, False),
+        ({"logprob_start_len": None}, False),
+        ({"logprob_start_len": 0}, True),
+        ({"truncate_prompt_tokens": None}, False),
+        ({"truncate_prompt_tokens": 5}, True),
+    ],
+)
+def test_a_request_that_must_be_computed_anew_is_known(fields: dict[str, object], skips: bool) -> None:
+    """By llama.cpp's field, by log-probabilities of the prompt, and by a prompt that is cut on its left."""
+    body = json.dumps({"model": "m", "messages": SAID, **fields}).encode()
+    assert read(body, Endpoint.CHAT).skips_cache is skips
+
+
+def test_a_model_may_have_512_bytes() -> None:
+    assert read(b'{"model":"%b","messages":[]}' % (b"m" * 512), Endpoint.CHAT).model == "m" * 512

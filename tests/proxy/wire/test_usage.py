@@ -400,3 +400,42 @@ def test_a_body_that_has_passed_is_kept_as_a_whole_up_to_a_limit(most_bytes: int
     for piece in (b"abc", b"", b"def"):
         body.feed(piece)
     assert body.whole() == whole
+
+
+@pytest.mark.parametrize("encoding", [b"", b"gzip"])
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_the_usage_of_a_body_that_is_too_long_is_read_at_its_ends(encoding: bytes, at_the_end: bool) -> None:
+    """Near the end if there is one, else near the beginning; compressed or not, and however it came."""
+    usage = b'"usage":{"prompt_tokens":9,"completion_tokens":1}'
+    pad = b'"pad":"%b"' % (b"x" * 50_000)
+    text = b"{%b}" % b",".join((pad, usage) if at_the_end else (usage, pad))
+    sent = gzip.compress(text) if encoding else text
+    for step in (7, 20_000, len(sent)):
+        body = PassedBody(encoding, Endpoint.CHAT, 10)
+        for begin in range(0, len(sent), step):
+            body.feed(sent[begin : begin + step])
+        assert body.whole() is None
+        assert body.usage() == Usage(9, 1, None)
+
+
+def test_of_two_usages_the_one_near_the_end_counts() -> None:
+    body = PassedBody(b"", Endpoint.CHAT, 0)
+    body.feed(b'{"usage":{"prompt_tokens":1,"completion_tokens":1},')
+    body.feed(b'"usage":{"prompt_tokens":2,"completion_tokens":2}}')
+    assert body.usage() == Usage(2, 2, None)
+    assert PassedBody(b"", Endpoint.CHAT, 0).usage() is None
+
+
+def test_sixteen_kilobytes_at_each_end_are_searched() -> None:
+    """What is in neither is not found."""
+    usage = b'"usage":{"prompt_tokens":9,"completion_tokens":1}'
+    for before, after, is_found in (
+        (16_384 - len(usage), 99_999, True),
+        (16_385 - len(usage), 99_999, False),
+        (99_999, 16_384 - len(usage), True),
+        (99_999, 16_385 - len(usage), False),
+    ):
+        body = PassedBody(b"", Endpoint.CHAT, 0)
+        for piece in (b"x" * before, usage, b"y" * after):
+            body.feed(piece)
+        assert (body.usage() is not None) is is_found
