@@ -55,6 +55,10 @@ _SMALL_SIZES: Final = {b"%x" % size: size for size in range(1, 2048)}  # nearly 
 _SIZE_DIGITS_MOST: Final = 8  # longer chunk sizes are left to the parser
 _JOIN_BYTES: Final = 65_536  # up to this size one copy is cheaper than a second buffer in the system call
 _PLAIN_BYTES: Final = 65_536  # above this size a new parser costs less than a second copy of the body
+_TURN_BYTES: Final = 16_384
+"""Size of a read after which other connections have a turn. The loop would read up to 32 times in a row, and to read
+chunks or events of a few bytes each takes milliseconds. A stream that keeps its own pace has far shorter reads."""
+
 _SOON_SECONDS: Final = 1.0  # an upstream that closes this soon after a stream closes because of the stream
 _MOST_INTERIM: Final = 64  # 1xx responses before the final one; a server that reports progress sends a few
 _FRAMING_FIELDS: Final = frozenset({b"content-length", b"transfer-encoding"})
@@ -132,6 +136,7 @@ class Connection(asyncio.Protocol):
         self._quiet_bytes = 0  # parsed since the last byte of a body: heads, trailers, chunk extensions
         self._buffered_bytes = 0
         self._reading_paused = False
+        self._pauses_a_turn = False  # and for no other reason
         self._writing_paused = False
         self._plain_bytes = 0  # missing bytes of the body, which bypass the parser
         self._in_chunk = False
@@ -278,8 +283,12 @@ class Connection(asyncio.Protocol):
         self.seen_seconds = response.seen_seconds = self._now()
         if self._plain_bytes:
             self._take_plain(response, data)
+            if not response.is_event_stream:
+                return  # nothing looks at its bytes
         elif not (self._between_chunks and self._relay_chunk(response, data)):
             self._parse(response, data)
+        if len(data) >= _TURN_BYTES and self.state is _BODY:
+            self._pause_a_turn()
 
     def eof_received(self) -> None:
         self._over(None)
@@ -529,11 +538,23 @@ class Connection(asyncio.Protocol):
     def _pause_reading(self) -> None:
         """Stop reading while the reader is slow. No limit runs meanwhile: the upstream is not at fault."""
         self.deadline = NEVER
+        self._pauses_a_turn = False
         if not self._reading_paused and self._transport is not None:
             self._reading_paused = True
             self._transport.pause_reading()
 
+    def _pause_a_turn(self) -> None:
+        """Stop reading until other connections have had their turn."""
+        if not self._reading_paused and self._transport is not None:
+            self._reading_paused = self._pauses_a_turn = True
+            self._transport.pause_reading()
+            self._loop.call_soon(self._end_turn)
+
+    def _end_turn(self) -> None:
+        if self._pauses_a_turn:
+            self._resume_reading()
+
     def _resume_reading(self) -> None:
-        self._reading_paused = False
+        self._reading_paused = self._pauses_a_turn = False
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()

@@ -63,6 +63,7 @@ class Wire:
     clock: FakeClock = field(default_factory=FakeClock)
     finished_as: list[tuple[bool, bool]] = field(default_factory=list)
     left_times: int = 0
+    limits: Limits = LIMITS
 
     def __post_init__(self) -> None:
         loop = asyncio.new_event_loop()
@@ -71,7 +72,7 @@ class Wire:
         self.deadlines = Deadlines(loop, self.clock)
         self.deadlines.next_at = 0.0
         self.transport = FakeTransport()
-        self.connection = Connection(loop, self.clock, self.deadlines, self, LIMITS)
+        self.connection = Connection(loop, self.clock, self.deadlines, self, self.limits)
         self.connection.connection_made(self.transport)
 
     def finished(self, connection: Connection, *, reusable: bool, was_stream: bool) -> None:
@@ -493,6 +494,66 @@ def test_reading_stops_over_the_buffers_bound_and_goes_on_when_it_was_taken() ->
     assert not wire.paused(), "what was taken counts no more"
     wire.feed(b"x")
     assert wire.paused()
+
+
+TINY = b"1\r\nx\r\n" * 4_000
+EVENTS = b"content-type: text/event-stream\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "piece", "has_turn"),
+    [
+        (b"transfer-encoding: chunked\r\n", TINY, True),
+        (EVENTS + b"transfer-encoding: chunked\r\n", TINY, True),
+        (EVENTS + b"content-length: 1000000\r\n", TINY, True),
+        (EVENTS, TINY, True),
+        (b"transfer-encoding: chunked\r\n", TINY[:6_000], False),
+        (b"content-length: 1000000\r\n", TINY, False),
+    ],
+)
+def test_other_connections_have_a_turn_after_a_long_read_that_takes_time(
+    head: bytes, piece: bytes, has_turn: bool
+) -> None:
+    """The loop would read up to 32 times in a row; plain bytes of a known length take no time."""
+    wire = Wire(limits=Limits(buffer_bytes=1_000_000))
+    soon: list[Any] = []
+    wire.loop.call_soon = soon.append  # type: ignore[assignment]
+    answered = wire.begin()
+    wire.feed(OK + head + b"\r\n")
+    for _ in range(3):
+        wire.feed(piece)
+        assert (wire.paused(), len(soon)) == (has_turn, has_turn)
+        answered.body_now()
+        while soon:
+            soon.pop()()
+        assert not wire.paused()
+
+
+def test_a_turn_does_not_end_the_wait_for_a_slow_reader() -> None:
+    """Its buffer is full, whether that is noticed before or in the turn."""
+    wire = Wire(limits=Limits(buffer_bytes=30_000))
+    soon: list[Any] = []
+    wire.loop.call_soon = soon.append  # type: ignore[assignment]
+    wire.begin()
+    wire.feed(OK + b"transfer-encoding: chunked\r\n\r\n", b"4e20\r\n" + b"x" * 20_000 + b"\r\n")
+    assert len(soon) == 1
+    wire.feed(b"4e20\r\n" + b"x" * 20_000 + b"\r\n")  # the loop had read it already
+    soon.pop()()
+    assert wire.paused()
+    assert not soon
+
+
+def test_a_connection_that_ends_in_a_turn_is_not_touched_again() -> None:
+    """The turn ends after it."""
+    wire = Wire(limits=Limits(buffer_bytes=1_000_000))
+    soon: list[Any] = []
+    wire.loop.call_soon = soon.append  # type: ignore[assignment]
+    answered = wire.begin()
+    wire.feed(OK + b"transfer-encoding: chunked\r\n\r\n", TINY)
+    wire.connection.close()
+    soon.pop()()
+    assert failed(answered)
+    wire.end()
 
 
 def test_a_body_just_too_long_for_the_parser_is_whole_when_it_is_taken_as_it_comes() -> None:

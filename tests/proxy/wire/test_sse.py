@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -258,6 +259,27 @@ def test_the_first_token_is_looked_for_in_a_bounded_number_of_events(step: int, 
     assert out == (body.replace(USAGE, b"") if withhold else body)
     assert not tap.first_token_seen
     assert (tap.usage, tap.finished) == (Usage(5, 2), True)
+
+
+@pytest.mark.parametrize("tiny", [b"data: {}\n\n", b":\n\n", b"data: [DONE]\n\n"])
+def test_events_that_are_surely_the_clients_are_passed_on_together(tiny: bytes) -> None:
+    """Also beside one that is withheld: one by one, a read of tiny events would hold up others for 0.2 s."""
+    tap = StreamTap(Endpoint.CHAT, withhold_usage=True)
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    many = tiny * 10_000
+    sys.setprofile(count)
+    try:
+        out = tap.feed(TOKEN + many) + tap.feed(many + USAGE + many[:-1]) + tap.feed(many[-1:])
+    finally:
+        sys.setprofile(None)
+    assert out == TOKEN + many * 3
+    assert tap.usage == Usage(5, 2)
+    assert calls < 1_000
 
 
 def test_a_long_stream_keeps_only_its_tail() -> None:
