@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import random
 import shutil
 import signal
@@ -19,8 +18,6 @@ from pathlib import Path
 
 from cache.store.embedded import find_server
 
-_FIRST_PORT = 12_000
-_PROCESSES_MOST = 16  # of one test run, that choose ports at the same time
 LIMIT_SECONDS = 60.0  # bounds the time of a failure; on an idle machine no wait takes a second
 PATIENT_SECONDS = 10.0  # the limit of an operation whose time is not tested: beyond any pause of the machine
 
@@ -52,24 +49,27 @@ def _wait(holds: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-def _ports() -> Iterator[int]:
-    """Yield the ports of this process of the test run, in turn, from a random one on.
+def _own_ports() -> Iterator[int]:
+    """Yield the ports of this process in turn: a hundred, of which it keeps the first bound as a sign to others.
 
     They lie below those that Linux gives to outgoing connections (32,768 and higher), as do the bus ports, which a
     Cluster adds 10,000 to. So nobody takes one between the choice and the start of a server, or while it restarts.
     """
-    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # noqa: TID251 - pytest-xdist's only way to tell it
-    mine = range(_FIRST_PORT + number % _PROCESSES_MOST, _FIRST_PORT + 10_000, _PROCESSES_MOST)
-    start = random.randrange(len(mine))
-    yield from itertools.cycle((*mine[start:], *mine[:start]))
+    for first in random.sample(range(12_000, 22_000, 100), 100):
+        with socket.socket() as sign:
+            try:
+                sign.bind(("127.0.0.1", first))
+            except OSError:
+                continue
+            yield from itertools.cycle(range(first + 1, first + 100))
 
 
-_own_ports = _ports()
+_ports = _own_ports()
 
 
 def free_port() -> int:
     """Return a port of the loopback that nobody listens on, nor on its bus port, and that no other test gets."""
-    for port in _own_ports:
+    for port in _ports:
         try:
             for each in (port, port + 10_000):
                 with socket.socket() as probe:
@@ -77,7 +77,7 @@ def free_port() -> int:
         except OSError:
             continue
         return port
-    raise AssertionError("the ports of this process are endless")
+    raise AssertionError("a hundred processes choose ports already")
 
 
 class Valkey:
