@@ -95,6 +95,7 @@ class HealthChecker:
         self._found: dict[int, Found] = {}
         self._silences: dict[int, Silence] = {}
         self._checking: set[int] = set()
+        self._unanswered_at_start: set[int] = set()  # were logged as such, so that their first answer is logged too
 
     async def begin(self) -> None:
         """Check every replica once and log what was found, so that the first requests are served accordingly."""
@@ -104,6 +105,8 @@ class HealthChecker:
             checks = [self._tasks.start(self.check(number), "health check") for number in new]
             await asyncio.wait(checks, timeout=BEGIN_SECONDS)
         for number in sorted(self._pools.served):
+            if number not in self._found and self._fleet.cause(number) is None:
+                self._unanswered_at_start.add(number)
             log.info("%s", self.describe(number))
 
     async def run(self) -> None:
@@ -134,6 +137,7 @@ class HealthChecker:
         """Drop what was found at a replica that is gone for good."""
         self._found.pop(number, None)
         self._silences.pop(number, None)
+        self._unanswered_at_start.discard(number)
 
     async def check(self, number: int) -> None:
         """Ask a replica for its models, and an engine for its facts. Facts that are not reported stay as they are."""
@@ -230,6 +234,9 @@ class HealthChecker:
         if number in self._fleet:
             found = self._found[number] = Found(names, facts)
             self._findings.apply(number, endpoint, found, self._clock.monotonic())
+            if number in self._unanswered_at_start:
+                self._unanswered_at_start.discard(number)
+                log.info("%s", self.describe(number))
 
     def describe(self, number: int) -> str:
         """Return one line about a replica: its address and what was found there."""

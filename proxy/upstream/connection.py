@@ -100,6 +100,7 @@ class Connection(asyncio.Protocol):
         dropped_after_stream: the upstream closed it directly after a streamed response.
         unsolicited: bytes came beyond the end of a response, or while no request was waiting for one. Their meaning
             and recipient are unknown, so the connection is closed and its pool stops reusing connections for a while.
+            A body in the response to a HEAD does not count: its meaning is known, and any client can ask for it.
     """
 
     def __init__(
@@ -489,7 +490,7 @@ class Connection(asyncio.Protocol):
 
     def _finish(self, response: UpstreamResponse) -> None:
         """Detach from a complete response, and close if the connection cannot serve another."""
-        self.unsolicited = self._extra
+        self.unsolicited = self._extra and not self._head_only  # such a connection serves no other request anyway
         reusable = self._keep_alive and not (self._extra or self._bad or response.early)
         self._response = None
         self.served += 1

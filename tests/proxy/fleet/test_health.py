@@ -325,6 +325,22 @@ async def test_a_provider_is_asked_for_its_models_only_with_the_replicas_own_key
     assert bench.found[0].facts.capacity_tokens is None
 
 
+async def test_the_first_answer_of_a_replica_that_was_silent_at_the_start_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise the log would end with its silence."""
+    monkeypatch.setattr("proxy.fleet.health.BEGIN_SECONDS", 0.01)
+    caplog.set_level(logging.INFO)
+    bench = Bench({b"/v1/models": None})
+    await bench.checker.begin()
+    await bench.tasks.close()
+    bench.pages[b"/v1/models"] = (200, MODELS)
+    for _ in range(2):
+        await bench.checker.check(0)
+    lines = [record.getMessage() for record in caplog.records if "replica r" in record.getMessage()]
+    assert lines == ["replica r (pool pool) has not responded yet", bench.checker.describe(0)]
+
+
 async def test_the_start_waits_for_no_replica_that_stays_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.fleet.health.BEGIN_SECONDS", 0.01)
     bench = Bench({b"/v1/models": None})

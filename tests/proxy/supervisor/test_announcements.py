@@ -34,6 +34,20 @@ def test_a_change_that_comes_again_is_logged_again(caplog: pytest.LogCaptureFixt
     assert len(logged(caplog, (0, DOWN, 1.0), (1, DOWN, 1.0 + SAME_SECONDS))) == 2
 
 
+def test_the_last_line_about_a_replica_is_true(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker's first line may come behind that of another one which got an answer earlier."""
+    silent = Announced(logging.INFO, "replica a (pool p) has not responded yet")
+    other = Announced(logging.INFO, "replica b (pool p) is up")
+    found = logged(caplog, (0, UP, 1.0), (0, other, 1.0), (1, silent, 1.1), (1, other, 1.2), (1, UP, 1.3))
+    assert [text for _, text in found] == [UP.text, other.text, silent.text, UP.text]
+
+
+def test_a_late_line_of_another_worker_is_not_logged_behind_a_newer_one(caplog: pytest.LogCaptureFixture) -> None:
+    """It is about the change before the last one."""
+    found = logged(caplog, (0, DOWN, 1.0), (0, UP, 2.0), (1, DOWN, 2.1), (1, UP, 2.2))
+    assert [text for _, text in found] == [DOWN.text, UP.text]
+
+
 def test_as_many_lines_as_ever_may_come_take_bounded_memory() -> None:
     announcements = Announcements()
     for number in range(2 * LINES_MOST):

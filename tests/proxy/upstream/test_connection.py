@@ -496,6 +496,17 @@ def test_reading_stops_over_the_buffers_bound_and_goes_on_when_it_was_taken() ->
     assert wire.paused()
 
 
+@pytest.mark.parametrize(("head_only", "unsolicited"), [(True, False), (False, True)])
+def test_a_body_in_the_response_to_a_head_closes_this_connection_only(head_only: bool, unsolicited: bool) -> None:
+    """A client that sends HEAD could otherwise turn off the reuse of the upstream's other connections."""
+    wire = Wire()
+    answered = wire.begin(head_only=head_only)
+    wire.feed(answer(b"") + b"body")
+    assert (answered.complete, wire.finished_as) == (True, [(False, False)])
+    assert wire.transport.aborted
+    assert wire.connection.unsolicited is unsolicited
+
+
 TINY = b"1\r\nx\r\n" * 4_000
 EVENTS = b"content-type: text/event-stream\r\n"
 
