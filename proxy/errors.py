@@ -135,6 +135,10 @@ class RateLimited(ClientError):
     code = "rate_limit_exceeded"
 
 
+class TooManySessions(RateLimited):
+    """A new session would wait for a replica for too long; its place in the order is kept."""
+
+
 class QuotaExceeded(ClientError):
     """A budget or quota of stored contexts is used up, and nothing may be discarded."""
 

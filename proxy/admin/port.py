@@ -33,6 +33,10 @@ _OPEN_PATHS = frozenset({"/healthz", "/readyz"})  # probes send no token, and re
 _encode = msgspec.json.encode
 
 
+_URGENCY = (("x-cairn-priority", b"x-cairn-priority"), ("x-request-deadline", b"x-request-deadline"))
+"""Headers of a client that decide how a request waits, as strings and as bytes."""
+
+
 class Overview(Protocol):
     """The source of everything that the admin port shows."""
 
@@ -58,8 +62,11 @@ class Overview(Protocol):
         """Return the savings since a day. Raises ValueError if `since` is not a day, and Unreadable."""
         ...
 
-    async def explain(self, path: str, body: bytes, credential: bytes) -> tuple[int, bytes]:
-        """Return how `body`, sent to `path`, would be routed: an HTTP status and JSON."""
+    async def explain(
+        self, path: str, body: bytes, credential: bytes, headers: tuple[tuple[bytes, bytes], ...]
+    ) -> tuple[int, bytes]:
+        """Return how `body`, sent to `path` with these headers about its urgency, would be routed: an HTTP status and
+        JSON."""
         ...
 
 
@@ -166,7 +173,8 @@ class AdminPort:
         if not path.isascii() or not path.isprintable():
             return _json(400, {"error": "expected path=/v1/..., in ASCII"})
         credential = _bytes(request.headers.get("X-Cairn-Client-Key", ""))
-        status, body = await self._overview.explain(path, await request.read(), credential)
+        urgency = tuple([(name, _bytes(request.headers[key])) for key, name in _URGENCY if key in request.headers])
+        status, body = await self._overview.explain(path, await request.read(), credential, urgency)
         return web.Response(status=status, body=body, content_type="application/json")
 
     async def _nothing(self, request: web.Request) -> web.Response:

@@ -32,12 +32,17 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
 
 
 class Explain(msgspec.Struct, frozen=True, tag="explain"):
-    """Ask how a request would be routed. `credential` is the key of the client that would send it, or empty."""
+    """Ask how a request would be routed.
+
+    `credential` is the key of the client that would send it, or empty; `headers` are those about its urgency, with
+    names in lower case.
+    """
 
     id: int
     path: str
     body: bytes
     credential: bytes = b""
+    headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
 # --- from a worker

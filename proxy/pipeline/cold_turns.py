@@ -18,7 +18,7 @@ from proxy.records import Candidate, Plan
 from proxy.routing.cold_admission import SHORT_TOKENS, TurnKind, about_as_good, classify, waits_while_warm
 from proxy.routing.cold_gate import ColdGate
 from proxy.routing.cold_turn import Turn, Verdict
-from proxy.routing.fair_shares import TenantShares
+from proxy.routing.fair_shares import Priority, TenantShares
 from proxy.wire.urgency import urgency_of
 
 _SHORT: Final = TurnKind.SHORT
@@ -76,18 +76,29 @@ class ColdTurns:
         return None
 
     def judge(self, exchange: Exchange) -> Verdict | None:
-        """Return whether the request would wait now; None if such requests never wait. Changes nothing."""
+        """Return whether the request would wait now; None if such requests never wait. Changes only the exchange.
+
+        Raises:
+            BadRequest, DeadlineUnreachable, RateLimited: it would be refused so.
+        """
         plan, pool = exchange.plan, exchange.pool
+        self._read_urgency(exchange, self._clock.monotonic())
         if plan is None or pool is None or exchange.fingerprint is None or pool.is_provider:
             return None
         least = least_uncached(plan)
         exchange.known_tokens = self._known(exchange, plan, least)[0]
         views = [candidate.replica for candidate in plan.candidates]
         kind = classify(plan.prompt_tokens, least, self._gate.short_tokens(views) or SHORT_TOKENS)
-        verdict = self._gate.judge(self._turn(exchange, plan, least), kind, views)
-        return verdict if verdict.waits else self._judge_warm(plan, pool.name, kind)
+        turn = self._turn(exchange, plan, least)
+        verdict = self._gate.judge(turn, kind, views)
+        if not verdict.waits:
+            return self._judge_warm(plan, pool.name, kind, turn.priority)
+        refusal = self._gate.refusal(turn, verdict)
+        if refusal is not None:
+            raise refusal
+        return verdict
 
-    def _judge_warm(self, plan: Plan, pool: str, kind: TurnKind) -> Verdict:
+    def _judge_warm(self, plan: Plan, pool: str, kind: TurnKind, priority: Priority) -> Verdict:
         """Return whether a turn that need not wait for a quiet replica waits for one that holds it."""
         warm, views = self._gate.warm, [candidate.replica for candidate in plan.candidates]
         short = self._gate.short_tokens(views)
@@ -100,7 +111,7 @@ class ColdTurns:
             kind,
             waits=True,
             reason="every replica that holds the prompt is busy, and may evict it before it is computed",
-            seconds=min(map(warm.wait_seconds, good)),
+            seconds=min([warm.wait_seconds(replica, priority) for replica in good]),
         )
 
     def settle(self, exchange: Exchange) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from cache import CacheError
 from proxy.clock import Clock
-from proxy.errors import CairnError, DeadlineUnreachable, RateLimited, TurnedAway
+from proxy.errors import CairnError, DeadlineUnreachable, RateLimited, TooManySessions, TurnedAway
 from proxy.records import ReplicaView
 from proxy.routing.cold_admission import (
     BACKLOG_SECONDS,
@@ -250,7 +250,11 @@ class ColdGate:
 
     def _wait_seconds(self, pool: _Pool, turn: Turn, now: float, rate: float) -> float:
         arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, now)
-        waiting = sum(each.turn.uncached_tokens for each, since in pool.waiting.items() if since <= arrived)
+        waiting = sum(
+            each.turn.uncached_tokens
+            for each, since in pool.waiting.items()
+            if (each.turn.priority, since) <= (turn.priority, arrived)
+        )
         ahead = waiting + pool.tickets.tokens_before(arrived, now)
         return pool.rate.seconds_for(ahead, rate)
 
@@ -289,7 +293,9 @@ class ColdGate:
         now = self._clock.monotonic()
         pool = self.pool(turn.pool)
         pool.tickets.expire(now)
-        self._refuse(pool, turn, verdict, now)
+        refusal = self._refusal(pool, turn, verdict, now)
+        if refusal is not None:
+            self._refuse(pool, turn, refusal, now)
         waiter = _Waiter(turn, asyncio.get_running_loop().create_future())
         if not len(pool.queue):
             pool.rate.began(now)
@@ -317,30 +323,38 @@ class ColdGate:
             if not len(pool.queue) and not self._is_alone():
                 self._claims.withdraw(pool.name)
 
-    def _refuse(self, pool: _Pool, turn: Turn, verdict: Verdict, now: float) -> None:
+    def refusal(self, turn: Turn, verdict: Verdict) -> CairnError | None:
+        """Return the error by which a turn that waits would be refused now, None if it would not. Changes nothing."""
+        return self._refusal(self.pool(turn.pool), turn, verdict, self._clock.monotonic())
+
+    def _refuse(self, pool: _Pool, turn: Turn, refusal: CairnError, now: float) -> None:
+        """Raise an error, and keep the place of a new session that is to come back."""
+        self.refused += 1
+        if isinstance(refusal, TooManySessions):
+            arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, now)
+            back = refusal.retry_after_seconds or 0.0
+            pool.tickets.give(turn.tenant, turn.prompt_end, turn.uncached_tokens, arrived, back, now)
+        raise refusal
+
+    def _refusal(self, pool: _Pool, turn: Turn, verdict: Verdict, now: float) -> CairnError | None:
         limits = self.limits
         if turn.deadline_seconds is not None and now + verdict.seconds > turn.deadline_seconds:
-            self.refused += 1
-            raise DeadlineUnreachable(
+            return DeadlineUnreachable(
                 f"The first token would come after about {ceil(verdict.seconds)} s, which is past the deadline.",
                 retry_after_seconds=max(verdict.seconds, 1.0),
             )
         if self.waiting_bytes + turn.body_bytes > limits.max_waiting_bytes:
-            self.refused += 1
-            raise RateLimited(
+            return RateLimited(
                 "The requests that wait for a replica take all the memory allowed for them.",
                 retry_after_seconds=FULL_RETRY_SECONDS,
             )
         is_too_long = verdict.seconds > limits.max_wait_seconds
         if turn.is_new and is_too_long and not pool.tickets.is_due(turn.tenant, turn.prompt_end, now):
-            self.refused += 1
-            back = max(verdict.seconds - limits.max_wait_seconds, 1.0)
-            arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, now)
-            pool.tickets.give(turn.tenant, turn.prompt_end, turn.uncached_tokens, arrived, back, now)
-            raise RateLimited(
+            return TooManySessions(
                 "More sessions are active than the replicas have memory for; new ones are accepted again later.",
-                retry_after_seconds=back,
+                retry_after_seconds=max(verdict.seconds - limits.max_wait_seconds, 1.0),
             )
+        return None
 
     def _deadline_alarm(self, waiter: _Waiter) -> asyncio.TimerHandle | None:
         deadline = waiter.turn.deadline_seconds

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from proxy.clock import Clock
 from proxy.errors import Overloaded, RateLimited
 from proxy.routing.cold_turn import GateLimits
-from proxy.routing.fair_shares import Share, TenantShares
+from proxy.routing.fair_shares import Priority, Share, TenantShares
 from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 
 PATIENCE_SECONDS: Final = 120.0
@@ -45,7 +45,7 @@ class _Line:
     def __init__(self, queue: ReplicaQueue) -> None:
         self.queue = queue
         self.turns = 0
-        self.work_seconds = 0.0
+        self.work_seconds = [0.0] * len(Priority)
 
 
 class WarmQueues:
@@ -78,12 +78,13 @@ class WarmQueues:
         """Return the seconds of prefill that were sent to a replica and are not done."""
         return self._work.sent_seconds(replica, now_seconds)
 
-    def wait_seconds(self, replica: int) -> float:
+    def wait_seconds(self, replica: int, priority: Priority = Priority.NORMAL) -> float:
         """Estimate how long a turn would wait for a replica: until the work sent there and before it is done."""
         if not self.is_busy(replica):
             return 0.0
         line, sent = self._lines.get(replica), self.sent_seconds(replica, self._clock.monotonic())
-        return max(sent + (0.0 if line is None else line.work_seconds) - self._limits().quiet_seconds, 0.0)
+        before = 0.0 if line is None else sum(line.work_seconds[: priority + 1])
+        return max(sent + before - self._limits().quiet_seconds, 0.0)
 
     async def wait(
         self, replica: int, work_seconds: float, share: Share, deadline_seconds: float | None = None
@@ -96,14 +97,14 @@ class WarmQueues:
         if line is None:
             line = self._lines[replica] = _Line(self._make_queue(replica))
         line.turns += 1
-        line.work_seconds += work_seconds
+        line.work_seconds[share.priority] += work_seconds
         try:
             await line.queue.acquire(work_seconds, share, deadline_seconds)
         except (Overloaded, RateLimited):
             return
         finally:
             line.turns -= 1
-            line.work_seconds -= work_seconds
+            line.work_seconds[share.priority] -= work_seconds
             if not line.turns:
                 del self._lines[replica]
 

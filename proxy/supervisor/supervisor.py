@@ -113,14 +113,17 @@ class Supervisor:
             self._totals = TotalsReader(None if url is None else url.reveal(), self._parts.clock, self._tasks)
         return await self._totals.read(since, by)
 
-    async def explain(self, path: str, body: bytes, credential: bytes) -> tuple[int, bytes]:
+    async def explain(
+        self, path: str, body: bytes, credential: bytes, headers: tuple[tuple[bytes, bytes], ...]
+    ) -> tuple[int, bytes]:
         """Ask the workers in turn until one answers; returns an HTTP status and JSON."""
         if len(body) + len(path) + len(credential) > MESSAGE_BYTES_AT_MOST // 2:
             return 413, b'{"error": "the body is too large to be explained"}'
         for worker in sorted(self._workers, key=lambda each: not each.view().serves):
             self._questions += 1
+            question = Explain(self._questions, path, body, credential, headers)
             with suppress(WorkerUnavailable, TimeoutError):
-                answer = await worker.explain(Explain(self._questions, path, body, credential), EXPLAIN_SECONDS)
+                answer = await worker.explain(question, EXPLAIN_SECONDS)
                 return answer.status, answer.body
         return 503, b'{"error": "no worker answers"}'
 

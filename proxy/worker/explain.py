@@ -44,7 +44,7 @@ class Explainer:
                 endpoint=route.endpoint,
                 method="POST",
                 target=route.target,
-                headers=(),
+                headers=question.headers,
                 body=question.body,
                 received_seconds=now_seconds,
                 read_seconds=now_seconds,
@@ -53,10 +53,11 @@ class Explainer:
             exchange = Exchange(call)
             exchange.only_explained = True
             await self._pipeline.decide(exchange)
+            verdict = self._pipeline.cold_turns.judge(exchange)
         except CairnError as error:
             answer = error_response(error, Endpoint.CHAT)
             return answer.status, answer.body
-        return 200, msgspec.json.encode(_explanation(exchange, self._pipeline.cold_turns.judge(exchange)))
+        return 200, msgspec.json.encode(_explanation(exchange, verdict))
 
 
 def _explanation(exchange: Exchange, verdict: Verdict | None) -> dict[str, Any]:
@@ -74,13 +75,13 @@ def _explanation(exchange: Exchange, verdict: Verdict | None) -> dict[str, Any]:
         "reason": plan.reason.value,
         "cache": plan.cache.value,
         "miss": plan.miss.value,
-        "wait": _wait(verdict),
+        "wait": _wait(exchange, verdict),
         "replicas": [_row(candidate) for candidate in plan.candidates],
     }
 
 
-def _wait(verdict: Verdict | None) -> dict[str, Any] | None:
-    """Return whether the request would wait, why, and for about how long; None if it never waits."""
+def _wait(exchange: Exchange, verdict: Verdict | None) -> dict[str, Any] | None:
+    """Return whether the request would wait, why, for about how long, and its class; None if it never waits."""
     if verdict is None:
         return None
     return {
@@ -88,6 +89,7 @@ def _wait(verdict: Verdict | None) -> dict[str, Any] | None:
         "waits": verdict.waits,
         "reason": verdict.reason,
         "seconds": round(verdict.seconds, 3),
+        "priority": exchange.priority_to_wait_by().name.lower(),
     }
 
 

@@ -33,7 +33,7 @@ class FakeOverview:
     def __init__(self) -> None:
         self.config = Config(server=Server(max_body_bytes=1000))
         self.found = Readiness(ReadinessStatus.READY, (), 1, 0, "up", {"u": True})
-        self.asked: list[tuple[str, bytes, bytes]] = []
+        self.asked: list[tuple[str, bytes, bytes, tuple[tuple[bytes, bytes], ...]]] = []
         self.board = StatusBoard(Exposition(), self.readiness, FakeClock(), "9.9.9")
 
     def readiness(self) -> Readiness:
@@ -42,8 +42,10 @@ class FakeOverview:
     def scrape(self, accept: str) -> tuple[bytes, str]:
         return b"cairn_x 1\n" * 100, f"text/fake; accept={accept}"
 
-    async def explain(self, path: str, body: bytes, credential: bytes) -> tuple[int, bytes]:
-        self.asked.append((path, body, credential))
+    async def explain(
+        self, path: str, body: bytes, credential: bytes, headers: tuple[tuple[bytes, bytes], ...]
+    ) -> tuple[int, bytes]:
+        self.asked.append((path, body, credential, headers))
         return 200, b"{}"
 
     async def savings(self, since: str, by: By) -> Savings:
@@ -129,11 +131,13 @@ async def test_savings_are_json_and_what_they_cannot_be_is_told(admin: Running) 
     assert (status, json.loads(body)) == (503, {"error": "Redis is away"})
 
 
-async def test_explain_hands_on_path_body_and_key(admin: Running) -> None:
-    """The client's key has a separate header, since Authorization is the admin's."""
+async def test_explain_hands_on_path_body_key_and_urgency(admin: Running) -> None:
+    """The client's key has a separate header, since Authorization is the admin's; other headers are left out."""
     await admin.ask("/explain", "POST", data=b"{1}")
-    await admin.ask("/explain?path=/v1/messages", "POST", data=b"", headers={"X-Cairn-Client-Key": "k"})
-    assert admin.overview.asked == [("/v1/chat/completions", b"{1}", b""), ("/v1/messages", b"", b"k")]
+    headers = {"X-Cairn-Client-Key": "k", "X-Request-Deadline": "2.5", "X-Cairn-Priority": "high", "X-Other": "x"}
+    await admin.ask("/explain?path=/v1/messages", "POST", data=b"", headers=headers)
+    urgency = ((b"x-cairn-priority", b"high"), (b"x-request-deadline", b"2.5"))
+    assert admin.overview.asked == [("/v1/chat/completions", b"{1}", b"", ()), ("/v1/messages", b"", b"k", urgency)]
     assert (await admin.ask("/explain"))[0] == 405
     assert (await admin.ask("/explain", "POST", data=bytes(1001)))[0] == 413
 
@@ -216,7 +220,7 @@ async def test_headers_that_are_not_utf_8_are_no_defect(admin: Running) -> None:
         return int(answer.split()[1])
 
     assert await status(b"/explain", b"X-Cairn-Client-Key", b"k\xff\xfe") == 200
-    assert admin.overview.asked == [("/v1/chat/completions", b"", b"k\xff\xfe")]
+    assert admin.overview.asked == [("/v1/chat/completions", b"", b"k\xff\xfe", ())]
     assert await status(b"/explain?path=%ff", b"X-Other", b"x") == 400
     assert await status(b"/metrics", b"Accept", b"application/openmetrics-text;version=\xff", b"GET") == 200
     admin.overview.config = Config(admin=Admin(token=Secret("right")))
@@ -367,4 +371,4 @@ async def test_a_client_that_waits_for_100_continue_gets_it(admin) -> None:
     head = b"POST /explain HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nexpect: 100-continue\r\n"
     got = await talk(port, head + b"content-length: 2\r\n\r\n{}")
     assert got.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 ")
-    assert admin.overview.asked == [("/v1/chat/completions", b"{}", b"")]
+    assert admin.overview.asked == [("/v1/chat/completions", b"{}", b"", ())]

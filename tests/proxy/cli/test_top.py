@@ -89,7 +89,9 @@ class Overview:
     async def savings(self, since: str, by: By) -> SavingsReport:
         raise NotImplementedError
 
-    async def explain(self, path: str, body: bytes, credential: bytes) -> tuple[int, bytes]:
+    async def explain(
+        self, path: str, body: bytes, credential: bytes, headers: tuple[tuple[bytes, bytes], ...]
+    ) -> tuple[int, bytes]:
         raise NotImplementedError
 
 

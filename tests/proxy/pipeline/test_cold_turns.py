@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from cache import PrefixIndex
-from proxy.errors import BadRequest, CairnError, DeadlineUnreachable, Overloaded, RateLimited
+from proxy.errors import BadRequest, CairnError, DeadlineUnreachable, Overloaded, RateLimited, TooManySessions
 from proxy.fleet import Fleet, ReplicaSpec
 from proxy.model import Endpoint, TemplateFacts
 from proxy.pipeline.cold_turns import ColdTurns
@@ -551,6 +551,74 @@ async def test_an_explanation_tells_whether_a_prompt_would_wait_and_changes_noth
     short = gated.cold_turns.judge(gated.planned("x" * 3_000))
     assert short is not None
     assert not short.waits
+
+
+async def test_an_explanation_counts_only_those_that_go_before_by_priority() -> None:
+    """Those of a lower priority do not, and a client gets no higher one than its configuration allows."""
+    gated = Gated()
+    gated.make_busy(0, 1)
+    vip = Tenant("vip", highest_priority=Priority.HIGH)
+    for _ in range(2):
+        gated.begin(gated.planned())
+    await turns()
+    high = ((b"x-cairn-priority", b"high"),)
+    normal, as_normal = (gated.cold_turns.judge(gated.planned(headers=each)) for each in ((), high))
+    first = gated.cold_turns.judge(gated.planned(headers=high, tenant=vip))
+    assert normal is not None
+    assert as_normal is not None
+    assert first is not None
+    assert normal.seconds == as_normal.seconds > 0.0
+    assert (first.waits, first.seconds) == (True, 0.0)
+
+
+async def test_an_explanation_counts_warm_turns_by_their_priority() -> None:
+    """As those that wait for a quiet replica."""
+    gated = Gated()
+    gated.hold(1, HELD, tokens=HELD_TOKENS)
+    gated.gate.is_pressed(POOL, gated.fleet.snapshot(POOL, gated.clock.monotonic()))
+    gated.make_busy(1)
+    alone = gated.cold_turns.judge(gated.planned(HELD + "y" * OWN))
+    waits = gated.begin(gated.planned(HELD + "z" * OWN))
+    await turns()
+    vip, high = Tenant("vip", highest_priority=Priority.HIGH), ((b"x-cairn-priority", b"high"),)
+    first = gated.cold_turns.judge(gated.planned(HELD + "y" * OWN, headers=high, tenant=vip))
+    behind = gated.cold_turns.judge(gated.planned(HELD + "y" * OWN))
+    assert first == alone
+    assert behind is not None
+    assert alone is not None
+    assert behind.seconds > alone.seconds
+    waits.cancel()
+
+
+@pytest.mark.parametrize(
+    ("header", "error"),
+    [
+        ((b"x-request-deadline", b"0.5"), DeadlineUnreachable),  # less than the work that was sent
+        ((b"x-request-deadline", b"soon"), BadRequest),
+        ((b"x-cairn-priority", b"top"), BadRequest),
+    ],
+)
+async def test_an_explanation_is_the_error_by_which_a_request_would_be_refused(
+    header: tuple[bytes, bytes], error: type[CairnError]
+) -> None:
+    """A deadline that cannot be met, and an urgency that cannot be read."""
+    gated = Gated()
+    gated.make_busy(0, 1)
+    with pytest.raises(error):
+        gated.cold_turns.judge(gated.planned(headers=(header,)))
+
+
+async def test_an_explanation_refuses_what_would_wait_for_too_long() -> None:
+    """It counts as no refusal, and keeps no place: nothing was asked for."""
+    gated = Gated()
+    gated.make_busy(0, 1)
+    gated.gate.limits = GateLimits(max_wait_seconds=0.5)
+    waits = gated.begin(gated.planned("y" * 9_000))
+    await turns()
+    with pytest.raises(TooManySessions):
+        gated.cold_turns.judge(gated.planned())
+    assert (gated.gate.refused, len(gated.gate.pool(POOL).tickets)) == (0, 0)
+    waits.cancel()
 
 
 @pytest.mark.parametrize("waiting", ["flood", "tenant"])
