@@ -22,8 +22,9 @@
 #include <immintrin.h>
 #endif
 
-#define LONG_BYTES 2048          /* shortest string that is worth a cut */
-#define KEPT_BYTES 1024          /* kept of a long string that may be decoded: a member of the outermost object */
+#define LONG_BYTES 256           /* shortest string that is worth a cut */
+#define KEPT_BYTES 1024          /* kept of a string that may be decoded: a member of the outermost object */
+#define LONG_MEMBER_BYTES 2048   /* shortest string of those that is worth a cut */
 #define TRIED_BYTES (32 * 1024)  /* give up if the text up to here, or an eighth of it, had hardly any long string */
 
 typedef unsigned char byte;
@@ -260,7 +261,7 @@ static int find_cuts(const byte *text, const byte *end, Cuts *cuts)
             const byte *stop = string_end(at, end);
             if (stop == NULL)
                 return 0;
-            if (stop - at >= LONG_BYTES) {
+            if (stop - at >= (depth > 1 ? LONG_BYTES : LONG_MEMBER_BYTES)) {
                 const byte *from = depth > 1 ? at : kept_end(at, stop);
                 const Py_ssize_t short_at = (from - text) - removed;
                 removed += stop - from;
