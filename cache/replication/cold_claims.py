@@ -1,13 +1,13 @@
 """Claims on replicas for cold turns, respected by all workers of all proxies, and each worker's oldest waiting turn.
 
 A worker that wants to send a cold turn to a replica asks Redis once. It gets the replica if it is not claimed and no
-other worker has a turn that comes first. A claim is released at the turn's first token, and otherwise expires. Turns
-that do not wait do not ask.
+other worker has a turn that comes first. A claim is released at the turn's first token, and otherwise expires, or
+ends when its worker is known to be gone. Turns that do not wait do not ask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from cache import keys
 from cache.errors import CacheError
@@ -19,6 +19,9 @@ from cache.store.store import Script, Store
 HEAD_SECONDS = 2.0
 """Time for which a worker's oldest turn counts after the worker last named it, which it does twice a second."""
 
+GONE_SECONDS = 1.0
+"""Age from which the claim of a worker that is gone ends: a younger one shows that the worker has come back."""
+
 TAKE = Script(
     "cold-take",
     DROP_UNLESS
@@ -27,6 +30,8 @@ local now = redis.call('TIME')
 now = now[1] * 1000 + math.floor(now[2] / 1000)
 local heads, claims, lasts, writer, order, tenant = KEYS[1], KEYS[2], KEYS[3], ARGV[1], ARGV[2], ARGV[3]
 local head_ms, claim_ms, most, rest_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local gone_ms, gone, first = tonumber(ARGV[8]), {}, 10 + tonumber(ARGV[9])
+for i = 10, first - 1 do gone[ARGV[i]] = true end
 local longest_ms = 3600000 -- no entry lasts longer, so a later end is damage
 for _, key in ipairs(KEYS) do drop_unless('hash', key) end
 redis.call('HSET', heads, writer, (now + head_ms) .. '|' .. order)
@@ -43,8 +48,9 @@ end
 local held, own = {}, 0
 all = redis.call('HGETALL', claims)
 for i = 1, #all, 2 do
-  local ends, whose = string.match(all[i + 1], '^(%d+)|[^|]*|(.*)$')
-  if not ends or tonumber(ends) < now or tonumber(ends) > now + longest_ms then
+  local ends, holder, whose = string.match(all[i + 1], '^(%d+)|([^|]*)|(.*)$')
+  local taken = holder and gone[holder] and tonumber(redis.call('HGET', lasts, all[i]) or '0') or now
+  if not ends or tonumber(ends) < now or tonumber(ends) > now + longest_ms or now - taken >= gone_ms then
     redis.call('HDEL', claims, all[i])
   else
     held[all[i]] = true
@@ -52,7 +58,7 @@ for i = 1, #all, 2 do
   end
 end
 if own >= most then return '' end
-for i = 8, #ARGV, 2 do
+for i = first, #ARGV, 2 do
   local last = ARGV[i + 1] == 'busy' and tonumber(redis.call('HGET', lasts, ARGV[i]) or '')
   local must_rest = last and last <= now and now - last < rest_ms
   if not held[ARGV[i]] and not must_rest then
@@ -79,12 +85,15 @@ return 0
 
 
 class ColdClaims:
-    """The claims of one worker, named `writer_id`."""
+    """The claims of one worker, named `writer_id`. `gone` returns the names of workers that have just died."""
 
-    def __init__(self, store: Store, writer_id: str, *, tasks: Tasks) -> None:
+    def __init__(
+        self, store: Store, writer_id: str, *, tasks: Tasks, gone: Callable[[], Sequence[str]] = tuple
+    ) -> None:
         self._store = store
         self._writer_id = writer_id
         self._tasks = tasks
+        self._gone = gone
         self.failed = 0
 
     async def take(
@@ -117,6 +126,7 @@ class ColdClaims:
         Raises:
             CacheError: Redis did not answer.
         """
+        gone = self._gone()
         got = await self._store.run_script(
             TAKE,
             [keys.cold_heads(pool), keys.cold_claims(pool), keys.cold_last(pool)],
@@ -128,6 +138,9 @@ class ColdClaims:
                 round(claim_seconds * 1000),
                 most,
                 round(rest_seconds * 1000),
+                round(GONE_SECONDS * 1000),
+                len(gone),
+                *gone,
                 *[part for replica in replicas for part in (replica, "busy" if replica in busy else "quiet")],
             ],
         )

@@ -517,7 +517,14 @@ class Fleet:
             if (replica := self._replicas.get(number)) is not None:
                 replica.peers.remove(peer, row)
 
+    def lost_peers(self, now_seconds: float) -> tuple[str, ...]:
+        """Return the last processes that fell silent while they had work: they are dead or disconnected."""
+        if now_seconds >= self._peers.stale_at_seconds:
+            self._drop_silent_peers(now_seconds)
+        return tuple(self._peers.lost)
+
     def _drop_silent_peers(self, now_seconds: float) -> None:
         for peer in self._peers.silent(now_seconds):
+            self._peers.lose(peer)
             self.forget_peer(peer)
         self._peers.refresh()

@@ -83,11 +83,16 @@ class PeerWork:
         self.heads.pop(peer, None)
 
 
+MAX_LOST: Final = 64
+"""Lost processes that are remembered: they only matter until what they have claimed expires."""
+
+
 class Peers:
     """The last rows of every other process, by replica number."""
 
     def __init__(self) -> None:
         self._shares: dict[str, tuple[float, dict[int, ShareRow]]] = {}
+        self.lost: dict[str, None] = {}  # processes that fell silent while they had work, the last ones
         self.stale_at_seconds = inf  # time at which the first of them will have been silent for too long
 
     def __len__(self) -> int:
@@ -99,11 +104,19 @@ class Peers:
     def put(self, peer: str, rows: Mapping[int, ShareRow], now_seconds: float) -> None:
         """Store the newest rows of `peer`, after `pop` has removed the previous ones."""
         self._shares[peer] = (now_seconds, dict(rows))
+        self.lost.pop(peer, None)
         self.stale_at_seconds = min(self.stale_at_seconds, now_seconds + PEER_SILENCE_SECONDS)
 
     def pop(self, peer: str) -> Mapping[int, ShareRow]:
         """Remove and return the rows of `peer`."""
         return self._shares.pop(peer, (0.0, {}))[1]
+
+    def lose(self, peer: str) -> None:
+        """Note that `peer` has fallen silent. With work it would have reported, so it is dead or disconnected."""
+        if self._shares[peer][1]:
+            self.lost[peer] = None
+            if len(self.lost) > MAX_LOST:
+                del self.lost[next(iter(self.lost))]
 
     def drop_row(self, peer: str, number: int) -> None:
         """Remove the row of one replica, which is forgotten."""

@@ -193,7 +193,9 @@ def _sharing(config: Config, basics: Basics, memory: Memory, replicas: Replicas)
         fleet,
         lambda number: _capacity_tokens(memory.index, number),
         shares,
-        ColdClaims(memory.store, basics.writer_id, tasks=basics.tasks),
+        ColdClaims(
+            memory.store, basics.writer_id, tasks=basics.tasks, gone=lambda: fleet.lost_peers(clock.monotonic())
+        ),
         lambda: journal.others == 0,
         basics.tasks.start,
         clock,

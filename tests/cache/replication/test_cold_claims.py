@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 
 import pytest
 
 from cache import keys
 from cache.errors import CacheError
-from cache.replication.cold_claims import ColdClaims
+from cache.replication.cold_claims import GONE_SECONDS, ColdClaims
 from cache.store.store import Store, open_store
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
@@ -20,7 +21,8 @@ class Two:
 
     def __init__(self, store: Store, tasks: Tasks) -> None:
         self.store = store
-        self.one = ColdClaims(store, "one", tasks=tasks)
+        self.gone: list[str] = []
+        self.one = ColdClaims(store, "one", tasks=tasks, gone=lambda: self.gone)
         self.two = ColdClaims(store, "two", tasks=tasks)
 
 
@@ -94,6 +96,18 @@ async def test_a_claim_ends_by_itself(two: Two) -> None:
         return await take(two.two, ["r0"], "2") == "r0"
 
     await eventually(free)
+
+
+async def test_a_claim_ends_with_its_worker(two: Two, server: Valkey) -> None:
+    """One that has just been made does not: its worker has come back. Claims of others stay."""
+    assert await take(two.two, ["r0"], "2") == "r0"
+    two.gone = ["three", "two"]
+    assert await take(two.one, ["r0"], "1") is None
+    server.ask("HSET", keys.cold_last("pool"), "r0", str(round((time.time() - GONE_SECONDS - 1.0) * 1000)))  # noqa: TID251
+    two.gone = ["three"]
+    assert await take(two.one, ["r0"], "1") is None
+    two.gone = ["three", "two"]
+    assert await take(two.one, ["r0"], "1") == "r0"
 
 
 async def test_a_tenant_holds_no_more_than_its_part_over_all_workers(two: Two) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cache.index.prefix_index import Held, Match
 from proxy.fleet import BreakerState, Cause, Change, Failure, Fleet, PrefillRate, ReplicaChange, ReplicaSpec, ShareRow
+from proxy.fleet.peers import MAX_LOST
 from proxy.records import Demand
 from proxy.routing.cost import plan
 
@@ -593,6 +594,23 @@ def test_the_work_of_a_process_that_falls_silent_dies_with_it():
     assert row(fleet, now=0.99).in_flight == 3
     assert row(fleet, now=1.0).in_flight == 0
     assert row(fleet, now=1.0).pending_tokens == 0.0
+
+
+def test_a_process_that_falls_silent_with_work_is_lost_until_it_reports_again():
+    """One without work says nothing either, and one that said goodbye is not lost. The last ones are remembered."""
+    fleet = fleet_of("a")
+    for name, row_of in (("busy", {"a": ShareRow(400, 3, 400, 0.0, 0.0, 9.0)}), ("idle", {})):
+        fleet.absorb(name, row_of, 0.0)
+    fleet.absorb("stopped", {"a": ShareRow(400, 3, 400, 0.0, 0.0, 9.0)}, 0.0)
+    fleet.forget_peer("stopped")
+    assert fleet.lost_peers(0.99) == ()
+    assert fleet.lost_peers(1.0) == ("busy",)
+    fleet.absorb("busy", {}, 1.1)
+    assert fleet.lost_peers(9.0) == ()
+    for number in range(MAX_LOST + 1):
+        fleet.absorb(f"peer {number}", {"a": ShareRow(400, 3, 400, 0.0, 0.0, 9.0)}, 10.0)
+    assert fleet.lost_peers(20.0)[0] == "peer 1"
+    assert len(fleet.lost_peers(20.0)) == MAX_LOST
 
 
 def test_what_waits_for_a_place_is_seen_as_queued():
