@@ -78,11 +78,18 @@ class Gated(Cairn):
         *,
         proxies: int = 1,
         delay_seconds: float | None = 0.0,
+        ordered: bool = False,
         is_stated: bool = False,
         always: bool = False,
     ) -> None:
         super().__init__(
-            rates, capacity_tokens, at, proxies=proxies, delay_seconds=delay_seconds, is_stated=is_stated
+            rates,
+            capacity_tokens,
+            at,
+            proxies=proxies,
+            ordered=ordered,
+            delay_seconds=delay_seconds,
+            is_stated=is_stated,
         )
         self._always = always
         self._short_tokens = short_tokens(capacity_tokens)

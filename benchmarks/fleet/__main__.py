@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.agents.ours import Gated
 from benchmarks.fleet import rules
 from benchmarks.fleet.engine import BlockCache
 from benchmarks.fleet.ours import Cairn
@@ -66,6 +67,7 @@ RULES: dict[str, tuple[str, Make]] = {
     show_default=True,
     help="show the means of several runs; in all but the first each arrival is up to 50 ms later",
 )
+@click.option("--no-gate", is_flag=True, help="Cairn without its gate for cold turns (admission.enabled: never)")
 @click.option("--decode-heavy", "is_decode_heavy", is_flag=True, help="no trace: one hot prompt, long answers")
 def main(  # noqa: PLR0913 - click passes one parameter per option
     trace: Path | None,
@@ -81,6 +83,7 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
     skip: int,
     pins: bool,
     runs: int,
+    no_gate: bool,
     is_decode_heavy: bool,
 ) -> None:
     """Compare routing rules on TRACE (.jsonl or .jsonl.gz, a hash id per 512 tokens)."""
@@ -98,7 +101,7 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
         raise click.UsageError(f"unknown rules: {', '.join(sorted(unknown))}")
 
     def cairn(calendar: Calendar, *, ordered: bool) -> Router:
-        return Cairn(
+        return (Cairn if no_gate else Gated)(
             [None] * replicas,
             capacity,
             calendar.at,
