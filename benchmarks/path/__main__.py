@@ -35,8 +35,8 @@ from proxy.config.load import SecretUrl, load
 from proxy.control.channel import WorkerControl
 from proxy.errors import ConnectFailed
 from proxy.upstream import client as upstream_client
+from proxy.worker.heap import keep_freed_memory
 from proxy.worker.lifecycle import Worker, freeze_garbage
-from proxy.worker.process import keep_freed_memory
 
 _CONNECTIONS = 16
 _BATCH_SECONDS = 0.05

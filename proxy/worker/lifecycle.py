@@ -17,6 +17,7 @@ from proxy.fleet.template_probe import TemplateProber
 from proxy.worker import from_config
 from proxy.worker.composition import build
 from proxy.worker.explain import Explainer
+from proxy.worker.heap import return_freed_memory
 from proxy.worker.http_server import HttpServer
 from proxy.worker.maintenance import Maintenance
 from proxy.worker.sections import Parts
@@ -61,7 +62,9 @@ class Worker:
         self.reporter = parts.reporter
         self.live = parts.live
         self.explainer = Explainer(requests.pipeline, requests.routes, built.basics.clock)
-        self.maintenance = Maintenance(built.memory.index, built.basics.recorder, built.basics.clock)
+        self.maintenance = Maintenance(
+            built.memory.index, built.basics.recorder, built.basics.clock, return_freed_memory
+        )
 
     @classmethod
     async def build(cls, config: Config, control: WorkerControl, *, access_log_descriptor: int = 1) -> Worker:
