@@ -281,7 +281,7 @@ async def test_trust_is_lost_when_an_upstream_closes_behind_a_stream(
     make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "PROBATION_SECONDS", 0)
-    client = make_client()
+    client = make_client(FakeClock())  # for which the upstream closes at once, however long the machine pauses
     close = asyncio.Event()
     stream: Play = [Expect(), Send(chunked(b"data: 1\n\n", headers=[EVENT_STREAM]))]
     first: Play = [step for _ in range(pool.TRUSTED_AFTER + 1) for step in stream]
