@@ -86,7 +86,7 @@ class _Pool:
         self.pressure = ColdPressure(memory_seconds)
         self.served = ServedPrompts()
         self.rate = ColdRate()
-        self.tickets = Tickets()
+        self.tickets = Tickets(name)
         self.waiting: dict[_Waiter, float] = {}  # each with the time of its arrival
         self.passes: dict[int, Pass] = {}
         self.asking = False
@@ -105,6 +105,7 @@ class ColdGate:
         is_alone: returns whether there is no other worker.
         start: starts a background task.
         clock: monotonic time.
+        report: sends `rows` to the other workers soon.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class ColdGate:
         is_alone: Callable[[], bool],
         start: Callable[[Coroutine[Any, Any, None], str], object],
         clock: Clock,
+        report: Callable[[], object],
     ) -> None:
         self._fleet = fleet
         self._capacity_tokens = capacity_tokens
@@ -124,6 +126,7 @@ class ColdGate:
         self._is_alone = is_alone
         self._start = start
         self._clock = clock
+        self._report = report
         self._pools: dict[str, _Pool] = {}
         self.limits = GateLimits()
         self.warm = WarmQueues(fleet, shares, lambda: self.limits, clock)
@@ -152,6 +155,19 @@ class ColdGate:
     def ended(self, pool: str, prompt_end: int, replica: int) -> None:
         """Note that some worker's answer from a replica ended, to the prompt with this last hash."""
         self.pool(pool).served.ended(prompt_end, replica, self._clock.monotonic())
+
+    def rows(self) -> dict[str, tuple[float, ...]]:
+        """Return this worker's recent refusals for the others: `Tickets.rows` of all pools."""
+        now, rows = self._clock.monotonic(), dict[str, tuple[float, ...]]()
+        for pool in self._pools.values():
+            rows.update(pool.tickets.rows(now))
+        return rows
+
+    def absorb(self, rows: Mapping[str, tuple[float, ...]]) -> None:
+        """Apply the refusals of another worker."""
+        now = self._clock.monotonic()
+        for pool in self._pools.values():
+            pool.tickets.absorb(rows, now)
 
     def observe(self, pool: str, computed_tokens: float, repeated_tokens: float) -> None:
         """Note a response: the tokens that were computed for it, and how many of them had been computed before."""
@@ -334,6 +350,7 @@ class ColdGate:
             arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, now)
             back = refusal.retry_after_seconds or 0.0
             pool.tickets.give(turn.tenant, turn.prompt_end, turn.uncached_tokens, arrived, back, now)
+            self._report()
         raise refusal
 
     def _refusal(self, pool: _Pool, turn: Turn, verdict: Verdict, now: float) -> CairnError | None:

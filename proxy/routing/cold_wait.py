@@ -1,12 +1,14 @@
 """Predict how long a cold turn will wait, and keep the place of a session that is turned away. Pure.
 
 A new session that would wait for too long is refused with a Retry-After after which it will be accepted: a ticket,
-without the body, keeps its arrival time, so that it does not lose its place in the order.
+without the body, keeps its arrival time, so that it does not lose its place in the order. The client may come back to
+another worker, so tickets are sent to all, with the reports about work in flight (`Tickets.rows`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from math import exp
 from typing import Final
 
@@ -20,6 +22,18 @@ GRACE: Final = 2.0
 
 GRACE_SECONDS: Final = 60.0
 """... and this long on top."""
+
+SENDS: Final = 3
+"""Number of reports that contain a new ticket, or one that was taken: a lost one does no harm."""
+
+MAX_ROWS: Final = 64
+"""Tickets in one report."""
+
+LONGEST_SECONDS: Final = 86_400.0
+"""No ticket is kept for longer, so one that is said to be is damage."""
+
+_ROW: Final = "\0ticket:"
+"""Prefix of the tickets' rows in the report about in-flight work, which no replica's name can have."""
 
 
 class ColdRate:
@@ -60,10 +74,12 @@ class _Ticket:
 
 
 class Tickets:
-    """Places of sessions that were turned away, by their tenant and the end of their prompt."""
+    """Places of sessions that were turned away from `pool`, by their tenant and the end of their prompt."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: str = "") -> None:
         self._tickets: OrderedDict[tuple[str, int], _Ticket] = OrderedDict()
+        self._unsent: dict[tuple[str, int], int] = {}  # with the number of reports still to contain them
+        self._prefix = f"{_ROW}{pool}\0"
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -99,16 +115,57 @@ class Tickets:
         now_seconds: float,
     ) -> None:
         """Keep the place of a prompt that was refused with a Retry-After of `back_seconds`."""
-        key = (tenant, prompt_end)
-        self._tickets.pop(key, None)
         ends = now_seconds + GRACE * back_seconds + GRACE_SECONDS
-        self._tickets[key] = _Ticket(arrived_seconds, tokens, now_seconds + back_seconds, ends)
-        while len(self._tickets) > MAX_TICKETS:
-            self._tickets.popitem(last=False)
+        self._keep((tenant, prompt_end), _Ticket(arrived_seconds, tokens, now_seconds + back_seconds, ends))
+        self._unsent[tenant, prompt_end] = SENDS
 
     def take(self, tenant: str, prompt_end: int) -> None:
         """Drop the ticket of a prompt that came back and waits now, or was served."""
-        self._tickets.pop((tenant, prompt_end), None)
+        if self._tickets.pop((tenant, prompt_end), None) is not None:
+            self._unsent[tenant, prompt_end] = SENDS
+
+    def rows(self, now_seconds: float) -> dict[str, tuple[float, ...]]:
+        """Return recent changes for the other workers: tokens, seconds since the arrival, to the return and to the
+        end; nothing for a ticket that was taken. Times are ages, because each worker has its own clock.
+        """
+        rows: dict[str, tuple[float, ...]] = {}
+        for key in list(self._unsent)[:MAX_ROWS]:
+            left = self._unsent.pop(key) - 1
+            if left:
+                self._unsent[key] = left  # moved to the end, so that others get their turn
+            ticket = self._tickets.get(key)
+            rows[f"{self._prefix}{key[1]:x}\0{key[0]}"] = (
+                ()
+                if ticket is None
+                else (
+                    ticket.tokens,
+                    now_seconds - ticket.arrived_seconds,
+                    ticket.due_seconds - now_seconds,
+                    ticket.ends_seconds - now_seconds,
+                )
+            )
+        return rows
+
+    def absorb(self, rows: Mapping[str, tuple[float, ...]], now_seconds: float) -> None:
+        """Apply the changes of another worker. Rows of anything else, and damaged ones, are left out."""
+        for name, row in rows.items():
+            if name.startswith(self._prefix):
+                prompt_end, _, tenant = name[len(self._prefix) :].partition("\0")
+                try:
+                    key = tenant, int(prompt_end, 16)
+                except ValueError:
+                    continue
+                if not row:
+                    self._tickets.pop(key, None)
+                elif len(row) == 4 and row[0] >= 0 and max(map(abs, row[1:])) <= LONGEST_SECONDS:
+                    tokens, age, due, ends = row
+                    self._keep(key, _Ticket(now_seconds - age, tokens, now_seconds + due, now_seconds + ends))
+
+    def _keep(self, key: tuple[str, int], ticket: _Ticket) -> None:
+        self._tickets.pop(key, None)
+        self._tickets[key] = ticket
+        while len(self._tickets) > MAX_TICKETS:
+            self._tickets.popitem(last=False)
 
     def expire(self, now_seconds: float) -> None:
         """Drop the tickets of prompts that did not come back."""

@@ -199,13 +199,15 @@ def _sharing(config: Config, basics: Basics, memory: Memory, replicas: Replicas)
         lambda: journal.others == 0,
         basics.tasks.start,
         clock,
+        lambda: load_broadcast.changed(),  # noqa: PLW0108 - it is made below
     )
+    load_broadcast = _load_broadcast(basics, memory, journal, fleet, shares, cold_gate)
     return Sharing(
         baseline=baseline,
         gate=gate,
         remote_prefills=remote_prefills,
         journal=journal,
-        load_broadcast=_load_broadcast(basics, memory, journal, fleet, shares, cold_gate),
+        load_broadcast=load_broadcast,
         shares=shares,
         cold_gate=cold_gate,
     )
@@ -220,6 +222,7 @@ def _load_broadcast(
         now_seconds = clock.monotonic()
         fleet.absorb(peer, rows, now_seconds)
         shares.absorb(peer, rows, now_seconds)
+        cold_gate.absorb(rows)
         cold_gate.changed()
 
     def forget(peer: str) -> None:
@@ -231,7 +234,7 @@ def _load_broadcast(
         basics.writer_id,
         clock=clock,
         tasks=basics.tasks,
-        read=lambda: {**fleet.share(clock.monotonic()), **shares.rows()},
+        read=lambda: {**fleet.share(clock.monotonic()), **shares.rows(), **cold_gate.rows()},
         absorb=absorb,
         forget=forget,
         alone=lambda: journal.others == 0,

@@ -12,6 +12,10 @@ import aiohttp
 import pytest
 
 from cache import JournalState
+from proxy.errors import RateLimited
+from proxy.routing.cold_admission import TurnKind
+from proxy.routing.cold_turn import Turn, Verdict
+from proxy.routing.fair_shares import Priority
 from tests.scenarios.test_conversations import words
 from tests.support.cairn import Cairn, config_for, running
 from tests.support.openai_upstream import OpenAIUpstream
@@ -27,6 +31,20 @@ def valkey() -> Iterator[Valkey]:
         yield valkey
 
 
+NEW_SESSION = Turn(
+    pool="engines",
+    prompt_tokens=100_000.0,
+    uncached_tokens=100_000.0,
+    known_tokens=0.0,
+    prompt_end=7,
+    body_bytes=1_000,
+    tenant="tenant",
+    weight=1.0,
+    priority=Priority.NORMAL,
+    deadline_seconds=None,
+)
+
+
 def body(seed: str) -> dict[str, object]:
     return {"model": "test-model", "messages": [{"role": "user", "content": words(seed, 900)}]}
 
@@ -40,7 +58,9 @@ async def ask(http: aiohttp.ClientSession, cairn: Cairn, seed: str) -> tuple[str
 
 
 async def test_a_second_proxy_knows_what_the_first_one_placed(http: aiohttp.ClientSession, valkey: Valkey) -> None:
-    """A follow-up at another proxy lands where the first put the prefix, a moment later."""
+    """A follow-up at another proxy lands where the first put the prefix, a moment later. It also knows whom the first
+    told to come back.
+    """
     async with OpenAIUpstream() as a, OpenAIUpstream() as b:
         config = config_for([a.url, b.url], valkey.url)
         async with running(config) as one, running(config) as two:
@@ -54,6 +74,11 @@ async def test_a_second_proxy_knows_what_the_first_one_placed(http: aiohttp.Clie
                 followed, matched = await ask(http, two, f"p{number}")
                 assert followed == replica
                 assert matched == pytest.approx(2000, rel=0.2)
+            refused = Verdict(TurnKind.COLD, waits=True, seconds=1_000.0)
+            with pytest.raises(RateLimited):
+                await one.worker.sharing.cold_gate.wait(NEW_SESSION, refused)
+            tickets = two.worker.sharing.cold_gate.pool(NEW_SESSION.pool).tickets
+            await eventually(lambda: len(tickets) == 1)
 
 
 def grew(cairn: Cairn, blocks: int) -> bool:

@@ -58,6 +58,7 @@ class Gated:
             lambda: True,
             self.tasks.start,
             self.clock,
+            lambda: None,
         )
         if pressed:
             self.gate.observe(POOL, 100_000, 90_000)

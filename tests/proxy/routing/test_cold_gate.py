@@ -71,11 +71,22 @@ class Bench:
     def __init__(self, replicas: int = 2, *, alone: bool = True, capacity: float | None = 1e6) -> None:
         self.fleet, self.claims, self.clock = FakeFleet(replicas), FakeClaims(), FakeClock()
         self.shares = TenantShares()
+        self.reports = 0
         self.gate = ColdGate(
-            self.fleet, lambda number: capacity, self.shares, self.claims, lambda: alone, Tasks().start, self.clock
+            self.fleet,
+            lambda number: capacity,
+            self.shares,
+            self.claims,
+            lambda: alone,
+            Tasks().start,
+            self.clock,
+            self.report,
         )
         self.gate.observe(POOL, 100_000, 90_000)
         self.tasks = Tasks()
+
+    def report(self) -> None:
+        self.reports += 1
 
     def turn(self, **more: Any) -> Turn:
         fields = {
@@ -346,6 +357,29 @@ async def test_a_session_that_comes_back_when_it_was_told_to_waits_though_the_pr
     back = bench.begin(known_tokens=0.0, prompt_end=9)
     await settle()
     assert not back.done()
+    for each in (*before, back):
+        each.cancel()
+
+
+async def test_a_session_that_was_told_to_come_back_may_do_so_at_another_worker():
+    """It is reported at once. The second worker takes it although the prediction is too long, and reports that."""
+    first, second = Bench(1), Bench(1)
+    for bench in (first, second):
+        bench.gate.limits = GateLimits(max_wait_seconds=20.0)
+        bench.fleet.pending[0] = 1e6
+    before = [bench.begin() for bench in (first, second) for _ in range(3)]
+    await settle()
+    new = first.turn(known_tokens=0.0, prompt_end=9)
+    with pytest.raises(RateLimited):
+        await first.gate.wait(new, first.verdict(new))
+    assert first.reports == 1
+    second.gate.absorb(first.gate.rows())
+    second.clock.advance(7.0)
+    back = second.begin(known_tokens=0.0, prompt_end=9)
+    await settle()
+    assert not back.done()
+    first.gate.absorb(second.gate.rows())
+    assert len(first.gate.pool(POOL).tickets) == 0
     for each in (*before, back):
         each.cancel()
 

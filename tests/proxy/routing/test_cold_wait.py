@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.routing.cold_wait import GRACE_SECONDS, MAX_TICKETS, ColdRate, Tickets
+from proxy.routing.cold_wait import GRACE_SECONDS, MAX_ROWS, MAX_TICKETS, SENDS, ColdRate, Tickets
 
 
 def test_the_rate_is_that_at_which_waiting_turns_were_taken():
@@ -60,3 +60,50 @@ def test_a_turn_that_is_sent_away_again_is_as_new_as_the_newest():
     tickets.give("a", MAX_TICKETS, 1.0, 0.0, 1.0, 0.0)
     assert tickets.arrival("a", 0, 1.0) == 0.0
     assert tickets.arrival("a", 1, 1.0) == 1.0
+
+
+def test_the_other_workers_know_who_was_sent_away_and_who_came_back():
+    """By their own clocks, a few times, and each pool for itself."""
+    here, there, other = Tickets("one"), Tickets("one"), Tickets("two")
+    here.give("a", 2**64 - 1, 50_000.0, 90.0, 30.0, 100.0)
+    for _ in range(SENDS):
+        rows = here.rows(102.0)
+        there.absorb(rows, 5_002.0)
+        other.absorb(rows, 5_002.0)
+    assert here.rows(102.0) == {}
+    assert (there.arrival("a", 2**64 - 1, 5_010.0), len(other)) == (4_990.0, 0)
+    assert not there.is_due("a", 2**64 - 1, 5_029.0)
+    assert there.is_due("a", 2**64 - 1, 5_030.0)
+    assert there.tokens_before(5_000.0, 5_002.0) == 50_000.0
+    assert there.rows(5_002.0) == {}  # told by one, not by all in turn
+    there.take("a", 2**64 - 1)
+    here.absorb(there.rows(5_031.0), 131.0)
+    assert (len(here), len(there)) == (0, 0)
+
+
+def test_a_report_contains_a_few_tickets_and_each_gets_its_turn():
+    """The others follow in the next reports."""
+    here, there = Tickets(), Tickets()
+    for number in range(2 * MAX_ROWS):
+        here.give("a", number, 1.0, 0.0, 30.0, 0.0)
+    assert len(here.rows(0.0)) == MAX_ROWS
+    for _ in range(2):
+        there.absorb(here.rows(0.0), 0.0)
+    assert len(there) == 2 * MAX_ROWS
+
+
+@pytest.mark.parametrize("name", ["\0ticket:one\0x\0a", "\0ticket:one\0", "\0tenant:one", "replica-1"])
+@pytest.mark.parametrize("row", [(1.0, 1.0, 1.0, 1.0), ()])
+def test_rows_that_are_no_tickets_change_nothing(name, row):
+    """Replicas, tenants, damage."""
+    tickets = Tickets("one")
+    tickets.absorb({name: row}, 0.0)
+    assert len(tickets) == 0
+
+
+@pytest.mark.parametrize("row", [(1.0, 1.0, 1.0), (1.0, 1e9, 1.0, 1.0), (1.0, 1.0, 1.0, 1e9), (-1.0, 1.0, 1.0, 1.0)])
+def test_a_damaged_ticket_is_left_out(row):
+    """One that would last for ever, or count for less than nothing."""
+    tickets = Tickets("one")
+    tickets.absorb({"\0ticket:one\x007\0a": row}, 0.0)
+    assert len(tickets) == 0
