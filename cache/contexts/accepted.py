@@ -34,7 +34,7 @@ class AcceptedTenants:
         self.dropped = 0
 
     def note(self, tenant: str) -> None:
-        """Note that an upstream accepted the tenant's key. Called for every request; cheap after the first."""
+        """Note that an upstream accepted the tenant's key; cheap after the first time."""
         if tenant in self._known:
             return
         self._remember(tenant)
@@ -43,6 +43,10 @@ class AcceptedTenants:
             return
         self._waiting[tenant] = None
         self._wake.set()
+
+    def __contains__(self, tenant: object) -> bool:
+        """Return whether an upstream accepted the tenant's key, as far as this worker remembers."""
+        return tenant in self._known
 
     async def includes(self, tenant: str) -> bool:
         """Return whether an upstream accepted the tenant's key, here or at another worker. Raises CacheError."""

@@ -413,8 +413,12 @@ class ContextStore:
     # --- trust in keys
 
     def accepted(self, tenant: str) -> None:
-        """Note that an upstream accepted the tenant's key. Called for every request, so it is cheap."""
+        """Note that an upstream accepted the tenant's key; cheap if it is known."""
         self._accepted.note(tenant)
+
+    def has_accepted(self, tenant: str) -> bool:
+        """Return whether it is known here that an upstream accepted the tenant's key."""
+        return tenant in self._accepted
 
     async def trust_of(self, tenant: str) -> Trust:
         """Return the trust in a tenant that the configuration does not list. Raises CacheError."""

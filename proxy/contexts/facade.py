@@ -9,7 +9,9 @@ from proxy.contexts.use import Use
 from proxy.downstream.response import Downstream
 from proxy.metrics.definitions import CONTEXT_CACHED_TOKENS, CONTEXT_USES
 from proxy.model import Ending
+from proxy.pipeline.admission import credentials_of
 from proxy.pipeline.exchange import Exchange
+from proxy.records import Call
 
 _JSON = (b"content-type", b"application/json")
 
@@ -46,10 +48,18 @@ class StoredContexts:
         succeeded = exchange.ending is Ending.COMPLETE
         if succeeded and exchange.prompt is not None and exchange.attempt is not None and exchange.status < 300:
             tenant = exchange.call.tenant
-            if not tenant.is_listed:
-                self._store.accepted(tenant.id)
+            if not (tenant.is_listed or self._store.has_accepted(tenant.id)):
+                self._note_accepted(exchange.call)
         if exchange.context_result and not exchange.is_warming:
             self._settle_use(exchange, succeeded=succeeded)
+
+    def _note_accepted(self, call: Call) -> None:
+        """Note that the upstream accepted the key of an unlisted tenant, unless it may have looked at another one.
+
+        The first of several keys names the tenant. It could be made up, and another one be what was accepted.
+        """
+        if len(credentials_of(call.headers)) < 2:
+            self._store.accepted(call.tenant.id)
 
     def _settle_use(self, exchange: Exchange, *, succeeded: bool) -> None:
         self._counts.inc(CONTEXT_USES, (exchange.context_result,))

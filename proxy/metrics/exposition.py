@@ -97,7 +97,7 @@ class Exposition:
         Returns:
             The body and its content type: OpenMetrics if the scraper asks for it, else Prometheus text.
         """
-        content_type = choose_encoder(accept)[1]
+        content_type = _content_type(accept)
         openmetrics = content_type.startswith("application/openmetrics-text")
         return "".join(self._lines(openmetrics=openmetrics)).encode(), content_type
 
@@ -122,6 +122,14 @@ class Exposition:
         for number, labels, value in _rows(self._gauges.values()):
             _join(SPECS[number], joined[number], labels, value)
         return joined
+
+
+def _content_type(accept: str) -> str:
+    """Return the format for a scraper; the usual one if it asks for a version that is not a number."""
+    try:
+        return choose_encoder(accept)[1]
+    except (TypeError, ValueError):  # prometheus_client compares versions without checking them
+        return choose_encoder("")[1]
 
 
 def _join(spec: Spec, series: dict[Labels, float], labels: Labels, value: float) -> None:

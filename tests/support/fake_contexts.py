@@ -156,6 +156,9 @@ class FakeStore:
     def accepted(self, tenant: str) -> None:
         self.accepted_tenants.append(tenant)
 
+    def has_accepted(self, tenant: str) -> bool:
+        return tenant in self.accepted_tenants
+
 
 class FakePool:
     """A pool of engines, or a provider."""

@@ -257,7 +257,26 @@ async def test_only_an_upstreams_success_accepts_an_unlisted_key() -> None:
     assert bench.api.store.accepted_tenants == []
     bench.facade.settle(ended(STRANGER))
     bench.facade.settle(ended(STRANGER, is_warming=True))
-    assert bench.api.store.accepted_tenants == [STRANGER.id] * 2
+    assert bench.api.store.accepted_tenants == [STRANGER.id]
+
+
+@pytest.mark.parametrize(
+    ("headers", "accepts"),
+    [
+        (((b"authorization", b"Bearer a"),), True),
+        (((b"authorization", b"Bearer a"), (b"x-api-key", b"a")), True),
+        (((b"x-api-key", b"made up"), (b"authorization", b"Bearer a")), False),
+        (((b"authorization", b"Bearer made up"), (b"authorization", b"Bearer a")), False),
+    ],
+)
+async def test_a_key_beside_another_one_is_not_taken_for_accepted(
+    headers: tuple[tuple[bytes, bytes], ...], accepts: bool
+) -> None:
+    """The upstream may have looked at the other: one genuine key would make any number of made-up ones genuine."""
+    bench = Facade()
+    body = b'{"model":"m","messages":[]}'
+    bench.facade.settle(ended(STRANGER, call=exchange_of(body, STRANGER, *headers).call))
+    assert bench.api.store.accepted_tenants == [STRANGER.id] * accepts
 
 
 async def test_calls_and_dry_runs_are_answered_with_the_requests_id() -> None:

@@ -123,6 +123,16 @@ def test_both_formats_parse_and_every_name_has_a_prefix() -> None:
     assert {family.name for family in parse_openmetrics(openmetrics.decode())} == names
 
 
+@pytest.mark.parametrize(
+    "accept", ["text/plain; version=1.x", "application/openmetrics-text; version=\ufffd", "a;version=" + "9" * 5000]
+)
+def test_a_scraper_that_asks_for_a_version_which_is_no_number_gets_a_page(accept: str) -> None:
+    """In the format of all others; it is not an error of Cairn's."""
+    page, content_type = Exposition().render(accept)
+    assert page.startswith(b"# HELP")
+    assert content_type.startswith("text/plain; version=0.0.4")
+
+
 def test_a_series_that_is_kept_goes_on_after_it_was_taken_and_shows_nothing_before_it_counted() -> None:
     """Code that counts for every request looks up its series once."""
     recorder = Recorder()
