@@ -7,13 +7,14 @@ from collections import Counter
 import pytest
 
 from proxy.downstream.body import AHEAD_BYTES as BODY_AHEAD_BYTES
-from proxy.downstream.body_reader import stream_body
+from proxy.downstream.body_reader import read_body, stream_body
 from proxy.downstream.connection import AHEAD_BYTES
 from proxy.downstream.errors import BadHttp, ClientLimit, ProtocolError
 from proxy.downstream.limits import ByteBudget, Limits, connections_within
 from proxy.downstream.partial_head import PartialHead
 from proxy.downstream.request import HEADERS_MOST, IncomingRequest
 from proxy.downstream.response import ClientResponse
+from proxy.errors import RequestTimeout
 from tests.proxy.downstream.test_deadlines import Port
 
 LINE = b"GET / HTTP/1.1"
@@ -221,3 +222,21 @@ async def test_the_end_of_an_answer_that_was_sent_whole_changes_nothing() -> Non
     assert port.line.written.count(b"hello") == 2
     assert port.line.ends == []
     await port.end()
+
+
+@pytest.mark.parametrize(("seconds", "is_late"), [(9.99, False), (10.0, True)])
+async def test_a_body_is_late_from_the_moment_of_its_limit(seconds: float, is_late: bool) -> None:
+    """Of its limit in all, or of its least rate if that ends before."""
+
+    async def play(asked: IncomingRequest, answer: ClientResponse) -> None:
+        try:
+            await read_body(asked, 1_000, 10.0)
+        except RequestTimeout:
+            answer.send(408, b"Late", [], b"")
+
+    for limits in ({"body_bytes_per_second": 0}, {"body_bytes_per_second": 1_000}):
+        port = Port(play, **limits)
+        await port.send(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n")
+        await port.after(seconds)
+        assert port.line.written.startswith(b"HTTP/1.1 408 ") is is_late
+        await port.end()
