@@ -1146,6 +1146,8 @@ async def test_uploads_leave_no_more_connections_than_were_in_use_at_once(make_c
 async def test_no_more_than_some_thousand_origins_are_remembered_as_gone(make_client: MakeClient) -> None:
     """Replicas come and go behind a name for as long as a process lives."""
     client = make_client()
+    most = 0
     for number in range(5_000):
         assert client.forget(Origin("http", f"replica-{number}", 80, b""))
-    assert len(client._forgotten) <= 4_096  # noqa: SLF001 - internal state that no public name shows
+        most = max(most, len(client._forgotten))  # noqa: SLF001 - internal state that no public name shows
+    assert most == 4_096
