@@ -574,6 +574,36 @@ async def test_while_turns_wait_the_gate_looks_twice_a_second_by_the_pace(monkey
         assert timers == []
 
 
+async def test_every_refusal_and_every_turn_that_goes_is_counted():
+    """Whatever the reason is."""
+    bench = Bench(1)
+    bench.gate.limits = GateLimits(max_waiting_bytes=1_500, max_wait_seconds=5.0)
+    bench.fleet.pending[0] = 1e6
+    before = bench.begin()
+    await settle()
+    refused = 0
+    for _ in range(2):
+        for error, about in (
+            (DeadlineUnreachable, {"deadline_seconds": bench.clock.monotonic() + 5.0}),
+            (RateLimited, {"body_bytes": 1_000}),
+            (RateLimited, {"body_bytes": 1, "known_tokens": 0.0, "prompt_end": 7 + refused}),
+        ):
+            turn = bench.turn(**about)
+            with pytest.raises(error):
+                await bench.gate.wait(turn, bench.verdict(turn))
+            refused += 1
+            assert bench.gate.refused == refused
+    bench.fleet.pending[0] = 0.0
+    bench.gate.changed()
+    await settle()
+    before.result().release()
+    for admitted in (2, 3):
+        turn = bench.begin()
+        await settle()
+        turn.result().release()
+        assert bench.gate.admitted == admitted
+
+
 async def test_the_bound_of_waiting_bodies_and_that_of_the_wait_belong_to_what_is_allowed():
     """To the byte, for cold and for warm turns, and to the second."""
     bench = Bench(1)

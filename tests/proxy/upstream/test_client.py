@@ -131,6 +131,17 @@ async def test_with_leave_to_retry_it_is_sent_once_more_on_a_fresh_connection(
         assert counts(client, upstream).retried == 1
 
 
+async def test_what_happens_to_connections_is_counted_each_time(make_client: MakeClient) -> None:
+    client = make_client()
+    dying: Play = [*SERVE_ONE, Expect(), Close()]
+    async with ScriptedUpstream([dying, dying, SERVE_ONE]) as upstream:
+        for _ in range(3):
+            await fetch(client, upstream, retry_reused=True)
+        found = counts(client, upstream)
+        assert (found.opened, found.reused, found.retried) == (3, 2, 2)
+        assert (found.open, found.idle, found.in_use, found.waiting) == (1, 1, 0, 0)
+
+
 async def test_a_retry_avoids_all_pooled_connections_and_happens_once(make_client: MakeClient) -> None:
     client = make_client()
     gate = asyncio.Event()
