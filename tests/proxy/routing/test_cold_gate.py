@@ -598,9 +598,9 @@ async def test_every_refusal_and_every_turn_that_goes_is_counted():
     await settle()
     before.result().release()
     for admitted in (2, 3):
-        turn = bench.begin()
+        later = bench.begin()
         await settle()
-        turn.result().release()
+        later.result().release()
         assert bench.gate.admitted == admitted
 
 
