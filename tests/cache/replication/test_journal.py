@@ -264,7 +264,7 @@ async def test_a_hung_redis_delays_no_verb_and_heals(begin: Begin, valkey: Valke
         started = time.monotonic()  # noqa: TID251
         for chain in chains:
             one.place(chain)
-        assert time.monotonic() - started < 1  # noqa: TID251 - fifty times the limit of an operation would be longer
+        assert time.monotonic() - started < 2  # noqa: TID251 - fifty times the limit of an operation would be longer
         await eventually(lambda: one.journal.state is JournalState.ALONE)
     finally:
         valkey.go_on()
