@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     """Return 0 if nothing was found, otherwise 1."""
     options = parse_arguments(arguments)
     end_on_signals()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # rich shortens a table that goes to a file
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console) as bar:
