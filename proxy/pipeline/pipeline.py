@@ -208,26 +208,31 @@ class Pipeline:
 
     async def _complete_long(self, exchange: Exchange) -> None:
         """Read a body in a thread, then do the same as `_complete`."""
-        try:
-            await self._read_aside(exchange)
-        except UnknownObject:
+        unknown = await self._read_aside(exchange)
+        if unknown is not None:
             await self._sleep(OBJECT_NEWS_SECONDS)
-            await self._read_aside(exchange)
+            unknown = await self._read_aside(exchange)
+        if unknown is not None:
+            raise unknown
         if self._names_context(exchange):
             await self._contexts.expand(exchange)
 
-    async def _read_aside(self, exchange: Exchange) -> None:
+    async def _read_aside(self, exchange: Exchange) -> UnknownObject | None:
         """Read the body in a thread, one at a time: several would take the interpreter from the loop in turn.
 
-        The thread goes on if the client leaves, so it has an exchange of its own.
+        The thread goes on if the client leaves, so it has an exchange of its own. Return the error if the body names
+        an object that is not known here, and raise any other.
         """
         draft = Exchange(exchange.call)
         draft.only_explained = draft.is_read_aside = True  # an explanation is not traced; the request itself is
         async with self._reads_aside:
             try:
                 await asyncio.to_thread(self._reader.read, draft)
+            except UnknownObject as error:
+                return error
             finally:
                 exchange.take_reading(draft)
+        return None
 
     def _choose(self, exchange: Exchange) -> None:
         """Run the phases from the complete prompt to the plan."""
