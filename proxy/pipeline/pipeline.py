@@ -225,14 +225,15 @@ class Pipeline:
         """
         draft = Exchange(exchange.call)
         draft.only_explained = draft.is_read_aside = True  # an explanation is not traced; the request itself is
+        unknown: UnknownObject | None = None
         async with self._reads_aside:
             try:
                 await asyncio.to_thread(self._reader.read, draft)
             except UnknownObject as error:
-                return error
+                unknown = error
             finally:
                 exchange.take_reading(draft)
-        return None
+        return unknown
 
     def _choose(self, exchange: Exchange) -> None:
         """Run the phases from the complete prompt to the plan."""
