@@ -105,3 +105,18 @@ def test_a_limited_match_holds_no_more_than_ones_own_blocks(own_blocks: int, her
     assert all(have.blocks <= own_blocks for have in found.held.values())
     assert not found.evicted
     assert not found.diverged
+
+
+def test_a_limited_match_ends_at_the_end_of_ones_own_blocks() -> None:
+    """Tokens in proportion to bytes; a replica that holds no more than that holds what it holds."""
+    ends = LONGER.ends
+    held = {0: Held(5, ends[4], 1_000), 1: Held(3, ends[2], 600)}
+    found = limited(Match(held, 5, ends[4], 1_000), LONGER, 4)
+    assert (found.known_blocks, found.known_bytes) == (4, ends[3])
+    assert found.known_tokens == round(1_000 * ends[3] / ends[4])
+    assert (found.held[0].blocks, found.held[0].size_bytes) == (4, ends[3])
+    assert found.held[0].tokens == round(1_000 * ends[3] / ends[4])
+    assert found.held[1] is held[1]
+    assert limited(Match(held, 5, ends[4], 1_000), LONGER, 0).held == {}
+    whole = limited(Match(held, 5, ends[4], 1_000), LONGER, 9)
+    assert (whole.known_blocks, whole.held[0].tokens) == (5, 1_000)

@@ -11,6 +11,7 @@ import pytest
 from cache import Match
 from cache.index.prefix_index import Held
 from proxy.model import CacheStatus, Ending, MissReason, RouteReason
+from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.retries import AttemptFailure, FailureKind
 from proxy.records import Usage
 from tests.proxy.pipeline.bench import Bench, Upstream
@@ -30,8 +31,47 @@ def test_gaps_between_tokens_are_counted_per_bucket() -> None:
 
 
 def test_an_exchange_that_never_came_far_has_an_outcome_too() -> None:
-    outcome = Bench().exchange().outcome(1.0)
+    exchange = Exchange(Bench().exchange().call)
+    outcome = exchange.outcome(1.0)
     assert (outcome.ending, outcome.replica, outcome.usage, outcome.retries) == (Ending.INTERNAL, None, None, 0)
+    assert (outcome.model, outcome.plan, outcome.error_code, outcome.stream) == (None, None, None, False)
+    assert (outcome.status, outcome.response_bytes, outcome.tried, outcome.inter_token_counts) == (0, 0, (), ())
+    assert (outcome.head_sent_early, outcome.is_background, outcome.inter_token_seconds) == (False, False, 0.0)
+    times = outcome.times
+    assert (times.sent_seconds, times.first_byte_seconds, times.first_token_seconds) == (None, None, None)
+    assert (times.waited_seconds, times.ended_seconds) == (0.0, 1.0)
+
+
+def test_a_request_begins_with_nothing_known_decided_or_asked_for() -> None:
+    exchange = Exchange(Bench().exchange().call)
+    for name in (
+        "prompt",
+        "fingerprint",
+        "match",
+        "pool",
+        "own_blocks",
+        "session",
+        "pinned_replica",
+        "plan",
+        "noted",
+    ):
+        assert getattr(exchange, name) is None
+    for name in (
+        "cold_pass",
+        "background_id",
+        "stored",
+        "attempt",
+        "waiting",
+        "usage",
+        "priority",
+        "deadline_seconds",
+    ):
+        assert getattr(exchange, name) is None
+    for name in ("only_explained", "is_counted", "is_warming", "only_checked", "asked_usage", "head_sent"):
+        assert getattr(exchange, name) is False
+    assert (exchange.avoid, exchange.context_notes, exchange.edits, exchange.tried) == (frozenset(), (), (), ())
+    assert (exchange.context_result, exchange.replica_name) == ("", "")
+    assert (exchange.known_tokens, exchange.progress_seconds, exchange.last_token_seconds) == (0.0, 0.0, 0.0)
 
 
 async def test_what_was_tried_is_told_in_the_headers_the_outcome_and_the_reason() -> None:

@@ -17,6 +17,7 @@ from proxy.model import CacheStatus, Endpoint, MissReason, RouteReason, Template
 from proxy.pipeline.exchange import Exchange, StoredUse
 from proxy.pipeline.planner import Planner, PlanningRules
 from proxy.records import Tenant
+from proxy.routing import cost as routing
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.token_estimate import TokenCounts
 from proxy.wire import request as wire_request
@@ -367,3 +368,20 @@ def test_a_replica_that_still_computes_the_prefix_comes_after_one_that_has_compu
     assert order(planning.planned(planning.read())) == [0, 1]
     prefill.first_token()
     assert order(planning.planned(planning.read())) == [1, 0]
+
+
+@pytest.mark.parametrize(("prompt", "has_room"), [("x" * 9_000, True), ("x" * 900, False)])
+def test_the_room_at_replicas_counts_for_a_prompt_that_is_placed(
+    monkeypatch: pytest.MonkeyPatch, prompt: str, has_room: bool
+) -> None:
+    """A short one takes none."""
+    planning, rooms = Planning(), []
+    plan = routing.plan
+
+    def noted(*arguments: Any, **about: Any) -> Any:
+        rooms.append(about["room"])
+        return plan(*arguments, **about)
+
+    monkeypatch.setattr(routing, "plan", noted)
+    planning.planned(planning.read(prompt))
+    assert rooms == [planning.index if has_room else None]

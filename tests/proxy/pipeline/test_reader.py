@@ -123,6 +123,16 @@ def test_a_body_whose_reading_could_block_the_loop_is_left_to_a_thread(
     assert asked.model == body["model"]
 
 
+@pytest.mark.parametrize(("isolated", "sends"), [(True, False), (False, True)])
+def test_no_salt_is_inserted_for_an_engine_that_does_not_know_it_or_a_pool_that_is_shared(
+    isolated: bool, sends: bool
+) -> None:
+    pool = ServedPool("shared", ("*",), isolated=isolated, sends_cache_salt=sends)
+    asked = exchange("POST", "/v1/chat/completions", CHAT)
+    reader(of=pools(pool)).read(asked)
+    assert asked.edits == ()
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/rerank"])
 def test_a_model_may_be_missing_with_one_pool_only(path: str) -> None:
     """With several pools, or for a limited client, nothing can be decided without it."""

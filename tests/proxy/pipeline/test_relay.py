@@ -91,7 +91,8 @@ async def test_the_usage_of_a_long_plain_response_is_read_though_it_is_relayed_i
     task = bench.start(exchange)
     await turns()
     made.end()
-    assert (await task).body == body
+    client = await task
+    assert (client.body, client.length) == (body, len(body))
     assert (exchange.usage is not None) is is_read
     assert exchange.usage is None or exchange.usage.prompt_tokens == 9
 
