@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from math import ceil, inf
+from math import inf
 from typing import Any, Final
 
 from cache import CacheError
 from proxy.clock import Clock
-from proxy.errors import CairnError, DeadlineUnreachable, RateLimited, TooManySessions, TurnedAway
+from proxy.errors import CairnError, DeadlineUnreachable, TooManySessions, TurnedAway
 from proxy.records import ReplicaView
 from proxy.routing.cold_admission import (
     BACKLOG_SECONDS,
@@ -32,7 +32,7 @@ from proxy.routing.cold_admission import (
 )
 from proxy.routing.cold_pressure import CROWDED_SECONDS, RESTING_SECONDS, ColdPressure, ServedPrompts
 from proxy.routing.cold_turn import Claims, Fleet, GateLimits, Turn, Verdict
-from proxy.routing.cold_wait import ColdRate, Tickets
+from proxy.routing.cold_wait import ColdRate, Tickets, refusal_of
 from proxy.routing.fair_shares import Priority, Share, TenantShares
 from proxy.routing.warm_wait import WarmQueues
 
@@ -42,9 +42,6 @@ LOOK_SECONDS: Final = 0.5
 CLAIM_PATIENCE: Final = 3.0
 CLAIM_PATIENCE_SECONDS: Final = 30.0
 """A claim expires after `CLAIM_PATIENCE` times the predicted prefill plus this time."""
-
-FULL_RETRY_SECONDS: Final = 5.0
-"""Retry-After while the waiting bodies take all the memory that they are allowed."""
 
 
 class Pass:
@@ -158,7 +155,8 @@ class ColdGate:
 
     def rows(self) -> dict[str, tuple[float, ...]]:
         """Return this worker's recent refusals for the others: `Tickets.rows` of all pools."""
-        now, rows = self._clock.monotonic(), dict[str, tuple[float, ...]]()
+        now = self._clock.monotonic()
+        rows: dict[str, tuple[float, ...]] = {}
         for pool in self._pools.values():
             rows.update(pool.tickets.rows(now))
         return rows
@@ -343,6 +341,9 @@ class ColdGate:
         """Return the error by which a turn that waits would be refused now, None if it would not. Changes nothing."""
         return self._refusal(self.pool(turn.pool), turn, verdict, self._clock.monotonic())
 
+    def _refusal(self, pool: _Pool, turn: Turn, verdict: Verdict, now: float) -> CairnError | None:
+        return refusal_of(turn, verdict, pool.tickets, self.limits, self.waiting_bytes, now)
+
     def _refuse(self, pool: _Pool, turn: Turn, refusal: CairnError, now: float) -> None:
         """Raise an error, and keep the place of a new session that is to come back."""
         self.refused += 1
@@ -352,26 +353,6 @@ class ColdGate:
             pool.tickets.give(turn.tenant, turn.prompt_end, turn.uncached_tokens, arrived, back, now)
             self._report()
         raise refusal
-
-    def _refusal(self, pool: _Pool, turn: Turn, verdict: Verdict, now: float) -> CairnError | None:
-        limits = self.limits
-        if turn.deadline_seconds is not None and now + verdict.seconds > turn.deadline_seconds:
-            return DeadlineUnreachable(
-                f"The first token would come after about {ceil(verdict.seconds)} s, which is past the deadline.",
-                retry_after_seconds=max(verdict.seconds, 1.0),
-            )
-        if self.waiting_bytes + turn.body_bytes > limits.max_waiting_bytes:
-            return RateLimited(
-                "The requests that wait for a replica take all the memory allowed for them.",
-                retry_after_seconds=FULL_RETRY_SECONDS,
-            )
-        is_too_long = verdict.seconds > limits.max_wait_seconds
-        if turn.is_new and is_too_long and not pool.tickets.is_due(turn.tenant, turn.prompt_end, now):
-            return TooManySessions(
-                "More sessions are active than the replicas have memory for; new ones are accepted again later.",
-                retry_after_seconds=max(verdict.seconds - limits.max_wait_seconds, 1.0),
-            )
-        return None
 
     def _deadline_alarm(self, waiter: _Waiter) -> asyncio.TimerHandle | None:
         deadline = waiter.turn.deadline_seconds

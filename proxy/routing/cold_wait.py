@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from math import exp
+from math import ceil, exp
 from typing import Final
+
+from proxy.errors import CairnError, DeadlineUnreachable, RateLimited, TooManySessions
+from proxy.routing.cold_turn import GateLimits, Turn, Verdict
 
 MEMORY_SECONDS: Final = 120.0
 """Time constant of the measured rate: several long prefills."""
@@ -31,6 +34,9 @@ MAX_ROWS: Final = 64
 
 LONGEST_SECONDS: Final = 86_400.0
 """No ticket is kept for longer, so one that is said to be is damage."""
+
+FULL_RETRY_SECONDS: Final = 5.0
+"""Retry-After while the waiting bodies take all the memory that they are allowed."""
 
 _ROW: Final = "\0ticket:"
 """Prefix of the tickets' rows in the report about in-flight work, which no replica's name can have."""
@@ -171,3 +177,29 @@ class Tickets:
         """Drop the tickets of prompts that did not come back."""
         for key in [key for key, each in self._tickets.items() if each.ends_seconds < now_seconds]:
             del self._tickets[key]
+
+
+def refusal_of(
+    turn: Turn, verdict: Verdict, tickets: Tickets, limits: GateLimits, waiting_bytes: int, now_seconds: float
+) -> CairnError | None:
+    """Return the error by which a turn that would have to wait is refused, None if it may wait.
+
+    `waiting_bytes` are the bodies of the requests that wait already.
+    """
+    if turn.deadline_seconds is not None and now_seconds + verdict.seconds > turn.deadline_seconds:
+        return DeadlineUnreachable(
+            f"The first token would come after about {ceil(verdict.seconds)} s, which is past the deadline.",
+            retry_after_seconds=max(verdict.seconds, 1.0),
+        )
+    if waiting_bytes + turn.body_bytes > limits.max_waiting_bytes:
+        return RateLimited(
+            "The requests that wait for a replica take all the memory allowed for them.",
+            retry_after_seconds=FULL_RETRY_SECONDS,
+        )
+    is_too_long = verdict.seconds > limits.max_wait_seconds
+    if turn.is_new and is_too_long and not tickets.is_due(turn.tenant, turn.prompt_end, now_seconds):
+        return TooManySessions(
+            "More sessions are active than the replicas have memory for; new ones are accepted again later.",
+            retry_after_seconds=max(verdict.seconds - limits.max_wait_seconds, 1.0),
+        )
+    return None
