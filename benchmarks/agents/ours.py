@@ -15,6 +15,7 @@ from benchmarks.fleet.trace import Request
 from proxy.routing.cold_admission import (
     BACKLOG_SECONDS,
     QUIET_SECONDS,
+    SHORT_FIRST,
     ColdQueue,
     ColdTurn,
     ReplicaRoom,
@@ -45,8 +46,8 @@ class Claims:
         self.heads: dict[int, float] = {}  # arrivals of the oldest waiting turn, by proxy
         self.last_cold_seconds: dict[int, float] = {}  # by replica
 
-    def is_oldest(self, arrived_seconds: float) -> bool:
-        return arrived_seconds <= min(self.heads.values())
+    def is_oldest(self, place: float) -> bool:
+        return place <= min(self.heads.values())
 
 
 class _Gate:
@@ -111,15 +112,20 @@ class Gated(Cairn):
         if tokens <= self._short_tokens or not (self._always or self._is_on(gate, kind, least, now)):
             self._go(request, now, send, None)
         elif kind is TurnKind.COLD:
-            self._hold(gate, request, send, least, now)
+            self._hold(gate, request, send, least, now, now)
             self._look(gate, now)
         else:
             self._go_warm(gate, request, send, uncached, now)
 
-    def _hold(self, gate: _Gate, request: Request, send: Send, least: float, arrived_seconds: float) -> None:
+    def _hold(
+        self, gate: _Gate, request: Request, send: Send, least: float, arrived_seconds: float, now: float
+    ) -> None:
         self.held_back += 1
         is_new = self._known[request.number] <= request.input_tokens - least
-        gate.queue.join(ColdTurn((request, send), request.input_tokens, least, is_new), arrived_seconds)
+        is_pressed = self._always or gate.pressure.is_holding
+        prefill_seconds = 0.0 if is_pressed else least / max(_rates(gate, now))
+        turn = ColdTurn((request, send), request.input_tokens, least, is_new, prefill_seconds=prefill_seconds)
+        gate.queue.join(turn, arrived_seconds)
 
     def _go_warm(self, gate: _Gate, request: Request, send: Send, uncached: dict[int, float], now: float) -> None:
         """Send a warm turn to one of the best replicas that is quiet, or let it wait for the best of them."""
@@ -144,7 +150,7 @@ class Gated(Cairn):
                 uncached = _uncached(request, gate.proxy)
                 least = min(uncached.values())
                 if classify(request.input_tokens, least, self._short_tokens) is TurnKind.COLD:
-                    self._hold(gate, request, send, least, arrived)
+                    self._hold(gate, request, send, least, arrived, now)
                 else:
                     self._go(request, now, send, about_as_good(uncached, self._short_tokens))
             if not len(line):
@@ -168,14 +174,15 @@ class Gated(Cairn):
         self._look_warm(gate, now)
         while (waiting := gate.queue.head(now)) is not None:
             turn = waiting.item
-            self._claims.heads[gate.number] = waiting.arrived_seconds
+            place = waiting.arrived_seconds + SHORT_FIRST * turn.prefill_seconds
+            self._claims.heads[gate.number] = place
             is_pressed = self._always or gate.pressure.is_holding
             round_seconds = gate.served.recently_needed_tokens(now) / sum(_rates(gate, now))
             among = gate.queue.open_to(
                 waiting, _rooms(gate, now), now, is_pressed=is_pressed, round_seconds=round_seconds
             )
             among = frozenset(replica for replica in among if replica not in self._claims.holders)
-            if not among or not self._claims.is_oldest(waiting.arrived_seconds):
+            if not among or not self._claims.is_oldest(place):
                 break
             request, send = turn.item
             gate.queue.serve(waiting, replica := self._go(request, now, send, among), now)

@@ -17,7 +17,7 @@ from math import inf
 from typing import Final, Generic, TypeVar
 
 from proxy.routing.fair_shares import Claimant, FairQueue, Priority, TenantShares
-from proxy.routing.shortest_job import ShortestJobQueue
+from proxy.routing.shortest_job import AGEING, ShortestJobQueue
 
 SHORT_TOKENS: Final = 4_096.0
 SHORT_SHARE: Final = 0.01
@@ -85,6 +85,12 @@ NEW_AFTER_SECONDS: Final = 1.0
 ORDER_OF_ARRIVAL: Final = 1.0
 """Weight of the arrival time that makes a queue first come, first served."""
 
+SHORT_FIRST: Final = 1.0 / AGEING
+"""Seconds of waiting that a second of prefill is worth in the order of turns that wait without pressure, only because
+every replica has enough work: as in other queues the shortest go first. In order of arrival the mean wait under
+overload is a fifth longer. Under pressure all prompts are long, and the order of arrival bounds the longest wait.
+"""
+
 T = TypeVar("T")
 
 
@@ -143,7 +149,10 @@ class ReplicaRoom:
 
 @dataclass(frozen=True, slots=True)
 class ColdTurn(Generic[T]):
-    """A turn that waits. `item` belongs to the caller; `is_new` means that it continues no prompt served before."""
+    """A turn that waits. `item` belongs to the caller; `is_new` means that it continues no prompt served before.
+
+    `prefill_seconds` is what it takes to compute, or 0 if it waits in the order of arrival.
+    """
 
     item: T
     prompt_tokens: float
@@ -152,6 +161,12 @@ class ColdTurn(Generic[T]):
     tenant: str = ""
     priority: Priority = Priority.NORMAL
     weight: float = 1.0
+    prefill_seconds: float = 0.0
+
+    @property
+    def delay_seconds(self) -> float:
+        """Seconds by which it goes later than its arrival says."""
+        return (NEW_AFTER_SECONDS if self.is_new else 0.0) + SHORT_FIRST * self.prefill_seconds
 
 
 Waiting = Claimant[ColdTurn[T]]
@@ -179,7 +194,7 @@ class ColdQueue(Generic[T]):
         if not len(self._queue):
             self._began_seconds = now_seconds
         waiting = Claimant(turn, turn.tenant, turn.weight, turn.priority, turn.uncached_tokens)
-        return self._queue.join(waiting, NEW_AFTER_SECONDS if turn.is_new else 0.0, now_seconds)
+        return self._queue.join(waiting, turn.delay_seconds, now_seconds)
 
     def leave(self, waiting: Waiting[T]) -> None:
         """Remove a turn that was not sent. May be called twice."""

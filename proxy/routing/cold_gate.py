@@ -21,6 +21,7 @@ from proxy.routing.cold_admission import (
     BACKLOG_SECONDS,
     LONG_SECONDS,
     PATIENCE_SECONDS,
+    SHORT_FIRST,
     ColdQueue,
     ColdTurn,
     ReplicaRoom,
@@ -316,7 +317,7 @@ class ColdGate:
         came = now if arrived_seconds is None else arrived_seconds
         arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, came)
         pool.tickets.take(turn.tenant, turn.prompt_end)
-        waiting = pool.queue.join(_cold_turn(waiter), arrived)
+        waiting = pool.queue.join(_cold_turn(waiter, self._prefill_seconds(pool, turn)), arrived)
         pool.waiting[waiter] = arrived
         self.waiting_bytes += turn.body_bytes
         alarm = self._deadline_alarm(waiter)
@@ -340,6 +341,14 @@ class ColdGate:
     def refusal(self, turn: Turn, verdict: Verdict) -> CairnError | None:
         """Return the error by which a turn that waits would be refused now, None if it would not. Changes nothing."""
         return self._refusal(self.pool(turn.pool), turn, verdict, self._clock.monotonic())
+
+    def _prefill_seconds(self, pool: _Pool, turn: Turn) -> float:
+        """Return the seconds of its prefill by which a turn is ordered; 0 under pressure."""
+        if pool.pressure.is_holding:
+            return 0.0
+        return turn.uncached_tokens / max(
+            [view.rate_tokens_per_second for view in self._available(pool)], default=inf
+        )
 
     def _refusal(self, pool: _Pool, turn: Turn, verdict: Verdict, now: float) -> CairnError | None:
         return refusal_of(turn, verdict, pool.tickets, self.limits, self.waiting_bytes, now)
@@ -518,8 +527,8 @@ class ColdGate:
 
     def _order(self, waiting: Waiting[_Waiter], now: float) -> str:
         """Return the turn's position among those of all workers as a sortable text: priority, tenant's round, age."""
-        arrived_unix = self._clock.unix() - (now - waiting.arrived_seconds)
-        return f"{waiting.priority:d}:{self._shares.round_of(waiting.tenant):015d}:{arrived_unix:017.3f}"
+        place_unix = self._clock.unix() - (now - waiting.arrived_seconds) + SHORT_FIRST * waiting.item.prefill_seconds
+        return f"{waiting.priority:d}:{self._shares.round_of(waiting.tenant):015d}:{place_unix:017.3f}"
 
     def _room(self, pool: _Pool, view: ReplicaView, now: float) -> ReplicaRoom:
         return ReplicaRoom(
@@ -532,7 +541,7 @@ class ColdGate:
         )
 
 
-def _cold_turn(waiter: _Waiter) -> ColdTurn[_Waiter]:
+def _cold_turn(waiter: _Waiter, prefill_seconds: float) -> ColdTurn[_Waiter]:
     turn = waiter.turn
     return ColdTurn(
         item=waiter,
@@ -542,6 +551,7 @@ def _cold_turn(waiter: _Waiter) -> ColdTurn[_Waiter]:
         tenant=turn.tenant,
         priority=turn.priority,
         weight=turn.weight,
+        prefill_seconds=prefill_seconds,
     )
 
 

@@ -13,6 +13,7 @@ from proxy.routing.cold_admission import (
     QUIET_SECONDS,
     RESERVED_SHARE,
     REST_SECONDS,
+    SHORT_FIRST,
     SHORT_TOKENS,
     SPARING_ROUNDS,
     SPARING_SHARE,
@@ -203,3 +204,16 @@ def test_no_turn_is_passed_by_more_than_a_second_of_later_ones(arrivals):
         queue.serve(head, 0, now)
         assert head.item.item >= last - NEW_AFTER_SECONDS - 1e-9
         last = max(last, head.item.item)
+
+
+def test_without_pressure_the_shortest_goes_first():
+    """A second of prefill is worth ten of waiting, as in other queues."""
+    queue: ColdQueue[str] = ColdQueue()
+    long = queue.join(turn("long", prefill_seconds=12.0), 0.0)
+    short = queue.join(turn("short", prefill_seconds=2.0), SHORT_FIRST * 10.0 - 1.0)
+    late = queue.join(turn("late", prefill_seconds=2.0), SHORT_FIRST * 10.0 + 1.0)
+    order = []
+    while (waiting := queue.head(200.0)) is not None:
+        order.append(waiting)
+        queue.serve(waiting, 0, 200.0)
+    assert order == [short, long, late]

@@ -13,7 +13,7 @@ from proxy.errors import DeadlineUnreachable, RateLimited
 from proxy.records import ReplicaView
 from proxy.routing.cold_admission import REST_SECONDS, SPARING_ROUNDS, TurnKind
 from proxy.routing.cold_gate import ColdGate, Pass
-from proxy.routing.cold_pressure import CROWDED_SECONDS, RESTING_SECONDS
+from proxy.routing.cold_pressure import CROWDED_SECONDS, RESTING_SECONDS, ColdPressure
 from proxy.routing.cold_turn import GateLimits, Turn
 from proxy.routing.fair_shares import QUANTUM_TOKENS, Priority, TenantShares
 from proxy.tasks import Tasks
@@ -778,3 +778,23 @@ async def test_a_warm_turn_does_not_wait_if_the_bodies_that_wait_take_all_the_me
     bench.fleet.pending[0] = 20_000.0
     await bench.gate.wait_warm(bench.turn(), 0, 1.0)
     assert bench.gate.waiting_bytes == 0
+
+
+async def test_without_pressure_the_shortest_of_those_that_wait_goes_first():
+    """Under pressure the first one does."""
+    for pressed in (True, False):
+        bench = Bench(1)
+        bench.gate.pool(POOL).pressure = ColdPressure()
+        if pressed:
+            bench.gate.observe(POOL, 100_000, 90_000)
+        bench.fleet.pending[0] = 1e6
+        long = bench.begin(uncached_tokens=90_000.0)
+        short = bench.begin(uncached_tokens=30_000.0, prompt_end=2)
+        await settle()
+        assert not long.done()
+        bench.fleet.pending[0] = 0.0
+        bench.gate.changed()
+        await settle()
+        assert (long.done(), short.done()) == (pressed, not pressed)
+        for each in (long, short):
+            each.cancel()
