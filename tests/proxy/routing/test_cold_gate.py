@@ -574,6 +574,46 @@ async def test_while_turns_wait_the_gate_looks_twice_a_second_by_the_pace(monkey
         assert timers == []
 
 
+async def test_sessions_that_were_turned_away_count_in_the_wait_of_those_that_come_after_them():
+    """They are expected back, with their place."""
+    bench = Bench(1)
+    bench.gate.limits = GateLimits(max_wait_seconds=5.0)
+    bench.fleet.pending[0] = 1e6
+    first = bench.begin()
+    await settle()
+    assert bench.verdict(bench.turn(prompt_end=7)).seconds == pytest.approx(9.0)
+    refused = bench.turn(prompt_end=8, known_tokens=0.0, uncached_tokens=50_000.0)
+    with pytest.raises(RateLimited):
+        await bench.gate.wait(refused, bench.verdict(refused))
+    bench.clock.advance(1.0)
+    assert bench.verdict(bench.turn(prompt_end=7)).seconds == pytest.approx(9.0 + 5.0)
+    first.cancel()
+    await settle()
+
+
+async def test_what_a_cold_turn_computes_counts_for_its_tenant_by_its_weight():
+    bench = Bench(1)
+    turn = bench.begin(weight=2.0, uncached_tokens=6 * QUANTUM_TOKENS)
+    await settle()
+    turn.result().release()
+    assert bench.shares.round_of("a") == 3
+
+
+async def test_without_redis_and_without_a_replica_that_is_open_a_turn_waits_on(caplog: pytest.LogCaptureFixture):
+    """It goes as soon as one is."""
+    bench = Bench(1, alone=False)
+    bench.claims.answer = CacheError("away")
+    bench.fleet.pending[0] = 1e6
+    waiting = bench.begin()
+    await settle()
+    assert not waiting.done()
+    bench.fleet.pending[0] = 0.0
+    bench.gate.changed()
+    await settle()
+    assert waiting.done()
+    assert caplog.records == []
+
+
 async def test_every_refusal_and_every_turn_that_goes_is_counted():
     """Whatever the reason is."""
     bench = Bench(1)

@@ -303,3 +303,18 @@ def test_tenants_that_are_no_longer_active_are_forgotten_even_if_no_request_ever
         shares.seen(f"key {number}", 1.0, number * 10.0 * ACTIVE_SECONDS / MAX_TENANTS)
     assert len(shares._seen) <= MAX_TENANTS + 1  # noqa: SLF001 - nothing else shows it
     assert shares.share_of(f"key {5 * MAX_TENANTS - 1}", 5e9) == 1.0
+
+
+def test_a_tenant_that_is_served_alone_is_at_the_point_that_service_has_reached() -> None:
+    """It does not save up turns while nobody else waits."""
+    for others, expected in ((0, 21), (1, 11)):
+        shares = TenantShares()
+        queue: FairQueue[int] = FairQueue(shares, lambda: ShortestJobQueue(120.0))
+        for _ in range(2):
+            shares.serve("a", 10 * QUANTUM_TOKENS)
+        waits = queue.join(Claimant(1, "b", 1.0, Priority.NORMAL, QUANTUM_TOKENS), 1.0, 0.0)
+        for number in range(others):
+            queue.join(Claimant(number, "c", 1.0, Priority.NORMAL, 1.0), 1.0, 0.0)
+        shares.serve("a", 1.0)
+        queue.serve(waits)
+        assert shares.round_of("b") == expected

@@ -196,7 +196,9 @@ async def test_a_raised_limit_lets_the_next_pass():
     await task
     queue.set_limit(1)
     assert queue.running == 1
+    assert queue.try_acquire() is None
     first.done()
+    assert queue.try_acquire() is not None
 
 
 async def test_what_other_processes_leave_free_is_taken_a_moment_later():

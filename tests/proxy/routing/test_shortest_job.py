@@ -96,3 +96,13 @@ def test_everyone_is_served_once_or_leaves(script):
             else:
                 waiting.remove(served)
         assert len(line) == len(waiting)
+
+
+def test_entries_that_are_gone_are_dropped_once_they_are_more_than_those_that_wait_and_some() -> None:
+    """Twice as many as wait, and sixteen."""
+    queue: ShortestJobQueue[int] = ShortestJobQueue(120.0)
+    entries = [queue.join(number, 1.0, 0.0) for number in range(19)]
+    for kept, entry in zip(range(18, 0, -1), entries, strict=False):
+        queue.leave(entry)
+        assert len(queue._by_priority) == (1 if kept == 1 else 19)  # noqa: SLF001 - no public name shows it
+    assert queue.next(0.0) == 18
