@@ -196,3 +196,12 @@ def test_the_command_prints_a_table_for_each_load():
     assert done.exit_code == 0, done.output
     assert done.output.count("Cairn without the gate") == 2
     assert CliRunner().invoke(main, ["--rules", "magic"]).exit_code == 2
+
+
+def test_the_command_prints_a_table_for_each_load_like_vllm(monkeypatch):
+    """Means over the seeds."""
+    monkeypatch.setattr(cpu, "SEEDS", (1,))
+    monkeypatch.setattr(cpu, "CASES", (cpu.Case(4, 2.0), cpu.Case(8, 2.0)))
+    done = CliRunner().invoke(main, ["--like-vllm", "--rules", "cairn,ungated"])
+    assert done.exit_code == 0, done.output
+    assert done.output.count("Cairn without the gate") == 2

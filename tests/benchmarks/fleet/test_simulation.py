@@ -9,6 +9,8 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.agents.ours import Gated
+from benchmarks.fleet import __main__ as command
 from benchmarks.fleet import rules
 from benchmarks.fleet.__main__ import main, pooled_hit
 from benchmarks.fleet.engine import BlockCache
@@ -191,6 +193,25 @@ def test_the_command_prints_a_row_per_rule(tmp_path):
     for title in ("round robin", "Dynamo's cost", "Cairn"):
         assert title in done.output
     assert CliRunner().invoke(main, [str(trace), "--rules", "magic"]).exit_code == 2
+
+
+def test_the_command_runs_cairn_with_its_gate_unless_told_otherwise(tmp_path, monkeypatch):
+    """As the proxy does."""
+    made = []
+
+    def noted(rule):
+        def make(*arguments, **more):
+            made.append(rule)
+            return rule(*arguments, **more)
+
+        return make
+
+    monkeypatch.setattr(command, "Gated", noted(Gated))
+    monkeypatch.setattr(command, "Cairn", noted(Cairn))
+    options = [str(write_trace(tmp_path / "trace.jsonl")), "--rules", "cairn", "--replicas", "2"]
+    for more in ([], ["--no-gate"]):
+        assert CliRunner().invoke(main, [*options, *more]).exit_code == 0
+    assert made == [Gated, Cairn]
 
 
 def test_several_runs_show_the_error_of_their_mean(tmp_path: Path):
