@@ -75,6 +75,9 @@ def test_deep_nesting_is_walked_without_recursion() -> None:
         ({"type": "item_reference", "id": "msg_1"}, True),
         ({"id": "msg_1"}, True),
         ({"id": "msg_1", "type": None}, True),
+        ({"ID": "msg_1"}, True),
+        ({"Type": "item_reference", "Id": "msg_1"}, True),
+        ({"ID": "msg_1", "Role": "user", "content": "x"}, False),
         ({"id": "msg_1", "pad": "x" * 9000}, True),
         ({"pad": "x" * 9000, "type": "item_reference", "id": "msg_1"}, True),
         ({"type": "item_reference", "pad": "x" * 9000, "id": "msg_1"}, True),
@@ -134,9 +137,12 @@ def test_json_in_another_encoding_has_unknown_references(encoding: str) -> None:
     assert references(json.dumps({"file_id": "file-1"}).encode(encoding)) is None
 
 
-def test_letter_case_does_not_hide_a_key_beside_another() -> None:
+def test_letter_case_does_not_hide_a_key() -> None:
     """Go's decoder, for one, ignores it."""
     assert found({"file_id": "file-1", "File_IDs": ["file-2"]}) == {FILE, Reference("files", "file-2")}
+    assert found({"messages": [{"content": [{"FILE_ID": "file-1"}]}]}) == {FILE}
+    tools = [{"type": "code_interpreter", "Container": "c-1"}]
+    assert found({"tools": tools}, "tools") == {Reference("containers", "c-1")}
 
 
 TYPE = b"multipart/form-data; boundary=b"
