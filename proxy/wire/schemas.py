@@ -399,7 +399,21 @@ class PlainResponse(msgspec.Struct, gc=False):
     model: Any = None
 
 
-class _PlainResponseWithChoices(PlainResponse, gc=False):
+class PlainResponseWithChoices(PlainResponse, gc=False):
+    """The same with its choices, in which some servers report usage."""
+
+    choices: Raw = NONE
+
+
+class _LongPlainResponse(msgspec.Struct, gc=False):
+    """The same members, not decoded."""
+
+    usage: Raw = NONE
+    usageMetadata: Raw = NONE  # noqa: N815 - Gemini's spelling
+    timings: Raw = NONE
+    error: Raw = NONE
+    service_tier: Raw = NONE
+    model: Raw = NONE
     choices: Raw = NONE
 
 
@@ -444,7 +458,34 @@ def _texts(*values: Any) -> list[str]:
     return [value for value in values if isinstance(value, str) and value]
 
 
-decode_response = msgspec.json.Decoder(_PlainResponseWithChoices).decode
+LONG_RESPONSE_BYTES: Final = 256 * 1024
+"""Length from which a response is decoded member by member: it could hold a million values, which take 0.5 s."""
+
+MEMBER_BYTES_MOST: Final = 64 * 1024
+"""Longest member that is read of a long response. A usage object has some 300 bytes."""
+
+_decode_short_response = msgspec.json.Decoder(PlainResponseWithChoices).decode
+_decode_long_response = msgspec.json.Decoder(_LongPlainResponse).decode
+
+
+def decode_response(body: bytes | memoryview) -> PlainResponseWithChoices:
+    """Decode a plain response without what a long one has in members that are too long; an error is then True.
+
+    Raises DECODE_ERRORS.
+    """
+    if len(body) < LONG_RESPONSE_BYTES:
+        return _decode_short_response(body)
+    members = _decode_long_response(body)
+    response = PlainResponseWithChoices(choices=members.choices)
+    for name in PlainResponse.__struct_fields__:
+        value: Raw = getattr(members, name)
+        if value is not NONE and len(memoryview(value)) <= MEMBER_BYTES_MOST:
+            setattr(response, name, msgspec.json.decode(value))
+        elif value is not NONE and name == "error":
+            response.error = True
+    return response
+
+
 decode_choices = msgspec.json.Decoder(list[_ChoiceUsage] | None).decode
 decode_error = msgspec.json.Decoder(PlainError).decode
 decode_created = msgspec.json.Decoder(CreatedObject).decode

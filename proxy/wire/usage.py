@@ -18,6 +18,7 @@ from proxy.records import Usage
 from proxy.wire.decode import ResponseDecoder
 from proxy.wire.schemas import (
     DECODE_ERRORS,
+    LONG_RESPONSE_BYTES,
     NONE,
     CreatedObject,
     PlainResponse,
@@ -380,7 +381,9 @@ def _is_error(body: bytes | memoryview, *, has_usage: bool) -> bool:
 
 
 def _usage_in_choices(choices: msgspec.Raw) -> Any:
-    """Return the usage inside a choice, where Moonshot's older API has it."""
+    """Return the usage inside a choice, where Moonshot's older API has it; long choices are not searched."""
+    if len(memoryview(choices)) > LONG_RESPONSE_BYTES:
+        return None
     try:
         return next((choice.usage for choice in decode_choices(choices) or () if choice.usage), None)
     except DECODE_ERRORS:

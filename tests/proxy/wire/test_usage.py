@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from proxy.model import Endpoint
 from proxy.records import Usage
 from proxy.wire.decode import ResponseDecoder
+from proxy.wire.schemas import LONG_RESPONSE_BYTES, MEMBER_BYTES_MOST
 from proxy.wire.sse import StreamTap
 from proxy.wire.usage import TOKENS_MOST, PassedBody, created_object, merge, normal, read_response, tail_usage
 
@@ -349,6 +350,22 @@ def test_a_body_that_a_strict_decoder_refuses_is_read_as_well() -> None:
         body = b'{"x":%b,"usage":{"prompt_tokens":9,"completion_tokens":1},"model":"m"}' % text
         read = read_response(body, Endpoint.CHAT)
         assert (read.usage, read.error_seen, read.model) == (Usage(9, 1), False, "m")
+
+
+def test_a_long_response_is_read_without_members_that_are_too_long() -> None:
+    """A million values in one of them would hold the event loop for half a second; the rest counts as ever."""
+    rest = b'"usage":{"prompt_tokens":9,"completion_tokens":1},"model":"m"'
+    text = b'{"choices":[{"message":{"content":"%b"}}],' % (b"x" * LONG_RESPONSE_BYTES)
+    read = read_response(text + rest + b"}", Endpoint.CHAT)
+    assert (read.usage, read.error_seen, read.model) == (Usage(9, 1), False, "m")
+    many = b"[%b]" % (b"1," * MEMBER_BYTES_MOST + b"1")
+    read = read_response(text + rest.replace(b'"m"', many) + b"}", Endpoint.CHAT)
+    assert (read.usage, read.error_seen, read.model) == (Usage(9, 1), False, None)
+    read = read_response(b'%b"usage":{"prompt_tokens":%b},"error":%b}' % (text, many, many), Endpoint.CHAT)
+    assert (read.usage, read.error_seen) == (None, True)
+    in_choice = b'{"choices":[{"usage":{"prompt_tokens":9,"completion_tokens":1},"text":"%b"}]}'
+    assert read_response(in_choice % b"x", Endpoint.CHAT).usage == Usage(9, 1)
+    assert read_response(in_choice % (b"x" * LONG_RESPONSE_BYTES), Endpoint.CHAT).usage is None
 
 
 def test_a_response_that_is_cut_or_broken_has_the_usage_at_its_end_and_is_an_error_without_one() -> None:
