@@ -98,6 +98,7 @@ class Client:
         self.sent: list[tuple[Origin, bytes, dict[bytes, bytes]]] = []
         self.targets: list[bytes] = []
         self.lengths: list[int | None] = []
+        self.retries_reused: list[bool] = []
         self.asked = asyncio.Event()
         self.hold = asyncio.Event()
         self.hold.set()
@@ -119,6 +120,7 @@ class Client:
         self.sent.append((origin, whole, dict(headers)))
         self.targets.append(target)
         self.lengths.append(length)
+        self.retries_reused.append(retry_reused)
         self.asked.set()
         await self.hold.wait()
         step = self.script.pop(0)

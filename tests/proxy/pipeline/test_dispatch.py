@@ -207,6 +207,28 @@ async def test_configured_headers_are_sent_unless_the_client_sends_its_own() -> 
     assert sent == {b"anthropic-version": b"client", b"x-extra": b"default", b"x-data-parallel-rank": b"3"}
 
 
+@pytest.mark.parametrize(
+    ("method", "endpoint", "retries"),
+    [
+        ("POST", Endpoint.CHAT, True),
+        ("GET", Endpoint.OTHER, True),
+        ("HEAD", Endpoint.OTHER, True),
+        ("POST", Endpoint.OTHER, False),
+        ("DELETE", Endpoint.OTHER, False),
+    ],
+)
+async def test_only_what_may_be_done_twice_is_sent_again_if_a_pooled_connection_has_died(
+    method: str, endpoint: Endpoint, retries: bool
+) -> None:
+    """Running a model or reading something; another request may have been carried out."""
+    bench = Bench()
+    bench.client.script.append(Upstream(bench.clock, 200, (), b"{}"))
+    exchange = bench.exchange()
+    exchange.call = dataclasses.replace(exchange.call, method=method, endpoint=endpoint)
+    await bench.run(exchange)
+    assert bench.client.retries_reused == [retries]
+
+
 class Told:
     """Keeps what the fleet is told about a response."""
 

@@ -189,6 +189,8 @@ def test_bodies_are_read_where_a_rule_depends_on_them() -> None:
     assert ROUTES.route("POST", "/v1/files").must_read(LIMITED)
     assert not ROUTES.route("GET", "/v1/files/x").must_read(LIMITED)
     assert ROUTES.route("POST", "/v1/batches").must_read(Tenant("t"))
+    for path in ("/v1/models", "/v1/models/m"):
+        assert not ROUTES.route("GET", path).reads_body
 
 
 def test_liveness_is_asked_by_get_and_head_of_a_few_paths() -> None:
