@@ -1,9 +1,9 @@
 /* Cut the inside out of the long strings of JSON text, and find parts of the short text in the whole one.
  *
  * Nothing of a prompt's text is decoded, but the decoder must find the end of each string, byte by byte. This pass
- * examines 16 or 64 bytes at once and takes an eighth of the time; the decoder then reads the short text. Nothing is judged
- * here: text that is odd in any way (a string without an end, a control character, an unknown escape) is left to the
- * decoder as it is.
+ * examines 16 or 64 bytes at once and takes an eighth of the time; the decoder then reads the short text. Nothing is
+ * judged here: text that is odd in any way (a string without an end, a control character, an unknown escape) is left to
+ * the decoder as it is.
  *
  * Every read is below the end of the buffer that Python lends, and all offsets are checked before they are used.
  */

@@ -75,6 +75,12 @@ class ShortText:
         return Raw(_whole(self._body, self.text, self._cuts, part))
 
 
+def text_with_keys(body: Body) -> Body:
+    """Return text with all keys of `body`: the inside of long strings, where no key is, may be left out."""
+    short = shortened(body)
+    return body if short is None else short.text
+
+
 def shortened(body: Body) -> ShortText | None:
     """Return `body` without the inside of its long strings; None if it is not worth it or not valid JSON."""
     if _shorten is None or len(body) < SHORTENED_FROM_BYTES:

@@ -18,7 +18,7 @@ from msgspec import Raw
 from proxy.model import Body
 from proxy.wire import multipart
 from proxy.wire.bounds import check_values
-from proxy.wire.json_cuts import shortened
+from proxy.wire.json_cuts import text_with_keys
 from proxy.wire.schemas import DECODE_ERRORS, NONE
 
 _COLLECTIONS: Final = {
@@ -106,8 +106,7 @@ def may_refer(body: Body) -> bool:
 
     No key is in the inside of a long string, so that is not searched: 0.1 ms per MB and not 1.
     """
-    short = shortened(body)
-    text = body if short is None else short.text
+    text = text_with_keys(body)
     return text.lower().find(_IN_CONTENT) >= 0 or (
         text.find(_ESCAPE) >= 0 and _ESCAPED_LETTER.search(text) is not None
     )

@@ -28,7 +28,7 @@ from proxy.errors import BadRequest
 from proxy.model import Body, Endpoint, UsageRequest
 from proxy.records import Prompt
 from proxy.wire.bounds import TooManyItems
-from proxy.wire.json_cuts import shortened
+from proxy.wire.json_cuts import shortened, text_with_keys
 from proxy.wire.media import are_plain_text, find_media
 from proxy.wire.schemas import (
     MESSAGES_MOST,
@@ -112,8 +112,7 @@ def read(body: Body, endpoint: Endpoint, *, model: str | None = None) -> Prompt:
 
 def first_file_id(body: Body) -> str | None:
     """Return the first `file_id` in `body`, None if there is none. The inside of long strings is not searched."""
-    short = shortened(body)
-    text = body if short is None else short.text
+    text = text_with_keys(body)
     start = text.find(b'"file_id"')
     if start < 0:
         return None

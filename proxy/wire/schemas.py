@@ -405,18 +405,6 @@ class PlainResponseWithChoices(PlainResponse, gc=False):
     choices: Raw = NONE
 
 
-class _LongPlainResponse(msgspec.Struct, gc=False):
-    """The same members, not decoded."""
-
-    usage: Raw = NONE
-    usageMetadata: Raw = NONE  # noqa: N815 - Gemini's spelling
-    timings: Raw = NONE
-    error: Raw = NONE
-    service_tier: Raw = NONE
-    model: Raw = NONE
-    choices: Raw = NONE
-
-
 class _ChoiceUsage(msgspec.Struct, gc=False):
     usage: Any = None
 
@@ -465,7 +453,8 @@ MEMBER_BYTES_MOST: Final = 64 * 1024
 """Longest member that is read of a long response. A usage object has some 300 bytes."""
 
 _decode_short_response = msgspec.json.Decoder(PlainResponseWithChoices).decode
-_decode_long_response = msgspec.json.Decoder(_LongPlainResponse).decode
+_RAW_MEMBERS: Final = [(name, Raw, NONE) for name in PlainResponseWithChoices.__struct_fields__]
+_decode_long_response = msgspec.json.Decoder(msgspec.defstruct("LongPlainResponse", _RAW_MEMBERS, gc=False)).decode
 
 
 def decode_response(body: bytes | memoryview) -> PlainResponseWithChoices:
@@ -475,7 +464,7 @@ def decode_response(body: bytes | memoryview) -> PlainResponseWithChoices:
     """
     if len(body) < LONG_RESPONSE_BYTES:
         return _decode_short_response(body)
-    members = _decode_long_response(body)
+    members: Any = _decode_long_response(body)
     response = PlainResponseWithChoices(choices=members.choices)
     for name in PlainResponse.__struct_fields__:
         value: Raw = getattr(members, name)

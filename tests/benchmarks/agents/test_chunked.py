@@ -44,7 +44,7 @@ def test_a_prompt_is_computed_in_chunks_and_decoded_in_steps():
 
 
 def test_a_prompt_that_was_computed_is_reused_but_for_its_end():
-    """Whole blocks only, and never the whole prompt, since its last token must be computed."""
+    """Reuse whole blocks only, and never the whole prompt, since its last token must be computed."""
     bench = Bench(blocks=10)
     bench.submit(1, (1, 2, 3))
     bench.calendar.run()

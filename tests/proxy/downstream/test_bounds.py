@@ -35,7 +35,7 @@ def padded(nbytes: int) -> bytes:
 @pytest.mark.parametrize("before", [b"", b"\r\n\r\n", GET])
 @pytest.mark.parametrize(("nbytes", "status"), [(1_000, b"200"), (1_001, b"431")])
 async def test_a_head_may_have_as_many_bytes_as_the_limit_says(before: bytes, nbytes: int, status: bytes) -> None:
-    """Whatever came before it in the same read."""
+    """It does not matter what came before it in the same read."""
     port = Port(greet, head_bytes=1_000)
     await port.send(before + padded(nbytes))
     assert port.line.written.rpartition(b"HTTP/1.1 ")[2].startswith(status)

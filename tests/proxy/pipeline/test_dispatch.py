@@ -290,7 +290,7 @@ async def test_each_status_has_its_meaning_for_the_fleet_and_for_the_prompts_pla
 async def test_each_failure_has_its_meaning_for_the_fleet(
     monkeypatch: pytest.MonkeyPatch, error: UpstreamError, event: tuple[Any, ...] | None
 ) -> None:
-    """That all connections are in use shows nothing about the replica."""
+    """A replica is not judged by connections that are all in use."""
     told = Told(monkeypatch)
     with pytest.raises(type(error)):
         await Bench(error, max_retries=0).run(Bench().exchange())

@@ -116,6 +116,18 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+async def assert_goes_after(bench: Bench, turn: asyncio.Task[object], seconds: float) -> None:
+    """Hold that a turn still waits just before this time has passed, and goes just after."""
+    bench.clock.advance(seconds - 0.1)
+    bench.gate.changed()
+    await settle()
+    assert not turn.done()
+    bench.clock.advance(0.2)
+    bench.gate.changed()
+    await settle()
+    assert turn.done()
+
+
 async def test_a_cold_turn_goes_to_a_quiet_replica_and_holds_it_until_its_first_token():
     """The next one gets the other replica, and the third waits for the first to be over."""
     bench = Bench()
@@ -194,14 +206,7 @@ async def test_under_pressure_a_turn_spares_the_sessions_whose_turn_has_just_end
     turn = bench.begin(prompt_end=9, prompt_tokens=450_000.0, uncached_tokens=400_000.0)
     await settle()
     assert not turn.done()
-    bench.clock.advance(pace * RESTING_SECONDS - 0.1)
-    bench.gate.changed()
-    await settle()
-    assert not turn.done()
-    bench.clock.advance(0.2)
-    bench.gate.changed()
-    await settle()
-    assert turn.done()
+    await assert_goes_after(bench, turn, pace * RESTING_SECONDS)
 
 
 async def test_a_turn_spares_nobody_once_all_prompts_could_have_been_computed():
@@ -212,14 +217,7 @@ async def test_a_turn_spares_nobody_once_all_prompts_could_have_been_computed():
         bench.gate.served(POOL).note([10 * end, end], 0, 30_000.0, 0.0, bench.clock.monotonic())
     turn = bench.begin(prompt_end=9)
     await settle()
-    bench.clock.advance(SPARING_ROUNDS * 6.0 - 0.1)
-    bench.gate.changed()
-    await settle()
-    assert not turn.done()
-    bench.clock.advance(0.2)
-    bench.gate.changed()
-    await settle()
-    assert turn.done()
+    await assert_goes_after(bench, turn, SPARING_ROUNDS * 6.0)
 
 
 async def test_a_client_that_leaves_is_gone_from_the_queue_at_once():
@@ -615,7 +613,7 @@ async def test_without_redis_and_without_a_replica_that_is_open_a_turn_waits_on(
 
 
 async def test_every_refusal_and_every_turn_that_goes_is_counted():
-    """Whatever the reason is."""
+    """The same holds for every reason."""
     bench = Bench(1)
     bench.gate.limits = GateLimits(max_waiting_bytes=1_500, max_wait_seconds=5.0)
     bench.fleet.pending[0] = 1e6

@@ -1,4 +1,4 @@
-"""What a single event of a stream reports: tokens, the end, an error, the usage."""
+"""A single event of a stream reports tokens, the end, an error, the usage."""
 
 from __future__ import annotations
 

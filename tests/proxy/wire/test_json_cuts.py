@@ -182,7 +182,7 @@ def test_no_escape_is_cut_in_two(escape: str) -> None:
 
 
 def test_the_end_of_a_string_is_where_its_escapes_let_it_be() -> None:
-    """Whatever escapes are around a border of 64 bytes, the quote that is found is the one that ends the string."""
+    """The quote that is found ends the string, with any escapes around a border of 64 bytes."""
     rng = random.Random(13)
     odd = 0
     for _ in range(4_000):

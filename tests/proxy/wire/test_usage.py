@@ -444,7 +444,7 @@ def test_of_two_usages_the_one_near_the_end_counts() -> None:
 
 
 def test_sixteen_kilobytes_at_each_end_are_searched() -> None:
-    """What is in neither is not found."""
+    """A count that is in neither is not found."""
     usage = b'"usage":{"prompt_tokens":9,"completion_tokens":1}'
     for before, after, is_found in (
         (16_384 - len(usage), 99_999, True),
