@@ -6,6 +6,7 @@ written is ended so that the client can see that it is incomplete.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -38,6 +39,11 @@ WHOLE_AT_MOST_BYTES = 256 * 1024
 _READ_AT_MOST_BYTES = 8 * 1024 * 1024
 """Largest plain response that is read as a whole; the limit holds for its compressed and its decoded size. Of a
 longer one only the usage near its beginning or its end is read."""
+
+_TURN_BYTES: Final = 8 * 1024
+"""Bytes of a stream that are read at once. Other connections have a turn before the next ones: in events of a few
+bytes each, these take 10 ms, and a few compressed bytes can hold megabytes of them. A stream that keeps its own pace
+has far shorter pieces."""
 
 _OPENING_BYTES: Final = 2048  # of a stream of the Responses API, searched for its id
 _COMPLETE: Final = Ending.COMPLETE  # constants: the member of an enum is looked up in Python
@@ -352,6 +358,7 @@ class StreamRelay:
         "_relay",
         "_response",
         "_tap",
+        "_unread",
         "_wants_id",
         "given_seconds",
     )
@@ -377,6 +384,7 @@ class StreamRelay:
         self._wants_id = is_response or (exchange.prompt is not None and exchange.prompt.is_stored)
         self._items = StreamedItemIds() if is_response and relay.objects.wants_items(exchange) else None
         self._opening = b""
+        self._unread: memoryview | None = None  # the rest of a long piece
         self._behind = False  # the client has not read what was written
         self.given_seconds = response.first_byte_seconds
         if exchange.waiting is not None:
@@ -389,21 +397,54 @@ class StreamRelay:
             silence.enter(self)
         try:
             while not await self._response.pour(self.take):
-                self._behind = True
-                await self._downstream.drained()
-                self._behind = False
+                if self._behind or self._unread is None:
+                    await self._catch_up()
+                while self._unread is not None:
+                    await asyncio.sleep(0)  # a turn for other connections
+                    if not self._take_part(self._unread):
+                        await self._catch_up()
         finally:
             silence.leave(self)
 
     def take(self, piece: bytes, framed: bytes | None) -> bool:
-        """Write a piece to the client. Return False if the client is behind."""
+        """Write a piece to the client. Return False if the client is behind, or if a part of it remains unread."""
+        if self._decoder is not None or len(piece) > _TURN_BYTES:
+            return self._take_long(piece, framed)
+        self._exchange.response_bytes += len(piece)
+        return self._pass(piece, framed)
+
+    async def _catch_up(self) -> None:
+        """Wait until the client has read most of what was written."""
+        self._behind = True
+        await self._downstream.drained()
+        self._behind = False
+
+    def _take_long(self, piece: bytes, framed: bytes | None) -> bool:
+        """Do the same with a piece that is compressed, or too long to be read at once."""
+        self._exchange.response_bytes += len(piece)
+        text, keeps_up = piece, True
+        if self._decoder is not None:
+            text = self._decoder.feed(piece)
+            if not self._passes_decoded:
+                keeps_up = self._downstream.offer(piece, framed)
+        if len(text) <= _TURN_BYTES:
+            return self._pass(text, None) and keeps_up
+        self._behind = not keeps_up
+        self._unread = memoryview(text)
+        return False
+
+    def _take_part(self, unread: memoryview) -> bool:
+        """Read the next bytes of a long piece. Return False if the client is behind."""
+        self._unread = unread[_TURN_BYTES:] if len(unread) > _TURN_BYTES else None
+        return self._pass(bytes(unread[:_TURN_BYTES]), None)
+
+    def _pass(self, text: bytes, framed: bytes | None) -> bool:
+        """Read the next bytes of the stream, and write them to the client unless it has them in compressed form."""
         exchange, tap = self._exchange, self._tap
-        exchange.response_bytes += len(piece)
-        text = piece if self._decoder is None else self._decoder.feed(piece)
         passed = tap.feed(text)
-        if self._decoder is not None and not self._passes_decoded:
-            passed = piece
-        keeps_up = self._downstream.offer(passed, framed if passed is piece else None) if passed else True
+        keeps_up = True
+        if passed and (self._decoder is None or self._passes_decoded):
+            keeps_up = self._downstream.offer(passed, framed if passed is text else None)
         seen_seconds = self.given_seconds = self._response.seen_seconds
         if tap.progress and exchange.first_token_seconds is not None:  # nearly every piece of a stream
             exchange.progress_seconds = seen_seconds

@@ -56,8 +56,9 @@ _SIZE_DIGITS_MOST: Final = 8  # longer chunk sizes are left to the parser
 _JOIN_BYTES: Final = 65_536  # up to this size one copy is cheaper than a second buffer in the system call
 _PLAIN_BYTES: Final = 65_536  # above this size a new parser costs less than a second copy of the body
 _TURN_BYTES: Final = 16_384
-"""Size of a read after which other connections have a turn. The loop would read up to 32 times in a row, and to read
-chunks or events of a few bytes each takes milliseconds. A stream that keeps its own pace has far shorter reads."""
+"""Bytes after which other connections have a turn: a longer read is parsed in parts, and the loop would read up to 32
+times in a row. To read chunks or events of a few bytes each takes milliseconds. A stream that keeps its own pace has
+far shorter reads."""
 
 _SOON_SECONDS: Final = 1.0  # an upstream that closes this soon after a stream closes because of the stream
 _MOST_INTERIM: Final = 64  # 1xx responses before the final one; a server that reports progress sends a few
@@ -138,6 +139,8 @@ class Connection(asyncio.Protocol):
         self._buffered_bytes = 0
         self._reading_paused = False
         self._pauses_a_turn = False  # and for no other reason
+        self._turn_is_due = False  # `_end_turn` is going to be called
+        self._unparsed: memoryview | None = None  # the rest of a long read; meanwhile reading is paused
         self._writing_paused = False
         self._plain_bytes = 0  # missing bytes of the body, which bypass the parser
         self._in_chunk = False
@@ -239,6 +242,7 @@ class Connection(asyncio.Protocol):
             return
         self.state = _CLOSED
         self.deadline = NEVER
+        self._unparsed = None
         response, self._response = self._response, None
         if self._transport is not None:
             self._transport.abort()
@@ -287,8 +291,12 @@ class Connection(asyncio.Protocol):
             if not response.is_event_stream:
                 return  # nothing looks at its bytes
         elif not (self._between_chunks and self._relay_chunk(response, data)):
-            self._parse(response, data)
-        if len(data) >= _TURN_BYTES and self.state is _BODY:
+            if len(data) <= _TURN_BYTES and self._unparsed is None:
+                self._parse(response, data)
+            else:
+                self._unparsed = memoryview(data if self._unparsed is None else bytes(self._unparsed) + data)
+                self._parse_part(response)
+        if len(data) >= _TURN_BYTES and (self.state is _BODY or self._unparsed is not None):
             self._pause_a_turn()
 
     def eof_received(self) -> None:
@@ -418,7 +426,8 @@ class Connection(asyncio.Protocol):
         except (HttpParserError, HttpParserUpgrade):
             self._bad = self._bad or "the upstream's response is not valid HTTP/1.1"
         if self.state is _DONE:
-            self._extra = self._extra or self._bad is not None
+            self._extra = self._extra or self._bad is not None or self._unparsed is not None
+            self._unparsed = None
             self._finish(response)
         elif self._bad is not None:
             self.close(self._bad_response(self._bad))
@@ -429,8 +438,23 @@ class Connection(asyncio.Protocol):
                 self._skip_parser(response)
             self._more(response)
             self._between_chunks = (
-                response.framing is Framing.CHUNKED and not self._in_chunk and data.endswith(b"\r\n")
+                response.framing is Framing.CHUNKED
+                and not self._in_chunk
+                and self._unparsed is None
+                and data.endswith(b"\r\n")
             )
+
+    def _parse_part(self, response: UpstreamResponse) -> None:
+        """Parse the next part of a long read; all the rest, if it bypasses the parser."""
+        rest = self._unparsed
+        if rest is None:
+            return
+        self._unparsed = rest[_TURN_BYTES:] if len(rest) > _TURN_BYTES else None
+        self._parse(response, bytes(rest[:_TURN_BYTES]))
+        rest = self._unparsed
+        if rest is not None and self._plain_bytes:
+            self._unparsed = None
+            self._take_plain(response, bytes(rest))
 
     def _skip_parser(self, response: UpstreamResponse) -> None:
         """Let the rest of a long body of known length bypass the parser, which would copy it a second time.
@@ -504,6 +528,8 @@ class Connection(asyncio.Protocol):
 
     def _over(self, exc: Exception | None) -> None:
         """Handle the end of the connection in any state; `exc` is None for an orderly end."""
+        while self._unparsed is not None and self._response is not None:
+            self._parse_part(self._response)
         response = self._response
         self.dropped_after_stream = self._last_was_stream and self._now() - self._rested_at < _SOON_SECONDS
         if response is None:
@@ -547,15 +573,32 @@ class Connection(asyncio.Protocol):
     def _pause_a_turn(self) -> None:
         """Stop reading until other connections have had their turn."""
         if not self._reading_paused and self._transport is not None:
-            self._reading_paused = self._pauses_a_turn = True
+            self._reading_paused = True
             self._transport.pause_reading()
+            self._wait_a_turn()
+
+    def _wait_a_turn(self) -> None:
+        """Go on with the rest of a long read, or else with reading, after other connections have had their turn."""
+        self._pauses_a_turn = True
+        if not self._turn_is_due:
+            self._turn_is_due = True
             self._loop.call_soon(self._end_turn)
 
     def _end_turn(self) -> None:
-        if self._pauses_a_turn:
+        self._turn_is_due = False
+        if not self._pauses_a_turn:
+            return
+        if self._unparsed is None or self._response is None:
             self._resume_reading()
+            return
+        self._parse_part(self._response)
+        if self._pauses_a_turn and self._response is not None:
+            self._wait_a_turn()
 
     def _resume_reading(self) -> None:
+        if self._unparsed is not None:
+            self._wait_a_turn()
+            return
         self._reading_paused = self._pauses_a_turn = False
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()

@@ -523,6 +523,76 @@ async def test_a_streamed_response_and_its_items_belong_to_the_client_that_made_
     assert keys == ({"tenant/resp_1", "tenant/msg_1"} if shares_key else {"resp_1"})
 
 
+# -- long pieces of a stream
+
+_TURN_BYTES = 8 * 1024  # of a stream, read at once
+
+
+async def turns_of_others(task: asyncio.Task[Any]) -> int:
+    """Return how often another task that is always ready runs before `task` is done."""
+    count = 0
+    while not task.done():
+        await asyncio.sleep(0)
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("event", [TOKEN, b'data: {"choices":[]}\n\n', b":\n\n", b":\r\n\r\n", b"event: ping\n\n"])
+async def test_others_have_a_turn_after_each_few_kilobytes_of_a_long_piece_of_a_stream(event: bytes) -> None:
+    """A read of the event loop can hold ten thousand events, which take 0.3 s; the client gets all of them."""
+    bench = Bench()
+    made = upstream(bench, body=None, sse=True)
+    made.send(TOKEN)
+    exchange = bench.exchange(stream=True)
+    task = bench.start(exchange)
+    await turns()
+    long = event * (100_000 // len(event))
+    made.send(long + DONE)
+    made.end()
+    assert await turns_of_others(task) > len(long) // _TURN_BYTES
+    assert bench.downstream.body == TOKEN + long + DONE
+    assert (exchange.ending, exchange.response_bytes) == (Ending.COMPLETE, len(bench.downstream.body))
+
+
+async def test_others_have_a_turn_in_what_a_few_compressed_bytes_of_a_stream_expand_to() -> None:
+    """A kilobyte can hold 40,000 events. The client gets the bytes as they came, and the usage counts."""
+    bench = Bench()
+    bench.dispatcher.always_reports_usage(0)
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":1}}\n\n'
+    text = TOKEN + b'data: {"choices":[]}\n\n' * 40_000 + usage + DONE
+    body = gzip.compress(text)
+    made = upstream(bench, body=body, sse=True)
+    made.response.headers = (*made.response.headers, (b"content-encoding", b"gzip"))
+    exchange = bench.exchange(stream=True)
+    task = bench.start(exchange)
+    assert await turns_of_others(task) > len(text) // _TURN_BYTES
+    assert bench.downstream.body == body
+    assert exchange.usage == Usage(9, 1)
+
+
+@pytest.mark.parametrize("coding", [b"", b"gzip"])
+async def test_a_client_that_is_behind_inside_a_long_piece_of_a_stream_gets_the_rest_when_it_has_read(
+    coding: bytes,
+) -> None:
+    """It is not given more meanwhile, and nothing is given twice."""
+    bench = Bench()
+    bench.dispatcher.always_reports_usage(0)
+    text = TOKEN * 2_000 + DONE
+    body = gzip.compress(text) if coding else text
+    made = upstream(bench, body=None, sse=True)
+    made.response.headers = (*made.response.headers, *([(b"content-encoding", coding)] if coding else []))
+    made.send(body)
+    bench.downstream.full = True
+    task = bench.start(bench.exchange(stream=True))
+    await bench.downstream.waiting.wait()
+    await turns()
+    assert len(bench.downstream.body) == (len(body) if coding else _TURN_BYTES)
+    bench.downstream.full = False
+    bench.downstream.read.set()
+    made.end()
+    assert (await task).body == body
+
+
 # -- silence
 
 

@@ -567,6 +567,142 @@ def test_a_connection_that_ends_in_a_turn_is_not_touched_again() -> None:
     wire.end()
 
 
+PART_BYTES = 16_384  # of a long read, parsed at once
+
+
+@dataclass
+class Turns:
+    """Callbacks that wait for the next turn of the loop of `wire`."""
+
+    wire: Wire
+    soon: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.wire.loop.call_soon = self.soon.append  # type: ignore[assignment]
+
+    def pass_one(self) -> None:
+        """Let everything run that waits now."""
+        ready = self.soon[:]
+        self.soon.clear()
+        for callback in ready:
+            callback()
+
+
+def test_a_long_read_is_parsed_in_parts_between_which_other_connections_have_a_turn() -> None:
+    """To parse 256 KB of chunks of one byte each takes 0.2 s. Nothing more is read before all of them."""
+    wire = Wire(limits=Limits(buffer_bytes=1_000_000))
+    turns_of = Turns(wire)
+    answered = wire.begin()
+    wire.feed(OK + b"transfer-encoding: chunked\r\n\r\n", TINY * 10 + b"0\r\n\r\n")
+    got = [answered.body_now()]
+    while turns_of.soon:
+        assert wire.paused()
+        assert len(turns_of.soon) == 1
+        turns_of.pass_one()
+        got.append(answered.body_now())
+    assert max(map(len, got)) <= PART_BYTES // len(b"1\r\nx\r\n") + 1
+    assert len(got) == -(-len(TINY * 10) // PART_BYTES)
+    assert (b"".join(got), answered.complete, wire.paused()) == (b"x" * 40_000, True, False)
+    assert wire.finished_as == [(True, False)]
+
+
+@pytest.mark.parametrize("into_part", [0, 1, 700])
+def test_bytes_beyond_an_end_cost_the_connection_although_they_are_in_the_next_part_of_a_read(into_part: int) -> None:
+    """The end of the response is the end of one part, or near it."""
+    wire = Wire(limits=Limits(buffer_bytes=1_000_000))
+    answered = wire.begin()
+    head = OK + b"content-length: %d\r\n\r\n"
+    body = b"x" * (PART_BYTES - into_part - len(head % 10_000))
+    wire.feed(head % len(body) + body + answer(b"poison") * 400)
+    assert (answered.body_now(), answered.complete) == (body, True)
+    assert wire.finished_as == [(False, False)]
+    assert wire.transport.aborted
+
+
+@pytest.mark.parametrize("framing", [b"", b"transfer-encoding: chunked\r\n"])
+def test_the_parts_of_a_long_read_that_wait_for_their_turn_come_before_the_end_of_the_connection(
+    framing: bytes,
+) -> None:
+    """A body that ends with the connection would otherwise be cut short."""
+    wire = Wire(limits=Limits(buffer_bytes=1_000_000))
+    Turns(wire)
+    answered = wire.begin()
+    wire.feed(OK + framing + b"\r\n" + (TINY * 5 + b"0\r\n\r\n" if framing else b"x" * 20_000))
+    wire.end()
+    assert (answered.body_now(), answered.complete) == (b"x" * 20_000, True)
+
+
+def test_a_slow_reader_stops_the_parts_of_a_long_read_until_it_has_taken_what_came_before() -> None:
+    """They go on one in each turn, in order, and with what the loop had read already behind them."""
+    wire = Wire(limits=Limits(buffer_bytes=2_000))
+    turns_of = Turns(wire)
+    answered = wire.begin()
+    wire.feed(OK + b"transfer-encoding: chunked\r\n\r\n")
+    wire.feed(b"1\r\na\r\n" * 6_000, b"1\r\nb\r\n" * 6_000 + b"0\r\n\r\n")
+    got = b""
+    for _ in range(40):
+        if not turns_of.soon:
+            assert wire.paused()
+            assert answered.buffered_bytes > 2_000
+            got += answered.body_now()
+        turns_of.pass_one()
+        if answered.complete:
+            break
+    assert (got + answered.body_now(), answered.complete) == (b"a" * 6_000 + b"b" * 6_000, True)
+    assert not wire.paused()
+
+
+def test_the_rest_of_a_long_read_that_bypasses_the_parser_waits_for_no_turn() -> None:
+    """It costs no time, since nothing looks at its bytes."""
+    wire = Wire(limits=Limits(buffer_bytes=1_000_000))
+    turns_of = Turns(wire)
+    answered = wire.begin()
+    body = b"x" * 200_000
+    wire.feed(answer(body))
+    assert (answered.body_now(), answered.complete, turns_of.soon) == (body, True, [])
+    assert wire.finished_as == [(True, False)]
+
+
+@pytest.mark.parametrize("head_only", [True, False])
+def test_a_connection_that_is_closed_in_a_turn_parses_no_more_parts(head_only: bool) -> None:
+    """Neither when the turn comes nor when its transport is gone."""
+    wire = Wire(limits=Limits(buffer_bytes=1_000_000))
+    turns_of = Turns(wire)
+    answered = wire.begin(head_only=head_only)
+    wire.feed(OK + b"transfer-encoding: chunked\r\n\r\n" + TINY * 3)
+    wire.connection.close()
+    arrived = answered.buffered_bytes
+    turns_of.pass_one()
+    wire.end()
+    assert (answered.buffered_bytes, turns_of.soon) == (arrived, [])
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 60_000), min_size=1, max_size=8),
+    takes=st.lists(st.booleans(), min_size=1, max_size=8),
+    chunk=st.sampled_from([1, 700, 30_000]),
+)
+def test_a_body_is_whole_however_it_is_read_and_taken(sizes: list[int], takes: list[bool], chunk: int) -> None:
+    """In reads of any length, with a reader that takes what came sooner or later."""
+    body = bytes(range(256)) * 250
+    raw = chunked(*[body[at : at + chunk] for at in range(0, len(body), chunk)])
+    wire = Wire(limits=Limits(buffer_bytes=20_000))
+    turns_of = Turns(wire)
+    answered = wire.begin()
+    got, at, step = b"", 0, 0
+    while not answered.complete:
+        if at < len(raw) and not wire.paused():
+            end = at + sizes[step % len(sizes)]
+            wire.feed(raw[at:end])
+            at = end
+        turns_of.pass_one()
+        if takes[step % len(takes)] or not turns_of.soon:
+            got += answered.body_now()
+        step += 1
+    assert (got + answered.body_now(), wire.finished_as) == (body, [(True, False)])
+
+
 def test_a_body_just_too_long_for_the_parser_is_whole_when_it_is_taken_as_it_comes() -> None:
     """What was taken is not still to come."""
     body = b"x" * 70_000
