@@ -19,11 +19,13 @@ from proxy.pipeline.exchange import Exchange, TakesLong
 from proxy.records import Call, Prompt, Tenant
 from proxy.wire import multipart, named_models
 from proxy.wire import request as wire_request
+from proxy.wire.json_cuts import text_with_keys
 from proxy.wire.references import (
     REFERENCES_MOST,
     Reference,
     first_object_id,
     form_references,
+    has_members_in_other_case,
     item_references,
     listed_items,
     may_refer,
@@ -35,6 +37,9 @@ LONG_BYTES: Final = 4 * 1024 * 1024
 
 LONG_IF_DECODED_BYTES: Final = 256 * 1024
 """The same for a body that may have to be decoded whole, at up to 0.3 s per MB, and not only searched."""
+
+_COMMAS_INLINE: Final = 50_000
+"""Most commas of a body whose outermost keys are looked at on the event loop: with as many keys this takes 10 ms."""
 
 _EMBEDDINGS: Final = Endpoint.EMBEDDINGS
 _INFERENCE: Final = Endpoint.INFERENCE
@@ -103,8 +108,10 @@ class RequestReader:
         reads_spans = endpoint.is_generation or endpoint is _EMBEDDINGS
         if len(call.body) >= LONG_BYTES or call.tenant.is_limited or not reads_spans:
             raise TakesLong
-        if self._checks_objects and may_refer(call.body):
-            raise TakesLong
+        if self._checks_objects:
+            text = text_with_keys(call.body)
+            if text.count(b",") > _COMMAS_INLINE or may_refer(text) or has_members_in_other_case(text):
+                raise TakesLong
 
     # -- paths with a model in the body
 
@@ -314,6 +321,8 @@ def _continued(call: Call, prompt: Prompt) -> list[Reference]:
     found = [Reference(*name) for name in prompt.names]
     if call.endpoint is _RESPONSES:
         found += item_references(prompt.spans[prompt.tool_spans + prompt.system_spans :])
+        if has_members_in_other_case(call.body):  # another `input`, for servers that ignore letter case
+            found += item_references(listed_items(call.body))
     return found
 
 

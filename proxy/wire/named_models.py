@@ -167,7 +167,13 @@ def _collect(found: list[str], value: Any) -> None:
 
 def _draws_with_any_model(tools: Any) -> bool:
     each_tool = tools if isinstance(tools, list) else []
-    return any(isinstance(tool, dict) and tool.get("type") == _IMAGES and not tool.get("model") for tool in each_tool)
+    return any(isinstance(tool, dict) and _draws_with_a_model_unnamed(tool) for tool in each_tool)
+
+
+def _draws_with_a_model_unnamed(tool: dict[str, Any]) -> bool:
+    """Return True for a tool that draws, for some servers only if they ignore the letter case of keys."""
+    draws = any(value == _IMAGES and key.casefold() == "type" for key, value in tool.items())
+    return draws and not tool.get("model")
 
 
 def _names(value: Any) -> list[str]:
@@ -197,7 +203,8 @@ def batch_file_models(body: Body, content_type: bytes) -> set[str] | None:
             if len(lines) > _BATCH_LINES_MOST:
                 return None
             for line in filter(bytes.strip, lines):
-                if not _add_models(models, msgspec.json.decode(line).get("body")):
+                request = msgspec.json.decode(line)
+                if _is_in_other_case(request, "body") or not _add_models(models, request.get("body")):
                     return None
     except (*DECODE_ERRORS, multipart.UnreadableForm, AttributeError):
         return None
@@ -209,12 +216,21 @@ def batch_request_models(body: Body) -> set[str] | None:
     models: set[str] = set()
     check_values(body)
     try:
-        requests = msgspec.json.decode(body)["requests"]
+        batch = msgspec.json.decode(body)
+        requests = batch["requests"]
+        if _is_in_other_case(batch, "requests") or any(_is_in_other_case(each, "params") for each in requests):
+            return None
         if not all(_add_models(models, request.get("params")) for request in requests):
             return None
     except (*DECODE_ERRORS, AttributeError, TypeError, KeyError):
         return None
     return models
+
+
+def _is_in_other_case(value: Any, name: str) -> bool:
+    """Return True if an object has a key that is `name` for servers that ignore letter case, but not for others."""
+    members = value if isinstance(value, dict) else {}
+    return any(key != name and key.casefold() == name for key in members)
 
 
 def _add_models(models: set[str], request: Any) -> bool:

@@ -2,12 +2,14 @@
 
 With a key that clients share, any client that names an object by its id would get it. The ids are therefore compared
 with those that the client itself has created.
+
+Servers written in Go ignore the letter case of keys, others do not: a body is searched as either of them reads it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Final, NamedTuple
@@ -46,9 +48,6 @@ _FIELD_NAME = re.compile(r"[a-z_]+")  # in the name of a form's field, such as `
 ITEMS: Final = "items"
 """The collection of a response's items. It has no path: an item is named in the input of a later response."""
 
-_LONG_ITEM_BYTES: Final = 4096  # a reference has about 50; a longer item that looks like content is not decoded
-_HEAD_BYTES: Final = 256
-
 _ESCAPE: Final = b"\\u00"
 _ESCAPED_LETTER = re.compile(rb"\\u00(?:[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
 """A letter or underscore written as an escape. Encoders do not escape letters, but a client could to hide a key.
@@ -56,6 +55,9 @@ _ESCAPED_LETTER = re.compile(rb"\\u00(?:[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
 
 _ESCAPED_LETTERS_MOST: Final = 50_000  # 30 ms; text about escapes, such as a program, may contain some
 REFERENCES_MOST: Final = 10_000  # of one body
+
+_OUTERMOST: Final = frozenset({*_COLLECTIONS, "input", "items", "tools"})
+"""Members of the outermost object that may name objects. The prompt's decoder knows them in this letter case only."""
 
 _NUL: Final = b"\0"
 _QUOTE: Final = 34
@@ -83,7 +85,11 @@ def references(body: Body, others: Iterable[memoryview | Body] = ()) -> frozense
     """
     if body.find(_NUL) >= 0:
         return None  # JSON in UTF-16 or UTF-32, which some servers read, and no search here does
-    if not (may_refer(body) or any(_contains(bytes(member).lower(), _ELSEWHERE) for member in others)):
+    if not (
+        may_refer(body)
+        or any(_contains(bytes(member).lower(), _ELSEWHERE) for member in others)
+        or has_members_in_other_case(body)
+    ):
         return frozenset()
     plain, escaped_letters = body, 0
     if body.find(_ESCAPE) >= 0:
@@ -112,6 +118,23 @@ def may_refer(body: Body) -> bool:
     )
 
 
+def has_members_in_other_case(body: Body) -> bool:
+    """Return True if the outermost object names a member that is searched, but in another letter case."""
+    try:
+        members = _decode_members(text_with_keys(body))
+    except DECODE_ERRORS:
+        return False  # it is not JSON, at least to a strict server, as those in Go are
+    return _in_other_case(members, _OUTERMOST)
+
+
+def _in_other_case(members: Iterable[str], names: Container[str]) -> bool:
+    """Return True if a key is one of `names` in another letter case. To Go, U+017F is an s and U+212A a k."""
+    joined = "".join(members)
+    if joined.isascii() and joined.islower():
+        return False  # nearly all
+    return any(key not in names and key.casefold() in names for key in members)
+
+
 def _contains(text: bytes, keys: Iterable[bytes]) -> bool:
     return any(text.find(key) >= 0 for key in keys)  # `in` takes four times as long
 
@@ -124,7 +147,7 @@ def form_references(body: Body, content_type: bytes) -> frozenset[Reference] | N
     found: list[Reference] = []
     try:
         for field in multipart.fields(body, content_type):
-            collections = {_COLLECTIONS.get(name) for name in _FIELD_NAME.findall(field.name.lower())} - {None}
+            collections = {_COLLECTIONS.get(name) for name in _FIELD_NAME.findall(field.name.casefold())} - {None}
             found += [Reference(str(each), str(field.value, "utf-8").strip()) for each in collections]
     except (multipart.UnreadableForm, UnicodeDecodeError):
         lower = body.lower()
@@ -142,39 +165,40 @@ def first_object_id(members: Iterable[memoryview]) -> str | None:
     return None
 
 
-class _Item(msgspec.Struct, gc=False):
-    """An input item: the members that show whether it only refers to an item of an earlier response."""
-
-    type: Raw = NONE
-    id: Raw = NONE
-    role: Raw = NONE
-
-
 _NAME_BYTES_MOST: Final = 4096  # of an id, or of a type with every letter written as an escape
-_decode_item = msgspec.json.Decoder(_Item).decode
 _decode_members = msgspec.json.Decoder(dict[str, Raw]).decode
-_KEY_IN_OTHER_CASE = re.compile(rb'"(?!(?-i:id|type|role)")(?:id|type|role)"\s*:', re.IGNORECASE)
+_ITEM_KEYS: Final = ("id", "type", "role")
 
 
 def item_references(items: Iterable[memoryview | bytes]) -> list[Reference]:
     """Return the items of earlier responses that input items refer to; `type` may be left out in a reference."""
     found: list[Reference] = []
     for item in items:
-        if len(item) > _LONG_ITEM_BYTES and _is_long_content(bytes(item[:_HEAD_BYTES])):
-            continue
-        try:
-            head = _decode_item(item if _KEY_IN_OTHER_CASE.search(item) is None else _with_small_keys(item))
-            object_id, kind = _text(head.id), _text(head.type)
-        except DECODE_ERRORS:
-            continue  # a string
-        if object_id is not None and (kind == "item_reference" or (_is_absent(head.type) and _is_absent(head.role))):
-            found.append(Reference(ITEMS, object_id))
+        with suppress(*DECODE_ERRORS):  # of a string
+            found += [Reference(ITEMS, object_id) for object_id in _item_ids(text_with_keys(bytes(item)))]
     return found
 
 
-def _with_small_keys(item: memoryview | bytes) -> bytes:
-    """Return an item as servers that ignore the letter case of keys read it. Raises DECODE_ERRORS."""
-    return msgspec.json.encode({key.lower(): value for key, value in _decode_members(item).items()})
+def _item_ids(item: Body) -> list[str]:
+    """Return the ids to which an item may refer, as servers with and without regard to letter case read it.
+
+    Of a key in several letter cases, any may count. Raises DECODE_ERRORS.
+    """
+    members = _decode_members(item)
+    found = _referred(*[[members.get(name, NONE)] for name in _ITEM_KEYS])
+    if _in_other_case(members, _ITEM_KEYS):
+        found += _referred(
+            *[[value for key, value in members.items() if key.casefold() == name] or [NONE] for name in _ITEM_KEYS]
+        )
+    return found
+
+
+def _referred(ids: list[Raw], kinds: list[Raw], roles: list[Raw]) -> list[str]:
+    """Return the ids of an item that is a reference by one of these types and one of these roles."""
+    refers = any(_text(kind) == "item_reference" for kind in kinds) or (
+        any(map(_is_absent, kinds)) and any(map(_is_absent, roles))
+    )
+    return [text for each in ids if (text := _text(each)) is not None] if refers else []
 
 
 def _text(value: Raw) -> str | None:
@@ -193,21 +217,17 @@ _decode_items = msgspec.json.Decoder(list[Raw]).decode
 
 
 def listed_items(body: Body) -> list[memoryview]:
-    """Return the items that a JSON body lists as `input` or `items`; a body without such a list has none."""
+    """Return the items that a JSON body lists as `input` or `items`, in any letter case; there may be no list."""
     found: list[memoryview] = []
     try:
         top = _decode_members(body)
     except DECODE_ERRORS:
         return found
-    for key in ("input", "items"):
-        with suppress(*DECODE_ERRORS):
-            found += map(memoryview, _decode_items(top[key]) if key in top else ())
+    for key, value in top.items():
+        if key.casefold() in ("input", "items"):
+            with suppress(*DECODE_ERRORS):
+                found += map(memoryview, _decode_items(value))
     return found
-
-
-def _is_long_content(head: bytes) -> bool:
-    """Return True if a long item begins like a message, a call or a result."""
-    return (b'"role"' in head or b'"type"' in head) and b"item_reference" not in head and _ESCAPE not in head
 
 
 def _unescaped(escape: re.Match[bytes]) -> bytes:
@@ -230,7 +250,7 @@ def _in_decoded(value: Any) -> tuple[list[Reference], int]:
             kind = each.get("type")
             calls_tool = isinstance(kind, str) and kind in _TOOL_CALLS
             for key, member in each.items():
-                if collection := _COLLECTIONS.get(key.lower()):
+                if collection := _COLLECTIONS.get(key.casefold()):
                     keys += 1
                     found += [Reference(collection, name) for name in _ids(member)] if may_refer else ()
                 is_own = key in _CLIENTS_OWN or (calls_tool and key == "input")

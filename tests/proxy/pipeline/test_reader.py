@@ -182,6 +182,49 @@ def test_what_continues_a_response_goes_to_its_replica_if_it_is_ones_own() -> No
             reader(locations).read(exchange("POST", "/v1/responses", body))
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"PREVIOUS_RESPONSE_ID": "resp_1"},
+        {"previous_response_id": "resp_2", "Previous_Response_Id": "resp_1"},
+        {"Conversation": {"id": "resp_1"}},
+        {"Container": "resp_1"},
+        {"Tools": [{"type": "file_search", "vector_store_ids": ["resp_1"]}]},
+        {"Input": [{"type": "item_reference", "id": "resp_1"}]},
+        {"File_Id": "resp_1"},
+    ],
+)
+@pytest.mark.parametrize("long", [False, True])
+def test_an_object_in_a_member_in_another_letter_case_must_be_ones_own(more: dict[str, Any], long: bool) -> None:
+    """Servers written in Go would use it. A long body is read in a thread."""
+    body = {"model": "dear", "input": "x" * (LONG_IF_DECODED_BYTES if long else 1)} | more
+    for owner in ("mine", "others"):
+        asked = exchange("POST", "/v1/responses", body)
+        read = reader(made(resp_1=owner, resp_2="mine"))
+        if long:
+            with pytest.raises(TakesLong):
+                read.read(asked)
+            asked.is_read_aside = True
+        if owner == "mine":
+            read.read(asked)
+        else:
+            with pytest.raises(UnknownObject):
+                read.read(asked)
+
+
+def test_items_in_another_letter_case_are_checked_in_a_body_that_is_no_prompt_too() -> None:
+    """New items of a conversation are listed under `items`."""
+    body = {"Items": [{"type": "item_reference", "id": "msg_1"}]}
+    for owner, fails in (("mine", False), ("others", True)):
+        asked = exchange("POST", "/v1/conversations/conv_1/items", body)
+        read = reader(made(msg_1=owner, conv_1="mine"), of=pools(SHARED))
+        if fails:
+            with pytest.raises(UnknownObject):
+                read.read(asked)
+        else:
+            read.read(asked)
+
+
 def test_with_the_clients_own_keys_no_object_is_refused() -> None:
     """The upstream judges; what is known only decides the replica, and only within the pool of the model."""
     body = {"model": "free-1", "input": "x", "previous_response_id": "resp_1"}

@@ -78,6 +78,8 @@ SCHEMA = {"type": "object", "properties": {"model": {"type": "string"}}, "$defs"
         ({"engine": "a", "deployment_id": "b", "extra_body": {"preset": "c"}}, ["a", "b", "c"]),
         ({"tools": [{"type": "image_generation"}]}, None),
         ({"tools": [{"type": "image_generation", "model": None}]}, None),
+        ({"Tools": [{"Type": "image_generation"}]}, None),
+        ({"tools": [{"type": "x", "TYPE": "image_generation"}]}, None),
         ({"MODEL": "x"}, None),
         ({"fallbacks": [{"model": "a"}]}, None),
         ({"context_window_fallbacks": [{"m": ["a"]}]}, None),
@@ -144,11 +146,12 @@ def line(**body: object) -> bytes:
         (line(model="a", tools=[{"type": "image_generation", "model": "b"}]), {"a", "b"}),
         (line(model="a", tools=[{"type": "image_generation"}]), None),
         (line(model="a", models=[7]), None),
+        (b'{"body":{"model":"a"},"Body":{"model":"b"}}', None),
         (b'{"body":7}', None),
         (b"7", None),
         (b"{}\n" * 50_001, None),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_the_models_of_a_batch_file_are_those_of_all_its_lines(content: bytes, models) -> None:
     """One line that cannot be read makes the file unreadable."""
@@ -162,6 +165,8 @@ def test_the_models_of_a_batch_file_are_those_of_all_its_lines(content: bytes, m
         ({"requests": [{"params": {"model": "a"}}, {"params": {"model": "b"}}]}, {"a", "b"}),
         ({"requests": []}, set()),
         ({"requests": [{"params": {}}]}, None),
+        ({"requests": [{"params": {"model": "a"}}], "REQUEST\u017f": []}, None),
+        ({"requests": [{"params": {"model": "a"}, "Params": {"model": "b"}}]}, None),
         ({"requests": [7]}, None),
         ({"requests": 7}, None),
         ({}, None),

@@ -102,6 +102,7 @@ def test_an_item_that_only_refers_to_an_earlier_one_is_found(item, refers: bool)
         (b'{"input":[{"id":"a"},"b"]}', 2),
         (b'{"items":[{"id":"a"}],"input":"text"}', 1),
         (b'{"input":{"id":"a"}}', 0),
+        (b'{"Input":[{"id":"a"}],"ITEMS":[{"id":"b"}],"input":[{"id":"c"}]}', 3),
         (b"[]", 0),
         (b"{", 0),
         (b"{}", 0),
@@ -145,6 +146,57 @@ def test_letter_case_does_not_hide_a_key() -> None:
     assert found({"tools": tools}, "tools") == {Reference("containers", "c-1")}
 
 
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"PREVIOUS_RESPONSE_ID": "r"}, {Reference("responses", "r")}),
+        ({"previou\u017f_respon\u017fe_id": "r"}, {Reference("responses", "r")}),
+        ({"Conversation": {"id": "c"}}, {Reference("conversations", "c")}),
+        ({"conver\u017fation": "c"}, {Reference("conversations", "c")}),
+        ({"Container": "c"}, {Reference("containers", "c")}),
+        ({"Tools": [{"vector_store_ids": ["v"]}]}, {Reference("vector_stores", "v")}),
+        (
+            {"previous_response_id": "a", "Previous_Response_Id": "b"},
+            {Reference("responses", "a"), Reference("responses", "b")},
+        ),
+        ({"Model": "m", "MESSAGES": [], "metadata": {"Conversation": "c"}}, set()),
+        ({"messages": [{"content": '{"Conversation":"c"}'}]}, set()),
+    ],
+)  # fmt: skip
+def test_letter_case_does_not_hide_a_member_of_the_outermost_object(body, expected) -> None:
+    """Go's decoder takes the long s for an s. The keys that a client chooses in its metadata name nothing."""
+    assert references(json.dumps(body).encode()) == expected
+    assert references(json.dumps(body, ensure_ascii=False).encode()) == expected
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        (b'{"id":"a","ID":"b"}', {"a", "b"}),
+        (b'{"id":"a","Role":"user"}', {"a"}),
+        (b'{"ID":"a","Role":"user"}', set()),
+        (b'{"id":"a","role":"user","Role":null}', {"a"}),
+        (b'{"type":"message","id":"a","Type":"item_reference"}', {"a"}),
+        (b'{"type":"item_reference","id":"a","Type":"message","Id":"b"}', {"a", "b"}),
+        (b'{"type":"message","id":"a","call":{"ID":"b"}}', set()),
+    ],
+)
+def test_an_item_refers_to_every_id_that_some_server_would_read_in_it(item: bytes, expected: set[str]) -> None:
+    """Whether it knows its keys in one letter case or in all."""
+    assert {each.object_id for each in item_references([item])} == expected
+
+
+@pytest.mark.parametrize("padding", [b"x" * 300, b"x" * 9_000])
+def test_a_long_item_that_begins_like_content_may_refer_all_the_same(padding: bytes) -> None:
+    """The last value of a key counts."""
+    for hidden in (
+        b'{"role":"user","pad":"%b","type":"item_reference","id":"msg_1"}',
+        b'{"type":"message","pad":"%b","type":"item_reference","id":"msg_1"}',
+        b'{"role":"user","pad":"%b","role":null,"id":"msg_1"}',
+    ):
+        assert item_references([hidden % padding]) == [Reference(ITEMS, "msg_1")]
+
+
 TYPE = b"multipart/form-data; boundary=b"
 
 
@@ -156,7 +208,7 @@ def form(**fields: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "name", ["file_id", "File_ID", "file_ids[]", "file_ids[0]", "image[file_id]", "input_file_id"]
+    "name", ["file_id", "File_ID", "file_id\u017f", "file_ids[]", "file_ids[0]", "image[file_id]", "input_file_id"]
 )
 def test_the_fields_of_a_form_refer_as_members_do(name: str) -> None:
     """However servers write structures in their names."""
