@@ -141,10 +141,14 @@ def _share(unknown: list[Step], change: int) -> None:
 def _recount_media(steps: list[Step], media: Sequence[MediaPart], change: int) -> int:
     """Change the counts of media that lie in runs on no reported chain, at most to zero. Return the change made."""
     runs: list[tuple[Node, list[MediaPart]]] = []
-    begin = 0
+    at = begin = 0
     for step in steps:
         node, end = step.node, step.node.ends[step.blocks - 1]
-        inside = [part for part in media if begin <= part[0] and part[1] <= end]
+        inside: list[MediaPart] = []
+        while at < len(media) and media[at][1] <= end:  # both are ascending: each part is looked at once
+            if begin <= media[at][0]:
+                inside.append(media[at])
+            at += 1
         if inside and not node.known:
             runs.append((node, inside))
         begin = end

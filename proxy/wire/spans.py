@@ -49,8 +49,22 @@ def _address(value: Body | memoryview | msgspec.Raw) -> int:
 
 def span_of(body: Body, part: memoryview | msgspec.Raw) -> tuple[int, int]:
     """Return start and end of `part`, a view into `body`, as offsets in bytes; raise ValueError if it is not one."""
-    start = _address(part) - _address(body)
-    end = start + len(memoryview(part))
-    if start < 0 or end > len(body):
+    start = Offsets(body).of(part)
+    if start < 0:
         raise ValueError("the part does not lie in this body")
-    return start, end
+    return start, start + len(memoryview(part))
+
+
+class Offsets:
+    """Finds the offsets of many parts of one body, whose own address is looked up once."""
+
+    __slots__ = ("_address", "_size_bytes")
+
+    def __init__(self, body: Body) -> None:
+        self._address = _address(body)
+        self._size_bytes = len(body)
+
+    def of(self, part: memoryview | msgspec.Raw) -> int:
+        """Return the offset of `part`; -1 if it is not a view into the body."""
+        start = _address(part) - self._address
+        return start if 0 <= start <= self._size_bytes - len(memoryview(part)) else -1

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from cache.index.fingerprint import Fingerprint, MediaPart
-from cache.index.token_counts import estimate
+from cache.index.nodes import Node, Step
+from cache.index.token_counts import estimate, learn_tokens
 
 
 class CountedMedia(tuple[MediaPart, ...]):
@@ -42,4 +43,17 @@ def test_each_medium_is_looked_at_a_few_times_however_many_there_are(count: int)
     media = CountedMedia((end - 1000, end - 500, 10) for end in ends)
     fingerprint = Fingerprint(array("Q", range(count)), ends, media)
     estimate(fingerprint, None, 10.0 * count)
+    assert media.looks <= 8 * count
+
+
+def test_a_report_looks_at_each_medium_a_few_times_however_many_forks_the_prompt_has() -> None:
+    """A client can make a fork at each picture, by prompts that end there."""
+    count = 300
+    media = CountedMedia((1000 * i, 1000 * i + 500, 10) for i in range(count))
+    steps: list[Step] = []
+    for i in range(count):
+        node = Node(None, array("Q", [i]), array("I", [1000 * (i + 1)]), array("I", [20]), {})
+        steps.append(Step(node, 1, i, 20 * i))
+    learn_tokens(steps, 25 * count, media)
+    assert sum(step.node.tokens[-1] for step in steps) - steps[-1].node.tokens[-1] > 20 * (count - 1)
     assert media.looks <= 8 * count

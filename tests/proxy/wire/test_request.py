@@ -15,6 +15,7 @@ from proxy.errors import BadRequest
 from proxy.model import Endpoint, UsageRequest
 from proxy.records import Media
 from proxy.wire import media
+from proxy.wire import spans as spans_module
 from proxy.wire.request import first_file_id, read
 
 CHAT = b'{"model":"m","messages":[{"role":"user","content":"hi"} , {"role":"user","content":"\xc3\xa9"}]}'
@@ -488,6 +489,31 @@ def test_media_are_located_in_views_of_the_body_and_in_rewritten_copies_of_them(
         assert len({start for start, _, _ in found}) == 3
     assert media.locate_media(prompt.media, body, prompt.spans[:1], lambda kind: 1.0)[1:] == ()
     assert media.locate_media([Media("image", 50)], body, prompt.spans, lambda kind: 1.0) == ()
+
+
+@pytest.mark.parametrize("per_message", [1, 5000])
+def test_very_many_pictures_are_found_up_to_a_bound_and_each_is_looked_for_once(
+    per_message: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20,000 of them took half a second of the event loop. Those beyond the bound count as text."""
+    looked_up: list[object] = []
+    address = spans_module._address  # noqa: SLF001 - counted here, and called
+
+    def counted(part: bytes) -> int:
+        looked_up.append(part)
+        return address(part)
+
+    monkeypatch.setattr(spans_module, "_address", counted)
+    picture = _image("A" * 1024)
+    messages = [{"role": "user", "content": [picture] * per_message}] * (5000 // per_message)
+    body = json.dumps({"model": "m", "messages": messages}).encode()
+    prompt = read(body, Endpoint.CHAT)
+    assert len(prompt.media) == media.MEDIA_MOST
+    assert len(looked_up) <= media.MEDIA_MOST + 10
+    looked_up.clear()
+    found = media.locate_media(prompt.media, body, prompt.spans, lambda kind: 1.0)
+    assert len(found) == media.MEDIA_MOST
+    assert len(looked_up) <= min(len(messages), media.MEDIA_MOST) + 10
 
 
 @pytest.mark.parametrize("content", [b'"%b"', b'[{"type":"text","text":"%b"}]'])
