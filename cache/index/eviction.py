@@ -63,7 +63,7 @@ class Eviction:
         steps = UPKEEP_STEPS
         if state.slots is not None:
             steps = _fit_slots(tree, state, state.slots, steps)
-        if state.entries.tokens > state.budget_tokens:
+        if state.entries.stored_tokens > state.budget_tokens:
             steps = self.evict(tree, state, steps)
         if self._retired:
             steps = self.clear_retired(steps)
@@ -83,7 +83,7 @@ class Eviction:
         """
         entries, began = state.entries, tree.last_stamp
         while steps > 0 and entries.blocks:
-            over = entries.tokens - state.budget_tokens
+            over = entries.stored_tokens - state.budget_tokens
             if over <= 0:
                 break
             steps -= 1
@@ -130,7 +130,7 @@ def dropped_tokens(state: ReplicaState, matched_tokens: float, uncached_tokens: 
     """Predict the tokens that a replica must evict for a prompt of which it holds `matched_tokens`."""
     entries = state.entries
     if state.slots is None:
-        over = entries.tokens + uncached_tokens - state.budget_tokens
+        over = entries.stored_tokens + uncached_tokens - state.budget_tokens
         return min(max(over, 0.0), uncached_tokens)
     if matched_tokens > uncached_tokens or state.taken_slots < state.slots:
         return 0.0  # it continues in its own slot, or a slot is free
@@ -144,7 +144,7 @@ def free_prompts(state: ReplicaState, prompt_tokens: float) -> int:
     prompt_tokens = max(prompt_tokens, MIN_PROMPT_TOKENS)
     if state.budget_tokens >= UNLIMITED_TOKENS:
         return -int(state.entries.tokens / prompt_tokens) - 1
-    return int(max(state.budget_tokens - state.entries.tokens, 0) / prompt_tokens)
+    return int(max(state.budget_tokens - state.entries.stored_tokens, 0) / prompt_tokens)
 
 
 def _fit_slots(tree: Tree, state: ReplicaState, slots: int, steps: int) -> int:

@@ -113,7 +113,7 @@ def judge(
     if placement.whole and placement.confident:
         _observe_whole(state, placement, cached_tokens)
     error = cached_tokens - min(placement.predicted_tokens, prompt_tokens)
-    tolerance = max(MIN_TOLERANCE_TOKENS, placement.tolerance_tokens, granularity.tolerance_tokens())
+    tolerance = _tolerance_tokens(state, placement, cached_tokens)
     if error > tolerance + placement.allowance_tokens:
         return _more(state, placement, cached_tokens, steps, error)
     if not placement.confident:
@@ -129,6 +129,14 @@ def judge(
     if not placement.whole:
         return _fork_shortfall(placement, steps, error)
     return _whole_shortfall(state, placement, prompt_tokens, cached_tokens, steps)
+
+
+def _tolerance_tokens(state: ReplicaState, placement: Placement, cached_tokens: int) -> int:
+    """Return the largest difference between prediction and report that is due to whole blocks and rounding alone."""
+    granularity = state.granularity
+    if placement.whole and not cached_tokens and granularity.knows_end(placement.held_tokens):
+        return MIN_TOLERANCE_TOKENS  # not even a single block was found
+    return max(MIN_TOLERANCE_TOKENS, placement.tolerance_tokens, granularity.tolerance_tokens())
 
 
 def confirm(
@@ -254,12 +262,14 @@ def _whole_shortfall(
 ) -> FeedbackKind:
     """Explain a shortfall of a whole earlier prompt, whose count was reported."""
     is_old = placement.reuse_tokens > state.proven_tokens  # older than everything that was shown to be cached
-    is_full = state.entries.tokens >= NEARLY_FULL * state.budget_tokens
+    is_full = state.entries.stored_tokens >= NEARLY_FULL * state.budget_tokens
     if state.capacity_tokens is None and not is_full:  # of its room, only what was shown is known
-        is_full = 0 < GROWTH * state.proven_tokens < placement.reuse_tokens > state.entries.tokens // 2
+        is_full = 0 < GROWTH * state.proven_tokens < placement.reuse_tokens > state.entries.stored_tokens // 2
     if _explained(state, placement, cached_tokens, steps) and not (is_old and is_full):
-        # an engine that never reused a prompt this short shows nothing by not doing so again
-        return _TAIL if placement.held_tokens < state.shortest_hit_tokens else _suspect(state, placement)
+        if placement.held_tokens >= state.shortest_hit_tokens:
+            return _suspect(state, placement)
+        state.saw_loss()  # nothing else: an engine that never reused a prompt this short may not
+        return _TAIL
     if not is_old or _is_shorter(placement, prompt_tokens, steps):
         return _TAIL
     if state.granularity.may_explain(placement.held_tokens - cached_tokens):
@@ -302,7 +312,7 @@ def _evicted(state: ReplicaState, placement: Placement) -> FeedbackKind:
     sources = {each.source for each in state.evictions}
     if len(state.evictions) < needed or (state.has_several_sources and len(sources) < 2):
         return _EVICTED
-    if state.placed_tokens < SHRINK_AFTER * min(state.entries.tokens, state.budget_tokens):
+    if state.placed_tokens < SHRINK_AFTER * min(state.entries.stored_tokens, state.budget_tokens):
         return _EVICTED
     return _LESS
 
@@ -322,12 +332,12 @@ def _suspect(state: ReplicaState, placement: Placement) -> FeedbackKind:
 def _explained(state: ReplicaState, placement: Placement, cached_tokens: int, steps: list[Step]) -> bool:
     """Return True if no more was cached than the suspects' own responses have computed since."""
     tolerance = max(MIN_TOLERANCE_TOKENS, state.granularity.tolerance_tokens())
-    if cached_tokens <= tolerance // 2:
+    if cached_tokens <= min(tolerance // 2, MIN_TOLERANCE_TOKENS):  # one large block is something
         return True
     for other in state.suspects:
         common = _common_blocks(other, placement)
         tokens = max([step.tokens for step in steps if step.depth <= common], default=0)
-        if common and cached_tokens <= tokens + tolerance:
+        if common and cached_tokens <= tokens + MIN_TOLERANCE_TOKENS:
             return True
     return False
 

@@ -17,7 +17,9 @@ MIN_REPEATED: Final = 8
 """Or two different counts in this many reports: with large blocks, prompts of a usual length have no third."""
 
 MIN_SPREAD_TOKENS: Final = 128
-"""Or one count in `MIN_REPEATED` reports, for whole prompts whose lengths differ by this much."""
+"""Or one count in `MIN_REPEATED` reports, for whole prompts whose lengths differ by this much; or in more reports if
+they differ less, in proportion.
+"""
 
 MIN_BLOCK_TOKENS: Final = 16
 """A smaller common divisor makes no difference to any prediction."""
@@ -28,6 +30,12 @@ MAX_LAG_BLOCKS: Final = 2
 
 MIN_ENDS: Final = 8
 """Reports needed to know how many blocks at the end an engine leaves unused."""
+
+SURE_END_SHARE: Final = 0.8
+"""Share of these reports that must agree before fewer blocks than expected are no longer explained by them."""
+
+END_MARGIN_TOKENS: Final = 128
+"""Error of a count that is allowed for before it decides how many blocks a prompt has."""
 
 MIN_MISSES: Final = 3
 """Number of whole recent prompts in a row of which nothing was cached, after which prompts up to their length count
@@ -55,6 +63,11 @@ nothing, until one does. Conversations grow with each turn, so each turn is long
 MAX_BLOCK_TOKENS: Final = 2_096
 """The largest known block."""
 
+TRIAL_PROMPTS: Final = 16
+"""One of so many prompts that are too short to be reused is routed as if it were not: nothing else would show that
+the engine reuses such prompts if all of them went elsewhere.
+"""
+
 _NO_HIT: Final = 1 << 62  # tokens of the shortest prompt that was reused, as long as there is none
 
 COARSE_TOKENS: Final = 256
@@ -72,6 +85,7 @@ class Granularity:
         "_counts",
         "_divisor",
         "_ends",
+        "_hidden",
         "_lags",
         "_long_misses",
         "_longest_miss",
@@ -92,6 +106,7 @@ class Granularity:
         self._lags = [0] * (MAX_LAG_BLOCKS + 1)
         self._ends = 0
         self._misses = 0
+        self._hidden = 0  # look-ups in which a prompt was too short to be expected
         self._long_misses = 0
         self._longest_miss = 0
         self._shortest_hit = _NO_HIT
@@ -104,6 +119,8 @@ class Granularity:
         if not cached_tokens or self._divisor == 1:
             return
         self._divisor = gcd(self._divisor, cached_tokens)
+        if self.floor_tokens:
+            self._set_floor()
         if len(self._counts) < MIN_COUNTS:
             self._counts.add(cached_tokens)
             self._reports += 1
@@ -123,7 +140,8 @@ class Granularity:
             return
         least, most = min(least, held_tokens), max(most, held_tokens)
         self._same = (count, times + 1, least, most)
-        if times >= MIN_REPEATED and most - least >= MIN_SPREAD_TOKENS and not self.block_tokens:
+        is_spread = (most - least) * times >= MIN_SPREAD_TOKENS * MIN_REPEATED
+        if times >= MIN_REPEATED and is_spread and not self.block_tokens:
             self._set_block(self._divisor)
 
     def is_repeated(self, cached_tokens: int) -> bool:
@@ -180,8 +198,20 @@ class Granularity:
                 self._set_floor()
 
     def _set_floor(self) -> None:
+        """Expect nothing of prompts up to twice as long as those that missed, or up to what reports allow."""
         tokens = min(FLOOR_GROWTH * self._longest_miss, self._shortest_hit - 1)
-        self.floor_tokens = tokens if self._long_misses >= MIN_LONG_MISSES else min(tokens, MAX_FLOOR_TOKENS)
+        if self._long_misses < MIN_LONG_MISSES:
+            tokens = min(tokens, MAX_FLOOR_TOKENS)
+        if self._divisor >= MIN_BLOCK_TOKENS:
+            tokens = min(tokens, (MAX_LAG_BLOCKS + 1) * self._divisor)
+        self.floor_tokens = tokens if tokens >= COARSE_TOKENS else 0
+
+    def is_trial(self, held_tokens: int) -> bool:
+        """Return True for one in many prompts that are too short to be reused: it is routed as if it were not."""
+        if held_tokens > self.floor_tokens:
+            return False
+        self._hidden = (self._hidden + 1) % TRIAL_PROMPTS
+        return self._hidden == 0
 
     @property
     def is_coarse(self) -> bool:
@@ -209,3 +239,10 @@ class Granularity:
     def tolerance_tokens(self) -> int:
         """Return the largest shortfall that whole blocks alone explain."""
         return self.block_tokens * (1 if self._ends >= MIN_ENDS else MAX_LAG_BLOCKS + 1)
+
+    def knows_end(self, held_tokens: int) -> bool:
+        """Return True if it is certain how many blocks are reused of a whole earlier prompt of `held_tokens`."""
+        ends, sure = self._ends, SURE_END_SHARE * self._ends
+        if not self.block_tokens or ends < MIN_ENDS or self._lags[self.lag_blocks] < sure:
+            return False
+        return self.usable(held_tokens - END_MARGIN_TOKENS) == self.usable(held_tokens)

@@ -36,6 +36,7 @@ def round_to_blocks(
             continue
         for step in steps:
             if step.depth == have.blocks and step.tokens == have.tokens:  # fewer are what answers have reported
-                reused = states[replica].granularity.usable(have.tokens)
-                if reused < have.tokens:
+                granularity = states[replica].granularity
+                reused = granularity.usable(have.tokens)
+                if reused < have.tokens and not granularity.is_trial(have.tokens):
                     found[replica] = Held(have.blocks, have.size_bytes, reused, have.tokens - reused)

@@ -72,10 +72,21 @@ class Residency:
 
     `touched_by` is the last placement over it, `confirmed` the number of the run's boundaries that a response has
     proved, `output_tokens` the tokens that the engine generated after the end of the run and may have cached. `ends`
-    are the numbers of boundaries at which prompts ended that this replica has answered.
+    are the numbers of boundaries at which prompts ended that this replica has answered. `unstored_tokens` are the
+    tokens of the run in excess of the whole blocks that end in it; they are negative if its first block begins above.
     """
 
-    __slots__ = ("confirmed", "ends", "newer", "node", "older", "output_tokens", "stamp", "touched_by")
+    __slots__ = (
+        "confirmed",
+        "ends",
+        "newer",
+        "node",
+        "older",
+        "output_tokens",
+        "stamp",
+        "touched_by",
+        "unstored_tokens",
+    )
 
     def __init__(
         self,
@@ -96,20 +107,30 @@ class Residency:
         self.confirmed = confirmed
         self.output_tokens = output_tokens
         self.ends = ends
+        self.unstored_tokens = 0
 
 
 @mypyc_attr(acyclic=True)
 class ReplicaEntries:
-    """Entries of one replica in one epoch. `ring.newer` is its oldest residency, `ring.older` its newest."""
+    """Entries of one replica in one epoch. `ring.newer` is its oldest residency, `ring.older` its newest.
 
-    __slots__ = ("blocks", "evicted_blocks", "replica", "ring", "tokens")
+    `unstored_tokens` is the sum of its residencies' values.
+    """
+
+    __slots__ = ("blocks", "evicted_blocks", "replica", "ring", "tokens", "unstored_tokens")
 
     def __init__(self, replica: int, ring: Residency) -> None:
         self.replica = replica  # NOBODY once the epoch is over, until the entries are cleared
         self.ring = ring
         self.blocks = 0
         self.tokens = 0
+        self.unstored_tokens = 0
         self.evicted_blocks = 0
+
+    @property
+    def stored_tokens(self) -> int:
+        """Tokens of the whole blocks in which the engine keeps these entries: the room that they take there."""
+        return self.tokens - self.unstored_tokens
 
 
 @mypyc_attr(acyclic=True)

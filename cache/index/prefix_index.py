@@ -15,12 +15,12 @@ from cache.index.eviction import MAX_BLOCKS, MAX_BYTES, UPKEEP_STEPS, Eviction, 
 from cache.index.feedback import confirm, judge, new_budget
 from cache.index.fingerprint import Fingerprint
 from cache.index.matching import add_fork, reused_tokens, round_to_blocks
-from cache.index.nodes import NO_PLACEMENT, NOBODY, ReplicaEntries, Step
+from cache.index.nodes import NO_PLACEMENT, NOBODY, Node, ReplicaEntries, Step
 from cache.index.placement import Feedback, FeedbackKind, Held, IndexStats, Match, Placement, ReplicaStats
 from cache.index.replica_state import UNLIMITED_TOKENS, ReplicaState
 from cache.index.rows import Reader, ReplicaRow, RunRow, written
 from cache.index.token_counts import estimate
-from cache.index.tree import Tree, ends_at, new_entries, reuse_distance
+from cache.index.tree import Tree, count_stored, ends_at, new_entries, reuse_distance
 
 __all__ = [
     "UNLIMITED_TOKENS",
@@ -240,11 +240,13 @@ class PrefixIndex:
         if placement.epoch != state.epoch:
             return Feedback(predicted, error, FeedbackKind.STALE)
         steps = self._tree.walk(placement.fingerprint.hashes)
-        resident = state.entries.tokens
+        resident = state.entries.stored_tokens
         learnt = judge(state, placement, prompt_tokens, cached_tokens, steps)
         self._note_blocks(placement.replica, state)
         steps = self._renew(state, placement.fingerprint, prompt_tokens, steps, placement.id)
         confirm(state.entries, placement.fingerprint, steps, prompt_tokens, output_tokens)
+        if placement.replica in self._coarse:
+            self._count_stored(state, [step.node for step in steps])
         epoch = state.epoch + 1 if learnt is _RESTARTED else None
         budget = new_budget(state, placement, learnt, resident)
         if decide and epoch is not None:
@@ -277,6 +279,8 @@ class PrefixIndex:
             steps = self._tree.walk(fingerprint.hashes)
             steps = self._renew_elsewhere(state, fingerprint, prompt_tokens, steps, placement_id)
             confirm(state.entries, fingerprint, steps, prompt_tokens, output_tokens)
+            if replica in self._coarse:
+                self._count_stored(state, [step.node for step in steps])
 
     def _renew(
         self,
@@ -469,6 +473,17 @@ class PrefixIndex:
         else:
             self._coarse.discard(replica)
 
+    def _is_room_known(self, state: ReplicaState) -> bool:
+        """Return True if a stated capacity can be relied on: with large blocks, their size may still be a guess."""
+        if state.capacity_tokens is None or state.entries.replica in self._coarse:
+            return False
+        return state.hit_share >= SAFE_HIT_SHARE
+
+    def _count_stored(self, state: ReplicaState, path: list[Node]) -> None:
+        """Count the room that a path takes at a replica whose blocks are large."""
+        if state.granularity.block_tokens:
+            count_stored(state.entries, path, state.granularity.block_tokens)
+
     def _replica(self, replica: int) -> ReplicaState:
         state = self._replicas.get(replica)
         if state is None:
@@ -521,6 +536,8 @@ class PrefixIndex:
             if not path or node is not path[-1]:
                 path.append(node)
         tree.touch(entries, path, stamp, placement_id)
+        if entries.replica in self._coarse:
+            self._count_stored(state, path)
         state.placed_tokens += entries.tokens - held_before
         self._eviction.make_room(tree, state, self._replicas.values())
 
@@ -561,7 +578,7 @@ class PrefixIndex:
             reuse_tokens=reuse_distance(
                 state.entries,
                 residency,
-                REUSE_STEPS if state.capacity_tokens and state.hit_share >= SAFE_HIT_SHARE else REUSE_STEPS_UNKNOWN,
+                REUSE_STEPS if self._is_room_known(state) else REUSE_STEPS_UNKNOWN,
             )
             if whole
             else 0,

@@ -73,13 +73,34 @@ def reuse_distance(entries: ReplicaEntries, residency: Residency, steps: int) ->
     from_newest, from_oldest = ring.older, ring.newer
     for _ in range(steps):
         if from_newest is residency:
-            return newer + residency.node.tokens[-1]  # type: ignore[union-attr]
+            return newer + _stored_tokens(residency)
         if from_oldest is residency:
-            return entries.tokens - older
-        newer += from_newest.node.tokens[-1]  # type: ignore[union-attr]
-        older += from_oldest.node.tokens[-1]  # type: ignore[union-attr]
+            return entries.stored_tokens - older
+        newer += _stored_tokens(from_newest)  # type: ignore[arg-type]
+        older += _stored_tokens(from_oldest)  # type: ignore[arg-type]
         from_newest, from_oldest = from_newest.older, from_oldest.newer  # type: ignore[union-attr]
-    return newer + residency.node.tokens[-1]  # type: ignore[union-attr]
+    return newer + _stored_tokens(residency)
+
+
+def _stored_tokens(residency: Residency) -> int:
+    return residency.node.tokens[-1] - residency.unstored_tokens  # type: ignore[union-attr]
+
+
+def count_stored(entries: ReplicaEntries, path: Sequence[Node], block_tokens: int) -> None:
+    """Note which part of a path, the head first, an engine keeps, whose blocks have `block_tokens`.
+
+    It keeps whole blocks only. A block belongs to the node in which it ends, and prompts that fork off within a block
+    have one each.
+    """
+    start = 0
+    for node in path:
+        end = start + node.tokens[-1]
+        residency = node.held.get(entries)
+        if residency is not None:
+            unstored = end - start - (end // block_tokens - start // block_tokens) * block_tokens
+            entries.unstored_tokens += unstored - residency.unstored_tokens
+            residency.unstored_tokens = unstored
+        start = end
 
 
 class Tree:
@@ -255,6 +276,7 @@ class Tree:
         self.residencies -= 1
         entries.blocks -= len(node.hashes)
         entries.tokens -= node.tokens[-1]
+        entries.unstored_tokens -= residency.unstored_tokens
         if evicted:
             entries.evicted_blocks += len(node.hashes)
         if not node.held:
@@ -287,6 +309,8 @@ class Tree:
         residency.confirmed = min(residency.confirmed, keep)
         residency.ends = tuple([end for end in residency.ends if end <= keep])
         residency.output_tokens = 0
+        entries.unstored_tokens -= residency.unstored_tokens
+        residency.unstored_tokens = 0
 
     def _remember(self, block_hash: int, replica: int) -> None:
         evicted = self._evicted

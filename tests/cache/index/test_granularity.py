@@ -13,6 +13,7 @@ from cache.index.granularity import (
     MIN_MISSES,
     MIN_OLD_MISSES,
     MIN_REPEATED,
+    TRIAL_PROMPTS,
     Granularity,
 )
 
@@ -86,6 +87,40 @@ def test_a_hit_of_a_prompt_as_short_restores_what_is_expected():
     for _ in range(MIN_OLD_MISSES):
         known.observe_miss(2_700, is_recent=True)
     assert known.floor_tokens == 0, "one as short was reused: what is missed since then has another reason"
+
+
+def test_reports_of_smaller_blocks_bound_the_length_of_prompts_of_which_nothing_is_expected():
+    """Of three blocks at least one is reused, whatever missed before."""
+    known = Granularity()
+    for _ in range(MIN_MISSES):
+        known.observe_miss(3_000, is_recent=True)
+    assert known.floor_tokens == 6_000
+    known.observe(1_024)
+    assert known.floor_tokens == 3 * 1_024
+    known.observe(1_040)
+    assert (known.floor_tokens, known.usable(1_500)) == (0, 1_500)
+
+
+def test_one_of_many_short_prompts_is_tried_and_longer_ones_are_no_trial():
+    known = Granularity()
+    for _ in range(MIN_MISSES):
+        known.observe_miss(2_700, is_recent=True)
+    tried = [known.is_trial(2_700) for _ in range(2 * TRIAL_PROMPTS)]
+    assert tried == [*[False] * (TRIAL_PROMPTS - 1), True] * 2
+    assert not any(known.is_trial(known.floor_tokens + 1) for _ in range(2 * TRIAL_PROMPTS))
+
+
+@pytest.mark.parametrize("lags", [[1] * MIN_ENDS, [1, 1, 1, 0] * MIN_ENDS])
+def test_the_end_of_reuse_is_known_if_most_reports_agree_and_the_length_is_not_near_a_boundary(lags):
+    known = Granularity()
+    for count in (528, 1_056, 1_584):
+        known.observe(count)
+    for lag in lags[:-1]:
+        known.observe_end(2_900, 2_640 - 528 * lag)
+    assert not known.knows_end(2_900)
+    known.observe_end(2_900, 2_112)
+    agree = len(set(lags)) == 1
+    assert (known.knows_end(2_900), known.knows_end(2_640 + 100)) == (agree, False)
 
 
 def test_the_first_count_after_misses_is_taken_for_a_block_until_another_comes():
