@@ -17,7 +17,10 @@ from cache.store.replies import parsed
 from cache.store.store import Script, Store
 
 HEAD_SECONDS = 2.0
-"""Time for which a worker's oldest turn counts after the worker last named it, which it does twice a second."""
+"""Time for which a worker's oldest turn counts after the worker last named it, which it does twice a second.
+
+An entry with a later end is damaged, or was written before Redis's clock was set back.
+"""
 
 GONE_SECONDS = 1.0
 """Age from which the claim of a worker that is gone ends: a younger one shows that the worker has come back."""
@@ -32,14 +35,15 @@ local heads, claims, lasts, writer, order, tenant = KEYS[1], KEYS[2], KEYS[3], A
 local head_ms, claim_ms, most, rest_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local gone_ms, gone, first = tonumber(ARGV[8]), {}, 10 + tonumber(ARGV[9])
 for i = 10, first - 1 do gone[ARGV[i]] = true end
-local longest_ms = 3600000 -- no entry lasts longer, so a later end is damage
+local longest_ms = 3600000 -- no claim lasts longer, so a later end is damage
+local ahead_ms = 300000 -- a claim made later, or at an unknown time, is damage or of a clock that was set back
 for _, key in ipairs(KEYS) do drop_unless('hash', key) end
 redis.call('HSET', heads, writer, (now + head_ms) .. '|' .. order)
 redis.call('PEXPIRE', heads, head_ms * 10)
 local all = redis.call('HGETALL', heads)
 for i = 1, #all, 2 do
   local ends, theirs = string.match(all[i + 1], '^(%d+)|(.*)$')
-  if not ends or tonumber(ends) < now or tonumber(ends) > now + longest_ms then
+  if not ends or tonumber(ends) < now or tonumber(ends) > now + head_ms then
     redis.call('HDEL', heads, all[i])
   elseif all[i] ~= writer and theirs < order then
     return ''
@@ -49,8 +53,9 @@ local held, own = {}, 0
 all = redis.call('HGETALL', claims)
 for i = 1, #all, 2 do
   local ends, holder, whose = string.match(all[i + 1], '^(%d+)|([^|]*)|(.*)$')
-  local taken = holder and gone[holder] and tonumber(redis.call('HGET', lasts, all[i]) or '0') or now
-  if not ends or tonumber(ends) < now or tonumber(ends) > now + longest_ms or now - taken >= gone_ms then
+  local taken = holder and tonumber(redis.call('HGET', lasts, all[i]) or '')
+  local is_over = not taken or taken > now + ahead_ms or (gone[holder] and now - taken >= gone_ms)
+  if is_over or tonumber(ends) < now or tonumber(ends) > now + longest_ms then
     redis.call('HDEL', claims, all[i])
   else
     held[all[i]] = true

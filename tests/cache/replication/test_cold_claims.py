@@ -149,3 +149,23 @@ async def test_keys_of_the_wrong_type_hold_nothing_back(two: Two, server: Valkey
         server.ask("SADD", key, "x")
     assert await take(two.one, ["r0"], "1") == "r0"
     assert await take(two.two, ["r0"], "2") is None
+
+
+def set_back_by(server: Valkey, seconds: float, holder: str = "ghost") -> None:
+    """Leave what a worker has written by a clock that was ahead by `seconds` and has been set back since."""
+    now_ms = round((time.time() + seconds) * 1000)  # noqa: TID251
+    server.ask("HSET", keys.cold_heads("pool"), holder, f"{now_ms + 2_000}|")
+    server.ask("HSET", keys.cold_claims("pool"), "r0", f"{now_ms + 30_000}|{holder}|a")
+    server.ask("HSET", keys.cold_last("pool"), "r0", str(now_ms))
+
+
+async def test_a_clock_that_was_set_back_holds_nothing_back(two: Two, server: Valkey) -> None:
+    """A turn that was named, and a claim that was made, half an hour in the future are not waited for."""
+    set_back_by(server, 1_800.0)
+    assert await take(two.one, ["r0"], "1") == "r0"
+
+
+async def test_a_claim_that_was_made_at_no_known_time_holds_nothing_back(two: Two, server: Valkey) -> None:
+    """Every claim is written together with its time; a made-up one may name a worker that never ends."""
+    server.ask("HSET", keys.cold_claims("pool"), "r0", f"{round((time.time() + 3_000) * 1000)}|ghost|a")  # noqa: TID251
+    assert await take(two.one, ["r0"], "1") == "r0"
