@@ -30,6 +30,7 @@ from proxy.wire.decode import ResponseDecoder, content_encoding
 from proxy.wire.errors import error_event
 from proxy.wire.item_ids import StreamedItemIds
 from proxy.wire.late import events_of_plain
+from proxy.wire.schemas import LONG_RESPONSE_BYTES
 from proxy.wire.sse import StreamTap
 from proxy.wire.usage import PassedBody, read_response
 
@@ -248,7 +249,12 @@ class ResponseRelay:
             body = ResponseDecoder(encoding, _READ_AT_MOST_BYTES).feed(body)
         self.release(exchange)
         call = exchange.call
-        exchange.waiting.end_with(events_of_plain(response.status, body, call.endpoint, request_id=call.request_id))
+        about = (response.status, body, call.endpoint)
+        if len(body) < LONG_RESPONSE_BYTES:
+            events = events_of_plain(*about, request_id=call.request_id)
+        else:
+            events = await asyncio.to_thread(events_of_plain, *about, request_id=call.request_id)
+        exchange.waiting.end_with(events)
 
     def _read_plain(self, exchange: Exchange, response: UpstreamResponse, body: bytes) -> None:
         """Read usage, errors and the id of a created object from a whole plain response."""

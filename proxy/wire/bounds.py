@@ -48,8 +48,13 @@ def may_hold_many(text: Body) -> bool:
 
 def check_nesting(text: Body) -> None:
     """Raise BadRequest if `text`, which may hold many values, has too many arrays, objects and members to skip."""
-    if _exceeds(text, _NESTING, NESTED_MOST):
+    if is_nested_beyond(text, NESTED_MOST):
         raise BadRequest(f"the body has more than {NESTED_MOST:,} objects, arrays and members.")
+
+
+def is_nested_beyond(text: Body, most: int) -> bool:
+    """Return True if JSON text has more than `most` arrays, objects and members."""
+    return _exceeds(text, _NESTING, most)
 
 
 def check_array(array: Raw, member: str, items_most: int) -> None:

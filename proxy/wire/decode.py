@@ -20,9 +20,12 @@ DECODED_BYTES_MOST = 64 * 1024 * 1024  # of one response; a longer one is a deco
 _STEP_BYTES_MOST = 4 * 1024 * 1024  # decoded in one step, so that a bomb is noticed before it fills the memory
 _NO_CODINGS: Final = (b"", b"identity", b"utf-8", b"utf8")  # a character set is a common mistake, and harmless
 _CODINGS_MOST: Final = 3  # of one response, one within the other; each makes a bomb worse
-_GZIP_BEGIN: Final = b"\x1f"
+_GZIP_BEGIN: Final = 0x1F
+_GZIP_FEED_BYTES: Final = 16 * 1024
+_MEMBERS_MOST: Final = 4096  # of a request, or in one piece of a response; each takes 3 us, and 20 bytes
 _ZSTD_FEED_BYTES: Final = 128  # zstandard's decoder has no output limit: four bytes may become 128 KiB
 _ZSTD_HEADER_BYTES_MOST: Final = 18
+_ZSTD_PARTS_MOST: Final = 20_000  # frames and blocks of a request; each takes 1 us, and three bytes
 _ZSTD_SKIPPABLE: Final = b"\x2a\x4d\x18"  # the magic number of a frame without data, except for its first byte
 _ZSTD_REPEATED_BYTE: Final = 2  # the type of a block, in bits 1 and 2 of its header
 _ZSTD_WINDOW_BYTES = 8 * 1024 * 1024  # the largest window that RFC 9659 allows
@@ -66,22 +69,39 @@ class ResponseDecoder:
 _Step = Callable[[bytes, int], bytes]
 
 
+class _Gzip:
+    """Decoder of gzip, whose members follow each other (RFC 1952, 2.2).
+
+    zlib copies what follows the end of a member, so it is given a little at a time.
+    """
+
+    def __init__(self) -> None:
+        self._stream = zlib.decompressobj(wbits=31)
+        self._is_over = False  # what follows is padding
+
+    def step(self, chunk: bytes, most: int) -> bytes:
+        parts: list[bytes] = []
+        at = members = 0
+        while at < len(chunk) and not self._is_over:
+            if self._stream.eof:
+                members += 1
+                if members > _MEMBERS_MOST:
+                    raise zlib.error
+                self._is_over = chunk[at] != _GZIP_BEGIN
+                self._stream = zlib.decompressobj(wbits=31)
+                continue
+            fed = chunk[at : at + _GZIP_FEED_BYTES]
+            part = self._stream.decompress(fed, max(1, most))
+            if self._stream.unconsumed_tail:
+                raise zlib.error  # too much from one chunk
+            parts.append(part)
+            most -= len(part)
+            at += len(fed) - len(self._stream.unused_data)
+        return b"".join(parts)
+
+
 def _gzip() -> _Step:
-    """Return the decoder of gzip, whose members follow each other (RFC 1952, 2.2)."""
-    stream = zlib.decompressobj(wbits=31)
-
-    def step(chunk: bytes, most: int) -> bytes:
-        nonlocal stream
-        decoded = stream.decompress(chunk, most)
-        while stream.eof and stream.unused_data.startswith(_GZIP_BEGIN):  # anything else is padding
-            rest = stream.unused_data
-            stream = zlib.decompressobj(wbits=31)
-            decoded += stream.decompress(rest, max(1, most - len(decoded)))
-        if stream.unconsumed_tail:
-            raise zlib.error  # too much from one chunk
-        return decoded
-
-    return step
+    return _Gzip().step
 
 
 def _inflate(stream: zlib._Decompress) -> _Step:
@@ -193,14 +213,22 @@ def decode_request(body: Body, encoding: bytes, limit_bytes: int) -> bytes:
 
 def _whole_gzip(body: bytes, most: int) -> bytes | None:
     """Decode all members of a gzip file, which may be several."""
-    decoded = b""
-    while body and len(decoded) < most:
-        stream = zlib.decompressobj(wbits=31)
-        decoded += stream.decompress(body, most - len(decoded))
-        if not stream.eof and len(decoded) < most:
+    parts: list[bytes] = []
+    at = members = 0
+    while at < len(body) and most:
+        members += 1
+        if members > _MEMBERS_MOST:
             return None
-        body = stream.unused_data
-    return decoded
+        stream = zlib.decompressobj(wbits=31)
+        while not stream.eof and most:
+            fed = body[at : at + _GZIP_FEED_BYTES]
+            if not fed:
+                return None
+            part = stream.decompress(fed, most)
+            parts.append(part)
+            most -= len(part)
+            at += len(fed) - len(stream.unused_data)
+    return b"".join(parts)
 
 
 def _whole_deflate(body: bytes, most: int) -> bytes | None:
@@ -219,6 +247,7 @@ def _whole_brotli(body: bytes, most: int) -> bytes | None:
 
 
 def _whole_zstd(body: bytes, most: int) -> bytes | None:
+    is_whole = _zstd_is_whole(body)
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
     with decompressor.stream_reader(body, read_across_frames=True) as reader:
         pieces: list[bytes] = []
@@ -226,20 +255,27 @@ def _whole_zstd(body: bytes, most: int) -> bytes | None:
         while size < most and (piece := reader.read(min(most - size, _STEP_BYTES_MOST))):
             pieces.append(piece)
             size += len(piece)
-    return b"".join(pieces) if size >= most or _zstd_is_whole(body) else None
+    return b"".join(pieces) if size >= most or is_whole else None
 
 
 def _zstd_is_whole(body: bytes) -> bool:
-    """Return True if `body` ends where its last frame ends; the decoder itself accepts less (RFC 8878, 3.1)."""
-    at = 0
+    """Return True if `body` ends where its last frame ends; the decoder itself accepts less (RFC 8878, 3.1).
+
+    Raises ZstdError if it is no frame, or has too many frames and blocks.
+    """
+    at = parts = 0
     while at < len(body):
+        parts += 1
+        if parts > _ZSTD_PARTS_MOST:
+            raise zstandard.ZstdError
         if body[at + 1 : at + 4] == _ZSTD_SKIPPABLE:
             at += 8 + int.from_bytes(body[at + 4 : at + 8], "little")
             continue
         start = body[at : at + _ZSTD_HEADER_BYTES_MOST]
         at += zstandard.frame_header_size(start)
         is_last = 0
-        while not is_last and at < len(body):
+        while not is_last and at < len(body) and parts <= _ZSTD_PARTS_MOST:
+            parts += 1
             block = int.from_bytes(body[at : at + 3], "little")
             is_last = block & 1
             at += 3 + (1 if block & 6 == _ZSTD_REPEATED_BYTE else block >> 3)

@@ -6,51 +6,59 @@ could write the ids of others.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import msgspec
+from msgspec import Raw
 
-from proxy.wire.schemas import DECODE_ERRORS
+from proxy.wire.bounds import TooManyItems, check_array
+from proxy.wire.schemas import DECODE_ERRORS, NONE, short_text
 
-LINE_BYTES_MOST: Final = (
-    256 * 1024
-)  # of an event that is held until it is complete; the items of a longer one are lost
+LINE_BYTES_MOST: Final = 256 * 1024
+"""Longest event that is held until it is complete; the items of a longer one are lost."""
+
+ITEMS_MOST: Final = 2_000  # of one response; honest ones have some hundreds
+
 _KIND: Final = "response.output_item.added"
 _CODE: Final = "code_interpreter_call"
 _MARK: Final = b"output_item.added"
 
 
 class _Item(msgspec.Struct, gc=False):
-    id: Any = None
-    type: Any = None
-    container_id: Any = None
+    id: Raw = NONE
+    type: Raw = NONE
+    container_id: Raw = NONE
 
     def ids(self) -> list[str]:
         """Return the id of the item, and that of the container which the upstream made to run the item's code in."""
-        found = [self.id, self.container_id if self.type == _CODE else None]
-        return [each for each in found if isinstance(each, str)]
+        made_container = short_text(self.type) == _CODE
+        found = [short_text(self.id), short_text(self.container_id) if made_container else None]
+        return [each for each in found if each is not None]
 
 
 class _Added(msgspec.Struct, gc=False):
-    type: Any = None
+    type: Raw = NONE
     item: _Item | None = None
 
 
 class _Response(msgspec.Struct, gc=False):
-    output: list[_Item] | None = None
+    output: Raw = NONE
 
 
 _decode_added = msgspec.json.Decoder(_Added).decode
 _decode_response = msgspec.json.Decoder(_Response).decode
+_decode_items = msgspec.json.Decoder(list[_Item] | None).decode
 
 
 def item_ids(body: bytes | memoryview) -> list[str]:
     """Return the ids of the items in the output of a whole response, and of the containers for their code."""
     try:
         output = _decode_response(body).output
-    except DECODE_ERRORS:
+        check_array(output, "output", ITEMS_MOST)
+        items = None if output is NONE else _decode_items(output)
+    except (*DECODE_ERRORS, TooManyItems):
         return []
-    return [found for item in output or () for found in item.ids()]
+    return [found for item in items or () for found in item.ids()]
 
 
 class StreamedItemIds:
@@ -80,4 +88,4 @@ def _added(line: bytes) -> list[str]:
         event = _decode_added(line[5:])
     except DECODE_ERRORS:
         return []
-    return [] if event.type != _KIND or event.item is None else event.item.ids()
+    return [] if event.item is None or short_text(event.type) != _KIND else event.item.ids()

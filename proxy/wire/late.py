@@ -13,10 +13,16 @@ from msgspec import Raw
 
 from proxy.errors import REASON_PHRASES, BadResponse, UpstreamError
 from proxy.model import Body, Endpoint
+from proxy.wire.bounds import TooManyItems, check_array, is_nested_beyond
 from proxy.wire.errors import error_event
-from proxy.wire.schemas import DECODE_ERRORS
+from proxy.wire.schemas import DECODE_ERRORS, LONG_RESPONSE_BYTES
 
 _MESSAGE_BYTES_MOST: Final = 2048  # of an error that is not JSON
+_NESTED_MOST: Final = 200_000  # arrays, objects and members of an answer; log-probabilities are most of them
+_ITEMS_MOST: Final = 1_000  # choices, blocks, calls or items of an answer; each becomes some events
+_EVENTS_MOST: Final = (
+    10_000  # of an answer; what an upstream sends in a few bytes would become a hundred times as much
+)
 _DONE: Final = b"data: [DONE]\n\n"
 _OUTPUT_TEXT: Final = Raw(b'"output_text"')
 _Fields = dict[str, Raw]
@@ -27,7 +33,7 @@ def events_of_plain(status: int, body: Body, endpoint: Endpoint, *, request_id: 
     if status < 300:
         try:
             return _answer(bytes(body), endpoint)
-        except (*DECODE_ERRORS, KeyError):
+        except (*DECODE_ERRORS, KeyError, TooManyItems):
             error: UpstreamError = BadResponse("the upstream answered a request for a stream with something else")
             return error_event(error, endpoint, request_id=request_id)
     return _error(status, bytes(body), endpoint, request_id)
@@ -65,6 +71,8 @@ def _error(status: int, body: bytes, endpoint: Endpoint, request_id: str) -> byt
 
 
 def _told(body: bytes) -> _Said | None:
+    if len(body) >= LONG_RESPONSE_BYTES:
+        return None  # it could hold a million values
     try:
         return msgspec.json.decode(body, type=_Said)
     except DECODE_ERRORS:
@@ -80,6 +88,8 @@ def _phrase(status: int) -> str:
 
 def _answer(body: bytes, endpoint: Endpoint) -> bytes:
     """Return the events of a whole answer. Raises DECODE_ERRORS, and KeyError if it is not one of this endpoint."""
+    if len(body) >= LONG_RESPONSE_BYTES and is_nested_beyond(body, _NESTED_MOST):
+        raise TooManyItems("an answer has too many members")
     if endpoint is Endpoint.MESSAGES:
         return _messages(body)
     if endpoint is Endpoint.RESPONSES:
@@ -87,7 +97,7 @@ def _answer(body: bytes, endpoint: Endpoint) -> bytes:
     fields = msgspec.json.decode(body, type=_Fields)
     if "error" in fields and "choices" not in fields:
         return _data(fields)
-    choices = msgspec.json.decode(fields["choices"], type=list[_Fields])
+    choices = _listed(fields, "choices")
     if endpoint is Endpoint.CHAT:
         fields["object"] = Raw(b'"chat.completion.chunk"')
         choices = [_chunk_choice(choice) for choice in choices]
@@ -98,13 +108,9 @@ def _chunk_choice(choice: _Fields) -> dict[str, Any]:
     """Return a choice with its message as the delta of a chunk, in which each tool call has its index."""
     message: dict[str, Any] = msgspec.json.decode(choice["message"], type=_Fields)
     if (raw := message.get("tool_calls")) is not None and bytes(raw) != b"null":
-        calls = msgspec.json.decode(raw, type=list[_Fields])
+        calls = _listed(message, "tool_calls")
         message["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
     return {"delta": message, **{key: value for key, value in choice.items() if key != "message"}}
-
-
-class _Response(msgspec.Struct):
-    output: list[Raw]
 
 
 class _Item(msgspec.Struct):
@@ -114,11 +120,15 @@ class _Item(msgspec.Struct):
 
 def _responses(body: bytes) -> bytes:
     """Return the first event, each item with its parts and their text as one delta, and the end with the response."""
-    output = msgspec.json.decode(body, type=_Response).output
-    begun: dict[str, Any] = {**msgspec.json.decode(body, type=_Fields), "output": [], "status": "in_progress"}
+    fields = msgspec.json.decode(body, type=_Fields)
+    check_array(fields["output"], "output", _ITEMS_MOST)
+    output = msgspec.json.decode(fields["output"], type=list[Raw])
+    begun: dict[str, Any] = {**fields, "output": [], "status": "in_progress"}
     events: list[dict[str, Any]] = [{"type": "response.created", "response": {**begun, "usage": None}}]
     for index, item in enumerate(output):
         events += _item_events(index, item)
+        if len(events) > _EVENTS_MOST:
+            raise TooManyItems("an answer has too many parts")
     events.append({"type": "response.completed", "response": Raw(body)})
     numbered = [{**event, "sequence_number": number} for number, event in enumerate(events)]
     return b"".join([_named(event) for event in numbered])
@@ -153,7 +163,7 @@ _BLOCKS: Final = {
 def _messages(body: bytes) -> bytes:
     """Return the events of a message: its beginning, each of its blocks, and its end."""
     message = msgspec.json.decode(body, type=_Fields)
-    blocks = msgspec.json.decode(message["content"], type=list[_Fields])
+    blocks = _listed(message, "content")
     ended = {key: message[key] for key in ("stop_reason", "stop_sequence") if key in message}
     begun: dict[str, Any] = {**message, "content": [], "stop_reason": None, "stop_sequence": None}
     events: list[dict[str, Any]] = [{"type": "message_start", "message": begun}]
@@ -183,6 +193,13 @@ def _block_events(index: int, block: _Fields) -> list[dict[str, Any]]:
 
 
 # -- both
+
+
+def _listed(fields: _Fields, member: str) -> list[_Fields]:
+    """Return the objects in an array. Raises DECODE_ERRORS, KeyError, and TooManyItems."""
+    check_array(fields[member], member, _ITEMS_MOST)
+    objects: list[_Fields] = msgspec.json.decode(fields[member], type=list[_Fields])
+    return objects
 
 
 def _named(event: dict[str, Any]) -> bytes:

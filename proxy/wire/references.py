@@ -21,7 +21,7 @@ from proxy.model import Body
 from proxy.wire import multipart
 from proxy.wire.bounds import check_values
 from proxy.wire.json_cuts import text_with_keys
-from proxy.wire.schemas import DECODE_ERRORS, NONE
+from proxy.wire.schemas import DECODE_ERRORS, NONE, short_text
 
 _COLLECTIONS: Final = {
     "file_id": "files",
@@ -60,7 +60,6 @@ _OUTERMOST: Final = frozenset({*_COLLECTIONS, "input", "items", "tools"})
 """Members of the outermost object that may name objects. The prompt's decoder knows them in this letter case only."""
 
 _NUL: Final = b"\0"
-_QUOTE: Final = 34
 _IN_CONTENT: Final = b"file_id"  # the one key with an id in messages and input items
 _ELSEWHERE = (b"_id", b"container", b"conversation", _ESCAPE)
 
@@ -165,7 +164,6 @@ def first_object_id(members: Iterable[memoryview]) -> str | None:
     return None
 
 
-_NAME_BYTES_MOST: Final = 4096  # of an id, or of a type with every letter written as an escape
 _decode_members = msgspec.json.Decoder(dict[str, Raw]).decode
 _ITEM_KEYS: Final = ("id", "type", "role")
 
@@ -195,18 +193,10 @@ def _item_ids(item: Body) -> list[str]:
 
 def _referred(ids: list[Raw], kinds: list[Raw], roles: list[Raw]) -> list[str]:
     """Return the ids of an item that is a reference by one of these types and one of these roles."""
-    refers = any(_text(kind) == "item_reference" for kind in kinds) or (
+    refers = any(short_text(kind) == "item_reference" for kind in kinds) or (
         any(map(_is_absent, kinds)) and any(map(_is_absent, roles))
     )
-    return [text for each in ids if (text := _text(each)) is not None] if refers else []
-
-
-def _text(value: Raw) -> str | None:
-    """Return a string; None if the value is of another type, or too long for a name. Raises DECODE_ERRORS."""
-    if value is NONE or len(memoryview(value)) > _NAME_BYTES_MOST or memoryview(value)[0] != _QUOTE:
-        return None
-    decoded: str = msgspec.json.decode(value)
-    return decoded
+    return [text for each in ids if (text := short_text(each)) is not None] if refers else []
 
 
 def _is_absent(value: Raw) -> bool:

@@ -25,6 +25,18 @@ DECODE_ERRORS = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 """The exceptions of the decoders here."""
 
 
+_NAME_BYTES_MOST: Final = 4096  # of an id, or of a type with every letter written as an escape
+_QUOTE: Final = 34
+_decode_text: Callable[[Raw], str] = msgspec.json.Decoder(str).decode
+
+
+def short_text(value: Raw) -> str | None:
+    """Return a string; None if it is absent, of another type, or too long for a name. Raises DECODE_ERRORS."""
+    if value is NONE or len(memoryview(value)) > _NAME_BYTES_MOST or memoryview(value)[0] != _QUOTE:
+        return None
+    return _decode_text(value)
+
+
 # --- requests
 
 MESSAGES_MOST: Final = 20_000
@@ -453,8 +465,15 @@ MEMBER_BYTES_MOST: Final = 64 * 1024
 """Longest member that is read of a long response. A usage object has some 300 bytes."""
 
 _decode_short_response = msgspec.json.Decoder(PlainResponseWithChoices).decode
-_RAW_MEMBERS: Final = [(name, Raw, NONE) for name in PlainResponseWithChoices.__struct_fields__]
-_decode_long_response = msgspec.json.Decoder(msgspec.defstruct("LongPlainResponse", _RAW_MEMBERS, gc=False)).decode
+
+
+def _raw_members_of(kind: type[msgspec.Struct]) -> Callable[[bytes | memoryview], Any]:
+    """Return a decoder of the members of `kind` that leaves their values undecoded."""
+    members = [(name, Raw, NONE) for name in kind.__struct_fields__]
+    return msgspec.json.Decoder(msgspec.defstruct(f"Long{kind.__name__}", members, gc=False)).decode
+
+
+_decode_long_response = _raw_members_of(PlainResponseWithChoices)
 
 
 def decode_response(body: bytes | memoryview) -> PlainResponseWithChoices:
@@ -477,7 +496,21 @@ def decode_response(body: bytes | memoryview) -> PlainResponseWithChoices:
 
 decode_choices = msgspec.json.Decoder(list[_ChoiceUsage] | None).decode
 decode_error = msgspec.json.Decoder(PlainError).decode
-decode_created = msgspec.json.Decoder(CreatedObject).decode
+_decode_short_created = msgspec.json.Decoder(CreatedObject).decode
+_decode_long_created = _raw_members_of(CreatedObject)
+
+
+def decode_created(body: bytes | memoryview) -> CreatedObject:
+    """Decode a created object, a long one without the members that are too long. Raises DECODE_ERRORS."""
+    if len(body) < LONG_RESPONSE_BYTES:
+        return _decode_short_created(body)
+    members: Any = _decode_long_created(body)
+    created = CreatedObject()
+    for name in CreatedObject.__struct_fields__:
+        value: Raw = getattr(members, name)
+        if value is not NONE and len(memoryview(value)) <= MEMBER_BYTES_MOST:
+            setattr(created, name, msgspec.json.decode(value))
+    return created
 
 
 # --- invalid JSON
@@ -486,6 +519,9 @@ decode_created = msgspec.json.Decoder(CreatedObject).decode
 LENIENT_BYTES_MOST = 1024 * 1024
 """Longest text that Python's decoder is used for, which takes 10 ms per MB."""
 
+LENIENT_VALUES_MOST: Final = 100_000
+"""Most arrays, objects and commas of such a text: with more, it takes ten times as long."""
+
 _Kind = TypeVar("_Kind")
 
 
@@ -493,8 +529,11 @@ def decode_leniently(text: bytes | memoryview, kind: type[_Kind]) -> _Kind | Non
     """Decode JSON as Python does: with NaN, Infinity, lone surrogates and invalid UTF-8. None if that fails too."""
     if len(text) > LENIENT_BYTES_MOST:
         return None
+    body = bytes(text)
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > LENIENT_VALUES_MOST:
+        return None
     try:
-        value = json.loads(bytes(text).decode("utf-8", "replace"))
+        value = json.loads(body.decode("utf-8", "replace"))
         return msgspec.convert(value, kind)
     except (ValueError, RecursionError, msgspec.MsgspecError):
         return None

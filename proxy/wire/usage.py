@@ -444,7 +444,9 @@ class PassedBody:
 
 
 _END_BYTES: Final = 16 * 1024  # of the beginning and the end of a long body, which are searched
-_USAGE_KEY = re.compile(rb'"usage"\s*:\s*(?=\{)')
+_USAGE_NAME: Final = b'"usage"'
+_USAGE_BEGIN = re.compile(rb'"usage"\s*:\s*(?=\{)')
+_USAGE_BYTES_MOST: Final = 4096  # of a usage object; it has some 300
 _KEYS_TRIED: Final = 8  # occurrences tried, from the end; a hostile event may contain thousands
 _BRACE = re.compile(rb"[{}]")
 
@@ -455,15 +457,25 @@ def tail_usage(fragment: bytes) -> Any:
     Quotes inside strings are escaped in JSON, so the key cannot be part of a text. A tool that has a parameter of
     that name is passed over, since it has no token counts.
     """
-    for key in list(_USAGE_KEY.finditer(fragment))[: -1 - _KEYS_TRIED : -1]:
-        depth = 0
-        for brace in _BRACE.finditer(fragment, key.end()):
-            depth += 1 if brace.group() == b"{" else -1
-            if depth == 0:
-                found = _object(fragment[key.end() : brace.end()])
-                if normal(found, endpoint=Endpoint.INFERENCE) is not None:
-                    return found
-                break
+    end = len(fragment)
+    for _ in range(_KEYS_TRIED):
+        end = fragment.rfind(_USAGE_NAME, 0, end)
+        if end < 0:
+            return None
+        key = _USAGE_BEGIN.match(fragment, end)
+        found = None if key is None else _object_at(fragment, key.end())
+        if found is not None and normal(found, endpoint=Endpoint.INFERENCE) is not None:
+            return found
+    return None
+
+
+def _object_at(text: bytes, start: int) -> Any:
+    """Return the object that begins at `start`; None if it is longer than a usage object, or unreadable."""
+    depth = 0
+    for brace in _BRACE.finditer(text, start, start + _USAGE_BYTES_MOST):
+        depth += 1 if brace.group() == b"{" else -1
+        if depth == 0:
+            return _object(text[start : brace.end()])
     return None
 
 

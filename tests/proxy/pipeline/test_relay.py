@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gzip
+import threading
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -24,10 +25,12 @@ from proxy.errors import (
 from proxy.fleet import Failure, Fleet
 from proxy.metrics.definitions import HIDDEN_ERRORS, STREAM_ABORTS
 from proxy.model import Ending, Endpoint, UsageRequest
+from proxy.pipeline import response_relay
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.silence import COMMENT, SilenceWatch
 from proxy.records import Usage
 from proxy.upstream import Framing
+from proxy.wire.late import events_of_plain
 from tests.proxy.pipeline.bench import DONE, SSE, TOKEN, Bench, Downstream, Upstream, turns
 
 JSON = ((b"content-type", b"application/json"),)
@@ -854,6 +857,27 @@ async def test_a_plain_answer_after_the_early_head_is_written_as_a_chunk_with_it
     assert client.body.endswith(b"data: [DONE]\n\n")
     assert exchange.usage is not None
     assert exchange.usage.prompt_tokens == 9
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+async def test_a_long_plain_answer_after_the_early_head_is_rewritten_in_a_thread(
+    is_long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have 8 MB."""
+    threads: list[int] = []
+
+    def rewritten(*args: Any, **kwargs: Any) -> bytes:
+        threads.append(threading.get_ident())
+        return events_of_plain(*args, **kwargs)
+
+    monkeypatch.setattr(response_relay, "events_of_plain", rewritten)
+    bench = Bench()
+    timers = Timers(bench)
+    text = b"a" * (300_000 if is_long else 1)
+    upstream(bench, body=b'{"choices":[{"message":{"content":"%b"}}]}' % text)
+    client = await (await responding_late(bench, timers, bench.exchange(stream=True)))
+    assert b'"delta":{"content":"%b"}' % text in client.body
+    assert (threads[0] != threading.get_ident()) is is_long
 
 
 async def test_an_error_event_after_the_early_head_names_the_request_as_its_dialect_does() -> None:

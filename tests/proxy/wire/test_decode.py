@@ -7,6 +7,7 @@ import gzip
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import brotli
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from proxy.errors import BadRequest, TooLarge
 from proxy.wire.decode import ResponseDecoder, decode_request, request_encoding
 
+SKIPPED = b"\x50\x2a\x4d\x18\0\0\0\0"  # a frame of zstd that has no content
 TEXT = b'data: {"choices":[{"delta":{"content":"stones"}}]}\n\n' * 400
 
 
@@ -169,3 +171,65 @@ def test_an_unknown_coding_and_several_are_refused(values) -> None:
 def test_a_coding_that_compresses_nothing_is_none(value: bytes) -> None:
     """Some clients name their character set there."""
     assert request_encoding([(b"content-encoding", value)]) == b""
+
+
+class CountedStream:
+    """A decompressor of zlib that adds up the bytes given to it; it copies those behind the end of a member."""
+
+    given_bytes = 0
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def decompress(self, piece: bytes, most: int) -> bytes:
+        type(self).given_bytes += len(piece)
+        decoded: bytes = self._stream.decompress(piece, most)
+        return decoded
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@pytest.mark.parametrize(
+    "reads", [lambda body: ResponseDecoder(b"gzip").feed(body), lambda body: decode_request(body, b"gzip", 9_000)]
+)
+def test_each_byte_of_many_small_members_of_gzip_is_looked_at_a_bounded_number_of_times(
+    reads: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of the rest was copied for every member: 16,000 of them took 0.4 s, and those of 32 MB hours."""
+    made = zlib.decompressobj
+    monkeypatch.setattr(zlib, "decompressobj", lambda wbits: CountedStream(made(wbits=wbits)))
+    for count in (500, 4_000):
+        body = gzip.compress(b"x") * count
+        CountedStream.given_bytes = 0
+        assert reads(body) == b"x" * count
+        assert CountedStream.given_bytes <= count * 16_384
+
+
+def test_bytes_behind_the_members_of_gzip_stay_padding_whatever_follows() -> None:
+    """What comes later is no member again."""
+    decoder = ResponseDecoder(b"gzip")
+    packed = gzip.compress(b"x")
+    assert [decoder.feed(piece) for piece in (packed, b"\0\0", packed, b"\x1f")] == [b"x", b"", b"", b""]
+    assert decoder.alive
+
+
+@pytest.mark.parametrize(
+    ("coding", "part"), [(b"gzip", gzip.compress(b"")), (b"zstd", zstandard.compress(b"")), (b"zstd", SKIPPED)]
+)
+def test_very_many_empty_parts_of_a_compressed_body_are_not_decoded(coding: bytes, part: bytes) -> None:
+    """Each takes as long as a kilobyte of text. A response is passed on, but not read."""
+    with pytest.raises(BadRequest):
+        decode_request(part * 25_000, coding, 1_000)
+    if coding == b"gzip":
+        decoder = ResponseDecoder(coding)
+        assert (decoder.feed(part * 25_000), decoder.alive) == (b"", False)
+
+
+def test_very_many_blocks_of_one_frame_of_zstd_are_not_decoded() -> None:
+    """A block without content has three bytes."""
+    head = b"\x28\xb5\x2f\xfd\0\x58"  # its magic number, and a window of 2 MB
+    empty, last = b"\0\0\0", b"\1\0\0"
+    assert decode_request(head + empty * 1_000 + last, b"zstd", 1_000) == b""
+    with pytest.raises(BadRequest):
+        decode_request(head + empty * 25_000 + last, b"zstd", 1_000)

@@ -51,6 +51,8 @@ def test_a_line_without_end_is_not_kept() -> None:
         (b'{"id":"resp_1","output":[{"id":"msg_1"},{"id":null},{}],"tools":[{"id":"stolen"}]}', ["msg_1"]),
         (b'{"output":[{"id":"ci_1","type":"code_interpreter_call","container_id":"c_1"}]}', ["ci_1", "c_1"]),
         (b'{"output":[{"id":"fc_1","type":"function_call","container_id":"stolen"}]}', ["fc_1"]),
+        (b'{"output":[{"id":[{"id":"stolen"}],"type":{}},{"id":"msg_1"}]}', ["msg_1"]),
+        (b'{"output":[{"id":"msg_1"},%b]}' % b",".join([b"{}"] * 2_000), []),
         (b'{"output":null}', []),
         (b'{"output":7}', []),
         (b"x", []),

@@ -136,6 +136,31 @@ def test_a_success_that_is_no_answer_is_an_error_event(endpoint: Endpoint, body:
     assert b'"the upstream answered a request for a stream with something else"' in raw
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "body"),
+    [
+        (Endpoint.CHAT, b'{"choices":[%b]}' % b",".join([b'{"message":{}}'] * 1_001)),
+        (Endpoint.CHAT, b'{"choices":[{"message":{"tool_calls":[%b]}}]}' % b",".join([b"{}"] * 1_001)),
+        (Endpoint.RESPONSES, b'{"output":[%b]}' % b",".join([b"{}"] * 1_001)),
+        (Endpoint.RESPONSES, b'{"output":[{"content":[%b]}]}' % b",".join([b"{}"] * 9_000)),
+        (Endpoint.MESSAGES, b'{"content":[%b]}' % b",".join([b'{"type":"x"}'] * 1_001)),
+        (Endpoint.CHAT, b'{"x":[%b],"choices":[]}' % b",".join([b"{}"] * 200_001)),
+    ],
+)
+def test_an_answer_that_would_become_very_many_events_is_an_error_event(endpoint: Endpoint, body: bytes) -> None:
+    """A megabyte of empty items became ninety of events, in six seconds."""
+    raw = events_of_plain(200, body, endpoint)
+    assert read_event(raw, endpoint).error
+    assert len(raw) < 500
+
+
+def test_the_text_of_a_very_long_error_is_not_looked_for() -> None:
+    """It could hold a million values."""
+    body = b'{"error":{"message":"m","x":"%b"}}' % (b"x" * 300_000)
+    (event,) = events(events_of_plain(500, body, Endpoint.CHAT))
+    assert event["error"]["message"] == "The upstream answered 500 Internal Server Error."
+
+
 def test_a_message_begins_without_the_reason_of_its_end_and_a_text_ends_with_its_fields() -> None:
     """An accumulator starts from the first event, and SDKs read `logprobs` of both events of a text."""
     body = json.dumps({"type": "message", "content": [], "stop_reason": "end_turn", "stop_sequence": "x"}).encode()

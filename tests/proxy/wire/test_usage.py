@@ -456,3 +456,18 @@ def test_sixteen_kilobytes_at_each_end_are_searched() -> None:
         for piece in (b"x" * before, usage, b"y" * after):
             body.feed(piece)
         assert (body.usage() is not None) is is_found
+
+
+@pytest.mark.parametrize("begin", [b"", b'{"choices":[\xff],'])
+def test_of_unreadable_text_only_the_size_of_a_usage_object_is_searched_behind_its_key(begin: bytes) -> None:
+    """Eight keys before a megabyte of braces took two seconds."""
+    usage = b'"usage":{"prompt_tokens":9,"completion_tokens":1,"details":[%b]}'
+    assert normal(tail_usage(begin + usage % b"{},{}")) == Usage(9, 1)
+    assert tail_usage(begin + usage % b",".join([b"{}"] * 2_000)) is None
+
+
+def test_the_last_keys_of_very_many_are_tried() -> None:
+    """From the end."""
+    counts = b'"usage":{"prompt_tokens":9,"completion_tokens":1}'
+    assert normal(tail_usage(b'"usage":{' * 100_000 + counts)) == Usage(9, 1)
+    assert tail_usage(counts + b'"usage":{' * 8) is None
