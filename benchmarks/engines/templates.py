@@ -25,7 +25,8 @@ class Template(msgspec.Struct, frozen=True):
     before the last user message, also between `<think>` marks in their text; `ignores_reasoning` leaves the field out
     everywhere. `date` is put at the head if given. `moves_system` moves late system messages to the front.
     `drops_billing` leaves out a client's billing block. `drops_tools_for_none` leaves out the tools if `tool_choice`
-    is "none".
+    is "none". `marks_users` writes a switch that turns thinking off into each message of the user.
+    `reasons_in_calls` renders the reasoning of messages that call a tool only.
     """
 
     system_first: bool = False
@@ -35,6 +36,8 @@ class Template(msgspec.Struct, frozen=True):
     moves_system: bool = False
     drops_billing: bool = False
     drops_tools_for_none: bool = False
+    marks_users: bool = False
+    reasons_in_calls: bool = False
 
 
 class Message(msgspec.Struct):
@@ -57,6 +60,7 @@ class Chat(msgspec.Struct):
     cache_prompt: bool = True
     prompt_logprobs: int | None = None
     reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] = {}
 
     @property
     def reads_cache(self) -> bool:
@@ -87,12 +91,16 @@ def render(chat: Chat, template: Template) -> bytes:
         _message(message, template, keeps_reasoning=not template.drops_reasoning or place > last_user)
         for place, message in enumerate(rest)
     )
+    if template.marks_users and chat.chat_template_kwargs.get("enable_thinking") is False:
+        body = body.replace("<|user|>", "<|user|>/nothink ")
     effort = f"<effort>{chat.reasoning_effort}" if chat.reasoning_effort else ""
     return f"{template.date}{effort}{head}{body}".encode()
 
 
 def _message(message: Message, template: Template, *, keeps_reasoning: bool) -> str:
     is_rendered = message.reasoning_content and keeps_reasoning and not template.ignores_reasoning
+    if template.reasons_in_calls and message.tool_calls is None:
+        is_rendered = False
     reasoning = f"<think>{message.reasoning_content}</think>" if is_rendered else ""
     calls = "" if message.tool_calls is None else msgspec.json.encode(message.tool_calls).decode()
     text = _text(message.content, template)

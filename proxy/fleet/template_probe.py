@@ -71,9 +71,8 @@ async def facts_of(
         base = await render(_request())
     if base is None:
         return None
-    user = _shared(base, await render(_request(user="other words here")))
     order, none_drops = await _tools(render)
-    headless = [name for name in _SWITCHES if await _is_headless(render, base, name, user)]
+    headless, late = await _arguments(render)
     drops, ignores = await _reasoning(render)
     text = base if isinstance(base, str) else "" if text_of is None else await text_of(base)
     is_dated = any(date in text for date in dates) if text else may_be_dated
@@ -88,7 +87,8 @@ async def facts_of(
         moves_system=moves,
         dated=is_dated,
         none_drops_tools=none_drops,
-        headless=frozenset(headless),
+        headless=headless,
+        late_arguments=late,
         splits_systems=is_system_first and not moves and await _splits_systems(render),
         system_last=await _follows_a_turn(render, "system"),
         developer_in_place=is_system_first and await _developer_is_in_place(render),
@@ -200,9 +200,20 @@ async def _reasoning(render: Render) -> tuple[bool, bool]:
         answer = {"role": "assistant", "content": "an answer", **fields}
         return {"messages": [_QUESTION, answer, *more]}
 
+    def calls(reasoning: str, *more: dict[str, str]) -> dict[str, Any]:
+        # some templates render the reasoning before a call of a tool only
+        answer = {**turns(reasoning)["messages"][1], "content": "", "tool_calls": [_CALL]}
+        return {"messages": [_QUESTION, answer, {**_RESULT, "content": "a result"}, *more]}
+
+    async def differ(form: Callable[..., dict[str, Any]], *more: dict[str, str]) -> bool:
+        one, other = await render(form("so I thought", *more)), await render(form("or rather thus", *more))
+        return one is not None and one != other
+
     old = await _are_equal(render, turns("so I thought", _FURTHER), turns("or rather thus", _FURTHER))
-    ignores = old and await _are_equal(render, turns("so I thought"), turns("or rather thus"))
-    return old and not ignores, ignores
+    if not old or await differ(calls, _FURTHER):
+        return False, False
+    is_rendered = await differ(turns) or await differ(calls)
+    return is_rendered, not is_rendered
 
 
 async def _drops_thoughts(render: Render) -> bool:
@@ -219,9 +230,8 @@ async def _rewrites_turns(render: Render) -> bool:
     """Return whether an answer without reasoning is rendered otherwise once a user message follows."""
 
     def turns(text: str, *more: dict[str, Any]) -> dict[str, Any]:
-        call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
-        result = {"role": "tool", "tool_call_id": "call00001", "content": text}
+        answer = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+        result = {**_RESULT, "content": text}
         return {"messages": [_QUESTION, answer, result, *more]}  # without tools, which may move to the last question
 
     base, other = await render(turns("a result")), await render(turns("other words"))
@@ -255,6 +265,8 @@ def _text(text: str) -> dict[str, str]:
 _QUESTION: Final = {"role": "user", "content": "a question"}
 _BILLING_LINE: Final = f"{BILLING_MARK.decode()}: cc_version=1; cch=a1b2c;"
 _FURTHER: Final = {"role": "user", "content": "a further one"}
+_CALL: Final = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+_RESULT: Final = {"role": "tool", "tool_call_id": "call00001"}
 
 
 async def _moves_system(render: Render) -> bool:
@@ -272,14 +284,42 @@ async def _moves_system(render: Render) -> bool:
     return at_late < at_question
 
 
-async def _is_headless(render: Render, base: Rendering, name: str, user: int) -> bool:
-    """Return whether a template argument changes nothing before the end of the user's message."""
-    values: tuple[Any, Any] = ("low", "high") if name == "reasoning_effort" else (True, False)
-    for value in values:
-        changed = await render(_request(**{name: value}, chat_template_kwargs={name: value}))
-        if changed is None or (changed != base and _shared(base, changed) <= user):
-            return False
-    return True
+async def _arguments(render: Render) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the template arguments that change nothing before the last message, and those that change only turns.
+
+    Some are rendered otherwise if there are tools.
+    """
+    places = [await _places_of_arguments(render, tools) for tools in ({}, {"tools": [_tool("one tool")]})]
+    known = [place for place in places if place is not None]
+    headless = frozenset([name for name in _SWITCHES if known and all(each[name] == "end" for each in known)])
+    late = frozenset([name for name in _SWITCHES if known and all(each[name] != "head" for each in known)])
+    return headless, late - headless
+
+
+async def _places_of_arguments(render: Render, tools: dict[str, Any]) -> dict[str, str] | None:
+    """Return the first place that each argument changes: "head", "turns" or "end"; None if the prompt is refused.
+
+    A conversation of two turns shows it: some switches are written into every message of the user, and some change
+    how all answers are rendered.
+    """
+
+    def talk(first: str = "a question", last: str = "a further one", **more: Any) -> dict[str, Any]:
+        answer = {"role": "assistant", "content": "an answer"}
+        messages = [{"role": "user", "content": first}, answer, {"role": "user", "content": last}]
+        return {"messages": [{"role": "system", "content": "some words here"}, *messages], **tools, **more}
+
+    base = await render(talk())
+    if base is None:
+        return None
+    at_first = _shared(base, await render(talk(first="other words here")))
+    at_last = _shared(base, await render(talk(last="other words here")))
+    places = {}
+    for name in _SWITCHES:
+        values: tuple[Any, Any] = ("low", "high") if name == "reasoning_effort" else (True, False)
+        changed = [await render(talk(**{name: value}, chat_template_kwargs={name: value})) for value in values]
+        shared = min([len(base) if each == base else _shared(base, each) for each in changed])
+        places[name] = "end" if shared > at_last else "turns" if shared >= at_first else "head"
+    return places
 
 
 def _shared(one: Rendering, other: Rendering | None) -> int:

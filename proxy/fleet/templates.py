@@ -160,6 +160,7 @@ def common_facts(shown: Sequence[TemplateFacts]) -> TemplateFacts:
     order = first.order
     if len(orders) > 1:
         order = ToolOrder.TOOLS_LAST if ToolOrder.TOOLS_LAST in orders else ToolOrder.TOOLS_FIRST
+    headless = frozenset.intersection(*[each.headless for each in shown])
     return TemplateFacts(
         order=order,
         joins_head=len(heads) > 1,
@@ -173,7 +174,8 @@ def common_facts(shown: Sequence[TemplateFacts]) -> TemplateFacts:
         moves_system=any(each.moves_system for each in shown),
         dated=any(each.dated for each in shown),
         none_drops_tools=any(each.none_drops_tools for each in shown),
-        headless=frozenset.intersection(*[each.headless for each in shown]),
+        headless=headless,
+        late_arguments=frozenset.intersection(*[each.headless | each.late_arguments for each in shown]) - headless,
         keeps_billing=all(each.keeps_billing for each in shown),
         messages_drop_billing=any(each.messages_drop_billing for each in shown),
     )
@@ -206,5 +208,7 @@ def _said_over(said: Template, facts: TemplateFacts) -> TemplateFacts:
         "messages_drop_billing": None if said.keeps_billing is None else False,
         "headless": None if said.arguments_without_effect is None else frozenset(said.arguments_without_effect),
     }
+    if said.arguments_without_effect is not None:
+        changes["late_arguments"] = facts.late_arguments.difference(said.arguments_without_effect)
     given = {name: value for name, value in changes.items() if value is not None}
     return msgspec.structs.replace(facts, **given)

@@ -96,9 +96,10 @@ def keyed_salt(prompt: Prompt, facts: TemplateFacts, today: str) -> tuple[bytes,
         has_thinking
         or facts.root
         or facts.dated
-        or (len(salt) > 1 and (facts.headless or not facts.none_drops_tools))
+        or (len(salt) > 1 and (facts.headless or facts.late_arguments or not facts.none_drops_tools))
     ):
         return salt
+    left_out = facts.headless | facts.late_arguments
     kept: list[bytes] = [facts.root.encode() or salt[0]]
     if facts.dated:
         kept += (b"date", today.encode())
@@ -106,10 +107,10 @@ def keyed_salt(prompt: Prompt, facts: TemplateFacts, today: str) -> tuple[bytes,
         name, value = salt[place], salt[place + 1]
         if has_thinking and name == _THINKING:
             continue
-        if name.decode(errors="replace") in facts.headless or (name == b"tool_choice" and not facts.none_drops_tools):
+        if name.decode(errors="replace") in left_out or (name == b"tool_choice" and not facts.none_drops_tools):
             continue
-        if facts.headless and (name == _KWARGS or (name == _REASONING and _EFFORT in facts.headless)):
-            value = _without_headless(value, facts.headless | _EFFORTLESS if name == _REASONING else facts.headless)
+        if left_out and (name == _KWARGS or (name == _REASONING and _EFFORT in left_out)):
+            value = _without_headless(value, left_out | _EFFORTLESS if name == _REASONING else left_out)
             if not value:
                 continue
         kept += (name, value)
@@ -130,6 +131,9 @@ def keyed_spans(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
     """Return the prompt's spans in the order in which the engine renders them, without what it leaves out."""
     if prompt.is_anthropic and len(prompt.chain_salt) > 1:
         prompt = _with_thinking(prompt, facts)
+    if facts.late_arguments and len(prompt.chain_salt) > 1:
+        prompt = _with_late_arguments(prompt, facts.late_arguments)
+        facts = msgspec.structs.replace(facts, late_arguments=frozenset())
     if facts.rewrites_turns:
         return _with_recent_marks(keyed_spans(prompt, msgspec.structs.replace(facts, rewrites_turns=False)))
     if facts.joins_head:
@@ -182,6 +186,27 @@ def _with_thinking(prompt: Prompt, facts: TemplateFacts) -> Prompt:
     spans = (*prompt.spans[:place], salt[at + 1], *prompt.spans[place:])
     rest = (*salt[:at], *salt[at + 2 :])
     return dataclasses.replace(prompt, spans=spans, chain_salt=rest, system_spans=prompt.system_spans + 1)
+
+
+def _with_late_arguments(prompt: Prompt, names: frozenset[str]) -> Prompt:
+    """Return a prompt with those of its template arguments that are in `names` before its first turn.
+
+    Prompts that differ in them share tools and system messages. `keyed_salt` leaves them out.
+    """
+    found: list[bytes] = []
+    salt = prompt.chain_salt
+    for name, value in zip(salt[1:-1:2], salt[2::2], strict=True):
+        if name.decode(errors="replace") in names:
+            found += (name, value)
+        elif name == _KWARGS or (name == _REASONING and _EFFORT in names):
+            kept = _without_headless(value, names | _EFFORTLESS if name == _REASONING else names)
+            found += () if kept == value else (name, value)
+    if not found:
+        return prompt
+    place = prompt.tool_spans
+    place += _leading_systems(prompt, prompt.spans[place:], _SYSTEM_ROLES)
+    spans = (*prompt.spans[:place], b"\0".join(found), *prompt.spans[place:])
+    return dataclasses.replace(prompt, spans=spans)
 
 
 def _with_recent_marks(spans: Sequence[Span]) -> Sequence[Span]:

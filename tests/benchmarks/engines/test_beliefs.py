@@ -13,10 +13,11 @@ from benchmarks.engines.engine import RankedEngine, SimulatedEngine
 from benchmarks.engines.proxy import Answer, CairnProxy
 from benchmarks.engines.scenarios import AgentLoad, SessionsByTurns, bound, cairn, run_agents
 from benchmarks.engines.sessions import Session, tools, words
-from benchmarks.engines.templates import Template, decode_chat
+from benchmarks.engines.templates import Template, decode_chat, render
 from cache import FeedbackKind, chain_root, cut
 from cache.index.granularity import TRIAL_PROMPTS
 from cache.index.prefix_index import UNLIMITED_TOKENS
+from proxy.fleet.template_probe import facts_of
 from proxy.fleet.templates import common_facts
 from proxy.model import Endpoint, TemplateFacts, ToolOrder
 from proxy.wire.request import read
@@ -430,6 +431,28 @@ def test_ranks_that_are_known_are_as_good_as_engines_of_their_own():
     unknown = computed(CairnProxy([RankedEngine(caches())], capacities=800_000))
     assert known <= urls
     assert unknown > 2 * known
+
+
+async def test_sessions_that_differ_in_a_switch_share_the_head_if_it_is_written_into_turns():
+    """As engines show when they are asked: a session that thinks, and one that changes its mind with each turn."""
+    template = Template(marks_users=True)
+
+    async def rendered(request):
+        return render(decode_chat(msgspec.json.encode(request)), template)
+
+    facts = await facts_of(rendered)
+    proxy = CairnProxy([SimulatedEngine(BlockCache(1_000_000), template)], facts=facts)
+    answers = []
+    for number in range(6):
+        talk = Session(f"talk {number}", SYSTEM, tools("search", 1_000))
+        for step in range(4):
+            talk.ask(200)
+            thinks = step % 2 == 0 if number % 3 == 2 else number % 3 == 0
+            answers.append(proxy.ask(talk.body(chat_template_kwargs={"enable_thinking": thinks})))
+            talk.answered(answers[-1].usage.output_tokens)
+    predicted, reported = predicted_and_reported(answers)
+    assert predicted == pytest.approx(reported, rel=0.03)
+    assert min(answer.usage.cached_tokens for answer in answers[1:]) > 1_700
 
 
 def test_engines_of_one_pool_that_render_differently_are_expected_to_share_what_each_does():

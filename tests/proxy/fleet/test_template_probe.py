@@ -91,6 +91,41 @@ async def test_an_argument_that_is_rendered_at_the_head_counts():
     assert "reasoning_effort" not in facts.headless
 
 
+async def test_a_switch_that_is_written_into_every_message_of_the_user_changes_turns_and_not_the_head():
+    facts = await facts_of(renderer(Template(marks_users=True)))
+    assert (facts.headless, facts.late_arguments) == (frozenset({"thinking"}), frozenset({"enable_thinking"}))
+
+
+@pytest.mark.parametrize("has_tools", [False, True])
+async def test_a_switch_that_changes_earlier_answers_only_with_tools_or_only_without_is_seen(has_tools):
+    whole = renderer(Template())
+
+    async def rendered(request):
+        text = await whole(request)
+        if request.get("thinking") and ("tools" in request) == has_tools:
+            text = text.replace("<|assistant|>an", "<|assistant|><think>an")
+        return text
+
+    assert (await facts_of(rendered)).late_arguments == frozenset({"thinking"})
+
+
+async def test_an_engine_that_refuses_an_argument_has_it_at_the_head():
+    whole = renderer(Template())
+
+    async def rendered(request):
+        return None if "enable_thinking" in request else await whole(request)
+
+    facts = await facts_of(rendered)
+    assert (facts.headless, facts.late_arguments) == (frozenset({"thinking"}), frozenset())
+
+
+@pytest.mark.parametrize(("drops", "expected"), [(True, (True, False)), (False, (False, False))])
+async def test_reasoning_that_is_rendered_only_where_a_tool_is_called_is_not_ignored(drops, expected):
+    """It is dropped with the next question or kept."""
+    facts = await facts_of(renderer(Template(reasons_in_calls=True, drops_reasoning=drops)))
+    assert (facts.drops_reasoning, facts.ignores_reasoning) == expected
+
+
 async def test_an_engine_that_refuses_shows_nothing():
     async def refuse(request):
         return None

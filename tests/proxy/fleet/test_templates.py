@@ -22,7 +22,11 @@ def templates(template: Template | None = None, kind: PoolKind = PoolKind.ENGINE
         ("qwen3-32b", ToolOrder.SYSTEM_FIRST, True),
         ("qwen3-coder-30b", ToolOrder.SYSTEM_FIRST, False),
         ("Qwen/Qwen3.5-4B", ToolOrder.TOOLS_FIRST, True),
-        ("deepseek-ai/DeepSeek-V3.1", ToolOrder.SYSTEM_FIRST, True),
+        ("deepseek-ai/DeepSeek-V3.2", ToolOrder.SYSTEM_FIRST, True),
+        ("deepseek-ai/DeepSeek-V3.1", ToolOrder.SYSTEM_FIRST, False),
+        ("google/gemma-4-31B-it", ToolOrder.SYSTEM_FIRST, True),
+        ("MiniMaxAI/MiniMax-M3", ToolOrder.SYSTEM_FIRST, False),
+        ("moonshotai/Kimi-K3", ToolOrder.TOOLS_FIRST, False),
         ("zai-org/GLM-4.6", ToolOrder.TOOLS_FIRST, True),
         ("mistralai/Mistral-Small", ToolOrder.TOOLS_LAST, False),
         ("mistralai/Mistral-Nemo-Instruct-2407", ToolOrder.TOOLS_LAST, False),
@@ -46,6 +50,12 @@ def test_a_systems_place_that_is_configured_counts_before_the_family():
 def test_an_unknown_model_is_taken_as_it_is_sent():
     assert templates().of("pool", "my-own") is PLAIN
     assert family_facts("my-own") is None
+
+
+def test_an_argument_that_is_said_to_have_no_effect_is_no_part_of_the_turns_either():
+    known = templates(Template(arguments_without_effect=("enable_thinking",)))
+    facts = known.of("pool", "glm-4.6")
+    assert (facts.headless, facts.late_arguments) == (frozenset({"enable_thinking"}), frozenset({"thinking"}))
 
 
 def test_what_an_engine_shows_counts_before_the_family_and_what_is_configured_before_both():
@@ -99,6 +109,8 @@ def test_an_order_that_is_configured_holds_for_all_engines():
         ({"keeps_billing": True}, {}, {}),
         ({"none_drops_tools": False}, {}, {}),
         ({"headless": frozenset("ab")}, {"headless": frozenset("bc")}, {"headless": frozenset("b")}),
+        ({"headless": frozenset("ab")}, {"late_arguments": frozenset("bc")}, {"late_arguments": frozenset("b")}),
+        ({"late_arguments": frozenset("ab")}, {"late_arguments": frozenset("b")}, {"late_arguments": frozenset("b")}),
         ({"order": ToolOrder.TOOLS_LAST}, {}, {"order": ToolOrder.TOOLS_LAST, "joins_head": True}),
         ({"order": ToolOrder.SYSTEM_FIRST}, {}, {"joins_head": True}),
         ({"system_last": True}, {}, {"system_last": True, "joins_head": True}),

@@ -183,6 +183,32 @@ def test_arguments_that_change_no_head_and_names_of_one_model_share_a_chain():
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        ({"chat_template_kwargs": {"enable_thinking": False}}, {"chat_template_kwargs": {"enable_thinking": True}}),
+        ({"enable_thinking": False}, {"enable_thinking": True}),
+        ({"reasoning": {"effort": "low", "summary": "auto"}}, {"reasoning": {"effort": "high"}}),
+        ({"reasoning_effort": "low"}, {}),
+    ],
+)
+@pytest.mark.parametrize("order", list(ToolOrder))
+@pytest.mark.parametrize("more", [{}, {"drops_reasoning": True}, {"rewrites_turns": True}])
+def test_an_argument_that_changes_turns_leaves_tools_and_system_messages_shared(fields, order, more):
+    """Nothing else is shared, and without the argument's effect everything is."""
+    names = frozenset({"enable_thinking", "reasoning_effort"})
+    messages = [SYSTEM, user("q"), {"role": "assistant", "content": "a"}, user("r")]
+    late = TemplateFacts(order=order, late_arguments=names, **more)
+    one, two = [prompt_of(messages, tools=TOOLS, **each) for each in fields]
+    assert keyed_salt(one, late, "") == keyed_salt(two, late, "")
+    mine, theirs = [list(map(bytes, keyed_spans(each, late))) for each in (one, two)]
+    shared = next(place for place, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1])
+    assert shared == (1 if order is ToolOrder.TOOLS_LAST else 2)
+    plain = msgspec.structs.replace(late, late_arguments=frozenset(), headless=names)
+    expected = list(map(bytes, keyed_spans(one, plain)))
+    assert [*mine[:shared], *mine[shared + 1 :]] == expected == list(map(bytes, keyed_spans(two, plain)))
+
+
+@pytest.mark.parametrize(
     ("fields", "kept"),
     [
         ({"chat_template_kwargs": {"enable_thinking": False}}, ()),
