@@ -448,7 +448,8 @@ def _check_may_pin(trust: Trust) -> None:
     if trust is Trust.UNCHECKED:
         raise PinRefused(
             "A context can be pinned once an upstream has accepted this key; send a request with it, then pin the "
-            'context with PUT and metadata {"pin": "true"}.'
+            'context with PUT and metadata {"pin": "true"}. Where the replicas\' keys are open to anyone, no key is '
+            "checked: the operator can list clients, who may pin."
         )
 
 

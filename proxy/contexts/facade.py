@@ -47,8 +47,9 @@ class StoredContexts:
         """Note the end of any request: whether the upstream accepted the key, and the use of a context it named."""
         succeeded = exchange.ending is Ending.COMPLETE
         if succeeded and exchange.prompt is not None and exchange.attempt is not None and exchange.status < 300:
-            tenant = exchange.call.tenant
-            if not (tenant.is_listed or self._store.has_accepted(tenant.id)):
+            tenant, pool = exchange.call.tenant, exchange.pool
+            is_checked = pool is None or not pool.accepts_any_key
+            if is_checked and not (tenant.is_listed or self._store.has_accepted(tenant.id)):
                 self._note_accepted(exchange.call)
         if exchange.context_result and not exchange.is_warming:
             self._settle_use(exchange, succeeded=succeeded)

@@ -234,7 +234,10 @@ class Discovery:
                 self._tell_capacity(number, replica.capacity_tokens)
         default = config.default_pool
         knows_clients = bool(config.clients)
-        served = [_served(pool, config.tenancy, knows_clients=knows_clients) for pool in config.pools]
+        is_open = config.server.open and not knows_clients
+        served = [
+            _served(pool, config.tenancy, knows_clients=knows_clients, is_open=is_open) for pool in config.pools
+        ]
         return Pools(served, None if default is None else default.name, backends)
 
     def _tell_capacity(self, number: int, tokens: int | None) -> None:
@@ -287,7 +290,7 @@ def _at(replica: Replica, address: str, port: int, path: str) -> Replica:
     return msgspec.structs.replace(replica, url=f"http://{host}:{port}{path}", name=None, selector=None)
 
 
-def _served(pool: Pool, tenancy: Tenancy, *, knows_clients: bool) -> ServedPool:
+def _served(pool: Pool, tenancy: Tenancy, *, knows_clients: bool, is_open: bool) -> ServedPool:
     is_provider = pool.kind is PoolKind.PROVIDER
     has_own_key = any(replica.key is not None for replica in pool.replicas)
     isolated = (is_provider and not has_own_key) or (pool.tenancy or tenancy) is Tenancy.ISOLATED
@@ -299,6 +302,7 @@ def _served(pool: Pool, tenancy: Tenancy, *, knows_clients: bool) -> ServedPool:
         sends_cache_salt=pool.cache_salt,
         shares_key=knows_clients or has_own_key,
         has_own_key=has_own_key,
+        accepts_any_key=has_own_key and is_open,
         optional=pool.optional,
     )
 

@@ -22,7 +22,8 @@ class ServedPool(msgspec.Struct, frozen=True):
     `isolated` means that every prefix chain is salted by the client's tenant. `sends_cache_salt` adds the field of
     that name to bodies. `shares_key` means that clients are served with a key of the operator's, or with none, and
     not with their own. `has_own_key` means that a replica's key is configured, so that the upstream cannot tell
-    clients apart. `is_provider` means that placements end by time and that no prefix is warmed.
+    clients apart. `accepts_any_key` means that in addition anyone may use it: a key of a client is checked nowhere.
+    `is_provider` means that placements end by time and that no prefix is warmed.
     """
 
     name: str
@@ -32,6 +33,7 @@ class ServedPool(msgspec.Struct, frozen=True):
     sends_cache_salt: bool = False
     shares_key: bool = False
     has_own_key: bool = False
+    accepts_any_key: bool = False
     optional: bool = False  # Cairn is ready without it
 
 

@@ -16,6 +16,7 @@ from proxy.contexts.use import Use
 from proxy.downstream.response import Downstream
 from proxy.errors import BadRequest, CairnError, ContextDamaged, ContextNotFound, ContextsAway
 from proxy.metrics import definitions as metrics
+from proxy.fleet.pools import ServedPool
 from proxy.model import Ending, Endpoint
 from proxy.pipeline.exchange import Exchange, StoredUse
 from proxy.records import Call, Tenant, Usage
@@ -244,7 +245,7 @@ async def test_a_successful_use_is_noted_with_the_tokens_it_saved() -> None:
 
 
 async def test_only_an_upstreams_success_accepts_an_unlisted_key() -> None:
-    """Not Cairn's own responses, not an error, not a request without a prompt."""
+    """Not Cairn's own responses, not an error, not a request without a prompt, not one with a key open to anyone."""
     bench = Facade()
     for changes in (
         {"status": 401},
@@ -254,6 +255,7 @@ async def test_only_an_upstreams_success_accepts_an_unlisted_key() -> None:
     ):
         bench.facade.settle(ended(STRANGER, **changes))
     bench.facade.settle(ended(LISTED))
+    bench.facade.settle(ended(STRANGER, pool=ServedPool("p", ("*",), accepts_any_key=True)))
     assert bench.api.store.accepted_tenants == []
     bench.facade.settle(ended(STRANGER))
     bench.facade.settle(ended(STRANGER, is_warming=True))

@@ -10,7 +10,7 @@ import pytest
 from cache import PrefixIndex
 from cache.index.hashing import cut
 from proxy.config.load import load
-from proxy.config.schema import Client, Config, Pool, PoolKind, Replica, Secret
+from proxy.config.schema import Client, Config, Pool, PoolKind, Replica, Secret, Server
 from proxy.errors import ConfigError
 from proxy.fleet import Fleet
 from proxy.fleet.discovery import FORGET_SECONDS, Discovery, resolve
@@ -271,3 +271,22 @@ def test_clients_share_a_key_if_the_replica_has_its_own_or_if_they_are_listed(
     members = Discovery(config, Fleet(Random(1).random), PrefixIndex(), FakeClock(), Names())
     assert members.pools.all[0].shares_key is shares
     assert members.pools.all[0].has_own_key is (key is not None)
+
+
+@pytest.mark.parametrize(
+    ("clients", "key", "is_open", "accepts"),
+    [
+        ((), Secret("own"), True, True),
+        ((), Secret("own"), False, False),
+        ((), None, True, False),
+        ((Client("a", "0" * 64),), Secret("own"), True, False),
+    ],
+)
+def test_any_key_is_accepted_where_a_replica_s_own_is_open_to_anyone(
+    clients: tuple[Client, ...], key: Secret | None, is_open: bool, accepts: bool
+) -> None:
+    """Neither Cairn nor the upstream checks the keys of clients then."""
+    pools = (Pool("p", (Replica("http://r", key=key),)),)
+    config = Config(pools=pools, clients=clients, server=Server(open=is_open))
+    members = Discovery(config, Fleet(Random(1).random), PrefixIndex(), FakeClock(), Names())
+    assert members.pools.all[0].accepts_any_key is accepts
