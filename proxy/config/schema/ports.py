@@ -35,8 +35,8 @@ class Server(Section, frozen=True):
     """Number of worker processes."""
 
     open: Annotated[bool, LIVE] = False
-    """Allow anyone who reaches the port to use the replicas' keys although no clients are listed. Keys of clients only
-    tell them apart then, since nobody checks them: they can pin no context, and share `contexts.unchecked_bytes`."""
+    """Allow anyone who reaches the port to use the replicas' keys although no clients are listed. Nobody checks the
+    keys of clients then, which can pin no context and share `contexts.unchecked_bytes`."""
 
     backlog: Count = 2048
     """Connections per worker that may wait to be accepted."""

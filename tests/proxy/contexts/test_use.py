@@ -15,8 +15,8 @@ from proxy.contexts.facade import StoredContexts
 from proxy.contexts.use import Use
 from proxy.downstream.response import Downstream
 from proxy.errors import BadRequest, CairnError, ContextDamaged, ContextNotFound, ContextsAway
-from proxy.metrics import definitions as metrics
 from proxy.fleet.pools import ServedPool
+from proxy.metrics import definitions as metrics
 from proxy.model import Ending, Endpoint
 from proxy.pipeline.exchange import Exchange, StoredUse
 from proxy.records import Call, Tenant, Usage

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import tracemalloc
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec import Raw
 
 from proxy.errors import BadRequest
@@ -21,6 +24,7 @@ from proxy.wire.bounds import (
     check_array,
     check_nesting,
     check_values,
+    is_nested_beyond,
 )
 from proxy.wire.named_models import further_models
 from proxy.wire.references import references
@@ -176,3 +180,19 @@ def test_many_strings_with_signs_are_told_from_members() -> None:
     check_nesting(b"[" + b",".join([b'"[{:"'] * (2 * NESTED_MOST)) + b"]")
     with pytest.raises(BadRequest):
         check_nesting(b"{" + b",".join([b'"[":"{"'] * (2 * NESTED_MOST)) + b"}")
+
+
+_TOKENS = [b'"a"', b'""', b'"\\""', b'"\\\\"', b'"[:{\\\\\\""', b'"' + b"\\\\" * 6 + b'"', b"{", b":", b"[", b","]
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+
+
+@pytest.mark.skipif(IS_COMPILED, reason="a constant is part of the compiled code")
+@given(tokens=st.lists(st.sampled_from(_TOKENS), max_size=30), step=st.integers(1, 9))
+def test_signs_are_counted_outside_of_strings_wherever_the_text_is_cut(tokens: list[bytes], step: int) -> None:
+    """A string, and an escape in it, may go on in the next part."""
+    text = b"{" + b"".join(tokens)
+    outside = _STRING.sub(b"", text)
+    count = sum(outside.count(sign) for sign in (b":", b"[", b"{"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bounds, "_STEP_BYTES", step)
+        assert (is_nested_beyond(text, count), is_nested_beyond(text, count - 1)) == (False, True)
