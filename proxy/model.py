@@ -121,9 +121,9 @@ class TemplateFacts(msgspec.Struct, frozen=True):
     text of messages between `<think>` and `</think>`. `ignores_reasoning`: the field is left out everywhere.
     `moves_system`: system messages within the conversation are moved to its beginning. `dated`: the head contains
     today's date. `none_drops_tools`: `tool_choice` "none" leaves the tools out. `headless`: template arguments that
-    change nothing before the last message. `late_arguments`: those that change earlier turns, but nothing before the
-    first turn. `keeps_billing`: a client's billing block is rendered;
-    `messages_drop_billing`: but not if it comes in Anthropic's dialect, which engines translate first.
+    change nothing before the last message. `late_arguments`: those that change what follows tools and system
+    messages. `keeps_billing`: a client's billing block is rendered; `messages_drop_billing`: but not if it comes in
+    Anthropic's dialect, which engines translate first.
     `joins_head`: prompts share nothing unless tools and system messages are equal, since engines of the pool put them
     in different orders. `splits_systems`: of several system messages at the beginning, only the first is rendered
     before the tools. `system_last`: the system message is rendered with the last user message.

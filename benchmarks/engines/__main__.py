@@ -24,6 +24,7 @@ def main() -> None:
     console = Console()
     console.print(orders())
     console.print(pressure())
+    console.print(blocks())
     console.print(room())
     console.print(ranks())
     console.print(shapes())
@@ -53,24 +54,44 @@ def pressure() -> Table:
     for heading in ("capacity", "predicted / reported", "cached", "budgets at the end"):
         table.add_column(heading)
     for stated in (48_000, None):
-        engines = [SimulatedEngine(BlockCache(48_000)) for _ in range(2)]
-        proxy = CairnProxy(engines, capacities=stated)
-        predicted = reported = total = 0
-        talks, random = [Session(f"talk {number}", words("sys", 400)) for number in range(40)], Random(5)
-        for step in range(900):
-            talk = talks[step] if step < len(talks) else talks[min(int(random.expovariate(1 / 12)), 39)]
-            if len(talk.messages) > 8:
-                del talk.messages[3:]
-            answer = proxy.ask(talk.ask(2_300 if step < len(talks) else 100))
-            talk.answered(answer.usage.output_tokens)
-            if step >= 300:
-                predicted += min(answer.predicted_tokens, answer.usage.prompt_tokens)
-                reported += answer.usage.cached_tokens
-                total += answer.usage.prompt_tokens
+        proxy = CairnProxy([SimulatedEngine(BlockCache(48_000)) for _ in range(2)], capacities=stated)
+        predicted, reported, total = _press(proxy)
         budgets = ", ".join(f"{stats.budget_tokens:,}" for stats in proxy.index.replicas().values())
         name = "not stated" if stated is None else f"{stated:,}"
         table.add_row(name, f"{predicted / reported:.3f}", f"{reported / total:.1%}", budgets)
     return table
+
+
+def blocks() -> Table:
+    """Run the same sessions before engines with large blocks, of which some never reuse the last."""
+    table = Table(title="the same with large blocks: predicted / reported")
+    for heading in ("block", "last one reused", "capacity stated", "not stated"):
+        table.add_column(heading)
+    for size, unused in ((528, 1), (784, 0), (1_056, 0), (1_056, 1), (2_096, 0)):
+        shares = []
+        for stated in (48_000, None):
+            engines = [SimulatedEngine(BlockCache(48_000, size, unused)) for _ in range(2)]
+            predicted, reported, _ = _press(CairnProxy(engines, capacities=stated))
+            shares.append(f"{predicted / reported:.3f}")
+        table.add_row(str(size), "no" if unused else "yes", *shares)
+    return table
+
+
+def _press(proxy: CairnProxy) -> tuple[int, int, int]:
+    """Run 40 sessions, and return the predicted, the cached and all tokens of the last 600 of 900 prompts."""
+    predicted = reported = total = 0
+    talks, random = [Session(f"talk {number}", words("sys", 400)) for number in range(40)], Random(5)
+    for step in range(900):
+        talk = talks[step] if step < len(talks) else talks[min(int(random.expovariate(1 / 12)), 39)]
+        if len(talk.messages) > 8:
+            del talk.messages[3:]
+        answer = proxy.ask(talk.ask(2_300 if step < len(talks) else 100))
+        talk.answered(answer.usage.output_tokens)
+        if step >= 300:
+            predicted += min(answer.predicted_tokens, answer.usage.prompt_tokens)
+            reported += answer.usage.cached_tokens
+            total += answer.usage.prompt_tokens
+    return predicted, reported, total
 
 
 def room() -> Table:

@@ -11,6 +11,7 @@ from typing import Final
 from proxy.model import TemplateFacts, ToolOrder
 
 _SWITCHES: Final = frozenset({"enable_thinking", "thinking"})
+_UNUSED: Final = _SWITCHES | {"documents"}
 
 _QWEN: Final = TemplateFacts(
     order=ToolOrder.SYSTEM_FIRST, ignores_reasoning=True, none_drops_tools=False, splits_systems=True
@@ -20,7 +21,7 @@ _THINKS_IN_TEXT: Final = TemplateFacts(  # the field is not known, only marks in
     ignores_reasoning=True,
     drops_thoughts=True,
     none_drops_tools=False,
-    headless=_SWITCHES,
+    headless=_UNUSED,
     splits_systems=True,
 )
 _KEEPS_REASONING: Final = TemplateFacts(order=ToolOrder.SYSTEM_FIRST, none_drops_tools=False, splits_systems=True)
@@ -32,12 +33,16 @@ _QWEN3: Final = TemplateFacts(
     drops_reasoning=True,
     drops_thoughts=True,
     none_drops_tools=False,
-    headless=_SWITCHES,
+    headless=_UNUSED,
     splits_systems=True,
 )
-_GLM: Final = TemplateFacts(drops_reasoning=True, drops_thoughts=True, none_drops_tools=False, headless=_SWITCHES)
+_GLM: Final = TemplateFacts(drops_reasoning=True, drops_thoughts=True, none_drops_tools=False, headless=_UNUSED)
 _GLM_MARKED: Final = TemplateFacts(  # a switch is written into every user message
-    drops_reasoning=True, drops_thoughts=True, none_drops_tools=False, late_arguments=_SWITCHES
+    drops_reasoning=True,
+    drops_thoughts=True,
+    none_drops_tools=False,
+    headless=frozenset({"documents"}),
+    late_arguments=_SWITCHES,
 )
 _DEEPSEEK: Final = TemplateFacts(
     order=ToolOrder.SYSTEM_FIRST,
@@ -45,7 +50,7 @@ _DEEPSEEK: Final = TemplateFacts(
     drops_thoughts=True,
     moves_system=True,
     none_drops_tools=False,
-    headless=_SWITCHES,
+    headless=_UNUSED,
 )
 _DEEPSEEK_TEXT: Final = TemplateFacts(
     order=ToolOrder.SYSTEM_FIRST,
@@ -53,7 +58,7 @@ _DEEPSEEK_TEXT: Final = TemplateFacts(
     drops_thoughts=True,
     moves_system=True,
     none_drops_tools=False,
-    headless=_SWITCHES,
+    headless=_UNUSED,
 )
 _LLAMA: Final = TemplateFacts(
     order=ToolOrder.SYSTEM_FIRST,
@@ -69,7 +74,7 @@ _MISTRAL_OLD: Final = TemplateFacts(
 _GPT_OSS: Final = TemplateFacts(
     order=ToolOrder.SYSTEM_FIRST, drops_reasoning=True, dated=True, none_drops_tools=False, splits_systems=True
 )
-_KIMI: Final = TemplateFacts(ignores_reasoning=True, none_drops_tools=False, headless=_SWITCHES)
+_KIMI: Final = TemplateFacts(ignores_reasoning=True, none_drops_tools=False, headless=_UNUSED)
 _TOOLS_FIRST: Final = TemplateFacts(none_drops_tools=False)
 
 FAMILIES: Final = (

@@ -40,7 +40,14 @@ MAX_MODELS_PROBED: Final = 32
 
 _PAGE_AT_MOST_BYTES: Final = 1024 * 1024
 _NO_SUCH_PAGE: Final = frozenset({404, 405, 501})
-_SWITCHES: Final = ("enable_thinking", "thinking", "reasoning_effort")
+_ARGUMENTS: Final[dict[str, tuple[Any, Any]]] = {
+    "enable_thinking": (True, False),
+    "thinking": (True, False),
+    "reasoning_effort": ("low", "high"),
+    "documents": ([{"title": "one", "text": "some words"}], [{"title": "two", "text": "other words"}]),
+}
+"""Arguments that templates render, with two values each."""
+
 _DAY_SECONDS: Final = 86_400.0
 _DATE_FORMATS: Final = ("%Y-%m-%d", "%d %b %Y", "%d %B %Y", "%B %d, %Y")
 
@@ -291,34 +298,38 @@ async def _arguments(render: Render) -> tuple[frozenset[str], frozenset[str]]:
     """
     places = [await _places_of_arguments(render, tools) for tools in ({}, {"tools": [_tool("one tool")]})]
     known = [place for place in places if place is not None]
-    headless = frozenset([name for name in _SWITCHES if known and all(each[name] == "end" for each in known)])
-    late = frozenset([name for name in _SWITCHES if known and all(each[name] != "head" for each in known)])
+    headless = frozenset([name for name in _ARGUMENTS if known and all(each[name] == "end" for each in known)])
+    late = frozenset([name for name in _ARGUMENTS if known and all(each[name] != "head" for each in known)])
     return headless, late - headless
 
 
 async def _places_of_arguments(render: Render, tools: dict[str, Any]) -> dict[str, str] | None:
     """Return the first place that each argument changes: "head", "turns" or "end"; None if the prompt is refused.
 
-    A conversation of two turns shows it: some switches are written into every message of the user, and some change
-    how all answers are rendered.
+    What follows the tools and the system message belongs to the turns. A conversation of two shows it: some switches
+    are written into every message of the user, and some change how all answers are rendered.
     """
 
-    def talk(first: str = "a question", last: str = "a further one", **more: Any) -> dict[str, Any]:
-        answer = {"role": "assistant", "content": "an answer"}
-        messages = [{"role": "user", "content": first}, answer, {"role": "user", "content": last}]
-        return {"messages": [{"role": "system", "content": "some words here"}, *messages], **tools, **more}
+    def talk(*changed: str, **more: Any) -> dict[str, Any]:
+        texts = {"system": "some words here", "first": "a question", "answer": "an answer", "last": "a further one"}
+        texts.update(dict.fromkeys(changed, "other words here"))
+        roles = ("system", "user", "assistant", "user")
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts.values(), strict=True)]
+        return {"messages": messages, **tools, **more}
 
     base = await render(talk())
     if base is None:
         return None
-    at_first = _shared(base, await render(talk(first="other words here")))
-    at_last = _shared(base, await render(talk(last="other words here")))
+    at_first, at_last = _shared(base, await render(talk("first"))), _shared(base, await render(talk("last")))
+    at_head = [_shared(base, await render(talk("system")))]
+    if tools:
+        at_head.append(_shared(base, await render(talk(tools=[_tool("other tool")]))))
+    begin = max([at for at in at_head if at < at_first], default=at_first - 1)
     places = {}
-    for name in _SWITCHES:
-        values: tuple[Any, Any] = ("low", "high") if name == "reasoning_effort" else (True, False)
+    for name, values in _ARGUMENTS.items():
         changed = [await render(talk(**{name: value}, chat_template_kwargs={name: value})) for value in values]
         shared = min([len(base) if each == base else _shared(base, each) for each in changed])
-        places[name] = "end" if shared > at_last else "turns" if shared >= at_first else "head"
+        places[name] = "end" if shared > at_last else "turns" if shared > begin else "head"
     return places
 
 

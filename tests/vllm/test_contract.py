@@ -144,7 +144,7 @@ async def test_probes_show_the_template(post):
         order=ToolOrder.SYSTEM_FIRST,
         drops_reasoning=True,
         none_drops_tools=False,
-        headless=frozenset({"enable_thinking", "thinking", "reasoning_effort"}),
+        headless=frozenset({"enable_thinking", "thinking", "reasoning_effort", "documents"}),
     )
 
 

@@ -24,7 +24,7 @@ async def facts_of(render, dates=()) -> TemplateFacts:
     return facts
 
 
-ALL_HEADLESS = frozenset({"enable_thinking", "thinking"})
+ALL_HEADLESS = frozenset({"enable_thinking", "thinking", "documents"})
 
 
 def renderer(template: Template, tokens: bool = False):
@@ -93,7 +93,35 @@ async def test_an_argument_that_is_rendered_at_the_head_counts():
 
 async def test_a_switch_that_is_written_into_every_message_of_the_user_changes_turns_and_not_the_head():
     facts = await facts_of(renderer(Template(marks_users=True)))
-    assert (facts.headless, facts.late_arguments) == (frozenset({"thinking"}), frozenset({"enable_thinking"}))
+    assert (facts.headless, facts.late_arguments) == (
+        frozenset({"thinking", "documents"}),
+        frozenset({"enable_thinking"}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("head", (False, False)),
+        ("behind the head", (False, True)),
+        ("question", (False, True)),
+        ("nowhere", (True, False)),
+    ],
+)
+async def test_documents_are_seen_wherever_they_are_rendered(place, expected):
+    """Before the system message, after it, with each question, or not at all: most templates do not know them."""
+    whole = renderer(Template())
+
+    async def rendered(request):
+        text, documents = await whole(request), str(request.get("documents", ""))
+        if place == "head":
+            return documents + text
+        if place == "behind the head":
+            return text.replace("<|user|>", f"{documents}<|user|>", 1)
+        return text.replace("<|user|>", f"<|user|>{documents}") if place == "question" else text
+
+    facts = await facts_of(rendered)
+    assert ("documents" in facts.headless, "documents" in facts.late_arguments) == expected
 
 
 @pytest.mark.parametrize("has_tools", [False, True])
@@ -116,7 +144,7 @@ async def test_an_engine_that_refuses_an_argument_has_it_at_the_head():
         return None if "enable_thinking" in request else await whole(request)
 
     facts = await facts_of(rendered)
-    assert (facts.headless, facts.late_arguments) == (frozenset({"thinking"}), frozenset())
+    assert (facts.headless, facts.late_arguments) == (frozenset({"thinking", "documents"}), frozenset())
 
 
 @pytest.mark.parametrize(("drops", "expected"), [(True, (True, False)), (False, (False, False))])
