@@ -72,6 +72,8 @@ def read(file: Path) -> dict[str, Any]:
 
 def _problem(error: Exception) -> str:
     """Describe what is wrong and where, without YAML's quotation from the file, which may contain a secret."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"it contains the control character {error.character:#04x}"
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return "it contains a date or a number that does not exist"

@@ -15,10 +15,10 @@ from cache import Content, Fingerprint, Match, PrefixIndex, chain_root, cut, ext
 from proxy.clock import Clock, utc_date
 from proxy.fleet import Fleet
 from proxy.fleet.templates import Templates
-from proxy.model import TemplateFacts
+from proxy.model import RouteReason, TemplateFacts
 from proxy.pipeline.disclosure import OwnPrefixes, limited
 from proxy.pipeline.exchange import Exchange
-from proxy.records import Demand, Prompt
+from proxy.records import Demand, Plan, Prompt
 from proxy.routing import cost as routing
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.session_hints import DEFAULT_HEADERS, SessionHints
@@ -130,7 +130,9 @@ class Planner:
         )
         if exchange.avoid:
             views = tuple([view for view in views if view.name not in exchange.avoid])
+        is_narrowed = False
         if among is not None:
+            is_narrowed = sum([view.available for view in views if view.id not in among]) > 0
             views = tuple([view for view in views if view.id in among])
         held_back = None
         if exchange.fingerprint is not None and not self._gate.is_open:
@@ -145,6 +147,8 @@ class Planner:
             room=None if exchange.fingerprint is None else self._index,  # only a prompt that is placed takes room
             pool_name=exchange.pool.name,
         )
+        if is_narrowed and exchange.plan.reason is RouteReason.ONLY:  # others are left out, but would be a choice
+            exchange.plan = _without_only(exchange.plan)
 
     def plan_again(self, exchange: Exchange) -> None:
         """Plan a request whose replica went down while it waited there. Raises Overloaded if none is left.
@@ -178,6 +182,11 @@ class Planner:
             pinned,
             None if session is None else self._sessions.replica(session),
         )
+
+
+def _without_only(plan: Plan) -> Plan:
+    reason = RouteReason.WARM if plan.chosen.matched_bytes else RouteReason.COLD
+    return Plan(plan.candidates, reason, plan.miss, plan.cache, plan.prompt_tokens)
 
 
 def _with_stored(root: int, content: Content, prompt: Prompt, facts: TemplateFacts) -> Fingerprint:

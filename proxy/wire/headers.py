@@ -47,6 +47,7 @@ _CREDENTIALS = frozenset(
         b"openai-organization",
         b"openai-project",
         b"x-goog-user-project",
+        b"x-litellm-api-key",
     }
 )
 """Headers in which providers take keys, and headers that choose the account to be charged."""

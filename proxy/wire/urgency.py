@@ -7,7 +7,7 @@ precedence. `x-request-deadline` is in seconds from the arrival of the request, 
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
@@ -24,6 +24,7 @@ NORMAL: Final = 1
 LOW: Final = 2
 
 _LENGTHS: Final = frozenset({len(PRIORITY_HEADER), len(DEADLINE_HEADER)})
+_SECONDS: Final = re.compile(rb"[ \t]*((?:[0-9]{1,5}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,2})?)[ \t]*")
 _LEVELS: Final = {b"high": HIGH, b"normal": NORMAL, b"low": LOW}
 _TIERS: Final = {"priority": HIGH, "flex": LOW}
 
@@ -77,10 +78,8 @@ def body_priority(tier: Raw, number: Raw) -> int | None:
 
 
 def _seconds(value: bytes) -> float:
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
+    written = _SECONDS.fullmatch(value)
+    seconds = float(written[1]) if written else 0.0
     if not 0 < seconds <= MAX_DEADLINE_SECONDS:
         raise BadRequest(
             "x-request-deadline must be a number of seconds, above 0 and at most 86400.", param="x-request-deadline"

@@ -296,6 +296,7 @@ def test_a_password_in_a_url_is_refused_without_showing_it(write) -> None:
     [
         ("server: {port: 1}\nserver: {port: 2}\n", r"'server' is given twice \(line 2, column 1\)"),
         ("server: [", "is not YAML"),
+        ("host: a\x00b", "is not YAML: it contains the control character 0x00"),
         ("key: !!python/object/apply:os.system [ls]", "is not YAML"),
         ("a: " + "[" * 1000, "is not YAML|nested too deep"),
     ],

@@ -278,6 +278,24 @@ def test_replicas_to_avoid_and_those_not_asked_for_are_left_out() -> None:
         planning.planner.plan(exchange, among=frozenset((2,)))
 
 
+def test_a_replica_that_is_not_the_only_one_is_not_called_so() -> None:
+    """If others are left out of a plan although they are available, the reason is what the chosen one holds."""
+    planning = Planning(3)
+    exchange = planning.planned(planning.read())
+
+    def reason() -> RouteReason:
+        planning.planner.look_up(exchange)
+        planning.planner.plan(exchange, among=frozenset((1,)))
+        assert exchange.plan is not None
+        return exchange.plan.reason
+
+    assert reason() is RouteReason.COLD
+    planning.serve(exchange, 1)
+    assert reason() is RouteReason.WARM
+    exchange.avoid = frozenset(("r0", "r2"))
+    assert reason() is RouteReason.ONLY
+
+
 def test_a_rate_limit_takes_a_replica_from_the_plans_of_its_key_alone() -> None:
     """Other tenants' requests still go there."""
     planning = Planning()

@@ -197,6 +197,7 @@ def test_a_client_s_request_id_is_kept_where_it_is_harmless(value, kept) -> None
         b"ocp-apim-subscription-key",
         b"openai-organization",
         b"openai-project",
+        b"x-litellm-api-key",
     ],
 )
 def test_no_key_of_the_client_reaches_an_upstream_that_has_its_own(name: bytes) -> None:

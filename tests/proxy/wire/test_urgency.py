@@ -25,7 +25,9 @@ def test_nothing_said_is_nothing():
     assert urgency_of([(b"host", b"a"), (b"authorization", b"Bearer x")]) is UNSAID
 
 
-@pytest.mark.parametrize("value", [b"0", b"-1", b"nan", b"inf", b"soon", b"", b"90000"])
+@pytest.mark.parametrize(
+    "value", [b"0", b"-1", b"nan", b"inf", b"soon", b"", b"90000", b"1_0", b"5s", b"1e99", b"0x10", b"10,20", b"+5"]
+)
 def test_a_deadline_that_is_no_time_is_refused(value):
     """Rather than ignored: the client relies on it."""
     with pytest.raises(BadRequest) as caught:
