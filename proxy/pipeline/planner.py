@@ -195,7 +195,7 @@ def _with_stored(root: int, content: Content, prompt: Prompt, facts: TemplateFac
     The context's own part is computed once, unless what follows changes how it is rendered.
     """
     rest = prompt.spans
-    if not rest or not stored_first(rest, facts):
+    if not rest or not stored_first(rest, facts, has_arguments=len(prompt.chain_salt) > 1):
         return cut(root, _stored_spans(content, prompt, facts, rest))
     alone = content.chain(root, facts, partial(_stored_spans, content, prompt, facts))
     return extend(alone, keyed_spans(dataclasses.replace(prompt, tool_spans=0), facts))

@@ -230,8 +230,13 @@ def _with_joint_head(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span]:
     return [digest.digest(), *spans]
 
 
-def stored_first(rest: Sequence[Span], facts: TemplateFacts) -> bool:
-    """Return whether a stored context is always rendered before the messages that follow it."""
+def stored_first(rest: Sequence[Span], facts: TemplateFacts, *, has_arguments: bool = False) -> bool:
+    """Return whether a stored context is always rendered before the messages that follow it, in one way.
+
+    `has_arguments` means that the request has template arguments, which may be rendered within it.
+    """
+    if has_arguments and facts.late_arguments:
+        return False
     if facts.moves_system or facts.joins_head or facts.system_last or facts.order is _TOOLS_LAST:
         return False
     return not (facts.drops_reasoning or facts.drops_thoughts or facts.rewrites_turns) or _last_user(rest) >= 0

@@ -175,6 +175,27 @@ def test_a_stored_context_has_the_key_of_the_same_messages_sent_whole(facts: Tem
     assert list(stored.fingerprint.ends) == list(whole.fingerprint.ends)
 
 
+def test_a_stored_context_has_another_key_with_each_argument_that_is_rendered_within_it() -> None:
+    """As if the request had sent all of it."""
+    planning = Planning()
+    planning.templates.facts = TemplateFacts(late_arguments=frozenset({"enable_thinking"}))
+    first, last = (msgspec.json.encode({"role": "user", "content": text * 9_000}) for text in "ab")
+    content = Content(b"d", b"", first, array("I", (0, len(first))))
+    keys = []
+    for thinks in (b"true", b"false", b"null"):
+        for messages in (first + b"," + last, last):
+            made = planning.read()
+            body = b'{"model":"m","enable_thinking":%b,"messages":[%b]}' % (thinks, messages)
+            made.prompt = wire_request.read(body, Endpoint.CHAT)
+            if messages is last:
+                made.stored = StoredUse(cast("Any", None), content, 0.0)
+            planning.planner.fingerprint(made)
+            assert made.fingerprint is not None
+            keys.append(made.fingerprint.hashes[-1])
+    assert keys[::2] == keys[1::2]
+    assert len(set(keys)) == 3
+
+
 def test_the_chain_of_a_stored_context_is_computed_once_for_all_that_follow_it() -> None:
     """It may be megabytes long."""
     planning, bounds = Planning(), array("I", (0, 9_000))
