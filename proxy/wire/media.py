@@ -24,7 +24,7 @@ SHORT_BODY_BYTES: Final = 4_096
 """Longest body that is searched as a whole, which is faster than searching each message."""
 
 MEDIA_BYTES_LEAST: Final = 1024  # bytes; a shorter picture has no more tokens than text of the same length
-PARTS_MOST: Final = 50_000
+PARTS_MOST: Final = 20_000
 """Objects of a message that is decoded to find its media; nobody sends more parts than a thousand."""
 
 MEDIA_MOST: Final = 4096

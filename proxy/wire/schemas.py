@@ -39,8 +39,8 @@ def short_text(value: Raw) -> str | None:
 
 # --- requests
 
-MESSAGES_MOST: Final = 20_000
-"""Messages or input items of one prompt; a view of each is made, and these take 30 ms of the event loop."""
+MESSAGES_MOST: Final = 10_000
+"""Messages or input items of one prompt. A view of each is made and hashed; these take 30 ms of the event loop."""
 
 
 class Model(str):
