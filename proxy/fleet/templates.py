@@ -194,6 +194,10 @@ def _renders(pool: Pool) -> bool:
 
 def _said_over(said: Template, facts: TemplateFacts) -> TemplateFacts:
     """Return `facts` overridden by the configured template `said`."""
+    late = facts.late_arguments if said.arguments_in_turns is None else frozenset(said.arguments_in_turns)
+    headless = facts.headless.difference(said.arguments_in_turns or ())
+    if said.arguments_without_effect is not None:
+        headless = frozenset(said.arguments_without_effect)
     changes: dict[str, Any] = {
         "order": said.order,
         "joins_head": None if said.order is None else False,
@@ -206,9 +210,8 @@ def _said_over(said: Template, facts: TemplateFacts) -> TemplateFacts:
         "none_drops_tools": said.none_drops_tools,
         "keeps_billing": said.keeps_billing,
         "messages_drop_billing": None if said.keeps_billing is None else False,
-        "headless": None if said.arguments_without_effect is None else frozenset(said.arguments_without_effect),
+        "headless": headless,
+        "late_arguments": late - headless,
     }
-    if said.arguments_without_effect is not None:
-        changes["late_arguments"] = facts.late_arguments.difference(said.arguments_without_effect)
     given = {name: value for name, value in changes.items() if value is not None}
     return msgspec.structs.replace(facts, **given)

@@ -170,6 +170,10 @@ class Template(Section, frozen=True):
     arguments_without_effect: tuple[Annotated[str, Meta(min_length=1, max_length=64)], ...] | None = None
     """Request fields such as `enable_thinking` that change nothing before the last message."""
 
+    arguments_in_turns: tuple[Annotated[str, Meta(min_length=1, max_length=64)], ...] | None = None
+    """Request fields that change nothing before the end of tools and system messages, but what follows them: a switch
+    that is written into every message of the user, or `documents` behind the system message."""
+
 
 class Pool(Section, frozen=True):
     """Replicas that serve the same models."""

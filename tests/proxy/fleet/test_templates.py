@@ -58,6 +58,20 @@ def test_an_argument_that_is_said_to_have_no_effect_is_no_part_of_the_turns_eith
     assert (facts.headless, facts.late_arguments) == (frozenset({"enable_thinking"}), frozenset({"thinking"}))
 
 
+@pytest.mark.parametrize(
+    ("said", "headless", "late"),
+    [
+        ({"arguments_in_turns": ("thinking", "x")}, {"enable_thinking", "documents"}, {"thinking", "x"}),
+        ({"arguments_in_turns": ()}, {"enable_thinking", "thinking", "documents"}, set()),
+        ({"arguments_in_turns": ("x", "y"), "arguments_without_effect": ("y",)}, {"y"}, {"x"}),
+        ({"arguments_in_turns": ("x",), "arguments_without_effect": ()}, set(), {"x"}),
+    ],
+)
+def test_an_argument_that_is_said_to_be_in_turns_is_there_whatever_the_family_does(said, headless, late):
+    facts = templates(Template(**said)).of("pool", "qwen3")
+    assert (facts.headless, facts.late_arguments) == (headless, late)
+
+
 def test_what_an_engine_shows_counts_before_the_family_and_what_is_configured_before_both():
     known = templates(Template(dated=True, arguments_without_effect=("thinking",)))
     assert known.wants_probe("pool", "qwen3", "h")
