@@ -11,15 +11,23 @@ from typing import Any, Final
 from urllib.parse import parse_qsl
 
 import msgspec
-from msgspec import Raw
 
 from proxy.errors import BadRequest
 from proxy.model import Body
 from proxy.wire import multipart
-from proxy.wire.bounds import check_values
-from proxy.wire.schemas import DECODE_ERRORS, SecondModel, decode_model, seen
+from proxy.wire.bounds import TooManyItems, check_array, check_values
+from proxy.wire.schemas import (
+    DECODE_ERRORS,
+    SecondModel,
+    TooManyMembers,
+    decode_members,
+    decode_model,
+    decode_raw_list,
+    seen,
+)
 
 _BATCH_LINES_MOST: Final = 50_000  # requests of one batch, the providers' own limit
+_BATCH_REQUESTS_MOST: Final = 100_000  # of one batch of messages: Anthropic's limit
 _OTHER_NAMES: Final = frozenset(
     {
         "adapter", "adapter_id", "adapters", "deployment", "deployment_id", "engine", "lora", "lora_id", "lora_name",
@@ -45,8 +53,6 @@ _SCHEMAS: Final = frozenset(
     }
 )  # fmt: skip
 """Fields whose keys are the client's own: `model` in them is the name of an argument."""
-
-_MEMBERS_MOST: Final = 1000  # of a body's outermost object, each of which is searched; requests have some fifty
 
 _IMAGES: Final = "image_generation"
 """The hosted tool that runs a model chosen by the upstream if it names none."""
@@ -98,19 +104,16 @@ def further_models(body: Body, content_type: bytes) -> list[str] | None:
         return _form_models(body, content_type)
     if (charset := _CHARSET.search(content_type)) is not None and charset[1].lower() not in _UTF8:
         return None  # some servers decode JSON by it: in UTF-7 ASCII text may name other members
-    check_values(body)
     try:
-        top = msgspec.json.decode(body, type=dict[str, Raw])
-        if len(top) > _MEMBERS_MOST:
-            return None
         found: list[str] = []
-        for key, value in top.items():
+        for key, value in decode_members(body).items():
             folded = key.casefold()
             if folded == "model" and key != "model":
                 return None
             if folded not in _CONTENT and (_names_models(folded) or _may_name_models(bytes(value))):
+                check_values(bytes(value))
                 _collect(found, {key: msgspec.json.decode(value)})
-    except (*DECODE_ERRORS, _Unreadable):
+    except (*DECODE_ERRORS, TooManyMembers, _Unreadable):
         return None
     return found
 
@@ -214,15 +217,17 @@ def batch_file_models(body: Body, content_type: bytes) -> set[str] | None:
 def batch_request_models(body: Body) -> set[str] | None:
     """Return every model of a `messages/batches` body, None if one of its requests cannot be read."""
     models: set[str] = set()
-    check_values(body)
     try:
-        batch = msgspec.json.decode(body)
-        requests = batch["requests"]
-        if _is_in_other_case(batch, "requests") or any(_is_in_other_case(each, "params") for each in requests):
+        batch = decode_members(body)
+        if _is_in_other_case(batch, "requests"):
             return None
-        if not all(_add_models(models, request.get("params")) for request in requests):
-            return None
-    except (*DECODE_ERRORS, AttributeError, TypeError, KeyError):
+        check_array(batch["requests"], "requests", _BATCH_REQUESTS_MOST)
+        for each in decode_raw_list(batch["requests"]):  # one by one, so that other threads can run
+            check_values(bytes(each))
+            request = msgspec.json.decode(each)
+            if _is_in_other_case(request, "params") or not _add_models(models, request.get("params")):
+                return None
+    except (*DECODE_ERRORS, TooManyItems, TooManyMembers, AttributeError, KeyError):
         return None
     return models
 

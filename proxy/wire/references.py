@@ -21,7 +21,7 @@ from proxy.model import Body
 from proxy.wire import multipart
 from proxy.wire.bounds import check_values
 from proxy.wire.json_cuts import text_with_keys
-from proxy.wire.schemas import DECODE_ERRORS, NONE, short_text
+from proxy.wire.schemas import DECODE_ERRORS, NONE, decode_members, short_text
 
 _COLLECTIONS: Final = {
     "file_id": "files",
@@ -118,9 +118,12 @@ def may_refer(body: Body) -> bool:
 
 
 def has_members_in_other_case(body: Body) -> bool:
-    """Return True if the outermost object names a member that is searched, but in another letter case."""
+    """Return True if the outermost object names a member that is searched, but in another letter case.
+
+    Raises BadRequest if it has too many members.
+    """
     try:
-        members = _decode_members(text_with_keys(body))
+        members = decode_members(text_with_keys(body))
     except DECODE_ERRORS:
         return False  # it is not JSON, at least to a strict server, as those in Go are
     return _in_other_case(members, _OUTERMOST)
@@ -164,7 +167,6 @@ def first_object_id(members: Iterable[memoryview]) -> str | None:
     return None
 
 
-_decode_members = msgspec.json.Decoder(dict[str, Raw]).decode
 _ITEM_KEYS: Final = ("id", "type", "role")
 
 
@@ -182,7 +184,7 @@ def _item_ids(item: Body) -> list[str]:
 
     Of a key in several letter cases, any may count. Raises DECODE_ERRORS.
     """
-    members = _decode_members(item)
+    members = decode_members(item)
     found = _referred(*[[members.get(name, NONE)] for name in _ITEM_KEYS])
     if _in_other_case(members, _ITEM_KEYS):
         found += _referred(
@@ -210,7 +212,7 @@ def listed_items(body: Body) -> list[memoryview]:
     """Return the items that a JSON body lists as `input` or `items`, in any letter case; there may be no list."""
     found: list[memoryview] = []
     try:
-        top = _decode_members(body)
+        top = decode_members(body)
     except DECODE_ERRORS:
         return found
     for key, value in top.items():

@@ -15,6 +15,7 @@ from proxy.wire.named_models import (
     model_of,
     query_models,
 )
+from proxy.wire.references import has_members_in_other_case
 
 JSON = b"application/json"
 FORM = b"multipart/form-data; boundary=b"
@@ -169,6 +170,7 @@ def test_the_models_of_a_batch_file_are_those_of_all_its_lines(content: bytes, m
         ({"requests": [{"params": {"model": "a"}, "Params": {"model": "b"}}]}, None),
         ({"requests": [7]}, None),
         ({"requests": 7}, None),
+        ({"requests": [{"params": {"model": "a"}}] * 3 + [7]}, None),
         ({}, None),
         ([], None),
     ],
@@ -176,3 +178,18 @@ def test_the_models_of_a_batch_file_are_those_of_all_its_lines(content: bytes, m
 def test_the_models_of_a_batch_of_messages_are_those_of_all_its_requests(body, models) -> None:
     """One request without a model makes it unreadable."""
     assert batch_request_models(json.dumps(body).encode()) == models
+
+
+def test_the_members_of_a_body_with_very_many_of_them_are_not_all_looked_at() -> None:
+    """300,000 of them took half a second. The models of such a body are unknown, and its objects too."""
+    body = b'{"model":"m",%b}' % b",".join(b'"k%d":1' % place for place in range(1_001))
+    assert further_models(body, JSON) is None
+    with pytest.raises(BadRequest, match=r"^the body has more than 1,000 members\.$"):
+        has_members_in_other_case(body)
+    assert further_models(body.replace(b',"k1000":1', b"").replace(b',"k999":1', b""), JSON) == ["m"]
+
+
+def test_the_token_ids_of_a_limited_client_s_prompt_may_be_many() -> None:
+    """A prompt names no model, and is not decoded for it."""
+    body = b'{"model":"m","prompt":[%b0]}' % (b"1," * 1_500_000)
+    assert further_models(body, JSON) == ["m"]
