@@ -456,7 +456,11 @@ class Connection(asyncio.BufferedProtocol):
             return
         self.deadline = self._server.now() + self._limits.linger_seconds
         self._unsent_bytes = 0
-        transport.write_eof()
+        try:
+            transport.write_eof()
+        except OSError:  # asyncio's own loop shuts the socket down here, and the client may have just reset it
+            transport.abort()
+            return
         self.resume_reading()
 
     def _shut(self) -> None:

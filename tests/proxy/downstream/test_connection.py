@@ -277,6 +277,28 @@ async def test_a_body_that_came_whole_and_was_not_read_ends_nothing() -> None:
         writer.close()
 
 
+async def test_a_client_that_resets_its_connection_during_an_early_answer_fails_no_task() -> None:
+    """Its end is noticed only when the server stops sending; to serve it ends like any other connection."""
+    gone = socket.socket()
+    gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    served: list[asyncio.Task[object]] = []
+
+    async def answer_and_lose(asked: IncomingRequest, answer: ClientResponse) -> None:
+        await refuse(asked, answer)
+        gone.close()
+        task = asyncio.current_task()
+        assert task is not None
+        served.append(task)
+
+    server = client_server(answer_and_lose)
+    async with served_by(server) as port:
+        gone.connect(("127.0.0.1", port))
+        gone.sendall(request(b"/one", body=b"b" * 300)[:-1])
+        await eventually(lambda: served and not len(server))
+        await asyncio.wait(served)
+        assert served[0].exception() is None
+
+
 async def test_a_body_that_never_ends_ends_the_connection() -> None:
     """If nobody wants it, after the lingering time, however steadily it comes."""
     clock = FakeClock()
