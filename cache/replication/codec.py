@@ -46,6 +46,9 @@ MAX_MEDIA = 1_024
 
 MAX_VECTOR_ROWS = 65_536
 
+MAX_DELTAS = 50_000
+"""Deltas of one journal entry. Writers pack at most 20,000; an entry of 16 MB could hold four million."""
+
 PlacementId = Annotated[int, Meta(ge=0, le=MAX_ID)]
 Epoch = Annotated[int, Meta(ge=0, le=MAX_EPOCH)]
 Tokens = Annotated[int, Meta(ge=0, le=UNLIMITED_TOKENS)]
@@ -150,8 +153,8 @@ Delta = Placed | TakenBack | Answered | Began | Suspected | Budgeted | Owned | C
 class Batch(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One entry of the journal's stream. `names` maps the replica numbers of the writing process to names."""
 
-    names: dict[int, str]
-    deltas: list[Delta]
+    names: Annotated[dict[int, str], Meta(max_length=MAX_VECTOR_ROWS)]
+    deltas: Annotated[list[Delta], Meta(max_length=MAX_DELTAS)]
 
 
 class Vector(msgspec.Struct, frozen=True, array_like=True, gc=False):

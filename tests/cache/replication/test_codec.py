@@ -145,3 +145,17 @@ def test_a_placement_of_an_earlier_version_is_read() -> None:
         (placed,) = batch.deltas
         assert isinstance(placed, Placed)
         assert (placed.prompt_tokens, placed.fingerprint.media) == (750, ())
+
+
+def test_an_entry_with_more_deltas_than_a_writer_packs_is_damaged() -> None:
+    """Sixteen megabytes could hold four million, whose application would take seconds."""
+    for count, is_read in ((codec.MAX_DELTAS, True), (codec.MAX_DELTAS + 1, False)):
+        payload = codec.encode_batch(codec.own_head(codec.JOURNAL_VERSION, "w"), {}, [codec.TakenBack(1, 0)] * count)
+        if is_read:
+            assert len(codec.decode_batch(payload)[1].deltas) == count
+        else:
+            with pytest.raises(StoreCorrupt):
+                codec.decode_batch(payload)
+    names = dict.fromkeys(range(codec.MAX_VECTOR_ROWS + 1), "r")
+    with pytest.raises(StoreCorrupt):
+        codec.decode_batch(codec.encode_batch(codec.own_head(codec.JOURNAL_VERSION, "w"), names, []))
