@@ -1,22 +1,23 @@
 """`GET /v1/models` of all pools as one list.
 
-One replica of each pool is asked, all at the same time. Each list is narrowed to what the pool's patterns serve and
-the client may use; a model that several pools serve is taken from the first of them.
+One replica of each pool is asked, all at the same time, and another one if it does not answer. Each list is narrowed
+to what the pool's patterns serve and the client may use; a model that several pools serve is taken from the first of
+them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from proxy.clock import Clock
 from proxy.downstream.response import Downstream
-from proxy.errors import UpstreamError
+from proxy.errors import FirstByteTimeout, UpstreamError
 from proxy.fleet import Fleet
 from proxy.fleet.model_list import fetch_models
-from proxy.fleet.pools import Pools, ServedPool
+from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
 from proxy.model import Ending
 from proxy.patterns import matches_any
 from proxy.pipeline.exchange import Exchange
@@ -24,16 +25,24 @@ from proxy.records import Call, Tenant
 from proxy.upstream import UpstreamClient
 
 _JSON = (b"content-type", b"application/json")
+_MOST_ASKED: Final = 3  # replicas of one pool, as for other requests by default
+
+LIST_SECONDS: Final = 5.0
+"""Time in which a replica must send its list, which engines have in memory. One that hangs must not hide the models
+of all others for as long as a prompt may take."""
 
 
 class ModelsEndpoint:
-    """Answers requests for the list of models. One per worker."""
+    """Answers requests for the list of models. One per worker. A replica has `list_seconds` to send its list."""
 
-    def __init__(self, client: UpstreamClient, pools: Pools, fleet: Fleet, clock: Clock) -> None:
+    def __init__(
+        self, client: UpstreamClient, pools: Pools, fleet: Fleet, clock: Clock, *, list_seconds: float = LIST_SECONDS
+    ) -> None:
         self._client = client
         self._pools = pools
         self._fleet = fleet
         self._clock = clock
+        self._list_seconds = list_seconds
 
     def merges_for(self, tenant: Tenant) -> bool:
         """Return True if the list must be merged here, False if the only replica's response may pass unchanged."""
@@ -60,14 +69,30 @@ class ModelsEndpoint:
         client.send(200, b"OK", (_JSON, (b"x-request-id", call.request_id.encode())), body)
 
     async def _of_pool(self, pool: ServedPool, call: Call) -> list[dict[str, Any]]:
-        """Return the models of one pool that the client may use, from its least busy replica."""
+        """Return the models of one pool that the client may use, from the least busy replica that answers.
+
+        Raises UpstreamError if none does.
+        """
         views = self._fleet.snapshot(pool.name, self._clock.monotonic())
         usable = [view for view in views if view.available] or list(views)
-        if not usable:
-            return []
-        least_busy = min(usable, key=lambda view: view.in_flight)
-        listed = await fetch_models(self._client, self._pools.backends[least_busy.id], call)
-        return [model for model in listed if _is_shown(str(model.get("id")), pool, call.tenant)]
+        failed: UpstreamError | None = None
+        for view in sorted(usable, key=lambda view: view.in_flight)[:_MOST_ASKED]:
+            try:
+                listed = await self._of_replica(self._pools.backends[view.id], call)
+            except UpstreamError as error:
+                failed = failed or error
+            else:
+                return [model for model in listed if _is_shown(str(model.get("id")), pool, call.tenant)]
+        if failed is not None:
+            raise failed
+        return []
+
+    async def _of_replica(self, endpoint: ReplicaEndpoint, call: Call) -> list[dict[str, Any]]:
+        try:
+            async with asyncio.timeout(self._list_seconds):
+                return await fetch_models(self._client, endpoint, call)
+        except TimeoutError:
+            raise FirstByteTimeout("The upstream did not send its list of models in time.") from None
 
 
 def _is_shown(model: str, pool: ServedPool, tenant: Tenant) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 from typing import Any, cast
@@ -37,6 +38,10 @@ class Answer:
         """Nothing to release."""
 
 
+HANGS = Answer(0, b"")
+"""In place of an answer: none ever comes."""
+
+
 class Upstreams:
     """The replicas as a client reaches them; `failures` are by host."""
 
@@ -49,6 +54,8 @@ class Upstreams:
         failure = self.failures.get(origin.host)
         if isinstance(failure, Exception):
             raise failure
+        if failure is HANGS:
+            await asyncio.Event().wait()
         data = [{"id": name, "object": "model"} for name in LISTS[origin.host]]
         return failure or Answer(200, json.dumps({"object": "list", "data": data}).encode())
 
@@ -68,7 +75,9 @@ class Replicas:
 
 async def listed(upstreams: Upstreams, fleet: Replicas, tenant: Tenant = MINE) -> tuple[list[str], Exchange]:
     """The names in the list that a client gets."""
-    endpoint = ModelsEndpoint(cast("UpstreamClient", upstreams), pools(), cast("Fleet", fleet), FakeClock())
+    endpoint = ModelsEndpoint(
+        cast("UpstreamClient", upstreams), pools(), cast("Fleet", fleet), FakeClock(), list_seconds=0.01
+    )
     asked, kept = exchange("GET", "/v1/models", tenant=tenant), Kept()
     await endpoint.answer(asked, kept)
     _, status, _, _, body = kept.calls[0]
@@ -92,16 +101,27 @@ async def test_a_model_that_the_pool_or_the_client_may_not_use_is_left_out() -> 
     assert (await listed(Upstreams(), Replicas("b"), LIMITED))[0] == ["cheap"]
 
 
-@pytest.mark.parametrize("failure", [ConnectFailed("no"), Answer(500, b"{}"), Answer(200, b"<html>")])
+FAILURES = [ConnectFailed("no"), Answer(500, b"{}"), Answer(200, b"<html>"), HANGS]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
 async def test_a_pool_that_does_not_answer_is_left_out(failure) -> None:
     """As long as another one does."""
-    assert (await listed(Upstreams(b=failure), Replicas()))[0] == ["free-1"]
+    assert (await listed(Upstreams(a=failure, b=failure), Replicas()))[0] == ["free-1"]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+async def test_if_a_replica_does_not_answer_another_one_is_asked(failure) -> None:
+    """The busier one."""
+    upstreams = Upstreams(b=failure)
+    assert (await listed(upstreams, Replicas()))[0] == ["cheap", "dear", "free-1"]
+    assert sorted(upstreams.asked) == ["a", "b", "c"]
 
 
 async def test_if_no_pool_answers_the_first_failure_is_told() -> None:
     """An empty list would say that there are no models."""
     with pytest.raises(ConnectFailed):
-        await listed(Upstreams(b=ConnectFailed("no"), c=BadResponse("no")), Replicas())
+        await listed(Upstreams(a=BadResponse("no"), b=ConnectFailed("no"), c=BadResponse("no")), Replicas())
 
 
 async def test_a_pool_without_replicas_has_no_models_and_all_down_are_tried() -> None:
