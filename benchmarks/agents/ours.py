@@ -15,11 +15,11 @@ from benchmarks.fleet.trace import Request
 from proxy.routing.cold_admission import (
     BACKLOG_SECONDS,
     QUIET_SECONDS,
-    SHORT_FIRST,
     ColdQueue,
     ColdTurn,
     ReplicaRoom,
     TurnKind,
+    Waiting,
     about_as_good,
     classify,
     is_long,
@@ -112,20 +112,22 @@ class Gated(Cairn):
         if tokens <= self._short_tokens or not (self._always or self._is_on(gate, kind, least, now)):
             self._go(request, now, send, None)
         elif kind is TurnKind.COLD:
-            self._hold(gate, request, send, least, now, now)
+            self._hold(gate, request, send, uncached, now, now)
             self._look(gate, now)
         else:
             self._go_warm(gate, request, send, uncached, now)
 
     def _hold(
-        self, gate: _Gate, request: Request, send: Send, least: float, arrived_seconds: float, now: float
+        self, gate: _Gate, request: Request, send: Send, uncached: dict[int, float], now: float, arrived: float
     ) -> None:
         self.held_back += 1
+        least = min(uncached.values())
         is_new = self._known[request.number] <= request.input_tokens - least
-        is_pressed = self._always or gate.pressure.is_holding
-        prefill_seconds = 0.0 if is_pressed else least / max(_rates(gate, now))
-        turn = ColdTurn((request, send), request.input_tokens, least, is_new, prefill_seconds=prefill_seconds)
-        gate.queue.join(turn, arrived_seconds)
+        seconds = {
+            view.id: uncached[view.id] / view.rate_tokens_per_second for view in gate.proxy.fleet.snapshot(POOL, now)
+        }
+        turn = ColdTurn((request, send), request.input_tokens, least, is_new, prefill_seconds=seconds)
+        gate.queue.join(turn, arrived)
 
     def _go_warm(self, gate: _Gate, request: Request, send: Send, uncached: dict[int, float], now: float) -> None:
         """Send a warm turn to one of the best replicas that is quiet, or let it wait for the best of them."""
@@ -150,7 +152,7 @@ class Gated(Cairn):
                 uncached = _uncached(request, gate.proxy)
                 least = min(uncached.values())
                 if classify(request.input_tokens, least, self._short_tokens) is TurnKind.COLD:
-                    self._hold(gate, request, send, least, arrived, now)
+                    self._hold(gate, request, send, uncached, now, arrived)
                 else:
                     self._go(request, now, send, about_as_good(uncached, self._short_tokens))
             if not len(line):
@@ -172,24 +174,25 @@ class Gated(Cairn):
 
     def _look(self, gate: _Gate, now: float) -> None:
         self._look_warm(gate, now)
-        while (waiting := gate.queue.head(now)) is not None:
-            turn = waiting.item
-            place = waiting.arrived_seconds + SHORT_FIRST * turn.prefill_seconds
-            self._claims.heads[gate.number] = place
-            is_pressed = self._always or gate.pressure.is_holding
-            round_seconds = gate.served.recently_needed_tokens(now) / sum(_rates(gate, now))
-            among = gate.queue.open_to(
-                waiting, _rooms(gate, now), now, is_pressed=is_pressed, round_seconds=round_seconds
-            )
-            among = frozenset(replica for replica in among if replica not in self._claims.holders)
-            if not among or not self._claims.is_oldest(place):
+        while (found := self._next_to_go(gate, now)) is not None:
+            waiting, replicas = found
+            self._claims.heads[gate.number] = waiting.arrived_seconds
+            if not replicas or not self._claims.is_oldest(waiting.arrived_seconds):
                 break
-            request, send = turn.item
-            gate.queue.serve(waiting, replica := self._go(request, now, send, among), now)
+            request, send = waiting.item.item
+            gate.queue.serve(waiting, replica := self._go(request, now, send, frozenset(replicas[:1])), now)
             self._claims.holders[replica] = request.number
-        if not len(gate.queue):
+        if found is None:
             self._claims.heads.pop(gate.number, None)
         self._plan_look(gate, now)
+
+    def _next_to_go(self, gate: _Gate, now: float) -> tuple[Waiting[tuple[Request, Send]], tuple[int, ...]] | None:
+        return gate.queue.next_to_go(
+            _rooms(gate, self._claims, now),
+            now,
+            is_pressed=self._always or gate.pressure.is_holding,
+            round_seconds=gate.served.recently_needed_tokens(now) / sum(_rates(gate, now)),
+        )
 
     def _plan_look(self, gate: _Gate, now: float) -> None:
         if gate.waiting and not gate.looks:
@@ -241,7 +244,7 @@ def _rates(gate: _Gate, now: float) -> list[float]:
     return [view.rate_tokens_per_second for view in gate.proxy.fleet.snapshot(POOL, now)]
 
 
-def _rooms(gate: _Gate, now: float) -> list[ReplicaRoom]:
+def _rooms(gate: _Gate, claims: Claims, now: float) -> list[ReplicaRoom]:
     proxy = gate.proxy
     budgets = proxy.index.replicas()
     return [
@@ -252,6 +255,7 @@ def _rooms(gate: _Gate, now: float) -> list[ReplicaRoom]:
             cache_tokens=budgets[view.id].budget_tokens,
             own_share=gate.served.own_share,
             resting_tokens=gate.served.resting_tokens(view.id, now),
+            is_taken=view.id in claims.holders,
         )
         for view in proxy.fleet.snapshot(POOL, now)
     ]

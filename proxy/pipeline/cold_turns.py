@@ -184,6 +184,7 @@ class ColdTurns:
             weight=call.tenant.weight,
             priority=exchange.priority_to_wait_by(),
             deadline_seconds=exchange.deadline_seconds,
+            prefill_seconds={each.replica.id: prefill_seconds(each) for each in plan.candidates},
         )
 
     def _soonest_first(self, plan: Plan, now: float) -> Plan:
@@ -217,7 +218,7 @@ class ColdTurns:
         arrived, replica = self._clock.monotonic(), candidate.replica
         turn = self._turn(exchange, plan, candidate.uncached_tokens)
         try:
-            await self._gate.wait_warm(turn, replica.id, candidate.uncached_tokens / replica.rate_tokens_per_second)
+            await self._gate.wait_warm(turn, replica.id, prefill_seconds(candidate))
         finally:
             exchange.waited_seconds += self._clock.monotonic() - arrived
         exchange.is_counted = True
@@ -265,6 +266,11 @@ def holding_most(plan: Plan, short: float) -> frozenset[int]:
 def least_uncached(plan: Plan) -> float:
     """Return the fewest tokens that any replica would have to compute."""
     return min([candidate.uncached_tokens for candidate in plan.candidates])
+
+
+def prefill_seconds(candidate: Candidate) -> float:
+    """Return the time that a replica takes to compute the prompt."""
+    return candidate.uncached_tokens / candidate.replica.rate_tokens_per_second
 
 
 def _first_token_seconds(candidate: Candidate) -> float:

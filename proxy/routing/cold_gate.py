@@ -21,7 +21,6 @@ from proxy.routing.cold_admission import (
     BACKLOG_SECONDS,
     LONG_SECONDS,
     PATIENCE_SECONDS,
-    SHORT_FIRST,
     ColdQueue,
     ColdTurn,
     ReplicaRoom,
@@ -88,6 +87,7 @@ class _Pool:
         self.waiting: dict[_Waiter, float] = {}  # each with the time of its arrival
         self.passes: dict[int, Pass] = {}
         self.asking = False
+        self.is_named = False  # the other workers know of a turn that waits here, and let it go first
         self.alarm: asyncio.TimerHandle | None = None
 
 
@@ -317,7 +317,7 @@ class ColdGate:
         came = now if arrived_seconds is None else arrived_seconds
         arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, came)
         pool.tickets.take(turn.tenant, turn.prompt_end)
-        waiting = pool.queue.join(_cold_turn(waiter, self._prefill_seconds(pool, turn)), arrived)
+        waiting = pool.queue.join(_cold_turn(waiter), arrived)
         pool.waiting[waiter] = arrived
         self.waiting_bytes += turn.body_bytes
         alarm = self._deadline_alarm(waiter)
@@ -336,19 +336,11 @@ class ColdGate:
             del pool.waiting[waiter]
             self.waiting_bytes -= turn.body_bytes
             if not len(pool.queue) and not self._is_alone():
-                self._claims.withdraw(pool.name)
+                self._withdraw(pool)
 
     def refusal(self, turn: Turn, verdict: Verdict) -> CairnError | None:
         """Return the error by which a turn that waits would be refused now, None if it would not. Changes nothing."""
         return self._refusal(self.pool(turn.pool), turn, verdict, self._clock.monotonic())
-
-    def _prefill_seconds(self, pool: _Pool, turn: Turn) -> float:
-        """Return the seconds of its prefill by which a turn is ordered; 0 under pressure."""
-        if pool.pressure.is_holding:
-            return 0.0
-        return turn.uncached_tokens / max(
-            [view.rate_tokens_per_second for view in self._available(pool)], default=inf
-        )
 
     def _refusal(self, pool: _Pool, turn: Turn, verdict: Verdict, now: float) -> CairnError | None:
         return refusal_of(turn, verdict, pool.tickets, self.limits, self.waiting_bytes, now)
@@ -420,40 +412,51 @@ class ColdGate:
             if not views:
                 break
             self._serve(pool, waiting, views[0], shared=False)
+        if found is None and pool.is_named:
+            self._withdraw(pool)
         if len(pool.queue) and pool.alarm is None:
             pool.alarm = asyncio.get_running_loop().call_later(
                 LOOK_SECONDS * self.limits.pace, self._look_again, pool
             )
+
+    def _withdraw(self, pool: _Pool) -> None:
+        """Let the other workers' turns go first: no turn waits here, or all do for busy replicas that hold them."""
+        pool.is_named = False
+        self._claims.withdraw(pool.name)
 
     def _look_again(self, pool: _Pool) -> None:
         pool.alarm = None
         self._look(pool)
 
     def _first_that_may_go(self, pool: _Pool) -> tuple[Waiting[_Waiter], list[ReplicaView]] | None:
-        """Return the first turn of a tenant that lacks its part of the replicas, and the replicas open to it."""
+        """Return the turn that goes next, of a tenant that lacks its part of the replicas, and the replicas open to
+        it, best first. None if no turn waits, or if all wait for busy replicas that hold them.
+        """
         if not len(pool.queue):
             return None
         now = self._clock.monotonic()
         views = self._available(pool)
         rate = sum([view.rate_tokens_per_second for view in views]) or 1.0
-        full: set[str] = set()
-        while (waiting := pool.queue.head(now, full)) is not None:
-            turn = waiting.item.item.turn
-            if self._held(pool, turn.tenant) < self._part(turn.tenant, len(views), now):
-                rooms = [self._room(pool, view, now) for view in views if view.id not in pool.passes]
-                among = pool.queue.open_to(
-                    waiting,
-                    rooms,
-                    now,
-                    is_pressed=pool.pressure.is_holding,
-                    quiet_seconds=self.limits.quiet_seconds,
-                    rest_seconds=self.limits.rest_seconds,
-                    patience_seconds=PATIENCE_SECONDS * self.limits.pace,
-                    round_seconds=pool.served.recently_needed_tokens(now) / rate,
-                )
-                return waiting, sorted((view for view in views if view.id in among), key=_pending_seconds)
-            full.add(turn.tenant)
-        return None
+        found = pool.queue.next_to_go(
+            [self._room(pool, view, now) for view in views],
+            now,
+            skipped=self._with_their_part(pool, len(views), now),
+            is_pressed=pool.pressure.is_holding,
+            quiet_seconds=self.limits.quiet_seconds,
+            rest_seconds=self.limits.rest_seconds,
+            patience_seconds=PATIENCE_SECONDS * self.limits.pace,
+            round_seconds=pool.served.recently_needed_tokens(now) / rate,
+        )
+        if found is None:
+            return None
+        waiting, replicas = found
+        by_number = {view.id: view for view in views}
+        return waiting, [by_number[replica] for replica in replicas]
+
+    def _with_their_part(self, pool: _Pool, replicas: int, now: float) -> set[str]:
+        """Return the tenants whose cold turns are computed at as many replicas as is their part."""
+        tenants = {given.tenant for given in pool.passes.values()}
+        return {tenant for tenant in tenants if self._held(pool, tenant) >= self._part(tenant, replicas, now)}
 
     def _available(self, pool: _Pool) -> list[ReplicaView]:
         return [view for view in self._fleet.snapshot(pool.name, self._clock.monotonic()) if view.available]
@@ -508,6 +511,7 @@ class ColdGate:
             shared, got = False, views[0].name if views else None
         finally:
             pool.asking = False
+        pool.is_named = shared and got is None
         if got is None:
             return
         replica = next(view for view in views if view.name == got)
@@ -527,7 +531,7 @@ class ColdGate:
 
     def _order(self, waiting: Waiting[_Waiter], now: float) -> str:
         """Return the turn's position among those of all workers as a sortable text: priority, tenant's round, age."""
-        place_unix = self._clock.unix() - (now - waiting.arrived_seconds) + SHORT_FIRST * waiting.item.prefill_seconds
+        place_unix = self._clock.unix() - (now - waiting.arrived_seconds)
         return f"{waiting.priority:d}:{self._shares.round_of(waiting.tenant):015d}:{place_unix:017.3f}"
 
     def _room(self, pool: _Pool, view: ReplicaView, now: float) -> ReplicaRoom:
@@ -538,10 +542,11 @@ class ColdGate:
             cache_tokens=self._capacity_tokens(view.id),
             own_share=pool.served.own_share,
             resting_tokens=pool.served.resting_tokens(view.id, now, RESTING_SECONDS * self.limits.pace),
+            is_taken=view.id in pool.passes,
         )
 
 
-def _cold_turn(waiter: _Waiter, prefill_seconds: float) -> ColdTurn[_Waiter]:
+def _cold_turn(waiter: _Waiter) -> ColdTurn[_Waiter]:
     turn = waiter.turn
     return ColdTurn(
         item=waiter,
@@ -551,7 +556,7 @@ def _cold_turn(waiter: _Waiter, prefill_seconds: float) -> ColdTurn[_Waiter]:
         tenant=turn.tenant,
         priority=turn.priority,
         weight=turn.weight,
-        prefill_seconds=prefill_seconds,
+        prefill_seconds=turn.prefill_seconds,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from proxy.records import ReplicaView
@@ -63,7 +63,10 @@ class GateLimits:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A generation request, as the gate sees it. `prompt_end` is its last chained hash."""
+    """A generation request, as the gate sees it.
+
+    `prompt_end` is its last chained hash, `prefill_seconds` the time to compute it at each replica, by number.
+    """
 
     pool: str
     prompt_tokens: float
@@ -76,6 +79,7 @@ class Turn:
     priority: Priority
     deadline_seconds: float | None  # of the first token, on the monotonic clock
     client: str = ""  # the tenant's name, if it is configured
+    prefill_seconds: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def is_new(self) -> bool:

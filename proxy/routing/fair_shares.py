@@ -16,7 +16,7 @@ the work.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from math import inf
 from typing import Final, Generic, NamedTuple, TypeVar
 
@@ -294,16 +294,29 @@ class FairQueue(Generic[T]):
 
     def head(self, now_seconds: float, skipped: Container[str] = ()) -> Claimant[T] | None:
         """Return the request to serve next, of no tenant in `skipped`; None if there is none. Changes nothing."""
-        best = None
+        return next(self.in_order(now_seconds, skipped), None)
+
+    def in_order(self, now_seconds: float, skipped: Container[str] = ()) -> Iterator[Claimant[T]]:
+        """Yield the request to serve next, then the one to serve if that one may not be, and so on.
+
+        It leaves out the tenants in `skipped`. Change nothing meanwhile.
+        """
+        orders: dict[tuple[Priority, str], Iterator[Entry[Claimant[T]]]] = {}
+        heads: dict[tuple[Priority, str], Entry[Claimant[T]]] = {}
         for priority in Priority:
-            head = self._head_of(priority, now_seconds, skipped)
-            if head is None:
-                continue
-            if best is None:
-                best = head
-            elif self._owed[priority] >= min(head.tokens, MAX_OWED_TOKENS):
-                return head
-        return best
+            for tenant, line in self._lines.get(priority, {}).items():
+                if tenant not in skipped:
+                    key = priority, tenant
+                    order = orders[key] = line.in_order(now_seconds)
+                    heads[key] = next(order)  # a tenant's line is never empty
+        while heads:
+            key = self._next_of(heads)
+            yield heads[key].item
+            entry = next(orders[key], None)
+            if entry is None:
+                del heads[key]
+            else:
+                heads[key] = entry
 
     def serve(self, claimant: Claimant[T]) -> None:
         """Remove a request that is sent now, and count its work for its tenant and priority."""
@@ -322,14 +335,17 @@ class FairQueue(Generic[T]):
             (priority, tenant): len(line) for priority, lines in self._lines.items() for tenant, line in lines.items()
         }
 
-    def _head_of(self, priority: Priority, now_seconds: float, skipped: Container[str]) -> Claimant[T] | None:
-        best: tuple[int, float] | None = None
-        chosen: Claimant[T] | None = None
-        for tenant, line in self._lines.get(priority, {}).items():
-            entry = None if tenant in skipped else line.peek(now_seconds)
-            if entry is None:
-                continue
-            key = (self._shares.round_of(tenant), line.key(entry))
-            if best is None or key < best:
-                best, chosen = key, entry.item
-        return chosen
+    def _next_of(self, heads: Mapping[tuple[Priority, str], Entry[Claimant[T]]]) -> tuple[Priority, str]:
+        """Return the priority and tenant of the entry to serve next, of each one's first."""
+        best: dict[Priority, tuple[int, float, str]] = {}
+        for (priority, tenant), entry in heads.items():
+            key = self._shares.round_of(tenant), self._lines[priority][tenant].key(entry), tenant
+            if priority not in best or key < best[priority]:
+                best[priority] = key
+        chosen = min(best)
+        for priority in sorted(best):
+            tokens = heads[priority, best[priority][2]].item.tokens
+            if priority > chosen and self._owed[priority] >= min(tokens, MAX_OWED_TOKENS):
+                chosen = priority
+                break
+        return chosen, best[chosen][2]

@@ -157,6 +157,27 @@ async def test_what_came_into_the_caches_during_the_wait_is_in_the_plan_after_it
     assert exchange.plan.chosen.matched_tokens == 2_250
 
 
+async def test_without_pressure_a_long_prompt_waits_for_the_busy_replica_that_holds_part_of_it() -> None:
+    """Though another one is quiet: to compute the part again would take longer. What nobody holds goes before it."""
+    gated = Gated(pressed=False)
+    head = "x" * 60_000
+    gated.hold(0, head, tokens=15_000)
+    charges = gated.make_busy(0, 1)
+    held, other = gated.planned(head + "y" * 60_000), gated.planned("z" * 60_000)
+    waits, others = gated.begin(held), gated.begin(other)
+    await turns()
+    for charge in charges:
+        gated.fleet.finish(charge, gated.clock.monotonic())
+    charge = gated.fleet.charge(0, 5_000, gated.clock.monotonic())
+    gated.gate.changed()
+    await turns()
+    assert (waits.done(), others.done(), replicas_of(other)) == (False, True, [1])
+    gated.fleet.finish(charge, gated.clock.monotonic())
+    gated.gate.changed()
+    await turns()
+    assert (waits.done(), replicas_of(held)) == (True, [0])
+
+
 def without_fingerprint(exchange: Exchange) -> None:
     exchange.fingerprint = None
 

@@ -10,10 +10,10 @@ from proxy.routing.cold_admission import (
     COLD_QUIET,
     NEW_AFTER_SECONDS,
     PATIENCE_SECONDS,
+    PREFILL_WEIGHT,
     QUIET_SECONDS,
     RESERVED_SHARE,
     REST_SECONDS,
-    SHORT_FIRST,
     SHORT_TOKENS,
     SPARING_ROUNDS,
     SPARING_SHARE,
@@ -206,14 +206,65 @@ def test_no_turn_is_passed_by_more_than_a_second_of_later_ones(arrivals):
         last = max(last, head.item.item)
 
 
-def test_without_pressure_the_shortest_goes_first():
-    """A second of prefill is worth ten of waiting, as in other queues."""
+def held_by(seconds: dict[int, float], name: str = "", **more) -> ColdTurn[str]:
+    """A turn that takes `seconds` to compute at each replica."""
+    return turn(name, prefill_seconds=seconds, **more)
+
+
+def test_without_pressure_a_turn_waits_for_the_busy_replica_that_holds_part_of_it_and_lets_others_go():
+    """It waits if that costs less than to compute the part again elsewhere."""
     queue: ColdQueue[str] = ColdQueue()
-    long = queue.join(turn("long", prefill_seconds=12.0), 0.0)
-    short = queue.join(turn("short", prefill_seconds=2.0), SHORT_FIRST * 10.0 - 1.0)
-    late = queue.join(turn("late", prefill_seconds=2.0), SHORT_FIRST * 10.0 + 1.0)
-    order = []
-    while (waiting := queue.head(200.0)) is not None:
-        order.append(waiting)
-        queue.serve(waiting, 0, 200.0)
-    assert order == [short, long, late]
+    saved = 2.0
+    held = queue.join(held_by({0: 4.0, 1: 4.0 + saved}), 0.0)
+    other = queue.join(held_by({0: 6.0, 1: 6.0}), 1.0)
+    busy = PREFILL_WEIGHT * saved
+    assert queue.next_to_go([room(0, pending=busy - 0.1), room(1)], 1.0) == (other, (1,))
+    assert queue.next_to_go([room(0, pending=busy + 0.1), room(1)], 1.0) == (held, (1,))
+    assert queue.next_to_go([room(0), room(1)], 1.0) == (held, (0, 1))
+    assert queue.next_to_go([room(0, pending=9.0), room(1, pending=9.0)], 1.0) == (held, ())
+
+
+def test_under_pressure_a_turn_goes_to_the_best_of_the_quiet_replicas():
+    """To compute as much as possible counts for more then than what one turn takes."""
+    queue: ColdQueue[str] = ColdQueue()
+    held = queue.join(held_by({0: 4.0, 1: 9.0, 2: 8.0}), 0.0)
+    rooms = [room(0, pending=1.0), room(1), room(2)]
+    assert queue.next_to_go(rooms, 0.0, is_pressed=True) == (held, (2, 1))
+    assert queue.next_to_go(rooms, 0.0) is None
+
+
+def test_a_turn_waits_for_a_replica_that_holds_it_behind_those_that_do_so_already():
+    """So that a flood of prompts with a common head does not queue at one replica beside idle ones."""
+    queue: ColdQueue[str] = ColdQueue()
+    queue.join(held_by({0: 10.0, 1: 12.0}), 0.0)
+    second = queue.join(held_by({0: 10.0, 1: 12.0}), 0.0)
+    assert queue.next_to_go([room(0, pending=1.0), room(1)], 0.0) == (second, (1,))
+
+
+def test_a_turn_does_not_wait_for_ever_for_the_replica_that_holds_it():
+    """Its room or its state may keep it from ever becoming open."""
+    queue: ColdQueue[str] = ColdQueue()
+    held = queue.join(held_by({0: 4.0, 1: 9.0}), 0.0)
+    rooms = [room(0, pending=1.0), room(1)]
+    assert queue.next_to_go(rooms, 20.0 - 0.1, patience_seconds=20.0) is None
+    assert queue.next_to_go(rooms, 20.0, patience_seconds=20.0) == (held, (1,))
+    assert queue.next_to_go(rooms, PATIENCE_SECONDS - 0.1) is None
+
+
+def test_a_replica_that_computes_a_cold_turn_takes_no_other_one():
+    """Though it may be worth the wait."""
+    queue: ColdQueue[str] = ColdQueue()
+    taken = ReplicaRoom(0, 0.0, 0.0, 1e6, is_taken=True)
+    queue.join(held_by({0: 4.0, 1: 9.0}), 0.0)
+    assert queue.next_to_go([taken, room(1)], 0.0) is None
+    other = queue.join(held_by({0: 9.0, 1: 9.0}), 0.0)
+    assert queue.next_to_go([taken, room(1)], 0.0) == (other, (1,))
+
+
+def test_no_turn_of_a_skipped_tenant_goes():
+    """It has its part of the replicas."""
+    queue: ColdQueue[str] = ColdQueue()
+    queue.join(turn(tenant="a"), 0.0)
+    assert queue.next_to_go([room(0)], 0.0, skipped={"a"}) is None
+    other = queue.join(turn(tenant="b"), 1.0)
+    assert queue.next_to_go([room(0)], 1.0, skipped={"a"}) == (other, (0,))

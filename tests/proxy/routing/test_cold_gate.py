@@ -818,21 +818,36 @@ async def test_a_warm_turn_does_not_wait_if_the_bodies_that_wait_take_all_the_me
     assert bench.gate.waiting_bytes == 0
 
 
-async def test_without_pressure_the_shortest_of_those_that_wait_goes_first():
-    """Under pressure the first one does."""
-    for pressed in (True, False):
-        bench = Bench(1)
-        bench.gate.pool(POOL).pressure = ColdPressure()
-        if pressed:
-            bench.gate.observe(POOL, 100_000, 90_000)
-        bench.fleet.pending[0] = 1e6
-        long = bench.begin(uncached_tokens=90_000.0)
-        short = bench.begin(uncached_tokens=30_000.0, prompt_end=2)
-        await settle()
-        assert not long.done()
-        bench.fleet.pending[0] = 0.0
+async def test_without_pressure_a_turn_waits_for_the_replica_that_holds_part_of_it():
+    """One that no replica holds goes before it."""
+    bench = Bench(2)
+    bench.gate.pool(POOL).pressure = ColdPressure()
+    bench.fleet.pending = [1e5, 1e5]
+    held = bench.begin(prefill_seconds={0: 3.0, 1: 9.0})
+    other = bench.begin(prefill_seconds={0: 9.0, 1: 9.0}, prompt_end=2)
+    await settle()
+    bench.fleet.pending[1] = 0.0
+    bench.gate.changed()
+    await settle()
+    assert (held.done(), other.done()) == (False, True)
+    assert other.result().replica == 1
+    bench.fleet.pending[0] = 0.0
+    bench.gate.changed()
+    await settle()
+    assert held.result().replica == 0
+
+
+async def test_turns_that_wait_for_the_replicas_that_hold_them_keep_no_other_worker_s_turns_waiting():
+    """The worker had named its first turn to the others while no replica was quiet; it withdraws that, once."""
+    bench = Bench(2, alone=False)
+    bench.gate.pool(POOL).pressure = ColdPressure()
+    bench.fleet.pending = [1e5, 1e5]
+    held = bench.begin(prefill_seconds={0: 3.0, 1: 9.0})
+    await settle()
+    assert ([asked["replicas"] for asked in bench.claims.asked], bench.claims.withdrawn) == ([[]], 0)
+    bench.fleet.pending[1] = 0.0
+    for _ in range(2):
         bench.gate.changed()
         await settle()
-        assert (long.done(), short.done()) == (pressed, not pressed)
-        for each in (long, short):
-            each.cancel()
+    assert (len(bench.claims.asked), bench.claims.withdrawn) == (1, 1)
+    held.cancel()

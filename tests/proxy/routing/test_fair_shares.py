@@ -318,3 +318,32 @@ def test_a_tenant_that_is_served_alone_is_at_the_point_that_service_has_reached(
         shares.serve("a", 1.0)
         queue.serve(waits)
         assert shares.round_of("b") == expected
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(Priority), st.floats(1.0, 1e5)), max_size=20),
+    st.sampled_from(["", "a"]),
+)
+def test_the_requests_in_order_are_all_that_wait_each_once_and_the_first_is_the_head(requests, skipped):
+    """But for those of tenants that are skipped; within a tenant and priority in the order of their queue."""
+    waiting = queue()
+    for number, (tenant, priority, tokens) in enumerate(requests):
+        waiting.join(claimant(str(number), tenant, tokens, priority), 0.0, float(number))
+    order = list(waiting.in_order(0.0, {skipped}))
+    assert next(iter(order), None) is waiting.head(0.0, {skipped})
+    expected = [number for number, (tenant, _, _) in enumerate(requests) if tenant != skipped]
+    assert sorted(int(each.item) for each in order) == expected
+    places = [(each.tenant, each.priority, int(each.item)) for each in order]
+    for mine in {place[:2] for place in places}:
+        assert [place for place in places if place[:2] == mine] == sorted(
+            place for place in places if place[:2] == mine
+        )
+
+
+def test_if_the_first_may_not_go_the_next_one_of_the_same_tenant_comes_next_in_order():
+    """By rounds, as if the first did not wait."""
+    waiting = queue()
+    mine = [waiting.join(claimant(str(n), "a"), 0.0, float(n)) for n in range(2)]
+    other = waiting.join(claimant("other", "b"), 0.0, 0.5)
+    urgent = waiting.join(claimant("urgent", "b", priority=Priority.HIGH), 0.0, 2.0)
+    assert list(waiting.in_order(2.0)) == [urgent, mine[0], other, mine[1]]

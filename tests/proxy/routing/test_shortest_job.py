@@ -106,3 +106,23 @@ def test_entries_that_are_gone_are_dropped_once_they_are_more_than_those_that_wa
         queue.leave(entry)
         assert len(queue._by_priority) == (1 if kept == 1 else 19)  # noqa: SLF001 - no public name shows it
     assert queue.next(0.0) == 18
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.0, 50.0), st.floats(0.0, 10.0), st.booleans()), max_size=30),
+    st.floats(0.0, 200.0),
+)
+def test_all_in_order_are_those_that_would_be_served_one_after_the_other(arrivals, later):
+    """The overdue ones first, without those that left; and nothing is taken out."""
+    line: ShortestJobQueue[int] = ShortestJobQueue(120.0)
+    now, entries = 0.0, []
+    for number, (work, gap, leaves) in enumerate(arrivals):
+        now += gap
+        entries.append((line.join(number, work, now), leaves))
+    for entry, leaves in entries:
+        if leaves:
+            line.leave(entry)
+    now += later
+    order = [entry.item for entry in line.in_order(now)]
+    assert len(order) == len(line)
+    assert order == [line.next(now) for _ in order]
