@@ -22,6 +22,11 @@ MEMORY_SECONDS = 300.0
 """Time constant of a use. On the conversation trace 300 s saves most at budgets of 1 to 10 % of all segments;
 60 s is nearly LRU, an hour nearly LFU."""
 
+SHARE_AT_ONCE = 0.02
+"""Share of the contexts that are discarded at once if there are many: to choose them, all must be read. With full
+budgets and small contexts each creation would otherwise read thousands.
+"""
+
 _LEAST = 1e-300  # so that a worth of zero has a logarithm
 
 Key = TypeVar("Key", bound=Hashable)
@@ -61,7 +66,10 @@ class Kept(msgspec.Struct, frozen=True, gc=False):
 
 
 def choose(contexts: Iterable[tuple[Key, Kept]], needed_bytes: int) -> list[Key] | None:
-    """Return which to discard, in order, to free `needed_bytes`; None if discarding all would not be enough."""
+    """Return which to discard, in order, to free `needed_bytes`; None if discarding all would not be enough.
+
+    Of 50 or more that are not pinned it is at least `SHARE_AT_ONCE`, even if fewer would be enough.
+    """
     ordered = sorted(
         (
             (not kept.expired, kept.rank, kept.size_bytes, number, key)
@@ -71,8 +79,9 @@ def choose(contexts: Iterable[tuple[Key, Kept]], needed_bytes: int) -> list[Key]
         key=lambda row: row[:4],
     )
     chosen: list[Key] = []
+    least = int(SHARE_AT_ONCE * len(ordered))
     for _, _, size_bytes, _, key in ordered:
-        if needed_bytes <= 0:
+        if needed_bytes <= 0 and len(chosen) >= least:
             break
         chosen.append(key)
         needed_bytes -= size_bytes

@@ -49,6 +49,8 @@ class ContextRoom:
         self.total_contexts = 0
         self.dropped_totals = 0  # damaged entries of tenants' totals
         self.most_worth: tuple[ContextRow, ...] = ()
+        # one search among all tenants' contexts at a time: together they would read the same rows, and discard more
+        self._search = asyncio.Lock()
 
     # --- making room
 
@@ -73,17 +75,24 @@ class ContextRoom:
         `release`; otherwise it expires after half a minute. Raises QuotaFull and other CacheErrors.
         """
         limit = self._access.limits.total_bytes
-        for _ in range(ROOM_TRIES):
-            args = (reservation, size_bytes, limit)
-            over = parsed(int, await self._access.store.run_script(scripts.RESERVE_TOTAL, _OVERALL, args))
-            if over <= 0:
-                return
-            if not await self._discard_of(await self.renew(), over):
-                break
+        args = (reservation, size_bytes, limit)
+        if await self._bytes_over(args) <= 0:
+            return
+        async with self._search:
+            for _ in range(ROOM_TRIES):  # the first only looks whether another search has made room
+                over = await self._bytes_over(args)
+                if over <= 0:
+                    return
+                if not await self._discard_of(await self.renew(), over):
+                    break
         raise QuotaFull(
             f"The limit of {limit:,} bytes for stored contexts of all clients is reached, and discarding all that "
             "are not pinned would not make enough room; try later, or raise contexts.total_bytes."
         )
+
+    async def _bytes_over(self, args: tuple[str, int, int]) -> int:
+        """Try to reserve room in the total budget; return the bytes that are lacking, 0 or less if it is reserved."""
+        return parsed(int, await self._access.store.run_script(scripts.RESERVE_TOTAL, _OVERALL, args))
 
     async def release(self, reservation: str) -> None:
         """Give up a reservation in the total budget that was not used. If this fails, it expires."""
@@ -103,23 +112,34 @@ class ContextRoom:
         accepted = int(trust is Trust.ACCEPTED)
         shares = (limits.unchecked_bytes, limits.unlisted_pinned_bytes, UNCHECKED_TENANTS_AT_MOST)
         args = (tenant, size_bytes, pinned_bytes, accepted, *shares)
-        for _ in range(ROOM_TRIES):
-            word, over = parsed(_read_reserved, await self._access.store.run_script(scripts.RESERVE, _OVERALL, args))
-            if word == b"ok":
-                return
-            if word == b"pins":
-                raise QuotaFull(
-                    f"The limit of {limits.unlisted_pinned_bytes:,} bytes of pinned contexts for all unlisted "
-                    "clients together is reached; unpin one, list this client under clients, or raise "
-                    "contexts.unlisted_pinned_bytes."
-                )
-            if not await self._discard_of(await self._unchecked(tenant), over):
-                break
+        if await self._bytes_over_share(args) <= 0:
+            return
+        async with self._search:
+            for _ in range(ROOM_TRIES):  # the first only looks whether another search has made room
+                over = await self._bytes_over_share(args)
+                if over <= 0:
+                    return
+                if not await self._discard_of(await self._unchecked(tenant), over):
+                    break
         raise QuotaFull(
             f"The limit of {limits.unchecked_bytes:,} bytes of stored contexts for clients whose keys no upstream "
             "has accepted yet is reached; send a request with this key first, list this client under clients, or "
             "raise contexts.unchecked_bytes."
         )
+
+    async def _bytes_over_share(self, args: tuple[str | int, ...]) -> int:
+        """Try to reserve room in the share; return the bytes that are lacking, 0 if it is reserved.
+
+        Raises QuotaFull if the pinned bytes exceed their share, for which nothing is discarded.
+        """
+        word, over = parsed(_read_reserved, await self._access.store.run_script(scripts.RESERVE, _OVERALL, args))
+        if word == b"pins":
+            raise QuotaFull(
+                f"The limit of {self._access.limits.unlisted_pinned_bytes:,} bytes of pinned contexts for all "
+                "unlisted clients together is reached; unpin one, list this client under clients, or raise "
+                "contexts.unlisted_pinned_bytes."
+            )
+        return 0 if word == b"ok" else max(over, 1)
 
     async def _unchecked(self, asking: str) -> dict[str, int]:
         """Return the bytes of the unchecked tenants that have most, and of the one that asks for room."""

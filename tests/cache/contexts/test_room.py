@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from cache import keys
+from cache.contexts import scripts
+from cache.contexts.access import Trust
 from cache.errors import PastExpiry, QuotaFull, UnknownContext
+from cache.store.store import Script
 from tests.support.context_store import ONE, TENANTS, draft, opened
 from tests.support.valkey import Valkey, eventually
 
@@ -116,3 +120,30 @@ async def test_over_all_tenants_the_least_worth_goes_whosever_it_is(nodes: list[
         assert one.evicted == {"room": 1}
         with pytest.raises(UnknownContext):
             await contexts.row(TENANTS[0], poor.id)
+
+
+@pytest.mark.parametrize("trust", [Trust.LISTED, Trust.UNCHECKED])
+async def test_creations_at_once_search_for_room_one_after_another(server: Valkey, trust: Trust) -> None:
+    """Each search reads the contexts of all clients; together they would read the same, until none ends in time."""
+    server.flush()
+    async with opened([server], started=False, total_bytes=60_000, unchecked_bytes=60_000) as one:
+        for number in range(10):
+            await one.contexts.create(TENANTS[number % len(TENANTS)], draft(5_000), trust)
+        run_script = one.store.run_script
+        running = most = searches = 0
+
+        async def counted(script: Script, *args: Any, **options: Any) -> Any:
+            nonlocal running, most, searches
+            if script is not scripts.IDS:
+                return await run_script(script, *args, **options)
+            running, searches = running + 1, searches + 1
+            most = max(most, running)
+            try:
+                return await run_script(script, *args, **options)
+            finally:
+                running -= 1
+
+        one.store.run_script = counted  # type: ignore[method-assign]
+        await asyncio.gather(*[one.contexts.create(ONE, draft(5_000), trust) for _ in range(12)])
+        assert searches
+        assert most == 1
