@@ -12,7 +12,7 @@ ADMIN_PORT ?= 8090
 TRACE ?=
 
 SOURCES := $(shell find cache proxy -name '*.py' -o -name '*.c' -o -name '*.html' -o -name '*.js' -o -name '*.css')
-BUILD_FILES := pyproject.toml hatch_build.py scripts/compile.py
+BUILD_FILES := pyproject.toml hatch_build.py scripts/compile.py scripts/rare_calls.h
 
 # The tests that run a second time, against the compiled modules: whole workers, and units whose tests need no doubles of
 # compiled classes (a compiled module accepts only the class that its annotation names). Those with the mark `once` do not:
