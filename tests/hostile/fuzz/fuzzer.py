@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from proxy.worker.maintenance import TRIM_SECONDS
 from tests.hostile.fuzz.session import Session, Tally
 from tests.hostile.fuzz.world import CONTEXT_BYTES, INDEX_BYTES, MIB, Held, World, running_world
 
@@ -15,6 +16,7 @@ AT_ONCE = 24  # sessions
 FINDINGS_MOST = 25  # after which no further session begins
 _WARMING_SHARE = 0.25  # of the requests, in which tables and caches fill
 _QUIET_SECONDS = 2.0
+_TRIMMED_SECONDS = TRIM_SECONDS + _QUIET_SECONDS  # after which the freed memory of large bodies was returned
 FULL_SHARE = 0.9  # of its bound, from which a table counts as full
 OVER_SHARE = 1.05  # the next request makes room for what the last one added
 FULL_REQUESTS = 15_000  # after which the tables must be full; in a shorter warming they still grow
@@ -53,11 +55,13 @@ async def fuzz(
         sessions = itertools.count()
         warming = int(requests * _WARMING_SHARE)
         await _run(world, seed, sessions, tally, warming, progress)
-        warm = await _quiet(world)
+        are_full = warming >= FULL_REQUESTS
+        quiet_seconds = _TRIMMED_SECONDS if are_full else _QUIET_SECONDS
+        warm = await _quiet(world, quiet_seconds)
         await _run(world, seed, sessions, tally, requests, progress)
-        end = await _quiet(world)
         seconds = loop.time() - begin
-        problems = [*tally.findings, *world.complaints(), *growth(warm, end, are_full=warming >= FULL_REQUESTS)]
+        end = await _quiet(world, quiet_seconds)
+        problems = [*tally.findings, *world.complaints(), *growth(warm, end, are_full=are_full)]
     return Verdict(tally, warm, end, seconds, problems)
 
 
@@ -74,8 +78,8 @@ async def _run(
             group.create_task(visit())
 
 
-async def _quiet(world: World) -> Held:
-    await asyncio.sleep(_QUIET_SECONDS)
+async def _quiet(world: World, seconds: float) -> Held:
+    await asyncio.sleep(seconds)
     return await world.held_and_kept()
 
 

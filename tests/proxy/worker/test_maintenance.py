@@ -59,10 +59,10 @@ def test_freed_pages_are_returned_except_those_for_the_next_bodies(monkeypatch: 
     monkeypatch.setattr(heap, "sys", SimpleNamespace(platform="linux"))
     monkeypatch.setattr(ctypes, "CDLL", lambda _: libc)
     return_freed_memory()
-    assert libc.kept_bytes == [64 * MIB]
+    assert libc.kept_bytes == [8 * MIB]
     monkeypatch.setattr(heap, "sys", SimpleNamespace(platform="darwin"))
     return_freed_memory()
     monkeypatch.setattr(heap, "sys", SimpleNamespace(platform="linux"))
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     return_freed_memory()
-    assert libc.kept_bytes == [64 * MIB]
+    assert libc.kept_bytes == [8 * MIB]
