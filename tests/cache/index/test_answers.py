@@ -105,6 +105,20 @@ def test_a_prompt_that_is_rendered_shorter_now_is_no_eviction(bench):
     assert bench.index.replicas()[0].budget_tokens == 68 * BLOCK_TOKENS
 
 
+def test_a_prompt_that_became_much_shorter_shortens_what_precedes_its_end_unless_another_prompt_shares_it(bench):
+    bench.served(talk("a", 4))
+    bench.served(talk("a", 5), replica=1)
+    placement = bench.ask(talk("a", 5), 1)
+    bench.index.answered(placement, 1_000, 0, 0, bench.now)
+    assert bench.index.match(talk("a", 4)).known_tokens == 1_000
+    bench.served(talk("b", 4))
+    for last in "xy":
+        bench.served(chain("b0", "b1", "b2", "b3", last), replica=1)
+    placement = bench.ask(chain("b0", "b1", "b2", "b3", "x"), 1)
+    bench.index.answered(placement, 1_000, 0, 0, bench.now)
+    assert bench.index.match(talk("b", 4)).known_tokens == 4 * BLOCK_TOKENS
+
+
 def test_a_prompt_of_unknown_room_that_was_partly_there_is_no_eviction(bench):
     for name in "abcdefgh":
         bench.served(talk(name, 8))

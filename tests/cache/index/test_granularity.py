@@ -185,3 +185,12 @@ def test_an_engine_without_blocks_explains_nothing_by_them():
     for count in (1_000, 1_001):
         granularity.observe(count)
     assert not granularity.may_explain(1)
+
+
+def test_a_bound_below_which_nothing_is_expected_counts_from_the_size_of_coarse_blocks_on():
+    """What is smaller is not worth rounding."""
+    known = Granularity()
+    for _ in range(MIN_MISSES):
+        known.observe_miss(COARSE_TOKENS // FLOOR_GROWTH, is_recent=True)
+    assert known.floor_tokens == COARSE_TOKENS
+    assert known.usable(COARSE_TOKENS) == 0

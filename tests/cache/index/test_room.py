@@ -9,7 +9,8 @@ import pytest
 from cache.index.eviction import UPKEEP_STEPS
 from cache.index.hashing import cut
 from cache.index.prefix_index import UNLIMITED_TOKENS, FeedbackKind, PrefixIndex
-from cache.index.tree import reuse_distance
+from cache.index.replica_state import MAX_RESTART_MISSES, ReplicaState
+from cache.index.tree import new_entries, reuse_distance
 from tests.cache.index.test_prefix_index import BLOCK_TOKENS, Bench, chain, talk
 
 TOKENS = float(BLOCK_TOKENS)
@@ -240,6 +241,31 @@ def test_an_entry_ends_at_its_time_to_live_and_each_use_begins_it_anew():
     for now, left in ((110.9, [1, 1]), (111.0, [1, 0]), (114.9, [1, 0]), (115.0, [0, 0])):
         assert not bench.index.tend(now)
         assert [bench.depth(talk(name, 1)) for name in "ab"] == left
+
+
+def test_what_ended_at_its_time_to_live_is_known_to_have_been_held():
+    """A prompt that comes back later is one that was dropped, not a new one."""
+    bench = Bench()
+    bench.index.set_ttl(0, 10.0)
+    bench.index.place(0, talk("a", 3), 3 * TOKENS, 100.0)
+    bench.index.tend(110.0)
+    assert bench.index.match(talk("a", 3)).evicted_from == 0
+    assert bench.index.replicas()[0].evicted_blocks == 3
+
+
+def test_a_budget_that_is_passed_by_one_token_makes_the_oldest_go():
+    bench = Bench()
+    bench.served(talk("a", 1))
+    bench.index.set_budget(0, 2 * BLOCK_TOKENS - 1)
+    bench.served(talk("b", 1))
+    assert [bench.depth(talk(name, 1)) for name in "ab"] == [0, 1]
+
+
+def test_misses_of_one_tenant_never_mean_a_restart_of_a_replica_that_serves_several():
+    """However many they are; one more of another tenant does."""
+    state = ReplicaState(new_entries(0), sources={7, 8})
+    assert not state.is_restart(7, [7] * MAX_RESTART_MISSES)
+    assert state.is_restart(8, [7] * MAX_RESTART_MISSES)
 
 
 def test_tenants_of_a_replica_are_told_apart_until_its_next_epoch():
