@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
+import weakref
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias
 
@@ -351,6 +353,7 @@ class Pooled:
         self.ends += [ours, theirs]
         connection = Connection(asyncio.get_running_loop(), self.clock, self.deadlines, self.pool, self.limits)
         connection.connection_made(SocketTransport(ours))
+        self.pool.opened_one(connection)
         return connection
 
     def serve(self, connection: Connection, response: bytes = answer(b"hello")) -> None:
@@ -389,6 +392,18 @@ async def test_a_connection_that_came_back_meanwhile_is_obtained_before_a_new_on
     here.serve(connection)
     assert await here.pool.obtain(fresh=True) is None
     assert not connection.usable, "it makes room, else uploads would leave one more each"
+
+
+async def test_a_connection_that_was_lost_is_not_kept(pooled: MakePooled) -> None:
+    """A pool lives as long as its replica, which may close connections for years."""
+    here = pooled()
+    connection = await here.open()
+    here.serve(connection)
+    lost = weakref.ref(connection)
+    connection.connection_lost(None)
+    del connection
+    gc.collect()
+    assert (lost(), here.pool.counts.open) == (None, 0)
 
 
 async def test_a_slot_and_a_connection_pass_by_the_requests_whose_time_is_up(pooled: MakePooled) -> None:

@@ -124,6 +124,9 @@ def test_with_a_joint_head_prompts_share_tools_and_system_prompt_or_nothing(orde
     other_system = hashes([{**SYSTEM, "content": "s" * 599 + "t"}, user("q")], joint, tools=TOOLS)
     other_tools = hashes([SYSTEM, user("q")], joint, tools=[*TOOLS, *TOOLS])
     assert one[0] not in (other_system[0], other_tools[0])
+    talks = [[SYSTEM, user(first), {"role": "assistant", "content": "a"}, user("q")] for first in ("p", "r")]
+    one_talk, other_talk = [hashes(talk, joint, tools=TOOLS) for talk in talks]
+    assert one_talk[0] == other_talk[0] == one[0], "what was said since is no part of the head"
 
 
 def test_a_joint_head_leaves_out_what_changes_with_each_request():
