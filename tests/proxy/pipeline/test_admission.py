@@ -143,6 +143,20 @@ def test_a_secret_of_any_length_names_tenants(length: int) -> None:
     assert one.tenant_of(b"key").id != other.tenant_of(b"key").id
 
 
+@pytest.mark.parametrize("length", [1, 32, 64, 65])
+def test_the_id_of_a_tenant_is_the_same_in_every_version(length: int) -> None:
+    """Prefixes of isolated pools are known by it; a secret of up to 64 bytes is the key of the hash as it is."""
+    secret = bytes(range(length))
+    key = secret if length <= 64 else hashlib.blake2b(secret).digest()
+    stranger, listed = Authenticator([], secret), Authenticator([known("sk-a", "red")], secret)
+    for tenant, name in (
+        (stranger.tenant_of(b"sk-a"), b"key:sk-a"),
+        (stranger.tenant_of(b""), b""),
+        (listed.tenant_of(b"sk-a"), b"red"),
+    ):
+        assert tenant.id == hashlib.blake2b(name, key=key, digest_size=16).hexdigest()
+
+
 def test_a_tenant_may_use_its_models_only() -> None:
     """Only * and ? are special, square brackets are letters; the error names the field."""
     tenant = Tenant("t", b"", ("gpt-*", "llama", "o?", "qwen[1m]", "x[a]*"))

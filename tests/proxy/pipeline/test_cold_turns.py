@@ -286,6 +286,23 @@ async def test_under_pressure_a_warm_prompt_goes_once_its_replica_is_quiet(own: 
     assert exchange.waited_seconds == pytest.approx(3.0)
 
 
+@pytest.mark.parametrize("own", [OWN, 40], ids=["warm", "short"])
+async def test_under_pressure_a_warm_prompt_goes_to_a_free_replica_that_holds_it_though_others_cost_less(
+    own: int,
+) -> None:
+    """Here the plan is first for one that holds nothing; of those that hold it, one computes something long."""
+    gated = Gated(3)
+    for replica in (1, 2):
+        gated.hold(replica, HELD, tokens=HELD_TOKENS)
+    gated.make_busy(1)
+    gated.fleet.charge(2, 2 * BUSY_TOKENS, gated.clock.monotonic(), queued=True)  # waits for it, and was not sent
+    gated.gate.is_pressed(POOL, gated.fleet.snapshot(POOL, gated.clock.monotonic()))
+    exchange = gated.planned(HELD + "y" * own)
+    assert replicas_of(exchange) == [0, 1, 2]
+    assert gated.cold_turns.admit(exchange) is None
+    assert replicas_of(exchange) == [2]
+
+
 async def test_a_warm_prompt_that_would_wait_is_told_how_long() -> None:
     """For the work that was sent to its replica and the turns that wait there; without either it would not wait."""
     gated = Gated()

@@ -73,8 +73,8 @@ class Replicas:
         return (busy, replace(view(1), name="b", available="b" not in self._down))
 
 
-async def listed(upstreams: Upstreams, fleet: Replicas, tenant: Tenant = MINE) -> tuple[list[str], Exchange]:
-    """The names in the list that a client gets."""
+async def answered(upstreams: Upstreams, fleet: Replicas, tenant: Tenant = MINE) -> tuple[Any, Exchange]:
+    """The list that a client gets."""
     endpoint = ModelsEndpoint(
         cast("UpstreamClient", upstreams), pools(), cast("Fleet", fleet), FakeClock(), list_seconds=0.01
     )
@@ -83,7 +83,13 @@ async def listed(upstreams: Upstreams, fleet: Replicas, tenant: Tenant = MINE) -
     _, status, _, _, body = kept.calls[0]
     assert status == 200
     assert isinstance(body, bytes)
-    return [model["id"] for model in json.loads(body)["data"]], asked
+    return json.loads(body), asked
+
+
+async def listed(upstreams: Upstreams, fleet: Replicas, tenant: Tenant = MINE) -> tuple[list[str], Exchange]:
+    """The names in the list that a client gets."""
+    answer, asked = await answered(upstreams, fleet, tenant)
+    return [model["id"] for model in answer["data"]], asked
 
 
 async def test_the_lists_of_all_pools_are_merged() -> None:
@@ -93,6 +99,13 @@ async def test_the_lists_of_all_pools_are_merged() -> None:
     assert names == ["cheap", "free-1"]
     assert sorted(upstreams.asked) == ["b", "c"]
     assert (asked.status, asked.ending) == (200, Ending.COMPLETE)
+
+
+async def test_the_merged_list_has_the_form_of_an_upstream_s() -> None:
+    """Client libraries look at the kind of an object; the models in it are as their upstreams describe them."""
+    answer, _ = await answered(Upstreams(), Replicas())
+    models = [{"id": "cheap", "object": "model"}, {"id": "free-1", "object": "model"}]
+    assert answer == {"object": "list", "data": models}
 
 
 async def test_a_model_that_the_pool_or_the_client_may_not_use_is_left_out() -> None:

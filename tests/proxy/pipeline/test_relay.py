@@ -374,6 +374,26 @@ async def test_usage_that_only_cairn_asked_for_is_read_and_not_passed_on(asks: b
     assert exchange.usage == Usage(9, 1)
 
 
+@pytest.mark.parametrize("comments", [False, True])
+@pytest.mark.parametrize("withholds", [False, True])
+async def test_the_length_of_a_stream_is_passed_on_only_if_nothing_is_added_or_withheld(
+    withholds: bool, comments: bool
+) -> None:
+    """Either alone makes the body longer or shorter than the upstream says."""
+    bench = Bench()
+    if comments:
+        Timers(bench)
+    if not withholds:
+        bench.dispatcher.always_reports_usage(0)
+    made = upstream(bench, body=TOKEN + DONE, sse=True)
+    made.response.content_length = len(TOKEN + DONE)
+    exchange = bench.exchange(stream=True)
+    client = await bench.run(exchange)
+    assert exchange.asked_usage is withholds
+    assert client.body == TOKEN + DONE
+    assert client.length == (None if withholds or comments else len(TOKEN + DONE))
+
+
 async def test_the_stream_of_a_response_is_read_by_its_own_dialect() -> None:
     """Its usage is in the event that ends it."""
     bench = Bench()

@@ -241,6 +241,18 @@ def test_a_turn_waits_for_a_replica_that_holds_it_behind_those_that_do_so_alread
     assert queue.next_to_go([room(0, pending=1.0), room(1)], 0.0) == (second, (1,))
 
 
+def test_the_work_of_all_turns_that_wait_for_a_replica_counts_for_the_next_one():
+    """Not only that of the last one: here three wait, and a fourth would wait for longer than it takes elsewhere."""
+    queue: ColdQueue[str] = ColdQueue()
+    own, saved, pending = 4.0, 4.0, 1.0
+    assert pending + 2 * own < PREFILL_WEIGHT * saved < pending + 3 * own
+    alike = [queue.join(held_by({0: own, 1: own + saved}), 0.0) for _ in range(3)]
+    rooms = [room(0, pending=pending), room(1)]
+    assert queue.next_to_go(rooms, 0.0) is None
+    alike.append(queue.join(held_by({0: own, 1: own + saved}), 0.0))
+    assert queue.next_to_go(rooms, 0.0) == (alike[3], (1,))
+
+
 def test_a_turn_does_not_wait_for_ever_for_the_replica_that_holds_it():
     """Its room or its state may keep it from ever becoming open."""
     queue: ColdQueue[str] = ColdQueue()

@@ -43,6 +43,13 @@ def test_the_first_picture_that_is_counted_replaces_the_guess():
     assert (counts.media_tokens("m", "audio"), counts.media_tokens("other", "image")) == (1_000, 1_000)
 
 
+def test_each_of_several_pictures_is_counted_with_its_part_of_their_tokens():
+    """What the text leaves of the engine's count is divided by their number."""
+    counts, picture = TokenCounts(), Media("image", 1_000_000)
+    counts.observe("m", 4_004_000, 1_000 + 4 * 256, [picture] * 4)
+    assert counts.media_tokens("m", "image") == 256
+
+
 def test_media_in_the_known_part_are_not_counted_again():
     """They are in what was answered."""
     counts, picture = TokenCounts(), Media("image", 1_000_000)
