@@ -58,20 +58,23 @@ async def test_a_connection_serves_the_next_request_after_each_framing() -> None
     )
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("written", ["whole", "in pieces", "not at all"])
 @pytest.mark.parametrize(("method", "status"), [(b"HEAD", 200), (b"HEAD", 404), (b"GET", 304)])
 async def test_a_response_without_a_body_leaves_the_connection_in_step(
-    method: bytes, status: int, whole: bool
+    method: bytes, status: int, written: str
 ) -> None:
     """Its body is left out, since the client would take it for the next response."""
 
     async def play(request: IncomingRequest, answer: ClientResponse) -> None:
         if request.target == "/last":
             answer.send(200, b"OK", [], b"last")
-        elif whole:
+        elif written == "whole":
             answer.send(status, b"X", [], b"hello")
         else:
             answer.begin(status, b"X", [], 5)
+            if written == "in pieces":
+                await answer.write(b"he")
+                answer.write_last(b"llo")
             answer.end()
 
     async with serving(play) as port:
