@@ -1,8 +1,8 @@
 /* Declare as cold what compiled modules call only when an exception is raised or passes through.
 
-scripts/compile.py includes this before each C file that mypyc writes. Every other instruction of those files handles
-an exception; gcc and clang place what leads to a cold call apart (-freorder-blocks-and-partition), so that the path of
-a request takes less of the processor's instruction cache. The declarations are those of mypyc's CPy.h and of Python.h. */
+scripts/compile.py includes this before each C file that mypyc writes. Much of those files handles exceptions; gcc
+places what leads to a cold call apart (-freorder-blocks-and-partition), so that the path of a request takes less of
+the processor's instruction cache. The declarations are those of mypyc's CPy.h and of Python.h. */
 
 #include <Python.h>
 

@@ -57,8 +57,8 @@ queue it goes all the same, so that a prompt which hardly ever fits keeps nobody
 SPARING_ROUNDS: Final = 2.0
 """It also goes all the same once it has waited for this multiple of a round, in which the replicas would compute the
 prompts of all continuing sessions once. Without the gate, turns wait for about a round in the mean, and the slowest
-of a hundred for about two; so because others are spared, nobody waits for longer than these. On two engines of a CPU,
-1.5 rounds give 1 % fewer turns at the same p99.
+of a hundred for about two, so sparing makes nobody wait for longer than those. On two engines of a CPU, 1.5 rounds
+give 1 % fewer turns at the same p99.
 """
 
 SPARING_SHARE: Final = 1.0 / 3.0

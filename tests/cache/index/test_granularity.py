@@ -188,7 +188,7 @@ def test_an_engine_without_blocks_explains_nothing_by_them():
 
 
 def test_a_bound_below_which_nothing_is_expected_counts_from_the_size_of_coarse_blocks_on():
-    """What is smaller is not worth rounding."""
+    """Do not round for a smaller one."""
     known = Granularity()
     for _ in range(MIN_MISSES):
         known.observe_miss(COARSE_TOKENS // FLOOR_GROWTH, is_recent=True)

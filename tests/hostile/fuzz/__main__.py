@@ -44,7 +44,7 @@ def outcomes_table(verdict: Verdict) -> Table:
         table.add_row(kind, *[f"{outcomes[kind, column]:,}" if outcomes[kind, column] else "" for column in columns])
     warm, end = verdict.warm, verdict.end
     table.caption = (
-        f"memory {warm.memory_bytes / MIB:.1f} MB after half, {end.memory_bytes / MIB:.1f} MB at the end; "
+        f"memory {warm.memory_bytes / MIB:.1f} MB after a quarter, {end.memory_bytes / MIB:.1f} MB at the end; "
         f"index {warm.index_bytes / MIB:.2f}, {end.index_bytes / MIB:.2f} MB; "
         f"contents {warm.context_bytes / MIB:.2f}, {end.context_bytes / MIB:.2f} MB; "
         f"descriptors {sum(warm.descriptors.values())}, {sum(end.descriptors.values())}; "

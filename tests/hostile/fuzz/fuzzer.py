@@ -14,7 +14,7 @@ from tests.hostile.fuzz.world import CONTEXT_BYTES, INDEX_BYTES, MIB, Held, Worl
 REQUESTS_PER_SESSION = 25
 AT_ONCE = 24  # sessions
 FINDINGS_MOST = 25  # after which no further session begins
-_WARMING_SHARE = 0.5  # of the requests, in which tables and caches fill; the slowest take 600,000 requests
+_WARMING_SHARE = 0.25  # of the requests, in which tables and caches fill
 _QUIET_SECONDS = 2.0
 _TRIMMED_SECONDS = TRIM_SECONDS + _QUIET_SECONDS  # after which the freed memory of large bodies was returned
 FULL_SHARE = 0.9  # of its bound, from which a table counts as full

@@ -101,7 +101,7 @@ async def test_the_lists_of_all_pools_are_merged() -> None:
     assert (asked.status, asked.ending) == (200, Ending.COMPLETE)
 
 
-async def test_the_merged_list_has_the_form_of_an_upstream_s() -> None:
+async def test_the_merged_list_has_the_form_of_an_upstream_list() -> None:
     """Client libraries look at the kind of an object; the models in it are as their upstreams describe them."""
     answer, _ = await answered(Upstreams(), Replicas())
     models = [{"id": "cheap", "object": "model"}, {"id": "free-1", "object": "model"}]

@@ -44,7 +44,7 @@ def test_the_first_picture_that_is_counted_replaces_the_guess():
 
 
 def test_each_of_several_pictures_is_counted_with_its_part_of_their_tokens():
-    """What the text leaves of the engine's count is divided by their number."""
+    """Divide the tokens that are not the text's by the number of pictures."""
     counts, picture = TokenCounts(), Media("image", 1_000_000)
     counts.observe("m", 4_004_000, 1_000 + 4 * 256, [picture] * 4)
     assert counts.media_tokens("m", "image") == 256
