@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from cache import keys
@@ -55,16 +55,16 @@ class Listing:
             found += await self.some_rows(tenant, ids[start : start + READ_AT_ONCE])
         return found
 
-    async def kept(self, tenant: str) -> list[tuple[str, Kept]]:
-        """Return every context of a tenant by id, with the properties by which it competes for room."""
+    async def kept(self, tenant: str) -> AsyncIterator[list[tuple[str, Kept]]]:
+        """Yield every context of a tenant by id, some at a time, with the properties by which it competes."""
         ids = await self.ids(tenant)
-        found: list[tuple[str, Kept]] = []
         for start in range(0, len(ids), READ_AT_ONCE):
             some = ids[start : start + READ_AT_ONCE]
-            for name, row in zip(some, await self._read(tenant, some), strict=True):
-                if row is not None:
-                    found.append((name, DAMAGED if isinstance(row, StoreCorrupt) else row.kept))
-        return found
+            yield [
+                (name, DAMAGED if isinstance(row, StoreCorrupt) else row.kept)
+                for name, row in zip(some, await self._read(tenant, some), strict=True)
+                if row is not None
+            ]
 
     async def tag(self, tenant: str, tag: str) -> Tag | None:
         """Return a tag, None if it does not exist. Raises StoreCorrupt."""

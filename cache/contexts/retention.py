@@ -12,9 +12,10 @@ so `rank` changes only at a use, and contexts of several tenants can be compared
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Hashable, Iterable
-from typing import TypeVar
+from collections.abc import Hashable, Sequence
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -65,24 +66,56 @@ class Kept(msgspec.Struct, frozen=True, gc=False):
     expired: bool = False
 
 
-def choose(contexts: Iterable[tuple[Key, Kept]], needed_bytes: int) -> list[Key] | None:
+class Choice(Generic[Key]):
+    """Chooses contexts to discard while they are read, so that not all of them are held at once.
+
+    Of those that were considered it holds the ones that go first and free `needed_bytes`, at least `least` of them.
+    """
+
+    def __init__(self, needed_bytes: int, least: int = 0) -> None:
+        self._needed_bytes = needed_bytes
+        self._least = least
+        self._held: list[tuple[bool, float, int, int, Key]] = []  # a heap: the one that would go last is the first
+        self._held_bytes = 0
+        self._considered = 0
+
+    def consider(self, key: Key, kept: Kept) -> None:
+        """Take a context into account. A pinned one is never chosen, and of equal ones the first that came."""
+        if kept.pinned:
+            return
+        self._considered += 1
+        entry = (kept.expired, -kept.rank, -kept.size_bytes, -self._considered, key)
+        if self._is_enough_without(0) and (not self._held or entry < self._held[0]):
+            return
+        heapq.heappush(self._held, entry)
+        self._held_bytes += kept.size_bytes
+        while self._held and self._is_enough_without(1):
+            _, _, size_bytes, _, _ = heapq.heappop(self._held)
+            self._held_bytes += size_bytes
+
+    def chosen(self) -> list[Key] | None:
+        """Return which to discard, in order; None if discarding all would not free enough."""
+        if self._held_bytes < self._needed_bytes:
+            return None
+        return [key for *_, key in sorted(self._held, reverse=True)]
+
+    def _is_enough_without(self, last: int) -> bool:
+        """Return True if what is held would do without the `last` (0 or 1) that would go last."""
+        spared_bytes = -self._held[0][2] if last else 0
+        return self._held_bytes - spared_bytes >= self._needed_bytes and len(self._held) - last >= self._least
+
+
+def least_at_once(contexts: int) -> int:
+    """Return how many of a number of contexts are discarded at least."""
+    return int(SHARE_AT_ONCE * contexts)
+
+
+def choose(contexts: Sequence[tuple[Key, Kept]], needed_bytes: int) -> list[Key] | None:
     """Return which to discard, in order, to free `needed_bytes`; None if discarding all would not be enough.
 
     Of 50 or more that are not pinned it is at least `SHARE_AT_ONCE`, even if fewer would be enough.
     """
-    ordered = sorted(
-        (
-            (not kept.expired, kept.rank, kept.size_bytes, number, key)
-            for number, (key, kept) in enumerate(contexts)
-            if not kept.pinned
-        ),
-        key=lambda row: row[:4],
-    )
-    chosen: list[Key] = []
-    least = int(SHARE_AT_ONCE * len(ordered))
-    for _, _, size_bytes, _, key in ordered:
-        if needed_bytes <= 0 and len(chosen) >= least:
-            break
-        chosen.append(key)
-        needed_bytes -= size_bytes
-    return chosen if needed_bytes <= 0 else None
+    choice: Choice[Key] = Choice(needed_bytes, least_at_once(sum(not kept.pinned for _, kept in contexts)))
+    for key, kept in contexts:
+        choice.consider(key, kept)
+    return choice.chosen()

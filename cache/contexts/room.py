@@ -11,14 +11,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cache import keys
 from cache.contexts import scripts
 from cache.contexts.access import Access, Trust
 from cache.contexts.listing import DAMAGED, Listing
-from cache.contexts.retention import Kept, choose
+from cache.contexts.retention import Choice, Kept, choose, least_at_once
 from cache.contexts.rows import ContextRow
 from cache.errors import CacheError, QuotaFull, StoreCorrupt, StoreRefused
 from cache.store.replies import parsed
@@ -34,6 +35,7 @@ UNCHECKED_TENANTS_SEARCHED = 50  # searched for contexts to discard: the tenants
 ROOM_TRIES = 5
 
 Totals = tuple[int, int, int]  # bytes, contexts, pinned bytes
+_Victim = tuple[str, bool]  # the id of a context, and whether it has expired
 _OVERALL = (keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED, keys.CONTEXTS_RESERVED)
 _MARKS = {Trust.LISTED: "", Trust.ACCEPTED: "1", Trust.UNCHECKED: "0"}  # as the script `context-note` takes them
 
@@ -56,17 +58,17 @@ class ContextRoom:
 
     async def make(self, tenant: str, needed_bytes: int) -> None:
         """Discard contexts of this tenant, those worth least first. Raises QuotaFull and other CacheErrors."""
-        kept = await self._listing.kept(tenant)
+        kept = [each async for some in self._listing.kept(tenant) for each in some]
         if await self._drop_damaged(tenant, kept):
             return  # the caller tries again; there may be enough room now
-        victims = choose(kept, needed_bytes)
+        victims = choose([((name, each.expired), each) for name, each in kept], needed_bytes)
         if not victims:
             raise QuotaFull(
                 f"The limit of {self._access.limits.tenant_bytes:,} bytes of stored contexts is reached, and "
                 "discarding all that are not pinned would not make enough room; delete or unpin one, or raise "
                 "contexts.tenant_bytes."
             )
-        await self._discard(tenant, kept, victims)
+        await self._discard(tenant, victims)
 
     async def reserve_over_all(self, reservation: str, size_bytes: int) -> None:
         """Reserve room in the total budget; discard contexts of any tenant if needed, those worth least first.
@@ -83,7 +85,7 @@ class ContextRoom:
                 over = await self._bytes_over(args)
                 if over <= 0:
                     return
-                if not await self._discard_of(await self.renew(), over):
+                if not await self._discard_of(await self._counts(), over):
                     break
         raise QuotaFull(
             f"The limit of {limit:,} bytes for stored contexts of all clients is reached, and discarding all that "
@@ -141,8 +143,12 @@ class ContextRoom:
             )
         return 0 if word == b"ok" else max(over, 1)
 
+    async def _counts(self) -> dict[str, int]:
+        """Return the number of each tenant's contexts."""
+        return {tenant: count for tenant, (_, count) in (await self.renew()).items()}
+
     async def _unchecked(self, asking: str) -> dict[str, int]:
-        """Return the bytes of the unchecked tenants that have most, and of the one that asks for room."""
+        """Return the number of contexts of the unchecked tenants with most bytes, and of the one that asks."""
         sizes: dict[str, int] = {}
         for name, value in await self._access.hash(keys.CONTEXTS_UNLISTED):
             try:
@@ -153,33 +159,40 @@ class ContextRoom:
             if not accepted:
                 sizes[tenant] = size
         largest = sorted(sizes, key=lambda tenant: sizes[tenant], reverse=True)[:UNCHECKED_TENANTS_SEARCHED]
-        return {tenant: sizes[tenant] for tenant in {*largest, *({asking} & sizes.keys())}}
+        counts = await self._counts()
+        return {tenant: counts.get(tenant, 0) for tenant in {*largest, *({asking} & sizes.keys())}}
 
-    async def _discard_of(self, tenants: Iterable[str], needed_bytes: int) -> bool:
+    async def _discard_of(self, counts: Mapping[str, int], needed_bytes: int) -> bool:
         """Discard contexts of several tenants, those worth least first; return False if that would not free enough.
 
-        If there are damaged contexts, only those are discarded, and the caller tries again.
+        `counts` has the number of each tenant's contexts. If there are damaged ones, only those are discarded, and
+        the caller tries again.
         """
-        kept = {tenant: await self._listing.kept(tenant) for tenant in tenants}
-        if any([await self._drop_damaged(tenant, listed) for tenant, listed in kept.items()]):
+        choice: Choice[tuple[str, _Victim]] = Choice(needed_bytes, least_at_once(sum(counts.values())))
+        damaged = 0
+        for tenant in counts:
+            async for some in self._listing.kept(tenant):
+                damaged += await self._drop_damaged(tenant, some)
+                for name, each in some:
+                    choice.consider((tenant, (name, each.expired)), each)
+        if damaged:
             return True
-        victims = choose([((tenant, name), each) for tenant in kept for name, each in kept[tenant]], needed_bytes)
-        if not victims:
-            return False
-        for tenant in dict.fromkeys(tenant for tenant, _ in victims):
-            await self._discard(tenant, kept[tenant], [name for owner, name in victims if owner == tenant])
-        return True
+        by_tenant: defaultdict[str, list[_Victim]] = defaultdict(list)
+        for tenant, victim in choice.chosen() or ():
+            by_tenant[tenant].append(victim)
+        for tenant, victims in by_tenant.items():
+            await self._discard(tenant, victims)
+        return bool(by_tenant)
 
     async def _drop_damaged(self, tenant: str, kept: Iterable[tuple[str, Kept]]) -> int:
         """Delete damaged contexts, whose size is not known; return how many there were."""
         damaged = [name for name, each in kept if each is DAMAGED]
         return await self.drop(tenant, "any", damaged, "damaged") if damaged else 0
 
-    async def _discard(self, tenant: str, kept: Iterable[tuple[str, Kept]], victims: Sequence[str]) -> None:
-        expired = {name for name, each in kept if each.expired}
+    async def _discard(self, tenant: str, victims: Sequence[_Victim]) -> None:
         for reason, ids in (
-            ("expired", [name for name in victims if name in expired]),
-            ("room", [name for name in victims if name not in expired]),
+            ("expired", [name for name, expired in victims if expired]),
+            ("room", [name for name, expired in victims if not expired]),
         ):
             if ids:
                 await self.drop(tenant, "unpinned", ids, reason)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.contexts.retention import MEMORY_SECONDS, SHARE_AT_ONCE, Kept, StoredValue, choose
+from cache.contexts.retention import MEMORY_SECONDS, SHARE_AT_ONCE, Choice, Kept, StoredValue, choose, least_at_once
 
 moments = st.floats(0, 1e6)
 
@@ -47,6 +49,21 @@ def test_of_many_a_share_goes_at_once() -> None:
     assert choose(pinned + many, 1) == list(range(10))
     assert choose(many, 150) == list(range(15))
     assert choose(many[:49], 1) == [0]
+
+
+def test_of_many_that_are_considered_few_are_held() -> None:
+    """A search reads the contexts of all clients, and what it holds at a time does not grow with their number."""
+    contexts = 50_000
+    choice: Choice[str] = Choice(1000, least_at_once(contexts))
+    tracemalloc.start()
+    for number in range(contexts):
+        choice.consider(f"ctx_{number}", Kept(float(-number % 997), 10))
+    held_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    chosen = choice.chosen()
+    assert chosen is not None
+    assert len(chosen) == 1000
+    assert held_bytes < 400 * len(chosen)
 
 
 def test_what_has_expired_goes_before_anything_that_is_alive() -> None:
