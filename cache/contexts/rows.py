@@ -19,7 +19,7 @@ HEAD_VERSION = 1
 PIN = "pin"  # the metadata key that keeps a context from being discarded
 DIGEST_BYTES = 32
 MAX_SECONDS = 1e11  # since 1970: the year 5138
-ROW_BYTES = 950
+ROW_BYTES = 900
 MEDIA_BYTES = 120
 TAG_BYTES = 500
 """Memory of a remembered row in addition to its texts, of each part that is not text, and of a tag, as measured."""

@@ -78,13 +78,13 @@ def mutate(random: Random, request: Request) -> None:
 
 def _mutate_tree(random: Random, request: Request) -> None:
     """Replace one value of a JSON body by a strange one, or repeat, rename or leave out a member."""
+    places: list[tuple[Any, Any]] = []
     try:
         tree = json.loads(request.body)
-    except (ValueError, RecursionError):
+        _collect(tree, places)
+    except (ValueError, RecursionError):  # Python 3.12 and newer read trees that are too deep to walk
         request.body = _with_bytes(random, request.body)
         return
-    places: list[tuple[Any, Any]] = []
-    _collect(tree, places)
     if not places:
         return
     holder, key = random.choice(places)

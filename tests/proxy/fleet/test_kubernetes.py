@@ -155,6 +155,7 @@ async def test_failures_are_retried_with_growing_pauses_and_logged_once(caplog: 
         server.statuses = [403, 403, 403, None, 503, 503]
         async with following(server) as found:
             await asyncio.wait_for(server.watching.wait(), 30)
+            await eventually(lambda: len(caplog.records) == 3)
         assert found.pauses == [0.5, 1.0, 2.0, 4.0, 8.0]
     messages = [record.message for record in caplog.records]
     assert len(messages) == 3

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeAlias, TypeVar
 
 import pytest
-import uvloop
 
 from proxy.clock import SystemClock
 from proxy.upstream import Limits, Origin, PoolCounts, UpstreamClient
+from tests.support.loops import both_loops
 from tests.support.upstream import ScriptedUpstream
 
 T = TypeVar("T")
@@ -68,4 +68,4 @@ def spawn(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], Any]]:
     """Every test here runs on the standard loop and on uvloop."""
-    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    return both_loops()
