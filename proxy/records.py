@@ -163,6 +163,7 @@ class Prompt:
     system_spans: Final[int]  # number of spans after the tools that are the system prompt; -1: by the messages' roles
     is_anthropic: Final[bool]  # in the dialect of /v1/messages
     is_plain_text: Final[bool]  # all spans but tools are messages whose content is a string; False if not examined
+    cache_marks: Final[int]  # most members `cache_control` that the body may have
 
     def __init__(  # noqa: PLR0913 - one for each field
         self,
@@ -189,6 +190,7 @@ class Prompt:
         system_spans: int = -1,
         is_anthropic: bool = False,
         is_plain_text: bool = False,
+        cache_marks: int = 0,
     ) -> None:
         self.body = body
         self.model = model
@@ -213,6 +215,7 @@ class Prompt:
         self.system_spans = system_spans
         self.is_anthropic = is_anthropic
         self.is_plain_text = is_plain_text
+        self.cache_marks = cache_marks
 
 
 @mypyc_attr(acyclic=True)

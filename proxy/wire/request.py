@@ -47,6 +47,7 @@ from proxy.wire.schemas import (
     seen,
 )
 from proxy.wire.spans import span_of
+from proxy.wire.template import CACHE_MARK
 from proxy.wire.urgency import body_priority
 
 MODEL_NAME_BYTES_MOST: Final = 512  # bytes; the longest names seen (paths of local models) are under 300
@@ -281,6 +282,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
         system_spans=system_spans,
         is_anthropic=is_anthropic,
         is_plain_text=is_plain_text and system_spans <= 0,
+        cache_marks=seen.cache_marks,
     )
 
 
@@ -335,6 +337,7 @@ def _decoded_text(decode: Callable[[Body], Any], body: Body) -> Any:
         raise BadRequest("model is given twice", param="model") from None
     except SecondObject as error:
         raise _second(error.member) from None
+    seen.cache_marks = body.count(CACHE_MARK)
     if models and len(fields.model) > MODEL_NAME_BYTES_MOST:
         raise BadRequest("model is too long", param="model")
     return fields

@@ -104,6 +104,7 @@ class _Seen(threading.local):
         self.models: list[object] = []
         self.objects: dict[str, str] = {}  # id by member
         self.members = 0  # of the object being read
+        self.cache_marks = 0
 
 
 seen = _Seen()

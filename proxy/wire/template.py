@@ -51,28 +51,33 @@ messages and not as a user message.
 _RECENT_MARK: Final = b"\0"
 
 _ANY_USER: Final = b'{"role":"user"}'
+_MARKS_UNKNOWN: Final = 1 << 30  # every message is searched
 
-_CACHE_MARK: Final = b'"cache_control"'
-_MARKED_SPANS: Final = 6
-"""Number of last spans that are searched for cache marks: clients mark the last few messages and move the marks
-with each turn. Marks of tools and of the system prompt stay in place, but in a short conversation they are within
-this reach too, so they are always left out as well.
+CACHE_MARK: Final = b'"cache_control"'
+_BREAKPOINT: Final = b'"prompt_cache_breakpoint"'  # OpenAI's mark, which is only written into parts
+"""Marks of the places up to which a provider caches. Clients move them with each turn: from the last two messages of
+a user, say, between which there may be dozens of others.
 """
 
 _MARK_REACH: Final = 160
-"""Bytes at the end of a message that are searched for a mark, which follows the text of the last part."""
+"""Bytes at the end of a message that are searched for a mark first: it usually follows the text of the last part."""
+
+_MARK_VALUE = re.compile(rb"\s*:\s*(?:null|\{[^{}]*\})")
+_MARKS_IN_SPAN: Final = 64
+"""Most marks that are left out of one message; providers take four in a request."""
 
 _LONE_TEXT = re.compile(rb'"content"\s*:\s*(\[\s*\{\s*"type"\s*:\s*"text"\s*,\s*"text"\s*:\s*)"')
 _LONE_TEXT_REACH: Final = 128
 """Bytes at the start of a message in which the first part of its content begins."""
 
-_LONE_TEXT_END: Final = b'"}]}'
+_LONE_TEXT_END: Final = b'"}]'
 _LIST_END: Final = b"]}"  # ends a message whose content is a list
 _LIST_IN_END: Final = b"}]}"  # ends such a message, marked or not
 _LONE_TEXT_LEAST: Final = 36  # length of such a message with an empty text, without its role
 _LONE_TEXT_MOST: Final = 1 << 20  # a longer one is not copied for its key
 _END_OF_LIST: Final = ord("]")
 _BACKSLASH: Final = ord("\\")
+_WHITE: Final = b" \t\r\n"
 
 _SYSTEM_FIRST: Final = ToolOrder.SYSTEM_FIRST
 _TOOLS_LAST: Final = ToolOrder.TOOLS_LAST
@@ -152,17 +157,18 @@ def _without_what_changes(prompt: Prompt, facts: TemplateFacts) -> Sequence[Span
         spans, system = spans[system:], 0
     body = prompt.body
     keeps_billing = facts.keeps_billing and not (prompt.is_anthropic and facts.messages_drop_billing)
+    marks = prompt.cache_marks
     if 0 < len(body) <= SHORT_BODY_BYTES:
-        if body.find(_CACHE_MARK) >= 0 or body.find(BILLING_MARK) >= 0:
-            spans = _without_marks(spans, system, keeps_billing=keeps_billing)
+        if marks or body.find(_BREAKPOINT) >= 0 or body.find(BILLING_MARK) >= 0:
+            spans = _without_marks(spans, system, marks, keeps_billing=keeps_billing)
         if body.find(_LIST_IN_END) >= 0:
             spans = _with_strings(spans)
         if body.find(_ID_KEY) < 0:
             return spans
-    elif _is_key_already(spans, system):
+    elif marks == 0 and _is_key_already(spans, system):
         return spans
     else:
-        spans = _with_strings(_without_marks(spans, system, keeps_billing=keeps_billing))
+        spans = _with_strings(_without_marks(spans, system, marks, keeps_billing=keeps_billing))
     return _without_ids(spans, system)
 
 
@@ -255,7 +261,9 @@ def keyed_stored(
     listed += messages
     listed += rest or (_ANY_USER,)
     # the body does not contain the context's messages, so nothing can be concluded from it
-    whole = dataclasses.replace(prompt, body=b"", spans=tuple(listed), tool_spans=count, system_spans=-1)
+    whole = dataclasses.replace(
+        prompt, body=b"", spans=tuple(listed), tool_spans=count, system_spans=-1, cache_marks=_MARKS_UNKNOWN
+    )
     spans = keyed_spans(whole, facts)
     return spans if rest else spans[:-1]
 
@@ -387,15 +395,15 @@ def _without_thinking_parts(content: bytes) -> bytes:
 def _is_key_already(spans: Sequence[Span], system: int) -> bool:
     """Return True if one look at both ends of each message shows that nothing is to be left out.
 
-    False means only that a closer look is needed. `system` is the place of the system prompt.
+    False means only that a closer look is needed. `system` is the place of the system prompt. A part that is marked
+    by OpenAI's mark is in a list.
     """
-    count = len(spans)
-    for place in range(count):
+    for place in range(len(spans)):
         span = spans[place]
         may_have_id = system <= place <= system + _ID_SAMPLE
-        if may_have_id or place < system or place >= count - _MARKED_SPANS:
+        if may_have_id or place < system:
             tail = bytes(span[-_MARK_REACH:])
-            if tail.endswith(_LIST_END) or tail.find(_CACHE_MARK) >= 0:
+            if tail.endswith(_LIST_END) or tail.find(_BREAKPOINT) >= 0:
                 return False
             if may_have_id:
                 head = bytes(span[:_BILLING_REACH])
@@ -424,21 +432,80 @@ def _without_id(span: Span) -> Span:
     return _with(span, head.id, b"")
 
 
-def _without_marks(spans: Sequence[Span], system: int, *, keeps_billing: bool) -> Sequence[Span]:
-    """Leave out the billing block of the system prompt, which is span `system`, and cache marks that move."""
-    changed: list[Span] | None = None
+def _without_marks(spans: Sequence[Span], system: int, marks: int, *, keeps_billing: bool) -> Sequence[Span]:
+    """Leave out the billing block of the system prompt, which is span `system`, and all cache marks.
+
+    `marks` is their number in the whole body at most. Messages that have one at their end are found first: a long
+    conversation is searched as a whole only if others are missing.
+    """
+    changed = list(spans)
     if not keeps_billing and system < len(spans):
         shorter = _without_billing(spans[system])
         if shorter is not None:
-            changed = list(spans)
             changed[system] = shorter
-    head = min(system + 1, len(spans))
-    for first, end in ((0, head), (max(len(spans) - _MARKED_SPANS, head), len(spans))):
-        for place in range(first, end):
-            if bytes(spans[place][-_MARK_REACH:]).find(_CACHE_MARK) >= 0:
-                changed = list(spans) if changed is None else changed
-                changed[place] = _without_cache_mark(bytes(changed[place]))
-    return spans if changed is None else changed
+    has_breakpoints = False
+    unmarked: list[int] = []
+    for place in range(len(spans) - 1, -1, -1):
+        tail = bytes(spans[place][-_MARK_REACH:])
+        is_breakpoint = tail.find(_BREAKPOINT) >= 0
+        has_breakpoints = has_breakpoints or is_breakpoint
+        if is_breakpoint or (marks > 0 and tail.find(CACHE_MARK) >= 0):
+            marks -= _leave_out(changed, place)
+        else:
+            unmarked.append(place)
+    if marks > 0 or has_breakpoints:
+        for place in reversed(unmarked):  # first those of tools and the system prompt
+            if marks > 0 or has_breakpoints:
+                marks -= _leave_out(changed, place)
+    return changed
+
+
+def _leave_out(spans: list[Span], place: int) -> int:
+    """Leave the marks out of the span at `place`. Return how many of them are Anthropic's."""
+    text = bytes(spans[place])
+    found = 0
+    for mark in (CACHE_MARK, _BREAKPOINT):
+        cuts = _marked(text, mark)
+        if cuts:
+            found += len(cuts) if mark is CACHE_MARK else 0
+            kept: list[bytes] = []
+            at = 0
+            for start, end in cuts:
+                kept.append(text[at:start])
+                at = end
+            kept.append(text[at:])
+            text = b"".join(kept)
+            spans[place] = text
+    return found
+
+
+def _marked(text: bytes, mark: bytes) -> list[tuple[int, int]]:
+    """Return the places of members named `mark`, each with a comma beside it, in order."""
+    cuts: list[tuple[int, int]] = []
+    at = text.find(mark)
+    while at >= 0 and len(cuts) < _MARKS_IN_SPAN:
+        value = _MARK_VALUE.match(text, at + len(mark))
+        end = at + len(mark)
+        if value is not None:  # else it is a text of these letters, or a parameter of that name
+            start = _after_white(text, at, -1)
+            end = value.end()
+            if text[start - 1 : start] == b",":
+                start = _after_white(text, start - 1, -1)
+            else:
+                comma = _after_white(text, end, 1)
+                if text[comma : comma + 1] == b",":
+                    end = _after_white(text, comma + 1, 1)
+            cuts.append((start, end))
+        at = text.find(mark, end)
+    return cuts
+
+
+def _after_white(text: bytes, place: int, step: int) -> int:
+    """Return the nearest place, forwards or backwards by `step`, that white space does not continue."""
+    before = min(step, 0)
+    while 0 <= place + before < len(text) and text[place + before] in _WHITE:
+        place += step
+    return place
 
 
 def _without_billing(span: Span) -> bytes | None:
@@ -449,16 +516,6 @@ def _without_billing(span: Span) -> bytes | None:
     text = bytes(span)
     ends = [end for mark in _BILLING_ENDS if (end := text.find(mark, start)) >= 0]
     return text[:start] + text[min(ends) :] if ends else text
-
-
-def _without_cache_mark(text: bytes) -> bytes:
-    """Return the message's text without its last mark and the comma before it."""
-    mark = text.rfind(_CACHE_MARK)
-    end = text.find(b"}", mark) + 1
-    start = mark
-    while start > 0 and text[start - 1 : start] in (b" ", b",", b"\n"):
-        start -= 1
-    return text[:start] + text[end:] if end > 0 else text
 
 
 def _with_strings(spans: Sequence[Span]) -> Sequence[Span]:
@@ -481,14 +538,15 @@ def _with_strings(spans: Sequence[Span]) -> Sequence[Span]:
 def _with_string(span: Span) -> bytes | None:
     """Return the message with a string for content; None if its content is not a list of one text."""
     opening = _LONE_TEXT.search(bytes(span[:_LONE_TEXT_REACH]))
-    if opening is None or bytes(span[-len(_LONE_TEXT_END) :]) != _LONE_TEXT_END:
+    if opening is None:
         return None
     text = bytes(span)
-    last = len(text) - len(_LONE_TEXT_END)
     end = text.find(b'"}', opening.end())
     while end >= 0 and _is_escaped(text, end):
         end = text.find(b'"}', end + 1)
-    return text[: opening.start(1)] + text[opening.end(1) : last + 1] + b"}" if end == last else None
+    if end < 0 or not text.startswith(_LONE_TEXT_END, end):
+        return None
+    return text[: opening.start(1)] + text[opening.end(1) : end + 1] + text[end + len(_LONE_TEXT_END) :]
 
 
 def _is_escaped(text: bytes, place: int) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import pytest
@@ -318,9 +321,62 @@ def test_marked_tools_and_system_prompts_keep_their_key_as_the_conversation_grow
     assert short == long[: len(short)]
 
 
-def test_text_that_speaks_of_cache_marks_stays():
-    messages = [user('write "cache_control": {"type": "ephemeral"} there')]
-    assert texts(messages) == [json.dumps(messages[0])]
+_PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "QUJD" * 99}}
+_CALLS = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": "' + "b" * 99 + '"}'}}]
+_AGENT = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": [{"type": "text", "text": "look"}, _PICTURE]},
+    *[message for n in range(9) for message in ({"role": "assistant", "content": f"a{n}", "tool_calls": _CALLS},
+                                                {"role": "tool", "tool_call_id": "c", "content": f"r{n}"})],
+    {"role": "user", "content": "and now"},
+    {"role": "assistant", "content": "done"},
+    {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+]  # fmt: skip
+
+
+def _marked(messages: list[Any], places: Sequence[int], mark: dict[str, Any], *, first: bool) -> list[Any]:
+    """Return messages with a mark in the last text of some of them, as its first or its last member."""
+    marked = copy.deepcopy(messages)
+    for place in places:
+        content = marked[place]["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        at = max(n for n, part in enumerate(parts) if part["type"] == "text")
+        parts[at] = {**mark, **parts[at]} if first else {**parts[at], **mark}
+        marked[place]["content"] = parts
+    return marked
+
+
+@pytest.mark.parametrize("padding", [0, 9000])
+@pytest.mark.parametrize("separators", [(", ", ": "), (",", ":")])
+@pytest.mark.parametrize(
+    "mark",
+    [
+        {"cache_control": {"type": "ephemeral"}},
+        {"cache_control": {"type": "ephemeral", "ttl": "1h"}},
+        {"cache_control": None},
+        {"prompt_cache_breakpoint": {"mode": "explicit"}},
+    ],
+)
+def test_a_mark_is_no_part_of_the_key_wherever_it_is(mark, separators, padding):
+    """In any message of a long conversation, and before a picture or the calls of tools in the same message."""
+
+    def key(messages: list[Any]) -> list[bytes]:
+        system = {"role": "system", "content": "be kind" + "." * padding}
+        body = json.dumps({"model": "m", "messages": [system, *messages[1:]]}, separators=separators).encode()
+        return [bytes(span) for span in keyed_spans(read(body, Endpoint.CHAT), PLAIN)]
+
+    last = len(_AGENT) - 1
+    for places in [(1, last), (2, last), (3, last), (1, 19), (19, 20, last), (18, 20, 21), (5, 21), (last,)]:
+        assert key(_marked(_AGENT, places, mark, first=False)) == key(_AGENT), places
+    first = key(_marked(_AGENT, (1, last), mark, first=True))
+    assert (first[1], first[last]) == (key(_AGENT)[1], key(_AGENT)[last])
+
+
+def test_text_and_parameters_that_are_named_like_a_mark_stay():
+    texts_of_marks = [user('write "cache_control": {"type": "ephemeral"} there'), user("cache_control")]
+    assert texts(texts_of_marks) == [json.dumps(message) for message in texts_of_marks]
+    tools = [{"name": "f", "parameters": {"properties": {"cache_control": {"type": "object", "properties": {}}}}}]
+    assert texts([user("q")], tools=tools)[0] == json.dumps(tools)
 
 
 def test_the_billing_block_of_a_client_is_no_part_of_the_key_unless_it_is_rendered():
