@@ -6,7 +6,7 @@ Data that cannot be read counts as none of these, except for a usage object foun
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -16,6 +16,7 @@ from proxy.wire.schemas import (
     Chunk,
     Delta,
     EventRead,
+    MessageObject,
     MessagesEvent,
     ResponsesEvent,
     decode_chunk,
@@ -28,7 +29,9 @@ from proxy.wire.usage import tail_usage
 _BOM: Final = b"\xef\xbb\xbf"
 _CR: Final = 13
 
-_ERROR_NAME = re.compile(rb"(?:^|[\r\n]|\xef\xbb\xbf)event: ?error[ \t]*(?:[\r\n]|$)")
+_ERROR_NAME = re.compile(rb"(?:^|[\r\n]|\xef\xbb\xbf)(?:event: ?error[ \t]*(?:[\r\n]|$)|error: ?\{)")
+"""An event with this name, or older llama.cpp's own field."""
+
 _ERROR: Final = "error"
 _PART_ENDS: Final = (".delta", ".partial_image")  # of the types of events of transcripts, speech and pictures
 _WHOLE_ENDS: Final = (".done", ".completed")
@@ -46,7 +49,10 @@ def data_of(event: bytes) -> bytes:
 
 
 def read_event(event: bytes, endpoint: Endpoint) -> EventRead:
-    """Return what a raw event of a stream of `endpoint` reports; never raises."""
+    """Return what a raw event of a stream of `endpoint` reports; never raises.
+
+    An error may be written into a stream as if it were a plain response, without any field (Gemini).
+    """
     if event.startswith(b"data: {") and 0 < len(event) - event.find(b"\n") <= 2 and _CR not in event:
         payload = event[6:]  # one line of JSON, as in nearly all events; white space after it is harmless
     elif b"error" in event and _ERROR_NAME.search(event):
@@ -54,6 +60,8 @@ def read_event(event: bytes, endpoint: Endpoint) -> EventRead:
         return read if read.error else msgspec.structs.replace(read, error=True)
     else:
         payload = data_of(event).strip()
+        if not payload and b"error" in event:
+            return EventRead(error=True) if _read_payload(event.strip(), endpoint).error else NOTHING
     return _read_payload(payload, endpoint)
 
 
@@ -61,7 +69,9 @@ def _read_payload(payload: bytes, endpoint: Endpoint) -> EventRead:
     if payload == b"[DONE]":
         return _DONE
     if not payload.startswith(b"{"):
-        return NOTHING
+        if not payload.startswith(b"[{"):
+            return NOTHING
+        payload = payload[1:].removesuffix(b"]")  # a list of one object, as Gemini's errors are
     try:
         if endpoint is Endpoint.RESPONSES:
             return _of_responses(decode_responses_event(payload))
@@ -95,6 +105,8 @@ def _of_chunk(chunk: Chunk) -> EventRead:
     groq = chunk.x_groq if type(chunk.x_groq) is dict else {}
     usage = chunk.usage or chunk.usageMetadata or groq.get("usage")
     error = bool(chunk.error or groq.get(_ERROR)) or _ERROR in (chunk.object, chunk.type)
+    if chunk.choices is None and chunk.id is None and chunk.object is None and chunk.type is None:
+        error = error or _is_bare_error(chunk.message, chunk.detail)
     kind = chunk.type if type(chunk.type) is str else ""
     token, finished = kind.endswith(_PART_ENDS), kind.endswith(_WHOLE_ENDS)
     for choice in chunk.choices or ():
@@ -121,12 +133,22 @@ def _is_token(delta: Delta) -> bool:
     )
 
 
-_RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete", "response.failed", "response.cancelled"})
+def _is_bare_error(message: Any, detail: Any) -> bool:
+    """Return True for an event that is nothing but a message: an error of a web framework or gateway."""
+    return type(message) is str or bool(detail)
+
+
+_RESPONSE_ENDS = frozenset(
+    {"response.completed", "response.done", "response.incomplete", "response.failed", "response.cancelled"}
+)
+"""Types of final events; `response.done` is that of some gateways."""
 
 
 def _of_responses(event: ResponsesEvent) -> EventRead:
     response = event.response
-    broken = event.type in ("error", "response.failed") or bool(event.error)
+    broken = event.type in ("error", "response.failed") or bool(event.error) or event.object == _ERROR
+    if not event.type and response is None:
+        broken = broken or _is_bare_error(event.message, event.detail)
     return EventRead(
         token=event.type.endswith(".delta"),
         finished=event.type in _RESPONSE_ENDS,
@@ -137,12 +159,15 @@ def _of_responses(event: ResponsesEvent) -> EventRead:
 
 
 def _of_messages(event: MessagesEvent) -> EventRead:
-    usage = event.usage
-    if usage is None and event.message is not None:
-        usage = event.message.usage
+    usage, message = event.usage, event.message
+    error = event.type == _ERROR or bool(event.error) or event.object == _ERROR
+    if isinstance(message, MessageObject):
+        usage = message.usage if usage is None else usage
+    elif not event.type:
+        error = error or _is_bare_error(message, event.detail)
     return EventRead(
         token=event.type == "content_block_delta",
         finished=event.type == "message_stop",
-        error=event.type == "error" or bool(event.error),
+        error=error,
         usage=usage,
     )

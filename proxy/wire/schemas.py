@@ -389,6 +389,9 @@ class Chunk(msgspec.Struct, gc=False):
     object: Any = None
     type: Any = None
     x_groq: Any = None
+    id: Any = None
+    message: Any = None
+    detail: Any = None
 
 
 decode_chunk = msgspec.json.Decoder(Chunk).decode
@@ -406,12 +409,17 @@ class ResponsesEvent(msgspec.Struct, gc=False):
     type: str = ""
     response: _ResponseObject | None = None
     error: Any = None
+    object: Any = None
+    message: Any = None
+    detail: Any = None
 
 
 decode_responses_event = msgspec.json.Decoder(ResponsesEvent).decode
 
 
-class _MessageObject(msgspec.Struct, gc=False):
+class MessageObject(msgspec.Struct, gc=False):
+    """The message that an event begins."""
+
     usage: Any = None
 
 
@@ -419,9 +427,11 @@ class MessagesEvent(msgspec.Struct, gc=False):
     """An event of Anthropic's Messages API."""
 
     type: str = ""
-    message: _MessageObject | None = None
+    message: MessageObject | str | None = None
     usage: Any = None
     error: Any = None
+    object: Any = None
+    detail: Any = None
 
 
 decode_messages_event = msgspec.json.Decoder(MessagesEvent).decode

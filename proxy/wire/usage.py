@@ -329,7 +329,14 @@ def merge(earlier: Any, later: Any) -> Any:
     """
     if not isinstance(earlier, dict) or not isinstance(later, dict):
         return later if isinstance(later, dict) else earlier
-    return earlier | {name: value for name, value in later.items() if value or name not in earlier}
+    merged = dict(earlier)
+    for name, value in later.items():
+        before = earlier.get(name)
+        if isinstance(before, dict) and isinstance(value, dict):  # details, which are two levels deep at most
+            merged[name] = before | {key: part for key, part in value.items() if part or key not in before}
+        elif value or name not in earlier:
+            merged[name] = value
+    return merged
 
 
 # --- plain responses
@@ -367,10 +374,10 @@ def _is_error(body: bytes | memoryview, *, has_usage: bool) -> bool:
     A choice may have ended with one (OpenRouter), or the whole body is one: an object "error" with its fields at the
     top (older vLLM and SGLang), or a bare `detail` or `message` of a web framework or gateway.
     """
-    if has_usage:
-        text = bytes(body)
-        return text.find(b'"error"') >= 0 and _FAILED_CHOICE.search(text) is not None
-    if len(body) > _ERROR_BYTES_MOST:
+    text = bytes(body)
+    if text.find(b'"error"') >= 0 and _FAILED_CHOICE.search(text) is not None:
+        return True
+    if has_usage or len(body) > _ERROR_BYTES_MOST:
         return False
     try:
         told = decode_error(body)

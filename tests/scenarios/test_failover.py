@@ -459,6 +459,12 @@ async def test_the_start_lists_each_replica_with_what_was_found(caplog: pytest.L
         ("embeddings", b'{"detail": "sick"}', "application/json", "error_body"),
         (
             "chat/completions",
+            b'{"choices": [{"finish_reason": "error", "error": {"message": "sick"}}]}',
+            "application/json",
+            "error_body",
+        ),
+        (
+            "chat/completions",
             b'{"choices": [{"finish_reason": "error"}], "usage": {"prompt_tokens": 9, "completion_tokens": 0}}',
             "application/json",
             "error_body",
@@ -510,9 +516,19 @@ async def test_a_replica_whose_every_200_turns_out_to_be_an_error_is_left_alone(
         assert 3 <= sick.asked <= 12
 
 
-async def test_a_stream_that_ends_with_an_error_is_not_complete(http: aiohttp.ClientSession) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        b'data: {"error":{"message":"sick"}}\n\n',
+        b'data: {"object":"error","message":"sick","code":500}\n\ndata: [DONE]\n\n',
+        b'data: {"detail":"sick"}\n\ndata: [DONE]\n\n',
+        b'error: {"code":500,"message":"sick"}\n\n',
+        b'{\n  "error": {\n    "code": 503\n  }\n}\n',
+    ],
+)
+async def test_a_stream_that_ends_with_an_error_is_not_complete(http: aiohttp.ClientSession, error: bytes) -> None:
     """It is relayed as it came."""
-    events = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\ndata: {"error":{"message":"sick"}}\n\n'
+    events = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n' + error
     async with Sick(200, events, "text/event-stream") as sick, running(config_for([sick.url])) as cairn:
         _, text, _ = await ask(http, cairn, "chat/completions", stream=True)
         assert text.encode() == events

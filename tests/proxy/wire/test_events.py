@@ -39,6 +39,11 @@ USAGE_TEXT = b'{"prompt_tokens":1,"completion_tokens":2}'
             EventRead(finished=True, usage=USAGE, service_tier="flex"),
         ),
         (RESPONSES, b'{"type":"response.incomplete"}', EventRead(finished=True)),
+        (
+            RESPONSES,
+            b'{"type":"response.done","response":{"usage":%b}}' % USAGE_TEXT,
+            EventRead(finished=True, usage=USAGE),
+        ),
         (RESPONSES, b'{"type":"response.failed"}', EventRead(finished=True, error=True)),
         (RESPONSES, b'{"type":"error","message":"m"}', EventRead(error=True)),
         (RESPONSES, b'{"type":"x","error":{"code":5}}', EventRead(error=True)),
@@ -75,6 +80,47 @@ def test_the_usage_of_an_event_that_cannot_be_read_is_found_all_the_same(endpoin
     for payload in (b'{"usage":%b', b'{"x":\xff}{,"usage":%b'):
         assert read_event(b"data: " + payload % USAGE_TEXT, endpoint) == EventRead(usage=USAGE)
     assert read_event(b'data: {"choices":', endpoint) == NOTHING
+
+
+_ERRORS = [
+    b'{"error":{"message":"sick","code":500}}',
+    b'{"error":"sick"}',
+    b'{"object":"error","message":"sick","type":"InternalServerError","param":null,"code":500}',
+    b'{"type":"error","message":"sick"}',
+    b'{"code":500,"message":"sick"}',
+    b'{"detail":"sick"}',
+    b'[{"error":{"message":"sick","status":"UNAVAILABLE"}}]',
+]
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, RESPONSES, MESSAGES, Endpoint.COMPLETIONS, Endpoint.INFERENCE])
+@pytest.mark.parametrize("error", _ERRORS)
+def test_an_error_of_any_server_is_one_in_every_dialect(endpoint: Endpoint, error: bytes) -> None:
+    """Gateways pass on what the server behind them writes, whatever dialect they speak themselves."""
+    assert read_event(b"data: %b\n\n" % error, endpoint) == EventRead(error=True)
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, RESPONSES, MESSAGES])
+def test_an_error_outside_the_format_is_one(endpoint: Endpoint) -> None:
+    """Older llama.cpp has a field of its own for it, and Gemini writes it as if it were a plain response."""
+    assert read_event(b'error: {"code":500,"message":"sick"}\n\n', endpoint).error
+    assert read_event(b'\n{\n  "error": {\n    "code": 503\n  }\n}\n', endpoint).error
+    assert not read_event(b'{"x": "no error"}\n\n', endpoint).error
+    assert not read_event(b": error: {\n\n", endpoint).error
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "payload"),
+    [
+        (CHAT, b'{"id":"c","message":"queued"}'),
+        (CHAT, b'{"type":"transcript.text.segment","message":"a"}'),
+        (RESPONSES, b'{"type":"response.queued","message":"a"}'),
+        (MESSAGES, b'{"type":"ping","message":"a"}'),
+        (MESSAGES, b'{"type":"message_start","message":{"detail":"a"}}'),
+    ],
+)
+def test_a_message_beside_something_else_is_no_error(endpoint: Endpoint, payload: bytes) -> None:
+    assert read_event(b"data: %b\n\n" % payload, endpoint) == NOTHING
 
 
 def test_the_data_of_an_event_are_its_lines_in_their_order() -> None:

@@ -212,6 +212,13 @@ def test_a_later_report_of_zero_does_not_erase_what_was_known() -> None:
     """Some Anthropic-compatible servers repeat the input as zero at the end."""
     merged = merge({"input_tokens": 10, "output_tokens": 1}, {"input_tokens": 0, "output_tokens": 9})
     assert merged == {"input_tokens": 10, "output_tokens": 9}
+    split = {"cache_creation": {"ephemeral_5m_input_tokens": 3, "ephemeral_1h_input_tokens": 9}}
+    zeros = {"cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0}, "output_tokens": 9}
+    assert merge(split, zeros) == split | {"output_tokens": 9}
+    details = {"prompt_tokens_details": {"cached_tokens": 64}}
+    assert merge(details, {"prompt_tokens_details": {"cached_tokens": None, "audio_tokens": 0}}) == {
+        "prompt_tokens_details": {"cached_tokens": 64, "audio_tokens": 0}
+    }
 
 
 def test_an_answer_that_is_an_error_or_no_json_is_told() -> None:
