@@ -66,7 +66,9 @@ _MARK_VALUE = re.compile(rb"\s*:\s*(?:null|\{[^{}]*\})")
 _MARKS_IN_SPAN: Final = 64
 """Most marks that are left out of one message; providers take four in a request."""
 
-_LONE_TEXT = re.compile(rb'"content"\s*:\s*(\[\s*\{\s*"type"\s*:\s*"text"\s*,\s*"text"\s*:\s*)"')
+_LONE_TEXT = re.compile(
+    rb'"(?:content|output)"\s*:\s*(\[\s*\{\s*"type"\s*:\s*"(?:input_)?text"\s*,\s*"text"\s*:\s*)"'
+)
 _LONE_TEXT_REACH: Final = 128
 """Bytes at the start of a message in which the first part of its content begins."""
 

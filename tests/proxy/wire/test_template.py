@@ -372,6 +372,20 @@ def test_a_mark_is_no_part_of_the_key_wherever_it_is(mark, separators, padding):
     assert (first[1], first[last]) == (key(_AGENT)[1], key(_AGENT)[last])
 
 
+def test_items_of_the_responses_api_have_one_key_as_a_string_and_as_a_marked_list():
+    mark = {"prompt_cache_breakpoint": {"mode": "explicit"}}
+
+    def key(value: Any) -> list[bytes]:
+        output = {"type": "function_call_output", "call_id": "c", "output": value}
+        items = [{"role": "developer", "content": value}, {"role": "user", "content": "q"}, output]
+        body = json.dumps({"model": "m", "input": items}).encode()
+        return [bytes(span) for span in keyed_spans(read(body, Endpoint.RESPONSES), PLAIN)]
+
+    assert (
+        key([{"type": "input_text", "text": "t", **mark}]) == key([{"type": "input_text", "text": "t"}]) == key("t")
+    )
+
+
 def test_text_and_parameters_that_are_named_like_a_mark_stay():
     texts_of_marks = [user('write "cache_control": {"type": "ephemeral"} there'), user("cache_control")]
     assert texts(texts_of_marks) == [json.dumps(message) for message in texts_of_marks]
