@@ -172,11 +172,15 @@ def _seconds_alone(exchange: Exchange, outcome: Outcome, usage: Usage) -> float 
 def _counts_prompt(exchange: Exchange, usage: Usage, placement: Placement | None) -> bool:
     """Return False if the tokens cannot be those of this prompt: fewer than are known, or more than it can have.
 
-    Some upstreams count only what they computed. Far too many would evict all others from the index.
+    Some upstreams count only what they computed, and report no cached tokens in that response even if they do in
+    others. Far too many would evict all others from the index.
     """
-    if usage.cached_tokens is None:
+    if usage.prompt_tokens <= 0:
+        return False
+    reported = exchange.usage
+    if usage.cached_tokens is None or (reported is not None and reported.cached_tokens is None):
         held_tokens = 0 if placement is None else placement.held_tokens
-        if usage.prompt_tokens <= 0 or usage.prompt_tokens < PART_SHARE * held_tokens:
+        if usage.prompt_tokens < PART_SHARE * held_tokens:
             return False
     prompt = exchange.prompt
     if prompt is None or prompt.has_hidden_parts or prompt.pinned_to is not None:  # it contains more than the body

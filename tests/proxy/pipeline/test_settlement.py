@@ -233,21 +233,38 @@ def test_impossible_counts_are_no_savings_and_teach_nothing(cached: int, placed:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "cached", "lesson"), [(0, None, None), (1_900, None, None), (1_900, 0, (1_900, 0, 30))]
+    ("tokens", "cached", "lesson"),
+    [(0, None, None), (0, 0, None), (1_900, None, None), (1_900, 0, (1_900, 0, 30))],
 )
 def test_counts_of_a_part_of_the_prompt_teach_nothing_about_it(
     tokens: int, cached: int | None, lesson: tuple[int, int, int] | None
 ) -> None:
     """Some engines report only what they computed, and nothing as cached."""
     settling = Settling()
-    exchange = settling.exchange(Usage(tokens, 30, cached))
-    assert exchange.attempt is not None
-    assert exchange.attempt.placement is not None
-    exchange.attempt.placement = dataclasses.replace(exchange.attempt.placement, held_tokens=4_000)
-    settling.settlement.settle(exchange)
+    settling.settlement.settle(_held(settling, Usage(tokens, 30, cached)))
     assert settling.journal.taught == [lesson]
     assert settling.learned_tokens_per_byte() is (lesson is not None)
     assert settling.fleet.decodes == [(0, 1.0)]
+
+
+@pytest.mark.parametrize(("tokens", "lesson"), [(1_900, None), (4_000, (4_000, 0, 30))])
+def test_an_omitted_count_does_not_make_a_part_of_the_prompt_the_whole(
+    tokens: int, lesson: tuple[int, int, int] | None
+) -> None:
+    """Although it counts as zero where other responses of the upstream have reported some."""
+    settling = Settling()
+    settling.counters.omitted_cached_tokens = 0
+    settling.settlement.settle(_held(settling, Usage(tokens, 30)))
+    assert settling.journal.taught == [lesson]
+
+
+def _held(settling: Settling, usage: Usage) -> Exchange:
+    """Return an exchange whose replica holds 4,000 tokens of the prompt."""
+    exchange = settling.exchange(usage)
+    assert exchange.attempt is not None
+    assert exchange.attempt.placement is not None
+    exchange.attempt.placement = dataclasses.replace(exchange.attempt.placement, held_tokens=4_000)
+    return exchange
 
 
 @pytest.mark.parametrize(
