@@ -21,7 +21,7 @@ from proxy.wire.usage import merge, normal, tail_usage
 EVENT_BYTES_MOST = 1024 * 1024  # of an event that is held until it is complete; a longer one is passed on unread
 TAIL_BYTES = 16 * 1024  # kept of a running stream: its last events, or the end of a very long one
 _TAIL_TRIMMED_AT_BYTES = TAIL_BYTES + 4 * 1024  # trimming at every chunk would cost 4 % of each
-_LAST_EVENTS: Final = 64  # read at the end: [DONE], usage, finish, and keep-alives between them
+_LAST_EVENTS: Final = 64  # read at the end: [DONE], usage, finish, and pings between them
 _USAGE_KEY: Final = b'"usage"'
 _USAGE_BYTES_MOST: Final = 4096  # of a usage object, with its key
 
@@ -317,24 +317,30 @@ class StreamTap:
             return digest
         if self._passed_usage is not None:
             digest.add(EventRead(usage=self._passed_usage))
-        for read in self._last_reads():
-            digest.add(read)
-        return digest
-
-    def _last_reads(self) -> list[EventRead]:
-        """Read the events from the last one with a token to the end of the tail, in their order."""
         tail = b"".join(self._tail)
         if _CR in tail:
             tail = tail.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        reads = self._last_reads(tail)
+        if not sum([bool(read.usage) for read in reads]):  # some report it before their last tokens
+            digest.add(EventRead(usage=tail_usage(tail)))
+        for read in reads:
+            digest.add(read)
+        return digest
+
+    def _last_reads(self, tail: bytes) -> list[EventRead]:
+        """Read the events from the last one with a token to the end of the tail, in their order."""
         events = tail.split(b"\n\n")
         reads: list[EventRead] = []
-        for index in range(len(events) - 1, max(-1, len(events) - 1 - _LAST_EVENTS), -1):
+        for index in range(len(events) - 1, -1, -1):
+            event = events[index]
             if index == 0 and self._tail_cut:
-                reads.append(self._of_fragment(events[0]))
+                reads.append(self._of_fragment(event))
                 break
-            read = read_event(events[index], self.endpoint)
+            if event.startswith(b":") and event.find(b"\n") < 0:
+                continue  # there may be hundreds of comments
+            read = read_event(event, self.endpoint)
             reads.append(read)
-            if read.token and not read.finished:
+            if (read.token and not read.finished) or len(reads) == _LAST_EVENTS:
                 break
         reads.reverse()
         return reads

@@ -454,7 +454,8 @@ _END_BYTES: Final = 16 * 1024  # of the beginning and the end of a long body, wh
 _USAGE_NAME: Final = b'"usage"'
 _USAGE_BEGIN = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _USAGE_BYTES_MOST: Final = 4096  # of a usage object; it has some 300
-_KEYS_TRIED: Final = 8  # occurrences tried, from the end; a hostile event may contain thousands
+_OBJECTS_TRIED: Final = 8  # from the end; a hostile event may contain thousands
+_KEYS_PASSED: Final = 512  # in 16 KB of chunks each of which has the usage null
 _BRACE = re.compile(rb"[{}]")
 
 
@@ -465,14 +466,20 @@ def tail_usage(fragment: bytes) -> Any:
     that name is passed over, since it has no token counts.
     """
     end = len(fragment)
-    for _ in range(_KEYS_TRIED):
+    tried = 0
+    for _ in range(_KEYS_PASSED):
         end = fragment.rfind(_USAGE_NAME, 0, end)
         if end < 0:
             return None
         key = _USAGE_BEGIN.match(fragment, end)
-        found = None if key is None else _object_at(fragment, key.end())
+        if key is None:
+            continue
+        found = _object_at(fragment, key.end())
         if found is not None and normal(found, endpoint=Endpoint.INFERENCE) is not None:
             return found
+        tried += 1
+        if tried == _OBJECTS_TRIED:
+            return None
     return None
 
 

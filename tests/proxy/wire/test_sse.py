@@ -144,6 +144,26 @@ def test_only_the_extra_chunk_is_withheld(end) -> None:
     assert tap.finished
 
 
+@pytest.mark.parametrize("tokens", [3, 70, 300, 3000])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("in_token", [False, True])
+def test_usage_is_found_wherever_in_a_stream_it_is(tokens: int, share: float, in_token: bool) -> None:
+    """Some servers report it before their last tokens, and write null for it into all other chunks."""
+    reported = TOKEN.replace(b'"usage":null', USAGE[USAGE.index(b'"usage"') : -3]) if in_token else USAGE
+    events = [ROLE, *[TOKEN] * tokens]
+    events.insert(max(1, round(share * len(events)) - 1), reported)
+    tap, _ = relay([*events, FINISH, DONE], Endpoint.CHAT)
+    assert (tap.usage, tap.finished) == (Usage(5, 2), True)
+
+
+@pytest.mark.parametrize("withhold", [False, True])
+@pytest.mark.parametrize("later", [b": keep-alive\n\n", b'event: ping\ndata: {"type":"ping"}\n\n'])
+def test_usage_before_very_many_keep_alives_is_found(later: bytes, withhold: bool) -> None:
+    tap, _ = relay([ROLE, TOKEN, TOKEN, FINISH, USAGE, *[later] * 100], Endpoint.CHAT, withhold=withhold)
+    assert tap.usage == Usage(5, 2)
+    assert tap.finished or later[:1] != b":"
+
+
 def test_usage_in_a_chunk_with_choices_is_never_withheld() -> None:
     """Its content belongs to the client, before the first token and after it."""
     chunk = FINISH.replace(b"null}", b'{"prompt_tokens":5,"completion_tokens":2}}')

@@ -478,3 +478,5 @@ def test_the_last_keys_of_very_many_are_tried() -> None:
     counts = b'"usage":{"prompt_tokens":9,"completion_tokens":1}'
     assert normal(tail_usage(b'"usage":{' * 100_000 + counts)) == Usage(9, 1)
     assert tail_usage(counts + b'"usage":{' * 8) is None
+    assert normal(tail_usage(counts + b'"usage":null,' * 500)) == Usage(9, 1)
+    assert tail_usage(counts + b'"usage":null,' * 100_000) is None
