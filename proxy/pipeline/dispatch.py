@@ -46,10 +46,11 @@ _IDEMPOTENT_METHODS = frozenset({"GET", "HEAD"})
 _FULL_STATUSES = frozenset({503, 529})
 _RATE_LIMITED: Final = 429
 _FAILED_STATUSES = frozenset({408})  # in addition to 500 to 599
-_STREAMS = frozenset({Opening.STREAM, Opening.ERROR})
+_STREAMS = frozenset({Opening.STREAM, Opening.ERROR, Opening.NO_TOKENS})
 _HIDDEN_ERRORS = {
     Opening.ERROR: ("error_event", "a stream that begins with an error"),
     Opening.EMPTY: ("empty", "a successful status with an empty body"),
+    Opening.NO_TOKENS: ("empty", "a successful status with a stream of no tokens"),
     Opening.ERROR_BODY: ("error_body", "a successful status with an error as its body"),
     Opening.HTML: ("html", "a successful status with an HTML page"),
 }

@@ -28,7 +28,8 @@ _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 _FIELD_BYTES_AT_MOST: Final = 6
 _PING: Final = b"event: ping"
 _EVENT_END: Final = b"\n\n"
-_DATA_ENDS: Final = (b"}", b"[DONE]")
+_END_MARK: Final = b"[DONE]"
+_DATA_ENDS: Final = (b"}", _END_MARK)
 HTML = re.compile(rb"\s*<(?:!doctype|html)", re.IGNORECASE)
 _USUAL: Final = (b"data: {", b"event: message_start", b"event: response.")
 
@@ -41,6 +42,7 @@ class Opening(enum.Enum):
     STREAM = "stream"
     ERROR = "error"  # a stream whose first event is an error
     EMPTY = "empty"  # it ends before its first event; of a plain response, before its first byte
+    NO_TOKENS = "no_tokens"  # a stream that has nothing but its end, and perhaps its usage
     ERROR_BODY = "error_body"  # a plain response that is an error in spite of its status
     HTML = "html"  # a plain response that is a page
 
@@ -56,7 +58,7 @@ class Arriving(Protocol):
 
 def judge(body: bytes, endpoint: Endpoint, *, complete: bool) -> Opening:
     """Return the kind of a response that begins with `body`. Comments and pings decide nothing."""
-    if body.startswith(_USUAL) and b"\n\n" in body and b"error" not in body:
+    if body.startswith(_USUAL) and b"\n\n" in body and b"error" not in body and b"[]" not in body:
         return Opening.STREAM  # a short cut for nearly all streams: a tenth of the time
     if body in _BOM_BEGINNINGS and not complete:
         return Opening.UNDECIDED
@@ -73,8 +75,28 @@ def judge(body: bytes, endpoint: Endpoint, *, complete: bool) -> Opening:
         if complete:
             return Opening.EMPTY
         return Opening.STREAM if len(text) > _EXAMINED_BYTES_AT_MOST else Opening.UNDECIDED
-    is_error = b"error" in event and read_event(event, endpoint).error
-    return Opening.ERROR if is_error else Opening.STREAM
+    if b"error" in event and read_event(event, endpoint).error:
+        return Opening.ERROR
+    return _without_tokens(text, event, endpoint, complete=complete) if endpoint.is_generation else Opening.STREAM
+
+
+def _without_tokens(text: bytes, event: bytes, endpoint: Endpoint, *, complete: bool) -> Opening:
+    """Return NO_TOKENS if a stream has only its end, and usage without output, as after an early error in vLLM."""
+    if data_of(event).strip() == _END_MARK:
+        return Opening.NO_TOKENS
+    if b"[]" not in event:
+        return Opening.STREAM
+    read = read_event(event, endpoint)
+    if not read.extra or read.usage.get("completion_tokens"):
+        return Opening.STREAM
+    text = _with_line_feeds(text)
+    rest = text[text.find(event) + len(event) :]
+    following = first_event(rest, complete=complete)
+    if following is None:
+        if len(rest) > _ASIDE_BYTES_AT_MOST:
+            return Opening.STREAM
+        return Opening.NO_TOKENS if complete else Opening.UNDECIDED
+    return Opening.NO_TOKENS if data_of(following).strip() == _END_MARK else Opening.STREAM
 
 
 def _has_many_asides(text: bytes) -> bool:

@@ -112,6 +112,8 @@ class ResponseRelay:
         try:
             if opened.is_stream:
                 await self._stream(exchange, opened.response, downstream)
+                if opened.failure is not None and exchange.ending is _COMPLETE:  # it was found to have no tokens
+                    self._hidden_error(exchange, opened.failure.reason)
             elif is_late:
                 await self._as_events(exchange, opened.response)
             else:

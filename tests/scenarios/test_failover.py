@@ -93,6 +93,12 @@ EVENTS = [
     ("chat/completions", b'data: {"object": "error", "message": "sick", "code": 500}\n\n', "error_event"),
     ("chat/completions", b"", "empty"),
     ("chat/completions", b'data: {"sick', "empty"),
+    ("chat/completions", b"data: [DONE]\n\n", "empty"),
+    (
+        "chat/completions",
+        b'data: {"id":"sick","choices":[],"usage":{"prompt_tokens":9,"completion_tokens":0}}\n\ndata: [DONE]\n\n',
+        "empty",
+    ),
     ("responses", b'event: error\ndata: {"type": "error", "code": "sick", "message": "sick"}\n\n', "error_event"),
     (
         "messages",
@@ -533,6 +539,18 @@ async def test_a_stream_that_ends_with_an_error_is_not_complete(http: aiohttp.Cl
         _, text, _ = await ask(http, cairn, "chat/completions", stream=True)
         assert text.encode() == events
         assert cairn.count(metrics.HIDDEN_ERRORS, (sick.url[7:-3], "error_event")) == 1
+
+
+async def test_a_stream_of_no_tokens_is_an_error_whose_usage_is_withheld_as_in_any_other(
+    http: aiohttp.ClientSession,
+) -> None:
+    """The client did not ask for it, and may not know chunks without choices."""
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":0,"total_tokens":9}}\n\n'
+    sick = Sick(200, usage + b"data: [DONE]\n\n", "text/event-stream")
+    async with sick, running(config_for([sick.url])) as cairn:
+        _, text, _ = await ask(http, cairn, "chat/completions", stream=True)
+        assert text == "data: [DONE]\n\n"
+        assert cairn.count(metrics.HIDDEN_ERRORS, (sick.url[7:-3], "empty")) == 1
 
 
 async def test_a_json_body_with_the_content_type_of_a_stream_is_no_stream(http: aiohttp.ClientSession) -> None:

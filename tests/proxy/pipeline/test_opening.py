@@ -14,11 +14,21 @@ from tests.support.clock import FakeClock
 
 CHUNK = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
 
+NO_TOKENS = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":0,"total_tokens":9}}\n\n'
+
 # name: (body, dialect, what it is once it is there)
 BODIES: dict[str, tuple[bytes, Endpoint, Opening]] = {
     "a chunk": (CHUNK, Endpoint.CHAT, Opening.STREAM),
     "a chunk that speaks of errors": (CHUNK.replace(b'"a"', b'"error"'), Endpoint.CHAT, Opening.STREAM),
-    "done at once": (b"data: [DONE]\n\n", Endpoint.CHAT, Opening.STREAM),
+    "done at once": (b"data: [DONE]\n\n", Endpoint.CHAT, Opening.NO_TOKENS),
+    "done at once, after a comment": (b": busy\n\ndata: [DONE]\r\n\r\n", Endpoint.CHAT, Opening.NO_TOKENS),
+    "nothing but usage": (NO_TOKENS + b"data: [DONE]\n\n", Endpoint.CHAT, Opening.NO_TOKENS),
+    "usage, then a chunk": (NO_TOKENS + CHUNK, Endpoint.CHAT, Opening.STREAM),
+    "usage of tokens that are not shown": (
+        NO_TOKENS.replace(b'_tokens":0', b'_tokens":4') + b"data: [DONE]\n\n", Endpoint.CHAT, Opening.STREAM,
+    ),
+    "results of a filter": (b'data: {"choices":[],"prompt_filter_results":[]}\n\n', Endpoint.CHAT, Opening.STREAM),
+    "an end of other streams": (b"data: [DONE]\n\n", Endpoint.INFERENCE, Opening.STREAM),
     "a comment, then a chunk": (b": busy\n\n" + CHUNK, Endpoint.CHAT, Opening.STREAM),
     "CRLF": (CHUNK.replace(b"\n", b"\r\n"), Endpoint.CHAT, Opening.STREAM),
     "CR": (CHUNK.replace(b"\n", b"\r"), Endpoint.CHAT, Opening.STREAM),
@@ -76,7 +86,8 @@ def test_a_body_that_ends_before_its_first_event_is_empty(body: bytes) -> None:
 def test_an_event_whose_last_line_has_no_end_is_read() -> None:
     """Some servers close the connection in place of the blank line."""
     assert judge(CHUNK[:-2], Endpoint.CHAT, complete=True) is Opening.STREAM
-    assert judge(b"data: [DONE]", Endpoint.CHAT, complete=True) is Opening.STREAM
+    assert judge(b"data: [DONE]", Endpoint.CHAT, complete=True) is Opening.NO_TOKENS
+    assert judge(NO_TOKENS + b": busy\n\n", Endpoint.CHAT, complete=True) is Opening.NO_TOKENS
     assert judge(b'data: {"error": {"message": "m"}}', Endpoint.CHAT, complete=True) is Opening.ERROR
 
 
