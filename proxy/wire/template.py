@@ -63,8 +63,11 @@ _MARK_REACH: Final = 160
 """Bytes at the end of a message that are searched for a mark first: it usually follows the text of the last part."""
 
 _MARK_VALUE = re.compile(rb"\s*:\s*(?:null|\{[^{}]*\})")
-_MARKS_IN_SPAN: Final = 64
-"""Most marks that are left out of one message; providers take four in a request."""
+_MARK_BYTES_MOST: Final = 256  # of the value of a mark with its key, and of white space beside it
+_MARKS_MOST: Final = 512
+"""Most marks that are looked at, with those that turn out to be none. Providers take four in a request; a hostile one
+may contain millions.
+"""
 
 _LONE_TEXT = re.compile(
     rb'"(?:content|output)"\s*:\s*(\[\s*\{\s*"type"\s*:\s*"(?:input_)?text"\s*,\s*"text"\s*:\s*)"'
@@ -446,30 +449,34 @@ def _without_marks(spans: Sequence[Span], system: int, marks: int, *, keeps_bill
         if shorter is not None:
             changed[system] = shorter
     has_breakpoints = False
+    seen = looked_at = 0
     unmarked: list[int] = []
     for place in range(len(spans) - 1, -1, -1):
         tail = bytes(spans[place][-_MARK_REACH:])
         is_breakpoint = tail.find(_BREAKPOINT) >= 0
         has_breakpoints = has_breakpoints or is_breakpoint
-        if is_breakpoint or (marks > 0 and tail.find(CACHE_MARK) >= 0):
-            marks -= _leave_out(changed, place)
+        if is_breakpoint or (seen < marks and tail.find(CACHE_MARK) >= 0):
+            found, breakpoints = _leave_out(changed, place, _MARKS_MOST - looked_at)
+            seen += found
+            looked_at += found + breakpoints
         else:
             unmarked.append(place)
-    if marks > 0 or has_breakpoints:
-        for place in reversed(unmarked):  # first those of tools and the system prompt
-            if marks > 0 or has_breakpoints:
-                marks -= _leave_out(changed, place)
+    for place in reversed(unmarked):  # first those of tools and the system prompt
+        if looked_at >= _MARKS_MOST or (seen >= marks and not has_breakpoints):
+            break
+        found, breakpoints = _leave_out(changed, place, _MARKS_MOST - looked_at)
+        seen += found
+        looked_at += found + breakpoints
     return changed
 
 
-def _leave_out(spans: list[Span], place: int) -> int:
-    """Leave the marks out of the span at `place`. Return how many of them are Anthropic's."""
+def _leave_out(spans: list[Span], place: int, most: int) -> tuple[int, int]:
+    """Leave up to `most` marks of each kind out of the span at `place`. Return how many of each were looked at."""
     text = bytes(spans[place])
-    found = 0
-    for mark in (CACHE_MARK, _BREAKPOINT):
-        cuts = _marked(text, mark)
+    counts = [0, 0]
+    for kind, mark in enumerate((CACHE_MARK, _BREAKPOINT)):
+        cuts, counts[kind] = _marked(text, mark, most)
         if cuts:
-            found += len(cuts) if mark is CACHE_MARK else 0
             kept: list[bytes] = []
             at = 0
             for start, end in cuts:
@@ -478,16 +485,21 @@ def _leave_out(spans: list[Span], place: int) -> int:
             kept.append(text[at:])
             text = b"".join(kept)
             spans[place] = text
-    return found
+    return counts[0], counts[1]
 
 
-def _marked(text: bytes, mark: bytes) -> list[tuple[int, int]]:
-    """Return the places of members named `mark`, each with a comma beside it, in order."""
+def _marked(text: bytes, mark: bytes, most: int) -> tuple[list[tuple[int, int]], int]:
+    """Return the places of members named `mark`, each with a comma beside it, in order.
+
+    The second value is how many places were looked at, which are `most` at most.
+    """
     cuts: list[tuple[int, int]] = []
+    looked_at = 0
     at = text.find(mark)
-    while at >= 0 and len(cuts) < _MARKS_IN_SPAN:
-        value = _MARK_VALUE.match(text, at + len(mark))
+    while at >= 0 and looked_at < most:
+        looked_at += 1
         end = at + len(mark)
+        value = _MARK_VALUE.match(text, end, end + _MARK_BYTES_MOST)
         if value is not None:  # else it is a text of these letters, or a parameter of that name
             start = _after_white(text, at, -1)
             end = value.end()
@@ -499,13 +511,15 @@ def _marked(text: bytes, mark: bytes) -> list[tuple[int, int]]:
                     end = _after_white(text, comma + 1, 1)
             cuts.append((start, end))
         at = text.find(mark, end)
-    return cuts
+    return cuts, looked_at
 
 
 def _after_white(text: bytes, place: int, step: int) -> int:
     """Return the nearest place, forwards or backwards by `step`, that white space does not continue."""
     before = min(step, 0)
-    while 0 <= place + before < len(text) and text[place + before] in _WHITE:
+    for _ in range(_MARK_BYTES_MOST):
+        if not (0 <= place + before < len(text) and text[place + before] in _WHITE):
+            break
         place += step
     return place
 

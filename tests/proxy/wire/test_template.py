@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -370,6 +371,25 @@ def test_a_mark_is_no_part_of_the_key_wherever_it_is(mark, separators, padding):
         assert key(_marked(_AGENT, places, mark, first=False)) == key(_AGENT), places
     first = key(_marked(_AGENT, (1, last), mark, first=True))
     assert (first[1], first[last]) == (key(_AGENT)[1], key(_AGENT)[last])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '"cache_control":' * 400_000,
+        '"cache_control":{"a":1},' * 200_000,
+        '"prompt_cache_breakpoint":null,' * 200_000,
+        '"cache_control":' + "[" * 10 + '"cache_control":{"a":"' + "b" * 5_000_000,
+        " " * 3_000_000 + '"cache_control":null' + " " * 3_000_000,
+    ],
+)
+def test_very_many_or_very_long_marks_take_no_time(content):
+    """Only so many are looked at, over all messages."""
+    span = b'{"content":[{' + content.encode() + b'"cache_control":null}]}'
+    prompt = dataclasses.replace(prompt_of([user("q")]), spans=(span,) * 3, cache_marks=1 << 20)
+    start = time.process_time()
+    keyed_spans(prompt, PLAIN)
+    assert time.process_time() - start < 0.5, "of several seconds"
 
 
 def test_items_of_the_responses_api_have_one_key_as_a_string_and_as_a_marked_list():
