@@ -501,10 +501,12 @@ def _marked(text: bytes, mark: bytes, most: int) -> tuple[list[tuple[int, int]],
         end = at + len(mark)
         value = _MARK_VALUE.match(text, end, end + _MARK_BYTES_MOST)
         if value is not None:  # else it is a text of these letters, or a parameter of that name
-            start = _after_white(text, at, -1)
+            least = cuts[-1][1] if cuts else 0  # the comma before it may be left out already
+            start = max(_after_white(text, at, -1), least)
+            comma = start - 1
             end = value.end()
-            if text[start - 1 : start] == b",":
-                start = _after_white(text, start - 1, -1)
+            if comma >= least and text[comma:start] == b",":
+                start = max(_after_white(text, comma, -1), least)
             else:
                 comma = _after_white(text, end, 1)
                 if text[comma : comma + 1] == b",":

@@ -373,6 +373,15 @@ def test_a_mark_is_no_part_of_the_key_wherever_it_is(mark, separators, padding):
     assert (first[1], first[last]) == (key(_AGENT)[1], key(_AGENT)[last])
 
 
+@pytest.mark.parametrize("members", ["{m}, {m}, {t}", "{t} , {m} , {m}", "{m},{t},{m}", "{m} ,\n{m} ,{b}, {t}"])
+def test_marks_beside_each_other_are_left_out_with_one_comma_each(members):
+    mark, other = '"cache_control": {"type": "ephemeral"}', '"prompt_cache_breakpoint": {"mode": "explicit"}'
+    part = "{" + members.replace("{m}", mark).replace("{b}", other).replace("{t}", '"text": "a"') + "}"
+    body = '{"model": "m", "messages": [{"role": "user", "content": [' + part + ', {"text": "b"}]}]}'
+    [span] = keyed_spans(read(body.encode(), Endpoint.CHAT), PLAIN)
+    assert json.loads(bytes(span)) == user([{"text": "a"}, {"text": "b"}])
+
+
 @pytest.mark.parametrize(
     "content",
     [
