@@ -63,7 +63,7 @@ def tables(section: type[Section] = Config, path: str = "", *, is_live: bool = F
         where = f"{path}.{field.name}" if path else field.name
         live = is_live or has_mark(section, field.name, "live")
         if nested := _section_in(types[field.name]):
-            inside.append((nested, where if _is_section(types[field.name]) else f"{where}[]", live))
+            inside.append((nested, f"{where}[]" if _is_list(types[field.name]) else where, live))
         if not _is_section(types[field.name]):
             own.append(
                 Setting(
@@ -149,21 +149,25 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
-    """Return the section that `annotation` is, or of which it is a tuple; None if there is none."""
+    """Return the section that `annotation` is, may be, or of which it is a tuple; None if there is none."""
     annotation = _plain(annotation)
-    if get_origin(annotation) is tuple:
-        annotation = _plain(get_args(annotation)[0])
-    return annotation if _is_section(annotation) else None
+    return next((_plain(kind) for kind in (annotation, *get_args(annotation)) if _is_section(kind)), None)
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(_plain(annotation)) is tuple
 
 
 def _type_name(annotation: Any) -> str:
     """Name a type for people, such as `text`, `whole number` or the values of an enum."""
     annotation = _plain(annotation)
     inside = [_plain(each) for each in get_args(annotation) if each is not type(None)]
-    if get_origin(annotation) is tuple:
+    if _is_list(annotation):
         return "list" if _section_in(annotation) else f"list of {_type_name(inside[0])}"
     if inside:  # a union with None
         return _type_name(inside[0])
+    if _is_section(annotation):
+        return "mapping"
     if issubclass(annotation, enum.Enum):
         return ", ".join(f"`{member.value}`" for member in annotation)
     if issubclass(annotation, Secret):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
@@ -42,6 +43,17 @@ def test_the_reference_names_every_setting_once() -> None:
     text = as_markdown()
     assert all(f"| `{name}` |" in text for _, name in listed)
     assert "`server.request_seconds`" in text, "former settings are listed"
+
+
+@pytest.mark.parametrize(
+    "section", [each for each in SECTIONS if each is not Section], ids=lambda each: each.__name__
+)
+def test_every_section_has_a_table(section: type[Section]) -> None:
+    """Also one that may be left out, such as a pool's template."""
+    described = [table for table in tables() if table.description == inspect.cleandoc(section.__doc__ or "")]
+    assert len(described) == 1
+    parts = {field.name for field in msgspec.structs.fields(section) if field.type in SECTIONS}
+    assert {setting.name for setting in described[0].settings} == set(section.__struct_fields__) - parts
 
 
 def test_the_schema_describes_a_file() -> None:
