@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -21,7 +22,7 @@ class BadKey(Exception):
 
 
 class NoAnswer(Exception):
-    """Nothing answers at the URL; the message names the kind of error."""
+    """Nothing answers at the URL; the message says why."""
 
 
 class TokenNeeded(NoAnswer):
@@ -79,7 +80,7 @@ class HttpClient:
             response = connection.getresponse()
             return Answer(response.status, response.read(RESPONSE_BYTES_AT_MOST))
         except (OSError, http.client.HTTPException) as error:
-            raise NoAnswer(type(error).__name__) from None
+            raise NoAnswer(_in_words(error)) from None
         finally:
             connection.close()
 
@@ -105,7 +106,7 @@ class HttpClient:
                 elif field == b"data":
                     yield name, value
         except (OSError, http.client.HTTPException) as error:
-            raise NoAnswer(type(error).__name__) from None
+            raise NoAnswer(_in_words(error)) from None
         finally:
             connection.close()
 
@@ -137,3 +138,20 @@ class HttpClient:
                 on_sent(len(piece))
         except ConnectionError:
             pass  # the request was refused before it was all sent; the response gives the reason
+
+
+def _in_words(error: OSError | http.client.HTTPException) -> str:
+    """Return why a request got no response."""
+    if isinstance(error, socket.gaierror):
+        return "the host's name is not known"
+    if isinstance(error, ssl.SSLCertVerificationError):  # see upstream.ca_file for those of an own authority
+        return f"its certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return "no connection by TLS; does it speak http rather than https?"
+    if isinstance(error, TimeoutError):
+        return "nothing came in time"
+    if isinstance(error, http.client.RemoteDisconnected | ConnectionResetError | http.client.IncompleteRead):
+        return "it closed the connection"
+    if isinstance(error, http.client.HTTPException):
+        return "what it sent is not HTTP"
+    return (error.strerror or type(error).__name__).lower()

@@ -89,7 +89,7 @@ async def test_doctor_says_what_to_mend(upstream: OpenAIUpstream, tmp_path: Path
     assert done.exit_code == 1
     for words in (
         "FAIL  replica odd serves test-model, none of which matches",
-        "FAIL  replica dead does not answer",
+        "FAIL  replica dead does not answer (connection refused): check the address",
         "FAIL  redis does not answer",
     ):
         assert words in done.output, done.output

@@ -227,3 +227,43 @@ def test_a_full_disk_is_explained() -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "cairn: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (b"", "it closed the connection"),
+        (b"-ERR unknown command\r\n", "what it sent is not HTTP"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nff\r\n{", "it closed the connection"),
+    ],
+    ids=["nothing", "redis", "half"],
+)
+async def test_init_says_in_words_why_an_endpoint_gives_no_answer(tmp_path: Path, answer: bytes, says: str) -> None:
+    """Not by the name of an exception."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        done = await run("init", url, "--output", str(tmp_path / "c.yaml"))
+    assert f"does not answer ({says})" in done.stderr.replace("\n  ", " ")
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("https://{host}", "no connection by TLS; does it speak http rather than https?"),
+        ("http://no-such-host.invalid", "the host's name is not known"),
+    ],
+)
+async def test_init_explains_a_wrong_scheme_and_an_unknown_name(
+    upstream: OpenAIUpstream, tmp_path: Path, url: str, says: str
+) -> None:
+    """These two have other causes than a server that does not run."""
+    host = upstream.url.removeprefix("http://").removesuffix("/v1")
+    done = await run("init", url.format(host=host), "--output", str(tmp_path / "c.yaml"))
+    assert f"does not answer ({says})" in done.stderr.replace("\n  ", " ")
