@@ -57,9 +57,19 @@ def read(environ: Mapping[str, str]) -> FromEnvironment:
             section, _, field = name.removeprefix("CAIRN_").lower().partition("__")
             _add(found, name, text, (section, field))
         else:
-            near = near_miss(name, (*SHORT_NAMES, *OTHER_NAMES), prefix="CAIRN_")
-            found.warnings.append(f"{name} is not a setting and is ignored{near}")
+            found.warnings.append(f"{name} is not a setting and is ignored{_meant(name)}")
     return found
+
+
+def _meant(name: str) -> str:
+    """Return what an unknown variable may mean, or "". Two underscores follow the name of a section."""
+    for long_name in _all_names():
+        if long_name.replace("__", "_") == name:
+            return f"; did you mean `{long_name}`?"
+    setting = name.removeprefix("CAIRN_").lower()
+    if setting in Config.__struct_fields__:
+        return f"; `{setting}` is set in the file"
+    return near_miss(name, (*SHORT_NAMES, *OTHER_NAMES), prefix="CAIRN_")
 
 
 def _add(found: FromEnvironment, name: str, text: str, path: Path) -> None:
@@ -74,6 +84,9 @@ def _add(found: FromEnvironment, name: str, text: str, path: Path) -> None:
         found.problems.append((name, "there is no such setting" + near_miss(name, _all_names(), prefix="CAIRN_")))
         return
     value: object = text
+    if not text.strip() and not is_list(types[path[1]]):
+        found.problems.append((name, "is empty; give it a value, or remove the variable"))
+        return
     if has_mark(section, path[1], "size"):  # type: ignore[arg-type]
         size = size_bytes(text)
         if size is None and not text.strip().removeprefix("-").isdigit():

@@ -59,6 +59,9 @@ _SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"  # where Kube
 _KEY_BYTES_AT_MOST = 64 * 1024
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)\}?")  # no shell expands these in a file
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]")
+_VARIABLE_TO_SHOW = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")  # as variables are called, and keys are not
+_PATH_TO_SHOW = re.compile(r"~?(/|\.{1,2}/).*|.{1,24}")  # a key has no such beginning, and is longer
+_SCHEME_OF_A_HEADER = re.compile(r"bearer\s", re.IGNORECASE)
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -236,15 +239,21 @@ class _Secrets:
         if not text or _CONTROL_CHARACTERS.search(text):
             self.problems.append((f"{path}.{sources[0]}", "is empty or contains control characters"))
             return section
+        if name in ("key", "token") and _SCHEME_OF_A_HEADER.match(text):
+            problem = f"begins with Bearer, which Cairn adds by itself; give the {name} alone"
+            self.problems.append((f"{path}.{sources[0]}", problem))
+            return section
         return msgspec.structs.replace(section, **{name: SecretUrl(text) if name == "url" else Secret(text)})
 
     def _text(self, path: str, field: str, value: Secret | str) -> str | None:
         """Return the secret that `field` contains or names; None after a problem."""
         if isinstance(value, Secret):
             return value.reveal()
+        name = field.removesuffix("_env").removesuffix("_file")
         if field.endswith("_env"):
             if value not in self._environ:
-                self.problems.append((path, f"the environment has no variable {value}"))
+                shown = value if _VARIABLE_TO_SHOW.fullmatch(value) else f"of this name; {_belongs(name)}"
+                self.problems.append((path, f"the environment has no variable {shown}"))
                 return None
             return self._environ[value].strip()
         file = self._folder / value
@@ -254,10 +263,18 @@ class _Secrets:
                 return content.decode().strip()
             self.problems.append((path, f"{file} is larger than {_KEY_BYTES_AT_MOST} bytes"))
         except OSError as error:
-            self.problems.append((path, f"cannot read {file}: {error.strerror or type(error).__name__}"))
+            why = error.strerror or type(error).__name__
+            if _PATH_TO_SHOW.fullmatch(value):
+                self.problems.append((path, f"cannot read {file}: {why}"))
+            else:  # it may be the secret itself, which belongs into no log
+                self.problems.append((path, f"cannot read the file: {why}; {_belongs(name)}"))
         except UnicodeDecodeError:
             self.problems.append((path, f"{file} is not UTF-8 text"))
         return None
+
+
+def _belongs(name: str) -> str:
+    return f"the {name} itself belongs in `{name}`"
 
 
 def _secret_holders(config: Config) -> Iterator[tuple[str, Section]]:

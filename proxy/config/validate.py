@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, get_args, get_origin
@@ -25,14 +26,16 @@ _PATH_IN_MESSAGE = re.compile(r"(?P<text>.*) - at `(?:key` in `)?\$(?P<path>[^`]
 SIZE_FORM = "expected a number of bytes such as 33554432, 32MB or 32MiB"
 
 _NUL = "\0"
-_TYPE = re.compile(r"`(\w+)`")
+_TYPE = re.compile(r"`(\w+(?: \| \w+)*)`")
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
     "str": "text",
     "bool": "true or false",
     "array": "a list",
+    "list": "a list",
     "object": "a mapping of settings",
+    "dict": "a mapping of settings",
     "null": "nothing",
 }
 _FORMS = {
@@ -40,6 +43,8 @@ _FORMS = {
     "invalid decimal": "expected an amount such as 1.25, without a currency",
 }
 """Plain messages, by the beginning of msgspec's own."""
+
+_LARGEST_ADVISED = 1e15  # no setting may be larger, and a float shows all digits of a smaller one
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?) ?(ms|s|sec|m|min|h|d)")
 _DURATIONS = {"ms": 0.001, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
@@ -55,7 +60,7 @@ def convert(tree: Any, section: type[_Section]) -> _Section:
 def problems(tree: Any, section: type[Section] = Config, path: str = "$") -> Iterator[Problem]:
     """Yield everything in `tree` that does not fit the types of `section`, in the order of the tree."""
     if not isinstance(tree, dict):
-        yield path, "expected a mapping of settings"
+        yield path, _in_words_of_a_section(tree)
         return
     types = types_of(section)
     required = [field.name for field in msgspec.structs.fields(section) if field.required]
@@ -93,8 +98,8 @@ def size_bytes(text: str) -> int | None:
 
 def _field_problems(value: Any, section: type[Section], name: str, annotation: Any, path: str) -> Iterator[Problem]:
     inner = _unmarked(annotation)
-    if _is_section(inner):
-        yield from problems(value, inner, path)
+    if (nested := _section_in(inner)) is not None and not (value is None and nested is not inner):
+        yield from problems(value, nested, path)
         return
     element = _element_section(inner)
     if element is not None and isinstance(value, list):
@@ -158,8 +163,8 @@ def _with_size(value: Any, section: type[Section], name: str, annotation: Any) -
     element = _element_section(inner)
     if isinstance(value, str) and has_mark(section, name, "size"):
         return size_bytes(value)
-    if _is_section(inner):
-        return _with_sizes(value, inner)
+    if (nested := _section_in(inner)) is not None:
+        return _with_sizes(value, nested)
     if element is not None and isinstance(value, list):
         return [_with_sizes(each, element) for each in value]
     return value
@@ -172,6 +177,12 @@ def _unmarked(annotation: Any) -> Any:
 
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """Return the section that a setting of this type is, or may be if it is not left out; None if it is none."""
+    choices = () if get_origin(annotation) is tuple else get_args(annotation)
+    return next((kind for kind in (annotation, *choices) if _is_section(kind)), None)
 
 
 def _element_section(annotation: Any) -> type[Section] | None:
@@ -211,27 +222,66 @@ def in_words(text: str, value: Any) -> str:
     'expected a number, got text; durations are in seconds: 300'
     >>> in_words("expected `int`, got `null`", None)
     'expected a whole number, got nothing; give a value, or remove the line'
+    >>> in_words("expected `int | null`, got `str`", "5e5")
+    'expected a whole number, got text; write it as 500000'
+    >>> in_words("expected `str`, got `bool`", False)
+    'expected text, got true or false; put it in quotes'
     """
     for beginning, words in _FORMS.items():
         if text.startswith(beginning):
             return words
-    named = _TYPE.sub(lambda found: _TYPES.get(found[1], found[0]), text)
-    if "`null`" in text:
+    named = _TYPE.sub(_type_in_words, text)
+    if "got `null`" in text:
         return f"{named}; give a value, or remove the line"
     if isinstance(value, str) and "got `str`" in text:
         return named + _advice(text, value)
+    if isinstance(value, int | float) and "expected `str" in text:  # YAML reads no, on and 0123 as other than text
+        return f"{named}; put it in quotes"
     return named
+
+
+def _type_in_words(found: re.Match[str]) -> str:
+    """Return the name of a type, or of the types of a union. A setting that may be left out is a union with null."""
+    names = found[1].split(" | ")
+    wanted = [name for name in names if name != "null"] if len(names) > 1 else names
+    return " or ".join(_TYPES.get(name, f"`{name}`") for name in wanted)
+
+
+def _in_words_of_a_section(tree: Any) -> str:
+    """Return what is wrong with something else in place of a section."""
+    if tree is None:
+        return "expected a mapping of settings, got nothing; give its settings, or remove the line"
+    try:
+        msgspec.convert(tree, dict)
+    except msgspec.ValidationError as error:
+        return in_words(_split(str(error))[1], None)
+    return "expected a mapping of settings"
 
 
 def _advice(text: str, value: str) -> str:
     """Return what to do about a text in place of a value of another type."""
-    if "`bool`" in text:
+    if "expected `bool" in text:
         return "; write true or false, without quotes"
-    if "`array`" in text:
+    if "expected `array" in text:
         return "; write [a, b], or one `- ` a line"
     if found := _DURATION.fullmatch(value.strip()):
         return f"; durations are in seconds: {float(found[1]) * _DURATIONS[found[2]]:g}"
-    return "; remove the quotes" if value.strip().isdigit() else ""
+    if value.strip().isdigit():
+        return "; remove the quotes"
+    number = _number(value.strip())
+    return f"; write it as {number}" if number else ""
+
+
+def _number(text: str) -> str:
+    """Return a number that YAML reads as text (`5e5`, `500k`, `500,000`) as it should be written; else ""."""
+    size = size_bytes(text)
+    try:
+        number = float(text.replace(",", "")) if size is None else float(size)
+    except ValueError:
+        return ""
+    if not math.isfinite(number) or abs(number) >= _LARGEST_ADVISED:
+        return ""
+    return str(int(number)) if number.is_integer() else repr(number)
 
 
 def _split(message: str) -> tuple[str, str]:

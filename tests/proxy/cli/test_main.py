@@ -66,7 +66,8 @@ def test_a_bad_file_is_exit_2_and_one_line_with_file_and_path(tmp_path: Path, co
     file.write_text("pools: [{name: p, replicas: [{url: 'http://h'}, {url: 5}]}]")
     code, out, error = run(*command, str(file))
     assert (code, out) == (2, "")
-    assert error == f"cairn: {file}: $.pools[0].replicas[1].url: expected text, got a whole number\n"
+    problem = "$.pools[0].replicas[1].url: expected text, got a whole number; put it in quotes"
+    assert error == f"cairn: {file}: {problem}\n"
 
 
 @pytest.mark.parametrize(

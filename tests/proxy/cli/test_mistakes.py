@@ -192,6 +192,53 @@ FILES: list[tuple[str, dict[str, Any] | str, str]] = [
         {"prices": [{"input": 1, "output": 1, "currency": "$"}]},
         "$.prices[0].currency: expected three capital letters, such as USD",
     ),
+    ("a key as a list", pools(key=["sk"]), "replicas[0].key: expected text, got a list"),
+    ("a key as a mapping", pools(key={"a": "sk"}), "replicas[0].key: expected text, got a mapping of settings"),
+    (
+        "a number with an exponent",
+        pools(capacity_tokens="5e5"),
+        "replicas[0].capacity_tokens: expected a whole number, got text; write it as 500000",
+    ),
+    (
+        "a number with a unit",
+        pools(capacity_tokens="500k"),
+        "replicas[0].capacity_tokens: expected a whole number, got text; write it as 500000",
+    ),
+    (
+        "a number with commas",
+        pools(capacity_tokens="1,500,000"),
+        "replicas[0].capacity_tokens: expected a whole number, got text; write it as 1500000",
+    ),
+    (
+        "a name that YAML reads as false",
+        "clients: [{name: no, key_sha256: x}]\n",
+        "$.clients[0].name: expected text, got true or false; put it in quotes",
+    ),
+    (
+        "a version for a model",
+        {"pools": [ONE_POOL | {"models": [4]}]},
+        "$.pools[0].models[0]: expected text, got a whole number; put it in quotes",
+    ),
+    (
+        "a section of comments",
+        "redis:\n  # url: redis://cache\n",
+        "$.redis: expected a mapping of settings, got nothing; give its settings, or remove the line",
+    ),
+    (
+        "a misspelt setting of a template",
+        {"pools": [ONE_POOL | {"template": {"drops_thougths": True}}]},
+        "$.pools[0].template.drops_thougths: there is no such setting; did you mean `drops_thoughts`?",
+    ),
+    (
+        "the name of a template",
+        {"pools": [ONE_POOL | {"template": "chatml"}]},
+        "$.pools[0].template: expected a mapping of settings, got text",
+    ),
+    (
+        "a word for true in a template",
+        {"pools": [ONE_POOL | {"template": {"dated": "yes"}}]},
+        "$.pools[0].template.dated: expected true or false, got text; write true or false, without quotes",
+    ),
     ("a tab in YAML", "server:\n\tport: 1\n", "; indent with spaces, not with tabs"),
 ]
 

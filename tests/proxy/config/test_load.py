@@ -103,6 +103,8 @@ def test_variables_set_what_they_name(name: str, text: str, path: tuple[str, str
             "CAIRN_SERVER__ENGINE_PATHS: expected a path that begins with /",
         ),
         ({"CAIRN_UPSTREAM__RETRY_STATUSES": "5xx"}, "CAIRN_UPSTREAM__RETRY_STATUSES: expected a whole number"),
+        ({"CAIRN_REDIS": ""}, "^CAIRN_REDIS: is empty; give it a value, or remove the variable$"),
+        ({"CAIRN_WORKERS": " "}, "^CAIRN_WORKERS: is empty; give it a value, or remove the variable$"),
     ],
 )
 def test_a_bad_variable_is_named(environ: dict[str, str], message: str) -> None:
@@ -113,7 +115,14 @@ def test_a_bad_variable_is_named(environ: dict[str, str], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("CAIRN_CLIENTS", ""), ("CAIRN_TENANCY", ""), ("CAIRN_UPSTREAMS", "; did you mean `CAIRN_UPSTREAM`?")],
+    [
+        ("CAIRN_UPSTREAMS", "; did you mean `CAIRN_UPSTREAM`?"),
+        ("CAIRN_CLIENTS", "; `clients` is set in the file"),
+        ("CAIRN_TENANCY", "; `tenancy` is set in the file"),
+        ("CAIRN_SERVER_PORT", "; did you mean `CAIRN_SERVER__PORT`?"),
+        ("CAIRN_TELEMETRY_ENDPOINT", "; did you mean `CAIRN_TELEMETRY__ENDPOINT`?"),
+        ("CAIRN_SOMETHING", ""),
+    ],
 )
 def test_an_unknown_variable_is_compared_without_what_all_have_in_common(name: str, near: str) -> None:
     """Otherwise every name is like every other."""
@@ -220,7 +229,7 @@ def test_all_problems_are_reported_at_once(write) -> None:
             "$.pools[0].replica: there is no such setting; did you mean `replicas`?",
             "$.pools[0]: the setting `replicas` is missing",
             "$.pools[1].kind: expected one of engine, provider; did you mean `engine`?",
-            "$.pools[1].replicas[0].url: expected text, got a whole number",
+            "$.pools[1].replicas[0].url: expected text, got a whole number; put it in quotes",
             "$.pools[1].replicas[0].nam: there is no such setting; did you mean `name`?",
             "$.log.level: expected one of debug, info, warning, error",
             "$.sever: there is no such setting; did you mean `server`?",
@@ -357,6 +366,48 @@ def test_a_key_that_is_not_there_is_an_error(write, replica: dict, message: str)
     tree = {"pools": [{"name": "p", "replicas": [{"url": "http://a"} | replica]}]}
     with pytest.raises(ConfigError, match=message):
         load(write(tree), {"EMPTY": "", "SPLIT": "a\r\nb", "K": "k"})
+
+
+SECRET_TEXT = "sk_live-Aa0123456789abcdefghij0123456789"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (
+            {"pools": [{"name": "p", "replicas": [{"url": "http://a", "key_env": SECRET_TEXT}]}]},
+            r"key_env: the environment has no variable of this name; the key itself belongs in `key`",
+        ),
+        (
+            {"pools": [{"name": "p", "replicas": [{"url": "http://a", "key_file": SECRET_TEXT}]}]},
+            r"key_file: cannot read the file: No such file or directory; the key itself belongs in `key`",
+        ),
+        ({"admin": {"token_env": SECRET_TEXT}}, r"token_env: the environment has no variable of this name"),
+        ({"admin": {"token_file": SECRET_TEXT}}, r"token_file: cannot read the file"),
+        ({"redis": {"url_env": f"redis://:{SECRET_TEXT}@h"}}, r"url_env: the environment has no variable of this"),
+        ({"redis": {"url_file": f"redis://:{SECRET_TEXT}@h"}}, r"url_file: cannot read the file"),
+        ({"tenants": {"secret_env": SECRET_TEXT}}, r"secret_env: the environment has no variable of this name"),
+    ],
+)
+def test_a_secret_in_place_of_its_variable_or_file_is_not_shown(write, tree: dict, message: str) -> None:
+    """It is the likeliest mistake in these settings, and the message of a reload is in the log."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(write(tree), {})
+    assert SECRET_TEXT not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["Bearer sk-1", "bearer sk-1"])
+def test_a_key_with_the_scheme_of_its_header_is_refused(write, text: str) -> None:
+    """The replica would get `Bearer Bearer`."""
+    replica = {"url": "http://a", "key_env": "KEY"}
+    tree = {"admin": {"token": text}, "pools": [{"name": "p", "replicas": [replica]}]}
+    with pytest.raises(ConfigError) as caught:
+        load(write(tree), {"KEY": text})
+    assert [path for path, problem in caught.value.problems if "begins with Bearer" in problem] == [
+        "$.admin.token",
+        "$.pools[0].replicas[0].key_env",
+    ]
+    assert "sk-1" not in str(caught.value)
 
 
 def test_replica_keys_are_not_lent_to_the_world(write) -> None:
