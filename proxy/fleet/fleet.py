@@ -387,6 +387,10 @@ class Fleet:
         replica = self._replicas.get(number)
         return replica is not None and replica.is_probed
 
+    def may_be_tried(self, number: int) -> bool:
+        """Return False while it is known that no request can reach a replica's model, also between two probes."""
+        return self._replicas[number].may_be_tried
+
     def breaker_state(self, number: int, now_seconds: float) -> BreakerState:
         """Return the state of a replica's breaker."""
         return self._replicas[number].breaker.state(now_seconds)

@@ -31,6 +31,7 @@ class Replicas(Protocol):
 
     def snapshot(self, pool: str, now_seconds: float) -> Sequence[ReplicaView]: ...
     def breaker_state(self, number: int, now_seconds: float) -> BreakerState: ...
+    def may_be_tried(self, number: int) -> bool: ...
     def own_in_flight(self, number: int) -> int: ...
     def measured_rate(self, number: int) -> float | None: ...
 
@@ -126,18 +127,23 @@ class ReplicaFigures:
         self._clock = clock
 
     def update(self) -> tuple[dict[str, bool], dict[str, PoolReport]]:
-        """Set the gauges. Return whether each replica takes requests, by name, and whether one of each pool does."""
+        """Set the gauges. Return whether each replica takes requests, by name, and whether one of each pool does.
+
+        A replica that cannot be reached is not up either while its next probe is due, although a request might try
+        it then: readiness and the alerts of a dead replica would be interrupted by each probe.
+        """
         now_seconds = self._clock.monotonic()
         by_pool = {pool.name: self._replicas.snapshot(pool.name, now_seconds) for pool in self._pools.all}
         views = [view for pool_views in by_pool.values() for view in pool_views]
+        up = {view.name: view.available and self._replicas.may_be_tried(view.id) for view in views}
         pools = {
-            pool.name: PoolReport(any(view.available for view in by_pool[pool.name]), pool.optional)
+            pool.name: PoolReport(any(up[view.name] for view in by_pool[pool.name]), pool.optional)
             for pool in self._pools.all
         }
         self._recorder.replace_gauges(
             metrics.POOL_REPLICAS_UP,
             {
-                (pool.name, "true" if pool.optional else "false"): float(sum(v.available for v in by_pool[pool.name]))
+                (pool.name, "true" if pool.optional else "false"): float(sum(up[v.name] for v in by_pool[pool.name]))
                 for pool in self._pools.all
             },
         )
@@ -149,7 +155,6 @@ class ReplicaFigures:
                 if not pool.is_provider
             },
         )
-        up = {view.name: view.available for view in views}
         rates = {view.name: self._replicas.measured_rate(view.id) for view in views}
         gauges: tuple[tuple[Spec, dict[str, float]], ...] = (
             (metrics.UPSTREAM_UP, {name: float(is_up) for name, is_up in up.items()}),

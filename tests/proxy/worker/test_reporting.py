@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,8 @@ from proxy.accounting.round_robin import RoundRobinBaseline
 from proxy.control.error_rows import ErrorRow
 from proxy.control.messages import WorkerReport
 from proxy.control.prefix_rows import PrefixReport
-from proxy.fleet import BreakerState
+from proxy.fleet import BreakerState, Fleet, ReplicaSpec
+from proxy.fleet.breaker import Cause
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
 from proxy.metrics import definitions as metrics
 from proxy.metrics.definitions import Labels, Spec
@@ -114,6 +116,7 @@ class Bench:
             snapshot=lambda pool, now: (view,),
             breaker_state=lambda number, now: BreakerState.HALF_OPEN,
             own_in_flight=lambda number: 3,
+            may_be_tried=lambda number: True,
             measured_rate=lambda number: None,
         )
 
@@ -270,3 +273,41 @@ def test_what_routing_gains_counts_as_thrash_avoided_only_while_memory_is_short(
     bench.reporter.report()
     bench.reporter.report()
     assert bench.series(metrics.THRASH_AVOIDED) == {(): 300}
+
+
+@pytest.mark.parametrize(
+    ("cause", "is_up"),
+    [(Cause.UNREACHABLE, False), (Cause.LOADING, False), (Cause.SILENT, False), (None, True)],
+)
+def test_a_dead_replica_is_not_up_while_its_next_probe_is_due(cause: Cause | None, is_up: bool) -> None:
+    """Otherwise readiness and the alerts would change with each probe. One that failed is tried by a request."""
+    clock, recorder, fleet = FakeClock(), Recorder(), Fleet(Random(1).random)
+    numbers = {name: fleet.add(ReplicaSpec(name, "p")) for name in ("one", "two")}
+    origin = Origin.parse("http://one:1")
+    endpoints = {number: ReplicaEndpoint(name, "p", "http://one:1", origin) for name, number in numbers.items()}
+    pools = Pools([ServedPool("p", ("*",))], "p", endpoints)
+    waiting: dict[int, list[int]] = {number: [] for number in endpoints}
+    figures = ReplicaFigures(recorder, fleet, pools, waiting, clock, part(mixed_models=lambda pool: 0))
+    if cause is None:
+        fleet.proven(numbers["one"], clock.monotonic(), "status 500")
+    else:
+        fleet.unreachable(numbers["one"], clock.monotonic(), "dead", cause)
+    clock.advance(60.0)
+    assert fleet.breaker_state(numbers["one"], clock.monotonic()) is BreakerState.HALF_OPEN
+    assert figures.update()[0] == {"one": is_up, "two": True}
+    exposition = Exposition()
+    exposition.apply(0, recorder.take())
+    assert dict(exposition.series(metrics.UPSTREAM_UP)) == {("one",): float(is_up), ("two",): 1.0}
+    assert dict(exposition.series(metrics.POOL_REPLICAS_UP)) == {("p", "false"): 1.0 + is_up}
+
+
+def test_a_pool_without_a_reachable_replica_is_down_while_a_probe_is_due() -> None:
+    """Readiness depends on it."""
+    clock, recorder, fleet = FakeClock(), Recorder(), Fleet(Random(1).random)
+    number = fleet.add(ReplicaSpec("one", "p"))
+    endpoint = ReplicaEndpoint("one", "p", "http://one:1", Origin.parse("http://one:1"))
+    pools = Pools([ServedPool("p", ("*",))], "p", {number: endpoint})
+    figures = ReplicaFigures(recorder, fleet, pools, {number: []}, clock, part(mixed_models=lambda pool: 0))
+    fleet.unreachable(number, clock.monotonic(), "dead")
+    clock.advance(60.0)
+    assert not figures.update()[1]["p"].up
