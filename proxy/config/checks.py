@@ -21,6 +21,7 @@ from proxy.config.schema import (
     ServiceUrl,
 )
 from proxy.config.validate import Problem
+from proxy.patterns import matches
 
 _REDIS_SCHEMES = frozenset(
     {"redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"}
@@ -183,6 +184,25 @@ def _models(path: str, models: tuple[str, ...]) -> Iterator[Problem]:
     for m, pattern in enumerate(models):
         if not pattern.isprintable() or pattern != pattern.strip():
             yield f"{path}.models[{m}]", "is not a model name or a pattern; remove spaces and control characters"
+
+
+def unreached_pools(config: Config) -> Iterator[str]:
+    """Yield a warning for each pool of which earlier ones serve all models: requests go to the first that matches."""
+    earlier: list[tuple[str, str]] = []  # the patterns of the pools before it, with the place of each pool
+    for p, pool in enumerate(config.pools):
+        places = [next((at for at, other in earlier if _covers(other, each)), None) for each in pool.models]
+        if not pool.default and all(places):
+            first = " and ".join(dict.fromkeys(filter(None, places)))
+            yield (
+                f"$.pools[{p}].models: no request reaches this pool: its models match {first} before it; put it "
+                "before them, or narrow their models"
+            )
+        earlier += [(f"$.pools[{p}]", pattern) for pattern in pool.models]
+
+
+def _covers(pattern: str, other: str) -> bool:
+    """Return whether `pattern` matches every name that the pattern `other` matches; False if that is not clear."""
+    return matches(other, pattern) and ("?" not in pattern or "*" not in other)
 
 
 def _clients(config: Config) -> Iterator[Problem]:

@@ -108,7 +108,7 @@ def load(
     config = _resolved(config, secrets, environ)
     found = [*secrets.problems, *checks.problems(config), *_missing_extras(config), *_bad_authorities(named)]
     _raise_if_any([*found, *_bad_redis(config.redis.url)])
-    warnings = [*warnings, *from_environment.warnings, *_unreachable(config)]
+    warnings = [*warnings, *from_environment.warnings, *_unreachable(config), *checks.unreached_pools(config)]
     if config.redis.folder is not None and named.redis.folder is None:
         warnings += filter(None, [data_folder(environ, config.server.port).warning])
     return Loaded(config, tuple(warnings))

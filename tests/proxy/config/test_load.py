@@ -689,6 +689,24 @@ def test_a_loaded_configuration_is_frozen() -> None:
         loaded.config.server.port = 1  # type: ignore[misc]
 
 
+def test_a_pool_that_no_request_reaches_is_told(write) -> None:
+    """The first pool that matches is used, and a pool without `models` matches all of them."""
+
+    def warnings(*pools: dict[str, object]) -> list[str]:
+        tree = [pool | {"replicas": [{"url": f"http://h:{n + 1}"}]} for n, pool in enumerate(pools)]
+        return [each for each in load(write({"pools": tree}), {}).warnings if "no request reaches" in each]
+
+    assert [each.split()[0] for each in warnings({"name": "a"}, {"name": "b"})] == ["$.pools[1].models:"]
+    narrow: list[dict[str, object]] = [{"name": "a", "models": ["gpt-*"]}, {"name": "b", "models": ["o1"]}]
+    assert warnings(*narrow, {"name": "c", "models": ["gpt-4", "o1"]}) == [
+        "$.pools[2].models: no request reaches this pool: its models match $.pools[0] and $.pools[1] before it; "
+        "put it before them, or narrow their models"
+    ]
+    assert not warnings({"name": "a"}, {"name": "b", "default": True}), "requests without a model reach it"
+    assert not warnings({"name": "a", "models": ["gpt-?"]}, {"name": "b", "models": ["gpt-*"]})
+    assert not warnings({"name": "a", "models": ["gpt-4*"]}, {"name": "b", "models": ["gpt-*"]}, {"name": "c"})
+
+
 # --- what only shows when it is used
 
 
