@@ -27,6 +27,7 @@ _REDIS_SCHEMES = frozenset(
     {"redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"}
 )
 _ENDPOINT = re.compile(r"/(chat/completions|completions|responses|messages|embeddings|models)/?$")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*\.?")
 _UPSTREAM_SCHEMES = ("http", "https", FOLLOWED_SCHEME, KUBERNETES_SCHEME)
 _AMOUNT_MOST = Decimal(1_000_000)  # largest amount in a price; more is in the wrong unit
 _TOKEN_AMOUNTS = ("input", "output", "cached_read", "cache_write_5m", "cache_write_1h")
@@ -169,6 +170,8 @@ def bad_url(url: str, field: str = "key", schemes: Sequence[str] = _UPSTREAM_SCH
         return f"expected {', '.join(most)} or {last}"
     if not host or not url.isascii() or any(c <= " " or c == "\x7f" for c in url):
         return "expected a host, and no white space"
+    if ":" not in host and not _HOST.fullmatch(host):
+        return "expected one host: a name of letters, digits, hyphens, dots and underscores, or an address"
     if port == 0:
         return "port 0 cannot be connected to"
     if parts.username is not None or parts.password is not None:

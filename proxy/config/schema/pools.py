@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Meta
 
-from proxy.config.schema.values import Count, Name, Patterns, Seconds, Secret, Section
+from proxy.config.schema.values import NAME_LENGTH_MOST, Count, Name, Patterns, Seconds, Secret, Section
 from proxy.model import ToolOrder
 
 FOLLOWED_SCHEME = "dns+http"
@@ -19,6 +19,7 @@ KUBERNETES_SCHEME = "kubernetes+http"
 """Scheme of a URL that stands for the ready endpoints of a Kubernetes Service, or of several."""
 
 _DEFAULT_PORTS = {"http": 80, "https": 443, FOLLOWED_SCHEME: 80}
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._:/\[\]-]")
 _LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _SERVICE_URL = re.compile(
     rf"kubernetes\+http://(?P<service>\*|{_LABEL})(\.(?P<namespace>{_LABEL}))?(\.svc(\.cluster\.local)?)?"
@@ -212,13 +213,20 @@ class Pool(Section, frozen=True):
 def derived_name(url: str) -> str:
     """Return host and port of `url` (the port only if it is not the default) and the path without `/v1`.
 
-    >>> [derived_name(u) for u in ("http://10.0.0.7:8000/v1", "https://api.openai.com/v1", "http://h:1/a/v1")]
-    ['10.0.0.7:8000', 'api.openai.com', 'h:1/a']
+    The result is a valid `Name` if the URL is valid: what a name cannot have is a hyphen in it.
+
+    >>> [derived_name(u) for u in ("http://10.0.0.7:8000/v1", "https://api.openai.com/v1", "http://h:1/~a/v1")]
+    ['10.0.0.7:8000', 'api.openai.com', 'h:1/-a']
     """
     if url.startswith(f"{KUBERNETES_SCHEME}://"):  # its port may be a name
-        return url.partition("://")[2].rstrip("/").removesuffix("/v1")
+        service = url.partition("://")[2].rstrip("/").removesuffix("/v1")
+        return _as_name(f"all{service[1:]}" if service.startswith("*") else service)
     parts = urlsplit(url)
     path = parts.path.rstrip("/").removesuffix("/v1")
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
     shown = "" if parts.port in (None, _DEFAULT_PORTS.get(parts.scheme)) else f":{parts.port}"
-    return host + shown + path
+    return _as_name(host + shown + path)
+
+
+def _as_name(text: str) -> str:
+    return _NOT_IN_NAMES.sub("-", text)[:NAME_LENGTH_MOST]

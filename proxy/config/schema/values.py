@@ -25,6 +25,8 @@ _HARMLESS_OPTIONS = frozenset({
 """Options in a URL whose values may be shown."""
 
 
+NAME_LENGTH_MOST = 128
+
 Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: any free port, for tests and demonstrations
 Count = Annotated[int, Meta(ge=1)]
 Bytes = Annotated[int, Meta(ge=1), SIZE]
@@ -33,8 +35,8 @@ Wait = Annotated[float, Meta(ge=0, le=86_400)]  # seconds; 0 is allowed
 Name = Annotated[
     str,
     Meta(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/\[\]-]*$",
-        max_length=128,
+        pattern=r"^[A-Za-z0-9\[][A-Za-z0-9._:/\[\]-]*$",  # an address of IPv6 begins with a bracket
+        max_length=NAME_LENGTH_MOST,
         extra={"form": "letters, digits and . _ : / [ ] -, beginning with a letter or digit"},
     ),
 ]  # safe in a metric label and in a header

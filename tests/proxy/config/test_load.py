@@ -530,12 +530,51 @@ def test_the_effective_configuration_is_whole_and_redacted(write) -> None:
     assert again.clients == loaded.config.clients
 
 
-def test_a_configuration_survives_the_way_to_a_worker(write) -> None:
-    """Encoded with its secrets and decoded, it is the same."""
-    tree = {"pools": [{"name": "p", "replicas": [{"url": "http://a", "key": "k"}]}], "redis": {"url": "redis://h"}}
+@pytest.mark.parametrize(
+    "replica",
+    [
+        {"url": "http://a", "key": "k"},
+        {"url": "http://[::1]:8000/v1"},
+        {"url": "http://[fe80::1%25eth0]:8000"},
+        {"url": "http://h/~user/v1"},
+        {"url": f"http://h/{'a' * 200}"},
+        {"url": f"http://{'h' * 60}.{'h' * 60}.{'h' * 60}"},
+        {"url": "dns+http://h.:1/a%20b"},
+        {"url": "kubernetes+http://vllm.models:http/a(b)/v1"},
+        {"url": "kubernetes+http://*.models:8000", "selector": "app=vllm"},
+    ],
+    ids=lambda replica: replica["url"][:40],
+)
+def test_a_configuration_survives_the_way_to_a_worker(write, replica: dict) -> None:
+    """Encoded with its secrets and decoded, it is the same, with the names that are derived from URLs."""
+    tree = {
+        "pools": [{"name": "p", "replicas": [replica]}],
+        "redis": {"url": "redis://h"},
+        "clients": [{"name": "c", "key_sha256": "a" * 64}],
+    }
     config = load(write(tree), {}).config
     encoded = msgspec.msgpack.Encoder(enc_hook=reveal).encode(config)
     assert msgspec.msgpack.Decoder(Config, dec_hook=make_secret).decode(encoded) == config
+
+
+@given(st.sampled_from(["http", "https", "dns+http"]), st.text(st.characters(codec="ascii"), max_size=300))
+def test_every_url_that_is_accepted_gives_a_name_that_a_worker_accepts(scheme: str, rest: str) -> None:
+    """Otherwise every worker would end as it starts, or upon a reload."""
+    try:
+        config = load(None, {}, None, [f"{scheme}://{rest}"]).config
+    except ConfigError:
+        return
+    encoded = msgspec.msgpack.Encoder(enc_hook=reveal).encode(config)
+    assert msgspec.msgpack.Decoder(Config, dec_hook=make_secret).decode(encoded) == config
+
+
+@pytest.mark.parametrize(
+    "host", ["a,http://b", "a,b", "<host>:8000", "{host}", "$HOST:8000", "h*", "-h", "..", "a..b", "h'", 'h"']
+)
+def test_a_url_without_one_host_is_refused(write, host: str) -> None:
+    """A list of URLs, or the placeholder of an example, is the likeliest of these."""
+    with pytest.raises(ConfigError, match=r"replicas\[0\]\.url: expected one host"):
+        load(write({"pools": [{"name": "p", "replicas": [{"url": f"http://{host}"}]}]}), {})
 
 
 # --- what is derived
