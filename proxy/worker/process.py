@@ -75,7 +75,9 @@ async def _serve(
     tasks = Tasks()
     try:
         control, config = await WorkerControl.open(end, tasks)
-    except ControlBroken:
+    except ControlBroken as error:
+        # to standard error, since logging is not set up; a package that was replaced meanwhile is the likeliest cause
+        log.warning("worker %d cannot start: %s; if Cairn was installed anew, restart it", os.getpid(), error)
         return 1
     if handover is not None:
         control.handover = Handover(handover)

@@ -50,6 +50,22 @@ async def test_it_ends_with_its_target() -> None:
     assert await run(until_drained, lambda channel: channel.post(Drain(1.0))) == 0
 
 
+async def test_a_worker_that_cannot_read_its_configuration_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    """One of another version, which was installed while its supervisor runs, ends again and again."""
+    ours, theirs = socket.socketpair()
+    channel: Channel[FromWorker] = await Channel.open(ours, FromWorker)
+    pools = (Pool("p", replicas=(Replica("http://h", name="*"),)),)  # a name that no configuration may have
+    await channel.send(Configure(Config(pools=pools)))
+
+    async def unused(*_: object) -> None:
+        raise AssertionError
+
+    assert await worker._serve(theirs, (), unused) == 1  # noqa: SLF001 - internal state that no public name shows
+    channel.close()
+    assert "cannot start: " in caplog.text
+    assert "pools[0].replicas[0].name" in caplog.text.replace("[...]", "[0]")
+
+
 async def test_a_target_that_fails_is_exit_1(caplog: pytest.LogCaptureFixture) -> None:
     """And its exception is in the log."""
 
