@@ -85,6 +85,8 @@ def _unix(url: str, parts: SplitResult) -> StoreUrl:
 def _single(url: str, parts: SplitResult) -> StoreUrl:
     if not parts.hostname:
         raise StoreUrlError("the URL of Redis names no host")
+    if "," in parts.netloc.rpartition("@")[2]:
+        raise StoreUrlError("the URL of Redis names several hosts; use redis+sentinel:// or redis+cluster://")
     _check_database(parts.path.strip("/"))
     return StoreUrl(Topology.SINGLE, url, ((parts.hostname, parts.port or PORT),))
 
