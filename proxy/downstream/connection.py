@@ -362,9 +362,7 @@ class Connection(asyncio.BufferedProtocol):
         self._release_body()
         if self._state != _EXCHANGE:
             return
-        if not response.ended:
-            self._shut()  # the answer was broken off: the client must not wait for more
-        elif response.keep_alive and is_whole and not self._is_last:
+        if response.ended and response.keep_alive and is_whole and not self._is_last:
             self._state = _IDLE
             self._rest()
             if self._is_paused:

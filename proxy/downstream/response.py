@@ -55,7 +55,7 @@ class Downstream(Protocol):
         ...
 
     def write_last(self, piece: bytes) -> None:
-        """Write a short piece without waiting, before `break_off`."""
+        """Write a short piece without waiting, before `break_off`; nothing if an announced length has no room."""
         ...
 
     def break_off(self) -> None:
@@ -142,6 +142,9 @@ class ClientResponse:
         await self._sender.drained()
 
     def write_last(self, piece: bytes) -> None:
+        remaining_bytes = self._remaining_bytes
+        if remaining_bytes is not None and len(piece) >= remaining_bytes:
+            return  # the client would take it for the end of a whole body
         if self._has_body and not self._transport.is_closing():
             self._put(piece)
 
@@ -161,9 +164,7 @@ class ClientResponse:
             self.break_off()  # shorter than announced: the client must see that
 
     def break_off(self) -> None:
-        self.keep_alive = False
-        self.ended = False
-        self._transport.close()
+        self.keep_alive = self.ended = self._has_body = False  # the connection ends itself after the exchange
 
     def _begin(self, status: int, reason: bytes, headers: Headers, length: int | None) -> bytes:
         request = self._request

@@ -98,6 +98,26 @@ async def test_nothing_is_written_to_a_transport_that_is_closing(ends: str) -> N
     await port.end()
 
 
+async def test_a_client_that_left_is_noticed_by_the_next_write() -> None:
+    """The handler need not have waited for anything."""
+    ends: list[str] = []
+
+    async def play(asked: IncomingRequest, answer: ClientResponse) -> None:
+        answer.begin(200, b"OK", [], None)
+        port.line.closed, port.line.written = True, b""
+        answer.write_last(b"abc")
+        try:
+            answer.offer(b"abc")
+        except ConnectionResetError as error:
+            ends.append(str(error))
+            raise
+
+    port = Port(play)
+    await port.send(GET)
+    assert (ends, port.line.written) == (["the client left"], b"")
+    await port.end()
+
+
 async def test_a_request_that_comes_as_its_connection_is_ended_is_not_answered() -> None:
     """The task that waits for it has been cancelled and has not run since."""
     port = Port(greet)
