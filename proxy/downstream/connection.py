@@ -138,7 +138,7 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.write(self._server.error_response(overloaded()))  # type: ignore[union-attr]
             self._shut()
             return
-        self.deadline = self._server.now() + self._limits.keepalive_seconds
+        self._rest()
 
     def get_buffer(self, sizehint: int) -> bytearray | memoryview:  # noqa: ARG002
         body = self._body

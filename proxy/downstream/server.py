@@ -8,7 +8,7 @@ import logging
 import resource
 import socket
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
 from proxy.clock import Clock
@@ -23,6 +23,7 @@ log = logging.getLogger("cairn.clients")
 
 _LOOK_SECONDS_MOST: Final = 1.0  # between two checks of all deadlines, which are enforced with this precision
 _LOOK_SECONDS_LEAST: Final = 0.01
+_TURNS_TO_CONNECT: Final = 4  # of the loop, from the moment at which it accepts a connection to `connection_made`
 _PREFIX_BITS: Final = 64  # of an IPv6 address: a client usually has a network of this size to itself
 
 
@@ -72,6 +73,7 @@ class ClientServer:
         self._max_connections = limits.connections
         self._by_network: Counter[str] = Counter()
         self._tasks = Tasks()
+        self._listening: list[socket.socket] = []
         self._listeners: list[asyncio.Server] = []
         self._looking: DeadlineTimer | None = None
         self._all_gone: asyncio.Event = asyncio.Event()
@@ -92,16 +94,17 @@ class ClientServer:
         self._max_connections = limit
         loop = asyncio.get_running_loop()
         for end in listening:
+            self._listening.append(end)
             self._listeners.append(await loop.create_server(self.connect, sock=end, backlog=backlog))
         self._looking = DeadlineTimer(loop, self._look)
         self._look()
 
     def adopt(self, connection: socket.socket) -> None:
         """Serve a connection that was accepted elsewhere."""
-        connection.setblocking(False)
         self._tasks.start(self._adopt(connection), "adopt")
 
     async def _adopt(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
         try:
             await asyncio.get_running_loop().connect_accepted_socket(self.connect, connection)
         except OSError:  # its client has gone
@@ -112,17 +115,20 @@ class ClientServer:
 
         A connection is answered once more, with `Connection: close`, if its client sends a request within a second,
         so that a client that keeps its connection busy loses no request. Connections that the kernel has accepted
-        already are taken first.
+        already are taken first: closing the listening sockets would reset them.
         """
         self.is_draining = True
         for connection in tuple(self._connections):
             connection.drain()
-        if seconds:
-            await asyncio.sleep(0)  # each time the loop polls, it accepts all waiting connections
-            await asyncio.sleep(0)
+        waiting = [each for end in self._listening for each in _accepted(end)] if seconds else []
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
+        self._listening.clear()
+        if seconds:
+            await asyncio.gather(*map(self._adopt, waiting))
+            for _ in range(_TURNS_TO_CONNECT):
+                await asyncio.sleep(0)
         if seconds and self._connections:
             try:
                 async with asyncio.timeout(seconds):
@@ -186,6 +192,15 @@ class ClientServer:
         self.look()
         if self._looking is not None:
             self._looking.start(_look_seconds(self.limits))
+
+
+def _accepted(listening: socket.socket) -> Iterator[socket.socket]:
+    """Take the connections that wait at a socket which does not block. The loop may take one each time it polls."""
+    while True:
+        try:
+            yield listening.accept()[0]
+        except OSError:  # none is left, or there are no descriptors for more
+            return
 
 
 def network_of(address: str) -> str:

@@ -390,6 +390,25 @@ async def test_a_drain_loses_no_request_of_a_busy_connection() -> None:
             await draining
 
 
+async def test_a_drain_serves_all_connections_that_wait_to_be_accepted() -> None:
+    """The loop takes one of them each time it polls; when the listening socket is closed the rest are reset."""
+    server = client_server(echo, drain_idle_seconds=60)
+    async with served_by(server) as port:
+        waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(30)]  # the loop does not run
+        for each in waiting:
+            each.sendall(request(b"/one"))
+        draining = asyncio.get_running_loop().create_task(server.drain(60.0))
+        async with asyncio.timeout(20):
+            for each in waiting:
+                reader, writer = await asyncio.open_connection(sock=each)
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert head.startswith(OK)
+                assert b"\r\nconnection: close\r\n" in head
+                assert await reader.read() == b"POST /one "
+                writer.close()
+            await draining
+
+
 async def test_a_drain_waits_for_what_runs_and_not_for_what_idles() -> None:
     """An idle connection is kept for a second; one that was told to end is not waited for longer."""
     entered, go_on = asyncio.Event(), asyncio.Event()

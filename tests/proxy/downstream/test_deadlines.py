@@ -181,6 +181,20 @@ async def test_an_idle_connection_has_its_time_from_its_last_answer() -> None:
     await port.end()
 
 
+async def test_a_connection_that_comes_while_the_worker_drains_may_idle_for_a_second_only() -> None:
+    """It had waited to be accepted; one that never sends a request must not hold up the drain."""
+    port = Port(read, keepalive_seconds=75)
+    await port.server.drain(0)
+    late, line = port.server.connect(), SlowLine()
+    late.connection_made(line)
+    await port.after(0.5)
+    assert not line.is_closing()
+    await port.after(1)
+    assert line.is_closing()
+    late.connection_lost(None)
+    await port.end()
+
+
 async def test_a_client_that_reads_slowly_keeps_its_connection_and_one_that_stops_loses_it() -> None:
     """Progress is what counts, not how long the rest takes."""
     failures: list[tuple[type[BaseException], str]] = []
