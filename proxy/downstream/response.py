@@ -81,7 +81,8 @@ class Sender(Protocol):
 class ClientResponse:
     """`Downstream` on a client's connection.
 
-    Raises ConnectionResetError from `write`, `offer` and `drained` if the client is gone or stopped reading.
+    If the client is gone or stopped reading, `write`, `offer` and `drained` raise ConnectionResetError; the other
+    methods do nothing.
     """
 
     __slots__ = (
@@ -109,7 +110,9 @@ class ClientResponse:
 
     def send(self, status: int, reason: bytes, headers: Headers, body: bytes) -> None:
         head = self._begin(status, reason, headers, len(body))
-        if not self._has_body or not body:
+        if self._transport.is_closing():
+            pass  # the client left, and the task that answers it is about to be cancelled
+        elif not self._has_body or not body:
             self._transport.write(head)
         elif len(body) <= _JOIN_AT_MOST_BYTES:
             self._transport.write(head + body)
@@ -119,7 +122,9 @@ class ClientResponse:
         self.ended = True
 
     def begin(self, status: int, reason: bytes, headers: Headers, length: int | None) -> None:
-        self._transport.write(self._begin(status, reason, headers, length))
+        head = self._begin(status, reason, headers, length)
+        if not self._transport.is_closing():
+            self._transport.write(head)
 
     async def write(self, piece: bytes | bytearray | memoryview) -> None:
         if not self.offer(piece):
@@ -159,7 +164,8 @@ class ClientResponse:
     def end(self) -> None:
         self.ended = True
         if self._is_chunked and self._has_body:
-            self._transport.write(b"0\r\n\r\n")
+            if not self._transport.is_closing():
+                self._transport.write(b"0\r\n\r\n")
         elif self._remaining_bytes:
             self.break_off()  # shorter than announced: the client must see that
 

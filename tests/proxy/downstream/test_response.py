@@ -253,6 +253,39 @@ async def test_a_chunk_that_came_as_one_is_passed_on_as_it_came() -> None:
         assert (await talk(port, GET)).endswith(b"\r\n\r\nabc")
 
 
+@pytest.mark.parametrize("act", ["send", "begin", "end", "break off"])
+async def test_an_answer_to_a_client_that_left_is_dropped(act: str) -> None:
+    """Its task runs a turn after the connection is lost; in between, a timer may write a comment, for one."""
+    ends: asyncio.Queue[str] = asyncio.Queue()
+    begun = asyncio.Event()
+
+    async def play(request: IncomingRequest, answer: ClientResponse) -> None:
+        if act in ("end", "break off"):
+            answer.begin(200, b"OK", [], None)
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)  # the transport is closed for good
+        if act == "send":
+            answer.send(200, b"OK", [], b"abc")
+        elif act == "begin":
+            answer.begin(200, b"OK", [], None)
+        elif act == "end":
+            answer.end()
+        else:
+            answer.write_last(b"abc")
+            answer.break_off()
+        ends.put_nowait(act)
+
+    async with serving(play) as port, asyncio.timeout(20):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET)
+        await begun.wait()
+        writer.transport.abort()
+        assert await ends.get() == act
+
+
 async def test_nothing_follows_an_answer_that_was_broken_off() -> None:
     """Neither more of it nor its end."""
 
