@@ -23,7 +23,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
+import struct
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final, Protocol
 
 from httptools import HttpRequestParser
@@ -47,6 +50,8 @@ AHEAD_BYTES: Final = 64 * 1024
 """Bytes of pipelined requests that are kept until their turn."""
 
 NEVER: Final = math.inf
+
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time
 
 _IDLE: Final = 0
 _HEAD: Final = 1
@@ -362,7 +367,9 @@ class Connection(asyncio.BufferedProtocol):
         self._release_body()
         if self._state != _EXCHANGE:
             return
-        if response.ended and response.keep_alive and is_whole and not self._is_last:
+        if response.looks_whole:
+            self._reset()
+        elif response.ended and response.keep_alive and is_whole and not self._is_last:
             self._state = _IDLE
             self._rest()
             if self._is_paused:
@@ -468,6 +475,18 @@ class Connection(asyncio.BufferedProtocol):
         self._unsent_bytes = 0
         if self._transport is not None:
             self._transport.close()
+
+    def _reset(self) -> None:
+        """End the connection in a way that no client takes for the orderly end of a body."""
+        self._state = _LINGER
+        transport = self._transport
+        if transport is None:
+            return
+        end = transport.get_extra_info("socket")
+        if end is not None:
+            with suppress(OSError):  # the client may have just reset it
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        transport.abort()
 
     def _rest(self) -> None:
         """Wait for the next request."""

@@ -16,6 +16,7 @@ from proxy.errors import REASON_PHRASES
 Headers = Iterable[tuple[bytes, bytes]]
 
 _JOIN_AT_MOST_BYTES: Final = 32 * 1024  # up to this size a copy is cheaper than a second buffer in the system call
+_STREAM_LINE: Final = b"content-type: text/event-stream"
 _BODYLESS_STATUS: Final = frozenset({204, 304})
 
 
@@ -81,11 +82,14 @@ class Sender(Protocol):
 class ClientResponse:
     """`Downstream` on a client's connection.
 
+    `looks_whole` is set if it was broken off and the orderly end of the connection would be the end of its body.
+
     If the client is gone or stopped reading, `write`, `offer` and `drained` raise ConnectionResetError; the other
     methods do nothing.
     """
 
     __slots__ = (
+        "_ends_with_connection",
         "_has_body",
         "_is_chunked",
         "_remaining_bytes",
@@ -95,6 +99,7 @@ class ClientResponse:
         "begun",
         "ended",
         "keep_alive",
+        "looks_whole",
     )
 
     def __init__(self, request: IncomingRequest, sender: Sender, transport: asyncio.WriteTransport) -> None:
@@ -104,6 +109,8 @@ class ClientResponse:
         self.keep_alive = request.keep_alive
         self.begun = False
         self.ended = False
+        self.looks_whole = False
+        self._ends_with_connection = False
         self._is_chunked = False
         self._has_body = True
         self._remaining_bytes: int | None = None
@@ -170,6 +177,7 @@ class ClientResponse:
             self.break_off()  # shorter than announced: the client must see that
 
     def break_off(self) -> None:
+        self.looks_whole = self._ends_with_connection
         self.keep_alive = self.ended = self._has_body = False  # the connection ends itself after the exchange
 
     def _begin(self, status: int, reason: bytes, headers: Headers, length: int | None) -> bytes:
@@ -184,6 +192,8 @@ class ClientResponse:
         elif self._has_body:
             if request.is_http_1_0:
                 self.keep_alive = False  # the end of the connection is the end of the body
+                # a stream shows by its last event whether it is complete, and a reset could overtake that event
+                self._ends_with_connection = not any(line.lower().startswith(_STREAM_LINE) for line in lines)
             else:
                 self._is_chunked = True
                 lines.append(b"transfer-encoding: chunked")

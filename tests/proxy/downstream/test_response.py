@@ -114,6 +114,24 @@ async def test_an_answer_that_is_broken_off_does_not_look_whole(length: int | No
     assert not got.endswith(b"0\r\n\r\n")
 
 
+@pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream; charset=utf-8"])
+async def test_an_answer_that_ends_with_its_connection_is_reset_when_it_is_broken_off(kind: bytes) -> None:
+    """HTTP/1.0 knows no other sign; a stream has its last event, which a reset could overtake."""
+
+    async def play(request: IncomingRequest, answer: ClientResponse) -> None:
+        answer.begin(200, b"OK", [(b"content-type", kind)], None)
+        await answer.write(b"abc")
+        answer.write_last(b"def")
+        answer.break_off()
+
+    async with serving(play) as port:
+        if b"json" in kind:
+            with pytest.raises(ConnectionResetError):
+                await talk(port, b"GET / HTTP/1.0\r\nhost: x\r\n\r\n")
+        else:
+            assert (await talk(port, b"GET / HTTP/1.0\r\nhost: x\r\n\r\n")).endswith(b"\r\n\r\nabcdef")
+
+
 @pytest.mark.parametrize("missing", [3, 4])
 async def test_last_words_never_complete_an_announced_length(missing: int) -> None:
     """An error event in place of the missing bytes would look like the answer's own end."""
