@@ -9,12 +9,11 @@ import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
-from statistics import median
 from typing import Final
 
 from proxy.fleet.breaker import Breaker, BreakerSettings, BreakerState, Cause, Failure
 from proxy.fleet.peers import PEER_SILENCE_SECONDS, ROW_LENGTHS, Peers, ShareRow
-from proxy.fleet.rate import pooled
+from proxy.fleet.rate import PoolRates
 from proxy.fleet.replica import ReplicaSpec, ReplicaState, ThrottleKey
 from proxy.fleet.work import Charge
 from proxy.records import ReplicaView
@@ -85,7 +84,9 @@ class Fleet:
         self._replicas: dict[int, ReplicaState] = {}
         self._free: list[int] = []  # numbers of replicas that were forgotten; the lowest is given out first
         self._ids: dict[str, int] = {}
-        self._pools: dict[str, list[ReplicaState]] = {}
+        self._pools: dict[str, dict[int, ReplicaState]] = {}
+        self._rates: dict[str, PoolRates] = {}
+        self._shared: dict[int, ReplicaState] = {}  # all that may have work of this process
         self._in_flight_seconds: dict[str, float] = {}
         self._decode_seconds: dict[str, float] = {}
         self._peers = Peers()
@@ -103,21 +104,21 @@ class Fleet:
             number = heappop(self._free) if self._free else len(self._replicas)
             self._ids[spec.name] = number
             breaker = Breaker(self._breaker, self._random)
-            self._replicas[number] = ReplicaState(number, spec, breaker, self._default_rate)
+            replica = self._replicas[number] = ReplicaState(number, spec, breaker, self._rates_of(spec.pool))
         else:
-            self._leave_pool(self._replicas[number])
             replica = self._replicas[number]
-            replica.spec, replica.limit = spec, spec.in_flight_limit
+            self._leave_pool(replica)
+            replica.spec, replica.limit, replica.rates = spec, spec.in_flight_limit, self._rates_of(spec.pool)
             replica.rate.configured = spec.prefill_tokens_per_second
             replica.quiet_view = None
             replica.is_draining = False
-        self._pools.setdefault(spec.pool, []).append(self._replicas[number])
-        self._rates_changed(spec.pool)
+        self._pools.setdefault(spec.pool, {})[number] = replica
+        self._rate_changed(replica)
         return number
 
     def members(self) -> dict[str, int]:
         """Return the numbers of the replicas in force, by name."""
-        return {replica.spec.name: replica.id for pool in self._pools.values() for replica in pool}
+        return {replica.spec.name: replica.id for pool in self._pools.values() for replica in pool.values()}
 
     def remove(self, number: int) -> None:
         """Stop choosing a replica. Requests under way go on; the number is kept for its name."""
@@ -135,20 +136,20 @@ class Fleet:
         replica = self._replicas.get(number)
         if replica is None:
             return True
-        if replica.work.in_flight or replica in self._pools.get(replica.spec.pool, ()):
+        if replica.work.in_flight or number in self._pools.get(replica.spec.pool, {}):
             return False
         for peer in self._peers:
             self._peers.drop_row(peer, number)
         if replica.is_draining:
             self._tell(replica, Change.GONE, "its last request has ended")
         del self._replicas[number], self._ids[replica.spec.name]
+        self._shared.pop(number, None)
         heappush(self._free, number)
         return True
 
     def _leave_pool(self, replica: ReplicaState) -> None:
-        pool = self._pools.get(replica.spec.pool, [])
-        if replica in pool:
-            pool.remove(replica)
+        self._pools.get(replica.spec.pool, {}).pop(replica.id, None)
+        replica.rates.drop(replica.id)
 
     def __contains__(self, number: int) -> bool:
         return number in self._replicas
@@ -231,10 +232,10 @@ class Fleet:
         if now_seconds >= self._peers.stale_at_seconds:
             self._drop_silent_peers(now_seconds)
         price = self._in_flight_seconds.get(pool, self._most_price)
-        replicas = self._pools.get(pool, ())
+        replicas = self._pools.get(pool, {})
         if pinned is not None:
-            replicas = [replica for replica in replicas if replica.id == pinned]
-        views = tuple([replica.view(now_seconds, price, key) for replica in replicas])
+            replicas = {pinned: replicas[pinned]} if pinned in replicas else {}
+        views = tuple([replica.view(now_seconds, price, key) for replica in replicas.values()])
         for view in views:
             if view.available:
                 return views
@@ -279,6 +280,7 @@ class Fleet:
         replica.quiet_view = None
         charge = Charge(number, uncached_tokens, plain=plain, gated=gated, prompt_tokens=prompt_tokens)
         replica.work.add(charge)
+        self._shared[number] = replica
         if not (gated or queued):
             replica.work.start(charge, replica.rate_now, now_seconds, replica.peers.pending_tokens)
         if not replica.breaker.is_closed and replica.breaker.cause is not Cause.SILENT:
@@ -296,7 +298,7 @@ class Fleet:
         replica.work.first_token(charge, now_seconds, replica.peers.released_seconds)
         seconds = charge.prefill_seconds
         if seconds is not None and not replica.rate.seen and replica.rate.guess(charge.uncached_tokens, seconds):
-            self._rates_changed(replica.spec.pool)
+            self._rate_changed(replica)
 
     def finish(self, charge: Charge, now_seconds: float) -> None:
         """Release a charge. May be called twice, and after `client_left`."""
@@ -404,13 +406,13 @@ class Fleet:
         return tuple(
             replica.id
             for pool in self._pools.values()
-            for replica in pool
+            for replica in pool.values()
             if replica.is_probed and replica.breaker.try_one(now_seconds)
         )
 
     def _has_other_open(self, replica: ReplicaState) -> bool:
-        pool = self._pools.get(replica.spec.pool, ())
-        return any(other is not replica and other.breaker.is_closed for other in pool)
+        pool = self._pools.get(replica.spec.pool, {})
+        return any(other is not replica and other.breaker.is_closed for other in pool.values())
 
     def _told_down(self, replica: ReplicaState, opened: bool, reason: str) -> bool:
         if opened:
@@ -429,7 +431,7 @@ class Fleet:
         seconds = charge.prefill_seconds if prefill_seconds is None else prefill_seconds
         replica = self._replicas[charge.replica]
         if seconds is not None and replica.rate.observe(uncached_tokens, seconds):
-            self._rates_changed(replica.spec.pool)
+            self._rate_changed(replica)
 
     def observe_decode(self, number: int, decode_seconds: float) -> None:
         """Learn the time from one response's first token to its end."""
@@ -444,7 +446,7 @@ class Fleet:
         replica = self._replicas[number]
         self._tell(replica, Change.RESTARTED, "its start time is newer")
         replica.rate.forget()
-        self._rates_changed(replica.spec.pool)
+        self._rate_changed(replica)
 
     def rate_of(self, number: int) -> float:
         """Return a replica's prefill rate in uncached tokens per second: learned, configured, or that of its pool."""
@@ -454,51 +456,44 @@ class Fleet:
         """Return the uncached tokens per second that the replica has shown or was configured with, else None."""
         return self._replicas[number].rate.measured
 
-    def _rates_changed(self, pool: str) -> None:
-        replicas = self._pools.get(pool, ())
-        known = [own for replica in replicas if (own := replica.rate.own) is not None]
-        fallback = median(known) if known else pooled([each.rate for each in replicas], self._default_rate)
-        for replica in replicas:
-            own = replica.rate.own
-            rate = fallback if own is None else own
-            if rate != replica.rate_now:
-                replica.rate_now = rate
-                replica.quiet_view = None
+    def _rates_of(self, pool: str) -> PoolRates:
+        rates = self._rates.get(pool)
+        if rates is None:
+            rates = self._rates[pool] = PoolRates(self._default_rate)
+        return rates
+
+    def _rate_changed(self, replica: ReplicaState) -> None:
+        """Take over what its responses have shown; one that is removed no longer counts for its pool."""
+        replica.own_rate = replica.rate.own
+        if replica.id in self._pools.get(replica.spec.pool, {}):
+            replica.rates.put(replica.id, replica.rate)
 
     # -- the other processes
 
     def share(self, now_seconds: float) -> dict[str, ShareRow]:
         """Return this process's own work by replica name, busy replicas only, for the others."""
         rows = {}
-        for pool in self._pools.values():
-            for replica in pool:
-                work = replica.work
-                work.settle(now_seconds)
-                head, released = work.head, now_seconds - work.released_seconds
-                if head is not None:
-                    rows[replica.spec.name] = ShareRow(
-                        pending_tokens=round(work.pending_tokens),
-                        in_flight=work.in_flight,
-                        head_tokens=max(round(head.uncached_tokens), 1),
-                        head_seconds=now_seconds - head.sent_seconds,
-                        overdue_seconds=0.0 if head.plain else max(now_seconds - head.due_seconds, 0.0),
-                        released_seconds=released,
-                        waiting=work.waiting,
-                        running_tokens=round(work.running_tokens),
-                        sent_tokens=round(work.sent_tokens - work.progress_tokens(replica.rate_now, now_seconds)),
-                    )
-                elif work.in_flight or work.pending_tokens or released < PEER_SILENCE_SECONDS:
-                    rows[replica.spec.name] = ShareRow(
-                        pending_tokens=round(work.pending_tokens),
-                        in_flight=work.in_flight,
-                        head_tokens=0,
-                        head_seconds=0.0,
-                        overdue_seconds=0.0,
-                        released_seconds=released,
-                        waiting=work.waiting,
-                        running_tokens=round(work.running_tokens),
-                        sent_tokens=round(work.sent_tokens - work.progress_tokens(replica.rate_now, now_seconds)),
-                    )
+        for replica in list(self._shared.values()):
+            work = replica.work
+            work.settle(now_seconds)
+            head, released = work.head, now_seconds - work.released_seconds
+            if head is None and not (work.in_flight or work.pending_tokens) and released >= PEER_SILENCE_SECONDS:
+                del self._shared[replica.id]
+                continue
+            if replica.id not in self._pools.get(replica.spec.pool, {}):
+                continue
+            is_late = head is not None and not head.plain
+            rows[replica.spec.name] = ShareRow(
+                pending_tokens=round(work.pending_tokens),
+                in_flight=work.in_flight,
+                head_tokens=0 if head is None else max(round(head.uncached_tokens), 1),
+                head_seconds=0.0 if head is None else now_seconds - head.sent_seconds,
+                overdue_seconds=max(now_seconds - head.due_seconds, 0.0) if head is not None and is_late else 0.0,
+                released_seconds=released,
+                waiting=work.waiting,
+                running_tokens=round(work.running_tokens),
+                sent_tokens=round(work.sent_tokens - work.progress_tokens(replica.rate_now, now_seconds)),
+            )
         return rows
 
     def absorb(self, peer: str, rows: Mapping[str, tuple[float, ...]], now_seconds: float) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
-from itertools import chain
 from typing import Final
 
 REMEMBERED: Final = 64
@@ -95,19 +94,74 @@ class PrefillRate:
         return self.configured if learned is None else learned
 
 
-def pooled(rates: Sequence[PrefillRate], default: float) -> float:
-    """Return the rate of a pool none of whose replicas has enough observations.
+_Part = tuple[float | None, tuple[float, ...], float | None]
+"""What one replica adds: its own rate, or else its observations and its guess."""
 
-    All observations together count, so a new pool knows its rate after eight responses and not after eight per
-    replica. Fewer than eight count only if they are faster than `default`: unseen waits make an observation too low.
-    Before the first response has ended the lowest guess counts, since a guess is too high if more was cached than
-    predicted.
+
+class PoolRates:
+    """The rates of one pool's replicas. `fallback` is the rate of each that has no `own` one.
+
+    That is the median of the others'. If none has one, all observations together count, so a new pool knows its rate
+    after eight responses and not after eight per replica. Fewer than eight count only if they are faster than
+    `default`: unseen waits make an observation too low. Before the first response has ended the lowest guess counts,
+    since a guess is too high if more was cached than predicted.
+
+    Every response may change a rate, so all are kept in order: a change takes no pass over the replicas.
     """
-    seen = sorted(chain.from_iterable(rate.seen for rate in rates))
-    if not seen:
-        lowest = min((rate.guessed for rate in rates if rate.guessed is not None), default=default)
-        return max(default, min(lowest, MOST_UNCONFIRMED))
-    return _high(seen) or max(default, _likely(seen))
+
+    __slots__ = ("_default", "_guesses", "_own", "_parts", "_seen", "fallback")
+
+    def __init__(self, default: float) -> None:
+        self._default = default
+        self._own: list[float] = []
+        self._seen: list[float] = []  # by replicas without an own rate
+        self._guesses: list[float] = []  # for such replicas
+        self._parts: dict[int, _Part] = {}
+        self.fallback = default
+
+    def put(self, replica: int, rate: PrefillRate) -> None:
+        """Take over what is known of a replica now, in place of what was."""
+        own = rate.own
+        part: _Part = (own, (), None) if own is not None else (None, tuple(rate.seen), rate.guessed)
+        before = self._parts.get(replica)
+        if part == before:
+            return
+        if before is not None:
+            self._take_out(before)
+        self._parts[replica] = part
+        if own is not None:
+            insort(self._own, own)
+        for observed in part[1]:
+            insort(self._seen, observed)
+        if part[2] is not None:
+            insort(self._guesses, part[2])
+        self._update()
+
+    def drop(self, replica: int) -> None:
+        """Forget a replica that leaves the pool."""
+        before = self._parts.pop(replica, None)
+        if before is not None:
+            self._take_out(before)
+            self._update()
+
+    def _take_out(self, part: _Part) -> None:
+        own, seen, guessed = part
+        if own is not None:
+            del self._own[bisect_left(self._own, own)]
+        for observed in seen:
+            del self._seen[bisect_left(self._seen, observed)]
+        if guessed is not None:
+            del self._guesses[bisect_left(self._guesses, guessed)]
+
+    def _update(self) -> None:
+        own, seen = self._own, self._seen
+        if own:
+            self.fallback = (own[(len(own) - 1) // 2] + own[len(own) // 2]) / 2
+        elif seen:
+            self.fallback = _high(seen) or max(self._default, _likely(seen))
+        else:
+            lowest = self._guesses[0] if self._guesses else self._default
+            self.fallback = max(self._default, min(lowest, MOST_UNCONFIRMED))
 
 
 def _high(ordered: Sequence[float]) -> float | None:

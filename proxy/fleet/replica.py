@@ -8,7 +8,7 @@ from typing import Final
 
 from proxy.fleet.breaker import PROBED, Breaker, Cause
 from proxy.fleet.peers import PeerWork
-from proxy.fleet.rate import PrefillRate
+from proxy.fleet.rate import PoolRates, PrefillRate
 from proxy.fleet.work import Work
 from proxy.records import ReplicaView
 
@@ -74,27 +74,35 @@ class ReplicaState:
         "id",
         "is_draining",
         "limit",
+        "own_rate",
         "peers",
         "quiet_view",
         "rate",
-        "rate_now",
+        "rates",
         "spec",
         "throttles",
         "work",
     )
 
-    def __init__(self, number: int, spec: ReplicaSpec, breaker: Breaker, rate_now: float) -> None:
+    def __init__(self, number: int, spec: ReplicaSpec, breaker: Breaker, rates: PoolRates) -> None:
         self.id = number
         self.spec = spec
         self.breaker = breaker
         self.work = Work()
         self.peers = PeerWork()
         self.rate = PrefillRate(spec.prefill_tokens_per_second)
-        self.rate_now = rate_now
+        self.own_rate: float | None = None  # `rate.own`
+        self.rates = rates
         self.limit = spec.in_flight_limit
         self.throttles = Throttles()
         self.is_draining = False  # removed while requests were under way
         self.quiet_view: ReplicaView | None = None
+
+    @property
+    def rate_now(self) -> float:
+        """The prefill rate in uncached tokens per second: its own, or that of its pool."""
+        own = self.own_rate
+        return self.rates.fallback if own is None else own
 
     def load(self, now_seconds: float) -> tuple[float, float]:
         """Return all processes' pending tokens minus the running head's progress, and the lateness in seconds."""
@@ -119,8 +127,10 @@ class ReplicaState:
 
     def view(self, now_seconds: float, in_flight_seconds: float, key: ThrottleKey | None = None) -> ReplicaView:
         """Return a frozen row; the same object again while nothing happens here."""
-        if self.quiet_view is not None and not len(self.throttles):
-            return self.quiet_view
+        own, quiet = self.own_rate, self.quiet_view
+        rate_now = self.rates.fallback if own is None else own
+        if quiet is not None and quiet.rate_tokens_per_second == rate_now:
+            return quiet
         pending, late = self.load(now_seconds)
         in_flight = self.work.in_flight + int(self.peers.in_flight)
         closed = self.breaker.is_closed
@@ -135,7 +145,7 @@ class ReplicaState:
             id=self.id,
             name=self.spec.name,
             available=available,
-            rate_tokens_per_second=self.rate_now,
+            rate_tokens_per_second=rate_now,
             pending_tokens=pending,
             in_flight=in_flight,
             in_flight_limit=self.limit,

@@ -57,7 +57,7 @@ class Recorder:
     def __init__(self) -> None:
         self._counters: list[dict[Labels, Counter]] = [{} for _ in SPECS]
         self._histograms: list[dict[Labels, Histogram]] = [{} for _ in SPECS]
-        self._gauges: dict[tuple[int, Labels], float] = {}
+        self._gauges: list[dict[Labels, float]] = [{} for _ in SPECS]
         self._forgotten: list[str] = []
 
     def counter(self, spec: Spec, labels: Labels = ()) -> Counter:
@@ -88,18 +88,17 @@ class Recorder:
 
     def set(self, spec: Spec, labels: Labels, value: float) -> None:
         """Set a gauge of this worker."""
-        self._gauges[spec.number, labels] = value
+        self._gauges[spec.number][labels] = value
 
     def replace_gauges(self, spec: Spec, values: Mapping[Labels, float]) -> None:
         """Set all series of a gauge at once; series that are not in `values` are removed."""
-        for key in [key for key in self._gauges if key[0] == spec.number]:
-            del self._gauges[key]
-        for labels, value in values.items():
-            self._gauges[spec.number, labels] = value
+        self._gauges[spec.number] = dict(values)
 
     def take(self) -> MetricsDelta:
         """Return what was counted since the last call, and all gauges."""
-        gauges = [(number, labels, value) for (number, labels), value in self._gauges.items()]
+        gauges = [
+            (number, labels, value) for number, series in enumerate(self._gauges) for labels, value in series.items()
+        ]
         delta = MetricsDelta(gauges=gauges, forgotten=self._forgotten)
         self._forgotten = []
         for number, series in enumerate(self._counters):

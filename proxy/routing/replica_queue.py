@@ -6,7 +6,7 @@ One `ReplicaQueue` per replica and process. Only events wake it: the end of a re
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final
@@ -65,7 +65,7 @@ class ReplicaQueue:
     """Lets at most `limit` requests be at a replica at a time; None means no limit.
 
     `places`, if given, maps the number of requests waiting here to the number of places that this process may use
-    now."""
+    now. While requests wait, the queue is a key of `in_use`."""
 
     def __init__(
         self,
@@ -77,6 +77,7 @@ class ReplicaQueue:
         shares: TenantShares | None = None,
         is_crowded: Callable[[], bool] | None = None,
         ageing: float = AGEING,
+        in_use: MutableMapping[ReplicaQueue, None] | None = None,
     ) -> None:
         self._limit = limit
         self._limits = limits
@@ -87,6 +88,7 @@ class ReplicaQueue:
         self._shares = shares or TenantShares()
         self._is_crowded = is_crowded
         self._ageing = ageing
+        self._in_use = {} if in_use is None else in_use
         self._waiting: FairQueue[asyncio.Future[None]] = FairQueue(self._shares, self._make_line)
         self._running = 0
         self._starting = 0  # requests that were let go and whose tasks have not run yet
@@ -144,6 +146,7 @@ class ReplicaQueue:
         future: asyncio.Future[None] = loop.create_future()
         now_seconds = self._clock.monotonic()
         entry = self._waiting.join(Claimant(future, *share), work_seconds, now_seconds)
+        self._in_use[self] = None
         if deadline_seconds is not None and deadline_seconds - now_seconds < self._limits.deadline_seconds:
             alarm = loop.call_later(deadline_seconds - now_seconds, self._expire, future, _PASSED)
         else:
@@ -160,6 +163,8 @@ class ReplicaQueue:
         finally:
             alarm.cancel()
             self._waiting.leave(entry)
+            if not len(self._waiting):
+                self._in_use.pop(self, None)
         self._starting -= 1
         return Permit(self)
 

@@ -57,6 +57,7 @@ class ReplicaQueues:
         self._limits = QueueLimits()
         self._pace = 1.0
         self.by_replica: dict[int, ReplicaQueue] = {}
+        self._in_use: dict[ReplicaQueue, None] = {}  # those in which requests wait
 
     def set_limits(self, limits: QueueLimits, pace: float = 1.0) -> None:
         """Use `limits` in all queues, and send ahead by the pace of the cold gate (`cold_turn.GateLimits`)."""
@@ -85,6 +86,7 @@ class ReplicaQueues:
                     partial(self._places, number),
                     shares=self._shares,
                     is_crowded=partial(self._is_crowded, number),
+                    in_use=self._in_use,
                 )
             else:
                 queue.set_limits(self._limits)
@@ -92,8 +94,9 @@ class ReplicaQueues:
 
     def look(self) -> None:
         """Let waiting requests check whether there is room now, since work ended in some process."""
-        for queue in self.by_replica.values():
-            queue.look()
+        if self._in_use:
+            for queue in tuple(self._in_use):
+                queue.look()
 
     def _is_crowded(self, number: int) -> bool:
         """Return True if a replica has enough work: more would wait there, in order of arrival."""

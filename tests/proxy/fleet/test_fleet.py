@@ -13,6 +13,7 @@ from proxy.fleet import BreakerState, Cause, Change, Failure, Fleet, PrefillRate
 from proxy.fleet.peers import MAX_LOST
 from proxy.records import Demand
 from proxy.routing.cost import plan
+from tests.support.operations import operations
 
 RATE = 1_000.0  # tokens per second of every replica here, so that tokens read as milliseconds
 
@@ -752,3 +753,49 @@ def test_a_process_that_ends_leaves_no_work_behind_and_none_at_replicas_that_are
     fleet.forget_peer("other")
     assert [(view.in_flight, view.pending_tokens) for view in fleet.snapshot("pool", 0.0)] == [(0, 0.0)]
     fleet.forget_peer("other")
+
+
+@pytest.mark.parametrize("observations", [1, 8], ids=["few observations", "known rates"])
+def test_a_response_costs_no_more_where_there_are_more_replicas(observations):
+    """What it shows of one replica is no reason to look at the others."""
+
+    def cost(replicas: int) -> int:
+        fleet = Fleet(Random(1).random)
+        numbers = [fleet.add(ReplicaSpec(f"r{number}", "pool")) for number in range(replicas)]
+        charges = [fleet.charge(number, 1_000.0, 0.0) for number in numbers]
+        for charge in charges:
+            for _ in range(observations):
+                fleet.observe_prefill(charge, 1_000 + charge.replica, 1.0)
+        return operations(lambda: fleet.observe_prefill(charges[0], 5_000, 1.0))
+
+    assert cost(200) <= cost(4) * 1.5
+
+
+def test_what_is_told_to_the_others_costs_no_more_where_there_are_more_idle_replicas():
+    """Only replicas that have had work are looked at, and those until their work is over."""
+
+    def cost(replicas: int) -> int:
+        fleet = Fleet(Random(1).random)
+        numbers = [fleet.add(ReplicaSpec(f"r{number}", "pool")) for number in range(replicas)]
+        for charge in [fleet.charge(number, 100.0, 0.0) for number in numbers]:
+            fleet.first_token(charge, 0.1)
+            fleet.finish(charge, 0.2)
+        assert len(fleet.share(0.3)) == replicas
+        assert fleet.share(10.0) == {}
+        fleet.charge(numbers[0], 100.0, 10.0)
+        assert fleet.share(10.0).keys() == {"r0"}
+        return operations(lambda: fleet.share(10.0))
+
+    assert cost(200) <= cost(4) * 1.5
+
+
+def test_adding_a_replica_again_and_again_takes_as_long_each_time():
+    """A reload adds all of them again, and discovery whatever has changed."""
+
+    def cost(replicas: int) -> int:
+        fleet = Fleet(Random(1).random)
+        for number in range(replicas):
+            fleet.add(ReplicaSpec(f"r{number}", "pool"))
+        return operations(lambda: fleet.add(ReplicaSpec("r1", "pool")))
+
+    assert cost(200) <= cost(4) * 1.5

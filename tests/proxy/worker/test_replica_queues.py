@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -15,19 +16,21 @@ from proxy.routing.fair_shares import TenantShares
 from proxy.routing.replica_queue import QueueLimits
 from proxy.worker.replica_queues import SENT_AHEAD, ReplicaQueues
 from tests.support.clock import FakeClock
+from tests.support.operations import operations
 
 RATE = 1_000.0
 SENT = 3 * SENT_AHEAD[1]
 
 
 class Bench:
-    """The queue of one replica, which computes a request in a second."""
+    """The queues of replicas that compute a request in a second."""
 
-    def __init__(self, *, is_engine: bool, limit: int | None = None) -> None:
+    def __init__(self, *, is_engine: bool, limit: int | None = None, replicas: int = 1) -> None:
         self.fleet, self.clock = Fleet(Random(1).random), FakeClock()
-        pools: Any = SimpleNamespace(served=[0])
+        pools: Any = SimpleNamespace(served=range(replicas))
         journal: Any = SimpleNamespace(others=0, state=JournalState.LIVE)
-        self.fleet.add(ReplicaSpec("a", "pool", prefill_tokens_per_second=RATE, in_flight_limit=limit))
+        for number in range(replicas):
+            self.fleet.add(ReplicaSpec(f"r{number}", "pool", prefill_tokens_per_second=RATE, in_flight_limit=limit))
         self.queues = ReplicaQueues(
             self.fleet,
             pools,
@@ -65,3 +68,20 @@ def test_more_is_sent_ahead_where_the_gate_has_more_time(pace, at_once):
     bench = Bench(is_engine=True)
     bench.queues.set_limits(QueueLimits(), pace)
     assert bench.sent() == at_once
+
+
+async def test_an_end_of_work_looks_only_at_queues_in_which_requests_wait():
+    """Two ends in every request: with a thousand replicas, looking at all of them took as long as all the rest."""
+    queue = (bench := Bench(is_engine=False, limit=1, replicas=100)).queues.by_replica[7]
+    idle = operations(bench.queues.look)
+    permit = queue.try_acquire()
+    assert permit is not None
+    waiting = asyncio.get_running_loop().create_task(queue.acquire(1.0))
+    await asyncio.sleep(0)
+    assert len(queue) == 1
+    looking = operations(bench.queues.look)
+    permit.done()
+    (await waiting).done()
+    assert idle <= operations(Bench(is_engine=False, replicas=2).queues.look)
+    assert idle < looking
+    assert operations(bench.queues.look) == idle
