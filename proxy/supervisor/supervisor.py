@@ -49,9 +49,9 @@ log = logging.getLogger("cairn.supervisor")
 class Parts(msgspec.Struct, frozen=True):
     """Dependencies of the supervisor.
 
-    `worker_command` starts a worker once the descriptors are appended. `reload` reads the configuration again and
-    raises ConfigError. `private_store` makes a store from a folder and a limit in bytes; its `start` raises one of
-    `store_errors`. `started` is called with the two addresses once the first worker is ready.
+    `worker_command` starts a worker once the descriptors are appended. `reload` reads the configuration again, in a
+    thread, and raises ConfigError. `private_store` makes a store from a folder and a limit in bytes; its `start`
+    raises one of `store_errors`. `started` is called with the two addresses once the first worker is ready.
     """
 
     worker_command: tuple[str, ...]
@@ -84,6 +84,7 @@ class Supervisor:
         self._stop_signal: signal.Signals | None = None
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
+        self._reload_asked = asyncio.Event()
         self._was_ready = False
         self._questions = 0
         self._announcements = Announcements()
@@ -210,6 +211,7 @@ class Supervisor:
         self._workers = [self._new_worker(number) for number in range(len(self._listening))]
         running = [self._tasks.start(worker.run(), f"worker-{worker.number}") for worker in self._workers]
         self._tasks.keep(self._tick, "tick")
+        self._tasks.keep(self._reload_when_asked, "reload")
         self._tasks.keep(self._read_totals, "totals")
         if self._store is not None:
             self._tasks.keep(self._store.run, "private-store")
@@ -257,7 +259,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._handle_stop_signal, number)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_asked.set)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # one that came during the start has waited
 
     def _handle_stop_signal(self, number: signal.Signals) -> None:
@@ -268,10 +270,19 @@ class Supervisor:
         self._stage = Stage.DRAINING
         self._stop.set()
 
-    def _reload(self) -> None:
-        """Read the configuration again and apply it, except for settings that only a restart can change."""
+    async def _reload_when_asked(self) -> None:
+        while True:
+            await self._reload_asked.wait()
+            self._reload_asked.clear()  # a signal that comes from now on asks for another one
+            await self._reload()
+
+    async def _reload(self) -> None:
+        """Read the configuration again and apply it, except for settings that only a restart can change.
+
+        It is read in a thread: reading a thousand replicas takes half a second, in which probes would wait.
+        """
         try:
-            loaded = self._parts.reload()
+            loaded = await asyncio.to_thread(self._parts.reload)
             config, waiting = taken_over(self._config, loaded.config, own_store=self._store is not None)
         except ConfigError as error:
             self._note_reload(succeeded=False)

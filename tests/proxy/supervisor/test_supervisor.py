@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from proxy.config.load import Loaded
+from proxy.config.schema import Config
 from proxy.control.messages import WorkerReport
 from proxy.control.readiness import RESPONSIVE_SECONDS, WorkerView
 from proxy.metrics.definitions import MetricsDelta
@@ -206,6 +209,24 @@ def test_sighup_takes_over_a_good_file(file: Path) -> None:
         while cairn.get("/pool")[1] != "second":
             pass  # the message is on its way; bounded by the test's limit
         assert cairn.get("/pid") == before
+
+
+async def test_probes_are_answered_while_the_file_is_read() -> None:
+    """A file of a thousand replicas takes half a second, and a probe that waits so long may be one that fails."""
+    loop = asyncio.get_running_loop()
+
+    def read() -> Loaded:
+        async def answer() -> None:
+            pass
+
+        asyncio.run_coroutine_threadsafe(answer(), loop).result(timeout=10)
+        return Loaded(config)
+
+    config = Config()
+    parts: Any = SimpleNamespace(clock=FakeClock(), version="", reload=read)
+    supervisor = Supervisor(config, parts)
+    await supervisor._reload()  # noqa: SLF001 - a signal asks for it, which needs a process
+    assert b"cairn_config_last_reload_successful 1" in supervisor.scrape("")[0]
 
 
 def test_sighup_with_a_bad_file_changes_nothing(file: Path) -> None:
