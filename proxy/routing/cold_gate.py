@@ -32,7 +32,7 @@ from proxy.routing.cold_admission import (
 )
 from proxy.routing.cold_pressure import CROWDED_SECONDS, RESTING_SECONDS, ColdPressure, ServedPrompts
 from proxy.routing.cold_turn import Claims, Fleet, GateLimits, Turn, Verdict
-from proxy.routing.cold_wait import ColdRate, Tickets, refusal_of
+from proxy.routing.cold_wait import ColdRate, Tickets, pool_of, refusal_of
 from proxy.routing.fair_shares import Priority, Share, TenantShares
 from proxy.routing.warm_wait import WarmQueues
 
@@ -126,6 +126,8 @@ class ColdGate:
         self._clock = clock
         self._report = report
         self._pools: dict[str, _Pool] = {}
+        self._in_use: dict[str, _Pool] = {}  # all in which turns wait or have passes; a few may no longer
+        self._with_news: dict[str, _Pool] = {}  # all whose tickets the other workers are still to be told of
         self.limits = GateLimits()
         self.warm = WarmQueues(fleet, shares, lambda: self.limits, clock)
         self._warm_waiting: dict[tuple[Priority, str], int] = {}
@@ -158,15 +160,24 @@ class ColdGate:
         """Return this worker's recent refusals for the others: `Tickets.rows` of all pools."""
         now = self._clock.monotonic()
         rows: dict[str, tuple[float, ...]] = {}
-        for pool in self._pools.values():
-            rows.update(pool.tickets.rows(now))
+        for pool in tuple(self._with_news.values()):
+            news = pool.tickets.rows(now)
+            rows.update(news)
+            if not news:
+                del self._with_news[pool.name]
         return rows
 
     def absorb(self, rows: Mapping[str, tuple[float, ...]]) -> None:
         """Apply the refusals of another worker."""
         now = self._clock.monotonic()
-        for pool in self._pools.values():
-            pool.tickets.absorb(rows, now)
+        by_pool: dict[str, dict[str, tuple[float, ...]]] = {}
+        for name, row in rows.items():  # messages are frequent, and most rows are of replicas
+            pool = pool_of(name)
+            if pool is not None:
+                by_pool.setdefault(pool, {})[name] = row
+        for pool, own_rows in by_pool.items():
+            if (found := self._pools.get(pool)) is not None:
+                found.tickets.absorb(own_rows, now)
 
     def observe(self, pool: str, computed_tokens: float, repeated_tokens: float) -> None:
         """Note a response: the tokens that were computed for it, and how many of them had been computed before."""
@@ -317,7 +328,9 @@ class ColdGate:
         came = now if arrived_seconds is None else arrived_seconds
         arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, came)
         pool.tickets.take(turn.tenant, turn.prompt_end)
+        self._with_news[pool.name] = pool
         waiting = pool.queue.join(_cold_turn(waiter), arrived)
+        self._in_use[pool.name] = pool
         pool.waiting[waiter] = arrived
         self.waiting_bytes += turn.body_bytes
         alarm = self._deadline_alarm(waiter)
@@ -352,6 +365,7 @@ class ColdGate:
             arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, now)
             back = refusal.retry_after_seconds or 0.0
             pool.tickets.give(turn.tenant, turn.prompt_end, turn.uncached_tokens, arrived, back, now)
+            self._with_news[pool.name] = pool
             self._report()
         raise refusal
 
@@ -372,13 +386,15 @@ class ColdGate:
 
     def changed(self) -> None:
         """Look for turns that may go, since work began or ended somewhere. Cheap while no turn waits."""
-        if self._pools:
-            self.warm.look()
-            for pool in self._pools.values():
+        self.warm.look()
+        if self._in_use:
+            for pool in tuple(self._in_use.values()):
                 if pool.passes:
                     self._release_done(pool)
                 if len(pool.queue):
                     self._look(pool)
+                elif not pool.passes:
+                    del self._in_use[pool.name]
 
     def release(self, given: Pass) -> None:
         """End a pass, and let the next turn look. May be called twice."""
@@ -481,6 +497,7 @@ class ColdGate:
                 self._claims.release(pool.name, replica.name)
             return
         pool.passes[replica.id] = given
+        self._in_use[pool.name] = pool
         self.admitted += 1
         future.set_result(given)
 

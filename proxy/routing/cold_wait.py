@@ -79,6 +79,11 @@ class _Ticket:
         self.ends_seconds = ends_seconds
 
 
+def pool_of(row: str) -> str | None:
+    """Return the pool of a row of `Tickets.rows`; None for rows of anything else."""
+    return row[len(_ROW) :].partition("\0")[0] if row.startswith(_ROW) else None
+
+
 class Tickets:
     """Places of sessions that were turned away from `pool`, by their tenant and the end of their prompt."""
 

@@ -186,21 +186,17 @@ class TenantShares:
 
     def absorb(self, peer: str, rows: Mapping[str, tuple[float, ...]], now_seconds: float) -> None:
         """Replace what is known of another process by its newest rows; rows of replicas are left out."""
-        before = self._peers.get(peer, {})
-        now: dict[str, float] = {}
+        known = self._peers.setdefault(peer, {})
         for name, row in rows.items():
             if name.startswith(_TENANT) and len(row) == 2:
                 tenant = name[len(_TENANT) :]
                 counters = self._counters(tenant)
-                more = row[0] - before.pop(tenant, 0.0)
+                more = row[0] - known.get(tenant, 0.0)
                 counters.elsewhere += more
                 if more > 0 and tenant not in self._seen:
                     self._seen[tenant] = now_seconds, 1.0
                 counters.lifted = max(counters.lifted, row[1])
-                now[tenant] = row[0]
-        # a tenant that the peer no longer reports keeps the work reported before
-        now.update({tenant: own for tenant, own in before.items() if tenant in self._tenants})
-        self._peers[peer] = now
+                known[tenant] = row[0]  # a tenant that the peer no longer reports keeps the work reported before
         if len(reached := rows.get(VIRTUAL_TIME, ())) == 1:
             self._reached = max(self._reached, reached[0])
 
@@ -215,7 +211,10 @@ class TenantShares:
         counters = self._tenants.get(tenant)
         if counters is None:
             if len(self._tenants) >= MAX_TENANTS:
-                del self._tenants[next(iter(self._tenants))]
+                oldest = next(iter(self._tenants))
+                del self._tenants[oldest]
+                for known in self._peers.values():
+                    known.pop(oldest, None)
             counters = self._tenants[tenant] = _Counters()
             counters.lifted = self._reached
         return counters

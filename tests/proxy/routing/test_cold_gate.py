@@ -18,6 +18,7 @@ from proxy.routing.cold_turn import GateLimits, Turn
 from proxy.routing.fair_shares import QUANTUM_TOKENS, Priority, TenantShares
 from proxy.tasks import Tasks
 from tests.support.clock import FakeClock
+from tests.support.operations import operations
 
 POOL = "engines"
 
@@ -851,3 +852,32 @@ async def test_turns_that_wait_for_the_replicas_that_hold_them_keep_no_other_wor
         await settle()
     assert (len(bench.claims.asked), bench.claims.withdrawn) == (1, 1)
     held.cancel()
+
+
+async def test_neither_an_end_of_work_nor_a_message_costs_more_where_there_are_more_pools():
+    """Two hundred messages a second come from each other worker, and one pool's turns are no matter of the others."""
+
+    async def costs(pools: int) -> list[int]:
+        bench = Bench(1)
+        for number in range(pools):
+            bench.gate.observe(f"pool {number}", 100_000, 90_000)
+        bench.fleet.pending[0] = 1e6
+        waiting = bench.begin()
+        await settle()
+        bench.gate.limits = GateLimits(max_wait_seconds=1.0)
+        new = bench.turn(known_tokens=0.0, prompt_end=9)
+        with pytest.raises(RateLimited):
+            await bench.gate.wait(new, bench.verdict(new))
+        told = bench.gate.rows()
+        assert len(told) == 1
+        rows = {**{f"replica {number}": (1.0,) * 9 for number in range(20)}, **told}
+        found = [
+            operations(bench.gate.changed),
+            operations(lambda: bench.gate.absorb(rows)),
+            operations(bench.gate.rows),
+        ]
+        waiting.cancel()
+        await settle()
+        return found
+
+    assert await costs(200) == await costs(1)

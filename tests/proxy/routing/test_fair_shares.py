@@ -20,6 +20,7 @@ from proxy.routing.fair_shares import (
     TenantShares,
 )
 from proxy.routing.shortest_job import ShortestJobQueue
+from tests.support.operations import operations
 
 
 def queue(shares: TenantShares | None = None) -> FairQueue[str]:
@@ -347,3 +348,22 @@ def test_if_the_first_may_not_go_the_next_one_of_the_same_tenant_comes_next_in_o
     other = waiting.join(claimant("other", "b"), 0.0, 0.5)
     urgent = waiting.join(claimant("urgent", "b", priority=Priority.HIGH), 0.0, 2.0)
     assert list(waiting.in_order(2.0)) == [urgent, mine[0], other, mine[1]]
+
+
+def test_a_message_costs_no_more_where_its_sender_has_served_more_tenants():
+    """It names a few, and comes two hundred times a second from each other worker."""
+
+    def cost(tenants: int) -> int:
+        here = TenantShares()
+        here.absorb("there", {f"\0tenant:{number}": (5.0, 0.0) for number in range(tenants)}, 0.0)
+        return operations(lambda: here.absorb("there", {"\0tenant:0": (6.0, 0.0)}, 0.0))
+
+    assert cost(MAX_TENANTS) == cost(1)
+
+
+def test_what_another_process_says_is_remembered_of_no_more_tenants_than_there_may_be():
+    """However many it has served in all."""
+    here = TenantShares()
+    for number in range(2 * MAX_TENANTS):
+        here.absorb("there", {f"\0tenant:{number}": (5.0, 0.0)}, 0.0)
+    assert len(here._peers["there"]) == MAX_TENANTS  # noqa: SLF001 - internal state that no public name shows
