@@ -150,30 +150,34 @@ def free_prompts(state: ReplicaState, prompt_tokens: float) -> int:
 def _fit_slots(tree: Tree, state: ReplicaState, slots: int, steps: int) -> int:
     """Keep the most recently used prompts, one per slot: each leaf of the replica's entries is one prompt."""
     entries = state.entries
-    ring, taken = entries.ring, 0
-    surplus: list[Node] = []
-    residency = ring.older
-    while residency is not ring:
-        node = residency.node  # type: ignore[union-attr]
-        assert node is not None  # noqa: S101 - only the ring has none
-        if not _has_held_child(entries, node):
-            if taken < slots:
-                taken += 1
-            else:
-                surplus.append(node)
-        residency = residency.older  # type: ignore[union-attr]
-    state.taken_slots = taken
-    for leaf in reversed(surplus):
+    nodes = _newest_first(entries)
+    # counted from below, since a node may have many children that other replicas hold
+    held_children: dict[Node, int] = {}
+    for node in nodes:
+        if node.parent is not None:
+            held_children[node.parent] = held_children.get(node.parent, 0) + 1
+    leaves = [node for node in nodes if node not in held_children]
+    state.taken_slots = min(len(leaves), slots)
+    for leaf in reversed(leaves[slots:]):
         above: Node | None = leaf
-        while above is not None and above.parent is not None and steps > 0 and not _has_held_child(entries, above):
+        while above is not None and above.parent is not None and steps > 0 and not held_children.get(above, 0):
             node, above = above, above.parent
             tree.release(entries, node, evicted=True)
+            held_children[above] -= 1
             steps -= 1
     return steps
 
 
-def _has_held_child(entries: ReplicaEntries, node: Node) -> bool:
-    return node.children is not None and any(entries in child.held for child in node.children.values())
+def _newest_first(entries: ReplicaEntries) -> list[Node]:
+    nodes: list[Node] = []
+    ring = entries.ring
+    residency = ring.older
+    while residency is not ring:
+        node = residency.node  # type: ignore[union-attr]
+        assert node is not None  # noqa: S101 - only the ring has none
+        nodes.append(node)
+        residency = residency.older  # type: ignore[union-attr]
+    return nodes
 
 
 def _path_to(node: Node) -> list[Node]:

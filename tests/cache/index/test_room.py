@@ -12,6 +12,7 @@ from cache.index.prefix_index import UNLIMITED_TOKENS, FeedbackKind, PrefixIndex
 from cache.index.replica_state import MAX_RESTART_MISSES, ReplicaState
 from cache.index.tree import new_entries, reuse_distance
 from tests.cache.index.test_prefix_index import BLOCK_TOKENS, Bench, chain, talk
+from tests.support.operations import operations
 
 TOKENS = float(BLOCK_TOKENS)
 
@@ -68,6 +69,21 @@ def test_clearing_slots_takes_a_bounded_number_of_steps_at_a_time():
         bench.ask(talk(f"new{number}", 1))
         left.append(bench.index.replicas()[0].blocks)
     assert left == [801, 302, 1]
+
+
+def test_a_placement_in_a_slot_costs_no_more_where_other_replicas_hold_more_prompts_with_its_beginning():
+    """In a pool with an engine that holds 50,000 sessions, looking for its own among them took 5 ms."""
+
+    def cost(others: int) -> int:
+        bench = Bench()
+        bench.index.set_capacity(0, None, slots=2)
+        for number in range(others):
+            bench.ask(talk(f"other{number}", 4, system=2), 1)
+        for name in "abc":
+            bench.ask(talk(name, 4, system=2))
+        return operations(lambda: bench.index.place(0, talk("d", 4, system=2), 4 * TOKENS, 9.0))
+
+    assert cost(100) < 1.5 * cost(1)
 
 
 def test_more_than_predicted_shows_that_an_engine_holds_one_prompt_more(slots):
