@@ -108,12 +108,16 @@ class Exposition:
             if spec.kind is Kind.HISTOGRAM:
                 for labels, observed in self._histograms[spec.number].items():
                     yield from family.histogram(labels, observed.counts, observed.total)
+                family.keep_only(self._histograms[spec.number])
             elif spec.kind is Kind.COUNTER:
                 series = self._counters[spec.number]
                 # a counter without labels is shown from the start, so that a rate includes its first increase
-                yield from family.values(series if series or spec.labels else _ZERO)
+                shown = series if series or spec.labels else _ZERO
+                yield from family.values(shown)
+                family.keep_only(shown)
             else:
                 yield from family.values(gauges[spec.number])
+                family.keep_only(gauges[spec.number])
         if openmetrics:
             yield END
 

@@ -57,6 +57,13 @@ class Family:
             yield f"{heads[-2]}{number(cumulative)}\n"
             yield f"{heads[-1]}{number(total)}\n"
 
+    def keep_only(self, series: Mapping[tuple[str, ...], object]) -> None:
+        """Drop what is kept of series that are gone: names of replicas may come and go for ever."""
+        for heads in (self._heads, self._histogram_heads):
+            if len(heads) > len(series):
+                for labels in heads.keys() - series.keys():
+                    del heads[labels]
+
     def _heads_of_histogram(self, labels: tuple[str, ...]) -> Iterator[str]:
         own = list(zip(self._labels, labels, strict=True))
         for bound in self._bounds:

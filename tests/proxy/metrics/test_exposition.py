@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import msgspec
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from proxy.metrics import definitions as metrics
-from proxy.metrics.definitions import MetricsDelta
+from proxy.metrics.definitions import SPECS, Kind, MetricsDelta
 from proxy.metrics.exposition import Exposition
 from proxy.metrics.recorder import Recorder
 
@@ -148,3 +150,28 @@ def test_a_series_that_is_kept_goes_on_after_it_was_taken_and_shows_nothing_befo
     recorder.inc(metrics.REJECTED, ("a",), 0)
     assert [value for _, _, value in recorder.take().counters] == [0], "a zero that happened is shown"
     assert recorder.take() == metrics.MetricsDelta()
+
+
+def test_replicas_that_come_and_go_for_ever_take_no_memory() -> None:
+    """Each pod of a deployment has another name, and what is written of it is kept only while it is there."""
+    exposition, recorder = Exposition(), Recorder()
+
+    def visit(name: str) -> None:
+        recorder.replace_gauges(metrics.UPSTREAM_UP, {(name,): 1.0})
+        for spec in SPECS:
+            if spec.kind is Kind.HISTOGRAM and "upstream" in spec.labels:
+                recorder.observe(spec, tuple([name if label == "upstream" else "x" for label in spec.labels]), 0.1)
+        exposition.apply(0, recorder.take())
+        exposition.render("")
+        recorder.forget(name)
+        exposition.apply(0, recorder.take())
+
+    for number in range(20):
+        visit(f"warm-up-{number}")
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for number in range(50):
+        visit(f"pod-{number}")
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert grown < 50 * 1_000
