@@ -154,7 +154,8 @@ class ColdGate:
 
     def ended(self, pool: str, prompt_end: int, replica: int) -> None:
         """Note that some worker's answer from a replica ended, to the prompt with this last hash."""
-        self.pool(pool).served.ended(prompt_end, replica, self._clock.monotonic())
+        resting = RESTING_SECONDS * self.limits.pace
+        self.pool(pool).served.ended(prompt_end, replica, self._clock.monotonic(), resting)
 
     def rows(self) -> dict[str, tuple[float, ...]]:
         """Return this worker's recent refusals for the others: `Tickets.rows` of all pools."""

@@ -6,7 +6,7 @@ is enough room, this is rare. Pure: clocks are passed in.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from math import exp, inf
 from typing import Final, NamedTuple
@@ -89,7 +89,7 @@ class ServedPrompts:
         self._own_share = 1.0
         self._needed_tokens = 0.0
         self._needed_seconds = -inf
-        self._ended: dict[int, deque[_Served]] = {}  # by replica, the earliest first
+        self._ended: dict[int, OrderedDict[_Served, None]] = {}  # by replica, the earliest first
 
     @property
     def own_share(self) -> float:
@@ -150,12 +150,19 @@ class ServedPrompts:
         for boundary in before.boundaries:
             self._boundaries.setdefault(boundary, before)
 
-    def ended(self, prompt_end: int, replica: int, now_seconds: float) -> None:
-        """Note that a replica answered the prompt with this last hash: its session rests, until it continues."""
+    def ended(
+        self, prompt_end: int, replica: int, now_seconds: float, resting_seconds: float = RESTING_SECONDS
+    ) -> None:
+        """Note that a replica answered the prompt with this last hash: its session rests, until it continues.
+
+        What ended there more than `resting_seconds` ago is forgotten: nobody asks for it while no turn waits.
+        """
         served = self._boundaries.get(prompt_end)
         if served is not None:
             served.ended_seconds = now_seconds
-            self._resting(replica).append(served)
+            resting = self._resting(replica, now_seconds - resting_seconds)
+            resting.pop(served, None)  # several requests may have had the same prompt
+            resting[served] = None
 
     def resting_tokens(self, replica: int, now_seconds: float, resting_seconds: float = RESTING_SECONDS) -> float:
         """Return the tokens of the prompts whose answers ended at a replica within `resting_seconds` and that none
@@ -164,13 +171,13 @@ class ServedPrompts:
         latest, resting = self._latest, self._resting(replica, now_seconds - resting_seconds)
         return sum([each.own_tokens + each.shared_tokens for each in resting if each in latest])
 
-    def _resting(self, replica: int, oldest: float = -inf) -> deque[_Served]:
+    def _resting(self, replica: int, oldest: float) -> OrderedDict[_Served, None]:
         """Return the prompts whose answers ended at a replica since `oldest`, and forget earlier ones."""
         ended = self._ended.get(replica)
         if ended is None:
-            ended = self._ended[replica] = deque()
-        while ended and ended[0].ended_seconds < oldest:
-            ended.popleft()
+            ended = self._ended[replica] = OrderedDict()
+        while ended and next(iter(ended)).ended_seconds < oldest:
+            ended.popitem(last=False)
         return ended
 
     def needed_tokens(self, now_seconds: float) -> float:

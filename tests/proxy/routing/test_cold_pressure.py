@@ -111,6 +111,26 @@ def test_a_session_rests_where_its_turn_ended_until_the_next_one_comes_or_it_is_
     assert served.resting_tokens(0, 6.1 + RESTING_SECONDS) == 0.0
 
 
+def test_turns_that_rest_no_longer_are_forgotten_though_none_waits():
+    """Else each answer would be remembered for ever by a fleet with room for all."""
+    served = ServedPrompts()
+    for number in range(1_000):
+        now = RESTING_SECONDS * number
+        served.note([2 * number, 2 * number + 1], 0, 1_000.0, 0.0, now)
+        served.ended(2 * number + 1, 0, now)
+    assert len(served._ended[0]) <= 2  # noqa: SLF001 - nothing else shows it
+
+
+def test_a_prompt_that_several_requests_had_rests_once():
+    """It is in the cache once."""
+    served = ServedPrompts()
+    for _ in range(3):
+        served.note([1, 2, 3], 0, 3_000.0, 0.0, 0.0)
+    for _ in range(3):
+        served.ended(3, 0, 1.0)
+    assert served.resting_tokens(0, 2.0) == 3_000.0
+
+
 def test_cold_turns_wait_once_half_of_the_work_was_done_before_and_until_less_than_a_third_is():
     """And as long as any waits."""
     pressure = ColdPressure()
