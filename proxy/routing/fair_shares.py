@@ -7,7 +7,8 @@ is served, so a single tenant gets exactly that order. A tenant that starts to w
 idle earns nothing.
 
 The rounds are the same in every process. `TenantShares.rows` are this process's own cumulative counters, which the
-others replace as a whole (`absorb`): a lost message does no harm, because differences are never sent.
+others compare with those that they received before (`absorb`): a lost message does no harm, because differences are
+never sent, and neither does a process that begins or ends.
 
 Between priorities the order is strict except for a floor: a priority that waits gets at least the share `FLOOR` of
 the work.
@@ -37,6 +38,9 @@ MAX_OWED_TOKENS: Final = 262_144.0
 MAX_TENANTS: Final = 1_024
 """Tenants remembered; the one that was served longest ago is forgotten first."""
 
+MAX_PEERS: Final = 1_024
+"""Other processes whose counters are remembered: one that died says no goodbye, and comes back under another name."""
+
 MAX_ROWS: Final = 64
 """Tenants in one message to the other processes."""
 
@@ -65,18 +69,28 @@ class Priority(enum.IntEnum):
 
 
 class _Counters:
-    """The work of one tenant, in tokens over its weight: done here, done elsewhere, and skipped while it was idle."""
+    """The work of one tenant, in tokens over its weight: done here, done elsewhere, and skipped while it was idle.
 
-    __slots__ = ("elsewhere", "lifted", "own")
+    `start` is the total at which it last began anew.
+    """
+
+    __slots__ = ("elsewhere", "lifted", "own", "start")
 
     def __init__(self) -> None:
         self.own = 0.0
         self.elsewhere = 0.0
         self.lifted = 0.0
+        self.start = 0.0
 
     @property
     def total(self) -> float:
         return self.own + self.elsewhere + self.lifted
+
+    def lift(self, start: float) -> None:
+        """Begin anew at this total, if it is above the present one."""
+        if start > self.total:
+            self.lifted += start - self.total
+            self.start = start
 
 
 class TenantShares:
@@ -152,9 +166,7 @@ class TenantShares:
 
     def activate(self, tenant: str) -> None:
         """Let a tenant that begins to wait start no lower than the point that service has reached."""
-        counters = self._counters(tenant)
-        if counters.total < self._reached:
-            counters.lifted += self._reached - counters.total
+        self._counters(tenant).lift(self._reached)
 
     def serve(self, tenant: str, tokens: float, weight: float = 1.0, *, contended: bool = False) -> None:
         """Count `tokens` of work as given to `tenant`.
@@ -163,49 +175,59 @@ class TenantShares:
         """
         counters = self._tenants.pop(tenant, None) or self._counters(tenant)
         self._tenants[tenant] = counters  # moved to the end: the one served longest ago stays in front
-        start = counters.total
-        if start < self._reached and not contended:
-            counters.lifted += self._reached - start
-            start = self._reached
-        self._reached = max(self._reached, start)
+        if not contended:
+            counters.lift(self._reached)
+        self._reached = max(self._reached, counters.total)
         counters.own += tokens / weight
         self._unsent[tenant] = SENDS
 
     def rows(self) -> dict[str, tuple[float, ...]]:
-        """Return this process's recent changes for the others: the point reached, and each tenant's work and lift."""
+        """Return this process's recent changes for the others: the point reached, and of each tenant the work done
+        here, the total as it is known here, and where it last began anew.
+        """
         rows: dict[str, tuple[float, ...]] = {}
         for name in list(self._unsent)[:MAX_ROWS]:
             left = self._unsent.pop(name) - 1
             if left:
                 self._unsent[name] = left  # moved to the end, so that others get their turn
             if (counters := self._tenants.get(name)) is not None:
-                rows[_TENANT + name] = (counters.own, counters.lifted)
+                rows[_TENANT + name] = (counters.own, counters.total, counters.start)
         if rows:
             rows[VIRTUAL_TIME] = (self._reached,)
         return rows
 
     def absorb(self, peer: str, rows: Mapping[str, tuple[float, ...]], now_seconds: float) -> None:
-        """Replace what is known of another process by its newest rows; rows of replicas are left out."""
-        known = self._peers.setdefault(peer, {})
-        for name, row in rows.items():
-            if name.startswith(_TENANT) and len(row) == 2:
-                tenant = name[len(_TENANT) :]
-                counters = self._counters(tenant)
-                more = row[0] - known.get(tenant, 0.0)
-                counters.elsewhere += more
-                if more > 0 and tenant not in self._seen:
-                    self._seen[tenant] = now_seconds, 1.0
-                counters.lifted = max(counters.lifted, row[1])
-                known[tenant] = row[0]  # a tenant that the peer no longer reports keeps the work reported before
+        """Add what is new in another process's newest rows; rows of replicas are left out.
+
+        In the first row about a tenant from a process, work that is new cannot be told from work that is known
+        already, from others or as a part of the point reached. The larger total is then right but for what was done
+        since the last messages; to add the work would count a tenant's whole past twice whenever a process starts.
+        """
         if len(reached := rows.get(VIRTUAL_TIME, ())) == 1:
             self._reached = max(self._reached, reached[0])
+        told = self._peers[peer] = self._peers.pop(peer, {})  # moved to the end: the quietest peer stays in front
+        for name, row in rows.items():
+            if name.startswith(_TENANT) and len(row) == 3:
+                tenant, (own, total, start) = name[len(_TENANT) :], row
+                known = told.get(tenant)
+                counters = self._tenants.get(tenant)
+                if counters is None:
+                    counters = self._counters(tenant)
+                    counters.lifted = total
+                elif known is None or own < known:
+                    counters.elsewhere += max(total - counters.total, 0.0)
+                else:
+                    counters.lift(start)
+                    counters.elsewhere += own - known
+                if own != known and tenant not in self._seen:
+                    self._seen[tenant] = now_seconds, 1.0
+                told[tenant] = own  # a tenant that the peer no longer reports keeps the work reported before
+        if len(self._peers) > MAX_PEERS:
+            del self._peers[next(iter(self._peers))]
 
     def forget(self, peer: str) -> None:
         """Note that another process is gone; the work that it reported still counts."""
-        for tenant, own in self._peers.pop(peer, {}).items():
-            if (counters := self._tenants.get(tenant)) is not None:
-                counters.elsewhere -= own
-                counters.lifted += own
+        self._peers.pop(peer, None)
 
     def _counters(self, tenant: str) -> _Counters:
         counters = self._tenants.get(tenant)

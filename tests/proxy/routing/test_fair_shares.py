@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import inf
+from random import Random
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from proxy.routing.fair_shares import (
     ACTIVE_SECONDS,
     FLOOR,
     MAX_OWED_TOKENS,
+    MAX_PEERS,
     MAX_TENANTS,
     QUANTUM_TOKENS,
     SENDS,
@@ -190,10 +193,100 @@ def test_a_process_that_begins_anew_under_the_same_name_adds_to_what_is_counted(
     here = TenantShares()
     for _ in range(2):
         there = TenantShares()
-        there.serve("a", 5 * QUANTUM_TOKENS)
+        here.serve("a", QUANTUM_TOKENS)
+        there.absorb("here", here.rows(), 0.0)
+        there.serve("a", 4 * QUANTUM_TOKENS)
         here.absorb("there", there.rows(), 0.0)
         here.forget("there")
     assert here.round_of("a") == 10
+
+
+def test_a_process_that_begins_counts_no_tenant_s_past_twice():
+    """It knows the point that service has reached, and no tenant's own work."""
+    old, new = TenantShares(), TenantShares()
+    for _ in range(1_000):
+        for tenant in ("a", "b"):
+            old.serve(tenant, QUANTUM_TOKENS, contended=True)
+    while old.rows():
+        pass  # its news are old
+    old.serve("b", QUANTUM_TOKENS, contended=True)
+    new.absorb("old", old.rows(), 0.0)
+    new.activate("a")
+    new.serve("a", QUANTUM_TOKENS, contended=True)
+    old.absorb("new", new.rows(), 0.0)
+    old.serve("a", QUANTUM_TOKENS, contended=True)
+    new.absorb("old", old.rows(), 0.0)
+    assert old.round_of("a") in range(1_001, 1_004)
+    assert new.round_of("a") in range(1_001, 1_004)
+
+
+def test_it_does_not_matter_who_notes_first_that_a_process_is_gone():
+    """Its work is counted once by everyone, though one who knows speaks to one who does not."""
+    gone, first, second = TenantShares(), TenantShares(), TenantShares()
+    gone.serve("a", 10 * QUANTUM_TOKENS)
+    for each in (first, second):
+        each.absorb("gone", gone.rows(), 0.0)
+    first.forget("gone")
+    first.serve("a", QUANTUM_TOKENS)
+    second.absorb("first", first.rows(), 0.0)
+    second.forget("gone")
+    second.serve("a", QUANTUM_TOKENS)
+    first.absorb("second", second.rows(), 0.0)
+    assert first.round_of("a") == second.round_of("a") == 12
+
+
+def test_only_the_latest_processes_are_remembered():
+    """One that was killed says no goodbye."""
+    here, there = TenantShares(), TenantShares()
+    for number in range(MAX_PEERS + 10):
+        there.serve("a", 1.0)
+        here.absorb(f"there-{number}", there.rows(), 0.0)
+    assert len(here._peers) == MAX_PEERS  # noqa: SLF001 - nothing else shows it
+
+
+class Processes:
+    """Processes that serve two tenants which always wait, and hear of each other now and then."""
+
+    def __init__(self, random: Random, names: Iterable[int]) -> None:
+        self.random = random
+        self.shares = {name: TenantShares() for name in names}
+        self.served = {"a": 0.0, "b": 0.0}
+
+    def serve(self) -> None:
+        shares = self.random.choice(list(self.shares.values()))
+        tenant = min(self.served, key=lambda each: (shares.round_of(each), self.random.random()))
+        tokens = self.random.choice([1_000.0, 20_000.0, 100_000.0])
+        shares.serve(tenant, tokens, contended=True)
+        self.served[tenant] += tokens
+
+    def tell(self, name: int, loss: float) -> None:
+        rows = self.shares[name].rows()
+        for other, shares in self.shares.items():
+            if other != name and self.random.random() >= loss:
+                shares.absorb(str(name), rows, 0.0)
+
+    def replace(self, successor: int) -> None:
+        name = self.random.choice(list(self.shares))
+        del self.shares[name]
+        for shares in self.shares.values():
+            if self.random.random() < 0.5:
+                shares.forget(str(name))
+        self.shares[successor] = TenantShares()
+        for tenant in self.served:
+            self.shares[successor].activate(tenant)
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0.0, 0.3]))
+def test_two_that_always_wait_get_the_same_while_processes_come_and_go(seed: int, loss: float) -> None:
+    """The difference is that of some messages, however much was served before, and does not grow."""
+    processes = Processes(Random(seed), range(3))
+    for step in range(400):
+        processes.serve()
+        for name in processes.shares:
+            processes.tell(name, loss)
+        if step % 40 == 39:
+            processes.replace(step)
+    assert abs(processes.served["a"] - processes.served["b"]) < 1_500_000.0
 
 
 def test_a_row_that_is_a_replicas_changes_nothing():
@@ -201,7 +294,7 @@ def test_a_row_that_is_a_replicas_changes_nothing():
     here = TenantShares()
     here.serve("a", 100.0)
     before = here.round_of("a"), here.round_of("other")
-    here.absorb("there", {"replica-1": (1.0, 2.0), "\0tenant:a": (1.0,)}, 0.0)
+    here.absorb("there", {"replica-1": (1.0, 2.0), "\0tenant:a": (1.0, 1e9)}, 0.0)
     assert (here.round_of("a"), here.round_of("other")) == before
 
 
@@ -355,8 +448,8 @@ def test_a_message_costs_no_more_where_its_sender_has_served_more_tenants():
 
     def cost(tenants: int) -> int:
         here = TenantShares()
-        here.absorb("there", {f"\0tenant:{number}": (5.0, 0.0) for number in range(tenants)}, 0.0)
-        return operations(lambda: here.absorb("there", {"\0tenant:0": (6.0, 0.0)}, 0.0))
+        here.absorb("there", {f"\0tenant:{number}": (5.0, 5.0, 0.0) for number in range(tenants)}, 0.0)
+        return operations(lambda: here.absorb("there", {"\0tenant:0": (6.0, 6.0, 0.0)}, 0.0))
 
     assert cost(MAX_TENANTS) == cost(1)
 
@@ -365,5 +458,5 @@ def test_what_another_process_says_is_remembered_of_no_more_tenants_than_there_m
     """However many it has served in all."""
     here = TenantShares()
     for number in range(2 * MAX_TENANTS):
-        here.absorb("there", {f"\0tenant:{number}": (5.0, 0.0)}, 0.0)
+        here.absorb("there", {f"\0tenant:{number}": (5.0, 5.0, 0.0)}, 0.0)
     assert len(here._peers["there"]) == MAX_TENANTS  # noqa: SLF001 - internal state that no public name shows
