@@ -58,8 +58,11 @@ MediaRow = tuple[Offset, Offset, Tokens]
 """Start and end of an image, sound or file in bytes, and its estimated tokens."""
 
 Blocks = Annotated[int, Meta(ge=0, le=2**32)]
-Figure = Annotated[float, Meta(ge=-60, le=1e12)]
-"""A number of a vector. Ages may be slightly negative. NaN and infinities are out of range."""
+Figure = Annotated[float, Meta(ge=-60, le=1e18)]
+"""A number of a vector. Ages may be slightly negative. NaN and infinities are out of range.
+
+The tokens that a large fleet computes for a tenant of small weight, over that weight, pass 1e12 within a day.
+"""
 
 
 class Placed(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):

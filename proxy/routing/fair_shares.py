@@ -44,6 +44,9 @@ MAX_PEERS: Final = 1_024
 MAX_ROWS: Final = 64
 """Tenants in one message to the other processes."""
 
+MOST_TOKENS: Final = 1e18
+"""A counter above this is not told to others, who would drop the whole message: it comes from a damaged one."""
+
 SENDS: Final = 20
 """Number of messages that repeat a change: counters are cumulative, so it is enough if one arrives."""
 
@@ -190,9 +193,10 @@ class TenantShares:
             left = self._unsent.pop(name) - 1
             if left:
                 self._unsent[name] = left  # moved to the end, so that others get their turn
-            if (counters := self._tenants.get(name)) is not None:
+            counters = self._tenants.get(name)
+            if counters is not None and counters.total <= MOST_TOKENS:
                 rows[_TENANT + name] = (counters.own, counters.total, counters.start)
-        if rows:
+        if rows and self._reached <= MOST_TOKENS:
             rows[VIRTUAL_TIME] = (self._reached,)
         return rows
 

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from math import inf
 from random import Random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache.replication import codec
 from proxy.routing.fair_shares import (
     ACTIVE_SECONDS,
     FLOOR,
@@ -305,6 +307,18 @@ def test_only_what_changed_lately_is_told():
     here.serve("a", 100.0)
     assert {len(here.rows()) for _ in range(SENDS)} == {2}
     assert here.rows() == {}
+
+
+@pytest.mark.parametrize("damage", [0.0, 1e18])
+def test_what_is_told_is_understood_after_a_year_and_after_a_damaged_message(damage: float) -> None:
+    """A hundredth as weight, and a hundred replicas of 20,000 tokens a second."""
+    here = TenantShares()
+    here.absorb("damaged", {"\0shares": (damage,), "\0tenant:a": (0.0, damage, damage)}, 0.0)
+    for tenant in ("a", "b", "a"):
+        here.serve(tenant, 2e6 * 31e6, 0.01)
+    vector = codec.Vector(1, {**here.rows(), "replica-1": (1.0,) * 7})
+    assert codec.decode_vector(codec.encode_vector(codec.own_head(codec.VECTOR_VERSION, "w"), vector))[1] == vector
+    assert len(vector.rows) == (1 if damage else 4)
 
 
 def test_a_tenant_is_active_for_ten_seconds_and_its_part_is_its_weight():
