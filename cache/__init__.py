@@ -28,7 +28,7 @@ from cache.index.prefix_index import (
     ReplicaStats,
 )
 from cache.replication.apply import Listeners
-from cache.replication.cold_claims import ColdClaims
+from cache.replication.cold_claims import PART_TAKEN, ColdClaims
 from cache.replication.inflight import LoadBroadcast
 from cache.replication.journal import Journal, JournalState
 from cache.replication.owners import ObjectLocations
@@ -45,6 +45,7 @@ DISTRIBUTION = "cairn-proxy"  # `cairn` checks for this: other distributions hav
 
 __all__ = [
     "KEPT_DAYS",
+    "PART_TAKEN",
     "UNLIMITED_TOKENS",
     "BreakerState",
     "CacheError",

@@ -2,7 +2,8 @@
 
 A worker that wants to send a cold turn to a replica asks Redis once. It gets the replica if it is not claimed and no
 other worker has a turn that comes first. A claim is released at the turn's first token, and otherwise expires, or
-ends when its worker is known to be gone. Turns that do not wait do not ask.
+ends when its worker is known to be gone or asks for the same replica again: then it did not learn that it got it,
+because Redis answered too late. Turns that do not wait do not ask.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ HEAD_SECONDS = 2.0
 An entry with a later end is damaged, or was written before Redis's clock was set back.
 """
 
+PART_TAKEN = ""
+"""The answer for a tenant that has as many claims as it may have. Another tenant's turn may get a replica."""
+
 GONE_SECONDS = 1.0
 """Age from which the claim of a worker that is gone ends: a younger one shows that the worker has come back."""
 
@@ -33,28 +37,20 @@ local now = redis.call('TIME')
 now = now[1] * 1000 + math.floor(now[2] / 1000)
 local heads, claims, lasts, writer, order, tenant = KEYS[1], KEYS[2], KEYS[3], ARGV[1], ARGV[2], ARGV[3]
 local head_ms, claim_ms, most, rest_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local gone_ms, gone, first = tonumber(ARGV[8]), {}, 10 + tonumber(ARGV[9])
-for i = 10, first - 1 do gone[ARGV[i]] = true end
+local gone_ms, number, gone, first = tonumber(ARGV[8]), ARGV[9], {}, 11 + tonumber(ARGV[10])
+for i = 11, first - 1 do gone[ARGV[i]] = true end
+local offered = {}
+for i = first, #ARGV, 2 do offered[ARGV[i]] = true end
 local longest_ms = 3600000 -- no claim lasts longer, so a later end is damage
 local ahead_ms = 300000 -- a claim made later, or at an unknown time, is damage or of a clock that was set back
 for _, key in ipairs(KEYS) do drop_unless('hash', key) end
-redis.call('HSET', heads, writer, (now + head_ms) .. '|' .. order)
-redis.call('PEXPIRE', heads, head_ms * 10)
-local all = redis.call('HGETALL', heads)
-for i = 1, #all, 2 do
-  local ends, theirs = string.match(all[i + 1], '^(%d+)|(.*)$')
-  if not ends or tonumber(ends) < now or tonumber(ends) > now + head_ms then
-    redis.call('HDEL', heads, all[i])
-  elseif all[i] ~= writer and theirs < order then
-    return ''
-  end
-end
 local held, own = {}, 0
-all = redis.call('HGETALL', claims)
+local all = redis.call('HGETALL', claims)
 for i = 1, #all, 2 do
-  local ends, holder, whose = string.match(all[i + 1], '^(%d+)|([^|]*)|(.*)$')
+  local ends, holder, whose = string.match(all[i + 1], '^(%d+)|([^|]*)|%d+|(.*)$')
   local taken = holder and tonumber(redis.call('HGET', lasts, all[i]) or '')
   local is_over = not taken or taken > now + ahead_ms or (gone[holder] and now - taken >= gone_ms)
+  is_over = is_over or (holder == writer and offered[all[i]])
   if is_over or tonumber(ends) < now or tonumber(ends) > now + longest_ms then
     redis.call('HDEL', claims, all[i])
   else
@@ -63,19 +59,30 @@ for i = 1, #all, 2 do
   end
 end
 if own >= most then return '' end
+redis.call('HSET', heads, writer, (now + head_ms) .. '|' .. order)
+redis.call('PEXPIRE', heads, head_ms * 10)
+all = redis.call('HGETALL', heads)
+for i = 1, #all, 2 do
+  local ends, theirs = string.match(all[i + 1], '^(%d+)|(.*)$')
+  if not ends or tonumber(ends) < now or tonumber(ends) > now + head_ms then
+    redis.call('HDEL', heads, all[i])
+  elseif all[i] ~= writer and theirs < order then
+    return false
+  end
+end
 for i = first, #ARGV, 2 do
   local last = ARGV[i + 1] == 'busy' and tonumber(redis.call('HGET', lasts, ARGV[i]) or '')
   local must_rest = last and last <= now and now - last < rest_ms
   if not held[ARGV[i]] and not must_rest then
     redis.call('HSET', lasts, ARGV[i], now)
     redis.call('PEXPIRE', lasts, longest_ms)
-    redis.call('HSET', claims, ARGV[i], (now + claim_ms) .. '|' .. writer .. '|' .. tenant)
+    redis.call('HSET', claims, ARGV[i], (now + claim_ms) .. '|' .. writer .. '|' .. number .. '|' .. tenant)
     redis.call('PEXPIRE', claims, longest_ms)
     redis.call('HDEL', heads, writer)
     return ARGV[i]
   end
 end
-return ''
+return false
 """,
 )
 
@@ -83,7 +90,7 @@ RELEASE = Script(
     "cold-release",
     """
 local value = redis.call('HGET', KEYS[1], ARGV[1])
-if value and string.match(value, '^%d+|([^|]*)|') == ARGV[2] then redis.call('HDEL', KEYS[1], ARGV[1]) end
+if value and string.match(value, '^%d+|([^|]*|%d+)|') == ARGV[2] then redis.call('HDEL', KEYS[1], ARGV[1]) end
 return 0
 """,
 )
@@ -99,6 +106,8 @@ class ColdClaims:
         self._writer_id = writer_id
         self._tasks = tasks
         self._gone = gone
+        self._taken = 0
+        self._numbers: dict[tuple[str, str], int] = {}  # of the last claim, by pool and replica
         self.failed = 0
 
     async def take(
@@ -117,7 +126,8 @@ class ColdClaims:
 
         Args:
             pool: the pool's name; turns for different pools do not compete.
-            replicas: names, best first; empty only to name this worker's oldest turn.
+            replicas: names, best first; empty only to name this worker's oldest turn. This worker believes that it
+                holds none of them.
             busy: those of them that are not quiet; these are free only if not claimed for `rest_seconds`.
             rest_seconds: see `busy`.
             order: the place of this worker's oldest turn; lower texts come first.
@@ -126,12 +136,15 @@ class ColdClaims:
             most: the claims that the tenant may have at once.
 
         Returns:
-            None if no replica is free, if another worker's turn comes first, or if the tenant has `most` claims.
+            None if no replica is free, or if another worker's turn comes first; `PART_TAKEN` if the tenant has `most`
+            claims: then the turn does not count as this worker's oldest, and another one may be asked for.
 
         Raises:
             CacheError: Redis did not answer.
         """
         gone = self._gone()
+        self._taken += 1
+        number = self._taken
         got = await self._store.run_script(
             TAKE,
             [keys.cold_heads(pool), keys.cold_claims(pool), keys.cold_last(pool)],
@@ -144,24 +157,33 @@ class ColdClaims:
                 most,
                 round(rest_seconds * 1000),
                 round(GONE_SECONDS * 1000),
+                number,
                 len(gone),
                 *gone,
                 *[part for replica in replicas for part in (replica, "busy" if replica in busy else "quiet")],
             ],
         )
-        return parsed(bytes.decode, got) if got else None
+        if got is None:
+            return None
+        replica: str = parsed(bytes.decode, got)
+        if replica != PART_TAKEN:
+            self._numbers[pool, replica] = number
+        return replica
 
     def release(self, pool: str, replica: str) -> None:
         """Give a claim back, in the background; one that Redis does not receive expires."""
-        self._tasks.start(self._release(pool, replica), "cold claim release")
+        number = self._numbers.pop((pool, replica), None)
+        if number is not None:
+            self._tasks.start(self._release(pool, replica, number), "cold claim release")
 
     def withdraw(self, pool: str) -> None:
         """Withdraw this worker's oldest turn, in the background: no turn waits any more."""
         self._tasks.start(self._withdraw(pool), "cold turn withdrawal")
 
-    async def _release(self, pool: str, replica: str) -> None:
+    async def _release(self, pool: str, replica: str, number: int) -> None:
+        claim = f"{self._writer_id}|{number}"
         try:
-            await self._store.run_script(RELEASE, [keys.cold_claims(pool)], [replica, self._writer_id])
+            await self._store.run_script(RELEASE, [keys.cold_claims(pool)], [replica, claim])
         except CacheError:
             self.failed += 1
 

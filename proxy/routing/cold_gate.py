@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from math import inf
 from typing import Any, Final
 
-from cache import CacheError
+from cache import PART_TAKEN, CacheError
 from proxy.clock import Clock
 from proxy.errors import CairnError, DeadlineUnreachable, TooManySessions, TurnedAway
 from proxy.records import ReplicaView
@@ -415,16 +415,17 @@ class ColdGate:
         if given.is_shared:
             self._claims.release(given.pool, given.replica_name)
 
-    def _look(self, pool: _Pool) -> None:
+    def _look(self, pool: _Pool, skipped: frozenset[str] = frozenset()) -> None:
+        """Let turns go, of no tenant in `skipped`: these have their part of the replicas, as Redis has just said."""
         self._release_done(pool)
         if len(pool.queue) and not self._available(pool):
             for waiter in pool.waiting:
                 _fail(waiter, TurnedAway("No replica is left for which the request could wait."))
             return
-        while (found := self._first_that_may_go(pool)) is not None:
+        while (found := self._first_that_may_go(pool, skipped)) is not None:
             waiting, views = found
             if not self._is_alone():
-                self._ask(pool, waiting, views)
+                self._ask(pool, waiting, views, skipped)
                 break
             if not views:
                 break
@@ -445,9 +446,12 @@ class ColdGate:
         pool.alarm = None
         self._look(pool)
 
-    def _first_that_may_go(self, pool: _Pool) -> tuple[Waiting[_Waiter], list[ReplicaView]] | None:
-        """Return the turn that goes next, of a tenant that lacks its part of the replicas, and the replicas open to
-        it, best first. None if no turn waits, or if all wait for busy replicas that hold them.
+    def _first_that_may_go(
+        self, pool: _Pool, skipped: frozenset[str]
+    ) -> tuple[Waiting[_Waiter], list[ReplicaView]] | None:
+        """Return the turn that goes next, of a tenant that lacks its part of the replicas and is not in `skipped`,
+        and the replicas open to it, best first. None if no turn waits, or if all wait for busy replicas that hold
+        them.
         """
         if not len(pool.queue):
             return None
@@ -457,7 +461,7 @@ class ColdGate:
         found = pool.queue.next_to_go(
             [self._room(pool, view, now) for view in views],
             now,
-            skipped=self._with_their_part(pool, len(views), now),
+            skipped=skipped | self._with_their_part(pool, len(views), now),
             is_pressed=pool.pressure.is_holding,
             quiet_seconds=self.limits.quiet_seconds,
             rest_seconds=self.limits.rest_seconds,
@@ -502,12 +506,14 @@ class ColdGate:
         self.admitted += 1
         future.set_result(given)
 
-    def _ask(self, pool: _Pool, waiting: Waiting[_Waiter], views: list[ReplicaView]) -> None:
+    def _ask(self, pool: _Pool, waiting: Waiting[_Waiter], views: list[ReplicaView], skipped: frozenset[str]) -> None:
         if not pool.asking:
             pool.asking = True
-            self._start(self._claim(pool, waiting, views), "cold turn claim")
+            self._start(self._claim(pool, waiting, views, skipped), "cold turn claim")
 
-    async def _claim(self, pool: _Pool, waiting: Waiting[_Waiter], views: list[ReplicaView]) -> None:
+    async def _claim(
+        self, pool: _Pool, waiting: Waiting[_Waiter], views: list[ReplicaView], skipped: frozenset[str]
+    ) -> None:
         """Claim one of the replicas for the first turn; it goes to the turn that is first once the claim succeeds."""
         turn, now = waiting.item.item.turn, self._clock.monotonic()
         got: str | None = None
@@ -518,22 +524,25 @@ class ColdGate:
                 [view.name for view in views],
                 busy=[view.name for view in views if not is_quiet(_pending_seconds(view), self.limits.quiet_seconds)],
                 rest_seconds=self.limits.rest_seconds,
-                order=self._order(waiting, now),
+                order=self._order(pool, waiting, skipped, now),
                 tenant=turn.tenant,
                 claim_seconds=max(
                     [self._claim_seconds(turn, view) for view in views], default=CLAIM_PATIENCE_SECONDS
                 ),
-                most=self._part(turn.tenant, len(self._fleet.snapshot(pool.name, now)), now),
+                most=self._part(turn.tenant, len(self._available(pool)), now),
             )
         except CacheError:
             shared, got = False, views[0].name if views else None
         finally:
             pool.asking = False
+        if got == PART_TAKEN:
+            self._look(pool, skipped | {turn.tenant})
+            return
         pool.is_named = shared and got is None
         if got is None:
             return
         replica = next(view for view in views if view.name == got)
-        head = pool.queue.head(self._clock.monotonic())
+        head = pool.queue.head(self._clock.monotonic(), skipped)
         if waiting.is_gone and head is not None:
             waiting = head
         if waiting.is_gone:
@@ -547,10 +556,18 @@ class ColdGate:
         prefill = (view.pending_tokens + turn.uncached_tokens) / view.rate_tokens_per_second
         return CLAIM_PATIENCE * prefill + CLAIM_PATIENCE_SECONDS * self.limits.pace
 
-    def _order(self, waiting: Waiting[_Waiter], now: float) -> str:
-        """Return the turn's position among those of all workers as a sortable text: priority, tenant's round, age."""
+    def _order(self, pool: _Pool, waiting: Waiting[_Waiter], skipped: frozenset[str], now: float) -> str:
+        """Return the turn's position among those of all workers as a sortable text: priority, tenant's round, age.
+
+        A turn that goes before a higher priority's by the floor of its own has the place of that priority. Otherwise
+        it would wait for all of that priority in other workers, and those that wait behind it here as well.
+        """
+        skipped |= self._with_their_part(pool, len(self._available(pool)), now)
+        highest = min(
+            [each for each, tenant in pool.queue.waiting() if tenant not in skipped], default=waiting.priority
+        )
         place_unix = self._clock.unix() - (now - waiting.arrived_seconds)
-        return f"{waiting.priority:d}:{self._shares.round_of(waiting.tenant):015d}:{place_unix:017.3f}"
+        return f"{min(highest, waiting.priority):d}:{self._shares.round_of(waiting.tenant):015d}:{place_unix:017.3f}"
 
     def _room(self, pool: _Pool, view: ReplicaView, now: float) -> ReplicaRoom:
         return ReplicaRoom(

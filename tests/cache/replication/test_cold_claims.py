@@ -9,7 +9,7 @@ import pytest
 
 from cache import keys
 from cache.errors import CacheError
-from cache.replication.cold_claims import GONE_SECONDS, ColdClaims
+from cache.replication.cold_claims import GONE_SECONDS, PART_TAKEN, ColdClaims
 from cache.store.store import Store, open_store
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
@@ -48,7 +48,7 @@ async def test_a_replica_is_held_by_one_until_it_is_released(two: Two) -> None:
     """The other gets the next one, then none, then the first."""
     assert await take(two.one, ["r0", "r1"], "1") == "r0"
     assert await take(two.two, ["r0", "r1"], "2") == "r1"
-    assert await take(two.two, ["r0", "r1"], "2") is None
+    assert await take(two.two, ["r0"], "2") is None
     two.two.release("pool", "r0")  # not its own
     two.one.release("pool", "r0")
 
@@ -119,17 +119,41 @@ async def test_a_claim_ends_with_its_worker(two: Two, server: Valkey) -> None:
 async def test_a_tenant_holds_no_more_than_its_part_over_all_workers(two: Two) -> None:
     """Another tenant's turn is not in its way."""
     assert await take(two.one, ["r0", "r1"], "1", most=1) == "r0"
-    assert await take(two.two, ["r0", "r1"], "2", most=1) is None
+    assert await take(two.two, ["r0", "r1"], "2", most=1) == PART_TAKEN
     assert await take(two.two, ["r0", "r1"], "2", tenant="b", most=1) == "r1"
 
 
+async def test_a_turn_of_a_tenant_that_has_its_part_keeps_no_other_turn_waiting(two: Two) -> None:
+    """The replica that is left is for others, though the turn came before theirs."""
+    assert await take(two.one, ["r0", "r1"], "1", most=1) == "r0"
+    assert await take(two.two, ["r1"], "2", most=1) == PART_TAKEN
+    assert await take(two.one, ["r1"], "3", tenant="b", most=1) == "r1"
+
+
+async def test_a_worker_that_does_not_know_of_its_claim_gets_it_again(two: Two) -> None:
+    """The answer was lost. The claim counts neither against it nor against its tenant."""
+    assert await take(two.one, ["r0"], "1") == "r0"
+    assert await take(two.two, ["r0"], "2") is None
+    two.two.withdraw("pool")
+    assert await take(two.one, ["r0"], "1", most=1) == "r0"
+
+
+async def test_a_release_that_comes_late_ends_no_later_claim(two: Two) -> None:
+    """Each claim has a number."""
+    assert await take(two.one, ["r0"], "1") == "r0"
+    late = two.one._release("pool", "r0", 1)  # noqa: SLF001 - a task that has not run yet
+    assert await take(two.one, ["r0"], "1") == "r0"
+    await late
+    assert await take(two.two, ["r0"], "2") is None
+
+
 async def test_without_redis_the_caller_is_told(server: Valkey) -> None:
-    """It goes on alone; a release that fails is counted and nothing else."""
+    """It goes on alone; what cannot be taken back is counted and nothing else."""
     tasks = Tasks()
     claims = ColdClaims(open_store(None, clock=SystemClock(), tasks=tasks), "one", tasks=tasks)
     with pytest.raises(CacheError):
         await take(claims, ["r0"], "1")
-    claims.release("pool", "r0")
+    claims.withdraw("pool")
     await eventually(lambda: claims.failed == 1)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cache import CacheError
+from cache import PART_TAKEN, CacheError
 from proxy.errors import DeadlineUnreachable, RateLimited
 from proxy.records import ReplicaView
 from proxy.routing.cold_admission import REST_SECONDS, SPARING_ROUNDS, TurnKind
@@ -29,10 +29,13 @@ class FakeFleet:
     def __init__(self, replicas: int) -> None:
         self.pending = [0.0] * replicas
         self.running = [0.0] * replicas
+        self.down: set[int] = set()
 
     def snapshot(self, pool: str, now_seconds: float) -> Sequence[ReplicaView]:
         return tuple(
-            ReplicaView(n, f"replica-{n}", True, 10_000.0, pending, 0, None, 0.0, 0.1, running_tokens=running)
+            ReplicaView(
+                n, f"replica-{n}", n not in self.down, 10_000.0, pending, 0, None, 0.0, 0.1, running_tokens=running
+            )
             for n, (pending, running) in enumerate(zip(self.pending, self.running, strict=True))
         )
 
@@ -50,10 +53,13 @@ class FakeClaims:
         self.answer: str | CacheError | None = None
         self.asked: list[dict[str, Any]] = []
         self.released: list[str] = []
+        self.with_their_part: set[str] = set()
         self.withdrawn = 0
 
     async def take(self, pool: str, replicas: Sequence[str], **about: Any) -> str | None:
         self.asked.append({"replicas": list(replicas), **about})
+        if about["tenant"] in self.with_their_part:
+            return PART_TAKEN
         if isinstance(self.answer, CacheError):
             raise self.answer
         return self.answer
@@ -447,6 +453,59 @@ async def test_with_other_workers_one_tenant_of_two_claims_half_of_the_replicas_
         assert (bench.claims.asked[-1]["tenant"], bench.claims.asked[-1]["most"]) == ("alone", most)
         waiting.cancel()
         await settle()
+
+
+async def test_a_tenant_that_has_its_part_in_other_workers_keeps_no_other_waiting():
+    """Redis says that its turn may not go, and the next tenant's is asked for at once. Its own goes in its time."""
+    bench = Bench(2, alone=False)
+    bench.claims.with_their_part.add("a")
+    first, second = bench.begin(tenant="a"), bench.begin(tenant="a")
+    await settle()
+    assert bench.claims.withdrawn == 0
+    bench.claims.answer = "replica-0"
+    other = bench.begin(tenant="b")
+    await settle()
+    assert (first.done(), second.done(), other.done()) == (False, False, True)
+    bench.claims.with_their_part.clear()
+    bench.claims.answer = "replica-1"
+    bench.gate.changed()
+    await settle()
+    assert first.done()
+    bench.claims.answer = None
+    second.cancel()
+
+
+async def test_a_tenant_s_part_is_one_of_the_replicas_that_are_available():
+    """As within a worker: two of four are down, and each of two tenants has one."""
+    bench = Bench(4, alone=False)
+    bench.fleet.down = {2, 3}
+    for seen in ("a", "other"):
+        bench.shares.seen(seen, 1.0, bench.clock.monotonic())
+    waiting = bench.begin()
+    await settle()
+    assert bench.claims.asked[-1]["most"] == 1
+    waiting.cancel()
+
+
+async def test_a_turn_whose_floor_is_due_has_the_place_of_those_that_it_goes_before():
+    """Else these would wait here until no other worker had any of their priority."""
+    bench = Bench(1, alone=False)
+    bench.fleet.pending[0] = 1e6
+    low = bench.begin(priority=Priority.LOW, uncached_tokens=50_000.0)
+    turns = [bench.begin(prompt_end=9 + number) for number in range(20)]
+    await settle()
+    bench.fleet.pending[0] = 0.0
+    bench.claims.answer = "replica-0"
+    while not low.done():
+        bench.gate.changed()
+        await settle()
+        for turn in [low, *turns]:
+            if turn.done():
+                turn.result().release()
+    assert not all(turn.done() for turn in turns)
+    assert {about["order"][0] for about in bench.claims.asked[1:]} == {"1"}  # it was alone at first
+    for turn in turns:
+        turn.cancel()
 
 
 async def test_places_sort_by_priority_and_then_by_age():
