@@ -247,8 +247,10 @@ class Fleet:
 
     def is_used(self, number: int) -> bool:
         """Return whether a replica gets requests as a matter of course: it is not down, full or removed."""
-        replica = self._replicas[number]
-        return replica.breaker.is_closed and not replica.is_draining
+        replica = self._replicas.get(number)
+        if replica is None or replica.is_draining or not replica.breaker.is_closed:
+            return False
+        return replica in self._pools.get(replica.spec.pool, ())
 
     def _with_least_bad(self, views: tuple[ReplicaView, ...]) -> tuple[ReplicaView, ...]:
         tried = [view for view in views if self._replicas[view.id].may_be_tried]

@@ -4,6 +4,7 @@ Under pressure a turn that is warm when it arrives may be evicted while it waits
 Sent at once, it would be computed as a whole, before the cold turns that wait for a quiet replica, and evict others.
 So it waits here, in one queue per replica with the order of `replica_queue`, until its replica has hardly anything
 left to compute. Then it is looked up again: still warm it is sent at once, otherwise it waits as a cold turn.
+If the replica is down or removed, it is looked up again at once.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class SentWork(Protocol):
     """The part of `proxy.fleet.Fleet` that shows whether a replica is busy."""
 
     def sent_seconds(self, number: int, now_seconds: float) -> float: ...
+    def is_used(self, number: int) -> bool: ...
 
 
 class _Line:
@@ -125,7 +127,10 @@ class WarmQueues:
         )
 
     def _has_work(self, replica: int) -> bool:
-        return self._work.sent_seconds(replica, self._clock.monotonic()) > self._limits().quiet_seconds
+        work = self._work
+        return work.is_used(replica) and (
+            work.sent_seconds(replica, self._clock.monotonic()) > self._limits().quiet_seconds
+        )
 
 
 def _unlimited(waiting: int) -> int | None:

@@ -42,6 +42,9 @@ class FakeFleet:
     def sent_seconds(self, number: int, now_seconds: float) -> float:
         return self.pending[number] / 10_000.0
 
+    def is_used(self, number: int) -> bool:
+        return number not in self.down
+
     def measured_rate(self, number: int) -> float:
         return 10_000.0
 

@@ -7,7 +7,9 @@ import asyncio
 import pytest
 
 from proxy.errors import DeadlineUnreachable
-from proxy.routing import warm_wait
+from proxy.fleet import Fleet
+from proxy.fleet.replica import ReplicaSpec
+from proxy.routing import replica_queue, warm_wait
 from proxy.routing.cold_turn import GateLimits
 from proxy.routing.fair_shares import QUANTUM_TOKENS, Share, TenantShares
 from proxy.routing.warm_wait import WarmQueues
@@ -20,10 +22,14 @@ class Work:
 
     def __init__(self) -> None:
         self.seconds = {0: 100.0, 1: 0.0}
+        self.unused: set[int] = set()
 
     def sent_seconds(self, number: int, now_seconds: float) -> float:
         assert now_seconds >= 0.0
         return self.seconds[number]
+
+    def is_used(self, number: int) -> bool:
+        return number not in self.unused
 
 
 class Bench:
@@ -56,6 +62,36 @@ async def test_a_turn_waits_until_its_replica_is_quiet() -> None:
     bench.queues.look()
     await turns()
     assert (bench.queues.waiting(0), turn.done(), bench.queues.is_busy(0)) == (0, True, False)
+
+
+async def test_turns_do_not_wait_for_a_replica_that_is_down() -> None:
+    """It may never do what was sent there: all of them are judged again at once."""
+    bench = Bench()
+    waiting = [await bench.begin() for _ in range(3)]
+    bench.work.unused.add(0)
+    bench.queues.look()
+    for _ in range(3):
+        await turns()
+    assert all(turn.done() for turn in waiting)
+    assert not bench.queues.is_busy(0)
+
+
+async def test_turns_do_not_wait_for_a_replica_that_is_removed_while_another_process_uses_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its work is not known any more."""
+    monkeypatch.setattr(replica_queue, "RECHECK_SECONDS", 0.0)
+    clock, fleet = FakeClock(), Fleet(lambda: 0.5)
+    number = fleet.add(ReplicaSpec("replica-0", "engines"))
+    row = (100_000.0, 1.0, 100_000.0, 0.0, 0.0, 0.0, 0.0, 100_000.0, 100_000.0)
+    fleet.absorb("other", {"replica-0": row}, clock.monotonic())
+    queues = WarmQueues(fleet, TenantShares(), GateLimits, clock)
+    turn = Tasks().start(queues.wait(number, 1.0, Share()), "turn")
+    await turns()
+    assert not turn.done()
+    fleet.remove(number)
+    assert fleet.forget(number)
+    await asyncio.wait_for(turn, 10.0)
 
 
 async def test_the_wait_is_estimated_by_what_was_sent_and_what_waits() -> None:
