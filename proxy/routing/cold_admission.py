@@ -185,8 +185,7 @@ class ColdQueue(Generic[T]):
     def __init__(self, shares: TenantShares | None = None, last_cold_seconds: dict[int, float] | None = None) -> None:
         self._queue: FairQueue[ColdTurn[T]] = FairQueue(shares or TenantShares(), _first_come_first_served)
         self._last_cold_seconds = {} if last_cold_seconds is None else last_cold_seconds
-        self._first: Waiting[T] | None = None  # the turn that looked last for a replica
-        self._first_seconds = 0.0  # when it first did
+        self._first_seconds: dict[Waiting[T], float] = {}  # when a turn was first the first one under pressure
         self._began_seconds = 0.0  # time at which the queue last ceased to be empty
 
     def __len__(self) -> int:
@@ -202,6 +201,7 @@ class ColdQueue(Generic[T]):
     def leave(self, waiting: Waiting[T]) -> None:
         """Remove a turn that was not sent. May be called twice."""
         self._queue.leave(waiting)
+        self._first_seconds.pop(waiting, None)
 
     def head(self, now_seconds: float, skipped: Container[str] = ()) -> Waiting[T] | None:
         """Return the turn that goes next, of no tenant in `skipped`, or None."""
@@ -231,11 +231,9 @@ class ColdQueue(Generic[T]):
         """
         last, began = self._last_cold_seconds, self._began_seconds
         tokens = waiting.item.prompt_tokens
-        if waiting is not self._first:
-            self._first, self._first_seconds = waiting, now_seconds
         spares = (
             is_pressed
-            and now_seconds - self._first_seconds < patience_seconds
+            and now_seconds - self._first_seconds.setdefault(waiting, now_seconds) < patience_seconds
             and now_seconds - waiting.arrived_seconds < SPARING_ROUNDS * round_seconds
         )
         has_room = fits if spares else can_run
@@ -291,6 +289,7 @@ class ColdQueue(Generic[T]):
     def serve(self, waiting: Waiting[T], replica: int, now_seconds: float) -> None:
         """Remove a turn that is sent to `replica`."""
         self._queue.serve(waiting)
+        self._first_seconds.pop(waiting, None)
         self._last_cold_seconds[replica] = now_seconds
 
 

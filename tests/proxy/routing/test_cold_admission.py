@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -106,6 +108,22 @@ def test_under_pressure_a_turn_leaves_resting_sessions_alone_for_a_minute():
     assert queue.open_to(waiting, rooms, 0.0, is_pressed=False) == {0, 1}
     assert queue.open_to(waiting, rooms, PATIENCE_SECONDS - 0.1, is_pressed=True) == {0}
     assert queue.open_to(waiting, rooms, PATIENCE_SECONDS, is_pressed=True) == {0, 1}
+
+
+def test_the_minute_goes_on_while_others_are_the_first_in_between():
+    """A tenant that has its part is passed over, and without pressure all that wait are looked at."""
+    queue: ColdQueue[str] = ColdQueue()
+    first = queue.join(turn(tenant="a"), 0.0)
+    queue.join(turn(tenant="b"), 1.0)
+    rooms = [ReplicaRoom(0, 0.0, 600_000.0, 1e6, resting_tokens=900_000.0)]
+    busy = [dataclasses.replace(rooms[0], pending_seconds=9.0)]
+    for second in range(int(PATIENCE_SECONDS)):
+        assert queue.next_to_go(rooms, float(second), is_pressed=True) == (first, ())
+        queue.next_to_go(rooms, second + 0.3, is_pressed=True, skipped={"a"})
+        queue.next_to_go(busy, second + 0.6)
+    assert queue.next_to_go(rooms, PATIENCE_SECONDS, is_pressed=True) == (first, (0,))
+    queue.serve(first, 0, PATIENCE_SECONDS)
+    queue.leave(first)
 
 
 def test_nobody_is_spared_where_less_than_a_third_of_the_cache_runs():
