@@ -277,13 +277,19 @@ class ColdGate:
 
     def _wait_seconds(self, pool: _Pool, turn: Turn, now: float, rate: float) -> float:
         arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, now)
-        waiting = sum(
-            each.turn.uncached_tokens
-            for each, since in pool.waiting.items()
-            if (each.turn.priority, since) <= (turn.priority, arrived)
-        )
-        ahead = waiting + pool.tickets.tokens_before(arrived, now)
-        return pool.rate.seconds_for(ahead, rate)
+        before = pool.tickets.tokens_before(arrived, now)
+        urgent_tokens = 0.0
+        for waiter, since in pool.waiting.items():
+            each = waiter.turn
+            if each.priority < turn.priority:
+                urgent_tokens += each.uncached_tokens
+            elif each.priority == turn.priority and since <= arrived:
+                before[each.tenant] = before.get(each.tenant, 0.0) + each.uncached_tokens
+        own = before.pop(turn.tenant, 0.0)
+        most_before = self._shares.most_before
+        # another tenant's flood goes before it only as far as its own share lags behind
+        others = sum([min(tokens, most_before(each, turn.tenant, own)) for each, tokens in before.items()])
+        return pool.rate.seconds_for(urgent_tokens + own + others, rate)
 
     # -- waiting
 

@@ -108,13 +108,13 @@ class Tickets:
         ticket = self._tickets.get((tenant, prompt_end))
         return ticket is not None and ticket.due_seconds <= now_seconds <= ticket.ends_seconds
 
-    def tokens_before(self, arrived_seconds: float, now_seconds: float) -> float:
-        """Return the tokens of sessions that were turned away, arrived before and are expected back."""
-        return sum(
-            each.tokens
-            for each in self._tickets.values()
-            if each.arrived_seconds < arrived_seconds and each.ends_seconds >= now_seconds
-        )
+    def tokens_before(self, arrived_seconds: float, now_seconds: float) -> dict[str, float]:
+        """Return the tokens of sessions that were turned away, arrived before and are expected back, by tenant."""
+        tokens: dict[str, float] = {}
+        for (tenant, _), each in self._tickets.items():
+            if each.arrived_seconds < arrived_seconds and each.ends_seconds >= now_seconds:
+                tokens[tenant] = tokens.get(tenant, 0.0) + each.tokens
+        return tokens
 
     def give(
         self,

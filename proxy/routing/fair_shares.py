@@ -158,6 +158,23 @@ class TenantShares:
         counters = self._tenants.get(tenant)
         return int((self._reached if counters is None else counters.total) / QUANTUM_TOKENS)
 
+    def most_before(self, other: str, tenant: str, own_tokens: float) -> float:
+        """Return the most tokens that waiting requests of `other` get before one of `tenant`, which has `own_tokens`
+        of requests before it: until the other one is in a later round.
+        """
+        reached = self._begins_at(tenant) + own_tokens / self._weight(tenant)
+        return max(reached + QUANTUM_TOKENS - self._begins_at(other), 0.0) * self._weight(other)
+
+    def _begins_at(self, tenant: str) -> float:
+        counters = self._tenants.get(tenant)
+        if counters is None:
+            return self._reached
+        return counters.total if tenant in self._waiting else max(counters.total, self._reached)
+
+    def _weight(self, tenant: str) -> float:
+        seen = self._seen.get(tenant)
+        return 1.0 if seen is None else seen[1]
+
     def waits(self, tenant: str, change: int) -> None:
         """Change the number of the tenant's waiting requests by 1 or -1. While any waits, the tenant is active."""
         left = self._waiting.get(tenant, 0) + change

@@ -349,6 +349,32 @@ async def test_a_new_session_beyond_the_longest_wait_is_told_when_to_come_back_a
     assert order.index(later) < order.index(served)  # as old as its first try, which came before
 
 
+async def test_a_flood_of_one_tenant_neither_refuses_nor_lengthens_the_waits_of_another():
+    """Neither what waits nor what was turned away: by its share the other goes next, and then every second time."""
+    bench = Bench(1)
+    bench.fleet.pending[0] = 1e6
+    for tenant in ("flood", "b"):
+        bench.shares.seen(tenant, 1.0, bench.clock.monotonic())
+    flood = []
+    for number in range(100):
+        flood.append(bench.begin(tenant="flood", prompt_end=number, known_tokens=0.0))
+        await settle()
+    assert any(each.done() and isinstance(each.exception(), RateLimited) for each in flood)
+    bench.clock.advance(1.0)
+    first = bench.turn(
+        tenant="b", prompt_end=1_000, known_tokens=0.0, deadline_seconds=bench.clock.monotonic() + 20.0
+    )
+    assert bench.verdict(first).seconds == pytest.approx(QUANTUM_TOKENS / 10_000.0)
+    waiting = bench.tasks.start(bench.gate.wait(first, bench.verdict(first)), "turn")
+    await settle()
+    assert not waiting.done()
+    second = bench.turn(tenant="b", prompt_end=1_001, known_tokens=0.0)
+    assert bench.verdict(second).seconds == pytest.approx((2 * 90_000.0 + QUANTUM_TOKENS) / 10_000.0)
+    urgent = bench.turn(tenant="b", prompt_end=1_002, priority=Priority.HIGH)
+    assert bench.verdict(urgent).seconds < 1.0
+    await bench.tasks.close()
+
+
 async def test_a_session_that_comes_back_when_it_was_told_to_waits_though_the_prediction_has_grown():
     """Before that time it is refused once more."""
     bench = Bench(1)

@@ -37,10 +37,11 @@ def test_those_that_were_sent_away_are_counted_before_later_ones():
     tickets = Tickets()
     tickets.give("a", 1, 50_000.0, 100.0, 30.0, 100.0)
     tickets.give("a", 2, 70_000.0, 101.0, 30.0, 101.0)
-    assert tickets.tokens_before(102.0, 102.0) == 120_000
-    assert tickets.tokens_before(101.0, 102.0) == 50_000
+    tickets.give("b", 1, 5.0, 101.0, 30.0, 101.0)
+    assert tickets.tokens_before(102.0, 102.0) == {"a": 120_000.0, "b": 5.0}
+    assert tickets.tokens_before(101.0, 102.0) == {"a": 50_000.0}
     tickets.take("a", 1)
-    assert tickets.tokens_before(102.0, 102.0) == 70_000
+    assert tickets.tokens_before(102.0, 102.0) == {"a": 70_000.0, "b": 5.0}
 
 
 def test_the_number_of_tickets_is_bounded():
@@ -74,7 +75,7 @@ def test_the_other_workers_know_who_was_sent_away_and_who_came_back():
     assert (there.arrival("a", 2**64 - 1, 5_010.0), len(other)) == (4_990.0, 0)
     assert not there.is_due("a", 2**64 - 1, 5_029.0)
     assert there.is_due("a", 2**64 - 1, 5_030.0)
-    assert there.tokens_before(5_000.0, 5_002.0) == 50_000.0
+    assert there.tokens_before(5_000.0, 5_002.0) == {"a": 50_000.0}
     assert there.rows(5_002.0) == {}  # told by one, not by all in turn
     there.take("a", 2**64 - 1)
     here.absorb(there.rows(5_031.0), 131.0)

@@ -169,6 +169,34 @@ def test_what_other_processes_served_counts_here():
     assert served(waiting, 1)[0].item == "other"
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([500.0, 9_000.0, 90_000.0])), min_size=1, max_size=60),
+    st.dictionaries(st.sampled_from("abc"), st.floats(0.0, 1e6)),
+)
+def test_what_goes_before_a_request_is_known_when_it_comes(requests, done):
+    """If nobody else comes: for each other tenant by no more than a round and a request."""
+    shares = TenantShares()
+    for tenant, tokens in done.items():
+        shares.serve(tenant, tokens, contended=True)
+    waiting = queue(shares)
+    for place, (tenant, tokens) in enumerate(requests):
+        waiting.join(claimant(str(place), tenant, tokens), 0.0, float(place))
+    last = requests[-1][0]
+    own, others = 0.0, dict.fromkeys({tenant for tenant, _ in requests} - {last}, 0.0)
+    for tenant, tokens in requests[:-1]:
+        if tenant == last:
+            own += tokens
+        else:
+            others[tenant] += tokens
+    expected = {each: min(tokens, shares.most_before(each, last, own)) for each, tokens in others.items()}
+    actual = dict.fromkeys(others, 0.0)
+    while (head := served(waiting, 1)[0]).item != str(len(requests) - 1):
+        if head.tenant != last:
+            actual[head.tenant] += head.tokens
+    for tenant, tokens in actual.items():
+        assert abs(tokens - expected[tenant]) <= QUANTUM_TOKENS + 90_000.0
+
+
 def test_rows_may_be_lost_repeated_and_come_again():
     """They are cumulative: the newest alone counts, and a repeated one changes nothing."""
     there, lossy, exact = TenantShares(), TenantShares(), TenantShares()
