@@ -299,10 +299,14 @@ def is_quiet(pending_seconds: float, quiet_seconds: float = QUIET_SECONDS) -> bo
 
 
 def costs_of(turn: ColdTurn[T], busy_seconds: Mapping[int, float]) -> dict[int, float]:
-    """Return what a turn costs at each replica, in seconds, after the work that is to be done before it."""
+    """Return what a turn costs at each replica, in seconds, after the work that is to be done before it.
+
+    A replica that was not there when the turn came holds no more of it than the one that held least.
+    """
+    known = turn.prefill_seconds
+    longest = max(known.values(), default=0.0)
     return {
-        replica: seconds + PREFILL_WEIGHT * turn.prefill_seconds.get(replica, 0.0)
-        for replica, seconds in busy_seconds.items()
+        replica: seconds + PREFILL_WEIGHT * known.get(replica, longest) for replica, seconds in busy_seconds.items()
     }
 
 

@@ -271,6 +271,14 @@ def test_the_work_of_all_turns_that_wait_for_a_replica_counts_for_the_next_one()
     assert queue.next_to_go(rooms, 0.0) == (alike[3], (1,))
 
 
+def test_a_turn_does_not_wait_for_a_busy_replica_that_came_after_it():
+    """Nothing says that it holds any of the prompt, and a quiet one is there."""
+    queue: ColdQueue[str] = ColdQueue()
+    first = queue.join(turn(prefill_seconds={0: 9.0}), 0.0)
+    rooms = [ReplicaRoom(0, 0.0, 0.0, 1e6), ReplicaRoom(1, 5.0, 0.0, 1e6)]
+    assert queue.next_to_go(rooms, 1.0) == (first, (0,))
+
+
 def test_a_turn_does_not_wait_for_ever_for_the_replica_that_holds_it():
     """Its room or its state may keep it from ever becoming open."""
     queue: ColdQueue[str] = ColdQueue()
