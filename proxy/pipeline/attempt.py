@@ -8,16 +8,20 @@ twice and after another one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from math import inf
+from typing import Final, Protocol
 
 from cache import Fingerprint, Placement
 from proxy.clock import Clock
-from proxy.errors import TurnedAway
+from proxy.errors import DeadlineUnreachable, TurnedAway
 from proxy.fleet import Charge, Fleet
 from proxy.records import Candidate, Plan
 from proxy.routing.fair_shares import Share
 from proxy.routing.prefill_gate import Follower, Prefill, PrefillGate
 from proxy.routing.replica_queue import ANYONE, Permit, ReplicaQueue
+
+EARLY_SECONDS: Final = 0.005
+"""A timer may fire so much before its time."""
 
 
 class Placements(Protocol):
@@ -94,11 +98,18 @@ class Attempt:
     async def wait(self, clock: Clock) -> None:
         """Wait for the leader of the same cold prefix, then for a place at the replica.
 
-        Raises Overloaded at the deadline, RateLimited if too many wait, and TurnedAway if the replica goes down.
+        Raises Overloaded at the queue's deadline, DeadlineUnreachable at the request's own, RateLimited if too many
+        wait, and TurnedAway if the replica goes down.
         """
         if self._waits_for is not None:
-            await self._waits_for.wait()
+            until = self.waits_until
+            await self._waits_for.wait(inf if until is None else until - clock.monotonic())
             self._check_replica()
+            if until is not None and clock.monotonic() >= until - EARLY_SECONDS:
+                raise DeadlineUnreachable(
+                    "The deadline passed while the request waited for another that computes the same prompt.",
+                    retry_after_seconds=1.0,
+                )
         candidate = self.candidate
         work_seconds = candidate.uncached_tokens / candidate.replica.rate_tokens_per_second
         self._permit = await self._queue.acquire(work_seconds, self.share, self.waits_until)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Final
 
 from cache import Held
@@ -107,13 +108,16 @@ class Follower:
         """True until it passes or leaves."""
         return self._passage is None
 
-    async def wait(self) -> Passage:
-        """Wait for the leader's first token. A follower whose wait is cancelled leaves and is never promoted."""
+    async def wait(self, most_seconds: float = inf) -> Passage:
+        """Wait for the leader's first token, for at most `most_seconds`.
+
+        A follower whose wait is cancelled leaves and is never promoted.
+        """
         if self._passage is None:
             loop = asyncio.get_running_loop()
             future: asyncio.Future[None] = loop.create_future()
             self.then(lambda: None if future.done() else future.set_result(None))
-            alarm = loop.call_later(self.patience_seconds, self.expire)
+            alarm = loop.call_later(min(self.patience_seconds, most_seconds), self.expire)
             try:
                 await future
             finally:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.index.hashing import cut
-from proxy.errors import TurnedAway
+from proxy.errors import DeadlineUnreachable, TurnedAway
 from proxy.fleet import Failure, Fleet, ReplicaSpec
 from proxy.fleet.fleet import DEFAULT_RATE_TOKENS_PER_SECOND
 from proxy.model import CacheStatus, MissReason, RouteReason
@@ -117,6 +117,23 @@ async def test_it_goes_on_when_the_first_has_its_first_token() -> None:
     for attempt in (first, second):
         attempt.end(bench.clock.monotonic())
     assert (bench.load()[0], bench.queue.running) == (0, 0)
+
+
+async def test_it_waits_for_the_first_no_longer_than_its_own_deadline() -> None:
+    """The request is refused then, and is not sent after it."""
+    bench = Bench()
+    first, second = bench.begin(), bench.begin(matched=True)
+    second.waits_until = bench.clock.monotonic() - 0.01
+    with pytest.raises(DeadlineUnreachable):
+        await asyncio.wait_for(second.wait(bench.clock), 10.0)
+    second.end(bench.clock.monotonic())
+    third = bench.begin(matched=True)
+    third.waits_until = bench.clock.monotonic() + 60.0
+    first.first_token(bench.clock.monotonic())
+    await third.wait(bench.clock)
+    for attempt in (first, third):
+        attempt.end(bench.clock.monotonic())
+    assert bench.load() == (0, 0.0)
 
 
 async def test_it_goes_on_when_the_first_fails() -> None:
