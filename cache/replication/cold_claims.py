@@ -8,7 +8,7 @@ because Redis answered too late. Turns that do not wait do not ask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from cache import keys
 from cache.errors import CacheError
@@ -37,8 +37,9 @@ local now = redis.call('TIME')
 now = now[1] * 1000 + math.floor(now[2] / 1000)
 local heads, claims, lasts, writer, order, tenant = KEYS[1], KEYS[2], KEYS[3], ARGV[1], ARGV[2], ARGV[3]
 local head_ms, claim_ms, most, rest_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local gone_ms, number, gone, first = tonumber(ARGV[8]), ARGV[9], {}, 11 + tonumber(ARGV[10])
-for i = 11, first - 1 do gone[ARGV[i]] = true end
+local gone_ms, number, tokens = tonumber(ARGV[8]), ARGV[9], tonumber(ARGV[10])
+local gone, first = {}, 12 + tonumber(ARGV[11])
+for i = 12, first - 1 do gone[ARGV[i]] = true end
 local offered = {}
 for i = first, #ARGV, 2 do offered[ARGV[i]] = true end
 local longest_ms = 3600000 -- no claim lasts longer, so a later end is damage
@@ -59,15 +60,32 @@ for i = 1, #all, 2 do
   end
 end
 if own >= most then return '' end
-redis.call('HSET', heads, writer, (now + head_ms) .. '|' .. order)
+local most_owed = 262144 -- no turn must save up more
+local function place(text, owed, needed) -- a lower priority that has saved up its floor stands with the highest
+  if owed > 0 and owed >= math.min(needed, most_owed) then return '0' .. string.sub(text, 2) end
+  return text
+end
+local function name(whose, ends, owed, needed, text)
+  redis.call('HSET', heads, whose, string.format('%.0f|%.1f|%.1f|%s', ends, owed, needed, text))
+end
+local form, class, saved = '^(%d+)|([%d.]+)|([%d.]+)|(.*)$', string.sub(order, 1, 1), 0
+local _, was_owed, _, before = string.match(redis.call('HGET', heads, writer) or '', form)
+if before and string.sub(before, 1, 1) == class then saved = tonumber(was_owed) or 0 end
+name(writer, now + head_ms, saved, tokens, order)
 redis.call('PEXPIRE', heads, head_ms * 10)
+local own_place, lower, lower_heads = place(order, saved, tokens), {}, 0
 all = redis.call('HGETALL', heads)
 for i = 1, #all, 2 do
-  local ends, theirs = string.match(all[i + 1], '^(%d+)|(.*)$')
-  if not ends or tonumber(ends) < now or tonumber(ends) > now + head_ms then
+  local ends, owed, needed, theirs = string.match(all[i + 1], form)
+  ends, owed, needed = tonumber(ends or ''), tonumber(owed or ''), tonumber(needed or '')
+  if not (ends and owed and needed) or ends < now or ends > now + head_ms then
     redis.call('HDEL', heads, all[i])
-  elseif all[i] ~= writer and theirs < order then
-    return false
+  elseif all[i] ~= writer then
+    if place(theirs, owed, needed) < own_place then return false end
+    if string.sub(theirs, 1, 1) > class then
+      lower_heads = lower_heads + 1
+      lower[lower_heads] = {all[i], ends, owed, needed, theirs}
+    end
   end
 end
 for i = first, #ARGV, 2 do
@@ -79,6 +97,9 @@ for i = first, #ARGV, 2 do
     redis.call('HSET', claims, ARGV[i], (now + claim_ms) .. '|' .. writer .. '|' .. number .. '|' .. tenant)
     redis.call('PEXPIRE', claims, longest_ms)
     redis.call('HDEL', heads, writer)
+    for _, each in ipairs(lower) do -- a twentieth of the work for all that wait with a lower priority
+      name(each[1], each[2], math.min(each[3] + 0.05 * tokens / lower_heads, most_owed), each[4], each[5])
+    end
     return ARGV[i]
   end
 end
@@ -115,12 +136,12 @@ class ColdClaims:
         pool: str,
         replicas: Sequence[str],
         *,
-        busy: Container[str] = (),
-        rest_seconds: float = 0.0,
+        busy: Mapping[str, float] | None = None,
         order: str,
         tenant: str,
         claim_seconds: float,
         most: int,
+        tokens: float = 0.0,
     ) -> str | None:
         """Claim the first of `replicas` that is free for `claim_seconds`, and return it.
 
@@ -128,12 +149,13 @@ class ColdClaims:
             pool: the pool's name; turns for different pools do not compete.
             replicas: names, best first; empty only to name this worker's oldest turn. This worker believes that it
                 holds none of them.
-            busy: those of them that are not quiet; these are free only if not claimed for `rest_seconds`.
-            rest_seconds: see `busy`.
-            order: the place of this worker's oldest turn; lower texts come first.
+            busy: those of them that are not quiet, with seconds; these are free only if not claimed for so long.
+            order: the place of this worker's oldest turn; lower texts come first. Its first letter is the priority: a
+                lower one gets a twentieth of the work while it waits for higher ones of other workers.
             tenant: the tenant of the turn.
             claim_seconds: the time after which the claim expires.
             most: the claims that the tenant may have at once.
+            tokens: the work of the turn.
 
         Returns:
             None if no replica is free, or if another worker's turn comes first; `PART_TAKEN` if the tenant has `most`
@@ -142,7 +164,7 @@ class ColdClaims:
         Raises:
             CacheError: Redis did not answer.
         """
-        gone = self._gone()
+        gone, rest = self._gone(), busy or {}
         self._taken += 1
         number = self._taken
         got = await self._store.run_script(
@@ -155,12 +177,13 @@ class ColdClaims:
                 round(HEAD_SECONDS * 1000),
                 round(claim_seconds * 1000),
                 most,
-                round(rest_seconds * 1000),
+                round(max(rest.values(), default=0.0) * 1000),
                 round(GONE_SECONDS * 1000),
                 number,
+                tokens,
                 len(gone),
                 *gone,
-                *[part for replica in replicas for part in (replica, "busy" if replica in busy else "quiet")],
+                *[part for replica in replicas for part in (replica, "busy" if replica in rest else "quiet")],
             ],
         )
         if got is None:

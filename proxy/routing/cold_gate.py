@@ -528,14 +528,18 @@ class ColdGate:
             got = await self._claims.take(
                 pool.name,
                 [view.name for view in views],
-                busy=[view.name for view in views if not is_quiet(_pending_seconds(view), self.limits.quiet_seconds)],
-                rest_seconds=self.limits.rest_seconds,
+                busy={
+                    view.name: self.limits.rest_seconds
+                    for view in views
+                    if not is_quiet(_pending_seconds(view), self.limits.quiet_seconds)
+                },
                 order=self._order(pool, waiting, skipped, now),
                 tenant=turn.tenant,
                 claim_seconds=max(
                     [self._claim_seconds(turn, view) for view in views], default=CLAIM_PATIENCE_SECONDS
                 ),
                 most=self._part(turn.tenant, len(self._available(pool)), now),
+                tokens=turn.uncached_tokens,
             )
         except CacheError:
             shared, got = False, views[0].name if views else None

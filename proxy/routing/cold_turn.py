@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,8 +24,8 @@ class Claims(Protocol):
         tenant: str,
         claim_seconds: float,
         most: int,
-        busy: Container[str] = (),
-        rest_seconds: float = 0.0,
+        tokens: float,
+        busy: Mapping[str, float] | None = None,
     ) -> str | None: ...
     def release(self, pool: str, replica: str) -> None: ...
     def withdraw(self, pool: str) -> None: ...

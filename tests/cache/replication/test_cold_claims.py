@@ -79,13 +79,13 @@ async def test_a_busy_replica_rests_between_the_cold_turns_of_all_workers(two: T
     assert await take(two.one, ["r0"], "1") == "r0"
     two.one.release("pool", "r0")
     await eventually(released)
-    assert await take(two.two, ["r0"], "2", busy=["r0"], rest_seconds=60.0) is None
+    assert await take(two.two, ["r0"], "2", busy={"r0": 60.0}) is None
     two.two.withdraw("pool")
-    assert await take(two.one, ["r0", "r1"], "1", busy=["r0", "r1"], rest_seconds=60.0) == "r1"
-    assert await take(two.one, ["r0"], "1", busy=["r0"], rest_seconds=0.0) == "r0"
+    assert await take(two.one, ["r0", "r1"], "1", busy={"r0": 60.0, "r1": 60.0}) == "r1"
+    assert await take(two.one, ["r0"], "1", busy={"r0": 0.0}) == "r0"
     two.one.release("pool", "r0")
     await eventually(released)
-    assert await take(two.one, ["r0"], "1", busy=["r1"], rest_seconds=60.0) == "r0"
+    assert await take(two.one, ["r0"], "1", busy={"r1": 60.0}) == "r0"
 
 
 async def test_a_claim_ends_by_itself(two: Two) -> None:
@@ -128,6 +128,20 @@ async def test_a_turn_of_a_tenant_that_has_its_part_keeps_no_other_turn_waiting(
     assert await take(two.one, ["r0", "r1"], "1", most=1) == "r0"
     assert await take(two.two, ["r1"], "2", most=1) == PART_TAKEN
     assert await take(two.one, ["r1"], "3", tenant="b", most=1) == "r1"
+
+
+async def test_a_lower_priority_gets_its_floor_while_another_worker_s_higher_one_always_waits(two: Two) -> None:
+    """One claim of twenty of the same work; the highest one is not affected."""
+    turns = 0
+    assert await take(two.one, [], "1:0:5", tokens=100.0) is None
+    while await take(two.two, ["r0"], "2:0:0", tokens=100.0) is None:
+        assert await take(two.one, ["r0"], "1:0:5", tokens=100.0) == "r0"
+        assert await take(two.one, [], "1:0:5", tokens=100.0) is None
+        turns += 1
+        await two.store.execute("HDEL", keys.cold_claims("pool"), "r0")
+    assert turns == 20
+    await two.store.execute("HDEL", keys.cold_claims("pool"), "r0")
+    assert await take(two.two, ["r0"], "2:0:0", tokens=100.0) is None, "it has to save up again"
 
 
 async def test_a_worker_that_does_not_know_of_its_claim_gets_it_again(two: Two) -> None:
