@@ -250,7 +250,7 @@ class Fleet:
         replica = self._replicas.get(number)
         if replica is None or replica.is_draining or not replica.breaker.is_closed:
             return False
-        return replica in self._pools.get(replica.spec.pool, ())
+        return number in self._pools.get(replica.spec.pool, {})
 
     def _with_least_bad(self, views: tuple[ReplicaView, ...]) -> tuple[ReplicaView, ...]:
         tried = [view for view in views if self._replicas[view.id].may_be_tried]
