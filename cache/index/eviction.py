@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Mapping
+from math import ceil
 from typing import Final
 
 from cache.index.nodes import NO_PLACEMENT, NOBODY, Node, ReplicaEntries, Residency
@@ -137,14 +138,18 @@ def dropped_tokens(state: ReplicaState, matched_tokens: float, uncached_tokens: 
     return entries.tokens / state.taken_slots if state.taken_slots else 0.0
 
 
-def free_prompts(state: ReplicaState, prompt_tokens: float) -> int:
-    """Return how many prompts of a length fit into free room; if the capacity is unknown, minus the held ones."""
+def free_prompts(state: ReplicaState, prompt_tokens: float) -> int | None:
+    """Return how many prompts of a length fit into free room; None if the capacity is not known."""
     if state.slots is not None:
         return state.slots - state.taken_slots
-    prompt_tokens = max(prompt_tokens, MIN_PROMPT_TOKENS)
     if state.budget_tokens >= UNLIMITED_TOKENS:
-        return -int(state.entries.tokens / prompt_tokens) - 1
-    return int(max(state.budget_tokens - state.entries.stored_tokens, 0) / prompt_tokens)
+        return None
+    return int(max(state.budget_tokens - state.entries.stored_tokens, 0) / max(prompt_tokens, MIN_PROMPT_TOKENS))
+
+
+def held_prompts(state: ReplicaState, prompt_tokens: float) -> int:
+    """Return how many prompts of a length have as many tokens as the replica holds, rounded up."""
+    return ceil(state.entries.tokens / max(prompt_tokens, MIN_PROMPT_TOKENS))
 
 
 def _fit_slots(tree: Tree, state: ReplicaState, slots: int, steps: int) -> int:

@@ -11,7 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from cache.index.eviction import MAX_BLOCKS, MAX_BYTES, UPKEEP_STEPS, Eviction, dropped_tokens, free_prompts
+from cache.index.eviction import (
+    MAX_BLOCKS,
+    MAX_BYTES,
+    UPKEEP_STEPS,
+    Eviction,
+    dropped_tokens,
+    free_prompts,
+    held_prompts,
+)
 from cache.index.feedback import confirm, judge, new_budget
 from cache.index.fingerprint import Fingerprint
 from cache.index.matching import add_fork, reused_tokens, round_to_blocks
@@ -130,13 +138,15 @@ class PrefixIndex:
         state = self._replicas.get(replica)
         return 0.0 if state is None else dropped_tokens(state, matched_tokens, uncached_tokens)
 
-    def free_prompts(self, replica: int, prompt_tokens: float) -> int:
-        """Count the prompts of this length that fit into the replica's free room.
-
-        If its capacity is not known, this is minus the number of such prompts that it holds.
-        """
+    def free_prompts(self, replica: int, prompt_tokens: float) -> int | None:
+        """Count the prompts of this length that fit into the replica's free room; None if its capacity is unknown."""
         state = self._replicas.get(replica)
-        return 0 if state is None else free_prompts(state, prompt_tokens)
+        return None if state is None else free_prompts(state, prompt_tokens)
+
+    def held_prompts(self, replica: int, prompt_tokens: float) -> int:
+        """Count the prompts of this length that have as many tokens as the replica holds, rounded up."""
+        state = self._replicas.get(replica)
+        return 0 if state is None else held_prompts(state, prompt_tokens)
 
     # -- routing
 

@@ -91,8 +91,12 @@ class Room(Protocol):
         """Predict the tokens that the replica must evict for a prompt of which it holds `matched_tokens`."""
         ...
 
-    def free_prompts(self, replica: int, prompt_tokens: float) -> int:
-        """Count the prompts of this length that fit into the replica's free room."""
+    def free_prompts(self, replica: int, prompt_tokens: float) -> int | None:
+        """Count the prompts of this length that fit into the replica's free room; None if its capacity is unknown."""
+        ...
+
+    def held_prompts(self, replica: int, prompt_tokens: float) -> int:
+        """Count the prompts of this length that have as many tokens as the replica holds, rounded up."""
         ...
 
 
@@ -227,7 +231,7 @@ def _eased_for_copies(
         _costing(each, (each.matched_tokens - most) * seconds_per_token)
         if each.matched_tokens < most
         and each.replica.pending_tokens < IDLE_TOKENS
-        and room.free_prompts(each.replica.id, prompt_tokens) >= COPY_ROOM_PROMPTS
+        and (room.free_prompts(each.replica.id, prompt_tokens) or 0) >= COPY_ROOM_PROMPTS
         else each
         for each in candidates
     ]
@@ -254,33 +258,50 @@ def _settle_ties(candidates: list[Candidate], demand: Demand, evicted_from: int,
     """Order the candidates whose cost equals the lowest.
 
     The first is the one with the fewest requests in flight; then the one that holds most, if none reuses more of the
-    prompt; then the one with the most free room; then the one that evicted the prompt, since it may still have it;
-    then one in this zone; then the one that rendezvous hashing chooses. Only replicas that reuse equally much tie: if
-    one reuses more, a small difference is not noise.
+    prompt; then the one with the most room; then the one that evicted the prompt, since it may still have it; then
+    one in this zone; then the one that rendezvous hashing chooses. Only replicas that reuse equally much tie: if one
+    reuses more, a small difference is not noise.
     """
     first = candidates[0]
     bound = first.cost_seconds * (1.0 + TIE_SHARE) + TIE_SECONDS
     if candidates[1].cost_seconds > bound:
         return
-    best, best_key = 0, (0, 0, 0, False, False, 0)
-    for place, candidate in enumerate(candidates):
-        if candidate.cost_seconds > bound:
-            break
-        if abs(candidate.matched_tokens - first.matched_tokens) > TIE_TOKENS:
-            continue
+    tied = [
+        each
+        for each in candidates
+        if each.cost_seconds <= bound and abs(each.matched_tokens - first.matched_tokens) <= TIE_TOKENS
+    ]
+    if len(tied) == 1:
+        return
+    spaces = None if room is None else _spaces(tied, room)
+    best, best_key = first, (0, 0, 0, False, False, 0)
+    for place, candidate in enumerate(tied):
         replica = candidate.replica
         key = (
             -replica.in_flight,
             candidate.matched_bytes,
-            0 if room is None else room.free_prompts(replica.id, candidate.uncached_tokens),
+            0 if spaces is None else spaces[place],
             replica.id == evicted_from,
             not replica.is_far,
             _rendezvous(demand.tie_hash, replica.name),
         )
         if not place or key > best_key:
-            best, best_key = place, key
-    if best:
-        candidates.insert(0, candidates.pop(best))
+            best, best_key = candidate, key
+    if best is not first:
+        candidates.remove(best)
+        candidates.insert(0, best)
+
+
+def _spaces(candidates: list[Candidate], room: Room) -> list[int]:
+    """Return a number for each candidate that is higher where more prompts have room.
+
+    If a capacity is not known, what is held is compared instead, at all of them: a known room would always win.
+    """
+    free = [room.free_prompts(each.replica.id, each.uncached_tokens) for each in candidates]
+    known = [prompts for prompts in free if prompts is not None]
+    if len(known) == len(candidates):
+        return known
+    return [-room.held_prompts(each.replica.id, each.uncached_tokens) for each in candidates]
 
 
 def _not_waiting(

@@ -142,17 +142,20 @@ def test_free_room_is_counted_in_prompts_of_at_least_a_thousand_tokens():
     assert bench.index.free_prompts(0, 1.0) == 0
 
 
-def test_of_replicas_of_unknown_room_the_emptier_one_has_more():
+def test_of_replicas_of_unknown_room_what_they_hold_is_counted():
+    """In prompts that have begun, so that one which holds little differs from one that holds nothing."""
     bench = Bench()
     bench.ask(talk("a", 8), replica=0)
     bench.ask(talk("b", 4), replica=1)
     bench.index.set_ttl(2, None)
-    assert [bench.index.free_prompts(replica, 2_000.0) for replica in (0, 1, 2)] == [-3, -2, -1]
+    assert [bench.index.held_prompts(replica, 1_900.0) for replica in (0, 1, 2)] == [3, 2, 0]
+    assert [bench.index.free_prompts(replica, 1_900.0) for replica in (0, 1, 2)] == [None] * 3
 
 
 def test_nothing_is_known_of_the_room_of_an_unknown_replica():
     index = PrefixIndex()
-    assert (index.dropped_tokens(5, 0.0, TOKENS), index.free_prompts(5, TOKENS)) == (0.0, 0)
+    assert (index.dropped_tokens(5, 0.0, TOKENS), index.free_prompts(5, TOKENS)) == (0.0, None)
+    assert index.held_prompts(5, TOKENS) == 0
 
 
 # -- the process

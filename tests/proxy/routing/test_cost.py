@@ -279,22 +279,35 @@ def test_the_replica_of_the_session_is_taken_if_it_costs_little_more_and_holds_a
 
 
 class FakeRoom:
-    """Replicas with free room for this many prompts; those without must evict for every prompt."""
+    """Replicas with free room for this many prompts (None: not known); those without must evict for every prompt."""
 
-    def __init__(self, *free: int) -> None:
+    def __init__(self, *free: int | None, held: tuple[int, ...] = ()) -> None:
         self.free = free
+        self.held = held
 
     def dropped_tokens(self, replica: int, matched_tokens: float, uncached_tokens: float) -> float:
-        return 0.0 if self.free[replica] else uncached_tokens
+        return uncached_tokens if self.free[replica] == 0 else 0.0
 
-    def free_prompts(self, replica: int, prompt_tokens: float) -> int:
+    def free_prompts(self, replica: int, prompt_tokens: float) -> int | None:
         return self.free[replica]
+
+    def held_prompts(self, replica: int, prompt_tokens: float) -> int:
+        return self.held[replica]
 
 
 @pytest.mark.parametrize("tie", range(8))
 def test_a_cold_prompt_goes_where_there_is_most_room_whatever_its_hash(tie):
     demand = dataclasses.replace(LONG, tie_hash=tie)
     assert chosen(demand, NOTHING, [view(0), view(1), view(2)], room=FakeRoom(1, 3, 2)) == 1
+
+
+@pytest.mark.parametrize("tie", range(4))
+def test_where_a_room_is_not_known_a_cold_prompt_goes_where_least_is_held(tie):
+    """A known room would always be larger than an unknown one, and idle replicas would stay empty."""
+    demand = dataclasses.replace(LONG, tie_hash=tie)
+    room = FakeRoom(400, None, None, held=(3, 2, 1))
+    assert chosen(demand, NOTHING, [view(0), view(1), view(2)], room=room) == 2
+    assert chosen(demand, NOTHING, [view(0), view(1)], room=FakeRoom(400, None, held=(1, 2))) == 0
 
 
 def test_what_must_be_evicted_costs_as_much_as_computing_it_three_times():
