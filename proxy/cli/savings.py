@@ -86,7 +86,8 @@ async def _from_redis(url: str, since: str, by: By) -> SavingsReport:
     try:
         return await reader.read(since, by)
     except (Unreadable, CacheError) as error:
-        exits.fail(f"{error}; check --redis or redis.url, its password and the network", code=exits.FAILED)
+        trouble = f"redis does not answer: {error}" if isinstance(error, CacheError) else str(error)
+        exits.fail(f"{trouble}; check --redis or redis.url, its password and the network", code=exits.FAILED)
     finally:
         await reader.close()
         await tasks.close()

@@ -231,7 +231,8 @@ class Supervisor:
             log.info("draining: still accepting for %.1f s", server.drain_accept_seconds)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stop_now.wait(), server.drain_accept_seconds)
-        log.info("draining: requests may finish within %.0f s", server.drain_seconds)
+        if not self._stop_now.is_set():
+            log.info("draining: requests may finish within %.0f s", server.drain_seconds)
         for worker in self._workers:
             worker.drain(server.drain_seconds)
         # closes only this process's copies: the workers accept queued connections until they close theirs
@@ -240,6 +241,7 @@ class Supervisor:
         at_once = self._tasks.start(self._stop_now.wait(), "second-signal")
         await asyncio.wait({ended, at_once}, return_when=asyncio.FIRST_COMPLETED)
         if not ended.done():
+            log.info("ending at once: a second signal came")
             for worker in self._workers:
                 worker.kill()
             await ended

@@ -192,9 +192,25 @@ def test_a_second_signal_ends_now(file: Path) -> None:
         cairn.signal(signal.SIGTERM)
         cairn.line("requests may finish")
         cairn.signal(signal.SIGTERM)
+        cairn.line("ending at once: a second signal came")
         assert cairn.code() == 1
         with pytest.raises((http.client.HTTPException, OSError)):
             held.getresponse()
+        held.close()
+
+
+def test_a_second_signal_while_load_balancers_are_waited_for_promises_no_time_to_finish(file: Path) -> None:
+    """It ends the wait, and requests are cut off."""
+    write(file, drain_accept_seconds=100)
+    with start(file) as cairn:
+        cairn.started()
+        held = cairn.hold()
+        cairn.signal(signal.SIGTERM)
+        cairn.line("still accepting")
+        cairn.signal(signal.SIGTERM)
+        cairn.line("ending at once: a second signal came")
+        assert cairn.code() == 1
+        assert not any("requests may finish" in line for line in cairn.seen)
         held.close()
 
 
