@@ -15,7 +15,7 @@ import enum
 import msgspec
 
 PREFIX = "cairn_"
-GONE = "gone"  # value of the label `upstream` for counts of replicas that are gone
+GONE = "(gone)"  # in place of the names of replicas that are gone for good; not shown
 OTHER = "other"  # label of a model that is neither configured nor listed by an upstream
 MODEL_NAMES_AT_MOST = 64
 
@@ -67,6 +67,8 @@ class Kind(enum.Enum):
 
 Labels = tuple[str, ...]
 
+_REPLICA_LABELS = ("upstream", "server_address")  # the second is OpenTelemetry's name
+
 
 class Spec(msgspec.Struct, frozen=True):
     """One metric. `name` is complete except for a counter's `_total`; `number` is the index into SPECS."""
@@ -77,6 +79,11 @@ class Spec(msgspec.Struct, frozen=True):
     help: str
     labels: Labels = ()
     buckets: tuple[float, ...] = ()
+
+    @property
+    def replica_at(self) -> int | None:
+        """The position of the label that names a replica, None without one."""
+        return next((at for at, label in enumerate(self.labels) if label in _REPLICA_LABELS), None)
 
 
 SPECS: list[Spec] = []
@@ -98,7 +105,7 @@ class MetricsDelta(msgspec.Struct, gc=False):
     counters: list[tuple[int, Labels, float]] = []
     histograms: list[tuple[int, Labels, list[int], float]] = []
     gauges: list[tuple[int, Labels, float]] = []
-    forgotten: list[str] = []  # replicas that are gone for good: their counts continue under GONE
+    forgotten: list[str] = []  # replicas that are gone for good
 
 
 def _define(name: str, kind: Kind, text: str, labels: Labels, buckets: tuple[float, ...] = ()) -> Spec:

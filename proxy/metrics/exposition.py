@@ -8,55 +8,82 @@ because its memory-mapped files cost 0.8 to 1.8 us an update and allow no live g
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from prometheus_client.exposition import choose_encoder
 
 from proxy.metrics.definitions import GONE, SPECS, Kind, Labels, MetricsDelta, Observed, Spec
 from proxy.metrics.text_format import END, Family
 
+SHOWN_SECONDS = 300.0
+"""For how long the series of a replica that is gone stay on the page: every scraper must get their last values."""
+
+_Value = TypeVar("_Value")
 _ZERO: Mapping[Labels, float] = {(): 0.0}
 _TYPES = {Kind.COUNTER: "counter", Kind.GAUGE_SUM: "gauge", Kind.GAUGE_MAX: "gauge", Kind.HISTOGRAM: "histogram"}
 
 
 class Exposition:
-    """The figures of all workers, added up."""
+    """The figures of all workers, added up.
+
+    Counts of replicas that are gone for good stay part of all sums, but the page does not show them: added to another
+    series, Prometheus would take what was counted long ago for counted now.
+    """
 
     def __init__(self) -> None:
         self._counters: list[dict[Labels, float]] = [{} for _ in SPECS]
         self._histograms: list[dict[Labels, Observed]] = [{} for _ in SPECS]
         self._gauges: dict[int, list[tuple[int, Labels, float]]] = {}
+        self._leaving: dict[str, float | None] = {}  # replicas that are gone, and since when the page shows them yet
         self._families = [
             Family(spec.name, _TYPES[spec.kind], spec.help, spec.labels, spec.buckets) for spec in SPECS
         ]
 
     def apply(self, worker: int, delta: MetricsDelta) -> None:
         """Add the counts of `worker`, and replace its gauges."""
+        leaving = self._leaving
         for number, labels, value in delta.counters:
             series = self._counters[number]
             series[labels] = series.get(labels, 0) + value
+            if leaving:
+                self._stay(number, labels)
         for number, labels, counts, total in delta.histograms:
             observed = self._histograms[number].setdefault(labels, Observed([0] * len(counts)))
             observed.counts = [old + new for old, new in zip(observed.counts, counts, strict=True)]
             observed.total += total
+            if leaving:
+                self._stay(number, labels)
         self._gauges[worker] = delta.gauges
-        for upstream in delta.forgotten:
-            self._fold(upstream)
+        leaving.update(dict.fromkeys(delta.forgotten))
+
+    def pass_time(self, now_seconds: float) -> None:
+        """Show replicas no more that have been gone for SHOWN_SECONDS; call it from time to time."""
+        for name, since_seconds in list(self._leaving.items()):
+            if since_seconds is None:
+                self._leaving[name] = now_seconds
+            elif now_seconds - since_seconds >= SHOWN_SECONDS:
+                del self._leaving[name]
+                self._fold(name)
+
+    def _stay(self, number: int, labels: Labels) -> None:
+        """Note that a replica counts again: it is back, or another worker still uses it."""
+        at = SPECS[number].replica_at
+        if at is not None:
+            self._leaving.pop(labels[at], None)
 
     def _fold(self, upstream: str) -> None:
         """Add the counts of a replica that is gone to those of `GONE`, so that sums stay the same."""
         for spec in SPECS:
-            if "upstream" not in spec.labels:
+            at = spec.replica_at
+            if at is None:
                 continue
-            place = spec.labels.index("upstream")
             counters, histograms = self._counters[spec.number], self._histograms[spec.number]
-            for labels in [labels for labels in counters if labels[place] == upstream]:
-                folded = (*labels[:place], GONE, *labels[place + 1 :])
+            for labels in [labels for labels in counters if labels[at] == upstream]:
+                folded = _renamed(labels, at)
                 counters[folded] = counters.get(folded, 0) + counters.pop(labels)
-            for labels in [labels for labels in histograms if labels[place] == upstream]:
+            for labels in [labels for labels in histograms if labels[at] == upstream]:
                 gone = histograms.pop(labels)
-                observed = histograms.setdefault(
-                    (*labels[:place], GONE, *labels[place + 1 :]), Observed([0] * len(gone.counts))
-                )
+                observed = histograms.setdefault(_renamed(labels, at), Observed([0] * len(gone.counts)))
                 observed.counts = [old + new for old, new in zip(observed.counts, gone.counts, strict=True)]
                 observed.total += gone.total
 
@@ -106,11 +133,12 @@ class Exposition:
         for spec, family in zip(SPECS, self._families, strict=True):
             yield family.describe(openmetrics=openmetrics)
             if spec.kind is Kind.HISTOGRAM:
-                for labels, observed in self._histograms[spec.number].items():
+                histograms = _shown(spec, self._histograms[spec.number])
+                for labels, observed in histograms.items():
                     yield from family.histogram(labels, observed.counts, observed.total)
-                family.keep_only(self._histograms[spec.number])
+                family.keep_only(histograms)
             elif spec.kind is Kind.COUNTER:
-                series = self._counters[spec.number]
+                series = _shown(spec, self._counters[spec.number])
                 # a counter without labels is shown from the start, so that a rate includes its first increase
                 shown = series if series or spec.labels else _ZERO
                 yield from family.values(shown)
@@ -126,6 +154,18 @@ class Exposition:
         for number, labels, value in _rows(self._gauges.values()):
             _join(SPECS[number], joined[number], labels, value)
         return joined
+
+
+def _renamed(labels: Labels, at: int) -> Labels:
+    return (*labels[:at], GONE, *labels[at + 1 :])
+
+
+def _shown(spec: Spec, series: Mapping[Labels, _Value]) -> Mapping[Labels, _Value]:
+    """Return the series without those of replicas that are gone."""
+    at = spec.replica_at
+    if at is None:
+        return series
+    return {labels: value for labels, value in series.items() if labels[at] != GONE}
 
 
 def _content_type(accept: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
-from proxy.metrics.definitions import GONE, SPECS, Labels, MetricsDelta, Spec
+from proxy.metrics.definitions import SPECS, Labels, MetricsDelta, Spec
 
 
 class Counter:
@@ -58,7 +58,7 @@ class Recorder:
         self._counters: list[dict[Labels, Counter]] = [{} for _ in SPECS]
         self._histograms: list[dict[Labels, Histogram]] = [{} for _ in SPECS]
         self._gauges: list[dict[Labels, float]] = [{} for _ in SPECS]
-        self._forgotten: list[str] = []
+        self._last = MetricsDelta()  # the last counts of replicas that are gone, and their names
 
     def counter(self, spec: Spec, labels: Labels = ()) -> Counter:
         """Return a counter's series. It is not shown until something is added to it."""
@@ -99,8 +99,8 @@ class Recorder:
         gauges = [
             (number, labels, value) for number, series in enumerate(self._gauges) for labels, value in series.items()
         ]
-        delta = MetricsDelta(gauges=gauges, forgotten=self._forgotten)
-        self._forgotten = []
+        delta, self._last = self._last, MetricsDelta()
+        delta.gauges = gauges
         for number, series in enumerate(self._counters):
             for labels, counter in series.items():
                 if counter.value or counter.seen:
@@ -113,28 +113,41 @@ class Recorder:
         return delta
 
     def forget(self, upstream: str) -> None:
-        """Drop all series of a replica that is gone for good; their counts continue under `GONE`.
+        """Drop all series of a replica that is gone for good, after the next `take`.
 
         Series that were returned for it must not be used any more.
         """
         for spec in SPECS:
-            if "upstream" not in spec.labels:
+            at = spec.replica_at
+            if at is None:
                 continue
-            place = spec.labels.index("upstream")
-            for labels in [labels for labels in self._counters[spec.number] if labels[place] == upstream]:
-                counter = self._counters[spec.number].pop(labels)
-                if counter.value:
-                    self.inc(spec, (*labels[:place], GONE, *labels[place + 1 :]), counter.value)
-            for labels in [labels for labels in self._histograms[spec.number] if labels[place] == upstream]:
-                taken = self._histograms[spec.number].pop(labels).take()
-                if taken is not None:
-                    self.histogram(spec, (*labels[:place], GONE, *labels[place + 1 :])).add_counts(*taken)
-        self._forgotten.append(upstream)
+            counters, histograms = self._counters[spec.number], self._histograms[spec.number]
+            for labels in [labels for labels in counters if labels[at] == upstream]:
+                counter = counters.pop(labels)
+                if counter.value or counter.seen:
+                    self._last.counters.append((spec.number, labels, counter.value))
+            for labels in [labels for labels in histograms if labels[at] == upstream]:
+                if (taken := histograms.pop(labels).take()) is not None:
+                    self._last.histograms.append((spec.number, labels, *taken))
+        self._last.forgotten.append(upstream)
 
     def put_back(self, delta: MetricsDelta) -> None:
         """Count again a delta that could not be sent."""
-        self._forgotten += delta.forgotten
-        for number, labels, value in delta.counters:
-            self.inc(SPECS[number], labels, value)
-        for number, labels, counts, total in delta.histograms:
-            self.histogram(SPECS[number], labels).add_counts(counts, total)
+        gone = frozenset(delta.forgotten)
+        self._last.forgotten += delta.forgotten
+        for counted in delta.counters:
+            number, labels, value = counted
+            if _is_of(SPECS[number], labels, gone):  # a series would stay for good
+                self._last.counters.append(counted)
+            else:
+                self.inc(SPECS[number], labels, value)
+        for observed in delta.histograms:
+            number, labels, counts, total = observed
+            if _is_of(SPECS[number], labels, gone):
+                self._last.histograms.append(observed)
+            else:
+                self.histogram(SPECS[number], labels).add_counts(counts, total)
+
+
+def _is_of(spec: Spec, labels: Labels, replicas: frozenset[str]) -> bool:
+    return bool(replicas) and spec.replica_at is not None and labels[spec.replica_at] in replicas

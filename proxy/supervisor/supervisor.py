@@ -325,6 +325,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self._update_own_gauges()
+            self._exposition.pass_time(self._parts.clock.monotonic())
             self.board.take_sample()
 
     async def _read_totals(self) -> None:

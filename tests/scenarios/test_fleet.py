@@ -12,6 +12,7 @@ from aiohttp import web
 
 from proxy.config.schema import Config, Pool, Queueing, Replica
 from proxy.metrics import definitions as metrics
+from proxy.metrics.exposition import SHOWN_SECONDS
 from proxy.worker.lifecycle import Worker
 from tests.scenarios.test_conversations import words
 from tests.support.cairn import Cairn, config_for, running
@@ -115,8 +116,11 @@ async def test_replicas_that_came_and_went_behind_a_name_leave_nothing_behind(
             worker.replicas.discovery.forget()
             assert (await ask(http, cairn, words("last", 600)))[0] == 200
             assert cairn.count(metrics.REQUESTS) == 201
+            for now_seconds in (0.0, SHOWN_SECONDS):
+                cairn.heard.exposition.pass_time(now_seconds)
+            assert cairn.count(metrics.REQUESTS) == 201
             assert {labels[2] for labels in cairn.heard.exposition.labels(metrics.REQUESTS)} == {
-                "gone",
+                metrics.GONE,
                 f"127.0.2.99:{port}",
             }
             assert len(worker.replicas.pools.backends) == 1

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from proxy.metrics import definitions as metrics
 from proxy.metrics.definitions import SPECS, Kind, MetricsDelta
-from proxy.metrics.exposition import Exposition
+from proxy.metrics.exposition import SHOWN_SECONDS, Exposition
 from proxy.metrics.recorder import Recorder
 
 LABELS = ("m", "u", "hit")
@@ -159,12 +159,15 @@ def test_replicas_that_come_and_go_for_ever_take_no_memory() -> None:
     def visit(name: str) -> None:
         recorder.replace_gauges(metrics.UPSTREAM_UP, {(name,): 1.0})
         for spec in SPECS:
-            if spec.kind is Kind.HISTOGRAM and "upstream" in spec.labels:
-                recorder.observe(spec, tuple([name if label == "upstream" else "x" for label in spec.labels]), 0.1)
+            if spec.kind is Kind.HISTOGRAM:
+                names = {"upstream": name, "server_address": name}
+                recorder.observe(spec, tuple([names.get(label, "x") for label in spec.labels]), 0.1)
         exposition.apply(0, recorder.take())
         exposition.render("")
         recorder.forget(name)
         exposition.apply(0, recorder.take())
+        exposition.pass_time(0.0)
+        exposition.pass_time(SHOWN_SECONDS)
 
     for number in range(20):
         visit(f"warm-up-{number}")
@@ -175,3 +178,88 @@ def test_replicas_that_come_and_go_for_ever_take_no_memory() -> None:
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert grown < 50 * 1_000
+
+
+class Scraper:
+    """What Prometheus computes of the page: each series' increase, where a smaller value is a restart from zero."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, ...], float] | None = None
+        self.increase = 0.0
+
+    def scrape(self, exposition: Exposition, name: str) -> None:
+        """Add the increase of all series of the metric `name`; the first page counts in full."""
+        page = {
+            tuple(found.labels.values()): found.value
+            for family in parse_text(page_of(exposition))
+            for found in family.samples
+            if found.name == name
+        }
+        last = self._last or {}
+        self.increase += sum(
+            value - last.get(labels, 0.0) if value >= last.get(labels, 0.0) else value
+            for labels, value in page.items()
+        )
+        self._last = {**last, **page}
+
+
+@pytest.mark.parametrize("name", ["cairn_savings_usd_total", "gen_ai_client_token_usage_sum"])
+def test_the_counts_of_a_replica_that_is_gone_are_not_counted_a_second_time(name: str) -> None:
+    """Two workers forget it, one a little later; what each counted last is on the page, and once only."""
+    exposition, scraper = Exposition(), Scraper()
+    workers = [Recorder(), Recorder()]
+
+    def count(worker: int, replica: str) -> None:
+        workers[worker].inc(metrics.SAVINGS, ("m", replica), 10.0)
+        workers[worker].observe(metrics.GEN_AI_USAGE, ("chat", "m", replica, "input"), 10.0)
+
+    def report(now_seconds: float) -> None:
+        for number, recorder in enumerate(workers):
+            exposition.apply(number, recorder.take())
+        exposition.pass_time(now_seconds)
+        scraper.scrape(exposition, name)
+
+    for worker, replica in ((0, "a"), (1, "a"), (1, "b")):
+        count(worker, replica)
+    report(0.0)
+    count(0, "a")
+    workers[0].forget("a")
+    report(60.0)
+    count(1, "a")
+    workers[1].forget("a")
+    report(120.0)
+    assert scraper.increase == 50.0
+    for now_seconds in (300.0, 400.0, 500.0):
+        report(now_seconds)
+    assert scraper.increase == 50.0
+    assert '"a"' not in page_of(exposition), "its series are gone as well"
+    assert exposition.value(metrics.SAVINGS) == 50.0, "the status page shows all that was ever saved"
+
+
+def test_a_replica_that_is_back_keeps_its_series() -> None:
+    """The same name may be used again within minutes; its counters go on."""
+    recorder, exposition = Recorder(), Exposition()
+    recorder.inc(metrics.SAVINGS, ("m", "a"), 1.0)
+    recorder.forget("a")
+    exposition.apply(0, recorder.take())
+    exposition.pass_time(0.0)
+    recorder.inc(metrics.SAVINGS, ("m", "a"), 2.0)
+    exposition.apply(0, recorder.take())
+    exposition.pass_time(SHOWN_SECONDS)
+    assert sample(page_of(exposition), "cairn_savings_usd_total", upstream="a") == 3.0
+
+
+def test_the_last_counts_of_a_replica_survive_a_report_that_was_not_sent() -> None:
+    """They are reported with its name, and leave nothing behind in the worker."""
+    recorder, exposition = Recorder(), Exposition()
+    recorder.inc(metrics.SAVINGS, ("m", "a"), 1.0)
+    recorder.observe(metrics.TTFT, ("m", "a", "hit"), 0.1)
+    recorder.forget("a")
+    for _ in range(2):
+        recorder.put_back(recorder.take())
+    exposition.apply(0, recorder.take())
+    assert exposition.value(metrics.SAVINGS) == 1.0
+    exposition.pass_time(0.0)
+    exposition.pass_time(SHOWN_SECONDS)
+    assert '"a"' not in page_of(exposition)
+    assert recorder.take() == MetricsDelta()
