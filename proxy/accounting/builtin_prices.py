@@ -6,6 +6,7 @@ in a thread before it serves.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from decimal import Decimal, DecimalException
 from importlib.metadata import version
 
@@ -15,6 +16,8 @@ from genai_prices.data_snapshot import DataSnapshot
 from genai_prices.types import ModelPrice, TieredPrices
 
 from proxy.accounting.pricing import MODELS_REMEMBERED_AT_MOST, Rates, Tier, TokenCard, rates_of
+
+_TIER_NAMES = ("service_tier", "processing", "speed")  # where the data has flex and priority, batch, and fast
 
 
 class BuiltinPrices:
@@ -28,16 +31,19 @@ class BuiltinPrices:
         self._asked = 0
         self._snapshot = DataSnapshot(providers, from_auto_update=False)
 
-    def card(self, model: str, upstream: str) -> TokenCard | None:
+    def card(self, model: str, upstream: str, moment: str, service_tier: str = "") -> TokenCard | None:
         """Return the card of `model` at the API whose URL is `upstream`, or None if the data has none.
 
-        With an empty `upstream` the provider is derived from the model's name.
+        With an empty `upstream` the provider is derived from the model's name. `moment` is in UTC, in ISO format.
+        Where the data has no price of the service tier, the card is that of the ordinary one.
         """
         self._asked += 1
         if self._asked % MODELS_REMEMBERED_AT_MOST == 0:
             self._snapshot = DataSnapshot(providers, from_auto_update=False)
         try:
-            found = self._snapshot.calc(Usage(input_tokens=0), model, None, upstream or None, None)
+            when = datetime.fromisoformat(moment).replace(tzinfo=UTC)
+            about = dict.fromkeys(_TIER_NAMES, service_tier) if service_tier else None
+            found = self._snapshot.calc(Usage(input_tokens=0), model, None, upstream or None, when, about)
         # raised for unknown models and providers, and for unusual data
         except (LookupError, ValueError, TypeError, AttributeError, DecimalException):
             return None

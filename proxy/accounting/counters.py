@@ -17,7 +17,7 @@ from typing import Final
 from cache import Sums, Totals
 from proxy.accounting import pricing
 from proxy.accounting.error_stats import ErrorStats, error_reason
-from proxy.accounting.pricing import Bill, PriceBook, Unpriced
+from proxy.accounting.pricing import PRICE_SECONDS, Bill, PriceBook, Unpriced, moment_of
 from proxy.fleet.pools import Pools
 from proxy.metrics import definitions as metrics
 from proxy.metrics.model_labels import ModelNames
@@ -122,7 +122,8 @@ class RequestCounters:
         self._unix_seconds = unix_seconds
         self._errors = errors
         self._shows_cached: set[tuple[int, Endpoint, bool]] = set()
-        self._day = (0, "")
+        self._day = (-1, "")
+        self._quarter = (-1, "")
         self._pools = pools
         # bounded, because the labels are
         self._routes: dict[tuple[object, ...], _Route] = {}
@@ -251,7 +252,7 @@ class RequestCounters:
             spared_seconds = usage.cached_tokens / rate
             source.prefill_saved.value += spared_seconds
             row.prefill_micros += round(spared_seconds * _MICROS_PER_SECOND)
-        card = self._prices.card(outcome.model or "", backend.url, self._today(), backend.name, usage.service_tier)
+        card = self._prices.card(outcome.model or "", backend.url, self._moment(), backend.name, usage.service_tier)
         bill = card if isinstance(card, Unpriced) else pricing.bill(usage, card, rate)
         if not isinstance(bill, Bill):
             recorder.inc(metrics.UNPRICED, (bill.value,))
@@ -268,6 +269,13 @@ class RequestCounters:
         row.output_picos += _picos(bill.output)
         row.saving_picos += _picos(bill.saving)
         row.surcharge_picos += _picos(bill.surcharge)
+
+    def _moment(self) -> str:
+        """Return the moment for which prices are looked up."""
+        number = int(self._unix_seconds()) // PRICE_SECONDS
+        if number != self._quarter[0]:
+            self._quarter = (number, moment_of(number * PRICE_SECONDS))
+        return self._quarter[1]
 
     def _today(self) -> str:
         day = int(self._unix_seconds()) // _SECONDS_PER_DAY

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import msgspec
@@ -27,6 +28,7 @@ ZERO = Decimal(0)
 _PER_MILLION = Decimal(1_000_000)
 _SECONDS_PER_HOUR = Decimal(3600)
 MODELS_REMEMBERED_AT_MOST = 1024  # remembered prices; clients may make up model names
+PRICE_SECONDS = 900  # prices that depend on the time of day change at quarters of an hour
 
 
 class Unpriced(enum.StrEnum):
@@ -117,14 +119,24 @@ class Bill(msgspec.Struct, frozen=True, gc=False):
         return self.uncached_cost - self.saving + self.surcharge
 
 
+Builtin = Callable[[str, str, str, str], TokenCard | None]
+"""Returns the built-in card for (model, upstream URL, moment, service tier), or None; never raises."""
+
+
+def moment_of(unix_seconds: float) -> str:
+    """Return the quarter of an hour (UTC) for which a card is looked up. It sorts behind its day, before the next."""
+    begin = unix_seconds // PRICE_SECONDS * PRICE_SECONDS
+    return datetime.fromtimestamp(begin, UTC).strftime("%Y-%m-%dT%H:%M")
+
+
 class PriceBook:
     """Finds the price of a model at an upstream, and remembers it in a bounded table.
 
     Rules are tried in their order; of those with the same patterns, the one with the latest date that has passed is
-    used. `builtin` returns a card for (model, upstream URL), or None, and never raises.
+    used.
     """
 
-    def __init__(self, rules: Sequence[Rule], builtin: Callable[[str, str], TokenCard | None]) -> None:
+    def __init__(self, rules: Sequence[Rule], builtin: Builtin) -> None:
         self._rules = _newest_of_equals_first(rules)
         self._builtin = builtin
         self._resolved: dict[tuple[str, ...], Card | Unpriced] = {}
@@ -134,31 +146,33 @@ class PriceBook:
         self._rules = _newest_of_equals_first(rules)
         self._resolved.clear()
 
-    def card(self, model: str, upstream: str, day: str, name: str = "", service_tier: str = "") -> Card | Unpriced:
-        """Return the card for `model` (as sent) at `upstream` (its URL) on `day` (ISO date), or why there is none.
+    def card(self, model: str, upstream: str, moment: str, name: str = "", service_tier: str = "") -> Card | Unpriced:
+        """Return the card for `model` (as sent) at `upstream` (its URL) at `moment`, or why there is none.
+
+        `moment` is an ISO date or what `moment_of` returns.
 
         `name` is the upstream's name in the configuration, which a rule may refer to as well. A rule that names the
         service tier comes before one that does not.
         """
-        key = (model, upstream, day, name, service_tier)
+        key = (model, upstream, moment, name, service_tier)
         card = self._resolved.get(key)
         if card is None:
-            card = self._resolve(model, (upstream, name), day, service_tier)
+            card = self._resolve(model, (upstream, name), moment, service_tier)
             if len(self._resolved) >= MODELS_REMEMBERED_AT_MOST:
                 self._resolved.clear()
             self._resolved[key] = card
         return card
 
-    def _resolve(self, model: str, upstream: tuple[str, str], day: str, service_tier: str) -> Card | Unpriced:
+    def _resolve(self, model: str, upstream: tuple[str, str], moment: str, service_tier: str) -> Card | Unpriced:
         for tier in (service_tier, "") if service_tier else ("",):
-            if (card := self._ruled(model, upstream, day, tier)) is not None:
+            if (card := self._ruled(model, upstream, moment, tier)) is not None:
                 return card
-        return self._builtin(model, upstream[0]) or Unpriced.NO_CARD
+        return self._builtin(model, upstream[0], moment, service_tier) or Unpriced.NO_CARD
 
-    def _ruled(self, model: str, upstream: tuple[str, str], day: str, service_tier: str) -> Card | Unpriced | None:
+    def _ruled(self, model: str, upstream: tuple[str, str], moment: str, service_tier: str) -> Card | Unpriced | None:
         for rule in self._rules:
             if (
-                rule.valid_from <= day
+                rule.valid_from <= moment
                 and rule.service_tier == service_tier
                 and matches(model, rule.model)
                 and any(matches(address, rule.upstream) for address in upstream)

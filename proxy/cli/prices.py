@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,8 +41,8 @@ def prices(model: str, upstream: str | None, file: Path | None, on: datetime | N
         config = load(file, process_environment()).config
     except ConfigError as error:
         exits.fail(error.message, code=exits.MISUSED)
-    day = (datetime.now(UTC) if on is None else on).date()
-    _print(model, list(_upstreams(config, model, upstream)), _book(config), day)
+    moment = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M") if on is None else on.date().isoformat()
+    _print(model, list(_upstreams(config, model, upstream)), _book(config), moment)
 
 
 def _book(config: Config) -> PriceBook:
@@ -65,7 +65,7 @@ def _upstreams(config: Config, model: str, wanted: str | None) -> Iterator[tuple
         yield "", ""
 
 
-def _print(model: str, upstreams: list[tuple[str, str]], book: PriceBook, day: date) -> None:
+def _print(model: str, upstreams: list[tuple[str, str]], book: PriceBook, moment: str) -> None:
     from proxy.accounting.pricing import Unpriced
 
     if not upstreams:
@@ -73,7 +73,7 @@ def _print(model: str, upstreams: list[tuple[str, str]], book: PriceBook, day: d
     for number_shown, (name, url) in enumerate(upstreams):
         if number_shown:
             click.echo()
-        card = book.card(model, url, day.isoformat(), name)
+        card = book.card(model, url, moment, name)
         place = " ".join(filter(None, (name, url))) or "its own provider"
         if isinstance(card, Unpriced):
             click.echo(f"{model} at {place}: no price")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 
-from proxy.accounting.pricing import GpuCard, PriceBook, TokenCard
+from proxy.accounting.pricing import GpuCard, PriceBook, TokenCard, moment_of
 from proxy.clock import Clock
 from proxy.fleet.pools import Pools, ServedPool
 
@@ -31,8 +30,7 @@ class Valuing:
         number = next((number for number in self._pools.served if backends[number].pool == pool.name), None)
         if number is None:
             return ASSUMED_USD_PER_TOKEN
-        day = datetime.fromtimestamp(self._clock.unix(), UTC).date().isoformat()
-        card = self._prices.card(model, backends[number].url, day)
+        card = self._prices.card(model, backends[number].url, moment_of(self._clock.unix()))
         if isinstance(card, TokenCard):
             return float(card.rates_for(0).input) / 1e6
         if pool.is_provider:

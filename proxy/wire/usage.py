@@ -99,7 +99,7 @@ def normal(
         found = _of_openai(usage, timings, counts) or _of_timings(timings, counts)
         if found is None and not endpoint.is_generation:
             found = _of_total(usage, counts)
-    tier = _tier(usage.get("service_tier")) or _tier(service_tier)
+    tier = _tier(usage.get("service_tier")) or _tier(service_tier) or _tier(usage.get("speed"))
     return dataclasses.replace(found, service_tier=tier) if tier and found is not None else found
 
 

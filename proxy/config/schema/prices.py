@@ -52,8 +52,8 @@ class Price(Section, frozen=True):
         ]
         | None
     ) = None
-    """Service tier, as the response names it, to which the price applies: `flex`, `priority` or `batch`. A price
-    without it applies to every tier without its own price."""
+    """Service tier, as the response names it, to which the price applies: `flex`, `priority`, `fast` or `batch`. A
+    price without it applies to every tier without its own price."""
 
     valid_from: date | None = None
     """First day (UTC) on which the price applies."""

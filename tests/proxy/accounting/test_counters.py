@@ -44,7 +44,7 @@ def counters(recorder: Recorder) -> RequestCounters:
         recorder,
         Totals(cast(Store, None), "writer"),  # written by nobody here
         ModelNames(["m"]),
-        PriceBook([], lambda model, upstream: None),
+        PriceBook([], lambda *about: None),
         pools,
         lambda number: None,
         lambda: 0.0,

@@ -19,6 +19,7 @@ from proxy.accounting.pricing import (
     TokenCard,
     Unpriced,
     bill,
+    moment_of,
     rates_of,
 )
 from proxy.records import Usage
@@ -106,7 +107,7 @@ def test_the_operators_card_comes_before_the_built_in_and_the_newest_before_olde
     old, new, future = (TokenCard(rates_of(D(n), D(n))) for n in (1, 2, 3))
     built_in = TokenCard(rates_of(D(9), D(9)))
     rules = [Rule("gpt-*", "*", day, card) for day, card in (("2025", old), ("2026-01-01", new), ("2030", future))]
-    book = PriceBook(rules, lambda model, upstream: built_in)
+    book = PriceBook(rules, lambda *about: built_in)
     assert book.card("gpt-5", "https://a", "2026-11-23") is new
     assert book.card("gpt-5", "https://a", "2025-06-01") is old
     assert book.card("llama", "https://a", "2026-11-23") is built_in
@@ -114,12 +115,12 @@ def test_the_operators_card_comes_before_the_built_in_and_the_newest_before_olde
 
 def test_a_model_that_nobody_knows_is_unpriced_and_never_zero() -> None:
     """The reason is told."""
-    assert PriceBook([], lambda model, upstream: None).card("x", "y", "2026") is Unpriced.NO_CARD
+    assert PriceBook([], lambda *about: None).card("x", "y", "2026") is Unpriced.NO_CARD
 
 
 def test_made_up_names_do_not_grow_the_table() -> None:
     """Resolved cards are bounded."""
-    book = PriceBook([], lambda model, upstream: None)
+    book = PriceBook([], lambda *about: None)
     for number in range(5 * MODELS_REMEMBERED_AT_MOST):
         book.card(f"m{number}", "u", "2026")
     assert len(book._resolved) <= MODELS_REMEMBERED_AT_MOST  # noqa: SLF001 - internal state that no public name shows
@@ -127,7 +128,7 @@ def test_made_up_names_do_not_grow_the_table() -> None:
 
 def test_the_built_in_data_has_rates_and_tiers_and_says_where_from() -> None:
     """A known model at its provider's URL; the reading of tiers is the package's own."""
-    card = BuiltinPrices().card("claude-sonnet-4-5", "https://api.anthropic.com/v1")
+    card = BuiltinPrices().card("claude-sonnet-4-5", "https://api.anthropic.com/v1", "2026-11-27")
     assert card is not None
     assert card.rates.cached_read * 10 == card.rates.input
     assert card.tiers[0].rates.input == 2 * card.rates.input
@@ -139,15 +140,64 @@ def test_the_built_in_data_has_rates_and_tiers_and_says_where_from() -> None:
 )
 def test_what_the_built_in_data_cannot_find_is_none_and_never_raised(upstream: str) -> None:
     """Self-hosted and unknown upstreams have no built-in price."""
-    assert BuiltinPrices().card("no-such-model", upstream) is None
+    assert BuiltinPrices().card("no-such-model", upstream, "2026-11-27") is None
 
 
 def test_made_up_names_do_not_grow_the_built_in_data() -> None:
     """The package remembers each name that it was ever asked for; its snapshot is made anew now and then."""
     prices = BuiltinPrices()
     for number in range(3 * MODELS_REMEMBERED_AT_MOST):
-        assert prices.card(f"m{number}", "http://127.0.0.1:8000/v1") is None
+        assert prices.card(f"m{number}", "http://127.0.0.1:8000/v1", "2026-11-27") is None
     snapshot = prices._snapshot  # noqa: SLF001 - internal state that no public name shows
     assert len(snapshot._provider_misses) + len(snapshot._lookup_cache) <= MODELS_REMEMBERED_AT_MOST  # noqa: SLF001 - internal state that no public name shows
     assert len(snapshot._provider_cache) <= MODELS_REMEMBERED_AT_MOST  # noqa: SLF001 - internal state that no public name shows
-    assert prices.card("claude-sonnet-4-5", "https://api.anthropic.com/v1") is not None
+    assert prices.card("claude-sonnet-4-5", "https://api.anthropic.com/v1", "2026-11-27") is not None
+
+
+@pytest.mark.parametrize(
+    ("model", "url", "tier", "share"),
+    [
+        ("gpt-5", "https://api.openai.com/v1", "flex", "0.5"),
+        ("gpt-5", "https://api.openai.com/v1", "priority", "2"),
+        ("gpt-5", "https://api.openai.com/v1", "batch", "0.5"),
+        ("claude-opus-5", "https://api.anthropic.com", "batch", "0.5"),
+        ("claude-opus-5", "https://api.anthropic.com", "fast", "2"),
+        ("gpt-5", "https://api.openai.com/v1", "no-such-tier", "1"),
+        ("gpt-4o-mini", "https://api.openai.com/v1", "flex", "1"),  # not offered
+    ],
+)
+def test_a_service_tier_has_its_own_built_in_price(model: str, url: str, tier: str, share: str) -> None:
+    """Of input, output and cached input alike; the ordinary one if the data has none for the tier."""
+    built_in = BuiltinPrices()
+    book = PriceBook([], built_in.card)
+    plain, special = book.card(model, url, "2026-11-27"), book.card(model, url, "2026-11-27", service_tier=tier)
+    assert isinstance(plain, TokenCard)
+    assert isinstance(special, TokenCard)
+    for kind in ("input", "output", "cached_read"):
+        assert getattr(special.rates, kind) == D(share) * getattr(plain.rates, kind)
+
+
+def test_a_built_in_price_that_depends_on_the_time_of_day_is_looked_up_again() -> None:
+    """DeepSeek's hours of peak and off-peak prices begin and end within a day."""
+    book = PriceBook([], BuiltinPrices().card)
+    prices = []
+    for hour in (0.5, 1.0, 3.75, 4.0, 24.5, 25.0):
+        card = book.card("deepseek-v4-flash", "https://api.deepseek.com/v1", moment_of(1_795_737_600 + 3600 * hour))
+        assert isinstance(card, TokenCard)
+        prices.append(card.rates.input)
+    assert prices == [D("0.15"), D("0.3"), D("0.3"), D("0.15"), D("0.15"), D("0.3")]
+
+
+def test_the_moment_of_a_price_lies_within_its_day() -> None:
+    """A rule's date has passed from midnight on."""
+    midnight = 1_795_737_600.0
+    assert [moment_of(midnight + seconds) for seconds in (-1.0, 0.0, 899.0, 900.0)] == [
+        "2026-11-26T23:45",
+        "2026-11-27T00:00",
+        "2026-11-27T00:00",
+        "2026-11-27T00:15",
+    ]
+    tomorrow, today = (Rule("*", "*", day, TokenCard(rates_of(D(1), D(1)))) for day in ("2026-11-27", "2026-11-26"))
+    book = PriceBook([tomorrow, today], lambda *about: None)
+    assert book.card("m", "u", moment_of(midnight - 1)) is today.card
+    assert book.card("m", "u", moment_of(midnight)) is tomorrow.card

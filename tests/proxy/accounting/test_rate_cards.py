@@ -32,7 +32,7 @@ def cards(tmp_path: Path):
 
 
 def book_of(config: Config) -> PriceBook:
-    return PriceBook(rules_of(config.prices), lambda model, upstream: None)
+    return PriceBook(rules_of(config.prices), lambda *about: None)
 
 
 def test_numbers_are_taken_as_written_and_not_as_floats_are_stored(cards) -> None:
@@ -149,7 +149,7 @@ def test_of_cards_with_the_same_globs_the_newest_that_has_come_stands() -> None:
     """However they are ordered."""
     old, new = (TokenCard(rates_of(D(n), D(n))) for n in (1, 2))
     for rules in ([Rule("*", "*", "", old), Rule("*", "*", "2026", new)], [Rule("*", "*", "2026", new)]):
-        assert PriceBook(rules, lambda model, upstream: None).card("m", "u", "2026-05-05") is new
+        assert PriceBook(rules, lambda *about: None).card("m", "u", "2026-05-05") is new
 
 
 def test_new_rules_count_from_then_on(cards) -> None:

@@ -301,6 +301,8 @@ def test_any_bytes_as_an_answer_are_survived(body) -> None:
         ({"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}, "Priority", "priority"),
         ({"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}, "default", ""),
         ({"service_tier": "standard", "input_tokens": 1, "output_tokens": 1}, None, ""),
+        ({"service_tier": "standard", "speed": "fast", "input_tokens": 1, "output_tokens": 1}, None, "fast"),
+        ({"speed": "standard", "input_tokens": 1, "output_tokens": 1}, None, ""),
         ({"prompt_tokens": 1, "completion_tokens": 1}, 7, ""),
         ({"prompt_tokens": 1, "completion_tokens": 1}, "x" * 100, ""),
     ],
