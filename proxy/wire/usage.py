@@ -270,13 +270,15 @@ def _written(usage: dict[str, Any], details: Any, counts: _Counts) -> tuple[int,
     """Return the cache writes for five minutes and for an hour; writes in neither part count as five minutes."""
     split = usage.get("cache_creation")
     if split is None and isinstance(details, dict):
-        split = details.get("cache_creation")
-    names = ("cache_creation_input_tokens", "cache_write_tokens", "cache_creation_tokens")
+        split = details.get("cache_creation") or details.get("cache_creation_token_details")  # Qwen's; LiteLLM's
+    names = ("cache_creation_input_tokens", "cache_write_tokens", "cache_creation_tokens", "cached_creation_tokens")
     whole = counts.of(usage, *names)
     if whole is None:
         whole = counts.of(details, *names)
-    short = counts.of(split, "ephemeral_5m_input_tokens") or 0
-    long = counts.of(split, "ephemeral_1h_input_tokens") or 0
+    if split is None:
+        split = usage  # New API's
+    short = counts.of(split, "ephemeral_5m_input_tokens", "claude_cache_creation_5_m_tokens") or 0
+    long = counts.of(split, "ephemeral_1h_input_tokens", "claude_cache_creation_1_h_tokens") or 0
     if whole is None:
         return short, long
     long = counts.within(long, whole)

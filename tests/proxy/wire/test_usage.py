@@ -158,6 +158,31 @@ def test_the_split_of_writes_keeps_its_sum() -> None:
     assert beyond == Usage(100, 0, 0, 0, 100, inconsistent=True)
 
 
+@pytest.mark.parametrize(
+    ("fields", "details"),
+    [
+        ({}, {"cache_creation": {"ephemeral_5m_input_tokens": 10, "ephemeral_1h_input_tokens": 20}}),
+        (
+            {"cache_creation_input_tokens": 30, "cache_read_input_tokens": 60},
+            {
+                "cache_creation_tokens": 30,
+                "cache_write_tokens": 30,
+                "cache_creation_token_details": {"ephemeral_5m_input_tokens": 10, "ephemeral_1h_input_tokens": 20},
+            },
+        ),
+        (
+            {"claude_cache_creation_5_m_tokens": 10, "claude_cache_creation_1_h_tokens": 20},
+            {"cached_creation_tokens": 30},
+        ),
+        ({"claude_cache_creation_1_h_tokens": 20}, {"cached_creation_tokens": 30}),
+    ],
+)
+def test_gateways_report_writes_of_an_hour_in_openais_form(fields, details) -> None:
+    """Qwen, LiteLLM and New API. At Anthropic these writes cost twice the input, and others 1.25 times."""
+    usage = {"prompt_tokens": 100, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 60, **details}}
+    assert normal(usage | fields) == Usage(100, 7, 60, 10, 20)
+
+
 def test_two_fields_that_disagree_give_the_lesser_and_a_mark() -> None:
     """A saving is never guessed upwards."""
     usage = normal({"prompt_tokens": 100, "cached_tokens": 50, "prompt_tokens_details": {"cached_tokens": 60}})
