@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Collection, Mapping, Sequence, Sized
 from typing import Protocol
 
 import msgspec
@@ -105,6 +105,11 @@ class Growth:
             self._totals[spec.name, labels] = total
             if is_ours:
                 self._recorder.inc(spec, labels, total - before)
+
+    def keep_only(self, spec: Spec, labels: Collection[Labels]) -> None:
+        """Forget the totals of the other series of `spec`, which begin at zero if they come back."""
+        for gone in [key for key in self._totals if key[0] == spec.name and key[1] not in labels]:
+            del self._totals[gone]
 
 
 class ReplicaFigures:
@@ -247,6 +252,9 @@ class IndexFigures:
             name = self._pools.backends[number].name
             blocks[name,], tokens[name,] = stats.blocks, stats.tokens
             self._growth.count(metrics.INDEX_EVICTIONS, (name,), stats.evicted_blocks, is_ours=is_ours)
+        backends = self._pools.backends
+        known = {(backends[number].name,) for number in replicas if number in backends}
+        self._growth.keep_only(metrics.INDEX_EVICTIONS, known)
         self._recorder.replace_gauges(metrics.INDEX_BLOCKS, blocks)
         self._recorder.replace_gauges(metrics.INDEX_TOKENS, tokens)
         self._recorder.set(metrics.INDEX_BYTES, (), self._index.stats().size_bytes)

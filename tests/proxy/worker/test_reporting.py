@@ -69,6 +69,7 @@ class Bench:
         self.store = part(state=StoreState.AVAILABLE, breaker_state=StoreBreakerState.CLOSED, reason=None)
         self.vectors = part(dropped={"vector_corrupt": 0})
         self.evicted_blocks = 0
+        self.is_in_index = True
         self.prefixes: Any = part(
             waiting=PrefixReport(), report=lambda: self.prefixes.waiting, report_sent=self._sent
         )
@@ -122,7 +123,7 @@ class Bench:
 
     def _replicas(self) -> dict[int, ReplicaStats]:
         stats = part(blocks=4, tokens=40, evicted_blocks=self.evicted_blocks, budget_tokens=900, epoch=0)
-        return {0: stats, 9: stats}
+        return {0: stats, 9: stats} if self.is_in_index else {}
 
     def _count(self) -> None:
         self.counted += 1
@@ -228,6 +229,13 @@ def test_totals_that_others_keep_are_counted_by_their_growth(bench: Bench) -> No
     assert bench.series(metrics.INDEX_EVICTIONS) == {("one",): 7}
     assert bench.series(metrics.LOG_DROPPED) == {(): 4}
     assert bench.series(metrics.JOURNAL_DROPPED) == {("corrupt",): 4}
+
+
+def test_a_replica_that_comes_back_has_evictions_again(bench: Bench) -> None:
+    """One that was forgotten begins at zero; pods get addresses that others had before."""
+    for bench.is_in_index, bench.evicted_blocks in ((True, 5), (False, 0), (True, 3), (True, 4)):
+        bench.reporter.report()
+    assert bench.series(metrics.INDEX_EVICTIONS) == {("one",): 9}
 
 
 def test_only_one_worker_counts_what_all_of_them_see(bench: Bench) -> None:
