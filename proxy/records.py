@@ -65,13 +65,29 @@ class Tenant:
 
 @mypyc_attr(acyclic=True)
 @dataclass(init=False)
+class KindTokens:
+    """Tokens of one kind that are not text, parts of a response's counts: of its prompt, of what was cached of that,
+    and of its output."""
+
+    prompt: Final[int]
+    cached: Final[int]
+    output: Final[int]
+
+    def __init__(self, prompt: int, cached: int = 0, output: int = 0) -> None:
+        self.prompt = prompt
+        self.cached = cached
+        self.output = output
+
+
+@mypyc_attr(acyclic=True)
+@dataclass(init=False)
 class Usage:
     """Tokens of one response in normal form; cached and written tokens are part of `prompt_tokens`.
 
     `cached_tokens` is None if the upstream did not report them. `inconsistent` means that values were clamped.
     `prefill_seconds` is None except for engines that report it. `service_tier` is the tier that was used, if it has
-    separate prices (flex, priority, batch). If the response took several model calls, the counts are their sums and
-    `longest_call_tokens` is the prompt of the longest.
+    separate prices (flex, priority, batch). `audio` and `images` are None if there are no such tokens. If the
+    response took several model calls, the counts are their sums and `longest_call_tokens` is the longest prompt.
     """
 
     prompt_tokens: Final[int]
@@ -84,6 +100,8 @@ class Usage:
     prefill_seconds: Final[float | None]
     service_tier: Final[str]
     longest_call_tokens: Final[int]
+    audio: Final[KindTokens | None]
+    images: Final[KindTokens | None]
 
     def __init__(  # noqa: PLR0913 - one for each field
         self,
@@ -97,6 +115,8 @@ class Usage:
         prefill_seconds: float | None = None,
         service_tier: str = "",
         longest_call_tokens: int = 0,
+        audio: KindTokens | None = None,
+        images: KindTokens | None = None,
     ) -> None:
         self.prompt_tokens = prompt_tokens
         self.output_tokens = output_tokens
@@ -108,6 +128,8 @@ class Usage:
         self.prefill_seconds = prefill_seconds
         self.service_tier = service_tier
         self.longest_call_tokens = longest_call_tokens
+        self.audio = audio
+        self.images = images
 
 
 @mypyc_attr(acyclic=True)

@@ -10,12 +10,13 @@ from datetime import UTC, datetime
 from decimal import Decimal, DecimalException
 from importlib.metadata import version
 
+import msgspec
 from genai_prices import Usage
 from genai_prices.data import providers
 from genai_prices.data_snapshot import DataSnapshot
 from genai_prices.types import ModelPrice, TieredPrices
 
-from proxy.accounting.pricing import MODELS_REMEMBERED_AT_MOST, Rates, Tier, TokenCard, rates_of
+from proxy.accounting.pricing import MODELS_REMEMBERED_AT_MOST, KindRates, Rates, Tier, TokenCard, rates_of
 
 _TIER_NAMES = ("service_tier", "processing", "speed")  # where the data has flex and priority, batch, and fast
 
@@ -62,15 +63,34 @@ def _card(price: ModelPrice, source: str) -> TokenCard | None:
 
 
 def _rates(price: ModelPrice, prompt_tokens: int) -> Rates | None:
-    input_usd, output_usd, read, write, write_1h = (_at(field, prompt_tokens) for field in _fields(price))
+    fields = [_at(field, prompt_tokens) for field in _fields(price)]
+    input_usd, output_usd, read, write, write_1h = fields[:5]
     if input_usd is None:
         return None
-    return rates_of(input_usd, output_usd or Decimal(0), read, write, write_1h)
+    plain = rates_of(input_usd, output_usd or Decimal(0), read, write, write_1h)
+    return msgspec.structs.replace(plain, audio=_of_kind(plain, *fields[5:8]), images=_of_kind(plain, *fields[8:]))
+
+
+def _of_kind(plain: Rates, own: Decimal | None, output: Decimal | None, read: Decimal | None) -> KindRates | None:
+    """Return the rates of audio or images, None if they are those of text."""
+    if own is output is read is None:
+        return None
+    input_usd = plain.input if own is None else own
+    cached = read
+    if cached is None:  # nothing is saved unless the price says so
+        cached = plain.cached_read if own is None else own
+    return KindRates(input_usd, plain.output if output is None else output, cached)
+
+
+_FIELDS = (
+    *("input_mtok", "output_mtok", "cache_read_mtok", "cache_write_mtok", "cache_write_1h_mtok"),
+    *("input_audio_mtok", "output_audio_mtok", "cache_audio_read_mtok"),
+    *("input_image_mtok", "output_image_mtok", "cache_image_read_mtok"),
+)
 
 
 def _fields(price: ModelPrice) -> tuple[Decimal | TieredPrices | None, ...]:
-    names = ("input_mtok", "output_mtok", "cache_read_mtok", "cache_write_mtok", "cache_write_1h_mtok")
-    return tuple(getattr(price, name, None) for name in names)
+    return tuple(getattr(price, name, None) for name in _FIELDS)
 
 
 def _at(field: Decimal | TieredPrices | None, prompt_tokens: int) -> Decimal | None:

@@ -39,14 +39,27 @@ class Unpriced(enum.StrEnum):
     NO_PREFILL_RATE = "no_prefill_rate"  # an engine's price, and the prefill rate is not known yet
 
 
+class KindRates(msgspec.Struct, frozen=True, gc=False):
+    """USD per million tokens of audio or images."""
+
+    input: Decimal
+    output: Decimal
+    cached_read: Decimal
+
+
 class Rates(msgspec.Struct, frozen=True, gc=False):
-    """USD per million tokens. A rate that a card omits equals `input`, so that nothing is saved or added."""
+    """USD per million tokens. A rate that a card omits equals `input`, so that nothing is saved or added.
+
+    Audio and images without rates of their own cost the same as text.
+    """
 
     input: Decimal
     output: Decimal
     cached_read: Decimal
     cache_write_5m: Decimal
     cache_write_1h: Decimal
+    audio: KindRates | None = None
+    images: KindRates | None = None
 
 
 class Tier(msgspec.Struct, frozen=True, gc=False):
@@ -202,9 +215,10 @@ def bill(usage: Usage, card: Card, prefill_tokens_per_second: float | None) -> B
 
 def _token_bill(usage: Usage, rates: Rates) -> Bill:
     saving = surcharge = ZERO
+    extra = _extra(usage, rates)
     # a card may have a cached rate above its input rate, or cheaper writes
     if usage.cached_tokens:
-        gained = usage.cached_tokens * (rates.input - rates.cached_read) / _PER_MILLION
+        gained = (usage.cached_tokens * (rates.input - rates.cached_read) + extra.saving) / _PER_MILLION
         saving, surcharge = (gained, ZERO) if gained >= 0 else (ZERO, -gained)
     if usage.cache_write_5m_tokens or usage.cache_write_1h_tokens:
         added = usage.cache_write_5m_tokens * (rates.cache_write_5m - rates.input)
@@ -212,11 +226,30 @@ def _token_bill(usage: Usage, rates: Rates) -> Bill:
         added /= _PER_MILLION
         saving, surcharge = (saving, surcharge + added) if added >= 0 else (saving - added, surcharge)
     return Bill(
-        usage.prompt_tokens * rates.input / _PER_MILLION,
-        usage.output_tokens * rates.output / _PER_MILLION,
+        (usage.prompt_tokens * rates.input + extra.uncached_input) / _PER_MILLION,
+        (usage.output_tokens * rates.output + extra.output) / _PER_MILLION,
         saving,
         surcharge,
     )
+
+
+_NO_EXTRA = Bill(ZERO, ZERO, ZERO, ZERO)
+
+
+def _extra(usage: Usage, rates: Rates) -> Bill:
+    """Return how much more audio and images cost and save than as much text, in 1e-6 USD; it may be negative."""
+    extra = _NO_EXTRA
+    for tokens, own in ((usage.audio, rates.audio), (usage.images, rates.images)):
+        if tokens is not None and own is not None:
+            prompt, output = min(tokens.prompt, usage.prompt_tokens), min(tokens.output, usage.output_tokens)
+            cached = min(tokens.cached, usage.cached_tokens or 0)
+            extra = Bill(
+                extra.uncached_input + prompt * (own.input - rates.input),
+                extra.output + output * (own.output - rates.output),
+                extra.saving + cached * (own.input - own.cached_read - rates.input + rates.cached_read),
+                ZERO,
+            )
+    return extra
 
 
 def rates_of(

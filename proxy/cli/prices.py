@@ -92,11 +92,19 @@ def _table(card: Card) -> tuple[Sequence[Column], Sequence[Sequence[str]]]:
         cells = (f"{card.usd_per_gpu_hour:f}", f"{card.gpus_per_replica:f}", f"{card.usd_per_second:.6f}")
         return [number(heading) for heading in headings], [cells]
     kinds = ("input", "cached read", "write 5 m", "write 1 h", "output")
-    rows = [("any prompt" if not card.tiers else "shorter prompts", *_rates(card.rates))]
-    rows += [(f"over {tier.above_prompt_tokens:,} prompt tokens", *_rates(tier.rates)) for tier in card.tiers]
+    rows = _rows("any prompt" if not card.tiers else "shorter prompts", card.rates)
+    for tier in card.tiers:
+        rows += _rows(f"over {tier.above_prompt_tokens:,} prompt tokens", tier.rates)
     return [text("USD per million tokens"), *map(number, kinds)], rows
 
 
-def _rates(rates: Rates) -> tuple[str, ...]:
-    each = (rates.input, rates.cached_read, rates.cache_write_5m, rates.cache_write_1h, rates.output)
-    return tuple(f"{rate.normalize():f}" for rate in each)
+def _rows(name: str, rates: Rates) -> list[tuple[str, ...]]:
+    rows = [
+        (name, rates.input, rates.cached_read, rates.cache_write_5m, rates.cache_write_1h, rates.output),
+        *(
+            (f"  {kind}", own.input, own.cached_read, None, None, own.output)
+            for kind, own in (("audio", rates.audio), ("images", rates.images))
+            if own is not None
+        ),
+    ]
+    return [(row[0], *("-" if rate is None else f"{rate.normalize():f}" for rate in row[1:])) for row in rows]

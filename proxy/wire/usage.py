@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from proxy.model import Endpoint
-from proxy.records import Usage
+from proxy.records import KindTokens, Usage
 from proxy.wire.decode import ResponseDecoder
 from proxy.wire.schemas import (
     DECODE_ERRORS,
@@ -35,7 +35,13 @@ _ITERATIONS_MOST: Final = 1000  # model calls of one response that are added up
 _TIER_LENGTH_MOST: Final = 32
 _ERROR_BYTES_MOST: Final = 64 * 1024  # of a body that is only an error
 _FAILED_CHOICE = re.compile(rb'"finish_reason"\s*:\s*"error"')
+_DETAILS: Final = ("prompt_tokens_details", "input_tokens_details", "prompt_token_details", "input_token_details")
+_OUTPUT_DETAILS: Final = ("completion_tokens_details", "output_tokens_details", "output_token_details")
 _ORDINARY_TIERS = frozenset({"", "default", "standard", "auto", "on_demand"})
+
+
+_Kinds = tuple[KindTokens | None, KindTokens | None]
+"""Tokens of audio and of images."""
 
 
 class _Counts:
@@ -140,9 +146,8 @@ def _excludes_cached(usage: dict[str, Any], endpoint: Endpoint) -> bool:
 
 def _of_openai(usage: dict[str, Any], timings: Any, counts: _Counts) -> Usage | None:
     """Read OpenAI's form, also of Moonshot, DeepSeek, Qwen, Mistral, vLLM, SGLang, and llama.cpp with usage."""
-    details = (
-        usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or usage.get("prompt_token_details")
-    )
+    details = next((found for name in _DETAILS if (found := usage.get(name))), None)
+    of_output = next((found for name in _OUTPUT_DETAILS if (found := usage.get(name))), None)
     prompt = counts.of(usage, "prompt_tokens", "input_tokens")
     hit = None
     if "prompt_cache_hit_tokens" in usage:
@@ -159,9 +164,7 @@ def _of_openai(usage: dict[str, Any], timings: Any, counts: _Counts) -> Usage | 
     cached = _agreed((nested, top, hit), counts)
     if cached is None:
         cached = counts.of(timings, "cache_n")
-    reasoning = counts.of(
-        usage.get("completion_tokens_details") or usage.get("output_tokens_details"), "reasoning_tokens"
-    )
+    reasoning = counts.of(of_output, "reasoning_tokens")
     output = _with_hidden(usage, prompt, output, reasoning, cached, counts)
     return _made(
         counts,
@@ -171,7 +174,19 @@ def _of_openai(usage: dict[str, Any], timings: Any, counts: _Counts) -> Usage | 
         written=_written(usage, details, counts),
         reasoning=reasoning or 0,
         prefill_seconds=_prefill(timings),
+        kinds=_kinds(details, of_output, counts),
     )
+
+
+def _kinds(details: Any, of_output: Any, counts: _Counts) -> _Kinds:
+    """Return the tokens of audio and of images. Cached ones of unknown kind are text, of which they save least."""
+    of_cached = details.get("cached_tokens_details") if isinstance(details, dict) else None
+    found: list[KindTokens | None] = []
+    for name in ("audio_tokens", "image_tokens"):
+        prompt, output = counts.of(details, name) or 0, counts.of(of_output, name) or 0
+        cached = counts.within(counts.of(of_cached, name) or 0, prompt)
+        found.append(KindTokens(prompt, cached, output) if prompt or output else None)
+    return found[0], found[1]
 
 
 def _agreed(reports: tuple[int | None, ...], counts: _Counts) -> int | None:
@@ -303,6 +318,7 @@ def _made(
     written: tuple[int, int] = (0, 0),
     reasoning: int = 0,
     prefill_seconds: float | None = None,
+    kinds: _Kinds = (None, None),
 ) -> Usage:
     """Build the normal form, with every part no larger than the whole."""
     prompt = counts.within(prompt or 0, TOKENS_MOST)
@@ -321,6 +337,8 @@ def _made(
         reasoning_tokens=reasoning,
         inconsistent=counts.inconsistent,
         prefill_seconds=prefill_seconds,
+        audio=kinds[0],
+        images=kinds[1],
     )
 
 

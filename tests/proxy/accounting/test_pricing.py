@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from decimal import Decimal
 
+import msgspec
 import pytest
+from genai_prices import Usage as RawUsage
+from genai_prices.data import providers
+from genai_prices.data_snapshot import DataSnapshot
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +18,7 @@ from proxy.accounting.pricing import (
     MODELS_REMEMBERED_AT_MOST,
     Bill,
     GpuCard,
+    KindRates,
     PriceBook,
     Rule,
     Tier,
@@ -22,7 +28,7 @@ from proxy.accounting.pricing import (
     moment_of,
     rates_of,
 )
-from proxy.records import Usage
+from proxy.records import KindTokens, Usage
 
 D = Decimal
 SONNET = TokenCard(rates_of(D(3), D(15), D("0.3"), D("3.75"), D(6)))
@@ -201,3 +207,59 @@ def test_the_moment_of_a_price_lies_within_its_day() -> None:
     book = PriceBook([tomorrow, today], lambda *about: None)
     assert book.card("m", "u", moment_of(midnight - 1)) is today.card
     assert book.card("m", "u", moment_of(midnight)) is tomorrow.card
+
+
+@pytest.mark.parametrize(
+    ("model", "url"),
+    [
+        ("gpt-4o-mini-realtime-preview", "https://api.openai.com/v1"),
+        ("gpt-audio", "https://api.openai.com/v1"),
+        ("gpt-image-1.5", "https://api.openai.com/v1"),
+        ("gpt-realtime", "https://api.openai.com/v1"),
+        ("gemini-2.5-flash", "https://generativelanguage.googleapis.com/v1beta/openai"),
+        ("gpt-5.4", "https://api.openai.com/v1"),
+        ("claude-sonnet-4-5", "https://api.anthropic.com"),
+    ],
+)
+@pytest.mark.parametrize("tier", ["", "flex", "priority", "batch"])
+@pytest.mark.parametrize("text", [1_000, 190_000, 400_000])
+def test_a_bill_by_the_built_in_data_is_the_packages_own(model: str, url: str, tier: str, text: int) -> None:
+    """For text, audio and images, cached, fresh and made, at each tier and length of the prompt."""
+    card = PriceBook([], BuiltinPrices().card).card(model, url, "2026-11-27", service_tier=tier)
+    assert isinstance(card, TokenCard)
+    usage = Usage(
+        text + 700,
+        330,
+        text // 2 + 150,
+        audio=KindTokens(300, 100, 20),
+        images=KindTokens(400, 50, 10),
+        service_tier=tier,
+    )
+    expected = DataSnapshot(providers, from_auto_update=False).calc(
+        RawUsage(
+            input_tokens=text + 700,
+            output_tokens=330,
+            cache_read_tokens=text // 2 + 150,
+            input_audio_tokens=300,
+            cache_audio_read_tokens=100,
+            output_audio_tokens=20,
+            input_image_tokens=400,
+            cache_image_read_tokens=50,
+            output_image_tokens=10,
+        ),
+        model,
+        None,
+        url,
+        datetime(2026, 11, 27, tzinfo=UTC),
+        {"service_tier": tier, "processing": tier},
+    )
+    assert priced(usage, card).cost == expected.total_price
+
+
+def test_audio_that_is_not_believed_to_be_cached_saves_nothing() -> None:
+    """The count of the whole decides."""
+    card = TokenCard(msgspec.structs.replace(SONNET.rates, audio=KindRates(D(30), D(60), D(3))))
+    usage = Usage(1_000_000, 0, None, audio=KindTokens(1_000_000, 1_000_000))
+    assert (priced(usage, card).cost, priced(usage, card).saving) == (D(30), D(0))
+    believed = Usage(1_000_000, 0, 1_000_000, audio=KindTokens(1_000_000, 1_000_000))
+    assert (priced(believed, card).cost, priced(believed, card).saving) == (D(3), D(27))

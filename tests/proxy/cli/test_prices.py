@@ -53,6 +53,13 @@ def test_the_built_in_card_is_shown_with_its_tiers(file: str) -> None:
     assert "over 200,000 prompt" in text
 
 
+def test_rates_of_audio_and_images_are_shown_under_those_of_text() -> None:
+    """Where the card has some."""
+    lines = [line.split() for line in shown("gpt-realtime").splitlines()]
+    assert ["audio", "32", "0.4", "-", "-", "64"] in lines
+    assert ["images", "5", "0.5", "-", "-", "16"] in lines
+
+
 def test_without_a_configuration_the_models_own_provider_is_meant() -> None:
     """A price can therefore be looked up without any set-up."""
     assert "claude-sonnet-4-5 at its own provider" in shown("claude-sonnet-4-5")

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.model import Endpoint
-from proxy.records import Usage
+from proxy.records import KindTokens, Usage
 from proxy.wire.decode import ResponseDecoder
 from proxy.wire.schemas import LONG_RESPONSE_BYTES, MEMBER_BYTES_MOST
 from proxy.wire.sse import StreamTap
@@ -507,3 +507,54 @@ def test_the_last_keys_of_very_many_are_tried() -> None:
     assert tail_usage(counts + b'"usage":{' * 8) is None
     assert normal(tail_usage(counts + b'"usage":null,' * 500)) == Usage(9, 1)
     assert tail_usage(counts + b'"usage":null,' * 100_000) is None
+
+
+@pytest.mark.parametrize(
+    ("usage", "audio", "images"),
+    [
+        (  # a chat with speech
+            {
+                "prompt_tokens": 90,
+                "completion_tokens": 50,
+                "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 70},
+                "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 40},
+            },
+            KindTokens(70, 0, 40),
+            None,
+        ),
+        (  # a transcript
+            {
+                "type": "tokens",
+                "input_tokens": 90,
+                "input_token_details": {"text_tokens": 10, "audio_tokens": 80},
+                "output_tokens": 50,
+                "total_tokens": 140,
+            },
+            KindTokens(80),
+            None,
+        ),
+        (  # a picture that was edited
+            {
+                "input_tokens": 90,
+                "input_tokens_details": {
+                    "text_tokens": 10,
+                    "image_tokens": 80,
+                    "cached_tokens": 60,
+                    "cached_tokens_details": {"text_tokens": 0, "image_tokens": 60},
+                },
+                "output_tokens": 50,
+                "output_tokens_details": {"text_tokens": 5, "image_tokens": 45},
+            },
+            None,
+            KindTokens(80, 60, 45),
+        ),
+        ({"prompt_tokens": 90, "completion_tokens": 50, "prompt_tokens_details": {"audio_tokens": 0}}, None, None),
+        ({"prompt_tokens": 90, "completion_tokens": 50, "prompt_tokens_details": {"audio_tokens": None}}, None, None),
+    ],
+)
+def test_tokens_of_audio_and_images_are_told_from_text(usage, audio, images) -> None:
+    """They are parts of the counts, and have prices of their own."""
+    found = normal(usage, endpoint=Endpoint.INFERENCE)
+    assert found is not None
+    assert (found.prompt_tokens, found.output_tokens, found.inconsistent) == (90, 50, False)
+    assert (found.audio, found.images) == (audio, images)
