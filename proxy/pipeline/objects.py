@@ -133,7 +133,7 @@ class CreatedObjects:
         if body.lstrip().startswith(_STREAM_STARTS):
             tap = StreamTap(Endpoint.RESPONSES)
             tap.feed(body)
-            exchange.usage = tap.usage
+            exchange.usage, exchange.model = tap.usage, tap.result().model
         else:
             read = read_response(body, Endpoint.RESPONSES)
             exchange.usage, exchange.model = read.usage, read.model

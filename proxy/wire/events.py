@@ -155,6 +155,7 @@ def _of_responses(event: ResponsesEvent) -> EventRead:
         error=broken or (response is not None and bool(response.error)),
         usage=None if response is None else response.usage,
         service_tier=None if response is None else response.service_tier,
+        model=None if response is None else response.model,
     )
 
 

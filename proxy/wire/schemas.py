@@ -356,6 +356,7 @@ class EventRead(msgspec.Struct, frozen=True, gc=False):
     usage: Any = None
     timings: Any = None
     service_tier: Any = None
+    model: Any = None
 
 
 class Delta(msgspec.Struct, gc=False):
@@ -401,6 +402,7 @@ class _ResponseObject(msgspec.Struct, gc=False):
     usage: Any = None
     error: Any = None
     service_tier: Any = None
+    model: Any = None
 
 
 class ResponsesEvent(msgspec.Struct, gc=False):

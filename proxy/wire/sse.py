@@ -54,6 +54,7 @@ class StreamRead:
     usage: Usage | None
     finished: bool
     error_seen: bool
+    model: str | None  # of the Responses API only
 
 
 class StreamTap:
@@ -177,7 +178,7 @@ class StreamTap:
             digest = self._digest()
             tier = digest.service_tier
             usage = normal(digest.usage, digest.timings, endpoint=self.endpoint, service_tier=tier)
-            self._result = StreamRead(usage, digest.finished, digest.error)
+            self._result = StreamRead(usage, digest.finished, digest.error, digest.model)
         return self._result
 
     def _trim_tail(self) -> None:
@@ -355,12 +356,13 @@ class StreamTap:
 class _Digest:
     """The facts that the events of a stream reported together."""
 
-    __slots__ = ("error", "finished", "service_tier", "timings", "usage")
+    __slots__ = ("error", "finished", "model", "service_tier", "timings", "usage")
 
     def __init__(self) -> None:
         self.usage: Any = None
         self.timings: Any = None
         self.service_tier: Any = None
+        self.model: str | None = None
         self.finished = False
         self.error = False
 
@@ -371,9 +373,11 @@ class _Digest:
         self.error = self.error or read.error
         if read.service_tier is not None:
             self.service_tier = read.service_tier
+        if isinstance(read.model, str):
+            self.model = read.model
 
     def copy(self) -> _Digest:
         other = _Digest()
         other.usage, other.timings, other.service_tier = self.usage, self.timings, self.service_tier
-        other.finished, other.error = self.finished, self.error
+        other.finished, other.error, other.model = self.finished, self.error, self.model
         return other

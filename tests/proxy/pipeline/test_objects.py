@@ -121,8 +121,8 @@ def test_a_background_response_is_counted_once(streamed: bool) -> None:
     for body in (json.dumps(running).encode(), done, done):
         made = asked("GET", "/v1/responses/resp_1")
         objects.note(made, body)
-        counted.append(None if made.usage is None else made.usage.prompt_tokens)
-    assert counted == [None, 5, None]
+        counted.append(None if made.usage is None else (made.usage.prompt_tokens, made.model))
+    assert counted == [None, (5, "m"), None]
 
 
 @pytest.mark.parametrize("before", [b"", b"\r\n"])
