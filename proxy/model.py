@@ -14,6 +14,9 @@ import msgspec
 Body: TypeAlias = bytes | bytearray
 """A request's body. It is never changed once it has been read; a long one was read in place, as a bytearray."""
 
+ORDINARY_TIERS = frozenset({"", "default", "standard", "auto", "on_demand"})
+"""Service tiers that have no prices of their own, by all their names in responses."""
+
 
 class Endpoint(enum.StrEnum):
     """The kind of a request, from its path; the value is the metric label."""

@@ -21,6 +21,7 @@ from proxy.config.schema import (
     ServiceUrl,
 )
 from proxy.config.validate import Problem
+from proxy.model import ORDINARY_TIERS
 from proxy.patterns import matches
 
 _REDIS_SCHEMES = frozenset(
@@ -225,6 +226,8 @@ def _prices(config: Config) -> Iterator[Problem]:
         key = (price.model, price.upstream, price.service_tier or "", str(price.valid_from or ""))
         yield from _twice(seen.setdefault(key, path), path, "valid_from", "a price for the same models and date")
         yield from _amounts(path, price, (*_TOKEN_AMOUNTS, *_GPU_AMOUNTS, "usd_per_unit"))
+        if price.service_tier in ORDINARY_TIERS:
+            yield f"{path}.service_tier", "is the ordinary tier: prices without a service tier apply to it; remove it"
         if price.usd_per_unit is not None and price.currency == "USD":
             yield f"{path}.usd_per_unit", "is for prices in another currency than USD"
         yield from (_engine_card if price.usd_per_gpu_hour is not None else _token_card)(path, price)

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
-from proxy.model import Endpoint
+from proxy.model import ORDINARY_TIERS, Endpoint
 from proxy.records import KindTokens, Usage
 from proxy.wire.decode import ResponseDecoder
 from proxy.wire.schemas import (
@@ -37,7 +37,6 @@ _ERROR_BYTES_MOST: Final = 64 * 1024  # of a body that is only an error
 _FAILED_CHOICE = re.compile(rb'"finish_reason"\s*:\s*"error"')
 _DETAILS: Final = ("prompt_tokens_details", "input_tokens_details", "prompt_token_details", "input_token_details")
 _OUTPUT_DETAILS: Final = ("completion_tokens_details", "output_tokens_details", "output_token_details")
-_ORDINARY_TIERS = frozenset({"", "default", "standard", "auto", "on_demand"})
 
 
 _Kinds = tuple[KindTokens | None, KindTokens | None]
@@ -111,7 +110,7 @@ def normal(
 
 def _tier(value: Any) -> str:
     """Return the name of a service tier that has separate prices, else an empty string."""
-    if not isinstance(value, str) or len(value) > _TIER_LENGTH_MOST or value.lower() in _ORDINARY_TIERS:
+    if not isinstance(value, str) or len(value) > _TIER_LENGTH_MOST or value.lower() in ORDINARY_TIERS:
         return ""
     return value.lower()
 

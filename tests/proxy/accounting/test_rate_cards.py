@@ -121,6 +121,8 @@ def test_an_engine_is_priced_by_its_gpus(cards) -> None:
         ({"input": 1, "output": True}, "$.prices[0].output"),
         (TOKENS | {"cached_raed": 1}, "$.prices[0].cached_raed"),
         (TOKENS | {"usd_per_unit": 2}, "$.prices[0].usd_per_unit"),
+        (TOKENS | {"service_tier": "default"}, "$.prices[0].service_tier"),
+        (TOKENS | {"service_tier": "standard"}, "$.prices[0].service_tier"),
         (TOKENS | {"currency": "yuan"}, "$.prices[0].currency"),
         (TOKENS | {"valid_from": "soon"}, "$.prices[0].valid_from"),
         (TOKENS | {"gpus_per_replica": 2}, "$.prices[0].gpus_per_replica"),
