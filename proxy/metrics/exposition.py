@@ -54,6 +54,9 @@ class Exposition:
             if leaving:
                 self._stay(number, labels)
         self._gauges[worker] = delta.gauges
+        if leaving:
+            for number, labels, _ in delta.gauges:
+                self._stay(number, labels)
         leaving.update(dict.fromkeys(delta.forgotten))
 
     def pass_time(self, now_seconds: float) -> None:
@@ -66,7 +69,7 @@ class Exposition:
                 self._fold(name)
 
     def _stay(self, number: int, labels: Labels) -> None:
-        """Note that a replica counts again: it is back, or another worker still uses it."""
+        """Note that a replica is reported on again: it is back, or another worker still uses it."""
         at = SPECS[number].replica_at
         if at is not None:
             self._leaving.pop(labels[at], None)

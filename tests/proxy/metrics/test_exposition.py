@@ -236,17 +236,21 @@ def test_the_counts_of_a_replica_that_is_gone_are_not_counted_a_second_time(name
     assert exposition.value(metrics.SAVINGS) == 50.0, "the status page shows all that was ever saved"
 
 
-def test_a_replica_that_is_back_keeps_its_series() -> None:
-    """The same name may be used again within minutes; its counters go on."""
+@pytest.mark.parametrize(("counted", "expected"), [(2.0, 3.0), (0.0, 1.0)])
+def test_a_replica_that_is_back_keeps_its_series(counted: float, expected: float) -> None:
+    """The same name may be used again within minutes; its counters go on, even if no request comes for long."""
     recorder, exposition = Recorder(), Exposition()
     recorder.inc(metrics.SAVINGS, ("m", "a"), 1.0)
     recorder.forget("a")
     exposition.apply(0, recorder.take())
     exposition.pass_time(0.0)
-    recorder.inc(metrics.SAVINGS, ("m", "a"), 2.0)
+    if counted:
+        recorder.inc(metrics.SAVINGS, ("m", "a"), counted)
+    else:
+        recorder.replace_gauges(metrics.UPSTREAM_UP, {("a",): 1.0})
     exposition.apply(0, recorder.take())
     exposition.pass_time(SHOWN_SECONDS)
-    assert sample(page_of(exposition), "cairn_savings_usd_total", upstream="a") == 3.0
+    assert sample(page_of(exposition), "cairn_savings_usd_total", upstream="a") == expected
 
 
 def test_the_last_counts_of_a_replica_survive_a_report_that_was_not_sent() -> None:
