@@ -6,6 +6,7 @@ in a thread before it serves.
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from decimal import Decimal, DecimalException
 from importlib.metadata import version
@@ -17,6 +18,9 @@ from genai_prices.data_snapshot import DataSnapshot
 from genai_prices.types import ModelPrice, TieredPrices
 
 from proxy.accounting.pricing import MODELS_REMEMBERED_AT_MOST, KindRates, Rates, Tier, TokenCard, rates_of
+
+_GOOGLES_PREFIX = re.compile(r"^(models|google)/")
+"""Before the names in Gemini's list of models, and in those that Vertex AI takes. The data does not know them."""
 
 _TIER_NAMES = ("service_tier", "processing", "speed")  # where the data has flex and priority, batch, and fast
 
@@ -38,6 +42,12 @@ class BuiltinPrices:
         With an empty `upstream` the provider is derived from the model's name. `moment` is in UTC, in ISO format.
         Where the data has no price of the service tier, the card is that of the ordinary one.
         """
+        found = self._found(model, upstream, moment, service_tier)
+        if found is None and (name := _GOOGLES_PREFIX.sub("", model, count=1)) != model:
+            found = self._found(name, upstream, moment, service_tier)
+        return found
+
+    def _found(self, model: str, upstream: str, moment: str, service_tier: str) -> TokenCard | None:
         self._asked += 1
         if self._asked % MODELS_REMEMBERED_AT_MOST == 0:
             self._snapshot = DataSnapshot(providers, from_auto_update=False)

@@ -256,6 +256,27 @@ def test_a_bill_by_the_built_in_data_is_the_packages_own(model: str, url: str, t
     assert priced(usage, card).cost == expected.total_price
 
 
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("models/gemini-2.5-flash", "https://generativelanguage.googleapis.com/v1beta/openai"),
+        (
+            "google/gemini-2.5-flash",
+            "https://us-central1-aiplatform.googleapis.com/v1/projects/p/locations/l/endpoints/x",
+        ),
+        ("google/gemini-2.5-flash", "https://openrouter.ai/api/v1"),
+    ],
+)
+def test_a_model_of_google_is_priced_by_each_of_its_names(name: str, url: str) -> None:
+    """As its list of models has it, and as Vertex AI and OpenRouter want it."""
+    prices = BuiltinPrices()
+    card, plain = (prices.card(each, url, "2026-11-27") for each in (name, "gemini-2.5-flash"))
+    assert card is not None
+    assert card.rates.input == D("0.3")
+    assert plain is None or card.rates == plain.rates
+    assert prices.card("models/no-such-model", url, "2026-11-27") is None
+
+
 def test_audio_that_is_not_believed_to_be_cached_saves_nothing() -> None:
     """The count of the whole decides."""
     card = TokenCard(msgspec.structs.replace(SONNET.rates, audio=KindRates(D(30), D(60), D(3))))
