@@ -83,7 +83,7 @@ class RouteReason(enum.StrEnum):
     SHORT = "short"  # too short to share: the least loaded replica
     PINNED = "pinned"  # the object that the request names is there
     ONLY = "only"  # there is no other replica
-    RETRY = "retry"  # another replica failed before its response began
+    RETRY = "retry"  # another replica failed before the client got any of its response
 
 
 class Ending(enum.StrEnum):

@@ -158,7 +158,7 @@ INTER_TOKEN = _histogram(
 TOKENS = _counter("tokens", "Tokens that the upstreams reported.", "model", "upstream", "type")
 CACHED_UNKNOWN = _counter(
     "cached_unknown_tokens",
-    "Prompt tokens of responses that did not report how many were cached. They are counted as input_fresh too.",
+    "Prompt tokens of responses whose cached part is unknown: not reported or ignored. They are in input_fresh too.",
     "model", "upstream",
 )
 USAGE_MISSING = _counter(
@@ -203,7 +203,8 @@ INDEX_BLOCKS = _max("index_blocks", "Prompt blocks that a replica is believed to
 INDEX_BYTES = _sum("index_bytes", "Memory used by the prefix index, over all workers.")
 INDEX_TOKENS = _max("index_tokens", "Tokens that a replica is believed to hold.", "upstream")
 INDEX_EVICTIONS = _counter(
-    "index_evictions", "Prompt blocks dropped from the prefix index because the replica's capacity is used up.",
+    "index_evictions",
+    "Prompt blocks dropped from the prefix index: for want of room, or because a provider's time to live has passed.",
     "upstream",
 )
 CONTEXTS = _max("contexts", "Stored contexts.")
@@ -274,7 +275,7 @@ UPSTREAM_RATE = _max(
     "upstream_prefill_tokens_per_second", "Prefill rate of a replica, measured or configured.", "upstream"
 )
 UPSTREAM_RETRIES = _counter(
-    "upstream_retries", "Requests sent again because a replica failed before its response began.",
+    "upstream_retries", "Requests sent again because a replica failed before the client got any of its response.",
     "upstream", "reason",
 )
 HIDDEN_ERRORS = _counter(
