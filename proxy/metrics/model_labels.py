@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from proxy.metrics.definitions import MODEL_NAMES_AT_MOST, OTHER
 from proxy.patterns import is_pattern
 
+LISTED_AT_MOST: Final = 8192  # names that may become labels; the longest lists of providers have a thousand
+_NAME_CHARACTERS_MOST: Final = 256
+
 
 class ModelNames:
-    """The model names allowed as labels: those of the configuration and of the upstreams' lists, at most 64."""
+    """The model names that may be labels: those of the configuration and of the upstreams' lists.
+
+    The first 64 of them that are used are labels. A provider's list alone has more names than that.
+    """
 
     def __init__(self, configured: Iterable[str]) -> None:
-        self._names: dict[str, str] = {}
+        self._listed: dict[str, str] = {}
+        self._labels: dict[str, str] = {}
         self.add(name for name in configured if not is_pattern(name))
 
     def add(self, names: Iterable[str]) -> None:
         """Allow `names`, for example those of an upstream's model list, while there is room."""
         for name in names:
-            if len(self._names) < MODEL_NAMES_AT_MOST:
-                self._names.setdefault(name, name)
+            if len(self._listed) < LISTED_AT_MOST and len(name) <= _NAME_CHARACTERS_MOST:
+                self._listed.setdefault(name, name)
 
     def label(self, model: str | None) -> str:
         """Return `model` if it is allowed as a label, else `other`."""
-        return OTHER if model is None else self._names.get(model, OTHER)
+        if model is None:
+            return OTHER
+        found = self._labels.get(model)
+        if found is not None:
+            return found
+        listed = self._listed.get(model)
+        if listed is None or len(self._labels) >= MODEL_NAMES_AT_MOST:
+            return OTHER
+        self._labels[model] = listed
+        return listed

@@ -17,6 +17,7 @@ from prometheus_client.utils import floatToGoString
 from proxy.metrics import definitions as metrics
 from proxy.metrics.definitions import SPECS, Kind, MetricsDelta
 from proxy.metrics.exposition import Exposition
+from proxy.metrics.model_labels import ModelNames
 from proxy.metrics.recorder import Recorder
 from proxy.metrics.text_format import number
 
@@ -107,11 +108,22 @@ def test_a_scrape_of_eight_thousand_series_takes_under_a_tenth_of_a_second() -> 
 
 def test_ten_thousand_made_up_models_add_one_series() -> None:
     """The label is `other` for all of them."""
-    from proxy.metrics.model_labels import ModelNames
-
     names, recorder, exposition = ModelNames(["known"]), Recorder(), Exposition()
     for number_ in range(10_000):
         recorder.inc(metrics.TOKENS, (names.label(f"made-up-{number_}"), "u", "output"), 1)
     exposition.apply(0, recorder.take())
     assert exposition.render("")[0].count(b"cairn_tokens_total{") == 1
     assert exposition.value(metrics.TOKENS, ("other", "u", "output")) == 10_000
+
+
+def test_a_long_list_of_models_leaves_room_for_those_that_are_used() -> None:
+    """A provider lists hundreds, of which few are used; names become labels in the order of their use."""
+    names = ModelNames(["configured", "gpt-*"])
+    names.add(["m" * 10_000, *(f"listed-{number_}" for number_ in range(1_000))])
+    assert names.label("m" * 10_000) == metrics.OTHER
+    assert names.label("listed-999") == "listed-999"
+    assert names.label("configured") == "configured"
+    assert names.label("gpt-*") == names.label("not-listed") == names.label(None) == metrics.OTHER
+    labels = {names.label(f"listed-{number_}") for number_ in range(1_000)}
+    assert len(labels - {metrics.OTHER}) == metrics.MODEL_NAMES_AT_MOST - 1
+    assert names.label("listed-999") == "listed-999"
