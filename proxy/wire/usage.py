@@ -164,13 +164,15 @@ def _of_openai(usage: dict[str, Any], timings: Any, counts: _Counts) -> Usage | 
     if cached is None:
         cached = counts.of(timings, "cache_n")
     reasoning = counts.of(of_output, "reasoning_tokens")
+    written = _written(usage, details, counts)
+    prompt = _with_cached(usage, prompt, output, (cached or 0) + sum(written), counts)
     output = _with_hidden(usage, prompt, output, reasoning, cached, counts)
     return _made(
         counts,
         prompt=prompt,
         output=output,
         cached=cached,
-        written=_written(usage, details, counts),
+        written=written,
         reasoning=reasoning or 0,
         prefill_seconds=_prefill(timings),
         kinds=_kinds(details, of_output, counts),
@@ -195,6 +197,20 @@ def _agreed(reports: tuple[int | None, ...], counts: _Counts) -> int | None:
     if len(positive) > 1:
         counts.inconsistent = True
     return min(positive or known, default=None)
+
+
+def _with_cached(
+    usage: dict[str, Any], prompt: int | None, output: int | None, aside: int, counts: _Counts
+) -> int | None:
+    """Add what was cached and written (`aside`) to a prompt that excludes both, as the total shows.
+
+    Portkey passes Anthropic's counts on like this, under both dialects' names.
+    """
+    total = counts.of(usage, "total_tokens")
+    if not aside or total is None or prompt is None or output is None or total - prompt - output != aside:
+        return prompt
+    is_anthropics = "cache_read_input_tokens" in usage or "cache_creation_input_tokens" in usage
+    return prompt + aside if is_anthropics or aside > prompt else prompt
 
 
 def _with_hidden(

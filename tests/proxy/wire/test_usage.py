@@ -159,6 +159,28 @@ def test_the_split_of_writes_keeps_its_sum() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fresh", "cached", "written"), [(10, 900, 100), (5_000, 900, 100), (10, 900, 0), (10, 0, 100), (0, 900, 0)]
+)
+def test_a_gateway_passes_anthropics_counts_on_under_openais_names(fresh: int, cached: int, written: int) -> None:
+    """The prompt excludes what the total includes. It is no thinking, which would be billed as output."""
+    usage = {
+        "prompt_tokens": fresh,
+        "completion_tokens": 50,
+        "total_tokens": fresh + cached + written + 50,
+        "cache_read_input_tokens": cached,
+        "cache_creation_input_tokens": written,
+    }
+    assert normal(usage) == Usage(fresh + cached + written, 50, cached, written)
+
+
+@pytest.mark.parametrize(("total", "expected"), [(1_950, 50), (1_050, 50), (1_057, 57)])
+def test_a_prompt_that_includes_what_was_cached_stays_as_it_is(total: int, expected: int) -> None:
+    """Also if the total counts that part twice; thinking is still found."""
+    usage = {"prompt_tokens": 1_000, "completion_tokens": 50, "prompt_tokens_details": {"cached_tokens": 900}}
+    assert normal(usage | {"total_tokens": total}) == Usage(1_000, expected, 900)
+
+
+@pytest.mark.parametrize(
     ("fields", "details"),
     [
         ({}, {"cache_creation": {"ephemeral_5m_input_tokens": 10, "ephemeral_1h_input_tokens": 20}}),
