@@ -18,6 +18,7 @@ import enum
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
+from typing import NamedTuple
 
 import msgspec
 
@@ -233,21 +234,27 @@ def _token_bill(usage: Usage, rates: Rates) -> Bill:
     )
 
 
-_NO_EXTRA = Bill(ZERO, ZERO, ZERO, ZERO)
+class _Extra(NamedTuple):
+    """How much more audio and images cost, and save, than as much text: in 1e-6 USD. It may be negative."""
+
+    uncached_input: Decimal = ZERO
+    output: Decimal = ZERO
+    saving: Decimal = ZERO
 
 
-def _extra(usage: Usage, rates: Rates) -> Bill:
-    """Return how much more audio and images cost and save than as much text, in 1e-6 USD; it may be negative."""
+_NO_EXTRA = _Extra()
+
+
+def _extra(usage: Usage, rates: Rates) -> _Extra:
     extra = _NO_EXTRA
     for tokens, own in ((usage.audio, rates.audio), (usage.images, rates.images)):
         if tokens is not None and own is not None:
             prompt, output = min(tokens.prompt, usage.prompt_tokens), min(tokens.output, usage.output_tokens)
             cached = min(tokens.cached, usage.cached_tokens or 0)
-            extra = Bill(
+            extra = _Extra(
                 extra.uncached_input + prompt * (own.input - rates.input),
                 extra.output + output * (own.output - rates.output),
                 extra.saving + cached * (own.input - own.cached_read - rates.input + rates.cached_read),
-                ZERO,
             )
     return extra
 
