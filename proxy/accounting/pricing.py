@@ -247,10 +247,15 @@ _NO_EXTRA = _Extra()
 
 def _extra(usage: Usage, rates: Rates) -> _Extra:
     extra = _NO_EXTRA
+    prompt_left, output_left, cached_left = usage.prompt_tokens, usage.output_tokens, usage.cached_tokens or 0
     for tokens, own in ((usage.audio, rates.audio), (usage.images, rates.images)):
         if tokens is not None and own is not None:
-            prompt, output = min(tokens.prompt, usage.prompt_tokens), min(tokens.output, usage.output_tokens)
-            cached = min(tokens.cached, usage.cached_tokens or 0)
+            prompt, output, cached = (
+                min(tokens.prompt, prompt_left),
+                min(tokens.output, output_left),
+                min(tokens.cached, cached_left),
+            )
+            prompt_left, output_left, cached_left = prompt_left - prompt, output_left - output, cached_left - cached
             extra = _Extra(
                 extra.uncached_input + prompt * (own.input - rates.input),
                 extra.output + output * (own.output - rates.output),

@@ -256,6 +256,15 @@ def test_a_bill_by_the_built_in_data_is_the_packages_own(model: str, url: str, t
     assert priced(usage, card).cost == expected.total_price
 
 
+def test_kinds_of_tokens_that_exceed_the_whole_never_make_a_bill_negative() -> None:
+    """Whatever an upstream reports, counters only grow."""
+    free = KindRates(D(0), D(0), D(0))
+    card = TokenCard(msgspec.structs.replace(SONNET.rates, audio=free, images=free))
+    many = KindTokens(1_000, 1_000, 1_000)
+    made = priced(Usage(1_000, 1_000, 1_000, audio=many, images=many), card)
+    assert made == Bill(D(0), D(0), D(0), D(0))
+
+
 @pytest.mark.parametrize(
     ("name", "url"),
     [
