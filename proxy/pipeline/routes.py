@@ -139,6 +139,8 @@ class Routes:
         if "%2" in target and (named := _MODEL_WITH_SLASHES.fullmatch(target)) and method in _LIVENESS_METHODS:
             return Route(Endpoint.OTHER, f"/v1/models/{named[1]}", model=unquote(named[1]), reads_body=False)
         path, query = split_target(target)
+        if method == "TRACE":  # it would show the client what was sent to the upstream: the replica's key
+            raise self._unknown(method, path)
         if path.startswith(_DEPLOYMENTS) and matches_any(path, self._engine_paths):
             return self._if_allowed(_deployment(method, path, query), path)
         versioned = _versioned(path)

@@ -174,6 +174,13 @@ def test_what_does_not_run_a_deployment_is_administration(method: str, path: str
     assert opened.route(method, path).access is Access.CONFIGURED
 
 
+@pytest.mark.parametrize("path", ["/v1/files/file-1", "/v1/chat/completions", "/tokenize", "/v1/fine_tuning/jobs"])
+def test_nothing_is_asked_to_repeat_what_was_sent_to_it(path: str) -> None:
+    """An upstream that serves TRACE would show the client the replica's key."""
+    with pytest.raises(NotFound):
+        Routes(("/tokenize",), ("/v1/fine_tuning/*",)).route("TRACE", path)
+
+
 def test_a_configured_path_is_open_and_its_neighbours_are_not() -> None:
     """The list of allowed paths is by pattern."""
     assert CONFIGURED.route("GET", "/v1/fine_tuning/jobs").access is Access.CONFIGURED
