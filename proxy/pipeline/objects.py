@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Final, Protocol
 
 from cache import ObjectLocations
+from proxy.fleet.pools import ServedPool
 from proxy.model import Access, Endpoint
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.reader import checked_key, has_checked_models, object_key
@@ -27,6 +28,7 @@ found behind one."""
 _CHUNK_ID = re.compile(rb'data: ?\{[^{}\[\]]*?"id"\s*:\s*"([^"\\]+)"')
 """The id of a chat completion in its first chunk."""
 
+_NEW_OBJECT = re.compile(r"/v1/[^/]+")
 _IN_BACKGROUND = re.compile(rb'"background"\s*:\s*true')
 _STREAM_STARTS: Final = (b"event:", b"data:")
 _READ_METHODS = frozenset({"GET", "POST"})
@@ -143,7 +145,22 @@ class CreatedObjects:
     def _own(self, exchange: Exchange, key: str, prefix: str = "") -> None:
         if exchange.attempt is not None and exchange.pool is not None:
             name = object_key(exchange.call.tenant, exchange.pool, key)
+            if self._is_for_all(exchange, exchange.pool):
+                name = key  # where it is, but not whose
             self._journal.own(prefix + name, exchange.attempt.replica)
+
+    def _is_for_all(self, exchange: Exchange, pool: ServedPool) -> bool:
+        """Return True if the operator opened the path to all clients, so that a response may name anyone's object.
+
+        A file in a vector store, for example, has the id of the file that was put there. What is new comes from a
+        path such as /v1/vector_stores.
+        """
+        call = exchange.call
+        if call.access is not Access.CONFIGURED:
+            return False
+        if call.object_id:
+            return self._journal.locations.of(object_key(call.tenant, pool, call.object_id)) is None
+        return _NEW_OBJECT.fullmatch(call.target.partition("?")[0]) is None
 
     def _mark(self, exchange: Exchange, mark: str, object_id: str) -> None:
         self._own(exchange, object_id, f"{mark}:")

@@ -167,6 +167,7 @@ class RequestReader:
     def _check_references(
         self, call: Call, pool: ServedPool, members: Iterable[memoryview | Body], known: Iterable[Reference] = ()
     ) -> None:
+        _check_charset(call)
         found = references(call.body, members)
         if found is None:
             raise BadRequest(
@@ -187,6 +188,7 @@ class RequestReader:
         if not call.body:
             return
         if multipart.is_form(content_type):
+            _check_charset(call)
             named = form_references(call.body, content_type)
             if named is None:
                 raise BadRequest("The form cannot be read.")
@@ -367,6 +369,12 @@ def _content_type(call: Call) -> bytes:
     if len(types) > 1:
         raise BadRequest("content-type is given twice")
     return types[0] if types else b""
+
+
+def _check_charset(call: Call) -> None:
+    """Raise BadRequest if the upstream might read other names of objects in the body than are read here."""
+    if any(name == b"content-type" and named_models.hides_names(value) for name, value in call.headers):
+        raise BadRequest("The body must be sent in UTF-8.")
 
 
 def _unreadable() -> Forbidden:

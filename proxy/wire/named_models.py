@@ -59,6 +59,7 @@ _IMAGES: Final = "image_generation"
 
 _CHARSET = re.compile(rb"""charset\s*=\s*["']?([^"';\s]*)""", re.IGNORECASE)
 _UTF8: Final = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii"})
+_WITH_ASCII: Final = _UTF8 | {b"iso-8859-1", b"latin1", b"windows-1252"}
 _ESCAPE: Final = b"\\u00"  # an escape could hide a letter of a key
 _MARKS: Final = (b"model", b"fallback", b"adapter", b"lora", b"deployment", b"engine", b"preset", b"image", _ESCAPE)
 
@@ -100,10 +101,10 @@ def further_models(body: Body, content_type: bytes) -> list[str] | None:
     Keys are found in any letter case, since some servers ignore it, and at any depth outside of prompts and schemas.
     None if the body cannot be read, since it might name any model.
     """
-    if multipart.is_form(content_type):
-        return _form_models(body, content_type)
     if (charset := _CHARSET.search(content_type)) is not None and charset[1].lower() not in _UTF8:
         return None  # some servers decode JSON by it: in UTF-7 ASCII text may name other members
+    if multipart.is_form(content_type):
+        return _form_models(body, content_type)
     try:
         found: list[str] = []
         for key, value in decode_members(body).items():
@@ -116,6 +117,12 @@ def further_models(body: Body, content_type: bytes) -> list[str] | None:
     except (*DECODE_ERRORS, TooManyMembers, _Unreadable):
         return None
     return found
+
+
+def hides_names(content_type: bytes) -> bool:
+    """Return True if a body of this type has a charset in which ASCII text may mean something else, such as UTF-7."""
+    charset = _CHARSET.search(content_type)
+    return charset is not None and charset[1].lower() not in _WITH_ASCII
 
 
 def query_models(target: str) -> list[str]:

@@ -59,8 +59,14 @@ REFERENCES_MOST: Final = 10_000  # of one body
 _OUTERMOST: Final = frozenset({*_COLLECTIONS, "input", "items", "tools"})
 """Members of the outermost object that may name objects. The prompt's decoder knows them in this letter case only."""
 
+_URLS: Final = frozenset({"image_url", "url", "video_url"})
+_FILE_URL = re.compile(r"(?i)\Ams:/*([^/?#]+)")
+"""A URL of a picture or video that names an uploaded file, as Moonshot reads it: `ms://file-1`."""
+
+_FILE_URLS: Final = (b'"ms:', b'"ms\\')  # at the beginning of a string, in lower case
+
 _NUL: Final = b"\0"
-_IN_CONTENT: Final = b"file_id"  # the one key with an id in messages and input items
+_IN_CONTENT: Final = (b"file_id", *_FILE_URLS)  # the one key with an id in messages and input items, and URLs
 _ELSEWHERE = (b"_id", b"container", b"conversation", _ESCAPE)
 
 
@@ -112,7 +118,7 @@ def may_refer(body: Body) -> bool:
     No key is in the inside of a long string, so that is not searched: 0.1 ms per MB and not 1.
     """
     text = text_with_keys(body)
-    return text.lower().find(_IN_CONTENT) >= 0 or (
+    return _contains(text.lower(), _IN_CONTENT) or (
         text.find(_ESCAPE) >= 0 and _ESCAPED_LETTER.search(text) is not None
     )
 
@@ -137,7 +143,7 @@ def _in_other_case(members: Iterable[str], names: Container[str]) -> bool:
     return any(key not in names and key.casefold() in names for key in members)
 
 
-def _contains(text: bytes, keys: Iterable[bytes]) -> bool:
+def _contains(text: Body, keys: Iterable[bytes]) -> bool:
     return any(text.find(key) >= 0 for key in keys)  # `in` takes four times as long
 
 
@@ -167,7 +173,11 @@ def first_object_id(members: Iterable[memoryview]) -> str | None:
     return None
 
 
-_ITEM_KEYS: Final = ("id", "type", "role")
+_KEPT: Final = {"image_generation_call": ("result",), "reasoning": ("content", "encrypted_content")}
+"""Types of items that an upstream keeps and finds by their id, and the members that bring the content instead."""
+
+_ITEM_KEYS: Final = ("id", "type", "role", *[member for members in _KEPT.values() for member in members])
+_EMPTY: Final = (b"null", b"[]", b'""')
 
 
 def item_references(items: Iterable[memoryview | bytes]) -> list[Reference]:
@@ -185,20 +195,35 @@ def _item_ids(item: Body) -> list[str]:
     Of a key in several letter cases, any may count. Raises DECODE_ERRORS.
     """
     members = decode_members(item)
-    found = _referred(*[[members.get(name, NONE)] for name in _ITEM_KEYS])
+    found = _referred({name: [members.get(name, NONE)] for name in _ITEM_KEYS})
     if _in_other_case(members, _ITEM_KEYS):
         found += _referred(
-            *[[value for key, value in members.items() if key.casefold() == name] or [NONE] for name in _ITEM_KEYS]
+            {
+                name: [value for key, value in members.items() if key.casefold() == name] or [NONE]
+                for name in _ITEM_KEYS
+            }
         )
     return found
 
 
-def _referred(ids: list[Raw], kinds: list[Raw], roles: list[Raw]) -> list[str]:
-    """Return the ids of an item that is a reference by one of these types and one of these roles."""
-    refers = any(short_text(kind) == "item_reference" for kind in kinds) or (
-        any(map(_is_absent, kinds)) and any(map(_is_absent, roles))
+def _referred(given: dict[str, list[Raw]]) -> list[str]:
+    """Return the ids of an item that is a reference by one of the values of each of these members."""
+    kinds = [short_text(kind) for kind in given["type"]]
+    refers = (
+        "item_reference" in kinds
+        or (any(map(_is_absent, given["type"])) and any(map(_is_absent, given["role"])))
+        or any(_lacks_content(given, _KEPT[kind]) for kind in kinds if kind in _KEPT)
     )
-    return [text for each in ids if (text := short_text(each)) is not None] if refers else []
+    return [text for each in given["id"] if (text := short_text(each)) is not None] if refers else []
+
+
+def _lacks_content(given: dict[str, list[Raw]], names: Iterable[str]) -> bool:
+    """Return True if by some reading none of these members has a content."""
+    return all(any(map(_is_empty, given[name])) for name in names)
+
+
+def _is_empty(value: Raw) -> bool:
+    return value is NONE or bytes(value).translate(None, b" \t\r\n") in _EMPTY
 
 
 def _is_absent(value: Raw) -> bool:
@@ -245,6 +270,8 @@ def _in_decoded(value: Any) -> tuple[list[Reference], int]:
                 if collection := _COLLECTIONS.get(key.casefold()):
                     keys += 1
                     found += [Reference(collection, name) for name in _ids(member)] if may_refer else ()
+                elif may_refer and key.casefold() in _URLS and isinstance(member, str):
+                    found += [Reference("files", name) for name in _FILE_URL.findall(member)]
                 is_own = key in _CLIENTS_OWN or (calls_tool and key == "input")
                 if isinstance(member, (dict, list)):
                     waiting.append((member, may_refer and not is_own))

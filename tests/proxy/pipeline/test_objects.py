@@ -10,6 +10,7 @@ import pytest
 
 from cache import ObjectLocations
 from proxy.fleet.pools import ServedPool
+from proxy.model import Access
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.objects import CreatedObjects
 from proxy.records import Tenant
@@ -34,15 +35,15 @@ class Attempt:
     replica = 1
 
 
-def asked(method: str, target: str, *, shares_key: bool = True) -> Exchange:
+def asked(method: str, target: str, *, shares_key: bool = True, allowed: tuple[str, ...] = ()) -> Exchange:
     """A request that replica 1 has answered."""
-    made = exchange(method, target, {"model": "m", "input": "x"})
+    made = exchange(method, target, {"model": "m", "input": "x"}, allowed=allowed)
     made.pool = ServedPool("p", ("*",), shares_key=shares_key)
     made.attempt = Attempt()  # type: ignore[assignment]
     return made
 
 
-def noted(method: str, target: str, body: Any, **options: bool) -> tuple[dict[str, str], Exchange]:
+def noted(method: str, target: str, body: Any, **options: Any) -> tuple[dict[str, str], Exchange]:
     """Return what is remembered after one response."""
     journal, made = Journal(), asked(method, target, **options)
     CreatedObjects(journal).note(made, body if isinstance(body, bytes) else json.dumps(body).encode())
@@ -53,6 +54,28 @@ def test_a_created_object_belongs_to_its_creator_where_the_key_is_shared() -> No
     """With the client's own key the upstream knows whose it is."""
     assert noted("POST", "/v1/files", {"id": "file-1"})[0] == {"mine/file-1": "replica-1"}
     assert noted("POST", "/v1/files", {"id": "file-1"}, shares_key=False)[0] == {"file-1": "replica-1"}
+
+
+def test_what_a_path_that_is_open_to_all_names_may_be_anothers() -> None:
+    """A file in a vector store keeps its id, so nobody owns a file for having put it into one."""
+    for target, allowed, known in (
+        ("/v1/vector_stores", "/v1/vector_stores*", {"mine/x": "replica-1"}),
+        ("/v1/vector_stores/vs/files", "/v1/vector_stores*", {"x": "replica-1"}),
+        ("/v1/batches/batch_1/cancel", "/v1/batches/*", {"x": "replica-1"}),
+    ):
+        assert noted("POST", target, {"id": "x"}, allowed=(allowed,))[0] == known
+    assert noted("GET", "/v1/batches/b", {"id": "b", "output_file_id": "x"}, allowed=("/v1/batches/*",))[0] == {
+        "x": "replica-1"
+    }
+
+
+def test_ones_own_object_at_a_path_that_is_open_to_all_names_ones_own() -> None:
+    """As it does where the path is not open."""
+    journal, made = Journal(), asked("GET", "/v1/batches/b", allowed=("/v1/batches/*",))
+    journal.own("mine/b", 1)
+    assert made.call.access is Access.CONFIGURED
+    CreatedObjects(journal).note(made, b'{"id":"b","output_file_id":"x"}')
+    assert journal.locations.of("mine/x") == "replica-1"
 
 
 def test_files_that_the_upstream_made_for_a_batch_or_an_upload_belong_to_its_owner() -> None:

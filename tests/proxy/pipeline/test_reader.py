@@ -212,6 +212,20 @@ def test_an_object_in_a_member_in_another_letter_case_must_be_ones_own(more: dic
                 read.read(asked)
 
 
+@pytest.mark.parametrize("target", ["/v1/responses", "/v1/rerank", "/v1/conversations"])
+@pytest.mark.parametrize(
+    ("charset", "passes"), [("utf-7", False), ("UTF-16", False), ("utf-8", True), ("ISO-8859-1", True)]
+)
+def test_a_body_in_a_charset_that_may_hide_names_is_refused(target: str, charset: str, passes: bool) -> None:
+    """Some servers decode JSON by it: this member is a previous_response_id to them."""
+    body = {"model": "dear", "input": "x", "+AHAAcgBlAHYAaQBvAHUAcwBfAHIAZQBzAHAAbwBuAHMAZQBfAGkAZA-": "resp_1"}
+    asked = exchange("POST", target, body)
+    headers = ((b"content-type", f"application/json; charset={charset}".encode()),)
+    asked.call = dataclasses.replace(asked.call, headers=headers)
+    with contextlib.nullcontext() if passes else pytest.raises(BadRequest):
+        reader(of=pools(SHARED)).read(asked)
+
+
 def test_items_in_another_letter_case_are_checked_in_a_body_that_is_no_prompt_too() -> None:
     """New items of a conversation are listed under `items`."""
     body = {"Items": [{"type": "item_reference", "id": "msg_1"}]}

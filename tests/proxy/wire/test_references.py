@@ -86,6 +86,14 @@ def test_deep_nesting_is_walked_without_recursion() -> None:
         ({"type": "function_call", "id": "fc_1", "call_id": "c"}, False),
         ({"type": "reasoning", "id": "rs_1", "encrypted_content": "x" * 9000}, False),
         ({"role": "user", "content": "item_reference" * 900}, False),
+        ({"type": "image_generation_call", "id": "msg_1"}, True),
+        ({"type": "image_generation_call", "id": "msg_1", "status": "completed", "result": None}, True),
+        ({"Type": "image_generation_call", "ID": "msg_1", "result": ""}, True),
+        ({"type": "image_generation_call", "id": "msg_1", "result": "iVBO"}, False),
+        ({"type": "reasoning", "id": "msg_1", "summary": []}, True),
+        ({"type": "reasoning", "id": "msg_1", "summary": [], "content": [], "encrypted_content": None}, True),
+        ({"type": "reasoning", "id": "msg_1", "Encrypted_Content": "x", "summary": []}, True),
+        ({"type": "reasoning", "id": "rs_1", "content": [{"type": "reasoning_text", "text": "x"}]}, False),
         ("a text", False),
         ({"id": 7}, False),
     ],
@@ -94,6 +102,26 @@ def test_an_item_that_only_refers_to_an_earlier_one_is_found(item, refers: bool)
     """Its type may be left out; items that bring their content refer to nothing, whatever their id."""
     found = item_references([memoryview(json.dumps(item).encode())])
     assert found == ([Reference(ITEMS, "msg_1")] if refers else [])
+
+
+@pytest.mark.parametrize(
+    ("url", "refers"),
+    [
+        ("ms://file-1", True),
+        ("MS:\\/\\/file-1", True),
+        ("\\u006ds\\u003a//file-1", True),
+        ("ms\\u003a//file-1", True),
+        ("https://host/ms://file-1", False),
+        ("data:image/png;base64,ms", False),
+    ],
+)
+@pytest.mark.parametrize("member", ['"image_url":{"url":"%s"}', '"video_url":"%s"'])
+def test_a_url_of_an_uploaded_file_refers_to_it(member: str, url: str, refers: bool) -> None:
+    """Moonshot reads pictures and videos by such URLs."""
+    body = '{"messages":[{"role":"user","content":[{"type":"x",%s}]}]}' % (member % url)
+    assert references(body.encode()) == (frozenset({FILE}) if refers else frozenset())
+    own = '{"messages":[],"tools":[{"function":{"parameters":{"url":"ms://file-1"}}}]}'
+    assert references(own.encode()) == frozenset()
 
 
 @pytest.mark.parametrize(
