@@ -19,7 +19,7 @@ from proxy.contexts.warming import WarmingFailed
 from proxy.errors import BadRequest, NotFound, TooLarge
 from proxy.model import Body as RequestBody
 from proxy.pipeline.admission import check_model
-from proxy.pipeline.reader import LONG_IF_DECODED_BYTES
+from proxy.pipeline.inserted_names import LONG_IF_DECODED_BYTES
 from proxy.records import Call, Tenant
 from proxy.tasks import Tasks
 from proxy.wire.contexts import CONTEXT_ID, TAG, Reference

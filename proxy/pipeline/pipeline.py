@@ -36,6 +36,10 @@ class Reading(Protocol):
         """Find model, pool and objects. Raises CairnError, and UnknownObject for an object that is not known here."""
         ...
 
+    async def check_inserted(self, exchange: Exchange) -> None:
+        """Check the models and objects that an inserted context names. Raises like `read`."""
+        ...
+
 
 class Planning(Protocol):
     """Phases 4 to 6, by `Planner`."""
@@ -204,7 +208,21 @@ class Pipeline:
             await self._sleep(OBJECT_NEWS_SECONDS)
             self._reader.read(exchange)
         if self._names_context(exchange):
-            await self._contexts.expand(exchange)
+            await self._insert_context(exchange)
+
+    async def _insert_context(self, exchange: Exchange) -> None:
+        """Insert the stored context that the prompt names, if the client may use what that names in turn."""
+        await self._contexts.expand(exchange)
+        if not await self._inserted_is_known(exchange):
+            await self._sleep(OBJECT_NEWS_SECONDS)
+            await self._reader.check_inserted(exchange)
+
+    async def _inserted_is_known(self, exchange: Exchange) -> bool:
+        try:
+            await self._reader.check_inserted(exchange)
+        except UnknownObject:
+            return False
+        return True
 
     async def _complete_long(self, exchange: Exchange) -> None:
         """Read a body in a thread, then do the same as `_complete`."""
@@ -215,7 +233,7 @@ class Pipeline:
         if unknown is not None:
             raise unknown
         if self._names_context(exchange):
-            await self._contexts.expand(exchange)
+            await self._insert_context(exchange)
 
     async def _read_aside(self, exchange: Exchange) -> UnknownObject | None:
         """Read the body in a thread, one at a time: several would take the interpreter from the loop in turn.

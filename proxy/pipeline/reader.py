@@ -16,6 +16,7 @@ from proxy.model import Access, Body, Edit, Endpoint
 from proxy.patterns import matches_any
 from proxy.pipeline.admission import check_model
 from proxy.pipeline.exchange import Exchange, TakesLong
+from proxy.pipeline.inserted_names import LONG_IF_DECODED_BYTES, InsertedNames
 from proxy.records import Call, Prompt, Tenant
 from proxy.wire import multipart, named_models
 from proxy.wire import request as wire_request
@@ -34,9 +35,6 @@ from proxy.wire.references import (
 
 LONG_BYTES: Final = 4 * 1024 * 1024
 """Length from which a body is read in a thread: 32 MB take a tenth of a second, and more if they are an attack."""
-
-LONG_IF_DECODED_BYTES: Final = 256 * 1024
-"""The same for a body that may have to be decoded whole, at up to 0.3 s per MB, and not only searched."""
 
 _COMMAS_INLINE: Final = 50_000
 """Most commas of a body whose outermost keys are looked at on the event loop: with as many keys this takes 10 ms."""
@@ -74,6 +72,7 @@ class RequestReader:
         self._number_of = number_of
         self._locations = locations
         self._allowed_paths = tuple(allowed_paths)
+        self._inserted = InsertedNames()
 
     @property
     def _checks_objects(self) -> bool:
@@ -112,6 +111,29 @@ class RequestReader:
             text = text_with_keys(call.body)
             if text.count(b",") > _COMMAS_INLINE or may_refer(text) or has_members_in_other_case(text):
                 raise TakesLong
+
+    async def check_inserted(self, exchange: Exchange) -> None:
+        """Check what the stored context names that was inserted into the prompt, as if the client had sent it.
+
+        Its upload was not checked so: it may have come from another client of the tenant, or be meant for another
+        pool. Raises BadRequest, Forbidden and UnknownObject.
+        """
+        stored, pool, tenant = exchange.stored, exchange.pool, exchange.call.tenant
+        if stored is None or pool is None or not (pool.shares_key or tenant.is_limited):
+            return
+        named = await self._inserted.of(stored.content)
+        if tenant.is_limited:
+            if named.models is None:
+                raise _unreadable()
+            for model in named.models:
+                check_model(tenant, model)
+        if pool.shares_key:
+            if named.objects is None:
+                raise BadRequest(
+                    "The stored context has a member twice that names an object, names more than "
+                    f"{REFERENCES_MOST:,} objects, or writes letters as escapes."
+                )
+            self._check_owned(exchange.call, pool, named.objects)
 
     # -- paths with a model in the body
 

@@ -65,6 +65,10 @@ class TracedReader:
         finally:
             self._tracing.mark(exchange, Phase.READ, started_seconds)
 
+    async def check_inserted(self, exchange: Exchange) -> None:
+        """Check what an inserted context names; this belongs to no phase of its own."""
+        await self._inner.check_inserted(exchange)
+
 
 class TracedPlanner:
     """Times phases 4 to 6."""

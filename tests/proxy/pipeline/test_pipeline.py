@@ -50,6 +50,9 @@ class Phases:
     def read(self, exchange: Exchange) -> None:
         self.step("read")
 
+    async def check_inserted(self, exchange: Exchange) -> None:
+        self.step("check_inserted")
+
     def fingerprint(self, exchange: Exchange) -> None:
         self.step("fingerprint")
 
@@ -290,7 +293,25 @@ async def test_a_context_is_inserted_before_the_prompt_is_hashed(named: bool, ex
 
     phases.read = read  # type: ignore[method-assign, assignment]
     await ran(phases, exchange("POST", "/v1/chat/completions", CHAT))
-    assert ("contexts.expand" in phases.steps[:2]) is expands
+    assert (phases.steps[1:3] == ["contexts.expand", "check_inserted"]) is expands
+    assert ("check_inserted" in phases.steps) is expands
+
+
+async def test_an_object_that_a_context_names_may_be_announced_a_moment_later() -> None:
+    """By the worker at which it was created; then it is looked up once more."""
+    unknown = UnknownObject("none")
+    for failures, status in (([unknown], 0), ([unknown, unknown], 404)):
+        phases = Phases(check_inserted=failures)
+        reader = phases.read
+
+        def read(asked: Exchange, reader: Any = reader) -> None:
+            reader(asked)
+            asked.prompt = _prompt(may_name_context=True)
+
+        phases.read = read  # type: ignore[method-assign, assignment]
+        asked, _ = await ran(phases, exchange("POST", "/v1/chat/completions", CHAT))
+        assert phases.slept == [OBJECT_NEWS_SECONDS]
+        assert asked.status == status
 
 
 def _prompt(*, may_name_context: bool) -> Prompt:

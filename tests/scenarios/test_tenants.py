@@ -1,0 +1,77 @@
+"""What a tenant stored gives it no more than it may send: files, models and objects of others stay out of reach."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+
+from proxy.config.schema import Config, Pool, Replica, Secret, Server
+from tests.scenarios.test_rules import CHEAP, CLIENTS, FREE, OTHER, status_of
+from tests.support.cairn import Cairn, config_for, running
+from tests.support.openai_upstream import OpenAIUpstream
+from tests.support.valkey import Valkey
+
+USER = {"role": "user", "content": "q"}
+TOOL = {"type": "file_search", "vector_store_ids": ["file-1"]}
+
+
+def shared(url: str, redis: Valkey) -> Config:
+    """One pool whose replica has a key of the operator's, for three clients, and a store."""
+    pool = Pool(name="p", replicas=(Replica(url, key=Secret("sk-operator")),))
+    return config_for((), redis.url, pools=(pool,), clients=CLIENTS, server=Server(port=0))
+
+
+@asynccontextmanager
+async def proxied(redis: Valkey) -> AsyncIterator[tuple[OpenAIUpstream, Cairn]]:
+    """An upstream behind such a proxy."""
+    async with OpenAIUpstream(models=("cheap", "dear")) as upstream, running(shared(upstream.url, redis)) as cairn:
+        yield upstream, cairn
+
+
+async def stored(http: aiohttp.ClientSession, cairn: Cairn, headers: dict[str, str], **fields: Any) -> str:
+    """The id of a new context."""
+    body = {"model": "cheap", "messages": [USER], "ttl": 60, **fields}
+    async with http.post(f"{cairn.url}/caching", json=body, headers=headers) as answer:
+        assert answer.status == 200
+        made: str = (await answer.json())["id"]
+        return made
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "file-1"}}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "ms://file-1"}}]}]},
+        {"messages": [{"role": "user", "content": "x" * 300_000}], "tools": [TOOL]},
+    ],
+)
+async def test_a_stored_context_brings_nobody_anothers_object(http, redis: Valkey, fields: dict[str, Any]) -> None:
+    """Neither where it is used nor where it is warmed: what is inserted is checked like what is sent."""
+    async with proxied(redis) as (upstream, cairn):
+        upstream.answers["/v1/files"] = b'{"id":"file-1"}'
+        assert await status_of(http, cairn, "POST", "/v1/files", data=b"", headers=FREE) == 200
+        for headers, status in ((OTHER, 404), (FREE, 200)):
+            before = len([asked for asked in upstream.generations if b"file-1" in asked.body])
+            context_id = await stored(http, cairn, headers, **fields)
+            chat = {"model": "cheap", "messages": [{"role": "cache", "content": f"cache_id={context_id}"}, USER]}
+            assert await status_of(http, cairn, "POST", "/v1/chat/completions", json=chat, headers=headers) == status
+            reached = [asked for asked in upstream.generations if b"file-1" in asked.body]
+            assert (len(reached) > before) is (status == 200)
+
+
+async def test_a_stored_context_runs_no_model_that_its_user_may_not_use(http, redis: Valkey) -> None:
+    """A hosted tool may name one, or leave the choice to the upstream; another client may use the same tool."""
+    async with proxied(redis) as (upstream, cairn):
+        for tool in ({"type": "image_generation", "model": "dear"}, {"type": "image_generation"}):
+            for headers, status in ((CHEAP, 403), (FREE, 200)):
+                context_id = await stored(http, cairn, headers, tools=[tool])
+                chat = {"model": "cheap", "messages": [{"role": "cache", "content": f"cache_id={context_id}"}, USER]}
+                asked = {"json": chat, "headers": headers}
+                assert await status_of(http, cairn, "POST", "/v1/chat/completions", **asked) == status
+            drawn = [b"image_generation" in asked.body for asked in upstream.generations]
+            assert any(drawn)
+            upstream.requests.clear()
