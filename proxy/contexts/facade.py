@@ -59,7 +59,7 @@ class StoredContexts:
 
         The first of several keys names the tenant. It could be made up, and another one be what was accepted.
         """
-        if len(credentials_of(call.headers)) < 2:
+        if len(credentials_of(call.headers, call.target)) < 2:
             self._store.accepted(call.tenant.id)
 
     def _settle_use(self, exchange: Exchange, *, succeeded: bool) -> None:

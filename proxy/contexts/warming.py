@@ -20,12 +20,12 @@ from proxy.model import Ending, Endpoint
 from proxy.pipeline.exchange import Exchange
 from proxy.records import Call, Tenant
 from proxy.wire.contexts import Reference
+from proxy.wire.headers import KEY_HEADERS
 from proxy.wire.schemas import DECODE_ERRORS
 
 MINIMAL_MESSAGE = {"role": "user", "content": "."}
 MODELS_REMEMBERED_AT_MOST = 1024
 _ERROR_BYTES_MOST = 64 * 1024
-_CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -113,7 +113,7 @@ class Warming:
 
         Raises WarmingFailed if the first one does not answer.
         """
-        kept = tuple(pair for pair in headers if pair[0] in _CREDENTIALS)
+        kept = tuple(pair for pair in headers if pair[0] in KEY_HEADERS)
         messages: list[dict[str, str]] = [{"role": "cache", "content": f"cache_id={reference.id}"}]
         if not ends_with_user:
             messages.append(MINIMAL_MESSAGE)

@@ -16,6 +16,8 @@ from proxy.errors import Forbidden, Overloaded, Unauthorized
 from proxy.patterns import matches_any
 from proxy.pipeline.page_guard import PageGuard
 from proxy.records import Tenant
+from proxy.wire.headers import KEY_HEADERS
+from proxy.wire.paths import keys_in_query
 
 _TENANTS_REMEMBERED: Final = 4096  # keys whose tenant is remembered; computing it takes 3 us
 _KEY_BYTES_REMEMBERED: Final = 512  # longer keys are hashed each time, so that strangers cannot fill memory
@@ -26,7 +28,6 @@ _ANONYMOUS_NAME: Final = "anonymous"
 _NAME_DIGITS: Final = 12  # of a keyed hash, shown to the operator
 _BUSY_RETRY_SECONDS: Final = 1.0
 _NO_KEY: Final = "No API key was sent. Send it as `Authorization: Bearer KEY`, `x-api-key` or `api-key`."
-_KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Authenticator:
         self._secret = secret if len(secret) <= _HASH_KEY_BYTES_MOST else hashlib.blake2b(secret).digest()
         self._seen: dict[bytes, Tenant] = {}
 
-    def admit(self, method: str, headers: Sequence[tuple[bytes, bytes]]) -> Tenant:
+    def admit(self, method: str, headers: Sequence[tuple[bytes, bytes]], target: str = "") -> Tenant:
         """Return the tenant of a request, from its keys.
 
         Raises:
@@ -82,8 +83,10 @@ class Authenticator:
             Forbidden: a page of another site may have sent the request.
         """
         credentials = credentials_of(headers)
-        if self._pages is not None:
+        if self._pages is not None:  # a page may put a key into a URL without asking first
             self._pages.check(method, headers, has_key=bool(credentials))
+        if not credentials and "?" in target:
+            credentials = credentials_of((), target)
         return self.tenant_of_any(credentials)
 
     def tenant_of_any(self, credentials: Sequence[bytes]) -> Tenant:
@@ -150,20 +153,23 @@ class Authenticator:
         )
 
 
-def credentials_of(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
-    """Return the keys in a request's headers (names in lower case), in their order, each once.
+def credentials_of(headers: Iterable[tuple[bytes, bytes]], target: str = "") -> list[bytes]:
+    """Return the keys in a request's headers (names in lower case) and then in its query, in their order, each once.
 
     A key comes as `Authorization: Bearer KEY` (in any letter case) or as the value of `Authorization`, `x-api-key`
-    (Anthropic) or `api-key` (Azure), with or without `Bearer`.
+    (Anthropic), `api-key` (Azure) or another header in which providers take keys, with or without `Bearer`.
     """
     found: list[bytes] = []
     for name, value in headers:
-        if name in _KEY_HEADERS:
+        if name in KEY_HEADERS:
             key = value.strip()
             if key[:6].lower() == b"bearer" and key[6:7] in (b" ", b"\t", b""):
                 key = key[6:].strip()
             if key and key not in found and len(found) < _CREDENTIALS_MOST:
                 found.append(key)
+    for text in keys_in_query(target):
+        if (key := text.encode("utf-8", "replace")) and key not in found and len(found) < _CREDENTIALS_MOST:
+            found.append(key)
     return found
 
 

@@ -37,20 +37,20 @@ _HOP_BY_HOP = frozenset(
     }
 )
 _FORWARDED = frozenset({b"forwarded", b"x-real-ip", b"true-client-ip", b"cf-connecting-ip", b"x-client-ip", b"via"})
-_CREDENTIALS = frozenset(
+KEY_HEADERS = frozenset(
     {
         b"authorization",
         b"x-api-key",
         b"api-key",
         b"x-goog-api-key",
         b"ocp-apim-subscription-key",
-        b"openai-organization",
-        b"openai-project",
-        b"x-goog-user-project",
         b"x-litellm-api-key",
     }
 )
-"""Headers in which providers take keys, and headers that choose the account to be charged."""
+"""Headers in which providers take keys."""
+
+_CREDENTIALS = KEY_HEADERS | {b"openai-organization", b"openai-project", b"x-goog-user-project"}
+"""The same, and headers that choose the account to be charged."""
 
 _OVERRIDES = frozenset(
     {

@@ -53,6 +53,15 @@ def split_target(target: str) -> tuple[str, str]:
     return path, mark + query
 
 
+def keys_in_query(target: str) -> list[str]:
+    """Return the keys that the query of a request target sends."""
+    query = target.partition("?")[2]
+    if not query or not _KEY_PARAMETER.search(query):
+        return []
+    pairs = [each.partition("=") for each in query.split("&")]
+    return [unquote(value) for name, _, value in pairs if unquote(name).lower() in _KEY_PARAMETERS]
+
+
 def without_credentials(target: str) -> str:
     """Return `target` without the parameters of its query in which keys are sent."""
     path, mark, query = target.partition("?")

@@ -129,7 +129,7 @@ class HttpServer:
                 route = websocket
                 raise UpgradeRefused("This proxy does not speak WebSocket; send the request over HTTP.")
             route = self._routes.route(request.method, request.target)
-            tenant = self.authenticator.admit(request.method, headers)
+            tenant = self.authenticator.admit(request.method, headers, request.target)
             self._room.enter()
             entered = True
             reads = route.must_read(tenant)

@@ -75,3 +75,28 @@ async def test_a_stored_context_runs_no_model_that_its_user_may_not_use(http, re
             drawn = [b"image_generation" in asked.body for asked in upstream.generations]
             assert any(drawn)
             upstream.requests.clear()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        ("x-goog-api-key", ""),
+        ("ocp-apim-subscription-key", ""),
+        ("x-litellm-api-key", ""),
+        ("accept", "?key="),
+        ("accept", "?api-key="),
+    ],
+)
+async def test_clients_whose_keys_come_in_another_header_or_the_query_are_not_one(http, redis: Valkey, sent) -> None:
+    """Without listed clients, each key is a tenant, wherever the upstream takes it from."""
+    name, parameter = sent
+    async with OpenAIUpstream() as upstream, running(config_for((upstream.url,), redis.url)) as cairn:
+
+        async def status(method: str, path: str, key: str, **kwargs: Any) -> int:
+            path += f"{parameter}{key}" if parameter else ""
+            return await status_of(http, cairn, method, path, headers={name: key}, **kwargs)
+
+        body = {"model": "test-model", "messages": [USER], "ttl": 60, "tags": ["mine"]}
+        assert await status("POST", "/v1/caching", "K1", json=body) == 200
+        assert await status("GET", "/v1/caching/refs/tags/mine", "K1") == 200
+        assert await status("GET", "/v1/caching/refs/tags/mine", "K2") == 404

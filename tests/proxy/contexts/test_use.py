@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from array import array
 from types import SimpleNamespace
@@ -269,6 +270,8 @@ async def test_only_an_upstreams_success_accepts_an_unlisted_key() -> None:
         (((b"authorization", b"Bearer a"), (b"x-api-key", b"a")), True),
         (((b"x-api-key", b"made up"), (b"authorization", b"Bearer a")), False),
         (((b"authorization", b"Bearer made up"), (b"authorization", b"Bearer a")), False),
+        (((b"authorization", b"Bearer made up"), (b"x-goog-api-key", b"a")), False),
+        (((b"authorization", b"Bearer made up"), (b"ocp-apim-subscription-key", b"a")), False),
     ],
 )
 async def test_a_key_beside_another_one_is_not_taken_for_accepted(
@@ -279,6 +282,14 @@ async def test_a_key_beside_another_one_is_not_taken_for_accepted(
     body = b'{"model":"m","messages":[]}'
     bench.facade.settle(ended(STRANGER, call=exchange_of(body, STRANGER, *headers).call))
     assert bench.api.store.accepted_tenants == [STRANGER.id] * accepts
+
+
+async def test_a_key_beside_one_in_the_query_is_not_taken_for_accepted() -> None:
+    """Some providers take it from there."""
+    bench = Facade()
+    call = exchange_of(b'{"model":"m","messages":[]}', STRANGER, (b"authorization", b"Bearer made up")).call
+    bench.facade.settle(ended(STRANGER, call=dataclasses.replace(call, target=f"{call.target}?key=a")))
+    assert bench.api.store.accepted_tenants == []
 
 
 async def test_calls_and_dry_runs_are_answered_with_the_requests_id() -> None:

@@ -23,7 +23,7 @@ from proxy.wire.contexts import Reference
 from tests.support.clock import FakeClock
 from tests.support.fake_contexts import LISTED
 
-HEADERS = ((b"authorization", b"Bearer k"), (b"user-agent", b"x"), (b"x-api-key", b"k2"))
+HEADERS = ((b"authorization", b"Bearer k"), (b"user-agent", b"x"), (b"x-api-key", b"k2"), (b"x-goog-api-key", b"k3"))
 REFERENCE = Reference("cache-1")
 
 
@@ -57,7 +57,12 @@ async def test_a_context_is_asked_for_one_token_with_the_clients_own_key() -> No
     assert await warm(upstream) == 100
     (exchange,) = upstream.exchanges
     assert exchange.is_warming
-    assert [name for name, _ in exchange.call.headers] == [b"content-type", b"authorization", b"x-api-key"]
+    assert [name for name, _ in exchange.call.headers] == [
+        b"content-type",
+        b"authorization",
+        b"x-api-key",
+        b"x-goog-api-key",
+    ]
     assert json.loads(bytes(exchange.call.body)) == {
         "model": "m",
         "max_tokens": 1,

@@ -112,6 +112,9 @@ def test_many_keys_do_not_grow_memory() -> None:
         ([(b"authorization", b"Bearer ")], []),
         ([(b"authorization", b"bearer\tsk-1"), (b"x-api-key", b"Bearer sk-2")], [b"sk-1", b"sk-2"]),
         ([(b"authorization", b"bearer-1")], [b"bearer-1"]),
+        ([(b"x-goog-api-key", b"sk-4")], [b"sk-4"]),
+        ([(b"ocp-apim-subscription-key", b"sk-5")], [b"sk-5"]),
+        ([(b"x-litellm-api-key", b"Bearer sk-6")], [b"sk-6"]),
         ([(b"authorization", b"")], []),
         ([(b"accept", b"*/*")], []),
     ],
@@ -119,6 +122,23 @@ def test_many_keys_do_not_grow_memory() -> None:
 def test_every_key_is_found_in_every_form_that_clients_send(headers, keys) -> None:
     """Bearer in any letter case, a bare key, Anthropic's header and Azure's; several are all found, each once."""
     assert credentials_of(headers) == keys
+
+
+@pytest.mark.parametrize(
+    ("target", "key"),
+    [
+        ("/v1/caching?key=sk-1", b"sk-1"),
+        ("/v1/caching?limit=1&API%5FKEY=sk%2D1", b"sk-1"),
+        ("/v1/caching?access_token=sk-1&key=sk-2", b"sk-1"),
+        ("/v1/caching?monkey=sk-1", b""),
+        ("/v1/caching", b""),
+    ],
+)
+def test_a_key_in_the_query_is_a_tenants_too(target: str, key: bytes) -> None:
+    """The upstream gets it there, so clients who send it so are not all the same. One in a header comes first."""
+    door = Authenticator([], SECRET)
+    assert door.admit("GET", (), target).id == door.tenant_of(key).id
+    assert door.admit("GET", ((b"x-api-key", b"sk-0"),), target).id == door.tenant_of(b"sk-0").id
 
 
 def test_of_several_keys_one_that_is_known_counts() -> None:

@@ -45,6 +45,12 @@ def test_a_request_of_another_site_without_a_key_is_refused(headers: Headers) ->
     assert is_refused("POST", headers)
 
 
+def test_a_key_in_the_query_is_no_proof_that_the_browser_asked() -> None:
+    """A page may put anything into a URL."""
+    with pytest.raises(Forbidden):
+        Authenticator((), b"s", pages=PageGuard()).admit("POST", (HERE, FOREIGN), "/v1/chat/completions?key=x")
+
+
 @pytest.mark.parametrize(
     ("method", "headers"),
     [
