@@ -218,7 +218,8 @@ class Routing(Section, frozen=True):
 
     max_objects: Count = 65_536
     """Stored responses, files and other objects of which a worker remembers the replica, at about 150 bytes each. A
-    request for a forgotten one goes to the least loaded replica."""
+    request for a forgotten one goes to the least loaded replica. If there is no room, the client with
+    more than an equal share forgets its oldest."""
 
     session_headers: Annotated[
         tuple[

@@ -42,3 +42,31 @@ def test_the_oldest_is_forgotten_first_and_parts_hold_all() -> None:
     for name in "abcd":
         locations.learn(name, "http://one")
     assert [list(part) for part in locations.chunks(2)] == [["b", "c"], ["d"]]
+
+
+def test_who_makes_many_objects_makes_nobody_elses_be_forgotten() -> None:
+    """What is only marked counts as well; whoever had the room alone gives up its oldest for a tenant that is new."""
+    locations = ObjectLocations()
+    locations.limit(12)
+    for number in range(12):
+        locations.learn(f"flood/{number}", "http://one")
+    locations.learn("quiet/file", "http://one")
+    for number in range(12, 100):
+        for key in (f"flood/{number}", f"background:flood/{number}", f"checked:name:flood/{number}"):
+            locations.learn(key, "http://one")
+    locations.learn("third/file", "http://one")
+    assert len(locations) == 12
+    assert locations.of("quiet/file") == locations.of("third/file") == "http://one"
+    assert locations.of("flood/99") == "http://one"
+    assert locations.of("flood/0") is None
+
+
+def test_very_many_tenants_have_one_object_each_and_the_number_stays_bounded() -> None:
+    """No tenant without an object is kept."""
+    locations = ObjectLocations()
+    locations.limit(100)
+    for number in range(1000):
+        locations.learn(f"t{number}/file", "http://one")
+        assert locations.of(f"t{number}/file") == "http://one"
+    assert len(locations) == 100
+    assert sum(len(part) for part in locations.chunks(7)) == 100
