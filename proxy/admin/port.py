@@ -30,6 +30,8 @@ _GZIP_LEVEL = 1  # halves the 300 KB of a metrics page in a millisecond
 _CLOSE_SECONDS = 1.0  # for responses in progress at shutdown
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})  # probes send no token, and receive only the status
 
+_UNCOMPRESSED = frozenset({"", "identity", "utf-8"})
+
 _encode = msgspec.json.encode
 
 
@@ -99,7 +101,8 @@ class AdminPort:
     async def start(self, listening: socket.socket) -> None:
         """Start to serve on `listening`."""
         app = self.application()
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_CLOSE_SECONDS)
+        # some hundred bytes can expand to gigabytes, and would as they arrive, whatever the path and the token
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_CLOSE_SECONDS, auto_decompress=False)
         await self._runner.setup()
         await web.SockSite(self._runner, listening).start()
 
@@ -172,6 +175,8 @@ class AdminPort:
         path = request.query.get("path", "/v1/chat/completions")
         if not path.isascii() or not path.isprintable():
             return _json(400, {"error": "expected path=/v1/..., in ASCII"})
+        if request.headers.get("Content-Encoding", "identity").lower() not in _UNCOMPRESSED:
+            return _json(415, {"error": "send the body uncompressed"})
         credential = _bytes(request.headers.get("X-Cairn-Client-Key", ""))
         urgency = tuple([(name, _bytes(request.headers[key])) for key, name in _URGENCY if key in request.headers])
         status, body = await self._overview.explain(path, await request.read(), credential, urgency)

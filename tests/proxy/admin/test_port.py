@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import tracemalloc
 from collections.abc import AsyncIterator, Mapping
 from datetime import date
 
@@ -129,6 +130,25 @@ async def test_savings_are_json_and_what_they_cannot_be_is_told(admin: Running) 
     assert (await admin.ask("/savings?by=key"))[0] == 400
     status, body, _ = await admin.ask("/savings?since=away")
     assert (status, json.loads(body)) == (503, {"error": "Redis is away"})
+
+
+@pytest.mark.parametrize("path", ["/explain", "/healthz"])
+async def test_a_compressed_body_is_never_expanded(admin: Running, path: str) -> None:
+    """A bomb held up the port for seconds, and took hundreds of MB, whatever it was sent to."""
+    bomb = gzip.compress(bytes(64 * 1024 * 1024))
+    tracemalloc.start()
+    try:
+        for coding in ("gzip", "GZIP", "deflate", "br"):
+            status, _, _ = await admin.ask(path, "POST", data=bomb[:1000], headers={"content-encoding": coding})
+            assert status == (415 if path == "/explain" else 405)
+        status, _, _ = await admin.ask("/healthz", "GET", data=bomb, headers={"content-encoding": "gzip"})
+        assert status == 200
+        assert tracemalloc.get_traced_memory()[1] < 8 * 1024 * 1024
+    finally:
+        tracemalloc.stop()
+    assert admin.overview.asked == []
+    for coding in ("identity", "utf-8"):
+        assert (await admin.ask("/explain", "POST", data=b"{}", headers={"content-encoding": coding}))[0] == 200
 
 
 async def test_explain_hands_on_path_body_key_and_urgency(admin: Running) -> None:
