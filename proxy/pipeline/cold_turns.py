@@ -12,6 +12,7 @@ from typing import Final
 
 from proxy.clock import Clock
 from proxy.errors import DeadlineUnreachable, Overloaded, TurnedAway
+from proxy.pipeline.disclosure import undisclosed_tokens
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.planner import Planner
 from proxy.records import Candidate, Plan
@@ -141,7 +142,7 @@ class ColdTurns:
         # a rate that is only guessed may be far too low, and would never be measured if everything were refused
         knows_rate = self._gate.knows_rate
         soonest = min(
-            [_first_token_seconds(each) if knows_rate(each.replica.id) else 0.0 for each in plan.candidates]
+            [_first_token_seconds(each, exchange) if knows_rate(each.replica.id) else 0.0 for each in plan.candidates]
         )
         if now + soonest > exchange.deadline_seconds:
             raise DeadlineUnreachable(
@@ -273,9 +274,14 @@ def prefill_seconds(candidate: Candidate) -> float:
     return candidate.uncached_tokens / candidate.replica.rate_tokens_per_second
 
 
-def _first_token_seconds(candidate: Candidate) -> float:
+def _first_token_seconds(candidate: Candidate, exchange: Exchange) -> float:
+    """Return the time until the first token, as far as the tenant may know what is cached.
+
+    A refusal tells it this time; without having anything computed, it could find out what others have sent.
+    """
     replica = candidate.replica
-    return (replica.pending_tokens + candidate.uncached_tokens) / replica.rate_tokens_per_second
+    undisclosed = undisclosed_tokens(candidate, exchange.fingerprint, exchange.own_blocks)
+    return (replica.pending_tokens + candidate.uncached_tokens + undisclosed) / replica.rate_tokens_per_second
 
 
 def _was_sent(exchange: Exchange) -> bool:

@@ -102,5 +102,16 @@ def told(
     return Told(CacheStatus.PARTIAL, MissReason.NONE, _by_prefix(plan.reason, RouteReason.WARM), tokens)
 
 
+def undisclosed_tokens(candidate: Candidate, fingerprint: Fingerprint | None, own_blocks: int | None) -> float:
+    """Return the matched tokens that the tenant, which has had `own_blocks` of the prompt answered, may not know of.
+
+    `own_blocks` is None if it may know of all.
+    """
+    if own_blocks is None or fingerprint is None or not candidate.matched_bytes:
+        return 0.0
+    own_bytes = fingerprint.ends[own_blocks - 1] if own_blocks else 0
+    return candidate.matched_tokens * max(0.0, 1.0 - own_bytes / candidate.matched_bytes)
+
+
 def _by_prefix(reason: RouteReason, instead: RouteReason) -> RouteReason:
     return instead if reason in _BY_PREFIX else reason

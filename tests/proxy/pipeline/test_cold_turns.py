@@ -391,6 +391,23 @@ async def test_a_deadline_is_not_refused_for_a_rate_that_is_only_guessed() -> No
     assert gated.cold_turns.admit(gated.planned(headers=((b"x-request-deadline", b"0.1"),))) is None
 
 
+async def test_a_deadline_shows_nobody_what_another_tenant_has_sent() -> None:
+    """A prompt that only others have sent is refused, and with the same time, as one that was never sent."""
+    gated, hurry = Gated(pressed=False), ((b"x-request-deadline", b"3"),)
+    stranger = Tenant("stranger", b"stranger", sees_all=False)
+    gated.hold(0, HELD, HELD_TOKENS)
+    told: list[str] = []
+    for prompt in (HELD, "y" * len(HELD)):
+        with pytest.raises(DeadlineUnreachable) as refused:
+            gated.cold_turns.admit(gated.planned(prompt, headers=hurry, tenant=stranger))
+        told.append(refused.value.message)
+    assert told[0] == told[1]
+    assert gated.cold_turns.admit(gated.planned(HELD, headers=hurry)) is None
+    answered = gated.planned(HELD, tenant=stranger)
+    gated.planner.note_answered(answered)
+    assert gated.cold_turns.admit(gated.planned(HELD, headers=hurry, tenant=stranger)) is None
+
+
 async def test_the_time_that_a_request_took_to_arrive_is_part_of_its_deadline() -> None:
     """It counts from the arrival of its head."""
     gated = Gated(pressed=False)
