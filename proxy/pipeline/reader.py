@@ -252,8 +252,10 @@ class RequestReader:
         access, limited = call.access, call.tenant.is_limited
         if access is Access.CREATE:
             self._check_creation(call, pool)
-        elif access is Access.INFERENCE or (access is Access.CONFIGURED and not limited):
+        elif access is Access.INFERENCE:
             return
+        elif access is Access.CONFIGURED and not limited:
+            self._check_named_objects(call, pool)
         elif call.object_id is None:
             raise Forbidden(
                 f"{call.method} is not available at this path with the key that clients share. POST runs models; the "

@@ -171,10 +171,14 @@ class Routes:
         return self._if_allowed(_of_collection(method, name, target), path)
 
     def _if_allowed(self, route: Route, path: str) -> Route:
-        """Return `route`, open to clients that share a key if the configuration allows its path."""
+        """Return `route`, open to clients that share a key if the configuration allows its path.
+
+        What is sent to a path of administration is read: it may name objects of others.
+        """
         is_open = route.access in (Access.INFERENCE, Access.CREATE)
         if not is_open and matches_any(path, self._allowed_paths):
-            return msgspec.structs.replace(route, access=Access.CONFIGURED)
+            reads = route.reads_body or route.access is Access.ADMINISTRATION
+            return msgspec.structs.replace(route, access=Access.CONFIGURED, reads_body=reads)
         return route
 
     def _unknown(self, method: str, path: str) -> NotFound:

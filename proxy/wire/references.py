@@ -27,6 +27,8 @@ _COLLECTIONS: Final = {
     "file_id": "files",
     "file_ids": "files",
     "input_file_id": "files",
+    "training_file": "files",
+    "validation_file": "files",
     "previous_response_id": "responses",
     "conversation": "conversations",
     "container": "containers",
@@ -38,6 +40,8 @@ _COLLECTIONS: Final = {
 
 _CLIENTS_OWN: Final = frozenset({"input_examples", "input_schema", "metadata", "parameters"})
 """Keys whose values have keys of the client's own choice: a `file_id` in them is, for example, a tool's argument."""
+
+_KIND_FILE: Final = "file_id"  # the type of a source that is a file, as evaluations name it by `id`
 
 _TOOL_CALLS: Final = frozenset({"tool_use", "mcp_tool_use"})
 """Types of content whose `input` holds the arguments of a tool, which the upstream only renders."""
@@ -67,7 +71,7 @@ _FILE_URLS: Final = (b'"ms:', b'"ms\\')  # at the beginning of a string, in lowe
 
 _NUL: Final = b"\0"
 _IN_CONTENT: Final = (b"file_id", *_FILE_URLS)  # the one key with an id in messages and input items, and URLs
-_ELSEWHERE = (b"_id", b"container", b"conversation", _ESCAPE)
+_ELSEWHERE = (b"_id", b"container", b"conversation", b"training_file", b"validation_file", _ESCAPE)
 
 
 _IN_TOOLS: Final = (b'"container"', b'"file_ids"', b'"vector_store_ids"')  # keys with ids in hosted tools
@@ -265,6 +269,8 @@ def _in_decoded(value: Any) -> tuple[list[Reference], int]:
             waiting += [(member, may_refer) for member in each if isinstance(member, (dict, list))]
         elif isinstance(each, dict):
             kind = each.get("type")
+            if may_refer and kind == _KIND_FILE:
+                found += [Reference("files", name) for name in _ids(each)]
             calls_tool = isinstance(kind, str) and kind in _TOOL_CALLS
             for key, member in each.items():
                 if collection := _COLLECTIONS.get(key.casefold()):

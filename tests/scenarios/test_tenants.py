@@ -19,16 +19,17 @@ USER = {"role": "user", "content": "q"}
 TOOL = {"type": "file_search", "vector_store_ids": ["file-1"]}
 
 
-def shared(url: str, redis: Valkey) -> Config:
+def shared(url: str, redis: Valkey, **server: Any) -> Config:
     """One pool whose replica has a key of the operator's, for three clients, and a store."""
     pool = Pool(name="p", replicas=(Replica(url, key=Secret("sk-operator")),))
-    return config_for((), redis.url, pools=(pool,), clients=CLIENTS, server=Server(port=0))
+    return config_for((), redis.url, pools=(pool,), clients=CLIENTS, server=Server(port=0, **server))
 
 
 @asynccontextmanager
-async def proxied(redis: Valkey) -> AsyncIterator[tuple[OpenAIUpstream, Cairn]]:
+async def proxied(redis: Valkey, **server: Any) -> AsyncIterator[tuple[OpenAIUpstream, Cairn]]:
     """An upstream behind such a proxy."""
-    async with OpenAIUpstream(models=("cheap", "dear")) as upstream, running(shared(upstream.url, redis)) as cairn:
+    models = ("cheap", "dear")
+    async with OpenAIUpstream(models=models) as upstream, running(shared(upstream.url, redis, **server)) as cairn:
         yield upstream, cairn
 
 
@@ -100,3 +101,30 @@ async def test_clients_whose_keys_come_in_another_header_or_the_query_are_not_on
         assert await status("POST", "/v1/caching", "K1", json=body) == 200
         assert await status("GET", "/v1/caching/refs/tags/mine", "K1") == 200
         assert await status("GET", "/v1/caching/refs/tags/mine", "K2") == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("fine_tuning/jobs", {"model": "m", "training_file": "file-1"}),
+        ("fine_tuning/jobs", {"model": "m", "training_file": "file-2", "Validation_File": "file-1"}),
+        ("vector_stores", {"file_ids": ["file-1"]}),
+        ("vector_stores/vs/files", {"file_id": "file-1"}),
+        ("evals/e/runs", {"data_source": {"type": "jsonl", "source": {"type": "file_id", "id": "file-1"}}}),
+    ],
+)
+async def test_a_path_that_is_open_to_all_opens_nobody_anothers_file(
+    http, redis: Valkey, path: str, body: Any
+) -> None:
+    """The operator opened the path and not the files: those of others are as unknown there as elsewhere."""
+    allowed = ("/v1/fine_tuning/*", "/v1/vector_stores*", "/v1/evals/*")
+    async with proxied(redis, allowed_paths=allowed) as (upstream, cairn):
+        for file_id, headers in (("file-1", FREE), ("file-2", FREE), ("file-2", OTHER)):
+            upstream.answers["/v1/files"] = b'{"id":"%b"}' % file_id.encode()
+            assert await status_of(http, cairn, "POST", "/v1/files", data=b"", headers=headers) == 200
+        upstream.answers[f"/v1/{path}"] = b'{"id":"file-1"}'
+        for headers, status in ((OTHER, 404), (FREE, 200)):
+            assert await status_of(http, cairn, "POST", f"/v1/{path}", json=body, headers=headers) == status
+        assert await status_of(http, cairn, "POST", f"/v1/{path}", json={"model": "m"}, headers=OTHER) == 200
+    async with proxied(redis, allowed_paths=(*allowed, "/v1/files/*")) as (_, cairn):
+        assert await status_of(http, cairn, "POST", f"/v1/{path}", json=body, headers=OTHER) == 200

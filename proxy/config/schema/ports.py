@@ -96,7 +96,8 @@ class Server(Section, frozen=True):
     """Paths beyond inference that clients may use at replicas whose key is not their own, as patterns
     with `*` and `?`: `/v1/fine_tuning/*`, `/v1/files`. By default clients run models and use the files, batches and
     responses that their tenant created; lists of everybody's objects and administration are refused. A pattern that
-    fits `/v1/files/ID` lets every client use every file."""
+    fits `/v1/files/ID` lets every client use every file; otherwise what is sent to the other paths may name only the
+    client's own."""
 
     cors_origins: Annotated[tuple[WebOrigin, ...], Meta(max_length=64)] = ()
     """Origins of web pages whose scripts may call the client port, such as `https://chat.example.com`, or `*` for
