@@ -12,7 +12,7 @@ from typing import Final
 from cache import ObjectLocations
 from proxy.errors import BadRequest, Forbidden, NotFound, UnknownObject
 from proxy.fleet.pools import Pools, ServedPool
-from proxy.model import Access, Body, Edit, Endpoint
+from proxy.model import Access, Body, Endpoint
 from proxy.patterns import matches_any
 from proxy.pipeline.admission import check_model
 from proxy.pipeline.exchange import Exchange, TakesLong
@@ -20,6 +20,7 @@ from proxy.pipeline.inserted_names import LONG_IF_DECODED_BYTES, InsertedNames
 from proxy.records import Call, Prompt, Tenant
 from proxy.wire import multipart, named_models
 from proxy.wire import request as wire_request
+from proxy.wire.cache_salt import salted_by
 from proxy.wire.json_cuts import text_with_keys
 from proxy.wire.references import (
     REFERENCES_MOST,
@@ -150,8 +151,7 @@ class RequestReader:
         if self._locations:
             exchange.pinned_replica = self._number_in(pool, self._named_in(call, prompt))
         if pool.sends_cache_salt and pool.isolated:
-            at = prompt.body.index(b"{") + 1
-            exchange.edits = (Edit(at, at, b'"cache_salt":"%b",' % call.tenant.id.encode()),)
+            exchange.edits = (salted_by(prompt.body, call.tenant.id.encode()),)
 
     def _named_in(self, call: Call, prompt: Prompt) -> str | None:
         """Return the name of the replica that has what a prompt continues, else a file or container that it uses."""

@@ -153,9 +153,15 @@ async def test_ten_thousand_made_up_models_add_one_series(http: aiohttp.ClientSe
             assert names.label(f"made-up-{number}") == "other"
 
 
-async def test_isolated_tenants_never_match_each_others_prefixes(http: aiohttp.ClientSession) -> None:
-    """The same prompt under two keys is cold twice, and engines that know the field get a salt of each."""
-    body = {"model": "test-model", "messages": [{"role": "user", "content": words("shared", 900)}]}
+@pytest.mark.parametrize("own", [{}, {"cache_salt": "user-1"}])
+async def test_isolated_tenants_never_match_each_others_prefixes(
+    http: aiohttp.ClientSession, own: dict[str, str]
+) -> None:
+    """The same prompt under two keys is cold twice, and engines that know the field get a salt of each.
+
+    So they do if both tenants have chosen the same salt for users of their own.
+    """
+    body = {"model": "test-model", "messages": [{"role": "user", "content": words("shared", 900)}], **own}
     async with OpenAIUpstream() as upstream:
         pool = Pool(name="p", replicas=(Replica(upstream.url),), tenancy=Tenancy.ISOLATED, cache_salt=True)
         async with running(config_for([], pools=[pool])) as cairn:
