@@ -13,7 +13,8 @@ from cache import ObjectLocations
 from proxy.errors import BadRequest, CairnError, Forbidden, NotFound, UnknownObject
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
 from proxy.pipeline.exchange import Exchange, TakesLong
-from proxy.pipeline.reader import LONG_BYTES, LONG_IF_DECODED_BYTES, RequestReader, object_key
+from proxy.pipeline.inserted_names import LONG_IF_DECODED_BYTES
+from proxy.pipeline.reader import LONG_BYTES, RequestReader, object_key
 from proxy.pipeline.routes import Routes
 from proxy.records import Call, Tenant
 from proxy.upstream import Origin
