@@ -56,7 +56,7 @@ class Overview(Protocol):
         """Return whether requests are welcome."""
         ...
 
-    def scrape(self, accept: str) -> tuple[bytes, str]:
+    async def scrape(self, accept: str) -> tuple[bytes, str]:
         """Return the metrics page for a scraper that sent `accept`: body and content type."""
         ...
 
@@ -154,7 +154,7 @@ class AdminPort:
     async def _metrics(self, request: web.Request) -> web.Response:
         async with self._scraping:
             accept = _bytes(request.headers.get("Accept", "")).decode("ascii", "replace")  # a part of it is repeated
-            body, content_type = self._overview.scrape(accept)
+            body, content_type = await self._overview.scrape(accept)
             headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
             if "gzip" in request.headers.get("Accept-Encoding", ""):
                 body = await asyncio.to_thread(gzip.compress, body, _GZIP_LEVEL)

@@ -102,10 +102,15 @@ class Supervisor:
         views = [worker.view() for worker in self._workers]
         return judge(self._stage, views, sorted(self._tasks.restarting))
 
-    def scrape(self, accept: str) -> tuple[bytes, str]:
-        """Return the metrics page and its content type."""
+    async def scrape(self, accept: str) -> tuple[bytes, str]:
+        """Return the metrics page and its content type. Other work has its turn between two pieces of the page."""
         self._update_own_gauges()
-        return self._exposition.render(accept)
+        pieces, content_type = self._exposition.render(accept)
+        page = []
+        for piece in pieces:
+            page.append(piece)
+            await asyncio.sleep(0)
+        return b"".join(page), content_type
 
     async def savings(self, since: str, by: By) -> SavingsReport:
         """Read the totals in the store; see `TotalsReader.read`."""

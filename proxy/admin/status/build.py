@@ -176,11 +176,11 @@ def replicas(figures: Figures, readiness: Readiness, reports: Sequence[StatusRep
     pending = _by_label(figures, metrics.UPSTREAM_PENDING)
     rate = figures.series(metrics.UPSTREAM_RATE)
     down = _down(reports)
+    reported, predicted = _tokens_by_upstream(figures), _predicted_by_upstream(figures)
     rows = []
     for name, is_up in readiness.upstreams.items():
         budget = budgets.get(name)
-        predicted = figures.total(metrics.PREDICTED_CACHED, 1, name)
-        prompt, cached = _tokens_of(figures, name)
+        prompt, cached = reported.get(name, (0.0, 0.0))
         rows.append(
             ReplicaRow(
                 name=name,
@@ -195,7 +195,7 @@ def replicas(figures: Figures, readiness: Readiness, reports: Sequence[StatusRep
                 budget_tokens=None if budget is None or budget >= UNLIMITED_TOKENS else budget,
                 prompt_tokens=int(prompt),
                 cached_tokens=int(cached),
-                predicted_tokens=int(predicted),
+                predicted_tokens=int(predicted.get(name, 0.0)),
                 prefill_tokens_per_second=rate.get((name,), 0.0),
             )
         )
@@ -353,14 +353,22 @@ def _sharing(figures: Figures, reports: Sequence[StatusReport]) -> SharingView:
     )
 
 
-def _tokens_of(figures: Figures, upstream: str) -> tuple[float, float]:
-    """Return the prompt tokens of an upstream, and how many of them were cached."""
-    prompt = cached = 0.0
+def _tokens_by_upstream(figures: Figures) -> dict[str, tuple[float, float]]:
+    """Return the prompt tokens of each upstream, and how many of them were cached, in one pass over all series."""
+    found: dict[str, tuple[float, float]] = {}
     for (_, name, kind), amount in figures.series(metrics.TOKENS).items():
-        if name == upstream and kind != "output":
-            prompt += amount
-            cached += amount if kind == "input_cached" else 0
-    return prompt, cached
+        if kind != "output":
+            prompt, cached = found.get(name, (0.0, 0.0))
+            found[name] = prompt + amount, cached + (amount if kind == "input_cached" else 0.0)
+    return found
+
+
+def _predicted_by_upstream(figures: Figures) -> dict[str, float]:
+    """Return the tokens of each upstream that were expected to be cached."""
+    found: dict[str, float] = {}
+    for (_, name), amount in figures.series(metrics.PREDICTED_CACHED).items():
+        found[name] = found.get(name, 0.0) + amount
+    return found
 
 
 def _by_label(figures: Figures, spec: Spec) -> dict[str, int]:

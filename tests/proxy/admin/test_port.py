@@ -40,7 +40,7 @@ class FakeOverview:
     def readiness(self) -> Readiness:
         return self.found
 
-    def scrape(self, accept: str) -> tuple[bytes, str]:
+    async def scrape(self, accept: str) -> tuple[bytes, str]:
         return b"cairn_x 1\n" * 100, f"text/fake; accept={accept}"
 
     async def explain(

@@ -96,7 +96,7 @@ class Overview:
     def readiness(self) -> Readiness:
         return READINESS
 
-    def scrape(self, accept: str) -> tuple[bytes, str]:
+    async def scrape(self, accept: str) -> tuple[bytes, str]:
         raise NotImplementedError
 
     async def savings(self, since: str, by: By) -> SavingsReport:

@@ -242,7 +242,7 @@ async def test_probes_are_answered_while_the_file_is_read() -> None:
     parts: Any = SimpleNamespace(clock=FakeClock(), version="", reload=read)
     supervisor = Supervisor(config, parts)
     await supervisor._reload()  # noqa: SLF001 - a signal asks for it, which needs a process
-    assert b"cairn_config_last_reload_successful 1" in supervisor.scrape("")[0]
+    assert b"cairn_config_last_reload_successful 1" in (await supervisor.scrape(""))[0]
 
 
 def test_sighup_with_a_bad_file_changes_nothing(file: Path) -> None:
