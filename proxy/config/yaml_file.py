@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import SafeConstructor
 
 from proxy.config.files import read_at_most
 from proxy.errors import ConfigError
 
 _FILE_BYTES_AT_MOST = 4 * 1024 * 1024  # the file is read into memory
-
+_READ_DIFFERENTLY = re.compile(r"[\t!?\ufeff]|[|>][-+\d]*#")  # by the two parsers: found by comparing them
+_NESTING_AT_MOST = 50  # levels that libyaml's parser reads; the other one says what is wrong with a deeper file
 
 _ADVICE = {
     "mapping values are not allowed": "; quote a value with a colon in it, and indent settings of one section alike",
@@ -26,8 +30,8 @@ _ADVICE = {
 """Advice, by a part of the YAML parser's message."""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses a key given twice; by itself it would silently keep the last one."""
+class _UniqueKeys(SafeConstructor):
+    """Also refuses a key given twice; by itself YAML's safe loader would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build one mapping."""
@@ -43,6 +47,35 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Loader(_UniqueKeys, yaml.SafeLoader):
+    """PyYAML's parser in Python: its messages and positions are those that are shown."""
+
+
+def _fast_loader() -> type[yaml.Loader] | None:
+    """Return the same loader with libyaml's parser, eight times as fast; None if PyYAML was built without it."""
+    parser = getattr(yaml, "CSafeLoader", None)
+    if parser is None:
+        return None
+
+    class Fast(_UniqueKeys, parser):  # type: ignore[misc, valid-type]
+        """It composes nodes by recursion in C, which nothing but this bounds."""
+
+        depth = 0
+
+        def descend_resolver(self, *_: object) -> None:
+            self.depth += 1
+            if self.depth > _NESTING_AT_MOST:
+                raise yaml.YAMLError
+
+        def ascend_resolver(self) -> None:
+            self.depth -= 1
+
+    return Fast
+
+
+_FAST = _fast_loader()
+
+
 def read(file: Path) -> dict[str, Any]:
     """Return the tree in `file`; an empty file is an empty tree.
 
@@ -56,7 +89,7 @@ def read(file: Path) -> dict[str, Any]:
     if len(content) > _FILE_BYTES_AT_MOST:
         raise ConfigError(f"{file} is larger than {_FILE_BYTES_AT_MOST} bytes")
     try:
-        tree = yaml.load(content.decode(), Loader=_Loader)  # noqa: S506 - a subclass of the safe loader
+        tree = _tree(content.decode())
     except UnicodeDecodeError:
         raise ConfigError(f"{file} is not UTF-8 text") from None
     except (yaml.YAMLError, ValueError) as error:
@@ -68,6 +101,14 @@ def read(file: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError("$: expected a mapping of settings", param="$")
     return tree
+
+
+def _tree(text: str) -> Any:
+    """Return what `text` contains. Raises yaml.YAMLError, ValueError and RecursionError."""
+    if _FAST is not None and not _READ_DIFFERENTLY.search(text):
+        with suppress(yaml.YAMLError, ValueError):  # the other loader's message has the words and places known here
+            return yaml.load(text, Loader=_FAST)  # noqa: S506 - a subclass of the safe loader
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of the safe loader
 
 
 def _problem(error: Exception) -> str:
