@@ -13,6 +13,9 @@ from typing import Final
 REASON_PHRASES: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
 """Reason phrases of HTTP by status."""
 
+PROBLEMS_AT_MOST: Final = 20  # of a configuration, in one error
+TEXT_AT_MOST: Final = 1_000  # characters of a path of a setting, and of what is wrong with it
+
 
 class CairnError(Exception):
     """Base of all errors. `message` can be shown to anyone: it contains no prompt, key or path of the machine."""
@@ -46,18 +49,29 @@ class InternalError(CairnError):
 class ConfigError(CairnError):
     """The configuration cannot be used.
 
-    `problems` lists all that were found: the path of a setting, such as `$.pools[0].name`, and a text. `param` is the
-    path of the first one; it is None if the configuration could not be read at all.
+    `problems` lists what was found, or the first of very many: the path of a setting, such as `$.pools[0].name`, and
+    a text. `lines` has a line for each of them, and one with the number of the others if not all are listed. `param`
+    is the path of the first one; it is None if the configuration could not be read at all.
     """
 
     problems: Sequence[tuple[str, str]] = ()
+    lines: Sequence[str] = ()
 
     @classmethod
     def of(cls, problems: Sequence[tuple[str, str]]) -> ConfigError:
-        """Make an error of at least one problem."""
-        error = cls("; ".join(f"{path}: {text}" for path, text in problems), param=problems[0][0])
-        error.problems = problems
+        """Make an error of at least one problem. It is bounded: each of a thousand lines may have a mistake."""
+        shown = [(shortened(path), shortened(text)) for path, text in problems[:PROBLEMS_AT_MOST]]
+        lines = [f"{path}: {text}" for path, text in shown]
+        if left_out := len(problems) - len(shown):
+            lines.append(f"and {left_out:,} more problems" if left_out > 1 else "and one more problem")
+        error = cls("; ".join(lines), param=shown[0][0])
+        error.problems, error.lines = shown, lines
         return error
+
+
+def shortened(text: str) -> str:
+    """Return `text`, or its beginning if it is very long: names in a file may have any length."""
+    return text if len(text) <= TEXT_AT_MOST else text[: TEXT_AT_MOST - 1] + "…"
 
 
 class ClientError(CairnError):

@@ -149,7 +149,7 @@ class AdminPort:
         http_status = 503 if readiness.status is ReadinessStatus.NOT_READY else 200
         if self._refusal(request):
             return _json(http_status, {"status": readiness.status})
-        return _json(http_status, msgspec.structs.asdict(readiness))
+        return _json(http_status, readiness.shown())
 
     async def _metrics(self, request: web.Request) -> web.Response:
         async with self._scraping:

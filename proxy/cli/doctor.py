@@ -49,9 +49,7 @@ def doctor(file: Path | None) -> None:
         loaded = load(file, process_environment())
     except ConfigError as error:
         where = f"{file}: " if file is not None else ""
-        exits.fail(
-            *[f"{where}{path}: {text}" for path, text in error.problems] or [error.message], code=exits.MISUSED
-        )
+        exits.fail(*[where + line for line in error.lines] or [error.message], code=exits.MISUSED)
     has_failed = False
     findings = [Finding(None, warning) for warning in loaded.warnings]
     for found in (*findings, *check(loaded.config)):

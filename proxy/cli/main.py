@@ -223,5 +223,5 @@ def worker(control: int, listen: str, parent: int, handover: int | None) -> None
 def _fail(error: CairnError, code: int, file: Path | None = None) -> NoReturn:
     """Print one line per problem, and exit."""
     where = f"{file}: " if file is not None and error.param is not None else ""
-    problems = error.problems if isinstance(error, ConfigError) else ()
-    exits.fail(*[f"{where}{path}: {text}" for path, text in problems] or [where + error.message], code=code)
+    lines = error.lines if isinstance(error, ConfigError) else ()
+    exits.fail(*[where + line for line in lines or [error.message]], code=code)

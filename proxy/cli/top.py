@@ -21,7 +21,6 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 _TIMEOUT_SECONDS = 10.0
 _RETRY_SECONDS = 1.0
 _ERRORS_SHOWN = 5
-_DOWN_SHOWN = 5  # the table below shows the state of each replica
 _PREFIXES_SHOWN = 5
 _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -111,17 +110,8 @@ def _head(state: State, width: int | None) -> list[str]:
         f"{state['requests']:,} requests in {_duration(state['now_unix_seconds'] - state['started_unix_seconds'])}",
     )
     head = [printable(f"Cairn {state['version']}: {state['status']}"), *_packed(facts, width)]
-    remarks = [f"  now: {reason}" for reason in _reasons(state)] + [f"  note: {each}" for each in state["notices"]]
+    remarks = [f"  now: {reason}" for reason in state["reasons"]] + [f"  note: {each}" for each in state["notices"]]
     return head + [line for remark in remarks for line in fold(remark, width, "    ")]
-
-
-def _reasons(state: State) -> list[str]:
-    """Return what is wrong, without the names of more replicas than fit above the tables."""
-    down = [reason for reason in state["reasons"] if reason.startswith("upstream ")]
-    if len(down) <= _DOWN_SHOWN:
-        return list(state["reasons"])
-    hidden = set(down[_DOWN_SHOWN:])
-    return [r for r in state["reasons"] if r not in hidden] + [f"{len(hidden)} more upstreams are down"]
 
 
 def _packed(facts: Sequence[str], width: int | None) -> list[str]:

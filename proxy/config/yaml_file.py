@@ -11,7 +11,7 @@ import yaml
 from yaml.constructor import SafeConstructor
 
 from proxy.config.files import read_at_most
-from proxy.errors import ConfigError
+from proxy.errors import ConfigError, shortened
 
 _FILE_BYTES_AT_MOST = 4 * 1024 * 1024  # the file is read into memory
 _READ_DIFFERENTLY = re.compile(r"[\t!?\ufeff]|[|>][-+\d]*#")  # by the two parsers: found by comparing them
@@ -120,4 +120,4 @@ def _problem(error: Exception) -> str:
         return "it contains a date or a number that does not exist"
     what = str(getattr(error, "problem", None) or type(error).__name__)
     advice = next((words for part, words in _ADVICE.items() if part in what), "")
-    return f"{what} (line {mark.line + 1}, column {mark.column + 1}){advice}"
+    return f"{shortened(what)} (line {mark.line + 1}, column {mark.column + 1}){advice}"

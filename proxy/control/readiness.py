@@ -11,6 +11,8 @@ from proxy.control.messages import REDIS_UP, PoolReport, WorkerReport
 
 RESPONSIVE_SECONDS = 1.0  # a worker that is silent for this long gets no new connections while others respond
 SILENT_SECONDS = 2.0  # a worker sends a heartbeat twice a second; one that is silent for this long does not serve
+NAMED_AT_MOST = 5  # pools and upstreams in the reasons; more are counted
+UPSTREAMS_AT_MOST = 100  # shown to a probe, which may come each second
 _REDIS_FINE = frozenset({None, REDIS_UP})
 
 
@@ -69,6 +71,16 @@ class Readiness(msgspec.Struct, frozen=True):
     redis: str | None = None
     upstreams: dict[str, bool] = {}
 
+    def shown(self) -> dict[str, object]:
+        """Return what a probe is told: of very many upstreams a part, those that are down first."""
+        shown = msgspec.structs.asdict(self)
+        left_out = len(self.upstreams) - UPSTREAMS_AT_MOST
+        if left_out > 0:
+            first = sorted(self.upstreams, key=self.upstreams.__getitem__)[:UPSTREAMS_AT_MOST]
+            shown["upstreams"] = {name: self.upstreams[name] for name in first}
+            shown["upstreams_left_out"] = left_out
+        return shown
+
 
 def judge(stage: Stage, workers: Sequence[WorkerView], failing_tasks: Sequence[str] = ()) -> Readiness:
     """Decide the readiness: ready if a worker serves and a replica of each pool that is not optional is up.
@@ -85,7 +97,8 @@ def judge(stage: Stage, workers: Sequence[WorkerView], failing_tasks: Sequence[s
     redis = next((report.redis for report in reports if report.redis not in _REDIS_FINE), None)
     failing = {*failing_tasks, *(name for report in reports for name in report.failing_tasks)}
     lacking = _lacking(workers, serving, upstreams, redis)
-    lacking += [f"optional pool {name} is down" for name, pool in pools.items() if pool.optional and not pool.up]
+    down = [name for name, pool in pools.items() if pool.optional and not pool.up]
+    lacking += _each_is_down("optional pool", down)
     lacking += [f"background task {name} failed and is restarted" for name in sorted(failing)]
     status = ReadinessStatus.NOT_READY if blocking else ReadinessStatus.DEGRADED if lacking else ReadinessStatus.READY
     return Readiness(
@@ -126,15 +139,24 @@ def _blocking(
         blocking.append("no worker is ready")
     if upstreams and not any(upstreams.values()):
         blocking.append("no upstream is up")
-    blocking += [f"pool {name} is down" for name, pool in pools.items() if not (pool.up or pool.optional)]
+    blocking += _each_is_down("pool", [name for name, pool in pools.items() if not (pool.up or pool.optional)])
     return blocking
+
+
+def _each_is_down(what: str, names: Sequence[str]) -> list[str]:
+    """Return a reason for each of the first `names`, and one with the number of the others."""
+    named = names if len(names) <= NAMED_AT_MOST + 1 else names[:NAMED_AT_MOST]
+    reasons = [f"{what} {name} is down" for name in named]
+    if left_out := len(names) - len(named):
+        reasons.append(f"{left_out:,} more {what}s are down")
+    return reasons
 
 
 def _lacking(
     workers: Sequence[WorkerView], serving: Sequence[WorkerView], upstreams: dict[str, bool], redis: str | None
 ) -> list[str]:
     """Return the reasons why a Cairn that serves requests is degraded."""
-    lacking = [f"upstream {name} is down" for name, is_up in upstreams.items() if not is_up]
+    lacking = _each_is_down("upstream", [name for name, is_up in upstreams.items() if not is_up])
     if redis is not None:
         lacking.append(f"redis is {redis}")
     if len(serving) < len(workers):

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from datetime import date
 
 import aiohttp
+import msgspec
 import pytest
 
 from proxy.accounting.savings import By, first_day, report
@@ -332,6 +333,32 @@ def test_a_pool_of_which_no_replica_is_up_is_named_and_blocks_unless_it_is_optio
     assert found.reasons == ("pool a is down", "optional pool b is down")
     found = judge(Stage.SERVING, [worker(pools=pools), worker(1, pools={"a": PoolReport(up=True)})])
     assert (found.status, found.reasons) == (ReadinessStatus.DEGRADED, ("optional pool b is down",))
+
+
+def test_of_many_that_are_down_a_few_are_named_and_the_others_counted() -> None:
+    """A probe may come each second, and a thousand replicas made its answer 54 KB."""
+    upstreams = {f"r{number}": number < 9 for number in range(1_000)}
+    pools = {f"p{number}": PoolReport(up=False, optional=number % 2 == 1) for number in range(40)}
+    found = judge(Stage.SERVING, [worker(upstreams=upstreams, pools=pools, redis="away")])
+    down = [f"upstream r{number} is down" for number in range(9, 14)]
+    optional = [f"optional pool p{number} is down" for number in range(1, 10, 2)]
+    assert found.reasons == (
+        *[f"pool p{number} is down" for number in range(0, 10, 2)],
+        "15 more pools are down",
+        *down,
+        "986 more upstreams are down",
+        "redis is away",
+        *optional,
+        "15 more optional pools are down",
+    )
+    shown = found.shown()
+    assert shown["upstreams"] == {f"r{number}": False for number in range(9, 109)}
+    assert shown["upstreams_left_out"] == 900
+    assert len(msgspec.json.encode(shown)) < 4_000
+    assert len(found.upstreams) == 1_000, "the status page has a row of each"
+    few = judge(Stage.SERVING, [worker(upstreams=dict.fromkeys("abcdef", False) | {"g": True})])
+    assert few.reasons == tuple(f"upstream {name} is down" for name in "abcdef")
+    assert few.shown() == msgspec.structs.asdict(few)
 
 
 def test_a_worker_that_does_not_respond_does_not_count() -> None:

@@ -65,19 +65,6 @@ def test_the_screen_answers_an_operators_first_questions() -> None:
         assert words in shown, words
 
 
-def test_many_dead_replicas_hide_nothing_else() -> None:
-    """They would fill the screen; the table below has each of them, and what else is wrong is shown."""
-    down = [f"upstream r{n} is down" for n in range(99)]
-    reasons = ["pool b is down", *down, "redis is away (timeout)"]
-    shown = [line for line in lines(state() | {"reasons": reasons}, 100) if line.startswith("  now: ")]
-    assert shown == [
-        "  now: pool b is down",
-        *(f"  now: {reason}" for reason in down[:5]),
-        "  now: redis is away (timeout)",
-        "  now: 94 more upstreams are down",
-    ]
-
-
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_no_figure_is_cut_at_any_width(width: int) -> None:
     """A narrow terminal gets records."""

@@ -326,6 +326,24 @@ def test_a_broken_file_does_not_show_what_stands_in_it(write) -> None:
     assert "very-secret" not in caught.value.message
 
 
+def test_of_very_many_mistakes_the_first_are_shown_and_the_others_counted(write) -> None:
+    """Each line may have the same one, and the message of a reload is one line of the log."""
+    clients = [{"name": f"c{number}", "key_sha265": "x"} for number in range(4_000)]
+    with pytest.raises(ConfigError) as caught:
+        load(write({"clients": clients}), {})
+    assert len(caught.value.message) < 2_500
+    assert caught.value.message.endswith("; and 7,980 more problems")
+    assert len(caught.value.problems) == len(caught.value.lines) - 1 == 20
+
+
+@pytest.mark.parametrize("text", ["? {0}\n: 1\n", "? {0}\n: 1\n? {0}\n: 2\n", "a: *{0}\n"])
+def test_a_name_of_any_length_is_shown_in_part(write, text: str) -> None:
+    """A file that is no configuration may have a megabyte without a space."""
+    with pytest.raises(ConfigError) as caught:
+        load(write(text.format("x" * 500_000)), {})
+    assert len(caught.value.message) < 2_500
+
+
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     """So is one that is not text."""
     with pytest.raises(ConfigError, match=r"cannot read .*No such file"):
