@@ -35,6 +35,9 @@ CONTEXTS_UNLISTED = PREFIX + "{contexts}:unlisted"
 # Hash: reservation to `bytes:until` of contexts that are being stored, which the total budget counts too.
 CONTEXTS_RESERVED = PREFIX + "{contexts}:reserved"
 
+# Hash: the sums over both hashes of tenants, changed with them, and the time of their last count (`at`).
+CONTEXTS_SUMS = PREFIX + "{contexts}:sums"
+
 CONTEXTS_SWEEPER = PREFIX + "{contexts}:sweeper"  # the worker that sweeps now; expires
 
 # The secret that keys the tenants' hash, set if absent.

@@ -62,9 +62,7 @@ class AcceptedTenants:
         while self._waiting:
             tenant = next(iter(self._waiting))
             await self._access.many([("SET", keys.tenant(tenant, "accepted"), 1, "EX", ACCEPTED_SECONDS)])
-            await self._access.store.run_script(
-                scripts.ACCEPT, [keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED, keys.CONTEXTS_RESERVED], (tenant,)
-            )
+            await self._access.store.run_script(scripts.ACCEPT, scripts.OVERALL_KEYS, (tenant,))
             self._waiting.pop(tenant, None)
 
     async def run(self) -> None:

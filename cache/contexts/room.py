@@ -13,6 +13,7 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from heapq import nlargest
 from typing import Any
 
 from cache import keys
@@ -33,10 +34,10 @@ SHOWN_AT_MOST = 20
 UNCHECKED_TENANTS_AT_MOST = 1000  # most unchecked tenants with stored contexts
 UNCHECKED_TENANTS_SEARCHED = 50  # searched for contexts to discard: the tenants with the most bytes
 ROOM_TRIES = 5
+PARSED_AT_ONCE = 500  # tenants' totals read between two turns of the loop, in about a millisecond
 
 Totals = tuple[int, int, int]  # bytes, contexts, pinned bytes
 _Victim = tuple[str, bool]  # the id of a context, and whether it has expired
-_OVERALL = (keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED, keys.CONTEXTS_RESERVED)
 _MARKS = {Trust.LISTED: "", Trust.ACCEPTED: "1", Trust.UNCHECKED: "0"}  # as the script `context-note` takes them
 
 
@@ -94,12 +95,12 @@ class ContextRoom:
 
     async def _bytes_over(self, args: tuple[str, int, int]) -> int:
         """Try to reserve room in the total budget; return the bytes that are lacking, 0 or less if it is reserved."""
-        return parsed(int, await self._access.store.run_script(scripts.RESERVE_TOTAL, _OVERALL, args))
+        return parsed(int, await self._access.store.run_script(scripts.RESERVE_TOTAL, scripts.OVERALL_KEYS, args))
 
     async def release(self, reservation: str) -> None:
         """Give up a reservation in the total budget that was not used. If this fails, it expires."""
         try:
-            await self._access.store.run_script(scripts.RELEASE_TOTAL, _OVERALL, (reservation,))
+            await self._access.store.run_script(scripts.RELEASE_TOTAL, scripts.OVERALL_KEYS, (reservation,))
         except CacheError as error:
             log.debug("a reservation for stored contexts stays until it expires: %s", error)
 
@@ -134,7 +135,8 @@ class ContextRoom:
 
         Raises QuotaFull if the pinned bytes exceed their share, for which nothing is discarded.
         """
-        word, over = parsed(_read_reserved, await self._access.store.run_script(scripts.RESERVE, _OVERALL, args))
+        reply = await self._access.store.run_script(scripts.RESERVE, scripts.OVERALL_KEYS, args)
+        word, over = parsed(_read_reserved, reply)
         if word == b"pins":
             raise QuotaFull(
                 f"The limit of {self._access.limits.unlisted_pinned_bytes:,} bytes of pinned contexts for all "
@@ -220,7 +222,6 @@ class ContextRoom:
             return
         try:
             await self._write(tenant, totals, _MARKS[trust], *([reservation] if reservation else []))
-            await self.renew()
         except CacheError as error:
             log.debug("the total of stored contexts was not updated: %s", error)
 
@@ -236,7 +237,9 @@ class ContextRoom:
     async def renew(self) -> dict[str, tuple[int, int]]:
         """Return bytes and number of each tenant's contexts. Raises CacheError."""
         totals: dict[str, tuple[int, int]] = {}
-        for name, value in await self._access.hash(keys.CONTEXTS_TOTALS):
+        for at, (name, value) in enumerate(await self._access.hash(keys.CONTEXTS_TOTALS), 1):
+            if at % PARSED_AT_ONCE == 0:
+                await asyncio.sleep(0)
             try:
                 size, count = parsed(_read_numbers, value)
                 totals[_tenant_name(name)] = size, count
@@ -247,7 +250,10 @@ class ContextRoom:
         return totals
 
     async def _write(self, tenant: str, totals: Totals, mark: str, *rest: str | bytes) -> None:
-        await self._access.store.run_script(scripts.NOTE, _OVERALL, (tenant, *totals, mark, *rest))
+        reply = await self._access.store.run_script(
+            scripts.NOTE, scripts.OVERALL_KEYS, (tenant, *totals, mark, *rest)
+        )
+        self.total_bytes, self.total_contexts = parsed(_read_sums, reply)
 
     # --- in the background
 
@@ -269,7 +275,7 @@ class ContextRoom:
             await asyncio.sleep(seconds * random.uniform(0.8, 1.2))
 
     async def _sweep_or_renew(self) -> None:
-        swept_keys = (keys.CONTEXTS_SWEEPER, *_OVERALL)
+        swept_keys = (keys.CONTEXTS_SWEEPER, *scripts.OVERALL_KEYS)
         args = (round(SWEEP_SECONDS * 500),)
         sweeps = parsed(int, await self._access.store.run_script(scripts.BEGIN_SWEEP, swept_keys, args))
         await (self.sweep() if sweeps else self.renew())
@@ -302,7 +308,7 @@ class ContextRoom:
         """Determine which contexts are worth most. Raises CacheError."""
         totals = await self.renew()
         rows: list[ContextRow] = []
-        for tenant in sorted(totals, key=lambda tenant: totals[tenant], reverse=True):
+        for tenant in nlargest(SURVEYED_AT_MOST, totals, key=totals.__getitem__):  # each has one context or more
             rows += await self._listing.rows(tenant)
             if len(rows) >= SURVEYED_AT_MOST:
                 break
@@ -314,6 +320,11 @@ def read_totals(reply: Any) -> Totals:
     """Read the script's `totals()`."""
     size, count, pinned = reply
     return max(0, int(size)), max(0, int(count)), max(0, int(pinned))
+
+
+def _read_sums(reply: Any) -> tuple[int, int]:
+    size, count = reply
+    return int(size), int(count)
 
 
 def _read_counted(reply: Any) -> tuple[int, Totals]:

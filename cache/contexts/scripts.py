@@ -319,10 +319,16 @@ return gone
 )
 
 
-# --- over all tenants: KEYS are `cache.keys.CONTEXTS_TOTALS`, `CONTEXTS_UNLISTED` and `CONTEXTS_RESERVED`
+# --- over all tenants: KEYS are `OVERALL_KEYS`. The last of them has the sums, which change with what
+# they are of, so that no creation reads the values of all tenants.
+
+OVERALL_KEYS = (keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED, keys.CONTEXTS_RESERVED, keys.CONTEXTS_SUMS)
 
 RESERVED_MS = 30_000
 """Time for which a reservation holds before a sweep may replace it by the tenant's real bytes."""
+
+RECOUNT_MS = 30_000
+"""Age at which the sums are counted again: a proxy of an older version changes totals without them."""
 
 _OVERALL = f"""
 {DROP_UNLESS}
@@ -334,15 +340,64 @@ local function number(value)
   return read and math.abs(read) < 9007199254740992 and read or 0
 end
 local function parse(value) return string.match(value or '', '^(%d+):(%d+):(%d):(%d+)$') end
+local function total(value)
+  local bytes, contexts = string.match(value or '', '^(%d+):(%d+)$')
+  return number(bytes), number(contexts)
+end
+local NAMES = {{'bytes', 'contexts', 'pinned', 'unchecked', 'tenants'}}
+local function recount()
+  local sums = {{bytes = 0, contexts = 0, pinned = 0, unchecked = 0, tenants = 0}}
+  for _, value in ipairs(redis.call('HVALS', KEYS[1])) do
+    local bytes, contexts = total(value)
+    sums.bytes, sums.contexts = sums.bytes + bytes, sums.contexts + contexts
+  end
+  local all = redis.call('HGETALL', KEYS[2])
+  for at = 1, #all, 2 do
+    local bytes, pinned, accepted = parse(all[at + 1])
+    if not bytes then
+      redis.call('HDEL', KEYS[2], all[at])
+    else
+      sums.pinned = sums.pinned + number(pinned)
+      if accepted ~= '1' then
+        sums.unchecked, sums.tenants = sums.unchecked + number(bytes), sums.tenants + 1
+      end
+    end
+  end
+  for _, name in ipairs(NAMES) do redis.call('HSET', KEYS[4], name, string.format('%.0f', sums[name])) end
+  redis.call('HSET', KEYS[4], 'at', string.format('%.0f', now))
+  return sums
+end
+local function sums()
+  local found = redis.call('HMGET', KEYS[4], 'at', unpack(NAMES))
+  for at = 1, #NAMES + 1 do
+    if not string.match(found[at] or '', '^%d+$') or #found[at] > 15 then return recount() end
+  end
+  if math.abs(now - found[1]) > {RECOUNT_MS} then return recount() end
+  local read = {{}}
+  for at, name in ipairs(NAMES) do read[name] = tonumber(found[at + 1]) end
+  return read
+end
+local function move(name, by)
+  if by ~= 0 then redis.call('HINCRBY', KEYS[4], name, string.format('%.0f', by)) end
+end
 local function entry(tenant)
   local bytes, pinned, accepted, reserved_until = parse(redis.call('HGET', KEYS[2], tenant) or '')
   return number(bytes), number(pinned), accepted, number(reserved_until)
 end
 local function put(tenant, bytes, pinned, accepted, reserved_until)
-  redis.call('HSET', KEYS[2], tenant,
-    string.format('%.0f:%.0f:%s:%.0f', bytes, pinned, accepted, reserved_until))
+  local had, had_pinned, was = entry(tenant)
+  move('pinned', pinned - had_pinned)
+  move('unchecked', (accepted ~= '1' and bytes or 0) - (was ~= '1' and had or 0))
+  move('tenants', (accepted and accepted ~= '1' and 1 or 0) - (was and was ~= '1' and 1 or 0))
+  if accepted then
+    redis.call('HSET', KEYS[2], tenant,
+      string.format('%.0f:%.0f:%s:%.0f', bytes, pinned, accepted, reserved_until))
+  else
+    redis.call('HDEL', KEYS[2], tenant)
+  end
 end
 """
+"""Call `sums()` before any change of what they are of: then they are valid and can be moved."""
 
 RESERVE = Script(
     "context-reserve",
@@ -350,22 +405,11 @@ RESERVE = Script(
     + f"""
 local tenant, add, add_pinned, accepted = ARGV[1], number(ARGV[2]), number(ARGV[3]), ARGV[4]
 local most_unchecked, most_pinned, most_tenants = number(ARGV[5]), number(ARGV[6]), number(ARGV[7])
-local unchecked, pinned, tenants = 0, 0, 0
-local all = redis.call('HGETALL', KEYS[2])
-for at = 1, #all, 2 do
-  local its_bytes, its_pinned, its_accepted = parse(all[at + 1])
-  if not its_bytes then
-    redis.call('HDEL', KEYS[2], all[at])
-  else
-    pinned = pinned + number(its_pinned)
-    if all[at] ~= tenant and its_accepted ~= '1' then
-      unchecked = unchecked + number(its_bytes)
-      tenants = tenants + 1
-    end
-  end
-end
-local bytes, own_pinned = entry(tenant)
-if add_pinned > 0 and pinned + add_pinned > most_pinned then return {{'pins', 0}} end
+local all = sums()
+local bytes, own_pinned, was = entry(tenant)
+local unchecked, tenants = all.unchecked, all.tenants
+if was and was ~= '1' then unchecked, tenants = unchecked - bytes, tenants - 1 end
+if add_pinned > 0 and all.pinned + add_pinned > most_pinned then return {{'pins', 0}} end
 if accepted ~= '1' then
   local over = unchecked + bytes + add - most_unchecked
   if tenants >= most_tenants and over < 1 then over = 1 end
@@ -383,9 +427,7 @@ RESERVE_TOTAL = Script(
     _OVERALL
     + f"""
 local reservation, size, most = ARGV[1], number(ARGV[2]), number(ARGV[3])
-local taken = 0
-local totals = redis.call('HVALS', KEYS[1])
-for _, value in ipairs(totals) do taken = taken + number(string.match(value, '^(%d+):%d+$')) end
+local taken = sums().bytes
 local reserved = redis.call('HGETALL', KEYS[3])
 for at = 1, #reserved, 2 do
   local bytes, reserved_until = string.match(reserved[at + 1], '^(%d+):(%d+)$')
@@ -414,32 +456,40 @@ NOTE = Script(
     _OVERALL
     + """
 local tenant, bytes, count, pinned = ARGV[1], number(ARGV[2]), number(ARGV[3]), number(ARGV[4])
+local all = sums()
+local was = redis.call('HGET', KEYS[1], tenant)
 if ARGV[5] == 'sweep' then
-  local was, was_unlisted = redis.call('HGET', KEYS[1], tenant), redis.call('HGET', KEYS[2], tenant)
-  if (was or '') ~= ARGV[6] or (was_unlisted or '') ~= ARGV[7] then return 0 end
+  local was_unlisted = redis.call('HGET', KEYS[2], tenant)
+  if (was or '') ~= ARGV[6] or (was_unlisted or '') ~= ARGV[7] then return {all.bytes, all.contexts} end
 elseif ARGV[6] then
   redis.call('HDEL', KEYS[3], ARGV[6])
 end
 local _, _, accepted, reserved_until = entry(tenant)
+local had, had_count = total(was)
 if count > 0 then
   redis.call('HSET', KEYS[1], tenant, string.format('%.0f:%.0f', bytes, count))
 else
   redis.call('HDEL', KEYS[1], tenant)
+  bytes = 0
 end
-if ARGV[5] == 'sweep' and reserved_until > now then return 1 end
+move('bytes', bytes - had)
+move('contexts', count - had_count)
+local written = {all.bytes + bytes - had, all.contexts + count - had_count}
+if ARGV[5] == 'sweep' and reserved_until > now then return written end
 if ARGV[5] == '0' or ARGV[5] == '1' then accepted = ARGV[5] end
 if count == 0 then
-  redis.call('HDEL', KEYS[2], tenant)
+  put(tenant, 0, 0, nil, 0)
 elseif accepted then
   put(tenant, bytes, pinned, accepted, 0)
 end
-return 1
+return written
 """,
 )
 """Write the totals of a tenant's contexts. ARGV: tenant, bytes, number of contexts, pinned bytes; then 0 or 1 for
 an unlisted tenant whose key is unchecked or accepted, or nothing; then the name of the reservation in the total
 budget that this replaces, if there is one. Or, after the totals, `sweep` to keep a reservation in the shares, and the
-tenant's values in both hashes before the totals were read: if they have changed since, newer totals stay.
+tenant's values in both hashes before the totals were read: if they have changed since, newer totals stay. Returns
+bytes and number of all tenants' contexts.
 """
 
 ACCEPT = Script(
@@ -447,7 +497,10 @@ ACCEPT = Script(
     _OVERALL
     + """
 local bytes, pinned, accepted, reserved_until = entry(ARGV[1])
-if accepted then put(ARGV[1], bytes, pinned, '1', reserved_until) end
+if accepted then
+  sums()
+  put(ARGV[1], bytes, pinned, '1', reserved_until)
+end
 return 1
 """,
 )

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from cache import keys
+from cache.contexts import scripts
 from cache.contexts.access import ContextLimits
 from cache.contexts.rows import ContextStatus, Draft
 from cache.contexts.store import ContextStore
@@ -49,7 +50,7 @@ def keys_left(nodes: list[Valkey]) -> set[str]:
     for node in nodes:
         words = node.ask("KEYS", "*").split(b"\r\n")
         found |= {word.decode() for word in words if word.startswith(b"cairn:")}
-    return found - {keys.CONTEXTS_TOTALS, keys.CONTEXTS_UNLISTED, keys.CONTEXTS_RESERVED, keys.CONTEXTS_SWEEPER}
+    return found - {*scripts.OVERALL_KEYS, keys.CONTEXTS_SWEEPER}
 
 
 class Opened:

@@ -165,7 +165,7 @@ async def test_a_sweep_goes_on_after_a_damaged_tenant() -> None:
     def swept() -> list[Any]:
         return next(replies)
 
-    bench.store.replies |= {"HGETALL": hash_of, "context-sweep": swept}
+    bench.store.replies |= {"HGETALL": hash_of, "context-sweep": swept, "context-note": [6, 1]}
     sweeping = room(bench)
     await sweeping.sweep()
     assert sweeping.dropped_totals == 1
