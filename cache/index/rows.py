@@ -132,10 +132,12 @@ class Reader:
 
     def _holders(self, row: RunRow, parent: Node) -> list[tuple[ReplicaEntries, float, HolderRow]]:
         holders: list[tuple[ReplicaEntries, float, HolderRow]] = []
+        listed: set[ReplicaEntries] = set()  # damage may list one twice, and a thousand may hold a system prompt
         for holder in row.holders:
             entries = self._entries_of(holder.replica)
-            if entries is None or any(entries is held for held, _, _ in holders):
+            if entries is None or entries in listed:
                 continue
+            listed.add(entries)
             if row.parent is None:
                 holders.append((entries, holder.stamp, holder))
             elif (above := parent.held.get(entries)) is not None:

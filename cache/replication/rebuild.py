@@ -191,6 +191,7 @@ class SnapshotRows:
         The index leaves out rows below a dropped one.
         """
         seen: set[int] = set()
+        named = set(replica_of.values())
         while parts:
             try:
                 chunk = codec.decode_chunk(parts.pop(0) or b"")
@@ -200,8 +201,10 @@ class SnapshotRows:
             for made_id, name in chunk.owners.items():
                 self._locations.learn(made_id, name)
             for number, name in chunk.names.items():
-                if (ours := self._replicas.number_of(name)) is not None and ours not in replica_of.values():
-                    replica_of.setdefault(number, ours)
+                if number in replica_of or (ours := self._replicas.number_of(name)) is None or ours in named:
+                    continue
+                replica_of[number] = ours
+                named.add(ours)
             for row in chunk.rows:
                 if not codec.is_valid(row) or (isinstance(row, ReplicaRow) and row.replica in seen):
                     self._stats.dropped_invalid += 1

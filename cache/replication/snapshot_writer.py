@@ -7,11 +7,12 @@ Redis was away agree again.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from cache.errors import CacheError
 from cache.index.prefix_index import PrefixIndex
+from cache.index.rows import ReplicaRow, RunRow
 from cache.ports import Clock
 from cache.replication import codec
 from cache.replication.codec import Began, Budgeted, SnapshotChunk
@@ -92,8 +93,7 @@ class SnapshotWriter:
 
     def _chunks(self) -> Iterator[SnapshotChunk]:
         for rows in self._index.snapshot(SNAPSHOT_ROWS):
-            numbers = self._index.replicas()
-            names = {each: name for each in numbers if (name := self._replicas.name_of(each)) is not None}
+            names = {each: name for each in _mentioned(rows) if (name := self._replicas.name_of(each)) is not None}
             yield SnapshotChunk(names, rows)
         for owners in self._locations.chunks(SNAPSHOT_OWNERS):
             yield SnapshotChunk({}, (), owners)
@@ -103,3 +103,14 @@ class SnapshotWriter:
             if self._replicas.name_of(replica) is not None:
                 self._writer.enqueue(Began(replica, stats.epoch))
                 self._writer.enqueue(Budgeted(replica, None, stats.budget_tokens))
+
+
+def _mentioned(rows: Sequence[ReplicaRow | RunRow]) -> set[int]:
+    """Return the replicas in `rows`. Each part has the names of its own, so that it needs no other part."""
+    found: set[int] = set()
+    for row in rows:
+        if isinstance(row, ReplicaRow):
+            found.add(row.replica)
+        else:
+            found.update([holder.replica for holder in row.holders])
+    return found
