@@ -201,11 +201,15 @@ class ContextRoom:
 
     async def drop(self, tenant: str, which: str, ids: Sequence[str], reason: str) -> int:
         """Delete contexts: `any` of `ids`, or those that are still `unpinned`. Return how many existed."""
-        dropped, totals = await self._access.run(scripts.DROP, tenant, which, *ids, read=_read_counted)
-        if dropped:
-            self._evicted(reason, dropped)
-            await self.changed(tenant, totals)
-        return dropped
+        existed = 0
+        for start in range(0, len(ids), scripts.DROPPED_AT_ONCE):
+            some = ids[start : start + scripts.DROPPED_AT_ONCE]
+            dropped, totals = await self._access.run(scripts.DROP, tenant, which, *some, read=_read_counted)
+            if dropped:
+                existed += dropped
+                self._evicted(reason, dropped)
+                await self.changed(tenant, totals)
+        return existed
 
     # --- totals
 

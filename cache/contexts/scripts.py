@@ -25,7 +25,7 @@ UPLOAD_SECONDS = 600
 """Expiry of an uploaded segment that no commit refers to."""
 
 _CONTAINERS_MS = 86_400_000  # the tenant's own keys outlive the last context by a day
-_SWEPT_AT_ONCE = 32  # contexts; each has up to a few hundred segments, and Redis serves no one else during a script
+DROPPED_AT_ONCE = 32  # contexts; each has up to a few hundred segments, and Redis serves no one else during a script
 
 _PRELUDE = f"""
 local T = KEYS[1]
@@ -61,6 +61,19 @@ local function digests_of(id)
   for at = 1, #digests, 64 do listed[#listed + 1] = string.sub(digests, at, at + 63) end
   return listed, tonumber(own), pin, digests
 end
+local tagged
+local function tags_of(id) -- read once for all that a script drops: there may be thousands
+  if not tagged then
+    tagged = {{}}
+    local tags = redis.call('HGETALL', T .. ':tags')
+    for at = 1, #tags, 2 do
+      local of = string.match(tags[at + 1], '^%S+') or ''
+      tagged[of] = tagged[of] or {{}}
+      table.insert(tagged[of], tags[at])
+    end
+  end
+  return tagged[id] or {{}}
+end
 local function drop(id)
   local digests, own, pin = digests_of(id)
   if not digests then return 0 end
@@ -81,12 +94,9 @@ local function drop(id)
   redis.call('ZREM', T .. ':ids', id)
   redis.call('ZREM', T .. ':gone', id)
   redis.call('UNLINK', context(id))
-  local tags = redis.call('HGETALL', T .. ':tags')
-  for at = 1, #tags, 2 do
-    if string.match(tags[at + 1], '^%S+') == id then
-      redis.call('HDEL', T .. ':tags', tags[at])
-      say('t', tags[at])
-    end
+  for _, name in ipairs(tags_of(id)) do
+    redis.call('HDEL', T .. ':tags', name)
+    say('t', name)
   end
   say('c', id)
   return 1
@@ -97,7 +107,7 @@ local function repair()
   for _, name in ipairs({{':held', ':refs', ':sizes', ':sum', ':tags'}}) do drop_unless('hash', T .. name) end
 end
 local function sweep()
-  local over = redis.call('ZRANGEBYSCORE', T .. ':gone', '-inf', ms(now), 'LIMIT', 0, {_SWEPT_AT_ONCE})
+  local over = redis.call('ZRANGEBYSCORE', T .. ':gone', '-inf', ms(now), 'LIMIT', 0, {DROPPED_AT_ONCE})
   for _, id in ipairs(over) do drop(id) end
   return #over
 end

@@ -271,3 +271,21 @@ async def test_totals_of_very_many_tenants_are_parsed_with_turns_between(
             turns += 1
         assert turns >= 5
         assert len(await reading) == 3_000
+
+
+async def test_many_contexts_are_dropped_some_at_a_time_and_their_tags_read_once_for_each_time(
+    server: Valkey,
+) -> None:
+    """Redis serves no one else during a script: 100 contexts among 5,000 tags held it for more than half a second."""
+    server.flush()
+    async with opened([server], started=False, contexts_at_most=200, tags_at_most=500) as one:
+        rows = [await one.contexts.create(ONE, draft(100, tags=(f"a{n}", f"b{n}"))) for n in range(80)]
+        server.ask("CONFIG", "RESETSTAT")
+        room = one.contexts._room  # noqa: SLF001 - as a full budget would
+        assert await room.drop(ONE, "unpinned", [row.id for row in rows[:70]], "room") == 70
+        facts = server.ask("INFO", "commandstats").decode().splitlines()
+        calls = next(int(line.split("=")[1].split(",")[0]) for line in facts if line.startswith("cmdstat_hgetall"))
+        assert calls == 3
+        assert {tag.tag for tag in await one.contexts.tags(ONE)} == {f"{x}{n}" for x in "ab" for n in range(70, 80)}
+        assert one.evicted == {"room": 70}
+        assert one.contexts.total_contexts == 10
