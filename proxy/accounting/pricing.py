@@ -15,14 +15,16 @@ Only tokens that the upstream reported as cached count as saved.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
+from heapq import merge
+from operator import itemgetter
 from typing import NamedTuple
 
 import msgspec
 
-from proxy.patterns import matches
+from proxy.patterns import is_pattern, matches
 from proxy.records import Usage
 
 ZERO = Decimal(0)
@@ -151,13 +153,13 @@ class PriceBook:
     """
 
     def __init__(self, rules: Sequence[Rule], builtin: Builtin) -> None:
-        self._rules = _newest_of_equals_first(rules)
+        self._rules = _RulesByModel(_newest_of_equals_first(rules))
         self._builtin = builtin
         self._resolved: dict[tuple[str, ...], Card | Unpriced] = {}
 
     def adopt(self, rules: Sequence[Rule]) -> None:
         """Replace the rules."""
-        self._rules = _newest_of_equals_first(rules)
+        self._rules = _RulesByModel(_newest_of_equals_first(rules))
         self._resolved.clear()
 
     def card(self, model: str, upstream: str, moment: str, name: str = "", service_tier: str = "") -> Card | Unpriced:
@@ -184,15 +186,35 @@ class PriceBook:
         return self._builtin(model, upstream[0], moment, service_tier) or Unpriced.NO_CARD
 
     def _ruled(self, model: str, upstream: tuple[str, str], moment: str, service_tier: str) -> Card | Unpriced | None:
-        for rule in self._rules:
+        for rule in self._rules.for_model(model):
             if (
                 rule.valid_from <= moment
                 and rule.service_tier == service_tier
-                and matches(model, rule.model)
                 and any(matches(address, rule.upstream) for address in upstream)
             ):
                 return rule.card
         return None
+
+
+class _RulesByModel:
+    """Rules in order, found by model: those for one model are looked up, and only those with a pattern are tried.
+
+    There may be a price for each of a thousand models, and more pairs of model and upstream than are remembered.
+    """
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self._named: dict[str, list[tuple[int, Rule]]] = {}
+        self._patterns: list[tuple[int, Rule]] = []
+        for place, rule in enumerate(rules):
+            is_one = not is_pattern(rule.model)
+            (self._named.setdefault(rule.model, []) if is_one else self._patterns).append((place, rule))
+
+    def for_model(self, model: str) -> Iterator[Rule]:
+        """Yield the rules whose pattern of the model fits, in order."""
+        named = self._named.get(model, [])
+        for _, rule in merge(named, self._patterns, key=itemgetter(0)):
+            if rule.model == model or matches(model, rule.model):
+                yield rule
 
 
 def _newest_of_equals_first(rules: Sequence[Rule]) -> list[Rule]:
