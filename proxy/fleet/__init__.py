@@ -5,6 +5,7 @@ from proxy.fleet.fleet import Change, Fleet, ReplicaChange
 from proxy.fleet.peers import ShareRow
 from proxy.fleet.rate import PrefillRate
 from proxy.fleet.replica import ReplicaSpec, ThrottleKey
+from proxy.fleet.served_models import Need
 from proxy.fleet.work import Charge
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Charge",
     "Failure",
     "Fleet",
+    "Need",
     "PrefillRate",
     "ReplicaChange",
     "ReplicaSpec",

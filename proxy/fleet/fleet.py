@@ -6,7 +6,7 @@ Every call is synchronous and cheap, and does no I/O. Clocks are passed as `now_
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from typing import Final
@@ -15,6 +15,7 @@ from proxy.fleet.breaker import Breaker, BreakerSettings, BreakerState, Cause, F
 from proxy.fleet.peers import PEER_SILENCE_SECONDS, ROW_LENGTHS, Peers, ShareRow
 from proxy.fleet.rate import PoolRates
 from proxy.fleet.replica import ReplicaSpec, ReplicaState, ThrottleKey
+from proxy.fleet.served_models import NOBODY, Listing, Need, ServedModels
 from proxy.fleet.work import Charge
 from proxy.records import ReplicaView
 
@@ -90,6 +91,7 @@ class Fleet:
         self._in_flight_seconds: dict[str, float] = {}
         self._decode_seconds: dict[str, float] = {}
         self._peers = Peers()
+        self.models = ServedModels()  # to be asked; it is told by way of the fleet
 
     def listen(self, listener: Callable[[ReplicaChange], None]) -> None:
         """Call `listener` with every change, too, once the fleet has taken it over."""
@@ -150,6 +152,7 @@ class Fleet:
     def _leave_pool(self, replica: ReplicaState) -> None:
         self._pools.get(replica.spec.pool, {}).pop(replica.id, None)
         replica.rates.drop(replica.id)
+        self.models.forget(replica.spec.pool, replica.id)
 
     def __contains__(self, number: int) -> bool:
         return number in self._replicas
@@ -221,13 +224,18 @@ class Fleet:
             replica.quiet_view = None
 
     def snapshot(
-        self, pool: str, now_seconds: float, key: ThrottleKey | None = None, pinned: int | None = None
+        self,
+        pool: str,
+        now_seconds: float,
+        key: ThrottleKey | None = None,
+        pinned: int | None = None,
+        without: frozenset[int] = NOBODY,
     ) -> tuple[ReplicaView, ...]:
         """Return frozen rows of a pool's replicas, or of the `pinned` one alone, with the work of other processes.
 
-        A replica that answered 429 to `key` is unavailable to it. If none of the rows is available, the least bad
-        replica that may be reached is shown as available: its own answer is better than a refusal made without asking
-        it.
+        Those in `without` are left out (see `lacking`). A replica that answered 429 to `key` is unavailable to it. If
+        none of the rows is available, the least bad replica that may be reached is shown as available: its own answer
+        is better than a refusal made without asking it.
         """
         if now_seconds >= self._peers.stale_at_seconds:
             self._drop_silent_peers(now_seconds)
@@ -235,6 +243,8 @@ class Fleet:
         replicas = self._pools.get(pool, {})
         if pinned is not None:
             replicas = {pinned: replicas[pinned]} if pinned in replicas else {}
+        elif without:
+            replicas = {number: replica for number, replica in replicas.items() if number not in without}
         views = tuple([replica.view(now_seconds, price, key) for replica in replicas.values()])
         for view in views:
             if view.available:
@@ -425,6 +435,24 @@ class Fleet:
         event = ReplicaChange(replica.spec.name, replica.spec.pool, change, reason)
         for listener in self._listeners:
             listener(event)
+
+    # -- what each replica serves, see `proxy.fleet.served_models`
+
+    def listed(self, number: int, listing: Listing | None) -> None:
+        """Take over a replica's list of models; None if it has none that can be read."""
+        pool = self._replicas[number].spec.pool
+        if number in self._pools.get(pool, {}):
+            self.models.listed(pool, number, listing)
+
+    def refused(self, number: int, need: Need, now_seconds: float) -> None:
+        """Note that a replica refused a request for what it lacks."""
+        pool = self._replicas[number].spec.pool
+        if number in self._pools.get(pool, {}):
+            self.models.refused(pool, number, need, now_seconds)
+
+    def lacking(self, pool: str, needs: Iterable[Need], now_seconds: float) -> frozenset[int]:
+        """Return the replicas of a pool that are known to lack what a request needs, unless all of them do."""
+        return self.models.lacking(pool, needs, self._pools.get(pool, {}), now_seconds)
 
     # -- learned rates
 

@@ -20,12 +20,12 @@ from proxy.fleet.findings import Found
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.http_client import PooledClient
 from proxy.fleet.learned_limit import LEAST_LIMIT
-from proxy.fleet.model_list import read_models
+from proxy.fleet.model_list import read_listing
 from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.fleet.silence import Silence
 from proxy.logs import REPLICAS
 from proxy.tasks import Tasks
-from proxy.upstream import Limits
+from proxy.upstream import Limits, UpstreamResponse
 
 log = logging.getLogger(REPLICAS)
 
@@ -41,7 +41,7 @@ LOAD_SECONDS = 2.0
 BEGIN_SECONDS = 1.0
 """Longest time for which the start waits for engines that do not respond."""
 
-_PAGE_AT_MOST_BYTES = 4 * 1024 * 1024
+_PAGE_AT_MOST_BYTES = 8 * 1024 * 1024
 _FACT_PAGES = (
     (b"/metrics", read_metrics),
     (b"/props", read_llama_props),
@@ -171,7 +171,9 @@ class HealthChecker:
             self._down(number, "it is loading its model", Cause.LOADING)
             return
         self._fleet.reached(number)
-        await self._learn(number, endpoint, read_models(page) if status == 200 else None)
+        read = read_listing(page) if status == 200 else None
+        self._fleet.listed(number, None if read is None else read[1])
+        await self._learn(number, endpoint, None if read is None else read[0])
 
     def _silent(self) -> list[int]:
         """Return the replicas to be asked again: they left a health check unanswered and are not known to be down."""
@@ -270,9 +272,19 @@ class HealthChecker:
             endpoint.origin, b"GET", path, headers, limits=self._limits, retry_reused=True
         )
         try:
-            return response.status, await response.read(_PAGE_AT_MOST_BYTES)
+            return response.status, await _read(response)
         finally:
             response.abort()
+
+
+async def _read(response: UpstreamResponse) -> bytes:
+    """Return a page, empty if it is too long: that shows nothing about the replica."""
+    pieces: list[bytes] = []
+    size = 0
+    while size <= _PAGE_AT_MOST_BYTES and (piece := await response.next_chunk()):
+        pieces.append(piece)
+        size += len(piece)
+    return b"".join(pieces) if size <= _PAGE_AT_MOST_BYTES else b""
 
 
 def _facts_in_words(found: Found, endpoint: ReplicaEndpoint) -> list[str]:

@@ -8,6 +8,7 @@ import msgspec
 
 from proxy.errors import BadResponse
 from proxy.fleet.pools import ReplicaEndpoint
+from proxy.fleet.served_models import Listing
 from proxy.records import Call
 from proxy.upstream import UpstreamClient
 from proxy.wire.headers import upstream_head
@@ -17,7 +18,10 @@ _LIST_AT_MOST_BYTES = 8 * 1024 * 1024
 
 
 class _Listing(msgspec.Struct):
-    data: list[dict[str, Any]] = []
+    data: list[dict[str, Any]] | msgspec.UnsetType = msgspec.UNSET
+    has_more: Any = None  # of Anthropic
+    next_page_token: Any = None
+    nextPageToken: Any = None  # noqa: N815 - of Google
 
 
 _decode_listing = msgspec.json.Decoder(_Listing).decode
@@ -25,8 +29,27 @@ _decode_listing = msgspec.json.Decoder(_Listing).decode
 
 def read_models(page: bytes) -> list[dict[str, Any]] | None:
     """Return the entries of a model list, None if `page` is not one."""
+    listed = _decoded(page)
+    if listed is None:
+        return None
+    return [] if listed.data is msgspec.UNSET else listed.data
+
+
+def read_listing(page: bytes) -> tuple[list[dict[str, Any]], Listing] | None:
+    """Return the entries of a model list and what they say of the replica, None if `page` is not a list.
+
+    If it is only the first page, it does not tell what the replica lacks.
+    """
+    listed = _decoded(page)
+    if listed is None or listed.data is msgspec.UNSET:
+        return None
+    is_whole = not (listed.has_more or listed.next_page_token or listed.nextPageToken)
+    return listed.data, Listing(listed.data, is_whole=is_whole)
+
+
+def _decoded(page: bytes) -> _Listing | None:
     try:
-        return _decode_listing(page).data
+        return _decode_listing(page)
     except DECODE_ERRORS:
         return None
 

@@ -6,22 +6,25 @@ reported to the fleet.
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Collection, Iterable
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 from typing import Final, NamedTuple, Protocol
 from zlib import crc32
 
 from proxy.clock import Clock
-from proxy.errors import ConnectFailed, PoolTimeout, TurnedAway, UpstreamError
-from proxy.fleet import Failure, Fleet
+from proxy.errors import ConnectFailed, Overloaded, PoolTimeout, TurnedAway, UpstreamError
+from proxy.fleet import Failure, Fleet, Need
 from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.metrics.definitions import HIDDEN_ERRORS, UPSTREAM_RETRIES
 from proxy.metrics.recorder import Recorder
 from proxy.model import Edit
 from proxy.pipeline import retries
 from proxy.pipeline.attempt import Attempt, Attempts
-from proxy.pipeline.exchange import Exchange
+from proxy.pipeline.exchange import MEDIA, TOOLS, Exchange
 from proxy.pipeline.opening import Opening, judge_plain, wait_for_opening
 from proxy.pipeline.retries import AttemptFailure, FailureKind, RetryBudget
 from proxy.records import Candidate
@@ -29,13 +32,19 @@ from proxy.routing.replica_queue import ANYONE
 from proxy.upstream import Body, Origin, UpstreamResponse
 from proxy.wire import headers as wire_headers
 from proxy.wire import splice
+from proxy.wire.decode import ResponseDecoder, content_encoding
 from proxy.wire.paths import without_credentials
+from proxy.wire.refusals import REFUSALS_AT_MOST_BYTES, Refusal, read_refusal
+from proxy.wire.refusals import STATUSES as REFUSAL_STATUSES
 
 RANK_HEADER: Final = b"x-data-parallel-rank"
 """Header by which vLLM and SGLang choose the data-parallel rank that serves a request."""
 
 HOLD_SECONDS: Final = 15.0
 """Longest time that a stream's head is held back for its first event. Until then another replica can be tried."""
+
+REFUSAL_SECONDS: Final = 1.0
+"""Longest time that an error is held back to see whether another replica can do better: they are short."""
 
 _GATHERED_AT_MOST_BYTES: Final = 32 * 1024
 """A plain response up to this size is whole before any of it is written, so that another replica can be tried if it
@@ -55,6 +64,9 @@ _HIDDEN_ERRORS = {
     Opening.HTML: ("html", "a successful status with an HTML page"),
 }
 """The reason in metrics and in the header, and the one in the log, of a failure behind a status of success."""
+
+_KINDS = {Refusal.MODEL: "", Refusal.TOOLS: TOOLS, Refusal.MEDIA: MEDIA}
+"""Kinds of request that are refused, as in `Exchange.needs`."""
 
 _MAY_REFUSE_STREAM_OPTIONS = frozenset({400, 415, 422})
 
@@ -166,6 +178,7 @@ class Dispatcher:
                 failure = opened.failure
                 following = self._following(exchange, failure, upload)
                 if following is None:
+                    self._check_last(exchange, opened)
                     return opened
                 self._discard(exchange, opened)
             exchange.tried = (*exchange.tried, failure)
@@ -194,16 +207,67 @@ class Dispatcher:
     def _following(self, exchange: Exchange, failure: AttemptFailure, upload: Upload | None) -> Candidate | None:
         """Return the candidate to try after `failure`; None if this was the last attempt."""
         assert exchange.plan is not None  # noqa: S101
-        if len(exchange.tried) >= self._policy.max_retries:
+        if not retries.may_try_again((*exchange.tried, failure), self._policy.max_retries):
             return None
         call = exchange.call
         runs_model, replayable = call.endpoint.runs_model, upload is None
         if not retries.may_repeat(failure.kind, runs_model=runs_model, method=call.method, replayable=replayable):
             return None
-        candidates, now_seconds = exchange.plan.candidates, self._clock.monotonic()
+        now_seconds = self._clock.monotonic()
+        if failure.kind is FailureKind.LACKS:
+            return self._other_that_has_it(exchange, failure, now_seconds)
+        candidates = exchange.plan.candidates
         open_replicas = [self._fleet.is_open(each.replica.id, now_seconds) for each in candidates]
         following = retries.next_candidate((*exchange.tried, failure), candidates, open_replicas)
         return following if following is not None and self._budget(exchange).take(now_seconds) else None
+
+    def _other_that_has_it(self, exchange: Exchange, failure: AttemptFailure, now_seconds: float) -> Candidate | None:
+        """Return the best replica that has not refused this; None, with the plan as it was, if there is none.
+
+        The refusal changed what is known of the replicas, so that the plan is made anew.
+        """
+        plan, pool, models = exchange.plan, exchange.pool, self._fleet.models
+        if pool is None:
+            return None
+        needs = self._needs(exchange, pool.name)
+        tried = {failure.replica, *[each.replica for each in exchange.tried]}
+        rooms: Mapping[int, int] = {}
+        if failure.reason == Refusal.CONTEXT.value:
+            rooms = models.rooms(pool.name, exchange.model or "")
+            if not rooms:
+                return None  # as far as is known, all are equal
+        try:
+            self._planner.plan_again(exchange)
+        except Overloaded:
+            exchange.plan = plan
+            return None
+        assert exchange.plan is not None  # noqa: S101
+        least = rooms.get(failure.replica, 0)
+        for candidate in exchange.plan.candidates:
+            number = candidate.replica.id
+            if number in tried or (rooms and rooms.get(number, 0) <= least):
+                continue
+            if self._fleet.is_open(number, now_seconds) and not models.refuses(pool.name, number, needs, now_seconds):
+                return candidate
+        exchange.plan = plan
+        return None
+
+    def _needs(self, exchange: Exchange, pool: str) -> tuple[Need, ...]:
+        return exchange.needs(partial(self._fleet.models.is_refused, pool))
+
+    def _check_last(self, exchange: Exchange, opened: Opened) -> None:
+        """Raise Overloaded, having ended the attempt, if the last replica lacks what one that failed may have.
+
+        Its refusal would tell the client that there is no such model.
+        """
+        if opened.failure is None or opened.failure.kind is not FailureKind.LACKS:
+            return
+        failed = [each for each in exchange.tried if each.kind is not FailureKind.LACKS]
+        if failed:
+            self._discard(exchange, opened)
+            exchange.tried = (*exchange.tried, opened.failure)
+            names = ", ".join([f"{each.name} ({each.reason})" for each in failed])
+            raise Overloaded(f"The replicas that may serve this request have failed: {names}.")
 
     def _budget(self, exchange: Exchange) -> RetryBudget:
         """Return the budget of the request's pool: an outage of one pool uses up no retries of another."""
@@ -236,12 +300,17 @@ class Dispatcher:
             opening = Opening.PLAIN
             if self._may_be_stream(exchange, response):
                 opening = await self._open(exchange, response)
-            if opening is Opening.PLAIN and response.status < 300 and exchange.call.endpoint.runs_model:
+            refusal: Refusal | None = None
+            if response.status >= 400:
+                refusal = await self._refusal(exchange, response)
+            elif opening is Opening.PLAIN and response.status < 300 and exchange.call.endpoint.runs_model:
                 opening = await self._plain_opening(exchange, response)
         except UpstreamError as error:
             self._failed(exchange, attempt, error)
             raise
-        failure = self._judge(exchange, candidate, response, opening)
+        failure = self._judge_refusal(exchange, candidate, response, refusal)
+        if failure is None:
+            failure = self._judge(exchange, candidate, response, opening)
         if failure is not None or response.status >= 400:
             attempt.take_back()
         return Opened(response, opening in _STREAMS, failure)
@@ -313,6 +382,22 @@ class Dispatcher:
         if not response.complete or response.header(b"content-encoding"):
             return Opening.PLAIN
         return judge_plain(response.peek(), exchange.call.endpoint)
+
+    async def _refusal(self, exchange: Exchange, response: UpstreamResponse) -> Refusal | None:
+        """Read from an error whether the server lacks something that another may have."""
+        endpoint = exchange.call.endpoint
+        if response.status not in REFUSAL_STATUSES or not (endpoint.runs_model or exchange.model):
+            return None
+        deadline = asyncio.get_running_loop().time() + REFUSAL_SECONDS
+        while not response.complete:
+            seen = response.buffered_bytes
+            if seen > REFUSALS_AT_MOST_BYTES or not await response.arrived(seen, deadline):
+                return None
+        body = response.peek()
+        encoding = content_encoding(response.headers)
+        if encoding:
+            body = ResponseDecoder(encoding, REFUSALS_AT_MOST_BYTES).feed(body)
+        return read_refusal(response.status, body, exchange.model)
 
     # -- the request
 
@@ -412,6 +497,35 @@ class Dispatcher:
             self._fleet.failed(attempt.replica, evidence(exchange, by_status=False), now_seconds, error.message)
         attempt.end(now_seconds)
 
+    def _judge_refusal(
+        self, exchange: Exchange, candidate: Candidate, response: UpstreamResponse, refusal: Refusal | None
+    ) -> AttemptFailure | None:
+        """Report a refusal for what the replica lacks. Return None for any other response.
+
+        It shows nothing against the replica, except if that refuses the operator's own key or has no memory left.
+        """
+        number, name, now_seconds = candidate.replica.id, candidate.replica.name, self._clock.monotonic()
+        if refusal is None:
+            return None
+        if refusal is Refusal.KEY or refusal is Refusal.MEMORY:
+            endpoint = self._pools.backends[number]
+            if refusal is Refusal.KEY and endpoint.credential is None and not endpoint.drops_credentials:
+                return None  # it is the client's own
+            reason = f"status {response.status}: {refusal.value}"
+            self._fleet.failed(number, evidence(exchange, by_status=True), now_seconds, reason)
+            return AttemptFailure(number, name, FailureKind.STATUS, str(response.status))
+        if refusal is Refusal.QUOTA:
+            wait_seconds = wire_headers.pause_seconds(response.headers, self._clock.unix())
+            if wait_seconds is None:
+                wait_seconds = inf  # cut to the longest that is honoured
+            self._fleet.rate_limited(number, exchange.throttle_key, now_seconds, wait_seconds)
+        else:
+            self._fleet.responded(number)
+            if refusal is not Refusal.CONTEXT:  # which depends on the prompt
+                kind = exchange.path_kind if refusal is Refusal.ENDPOINT else _KINDS[refusal]
+                self._fleet.refused(number, exchange.need(kind), now_seconds)
+        return AttemptFailure(number, name, FailureKind.LACKS, refusal.value)
+
     def _judge(
         self, exchange: Exchange, candidate: Candidate, response: UpstreamResponse, opening: Opening
     ) -> AttemptFailure | None:
@@ -431,10 +545,18 @@ class Dispatcher:
             self._fleet.failed(number, evidence(exchange, by_status=True), now_seconds, f"status {status}")
         else:
             self._fleet.responded(number)
-        return AttemptFailure(number, name, FailureKind.STATUS, str(status)) if self._asks_retry(status) else None
+            pool = exchange.pool
+            if status < 300 and pool is not None and self._fleet.models.is_uneven(pool.name):
+                self._fleet.models.served(pool.name, number, self._needs(exchange, pool.name))
+        return (
+            AttemptFailure(number, name, FailureKind.STATUS, str(status))
+            if self._asks_retry(exchange, status)
+            else None
+        )
 
-    def _asks_retry(self, status: int) -> bool:
-        return status in self._policy.statuses
+    def _asks_retry(self, exchange: Exchange, status: int) -> bool:
+        """Return whether another replica should be tried: engines do not redirect, but a page before one may."""
+        return status in self._policy.statuses or (300 <= status < 400 and exchange.call.endpoint.runs_model)
 
 
 class UsageOptions:

@@ -6,11 +6,12 @@ It is the only mutable object of a request and has one writer at a time. It deci
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from cache import Content, ContextRow, Fingerprint, Match
-from proxy.fleet import ThrottleKey
+from proxy.fleet import Need, ThrottleKey
 from proxy.fleet.pools import ServedPool
 from proxy.metrics.definitions import INTER_TOKEN
 from proxy.model import Edit, Ending, RouteReason
@@ -24,6 +25,12 @@ from proxy.routing.cold_pressure import Noted
 from proxy.routing.fair_shares import Priority, Share
 from proxy.wire.headers import cairn_headers
 
+TOOLS: Final = "tools"
+MEDIA: Final = "media"
+"""Kinds of request that a replica may lack, besides paths."""
+
+_MEDIA_WORDS: Final = (b"image", b"audio", b"video")  # in the types of such parts of a prompt; in a text, too
+_PATH_CHARACTERS: Final = 128
 _GAPS: Final = INTER_TOKEN.buckets  # a constant: two attributes are looked up for every chunk of a stream otherwise
 
 
@@ -194,6 +201,29 @@ class Exchange:
         pool = self.pool
         owner = "" if pool is None or pool.has_own_key else self.call.tenant.id
         return owner, self.model or ""
+
+    def need(self, kind: str = "") -> Need:
+        """Return the need for the model, or for this kind of request for it, at a replica."""
+        owner, model = self.throttle_key
+        return owner, model, kind
+
+    def needs(self, is_refused: Callable[[Need], bool]) -> tuple[Need, ...]:
+        """Return what the request needs at a replica, by which replicas of a pool may differ.
+
+        `is_refused` returns whether anybody has lately refused that: what takes time to find is sought only then.
+        """
+        prompt = self.prompt
+        needs: tuple[Need, ...] = (self.need(), self.need(self.path_kind))
+        if prompt is not None and prompt.tool_spans:
+            needs += (self.need(TOOLS),)
+        if is_refused(media := self.need(MEDIA)) and any(word in self.call.body for word in _MEDIA_WORDS):
+            needs += (media,)
+        return needs
+
+    @property
+    def path_kind(self) -> str:
+        """The kind of request that the path names."""
+        return self.call.target.partition("?")[0][:_PATH_CHARACTERS]
 
     def notes(self) -> tuple[tuple[bytes, bytes], ...]:
         """Return the response headers that describe the decision."""

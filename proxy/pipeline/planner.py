@@ -6,19 +6,21 @@ It reads the index and the fleet and changes nothing but the exchange.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Final
 
 from cache import Content, Fingerprint, Match, PrefixIndex, chain_root, cut, extend
 from proxy.clock import Clock, utc_date
 from proxy.fleet import Fleet
+from proxy.fleet.served_models import NOBODY
 from proxy.fleet.templates import Templates
 from proxy.model import RouteReason, TemplateFacts
 from proxy.pipeline.disclosure import OwnPrefixes, limited
 from proxy.pipeline.exchange import Exchange
-from proxy.records import Demand, Plan, Prompt
+from proxy.records import Demand, Plan, Prompt, ReplicaView
 from proxy.routing import cost as routing
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.session_hints import DEFAULT_HEADERS, SessionHints
@@ -125,9 +127,15 @@ class Planner:
         Raises Overloaded if none is left.
         """
         assert exchange.pool is not None  # noqa: S101 - the reader set it or raised
-        views = self._fleet.snapshot(
-            exchange.pool.name, self._clock.monotonic(), exchange.throttle_key, exchange.pinned_replica
-        )
+        demand, pool, now_seconds = self._demand(exchange), exchange.pool.name, self._clock.monotonic()
+        without, models = NOBODY, self._fleet.models
+        is_uneven = models.is_uneven(pool)
+        if is_uneven:
+            needs = exchange.needs(partial(models.is_refused, pool))
+            without = self._fleet.lacking(pool, needs, now_seconds)
+        views = self._fleet.snapshot(pool, now_seconds, exchange.throttle_key, exchange.pinned_replica, without)
+        if is_uneven:
+            views = _with_room(views, models.rooms(pool, exchange.model or ""), demand.prompt_tokens)
         if exchange.avoid:
             views = tuple([view for view in views if view.name not in exchange.avoid])
         is_narrowed = False
@@ -138,14 +146,14 @@ class Planner:
         if exchange.fingerprint is not None and not self._gate.is_open:
             held_back = partial(self._gate.holds_back, exchange.fingerprint.hashes)
         exchange.plan = routing.plan(
-            self._demand(exchange),
+            demand,
             exchange.match or _NOTHING_MATCHED,
             views,
             min_shareable_bytes=self._min_shareable_bytes,
             weight_per_second=self._weight_per_second,
             held_back=held_back,
             room=None if exchange.fingerprint is None else self._index,  # only a prompt that is placed takes room
-            pool_name=exchange.pool.name,
+            pool_name=pool,
         )
         if is_narrowed and exchange.plan.reason is RouteReason.ONLY:  # others are left out, but would be a choice
             exchange.plan = _without_only(exchange.plan)
@@ -182,6 +190,16 @@ class Planner:
             pinned,
             None if session is None else self._sessions.replica(session),
         )
+
+
+def _with_room(
+    views: tuple[ReplicaView, ...], rooms: Mapping[int, int], prompt_tokens: float
+) -> tuple[ReplicaView, ...]:
+    """Return the replicas whose context is long enough for a prompt, if one of them is available; else all."""
+    if not rooms:
+        return views
+    fitting = tuple([view for view in views if rooms.get(view.id, inf) > prompt_tokens])
+    return fitting if any(view.available for view in fitting) else views
 
 
 def _without_only(plan: Plan) -> Plan:

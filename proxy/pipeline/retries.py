@@ -25,6 +25,10 @@ BUDGET_SECONDS: Final = 10.0
 BUDGET_SHARE: Final = 0.1
 BUDGET_LEAST: Final = 3
 
+REFUSALS_AT_MOST: Final = 8
+"""Replicas that may refuse a request for what they lack before it is given up. Such a refusal takes no time, and is
+remembered, so it is no part of the budget and of the number of retries."""
+
 _IDEMPOTENT_METHODS: Final = frozenset({"GET", "HEAD"})
 
 
@@ -36,6 +40,7 @@ class FailureKind(enum.Enum):
     SLOW = "slow"  # no first byte or no event in time: the replica may still be computing
     STATUS = "status"  # a response with a status that asks for another try
     HIDDEN = "hidden"  # a status of success, and an error or nothing behind it
+    LACKS = "lacks"  # a refusal for something that another replica may have; nothing was computed
 
 
 class AttemptFailure(NamedTuple):
@@ -50,7 +55,7 @@ class AttemptFailure(NamedTuple):
 
 def shows_the_replica_fails(failure: AttemptFailure) -> bool:
     """Return whether success at another replica proves that this one fails. A 429 is about the key and the model."""
-    return failure.kind is not FailureKind.UNSENT and failure.reason != "429"
+    return failure.kind not in (FailureKind.UNSENT, FailureKind.LACKS) and failure.reason != "429"
 
 
 def of_error(candidate: Candidate, error: UpstreamError) -> AttemptFailure:
@@ -73,6 +78,12 @@ def may_repeat(kind: FailureKind, *, runs_model: bool, method: str, replayable: 
     if not replayable or kind is FailureKind.SLOW:
         return False
     return kind is FailureKind.UNSENT or runs_model or method in _IDEMPOTENT_METHODS
+
+
+def may_try_again(failures: Sequence[AttemptFailure], max_retries: int) -> bool:
+    """Return whether the number of attempts allows another one after `failures`."""
+    refusals = sum([failure.kind is FailureKind.LACKS for failure in failures])
+    return max_retries > 0 and len(failures) - refusals <= max_retries and refusals < REFUSALS_AT_MOST
 
 
 def next_candidate(

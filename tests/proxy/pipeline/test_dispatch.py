@@ -275,7 +275,7 @@ async def test_each_status_has_its_meaning_for_the_fleet_and_for_the_prompts_pla
     assert told.events[0] == event
     assert (client.status, client.body, exchange.ending) == (status, body, ending)
     done = bench.placements.done
-    assert ("computed" in done, "taken back" in done) == (status < 300, status >= 400)
+    assert ("computed" in done, "taken back" in done) == (status < 300, status >= 300)
     assert (exchange.usage is not None) is (status < 300)
 
 
