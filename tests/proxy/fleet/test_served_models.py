@@ -1,0 +1,167 @@
+"""What replicas lack, as it follows from their lists and their answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from proxy.fleet.model_list import read_listing
+from proxy.fleet.served_models import MODELS_AT_MOST, REFUSAL_SECONDS, REFUSALS_AT_MOST, Listing, Need, ServedModels
+
+LORA: Need = ("", "lora", "")
+BOTH = (0, 1)
+
+
+def listing(*names: str, owner: str = "vllm", is_whole: bool = True, **more: Any) -> Listing:
+    """A list with these names."""
+    return Listing([{"id": name, "owned_by": owner, **more} for name in names], is_whole=is_whole)
+
+
+def served(*lists: Listing | None) -> ServedModels:
+    """Replicas 0, 1, ... of the pool `p`, with these lists."""
+    models = ServedModels()
+    for number, each in enumerate(lists):
+        models.listed("p", number, each)
+    return models
+
+
+def lacking(models: ServedModels, need: Need = LORA, now_seconds: float = 0.0) -> set[int]:
+    """Those of two replicas that lack something."""
+    return set(models.lacking("p", (need,), BOTH, now_seconds))
+
+
+def test_equal_lists_and_none_at_all_cost_nothing() -> None:
+    """Nothing is looked up in a pool whose replicas serve the same."""
+    assert not served(None, None).is_uneven("p")
+    models = served(listing("base"), listing("base"))
+    assert not models.is_uneven("p")
+    models.listed("p", 1, listing("base", "lora"))
+    assert models.is_uneven("p")
+    models.listed("p", 0, listing("lora", "base"))
+    assert not models.is_uneven("p")
+
+
+@pytest.mark.parametrize(
+    ("other", "lacks"),
+    [
+        (listing("base"), {1}),
+        (listing("base", owner="llamacpp"), set()),
+        (listing("base", is_whole=False), set()),
+        (listing("base", "LORA:latest"), set()),
+        (listing("base", "lo*"), set()),
+        (Listing([{"id": "base", "owned_by": "vllm", "aliases": ["lora"]}]), set()),
+        (listing(), set()),
+        (None, set()),
+    ],
+)
+def test_a_list_without_the_model_counts_where_names_are_checked(other: Listing | None, lacks: set[int]) -> None:
+    """Patterns, aliases and other spellings are the model; a first page, an empty or no list proves nothing."""
+    assert lacking(served(listing("base", "lora"), other)) == lacks
+
+
+def test_an_adapter_is_lacking_wherever_a_list_does_not_show_it() -> None:
+    """Such a server would answer with its base model."""
+    one = Listing([{"id": "lora", "owned_by": "sglang", "parent": "base"}])
+    assert lacking(served(one, listing("base", owner="sglang"))) == {1}
+    assert lacking(served(one, None)) == set()
+
+
+def test_a_server_is_believed_by_its_last_answer() -> None:
+    """One that refuses a name checks names; one that serves what it does not list does not."""
+    models = served(listing("base", "lora"), listing("base", owner="x"))
+    models.refused("p", 1, ("", "other", ""), 0.0)
+    assert lacking(models) == {1}
+    models.served("p", 1, [LORA])
+    assert lacking(models) == set()
+    models.refused("p", 0, LORA, 0.0)  # which it lists: that shows nothing of other names
+    models.listed("p", 0, listing("base", owner="x"))
+    models.listed("p", 1, listing("base", "lora"))
+    assert lacking(models, now_seconds=REFUSAL_SECONDS) == set()
+
+
+def test_a_refusal_counts_for_its_key_and_for_a_time_or_until_the_replica_has_it() -> None:
+    """It is withdrawn by a success and by a list that has become longer, but not by one that was wrong before."""
+    models = served(None, listing("base"))
+    for withdrawn in (lambda: models.served("p", 1, [LORA]), lambda: models.listed("p", 1, listing("base", "lora"))):
+        models.refused("p", 1, LORA, 0.0)
+        assert lacking(models, ("tenant", "lora", "")) == set()
+        assert lacking(models, ("", "lora", "tools")) == set()
+        assert lacking(models) == {1}
+        withdrawn()
+        assert lacking(models) == set()
+        assert not models.is_uneven("p")
+    models.refused("p", 1, LORA, 0.0)
+    models.listed("p", 1, listing("base", "lora", "more"))
+    assert lacking(models, now_seconds=REFUSAL_SECONDS - 1) == {1}
+    assert lacking(models, now_seconds=REFUSAL_SECONDS) == set()
+    assert not models.is_uneven("p")
+
+
+def test_what_all_lack_rules_nobody_out() -> None:
+    """Also if each lacks another thing: the first one in the request's needs counts."""
+    models = served(None, None)
+    for number in BOTH:
+        models.refused("p", number, LORA, 0.0)
+        assert models.refuses("p", number, [LORA], 0.0)
+    assert lacking(models) == set()
+    tools, media = ("", "lora", "tools"), ("", "lora", "media")
+    models = served(None, None)
+    models.refused("p", 0, tools, 0.0)
+    models.refused("p", 1, media, 0.0)
+    assert models.lacking("p", (tools, media), BOTH, 0.0) == {0}
+    assert models.is_refused("p", media)
+    assert not models.is_refused("p", LORA)
+
+
+def test_nothing_is_kept_of_a_replica_that_leaves() -> None:
+    """Its list does not keep others from being asked."""
+    models = served(listing("base", "lora"), listing("base"))
+    models.refused("p", 0, ("", "base", ""), 0.0)
+    models.forget("p", 0)
+    assert lacking(models) == set()
+    models.forget("p", 1)
+    assert not models.is_uneven("p")
+
+
+def test_names_that_clients_choose_take_bounded_memory() -> None:
+    """The oldest refusals are dropped."""
+    models = served(listing("base", "lora"), listing("base"))
+    for number in range(max(REFUSALS_AT_MOST, MODELS_AT_MOST) + 9):
+        need = ("", f"m{number}", "")
+        models.refused("p", 1, need, 0.0)
+        models.lacking("p", (need,), BOTH, 0.0)
+    assert not models.is_refused("p", ("", "m0", ""))
+    assert models.is_refused("p", ("", f"m{number}", ""))
+    assert lacking(models) == {1}
+
+
+def test_rooms_are_told_only_if_they_differ() -> None:
+    """A prompt fits everywhere or nowhere otherwise."""
+    assert served(listing("base", max_model_len=9), listing("base", max_model_len=9)).rooms("p", "base") == {}
+    models = served(listing("base", max_model_len=9), listing("base", max_model_len=8), listing("base"))
+    assert models.rooms("p", "base") == {0: 9, 1: 8}
+    assert models.rooms("p", "other") == {}
+
+
+@pytest.mark.parametrize(
+    ("page", "is_whole"),
+    [
+        (b'{"data":[{"id":"a"}]}', True),
+        (b'{"data":[{"id":"a"}],"has_more":false}', True),
+        (b'{"data":[{"id":"a"}],"has_more":true}', False),
+        (b'{"data":[{"id":"a"}],"nextPageToken":"x"}', False),
+        (b'{"data":[{"id":7,"aliases":3,"max_model_len":"x"}]}', True),
+    ],
+)
+def test_a_list_says_whether_it_is_whole(page: bytes, is_whole: bool) -> None:
+    """Anthropic and Google send pages."""
+    read = read_listing(page)
+    assert read is not None
+    assert read[1].is_whole is is_whole
+
+
+@pytest.mark.parametrize("page", [b"", b"{}", b'{"data":null}', b"[]", b"<html>"])
+def test_what_is_no_list_is_none(page: bytes) -> None:
+    """It tells nothing."""
+    assert read_listing(page) is None
