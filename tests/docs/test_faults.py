@@ -11,7 +11,7 @@ import pytest
 from tests.chaos.plays import SCENARIOS
 
 ROOT = Path(__file__).resolve().parents[2]
-FAULTS = 55
+FAULTS = 56
 _TEST = re.compile(r"`([\w/]+\.py)::(test_\w+)`")
 
 
