@@ -185,6 +185,19 @@ class ServedModels:
         """Return the most tokens of a prompt for a model, by replica, if they differ; else nothing."""
         return self._of(pool, model).rooms if pool in self._uneven_lists else _NO_ROOMS
 
+    def lists_differ(self, pool: str) -> bool:
+        """Return whether a pool's replicas list different models. It takes no time for most pools."""
+        return pool in self._uneven_lists and len({each.names for each in self._lists[pool].values()}) > 1
+
+    def listing_all(self, pool: str, numbers: Iterable[int]) -> list[int]:
+        """Return as few of the replicas `numbers` as list all that any of them lists, the first of equal ones."""
+        first: dict[frozenset[str], int] = {}
+        for number in numbers:
+            listing = self._lists.get(pool, {}).get(number)
+            if listing is not None:
+                first.setdefault(listing.names, number)
+        return [number for names, number in first.items() if not any(names < other for other in first)]
+
     def _lacking(self, pool: str, need: Need, now_seconds: float) -> frozenset[int]:
         refusing = self._refusing(pool, need, now_seconds)
         if need[2] or not need[1] or pool not in self._uneven_lists:

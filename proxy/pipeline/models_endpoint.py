@@ -1,13 +1,14 @@
 """`GET /v1/models` of all pools as one list.
 
-One replica of each pool is asked, all at the same time, and another one if it does not answer. Each list is narrowed
-to what the pool's patterns serve and the client may use; a model that several pools serve is taken from the first of
-them.
+One replica of each pool is asked, all at the same time, and another one if it does not answer; where the replicas of
+a pool are known to list different models, as many as list all of them. Each list is narrowed to what the pool's
+patterns serve and the client may use; a model that several pools serve is taken from the first of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
@@ -26,6 +27,7 @@ from proxy.upstream import UpstreamClient
 
 _JSON = (b"content-type", b"application/json")
 _MOST_ASKED: Final = 3  # replicas of one pool, as for other requests by default
+_MOST_LISTS: Final = 16  # replicas of one pool with different lists
 
 LIST_SECONDS: Final = 5.0
 """Time in which a replica must send its list, which engines have in memory. One that hangs must not hide the models
@@ -46,7 +48,10 @@ class ModelsEndpoint:
 
     def merges_for(self, tenant: Tenant) -> bool:
         """Return True if the list must be merged here, False if the only replica's response may pass unchanged."""
-        return tenant.is_limited or len(self._pools.all) > 1
+        pools = self._pools.all
+        return (
+            tenant.is_limited or len(pools) > 1 or any(self._fleet.models.lists_differ(each.name) for each in pools)
+        )
 
     async def answer(self, exchange: Exchange, client: Downstream) -> None:
         """Write the merged list. Raises UpstreamError if no pool answered."""
@@ -69,23 +74,46 @@ class ModelsEndpoint:
         client.send(200, b"OK", (_JSON, (b"x-request-id", call.request_id.encode())), body)
 
     async def _of_pool(self, pool: ServedPool, call: Call) -> list[dict[str, Any]]:
-        """Return the models of one pool that the client may use, from the least busy replica that answers.
+        """Return the models of one pool that the client may use, from the least busy replicas that answer.
 
         Raises UpstreamError if none does.
         """
         views = self._fleet.snapshot(pool.name, self._clock.monotonic())
         usable = [view for view in views if view.available] or list(views)
+        numbers = [view.id for view in sorted(usable, key=lambda view: view.in_flight)]
+        models = self._fleet.models
+        needed = models.listing_all(pool.name, numbers)[:_MOST_LISTS] if models.lists_differ(pool.name) else []
+        if len(needed) > 1:
+            listed = await self._of_all(needed, call)
+        else:
+            listed = await self._of_first(numbers[:_MOST_ASKED], call)
+        return [model for model in listed if _is_shown(str(model.get("id")), pool, call.tenant)]
+
+    async def _of_first(self, numbers: Sequence[int], call: Call) -> list[dict[str, Any]]:
+        """Return the list of the first replica that answers. Raises UpstreamError if none does."""
         failed: UpstreamError | None = None
-        for view in sorted(usable, key=lambda view: view.in_flight)[:_MOST_ASKED]:
+        for number in numbers:
             try:
-                listed = await self._of_replica(self._pools.backends[view.id], call)
+                return await self._of_replica(self._pools.backends[number], call)
             except UpstreamError as error:
                 failed = failed or error
-            else:
-                return [model for model in listed if _is_shown(str(model.get("id")), pool, call.tenant)]
         if failed is not None:
             raise failed
         return []
+
+    async def _of_all(self, numbers: Sequence[int], call: Call) -> list[dict[str, Any]]:
+        """Return what any of the replicas lists. Raises UpstreamError if none answers."""
+        lists = await asyncio.gather(*[self._of_first((number,), call) for number in numbers], return_exceptions=True)
+        found: list[dict[str, Any]] = []
+        failed: list[BaseException] = []
+        for listed in lists:
+            if isinstance(listed, BaseException):
+                failed.append(listed)
+            else:
+                found += listed
+        if len(failed) == len(lists) or not all(isinstance(error, UpstreamError) for error in failed):
+            raise failed[0]
+        return found
 
     async def _of_replica(self, endpoint: ReplicaEndpoint, call: Call) -> list[dict[str, Any]]:
         try:

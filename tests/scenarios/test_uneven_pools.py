@@ -394,3 +394,18 @@ async def test_a_redirect_of_one_replica_is_not_for_the_client(http: aiohttp.Cli
         for number in range(40):
             assert (await ask(http, cairn, "base", number))[0] == 200
         assert 0 < two.refused <= 5
+
+
+async def test_clients_are_shown_the_models_of_all_replicas(http: aiohttp.ClientSession) -> None:
+    """Otherwise an adapter would come and go in their lists; one that does not answer hides only its own."""
+    one, two = Engine("base", "one"), Engine("base", "two")
+    async with one, two, Engine("base") as three, pool_of(one, two, three) as cairn:
+
+        async def names() -> list[str]:
+            async with http.get(f"{cairn.url}/models") as response:
+                return sorted([model["id"] for model in (await response.json())["data"]])
+
+        for _ in range(5):
+            assert await names() == ["base", "one", "two"]
+        two.list_status = 500
+        assert await names() == ["base", "one"]

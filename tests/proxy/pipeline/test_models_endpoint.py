@@ -11,6 +11,7 @@ import pytest
 
 from proxy.errors import BadResponse, ConnectFailed
 from proxy.fleet import Fleet
+from proxy.fleet.served_models import ServedModels
 from proxy.model import Ending
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.models_endpoint import ModelsEndpoint
@@ -65,6 +66,7 @@ class Replicas:
 
     def __init__(self, *down: str) -> None:
         self._down = down
+        self.models = ServedModels()
 
     def snapshot(self, pool: str, _now: float, *_: Any) -> tuple[Any, ...]:
         if pool == "own":
