@@ -82,7 +82,7 @@ class Listing:
 
 
 class _Holders:
-    """Who has one model: by number, those that list it, those that would have if they had it, and their rooms."""
+    """Who has one model: by number, those that list or have served it, those that lack it, and their rooms."""
 
     __slots__ = ("listing", "rooms", "without")
 
@@ -98,6 +98,7 @@ class ServedModels:
     def __init__(self) -> None:
         self._lists: dict[str, dict[int, Listing]] = {}
         self._checks_names: dict[int, bool] = {}  # as its answers showed
+        self._also: dict[int, set[str]] = {}  # names that it has served without listing them
         self._uneven_lists: set[str] = set()  # pools whose replicas list different things
         self._refused: dict[str, dict[Need, dict[int, float]]] = {}  # by pool: until when, by replica
         self._holders: dict[tuple[str, str], _Holders] = {}
@@ -133,6 +134,9 @@ class ServedModels:
         refused[need] = until
         if not need[2] and not self._lists_it(pool, number, need[1]):
             self._show(number, checks_names=True)
+            if _normal(need[1]) in self._also.get(number, ()):
+                self._also[number].discard(_normal(need[1]))
+                self._holders.clear()
 
     def served(self, pool: str, number: int, needs: Iterable[Need]) -> None:
         """Note a success of a replica, where `is_uneven`."""
@@ -141,12 +145,15 @@ class ServedModels:
             until = refused.get(need) if refused else None
             if until is not None and number in until:
                 self._withdraw(pool, need, number, until)
-            if not need[2] and number in self._of(pool, need[1]).without:
-                self._show(number, checks_names=False)
+            if not need[2] and need[1] and pool in self._uneven_lists:
+                holders = self._of(pool, need[1])
+                if number not in holders.listing:
+                    self._served_unlisted(pool, number, need[1], holders)
 
     def forget(self, pool: str, number: int) -> None:
         """Forget all about a replica that leaves a pool."""
         self._checks_names.pop(number, None)
+        self._also.pop(number, None)
         for need, until in list(self._refused.get(pool, {}).items()):
             if number in until:
                 self._withdraw(pool, need, number, until)
@@ -231,6 +238,8 @@ class ServedModels:
         name, lists = _normal(model), self._lists.get(pool, {})
         listing = frozenset([number for number, each in lists.items() if each.has(name)])
         is_adapter = any(name in lists[number].adapters for number in listing)
+        if not is_adapter:  # which a server may seem to serve, see above
+            listing |= {number for number in lists if name in self._also.get(number, ())}
         without = frozenset(
             [
                 number
@@ -240,10 +249,23 @@ class ServedModels:
                 and (is_adapter or self._checks_names.get(number, each.checks_names))
             ]
         )
-        rooms = {number: lists[number].rooms[name] for number in listing if name in lists[number].rooms}
+        rooms = {number: each.rooms[name] for number, each in lists.items() if name in each.rooms}
         return _Holders(listing, without, rooms if len(set(rooms.values())) > 1 else _NO_ROOMS)
 
     # -- changes
+
+    def _served_unlisted(self, pool: str, number: int, model: str, holders: _Holders) -> None:
+        """Note that a replica has a model by another name than its list shows, or by loading it."""
+        if number not in self._lists.get(pool, {}):
+            return
+        also = self._also.setdefault(number, set())
+        if _normal(model) not in also:
+            if len(also) >= REFUSALS_AT_MOST:
+                also.clear()
+            also.add(_normal(model))
+            self._holders.clear()
+        if number in holders.without:
+            self._show(number, checks_names=False)
 
     def _show(self, number: int, *, checks_names: bool) -> None:
         if self._checks_names.get(number) is not checks_names:

@@ -504,9 +504,9 @@ class Dispatcher:
 
         It shows nothing against the replica, except if that refuses the operator's own key or has no memory left.
         """
-        number, name, now_seconds = candidate.replica.id, candidate.replica.name, self._clock.monotonic()
         if refusal is None:
             return None
+        number, name, now_seconds = candidate.replica.id, candidate.replica.name, self._clock.monotonic()
         if refusal is Refusal.KEY or refusal is Refusal.MEMORY:
             endpoint = self._pools.backends[number]
             if refusal is Refusal.KEY and endpoint.credential is None and not endpoint.drops_credentials:

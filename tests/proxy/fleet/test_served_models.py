@@ -80,6 +80,20 @@ def test_a_server_is_believed_by_its_last_answer() -> None:
     assert lacking(models, now_seconds=REFUSAL_SECONDS) == set()
 
 
+def test_a_name_that_was_served_without_being_listed_is_remembered() -> None:
+    """A refusal of another name does not take that back; its own does. Adapters do not count."""
+    models = served(listing("base", "lora"), listing("base", owner="x"))
+    models.served("p", 1, [LORA])
+    models.refused("p", 1, ("", "typo", ""), 0.0)
+    assert lacking(models) == set()
+    models.refused("p", 1, LORA, 0.0)
+    assert lacking(models, now_seconds=REFUSAL_SECONDS) == {1}
+    models = served(Listing([{"id": "lora", "parent": "base"}]), listing("base", owner="x"))
+    models.served("p", 1, [LORA])
+    models.refused("p", 1, ("", "typo", ""), 0.0)
+    assert lacking(models) == {1}
+
+
 def test_a_refusal_counts_for_its_key_and_for_a_time_or_until_the_replica_has_it() -> None:
     """It is withdrawn by a success and by a list that has become longer, but not by one that was wrong before."""
     models = served(None, listing("base"))
