@@ -10,7 +10,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from proxy.clock import Clock
 from proxy.errors import BadResponse, ConnectFailed, PoolTimeout, ResetBeforeResponse, UpstreamError
@@ -227,8 +227,7 @@ class HealthChecker:
             facts = facts if endpoint.ranks == 1 else facts.per_rank(endpoint.ranks)
             self._findings.observe_load(number, facts, self._clock.monotonic())
 
-    async def _learn(self, number: int, endpoint: ReplicaEndpoint, models: list[dict[str, Any]] | None) -> None:
-        names = None if models is None else tuple(str(model.get("id")) for model in models)
+    async def _learn(self, number: int, endpoint: ReplicaEndpoint, names: tuple[str, ...] | None) -> None:
         try:
             facts = EngineFacts() if endpoint.is_provider else await self._facts(endpoint)
         except UpstreamError:

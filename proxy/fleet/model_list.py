@@ -18,40 +18,49 @@ _LIST_AT_MOST_BYTES = 8 * 1024 * 1024
 
 
 class _Listing(msgspec.Struct):
-    data: list[dict[str, Any]] | msgspec.UnsetType = msgspec.UNSET
+    data: list[dict[str, Any]] = []
+
+
+class _Model(msgspec.Struct):
+    id: Any = None
+    aliases: Any = None
+    owned_by: Any = None
+    parent: Any = None
+    max_model_len: Any = None
+
+
+class _Page(msgspec.Struct):
+    """A list of models, of which only what tells something is decoded: it may have thousands of entries."""
+
+    data: list[_Model]
     has_more: Any = None  # of Anthropic
     next_page_token: Any = None
     nextPageToken: Any = None  # noqa: N815 - of Google
 
 
 _decode_listing = msgspec.json.Decoder(_Listing).decode
+_decode_page = msgspec.json.Decoder(_Page).decode
 
 
 def read_models(page: bytes) -> list[dict[str, Any]] | None:
     """Return the entries of a model list, None if `page` is not one."""
-    listed = _decoded(page)
-    if listed is None:
+    try:
+        return _decode_listing(page).data
+    except DECODE_ERRORS:
         return None
-    return [] if listed.data is msgspec.UNSET else listed.data
 
 
-def read_listing(page: bytes) -> tuple[list[dict[str, Any]], Listing] | None:
-    """Return the entries of a model list and what they say of the replica, None if `page` is not a list.
+def read_listing(page: bytes) -> tuple[tuple[str, ...], Listing] | None:
+    """Return the names in a model list and what they say of the replica, None if `page` is not a list.
 
     If it is only the first page, it does not tell what the replica lacks.
     """
-    listed = _decoded(page)
-    if listed is None or listed.data is msgspec.UNSET:
-        return None
-    is_whole = not (listed.has_more or listed.next_page_token or listed.nextPageToken)
-    return listed.data, Listing(listed.data, is_whole=is_whole)
-
-
-def _decoded(page: bytes) -> _Listing | None:
     try:
-        return _decode_listing(page)
+        listed = _decode_page(page)
     except DECODE_ERRORS:
         return None
+    is_whole = not (listed.has_more or listed.next_page_token or listed.nextPageToken)
+    return tuple([str(model.id) for model in listed.data]), Listing(listed.data, is_whole=is_whole)
 
 
 async def fetch_models(

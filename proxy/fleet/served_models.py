@@ -13,7 +13,7 @@ Nothing here closes a replica: where nobody is known to serve a model, all are a
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from proxy.patterns import is_pattern, matches_any
 
@@ -35,6 +35,21 @@ NOBODY: Final[frozenset[int]] = frozenset()
 _NO_ROOMS: Final[dict[int, int]] = {}
 
 
+class Listed(Protocol):
+    """An entry of a list of models, as it came: any member may have any type."""
+
+    @property
+    def id(self) -> Any: ...
+    @property
+    def aliases(self) -> Any: ...
+    @property
+    def owned_by(self) -> Any: ...
+    @property
+    def parent(self) -> Any: ...
+    @property
+    def max_model_len(self) -> Any: ...
+
+
 class Listing:
     """The names in one replica's list of models.
 
@@ -45,25 +60,27 @@ class Listing:
 
     __slots__ = ("adapters", "checks_names", "is_whole", "names", "patterns", "rooms")
 
-    def __init__(self, models: Iterable[Mapping[str, Any]], *, is_whole: bool = True) -> None:
+    def __init__(self, models: Iterable[Listed], *, is_whole: bool = True) -> None:
         names: set[str] = set()
         adapters: set[str] = set()
-        owners: set[str] = set()
         self.rooms: dict[str, int] = {}
+        self.checks_names = False
         for model in models:
-            own = [_normal(name) for name in (model.get("id"), *_list(model.get("aliases"))) if isinstance(name, str)]
-            names.update(own)
-            owners.add(str(model.get("owned_by")).lower())
-            room = model.get("max_model_len")
+            if model.owned_by == _VLLM:
+                self.checks_names = True
+            own = [_normal(model.id)] if isinstance(model.id, str) else []
+            if isinstance(model.aliases, list):
+                own += [_normal(name) for name in model.aliases if isinstance(name, str)]
+            room = model.max_model_len
             for name in own:
-                if model.get("parent"):
+                names.add(name)
+                if model.parent:
                     adapters.add(name)
                 if isinstance(room, int) and room > 0:
                     self.rooms[name] = room
         self.names = frozenset(names)
         self.adapters = frozenset(adapters)
         self.patterns = tuple(sorted([name for name in names if is_pattern(name)]))
-        self.checks_names = _VLLM in owners
         self.is_whole = is_whole
 
     def has(self, name: str) -> bool:
@@ -299,7 +316,3 @@ class ServedModels:
 def _normal(name: str) -> str:
     """Return a name as servers compare it that ignore case and the tag which stands for none."""
     return name.casefold().removesuffix(_LATEST)
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -15,7 +16,14 @@ BOTH = (0, 1)
 
 def listing(*names: str, owner: str = "vllm", is_whole: bool = True, **more: Any) -> Listing:
     """A list with these names."""
-    return Listing([{"id": name, "owned_by": owner, **more} for name in names], is_whole=is_whole)
+    return entries(*[{"id": name, "owned_by": owner, **more} for name in names], has_more=not is_whole)
+
+
+def entries(*data: dict[str, Any], has_more: bool = False) -> Listing:
+    """A list with these entries."""
+    read = read_listing(json.dumps({"data": data, "has_more": has_more}).encode())
+    assert read is not None
+    return read[1]
 
 
 def served(*lists: Listing | None) -> ServedModels:
@@ -50,7 +58,7 @@ def test_equal_lists_and_none_at_all_cost_nothing() -> None:
         (listing("base", is_whole=False), set()),
         (listing("base", "LORA:latest"), set()),
         (listing("base", "lo*"), set()),
-        (Listing([{"id": "base", "owned_by": "vllm", "aliases": ["lora"]}]), set()),
+        (entries({"id": "base", "owned_by": "vllm", "aliases": ["lora"]}), set()),
         (listing(), set()),
         (None, set()),
     ],
@@ -62,7 +70,7 @@ def test_a_list_without_the_model_counts_where_names_are_checked(other: Listing 
 
 def test_an_adapter_is_lacking_wherever_a_list_does_not_show_it() -> None:
     """Such a server would answer with its base model."""
-    one = Listing([{"id": "lora", "owned_by": "sglang", "parent": "base"}])
+    one = entries({"id": "lora", "owned_by": "sglang", "parent": "base"})
     assert lacking(served(one, listing("base", owner="sglang"))) == {1}
     assert lacking(served(one, None)) == set()
 
@@ -88,7 +96,7 @@ def test_a_name_that_was_served_without_being_listed_is_remembered() -> None:
     assert lacking(models) == set()
     models.refused("p", 1, LORA, 0.0)
     assert lacking(models, now_seconds=REFUSAL_SECONDS) == {1}
-    models = served(Listing([{"id": "lora", "parent": "base"}]), listing("base", owner="x"))
+    models = served(entries({"id": "lora", "parent": "base"}), listing("base", owner="x"))
     models.served("p", 1, [LORA])
     models.refused("p", 1, ("", "typo", ""), 0.0)
     assert lacking(models) == {1}
