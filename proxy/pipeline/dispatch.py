@@ -54,7 +54,7 @@ _REFUSAL_AT_MOST_BYTES = 64 * 1024  # a longer text is not just a message about 
 _IDEMPOTENT_METHODS = frozenset({"GET", "HEAD"})
 _FULL_STATUSES = frozenset({503, 529})
 _RATE_LIMITED: Final = 429
-_FAILED_STATUSES = frozenset({408})  # in addition to 500 to 599
+_FAILED_STATUSES = frozenset({408, 424})  # in addition to 500 to 599; the second one is of TGI, whose engine failed
 _STREAMS = frozenset({Opening.STREAM, Opening.ERROR, Opening.NO_TOKENS})
 _HIDDEN_ERRORS = {
     Opening.ERROR: ("error_event", "a stream that begins with an error"),
@@ -84,7 +84,7 @@ class RetryPolicy:
     """Limits of sending a request to another replica: how often, upon which statuses, and how late."""
 
     max_retries: int = 2
-    statuses: Collection[int] = frozenset({408, 429, 500, 502, 503, 504, 529})
+    statuses: Collection[int] = frozenset({408, 424, 429, 500, 502, 503, 504, 529})
     hold_seconds: float = HOLD_SECONDS
     first_byte_seconds: float = 600.0  # from the head of a stream until its first event
     idle_seconds: float = 120.0

@@ -31,6 +31,11 @@ _EVENT_END: Final = b"\n\n"
 _END_MARK: Final = b"[DONE]"
 _DATA_ENDS: Final = (b"}", _END_MARK)
 HTML = re.compile(rb"\s*<(?:!doctype|html)", re.IGNORECASE)
+_BARE_BYTES_AT_MOST: Final = 1024
+_ANSWER: Final = re.compile(rb'"(?:choices|content|output|data|usage|embeddings?)"')
+"""A member of every answer to a prompt, without which a short body may be nothing but a message."""
+
+_NOT_READY: Final = re.compile(rb'\{\s*"status"\s*:\s*"(?:loading|starting|initializ|warming|not )', re.IGNORECASE)
 _USUAL: Final = (b"data: {", b"event: message_start", b"event: response.")
 
 
@@ -135,16 +140,23 @@ def _asides_bytes(text: bytes) -> int:
 
 def judge_plain(body: bytes, endpoint: Endpoint) -> Opening:
     """Return the kind of a whole plain response with a status of success."""
-    if body.startswith(b"{") and (body.find(b'"error"') < 0 or len(body) > _EXAMINED_BYTES_AT_MOST):
+    may_be_error = body.find(b'"error"') >= 0 and len(body) <= _EXAMINED_BYTES_AT_MOST
+    if body.startswith(b"{") and not may_be_error and not _may_be_bare(body, endpoint):
         return Opening.PLAIN  # nearly all: what else there is to read is read behind the response
     text = body.strip()
     if text.startswith((b"{", b"[")):
-        return Opening.ERROR_BODY if read_response(text, endpoint).error_seen else Opening.PLAIN
+        is_error = read_response(text, endpoint).error_seen or _NOT_READY.match(text) is not None
+        return Opening.ERROR_BODY if is_error else Opening.PLAIN
     if HTML.match(text):
         return Opening.HTML
     if endpoint is Endpoint.INFERENCE:
         return Opening.PLAIN  # sound, a picture or a text
     return Opening.ERROR_BODY if text else Opening.EMPTY
+
+
+def _may_be_bare(body: bytes, endpoint: Endpoint) -> bool:
+    """Return True if a body may be nothing but a message of a web framework, gateway or engine that is loading."""
+    return len(body) <= _BARE_BYTES_AT_MOST and endpoint is not Endpoint.INFERENCE and _ANSWER.search(body) is None
 
 
 async def wait_for_opening(response: Arriving, endpoint: Endpoint, timeout_seconds: float) -> Opening:

@@ -33,7 +33,7 @@ class Refusal(enum.Enum):
 REFUSALS_AT_MOST_BYTES: Final = 32 * 1024
 """Size of a body up to which it is read. A connection holds more than that of one which nobody takes."""
 
-STATUSES: Final = frozenset({400, 401, 402, 403, 404, 405, 413, 422, 429, 500, 501})
+STATUSES: Final = frozenset({400, 401, 402, 403, 404, 405, 410, 413, 422, 429, 500, 501})
 """Statuses of which the body is looked at."""
 
 _MESSAGE_CHARACTERS: Final = 2_000
@@ -45,6 +45,7 @@ _CODES: Final = {
     "unknown_model": Refusal.MODEL,
     "invalid_model": Refusal.MODEL,
     "model_not_supported": Refusal.MODEL,
+    "model_decommissioned": Refusal.MODEL,
     "deploymentnotfound": Refusal.MODEL,
     "context_length_exceeded": Refusal.CONTEXT,
     "exceed_context_size_error": Refusal.CONTEXT,

@@ -27,7 +27,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9},
     "embeddings": {"input": "hi"},
 }
-STATUSES = [408, 429, 500, 502, 503, 504, 522, 529]
+STATUSES = [408, 424, 429, 500, 502, 503, 504, 522, 529]
 
 
 class Sick(OpenAIUpstream):
@@ -133,6 +133,8 @@ async def test_a_stream_whose_first_event_is_an_error_or_missing_is_tried_elsewh
         ("messages", b'{"type": "error", "error": {"type": "sick"}}', "error_body"),
         ("embeddings", b"<html>sick</html>", "html"),
         ("chat/completions", b"", "empty"),
+        ("chat/completions", b'{"detail": "sick"}', "error_body"),
+        ("messages", b'{"status": "loading a sick model"}', "error_body"),
     ],
 )
 async def test_a_plain_200_that_is_an_error_is_tried_elsewhere(

@@ -176,7 +176,7 @@ class Upstream(Section, frozen=True):
     """Further attempts at other replicas, while nothing of a response has reached the client."""
 
     retry_statuses: tuple[Annotated[int, Meta(ge=400, le=599)], ...] = (
-        *(408, 429, 500, 502, 503, 504),
+        *(408, 424, 429, 500, 502, 503, 504),  # 424 is TGI's, for an engine that fails
         *(520, 521, 522, 523, 524),  # of Cloudflare, for a host behind it that fails
         *(529, 530),
     )

@@ -51,6 +51,7 @@ MODEL = [
     ),
     ("LM Studio", 400, openai('Failed to load model "m-1". Error: Model does not exist.')),
     ("Anthropic", 404, {"type": "error", "error": {"type": "not_found_error", "message": "model: m-1"}}),
+    ("Groq", 400, openai("The model `m-1` has been decommissioned", code="model_decommissioned")),
     ("Mistral", 400, {"object": "error", "message": "Invalid model: m-1", "type": "invalid_model", "code": "1500"}),
     ("Azure", 404, {"error": {"code": "DeploymentNotFound", "message": "The API deployment does not exist."}}),
     ("OpenRouter", 400, {"error": {"message": "m-1 is not a valid model ID", "code": 400}}),
