@@ -257,7 +257,7 @@ def _token_bill(usage: Usage, rates: Rates) -> Bill:
 
 
 class _Extra(NamedTuple):
-    """How much more audio and images cost, and save, than as much text: in 1e-6 USD. It may be negative."""
+    """The extra cost and saving of audio and images beside as much text, in 1e-6 USD; either may be negative."""
 
     uncached_input: Decimal = ZERO
     output: Decimal = ZERO

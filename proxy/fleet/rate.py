@@ -95,7 +95,7 @@ class PrefillRate:
 
 
 _Part = tuple[float | None, tuple[float, ...], float | None]
-"""What one replica adds: its own rate, or else its observations and its guess."""
+"""The contribution of one replica: its own rate, or else its observations and its guess."""
 
 
 class PoolRates:

@@ -1,4 +1,4 @@
-"""What the replicas of a pool serve, where that differs: models and adapters, kinds of request, room for a prompt.
+"""Learn how the replicas of a pool differ: in models and adapters, kinds of request, and room for a prompt.
 
 Replicas list their models, and answer what they lack with a refusal. A list alone is no proof: some servers accept
 any name, list a part of what they serve, or load what is asked for. So it counts only at a server that is known to
@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 from proxy.patterns import is_pattern, matches_any
 
 Need = tuple[str, str, str]
-"""What a request needs: the key that upstreams see, the model, and a kind of request, empty for the model itself."""
+"""A need of a request: the key that upstreams see, the model, and a kind of request, empty for the model itself."""
 
 REFUSAL_SECONDS: Final = 30.0
 """Time for which a refusal counts: two intervals of the health checks, which read the lists."""
@@ -99,7 +99,7 @@ class Listing:
 
 
 class _Holders:
-    """Who has one model: by number, those that list or have served it, those that lack it, and their rooms."""
+    """The replicas of one model, by number: who lists or has served it, who lacks it, and their rooms."""
 
     __slots__ = ("listing", "rooms", "without")
 
@@ -110,7 +110,7 @@ class _Holders:
 
 
 class ServedModels:
-    """What each replica is known to serve. One per worker; every call is synchronous."""
+    """Knowledge of what each replica serves. One per worker; every call is synchronous."""
 
     def __init__(self) -> None:
         self._lists: dict[str, dict[int, Listing]] = {}

@@ -23,7 +23,7 @@ class Names(NamedTuple):
 
 
 class InsertedNames:
-    """What contexts name. One per worker."""
+    """The names in stored contexts, read once for each. One per worker."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, Names] = {}

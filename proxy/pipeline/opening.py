@@ -14,6 +14,7 @@ from typing import Final, Protocol
 
 from proxy.model import Endpoint
 from proxy.wire.events import data_of, read_event
+from proxy.wire.refusals import HTML
 from proxy.wire.usage import read_response
 
 _EXAMINED_BYTES_AT_MOST: Final = 64 * 1024  # of a first event; a longer one is no error
@@ -30,7 +31,6 @@ _PING: Final = b"event: ping"
 _EVENT_END: Final = b"\n\n"
 _END_MARK: Final = b"[DONE]"
 _DATA_ENDS: Final = (b"}", _END_MARK)
-HTML = re.compile(rb"\s*<(?:!doctype|html)", re.IGNORECASE)
 _BARE_BYTES_AT_MOST: Final = 1024
 _ANSWER: Final = re.compile(rb'"(?:choices|content|output|data|usage|embeddings?)"')
 """A member of every answer to a prompt, without which a short body may be nothing but a message."""

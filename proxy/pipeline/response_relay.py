@@ -22,7 +22,6 @@ from proxy.model import Ending, Endpoint
 from proxy.pipeline.dispatch import Opened, evidence
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.objects import CreatedObjects
-from proxy.pipeline.opening import HTML
 from proxy.pipeline.silence import COMMENT, PassedStream, SilenceWatch, WaitingClient
 from proxy.upstream import Framing, UpstreamResponse
 from proxy.wire import headers as wire_headers
@@ -30,6 +29,7 @@ from proxy.wire.decode import ResponseDecoder, content_encoding
 from proxy.wire.errors import error_event
 from proxy.wire.item_ids import StreamedItemIds
 from proxy.wire.late import events_of_plain
+from proxy.wire.refusals import HTML
 from proxy.wire.schemas import LONG_RESPONSE_BYTES
 from proxy.wire.sse import StreamTap
 from proxy.wire.usage import PassedBody, read_response

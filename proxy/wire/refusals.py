@@ -18,7 +18,7 @@ from proxy.wire.schemas import DECODE_ERRORS
 
 
 class Refusal(enum.Enum):
-    """What a server lacks; the value is the reason in the metric and in the header."""
+    """Kinds of things that a server lacks; the value is the reason in the metric and in the header."""
 
     MODEL = "model_not_found"
     ENDPOINT = "not_supported"  # the path, or this kind of request for the model
@@ -108,7 +108,8 @@ _BARE_404: Final = frozenset(
 )
 """Messages of web frameworks about a path that they do not have: FastAPI, Go, llama.cpp."""
 
-_HTML: Final = re.compile(rb"\s*<(?:!doctype|html)", re.IGNORECASE)
+HTML: Final = re.compile(rb"\s*<(?:!doctype|html)", re.IGNORECASE)
+"""Matches the beginning of a page, which no engine sends."""
 
 _PATTERNS: Final = (
     (_TOOLS, Refusal.TOOLS),
@@ -152,7 +153,7 @@ def read_refusal(status: int, body: bytes, model: str | None) -> Refusal | None:
 
 def _is_of_a_framework(body: bytes, messages: list[str]) -> bool:
     """Return True for the answer of a web framework to a path that it does not have."""
-    return _HTML.match(body) is not None or all(each.strip().lower().rstrip(".") in _BARE_404 for each in messages)
+    return HTML.match(body) is not None or all(each.strip().lower().rstrip(".") in _BARE_404 for each in messages)
 
 
 def _of_message(status: int, message: str, model: str | None, codes: frozenset[str]) -> Refusal | None:
