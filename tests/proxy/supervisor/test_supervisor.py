@@ -9,6 +9,8 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -141,19 +143,26 @@ def test_connections_of_a_dead_worker_go_to_the_least_busy_one_that_serves() -> 
     assert Supervisor.heir_of(supervisor, 0) is None
 
 
-def test_sigterm_lets_what_runs_end(file: Path) -> None:
-    """Not ready at once, accepting for a moment, the running request is answered, exit 0."""
+@contextmanager
+def draining(file: Path) -> Iterator[tuple[Supervised, http.client.HTTPConnection]]:
+    """A Cairn that was asked to end, and waits for load balancers, while a request runs on the connection."""
     write(file, drain_accept_seconds=100)
     with start(file) as cairn:
         cairn.started()
         held = cairn.hold()
         cairn.signal(signal.SIGTERM)
         cairn.line("still accepting")
+        yield cairn, held
+        held.close()
+
+
+def test_sigterm_lets_what_runs_end(file: Path) -> None:
+    """Not ready at once, accepting for a moment, the running request is answered, exit 0."""
+    with draining(file) as (cairn, held):
         status, body = cairn.get("/readyz", admin=True)
         assert (status, json.loads(body)["reasons"]) == (503, ["draining"])
         assert cairn.get("/release")[0] == 200
         assert held.getresponse().status == 200
-        held.close()
 
 
 def test_a_drain_without_a_moment_ends_when_the_last_request_does(file: Path) -> None:
@@ -201,17 +210,11 @@ def test_a_second_signal_ends_now(file: Path) -> None:
 
 def test_a_second_signal_while_load_balancers_are_waited_for_promises_no_time_to_finish(file: Path) -> None:
     """It ends the wait, and requests are cut off."""
-    write(file, drain_accept_seconds=100)
-    with start(file) as cairn:
-        cairn.started()
-        held = cairn.hold()
-        cairn.signal(signal.SIGTERM)
-        cairn.line("still accepting")
+    with draining(file) as (cairn, _):
         cairn.signal(signal.SIGTERM)
         cairn.line("ending at once: a second signal came")
         assert cairn.code() == 1
         assert not any("requests may finish" in line for line in cairn.seen)
-        held.close()
 
 
 def test_sighup_takes_over_a_good_file(file: Path) -> None:
