@@ -36,10 +36,10 @@ TAKE = Script(
 local now = redis.call('TIME')
 now = now[1] * 1000 + math.floor(now[2] / 1000)
 local heads, claims, lasts, writer, order, tenant = KEYS[1], KEYS[2], KEYS[3], ARGV[1], ARGV[2], ARGV[3]
-local head_ms, claim_ms, most, rest_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local gone_ms, number, tokens = tonumber(ARGV[8]), ARGV[9], tonumber(ARGV[10])
-local gone, first = {}, 12 + tonumber(ARGV[11])
-for i = 12, first - 1 do gone[ARGV[i]] = true end
+local head_ms, claim_ms, most = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local gone_ms, number, tokens = tonumber(ARGV[7]), ARGV[8], tonumber(ARGV[9])
+local gone, first = {}, 11 + tonumber(ARGV[10])
+for i = 11, first - 1 do gone[ARGV[i]] = true end
 local offered = {}
 for i = first, #ARGV, 2 do offered[ARGV[i]] = true end
 local longest_ms = 3600000 -- no claim lasts longer, so a later end is damage
@@ -89,7 +89,8 @@ for i = 1, #all, 2 do
   end
 end
 for i = first, #ARGV, 2 do
-  local last = ARGV[i + 1] == 'busy' and tonumber(redis.call('HGET', lasts, ARGV[i]) or '')
+  local rest_ms = tonumber(ARGV[i + 1]) -- 0 if it is quiet
+  local last = rest_ms > 0 and tonumber(redis.call('HGET', lasts, ARGV[i]) or '')
   local must_rest = last and last <= now and now - last < rest_ms
   if not held[ARGV[i]] and not must_rest then
     redis.call('HSET', lasts, ARGV[i], now)
@@ -177,13 +178,12 @@ class ColdClaims:
                 round(HEAD_SECONDS * 1000),
                 round(claim_seconds * 1000),
                 most,
-                round(max(rest.values(), default=0.0) * 1000),
                 round(GONE_SECONDS * 1000),
                 number,
                 tokens,
                 len(gone),
                 *gone,
-                *[part for replica in replicas for part in (replica, "busy" if replica in rest else "quiet")],
+                *[part for replica in replicas for part in (replica, round(rest.get(replica, 0.0) * 1000))],
             ],
         )
         if got is None:

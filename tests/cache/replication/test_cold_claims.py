@@ -86,6 +86,9 @@ async def test_a_busy_replica_rests_between_the_cold_turns_of_all_workers(two: T
     two.one.release("pool", "r0")
     await eventually(released)
     assert await take(two.one, ["r0"], "1", busy={"r1": 60.0}) == "r0"
+    two.one.release("pool", "r0")
+    await eventually(released)
+    assert await take(two.one, ["r0"], "1", busy={"r0": 0.0, "r1": 60.0}) == "r0", "each rests for its own time"
 
 
 async def test_a_claim_ends_by_itself(two: Two) -> None:
