@@ -71,6 +71,7 @@ class Exchange:
         "inter_token_seconds",
         "is_counted",
         "is_read_aside",
+        "is_restricted",
         "is_warming",
         "known_tokens",
         "last_token_seconds",
@@ -108,6 +109,7 @@ class Exchange:
         self.only_explained = False  # nothing is sent; the client gets the plan
         self.session: int | None = None  # a hash of the session that the client names
         self.is_read_aside = False  # its body is being read in a thread, and may take long
+        self.is_restricted = False  # only some of its pool's replicas can serve it
         self.pinned_replica: int | None = None  # number of the replica that has the object which the request names
         self.plan: Plan | None = None
         self.priority: Priority | None = None  # as asked for and allowed; None until it is needed

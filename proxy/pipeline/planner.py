@@ -134,8 +134,11 @@ class Planner:
             needs = exchange.needs(partial(models.is_refused, pool))
             without = self._fleet.lacking(pool, needs, now_seconds)
         views = self._fleet.snapshot(pool, now_seconds, exchange.throttle_key, exchange.pinned_replica, without)
+        exchange.is_restricted = bool(without) or exchange.pinned_replica is not None
         if is_uneven:
-            views = _with_room(views, models.rooms(pool, exchange.model or ""), demand.prompt_tokens)
+            fitting = _with_room(views, models.rooms(pool, exchange.model or ""), demand.prompt_tokens)
+            if len(fitting) < len(views):
+                views, exchange.is_restricted = fitting, True
         if exchange.avoid:
             views = tuple([view for view in views if view.name not in exchange.avoid])
         is_narrowed = False

@@ -34,7 +34,7 @@ MAX_MEDIA_TOKENS: Final = 1_048_576
 PART_SHARE: Final = 0.5
 """A prompt has at least this share of the tokens that an earlier prompt had with which it begins."""
 
-_Finished = tuple[Outcome, Usage | None, Placement | None]
+_Finished = tuple[Outcome, Usage | None, Placement | None, bool]
 
 
 class Settlement:
@@ -80,7 +80,7 @@ class Settlement:
         if self._access_log is not None:
             self._access_log.write(access_line(exchange.call, outcome, self._clock.unix()))
         # of a request that must be computed anew, neither a prediction nor a baseline can be compared
-        self._uncounted.append((outcome, usage, None if skips_cache else placement))
+        self._uncounted.append((outcome, usage, None if skips_cache else placement, exchange.is_restricted))
         if len(self._uncounted) >= COUNTED_TOGETHER:
             self.count()
         return outcome
@@ -103,13 +103,12 @@ class Settlement:
         """Count the requests that were settled and not counted yet."""
         waiting = self._uncounted
         while waiting:
-            outcome, usage, placement = (
-                waiting.popleft()
-            )  # removed first, so that a defect in counting one does not keep the others
+            # removed first, so that a defect in counting one does not keep the others
+            outcome, usage, placement, is_restricted = waiting.popleft()
             self._counters.count(outcome, usage, None if placement is None else placement.predicted_tokens)
             self._prefix_stats.add(outcome, placement, usage)
             if placement is not None and usage is not None:
-                self._count_routing_gain(outcome, usage, placement)
+                self._count_routing_gain(outcome, usage, placement, is_restricted=is_restricted)
 
     def forget(self, replica: int, name: str) -> None:
         """Count the remaining requests, and drop what is kept for a replica that is gone for good."""
@@ -118,8 +117,12 @@ class Settlement:
         self._cached_counts.forget(replica)
         self._spared_time.forget(replica)
 
-    def _count_routing_gain(self, outcome: Outcome, usage: Usage, placement: Placement) -> None:
-        gain = self._baseline.answered(placement, usage.prompt_tokens, usage.cached_tokens)
+    def _count_routing_gain(
+        self, outcome: Outcome, usage: Usage, placement: Placement, *, is_restricted: bool
+    ) -> None:
+        # where only some replicas can serve a request, round robin has no free choice either: nothing is claimed
+        cached_tokens = None if is_restricted else usage.cached_tokens
+        gain = self._baseline.answered(placement, usage.prompt_tokens, cached_tokens)
         if gain is not None:
             label = self._counters.label(outcome)
             self._counters.count_routing_gain(outcome, self._baseline.count(label, gain))

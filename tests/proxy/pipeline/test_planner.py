@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
+from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
@@ -13,6 +14,7 @@ from cache import Content, PrefixIndex
 from proxy.errors import Overloaded
 from proxy.fleet import Fleet, ReplicaSpec
 from proxy.fleet.pools import ServedPool
+from proxy.fleet.served_models import Listing
 from proxy.model import CacheStatus, Endpoint, MissReason, RouteReason, TemplateFacts
 from proxy.pipeline.exchange import Exchange, StoredUse
 from proxy.pipeline.planner import Planner, PlanningRules
@@ -337,6 +339,24 @@ def test_a_named_object_pins_the_plan_to_its_replica() -> None:
             planning.planned(exchange)
             assert exchange.plan is not None
             assert (order(exchange), exchange.plan.reason) == ([pinned], RouteReason.PINNED)
+
+
+@pytest.mark.parametrize("why", ["", "object", "model", "room"])
+def test_a_request_that_only_some_replicas_can_serve_is_restricted(why: str) -> None:
+    """For what it names, for a model that one of them refused, or for want of room; the gate's choice is none."""
+    planning = Planning(3)
+    exchange = planning.read()
+    if why == "object":
+        exchange.pinned_replica = 0
+    elif why == "model":
+        planning.fleet.refused(1, exchange.need(""), planning.clock.monotonic())
+    elif why == "room":
+        for number, room in enumerate((100_000, 100_000, 1_000)):
+            model = SimpleNamespace(id=exchange.model, aliases=None, owned_by="vllm", parent=None, max_model_len=room)
+            planning.fleet.listed(number, Listing([model]))
+    planning.planned(exchange)
+    planning.planner.plan(exchange, among=frozenset((0,)))
+    assert exchange.is_restricted is bool(why)
 
 
 def test_a_failing_replica_is_asked_for_the_objects_that_it_alone_has() -> None:

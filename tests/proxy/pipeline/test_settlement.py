@@ -205,6 +205,18 @@ def test_a_request_that_asked_not_to_use_the_cache_is_compared_with_no_predictio
     assert settling.counters.gains == [900]
 
 
+def test_nothing_is_claimed_over_round_robin_for_a_request_that_only_some_replicas_can_serve() -> None:
+    """Round robin over replicas of which some refuse a model would have had no choice either."""
+    settling = Settling()
+    exchange = settling.exchange()
+    exchange.is_restricted = True
+    settling.settlement.settle(exchange)
+    settling.settle()
+    settling.settlement.count()
+    assert [predicted for _, _, predicted in settling.counters.counted] == [70, 70]
+    assert settling.counters.gains == [900]
+
+
 @pytest.mark.parametrize(("in_flight", "doubted"), [(0, 4), (1, 0)])
 def test_cached_tokens_that_spare_no_time_are_not_believed(in_flight: int, doubted: int) -> None:
     """If the request had the replica to itself: others make it wait, however much is cached."""
