@@ -237,15 +237,17 @@ class Exchange:
         if self.own_blocks is not None:
             shown = told(plan, candidate, self.match, self.fingerprint, self.own_blocks)
         cache, miss, reason, matched_tokens = shown
+        times = None
+        if self.own_blocks is None:
+            own_seconds = sent_seconds - self.call.read_seconds - self.waited_seconds
+            times = (own_seconds, self.waited_seconds, (self.first_byte_seconds or sent_seconds) - sent_seconds)
         own = cairn_headers(
             cache=cache,
             miss=miss,
             reason=RouteReason.RETRY if self.tried else reason,
             replica=candidate.replica.name,
             matched_tokens=matched_tokens,
-            overhead_seconds=sent_seconds - self.call.read_seconds,
-            upstream_seconds=(self.first_byte_seconds or sent_seconds) - sent_seconds,
-            tells_times=self.own_blocks is None,
+            times=times,
         )
         if self.tried:
             own += self.tried_note()

@@ -202,13 +202,12 @@ def cairn_headers(
     reason: RouteReason,
     replica: str,
     matched_tokens: float,
-    overhead_seconds: float,
-    upstream_seconds: float,
-    tells_times: bool = True,
+    times: tuple[float, float, float] | None,
 ) -> Headers:
     """Return the headers that describe the routing: `Cache-Status` (RFC 9211), `Server-Timing`, and `x-cairn-*`.
 
-    `tells_times` is false if the times could show what other tenants do.
+    `times` are the seconds of work in Cairn, of waiting in Cairn and at the upstream; None if they could show what
+    other tenants do.
     """
     described = (
         (b"cache-status", _CACHE_STATUS[cache, miss]),
@@ -216,10 +215,12 @@ def cairn_headers(
         (b"x-cairn-matched-tokens", b"%d" % matched_tokens),
         (b"x-cairn-reason", _REASONS[reason]),
     )
-    if not tells_times:
+    if times is None:
         return described
-    times = b"cairn;dur=%.3f, upstream;dur=%.3f" % (overhead_seconds * 1e3, upstream_seconds * 1e3)
-    return (*described, (b"server-timing", times))
+    own_seconds, waited_seconds, upstream_seconds = times
+    waited = b"queue;dur=%.3f, " % (waited_seconds * 1e3) if waited_seconds else b""
+    timing = b"cairn;dur=%.3f, %supstream;dur=%.3f" % (own_seconds * 1e3, waited, upstream_seconds * 1e3)
+    return (*described, (b"server-timing", timing))
 
 
 def names_context(headers: Iterable[tuple[bytes, bytes]]) -> bool:

@@ -119,6 +119,8 @@ async def test_the_times_in_the_headers_are_those_before_the_upstream_and_at_it(
     for first_byte_seconds, upstream_ms in ((None, b"0.000"), (exchange.sent_seconds + 0.25, b"250.000")):
         exchange.first_byte_seconds = first_byte_seconds
         assert dict(exchange.notes())[b"server-timing"] == b"cairn;dur=2.000, upstream;dur=" + upstream_ms
+    exchange.waited_seconds = 0.0015
+    assert dict(exchange.notes())[b"server-timing"] == b"cairn;dur=0.500, queue;dur=1.500, upstream;dur=250.000"
 
 
 async def test_a_client_is_told_of_its_own_prefixes_only_and_no_times_if_others_are_hidden_from_it() -> None:

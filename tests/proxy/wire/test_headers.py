@@ -159,8 +159,7 @@ def test_cairn_s_own_headers_tell_the_decision() -> None:
         reason=RouteReason.WARM,
         replica="a-1",
         matched_tokens=12.7,
-        overhead_seconds=0.0004,
-        upstream_seconds=1.5,
+        times=(0.0004, 0.0, 1.5),
     ) == (
         (b"cache-status", b"Cairn; fwd=partial; detail=changed"),
         (b"x-cairn-replica", b"a-1"),
@@ -168,6 +167,19 @@ def test_cairn_s_own_headers_tell_the_decision() -> None:
         (b"x-cairn-reason", b"warm"),
         (b"server-timing", b"cairn;dur=0.400, upstream;dur=1500.000"),
     )
+
+
+def test_the_time_for_which_a_request_waited_is_a_time_of_its_own() -> None:
+    """Nobody takes a wait for Cairn's own work."""
+    described = cairn_headers(
+        cache=CacheStatus.MISS,
+        miss=MissReason.COLD,
+        reason=RouteReason.COLD,
+        replica="a-1",
+        matched_tokens=0.0,
+        times=(0.0004, 2.25, 1.5),
+    )
+    assert dict(described)[b"server-timing"] == b"cairn;dur=0.400, queue;dur=2250.000, upstream;dur=1500.000"
 
 
 @pytest.mark.parametrize(
@@ -277,9 +289,7 @@ def test_times_are_left_out_where_they_could_show_what_others_do() -> None:
         reason=RouteReason.WARM,
         replica="r",
         matched_tokens=1.0,
-        overhead_seconds=1.0,
-        upstream_seconds=1.0,
-        tells_times=False,
+        times=None,
     )
     assert [name for name, _ in described] == [
         b"cache-status", b"x-cairn-replica", b"x-cairn-matched-tokens", b"x-cairn-reason",
