@@ -193,7 +193,8 @@ SURCHARGE = _counter(
     "cache_write_surcharge_usd", "Cost of cache writes in excess of plain input, in USD.", "model", "upstream"
 )
 PREFILL_SAVED = _counter(
-    "prefill_seconds_saved", "Prefill time avoided: cached tokens divided by the replica's measured prefill rate.",
+    "prefill_seconds_saved",
+    "Prefill time avoided: cached tokens divided by the replica's prefill rate; 0 until a stream has shown that rate.",
     "model", "upstream",
 )
 UNPRICED = _counter("unpriced_requests", "Responses with token counts for which no price is known.", "reason")
