@@ -400,7 +400,7 @@ class Store:
                     # Not PING: on a Cluster this asks the node that holds the journal.
                     reply = await self._client.execute_command("EXISTS", keys.LEASE)
                     if not isinstance(reply, int):
-                        raise StoreUnavailable("what answers is no Redis", ErrorKind.OTHER)
+                        raise StoreUnavailable("the server that answers is not Redis", ErrorKind.OTHER)
                     if outage.kind is ErrorKind.AUTH:
                         await self._check_permissions()
             except Exception as error:  # noqa: BLE001 - without Redis the cache goes on alone

@@ -49,7 +49,7 @@ class TotalsReader:
         try:
             rows = await read_totals(await self._opened(), first, today, _MERGED[by])
         except CacheError as error:
-            raise Unreadable(f"the totals cannot be read: {error}") from None
+            raise Unreadable(f"the totals cannot be read from Redis: {error}") from None
         return report(rows, by, first, today)
 
     async def close(self) -> None:

@@ -39,7 +39,7 @@ class Finding(NamedTuple):
     text: str
 
 
-@click.command("doctor", short_help="Check a configuration, and say what to mend.")
+@click.command("doctor", short_help="Check a configuration, and say what to fix.")
 @click.option("--config", "file", type=_FILE, help="The configuration file.  [env: CAIRN_CONFIG]")
 def doctor(file: Path | None) -> None:
     """Check a configuration against the endpoints, Redis, the clock and file limits; exit 1 if a check fails."""

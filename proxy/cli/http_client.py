@@ -143,15 +143,15 @@ class HttpClient:
 def _in_words(error: OSError | http.client.HTTPException) -> str:
     """Return why a request got no response."""
     if isinstance(error, socket.gaierror):
-        return "the host's name is not known"
+        return "its host name does not resolve"
     if isinstance(error, ssl.SSLCertVerificationError):  # see upstream.ca_file for those of an own authority
         return f"its certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
-        return "no connection by TLS; does it speak http rather than https?"
+        return "the TLS handshake failed; does it speak http rather than https?"
     if isinstance(error, TimeoutError):
-        return "nothing came in time"
+        return "no response came in time"
     if isinstance(error, http.client.RemoteDisconnected | ConnectionResetError | http.client.IncompleteRead):
         return "it closed the connection"
     if isinstance(error, http.client.HTTPException):
-        return "what it sent is not HTTP"
+        return "its response is not HTTP"
     return (error.strerror or type(error).__name__).lower()

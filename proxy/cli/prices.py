@@ -23,7 +23,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 _NO_PRICE = {
     "no_card": "neither the configuration nor the built-in data has a price for this model at this upstream; add one "
     "under prices",
-    "no_exchange_rate": "the price is in another currency than USD; set usd_per_unit",
+    "no_exchange_rate": "the price is not in USD; set usd_per_unit",
     "no_prefill_rate": "the prefill rate of the replica is not known yet",
 }
 

@@ -181,14 +181,14 @@ def _notes(total: SavingsLine) -> list[str]:
         notes.append(f"Due to routing: {gain:,} cached tokens ({_share(share)}) that round robin would have missed.")
     if total.unpriced:
         notes.append(
-            f"Not in the USD table, for want of a price: {_counted(total.unpriced, 'response')}; see cairn prices."
+            f"Not in the USD table, for lack of a price: {_counted(total.unpriced, 'response')}; see cairn prices."
         )
     if total.unknown_tokens:
         notes.append(
             f"Not reported by the upstream as cached or not: {_counted(total.unknown_tokens, 'prompt token')}."
         )
     if total.missing_usage:
-        notes.append(f"Not included, for want of token counts: {_counted(total.missing_usage, 'response')}.")
+        notes.append(f"Not included, for lack of token counts: {_counted(total.missing_usage, 'response')}.")
     return notes
 
 

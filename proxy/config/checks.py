@@ -229,7 +229,7 @@ def _prices(config: Config) -> Iterator[Problem]:
         if price.service_tier in ORDINARY_TIERS:
             yield f"{path}.service_tier", "is the ordinary tier: prices without a service tier apply to it; remove it"
         if price.usd_per_unit is not None and price.currency == "USD":
-            yield f"{path}.usd_per_unit", "is for prices in another currency than USD"
+            yield f"{path}.usd_per_unit", "is for prices that are not in USD"
         yield from (_engine_card if price.usd_per_gpu_hour is not None else _token_card)(path, price)
 
 

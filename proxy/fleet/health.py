@@ -249,7 +249,7 @@ class HealthChecker:
         found = self._found.get(number)
         if found is None:
             return f"{start} has not responded yet"
-        return f"{start} is up: {', '.join(_facts_in_words(found, endpoint)) or 'it tells nothing about itself'}"
+        return f"{start} is up: {', '.join(_facts_in_words(found, endpoint)) or 'it reports nothing about itself'}"
 
     def _down(self, number: int, reason: str, cause: Cause = Cause.UNREACHABLE) -> None:
         if number in self._fleet:

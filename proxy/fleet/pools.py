@@ -98,4 +98,4 @@ class Pools:
         for pool in self.all:
             if matches_any(model, pool.models):
                 return pool
-        raise NotFound("The model does not exist here or is not served.", param="model")
+        raise NotFound("No such model is served here; GET /v1/models lists those that are.", param="model")

@@ -417,7 +417,7 @@ class TemplateProber:
             try:
                 await self._ask(endpoint)
             except (UpstreamError, _NoPage) as error:
-                log.debug("replica %s shows nothing of its template: %s", endpoint.name, error)
+                log.debug("replica %s does not show its template: %s", endpoint.name, error)
 
     async def _ask(self, endpoint: ReplicaEndpoint) -> None:
         pool, engine = endpoint.pool, _engine_of(endpoint)
@@ -485,7 +485,7 @@ class TemplateProber:
                 return rendering
             statuses.append(status)
         if _NO_SUCH_PAGE.issuperset(statuses):
-            raise _NoPage("it has no page that renders prompts")
+            raise _NoPage("it has no path that renders prompts")
         return None
 
     async def _messages_drop_billing(self, endpoint: ReplicaEndpoint, model: str) -> bool:

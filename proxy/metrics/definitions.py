@@ -135,7 +135,7 @@ def _gen_ai(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> S
 
 # fmt: off
 REQUESTS = _counter(
-    "requests", "Requests that ended, refused ones included.",
+    "requests", "Requests that ended, including refused ones.",
     "endpoint", "model", "upstream", "status_class", "cache", "stream",
 )
 DURATION = _histogram(
@@ -194,7 +194,7 @@ SURCHARGE = _counter(
 )
 PREFILL_SAVED = _counter(
     "prefill_seconds_saved",
-    "Prefill time avoided: cached tokens divided by the replica's prefill rate; 0 until a stream has shown that rate.",
+    "Prefill time avoided: cached tokens divided by the replica's prefill rate; 0 until a stream has shown it.",
     "model", "upstream",
 )
 UNPRICED = _counter("unpriced_requests", "Responses with token counts for which no price is known.", "reason")
@@ -205,7 +205,7 @@ INDEX_BYTES = _sum("index_bytes", "Memory used by the prefix index, over all wor
 INDEX_TOKENS = _max("index_tokens", "Tokens that a replica is believed to hold.", "upstream")
 INDEX_EVICTIONS = _counter(
     "index_evictions",
-    "Prompt blocks dropped from the prefix index: for want of room, or because a provider's time to live has passed.",
+    "Prompt blocks dropped from the prefix index: for lack of room, or because a provider's time to live has passed.",
     "upstream",
 )
 CONTEXTS = _max("contexts", "Stored contexts.")
@@ -281,7 +281,7 @@ UPSTREAM_RETRIES = _counter(
 )
 HIDDEN_ERRORS = _counter(
     "upstream_hidden_errors",
-    "Responses with a status of success that were an error, an HTML page, empty, or a stream with an error.",
+    "Responses with a successful status that were an error, an HTML page, empty, or a stream with an error.",
     "upstream", "kind",
 )
 STREAM_ABORTS = _counter("stream_aborts", "Responses that were cut off.", "side", "phase")
@@ -291,7 +291,7 @@ CLIENT_CONNECTIONS = _sum("client_connections", "Open connections of clients.")
 CLIENT_HEAD_BYTES = _sum("client_head_bytes", "Bytes of unfinished request heads, and of pipelined requests.")
 CLIENT_BODY_BYTES = _sum("client_body_bytes", "Bytes of request bodies that have arrived and are held.")
 CLIENT_REFUSED = _counter("client_refused", "Connections and requests refused at a limit of the port.", "limit")
-CLIENT_ERRORS = _counter("client_errors", "Input of clients that was not valid HTTP or came too slowly.", "reason")
+CLIENT_ERRORS = _counter("client_errors", "Input from clients that was not valid HTTP or came too slowly.", "reason")
 ERRORS = _counter(
     "request_errors", "Requests that failed or were refused, by reason; clients that left are not included.", "reason"
 )

@@ -120,7 +120,7 @@ class Attempt:
     def _check_replica(self) -> None:
         """Raise TurnedAway if the replica has gone down during the wait."""
         if self._was_used and not self._shared.fleet.is_used(self.replica):
-            raise TurnedAway("The replica for which the request waited is not used any more.")
+            raise TurnedAway("The replica that the request waited for is no longer used.")
 
     def first_token(self, now_seconds: float) -> None:
         """Note that the prefill is done."""
@@ -182,7 +182,7 @@ class Attempts:
         self._gate.turn_away(replica)
         queue = self._queues.get(replica)
         if queue is not None:
-            queue.fail(TurnedAway("The replica for which the request waited is not used any more."))
+            queue.fail(TurnedAway("The replica that the request waited for is no longer used."))
 
     def needs_share(self, replica: int) -> bool:
         """Return False if it makes no difference whose share an attempt at this replica uses, unless it waits."""

@@ -59,7 +59,7 @@ _STREAMS = frozenset({Opening.STREAM, Opening.ERROR, Opening.NO_TOKENS})
 _HIDDEN_ERRORS = {
     Opening.ERROR: ("error_event", "a stream that begins with an error"),
     Opening.EMPTY: ("empty", "a successful status with an empty body"),
-    Opening.NO_TOKENS: ("empty", "a successful status with a stream of no tokens"),
+    Opening.NO_TOKENS: ("empty", "a successful status with a stream without tokens"),
     Opening.ERROR_BODY: ("error_body", "a successful status with an error as its body"),
     Opening.HTML: ("html", "a successful status with an HTML page"),
 }

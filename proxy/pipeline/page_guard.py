@@ -53,8 +53,8 @@ class PageGuard:
                 site = value
         if self._local_only and host and not is_loopback(host_of(host.decode("latin-1"))):
             raise Forbidden(
-                "Without a list of clients, the replicas' keys can be used by way of localhost only. The operator "
-                "can list clients, or allow every host name by server.open.",
+                "Without a list of clients, the replicas' keys can be used through localhost only. The operator "
+                "can list clients, or allow every host name with server.open.",
                 code=_CODE,
             )
         if is_harmless:

@@ -228,7 +228,7 @@ class RequestReader:
         pool = self._pool_of(name) or self._pool_of_created(call) or self._pools.default
         if pool is None:
             raise NotFound(
-                "No pool is the default for paths that name no model; mark one with default: true.",
+                "This path names no model, and no pool is the default; the operator can mark one with default: true.",
                 code="no_default_pool",
             )
         exchange.pool = pool
@@ -258,8 +258,8 @@ class RequestReader:
             self._check_named_objects(call, pool)
         elif call.object_id is None:
             raise Forbidden(
-                f"{call.method} is not available at this path with the key that clients share. POST runs models; the "
-                "operator can allow more in server.allowed_paths.",
+                f"{call.method} at this path is not allowed with a key of the operator that clients share; the "
+                "operator can allow it in server.allowed_paths.",
                 code="path_not_allowed",
             )
         elif self._locations.of(object_key(call.tenant, pool, call.object_id)) is None:

@@ -426,7 +426,7 @@ class ColdGate:
         self._release_done(pool)
         if len(pool.queue) and not self._available(pool):
             for waiter in pool.waiting:
-                _fail(waiter, TurnedAway("No replica is left for which the request could wait."))
+                _fail(waiter, TurnedAway("No replica is left that the request could wait for."))
             return
         while (found := self._first_that_may_go(pool, skipped)) is not None:
             waiting, views = found

@@ -92,7 +92,7 @@ class StoreKeeper:
                 log.error("the private Valkey has not responded for %.0f s; killing it", SILENCE_LIMIT_SECONDS)
                 await self._in_thread(self._store.kill)
             if not self._problem:
-                log.warning("the private Valkey has ended; starting it")
+                log.warning("the private Valkey has ended; starting it again")
             responded_seconds = self._clock.monotonic()
             if await self.start():
                 backoff.reset()

@@ -35,7 +35,7 @@ class Explainer:
         try:
             route = self._routes.route("POST", question.path)
             if not route.endpoint.is_generation:
-                raise BadRequest("Only generation requests are routed by their prefix.", param="path")
+                raise BadRequest("Only requests with a prompt are routed by their prefix.", param="path")
             now_seconds = self._clock.monotonic()
             tenant = authenticator.tenant_of(question.credential)
             call = Call(

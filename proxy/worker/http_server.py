@@ -231,7 +231,7 @@ class HttpServer:
         if client.begun:
             client.break_off()
             return
-        error = InternalError("Something went wrong inside the proxy.")
+        error = InternalError("Something went wrong inside Cairn.")
         response = error_response(error, endpoint, request_id=request_id)
         client.send(response.status, REASON_PHRASES[response.status], response.headers, response.body)
 

@@ -77,7 +77,7 @@ async def _serve(
         control, config = await WorkerControl.open(end, tasks)
     except ControlBroken as error:
         # to standard error, since logging is not set up; a package that was replaced meanwhile is the likeliest cause
-        log.warning("worker %d cannot start: %s; if Cairn was installed anew, restart it", os.getpid(), error)
+        log.warning("worker %d cannot start: %s; if Cairn was reinstalled, restart it", os.getpid(), error)
         return 1
     if handover is not None:
         control.handover = Handover(handover)

@@ -273,15 +273,16 @@ def notices(figures: Figures) -> list[str]:
         found.append("cache writes have cost more than cached tokens have saved")
     if unknown := int(figures.value(metrics.CACHED_UNKNOWN)):
         found.append(
-            f"{_count(unknown, 'prompt token')} of responses that did not report cached tokens: counted as not cached"
+            f"{_count(unknown, 'prompt token')} of responses that did not report cached tokens: counted as not "
+            "cached (vLLM reports them with --enable-prompt-tokens-details, SGLang with --enable-cache-report)"
         )
     if missing := int(figures.value(metrics.USAGE_MISSING)):
         found.append(f"{_count(missing, 'response')} ended without token counts: counted as no saving")
     if implausible := int(figures.value(metrics.CACHED_IMPLAUSIBLE)):
         found.append(
-            f"{_count(implausible, 'response')} with cached tokens that cannot be: a replica reports new prompts as "
-            "wholly cached, as an engine does that only decodes, or more tokens as cached than the prompt has, or "
-            "takes as long as without a cache. They are not counted as savings"
+            f"{_count(implausible, 'response')} with implausible cached tokens, not counted as savings: a replica "
+            "reports new prompts as wholly cached (as an engine that only decodes does), reports more cached tokens "
+            "than the prompt has, or takes as long as without a cache"
         )
     if inconsistent := int(figures.value(metrics.USAGE_INCONSISTENT)):
         found.append(f"{_count(inconsistent, 'response')} with contradictory token counts: corrected")

@@ -35,8 +35,8 @@ class Server(Section, frozen=True):
     """Number of worker processes."""
 
     open: Annotated[bool, LIVE] = False
-    """Allow anyone who reaches the port to use the replicas' keys although no clients are listed. Nobody checks the
-    keys of clients then, which can pin no context and share `contexts.unchecked_bytes`."""
+    """Allow anyone who reaches the port to use the replicas' keys although no clients are listed. Nobody checks
+    clients' keys then: these clients can pin no context and share `contexts.unchecked_bytes`."""
 
     backlog: Count = 2048
     """Connections per worker that may wait to be accepted."""
@@ -63,7 +63,7 @@ class Server(Section, frozen=True):
     """Time after which a connection without a complete request head is closed."""
 
     write_seconds: Seconds = 120
-    """Time after which a connection is closed whose client reads nothing of its response."""
+    """Time after which a connection is closed if its client reads nothing of the response."""
 
     max_in_flight_requests: Count = 4096
     """Requests that are handled at once; further ones are answered 503."""
@@ -89,15 +89,15 @@ class Server(Section, frozen=True):
     engine_paths: PathPatterns = ()
     """Paths outside /v1 that are passed on to engines and routed by the model in the body, as patterns with `*` and
     `?`: `/tokenize`, `/detokenize`, `/rerank`, `/score`, `/pooling`, `/apply-template`, `/openai/deployments/*`. A
-    path under `/openai/deployments/` names its model itself; what runs no model there needs `allowed_paths` too.
+    path under `/openai/deployments/` names its model itself; paths there that run no model need `allowed_paths` too.
     None by default."""
 
     allowed_paths: PathPatterns = ()
     """Paths beyond inference that clients may use at replicas whose key is not their own, as patterns
     with `*` and `?`: `/v1/fine_tuning/*`, `/v1/files`. By default clients run models and use the files, batches and
     responses that their tenant created; lists of everybody's objects and administration are refused. A pattern that
-    fits `/v1/files/ID` lets every client use every file; otherwise what is sent to the other paths may name only the
-    client's own."""
+    matches `/v1/files/ID` lets every client use every file; otherwise requests to the other paths may name only the
+    client's own files."""
 
     cors_origins: Annotated[tuple[WebOrigin, ...], Meta(max_length=64)] = ()
     """Origins of web pages whose scripts may call the client port, such as `https://chat.example.com`, or `*` for

@@ -162,7 +162,7 @@ class Upstream(Section, frozen=True):
     """Send a comment to the client of a stream whenever it has received nothing for this long; 0 for never."""
 
     comment_before_head: bool = True
-    """Send these comments also before a replica has responded: while the request waits in Cairn, or for the beginning
+    """Also send these comments before a replica has responded: while the request waits in Cairn, or for the beginning
     of a response. The client then has status 200 already, so that it learns of a later error from an event of the
     stream and not from the status."""
 
@@ -180,7 +180,7 @@ class Upstream(Section, frozen=True):
         *(520, 521, 522, 523, 524),  # of Cloudflare, for a host behind it that fails
         *(529, 530),
     )
-    """Statuses upon which a request is tried at another replica."""
+    """Statuses on which a request is tried at another replica."""
 
     backoff_seconds: Seconds = 0.5
     """Time for which a replica that failed is not used; each further failure doubles it."""
@@ -214,12 +214,12 @@ class Routing(Section, frozen=True):
     """Additional weight of uncached tokens per second of work in the shortest queue."""
 
     index_bytes: Annotated[int, Meta(ge=MIB), SIZE] = 256 * MIB
-    """Memory per worker for the prefix index. Beyond it, prefixes that were unused for longest are forgotten."""
+    """Memory per worker for the prefix index. Beyond it, the least recently used prefixes are forgotten."""
 
     max_objects: Count = 65_536
-    """Stored responses, files and other objects of which a worker remembers the replica, at about 150 bytes each. A
-    request for a forgotten one goes to the least loaded replica. If there is no room, the client with
-    more than an equal share forgets its oldest."""
+    """Stored responses, files and other objects whose replica a worker remembers, at about 150 bytes each. A request
+    for a forgotten one goes to the least loaded replica. If there is no room, the oldest of a client with more than
+    an equal share is forgotten."""
 
     session_headers: Annotated[
         tuple[
@@ -297,7 +297,7 @@ class Queueing(Section, frozen=True):
 
 class Admission(Section, frozen=True):
     """Prompts that no replica has in its cache, while the active sessions need more cache than there is: they wait
-    until a replica is quiet, so that the prompts which are cached stay so."""
+    until a replica is quiet, so that cached prompts stay cached."""
 
     enabled: Annotated[AdmissionMode, LIVE] = AdmissionMode.AUTO
     """`auto` lets them wait while memory is short; `never` sends them at once."""
@@ -309,14 +309,14 @@ class Admission(Section, frozen=True):
     """Memory per worker for the bodies of waiting requests; further ones are answered 429."""
 
     quiet_seconds: Annotated[Seconds, LIVE] = 0.5
-    """Uncached work up to which a replica counts as quiet; for a cold turn two fifths of it."""
+    """A replica with at most this much uncached work counts as quiet; for a cold turn, with two fifths of it."""
 
     rest_seconds: Annotated[Seconds, LIVE] = 60
-    """Time after which a replica takes such a prompt although it is not quiet. The times that are no settings are in
+    """Time after which a replica takes such a prompt even if it is not quiet. The waits that have no setting are in
     proportion to it."""
 
     memory_seconds: Seconds = 120
-    """Time over which it is judged whether memory is short."""
+    """Time over which Cairn judges whether memory is short."""
 
 
 class Log(Section, frozen=True):

@@ -233,7 +233,7 @@ def test_a_full_disk_is_explained() -> None:
     ("answer", "says"),
     [
         (b"", "it closed the connection"),
-        (b"-ERR unknown command\r\n", "what it sent is not HTTP"),
+        (b"-ERR unknown command\r\n", "its response is not HTTP"),
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nff\r\n{", "it closed the connection"),
     ],
     ids=["nothing", "redis", "half"],
@@ -256,8 +256,8 @@ async def test_init_says_in_words_why_an_endpoint_gives_no_answer(tmp_path: Path
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("https://{host}", "no connection by TLS; does it speak http rather than https?"),
-        ("http://no-such-host.invalid", "the host's name is not known"),
+        ("https://{host}", "the TLS handshake failed; does it speak http rather than https?"),
+        ("http://no-such-host.invalid", "its host name does not resolve"),
     ],
 )
 async def test_init_explains_a_wrong_scheme_and_an_unknown_name(

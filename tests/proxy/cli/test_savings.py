@@ -62,7 +62,7 @@ def test_a_table_for_people_with_what_is_not_in_it(valkey: Valkey) -> None:
     assert "12,000" in text
     assert "75.0 %" in text
     assert "3.0000" in text
-    assert "for want of a price: 1 response;" in text
+    assert "for lack of a price: 1 response;" in text
     assert "4,500 cached tokens (50.0 %) that round robin would have missed" in text
     assert "as cached or not: 77 prompt tokens." in text
 

@@ -361,7 +361,7 @@ async def test_the_start_checks_every_replica_and_logs_what_was_found(caplog: py
     [
         (b'{"data": []}', "no models"),
         (b'{"data": [%s]}' % b", ".join(b'{"id": "m%d"}' % n for n in range(40)), "and"),
-        (b"<html>", "it tells nothing about itself"),
+        (b"<html>", "it reports nothing about itself"),
     ],
 )
 async def test_a_description_is_short_and_says_what_is_unknown(models: bytes, words: str) -> None:

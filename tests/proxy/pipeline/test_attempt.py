@@ -166,7 +166,7 @@ def test_one_waits_for_the_first_about_as_long_as_its_own_prefill_is_predicted_t
         attempt.end(bench.clock.monotonic())
 
 
-GONE = r"^The replica for which the request waited is not used any more\.$"
+GONE = r"^The replica that the request waited for is no longer used\.$"
 
 
 async def test_one_that_waits_for_the_first_is_turned_away_when_the_replica_goes_down() -> None:

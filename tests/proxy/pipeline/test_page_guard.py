@@ -124,8 +124,8 @@ def test_only_keys_that_rely_on_loopback_are_for_loopback_only(
         with pytest.raises(Forbidden) as refused:
             guard.check("GET", ((b"host", b"evil.example"),), has_key=True)
         assert refused.value.message == (
-            "Without a list of clients, the replicas' keys can be used by way of localhost only. The operator "
-            "can list clients, or allow every host name by server.open."
+            "Without a list of clients, the replicas' keys can be used through localhost only. The operator "
+            "can list clients, or allow every host name with server.open."
         )
         assert refused.value.code == "cross_site_request"
     else:

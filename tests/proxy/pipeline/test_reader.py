@@ -492,15 +492,15 @@ FORM_OF_NOTHING = b'--b\r\ncontent-disposition: form-data; name="x"\r\n\r\ny\r\n
         (
             exchange("GET", "/v1/files"),
             pools(default=None),
-            "No pool is the default for paths that name no model; mark one with default: true.",
+            "This path names no model, and no pool is the default; the operator can mark one with default: true.",
             None,
             "no_default_pool",
         ),
         (
             exchange("GET", "/v1/files"),
             None,
-            "GET is not available at this path with the key that clients share. POST runs models; the operator can "
-            "allow more in server.allowed_paths.",
+            "GET at this path is not allowed with a key of the operator that clients share; the operator can allow "
+            "it in server.allowed_paths.",
             None,
             "path_not_allowed",
         ),

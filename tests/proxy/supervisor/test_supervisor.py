@@ -302,7 +302,7 @@ def test_a_valkey_that_dies_is_started_again(file: Path) -> None:
         cairn.started()
         (valkey,) = _children_of_all_threads(cairn.pid) - {int(cairn.get("/pid")[1])}
         os.kill(valkey, signal.SIGKILL)
-        cairn.line("the private Valkey has ended; starting it")
+        cairn.line("the private Valkey has ended; starting it again")
         while not _children_of_all_threads(cairn.pid) - {valkey, int(cairn.get("/pid")[1])}:
             pass  # bounded by the test's limit
 
