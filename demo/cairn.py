@@ -82,10 +82,10 @@ def local_hint(address: str, model: str) -> str:
 
 
 def upstream_hint(address: str, upstreams: list[str]) -> str:
-    """Give a command to try with the user's upstreams, to which nothing was sent."""
+    """Give a command to try with the user's upstreams, to which only health checks were sent."""
     key = '-H "Authorization: Bearer $OPENAI_API_KEY"'
     return (
-        f"Cairn forwards to {', '.join(upstreams)} and has sent nothing there by itself.\n\n"
+        f"Cairn forwards to {', '.join(upstreams)}, and has only checked their health so far.\n\n"
         f"Try it, with a model that is served there, and a key if it needs one:\n{_curl(address, 'MODEL', key)}"
     )
 
