@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from proxy.config.schema import Config
 
 
-TOKEN_NEEDED = "wants its token; set CAIRN_ADMIN_TOKEN, or give the configuration that names it with --config"  # noqa: S105 - a sentence
+TOKEN_NEEDED = "needs its token; set CAIRN_ADMIN_TOKEN, or give the configuration that names it with --config"  # noqa: S105 - a sentence
 
 
 def admin_url(config: Config) -> str:

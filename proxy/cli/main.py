@@ -72,7 +72,7 @@ def cli() -> None:
     multiple=True,
     metavar="URL",
     help="URL of a replica, with or without /v1. Several make one pool, which replaces those of the file. "
-    "A URL of https and a public name counts as a provider, all others as engines.",
+    "An https URL with a public name counts as a provider, all others as engines.",
 )
 @click.option(
     "--redis", metavar="URL", help="Redis that all proxies share. Without it Cairn starts a private Valkey."
@@ -95,7 +95,10 @@ def serve(
     workers: int | None,
     is_open: bool | None,
 ) -> None:
-    """Serve one or more upstreams until Ctrl-C or SIGTERM (twice: at once). SIGHUP reloads the configuration."""
+    """Serve one or more upstreams until Ctrl-C or SIGTERM; a second one ends it at once.
+
+    SIGHUP reloads the configuration.
+    """
     from proxy.config.load import SecretUrl, load, process_environment
 
     environ = process_environment()

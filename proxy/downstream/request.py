@@ -168,7 +168,7 @@ class IncomingRequest:
         if encodings > 1 or not self.is_chunked or self.is_http_1_0:
             raise ProtocolError(
                 BadHttp.TRANSFER_ENCODING,
-                "The only transfer encoding of a request is chunked, in HTTP/1.1.",
+                "The only transfer encoding that a request may have is chunked, in HTTP/1.1.",
             )
         if self.content_length is not None:
             raise _bad_length()

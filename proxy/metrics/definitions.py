@@ -158,7 +158,7 @@ INTER_TOKEN = _histogram(
 TOKENS = _counter("tokens", "Tokens that the upstreams reported.", "model", "upstream", "type")
 CACHED_UNKNOWN = _counter(
     "cached_unknown_tokens",
-    "Prompt tokens of responses whose cached part is unknown: not reported or ignored. They are in input_fresh too.",
+    "Prompt tokens of responses whose cached part is unknown: not reported or ignored. They are input_fresh too.",
     "model", "upstream",
 )
 USAGE_MISSING = _counter(
@@ -166,7 +166,7 @@ USAGE_MISSING = _counter(
 )
 CACHED_IMPLAUSIBLE = _counter(
     "cached_implausible",
-    "Responses whose cached tokens were ignored: impossible counts, whole new prompts, or no time spared.",
+    "Responses whose cached tokens were ignored: impossible counts, entirely new prompts, or no time saved.",
     "upstream",
 )
 USAGE_INCONSISTENT = _counter(

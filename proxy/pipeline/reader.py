@@ -275,7 +275,7 @@ class RequestReader:
                 raise _unreadable()
             if _path(call) == _BATCHES and not self._has_checked_input(call, pool):
                 raise Forbidden(
-                    "This key may use some models only, and those of the batch's input file are not known. Send the "
+                    "This key may use only some models, and those of the batch's input file are not known. Send the "
                     "file to /v1/files in one request, with purpose batch and this key; files that /v1/uploads "
                     "assembled from parts cannot be checked.",
                     param="input_file_id",
@@ -403,7 +403,7 @@ def _check_charset(call: Call) -> None:
 
 def _unreadable() -> Forbidden:
     return Forbidden(
-        "This key may use some models only, and the models of this request cannot be read.",
+        "This key may use only some models, and those of this request cannot be read.",
         param="model",
         code="model_not_allowed",
     )

@@ -216,7 +216,7 @@ async def test_an_admin_port_that_wants_its_token_is_not_called_absent(command: 
         done = await run(*command, "--url", str(server.make_url("/")))
     finally:
         await server.close()
-    assert "wants its token; set CAIRN_ADMIN_TOKEN" in done.stderr.replace("\n  ", " ")
+    assert "needs its token; set CAIRN_ADMIN_TOKEN" in done.stderr.replace("\n  ", " ")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

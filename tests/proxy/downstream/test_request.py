@@ -132,7 +132,7 @@ def test_a_head_that_can_be_read_in_two_ways_is_refused_with_its_reason(
         (LINE + HOST + b"content-length: x\r\n\r\n", "The length of the body is not declared in a valid way."),
         (LINE + HOST + b"transfer-encoding: gzip\r\n\r\n", "The transfer encoding of the request is not valid."),
         (LINE + HOST + b"transfer-encoding: gzip, chunked\r\n\r\n",
-         "The only transfer encoding of a request is chunked, in HTTP/1.1."),
+         "The only transfer encoding that a request may have is chunked, in HTTP/1.1."),
         (LINE + HOST + b"expect: 200-ok\r\n\r\n", "Only the expectation 100-continue is supported."),
         (LINE + HOST + b"x : a\r\n\r\n", "A header of the request is not valid."),
         (LINE + HOST + b"x: a\r\n" * 256 + b"\r\n", "The head of the request is too large."),

@@ -514,14 +514,14 @@ FORM_OF_NOTHING = b'--b\r\ncontent-disposition: form-data; name="x"\r\n\r\ny\r\n
         (
             exchange("POST", "/v1/videos", {}, LIMITED),
             None,
-            "This key may use some models only, and the models of this request cannot be read.",
+            "This key may use only some models, and those of this request cannot be read.",
             "model",
             "model_not_allowed",
         ),
         (
             exchange("POST", "/v1/embeddings", b'{"model":"cheap","fallbacks":"\xff"}', LIMITED),
             None,
-            "This key may use some models only, and the models of this request cannot be read.",
+            "This key may use only some models, and those of this request cannot be read.",
             "model",
             "model_not_allowed",
         ),
@@ -541,7 +541,7 @@ def test_the_error_for_a_batch_whose_models_are_not_known_says_how_to_send_its_f
         reader(made(**{"file-1": "limited"})).read(exchange("POST", "/v1/batches", body, LIMITED))
     assert (refused.value.param, refused.value.code) == ("input_file_id", "model_not_allowed")
     assert refused.value.message == (
-        "This key may use some models only, and those of the batch's input file are not known. Send the file to "
+        "This key may use only some models, and those of the batch's input file are not known. Send the file to "
         "/v1/files in one request, with purpose batch and this key; files that /v1/uploads assembled from parts "
         "cannot be checked."
     )
