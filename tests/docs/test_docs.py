@@ -176,3 +176,22 @@ def test_the_versions_of_clients_on_their_page_are_those_that_are_run() -> None:
         lines = (ROOT / f"tests/clients/python/{name}.in").read_text().split()
         pinned += [line.partition("==")[2] for line in lines]
     assert [version for version in pinned if version not in page] == []
+
+
+def test_the_messages_that_troubleshooting_quotes_are_the_code_s() -> None:
+    """A message is searched for by its words; each part of a quotation between dots is in the sources."""
+    sources = "".join(path.read_text("utf-8") for name in ("proxy", "cache") for path in ROOT.glob(f"{name}/**/*.py"))
+    text = re.sub(r"\"\s*\n\s*f?\"", "", sources)  # strings that go on in the next line
+    quoted = re.findall(r"\"([^\"]+)\"", _CODE.sub("", (ROOT / "docs/troubleshooting.md").read_text("utf-8")))
+    parts = [" ".join(part.split()) for quotation in quoted for part in quotation.split("...")]
+    assert len(parts) > len(quoted) > 8
+    assert [part for part in parts if part not in text] == []
+
+
+def test_the_error_codes_that_troubleshooting_names_are_the_code_s() -> None:
+    """In the tables by status: `invalid_api_key` after 401, and so on."""
+    sources = "".join(path.read_text("utf-8") for path in ROOT.glob("proxy/**/*.py"))
+    page = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
+    codes = re.findall(r"\b[45]\d\d `(\w+)`", page)
+    assert {"invalid_api_key", "model_not_allowed", "upstream_timeout"} <= set(codes)
+    assert [code for code in codes if f'"{code}"' not in sources] == []
