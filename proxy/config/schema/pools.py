@@ -90,7 +90,8 @@ class Replica(Section, frozen=True):
     URL may be `kubernetes+http://*.namespace:port`, for all Services that have them."""
 
     name: Name | None = None
-    """Name in metrics, logs and the shared index; by default host and port."""
+    """Name in metrics, logs and the shared index, by default host and port. It must be the same in all proxies that
+    share a Redis."""
 
     key: Secret | None = None
     """API key to send to this replica in place of the client's."""
