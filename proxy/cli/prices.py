@@ -24,7 +24,7 @@ _NO_PRICE = {
     "no_card": "neither the configuration nor the built-in data has a price for this model at this upstream; add one "
     "under prices",
     "no_exchange_rate": "the price is not in USD; set usd_per_unit",
-    "no_prefill_rate": "the prefill rate of the replica is not known yet",
+    "no_prefill_rate": "the replica's prefill rate is not known; streams show it, or set prefill_tokens_per_second",
 }
 
 

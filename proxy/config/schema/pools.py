@@ -112,7 +112,7 @@ class Replica(Section, frozen=True):
     """Requests that the replica handles at once; further ones wait in Cairn. By default what the engine reports."""
 
     prefill_tokens_per_second: Annotated[float, Meta(gt=0)] | None = None
-    """Prefill rate; by default measured."""
+    """Prefill rate; by default measured on streams."""
 
     ranks: Annotated[int, Meta(ge=1, le=256)] | None = None
     """Data-parallel ranks behind the URL, each with its own cache; by default as many as vLLM's metrics show. Each is
