@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def own_version() -> str:
-    """Return the version of the distribution, or `unknown` in a checkout that is not installed."""
+    """Return the version of the distribution, or `unreleased` in a checkout that is not installed."""
     try:
         return version("cairn-proxy")
     except PackageNotFoundError:
-        return "unknown"
+        return "unreleased"

@@ -39,7 +39,7 @@ def run(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str, s
 
 def test_version_and_help() -> None:
     """Help shows how to begin, and not the command that is nobody's."""
-    assert re.fullmatch(r"cairn (\d+\.\d+\.\d+|unknown) \((compiled|interpreted)\)\n", run("--version")[1])
+    assert re.fullmatch(r"cairn (\d+\.\d+\.\d+|unreleased) \((compiled|interpreted)\)\n", run("--version")[1])
     code, text, _ = run("--help")
     assert code == 0
     assert "cairn serve --upstream http://" in text
