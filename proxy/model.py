@@ -65,7 +65,7 @@ class CacheStatus(enum.StrEnum):
 class MissReason(enum.StrEnum):
     """Why a part of a prompt was not expected to be cached."""
 
-    NONE = "none"
+    NONE = "none"  # what is not cached was never sent before
     COLD = "cold"  # no replica has any of it
     CHANGED = "changed"  # the beginning is known, then the prompt differs
     EVICTED = "evicted"
