@@ -17,6 +17,9 @@ from click.testing import CliRunner
 from proxy.admin.openapi import document
 from proxy.cli.main import cli
 from proxy.config.load import load
+from proxy.config.reference import tables
+from proxy.config.schema import RETIRED
+from proxy.metrics.definitions import PREFIX, SPECS
 from proxy.model import AccessLine, CacheStatus, Ending, Endpoint, MissReason, RouteReason
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,3 +198,19 @@ def test_the_error_codes_that_troubleshooting_names_are_the_code_s() -> None:
     codes = re.findall(r"\b[45]\d\d `(\w+)`", page)
     assert {"invalid_api_key", "model_not_allowed", "upstream_timeout"} <= set(codes)
     assert [code for code in codes if f'"{code}"' not in sources] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_metrics_and_settings_that_a_page_names_exist(page: Path) -> None:
+    """Each of `cairn_workers`, `routing.index_bytes` and `pools[].optional` is one of the code's."""
+    text = page.read_text("utf-8")
+    series = {spec.name for spec in SPECS}
+    named = set(re.findall(rf"`({PREFIX}\w+?)(?:_total|_bucket|_sum|_count)?[`{{]", text))
+    assert sorted(named - series - {"cairn_admin_token"}) == []
+    settings = {(table.path.removesuffix("[]"), setting.name) for table in tables() for setting in table.settings}
+    modules = {"upstream", "contexts", "routing"}  # of the same names; their settings have an underscore
+    sections = "|".join({path for path, _ in settings if path and "." not in path} - modules)
+    found = set(re.findall(rf"`({sections})(?:\[\])?\.([a-z_]+)[`:]", text))
+    found |= set(re.findall(rf"`({'|'.join(modules)})\.([a-z]+_[a-z_]+)[`:]", text))
+    others = {("admin", "yaml"), ("server", "address")}  # a file, and an attribute of a span
+    assert sorted(found - settings - set(RETIRED) - others) == []
