@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gzip
+import random
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
-from proxy.errors import BadResponse, ConnectFailed, PoolTimeout, UpstreamError
-from proxy.fleet import Fleet
+from proxy.errors import BadResponse, ConnectFailed, Overloaded, PoolTimeout, UpstreamError
+from proxy.fleet import Failure, Fleet
 from proxy.fleet.replica import ThrottleKey
+from proxy.fleet.served_models import Listing
 from proxy.model import Ending, Endpoint
+from proxy.pipeline import dispatch
 from proxy.pipeline.dispatch import Upload
+from proxy.pipeline.exchange import Exchange
 from proxy.records import ReplicaView, Tenant
+from proxy.wire.refusals import REFUSALS_AT_MOST_BYTES
 from tests.proxy.pipeline.bench import DONE, POOL, SSE, TOKEN, Bench, Downstream, Upstream, turns
 
 
@@ -438,3 +445,292 @@ async def test_the_place_of_a_request_that_finds_a_replica_down_goes_to_nobody_w
     await asyncio.gather(first, second)
     assert [sent[0].host for sent in bench.client.sent] == ["10.0.0.0", "10.0.0.1", "10.0.0.1"]
     assert bench.nothing_is_claimed()
+
+
+# -- what a replica lacks
+
+
+def failed(bench: Bench, status: int, message: str | None, *headers: tuple[bytes, bytes]) -> Upstream:
+    """An error with this message, or the one of a web framework that does not have the path."""
+    body: dict[str, Any] = {"detail": "Not Found"} if message is None else {"error": {"message": message}}
+    return Upstream(bench.clock, status, headers, msgspec.json.encode(body))
+
+
+def ok(bench: Bench) -> Upstream:
+    return Upstream(bench.clock, 200, (), b"{}")
+
+
+def hosts(bench: Bench) -> list[int]:
+    """The replicas that were asked, in this order."""
+    return [int(origin.host.rpartition(".")[2]) for origin, _, _ in bench.client.sent]
+
+
+def rooms(bench: Bench, *tokens: int | None) -> None:
+    """Let each replica list the model with this many tokens, or list nothing."""
+    for number, room in enumerate(tokens):
+        if room is not None:
+            entry = {"id": "m", "aliases": None, "owned_by": "vllm", "parent": None, "max_model_len": room}
+            bench.fleet.listed(number, Listing([SimpleNamespace(**entry)]))
+
+
+NO_MODEL = "The model `m` does not exist."
+TOO_LONG = "This model's maximum context length is 2000 tokens."
+KINDS = ("", "/v1/chat/completions", "tools", "media")
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "kind", "reason"),
+    [
+        (404, NO_MODEL, "", "model_not_found"),
+        (404, None, "/v1/chat/completions", "not_supported"),
+        (400, "tools param requires --jinja flag", "tools", "no_tools"),
+        (500, "image input is not supported", "media", "no_media"),
+    ],
+)
+async def test_what_a_replica_lacks_is_tried_at_another_and_remembered(
+    status: int, message: str | None, kind: str, reason: str
+) -> None:
+    """For half a minute, and of this kind alone; the replica is well, and no retry is used up."""
+    bench = Bench()
+    bench.client.script += [failed(bench, status, message), ok(bench)]
+    exchange = bench.exchange()
+    client = await bench.run(exchange)
+    assert (client.status, client.headers[b"x-cairn-tried"]) == (200, f"r0;{reason}".encode())
+    refused = [each for each in KINDS if bench.fleet.models.is_refused(POOL, exchange.need(each))]
+    assert refused == [kind]
+    for seconds, remembered in ((29.9, True), (0.2, False)):
+        bench.clock.advance(seconds)
+        now_seconds = bench.clock.monotonic()
+        assert bench.fleet.models.refuses(POOL, 0, [exchange.need(kind)], now_seconds) is remembered
+        assert not bench.fleet.models.refuses(POOL, 1, [exchange.need(kind)], now_seconds)
+    assert [view.available for view in views(bench)] == [True, True]
+    assert bench.fleet.cause(0) is None
+    assert bench.nothing_is_claimed()
+
+
+async def test_refusals_of_as_many_replicas_as_there_are_use_up_no_retries() -> None:
+    """Each takes no time, and the next request asks none of them again."""
+    bench = Bench(replicas=6)
+    bench.client.script += [*(failed(bench, 404, NO_MODEL) for _ in range(5)), ok(bench)]
+    assert (await bench.run(bench.exchange())).status == 200
+    assert hosts(bench) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("order", [(2, 1, 3), (1, 2, 3)])
+async def test_neither_a_replica_that_has_refused_the_same_nor_one_that_failed_this_request_is_asked(
+    monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]
+) -> None:
+    """Nor one that is down, wherever they stand in the new plan."""
+    bench = Bench(replicas=4)
+    exchange = bench.exchange()
+    plan = exchange.plan
+    assert plan is not None
+    candidates = {each.replica.id: each for each in plan.candidates}
+    bench.fleet.refused(1, exchange.need(), bench.clock.monotonic())
+    bench.fleet.unreachable(2, bench.clock.monotonic(), "refused")
+    again = dataclasses.replace(plan, candidates=tuple(candidates[number] for number in (0, *order)))
+
+    def plan_again(exchange: Exchange) -> None:
+        exchange.plan = again
+
+    monkeypatch.setattr(bench, "plan_again", plan_again)
+    bench.client.script += [failed(bench, 404, NO_MODEL), ok(bench)]
+    assert (await bench.run(exchange)).status == 200
+    assert hosts(bench) == [0, 3]
+
+
+@pytest.mark.parametrize("overloaded", [True, False])
+async def test_if_nobody_else_may_have_it_the_client_gets_the_refusal_and_the_plan_stays(
+    monkeypatch: pytest.MonkeyPatch, overloaded: bool
+) -> None:
+    """Whether the new plan has the same replica only, or there is none."""
+    bench = Bench(replicas=1)
+    exchange = bench.exchange()
+    plan = exchange.plan
+    assert plan is not None
+
+    def plan_again(exchange: Exchange) -> None:
+        exchange.plan = dataclasses.replace(plan)
+        if overloaded:
+            raise Overloaded("no replica is left")
+
+    monkeypatch.setattr(bench, "plan_again", plan_again)
+    bench.client.script.append(failed(bench, 404, NO_MODEL))
+    client = await bench.run(exchange)
+    assert (client.status, NO_MODEL.encode() in client.body) == (404, True)
+    assert exchange.plan is plan
+    assert bench.nothing_is_claimed()
+
+
+async def test_if_the_last_replica_lacks_what_one_that_failed_may_have_the_client_is_told_to_come_back() -> None:
+    """The refusal would say that there is no such model."""
+    bench = Bench()
+    bench.client.script += [failed(bench, 500, "sick"), failed(bench, 404, NO_MODEL)]
+    exchange = bench.exchange()
+    with pytest.raises(Overloaded) as told:
+        await bench.run(exchange)
+    assert told.value.message == "The replicas that may serve this request have failed: r0 (500)."
+    assert [(each.name, each.reason) for each in exchange.tried] == [("r0", "500"), ("r1", "model_not_found")]
+    assert hosts(bench) == [0, 1]
+    assert bench.nothing_is_claimed()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "asked"),
+    [
+        ((1_000, 1_000, None, 4_000), [0, 3]),
+        ((None, 1_000, 1_000, 4_000), [0, 1]),
+        ((1_000, 1_000, None, 500), [0]),
+        ((1_000, 1_000, 1_000, 1_000), [0]),
+        ((None, None, None, None), [0]),
+    ],
+)
+async def test_a_prompt_that_is_too_long_is_tried_where_there_is_known_to_be_more_room(
+    tokens: tuple[int | None, ...], asked: list[int]
+) -> None:
+    """Where all are equal, or nothing is known, one refusal is enough. The next prompt may be shorter."""
+    bench = Bench(replicas=4)
+    rooms(bench, *tokens)
+    bench.client.script += [failed(bench, 400, TOO_LONG), ok(bench)]
+    exchange = bench.exchange()
+    client = await bench.run(exchange)
+    assert (hosts(bench), client.status) == (asked, 200 if len(asked) == 2 else 400)
+    assert client.headers.get(b"x-cairn-tried") == (b"r0;context_length" if len(asked) == 2 else None)
+    assert not any(bench.fleet.models.is_refused(POOL, exchange.need(each)) for each in KINDS)
+
+
+OWN_KEY = {"credential": (b"authorization", b"Bearer replica")}
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2 GiB"
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "backend", "tried"),
+    [
+        (401, "Incorrect API key provided", OWN_KEY, b"r0;401"),
+        (403, "Incorrect API key provided", {"drops_credentials": True}, b"r0;403"),
+        (401, "Incorrect API key provided", {}, None),
+        (400, OUT_OF_MEMORY, {}, b"r0;400"),
+    ],
+)
+async def test_a_replica_that_refuses_the_operator_s_key_or_has_no_memory_fails(
+    status: int, message: str, backend: dict[str, Any], tried: bytes | None
+) -> None:
+    """The refusal of a client's own key is for the client."""
+    bench = Bench()
+    bench.pools.backends[0] = msgspec.structs.replace(bench.pools.backends[0], **backend)
+    bench.client.script += [failed(bench, status, message), ok(bench)]
+    client = await bench.run(bench.exchange())
+    assert (client.status, client.headers.get(b"x-cairn-tried")) == (200 if tried else status, tried)
+    assert [view.available for view in views(bench)] == [tried is None, True]  # another replica has proven it
+    assert bench.nothing_is_claimed()
+
+
+async def test_a_lack_of_memory_without_proof_opens_the_breaker_after_three_prompts_of_two_clients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Like any failure by status; the log says what the replica answered."""
+    bench = Bench(max_retries=0)
+    reasons: list[str] = []
+    weigh = bench.fleet.failed
+
+    def noting(number: int, failure: Failure, now_seconds: float, reason: str) -> bool:
+        reasons.append(reason)
+        return weigh(number, failure, now_seconds, reason)
+
+    monkeypatch.setattr(bench.fleet, "failed", noting)
+    available = []
+    for prompt, client in (("a", "one"), ("b", "one"), ("c", "one"), ("c", "other")):
+        bench.client.script.append(failed(bench, 400, OUT_OF_MEMORY))
+        exchange = bench.exchange(prompt=prompt * 9_000)
+        exchange.call = dataclasses.replace(exchange.call, tenant=Tenant(client))
+        assert (await bench.run(exchange)).status == 400
+        bench.downstream = Downstream()
+        available.append(views(bench)[0].available)
+    assert available == [True, True, True, False]
+    assert set(reasons) == {"status 400: out_of_memory"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ((), 120.0),
+        (((b"retry-after", b"7"),), 7.0),
+        (((b"retry-after", b"Tue, 14 Nov 2023 22:13:27 GMT"),), 7.0),
+    ],
+)
+async def test_an_account_that_has_nothing_left_is_left_alone_for_as_long_as_it_asks(
+    headers: tuple[tuple[bytes, bytes], ...], seconds: float
+) -> None:
+    """Else for the longest time that is honoured; other keys and models may still be served there."""
+    bench = Bench()
+    bench.client.script += [failed(bench, 402, "Insufficient Balance", *headers), ok(bench)]
+    exchange = bench.exchange()
+    client = await bench.run(exchange)
+    assert (client.status, client.headers[b"x-cairn-tried"]) == (200, b"r0;quota")
+    for wait_seconds, is_available in ((seconds - 0.1, False), (0.2, True)):
+        bench.clock.advance(wait_seconds)
+        assert [view.available for view in views(bench, exchange.throttle_key)] == [is_available, True]
+    assert bench.fleet.cause(0) is None
+    assert not any(bench.fleet.models.is_refused(POOL, exchange.need(each)) for each in KINDS)
+
+
+@pytest.mark.parametrize(("status", "withdraws"), [(200, True), (299, True), (300, False), (422, False)])
+async def test_a_success_withdraws_what_the_replica_had_refused(status: int, withdraws: bool) -> None:
+    """Nothing else does, as long as it is remembered."""
+    bench = Bench(max_retries=0)
+    exchange = bench.exchange()
+    bench.fleet.refused(0, exchange.need(), bench.clock.monotonic())
+    bench.client.script.append(Upstream(bench.clock, status, (), b"{}"))
+    assert (await bench.run(exchange)).status == status
+    refuses = bench.fleet.models.refuses(POOL, 0, [exchange.need()], bench.clock.monotonic())
+    assert refuses is not withdraws
+
+
+@pytest.mark.parametrize(("padding", "is_read"), [(0, True), (REFUSALS_AT_MOST_BYTES, False)])
+@pytest.mark.parametrize("encoded", [True, False])
+async def test_a_refusal_is_read_when_all_of_it_has_come_unless_it_is_long(
+    padding: int, is_read: bool, encoded: bool
+) -> None:
+    """Compressed or not: a long one is passed on at once."""
+    bench = Bench()
+    body = msgspec.json.encode({"error": {"message": NO_MODEL, "more": random.Random(1).randbytes(padding).hex()}})
+    headers = ((b"content-encoding", b"gzip"),) if encoded else ()
+    if encoded:
+        body = gzip.compress(body)
+    refusal = Upstream(bench.clock, 404, headers)
+    bench.client.script += [refusal, ok(bench)]
+    exchange = bench.exchange()
+    exchange.call = dataclasses.replace(exchange.call, headers=((b"accept-encoding", b"gzip"),))
+    task = bench.start(exchange)
+    for at in (0, 20):
+        refusal.send(body[at:] if at else body[:20])
+        await turns()
+    assert bench.downstream.status == (0 if is_read else 404)
+    refusal.end()
+    assert (await task).status == (200 if is_read else 404)
+
+
+async def test_a_refusal_that_does_not_end_is_passed_on_after_a_short_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "REFUSAL_SECONDS", 0.01)
+    bench = Bench()
+    refusal = Upstream(bench.clock, 404)
+    refusal.send(NO_MODEL.encode())
+    bench.client.script.append(refusal)
+    task = bench.start(bench.exchange())
+    bench.downstream.full = True  # so that it tells when something came
+    await bench.downstream.waiting.wait()
+    assert (bench.downstream.status, bench.downstream.body) == (404, NO_MODEL.encode())
+    bench.downstream.read.set()
+    refusal.end()
+    await task
+
+
+@pytest.mark.parametrize(("model", "tried"), [("m", True), (None, False)])
+async def test_a_refusal_of_what_runs_no_model_is_read_if_it_is_for_one(model: str | None, tried: bool) -> None:
+    """Such as for the description of a model; else it may be about anything."""
+    bench = Bench()
+    bench.client.script += [Upstream(bench.clock, 404, (), b'{"detail":"Not Found"}'), ok(bench)]
+    exchange = bench.exchange(endpoint=Endpoint.OTHER)
+    exchange.call = dataclasses.replace(exchange.call, method="GET", target="/v1/models/m")
+    exchange.model = model
+    assert (await bench.run(exchange)).status == (200 if tried else 404)

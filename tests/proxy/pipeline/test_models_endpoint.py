@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from proxy.errors import BadResponse, ConnectFailed
 from proxy.fleet import Fleet
-from proxy.fleet.served_models import ServedModels
+from proxy.fleet.served_models import Listing, ServedModels
 from proxy.model import Ending
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.models_endpoint import ModelsEndpoint
@@ -159,3 +160,57 @@ def test_the_only_replicas_list_passes_unchanged_for_a_client_without_limits() -
     ):
         client, fleet = cast("UpstreamClient", Upstreams()), cast("Fleet", Replicas())
         assert ModelsEndpoint(client, pools(*served), fleet, FakeClock()).merges_for(tenant) is merges
+
+
+# -- replicas of one pool with different lists
+
+
+def differing(*down: str, **lists: tuple[str, ...]) -> Replicas:
+    """Replicas of the shared pool that are known to list these models."""
+    replicas = Replicas(*down)
+    for name, names in lists.items():
+        entry = {"aliases": None, "owned_by": "vllm", "parent": None, "max_model_len": None}
+        replicas.models.listed("shared", "ab".index(name), Listing([SimpleNamespace(id=id, **entry) for id in names]))
+    return replicas
+
+
+def test_the_list_of_one_pool_is_made_here_if_its_replicas_list_different_models() -> None:
+    """The response of any of them would hide what others have."""
+    for fleet, merges in (
+        (differing(a=("cheap",), b=("cheap", "dear")), True),
+        (differing(a=("cheap",), b=("cheap",)), False),
+    ):
+        endpoint = ModelsEndpoint(
+            cast("UpstreamClient", Upstreams()), pools(SHARED), cast("Fleet", fleet), FakeClock()
+        )
+        assert endpoint.merges_for(MINE) is merges
+
+
+async def test_as_many_replicas_are_asked_as_list_all_models_of_a_pool() -> None:
+    """None whose list is part of another's, and one of those that list the same."""
+    for lists, asked, names in (
+        ({"a": ("cheap", "dear"), "b": ("cheap", "other")}, ["a", "b", "c"], {"cheap", "dear", "free-1"}),
+        ({"a": ("cheap",), "b": ("cheap", "dear")}, ["b", "c"], {"cheap", "free-1"}),
+        ({"a": ("cheap",), "b": ("cheap",)}, ["b", "c"], {"cheap", "free-1"}),
+    ):
+        upstreams = Upstreams()
+        found, _ = await listed(upstreams, differing(**lists))
+        assert (sorted(upstreams.asked), set(found), len(found)) == (asked, names, len(names))
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+async def test_of_different_lists_one_that_does_not_come_hides_only_its_own_models(failure) -> None:
+    """The others' are shown as soon as its time is over."""
+    fleet = differing(a=("cheap", "dear"), b=("cheap", "other"))
+    assert (await listed(Upstreams(b=failure), fleet))[0] == ["cheap", "dear", "free-1"]
+    assert (await listed(Upstreams(a=failure), fleet))[0] == ["cheap", "free-1"]
+    assert (await listed(Upstreams(a=failure, b=failure), fleet))[0] == ["free-1"]
+
+
+async def test_of_different_lists_neither_a_defect_nor_the_failure_of_all_is_hidden() -> None:
+    """The first failure is told, of the least busy replica."""
+    fleet = differing(a=("cheap", "dear"), b=("cheap", "other"))
+    with pytest.raises(ZeroDivisionError):
+        await listed(Upstreams(b=ZeroDivisionError()), fleet)
+    with pytest.raises(ConnectFailed):
+        await listed(Upstreams(a=BadResponse("no"), b=ConnectFailed("no"), c=BadResponse("no")), fleet)

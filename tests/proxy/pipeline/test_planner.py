@@ -16,7 +16,7 @@ from proxy.fleet import Fleet, ReplicaSpec
 from proxy.fleet.pools import ServedPool
 from proxy.fleet.served_models import Listing
 from proxy.model import CacheStatus, Endpoint, MissReason, RouteReason, TemplateFacts
-from proxy.pipeline.exchange import Exchange, StoredUse
+from proxy.pipeline.exchange import TOOLS, Exchange, StoredUse
 from proxy.pipeline.planner import Planner, PlanningRules
 from proxy.records import Tenant
 from proxy.routing import cost as routing
@@ -326,6 +326,59 @@ def test_a_rate_limit_takes_a_replica_from_the_plans_of_its_key_alone() -> None:
     planning.fleet.rate_limited(0, exchange.throttle_key, planning.clock.monotonic(), 60.0)
     assert order(planning.planned(exchange)) == [1]
     assert sorted(order(planning.planned(planning.read(tenant=OTHER)))) == [0, 1]
+
+
+def lists(planning: Planning, number: int, *names: str, room: int | None = None) -> None:
+    """Let a replica list these models, each with `room` tokens."""
+    entry = {"aliases": None, "owned_by": "vllm", "parent": None, "max_model_len": room}
+    planning.fleet.listed(number, Listing([SimpleNamespace(id=name, **entry) for name in names]))
+
+
+def test_a_replica_that_lists_other_models_or_has_refused_this_one_is_left_out() -> None:
+    """For as long as the refusal counts; if all have refused it, all are asked again."""
+    planning = Planning(3)
+    for number, names in enumerate((("base",), ("base", "m"), ("base", "m"))):
+        lists(planning, number, *names)
+    assert sorted(order(planning.planned(planning.read()))) == [1, 2]
+    for number, left in ((1, [2]), (2, [0]), (0, [0, 1, 2])):
+        planning.fleet.refused(number, planning.read().need(), planning.clock.monotonic())
+        assert sorted(order(planning.planned(planning.read()))) == left
+    planning.clock.advance(31.0)
+    assert sorted(order(planning.planned(planning.read()))) == [1, 2]
+
+
+def test_a_replica_that_has_refused_tools_is_left_out_for_prompts_with_tools_alone() -> None:
+    """By the path, the tools and the media of a prompt."""
+    planning = Planning()
+    with_tools = planning.read()
+    with_tools.prompt = wire_request.read(b'{"model":"m","tools":[{"type":"function"}],"messages":[]}', Endpoint.CHAT)
+    planning.fleet.refused(0, with_tools.need(TOOLS), planning.clock.monotonic())
+    assert order(planning.planned(with_tools)) == [1]
+    assert sorted(order(planning.planned(planning.read()))) == [0, 1]
+
+
+def test_a_prompt_goes_where_the_context_is_long_enough_if_such_a_replica_is_available() -> None:
+    """One of unknown length may have room; without any, the best one gives the refusal. A prompt needs an answer."""
+    planning = Planning(3)
+    exact = planning.planned(planning.read()).plan
+    assert exact is not None
+    for tokens, fitting in ((exact.prompt_tokens, [1, 2]), (exact.prompt_tokens + 1, [0, 1, 2]), (100, [1, 2])):
+        for number, room in enumerate((int(tokens), 100_000, None)):
+            lists(planning, number, "m", room=room)
+        assert sorted(order(planning.planned(planning.read()))) == fitting
+    for number in (1, 2):
+        planning.fleet.unreachable(number, planning.clock.monotonic(), "refused")
+    assert order(planning.planned(planning.read())) == [0]
+
+
+def test_if_no_replica_is_left_the_client_is_told_in_which_pool() -> None:
+    """And why each one is not available."""
+    planning = Planning(1)
+    exchange = planning.read()
+    exchange.avoid = frozenset(("r0",))
+    with pytest.raises(Overloaded) as told:
+        planning.planner.plan(exchange)
+    assert told.value.message == f"No replica of pool '{POOL}' can take this request now: there is none."
 
 
 def test_a_named_object_pins_the_plan_to_its_replica() -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from typing import Any
+from array import array
+from typing import Any, cast
 
 import pytest
 
-from cache import ObjectLocations
+from cache import Content, ObjectLocations
 from proxy.errors import BadRequest, CairnError, Forbidden, NotFound, UnknownObject
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
-from proxy.pipeline.exchange import Exchange, TakesLong
+from proxy.pipeline.exchange import Exchange, StoredUse, TakesLong
 from proxy.pipeline.inserted_names import LONG_IF_DECODED_BYTES
 from proxy.pipeline.reader import LONG_BYTES, RequestReader, object_key
 from proxy.pipeline.routes import Routes
@@ -559,3 +560,59 @@ def test_without_a_content_type_a_body_is_read_as_json() -> None:
     asked.call = dataclasses.replace(asked.call, headers=())
     reader().read(asked)
     assert asked.model == "cheap"
+
+
+# -- a stored context that was inserted
+
+
+def inserting(
+    tools: bytes, tenant: Tenant = MINE, pool: ServedPool | None = SHARED, messages: bytes = b""
+) -> Exchange:
+    """A request whose stored context has these tools and messages."""
+    asked = exchange("POST", "/v1/chat/completions", CHAT, tenant)
+    asked.pool = pool
+    content = Content(tools + messages, tools, messages, array("I", (0, len(messages))))
+    asked.stored = StoredUse(cast("Any", None), content, 0.0)
+    return asked
+
+
+WITH_FILE = b'{"role":"user","content":[{"type":"file","file":{"file_id":"file-1"}}]}'
+TWICE = b'{"role":"user","content":[{"type":"file","file":{"file_id":"file-1","file_id":"file-2"}}]}'
+IMAGES = b'[{"type":"image_generation","model":"%b"}]'
+
+
+async def test_an_object_in_a_stored_context_must_be_one_s_own_where_the_key_is_shared() -> None:
+    """As in a prompt that is sent whole."""
+    for owner, refused in (("mine", False), ("others", True)):
+        checking = reader(made(**{"file-1": owner}))
+        for tools, messages in ((b"", WITH_FILE), (b"", WITH_FILE + b"," + WITH_FILE)):
+            with pytest.raises(UnknownObject) if refused else contextlib.nullcontext():
+                await checking.check_inserted(inserting(tools, messages=messages))
+            await checking.check_inserted(inserting(tools, pool=OWN_KEYS, messages=messages))
+
+
+async def test_a_model_in_a_stored_context_must_be_one_that_the_client_may_use() -> None:
+    """A tool may choose one, or leave the choice to the upstream."""
+    checking = reader()
+    for pool in (SHARED, OWN_KEYS):
+        await checking.check_inserted(inserting(IMAGES % b"cheap", LIMITED, pool))
+        with pytest.raises(Forbidden, match=r"^This key may not use this model\.$"):
+            await checking.check_inserted(inserting(IMAGES % b"dear", LIMITED, pool))
+        await checking.check_inserted(inserting(IMAGES % b"dear", MINE, pool))
+
+
+async def test_a_stored_context_that_cannot_be_read_is_refused_for_what_it_may_name() -> None:
+    """Models of a limited client, and objects where the key is shared; nothing else is looked at."""
+    checking = reader(made(**{"file-1": "mine", "file-2": "mine"}))
+    with pytest.raises(BadRequest) as told:
+        await checking.check_inserted(inserting(b"", messages=TWICE))
+    assert told.value.message == (
+        "The stored context has a member twice that names an object, names more than 10,000 objects, or writes "
+        "letters as escapes."
+    )
+    await checking.check_inserted(inserting(b"", pool=OWN_KEYS, messages=TWICE))
+    for pool in (SHARED, OWN_KEYS):
+        with pytest.raises(Forbidden, match="the models of this request cannot be read"):
+            await checking.check_inserted(inserting(b'[{"model":"cheap"', LIMITED, pool))
+        await checking.check_inserted(exchange("POST", "/v1/chat/completions", CHAT, LIMITED))
+    await checking.check_inserted(inserting(b"", LIMITED, None, TWICE))
