@@ -52,8 +52,9 @@ def test_of_a_prompt_that_loses_its_slot_goes_what_no_other_one_shares(slots):
     for name in "abc":
         slots.ask(talk(name, 6, system=2))
     assert [slots.depth(talk(name, 6, system=2)) for name in "abc"] == [2, 6, 6]
-    for name in "xy":
-        slots.ask(talk(name, 4))
+    slots.ask(talk("x", 4))
+    assert [slots.depth(talk(name, 6, system=2)) for name in "bc"] == [2, 6]
+    slots.ask(talk("y", 4))
     assert slots.depth(talk("b", 6, system=2)) == 0
     assert slots.index.stats().blocks == 8
 

@@ -409,6 +409,14 @@ async def test_a_drain_serves_all_connections_that_wait_to_be_accepted() -> None
             await draining
 
 
+async def test_a_drain_without_connections_is_over_in_a_few_turns_of_the_loop() -> None:
+    """Nobody need wait for those that might still come."""
+    draining = asyncio.get_running_loop().create_task(client_server(echo).drain(60.0))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert draining.done()
+
+
 async def test_a_drain_waits_for_what_runs_and_not_for_what_idles() -> None:
     """An idle connection is kept for a second; one that was told to end is not waited for longer."""
     entered, go_on = asyncio.Event(), asyncio.Event()
@@ -477,6 +485,17 @@ async def test_a_connection_that_was_accepted_elsewhere_is_served_and_counts() -
         assert (await talk(port)).startswith(b"HTTP/1.1 503 ")
         assert counts.refusals == {ClientLimit.CONNECTIONS_PER_ADDRESS: 1}
         writer.close()
+
+
+async def test_a_connection_that_was_accepted_elsewhere_does_not_block_the_loop() -> None:
+    """Uvloop leaves a socket as it is: a write to a client that does not read would stop all others."""
+    server = client_server(echo)
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_connection(listening.getsockname()):
+        connection = listening.accept()[0]
+        server.adopt(connection)
+        await eventually(lambda: len(server) == 1)
+        assert not connection.getblocking()
+        await server.close()
 
 
 async def test_unfinished_heads_are_bounded_in_all() -> None:

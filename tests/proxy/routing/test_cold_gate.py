@@ -58,9 +58,13 @@ class FakeClaims:
         self.released: list[str] = []
         self.with_their_part: set[str] = set()
         self.withdrawn = 0
+        self.slow: set[str] = set()  # tenants whose claims are answered once `go` is set
+        self.go = asyncio.Event()
 
     async def take(self, pool: str, replicas: Sequence[str], **about: Any) -> str | None:
         self.asked.append({"replicas": list(replicas), **about})
+        if about["tenant"] in self.slow:
+            await self.go.wait()
         if about["tenant"] in self.with_their_part:
             return PART_TAKEN
         if isinstance(self.answer, CacheError):
@@ -681,6 +685,18 @@ async def test_sessions_that_were_turned_away_count_in_the_wait_of_those_that_co
     await settle()
 
 
+async def test_all_turns_of_a_higher_priority_count_in_the_wait_though_they_came_later():
+    """Those of a lower one do not."""
+    bench = Bench(1)
+    bench.fleet.pending[0] = 1e6
+    turns = [bench.begin(priority=each) for each in (Priority.HIGH, Priority.HIGH, Priority.LOW)]
+    await settle()
+    assert bench.verdict(bench.turn(prompt_end=7)).seconds == pytest.approx(2 * 9.0)
+    for turn in turns:
+        turn.cancel()
+    await settle()
+
+
 async def test_what_a_cold_turn_computes_counts_for_its_tenant_by_its_weight():
     bench = Bench(1)
     turn = bench.begin(weight=2.0, uncached_tokens=6 * QUANTUM_TOKENS)
@@ -802,6 +818,22 @@ async def test_a_claim_that_comes_for_a_client_that_left_is_given_back():
     waiting.cancel()
     await settle()
     assert bench.claims.released == ["replica-0"]
+
+
+async def test_a_claim_that_comes_for_a_client_that_left_is_not_for_a_tenant_that_has_its_part():
+    """Though its turn is the first that waits: Redis counts the claim for the tenant that it was asked for."""
+    bench = Bench(2, alone=False)
+    bench.claims.with_their_part.add("a")
+    bench.claims.slow.add("b")
+    bench.claims.answer = "replica-0"
+    first, other = bench.begin(tenant="a"), bench.begin(tenant="b")
+    await settle()
+    assert bench.claims.asked[-1]["tenant"] == "b"
+    other.cancel()
+    bench.claims.go.set()
+    await settle()
+    assert (first.done(), bench.claims.released) == (False, ["replica-0"])
+    first.cancel()
 
 
 async def test_the_last_turn_that_waits_withdraws_the_worker_s_claim():

@@ -197,6 +197,15 @@ def test_what_goes_before_a_request_is_known_when_it_comes(requests, done):
         assert abs(tokens - expected[tenant]) <= QUANTUM_TOKENS + 90_000.0
 
 
+def test_what_goes_before_a_request_depends_on_the_weights_of_both_tenants():
+    """The rounds are of work over weight."""
+    shares = TenantShares()
+    for tenant, weight in (("own", 2.0), ("other", 4.0)):
+        shares.seen(tenant, weight, 0.0)
+    assert shares.most_before("other", "own", 0.0) == 4 * QUANTUM_TOKENS
+    assert shares.most_before("other", "own", 2 * QUANTUM_TOKENS) == 8 * QUANTUM_TOKENS
+
+
 def test_rows_may_be_lost_repeated_and_come_again():
     """They are cumulative: the newest alone counts, and a repeated one changes nothing."""
     there, lossy, exact = TenantShares(), TenantShares(), TenantShares()

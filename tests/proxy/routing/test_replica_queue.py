@@ -38,6 +38,20 @@ async def test_without_a_limit_nothing_waits():
     assert queue.running == 0
 
 
+async def test_a_queue_is_among_those_in_use_while_requests_wait_in_it():
+    """So that nobody looks at the others."""
+    in_use: dict[ReplicaQueue, None] = {}
+    queue = ReplicaQueue(1, QueueLimits(), FakeClock(), in_use=in_use)
+    first = await queue.acquire(1.0)
+    assert not in_use
+    waiting = asyncio.get_running_loop().create_task(queue.acquire(1.0))
+    await settle()
+    assert list(in_use) == [queue]
+    first.done()
+    await waiting
+    assert not in_use
+
+
 async def test_a_crowded_replica_gets_one_at_a_time_and_tenants_take_turns():
     """Each request counts before the next is sent: a queue that opens does not let all through at once."""
     sent: list[str] = []

@@ -35,8 +35,8 @@ USAGE_TEXT = b'{"prompt_tokens":1,"completion_tokens":2}'
         (RESPONSES, b'{"type":"response.created","response":{}}', EventRead()),
         (
             RESPONSES,
-            b'{"type":"response.completed","response":{"usage":%b,"service_tier":"flex"}}' % USAGE_TEXT,
-            EventRead(finished=True, usage=USAGE, service_tier="flex"),
+            b'{"type":"response.completed","response":{"usage":%b,"service_tier":"flex","model":"m"}}' % USAGE_TEXT,
+            EventRead(finished=True, usage=USAGE, service_tier="flex", model="m"),
         ),
         (RESPONSES, b'{"type":"response.incomplete"}', EventRead(finished=True)),
         (

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.wire.paths import split_target, without_credentials
+from proxy.wire.paths import keys_in_query, split_target, without_credentials
 
 
 @pytest.mark.parametrize(
@@ -153,3 +153,19 @@ def test_any_target_is_refused_or_normal_once_and_for_all(target: str) -> None:
 def test_keys_in_a_query_can_be_left_out(target: str, kept: str) -> None:
     """The client's own key does not reach an upstream that has another, in whatever form it was sent."""
     assert without_credentials(target) == kept
+
+
+@pytest.mark.parametrize(
+    ("target", "keys"),
+    [
+        ("/v1/models", []),
+        ("/v1/models?", []),
+        ("/key=a/v1/models?b=c", []),
+        ("/v1/models?key=a", ["a"]),
+        ("/v1/models?x=1&KEY=a%3D=&api-key=b&api_key=&access_token=c?d&tokens=e", ["a==", "b", "", "c?d"]),
+        ("/v1/models?%6Bey=a&key", ["a", ""]),
+    ],
+)
+def test_the_keys_in_a_query_are_found_in_their_order(target: str, keys: list[str]) -> None:
+    """By the names in which providers take them, in any letter case and with escapes."""
+    assert keys_in_query(target) == keys

@@ -17,6 +17,7 @@ from proxy.records import Usage
 from proxy.wire.events import read_event
 from proxy.wire.sse import EVENT_BYTES_MOST, TAIL_BYTES, StreamTap
 from tests.proxy.wire.test_usage import endpoint_of
+from tests.support.operations import operations
 
 GOLDEN = Path(__file__).parent / "golden"
 STREAMS = {path.name: path.read_bytes() for path in sorted(GOLDEN.glob("*.sse"))}
@@ -66,6 +67,35 @@ def test_an_event_of_several_lines_is_read_as_one() -> None:
     """Although its first line looks like a whole one."""
     read = read_event(b'data: {"choices": [\ndata: {"finish_reason": "stop"}]}\n\n', Endpoint.CHAT)
     assert read.finished
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_the_last_events_are_read_whole_whatever_their_lines_end_with(end: bytes) -> None:
+    """Their parts would tell nothing."""
+    last = b'data: {"choices": [{\ndata: "finish_reason": "stop"}],\ndata: "usage": {"prompt_tokens": 5}}\n\n'
+    tap, _ = relay([TOKEN, last.replace(b"\n", end)])
+    assert (tap.finished, tap.usage) == (True, Usage(5))
+
+
+def test_only_the_responses_api_tells_the_model() -> None:
+    """As it was routed: other streams have none."""
+    created = b'data: {"type":"response.created","response":{"model":"m"}}\n\n'
+    delta = b'data: {"type":"response.output_text.delta","delta":"a"}\n\n'
+    for chunks, model in (([created, delta], "m"), ([created], "m"), ([delta], None)):
+        assert relay(chunks, Endpoint.RESPONSES)[0].result().model == model
+    assert relay([TOKEN, DONE])[0].result().model is None
+
+
+def test_no_more_of_a_running_stream_is_read_than_from_its_last_token_on() -> None:
+    """Nor than its last 64 events."""
+    token, finish = (event.replace(b',"usage":null', b"") for event in (TOKEN, FINISH))
+
+    def cost(*chunks: bytes) -> int:
+        tap, _ = relay(list(chunks))
+        return operations(tap.result)
+
+    assert cost(*[token] * 100) < 1.2 * cost(*[token] * 5)
+    assert cost(token, *[finish] * 100) < 1.2 * cost(token, *[finish] * 64)
 
 
 @pytest.mark.parametrize("name", STREAMS)

@@ -197,6 +197,7 @@ def test_a_prompt_that_includes_what_was_cached_stays_as_it_is(total: int, expec
             {"cached_creation_tokens": 30},
         ),
         ({"claude_cache_creation_1_h_tokens": 20}, {"cached_creation_tokens": 30}),
+        ({"claude_cache_creation_5_m_tokens": 10, "claude_cache_creation_1_h_tokens": 20}, {}),
     ],
 )
 def test_gateways_report_writes_of_an_hour_in_openais_form(fields, details) -> None:
