@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,19 +54,21 @@ def test_equal_lists_and_none_at_all_cost_nothing() -> None:
 @pytest.mark.parametrize(
     ("other", "lacks"),
     [
-        (listing("base"), {1}),
-        (listing("base", owner="llamacpp"), set()),
-        (listing("base", is_whole=False), set()),
-        (listing("base", "LORA:latest"), set()),
-        (listing("base", "lo*"), set()),
-        (entries({"id": "base", "owned_by": "vllm", "aliases": ["lora"]}), set()),
-        (listing(), set()),
-        (None, set()),
+        (lambda: listing("base"), {1}),
+        (lambda: listing("base", owner="llamacpp"), set()),
+        (lambda: listing("base", is_whole=False), set()),
+        (lambda: listing("base", "LORA:latest"), set()),
+        (lambda: listing("base", "lo*"), set()),
+        (lambda: entries({"id": "base", "owned_by": "vllm", "aliases": ["lora"]}), set()),
+        (listing, set()),
+        (lambda: None, set()),
     ],
 )
-def test_a_list_without_the_model_counts_where_names_are_checked(other: Listing | None, lacks: set[int]) -> None:
+def test_a_list_without_the_model_counts_where_names_are_checked(
+    other: Callable[[], Listing | None], lacks: set[int]
+) -> None:
     """Patterns, aliases and other spellings are the model; a first page, an empty or no list proves nothing."""
-    assert lacking(served(listing("base", "lora"), other)) == lacks
+    assert lacking(served(listing("base", "lora"), other())) == lacks
 
 
 def test_an_adapter_is_lacking_wherever_a_list_does_not_show_it() -> None:

@@ -153,7 +153,15 @@ def test_of_several_keys_one_that_is_known_counts() -> None:
 
 def test_many_keys_in_one_request_cost_a_bounded_number_of_hashes() -> None:
     """A request with thousands of key headers is no way to keep the worker busy."""
-    assert len(credentials_of([(b"x-api-key", b"%d" % number) for number in range(5000)])) <= 8
+    assert len(credentials_of([(b"x-api-key", b"%d" % number) for number in range(5000)])) == 8
+    assert len(credentials_of((), "/?" + "&".join([f"key={number}" for number in range(5000)]))) == 8
+
+
+def test_each_key_in_a_query_is_found_once_behind_those_in_the_headers() -> None:
+    """One that is empty is none; one that is no text is another key, and no defect."""
+    target = "/v1/models?key=b&api_key=&access_token=a&api-key=c"
+    assert credentials_of([(b"x-api-key", b"a")], target) == [b"a", b"b", b"c"]
+    assert credentials_of((), "/v1/models?key=a\udcffb") == [b"a?b"]
 
 
 @pytest.mark.parametrize("length", [1, 64, 65, 1000])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from math import inf
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -134,6 +135,42 @@ async def test_it_waits_for_the_first_no_longer_than_its_own_deadline() -> None:
     for attempt in (first, third):
         attempt.end(bench.clock.monotonic())
     assert bench.load() == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("until_seconds", "early_seconds", "passed"), [(None, 0.0, False), (60.0, 0.006, False), (60.0, 0.005, True)]
+)
+async def test_a_wait_for_the_first_that_ends_at_the_deadline_is_refused(
+    until_seconds: float | None, early_seconds: float, passed: bool
+) -> None:
+    """Timers may fire a little too early."""
+    bench = Bench()
+    first, second = bench.begin(), bench.begin(matched=True)
+    waited: list[float] = []
+
+    class Follower:
+        async def wait(self, most_seconds: float) -> None:
+            waited.append(most_seconds)
+            bench.clock.advance(60.0 - early_seconds)
+
+        def leave(self) -> None:
+            """Nothing is waited for any more."""
+
+    second._waits_for = cast("Any", Follower())  # noqa: SLF001 - its own timers take real time
+    if until_seconds is not None:
+        second.waits_until = bench.clock.monotonic() + until_seconds
+    if passed:
+        with pytest.raises(DeadlineUnreachable) as refused:
+            await second.wait(bench.clock)
+        assert refused.value.retry_after_seconds == 1.0
+        assert refused.value.message == (
+            "The deadline passed while the request waited for another that computes the same prompt."
+        )
+    else:
+        await second.wait(bench.clock)
+    assert waited == [inf if until_seconds is None else until_seconds]
+    for attempt in (first, second):
+        attempt.end(bench.clock.monotonic())
 
 
 async def test_it_goes_on_when_the_first_fails() -> None:

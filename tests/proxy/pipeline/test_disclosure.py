@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cache import Held, Match, chain_root, cut
 from proxy.model import CacheStatus, MissReason, RouteReason
-from proxy.pipeline.disclosure import OwnPrefixes, Told, limited, told
+from proxy.pipeline.disclosure import OwnPrefixes, Told, limited, told, undisclosed_tokens
 from proxy.records import Candidate, Plan, ReplicaView, Tenant
 
 RED, BLUE = Tenant("red", b"r" * 16), Tenant("blue", b"b" * 16)
@@ -79,6 +80,18 @@ def test_ones_own_part_of_a_longer_match_is_told_and_no_more() -> None:
     shown = told(plan, candidate, match, LONGER, len(PROMPT))
     assert (shown.cache, shown.miss, shown.reason) == (CacheStatus.PARTIAL, MissReason.NONE, RouteReason.WARM)
     assert shown.matched_tokens == LONGER.ends[len(PROMPT) - 1] / 4
+
+
+def test_the_tokens_that_a_tenant_may_not_know_of_are_those_behind_its_own_part() -> None:
+    """None if it may know of all, or if nothing is held."""
+    _, candidate = planned(LONGER.size_bytes, CacheStatus.HIT, MissReason.NONE, RouteReason.WARM)
+    _, nothing = planned(0, CacheStatus.MISS, MissReason.COLD, RouteReason.COLD)
+    behind = LONGER.size_bytes - LONGER.ends[len(PROMPT) - 1]
+    assert undisclosed_tokens(candidate, LONGER, 0) == candidate.matched_tokens
+    assert undisclosed_tokens(candidate, LONGER, len(PROMPT)) == pytest.approx(behind / 4)
+    assert undisclosed_tokens(candidate, LONGER, len(LONGER)) == 0.0
+    for each, fingerprint, own_blocks in ((candidate, LONGER, None), (candidate, None, 1), (nothing, LONGER, 1)):
+        assert undisclosed_tokens(each, fingerprint, own_blocks) == 0.0
 
 
 def test_what_is_all_ones_own_is_told_as_it_is() -> None:

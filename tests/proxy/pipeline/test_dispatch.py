@@ -564,14 +564,14 @@ async def test_if_nobody_else_may_have_it_the_client_gets_the_refusal_and_the_pl
 
 async def test_if_the_last_replica_lacks_what_one_that_failed_may_have_the_client_is_told_to_come_back() -> None:
     """The refusal would say that there is no such model."""
-    bench = Bench()
-    bench.client.script += [failed(bench, 500, "sick"), failed(bench, 404, NO_MODEL)]
+    bench = Bench(replicas=3)
+    bench.client.script += [failed(bench, 500, "sick"), failed(bench, 502, "sick"), failed(bench, 404, NO_MODEL)]
     exchange = bench.exchange()
     with pytest.raises(Overloaded) as told:
         await bench.run(exchange)
-    assert told.value.message == "The replicas that may serve this request have failed: r0 (500)."
-    assert [(each.name, each.reason) for each in exchange.tried] == [("r0", "500"), ("r1", "model_not_found")]
-    assert hosts(bench) == [0, 1]
+    assert told.value.message == "The replicas that may serve this request have failed: r0 (500), r1 (502)."
+    assert [each.reason for each in exchange.tried] == ["500", "502", "model_not_found"]
+    assert hosts(bench) == [0, 1, 2]
     assert bench.nothing_is_claimed()
 
 

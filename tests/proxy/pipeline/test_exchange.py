@@ -11,9 +11,10 @@ import pytest
 from cache import Match
 from cache.index.prefix_index import Held
 from proxy.model import CacheStatus, Ending, MissReason, RouteReason
-from proxy.pipeline.exchange import Exchange
+from proxy.pipeline.exchange import MEDIA, TOOLS, Exchange
 from proxy.pipeline.retries import AttemptFailure, FailureKind
 from proxy.records import Usage
+from proxy.wire import request as wire_request
 from tests.proxy.pipeline.bench import Bench, Upstream
 
 
@@ -95,6 +96,30 @@ def test_a_429_is_about_the_clients_key_unless_the_replicas_own_is_sent() -> Non
     assert exchange.throttle_key == ("tenant", "m")
     exchange.pool = msgspec.structs.replace(bench.pool, has_own_key=True)
     assert exchange.throttle_key == ("", "m")
+
+
+@pytest.mark.parametrize("media", ["image", "audio", "video", ""])
+@pytest.mark.parametrize("tools", [True, False])
+def test_a_request_needs_its_model_its_path_and_what_is_in_its_prompt(media: str, tools: bool) -> None:
+    """Media are looked for only if somebody has refused them."""
+    exchange = Bench().exchange()
+    part = {"type": f"{media}_url"} if media else {"type": "text"}
+    body = {"model": "m", "messages": [{"role": "user", "content": [part]}], "tools": [{"a": 1}] if tools else []}
+    text = msgspec.json.encode(body)
+    exchange.call = dataclasses.replace(exchange.call, body=text, target="/v1/chat/completions?tools=1")
+    exchange.prompt = wire_request.read(text, exchange.call.endpoint)
+    kinds = ["", "/v1/chat/completions", *([TOOLS] if tools else [])]
+    assert [kind for _, _, kind in exchange.needs(lambda need: False)] == kinds
+    refused = exchange.needs(lambda need: need == exchange.need(MEDIA))
+    assert refused == tuple(exchange.need(kind) for kind in (*kinds, *([MEDIA] if media else ())))
+
+
+def test_what_is_no_prompt_needs_its_model_and_its_path() -> None:
+    """The first 128 characters of it."""
+    exchange = Bench().exchange()
+    exchange.prompt = None
+    exchange.call = dataclasses.replace(exchange.call, target="/v1/" + "x" * 200, body=b"")
+    assert [kind for _, _, kind in exchange.needs(lambda need: True)] == ["", "/v1/" + "x" * 124]
 
 
 def test_saved_tokens_are_told_if_a_stored_context_was_used_and_they_were_reported() -> None:

@@ -198,6 +198,25 @@ async def test_as_many_replicas_are_asked_as_list_all_models_of_a_pool() -> None
         assert (sorted(upstreams.asked), set(found), len(found)) == (asked, names, len(names))
 
 
+async def test_what_any_of_several_replicas_lists_is_shown() -> None:
+    """Also what has changed since their lists were last read."""
+    answers = {
+        host: Answer(200, json.dumps({"data": [{"id": name}]}).encode())
+        for host, name in (("a", "cheap"), ("b", "dear"))
+    }
+    fleet = differing(a=("cheap", "dear"), b=("cheap", "other"))
+    assert set((await listed(Upstreams(**answers), fleet))[0]) == {"cheap", "dear", "free-1"}
+
+
+async def test_if_the_one_that_lists_all_does_not_answer_another_one_is_asked() -> None:
+    """Its list is better than none."""
+    fleet = differing(a=("cheap", "dear"), b=("cheap",))
+    upstreams = Upstreams(b=ConnectFailed("no"))
+    assert (await listed(upstreams, fleet))[0] == ["cheap", "dear", "free-1"]
+    upstreams = Upstreams(a=ConnectFailed("no"))
+    assert (await listed(upstreams, fleet))[0] == ["cheap", "free-1"]
+
+
 @pytest.mark.parametrize("failure", FAILURES)
 async def test_of_different_lists_one_that_does_not_come_hides_only_its_own_models(failure) -> None:
     """The others' are shown as soon as its time is over."""

@@ -88,6 +88,7 @@ def test_an_event_whose_last_line_has_no_end_is_read() -> None:
     assert judge(CHUNK[:-2], Endpoint.CHAT, complete=True) is Opening.STREAM
     assert judge(b"data: [DONE]", Endpoint.CHAT, complete=True) is Opening.NO_TOKENS
     assert judge(NO_TOKENS + b": busy\n\n", Endpoint.CHAT, complete=True) is Opening.NO_TOKENS
+    assert judge(NO_TOKENS + CHUNK[:-2], Endpoint.CHAT, complete=True) is Opening.STREAM
     assert judge(b'data: {"error": {"message": "m"}}', Endpoint.CHAT, complete=True) is Opening.ERROR
 
 

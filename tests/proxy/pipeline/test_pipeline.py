@@ -295,6 +295,7 @@ async def test_a_context_is_inserted_before_the_prompt_is_hashed(named: bool, ex
     await ran(phases, exchange("POST", "/v1/chat/completions", CHAT))
     assert (phases.steps[1:3] == ["contexts.expand", "check_inserted"]) is expands
     assert ("check_inserted" in phases.steps) is expands
+    assert phases.slept == []
 
 
 async def test_an_object_that_a_context_names_may_be_announced_a_moment_later() -> None:

@@ -198,6 +198,15 @@ def test_bodies_are_read_where_a_rule_depends_on_them() -> None:
     assert ROUTES.route("POST", "/v1/batches").must_read(Tenant("t"))
     for path in ("/v1/models", "/v1/models/m"):
         assert not ROUTES.route("GET", path).reads_body
+    wide = Routes(allowed_paths=("/v1/*",))
+    for method, path, reads in (
+        ("POST", "/v1/fine_tuning/jobs", True),
+        ("GET", "/v1/files", False),
+        ("GET", "/v1/files/x", False),
+        ("POST", "/v1/containers/x/files", True),
+    ):
+        opened = wide.route(method, path)
+        assert (opened.access, opened.reads_body) == (Access.CONFIGURED, reads), path
 
 
 def test_liveness_is_asked_by_get_and_head_of_a_few_paths() -> None:

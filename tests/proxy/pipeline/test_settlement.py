@@ -246,7 +246,13 @@ def test_impossible_counts_are_no_savings_and_teach_nothing(cached: int, placed:
 
 @pytest.mark.parametrize(
     ("tokens", "cached", "lesson"),
-    [(0, None, None), (0, 0, None), (1_900, None, None), (1_900, 0, (1_900, 0, 30))],
+    [
+        (0, None, None),
+        (0, 0, None),
+        (1, 0, (1, 0, 30)),
+        (1_900, None, None),
+        (1_900, 0, (1_900, 0, 30)),
+    ],
 )
 def test_counts_of_a_part_of_the_prompt_teach_nothing_about_it(
     tokens: int, cached: int | None, lesson: tuple[int, int, int] | None
