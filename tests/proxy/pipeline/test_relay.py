@@ -232,6 +232,25 @@ async def test_an_error_behind_a_successful_status_is_counted_and_its_placement_
     assert bench.placements.done["taken back"] == (1 if kind and endpoint is Endpoint.CHAT else 0)
 
 
+@pytest.mark.parametrize(("error", "counted"), [(b"", 1), (b'data: {"error":{"message":"m"}}\n\n', 0)])
+async def test_a_stream_without_tokens_from_the_last_replica_is_passed_on_and_counted(
+    error: bytes, counted: int
+) -> None:
+    """Once: an error that follows is counted as such."""
+    bench = Bench(max_retries=0)
+    made = upstream(bench, sse=True, body=None)
+    made.send(DONE)
+    exchange = bench.exchange(stream=True)
+    task = bench.start(exchange)
+    await turns()
+    if error:
+        made.send(error)
+    made.end()
+    client = await task
+    assert (client.status, client.body, exchange.ending) == (200, DONE + error, Ending.UPSTREAM_ERROR)
+    assert bench.recorder.counter(HIDDEN_ERRORS, ("r0", "empty")).value == counted
+
+
 # -- failures before anything reached the client
 
 

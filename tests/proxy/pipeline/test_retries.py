@@ -17,10 +17,12 @@ from proxy.errors import (
     UpstreamError,
 )
 from proxy.pipeline.retries import (
+    REFUSALS_AT_MOST,
     AttemptFailure,
     FailureKind,
     RetryBudget,
     may_repeat,
+    may_try_again,
     next_candidate,
     of_error,
     shows_the_replica_fails,
@@ -82,6 +84,29 @@ def test_a_replica_alone_is_tried_again_once_if_its_connection_died() -> None:
     assert next_candidate([died], alone, [False]) is alone[0]
     assert next_candidate([died, died], alone, [True]) is None
     assert next_candidate([failed(0)], alone, [True]) is None
+
+
+@pytest.mark.parametrize(
+    ("failures", "refusals", "max_retries", "again"),
+    [
+        (1, 0, 0, False),
+        (1, 0, 1, True),
+        (2, 0, 1, False),
+        (2, 0, 2, True),
+        (3, 0, 2, False),
+        (0, 1, 0, False),
+        (0, REFUSALS_AT_MOST - 1, 1, True),
+        (0, REFUSALS_AT_MOST, 1, False),
+        (1, REFUSALS_AT_MOST - 1, 1, True),
+        (2, 1, 1, False),
+    ],
+)
+def test_failures_are_bounded_by_the_retries_and_refusals_by_their_own_number(
+    failures: int, refusals: int, max_retries: int, again: bool
+) -> None:
+    """Neither counts as the other; where nothing may be tried again, refusals may not either."""
+    lacks = AttemptFailure(1, "r1", FailureKind.LACKS, "model_not_found")
+    assert may_try_again([failed(0)] * failures + [lacks] * refusals, max_retries) is again
 
 
 def test_a_success_elsewhere_proves_nothing_about_a_429_or_a_connection_that_was_not_made() -> None:
