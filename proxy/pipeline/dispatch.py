@@ -396,7 +396,10 @@ class Dispatcher:
         body = response.peek()
         encoding = content_encoding(response.headers)
         if encoding:
-            body = ResponseDecoder(encoding, REFUSALS_AT_MOST_BYTES).feed(body)
+            decoder = ResponseDecoder(encoding, REFUSALS_AT_MOST_BYTES)
+            body = decoder.feed(body)
+            if not decoder.alive:
+                return None  # it would look like an empty one
         return read_refusal(response.status, body, exchange.model)
 
     # -- the request

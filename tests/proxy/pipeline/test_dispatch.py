@@ -710,6 +710,47 @@ async def test_a_refusal_is_read_when_all_of_it_has_come_unless_it_is_long(
     assert (await task).status == (200 if is_read else 404)
 
 
+async def test_a_refusal_of_just_the_longest_size_is_waited_for() -> None:
+    body = msgspec.json.encode({"error": {"message": NO_MODEL}})
+    bench = Bench()
+    longest = Upstream(bench.clock, 404)
+    bench.client.script += [longest, ok(bench)]
+    task = bench.start(bench.exchange())
+    longest.send(body.ljust(REFUSALS_AT_MOST_BYTES))
+    await turns()
+    assert bench.downstream.status == 0
+    longest.end()
+    assert (await task).status == 200
+
+
+@pytest.mark.parametrize(
+    ("coding", "body"),
+    [
+        (b"gzip", gzip.compress(NO_MODEL.encode().ljust(REFUSALS_AT_MOST_BYTES + 1))),
+        (b"gzip", NO_MODEL.encode()),
+        (b"unknown", NO_MODEL.encode()),
+    ],
+)
+async def test_a_refusal_that_cannot_be_decompressed_or_is_too_long_then_is_passed_on(
+    coding: bytes, body: bytes
+) -> None:
+    """It is not taken for the empty one of a framework that has no such path."""
+    bench = Bench()
+    bench.client.script.append(Upstream(bench.clock, 404, ((b"content-encoding", coding),), body))
+    exchange = bench.exchange()
+    client = await bench.run(exchange)
+    assert (client.status, client.body) == (404, body)
+    assert not any(bench.fleet.models.is_refused(POOL, exchange.need(each)) for each in KINDS)
+
+
+async def test_a_page_with_a_redirect_is_tried_elsewhere_for_its_status() -> None:
+    """It is no successful status behind which there is a page."""
+    bench = Bench()
+    bench.client.script += [Upstream(bench.clock, 300, (), b"<html>Sign in</html>"), ok(bench)]
+    client = await bench.run(bench.exchange())
+    assert (client.status, client.headers[b"x-cairn-tried"]) == (200, b"r0;300")
+
+
 async def test_a_refusal_that_does_not_end_is_passed_on_after_a_short_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "REFUSAL_SECONDS", 0.01)
     bench = Bench()

@@ -125,6 +125,17 @@ def test_a_plain_body_that_is_an_error_is_told_from_an_answer(
     assert judge_plain(body, endpoint) is opening
 
 
+def test_only_a_body_that_is_short_enough_is_examined_for_an_error() -> None:
+    """64 KiB if it names one, and one KiB if it has nothing of an answer; keep-alives behind usage of 8 KiB."""
+    for name, most, opening in (("error", 64 * 1024, Opening.PLAIN), ("detail", 1024, Opening.PLAIN)):
+        body = b'{"%b":"m"}' % name.encode()
+        assert judge_plain(body.ljust(most), Endpoint.CHAT) is Opening.ERROR_BODY
+        assert judge_plain(body.ljust(most + 1), Endpoint.CHAT) is opening
+    for size, opening in ((8 * 1024, Opening.NO_TOKENS), (8 * 1024 + 1, Opening.STREAM)):
+        aside = b":" + b"x" * (size - 3) + b"\n\n"
+        assert judge(NO_TOKENS + aside, Endpoint.CHAT, complete=True) is opening
+
+
 def test_an_event_that_is_too_long_is_no_error_and_is_not_waited_for() -> None:
     assert judge(b"data: {" + b"x" * 70_000, Endpoint.CHAT, complete=False) is Opening.STREAM
 

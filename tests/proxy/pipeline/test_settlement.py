@@ -252,6 +252,7 @@ def test_impossible_counts_are_no_savings_and_teach_nothing(cached: int, placed:
         (1, 0, (1, 0, 30)),
         (1_900, None, None),
         (1_900, 0, (1_900, 0, 30)),
+        (2_000, None, (2_000, None, 30)),
     ],
 )
 def test_counts_of_a_part_of_the_prompt_teach_nothing_about_it(
