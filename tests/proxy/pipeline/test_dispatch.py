@@ -730,6 +730,7 @@ async def test_a_refusal_of_just_the_longest_size_is_waited_for() -> None:
         (b"gzip", NO_MODEL.encode()),
         (b"unknown", NO_MODEL.encode()),
     ],
+    ids=["too long", "broken", "unknown"],
 )
 async def test_a_refusal_that_cannot_be_decompressed_or_is_too_long_then_is_passed_on(
     coding: bytes, body: bytes

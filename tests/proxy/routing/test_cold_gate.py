@@ -15,6 +15,7 @@ from proxy.routing.cold_admission import REST_SECONDS, SPARING_ROUNDS, TurnKind
 from proxy.routing.cold_gate import ColdGate, Pass
 from proxy.routing.cold_pressure import CROWDED_SECONDS, RESTING_SECONDS, ColdPressure
 from proxy.routing.cold_turn import GateLimits, Turn
+from proxy.routing.cold_wait import SENDS, pool_of
 from proxy.routing.fair_shares import QUANTUM_TOKENS, Priority, TenantShares
 from proxy.tasks import Tasks
 from tests.support.clock import FakeClock
@@ -223,6 +224,18 @@ async def test_under_pressure_a_turn_spares_the_sessions_whose_turn_has_just_end
     await assert_goes_after(bench, turn, pace * RESTING_SECONDS)
 
 
+async def test_what_rests_is_remembered_for_as_long_as_the_pace_says():
+    """Though other answers end meanwhile, at which what rests no longer is forgotten."""
+    bench = Bench(replicas=1)
+    bench.gate.limits = GateLimits(rest_seconds=5 * REST_SECONDS)
+    served = bench.gate.served(POOL)
+    for end in (2, 3):
+        served.note([10 * end, end], 0, 1_000.0, 0.0, bench.clock.monotonic())
+        bench.gate.ended(POOL, end, 0)
+        bench.clock.advance(2 * RESTING_SECONDS)
+    assert served.resting_tokens(0, bench.clock.monotonic(), 5 * RESTING_SECONDS) == 2_000.0
+
+
 async def test_a_turn_spares_nobody_once_all_prompts_could_have_been_computed():
     """Two sessions of 30,000 tokens take one replica 6 s: without the gate turns would wait for about that long."""
     bench = Bench(replicas=1)
@@ -422,6 +435,31 @@ async def test_a_session_that_was_told_to_come_back_may_do_so_at_another_worker(
         each.cancel()
 
 
+async def test_a_refusal_is_told_to_other_workers_several_times():
+    """A lost message does no harm; then there is nothing to tell."""
+    bench = Bench(1)
+    bench.gate.limits = GateLimits(max_wait_seconds=5.0)
+    bench.fleet.pending[0] = 1e6
+    before = bench.begin()
+    await settle()
+    while bench.gate.rows():
+        pass
+    refused = bench.turn(known_tokens=0.0, prompt_end=9)
+    with pytest.raises(RateLimited):
+        await bench.gate.wait(refused, bench.verdict(refused))
+    assert [len(bench.gate.rows()) for _ in range(SENDS + 1)] == [1] * SENDS + [0]
+    before.cancel()
+
+
+def test_only_rows_of_refusals_name_a_pool():
+    """Messages about work have rows of replicas and tenants too."""
+    assert [pool_of(row) for row in ("replica-1", "\0tenant:a", "\0ticket:pool\x001f\0tenant")] == [
+        None,
+        None,
+        "pool",
+    ]
+
+
 async def test_the_memory_of_waiting_bodies_is_bounded():
     """One more is refused, whoever it is."""
     bench = Bench(1)
@@ -541,6 +579,17 @@ async def test_a_turn_whose_floor_is_due_has_the_place_of_those_that_it_goes_bef
         turn.cancel()
 
 
+async def test_a_turn_has_its_own_place_if_all_of_a_higher_priority_have_their_part():
+    """In other workers or in this one: they go neither before it nor here."""
+    bench = Bench(2, alone=False)
+    bench.claims.with_their_part.add("a")
+    urgent, turn = bench.begin(tenant="a", priority=Priority.HIGH), bench.begin(tenant="b")
+    await settle()
+    assert [(each["tenant"], each["order"][0]) for each in bench.claims.asked[-2:]] == [("a", "0"), ("b", "1")]
+    urgent.cancel()
+    turn.cancel()
+
+
 async def test_places_sort_by_priority_and_then_by_age():
     """As texts, since that is what Redis compares."""
     bench = Bench(1, alone=False)
@@ -604,6 +653,38 @@ async def test_a_claim_says_which_replicas_are_busy_and_for_how_long_it_may_last
         assert about["claim_seconds"] == pytest.approx(3 * (1e6 + 90_000.0) / 10_000.0 + pace * 30.0)
         waiting.cancel()
         await settle()
+
+
+async def test_a_replica_is_busy_by_the_limit_of_what_counts_as_quiet():
+    """Which is a setting."""
+    for quiet_seconds, busy in ((0.5, ["replica-0"]), (50.0, [])):
+        bench = Bench(1, alone=False)
+        bench.gate.limits = GateLimits(quiet_seconds=quiet_seconds)
+        bench.fleet.pending[0] = 10_000.0
+        waiting = bench.begin()
+        await settle()
+        bench.clock.advance(REST_SECONDS)
+        bench.gate.changed()
+        await settle()
+        assert (bench.claims.asked[-1]["replicas"], list(bench.claims.asked[-1]["busy"])) == (["replica-0"], busy)
+        waiting.cancel()
+        await settle()
+
+
+async def test_a_pass_that_is_over_is_released_though_no_turn_waits_and_much_has_happened_since():
+    """The replica is claimed for all workers until then."""
+    bench = Bench(1, alone=False)
+    bench.claims.answer = "replica-0"
+    turn = bench.begin()
+    await settle()
+    is_over = False
+    turn.result().is_over = lambda: is_over
+    for _ in range(3):
+        bench.gate.changed()
+    assert not bench.claims.released
+    is_over = True
+    bench.gate.changed()
+    assert bench.claims.released == ["replica-0"]
 
 
 async def test_a_pass_ends_by_itself_after_three_times_its_prefill_and_half_a_minute():

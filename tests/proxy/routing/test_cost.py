@@ -171,6 +171,13 @@ def test_rates_that_differ_by_noise_are_a_tie():
     assert {chosen(dataclasses.replace(LONG, tie_hash=h), NOTHING, views) for h in range(50)} == {0, 1}
 
 
+def test_replicas_that_hold_the_same_part_tie_whatever_its_length():
+    """The idle one is chosen, although it is the second."""
+    held = Match({0: held_part(30_000, 7_500.0), 1: held_part(30_000, 7_500.0)})
+    views = [view(0, in_flight=1, in_flight_seconds=0.0), view(1, in_flight_seconds=0.0)]
+    assert {chosen(dataclasses.replace(LONG, tie_hash=h), held, views) for h in range(20)} == {1}
+
+
 def test_mixed_hardware_is_priced_by_its_own_rate():
     """A cold prompt goes to the fast one, until its queue takes longer than the slow one's prefill."""
     slow, fast = view(0, rate_tokens_per_second=2_000.0), view(1, rate_tokens_per_second=16_000.0)

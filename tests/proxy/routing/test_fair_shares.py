@@ -206,6 +206,47 @@ def test_what_goes_before_a_request_depends_on_the_weights_of_both_tenants():
     assert shares.most_before("other", "own", 2 * QUANTUM_TOKENS) == 8 * QUANTUM_TOKENS
 
 
+def test_a_tenant_begins_where_it_is_if_it_waits_and_else_no_lower_than_the_point_reached():
+    """What goes before it depends on that; who is a round behind goes first with as much as that."""
+    shares = TenantShares()
+    shares.serve("slow", QUANTUM_TOKENS, contended=True)
+    shares.serve("fast", 5 * QUANTUM_TOKENS, contended=True)
+    shares.serve("fast", QUANTUM_TOKENS, contended=True)  # the point reached is that of the last begin: five rounds
+    assert shares.most_before("fast", "slow", 0.0) == 0.0
+    assert shares.most_before("new", "slow", 0.0) == QUANTUM_TOKENS
+    shares.waits("slow", 1)
+    assert shares.most_before("new", "slow", 0.0) == 0.0
+    assert shares.most_before("slow", "new", 0.0) == 5 * QUANTUM_TOKENS
+
+
+def test_a_row_that_is_repeated_adds_nothing_though_its_process_has_learned_of_more():
+    """The others tell that themselves."""
+    here = TenantShares()
+    for total in (QUANTUM_TOKENS, QUANTUM_TOKENS, 9 * QUANTUM_TOKENS):
+        here.absorb("there", {"\0tenant:a": (QUANTUM_TOKENS, total, 0.0)}, 0.0)
+    assert here.most_before("a", "b", 0.0) == 0.0
+    assert here.round_of("a") == 1
+
+
+def test_what_another_process_did_for_a_tenant_leaves_the_weight_that_is_known_here():
+    """It is unknown only where no request of the tenant came."""
+    here = TenantShares()
+    here.seen("a", 4.0, 0.0)
+    here.absorb("there", {f"\0tenant:{tenant}": (1.0, 1.0, 0.0) for tenant in "ab"}, 0.0)
+    assert here.most_before("a", "b", 0.0) == pytest.approx(4 * QUANTUM_TOKENS)
+    assert here.share_of("b", 0.0) == pytest.approx(0.2)
+
+
+def test_a_process_of_which_nothing_is_known_can_be_forgotten():
+    """And tenants that some processes never served, once there are too many."""
+    here = TenantShares()
+    here.forget("unknown")
+    here.absorb("there", {"\0tenant:x": (1.0, 1.0, 0.0)}, 0.0)
+    for number in range(2 * MAX_TENANTS):
+        here.serve(str(number), 1.0)
+    assert len(here._tenants) == MAX_TENANTS  # noqa: SLF001 - internal state that no public name shows
+
+
 def test_rows_may_be_lost_repeated_and_come_again():
     """They are cumulative: the newest alone counts, and a repeated one changes nothing."""
     there, lossy, exact = TenantShares(), TenantShares(), TenantShares()
