@@ -59,6 +59,7 @@ def test_equal_lists_and_none_at_all_cost_nothing() -> None:
         (lambda: listing("base", is_whole=False), set()),
         (lambda: listing("base", "LORA:latest"), set()),
         (lambda: listing("base", "lo*"), set()),
+        (lambda: listing("base", "no*"), {1}),
         (lambda: entries({"id": "base", "owned_by": "vllm", "aliases": ["lora"]}), set()),
         (listing, set()),
         (lambda: None, set()),
@@ -76,6 +77,93 @@ def test_an_adapter_is_lacking_wherever_a_list_does_not_show_it() -> None:
     one = entries({"id": "lora", "owned_by": "sglang", "parent": "base"})
     assert lacking(served(one, listing("base", owner="sglang"))) == {1}
     assert lacking(served(one, None)) == set()
+
+
+def test_an_entry_with_aliases_has_its_own_name_too() -> None:
+    """And each of them."""
+    both = entries({"id": "base", "owned_by": "vllm", "aliases": ["lora", 7, "other"]})
+    models = served(listing("base", "lora", "other", "more"), both)
+    assert [lacking(models, ("", name, "")) for name in ("base", "lora", "other", "more")] == [
+        set(),
+        set(),
+        set(),
+        {1},
+    ]
+
+
+def test_a_list_that_is_gone_proves_nothing_and_leaves_those_of_others() -> None:
+    """It cannot be read any more, or its replica has left; one that has none may leave too."""
+    for leaves in (False, True):
+        models = served(listing("base", "lora"), listing("base"), listing("base"), None)
+        if leaves:
+            models.forget("p", 1)
+        else:
+            models.listed("p", 1, None)
+        assert models.lacking("p", (LORA,), range(4), 0.0) == {2}
+        models.listed("p", 3, None)
+        models.forget("p", 3)
+        assert models.lacking("p", (LORA,), range(4), 0.0) == {2}
+
+
+def test_the_kind_of_a_request_says_nothing_of_the_model() -> None:
+    """Neither if it is served nor if it is lacking; nor does a request without a model."""
+    models = served(listing("base", "lora"), listing("base"))
+    for need in (("", "lora", "tools"), ("", "", "")):
+        models.served("p", 1, [need])
+        assert lacking(models, need) == set()
+        assert lacking(models) == {1}
+
+
+def test_what_a_replica_served_while_it_listed_it_is_not_held_to_be_there_for_ever() -> None:
+    """It may be unloaded."""
+    models = served(listing("base", "lora"), listing("base"))
+    models.served("p", 0, [LORA])
+    models.listed("p", 0, listing("base"))
+    models.listed("p", 1, listing("base", "lora"))
+    assert lacking(models) == {0}
+
+
+def test_a_server_that_has_served_one_name_without_listing_it_may_have_others() -> None:
+    """Whatever its software usually does."""
+    models = served(listing("base", "lora", "other"), listing("base"))
+    assert lacking(models, ("", "other", "")) == {1}
+    models.served("p", 1, [LORA])
+    assert lacking(models, ("", "other", "")) == set()
+
+
+def test_if_all_that_list_a_model_have_refused_it_those_that_do_not_are_asked() -> None:
+    """The lists may be old."""
+    models = served(listing("base", "lora"), listing("base"))
+    models.refused("p", 0, LORA, 0.0)
+    assert lacking(models) == {0}
+
+
+def test_those_that_lack_any_of_a_request_s_needs_are_left_out() -> None:
+    """As long as one is left."""
+    models, media = served(None, None, None), ("", "lora", "media")
+    models.refused("p", 1, LORA, 0.0)
+    models.refused("p", 2, media, 0.0)
+    assert models.lacking("p", (LORA, media), range(3), 0.0) == {1, 2}
+
+
+def test_as_few_replicas_as_list_all_models_are_found() -> None:
+    """The first of those with equal lists, and none whose list is part of another."""
+    lists = [listing("a", "b"), listing("a"), listing("c"), listing("b", "a"), None]
+    models = served(*lists)
+    assert models.listing_all("p", [4, 3, 2, 1, 0]) == [3, 2]
+    assert models.listing_all("p", [1, 4]) == [1]
+    assert models.listing_all("other", [1]) == []
+    assert models.lists_differ("p")
+    assert not models.lists_differ("other")
+
+
+def test_lists_differ_by_the_names_in_them_only() -> None:
+    """How long prompts may be does not change the list that a client gets."""
+    assert not served(listing("a"), listing("a")).lists_differ("p")
+    models = served(listing("a", max_model_len=9), listing("a", max_model_len=8))
+    assert models.is_uneven("p")
+    assert not models.lists_differ("p")
+    assert served(listing("a"), listing("a", "b")).lists_differ("p")
 
 
 def test_a_server_is_believed_by_its_last_answer() -> None:
@@ -159,11 +247,23 @@ def test_names_that_clients_choose_take_bounded_memory() -> None:
     assert not models.is_refused("p", ("", "m0", ""))
     assert models.is_refused("p", ("", f"m{number}", ""))
     assert lacking(models) == {1}
+    assert len(models._refused["p"]) == REFUSALS_AT_MOST  # noqa: SLF001 - nothing else shows what is kept
+    assert len(models._holders) <= MODELS_AT_MOST  # noqa: SLF001
+    unlisted = served(listing("base", "lora"), listing("base", owner="x"))
+    for number in range(REFUSALS_AT_MOST + 1):
+        assert len(unlisted._also.get(1, ())) == number  # noqa: SLF001
+        unlisted.served("p", 1, [("", f"m{number}", "")])
+    assert unlisted._also[1] == {f"m{number}"}  # noqa: SLF001
 
 
 def test_rooms_are_told_only_if_they_differ() -> None:
     """A prompt fits everywhere or nowhere otherwise."""
     assert served(listing("base", max_model_len=9), listing("base", max_model_len=9)).rooms("p", "base") == {}
+    equal = served(listing("base", max_model_len=9), listing("base", "lora", max_model_len=9))
+    assert equal.rooms("p", "base") == {}
+    for nonsense in (0, -1, "8", None):
+        assert served(listing("a", max_model_len=nonsense), listing("a", max_model_len=9)).rooms("p", "a") == {}
+    assert served(listing("a", max_model_len=1), listing("a", max_model_len=9)).rooms("p", "a") == {0: 1, 1: 9}
     models = served(listing("base", max_model_len=9), listing("base", max_model_len=8), listing("base"))
     assert models.rooms("p", "base") == {0: 9, 1: 8}
     assert models.rooms("p", "other") == {}
