@@ -54,6 +54,7 @@ USAGE_TEXT = b'{"prompt_tokens":1,"completion_tokens":2}'
         (MESSAGES, b'{"type":"x","error":{"type":"overloaded_error"}}', EventRead(error=True)),
         (MESSAGES, b'{"type":"message_start","message":{"usage":%b}}' % USAGE_TEXT, EventRead(usage=USAGE)),
         (MESSAGES, b'{"type":"message_delta","usage":%b}' % USAGE_TEXT, EventRead(usage=USAGE)),
+        (MESSAGES, b'{"type":"x","usage":%b,"message":{"usage":{}}}' % USAGE_TEXT, EventRead(usage=USAGE)),
     ],
 )
 def test_an_event_reports_this_and_nothing_else(endpoint: Endpoint, payload: bytes, read: EventRead) -> None:

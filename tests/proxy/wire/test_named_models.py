@@ -11,6 +11,7 @@ from proxy.wire.named_models import (
     batch_file_models,
     batch_request_models,
     further_models,
+    hides_names,
     is_batch_input,
     model_of,
     query_models,
@@ -113,6 +114,23 @@ def test_the_fields_of_a_form_that_name_models_are_all_read() -> None:
     assert further_models(form(("Model", b"\xff")), FORM) is None
     assert further_models(b"x", JSON) is None
     assert further_models(b"x", FORM) is None
+
+
+@pytest.mark.parametrize(
+    ("content_type", "hides"),
+    [
+        (b"", False),
+        (JSON, False),
+        (b"application/json; charset=utf-8", False),
+        (b'application/json;Charset = "UTF8"', False),
+        (b"application/json; charset=ISO-8859-1", False),
+        (b"application/json; charset=utf-7", True),
+        (b"application/json; charset='UTF-16'", True),
+    ],
+)
+def test_a_charset_in_which_ascii_means_something_else_may_hide_names(content_type: bytes, hides: bool) -> None:
+    """It is named in any letter case, with quotes or without."""
+    assert hides_names(content_type) is hides
 
 
 def test_a_query_may_name_models() -> None:

@@ -28,6 +28,14 @@ def found(body: object, *members: str) -> Set[Reference] | None:
         ({"input_file_id": "file-1"}, {FILE}),
         ({"data_source": {"source": {"type": "file_id", "id": "file-1"}}}, {FILE}),
         ({"data_source": {"source": {"type": "file_content", "id": "file-1"}, "file_id": 7}}, set()),
+        (
+            {"input": [{"image_url": "ms://file-2"}, {"file_id": "file-3"}, {"type": "file_id", "id": "file-1"}]},
+            {FILE, Reference("files", "file-2"), Reference("files", "file-3")},
+        ),
+        (
+            {"input": [{"type": "file_id", "id": "file-1"}, {"image_url": "ms://file-2"}, {"file_id": "file-3"}]},
+            {FILE, Reference("files", "file-2"), Reference("files", "file-3")},
+        ),
         ({"messages": [{"content": 'the text "file_id": "file-1" is no key'}]}, set()),
         ({"messages": [{"content": "file_id"}], "file_id": 7}, set()),
         ({"messages": [{"content": "plain \u00e9"}]}, set()),
@@ -209,6 +217,8 @@ def test_letter_case_does_not_hide_a_member_of_the_outermost_object(body, expect
         (b'{"type":"message","id":"a","Type":"item_reference"}', {"a"}),
         (b'{"type":"item_reference","id":"a","Type":"message","Id":"b"}', {"a", "b"}),
         (b'{"type":"message","id":"a","call":{"ID":"b"}}', set()),
+        (b'{"type":"reasoning","id":"a","content":[ \n]}', {"a"}),
+        (b'{"type":"reasoning","id":"a","content":"X"}', set()),
     ],
 )
 def test_an_item_refers_to_every_id_that_some_server_would_read_in_it(item: bytes, expected: set[str]) -> None:

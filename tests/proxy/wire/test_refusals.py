@@ -196,6 +196,7 @@ ABOUT_THE_REQUEST = [
     (400, openai("'messages' is a required property")),
     (422, {"detail": [{"msg": "Field required", "input": "The model `m-1` does not exist."}]}),
     (429, openai("Rate limit reached for m-1", code="rate_limit_exceeded")),
+    (429, openai("Too many requests with tools: the model does not support tools in parallel")),
     (500, openai("Internal Server Error")),
     (413, openai("Request Entity Too Large")),
 ]
@@ -210,6 +211,21 @@ def test_what_every_replica_would_say_is_no_reason_to_ask_another(status: int, b
 def test_without_a_model_nothing_is_said_about_one() -> None:
     """The upstream may have a default."""
     assert read_refusal(404, json.dumps(openai("The model `` does not exist.")).encode(), None) is None
+    for code, refusal in (("model_not_found", None), ("insufficient_quota", Refusal.QUOTA)):
+        assert read_refusal(400, json.dumps(openai("no", code=code)).encode(), None) is refusal
+
+
+def test_the_name_of_the_model_may_be_in_another_letter_case() -> None:
+    """As some servers compare it."""
+    body = json.dumps(openai("The model `M-1` does not exist.")).encode()
+    assert read_refusal(404, body, "m-1") is Refusal.MODEL
+    assert read_refusal(404, body, "m-2") is None
+
+
+def test_the_message_of_a_framework_may_end_with_a_full_stop() -> None:
+    for text in ("Not Found.", " not found\n", "Route not found"):
+        assert read_refusal(404, json.dumps({"detail": text}).encode(), "m-1") is Refusal.ENDPOINT
+    assert read_refusal(404, json.dumps({"detail": ".Not Found"}).encode(), "m-1") is None
 
 
 @pytest.mark.parametrize(

@@ -382,6 +382,38 @@ def test_marks_beside_each_other_are_left_out_with_one_comma_each(members):
     assert json.loads(bytes(span)) == user([{"text": "a"}, {"text": "b"}])
 
 
+@pytest.mark.parametrize("white", ["", " ", "  ", "\n\t "])
+def test_a_mark_is_left_out_with_the_white_space_on_both_sides_of_its_comma(white: str) -> None:
+    """So that a client which writes JSON otherwise has the same key with and without the mark."""
+    mark = f'"cache_control"{white}:{white}null'
+    for members in (f'"text":"a"{white},{white}{mark}', f'{mark}{white},{white}"text":"a"'):
+        body = b'{"model":"m","messages":[{"role":"user","content":[{%b}]}]}' % members.encode()
+        [span] = keyed_spans(read(body, Endpoint.CHAT), PLAIN)
+        assert bytes(span) == b'{"role":"user","content":[{"text":"a"}]}'
+
+
+MARK, BREAKPOINT = '"cache_control":null', '"prompt_cache_breakpoint":null'
+
+
+@pytest.mark.parametrize("after", ["", "x" * 200])
+@pytest.mark.parametrize(
+    ("marks", "spans", "left"),
+    [
+        ([MARK] * 300, 3, 900 - 512),
+        ([BREAKPOINT] * 300, 3, 900 - 512),
+        ([MARK] * 512, 1, 0),
+        ([MARK] * 513, 1, 1),
+        ([MARK] * 200 + [BREAKPOINT] * 200, 2, 800 - 400 - 2 * 112),
+    ],
+)
+def test_so_many_marks_are_left_out_and_no_more(marks: list[str], spans: int, left: int, after: str) -> None:
+    """Over all messages, whether they are near the end of a message or not."""
+    span = b'{"content":[{%b,"text":"%b"}]}' % (",".join(marks).encode(), after.encode())
+    prompt = dataclasses.replace(prompt_of([user("q")]), spans=(span,) * spans, cache_marks=1 << 20)
+    texts_left = b"".join([bytes(each) for each in keyed_spans(prompt, PLAIN)]).decode()
+    assert texts_left.count(MARK) + texts_left.count(BREAKPOINT) == left
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -273,6 +273,10 @@ def test_an_answer_that_is_an_error_or_no_json_is_told() -> None:
     """A status of 200 does not make it a success."""
     assert read_response((GOLDEN / "error_with_status_200.json").read_bytes(), Endpoint.CHAT).error_seen
     assert read_response(b"<html>", Endpoint.CHAT).error_seen
+    usage = b'"usage":{"prompt_tokens":9,"completion_tokens":1}'
+    assert read_response(b'{"choices":[{"finish_reason":"error"}],%b}' % usage, Endpoint.CHAT).error_seen
+    assert not read_response(b'{"choices":[{"finish_reason":"stop"}],%b}' % usage, Endpoint.CHAT).error_seen
+    assert not read_response(b'{"message":"m",%b}' % usage, Endpoint.CHAT).error_seen
     assert read_response(b"", Endpoint.CHAT).error_seen
     assert not read_response((GOLDEN / "openai_responses.json").read_bytes(), Endpoint.RESPONSES).error_seen
 
