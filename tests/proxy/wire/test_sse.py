@@ -77,6 +77,12 @@ def test_the_last_events_are_read_whole_whatever_their_lines_end_with(end: bytes
     assert (tap.finished, tap.usage) == (True, Usage(5))
 
 
+@pytest.mark.parametrize("last", [b"data: [DONE]", b": a\ndata: [DONE]", b":\ndata: [DONE]\n"])
+def test_a_last_event_without_its_end_is_read(last: bytes) -> None:
+    """Also behind a comment in it."""
+    assert relay([TOKEN, last])[0].finished
+
+
 def test_only_the_responses_api_tells_the_model() -> None:
     """As it was routed: other streams have none."""
     created = b'data: {"type":"response.created","response":{"model":"m"}}\n\n'

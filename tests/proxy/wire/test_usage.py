@@ -173,6 +173,24 @@ def test_a_gateway_passes_anthropics_counts_on_under_openais_names(fresh: int, c
     assert normal(usage) == Usage(fresh + cached + written, 50, cached, written)
 
 
+@pytest.mark.parametrize(
+    ("name", "counts"), [("cache_read_input_tokens", (900, 0)), ("cache_creation_input_tokens", (None, 900))]
+)
+def test_either_of_anthropics_names_shows_that_the_prompt_excludes_it(
+    name: str, counts: tuple[int | None, int]
+) -> None:
+    """Although the rest is longer; without either it would be thinking."""
+    usage = {"prompt_tokens": 5_000, "completion_tokens": 50, "total_tokens": 5_950}
+    assert normal(usage | {name: 900}) == Usage(5_900, 50, *counts)
+
+
+def test_writes_are_read_by_litellms_name_alone_too() -> None:
+    """In the details of the prompt."""
+    details = {"cached_tokens": 60, "cache_creation_tokens": 30}
+    usage = {"prompt_tokens": 100, "completion_tokens": 7, "prompt_tokens_details": details}
+    assert normal(usage) == Usage(100, 7, 60, 30)
+
+
 @pytest.mark.parametrize(("total", "expected"), [(1_950, 50), (1_050, 50), (1_057, 57)])
 def test_a_prompt_that_includes_what_was_cached_stays_as_it_is(total: int, expected: int) -> None:
     """Also if the total counts that part twice; thinking is still found."""
