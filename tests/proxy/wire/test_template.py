@@ -593,6 +593,30 @@ def stored(tools, messages, rest, facts):
     return [bytes(span) for span in alone], [bytes(span) for span in whole]
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        b'{"role":"user","content":[{"type":"text","text":"a","cache_control":{"type":"ephemeral"}}]}',
+        b'{"role":"user","content":[{"type":"text","text":"a","prompt_cache_breakpoint":{"mode":"explicit"}}]}',
+        b'{"role":"user","content":[{"type":"text","text":"a"}]}',
+        b'{"role":"user","id":"msg_1","content":"a"}',
+    ],
+)
+def test_what_is_no_part_of_the_key_is_left_out_of_a_stored_context_whatever_the_body_has(message: bytes):
+    """The body that names the context has neither its marks nor its lists nor its ids."""
+    plain = b'{"role":"user","id":,"content":"a"}' if b"msg_1" in message else b'{"role":"user","content":"a"}'
+    prompt = prompt_of([user("q")])
+    assert bytes(keyed_stored(prompt, b"", [message], prompt.spans, PLAIN)[0]) == plain
+
+
+def test_a_stored_context_that_begins_with_a_user_has_no_system_prompt():
+    """Its tools come first where they come behind the system prompt."""
+    prompt, message = prompt_of([user("q")]), b'{"role":"user","content":"a"}'
+    facts = TemplateFacts(order=ToolOrder.SYSTEM_FIRST)
+    spans = [bytes(span) for span in keyed_stored(prompt, b"[1]", [message], prompt.spans, facts)]
+    assert spans[:2] == [b"[1]", message]
+
+
 @pytest.mark.parametrize("order", list(ToolOrder))
 @pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("moves", [False, True])
