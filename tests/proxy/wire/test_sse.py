@@ -100,8 +100,8 @@ def test_no_more_of_a_running_stream_is_read_than_from_its_last_token_on() -> No
         tap, _ = relay(list(chunks))
         return operations(tap.result)
 
-    assert cost(*[token] * 100) < 1.2 * cost(*[token] * 5)
-    assert cost(token, *[finish] * 100) < 1.2 * cost(token, *[finish] * 64)
+    assert cost(*[token] * 100) <= 1.2 * cost(*[token] * 5)
+    assert cost(token, *[finish] * 100) <= 1.2 * cost(token, *[finish] * 64)
 
 
 @pytest.mark.parametrize("name", STREAMS)
