@@ -614,7 +614,7 @@ async def test_a_stored_context_that_cannot_be_read_is_refused_for_what_it_may_n
     )
     await checking.check_inserted(inserting(b"", pool=OWN_KEYS, messages=TWICE))
     for pool in (SHARED, OWN_KEYS):
-        with pytest.raises(Forbidden, match="the models of this request cannot be read"):
+        with pytest.raises(Forbidden, match="those of this request cannot be read"):
             await checking.check_inserted(inserting(b'[{"model":"cheap"', LIMITED, pool))
         await checking.check_inserted(exchange("POST", "/v1/chat/completions", CHAT, LIMITED))
     await checking.check_inserted(inserting(b"", LIMITED, None, TWICE))
