@@ -449,7 +449,7 @@ class PrefixIndex:
 
         `replica_of` translates replica numbers; those that it leaves out are dropped. Until the end all operations
         use the present contents, which are then dropped. A replica that has begun a newer epoch here by then holds
-        nothing, and one with a time to live keeps it.
+        nothing. Each keeps the time to live that was set here: it is configured, and the writer's may be an old one.
         """
         tree = Tree()
         loaded: dict[int, ReplicaState] = {}
@@ -610,5 +610,3 @@ class PrefixIndex:
             self._coarse.discard(replica)
             state.budget_tokens = min(read.budget_tokens, state.bound_tokens)
             state.placed_tokens = read.placed_tokens
-            if state.ttl_seconds is None:
-                state.ttl_seconds = read.ttl_seconds

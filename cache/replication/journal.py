@@ -175,8 +175,7 @@ class Journal:
 
     def knows_budget(self, replica: int) -> bool:
         """Return whether the replica's capacity has been set or learned, here or by another worker."""
-        known = self._index.replicas().get(replica)
-        return known is not None and known.budget_tokens < UNLIMITED_TOKENS
+        return self._index.budget_tokens(replica) < UNLIMITED_TOKENS
 
     def own(self, made_id: str, replica: int) -> None:
         """Route requests for the object `made_id` to the replica that made it, in every worker."""

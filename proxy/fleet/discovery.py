@@ -16,12 +16,12 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence, Set
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
 
-from cache import PrefixIndex
+from cache import UNLIMITED_TOKENS, PrefixIndex
 from proxy.clock import Clock
 from proxy.config.credentials import credential_of, default_headers_of
 from proxy.config.schema import Config, Pool, PoolKind, Replica, ServiceUrl, Tenancy
@@ -60,7 +60,7 @@ class Listener(Protocol):
     """Something that keeps an object per replica."""
 
     def replicas_changed(self, joined: Sequence[int]) -> None:
-        """Take over the replicas in force; the numbers `joined` are new among them."""
+        """Take over the replicas in force; `joined` are those that are new or have another address or key."""
         ...
 
     def replica_forgotten(self, number: int, endpoint: ReplicaEndpoint) -> None:
@@ -82,6 +82,23 @@ class Endpoints(Protocol):
     async def close(self) -> None:
         """Close every connection."""
         ...
+
+
+class _Keeping(NamedTuple):
+    """How a replica keeps prefixes, as configured: a provider's for a time, an engine's while it has room."""
+
+    ttl_seconds: float | None
+    tokens: int | None
+
+    @classmethod
+    def of(cls, pool: Pool, replica: Replica) -> _Keeping:
+        """Return what the configuration says of a replica."""
+        is_provider = pool.kind is PoolKind.PROVIDER
+        return cls(pool.ttl_seconds if is_provider else None, None if is_provider else replica.capacity_tokens)
+
+    def has_room_of(self, other: _Keeping) -> bool:
+        """Return whether what is known of the room counts for both."""
+        return self.tokens == other.tokens and (self.ttl_seconds is None) == (other.ttl_seconds is None)
 
 
 class Discovery:
@@ -109,7 +126,7 @@ class Discovery:
         self._addresses: dict[str, tuple[str, ...]] = {}  # by URL, sorted
         self._gone: dict[int, float] = {}  # replicas that were removed, and when
         self._ranks: dict[str, int] = {}  # by the label of a replica for which none are configured
-        self._told_tokens: dict[int, int] = {}  # configured capacities, which the index gets once and then corrects
+        self._told: dict[int, _Keeping] = {}  # what the index was told of each replica
         self._listeners: list[Listener] = []
         self.pools = self._enter()
 
@@ -181,7 +198,7 @@ class Discovery:
             if number not in self._fleet or not self._fleet.forget(number):
                 continue
             del self._gone[number]
-            self._told_tokens.pop(number, None)
+            self._told.pop(number, None)
             self._index.remove(number)
             endpoint = self.pools.forget(number)
             for listener in self._listeners:
@@ -205,13 +222,14 @@ class Discovery:
 
     def _apply(self) -> None:
         before = self._fleet.members()
+        endpoints = {number: self.pools.backends[number] for number in before.values()}
         self.pools.adopt(self._enter())
         for name in before.keys() - {endpoint.name for endpoint in self._in_force()}:
             self._fleet.remove(before[name])
             self._gone.setdefault(before[name], self._clock.monotonic())
         for number in self.pools.served:
             self._gone.pop(number, None)
-        joined = [number for number in self.pools.served if self.pools.backends[number].name not in before]
+        joined = [number for number in self.pools.served if self.pools.backends[number] != endpoints.get(number)]
         for listener in self._listeners:
             listener.replicas_changed(joined)
 
@@ -228,10 +246,7 @@ class Discovery:
             )
             number = self._fleet.add(spec)
             backends[number] = _backend(pool, replica, rank, knows_clients=bool(config.clients))
-            if pool.kind is PoolKind.PROVIDER:
-                self._index.set_ttl(number, pool.ttl_seconds)
-            else:
-                self._tell_capacity(number, replica.capacity_tokens)
+            self._tell_index(number, _Keeping.of(pool, replica))
         default = config.default_pool
         knows_clients = bool(config.clients)
         is_open = config.server.open and not knows_clients
@@ -240,14 +255,21 @@ class Discovery:
         ]
         return Pools(served, None if default is None else default.name, backends)
 
-    def _tell_capacity(self, number: int, tokens: int | None) -> None:
-        """Set the configured capacity as a first value; it may be wrong, so unlike an engine's report it is no
-        bound.
+    def _tell_index(self, number: int, keeping: _Keeping) -> None:
+        """Tell the index how a replica keeps prefixes, where that is new.
+
+        A configured capacity is a first value, which responses correct; it may be wrong, so unlike an engine's report
+        it is no bound. Without one, or if the kind has changed, what was known before no longer counts.
         """
-        if tokens is not None and self._told_tokens.get(number) != tokens:
-            self._told_tokens[number] = tokens
+        before = self._told.get(number)
+        if keeping == before:
+            return
+        self._told[number] = keeping
+        if before is not None or keeping.ttl_seconds is not None:
+            self._index.set_ttl(number, keeping.ttl_seconds)
+        if keeping.tokens is not None or (before is not None and not keeping.has_room_of(before)):
             self._index.set_capacity(number, None)
-            self._index.set_budget(number, tokens)
+            self._index.set_budget(number, UNLIMITED_TOKENS if keeping.tokens is None else keeping.tokens)
 
     def _replicas(self) -> Iterator[tuple[Pool, Replica, int | None, bool]]:
         """Yield the replicas in force, their ranks, and whether they are in another zone.

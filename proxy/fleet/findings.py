@@ -126,12 +126,13 @@ class EngineFindings:
     def _set_capacity(self, number: int, tokens: int, slots: int | None) -> None:
         """Set a budget and slots when they are new: setting them again would undo what was learned from responses.
 
-        A worker that starts among others sets it only if their index has no budget for the replica yet.
+        A worker that starts among others sets it only if their index has no budget for the replica yet. A budget is
+        lost when a configured capacity is taken back.
         """
-        first = number not in self._rooms
-        if self._rooms.get(number) == (tokens, slots):
+        first, knows_budget = number not in self._rooms, self._journal.knows_budget(number)
+        if self._rooms.get(number) == (tokens, slots) and knows_budget:
             return
         self._rooms[number] = (tokens, slots)
         self._journal.set_capacity(number, tokens, slots)
-        if not (first and self._journal.knows_budget(number)):
+        if not (first and knows_budget):
             self._journal.set_budget(number, tokens)

@@ -100,7 +100,10 @@ class Fleet:
     # -- membership
 
     def add(self, spec: ReplicaSpec) -> int:
-        """Add a replica, or add one again under its old number with a new specification. Return the number."""
+        """Add a replica, or add one again under its old number with a new specification. Return the number.
+
+        What was learned of it is kept; what it serves only while it stays in its pool.
+        """
         number = self._ids.get(spec.name)
         if number is None:
             number = heappop(self._free) if self._free else len(self._replicas)
@@ -109,11 +112,14 @@ class Fleet:
             replica = self._replicas[number] = ReplicaState(number, spec, breaker, self._rates_of(spec.pool))
         else:
             replica = self._replicas[number]
-            self._leave_pool(replica)
-            replica.spec, replica.limit, replica.rates = spec, spec.in_flight_limit, self._rates_of(spec.pool)
+            if replica.spec.pool != spec.pool:
+                self._leave_pool(replica)
+            replica.spec, replica.rates = spec, self._rates_of(spec.pool)
+            replica.limit = replica.learned_limit if spec.in_flight_limit is None else spec.in_flight_limit
             replica.rate.configured = spec.prefill_tokens_per_second
             replica.quiet_view = None
             replica.is_draining = False
+            self._pools.get(spec.pool, {}).pop(number, None)  # it has the place of its specification
         self._pools.setdefault(spec.pool, {})[number] = replica
         self._rate_changed(replica)
         return number
@@ -217,8 +223,9 @@ class Fleet:
         return self._replicas[number].has_work
 
     def set_limit(self, number: int, in_flight_limit: int | None) -> None:
-        """Set the limit of concurrent requests learned from the engine, unless one is configured."""
+        """Set the limit of concurrent requests learned from the engine, which counts while none is configured."""
         replica = self._replicas[number]
+        replica.learned_limit = in_flight_limit
         if replica.spec.in_flight_limit is None:
             replica.limit = in_flight_limit
             replica.quiet_view = None

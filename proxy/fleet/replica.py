@@ -73,6 +73,7 @@ class ReplicaState:
         "breaker",
         "id",
         "is_draining",
+        "learned_limit",
         "limit",
         "own_rate",
         "peers",
@@ -94,6 +95,7 @@ class ReplicaState:
         self.own_rate: float | None = None  # `rate.own`
         self.rates = rates
         self.limit = spec.in_flight_limit
+        self.learned_limit: int | None = None
         self.throttles = Throttles()
         self.is_draining = False  # removed while requests were under way
         self.quiet_view: ReplicaView | None = None

@@ -508,6 +508,15 @@ def test_replica_numbers_are_translated_and_unknown_ones_left_out(bench):
     assert other.replicas().keys() == {7}
 
 
+def test_a_time_to_live_is_not_taken_from_a_snapshot(bench):
+    """It is configured, and whoever wrote the snapshot may have had another configuration."""
+    bench.served(talk("a", 3))
+    bench.index.set_ttl(0, 60.0)
+    other = rebuilt(bench.index)
+    other.tend(1e6)
+    assert 0 in other.match(talk("a", 3)).held
+
+
 def test_a_snapshot_stays_prefix_closed_while_the_index_changes_under_it(bench):
     for name in "abcdef":
         bench.served(talk(name, 6, system=3))

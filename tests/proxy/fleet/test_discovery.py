@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from cache import PrefixIndex
+from cache import UNLIMITED_TOKENS, PrefixIndex
 from cache.index.hashing import cut
 from proxy.config.load import load
 from proxy.config.schema import Client, Config, Pool, PoolKind, Replica, Secret, Server
@@ -242,6 +242,39 @@ async def test_what_a_replica_with_a_request_left_held_is_forgotten_when_that_ha
     bench.members.forget()
     assert bench.forgotten == [0]
     await bench.members.close()
+
+
+async def test_a_replica_with_another_address_is_checked_at_once_and_keeps_its_number():
+    """It may have been moved because it was down, and would stay so until its next probe is due."""
+    bench = Bench(Names(), Replica("http://old:8000", name="a"), Replica("http://b:8000", name="b"))
+    moved = Replica("http://new:8000", name="a")
+    bench.members.adopt(Config(pools=(Pool(name="engines", replicas=(moved, Replica("http://b:8000", name="b"))),)))
+    assert bench.added == [0]
+    assert bench.members.pools.backends[0].origin.host == "new"
+
+
+async def test_a_pool_that_turns_out_to_be_engines_keeps_prefixes_as_they_do():
+    """What was known of the room of an engine that becomes a provider no longer counts."""
+    bench = Bench(Names(), Replica("http://a:8000"))
+    bench.index.set_capacity(0, 500)  # as the engine states
+    bench.index.set_budget(0, 500)
+    replicas = (Replica("http://a:8000"),)
+    bench.members.adopt(Config(pools=(Pool(name="engines", replicas=replicas, kind=PoolKind.PROVIDER),)))
+    assert bench.index.replicas()[0].budget_tokens == UNLIMITED_TOKENS
+    bench.members.adopt(bench.config)
+    chain = cut(0, [b"x" * 9_000])
+    bench.index.place(0, chain, 2_000, 0.0)
+    bench.index.tend(1e6)
+    assert 0 in bench.index.match(chain).held
+
+
+async def test_a_configured_capacity_that_is_removed_no_longer_counts():
+    """Nor does it stay as a bound of what is learned."""
+    bench = Bench(Names(), Replica("http://a:8000", capacity_tokens=1_000))
+    bench.members.adopt(Config(pools=(Pool(name="engines", replicas=(Replica("http://a:8000"),)),)))
+    assert bench.index.replicas()[0].budget_tokens == UNLIMITED_TOKENS
+    bench.members.adopt(bench.config)
+    assert bench.index.replicas()[0].budget_tokens == 1_000
 
 
 async def test_what_a_provider_was_sent_ends_by_time_and_its_capacity_is_not_used():

@@ -30,7 +30,7 @@ class Told:
         self.budgets.append(tokens)
 
     def knows_budget(self, number: int) -> bool:
-        return self._knows_budget
+        return self._knows_budget or bool(self.budgets)
 
     def update(self) -> None:
         pass
@@ -55,6 +55,19 @@ def test_a_stated_capacity_is_told_with_its_slots_and_is_a_budget_only_when_it_i
         found.apply(0, endpoint, Found(None, EngineFacts(capacity_tokens=tokens, slots=4)), 0.0)
     assert told.capacities == [(0, 500, 4), (0, 600, 4)]
     assert told.budgets == budgets
+
+
+def test_a_stated_capacity_is_set_again_when_a_configured_one_is_taken_back() -> None:
+    """That one had replaced it in the index, which knows no budget then."""
+    told = Told()
+    found = findings(told)
+    endpoint = ReplicaEndpoint("r0", "p", URL, Origin.parse(URL))
+    facts = Found(None, EngineFacts(capacity_tokens=500))
+    found.apply(0, endpoint, facts, 0.0)
+    told.budgets.clear()
+    found.apply(0, endpoint, facts, 0.0)
+    assert told.budgets == [500]
+    assert len(told.capacities) == 2
 
 
 def test_an_engine_that_comes_back_with_the_same_room_in_other_slots_has_those() -> None:

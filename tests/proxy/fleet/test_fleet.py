@@ -789,6 +789,21 @@ def test_what_is_told_to_the_others_costs_no_more_where_there_are_more_idle_repl
     assert cost(200) <= cost(4) * 1.5
 
 
+def test_a_replica_that_is_added_again_keeps_what_was_learned_of_it():
+    """Its limit, also while another one was configured, and what it lacks while it stays in its pool."""
+    fleet = fleet_of("a", "b")
+    need = ("key", "model", "")
+    fleet.set_limit(0, 16)
+    fleet.refused(0, need, 0.0)
+    for configured, limit in ((None, 16), (4, 4), (None, 16)):
+        fleet.add(ReplicaSpec("a", "pool", in_flight_limit=configured))
+        assert fleet.limit_of(0) == limit
+        assert fleet.lacking("pool", [need], 1.0) == {0}
+    fleet.add(ReplicaSpec("a", "other pool"))
+    assert fleet.limit_of(0) == 16
+    assert fleet.lacking("pool", [need], 1.0) == fleet.lacking("other pool", [need], 1.0) == set()
+
+
 def test_adding_a_replica_again_and_again_takes_as_long_each_time():
     """A reload adds all of them again, and discovery whatever has changed."""
 

@@ -447,6 +447,7 @@ class Sink:
 
     def set_budget(self, replica: int, tokens: int) -> None:
         self.told.append(("budget", tokens))
+        self.budget = True
 
     def set_capacity(self, replica: int, tokens: int, slots: int | None) -> None:
         self.told.append(("capacity", tokens, slots))
