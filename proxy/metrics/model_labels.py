@@ -21,12 +21,13 @@ class ModelNames:
     def __init__(self, configured: Iterable[str]) -> None:
         self._listed: dict[str, str] = {}
         self._labels: dict[str, str] = {}
-        self.add(name for name in configured if not is_pattern(name))
+        self.add(configured)
 
     def add(self, names: Iterable[str]) -> None:
-        """Allow `names`, for example those of an upstream's model list, while there is room."""
+        """Allow `names`, such as those of an upstream's model list, while there is room. Patterns are left out."""
         for name in names:
-            if len(self._listed) < LISTED_AT_MOST and len(name) <= _NAME_CHARACTERS_MOST:
+            is_name = len(name) <= _NAME_CHARACTERS_MOST and not is_pattern(name)
+            if is_name and len(self._listed) < LISTED_AT_MOST:
                 self._listed.setdefault(name, name)
 
     def label(self, model: str | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 from msgspec.structs import replace
@@ -25,6 +27,7 @@ from proxy.config.schema import (
     Upstream,
 )
 from proxy.errors import ConfigError
+from tests.support import settings
 
 
 def test_only_what_the_schema_marks_is_live() -> None:
@@ -47,6 +50,22 @@ def test_only_what_the_schema_marks_is_live() -> None:
     }
     assert "contexts.max_context_bytes" not in live
     assert {"contexts.total_bytes", "queue.max_waiting"} <= live
+
+
+@pytest.mark.parametrize("path", settings.paths())
+def test_every_setting_is_taken_or_named_and_never_half(path: str, tmp_path: Path) -> None:
+    """Nothing else changes with it. A secret that has another source is named with both."""
+    old, new = settings.base(tmp_path), settings.changed(path, tmp_path)
+    assert settings.at(new, path) != settings.at(old, path)
+    taken, waiting = taken_over(old, new, own_store=False)
+    if waiting:
+        assert f"$.{path}" in waiting
+        assert {each.removesuffix("_env").removesuffix("_file") for each in waiting} == {
+            f"$.{path}".removesuffix("_env").removesuffix("_file")
+        }
+        assert taken == old
+    else:
+        assert taken == new
 
 
 def test_what_is_live_is_taken_and_nothing_waits() -> None:

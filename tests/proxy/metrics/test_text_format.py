@@ -124,7 +124,7 @@ def test_ten_thousand_made_up_models_add_one_series() -> None:
 def test_a_long_list_of_models_leaves_room_for_those_that_are_used() -> None:
     """A provider lists hundreds, of which few are used; names become labels in the order of their use."""
     names = ModelNames(["configured", "gpt-*"])
-    names.add(["m" * 10_000, *(f"listed-{number_}" for number_ in range(1_000))])
+    names.add(["m" * 10_000, "gpt-*", *(f"listed-{number_}" for number_ in range(1_000))])
     assert names.label("m" * 10_000) == metrics.OTHER
     assert names.label("listed-999") == "listed-999"
     assert names.label("configured") == "configured"
