@@ -122,7 +122,7 @@ class WorkerControl:
         self.on_explain: Explainer | None = None
         self.before_reload: Callable[[Config], None] | None = None
         self._on_reload: Reconfigure | None = None
-        self._waiting: Config | None = None  # came while this worker was starting
+        self._waiting: Config | None = None  # the newest that is not applied yet
 
     @classmethod
     async def open(cls, end: socket.socket, tasks: Tasks) -> tuple[WorkerControl, Config]:
@@ -148,9 +148,8 @@ class WorkerControl:
     @on_reload.setter
     def on_reload(self, reconfigure: Reconfigure) -> None:
         self._on_reload = reconfigure
-        config, self._waiting = self._waiting, None
-        if config is not None:
-            self._tasks.start(self._apply(config, reconfigure), "reload")
+        if self._waiting is not None:  # it came while this worker was starting
+            self._tasks.start(self._apply(reconfigure), "reload")
 
     async def send_ready(self) -> None:
         """Report that requests are accepted."""
@@ -214,12 +213,15 @@ class WorkerControl:
     async def _reload(self, config: Config) -> None:
         if self.before_reload is not None:
             self.before_reload(config)
-        if self._on_reload is None:
-            self._waiting = config
-        else:
-            await self._apply(config, self._on_reload)
+        self._waiting = config
+        if self._on_reload is not None:
+            await self._apply(self._on_reload)
 
-    async def _apply(self, config: Config, reconfigure: Reconfigure) -> None:
+    async def _apply(self, reconfigure: Reconfigure) -> None:
+        """Apply the newest configuration, unless that was done meanwhile."""
+        config, self._waiting = self._waiting, None
+        if config is None:
+            return
         try:
             await reconfigure(config)
         except ConfigError as error:

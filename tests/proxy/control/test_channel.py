@@ -165,6 +165,27 @@ async def test_a_reload_that_comes_while_a_worker_starts_waits_and_is_not_refuse
     assert taken.empty()
 
 
+async def test_a_reload_that_waited_does_not_undo_a_later_one(ends) -> None:
+    """That came just when the worker had started."""
+    channel, worker = ends
+    first, last = (Config(pools=(Pool(name, (Replica("http://h"),)),)) for name in ("first", "last"))
+    taken = asyncio.Queue[Config]()
+
+    async def reload(config: Config) -> None:
+        taken.put_nowait(config)
+
+    def before(config: Config) -> None:
+        if config == last:
+            worker.on_reload = reload
+
+    worker.before_reload = before
+    await channel.send(Configure(first))
+    await channel.send(Configure(last))
+    await channel.send(Explain(1, "/v1/x", b""))
+    await next_of(channel)
+    assert [taken.get_nowait() for _ in range(taken.qsize())] == [last]
+
+
 async def test_a_worker_without_a_supervisor_knows_it(ends) -> None:
     """The closed socket is an order to end at once."""
     channel, worker = ends
