@@ -57,6 +57,11 @@ class ConfigError(CairnError):
     problems: Sequence[tuple[str, str]] = ()
     lines: Sequence[str] = ()
 
+    @property
+    def is_in_file(self) -> bool:
+        """True if the first problem is a setting, and not the file as a whole or a variable."""
+        return self.param is not None and self.param.startswith("$")
+
     @classmethod
     def of(cls, problems: Sequence[tuple[str, str]]) -> ConfigError:
         """Make an error of at least one problem. It is bounded: each of a thousand lines may have a mistake."""

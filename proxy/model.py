@@ -17,6 +17,9 @@ Body: TypeAlias = bytes | bytearray
 ORDINARY_TIERS = frozenset({"", "default", "standard", "auto", "on_demand"})
 """Service tiers that have no prices of their own, by all their names in responses."""
 
+OTHER_CLIENTS = "other"
+"""Label of the clients that have none of their own. No client of the configuration has this name."""
+
 
 class Endpoint(enum.StrEnum):
     """The kind of a request, from its path; the value is the metric label."""

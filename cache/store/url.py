@@ -18,6 +18,7 @@ from cache.errors import StoreUrlError
 
 PORT = 6379
 SENTINEL_PORT = 26379
+_HOST = re.compile(r"[\w.-]+")
 
 
 class Topology(enum.StrEnum):
@@ -87,6 +88,7 @@ def _single(url: str, parts: SplitResult) -> StoreUrl:
         raise StoreUrlError("the URL of Redis names no host")
     if "," in parts.netloc.rpartition("@")[2]:
         raise StoreUrlError("the URL of Redis names several hosts; use redis+sentinel:// or redis+cluster://")
+    _check_host(parts.hostname)
     _check_database(parts.path.strip("/"))
     return StoreUrl(Topology.SINGLE, url, ((parts.hostname, parts.port or PORT),))
 
@@ -116,7 +118,13 @@ def _node(text: str, default_port: int) -> tuple[str, int]:
     node = urlsplit(f"//{text}")
     if not node.hostname:
         raise StoreUrlError("the URL of Redis names an empty host")
+    _check_host(node.hostname)
     return node.hostname, node.port or default_port
+
+
+def _check_host(host: str) -> None:
+    if ":" not in host and not _HOST.fullmatch(host):  # the host of an example, such as <host>
+        raise StoreUrlError("the host in the URL of Redis is neither a name nor an address")
 
 
 def _check_database(text: str) -> None:

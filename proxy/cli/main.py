@@ -102,6 +102,8 @@ def serve(
     from proxy.config.load import SecretUrl, load, process_environment
 
     environ = process_environment()
+    if file is None and environ.get("CAIRN_CONFIG"):
+        file = Path(environ["CAIRN_CONFIG"])
     flags: dict[tuple[str, str], object] = {
         ("server", "host"): host,
         ("server", "port"): port,
@@ -123,10 +125,10 @@ def serve(
         _fail(error, exits.MISUSED, file)
     for warning in loaded.warnings:
         click.echo(f"cairn: {warning}", err=True)
-    sys.exit(_supervise(loaded.config, environ, read))
+    sys.exit(_supervise(loaded.config, environ, read, file))
 
 
-def _supervise(config: Config, environ: Mapping[str, str], read: Callable[[], Loaded]) -> int:
+def _supervise(config: Config, environ: Mapping[str, str], read: Callable[[], Loaded], file: Path | None) -> int:
     from proxy import logs
     from proxy.config.load import secrets_of
     from proxy.supervisor.supervisor import Supervisor
@@ -139,7 +141,7 @@ def _supervise(config: Config, environ: Mapping[str, str], read: Callable[[], Lo
         return loaded
 
     async def run() -> int:
-        return await Supervisor(config, _parts(config, environ, read_again)).run()
+        return await Supervisor(config, _parts(config, environ, read_again, file)).run()
 
     try:
         return asyncio.run(run())
@@ -149,7 +151,7 @@ def _supervise(config: Config, environ: Mapping[str, str], read: Callable[[], Lo
         log.stop()
 
 
-def _parts(config: Config, environ: Mapping[str, str], read: Callable[[], Loaded]) -> Parts:
+def _parts(config: Config, environ: Mapping[str, str], read: Callable[[], Loaded], file: Path | None) -> Parts:
     from cache import EmbeddedError, EmbeddedValkey
     from proxy.clock import SystemClock
     from proxy.config.load import worker_environment
@@ -165,6 +167,7 @@ def _parts(config: Config, environ: Mapping[str, str], read: Callable[[], Loaded
         clock=clock,
         version=own_version(),
         started=lambda *addresses: _report_started(environ, *addresses),
+        file=file,
     )
 
 
@@ -225,6 +228,6 @@ def worker(control: int, listen: str, parent: int, handover: int | None) -> None
 
 def _fail(error: CairnError, code: int, file: Path | None = None) -> NoReturn:
     """Print one line per problem, and exit."""
-    where = f"{file}: " if file is not None and error.param is not None else ""
     lines = error.lines if isinstance(error, ConfigError) else ()
-    exits.fail(*[where + line for line in lines or [error.message]], code=code)
+    where = "" if file is None else f"{file}: "
+    exits.fail(*[where + line if line.startswith("$") else line for line in lines or [error.message]], code=code)

@@ -19,9 +19,10 @@ from proxy.config.schema import (
     Replica,
     SecretUrl,
     ServiceUrl,
+    rank_name,
 )
 from proxy.config.validate import Problem
-from proxy.model import ORDINARY_TIERS
+from proxy.model import ORDINARY_TIERS, OTHER_CLIENTS
 from proxy.patterns import matches
 
 _REDIS_SCHEMES = frozenset(
@@ -140,9 +141,12 @@ def _replica(path: str, replica: Replica, pool: Pool, seen: dict[str, str]) -> I
         return
     if replica.selector is not None and not replica.is_service:
         yield f"{path}.selector", "is for a url of kubernetes+http://"
-    first = seen.setdefault(replica.label, path)
-    if first != path:
-        yield f"{path}.name", f"{first} has the name {replica.label} too; give each replica a different name"
+    ranks = replica.ranks or 1
+    for name in (replica.label, *(rank_name(replica.label, rank) for rank in range(ranks if ranks > 1 else 0))):
+        first = seen.setdefault(name, path)
+        if first != path:
+            yield f"{path}.name", f"{first} has the name {name} too; give each replica a different name"
+            break
     if pool.kind is PoolKind.PROVIDER and replica.capacity_tokens is not None:
         yield f"{path}.capacity_tokens", "is for engines; a provider keeps prefixes for a time (ttl_seconds)"
 
@@ -214,6 +218,8 @@ def _clients(config: Config) -> Iterator[Problem]:
     keys: dict[str, str] = {}
     for c, client in enumerate(config.clients):
         path = f"$.clients[{c}]"
+        if client.name == OTHER_CLIENTS:
+            yield f"{path}.name", "is what metrics call all clients without a label of their own; give another name"
         yield from _twice(names.setdefault(client.name, path), path, "name", f"the name {client.name}")
         yield from _twice(keys.setdefault(client.key_sha256.lower(), path), path, "key_sha256", "the same key")
         yield from _models(path, client.models)

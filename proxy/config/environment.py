@@ -44,18 +44,21 @@ def process_environment() -> dict[str, str]:
 
 
 def read(environ: Mapping[str, str]) -> FromEnvironment:
-    """Return the settings that the variables CAIRN_... contain; a short name beats CAIRN_SECTION__SETTING."""
+    """Return the settings that the variables CAIRN_... contain. Of one setting only one variable may be set."""
     found = FromEnvironment({}, [], [])
-    for name, text in sorted(environ.items(), key=lambda item: item[0] in SHORT_NAMES):
+    named: dict[Path, str] = {}
+    for name, text in sorted(environ.items()):
         if not name.startswith("CAIRN_") or name in OTHER_NAMES or _KUBERNETES_NAME.fullmatch(name):
             continue
         if name == "CAIRN_PORT" and "://" in text:
             found.warnings.append("CAIRN_PORT is a Kubernetes service link and is ignored; set CAIRN_SERVER__PORT")
-        elif name in SHORT_NAMES:
-            _add(found, name, text, SHORT_NAMES[name])
-        elif "__" in name:
+        elif name in SHORT_NAMES or "__" in name:
             section, _, field = name.removeprefix("CAIRN_").lower().partition("__")
-            _add(found, name, text, (section, field))
+            path = SHORT_NAMES.get(name, (section, field))
+            first = named.setdefault(path, name)
+            if first != name:
+                found.problems.append((name, f"{first} is set too and means the same; set one of them only"))
+            _add(found, name, text, path)
         else:
             found.warnings.append(f"{name} is not a setting and is ignored{_meant(name)}")
     return found

@@ -24,7 +24,7 @@ import msgspec
 from cache import UNLIMITED_TOKENS, PrefixIndex
 from proxy.clock import Clock
 from proxy.config.credentials import credential_of, default_headers_of
-from proxy.config.schema import Config, Pool, PoolKind, Replica, ServiceUrl, Tenancy
+from proxy.config.schema import Config, Pool, PoolKind, Replica, ServiceUrl, Tenancy, rank_name
 from proxy.fleet.endpoint_slices import Endpoint
 from proxy.fleet.fleet import Fleet
 from proxy.fleet.kubernetes import Service
@@ -335,7 +335,7 @@ def _ranked(replica: Replica, ranks: int) -> Iterator[tuple[Replica, int | None]
         yield replica, None
     else:
         for rank in range(ranks):
-            yield msgspec.structs.replace(replica, name=f"{replica.label}/rank-{rank}", ranks=ranks), rank
+            yield msgspec.structs.replace(replica, name=rank_name(replica.label, rank), ranks=ranks), rank
 
 
 def _backend(pool: Pool, replica: Replica, rank: int | None, *, knows_clients: bool) -> ReplicaEndpoint:

@@ -51,7 +51,8 @@ class Parts(msgspec.Struct, frozen=True):
 
     `worker_command` starts a worker once the descriptors are appended. `reload` reads the configuration again, in a
     thread, and raises ConfigError. `private_store` makes a store from a folder and a limit in bytes; its `start`
-    raises one of `store_errors`. `started` is called with the two addresses once the first worker is ready.
+    raises one of `store_errors`. `started` is called with the two addresses once the first worker is ready. `file`
+    is the configuration file, None without one.
     """
 
     worker_command: tuple[str, ...]
@@ -62,6 +63,7 @@ class Parts(msgspec.Struct, frozen=True):
     clock: Clock
     version: str
     started: Callable[[str, str], None]
+    file: Path | None = None
 
 
 class Supervisor:
@@ -293,7 +295,9 @@ class Supervisor:
             config, waiting = taken_over(self._config, loaded.config, own_store=self._store is not None)
         except ConfigError as error:
             self._note_reload(succeeded=False)
-            log.error("the configuration was not reloaded: %s", error.message)  # noqa: TRY400 - not a defect here
+            # an error without the path of a setting names the file itself, or a variable
+            file = f"{self._parts.file}: " if self._parts.file is not None and error.is_in_file else ""
+            log.error("the configuration was not reloaded: %s%s", file, error.message)  # noqa: TRY400 - no defect here
             return
         self._before_reload, self._config = self._config, config
         for warning in loaded.warnings:

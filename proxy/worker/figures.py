@@ -17,6 +17,7 @@ from proxy.fleet.pools import Pools
 from proxy.metrics import definitions as metrics
 from proxy.metrics.definitions import Labels, Spec
 from proxy.metrics.recorder import Recorder
+from proxy.model import OTHER_CLIENTS
 from proxy.records import ReplicaView
 from proxy.routing.cold_gate import ColdGate
 from proxy.routing.fair_shares import Priority
@@ -179,8 +180,6 @@ class ReplicaFigures:
 
 MAX_CLIENTS_SHOWN = 32
 """Most configured clients whose waiting prompts have a separate label; the others are counted together."""
-
-OTHER_CLIENTS = "other"
 
 
 class GateFigures:

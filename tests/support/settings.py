@@ -100,16 +100,22 @@ def base(folder: Path) -> Config:
     return _loaded(BASE, folder)
 
 
-def changed(path: str, folder: Path) -> Config:
-    """The same configuration with another value of the setting at `path`."""
+def changed(path: str, folder: Path, value: object = None) -> Config:
+    """The same configuration with another value of the setting at `path`, which is found if none is given."""
     tree = copy.deepcopy(dict(BASE))
     name = path.rpartition(".")[2]
-    value = _VALUES.get(path, _VALUES.get(name))
+    if value is None:
+        value = _VALUES.get(path, _VALUES.get(name))
     if value is None:
         value = _other(_type_at(path), at(base(folder), path))
     for each, wanted in {**_BESIDE.get(path, {}), path: value}.items():
         _put(tree, each, wanted)
     return _loaded(tree, folder)
+
+
+def kinds(path: str) -> list[Any]:
+    """The types of the setting at `path`."""
+    return list(_kinds(_type_at(path)))
 
 
 def at(config: Config, path: str) -> Any:

@@ -52,6 +52,7 @@ def main(file: str, mode: str, store: str) -> int:
         clock=clock,
         version="9.9.9",
         started=started,
+        file=Path(file),
     )
     log = logs.set_up(config.log.level.value, secrets_of(config))
 

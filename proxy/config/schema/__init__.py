@@ -23,6 +23,7 @@ from proxy.config.schema.pools import (
     Template,
     Tenancy,
     derived_name,
+    rank_name,
 )
 from proxy.config.schema.ports import Admin, Server
 from proxy.config.schema.prices import Price, PriceTier
@@ -99,6 +100,7 @@ __all__ = [
     "derived_name",
     "has_mark",
     "make_secret",
+    "rank_name",
     "redact",
     "reveal",
     "types_of",

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Meta
 
-from proxy.config.schema.values import NAME_LENGTH_MOST, Count, Name, Patterns, Seconds, Secret, Section
+from proxy.config.schema.values import NAME_LENGTH_MOST, RATE_MOST, Count, Name, Patterns, Seconds, Secret, Section
 from proxy.model import ToolOrder
 
 FOLLOWED_SCHEME = "dns+http"
@@ -111,7 +111,7 @@ class Replica(Section, frozen=True):
     max_concurrent: Count | None = None
     """Requests that the replica handles at once; further ones wait in Cairn. By default what the engine reports."""
 
-    prefill_tokens_per_second: Annotated[float, Meta(gt=0)] | None = None
+    prefill_tokens_per_second: Annotated[float, Meta(gt=0, le=RATE_MOST)] | None = None
     """Prefill rate; by default measured on streams."""
 
     ranks: Annotated[int, Meta(ge=1, le=256)] | None = None
@@ -227,6 +227,11 @@ def derived_name(url: str) -> str:
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
     shown = "" if parts.port in (None, _DEFAULT_PORTS.get(parts.scheme)) else f":{parts.port}"
     return _as_name(host + shown + path)
+
+
+def rank_name(name: str, rank: int) -> str:
+    """Return the name of one of the replicas that the ranks behind a URL are."""
+    return f"{name}/rank-{rank}"
 
 
 def _as_name(text: str) -> str:

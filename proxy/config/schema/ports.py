@@ -10,6 +10,7 @@ from proxy.config.schema.values import (
     LIVE,
     MIB,
     SIZE,
+    WHOLE_MOST,
     Bytes,
     Count,
     PathPatterns,
@@ -20,6 +21,9 @@ from proxy.config.schema.values import (
     Wait,
     WebOrigin,
 )
+
+BACKLOG_MOST = 2**31 - 1
+"""What `listen` accepts."""
 
 
 class Server(Section, frozen=True):
@@ -38,7 +42,7 @@ class Server(Section, frozen=True):
     """Allow anyone who reaches the port to use the replicas' keys although no clients are listed. Nobody checks
     clients' keys then: these clients can pin no context and share `contexts.unchecked_bytes`."""
 
-    backlog: Count = 2048
+    backlog: Annotated[int, Meta(ge=1, le=BACKLOG_MOST)] = 2048
     """Connections per worker that may wait to be accepted."""
 
     max_body_bytes: Bytes = 32 * MIB
@@ -56,7 +60,7 @@ class Server(Section, frozen=True):
     body_seconds: Seconds = 300
     """Time within which a client must send the whole body."""
 
-    min_body_bytes_per_second: Annotated[int, Meta(ge=0), SIZE] = 500
+    min_body_bytes_per_second: Annotated[int, Meta(ge=0, le=WHOLE_MOST), SIZE] = 500
     """Lowest rate at which a body may arrive after its first 10 seconds; 0 allows any rate."""
 
     keepalive_seconds: Seconds = 75

@@ -10,7 +10,9 @@ from msgspec import Meta
 from proxy.config.schema.values import (
     LIVE,
     MIB,
+    RATE_MOST,
     SIZE,
+    WHOLE_MOST,
     Bytes,
     Count,
     Name,
@@ -80,7 +82,7 @@ class Redis(Section, frozen=True):
     folder: str | None = None
     """Folder of the private Valkey; by default in the user's data folder, one per port."""
 
-    max_memory_bytes: Annotated[int, Meta(ge=16 * MIB), SIZE] = 256 * MIB
+    max_memory_bytes: Annotated[int, Meta(ge=16 * MIB, le=WHOLE_MOST), SIZE] = 256 * MIB
     """Memory limit of the private Valkey."""
 
 
@@ -198,22 +200,22 @@ class Upstream(Section, frozen=True):
 class Routing(Section, frozen=True):
     """Constants of the routing decision; see the design documentation."""
 
-    min_shareable_bytes: Annotated[int, Meta(ge=0), SIZE] = 4096
+    min_shareable_bytes: Annotated[int, Meta(ge=0, le=WHOLE_MOST), SIZE] = 4096
     """Shorter prompts are sent to the least loaded replica, without regard to their prefix."""
 
-    prefill_tokens_per_second: Annotated[float, Meta(gt=0)] = 4000
+    prefill_tokens_per_second: Annotated[float, Meta(gt=0, le=RATE_MOST)] = 4000
     """Prefill rate of a replica until its own is measured."""
 
-    in_flight_seconds_least: Annotated[float, Meta(ge=0)] = 0.05
+    in_flight_seconds_least: Wait = 0.05
     """Lower bound of the cost of each request in flight at a replica after the first eight."""
 
-    in_flight_seconds_most: Annotated[float, Meta(ge=0)] = 0.2
+    in_flight_seconds_most: Wait = 0.2
     """Upper bound of the cost of each request in flight at a replica after the first eight."""
 
-    future_weight_per_second: Annotated[float, Meta(ge=0)] = 8.0
+    future_weight_per_second: Annotated[float, Meta(ge=0, le=RATE_MOST)] = 8.0
     """Additional weight of uncached tokens per second of work in the shortest queue."""
 
-    index_bytes: Annotated[int, Meta(ge=MIB), SIZE] = 256 * MIB
+    index_bytes: Annotated[int, Meta(ge=MIB, le=WHOLE_MOST), SIZE] = 256 * MIB
     """Memory per worker for the prefix index. Beyond it, the least recently used prefixes are forgotten."""
 
     max_objects: Count = 65_536
@@ -255,14 +257,14 @@ class Contexts(Section, frozen=True):
     tenant_bytes: Annotated[Bytes, LIVE] = 64 * MIB
     """Budget of one tenant."""
 
-    pinned_bytes: Annotated[int, Meta(ge=0), SIZE, LIVE] = 32 * MIB
+    pinned_bytes: Annotated[int, Meta(ge=0, le=WHOLE_MOST), SIZE, LIVE] = 32 * MIB
     """Budget of one tenant for pinned contexts, which are never discarded."""
 
-    unlisted_pinned_bytes: Annotated[Annotated[int, Meta(ge=0)] | None, SIZE, LIVE] = None
+    unlisted_pinned_bytes: Annotated[Annotated[int, Meta(ge=0, le=WHOLE_MOST)] | None, SIZE, LIVE] = None
     """Budget for pinned contexts of all clients that are not listed under `clients`, together; by default half of
     `total_bytes`."""
 
-    unchecked_bytes: Annotated[Annotated[int, Meta(ge=0)] | None, SIZE, LIVE] = None
+    unchecked_bytes: Annotated[Annotated[int, Meta(ge=0, le=WHOLE_MOST)] | None, SIZE, LIVE] = None
     """Budget of all clients whose keys are neither listed nor accepted by an upstream yet, together; by default a
     quarter of `total_bytes`. These clients cannot pin contexts."""
 

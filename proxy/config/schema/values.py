@@ -27,9 +27,15 @@ _HARMLESS_OPTIONS = frozenset({
 
 NAME_LENGTH_MOST = 128
 
+WHOLE_MOST = 2**53
+"""Largest whole number: exact in JSON and in Redis's scripts, and it fits into a message to a worker."""
+
+RATE_MOST = 1e9
+"""Largest rate per second. An infinite one would make costs that cannot be compared."""
+
 Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: any free port, for tests and demonstrations
-Count = Annotated[int, Meta(ge=1)]
-Bytes = Annotated[int, Meta(ge=1), SIZE]
+Count = Annotated[int, Meta(ge=1, le=WHOLE_MOST)]
+Bytes = Annotated[int, Meta(ge=1, le=WHOLE_MOST), SIZE]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Wait = Annotated[float, Meta(ge=0, le=86_400)]  # seconds; 0 is allowed
 Name = Annotated[

@@ -406,6 +406,8 @@ def test_bad_urls_say_what_is_wrong(url: str) -> None:
         ("rediss://h?ssl_cert_reqs=maybe", "must be none, optional or required"),
         ("rediss://h?ssl_ca_certs=/no/such.pem", "ssl_ca_certs in the URL of Redis names a file that cannot be read"),
         ("redis://[::1", "cannot be read"),
+        ("redis://<host>", "neither a name nor an address"),
+        ("redis+cluster://one,${TWO}:7000", "neither a name nor an address"),
         ("redis://h1,h2:6379", "names several hosts"),
         ("redis://:a,b@h1:6379,h2:6379/0", "names several hosts"),
     ],

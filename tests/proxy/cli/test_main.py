@@ -144,6 +144,17 @@ def test_a_missing_package_is_told_in_one_line() -> None:
     assert re.fullmatch(r"cairn: No module named '\w+'; install cairn-proxy again.*\n", done.stderr), done.stderr
 
 
+def test_a_mistake_is_told_with_its_file_or_its_variable(tmp_path: Path) -> None:
+    """The file may be named by a variable, and no mistake of a variable is one of the file."""
+    file = tmp_path / "cairn.yaml"
+    file.write_text("queue: {max_waiting: 0}")
+    status, _, err = run("serve", env={"CAIRN_CONFIG": str(file), "CAIRN_WORKERS": "0"})
+    assert status == 2
+    assert re.fullmatch(
+        rf"cairn: {file}: \$\.queue\.max_waiting: \S.*\ncairn: CAIRN_WORKERS: \S.*\n", re.sub(r"\n +", " ", err)
+    ), err
+
+
 def test_keys_of_a_reloaded_file_are_not_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from proxy.config.load import (
 )
 from proxy.config.schema import derived_name, make_secret, redact, reveal
 from proxy.config.validate import problems
+from tests.support import settings
 from tests.support.operations import operations
 
 SHA = "ab" * 32
@@ -107,6 +109,11 @@ def test_variables_set_what_they_name(name: str, text: str, path: tuple[str, str
         ({"CAIRN_UPSTREAM__RETRY_STATUSES": "5xx"}, "CAIRN_UPSTREAM__RETRY_STATUSES: expected a whole number"),
         ({"CAIRN_REDIS": ""}, "^CAIRN_REDIS: is empty; give it a value, or remove the variable$"),
         ({"CAIRN_WORKERS": " "}, "^CAIRN_WORKERS: is empty; give it a value, or remove the variable$"),
+        (
+            {"CAIRN_WORKERS": "1", "CAIRN_SERVER__WORKERS": "1"},
+            "^CAIRN_WORKERS: CAIRN_SERVER__WORKERS is set too and means the same; set one of them only$",
+        ),
+        ({"CAIRN_LOG__LEVEL": "info", "CAIRN_log__level": "info"}, "^CAIRN_log__level: CAIRN_LOG__LEVEL is set too"),
     ],
 )
 def test_a_bad_variable_is_named(environ: dict[str, str], message: str) -> None:
@@ -192,6 +199,11 @@ def test_the_environment_may_name_the_file_and_the_upstreams(write) -> None:
             {"pools": [{"name": "a", "kind": "provider", "replicas": [{"url": "http://h", "capacity_tokens": 9}]}]},
             r"\$\.pools\[0\]\.replicas\[0\]\.capacity_tokens: ",
         ),
+        (
+            {"pools": [{"name": "a", "replicas": [{"url": "http://h", "ranks": 2}, {"url": "http://h/rank-1"}]}]},
+            r"\$\.pools\[0\]\.replicas\[1\]\.name: \$\.pools\[0\]\.replicas\[0\] has the name h/rank-1 too",
+        ),
+        ({"clients": [{"name": "other", "key_sha256": SHA}]}, r"\$\.clients\[0\]\.name: is what metrics call"),
         ({"clients": [{"name": "c", "key_sha256": "zz"}]}, r"\$\.clients\[0\]\.key_sha256: "),
         (
             {"clients": [{"name": "c", "key_sha256": SHA}, {"name": "d", "key_sha256": SHA.upper()}]},
@@ -212,6 +224,16 @@ def test_what_is_wrong_is_named_by_its_path(write, tree: object, message: str) -
     assert caught.value.param is not None
     assert caught.value.param.startswith("$")
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("path", settings.paths())
+def test_no_number_is_larger_than_what_uses_it_can_bear(path: str, tmp_path: Path) -> None:
+    """A worker could not be sent a larger whole number, and costs with an infinite one cannot be compared."""
+    kinds = settings.kinds(path)
+    for kind, value in ((int, 2**64), (float, math.inf), (float, 1e300)):
+        if kind in kinds:
+            with pytest.raises(ConfigError, match=r"expected (a (whole )?number <=|one)"):
+                settings.changed(path, tmp_path, value)
 
 
 def test_all_problems_are_reported_at_once(write) -> None:

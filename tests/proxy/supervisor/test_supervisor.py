@@ -254,7 +254,7 @@ def test_sighup_with_a_bad_file_changes_nothing(file: Path) -> None:
         cairn.started()
         file.write_text("server: {port: high}")
         cairn.signal(signal.SIGHUP)
-        cairn.line(r"\$\.server\.port: expected a whole number")
+        cairn.line(r"was not reloaded: \S+/cairn\.yaml: \$\.server\.port: expected a whole number")
         assert cairn.get("/pool") == (200, "first")
         assert value(cairn.get("/metrics", admin=True)[1], "cairn_config_reload_failures_total") == 1
         assert value(cairn.get("/metrics", admin=True)[1], "cairn_config_last_reload_successful") == 0
