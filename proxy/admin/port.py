@@ -93,7 +93,7 @@ class AdminPort:
         routes.add_post("/explain", self._explain, expect_handler=meet_expectation)
         for path in openapi.OPENAPI_PATHS:
             routes.add_get(path, self._openapi, expect_handler=meet_expectation)
-        StatusRoutes(self._overview.board).add_to(app)
+        StatusRoutes(self._overview.board, lambda request: self._refusal(request) is None).add_to(app)
         self._paths = frozenset(resource.canonical for resource in routes.resources())
         routes.register_resource(AnyTarget(self._nothing))
         return app

@@ -300,6 +300,7 @@ class Supervisor:
             log.error("the configuration was not reloaded: %s%s", file, error.message)  # noqa: TRY400 - no defect here
             return
         self._before_reload, self._config = self._config, config
+        self.board.example_model = _a_model(config)
         for warning in loaded.warnings:
             log.warning("%s", warning)
         for path in waiting:

@@ -6,6 +6,7 @@ The admin port's guard decides who may see it.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 
 from aiohttp import web
@@ -36,10 +37,14 @@ POLICY = "; ".join(
 
 
 class StatusRoutes:
-    """The routes of the status page. One per admin port."""
+    """The routes of the status page. One per admin port.
 
-    def __init__(self, board: StatusBoard) -> None:
+    `is_allowed` returns whether a request may see the figures, which can change while its stream lasts.
+    """
+
+    def __init__(self, board: StatusBoard, is_allowed: Callable[[web.Request], bool]) -> None:
         self._board = board
+        self._is_allowed = is_allowed
         self._files: dict[str, files.StaticFile] = {}
         self._loading = asyncio.Lock()
         self._closing = asyncio.Event()
@@ -92,7 +97,7 @@ class StatusRoutes:
         with self._board.viewing(), suppress(ConnectionResetError, TimeoutError):  # the page was closed
             await response.prepare(request)
             await _send(response, b"history", self._board.history_json())
-            while not self._closing.is_set():
+            while not self._closing.is_set() and self._is_allowed(request):
                 await _send(response, b"state", self._board.state_json())
                 await self._pause()
         return response

@@ -281,6 +281,16 @@ async def test_the_stream_begins_with_the_history_and_ends_with_the_port(admin: 
             assert b"event: history" not in await answer.content.read()
 
 
+async def test_a_stream_ends_when_its_token_is_replaced(admin: Running) -> None:
+    """Otherwise a token that was given away would show the figures for as long as its page stays open."""
+    admin.overview.config = Config(admin=Admin(token=Secret("old")))
+    headers = {"Authorization": "Bearer old"}
+    async with asyncio.timeout(10), admin.session.get(admin.url + "/events", headers=headers) as answer:
+        await answer.content.readuntil(b"event: state")
+        admin.overview.config = Config(admin=Admin(token=Secret("new")))
+        await answer.content.read()
+
+
 # --- the judgement
 
 

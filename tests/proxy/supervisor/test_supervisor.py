@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from proxy.config.load import Loaded
-from proxy.config.schema import Config
+from proxy.config.schema import Config, Pool, Replica
 from proxy.control.messages import WorkerReport
 from proxy.control.readiness import RESPONSIVE_SECONDS, WorkerView
 from proxy.metrics.definitions import MetricsDelta
@@ -241,10 +241,11 @@ async def test_probes_are_answered_while_the_file_is_read() -> None:
         asyncio.run_coroutine_threadsafe(answer(), loop).result(timeout=10)
         return Loaded(config)
 
-    config = Config()
+    config = Config(pools=(Pool("p", (Replica("http://h"),), models=("a-*", "a-model")),))
     parts: Any = SimpleNamespace(clock=FakeClock(), version="", reload=read)
-    supervisor = Supervisor(config, parts)
+    supervisor = Supervisor(Config(), parts)
     await supervisor._reload()  # noqa: SLF001 - a signal asks for it, which needs a process
+    assert supervisor.board.example_model == "a-model", "one that the status page can name"
     assert b"cairn_config_last_reload_successful 1" in (await supervisor.scrape(""))[0]
 
 
