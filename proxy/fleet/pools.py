@@ -94,6 +94,22 @@ class Pools:
             self._found[model] = pool
         return pool
 
+    def successor(self, gone: ServedPool, model: str | None) -> ServedPool | None:
+        """Return the pool that serves `model` in place of `gone`, which a reload has removed.
+
+        None if `gone` is still there, or if no pool treats a request as that one did: it was read and checked so.
+        """
+        if any(pool.name == gone.name for pool in self.all):
+            return None
+        try:
+            found = self.default if model is None else self.serving(model)
+        except NotFound:
+            return None
+        if found is None:
+            return None
+        alike = msgspec.structs.replace(found, name=gone.name, models=gone.models, optional=gone.optional)
+        return found if alike == gone else None
+
     def _search(self, model: str) -> ServedPool:
         for pool in self.all:
             if matches_any(model, pool.models):

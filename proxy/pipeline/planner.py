@@ -15,6 +15,7 @@ from typing import Final
 from cache import Content, Fingerprint, Match, PrefixIndex, chain_root, cut, extend
 from proxy.clock import Clock, utc_date
 from proxy.fleet import Fleet
+from proxy.fleet.pools import Pools
 from proxy.fleet.served_models import NOBODY
 from proxy.fleet.templates import Templates
 from proxy.model import RouteReason, TemplateFacts
@@ -56,6 +57,7 @@ class Planner:
         templates: knows how engines render prompts, on which the key of a prefix depends.
         clock: monotonic time.
         rules: constants of the decision.
+        pools: knows which pool has taken the place of one that a reload removed.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class Planner:
         templates: Templates,
         clock: Clock,
         rules: PlanningRules,
+        pools: Pools,
     ) -> None:
+        self._pools = pools
         self._fleet = fleet
         self._index = index
         self._tokens = tokens
@@ -124,7 +128,8 @@ class Planner:
     def plan(self, exchange: Exchange, *, among: frozenset[int] | None = None) -> None:
         """Order the pool's replicas, or only those in `among`, by what this prompt would cost there.
 
-        Raises Overloaded if none is left.
+        A request whose pool a reload has removed moves to the one that serves its model now. Raises Overloaded if no
+        replica is left.
         """
         assert exchange.pool is not None  # noqa: S101 - the reader set it or raised
         demand, pool, now_seconds = self._demand(exchange), exchange.pool.name, self._clock.monotonic()
@@ -134,6 +139,10 @@ class Planner:
             needs = exchange.needs(partial(models.is_refused, pool))
             without = self._fleet.lacking(pool, needs, now_seconds)
         views = self._fleet.snapshot(pool, now_seconds, exchange.throttle_key, exchange.pinned_replica, without)
+        if not views and (successor := self._pools.successor(exchange.pool, exchange.model)) is not None:
+            exchange.pool = successor
+            self.plan(exchange, among=among)
+            return
         exchange.is_restricted = bool(without) or exchange.pinned_replica is not None
         if is_uneven:
             fitting = _with_room(views, models.rooms(pool, exchange.model or ""), demand.prompt_tokens)

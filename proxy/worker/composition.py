@@ -381,6 +381,7 @@ def _requests(config: Config, secret: bytes, built: Built, traces: Traces | None
             config.routing.future_weight_per_second,
             config.routing.session_headers,
         ),
+        replicas.pools,
     )
     dispatcher = _dispatcher(config, basics, replicas, sharing, queues, planner)
     relay = _relay(config, basics, replicas, sharing, dispatcher)

@@ -58,6 +58,7 @@ class LiveConfig:
         parts.contexts.adopt(from_config.context_limits(config.contexts))
         parts.context_api.adopt(config.contexts)
         self._set_authenticator()
+        parts.cold_gate.changed()
 
     def adopt_secret(self, secret: bytes) -> None:
         """Use the secret that all proxies share through Redis."""

@@ -27,6 +27,17 @@ def test_a_model_that_no_pool_serves_is_not_found_and_the_error_names_the_field(
     assert (caught.value.status, caught.value.param) == (404, "model")
 
 
+def test_a_removed_pool_has_a_successor_only_if_a_pool_serves_its_model_in_its_way() -> None:
+    """Nor while it is there itself, with or without replicas."""
+    pools = Pools((ALL,), "all", {})
+    assert pools.successor(SMALL, "mini") is ALL
+    assert pools.successor(SMALL, None) is ALL
+    assert pools.successor(ServedPool("small", ("mini",), isolated=True), "mini") is None
+    assert pools.successor(ServedPool("all", ("mini",)), "mini") is None
+    assert Pools((SMALL,), None, {}).successor(ALL, "other") is None
+    assert Pools((SMALL,), None, {}).successor(ALL, None) is None
+
+
 def test_many_made_up_models_take_a_bounded_amount_of_memory() -> None:
     pools = Pools((SMALL, ALL), None, {})
     for number in range(5_000):

@@ -12,6 +12,7 @@ import pytest
 from cache import PrefixIndex
 from proxy.errors import BadRequest, CairnError, DeadlineUnreachable, Overloaded, RateLimited, TooManySessions
 from proxy.fleet import Fleet, ReplicaSpec
+from proxy.fleet.pools import Pools
 from proxy.model import Endpoint, TemplateFacts
 from proxy.pipeline.cold_turns import ColdTurns
 from proxy.pipeline.exchange import Exchange
@@ -70,6 +71,7 @@ class Gated:
             cast("Any", Templates()),
             self.clock,
             PlanningRules(min_shareable_bytes=1_000),
+            Pools([], None, {}),
         )
         self.cold_turns = ColdTurns(self.gate, self.planner, self.shares, self.clock)
 
@@ -692,3 +694,18 @@ async def test_a_tenant_that_goes_before_the_others_goes_where_the_engine_is_fre
     gated.shares.seen("tenant", 1.0, now)
     assert gated.cold_turns.admit(exchange) is None
     assert replicas_of(exchange) == ([1, 0] if waiting == "flood" else [0, 1])
+
+
+async def test_a_turn_that_waits_goes_at_once_when_the_gate_is_switched_off() -> None:
+    """`never` sends them at once, those that came before it too."""
+    gated = Gated()
+    gated.make_busy(0, 1)
+    exchange = gated.planned()
+    waits = gated.begin(exchange)
+    await turns()
+    assert not waits.done()
+    gated.gate.limits = GateLimits(enabled=False)
+    gated.gate.changed()
+    await waits
+    assert replicas_of(exchange)
+    assert exchange.cold_pass is None

@@ -13,7 +13,7 @@ import pytest
 from cache import Content, PrefixIndex
 from proxy.errors import Overloaded
 from proxy.fleet import Fleet, ReplicaSpec
-from proxy.fleet.pools import ServedPool
+from proxy.fleet.pools import Pools, ServedPool
 from proxy.fleet.served_models import Listing
 from proxy.model import CacheStatus, Endpoint, MissReason, RouteReason, TemplateFacts
 from proxy.pipeline.exchange import TOOLS, Exchange, StoredUse
@@ -48,6 +48,7 @@ class Planning:
 
     def __init__(self, replicas: int = 2) -> None:
         self.clock, self.fleet, self.index = FakeClock(), Fleet(lambda: 0.5), PrefixIndex()
+        self.pools = Pools([SHARED], None, {})
         self.gate, self.templates, self.tokens = PrefillGate(), Templates(), TokenCounts()
         for number in range(replicas):
             self.fleet.add(ReplicaSpec(f"r{number}", POOL, prefill_tokens_per_second=10_000.0))
@@ -59,6 +60,7 @@ class Planning:
             cast("Any", self.templates),
             self.clock,
             PlanningRules(min_shareable_bytes=4_096),
+            self.pools,
         )
 
     def read(
@@ -497,3 +499,19 @@ def test_the_room_at_replicas_counts_for_a_prompt_that_is_placed(
     monkeypatch.setattr(routing, "plan", noted)
     planning.planned(planning.read(prompt))
     assert rooms == [planning.index if has_room else None]
+
+
+@pytest.mark.parametrize("treats_alike", [True, False])
+def test_a_request_whose_pool_was_removed_moves_to_the_one_that_serves_its_model(treats_alike: bool) -> None:
+    """It was read and checked for its pool, so only one that treats requests alike may take it over."""
+    planning = Planning(replicas=0)
+    number = planning.fleet.add(ReplicaSpec("new", "renamed"))
+    exchange = planning.read()
+    renamed = ServedPool("renamed", ("*",), optional=True, shares_key=not treats_alike)
+    planning.pools.adopt(Pools([renamed], None, {}))
+    if treats_alike:
+        assert order(planning.planned(exchange)) == [number]
+        assert exchange.pool is renamed
+    else:
+        with pytest.raises(Overloaded, match=POOL):
+            planning.planned(exchange)
