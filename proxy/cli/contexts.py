@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
 import click
+import msgspec
 
 from proxy.cli import exit_codes as exits
 from proxy.cli.documents import Unreadable, read_documents
@@ -41,6 +42,57 @@ _key = click.option("--key", envvar="OPENAI_API_KEY", default="", help="Your API
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print the response as JSON.")
 
 
+class _Models(msgspec.Struct):
+    """A list of models."""
+
+    data: list[dict[str, Any]] = []
+
+
+class _Row(msgspec.Struct):
+    """What is shown of a context in a list."""
+
+    id: str
+    name: str
+    status: str
+    tokens: int
+    bytes: int
+    worth_usd_per_hour: float
+    expired_at: float
+
+
+class _Tag(msgspec.Struct):
+    """A tag and the context that has it."""
+
+    tag: str
+    cache_id: str
+
+
+class _Message(msgspec.Struct):
+    """What is always there in a message."""
+
+    role: str
+
+
+class _Whole(msgspec.Struct):
+    """What is needed of a whole context."""
+
+    messages: list[_Message]
+
+
+class _Why(msgspec.Struct):
+    """Why a context could not be warmed."""
+
+    message: str
+
+
+class _Made(msgspec.Struct):
+    """What is needed of a context that was stored."""
+
+    id: str
+    status: str
+    error: _Why | None = None
+
+
 class RequestFailed(Exception):
     """Cairn did not do what was asked; the message gives the reason."""
 
@@ -68,20 +120,36 @@ class Cairn:
         self._url = url
 
     def call(
-        self, method: str, path: str, body: bytes = b"", on_sent: Callable[[int], object] = lambda _: None
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        on_sent: Callable[[int], object] = lambda _: None,
+        form: Any = dict,
     ) -> Any:
-        """Return the JSON of the response; `on_sent` is called with numbers of bytes sent. Raises RequestFailed."""
+        """Return the JSON of the response; `on_sent` is called with numbers of bytes sent.
+
+        Raises RequestFailed, also if the response is not of the type `form`: another version may run there.
+        """
         try:
             answer = self._client.request(method, path, body, on_sent)
         except NoAnswer as error:
             raise RequestFailed(
                 f"no Cairn answers at {self._url} ({error}); start it, or give its address with --url"
             ) from None
-        return _decoded(self._url, answer.status, answer.body)
+        decoded = _decoded(self._url, answer.status, answer.body)
+        self._check(decoded, form)
+        return decoded
+
+    def _check(self, decoded: Any, form: Any) -> None:
+        try:
+            msgspec.convert(decoded, form)
+        except msgspec.ValidationError:
+            raise _no_cairn(self._url, 200) from None
 
     def model(self) -> str:
         """Return the model that is served. Raises RequestFailed if there are several."""
-        names = [str(model.get("id")) for model in self.call("GET", "/models").get("data", [])]
+        names = [str(model.get("id")) for model in self.call("GET", "/models", form=_Models).get("data", [])]
         if len(names) != 1:
             raise RequestFailed(f"choose a model with --model: {', '.join(names) or 'none is listed'}")
         return names[0]
@@ -89,19 +157,18 @@ class Cairn:
     def find(self, name: str) -> dict[str, Any]:
         """Return the context with this id or tag."""
         path = f"/caching/{name}" if _ID.fullmatch(name) else f"/caching/refs/tags/{quote(name, safe='')}/content"
-        found: dict[str, Any] = self.call("GET", path)
+        found: dict[str, Any] = self.call("GET", path, form=_Whole)
         return found
 
-    def all(self, path: str, cursor: str) -> list[dict[str, Any]]:
-        """Return every row of a list, page by page; `cursor` is the field to which `after` refers."""
+    def all(self, path: str, cursor: str, form: type[msgspec.Struct]) -> list[dict[str, Any]]:
+        """Return every row of a list, page by page; `cursor` is the field to which `after` refers, `form` a row's."""
         rows: list[dict[str, Any]] = []
         more = True
         while more:
             query = {"limit": PAGE, "order": "asc"} | ({"after": rows[-1][cursor]} if rows else {})
             page = self.call("GET", f"{path}?{urlencode(query)}")
             found = page.get("data")
-            if not isinstance(found, list) or not all(isinstance(row, dict) and cursor in row for row in found):
-                raise _no_cairn(self._url, 200)
+            self._check(found, list[form])  # type: ignore[valid-type]
             rows += found
             more = bool(page.get("has_more"))
         return rows
@@ -166,7 +233,7 @@ def put(  # noqa: PLR0913 - click passes one parameter per option
     else:
         click.echo(made["id"])
     if made["status"] == "error":
-        exits.fail(f"the context is stored, but could not be warmed: {made['error']['message']}")
+        exits.fail(f"the context is stored, but could not be warmed: {(made.get('error') or {}).get('message')}")
 
 
 @contexts.command("list")
@@ -177,8 +244,8 @@ def list_(url: str, key: str, as_json: bool) -> None:
     """List the stored contexts, with what each of them saves."""
     try:
         cairn = Cairn(url, key)
-        rows = cairn.all("/caching", "id")
-        tags = cairn.all("/caching/refs/tags", "tag")
+        rows = cairn.all("/caching", "id", _Row)
+        tags = cairn.all("/caching/refs/tags", "tag", _Tag)
     except RequestFailed as error:
         exits.fail(str(error))
     if as_json:
@@ -246,7 +313,7 @@ def rm(names: tuple[str, ...], url: str, key: str) -> None:
         for name in names:
             context_id = name
             if not _ID.fullmatch(name):
-                context_id = cairn.call("GET", f"/caching/refs/tags/{quote(name, safe='')}")["cache_id"]
+                context_id = cairn.call("GET", f"/caching/refs/tags/{quote(name, safe='')}", form=_Tag)["cache_id"]
             cairn.call("DELETE", f"/caching/{context_id}")
             click.echo(context_id)
     except RequestFailed as error:
@@ -267,10 +334,10 @@ def tag(tag: str, context_id: str | None, is_deletion: bool, url: str, key: str)
         if is_deletion:
             cairn.call("DELETE", path)
         elif context_id is None:
-            click.echo(cairn.call("GET", path)["cache_id"])
+            click.echo(cairn.call("GET", path, form=_Tag)["cache_id"])
         else:
             body = json.dumps({"tag": tag, "cache_id": context_id}).encode()
-            click.echo(cairn.call("POST", "/caching/refs/tags", body)["cache_id"])
+            click.echo(cairn.call("POST", "/caching/refs/tags", body, form=_Tag)["cache_id"])
     except RequestFailed as error:
         exits.fail(str(error))
 
@@ -292,7 +359,7 @@ def _upload(cairn: Cairn, body: bytes, console: Console) -> dict[str, Any]:
     columns = (TextColumn("uploading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(body))
-        made: dict[str, Any] = cairn.call("POST", "/caching", body, lambda size: progress.advance(task, size))
+        made: dict[str, Any] = cairn.call("POST", "/caching", body, lambda size: progress.advance(task, size), _Made)
     return made
 
 
@@ -300,7 +367,7 @@ def _wait(cairn: Cairn, made: dict[str, Any], console: Console) -> dict[str, Any
     with console.status("warming"):
         while made["status"] == "pending":
             time.sleep(POLL_SECONDS)
-            made = cairn.call("GET", f"/caching/{made['id']}")
+            made = cairn.call("GET", f"/caching/{made['id']}", form=_Made)
     return made
 
 

@@ -12,9 +12,9 @@ from proxy.cli.tables import Column, fold, lay_out
 
 
 def terminal_width(*, err: bool = False) -> int | None:
-    """Return the width of the terminal, or None if standard output (or `err`, standard error) is a pipe or a file."""
-    is_terminal = (sys.stderr if err else sys.stdout).isatty()
-    return shutil.get_terminal_size().columns if is_terminal else None
+    """Return the width of the terminal, or None if standard output (or `err`, standard error) is no terminal."""
+    stream = sys.stderr if err else sys.stdout
+    return shutil.get_terminal_size().columns if stream is not None and stream.isatty() else None
 
 
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str = "") -> None:

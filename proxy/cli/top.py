@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from proxy.cli import exit_codes as exits
 from proxy.cli.admin_port import TOKEN_NEEDED, admin_client, admin_url
@@ -16,6 +17,7 @@ from proxy.cli.http_client import HttpClient, NoAnswer, TokenNeeded
 from proxy.cli.tables import Column, fold, lay_out, number, printable, text
 from proxy.cli.terminal import terminal_width
 from proxy.errors import ConfigError
+from proxy.version import own_version
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _TIMEOUT_SECONDS = 10.0
@@ -27,10 +29,67 @@ _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 State = dict[str, Any]
 
 
+class OtherVersion(Exception):
+    """What runs there sends other figures than are shown here."""
+
+
+class _Failed(msgspec.Struct):
+    client: str
+    model: str
+    reason: str
+    count: int
+    last_unix_seconds: float
+
+
+class _Replica(msgspec.Struct):
+    name: str
+    up: bool
+    down_since_unix_seconds: float | None
+    why: str
+    in_flight: int
+    queued: int
+    pending_tokens: int
+    cached_tokens: int
+    prompt_tokens: int
+
+
+class _Saved(msgspec.Struct):
+    usd: float
+    prefill_seconds: float
+    cached_tokens: float
+    prompt_tokens: float
+
+
+class _Prefix(msgspec.Struct):
+    model: str
+    tokens: int
+    hits: int
+    saved_tokens: int
+
+
+class _Shown(msgspec.Struct):
+    """The figures that are shown; a Cairn of another version may not send all of them."""
+
+    version: str
+    status: str
+    reasons: list[str]
+    notices: list[str]
+    now_unix_seconds: float
+    started_unix_seconds: float
+    requests: int
+    requests_per_second: float
+    in_flight: int
+    waiting: int
+    recent_errors: list[_Failed]
+    replicas: list[_Replica]
+    saved: dict[str, _Saved | None]
+    prefixes: list[_Prefix]
+
+
 @click.command("top", short_help="Show what a running Cairn does.")
 @click.option("--url", metavar="URL", help="The admin port of a running Cairn.  [default: http://127.0.0.1:8090]")
 @click.option("--config", "file", type=_FILE, help="The configuration file that names it.  [env: CAIRN_CONFIG]")
-@click.option("--once", is_flag=True, help="Print the figures once and exit.")
+@click.option("--once", is_flag=True, help="Print the figures once and exit, as is done without a terminal.")
 def top(url: str | None, file: Path | None, once: bool) -> None:
     """Show what a running Cairn does: its status, failures, replicas and savings."""
     from proxy.config.load import load, process_environment
@@ -42,7 +101,7 @@ def top(url: str | None, file: Path | None, once: bool) -> None:
     address = url or admin_url(config)
     client = admin_client(address, config, _TIMEOUT_SECONDS)
     try:
-        if once:
+        if once or not _can_redraw():
             state = next(states(client), None)
             for line in lines(state or {}, terminal_width()) if state else ():
                 click.echo(line)
@@ -52,14 +111,31 @@ def top(url: str | None, file: Path | None, once: bool) -> None:
         exits.fail(f"the admin port {address} {TOKEN_NEEDED}")
     except NoAnswer as error:
         exits.fail(f"no Cairn answers at {address} ({error}); start it, or give its admin port with --url")
+    except OtherVersion:
+        exits.fail(
+            f"what runs at {address} sends figures of another version than this command's ({own_version()}); use the "
+            "command that was installed with it"
+        )
     except KeyboardInterrupt:
         return
 
 
+def _can_redraw() -> bool:
+    """Return whether standard output is a terminal whose screen can be drawn again and again."""
+    from rich.console import Console
+
+    console = Console()
+    return console.is_terminal and not console.is_dumb_terminal
+
+
 def states(client: HttpClient) -> Iterator[State]:
-    """Yield the states that the admin port sends. Raises NoAnswer."""
+    """Yield the states that the admin port sends. Raises NoAnswer and OtherVersion."""
     for event, content in client.events("/events"):
         if event == "state":
+            try:
+                msgspec.json.decode(content, type=_Shown)
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                raise OtherVersion from None
             yield json.loads(content)
 
 

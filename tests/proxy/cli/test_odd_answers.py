@@ -267,3 +267,17 @@ async def test_init_explains_a_wrong_scheme_and_an_unknown_name(
     host = upstream.url.removeprefix("http://").removesuffix("/v1")
     done = await run("init", url.format(host=host), "--output", str(tmp_path / "c.yaml"))
     assert f"does not answer ({says})" in done.stderr.replace("\n  ", " ")
+
+
+@pytest.mark.parametrize("command", [("show", "a"), ("tag", "a"), ("rm", "a"), ("list",), ("put", __file__)])
+async def test_answers_of_another_version_are_no_tracebacks(command: tuple[str, ...]) -> None:
+    """Fields may be missing, or have other types."""
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        rows = [{"id": "m", "tag": "t", "name": 5}]
+        return web.json_response({"id": 5, "data": rows, "messages": ["x"], "error": {"message": 5}})
+
+    async with RawTestServer(answer) as server:
+        done = await run("contexts", *command, "--url", str(server.make_url("/")))
+    assert done.exit_code == 1
+    assert "is not the client port of a Cairn (status 200)" in done.stderr.replace("\n  ", " ")

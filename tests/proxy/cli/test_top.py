@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from typing import Any
 
 import msgspec
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import RawTestServer
 from click.testing import CliRunner
 
 from proxy.accounting.savings import By, SavingsReport
@@ -15,6 +18,7 @@ from proxy.admin.port import AdminPort
 from proxy.admin.status import StatusBoard, build
 from proxy.admin.status.state import Moment
 from proxy.cli.main import cli
+from proxy.cli.terminal import terminal_width
 from proxy.cli.top import lines
 from proxy.config.schema import Config
 from proxy.control.error_rows import ErrorRow
@@ -105,6 +109,39 @@ async def test_it_reads_the_stream_of_a_running_cairn() -> None:
     await port.close()
     assert result.exit_code == 0, result.output
     assert "Cairn 1.2.3: degraded" in result.output
+
+
+async def test_without_a_terminal_it_shows_the_figures_once() -> None:
+    """Nothing would be shown otherwise, for ever."""
+    listening = sockets.open_admin("127.0.0.1", 0)
+    port = AdminPort(Overview())
+    await port.start(listening)
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    result = await asyncio.to_thread(CliRunner().invoke, cli, ["top", "--url", url])
+    assert result.exit_code == 0, result.output
+    assert "Cairn 1.2.3: degraded" in result.output
+    await port.close()
+
+
+def test_a_standard_output_that_was_closed_has_no_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has none then, and every command that prints a table would end with a traceback."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert terminal_width() is None
+
+
+@pytest.mark.parametrize("state", [{"version": "0.1.0", "status": "ready"}, {"figures": []}, "\u0000"])
+async def test_figures_of_another_version_are_told(state: object) -> None:
+    """In one line, with what to do; which figures are sent may change with each version."""
+
+    async def events(_: web.BaseRequest) -> web.Response:
+        return web.Response(text=f"event: state\ndata: {json.dumps(state)}\n\n")
+
+    async with RawTestServer(events) as server:
+        result = await asyncio.to_thread(
+            CliRunner().invoke, cli, ["top", "--once", "--url", str(server.make_url("/"))]
+        )
+    assert result.exit_code == 1
+    assert "sends figures of another version than this command's" in result.stderr.replace("\n  ", " ")
 
 
 def test_without_a_cairn_it_says_so() -> None:
