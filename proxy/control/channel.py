@@ -123,6 +123,7 @@ class WorkerControl:
         self.before_reload: Callable[[Config], None] | None = None
         self._on_reload: Reconfigure | None = None
         self._waiting: Config | None = None  # the newest that is not applied yet
+        self._is_applying = False
 
     @classmethod
     async def open(cls, end: socket.socket, tasks: Tasks) -> tuple[WorkerControl, Config]:
@@ -148,8 +149,7 @@ class WorkerControl:
     @on_reload.setter
     def on_reload(self, reconfigure: Reconfigure) -> None:
         self._on_reload = reconfigure
-        if self._waiting is not None:  # it came while this worker was starting
-            self._tasks.start(self._apply(reconfigure), "reload")
+        self._apply_newest()  # which came while this worker was starting
 
     async def send_ready(self) -> None:
         """Report that requests are accepted."""
@@ -194,7 +194,7 @@ class WorkerControl:
                 elif isinstance(message, Explain):
                     self._tasks.start(self._explain(message), "explain")
                 else:
-                    await self._reload(message.config)
+                    self._reload(message.config)
         finally:
             self.orphaned.set()  # without a supervisor nobody can stop or watch this process
             self._set_drain(0.0)
@@ -210,19 +210,27 @@ class WorkerControl:
             status, body = await self.on_explain(question)
         await self._channel.send(Explained(question.id, status, body))
 
-    async def _reload(self, config: Config) -> None:
+    def _reload(self, config: Config) -> None:
         if self.before_reload is not None:
             self.before_reload(config)
         self._waiting = config
-        if self._on_reload is not None:
-            await self._apply(self._on_reload)
+        self._apply_newest()
+
+    def _apply_newest(self) -> None:
+        """Apply what waits, beside other messages: it may take seconds, and a drain cannot wait for them."""
+        if self._on_reload is not None and self._waiting is not None and not self._is_applying:
+            self._is_applying = True
+            self._tasks.start(self._apply(self._on_reload), "reload")
 
     async def _apply(self, reconfigure: Reconfigure) -> None:
-        """Apply the newest configuration, unless that was done meanwhile."""
-        config, self._waiting = self._waiting, None
-        if config is None:
-            return
         try:
-            await reconfigure(config)
-        except ConfigError as error:
-            self._channel.post(ReloadRefused(error.message))
+            while self._waiting is not None:
+                config, self._waiting = self._waiting, None
+                try:
+                    await reconfigure(config)
+                except ConfigError as error:
+                    self._channel.post(ReloadRefused(error.message))
+            self._is_applying = False
+        finally:
+            if self._is_applying:  # it failed: a new process will have the whole configuration, and not half of it
+                self.orphaned.set()

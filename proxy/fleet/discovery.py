@@ -15,7 +15,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from typing import Final, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
@@ -134,9 +134,26 @@ class Discovery:
         """Call `listener` about every change from now on."""
         self._listeners.append(listener)
 
-    def adopt(self, config: Config) -> None:
-        """Use a new configuration: replicas that it does not contain get no new request."""
+    async def look_ahead(self, config: Config) -> Mapping[str, tuple[str, ...]]:
+        """Find the replicas behind what a configuration follows that is new, within a few seconds.
+
+        Return the addresses by URL, for `adopt`. Without them it would remove the replicas in force and only the next
+        look-up would bring others.
+        """
+        urls = _followed(config) - _followed(self._config)
+        services = _services(config) - _services(self._config)
+        if services and self._endpoints is not None:
+            self._endpoints.follow(services | _services(self._config), self.found)
+            await self._endpoints.listed(RESOLVE_SECONDS)
+        return await self._look_up_all(urls)
+
+    def adopt(self, config: Config, addresses: Mapping[str, tuple[str, ...]] | None = None) -> None:
+        """Use a new configuration: replicas that it does not contain get no new request.
+
+        `addresses` are those that `look_ahead` found.
+        """
         self._config = config
+        self._addresses.update(addresses or {})
         self._follow()
         self._apply()
 
@@ -175,10 +192,9 @@ class Discovery:
 
     async def look(self) -> None:
         """Resolve all names once and apply what changed."""
-        urls = {replica.url for pool in self._config.pools for replica in pool.replicas if replica.is_followed}
-        found = await asyncio.gather(*(self._look_up(url) for url in urls))
-        fresh = {url: addresses for url, addresses in zip(urls, found, strict=True) if addresses}
-        news = {url: each for url, each in fresh.items() if each != self._addresses.get(url)}
+        fresh = await self._look_up_all(_followed(self._config))
+        urls = _followed(self._config)  # a reload may have changed it meanwhile
+        news = {url: each for url, each in fresh.items() if url in urls and each != self._addresses.get(url)}
         self._addresses = {url: each for url, each in self._addresses.items() if url in urls}
         if news:
             self._addresses.update(news)
@@ -205,10 +221,15 @@ class Discovery:
                 listener.replica_forgotten(number, endpoint)
 
     def _follow(self) -> None:
-        services = {_service(r) for pool in self._config.pools for r in pool.replicas if r.is_service}
+        services = _services(self._config)
         self._found = {service: found for service, found in self._found.items() if service in services}
         if self._endpoints is not None:
             self._endpoints.follow(services, self.found)
+
+    async def _look_up_all(self, urls: Set[str]) -> dict[str, tuple[str, ...]]:
+        """Return the addresses of each URL of which any were found."""
+        found = await asyncio.gather(*(self._look_up(url) for url in urls))
+        return {url: addresses for url, addresses in zip(urls, found, strict=True) if addresses}
 
     async def _look_up(self, url: str) -> tuple[str, ...]:
         parts = urlsplit(url)
@@ -297,6 +318,16 @@ class Discovery:
                 yield _at(replica, address, parts.port or 80, parts.path), False
         else:
             yield replica, False
+
+
+def _followed(config: Config) -> set[str]:
+    """Return the URLs that stand for every address of their host names."""
+    return {replica.url for pool in config.pools for replica in pool.replicas if replica.is_followed}
+
+
+def _services(config: Config) -> set[Service]:
+    """Return the Services that the URLs of replicas name."""
+    return {_service(replica) for pool in config.pools for replica in pool.replicas if replica.is_service}
 
 
 def _service(replica: Replica) -> Service:

@@ -44,14 +44,17 @@ class LiveConfig:
     async def reconfigure(self, config: Config) -> None:
         """Apply the live part of a new configuration (`proxy.config.reload`); running requests are not affected.
 
+        It takes a few seconds if names are to be looked up first. The one in use is served meanwhile.
+
         Raises:
             ConfigError: the configuration needs a restart; nothing was changed.
         """
         parts = self._parts
+        addresses = await parts.discovery.look_ahead(config)
         self.config = config
         parts.cold_gate.limits = gate_limits = from_config.gate_limits(config.admission)
         parts.queues.set_limits(from_config.queue_limits(config.queue), gate_limits.pace)
-        parts.discovery.adopt(config)
+        parts.discovery.adopt(config, addresses)
         parts.templates.set_config(config)
         parts.model_names.add(from_config.model_names(config))
         parts.prices.adopt(rules_of(config.prices))

@@ -26,6 +26,7 @@ from proxy.control.messages import (
 from proxy.metrics.definitions import REQUESTS, MetricsDelta
 from proxy.metrics.recorder import Recorder
 from proxy.tasks import Tasks
+from tests.support.valkey import eventually
 
 CONFIG = Config(pools=(Pool("p", (Replica("http://h", key=Secret("the-key")),)),))
 
@@ -184,6 +185,43 @@ async def test_a_reload_that_waited_does_not_undo_a_later_one(ends) -> None:
     await channel.send(Explain(1, "/v1/x", b""))
     await next_of(channel)
     assert [taken.get_nowait() for _ in range(taken.qsize())] == [last]
+
+
+async def test_a_reload_that_takes_its_time_holds_nothing_up_and_is_followed_by_the_newest(ends) -> None:
+    """It may look names up for seconds; a drain that comes then does not wait."""
+    channel, worker = ends
+    configs = [Config(pools=(Pool(name, (Replica("http://h"),)),)) for name in ("first", "second", "last")]
+    taken, go_on = list[Config](), asyncio.Event()
+
+    async def reload(config: Config) -> None:
+        taken.append(config)
+        await go_on.wait()
+
+    worker.on_reload = reload
+    await channel.send(Configure(configs[0]))
+    await eventually(lambda: taken == configs[:1])
+    for config in configs[1:]:
+        await channel.send(Configure(config))
+    await channel.send(Drain(7.0))
+    async with asyncio.timeout(20):
+        assert await worker.wait_for_drain() == 7.0
+    assert taken == [configs[0]]
+    go_on.set()
+    await eventually(lambda: len(taken) == 2)
+    assert taken[1] == configs[2]
+
+
+async def test_a_worker_in_which_a_reload_fails_ends(ends) -> None:
+    """A new one has the whole configuration, and not half of it."""
+    channel, worker = ends
+
+    async def reload(_: Config) -> None:
+        raise RuntimeError
+
+    worker.on_reload = reload
+    await channel.send(Configure(CONFIG))
+    async with asyncio.timeout(20):
+        await worker.orphaned.wait()
 
 
 async def test_a_worker_without_a_supervisor_knows_it(ends) -> None:

@@ -253,6 +253,22 @@ async def test_a_replica_with_another_address_is_checked_at_once_and_keeps_its_n
     assert bench.members.pools.backends[0].origin.host == "new"
 
 
+async def test_a_reload_to_another_name_is_never_without_replicas():
+    """The new name is looked up before the replicas of the old one are removed; one that is known is not again."""
+    names = Names("10.0.0.1")
+    bench = Bench(names)
+    await bench.members.look()
+    moved = Config(pools=(Pool(name="engines", replicas=(Replica("dns+http://others.default.svc:9000"),)),))
+    found = await bench.members.look_ahead(moved)
+    await bench.members.look()
+    assert bench.names() == ["10.0.0.1:8000"]
+    bench.members.adopt(moved, found)
+    assert bench.names() == ["10.0.0.1:9000"]
+    names.asked.clear()
+    assert await bench.members.look_ahead(moved) == {}
+    assert names.asked == []
+
+
 async def test_a_pool_that_turns_out_to_be_engines_keeps_prefixes_as_they_do():
     """What was known of the room of an engine that becomes a provider no longer counts."""
     bench = Bench(Names(), Replica("http://a:8000"))

@@ -264,6 +264,19 @@ async def test_a_reload_follows_other_services() -> None:
         assert server.lists[-1].query["labelSelector"] == "kubernetes.io/service-name=sglang"
 
 
+async def test_a_reload_to_another_service_is_never_without_replicas() -> None:
+    """Its endpoints are known before those of the other are removed."""
+    url = "kubernetes+http://vllm.models:http"
+    async with ApiServer(slice_of("a", "10.0.0.1")) as server, Bench(server, config(url)) as bench:
+        following = config("kubernetes+http://sglang.models:8000")
+        found = await bench.discovery.look_ahead(following)
+        assert sorted(bench.views()) == ["10.0.0.1:8000"]
+        assert len(bench.loops) == 2
+        bench.discovery.adopt(following, found)
+        assert sorted(bench.views()) == ["10.0.0.1:8000"]
+        await eventually(lambda: len(bench.loops) == 1)
+
+
 async def test_a_replica_of_another_zone_is_far() -> None:
     """One whose zone is unknown is not, and none is if Cairn's own is unknown."""
     slices = [
