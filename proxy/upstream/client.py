@@ -9,6 +9,7 @@ import asyncio
 import math
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Final, TypeAlias
 
 from proxy.clock import Clock
@@ -34,15 +35,16 @@ def default_ssl_context(_origin: Origin) -> ssl.SSLContext:
 
 
 class _Upstream:
-    """State kept per origin."""
+    """State kept per origin. `is_trust_old` means that `ssl_context` is to be made anew if that is possible."""
 
-    __slots__ = ("head", "origin", "pool", "ssl_context")
+    __slots__ = ("head", "is_trust_old", "origin", "pool", "ssl_context")
 
     def __init__(self, origin: Origin, pool: Pool, ssl_context: ssl.SSLContext | None) -> None:
         self.origin = origin
         self.pool = pool
         self.head = HeadWriter(origin)
         self.ssl_context = ssl_context
+        self.is_trust_old = False
 
 
 class UpstreamClient:
@@ -130,6 +132,11 @@ class UpstreamClient:
         upstream = self._upstreams.get(origin)
         return 0.0 if upstream is None else upstream.pool.received_seconds
 
+    def renew_trust(self) -> None:
+        """Read the certificate authorities again before the next connection to each origin is opened."""
+        for upstream in self._upstreams.values():
+            upstream.is_trust_old = upstream.ssl_context is not None
+
     def forget(self, origin: Origin) -> bool:
         """Drop the pool of an origin that is gone: now, or as soon as its last connection closes.
 
@@ -178,6 +185,11 @@ class UpstreamClient:
         connection = await pool.obtain(fresh=fresh)
         if connection is not None:
             return connection
+
+        if upstream.is_trust_old:
+            upstream.is_trust_old = False
+            with suppress(OSError):  # those that are known are better than none
+                upstream.ssl_context = self._ssl_context(upstream.origin)
 
         def make() -> Connection:
             return Connection(self._loop, self._clock, self._deadlines, pool, limits)
