@@ -321,7 +321,7 @@ class ColdGate:
         Raises:
             RateLimited: a new session would wait for too long, or the waiting bodies take too much memory.
             DeadlineUnreachable: its deadline cannot be met, or has passed.
-            TurnedAway: no replica of the pool is left, or the gate was switched off; it is to be planned again.
+            TurnedAway: no replica of the pool is left, or the gate was switched off.
         """
         now = self._clock.monotonic()
         pool = self.pool(turn.pool)
@@ -424,9 +424,9 @@ class ColdGate:
     def _look(self, pool: _Pool, skipped: frozenset[str] = frozenset()) -> None:
         """Let turns go, of no tenant in `skipped`: these have their part of the replicas, as Redis has just said."""
         self._release_done(pool)
-        if len(pool.queue) and (not self.limits.enabled or not self._available(pool)):
+        if len(pool.queue) and not (self.limits.enabled and self._available(pool)):
             for waiter in pool.waiting:
-                _fail(waiter, TurnedAway("No replica is left that the request could wait for."))
+                _fail(waiter, TurnedAway("There is no replica left to wait for, or no need to wait any more."))
             return
         while (found := self._first_that_may_go(pool, skipped)) is not None:
             waiting, views = found

@@ -4,7 +4,7 @@ Under pressure a turn that is warm when it arrives may be evicted while it waits
 Sent at once, it would be computed as a whole, before the cold turns that wait for a quiet replica, and evict others.
 So it waits here, in one queue per replica with the order of `replica_queue`, until its replica has hardly anything
 left to compute. Then it is looked up again: still warm it is sent at once, otherwise it waits as a cold turn.
-If the replica is down or removed, it is looked up again at once.
+If the replica is down or removed, or the gate is switched off, it is looked up again at once.
 """
 
 from __future__ import annotations
@@ -127,9 +127,11 @@ class WarmQueues:
         )
 
     def _has_work(self, replica: int) -> bool:
-        work = self._work
-        return work.is_used(replica) and (
-            work.sent_seconds(replica, self._clock.monotonic()) > self._limits().quiet_seconds
+        work, limits = self._work, self._limits()
+        return (
+            limits.enabled
+            and work.is_used(replica)
+            and work.sent_seconds(replica, self._clock.monotonic()) > limits.quiet_seconds
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cache import PART_TAKEN, CacheError
-from proxy.errors import DeadlineUnreachable, RateLimited
+from proxy.errors import DeadlineUnreachable, RateLimited, TurnedAway
 from proxy.records import ReplicaView
 from proxy.routing.cold_admission import REST_SECONDS, SPARING_ROUNDS, TurnKind
 from proxy.routing.cold_gate import ColdGate, Pass
@@ -799,6 +799,21 @@ async def test_without_redis_and_without_a_replica_that_is_open_a_turn_waits_on(
     await settle()
     assert waiting.done()
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_turns_that_wait_go_at_once_when_the_gate_is_switched_off(alone: bool):
+    """Those that come then do not wait, keep the replicas busy, and would go before them for as long as they come."""
+    bench = Bench(alone=alone)
+    bench.fleet.pending = [1e6, 1e6]
+    waiting = [bench.begin() for _ in range(3)]
+    await settle()
+    assert not any(each.done() for each in waiting)
+    bench.gate.limits = GateLimits(enabled=False)
+    bench.gate.changed()
+    await settle()
+    assert [type(each.exception()) for each in waiting] == 3 * [TurnedAway]
+    assert (bench.gate.waiting()[Priority.NORMAL], bench.gate.waiting_bytes) == (0, 0)
 
 
 async def test_every_refusal_and_every_turn_that_goes_is_counted():

@@ -76,6 +76,18 @@ async def test_turns_do_not_wait_for_a_replica_that_is_down() -> None:
     assert not bench.queues.is_busy(0)
 
 
+async def test_turns_do_not_wait_once_the_gate_is_switched_off() -> None:
+    """Those that come then are sent at once, and would go before them."""
+    bench = Bench()
+    waiting = [await bench.begin() for _ in range(3)]
+    bench.limits = GateLimits(enabled=False)
+    bench.queues.look()
+    for _ in range(3):
+        await turns()
+    assert all(turn.done() for turn in waiting)
+    assert not bench.queues.is_busy(0)
+
+
 async def test_turns_do_not_wait_for_a_replica_that_is_removed_while_another_process_uses_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
