@@ -44,6 +44,10 @@ CLAIM_PATIENCE_SECONDS: Final = 30.0
 """A claim expires after `CLAIM_PATIENCE` times the predicted prefill plus this time."""
 
 
+UNKNOWN_SECONDS: Final = 10.0
+"""Time for which turns wait on while the capacity of a replica is not known."""
+
+
 class Pass:
     """A cold turn's right to one replica. `is_over`, once set, returns whether its first token came or it ended."""
 
@@ -89,6 +93,7 @@ class _Pool:
         self.asking = False
         self.is_named = False  # the other workers know of a turn that waits here, and let it go first
         self.alarm: asyncio.TimerHandle | None = None
+        self.unknown_seconds = inf  # time since which the capacity of a replica is not known
 
 
 class ColdGate:
@@ -321,7 +326,7 @@ class ColdGate:
         Raises:
             RateLimited: a new session would wait for too long, or the waiting bodies take too much memory.
             DeadlineUnreachable: its deadline cannot be met, or has passed.
-            TurnedAway: no replica of the pool is left, or the gate was switched off.
+            TurnedAway: no replica of the pool is left, or no turn needs to wait for them any more.
         """
         now = self._clock.monotonic()
         pool = self.pool(turn.pool)
@@ -424,7 +429,7 @@ class ColdGate:
     def _look(self, pool: _Pool, skipped: frozenset[str] = frozenset()) -> None:
         """Let turns go, of no tenant in `skipped`: these have their part of the replicas, as Redis has just said."""
         self._release_done(pool)
-        if len(pool.queue) and not (self.limits.enabled and self._available(pool)):
+        if len(pool.queue) and not self._holds(pool):
             for waiter in pool.waiting:
                 _fail(waiter, TurnedAway("There is no replica left to wait for, or no need to wait any more."))
             return
@@ -442,6 +447,20 @@ class ColdGate:
             pool.alarm = asyncio.get_running_loop().call_later(
                 LOOK_SECONDS * self.limits.pace, self._look_again, pool
             )
+
+    def _holds(self, pool: _Pool) -> bool:
+        """Return False if turns of a pool need not wait any more: new ones do not, and would go before them.
+
+        A replica that has just joined has not told its capacity yet, which is no reason to let all turns go.
+        """
+        views, now = self._available(pool), self._clock.monotonic()
+        if not (self.limits.enabled and views):
+            return False
+        if self.short_tokens(views) is not None:
+            pool.unknown_seconds = inf
+            return True
+        pool.unknown_seconds = min(pool.unknown_seconds, now)
+        return now - pool.unknown_seconds < UNKNOWN_SECONDS * self.limits.pace
 
     def _withdraw(self, pool: _Pool) -> None:
         """Let the other workers' turns go first: no turn waits here, or all do for busy replicas that hold them."""

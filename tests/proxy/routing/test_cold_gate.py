@@ -12,7 +12,7 @@ from cache import PART_TAKEN, CacheError
 from proxy.errors import DeadlineUnreachable, RateLimited, TurnedAway
 from proxy.records import ReplicaView
 from proxy.routing.cold_admission import REST_SECONDS, SPARING_ROUNDS, TurnKind
-from proxy.routing.cold_gate import ColdGate, Pass
+from proxy.routing.cold_gate import UNKNOWN_SECONDS, ColdGate, Pass
 from proxy.routing.cold_pressure import CROWDED_SECONDS, RESTING_SECONDS, ColdPressure
 from proxy.routing.cold_turn import GateLimits, Turn
 from proxy.routing.cold_wait import SENDS, pool_of
@@ -87,9 +87,10 @@ class Bench:
         self.fleet, self.claims, self.clock = FakeFleet(replicas), FakeClaims(), FakeClock()
         self.shares = TenantShares()
         self.reports = 0
+        self.capacity = capacity
         self.gate = ColdGate(
             self.fleet,
-            lambda number: capacity,
+            lambda number: self.capacity,
             self.shares,
             self.claims,
             lambda: alone,
@@ -814,6 +815,28 @@ async def test_turns_that_wait_go_at_once_when_the_gate_is_switched_off(alone: b
     await settle()
     assert [type(each.exception()) for each in waiting] == 3 * [TurnedAway]
     assert (bench.gate.waiting()[Priority.NORMAL], bench.gate.waiting_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("pace", [1.0, 0.5])
+async def test_turns_that_wait_go_soon_when_the_capacity_of_a_replica_is_not_known_any_more(pace: float):
+    """New ones do not wait then. A replica that joins has some seconds to tell its own."""
+    bench = Bench()
+    bench.gate.limits = GateLimits(rest_seconds=pace * REST_SECONDS)
+    bench.fleet.pending = [1e6, 1e6]
+    waiting = bench.begin()
+    await settle()
+    for _ in range(2):
+        bench.capacity = None
+        bench.gate.changed()
+        bench.clock.advance(pace * UNKNOWN_SECONDS - 0.1)
+        bench.gate.changed()
+        bench.capacity = 1e6
+        bench.gate.changed()
+        await settle()
+    bench.capacity = None
+    bench.gate.changed()
+    await assert_goes_after(bench, waiting, pace * UNKNOWN_SECONDS)
+    assert isinstance(waiting.exception(), TurnedAway)
 
 
 async def test_every_refusal_and_every_turn_that_goes_is_counted():
