@@ -4,15 +4,19 @@ A worker that wants to send a cold turn to a replica asks Redis once. It gets th
 other worker has a turn that comes first. A claim is released at the turn's first token, and otherwise expires, or
 ends when its worker is known to be gone or asks for the same replica again: then it did not learn that it got it,
 because Redis answered too late. Turns that do not wait do not ask.
+
+A worker is known to be gone if this one heard it fall silent, or if it has ceased to announce itself in Redis: those
+of a proxy that was killed as a whole are gone before others hear them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 
 from cache import keys
 from cache.errors import CacheError
-from cache.ports import Tasks
+from cache.ports import Clock, Tasks
 from cache.store.lua import DROP_UNLESS
 from cache.store.replies import parsed
 from cache.store.store import Script, Store
@@ -28,6 +32,9 @@ PART_TAKEN = ""
 
 GONE_SECONDS = 1.0
 """Age from which the claim of a worker that is gone ends: a younger one shows that the worker has come back."""
+
+LOOK_SECONDS = 1.0
+"""Least time between two looks for claims whose workers do not announce themselves, while turns get no replica."""
 
 TAKE = Script(
     "cold-take",
@@ -122,11 +129,20 @@ class ColdClaims:
     """The claims of one worker, named `writer_id`. `gone` returns the names of workers that have just died."""
 
     def __init__(
-        self, store: Store, writer_id: str, *, tasks: Tasks, gone: Callable[[], Sequence[str]] = tuple
+        self,
+        store: Store,
+        writer_id: str,
+        *,
+        clock: Clock,
+        tasks: Tasks,
+        gone: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._store = store
         self._writer_id = writer_id
+        self._clock = clock
         self._tasks = tasks
+        self._unannounced: dict[str, list[str]] = {}  # workers with claims that were found to be gone, by pool
+        self._next_look_seconds = -inf
         self._gone = gone
         self._taken = 0
         self._numbers: dict[tuple[str, str], int] = {}  # of the last claim, by pool and replica
@@ -165,7 +181,7 @@ class ColdClaims:
         Raises:
             CacheError: Redis did not answer.
         """
-        gone, rest = self._gone(), busy or {}
+        gone, rest = {*self._gone(), *self._unannounced.pop(pool, ())}, busy or {}
         self._taken += 1
         number = self._taken
         got = await self._store.run_script(
@@ -186,11 +202,11 @@ class ColdClaims:
                 *[part for replica in replicas for part in (replica, round(rest.get(replica, 0.0) * 1000))],
             ],
         )
-        if got is None:
-            return None
-        replica: str = parsed(bytes.decode, got)
-        if replica != PART_TAKEN:
+        replica: str | None = None if got is None else parsed(bytes.decode, got)
+        if replica:
             self._numbers[pool, replica] = number
+        else:
+            self._look_for_gone(pool)
         return replica
 
     def release(self, pool: str, replica: str) -> None:
@@ -202,6 +218,24 @@ class ColdClaims:
     def withdraw(self, pool: str) -> None:
         """Withdraw this worker's oldest turn, in the background: no turn waits any more."""
         self._tasks.start(self._withdraw(pool), "cold turn withdrawal")
+
+    def _look_for_gone(self, pool: str) -> None:
+        now_seconds = self._clock.monotonic()
+        if now_seconds >= self._next_look_seconds:
+            self._next_look_seconds = now_seconds + LOOK_SECONDS
+            self._tasks.start(self._find_gone(pool), "cold claims of gone workers")
+
+    async def _find_gone(self, pool: str) -> None:
+        """Find workers with claims that do not announce themselves; their claims end when this one asks again."""
+        try:
+            claims = parsed(_texts, await self._store.execute("HVALS", keys.cold_claims(pool)))
+            announced = parsed(_texts, await self._store.execute("ZRANGE", keys.WRITERS, 0, -1))
+        except CacheError:
+            self.failed += 1
+            return
+        if self._writer_id in announced:  # else Redis has just lost them, or this one is not heard either
+            holders = {claim.split("|")[1] for claim in claims if claim.count("|") >= 2}
+            self._unannounced[pool] = sorted(holders.difference(announced))
 
     async def _release(self, pool: str, replica: str, number: int) -> None:
         claim = f"{self._writer_id}|{number}"
@@ -215,3 +249,7 @@ class ColdClaims:
             await self._store.execute("HDEL", keys.cold_heads(pool), self._writer_id)
         except CacheError:
             self.failed += 1
+
+
+def _texts(values: Sequence[bytes]) -> list[str]:
+    return [value.decode(errors="replace") for value in values]

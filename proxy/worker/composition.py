@@ -194,7 +194,11 @@ def _sharing(config: Config, basics: Basics, memory: Memory, replicas: Replicas)
         lambda number: _capacity_tokens(memory.index, number),
         shares,
         ColdClaims(
-            memory.store, basics.writer_id, tasks=basics.tasks, gone=lambda: fleet.lost_peers(clock.monotonic())
+            memory.store,
+            basics.writer_id,
+            clock=clock,
+            tasks=basics.tasks,
+            gone=lambda: fleet.lost_peers(clock.monotonic()),
         ),
         lambda: journal.others == 0,
         basics.tasks.start,

@@ -35,6 +35,7 @@ from cache.secret import shared_secret
 from cache.store.replies import entries_of_range, entries_of_read, parsed
 from cache.store.store import open_store
 from cache.totals import Totals, read_totals
+from proxy.clock import SystemClock
 from proxy.tasks import Tasks
 from tests.support.clock import FakeClock
 from tests.support.workers import NAMES, Numbered, prompt
@@ -329,7 +330,7 @@ async def test_any_reply_is_read_or_an_error_of_the_cache(reply: Any) -> None:
         lambda: read_totals(store, day, day),
         lambda: shared_secret(store),
         lambda: shared_secret(store, b"known" * 9),
-        lambda: ColdClaims(store, "w", tasks=Tasks()).take(
+        lambda: ColdClaims(store, "w", clock=SystemClock(), tasks=Tasks()).take(
             "p", ["r"], order="", tenant="t", claim_seconds=1.0, most=1
         ),
     ):

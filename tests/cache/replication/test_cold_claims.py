@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from cache import keys
 from cache.errors import CacheError
-from cache.replication.cold_claims import GONE_SECONDS, PART_TAKEN, ColdClaims
+from cache.replication.cold_claims import GONE_SECONDS, LOOK_SECONDS, PART_TAKEN, ColdClaims
 from cache.store.store import Store, open_store
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
+from tests.support.clock import FakeClock
 from tests.support.valkey import PATIENT_SECONDS, Valkey, eventually
 
 
 class Two:
     """Two workers on one store."""
 
-    def __init__(self, store: Store, tasks: Tasks) -> None:
+    def __init__(self, store: Store) -> None:
         self.store = store
+        self.tasks = tasks = Tasks()
         self.gone: list[str] = []
-        self.one = ColdClaims(store, "one", tasks=tasks, gone=lambda: self.gone)
-        self.two = ColdClaims(store, "two", tasks=tasks)
+        self.clock = FakeClock()
+        self.one = ColdClaims(store, "one", clock=self.clock, tasks=tasks, gone=lambda: self.gone)
+        self.two = ColdClaims(store, "two", clock=self.clock, tasks=tasks)
 
 
 @pytest.fixture
@@ -34,7 +38,9 @@ async def two(server: Valkey) -> AsyncIterator[Two]:
         f"redis://127.0.0.1:{server.port}/0", clock=SystemClock(), tasks=tasks, limit_seconds=PATIENT_SECONDS
     )
     await store.start()
-    yield Two(store, tasks)
+    two = Two(store)
+    yield two
+    await two.tasks.close()
     await store.close()
     await tasks.close()
 
@@ -119,6 +125,57 @@ async def test_a_claim_ends_with_its_worker(two: Two, server: Valkey) -> None:
     assert await take(two.one, ["r0"], "1") == "r0"
 
 
+async def claim_of_a_worker_that_is_gone(two: Two, server: Valkey) -> None:
+    """Leave a claim that was made some seconds ago, by a worker that nobody has heard."""
+    dead = ColdClaims(two.store, "dead", clock=two.clock, tasks=Tasks())
+    assert await take(dead, ["r0"], "0") == "r0"
+    made_ms = round((time.time() - GONE_SECONDS - 1.0) * 1000)  # noqa: TID251
+    server.ask("HSET", keys.cold_last("pool"), "r0", str(made_ms))
+
+
+async def looked(two: Two, claims: ColdClaims, **more: Any) -> str | None:
+    """Ask in vain, wait until the look that this starts is over, and ask again."""
+    assert not await take(claims, ["r0"], "1", **more)
+    await eventually(lambda: not len(two.tasks))
+    return await take(claims, ["r0"], "1", **more)
+
+
+async def test_a_claim_ends_with_its_worker_though_nobody_heard_it_fall_silent(two: Two, server: Valkey) -> None:
+    """All workers of a proxy were killed and started again: the new ones know none of the old ones. Whoever announces
+    itself keeps its claim, and all do while this one does not: Redis may have lost who is there."""
+    await claim_of_a_worker_that_is_gone(two, server)
+    for announced in (["two"], ["one", "dead"]):
+        server.ask("DEL", keys.WRITERS)
+        for name in announced:
+            server.ask("ZADD", keys.WRITERS, "1", name)
+        assert await looked(two, two.one) is None
+        two.clock.advance(LOOK_SECONDS)
+    server.ask("ZREM", keys.WRITERS, "dead")
+    assert await looked(two, two.one) == "r0"
+
+
+async def test_a_tenant_whose_part_was_claimed_by_a_worker_that_is_gone_gets_it(two: Two, server: Valkey) -> None:
+    """Otherwise none of its turns would go, to whatever replica."""
+    await claim_of_a_worker_that_is_gone(two, server)
+    server.ask("ZADD", keys.WRITERS, "1", "one")
+    assert await take(two.one, ["r1"], "1", most=1) == PART_TAKEN
+    await eventually(lambda: not len(two.tasks))
+    assert await take(two.one, ["r1"], "1", most=1) == "r1"
+
+
+async def test_a_worker_that_waits_looks_for_such_claims_once_a_second(two: Two, server: Valkey) -> None:
+    """And not with each of the many turns that get no replica."""
+    server.ask("ZADD", keys.WRITERS, "1", "one")
+    assert await take(two.two, ["r0"], "0") == "r0"
+    server.ask("ZADD", keys.WRITERS, "1", "two")
+    assert await looked(two, two.one) is None
+    server.ask("DEL", keys.cold_claims("pool"))
+    await claim_of_a_worker_that_is_gone(two, server)
+    assert await looked(two, two.one) is None
+    two.clock.advance(LOOK_SECONDS)
+    assert await looked(two, two.one) == "r0"
+
+
 async def test_a_tenant_holds_no_more_than_its_part_over_all_workers(two: Two) -> None:
     """Another tenant's turn is not in its way."""
     assert await take(two.one, ["r0", "r1"], "1", most=1) == "r0"
@@ -167,7 +224,7 @@ async def test_a_release_that_comes_late_ends_no_later_claim(two: Two) -> None:
 async def test_without_redis_the_caller_is_told(server: Valkey) -> None:
     """It goes on alone; what cannot be taken back is counted and nothing else."""
     tasks = Tasks()
-    claims = ColdClaims(open_store(None, clock=SystemClock(), tasks=tasks), "one", tasks=tasks)
+    claims = ColdClaims(open_store(None, clock=SystemClock(), tasks=tasks), "one", clock=SystemClock(), tasks=tasks)
     with pytest.raises(CacheError):
         await take(claims, ["r0"], "1")
     claims.withdraw("pool")
