@@ -54,6 +54,12 @@ the prompts that ended there within `cold_pressure.RESTING_SECONDS` fit as well.
 queue it goes all the same, so that a prompt which hardly ever fits keeps nobody waiting.
 """
 
+ROOM_PATIENCE: Final = 2.0
+"""After this multiple of `PATIENCE_SECONDS` at the head it does not wait for room beside the prompts that run either:
+the engine lets it wait, and what comes after it, until there is room. Otherwise a prompt of four fifths of a cache
+waits behind eight small sessions for an hour, since some of them always run, and all cold turns behind it as well.
+"""
+
 SPARING_ROUNDS: Final = 2.0
 """It also goes all the same once it has waited for this multiple of a round, in which the replicas would compute the
 prompts of all continuing sessions once. Without the gate, turns wait for about a round in the mean, and the slowest
@@ -186,6 +192,7 @@ class ColdQueue(Generic[T]):
         self._queue: FairQueue[ColdTurn[T]] = FairQueue(shares or TenantShares(), _first_come_first_served)
         self._last_cold_seconds = {} if last_cold_seconds is None else last_cold_seconds
         self._first_seconds: dict[Waiting[T], float] = {}  # when a turn was first the first one under pressure
+        self._asked_seconds: dict[Waiting[T], float] = {}  # when a turn was first one that might go
         self._began_seconds = 0.0  # time at which the queue last ceased to be empty
 
     def __len__(self) -> int:
@@ -201,7 +208,7 @@ class ColdQueue(Generic[T]):
     def leave(self, waiting: Waiting[T]) -> None:
         """Remove a turn that was not sent. May be called twice."""
         self._queue.leave(waiting)
-        self._first_seconds.pop(waiting, None)
+        self._forget(waiting)
 
     def head(self, now_seconds: float, skipped: Container[str] = ()) -> Waiting[T] | None:
         """Return the turn that goes next, of no tenant in `skipped`, or None."""
@@ -227,7 +234,7 @@ class ColdQueue(Generic[T]):
 
         `is_pressed` says that sessions need more cache than there is: the turn then waits for a while, rather than
         have evicted what others will use again at once. `round_seconds` is the time in which the replicas would
-        compute the prompts of all continuing sessions once.
+        compute the prompts of all continuing sessions once. After `ROOM_PATIENCE` it waits for no room any more.
         """
         last, began = self._last_cold_seconds, self._began_seconds
         tokens = waiting.item.prompt_tokens
@@ -237,6 +244,9 @@ class ColdQueue(Generic[T]):
             and now_seconds - waiting.arrived_seconds < SPARING_ROUNDS * round_seconds
         )
         has_room = fits if spares else can_run
+        asked_seconds = self._asked_seconds.setdefault(waiting, now_seconds)
+        if now_seconds - asked_seconds >= ROOM_PATIENCE * patience_seconds:
+            has_room = _needs_no_room
         return frozenset(
             room.replica
             for room in rooms
@@ -289,8 +299,12 @@ class ColdQueue(Generic[T]):
     def serve(self, waiting: Waiting[T], replica: int, now_seconds: float) -> None:
         """Remove a turn that is sent to `replica`."""
         self._queue.serve(waiting)
-        self._first_seconds.pop(waiting, None)
+        self._forget(waiting)
         self._last_cold_seconds[replica] = now_seconds
+
+    def _forget(self, waiting: Waiting[T]) -> None:
+        self._first_seconds.pop(waiting, None)
+        self._asked_seconds.pop(waiting, None)
 
 
 def is_quiet(pending_seconds: float, quiet_seconds: float = QUIET_SECONDS) -> bool:
@@ -330,6 +344,11 @@ def fits(room: ReplicaRoom, prompt_tokens: float) -> bool:
         return can_run(room, prompt_tokens)
     needed = (running + room.resting_tokens + prompt_tokens) * room.own_share
     return needed <= (1.0 - RESERVED_SHARE) * cache
+
+
+def _needs_no_room(room: ReplicaRoom, prompt_tokens: float) -> bool:
+    del room, prompt_tokens
+    return True
 
 
 def _first_come_first_served() -> ShortestJobQueue[Claimant[ColdTurn[T]]]:

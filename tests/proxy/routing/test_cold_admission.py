@@ -16,6 +16,7 @@ from proxy.routing.cold_admission import (
     QUIET_SECONDS,
     RESERVED_SHARE,
     REST_SECONDS,
+    ROOM_PATIENCE,
     SHORT_TOKENS,
     SPARING_ROUNDS,
     SPARING_SHARE,
@@ -124,6 +125,25 @@ def test_the_minute_goes_on_while_others_are_the_first_in_between():
     assert queue.next_to_go(rooms, PATIENCE_SECONDS, is_pressed=True) == (first, (0,))
     queue.serve(first, 0, PATIENCE_SECONDS)
     queue.leave(first)
+
+
+@pytest.mark.parametrize("is_pressed", [False, True])
+@pytest.mark.parametrize("pace", [1.0, 0.5])
+def test_a_prompt_that_never_fits_beside_those_that_run_goes_at_last(is_pressed: bool, pace: float):
+    """If some of many small sessions always run, a prompt of most of the cache would keep all cold turns waiting."""
+    queue: ColdQueue[str] = ColdQueue()
+    rooms, patience = [room(0, running=200_000.0)], pace * PATIENCE_SECONDS
+    large, small = queue.join(turn(prompt=900_000.0), 0.0), queue.join(turn(), 0.0)
+    begins = 50.0  # when it is first asked
+
+    def next_at(now: float) -> tuple[object, tuple[int, ...]] | None:
+        return queue.next_to_go(rooms, now, is_pressed=is_pressed, patience_seconds=patience)
+
+    assert next_at(begins) == (large, ())
+    assert next_at(begins + ROOM_PATIENCE * patience - 0.1) == (large, ())
+    assert next_at(begins + ROOM_PATIENCE * patience) == (large, (0,))
+    queue.serve(large, 0, begins + ROOM_PATIENCE * patience)
+    assert next_at(begins + ROOM_PATIENCE * patience) == (small, (0,))
 
 
 def test_nobody_is_spared_where_less_than_a_third_of_the_cache_runs():
