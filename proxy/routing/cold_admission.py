@@ -218,6 +218,10 @@ class ColdQueue(Generic[T]):
         """Count the turns that wait, by priority and tenant."""
         return self._queue.waiting()
 
+    def highest(self, skipped: Container[str] = ()) -> Priority | None:
+        """Return the highest priority with which a tenant waits that is not in `skipped`, None if there is none."""
+        return self._queue.highest(skipped)
+
     def open_to(
         self,
         waiting: Waiting[T],

@@ -9,6 +9,7 @@ worker decides alone.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from math import inf
 from typing import Any, Final
@@ -291,9 +292,8 @@ class ColdGate:
             elif each.priority == turn.priority and since <= arrived:
                 before[each.tenant] = before.get(each.tenant, 0.0) + each.uncached_tokens
         own = before.pop(turn.tenant, 0.0)
-        most_before = self._shares.most_before
         # another tenant's flood goes before it only as far as its own share lags behind
-        others = sum([min(tokens, most_before(each, turn.tenant, own)) for each, tokens in before.items()])
+        others = self._shares.most_before(turn.tenant, own, before)
         return pool.rate.seconds_for(urgent_tokens + own + others, rate)
 
     # -- waiting
@@ -501,14 +501,11 @@ class ColdGate:
 
     def _with_their_part(self, pool: _Pool, replicas: int, now: float) -> set[str]:
         """Return the tenants whose cold turns are computed at as many replicas as is their part."""
-        tenants = {given.tenant for given in pool.passes.values()}
-        return {tenant for tenant in tenants if self._held(pool, tenant) >= self._part(tenant, replicas, now)}
+        held = Counter([given.tenant for given in pool.passes.values()])
+        return {tenant for tenant, count in held.items() if count >= self._part(tenant, replicas, now)}
 
     def _available(self, pool: _Pool) -> list[ReplicaView]:
         return [view for view in self._fleet.snapshot(pool.name, self._clock.monotonic()) if view.available]
-
-    def _held(self, pool: _Pool, tenant: str) -> int:
-        return sum(given.tenant == tenant for given in pool.passes.values())
 
     def _part(self, tenant: str, replicas: int, now: float) -> int:
         """Return how many replicas may compute cold turns of one tenant at once: all of them if it is alone."""
@@ -592,11 +589,10 @@ class ColdGate:
         it would wait for all of that priority in other workers, and those that wait behind it here as well.
         """
         skipped |= self._with_their_part(pool, len(self._available(pool)), now)
-        highest = min(
-            [each for each, tenant in pool.queue.waiting() if tenant not in skipped], default=waiting.priority
-        )
+        highest = pool.queue.highest(skipped)
         place_unix = self._clock.unix() - (now - waiting.arrived_seconds)
-        return f"{min(highest, waiting.priority):d}:{self._shares.round_of(waiting.tenant):015d}:{place_unix:017.3f}"
+        priority = waiting.priority if highest is None else min(highest, waiting.priority)
+        return f"{priority:d}:{self._shares.round_of(waiting.tenant):015d}:{place_unix:017.3f}"
 
     def _room(self, pool: _Pool, view: ReplicaView, now: float) -> ReplicaRoom:
         return ReplicaRoom(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Container, Iterator, Mapping
+from heapq import heapify, heappop, heappush, heapreplace
 from math import inf
 from typing import Final, Generic, NamedTuple, TypeVar
 
@@ -109,6 +110,7 @@ class TenantShares:
         self._went: set[str] = set()  # tenants whose last waiting request has just gone
         self._active_weight = 0.0
         self._checked_seconds = -inf
+        self.falls = 0  # how often the round of a tenant may have fallen; otherwise rounds only rise
 
     def seen(self, tenant: str, weight: float, now_seconds: float) -> None:
         """Note a request of the tenant, whether or not it will wait."""
@@ -158,12 +160,18 @@ class TenantShares:
         counters = self._tenants.get(tenant)
         return int((self._reached if counters is None else counters.total) / QUANTUM_TOKENS)
 
-    def most_before(self, other: str, tenant: str, own_tokens: float) -> float:
-        """Return the most tokens that waiting requests of `other` get before one of `tenant`, which has `own_tokens`
-        of requests before it: until the other one is in a later round.
+    def most_before(self, tenant: str, own_tokens: float, waiting_tokens: Mapping[str, float]) -> float:
+        """Return the tokens that requests of other tenants get before one of `tenant`, which has `own_tokens` of
+        requests before it: of `waiting_tokens`, by tenant, no more than until each is in a later round.
         """
-        reached = self._begins_at(tenant) + own_tokens / self._weight(tenant)
-        return max(reached + QUANTUM_TOKENS - self._begins_at(other), 0.0) * self._weight(other)
+        ends = self._begins_at(tenant) + own_tokens / self._weight(tenant) + QUANTUM_TOKENS
+        begins_at, weight_of = self._begins_at, self._weight
+        return sum(
+            [
+                min(tokens, max(ends - begins_at(other), 0.0) * weight_of(other))
+                for other, tokens in waiting_tokens.items()
+            ]
+        )
 
     def _begins_at(self, tenant: str) -> float:
         counters = self._tenants.get(tenant)
@@ -235,6 +243,7 @@ class TenantShares:
                 if counters is None:
                     counters = self._counters(tenant)
                     counters.lifted = total
+                    self.falls += total < self._reached
                 elif known is None or own < known:
                     counters.elsewhere += max(total - counters.total, 0.0)
                 else:
@@ -255,7 +264,7 @@ class TenantShares:
         if counters is None:
             if len(self._tenants) >= MAX_TENANTS:
                 oldest = next(iter(self._tenants))
-                del self._tenants[oldest]
+                self.falls += self._tenants.pop(oldest).total > self._reached
                 for known in self._peers.values():
                     known.pop(oldest, None)
             counters = self._tenants[tenant] = _Counters()
@@ -296,28 +305,74 @@ class Claimant(Generic[T]):
         return 0.0 if self.entry is None else self.entry.arrived_seconds
 
 
+Place = tuple[int, float, str]
+"""The place of a tenant among those of its priority: its round, the key of its first request, and its name."""
+
+
+_Next = tuple[int, float, str, Entry[Claimant[T]], Iterator[Entry[Claimant[T]]]]
+"""A place, the entry that has it, and those that follow in its line."""
+
+
+class _Line(Generic[T]):
+    """The requests of one tenant with one priority. `place` is its entry in the heap: its place or an earlier one."""
+
+    __slots__ = ("place", "queue", "tenant")
+
+    def __init__(self, tenant: str, queue: ShortestJobQueue[Claimant[T]]) -> None:
+        self.tenant = tenant
+        self.queue = queue
+        self.place: Place = (0, -inf, tenant)
+
+
+class _Class(Generic[T]):
+    """All lines of one priority, in a heap by their places, so that the first is found without a look at all.
+
+    Places rise as tenants are served in any queue of any process, and nobody tells: an entry of the heap may be too
+    early, never too late, and is corrected when it comes first. Entries that are not their line's `place` are void.
+    """
+
+    __slots__ = ("heap", "lines")
+
+    def __init__(self) -> None:
+        self.lines: dict[str, _Line[T]] = {}
+        self.heap: list[Place] = []
+
+    def put(self, line: _Line[T], place: Place) -> None:
+        """Give a line its entry."""
+        line.place = place
+        heappush(self.heap, place)
+        if len(self.heap) > 2 * len(self.lines) + 16:
+            self.heap = [each.place for each in self.lines.values()]
+            heapify(self.heap)
+
+
 class FairQueue(Generic[T]):
     """Requests that wait for the same thing. `make_line` makes the queue of one tenant, which orders its requests."""
 
     def __init__(self, shares: TenantShares, make_line: Callable[[], ShortestJobQueue[Claimant[T]]]) -> None:
         self._shares = shares
         self._make_line = make_line
-        self._lines: dict[Priority, dict[str, ShortestJobQueue[Claimant[T]]]] = {}
+        self._classes: dict[Priority, _Class[T]] = {each: _Class() for each in Priority}
         self._owed = dict.fromkeys(Priority, 0.0)
         self._waiting = 0
+        self._falls = shares.falls
 
     def __len__(self) -> int:
         return self._waiting
 
     def join(self, claimant: Claimant[T], order_seconds: float, now_seconds: float) -> Claimant[T]:
         """Add a request; `order_seconds` is the work by which the tenant's own queue is ordered."""
-        lines = self._lines.setdefault(claimant.priority, {})
-        line = lines.get(claimant.tenant)
+        found, tenant = self._classes[claimant.priority], claimant.tenant
+        line = found.lines.get(tenant)
+        is_first = line is None
         if line is None:
-            line = lines[claimant.tenant] = self._make_line()
-            self._shares.activate(claimant.tenant)
-        claimant.entry = line.join(claimant, order_seconds, now_seconds)
-        self._shares.waits(claimant.tenant, 1)
+            line = found.lines[tenant] = _Line(tenant, self._make_line())
+            self._shares.activate(tenant)
+        claimant.entry = line.queue.join(claimant, order_seconds, now_seconds)
+        place = self._shares.round_of(tenant), line.queue.key(claimant.entry), tenant
+        if is_first or place < line.place:
+            found.put(line, place)
+        self._shares.waits(tenant, 1)
         self._waiting += 1
         return claimant
 
@@ -326,39 +381,60 @@ class FairQueue(Generic[T]):
         entry = claimant.entry
         if entry is None or entry.gone:
             return
-        lines = self._lines[claimant.priority]
-        line = lines[claimant.tenant]
-        line.leave(entry)
-        self._shares.waits(claimant.tenant, -1)
+        found, tenant = self._classes[claimant.priority], claimant.tenant
+        line = found.lines[tenant]
+        line.queue.leave(entry)
+        self._shares.waits(tenant, -1)
         self._waiting -= 1
-        if not len(line):
-            del lines[claimant.tenant]
+        if not len(line.queue):
+            del found.lines[tenant]
+            if not found.lines:
+                found.heap.clear()
+            return
+        # one that came first because it had waited for too long may have had a later place than the rest
+        place = self._shares.round_of(tenant), line.queue.least_key, tenant
+        if place < line.place:
+            found.put(line, place)
 
     def head(self, now_seconds: float, skipped: Container[str] = ()) -> Claimant[T] | None:
         """Return the request to serve next, of no tenant in `skipped`; None if there is none. Changes nothing."""
-        return next(self.in_order(now_seconds, skipped), None)
+        firsts: dict[Priority, Entry[Claimant[T]]] = {}
+        if self._falls != self._shares.falls:
+            self._rebuild()
+        for priority, found in self._classes.items():
+            if found.lines:
+                entry = self._first_of(found, now_seconds, skipped)
+                if entry is not None:
+                    firsts[priority] = entry
+        return firsts[self._next_of(firsts)].item if firsts else None
 
     def in_order(self, now_seconds: float, skipped: Container[str] = ()) -> Iterator[Claimant[T]]:
         """Yield the request to serve next, then the one to serve if that one may not be, and so on.
 
         It leaves out the tenants in `skipped`. Change nothing meanwhile.
         """
-        orders: dict[tuple[Priority, str], Iterator[Entry[Claimant[T]]]] = {}
-        heads: dict[tuple[Priority, str], Entry[Claimant[T]]] = {}
-        for priority in Priority:
-            for tenant, line in self._lines.get(priority, {}).items():
-                if tenant not in skipped:
-                    key = priority, tenant
-                    order = orders[key] = line.in_order(now_seconds)
-                    heads[key] = next(order)  # a tenant's line is never empty
-        while heads:
-            key = self._next_of(heads)
-            yield heads[key].item
-            entry = next(orders[key], None)
-            if entry is None:
-                del heads[key]
+        first = self.head(now_seconds, skipped)
+        if first is None:
+            return
+        yield first
+        heaps = {
+            priority: heap
+            for priority, found in self._classes.items()
+            if (heap := self._order_of(found, now_seconds, skipped, first))
+        }
+        while heaps:
+            priority = self._next_of({each: heap[0][3] for each, heap in heaps.items()})
+            heap = heaps[priority]
+            round_number, _, tenant, entry, order = heap[0]
+            yield entry.item
+            following = next(order, None)
+            if following is not None:
+                key = self._classes[priority].lines[tenant].queue.key(following)
+                heapreplace(heap, (round_number, key, tenant, following, order))
             else:
-                heads[key] = entry
+                heappop(heap)
+                if not heap:
+                    del heaps[priority]
 
     def serve(self, claimant: Claimant[T]) -> None:
         """Remove a request that is sent now, and count its work for its tenant and priority."""
@@ -368,26 +444,79 @@ class FairQueue(Generic[T]):
         owed[claimant.priority] = max(owed[claimant.priority] - claimant.tokens, 0.0)
         for priority in Priority:
             if priority > claimant.priority:
-                waits = self._lines.get(priority)
+                waits = self._classes[priority].lines
                 owed[priority] = min(owed[priority] + FLOOR * claimant.tokens, MAX_OWED_TOKENS) if waits else 0.0
 
     def waiting(self) -> dict[tuple[Priority, str], int]:
         """Count the waiting requests, by priority and tenant."""
         return {
-            (priority, tenant): len(line) for priority, lines in self._lines.items() for tenant, line in lines.items()
+            (priority, tenant): len(line.queue)
+            for priority, found in self._classes.items()
+            for tenant, line in found.lines.items()
         }
 
-    def _next_of(self, heads: Mapping[tuple[Priority, str], Entry[Claimant[T]]]) -> tuple[Priority, str]:
-        """Return the priority and tenant of the entry to serve next, of each one's first."""
-        best: dict[Priority, tuple[int, float, str]] = {}
-        for (priority, tenant), entry in heads.items():
-            key = self._shares.round_of(tenant), self._lines[priority][tenant].key(entry), tenant
-            if priority not in best or key < best[priority]:
-                best[priority] = key
-        chosen = min(best)
-        for priority in sorted(best):
-            tokens = heads[priority, best[priority][2]].item.tokens
-            if priority > chosen and self._owed[priority] >= min(tokens, MAX_OWED_TOKENS):
-                chosen = priority
+    def highest(self, skipped: Container[str] = ()) -> Priority | None:
+        """Return the highest priority with which a tenant waits that is not in `skipped`, None if there is none."""
+        for priority, found in self._classes.items():
+            for tenant in found.lines:
+                if tenant not in skipped:
+                    return priority
+        return None
+
+    def _first_of(self, found: _Class[T], now_seconds: float, skipped: Container[str]) -> Entry[Claimant[T]] | None:
+        """Return the first entry of a priority, of no tenant in `skipped`."""
+        heap, lines, aside = found.heap, found.lines, list[Place]()
+        first: Entry[Claimant[T]] | None = None
+        while heap:
+            place = heap[0]
+            tenant = place[2]
+            line = lines.get(tenant)
+            if line is None or line.place != place:
+                heappop(heap)
+                continue
+            if tenant in skipped:
+                aside.append(heappop(heap))
+                continue
+            entry = line.queue.peek(now_seconds)
+            assert entry is not None  # noqa: S101 - a tenant's line is never empty
+            present = self._shares.round_of(tenant), line.queue.key(entry), tenant
+            if present == place:
+                first = entry
                 break
-        return chosen, best[chosen][2]
+            line.place = present
+            heapreplace(heap, present)
+        for place in aside:
+            heappush(heap, place)
+        return first
+
+    def _order_of(
+        self, found: _Class[T], now_seconds: float, skipped: Container[str], first: Claimant[T]
+    ) -> list[_Next[T]]:
+        """Return a heap of what comes next in the lines of one priority, after `first` is gone."""
+        heap: list[_Next[T]] = []
+        for tenant, line in found.lines.items():
+            if tenant not in skipped:
+                order = line.queue.in_order(now_seconds)
+                entry = next(order)  # a tenant's line is never empty
+                following = next(order, None) if entry.item is first else entry
+                if following is not None:
+                    heap.append((self._shares.round_of(tenant), line.queue.key(following), tenant, following, order))
+        heapify(heap)
+        return heap
+
+    def _rebuild(self) -> None:
+        """Give all lines their places, since some may be earlier than their entries say."""
+        self._falls = self._shares.falls
+        for found in self._classes.values():
+            for tenant, line in found.lines.items():
+                line.place = self._shares.round_of(tenant), line.queue.least_key, tenant
+            found.heap = [line.place for line in found.lines.values()]
+            heapify(found.heap)
+
+    def _next_of(self, firsts: Mapping[Priority, Entry[Claimant[T]]]) -> Priority:
+        """Return the priority to serve next, from the first entry of each."""
+        chosen = min(firsts)
+        for priority in sorted(firsts):
+            if priority > chosen and self._owed[priority] >= min(firsts[priority].item.tokens, MAX_OWED_TOKENS):
+                return priority
+        return chosen

@@ -108,6 +108,11 @@ class ShortestJobQueue(Generic[T]):
         """Return the sort key of an entry: lower ones are served first, except after half of a deadline."""
         return entry.work_seconds + self._ageing * entry.arrived_seconds
 
+    @property
+    def least_key(self) -> float:
+        """Return a lower bound of the keys of all that wait, which must not be none."""
+        return self._by_priority[0][0]
+
     def _compact(self) -> None:
         """Drop the entries that are gone, which would otherwise stay until they reach the top."""
         self._by_priority = [each for each in self._by_priority if not each[2].gone]

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.replication import codec
+from proxy.routing import fair_shares
 from proxy.routing.fair_shares import (
     ACTIVE_SECONDS,
     FLOOR,
@@ -24,7 +25,7 @@ from proxy.routing.fair_shares import (
     Priority,
     TenantShares,
 )
-from proxy.routing.shortest_job import ShortestJobQueue
+from proxy.routing.shortest_job import Entry, ShortestJobQueue
 from tests.support.operations import operations
 
 
@@ -188,7 +189,7 @@ def test_what_goes_before_a_request_is_known_when_it_comes(requests, done):
             own += tokens
         else:
             others[tenant] += tokens
-    expected = {each: min(tokens, shares.most_before(each, last, own)) for each, tokens in others.items()}
+    expected = {each: shares.most_before(last, own, {each: tokens}) for each, tokens in others.items()}
     actual = dict.fromkeys(others, 0.0)
     while (head := served(waiting, 1)[0]).item != str(len(requests) - 1):
         if head.tenant != last:
@@ -524,6 +525,108 @@ def test_the_requests_in_order_are_all_that_wait_each_once_and_the_first_is_the_
         assert [place for place in places if place[:2] == mine] == sorted(
             place for place in places if place[:2] == mine
         )
+
+
+class Plain:
+    """The rule, by a look at all who wait each time: reads the rounds of `shares`, and changes nothing there."""
+
+    def __init__(self, shares: TenantShares, deadline_seconds: float) -> None:
+        self.shares = shares
+        self.deadline_seconds = deadline_seconds
+        self.lines: dict[tuple[Priority, str], ShortestJobQueue[int]] = {}
+        self.entries: dict[int, tuple[Priority, str, float, Entry[int]]] = {}
+        self.owed = dict.fromkeys(Priority, 0.0)
+
+    def join(self, number: int, of: Claimant[int], work_seconds: float, now: float) -> None:
+        key = of.priority, of.tenant
+        line = self.lines.setdefault(key, ShortestJobQueue(self.deadline_seconds))
+        self.entries[number] = *key, of.tokens, line.join(number, work_seconds, now)
+
+    def leave(self, number: int, *, is_served: bool = False) -> None:
+        priority, tenant, tokens, entry = self.entries.pop(number)
+        self.lines[priority, tenant].leave(entry)
+        if is_served:
+            self.owed[priority] = max(self.owed[priority] - tokens, 0.0)
+            waiting = {each for each, *_ in self.entries.values()}
+            for lower in [each for each in Priority if each > priority]:
+                saved = min(self.owed[lower] + FLOOR * tokens, MAX_OWED_TOKENS)
+                self.owed[lower] = saved if lower in waiting else 0.0
+
+    def in_order(self, now: float, skipped: set[str]) -> list[int]:
+        left = {
+            key: [entry.item for entry in line.in_order(now)]
+            for key, line in self.lines.items()
+            if len(line) and key[1] not in skipped
+        }
+        order = []
+        while left:
+            firsts: dict[Priority, tuple[int, float, str]] = {}
+            for (priority, tenant), numbers in left.items():
+                entry = self.entries[numbers[0]][3]
+                place = self.shares.round_of(tenant), self.lines[priority, tenant].key(entry), tenant
+                firsts[priority] = min(place, firsts.get(priority, place))
+            tokens = {each: self.entries[left[each, firsts[each][2]][0]][2] for each in firsts}
+            owed = [each for each in sorted(firsts) if self.owed[each] >= min(tokens[each], MAX_OWED_TOKENS)]
+            chosen = next((each for each in owed if each > min(firsts)), min(firsts))
+            key = chosen, firsts[chosen][2]
+            order.append(left[key].pop(0))
+            if not left[key]:
+                del left[key]
+        return order
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_order_is_that_of_a_look_at_all_who_wait(seed: int, monkeypatch: pytest.MonkeyPatch):
+    """Whoever joins, leaves and is served in this queue or another one, whatever other processes say, with any
+    deadline, any tenants skipped, and tenants forgotten that still wait."""
+    random = Random(seed)
+    monkeypatch.setattr(fair_shares, "MAX_TENANTS", random.choice([3, 8, MAX_TENANTS]))
+    shares, deadline_seconds, now = TenantShares(), random.choice([inf, 20.0, 5.0]), 0.0
+    waiting: FairQueue[int] = FairQueue(shares, lambda: ShortestJobQueue(deadline_seconds))
+    plain, claimants = Plain(shares, deadline_seconds), dict[int, Claimant[int]]()
+    tenants = [f"t{number}" for number in range(random.choice([1, 3, 10]))]
+    peers = {name: TenantShares() for name in "pq"}
+    for number in range(200):
+        now += random.choice([0.0, 0.1, 1.0, 5.0])
+        tenant, tokens = random.choice(tenants), random.choice([100.0, 3_000.0, QUANTUM_TOKENS, 90_000.5])
+        action, skipped = random.random(), set(random.sample(tenants, random.randrange(min(len(tenants), 3) + 1)))
+        if action < 0.45:
+            claims = Claimant(number, tenant, random.choice([1.0, 2.0, 0.01]), random.choice([*Priority]), tokens)
+            work_seconds = 20.0 * random.random()
+            claimants[number] = waiting.join(claims, work_seconds, now)
+            plain.join(number, claims, work_seconds, now)
+        elif action < 0.55 and claimants:
+            leaves = random.choice([*claimants])
+            waiting.leave(claimants.pop(leaves))
+            plain.leave(leaves)
+        elif action < 0.65:
+            name, peer = random.choice([*peers.items()])
+            peer.serve(tenant, tokens, contended=action < 0.6)
+            shares.absorb(name, {key: row for key, row in peer.rows().items() if random.random() < 0.9}, now)
+        elif action < 0.7:
+            shares.serve(tenant, tokens)
+        elif (head := waiting.head(now)) is not None:
+            waiting.serve(head)
+            claimants.pop(head.item)
+            plain.leave(head.item, is_served=True)
+        expected = plain.in_order(now, skipped)
+        head = waiting.head(now, skipped)
+        assert (None if head is None else head.item) == next(iter(expected), None)
+        assert [each.item for each in waiting.in_order(now, skipped)] == expected
+        assert waiting.highest(skipped) == min([plain.entries[each][0] for each in expected], default=None)
+
+
+def test_who_is_next_takes_no_longer_to_find_where_more_tenants_wait():
+    """A worker looks hundreds of times a second, and without listed clients every key is a tenant."""
+
+    def cost(tenants: int) -> int:
+        waiting = queue()
+        for number in range(tenants):
+            waiting.join(claimant("", f"t{number:04}"), 0.0, float(number))
+        waiting.head(0.0, {"t0000"})
+        return operations(lambda: (waiting.head(0.0), waiting.highest(), waiting.head(0.0, {"t0000"})))
+
+    assert cost(1_000) == cost(10)
 
 
 def test_if_the_first_may_not_go_the_next_one_of_the_same_tenant_comes_next_in_order():

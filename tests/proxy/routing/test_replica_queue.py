@@ -11,6 +11,7 @@ from proxy.errors import ConnectFailed, DeadlineUnreachable, Overloaded, RateLim
 from proxy.routing.fair_shares import Share, TenantShares
 from proxy.routing.replica_queue import RECHECK_SECONDS, QueueLimits, ReplicaQueue
 from tests.support.clock import FakeClock
+from tests.support.operations import operations
 
 
 def queue_of(limit: int | None, **limits: float) -> ReplicaQueue:
@@ -197,6 +198,22 @@ async def test_when_the_replica_is_down_all_that_wait_are_told():
     assert (len(queue), queue.running) == (0, 1)
     permit.done()
     assert queue.running == 0
+
+
+async def test_to_tell_all_that_wait_takes_as_long_for_each_where_more_tenants_wait():
+    """A thousand of as many tenants held up the worker for a second."""
+
+    async def cost(waiting: int) -> float:
+        queue = queue_of(1)
+        await queue.acquire(1.0)
+        loop = asyncio.get_running_loop()
+        tasks = [loop.create_task(queue.acquire(1.0, Share(f"t{number:03}"))) for number in range(waiting)]
+        await settle()
+        taken = operations(lambda: queue.fail(ConnectFailed("The replica is down.")))
+        assert len(await asyncio.gather(*tasks, return_exceptions=True)) == waiting
+        return taken / waiting
+
+    assert await cost(400) < 1.5 * await cost(40)
 
 
 async def test_a_raised_limit_lets_the_next_pass():
