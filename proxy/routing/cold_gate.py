@@ -40,6 +40,9 @@ from proxy.routing.warm_wait import WarmQueues
 LOOK_SECONDS: Final = 0.5
 """Interval of looking for a turn that may go while turns wait, in addition to every end of work."""
 
+MOST_LOOKS: Final = 16
+"""Times that a wait is predicted again because it is long enough for more sessions to come back; then all count."""
+
 CLAIM_PATIENCE: Final = 3.0
 CLAIM_PATIENCE_SECONDS: Final = 30.0
 """A claim expires after `CLAIM_PATIENCE` times the predicted prefill plus this time."""
@@ -106,7 +109,7 @@ class ColdGate:
             room.
         shares: the tenants' shares.
         claims: claims on replicas that all workers respect.
-        is_alone: returns whether there is no other worker.
+        others: returns the number of other workers.
         start: starts a background task.
         clock: monotonic time.
         report: sends `rows` to the other workers soon.
@@ -118,7 +121,7 @@ class ColdGate:
         capacity_tokens: Callable[[int], float | None],
         shares: TenantShares,
         claims: Claims,
-        is_alone: Callable[[], bool],
+        others: Callable[[], int],
         start: Callable[[Coroutine[Any, Any, None], str], object],
         clock: Clock,
         report: Callable[[], object],
@@ -127,7 +130,7 @@ class ColdGate:
         self._capacity_tokens = capacity_tokens
         self._shares = shares
         self._claims = claims
-        self._is_alone = is_alone
+        self._others = others
         self._start = start
         self._clock = clock
         self._report = report
@@ -283,7 +286,7 @@ class ColdGate:
 
     def _wait_seconds(self, pool: _Pool, turn: Turn, now: float, rate: float) -> float:
         arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, now)
-        before = pool.tickets.tokens_before(arrived, now)
+        before: dict[str, float] = {}
         urgent_tokens = 0.0
         for waiter, since in pool.waiting.items():
             each = waiter.turn
@@ -291,10 +294,23 @@ class ColdGate:
                 urgent_tokens += each.uncached_tokens
             elif each.priority == turn.priority and since <= arrived:
                 before[each.tenant] = before.get(each.tenant, 0.0) + each.uncached_tokens
-        own = before.pop(turn.tenant, 0.0)
-        # another tenant's flood goes before it only as far as its own share lags behind
-        others = self._shares.most_before(turn.tenant, own, before)
-        return pool.rate.seconds_for(urgent_tokens + own + others, rate)
+        away = pool.tickets.expected(arrived, now)
+        here, counted = 1.0 / (1 + self._others()), 0  # clients come back to any worker
+        for looks in range(1, MOST_LOOKS + 1):
+            own = before.get(turn.tenant, 0.0)
+            others = {tenant: tokens for tenant, tokens in before.items() if tenant != turn.tenant}
+            # another tenant's flood goes before it only as far as its own share lags behind
+            tokens = urgent_tokens + own + self._shares.most_before(turn.tenant, own, others)
+            seconds = pool.rate.seconds_for(tokens, rate)
+            # who was turned away goes before it only if it is back by then
+            back = counted
+            while back < len(away) and (away[back].seconds < seconds or looks == MOST_LOOKS - 1):
+                before[away[back].tenant] = before.get(away[back].tenant, 0.0) + here * away[back].tokens
+                back += 1
+            if back == counted:
+                break
+            counted = back
+        return seconds
 
     # -- waiting
 
@@ -360,7 +376,7 @@ class ColdGate:
             pool.queue.leave(waiting)
             del pool.waiting[waiter]
             self.waiting_bytes -= turn.body_bytes
-            if not len(pool.queue) and not self._is_alone():
+            if not len(pool.queue) and self._others():
                 self._withdraw(pool)
 
     def refusal(self, turn: Turn, verdict: Verdict) -> CairnError | None:
@@ -435,7 +451,7 @@ class ColdGate:
             return
         while (found := self._first_that_may_go(pool, skipped)) is not None:
             waiting, views = found
-            if not self._is_alone():
+            if self._others():
                 self._ask(pool, waiting, views, skipped)
                 break
             if not views:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from math import ceil, exp
-from typing import Final
+from typing import Final, NamedTuple
 
 from proxy.errors import CairnError, DeadlineUnreachable, RateLimited, TooManySessions
 from proxy.routing.cold_turn import GateLimits, Turn, Verdict
@@ -25,6 +25,9 @@ GRACE: Final = 2.0
 
 GRACE_SECONDS: Final = 60.0
 """... and this long on top."""
+
+LATE_SECONDS: Final = 5.0
+"""A session that is not back this long after its Retry-After is not expected any more, though its place is kept."""
 
 SENDS: Final = 3
 """Number of reports that contain a new ticket, or one that was taken: a lost one does no harm."""
@@ -69,6 +72,14 @@ class ColdRate:
         return tokens / (measured or first_guess)
 
 
+class Expected(NamedTuple):
+    """A session that was turned away: the time until it is to come back, and its work."""
+
+    seconds: float
+    tenant: str
+    tokens: float
+
+
 class _Ticket:
     __slots__ = ("arrived_seconds", "due_seconds", "ends_seconds", "tokens")
 
@@ -108,13 +119,15 @@ class Tickets:
         ticket = self._tickets.get((tenant, prompt_end))
         return ticket is not None and ticket.due_seconds <= now_seconds <= ticket.ends_seconds
 
-    def tokens_before(self, arrived_seconds: float, now_seconds: float) -> dict[str, float]:
-        """Return the tokens of sessions that were turned away, arrived before and are expected back, by tenant."""
-        tokens: dict[str, float] = {}
-        for (tenant, _), each in self._tickets.items():
-            if each.arrived_seconds < arrived_seconds and each.ends_seconds >= now_seconds:
-                tokens[tenant] = tokens.get(tenant, 0.0) + each.tokens
-        return tokens
+    def expected(self, arrived_seconds: float, now_seconds: float) -> list[Expected]:
+        """Return the sessions that were turned away, arrived before and are expected back, the soonest first."""
+        return sorted(
+            [
+                Expected(max(each.due_seconds - now_seconds, 0.0), tenant, each.tokens)
+                for (tenant, _), each in self._tickets.items()
+                if each.arrived_seconds < arrived_seconds and each.due_seconds + LATE_SECONDS >= now_seconds
+            ]
+        )
 
     def give(
         self,

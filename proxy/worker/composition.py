@@ -200,7 +200,7 @@ def _sharing(config: Config, basics: Basics, memory: Memory, replicas: Replicas)
             tasks=basics.tasks,
             gone=lambda: fleet.lost_peers(clock.monotonic()),
         ),
-        lambda: journal.others == 0,
+        lambda: journal.others,
         basics.tasks.start,
         clock,
         lambda: load_broadcast.changed(),  # noqa: PLW0108 - it is made below

@@ -56,7 +56,7 @@ class Gated:
             lambda number: CAPACITY,
             self.shares,
             cast("Any", None),  # no other worker, so nothing is claimed
-            lambda: True,
+            lambda: 0,
             self.tasks.start,
             self.clock,
             lambda: None,

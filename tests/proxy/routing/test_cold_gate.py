@@ -83,17 +83,20 @@ class FakeClaims:
 class Bench:
     """A gate with everything around it under control. Cold turns wait: its pressure is on."""
 
-    def __init__(self, replicas: int = 2, *, alone: bool = True, capacity: float | None = 1e6) -> None:
+    def __init__(
+        self, replicas: int = 2, *, alone: bool = True, others: int = 1, capacity: float | None = 1e6
+    ) -> None:
         self.fleet, self.claims, self.clock = FakeFleet(replicas), FakeClaims(), FakeClock()
         self.shares = TenantShares()
         self.reports = 0
+        self.others = 0 if alone else 1
         self.capacity = capacity
         self.gate = ColdGate(
             self.fleet,
             lambda number: self.capacity,
             self.shares,
             self.claims,
-            lambda: alone,
+            lambda: self.others,
             Tasks().start,
             self.clock,
             self.report,
@@ -767,15 +770,72 @@ async def test_sessions_that_were_turned_away_count_in_the_wait_of_those_that_co
     await settle()
 
 
-async def test_all_turns_of_a_higher_priority_count_in_the_wait_though_they_came_later():
-    """Those of a lower one do not."""
+async def refused(bench: Bench, **about: Any) -> float:
+    """Hold that a new session is refused, and return its Retry-After."""
+    turn = bench.turn(known_tokens=0.0, **about)
+    with pytest.raises(RateLimited) as error:
+        await bench.gate.wait(turn, bench.verdict(turn))
+    assert error.value.retry_after_seconds is not None
+    return error.value.retry_after_seconds
+
+
+async def test_sessions_that_were_turned_away_refuse_nobody_who_would_go_before_they_are_back():
+    """Nor those that did not come back: most clients give up, or come with a prompt that is not quite the same."""
     bench = Bench(1)
+    bench.gate.limits = GateLimits(max_wait_seconds=20.0)
     bench.fleet.pending[0] = 1e6
-    turns = [bench.begin(priority=each) for each in (Priority.HIGH, Priority.HIGH, Priority.LOW)]
+    before = [bench.begin(prompt_end=number) for number in range(3)]  # 27 s of work
     await settle()
-    assert bench.verdict(bench.turn(prompt_end=7)).seconds == pytest.approx(2 * 9.0)
-    for turn in turns:
-        turn.cancel()
+    for number in range(10):
+        bench.clock.advance(0.001)
+        after = await refused(bench, prompt_end=100 + number)
+        assert after == pytest.approx(7.0 + 9.0 * number, abs=0.1), "each comes after those before"
+    for each in before:
+        each.cancel()
+    await settle()
+    for _ in range(20):
+        assert bench.verdict(bench.turn(prompt_end=7)).seconds == 0.0, "nobody waits"
+        bench.clock.advance(6.0)
+    waits = bench.begin(prompt_end=200)
+    await settle()
+    assert bench.verdict(bench.turn(prompt_end=7)).seconds == pytest.approx(9.0), "nobody is expected any more"
+    waits.cancel()
+    await settle()
+
+
+async def test_the_sessions_that_were_turned_away_come_back_to_any_worker():
+    """Each predicts by the rate of its own turns, so each expects its part of them."""
+    bench = Bench(1)
+    bench.gate.limits = GateLimits(max_wait_seconds=5.0)
+    bench.fleet.pending[0] = 1e6
+    first = bench.begin()
+    await settle()
+    assert await refused(bench, prompt_end=8, uncached_tokens=60_000.0) == pytest.approx(4.0)
+    for others, seconds in ((0, 15.0), (2, 11.0)):
+        bench.others = others
+        bench.clock.advance(0.1)
+        assert bench.verdict(bench.turn(prompt_end=7)).seconds == pytest.approx(seconds)
+    bench.others = 0
+    first.cancel()
+    await settle()
+
+
+async def test_a_wait_is_predicted_in_a_few_looks_however_many_were_turned_away():
+    """With each look it may be long enough for some more to come back; at last all of them count."""
+    bench = Bench(1)
+    bench.gate.limits = GateLimits(max_wait_seconds=5.0)
+    bench.fleet.pending[0] = 1e6
+    first = bench.begin()
+    await settle()
+    for number in range(100):
+        await refused(bench, prompt_end=100 + number)
+    bench.clock.advance(0.1)
+    assert bench.verdict(bench.turn(prompt_end=7)).seconds == pytest.approx(101 * 9.0)
+    few = operations(lambda: bench.verdict(bench.turn(prompt_end=7)))
+    for number in range(100):
+        await refused(bench, prompt_end=200 + number)
+    assert operations(lambda: bench.verdict(bench.turn(prompt_end=7))) < 2.2 * few
+    first.cancel()
     await settle()
 
 

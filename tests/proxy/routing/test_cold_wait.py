@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.routing.cold_wait import GRACE_SECONDS, MAX_ROWS, MAX_TICKETS, SENDS, ColdRate, Tickets
+from proxy.routing.cold_wait import GRACE_SECONDS, LATE_SECONDS, MAX_ROWS, MAX_TICKETS, SENDS, ColdRate, Tickets
 
 
 def test_the_rate_is_that_at_which_waiting_turns_were_taken():
@@ -37,11 +37,21 @@ def test_those_that_were_sent_away_are_counted_before_later_ones():
     tickets = Tickets()
     tickets.give("a", 1, 50_000.0, 100.0, 30.0, 100.0)
     tickets.give("a", 2, 70_000.0, 101.0, 30.0, 101.0)
-    tickets.give("b", 1, 5.0, 101.0, 30.0, 101.0)
-    assert tickets.tokens_before(102.0, 102.0) == {"a": 120_000.0, "b": 5.0}
-    assert tickets.tokens_before(101.0, 102.0) == {"a": 50_000.0}
+    tickets.give("b", 1, 5.0, 101.0, 20.0, 101.0)
+    assert tickets.expected(102.0, 102.0) == [(19.0, "b", 5.0), (28.0, "a", 50_000.0), (29.0, "a", 70_000.0)]
+    assert tickets.expected(101.0, 102.0) == [(28.0, "a", 50_000.0)]
     tickets.take("a", 1)
-    assert tickets.tokens_before(102.0, 102.0) == {"a": 70_000.0, "b": 5.0}
+    assert tickets.expected(102.0, 102.0) == [(19.0, "b", 5.0), (29.0, "a", 70_000.0)]
+
+
+def test_those_that_are_late_are_not_expected_any_more_and_keep_their_place():
+    """Most of them have given up."""
+    tickets = Tickets()
+    tickets.give("a", 1, 50_000.0, 100.0, 30.0, 100.0)
+    due = 100.0 + 30.0
+    assert tickets.expected(200.0, due + LATE_SECONDS) == [(0.0, "a", 50_000.0)]
+    assert tickets.expected(200.0, due + LATE_SECONDS + 0.1) == []
+    assert tickets.arrival("a", 1, due + LATE_SECONDS + 0.1) == 100.0
 
 
 def test_the_number_of_tickets_is_bounded():
@@ -75,7 +85,7 @@ def test_the_other_workers_know_who_was_sent_away_and_who_came_back():
     assert (there.arrival("a", 2**64 - 1, 5_010.0), len(other)) == (4_990.0, 0)
     assert not there.is_due("a", 2**64 - 1, 5_029.0)
     assert there.is_due("a", 2**64 - 1, 5_030.0)
-    assert there.tokens_before(5_000.0, 5_002.0) == {"a": 50_000.0}
+    assert there.expected(5_000.0, 5_002.0) == [(28.0, "a", 50_000.0)]
     assert there.rows(5_002.0) == {}  # told by one, not by all in turn
     there.take("a", 2**64 - 1)
     here.absorb(there.rows(5_031.0), 131.0)
