@@ -90,6 +90,9 @@ or if another tenant is active: an engine neither interrupts a prefill nor reord
 NEW_AFTER_SECONDS: Final = 1.0
 """A turn of a session that was served before precedes a new session's that arrived at most this much earlier."""
 
+MOST_PASSED_OVER: Final = 256
+"""Turns that are passed over in one look, because what is open to others cannot serve them."""
+
 ORDER_OF_ARRIVAL: Final = 1.0
 """Weight of the arrival time that makes a queue first come, first served."""
 
@@ -160,7 +163,8 @@ class ReplicaRoom:
 class ColdTurn(Generic[T]):
     """A turn that waits. `item` belongs to the caller; `is_new` means that it continues no prompt served before.
 
-    `prefill_seconds` is the time to compute it, by replica, as it was when the turn came.
+    `prefill_seconds` is the time to compute it, by replica, as it was when the turn came. Those in `unfit` cannot
+    serve it: replicas of one pool may have different models.
     """
 
     item: T
@@ -171,6 +175,7 @@ class ColdTurn(Generic[T]):
     priority: Priority = Priority.NORMAL
     weight: float = 1.0
     prefill_seconds: Mapping[int, float] = field(default_factory=dict)
+    unfit: frozenset[int] = frozenset()
 
     @property
     def delay_seconds(self) -> float:
@@ -240,8 +245,7 @@ class ColdQueue(Generic[T]):
         have evicted what others will use again at once. `round_seconds` is the time in which the replicas would
         compute the prompts of all continuing sessions once. After `ROOM_PATIENCE` it waits for no room any more.
         """
-        last, began = self._last_cold_seconds, self._began_seconds
-        tokens = waiting.item.prompt_tokens
+        tokens, unfit = waiting.item.prompt_tokens, waiting.item.unfit
         spares = (
             is_pressed
             and now_seconds - self._first_seconds.setdefault(waiting, now_seconds) < patience_seconds
@@ -254,13 +258,17 @@ class ColdQueue(Generic[T]):
         return frozenset(
             room.replica
             for room in rooms
-            if (
-                is_quiet(room.pending_seconds, quiet_seconds)
-                or now_seconds - last.get(room.replica, began) >= rest_seconds
-            )
-            and not room.is_taken
+            if room.replica not in unfit
+            and self._is_free(room, now_seconds, quiet_seconds, rest_seconds)
             and has_room(room, tokens)
         )
+
+    def _is_free(self, room: ReplicaRoom, now_seconds: float, quiet_seconds: float, rest_seconds: float) -> bool:
+        """Return True if a replica may take a cold turn, by its work and by the time since its last one."""
+        if room.is_taken:
+            return False
+        last_seconds = self._last_cold_seconds.get(room.replica, self._began_seconds)
+        return is_quiet(room.pending_seconds, quiet_seconds) or now_seconds - last_seconds >= rest_seconds
 
     def next_to_go(
         self,
@@ -277,10 +285,12 @@ class ColdQueue(Generic[T]):
         """Return the turn that goes next, and the replicas open to it, best first; it waits on if there are none.
 
         Without pressure a turn may wait for a busy replica that holds part of its prompt, and lets others go before
-        it, for at most `patience_seconds`. Returns None if all that wait do so. `rooms` are all replicas that are
-        available, the others are as in `open_to`. No turn of a tenant in `skipped` goes.
+        it, for at most `patience_seconds`. It also lets them go where it cannot be served itself. Returns None if all
+        that wait do so. `rooms` are all replicas that are available, the others are as in `open_to`. No turn of a
+        tenant in `skipped` goes.
         """
         busy_seconds = {room.replica: room.pending_seconds for room in rooms}
+        passed_over = 0
         for waiting in self._queue.in_order(now_seconds, skipped):
             among = self.open_to(
                 waiting,
@@ -292,8 +302,17 @@ class ColdQueue(Generic[T]):
                 patience_seconds=patience_seconds,
                 round_seconds=round_seconds,
             )
+            unfit = waiting.item.unfit
             costs = costs_of(waiting.item, busy_seconds)
             best = min(costs, key=lambda replica: (costs[replica], replica not in among), default=None)
+            if not among and any(
+                room.replica in unfit and self._is_free(room, now_seconds, quiet_seconds, rest_seconds)
+                for room in rooms
+            ):
+                passed_over += 1
+                if passed_over == MOST_PASSED_OVER:
+                    return None
+                continue
             is_patient = not is_pressed and now_seconds - waiting.arrived_seconds < patience_seconds
             if best is None or best in among or not among or not is_patient:
                 return waiting, tuple(sorted(among, key=lambda replica: costs[replica]))
@@ -317,14 +336,16 @@ def is_quiet(pending_seconds: float, quiet_seconds: float = QUIET_SECONDS) -> bo
 
 
 def costs_of(turn: ColdTurn[T], busy_seconds: Mapping[int, float]) -> dict[int, float]:
-    """Return what a turn costs at each replica, in seconds, after the work that is to be done before it.
+    """Return what a turn costs at each replica that can serve it, in seconds, after the work to be done before it.
 
     A replica that was not there when the turn came holds no more of it than the one that held least.
     """
-    known = turn.prefill_seconds
+    known, unfit = turn.prefill_seconds, turn.unfit
     longest = max(known.values(), default=0.0)
     return {
-        replica: seconds + PREFILL_WEIGHT * known.get(replica, longest) for replica, seconds in busy_seconds.items()
+        replica: seconds + PREFILL_WEIGHT * known.get(replica, longest)
+        for replica, seconds in busy_seconds.items()
+        if replica not in unfit
     }
 
 

@@ -357,7 +357,7 @@ class ColdGate:
         arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, came)
         pool.tickets.take(turn.tenant, turn.prompt_end)
         self._with_news[pool.name] = pool
-        waiting = pool.queue.join(_cold_turn(waiter), arrived)
+        waiting = pool.queue.join(_cold_turn(waiter, self._unfit(pool, turn)), arrived)
         self._in_use[pool.name] = pool
         pool.waiting[waiter] = arrived
         self.waiting_bytes += turn.body_bytes
@@ -378,6 +378,11 @@ class ColdGate:
             self.waiting_bytes -= turn.body_bytes
             if not len(pool.queue) and self._others():
                 self._withdraw(pool)
+
+    def _unfit(self, pool: _Pool, turn: Turn) -> frozenset[int]:
+        """Return the replicas that are available, but not to this turn: they lack its model, or refuse its client."""
+        planned = turn.prefill_seconds
+        return frozenset([view.id for view in self._available(pool) if planned and view.id not in planned])
 
     def refusal(self, turn: Turn, verdict: Verdict) -> CairnError | None:
         """Return the error by which a turn that waits would be refused now, None if it would not. Changes nothing."""
@@ -585,7 +590,7 @@ class ColdGate:
             return
         replica = next(view for view in views if view.name == got)
         head = pool.queue.head(self._clock.monotonic(), skipped)
-        if waiting.is_gone and head is not None:
+        if waiting.is_gone and head is not None and replica.id not in head.item.unfit:
             waiting = head
         if waiting.is_gone:
             if shared:
@@ -622,7 +627,7 @@ class ColdGate:
         )
 
 
-def _cold_turn(waiter: _Waiter) -> ColdTurn[_Waiter]:
+def _cold_turn(waiter: _Waiter, unfit: frozenset[int]) -> ColdTurn[_Waiter]:
     turn = waiter.turn
     return ColdTurn(
         item=waiter,
@@ -633,6 +638,7 @@ def _cold_turn(waiter: _Waiter) -> ColdTurn[_Waiter]:
         priority=turn.priority,
         weight=turn.weight,
         prefill_seconds=turn.prefill_seconds,
+        unfit=unfit,
     )
 
 

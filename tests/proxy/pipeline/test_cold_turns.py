@@ -144,6 +144,29 @@ async def test_a_cold_prompt_waits_while_its_replicas_are_busy_and_then_goes_to_
     assert exchange.waited_seconds == pytest.approx(3.0)
 
 
+async def test_a_cold_prompt_waits_for_a_replica_that_can_serve_it_and_others_go_where_it_cannot() -> None:
+    """Replicas of one pool may have different models. One that is quiet is of no use to a prompt that it refuses."""
+    gated = Gated()
+    other = Tenant("other")
+    gated.fleet.refused(0, gated.planned().need(), gated.clock.monotonic())
+    charges = gated.make_busy(0, 1)
+    exchange = gated.planned()
+    waits = gated.begin(exchange)
+    gated.clock.advance(1.0)  # so that it comes first
+    everywhere = gated.planned("y" * 9_000, tenant=other)
+    others = gated.begin(everywhere)
+    assert (replicas_of(exchange), sorted(replicas_of(everywhere))) == ([1], [0, 1])
+    await turns()
+    gated.fleet.finish(charges[0], gated.clock.monotonic())
+    gated.gate.changed()
+    await turns()
+    assert (waits.done(), others.done(), replicas_of(everywhere)) == (False, True, [0])
+    gated.fleet.finish(charges[1], gated.clock.monotonic())
+    gated.gate.changed()
+    await waits
+    assert (replicas_of(exchange), gated.gate.admitted) == ([1], 2)
+
+
 async def test_what_came_into_the_caches_during_the_wait_is_in_the_plan_after_it() -> None:
     """The prompt is looked up again."""
     gated = Gated(1)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from proxy.routing.cold_admission import (
     COLD_QUIET,
+    MOST_PASSED_OVER,
     NEW_AFTER_SECONDS,
     PATIENCE_SECONDS,
     PREFILL_WEIGHT,
@@ -144,6 +145,34 @@ def test_a_prompt_that_never_fits_beside_those_that_run_goes_at_last(is_pressed:
     assert next_at(begins + ROOM_PATIENCE * patience) == (large, (0,))
     queue.serve(large, 0, begins + ROOM_PATIENCE * patience)
     assert next_at(begins + ROOM_PATIENCE * patience) == (small, (0,))
+
+
+def test_a_turn_goes_only_where_it_can_be_served_and_is_in_nobody_s_way_elsewhere():
+    """It is in the way where it could be served: there it goes first."""
+    queue: ColdQueue[str] = ColdQueue()
+    only_one = queue.join(turn(unfit=frozenset({0}), prefill_seconds={1: 9.0}), 0.0)
+    anywhere = queue.join(turn(prefill_seconds={0: 9.0, 1: 9.0}), 1.0)
+    busy = {number: room(number, pending=9.0) for number in range(2)}
+    quiet = {number: room(number) for number in range(2)}
+    assert queue.open_to(only_one, quiet.values(), 2.0) == {1}
+    for is_pressed in (True, False):
+        assert queue.next_to_go([quiet[0], busy[1]], 2.0, is_pressed=is_pressed) == (anywhere, (0,))
+        assert queue.next_to_go([busy[0], quiet[1]], 2.0, is_pressed=is_pressed) == (only_one, (1,))
+        taken = dataclasses.replace(quiet[0], is_taken=True)
+        assert queue.next_to_go([taken, busy[1]], 2.0, is_pressed=is_pressed) == (only_one, ())
+    queue.leave(anywhere)
+    assert queue.next_to_go([quiet[0], busy[1]], 2.0, is_pressed=True) is None
+
+
+def test_no_more_than_some_turns_are_passed_over_in_one_look():
+    """A worker looks hundreds of times a second, and thousands may wait for the same busy replica."""
+    queue: ColdQueue[str] = ColdQueue()
+    unfit = [queue.join(turn(unfit=frozenset({0})), 0.0) for _ in range(MOST_PASSED_OVER)]
+    anywhere = queue.join(turn(), 1.0)
+    rooms = [room(0), room(1, pending=9.0)]
+    assert queue.next_to_go(rooms, 2.0, is_pressed=True) is None
+    queue.leave(unfit[0])
+    assert queue.next_to_go(rooms, 2.0, is_pressed=True) == (anywhere, (0,))
 
 
 def test_nobody_is_spared_where_less_than_a_third_of_the_cache_runs():

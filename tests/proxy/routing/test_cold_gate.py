@@ -899,6 +899,32 @@ async def test_turns_that_wait_go_soon_when_the_capacity_of_a_replica_is_not_kno
     assert isinstance(waiting.exception(), TurnedAway)
 
 
+async def test_a_claim_that_comes_for_a_turn_that_left_goes_to_no_turn_that_cannot_use_it():
+    """The replica lacks what the next one needs; it is given back."""
+    bench = Bench(alone=False)
+    asked, answered = asyncio.Event(), asyncio.Event()
+
+    async def take(pool: str, replicas: Sequence[str], **about: Any) -> str | None:
+        asked.set()
+        await answered.wait()
+        bench.claims.take = FakeClaims.take.__get__(bench.claims)  # type: ignore[method-assign]
+        return "replica-0"
+
+    bench.claims.take = take  # type: ignore[method-assign]
+    leaves = bench.begin(prefill_seconds={0: 9.0, 1: 9.0})
+    await asked.wait()
+    other = bench.begin(prefill_seconds={1: 9.0})
+    await settle()
+    leaves.cancel()
+    await settle()
+    answered.set()
+    await settle()
+    assert (other.done(), bench.claims.released) == (False, ["replica-0"])
+    assert bench.claims.asked[-1]["replicas"] == ["replica-1"]
+    other.cancel()
+    await settle()
+
+
 async def test_every_refusal_and_every_turn_that_goes_is_counted():
     """The same holds for every reason."""
     bench = Bench(1)
