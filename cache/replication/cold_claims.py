@@ -45,8 +45,10 @@ now = now[1] * 1000 + math.floor(now[2] / 1000)
 local heads, claims, lasts, writer, order, tenant = KEYS[1], KEYS[2], KEYS[3], ARGV[1], ARGV[2], ARGV[3]
 local head_ms, claim_ms, most = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local gone_ms, number, tokens = tonumber(ARGV[7]), ARGV[8], tonumber(ARGV[9])
-local gone, first = {}, 11 + tonumber(ARGV[10])
-for i = 11, first - 1 do gone[ARGV[i]] = true end
+-- by the clock of Redis: those of the workers' machines may differ
+order = order .. ':' .. string.format('%017.3f', now / 1000 - tonumber(ARGV[10]))
+local gone, first = {}, 12 + tonumber(ARGV[11])
+for i = 12, first - 1 do gone[ARGV[i]] = true end
 local offered = {}
 for i = first, #ARGV, 2 do offered[ARGV[i]] = true end
 local longest_ms = 3600000 -- no claim lasts longer, so a later end is damage
@@ -154,7 +156,7 @@ class ColdClaims:
         replicas: Sequence[str],
         *,
         busy: Mapping[str, float] | None = None,
-        order: str,
+        order: tuple[str, float],
         tenant: str,
         claim_seconds: float,
         most: int,
@@ -167,8 +169,9 @@ class ColdClaims:
             replicas: names, best first; empty only to name this worker's oldest turn. This worker believes that it
                 holds none of them.
             busy: those of them that are not quiet, with seconds; these are free only if not claimed for so long.
-            order: the place of this worker's oldest turn; lower texts come first. Its first letter is the priority: a
-                lower one gets a twentieth of the work while it waits for higher ones of other workers.
+            order: the place of this worker's oldest turn: a text, of which lower ones come first, and the seconds for
+                which it has waited. The first letter is the priority: a lower one gets a twentieth of the work while
+                it waits for higher ones of other workers.
             tenant: the tenant of the turn.
             claim_seconds: the time after which the claim expires.
             most: the claims that the tenant may have at once.
@@ -184,12 +187,13 @@ class ColdClaims:
         gone, rest = {*self._gone(), *self._unannounced.pop(pool, ())}, busy or {}
         self._taken += 1
         number = self._taken
+        place, waited_seconds = order
         got = await self._store.run_script(
             TAKE,
             [keys.cold_heads(pool), keys.cold_claims(pool), keys.cold_last(pool)],
             [
                 self._writer_id,
-                order,
+                place,
                 tenant,
                 round(HEAD_SECONDS * 1000),
                 round(claim_seconds * 1000),
@@ -197,6 +201,7 @@ class ColdClaims:
                 round(GONE_SECONDS * 1000),
                 number,
                 tokens,
+                waited_seconds,
                 len(gone),
                 *gone,
                 *[part for replica in replicas for part in (replica, round(rest.get(replica, 0.0) * 1000))],

@@ -603,17 +603,19 @@ class ColdGate:
         prefill = (view.pending_tokens + turn.uncached_tokens) / view.rate_tokens_per_second
         return CLAIM_PATIENCE * prefill + CLAIM_PATIENCE_SECONDS * self.limits.pace
 
-    def _order(self, pool: _Pool, waiting: Waiting[_Waiter], skipped: frozenset[str], now: float) -> str:
-        """Return the turn's position among those of all workers as a sortable text: priority, tenant's round, age.
+    def _order(
+        self, pool: _Pool, waiting: Waiting[_Waiter], skipped: frozenset[str], now: float
+    ) -> tuple[str, float]:
+        """Return the turn's position among those of all workers: a sortable text of its priority and its tenant's
+        round, and the time for which it has waited.
 
         A turn that goes before a higher priority's by the floor of its own has the place of that priority. Otherwise
         it would wait for all of that priority in other workers, and those that wait behind it here as well.
         """
         skipped |= self._with_their_part(pool, len(self._available(pool)), now)
         highest = pool.queue.highest(skipped)
-        place_unix = self._clock.unix() - (now - waiting.arrived_seconds)
         priority = waiting.priority if highest is None else min(highest, waiting.priority)
-        return f"{priority:d}:{self._shares.round_of(waiting.tenant):015d}:{place_unix:017.3f}"
+        return f"{priority:d}:{self._shares.round_of(waiting.tenant):015d}", now - waiting.arrived_seconds
 
     def _room(self, pool: _Pool, view: ReplicaView, now: float) -> ReplicaRoom:
         return ReplicaRoom(

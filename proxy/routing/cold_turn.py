@@ -20,7 +20,7 @@ class Claims(Protocol):
         pool: str,
         replicas: Sequence[str],
         *,
-        order: str,
+        order: tuple[str, float],
         tenant: str,
         claim_seconds: float,
         most: int,

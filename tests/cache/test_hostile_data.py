@@ -331,7 +331,7 @@ async def test_any_reply_is_read_or_an_error_of_the_cache(reply: Any) -> None:
         lambda: shared_secret(store),
         lambda: shared_secret(store, b"known" * 9),
         lambda: ColdClaims(store, "w", clock=SystemClock(), tasks=Tasks()).take(
-            "p", ["r"], order="", tenant="t", claim_seconds=1.0, most=1
+            "p", ["r"], order=("", 0.0), tenant="t", claim_seconds=1.0, most=1
         ),
     ):
         with contextlib.suppress(CacheError):

@@ -45,9 +45,11 @@ async def two(server: Valkey) -> AsyncIterator[Two]:
     await tasks.close()
 
 
-async def take(claims: ColdClaims, replicas: list[str], order: str, **more) -> str | None:
+async def take(
+    claims: ColdClaims, replicas: list[str], place: str, waited_seconds: float = 0.0, **more
+) -> str | None:
     about = {"tenant": "a", "claim_seconds": 30.0, "most": 9, **more}
-    return await claims.take("pool", replicas, order=order, **about)
+    return await claims.take("pool", replicas, order=(place, waited_seconds), **about)
 
 
 async def test_a_replica_is_held_by_one_until_it_is_released(two: Two) -> None:
@@ -74,6 +76,15 @@ async def test_the_oldest_turn_of_all_goes_first(two: Two) -> None:
         return await take(two.two, ["r0"], "2") == "r0"
 
     await eventually(free)
+
+
+async def test_of_turns_with_the_same_place_the_one_that_has_waited_longest_goes_first(two: Two) -> None:
+    """By one clock, that of Redis: a machine whose clock is an hour ahead would else wait for all others."""
+    assert await take(two.one, [], "1:0", waited_seconds=9.0) is None
+    assert await take(two.two, ["r0"], "1:0", waited_seconds=8.0) is None
+    assert await take(two.two, [], "1:0", waited_seconds=3_600.0) is None
+    assert await take(two.one, ["r0"], "1:0", waited_seconds=9.0) is None
+    assert await take(two.one, ["r0"], "0:0") == "r0"
 
 
 async def test_a_busy_replica_rests_between_the_cold_turns_of_all_workers(two: Two) -> None:
