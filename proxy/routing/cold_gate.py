@@ -592,7 +592,7 @@ class ColdGate:
         head = pool.queue.head(self._clock.monotonic(), skipped)
         if waiting.is_gone and head is not None and replica.id not in head.item.unfit:
             waiting = head
-        if waiting.is_gone:
+        if waiting.is_gone or replica.id in pool.passes:  # this worker may have gone on alone meanwhile
             if shared:
                 self._claims.release(pool.name, got)
         else:

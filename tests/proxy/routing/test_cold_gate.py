@@ -894,6 +894,35 @@ async def test_a_claim_that_comes_for_a_turn_that_left_goes_to_no_turn_that_cann
     await settle()
 
 
+@pytest.mark.parametrize("answer", ["replica-0", CacheError("away")])
+async def test_a_replica_that_took_a_turn_while_it_was_being_claimed_takes_no_second_one(answer: str | CacheError):
+    """The last other worker ended meanwhile, so that this one went on alone."""
+    bench = Bench(1, alone=False)
+    asked, answered = asyncio.Event(), asyncio.Event()
+
+    async def take(pool: str, replicas: Sequence[str], **about: Any) -> str | None:
+        asked.set()
+        await answered.wait()
+        if isinstance(answer, CacheError):
+            raise answer
+        return answer
+
+    bench.claims.take = take  # type: ignore[method-assign]
+    first, second = bench.begin(), bench.begin()
+    await asked.wait()
+    bench.others = 0
+    bench.gate.changed()
+    await settle()
+    assert (first.done(), second.done()) == (True, False)
+    answered.set()
+    await settle()
+    assert not second.done()
+    assert bench.claims.released == ([] if isinstance(answer, CacheError) else ["replica-0"])
+    first.result().release()
+    await settle()
+    assert second.done()
+
+
 async def test_every_refusal_and_every_turn_that_goes_is_counted():
     """The same holds for every reason."""
     bench = Bench(1)
