@@ -203,8 +203,8 @@ def test_what_goes_before_a_request_depends_on_the_weights_of_both_tenants():
     shares = TenantShares()
     for tenant, weight in (("own", 2.0), ("other", 4.0)):
         shares.seen(tenant, weight, 0.0)
-    assert shares.most_before("other", "own", 0.0) == 4 * QUANTUM_TOKENS
-    assert shares.most_before("other", "own", 2 * QUANTUM_TOKENS) == 8 * QUANTUM_TOKENS
+    assert shares.most_before("own", 0.0, {"other": inf}) == 4 * QUANTUM_TOKENS
+    assert shares.most_before("own", 2 * QUANTUM_TOKENS, {"other": inf}) == 8 * QUANTUM_TOKENS
 
 
 def test_a_tenant_begins_where_it_is_if_it_waits_and_else_no_lower_than_the_point_reached():
@@ -213,11 +213,11 @@ def test_a_tenant_begins_where_it_is_if_it_waits_and_else_no_lower_than_the_poin
     shares.serve("slow", QUANTUM_TOKENS, contended=True)
     shares.serve("fast", 5 * QUANTUM_TOKENS, contended=True)
     shares.serve("fast", QUANTUM_TOKENS, contended=True)  # the point reached is that of the last begin: five rounds
-    assert shares.most_before("fast", "slow", 0.0) == 0.0
-    assert shares.most_before("new", "slow", 0.0) == QUANTUM_TOKENS
+    assert shares.most_before("slow", 0.0, {"fast": inf}) == 0.0
+    assert shares.most_before("slow", 0.0, {"new": inf}) == QUANTUM_TOKENS
     shares.waits("slow", 1)
-    assert shares.most_before("new", "slow", 0.0) == 0.0
-    assert shares.most_before("slow", "new", 0.0) == 5 * QUANTUM_TOKENS
+    assert shares.most_before("slow", 0.0, {"new": inf}) == 0.0
+    assert shares.most_before("new", 0.0, {"slow": inf}) == 5 * QUANTUM_TOKENS
 
 
 def test_a_row_that_is_repeated_adds_nothing_though_its_process_has_learned_of_more():
@@ -225,7 +225,7 @@ def test_a_row_that_is_repeated_adds_nothing_though_its_process_has_learned_of_m
     here = TenantShares()
     for total in (QUANTUM_TOKENS, QUANTUM_TOKENS, 9 * QUANTUM_TOKENS):
         here.absorb("there", {"\0tenant:a": (QUANTUM_TOKENS, total, 0.0)}, 0.0)
-    assert here.most_before("a", "b", 0.0) == 0.0
+    assert here.most_before("b", 0.0, {"a": inf}) == 0.0
     assert here.round_of("a") == 1
 
 
@@ -234,7 +234,7 @@ def test_what_another_process_did_for_a_tenant_leaves_the_weight_that_is_known_h
     here = TenantShares()
     here.seen("a", 4.0, 0.0)
     here.absorb("there", {f"\0tenant:{tenant}": (1.0, 1.0, 0.0) for tenant in "ab"}, 0.0)
-    assert here.most_before("a", "b", 0.0) == pytest.approx(4 * QUANTUM_TOKENS)
+    assert here.most_before("b", 0.0, {"a": inf}) == pytest.approx(4 * QUANTUM_TOKENS)
     assert here.share_of("b", 0.0) == pytest.approx(0.2)
 
 
