@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 
 from proxy.clock import Clock
 from proxy.errors import ConnectFailed, ResetBeforeResponse, TlsFailed
-from proxy.upstream.connect import dial
+from proxy.upstream.connect import Lookups, dial
 from proxy.upstream.connection import Connection
 from proxy.upstream.origin import Limits, Origin
 from proxy.upstream.pool import Pool, PoolCounts
@@ -61,6 +61,7 @@ class UpstreamClient:
         self._ssl_context = ssl_context
         self._loop = asyncio.get_running_loop()
         self._deadlines = Deadlines(self._loop, clock)
+        self._lookups = Lookups(self._loop)
         self._upstreams: dict[Origin, _Upstream] = {}
         self._forgotten: set[Origin] = set()
         self._closed = False
@@ -159,6 +160,7 @@ class UpstreamClient:
         self._closed = True
         for upstream in self._upstreams.values():
             upstream.pool.close()
+        await self._lookups.close()
         await self._deadlines.close()
 
     def _upstream(self, origin: Origin) -> _Upstream:
@@ -195,7 +197,9 @@ class UpstreamClient:
             return Connection(self._loop, self._clock, self._deadlines, pool, limits)
 
         try:
-            connection = await dial(self._loop, upstream.origin, upstream.ssl_context, make, limits.connect_seconds)
+            connection = await dial(
+                self._loop, self._lookups, upstream.origin, upstream.ssl_context, make, limits.connect_seconds
+            )
         except BaseException:
             pool.vacate()
             raise

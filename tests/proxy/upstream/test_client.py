@@ -22,7 +22,8 @@ from proxy.errors import (
     ResetMidResponse,
     TlsFailed,
 )
-from proxy.upstream import Framing, Limits, Origin, PoolCounts, UpstreamClient, pool
+from proxy.upstream import Framing, Limits, Origin, PoolCounts, pool
+from proxy.upstream import connect as connecting
 from proxy.upstream.client import default_ssl_context
 from tests.conftest import IS_COMPILED
 from tests.proxy.upstream.conftest import MakeClient, counts, fetch, origin_of, spawn, turns, until
@@ -856,28 +857,178 @@ async def test_the_addresses_of_the_two_families_are_tried_alternately_and_each_
     assert tried == ["::1", "127.0.0.1", "::2", "::3"]
 
 
-async def test_each_address_of_a_name_gets_its_share_of_the_time_that_is_left(
+def names(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
+    """Let every name have these addresses; return the names that are looked up from now on."""
+    asked: list[str] = []
+
+    async def resolve(name: str, *_: Any, **__: Any) -> Any:
+        asked.append(name)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+    return asked
+
+
+async def test_an_address_that_is_silent_holds_up_no_connection(
     make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def three(*_: Any, **__: Any) -> Any:
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{at}", 0)) for at in (1, 2, 3)]
+    """The next one is tried beside it, and it is given up when that one accepts."""
+    loop, given_up = asyncio.get_running_loop(), asyncio.Event()
+    create = loop.create_connection
 
-    async def refuse(*_: Any, **__: Any) -> Any:
-        raise ConnectionRefusedError
-
-    loop, limit, shares = asyncio.get_running_loop(), asyncio.timeout_at, list[float]()
-
-    def noted(when: float) -> asyncio.Timeout:
-        shares.append(when - loop.time())
-        return limit(when)
+    async def connect(make: Any, address: str, *arguments: Any, **named: Any) -> Any:
+        if address == "127.0.0.1":
+            return await create(make, address, *arguments, **named)
+        try:
+            return await asyncio.Event().wait()
+        finally:
+            given_up.set()
 
     client = make_client(connect_seconds=600.0)
-    monkeypatch.setattr(loop, "getaddrinfo", three)
-    monkeypatch.setattr(loop, "create_connection", refuse)
-    monkeypatch.setattr(asyncio, "timeout_at", noted)
-    with pytest.raises(ConnectFailed):
-        await client.request(Origin.parse("http://replica"), b"GET", b"/")
-    assert shares == pytest.approx([200.0, 300.0, 600.0], abs=50.0)
+    names(monkeypatch, "127.0.0.9", "127.0.0.8", "127.0.0.1", "127.0.0.7")
+    monkeypatch.setattr(loop, "create_connection", connect)
+    monkeypatch.setattr(connecting, "NEXT_ADDRESS_SECONDS", 0.01)
+    async with ScriptedUpstream(SERVE_ONE) as upstream:
+        origin = Origin.parse(f"http://replica:{upstream.port}")
+        assert (await client.request(origin, b"GET", b"/")).status == 200
+        assert given_up.is_set()
+        assert client.counts()[origin].open == 1
+
+
+async def test_of_two_addresses_that_accept_at_once_one_connection_is_closed(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, both_are_open = asyncio.get_running_loop(), asyncio.Barrier(2)
+    create, opened = loop.create_connection, list[Any]()
+
+    async def together(make: Any, _: str, *arguments: Any, **named: Any) -> Any:
+        opened.append(await create(make, "127.0.0.1", *arguments, **named))
+        await both_are_open.wait()
+        return opened[-1]
+
+    client = make_client()
+    names(monkeypatch, "127.0.0.9", "127.0.0.1")
+    monkeypatch.setattr(loop, "create_connection", together)
+    monkeypatch.setattr(connecting, "NEXT_ADDRESS_SECONDS", 0.01)
+    async with ScriptedUpstream(SERVE_ONE) as upstream:
+        origin = Origin.parse(f"http://replica:{upstream.port}")
+        assert (await client.request(origin, b"GET", b"/")).status == 200
+        assert client.counts()[origin].open == 1
+        assert sorted(transport.is_closing() for transport, _ in opened) == [False, True]
+
+
+async def test_a_limit_that_passes_beside_an_open_connection_closes_it(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the other attempts take long to be given up."""
+    loop, opened = asyncio.get_running_loop(), list[Any]()
+    create = loop.create_connection
+
+    async def connect(make: Any, address: str, *arguments: Any, **named: Any) -> Any:
+        if address == "127.0.0.1":
+            opened.append(await create(make, address, *arguments, **named))
+            return opened[-1]
+        try:
+            await asyncio.Event().wait()
+        finally:
+            request.cancel()
+
+    client = make_client()
+    names(monkeypatch, "127.0.0.9", "127.0.0.1")
+    monkeypatch.setattr(loop, "create_connection", connect)
+    monkeypatch.setattr(connecting, "NEXT_ADDRESS_SECONDS", 0.01)
+    async with ScriptedUpstream([Stall()]) as upstream:
+        origin = Origin.parse(f"http://replica:{upstream.port}")
+        request = spawn(client.request(origin, b"GET", b"/"))
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        assert [transport.is_closing() for transport, _ in opened] == [True]
+        assert client.counts()[origin].open == 0
+
+
+async def test_a_certificate_that_is_not_trusted_is_asked_of_no_other_address(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    async def refuse(_: Any, address: str, *__: Any, **___: Any) -> Any:
+        tried.append(address)
+        error = ssl.SSLCertVerificationError(1, "self-signed")
+        error.reason = "CERTIFICATE_VERIFY_FAILED"
+        raise error
+
+    client = make_client()
+    names(monkeypatch, "127.0.0.8", "127.0.0.9")
+    monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", refuse)
+    with pytest.raises(TlsFailed):
+        await client.request(Origin.parse("https://replica"), b"GET", b"/")
+    assert tried == ["127.0.0.8"]
+
+
+async def test_connections_that_are_opened_at_once_share_one_look_up(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the request that began it is cancelled; a later connection asks again."""
+    loop, answer, asked = asyncio.get_running_loop(), asyncio.Event(), list[str]()
+
+    async def resolve(name: str, *_: Any, **__: Any) -> Any:
+        asked.append(name)
+        await answer.wait()
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+
+    client = make_client()
+    monkeypatch.setattr(loop, "getaddrinfo", resolve)
+    async with ScriptedUpstream([SERVE_ONE] * 9) as upstream:
+        origin = Origin.parse(f"http://replica:{upstream.port}")
+        first, *others = [spawn(client.request(origin, b"GET", b"/")) for _ in range(9)]
+        await turns()
+        first.cancel()
+        answer.set()
+        assert [each.status for each in await asyncio.gather(*others)] == [200] * 8
+        assert asked == ["replica"]
+        await client.request(origin, b"POST", b"/", body=pieces_of(b"x"))
+        assert asked == ["replica"] * 2
+
+
+async def test_a_look_up_that_takes_long_is_not_waited_for_by_others(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The packet with its question may be lost."""
+    loop, asked = asyncio.get_running_loop(), list[str]()
+
+    async def resolve(name: str, *_: Any, **__: Any) -> Any:
+        asked.append(name)
+        if len(asked) == 1:
+            await asyncio.Event().wait()
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+
+    client = make_client()
+    monkeypatch.setattr(loop, "getaddrinfo", resolve)
+    monkeypatch.setattr(connecting, "SHARED_SECONDS", -1.0)
+    async with ScriptedUpstream(SERVE_ONE) as upstream:
+        origin = Origin.parse(f"http://replica:{upstream.port}")
+        first = spawn(client.request(origin, b"GET", b"/"))
+        await turns()
+        assert (await client.request(origin, b"GET", b"/")).status == 200
+        await client.close()
+        with pytest.raises(ConnectFailed):
+            await first
+
+
+async def test_a_look_up_that_fails_fails_each_connection_that_waits_for_it(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with an error of its own."""
+
+    async def unknown(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    client = make_client()
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", unknown)
+    origin = Origin.parse("http://replica.invalid")
+    errors = await asyncio.gather(*[client.request(origin, b"GET", b"/") for _ in range(3)], return_exceptions=True)
+    assert [str(error) for error in errors] == ["the upstream's name does not resolve"] * 3
+    assert len({error.__cause__ for error in errors if isinstance(error, ConnectFailed)}) == 3
 
 
 async def test_a_name_without_an_address_cannot_be_reached(
