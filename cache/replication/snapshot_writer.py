@@ -6,8 +6,9 @@ Redis was away agree again.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Final
 
 from cache.errors import CacheError
@@ -17,12 +18,16 @@ from cache.ports import Clock
 from cache.replication import codec
 from cache.replication.codec import Began, Budgeted, SnapshotChunk
 from cache.replication.owners import ObjectLocations
-from cache.replication.rebuild import StreamReader
-from cache.replication.snapshots import LeaseAndSnapshots
+from cache.replication.rebuild import SLICE_SECONDS, StreamReader
+from cache.replication.snapshots import PARTS_AT_ONCE, LeaseAndSnapshots
 from cache.replication.stats import JournalStats
 from cache.replication.writer import JournalWriter, ReplicaNames
 
-SNAPSHOT_ENTRIES = 4_096  # entries since the last snapshot: about the most that a start replays
+SNAPSHOT_ENTRIES = 4_096  # entries since the last snapshot: about as many as a start replays
+SNAPSHOT_REST: Final = 10
+"""A snapshot for the entries' sake comes this many times as long after the last as that took. A large index takes a
+second, in which many workers write as many entries as call for the next; and who loads one needs time for it."""
+
 SNAPSHOT_BYTES = 32 * 1024 * 1024  # bytes since the last snapshot: half a second of reading
 SNAPSHOT_SECONDS: Final = 60.0  # since the last snapshot, if anything changed
 SNAPSHOT_ROWS: Final = 100  # of one part: about 1 ms of work at 50 boundaries a row
@@ -53,6 +58,7 @@ class SnapshotWriter:
         self._stats = stats
         self.wanted = True
         self._last_seconds = float("-inf")
+        self._took_seconds = 0.0
 
     def is_due(self) -> bool:
         """Return whether a snapshot should be written now."""
@@ -61,7 +67,7 @@ class SnapshotWriter:
         return (
             self.wanted
             or self._reader.snapshot_is_damaged
-            or entries >= SNAPSHOT_ENTRIES
+            or (entries >= SNAPSHOT_ENTRIES and age_seconds >= SNAPSHOT_REST * self._took_seconds)
             or size_bytes >= SNAPSHOT_BYTES
             or (entries > 0 and age_seconds >= SNAPSHOT_SECONDS)
         )
@@ -75,9 +81,9 @@ class SnapshotWriter:
         snapshot = secrets.token_hex(8)
         number = 0
         try:
-            for chunk in self._chunks():
-                await self._lease.put_part(snapshot, number, codec.encode_chunk(chunk))
-                number += 1
+            async for parts in self._packed():
+                await self._lease.put_parts(snapshot, number, parts)
+                number += len(parts)
             committed = await self._lease.commit(snapshot, number, position, self._clock.unix())
         except CacheError:
             committed = False
@@ -87,9 +93,26 @@ class SnapshotWriter:
                 old + new for old, new in zip(since, reader.read_since_snapshot, strict=True)
             ]
             return
+        self._took_seconds = self._clock.monotonic() - self._last_seconds
         self.wanted = reader.snapshot_is_damaged = False
         self._stats.snapshots += 1
         self._repeat_decisions()
+
+    async def _packed(self) -> AsyncIterator[list[bytes]]:
+        """Yield the encoded parts, several at a time. Other work has its turn in between."""
+        parts: list[bytes] = []
+        began = self._clock.monotonic()
+        for chunk in self._chunks():
+            parts.append(codec.encode_chunk(chunk))
+            if len(parts) == PARTS_AT_ONCE:
+                yield parts
+                parts = []
+                began = self._clock.monotonic()
+            elif self._clock.monotonic() - began > SLICE_SECONDS:
+                await asyncio.sleep(0)
+                began = self._clock.monotonic()
+        if parts:
+            yield parts
 
     def _chunks(self) -> Iterator[SnapshotChunk]:
         for rows in self._index.snapshot(SNAPSHOT_ROWS):

@@ -7,6 +7,7 @@ does not write, are replaced, so that damage repairs itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -17,7 +18,8 @@ from cache.store.lua import DROP_UNLESS
 from cache.store.replies import parsed, text, text_or_none
 from cache.store.store import Script, Store
 
-CHUNK_LIMIT_SECONDS = 1.0  # of reading or writing one part
+PARTS_AT_ONCE = 8  # in one round trip, about 500 KB: a busy worker takes milliseconds for each
+CHUNK_LIMIT_SECONDS = 1.0  # of reading or writing so many
 CHUNK_EXPIRY_SECONDS = 120  # of a part that no commit has named yet
 PRESENCE_SECONDS = 5  # a writer that is silent for longer no longer counts
 TRIM_AGE_SECONDS = 10.0  # younger entries are not trimmed: only a reader that stalls for longer falls behind
@@ -164,10 +166,13 @@ class LeaseAndSnapshots:
         """Give up the lease, if it is ours, so that another writer gets it at once. Raises CacheError."""
         await self._store.run_script(_LEAVE, (keys.LEASE, keys.WRITERS), (self._writer,))
 
-    async def put_part(self, snapshot: str, number: int, part: bytes) -> None:
-        """Write one part of a snapshot that is not committed yet. Raises CacheError."""
-        key = keys.snapshot_chunk(snapshot, number)
-        await self._store.execute("SET", key, part, "EX", CHUNK_EXPIRY_SECONDS, limit_seconds=CHUNK_LIMIT_SECONDS)
+    async def put_parts(self, snapshot: str, first: int, parts: Sequence[bytes]) -> None:
+        """Write parts of a snapshot that is not committed yet, numbered from `first` on. Raises CacheError."""
+        commands = [
+            ("SET", keys.snapshot_chunk(snapshot, number), part, "EX", CHUNK_EXPIRY_SECONDS)
+            for number, part in enumerate(parts, first)
+        ]
+        await self._store.execute_many(commands, CHUNK_LIMIT_SECONDS)
 
     async def commit(self, snapshot: str, parts: int, stream_id: StreamId, now_unix_seconds: float) -> bool:
         """Commit a snapshot, delete the previous one, and trim the stream to it.
@@ -194,16 +199,20 @@ class LeaseAndSnapshots:
         """
         head = await self.head()
         while head is not None:
-            parts = [await self._part(head, number) for number in range(head.parts)]
+            parts: list[bytes | None] = []
+            while len(parts) < head.parts:
+                parts += await self._parts(head, len(parts))
             again = head if None not in parts else await self.head()
             if again == head:
                 return head, parts
             head = again
         return None
 
-    async def _part(self, head: SnapshotHead, number: int) -> bytes | None:
-        key = keys.snapshot_chunk(head.id, number)
-        return parsed(text_or_none, await self._store.execute("GET", key, limit_seconds=CHUNK_LIMIT_SECONDS))
+    async def _parts(self, head: SnapshotHead, first: int) -> list[bytes | None]:
+        numbers = range(first, min(first + PARTS_AT_ONCE, head.parts))
+        commands = [("GET", keys.snapshot_chunk(head.id, number)) for number in numbers]
+        replies = await self._store.execute_many(commands, CHUNK_LIMIT_SECONDS)
+        return [parsed(text_or_none, reply) for reply in replies]
 
 
 def _read_tick(reply: Any) -> Tick:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from array import array
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,18 +14,19 @@ from cache.errors import CacheError, StoreCorrupt
 from cache.index.fingerprint import Fingerprint
 from cache.index.prefix_index import PrefixIndex
 from cache.index.rows import ReplicaRow, RunRow
-from cache.replication import codec, snapshots
+from cache.replication import codec, snapshot_writer, snapshots
 from cache.replication.codec import MAX_ENTRY_BYTES, Began, SnapshotChunk
 from cache.replication.owners import ObjectLocations
-from cache.replication.rebuild import SnapshotRows
-from cache.replication.snapshots import LeaseAndSnapshots, parse_id
+from cache.replication.rebuild import SLICE_SECONDS, SnapshotRows
+from cache.replication.snapshot_writer import SNAPSHOT_BYTES, SNAPSHOT_ENTRIES, SNAPSHOT_REST
+from cache.replication.snapshots import PARTS_AT_ONCE, LeaseAndSnapshots, parse_id
 from cache.replication.stats import JournalStats
 from cache.replication.writer import RECENT_BYTES, RECENT_SECONDS, JournalWriter
 from tests.cache.replication.test_verbs import LONG, Bench
 from tests.support.clock import FakeClock
 from tests.support.fake_store import FakeStore
 from tests.support.operations import operations
-from tests.support.workers import NAMES, Numbered
+from tests.support.workers import NAMES, Numbered, prompt
 
 
 class Number(int):
@@ -45,15 +48,22 @@ class Lease:
         self.most = most
         self.commits = commits
         self.parts: list[bytes] = []
+        self.sent: list[int] = []
         self.committed_at: Any = None
+        self.clock: FakeClock | None = None
+        self.commit_seconds = 0.0
 
-    async def put_part(self, snapshot: str, number: int, part: bytes) -> None:
-        if number >= self.most:
+    async def put_parts(self, snapshot: str, first: int, parts: Sequence[bytes]) -> None:
+        if first + len(parts) > self.most:
             raise CacheError("away")
-        self.parts.append(part)
+        assert first == len(self.parts)
+        self.parts += parts
+        self.sent.append(len(parts))
 
     async def commit(self, snapshot: str, parts: int, position: tuple[int, int], unix_seconds: float) -> bool:
         self.committed_at = (parts, position)
+        if self.clock is not None:
+            self.clock.advance(self.commit_seconds)
         return self.commits
 
 
@@ -93,6 +103,79 @@ async def test_a_snapshot_that_was_not_committed_is_counted_and_leaves_its_reaso
     assert reader.read_since_snapshot == [3, 300]
     assert (writer.wanted, bench.journal.stats.failed_snapshots, bench.journal.stats.snapshots) == (True, 1, 0)
     assert bench.queued() == []
+
+
+async def test_a_snapshot_for_the_sake_of_entries_waits_in_proportion_to_what_the_last_one_took() -> None:
+    """Else a large index would be written all the time where many workers write. One that is wanted does not wait."""
+    bench, lease = Bench(), Lease()
+    writer = with_lease(bench, lease)
+    lease.commit_seconds, lease.clock = 2.0, bench.clock
+    await writer.write()
+    reader = bench.journal._reader  # noqa: SLF001 - internal state that no public name shows
+    reader.read_since_snapshot = [SNAPSHOT_ENTRIES, 0]
+    bench.clock.advance(SNAPSHOT_REST * 2.0 - 2.1)
+    assert not writer.is_due()
+    bench.clock.advance(0.2)
+    assert writer.is_due()
+    reader.read_since_snapshot = [1, SNAPSHOT_BYTES]
+    bench.clock.advance(-0.2)
+    assert writer.is_due()
+    reader.read_since_snapshot = [0, 0]
+    writer.wanted = True
+    assert writer.is_due()
+
+
+async def test_parts_of_a_snapshot_are_written_and_read_several_at_a_time() -> None:
+    """A round trip for each would take minutes for a large index, in which the first ones expire."""
+    store = FakeStore()
+    lease = LeaseAndSnapshots(store.as_store(), "w", lease_seconds=1.0)
+    trips: list[int] = []
+    run, held = store.execute_many, dict[str, bytes]()
+
+    async def counted(commands: Sequence[Sequence[Any]], limit_seconds: float | None = None) -> list[Any]:
+        trips.append(len(commands))
+        return await run(commands, limit_seconds)
+
+    store.execute_many = counted  # type: ignore[method-assign]
+    store.replies["SET"] = lambda key, part, *_: held.update({key: part})
+    store.replies["GET"] = held.get
+    store.replies["HMGET"] = [b"s", b"1-1", b"%d" % (2 * PARTS_AT_ONCE + 1)]
+    parts = [b"%d" % number for number in range(2 * PARTS_AT_ONCE + 1)]
+    await lease.put_parts("s", 0, parts[:PARTS_AT_ONCE])
+    await lease.put_parts("s", PARTS_AT_ONCE, parts[PARTS_AT_ONCE:])
+    trips.clear()
+    fetched = await lease.fetch()
+    assert fetched is not None
+    assert fetched[1] == parts
+    assert trips == [PARTS_AT_ONCE, PARTS_AT_ONCE, 1]
+
+
+@pytest.mark.parametrize(("part_seconds", "turns"), [(0.0, 0), (SLICE_SECONDS * 0.6, 4), (SLICE_SECONDS * 2, 9)])
+async def test_other_work_has_its_turn_between_the_parts_of_a_snapshot(
+    monkeypatch: pytest.MonkeyPatch, part_seconds: float, turns: int
+) -> None:
+    """Also between those that are sent together, if they take long."""
+    monkeypatch.setattr(snapshot_writer, "SNAPSHOT_ROWS", 1)
+    bench, lease = Bench(), Lease()
+    writer = with_lease(bench, lease)
+    for seed in range(9):
+        bench.index.place(0, prompt(seed), 5_000, 1.0)
+    encode, taken = codec.encode_chunk, 0
+
+    def slow(chunk: SnapshotChunk) -> bytes:
+        bench.clock.advance(part_seconds)
+        return encode(chunk)
+
+    async def others() -> None:
+        nonlocal taken
+        while lease.committed_at is None:
+            taken += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(codec, "encode_chunk", slow)
+    await asyncio.gather(writer.write(), others())
+    assert lease.sent == [PARTS_AT_ONCE, 2]
+    assert taken == turns
 
 
 async def test_own_entries_are_kept_for_some_seconds_and_some_megabytes() -> None:
