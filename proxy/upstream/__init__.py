@@ -5,12 +5,14 @@ Redirects are never followed, cookies never kept, bodies never decompressed, and
 used: the caller gets exactly what the upstream sent.
 """
 
-from proxy.upstream.client import Body, UpstreamClient, default_ssl_context
+from proxy.upstream.authorities import Authorities
+from proxy.upstream.client import Body, UpstreamClient
 from proxy.upstream.origin import Limits, Origin
 from proxy.upstream.pool import PoolCounts
 from proxy.upstream.response import Framing, UpstreamResponse
 
 __all__ = [
+    "Authorities",
     "Body",
     "Framing",
     "Limits",
@@ -18,5 +20,4 @@ __all__ = [
     "PoolCounts",
     "UpstreamClient",
     "UpstreamResponse",
-    "default_ssl_context",
 ]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import math
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Final, TypeAlias
 
 from proxy.clock import Clock
 from proxy.errors import ConnectFailed, ResetBeforeResponse, TlsFailed
+from proxy.upstream.authorities import Authorities
 from proxy.upstream.connect import Lookups, dial
 from proxy.upstream.connection import Connection
 from proxy.upstream.origin import Limits, Origin
@@ -27,24 +27,15 @@ _FORGOTTEN_MOST: Final = 4096  # origins that are remembered as gone
 Body: TypeAlias = bytes | Sequence[bytes | bytearray | memoryview] | AsyncIterator[bytes]
 
 
-def default_ssl_context(_origin: Origin) -> ssl.SSLContext:
-    """Trust the machine's roots, check host names, offer HTTP/1.1."""
-    context = ssl.create_default_context()
-    context.set_alpn_protocols(["http/1.1"])
-    return context
-
-
 class _Upstream:
     """State kept per origin. `is_trust_old` means that `ssl_context` is to be made anew if that is possible."""
 
-    __slots__ = ("head", "is_trust_old", "origin", "pool", "ssl_context")
+    __slots__ = ("head", "origin", "pool")
 
-    def __init__(self, origin: Origin, pool: Pool, ssl_context: ssl.SSLContext | None) -> None:
+    def __init__(self, origin: Origin, pool: Pool) -> None:
         self.origin = origin
         self.pool = pool
         self.head = HeadWriter(origin)
-        self.ssl_context = ssl_context
-        self.is_trust_old = False
 
 
 class UpstreamClient:
@@ -54,11 +45,11 @@ class UpstreamClient:
         self,
         limits: Limits,
         clock: Clock,
-        ssl_context: Callable[[Origin], ssl.SSLContext] = default_ssl_context,
+        tls_context: Callable[[], Awaitable[ssl.SSLContext]] | None = None,
     ) -> None:
         self._limits = limits
         self._clock = clock
-        self._ssl_context = ssl_context
+        self._tls_context = tls_context or Authorities(clock).tls_context
         self._loop = asyncio.get_running_loop()
         self._deadlines = Deadlines(self._loop, clock)
         self._lookups = Lookups(self._loop)
@@ -168,16 +159,15 @@ class UpstreamClient:
             raise RuntimeError("the upstream client is closed")
         upstream = self._upstreams.get(origin)
         if upstream is None:
-            context = self._tls(origin) if origin.scheme == "https" else None
             pool = Pool(self._loop, self._limits, str(origin))
             if origin in self._forgotten:
                 pool.emptied = lambda: self._drop(origin)
-            upstream = self._upstreams[origin] = _Upstream(origin, pool, context)
+            upstream = self._upstreams[origin] = _Upstream(origin, pool)
         return upstream
 
-    def _tls(self, origin: Origin) -> ssl.SSLContext:
+    async def _tls(self) -> ssl.SSLContext:
         try:
-            return self._ssl_context(origin)
+            return await self._tls_context()
         except OSError as error:  # includes ssl.SSLError
             raise TlsFailed("the certificate authorities for the upstream cannot be read") from error
 
@@ -196,10 +186,10 @@ class UpstreamClient:
         def make() -> Connection:
             return Connection(self._loop, self._clock, self._deadlines, pool, limits)
 
+        origin = upstream.origin
         try:
-            connection = await dial(
-                self._loop, self._lookups, upstream.origin, upstream.ssl_context, make, limits.connect_seconds
-            )
+            context = await self._tls() if origin.scheme == "https" else None
+            connection = await dial(self._loop, self._lookups, origin, context, make, limits.connect_seconds)
         except BaseException:
             pool.vacate()
             raise

@@ -70,7 +70,7 @@ from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.remote_prefills import RemotePrefills
 from proxy.routing.token_estimate import TokenCounts
 from proxy.tasks import Tasks
-from proxy.upstream import Origin, UpstreamClient
+from proxy.upstream import Authorities, Origin, UpstreamClient
 from proxy.worker import from_config
 from proxy.worker.figures import Figures, GateFigures, IndexFigures, OperationFigures, ReplicaFigures, StoreFigures
 from proxy.worker.http_server import HttpServer
@@ -141,7 +141,7 @@ def _replicas(config: Config, basics: Basics, memory: Memory) -> Replicas:
     return Replicas(
         fleet=fleet,
         discovery=Discovery(config, fleet, memory.index, basics.clock, endpoints=_endpoints(config, basics)),
-        client=UpstreamClient(limits, basics.clock, from_config.trust(config.upstream)),
+        client=UpstreamClient(limits, basics.clock, Authorities(basics.clock, config.upstream.ca_file).tls_context),
         model_names=ModelNames(from_config.model_names(config)),
         templates=Templates(config),
     )
@@ -149,8 +149,9 @@ def _replicas(config: Config, basics: Basics, memory: Memory) -> Replicas:
 
 def _endpoints(config: Config, basics: Basics) -> KubernetesEndpoints:
     settings = config.kubernetes
+    authorities = Authorities(basics.clock, settings.ca_file, only_file=True)
     api = KubernetesApi(
-        UpstreamClient(LIST_LIMITS, basics.clock, from_config.trust_only(settings.ca_file)),
+        UpstreamClient(LIST_LIMITS, basics.clock, authorities.tls_context),
         None if settings.api_url is None else Origin.parse(settings.api_url),
         None if settings.token_file is None else Path(settings.token_file),
         settings.namespace or "",

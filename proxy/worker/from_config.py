@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
-from collections.abc import Callable
-
 import msgspec
 
 from cache import ContextLimits
@@ -29,7 +26,7 @@ from proxy.pipeline.response_relay import StreamLimits
 from proxy.pipeline.silence import SilenceWatch
 from proxy.routing.cold_turn import GateLimits
 from proxy.routing.replica_queue import QueueLimits
-from proxy.upstream import Limits, Origin, default_ssl_context
+from proxy.upstream import Limits
 
 _PRIORITIES = {RequestPriority.HIGH: 0, RequestPriority.NORMAL: 1, RequestPriority.LOW: 2}
 
@@ -84,27 +81,6 @@ def health_check_limits(upstream: Upstream) -> Limits:
     return msgspec.structs.replace(
         upstream_limits(upstream), first_byte_seconds=upstream.check_seconds, idle_seconds=upstream.check_seconds
     )
-
-
-def trust(upstream: Upstream) -> Callable[[Origin], ssl.SSLContext]:
-    """Return a factory of TLS contexts that trust the system's authorities and those of `ca_file`."""
-
-    def context(origin: Origin) -> ssl.SSLContext:
-        trusted = default_ssl_context(origin)
-        if upstream.ca_file is not None:
-            trusted.load_verify_locations(upstream.ca_file)
-        return trusted
-
-    return context
-
-
-def trust_only(ca_file: str | None) -> Callable[[Origin], ssl.SSLContext]:
-    """Return a factory of TLS contexts that trust only the authorities of `ca_file`, or the system's without it."""
-
-    def context(_origin: Origin) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=ca_file)
-
-    return context
 
 
 def context_limits(contexts: Contexts) -> ContextLimits:

@@ -194,7 +194,8 @@ class Upstream(Section, frozen=True):
     """Longest `Retry-After` of a replica that is honoured."""
 
     ca_file: str | None = None
-    """File with certificate authorities that are trusted in addition to the system's."""
+    """File with certificate authorities that are trusted in addition to the system's. It is read again when it
+    changes."""
 
 
 class Routing(Section, frozen=True):
@@ -346,7 +347,8 @@ class Kubernetes(Section, frozen=True):
     pod's service account, if `api_url` is not set."""
 
     ca_file: str | None = None
-    """File with the certificate authorities of the API server; by default the cluster's, if `api_url` is not set."""
+    """File with the certificate authorities of the API server; by default the cluster's, if `api_url` is not set.
+    It is read again when it changes."""
 
     namespace: Name | None = None
     """Namespace of URLs that name none; by default that of the pod."""

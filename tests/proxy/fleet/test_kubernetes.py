@@ -22,8 +22,7 @@ from proxy.fleet.discovery import Discovery
 from proxy.fleet.endpoint_slices import Endpoint
 from proxy.fleet.kubernetes import LIST_LIMITS, ApiError, KubernetesApi, KubernetesEndpoints, Service, ServiceWatch
 from proxy.tasks import Tasks
-from proxy.upstream import Origin, UpstreamClient
-from proxy.worker.from_config import trust_only
+from proxy.upstream import Authorities, Origin, UpstreamClient
 from tests.support.clock import FakeClock
 from tests.support.kubernetes import ApiServer, slice_of
 from tests.support.valkey import eventually
@@ -37,9 +36,8 @@ class Following:
     def __init__(self, server: ApiServer, service: Service, token_file: Path | None, ca_file: Path | None) -> None:
         self.reports: list[tuple[Endpoint, ...]] = []
         self.pauses: list[float] = []
-        self.client = UpstreamClient(
-            LIST_LIMITS, SystemClock(), trust_only(None if ca_file is None else str(ca_file))
-        )
+        authorities = Authorities(SystemClock(), None if ca_file is None else str(ca_file), only_file=True)
+        self.client = UpstreamClient(LIST_LIMITS, SystemClock(), authorities.tls_context)
         self.api = KubernetesApi(self.client, Origin.parse(server.url), token_file, namespace="own")
         self.watch = ServiceWatch(self.api, service, self.reports.append, lambda: 0.5, self._pause)
 

@@ -24,8 +24,13 @@ async def make_client() -> AsyncIterator[MakeClient]:
     made: list[UpstreamClient] = []
 
     def make(clock: Any = None, tls: ssl.SSLContext | None = None, **limits: Any) -> UpstreamClient:
-        arguments = {"ssl_context": lambda _: tls} if tls is not None else {}
-        made.append(UpstreamClient(Limits(**limits), clock or SystemClock(), **arguments))
+        async def tls_context() -> ssl.SSLContext:
+            assert tls is not None
+            return tls
+
+        made.append(
+            UpstreamClient(Limits(**limits), clock or SystemClock(), tls_context if tls is not None else None)
+        )
         return made[-1]
 
     yield make

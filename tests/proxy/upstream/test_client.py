@@ -24,7 +24,6 @@ from proxy.errors import (
 )
 from proxy.upstream import Framing, Limits, Origin, PoolCounts, pool
 from proxy.upstream import connect as connecting
-from proxy.upstream.client import default_ssl_context
 from tests.conftest import IS_COMPILED
 from tests.proxy.upstream.conftest import MakeClient, counts, fetch, origin_of, spawn, turns, until
 from tests.support.clock import FakeClock
@@ -1139,40 +1138,6 @@ async def test_tls_with_a_trusted_certificate_works_and_is_kept_alive(
         for _ in range(2):
             assert await fetch(client, upstream, b"x" * 300_000) == b"hello"
         assert upstream.connections == 1
-
-
-async def test_authorities_that_were_replaced_are_trusted_once_they_are_read_again(authority: trustme.CA) -> None:
-    """Those that are known stay trusted while the others cannot be read."""
-    in_file: list[ssl.SSLContext] = [trusting(trustme.CA())]
-
-    def read(_: Origin) -> ssl.SSLContext:
-        if not in_file:
-            raise FileNotFoundError
-        return in_file[0]
-
-    client = UpstreamClient(Limits(), SystemClock(), read)
-    try:
-        async with ScriptedUpstream([*SERVE_ONE, Close()], tls=server_context(authority, "127.0.0.1")) as upstream:
-            with pytest.raises(TlsFailed):
-                await fetch(client, upstream)
-            in_file[0] = trusting(authority)
-            client.renew_trust()
-            assert await fetch(client, upstream) == b"hello"
-            await until(lambda: not client.counts()[origin_of(upstream)].open)
-            in_file.clear()
-            client.renew_trust()
-            assert await fetch(client, upstream) == b"hello"
-    finally:
-        await client.close()
-
-
-def test_tls_offers_http_1_1_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise an upstream could choose HTTP/2, which is not spoken here."""
-    offered: list[list[str]] = []
-    monkeypatch.setattr(ssl.SSLContext, "set_alpn_protocols", lambda _, names: offered.append(names))
-    context = default_ssl_context(Origin.parse("https://replica"))
-    assert offered == [["http/1.1"]]
-    assert (context.check_hostname, context.verify_mode) == (True, ssl.CERT_REQUIRED)
 
 
 async def test_tls_of_an_unknown_authority_or_another_name_is_refused(
