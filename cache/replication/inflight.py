@@ -21,8 +21,12 @@ from cache.store.store import Store
 
 log = logging.getLogger("cairn.inflight")
 
-SEND_INTERVAL_SECONDS = 0.005  # vectors that are 100 ms old cost 8 % of TTFT
-ALONE_INTERVAL_SECONDS = 0.1
+SEND_INTERVAL_SECONDS = 0.005
+LONGEST_INTERVAL_SECONDS = 0.1  # vectors that are as old cost 8 % of TTFT; also of a worker without others
+VECTORS_A_SECOND = 2_000
+"""Of all workers together. Each worker reads them all, at about 30 us each: sixty that send every 5 ms would spend a
+third of their time on it."""
+
 REPEAT_SECONDS = 0.3  # unchanged work is published again, three times before receivers would drop it
 WRITERS_AT_MOST = 4_096  # writers whose last number is remembered
 NUMBER_SECONDS = 2.0  # after this time a writer's last number is ignored, so that a damaged one does no lasting harm
@@ -34,7 +38,8 @@ class LoadBroadcast:
     """Publishes this worker's vector and passes on those of others.
 
     `read` returns this worker's rows by replica name, when they are sent; `absorb` takes another writer's rows;
-    `forget` drops a writer that ended. While `alone` returns True, vectors are sent rarely.
+    `forget` drops a writer that ended. `others` returns the number of other workers, which decides how often vectors
+    are sent.
     """
 
     def __init__(
@@ -47,7 +52,7 @@ class LoadBroadcast:
         read: Callable[[], Mapping[str, Row]],
         absorb: Callable[[str, Mapping[str, Row]], None],
         forget: Callable[[str], None],
-        alone: Callable[[], bool] = lambda: False,
+        others: Callable[[], int] = lambda: 1,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -55,7 +60,7 @@ class LoadBroadcast:
         self._read = read
         self._absorb = absorb
         self._forget = forget
-        self._alone = alone
+        self._others = others
         self._head = codec.own_head(codec.VECTOR_VERSION, writer_id)
         # a writer that restarts under the same id begins far above any number that it used before
         self._number = int(clock.unix() * 1000)
@@ -125,7 +130,7 @@ class LoadBroadcast:
                 pass  # nothing changed, but others drop a silent writer
             self._changed.clear()
             await self._send()
-            await asyncio.sleep(ALONE_INTERVAL_SECONDS if self._alone() else SEND_INTERVAL_SECONDS)
+            await asyncio.sleep(interval_seconds(self._others()))
 
     async def _send(self, *, goodbye: bool = False) -> None:
         self._number += 1
@@ -137,3 +142,10 @@ class LoadBroadcast:
             self.sent += 1
         except CacheError as error:  # counted by the store; the next vector replaces it
             log.debug("the in-flight vector was not sent: %s", error)
+
+
+def interval_seconds(others: int) -> float:
+    """Return the time between two vectors of a worker, for a number of other workers."""
+    if not others:
+        return LONGEST_INTERVAL_SECONDS
+    return min(max((others + 1) / VECTORS_A_SECOND, SEND_INTERVAL_SECONDS), LONGEST_INTERVAL_SECONDS)

@@ -242,7 +242,7 @@ def _load_broadcast(
         read=lambda: {**fleet.share(clock.monotonic()), **shares.rows(), **cold_gate.rows()},
         absorb=absorb,
         forget=forget,
-        alone=lambda: journal.others == 0,
+        others=lambda: journal.others,
     )
 
 

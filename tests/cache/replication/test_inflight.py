@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 import pytest
@@ -20,7 +21,7 @@ A, B = "http://a", "http://b"
 class Taken:
     """A board without a store, and what it handed on."""
 
-    def __init__(self) -> None:
+    def __init__(self, others: int = 1) -> None:
         clock, tasks = FakeClock(), Tasks()
         self.clock = clock
         self.rows: dict[str, Mapping[str, Row]] = {}
@@ -32,6 +33,7 @@ class Taken:
             read=dict,
             absorb=self.rows.__setitem__,
             forget=self.rows.__delitem__,
+            others=lambda: others,
         )
 
 
@@ -47,6 +49,27 @@ async def test_the_others_rows_are_handed_on_and_our_echo_is_not() -> None:
     taken.board.receive(said("y", 1, {B: (200.0, 3)}))
     taken.board.receive(said("own", 9, {A: (999.0, 9)}))
     assert taken.rows == {"x": {A: (100.0, 1)}, "y": {B: (200.0, 3)}}
+
+
+@pytest.mark.parametrize(
+    ("others", "seconds"), [(0, 0.1), (1, 0.005), (9, 0.005), (15, 0.008), (63, 0.032), (199, 0.1), (4_000, 0.1)]
+)
+async def test_the_more_workers_there_are_the_more_rarely_each_sends(
+    others: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reads what all send: its work would grow with their number. One without others sends rarely, too."""
+    paused: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+    async def pause(seconds: float) -> None:
+        paused.set_result(seconds)
+        await asyncio.Event().wait()
+
+    taken = Taken(others)
+    monkeypatch.setattr(asyncio, "sleep", pause)
+    await taken.board.start()
+    taken.board.changed()
+    assert await paused == pytest.approx(seconds)
+    await taken.board.close()
 
 
 async def test_an_older_number_is_ignored() -> None:
