@@ -268,7 +268,7 @@ class HealthChecker:
         if endpoint.credential is not None:
             headers = (*headers, endpoint.credential)
         response = await self._client.request(
-            endpoint.origin, b"GET", path, headers, limits=self._limits, retry_reused=True
+            endpoint.origin, b"GET", path, headers, limits=self._limits, repeatable=True
         )
         try:
             return response.status, await _read(response)

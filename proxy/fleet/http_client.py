@@ -19,7 +19,7 @@ class HttpClient(Protocol):
         headers: Iterable[tuple[bytes, bytes]] = (),
         *,
         limits: Limits | None = None,
-        retry_reused: bool = False,
+        repeatable: bool | None = None,
     ) -> Awaitable[UpstreamResponse]:
         """Send a request; return when the head of the response has arrived. Raises UpstreamError."""
         ...

@@ -102,7 +102,7 @@ class KubernetesApi:
         headers = [(b"accept", b"application/json"), *await self._credential()]
         try:
             response = await self._client.request(
-                self._origin, b"GET", target.encode(), headers, limits=limits, retry_reused=True
+                self._origin, b"GET", target.encode(), headers, limits=limits, repeatable=True
             )
         except ConnectFailed:
             self._client.forget(self._origin)  # the certificate authorities may have changed: read their file again

@@ -78,7 +78,7 @@ async def fetch_models(
         drop_credentials=endpoint.drops_credentials,
         identity=True,
     )
-    response = await client.request(endpoint.origin, b"GET", b"/v1/models", head, retry_reused=True)
+    response = await client.request(endpoint.origin, b"GET", b"/v1/models", head, repeatable=True)
     try:
         body = await response.read(_LIST_AT_MOST_BYTES)
     finally:

@@ -512,7 +512,7 @@ class TemplateProber:
         if endpoint.credential is not None:
             headers += (endpoint.credential,)
         response = await self._client.request(
-            endpoint.origin, b"POST", path, headers, body, limits=self._limits, retry_reused=True
+            endpoint.origin, b"POST", path, headers, body, limits=self._limits, repeatable=True
         )
         try:
             return response.status, await response.read(_PAGE_AT_MOST_BYTES)

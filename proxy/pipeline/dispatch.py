@@ -110,7 +110,7 @@ class Client(Protocol):
         body: Body,
         *,
         length: int | None = None,
-        retry_reused: bool = False,
+        repeatable: bool | None = None,
     ) -> Awaitable[UpstreamResponse]:
         """Send a request; return when the head of the response has arrived. Raises UpstreamError."""
         ...
@@ -485,7 +485,7 @@ class Dispatcher:
             head,
             body,
             length=length,
-            retry_reused=call.endpoint.runs_model or call.method in _IDEMPOTENT_METHODS,
+            repeatable=call.endpoint.runs_model or call.method in _IDEMPOTENT_METHODS,
         )
 
     # -- what the fleet learns

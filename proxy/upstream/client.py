@@ -67,7 +67,7 @@ class UpstreamClient:
         *,
         length: int | None = None,
         limits: Limits | None = None,
-        retry_reused: bool = False,
+        repeatable: bool | None = None,
     ) -> UpstreamResponse:
         """Send a request and return when the head of the final response has arrived.
 
@@ -75,8 +75,9 @@ class UpstreamClient:
             body: bytes, buffers that are written without being joined, or an async iterator.
             length: size in bytes of an iterator's body; without it the body is sent chunked.
             limits: replaces the client's limits for this request.
-            retry_reused: send again on a new connection if a pooled one turns out to be dead before any byte arrives.
-                A body that cannot be sent twice is never sent on a pooled connection.
+            repeatable: True to send again on a new connection if a pooled one turns out to be dead before any byte
+                arrives; False to use no pooled one, since the upstream may just be closing it; None for neither. A
+                body that cannot be sent twice is never sent on a pooled connection.
 
         Raises ValueError, with nothing sent, if the head cannot be written safely; PoolTimeout, ConnectFailed,
         ResetBeforeResponse, FirstByteTimeout, BadResponse; and the errors of the iterator. On each of these, and on
@@ -92,7 +93,7 @@ class UpstreamClient:
         else:
             streamed = True
         head = upstream.head.write(method, target, headers, length)
-        fresh = streamed
+        fresh = streamed or repeatable is False
         while True:
             connection = (None if fresh else upstream.pool.take()) or await self._connection(upstream, fresh, limits)
             response = connection.begin(limits, head_only=method == b"HEAD")
@@ -105,7 +106,7 @@ class UpstreamClient:
                     await response.change()
                 response.check()
             except ResetBeforeResponse as error:
-                if not (error.reused and retry_reused):
+                if not (error.reused and repeatable):
                     raise
                 upstream.pool.retried += 1
                 fresh = True

@@ -64,7 +64,7 @@ class Bench:
         self.found: list[Found] = []
         self.loads: list[tuple[int | None, int | None]] = []
         self.headers: list[dict[bytes, bytes]] = []
-        self.retried: list[bool] = []
+        self.retried: list[bool | None] = []
         self.found_at: list[tuple[int, ReplicaEndpoint]] = []
         self.tasks = Tasks()
         self.received = 0.0
@@ -87,10 +87,10 @@ class Bench:
         headers: Iterable[tuple[bytes, bytes]] = (),
         *,
         limits: Limits | None = None,
-        retry_reused: bool = False,
+        repeatable: bool | None = None,
     ) -> Awaitable[UpstreamResponse]:
         self.headers.append(dict(headers))
-        self.retried.append(retry_reused)
+        self.retried.append(repeatable)
         return self._respond(self.pages.get(target, (404, b"")))
 
     async def _respond(self, page: Page) -> UpstreamResponse:

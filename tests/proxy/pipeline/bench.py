@@ -98,7 +98,7 @@ class Client:
         self.sent: list[tuple[Origin, bytes, dict[bytes, bytes]]] = []
         self.targets: list[bytes] = []
         self.lengths: list[int | None] = []
-        self.retries_reused: list[bool] = []
+        self.repeatable: list[bool | None] = []
         self.asked = asyncio.Event()
         self.hold = asyncio.Event()
         self.hold.set()
@@ -112,7 +112,7 @@ class Client:
         body: Any = b"",
         *,
         length: int | None = None,
-        retry_reused: bool = False,
+        repeatable: bool | None = None,
     ) -> UpstreamResponse:
         if isinstance(body, AsyncIterator):
             body = [piece async for piece in body]
@@ -120,7 +120,7 @@ class Client:
         self.sent.append((origin, whole, dict(headers)))
         self.targets.append(target)
         self.lengths.append(length)
-        self.retries_reused.append(retry_reused)
+        self.repeatable.append(repeatable)
         self.asked.set()
         await self.hold.wait()
         step = self.script.pop(0)

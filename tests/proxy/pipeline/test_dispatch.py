@@ -215,7 +215,7 @@ async def test_configured_headers_are_sent_unless_the_client_sends_its_own() -> 
 
 
 @pytest.mark.parametrize(
-    ("method", "endpoint", "retries"),
+    ("method", "endpoint", "repeatable"),
     [
         ("POST", Endpoint.CHAT, True),
         ("GET", Endpoint.OTHER, True),
@@ -225,7 +225,7 @@ async def test_configured_headers_are_sent_unless_the_client_sends_its_own() -> 
     ],
 )
 async def test_only_what_may_be_done_twice_is_sent_again_if_a_pooled_connection_has_died(
-    method: str, endpoint: Endpoint, retries: bool
+    method: str, endpoint: Endpoint, repeatable: bool
 ) -> None:
     """Running a model or reading something; another request may have been carried out."""
     bench = Bench()
@@ -233,7 +233,7 @@ async def test_only_what_may_be_done_twice_is_sent_again_if_a_pooled_connection_
     exchange = bench.exchange()
     exchange.call = dataclasses.replace(exchange.call, method=method, endpoint=endpoint)
     await bench.run(exchange)
-    assert bench.client.retries_reused == [retries]
+    assert bench.client.repeatable == [repeatable]
 
 
 class Told:

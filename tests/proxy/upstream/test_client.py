@@ -127,9 +127,18 @@ async def test_with_leave_to_retry_it_is_sent_once_more_on_a_fresh_connection(
     client = make_client()
     async with ScriptedUpstream([[*SERVE_ONE, Expect(), end], SERVE_ONE]) as upstream:
         await fetch(client, upstream)
-        assert await fetch(client, upstream, body, retry_reused=True) == b"hello"
+        assert await fetch(client, upstream, body, repeatable=True) == b"hello"
         assert [request.body for request in upstream.requests[1:]] == [b"again", b"again"]
         assert counts(client, upstream).retried == 1
+
+
+async def test_what_must_not_be_sent_twice_is_sent_on_a_new_connection(make_client: MakeClient) -> None:
+    """The upstream may just be closing a pooled one, of which one is given up instead."""
+    client = make_client()
+    async with ScriptedUpstream([[*SERVE_ONE, Expect(), Close()], SERVE_ONE]) as upstream:
+        await fetch(client, upstream)
+        assert await fetch(client, upstream, repeatable=False) == b"hello"
+        assert counts(client, upstream).open == 1
 
 
 async def test_what_happens_to_connections_is_counted_each_time(make_client: MakeClient) -> None:
@@ -137,7 +146,7 @@ async def test_what_happens_to_connections_is_counted_each_time(make_client: Mak
     dying: Play = [*SERVE_ONE, Expect(), Close()]
     async with ScriptedUpstream([dying, dying, SERVE_ONE]) as upstream:
         for _ in range(3):
-            await fetch(client, upstream, retry_reused=True)
+            await fetch(client, upstream, repeatable=True)
         found = counts(client, upstream)
         assert (found.opened, found.reused, found.retried) == (3, 2, 2)
         assert (found.open, found.idle, found.in_use, found.waiting) == (1, 1, 0, 0)
@@ -153,7 +162,7 @@ async def test_a_retry_avoids_all_pooled_connections_and_happens_once(make_clien
         gate.set()
         await both
         with pytest.raises(ResetBeforeResponse) as caught:
-            await fetch(client, upstream, retry_reused=True)
+            await fetch(client, upstream, repeatable=True)
         assert not caught.value.reused
         assert upstream.connections == 3
         assert len(upstream.requests) == 4
@@ -163,7 +172,7 @@ async def test_a_fresh_connection_that_dies_is_not_retried_here(make_client: Mak
     client = make_client()
     async with ScriptedUpstream([[Expect(), Close()], SERVE_ONE]) as upstream:
         with pytest.raises(ResetBeforeResponse):
-            await fetch(client, upstream, retry_reused=True)
+            await fetch(client, upstream, repeatable=True)
         assert len(upstream.requests) == 1
 
 
@@ -172,7 +181,7 @@ async def test_nothing_is_retried_once_a_byte_of_an_answer_came(make_client: Mak
     async with ScriptedUpstream([[*SERVE_ONE, Expect(), Send(b"H"), Close()], SERVE_ONE]) as upstream:
         await fetch(client, upstream)
         with pytest.raises(BadResponse):
-            await fetch(client, upstream, retry_reused=True)
+            await fetch(client, upstream, repeatable=True)
         assert len(upstream.requests) == 2
 
 
