@@ -48,7 +48,7 @@ class Prefill:
     routed.
     """
 
-    __slots__ = ("_gate", "followers", "hashes", "replica", "warm_blocks", "warm_tokens")
+    __slots__ = ("_gate", "followers", "hashes", "number", "replica", "warm_blocks", "warm_tokens")
 
     def __init__(
         self, gate: PrefillGate, replica: int, hashes: Sequence[int], warm_blocks: int, warm_tokens: float
@@ -59,6 +59,7 @@ class Prefill:
         self.warm_blocks = warm_blocks
         self.warm_tokens = warm_tokens
         self.followers: list[Follower] = []
+        self.number = 0  # in the order in which the prefills became leaders
 
     def first_token(self) -> None:
         """Let all followers go, since the prefix is computed. May be called twice, and after `failed`."""
@@ -75,6 +76,7 @@ class Prefill:
         if not waiting:
             return
         leader = waiting[0].prefill
+        self._gate.close(leader)  # it is found by what it computes
         leader.warm_blocks, leader.warm_tokens = self.warm_blocks, self.warm_tokens
         self._gate.open(leader)
         for follower in waiting[1:]:
@@ -148,12 +150,49 @@ class Follower:
                 self._then()
 
 
+class _Leaders:
+    """The prefills under way at one replica, by the first boundary that each computes.
+
+    Who shares a deeper boundary with one of them shares this one too. So of thousands only those are looked at that
+    compute what a request needs.
+    """
+
+    __slots__ = ("all", "by_first", "depths")
+
+    def __init__(self) -> None:
+        self.all: dict[Prefill, None] = {}
+        self.by_first: dict[int, dict[Prefill, None]] = {}
+        self.depths: dict[int, int] = {}  # how many begin to compute behind so many blocks
+
+    def add(self, prefill: Prefill) -> None:
+        """Add one that is not there yet."""
+        self.all[prefill] = None
+        depth = prefill.warm_blocks
+        if depth < len(prefill.hashes):
+            self.by_first.setdefault(prefill.hashes[depth], {})[prefill] = None
+            self.depths[depth] = self.depths.get(depth, 0) + 1
+
+    def remove(self, prefill: Prefill) -> None:
+        """Remove one that is there."""
+        del self.all[prefill]
+        depth = prefill.warm_blocks
+        if depth < len(prefill.hashes):
+            first = prefill.hashes[depth]
+            del self.by_first[first][prefill]
+            if not self.by_first[first]:
+                del self.by_first[first]
+            self.depths[depth] -= 1
+            if not self.depths[depth]:
+                del self.depths[depth]
+
+
 class PrefillGate:
     """The prefills under way, by replica, that are long enough to be worth waiting for."""
 
     def __init__(self, cold_tokens: float = COLD_TOKENS) -> None:
         self.cold_tokens = cold_tokens
-        self._leaders: dict[int, list[Prefill]] = {}
+        self._leaders: dict[int, _Leaders] = {}
+        self._opened = 0
 
     def enter(
         self,
@@ -194,7 +233,8 @@ class PrefillGate:
 
     def turn_away(self, replica: int) -> None:
         """Let all requests pass that wait for a prefill at `replica`, which is not used any more."""
-        for leader in self._leaders.get(replica, ()):
+        leaders = self._leaders.get(replica)
+        for leader in () if leaders is None else tuple(leaders.all):
             followers, leader.followers = leader.followers, []
             for follower in followers:
                 follower.expire()
@@ -206,28 +246,44 @@ class PrefillGate:
 
     def __len__(self) -> int:
         """Count the prefills that a request may wait for."""
-        return sum(map(len, self._leaders.values()))
+        return sum([len(leaders.all) for leaders in self._leaders.values()])
 
     def open(self, prefill: Prefill) -> Prefill:
         """Let requests follow `prefill`. May be called twice."""
-        leaders = self._leaders.setdefault(prefill.replica, [])
-        if prefill not in leaders:
-            leaders.append(prefill)
+        leaders = self._leaders.get(prefill.replica)
+        if leaders is None:
+            leaders = self._leaders[prefill.replica] = _Leaders()
+        if prefill not in leaders.all:
+            if not prefill.number:
+                self._opened += 1
+                prefill.number = self._opened
+            leaders.add(prefill)
         return prefill
 
     def close(self, prefill: Prefill) -> None:
         """Let no further request follow `prefill`. May be called twice."""
         leaders = self._leaders.get(prefill.replica)
-        if leaders is not None and prefill in leaders:
+        if leaders is not None and prefill in leaders.all:
             leaders.remove(prefill)
-            if not leaders:
+            if not leaders.all:
                 del self._leaders[prefill.replica]
 
     def _leader(
         self, replica: int, hashes: Sequence[int], matched_blocks: int, matched_tokens: float
     ) -> Prefill | None:
         """Return the first prefill that computes what was matched at `replica`, if it is worth waiting for."""
-        for leader in self._leaders.get(replica, ()):
-            if matched_tokens - leader.warm_tokens > self.cold_tokens and leader.shares(hashes, matched_blocks):
-                return leader
-        return None
+        leaders = self._leaders.get(replica)
+        if leaders is None:
+            return None
+        found: Prefill | None = None
+        for depth in leaders.depths:
+            if depth >= matched_blocks:
+                continue
+            for leader in leaders.by_first.get(hashes[depth], ()):
+                if (
+                    (found is None or leader.number < found.number)
+                    and matched_tokens - leader.warm_tokens > self.cold_tokens
+                    and leader.shares(hashes, matched_blocks)
+                ):
+                    found = leader
+        return found

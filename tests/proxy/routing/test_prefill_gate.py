@@ -14,6 +14,7 @@ from proxy.fleet import Charge, Fleet, ReplicaSpec
 from proxy.records import Demand
 from proxy.routing.cost import plan
 from proxy.routing.prefill_gate import Follower, Passage, Prefill, PrefillGate
+from tests.support.operations import operations
 
 RATE = 8_000.0
 SHARED = list(range(1_000, 1_016))  # a chain of 16 blocks, say 4,096 tokens
@@ -233,3 +234,66 @@ def test_a_burst_of_fifty_siblings_makes_at_most_two_prefills(replicas):
     root, shared = chain_root([b"model"]), b"x" * 32_000
     prompts = [cut(root, [shared, b"question %d " % number * 20]) for number in range(50)]
     assert burst(fleet, index, gate, prompts, 0.25) <= 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_of_the_prefills_that_compute_what_was_matched_the_first_one_leads(seed: int) -> None:
+    """Whatever they share, whichever end, fail or are taken over: as if each of them were compared."""
+    random, gate = Random(seed), PrefillGate(cold_tokens=10)
+    open_now: list[Prefill] = []  # in the order in which they opened
+    waiting: dict[Prefill, Follower] = {}
+
+    def chain() -> list[int]:
+        """A chain in a tree that forks in two at each block: whose hash names the way to it."""
+        way, hashes = 1, list[int]()
+        for _ in range(random.randint(1, 6)):
+            way = way * 2 + random.randrange(2)
+            hashes.append(way)
+        return hashes
+
+    def first_of(hashes: list[int], blocks: int, tokens: int) -> Prefill | None:
+        sharing = (each for each in open_now if tokens - each.warm_tokens > 10 and each.shares(hashes, blocks))
+        return next(sharing, None)
+
+    for _ in range(300):
+        hashes = chain()
+        blocks = random.randint(0, len(hashes))
+        tokens = random.choice((0, 5, 11, 30))
+        leader = first_of(hashes, blocks, tokens)
+        assert gate.holds_back(hashes, 0, Held(blocks, 0, tokens)) is (leader is not None)
+        entered = gate.enter(
+            0, hashes, matched_blocks=blocks, matched_tokens=tokens, prompt_tokens=41.0, prefill_seconds=1.0
+        )
+        assert isinstance(entered, Follower) is (leader is not None)
+        if isinstance(entered, Follower):
+            assert leader is not None
+            assert leader.followers[-1] is entered
+            open_now.append(entered.prefill)
+            waiting[entered.prefill] = entered
+        elif entered is not None:
+            open_now.append(entered)
+        if random.random() < 0.3:
+            ended = open_now.pop(random.randrange(len(open_now)))
+            if ended in waiting:
+                waiting[ended].leave()
+            ended.first_token() if random.random() < 0.5 else ended.failed()
+        assert len(gate) == len(open_now)
+
+
+def test_a_look_takes_no_longer_among_many_prefills_of_other_prompts() -> None:
+    """Of a thousand cold prompts that a replica computes or queues, those that share nothing cost nothing."""
+
+    def cost(others: int) -> int:
+        gate = PrefillGate()
+        for number in range(1, others + 1):
+            gate.lead(0, [-number, number], 0, 0.0)
+        leader = lead(gate)
+
+        def act() -> None:
+            assert gate.holds_back([*SHARED, 2], 0, Held(16, 16_384, 4_096))
+            leader.first_token()
+            gate.open(leader)
+
+        return operations(act)
+
+    assert cost(1_000) == cost(1)
