@@ -8,7 +8,7 @@ lateness.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from itertools import takewhile
 from typing import Final
 
@@ -70,7 +70,7 @@ class Work:
         self.running_tokens = 0.0  # prompts of all in flight, which cannot be evicted
         self.waiting = 0  # those in flight that are in the queue and not sent yet
         self.released_seconds = 0.0  # when the last prefill seen here ended
-        self._started: deque[Charge] = deque()
+        self._started: OrderedDict[Charge, None] = OrderedDict()  # a head that hangs keeps nothing of those behind it
         self.sent_tokens = 0.0
 
     def add(self, charge: Charge) -> None:
@@ -96,7 +96,7 @@ class Work:
         charge.sent_seconds = now_seconds
         ahead = self.sent_tokens - self.progress_tokens(rate, now_seconds) + elsewhere_tokens
         charge.due_seconds = now_seconds + (ahead + charge.uncached_tokens) / rate
-        self._started.append(charge)
+        self._started[charge] = None
         self.sent_tokens += charge.uncached_tokens
 
     def first_token(self, charge: Charge, now_seconds: float, elsewhere_seconds: float = 0.0) -> None:
@@ -113,7 +113,7 @@ class Work:
                 charge.prefill_seconds = now_seconds - since
             elif charge.started:
                 earlier = takewhile(lambda each: each is not charge, self._started)
-                for done in [each for each in earlier if each.plain and each.pending]:
+                for done in [each for each in earlier if each.plain]:
                     self._drop(done)
             self._drop(charge)
             self.released_seconds = now_seconds
@@ -142,20 +142,19 @@ class Work:
 
     def settle(self, now_seconds: float) -> None:
         """Release heads whose first token cannot be seen and was due by now."""
-        started = self._started
-        while started and (head := started[0]).plain and head.due_seconds <= now_seconds:
+        while (head := self.head) is not None and head.plain and head.due_seconds <= now_seconds:
             self._drop(head)
             self.released_seconds = max(self.released_seconds, head.due_seconds)
 
     @property
     def unanswered(self) -> int:
-        """Number of charges that were sent and whose prefill is not known to be done; a few of them may be done."""
+        """Number of charges that were sent and whose prefill is not known to be done."""
         return len(self._started)
 
     @property
     def head(self) -> Charge | None:
         """The oldest charge that was sent and whose prefill is not known to have ended."""
-        return self._started[0] if self._started else None
+        return next(iter(self._started)) if self._started else None
 
     def progress_tokens(self, rate: float, now_seconds: float) -> float:
         """Return the tokens that the running head must have computed by now, at most all that it has."""
@@ -176,12 +175,10 @@ class Work:
     def _drop(self, charge: Charge) -> None:
         charge.pending = False
         self.pending_tokens -= charge.uncached_tokens
-        started = self._started
         if charge.started:
             self.sent_tokens -= charge.uncached_tokens
-            while started and not started[0].pending:
-                started.popleft()
-        if not started:  # sums of floats must not drift
+            self._started.pop(charge, None)
+        if not self._started:  # sums of floats must not drift
             self.sent_tokens = 0.0
             if self.pending_tokens < LEAST_TOKENS:
                 self.pending_tokens = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from proxy.fleet.work import Charge, Work
+from tests.support.operations import operations
 
 RATE = 100.0  # tokens per second
 
@@ -35,6 +36,26 @@ def test_a_later_first_token_ends_the_prefills_before_it_that_cannot_be_seen() -
     work.first_token(later, 2.0)
     assert (unseen.pending, seen.pending, later.pending) == (False, True, False)
     assert work.pending_tokens == 50.0
+
+
+def test_a_request_that_hangs_keeps_nothing_of_those_that_are_served_meanwhile() -> None:
+    """Or each of them would cost more than the one before, and they would count as unanswered."""
+
+    def cost(served_before: int) -> int:
+        work = Work()
+        hanging = charged(work)
+
+        def serve() -> None:
+            charge = charged(work)
+            work.first_token(charge, 2.0)
+            work.end(charge, 3.0)
+
+        for _ in range(served_before):
+            serve()
+        assert (work.unanswered, work.head, work.pending_tokens) == (1, hanging, 50.0)
+        return operations(serve)
+
+    assert cost(1_000) == cost(1)
 
 
 def test_one_that_waits_for_anothers_prefill_is_pending_but_not_in_flight() -> None:
