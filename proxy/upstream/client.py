@@ -28,7 +28,7 @@ Body: TypeAlias = bytes | Sequence[bytes | bytearray | memoryview] | AsyncIterat
 
 
 class _Upstream:
-    """State kept per origin. `is_trust_old` means that `ssl_context` is to be made anew if that is possible."""
+    """State kept per origin."""
 
     __slots__ = ("head", "origin", "pool")
 
@@ -125,11 +125,6 @@ class UpstreamClient:
         upstream = self._upstreams.get(origin)
         return 0.0 if upstream is None else upstream.pool.received_seconds
 
-    def renew_trust(self) -> None:
-        """Read the certificate authorities again before the next connection to each origin is opened."""
-        for upstream in self._upstreams.values():
-            upstream.is_trust_old = upstream.ssl_context is not None
-
     def forget(self, origin: Origin) -> bool:
         """Drop the pool of an origin that is gone: now, or as soon as its last connection closes.
 
@@ -178,11 +173,6 @@ class UpstreamClient:
         connection = await pool.obtain(fresh=fresh)
         if connection is not None:
             return connection
-
-        if upstream.is_trust_old:
-            upstream.is_trust_old = False
-            with suppress(OSError):  # those that are known are better than none
-                upstream.ssl_context = self._ssl_context(upstream.origin)
 
         def make() -> Connection:
             return Connection(self._loop, self._clock, self._deadlines, pool, limits)

@@ -500,7 +500,6 @@ def _reporter(control: WorkerControl, built: Built, requests: Requests) -> Repor
 def _live_config(config: Config, secret: bytes, built: Built, requests: Requests) -> LiveConfig:
     parts = LiveParts(
         http_server=requests.http_server,
-        client=built.replicas.client,
         discovery=built.replicas.discovery,
         templates=built.replicas.templates,
         queues=requests.queues,

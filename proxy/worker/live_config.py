@@ -13,7 +13,6 @@ from proxy.fleet.discovery import Discovery
 from proxy.fleet.templates import Templates
 from proxy.metrics.model_labels import ModelNames
 from proxy.routing.cold_gate import ColdGate
-from proxy.upstream import UpstreamClient
 from proxy.worker import from_config
 from proxy.worker.http_server import HttpServer
 from proxy.worker.replica_queues import ReplicaQueues
@@ -24,7 +23,6 @@ class LiveParts:
     """The objects that a reload changes."""
 
     http_server: HttpServer
-    client: UpstreamClient
     discovery: Discovery
     templates: Templates
     queues: ReplicaQueues
@@ -57,8 +55,6 @@ class LiveConfig:
         parts.cold_gate.limits = gate_limits = from_config.gate_limits(config.admission)
         parts.queues.set_limits(from_config.queue_limits(config.queue), gate_limits.pace)
         parts.discovery.adopt(config, addresses)
-        if config.upstream.ca_file is not None:
-            parts.client.renew_trust()  # the file may have been replaced
         parts.templates.set_config(config)
         parts.model_names.add(from_config.model_names(config))
         parts.prices.adopt(rules_of(config.prices))

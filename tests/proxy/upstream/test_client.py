@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import trustme
 
-from proxy.clock import SystemClock
 from proxy.errors import (
     BadResponse,
     ConnectFailed,

@@ -10,7 +10,6 @@ import pytest
 
 from proxy.config.reload import taken_over
 from proxy.config.schema import Config
-from proxy.upstream import Origin
 from proxy.worker.composition import build
 from proxy.worker.sections import Parts
 from tests.support import settings
@@ -69,15 +68,3 @@ async def test_a_worker_that_is_reloaded_is_as_one_that_starts(path: str, tmp_pa
     for config in (new, old):
         await reload(reloaded, config)
         assert differences(seen(reloaded), seen(await worker(config))) == []
-
-
-async def test_a_reload_reads_the_authorities_in_a_file_again(tmp_path: Path) -> None:
-    """Before the next connection; without a file they are those of the system, of which a reload says nothing."""
-    for config, is_old in (
-        (settings.changed("upstream.ca_file", tmp_path), True),
-        (settings.base(tmp_path), False),
-    ):
-        parts = await worker(config)
-        upstream = parts.built.replicas.client._upstream(Origin.parse("https://replica"))  # noqa: SLF001 - opens nothing
-        await reload(parts, config)
-        assert upstream.is_trust_old is is_old
