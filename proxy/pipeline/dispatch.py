@@ -71,12 +71,21 @@ _KINDS = {Refusal.MODEL: "", Refusal.TOOLS: TOOLS, Refusal.MEDIA: MEDIA}
 _MAY_REFUSE_STREAM_OPTIONS = frozenset({400, 415, 422})
 
 
+class Room(Protocol):
+    """Where the bytes that are held of a body are counted, besides those on their way."""
+
+    def hold(self, nbytes: int) -> None:
+        """Count `nbytes` in place of what was counted before. Raises Overloaded if there is no room for more."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A body that is passed through: its pieces, and its length in bytes if the client declared it."""
+    """A body that is passed through: its pieces, its length in bytes if the client declared it, and its room."""
 
     pieces: AsyncIterator[bytes]
     length: int | None
+    room: Room | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,7 @@ class Exchange:
         "fingerprint",
         "first_byte_seconds",
         "first_token_seconds",
+        "has_checked_lines",
         "inter_token_counts",
         "inter_token_seconds",
         "is_counted",
@@ -108,6 +109,7 @@ class Exchange:
         self.own_blocks: int | None = None  # blocks that the tenant itself has sent before; None: it may see all
         self.only_explained = False  # nothing is sent; the client gets the plan
         self.session: int | None = None  # a hash of the session that the client names
+        self.has_checked_lines = False  # it uploaded a file that may be the input of a batch of this client
         self.is_read_aside = False  # its body is being read in a thread, and may take long
         self.is_restricted = False  # only some of its pool's replicas can serve it
         self.pinned_replica: int | None = None  # number of the replica that has the object which the request names

@@ -14,7 +14,7 @@ from cache import ObjectLocations
 from proxy.fleet.pools import ServedPool
 from proxy.model import Access, Endpoint
 from proxy.pipeline.exchange import Exchange
-from proxy.pipeline.reader import checked_key, has_checked_models, object_key
+from proxy.pipeline.reader import checked_keys, object_key
 from proxy.records import Call, Prompt
 from proxy.wire.item_ids import StreamedItemIds, item_ids
 from proxy.wire.schemas import CreatedObject
@@ -82,10 +82,10 @@ class CreatedObjects:
 
     def _note_created(self, exchange: Exchange, created: CreatedObject, body: bytes) -> None:
         for object_id in created.ids():
+            if exchange.has_checked_lines and exchange.pool is not None and exchange.attempt is not None:
+                for key in checked_keys(exchange.call.tenant, exchange.pool, object_id):
+                    self._journal.own(key, exchange.attempt.replica)
             self._own(exchange, object_id)
-            if has_checked_models(exchange.call) and exchange.pool is not None and exchange.attempt is not None:
-                key = checked_key(exchange.call.tenant, exchange.pool, object_id)
-                self._journal.own(key, exchange.attempt.replica)
         if exchange.call.endpoint is Endpoint.RESPONSES:
             self._own_items(exchange, body)
             if created.background is True and exchange.usage is None:

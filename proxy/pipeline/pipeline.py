@@ -40,6 +40,13 @@ class Reading(Protocol):
         """Check the models and objects that an inserted context names. Raises like `read`."""
         ...
 
+    def checked(self, exchange: Exchange, upload: Upload, news: Callable[[], Awaitable[None]]) -> Upload:
+        """Return a body that passes unread; what must be known of it is read as it passes. Raises CairnError.
+
+        `news` waits for what other workers have announced.
+        """
+        ...
+
 
 class Planning(Protocol):
     """Phases 4 to 6, by `Planner`."""
@@ -174,6 +181,8 @@ class Pipeline:
             wait = self.cold_turns.admit(exchange)
             if wait is not None:
                 await wait
+            if upload is not None:
+                upload = self._reader.checked(exchange, upload, self._news)
             await self._relay.run(exchange, client, upload)
         except CairnError as error:
             self._refuse(exchange, error, client)
@@ -202,10 +211,14 @@ class Pipeline:
             return None
         return self._complete(exchange, is_known)
 
+    async def _news(self) -> None:
+        """Wait for news of objects that were created at other workers."""
+        await self._sleep(OBJECT_NEWS_SECONDS)
+
     async def _complete(self, exchange: Exchange, object_is_known: bool) -> None:
         """Wait for news of the object that the request names, and insert the stored context that it names."""
         if not object_is_known:
-            await self._sleep(OBJECT_NEWS_SECONDS)
+            await self._news()
             self._reader.read(exchange)
         if self._names_context(exchange):
             await self._insert_context(exchange)
@@ -214,7 +227,7 @@ class Pipeline:
         """Insert the stored context that the prompt names, if the client may use what that names in turn."""
         await self._contexts.expand(exchange)
         if not await self._inserted_is_known(exchange):
-            await self._sleep(OBJECT_NEWS_SECONDS)
+            await self._news()
             await self._reader.check_inserted(exchange)
 
     async def _inserted_is_known(self, exchange: Exchange) -> bool:
@@ -228,7 +241,7 @@ class Pipeline:
         """Read a body in a thread, then do the same as `_complete`."""
         unknown = await self._read_aside(exchange)
         if unknown is not None:
-            await self._sleep(OBJECT_NEWS_SECONDS)
+            await self._news()
             unknown = await self._read_aside(exchange)
         if unknown is not None:
             raise unknown

@@ -6,7 +6,9 @@ an object of another client and a path that is neither inference nor an object a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
 from cache import ObjectLocations
@@ -15,12 +17,16 @@ from proxy.fleet.pools import Pools, ServedPool
 from proxy.model import Access, Body, Endpoint
 from proxy.patterns import matches_any
 from proxy.pipeline.admission import check_model
+from proxy.pipeline.batch_files import CheckedFile
+from proxy.pipeline.dispatch import Upload
 from proxy.pipeline.exchange import Exchange, TakesLong
 from proxy.pipeline.inserted_names import LONG_IF_DECODED_BYTES, InsertedNames
 from proxy.records import Call, Prompt, Tenant
 from proxy.wire import multipart, named_models
 from proxy.wire import request as wire_request
+from proxy.wire.batch_lines import line_models, line_references
 from proxy.wire.cache_salt import salted_by
+from proxy.wire.decode import content_encoding
 from proxy.wire.json_cuts import text_with_keys
 from proxy.wire.references import (
     REFERENCES_MOST,
@@ -74,6 +80,7 @@ class RequestReader:
         self._locations = locations
         self._allowed_paths = tuple(allowed_paths)
         self._inserted = InsertedNames()
+        self._checks_aside = asyncio.Semaphore(1)  # several threads would take the interpreter from the loop in turn
 
     @property
     def _checks_objects(self) -> bool:
@@ -136,6 +143,53 @@ class RequestReader:
                 )
             self._check_owned(exchange.call, pool, named.objects)
 
+    def checked(self, exchange: Exchange, upload: Upload, news: Callable[[], Awaitable[None]]) -> Upload:
+        """Return an upload that passes; a file is checked meanwhile, so that it can be the input of a batch.
+
+        `news` waits for what other workers have announced. Raises BadRequest and Forbidden.
+        """
+        call, pool = exchange.call, exchange.pool
+        if pool is None or not pool.shares_key or call.access is not Access.CREATE or _path(call) != _FILES:
+            return upload
+        is_limited = call.tenant.is_limited
+        if content_encoding(call.headers):
+            if is_limited:
+                raise _unreadable()
+            return upload  # it cannot be read as it passes, and so cannot be the input of a batch
+
+        def on_checked() -> None:
+            exchange.has_checked_lines = True
+
+        pieces = CheckedFile(
+            upload.pieces,
+            _content_type(call),
+            lambda line: self._check_line(call, pool, line),
+            on_checked,
+            unreadable=_unreadable() if is_limited else BadRequest("The form cannot be read."),
+            must_be_read=is_limited,
+            room=upload.room,
+            news=news,
+            aside=self._checks_aside,
+        )
+        return dataclasses.replace(upload, pieces=pieces)
+
+    def _check_line(self, call: Call, pool: ServedPool, line: bytes) -> None:
+        """Raise CairnError if the client may not send the request of this line of a file."""
+        if call.tenant.is_limited:
+            models = line_models(line)
+            if models is None:
+                raise _unreadable()
+            for model in models:
+                check_model(call.tenant, model)
+        named = line_references(line)
+        if named is None:
+            raise BadRequest(
+                "it is not valid JSON in UTF-8 with a request as its body, is for a path that runs no model, has a "
+                f"member twice that names an object, names more than {REFERENCES_MOST:,} objects, or writes letters "
+                "as escapes."
+            )
+        self._check_owned(call, pool, named)
+
     # -- paths with a model in the body
 
     def _read_prompt(self, exchange: Exchange) -> None:
@@ -188,7 +242,7 @@ class RequestReader:
 
     def _check_references(
         self, call: Call, pool: ServedPool, members: Iterable[memoryview | Body], known: Iterable[Reference] = ()
-    ) -> None:
+    ) -> Iterable[Reference]:
         _check_charset(call)
         found = references(call.body, members)
         if found is None:
@@ -196,7 +250,9 @@ class RequestReader:
                 "The body is not valid JSON in UTF-8, has a member twice that names an object, names more than "
                 f"{REFERENCES_MOST:,} objects, or writes letters as escapes."
             )
-        self._check_owned(call, pool, (*known, *found))
+        named = (*known, *found)
+        self._check_owned(call, pool, named)
+        return named
 
     def _check_owned(self, call: Call, pool: ServedPool, named: Iterable[Reference]) -> None:
         for reference in named:
@@ -204,21 +260,24 @@ class RequestReader:
             if not shared and self._locations.of(object_key(call.tenant, pool, reference.object_id)) is None:
                 raise _unknown_object()
 
-    def _check_named_objects(self, call: Call, pool: ServedPool) -> None:
-        """Raise UnknownObject if a body that is not a prompt names an object which the client may not use."""
+    def _check_named_objects(self, call: Call, pool: ServedPool) -> Iterable[Reference]:
+        """Return the objects that a body which is not a prompt names.
+
+        Raises UnknownObject if the client may not use one of them, and BadRequest.
+        """
         content_type = _content_type(call)
         if not call.body:
-            return
+            return ()
         if multipart.is_form(content_type):
             _check_charset(call)
             named = form_references(call.body, content_type)
             if named is None:
                 raise BadRequest("The form cannot be read.")
             self._check_owned(call, pool, named)
-        elif content_type[: len(_URL_ENCODED)].lower() == _URL_ENCODED:
+            return named
+        if content_type[: len(_URL_ENCODED)].lower() == _URL_ENCODED:
             raise BadRequest("Send the body with the content-type application/json or multipart/form-data.")
-        else:
-            self._check_references(call, pool, (call.body,), item_references(listed_items(call.body)))
+        return self._check_references(call, pool, (call.body,), item_references(listed_items(call.body)))
 
     # -- paths with an object, or with neither
 
@@ -268,12 +327,20 @@ class RequestReader:
             self._check_named_objects(call, pool)
 
     def _check_creation(self, call: Call, pool: ServedPool) -> None:
-        self._check_named_objects(call, pool)
+        named = self._check_named_objects(call, pool)
         if call.tenant.is_limited:
             models = _created_models(call)
             if models is None:
                 raise _unreadable()
-            if _path(call) == _BATCHES and not self._has_checked_input(call, pool):
+            for model in models:
+                check_model(call.tenant, model)
+        if _path(call) == _BATCHES:
+            self._check_input(call, pool, [each for each in named if each.collection == "files"])
+
+    def _check_input(self, call: Call, pool: ServedPool, files: Sequence[Reference]) -> None:
+        """Raise Forbidden unless all files of a new batch were checked when they were uploaded."""
+        if call.tenant.is_limited:
+            if not files or not all(self._is_checked(call.tenant, pool, each, of_client=True) for each in files):
                 raise Forbidden(
                     "This key may use only some models, and those of the batch's input file are not known. Send the "
                     "file to /v1/files in one request, with purpose batch and this key; files that /v1/uploads "
@@ -281,15 +348,19 @@ class RequestReader:
                     param="input_file_id",
                     code="model_not_allowed",
                 )
-            for model in models:
-                check_model(call.tenant, model)
+        elif not all(self._is_checked(call.tenant, pool, each, of_client=False) for each in files):
+            raise Forbidden(
+                "The objects that the batch's input file names are not known. Send the file to /v1/files in one "
+                "request, with purpose batch and not compressed; files that /v1/uploads assembled from parts cannot "
+                "be checked.",
+                param="input_file_id",
+                code="input_not_checked",
+            )
 
-    def _has_checked_input(self, call: Call, pool: ServedPool) -> bool:
-        """Return True if the models of every file of a new batch were checked when this client uploaded it."""
-        files = references(call.body, (call.body,)) or ()
-        return bool(files) and all(
-            self._locations.of(checked_key(call.tenant, pool, each.object_id)) is not None for each in files
-        )
+    def _is_checked(self, tenant: Tenant, pool: ServedPool, file: Reference, *, of_client: bool) -> bool:
+        """Return True if a file was checked for this client, or at least for another one of its tenant."""
+        of_one, of_any = checked_keys(tenant, pool, file.object_id)
+        return self._locations.of(of_one if of_client else of_any) is not None
 
     # -- locations of objects
 
@@ -330,16 +401,14 @@ def object_key(tenant: Tenant, pool: ServedPool, object_id: str) -> str:
     return f"{tenant.id}/{object_id}" if pool.shares_key else object_id
 
 
-def checked_key(tenant: Tenant, pool: ServedPool, object_id: str) -> str:
-    """Return the key by which it is remembered that a limited client may use every model that a file names."""
-    return f"checked:{tenant.client}:{object_key(tenant, pool, object_id)}"
+def checked_keys(tenant: Tenant, pool: ServedPool, object_id: str) -> tuple[str, str]:
+    """Return the keys by which it is remembered that all lines of a file were checked.
 
-
-def has_checked_models(call: Call) -> bool:
-    """Return True if `call`, which passed the reader, uploads a file whose models were all checked for the client."""
-    if not call.tenant.is_limited or _path(call) != _FILES:
-        return False
-    return named_models.is_batch_input(call.body, _content_type(call)) is True
+    The first is of the client that uploaded it, which may use every model that it names, the second of its tenant, to
+    which every object belongs that it names.
+    """
+    key = object_key(tenant, pool, object_id)
+    return f"checked:{tenant.client}:{key}", f"checked:{key}"
 
 
 def _continued(call: Call, prompt: Prompt) -> list[Reference]:
@@ -364,9 +433,6 @@ def _created_models(call: Call) -> Iterable[str] | None:
     """Return the models that the new object will use, None if they cannot be read."""
     path = _path(call)
     content_type = _content_type(call)
-    if path == _FILES:
-        is_batch = named_models.is_batch_input(call.body, content_type)
-        return named_models.batch_file_models(call.body, content_type) if is_batch is not False else ()
     if path == _MESSAGE_BATCHES:
         return named_models.batch_request_models(call.body)
     if path == _VIDEOS:

@@ -16,7 +16,6 @@ import msgspec
 from proxy.errors import NotFound
 from proxy.model import Access, Endpoint
 from proxy.patterns import matches_any
-from proxy.records import Tenant
 from proxy.wire.paths import split_target
 
 _PROMPTS = {
@@ -61,7 +60,7 @@ COLLECTIONS = (
 )
 """Paths under /v1 whose POST creates an object that its creator then uses by id."""
 
-_READ_WHOLE = frozenset({"batches", "containers", "conversations", "messages/batches", "videos"})
+_READ_WHOLE = frozenset({"batches", "containers", "conversations", "messages/batches", "uploads", "videos"})
 """Collections whose creation is read before it is sent: it names models, or objects that the client must own."""
 
 _EXTENDED = frozenset({"containers", "conversations"})
@@ -94,6 +93,7 @@ class Route(msgspec.Struct, frozen=True, gc=False):
     """The meaning of a method and target.
 
     `target` is the normalised path with the query. `model` is the model that the path names, `object_id` the object.
+    `reads_body` is false if the body may pass before all of it is read.
     """
 
     endpoint: Endpoint
@@ -102,10 +102,6 @@ class Route(msgspec.Struct, frozen=True, gc=False):
     model: str | None = None
     object_id: str | None = None
     reads_body: bool = True
-
-    def must_read(self, tenant: Tenant) -> bool:
-        """Return True if the body has to be read before it is sent, False if it may pass through unread."""
-        return self.reads_body or (self.access is Access.CREATE and tenant.is_limited)
 
 
 _ROUTES = {f"/v1/{path}": Route(endpoint, f"/v1/{path}") for path, endpoint in _PROMPTS.items()}

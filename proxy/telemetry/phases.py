@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Protocol
 
 from proxy.pipeline.exchange import Exchange
@@ -68,6 +68,10 @@ class TracedReader:
     async def check_inserted(self, exchange: Exchange) -> None:
         """Check what an inserted context names; this belongs to no phase of its own."""
         await self._inner.check_inserted(exchange)
+
+    def checked(self, exchange: Exchange, upload: Upload, news: Callable[[], Awaitable[None]]) -> Upload:
+        """Pass on: a body is read while it is relayed."""
+        return self._inner.checked(exchange, upload, news)
 
 
 class TracedPlanner:

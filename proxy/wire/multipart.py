@@ -1,4 +1,4 @@
-"""Find the fields of a `multipart/form-data` body without copying it. Pure.
+"""Find the fields of a `multipart/form-data` body without copying it, or piece by piece as it comes. Pure.
 
 Forms are read strictly: a form that two parsers could read differently is refused, since a decision depends on it.
 """
@@ -19,6 +19,9 @@ _TYPE = re.compile(
     % (_CHARSET, _CHARSET),
     re.IGNORECASE,
 )
+_PLAIN_ENCODINGS: Final = frozenset({"7bit", "8bit", "binary"})
+"""Transfer encodings of a part whose value is as it was sent. Some parsers undo the others (RFC 7578, 4.7)."""
+
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=?-]{1,70}")  # RFC 2046, 5.1.1, without spaces
 _DISPOSITION = re.compile(
     r'form-data(?:\s*;\s*(?:name="(?P<name>[^"\\\r\n]*)"|filename\*?=(?:"[^"\r\n]*"|"(?:[^"\\\r\n]|\\.)*"|[^;"\s]*)))*\s*',
@@ -69,6 +72,78 @@ def fields(body: Body, content_type: bytes) -> Iterator[Field]:
     raise UnreadableForm
 
 
+class FieldPiece(NamedTuple):
+    """A piece of the value of a field: the field's name, and whether the value ends here."""
+
+    name: str
+    value: memoryview
+    is_last: bool
+
+
+class FormReader:
+    """Finds the fields of a form that comes in pieces cut anywhere. It holds no more than the head of one part.
+
+    It raises UnreadableForm for what `fields` refuses, and for anything but white space behind the form's end.
+    `is_complete` is true once the end has come.
+    """
+
+    def __init__(self, content_type: bytes) -> None:
+        self.is_complete = False
+        self._delimiter = b"\r\n--" + _boundary(content_type)
+        self._rest = b"\r\n"  # bytes that were not read yet; at first as if a value had ended here
+        self._name: str | None = None  # of the field whose value is read, None between two of them
+        self._passed_over = 0  # bytes before the value that end its head, and may begin the delimiter if it is empty
+        self._parts = 0
+
+    def feed(self, piece: bytes) -> list[FieldPiece]:
+        """Take the next bytes, and return what they bring of the fields' values, in order."""
+        data = self._rest + piece
+        view = memoryview(data)
+        found: list[FieldPiece] = []
+        at = 0
+        while not self.is_complete:
+            if self._name is None:
+                head_end = self._read_head(data, at)
+                if head_end is None:
+                    break
+                at = head_end
+                continue
+            start = at + self._passed_over
+            end = data.find(self._delimiter, at)
+            if end < 0:
+                end = len(data) - len(self._delimiter) + 1  # from here on the delimiter may begin
+                if end > start:
+                    found.append(FieldPiece(self._name, view[start:end], is_last=False))
+                    self._passed_over, at = 0, end
+                break
+            found.append(FieldPiece(self._name, view[start : max(start, end)], is_last=True))
+            self._name, at = None, end
+        if self.is_complete and data[at:].strip():
+            raise UnreadableForm
+        self._rest = b"" if self.is_complete else data[at:]
+        return found
+
+    def _read_head(self, data: bytes, at: int) -> int | None:
+        """Read a delimiter and the head behind it; return the offset of the head's last line end, None if cut."""
+        marked = at + len(self._delimiter)
+        if len(data) < marked + 2:
+            return None
+        if not data.startswith(self._delimiter, at) or self._parts == PARTS_MOST:
+            raise UnreadableForm
+        if data[marked : marked + 2] == b"--":
+            self.is_complete = True
+            return marked + 2
+        head_end = data.find(b"\r\n\r\n", marked, marked + _HEAD_BYTES_MOST)
+        if data[marked : marked + 2] != b"\r\n" or (head_end < 0 and len(data) >= marked + _HEAD_BYTES_MOST):
+            raise UnreadableForm
+        if head_end < 0:
+            return None
+        self._name = _name(data[marked + 2 : head_end])
+        self._passed_over = 2
+        self._parts += 1
+        return head_end + 2
+
+
 def _boundary(content_type: bytes) -> bytes:
     found = _TYPE.fullmatch(content_type.strip())
     boundary = (found["quoted"] or found["plain"] or b"") if found is not None else b""
@@ -79,12 +154,20 @@ def _boundary(content_type: bytes) -> bytes:
 
 def _name(head: bytes) -> str:
     """Return the name in the one `content-disposition` line of a part's head."""
-    lines = [line for line in head.decode("latin-1").split("\r\n") if line[:20].lower() == "content-disposition:"]
+    given = head.decode("latin-1").split("\r\n")
+    lines = [line for line in given if line[:20].lower() == "content-disposition:"]
     found = _DISPOSITION.fullmatch(lines[0][20:].strip()) if len(lines) == 1 else None
     if (
         found is None
         or found["name"] is None
         or lines[0].lower().count("name=") - lines[0].lower().count("filename=") != 1
+        or any(map(_recodes, given))
     ):
         raise UnreadableForm
     return found["name"]
+
+
+def _recodes(line: str) -> bool:
+    """Return True if a line of a part's head says that the value is coded, which only some parsers undo."""
+    name, _, value = line.partition(":")
+    return name.strip().lower() == "content-transfer-encoding" and value.strip().lower() not in _PLAIN_ENCODINGS

@@ -26,7 +26,6 @@ from proxy.wire.schemas import (
     seen,
 )
 
-_BATCH_LINES_MOST: Final = 50_000  # requests of one batch, the providers' own limit
 _BATCH_REQUESTS_MOST: Final = 100_000  # of one batch of messages: Anthropic's limit
 _OTHER_NAMES: Final = frozenset(
     {
@@ -193,32 +192,10 @@ def _names(value: Any) -> list[str]:
     return values
 
 
-def is_batch_input(body: Body, content_type: bytes) -> bool | None:
-    """Return True if an uploaded form is the input of a batch, None if that cannot be read."""
-    try:
-        purposes = {bytes(field.value) for field in multipart.fields(body, content_type) if field.name == "purpose"}
-    except multipart.UnreadableForm:
-        return None
-    return purposes == {b"batch"} if len(purposes) <= 1 else None
-
-
-def batch_file_models(body: Body, content_type: bytes) -> set[str] | None:
-    """Return every model of the batch requests in an uploaded form's files, None if one of them cannot be read."""
+def models_of_request(request: Any) -> set[str] | None:
+    """Return every model of one decoded request; None if it names none, or has fields that could name others."""
     models: set[str] = set()
-    try:
-        for field in multipart.fields(body, content_type):
-            if field.name != "file":
-                continue
-            lines = bytes(field.value).splitlines()
-            if len(lines) > _BATCH_LINES_MOST:
-                return None
-            for line in filter(bytes.strip, lines):
-                request = msgspec.json.decode(line)
-                if _is_in_other_case(request, "body") or not _add_models(models, request.get("body")):
-                    return None
-    except (*DECODE_ERRORS, multipart.UnreadableForm, AttributeError):
-        return None
-    return models
+    return models if _add_models(models, request) else None
 
 
 def batch_request_models(body: Body) -> set[str] | None:

@@ -132,7 +132,7 @@ class HttpServer:
             tenant = self.authenticator.admit(request.method, headers, request.target)
             self._room.enter()
             entered = True
-            reads = route.must_read(tenant)
+            reads = route.reads_body
             encoded: Body | None = None
             body = self._body_at_hand(request, headers, route.endpoint) if reads else b""
             if body is None:
@@ -141,7 +141,7 @@ class HttpServer:
                 decoded_bytes = len(body)
                 self._hold(decoded_bytes, len(encoded))
             call = self._call(request, request_id, tenant, route, headers, body, received_seconds, encoded)
-            await self._pipeline.handle(call, downstream, None if reads else self._upload(request))
+            await (self._pipeline.handle(call, downstream) if reads else self._pass(request, call, downstream))
         except CairnError as error:
             call = self._call(request, request_id, _NOBODY, route, headers, b"", received_seconds)
             self._pipeline.turn_away(call, error, downstream)
@@ -194,10 +194,16 @@ class HttpServer:
             self.clients.refused(ClientLimit.BODY_BYTES)
             raise overloaded()
 
-    def _upload(self, request: IncomingRequest) -> Upload | None:
-        if not request.has_body:
-            return None
-        return Upload(stream_body(request, self._settings.body_seconds), request.content_length)
+    async def _pass(self, request: IncomingRequest, call: Call, downstream: Downstream) -> None:
+        """Answer a call whose body passes while it comes."""
+        room = UploadRoom(self._hold, self.clients.bodies.give)
+        upload: Upload | None = None
+        if request.has_body:
+            upload = Upload(stream_body(request, self._settings.body_seconds), request.content_length, room)
+        try:
+            await self._pipeline.handle(call, downstream, upload)
+        finally:
+            room.hold(0)
 
     def _call(
         self,
@@ -234,6 +240,28 @@ class HttpServer:
         error = InternalError("Something went wrong inside Cairn.")
         response = error_response(error, endpoint, request_id=request_id)
         client.send(response.status, REASON_PHRASES[response.status], response.headers, response.body)
+
+
+class UploadRoom:
+    """Counts the bytes that are held of one body that passes, besides those on their way.
+
+    Args:
+        take: counts some bytes more, the second argument being those that are counted already. Raises Overloaded.
+        give: gives bytes back.
+    """
+
+    def __init__(self, take: Callable[[int, int], None], give: Callable[[int], None]) -> None:
+        self._take = take
+        self._give = give
+        self._held_bytes = 0
+
+    def hold(self, nbytes: int) -> None:
+        """Count `nbytes` in place of what was counted before. Raises Overloaded if there is no room for more."""
+        own, self._held_bytes = self._held_bytes, nbytes
+        if nbytes > own:
+            self._take(nbytes - own, own)
+        elif nbytes < own:
+            self._give(own - nbytes)
 
 
 class Meter:

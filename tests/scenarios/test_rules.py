@@ -342,7 +342,9 @@ async def test_an_object_is_its_makers_and_nobody_elses(http) -> None:
     """A file, and what refers to it: the maker gets it, another client gets the 404 of what does not exist."""
     made = b'{"id":"file-1","object":"file"}'
     async with proxied() as (upstream, cairn):
-        assert await status_of(http, cairn, "POST", "/v1/files", data=made, headers=FREE) == 200
+        upstream.answers["/v1/files"] = made
+        sent = upload("batch", b'{"body":{"model":"dear"}}') | {"headers": {**CHEAP_FORM, **FREE}}
+        assert await status_of(http, cairn, "POST", "/v1/files", **sent) == 200
         responses = {
             "model": "m",
             "input": [{"role": "user", "content": [{"type": "input_file", "file_id": "file-1"}]}],

@@ -87,23 +87,15 @@ def test_files_that_the_upstream_made_for_a_batch_or_an_upload_belong_to_its_own
     assert set(noted("POST", "/v1/uploads/upload-1/complete", upload)[0]) == {"mine/upload-1", "mine/file-4"}
 
 
-@pytest.mark.parametrize(("purpose", "is_checked"), [("batch", True), ("assistants", False)])
-@pytest.mark.parametrize("models", [("m",), ("*",)])
-def test_a_limited_client_s_batch_input_is_noted_as_checked_under_its_name(
-    models: tuple[str, ...], purpose: str, is_checked: bool
-) -> None:
-    """For nobody else, and nothing but the input of a batch, whose models were looked at."""
+@pytest.mark.parametrize("is_checked", [True, False])
+def test_a_file_whose_lines_were_checked_is_noted_so_for_its_client_and_its_tenant(is_checked: bool) -> None:
+    """Before the file itself, so that another worker which knows the file knows this too."""
     journal, made = Journal(), asked("POST", "/v1/files")
-    form = b'--x\r\ncontent-disposition: form-data; name="purpose"\r\n\r\n%b\r\n--x--\r\n' % purpose.encode()
-    made.call = dataclasses.replace(
-        made.call,
-        tenant=Tenant("mine", client="team", models=models),
-        headers=((b"content-type", b"multipart/form-data; boundary=x"),),
-        body=form,
-    )
+    made.call = dataclasses.replace(made.call, tenant=Tenant("mine", client="team"))
+    made.has_checked_lines = is_checked
     CreatedObjects(journal).note(made, b'{"id":"file-1"}')
-    expected = {"mine/file-1"} | ({"checked:team:mine/file-1"} if is_checked and models == ("m",) else set())
-    assert {key for part in journal.locations.chunks(9) for key in part} == expected
+    marks = ["checked:team:mine/file-1", "checked:mine/file-1"] if is_checked else []
+    assert [key for part in journal.locations.chunks(9) for key in part] == [*marks, "mine/file-1"]
 
 
 @pytest.mark.parametrize(

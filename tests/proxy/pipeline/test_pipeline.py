@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -52,6 +52,11 @@ class Phases:
 
     async def check_inserted(self, exchange: Exchange) -> None:
         self.step("check_inserted")
+
+    def checked(self, exchange: Exchange, upload: Upload, news: Callable[[], Awaitable[None]]) -> Upload:
+        self.step("checked")
+        self.news = news
+        return upload
 
     def fingerprint(self, exchange: Exchange) -> None:
         self.step("fingerprint")
@@ -157,6 +162,9 @@ async def test_the_body_that_is_passed_through_and_the_exchange_itself_reach_the
     phases, asked, upload = Phases(), exchange("POST", "/v1/files"), Upload(no_pieces(), 0)
     await phases.pipeline.run(asked, Kept(), upload)
     assert phases.upload is upload
+    assert phases.steps.index("checked") == phases.steps.index("relay") - 1
+    await phases.news()
+    assert phases.slept == [OBJECT_NEWS_SECONDS]
     assert phases.settled == [asked]
 
 

@@ -106,8 +106,6 @@ def test_the_models_of_any_body_are_found_or_it_is_unreadable(body: bytes, form:
             model = named_models.model_of(each, content_type)
             assert model is None or model
         named_models.further_models(each, content_type)
-        named_models.is_batch_input(each, content_type)
-        named_models.batch_file_models(each, content_type)
         named_models.batch_request_models(each)
         with contextlib.suppress(multipart.UnreadableForm):
             for field in multipart.fields(each, content_type):

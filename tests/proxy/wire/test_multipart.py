@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from proxy.wire.multipart import PARTS_MOST, UnreadableForm, fields, is_form
+from proxy.wire.multipart import PARTS_MOST, FormReader, UnreadableForm, fields, is_form
 
 TYPE = b"multipart/form-data; boundary=b"
 HEAD = b"--b\r\ncontent-disposition: form-data"
@@ -67,15 +69,74 @@ def test_a_boundary_that_is_missing_or_ambiguous_is_refused(parameter: bytes) ->
         HEAD + b'; name="b"; filename="a\\"; name=\\""\r\n\r\nm\r\n' + END,
         b'--b\r\ncontent-disposition: attachment; name="a"\r\n\r\nm\r\n' + END,
         HEAD + b'; name="a"\r\ncontent-disposition: form-data; name="b"\r\n\r\nm\r\n' + END,
+        HEAD + b'; name="a"\r\ncontent-transfer-encoding: base64\r\n\r\nbQ==\r\n' + END,
+        HEAD + b'; name="a"\r\nContent-Transfer-Encoding : Quoted-Printable\r\n\r\n=6d\r\n' + END,
         b"--b\r\nx: " + b"y" * 5000 + MODEL[5:] + END,
         MODEL * (PARTS_MOST + 1) + END,
     ],
-    ids=range(17),
+    ids=range(19),
 )
 def test_a_form_that_two_parsers_could_read_differently_is_refused(body: bytes) -> None:
-    """A missing end, names given twice or encoded, bare line feeds, endless heads and parts."""
+    """A missing end, names given twice or encoded, coded values, bare line feeds, endless heads and parts."""
     with pytest.raises(UnreadableForm):
         values(body)
+    with pytest.raises(UnreadableForm):
+        values_in_pieces([body])
+
+
+def values_in_pieces(pieces: list[bytes], content_type: bytes = TYPE) -> list[tuple[str, bytes]]:
+    """The fields of a form that comes in pieces."""
+    reader = FormReader(content_type)
+    found: list[tuple[str, bytes]] = []
+    value = b""
+    for piece in pieces:
+        for each in reader.feed(piece):
+            value += each.value
+            if each.is_last:
+                found.append((each.name, value))
+                value = b""
+    if not reader.is_complete:
+        raise UnreadableForm
+    return found
+
+
+PARTS = st.sampled_from(
+    (HEAD, b'; name="n"', b"; filename=x", b"\r\n", b"\r\n\r\n", b"--b", b"--", b"\r", b"\n", b"value", END)
+)
+
+
+@given(
+    st.lists(PARTS, max_size=12).map(b"".join)
+    | st.lists(st.sampled_from((MODEL, MODEL[:-1])), max_size=3).map(lambda parts: b"".join(parts) + END),
+    st.lists(st.integers(0, 200), max_size=6).map(sorted),
+)
+def test_a_form_in_pieces_has_the_fields_of_the_whole_one(body: bytes, cuts: list[int]) -> None:
+    """Wherever it is cut, even into single bytes; what is no form to one is none to the other."""
+    pieces = [body[start:end] for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True)]
+    try:
+        expected = values(body)
+    except UnreadableForm:
+        expected = None
+    for parts in (pieces, [body], [body[at : at + 1] for at in range(len(body))]):
+        try:
+            found = values_in_pieces(parts)
+        except UnreadableForm:
+            found = None
+        is_followed = expected is not None and found is None and body.rstrip() != body[: body.find(b"--b--") + 5]
+        assert found == expected or is_followed
+
+
+def test_a_reader_of_pieces_holds_little_of_a_value_and_refuses_what_follows_the_form() -> None:
+    """A value is passed on but for the bytes that may begin a delimiter."""
+    reader = FormReader(TYPE)
+    assert reader.feed(HEAD + b'; name="file"\r\n\r\n') == []
+    given_bytes = sum(len(each.value) for _ in range(100) for each in reader.feed(b"x" * 1000 + b"\r"))
+    assert given_bytes >= 100_100 - 5
+    reader.feed(b"\r\n--b--")
+    assert reader.is_complete
+    reader.feed(b"\r\n")
+    with pytest.raises(UnreadableForm):
+        reader.feed(b"--b")
 
 
 def test_a_form_is_told_by_its_type_in_any_letter_case() -> None:

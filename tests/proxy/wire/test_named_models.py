@@ -8,12 +8,10 @@ import pytest
 
 from proxy.errors import BadRequest
 from proxy.wire.named_models import (
-    batch_file_models,
     batch_request_models,
     further_models,
-    hides_names,
-    is_batch_input,
     model_of,
+    models_of_request,
     query_models,
 )
 from proxy.wire.references import has_members_in_other_case
@@ -138,44 +136,23 @@ def test_a_query_may_name_models() -> None:
     assert query_models("/v1/x") == []
 
 
-def test_a_batch_file_is_told_by_its_purpose() -> None:
-    """Two purposes, or a form that cannot be read, are neither yes nor no."""
-    assert is_batch_input(form(("purpose", b"batch")), FORM) is True
-    assert is_batch_input(form(("purpose", b"user_data")), FORM) is False
-    assert is_batch_input(form(("file", b"x")), FORM) is False
-    assert is_batch_input(form(("purpose", b"batch"), ("purpose", b"user_data")), FORM) is None
-    assert is_batch_input(b"x", FORM) is None
-
-
-def line(**body: object) -> bytes:
-    """One request of a batch."""
-    return json.dumps({"custom_id": "1", "body": body}).encode()
-
-
 @pytest.mark.parametrize(
-    ("content", "models"),
+    ("request_of_a_line", "models"),
     [
-        (line(model="a") + b"\n\n" + line(model="b", models=["c"]) + b"\r\n", {"a", "b", "c"}),
-        (b"", set()),
-        (line(model="a") + b"\n{", None),
-        (line(), None),
-        (line(model=7), None),
-        (line(model="a", Model="b"), None),
-        (line(model="a", fallbacks="b"), {"a", "b"}),
-        (line(model="a", tools=[{"type": "image_generation", "model": "b"}]), {"a", "b"}),
-        (line(model="a", tools=[{"type": "image_generation"}]), None),
-        (line(model="a", models=[7]), None),
-        (b'{"body":{"model":"a"},"Body":{"model":"b"}}', None),
-        (b'{"body":7}', None),
-        (b"7", None),
-        (b"{}\n" * 50_001, None),
+        ({"model": "b", "models": ["c"]}, {"b", "c"}),
+        ({}, None),
+        ({"model": 7}, None),
+        ({"model": "a", "Model": "b"}, None),
+        ({"model": "a", "fallbacks": "b"}, {"a", "b"}),
+        ({"model": "a", "tools": [{"type": "image_generation", "model": "b"}]}, {"a", "b"}),
+        ({"model": "a", "tools": [{"type": "image_generation"}]}, None),
+        ({"model": "a", "models": [7]}, None),
+        (7, None),
     ],
-    ids=range(14),
 )
-def test_the_models_of_a_batch_file_are_those_of_all_its_lines(content: bytes, models) -> None:
-    """One line that cannot be read makes the file unreadable."""
-    assert batch_file_models(form(("purpose", b"batch"), ("file", content)), FORM) == models
-    assert batch_file_models(b"x", FORM) is None
+def test_the_models_of_a_decoded_request_are_all_that_it_can_use(request_of_a_line, models) -> None:
+    """What names none, or could name any, is unreadable."""
+    assert models_of_request(request_of_a_line) == models
 
 
 @pytest.mark.parametrize(

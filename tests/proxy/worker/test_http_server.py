@@ -106,6 +106,29 @@ async def running(
 KEY = b"authorization: Bearer b\r\n"
 
 
+async def test_what_is_held_of_a_body_that_passes_has_its_room_and_is_given_back() -> None:
+    """Also if the request ends while something is held."""
+
+    async def hold(call: Call, client: Any, upload: Upload | None) -> None:
+        assert upload is not None
+        assert upload.room is not None
+        for nbytes, used in ((100, 100), (40, 40), (0, 0), (900, 900)):
+            upload.room.hold(nbytes)
+            assert bodies().used == len(b"x") + used
+        bodies().take(200)
+        try:
+            upload.room.hold(1000)
+        finally:
+            bodies().give(200)
+
+    def bodies() -> Any:
+        return port.server.clients.bodies
+
+    async with running(hold, max_in_flight_bytes=1000) as port:
+        assert (await port.ask(KEY, b"x", b"/v1/files"))[0] == 503
+        assert [error.code for error in port.pipeline.errors] == ["proxy_overloaded"]
+
+
 async def test_a_request_is_handed_over_with_who_asks_and_what_was_sent() -> None:
     """Headers in lower case, the client's own id if it is a good one, and the body whole."""
     async with running() as port:
