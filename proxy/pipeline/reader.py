@@ -55,6 +55,7 @@ _VIDEOS: Final = "/v1/videos"
 _MESSAGE_BATCHES: Final = "/v1/messages/batches"
 _RUNNING: Final = frozenset({_VIDEOS, _MESSAGE_BATCHES})  # whose creation runs models that its body names
 _RESPONSES_PATH: Final = "/v1/responses/"
+_CONTENT_PATHS: Final = ("/v1/containers/", "/v1/uploads/")  # below which forms bring content that runs nothing
 _URL_ENCODED: Final = b"application/x-www-form-urlencoded"
 
 
@@ -263,21 +264,26 @@ class RequestReader:
     def _check_named_objects(self, call: Call, pool: ServedPool) -> Iterable[Reference]:
         """Return the objects that a body which is not a prompt names.
 
-        Raises UnknownObject if the client may not use one of them, and BadRequest.
+        Raises UnknownObject if the client may not use one of them, Forbidden if one is the input of a batch and was
+        not checked as such, and BadRequest.
         """
         content_type = _content_type(call)
         if not call.body:
             return ()
         if multipart.is_form(content_type):
             _check_charset(call)
-            named = form_references(call.body, content_type)
-            if named is None:
+            in_form = form_references(call.body, content_type)
+            if in_form is None:
                 raise BadRequest("The form cannot be read.")
-            self._check_owned(call, pool, named)
-            return named
-        if content_type[: len(_URL_ENCODED)].lower() == _URL_ENCODED:
+            self._check_owned(call, pool, in_form)
+            named: Iterable[Reference] = in_form
+        elif content_type[: len(_URL_ENCODED)].lower() == _URL_ENCODED:
             raise BadRequest("Send the body with the content-type application/json or multipart/form-data.")
-        return self._check_references(call, pool, (call.body,), item_references(listed_items(call.body)))
+        else:
+            named = self._check_references(call, pool, (call.body,), item_references(listed_items(call.body)))
+        if inputs := [each for each in named if each.is_input]:
+            self._check_input(call, pool, inputs)
+        return named
 
     # -- paths with an object, or with neither
 
@@ -325,6 +331,8 @@ class RequestReader:
             raise _unknown_object()
         else:
             self._check_named_objects(call, pool)
+            if limited and call.body and not call.target.startswith(_CONTENT_PATHS):
+                _check_further_models(call)
 
     def _check_creation(self, call: Call, pool: ServedPool) -> None:
         named = self._check_named_objects(call, pool)
@@ -435,10 +443,11 @@ def _created_models(call: Call) -> Iterable[str] | None:
     content_type = _content_type(call)
     if path == _MESSAGE_BATCHES:
         return named_models.batch_request_models(call.body)
-    if path == _VIDEOS:
-        model = named_models.model_of(call.body, content_type)
-        return None if model is None else named_models.further_models(call.body, content_type)
-    return ()
+    if path == _VIDEOS and named_models.model_of(call.body, content_type) is None:
+        return None
+    if path == _FILES or not call.body:  # a file is checked as it passes
+        return ()
+    return named_models.further_models(call.body, content_type)
 
 
 def _running_models(call: Call) -> list[str]:

@@ -24,6 +24,7 @@
 
 #define LONG_BYTES 256           /* shortest string that is worth a cut */
 #define KEPT_BYTES 1024          /* kept of a string that may be decoded: a member of the outermost object */
+#define KEPT_OF_NAME_BYTES 48    /* kept of any other string that may name a file (`ms:`, `fileid:`) */
 #define LONG_MEMBER_BYTES 2048   /* shortest string of those that is worth a cut */
 #define TRIED_BYTES (32 * 1024)  /* give up if the text up to here, or an eighth of it, had hardly any long string */
 
@@ -217,13 +218,19 @@ AVX2 static const byte *string_end_avx2(const byte *at, const byte *end)
 /* Chosen by the processor when the module is loaded. */
 static const byte *(*string_end)(const byte *at, const byte *end) = string_end_anywhere;
 
-/* Return where the first KEPT_BYTES of a well-formed string end, or a few bytes later, outside of an escape. */
-static const byte *kept_end(const byte *text, const byte *end)
+/* Return where the first `kept` bytes of a longer, well-formed string end, or a few bytes later, outside of an escape. */
+static const byte *kept_end(const byte *text, const byte *end, Py_ssize_t kept)
 {
     const byte *at = text;
-    while (at - text < KEPT_BYTES)
+    while (at - text < kept)
         at += *at != '\\' ? 1 : escape_length(at, end);
     return at;
+}
+
+/* Return true if a string with this first byte may begin with `ms:` or `fileid:`, in any letter case or as escapes. */
+static inline int may_name(byte first)
+{
+    return (first | 0x20) == 'm' || (first | 0x20) == 'f' || first == '\\' || first == ' ';
 }
 
 /* Append a cut; return -1 without memory. */
@@ -262,7 +269,8 @@ static int find_cuts(const byte *text, const byte *end, Cuts *cuts)
             if (stop == NULL)
                 return 0;
             if (stop - at >= (depth > 1 ? LONG_BYTES : LONG_MEMBER_BYTES)) {
-                const byte *from = depth > 1 ? at : kept_end(at, stop);
+                const Py_ssize_t kept = depth <= 1 ? KEPT_BYTES : may_name(*at) ? KEPT_OF_NAME_BYTES : 0;
+                const byte *from = kept_end(at, stop, kept);
                 const Py_ssize_t short_at = (from - text) - removed;
                 removed += stop - from;
                 if (add_cut(cuts, short_at, removed) < 0)

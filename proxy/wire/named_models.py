@@ -29,18 +29,18 @@ from proxy.wire.schemas import (
 _BATCH_REQUESTS_MOST: Final = 100_000  # of one batch of messages: Anthropic's limit
 _OTHER_NAMES: Final = frozenset(
     {
-        "adapter", "adapter_id", "adapters", "deployment", "deployment_id", "engine", "lora", "lora_id", "lora_name",
-        "lora_path", "preset",
+        "adapter", "adapter_id", "adapters", "agent_id", "deployment", "deployment_id", "engine", "lora", "lora_id",
+        "lora_name", "lora_path", "preset",
     }
 )  # fmt: skip
-"""Fields that choose a model in another way: an adapter (which changes the named model), a deployment, or a
-gateway's preset.
+"""Fields that choose a model in another way: an adapter (which changes the named model), an agent (which has one), a
+deployment, or a gateway's preset.
 """
 
 _CONTENT: Final = frozenset(
     {
-        "chat_template_kwargs", "documents", "functions", "input", "instructions", "messages", "metadata",
-        "mm_processor_kwargs", "prompt", "query", "suffix", "system", "texts", "user",
+        "chat_template_kwargs", "documents", "functions", "input", "inputs", "instructions", "items", "messages",
+        "metadata", "mm_processor_kwargs", "prompt", "query", "suffix", "system", "texts", "user",
     }
 )  # fmt: skip
 """Top-level fields that hold text, a conversation or the variables of a template, and name no model."""
@@ -60,7 +60,18 @@ _CHARSET = re.compile(rb"""charset\s*=\s*["']?([^"';\s]*)""", re.IGNORECASE)
 _UTF8: Final = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii"})
 _WITH_ASCII: Final = _UTF8 | {b"iso-8859-1", b"latin1", b"windows-1252"}
 _ESCAPE: Final = b"\\u00"  # an escape could hide a letter of a key
-_MARKS: Final = (b"model", b"fallback", b"adapter", b"lora", b"deployment", b"engine", b"preset", b"image", _ESCAPE)
+_MARKS: Final = (
+    b"model",
+    b"fallback",
+    b"adapter",
+    b"agent_id",
+    b"lora",
+    b"deployment",
+    b"engine",
+    b"preset",
+    b"image",
+    _ESCAPE,
+)
 
 
 def model_of(body: Body, content_type: bytes) -> str | None:

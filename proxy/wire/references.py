@@ -27,8 +27,12 @@ _COLLECTIONS: Final = {
     "file_id": "files",
     "file_ids": "files",
     "input_file_id": "files",
+    "input_files": "files",
     "training_file": "files",
+    "training_files": "files",
     "validation_file": "files",
+    "validation_files": "files",
+    "part_ids": "parts",
     "previous_response_id": "responses",
     "conversation": "conversations",
     "container": "containers",
@@ -37,6 +41,9 @@ _COLLECTIONS: Final = {
     "vector_store_ids": "vector_stores",
 }
 """Keys whose value is an id or a list of ids, with the collection of these objects."""
+
+_INPUTS: Final = frozenset({"input_file_id", "input_files"})
+"""Keys of files whose content is a list of requests."""
 
 _CLIENTS_OWN: Final = frozenset({"input_examples", "input_schema", "metadata", "parameters"})
 """Keys whose values have keys of the client's own choice: a `file_id` in them is, for example, a tool's argument."""
@@ -63,25 +70,32 @@ REFERENCES_MOST: Final = 10_000  # of one body
 _OUTERMOST: Final = frozenset({*_COLLECTIONS, "input", "items", "tools"})
 """Members of the outermost object that may name objects. The prompt's decoder knows them in this letter case only."""
 
-_URLS: Final = frozenset({"image_url", "url", "video_url"})
-_FILE_URL = re.compile(r"(?i)\Ams:/*([^/?#]+)")
+_URLS: Final = ("url", "uri")  # how the key of a URL ends
+_FILE_URL = re.compile(r"(?i)\s*ms:/*([^/?#]+)")
 """A URL of a picture or video that names an uploaded file, as Moonshot reads it: `ms://file-1`."""
 
+_FILES_TEXT = re.compile(r"(?i)\s*fileid:/")
+_FILE_IN_TEXT = re.compile(r"(?i)fileid:/+([^/?#,;\s]+)")
+"""A text that names uploaded files in place of what it would say, as Qwen reads it: `fileid://file-1,fileid://file-2`."""
+
 _FILE_URLS: Final = (b'"ms:', b'"ms\\')  # at the beginning of a string, in lower case
+_FILES_IN_TEXT: Final = b"fileid"
+_FILES_MARK = re.compile(rb"fileid[:\\]")
 
 _NUL: Final = b"\0"
 _IN_CONTENT: Final = (b"file_id", *_FILE_URLS)  # the one key with an id in messages and input items, and URLs
-_ELSEWHERE = (b"_id", b"container", b"conversation", b"training_file", b"validation_file", _ESCAPE)
+_ELSEWHERE = (b"_id", b"container", b"conversation", b"input_file", b"training_file", b"validation_file", _ESCAPE)
 
 
 _IN_TOOLS: Final = (b'"container"', b'"file_ids"', b'"vector_store_ids"')  # keys with ids in hosted tools
 
 
 class Reference(NamedTuple):
-    """An object by its collection, as in paths, and its id."""
+    """An object by its collection, as in paths, and its id, and whether it is named as the input of a batch."""
 
     collection: str
     object_id: str
+    is_input: bool = False
 
 
 def references(body: Body, others: Iterable[memoryview | Body] = ()) -> frozenset[Reference] | None:
@@ -122,8 +136,11 @@ def may_refer(body: Body) -> bool:
     No key is in the inside of a long string, so that is not searched: 0.1 ms per MB and not 1.
     """
     text = text_with_keys(body)
-    return _contains(text.lower(), _IN_CONTENT) or (
-        text.find(_ESCAPE) >= 0 and _ESCAPED_LETTER.search(text) is not None
+    folded = text.lower()
+    return (
+        _contains(folded, _IN_CONTENT)
+        or (folded.find(_FILES_IN_TEXT) >= 0 and _FILES_MARK.search(folded) is not None)
+        or (text.find(_ESCAPE) >= 0 and _ESCAPED_LETTER.search(text) is not None)
     )
 
 
@@ -159,8 +176,8 @@ def form_references(body: Body, content_type: bytes) -> frozenset[Reference] | N
     found: list[Reference] = []
     try:
         for field in multipart.fields(body, content_type):
-            collections = {_COLLECTIONS.get(name) for name in _FIELD_NAME.findall(field.name.casefold())} - {None}
-            found += [Reference(str(each), str(field.value, "utf-8").strip()) for each in collections]
+            names = _COLLECTIONS.keys() & set(_FIELD_NAME.findall(field.name.casefold()))
+            found += [_reference(name, str(field.value, "utf-8").strip()) for name in names]
     except (multipart.UnreadableForm, UnicodeDecodeError):
         lower = body.lower()
         return None if any(name.encode() in lower for name in _COLLECTIONS) else frozenset()
@@ -273,15 +290,27 @@ def _in_decoded(value: Any) -> tuple[list[Reference], int]:
                 found += [Reference("files", name) for name in _ids(each)]
             calls_tool = isinstance(kind, str) and kind in _TOOL_CALLS
             for key, member in each.items():
-                if collection := _COLLECTIONS.get(key.casefold()):
+                if (folded := key.casefold()) in _COLLECTIONS:
                     keys += 1
-                    found += [Reference(collection, name) for name in _ids(member)] if may_refer else ()
-                elif may_refer and key.casefold() in _URLS and isinstance(member, str):
-                    found += [Reference("files", name) for name in _FILE_URL.findall(member)]
+                    found += [_reference(folded, name) for name in _ids(member)] if may_refer else ()
+                elif may_refer and isinstance(member, str):
+                    found += [Reference("files", name) for name in _files_of_text(key, member)]
                 is_own = key in _CLIENTS_OWN or (calls_tool and key == "input")
                 if isinstance(member, (dict, list)):
                     waiting.append((member, may_refer and not is_own))
     return found, keys
+
+
+def _reference(key: str, object_id: str) -> Reference:
+    return Reference(_COLLECTIONS[key], object_id, key in _INPUTS)
+
+
+def _files_of_text(key: str, text: str) -> list[str]:
+    """Return the ids of the files that a text names as a whole: a URL, or a text that stands for files."""
+    if _FILES_TEXT.match(text):
+        return _FILE_IN_TEXT.findall(text)
+    named = _FILE_URL.match(text) if key.casefold().endswith(_URLS) else None
+    return [] if named is None else [named[1]]
 
 
 def _ids(value: Any) -> list[str]:

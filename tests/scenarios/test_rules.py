@@ -278,6 +278,61 @@ async def test_an_object_cannot_be_filled_with_anothers_files(http, path: str) -
         assert await status_of(http, cairn, "POST", f"/v1/{path}", json={"name": "n"}, headers=FREE) == 200
 
 
+BELOW = (
+    ("POST", "batches/batch-1/requests", {"batch_requests": [{"batch_request": {"previous_response_id": "%s"}}]}),
+    ("PATCH", "batches/batch-1", {"input_file_id": "%s"}),
+    ("PUT", "containers/container-1", {"file_ids": ["%s"]}),
+    ("POST", "videos/video-1/remix", {"prompt": "x", "input_reference": {"file_id": "%s"}}),
+    ("POST", "uploads/upload-1/complete", {"part_ids": ["%s"]}),
+    ("POST", "files/file-1", {"file_id": "%s"}),
+)
+
+
+@pytest.mark.parametrize(("method", "path", "body"), BELOW, ids=[path for _, path, _ in BELOW])
+async def test_what_is_sent_to_one_s_own_object_names_one_s_own(http, method: str, path: str, body: Any) -> None:
+    """Whatever the kind of object, since some of them run models or take in others."""
+    collection, own = path.split("/")[:2]
+    async with proxied() as (upstream, cairn):
+        sent: dict[str, Any] = {"json": {"model": "dear", "prompt": "x"} if collection == "videos" else {}}
+        for made, headers in ((own, FREE), ("mine", FREE), ("others", OTHER)):
+            upstream.answers[f"/v1/{collection}"] = json.dumps({"id": made}).encode()
+            assert await status_of(http, cairn, "POST", f"/v1/{collection}", headers=headers, **sent) == 200
+        of_mine = 403 if "input_file_id" in body else 200  # it was not checked as the input of a batch
+        for named, status in (("others", 404), ("mine", of_mine)):
+            text = (json.dumps(body) % named).encode()
+            assert await status_of(http, cairn, method, f"/v1/{path}", data=text, headers=FREE) == status
+        if collection == "uploads":  # its parts are pieces of a file, which may contain anything
+            part = {"data": (json.dumps({"file_id": "others"})).encode(), "headers": FREE}
+            assert await status_of(http, cairn, "POST", f"/v1/uploads/{own}/parts", **part) == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("conversations", {"model": "%s", "inputs": "x"}),
+        ("conversations", {"agent_id": "%s", "inputs": "x"}),
+        ("conversations/cheap-1", {"inputs": "x", "completion_args": {"model": "%s"}}),
+        ("batches/cheap-1/requests", {"batch_requests": [{"batch_request": {"model": "%s"}}]}),
+        ("videos/cheap-1/remix", {"prompt": "x", "model": "%s"}),
+    ],
+)
+async def test_a_limited_client_s_objects_run_only_its_models(http, path: str, body: Any) -> None:
+    """When they are made, and by what is sent to them later."""
+    collection, _, own = path.partition("/")
+    async with proxied() as (upstream, cairn):
+        if own:
+            for tenant_path in ("conversations", "videos", "files", "batches"):
+                upstream.answers[f"/v1/{tenant_path}"] = b'{"id":"cheap-1"}'
+            sent = upload("batch", b'{"body":{"model":"cheap"}}')
+            assert await status_of(http, cairn, "POST", "/v1/files", **sent) == 200
+            made = {"model": "cheap"} | ({"input_file_id": "cheap-1"} if collection == "batches" else {})
+            assert await status_of(http, cairn, "POST", f"/v1/{collection}", json=made, headers=CHEAP) == 200
+        for model, status in (("dear", 403), ("cheap", 200)):
+            text = (json.dumps(body) % model).encode()
+            sent = {"data": text, "headers": {**CHEAP, "content-type": "application/json"}}
+            assert await status_of(http, cairn, "POST", f"/v1/{path}", **sent) == status
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_item_of_an_earlier_response_is_its_makers_alone(http, stream: bool) -> None:
     """Whether the response was streamed or not, and however the reference is written."""

@@ -220,6 +220,32 @@ def test_a_file_is_found_by_its_key_and_not_by_a_long_text_about_it(place: str) 
     assert first_file_id(body) == ("file-1" if place in ("before", "between") else None)
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        '{"type":"image_url","image_url":{"url":"ms://file-1?%s"}}',
+        '{"type":"image_url","image_url":{"url":"\\u006ds:%s//file-1"}}',
+        '{"role":"system","content":"fileid://file-1,%s"}',
+        '{"role":"system","content":"\\u0066\\u0069\\u006c\\u0065\\u0069\\u0064\\u003a//file-1,%s"}',
+    ],
+)
+def test_a_long_string_that_names_a_file_at_its_beginning_is_found(part: str) -> None:
+    """It may go on for as long as it likes."""
+    body = f'{{"messages":["{LONG}",{part % ("/" * 300)}]}}'.encode()
+    assert json_cuts.shortened(body) is not None
+    assert references(body) == frozenset({Reference("files", "file-1")})
+
+
+@pytest.mark.parametrize("escape", ['\\"', "\\\\", "\\u00e9", "\\ud83d\\ude00"])
+def test_a_string_that_may_name_a_file_keeps_a_beginning_that_is_a_string_by_itself(escape: str) -> None:
+    for shift in range(13):
+        text = "f" + "x" * shift + escape * 400
+        short, _ = cuts.shorten(f'[["{text}"]]'.encode())
+        ((kept,),) = json.loads(short)
+        assert json.loads(f'"{text}"').startswith(kept)
+        assert 48 <= len(short) - len('[[""]]') < 48 + 12
+
+
 def test_a_part_that_is_no_view_into_the_short_text_is_refused() -> None:
     """An offset that does not lie in the short text is an error and no read beyond the body."""
     body = f'{{"a":"{LONG}"}}'.encode()

@@ -76,6 +76,7 @@ SCHEMA = {"type": "object", "properties": {"model": {"type": "string"}}, "$defs"
         ({"plugins": [{"id": "web", "model_name": "a"}]}, ["a"]),
         ({"lora_path": "a", "adapter_id": None, "lora": ["b"]}, ["a", "b"]),
         ({"engine": "a", "deployment_id": "b", "extra_body": {"preset": "c"}}, ["a", "b", "c"]),
+        ({"agent_id": "a", "inputs": [{"model": "b"}], "items": [{"model": "b"}]}, ["a"]),
         ({"tools": [{"type": "image_generation"}]}, None),
         ({"tools": [{"type": "image_generation", "model": None}]}, None),
         ({"Tools": [{"Type": "image_generation"}]}, None),

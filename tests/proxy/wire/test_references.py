@@ -25,17 +25,7 @@ def found(body: object, *members: str) -> Set[Reference] | None:
         ({"messages": [{"content": [{"type": "file", "file": {"file_id": "file-1"}}]}]}, {FILE}),
         ({"messages": [{"content": [{"source": {"type": "file", "file_id": "file-1"}}]}]}, {FILE}),
         ({"input": [{"content": [{"file_ids": ["file-1", "file-2", 7]}]}]}, {FILE, Reference("files", "file-2")}),
-        ({"input_file_id": "file-1"}, {FILE}),
-        ({"data_source": {"source": {"type": "file_id", "id": "file-1"}}}, {FILE}),
-        ({"data_source": {"source": {"type": "file_content", "id": "file-1"}, "file_id": 7}}, set()),
-        (
-            {"input": [{"image_url": "ms://file-2"}, {"file_id": "file-3"}, {"type": "file_id", "id": "file-1"}]},
-            {FILE, Reference("files", "file-2"), Reference("files", "file-3")},
-        ),
-        (
-            {"input": [{"type": "file_id", "id": "file-1"}, {"image_url": "ms://file-2"}, {"file_id": "file-3"}]},
-            {FILE, Reference("files", "file-2"), Reference("files", "file-3")},
-        ),
+        ({"input_file_id": "file-1"}, {FILE._replace(is_input=True)}),
         ({"messages": [{"content": 'the text "file_id": "file-1" is no key'}]}, set()),
         ({"messages": [{"content": "file_id"}], "file_id": 7}, set()),
         ({"messages": [{"content": "plain \u00e9"}]}, set()),
@@ -125,13 +115,48 @@ def test_an_item_that_only_refers_to_an_earlier_one_is_found(item, refers: bool)
         ("data:image/png;base64,ms", False),
     ],
 )
-@pytest.mark.parametrize("member", ['"image_url":{"url":"%s"}', '"video_url":"%s"'])
+@pytest.mark.parametrize(
+    "member", ['"image_url":{"url":"%s"}', '"video_url":"%s"', '"Document_URL":"%s"', '"file_data":{"file_uri":"%s"}']
+)
 def test_a_url_of_an_uploaded_file_refers_to_it(member: str, url: str, refers: bool) -> None:
     """Moonshot reads pictures and videos by such URLs."""
     body = '{"messages":[{"role":"user","content":[{"type":"x",%s}]}]}' % (member % url)
     assert references(body.encode()) == (frozenset({FILE}) if refers else frozenset())
     own = '{"messages":[],"tools":[{"function":{"parameters":{"url":"ms://file-1"}}}]}'
     assert references(own.encode()) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("text", "refers"),
+    [
+        ("fileid://file-1", True),
+        ("FileID:\\/\\/file-1,fileid://file-1", True),
+        (" fileid\\u003a//file-1", True),
+        ("file\\u0069d://file-1", True),
+        ("what does fileid://file-1 mean?", False),
+        ("fileid", False),
+    ],
+)
+@pytest.mark.parametrize("member", ['"role":"system","content":"%s"', '"content":[{"type":"text","text":"%s"}]'])
+def test_a_text_that_stands_for_files_refers_to_them(member: str, text: str, refers: bool) -> None:
+    """Qwen reads a system message so if it is nothing else."""
+    body = '{"messages":[{%s}]}' % (member % text)
+    assert references(body.encode()) == (frozenset({FILE}) if refers else frozenset())
+
+
+@pytest.mark.parametrize(
+    ("member", "collection", "is_input"),
+    [
+        ({"input_files": ["x"]}, "files", True),
+        ({"training_files": [{"file_id": "x"}]}, "files", False),
+        ({"validation_files": ["x"]}, "files", False),
+        ({"part_ids": ["x"]}, "parts", False),
+    ],
+)
+def test_lists_of_what_was_uploaded_name_it(member, collection: str, is_input: bool) -> None:
+    """For batches, for fine-tuning, and of the parts that make a file."""
+    text = json.dumps(member).encode()
+    assert references(text, (text,)) == frozenset({Reference(collection, "x", is_input)})
 
 
 @pytest.mark.parametrize(
@@ -252,7 +277,8 @@ def form(**fields: str) -> bytes:
 )
 def test_the_fields_of_a_form_refer_as_members_do(name: str) -> None:
     """However servers write structures in their names."""
-    assert form_references(form(**{"purpose": "x", name: "file-1"}), TYPE) == frozenset({FILE})
+    expected = FILE._replace(is_input=name == "input_file_id")
+    assert form_references(form(**{"purpose": "x", name: "file-1"}), TYPE) == frozenset({expected})
 
 
 def test_a_form_that_cannot_be_read_may_refer_only_if_it_has_the_names() -> None:
