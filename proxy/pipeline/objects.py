@@ -17,13 +17,13 @@ from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.reader import checked_keys, object_key
 from proxy.records import Call, Prompt
 from proxy.wire.item_ids import StreamedItemIds, item_ids
-from proxy.wire.schemas import CreatedObject
+from proxy.wire.schemas import DECODE_ERRORS, CreatedObject, decode_created, decode_raw_members
 from proxy.wire.sse import StreamTap
 from proxy.wire.usage import created_object, read_response
 
-_RESPONSE_ID = re.compile(rb'"response"\s*:\s*\{[^{}\[\]]*?"id"\s*:\s*"([^"\\]+)"')
-"""The id of the response in its first event. An object or array before it may be the client's own, so nothing is
-found behind one."""
+_RESPONSE_ID = re.compile(rb'data: ?\{[^{}\[\]]*?"response"\s*:\s*\{[^{}\[\]]*?"id"\s*:\s*"([^"\\]+)"')
+"""The id of the response in its first event. An object or array before it may be the client's own, in which it could
+write anything, so nothing is found behind one: the event is then decoded."""
 
 _CHUNK_ID = re.compile(rb'data: ?\{[^{}\[\]]*?"id"\s*:\s*"([^"\\]+)"')
 """The id of a chat completion in its first chunk."""
@@ -34,6 +34,21 @@ _STREAM_STARTS: Final = (b"event:", b"data:")
 _READ_METHODS = frozenset({"GET", "POST"})
 _RESPONSES_PATH: Final = "/v1/responses/"
 _BATCHES_PATH: Final = "/v1/batches/"
+
+
+def _id_in_event(opening: bytes, *, of_chat: bool) -> str | None:
+    """Return the id in the first whole event of a stream that has one; None if there is none yet."""
+    for line in opening.split(b"\n")[:-1]:
+        if not line.startswith(b"data:"):
+            continue
+        try:
+            event = line[5:] if of_chat else decode_raw_members(line[5:]).get("response")
+            made = None if event is None else decode_created(event)
+        except DECODE_ERRORS:
+            continue
+        if made is not None and isinstance(made.id, str) and made.id:
+            return made.id
+    return None
 
 
 class ObjectJournal(Protocol):
@@ -95,9 +110,9 @@ class CreatedObjects:
         """Learn from the first bytes of a stream whose result is kept as an object; False if they show no id yet."""
         of_chat = exchange.call.endpoint is Endpoint.CHAT
         found = _CHUNK_ID.search(opening) if of_chat else _RESPONSE_ID.search(opening)
-        if found is None:
+        object_id = _id_in_event(opening, of_chat=of_chat) if found is None else found[1].decode(errors="replace")
+        if object_id is None:
             return False
-        object_id = found[1].decode(errors="replace")
         self._own(exchange, object_id)
         if not of_chat and _IN_BACKGROUND.search(opening):
             exchange.background_id = object_id

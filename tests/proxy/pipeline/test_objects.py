@@ -124,6 +124,31 @@ def test_the_id_of_a_streamed_response_is_found_in_its_first_event() -> None:
     assert made.background_id is None
 
 
+FUNCTION = {"type": "function", "name": "f", "parameters": {"response": {"id": "resp_9"}, "id": "chatcmpl-9"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "event", "made_id"),
+    [
+        ("/v1/responses", {"response": {"tools": [FUNCTION], "id": "resp_1"}}, "resp_1"),
+        ("/v1/responses", {"response": {"tools": [FUNCTION], "id": 7}}, None),
+        ("/v1/responses", {"note": {"response": {"id": "resp_9"}}, "response": {"x": [], "id": "resp_1"}}, "resp_1"),
+        ("/v1/responses", {"x": [FUNCTION], "type": "error"}, None),
+        ("/v1/chat/completions", {"choices": [FUNCTION], "id": "chatcmpl-1"}, "chatcmpl-1"),
+    ],
+)
+def test_the_id_of_a_stream_behind_what_the_client_sent_is_the_upstream_s(path: str, event, made_id) -> None:
+    """Servers that sort the members of an event write a client's schemas before it, with ids of its choice."""
+    objects, made = CreatedObjects(journal := Journal()), asked("POST", path)
+    opening = b"event: x\ndata: [1]\r\ndata: %b\r\n\r\n" % json.dumps(event).encode()
+    for end in range(len(opening) - 4):
+        assert not objects.note_opening(made, opening[:end])
+    assert objects.note_opening(made, opening) is (made_id is not None)
+    assert [key for part in journal.locations.chunks(9) for key in part] == [f"mine/{made_id}"] * (
+        made_id is not None
+    )
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_background_response_is_counted_once(streamed: bool) -> None:
     """Not when it is created, nor while it runs; then once, whoever asks and how."""
