@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
 from typing import Final
 
 from cache import ObjectLocations
@@ -29,10 +29,13 @@ from proxy.wire.cache_salt import salted_by
 from proxy.wire.decode import content_encoding
 from proxy.wire.json_cuts import text_with_keys
 from proxy.wire.references import (
+    CONTINUING,
+    FURTHER,
     REFERENCES_MOST,
     Reference,
     first_object_id,
     form_references,
+    has_members,
     has_members_in_other_case,
     item_references,
     listed_items,
@@ -56,6 +59,7 @@ _MESSAGE_BATCHES: Final = "/v1/messages/batches"
 _RUNNING: Final = frozenset({_VIDEOS, _MESSAGE_BATCHES})  # whose creation runs models that its body names
 _RESPONSES_PATH: Final = "/v1/responses/"
 _CONTENT_PATHS: Final = ("/v1/containers/", "/v1/uploads/")  # below which forms bring content that runs nothing
+_FURTHER_ELSEWHERE: Final = FURTHER | CONTINUING
 _URL_ENCODED: Final = b"application/x-www-form-urlencoded"
 
 
@@ -118,7 +122,7 @@ class RequestReader:
             raise TakesLong
         if self._checks_objects:
             text = text_with_keys(call.body)
-            if text.count(b",") > _COMMAS_INLINE or may_refer(text) or has_members_in_other_case(text):
+            if text.count(b",") > _COMMAS_INLINE or may_refer(text) or has_members(text, _unread(call)):
                 raise TakesLong
 
     async def check_inserted(self, exchange: Exchange) -> None:
@@ -202,7 +206,7 @@ class RequestReader:
         if call.tenant.is_limited:
             _check_further_models(call)
         if pool.shares_key:
-            self._check_references(call, pool, prompt.referring, _continued(call, prompt))
+            self._check_references(call, pool, prompt.referring, _continued(call, prompt), _unread(call))
         if self._locations:
             exchange.pinned_replica = self._number_in(pool, self._named_in(call, prompt))
         if pool.sends_cache_salt and pool.isolated:
@@ -242,10 +246,15 @@ class RequestReader:
         return self._pools.all[0]
 
     def _check_references(
-        self, call: Call, pool: ServedPool, members: Iterable[memoryview | Body], known: Iterable[Reference] = ()
+        self,
+        call: Call,
+        pool: ServedPool,
+        members: Iterable[memoryview | Body],
+        known: Iterable[Reference],
+        unread: Container[str] = frozenset(),
     ) -> Iterable[Reference]:
         _check_charset(call)
-        found = references(call.body, members)
+        found = references(call.body, members, unread)
         if found is None:
             raise BadRequest(
                 "The body is not valid JSON in UTF-8, has a member twice that names an object, names more than "
@@ -427,6 +436,11 @@ def _continued(call: Call, prompt: Prompt) -> list[Reference]:
         if has_members_in_other_case(call.body):  # another `input`, for servers that ignore letter case
             found += item_references(listed_items(call.body))
     return found
+
+
+def _unread(call: Call) -> frozenset[str]:
+    """Return the outermost members that may name an object and that the reader of a prompt passes over."""
+    return FURTHER if call.endpoint is _RESPONSES else _FURTHER_ELSEWHERE
 
 
 def _check_further_models(call: Call) -> None:

@@ -70,6 +70,12 @@ REFERENCES_MOST: Final = 10_000  # of one body
 _OUTERMOST: Final = frozenset({*_COLLECTIONS, "input", "items", "tools"})
 """Members of the outermost object that may name objects. The prompt's decoder knows them in this letter case only."""
 
+CONTINUING: Final = frozenset({"conversation", "previous_response_id"})
+"""Outermost members that the decoder of a prompt for the Responses API reads, and no other."""
+
+FURTHER: Final = frozenset(_COLLECTIONS) - CONTINUING - {"container"}
+"""Outermost members that no decoder of a prompt reads."""
+
 _URLS: Final = ("url", "uri")  # how the key of a URL ends
 _FILE_URL = re.compile(r"(?i)\s*ms:/*([^/?#]+)")
 """A URL of a picture or video that names an uploaded file, as Moonshot reads it: `ms://file-1`."""
@@ -98,20 +104,23 @@ class Reference(NamedTuple):
     is_input: bool = False
 
 
-def references(body: Body, others: Iterable[memoryview | Body] = ()) -> frozenset[Reference] | None:
+def references(
+    body: Body, others: Iterable[memoryview | Body] = (), unread: Container[str] = frozenset()
+) -> frozenset[Reference] | None:
     """Return the objects that a JSON body refers to, None if it cannot be read or refers to too many.
 
     Args:
         body: the whole body. Its keys are searched for files, at 0.1 ms per MB if strings are long, and it is decoded
             only if it may refer to an object.
         others: the members of the body that may name objects of other kinds, such as tools.
+        unread: names of outermost members which the caller has not read, and in which objects are looked for.
     """
     if body.find(_NUL) >= 0:
         return None  # JSON in UTF-16 or UTF-32, which some servers read, and no search here does
     if not (
         may_refer(body)
         or any(_contains(bytes(member).lower(), _ELSEWHERE) for member in others)
-        or has_members_in_other_case(body)
+        or has_members(body, unread)
     ):
         return frozenset()
     plain, escaped_letters = body, 0
@@ -149,11 +158,19 @@ def has_members_in_other_case(body: Body) -> bool:
 
     Raises BadRequest if it has too many members.
     """
+    return has_members(body)
+
+
+def has_members(body: Body, names: Container[str] = frozenset()) -> bool:
+    """Return True if the outermost object has one of these members, or has members in another letter case.
+
+    Raises BadRequest if it has too many members.
+    """
     try:
         members = decode_members(text_with_keys(body))
     except DECODE_ERRORS:
         return False  # it is not JSON, at least to a strict server, as those in Go are
-    return _in_other_case(members, _OUTERMOST)
+    return any(key in names for key in members) or _in_other_case(members, _OUTERMOST)
 
 
 def _in_other_case(members: Iterable[str], names: Container[str]) -> bool:

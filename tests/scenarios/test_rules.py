@@ -278,6 +278,31 @@ async def test_an_object_cannot_be_filled_with_anothers_files(http, path: str) -
         assert await status_of(http, cairn, "POST", f"/v1/{path}", json={"name": "n"}, headers=FREE) == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": []}),
+        ("completions", {"prompt": "x"}),
+        ("messages", {"messages": []}),
+        ("responses", {"input": "x"}),
+        ("embeddings", {"input": "x"}),
+    ],
+)
+@pytest.mark.parametrize(
+    "member", ["previous_response_id", "conversation", "container_id", "vector_store_ids", "file_ids", "part_ids"]
+)
+async def test_a_prompt_names_only_one_s_own_objects_in_any_member(http, path: str, body: Any, member: str) -> None:
+    """Also in one that its dialect does not have: a gateway behind may translate it to one that has."""
+    async with proxied() as (upstream, cairn):
+        for made, headers in (("mine", FREE), ("others", OTHER)):
+            upstream.answers["/v1/containers"] = json.dumps({"id": made}).encode()
+            assert await status_of(http, cairn, "POST", "/v1/containers", json={}, headers=headers) == 200
+        for named, status in (("mine", 200), ("others", 404)):
+            value = [named] if member.endswith("s") else named
+            sent = {"json": {"model": "dear", **body, member: value}, "headers": FREE}
+            assert await status_of(http, cairn, "POST", f"/v1/{path}", **sent) == status
+
+
 BELOW = (
     ("POST", "batches/batch-1/requests", {"batch_requests": [{"batch_request": {"previous_response_id": "%s"}}]}),
     ("PATCH", "batches/batch-1", {"input_file_id": "%s"}),

@@ -105,6 +105,8 @@ def long_chat(nbytes: int, model: str = "dear", more: str = "") -> dict[str, Any
         ("/v1/chat/completions", long_chat(LONG_BYTES // 2), MINE, False),
         ("/v1/chat/completions", long_chat(LONG_IF_DECODED_BYTES, more="file_id"), MINE, True),
         ("/v1/chat/completions", long_chat(LONG_IF_DECODED_BYTES // 2, more="file_id"), MINE, False),
+        ("/v1/chat/completions", long_chat(LONG_IF_DECODED_BYTES) | {"conversation": "x"}, MINE, True),
+        ("/v1/chat/completions", long_chat(LONG_IF_DECODED_BYTES) | {"metadata": {}}, MINE, False),
         ("/v1/chat/completions", long_chat(LONG_IF_DECODED_BYTES, "cheap"), LIMITED, True),
         ("/v1/chat/completions", long_chat(LONG_IF_DECODED_BYTES // 2, "cheap"), LIMITED, False),
         ("/v1/rerank", long_chat(LONG_IF_DECODED_BYTES), MINE, True),
