@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
 from cache import ObjectLocations
@@ -251,7 +251,7 @@ class RequestReader:
         pool: ServedPool,
         members: Iterable[memoryview | Body],
         known: Iterable[Reference],
-        unread: Container[str] = frozenset(),
+        unread: frozenset[str] = frozenset(),
     ) -> Iterable[Reference]:
         _check_charset(call)
         found = references(call.body, members, unread)

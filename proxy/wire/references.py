@@ -93,6 +93,16 @@ _IN_CONTENT: Final = (b"file_id", *_FILE_URLS)  # the one key with an id in mess
 _ELSEWHERE = (b"_id", b"container", b"conversation", b"input_file", b"training_file", b"validation_file", _ESCAPE)
 
 
+_NESTED: Final = b"{["
+_USUAL: Final = frozenset(
+    {
+        "container", "documents", "functions", "input", "instructions", "max_completion_tokens", "max_tokens",
+        "messages", "metadata", "model", "n", "prompt", "seed", "stop", "store", "stream", "stream_options", "system",
+        "temperature", "tool_choice", "tools", "top_k", "top_p", "user",
+    }
+)  # fmt: skip
+"""Outermost members of prompts in which no object is named but by `file_id`, or which are searched by themselves."""
+
 _IN_TOOLS: Final = (b'"container"', b'"file_ids"', b'"vector_store_ids"')  # keys with ids in hosted tools
 
 
@@ -105,7 +115,7 @@ class Reference(NamedTuple):
 
 
 def references(
-    body: Body, others: Iterable[memoryview | Body] = (), unread: Container[str] = frozenset()
+    body: Body, others: Iterable[memoryview | Body] = (), unread: frozenset[str] = frozenset()
 ) -> frozenset[Reference] | None:
     """Return the objects that a JSON body refers to, None if it cannot be read or refers to too many.
 
@@ -161,8 +171,9 @@ def has_members_in_other_case(body: Body) -> bool:
     return has_members(body)
 
 
-def has_members(body: Body, names: Container[str] = frozenset()) -> bool:
-    """Return True if the outermost object has one of these members, or has members in another letter case.
+def has_members(body: Body, names: frozenset[str] = frozenset()) -> bool:
+    """Return True if the outermost object has one of these members, anything that names an object within another
+    member, or members in another letter case.
 
     Raises BadRequest if it has too many members.
     """
@@ -170,7 +181,19 @@ def has_members(body: Body, names: Container[str] = frozenset()) -> bool:
         members = decode_members(text_with_keys(body))
     except DECODE_ERRORS:
         return False  # it is not JSON, at least to a strict server, as those in Go are
-    return any(key in names for key in members) or _in_other_case(members, _OUTERMOST)
+    if names:
+        rare = members.keys() - _USUAL
+        if rare and any(key in names or _names_object(members[key]) for key in rare):
+            return True
+    return _in_other_case(members, _OUTERMOST)
+
+
+def _names_object(value: Raw) -> bool:
+    """Return True if an object or array may have a key that names an object."""
+    if memoryview(value)[0] not in _NESTED:
+        return False  # nearly all
+    text = bytes(value)
+    return _contains(text.lower(), _ELSEWHERE) and (text.find(_ESCAPE) >= 0 or _KEY.search(text) is not None)
 
 
 def _in_other_case(members: Iterable[str], names: Container[str]) -> bool:

@@ -298,9 +298,13 @@ async def test_a_prompt_names_only_one_s_own_objects_in_any_member(http, path: s
             upstream.answers["/v1/containers"] = json.dumps({"id": made}).encode()
             assert await status_of(http, cairn, "POST", "/v1/containers", json={}, headers=headers) == 200
         for named, status in (("mine", 200), ("others", 404)):
-            value = [named] if member.endswith("s") else named
-            sent = {"json": {"model": "dear", **body, member: value}, "headers": FREE}
-            assert await status_of(http, cairn, "POST", f"/v1/{path}", **sent) == status
+            given = {member: [named] if member.endswith("s") else named}
+            for more in (given, {"extra_body": {"x": [given]}}):
+                sent = {"json": {"model": "dear", **body, **more}, "headers": FREE}
+                assert await status_of(http, cairn, "POST", f"/v1/{path}", **sent) == status
+            own = {"metadata": given, "response_format": {"json_schema": {"properties": {member: {"id": 1}}}}}
+            sent = {"json": {"model": "dear", **body, **own}, "headers": FREE}
+            assert await status_of(http, cairn, "POST", f"/v1/{path}", **sent) == 200
 
 
 BELOW = (
