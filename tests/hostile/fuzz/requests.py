@@ -220,8 +220,11 @@ def _created(random: Random, number: int, known: Known) -> Request:
     collection = random.choice(("files", "uploads", "containers", "conversations", "batches", "videos"))
     target = f"/v1/{collection}".encode()
     if collection == "files":
-        fields: list[tuple[str, str | bytes, bool]] = [("purpose", "assistants", False)]
-        kind, body = _form(random, [*fields, ("file", random.randbytes(random.choice((10, 5000, 300_000))), True)])
+        purpose, content = "assistants", random.randbytes(random.choice((10, 5000, 300_000)))
+        if random.random() < 0.4:
+            purpose, content = "batch", b"\n".join(_lines(random, random.choice((1, 3, 200))))
+        fields: list[tuple[str, str | bytes, bool]] = [("purpose", purpose, False)]
+        kind, body = _form(random, [*fields, ("file", content, True)])
         return Request(number, "created", "POST", target, [(b"content-type", kind)], body)
     tree: dict[str, Any] = {"model": random.choice(MODELS), "metadata": {"n": str(number)}}
     must = Must.PASS
@@ -230,6 +233,12 @@ def _created(random: Random, number: int, known: Known) -> Request:
         tree = {"input_file_id": random.choice(files or ["file-unknown"]), "endpoint": "/v1/chat/completions"}
         must = Must.EITHER
     return Request(number, "created", "POST", target, [JSON], encoded(tree), must=must)
+
+
+def _lines(random: Random, count: int) -> list[bytes]:
+    """Return the requests of a batch."""
+    bodies = [{"model": random.choice(MODELS), "input": _text(random)} for _ in range(count)]
+    return [encoded({"custom_id": str(at), "url": "/v1/responses", "body": body}) for at, body in enumerate(bodies)]
 
 
 def _object(random: Random, number: int, known: Known) -> Request:
