@@ -10,6 +10,7 @@ One piece of the body is in memory at a time, and a line that has not ended.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final
 
@@ -22,6 +23,7 @@ INLINE_BYTES_MOST: Final = 16 * 1024
 """Most bytes of lines that are checked on the event loop, in at most 5 ms; more are checked in a thread."""
 
 _FIELD_BYTES_MOST: Final = 64 * 1024  # of a field that is not the file, such as the purpose
+_FILE = re.compile(r"(?i)files?(?:\[.*)?")  # the names of fields that servers take for the file
 _BATCH: Final = b"batch"  # how a purpose begins: some providers say batch-api
 
 
@@ -108,7 +110,7 @@ class CheckedFile:
 
     def _read(self, each: FieldPiece) -> list[bytes]:
         """Take a piece of a field; return the lines of the file that end in it. Raises UnreadableForm."""
-        if each.name.casefold() == "file":
+        if _FILE.fullmatch(each.name):
             return self._read_file(each)
         self._field += each.value
         if len(self._field) > _FIELD_BYTES_MOST:

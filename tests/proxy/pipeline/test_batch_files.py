@@ -103,6 +103,8 @@ async def test_a_file_passes_unchanged_and_each_of_its_lines_is_checked_once(siz
     [
         BATCH + field("file", b"one\nbad\ntwo") + END,
         field("file", b"one\nbad\ntwo") + field("purpose", b"Batch_API") + END,
+        BATCH + field("file", b"one") + field("File[]", b"bad") + END,
+        BATCH + field("files", b"one\nbad") + END,
         field("purpose", b"user_data") + BATCH + field("file", b"one\nbad") + END,
     ],
 )
