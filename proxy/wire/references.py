@@ -48,16 +48,19 @@ _INPUTS: Final = frozenset({"input_file_id", "input_files"})
 _CLIENTS_OWN: Final = frozenset({"input_examples", "input_schema", "metadata", "parameters"})
 """Keys whose values have keys of the client's own choice: a `file_id` in them is, for example, a tool's argument."""
 
-_KIND_FILE: Final = "file_id"  # the type of a source that is a file, as evaluations name it by `id`
+ITEMS: Final = "items"
+"""The collection of a response's items. It has no path: an item is named in the input of a later response."""
+
+_KINDS: Final = {"file_id": "files", "item_reference": ITEMS}
+"""Types of objects that name another one by their `id`: the source of an evaluation, and an item of a request that is
+sent within another one.
+"""
 
 _TOOL_CALLS: Final = frozenset({"tool_use", "mcp_tool_use"})
 """Types of content whose `input` holds the arguments of a tool, which the upstream only renders."""
 
 _KEY = re.compile(rb'"(?:%b)"\s*:' % b"|".join(key.encode() for key in _COLLECTIONS), re.IGNORECASE)
 _FIELD_NAME = re.compile(r"[a-z_]+")  # in the name of a form's field, such as `file_ids[]` or `image[file_id]`
-
-ITEMS: Final = "items"
-"""The collection of a response's items. It has no path: an item is named in the input of a later response."""
 
 _ESCAPE: Final = b"\\u00"
 _ESCAPED_LETTER = re.compile(rb"\\u00(?:[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
@@ -90,7 +93,16 @@ _FILES_MARK = re.compile(rb"fileid[:\\]")
 
 _NUL: Final = b"\0"
 _IN_CONTENT: Final = (b"file_id", *_FILE_URLS)  # the one key with an id in messages and input items, and URLs
-_ELSEWHERE = (b"_id", b"container", b"conversation", b"input_file", b"training_file", b"validation_file", _ESCAPE)
+_ELSEWHERE = (
+    b"_id",
+    b"container",
+    b"conversation",
+    b"input_file",
+    b"training_file",
+    b"validation_file",
+    b"item_reference",
+    _ESCAPE,
+)
 
 
 _NESTED: Final = b"{["
@@ -326,8 +338,8 @@ def _in_decoded(value: Any) -> tuple[list[Reference], int]:
             waiting += [(member, may_refer) for member in each if isinstance(member, (dict, list))]
         elif isinstance(each, dict):
             kind = each.get("type")
-            if may_refer and kind == _KIND_FILE:
-                found += [Reference("files", name) for name in _ids(each)]
+            if may_refer and isinstance(kind, str) and kind in _KINDS:
+                found += [Reference(_KINDS[kind], name) for name in _ids(each)]
             calls_tool = isinstance(kind, str) and kind in _TOOL_CALLS
             for key, member in each.items():
                 if (folded := key.casefold()) in _COLLECTIONS:

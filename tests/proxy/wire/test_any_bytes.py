@@ -15,6 +15,7 @@ from proxy.pipeline.admission import Authenticator, credentials_of
 from proxy.pipeline.cors import Cors
 from proxy.records import Prompt, Usage
 from proxy.wire import contexts, headers, multipart, named_models, usage
+from proxy.wire.batch_lines import line_models, line_references
 from proxy.wire.decode import ResponseDecoder, decode_request, request_encoding
 from proxy.wire.events import read_event
 from proxy.wire.references import references
@@ -112,6 +113,9 @@ def test_the_models_of_any_body_are_found_or_it_is_unreadable(body: bytes, form:
                 assert isinstance(field.name, str)
         references(each, (each,))
         first_file_id(each)
+        for line in (each, b'{"body":%b}' % each):
+            line_references(line)
+            line_models(line)
 
 
 @settings(max_examples=400)

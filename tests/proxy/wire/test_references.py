@@ -144,6 +144,12 @@ def test_a_text_that_stands_for_files_refers_to_them(member: str, text: str, ref
     assert references(body.encode()) == (frozenset({FILE}) if refers else frozenset())
 
 
+def test_an_item_that_a_request_within_another_refers_to_is_found() -> None:
+    """As in the requests that are sent to a batch."""
+    text = json.dumps({"requests": [{"body": {"input": [{"type": "item_reference", "id": "msg_1"}]}}]}).encode()
+    assert references(text, (text,)) == frozenset({Reference(ITEMS, "msg_1")})
+
+
 @pytest.mark.parametrize(
     ("member", "collection", "is_input"),
     [
