@@ -58,6 +58,8 @@ _VIDEOS: Final = "/v1/videos"
 _MESSAGE_BATCHES: Final = "/v1/messages/batches"
 _RUNNING: Final = frozenset({_VIDEOS, _MESSAGE_BATCHES})  # whose creation runs models that its body names
 _RESPONSES_PATH: Final = "/v1/responses/"
+_FILE_PATHS: Final = "/v1/files/"
+_KEEPING: Final = frozenset({"DELETE", "GET", "HEAD", "OPTIONS"})  # methods that leave a file's content as it is
 _CONTENT_PATHS: Final = ("/v1/containers/", "/v1/uploads/")  # below which forms bring content that runs nothing
 _FURTHER_ELSEWHERE: Final = FURTHER | CONTINUING
 _URL_ENCODED: Final = b"application/x-www-form-urlencoded"
@@ -331,13 +333,11 @@ class RequestReader:
         elif access is Access.CONFIGURED and not limited:
             self._check_named_objects(call, pool)
         elif call.object_id is None:
-            raise Forbidden(
-                f"{call.method} at this path is not allowed with a key of the operator that clients share; the "
-                "operator can allow it in server.allowed_paths.",
-                code="path_not_allowed",
-            )
+            raise _not_available(call)
         elif self._locations.of(object_key(call.tenant, pool, call.object_id)) is None:
             raise _unknown_object()
+        elif call.target.startswith(_FILE_PATHS) and call.method not in _KEEPING:
+            raise _not_available(call)  # its new content would not be checked as the input of a batch
         else:
             self._check_named_objects(call, pool)
             if limited and call.body and not call.target.startswith(_CONTENT_PATHS):
@@ -488,6 +488,14 @@ def _check_charset(call: Call) -> None:
     """Raise BadRequest if the upstream might read other names of objects in the body than are read here."""
     if any(name == b"content-type" and named_models.hides_names(value) for name, value in call.headers):
         raise BadRequest("The body must be sent in UTF-8.")
+
+
+def _not_available(call: Call) -> Forbidden:
+    return Forbidden(
+        f"{call.method} is not available at this path with the key that clients share. POST runs models; the "
+        "operator can allow more in server.allowed_paths.",
+        code="path_not_allowed",
+    )
 
 
 def _unreadable() -> Forbidden:

@@ -63,8 +63,8 @@ COLLECTIONS = (
 _READ_WHOLE = frozenset({"batches", "containers", "conversations", "messages/batches", "uploads", "videos"})
 """Collections whose creation is read before it is sent: it names models, or objects that the client must own."""
 
-_UPLOAD_PART = re.compile(r"uploads/[^/]+/parts")
-"""The path below an object whose body is a piece of a file. Any other body is read: it may name other objects."""
+_CONTENT = re.compile(r"files/.*|uploads/[^/]+/parts")
+"""The paths below an object whose body is content of a file. Any other body is read: it may name other objects."""
 
 _ENGINES: Final = "engines/"  # OpenAI's old prefix, which some clients still use: the model is part of the path
 _DEPLOYMENTS: Final = "/openai/deployments/"  # Azure's prefix: the model is part of the path
@@ -78,7 +78,7 @@ here both readings are the same model; no part of the name may begin with a dot.
 _DEFAULT_VERSION: Final = "/v1"
 LIVENESS = frozenset({"/", "/health", "/healthz", "/api/hello"})
 _LIVENESS_METHODS = frozenset({"GET", "HEAD"})
-_WITHOUT_BODY = frozenset({"DELETE", "GET", "HEAD", "OPTIONS"})  # a body has no meaning there
+_WITHOUT_BODY = frozenset({"DELETE", "GET", "HEAD", "OPTIONS"})  # a body has no meaning here
 _GUESSED_LENGTH_MOST: Final = 128  # characters of an unknown path that is compared with the known ones
 _NEARLY_EQUAL: Final = 0.8  # least difflib ratio; below it guesses are far-fetched
 KNOWN_PATHS = sorted([f"/v1/{path}" for path in {*_PROMPTS, *_INFERENCE, *COLLECTIONS, "models", "caching"}])
@@ -246,6 +246,6 @@ def _of_collection(method: str, name: str, target: str) -> Route:
         if name.startswith(f"{collection}/"):
             object_id = unquote(name.removeprefix(f"{collection}/").split("/", 1)[0])
             if not (collection == "responses" and object_id == "input_tokens"):
-                reads = method not in _WITHOUT_BODY and not _UPLOAD_PART.fullmatch(name)
+                reads = method not in _WITHOUT_BODY and not _CONTENT.fullmatch(name)
                 return Route(Endpoint.OTHER, target, Access.OBJECT, object_id=object_id, reads_body=reads)
     return Route(Endpoint.OTHER, target, Access.ADMINISTRATION, reads_body=False)

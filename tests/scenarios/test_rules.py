@@ -313,8 +313,22 @@ BELOW = (
     ("PUT", "containers/container-1", {"file_ids": ["%s"]}),
     ("POST", "videos/video-1/remix", {"prompt": "x", "input_reference": {"file_id": "%s"}}),
     ("POST", "uploads/upload-1/complete", {"part_ids": ["%s"]}),
-    ("POST", "files/file-1", {"file_id": "%s"}),
 )
+
+
+@pytest.mark.parametrize("method", ["PUT", "POST", "PATCH"])
+@pytest.mark.parametrize("end", ["", "/content"])
+async def test_the_content_of_a_file_is_not_replaced_after_it_was_checked(http, method: str, end: str) -> None:
+    """Or it would be the input of a batch that nobody has checked."""
+    async with proxied() as (upstream, cairn):
+        upstream.answers["/v1/files"] = b'{"id":"file-1"}'
+        sent = upload("batch", b'{"body":{"model":"dear"}}') | {"headers": {**CHEAP_FORM, **FREE}}
+        assert await status_of(http, cairn, "POST", "/v1/files", **sent) == 200
+        for path, status in (("file-1", 403), ("file-2", 404)):
+            sent = {"data": b"{}", "headers": FREE}
+            assert await status_of(http, cairn, method, f"/v1/files/{path}{end}", **sent) == status
+        assert await status_of(http, cairn, "GET", f"/v1/files/file-1{end}", headers=FREE) == 200
+        assert await status_of(http, cairn, "DELETE", "/v1/files/file-1", headers=FREE) == 200
 
 
 @pytest.mark.parametrize(("method", "path", "body"), BELOW, ids=[path for _, path, _ in BELOW])

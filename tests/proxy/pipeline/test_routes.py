@@ -192,10 +192,11 @@ def test_bodies_are_read_where_a_rule_depends_on_them() -> None:
     for path in ("/v1/rerank", "/v1/batches", "/v1/uploads"):
         assert ROUTES.route("POST", path).reads_body
     assert not ROUTES.route("POST", "/v1/files").reads_body
-    for path in ("batches/b/requests", "uploads/u/complete", "videos/v/remix", "files/f", "containers/c/files"):
+    for path in ("batches/b/requests", "uploads/u/complete", "videos/v/remix", "containers/c/files"):
         for method in ("POST", "PUT", "PATCH"):
             assert ROUTES.route(method, f"/v1/{path}").reads_body
-    assert not ROUTES.route("POST", "/v1/uploads/u/parts").reads_body
+    for path in ("uploads/u/parts", "files/f", "files/f/content"):
+        assert not ROUTES.route("POST", f"/v1/{path}").reads_body
     for path in ("/v1/models", "/v1/models/m", "/v1/files/x"):
         assert not ROUTES.route("GET", path).reads_body
     wide = Routes(allowed_paths=("/v1/*",))
