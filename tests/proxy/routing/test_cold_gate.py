@@ -583,6 +583,17 @@ async def test_a_turn_whose_floor_is_due_has_the_place_of_those_that_it_goes_bef
         turn.cancel()
 
 
+async def test_a_turn_has_its_own_place_if_all_of_a_higher_priority_have_their_part():
+    """In other workers or in this one: they go neither before it nor here."""
+    bench = Bench(2, alone=False)
+    bench.claims.with_their_part.add("a")
+    urgent, turn = bench.begin(tenant="a", priority=Priority.HIGH), bench.begin(tenant="b")
+    await settle()
+    assert [(each["tenant"], each["order"][0][0]) for each in bench.claims.asked[-2:]] == [("a", "0"), ("b", "1")]
+    urgent.cancel()
+    turn.cancel()
+
+
 async def test_a_place_is_a_text_of_priority_and_round_and_the_time_for_which_a_turn_has_waited():
     """Padded, so that texts sort like numbers; no wall clock, which other machines need not share."""
     bench = Bench(1, alone=False)
@@ -805,6 +816,18 @@ async def test_a_wait_is_predicted_in_a_few_looks_however_many_were_turned_away(
         await refused(bench, prompt_end=200 + number)
     assert operations(lambda: bench.verdict(bench.turn(prompt_end=7))) < 2.2 * few
     first.cancel()
+    await settle()
+
+
+async def test_all_turns_of_a_higher_priority_count_in_the_wait_though_they_came_later():
+    """Those of a lower one do not."""
+    bench = Bench(1)
+    bench.fleet.pending[0] = 1e6
+    turns = [bench.begin(priority=each) for each in (Priority.HIGH, Priority.HIGH, Priority.LOW)]
+    await settle()
+    assert bench.verdict(bench.turn(prompt_end=7)).seconds == pytest.approx(2 * 9.0)
+    for turn in turns:
+        turn.cancel()
     await settle()
 
 

@@ -10,6 +10,7 @@ from proxy.errors import BadRequest
 from proxy.wire.named_models import (
     batch_request_models,
     further_models,
+    hides_names,
     model_of,
     models_of_request,
     query_models,
