@@ -207,7 +207,7 @@ async def measure(worker: Worker, label: str, size_bytes: int, chunks: int, opti
     loop = asyncio.get_running_loop()
     run = Run(loop, size_bytes, chunks)
 
-    async def dial(_loop: object, _origin: object, _ssl: object, make: Any, _limit: float) -> Any:
+    async def dial(_loop: object, _lookups: object, _origin: object, _ssl: object, make: Any, _limit: float) -> Any:
         return Replica(run, make).connection
 
     setattr(upstream_client, "dial", dial)  # noqa: B010 - in place of a socket
