@@ -6,10 +6,10 @@ import asyncio
 import copy
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
-from itertools import chain, zip_longest
+from collections.abc import Callable
 from typing import Final
+
+from aiohappyeyeballs import AddrInfoType, start_connection
 
 from proxy.errors import ConnectFailed, ConnectTimeout, TlsFailed
 from proxy.tasks import Tasks
@@ -17,10 +17,15 @@ from proxy.upstream.connection import Connection
 from proxy.upstream.origin import Origin
 
 NEXT_ADDRESS_SECONDS: Final = 0.5
-"""An address that takes longer is not waited for alone. With TLS, one on the other side of the earth takes 0.4."""
+"""Time after which the next address is tried beside one that has not accepted yet. One on the other side of the earth
+takes 0.3.
+"""
 
 SHARED_SECONDS: Final = 0.5
 """A look-up that takes longer is not waited for by others: a resolver asks again only seconds after a lost packet."""
+
+
+_Found = list[AddrInfoType] | OSError | UnicodeError
 
 
 class Lookups:
@@ -33,13 +38,10 @@ class Lookups:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._tasks = Tasks()
-        self._running: dict[tuple[str, int], tuple[float, asyncio.Task[list[str] | OSError | UnicodeError]]] = {}
+        self._running: dict[tuple[str, int], tuple[float, asyncio.Task[_Found]]] = {}
 
-    async def addresses(self, origin: Origin) -> list[str]:
-        """Resolve the name; alternate the two address families, the resolver's first choice first.
-
-        Raises OSError or UnicodeError.
-        """
+    async def addresses(self, origin: Origin) -> list[AddrInfoType]:
+        """Return the addresses of the name, each once, in the resolver's order. Raises OSError or UnicodeError."""
         key = (origin.host, origin.port)
         began_seconds, running = self._running.get(key, (0.0, None))
         if running is None or running.done() or self._loop.time() - began_seconds > SHARED_SECONDS:
@@ -58,19 +60,15 @@ class Lookups:
         """End all look-ups."""
         await self._tasks.close()
 
-    async def _look_up(self, host: str, port: int) -> list[str] | OSError | UnicodeError:
+    async def _look_up(self, host: str, port: int) -> _Found:
         """Return the addresses, or the error, which is not one of the task's: each that waits for it raises it."""
         try:
             found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             return error
-        by_family: dict[int, list[str]] = {}
-        for family, _, _, _, address in found:
-            by_family.setdefault(family, []).append(str(address[0]))
-        turns = chain.from_iterable(zip_longest(*by_family.values()))
-        return list(dict.fromkeys(address for address in turns if address is not None))
+        return list(dict.fromkeys(found))
 
-    def _ended(self, key: tuple[str, int], task: asyncio.Task[list[str] | OSError | UnicodeError]) -> None:
+    def _ended(self, key: tuple[str, int], task: asyncio.Task[_Found]) -> None:
         if key in self._running and self._running[key][1] is task:
             del self._running[key]
 
@@ -87,15 +85,9 @@ async def dial(
 
     Raises ConnectTimeout, TlsFailed (certificate or handshake) or ConnectFailed (refused, unreachable, no such name).
     """
-    name = origin.host if ssl_context is not None else None
-
-    def connect(address: str) -> Awaitable[Connection]:
-        return _connect(loop, address, origin.port, ssl_context, name, make())
-
     try:
         async with asyncio.timeout(limit_seconds):
-            addresses = await lookups.addresses(origin)
-            return await (connect(addresses[0]) if len(addresses) == 1 else _first_of(addresses, connect))
+            return await _connect(loop, await lookups.addresses(origin), origin, ssl_context, make())
     except TimeoutError:
         raise ConnectTimeout("the upstream could not be reached in time") from None
     except ssl.SSLError as error:
@@ -109,68 +101,33 @@ async def dial(
         raise ConnectFailed("the upstream cannot be reached") from error
 
 
-async def _first_of(addresses: Sequence[str], connect: Callable[[str], Awaitable[Connection]]) -> Connection:
-    """Connect to the first address that accepts ("happy eyeballs", which uvloop does not implement).
-
-    The next address is tried as soon as one has failed, and beside those that take longer than
-    `NEXT_ADDRESS_SECONDS`. Raises OSError.
-    """
-    opened: list[Connection] = []
-    failures: list[OSError] = []
-    news = asyncio.Event()
-
-    async def attempt(address: str) -> None:
-        try:
-            opened.append(await connect(address))
-        except OSError as error:
-            failures.append(error)
-        news.set()
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            attempts: list[asyncio.Task[None]] = []
-            while not opened and len(failures) < len(addresses) and not _is_final(failures):
-                is_last = len(attempts) == len(addresses)
-                if not is_last:
-                    attempts.append(group.create_task(attempt(addresses[len(attempts)])))
-                news.clear()
-                await _within(news, None if is_last else NEXT_ADDRESS_SECONDS)
-            for each in attempts:
-                each.cancel()
-    except BaseException:
-        for connection in opened:
-            connection.discard()
-        raise
-    for connection in opened[1:]:
-        connection.discard()
-    if opened:
-        return opened[0]
-    raise failures[-1] if failures else OSError("the name has no address")
-
-
-def _is_final(failures: Sequence[OSError]) -> bool:
-    """Return whether a server responded, whose certificate is not trusted: it is the same at another address."""
-    return any(isinstance(failure, ssl.SSLError) for failure in failures)
-
-
-async def _within(event: asyncio.Event, seconds: float | None) -> None:
-    """Wait for `event`, for at most `seconds` (None: without a limit)."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()
-
-
 async def _connect(
     loop: asyncio.AbstractEventLoop,
-    address: str,
-    port: int,
+    addresses: list[AddrInfoType],
+    origin: Origin,
     ssl_context: ssl.SSLContext | None,
-    name: str | None,
     connection: Connection,
 ) -> Connection:
+    """Connect to the first address that accepts. Raises OSError."""
+    name = origin.host if ssl_context is not None else None
     try:
-        await loop.create_connection(lambda: connection, address, port, ssl=ssl_context, server_hostname=name)
+        if len(addresses) == 1:
+            host = str(addresses[0][4][0])
+            await loop.create_connection(lambda: connection, host, origin.port, ssl=ssl_context, server_hostname=name)
+        else:
+            accepted = await _first_that_accepts(loop, addresses)
+            await loop.create_connection(lambda: connection, sock=accepted, ssl=ssl_context, server_hostname=name)
     except BaseException:
         connection.discard()
         raise
     return connection
+
+
+async def _first_that_accepts(loop: asyncio.AbstractEventLoop, addresses: list[AddrInfoType]) -> socket.socket:
+    """Try the addresses of both families alternately, the next one beside those that are silent. Raises OSError."""
+    if not addresses:
+        raise OSError("the name has no address")
+    try:
+        return await start_connection(addresses, happy_eyeballs_delay=NEXT_ADDRESS_SECONDS, interleave=1, loop=loop)
+    except RuntimeError as error:  # uvloop's, for a descriptor that is in use
+        raise OSError("no address could be tried") from error

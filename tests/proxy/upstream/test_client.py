@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -825,15 +825,44 @@ async def test_a_name_that_does_not_resolve_is_named(
         await client.request(Origin.parse("http://replica.invalid"), b"GET", b"/")
 
 
-async def test_the_addresses_of_a_name_are_tried_in_turn(
+def names(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
+    """Let every name have these addresses; return the names that are looked up from now on."""
+    asked: list[str] = []
+    in_truth = asyncio.get_running_loop().getaddrinfo
+
+    async def resolve(name: str, port: int, *more: Any, **named: Any) -> Any:
+        if name in addresses:  # uvloop asks again when it connects a socket
+            return await in_truth(name, port, *more, **named)
+        asked.append(name)
+        rest = (socket.SOCK_STREAM, 6, "")
+        return [
+            (socket.AF_INET6, *rest, (each, port, 0, 0)) if ":" in each else (socket.AF_INET, *rest, (each, port))
+            for each in addresses
+        ]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+    return asked
+
+
+def connecting_by(
+    monkeypatch: pytest.MonkeyPatch, connect: Callable[[str, Callable[[], Awaitable[None]]], Awaitable[None]]
+) -> None:
+    """Let sockets be connected by `connect`, which gets the address and what connects in truth."""
+    loop = asyncio.get_running_loop()
+    in_truth = loop.sock_connect
+
+    async def instead(each: socket.socket, address: Any) -> None:
+        await connect(address[0], lambda: in_truth(each, address))
+
+    monkeypatch.setattr(loop, "sock_connect", instead)
+
+
+async def test_an_address_that_refuses_is_followed_by_the_next(
     make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def two(*_: Any, **__: Any) -> Any:
-        rest = (socket.SOCK_STREAM, 6, "")
-        return [(socket.AF_INET6, *rest, ("::1", 0, 0, 0)), (socket.AF_INET, *rest, ("127.0.0.1", 0))]
-
+    """The upstream is told the name and not the address."""
     client = make_client()
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", two)
+    names(monkeypatch, "::1", "127.0.0.1")
     async with ScriptedUpstream(SERVE_ONE) as upstream:
         answered = await client.request(Origin.parse(f"http://replica:{upstream.port}"), b"GET", b"/")
         assert answered.status == 200
@@ -846,54 +875,35 @@ async def test_the_addresses_of_the_two_families_are_tried_alternately_and_each_
     """A replica whose IPv6 does not work costs one attempt, not one for each of its addresses."""
     tried: list[str] = []
 
-    async def resolve(*_: Any, **__: Any) -> Any:
-        six, four = socket.AF_INET6, socket.AF_INET
-        found = [(six, "::1"), (six, "::2"), (six, "::3"), (four, "127.0.0.1"), (four, "127.0.0.1")]
-        return [(family, socket.SOCK_STREAM, 6, "", (address, 0)) for family, address in found]
-
-    async def refuse(_: Any, address: str, *__: Any, **___: Any) -> Any:
+    async def refuse(address: str, _: object) -> None:
         tried.append(address)
         raise ConnectionRefusedError
 
     client = make_client()
-    loop = asyncio.get_running_loop()
-    monkeypatch.setattr(loop, "getaddrinfo", resolve)
-    monkeypatch.setattr(loop, "create_connection", refuse)
-    with pytest.raises(ConnectFailed):
+    names(monkeypatch, "::1", "::2", "::3", "127.0.0.1", "127.0.0.1")
+    connecting_by(monkeypatch, refuse)
+    with pytest.raises(ConnectFailed, match=r"^the upstream cannot be reached$"):
         await client.request(Origin.parse("http://replica"), b"GET", b"/")
     assert tried == ["::1", "127.0.0.1", "::2", "::3"]
-
-
-def names(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
-    """Let every name have these addresses; return the names that are looked up from now on."""
-    asked: list[str] = []
-
-    async def resolve(name: str, *_: Any, **__: Any) -> Any:
-        asked.append(name)
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
-
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
-    return asked
 
 
 async def test_an_address_that_is_silent_holds_up_no_connection(
     make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next one is tried beside it, and it is given up when that one accepts."""
-    loop, given_up = asyncio.get_running_loop(), asyncio.Event()
-    create = loop.create_connection
+    given_up = asyncio.Event()
 
-    async def connect(make: Any, address: str, *arguments: Any, **named: Any) -> Any:
+    async def connect(address: str, in_truth: Callable[[], Awaitable[None]]) -> None:
         if address == "127.0.0.1":
-            return await create(make, address, *arguments, **named)
+            return await in_truth()
         try:
-            return await asyncio.Event().wait()
+            await asyncio.Event().wait()
         finally:
             given_up.set()
 
     client = make_client(connect_seconds=600.0)
     names(monkeypatch, "127.0.0.9", "127.0.0.8", "127.0.0.1", "127.0.0.7")
-    monkeypatch.setattr(loop, "create_connection", connect)
+    connecting_by(monkeypatch, connect)
     monkeypatch.setattr(connecting, "NEXT_ADDRESS_SECONDS", 0.01)
     async with ScriptedUpstream(SERVE_ONE) as upstream:
         origin = Origin.parse(f"http://replica:{upstream.port}")
@@ -902,74 +912,65 @@ async def test_an_address_that_is_silent_holds_up_no_connection(
         assert client.counts()[origin].open == 1
 
 
-async def test_of_two_addresses_that_accept_at_once_one_connection_is_closed(
+async def test_a_request_that_is_cancelled_while_addresses_are_tried_leaves_nothing_open(
     make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop, both_are_open = asyncio.get_running_loop(), asyncio.Barrier(2)
-    create, opened = loop.create_connection, list[Any]()
+    """Neither a socket nor a place among the connections."""
+    tried, given_up = list[str](), list[str]()
 
-    async def together(make: Any, _: str, *arguments: Any, **named: Any) -> Any:
-        opened.append(await create(make, "127.0.0.1", *arguments, **named))
-        await both_are_open.wait()
-        return opened[-1]
-
-    client = make_client()
-    names(monkeypatch, "127.0.0.9", "127.0.0.1")
-    monkeypatch.setattr(loop, "create_connection", together)
-    monkeypatch.setattr(connecting, "NEXT_ADDRESS_SECONDS", 0.01)
-    async with ScriptedUpstream(SERVE_ONE) as upstream:
-        origin = Origin.parse(f"http://replica:{upstream.port}")
-        assert (await client.request(origin, b"GET", b"/")).status == 200
-        assert client.counts()[origin].open == 1
-        assert sorted(transport.is_closing() for transport, _ in opened) == [False, True]
-
-
-async def test_a_limit_that_passes_beside_an_open_connection_closes_it(
-    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As when the other attempts take long to be given up."""
-    loop, opened = asyncio.get_running_loop(), list[Any]()
-    create = loop.create_connection
-
-    async def connect(make: Any, address: str, *arguments: Any, **named: Any) -> Any:
-        if address == "127.0.0.1":
-            opened.append(await create(make, address, *arguments, **named))
-            return opened[-1]
+    async def hang(address: str, _: object) -> None:
+        tried.append(address)
         try:
             await asyncio.Event().wait()
         finally:
-            request.cancel()
+            given_up.append(address)
 
     client = make_client()
-    names(monkeypatch, "127.0.0.9", "127.0.0.1")
-    monkeypatch.setattr(loop, "create_connection", connect)
+    names(monkeypatch, "127.0.0.9", "127.0.0.8")
+    connecting_by(monkeypatch, hang)
     monkeypatch.setattr(connecting, "NEXT_ADDRESS_SECONDS", 0.01)
-    async with ScriptedUpstream([Stall()]) as upstream:
-        origin = Origin.parse(f"http://replica:{upstream.port}")
-        request = spawn(client.request(origin, b"GET", b"/"))
-        with pytest.raises(asyncio.CancelledError):
-            await request
-        assert [transport.is_closing() for transport, _ in opened] == [True]
-        assert client.counts()[origin].open == 0
+    origin = Origin.parse("http://replica")
+    request = spawn(client.request(origin, b"GET", b"/"))
+    await until(lambda: len(tried) == 2)
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    assert sorted(given_up) == ["127.0.0.8", "127.0.0.9"]
+    assert client.counts()[origin].open == 0
+
+
+async def test_an_error_of_the_loop_while_addresses_are_tried_is_one_of_the_upstream(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvloop raises RuntimeError for a descriptor that is in use; a request must not fail by it with 500."""
+
+    async def refuse(*_: object) -> None:
+        raise RuntimeError("File descriptor 9 is used by transport")
+
+    client = make_client()
+    names(monkeypatch, "127.0.0.9", "127.0.0.8")
+    connecting_by(monkeypatch, refuse)
+    with pytest.raises(ConnectFailed):
+        await client.request(Origin.parse("http://replica"), b"GET", b"/")
 
 
 async def test_a_certificate_that_is_not_trusted_is_asked_of_no_other_address(
-    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, authority: trustme.CA
 ) -> None:
+    """It is the same at all of them."""
     tried: list[str] = []
 
-    async def refuse(_: Any, address: str, *__: Any, **___: Any) -> Any:
+    async def connect(address: str, in_truth: Callable[[], Awaitable[None]]) -> None:
         tried.append(address)
-        error = ssl.SSLCertVerificationError(1, "self-signed")
-        error.reason = "CERTIFICATE_VERIFY_FAILED"
-        raise error
+        await in_truth()
 
     client = make_client()
-    names(monkeypatch, "127.0.0.8", "127.0.0.9")
-    monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", refuse)
-    with pytest.raises(TlsFailed):
-        await client.request(Origin.parse("https://replica"), b"GET", b"/")
-    assert tried == ["127.0.0.8"]
+    names(monkeypatch, "127.0.0.1", "127.0.0.9")
+    connecting_by(monkeypatch, connect)
+    async with ScriptedUpstream([Stall()], tls=server_context(authority, "127.0.0.1")) as upstream:
+        with pytest.raises(TlsFailed):
+            await client.request(Origin.parse(f"https://replica:{upstream.port}"), b"GET", b"/")
+    assert tried == ["127.0.0.1"]
 
 
 async def test_connections_that_are_opened_at_once_share_one_look_up(
