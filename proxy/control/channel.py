@@ -34,6 +34,7 @@ from proxy.tasks import Tasks
 
 MESSAGE_BYTES_AT_MOST = 64 * 1024 * 1024  # the largest is a body to explain: max_body_bytes, 32 MiB by default
 _LENGTH = struct.Struct(">I")
+_READ_AT_ONCE_BYTES = 64 * 1024
 _REPORT_BACKLOG_BYTES = 1024 * 1024  # unread by the supervisor; above this a worker keeps its counts for later
 HEARTBEAT_SECONDS = 0.5
 
@@ -73,7 +74,7 @@ class Channel(Generic[_Message]):
         if len(encoded) > MESSAGE_BYTES_AT_MOST:
             raise ControlBroken(f"a message of {len(encoded)} bytes exceeds the limit")
         if not self._writer.transport.is_closing():
-            self._writer.write(_LENGTH.pack(len(encoded)) + encoded)
+            self._writer.writelines((_LENGTH.pack(len(encoded)), encoded))  # not joined: a body may be 32 MB
 
     async def send(self, message: ToWorker | FromWorker) -> None:
         """Send, and wait while the other end does not read."""
@@ -90,11 +91,24 @@ class Channel(Generic[_Message]):
             (size,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             if size > MESSAGE_BYTES_AT_MOST:
                 raise ControlBroken(f"a message of {size} bytes exceeds the limit")
-            return self._decoder.decode(await self._reader.readexactly(size))
+            return self._decoder.decode(await self._read(size))
         except (asyncio.IncompleteReadError, OSError):
             return None
         except msgspec.MsgspecError as error:
             raise ControlBroken(str(error)) from None
+
+    async def _read(self, size: int) -> bytes | bytearray:
+        """Return the next `size` bytes. Raises asyncio.IncompleteReadError."""
+        if size <= _READ_AT_ONCE_BYTES:
+            return await self._reader.readexactly(size)
+        content, filled = bytearray(size), 0  # the reader would collect all of a long message, and then copy it
+        while filled < size:
+            piece = await self._reader.read(size - filled)
+            if not piece:
+                raise asyncio.IncompleteReadError(bytes(content[:filled]), size)
+            content[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        return content
 
     def close(self) -> None:
         """Close this end."""
