@@ -73,13 +73,14 @@ class Pass:
 
 
 class _Waiter:
-    """A turn in the queue, and the future of its pass."""
+    """A turn in the queue, the future of its pass, and the replicas that cannot serve it."""
 
-    __slots__ = ("future", "turn")
+    __slots__ = ("future", "turn", "unfit")
 
-    def __init__(self, turn: Turn, future: asyncio.Future[Pass]) -> None:
+    def __init__(self, turn: Turn, future: asyncio.Future[Pass], unfit: frozenset[int]) -> None:
         self.turn = turn
         self.future = future
+        self.unfit = unfit
 
 
 class _Pool:
@@ -93,11 +94,12 @@ class _Pool:
         self.rate = ColdRate()
         self.tickets = Tickets(name)
         self.waiting: dict[_Waiter, float] = {}  # each with the time of its arrival
+        self.unfit: Counter[frozenset[int]] = Counter()  # how many of them have the same unfit replicas
         self.passes: dict[int, Pass] = {}
         self.asking = False
         self.is_named = False  # the other workers know of a turn that waits here, and let it go first
         self.alarm: asyncio.TimerHandle | None = None
-        self.unknown_seconds = inf  # time since which the capacity of a replica is not known
+        self.unknown_since: dict[int, float] = {}  # the replicas whose capacity is not known
 
 
 class ColdGate:
@@ -350,16 +352,17 @@ class ColdGate:
         refusal = self._refusal(pool, turn, verdict, now)
         if refusal is not None:
             self._refuse(pool, turn, refusal, now)
-        waiter = _Waiter(turn, asyncio.get_running_loop().create_future())
+        waiter = _Waiter(turn, asyncio.get_running_loop().create_future(), self._unfit(pool, turn))
         if not len(pool.queue):
             pool.rate.began(now)
         came = now if arrived_seconds is None else arrived_seconds
         arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, came)
         pool.tickets.take(turn.tenant, turn.prompt_end)
         self._with_news[pool.name] = pool
-        waiting = pool.queue.join(_cold_turn(waiter, self._unfit(pool, turn)), arrived)
+        waiting = pool.queue.join(_cold_turn(waiter), arrived)
         self._in_use[pool.name] = pool
         pool.waiting[waiter] = arrived
+        pool.unfit[waiter.unfit] += 1
         self.waiting_bytes += turn.body_bytes
         alarm = self._deadline_alarm(waiter)
         try:
@@ -375,6 +378,7 @@ class ColdGate:
                 alarm.cancel()
             pool.queue.leave(waiting)
             del pool.waiting[waiter]
+            pool.unfit -= Counter((waiter.unfit,))  # keeps no zeros
             self.waiting_bytes -= turn.body_bytes
             if not len(pool.queue) and self._others():
                 self._withdraw(pool)
@@ -450,10 +454,38 @@ class ColdGate:
     def _look(self, pool: _Pool, skipped: frozenset[str] = frozenset()) -> None:
         """Let turns go, of no tenant in `skipped`: these have their part of the replicas, as Redis has just said."""
         self._release_done(pool)
-        if len(pool.queue) and not self._holds(pool):
-            for waiter in pool.waiting:
+        if not self._let_go(pool):
+            self._admit(pool, skipped)
+        if len(pool.queue) and pool.alarm is None:
+            pool.alarm = asyncio.get_running_loop().call_later(
+                LOOK_SECONDS * self.limits.pace, self._look_again, pool
+            )
+
+    def _let_go(self, pool: _Pool) -> bool:
+        """Turn away the turns that need not wait any more, as new ones do not, which would go before them; and those
+        that no available replica can serve. Return whether there were any: they are still in the queue.
+
+        A replica that has just joined has not told its capacity yet, which is no reason to let turns go.
+        """
+        if not pool.waiting:
+            return False
+        now, before = self._clock.monotonic(), pool.unknown_since
+        available = {view.id for view in self._available(pool)}
+        pool.unknown_since = {
+            replica: before.get(replica, now) for replica in available if self._capacity_tokens(replica) is None
+        }
+        oldest = now - UNKNOWN_SECONDS * self.limits.pace
+        unknown = {replica for replica, since in pool.unknown_since.items() if since <= oldest}
+        is_on = self.limits.enabled
+        go = {each for each in pool.unfit if not is_on or available <= each or not unknown <= each}
+        if not go:
+            return False
+        for waiter in pool.waiting:
+            if waiter.unfit in go:
                 _fail(waiter, TurnedAway("There is no replica left to wait for, or no need to wait any more."))
-            return
+        return True
+
+    def _admit(self, pool: _Pool, skipped: frozenset[str]) -> None:
         while (found := self._first_that_may_go(pool, skipped)) is not None:
             waiting, views = found
             if self._others():
@@ -464,24 +496,6 @@ class ColdGate:
             self._serve(pool, waiting, views[0], shared=False)
         if found is None and pool.is_named:
             self._withdraw(pool)
-        if len(pool.queue) and pool.alarm is None:
-            pool.alarm = asyncio.get_running_loop().call_later(
-                LOOK_SECONDS * self.limits.pace, self._look_again, pool
-            )
-
-    def _holds(self, pool: _Pool) -> bool:
-        """Return False if turns of a pool need not wait any more: new ones do not, and would go before them.
-
-        A replica that has just joined has not told its capacity yet, which is no reason to let all turns go.
-        """
-        views, now = self._available(pool), self._clock.monotonic()
-        if not (self.limits.enabled and views):
-            return False
-        if self.short_tokens(views) is not None:
-            pool.unknown_seconds = inf
-            return True
-        pool.unknown_seconds = min(pool.unknown_seconds, now)
-        return now - pool.unknown_seconds < UNKNOWN_SECONDS * self.limits.pace
 
     def _withdraw(self, pool: _Pool) -> None:
         """Let the other workers' turns go first: no turn waits here, or all do for busy replicas that hold them."""
@@ -629,7 +643,7 @@ class ColdGate:
         )
 
 
-def _cold_turn(waiter: _Waiter, unfit: frozenset[int]) -> ColdTurn[_Waiter]:
+def _cold_turn(waiter: _Waiter) -> ColdTurn[_Waiter]:
     turn = waiter.turn
     return ColdTurn(
         item=waiter,
@@ -640,7 +654,7 @@ def _cold_turn(waiter: _Waiter, unfit: frozenset[int]) -> ColdTurn[_Waiter]:
         priority=turn.priority,
         weight=turn.weight,
         prefill_seconds=turn.prefill_seconds,
-        unfit=unfit,
+        unfit=waiter.unfit,
     )
 
 

@@ -91,9 +91,10 @@ class Bench:
         self.reports = 0
         self.others = 0 if alone else 1
         self.capacity = capacity
+        self.unknown: set[int] = set()  # replicas whose capacity is not known
         self.gate = ColdGate(
             self.fleet,
-            lambda number: self.capacity,
+            lambda number: None if number in self.unknown else self.capacity,
             self.shares,
             self.claims,
             lambda: self.others,
@@ -889,6 +890,56 @@ async def test_turns_that_wait_go_soon_when_the_capacity_of_a_replica_is_not_kno
     bench.gate.changed()
     await assert_goes_after(bench, waiting, pace * UNKNOWN_SECONDS)
     assert isinstance(waiting.exception(), TurnedAway)
+
+
+async def test_a_replica_of_unknown_capacity_lets_only_turns_go_that_it_can_serve():
+    """Those of another model wait on, as new ones do, for the replicas that have it."""
+    bench = Bench()
+    bench.fleet.pending = [1e6, 1e6]
+    one_model, any_model = bench.begin(prefill_seconds={1: 9.0}), bench.begin(prefill_seconds={0: 9.0, 1: 9.0})
+    await settle()
+    bench.unknown = {0}
+    bench.gate.changed()
+    await assert_goes_after(bench, any_model, UNKNOWN_SECONDS)
+    assert isinstance(any_model.exception(), TurnedAway)
+    bench.clock.advance(UNKNOWN_SECONDS)
+    bench.fleet.pending[1] = 0.0
+    bench.gate.changed()
+    await settle()
+    assert one_model.result().replica == 1
+
+
+async def test_each_replica_that_joins_has_its_own_seconds_to_tell_its_capacity():
+    """They may join one after the other, with always one of them that has just come."""
+    bench = Bench(3)
+    bench.fleet.pending = 3 * [1e6]
+    waiting = bench.begin()
+    await settle()
+    for number in range(3):
+        bench.unknown = {number}
+        bench.gate.changed()
+        bench.clock.advance(UNKNOWN_SECONDS - 0.1)
+        bench.gate.changed()
+    await settle()
+    assert not waiting.done()
+    waiting.cancel()
+
+
+async def test_a_turn_goes_once_none_of_the_replicas_that_can_serve_it_is_left():
+    """Those that others wait for are no use to it: it would wait for as long as they come."""
+    bench = Bench()
+    bench.fleet.pending = [1e6, 1e6]
+    one_model, other_model = bench.begin(prefill_seconds={0: 9.0}), bench.begin(prefill_seconds={1: 9.0})
+    await settle()
+    bench.fleet.down = {0}
+    bench.gate.changed()
+    await settle()
+    assert isinstance(one_model.exception(), TurnedAway)
+    assert not other_model.done()
+    bench.fleet.pending[1] = 0.0
+    bench.gate.changed()
+    await settle()
+    assert other_model.result().replica == 1
 
 
 async def test_a_claim_that_comes_for_a_turn_that_left_goes_to_no_turn_that_cannot_use_it():
