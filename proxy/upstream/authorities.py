@@ -13,7 +13,11 @@ from proxy.clock import Clock
 log = logging.getLogger("cairn.upstream")
 
 LOOK_SECONDS: Final = 10.0  # between two looks at the file
-_NO_FILE: Final = (0, 0, 0)
+
+_State = tuple[int, int, int]
+"""Numbers that differ once a file was written or replaced."""
+
+_NO_FILE: Final[_State] = (0, 0, 0)
 
 
 class Authorities:
@@ -28,6 +32,7 @@ class Authorities:
         self._only_file = only_file
         self._context: ssl.SSLContext | None = None
         self._made_of = _NO_FILE
+        self._unusable: _State | None = None  # the file as it was when it could not be used
         self._look_at_seconds = 0.0
         self._looking = asyncio.Lock()
 
@@ -38,23 +43,28 @@ class Authorities:
         there is none yet.
         """
         async with self._looking:
-            if self._context is None or self._clock.monotonic() >= self._look_at_seconds:
-                self._context = await asyncio.to_thread(self._current, self._context)
+            context = self._context
+            if context is None or self._clock.monotonic() >= self._look_at_seconds:
+                found = await asyncio.to_thread(self._current, context, self._made_of)
+                context, _ = self._context, self._made_of = found  # neither if the request was cancelled
                 self._look_at_seconds = self._clock.monotonic() + LOOK_SECONDS
-        return self._context
+        return context
 
-    def _current(self, context: ssl.SSLContext | None) -> ssl.SSLContext:
+    def _current(self, context: ssl.SSLContext | None, made_of: _State) -> tuple[ssl.SSLContext, _State]:
+        """Return the context to use, and the state of the file that it was made of. Raises OSError without any."""
         file = _state(self._ca_file)
-        if context is not None and file == self._made_of:
-            return context
-        self._made_of = file
+        if context is not None and file == made_of:
+            return context, made_of
         try:
-            return self._make()
+            return self._make(), file
         except OSError as error:
             if context is None:
                 raise
-            log.warning("%s has changed and cannot be used: %s", self._ca_file, error.strerror or "no certificates")
-            return context
+            if file != self._unusable:  # it is tried again: there may just have been no descriptor
+                self._unusable = file
+                reason = error.strerror or "no certificates"
+                log.warning("%s has changed and cannot be used: %s", self._ca_file, reason)
+            return context, made_of
 
     def _make(self) -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=self._ca_file if self._only_file else None)
@@ -64,8 +74,7 @@ class Authorities:
         return context
 
 
-def _state(path: str | None) -> tuple[int, int, int]:
-    """Return numbers that differ once a file was written or replaced."""
+def _state(path: str | None) -> _State:
     if path is None:
         return _NO_FILE
     try:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import ssl
+import threading
 from pathlib import Path
 
 import pytest
 import trustme
 
 from proxy.errors import TlsFailed
+from proxy.tasks import Tasks
 from proxy.upstream import Authorities, Limits, UpstreamClient
 from proxy.upstream.authorities import LOOK_SECONDS
 from tests.proxy.upstream.conftest import fetch
@@ -90,6 +93,54 @@ async def test_a_file_that_cannot_be_used_changes_nothing_and_is_logged_once(
                 assert await authorities.tls_context() is first
             assert len(caplog.messages) == lines
     path.write_bytes(content)
+    clock.advance(LOOK_SECONDS)
+    assert await authorities.tls_context() is not first
+
+
+async def test_a_request_that_is_cancelled_while_the_file_is_read_leaves_it_to_the_next_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Otherwise the new authorities would not be trusted until the file changes again."""
+    clock, path, make, tasks = FakeClock(), tmp_path / "ca.pem", ssl.create_default_context, Tasks()
+    authorities = Authorities(clock, written(path, trustme.CA()), only_file=True)
+    first = await authorities.tls_context()
+    written(path, trustme.CA())
+    clock.advance(LOOK_SECONDS)
+    loop, reading, go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+    def slow(cafile: str) -> ssl.SSLContext:
+        loop.call_soon_threadsafe(reading.set)
+        go_on.wait()
+        return make(cafile=cafile)
+
+    monkeypatch.setattr(ssl, "create_default_context", slow)
+    leaves = tasks.start(authorities.tls_context(), "context")
+    await reading.wait()
+    leaves.cancel()
+    go_on.set()
+    await asyncio.wait({leaves})
+    assert leaves.cancelled()
+    assert await authorities.tls_context() is not first
+
+
+async def test_a_file_that_could_not_be_read_for_want_of_a_descriptor_is_read_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though it does not change again. The log says it once."""
+    clock, path, make = FakeClock(), tmp_path / "ca.pem", ssl.create_default_context
+    authorities = Authorities(clock, written(path, trustme.CA()), only_file=True)
+    first = await authorities.tls_context()
+    written(path, trustme.CA())
+
+    def no_descriptor(cafile: str) -> ssl.SSLContext:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(ssl, "create_default_context", no_descriptor)
+    for _ in range(2):
+        clock.advance(LOOK_SECONDS)
+        assert await authorities.tls_context() is first
+    assert caplog.messages == [f"{path} has changed and cannot be used: Too many open files"]
+    monkeypatch.setattr(ssl, "create_default_context", make)
     clock.advance(LOOK_SECONDS)
     assert await authorities.tls_context() is not first
 
