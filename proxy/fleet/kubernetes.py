@@ -18,7 +18,7 @@ from urllib.parse import quote
 import msgspec
 
 from proxy.backoff import ExponentialBackoff
-from proxy.errors import ConnectFailed, UpstreamError
+from proxy.errors import UpstreamError
 from proxy.fleet.endpoint_slices import GONE, Endpoint, Slice, SliceList, SliceTable, WatchError
 from proxy.fleet.http_client import HttpClient
 from proxy.tasks import Tasks
@@ -64,10 +64,6 @@ class ApiError(Exception):
 class Client(HttpClient, Protocol):
     """Sends requests on connections that can be closed: `proxy.upstream.UpstreamClient`."""
 
-    def forget(self, origin: Origin) -> bool:
-        """Drop the connections to an origin, and its TLS settings."""
-        ...
-
     async def close(self) -> None:
         """Close every connection."""
         ...
@@ -100,13 +96,9 @@ class KubernetesApi:
         path = f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
         target = f"{path}?labelSelector={quote(','.join(labels), safe='')}&{query}"
         headers = [(b"accept", b"application/json"), *await self._credential()]
-        try:
-            response = await self._client.request(
-                self._origin, b"GET", target.encode(), headers, limits=limits, repeatable=True
-            )
-        except ConnectFailed:
-            self._client.forget(self._origin)  # the certificate authorities may have changed: read their file again
-            raise
+        response = await self._client.request(
+            self._origin, b"GET", target.encode(), headers, limits=limits, repeatable=True
+        )
         if response.status != 200:
             response.abort()
             raise ApiError(response.status, _explained(response.status, namespace))
