@@ -34,7 +34,7 @@ GONE_SECONDS = 1.0
 """Age from which the claim of a worker that is gone ends: a younger one shows that the worker has come back."""
 
 LOOK_SECONDS = 1.0
-"""Least time between two looks for claims whose workers do not announce themselves, while turns get no replica."""
+"""Least time between two looks for claims whose workers do not announce themselves, while a pool's turns get none."""
 
 TAKE = Script(
     "cold-take",
@@ -144,7 +144,7 @@ class ColdClaims:
         self._clock = clock
         self._tasks = tasks
         self._unannounced: dict[str, list[str]] = {}  # workers with claims that were found to be gone, by pool
-        self._next_look_seconds = -inf
+        self._next_look_seconds: dict[str, float] = {}  # by pool: otherwise one that asks more often takes all looks
         self._gone = gone
         self._taken = 0
         self._numbers: dict[tuple[str, str], int] = {}  # of the last claim, by pool and replica
@@ -222,12 +222,13 @@ class ColdClaims:
 
     def withdraw(self, pool: str) -> None:
         """Withdraw this worker's oldest turn, in the background: no turn waits any more."""
+        self._unannounced.pop(pool, None)  # who is gone now may be back when the next turn waits
         self._tasks.start(self._withdraw(pool), "cold turn withdrawal")
 
     def _look_for_gone(self, pool: str) -> None:
         now_seconds = self._clock.monotonic()
-        if now_seconds >= self._next_look_seconds:
-            self._next_look_seconds = now_seconds + LOOK_SECONDS
+        if now_seconds >= self._next_look_seconds.get(pool, -inf):
+            self._next_look_seconds[pool] = now_seconds + LOOK_SECONDS
             self._tasks.start(self._find_gone(pool), "cold claims of gone workers")
 
     async def _find_gone(self, pool: str) -> None:

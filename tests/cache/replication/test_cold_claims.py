@@ -187,6 +187,28 @@ async def test_a_worker_that_waits_looks_for_such_claims_once_a_second(two: Two,
     assert await looked(two, two.one) == "r0"
 
 
+async def test_each_pool_has_its_own_looks(two: Two, server: Valkey) -> None:
+    """Otherwise the turns of one that asks first each time would keep those of another waiting for a dead worker."""
+    server.ask("ZADD", keys.WRITERS, "1", "one")
+    waits = two.one.take("other", [], order=("1", 0.0), tenant="a", claim_seconds=30.0, most=9)
+    assert await waits is None
+    await claim_of_a_worker_that_is_gone(two, server)
+    assert await looked(two, two.one) == "r0"
+
+
+async def test_who_was_gone_when_the_last_turn_went_may_be_back_when_the_next_one_waits(
+    two: Two, server: Valkey
+) -> None:
+    """A worker that could not announce itself for some seconds keeps its claims."""
+    server.ask("ZADD", keys.WRITERS, "1", "one")
+    await claim_of_a_worker_that_is_gone(two, server)
+    assert await take(two.one, ["r0"], "1") is None
+    await eventually(lambda: not len(two.tasks))
+    two.one.withdraw("pool")
+    server.ask("ZADD", keys.WRITERS, "1", "dead")
+    assert await take(two.one, ["r0"], "1") is None
+
+
 async def test_a_tenant_holds_no_more_than_its_part_over_all_workers(two: Two) -> None:
     """Another tenant's turn is not in its way."""
     assert await take(two.one, ["r0", "r1"], "1", most=1) == "r0"
