@@ -297,7 +297,7 @@ class ColdGate:
             elif each.priority == turn.priority and since <= arrived:
                 before[each.tenant] = before.get(each.tenant, 0.0) + each.uncached_tokens
         away = pool.tickets.expected(arrived, now)
-        here, counted = 1.0 / (1 + self._others()), 0  # clients come back to any worker
+        here, back = 1.0 / (1 + self._others()), next(away, None)  # clients come back to any worker
         for looks in range(1, MOST_LOOKS + 1):
             own = before.get(turn.tenant, 0.0)
             others = {tenant: tokens for tenant, tokens in before.items() if tenant != turn.tenant}
@@ -305,13 +305,12 @@ class ColdGate:
             tokens = urgent_tokens + own + self._shares.most_before(turn.tenant, own, others)
             seconds = pool.rate.seconds_for(tokens, rate)
             # who was turned away goes before it only if it is back by then
-            back = counted
-            while back < len(away) and (away[back].seconds < seconds or looks == MOST_LOOKS - 1):
-                before[away[back].tenant] = before.get(away[back].tenant, 0.0) + here * away[back].tokens
-                back += 1
-            if back == counted:
-                break
             counted = back
+            while back is not None and (back.seconds < seconds or looks == MOST_LOOKS - 1):
+                before[back.tenant] = before.get(back.tenant, 0.0) + here * back.tokens
+                back = next(away, None)
+            if back is counted:
+                break
         return seconds
 
     # -- waiting

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.routing.cold_wait import GRACE_SECONDS, LATE_SECONDS, MAX_ROWS, MAX_TICKETS, SENDS, ColdRate, Tickets
+from tests.support.operations import operations
 
 
 def test_the_rate_is_that_at_which_waiting_turns_were_taken():
@@ -38,10 +43,48 @@ def test_those_that_were_sent_away_are_counted_before_later_ones():
     tickets.give("a", 1, 50_000.0, 100.0, 30.0, 100.0)
     tickets.give("a", 2, 70_000.0, 101.0, 30.0, 101.0)
     tickets.give("b", 1, 5.0, 101.0, 20.0, 101.0)
-    assert tickets.expected(102.0, 102.0) == [(19.0, "b", 5.0), (28.0, "a", 50_000.0), (29.0, "a", 70_000.0)]
-    assert tickets.expected(101.0, 102.0) == [(28.0, "a", 50_000.0)]
+    assert list(tickets.expected(102.0, 102.0)) == [(19.0, "b", 5.0), (28.0, "a", 50_000.0), (29.0, "a", 70_000.0)]
+    assert list(tickets.expected(101.0, 102.0)) == [(28.0, "a", 50_000.0)]
     tickets.take("a", 1)
-    assert tickets.expected(102.0, 102.0) == [(19.0, "b", 5.0), (29.0, "a", 70_000.0)]
+    assert list(tickets.expected(102.0, 102.0)) == [(19.0, "b", 5.0), (29.0, "a", 70_000.0)]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(("give", "take", "absorb", "expire")), st.integers(0, 5), st.integers(1, 40)),
+        max_size=40,
+    )
+)
+def test_whatever_came_and_went_those_that_are_left_are_expected_in_order(steps: list[tuple[str, int, int]]):
+    """Here or in another worker, again and again."""
+    tickets, due = Tickets(), dict[int, float]()
+    for now, (step, number, back) in enumerate(steps):
+        if step == "give":
+            tickets.give("a", number, 1.0, 0.0, back, now)
+            due[number] = now + back
+        elif step == "take":
+            tickets.take("a", number)
+            due.pop(number, None)
+        elif step == "absorb":
+            tickets.absorb({f"\0ticket:\0{number:x}\0a": (1.0, 1.0, back, 90.0)}, now)
+            due[number] = now + back
+        else:
+            tickets.expire(now)
+    left = sorted(max(each - len(steps), 0.0) for each in due.values() if each + LATE_SECONDS >= len(steps))
+    assert [seconds for seconds, _, _ in tickets.expected(1e3, len(steps))] == left
+
+
+def test_who_comes_back_first_is_found_without_a_look_at_all_others():
+    """Every turn that is judged asks, and thousands may have been turned away."""
+
+    def costs(tickets_kept: int) -> int:
+        tickets = Tickets()
+        for number in range(tickets_kept):
+            tickets.give("a", number, 1.0, 0.0, 30.0 + number, 0.0)
+        return operations(lambda: list(islice(tickets.expected(1.0, 1.0), 4)))
+
+    costs(4)
+    assert costs(4_000) == costs(8)
 
 
 def test_those_that_are_late_are_not_expected_any_more_and_keep_their_place():
@@ -49,8 +92,8 @@ def test_those_that_are_late_are_not_expected_any_more_and_keep_their_place():
     tickets = Tickets()
     tickets.give("a", 1, 50_000.0, 100.0, 30.0, 100.0)
     due = 100.0 + 30.0
-    assert tickets.expected(200.0, due + LATE_SECONDS) == [(0.0, "a", 50_000.0)]
-    assert tickets.expected(200.0, due + LATE_SECONDS + 0.1) == []
+    assert list(tickets.expected(200.0, due + LATE_SECONDS)) == [(0.0, "a", 50_000.0)]
+    assert list(tickets.expected(200.0, due + LATE_SECONDS + 0.1)) == []
     assert tickets.arrival("a", 1, due + LATE_SECONDS + 0.1) == 100.0
 
 
@@ -85,7 +128,7 @@ def test_the_other_workers_know_who_was_sent_away_and_who_came_back():
     assert (there.arrival("a", 2**64 - 1, 5_010.0), len(other)) == (4_990.0, 0)
     assert not there.is_due("a", 2**64 - 1, 5_029.0)
     assert there.is_due("a", 2**64 - 1, 5_030.0)
-    assert there.expected(5_000.0, 5_002.0) == [(28.0, "a", 50_000.0)]
+    assert list(there.expected(5_000.0, 5_002.0)) == [(28.0, "a", 50_000.0)]
     assert there.rows(5_002.0) == {}  # told by one, not by all in turn
     there.take("a", 2**64 - 1)
     here.absorb(there.rows(5_031.0), 131.0)
