@@ -11,7 +11,8 @@ Pure: clocks are passed in, nothing here waits or sends. The proxy and the simul
 from __future__ import annotations
 
 import enum
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from math import inf
 from typing import Final, Generic, TypeVar
@@ -91,7 +92,7 @@ NEW_AFTER_SECONDS: Final = 1.0
 """A turn of a session that was served before precedes a new session's that arrived at most this much earlier."""
 
 MOST_PASSED_OVER: Final = 256
-"""Turns that are passed over in one look, because what is open to others cannot serve them."""
+"""Turns that are passed over in one look, behind others that what is open cannot serve either."""
 
 ORDER_OF_ARRIVAL: Final = 1.0
 """Weight of the arrival time that makes a queue first come, first served."""
@@ -198,6 +199,7 @@ class ColdQueue(Generic[T]):
         self._last_cold_seconds = {} if last_cold_seconds is None else last_cold_seconds
         self._first_seconds: dict[Waiting[T], float] = {}  # when a turn was first the first one under pressure
         self._asked_seconds: dict[Waiting[T], float] = {}  # when a turn was first one that might go
+        self._unfit: Counter[frozenset[int]] = Counter()  # how many turns have the same unfit replicas
         self._began_seconds = 0.0  # time at which the queue last ceased to be empty
 
     def __len__(self) -> int:
@@ -207,13 +209,14 @@ class ColdQueue(Generic[T]):
         """Add a turn that arrived at `now_seconds`."""
         if not len(self._queue):
             self._began_seconds = now_seconds
+        self._unfit[turn.unfit] += 1
         waiting = Claimant(turn, turn.tenant, turn.weight, turn.priority, turn.uncached_tokens)
         return self._queue.join(waiting, turn.delay_seconds, now_seconds)
 
     def leave(self, waiting: Waiting[T]) -> None:
         """Remove a turn that was not sent. May be called twice."""
-        self._queue.leave(waiting)
         self._forget(waiting)
+        self._queue.leave(waiting)
 
     def head(self, now_seconds: float, skipped: Container[str] = ()) -> Waiting[T] | None:
         """Return the turn that goes next, of no tenant in `skipped`, or None."""
@@ -222,6 +225,11 @@ class ColdQueue(Generic[T]):
     def waiting(self) -> dict[tuple[Priority, str], int]:
         """Count the turns that wait, by priority and tenant."""
         return self._queue.waiting()
+
+    @property
+    def unfit(self) -> Set[frozenset[int]]:
+        """The different sets of replicas that cannot serve a turn, of all turns that wait."""
+        return self._unfit.keys()
 
     def highest(self, skipped: Container[str] = ()) -> Priority | None:
         """Return the highest priority with which a tenant waits that is not in `skipped`, None if there is none."""
@@ -285,47 +293,57 @@ class ColdQueue(Generic[T]):
         """Return the turn that goes next, and the replicas open to it, best first; it waits on if there are none.
 
         Without pressure a turn may wait for a busy replica that holds part of its prompt, and lets others go before
-        it, for at most `patience_seconds`. It also lets them go where it cannot be served itself. Returns None if all
-        that wait do so. `rooms` are all replicas that are available, the others are as in `open_to`. No turn of a
-        tenant in `skipped` goes.
+        it, for at most `patience_seconds`. It also lets them go where it cannot be served itself, and so do all
+        behind it that only the same replicas can serve. Returns None if all that wait do so. `rooms` are all replicas
+        that are available, the others are as in `open_to`. No turn of a tenant in `skipped` goes.
         """
         busy_seconds = {room.replica: room.pending_seconds for room in rooms}
-        passed_over = 0
+        passed_over, blocked = 0, set[frozenset[int]]()
         for waiting in self._queue.in_order(now_seconds, skipped):
-            among = self.open_to(
-                waiting,
-                rooms,
-                now_seconds,
-                is_pressed=is_pressed,
-                quiet_seconds=quiet_seconds,
-                rest_seconds=rest_seconds,
-                patience_seconds=patience_seconds,
-                round_seconds=round_seconds,
-            )
             unfit = waiting.item.unfit
-            costs = costs_of(waiting.item, busy_seconds)
-            best = min(costs, key=lambda replica: (costs[replica], replica not in among), default=None)
-            if not among and any(
-                room.replica in unfit and self._is_free(room, now_seconds, quiet_seconds, rest_seconds)
-                for room in rooms
-            ):
-                passed_over += 1
-                if passed_over == MOST_PASSED_OVER:
+            if unfit not in blocked:
+                among = self.open_to(
+                    waiting,
+                    rooms,
+                    now_seconds,
+                    is_pressed=is_pressed,
+                    quiet_seconds=quiet_seconds,
+                    rest_seconds=rest_seconds,
+                    patience_seconds=patience_seconds,
+                    round_seconds=round_seconds,
+                )
+                if among or not any(
+                    room.replica in unfit and self._is_free(room, now_seconds, quiet_seconds, rest_seconds)
+                    for room in rooms
+                ):
+                    costs = costs_of(waiting.item, busy_seconds)
+                    best = min(costs, key=lambda replica: (costs[replica], replica not in among), default=None)
+                    is_patient = not is_pressed and now_seconds - waiting.arrived_seconds < patience_seconds
+                    if best is None or best in among or not among or not is_patient:
+                        return waiting, tuple(sorted(among, key=lambda replica: costs[replica]))
+                    busy_seconds[best] += waiting.item.prefill_seconds.get(best, 0.0)
+                    continue
+                blocked.add(unfit)
+                if len(blocked) == len(self._unfit):
                     return None
-                continue
-            is_patient = not is_pressed and now_seconds - waiting.arrived_seconds < patience_seconds
-            if best is None or best in among or not among or not is_patient:
-                return waiting, tuple(sorted(among, key=lambda replica: costs[replica]))
-            busy_seconds[best] += waiting.item.prefill_seconds.get(best, 0.0)
+            passed_over += 1
+            if passed_over == MOST_PASSED_OVER:
+                return None
         return None
 
     def serve(self, waiting: Waiting[T], replica: int, now_seconds: float) -> None:
         """Remove a turn that is sent to `replica`."""
-        self._queue.serve(waiting)
         self._forget(waiting)
+        self._queue.serve(waiting)
         self._last_cold_seconds[replica] = now_seconds
 
     def _forget(self, waiting: Waiting[T]) -> None:
+        """Drop what is kept for a turn that is about to leave, or has left."""
+        if not waiting.is_gone:
+            unfit = waiting.item.unfit
+            self._unfit[unfit] -= 1
+            if not self._unfit[unfit]:
+                del self._unfit[unfit]
         self._first_seconds.pop(waiting, None)
         self._asked_seconds.pop(waiting, None)
 

@@ -94,7 +94,6 @@ class _Pool:
         self.rate = ColdRate()
         self.tickets = Tickets(name)
         self.waiting: dict[_Waiter, float] = {}  # each with the time of its arrival
-        self.unfit: Counter[frozenset[int]] = Counter()  # how many of them have the same unfit replicas
         self.passes: dict[int, Pass] = {}
         self.asking = False
         self.is_named = False  # the other workers know of a turn that waits here, and let it go first
@@ -361,7 +360,6 @@ class ColdGate:
         waiting = pool.queue.join(_cold_turn(waiter), arrived)
         self._in_use[pool.name] = pool
         pool.waiting[waiter] = arrived
-        pool.unfit[waiter.unfit] += 1
         self.waiting_bytes += turn.body_bytes
         alarm = self._deadline_alarm(waiter)
         try:
@@ -377,7 +375,6 @@ class ColdGate:
                 alarm.cancel()
             pool.queue.leave(waiting)
             del pool.waiting[waiter]
-            pool.unfit -= Counter((waiter.unfit,))  # keeps no zeros
             self.waiting_bytes -= turn.body_bytes
             if not len(pool.queue) and self._others():
                 self._withdraw(pool)
@@ -466,7 +463,7 @@ class ColdGate:
 
         A replica that has just joined has not told its capacity yet, which is no reason to let turns go.
         """
-        if not pool.waiting:
+        if not len(pool.queue):
             return False
         now, before = self._clock.monotonic(), pool.unknown_since
         available = {view.id for view in self._available(pool)}
@@ -476,7 +473,7 @@ class ColdGate:
         oldest = now - UNKNOWN_SECONDS * self.limits.pace
         unknown = {replica for replica, since in pool.unknown_since.items() if since <= oldest}
         is_on = self.limits.enabled
-        go = {each for each in pool.unfit if not is_on or available <= each or not unknown <= each}
+        go = {each for each in pool.queue.unfit if not is_on or available <= each or not unknown <= each}
         if not go:
             return False
         for waiter in pool.waiting:

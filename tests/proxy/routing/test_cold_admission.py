@@ -31,6 +31,7 @@ from proxy.routing.cold_admission import (
     short_tokens,
 )
 from proxy.routing.fair_shares import Priority
+from tests.support.operations import operations
 
 
 def turn(name: str = "", prompt: float = 100_000.0, uncached: float = 90_000.0, **more) -> ColdTurn[str]:
@@ -173,6 +174,47 @@ def test_no_more_than_some_turns_are_passed_over_in_one_look():
     assert queue.next_to_go(rooms, 2.0, is_pressed=True) is None
     queue.leave(unfit[0])
     assert queue.next_to_go(rooms, 2.0, is_pressed=True) == (anywhere, (0,))
+
+
+def test_turns_that_only_busy_replicas_can_serve_cost_no_look_at_each_while_another_replica_is_free():
+    """Each message of another worker makes one look; only the first of them waits for its replica to be next."""
+
+    def costs(turns: int) -> int:
+        queue: ColdQueue[str] = ColdQueue()
+        for _ in range(turns):
+            queue.join(turn(unfit=frozenset({0})), 0.0)
+        rooms = [room(0), room(1, pending=9.0)]
+        assert queue.next_to_go(rooms, 2.0, is_pressed=True) is None
+        return operations(lambda: queue.next_to_go(rooms, 2.0, is_pressed=True))
+
+    costs(1)
+    assert costs(200) == costs(2)
+
+
+def test_a_turn_that_is_passed_over_is_passed_by_none_that_needs_the_same_replicas():
+    """Though there is room for a smaller one behind it: at its own replicas it goes first, as in a pool of equals."""
+    queue: ColdQueue[str] = ColdQueue()
+    large = queue.join(turn(prompt=9e5, unfit=frozenset({0})), 0.0)
+    small = queue.join(turn(prompt=1e4, unfit=frozenset({0})), 1.0)
+    rooms = [room(0), room(1, running=9e5)]
+    assert queue.next_to_go(rooms, 2.0) is None
+    queue.leave(large)
+    assert queue.next_to_go(rooms, 2.0) == (small, (1,))
+
+
+def test_who_cannot_be_served_where_is_known_of_all_that_wait():
+    """Of those that were served or have left, nothing is kept."""
+    queue: ColdQueue[str] = ColdQueue()
+    served, left = [queue.join(turn(unfit=frozenset({0})), 0.0) for _ in range(2)]
+    other = queue.join(turn(), 0.0)
+    queue.serve(served, 1, 1.0)
+    assert queue.unfit == {frozenset({0}), frozenset()}
+    for _ in range(2):
+        queue.leave(left)
+        queue.leave(served)
+    assert queue.unfit == {frozenset()}
+    queue.leave(other)
+    assert queue.unfit == set()
 
 
 def test_nobody_is_spared_where_less_than_a_third_of_the_cache_runs():
