@@ -57,8 +57,9 @@ def test_those_that_were_sent_away_are_counted_before_later_ones():
 )
 def test_whatever_came_and_went_those_that_are_left_are_expected_in_order(steps: list[tuple[str, int, int]]):
     """Here or in another worker, again and again."""
-    tickets, due = Tickets(), dict[int, float]()
-    for now, (step, number, back) in enumerate(steps):
+    tickets, due, now = Tickets(), dict[int, float](), 0.0
+    for step, number, seconds in steps:
+        back = float(seconds)
         if step == "give":
             tickets.give("a", number, 1.0, 0.0, back, now)
             due[number] = now + back
@@ -70,8 +71,9 @@ def test_whatever_came_and_went_those_that_are_left_are_expected_in_order(steps:
             due[number] = now + back
         else:
             tickets.expire(now)
-    left = sorted(max(each - len(steps), 0.0) for each in due.values() if each + LATE_SECONDS >= len(steps))
-    assert [seconds for seconds, _, _ in tickets.expected(1e3, len(steps))] == left
+        now += 1.0
+    left = sorted(max(each - now, 0.0) for each in due.values() if each + LATE_SECONDS >= now)
+    assert [seconds for seconds, _, _ in tickets.expected(1e3, now)] == left
 
 
 def test_who_comes_back_first_is_found_without_a_look_at_all_others():
