@@ -76,10 +76,14 @@ class EngineFindings:
         self._started: dict[int, float] = {}
         self._rooms: dict[int, tuple[int, int | None]] = {}  # capacity in tokens, and slots, by replica
         self._limits: dict[int, LearnedLimit] = {}
+        self._urls: dict[int, str] = {}
 
     def apply(self, number: int, endpoint: ReplicaEndpoint, found: Found, now_seconds: float) -> None:
         """Take over what was found at a replica."""
         facts = found.facts
+        if self._urls.setdefault(number, endpoint.url) != endpoint.url:  # another engine has its name now
+            self._urls[number] = endpoint.url
+            self._forget_limit(number)
         if found.models is not None:
             self._model_names.add(found.models)
         if facts.ranks is not None and self._ranks.ranks_found(endpoint, facts.ranks):
@@ -111,17 +115,22 @@ class EngineFindings:
         self._limits.pop(number, None)
         self._started.pop(number, None)
         self._rooms.pop(number, None)
+        self._urls.pop(number, None)
 
     def _note_start(self, number: int, started_unix_seconds: float) -> None:
         """Start a new epoch if the engine was restarted: its cache is empty."""
         before = self._started.setdefault(number, started_unix_seconds)
         if started_unix_seconds > before:
             self._started[number] = started_unix_seconds
-            if self._limits.pop(number, None) is not None:
-                self._fleet.set_limit(number, None)
-                self._queues.update()
+            if number in self._limits:
+                self._forget_limit(number)
             self._fleet.restarted(number)
             self._journal.new_epoch(number)
+
+    def _forget_limit(self, number: int) -> None:
+        self._limits.pop(number, None)
+        self._fleet.set_limit(number, None)
+        self._queues.update()
 
     def _set_capacity(self, number: int, tokens: int, slots: int | None) -> None:
         """Set a budget and slots when they are new: setting them again would undo what was learned from responses.

@@ -13,6 +13,7 @@ from proxy.fleet.pools import ReplicaEndpoint
 from proxy.upstream import Origin
 
 URL = "http://10.0.0.1:80"
+OTHER_URL = "http://10.0.0.2:80"
 
 
 class Told:
@@ -36,8 +37,8 @@ class Told:
         pass
 
 
-def findings(told: Told) -> EngineFindings:
-    fleet = Fleet(lambda: 0.5)
+def findings(told: Told, fleet: Fleet | None = None) -> EngineFindings:
+    fleet = fleet or Fleet(lambda: 0.5)
     fleet.add(ReplicaSpec("r0", "p"))
     other = cast("Any", told)
     return EngineFindings(fleet, other, other, other, other, other)
@@ -78,3 +79,29 @@ def test_an_engine_that_comes_back_with_the_same_room_in_other_slots_has_those()
     for slots in (4, 4, 8):
         found.apply(0, endpoint, Found(None, EngineFacts(capacity_tokens=500, slots=slots)), 0.0)
     assert told.capacities == [(0, 500, 4), (0, 500, 8)]
+
+
+@pytest.mark.parametrize(("url", "limit"), [(URL, 4), (OTHER_URL, None)])
+def test_the_limit_of_an_engine_holds_until_another_one_has_its_name(url: str, limit: int | None) -> None:
+    """One that states none would get no more requests than that at a time, and so show no limit of its own."""
+    fleet, told = Fleet(lambda: 0.5), Told()
+    found = findings(told, fleet)
+    found.apply(
+        0, ReplicaEndpoint("r0", "p", URL, Origin.parse(URL)), Found(None, EngineFacts(in_flight_limit=4)), 0.0
+    )
+    facts = Found(None, EngineFacts(running=4, waiting=0))
+    for _ in range(2):
+        found.apply(0, ReplicaEndpoint("r0", "p", url, Origin.parse(url)), facts, 1.0)
+        fleet.add(ReplicaSpec("r0", "p"))  # a reload
+    assert fleet.limit_of(0) == limit
+
+
+def test_the_limit_that_was_learned_of_an_engine_is_learned_anew_of_another_one_with_its_name() -> None:
+    fleet, told = Fleet(lambda: 0.5), Told()
+    found = findings(told, fleet)
+    full, idle = EngineFacts(running=40, waiting=3), EngineFacts(running=0, waiting=0)
+    limits = []
+    for url, facts in ((URL, full), (OTHER_URL, idle), (OTHER_URL, full)):
+        found.apply(0, ReplicaEndpoint("r0", "p", url, Origin.parse(url)), Found(None, facts), 0.0)
+        limits.append(fleet.limit_of(0))
+    assert limits == [40, None, 40]
