@@ -21,6 +21,7 @@ _SLOT_SECONDS: Final = 600.0
 _REASONS = {
     Ending.UPSTREAM_FAILED: "upstream_failed",
     Ending.UPSTREAM_BROKE: "upstream_broke",
+    Ending.UPSTREAM_ERROR: "upstream_error",
     Ending.TRUNCATED: "truncated",
     Ending.REFUSED: "other",
     Ending.INTERNAL: "internal_error",

@@ -14,7 +14,7 @@ const MISSES = {
 const ERRORS = {
   upstream_unreachable: "Replica unreachable", upstream_timeout: "Replica timed out", upstream_reset: "Replica closed the connection",
   upstream_tls: "TLS with the replica failed", upstream_protocol: "Replica sent invalid HTTP", upstream_failed: "Replica failed",
-  upstream_broke: "Response cut off by the replica", truncated: "Stream without its end", upstream_4xx: "Error 4xx of the replica",
+  upstream_broke: "Response cut off by the replica", truncated: "Stream without its end", upstream_error: "Error with status 200", upstream_4xx: "Error 4xx of the replica",
   upstream_5xx: "Error 5xx of the replica", no_upstream_available: "No replica available", proxy_overloaded: "Too many requests at once",
   rate_limit_exceeded: "Queue full, or rate limited", request_too_large: "Body too large", invalid_api_key: "Unknown API key",
   model_not_found: "Unknown model", model_not_allowed: "Model not allowed", path_not_allowed: "Path not allowed", unknown_path: "Unknown path",

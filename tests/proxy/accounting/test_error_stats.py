@@ -26,6 +26,7 @@ def failed(ending: Ending = Ending.UPSTREAM_FAILED, code: str | None = "upstream
         (failed(), "upstream_timeout"),
         (failed(Ending.UPSTREAM_FAILED, None), "upstream_failed"),
         (failed(Ending.UPSTREAM_BROKE, "upstream_reset"), "upstream_broke"),
+        (failed(Ending.UPSTREAM_ERROR, None), "upstream_error"),
         (failed(Ending.TRUNCATED, None), "truncated"),
         (failed(Ending.REFUSED, "rate_limit_exceeded"), "rate_limit_exceeded"),
         (failed(Ending.UPSTREAM_STATUS, None, status=404), "upstream_4xx"),
