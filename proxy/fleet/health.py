@@ -107,7 +107,8 @@ class HealthChecker:
         for number in sorted(self._pools.served):
             if number not in self._found and self._fleet.cause(number) is None:
                 self._unanswered_at_start.add(number)
-            log.info("%s", self.describe(number))
+            if self._fleet.cause(number) is None:  # that a replica is down was logged when it was found
+                log.info("%s", self.describe(number))
 
     async def run(self) -> None:
         """Check until cancelled."""
