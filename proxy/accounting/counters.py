@@ -237,11 +237,11 @@ class RequestCounters:
         row.output_tokens += usage.output_tokens
 
     def _count_prediction(self, usage: Usage, predicted_tokens: int | None, source: _Source) -> None:
-        if predicted_tokens is None:
+        if predicted_tokens is None or usage.cached_tokens is None:  # there is nothing to compare it with
             return
-        source.predicted.value += predicted_tokens
-        if usage.cached_tokens is not None:
-            source.error.add(usage.cached_tokens - min(predicted_tokens, usage.prompt_tokens))
+        expected_tokens = min(predicted_tokens, usage.prompt_tokens)
+        source.predicted.value += expected_tokens
+        source.error.add(usage.cached_tokens - expected_tokens)
 
     def _count_money(
         self, outcome: Outcome, usage: Usage, row: Sums, source: _Source, model: str, upstream: str, replica: int

@@ -34,6 +34,7 @@ class SavingsLine(msgspec.Struct, frozen=True):
 
     `cost` is `uncached_cost` minus `saving` plus `surcharge`; `net` is `saving` minus `surcharge`. The shares are
     `net` divided by the uncached cost of the input, and by that of the whole bill; None if that is 0.
+    Unknown tokens count as not cached in `cached_share`, which is None if all are unknown.
     `routing_gain_tokens` is the part of the cached tokens that round robin would not have had. Responses without a
     price count with their tokens only.
     """
@@ -112,7 +113,7 @@ def _line(name: str, sums: Sums) -> SavingsLine:
         unknown_tokens=sums.unknown_tokens,
         written_tokens=sums.written_tokens,
         output_tokens=sums.output_tokens,
-        cached_share=_share(Decimal(sums.cached_tokens), Decimal(sums.prompt_tokens)),
+        cached_share=_cached_share(sums),
         cost_usd=uncached - net,
         uncached_cost_usd=uncached,
         saving_usd=saving,
@@ -128,6 +129,12 @@ def _usd(picos: int) -> Decimal:
     """Convert to USD, without an exponent and without trailing zeros, so that it is written alike everywhere."""
     usd = picos / _PICOS_PER_USD
     return usd.quantize(Decimal(1)) if usd == usd.to_integral_value() else usd.normalize()
+
+
+def _cached_share(sums: Sums) -> Decimal | None:
+    if sums.unknown_tokens >= sums.prompt_tokens:
+        return None
+    return _share(Decimal(sums.cached_tokens), Decimal(sums.prompt_tokens))
 
 
 def _share(part: Decimal, whole: Decimal) -> Decimal | None:

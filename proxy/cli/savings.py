@@ -157,7 +157,7 @@ def _token_cells(line: SavingsLine) -> tuple[str, ...]:
         f"{line.answers:,}",
         f"{line.prompt_tokens:,}",
         f"{line.cached_tokens:,}",
-        _share(line.cached_share),
+        _cached_share(line),
         f"{line.written_tokens:,}",
         f"{line.output_tokens:,}",
         f"{line.prefill_seconds_saved:,.1f} s",
@@ -168,6 +168,11 @@ def _money_cells(line: SavingsLine) -> tuple[str, ...]:
     amounts = (line.uncached_cost_usd, line.saving_usd, line.surcharge_usd, line.net_usd, line.cost_usd)
     shares = (_share(line.input_saving_share), _share(line.bill_saving_share))
     return (line.name, *(f"{amount:,.4f}" for amount in amounts), *shares)
+
+
+def _cached_share(line: SavingsLine) -> str:
+    is_unknown = line.cached_share is None and line.prompt_tokens > 0
+    return "?" if is_unknown else _share(line.cached_share)
 
 
 def _share(share: Decimal | None) -> str:

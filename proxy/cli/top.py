@@ -51,6 +51,7 @@ class _Replica(msgspec.Struct):
     pending_tokens: int
     cached_tokens: int
     prompt_tokens: int
+    unknown_tokens: int
 
 
 class _Saved(msgspec.Struct):
@@ -58,6 +59,7 @@ class _Saved(msgspec.Struct):
     prefill_seconds: float
     cached_tokens: float
     prompt_tokens: float
+    unknown_tokens: float
 
 
 class _Prefix(msgspec.Struct):
@@ -241,7 +243,7 @@ def _replicas(state: State, width: int | None) -> list[str]:
                 f"{each['in_flight']:,}",
                 f"{each['queued']:,}",
                 f"{each['pending_tokens']:,}",
-                _share(each["cached_tokens"], each["prompt_tokens"]),
+                _share(each),
             )
         )
     columns: Sequence[Column] = [
@@ -259,7 +261,7 @@ def _savings(state: State, width: int | None) -> list[str]:
             f"${saved['usd']:,.2f}",
             f"{saved['prefill_seconds']:,.1f} s",
             f"{saved['cached_tokens']:,.0f}",
-            _share(saved["cached_tokens"], saved["prompt_tokens"]),
+            _share(saved),
         )
         for period, saved in state["saved"].items()
         if saved is not None
@@ -275,8 +277,12 @@ def _prefixes(state: State, width: int | None) -> list[str]:
     return lay_out([text("prefixes that saved most"), *map(number, ("tokens", "hits", "saved tokens"))], rows, width)
 
 
-def _share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"
+def _share(tokens: State) -> str:
+    """Return the cached share of prompt tokens; it is unknown if no upstream reported whether any was cached."""
+    prompt = tokens["prompt_tokens"]
+    if not prompt:
+        return "-"
+    return "?" if tokens["unknown_tokens"] >= prompt else f"{100 * tokens['cached_tokens'] / prompt:.1f} %"
 
 
 def _duration(seconds: float) -> str:

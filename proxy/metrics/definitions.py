@@ -178,7 +178,10 @@ ROUTING_GAIN = _counter(
     "model",
 )
 PREDICTED_CACHED = _counter(
-    "predicted_cached_tokens", "Prompt tokens that Cairn expected to be cached.", "model", "upstream"
+    "predicted_cached_tokens",
+    "Prompt tokens that Cairn expected to be cached, of responses that reported how many were.",
+    "model",
+    "upstream",
 )
 PREDICTION_ERROR = _histogram(
     "prediction_error_tokens", "Reported minus predicted cached tokens of one response.", _ERROR_TOKENS,

@@ -101,6 +101,7 @@ def saved(figures: Figures, moment: Moment) -> dict[str, Saved | None]:
         prefill_seconds=figures.value(metrics.PREFILL_SAVED),
         prompt_tokens=prompt_tokens(figures),
         cached_tokens=figures.total(metrics.TOKENS, 2, "input_cached"),
+        unknown_tokens=figures.value(metrics.CACHED_UNKNOWN),
     )
     today = int(moment.now_unix_seconds // _DAY_SECONDS)
     found: dict[str, Saved | None] = {}
@@ -126,6 +127,7 @@ def _saved(line: SavingsLine) -> Saved:
         prefill_seconds=float(line.prefill_seconds_saved),
         prompt_tokens=line.prompt_tokens,
         cached_tokens=line.cached_tokens,
+        unknown_tokens=line.unknown_tokens,
     )
 
 
@@ -176,7 +178,11 @@ def replicas(figures: Figures, readiness: Readiness, reports: Sequence[StatusRep
     pending = _by_label(figures, metrics.UPSTREAM_PENDING)
     rate = figures.series(metrics.UPSTREAM_RATE)
     down = _down(reports)
-    reported, predicted = _tokens_by_upstream(figures), _predicted_by_upstream(figures)
+    reported = _tokens_by_upstream(figures)
+    predicted, unknown = (
+        _by_upstream(figures, metrics.PREDICTED_CACHED),
+        _by_upstream(figures, metrics.CACHED_UNKNOWN),
+    )
     rows = []
     for name, is_up in readiness.upstreams.items():
         budget = budgets.get(name)
@@ -195,6 +201,7 @@ def replicas(figures: Figures, readiness: Readiness, reports: Sequence[StatusRep
                 budget_tokens=None if budget is None or budget >= UNLIMITED_TOKENS else budget,
                 prompt_tokens=int(prompt),
                 cached_tokens=int(cached),
+                unknown_tokens=int(unknown.get(name, 0.0)),
                 predicted_tokens=int(predicted.get(name, 0.0)),
                 prefill_tokens_per_second=rate.get((name,), 0.0),
             )
@@ -364,10 +371,10 @@ def _tokens_by_upstream(figures: Figures) -> dict[str, tuple[float, float]]:
     return found
 
 
-def _predicted_by_upstream(figures: Figures) -> dict[str, float]:
-    """Return the tokens of each upstream that were expected to be cached."""
+def _by_upstream(figures: Figures, spec: Spec) -> dict[str, float]:
+    """Return the sums of a metric whose labels are model and upstream by upstream."""
     found: dict[str, float] = {}
-    for (_, name), amount in figures.series(metrics.PREDICTED_CACHED).items():
+    for (_, name), amount in figures.series(spec).items():
         found[name] = found.get(name, 0.0) + amount
     return found
 

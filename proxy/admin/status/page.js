@@ -33,6 +33,7 @@ const view = { state: null, seconds: [], minutes: [], range: 600, seenMs: 0, plo
 const whole = new Intl.NumberFormat("en");
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 const tokens = (n) => (n < 10000 ? whole.format(Math.round(n)) : compact.format(n).replace("K", "k"));
+const cachedShare = (each) => (each.prompt_tokens > 0 && each.unknown_tokens >= each.prompt_tokens ? "?" : percent(each.cached_tokens, each.prompt_tokens));
 const percent = (part, all) => (all > 0 ? `${((100 * part) / all).toFixed(1)} %` : "–");
 
 const bytes = (n) => (n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(1)} MB`);
@@ -236,7 +237,7 @@ function showSaved(state) {
     setText(remark, remarkOn(saved));
   }
   const since = state.saved["since start"];
-  figure(byId("share"), since.prompt_tokens ? since.cached_tokens / since.prompt_tokens : 0, percent(since.cached_tokens, since.prompt_tokens));
+  figure(byId("share"), since.prompt_tokens ? since.cached_tokens / since.prompt_tokens : 0, cachedShare(since));
   byId("share-bar").style.width = since.prompt_tokens ? `${(100 * since.cached_tokens) / since.prompt_tokens}%` : "0";
   setText(byId("gain"), gainOf(state.routing_gain_tokens, since.cached_tokens));
 }
@@ -264,7 +265,7 @@ function showReplicas(state) {
       { text: whole.format(each.queued), kind: "number" },
       { text: tokens(each.pending_tokens), kind: "number" },
       { text: resident, kind: "number" },
-      { text: percent(each.cached_tokens, each.prompt_tokens), kind: "number filled", fill: each.prompt_tokens ? (100 * each.cached_tokens) / each.prompt_tokens : 0 },
+      { text: cachedShare(each), kind: "number filled", fill: each.prompt_tokens ? (100 * each.cached_tokens) / each.prompt_tokens : 0 },
       { text: tokens(each.predicted_tokens), kind: "number", value: each.predicted_tokens },
       { text: tokens(each.cached_tokens), kind: "number", value: each.cached_tokens },
       { text: each.prefill_tokens_per_second ? tokens(each.prefill_tokens_per_second) : "–", kind: "number" },

@@ -16,7 +16,10 @@ SINCE_START = "since start"
 
 
 class Saved(msgspec.Struct, frozen=True):
-    """The savings of one period. `usd` is the saving minus the surcharge, so it may be negative."""
+    """The savings of one period. `usd` is the saving minus the surcharge, so it may be negative.
+
+    `unknown_tokens` are those prompt tokens that the upstreams reported neither as cached nor as computed.
+    """
 
     usd: float = 0.0
     surcharge_usd: float = 0.0
@@ -24,6 +27,7 @@ class Saved(msgspec.Struct, frozen=True):
     prefill_seconds: float = 0.0
     prompt_tokens: float = 0
     cached_tokens: float = 0
+    unknown_tokens: float = 0
 
 
 class Distribution(msgspec.Struct, frozen=True):
@@ -51,6 +55,7 @@ class ReplicaRow(msgspec.Struct, frozen=True):
     budget_tokens: int | None
     prompt_tokens: int
     cached_tokens: int
+    unknown_tokens: int  # prompt tokens that were reported neither as cached nor as computed
     predicted_tokens: int
     prefill_tokens_per_second: float
 

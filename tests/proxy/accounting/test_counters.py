@@ -89,6 +89,17 @@ def test_an_answer_of_one_token_has_no_time_per_token_and_one_without_usage_no_t
     assert sums(mute, metrics.GEN_AI_USAGE) == sums(mute, metrics.GEN_AI_PER_TOKEN) == {}
 
 
+def test_only_predictions_that_can_be_compared_with_a_report_are_counted() -> None:
+    """None of a response that does not report cached tokens, and no more than the prompt had."""
+    recorder, exposition = Recorder(), Exposition()
+    accounts = counters(recorder)
+    accounts.count(STREAMED, Usage(1000, 21, 990), 1200)
+    accounts.count(STREAMED, Usage(1000, 21, None), 900)
+    exposition.apply(0, recorder.take())
+    assert exposition.value(metrics.PREDICTED_CACHED) == 1000
+    assert sums(exposition, metrics.PREDICTION_ERROR) == {("m", "one"): -10}
+
+
 @pytest.mark.parametrize("other", [{"endpoint": Endpoint.MESSAGES}, {"stream": False}])
 def test_cached_tokens_that_a_dialect_never_reports_are_not_zero_because_another_reports_them(
     other: dict[str, Any],

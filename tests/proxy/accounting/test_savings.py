@@ -45,6 +45,14 @@ def test_money_is_exact_and_input_and_bill_savings_are_two_figures() -> None:
     assert line.prefill_seconds_saved == D("1.5")
 
 
+def test_a_share_of_tokens_of_which_none_was_reported_is_unknown() -> None:
+    """None, and not zero; as soon as some were reported, the others count as not cached."""
+    red, blue = made(By.TENANT).lines
+    assert (blue.prompt_tokens, blue.cached_share) == (500, None)
+    assert red.cached_share == D("0.7921")
+    assert made().total.cached_share == D("0.5298")
+
+
 def test_a_write_that_is_never_read_shows_as_a_loss() -> None:
     """The net is below zero, to the last picodollar."""
     line = made(By.UPSTREAM).lines[1]

@@ -44,7 +44,7 @@ async def write(url: str) -> None:
             saving_picos=3 * USD,
         )
     )
-    totals.row(today, "gpt", "east", "blue").add(Sums(answers=1, unpriced=1, unknown_tokens=77))
+    totals.row(today, "gpt", "east", "blue").add(Sums(answers=1, unpriced=1, prompt_tokens=77, unknown_tokens=77))
     assert await totals.flush()
     await store.close()
     await tasks.close()
@@ -65,6 +65,7 @@ def test_a_table_for_people_with_what_is_not_in_it(valkey: Valkey) -> None:
     assert "for lack of a price: 1 response;" in text
     assert "4,500 cached tokens (50.0 %) that round robin would have missed" in text
     assert "as cached or not: 77 prompt tokens." in text
+    assert any(line.split()[:5] == ["blue", "1", "77", "0", "?"] for line in text.splitlines()), text
 
 
 def test_json_and_csv_are_exact(valkey: Valkey) -> None:

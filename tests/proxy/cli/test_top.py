@@ -69,6 +69,15 @@ def test_the_screen_answers_an_operators_first_questions() -> None:
         assert words in shown, words
 
 
+def test_the_share_of_a_replica_that_never_reports_cached_tokens_is_unknown() -> None:
+    """It is not zero; with some reported, the share is the least that was cached."""
+    found = state()
+    found["replicas"][0] |= {"cached_tokens": 0, "prompt_tokens": 700, "unknown_tokens": 700}
+    assert any(line.startswith("one ") and line.endswith(" ?") for line in lines(found, 100))
+    found["replicas"][0] |= {"cached_tokens": 70, "unknown_tokens": 350}
+    assert any(line.startswith("one ") and line.endswith(" 10.0 %") for line in lines(found, 100))
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_no_figure_is_cut_at_any_width(width: int) -> None:
     """A narrow terminal gets records."""

@@ -63,10 +63,11 @@ def test_saved_since_the_start_is_the_sum_of_the_series() -> None:
         (metrics.SAVINGS, ("m", "one"), 3.0),
         (metrics.SURCHARGE, ("m", "one"), 0.5),
         (metrics.UNCACHED_COST, ("m", "one"), 9.0),
+        (metrics.CACHED_UNKNOWN, ("m", "one"), 4),
         (metrics.PREFILL_SAVED, ("m", "two"), 7.0),
     )
     found = build.build(figures, READY, [], NOW).saved
-    assert found == {"today": None, "7 days": None, "since start": Saved(2.5, 0.5, 9.0, 7.0, 50, 35)}
+    assert found == {"today": None, "7 days": None, "since start": Saved(2.5, 0.5, 9.0, 7.0, 50, 35, 4)}
 
 
 def test_periods_that_outlive_a_restart_come_from_who_keeps_them() -> None:
@@ -136,6 +137,7 @@ def test_a_row_for_each_replica() -> None:
     figures = counted(
         *tokens("one", input_fresh=10, input_cached=30),
         (metrics.PREDICTED_CACHED, ("m", "one"), 32),
+        (metrics.CACHED_UNKNOWN, ("m", "one"), 5),
         (metrics.INDEX_TOKENS, ("one",), 70),
         (metrics.UPSTREAM_IN_FLIGHT, ("one",), 2),
         (metrics.UPSTREAM_QUEUED, ("two",), 4),
@@ -145,7 +147,7 @@ def test_a_row_for_each_replica() -> None:
     pages = [StatusReport(budgets={"one": 90, "two": UNLIMITED_TOKENS}), StatusReport(budgets={"one": 100})]
     one, two = build.build(figures, READY, pages, NOW).replicas
     assert (one.name, one.up, one.in_flight, one.resident_tokens, one.budget_tokens) == ("one", True, 2, 70, 100)
-    assert (one.prompt_tokens, one.cached_tokens, one.predicted_tokens) == (40, 30, 32)
+    assert (one.prompt_tokens, one.cached_tokens, one.unknown_tokens, one.predicted_tokens) == (40, 30, 5, 32)
     assert (two.up, two.breaker, two.queued, two.pending_tokens, two.budget_tokens) == (False, "open", 4, 900, None)
 
 
