@@ -342,6 +342,8 @@ class Supervisor:
         """Read the totals of today and of seven days for the status page, while somebody is viewing it."""
         clock = self._parts.clock
         while True:
+            if not self.board.viewers:
+                self.board.forget_totals()
             await self.board.wait_for_viewer()
             started_seconds = clock.monotonic()
             try:

@@ -44,6 +44,8 @@ class StatusBoard:
         self._encoded: bytes | None = None
         self._periods: dict[str, Saved] = {}
         self._has_viewer = asyncio.Event()
+        self._totals_read = asyncio.Event()
+        self._totals_read.set()  # nobody waits for a reader that there may not be
         self._viewers = 0
         self.history = History()
         self.base_url = ""
@@ -88,6 +90,17 @@ class StatusBoard:
         """Set the totals of seven days, by day; None if they cannot be read."""
         self._periods = build.periods(week) if week is not None else {}
         self._encoded = None
+        self._totals_read.set()
+
+    def forget_totals(self) -> None:
+        """Show no totals until they are set again: those that the last viewer saw may be of another day."""
+        self._periods = {}
+        self._encoded = None
+        self._totals_read.clear()
+
+    async def wait_for_totals(self) -> None:
+        """Wait until the totals were read, or found to be unreadable, since they were forgotten."""
+        await self._totals_read.wait()
 
     @contextmanager
     def viewing(self) -> Iterator[None]:

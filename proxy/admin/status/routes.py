@@ -6,7 +6,7 @@ The admin port's guard decides who may see it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from aiohttp import web
@@ -19,6 +19,7 @@ EVENTS_PATH = "/events"
 STREAMS_AT_MOST = 32  # open pages
 LEAST_PAUSE_SECONDS = 0.25  # between two states
 MOST_PAUSE_SECONDS = 1.0
+TOTALS_SECONDS = 2.0  # how long the first state waits for the totals, which are read only for viewers
 WRITE_SECONDS = 20.0  # a page that reads nothing for this long is taken to be closed
 # plotly adds a style element, whose digest changes with its version, and sets style on its own elements. Nothing else
 # can inject a style: the page shows the state as text and never as markup.
@@ -97,6 +98,7 @@ class StatusRoutes:
         with self._board.viewing(), suppress(ConnectionResetError, TimeoutError):  # the page was closed
             await response.prepare(request)
             await _send(response, b"history", self._board.history_json())
+            await _within(TOTALS_SECONDS, self._board.wait_for_totals())
             while not self._closing.is_set() and self._is_allowed(request):
                 await _send(response, b"state", self._board.state_json())
                 await self._pause()
@@ -104,14 +106,17 @@ class StatusRoutes:
 
     async def _pause(self) -> None:
         await self._closing_within(LEAST_PAUSE_SECONDS)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(MOST_PAUSE_SECONDS - LEAST_PAUSE_SECONDS):
-                await self._board.wait_for_change()
+        await _within(MOST_PAUSE_SECONDS - LEAST_PAUSE_SECONDS, self._board.wait_for_change())
 
     async def _closing_within(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._closing.wait()
+        await _within(seconds, self._closing.wait())
+
+
+async def _within(seconds: float, waiting: Awaitable[object]) -> None:
+    """Wait for something, but no longer than `seconds`."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await waiting
 
 
 async def _send(response: web.StreamResponse, event: bytes, content: bytes) -> None:

@@ -13,6 +13,7 @@ import aiohttp
 import msgspec
 import pytest
 
+from cache import RowKey, Sums
 from proxy.accounting.savings import By, first_day, report
 from proxy.accounting.savings import SavingsReport as Savings
 from proxy.accounting.totals_reader import Unreadable
@@ -279,6 +280,20 @@ async def test_the_stream_begins_with_the_history_and_ends_with_the_port(admin: 
             assert names == [b"event: history", b"event: state", b"event: state"]
             await admin.port.close()
             assert b"event: history" not in await answer.content.read()
+
+
+async def test_the_first_state_has_the_totals_as_they_are_now(admin: Running) -> None:
+    """They are read for viewers only: it waits for them, and never shows those that an earlier viewer saw."""
+    board, today = admin.overview.board, date(2026, 11, 23)
+    board.set_totals(report({}, By.DAY, today, today))
+    board.forget_totals()
+    async with asyncio.timeout(10), admin.session.get(admin.url + "/events") as answer:
+        assert b"event: history" in await answer.content.readuntil(b"\n\n")
+        rows = {RowKey("2026-11-23", "m", "one", "t"): Sums(prompt_tokens=9, cached_tokens=4)}
+        board.set_totals(report(rows, By.DAY, today, today))
+        state = await answer.content.readuntil(b"\n\n")
+    saved = json.loads(state.partition(b"data: ")[2])["saved"]
+    assert saved["today"]["cached_tokens"] == saved["7 days"]["cached_tokens"] == 4
 
 
 async def test_a_stream_ends_when_its_token_is_replaced(admin: Running) -> None:

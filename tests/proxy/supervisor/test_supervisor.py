@@ -308,6 +308,20 @@ def test_a_valkey_that_dies_is_started_again(file: Path) -> None:
             pass  # bounded by the test's limit
 
 
+def test_whoever_looks_first_or_again_sees_the_totals(file: Path) -> None:
+    """`cairn top --once` shows one state, and the totals are read only while somebody is looking."""
+    with start(file, store="store") as cairn:
+        cairn.started()
+        for _ in range(2):
+            viewer = cairn.connect(admin=True)
+            viewer.request("GET", "/events")
+            answer = viewer.getresponse()
+            while answer.readline() != b"event: state\n":
+                pass
+            assert json.loads(answer.readline().partition(b"data: ")[2])["saved"]["today"] is not None
+            viewer.close()
+
+
 def test_without_a_store_it_serves_all_the_same(file: Path) -> None:
     """A folder that cannot be made is a warning, not an end."""
     (file.parent / "valkey").write_text("a file where the folder should be")
