@@ -24,6 +24,7 @@ from proxy.control.messages import (
     Explained,
     FromWorker,
     Heartbeat,
+    NameModels,
     Ready,
     ReloadRefused,
     ToWorker,
@@ -123,8 +124,9 @@ class WorkerControl:
     """The worker's end: sends reports to the supervisor, and calls back when the supervisor asks for something.
 
     Set `on_explain` and `on_reload` to support them. `on_reload` raises `ConfigError` if it cannot use the new
-    configuration; one that comes before it is set waits for it. `before_reload` is called first. `handover` brings
-    connections that other workers should have served.
+    configuration; one that comes before it is set waits for it. `before_reload` is called first. `on_models` takes
+    the models that are counted under their own names. `handover` brings connections that other workers should have
+    served.
     """
 
     def __init__(self, channel: Channel[ToWorker], tasks: Tasks) -> None:
@@ -136,6 +138,8 @@ class WorkerControl:
         self.on_explain: Explainer | None = None
         self.before_reload: Callable[[Config], None] | None = None
         self._on_reload: Reconfigure | None = None
+        self._on_models: Callable[[tuple[str, ...]], None] | None = None
+        self._models: tuple[str, ...] = ()
         self._waiting: Config | None = None  # the newest that is not applied yet
         self._is_applying = False
 
@@ -164,6 +168,20 @@ class WorkerControl:
     def on_reload(self, reconfigure: Reconfigure) -> None:
         self._on_reload = reconfigure
         self._apply_newest()  # which came while this worker was starting
+
+    @property
+    def on_models(self) -> Callable[[tuple[str, ...]], None] | None:
+        """Return the function that takes the models with a label."""
+        return self._on_models
+
+    @on_models.setter
+    def on_models(self, name_models: Callable[[tuple[str, ...]], None]) -> None:
+        self._on_models = name_models
+        self._name_models()
+
+    def _name_models(self) -> None:
+        if self._on_models is not None and self._models:
+            self._on_models(self._models)
 
     async def send_ready(self) -> None:
         """Report that requests are accepted."""
@@ -207,6 +225,9 @@ class WorkerControl:
                     self._set_drain(message.seconds)
                 elif isinstance(message, Explain):
                     self._tasks.start(self._explain(message), "explain")
+                elif isinstance(message, NameModels):
+                    self._models = message.models
+                    self._name_models()
                 else:
                     self._reload(message.config)
         finally:

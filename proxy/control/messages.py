@@ -45,6 +45,12 @@ class Explain(msgspec.Struct, frozen=True, tag="explain"):
     headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
+class NameModels(msgspec.Struct, frozen=True, tag="models"):
+    """The models that all workers count under their own names; sent when one is added, and to a new worker."""
+
+    models: tuple[str, ...]
+
+
 # --- from a worker
 
 
@@ -147,5 +153,5 @@ class Announced(msgspec.Struct, frozen=True, tag="announced"):
     text: str
 
 
-ToWorker = Configure | Drain | Explain
+ToWorker = Configure | Drain | Explain | NameModels
 FromWorker = Heartbeat | Ready | WorkerReport | Explained | ReloadRefused | Announced

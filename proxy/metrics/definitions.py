@@ -68,6 +68,7 @@ class Kind(enum.Enum):
 Labels = tuple[str, ...]
 
 _REPLICA_LABELS = ("upstream", "server_address")  # the second is OpenTelemetry's name
+_MODEL_LABELS = ("model", "gen_ai_request_model")
 
 
 class Spec(msgspec.Struct, frozen=True):
@@ -84,6 +85,11 @@ class Spec(msgspec.Struct, frozen=True):
     def replica_at(self) -> int | None:
         """The position of the label that names a replica, None without one."""
         return next((at for at, label in enumerate(self.labels) if label in _REPLICA_LABELS), None)
+
+    @property
+    def model_at(self) -> int | None:
+        """The position of the label that names a model, None without one."""
+        return next((at for at, label in enumerate(self.labels) if label in _MODEL_LABELS), None)
 
 
 SPECS: list[Spec] = []

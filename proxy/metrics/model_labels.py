@@ -15,7 +15,8 @@ _NAME_CHARACTERS_MOST: Final = 256
 class ModelNames:
     """The model names that may be labels: those of the configuration and of the upstreams' lists.
 
-    The first 64 of them that are used are labels. A provider's list alone has more names than that.
+    The first 64 of them that are used in any worker are labels: those that the supervisor has agreed to (`adopt`),
+    and until it knows of them, those that this worker uses first. A provider's list alone has more names than that.
     """
 
     def __init__(self, configured: Iterable[str]) -> None:
@@ -42,3 +43,11 @@ class ModelNames:
             return OTHER
         self._labels[model] = listed
         return listed
+
+    def adopt(self, agreed: Iterable[str]) -> None:
+        """Use the labels of all workers. Names that only this worker has used stay labels while there is room."""
+        labels = {name: self._listed.get(name, name) for name in agreed}
+        for name, listed in self._labels.items():
+            if len(labels) < MODEL_NAMES_AT_MOST:
+                labels[name] = listed
+        self._labels = labels

@@ -28,6 +28,7 @@ from proxy.control.channel import MESSAGE_BYTES_AT_MOST
 from proxy.control.messages import Announced, Explain, WorkerReport
 from proxy.control.readiness import Readiness, Stage, judge
 from proxy.metrics import definitions as metrics
+from proxy.metrics.agreed_labels import AgreedLabels
 from proxy.metrics.exposition import Exposition
 from proxy.metrics.recorder import Recorder
 from proxy.supervisor import sockets
@@ -76,6 +77,7 @@ class Supervisor:
         self._recorder = Recorder()
         self._tasks = Tasks(self._count_task_failure)
         self._exposition = Exposition()
+        self._labels = AgreedLabels()
         self.board = StatusBoard(self._exposition, self.readiness, parts.clock, parts.version)
         self._workers: list[WorkerProcess] = []
         self._listening: list[list[socket.socket]] = []
@@ -148,7 +150,11 @@ class Supervisor:
 
     def worker_reported(self, number: int, report: WorkerReport) -> None:
         """Add what a worker counted."""
-        self._exposition.apply(number, report.counts)
+        before = self._labels.models
+        self._exposition.apply(number, self._labels.settle(report.counts))
+        if (models := self._labels.models) != before:
+            for worker in self._workers:
+                worker.name_models(models)
         self.board.add_report(number, report)
 
     def reload_refused(self, number: int, why: str) -> None:

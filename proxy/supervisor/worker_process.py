@@ -29,6 +29,7 @@ from proxy.control.messages import (
     Explained,
     FromWorker,
     Heartbeat,
+    NameModels,
     Ready,
     ReloadRefused,
     WorkerReport,
@@ -108,6 +109,7 @@ class WorkerProcess:
         self._clock = clock
         self._tasks = Tasks()
         self._backoff = ExponentialBackoff(PAUSE_FIRST_SECONDS, PAUSE_MOST_SECONDS)
+        self._models: tuple[str, ...] = ()
         self._starts = 0
         self._deaths = 0  # in a row
         self._started_seconds = 0.0  # monotonic
@@ -197,6 +199,12 @@ class WorkerProcess:
         if self._channel is not None:
             self._channel.post(Configure(config))
 
+    def name_models(self, models: tuple[str, ...]) -> None:
+        """Count `models` under their own names from now on, in the running worker and in its successors."""
+        self._models = models
+        if self._channel is not None:
+            self._channel.post(NameModels(models))
+
     def drain(self, seconds: float) -> None:
         """Let running requests finish within `seconds` and start no other worker; `run` returns afterwards."""
         self._drain_deadline_seconds = self._clock.monotonic() + seconds
@@ -257,6 +265,8 @@ class WorkerProcess:
             self._channel = await Channel.open(ours, FromWorker)
             receiving = self._tasks.start(self._receive(self._channel), f"worker-{self.number}")
             self._channel.post(Configure(self._config))
+            if self._models:
+                self._channel.post(NameModels(self._models))
             if self._ending.is_set():
                 self._send_drain(self._channel)
             code = await process.wait()

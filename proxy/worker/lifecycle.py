@@ -30,6 +30,7 @@ async def run_worker(config: Config, listening: Sequence[socket.socket], control
     worker = await Worker.build(config, control)
     control.on_explain = lambda question: worker.explainer.explain(question, worker.http_server.authenticator)
     control.on_reload = worker.live.reconfigure
+    control.on_models = worker.live.name_models
     try:
         await worker.start(listening)
         freeze_garbage()

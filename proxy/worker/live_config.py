@@ -63,6 +63,10 @@ class LiveConfig:
         self._set_authenticator()
         parts.cold_gate.changed()
 
+    def name_models(self, models: tuple[str, ...]) -> None:
+        """Count these models under their own names, as all workers do."""
+        self._parts.model_names.adopt(models)
+
     def adopt_secret(self, secret: bytes) -> None:
         """Use the secret that all proxies share through Redis."""
         self._secret = secret

@@ -18,6 +18,7 @@ from proxy.control.messages import (
     Explained,
     FromWorker,
     Heartbeat,
+    NameModels,
     Ready,
     ReloadRefused,
     StatusReport,
@@ -57,6 +58,19 @@ async def next_of(channel: Channel[FromWorker]):
 async def test_a_worker_gets_its_configuration_with_secrets(ends) -> None:
     """Here and nowhere else a secret travels as it is."""
     assert CONFIG.pools[0].replicas[0].key == Secret("the-key")
+
+
+async def test_a_worker_gets_the_models_that_have_a_label_also_while_it_starts(ends) -> None:
+    """Those that were sent before it could use them, and each addition."""
+    channel, worker = ends
+    seen: list[tuple[str, ...]] = []
+    await channel.send(NameModels(("a",)))
+    await channel.send(Explain(1, "/v1/x", b""))
+    await next_of(channel)  # both have arrived
+    worker.on_models = seen.append
+    assert seen == [("a",)]
+    await channel.send(NameModels(("a", "b")))
+    await eventually(lambda: seen == [("a",), ("a", "b")])
 
 
 async def test_ready_and_reports_reach_the_supervisor(ends) -> None:
