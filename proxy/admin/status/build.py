@@ -39,6 +39,7 @@ MISSES_SHOWN = 20
 ERRORS_SHOWN = 12
 RATE_WINDOW_SECONDS = 10.0
 _DAY_SECONDS = 86_400
+_WAITING = (metrics.UPSTREAM_QUEUED, metrics.COLD_WAITING, metrics.WARM_WAITING)  # a request waits in one at a time
 _SHOWN_CACHE = (CacheStatus.HIT, CacheStatus.PARTIAL, CacheStatus.MISS)
 
 
@@ -65,7 +66,7 @@ def build(figures: Figures, readiness: Readiness, reports: Sequence[StatusReport
         in_flight=readiness.in_flight,
         requests=int(figures.value(metrics.REQUESTS)),
         requests_per_second=moment.requests_per_second,
-        waiting=int(sum(figures.series(metrics.UPSTREAM_QUEUED).values())),
+        waiting=sum(int(sum(figures.series(spec).values())) for spec in _WAITING),
         errors=_by_label(figures, metrics.ERRORS),
         recent_errors=recent_errors([report.errors for report in reports]),
         base_url=moment.base_url,

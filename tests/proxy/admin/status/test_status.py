@@ -126,6 +126,18 @@ def test_errors_of_all_workers_are_added_up() -> None:
     assert (state.errors, state.waiting, len(state.recent_errors)) == ({"upstream_timeout": 7}, 2, 2)
 
 
+def test_requests_wait_for_a_place_a_quiet_replica_or_the_one_that_holds_them() -> None:
+    """The page's head counts all of them, as its notices and the metrics do."""
+    figures = counted(
+        (metrics.UPSTREAM_QUEUED, ("one",), 1),
+        (metrics.UPSTREAM_QUEUED, ("two",), 1),
+        (metrics.COLD_WAITING, ("normal", "other"), 4),
+        (metrics.COLD_WAITING, ("high", "web"), 8),
+        (metrics.WARM_WAITING, ("normal", "web"), 16),
+    )
+    assert build.build(figures, READY, [], NOW).waiting == 30
+
+
 def test_a_prompt_that_is_too_short_to_share_is_no_miss() -> None:
     """It could not have been found."""
     figures = counted((metrics.PREFIX_MISS, ("cold",), 2), (metrics.PREFIX_MISS, ("short",), 9))
