@@ -44,7 +44,8 @@ class StoredContexts:
         client.send(200, b"OK", headers, body)
 
     def settle(self, exchange: Exchange) -> None:
-        """Note the end of any request: whether the upstream accepted the key, and the use of a context it named."""
+        """Note the end of any request, once it is settled: whether the upstream accepted the key, and the use of a
+        context it named."""
         succeeded = exchange.ending is Ending.COMPLETE
         if succeeded and exchange.prompt is not None and exchange.attempt is not None and exchange.status < 300:
             tenant, pool = exchange.call.tenant, exchange.pool
@@ -68,8 +69,9 @@ class StoredContexts:
         if stored is None or exchange.only_checked or not succeeded:
             return
         self._store.used(exchange.call.tenant.id, stored.row, stored.reset_ttl_seconds)
-        if exchange.usage is not None and exchange.usage.cached_tokens:
-            self._counts.inc(CONTEXT_CACHED_TOKENS, (), exchange.usage.cached_tokens)
+        counted = exchange.counted_usage
+        if counted is not None and counted.cached_tokens:
+            self._counts.inc(CONTEXT_CACHED_TOKENS, (), counted.cached_tokens)
 
 
 def _request_id(exchange: Exchange) -> tuple[bytes, bytes]:

@@ -60,6 +60,7 @@ class Exchange:
         "cold_pass",
         "context_notes",
         "context_result",
+        "counted_usage",
         "deadline_seconds",
         "edits",
         "ending",
@@ -144,6 +145,7 @@ class Exchange:
         self.inter_token_seconds = 0.0
         self.waited_seconds = 0.0
         self.usage: Usage | None = None
+        self.counted_usage: Usage | None = None  # at the end, without what cannot be believed
         self.response_bytes = 0
 
     def take_reading(self, draft: Exchange) -> None:

@@ -72,6 +72,7 @@ class Settlement:
         skips_cache = exchange.prompt is not None and exchange.prompt.skips_cache
         if usage is not None:
             usage = self._plausible(exchange, outcome, usage, placement)
+        exchange.counted_usage = usage
         counts_prompt = usage is not None and _counts_prompt(exchange, usage, placement)
         if placement is not None:
             self._teach_index(placement, usage if counts_prompt else None, skips_cache=skips_cache)

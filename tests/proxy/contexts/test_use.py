@@ -233,7 +233,7 @@ async def test_a_successful_use_is_noted_with_the_tokens_it_saved() -> None:
     row, content = await stored(bench.api.store)
     use = StoredUse(row, content, NOW, 30.0)
     usage = Usage(100, 1, cached_tokens=80)
-    bench.facade.settle(ended(stored=use, context_result="used", usage=usage))
+    bench.facade.settle(ended(stored=use, context_result="used", usage=usage, counted_usage=usage))
     bench.facade.settle(ended(stored=use, context_result="used", only_checked=True))
     bench.facade.settle(ended(stored=use, context_result="used", ending=Ending.UPSTREAM_FAILED))
     bench.facade.settle(ended(stored=use, context_result="used", is_warming=True))
@@ -243,6 +243,16 @@ async def test_a_successful_use_is_noted_with_the_tokens_it_saved() -> None:
     assert uses == [("used",)] * 3
     saved = [amount for name, _, amount in bench.counted.counts if name == metrics.CONTEXT_CACHED_TOKENS.name]
     assert saved == [80]
+
+
+async def test_cached_tokens_that_are_not_believed_are_none_of_a_context_either() -> None:
+    """Otherwise contexts would have saved more than all requests together."""
+    bench = Facade()
+    row, content = await stored(bench.api.store)
+    use, ignored = StoredUse(row, content, NOW, 30.0), Usage(100, 1)
+    reported = Usage(100, 1, cached_tokens=10**9)
+    bench.facade.settle(ended(stored=use, context_result="used", usage=reported, counted_usage=ignored))
+    assert metrics.CONTEXT_CACHED_TOKENS.name not in [name for name, _, _ in bench.counted.counts]
 
 
 async def test_only_an_upstreams_success_accepts_an_unlisted_key() -> None:

@@ -230,6 +230,7 @@ def test_cached_tokens_that_spare_no_time_are_not_believed(in_flight: int, doubt
         attempt.candidate = dataclasses.replace(attempt.candidate, replica=view)
         settling.settlement.settle(exchange)
     assert settling.counters.implausible == doubted
+    assert exchange.counted_usage == Usage(4_000, 30, None if doubted else 3_500)
 
 
 @pytest.mark.parametrize("placed", [True, False])
