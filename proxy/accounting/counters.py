@@ -100,7 +100,9 @@ class _Source:
 class RequestCounters:
     """Counts in `recorder`, in `errors`, and in `totals` what outlives the process.
 
-    `rate_of` returns a replica's measured prefill rate (tokens per second) by its number, or None.
+    `rate_of` returns a replica's measured prefill rate (tokens per second) by its number, or None. `unix_at` returns
+    the Unix time of a moment of the monotonic clock: a request belongs to the day in which it ended, and is counted
+    somewhat later.
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class RequestCounters:
         prices: PriceBook,
         pools: Pools,
         rate_of: Callable[[int], float | None],
-        unix_seconds: Callable[[], float],
+        unix_at: Callable[[float], float],
         errors: ErrorStats,
     ) -> None:
         self._recorder = recorder
@@ -119,7 +121,7 @@ class RequestCounters:
         self._names = names
         self._prices = prices
         self._rate_of = rate_of
-        self._unix_seconds = unix_seconds
+        self._unix_at = unix_at
         self._errors = errors
         self._shows_cached: set[tuple[int, Endpoint, bool]] = set()
         self._day = (-1, "")
@@ -152,8 +154,9 @@ class RequestCounters:
         route = self._count_request(outcome, model, upstream)
         if outcome.replica is None:
             return
+        ended = self._unix_at(outcome.times.ended_seconds)
         if usage is not None:
-            row = self._totals.row(self._today(), model, upstream, outcome.tenant_name)
+            row = self._totals.row(self._day_of(ended), model, upstream, outcome.tenant_name)
             row.answers += 1
             source = self._sources.get((model, upstream))
             if source is None:
@@ -161,10 +164,10 @@ class RequestCounters:
             _count_answer(outcome, usage, route)
             self._count_tokens(usage, row, source, model, upstream)
             self._count_prediction(usage, predicted_tokens, source)
-            self._count_money(outcome, usage, row, source, model, upstream, outcome.replica.id)
+            self._count_money(outcome, usage, row, source, model, upstream, outcome.replica.id, ended)
         elif _should_have_usage(outcome):
             self._recorder.inc(metrics.USAGE_MISSING, (model, upstream))
-            self._totals.row(self._today(), model, upstream, outcome.tenant_name).missing += 1
+            self._totals.row(self._day_of(ended), model, upstream, outcome.tenant_name).missing += 1
 
     def forget(self, replica: int, upstream: str) -> None:
         """Drop what is kept for a replica that is gone for good, whose number may be given to another."""
@@ -181,7 +184,8 @@ class RequestCounters:
         if tokens and outcome.replica is not None:
             model = self._names.label(outcome.model)
             self._recorder.inc(metrics.ROUTING_GAIN, (model,), tokens)
-            row = self._totals.row(self._today(), model, outcome.replica.name, outcome.tenant_name)
+            day = self._day_of(self._unix_at(outcome.times.ended_seconds))
+            row = self._totals.row(day, model, outcome.replica.name, outcome.tenant_name)
             row.routing_gain_tokens += tokens
 
     def _count_request(self, outcome: Outcome, model: str, upstream: str) -> _Route:
@@ -244,7 +248,15 @@ class RequestCounters:
         source.error.add(usage.cached_tokens - expected_tokens)
 
     def _count_money(
-        self, outcome: Outcome, usage: Usage, row: Sums, source: _Source, model: str, upstream: str, replica: int
+        self,
+        outcome: Outcome,
+        usage: Usage,
+        row: Sums,
+        source: _Source,
+        model: str,
+        upstream: str,
+        replica: int,
+        ended_unix_seconds: float,
     ) -> None:
         recorder, rate = self._recorder, self._rate_of(replica)
         backend = self._pools.backends[replica]
@@ -252,7 +264,8 @@ class RequestCounters:
             spared_seconds = usage.cached_tokens / rate
             source.prefill_saved.value += spared_seconds
             row.prefill_micros += round(spared_seconds * _MICROS_PER_SECOND)
-        card = self._prices.card(outcome.model or "", backend.url, self._moment(), backend.name, usage.service_tier)
+        moment = self._moment_of(ended_unix_seconds)
+        card = self._prices.card(outcome.model or "", backend.url, moment, backend.name, usage.service_tier)
         bill = card if isinstance(card, Unpriced) else pricing.bill(usage, card, rate)
         if not isinstance(bill, Bill):
             recorder.inc(metrics.UNPRICED, (bill.value,))
@@ -270,15 +283,15 @@ class RequestCounters:
         row.saving_picos += _picos(bill.saving)
         row.surcharge_picos += _picos(bill.surcharge)
 
-    def _moment(self) -> str:
+    def _moment_of(self, unix_seconds: float) -> str:
         """Return the moment for which prices are looked up."""
-        number = int(self._unix_seconds()) // PRICE_SECONDS
+        number = int(unix_seconds) // PRICE_SECONDS
         if number != self._quarter[0]:
             self._quarter = (number, moment_of(number * PRICE_SECONDS))
         return self._quarter[1]
 
-    def _today(self) -> str:
-        day = int(self._unix_seconds()) // _SECONDS_PER_DAY
+    def _day_of(self, unix_seconds: float) -> str:
+        day = int(unix_seconds) // _SECONDS_PER_DAY
         if day != self._day[0]:
             self._day = (day, datetime.fromtimestamp(day * _SECONDS_PER_DAY, UTC).date().isoformat())
         return self._day[1]

@@ -271,7 +271,7 @@ def _accounting(
         prices=prices,
         pools=replicas.pools,
         rate_of=replicas.fleet.measured_rate,
-        unix_seconds=basics.clock.unix,
+        unix_at=lambda seconds: basics.clock.unix() - basics.clock.monotonic() + seconds,
         errors=error_stats,
     )
     settlement = Settlement(

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from cache import Store, Totals
+from cache import Store, Sums, Totals
 from proxy.accounting.counters import RequestCounters
 from proxy.accounting.error_stats import ErrorStats
 from proxy.accounting.pricing import PriceBook
@@ -37,17 +37,17 @@ STREAMED = Outcome(
 )
 
 
-def counters(recorder: Recorder) -> RequestCounters:
-    """Return counters of one replica, "one"."""
+def counters(recorder: Recorder, totals: Totals | None = None, unix_at: float = 0.0) -> RequestCounters:
+    """Return counters of one replica, "one". `unix_at` is the Unix time at which the monotonic clock was zero."""
     pools = Pools((), None, {0: ReplicaEndpoint("one", "p", "http://h", Origin.parse("http://h"))})
     return RequestCounters(
         recorder,
-        Totals(cast(Store, None), "writer"),  # written by nobody here
+        totals or Totals(cast(Store, None), "writer"),  # written by nobody here
         ModelNames(["m"]),
         PriceBook([], lambda *about: None),
         pools,
         lambda number: None,
-        lambda: 0.0,
+        lambda seconds: unix_at + seconds,
         ErrorStats(lambda: 0.0),
     )
 
@@ -87,6 +87,25 @@ def test_an_answer_of_one_token_has_no_time_per_token_and_one_without_usage_no_t
     assert sums(short, metrics.GEN_AI_PER_TOKEN) == {}
     mute = counted(replace(STREAMED, usage=None))
     assert sums(mute, metrics.GEN_AI_USAGE) == sums(mute, metrics.GEN_AI_PER_TOKEN) == {}
+
+
+def test_a_request_counts_for_the_day_in_which_it_ended() -> None:
+    """It is counted with others up to a quarter of a second later, maybe after midnight; its access line is not."""
+    days: list[str] = []
+
+    class Days:
+        def row(self, day: str, *key: str) -> Sums:
+            days.append(day)
+            return Sums()
+
+    midnight = 1_795_824_000.0  # 2026-11-28, UTC
+    accounts = counters(Recorder(), cast(Totals, Days()), midnight - 12.6)
+    for ended_seconds in (12.5, 12.7):
+        outcome = replace(STREAMED, times=Times(10.0, ended_seconds=ended_seconds))
+        accounts.count(outcome, outcome.usage, None)
+        accounts.count(outcome, None, None)
+        accounts.count_routing_gain(outcome, 5)
+    assert days == ["2026-11-27"] * 3 + ["2026-11-28"] * 3
 
 
 def test_only_predictions_that_can_be_compared_with_a_report_are_counted() -> None:
