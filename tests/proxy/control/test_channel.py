@@ -288,11 +288,28 @@ async def test_nonsense_is_an_error_and_no_allocation(sent: bytes) -> None:
     theirs.close()
 
 
-async def test_a_message_cut_off_by_the_end_is_no_message() -> None:
+async def test_a_long_message_comes_whole_however_it_is_cut(ends) -> None:
+    """A body to explain, which neither end joins or collects."""
+    channel, worker = ends
+    asked: list[Explain] = []
+
+    async def explain(question: Explain) -> tuple[int, bytes]:
+        asked.append(question)
+        return 200, question.body[::-1]
+
+    worker.on_explain = explain
+    body = bytes(range(256)) * 8_000
+    await channel.send(Explain(1, "/v1/completions", body))
+    assert await next_of(channel) == Explained(1, 200, body[::-1])
+    assert [each.body for each in asked] == [body]
+
+
+@pytest.mark.parametrize("size", [100, 100_000])
+async def test_a_message_cut_off_by_the_end_is_no_message(size: int) -> None:
     """The other end died while it wrote."""
     ours, theirs = socket.socketpair()
     channel: Channel[FromWorker] = await Channel.open(ours, FromWorker)
-    theirs.sendall(struct.pack(">I", 100) + b"half")
+    theirs.sendall(struct.pack(">I", size) + b"half")
     theirs.close()
     assert await next_of(channel) is None
     channel.post(Drain(1.0))  # goes nowhere and raises nothing
