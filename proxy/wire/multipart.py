@@ -24,10 +24,11 @@ _PLAIN_ENCODINGS: Final = frozenset({"7bit", "8bit", "binary"})
 
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=?-]{1,70}")  # RFC 2046, 5.1.1, without spaces
 _DISPOSITION = re.compile(
-    r'form-data(?:\s*;\s*(?:name="(?P<name>[^"\\\r\n]*)"|filename\*?=(?:"[^"\r\n]*"|"(?:[^"\\\r\n]|\\.)*"|[^;"\s]*)))*\s*',
-    re.IGNORECASE,
+    r'form-data(?:\s*;\s*(?:name="(?P<name>[^"\\\r\n]*)"|name=(?P<plain>[\w.\[\]-]+)|filename\*?=(?:"[^"\r\n]*"|"(?:[^"\\\r\n]|\\.)*"|[^;"\s]*)))*\s*',
+    re.IGNORECASE | re.ASCII,
 )
-"""In a file's name some senders escape a quote by a backslash, and others send backslashes as they are."""
+"""In a file's name some senders escape a quote by a backslash, and others send backslashes as they are. .NET sends a
+field's name without quotes."""
 
 
 class UnreadableForm(ValueError):
@@ -157,14 +158,14 @@ def _name(head: bytes) -> str:
     given = head.decode("latin-1").split("\r\n")
     lines = [line for line in given if line[:20].lower() == "content-disposition:"]
     found = _DISPOSITION.fullmatch(lines[0][20:].strip()) if len(lines) == 1 else None
+    name = None if found is None else found["plain"] if found["name"] is None else found["name"]
     if (
-        found is None
-        or found["name"] is None
+        name is None
         or lines[0].lower().count("name=") - lines[0].lower().count("filename=") != 1
         or any(map(_recodes, given))
     ):
         raise UnreadableForm
-    return found["name"]
+    return name
 
 
 def _recodes(line: str) -> bool:

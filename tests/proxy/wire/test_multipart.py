@@ -33,6 +33,15 @@ def test_fields_are_found_with_their_bytes() -> None:
     assert next(iter(fields(body, TYPE))).value.obj is body
 
 
+def test_names_of_fields_may_be_without_quotes() -> None:
+    """As .NET sends them."""
+    file = HEAD + b"; name=file; filename=a.jsonl; filename*=utf-8''a.jsonl\r\n\r\nx\r\n"
+    granularity = HEAD + b"; name=timestamp_granularities[]\r\n\r\nword\r\n"
+    body = HEAD + b"; name=model\r\n\r\nm\r\n" + file + granularity + END
+    expected = [("model", b"m"), ("file", b"x"), ("timestamp_granularities[]", b"word")]
+    assert values(body, b'multipart/form-data; boundary="b"') == expected
+
+
 @pytest.mark.parametrize(
     "parameter",
     [
@@ -64,7 +73,11 @@ def test_a_boundary_that_is_missing_or_ambiguous_is_refused(parameter: bytes) ->
         HEAD + b'; name="a"; name="b"\r\n\r\nm\r\n' + END,
         HEAD + b'; name="a\\"b"\r\n\r\nm\r\n' + END,
         HEAD + b"; name*=utf-8''a\r\n\r\nm\r\n" + END,
-        HEAD + b"; name=a\r\n\r\nm\r\n" + END,
+        HEAD + b"; name=a b\r\n\r\nm\r\n" + END,
+        HEAD + b'; name=a"b"\r\n\r\nm\r\n' + END,
+        HEAD + b"; name=\r\n\r\nm\r\n" + END,
+        HEAD + b'; name=a; name="b"\r\n\r\nm\r\n' + END,
+        HEAD + b"; name=a; name=b\r\n\r\nm\r\n" + END,
         HEAD + b'; filename="a\\"; name="b"; name="c"\r\n\r\nm\r\n' + END,
         HEAD + b'; name="b"; filename="a\\"; name=\\""\r\n\r\nm\r\n' + END,
         b'--b\r\ncontent-disposition: attachment; name="a"\r\n\r\nm\r\n' + END,
@@ -74,7 +87,7 @@ def test_a_boundary_that_is_missing_or_ambiguous_is_refused(parameter: bytes) ->
         b"--b\r\nx: " + b"y" * 5000 + MODEL[5:] + END,
         MODEL * (PARTS_MOST + 1) + END,
     ],
-    ids=range(19),
+    ids=range(23),
 )
 def test_a_form_that_two_parsers_could_read_differently_is_refused(body: bytes) -> None:
     """A missing end, names given twice or encoded, coded values, bare line feeds, endless heads and parts."""
