@@ -492,8 +492,8 @@ def _check_charset(call: Call) -> None:
 
 def _not_available(call: Call) -> Forbidden:
     return Forbidden(
-        f"{call.method} is not available at this path with the key that clients share. POST runs models; the "
-        "operator can allow more in server.allowed_paths.",
+        f"{call.method} at this path is not allowed with a key of the operator that clients share; the operator can "
+        "allow it in server.allowed_paths.",
         code="path_not_allowed",
     )
 

@@ -45,8 +45,15 @@ _COLLECTIONS: Final = {
 _INPUTS: Final = frozenset({"input_file_id", "input_files"})
 """Keys of files whose content is a list of requests."""
 
-_CLIENTS_OWN: Final = frozenset({"input_examples", "input_schema", "metadata", "parameters"})
-"""Keys whose values have keys of the client's own choice: a `file_id` in them is, for example, a tool's argument."""
+_CLIENTS_OWN: Final = frozenset(
+    {
+        "chat_template_kwargs", "guided_json", "input_examples", "input_schema", "json_schema", "metadata",
+        "parameters", "response_schema", "schema", "structured_outputs",
+    }
+)  # fmt: skip
+"""Keys whose values have keys of the client's own choice: a `file_id` in them is, for example, a tool's argument, a
+variable of a template, or in an example of what a response must look like.
+"""
 
 ITEMS: Final = "items"
 """The collection of a response's items. It has no path: an item is named in the input of a later response."""

@@ -7,9 +7,19 @@ from collections.abc import Set
 
 import pytest
 
-from proxy.wire.references import ITEMS, Reference, form_references, item_references, listed_items, references
+from proxy.wire.references import (
+    CONTINUING,
+    FURTHER,
+    ITEMS,
+    Reference,
+    form_references,
+    item_references,
+    listed_items,
+    references,
+)
 
 FILE = Reference("files", "file-1")
+SCHEMA = {"properties": {"container": {"type": "string"}}, "examples": [{"container": "nginx", "file_id": "a"}]}
 
 
 def found(body: object, *members: str) -> Set[Reference] | None:
@@ -311,11 +321,19 @@ def test_a_form_that_cannot_be_read_may_refer_only_if_it_has_the_names() -> None
             ]
         },
         {"metadata": {"conversation": "42", "file_id": "a"}},
+        {"chat_template_kwargs": {"conversation": "short", "file_id": "a"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "deploy", "schema": SCHEMA}}},
+        {"response_format": {"type": "json_object", "schema": SCHEMA}},
+        {"text": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+        {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+        {"guided_json": SCHEMA},
+        {"structured_outputs": {"json": SCHEMA}},
     ],
 )
 def test_the_arguments_of_a_tool_and_the_client_s_own_keys_refer_to_nothing(body: dict[str, object]) -> None:
     """Many tools have an argument named file_id, and requests that repeat such a call must not be refused."""
     assert found(body | {"x": [{"user_id": "u"}]}, "x") == set()
+    assert references(json.dumps(body).encode(), (), FURTHER | CONTINUING) == set()
 
 
 def test_what_a_tool_returned_may_refer() -> None:
