@@ -36,6 +36,16 @@ def found(body: object, *members: str) -> Set[Reference] | None:
         ({"messages": [{"content": [{"source": {"type": "file", "file_id": "file-1"}}]}]}, {FILE}),
         ({"input": [{"content": [{"file_ids": ["file-1", "file-2", 7]}]}]}, {FILE, Reference("files", "file-2")}),
         ({"input_file_id": "file-1"}, {FILE._replace(is_input=True)}),
+        ({"data_source": {"source": {"type": "file_id", "id": "file-1"}}}, {FILE}),
+        ({"data_source": {"source": {"type": "file_content", "id": "file-1"}, "file_id": 7}}, set()),
+        (
+            {"input": [{"image_url": "ms://file-2"}, {"file_id": "file-3"}, {"type": "file_id", "id": "file-1"}]},
+            {FILE, Reference("files", "file-2"), Reference("files", "file-3")},
+        ),
+        (
+            {"input": [{"type": "file_id", "id": "file-1"}, {"image_url": "ms://file-2"}, {"file_id": "file-3"}]},
+            {FILE, Reference("files", "file-2"), Reference("files", "file-3")},
+        ),
         ({"messages": [{"content": 'the text "file_id": "file-1" is no key'}]}, set()),
         ({"messages": [{"content": "file_id"}], "file_id": 7}, set()),
         ({"messages": [{"content": "plain \u00e9"}]}, set()),
