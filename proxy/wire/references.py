@@ -47,8 +47,8 @@ _INPUTS: Final = frozenset({"input_file_id", "input_files"})
 
 _CLIENTS_OWN: Final = frozenset(
     {
-        "chat_template_kwargs", "guided_json", "input_examples", "input_schema", "json_schema", "metadata",
-        "parameters", "response_schema", "schema", "structured_outputs",
+        "attributes", "chat_template_kwargs", "guided_json", "input_examples", "input_schema", "item_schema",
+        "json_schema", "metadata", "parameters", "response_schema", "schema", "structured_outputs",
     }
 )  # fmt: skip
 """Keys whose values have keys of the client's own choice: a `file_id` in them is, for example, a tool's argument, a

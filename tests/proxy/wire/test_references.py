@@ -337,6 +337,8 @@ def test_a_form_that_cannot_be_read_may_refer_only_if_it_has_the_names() -> None
         {"text": {"format": {"type": "json_schema", "schema": SCHEMA}}},
         {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
         {"guided_json": SCHEMA},
+        {"attributes": {"conversation": "42"}},
+        {"data_source_config": {"type": "custom", "item_schema": SCHEMA}},
         {"structured_outputs": {"json": SCHEMA}},
     ],
 )
