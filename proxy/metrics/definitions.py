@@ -203,7 +203,7 @@ SURCHARGE = _counter(
 )
 PREFILL_SAVED = _counter(
     "prefill_seconds_saved",
-    "Prefill time avoided: cached tokens divided by the replica's prefill rate; 0 until a stream has shown it.",
+    "Prefill time avoided: cached tokens divided by the replica's prefill rate, configured or shown by streams.",
     "model", "upstream",
 )
 UNPRICED = _counter("unpriced_requests", "Responses with token counts for which no price is known.", "reason")
