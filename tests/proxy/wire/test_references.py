@@ -345,7 +345,7 @@ def test_a_form_that_cannot_be_read_may_refer_only_if_it_has_the_names() -> None
 def test_the_arguments_of_a_tool_and_the_client_s_own_keys_refer_to_nothing(body: dict[str, object]) -> None:
     """Many tools have an argument named file_id, and requests that repeat such a call must not be refused."""
     assert found(body | {"x": [{"user_id": "u"}]}, "x") == set()
-    assert references(json.dumps(body).encode(), (), FURTHER | CONTINUING) == set()
+    assert references(json.dumps(body).encode(), (), FURTHER | CONTINUING) == frozenset()
 
 
 def test_what_a_tool_returned_may_refer() -> None:
