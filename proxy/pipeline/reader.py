@@ -491,11 +491,14 @@ def _check_charset(call: Call) -> None:
 
 
 def _not_available(call: Call) -> Forbidden:
-    return Forbidden(
-        f"{call.method} at this path is not allowed with a key of the operator that clients share; the operator can "
-        "allow it in server.allowed_paths.",
-        code="path_not_allowed",
-    )
+    if call.access is Access.CONFIGURED:  # the operator opened it, but not to this key
+        why = "is not allowed with a key that may use only some models."
+    else:
+        why = (
+            "is not allowed with a key of the operator that clients share; the operator can allow it in "
+            "server.allowed_paths."
+        )
+    return Forbidden(f"{call.method} at this path {why}", code="path_not_allowed")
 
 
 def _unreadable() -> Forbidden:

@@ -101,7 +101,7 @@ class Server(Section, frozen=True):
     with `*` and `?`: `/v1/fine_tuning/*`, `/v1/files`. By default clients run models and use the files, batches and
     responses that their tenant created; lists of everybody's objects and administration are refused. A pattern that
     matches `/v1/files/ID` lets every client use every file; otherwise requests to the other paths may name only the
-    client's own files."""
+    client's own files. Not for clients that are limited to some `models`."""
 
     cors_origins: Annotated[tuple[WebOrigin, ...], Meta(max_length=64)] = ()
     """Origins of web pages whose scripts may call the client port, such as `https://chat.example.com`, or `*` for

@@ -507,6 +507,13 @@ FORM_OF_NOTHING = b'--b\r\ncontent-disposition: form-data; name="x"\r\n\r\ny\r\n
             "path_not_allowed",
         ),
         (
+            exchange("GET", "/v1/files", tenant=LIMITED, allowed=("/v1/files",)),
+            None,
+            "GET at this path is not allowed with a key that may use only some models.",
+            None,
+            "path_not_allowed",
+        ),
+        (
             exchange("GET", "/v1/files/obj"),
             None,
             "The request names an object that does not exist.",
