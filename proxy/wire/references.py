@@ -98,6 +98,9 @@ _FILE_URLS: Final = (b'"ms:', b'"ms\\')  # at the beginning of a string, in lowe
 _FILES_IN_TEXT: Final = b"fileid"
 _FILES_MARK = re.compile(rb"fileid[:\\]")
 
+_LONG_S: Final = (b"\xc5\xbf", b"\\u017f")
+"""The one letter besides a name's own that servers in Go take for one of its letters, in lower case."""
+
 _NUL: Final = b"\0"
 _IN_CONTENT: Final = (b"file_id", *_FILE_URLS)  # the one key with an id in messages and input items, and URLs
 _ELSEWHERE = (
@@ -109,8 +112,8 @@ _ELSEWHERE = (
     b"validation_file",
     b"item_reference",
     _ESCAPE,
+    *_LONG_S,
 )
-
 
 _NESTED: Final = b"{["
 _USUAL: Final = frozenset(
@@ -212,7 +215,10 @@ def _names_object(value: Raw) -> bool:
     if memoryview(value)[0] not in _NESTED:
         return False  # nearly all
     text = bytes(value)
-    return _contains(text.lower(), _ELSEWHERE) and (text.find(_ESCAPE) >= 0 or _KEY.search(text) is not None)
+    folded = text.lower()
+    return _contains(folded, _ELSEWHERE) and (
+        text.find(_ESCAPE) >= 0 or _KEY.search(text) is not None or _contains(folded, _LONG_S)
+    )
 
 
 def _in_other_case(members: Iterable[str], names: Container[str]) -> bool:

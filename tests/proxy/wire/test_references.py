@@ -164,6 +164,14 @@ def test_a_text_that_stands_for_files_refers_to_them(member: str, text: str, ref
     assert references(body.encode()) == (frozenset({FILE}) if refers else frozenset())
 
 
+@pytest.mark.parametrize("s", ["s", "S", "\u017f", "\\u017f", "\\u017F"])
+def test_no_letter_hides_a_member_within_one_that_the_dialect_does_not_have(s: str) -> None:
+    """Go's decoder takes the long s for an s, at any depth."""
+    body = '{"messages":[],"extra_body":{"converZation":"conv-1","vector_Ztore_ids":["vs-1"]}}'.replace("Z", s)
+    expected = frozenset({Reference("conversations", "conv-1"), Reference("vector_stores", "vs-1")})
+    assert references(body.encode(), (), FURTHER | CONTINUING) == expected
+
+
 def test_an_item_that_a_request_within_another_refers_to_is_found() -> None:
     """As in the requests that are sent to a batch."""
     text = json.dumps({"requests": [{"body": {"input": [{"type": "item_reference", "id": "msg_1"}]}}]}).encode()
