@@ -94,7 +94,9 @@ _FILES_TEXT = re.compile(r"(?i)\s*fileid:/")
 _FILE_IN_TEXT = re.compile(r"(?i)fileid:/+([^/?#,;\s]+)")
 """A text that names uploaded files in place of what it would say, as Qwen reads it: `fileid://file-1,fileid://file-2`."""
 
-_FILE_URLS: Final = (b'"ms:', b'"ms\\')  # at the beginning of a string, in lower case
+_FILE_ID: Final = b"file_id"  # the one key with an id in messages and input items
+_FILE_URLS: Final = b'"ms'  # at the beginning of a string, in lower case
+_URLS_MARK = re.compile(rb'"ms[:\\]')
 _FILES_IN_TEXT: Final = b"fileid"
 _FILES_MARK = re.compile(rb"fileid[:\\]")
 
@@ -102,18 +104,11 @@ _LONG_S: Final = (b"\xc5\xbf", b"\\u017f")
 """The one letter besides a name's own that servers in Go take for one of its letters, in lower case."""
 
 _NUL: Final = b"\0"
-_IN_CONTENT: Final = (b"file_id", *_FILE_URLS)  # the one key with an id in messages and input items, and URLs
-_ELSEWHERE = (
-    b"_id",
-    b"container",
-    b"conversation",
-    b"input_file",
-    b"training_file",
-    b"validation_file",
-    b"item_reference",
-    _ESCAPE,
-    *_LONG_S,
-)
+_IN_MEMBERS: Final = (b"_id", b"container", b"conversation", b"training_file", b"validation_file", _ESCAPE)
+"""Parts of keys with ids in members of a prompt besides messages and input. Each takes a search of all its tools."""
+
+_ELSEWHERE: Final = (*_IN_MEMBERS, b"input_file", b"item_reference")
+"""Parts of keys with ids, and of types, in any other body."""
 
 _NESTED: Final = b"{["
 _USUAL: Final = frozenset(
@@ -145,13 +140,14 @@ def references(
         body: the whole body. Its keys are searched for files, at 0.1 ms per MB if strings are long, and it is decoded
             only if it may refer to an object.
         others: the members of the body that may name objects of other kinds, such as tools.
-        unread: names of outermost members which the caller has not read, and in which objects are looked for.
+        unread: of a prompt, names of outermost members that the caller has not read, where objects are looked for.
     """
     if body.find(_NUL) >= 0:
         return None  # JSON in UTF-16 or UTF-32, which some servers read, and no search here does
+    marks = _IN_MEMBERS if unread else _ELSEWHERE
     if not (
         may_refer(body)
-        or any(_contains(bytes(member).lower(), _ELSEWHERE) for member in others)
+        or any(_contains(bytes(member).lower(), marks) for member in others)
         or has_members(body, unread)
     ):
         return frozenset()
@@ -179,7 +175,8 @@ def may_refer(body: Body) -> bool:
     text = text_with_keys(body)
     folded = text.lower()
     return (
-        _contains(folded, _IN_CONTENT)
+        folded.find(_FILE_ID) >= 0
+        or (folded.find(_FILE_URLS) >= 0 and _URLS_MARK.search(folded) is not None)
         or (folded.find(_FILES_IN_TEXT) >= 0 and _FILES_MARK.search(folded) is not None)
         or (text.find(_ESCAPE) >= 0 and _ESCAPED_LETTER.search(text) is not None)
     )
@@ -216,8 +213,8 @@ def _names_object(value: Raw) -> bool:
         return False  # nearly all
     text = bytes(value)
     folded = text.lower()
-    return _contains(folded, _ELSEWHERE) and (
-        text.find(_ESCAPE) >= 0 or _KEY.search(text) is not None or _contains(folded, _LONG_S)
+    return _contains(folded, _LONG_S) or (
+        _contains(folded, _ELSEWHERE) and (text.find(_ESCAPE) >= 0 or _KEY.search(text) is not None)
     )
 
 
