@@ -501,8 +501,8 @@ FORM_OF_NOTHING = b'--b\r\ncontent-disposition: form-data; name="x"\r\n\r\ny\r\n
         (
             exchange("GET", "/v1/files"),
             None,
-            "GET is not available at this path with the key that clients share. POST runs models; the operator can "
-            "allow more in server.allowed_paths.",
+            "GET at this path is not allowed with a key of the operator that clients share; the operator can allow "
+            "it in server.allowed_paths.",
             None,
             "path_not_allowed",
         ),
