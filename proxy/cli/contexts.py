@@ -49,7 +49,7 @@ class _Models(msgspec.Struct):
 
 
 class _Row(msgspec.Struct):
-    """What is shown of a context in a list."""
+    """The fields of a context that a list shows."""
 
     id: str
     name: str
@@ -68,13 +68,13 @@ class _Tag(msgspec.Struct):
 
 
 class _Message(msgspec.Struct):
-    """What is always there in a message."""
+    """The field that every message has."""
 
     role: str
 
 
 class _Whole(msgspec.Struct):
-    """What is needed of a whole context."""
+    """The fields of a whole context that a command needs."""
 
     messages: list[_Message]
 
@@ -86,7 +86,7 @@ class _Why(msgspec.Struct):
 
 
 class _Made(msgspec.Struct):
-    """What is needed of a context that was stored."""
+    """The fields of a stored context that a command needs."""
 
     id: str
     status: str

@@ -30,7 +30,7 @@ State = dict[str, Any]
 
 
 class OtherVersion(Exception):
-    """What runs there sends other figures than are shown here."""
+    """The program at that port sends other figures than this version shows."""
 
 
 class _Failed(msgspec.Struct):

@@ -72,7 +72,7 @@ _MAY_REFUSE_STREAM_OPTIONS = frozenset({400, 415, 422})
 
 
 class Room(Protocol):
-    """Where the bytes that are held of a body are counted, besides those on their way."""
+    """Counts the bytes that are held of a body, besides those on their way."""
 
     def hold(self, nbytes: int) -> None:
         """Count `nbytes` in place of what was counted before. Raises Overloaded if there is no room for more."""

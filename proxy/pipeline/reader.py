@@ -138,10 +138,7 @@ class RequestReader:
             return
         named = await self._inserted.of(stored.content)
         if tenant.is_limited:
-            if named.models is None:
-                raise _unreadable()
-            for model in named.models:
-                check_model(tenant, model)
+            _check_models(tenant, named.models)
         if pool.shares_key:
             if named.objects is None:
                 raise BadRequest(
@@ -183,11 +180,7 @@ class RequestReader:
     def _check_line(self, call: Call, pool: ServedPool, line: bytes) -> None:
         """Raise CairnError if the client may not send the request of this line of a file."""
         if call.tenant.is_limited:
-            models = line_models(line)
-            if models is None:
-                raise _unreadable()
-            for model in models:
-                check_model(call.tenant, model)
+            _check_models(call.tenant, line_models(line))
         named = line_references(line)
         if named is None:
             raise BadRequest(
@@ -346,11 +339,7 @@ class RequestReader:
     def _check_creation(self, call: Call, pool: ServedPool) -> None:
         named = self._check_named_objects(call, pool)
         if call.tenant.is_limited:
-            models = _created_models(call)
-            if models is None:
-                raise _unreadable()
-            for model in models:
-                check_model(call.tenant, model)
+            _check_models(call.tenant, _created_models(call))
         if _path(call) == _BATCHES:
             self._check_input(call, pool, [each for each in named if each.collection == "files"])
 
@@ -443,12 +432,17 @@ def _unread(call: Call) -> frozenset[str]:
     return FURTHER if call.endpoint is _RESPONSES else _FURTHER_ELSEWHERE
 
 
-def _check_further_models(call: Call) -> None:
-    models = named_models.further_models(call.body, _content_type(call))
+def _check_models(tenant: Tenant, models: Iterable[str] | None) -> None:
+    """Raise Forbidden if a limited client may not use one of `models`, or if they cannot be read (None)."""
     if models is None:
         raise _unreadable()
-    for model in (*models, *named_models.query_models(call.target)):
-        check_model(call.tenant, model)
+    for model in models:
+        check_model(tenant, model)
+
+
+def _check_further_models(call: Call) -> None:
+    _check_models(call.tenant, named_models.further_models(call.body, _content_type(call)))
+    _check_models(call.tenant, named_models.query_models(call.target))
 
 
 def _created_models(call: Call) -> Iterable[str] | None:

@@ -23,7 +23,7 @@ from proxy.config.schema.values import (
 )
 
 BACKLOG_MOST = 2**31 - 1
-"""What `listen` accepts."""
+"""The longest backlog that `listen` accepts."""
 
 
 class Server(Section, frozen=True):

@@ -45,7 +45,7 @@ def test_the_oldest_is_forgotten_first_and_parts_hold_all() -> None:
 
 
 def test_who_makes_many_objects_makes_nobody_elses_be_forgotten() -> None:
-    """What is only marked counts as well; whoever had the room alone gives up its oldest for a tenant that is new."""
+    """Objects that are only marked count as well; a tenant that had all the room yields its oldest to a new one."""
     locations = ObjectLocations()
     locations.limit(12)
     for number in range(12):
