@@ -212,8 +212,8 @@ def _bytes(header: str) -> bytes:
 def _cross_site(request: web.Request) -> tuple[int, str] | None:
     """Refuse what a page of another site makes a browser send, except for following a link."""
     site = request.headers.get("Sec-Fetch-Site", "none")
-    origin = request.headers.get("Origin")
-    is_foreign = site not in ("none", "same-origin") or (origin is not None and not _is_own_origin(origin, request))
+    origins = request.headers.getall("Origin", ())
+    is_foreign = site not in ("none", "same-origin") or not all(_is_own_origin(each, request) for each in origins)
     follows_link = (
         request.method in ("GET", "HEAD")
         and request.headers.get("Sec-Fetch-Mode") == "navigate"

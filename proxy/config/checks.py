@@ -30,6 +30,7 @@ _REDIS_SCHEMES = frozenset(
 )
 _ENDPOINT = re.compile(r"/(chat/completions|completions|responses|messages|embeddings|models)/?$")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*\.?")
+_PORT = re.compile(r":[0-9]{0,5}")  # in a `Host` header, where it may be empty (RFC 3986, 3.2.3)
 _UPSTREAM_SCHEMES = ("http", "https", FOLLOWED_SCHEME, KUBERNETES_SCHEME)
 _AMOUNT_MOST = Decimal(1_000_000)  # largest amount in a price; more is in the wrong unit
 _TOKEN_AMOUNTS = ("input", "output", "cached_read", "cache_write_5m", "cache_write_1h")
@@ -64,11 +65,18 @@ def is_loopback(host: str) -> bool:
 
 
 def host_of(header: str) -> str:
-    """Return the host of a `Host` header, without the port; "" if something else follows an address in brackets."""
+    """Return the host of a `Host` header, without the port; "" if what follows the host is not a port.
+
+    So is the host of an address with a zone, which no browser sends and which may name anything.
+    """
     if header.startswith("["):
         host, _, rest = header[1:].partition("]")
-        return host if not rest or rest.startswith(":") else ""
-    return header.partition(":")[0]
+        if "%" in host:
+            return ""
+    else:
+        host, colon, port = header.partition(":")
+        rest = colon + port
+    return host if not rest or _PORT.fullmatch(rest) else ""
 
 
 def implied_kind(url: str) -> PoolKind:

@@ -190,8 +190,11 @@ async def test_a_token_guards_all_but_the_probes(admin: Running) -> None:
 
 async def test_without_a_token_a_web_page_gets_nothing_by_rebinding_its_name(admin: Running) -> None:
     """Only names of loopback itself are answered."""
-    answered = ("localhost:1", "127.0.0.1", "[::1]:80", "[::1]")
-    refused = ("evil.example", "[::1]evil.example", "[::1].evil.example:80", "localhost@evil.example", "")
+    answered = ("localhost:1", "LOCALHOST", "localhost:", "127.0.0.1", "[::1]:80", "[::1]")
+    refused = (
+        "evil.example", "[::1]evil.example", "[::1].evil.example:80", "localhost@evil.example", "",
+        "localhost:80.evil.example", "127.0.0.1:x", "[::1]:80.evil.example", "[::1%evil.example]", "localhost.",
+    )  # fmt: skip
     for host, status in [*((each, 200) for each in answered), *((each, 403) for each in refused)]:
         assert (await admin.ask("/metrics", headers={"Host": host}))[0] == status
 
@@ -217,6 +220,13 @@ async def test_a_page_of_another_site_gets_nothing(admin: Running, headers: dict
     assert (await admin.ask("/metrics", headers=headers))[0] == 403
     assert admin.overview.asked == []
     assert admin.overview.board.viewers == 0
+
+
+async def test_an_origin_of_another_site_beside_the_own_one_is_refused(admin: Running) -> None:
+    """In either order."""
+    for origins in ([admin.url, "https://evil.example"], ["https://evil.example", admin.url]):
+        headers = [("Origin", origin) for origin in origins]
+        assert (await admin.ask("/explain", "POST", data=b"{}", headers=headers))[0] == 403
 
 
 async def test_a_link_of_another_site_may_be_followed_except_to_a_stream(admin: Running) -> None:

@@ -81,7 +81,19 @@ def test_names_of_loopback_are_admitted_where_only_these_are(host: bytes) -> Non
     assert not is_refused("POST", ((b"host", host), KEY), local_only=True)
 
 
-@pytest.mark.parametrize("host", [b"evil.example:8080", b"10.0.0.7", b"[::1]x", b"localhost.evil.example", b"\xff"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        b"evil.example:8080",
+        b"10.0.0.7",
+        b"[::1]x",
+        b"localhost.evil.example",
+        b"localhost:80.evil.example",
+        b"127.0.0.1:x",
+        b"[::1%evil.example]",
+        b"\xff",
+    ],
+)
 def test_a_host_name_that_was_made_to_point_to_loopback_is_refused(host: bytes) -> None:
     """Its page could send any header and read every response."""
     for method in ("GET", "POST"):
