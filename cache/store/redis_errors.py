@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from typing import Final
 
 from redis import exceptions as foreign
 
@@ -59,8 +61,20 @@ _LONG_AND_UNAUTHENTICATED = "Protocol error: unauthenticated"
 """Redis's reply, in place of NOAUTH, to a long command (over ten arguments or 16 KB) without a password."""
 
 
-_DENIED_IN_SCRIPT = "ACL failure in script"
-"""Redis's reply, in place of NOPERM, if the user may run a script but not a command, key or channel in it."""
+_DENIED_IN_SCRIPT = ("ACL failure in script", "The user executing the script can't")
+"""Redis's reply, in place of NOPERM, if the user may run a script but not a command, key or channel in it; the second
+is that of versions before 7."""
+
+
+_NO_CONNECTION_LEFT: Final = "max number of clients"
+"""Redis's reply to a new connection if it has too many. redis-py knows the text of a single server only, not that of
+a node of a Cluster."""
+
+
+_IN_SCRIPT: Final = re.compile(
+    r"Error running script \(call to f_[0-9a-f]{40}\): @user_script:[0-9]+: (?:@user_script: [0-9]+: )?-?"
+)
+"""What versions before 7 write before the error of a command in a script."""
 
 
 def map_error(error: BaseException, operation: str) -> CacheError:
@@ -72,8 +86,12 @@ def map_error(error: BaseException, operation: str) -> CacheError:
             return _error(operation, found)
     if isinstance(error, foreign.ResponseError):
         text = str(error)
-        if text.startswith((_LONG_AND_UNAUTHENTICATED, _DENIED_IN_SCRIPT)):
+        if outer := _IN_SCRIPT.match(text):
+            text = text[outer.end() :]
+        if text.startswith((_LONG_AND_UNAUTHENTICATED, *_DENIED_IN_SCRIPT)):
             return _error(operation, (ErrorKind.AUTH, StoreUnavailable))
+        if text.startswith(_NO_CONNECTION_LEFT):
+            return _error(operation, (ErrorKind.CONNECTION, StoreUnavailable))
         words = text.split()
         return _error(operation, _FIRST_WORDS.get(words[0] if words else "", (ErrorKind.OTHER, StoreRefused)))
     # redis-py's ConnectionError and RedisClusterException, OSError, RuntimeError of a transport that closed meanwhile

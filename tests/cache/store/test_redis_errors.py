@@ -47,6 +47,11 @@ from cache.store.redis_errors import map_error
         (foreign.ResponseError("WRONGTYPE Operation against a key"), ErrorKind.WRONGTYPE, StoreRefused),
         (foreign.ResponseError("ERR unknown command"), ErrorKind.OTHER, StoreRefused),
         (foreign.ResponseError(""), ErrorKind.OTHER, StoreRefused),
+        (
+            foreign.ResponseError("max number of clients + cluster connections reached"),
+            ErrorKind.CONNECTION,
+            StoreUnavailable,
+        ),
         (foreign.NoScriptError("x"), ErrorKind.NOSCRIPT, StoreRefused),
         (TimeoutError(), ErrorKind.TIMEOUT, StoreTimeout),
         (foreign.ConnectionError("x"), ErrorKind.CONNECTION, StoreUnavailable),
@@ -62,6 +67,34 @@ def test_an_error_is_about_the_command_about_writes_or_about_redis(
     assert type(mapped) is meaning
     assert mapped.kind is kind
     assert str(mapped) == f"SET: {kind}"
+
+
+IN_SCRIPT = f"Error running script (call to f_{'0af9' * 10}): @user_script:12: "
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "meaning"),
+    [
+        ("@user_script: 12: -OOM command not allowed when used memory > 'maxmemory'.", ErrorKind.OOM, StoreFull),
+        ("@user_script: 12: -NOREPLICAS Not enough good replicas.", ErrorKind.NOREPLICAS, WritesRefused),
+        ("@user_script: 12: -READONLY You can't write.", ErrorKind.READONLY, StoreReadOnly),
+        ("@user_script: 12: -MISCONF Redis is configured to save RDB snapshots", ErrorKind.MISCONF, WritesRefused),
+        (
+            "@user_script: 12: The user executing the script can't run this command or subcommand",
+            ErrorKind.AUTH,
+            StoreUnavailable,
+        ),
+        ("WRONGTYPE Operation against a key", ErrorKind.WRONGTYPE, StoreRefused),
+        ("ERR value is not an integer or out of range", ErrorKind.OTHER, StoreRefused),
+        ("user_script:12: -OOM", ErrorKind.OTHER, StoreRefused),
+    ],
+)
+def test_an_error_in_a_script_of_an_older_redis_is_found_behind_its_frame(
+    text: str, kind: ErrorKind, meaning: type[CacheError]
+) -> None:
+    """As Redis 6.2 writes them: before version 7 every error of a script began with the same words."""
+    mapped = map_error(foreign.ResponseError(IN_SCRIPT + text), "EVALSHA")
+    assert (type(mapped), mapped.kind) == (meaning, kind)
 
 
 def test_an_error_of_the_cache_stays_what_it_is() -> None:
