@@ -1,7 +1,7 @@
 """Decide when to stop asking a Redis that fails, and when to probe it again. Pure: the time is passed in.
 
 state       operations              leaves to
-closed      go through              open, after several failures in a row
+closed      go through              open, after several failures in a row, or as many refusals with others between
 open        fail at once            half open, when a probe is sent
 half open   fail at once            closed if the probe succeeds, else open with a longer pause
 """
@@ -29,14 +29,39 @@ class BreakerState(enum.StrEnum):
     HALF_OPEN = "half_open"
 
 
+class _Failures:
+    """Failures of one kind, none of which came too long after the one before."""
+
+    __slots__ = ("_first_seconds", "_last_seconds", "_number")
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._first_seconds = 0.0
+        self._last_seconds = 0.0
+
+    def forget(self) -> None:
+        self._number = 0
+
+    def add(self, now_seconds: float) -> bool:
+        """Note a failure; return whether there are enough of them."""
+        if not self._number or now_seconds - self._last_seconds > WINDOW_SECONDS:
+            self._number, self._first_seconds = 0, now_seconds
+        self._number += 1
+        self._last_seconds = now_seconds
+        return self._number >= FAILURES_TO_OPEN and now_seconds - self._first_seconds >= SPAN_TO_OPEN_SECONDS
+
+
 class Breaker:
-    """Counts failures in a row. All times are monotonic seconds."""
+    """Counts failures in a row, and refusals. All times are monotonic seconds.
+
+    A refusal is a reply of Redis that leaves no doubt: that another command succeeds, as one may that reads if Redis
+    is full or if the user lacks permissions for some, does not take it back.
+    """
 
     def __init__(self, state: BreakerState) -> None:
         self.state = state
-        self._failures = 0
-        self._first_failure_seconds = 0.0
-        self._last_failure_seconds = 0.0
+        self._failures = _Failures()
+        self._refusals = _Failures()
         self._backoff = ExponentialBackoff(PAUSE_FIRST_SECONDS, PAUSE_MOST_SECONDS)
 
     @property
@@ -50,21 +75,18 @@ class Breaker:
 
     def succeeded(self) -> None:
         """Note that an operation was answered. Does not close an open breaker: only a probe does."""
-        self._failures = 0
+        self._failures.forget()
 
-    def failed(self, now_seconds: float) -> bool:
+    def failed(self, now_seconds: float, *, is_refusal: bool = False) -> bool:
         """Note a failed operation; return whether it opened the breaker."""
         if self.state is not BreakerState.CLOSED:
             return False
-        if not self._failures or now_seconds - self._last_failure_seconds > WINDOW_SECONDS:
-            self._failures, self._first_failure_seconds = 0, now_seconds
-        self._failures += 1
-        self._last_failure_seconds = now_seconds
-        lasted = now_seconds - self._first_failure_seconds >= SPAN_TO_OPEN_SECONDS
-        if self._failures < FAILURES_TO_OPEN or not lasted:
-            return False
-        self.state = BreakerState.OPEN
-        return True
+        is_enough = self._failures.add(now_seconds)
+        if is_refusal and self._refusals.add(now_seconds):
+            is_enough = True
+        if is_enough:
+            self.state = BreakerState.OPEN
+        return is_enough
 
     def probing(self) -> None:
         """Note that a probe is being sent."""
@@ -73,7 +95,8 @@ class Breaker:
     def probe_succeeded(self) -> None:
         """Close the breaker."""
         self.state = BreakerState.CLOSED
-        self._failures = 0
+        self._failures.forget()
+        self._refusals.forget()
         self._backoff.reset()
 
     def probe_failed(self) -> None:

@@ -364,14 +364,14 @@ class Store:
         self.errors[mapped.kind] += 1
         now_seconds = self._clock.monotonic()
         if mapped.kind in _AWAY:
-            if self._connection.breaker.failed(now_seconds):
+            if self._connection.breaker.failed(now_seconds, is_refusal=mapped.kind is ErrorKind.AUTH):
                 self.openings += 1
                 self._connection_lost(mapped)
             return mapped
         self._connection.breaker.succeeded()
         if isinstance(mapped, WritesRefused):
             self._reconnect_if_read_only(mapped)
-            if self._writing.breaker.failed(now_seconds):
+            if self._writing.breaker.failed(now_seconds, is_refusal=True):
                 self._writing.begin(mapped, now_seconds)
                 log.warning("Redis refuses writes (%s): they wait, reads continue", mapped.kind)
         return mapped

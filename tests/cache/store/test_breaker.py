@@ -34,6 +34,21 @@ def test_a_success_or_a_long_time_forgets_earlier_failures() -> None:
     assert not breaker.failed(1.0 + WINDOW_SECONDS)
 
 
+def test_refusals_open_it_whatever_succeeds_between_them_and_a_probe_forgets_them() -> None:
+    """Within the same time as failures in a row."""
+    breaker = Breaker(BreakerState.CLOSED)
+    for begin_seconds in (0.0, 100.0):
+        opened = []
+        for number in range(FAILURES_TO_OPEN):
+            opened.append(breaker.failed(begin_seconds + number, is_refusal=True))
+            breaker.succeeded()
+        assert opened == [False] * (FAILURES_TO_OPEN - 1) + [True]
+        breaker.probe_succeeded()
+    for number in range(FAILURES_TO_OPEN):
+        assert not breaker.failed(200.0 + number * (WINDOW_SECONDS + 1), is_refusal=True)
+        breaker.succeeded()
+
+
 def test_only_a_probe_closes_it_and_pauses_grow_until_one_succeeds() -> None:
     """Up to the longest."""
     breaker = Breaker(BreakerState.OPEN)

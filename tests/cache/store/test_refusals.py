@@ -139,6 +139,21 @@ async def test_refused_writes_wait_while_reads_go_on_and_everything_heals(
             assert (totals.refused_batches, totals.lost_increments) == (0, 0)
 
 
+async def test_a_full_redis_shows_though_writes_that_need_no_memory_succeed(valkey: Valkey) -> None:
+    """It serves DEL and refuses SET."""
+    async with opened(valkey.url) as store:
+        fill(valkey)
+
+        async def is_noticed() -> bool:
+            with contextlib.suppress(WritesRefused):
+                await store.execute("DEL", "nothing")
+            with contextlib.suppress(WritesRefused):
+                await store.execute("SET", "other", "x")
+            return store.state is StoreState.REFUSING_WRITES
+
+        await eventually(is_noticed)
+
+
 async def test_an_error_of_one_of_several_commands_has_its_own_kind(valkey: Valkey) -> None:
     """redis-py puts other words before it, so that it looked like an error of the command itself."""
     async with opened(valkey.url) as store:
@@ -238,6 +253,8 @@ async def test_a_user_who_may_not_do_everything_is_an_outage_until_it_may(valkey
         async def is_away() -> bool:
             with contextlib.suppress(CacheError):
                 await store.run_script(script, ["cairn:x"])
+            with contextlib.suppress(StoreUnavailable):
+                await store.execute("GET", "cairn:x")  # which this user may do
             return store.state is StoreState.AWAY
 
         await eventually(is_away)
