@@ -166,14 +166,27 @@ class Totals:
         """Write all pending rows. Return False if Redis did not take all; the rest is tried again."""
         async with self._flushing:
             while batch := self._next_batch():
+                refused: StoreRefused | None = None
                 try:
                     self._note_failures(await self._write(batch))
-                except StoreRefused as error:  # due to this batch: it would be refused again
-                    self.refused_batches += 1
-                    self._note_failures(len(batch.args) // 2, error)
+                except StoreRefused as error:
+                    refused = error
                 except CacheError:  # due to Redis: the store has counted it, and the same batch is sent again
                     return False
+                if refused is not None:
+                    if not await self._is_served():
+                        return False
+                    self.refused_batches += 1  # due to this batch: it would be refused again
+                    self._note_failures(len(batch.args) // 2, refused)
                 self._sending = None
+        return True
+
+    async def _is_served(self) -> bool:
+        """Return whether Redis answers a command that it has no reason to refuse."""
+        try:
+            await self._store.execute("EXISTS", self._writer)
+        except CacheError:
+            return False
         return True
 
     async def close(self) -> None:

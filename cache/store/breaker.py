@@ -88,6 +88,10 @@ class Breaker:
             self.state = BreakerState.OPEN
         return is_enough
 
+    def open(self) -> None:
+        """Open at once, since Redis is known not to serve."""
+        self.state = BreakerState.OPEN
+
     def probing(self) -> None:
         """Note that a probe is being sent."""
         self.state = BreakerState.HALF_OPEN

@@ -2,7 +2,8 @@
 
 Every operation ends within its limit, with a result or with a `CacheError`. There are two kinds of outage:
 
-- Redis is away (no connection, no reply, LOADING, NOAUTH, BUSY): all operations fail at once, until a probe succeeds.
+- Redis is away (no connection, no reply, LOADING, NOAUTH, BUSY, or other words in reply to everything): all
+  operations fail at once, until a probe succeeds.
 - Redis refuses writes (out of memory, READONLY, MISCONF, NOREPLICAS): writes fail at once, until a probe can write
   again; reads and publishing continue.
 
@@ -37,6 +38,7 @@ T = TypeVar("T")
 LIMIT_SECONDS = 0.05  # of one operation, including its wait for a connection and its retry
 PROBE_LIMIT_SECONDS = CONNECT_LIMIT_SECONDS
 PROBE_KEY_MILLISECONDS = 1000
+DOUBT_PAUSE_SECONDS = 1.0  # between two questions whether Redis serves anything
 STREAM_GRACE_SECONDS = 1.0  # beyond the time for which Redis is asked to block
 WAITING = 64  # operations that may wait for a connection; further ones fail at once
 
@@ -152,6 +154,7 @@ class Store:
         self._writing = _Outage(Breaker(BreakerState.CLOSED))
         self._probed = asyncio.Event()
         self._probes: list[asyncio.Task[Any]] = []
+        self._doubted = asyncio.Event()  # a reply may be about the command, or about all commands
 
     # --- state
 
@@ -186,6 +189,7 @@ class Store:
         self._probes = [
             self._tasks.keep(self._probe_connection, "store-probe"),
             self._tasks.keep(self._probe_writing, "store-probe-writes"),
+            self._tasks.keep(self._probe_in_doubt, "store-probe-in-doubt"),
         ]
         try:
             async with time_limit(wait_seconds):
@@ -368,7 +372,10 @@ class Store:
                 self.openings += 1
                 self._connection_lost(mapped)
             return mapped
-        self._connection.breaker.succeeded()
+        if mapped.kind is ErrorKind.OTHER:
+            self._doubted.set()
+        else:
+            self._connection.breaker.succeeded()
         if isinstance(mapped, WritesRefused):
             self._reconnect_if_read_only(mapped)
             if self._writing.breaker.failed(now_seconds, is_refusal=True):
@@ -410,6 +417,26 @@ class Store:
                 if (seconds := outage.end(self._clock.monotonic())) is not None:
                     log.warning("Redis is back after %.1f s", seconds)
             self._probed.set()
+
+    async def _probe_in_doubt(self) -> None:
+        """After a refusal whose meaning is not known, ask something that no Redis refuses.
+
+        What stands between Cairn and Redis, and versions to come, have words of their own for "not now".
+        """
+        outage = self._connection
+        while True:
+            await self._doubted.wait()
+            self._doubted.clear()
+            if outage.breaker.closed:
+                try:
+                    async with time_limit(PROBE_LIMIT_SECONDS):
+                        await self._client.execute_command("EXISTS", keys.LEASE)
+                except Exception as error:  # noqa: BLE001 - without Redis the cache goes on alone
+                    if outage.breaker.closed:
+                        outage.breaker.open()
+                        self.openings += 1
+                        self._connection_lost(map_error(error, "probe"))
+            await asyncio.sleep(DOUBT_PAUSE_SECONDS)
 
     async def _check_permissions(self) -> None:
         """Raise the error of a user of Redis that may run only some of the commands that Cairn needs.

@@ -94,6 +94,26 @@ def save_nothing(valkey: Valkey) -> None:
     assert valkey.ask("CONFIG", "SET", "stop-writes-on-bgsave-error", "no") == b"+OK\r\n"
 
 
+@asynccontextmanager
+async def refusing(words: bytes) -> AsyncIterator[int]:
+    """Serve on a port that takes connections and replies `words` to every command; at the end all are closed."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                for _ in range(int((await reader.readuntil(b"\r\n"))[1:])):
+                    await reader.readexactly(int((await reader.readuntil(b"\r\n"))[1:]) + 2)
+                writer.write(words + b"\r\n")
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+        for writer in writers:
+            writer.transport.abort()
+
+
 REFUSING_WRITES = [
     pytest.param(fill, empty, ErrorKind.OOM, id="full"),
     pytest.param(want_a_replica, want_no_replica, ErrorKind.NOREPLICAS, id="no replicas"),
@@ -265,6 +285,40 @@ async def test_a_user_who_may_not_do_everything_is_an_outage_until_it_may(valkey
         valkey.ask("ACL", "SETUSER", "cairn", "&cairn:*", "+@all")
         await eventually(lambda: store.state is StoreState.AVAILABLE)
         assert await store.run_script(script, ["cairn:x"]) is None
+
+
+@pytest.mark.parametrize("words", [b"-ERR upstream failure", b"-NOTREADY come again", b"-EXECABORT discarded"])
+async def test_unknown_words_in_reply_to_every_command_are_an_outage(valkey: Valkey, words: bytes) -> None:
+    """As from a proxy in front of Redis. Totals are kept and written to the server that answers afterwards."""
+    async with Relay(valkey.port) as relay, opened(f"redis://127.0.0.1:{relay.port}") as store:
+        await store.execute("SET", "k", "v")
+        totals = Totals(store, "w")
+        totals.row(DAY, "m", "u", "t").answers += 5
+
+        async def is_away() -> bool:
+            assert not await totals.flush()
+            return store.state is StoreState.AWAY
+
+        async with refusing(words) as refusing_port:
+            relay.target_port = refusing_port
+            valkey.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            await eventually(is_away)
+            relay.target_port = valkey.port
+        await asyncio.wait_for(store.wait_available(), 30)
+        await eventually(totals.flush)
+        found = await read_totals(store, date.fromisoformat(DAY), date.fromisoformat(DAY))
+        assert list(found.values()) == [Sums(answers=5)]
+        assert (totals.refused_batches, totals.lost_increments) == (0, 0)
+
+
+async def test_a_reply_in_unknown_words_to_one_command_is_no_outage(valkey: Valkey) -> None:
+    """Any other command is still served."""
+    async with opened(valkey.url) as store:
+        for _ in range(20):
+            with pytest.raises(StoreRefused):
+                await store.execute("NOSUCHCOMMAND")
+        await store.execute("SET", "k", "v")
+        assert (store.state, store.openings) == (StoreState.AVAILABLE, 0)
 
 
 async def test_a_busy_server_is_away_and_comes_back(valkey: Valkey) -> None:
