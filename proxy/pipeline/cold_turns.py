@@ -12,6 +12,7 @@ from typing import Final
 
 from proxy.clock import Clock
 from proxy.errors import DeadlineUnreachable, Overloaded, TurnedAway
+from proxy.model import Ending
 from proxy.pipeline.disclosure import undisclosed_tokens
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.planner import Planner
@@ -46,15 +47,16 @@ class ColdTurns:
             RateLimited: a new session would wait for too long, or too much waits; also raised by the awaitable.
             Overloaded: no replica is left after the wait; raised by the awaitable only.
         """
-        plan, pool, tenant = exchange.plan, exchange.pool, exchange.call.tenant
+        plan, pool = exchange.plan, exchange.pool
+        self._name_share(exchange)
         if plan is None or pool is None or exchange.prompt is None or not exchange.call.endpoint.is_generation:
             return None
         now = self._clock.monotonic()
         self._read_urgency(exchange, now)
-        self._shares.seen(tenant.id, tenant.weight, now)
+        self._seen(exchange, now)
         if pool.is_provider or exchange.pinned_replica is not None:
             return None
-        if self._shares.has_several and self._shares.passes_others(tenant.id):
+        if self._shares.has_several and self._shares.passes_others(exchange.share_name):
             plan = exchange.plan = self._soonest_first(plan, now)
         if exchange.fingerprint is None:
             return None
@@ -86,6 +88,7 @@ class ColdTurns:
         self._read_urgency(exchange, self._clock.monotonic())
         if plan is None or pool is None or exchange.fingerprint is None or pool.is_provider:
             return None
+        self._name_share(exchange)
         least = least_uncached(plan)
         exchange.known_tokens = self._known(exchange, plan, least)[0]
         views = [candidate.replica for candidate in plan.candidates]
@@ -117,7 +120,9 @@ class ColdTurns:
 
     def settle(self, exchange: Exchange) -> None:
         """Learn from a finished request how many of its computed tokens had been computed before; end its pass."""
-        usage, pool = exchange.usage, exchange.pool
+        usage, pool, tenant = exchange.usage, exchange.pool, exchange.call.tenant
+        if not tenant.is_listed and _was_answered(exchange):
+            self._shares.answered(tenant.id)
         if exchange.cold_pass is not None:
             exchange.cold_pass.release()
         if exchange.noted is not None and pool is not None and not _was_sent(exchange):
@@ -129,6 +134,22 @@ class ColdTurns:
             self._gate.ended(pool.name, exchange.fingerprint.hashes[-1], replica)
         repeated = min(exchange.known_tokens, usage.prompt_tokens) - usage.cached_tokens
         self._gate.observe(pool.name, usage.prompt_tokens - usage.cached_tokens, max(repeated, 0.0))
+
+    def _name_share(self, exchange: Exchange) -> None:
+        """Set whose share the request uses: whoever is in the configuration was not made up."""
+        tenant = exchange.call.tenant
+        name = tenant.id if tenant.is_listed else self._shares.name_of(tenant.id)
+        weight = tenant.weight if name == tenant.id else self._shares.weight_of(name)
+        exchange.share_name, exchange.share_weight = name, weight
+
+    def _seen(self, exchange: Exchange, now: float) -> None:
+        """Note that the tenant is active."""
+        tenant = exchange.call.tenant
+        if exchange.share_name == tenant.id:
+            self._shares.seen(tenant.id, tenant.weight, now)
+        else:
+            self._shares.newcomer_seen(tenant.id, now)
+            exchange.share_weight = self._shares.weight_of(exchange.share_name)
 
     def _read_urgency(self, exchange: Exchange, now: float) -> None:
         """Set priority and deadline, within what the client may ask for. Raises if the deadline cannot be met."""
@@ -180,9 +201,9 @@ class ColdTurns:
             known_tokens=exchange.known_tokens,
             prompt_end=fingerprint.hashes[-1],
             body_bytes=len(call.body),
-            tenant=call.tenant.id,
+            tenant=exchange.share_name,
             client=call.tenant.client,
-            weight=call.tenant.weight,
+            weight=exchange.share_weight,
             priority=exchange.priority_to_wait_by(),
             deadline_seconds=exchange.deadline_seconds,
             prefill_seconds={each.replica.id: prefill_seconds(each) for each in plan.candidates},
@@ -282,6 +303,11 @@ def _first_token_seconds(candidate: Candidate, exchange: Exchange) -> float:
     replica = candidate.replica
     undisclosed = undisclosed_tokens(candidate, exchange.fingerprint, exchange.own_blocks)
     return (replica.pending_tokens + candidate.uncached_tokens + undisclosed) / replica.rate_tokens_per_second
+
+
+def _was_answered(exchange: Exchange) -> bool:
+    """Return True if a replica has answered as the client asked."""
+    return exchange.ending is Ending.COMPLETE and exchange.attempt is not None and exchange.status < 300
 
 
 def _was_sent(exchange: Exchange) -> bool:

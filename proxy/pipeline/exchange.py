@@ -92,6 +92,8 @@ class Exchange:
         "response_bytes",
         "sent_seconds",
         "session",
+        "share_name",
+        "share_weight",
         "status",
         "stored",
         "tried",
@@ -117,6 +119,8 @@ class Exchange:
         self.plan: Plan | None = None
         self.priority: Priority | None = None  # as asked for and allowed; None until it is needed
         self.deadline_seconds: float | None = None  # of the first token, on the monotonic clock
+        self.share_name = call.tenant.id  # whose share it uses: its tenant's, or newcomers'
+        self.share_weight = call.tenant.weight
         self.known_tokens = 0.0  # tokens of the prompt that were served before
         self.noted: Noted | None = None  # as a prompt of its session, unless it is not sent after all
         self.cold_pass: Pass | None = None  # a cold turn's right to its replica
@@ -183,9 +187,8 @@ class Exchange:
 
         A turn that waited before its placement was counted when it went.
         """
-        tenant = self.call.tenant
         tokens = 0.0 if self.is_counted else candidate.uncached_tokens
-        return Share(tenant.id, tenant.weight, Priority.NORMAL, tokens)
+        return Share(self.share_name, self.share_weight, Priority.NORMAL, tokens)
 
     def waiting_share_of(self, candidate: Candidate) -> Share:
         """Return the share by which the request waits at `candidate`, with its priority."""

@@ -6,6 +6,9 @@ counts against the next. Among tenants in the same round, the one whose first re
 is served, so a single tenant gets exactly that order. A tenant that starts to wait begins in the present round: being
 idle earns nothing.
 
+Where nobody checks keys, anyone can make up tenants without end. So those that no replica has answered yet, the
+newcomers, share as a few groups (`TenantShares.name_of`), which get together at most as much as all others.
+
 The rounds are the same in every process. `TenantShares.rows` are this process's own cumulative counters, which the
 others compare with those that they received before (`absorb`): a lost message does no harm, because differences are
 never sent, and neither does a process that begins or ends.
@@ -21,6 +24,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from heapq import heapify, heappop, heappush, heapreplace
 from math import inf
 from typing import Final, Generic, NamedTuple, TypeVar
+from zlib import crc32
 
 from proxy.routing.shortest_job import Entry, ShortestJobQueue
 
@@ -38,6 +42,9 @@ MAX_OWED_TOKENS: Final = 262_144.0
 
 MAX_TENANTS: Final = 1_024
 """Tenants remembered; the one that was served longest ago is forgotten first."""
+
+MAX_ANSWERED: Final = 16_384
+"""Tenants remembered as answered. In an hour of made-up ones, with four new ones a second, none is forgotten."""
 
 MAX_PEERS: Final = 1_024
 """Other processes whose counters are remembered: one that died says no goodbye, and comes back under another name."""
@@ -57,9 +64,18 @@ ACTIVE_SECONDS: Final = 10.0
 CHECK_SECONDS: Final = 0.1
 """Time for which the set of active tenants is kept before it is computed again."""
 
+NEWCOMER_GROUPS: Final = tuple([f"newcomers {number}" for number in range(8)])
+"""Names under which newcomers share; tenants' own names are hexadecimal. With more groups, fewer newcomers wait
+behind a flood of one of them, and an answered tenant waits longer for its turn: for one request of each group.
+"""
+
+_WEIGHTS_ELSEWHERE: Final = dict.fromkeys(NEWCOMER_GROUPS, 1.0 / len(NEWCOMER_GROUPS))
+"""Weights of those that are active only in other processes, which do not tell them; a tenant's is taken as 1."""
+
 VIRTUAL_TIME: Final = "\0shares"
+_ANSWERED: Final = "\0answered:"
 _TENANT: Final = "\0tenant:"
-"""Prefix of the tenants' rows in the message about in-flight work, which no replica's name can have."""
+"""Prefixes of the tenants' rows in the message about in-flight work, which no replica's name can have."""
 
 T = TypeVar("T")
 
@@ -108,7 +124,10 @@ class TenantShares:
         self._seen: dict[str, tuple[float, float]] = {}  # time of a tenant's last request, and its weight
         self._waiting: dict[str, int] = {}  # requests that wait here, by tenant
         self._went: set[str] = set()  # tenants whose last waiting request has just gone
+        self._answered: dict[str, None] = {}  # tenants that are no newcomers, the one answered longest ago in front
+        self._newcomers: dict[str, float] = {}  # the others that are active, with the time of their last request
         self._active_weight = 0.0
+        self._answered_weight = 0.0  # of active tenants that are no newcomers
         self._checked_seconds = -inf
         self.falls = 0  # how often the round of a tenant may have fallen; otherwise rounds only rise
 
@@ -117,6 +136,50 @@ class TenantShares:
         self._seen[tenant] = now_seconds, weight
         if len(self._seen) > MAX_TENANTS:
             self._check(now_seconds)  # else those that are no longer active would stay until requests wait
+
+    def newcomer_seen(self, tenant: str, now_seconds: float) -> None:
+        """Note a request of a newcomer. Together they weigh as much as they are, and no more than all others."""
+        newcomers = self._newcomers
+        newcomers.pop(tenant, None)
+        newcomers[tenant] = now_seconds
+        if len(newcomers) > MAX_TENANTS:
+            del newcomers[next(iter(newcomers))]
+        self._check(now_seconds)
+        count = len(newcomers)
+        weight = max(min(float(count), self._answered_weight), 1.0) / min(count, len(NEWCOMER_GROUPS))
+        self.seen(_group_of(tenant), weight, now_seconds)
+
+    def name_of(self, tenant: str) -> str:
+        """Return the name under which a tenant shares: its own once it was answered, or while nobody was."""
+        return tenant if tenant in self._answered or not self._answered else _group_of(tenant)
+
+    def weight_of(self, name: str) -> float:
+        """Return the weight that this name was last seen with."""
+        return self._weight(name)
+
+    def answered(self, tenant: str) -> None:
+        """Note that a replica has answered a tenant: it is no newcomer any more. The other processes are told."""
+        if self._note_answered(tenant):
+            self._counters(tenant)
+            self._unsent[tenant] = SENDS
+
+    def _note_answered(self, tenant: str) -> bool:
+        """Return True if this is news."""
+        answered = self._answered
+        if tenant in answered:
+            del answered[tenant]
+            answered[tenant] = None
+            return False
+        answered[tenant] = None
+        if len(answered) > MAX_ANSWERED:
+            del answered[next(iter(answered))]
+        last_seconds = self._newcomers.pop(tenant, None)
+        if last_seconds is not None:
+            self._seen.setdefault(tenant, (last_seconds, 1.0))
+            group = _group_of(tenant)
+            if group not in self._waiting and all(_group_of(other) != group for other in self._newcomers):
+                self._seen.pop(group, None)  # else the tenant would share with itself
+        return True
 
     @property
     def has_several(self) -> bool:
@@ -149,7 +212,11 @@ class TenantShares:
             oldest = now_seconds - ACTIVE_SECONDS
             for name in [name for name, (last, _) in seen.items() if last < oldest and name not in self._waiting]:
                 del seen[name]
+            for name in [name for name, last in self._newcomers.items() if last < oldest]:
+                if _group_of(name) not in self._waiting:
+                    del self._newcomers[name]
             self._active_weight = sum(weight for _, weight in seen.values())
+            self._answered_weight = sum(weight for name, (_, weight) in seen.items() if name not in NEWCOMER_GROUPS)
 
     def passes_others(self, tenant: str) -> bool:
         """Return True if requests of other tenants wait here and none of this one, which goes before them."""
@@ -221,6 +288,8 @@ class TenantShares:
             counters = self._tenants.get(name)
             if counters is not None and counters.total <= MOST_TOKENS:
                 rows[_TENANT + name] = (counters.own, counters.total, counters.start)
+                if name in self._answered:
+                    rows[_ANSWERED + name] = (1.0,)
         if rows and self._reached <= MOST_TOKENS:
             rows[VIRTUAL_TIME] = (self._reached,)
         return rows
@@ -250,8 +319,10 @@ class TenantShares:
                     counters.lift(start)
                     counters.elsewhere += own - known
                 if own != known and tenant not in self._seen:
-                    self._seen[tenant] = now_seconds, 1.0
+                    self._seen[tenant] = now_seconds, _WEIGHTS_ELSEWHERE.get(tenant, 1.0)
                 told[tenant] = own  # a tenant that the peer no longer reports keeps the work reported before
+            elif name.startswith(_ANSWERED):
+                self._note_answered(name[len(_ANSWERED) :])
         if len(self._peers) > MAX_PEERS:
             del self._peers[next(iter(self._peers))]
 
@@ -270,6 +341,11 @@ class TenantShares:
             counters = self._tenants[tenant] = _Counters()
             counters.lifted = self._reached
         return counters
+
+
+def _group_of(newcomer: str) -> str:
+    """Return the group of a newcomer. Nobody can choose it: the names of tenants are secret hashes."""
+    return NEWCOMER_GROUPS[crc32(newcomer.encode()) % len(NEWCOMER_GROUPS)]
 
 
 class Share(NamedTuple):

@@ -13,7 +13,7 @@ from cache import PrefixIndex
 from proxy.errors import BadRequest, CairnError, DeadlineUnreachable, Overloaded, RateLimited, TooManySessions
 from proxy.fleet import Fleet, ReplicaSpec
 from proxy.fleet.pools import Pools
-from proxy.model import Endpoint, TemplateFacts
+from proxy.model import Ending, Endpoint, TemplateFacts
 from proxy.pipeline.cold_turns import ColdTurns
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.planner import Planner, PlanningRules
@@ -21,7 +21,7 @@ from proxy.records import Tenant, Usage
 from proxy.routing.cold_admission import TurnKind
 from proxy.routing.cold_gate import ColdGate
 from proxy.routing.cold_turn import GateLimits
-from proxy.routing.fair_shares import Priority, TenantShares
+from proxy.routing.fair_shares import NEWCOMER_GROUPS, Priority, TenantShares
 from proxy.routing.prefill_gate import PrefillGate
 from proxy.routing.token_estimate import TokenCounts
 from proxy.tasks import Tasks
@@ -463,6 +463,33 @@ async def test_each_tenant_that_generates_counts_among_those_that_share() -> Non
     for name, weight in (("a", 1.0), ("b", 3.0)):
         gated.cold_turns.admit(gated.planned("short", tenant=Tenant(name, weight=weight)))
     assert gated.shares.share_of("a", gated.clock.monotonic()) == 0.25
+
+
+async def test_tenants_that_nobody_has_answered_share_together_and_listed_ones_are_not_among_them() -> None:
+    """Made-up keys are newcomers, whatever they ask for; one that was answered is not, nor is a listed client."""
+    gated = Gated(pressed=False)
+
+    def share(name: str, endpoint: Endpoint = Endpoint.CHAT, **about: Any) -> str:
+        exchange = gated.planned("short", tenant=Tenant(name, **about), endpoint=endpoint)
+        gated.cold_turns.admit(exchange)
+        assert exchange.plan is not None
+        return exchange.share_of(exchange.plan.chosen).tenant
+
+    def settled(name: str, ending: Ending, status: int) -> None:
+        exchange = gated.planned("short", tenant=Tenant(name))
+        exchange.attempt = cast("Any", Attempt(None, exchange.plan.chosen if exchange.plan else None))
+        exchange.ending, exchange.status = ending, status
+        gated.cold_turns.settle(exchange)
+
+    assert share("a") == "a"  # nobody was answered, so all are equal
+    settled("a", Ending.COMPLETE, 200)
+    settled("refused", Ending.UPSTREAM_STATUS, 401)
+    settled("broken", Ending.UPSTREAM_FAILED, 200)
+    assert share("a") == "a"
+    for name in ("refused", "broken", "new"):
+        assert share(name) in NEWCOMER_GROUPS
+        assert share(name, Endpoint.EMBEDDINGS) in NEWCOMER_GROUPS
+    assert share("listed", is_listed=True) == "listed"
 
 
 # -- the pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import count, pairwise
 from math import inf
 from random import Random
 
@@ -18,6 +19,7 @@ from proxy.routing.fair_shares import (
     MAX_OWED_TOKENS,
     MAX_PEERS,
     MAX_TENANTS,
+    NEWCOMER_GROUPS,
     QUANTUM_TOKENS,
     SENDS,
     Claimant,
@@ -655,3 +657,127 @@ def test_what_another_process_says_is_remembered_of_no_more_tenants_than_there_m
     for number in range(2 * MAX_TENANTS):
         here.absorb("there", {f"\0tenant:{number}": (5.0, 5.0, 0.0)}, 0.0)
     assert len(here._peers["there"]) == MAX_TENANTS  # noqa: SLF001 - internal state that no public name shows
+
+
+class Strangers:
+    """One replica, and tenants that send one turn after another, some of which were answered before."""
+
+    def __init__(self, answered: Iterable[str]) -> None:
+        self.shares, self.now = TenantShares(), 0.0
+        self.waiting = queue(self.shares)
+        self.numbers = count()
+        for tenant in answered:
+            self.shares.answered(tenant)
+
+    def ask(self, tenant: str, tokens: float = 20_000.0) -> None:
+        name = self.shares.name_of(tenant)
+        if name == tenant:
+            self.shares.seen(tenant, 1.0, self.now)
+        else:
+            self.shares.newcomer_seen(tenant, self.now)
+        self.waiting.join(claimant(tenant, name, tokens, weight=self.shares.weight_of(name)), 0.0, self.now)
+
+    def serve(self, turns: int) -> list[str]:
+        """Serve at 10,000 tokens a second; each asks again, with another key if it made up the first. Return who was
+        served, in order."""
+        out = []
+        for _ in range(turns):
+            head = self.waiting.head(self.now)
+            assert head is not None
+            self.waiting.serve(head)
+            self.now += head.tokens / 10_000.0
+            self.ask(f"made up {next(self.numbers)}" if head.item.startswith("made up") else head.item)
+            out.append(head.item)
+        return out
+
+
+def gaps(order: list[str], tenant: str) -> int:
+    """The most turns of others between two of a tenant."""
+    places = [-1, *[place for place, each in enumerate(order) if each == tenant], len(order)]
+    return max(after - before - 1 for before, after in pairwise(places))
+
+
+@pytest.mark.parametrize("known", [1, 4])
+def test_made_up_tenants_without_end_get_at_most_half_while_others_wait(known: int):
+    """400 newcomers wait, each with 2 s of work: the others wait for a few of them each time, not for all."""
+    tenants = [f"known {number}" for number in range(known)]
+    bench = Strangers(tenants)
+    for tenant in tenants:
+        bench.ask(tenant)
+    bench.now += 1.0
+    for _ in range(400):
+        bench.ask(f"made up {next(bench.numbers)}")
+    order = bench.serve(400)
+    of_known = [each for each in order if each in tenants]
+    assert 0.45 * len(order) <= len(of_known) <= 0.6 * len(order)
+    for tenant in tenants:
+        assert gaps(order, tenant) <= len(NEWCOMER_GROUPS) + 2 * known
+
+
+def test_a_few_newcomers_get_what_they_would_get_as_tenants():
+    """One beside three others has a quarter."""
+    bench = Strangers("abc")
+    for tenant in "abc":
+        bench.ask(tenant)
+    bench.now += 1.0
+    bench.ask("new")
+    assert 9 <= bench.serve(40).count("new") <= 11
+
+
+def test_tenants_are_equal_while_nobody_was_answered_and_once_all_were():
+    """A proxy that has just started knows nobody; a flood keeps no other newcomer waiting then."""
+    shares = TenantShares()
+    assert shares.name_of("a") == "a"
+    shares.answered("b")
+    assert shares.name_of("a") in NEWCOMER_GROUPS
+    shares.answered("a")
+    assert [shares.name_of(each) for each in "ab"] == ["a", "b"]
+
+
+def test_a_newcomer_that_is_answered_does_not_share_with_itself():
+    """It has everything if it is alone, and is as active as before."""
+    shares = TenantShares()
+    shares.answered("gone")
+    shares.newcomer_seen("new", 0.0)
+    shares.answered("new")
+    assert shares.share_of("new", 1.0) == 1.0
+    shares.seen("other", 1.0, 1.5)
+    assert shares.share_of("other", 1.5) == 0.5
+
+
+def test_the_other_processes_know_who_was_answered():
+    """A tenant that always came to one worker is no newcomer at another one."""
+    here, there = TenantShares(), TenantShares()
+    here.answered("known")
+    vector = codec.Vector(1, here.rows())
+    told = codec.decode_vector(codec.encode_vector(codec.own_head(codec.VECTOR_VERSION, "w"), vector))[1]
+    there.absorb("w", told.rows, 0.0)
+    there.answered("other")
+    assert there.name_of("known") == "known"
+    assert there.round_of("known") == here.round_of("known")
+
+
+def test_newcomers_at_other_workers_weigh_together_no_more_than_one_tenant_there():
+    """Their weight is not known here, and there may be few of them in each group."""
+    here, there = TenantShares(), TenantShares()
+    here.seen("known", 1.0, 0.0)
+    for group in NEWCOMER_GROUPS:
+        there.serve(group, 1_000.0)
+    here.absorb("there", there.rows(), 0.0)
+    assert here.share_of("known", 0.0) == 0.5
+
+
+def test_what_is_remembered_of_newcomers_and_answered_tenants_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    """Those that were answered lately stay."""
+    monkeypatch.setattr(fair_shares, "MAX_ANSWERED", 10)
+    shares = TenantShares()
+    for number in range(3 * MAX_TENANTS):
+        shares.answered("regular")
+        shares.answered(f"once {number}")
+        shares.newcomer_seen(f"new {number}", 0.0)
+    assert shares.name_of("regular") == "regular"
+    assert shares.name_of("once 1") != "once 1"
+    assert len(shares._newcomers) == MAX_TENANTS  # noqa: SLF001 - nothing else shows it
+    assert len(shares._answered) == 10  # noqa: SLF001
+    shares.newcomer_seen("late", 2 * ACTIVE_SECONDS)
+    assert list(shares._newcomers) == ["late"]  # noqa: SLF001
