@@ -147,6 +147,13 @@ class ColdGate:
 
     # -- knowledge
 
+    def forget(self, name: str) -> None:
+        """Drop what is kept of a pool whose replicas are all gone for good, unless turns still wait there."""
+        found = self._pools.get(name)
+        if found is not None and not found.waiting and not found.passes:
+            for pools in (self._pools, self._in_use, self._with_news):
+                pools.pop(name, None)
+
     def pool(self, name: str) -> _Pool:
         found = self._pools.get(name)
         if found is None:
@@ -218,7 +225,11 @@ class ColdGate:
     @property
     def is_holding(self) -> bool:
         """True while sessions of some pool need more cache than it has, so that cold turns wait."""
-        return any(pool.pressure.is_holding for pool in self._pools.values())
+        now = self._clock.monotonic()
+        return any(
+            pool.pressure.is_holding and (len(pool.queue) > 0 or pool.pressure.is_fresh(now))
+            for pool in self._pools.values()
+        )
 
     def need(self, pool: str) -> float | None:
         """Return the tokens that continuing sessions need over the capacity of the pool's caches; None if unknown."""

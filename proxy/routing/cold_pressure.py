@@ -223,6 +223,10 @@ class ColdPressure:
         """The last result of `is_on`."""
         return self._is_on
 
+    def is_fresh(self, now_seconds: float) -> bool:
+        """Return True if a response was noted so lately that it says something about the present."""
+        return now_seconds - self._seen_seconds < self.memory_seconds
+
     @property
     def repeated_share(self) -> float:
         """The share of repeated work, 0 to 1; 0 while too little is known."""

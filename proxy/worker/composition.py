@@ -532,7 +532,15 @@ async def build(config: Config, control: WorkerControl, *, access_log_descriptor
     contexts.own_requests.pipeline = requests.pipeline
     findings = _findings(built, requests)
     health = _health(config, built, findings)
-    forgetting = Forgetting(replicas.client, requests.dispatcher, findings, accounting.settlement, basics.recorder)
+    forgetting = Forgetting(
+        replicas.client,
+        requests.dispatcher,
+        findings,
+        accounting.settlement,
+        basics.recorder,
+        sharing.cold_gate,
+        replicas.pools,
+    )
     for listener in (requests.queues, health, forgetting):
         replicas.discovery.subscribe(listener)
     return Parts(

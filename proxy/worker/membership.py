@@ -9,7 +9,7 @@ from typing import Final
 from proxy.control.messages import ReplicaDown
 from proxy.fleet import Change, Fleet, ReplicaChange
 from proxy.fleet.findings import EngineFindings
-from proxy.fleet.pools import ReplicaEndpoint
+from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.logs import REPLICAS
 from proxy.metrics.recorder import Recorder
 from proxy.pipeline.attempt import Attempts
@@ -79,20 +79,26 @@ class Forgetting:
         findings: EngineFindings,
         settlement: Settlement,
         recorder: Recorder,
+        cold_gate: ColdGate,
+        pools: Pools,
     ) -> None:
         self._client = client
         self._dispatcher = dispatcher
         self._findings = findings
         self._settlement = settlement
         self._recorder = recorder
+        self._cold_gate = cold_gate
+        self._pools = pools
 
     def replicas_changed(self, joined: Sequence[int]) -> None:
         """Do nothing: state of a replica is created when it is first used."""
 
     def replica_forgotten(self, number: int, endpoint: ReplicaEndpoint) -> None:
-        """Drop connections, learned facts and series."""
+        """Drop connections, learned facts and series, and with a pool's last replica what the gate knows of it."""
         self._dispatcher.forget(number)
         self._findings.forget(number)
         self._client.forget(endpoint.origin)
         self._settlement.forget(number, endpoint.name)
         self._recorder.forget(endpoint.name)
+        if all(each.pool != endpoint.pool for each in self._pools.backends.values()):
+            self._cold_gate.forget(endpoint.pool)

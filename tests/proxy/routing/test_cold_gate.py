@@ -1177,6 +1177,40 @@ def test_it_holds_while_the_sessions_of_any_pool_need_more_than_there_is():
     assert holding == [False, True, False]
 
 
+async def test_a_pool_that_gets_no_more_requests_holds_no_longer():
+    """Else what others save would count for ever as saved from it; but it holds while a turn waits there."""
+    bench = Bench()
+    assert bench.verdict(bench.turn()).waits
+    bench.fleet.pending[0] = bench.fleet.pending[1] = 1e6
+    waiting = bench.begin()
+    await settle()
+    holding = []
+    for _ in range(2):
+        bench.clock.advance(bench.gate.limits.memory_seconds)
+        holding.append(bench.gate.is_holding)
+        waiting.cancel()
+        await settle()
+    assert holding == [True, False]
+
+
+async def test_nothing_is_kept_of_a_pool_that_is_gone_unless_a_turn_waits_or_has_a_pass_there():
+    """However often a reload renames one."""
+    bench = Bench(1)
+    bench.gate.placed_elsewhere(POOL, [1, 2], 50_000.0)
+    going, waiting = bench.begin(), bench.begin()
+    await settle()
+    for done in (waiting.cancel, going.result().release):
+        bench.gate.forget(POOL)
+        assert len(bench.gate.served(POOL)) > 0
+        done()
+        await settle()
+    bench.gate.forget("unknown")
+    bench.gate.forget(POOL)
+    assert not bench.gate.is_holding
+    assert bench.gate.rows() == {}
+    assert len(bench.gate.served(POOL)) == 0
+
+
 async def test_a_session_that_was_served_goes_before_a_new_one_of_the_same_moment():
     """New is a prompt of which no more was served than some replica still holds."""
     bench = Bench(1)

@@ -8,7 +8,9 @@ import pytest
 
 from proxy.control.messages import ReplicaDown
 from proxy.fleet import Change, Fleet, ReplicaChange, ReplicaSpec
-from proxy.worker.membership import DownReplicas, TurningAway
+from proxy.fleet.pools import Pools, ReplicaEndpoint
+from proxy.upstream import Origin
+from proxy.worker.membership import DownReplicas, Forgetting, TurningAway
 from tests.support.clock import FakeClock
 
 
@@ -59,3 +61,27 @@ def test_requests_that_wait_leave_a_replica_that_takes_no_more(change: Change, *
     turning.replica_changed(ReplicaChange("one", "p", change))
     turning.replica_changed(ReplicaChange("unknown", "p", change))
     assert (left, looked) == (([1], [1]) if leaves else ([], []))
+
+
+def test_the_gate_forgets_a_pool_with_its_last_replica() -> None:
+    """A pool is renamed by a reload: its replicas go one after another, others stay."""
+    forgotten = list[str]()
+
+    class Part:
+        def forget(self, *about: object) -> None: ...
+
+    class ColdGate:
+        def forget(self, pool: str) -> None:
+            forgotten.append(pool)
+
+    origin = Origin("http", "127.0.0.1", 80)
+    backends = {
+        number: ReplicaEndpoint(f"r{number}", pool, "http://127.0.0.1", origin)
+        for number, pool in enumerate(["old", "old", "new"])
+    }
+    pools, part = Pools([], None, backends), cast("Any", Part())
+    forgetting = Forgetting(part, part, part, part, part, cast("Any", ColdGate()), pools)
+    for number in (1, 0):
+        assert forgotten == []
+        forgetting.replica_forgotten(number, pools.forget(number))
+    assert forgotten == ["old"]
