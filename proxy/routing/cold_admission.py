@@ -92,7 +92,10 @@ NEW_AFTER_SECONDS: Final = 1.0
 """A turn of a session that was served before precedes a new session's that arrived at most this much earlier."""
 
 MOST_PASSED_OVER: Final = 256
-"""Turns that are passed over in one look, behind others that what is open cannot serve either."""
+SEARCH_SECONDS: Final = 0.5
+"""Turns that are passed over in one look, behind others that what is open cannot serve either: a worker looks
+hundreds of times a second. Once in `SEARCH_SECONDS` it looks through all of them.
+"""
 
 ORDER_OF_ARRIVAL: Final = 1.0
 """Weight of the arrival time that makes a queue first come, first served."""
@@ -200,6 +203,7 @@ class ColdQueue(Generic[T]):
         self._first_seconds: dict[Waiting[T], float] = {}  # when a turn was first the first one under pressure
         self._asked_seconds: dict[Waiting[T], float] = {}  # when a turn was first one that might go
         self._unfit: Counter[frozenset[int]] = Counter()  # how many turns have the same unfit replicas
+        self._searched_seconds = -inf  # when it last looked through all turns
         self._began_seconds = 0.0  # time at which the queue last ceased to be empty
 
     def __len__(self) -> int:
@@ -328,7 +332,9 @@ class ColdQueue(Generic[T]):
                     return None
             passed_over += 1
             if passed_over == MOST_PASSED_OVER:
-                return None
+                if now_seconds - self._searched_seconds < SEARCH_SECONDS:
+                    return None
+                self._searched_seconds = now_seconds
         return None
 
     def serve(self, waiting: Waiting[T], replica: int, now_seconds: float) -> None:

@@ -18,6 +18,7 @@ from proxy.routing.cold_admission import (
     RESERVED_SHARE,
     REST_SECONDS,
     ROOM_PATIENCE,
+    SEARCH_SECONDS,
     SHORT_TOKENS,
     SPARING_ROUNDS,
     SPARING_SHARE,
@@ -165,15 +166,18 @@ def test_a_turn_goes_only_where_it_can_be_served_and_is_in_nobody_s_way_elsewher
     assert queue.next_to_go([quiet[0], busy[1]], 2.0, is_pressed=True) is None
 
 
-def test_no_more_than_some_turns_are_passed_over_in_one_look():
-    """A worker looks hundreds of times a second, and thousands may wait for the same busy replica."""
+def test_no_more_than_some_turns_are_passed_over_in_one_look_but_for_one_each_half_second():
+    """A worker looks hundreds of times a second, and thousands may wait for the same busy replica; but a turn behind
+    them, for which a replica is free, must not wait until they are fewer."""
     queue: ColdQueue[str] = ColdQueue()
     unfit = [queue.join(turn(unfit=frozenset({0})), 0.0) for _ in range(MOST_PASSED_OVER)]
     anywhere = queue.join(turn(), 1.0)
-    rooms = [room(0), room(1, pending=9.0)]
-    assert queue.next_to_go(rooms, 2.0, is_pressed=True) is None
+    rooms, none_free = [room(0), room(1, pending=9.0)], [room(0, pending=9.0), room(1, pending=9.0)]
+    assert queue.next_to_go(none_free, 2.0, is_pressed=True) == (unfit[0], ())
+    found = [queue.next_to_go(rooms, 2.0 + 0.4 * SEARCH_SECONDS * look, is_pressed=True) for look in range(6)]
+    assert found == [(anywhere, (0,)), None, None, (anywhere, (0,)), None, None]
     queue.leave(unfit[0])
-    assert queue.next_to_go(rooms, 2.0, is_pressed=True) == (anywhere, (0,))
+    assert queue.next_to_go(rooms, 2.0 + 2.2 * SEARCH_SECONDS, is_pressed=True) == (anywhere, (0,))
 
 
 def test_turns_that_only_busy_replicas_can_serve_cost_no_look_at_each_while_another_replica_is_free():
