@@ -7,7 +7,7 @@ only reads the plan and the headers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import Final
 
 from proxy.clock import Clock
@@ -21,6 +21,7 @@ from proxy.routing.cold_admission import SHORT_TOKENS, TurnKind, about_as_good, 
 from proxy.routing.cold_gate import ColdGate
 from proxy.routing.cold_turn import Turn, Verdict
 from proxy.routing.fair_shares import Priority, TenantShares
+from proxy.routing.replica_queue import ReplicaQueue
 from proxy.wire.urgency import urgency_of
 
 _SHORT: Final = TurnKind.SHORT
@@ -28,10 +29,18 @@ _COLD: Final = TurnKind.COLD
 
 
 class ColdTurns:
-    """Sends cold turns through the gate. One per worker."""
+    """Sends cold turns through the gate. One per worker. `queues` are by replica number."""
 
-    def __init__(self, gate: ColdGate, planner: Planner, shares: TenantShares, clock: Clock) -> None:
+    def __init__(
+        self,
+        gate: ColdGate,
+        planner: Planner,
+        shares: TenantShares,
+        queues: Mapping[int, ReplicaQueue],
+        clock: Clock,
+    ) -> None:
         self._gate = gate
+        self._queues = queues
         self._planner = planner
         self._shares = shares
         self._clock = clock
@@ -163,13 +172,29 @@ class ColdTurns:
         # a rate that is only guessed may be far too low, and would never be measured if everything were refused
         knows_rate = self._gate.knows_rate
         soonest = min(
-            [_first_token_seconds(each, exchange) if knows_rate(each.replica.id) else 0.0 for each in plan.candidates]
+            [
+                self._first_token_seconds(each, exchange, now) if knows_rate(each.replica.id) else 0.0
+                for each in plan.candidates
+            ]
         )
         if now + soonest > exchange.deadline_seconds:
             raise DeadlineUnreachable(
                 f"The first token would come after {soonest:.1f} s, which is past the deadline.",
                 retry_after_seconds=max(soonest, 1.0),
             )
+
+    def _first_token_seconds(self, candidate: Candidate, exchange: Exchange, now: float) -> float:
+        """Return the least time until the first token, as far as the tenant may know what is cached.
+
+        Of the requests that wait for the replica only those count that go before it by priority and share. A refusal
+        tells it this time; without having anything computed, it could find out what others have sent.
+        """
+        replica = candidate.replica
+        tokens = candidate.uncached_tokens
+        tokens += undisclosed_tokens(candidate, exchange.fingerprint, exchange.own_blocks)
+        if (queue := self._queues.get(replica.id)) is not None:
+            tokens += queue.tokens_before(exchange.waiting_share_of(candidate))
+        return self._gate.warm.sent_seconds(replica.id, now) + tokens / replica.rate_tokens_per_second
 
     def _note(self, exchange: Exchange, plan: Plan, least: float, now: float) -> None:
         assert exchange.fingerprint is not None  # noqa: S101 - the caller looked
@@ -293,16 +318,6 @@ def least_uncached(plan: Plan) -> float:
 def prefill_seconds(candidate: Candidate) -> float:
     """Return the time that a replica takes to compute the prompt."""
     return candidate.uncached_tokens / candidate.replica.rate_tokens_per_second
-
-
-def _first_token_seconds(candidate: Candidate, exchange: Exchange) -> float:
-    """Return the time until the first token, as far as the tenant may know what is cached.
-
-    A refusal tells it this time; without having anything computed, it could find out what others have sent.
-    """
-    replica = candidate.replica
-    undisclosed = undisclosed_tokens(candidate, exchange.fingerprint, exchange.own_blocks)
-    return (replica.pending_tokens + candidate.uncached_tokens + undisclosed) / replica.rate_tokens_per_second
 
 
 def _was_answered(exchange: Exchange) -> bool:

@@ -194,6 +194,21 @@ class ReplicaQueue:
         if len(self._waiting):
             self._wake()
 
+    def tokens_before(self, share: Share) -> float:
+        """Return the tokens of the requests waiting here that go before one with this share, at least."""
+        before = own = 0.0
+        others: dict[str, float] = {}
+        for each in self._waiting.in_order(self._clock.monotonic()):
+            if each.priority < share.priority:
+                before += each.tokens
+            elif each.priority > share.priority:
+                continue
+            elif each.tenant != share.tenant:
+                others[each.tenant] = others.get(each.tenant, 0.0) + each.tokens
+            elif each.tokens <= share.tokens:
+                own += each.tokens
+        return before + own + self._shares.most_before(share.tenant, own, others)
+
     def _make_line(self) -> ShortestJobQueue[Claimant[asyncio.Future[None]]]:
         return ShortestJobQueue(self._limits.deadline_seconds, self._ageing)
 

@@ -394,7 +394,7 @@ def _requests(config: Config, secret: bytes, built: Built, traces: Traces | None
     reader = RequestReader(replicas.pools, number_of, locations, config.server.allowed_paths)
     models_endpoint = ModelsEndpoint(replicas.client, replicas.pools, replicas.fleet, clock)
     settlement, stored = built.accounting.settlement, built.contexts.stored
-    cold_turns = ColdTurns(sharing.cold_gate, planner, sharing.shares, clock)
+    cold_turns = ColdTurns(sharing.cold_gate, planner, sharing.shares, queues.by_replica, clock)
     make_pipeline = Pipeline if traces is None else traces.pipeline
     pipeline = make_pipeline(reader, planner, relay, models_endpoint, settlement, stored, cold_turns)
     routes = Routes(config.server.engine_paths, config.server.allowed_paths, config.admin.port)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from contextlib import nullcontext
 from typing import Any, cast
 
 import msgspec
@@ -21,8 +22,9 @@ from proxy.records import Tenant, Usage
 from proxy.routing.cold_admission import TurnKind
 from proxy.routing.cold_gate import ColdGate
 from proxy.routing.cold_turn import GateLimits
-from proxy.routing.fair_shares import NEWCOMER_GROUPS, Priority, TenantShares
+from proxy.routing.fair_shares import NEWCOMER_GROUPS, Priority, Share, TenantShares
 from proxy.routing.prefill_gate import PrefillGate
+from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 from proxy.routing.token_estimate import TokenCounts
 from proxy.tasks import Tasks
 from tests.proxy.pipeline.bench import POOL, Bench, turns
@@ -73,7 +75,10 @@ class Gated:
             PlanningRules(min_shareable_bytes=1_000),
             Pools([], None, {}),
         )
-        self.cold_turns = ColdTurns(self.gate, self.planner, self.shares, self.clock)
+        self.queues = {
+            number: ReplicaQueue(1, QueueLimits(), self.clock, shares=self.shares) for number in range(replicas)
+        }
+        self.cold_turns = ColdTurns(self.gate, self.planner, self.shares, self.queues, self.clock)
 
     def planned(
         self,
@@ -414,6 +419,39 @@ async def test_a_deadline_is_not_refused_for_a_rate_that_is_only_guessed() -> No
     """A new fleet would never show how fast it is, if every request with a deadline were refused."""
     gated = Gated(pressed=False, rate=None)
     assert gated.cold_turns.admit(gated.planned(headers=((b"x-request-deadline", b"0.1"),))) is None
+
+
+@pytest.mark.parametrize(
+    ("tenant", "priority", "is_met"),
+    [
+        ("flood", b"high", True),
+        ("flood", b"normal", False),
+        ("flood", b"low", False),
+        ("other", b"normal", True),
+        ("other", b"low", False),
+    ],
+)
+async def test_a_deadline_is_not_refused_for_what_waits_behind_the_request(
+    tenant: str, priority: bytes, *, is_met: bool
+) -> None:
+    """A batch of 50 s waits for the only replica: it does not delay a higher priority, nor another tenant's share."""
+    gated = Gated(1, pressed=False, rate=10_000.0)
+    now, tasks = gated.clock.monotonic(), []
+    gated.queues[0].try_acquire()
+    for _ in range(1_000):
+        gated.fleet.charge(0, 500.0, now, queued=True)
+        share = Share("flood", 1.0, Priority.NORMAL, 500.0)
+        tasks.append(gated.tasks.start(cast("Any", gated.queues[0].acquire(0.05, share)), "waits"))
+    await turns()
+    exchange = gated.planned(
+        "x" * 4_000,
+        headers=((b"x-request-deadline", b"5"), (b"x-cairn-priority", priority)),
+        tenant=Tenant(tenant, highest_priority=0),
+    )
+    with nullcontext() if is_met else pytest.raises(DeadlineUnreachable, match=r"after 50\.\d s"):
+        assert gated.cold_turns.admit(exchange) is None
+    for task in tasks:
+        task.cancel()
 
 
 async def test_a_deadline_shows_nobody_what_another_tenant_has_sent() -> None:
