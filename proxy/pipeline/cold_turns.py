@@ -58,10 +58,12 @@ class ColdTurns:
         """
         plan, pool = exchange.plan, exchange.pool
         self._name_share(exchange)
-        if plan is None or pool is None or exchange.prompt is None or not exchange.call.endpoint.is_generation:
+        if plan is None or pool is None or not exchange.call.endpoint.runs_model:
             return None
         now = self._clock.monotonic()
         self._read_urgency(exchange, now)
+        if exchange.prompt is None or not exchange.call.endpoint.is_generation:
+            return None  # it waits for a place at its replica only
         self._seen(exchange, now)
         if pool.is_provider or exchange.pinned_replica is not None:
             return None
@@ -169,6 +171,8 @@ class ColdTurns:
         if urgency.deadline_seconds is None or plan is None:
             return
         exchange.deadline_seconds = call.received_seconds + urgency.deadline_seconds
+        if not call.endpoint.is_generation:
+            return  # nothing shows how long a replica takes for it
         # a rate that is only guessed may be far too low, and would never be measured if everything were refused
         knows_rate = self._gate.knows_rate
         soonest = min(

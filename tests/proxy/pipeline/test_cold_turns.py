@@ -263,12 +263,26 @@ async def test_a_session_that_is_refused_or_leaves_is_as_new_when_it_comes_again
     waits.cancel()
 
 
-@pytest.mark.parametrize("endpoint", [Endpoint.EMBEDDINGS, Endpoint.OTHER])
-async def test_what_generates_nothing_is_neither_held_back_nor_read(endpoint: Endpoint) -> None:
+async def test_what_runs_no_model_is_neither_held_back_nor_read() -> None:
     """Its headers may say what they like."""
     gated = Gated()
-    exchange = gated.planned(endpoint=endpoint, headers=((b"x-cairn-priority", b"soon"),))
+    exchange = gated.planned(endpoint=Endpoint.OTHER, headers=((b"x-cairn-priority", b"soon"),))
     assert gated.cold_turns.admit(exchange) is None
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.EMBEDDINGS, Endpoint.INFERENCE])
+async def test_what_generates_nothing_waits_for_its_place_with_its_priority_and_deadline(endpoint: Endpoint) -> None:
+    """It is not held back otherwise, and not refused for the work of a replica that generates."""
+    gated = Gated()
+    gated.make_busy(0, 1)
+    headers = ((b"x-cairn-priority", b"low"), (b"x-request-deadline", b"2.5"))
+    exchange = gated.planned(endpoint=endpoint, headers=headers)
+    assert gated.cold_turns.admit(exchange) is None
+    assert exchange.plan is not None
+    assert exchange.waiting_share_of(exchange.plan.chosen).priority is Priority.LOW
+    assert exchange.deadline_seconds == gated.clock.monotonic() + 2.5
+    with pytest.raises(BadRequest):
+        gated.cold_turns.admit(gated.planned(endpoint=endpoint, headers=((b"x-cairn-priority", b"soon"),)))
 
 
 async def test_a_few_tokens_or_a_prompt_without_pressure_do_not_wait() -> None:
