@@ -216,7 +216,9 @@ class TenantShares:
                 if _group_of(name) not in self._waiting:
                     del self._newcomers[name]
             self._active_weight = sum(weight for _, weight in seen.values())
-            self._answered_weight = sum(weight for name, (_, weight) in seen.items() if name not in NEWCOMER_GROUPS)
+            self._answered_weight = float(
+                sum([weight for name, (_, weight) in seen.items() if name not in NEWCOMER_GROUPS])
+            )
 
     def passes_others(self, tenant: str) -> bool:
         """Return True if requests of other tenants wait here and none of this one, which goes before them."""
