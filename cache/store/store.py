@@ -18,6 +18,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from traceback import clear_frames
 from typing import Any, Final, TypeVar
 
 from cache import keys
@@ -347,6 +348,7 @@ class Store:
             raise StoreUnavailable("Redis is away", self._connection.kind)
         started = self._clock.monotonic()
         kind: ErrorKind | None = None
+        mapped: CacheError | None = None
         try:
             async with time_limit(limit_seconds):
                 result = await call()
@@ -361,10 +363,12 @@ class Store:
             raise mapped from error
         finally:
             self.observe(operation, self._clock.monotonic() - started, kind)
+            mapped = None  # its cause names this frame, which would stay with both until a full collection
 
     def _failed(self, error: BaseException, operation: str) -> CacheError:
         """Map an exception, and report it to the breakers."""
         mapped = map_error(error, operation)
+        clear_frames(error.__traceback__)  # redis-py's frames name the error, which names them
         self.errors[mapped.kind] += 1
         now_seconds = self._clock.monotonic()
         if mapped.kind in _AWAY:

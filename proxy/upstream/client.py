@@ -207,7 +207,7 @@ class UpstreamClient:
         connection.send(head, b"")
         try:
             async with asyncio.timeout(None) as scope:
-                response.interrupt_with(lambda: scope.reschedule(self._loop.time()))
+                response.interrupt_with(lambda: scope.reschedule(self._loop.time()))  # noqa: F821 - bound while it is called
                 sent_bytes = 0
                 connection.wait_for_response(math.inf)
                 async for piece in body:
@@ -230,4 +230,5 @@ class UpstreamClient:
                 raise  # raised by the iterator itself
         finally:
             response.interrupt_with(None)
+            del scope  # names the task, whose cancellation names this frame: they would stay until a full collection
         connection.wait_for_response(limits.first_byte_seconds)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-from collections.abc import Iterator
 
 import pytest
 
 from tests.support.cairn import Cairn, config_for, running
-from tests.support.upstream import Expect, Reset, ScriptedUpstream, Send, Stall, Step
+from tests.support.garbage import held_by_itself
+from tests.support.garbage import uncollected as uncollected
+from tests.support.upstream import Expect, Mark, Reset, ScriptedUpstream, Send, Stall, Step
 from tests.support.valkey import eventually
 
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -17,28 +17,6 @@ EVENT = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
 CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{"
 TIMES = 5
-
-
-@pytest.fixture
-def uncollected() -> Iterator[None]:
-    """The collector rests, so that what only it could free is still there to be found."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.set_debug(0)
-        gc.garbage.clear()
-        gc.enable()
-
-
-def held_by_itself() -> set[str]:
-    """Kinds of what only the collector can free."""
-    gc.set_debug(gc.DEBUG_SAVEALL)
-    gc.collect()
-    gc.set_debug(0)
-    kinds = {f"{type(each).__module__}.{type(each).__qualname__}" for each in gc.garbage}
-    return {kind for kind in kinds if kind.startswith(("proxy.", "cache.", "aiohttp."))}
 
 
 async def visit(cairn: Cairn, *, stream: bool, leaves: bool) -> None:
@@ -71,5 +49,20 @@ async def test_what_broke_is_freed_at_once(play: list[Step], stream: bool, leave
     async with ScriptedUpstream([Expect(), *play]) as upstream, running(config_for([upstream.url])) as cairn:
         for _ in range(TIMES):
             await visit(cairn, stream=stream, leaves=leaves)
+        await eventually(lambda: cairn.worker.requests.in_flight_limit.requests == 0)
+        assert held_by_itself() == set()
+
+
+@pytest.mark.usefixtures("uncollected")
+async def test_an_upload_that_its_client_leaves_is_freed_at_once() -> None:
+    """The task that uploaded, its time limit and the frame that names the limit do not keep each other."""
+    reached = [asyncio.Event() for _ in range(TIMES)]
+    plays = [[Expect(head_only=True), Mark(each), Stall()] for each in reached]
+    async with ScriptedUpstream(plays) as upstream, running(config_for([upstream.url])) as cairn:
+        for each in reached:
+            _, writer = await asyncio.open_connection("127.0.0.1", cairn.port)
+            writer.write(b"POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 300000\r\n\r\n" + b"x" * 100_000)
+            await each.wait()
+            writer.transport.abort()
         await eventually(lambda: cairn.worker.requests.in_flight_limit.requests == 0)
         assert held_by_itself() == set()

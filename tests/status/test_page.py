@@ -262,7 +262,7 @@ async def test_dead_engines_are_seen_at_a_glance(browser: Browser, tmp_path: Pat
             await looked.until("() => document.querySelector('#status').textContent === 'Not ready'")
             await looked.until("() => document.querySelectorAll('#down tbody tr').length === 2")
             await looked.until("() => document.querySelectorAll('#error-plot .main-svg').length > 0")
-            await looked.until("() => Number(document.querySelector('#reasons tbody td.number').textContent) > 0")
+            await looked.until("() => Number(document.querySelector('#reasons tbody td.number')?.textContent) > 0")
             await looked.until("() => document.querySelector('#replicas-up').textContent === '0 of 2'")
         assert await column(looked, "down", 0) == ["replica-1", "replica-2"]
         assert all(await column(looked, "down", 1)), "a reason is shown"

@@ -27,6 +27,8 @@ from cache.store.url import Topology, parse
 from proxy.clock import SystemClock
 from proxy.tasks import Tasks
 from tests.support.clock import FakeClock
+from tests.support.garbage import held_by_itself
+from tests.support.garbage import uncollected as uncollected
 from tests.support.valkey import (
     PATIENT_SECONDS,
     Valkey,
@@ -138,6 +140,14 @@ async def test_a_script_is_sent_once_and_again_after_a_flush(store: Store, valke
     valkey.ask("SCRIPT", "FLUSH")
     assert await store.run_script(DOUBLE, ["a"], [4]) == [b"a", 8]
     assert store.errors[ErrorKind.NOSCRIPT] == 2
+
+
+@pytest.mark.usefixtures("uncollected")
+async def test_an_operation_that_failed_is_freed_at_once(store: Store) -> None:
+    """The error that is raised, its cause and the frame that mapped them do not keep each other."""
+    with pytest.raises(StoreRefused):
+        await store.execute("HGET", "too few arguments")
+    assert held_by_itself() == set()
 
 
 async def test_refused_at_start_is_known_at_once_and_heals(tasks: Tasks) -> None:
