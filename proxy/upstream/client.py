@@ -9,6 +9,7 @@ import asyncio
 import math
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Final, TypeAlias
 
 from proxy.clock import Clock
@@ -205,9 +206,10 @@ class UpstreamClient:
         """
         connection.upload(unfinished=True)
         connection.send(head, b"")
+        scope: asyncio.Timeout | None = asyncio.timeout(None)
         try:
-            async with asyncio.timeout(None) as scope:
-                response.interrupt_with(lambda: scope.reschedule(self._loop.time()))  # noqa: F821 - bound while it is called
+            async with scope:
+                response.interrupt_with(partial(self._end_now, scope))
                 sent_bytes = 0
                 connection.wait_for_response(math.inf)
                 async for piece in body:
@@ -230,5 +232,8 @@ class UpstreamClient:
                 raise  # raised by the iterator itself
         finally:
             response.interrupt_with(None)
-            del scope  # names the task, whose cancellation names this frame: they would stay until a full collection
+            scope = None  # it names the task, whose cancellation names this frame, until a full collection
         connection.wait_for_response(limits.first_byte_seconds)
+
+    def _end_now(self, scope: asyncio.Timeout) -> None:
+        scope.reschedule(self._loop.time())
