@@ -74,7 +74,7 @@ a node of a Cluster."""
 _IN_SCRIPT: Final = re.compile(
     r"Error running script \(call to f_[0-9a-f]{40}\): @user_script:[0-9]+: (?:@user_script: [0-9]+: )?-?"
 )
-"""What versions before 7 write before the error of a command in a script."""
+"""The prefix of the error of a command in a script, in versions before 7."""
 
 
 def map_error(error: BaseException, operation: str) -> CacheError:

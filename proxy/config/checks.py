@@ -65,9 +65,10 @@ def is_loopback(host: str) -> bool:
 
 
 def host_of(header: str) -> str:
-    """Return the host of a `Host` header, without the port; "" if what follows the host is not a port.
+    """Return the host of a `Host` header, without the port.
 
-    So is the host of an address with a zone, which no browser sends and which may name anything.
+    Return "" if what follows the host is not a port, and for an address with a zone: no browser sends one, and a zone
+    may be any text.
     """
     if header.startswith("["):
         host, _, rest = header[1:].partition("]")

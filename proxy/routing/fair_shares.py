@@ -154,8 +154,9 @@ class TenantShares:
         return tenant if tenant in self._answered or not self._answered else _group_of(tenant)
 
     def weight_of(self, name: str) -> float:
-        """Return the weight that this name was last seen with."""
-        return self._weight(name)
+        """Return the weight that this name was last seen with; 1 if it is not active."""
+        seen = self._seen.get(name)
+        return 1.0 if seen is None else seen[1]
 
     def answered(self, tenant: str) -> None:
         """Note that a replica has answered a tenant: it is no newcomer any more. The other processes are told."""
@@ -233,8 +234,8 @@ class TenantShares:
         """Return the tokens that requests of other tenants get before one of `tenant`, which has `own_tokens` of
         requests before it: of `waiting_tokens`, by tenant, no more than until each is in a later round.
         """
-        ends = self._begins_at(tenant) + own_tokens / self._weight(tenant) + QUANTUM_TOKENS
-        begins_at, weight_of = self._begins_at, self._weight
+        ends = self._begins_at(tenant) + own_tokens / self.weight_of(tenant) + QUANTUM_TOKENS
+        begins_at, weight_of = self._begins_at, self.weight_of
         return sum(
             [
                 min(tokens, max(ends - begins_at(other), 0.0) * weight_of(other))
@@ -247,10 +248,6 @@ class TenantShares:
         if counters is None:
             return self._reached
         return counters.total if tenant in self._waiting else max(counters.total, self._reached)
-
-    def _weight(self, tenant: str) -> float:
-        seen = self._seen.get(tenant)
-        return 1.0 if seen is None else seen[1]
 
     def waits(self, tenant: str, change: int) -> None:
         """Change the number of the tenant's waiting requests by 1 or -1. While any waits, the tenant is active."""

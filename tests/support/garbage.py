@@ -1,4 +1,4 @@
-"""What only the garbage collector can free, which Cairn lets run so rarely that it stays for hours."""
+"""Find objects that only the garbage collector can free: Cairn lets it run so rarely that they stay for hours."""
 
 from __future__ import annotations
 

@@ -52,6 +52,12 @@ async def until(store: Store, state: StoreState) -> None:
     await eventually(noticed)
 
 
+async def flushed(totals: Totals, store: Store) -> list[Sums]:
+    """Write what is pending as soon as Redis takes it, and return what Redis has then."""
+    await eventually(totals.flush)
+    return list((await read_totals(store, date.fromisoformat(DAY), date.fromisoformat(DAY))).values())
+
+
 @pytest.fixture
 def valkey() -> Iterator[Valkey]:
     with running() as valkey:
@@ -153,9 +159,7 @@ async def test_refused_writes_wait_while_reads_go_on_and_everything_heals(
             end(valkey)
             await asyncio.wait_for(store.wait_writable(), 30)
             assert (store.state, store.reason) == (StoreState.AVAILABLE, None)
-            await eventually(totals.flush)
-            found = await read_totals(store, date.fromisoformat(DAY), date.fromisoformat(DAY))
-            assert list(found.values()) == [Sums(answers=5)]
+            assert await flushed(totals, store) == [Sums(answers=5)]
             assert (totals.refused_batches, totals.lost_increments) == (0, 0)
 
 
@@ -231,9 +235,7 @@ async def test_a_password_set_on_the_running_server_is_an_outage_and_loses_no_to
             await store.execute("GET", "k")
         _ask_with_password(valkey, "secret", b"CONFIG SET requirepass ''\r\n")
         await asyncio.wait_for(store.wait_available(), 30)
-        await eventually(totals.flush)
-        found = await read_totals(store, date.fromisoformat(DAY), date.fromisoformat(DAY))
-        assert list(found.values()) == [Sums(answers=5)]
+        assert await flushed(totals, store) == [Sums(answers=5)]
 
 
 async def test_a_password_set_just_before_a_batch_of_totals_loses_none_of_it(valkey: Valkey) -> None:
@@ -247,9 +249,7 @@ async def test_a_password_set_just_before_a_batch_of_totals_loses_none_of_it(val
         assert not await totals.flush()
         assert store.errors[ErrorKind.AUTH] > 0
         _ask_with_password(valkey, "secret", b"CONFIG SET requirepass ''\r\n")
-        await eventually(totals.flush)
-        found = await read_totals(store, date.fromisoformat(DAY), date.fromisoformat(DAY))
-        assert list(found.values()) == [Sums(answers=5, prompt_tokens=5, output_tokens=5)]
+        assert await flushed(totals, store) == [Sums(answers=5, prompt_tokens=5, output_tokens=5)]
         assert (totals.refused_batches, totals.lost_increments) == (0, 0)
 
 
@@ -305,9 +305,7 @@ async def test_unknown_words_in_reply_to_every_command_are_an_outage(valkey: Val
             await eventually(is_away)
             relay.target_port = valkey.port
         await asyncio.wait_for(store.wait_available(), 30)
-        await eventually(totals.flush)
-        found = await read_totals(store, date.fromisoformat(DAY), date.fromisoformat(DAY))
-        assert list(found.values()) == [Sums(answers=5)]
+        assert await flushed(totals, store) == [Sums(answers=5)]
         assert (totals.refused_batches, totals.lost_increments) == (0, 0)
 
 
@@ -340,9 +338,7 @@ async def test_a_busy_server_is_away_and_comes_back(valkey: Valkey) -> None:
             await blocking
         await asyncio.wait_for(store.wait_available(), 30)
         await store.execute("SET", "k", "v")
-        await eventually(totals.flush)
-        found = await read_totals(store, date.fromisoformat(DAY), date.fromisoformat(DAY))
-        assert list(found.values()) == [Sums(answers=5)]
+        assert await flushed(totals, store) == [Sums(answers=5)]
 
 
 SLOW_LOADING = ("--key-load-delay", "700", "--loading-process-events-interval-bytes", "1024")  # 2 s for 3,000 keys
@@ -369,9 +365,7 @@ async def test_a_server_that_loads_its_file_is_away_and_loses_no_totals() -> Non
             assert not await totals.flush()
             await starting
             await asyncio.wait_for(store.wait_available(), 30)
-            await eventually(totals.flush)
-            found = await read_totals(store, date.fromisoformat(DAY), date.fromisoformat(DAY))
-            assert list(found.values()) == [Sums(answers=5)]
+            assert await flushed(totals, store) == [Sums(answers=5)]
             assert (totals.refused_batches, totals.lost_increments) == (0, 0)
 
 
