@@ -16,6 +16,7 @@ from proxy.errors import ConnectFailed, ResetBeforeResponse, TlsFailed
 from proxy.upstream.authorities import Authorities
 from proxy.upstream.connect import Lookups, dial
 from proxy.upstream.connection import Connection
+from proxy.upstream.interruption import interrupted_by
 from proxy.upstream.origin import Limits, Origin
 from proxy.upstream.pool import Pool, PoolCounts
 from proxy.upstream.request_head import HeadWriter
@@ -205,29 +206,22 @@ class UpstreamClient:
         """
         connection.upload(unfinished=True)
         connection.send(head, b"")
-        try:
-            async with asyncio.timeout(None) as scope:
-                response.interrupt_with(lambda: scope.reschedule(self._loop.time()))
-                sent_bytes = 0
+        async with interrupted_by(response):
+            sent_bytes = 0
+            connection.wait_for_response(math.inf)
+            async for piece in body:
+                if not response.pending:
+                    return
+                if not piece:
+                    continue
+                sent_bytes += len(piece)
+                if length is not None and sent_bytes > length:
+                    raise ValueError("the request's body is longer than declared")
+                framed = (piece,) if length is not None else (b"%x\r\n" % len(piece), piece, b"\r\n")
+                await connection.write(framed, limits.first_byte_seconds)
                 connection.wait_for_response(math.inf)
-                async for piece in body:
-                    if not response.pending:
-                        return
-                    if not piece:
-                        continue
-                    sent_bytes += len(piece)
-                    if length is not None and sent_bytes > length:
-                        raise ValueError("the request's body is longer than declared")
-                    framed = (piece,) if length is not None else (b"%x\r\n" % len(piece), piece, b"\r\n")
-                    await connection.write(framed, limits.first_byte_seconds)
-                    connection.wait_for_response(math.inf)
-                if length is not None and sent_bytes < length:
-                    raise ValueError("the request's body is shorter than declared")
-                await connection.write((b"0\r\n\r\n",) if length is None else (), limits.first_byte_seconds)
-                connection.upload(unfinished=False)
-        except TimeoutError:
-            if not scope.expired():
-                raise  # raised by the iterator itself
-        finally:
-            response.interrupt_with(None)
+            if length is not None and sent_bytes < length:
+                raise ValueError("the request's body is shorter than declared")
+            await connection.write((b"0\r\n\r\n",) if length is None else (), limits.first_byte_seconds)
+            connection.upload(unfinished=False)
         connection.wait_for_response(limits.first_byte_seconds)
