@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.agents import cpu
@@ -16,6 +15,7 @@ from benchmarks.agents.loop import ClosedLoop, Loop, Result, run
 from benchmarks.agents.ours import Gated
 from benchmarks.agents.programs import WholePrograms
 from benchmarks.agents.sessions import Session, read_sessions, shared_blocks, synthetic, unshared_tokens
+from benchmarks.common.tables import print_table
 from benchmarks.fleet import rules
 from benchmarks.fleet.ours import Cairn
 from benchmarks.fleet.simulation import Calendar, Router
@@ -124,10 +124,9 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if unknown := set(wanted) - set(CONTESTANTS):
         raise click.UsageError(f"unknown rules: {', '.join(sorted(unknown))}")
-    console = Console()
     if like_vllm:
         for case in cpu.CASES:
-            console.print(_table_like_vllm(case, wanted, proxies, delay))
+            print_table(_table_like_vllm(case, wanted, proxies, delay))
         return
     made = read_sessions(sessions) if sessions is not None else synthetic(SYNTHETIC_SESSIONS, seed)
     shared = shared_blocks(made)
@@ -136,7 +135,7 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
     for x in (float(load) for load in loads.split(",")):
         active = max(round(x * replicas * capacity / each), 1)
         loop = Loop(active, replicas, capacity, seconds, seconds / 6)
-        console.print(_table(x, active, [(CONTESTANTS[n][0], _row(made, shared, loop, n, fleet)) for n in wanted]))
+        print_table(_table(x, active, [(CONTESTANTS[n][0], _row(made, shared, loop, n, fleet)) for n in wanted]))
 
 
 def _row(sessions: list[Session], shared: frozenset[int], loop: Loop, name: str, fleet: Fleet) -> Result:

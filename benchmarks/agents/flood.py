@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.processes import StartFailed, end_on_signals, scratch_folder
+from benchmarks.common.tables import print_table
 from benchmarks.fleet.trace import BYTES_PER_TOKEN
 from benchmarks.replay.contestants import Entrant, Plan, cairn_name, enter
 from proxy.clock import SystemClock
@@ -51,7 +52,7 @@ def main(engines: int, speed: float, prompts: int, tokens: int) -> None:
     table = Table(title=f"{prompts} prompts of {tokens:,} tokens beside a flood, {engines} engines, time x{speed:g}")
     for heading in ("flood", "max_concurrent", "p50 s", "longest", "alone p50"):
         table.add_column(heading, justify="left" if heading == "flood" else "right", no_wrap=True)
-    console = Console(width=110)
+    console = Console()
     for flood in FLOODS:
         for limit in (None, 2):
             with scratch_folder() as folder, ExitStack() as stack:
@@ -63,7 +64,7 @@ def main(engines: int, speed: float, prompts: int, tokens: int) -> None:
                     continue
             shown = (f"{median(waits):.2f}", f"{max(waits):.2f}", f"{median(alone):.2f}")
             table.add_row(f"{flood.count} x {flood.tokens:,} tokens", str(limit or "-"), *shown)
-    console.print(table)
+    print_table(table)
 
 
 async def _measure(

@@ -22,6 +22,7 @@ from rich.table import Table
 from benchmarks.agents.loop import ARRIVAL_SECONDS, Loop, endless
 from benchmarks.agents.sessions import Session, read_sessions, shared_blocks, synthetic, unshared_tokens
 from benchmarks.common.processes import StartFailed, end_on_signals, scratch_folder
+from benchmarks.common.tables import print_table
 from benchmarks.datapath.contestants import SGLANG
 from benchmarks.fleet.trace import Request
 from benchmarks.replay.contestants import UNGATED, Entrant, Plan, cairn_name, enter
@@ -135,7 +136,7 @@ def main(
     else:
         sets = {sessions.name: read_sessions(sessions)}
     wanted = [part.strip() for part in only.split(";") if part.strip()]
-    console, results = Console(width=130), dict[str, dict[str, Turns]]()
+    console, results = Console(), dict[str, dict[str, Turns]]()
     for set_name, made in sets.items():
         active = max(round(x * engines * capacity / unshared_tokens(made)), 1)
         loop = Loop(active, engines, capacity, seconds, seconds / 3)
@@ -144,7 +145,7 @@ def main(
             if turns is not None:
                 results.setdefault(name, {})[set_name] = turns
     title = f"{engines} engines of {capacity:,} tokens, sessions that need {x:g} x that, time x{speed:g}"
-    console.print(_table(title, results))
+    print_table(_table(title, results))
 
 
 def _run(name: str, made: list[Session], loop: Loop, speed: float, console: Console) -> Turns | None:

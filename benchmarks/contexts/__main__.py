@@ -31,6 +31,7 @@ from rich.table import Table
 from benchmarks.common.bodies import words
 from benchmarks.common.figures import parse_size, percentile
 from benchmarks.common.processes import Running, StartFailed, end_on_signals, free_port, scratch_folder
+from benchmarks.common.tables import print_table
 from benchmarks.datapath.contestants import BARE, CAIRN, Started, contestants, start
 from benchmarks.datapath.measure import cpu_by_role
 from proxy.clock import SystemClock
@@ -205,7 +206,7 @@ def main(arguments: Sequence[str]) -> int:
         except (StartFailed, Wrong) as failure:
             Console(stderr=True).print(str(failure), style="red", highlight=False)
             return 1
-    console.print(table(bests))
+    print_table(table(bests))
     cairn, bare, direct = bests[CAIRN], bests[BARE], bests["direct"]
     ratio = cairn.cpu_microseconds / bare.cpu_microseconds
     added_ms, more_ms = cairn.p50_ms - direct.p50_ms, first_ms - cairn.p50_ms

@@ -18,12 +18,12 @@ from rich.console import Console
 from benchmarks.common.figures import parse_size
 from benchmarks.common.load import Generator
 from benchmarks.common.processes import ROOT, Running, StartFailed, end_on_signals, free_port, scratch_folder
+from benchmarks.common.tables import print_table
 from benchmarks.datapath import lag, report, streams
 from benchmarks.datapath.contestants import BARE, CAIRN, Contestant, Started, contestants, installed_cairn, start
 from benchmarks.datapath.measure import Cell, Sample, WrongAnswer, cells, check, order, sample
 
 _REPLICAS = 2
-_TABLE_COLUMNS = 120  # characters
 _UPSTREAM_START_SECONDS = 20.0
 
 
@@ -52,12 +52,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     except ValueError as error:
         parser.error(f"argument {sizes.option_strings[0]}: {error}")
     return options
-
-
-def wide_console() -> Console:
-    """Return a console in which tables do not wrap, even if the output is a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, _TABLE_COLUMNS))
 
 
 def chosen(options: argparse.Namespace, console: Console) -> list[Contestant]:
@@ -136,7 +130,7 @@ def measure_all(
 def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     end_on_signals()
-    console = wide_console()
+    console = Console()
     if options.streams:
         options.streams = streams.allow_descriptors(options.streams)
     with ExitStack() as stack:
@@ -149,10 +143,10 @@ def main(arguments: Sequence[str]) -> int:
                 return 1
             if options.streams:
                 standing = [asyncio.run(streams.stand(proxy, options.streams, options.seconds)) for proxy in started]
-                console.print(streams.table(standing))
+                print_table(streams.table(standing))
                 return 0
             if options.lag:
-                console.print(lag.table(lag.probe_all(started, ports[0], options.seconds, stack)))
+                print_table(lag.table(lag.probe_all(started, ports[0], options.seconds, stack)))
                 return 0
             columns = cells(
                 options.sizes, options.chunks, options.seconds, options.connections, options.requests, options.shared
@@ -163,8 +157,8 @@ def main(arguments: Sequence[str]) -> int:
             return 1
     bests = report.summary(samples)
     names, titles = [proxy.name for proxy in started], [cell.name for cell in columns]
-    console.print(report.cpu_table(bests, names, titles))
-    console.print(report.latency_table(bests, names, titles))
+    print_table(report.cpu_table(bests, names, titles))
+    print_table(report.latency_table(bests, names, titles))
     settings = {name: value for name, value in vars(options).items() if name != "json"}
     report.store(
         options.json, {**settings, "machine": platform.machine(), "python": platform.python_version()}, samples

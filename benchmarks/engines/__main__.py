@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.tables import print_table
 from benchmarks.engines.caches import BlockCache, Slots
 from benchmarks.engines.clients import SHAPES
 from benchmarks.engines.engine import RankedEngine, SimulatedEngine
@@ -21,13 +21,12 @@ SYSTEM_FIRST = TemplateFacts(order=ToolOrder.SYSTEM_FIRST)
 
 def main() -> None:
     """Print all tables: about a minute."""
-    console = Console()
-    console.print(orders())
-    console.print(pressure())
-    console.print(blocks())
-    console.print(room())
-    console.print(ranks())
-    console.print(shapes())
+    print_table(orders())
+    print_table(pressure())
+    print_table(blocks())
+    print_table(room())
+    print_table(ranks())
+    print_table(shapes())
 
 
 def orders() -> Table:

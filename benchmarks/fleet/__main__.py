@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.agents.ours import Gated
+from benchmarks.common.tables import print_table
 from benchmarks.fleet import rules
 from benchmarks.fleet.engine import BlockCache
 from benchmarks.fleet.ours import Cairn
@@ -110,7 +111,6 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
             ordered=ordered,
         )
 
-    console = Console()
     results: list[tuple[str, list[Result]]] = []
     for name in track(wanted, "simulating", console=Console(stderr=True)):
         if name in RULES:
@@ -122,7 +122,7 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
             title = "Cairn, queue in order of uncached work" if ordered else "Cairn"
             rule = partial(cairn, ordered=ordered)
             results.append((title, [simulate(each, chosen, rule) for each in arrivals]))
-    console.print(_table(results, pooled_hit(requests, replicas * capacity)))
+    print_table(_table(results, pooled_hit(requests, replicas * capacity)))
 
 
 def _requests(trace: Path | None, limit: int | None, is_decode_heavy: bool, is_spread: bool) -> list[Request]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.common.processes import ROOT
+from benchmarks.common.tables import print_table
 from benchmarks.load import summary
 from benchmarks.load.asking import Answer, ask
 from benchmarks.load.workloads import Turn, conversations, of_trace
@@ -66,7 +67,7 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
     found = summary.summarize(answers, seconds, prices)
     console = Console()
     for table in summary.tables(found):
-        console.print(table)
+        print_table(table)
     for error, times in found.errors.items():
         console.print(f"[red]{times} x[/red] {error}", highlight=False)
     settings: dict[str, object] = {

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.common.processes import ROOT, StartFailed, end_on_signals, scratch_folder
+from benchmarks.common.tables import print_table
 from benchmarks.engines.scenarios import AgentLoad
 from benchmarks.fleet.__main__ import pooled_hit
 from benchmarks.fleet.engine import PREFILL_TOKENS_PER_SECOND
@@ -23,7 +24,6 @@ from benchmarks.replay.engines import TEMPLATES
 from benchmarks.replay.texts import Bodies, Texts
 
 RESULTS = ROOT / "benchmarks" / "results"
-_TABLE_COLUMNS = 150
 _AGENTS_HELP = "no trace: 60 agents' sessions of 4 turns, before engines that render prompts by this template"
 _TURN_SECONDS = 4.0  # of a session: an answer of a loaded fleet and a second's pause
 
@@ -65,7 +65,6 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
     settings = dict(click.get_current_context().params) | {"trace": trace.name if trace else None}
     end_on_signals()
     console = Console()
-    console = console if console.is_terminal else Console(width=_TABLE_COLUMNS)
     texts: Bodies
     if template is None:
         texts = Texts()
@@ -80,7 +79,7 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
         plan = Plan(engines, capacity, speed, Path(folder), template=template or "")
         rows = _measure(names, requests, texts, plan, console, one_by_one=one_by_one, restart=restart)
     title = f"{engines} engines of {capacity:,} tokens, {len(requests)} requests, time x{speed:g}"
-    console.print(report.table(f"{title}; one pooled cache would hit {bound:.1%}", rows))
+    print_table(report.table(f"{title}; one pooled cache would hit {bound:.1%}", rows))
     for remark in report.remarks(rows):
         console.print(remark, highlight=False)
     stem = name or (

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.tables import print_table
 from benchmarks.fleet.trace import read_trace
 from benchmarks.retention.policies import POLICIES, Outcome, run
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         budget: {name: run(requests, rank, max(1, round(segments * budget / 100))) for name, rank in POLICIES.items()}
         for budget in options.budgets
     }
-    Console().print(table(results, segments))
+    print_table(table(results, segments))
     better = all(found[OURS].saved_tokens > found[YARDSTICK].saved_tokens for found in results.values())
     return 0 if better else 1
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.processes import Running, StartFailed, end_on_signals, free_port, scratch_folder
+from benchmarks.common.tables import print_table
 from benchmarks.datapath.contestants import BARE, CAIRN, Started, contestants, start
 from benchmarks.soak.leftovers import Finding, Moment, compare, look
 from benchmarks.soak.visits import SHARES, Visitors, wrong
@@ -71,8 +72,8 @@ async def soak(options: argparse.Namespace, console: Console, stack: ExitStack, 
     seconds = clock.monotonic() - begin
     mistakes = wrong(visitors.tally, options.refused)
     findings = compare(moments[0], moments[1], options.growth)
-    console.print(_visits_table(visitors, seconds))
-    console.print(_findings_table(findings))
+    print_table(_visits_table(visitors, seconds))
+    print_table(_findings_table(findings))
     for mistake, count in mistakes.items():
         console.print(f"[red]wrong:[/red] {mistake} {count:,} times")
     if mistakes:

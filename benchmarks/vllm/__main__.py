@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.processes import Running, StartFailed, end_on_signals, free_port, scratch_folder
+from benchmarks.common.tables import print_table
 from benchmarks.vllm.engines import empty_caches, is_installed, start_engines
 from benchmarks.vllm.sessions import Closed, Figures, Load
 from proxy.clock import SystemClock
@@ -77,12 +78,11 @@ def main(only: str, seconds: float, seed: int) -> None:
     if unknown:
         raise click.UsageError(f"unknown cases: {', '.join(sorted(unknown))}")
     cases = [_within(CASES[name], seconds) for name in only.split(",")]
-    console = Console(width=150)
     with scratch_folder() as folder:
         try:
-            asyncio.run(_measure_all(cases, seed, console, Path(folder)))
+            asyncio.run(_measure_all(cases, seed, Path(folder)))
         except StartFailed as failure:
-            console.print(f"given up: {failure}", highlight=False)
+            Console(stderr=True).print(f"given up: {failure}", highlight=False)
             sys.exit(1)
 
 
@@ -94,7 +94,7 @@ def _within(case: Case, seconds: float) -> Case:
     return msgspec.structs.replace(case, load=load)
 
 
-async def _measure_all(cases: Sequence[Case], seed: int, console: Console, folder: Path) -> None:
+async def _measure_all(cases: Sequence[Case], seed: int, folder: Path) -> None:
     """Run the cases of two engines, then those of one engine with ranks."""
     options = ["--num-gpu-blocks-override", str(BLOCKS), "--block-size", str(BLOCK_TOKENS)]
     for count, more in ((2, []), (1, ["--data-parallel-size", "2"])):
@@ -102,12 +102,10 @@ async def _measure_all(cases: Sequence[Case], seed: int, console: Console, folde
         if chosen:
             with ExitStack() as engine_stack:
                 engines = await start_engines(count, [*options, *more], folder, engine_stack)
-                await _measure_cases(chosen, seed, console, engines, folder)
+                await _measure_cases(chosen, seed, engines, folder)
 
 
-async def _measure_cases(
-    cases: Sequence[Case], seed: int, console: Console, engines: Sequence[int], folder: Path
-) -> None:
+async def _measure_cases(cases: Sequence[Case], seed: int, engines: Sequence[int], folder: Path) -> None:
     """Run all rows before the same engines, whose caches are emptied before each."""
     for case in cases:
         rows = []
@@ -115,7 +113,7 @@ async def _measure_cases(
             await empty_caches(engines)
             with ExitStack() as row_stack:
                 rows.append(await _measure(name, case.load, seed, engines, folder, row_stack))
-        console.print(_table(case, rows))
+        print_table(_table(case, rows))
 
 
 async def _measure(name: str, load: Load, seed: int, engines: Sequence[int], folder: Path, stack: ExitStack) -> Row:
