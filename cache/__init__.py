@@ -15,7 +15,7 @@ from cache.errors import (
     UnknownContext,
 )
 from cache.index.fingerprint import Fingerprint
-from cache.index.hashing import chain_root, cut, extend
+from cache.index.hashing import chain_root, cut, extend, grid_before
 from cache.index.prefix_index import (
     UNLIMITED_TOKENS,
     Feedback,
@@ -91,6 +91,7 @@ __all__ = [
     "check_store_url",
     "cut",
     "extend",
+    "grid_before",
     "open_store",
     "read_totals",
     "usable_key",

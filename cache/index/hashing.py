@@ -110,7 +110,7 @@ half as long as hashing a block.
 
 def _grid(begin: int, end: int) -> array[int]:
     """Return the grid's offsets strictly between two offsets of a prompt."""
-    first, last = _before(begin + 1), _before(end)
+    first, last = grid_before(begin + 1), grid_before(end)
     listed = _LISTED[first:last]
     if end > _LISTED_BYTES:
         beyond = max(begin - begin % BLOCK_BYTES_MOST + BLOCK_BYTES_MOST, _LISTED_BYTES)
@@ -118,8 +118,10 @@ def _grid(begin: int, end: int) -> array[int]:
     return listed
 
 
-def _before(offset: int) -> int:
-    """Return the number of the grid's offsets below `offset`, which is at least 1 and may be beyond the list."""
+def grid_before(offset: int) -> int:
+    """Return the number of the grid's offsets below `offset`, which is at least 1: a prompt has as many boundaries
+    before it, and one more for each of its spans that ends between two of them.
+    """
     last = offset - 1
     if last < FINE_REACH_BYTES:
         return last // BLOCK_BYTES_LEAST

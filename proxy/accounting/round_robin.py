@@ -11,16 +11,21 @@ offsets cover every request and take microseconds.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Final
 
-from cache import Fingerprint, Placement, ReplicaStats
+from cache import Fingerprint, Placement, ReplicaStats, grid_before
 from proxy.fleet.pools import Pools
 
-OFFSETS_BYTES = tuple([1 << power for power in range(10, 26)])
+_FIRST_BITS: Final = 10
+OFFSETS_BYTES: Final = tuple([1 << power for power in range(_FIRST_BITS, 26)])
 """The offsets: 1 KB, 2, 4 and so on up to 32 MB. Each is a boundary of every fingerprint that reaches it
 (`cache.index.hashing`). Between two of them the ends of earlier prompts give more detail."""
+
+_FEWEST_BEFORE: Final = tuple([grid_before(offset) for offset in OFFSETS_BYTES])
+"""Boundaries before each offset in a prompt of one message; with more messages there are more."""
 
 PLACES_SEEN = 131_072
 """Places remembered as seen before (14 MB), unless the prefix index is configured to be small. A simulated cache has
@@ -63,18 +68,17 @@ class _SimulatedCache:
         while held and (self.tokens > self.budget_tokens or len(held) > self._most_places):
             self.tokens -= held.popitem(last=False)[1]
 
-    def held_bytes(self, fingerprint: Fingerprint, places: list[int]) -> tuple[int, int]:
+    def held_bytes(self, fingerprint: Fingerprint, depths: list[int], places: list[int]) -> tuple[int, int]:
         """Return bounds of the prompt's bytes that it holds: at least the first, less than the second; or equal."""
-        held, hashes, ends = self.places, fingerprint.hashes, fingerprint.ends
+        held, ends = self.places, fingerprint.ends
         found = 0
         for place in places:
             if place not in held:
                 break
             found += 1
-        low = OFFSETS_BYTES[found - 1] if found else 0
-        high = OFFSETS_BYTES[found] if found < len(places) else ends[-1] + 1
-        first, last = bisect_right(ends, low), bisect_left(ends, high)
-        between = hashes[first:last]
+        low, first = (OFFSETS_BYTES[found - 1], depths[found - 1] + 1) if found else (0, 0)
+        high, last = (OFFSETS_BYTES[found], depths[found]) if found < len(places) else (ends[-1] + 1, len(ends))
+        between = fingerprint.hashes[first:last]
         between.reverse()
         deepest = next(filter(held.__contains__, between), None)
         if deepest is None:
@@ -135,7 +139,8 @@ class RoundRobinBaseline:
         """Add a prompt that another worker routed; `placement` is its id, which counts up for each writer."""
         cache = self._turn(placement, replica)
         if cache is not None and fingerprint.ends:
-            self._hold(cache, fingerprint, _places(fingerprint), prompt_tokens / fingerprint.ends[-1])
+            places = _places(fingerprint, depths_of_offsets(fingerprint.ends))
+            self._hold(cache, fingerprint, places, prompt_tokens / fingerprint.ends[-1])
 
     def answered(self, placement: Placement, prompt_tokens: int, cached_tokens: int | None) -> Gain | None:
         """Add a prompt of this worker that was answered.
@@ -147,12 +152,13 @@ class RoundRobinBaseline:
         cache = self._turn(placement.id, placement.replica)
         if cache is None or not fingerprint.ends:
             return None
-        places = _places(fingerprint)
+        depths = depths_of_offsets(fingerprint.ends)
+        places = _places(fingerprint, depths)
         tokens_per_byte = prompt_tokens / fingerprint.ends[-1]
         held_bytes = fingerprint.ends[placement.held_blocks - 1] if placement.held_blocks else 0
         gain = None
         if cached_tokens is not None and self._has_seen(places, held_bytes):
-            round_robin = _round_robin(*cache.held_bytes(fingerprint, places), held_bytes)
+            round_robin = _round_robin(*cache.held_bytes(fingerprint, depths, places), held_bytes)
             # less or more was cached than predicted; with round robin the same would have happened
             ahead = (round_robin - held_bytes) * tokens_per_byte
             gain = Gain(cached_tokens, max(cached_tokens + ahead, 0.0))
@@ -183,7 +189,7 @@ class RoundRobinBaseline:
         return cache
 
     def _has_seen(self, places: list[int], held_bytes: int) -> bool:
-        reached = min(bisect_right(OFFSETS_BYTES, held_bytes), len(places))
+        reached = min(_reached(held_bytes), len(places))
         return not reached or places[reached - 1] in self._seen
 
     def _hold(
@@ -199,15 +205,34 @@ class RoundRobinBaseline:
             seen.discard(order.popleft())
 
 
-def _places(fingerprint: Fingerprint) -> list[int]:
-    """Return the hash at each of the offsets that the prompt reaches; all of them are boundaries."""
-    hashes, ends = fingerprint.hashes, fingerprint.ends
-    at, places = 0, []
-    for number in range(bisect_right(OFFSETS_BYTES, ends[-1])):
-        offset = OFFSETS_BYTES[number]
-        at = bisect_left(ends, offset, at)
-        places.append(hashes[at])
-    return places
+def _reached(size_bytes: int) -> int:
+    """Return how many of the offsets a prompt of this length reaches."""
+    return min(max(size_bytes.bit_length() - _FIRST_BITS, 0), len(OFFSETS_BYTES))
+
+
+def depths_of_offsets(ends: Sequence[int]) -> list[int]:
+    """Return the number of boundaries before each of the offsets that a prompt with these boundaries reaches.
+
+    All of them are boundaries, so usually no search is needed: there are as many more before the next one than in a
+    prompt of one message as there were before the last one, unless a message ends between the two.
+    """
+    depths: list[int] = []
+    depth = more = 0
+    for number in range(_reached(ends[-1])):
+        offset, fewest = OFFSETS_BYTES[number], _FEWEST_BEFORE[number]
+        guess = fewest + more
+        if guess >= len(ends) or ends[guess] != offset:
+            guess = bisect_left(ends, offset, depth)
+            more = guess - fewest
+        depth = guess
+        depths.append(depth)
+    return depths
+
+
+def _places(fingerprint: Fingerprint, depths: list[int]) -> list[int]:
+    """Return the hashes at the offsets that the prompt reaches."""
+    hashes = fingerprint.hashes
+    return [hashes[depth] for depth in depths]
 
 
 def _round_robin(low: int, high: int, held_bytes: int) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cache import UNLIMITED_TOKENS, Fingerprint, PrefixIndex, ReplicaStats, chain_root, cut
-from proxy.accounting.round_robin import OFFSETS_BYTES, PLACES_SEEN, Gain, RoundRobinBaseline
+from proxy.accounting.round_robin import OFFSETS_BYTES, PLACES_SEEN, Gain, RoundRobinBaseline, depths_of_offsets
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
 from proxy.upstream import Origin
 
@@ -66,6 +67,20 @@ def test_every_place_is_a_boundary_of_every_prompt_that_reaches_it() -> None:
     fingerprint = cut(chain_root([b"m"]), [bytes(size) for size in sizes])
     reached = {offset for offset in OFFSETS_BYTES if offset <= sum(sizes)}
     assert reached <= set(fingerprint.ends)
+
+
+@given(
+    st.one_of(
+        st.lists(st.one_of(st.integers(1, 600), st.integers(1, 200_000)), min_size=1, max_size=40).map(
+            lambda sizes: list(cut(1, [bytes(size) for size in sizes]).ends)
+        ),
+        st.sets(st.integers(1, 2**26), min_size=1, max_size=200).map(sorted),  # as another version may have cut it
+    )
+)
+def test_each_place_is_found_where_a_search_finds_it(ends: list[int]) -> None:
+    """Whatever the lengths of the messages are, and also among boundaries that are not those of the grid."""
+    reached = [offset for offset in OFFSETS_BYTES if offset <= ends[-1]]
+    assert depths_of_offsets(ends) == [bisect_left(ends, offset) for offset in reached]
 
 
 def test_a_conversation_that_stays_where_it_began_gains_what_its_turns_would_have_missed() -> None:
