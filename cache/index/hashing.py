@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from xxhash import xxh3_64_intdigest
 
@@ -62,25 +62,27 @@ def _go_on(
     seed: int, known_hashes: array[int], known_ends: array[int], spans: Sequence[memoryview | bytes]
 ) -> Fingerprint:
     """Continue the chain from `seed`, in copies of the known arrays."""
-    digest = xxh3_64_intdigest
-    hashes: list[int] = []
+    # Any: otherwise compiled code takes each number out of its object, and makes another one for the next call
+    digest: Any = xxh3_64_intdigest
+    link: Any = seed
+    hashes: list[Any] = []
     ends = known_ends[:]
     base = ends[-1] if ends else 0
     for span in spans:
         size = len(span)
         if not size:
             continue
-        stops = _grid(base, base + size)
-        start = 0
-        for end in stops.tolist():
-            stop = end - base
-            seed = digest(span[start:stop], seed)
-            hashes.append(seed)
+        grid = _grid(base, base + size)
+        stops: list[Any] = [end - base for end in grid] if base else grid.tolist()
+        start: Any = 0
+        for stop in stops:
+            link = digest(span[start:stop], link)
+            hashes.append(link)
             start = stop
-        seed = digest(span[start:] if start else span, seed)
-        hashes.append(seed)
+        link = digest(span[start:] if stops else span, link)
+        hashes.append(link)
         base += size
-        ends += stops
+        ends += grid
         ends.append(base)
     return Fingerprint(known_hashes + array("Q", hashes), ends)
 

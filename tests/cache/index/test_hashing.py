@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 from cache.index.hashing import (
     BLOCK_BYTES_LEAST,
@@ -41,6 +44,16 @@ def naive_ends(lengths: list[int]) -> list[int]:
 @given(sizes)
 def test_boundaries_stand_at_span_ends_and_on_the_absolute_grid(lengths):
     assert list(cut(1, spans_of(lengths)).ends) == naive_ends(lengths)
+
+
+@given(sizes, st.integers(0, 2**64 - 1))
+def test_each_hash_is_that_of_its_block_seeded_with_the_hash_before(lengths, root):
+    """Also where a span begins within a block of the grid, and for seeds of any size."""
+    found, flat = cut(root, spans_of(lengths)), b"".join(spans_of(lengths))
+    expected = [root]
+    for start, end in pairwise([0, *found.ends]):
+        expected.append(xxh3_64_intdigest(flat[start:end], expected[-1]))
+    assert list(found.hashes) == expected[1:]
 
 
 @given(sizes, sizes)
