@@ -131,7 +131,7 @@ class Totals:
     def __init__(self, store: Store, writer_id: str) -> None:
         self._store = store
         self._writer = keys.totals_writer(writer_id)
-        self._pending: dict[RowKey, Sums] = {}
+        self._pending: dict[tuple[str, str, str, str], Sums] = {}  # by `RowKey`
         self._sending: _Batch | None = None
         self._written = 0
         self._tenants: tuple[str, set[str]] = ("", set())
@@ -142,9 +142,8 @@ class Totals:
 
     def row(self, day: str, model: str, upstream: str, tenant: str) -> Sums:
         """Return the row to add to. Use it before the next await: later calls may return another object."""
-        key = RowKey(day, model, upstream, tenant)
-        row = self._pending.get(key)
-        return self._new_row(key) if row is None else row
+        row = self._pending.get((day, model, upstream, tenant))  # a RowKey equals it and takes far longer to make
+        return self._new_row(RowKey(day, model, upstream, tenant)) if row is None else row
 
     @property
     def pending_rows(self) -> int:
@@ -230,7 +229,7 @@ class Totals:
     def _next_batch(self) -> _Batch | None:
         """Return the batch that is being sent, until it is known to have arrived; otherwise a new one."""
         if self._sending is None and self._pending:
-            taken = [(key, self._pending.pop(key)) for key in list(self._pending)[:BATCH_ROWS]]
+            taken = [(RowKey(*key), self._pending.pop(key)) for key in list(self._pending)[:BATCH_ROWS]]
             self._written += 1
             by_day: dict[str, list[str | int]] = {}
             for key, sums in taken:

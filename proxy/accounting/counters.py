@@ -28,6 +28,8 @@ from proxy.records import Outcome, Usage
 _STATUS_CLASSES = ("0xx", "1xx", "2xx", "3xx", "4xx", "5xx")
 _OPERATIONS = {Endpoint.COMPLETIONS: "text_completion", Endpoint.EMBEDDINGS: "embeddings"}  # OpenTelemetry's names
 _CHAT: Final = "chat"  # of all other endpoints that have tokens
+_REFUSED: Final = Ending.REFUSED  # constants: members of an enum and their values are looked up in Python
+_UNPRICED: Final = {reason: (reason.value,) for reason in Unpriced}  # the labels
 _SECONDS_PER_DAY: Final = 86_400
 _PICOS_PER_USD = Decimal(10**12)
 _MICROS_PER_SECOND: Final = 1_000_000
@@ -204,7 +206,7 @@ class RequestCounters:
             route.decisions.value += 1
         if route.misses is not None:
             route.misses.value += 1
-        if outcome.ending is Ending.REFUSED:
+        if outcome.ending is _REFUSED:
             self._recorder.inc(metrics.REJECTED, (outcome.error_code or "other",))
         if (reason := error_reason(outcome)) is not None:
             self._recorder.inc(metrics.ERRORS, (reason,))
@@ -268,7 +270,7 @@ class RequestCounters:
         card = self._prices.card(outcome.model or "", backend.url, moment, backend.name, usage.service_tier)
         bill = card if isinstance(card, Unpriced) else pricing.bill(usage, card, rate)
         if not isinstance(bill, Bill):
-            recorder.inc(metrics.UNPRICED, (bill.value,))
+            recorder.inc(metrics.UNPRICED, _UNPRICED[bill])
             row.unpriced += 1
             return
         for spec, amount in (

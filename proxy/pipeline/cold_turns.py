@@ -26,6 +26,7 @@ from proxy.wire.urgency import urgency_of
 
 _SHORT: Final = TurnKind.SHORT
 _COLD: Final = TurnKind.COLD
+_COMPLETE: Final = Ending.COMPLETE
 
 
 class ColdTurns:
@@ -326,7 +327,7 @@ def prefill_seconds(candidate: Candidate) -> float:
 
 def _was_answered(exchange: Exchange) -> bool:
     """Return True if a replica has answered as the client asked."""
-    return exchange.ending is Ending.COMPLETE and exchange.attempt is not None and exchange.status < 300
+    return exchange.ending is _COMPLETE and exchange.attempt is not None and exchange.status < 300
 
 
 def _was_sent(exchange: Exchange) -> bool:

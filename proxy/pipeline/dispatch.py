@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Mapp
 from dataclasses import dataclass
 from functools import partial
 from math import inf
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 from zlib import crc32
 
 from proxy.clock import Clock
@@ -99,12 +99,15 @@ class RetryPolicy:
     idle_seconds: float = 120.0
 
 
-class Opened(NamedTuple):
+class Opened:
     """A response that has begun. `failure` is set if another attempt would have been preferred."""
 
-    response: UpstreamResponse
-    is_stream: bool
-    failure: AttemptFailure | None = None
+    __slots__ = ("failure", "is_stream", "response")
+
+    def __init__(self, response: UpstreamResponse, is_stream: bool, failure: AttemptFailure | None = None) -> None:
+        self.response = response
+        self.is_stream = is_stream
+        self.failure = failure
 
 
 class Client(Protocol):

@@ -31,6 +31,7 @@ MEDIA: Final = "media"
 
 _MEDIA_WORDS: Final = (b"image", b"audio", b"video")  # in the types of such parts of a prompt; in a text, too
 _PATH_CHARACTERS: Final = 128
+_INTERNAL: Final = Ending.INTERNAL  # a constant: the member of an enum is looked up in Python
 _GAPS: Final = INTER_TOKEN.buckets  # a constant: two attributes are looked up for every chunk of a stream otherwise
 
 
@@ -139,7 +140,7 @@ class Exchange:
         self.waiting: WaitingClient | None = None  # waits for a stream; None if no comments are sent meanwhile
         self.tried: tuple[AttemptFailure, ...] = ()  # attempts that failed before the last one
         self.status = 0
-        self.ending = Ending.INTERNAL  # until another ending is known
+        self.ending: Ending = _INTERNAL  # until another ending is known
         self.error_code: str | None = None
         self.sent_seconds: float | None = None
         self.first_byte_seconds: float | None = None

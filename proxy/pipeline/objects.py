@@ -35,6 +35,10 @@ _READ_METHODS = frozenset({"GET", "POST"})
 _RESPONSES_PATH: Final = "/v1/responses/"
 _BATCHES_PATH: Final = "/v1/batches/"
 
+# constants: the member of an enum is looked up in Python
+_RESPONSES: Final = Endpoint.RESPONSES
+_OTHER: Final = Endpoint.OTHER
+
 
 def _id_in_event(opening: bytes, *, of_chat: bool) -> str | None:
     """Return the id in the first whole event of a stream that has one; None if there is none yet."""
@@ -74,8 +78,8 @@ class CreatedObjects:
     def may_tell(call: Call, prompt: Prompt | None = None) -> bool:
         """Return True if the response to `call`, which has this prompt, may be about an object."""
         return call.method in _READ_METHODS and (
-            call.endpoint is Endpoint.RESPONSES
-            or (call.endpoint is Endpoint.OTHER and call.access is not Access.INFERENCE)
+            call.endpoint is _RESPONSES
+            or (call.endpoint is _OTHER and call.access is not Access.INFERENCE)
             or (prompt is not None and prompt.is_stored)
         )
 

@@ -27,6 +27,7 @@ OBJECT_NEWS_SECONDS: Final = 0.05
 _CHAT: Final = Endpoint.CHAT
 _MODELS: Final = Endpoint.MODELS
 _CACHING: Final = Endpoint.CACHING
+_COMPLETE: Final = Ending.COMPLETE
 
 
 class Reading(Protocol):
@@ -188,7 +189,7 @@ class Pipeline:
             self._refuse(exchange, error, client)
         finally:
             self._relay.release(exchange)
-            if exchange.ending is Ending.COMPLETE:
+            if exchange.ending is _COMPLETE:
                 self._planner.note_answered(exchange)
             self._settlement.settle(exchange)
             self.cold_turns.settle(exchange)

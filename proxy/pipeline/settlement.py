@@ -34,6 +34,8 @@ MAX_MEDIA_TOKENS: Final = 1_048_576
 PART_SHARE: Final = 0.5
 """A prompt has at least this share of the tokens that an earlier prompt had with which it begins."""
 
+_COMPLETE: Final = Ending.COMPLETE  # a constant: the member of an enum is looked up in Python
+
 _Finished = tuple[Outcome, Usage | None, Placement | None, bool]
 
 
@@ -137,7 +139,7 @@ class Settlement:
 
     def _teach_fleet(self, exchange: Exchange, outcome: Outcome, usage: Usage, *, counts_prompt: bool) -> None:
         prompt, attempt, times = exchange.prompt, exchange.attempt, outcome.times
-        if prompt is None or attempt is None or outcome.ending is not Ending.COMPLETE:
+        if prompt is None or attempt is None or outcome.ending is not _COMPLETE:
             return
         counts_prompt = counts_prompt and not usage.longest_call_tokens and exchange.stored is None
         if counts_prompt and self._text_alone.holds_for(prompt):
@@ -164,7 +166,7 @@ def _new_tokens(match: Match | None, usage: Usage, placement: Placement) -> int:
 def _seconds_alone(exchange: Exchange, outcome: Outcome, usage: Usage) -> float | None:
     """Return the time until the first token if the request had its replica to itself, else None."""
     attempt, times = exchange.attempt, outcome.times
-    if attempt is None or attempt.candidate.replica.in_flight or outcome.ending is not Ending.COMPLETE:
+    if attempt is None or attempt.candidate.replica.in_flight or outcome.ending is not _COMPLETE:
         return None
     if usage.prefill_seconds:
         return usage.prefill_seconds

@@ -110,6 +110,21 @@ TIE_TOKENS: Final = 16.0
 
 _MASK = (1 << 64) - 1
 
+# constants: the member of an enum is looked up in Python
+_REASON_ONLY: Final = RouteReason.ONLY
+_REASON_SHORT: Final = RouteReason.SHORT
+_REASON_COLD: Final = RouteReason.COLD
+_REASON_WARM: Final = RouteReason.WARM
+_REASON_SPREAD: Final = RouteReason.SPREAD
+_MISS_NONE: Final = MissReason.NONE
+_MISS_SHORT: Final = MissReason.SHORT
+_MISS_COLD: Final = MissReason.COLD
+_MISS_CHANGED: Final = MissReason.CHANGED
+_CACHE_HIT: Final = CacheStatus.HIT
+_CACHE_PARTIAL: Final = CacheStatus.PARTIAL
+_CACHE_MISS: Final = CacheStatus.MISS
+_CACHE_BYPASS: Final = CacheStatus.BYPASS
+
 
 def plan(
     demand: Demand,
@@ -142,13 +157,13 @@ def plan(
     if pinned is not None:
         reason = RouteReason.PINNED
     elif len(usable) == 1:
-        reason = RouteReason.ONLY
+        reason = _REASON_ONLY
     elif demand.size_bytes < min_shareable_bytes:
-        reason = RouteReason.SHORT
+        reason = _REASON_SHORT
     else:
         reason = _reason(candidates)
     if demand.size_bytes < min_shareable_bytes:
-        return Plan(candidates, reason, MissReason.SHORT, CacheStatus.BYPASS, demand.prompt_tokens)
+        return Plan(candidates, reason, _MISS_SHORT, _CACHE_BYPASS, demand.prompt_tokens)
     cache, miss = _cache_status(demand, match, candidates)
     return Plan(candidates, reason, miss, cache, demand.prompt_tokens)
 
@@ -362,15 +377,15 @@ def _reason(candidates: tuple[Candidate, ...]) -> RouteReason:
         if candidate.matched_bytes > deepest:
             deepest = candidate.matched_bytes
     if deepest == 0:
-        return RouteReason.COLD
-    return RouteReason.WARM if chosen == deepest else RouteReason.SPREAD
+        return _REASON_COLD
+    return _REASON_WARM if chosen == deepest else _REASON_SPREAD
 
 
 def _cache_status(demand: Demand, match: Match, candidates: tuple[Candidate, ...]) -> tuple[CacheStatus, MissReason]:
     matched = candidates[0].matched_bytes
     if matched > 0 and matched >= demand.size_bytes - demand.last_block_bytes:
-        return CacheStatus.HIT, MissReason.NONE
-    return (CacheStatus.PARTIAL if matched else CacheStatus.MISS), _miss(matched, match, candidates)
+        return _CACHE_HIT, _MISS_NONE
+    return (_CACHE_PARTIAL if matched else _CACHE_MISS), _miss(matched, match, candidates)
 
 
 def _miss(matched: int, match: Match, candidates: tuple[Candidate, ...]) -> MissReason:
@@ -384,8 +399,8 @@ def _miss(matched: int, match: Match, candidates: tuple[Candidate, ...]) -> Miss
     if match.evicted:
         return MissReason.EVICTED
     if not matched:
-        return MissReason.COLD
-    return MissReason.CHANGED if match.diverged else MissReason.NONE
+        return _MISS_COLD
+    return _MISS_CHANGED if match.diverged else _MISS_NONE
 
 
 def _none_left(views: Sequence[ReplicaView], pool_name: str) -> Overloaded:

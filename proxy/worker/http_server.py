@@ -39,6 +39,7 @@ log = logging.getLogger("cairn.server")
 
 _NOBODY = Tenant("")
 _UNKNOWN = Route(Endpoint.OTHER, "unknown")
+_CACHING: Final = Endpoint.CACHING  # a constant: the member of an enum is looked up in Python
 """A path that is not served or cannot be read. It does not repeat the client's text, so that lines can be grouped."""
 
 _WEBSOCKET_PATHS: Final = ("/responses", "/realtime")  # parts of them
@@ -162,7 +163,7 @@ class HttpServer:
         return body_at_hand(request, self._body_bytes_most(endpoint))
 
     def _body_bytes_most(self, endpoint: Endpoint) -> int:
-        return self._max_upload_bytes if endpoint is Endpoint.CACHING else self._settings.max_body_bytes
+        return self._max_upload_bytes if endpoint is _CACHING else self._settings.max_body_bytes
 
     async def _body(self, request: IncomingRequest, headers: Headers, endpoint: Endpoint) -> tuple[Body, Body | None]:
         """Return the whole body, decoded, and the body as sent if it was compressed."""
