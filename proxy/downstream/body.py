@@ -209,18 +209,21 @@ class IncomingBody:
         return body
 
     def begin_stream(self, limit_seconds: float) -> None:
-        """Begin to read the body piece by piece; each piece may take `limit_seconds`."""
+        """Begin to read the body piece by piece; each piece may take `limit_seconds`.
+
+        A client that waits to be asked for it is asked by the first `next_piece`.
+        """
         self._use = _STREAM
         self._limit_seconds = limit_seconds
         if self._view is not None:
             self._view = None
             self._store = self._store[: self._filled]
-        self._source.send_continue()
         if len(self._store) < AHEAD_BYTES:
             self._source.resume_reading()
 
     async def next_piece(self) -> bytes:
         """Return what has arrived since the last call; b"" at the end."""
+        self._source.send_continue()
         while not self._store:
             if self._error is not None:
                 raise copy(self._error)

@@ -247,10 +247,19 @@ async def test_a_body_is_asked_for_when_it_is_wanted() -> None:
 
 
 async def test_a_body_that_is_refused_is_not_asked_for() -> None:
-    """The final answer comes in place of `100 Continue`, and ends the connection."""
-    async with serving(refuse) as port:
-        got = await talk(port, request(b"/", b"expect: 100-continue\r\n", b"abc")[:-3])
-    assert got == b"HTTP/1.1 403 No\r\ncontent-length: 1\r\nconnection: close\r\n\r\n/"
+    """The final answer comes in place of `100 Continue`, and ends the connection.
+
+    This holds for a body that would pass, too, until its first piece is wanted.
+    """
+
+    async def refuse_stream(asked: IncomingRequest, answer: ClientResponse) -> None:
+        stream_body(asked, 5.0)
+        await refuse(asked, answer)
+
+    for play in (refuse, refuse_stream):
+        async with serving(play) as port:
+            got = await talk(port, request(b"/", b"expect: 100-continue\r\n", b"abc")[:-3])
+        assert got == b"HTTP/1.1 403 No\r\ncontent-length: 1\r\nconnection: close\r\n\r\n/"
 
 
 async def test_an_early_answer_announces_the_end_and_arrives_whole() -> None:
