@@ -16,7 +16,7 @@ from typing import Final, Protocol
 from zlib import crc32
 
 from proxy.clock import Clock
-from proxy.errors import ConnectFailed, Overloaded, PoolTimeout, TurnedAway, UpstreamError
+from proxy.errors import ConnectFailed, Overloaded, PoolTimeout, ResetMidResponse, TurnedAway, UpstreamError
 from proxy.fleet import Failure, Fleet, Need
 from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.metrics.definitions import HIDDEN_ERRORS, UPSTREAM_RETRIES
@@ -25,7 +25,7 @@ from proxy.model import Edit
 from proxy.pipeline import retries
 from proxy.pipeline.attempt import Attempt, Attempts
 from proxy.pipeline.exchange import MEDIA, TOOLS, Exchange
-from proxy.pipeline.opening import Opening, judge_plain, wait_for_opening
+from proxy.pipeline.opening import Opening, is_cut_off, judge_plain, wait_for_opening
 from proxy.pipeline.retries import AttemptFailure, FailureKind, RetryBudget
 from proxy.records import Candidate
 from proxy.routing.replica_queue import ANYONE
@@ -389,11 +389,14 @@ class Dispatcher:
                 await response.begun()
                 response.allow_silence(self._policy.idle_seconds)
             length = response.content_length
-            if length is not None and length <= _GATHERED_AT_MOST_BYTES:
+            if response.is_json_until_close or (length is not None and length <= _GATHERED_AT_MOST_BYTES):
                 await response.fits(_GATHERED_AT_MOST_BYTES)
         if not response.complete or response.header(b"content-encoding"):
             return Opening.PLAIN
-        return judge_plain(response.peek(), exchange.call.endpoint)
+        body = response.peek()
+        if response.is_json_until_close and is_cut_off(body, body):
+            raise ResetMidResponse("the upstream closed inside its response")
+        return judge_plain(body, exchange.call.endpoint)
 
     async def _refusal(self, exchange: Exchange, response: UpstreamResponse) -> Refusal | None:
         """Read from an error whether the server lacks something that another may have."""

@@ -25,6 +25,8 @@ arrives."""
 _BOM: Final = b"\xef\xbb\xbf"
 _BOM_BEGINNINGS: Final = (_BOM[:1], _BOM[:2])
 _WHITE: Final = b" \t\r\n"
+_BRACKETS: Final = (b"{", b"[")
+_CLOSING_BRACKETS: Final = (b"}", b"]")
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 _FIELD_BYTES_AT_MOST: Final = 6
 _PING: Final = b"event: ping"
@@ -152,6 +154,15 @@ def judge_plain(body: bytes, endpoint: Endpoint) -> Opening:
     if endpoint is Endpoint.INFERENCE:
         return Opening.PLAIN  # sound, a picture or a text
     return Opening.ERROR_BODY if text else Opening.EMPTY
+
+
+def is_cut_off(begin: bytes, end: bytes) -> bool:
+    """Return True if a JSON object or array that begins and ends with these bytes has not come whole.
+
+    It is asked where the end of the connection is the end of the body, which looks the same if a server is killed. A
+    document that was cut just behind a bracket inside it is not recognised.
+    """
+    return begin.lstrip()[:1] in _BRACKETS and end.rstrip()[-1:] not in _CLOSING_BRACKETS
 
 
 def _may_be_bare(body: bytes, endpoint: Endpoint) -> bool:

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from proxy.clock import Clock
 from proxy.downstream.response import Downstream
-from proxy.errors import IdleTimeout, UpstreamError
+from proxy.errors import IdleTimeout, ResetMidResponse, UpstreamError
 from proxy.fleet import Fleet
 from proxy.fleet.model_list import read_models
 from proxy.metrics.definitions import HIDDEN_ERRORS, STREAM_ABORTS
@@ -22,6 +22,7 @@ from proxy.model import Ending, Endpoint
 from proxy.pipeline.dispatch import Opened, evidence
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.objects import CreatedObjects
+from proxy.pipeline.opening import is_cut_off
 from proxy.pipeline.silence import COMMENT, PassedStream, SilenceWatch, WaitingClient
 from proxy.upstream import Framing, UpstreamResponse
 from proxy.wire import headers as wire_headers
@@ -148,7 +149,10 @@ class ResponseRelay:
             downstream.end()
             exchange.ending = _ending_of(response)
         elif response.complete:
-            self._whole(exchange, response, downstream, head, response.body_now())
+            body = response.body_now()
+            if succeeded and response.is_json_until_close and is_cut_off(body, body):
+                raise _closed_inside()
+            self._whole(exchange, response, downstream, head, body)
         else:
             return self._arriving(exchange, response, downstream, head)
         return None
@@ -208,17 +212,23 @@ class ResponseRelay:
             body = PassedBody(encoding, exchange.call.endpoint, _READ_AT_MOST_BYTES)
         stream = self._passed_stream(response, downstream)
         downstream.begin(response.status, response.reason, head, response.content_length)
+        may_be_cut = response.status < 300 and response.is_json_until_close
+        begin = end = b""
         try:
             while piece := await response.next_chunk():
                 exchange.response_bytes += len(piece)
                 if body is not None:
                     body.feed(piece)
                 await downstream.write(piece)
+                if may_be_cut and (visible := piece.strip()):
+                    begin, end = begin or visible[:1], visible[-1:]
                 if stream is not None:
                     stream.passed(piece, response.seen_seconds)
         finally:
             if stream is not None:
                 self.silence.leave(stream)
+        if may_be_cut and is_cut_off(begin, end):
+            raise _closed_inside()
         downstream.end()
         return body
 
@@ -296,14 +306,19 @@ class ResponseRelay:
             downstream.begin(response.status, response.reason, head, length)
         self.release(exchange)
         stream = StreamRelay(self, exchange, response, downstream, tap)
+        rest = b""
         try:
             await stream.run()
-            if rest := tap.close():
+            rest = tap.close()
+            if rest:
                 await downstream.write(rest)
+            if response.framing is Framing.CLOSE and (rest or tap.mid_event) and not tap.finished:
+                raise _closed_inside()  # no other framing can end within an event unnoticed
             downstream.end()
             exchange.ending = _COMPLETE if tap.finished else _TRUNCATED
         except UpstreamError as error:
-            downstream.write_last(error_event(error, exchange.call.endpoint, mid_event=tap.mid_event))
+            mid_event = bool(rest) or tap.mid_event
+            downstream.write_last(error_event(error, exchange.call.endpoint, mid_event=mid_event))
             raise
         finally:
             exchange.usage = tap.usage
@@ -484,6 +499,10 @@ class StreamRelay:
         """Write a comment, unless an event is incomplete or the client has not read what was written."""
         if not self._tap.mid_event and not self._behind:
             self._downstream.write_last(COMMENT)
+
+
+def _closed_inside() -> ResetMidResponse:
+    return ResetMidResponse("the upstream closed inside its response")
 
 
 def _ending_of(response: UpstreamResponse) -> Ending:

@@ -105,6 +105,15 @@ class UpstreamResponse:
         return self._complete
 
     @property
+    def is_json_until_close(self) -> bool:
+        """True if it is JSON, not compressed, whose end only the end of the connection shows."""
+        return (
+            self.framing is Framing.CLOSE
+            and b"json" in self.header(b"content-type").lower()
+            and not self.header(b"content-encoding")
+        )
+
+    @property
     def buffered_bytes(self) -> int:
         """Size of what arrived of the body and was not taken yet."""
         return sum(map(len, self.chunks))

@@ -151,7 +151,7 @@ async def test_a_plain_200_that_is_an_error_is_tried_elsewhere(
 
 
 class Cut(OpenAIUpstream):
-    """Breaks off every plain response to a prompt within its body: declared by a length, or in chunks."""
+    """Breaks off every plain response to a prompt within its body: of a known length, in chunks, or until the end."""
 
     def __init__(self, head: bytes) -> None:
         super().__init__()
@@ -168,12 +168,22 @@ class Cut(OpenAIUpstream):
         return web.Response()
 
 
-@pytest.mark.parametrize("head", [b'content-length: 99\r\n\r\n{"id":', b"transfer-encoding: chunked\r\n\r\n"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        b'content-length: 99\r\n\r\n{"id":',
+        b"transfer-encoding: chunked\r\n\r\n",
+        b'connection: close\r\n\r\n{"id":"a",',
+    ],
+)
 @pytest.mark.parametrize("path", ["chat/completions", "embeddings"])
 async def test_a_plain_response_that_breaks_off_before_the_client_got_any_is_tried_elsewhere(
     http: aiohttp.ClientSession, path: str, head: bytes
 ) -> None:
-    """A short body is gathered first, and of a long one nothing is written until it begins."""
+    """A short body is gathered first, and of a long one nothing is written until it begins.
+
+    If only the end of the connection is the end of the body, an unfinished document shows that it was cut.
+    """
     async with OpenAIUpstream() as well, Cut(head) as sick, running(config_for([sick.url, well.url])) as cairn:
         answers = [await ask(http, cairn, path, number) for number in range(20)]
         assert {status for status, _, _ in answers} == {200}

@@ -435,6 +435,68 @@ async def test_a_stream_without_its_end_is_truncated() -> None:
     assert exchange.ending is Ending.TRUNCATED
 
 
+@pytest.mark.parametrize("asked_usage", [False, True])
+@pytest.mark.parametrize(
+    ("end", "breaks"),
+    [(b"", False), (TOKEN[:20], True), (b"data: [DONE]", False), (b": comment", True), (b"data: {}\n", True)],
+)
+async def test_a_stream_until_the_connection_closes_breaks_if_that_is_inside_an_event(
+    end: bytes, breaks: bool, asked_usage: bool
+) -> None:
+    """A server that is killed closes its connections like one that has sent everything."""
+    bench = Bench()
+    made = upstream(bench, body=TOKEN + end, sse=True)
+    made.response.framing = Framing.CLOSE
+    exchange = bench.exchange(stream=True)
+    assert exchange.prompt is not None
+    if asked_usage:
+        exchange.prompt = dataclasses.replace(exchange.prompt, usage_request=UsageRequest.ASKED)
+    client = await bench.run(exchange)
+    assert (client.broken, client.ended) == (breaks, not breaks)
+    assert (b'"error"' in client.body.removeprefix(TOKEN + end + b"\n\n")) is breaks
+
+
+CUT_JSON = [(b'{"a":"xxx', True), (b' ["x", {}] ', False), (b"12", False), (b"", False)]
+
+
+@pytest.mark.parametrize(("body", "is_cut"), CUT_JSON)
+@pytest.mark.parametrize("kind", [b"application/json", b"application/octet-stream"])
+async def test_unfinished_json_until_the_connection_closes_is_broken_off(
+    kind: bytes, body: bytes, is_cut: bool
+) -> None:
+    """The client has its beginning. Content of another kind may end anywhere."""
+    bench = Bench()
+    made = Upstream(bench.clock, 200, ((b"content-type", kind),))
+    made.response.framing = Framing.CLOSE
+    bench.client.script.append(made)
+    task = bench.start(bench.exchange(endpoint=Endpoint.OTHER))
+    await turns()
+    for piece in (body[:1], body[1:], b" \n"):
+        made.send(piece)
+        await turns()
+    made.end()
+    client = await task
+    breaks = is_cut and b"json" in kind
+    assert (client.broken, client.ended) == (breaks, not breaks)
+
+
+@pytest.mark.parametrize(("body", "is_cut"), CUT_JSON)
+async def test_unfinished_json_until_the_connection_closes_is_an_error_if_it_came_at_once(
+    body: bytes, is_cut: bool
+) -> None:
+    bench = Bench()
+    made = Upstream(bench.clock, 200, JSON, body)
+    made.response.framing = Framing.CLOSE
+    bench.client.script.append(made)
+    exchange = bench.exchange(endpoint=Endpoint.OTHER)
+    if is_cut:
+        with pytest.raises(ResetMidResponse):
+            await bench.run(exchange)
+        assert not bench.downstream.begun
+    else:
+        assert (await bench.run(exchange)).body == body
+
+
 async def test_a_stream_that_breaks_before_its_first_event_is_tried_elsewhere() -> None:
     """The head had come, but the client has nothing yet."""
     bench = Bench()
