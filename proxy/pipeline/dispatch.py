@@ -50,6 +50,8 @@ _GATHERED_AT_MOST_BYTES: Final = 32 * 1024
 """A plain response up to this size is whole before any of it is written, so that another replica can be tried if it
 breaks off or is an error. It must stay below `Limits.buffer_bytes`, above which a connection stops reading."""
 
+_KEY_BYTES_LEAST: Final = 8  # a shorter one, such as EMPTY, is no secret and may be a word of the text
+
 _REFUSAL_AT_MOST_BYTES = 64 * 1024  # a longer text is not just a message about an unknown field
 _IDEMPOTENT_METHODS = frozenset({"GET", "HEAD"})
 _FULL_STATUSES = frozenset({503, 529})
@@ -314,6 +316,9 @@ class Dispatcher:
                 opening = await self._open(exchange, response)
             refusal: Refusal | None = None
             if response.status >= 400:
+                credential = self._pools.backends[attempt.replica].credential
+                if credential is not None and len(key := credential[1].removeprefix(b"Bearer ")) >= _KEY_BYTES_LEAST:
+                    response.conceal(key)  # some servers repeat a key that they refuse, or all that was sent
                 refusal = await self._refusal(exchange, response)
             elif opening is Opening.PLAIN and response.status < 300 and exchange.call.endpoint.runs_model:
                 opening = await self._plain_opening(exchange, response)

@@ -60,6 +60,7 @@ class UpstreamResponse:
         "_error",
         "_interrupt",
         "_loop",
+        "_secret",
         "_sink",
         "_waiter",
         "chunks",
@@ -96,6 +97,7 @@ class UpstreamResponse:
         self._complete = False
         self._error: CairnError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._secret = b""  # what `conceal` replaces
         self._sink: Sink | None = None
         self._interrupt: Callable[[], object] | None = None
 
@@ -185,6 +187,8 @@ class UpstreamResponse:
             return b""
         piece = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         chunks.clear()
+        if self._secret:
+            piece = _concealed(piece, self._secret)
         if self._connection is not None:
             self._connection.taken()
         return piece
@@ -245,6 +249,14 @@ class UpstreamResponse:
             if key == name:
                 return value
         return b""
+
+    def conceal(self, secret: bytes) -> None:
+        """Replace `secret` by asterisks in the headers and in each piece of the body that is taken from now on.
+
+        It is not found in a compressed body, nor where it lies in two pieces.
+        """
+        self._secret = secret
+        self.headers = tuple([(name, _concealed(value, secret)) for name, value in self.headers])
 
     def abort(self) -> None:
         """Close the connection unless the body has ended."""
@@ -331,6 +343,10 @@ class UpstreamResponse:
             waiter.set_exception(error)
             return False
         return not self._complete and self._error is None
+
+
+def _concealed(text: bytes, secret: bytes) -> bytes:
+    return text.replace(secret, b"*" * len(secret))
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

@@ -600,6 +600,20 @@ async def test_a_replicas_key_is_sent_in_the_header_that_is_configured(
             assert sent.header(b"anthropic-version") == version
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [400, 401, 403, 422, 500])
+async def test_a_replicas_key_that_an_error_repeats_is_concealed(
+    http: aiohttp.ClientSession, status: int, stream: bool
+) -> None:
+    """It is the operator's; the client has never seen it."""
+    text = '{"error":{"message":"Incorrect API key provided: %s","code":"invalid_api_key"}}'
+    async with Sick(status, (text % "sk-operator").encode()) as sick:
+        pool = Pool(name="p", replicas=(Replica(sick.url, key=Secret("sk-operator")),))
+        async with running(config_for([], pools=[pool])) as cairn:
+            got = await ask(http, cairn, "chat/completions", stream=stream)
+            assert got[:2] == (status, text % "***********")
+
+
 async def test_a_providers_models_are_known_from_its_answers(http: aiohttp.ClientSession) -> None:
     """Without a key for its list; a model that only a client's wish named is not."""
     async with Sick(401) as upstream:

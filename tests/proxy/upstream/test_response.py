@@ -244,6 +244,17 @@ async def test_pieces_that_come_while_a_cancelled_sink_is_ending_do_not_reach_it
 # -- the head, and what is asked of a response that has ended
 
 
+async def test_a_secret_is_concealed_in_headers_and_in_what_is_taken() -> None:
+    """The length of neither changes, since it may have been announced."""
+    body = Filled()
+    body.response.headers = ((b"www-authenticate", b'realm="secret"'), (b"x", b"y"))
+    body.response.conceal(b"secret")
+    assert body.response.headers == ((b"www-authenticate", b'realm="******"'), (b"x", b"y"))
+    for piece, shown in ((b"a secret, a secret", b"a ******, a ******"), (b"nothing", b"nothing")):
+        body.bring(piece)
+        assert body.response.body_now() == shown
+
+
 async def test_a_header_is_found_by_its_name_and_the_first_of_two_counts() -> None:
     response = Filled().response
     response.headers = ((b"a", b"1"), (b"b", b"2"), (b"b", b"3"))
