@@ -22,6 +22,10 @@ _TYPE = re.compile(
 _PLAIN_ENCODINGS: Final = frozenset({"7bit", "8bit", "binary"})
 """Transfer encodings of a part whose value is as it was sent. Some parsers undo the others (RFC 7578, 4.7)."""
 
+_LINE = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*")
+"""A line of a part's head. Some parsers join one that begins with a space to the line before, or take a lone CR or LF
+for the end of a line, and two of them for the end of the head."""
+
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=?-]{1,70}")  # RFC 2046, 5.1.1, without spaces
 _DISPOSITION = re.compile(
     r'form-data(?:\s*;\s*(?:name="(?P<name>[^"\\\r\n]*)"|name=(?P<plain>[\w.\[\]-]+)|filename\*?=(?:"[^"\r\n]*"|"(?:[^"\\\r\n]|\\.)*"|[^;"\s]*)))*\s*',
@@ -66,7 +70,7 @@ def fields(body: Body, content_type: bytes) -> Iterator[Field]:
             raise UnreadableForm
         head_end = body.find(b"\r\n\r\n", at, at + _HEAD_BYTES_MOST)
         value_end = body.find(b"\r\n" + marker, head_end + 2)
-        if head_end < 0 or value_end < 0:
+        if head_end < 0 or value_end < 0 or _may_end_before(body, marker, head_end, value_end):
             raise UnreadableForm
         yield Field(_name(bytes(body[at + 2 : head_end])), view[head_end + 4 : max(value_end, head_end + 4)])
         at = value_end + 2 + len(marker)
@@ -111,6 +115,8 @@ class FormReader:
                 continue
             start = at + self._passed_over
             end = data.find(self._delimiter, at)
+            if _may_end_before(data, self._delimiter[2:], at, end if end >= 0 else len(data)):
+                raise UnreadableForm
             if end < 0:
                 end = len(data) - len(self._delimiter) + 1  # from here on the delimiter may begin
                 if end > start:
@@ -153,6 +159,11 @@ def _boundary(content_type: bytes) -> bytes:
     return boundary
 
 
+def _may_end_before(data: Body, marker: bytes, at: int, end: int) -> bool:
+    """Return True if a value has a boundary behind a lone CR or LF, which some parsers take for its end."""
+    return data.find(b"\n" + marker, at, end) >= 0 or data.find(b"\r" + marker, at, end) >= 0
+
+
 def _name(head: bytes) -> str:
     """Return the name in the one `content-disposition` line of a part's head."""
     given = head.decode("latin-1").split("\r\n")
@@ -161,6 +172,7 @@ def _name(head: bytes) -> str:
     name = None if found is None else found["plain"] if found["name"] is None else found["name"]
     if (
         name is None
+        or not all(map(_LINE.fullmatch, given))
         or lines[0].lower().count("name=") - lines[0].lower().count("filename=") != 1
         or any(map(_recodes, given))
     ):

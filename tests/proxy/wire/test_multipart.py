@@ -12,6 +12,8 @@ TYPE = b"multipart/form-data; boundary=b"
 HEAD = b"--b\r\ncontent-disposition: form-data"
 MODEL = HEAD + b'; name="model"\r\n\r\nm\r\n'
 END = b"--b--\r\n"
+LONE = b'content-disposition: form-data; name="model"\n\nm\r\n'
+"""A field behind lone line feeds, which Werkzeug finds even within the value of another one."""
 
 
 def values(body: bytes, content_type: bytes = TYPE) -> list[tuple[str, bytes]]:
@@ -86,11 +88,19 @@ def test_a_boundary_that_is_missing_or_ambiguous_is_refused(parameter: bytes) ->
         HEAD + b'; name="a"\r\nContent-Transfer-Encoding : Quoted-Printable\r\n\r\n=6d\r\n' + END,
         b"--b\r\nx: " + b"y" * 5000 + MODEL[5:] + END,
         MODEL * (PARTS_MOST + 1) + END,
+        HEAD + b'; name="a"\r\n\r\nx\n--b\n' + LONE + END,
+        HEAD + b'; name="a"\r\n\r\nx\r--b\r' + LONE[:-2].replace(b"\n", b"\r") + b"\r\n" + END,
+        HEAD + b'; name="a"\r\n\r\n\n--b\n' + LONE + END,
+        HEAD + b'; name="a"\r\nx: y\n\nz\n--b\n' + LONE + b"\r\n\r\ny\r\n" + END,
+        HEAD + b'; name="a"\r\nx: y\n' + HEAD[5:] + b'; name="model"\r\n\r\nm\r\n' + END,
+        HEAD + b'; name="a"\r\n ; name="model"\r\n\r\nm\r\n' + END,
+        HEAD + b'; name="a"\r\n\t; name="model"\r\n\r\nm\r\n' + END,
+        HEAD + b'; name="a"\r\ncontent-disposition : form-data; name="model"\r\n\r\nm\r\n' + END,
     ],
-    ids=range(23),
+    ids=range(31),
 )
 def test_a_form_that_two_parsers_could_read_differently_is_refused(body: bytes) -> None:
-    """A missing end, names given twice or encoded, coded values, bare line feeds, endless heads and parts."""
+    """No end, names given twice or encoded, coded values, lone line ends, folded lines, endless heads and parts."""
     with pytest.raises(UnreadableForm):
         values(body)
     with pytest.raises(UnreadableForm):
