@@ -33,7 +33,7 @@ from proxy.routing.cold_admission import (
 )
 from proxy.routing.cold_pressure import CROWDED_SECONDS, RESTING_SECONDS, ColdPressure, ServedPrompts
 from proxy.routing.cold_turn import Claims, Fleet, GateLimits, Turn, Verdict
-from proxy.routing.cold_wait import ColdRate, Tickets, pool_of, refusal_of
+from proxy.routing.cold_wait import ColdRate, LineRates, Tickets, pool_of, refusal_of
 from proxy.routing.fair_shares import Priority, Share, TenantShares
 from proxy.routing.warm_wait import WarmQueues
 
@@ -92,6 +92,7 @@ class _Pool:
         self.pressure = ColdPressure(memory_seconds)
         self.served = ServedPrompts()
         self.rate = ColdRate()
+        self.line_rates = LineRates()
         self.tickets = Tickets(name)
         self.waiting: dict[_Waiter, float] = {}  # each with the time of its arrival
         self.passes: dict[int, Pass] = {}
@@ -258,8 +259,8 @@ class ColdGate:
                 reason = "every replica has enough work, and only the proxy can keep the order"
         if not reason:
             return Verdict(kind, waits=False)
-        seconds = self._wait_seconds(pool, turn, now, sum(rates))
-        return Verdict(kind, waits=True, reason=reason, seconds=seconds)
+        seconds, least = self._wait_seconds(pool, turn, now, sum(rates))
+        return Verdict(kind, waits=True, reason=reason, seconds=seconds, least_seconds=least)
 
     def short_tokens(self, views: Sequence[ReplicaView]) -> float | None:
         """Return the uncached tokens up to which a turn never waits for these replicas; None if no turn ever waits.
@@ -296,7 +297,12 @@ class ColdGate:
         shortest = min([view.pending_tokens / view.rate_tokens_per_second for view in views])
         return pool.pressure.is_on(shortest, len(pool.queue), CROWDED_SECONDS * self.limits.pace)
 
-    def _wait_seconds(self, pool: _Pool, turn: Turn, now: float, rate: float) -> float:
+    def _wait_seconds(self, pool: _Pool, turn: Turn, now: float, rate: float) -> tuple[float, float]:
+        """Return about how long a turn would wait, and how long it would if no other came.
+
+        The first is by the rate at which its tenant's turns were taken, as far as that agrees with what waits now:
+        they get at least their tenant's share of what the replicas take.
+        """
         arrived = pool.tickets.arrival(turn.tenant, turn.prompt_end, now)
         before: dict[str, float] = {}
         urgent_tokens = 0.0
@@ -308,12 +314,15 @@ class ColdGate:
                 before[each.tenant] = before.get(each.tenant, 0.0) + each.uncached_tokens
         away = pool.tickets.expected(arrived, now)
         here, back = 1.0 / (1 + self._others()), next(away, None)  # clients come back to any worker
+        tenant, share = turn.tenant, self._shares.share_of(turn.tenant, now)
         for looks in range(1, MOST_LOOKS + 1):
-            own = before.get(turn.tenant, 0.0)
-            others = {tenant: tokens for tenant, tokens in before.items() if tenant != turn.tenant}
+            own = before.get(tenant, 0.0)
+            others = {other: tokens for other, tokens in before.items() if other != tenant}
             # another tenant's flood goes before it only as far as its own share lags behind
-            tokens = urgent_tokens + own + self._shares.most_before(turn.tenant, own, others)
-            seconds = pool.rate.seconds_for(tokens, rate)
+            tokens = urgent_tokens + own + self._shares.most_before(tenant, own, others)
+            least = pool.rate.seconds_for(tokens, rate)
+            most = pool.rate.seconds_for(urgent_tokens + own / share, rate)
+            seconds = pool.line_rates.seconds_for(tenant, turn.priority, own, least, most)
             # who was turned away goes before it only if it is back by then
             counted = back
             while back is not None and (back.seconds < seconds or looks == MOST_LOOKS - 1):
@@ -321,7 +330,7 @@ class ColdGate:
                 back = next(away, None)
             if back is counted:
                 break
-        return seconds
+        return seconds, least
 
     # -- waiting
 
@@ -369,6 +378,7 @@ class ColdGate:
         pool.tickets.take(turn.tenant, turn.prompt_end)
         self._with_news[pool.name] = pool
         waiting = pool.queue.join(_cold_turn(waiter), arrived)
+        pool.line_rates.joined(turn.tenant, turn.priority, now)
         self._in_use[pool.name] = pool
         pool.waiting[waiter] = arrived
         self.waiting_bytes += turn.body_bytes
@@ -385,6 +395,7 @@ class ColdGate:
             if alarm is not None:
                 alarm.cancel()
             pool.queue.leave(waiting)
+            pool.line_rates.left(turn.tenant, turn.priority)
             del pool.waiting[waiter]
             self.waiting_bytes -= turn.body_bytes
             if not len(pool.queue) and self._others():
@@ -561,6 +572,7 @@ class ColdGate:
         given.is_shared = shared
         pool.queue.serve(waiting, replica.id, now)
         pool.rate.took(turn.uncached_tokens, now)
+        pool.line_rates.took(turn.tenant, turn.priority, turn.uncached_tokens, now)
         if future.done():
             if shared:
                 self._claims.release(pool.name, replica.name)

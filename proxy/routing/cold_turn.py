@@ -90,9 +90,13 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The decision whether a turn waits now, its reason, and the least seconds of the wait."""
+    """The decision whether a turn waits now, its reason, and about how long.
+
+    `least_seconds` counts only what waits already. A deadline is refused by it alone, as it might be met otherwise.
+    """
 
     kind: TurnKind
     waits: bool
     reason: str = ""
     seconds: float = 0.0
+    least_seconds: float = 0.0

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 from proxy.errors import CairnError, DeadlineUnreachable, RateLimited, TooManySessions
 from proxy.routing.cold_turn import GateLimits, Turn, Verdict
+from proxy.routing.fair_shares import MAX_TENANTS, Priority
 
 MEMORY_SECONDS: Final = 120.0
 """Time constant of the measured rate: several long prefills."""
@@ -67,10 +68,70 @@ class ColdRate:
         self._seconds = self._seconds * kept + elapsed
         self._last_seconds = now_seconds
 
+    @property
+    def is_measured(self) -> bool:
+        """True if turns were taken, and waited long enough for a rate."""
+        return self._seconds > 1.0 and self._tokens > 0.0
+
     def seconds_for(self, tokens: float, first_guess: float) -> float:
         """Return the seconds in which replicas take `tokens`; `first_guess` is the rate until one is measured."""
-        measured = self._tokens / self._seconds if self._seconds > 1.0 else 0.0
+        measured = self._tokens / self._seconds if self.is_measured else 0.0
         return tokens / (measured or first_guess)
+
+
+class LineRates:
+    """The same rate for each line of turns, those of one tenant with one priority.
+
+    It shows what those get that keep coming to the other lines: a line is served in order of arrival, but many of the
+    turns that go before its last one have not come yet. A long cold turn may also have to wait for its tenant's part
+    of the replicas.
+    """
+
+    def __init__(self) -> None:
+        self._rates: OrderedDict[tuple[str, Priority], ColdRate] = OrderedDict()  # the one used longest ago in front
+        self._waiting: dict[tuple[str, Priority], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._rates)
+
+    def joined(self, tenant: str, priority: Priority, now_seconds: float) -> None:
+        """Note that a turn begins to wait."""
+        line = tenant, priority
+        rate = self._rates.setdefault(line, ColdRate())
+        self._rates.move_to_end(line)
+        waiting = self._waiting.get(line, 0)
+        if not waiting:
+            rate.began(now_seconds)
+        self._waiting[line] = waiting + 1
+        while len(self._rates) > MAX_TENANTS:
+            self._rates.popitem(last=False)
+
+    def took(self, tenant: str, priority: Priority, tokens: float, now_seconds: float) -> None:
+        """Note that a turn of `tokens` was sent. It still counts as one that waits."""
+        rate = self._rates.get((tenant, priority))
+        if rate is not None:
+            rate.took(tokens, now_seconds)
+
+    def left(self, tenant: str, priority: Priority) -> None:
+        """Note that a turn waits no more, sent or not."""
+        line = tenant, priority
+        waiting = self._waiting[line] - 1
+        if waiting:
+            self._waiting[line] = waiting
+        else:
+            del self._waiting[line]
+
+    def seconds_for(
+        self, tenant: str, priority: Priority, tokens: float, least_seconds: float, most_seconds: float
+    ) -> float:
+        """Return the seconds in which `tokens` of a line are taken, within bounds; `least_seconds` until measured.
+
+        The bounds are those of the present, and the rate is of the last minutes: other tenants may have gone or come.
+        """
+        rate = self._rates.get((tenant, priority))
+        if rate is None or not rate.is_measured:
+            return least_seconds
+        return max(least_seconds, min(rate.seconds_for(tokens, 1.0), most_seconds))
 
 
 class Expected(NamedTuple):
@@ -216,10 +277,11 @@ def refusal_of(
 
     `waiting_bytes` are the bodies of the requests that wait already.
     """
-    if turn.deadline_seconds is not None and now_seconds + verdict.seconds > turn.deadline_seconds:
+    least_seconds = verdict.least_seconds
+    if turn.deadline_seconds is not None and now_seconds + least_seconds > turn.deadline_seconds:
         return DeadlineUnreachable(
-            f"The first token would come after about {ceil(verdict.seconds)} s, which is past the deadline.",
-            retry_after_seconds=max(verdict.seconds, 1.0),
+            f"The first token would come after about {ceil(least_seconds)} s, which is past the deadline.",
+            retry_after_seconds=max(least_seconds, 1.0),
         )
     if waiting_bytes + turn.body_bytes > limits.max_waiting_bytes:
         return RateLimited(

@@ -751,6 +751,39 @@ async def test_sessions_that_were_turned_away_count_in_the_wait_of_those_that_co
     await settle()
 
 
+async def test_the_wait_counts_those_who_will_come_and_go_before_by_their_share():
+    """As far as they did lately, while they are active. A deadline is refused only by what waits already."""
+    bench = Bench(1)
+    flood = [bench.begin(tenant="flood", prompt_end=number) for number in range(9)]
+    other = bench.begin(tenant="other", prompt_end=100)
+    for number in range(101, 109):
+        for tenant in ("flood", "other"):
+            bench.shares.seen(tenant, 1.0, bench.clock.monotonic())
+        await settle()
+        if other.done():  # it always has one turn that waits
+            other = bench.begin(tenant="other", prompt_end=number)
+            await settle()
+        bench.clock.advance(9.0)  # the time of 90,000 tokens
+        bench.gate.pool(POOL).passes[0].release()
+    await settle()
+    waiting = sum(not each.done() for each in flood)
+    assert waiting == 4
+    new = bench.turn(tenant="flood", prompt_end=9, known_tokens=0.0, deadline_seconds=bench.clock.monotonic() + 60.0)
+    verdict = bench.verdict(new)
+    assert verdict.seconds == pytest.approx(2 * 9.0 * waiting, rel=0.15)
+    assert verdict.least_seconds == pytest.approx(9.0 * (waiting + 1), rel=0.15)
+    assert bench.gate.refusal(new, verdict) is None
+    other.cancel()
+    await settle()
+    for _ in range(2):  # the other is gone, and active for a while longer
+        bench.clock.advance(20.0)
+        bench.gate.changed()
+    assert bench.verdict(new).seconds == pytest.approx(9.0 * waiting, rel=0.15)
+    for each in flood:
+        each.cancel()
+    await settle()
+
+
 async def refused(bench: Bench, **about: Any) -> float:
     """Hold that a new session is refused, and return its Retry-After."""
     turn = bench.turn(known_tokens=0.0, **about)

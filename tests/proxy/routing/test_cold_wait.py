@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.routing.cold_wait import GRACE_SECONDS, LATE_SECONDS, MAX_ROWS, MAX_TICKETS, SENDS, ColdRate, Tickets
+from proxy.routing.cold_wait import (
+    GRACE_SECONDS,
+    LATE_SECONDS,
+    MAX_ROWS,
+    MAX_TICKETS,
+    SENDS,
+    ColdRate,
+    LineRates,
+    Tickets,
+)
+from proxy.routing.fair_shares import MAX_TENANTS, Priority
 from tests.support.operations import operations
 
 
@@ -23,6 +33,36 @@ def test_the_rate_is_that_at_which_waiting_turns_were_taken():
     rate.began(5_000.0)
     rate.took(50_000.0, 5_010.0)
     assert rate.seconds_for(10_000.0, 1.0) == pytest.approx(2.0)
+
+
+def test_each_line_has_its_own_rate_within_the_bounds_of_the_present():
+    """The least until it is measured; time in which none of the line waited does not count."""
+    rates, line = LineRates(), ("a", Priority.NORMAL)
+    assert rates.seconds_for(*line, 50_000.0, 3.0, 90.0) == 3.0
+    for began in (100.0, 5_000.0):
+        for _ in range(2):
+            rates.joined(*line, began)
+        for taken in (began + 10.0, began + 20.0):
+            rates.took(*line, 50_000.0, taken)
+            rates.left(*line)
+    rates.joined("b", Priority.NORMAL, 5_000.0)
+    rates.took("b", Priority.NORMAL, 50_000.0, 5_002.0)
+    assert rates.seconds_for(*line, 50_000.0, 3.0, 90.0) == pytest.approx(10.0)
+    assert rates.seconds_for(*line, 50_000.0, 12.0, 90.0) == 12.0
+    assert rates.seconds_for(*line, 50_000.0, 3.0, 6.0) == 6.0
+    assert rates.seconds_for("b", Priority.NORMAL, 50_000.0, 1.0, 90.0) == pytest.approx(2.0)
+    assert rates.seconds_for("b", Priority.LOW, 50_000.0, 1.0, 90.0) == 1.0
+
+
+def test_the_number_of_lines_is_bounded():
+    """Those used longest ago are forgotten, even if turns still wait."""
+    rates = LineRates()
+    for number in range(MAX_TENANTS + 10):
+        rates.joined(str(number), Priority.NORMAL, float(number))
+    assert len(rates) == MAX_TENANTS
+    rates.took("0", Priority.NORMAL, 1.0, 2_000.0)
+    rates.left("0", Priority.NORMAL)
+    assert rates.seconds_for("0", Priority.NORMAL, 1.0, 3.0, 9.0) == 3.0
 
 
 def test_a_turn_that_was_sent_away_comes_back_as_old_as_it_is():
