@@ -96,11 +96,20 @@ class ColdTurns:
         Raises:
             BadRequest, DeadlineUnreachable, RateLimited: it would be refused so.
         """
-        plan, pool = exchange.plan, exchange.pool
-        self._read_urgency(exchange, self._clock.monotonic())
-        if plan is None or pool is None or exchange.fingerprint is None or pool.is_provider:
-            return None
         self._name_share(exchange)
+        self._read_urgency(exchange, self._clock.monotonic())
+        if exchange.plan is None:
+            return None
+        verdict = self._judge_turn(exchange, exchange.plan)
+        if verdict is not None and verdict.waits:
+            return verdict
+        return self._judge_place(exchange, exchange.plan, verdict)
+
+    def _judge_turn(self, exchange: Exchange, plan: Plan) -> Verdict | None:
+        """Return whether the request waits before its replica is chosen."""
+        pool = exchange.pool
+        if pool is None or exchange.fingerprint is None or pool.is_provider:
+            return None
         least = least_uncached(plan)
         exchange.known_tokens = self._known(exchange, plan, least)[0]
         views = [candidate.replica for candidate in plan.candidates]
@@ -113,6 +122,21 @@ class ColdTurns:
         if refusal is not None:
             raise refusal
         return verdict
+
+    def _judge_place(self, exchange: Exchange, plan: Plan, verdict: Verdict | None) -> Verdict | None:
+        """Return whether the request waits for a place at its replica; else the verdict given."""
+        chosen = plan.chosen.replica
+        queue = self._queues.get(chosen.id)
+        if queue is None or queue.has_place:
+            return verdict
+        share = exchange.waiting_share_of(plan.chosen)
+        sent_seconds = self._gate.warm.sent_seconds(chosen.id, self._clock.monotonic())
+        return Verdict(
+            classify(plan.prompt_tokens, least_uncached(plan)) if verdict is None else verdict.kind,
+            waits=True,
+            reason="its replica has as many requests, or as much work, as it is sent at a time",
+            seconds=queue.wait_seconds(prefill_seconds(plan.chosen), share, sent_seconds),
+        )
 
     def _judge_warm(self, plan: Plan, pool: str, kind: TurnKind, priority: Priority) -> Verdict:
         """Return whether a turn that need not wait for a quiet replica waits for one that holds it."""

@@ -33,8 +33,9 @@ from proxy.routing.cold_admission import (
 )
 from proxy.routing.cold_pressure import CROWDED_SECONDS, RESTING_SECONDS, ColdPressure, ServedPrompts
 from proxy.routing.cold_turn import Claims, Fleet, GateLimits, Turn, Verdict
-from proxy.routing.cold_wait import ColdRate, LineRates, Tickets, pool_of, refusal_of
+from proxy.routing.cold_wait import LineRates, Tickets, pool_of, refusal_of
 from proxy.routing.fair_shares import Priority, Share, TenantShares
+from proxy.routing.waiting_rate import WaitingRate
 from proxy.routing.warm_wait import WarmQueues
 
 LOOK_SECONDS: Final = 0.5
@@ -91,7 +92,7 @@ class _Pool:
         self.queue: ColdQueue[_Waiter] = ColdQueue(shares)
         self.pressure = ColdPressure(memory_seconds)
         self.served = ServedPrompts()
-        self.rate = ColdRate()
+        self.rate = WaitingRate()
         self.line_rates = LineRates()
         self.tickets = Tickets(name)
         self.waiting: dict[_Waiter, float] = {}  # each with the time of its arrival

@@ -10,15 +10,13 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from math import ceil, exp
+from math import ceil
 from typing import Final, NamedTuple
 
 from proxy.errors import CairnError, DeadlineUnreachable, RateLimited, TooManySessions
 from proxy.routing.cold_turn import GateLimits, Turn, Verdict
 from proxy.routing.fair_shares import MAX_TENANTS, Priority
-
-MEMORY_SECONDS: Final = 120.0
-"""Time constant of the measured rate: several long prefills."""
+from proxy.routing.waiting_rate import WaitingRate
 
 MAX_TICKETS: Final = 16_384
 
@@ -47,40 +45,8 @@ _ROW: Final = "\0ticket:"
 """Prefix of the tickets' rows in the report about in-flight work, which no replica's name can have."""
 
 
-class ColdRate:
-    """Tokens of cold turns that replicas take per second while turns wait."""
-
-    def __init__(self) -> None:
-        self._tokens = 0.0
-        self._seconds = 0.0
-        self._last_seconds: float | None = None
-
-    def began(self, now_seconds: float) -> None:
-        """Note that turns begin to wait, after none did."""
-        self._last_seconds = now_seconds
-
-    def took(self, tokens: float, now_seconds: float) -> None:
-        """Note that a turn of `tokens` that waited was sent."""
-        last = now_seconds if self._last_seconds is None else self._last_seconds
-        elapsed = max(now_seconds - last, 0.0)
-        kept = exp(-elapsed / MEMORY_SECONDS)
-        self._tokens = self._tokens * kept + tokens
-        self._seconds = self._seconds * kept + elapsed
-        self._last_seconds = now_seconds
-
-    @property
-    def is_measured(self) -> bool:
-        """True if turns were taken, and waited long enough for a rate."""
-        return self._seconds > 1.0 and self._tokens > 0.0
-
-    def seconds_for(self, tokens: float, first_guess: float) -> float:
-        """Return the seconds in which replicas take `tokens`; `first_guess` is the rate until one is measured."""
-        measured = self._tokens / self._seconds if self.is_measured else 0.0
-        return tokens / (measured or first_guess)
-
-
 class LineRates:
-    """The same rate for each line of turns, those of one tenant with one priority.
+    """The rates at which replicas take the cold turns of each line: those of one tenant with one priority.
 
     It shows what those get that keep coming to the other lines: a line is served in order of arrival, but many of the
     turns that go before its last one have not come yet. A long cold turn may also have to wait for its tenant's part
@@ -88,7 +54,7 @@ class LineRates:
     """
 
     def __init__(self) -> None:
-        self._rates: OrderedDict[tuple[str, Priority], ColdRate] = OrderedDict()  # the one used longest ago in front
+        self._rates: OrderedDict[tuple[str, Priority], WaitingRate] = OrderedDict()  # the longest unused in front
         self._waiting: dict[tuple[str, Priority], int] = {}
 
     def __len__(self) -> int:
@@ -97,7 +63,7 @@ class LineRates:
     def joined(self, tenant: str, priority: Priority, now_seconds: float) -> None:
         """Note that a turn begins to wait."""
         line = tenant, priority
-        rate = self._rates.setdefault(line, ColdRate())
+        rate = self._rates.setdefault(line, WaitingRate())
         self._rates.move_to_end(line)
         waiting = self._waiting.get(line, 0)
         if not waiting:

@@ -15,6 +15,7 @@ from proxy.clock import Clock
 from proxy.errors import CairnError, DeadlineUnreachable, Overloaded, RateLimited
 from proxy.routing.fair_shares import Claimant, FairQueue, Share, TenantShares
 from proxy.routing.shortest_job import AGEING, ShortestJobQueue
+from proxy.routing.waiting_rate import WaitingRate
 
 RECHECK_SECONDS: Final = 0.05
 """Interval at which waiting requests check whether other processes leave places free."""
@@ -91,6 +92,7 @@ class ReplicaQueue:
         self._in_use = {} if in_use is None else in_use
         self._waiting: FairQueue[asyncio.Future[None]] = FairQueue(self._shares, self._make_line)
         self._running = 0
+        self._rate = WaitingRate()  # in requests
         self._starting = 0  # requests that were let go and whose tasks have not run yet
 
     def __len__(self) -> int:
@@ -107,9 +109,14 @@ class ReplicaQueue:
         """False if it makes no difference whose share a request uses that need not wait."""
         return self._shares.has_several
 
+    @property
+    def has_place(self) -> bool:
+        """True if a request that comes now need not wait."""
+        return not len(self._waiting) and self._has_room()
+
     def try_acquire(self, share: Share = ANYONE) -> Permit | None:
         """Return a permit if no request would have to wait for it: the common case, without an await."""
-        if not len(self._waiting) and self._has_room():
+        if self.has_place:
             self._running += 1
             if self._shares.has_several:
                 self._shares.serve(share.tenant, share.tokens, share.weight)
@@ -145,6 +152,8 @@ class ReplicaQueue:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         now_seconds = self._clock.monotonic()
+        if not len(self._waiting):
+            self._rate.began(now_seconds)
         entry = self._waiting.join(Claimant(future, *share), work_seconds, now_seconds)
         self._in_use[self] = None
         if deadline_seconds is not None and deadline_seconds - now_seconds < self._limits.deadline_seconds:
@@ -209,6 +218,53 @@ class ReplicaQueue:
                 own += each.tokens
         return before + own + self._shares.most_before(share.tenant, own, others)
 
+    def wait_seconds(self, work_seconds: float, share: Share, sent_seconds: float) -> float:
+        """Estimate how long a request would wait for a place, by the rate at which waiting ones got one lately.
+
+        Until that is measured, it is the time of the work before it: what the replica was sent, and the requests
+        that wait and go first.
+
+        Args:
+            work_seconds: the request's uncached tokens over the replica's rate.
+            share: the tenant's share that it would use.
+            sent_seconds: seconds of prefill that were sent to the replica and are not done.
+        """
+        if self.has_place:
+            return 0.0
+        requests, before_seconds = self._before(work_seconds, share)
+        if not self._rate.is_measured:
+            return sent_seconds + before_seconds
+        return self._rate.seconds_for(1.0 + requests, 1.0)
+
+    def _before(self, work_seconds: float, share: Share) -> tuple[float, float]:
+        """Return about how many of the requests waiting here go before a new one, and their work in seconds.
+
+        A tenant's own go by the order of its line. Of another tenant's with the same priority, no more go first than
+        of its own, and one.
+        """
+        now_seconds = self._clock.monotonic()
+        requests = seconds = 0.0
+        own, others = 0, dict[str, tuple[int, float]]()
+        for each in self._waiting.in_order(now_seconds):
+            entry = each.entry
+            if entry is None or each.priority > share.priority:
+                continue
+            if each.priority == share.priority:
+                if each.tenant != share.tenant:
+                    count, total = others.get(each.tenant, (0, 0.0))
+                    others[each.tenant] = count + 1, total + entry.work_seconds
+                    continue
+                if entry.work_seconds - self._ageing * (now_seconds - entry.arrived_seconds) > work_seconds:
+                    continue
+                own += 1
+            requests += 1.0
+            seconds += entry.work_seconds
+        for count, total in others.values():
+            first = min(count, own + 1)
+            requests += float(first)
+            seconds += total * first / count
+        return requests, seconds
+
     def _make_line(self) -> ShortestJobQueue[Claimant[asyncio.Future[None]]]:
         return ShortestJobQueue(self._limits.deadline_seconds, self._ageing)
 
@@ -237,11 +293,13 @@ class ReplicaQueue:
 
     def _wake(self) -> None:
         while len(self._waiting) and self._has_room():
-            claimant = self._waiting.head(self._clock.monotonic())
+            now_seconds = self._clock.monotonic()
+            claimant = self._waiting.head(now_seconds)
             if claimant is None:
                 return
             self._waiting.serve(claimant)
             if not claimant.item.done():
+                self._rate.took(1.0, now_seconds)
                 self._running += 1
                 self._starting += 1
                 claimant.item.set_result(None)

@@ -713,6 +713,30 @@ async def test_an_explanation_tells_whether_a_prompt_would_wait_and_changes_noth
     assert not short.waits
 
 
+async def test_an_explanation_tells_of_the_wait_for_a_place_at_the_replica() -> None:
+    """Also of one at a provider, which nothing else keeps waiting, and of a prompt with nothing to share."""
+    gated = Gated(1, pressed=False)
+    permit = await gated.queues[0].acquire(1.0)
+    waiting = gated.tasks.start(gated.queues[0].acquire(0.5, Share("tenant", tokens=500.0)), "waits")
+    await turns()
+    plain, provider, tiny = gated.planned(), gated.planned(), gated.planned("x")
+    at_a_provider(provider)
+    verdicts = [gated.cold_turns.judge(each) for each in (plain, provider, tiny)]
+    for verdict in verdicts:
+        assert verdict is not None
+        assert verdict.waits
+        assert verdict.reason == "its replica has as many requests, or as much work, as it is sent at a time"
+    assert [round(each.seconds, 3) for each in verdicts if each is not None] == [0.5, 0.5, 0.0]
+    assert len(gated.queues[0]) == 1
+    gated.clock.advance(4.0)
+    permit.done()
+    (await waiting).done()
+    free = gated.cold_turns.judge(plain)
+    assert free is not None
+    assert not free.waits
+    assert gated.cold_turns.judge(provider) is None
+
+
 async def test_an_explanation_counts_only_those_that_go_before_by_priority() -> None:
     """Those of a lower priority do not, and a client gets no higher one than its configuration allows."""
     gated = Gated()

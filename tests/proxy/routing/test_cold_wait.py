@@ -14,25 +14,11 @@ from proxy.routing.cold_wait import (
     MAX_ROWS,
     MAX_TICKETS,
     SENDS,
-    ColdRate,
     LineRates,
     Tickets,
 )
 from proxy.routing.fair_shares import MAX_TENANTS, Priority
 from tests.support.operations import operations
-
-
-def test_the_rate_is_that_at_which_waiting_turns_were_taken():
-    """Before any was, a first guess; time in which none waited does not count."""
-    rate = ColdRate()
-    assert rate.seconds_for(8_000.0, 4_000.0) == 2.0
-    rate.began(100.0)
-    rate.took(50_000.0, 110.0)
-    rate.took(50_000.0, 120.0)
-    assert rate.seconds_for(10_000.0, 1.0) == pytest.approx(2.0)
-    rate.began(5_000.0)
-    rate.took(50_000.0, 5_010.0)
-    assert rate.seconds_for(10_000.0, 1.0) == pytest.approx(2.0)
 
 
 def test_each_line_has_its_own_rate_within_the_bounds_of_the_present():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from proxy.errors import ConnectFailed, DeadlineUnreachable, Overloaded, RateLimited
-from proxy.routing.fair_shares import Share, TenantShares
+from proxy.routing.fair_shares import Priority, Share, TenantShares
 from proxy.routing.replica_queue import RECHECK_SECONDS, QueueLimits, ReplicaQueue
 from tests.support.clock import FakeClock
 from tests.support.operations import operations
@@ -74,6 +74,32 @@ async def test_a_crowded_replica_gets_one_at_a_time_and_tenants_take_turns():
     assert sent[:2] in (["a", "b"], ["b", "a"])
     for task in tasks:
         task.cancel()
+
+
+async def test_the_wait_for_a_place_is_predicted_by_the_rate_at_which_others_got_one():
+    """By the order of the queue; by the work before it until a rate is measured. None if a place is free."""
+    clock = FakeClock()
+    queue = ReplicaQueue(1, QueueLimits(), clock)
+    assert (queue.has_place, queue.wait_seconds(1.0, Share("a"), 9.0)) == (True, 0.0)
+    permit = await queue.acquire(1.0, Share("a"))
+    assert (queue.has_place, queue.wait_seconds(1.0, Share("a"), 9.0)) == (False, 9.0)
+    others = [asyncio.get_running_loop().create_task(queue.acquire(1.0, Share("a"))) for _ in range(6)]
+    await settle()
+    assert queue.wait_seconds(1.0, Share("a"), 9.0) == pytest.approx(9.0 + 6.0)
+    assert queue.wait_seconds(0.9, Share("a"), 9.0) == pytest.approx(9.0)
+    for each in others[:2]:
+        clock.advance(4.0)
+        permit.done()
+        permit = await each
+    assert queue.wait_seconds(1.0, Share("a"), 9.0) == pytest.approx(4.0 * 5)  # four before it, and its own
+    assert queue.wait_seconds(0.9, Share("a"), 9.0) == pytest.approx(4.0 * 5)  # the others have waited for 8 s
+    assert queue.wait_seconds(0.1, Share("a"), 9.0) == pytest.approx(4.0)
+    assert queue.wait_seconds(1.0, Share("b"), 9.0) == pytest.approx(4.0 * 2)
+    assert queue.wait_seconds(1.0, Share("a", priority=Priority.HIGH), 9.0) == pytest.approx(4.0)
+    assert queue.wait_seconds(0.1, Share("b", priority=Priority.LOW), 9.0) == pytest.approx(4.0 * 5)
+    for each in others:
+        each.cancel()
+    await settle()
 
 
 async def test_what_is_sent_at_once_counts_for_its_tenant():
