@@ -222,7 +222,7 @@ class EmbeddedValkey:
             stderr=subprocess.DEVNULL,
             pass_fds=(self._lock,),  # the server holds the lock as long as it lives
             process_group=0,  # Ctrl-C goes to the supervisor, which stops it last
-            preexec_fn=_dies_with_parent(),  # noqa: PLW1509 - only prctl, loaded before the fork
+            preexec_fn=_dies_with_parent(),  # noqa: PLW1509 - two system calls, loaded before the fork
         )
 
     def _wait_until_ready(self) -> None:
@@ -251,6 +251,8 @@ def _dies_with_parent() -> Callable[[], None] | None:
     parent = os.getpid()
 
     def in_child() -> None:
+        # a handler of the parent, which stays until the program is loaded, would take the signal and lose it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent:  # the parent died after the fork
             os._exit(1)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from cache.store import embedded
 from cache.store.embedded import EmbeddedValkey, find_server
 from proxy.clock import SystemClock
 from tests.support.clock import FakeClock
+from tests.support.supervised import wait_gone
 from tests.support.valkey import PATIENT_SECONDS
 
 
@@ -119,6 +121,21 @@ sys.stdin.read()
 """
 
 
+KILLED_BEFORE_THE_PROGRAM_IS_LOADED = """
+import os, signal
+import cache.store.embedded as e
+signal.signal(signal.SIGTERM, lambda *_: None)
+tie, owner, output = e._dies_with_parent(), os.getpid(), os.dup(1)
+def in_child():
+    tie()
+    os.write(output, b"%d\\n" % os.getpid())
+    os.kill(owner, signal.SIGKILL)
+    while os.getppid() == owner:
+        pass
+e._dies_with_parent = lambda: in_child
+"""
+
+
 def test_it_ends_with_a_killed_owner_and_frees_the_folder(valkey: EmbeddedValkey, tmp_path: Path) -> None:
     """SIGKILL of the supervisor leaves no server behind, and the next start takes the folder over."""
     with subprocess.Popen(
@@ -130,6 +147,23 @@ def test_it_ends_with_a_killed_owner_and_frees_the_folder(valkey: EmbeddedValkey
     valkey.start()
     assert valkey.pid != pid
     assert ask(valkey, b"PING") == b"+PONG\r\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends it on Linux only")
+def test_an_owner_killed_while_it_starts_the_server_leaves_none(tmp_path: Path) -> None:
+    """It ends even before its program is loaded, though the owner handles SIGTERM, as the supervisor does."""
+    owner = OWNER.replace("valkey =", KILLED_BEFORE_THE_PROGRAM_IS_LOADED + "valkey =", 1)
+    with subprocess.Popen(
+        [sys.executable, "-c", owner, str(tmp_path / "data")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        process.wait()
+    try:
+        wait_gone(pid)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_an_orphan_is_shut_down_where_the_kernel_does_not(
