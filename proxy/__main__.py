@@ -21,7 +21,7 @@ _UNUSED = "opentelemetry.sdk.metrics"  # redis-py loads it if it is installed: 0
 def main() -> None:
     """Run the command line; exits."""
     open_standard_streams()
-    hold_reloads(sys.argv[1:])
+    hold_signals(sys.argv[1:])
     if problem := foreign_package(Path(__file__).resolve().parent.parent):
         sys.exit(f"cairn: {problem}")
     leave_out_unused()
@@ -29,6 +29,8 @@ def main() -> None:
         from proxy.cli.main import cli
     except ImportError as error:
         sys.exit(f"cairn: {error}; install cairn-proxy again, preferably into a separate environment")
+    except KeyboardInterrupt:
+        sys.exit("\nAborted!")  # as click does from here on
     try:
         cli()
     except OSError as error:
@@ -49,10 +51,14 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
-def hold_reloads(arguments: list[str]) -> None:
-    """Let SIGHUP wait while `cairn serve` starts, until the supervisor handles it: it would end the process."""
+def hold_signals(arguments: list[str]) -> None:
+    """Let SIGHUP, SIGTERM and SIGINT wait while `cairn serve` starts, until the supervisor handles them.
+
+    The first would end the process, and the last with a traceback; the first process of a container would never see
+    SIGTERM.
+    """
     if arguments[:1] == ["serve"]:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGTERM, signal.SIGINT})
 
 
 def leave_out_unused() -> None:

@@ -42,6 +42,7 @@ EXPLAIN_SECONDS = 5.0
 STARTS_AT_MOST = 3  # starts of one worker while no worker has ever been ready; then the supervisor gives up
 TOTALS_SECONDS = 2.0  # between two readings of the totals for the status page
 TOTALS_REST = 50  # pause at least this many times as long as the reading took, to leave Redis to the requests
+_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 _OWN = -1  # the worker number of the supervisor's own gauges
 
 log = logging.getLogger("cairn.supervisor")
@@ -197,6 +198,14 @@ class Supervisor:
         Raises:
             ListenError: a port cannot be opened; nothing was started.
         """
+        self._handle_signals()
+        try:
+            return await self._run()
+        finally:
+            # the loop will no longer handle them: one that comes now would end the process with another exit code
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+    async def _run(self) -> int:
         sockets.raise_descriptor_limit()
         server, admin = self._config.server, self._config.admin
         clock = self._parts.clock
@@ -211,7 +220,6 @@ class Supervisor:
         self._addresses = (_address(self._listening[0][0]), _address(admin_socket))
         self.board.base_url = f"{self._addresses[0]}/v1"
         self.board.example_model = _a_model(self._config)
-        self._handle_signals()
         try:
             await self._admin.start(admin_socket)
             await self._start_store()
@@ -275,7 +283,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._handle_stop_signal, number)
         loop.add_signal_handler(signal.SIGHUP, self._reload_asked.set)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # one that came during the start has waited
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # those that came during the start have waited
 
     def _handle_stop_signal(self, number: signal.Signals) -> None:
         if self._stop.is_set():

@@ -22,10 +22,10 @@ LIMIT_SECONDS = 60.0  # bounds the time of a failure; nothing here takes a secon
 
 def main(file: str, mode: str, store: str) -> int:
     """The process itself: what `cairn serve` does, with the tiny worker."""
-    from proxy.__main__ import hold_reloads, leave_out_unused
+    from proxy.__main__ import hold_signals, leave_out_unused
 
     leave_out_unused()
-    hold_reloads(["serve"])
+    hold_signals(["serve"])
     from cache import EmbeddedError, EmbeddedValkey
     from proxy import logs
     from proxy.clock import SystemClock

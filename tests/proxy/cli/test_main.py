@@ -211,13 +211,27 @@ def test_the_start_is_reported_to_nobody_if_nobody_can_read_it(monkeypatch: pyte
     main._report_started({}, "http://a", "http://b")  # noqa: SLF001 - what the supervisor is given to call
 
 
-def test_a_reload_waits_for_the_end_of_the_start() -> None:
-    """SIGHUP ends a process that does not handle it yet; other commands still end with their terminal."""
+def test_signals_wait_for_the_end_of_the_start() -> None:
+    """They end a process that does not handle them yet; other commands still end at once."""
+    held = {signal.SIGHUP, signal.SIGTERM, signal.SIGINT}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
-        __main__.hold_reloads(["top"])
-        assert signal.SIGHUP not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        __main__.hold_reloads(["serve", "--config", "x"])
-        assert signal.SIGHUP in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        __main__.hold_signals(["top"])
+        assert not held & signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        __main__.hold_signals(["serve", "--config", "x"])
+        assert held <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_a_command_interrupted_while_it_loads_ends_without_a_traceback(tmp_path: Path) -> None:
+    """Loading takes a third of a second, in which Ctrl-C may come."""
+    interrupted = (
+        "import sys; from proxy.__main__ import main\n"
+        "class Loading:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'proxy.cli.main': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Loading()); sys.argv[1:] = ['top']; main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", interrupted], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stderr.strip()) == (1, "Aborted!")

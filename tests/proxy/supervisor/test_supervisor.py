@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from proxy.config.load import Loaded
-from proxy.config.schema import Config, Pool, Replica
+from proxy.config.schema import Config, Pool, Replica, Server
 from proxy.control.messages import WorkerReport
 from proxy.control.readiness import RESPONSIVE_SECONDS, WorkerView
 from proxy.metrics import definitions as metrics
@@ -235,6 +235,34 @@ def test_a_second_signal_while_load_balancers_are_waited_for_promises_no_time_to
         cairn.line("ending at once: a second signal came")
         assert cairn.code() == 1
         assert not any("requests may finish" in line for line in cairn.seen)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_early_ends_it_as_a_later_one_does(file: Path, number: signal.Signals) -> None:
+    """Without a traceback, and in a container too, whose first process gets no signal that it does not handle."""
+    text = file.read_bytes()
+    file.unlink()
+    os.mkfifo(file)
+    with start(file) as cairn:
+        with file.open("wb") as pipe:  # once the other side reads: it starts, and handles nothing yet
+            cairn.signal(number)
+            pipe.write(text)
+        assert cairn.code() == 0
+        cairn.line("draining")
+        assert not any("Traceback" in line for line in cairn.seen)
+
+
+async def test_a_signal_that_comes_when_all_is_closed_does_not_change_the_exit_code() -> None:
+    """The process lives on for a moment, in which nothing handles signals."""
+    parts: Any = SimpleNamespace(clock=FakeClock(), version="")
+    elsewhere = Config(server=Server(host="203.0.113.1"))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        with pytest.raises(ListenError):
+            await Supervisor(elsewhere, parts).run()
+        assert {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def test_sighup_takes_over_a_good_file(file: Path) -> None:
