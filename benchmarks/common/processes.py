@@ -86,7 +86,7 @@ class Running:
                 self._process.wait()
         for pid in family[1:]:
             try:
-                if os.getpgid(pid) == self.pid:  # the number may belong to another process by now
+                if os.getsid(pid) == self.pid:  # the number may belong to another process by now
                     os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue

@@ -289,6 +289,7 @@ class WorkerProcess:
             pass_fds=[control.fileno(), handover.fileno(), *listening],
             env=dict(self._program.environment),
             stdin=DEVNULL,
+            process_group=0,  # a terminal's Ctrl-C or end would kill a worker that does not ignore signals yet
         )
 
     async def _receive(self, channel: Channel[FromWorker]) -> None:

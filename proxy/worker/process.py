@@ -50,8 +50,10 @@ def run(
         handover_descriptor: the inherited end of the socket that brings connections of workers that ended.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # a terminal or a service manager sends these to the whole group; the supervisor acts on them
+        # a service manager may send these to all processes; the supervisor acts on them
         signal.signal(number, signal.SIG_IGN)
+    # a terminal may stop a process of a background group, as this one is, that writes to it
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     if not _tie_to_parent(parent_pid):
         return 1
     keep_freed_memory()

@@ -265,6 +265,24 @@ async def test_a_signal_that_comes_when_all_is_closed_does_not_change_the_exit_c
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@linux
+def test_a_terminal_s_signals_reach_the_supervisor_alone(file: Path) -> None:
+    """A worker that starts does not ignore them yet: Ctrl-C would kill it with a traceback.
+
+    Being in the background, it ignores the signal by which a terminal may stop what writes to it.
+    """
+    with start(file, store="store") as cairn:
+        cairn.started()
+        worker = int(cairn.get("/pid")[1])
+        children = {worker} | _children_of_all_threads(cairn.pid)
+        assert len(children) == 2
+        assert all(os.getpgid(pid) == pid for pid in children)
+        status = Path(f"/proc/{worker}/status").read_text()
+        ignored = int(re.findall(r"SigIgn:\s*(\w+)", status)[0], 16)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU):
+            assert ignored >> (number - 1) & 1, number
+
+
 def test_sighup_takes_over_a_good_file(file: Path) -> None:
     """Workers go on in the same process with the new configuration."""
     with start(file) as cairn:
