@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,7 @@ class EmbeddedValkey:
         self._find = find
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: int | None = None
+        self._given_up = threading.Event()
         self._socket_folder: str | None = None
         self._socket = str(folder.absolute() / "valkey.sock")
 
@@ -115,6 +117,10 @@ class EmbeddedValkey:
             self._process.kill()
             self._process.wait()
 
+    def give_up(self) -> None:
+        """Let a `start` that runs in another thread fail soon, and every later one. Can be called from any thread."""
+        self._given_up.set()
+
     def start(self) -> None:
         """Start the server and return once it answers, after about 80 ms. Raises EmbeddedError."""
         if self.running:
@@ -134,6 +140,7 @@ class EmbeddedValkey:
         try:
             self._wait_until_ready()
         except EmbeddedError:
+            self.kill()  # it has taken no data that it could lose
             self.stop()
             raise
 
@@ -232,6 +239,8 @@ class EmbeddedValkey:
             try:
                 code = self._process.wait(POLL_SECONDS)
             except subprocess.TimeoutExpired:
+                if self._given_up.is_set():
+                    raise EmbeddedError("the start of the private Valkey was given up") from None
                 if self._clock.monotonic() < deadline:
                     continue
                 raise EmbeddedError(

@@ -44,6 +44,9 @@ class PrivateStore(Protocol):
     def start(self) -> None:
         """Start it and wait until it answers."""
 
+    def give_up(self) -> None:
+        """Let a start that runs in another thread fail soon, and every later one."""
+
     def stop(self) -> None:
         """Stop it."""
 
@@ -58,6 +61,7 @@ class StoreKeeper:
         # one thread for the life of the process: on Linux the kernel ends the store with the thread that started it
         self._thread = ThreadPoolExecutor(1, "private-store")
         self._problem = ""  # why the last start failed
+        self._has_given_up = False
 
     @property
     def url(self) -> str:
@@ -69,7 +73,7 @@ class StoreKeeper:
         try:
             await self._in_thread(self._store.start)
         except self._errors as error:
-            if str(error) != self._problem:  # said once, and not at every try
+            if str(error) != self._problem and not self._has_given_up:  # said once, and not at every try
                 log.warning("serving without a store: %s", error)
             self._problem = str(error)
             return False
@@ -99,8 +103,14 @@ class StoreKeeper:
             else:
                 await asyncio.sleep(backoff.next_seconds())
 
+    def give_up(self) -> None:
+        """Let a start fail soon, for which an end would have to wait, and every later one."""
+        self._has_given_up = True
+        self._store.give_up()
+
     async def stop(self) -> None:
         """Stop the store."""
+        self.give_up()
         await self._in_thread(self._store.stop)
         self._thread.shutdown(wait=False)
 

@@ -340,7 +340,13 @@ class Supervisor:
             return
         store = self._parts.private_store(Path(redis.folder), redis.max_memory_bytes)
         self._store = StoreKeeper(store, self._parts.store_errors, self._parts.clock)
-        await self._store.start()
+        starting = self._tasks.start(self._store.start(), "private-store-start")
+        stopped = self._tasks.start(self._stop.wait(), "stopped-early")
+        await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if self._stop.is_set():
+            self._store.give_up()
+        await starting
+        stopped.cancel()
         redis = msgspec.structs.replace(redis, url=SecretUrl(self._store.url))
         self._config = msgspec.structs.replace(self._config, redis=redis)
 

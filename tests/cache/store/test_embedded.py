@@ -201,6 +201,19 @@ def test_a_server_on_path_serves_where_it_is_new_enough(monkeypatch: pytest.Monk
     assert find_server(str(tmp_path)) == str(tmp_path / "redis-server")
 
 
+def test_a_start_that_is_given_up_ends_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even one that is stopped, which takes no other signal than SIGKILL, and at once."""
+    monkeypatch.setattr(embedded, "STOP_LIMIT_SECONDS", 3600.0)
+    script = tmp_path / "valkey-server"
+    script.write_text("#!/bin/sh\nkill -STOP $$\n")
+    script.chmod(0o755)
+    valkey = EmbeddedValkey(tmp_path / "data", clock=FakeClock(), find=lambda: str(script))  # whose time never passes
+    valkey.give_up()
+    with pytest.raises(EmbeddedError, match="given up"):
+        valkey.start()
+    assert valkey.pid is None
+
+
 def test_a_long_path_gets_a_short_socket(tmp_path: Path) -> None:
     """A socket's path has a limit of some 100 bytes; a deep data folder still works."""
     valkey = EmbeddedValkey(tmp_path / ("d" * 120), clock=SystemClock())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
@@ -26,6 +27,7 @@ class ScriptedStore:
         self.answers = True
         self.looks = self.starts = self.kills = 0
         self.looks_at_kill = self.fails = 0
+        self.given_up = threading.Event()
         self._clock = clock
 
     def responds(self) -> bool:
@@ -44,6 +46,9 @@ class ScriptedStore:
         self.kills += 1
         self.looks_at_kill = self.looks
         self.running = False
+
+    def give_up(self) -> None:
+        self.given_up.set()
 
     def stop(self) -> None:
         self.running = False
@@ -112,3 +117,21 @@ async def test_a_store_that_cannot_start_says_so_once(caplog: pytest.LogCaptureF
     await keeper.stop()
     assert store.starts == 4
     assert caplog.messages == ["serving without a store: no room", "the private Valkey has started"]
+
+
+async def test_an_end_does_not_wait_for_a_start(caplog: pytest.LogCaptureFixture) -> None:
+    """A store that reads much, or is stopped while it starts, once held up the end for twenty seconds."""
+
+    class Slow(ScriptedStore):
+        def start(self) -> None:
+            begun.set()
+            assert self.given_up.wait(60), "nobody gave it up"
+            raise Broken("given up")
+
+    clock, begun = FakeClock(), threading.Event()
+    keeper = StoreKeeper(Slow(clock), (Broken,), clock)
+    starting = asyncio.get_running_loop().create_task(keeper.start())
+    await eventually(begun.is_set)
+    await keeper.stop()
+    assert not await starting
+    assert not caplog.records, "no store was wanted"

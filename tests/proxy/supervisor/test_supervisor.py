@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 import yaml
 
 from proxy.config.load import Loaded
-from proxy.config.schema import Config, Pool, Replica, Server
+from proxy.config.schema import Config, Pool, Redis, Replica, Server
 from proxy.control.messages import WorkerReport
 from proxy.control.readiness import RESPONSIVE_SECONDS, WorkerView
 from proxy.metrics import definitions as metrics
@@ -250,6 +251,28 @@ def test_a_signal_that_comes_early_ends_it_as_a_later_one_does(file: Path, numbe
         assert cairn.code() == 0
         cairn.line("draining")
         assert not any("Traceback" in line for line in cairn.seen)
+
+
+async def test_a_signal_ends_the_wait_for_the_private_store(tmp_path: Path) -> None:
+    """It may read a large file for many seconds, in which there is nothing to drain."""
+    given_up = threading.Event()
+
+    def start() -> None:
+        asyncio.run_coroutine_threadsafe(stop(), loop)
+        assert given_up.wait(60), "nobody gave it up"
+        raise BlockingIOError
+
+    async def stop() -> None:
+        supervisor._handle_stop_signal(signal.SIGTERM)  # noqa: SLF001 - as the loop calls it
+
+    loop = asyncio.get_running_loop()
+    store = SimpleNamespace(start=start, give_up=given_up.set, url="unix:///s")
+    parts: Any = SimpleNamespace(
+        clock=FakeClock(), version="", private_store=lambda *_: store, store_errors=(BlockingIOError,)
+    )
+    supervisor = Supervisor(Config(redis=Redis(folder=str(tmp_path))), parts)
+    await supervisor._start_store()  # noqa: SLF001 - without ports and workers
+    assert given_up.is_set()
 
 
 async def test_a_signal_that_comes_when_all_is_closed_does_not_change_the_exit_code() -> None:
