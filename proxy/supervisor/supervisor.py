@@ -147,7 +147,7 @@ class Supervisor:
             self._was_ready = True
             if self._stage is Stage.STARTING:
                 self._stage = Stage.SERVING
-            self._parts.started(*self._addresses)
+                self._parts.started(*self._addresses)
 
     def worker_reported(self, number: int, report: WorkerReport) -> None:
         """Add what a worker counted."""

@@ -275,6 +275,19 @@ async def test_a_signal_ends_the_wait_for_the_private_store(tmp_path: Path) -> N
     assert given_up.is_set()
 
 
+def test_what_was_told_to_end_while_it_started_does_not_say_that_it_serves() -> None:
+    """Its first worker may be ready only then; a service manager would be told so too."""
+    addresses: list[tuple[str, ...]] = []
+    parts: Any = SimpleNamespace(clock=FakeClock(), version="", started=lambda *both: addresses.append(both))
+    for is_told in (True, False):
+        supervisor = Supervisor(Config(), parts)
+        supervisor._workers = [SimpleNamespace(pid=1)]  # type: ignore[list-item] # noqa: SLF001
+        if is_told:
+            supervisor._handle_stop_signal(signal.SIGTERM)  # noqa: SLF001 - as the loop calls it
+        supervisor.worker_ready(0)
+        assert len(addresses) == (not is_told)
+
+
 async def test_a_signal_that_comes_when_all_is_closed_does_not_change_the_exit_code() -> None:
     """The process lives on for a moment, in which nothing handles signals."""
     parts: Any = SimpleNamespace(clock=FakeClock(), version="")
