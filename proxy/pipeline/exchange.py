@@ -24,6 +24,7 @@ from proxy.routing.cold_gate import Pass
 from proxy.routing.cold_pressure import Noted
 from proxy.routing.fair_shares import Priority, Share
 from proxy.wire.headers import cairn_headers
+from proxy.wire.urgency import priority_in
 
 TOOLS: Final = "tools"
 MEDIA: Final = "media"
@@ -180,6 +181,9 @@ class Exchange:
         """Return the request's priority: from its header, else from its body."""
         if self.priority is None:
             said = None if self.prompt is None else self.prompt.priority
+            endpoint = self.call.endpoint
+            if endpoint.runs_model and not endpoint.is_generation:
+                said = priority_in(self.call.body)  # only now: few of these wait
             self.set_priority(Priority.NORMAL if said is None else said)
         return self.priority or Priority.HIGH
 

@@ -604,5 +604,13 @@ decode_tool_types = msgspec.json.Decoder(list[ToolType] | None).decode
 # --- urgency
 
 
+class Urgent(msgspec.Struct, gc=False):
+    """The members by which a body of any kind states its priority."""
+
+    priority: Raw = NONE
+    service_tier: Raw = NONE
+
+
+decode_urgent = msgspec.json.Decoder(Urgent).decode
 decode_tier = msgspec.json.Decoder(str).decode
 decode_priority = msgspec.json.Decoder(int | float).decode

@@ -14,7 +14,8 @@ from typing import Final, NamedTuple
 from msgspec import Raw
 
 from proxy.errors import BadRequest
-from proxy.wire.schemas import DECODE_ERRORS, NONE, decode_priority, decode_tier
+from proxy.model import Body
+from proxy.wire.schemas import DECODE_ERRORS, NONE, decode_priority, decode_tier, decode_urgent
 
 PRIORITY_HEADER: Final = b"x-cairn-priority"
 DEADLINE_HEADER: Final = b"x-request-deadline"
@@ -57,6 +58,18 @@ def urgency_of(headers: Iterable[tuple[bytes, bytes]]) -> Urgency:
         elif name == DEADLINE_HEADER:
             deadline = _seconds(value)
     return UNSAID if priority is None and deadline is None else Urgency(priority, deadline)
+
+
+def priority_in(body: Body) -> int | None:
+    """Return the priority that the body of a request asks for which is no prompt, None if it asks for none.
+
+    It takes a pass over the body.
+    """
+    try:
+        fields = decode_urgent(body)
+    except DECODE_ERRORS:
+        return None  # a form, or left to the upstream
+    return body_priority(fields.service_tier, fields.priority)
 
 
 def body_priority(tier: Raw, number: Raw) -> int | None:

@@ -10,10 +10,11 @@ import pytest
 
 from cache import Match
 from cache.index.prefix_index import Held
-from proxy.model import CacheStatus, Ending, MissReason, RouteReason
+from proxy.model import CacheStatus, Ending, Endpoint, MissReason, RouteReason
 from proxy.pipeline.exchange import MEDIA, TOOLS, Exchange
 from proxy.pipeline.retries import AttemptFailure, FailureKind
 from proxy.records import Usage
+from proxy.routing.fair_shares import Priority
 from proxy.wire import request as wire_request
 from tests.proxy.pipeline.bench import Bench, Upstream
 
@@ -168,3 +169,23 @@ async def test_a_client_is_told_of_its_own_prefixes_only_and_no_times_if_others_
     assert b"hit" not in told[b"cache-status"]
     assert b"server-timing" in seen
     assert b"server-timing" not in told
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.EMBEDDINGS, Endpoint.INFERENCE])
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b'{"model":"m","input":"x","priority":5}', Priority.LOW),
+        (b'{"model":"m","input":"x","service_tier":"priority"}', Priority.HIGH),
+        (b'{"model":"m","input":"x","priority":-1}', Priority.HIGH),
+        (b'{"model":"m","input":["priority"]}', Priority.NORMAL),
+        (b"--form, not JSON", Priority.NORMAL),
+    ],
+)
+def test_what_is_no_prompt_waits_by_the_priority_in_its_body(endpoint, body, expected):
+    """As vLLM takes it with embeddings, rerank and the like, within what the client may ask for."""
+    call = Bench().exchange().call
+    for highest in (Priority.HIGH, Priority.NORMAL):
+        tenant = dataclasses.replace(call.tenant, highest_priority=highest)
+        exchange = Exchange(dataclasses.replace(call, endpoint=endpoint, body=body, tenant=tenant))
+        assert exchange.priority_to_wait_by() is max(expected, highest)
