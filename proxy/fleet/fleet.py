@@ -176,11 +176,14 @@ class Fleet:
         """Return how many requests may be at a replica at once; None if unknown."""
         return self._replicas[number].limit
 
-    def places(self, number: int, processes: int, waiting: int, *, own_name: str, informed: bool) -> int | None:
+    def places(
+        self, number: int, processes: int, waiting: int, *, own_name: str, informed: bool, is_first: bool = False
+    ) -> int | None:
         """Return how many requests of this process may be at a replica now, so that all together keep its limit.
 
         That is an equal share for each of `processes`, plus what the others leave free if requests wait in this
-        process (`waiting`) and in no other. Without news of the others (not `informed`) it is the share alone. None
+        process (`waiting`) and in no other. A request that goes before those that wait in the others (`is_first`) may
+        have any place that is free. Without news of the others (not `informed`) it is the share alone. None
         means no limit.
         """
         replica = self._replicas[number]
@@ -193,6 +196,8 @@ class Fleet:
         if not informed:
             return max(share, 1)
         free = max(limit - int(peers.in_flight - peers.waiting), 0)
+        if is_first:
+            return free
         if limit < processes:  # otherwise some would never get a place; the engine's own queue takes the few extra
             free, share = max(free, 1), max(share, 1)
         return free if waiting and not peers.waiting else min(share, free)
@@ -207,12 +212,15 @@ class Fleet:
         """Return the number of this process's requests that were sent to a replica and have no first token yet."""
         return self._replicas[number].work.unanswered
 
+    def is_prefilling(self, number: int) -> bool:
+        """Return True if a request of any process was sent to a replica and has no first token yet."""
+        replica = self._replicas[number]
+        return replica.work.unanswered > 0 or bool(replica.peers.heads)
+
     def sent_seconds(self, number: int, now_seconds: float) -> float:
         """Return the seconds of prefill that were sent to a replica and are not done, without queued requests."""
         replica = self._replicas[number]
-        replica.work.settle(now_seconds)
-        sent = replica.work.sent_tokens - replica.work.progress_tokens(replica.rate_now, now_seconds)
-        return max(sent + replica.peers.sent_tokens, 0.0) / replica.rate_now
+        return replica.sent_tokens(now_seconds) / replica.rate_now
 
     def own_in_flight(self, number: int) -> int:
         """Return the number of this process's requests at a replica."""
@@ -529,7 +537,7 @@ class Fleet:
                 released_seconds=released,
                 waiting=work.waiting,
                 running_tokens=round(work.running_tokens),
-                sent_tokens=round(work.sent_tokens - work.progress_tokens(replica.rate_now, now_seconds)),
+                sent_tokens=round(work.sent_tokens),
             )
         return rows
 

@@ -17,12 +17,12 @@ PEER_SILENCE_SECONDS: Final = 1.0
 class ShareRow(NamedTuple):
     """One replica's work as one process has it, for the others. Ages are seconds before it was written.
 
-    `pending_tokens` is gross: the progress of the running head is not subtracted, so that a reader can do that once
-    for all writers. The head is the writer's oldest prefill: its tokens, the time since it was sent, and how far it
-    is past its predicted first token (0 if it is not). `released_seconds` is the time since the last prefill ended
-    there. `waiting` of those in flight are in the writer's queue and not sent yet. `running_tokens` are the prompts
-    of all in flight, `sent_tokens` the part of the pending ones that is in no queue; a process of an older release
-    leaves out both.
+    `pending_tokens` and `sent_tokens` are gross: the progress of the running head is not subtracted, so that a reader
+    can do that once for all writers. The head is the writer's oldest prefill: its tokens, the time since it was sent,
+    and how far it is past its predicted first token (0 if it is not). `released_seconds` is the time since the last
+    prefill ended there. `waiting` of those in flight are in the writer's queue and not sent yet. `running_tokens` are
+    the prompts of all in flight, `sent_tokens` the part of the pending ones that is in no queue; a process of an
+    older release leaves out both.
     """
 
     pending_tokens: float

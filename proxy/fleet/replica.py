@@ -108,6 +108,16 @@ class ReplicaState:
 
     def load(self, now_seconds: float) -> tuple[float, float]:
         """Return all processes' pending tokens minus the running head's progress, and the lateness in seconds."""
+        done, late = self._progress(now_seconds)
+        return max(self.work.pending_tokens + self.peers.pending_tokens - done, 0.0), late
+
+    def sent_tokens(self, now_seconds: float) -> float:
+        """Return the tokens that all processes have sent here, minus the running head's progress."""
+        done, _ = self._progress(now_seconds)
+        return max(self.work.sent_tokens + self.peers.sent_tokens - done, 0.0)
+
+    def _progress(self, now_seconds: float) -> tuple[float, float]:
+        """Return the tokens that are done of the oldest prefill of all processes, and the lateness in seconds."""
         work, peers = self.work, self.peers
         work.settle(now_seconds)
         head, late = work.head, 0.0
@@ -120,12 +130,10 @@ class ReplicaState:
             late = max(late, now_seconds - due)
             if peer_sent < sent:
                 sent, head_tokens = peer_sent, tokens
-        total = work.pending_tokens + peers.pending_tokens
         if not head_tokens:
-            return total, late
+            return 0.0, late
         since = max(sent, work.released_seconds, peers.released_seconds)
-        done = min(max(now_seconds - since, 0.0) * self.rate_now, head_tokens)
-        return max(total - done, 0.0), late
+        return min(max(now_seconds - since, 0.0) * self.rate_now, head_tokens), late
 
     def view(self, now_seconds: float, in_flight_seconds: float, key: ThrottleKey | None = None) -> ReplicaView:
         """Return a frozen row; the same object again while nothing happens here."""

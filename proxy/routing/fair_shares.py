@@ -522,6 +522,18 @@ class FairQueue(Generic[T]):
                 waits = self._classes[priority].lines
                 owed[priority] = min(owed[priority] + FLOOR * claimant.tokens, MAX_OWED_TOKENS) if waits else 0.0
 
+    def owe(self, tokens: list[float]) -> None:
+        """Add tokens that lower priorities are owed for the work of each priority elsewhere."""
+        for above, owed in enumerate(tokens):
+            if owed:
+                for priority in Priority:
+                    if priority > above and self._classes[priority].lines:
+                        self._owed[priority] = min(self._owed[priority] + owed, MAX_OWED_TOKENS)
+
+    def is_owed(self, claimant: Claimant[T]) -> bool:
+        """Return True if the priority of a request has saved up its work by its floor."""
+        return self._owed[claimant.priority] >= max(min(claimant.tokens, MAX_OWED_TOKENS), 1.0)
+
     def waiting(self) -> dict[tuple[Priority, str], int]:
         """Count the waiting requests, by priority and tenant."""
         return {

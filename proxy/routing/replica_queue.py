@@ -6,14 +6,16 @@ One `ReplicaQueue` per replica and process. Only events wake it: the end of a re
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from math import inf
 from types import TracebackType
 from typing import Final
 
 from proxy.clock import Clock
 from proxy.errors import CairnError, DeadlineUnreachable, Overloaded, RateLimited
-from proxy.routing.fair_shares import Claimant, FairQueue, Share, TenantShares
+from proxy.routing.fair_shares import Claimant, FairQueue, Priority, Share, TenantShares
+from proxy.routing.queue_heads import OWED, Elsewhere, Head
 from proxy.routing.shortest_job import AGEING, ShortestJobQueue
 from proxy.routing.waiting_rate import WaitingRate
 
@@ -25,6 +27,9 @@ CHECKS_BEFORE_BORROWING: Final = 2
 take about 10 ms, more if a loop is busy, so each first waits for the reports of the others.
 """
 
+
+OTHERS_SECONDS: Final = 3.0
+"""Longest time for which a process sends nothing because others have sent enough."""
 
 ANYONE: Final = Share()
 _TOO_LONG: Final = Overloaded
@@ -65,19 +70,22 @@ class Permit:
 class ReplicaQueue:
     """Lets at most `limit` requests be at a replica at a time; None means no limit.
 
-    `places`, if given, maps the number of requests waiting here to the number of places that this process may use
-    now. While requests wait, the queue is a key of `in_use`."""
+    `places`, if given, maps the number of requests waiting here, and whether the first of them goes before those of
+    other processes, to the number of places that this process may use now. `heads` returns those processes' first
+    requests. While requests wait, the queue is a key of `in_use`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one keyword for each thing that may be left out
         self,
         limit: int | None,
         limits: QueueLimits,
         clock: Clock,
-        places: Callable[[int], int | None] | None = None,
+        places: Callable[[int, bool], int | None] | None = None,
         *,
         shares: TenantShares | None = None,
         is_crowded: Callable[[], bool] | None = None,
+        is_crowded_by_others: Callable[[], bool] | None = None,
         ageing: float = AGEING,
+        heads: Callable[[], Mapping[str, Head]] | None = None,
         in_use: MutableMapping[ReplicaQueue, None] | None = None,
     ) -> None:
         self._limit = limit
@@ -88,7 +96,12 @@ class ReplicaQueue:
         self._checks = 0
         self._shares = shares or TenantShares()
         self._is_crowded = is_crowded
+        self._is_crowded_by_others = is_crowded_by_others
+        self._went_seconds = -inf  # when it last let one go, or when it ceased to be empty
         self._ageing = ageing
+        self._heads = heads
+        self._elsewhere = Elsewhere()
+        self._sent_tokens = [0.0] * len(Priority)
         self._in_use = {} if in_use is None else in_use
         self._waiting: FairQueue[asyncio.Future[None]] = FairQueue(self._shares, self._make_line)
         self._running = 0
@@ -116,7 +129,7 @@ class ReplicaQueue:
 
     def try_acquire(self, share: Share = ANYONE) -> Permit | None:
         """Return a permit if no request would have to wait for it: the common case, without an await."""
-        if self.has_place:
+        if not len(self._waiting) and self._has_room() and not self._others_wait():
             self._running += 1
             if self._shares.has_several:
                 self._shares.serve(share.tenant, share.tokens, share.weight)
@@ -153,7 +166,7 @@ class ReplicaQueue:
         future: asyncio.Future[None] = loop.create_future()
         now_seconds = self._clock.monotonic()
         if not len(self._waiting):
-            self._rate.began(now_seconds)
+            self._went_seconds = now_seconds
         entry = self._waiting.join(Claimant(future, *share), work_seconds, now_seconds)
         self._in_use[self] = None
         if deadline_seconds is not None and deadline_seconds - now_seconds < self._limits.deadline_seconds:
@@ -161,6 +174,8 @@ class ReplicaQueue:
         else:
             alarm = loop.call_later(self._limits.deadline_seconds, self._expire, future, _TOO_LONG)
         self._schedule_recheck()
+        if self._others_wait():
+            self._wake()  # there may be room that was left to them, and this one may go before them
         try:
             await future
         except BaseException:
@@ -218,52 +233,31 @@ class ReplicaQueue:
                 own += each.tokens
         return before + own + self._shares.most_before(share.tenant, own, others)
 
-    def wait_seconds(self, work_seconds: float, share: Share, sent_seconds: float) -> float:
-        """Estimate how long a request would wait for a place, by the rate at which waiting ones got one lately.
+    def head(self) -> Head | None:
+        """Return the request that goes next, for the other processes; None if none waits."""
+        claimant = self._waiting.head(self._clock.monotonic())
+        return None if claimant is None else self._head_of(claimant)
 
-        Until that is measured, it is the time of the work before it: what the replica was sent, and the requests
-        that wait and go first.
+    def _head_of(self, claimant: Claimant[asyncio.Future[None]]) -> Head:
+        priority = claimant.priority
+        placed = OWED if priority > Priority.HIGH and self._waiting.is_owed(claimant) else int(priority)
+        return Head(claimant.tenant, placed, self._shares.round_of(claimant.tenant), tuple(self._sent_tokens))
 
-        Args:
-            work_seconds: the request's uncached tokens over the replica's rate.
-            share: the tenant's share that it would use.
-            sent_seconds: seconds of prefill that were sent to the replica and are not done.
-        """
-        if self.has_place:
-            return 0.0
-        requests, before_seconds = self._before(work_seconds, share)
-        if not self._rate.is_measured:
-            return sent_seconds + before_seconds
-        return self._rate.seconds_for(1.0 + requests, 1.0)
+    def _others_wait(self) -> bool:
+        return self._heads is not None and bool(self._heads())
 
-    def _before(self, work_seconds: float, share: Share) -> tuple[float, float]:
-        """Return about how many of the requests waiting here go before a new one, and their work in seconds.
+    def _may_go(self, claimant: Claimant[asyncio.Future[None]], heads: Mapping[str, Head]) -> bool:
+        """Return False if a request of another process goes first."""
+        own = self._head_of(claimant)
+        return not self._elsewhere.must_hold(own, heads, self._clock.monotonic())
 
-        A tenant's own go by the order of its line. Of another tenant's with the same priority, no more go first than
-        of its own, and one.
-        """
-        now_seconds = self._clock.monotonic()
-        requests = seconds = 0.0
-        own, others = 0, dict[str, tuple[int, float]]()
-        for each in self._waiting.in_order(now_seconds):
-            entry = each.entry
-            if entry is None or each.priority > share.priority:
-                continue
-            if each.priority == share.priority:
-                if each.tenant != share.tenant:
-                    count, total = others.get(each.tenant, (0, 0.0))
-                    others[each.tenant] = count + 1, total + entry.work_seconds
-                    continue
-                if entry.work_seconds - self._ageing * (now_seconds - entry.arrived_seconds) > work_seconds:
-                    continue
-                own += 1
-            requests += 1.0
-            seconds += entry.work_seconds
-        for count, total in others.values():
-            first = min(count, own + 1)
-            requests += float(first)
-            seconds += total * first / count
-        return requests, seconds
+    def _is_first(self, heads: Mapping[str, Head]) -> bool:
+        """Return True if the request that goes next here goes before one of each other process that it can."""
+        own = self.head()
+        if own is None:
+            return False
+        others = heads.values()
+        return any(own.goes_before(each) for each in others) and not any(each.goes_before(own) for each in others)
 
     def _make_line(self) -> ShortestJobQueue[Claimant[asyncio.Future[None]]]:
         return ShortestJobQueue(self._limits.deadline_seconds, self._ageing)
@@ -271,11 +265,27 @@ class ReplicaQueue:
     def _has_room(self) -> bool:
         if self._is_crowded is not None and (self._starting or self._is_crowded()):
             return False  # a request that was let go counts as sent only once its task has run
+        heads: Mapping[str, Head] = {} if self._heads is None else self._heads()
+        is_first = bool(heads) and self._is_first(heads)
+        if heads and not is_first and self._leaves_room():
+            return False
         if self._limit is None:
             return True
+        if self._places is None:
+            return self._running < self._limit
         waiting = len(self._waiting) if self._checks >= CHECKS_BEFORE_BORROWING else 0
-        places = self._limit if self._places is None else self._places(waiting)
+        places = self._places(waiting, is_first)
         return places is None or self._running < places
+
+    def _leaves_room(self) -> bool:
+        """Return True if the replica has enough work of other processes, where requests wait that may go before.
+
+        Only for a time: processes differ in what they know of a replica's rate, and one that believes it too low
+        would never find room.
+        """
+        if self._is_crowded_by_others is None or not self._is_crowded_by_others():
+            return False
+        return self._clock.monotonic() - self._went_seconds < OTHERS_SECONDS
 
     def _schedule_recheck(self) -> None:
         if self._places is not None and not self._recheck_due:
@@ -292,12 +302,18 @@ class ReplicaQueue:
             self._checks = 0
 
     def _wake(self) -> None:
-        while len(self._waiting) and self._has_room():
-            now_seconds = self._clock.monotonic()
-            claimant = self._waiting.head(now_seconds)
-            if claimant is None:
+        heads: Mapping[str, Head] = {} if self._heads is None else self._heads()
+        self._waiting.owe(self._elsewhere.owed_tokens(heads))
+        while len(self._waiting):
+            if not self._has_room():
+                self._elsewhere.no_room()
+                return
+            claimant = self._waiting.head(self._clock.monotonic())
+            if claimant is None or (heads and not self._may_go(claimant, heads)):
                 return
             self._waiting.serve(claimant)
+            self._went_seconds = self._clock.monotonic()
+            self._sent_tokens[claimant.priority] += claimant.tokens
             if not claimant.item.done():
                 self._rate.took(1.0, now_seconds)
                 self._running += 1

@@ -135,6 +135,6 @@ class WarmQueues:
         )
 
 
-def _unlimited(waiting: int) -> int | None:
-    del waiting
+def _unlimited(waiting: int, is_first: bool) -> int | None:
+    del waiting, is_first
     return None

@@ -67,6 +67,7 @@ from proxy.pipeline.settlement import Settlement
 from proxy.routing.cold_gate import ColdGate
 from proxy.routing.fair_shares import TenantShares
 from proxy.routing.prefill_gate import PrefillGate
+from proxy.routing.queue_heads import QueueHeads
 from proxy.routing.remote_prefills import RemotePrefills
 from proxy.routing.token_estimate import TokenCounts
 from proxy.tasks import Tasks
@@ -206,7 +207,8 @@ def _sharing(config: Config, basics: Basics, memory: Memory, replicas: Replicas)
         clock,
         lambda: load_broadcast.changed(),  # noqa: PLW0108 - it is made below
     )
-    load_broadcast = _load_broadcast(basics, memory, journal, fleet, shares, cold_gate)
+    heads = QueueHeads()
+    load_broadcast = _load_broadcast(basics, memory, journal, fleet, shares, cold_gate, heads)
     return Sharing(
         baseline=baseline,
         gate=gate,
@@ -214,12 +216,19 @@ def _sharing(config: Config, basics: Basics, memory: Memory, replicas: Replicas)
         journal=journal,
         load_broadcast=load_broadcast,
         shares=shares,
+        heads=heads,
         cold_gate=cold_gate,
     )
 
 
 def _load_broadcast(
-    basics: Basics, memory: Memory, journal: Journal, fleet: Fleet, shares: TenantShares, cold_gate: ColdGate
+    basics: Basics,
+    memory: Memory,
+    journal: Journal,
+    fleet: Fleet,
+    shares: TenantShares,
+    cold_gate: ColdGate,
+    heads: QueueHeads,
 ) -> LoadBroadcast:
     clock = basics.clock
 
@@ -227,19 +236,21 @@ def _load_broadcast(
         now_seconds = clock.monotonic()
         fleet.absorb(peer, rows, now_seconds)
         shares.absorb(peer, rows, now_seconds)
+        heads.absorb(peer, rows, now_seconds)
         cold_gate.absorb(rows)
         cold_gate.changed()
 
     def forget(peer: str) -> None:
         fleet.forget_peer(peer)
         shares.forget(peer)
+        heads.forget(peer)
 
     return LoadBroadcast(
         memory.store,
         basics.writer_id,
         clock=clock,
         tasks=basics.tasks,
-        read=lambda: {**fleet.share(clock.monotonic()), **shares.rows(), **cold_gate.rows()},
+        read=lambda: {**fleet.share(clock.monotonic()), **shares.rows(), **cold_gate.rows(), **heads.own_rows()},
         absorb=absorb,
         forget=forget,
         others=lambda: journal.others,
@@ -370,9 +381,11 @@ def _requests(config: Config, secret: bytes, built: Built, traces: Traces | None
         clock,
         writer_id=basics.writer_id,
         shares=sharing.shares,
+        heads=sharing.heads,
         is_engine=lambda number: _capacity_tokens(built.memory.index, number) is not None,
     )
     sharing.cold_gate.limits = gate_limits = from_config.gate_limits(config.admission)
+    sharing.heads.attend(queues.rows)
     queues.set_limits(from_config.queue_limits(config.queue), gate_limits.pace)
     planner = Planner(
         replicas.fleet,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -11,12 +11,14 @@ from proxy.clock import Clock
 from proxy.fleet import Fleet
 from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.routing.fair_shares import TenantShares
+from proxy.routing.queue_heads import Head, QueueHeads, row_of
 from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 
 SENT_AHEAD: Final = (1.0, 4)
 SENT_AHEAD_CONTENDED: Final = (0.1, 1)
 """Seconds of prefill, and requests without a first token, that a replica is sent before others wait here; the
-second pair holds while several tenants are active. An engine serves in order of arrival, so only the queue here
+second pair holds while several tenants are active, and then for the requests of all processes together, since a few
+of each would make a long queue in the engine. An engine serves in order of arrival, so only the queue here
 can keep an order, and a tenant that arrives while another floods the replicas waits for all requests already
 sent. With smaller values an engine could run out of work. The seconds are for a pace of 1.
 """
@@ -32,6 +34,7 @@ class ReplicaQueues:
         clock: monotonic time.
         writer_id: this worker's name.
         shares: the tenants' shares.
+        heads: the first requests that wait in other processes.
         is_engine: returns True if a replica has reported the capacity of its cache. An engine computes one prompt
             after another, but the servers behind another address, such as a provider's, may compute many at a time.
     """
@@ -45,8 +48,10 @@ class ReplicaQueues:
         *,
         writer_id: str,
         shares: TenantShares,
+        heads: QueueHeads,
         is_engine: Callable[[int], bool],
     ) -> None:
+        self._heads = heads
         self._is_engine = is_engine
         self._shares = shares
         self._fleet = fleet
@@ -86,6 +91,8 @@ class ReplicaQueues:
                     partial(self._places, number),
                     shares=self._shares,
                     is_crowded=partial(self._is_crowded, number),
+                    is_crowded_by_others=partial(self.is_crowded_by_others, number),
+                    heads=partial(self._heads_at, number),
                     in_use=self._in_use,
                 )
             else:
@@ -98,19 +105,45 @@ class ReplicaQueues:
             for queue in tuple(self._in_use):
                 queue.look()
 
+    def rows(self) -> dict[str, tuple[float, ...]]:
+        """Return the first request that waits for each replica, for the other processes."""
+        rows: dict[str, tuple[float, ...]] = {}
+        if self._in_use:
+            for number, queue in self.by_replica.items():
+                if queue in self._in_use and (head := queue.head()) is not None:
+                    name, row = row_of(self._fleet.name_of(number) or "", head)
+                    rows[name] = row
+        return rows
+
+    def _heads_at(self, number: int) -> Mapping[str, Head]:
+        return self._heads.at(self._fleet.name_of(number) or "", self._clock.monotonic())
+
     def _is_crowded(self, number: int) -> bool:
         """Return True if a replica has enough work: more would wait there, in order of arrival."""
         unanswered = self._fleet.unanswered(number)
-        if unanswered < SENT_AHEAD_CONTENDED[1]:
-            return False
-        if self._fleet.limit_of(number) is None and not self._is_engine(number):
+        if unanswered < SENT_AHEAD_CONTENDED[1] or not self._keeps_order(number):
             return False
         now_seconds = self._clock.monotonic()
         seconds, requests = SENT_AHEAD_CONTENDED if self._shares.is_contended(now_seconds) else SENT_AHEAD
         return unanswered >= requests and self._fleet.sent_seconds(number, now_seconds) > seconds * self._pace
 
-    def _places(self, number: int, waiting: int) -> int | None:
+    def is_crowded_by_others(self, number: int) -> bool:
+        """Return True if a replica has enough work of other processes, while several tenants are active."""
+        if not self._keeps_order(number) or not self._fleet.is_prefilling(number):
+            return False
+        now_seconds = self._clock.monotonic()
+        if not self._shares.is_contended(now_seconds):
+            return False
+        return self._fleet.sent_seconds(number, now_seconds) > SENT_AHEAD_CONTENDED[0] * self._pace
+
+    def _keeps_order(self, number: int) -> bool:
+        """Return True if a replica serves in order of arrival, so that more would wait there in that order."""
+        return self._fleet.limit_of(number) is not None or self._is_engine(number)
+
+    def _places(self, number: int, waiting: int, is_first: bool) -> int | None:
         """Return this worker's share of a replica's limit; the other shares belong to the journal's other writers."""
         others = self._journal.others
         is_informed = self._journal.state is JournalState.LIVE
-        return self._fleet.places(number, 1 + others, waiting, own_name=self._writer_id, informed=is_informed)
+        return self._fleet.places(
+            number, 1 + others, waiting, own_name=self._writer_id, informed=is_informed, is_first=is_first
+        )

@@ -38,6 +38,7 @@ from proxy.pipeline.settlement import Settlement
 from proxy.routing.cold_gate import ColdGate
 from proxy.routing.fair_shares import TenantShares
 from proxy.routing.prefill_gate import PrefillGate
+from proxy.routing.queue_heads import QueueHeads
 from proxy.routing.remote_prefills import RemotePrefills
 from proxy.routing.token_estimate import TokenCounts
 from proxy.tasks import Tasks
@@ -98,6 +99,7 @@ class Sharing:
     journal: Journal
     load_broadcast: LoadBroadcast
     shares: TenantShares
+    heads: QueueHeads
     cold_gate: ColdGate
 
 

@@ -449,6 +449,30 @@ def test_a_silent_replica_that_has_work_is_tried_only_if_no_other_is_left():
     assert not row(fleet, 0, now=60.2).available
 
 
+def test_the_progress_of_a_replica_counts_once_for_what_all_processes_have_sent():
+    """It computes one prompt after another, so of two that were sent together one is left when the first is done."""
+    one, other = fleet_of("a"), fleet_of("a")
+    rate = row(one).rate_tokens_per_second
+    for fleet in (one, other):
+        fleet.charge(0, rate, 0.0)
+    one.absorb("other", other.share(0.5), 0.5)
+    assert one.sent_seconds(0, 0.5) == pytest.approx(1.5)
+    assert one.sent_seconds(0, 1.0) == pytest.approx(1.0)
+    assert one.is_prefilling(0)
+    assert not fleet_of("a").is_prefilling(0)
+
+
+def test_what_goes_before_all_others_may_have_every_free_place():
+    fleet = fleet_of("a", limit=4)
+    busy = ShareRow(0, 3, 0, 0.0, 0.0, 0.0, waiting=1)
+    fleet.absorb("peer", {"a": tuple(busy)}, 0.0)
+    places = [
+        fleet.places(0, 4, 1, own_name="w", informed=informed, is_first=is_first)
+        for informed, is_first in ((True, False), (True, True), (False, True))
+    ]
+    assert places == [1, 2, 1]
+
+
 def test_work_of_another_process_may_be_why_a_replica_is_silent():
     fleet = fleet_of("a")
     row_of_peer = ShareRow(

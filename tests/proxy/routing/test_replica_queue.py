@@ -261,7 +261,7 @@ async def test_a_raised_limit_lets_the_next_pass():
 async def test_what_other_processes_leave_free_is_taken_a_moment_later():
     """The share at once; more when news of the others shows it free, since a burst reaches all processes together."""
     allowed = 1
-    queue = ReplicaQueue(4, QueueLimits(), FakeClock(), lambda waiting: allowed)
+    queue = ReplicaQueue(4, QueueLimits(), FakeClock(), lambda waiting, _is_first: allowed)
     first = await queue.acquire(1.0)
     order: list[float] = []
     task = asyncio.get_running_loop().create_task(waiter(queue, 1.0, order))
@@ -320,7 +320,7 @@ async def test_places_of_others_are_asked_for_once_their_news_had_time_to_come(m
     loop = asyncio.get_running_loop()
     asked: list[int] = []
 
-    def places(waiting: int) -> int:
+    def places(waiting: int, _is_first: bool) -> int:
         asked.append(waiting)
         return 1
 

@@ -11,8 +11,10 @@ import pytest
 
 from cache import JournalState
 from proxy.fleet import Fleet
+from proxy.fleet.peers import ShareRow
 from proxy.fleet.replica import ReplicaSpec
-from proxy.routing.fair_shares import TenantShares
+from proxy.routing.fair_shares import Priority, Share, TenantShares
+from proxy.routing.queue_heads import Head, QueueHeads
 from proxy.routing.replica_queue import QueueLimits
 from proxy.worker.replica_queues import SENT_AHEAD, ReplicaQueues
 from tests.support.clock import FakeClock
@@ -26,7 +28,7 @@ class Bench:
     """The queues of replicas that compute a request in a second."""
 
     def __init__(self, *, is_engine: bool, limit: int | None = None, replicas: int = 1) -> None:
-        self.fleet, self.clock = Fleet(Random(1).random), FakeClock()
+        self.fleet, self.clock, self.shares = Fleet(Random(1).random), FakeClock(), TenantShares()
         pools: Any = SimpleNamespace(served=range(replicas))
         journal: Any = SimpleNamespace(others=0, state=JournalState.LIVE)
         for number in range(replicas):
@@ -37,7 +39,8 @@ class Bench:
             journal,
             self.clock,
             writer_id="w",
-            shares=TenantShares(),
+            shares=self.shares,
+            heads=QueueHeads(),
             is_engine=lambda _number: is_engine,
         )
         self.queues.update()
@@ -68,6 +71,37 @@ def test_more_is_sent_ahead_where_the_gate_has_more_time(pace, at_once):
     bench = Bench(is_engine=True)
     bench.queues.set_limits(QueueLimits(), pace)
     assert bench.sent() == at_once
+
+
+def test_what_others_have_sent_is_enough_while_several_tenants_are_active():
+    """Of a replica that keeps no order, or for a tenant alone, nothing of others counts."""
+    for is_engine, tenants, crowded in ((True, "ab", True), (True, "a", False), (False, "ab", False)):
+        bench = Bench(is_engine=is_engine)
+        for tenant in tenants:
+            bench.shares.seen(tenant, 1.0, bench.clock.monotonic())
+        sent = ShareRow(RATE, 1, RATE, 0.0, 0.0, 9.0, sent_tokens=RATE)
+        bench.fleet.absorb("peer", {"r0": tuple(sent)}, bench.clock.monotonic())
+        assert bench.queues.is_crowded_by_others(0) is crowded
+        bench.clock.advance(0.95)
+        assert not bench.queues.is_crowded_by_others(0)
+
+
+async def test_what_waits_is_told_to_the_other_processes():
+    """By replica, with its tenant; nothing while none waits."""
+    bench = Bench(is_engine=False, limit=1, replicas=3)
+    assert bench.queues.rows() == {}
+    permit = bench.queues.by_replica[1].try_acquire()
+    assert permit is not None
+    waiting = asyncio.get_running_loop().create_task(
+        bench.queues.by_replica[1].acquire(1.0, Share("tenant", 1.0, Priority.LOW, 5.0))
+    )
+    await asyncio.sleep(0)
+    heads = QueueHeads()
+    heads.absorb("peer", bench.queues.rows(), 0.0)
+    assert heads.at("r1", 0.0) == {"peer": Head("tenant", Priority.LOW, 0, (0.0, 0.0, 0.0))}
+    permit.done()
+    (await waiting).done()
+    assert bench.queues.rows() == {}
 
 
 async def test_an_end_of_work_looks_only_at_queues_in_which_requests_wait():
