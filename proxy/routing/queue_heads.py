@@ -86,6 +86,10 @@ class QueueHeads:
             if not heads:
                 del self._by_replica[replica]
 
+    def __len__(self) -> int:
+        """Count the replicas for which requests wait in other processes."""
+        return len(self._by_replica)
+
     def at(self, replica: str, now_seconds: float) -> Mapping[str, Head]:
         """Return the heads for one replica, by process; none of processes that have fallen silent."""
         heads = self._by_replica.get(replica)

@@ -72,7 +72,8 @@ class ReplicaQueue:
 
     `places`, if given, maps the number of requests waiting here, and whether the first of them goes before those of
     other processes, to the number of places that this process may use now. `heads` returns those processes' first
-    requests. While requests wait, the queue is a key of `in_use`."""
+    requests. While requests wait, the queue is a key of `in_use`.
+    """
 
     def __init__(  # noqa: PLR0913 - one keyword for each thing that may be left out
         self,
@@ -124,12 +125,13 @@ class ReplicaQueue:
 
     @property
     def has_place(self) -> bool:
-        """True if a request that comes now need not wait."""
-        return not len(self._waiting) and self._has_room()
+        """True if a request that comes now need not wait, here or behind those of other processes."""
+        heads = self._heads_elsewhere()
+        return not heads and not len(self._waiting) and self._has_room(heads)
 
     def try_acquire(self, share: Share = ANYONE) -> Permit | None:
         """Return a permit if no request would have to wait for it: the common case, without an await."""
-        if not len(self._waiting) and self._has_room() and not self._others_wait():
+        if self.has_place:
             self._running += 1
             if self._shares.has_several:
                 self._shares.serve(share.tenant, share.tokens, share.weight)
@@ -167,6 +169,7 @@ class ReplicaQueue:
         now_seconds = self._clock.monotonic()
         if not len(self._waiting):
             self._went_seconds = now_seconds
+            self._rate.began(now_seconds)
         entry = self._waiting.join(Claimant(future, *share), work_seconds, now_seconds)
         self._in_use[self] = None
         if deadline_seconds is not None and deadline_seconds - now_seconds < self._limits.deadline_seconds:
@@ -174,7 +177,7 @@ class ReplicaQueue:
         else:
             alarm = loop.call_later(self._limits.deadline_seconds, self._expire, future, _TOO_LONG)
         self._schedule_recheck()
-        if self._others_wait():
+        if self._heads_elsewhere():
             self._wake()  # there may be room that was left to them, and this one may go before them
         try:
             await future
@@ -233,6 +236,53 @@ class ReplicaQueue:
                 own += each.tokens
         return before + own + self._shares.most_before(share.tenant, own, others)
 
+    def wait_seconds(self, work_seconds: float, share: Share, sent_seconds: float) -> float:
+        """Estimate how long a request would wait for a place, by the rate at which waiting ones got one lately.
+
+        Until that is measured, it is the time of the work before it: what the replica was sent, and the requests
+        that wait and go first.
+
+        Args:
+            work_seconds: the request's uncached tokens over the replica's rate.
+            share: the tenant's share that it would use.
+            sent_seconds: seconds of prefill that were sent to the replica and are not done.
+        """
+        if self.has_place:
+            return 0.0
+        requests, before_seconds = self._before(work_seconds, share)
+        if not self._rate.is_measured:
+            return sent_seconds + before_seconds
+        return self._rate.seconds_for(1.0 + requests, 1.0)
+
+    def _before(self, work_seconds: float, share: Share) -> tuple[float, float]:
+        """Return about how many of the requests waiting here go before a new one, and their work in seconds.
+
+        A tenant's own go by the order of its line. Of another tenant's with the same priority, no more go first than
+        of its own, and one.
+        """
+        now_seconds = self._clock.monotonic()
+        requests = seconds = 0.0
+        own, others = 0, dict[str, tuple[int, float]]()
+        for each in self._waiting.in_order(now_seconds):
+            entry = each.entry
+            if entry is None or each.priority > share.priority:
+                continue
+            if each.priority == share.priority:
+                if each.tenant != share.tenant:
+                    count, total = others.get(each.tenant, (0, 0.0))
+                    others[each.tenant] = count + 1, total + entry.work_seconds
+                    continue
+                if entry.work_seconds - self._ageing * (now_seconds - entry.arrived_seconds) > work_seconds:
+                    continue
+                own += 1
+            requests += 1.0
+            seconds += entry.work_seconds
+        for count, total in others.values():
+            first = min(count, own + 1)
+            requests += float(first)
+            seconds += total * first / count
+        return requests, seconds
+
     def head(self) -> Head | None:
         """Return the request that goes next, for the other processes; None if none waits."""
         claimant = self._waiting.head(self._clock.monotonic())
@@ -243,13 +293,13 @@ class ReplicaQueue:
         placed = OWED if priority > Priority.HIGH and self._waiting.is_owed(claimant) else int(priority)
         return Head(claimant.tenant, placed, self._shares.round_of(claimant.tenant), tuple(self._sent_tokens))
 
-    def _others_wait(self) -> bool:
-        return self._heads is not None and bool(self._heads())
+    def _heads_elsewhere(self) -> Mapping[str, Head]:
+        """Return the first requests that wait for this replica in other processes."""
+        return {} if self._heads is None else self._heads()
 
     def _may_go(self, claimant: Claimant[asyncio.Future[None]], heads: Mapping[str, Head]) -> bool:
         """Return False if a request of another process goes first."""
-        own = self._head_of(claimant)
-        return not self._elsewhere.must_hold(own, heads, self._clock.monotonic())
+        return not self._elsewhere.must_hold(self._head_of(claimant), heads, self._clock.monotonic())
 
     def _is_first(self, heads: Mapping[str, Head]) -> bool:
         """Return True if the request that goes next here goes before one of each other process that it can."""
@@ -262,10 +312,9 @@ class ReplicaQueue:
     def _make_line(self) -> ShortestJobQueue[Claimant[asyncio.Future[None]]]:
         return ShortestJobQueue(self._limits.deadline_seconds, self._ageing)
 
-    def _has_room(self) -> bool:
+    def _has_room(self, heads: Mapping[str, Head]) -> bool:
         if self._is_crowded is not None and (self._starting or self._is_crowded()):
             return False  # a request that was let go counts as sent only once its task has run
-        heads: Mapping[str, Head] = {} if self._heads is None else self._heads()
         is_first = bool(heads) and self._is_first(heads)
         if heads and not is_first and self._leaves_room():
             return False
@@ -302,17 +351,18 @@ class ReplicaQueue:
             self._checks = 0
 
     def _wake(self) -> None:
-        heads: Mapping[str, Head] = {} if self._heads is None else self._heads()
+        heads = self._heads_elsewhere()
         self._waiting.owe(self._elsewhere.owed_tokens(heads))
         while len(self._waiting):
-            if not self._has_room():
+            if not self._has_room(heads):
                 self._elsewhere.no_room()
                 return
-            claimant = self._waiting.head(self._clock.monotonic())
+            now_seconds = self._clock.monotonic()
+            claimant = self._waiting.head(now_seconds)
             if claimant is None or (heads and not self._may_go(claimant, heads)):
                 return
             self._waiting.serve(claimant)
-            self._went_seconds = self._clock.monotonic()
+            self._went_seconds = now_seconds
             self._sent_tokens[claimant.priority] += claimant.tokens
             if not claimant.item.done():
                 self._rate.took(1.0, now_seconds)

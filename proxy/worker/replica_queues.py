@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Final
 
 from cache import Journal, JournalState
@@ -22,6 +23,8 @@ of each would make a long queue in the engine. An engine serves in order of arri
 can keep an order, and a tenant that arrives while another floods the replicas waits for all requests already
 sent. With smaller values an engine could run out of work. The seconds are for a pace of 1.
 """
+
+_NO_HEADS: Final[Mapping[str, Head]] = MappingProxyType({})
 
 
 class ReplicaQueues:
@@ -116,6 +119,8 @@ class ReplicaQueues:
         return rows
 
     def _heads_at(self, number: int) -> Mapping[str, Head]:
+        if not len(self._heads):
+            return _NO_HEADS  # nearly always, and this is asked for each request
         return self._heads.at(self._fleet.name_of(number) or "", self._clock.monotonic())
 
     def _is_crowded(self, number: int) -> bool:
