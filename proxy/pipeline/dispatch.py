@@ -16,7 +16,7 @@ from typing import Final, Protocol
 from zlib import crc32
 
 from proxy.clock import Clock
-from proxy.errors import ConnectFailed, Overloaded, PoolTimeout, ResetMidResponse, TurnedAway, UpstreamError
+from proxy.errors import ConnectFailed, Overloaded, PoolTimeout, TurnedAway, UpstreamError
 from proxy.fleet import Failure, Fleet, Need
 from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.metrics.definitions import HIDDEN_ERRORS, UPSTREAM_RETRIES
@@ -25,7 +25,7 @@ from proxy.model import Edit
 from proxy.pipeline import retries
 from proxy.pipeline.attempt import Attempt, Attempts
 from proxy.pipeline.exchange import MEDIA, TOOLS, Exchange
-from proxy.pipeline.opening import Opening, is_cut_off, judge_plain, wait_for_opening
+from proxy.pipeline.opening import Opening, closed_inside, is_cut_off, judge_plain, wait_for_opening
 from proxy.pipeline.retries import AttemptFailure, FailureKind, RetryBudget
 from proxy.records import Candidate
 from proxy.routing.replica_queue import ANYONE
@@ -400,7 +400,7 @@ class Dispatcher:
             return Opening.PLAIN
         body = response.peek()
         if response.is_json_until_close and is_cut_off(body, body):
-            raise ResetMidResponse("the upstream closed inside its response")
+            raise closed_inside()
         return judge_plain(body, exchange.call.endpoint)
 
     async def _refusal(self, exchange: Exchange, response: UpstreamResponse) -> Refusal | None:

@@ -12,6 +12,7 @@ import enum
 import re
 from typing import Final, Protocol
 
+from proxy.errors import ResetMidResponse
 from proxy.model import Endpoint
 from proxy.wire.events import data_of, read_event
 from proxy.wire.refusals import HTML
@@ -163,6 +164,11 @@ def is_cut_off(begin: bytes, end: bytes) -> bool:
     document that was cut just behind a bracket inside it is not recognised.
     """
     return begin.lstrip()[:1] in _BRACKETS and end.rstrip()[-1:] not in _CLOSING_BRACKETS
+
+
+def closed_inside() -> ResetMidResponse:
+    """Return the error of a response that ended with its connection before it was whole."""
+    return ResetMidResponse("the upstream closed inside its response")
 
 
 def _may_be_bare(body: bytes, endpoint: Endpoint) -> bool:

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from proxy.clock import Clock
 from proxy.downstream.response import Downstream
-from proxy.errors import IdleTimeout, ResetMidResponse, UpstreamError
+from proxy.errors import IdleTimeout, UpstreamError
 from proxy.fleet import Fleet
 from proxy.fleet.model_list import read_models
 from proxy.metrics.definitions import HIDDEN_ERRORS, STREAM_ABORTS
@@ -22,7 +22,7 @@ from proxy.model import Ending, Endpoint
 from proxy.pipeline.dispatch import Opened, evidence
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.objects import CreatedObjects
-from proxy.pipeline.opening import is_cut_off
+from proxy.pipeline.opening import closed_inside, is_cut_off
 from proxy.pipeline.silence import COMMENT, PassedStream, SilenceWatch, WaitingClient
 from proxy.upstream import Framing, UpstreamResponse
 from proxy.wire import headers as wire_headers
@@ -151,7 +151,7 @@ class ResponseRelay:
         elif response.complete:
             body = response.body_now()
             if succeeded and response.is_json_until_close and is_cut_off(body, body):
-                raise _closed_inside()
+                raise closed_inside()
             self._whole(exchange, response, downstream, head, body)
         else:
             return self._arriving(exchange, response, downstream, head)
@@ -228,7 +228,7 @@ class ResponseRelay:
             if stream is not None:
                 self.silence.leave(stream)
         if may_be_cut and is_cut_off(begin, end):
-            raise _closed_inside()
+            raise closed_inside()
         downstream.end()
         return body
 
@@ -313,7 +313,7 @@ class ResponseRelay:
             if rest:
                 await downstream.write(rest)
             if response.framing is Framing.CLOSE and (rest or tap.mid_event) and not tap.finished:
-                raise _closed_inside()  # no other framing can end within an event unnoticed
+                raise closed_inside()  # no other framing can end within an event unnoticed
             downstream.end()
             exchange.ending = _COMPLETE if tap.finished else _TRUNCATED
         except UpstreamError as error:
@@ -499,10 +499,6 @@ class StreamRelay:
         """Write a comment, unless an event is incomplete or the client has not read what was written."""
         if not self._tap.mid_event and not self._behind:
             self._downstream.write_last(COMMENT)
-
-
-def _closed_inside() -> ResetMidResponse:
-    return ResetMidResponse("the upstream closed inside its response")
 
 
 def _ending_of(response: UpstreamResponse) -> Ending:

@@ -51,7 +51,7 @@ class Head(NamedTuple):
 
 
 class QueueHeads:
-    """What the other processes have told last, by replica's name and process."""
+    """The last known heads of the other processes' queues, by replica's name and process."""
 
     def __init__(self) -> None:
         self._own: Callable[[], dict[str, tuple[float, ...]]] = dict

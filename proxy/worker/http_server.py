@@ -39,9 +39,9 @@ log = logging.getLogger("cairn.server")
 
 _NOBODY = Tenant("")
 _UNKNOWN = Route(Endpoint.OTHER, "unknown")
-_CACHING: Final = Endpoint.CACHING  # a constant: the member of an enum is looked up in Python
 """A path that is not served or cannot be read. It does not repeat the client's text, so that lines can be grouped."""
 
+_CACHING: Final = Endpoint.CACHING  # a constant: the member of an enum is looked up in Python
 _WEBSOCKET_PATHS: Final = ("/responses", "/realtime")  # parts of them
 
 _DECODED_INLINE_BYTES: Final = 4096

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.processes import end_on_signals
+from benchmarks.common.tables import print_table
 from tests.hostile.bounds.loads import FULL, LOADS, SHORT, Measured, Scale
 from tests.hostile.fuzz.world import MIB, Held, running_world
 
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each connection has an end in this process
     console = Console()
     results = uvloop.run(measure(SHORT if options.short else FULL, console))
-    console.print(table_of(results), width=max(console.width, 120))
+    print_table(table_of(results))
     problems = [problem for each in results for problem in each.problems]
     for problem in problems:
         console.print(problem, highlight=False)

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks.common.processes import StartFailed, end_on_signals
+from benchmarks.common.tables import print_table
 from tests.hostile.fuzz.fuzzer import Verdict, fuzz
 from tests.hostile.fuzz.world import MIB
 
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     """Return 0 if nothing was found, otherwise 1."""
     options = parse_arguments(arguments)
     end_on_signals()
-    console = Console(width=None if sys.stdout.isatty() else 160)  # rich shortens a table that goes to a file
+    console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console) as bar:
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     except StartFailed as failure:
         console.print(str(failure), style="red", highlight=False)
         return 1
-    console.print(outcomes_table(verdict), width=max(console.width, 150))
+    print_table(outcomes_table(verdict))
     for problem in verdict.problems:
         console.print(problem, markup=False, highlight=False, soft_wrap=True)
     return 1 if verdict.problems else 0

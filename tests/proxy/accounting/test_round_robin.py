@@ -78,7 +78,7 @@ def test_every_place_is_a_boundary_of_every_prompt_that_reaches_it() -> None:
     )
 )
 def test_each_place_is_found_where_a_search_finds_it(ends: list[int]) -> None:
-    """Whatever the lengths of the messages are, and also among boundaries that are not those of the grid."""
+    """It holds for messages of any lengths, and for boundaries that are not those of the grid."""
     reached = [offset for offset in OFFSETS_BYTES if offset <= ends[-1]]
     assert depths_of_offsets(ends) == [bisect_left(ends, offset) for offset in reached]
 
