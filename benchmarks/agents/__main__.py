@@ -130,7 +130,7 @@ def main(  # noqa: PLR0913 - click passes one parameter per option
         return
     made = read_sessions(sessions) if sessions is not None else synthetic(SYNTHETIC_SESSIONS, seed)
     shared = shared_blocks(made)
-    each = unshared_tokens(made)
+    each = unshared_tokens(made, shared)
     fleet = Fleet(replicas, round(believed * capacity), proxies, delay if proxies > 1 else 0.0)
     for x in (float(load) for load in loads.split(",")):
         active = max(round(x * replicas * capacity / each), 1)

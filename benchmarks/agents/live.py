@@ -138,7 +138,8 @@ def main(
     wanted = [part.strip() for part in only.split(";") if part.strip()]
     console, results = Console(), dict[str, dict[str, Turns]]()
     for set_name, made in sets.items():
-        active = max(round(x * engines * capacity / unshared_tokens(made)), 1)
+        shared = shared_blocks(made)
+        active = max(round(x * engines * capacity / unshared_tokens(made, shared)), 1)
         loop = Loop(active, engines, capacity, seconds, seconds / 3)
         for name in (row for row in ROWS if not wanted or row in wanted):
             turns = _run(name, made, loop, speed, console)

@@ -79,9 +79,6 @@ class Turn(msgspec.Struct, frozen=True):
 
 Session = tuple[Turn, ...]
 
-SHARED_BY = 0.1
-"""Share of the sessions from which on a block counts as common to all in `unshared_tokens`."""
-
 
 def synthetic(sessions: int, seed: int = 1) -> list[Session]:
     """Coding agents' sessions: a prompt common to all, a repository's common to its group, and a growing rest.
@@ -221,26 +218,17 @@ def _renamed(block: int, cycle: int, shared: frozenset[int]) -> int:
 
 def shared_blocks(sessions: Sequence[Session]) -> frozenset[int]:
     """Return the blocks that more than one session has."""
-    return _blocks_of_at_least(2, sessions)
-
-
-def _blocks_of_at_least(owners: float, sessions: Sequence[Session]) -> frozenset[int]:
-    """Return the blocks that at least this many sessions have."""
     counts: Counter[int] = Counter()
     for session in sessions:
         counts.update({block for turn in session for block in turn.blocks})
-    return frozenset(block for block, count in counts.items() if count >= owners)
+    return frozenset(block for block, count in counts.items() if count > 1)
 
 
-def unshared_tokens(sessions: Sequence[Session]) -> float:
-    """Return the mean tokens of a turn that an active session adds to a cache.
-
-    Blocks of at least a tenth of the sessions are left out. Others seldom belong to two sessions that are active.
-    """
-    common = _blocks_of_at_least(SHARED_BY * len(sessions), sessions)
+def unshared_tokens(sessions: Sequence[Session], shared: frozenset[int]) -> float:
+    """Return the mean tokens of a turn that no other session has. `shared` is `shared_blocks(sessions)`."""
     own = turns = 0
     for session in sessions:
         for turn in session:
-            own += sum(1 for block in turn.blocks if block not in common)
+            own += sum(1 for block in turn.blocks if block not in shared)
             turns += 1
     return own * BLOCK_TOKENS / max(turns, 1)

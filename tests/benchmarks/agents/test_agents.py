@@ -17,6 +17,7 @@ from benchmarks.agents.sessions import (
     COMMON_TOKENS,
     CONTEXT_TOKENS,
     GROUP_TOKENS,
+    Turn,
     again,
     read_sessions,
     shared_blocks,
@@ -34,7 +35,7 @@ SHARED = shared_blocks(SESSIONS)
 @cache
 def closed_loop(name: str, x: float, believed: float = 1.0, proxies: int = 1) -> Result:
     """Two replicas for 50 minutes; the clock is virtual, so equal arguments give equal results and are run once."""
-    active = round(x * 2 * 1_000_000 / unshared_tokens(SESSIONS))
+    active = round(x * 2 * 1_000_000 / unshared_tokens(SESSIONS, SHARED))
     fleet = Fleet(2, round(believed * 1_000_000), proxies, 0.01)
     loop = Loop(active, 2, 1_000_000, 3_000.0, 900.0)
     return run(SESSIONS, SHARED, loop, lambda calendar, closed: CONTESTANTS[name][1](fleet, calendar, closed))
@@ -74,6 +75,15 @@ def test_a_session_again_keeps_what_it_shares_and_is_another_beyond():
     other = again(SESSIONS[0], 1, SHARED)
     assert other[-1].blocks[:62] == SESSIONS[0][-1].blocks[:62]
     assert not set(other[-1].blocks[82:]) & set(SESSIONS[0][-1].blocks[82:])
+
+
+def test_what_sessions_need_counts_only_what_no_other_session_has():
+    """A prompt of three blocks whose first two are shared, by all or by a group, needs one block."""
+    chains = [(1, 2, 3), (1, 2, 4), (1, 5, 6), (1, 5, 7)]
+    sessions = [(Turn(0.0, 3 * 512, 1, chain),) for chain in chains]
+    shared = shared_blocks(sessions)
+    assert shared == {1, 2, 5}
+    assert unshared_tokens(sessions, shared) == 512
 
 
 def write(path, rows):
