@@ -209,6 +209,11 @@ class ServedModels:
         """Return the most tokens of a prompt for a model, by replica, if they differ; else nothing."""
         return self._of(pool, model).rooms if pool in self._uneven_lists else _NO_ROOMS
 
+    def lists(self, pool: str, model: str) -> bool:
+        """Return whether a replica of a pool lists a model by exactly this name, not by a pattern that it fits."""
+        name = _normal(model)
+        return any(name in listing.names for listing in self._lists.get(pool, {}).values())
+
     def lists_differ(self, pool: str) -> bool:
         """Return whether a pool's replicas list different models. It takes no time for most pools."""
         return pool in self._uneven_lists and len({each.names for each in self._lists[pool].values()}) > 1

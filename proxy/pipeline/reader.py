@@ -71,6 +71,7 @@ class RequestReader:
     Args:
         pools: the pools in force.
         number_of: returns the number of a replica by its name, None if there is none of that name.
+        lists: returns whether a replica of a pool, given by its name, lists a model.
         locations: the replicas where objects were created, by the keys of `object_key`.
         allowed_paths: patterns of paths that every client may use at any replica.
     """
@@ -79,11 +80,13 @@ class RequestReader:
         self,
         pools: Pools,
         number_of: Callable[[str], int | None],
+        lists: Callable[[str, str], bool],
         locations: ObjectLocations,
         allowed_paths: Sequence[str] = (),
     ) -> None:
         self._pools = pools
         self._number_of = number_of
+        self._lists = lists
         self._locations = locations
         self._allowed_paths = tuple(allowed_paths)
         self._inserted = InsertedNames()
@@ -110,9 +113,7 @@ class RequestReader:
         elif endpoint is _INFERENCE:
             self._read_model(exchange)
         elif exchange.call.path_model is not None:
-            exchange.model = exchange.call.path_model
-            check_model(exchange.call.tenant, exchange.model)
-            exchange.pool = self._pools.serving(exchange.model)
+            self._read_model_path(exchange, exchange.call.path_model)
         else:
             self._read_path(exchange)
 
@@ -288,6 +289,25 @@ class RequestReader:
         if inputs := [each for each in named if each.is_input]:
             self._check_input(call, pool, inputs)
         return named
+
+    # -- paths of a model
+
+    def _read_model_path(self, exchange: Exchange, model: str) -> None:
+        call = exchange.call
+        exchange.model = model
+        check_model(call.tenant, model)
+        pool = exchange.pool = self._pools.serving(model)
+        if not pool.shares_key:
+            return
+        if call.access is not Access.INFERENCE:
+            self._check_access(call, pool)
+        elif "/" in model and not self._is_model(call, pool, model):
+            raise NotFound("No such model is served here; GET /v1/models lists those that are.", param="model")
+
+    def _is_model(self, call: Call, pool: ServedPool, model: str) -> bool:
+        """Return whether a text with a slash is the name of a model, and not of something that lies below a model."""
+        is_allowed = not call.tenant.is_limited and matches_any(_path(call), self._allowed_paths)
+        return is_allowed or model in pool.models or self._lists(pool.name, model)
 
     # -- paths with an object, or with neither
 

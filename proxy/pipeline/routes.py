@@ -72,8 +72,8 @@ _EXTENSIONS: Final = "extensions/"  # Azure's older path of chats about document
 _MODEL_WITH_SLASHES = re.compile(
     r"(?:/v1)?/models/((?:[A-Za-z0-9_~@:-][A-Za-z0-9._~@:-]*%2[Ff])+[A-Za-z0-9_~@:-][A-Za-z0-9._~@:-]*)"
 )
-"""The path of one model whose name has slashes, as SDKs encode it (`org%2Fname`). An encoded slash is ambiguous, but
-here both readings are the same model; no part of the name may begin with a dot."""
+"""The path of one model whose name has slashes, as SDKs encode it (`org%2Fname`). An encoded slash is ambiguous: some
+servers decode it first, so that the reader of requests treats both spellings alike. No part may begin with a dot."""
 
 _DEFAULT_VERSION: Final = "/v1"
 LIVENESS = frozenset({"/", "/health", "/healthz", "/api/hello"})

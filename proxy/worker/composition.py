@@ -404,7 +404,8 @@ def _requests(config: Config, secret: bytes, built: Built, traces: Traces | None
     dispatcher = _dispatcher(config, basics, replicas, sharing, queues, planner)
     relay = _relay(config, basics, replicas, sharing, dispatcher)
     locations, number_of = sharing.journal.locations, replicas.fleet.number_of
-    reader = RequestReader(replicas.pools, number_of, locations, config.server.allowed_paths)
+    lists = replicas.fleet.models.lists
+    reader = RequestReader(replicas.pools, number_of, lists, locations, config.server.allowed_paths)
     models_endpoint = ModelsEndpoint(replicas.client, replicas.pools, replicas.fleet, clock)
     settlement, stored = built.accounting.settlement, built.contexts.stored
     cold_turns = ColdTurns(sharing.cold_gate, planner, sharing.shares, queues.by_replica, clock)

@@ -414,6 +414,7 @@ async def test_a_limited_client_sees_its_own_models_with_one_pool(http) -> None:
         ("GET", "/v1/files"),
         ("GET", "/v1/chat/completions"),
         ("DELETE", "/v1/models/cheap"),
+        ("GET", "/v1/models/cheap/permissions"),
         ("POST", "/v1/realtime/client_secrets"),
         ("GET", "/v1/files/file-1/content"),
         ("DELETE", "/v1/responses/resp_1"),

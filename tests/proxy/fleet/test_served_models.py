@@ -51,6 +51,16 @@ def test_equal_lists_and_none_at_all_cost_nothing() -> None:
     assert not models.is_uneven("p")
 
 
+def test_a_name_is_listed_if_a_replica_lists_exactly_this_one() -> None:
+    """As servers compare names; a pattern in a list says nothing of what lies below a name."""
+    models = served(None, listing("org/name", "any/*"))
+    assert models.lists("p", "org/name")
+    assert models.lists("p", "ORG/name:latest")
+    assert not models.lists("p", "any/other")
+    assert not models.lists("p", "any/*/x")
+    assert not models.lists("other", "org/name")
+
+
 @pytest.mark.parametrize(
     ("other", "lacks"),
     [

@@ -38,9 +38,14 @@ def pools(*served: ServedPool, default: str | None = "shared") -> Pools:
     return Pools(served or (SHARED, OWN_KEYS), default, {number: endpoint(name) for name, number in NUMBERS.items()})
 
 
+def lists(pool: str, model: str) -> bool:
+    """Whether a replica lists a model."""
+    return (pool, model) == ("any", "org/name")
+
+
 def reader(locations: ObjectLocations | None = None, *allowed: str, of: Pools | None = None) -> RequestReader:
     """A reader that knows these objects."""
-    return RequestReader(of or pools(), NUMBERS.get, locations or ObjectLocations(), allowed)
+    return RequestReader(of or pools(), NUMBERS.get, lists, locations or ObjectLocations(), allowed)
 
 
 def exchange(
@@ -164,6 +169,48 @@ def test_a_path_may_name_the_model() -> None:
     shown = exchange("GET", "/v1/models/cheap", b"", LIMITED)
     reader().read(shown)
     assert shown.pool is SHARED
+
+
+@pytest.mark.parametrize("slash", ["/", "%2F"])
+def test_with_a_key_of_the_operator_nothing_below_a_model_is_reached(slash: str) -> None:
+    """A name with slashes is that of a model only if a replica lists it or the configuration names it."""
+    shared = ServedPool("any", ("own/model", "*"), shares_key=True)
+    for path, is_model in (
+        (f"org{slash}name", True),
+        (f"own{slash}model", True),
+        ("dear", True),
+        (f"dear{slash}permissions", False),
+        (f"org{slash}name{slash}versions", False),
+        (f"org{slash}name{slash}versions{slash}v1", False),
+    ):
+        asked = exchange("GET", f"/v1/models/{path}")
+        if is_model:
+            reader(of=pools(shared)).read(asked)
+            continue
+        with pytest.raises(NotFound):
+            reader(of=pools(shared)).read(asked)
+        reader(of=pools(ServedPool("any", ("*",)))).read(asked)  # the key is the client's own
+        opened = reader(None, "/v1/models/*", of=pools(shared))
+        opened.read(asked)
+        with pytest.raises(NotFound):  # what it does is not known, so not with a key for some models
+            opened.read(exchange("GET", f"/v1/models/{path}", tenant=Tenant("limited", models=("dear*", "org*"))))
+
+
+@pytest.mark.parametrize(("method", "path"), [("DELETE", ""), ("PUT", "/embeddings"), ("POST", "/files")])
+def test_what_does_not_run_a_deployment_needs_an_allowed_path(method: str, path: str) -> None:
+    """Its model alone opens nothing where the key is not the client's own."""
+    target = f"/openai/deployments/cheap{path}"
+    with pytest.raises(Forbidden):
+        reader().read(exchange(method, target))
+    allowed = ("/openai/deployments/*",)
+    asked = exchange(method, target, allowed=allowed)
+    reader(None, *allowed).read(asked)
+    assert (asked.model, asked.pool) == ("cheap", SHARED)
+    with pytest.raises(Forbidden):
+        reader(None, *allowed).read(exchange(method, target, tenant=LIMITED, allowed=allowed))
+    own = exchange(method, target.replace("cheap", "free-1"))
+    reader().read(own)
+    assert own.pool is OWN_KEYS
 
 
 def test_further_models_of_a_limited_client_are_checked() -> None:
