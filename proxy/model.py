@@ -38,7 +38,7 @@ class Endpoint(enum.StrEnum):
     """True if a prompt is prefilled, so that prefixes matter."""
 
     runs_model: bool
-    """True if the request runs a model and creates nothing, so that it may be sent a second time."""
+    """True if the request runs a model. Its answer is all that it does, except where `Prompt.has_effects`."""
 
     def __init__(self, label: str) -> None:
         self.is_generation = label in ("chat_completions", "completions", "responses", "messages")

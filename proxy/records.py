@@ -177,6 +177,7 @@ class Prompt:
     referring: Final[tuple[memoryview, ...]]  # members besides messages and input that may name stored objects
     names: Final[tuple[tuple[str, str], ...]]  # what it continues and the container: (collection, id)
     is_stored: Final[bool]  # the upstream keeps the completion as an object
+    has_effects: Final[bool]  # what happens beyond its answer must not happen twice
     has_hidden_parts: Final[bool]  # the upstream adds a stored prompt or search results
     skips_cache: Final[bool]  # the request needs a prompt that is computed anew
     cache_key: Final[bytes]  # `prompt_cache_key`, as raw JSON
@@ -204,6 +205,7 @@ class Prompt:
         referring: tuple[memoryview, ...] = (),
         names: tuple[tuple[str, str], ...] = (),
         is_stored: bool = False,
+        has_effects: bool = False,
         has_hidden_parts: bool = False,
         skips_cache: bool = False,
         cache_key: bytes = b"",
@@ -229,6 +231,7 @@ class Prompt:
         self.referring = referring
         self.names = names
         self.is_stored = is_stored
+        self.has_effects = has_effects
         self.has_hidden_parts = has_hidden_parts
         self.skips_cache = skips_cache
         self.cache_key = cache_key
@@ -259,6 +262,7 @@ class Call:
     path_model: Final[str | None]  # the model that the path names
     object_id: Final[str | None]  # the object that the path names
     encoded_body: Final[Body | None]  # the body as it was sent, if that was compressed
+    may_have_effects: Final[bool]  # its path is an engine's own, of which it is not known that it only computes
 
     def __init__(  # noqa: PLR0913 - one for each field
         self,
@@ -276,6 +280,7 @@ class Call:
         path_model: str | None = None,
         object_id: str | None = None,
         encoded_body: Body | None = None,
+        may_have_effects: bool = False,
     ) -> None:
         self.request_id = request_id
         self.tenant = tenant
@@ -291,6 +296,7 @@ class Call:
         self.path_model = path_model
         self.object_id = object_id
         self.encoded_body = encoded_body
+        self.may_have_effects = may_have_effects
 
 
 @mypyc_attr(acyclic=True)

@@ -53,7 +53,6 @@ breaks off or is an error. It must stay below `Limits.buffer_bytes`, above which
 _KEY_BYTES_LEAST: Final = 8  # a shorter one, such as EMPTY, is no secret and may be a word of the text
 
 _REFUSAL_AT_MOST_BYTES = 64 * 1024  # a longer text is not just a message about an unknown field
-_IDEMPOTENT_METHODS = frozenset({"GET", "HEAD"})
 _FULL_STATUSES = frozenset({503, 529})
 _RATE_LIMITED: Final = 429
 _FAILED_STATUSES = frozenset({408, 424})  # in addition to 500 to 599; the second one is of TGI, whose engine failed
@@ -223,9 +222,7 @@ class Dispatcher:
         assert exchange.plan is not None  # noqa: S101
         if not retries.may_try_again((*exchange.tried, failure), self._policy.max_retries):
             return None
-        call = exchange.call
-        runs_model, replayable = call.endpoint.runs_model, upload is None
-        if not retries.may_repeat(failure.kind, runs_model=runs_model, method=call.method, replayable=replayable):
+        if not retries.may_repeat(failure, exchange.call, exchange.prompt, in_memory=upload is None):
             return None
         now_seconds = self._clock.monotonic()
         if failure.kind is FailureKind.LACKS:
@@ -505,7 +502,7 @@ class Dispatcher:
             head,
             body,
             length=length,
-            repeatable=call.endpoint.runs_model or call.method in _IDEMPOTENT_METHODS,
+            repeatable=retries.is_repeatable(call, exchange.prompt),
         )
 
     # -- what the fleet learns

@@ -19,7 +19,7 @@ from proxy.errors import (
     ResetBeforeResponse,
     UpstreamError,
 )
-from proxy.records import Candidate
+from proxy.records import Call, Candidate, Prompt
 
 BUDGET_SECONDS: Final = 10.0
 BUDGET_SHARE: Final = 0.1
@@ -30,6 +30,8 @@ REFUSALS_AT_MOST: Final = 8
 remembered, so it is no part of the budget and of the number of retries."""
 
 _IDEMPOTENT_METHODS: Final = frozenset({"GET", "HEAD"})
+_REFUSING: Final = frozenset({"401", "403", "429"})
+"""Statuses of a server that has not begun. Others do not show that: a proxy that lost its server may say 503."""
 
 
 class FailureKind(enum.Enum):
@@ -70,14 +72,23 @@ def of_error(candidate: Candidate, error: UpstreamError) -> AttemptFailure:
     return AttemptFailure(candidate.replica.id, candidate.replica.name, kind, error.reason, reused)
 
 
-def may_repeat(kind: FailureKind, *, runs_model: bool, method: str, replayable: bool) -> bool:
-    """Return whether the request may be sent again without harm.
+def is_repeatable(call: Call, prompt: Prompt | None) -> bool:
+    """Return whether the request may run twice without harm: all that it does is its answer."""
+    if not call.endpoint.runs_model:
+        return call.method in _IDEMPOTENT_METHODS
+    return not call.may_have_effects and (prompt is None or not prompt.has_effects)
 
-    `runs_model`: the request runs a model and creates nothing. `replayable`: its body is in memory and not streamed.
-    """
-    if not replayable or kind is FailureKind.SLOW:
+
+def may_repeat(failure: AttemptFailure, call: Call, prompt: Prompt | None, *, in_memory: bool) -> bool:
+    """Return whether a request may be sent again without harm. A body that is not `in_memory` can be read once."""
+    if failure.kind is FailureKind.UNSENT:
+        return True
+    if failure.kind is FailureKind.SLOW or not in_memory:
         return False
-    return kind is FailureKind.UNSENT or runs_model or method in _IDEMPOTENT_METHODS
+    if is_repeatable(call, prompt):
+        return True
+    was_refused = failure.kind is FailureKind.LACKS or failure.reason in _REFUSING
+    return call.endpoint.runs_model and was_refused
 
 
 def may_try_again(failures: Sequence[AttemptFailure], max_retries: int) -> bool:

@@ -47,6 +47,13 @@ _INFERENCE = frozenset(
 )
 """Paths under /v1 that run a model named in the body and create no object."""
 
+_COMPUTING = frozenset({path.rpartition("/")[2] for path in _INFERENCE}) | {
+    "apply-template", "chat", "completion", "completions", "countTokens", "detokenize", "embed", "embedContent",
+    "embedding", "embeddings", "encode", "generate", "generateContent", "generate_stream", "infill", "invocations",
+    "predict", "similarity", "streamGenerateContent", "tokenize",
+}  # fmt: skip
+"""Last parts of engines' own paths (vLLM, SGLang, TGI, TEI, llama.cpp, Ollama, Google) that only compute."""
+
 COLLECTIONS = (
     "batches",
     "chat/completions",
@@ -94,7 +101,8 @@ class Route(msgspec.Struct, frozen=True, gc=False):
     """The meaning of a method and target.
 
     `target` is the normalised path with the query. `model` is the model that the path names, `object_id` the object.
-    `reads_body` is false if the body may pass before all of it is read.
+    `reads_body` is false if the body may pass before all of it is read. `may_have_effects` is true of an engine's own
+    path unless it is known that it only computes.
     """
 
     endpoint: Endpoint
@@ -103,6 +111,7 @@ class Route(msgspec.Struct, frozen=True, gc=False):
     model: str | None = None
     object_id: str | None = None
     reads_body: bool = True
+    may_have_effects: bool = False
 
 
 _ROUTES = {f"/v1/{path}": Route(endpoint, f"/v1/{path}") for path, endpoint in _PROMPTS.items()}
@@ -145,7 +154,7 @@ class Routes:
             return self._under_version(method, versioned, query)
         if matches_any(path, self._engine_paths):
             if method == "POST":
-                return Route(Endpoint.INFERENCE, path + query)
+                return Route(Endpoint.INFERENCE, path + query, may_have_effects=not _only_computes(path))
             return Route(Endpoint.OTHER, path + query, Access.CONFIGURED, reads_body=False)
         raise self._unknown(method, path)
 
@@ -185,6 +194,12 @@ class Routes:
         if self._admin_port:
             message += f" Cairn's status page is on the admin port, {self._admin_port}."
         return NotFound(message, code="unknown_path")
+
+
+def _only_computes(path: str) -> bool:
+    """Return True if the end of an engine's own path says that it only runs a model, so that it may be repeated."""
+    last = path.rpartition("/")[2]
+    return last.rpartition(":")[2] in _COMPUTING or path.endswith("/v1/messages")
 
 
 def _likely(path: str) -> str | None:

@@ -59,6 +59,10 @@ _SEARCHED_BYTES: Final = 8192
 """Longest body that is searched as a whole, at 1 us per KB; of longer ones only the short messages are searched."""
 
 _NOTHING = frozenset({b"", b"null", b"[]", b"{}"})
+_NOT_TRUE = frozenset({b"null", b"false"})
+_REMOTE_TOOL: Final = b'"server_label"'
+"""A key that each tool of the type `mcp` has. The upstream itself calls such a tool, which may do anything."""
+
 _COLLECTIONS: Final = {
     "previous_response_id": "responses",
     "conversation": "conversations",
@@ -186,6 +190,7 @@ def _read_messages(body: Body) -> Prompt:
         tool_spans=len(tools),
         system_spans=len(system),
         is_anthropic=True,
+        has_effects=fields.mcp_servers is not NONE and bytes(fields.mcp_servers) not in _NOTHING,
     )
 
 
@@ -211,7 +216,18 @@ def _read_responses(body: Body) -> Prompt:
         has_hidden_parts=fields.prompt is not NONE,
         tool_spans=len(tools),
         system_spans=len(system),
+        has_effects=_response_has_effects(fields, tools),
     )
+
+
+def _response_has_effects(fields: Any, tools: list[memoryview]) -> bool:
+    """Return True if a response is a job that goes on without its client, adds to a conversation or calls tools.
+
+    That it is stored, as nearly all are, is no such effect: nobody learns the id of one whose answer did not come.
+    """
+    if fields.background is not NONE and bytes(fields.background) not in _NOT_TRUE:
+        return True
+    return fields.conversation is not None or any(bytes(each).find(_REMOTE_TOOL) >= 0 for each in tools)
 
 
 def _read_embeddings(body: Body) -> Prompt:
@@ -240,6 +256,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
     names_context: bool = False,
     has_hidden_parts: bool = False,
     is_stored: bool = False,
+    has_effects: bool = False,
     tool_spans: int = 0,
     system_spans: int = -1,
     is_anthropic: bool = False,
@@ -275,6 +292,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
         names=names,
         has_hidden_parts=has_hidden_parts,
         is_stored=is_stored,
+        has_effects=has_effects or _object_id(fields.container) is not None,  # in which tools leave files
         skips_cache=skips_cache or _skips_cache(fields),
         cache_key=b"" if fields.prompt_cache_key is NONE else _cache_key(fields.prompt_cache_key),
         priority=body_priority(fields.service_tier, fields.priority),

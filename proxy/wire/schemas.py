@@ -179,6 +179,7 @@ class _Responses(Common, gc=False):
     instructions: Raw = NONE
     prompt: Raw = NONE
     max_output_tokens: Raw = NONE
+    background: Raw = NONE
     previous_response_id: PreviousResponse | None = None
     conversation: Conversation | None = None
 
@@ -190,6 +191,7 @@ class _ResponsesText(_Responses, gc=False):
 class _Messages(Common, gc=False):
     messages: list[Raw] | None = None
     system: Raw = NONE
+    mcp_servers: Raw = NONE
 
 
 class _Embeddings(msgspec.Struct, gc=False):

@@ -232,6 +232,7 @@ class HttpServer:
             object_id=route.object_id,
             encoded_body=encoded_body,
             peer=request.peer,
+            may_have_effects=route.may_have_effects,
         )
 
     def _report_defect(self, endpoint: Endpoint, request_id: str, client: Downstream) -> None:

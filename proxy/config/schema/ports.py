@@ -94,7 +94,7 @@ class Server(Section, frozen=True):
     """Paths outside /v1 that are passed on to engines and routed by the model in the body, as patterns with `*` and
     `?`: `/tokenize`, `/detokenize`, `/rerank`, `/score`, `/pooling`, `/apply-template`, `/openai/deployments/*`. A
     path under `/openai/deployments/` names its model itself; paths there that run no model need `allowed_paths` too.
-    None by default."""
+    What is sent to a path that is not known to only compute is not sent twice. None by default."""
 
     allowed_paths: PathPatterns = ()
     """Paths beyond inference that clients may use at replicas whose key is not their own, as patterns

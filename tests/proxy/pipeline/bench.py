@@ -11,7 +11,7 @@ import msgspec
 
 from cache import Fingerprint, ObjectLocations, Placement
 from cache.index.hashing import cut
-from proxy.errors import CairnError, Overloaded
+from proxy.errors import CairnError, ConnectFailed, Overloaded
 from proxy.fleet import Fleet, ReplicaSpec
 from proxy.fleet.pools import Pools, ReplicaEndpoint, ServedPool
 from proxy.metrics.recorder import Recorder
@@ -115,7 +115,8 @@ class Client:
         repeatable: bool | None = None,
     ) -> UpstreamResponse:
         if isinstance(body, AsyncIterator):
-            body = [piece async for piece in body]
+            is_read = not (self.script and isinstance(self.script[0], ConnectFailed))  # nothing is read before that
+            body = [piece async for piece in body] if is_read else b""
         whole = b"".join(body) if isinstance(body, list) else body
         self.sent.append((origin, whole, dict(headers)))
         self.targets.append(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gzip
 import random
@@ -13,7 +14,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from proxy.errors import BadResponse, ConnectFailed, Overloaded, PoolTimeout, UpstreamError
+from proxy.errors import (
+    BadResponse,
+    ConnectFailed,
+    Overloaded,
+    PoolTimeout,
+    ResetBeforeResponse,
+    ResetMidResponse,
+    UpstreamError,
+)
 from proxy.fleet import Failure, Fleet
 from proxy.fleet.replica import ThrottleKey
 from proxy.fleet.served_models import Listing
@@ -147,7 +156,7 @@ async def test_a_body_that_is_passed_through_reaches_the_replica_in_pieces_with_
     assert bench.client.lengths == [length]
 
 
-@pytest.mark.parametrize("first", [ConnectFailed("refused"), 503])
+@pytest.mark.parametrize("first", [ResetBeforeResponse("reset"), 503])
 async def test_a_body_that_is_passed_through_is_sent_to_one_replica_only(first: UpstreamError | int) -> None:
     """Its pieces are gone once they were sent."""
     bench = Bench()
@@ -158,10 +167,19 @@ async def test_a_body_that_is_passed_through_is_sent_to_one_replica_only(first: 
     if isinstance(first, int):
         assert (await bench.run(exchange, upload)).status == first
     else:
-        with pytest.raises(ConnectFailed):
+        with pytest.raises(ResetBeforeResponse):
             await bench.run(exchange, upload)
     assert len(bench.client.sent) == 1
     assert bench.nothing_is_claimed()
+
+
+async def test_a_body_that_is_passed_through_goes_elsewhere_if_a_replica_cannot_be_reached() -> None:
+    """Nothing of it was read by then."""
+    bench = Bench()
+    bench.client.script += [ConnectFailed("refused"), Upstream(bench.clock, 200, (), b"{}")]
+    exchange = bench.exchange(endpoint=Endpoint.OTHER)
+    assert (await bench.run(exchange, Upload(pieces(b"abc"), 3))).status == 200
+    assert [sent[1] for sent in bench.client.sent] == [b"", b"abc"]
 
 
 def compressed(bench: Bench, *, stream: bool) -> Any:
@@ -234,6 +252,35 @@ async def test_only_what_may_be_done_twice_is_sent_again_if_a_pooled_connection_
     exchange.call = dataclasses.replace(exchange.call, method=method, endpoint=endpoint)
     await bench.run(exchange)
     assert bench.client.repeatable == [repeatable]
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        (ResetBeforeResponse("reset"), False),
+        (ResetMidResponse("reset"), False),
+        (503, False),
+        (ConnectFailed("refused"), True),
+        (429, True),
+    ],
+)
+@pytest.mark.parametrize("why", ["prompt", "path"])
+async def test_what_has_effects_is_sent_again_only_if_it_cannot_have_begun(
+    why: str, first: UpstreamError | int, again: bool
+) -> None:
+    """Such as a background response, which goes on without its client, or a path of which nothing is known."""
+    bench = Bench()
+    failed = Upstream(bench.clock, first, (), b"{}") if isinstance(first, int) else first
+    bench.client.script += [failed, Upstream(bench.clock, 200, (), b"{}")]
+    exchange = bench.exchange()
+    assert exchange.prompt is not None
+    if why == "prompt":
+        exchange.prompt = dataclasses.replace(exchange.prompt, has_effects=True)
+    else:
+        exchange.call = dataclasses.replace(exchange.call, endpoint=Endpoint.INFERENCE, may_have_effects=True)
+    with contextlib.suppress(UpstreamError):
+        await bench.run(exchange)
+    assert bench.client.repeatable == [False] * (1 + again)
 
 
 class Told:

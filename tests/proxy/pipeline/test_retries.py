@@ -16,6 +16,7 @@ from proxy.errors import (
     TlsFailed,
     UpstreamError,
 )
+from proxy.model import Endpoint
 from proxy.pipeline.retries import (
     REFUSALS_AT_MOST,
     AttemptFailure,
@@ -27,7 +28,7 @@ from proxy.pipeline.retries import (
     of_error,
     shows_the_replica_fails,
 )
-from proxy.records import Candidate, ReplicaView
+from proxy.records import Call, Candidate, Prompt, ReplicaView, Tenant
 
 REPLICAS = [ReplicaView(n, f"r{n}", True, 1.0, 0.0, 0, None, 0.0, 0.05) for n in range(3)]
 CANDIDATES = [Candidate(replica, 0, 0.0, 1.0, 1.0) for replica in REPLICAS]
@@ -52,18 +53,39 @@ def test_every_error_has_a_kind(error: UpstreamError, kind: FailureKind) -> None
     assert (failure.replica, failure.name, failure.kind, failure.reason) == (1, "r1", kind, error.reason)
 
 
+def call(method: str, endpoint: Endpoint, *, may_have_effects: bool = False) -> Call:
+    """A request."""
+    return Call("r", Tenant("t"), endpoint, method, "/", (), b"", 0.0, 0.0, may_have_effects=may_have_effects)
+
+
 @pytest.mark.parametrize("kind", FailureKind)
 def test_what_may_be_repeated(kind: FailureKind) -> None:
     """Requests that run a model or only read, unless they may still be computed; and all that were never sent."""
+    failure = AttemptFailure(0, "r0", kind, "500")
+    prompt = Prompt(b"", "m", False, (), (), 0)
 
-    def repeats(*, runs_model: bool = False, method: str = "POST", replayable: bool = True) -> bool:
-        return may_repeat(kind, runs_model=runs_model, method=method, replayable=replayable)
+    def repeats(asked: Call, prompt: Prompt | None = None, *, in_memory: bool = True) -> bool:
+        return may_repeat(failure, asked, prompt, in_memory=in_memory)
 
-    slow = kind is FailureKind.SLOW
-    assert repeats(runs_model=True) is not slow
-    assert repeats(method="GET") is not slow
-    assert repeats() is (kind is FailureKind.UNSENT)
-    assert not repeats(runs_model=True, replayable=False)
+    slow, unsent = kind is FailureKind.SLOW, kind is FailureKind.UNSENT
+    for repeatable in (call("POST", Endpoint.CHAT), call("GET", Endpoint.OTHER), call("HEAD", Endpoint.OTHER)):
+        assert repeats(repeatable, prompt) is not slow
+        assert repeats(repeatable, prompt, in_memory=False) is unsent
+    assert repeats(call("POST", Endpoint.OTHER)) is unsent
+    assert repeats(call("DELETE", Endpoint.OTHER)) is unsent
+    with_effects = Prompt(b"", "m", False, (), (), 0, has_effects=True)
+    refused = kind is FailureKind.LACKS
+    assert repeats(call("POST", Endpoint.RESPONSES), with_effects) is (unsent or refused)
+    assert repeats(call("POST", Endpoint.INFERENCE, may_have_effects=True)) is (unsent or refused)
+
+
+@pytest.mark.parametrize(("status", "again"), [("401", True), ("403", True), ("429", True), ("503", False)])
+def test_what_has_effects_is_repeated_if_the_server_says_that_it_has_not_begun(status: str, again: bool) -> None:
+    """A proxy may say 503 after it has lost its server."""
+    failure = AttemptFailure(0, "r0", FailureKind.STATUS, status)
+    asked = call("POST", Endpoint.INFERENCE, may_have_effects=True)
+    assert may_repeat(failure, asked, None, in_memory=True) is again
+    assert not may_repeat(failure, call("POST", Endpoint.OTHER), None, in_memory=True)
 
 
 def failed(number: int, reason: str = "500") -> AttemptFailure:

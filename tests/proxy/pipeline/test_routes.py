@@ -156,6 +156,28 @@ def test_engine_paths_are_served_only_if_they_are_configured_and_are_routed_by_t
 
 
 @pytest.mark.parametrize(
+    ("path", "computes"),
+    [
+        ("/tokenize", True),
+        ("/v2/rerank", True),
+        ("/api/chat", True),
+        ("/v1beta/models/m:generateContent", True),
+        ("/anthropic/v1/messages", True),
+        ("/openai/v1/chat/completions", True),
+        ("/sleep", False),
+        ("/api/pull", False),
+        ("/update_weights_from_disk", False),
+        ("/openai/v1/responses", False),
+        ("/openai/v1/threads/t/messages", False),
+        ("/slots/0", False),
+    ],
+)
+def test_an_engine_s_own_path_may_have_effects_unless_it_is_known_to_compute(path: str, computes: bool) -> None:
+    """What may have effects is not sent twice."""
+    assert Routes(("/*",)).route("POST", path).may_have_effects is not computes
+
+
+@pytest.mark.parametrize(
     ("method", "path"),
     [
         ("DELETE", "/openai/deployments/m"),

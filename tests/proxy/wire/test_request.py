@@ -638,6 +638,7 @@ TOOLS_SPAN, SAID_SPAN = b'[{"name":"t"}]', b'{"role":"user","content":"x"}'
                 "stream": True,
                 "max_output_tokens": 5,
                 "names": (("containers", "c"),),
+                "has_effects": True,
                 "tool_spans": 1,
                 "system_spans": 2,
                 "is_anthropic": True,
@@ -675,6 +676,7 @@ TOOLS_SPAN, SAID_SPAN = b'[{"name":"t"}]', b'{"role":"user","content":"x"}'
             {
                 "chain_salt": (b"m", b"continues", b"c"),
                 "pinned_to": "c",
+                "has_effects": True,
                 "names": (("conversations", "c"),),
                 "system_spans": 0,
             },
@@ -709,6 +711,7 @@ DEFAULTS: dict[str, object] = {
     "names": (),
     "has_hidden_parts": False,
     "is_stored": False,
+    "has_effects": False,
     "skips_cache": False,
     "cache_key": b"",
     "priority": None,
@@ -757,6 +760,35 @@ def test_a_request_that_must_be_computed_anew_is_known(fields: dict[str, object]
     """By llama.cpp's field, by log-probabilities of the prompt, and by a prompt that is cut on its left."""
     body = json.dumps({"model": "m", "messages": SAID, **fields}).encode()
     assert read(body, Endpoint.CHAT).skips_cache is skips
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields", "has_effects"),
+    [
+        (Endpoint.RESPONSES, {}, False),
+        (Endpoint.RESPONSES, {"store": True, "previous_response_id": "resp_1"}, False),
+        (Endpoint.RESPONSES, {"background": None, "conversation": None, "container": None}, False),
+        (Endpoint.RESPONSES, {"background": False, "tools": [{"type": "function", "name": "mcp"}]}, False),
+        (Endpoint.RESPONSES, {"background": True}, True),
+        (Endpoint.RESPONSES, {"background": "true"}, True),
+        (Endpoint.RESPONSES, {"conversation": {"id": "conv_1"}}, True),
+        (Endpoint.RESPONSES, {"tools": [{"type": "web_search"}, {"type": "mcp", "server_label": "mail"}]}, True),
+        (Endpoint.RESPONSES, {"input": "x", "background": True}, True),
+        (Endpoint.MESSAGES, {"mcp_servers": []}, False),
+        (Endpoint.MESSAGES, {"mcp_servers": [{"type": "url", "url": "https://mail"}]}, True),
+        (Endpoint.MESSAGES, {"container": {"skills": []}}, False),
+        (Endpoint.MESSAGES, {"container": "container_1"}, True),
+        (Endpoint.CHAT, {"store": True, "background": True}, False),
+    ],
+)
+@pytest.mark.parametrize("padding", [0, 60_000])
+def test_effects_beyond_the_answer_are_known(
+    endpoint: Endpoint, fields: dict[str, object], has_effects: bool, padding: int
+) -> None:
+    """Jobs, conversations, containers and remote tools; not what is stored under an id that nobody learns."""
+    member = "input" if endpoint is Endpoint.RESPONSES else "messages"
+    body = json.dumps({"model": "m", member: SAID, "metadata": [0] * padding, **fields}).encode()
+    assert read(body, endpoint).has_effects is has_effects
 
 
 def test_a_model_may_have_512_bytes() -> None:
