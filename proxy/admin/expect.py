@@ -9,13 +9,15 @@ from __future__ import annotations
 from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler
 
+from proxy.admin.answers import json_answer
+
 
 async def meet_expectation(request: web.Request) -> web.StreamResponse | None:
     """Write `100 Continue` if the client waits for it; return the refusal of any other expectation."""
     if request.version != HttpVersion11:
         return None
     if request.headers.get("Expect", "").lower() != "100-continue":
-        return web.json_response({"error": "only the expectation 100-continue is supported"}, status=417)
+        return json_answer(417, {"error": "only the expectation 100-continue is supported"})
     await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     request.writer.output_size = 0  # or the response would count as begun
     return None

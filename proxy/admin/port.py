@@ -13,13 +13,13 @@ import hmac
 import socket
 from typing import Protocol
 
-import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from proxy.accounting.savings import By, SavingsReport, as_json
 from proxy.accounting.totals_reader import Unreadable
 from proxy.admin import openapi
+from proxy.admin.answers import AdminProtocol, accepts_gzip, json_answer
 from proxy.admin.expect import AnyTarget, meet_expectation
 from proxy.admin.status import EVENTS_PATH, PAGE_PATHS, StatusBoard, StatusRoutes
 from proxy.config.checks import host_of, is_loopback
@@ -31,9 +31,6 @@ _CLOSE_SECONDS = 1.0  # for responses in progress at shutdown
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})  # probes send no token, and receive only the status
 
 _UNCOMPRESSED = frozenset({"", "identity", "utf-8"})
-
-_encode = msgspec.json.encode
-
 
 _URGENCY = (("x-cairn-priority", b"x-cairn-priority"), ("x-request-deadline", b"x-request-deadline"))
 """Headers of a client that decide how a request waits, as strings and as bytes."""
@@ -80,7 +77,8 @@ class AdminPort:
         self._scraping = asyncio.Lock()
         self._documents: dict[str, bytes] = {}
         self._runner: web.AppRunner | None = None
-        self._paths: frozenset[str] = frozenset()
+        self._listener: asyncio.Server | None = None
+        self._methods: dict[str, str] = {}  # by path, as the header `Allow` names them
 
     def application(self) -> web.Application:
         """Make the application with all routes."""
@@ -94,20 +92,30 @@ class AdminPort:
         for path in openapi.OPENAPI_PATHS:
             routes.add_get(path, self._openapi, expect_handler=meet_expectation)
         StatusRoutes(self._overview.board, lambda request: self._refusal(request) is None).add_to(app)
-        self._paths = frozenset(resource.canonical for resource in routes.resources())
+        for resource in routes.resources():
+            self._methods[resource.canonical] = ", ".join(sorted([route.method for route in resource]))
         routes.register_resource(AnyTarget(self._nothing))
         return app
 
     async def start(self, listening: socket.socket) -> None:
         """Start to serve on `listening`."""
         app = self.application()
-        # some hundred bytes can expand to gigabytes, and would as they arrive, whatever the path and the token
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_CLOSE_SECONDS, auto_decompress=False)
+        self._runner = web.AppRunner(app, shutdown_timeout=_CLOSE_SECONDS)
         await self._runner.setup()
-        await web.SockSite(self._runner, listening).start()
+        server, loop = self._runner.server, asyncio.get_running_loop()
+        assert server is not None  # noqa: S101 - it was set up
+
+        def connect() -> AdminProtocol:
+            # without auto_decompress=False, some hundred bytes can expand to gigabytes as they arrive, whatever the
+            # path and the token; None turns off the access log, as for aiohttp's own sites
+            return AdminProtocol(server, loop=loop, access_log=None, auto_decompress=False)  # type: ignore[arg-type]
+
+        self._listener = await loop.create_server(connect, sock=listening)
 
     async def close(self) -> None:
         """Stop serving."""
+        if self._listener is not None:
+            self._listener.close()
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -115,11 +123,11 @@ class AdminPort:
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if refusal := _cross_site(request) or (None if self._is_open(request.path) else self._refusal(request)):
             status, why = refusal
-            return _json(status, {"error": why})
+            return json_answer(status, {"error": why}, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
         try:
             response = await handler(request)
         except web.HTTPException as error:
-            response = _json(error.status, {"error": error.reason.lower()})
+            response = json_answer(error.status, {"error": error.reason.lower()})
         if not response.prepared:  # a stream has already sent its headers
             response.headers["X-Content-Type-Options"] = "nosniff"
             response.headers.setdefault("Cache-Control", "no-store")
@@ -142,21 +150,21 @@ class AdminPort:
         return 403, "without admin.token only requests to localhost are answered"
 
     async def _health(self, _: web.Request) -> web.Response:
-        return _json(200, {"status": "ok"})
+        return json_answer(200, {"status": "ok"})
 
     async def _readiness(self, request: web.Request) -> web.Response:
         readiness = self._overview.readiness()
         http_status = 503 if readiness.status is ReadinessStatus.NOT_READY else 200
         if self._refusal(request):
-            return _json(http_status, {"status": readiness.status})
-        return _json(http_status, readiness.shown())
+            return json_answer(http_status, {"status": readiness.status})
+        return json_answer(http_status, readiness.shown())
 
     async def _metrics(self, request: web.Request) -> web.Response:
         async with self._scraping:
             accept = _bytes(request.headers.get("Accept", "")).decode("ascii", "replace")  # a part of it is repeated
             body, content_type = await self._overview.scrape(accept)
             headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
-            if "gzip" in request.headers.get("Accept-Encoding", ""):
+            if accepts_gzip(request):
                 body = await asyncio.to_thread(gzip.compress, body, _GZIP_LEVEL)
                 headers["Content-Encoding"] = "gzip"
         return web.Response(body=body, headers=headers)
@@ -166,17 +174,19 @@ class AdminPort:
             by = By(request.query.get("by", By.DAY))
             report = await self._overview.savings(request.query.get("since", ""), by)
         except ValueError:
-            return _json(400, {"error": "expected since=2026-11-23 or 7d, and by=day, model, upstream or tenant"})
+            return json_answer(
+                400, {"error": "expected since=2026-11-23 or 7d, and by=day, model, upstream or tenant"}
+            )
         except Unreadable as error:
-            return _json(503, {"error": str(error)})
+            return json_answer(503, {"error": str(error)})
         return web.Response(body=as_json(report), content_type="application/json")
 
     async def _explain(self, request: web.Request) -> web.Response:
         path = request.query.get("path", "/v1/chat/completions")
         if not path.isascii() or not path.isprintable():
-            return _json(400, {"error": "expected path=/v1/..., in ASCII"})
+            return json_answer(400, {"error": "expected path=/v1/..., in ASCII"})
         if request.headers.get("Content-Encoding", "identity").lower() not in _UNCOMPRESSED:
-            return _json(415, {"error": "send the body uncompressed"})
+            return json_answer(415, {"error": "send the body uncompressed"})
         credential = _bytes(request.headers.get("X-Cairn-Client-Key", ""))
         urgency = tuple([(name, _bytes(request.headers[key])) for key, name in _URGENCY if key in request.headers])
         status, body = await self._overview.explain(path, await request.read(), credential, urgency)
@@ -184,19 +194,15 @@ class AdminPort:
 
     async def _nothing(self, request: web.Request) -> web.Response:
         """Refuse any other path or method."""
-        if request.path in self._paths:
-            return _json(405, {"error": "method not allowed"})
-        return _json(404, {"error": "not found"})
+        if (methods := self._methods.get(request.path)) is not None:
+            return json_answer(405, {"error": "method not allowed"}, {"Allow": methods})
+        return json_answer(404, {"error": "not found"})
 
     async def _openapi(self, request: web.Request) -> web.Response:
         body = self._documents.get(request.path)
         if body is None:
             body = self._documents[request.path] = await asyncio.to_thread(openapi.encoded, request.path)
         return web.Response(body=body, content_type="application/json")
-
-
-def _json(status: int, content: object) -> web.Response:
-    return web.Response(status=status, body=_encode(content), content_type="application/json")
 
 
 def _same(given: str, wanted: str) -> bool:

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from aiohttp import web
 
+from proxy.admin.answers import accepts_gzip
 from proxy.admin.expect import meet_expectation
 from proxy.admin.status import files
 from proxy.admin.status.board import StatusBoard
@@ -72,7 +73,7 @@ class StatusRoutes:
         if request.headers.get("If-None-Match") == file.tag:
             return web.Response(status=304, headers=headers)
         headers["Content-Type"] = file.content_type
-        if "gzip" not in request.headers.get("Accept-Encoding", ""):
+        if not accepts_gzip(request):
             return web.Response(body=await asyncio.to_thread(lambda: file.plain), headers=headers)
         return web.Response(body=file.packed, headers=headers | {"Content-Encoding": "gzip"})
 

@@ -444,7 +444,78 @@ async def test_an_unknown_expectation_is_a_417_and_is_not_repeated(admin, start:
     head = b"%b HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nexpect: %b\r\n\r\n" % (start, expectation)
     got = await talk(port, head)
     assert got.startswith(b"HTTP/1.1 417 ")
-    assert got.endswith(b'\r\n\r\n{"error": "only the expectation 100-continue is supported"}')
+    assert got.endswith(b'\r\n\r\n{"error":"only the expectation 100-continue is supported"}')
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"BAD <secret>\r\n\r\n",
+        b"SECRET / HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET secret HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET http://[secret HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET /%b HTTP/1.1\r\nhost: localhost\r\n\r\n" % (b"secret" * 2000),
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nfoo secret\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nfoo: %b\r\n\r\n" % (b"secret" * 2000),
+        b"GET / HTTP/1.1\r\nhost: localhost\r\ncontent-length: secret\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nfoo: secret\0\r\n\r\n",
+        b"GET / HTTP/1.1\r\nsecret: x\r\n\r\n",
+        b"POST /explain HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nsecret\r\n",
+    ],
+)
+async def test_what_cannot_be_read_is_not_repeated(admin, message: bytes) -> None:
+    """Such as a request line, a header or a chunk that may hold a key; the answer has the form of all others."""
+    got = await talk(int(admin.url.rpartition(":")[2]), message)
+    head, _, body = got.partition(b"\r\n\r\n")
+    assert (head.split(b" ")[1], body) == (b"400", b'{"error":"bad request"}')
+    assert b"secret" not in got.lower()
+    assert b"\r\nContent-Type: application/json\r\n" in head
+    assert b"\r\nCache-Control: no-store\r\n" in head
+
+
+async def test_a_defect_is_a_500_in_json_and_is_logged(admin: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """The log of aiohttp itself is off."""
+    admin.overview.found = None  # type: ignore[assignment]
+    assert (await admin.ask("/readyz"))[:2] == (500, b'{"error":"internal server error"}')
+    assert [record.name for record in caplog.records if record.name != "aiohttp.server"] == ["cairn.admin"]
+
+
+@pytest.mark.parametrize(
+    ("accepted", "is_packed"),
+    [
+        (["gzip"], True),
+        (["br, GZIP;q=0.5"], True),
+        (["x-gzip"], True),
+        (["*"], True),
+        (["br", "gzip"], True),
+        (["gzip ; q=0.001"], True),
+        (["gzip;q=0"], False),
+        (["gzip; q=0.000, *"], False),
+        (["*;q=0"], False),
+        (["notgzip"], False),
+        (["identity"], False),
+        ([], False),
+    ],
+)
+@pytest.mark.parametrize("path", ["/metrics", "/page.js"])
+async def test_a_page_is_compressed_only_for_who_accepts_that(
+    admin: Running, path: str, accepted: list[str], is_packed: bool
+) -> None:
+    """A weight of zero means not at all."""
+    lines = b"".join([b"accept-encoding: %b\r\n" % each.encode() for each in accepted])
+    head = b"GET %b HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n%b\r\n" % (path.encode(), lines)
+    got = await talk(int(admin.url.rpartition(":")[2]), head)
+    assert (b"\r\nContent-Encoding: gzip\r\n" in got) is is_packed
+
+
+async def test_a_refusal_names_what_would_be_accepted(admin: Running) -> None:
+    """The methods of the path, and the way to send a token."""
+    for path, allowed in (("/metrics", "GET, HEAD"), ("/explain", "POST"), ("/events", "GET")):
+        status, _, headers = await admin.ask(path, "PUT")
+        assert (status, headers["Allow"]) == (405, allowed)
+    admin.overview.config = Config(admin=Admin(token=Secret("right")))
+    status, _, headers = await admin.ask("/metrics")
+    assert (status, headers["WWW-Authenticate"]) == (401, "Bearer")
 
 
 async def test_a_client_that_waits_for_100_continue_gets_it(admin) -> None:
