@@ -16,7 +16,7 @@ from typing import Final, Protocol
 from zlib import crc32
 
 from proxy.clock import Clock
-from proxy.errors import ConnectFailed, Overloaded, PoolTimeout, TurnedAway, UpstreamError
+from proxy.errors import BadResponse, ConnectFailed, Overloaded, PoolTimeout, TurnedAway, UpstreamError
 from proxy.fleet import Failure, Fleet, Need
 from proxy.fleet.pools import Pools, ReplicaEndpoint
 from proxy.metrics.definitions import HIDDEN_ERRORS, UPSTREAM_RETRIES
@@ -32,6 +32,7 @@ from proxy.routing.replica_queue import ANYONE
 from proxy.upstream import Body, Origin, UpstreamResponse
 from proxy.wire import headers as wire_headers
 from proxy.wire import splice
+from proxy.wire.concealing import Concealer, concealed_headers
 from proxy.wire.decode import ResponseDecoder, content_encoding
 from proxy.wire.paths import without_credentials
 from proxy.wire.refusals import REFUSALS_AT_MOST_BYTES, Refusal, read_refusal
@@ -313,10 +314,10 @@ class Dispatcher:
                 opening = await self._open(exchange, response)
             refusal: Refusal | None = None
             if response.status >= 400:
+                refusal = await self._refusal(exchange, response)
                 credential = self._pools.backends[attempt.replica].credential
                 if credential is not None and len(key := credential[1].removeprefix(b"Bearer ")) >= _KEY_BYTES_LEAST:
-                    response.conceal(key)  # some servers repeat a key that they refuse, or all that was sent
-                refusal = await self._refusal(exchange, response)
+                    await self._conceal(response, key)
             elif opening is Opening.PLAIN and response.status < 300 and exchange.call.endpoint.runs_model:
                 opening = await self._plain_opening(exchange, response)
         except UpstreamError as error:
@@ -418,6 +419,28 @@ class Dispatcher:
             if not decoder.alive:
                 return None  # it would look like an empty one
         return read_refusal(response.status, body, exchange.model)
+
+    async def _conceal(self, response: UpstreamResponse, key: bytes) -> None:
+        """Conceal the replica's key in an error: some servers repeat a key that they refuse, or all that was sent.
+
+        A compressed error passes as it is if it is short, comes soon and does not repeat the key, or if its coding is
+        unknown or not what its header says; else it passes decoded. Raises BadResponse if it is a decompression bomb.
+        """
+        length, decoder = response.content_length, None
+        if encoding := content_encoding(response.headers):
+            deadline = asyncio.get_running_loop().time() + REFUSAL_SECONDS
+            while not response.complete and response.buffered_bytes <= REFUSALS_AT_MOST_BYTES:
+                if not await response.arrived(response.buffered_bytes, deadline):
+                    break
+            reader = ResponseDecoder(encoding)
+            text = reader.feed(response.peek())
+            if reader.is_too_large:
+                response.abort()
+                raise BadResponse("the upstream's error expands too much")
+            if reader.alive and (key in text or not response.complete):
+                length, decoder = None, ResponseDecoder(encoding)
+        headers = concealed_headers(response.headers, key, is_decoded=decoder is not None)
+        response.replace(headers, Concealer(key, decoder), length)
 
     # -- the request
 

@@ -33,6 +33,14 @@ class Source(Protocol):
         ...
 
 
+class Filter(Protocol):
+    """Changes a body as it is taken: `proxy.wire.concealing.Concealer`."""
+
+    def feed(self, piece: bytes, *, is_last: bool) -> bytes:
+        """Return what takes the place of `piece`. Raises BadResponse."""
+        ...
+
+
 class Framing(enum.StrEnum):
     """Ways in which the end of a body is known."""
 
@@ -58,9 +66,9 @@ class UpstreamResponse:
         "_complete",
         "_connection",
         "_error",
+        "_filter",
         "_interrupt",
         "_loop",
-        "_secret",
         "_sink",
         "_waiter",
         "chunks",
@@ -97,7 +105,7 @@ class UpstreamResponse:
         self._complete = False
         self._error: CairnError | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._secret = b""  # what `conceal` replaces
+        self._filter: Filter | None = None
         self._sink: Sink | None = None
         self._interrupt: Callable[[], object] | None = None
 
@@ -187,8 +195,8 @@ class UpstreamResponse:
             return b""
         piece = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         chunks.clear()
-        if self._secret:
-            piece = _concealed(piece, self._secret)
+        if self._filter is not None:
+            piece = self._filter.feed(piece, is_last=self._complete)
         if self._connection is not None:
             self._connection.taken()
         return piece
@@ -199,11 +207,14 @@ class UpstreamResponse:
         Raises ResetMidResponse, IdleTimeout or BadResponse once all that arrived before was taken. Cancelling it
         closes the connection.
         """
-        while not self.chunks:
-            if self._complete:
-                return b""
-            await self._arrival()
-        return self.body_now()
+        while True:
+            while not self.chunks:
+                if self._complete:
+                    return b"" if self._filter is None else self._filter.feed(b"", is_last=True)
+                await self._arrival()
+            piece = self.body_now()
+            if piece:  # a filter may hold all of it back
+                return piece
 
     async def pour(self, sink: Sink) -> bool:
         """Call `sink` with each piece in the event that brings it; return True at the end of the body.
@@ -250,13 +261,14 @@ class UpstreamResponse:
                 return value
         return b""
 
-    def conceal(self, secret: bytes) -> None:
-        """Replace `secret` by asterisks in the headers and in each piece of the body that is taken from now on.
+    def replace(self, headers: tuple[tuple[bytes, bytes], ...], body: Filter, length: int | None) -> None:
+        """Replace the headers, and by `body` what is taken of the body from now on, with `length` bytes if known.
 
-        It is not found in a compressed body, nor where it lies in two pieces.
+        Nothing may have been taken. `pour` passes no end that `body` holds back.
         """
-        self._secret = secret
-        self.headers = tuple([(name, _concealed(value, secret)) for name, value in self.headers])
+        self.headers = headers
+        self.content_length = length
+        self._filter = body
 
     def abort(self) -> None:
         """Close the connection unless the body has ended."""
@@ -343,10 +355,6 @@ class UpstreamResponse:
             waiter.set_exception(error)
             return False
         return not self._complete and self._error is None
-
-
-def _concealed(text: bytes, secret: bytes) -> bytes:
-    return text.replace(secret, b"*" * len(secret))
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

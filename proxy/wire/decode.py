@@ -18,6 +18,7 @@ from proxy.model import Body
 
 DECODED_BYTES_MOST = 64 * 1024 * 1024  # of one response; a longer one is a decompression bomb, or has no usage
 _STEP_BYTES_MOST = 4 * 1024 * 1024  # decoded in one step, so that a bomb is noticed before it fills the memory
+_TOO_MUCH: Final = "too much from one chunk"
 _NO_CODINGS: Final = (b"", b"identity", b"utf-8", b"utf8")  # a character set is a common mistake, and harmless
 _CODINGS_MOST: Final = 3  # of one response, one within the other; each makes a bomb worse
 _GZIP_BEGIN: Final = 0x1F
@@ -37,13 +38,17 @@ def content_encoding(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 class ResponseDecoder:
-    """Incremental decoder of one response. `alive` is false once it has given up; then `feed` returns b""."""
+    """Incremental decoder of one response. `alive` is false once it has given up; then `feed` returns b"".
+
+    `is_too_large` tells a decompression bomb from bad data.
+    """
 
     def __init__(self, encoding: bytes, decoded_bytes_most: int = DECODED_BYTES_MOST) -> None:
         """Create a decoder for the value of `content_encoding`: any of gzip, deflate, br, zstd and identity."""
         codings = [coding for each in encoding.split(b",") if (coding := each.strip().lower()) not in _NO_CODINGS]
         makes = [_STEPS.get(coding) for coding in codings[: _CODINGS_MOST + 1]]
         self.alive = len(makes) <= _CODINGS_MOST and None not in makes
+        self.is_too_large = False
         self._steps = [make() for make in reversed(makes) if make is not None] if self.alive else []
         self._left_bytes = decoded_bytes_most
 
@@ -55,10 +60,14 @@ class ResponseDecoder:
         try:
             for step in self._steps:
                 decoded = step(decoded, min(self._left_bytes + 1, _STEP_BYTES_MOST))
-        except (zlib.error, brotli.error, zstandard.ZstdError):
+        except (zlib.error, brotli.error, zstandard.ZstdError) as error:
+            self.is_too_large = error.args == (_TOO_MUCH,)
             return self._give_up()
         self._left_bytes -= len(decoded)
-        return self._give_up() if self._left_bytes < 0 else decoded
+        if self._left_bytes >= 0:
+            return decoded
+        self.is_too_large = True
+        return self._give_up()
 
     def _give_up(self) -> bytes:
         self._steps = []
@@ -86,14 +95,14 @@ class _Gzip:
             if self._stream.eof:
                 members += 1
                 if members > _MEMBERS_MOST:
-                    raise zlib.error
+                    raise zlib.error(_TOO_MUCH)
                 self._is_over = chunk[at] != _GZIP_BEGIN
                 self._stream = zlib.decompressobj(wbits=31)
                 continue
             fed = chunk[at : at + _GZIP_FEED_BYTES]
             part = self._stream.decompress(fed, max(1, most))
             if self._stream.unconsumed_tail:
-                raise zlib.error  # too much from one chunk
+                raise zlib.error(_TOO_MUCH)
             parts.append(part)
             most -= len(part)
             at += len(fed) - len(self._stream.unused_data)
@@ -108,7 +117,7 @@ def _inflate(stream: zlib._Decompress) -> _Step:
     def step(chunk: bytes, most: int) -> bytes:
         decoded = stream.decompress(chunk, most)
         if stream.unconsumed_tail:
-            raise zlib.error  # too much from one chunk
+            raise zlib.error(_TOO_MUCH)
         return decoded
 
     return step
@@ -134,7 +143,7 @@ def _brotli() -> _Step:
     def step(chunk: bytes, most: int) -> bytes:
         decoded: bytes = stream.process(chunk, output_buffer_limit=most)
         if not stream.can_accept_more_data() and not stream.is_finished():
-            raise zlib.error  # too much from one chunk
+            raise zlib.error(_TOO_MUCH)
         return decoded
 
     return step
@@ -152,7 +161,7 @@ def _zstd() -> _Step:
             parts.append(part)
             size += len(part)
             if size > most:
-                raise zlib.error  # too much from one chunk
+                raise zlib.error(_TOO_MUCH)
         return b"".join(parts)
 
     return step

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import random
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
+import brotli
 import pytest
+import zstandard
 from aiohttp import web
 
 from proxy.config.schema import Auth, Config, Pool, PoolKind, Replica, Secret, Upstream
@@ -612,6 +617,83 @@ async def test_a_replicas_key_that_an_error_repeats_is_concealed(
         async with running(config_for([], pools=[pool])) as cairn:
             got = await ask(http, cairn, "chat/completions", stream=stream)
             assert got[:2] == (status, text % "***********")
+
+
+ERROR = b'{"error":{"message":"Incorrect API key: %s","code":"invalid_api_key"}}'
+KEY = b"sk-operator"
+PACKERS = {"gzip": gzip.compress, "br": brotli.compress, "zstd": zstandard.compress, "deflate": zlib.compress}
+
+
+class Pieces(OpenAIUpstream):
+    """Answers every request that runs a model with an error in these pieces, which has no announced length."""
+
+    def __init__(self, pieces: list[bytes], coding: str) -> None:
+        super().__init__()
+        self.parts, self.coding = pieces, coding
+
+    async def _serve(self, request: web.BaseRequest, asked: Any, failure: Failure | None) -> web.StreamResponse:
+        if request.path.removeprefix("/v1/") not in BODIES:
+            return await super()._serve(request, asked, failure)
+        headers = {"content-type": "application/json", **({"content-encoding": self.coding} if self.coding else {})}
+        response = web.StreamResponse(status=400, headers=headers)
+        await response.prepare(request)
+        for piece in self.parts:
+            await response.write(piece)
+            await asyncio.sleep(0)  # a segment of its own
+        await response.write_eof()
+        return response
+
+
+@asynccontextmanager
+async def with_key(upstream: OpenAIUpstream) -> AsyncIterator[Cairn]:
+    async with upstream:
+        pool = Pool(name="p", replicas=(Replica(upstream.url, key=Secret(KEY.decode())),))
+        async with running(config_for([], pools=[pool])) as cairn:
+            yield cairn
+
+
+@pytest.mark.parametrize("padding", [0, 300_000])
+@pytest.mark.parametrize("coding", PACKERS)
+async def test_a_key_in_a_compressed_error_is_concealed(http, coding: str, padding: int) -> None:
+    """In one that is short, which may pass as it is without a key, and in one that is not."""
+    noise = random.Random(1).randbytes(padding)
+    for text in (ERROR % KEY, ERROR % b"sk-others"):
+        packed = PACKERS[coding](text + noise)
+        async with with_key(Pieces([packed[:50], packed[50:]], coding)) as cairn:
+            body = {"model": "test-model", **BODIES["chat/completions"]}
+            async with http.post(f"{cairn.url}/chat/completions", json=body) as response:
+                passed, named = await response.read(), response.headers.get("content-encoding")
+        if padding or KEY in text:
+            assert (passed, named) == (text.replace(KEY, b"*" * len(KEY)) + noise, None)
+        else:
+            assert (passed, named) == (packed, coding)
+
+
+@pytest.mark.parametrize("at", [30, 36, 40])
+async def test_a_key_that_two_pieces_of_an_error_split_is_concealed(http, at: int) -> None:
+    """Also if the error is too long to be held back as a whole."""
+    text = ERROR % KEY
+    assert KEY[0] in text[:at]
+    for before in (b"", b" " * 300_000):
+        async with with_key(Pieces([before, text[:at], text[at:]], "")) as cairn:
+            got = await ask(http, cairn, "chat/completions")
+            assert got[1].encode() == before + text.replace(KEY, b"*" * len(KEY))
+
+
+async def test_an_error_that_expands_beyond_measure_is_not_passed_on_where_it_may_hold_a_key(http) -> None:
+    """It would have to be decoded to see that; the client is told that the response was bad."""
+    async with with_key(Pieces([gzip.compress(bytes(50_000_000))], "gzip")) as cairn:
+        got = await ask(http, cairn, "chat/completions")
+        assert (got[0], "expands too much" in got[1]) == (502, True)
+
+
+@pytest.mark.parametrize("coding", ["compress", "gzip"])
+async def test_an_error_in_another_coding_than_its_header_says_passes(http, coding: str) -> None:
+    """A text that is not compressed, in which a key is concealed, and any other bytes."""
+    for text in (ERROR % KEY, b"\x1f damaged"):
+        async with with_key(Pieces([text], coding)) as cairn:
+            got = await ask(http, cairn, "chat/completions")
+            assert got[1].encode("utf-8", "surrogateescape") == text.replace(KEY, b"*" * len(KEY))
 
 
 async def test_a_providers_models_are_known_from_its_answers(http: aiohttp.ClientSession) -> None:

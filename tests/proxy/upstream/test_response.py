@@ -244,15 +244,35 @@ async def test_pieces_that_come_while_a_cancelled_sink_is_ending_do_not_reach_it
 # -- the head, and what is asked of a response that has ended
 
 
-async def test_a_secret_is_concealed_in_headers_and_in_what_is_taken() -> None:
-    """The length of neither changes, since it may have been announced."""
-    body = Filled()
-    body.response.headers = ((b"www-authenticate", b'realm="secret"'), (b"x", b"y"))
-    body.response.conceal(b"secret")
-    assert body.response.headers == ((b"www-authenticate", b'realm="******"'), (b"x", b"y"))
-    for piece, shown in ((b"a secret, a secret", b"a ******, a ******"), (b"nothing", b"nothing")):
-        body.bring(piece)
-        assert body.response.body_now() == shown
+class Late:
+    """A filter that passes each piece with the next one."""
+
+    def __init__(self) -> None:
+        self._held = b""
+
+    def feed(self, piece: bytes, *, is_last: bool) -> bytes:
+        passed, self._held = self._held, piece
+        if is_last:
+            passed, self._held = passed + self._held, b""
+        return passed
+
+
+async def test_what_takes_the_place_of_a_body_ends_with_it() -> None:
+    """A piece of which nothing may pass yet does not look like the end, and what was held back comes at the end."""
+    for last in ((), (b"c",)):
+        body = Filled()
+        body.response.replace(((b"x", b"y"),), Late(), 3)
+        assert (body.response.headers, body.response.content_length) == (((b"x", b"y"),), 3)
+        body.bring(b"a")
+        taken = spawn(body.response.next_chunk())
+        await turns()
+        assert not taken.done()
+        body.bring(b"b")
+        assert await taken == b"a"
+        body.bring(*last)
+        body.response.ended()
+        rest = b"b" + b"".join(last)
+        assert [await body.response.next_chunk() for _ in range(2)] == [rest, b""]
 
 
 async def test_a_header_is_found_by_its_name_and_the_first_of_two_counts() -> None:
