@@ -25,7 +25,7 @@ from proxy.model import Edit
 from proxy.pipeline import retries
 from proxy.pipeline.attempt import Attempt, Attempts
 from proxy.pipeline.exchange import MEDIA, TOOLS, Exchange
-from proxy.pipeline.opening import Opening, closed_inside, is_cut_off, judge_plain, wait_for_opening
+from proxy.pipeline.opening import Opening, closed_inside, is_unfinished, judge_plain, wait_for_opening
 from proxy.pipeline.retries import AttemptFailure, FailureKind, RetryBudget
 from proxy.records import Candidate
 from proxy.routing.replica_queue import ANYONE
@@ -397,7 +397,7 @@ class Dispatcher:
         if not response.complete or response.header(b"content-encoding"):
             return Opening.PLAIN
         body = response.peek()
-        if response.is_json_until_close and is_cut_off(body, body):
+        if response.is_json_until_close and is_unfinished(body):
             raise closed_inside()
         return judge_plain(body, exchange.call.endpoint)
 

@@ -12,6 +12,8 @@ import enum
 import re
 from typing import Final, Protocol
 
+import msgspec
+
 from proxy.errors import ResetMidResponse
 from proxy.model import Endpoint
 from proxy.wire.events import data_of, read_event
@@ -19,6 +21,8 @@ from proxy.wire.refusals import HTML
 from proxy.wire.usage import read_response
 
 _EXAMINED_BYTES_AT_MOST: Final = 64 * 1024  # of a first event; a longer one is no error
+_READ_BYTES_AT_MOST: Final = 2 * 1024 * 1024  # of a document that is read to its end, which takes 2 ms
+_TRUNCATED: Final = "Input data was truncated"  # msgspec's words
 _ASIDE_BYTES_AT_MOST: Final = 8 * 1024
 """Bytes of comments and pings behind which no first event is looked for. All of them are read again whenever more
 arrives."""
@@ -161,9 +165,25 @@ def is_cut_off(begin: bytes, end: bytes) -> bool:
     """Return True if a JSON object or array that begins and ends with these bytes has not come whole.
 
     It is asked where the end of the connection is the end of the body, which looks the same if a server is killed. A
-    document that was cut just behind a bracket inside it is not recognised.
+    document that was cut just behind a bracket inside it is recognised by `is_unfinished` alone.
     """
     return begin.lstrip()[:1] in _BRACKETS and end.rstrip()[-1:] not in _CLOSING_BRACKETS
+
+
+def is_unfinished(body: bytes) -> bool:
+    """Return True if `body` is the beginning of a JSON object or array. A very long one is judged by its two ends."""
+    begin = body[:_EXAMINED_BYTES_AT_MOST]
+    if begin.lstrip()[:1] not in _BRACKETS:
+        return False
+    if is_cut_off(begin, body[-_EXAMINED_BYTES_AT_MOST:]):
+        return True
+    if len(body) > _READ_BYTES_AT_MOST:
+        return False
+    try:
+        msgspec.json.decode(body, type=msgspec.Raw)
+    except (msgspec.DecodeError, RecursionError) as error:
+        return str(error) == _TRUNCATED
+    return False
 
 
 def closed_inside() -> ResetMidResponse:

@@ -22,7 +22,7 @@ from proxy.model import Ending, Endpoint
 from proxy.pipeline.dispatch import Opened, evidence
 from proxy.pipeline.exchange import Exchange
 from proxy.pipeline.objects import CreatedObjects
-from proxy.pipeline.opening import closed_inside, is_cut_off
+from proxy.pipeline.opening import closed_inside, is_cut_off, is_unfinished
 from proxy.pipeline.silence import COMMENT, PassedStream, SilenceWatch, WaitingClient
 from proxy.upstream import Framing, UpstreamResponse
 from proxy.wire import headers as wire_headers
@@ -150,7 +150,7 @@ class ResponseRelay:
             exchange.ending = _ending_of(response)
         elif response.complete:
             body = response.body_now()
-            if succeeded and response.is_json_until_close and is_cut_off(body, body):
+            if succeeded and response.is_json_until_close and is_unfinished(body):
                 raise closed_inside()
             self._whole(exchange, response, downstream, head, body)
         else:
@@ -227,7 +227,8 @@ class ResponseRelay:
         finally:
             if stream is not None:
                 self.silence.leave(stream)
-        if may_be_cut and is_cut_off(begin, end):
+        whole = body.whole() if body is not None and may_be_cut else None
+        if may_be_cut and (is_cut_off(begin, end) if whole is None else is_unfinished(whole)):
             raise closed_inside()
         downstream.end()
         return body

@@ -8,7 +8,7 @@ import pytest
 
 from proxy.errors import ResetMidResponse
 from proxy.model import Endpoint
-from proxy.pipeline.opening import Opening, judge, judge_plain, wait_for_opening
+from proxy.pipeline.opening import Opening, is_unfinished, judge, judge_plain, wait_for_opening
 from tests.proxy.pipeline.bench import Upstream, turns
 from tests.support.clock import FakeClock
 
@@ -197,3 +197,20 @@ async def test_a_cancelled_wait_closes_the_connection() -> None:
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert upstream.source.closed
+
+
+@pytest.mark.parametrize("text", [b' {"a":{"b":["x]}",{}]},"c":[1]}\n', b'[{"a":null},[]]'])
+def test_json_that_was_cut_anywhere_is_known(text: bytes) -> None:
+    """Also just behind a bracket inside it; a very long one only by its ends."""
+    start, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    for cut in range(len(text) + 1):
+        assert is_unfinished(text[:cut]) is (start < cut < end), cut
+    long = b'[{"a":"' + bytes(3_000_000).replace(b"\0", b"x") + b'"}'
+    assert not is_unfinished(long)
+    assert is_unfinished(long[:-1] + b",")
+
+
+@pytest.mark.parametrize("text", [b'{"a":1}\n{"b":1}', b'{"a":NaN}', b"[" * 20_000 + b"]", b"12", b"plain", b"{x}"])
+def test_what_is_not_json_is_not_taken_for_cut_json(text: bytes) -> None:
+    """Its content type says json, and its client may understand it."""
+    assert not is_unfinished(text)

@@ -456,7 +456,12 @@ async def test_a_stream_until_the_connection_closes_breaks_if_that_is_inside_an_
     assert (b'"error"' in client.body.removeprefix(TOKEN + end + b"\n\n")) is breaks
 
 
-CUT_JSON = [(b'{"a":"xxx', True), (b' ["x", {}] ', False), (b"12", False), (b"", False)]
+CUT_JSON = [
+    (b'{"a":"xxx', True),
+    (b' ["x", {}] ', False),
+    (b"12", False),
+    (b"", False),
+]
 
 
 @pytest.mark.parametrize(("body", "is_cut"), CUT_JSON)
@@ -480,7 +485,31 @@ async def test_unfinished_json_until_the_connection_closes_is_broken_off(
     assert (client.broken, client.ended) == (breaks, not breaks)
 
 
-@pytest.mark.parametrize(("body", "is_cut"), CUT_JSON)
+@pytest.mark.parametrize("padding", [0, 100_000])
+@pytest.mark.parametrize(("end", "is_cut"), [(b"]}", True), (b"]}}", False)])
+async def test_json_that_was_cut_behind_a_bracket_inside_it_is_broken_off(
+    end: bytes, is_cut: bool, padding: int
+) -> None:
+    """Where the body is read for its usage in any case; a short one has not begun by then."""
+    bench = Bench(replicas=1)
+    made = Upstream(bench.clock, 200, JSON)
+    made.response.framing = Framing.CLOSE
+    bench.client.script.append(made)
+    task = bench.start(bench.exchange())
+    await turns()
+    for piece in (b'{"a":{"b":["%b"' % (b"x" * padding), end):
+        made.send(piece)
+        await turns()
+    made.end()
+    if is_cut and not padding:
+        with pytest.raises(ResetMidResponse):
+            await task
+    else:
+        client = await task
+        assert (client.broken, client.ended) == (is_cut, not is_cut)
+
+
+@pytest.mark.parametrize(("body", "is_cut"), [*CUT_JSON, (b'{"a":{"b":[1]}', True)])
 async def test_unfinished_json_until_the_connection_closes_is_an_error_if_it_came_at_once(
     body: bytes, is_cut: bool
 ) -> None:
