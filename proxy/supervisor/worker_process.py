@@ -207,7 +207,10 @@ class WorkerProcess:
 
     def drain(self, seconds: float) -> None:
         """Let running requests finish within `seconds` and start no other worker; `run` returns afterwards."""
-        self._drain_deadline_seconds = self._clock.monotonic() + seconds
+        now_seconds = self._clock.monotonic()
+        self._drain_deadline_seconds = now_seconds + seconds
+        if not self.ready:
+            self._message_seconds = now_seconds  # from now on it has nothing to do that takes long
         self._ending.set()
         self._relief.stop()
         if self._channel is not None:
@@ -321,7 +324,7 @@ class WorkerProcess:
             self._watcher.reload_refused(self.number, message.why)
 
     async def _watch_silence(self, pid: int) -> None:
-        """Kill a worker that is ready and sends nothing: its loop is blocked, or the process is stopped.
+        """Kill a worker that is ready, or to end, and sends nothing: its loop is blocked, or the process is stopped.
 
         Long before that is certain, others get its new connections.
         """
@@ -333,7 +336,8 @@ class WorkerProcess:
                 # this process was stopped or blocked itself: the worker's messages may still be unread
                 self._message_seconds = now_seconds
             checked_seconds = now_seconds
-            if silence.is_frozen(now_seconds, self._message_seconds, cpu_wait_seconds(pid)) and self.ready:
+            is_awaited = self.ready or self._ending.is_set()  # it may start for longer than it may be silent
+            if silence.is_frozen(now_seconds, self._message_seconds, cpu_wait_seconds(pid)) and is_awaited:
                 log.error("worker %d has not responded for %.0f s; killing it", self.number, SILENCE_LIMIT_SECONDS)
                 self._kill()
                 return

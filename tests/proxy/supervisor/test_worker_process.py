@@ -114,6 +114,21 @@ async def test_a_worker_that_hears_nothing_is_killed_after_the_deadline(monkeypa
     assert slot.pid is None
 
 
+async def test_a_worker_that_is_frozen_before_it_is_ready_delays_no_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no requests that could finish within the time of the drain."""
+    for module in (slot_module, silence):
+        monkeypatch.setattr(module, "SILENCE_LIMIT_SECONDS", 0.1)
+    program = Program([sys.executable, "-c", SILENT], dict(os.environ))  # noqa: TID251
+    slot = WorkerProcess(0, program, [], Config(), Heard(), SystemClock())
+    running = asyncio.ensure_future(slot.run())  # noqa: TID251
+    async with asyncio.timeout(LIMIT_SECONDS):
+        while slot.pid is None:  # noqa: ASYNC110 - turns of the loop, until the process is there
+            await asyncio.sleep(0)
+        slot.drain(10 * LIMIT_SECONDS)
+        await running
+    assert slot.pid is None
+
+
 async def test_what_a_dead_worker_had_sent_is_read_to_its_end() -> None:
     """Its last counts may still be in the socket when its death is noticed."""
     slot = WorkerProcess(0, Program([], {}), [], Config(), Heard(), SystemClock())
