@@ -147,6 +147,7 @@ class AccessLog:
         self._descriptor = descriptor
         self._encode = encode
         self._is_pipe = not stat.S_ISREG(os.fstat(descriptor).st_mode)
+        self._may_be_torn = False  # the last line of the file may have no end
         self._flush_seconds = flush_seconds
         self._lines: deque[AccessLine] = deque()  # filled by the loop, emptied by the thread: both are atomic
         self._is_awake = False
@@ -188,10 +189,18 @@ class AccessLog:
                     self._write(content, len(lines))
 
     def _write(self, content: bytes, lines: int) -> None:
-        view = memoryview(content)
+        """Write whole lines, and count those that could not be written as a whole.
+
+        A disk that becomes full takes a part of a line, perhaps of another worker. What is written next begins on a
+        line of its own: an empty line does less harm than two that are one.
+        """
+        view = memoryview(b"\n" + content if self._may_be_torn else content)
         try:
             while view:
                 written = os.write(self._descriptor, view)
                 view = view[written:]
         except OSError:  # the reader is gone, or the disk is full: requests are served all the same
-            self.dropped += lines
+            self.dropped += min(lines, bytes(view).count(b"\n"))
+            self._may_be_torn = not self._is_pipe or len(view) < len(content)
+        else:
+            self._may_be_torn = False

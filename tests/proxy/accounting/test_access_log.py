@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import threading
@@ -217,6 +218,68 @@ def test_a_reader_that_is_gone_costs_lines_and_nothing_else() -> None:
     log.close()
     assert log.dropped == 1
     os.close(writing)
+
+
+def test_after_a_full_disk_a_line_begins_on_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk took half of a line of one of two workers, and it is the other that writes first."""
+    file = tmp_path / "access.log"
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    line = access_line(CALL, OUTCOME, 0.0)
+    whole = logs.json_lines([line])
+    really_write, room, tried = os.write, len(whole) // 2, threading.Semaphore(0)
+
+    def write(to: int, content: memoryview) -> int:
+        nonlocal room
+        try:
+            if not room:
+                raise OSError(errno.ENOSPC, "full")
+            taken = really_write(to, content[:room])
+            room -= taken
+            return taken
+        finally:
+            tried.release()
+
+    monkeypatch.setattr(os, "write", write)
+    one, other = AccessLog(descriptor, flush_seconds=0.001), AccessLog(descriptor, flush_seconds=0.001)
+    for log, times in ((one, 2), (other, 1)):
+        log.write(line)
+        for _ in range(times):
+            assert tried.acquire(timeout=10)
+    room = 10 * len(whole)
+    for log in (other, other, one, one):
+        log.write(line)
+        assert tried.acquire(timeout=10)
+    for log in (one, other):
+        log.close()
+    os.close(descriptor)
+    assert file.read_bytes() == whole[: len(whole) // 2] + b"\n" + whole * 2 + b"\n" + whole * 2
+    assert (one.dropped, other.dropped) == (1, 1)
+
+
+def test_lines_that_a_disk_took_before_it_was_full_are_not_counted_as_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch is written in one piece, and cut anywhere."""
+    line = access_line(CALL, OUTCOME, 0.0)
+    room = len(logs.json_lines([line])) * 5 // 2
+    really_write = os.write
+
+    def write(to: int, content: memoryview) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, "full")
+        taken = really_write(to, content[:room])
+        room -= taken
+        return taken
+
+    descriptor = os.open(tmp_path / "access.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    monkeypatch.setattr(os, "write", write)
+    log = AccessLog(descriptor)
+    for _ in range(4):
+        log.write(line)
+    log.close()
+    os.close(descriptor)
+    assert log.dropped == 2
 
 
 def test_lines_may_be_logfmt(tmp_path: Path) -> None:
