@@ -16,7 +16,7 @@ import msgspec
 from proxy.errors import NotFound
 from proxy.model import Access, Endpoint
 from proxy.patterns import matches_any
-from proxy.wire.paths import split_target
+from proxy.wire.paths import origin_form, split_target
 
 _PROMPTS = {
     "chat/completions": Endpoint.CHAT,
@@ -215,7 +215,10 @@ def _likely(path: str) -> str | None:
 
 def is_liveness(method: str, path: str) -> bool:
     """Return True if the request only asks whether anything answers here; this needs no key."""
-    return method in _LIVENESS_METHODS and (path in LIVENESS or path.rstrip("/") in LIVENESS)
+    if method not in _LIVENESS_METHODS:
+        return False
+    path = origin_form(path)
+    return path in LIVENESS or path.rstrip("/") in LIVENESS
 
 
 def _versioned(path: str) -> str | None:

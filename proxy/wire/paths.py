@@ -19,7 +19,9 @@ TARGET_BYTES_MOST: Final = (
 _ORDINARY = re.compile(r"/[A-Za-z0-9_~-][A-Za-z0-9._~-]*(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*")
 """Paths that are normal already: no escape, no empty segment, no segment that begins with a dot."""
 
-_ABSOLUTE = re.compile(r"(?i)https?://[^/?#]*")
+_ABSOLUTE = re.compile(r"(?i)https?://(?:[^/?#]*@)?[^/?#@:][^/?#@]*(?=[/?#]|$)")
+"""The beginning of an absolute target. One without a host is invalid (RFC 9110, 4.2.1)."""
+
 _ESCAPE = re.compile(r"%(?P<digits>[0-9A-Fa-f]{2})?")
 _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 _AMBIGUOUS = frozenset("/\\%?#")
@@ -37,9 +39,9 @@ def split_target(target: str) -> tuple[str, str]:
     The host of an absolute target (`http://host/path`) is dropped. Characters outside ASCII are percent-encoded.
 
     Raises:
-        BadRequest: the target is not a path, too long, or ambiguous: an escaped slash, backslash, percent sign,
-            question mark or hash, a backslash, a fragment, a control character, a malformed escape, escapes that
-            are not UTF-8, or a dot segment with a parameter or spaces.
+        BadRequest: the target has no path or no host, is too long, or is ambiguous: an escaped slash, backslash,
+            percent sign, question mark or hash, a backslash, a fragment, a control character, a malformed escape,
+            escapes that are not UTF-8, or a dot segment with a parameter or spaces.
     """
     if len(target) > TARGET_BYTES_MOST:
         raise _bad("The target of the request is too long.")
@@ -51,6 +53,12 @@ def split_target(target: str) -> tuple[str, str]:
     if mark and ("#" in query or not _is_visible(query)):
         raise _bad("The query contains a fragment, a space or a control character.")
     return path, mark + query
+
+
+def origin_form(path: str) -> str:
+    """Return the path of an absolute target without its query; any other path as it is."""
+    absolute = None if path.startswith("/") else _ABSOLUTE.match(path)
+    return path if absolute is None else path[absolute.end() :] or "/"
 
 
 def keys_in_query(target: str) -> list[str]:
@@ -72,8 +80,7 @@ def without_credentials(target: str) -> str:
 
 
 def _normalised(path: str) -> str:
-    if absolute := _ABSOLUTE.match(path):
-        path = path[absolute.end() :] or "/"
+    path = origin_form(path)
     if not path.startswith("/"):
         raise _bad("The target of the request is not a path.")
     if "\\" in path or "#" in path or not _is_visible(path):

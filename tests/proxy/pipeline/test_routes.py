@@ -237,6 +237,8 @@ def test_liveness_is_asked_by_get_and_head_of_a_few_paths() -> None:
     assert all(is_liveness(method, path) for method in ("GET", "HEAD") for path in ("/", "/health", "/healthz"))
     assert is_liveness("GET", "/api/hello")
     assert is_liveness("GET", "/health/")
+    assert all(is_liveness("GET", f"http://host:1{path}") for path in ("", "/", "/health"))
+    assert not is_liveness("GET", "http:///health")
     assert not is_liveness("POST", "/")
     assert not is_liveness("GET", "/v1/models")
 
