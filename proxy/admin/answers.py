@@ -39,15 +39,17 @@ class AdminProtocol(web.RequestHandler):
         if status >= _OURS_FROM and exc is not None:
             log.error("a request to the admin port failed inside Cairn", exc_info=exc)
         super().handle_error(request, status, exc, message)
-        response = json_answer(status, {"error": HTTPStatus(status).phrase.lower()}, _HEADERS)
+        response = json_answer(status, {"error": HTTPStatus(status).phrase.lower()})
         response.force_close()
         return response
 
 
 def json_answer(status: int, content: object, headers: Mapping[str, str] | None = None) -> web.Response:
-    """Return a whole answer with `content` as JSON."""
+    """Return a whole answer with `content` as JSON, which nobody may store."""
     body = msgspec.json.encode(content)
-    return web.Response(status=status, body=body, content_type="application/json", headers=headers)
+    return web.Response(
+        status=status, body=body, content_type="application/json", headers={**_HEADERS, **(headers or {})}
+    )
 
 
 def accepts_gzip(request: web.BaseRequest) -> bool:

@@ -515,7 +515,7 @@ async def test_a_refusal_names_what_would_be_accepted(admin: Running) -> None:
         assert (status, headers["Allow"]) == (405, allowed)
     admin.overview.config = Config(admin=Admin(token=Secret("right")))
     status, _, headers = await admin.ask("/metrics")
-    assert (status, headers["WWW-Authenticate"]) == (401, "Bearer")
+    assert (status, headers["WWW-Authenticate"], headers["Cache-Control"]) == (401, "Bearer", "no-store")
 
 
 async def test_a_client_that_waits_for_100_continue_gets_it(admin) -> None:
