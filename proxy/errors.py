@@ -90,6 +90,13 @@ class BadRequest(ClientError):
     """The request is malformed; `param` names the field."""
 
 
+class TargetTooLong(BadRequest):
+    """The target of the request has more bytes than are read."""
+
+    status = 414
+    code = "bad_path"
+
+
 class Unauthorized(ClientError):
     """There is no key, or no client has this key."""
 

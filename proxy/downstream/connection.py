@@ -225,11 +225,12 @@ class Connection(asyncio.BufferedProtocol):
                 self._begin_partial_head(data, at, end)
             return end
         stop += len(END_OF_HEAD)
+        line = bytes(data[at : data.find(b"\r\n", at, stop)])
         if stop - at > self._limits.head_bytes:
-            raise head_too_large()
+            raise head_too_large(line, self._limits.header_line_bytes)
         parser = self._parser or self._new_parser()
         feed_head(parser, memoryview(data)[at:stop])
-        return self._begin(parser, bytes(data[at : data.find(b"\r\n", at, stop)]), data, stop, end)
+        return self._begin(parser, line, data, stop, end)
 
     def _new_parser(self) -> HttpRequestParser:
         self._head = HeadReader()
@@ -264,7 +265,7 @@ class Connection(asyncio.BufferedProtocol):
             self._server.refused(ClientLimit.HEAD_BYTES)
             raise overloaded()
         if partial.nbytes > self._limits.head_bytes:
-            raise head_too_large()
+            raise head_too_large(partial.line, self._limits.header_line_bytes)
         feed_head(parser, piece)
 
     def _begin(self, parser: HttpRequestParser, line: bytes, data: Buffer, at: int, end: int) -> int:

@@ -123,7 +123,7 @@ class IncomingRequest:
         connection = expect = b""
         for name, value in headers:
             if len(value) + len(name) > line_bytes_most:
-                raise head_too_large()
+                raise head_too_large(line, line_bytes_most)
             if name not in _CHECKED:
                 continue
             if name == b"host":
@@ -148,7 +148,7 @@ class IncomingRequest:
         if encodings:
             self._check_encoding(encodings)
         if len(headers) > HEADERS_MOST:
-            raise head_too_large()
+            raise head_too_large(line, line_bytes_most)
         if expect and not self.is_http_1_0:
             if expect != b"100-continue":
                 raise ProtocolError(BadHttp.EXPECT, "Only the expectation 100-continue is supported.", 417)
@@ -220,8 +220,14 @@ def feed_head(parser: Parser, piece: bytes | memoryview) -> None:
         raise _as_reason(str(error)) from None
 
 
-def head_too_large() -> ProtocolError:
-    """Return the error for a head that has too many bytes or headers."""
+def head_too_large(line: bytes, line_bytes_most: int) -> ProtocolError:
+    """Return the error for a head that has too many bytes or headers.
+
+    It is about the target if the request line alone, as far as it has come, is longer than a header may be
+    (RFC 9112, 3).
+    """
+    if len(line) > line_bytes_most and b" " in line:
+        return ProtocolError(BadHttp.HEAD_SIZE, "The target of the request is too long.", 414)
     return ProtocolError(BadHttp.HEAD_SIZE, "The head of the request is too large.", 431)
 
 

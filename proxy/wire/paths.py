@@ -10,7 +10,7 @@ import re
 from typing import Final
 from urllib.parse import unquote, unquote_to_bytes
 
-from proxy.errors import BadRequest
+from proxy.errors import BadRequest, TargetTooLong
 
 TARGET_BYTES_MOST: Final = (
     16 * 1024
@@ -39,12 +39,13 @@ def split_target(target: str) -> tuple[str, str]:
     The host of an absolute target (`http://host/path`) is dropped. Characters outside ASCII are percent-encoded.
 
     Raises:
-        BadRequest: the target has no path or no host, is too long, or is ambiguous: an escaped slash, backslash,
-            percent sign, question mark or hash, a backslash, a fragment, a control character, a malformed escape,
+        TargetTooLong: it is a BadRequest, too.
+        BadRequest: the target has no path or no host, or is ambiguous: an escaped slash, backslash, percent sign,
+            question mark or hash, a backslash, a fragment, a control character, a malformed escape,
             escapes that are not UTF-8, or a dot segment with a parameter or spaces.
     """
     if len(target) > TARGET_BYTES_MOST:
-        raise _bad("The target of the request is too long.")
+        raise TargetTooLong("The target of the request is too long.")
     if not target.isascii():
         target = _encoded(target)
     path, mark, query = target.partition("?")

@@ -226,6 +226,15 @@ async def test_a_head_over_its_limit_is_refused_however_it_is_cut() -> None:
         assert counts.errors == {BadHttp.HEAD_SIZE: 1}
 
 
+@pytest.mark.parametrize(("target", "status"), [(1000, b"414"), (400, b"431")])
+async def test_a_target_over_the_limit_is_told_from_headers(target: int, status: bytes) -> None:
+    """RFC 9112 demands this (section 3)."""
+    long = b"GET /" + b"a" * target + b" HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 200
+    for pieces in ([long + b"\r\n"], [long], [long[:100], long[100:]]):
+        async with served_by(client_server(echo, Counts(), head_bytes=1000, header_line_bytes=500)) as port:
+            assert (await talk(port, *pieces)).startswith(b"HTTP/1.1 " + status)
+
+
 async def test_a_body_is_asked_for_when_it_is_wanted() -> None:
     """`100 Continue` is sent when the request is accepted, before a byte of the body; and once."""
 

@@ -115,6 +115,7 @@ def test_the_error_for_a_target_says_what_is_wrong_with_it(target: str, message:
     with pytest.raises(BadRequest) as caught:
         split_target(target)
     assert caught.value.message == message
+    assert caught.value.status == (414 if "too long" in message else 400)
 
 
 def test_a_target_may_have_16_kib() -> None:
