@@ -216,7 +216,8 @@ def _read_responses(body: Body) -> Prompt:
         has_hidden_parts=fields.prompt is not NONE,
         tool_spans=len(tools),
         system_spans=len(system),
-        has_effects=_response_has_effects(fields, tools),
+        has_effects=(bool(tools) or fields.background is not NONE or fields.conversation is not None)
+        and _response_has_effects(fields, tools),
     )
 
 
@@ -273,6 +274,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
     names: tuple[tuple[str, str], ...] = ()
     if seen.objects:
         names = _names(fields)
+        has_effects = has_effects or any(kind == "containers" for kind, _ in names)  # in which tools leave files
     salt = _salt(fields) if is_templated else (*_salt(fields), *_UNTEMPLATED)
     is_plain_text = are_plain_text(body, content)
     return Prompt(
@@ -292,7 +294,7 @@ def _prompt(  # noqa: PLR0913 - one keyword per difference between the dialects
         names=names,
         has_hidden_parts=has_hidden_parts,
         is_stored=is_stored,
-        has_effects=has_effects or _object_id(fields.container) is not None,  # in which tools leave files
+        has_effects=has_effects,
         skips_cache=skips_cache or _skips_cache(fields),
         cache_key=b"" if fields.prompt_cache_key is NONE else _cache_key(fields.prompt_cache_key),
         priority=body_priority(fields.service_tier, fields.priority),
