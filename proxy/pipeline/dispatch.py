@@ -32,7 +32,7 @@ from proxy.routing.replica_queue import ANYONE
 from proxy.upstream import Body, Origin, UpstreamResponse
 from proxy.wire import headers as wire_headers
 from proxy.wire import splice
-from proxy.wire.concealing import Concealer, concealed_headers
+from proxy.wire.concealing import Concealer, concealed, concealed_headers
 from proxy.wire.decode import ResponseDecoder, content_encoding
 from proxy.wire.paths import without_credentials
 from proxy.wire.refusals import REFUSALS_AT_MOST_BYTES, Refusal, read_refusal
@@ -315,11 +315,12 @@ class Dispatcher:
             refusal: Refusal | None = None
             if response.status >= 400:
                 refusal = await self._refusal(exchange, response)
-                credential = self._pools.backends[attempt.replica].credential
-                if credential is not None and len(key := credential[1].removeprefix(b"Bearer ")) >= _KEY_BYTES_LEAST:
-                    await self._conceal(response, key)
             elif opening is Opening.PLAIN and response.status < 300 and exchange.call.endpoint.runs_model:
                 opening = await self._plain_opening(exchange, response)
+            if response.status >= 400:
+                await self._conceal(response, _key_of(self._pools.backends[attempt.replica]))
+            elif opening in _HIDDEN_ERRORS:  # all of it, or of a stream its first event, has arrived
+                response.amend(concealed(response.peek(), _key_of(self._pools.backends[attempt.replica])))
         except UpstreamError as error:
             self._failed(exchange, attempt, error)
             raise
@@ -426,6 +427,8 @@ class Dispatcher:
         A compressed error passes as it is if it is short, comes soon and does not repeat the key, or if its coding is
         unknown or not what its header says; else it passes decoded. Raises BadResponse if it is a decompression bomb.
         """
+        if not key:
+            return
         length, decoder = response.content_length, None
         if encoding := content_encoding(response.headers):
             deadline = asyncio.get_running_loop().time() + REFUSAL_SECONDS
@@ -600,6 +603,12 @@ class Dispatcher:
     def _asks_retry(self, exchange: Exchange, status: int) -> bool:
         """Return whether another replica should be tried: engines do not redirect, but a page before one may."""
         return status in self._policy.statuses or (300 <= status < 400 and exchange.call.endpoint.runs_model)
+
+
+def _key_of(endpoint: ReplicaEndpoint) -> bytes:
+    """Return the replica's own key, b"" if it has none that is a secret."""
+    key = b"" if endpoint.credential is None else endpoint.credential[1].removeprefix(b"Bearer ")
+    return key if len(key) >= _KEY_BYTES_LEAST else b""
 
 
 class UsageOptions:

@@ -261,6 +261,11 @@ class UpstreamResponse:
                 return value
         return b""
 
+    def amend(self, body: bytes) -> None:
+        """Replace what has arrived of the body, and was not taken yet, by as many other bytes."""
+        if self.chunks:
+            self.chunks[:] = [body]
+
     def replace(self, headers: tuple[tuple[bytes, bytes], ...], body: Filter, length: int | None) -> None:
         """Replace the headers, and by `body` what is taken of the body from now on, with `length` bytes if known.
 

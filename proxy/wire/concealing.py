@@ -36,8 +36,8 @@ class Concealer:
 
 
 def concealed(text: bytes, secret: bytes) -> bytes:
-    """Return `text` with asterisks in place of `secret`. Its length does not change, since it may be announced."""
-    return text.replace(secret, b"*" * len(secret))
+    """Return `text` with asterisks in place of `secret`, if there is one. Its length does not change."""
+    return text.replace(secret, b"*" * len(secret)) if secret else text
 
 
 def concealed_headers(

@@ -669,6 +669,16 @@ async def test_a_key_in_a_compressed_error_is_concealed(http, coding: str, paddi
             assert (passed, named) == (packed, coding)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_key_in_an_error_behind_a_status_of_success_is_concealed(http, stream: bool) -> None:
+    """As a whole body, and as the first event of a stream."""
+    text = ERROR % KEY
+    sick = Sick(200, b"data: %b\n\n" % text, "text/event-stream") if stream else Sick(200, text)
+    async with with_key(sick) as cairn:
+        got = await ask(http, cairn, "chat/completions", stream=stream)
+        assert got[1].encode() == sick.body.replace(KEY, b"*" * len(KEY))
+
+
 @pytest.mark.parametrize("at", [30, 36, 40])
 async def test_a_key_that_two_pieces_of_an_error_split_is_concealed(http, at: int) -> None:
     """Also if the error is too long to be held back as a whole."""
