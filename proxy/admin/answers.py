@@ -36,7 +36,9 @@ class AdminProtocol(web.RequestHandler):
 
         Raises ConnectionError if an answer has begun.
         """
-        if status >= _OURS_FROM and exc is not None:
+        if isinstance(exc, web.RequestPayloadError):
+            status = 400
+        elif status >= _OURS_FROM and exc is not None and not isinstance(exc, ConnectionError):  # the client left
             log.error("a request to the admin port failed inside Cairn", exc_info=exc)
         super().handle_error(request, status, exc, message)
         response = json_answer(status, {"error": HTTPStatus(status).phrase.lower()})

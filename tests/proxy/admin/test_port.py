@@ -480,6 +480,22 @@ async def test_a_defect_is_a_500_in_json_and_is_logged(admin: Running, caplog: p
     assert [record.name for record in caplog.records if record.name != "aiohttp.server"] == ["cairn.admin"]
 
 
+async def test_a_client_that_leaves_within_its_body_is_no_defect(
+    admin: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody is there to be answered."""
+    head = b"POST /explain HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{"
+    _, writer = await asyncio.open_connection("127.0.0.1", int(admin.url.rpartition(":")[2]))
+    writer.write(head)
+    assert (await admin.ask("/healthz"))[0] == 200
+    writer.close()
+    await writer.wait_closed()
+    for _ in range(3):  # the port has seen the end by then
+        assert (await admin.ask("/healthz"))[0] == 200
+    assert "aiohttp.server" in [record.name for record in caplog.records]
+    assert "cairn.admin" not in [record.name for record in caplog.records]
+
+
 @pytest.mark.parametrize(
     ("accepted", "is_packed"),
     [
