@@ -189,7 +189,14 @@ class AdminPort:
             return json_answer(415, {"error": "send the body uncompressed"})
         credential = _bytes(request.headers.get("X-Cairn-Client-Key", ""))
         urgency = tuple([(name, _bytes(request.headers[key])) for key, name in _URGENCY if key in request.headers])
-        status, body = await self._overview.explain(path, await request.read(), credential, urgency)
+        try:
+            async with asyncio.timeout(self._overview.config.server.body_seconds):  # aiohttp has no limit of its own
+                sent = await request.read()
+        except TimeoutError:
+            late = json_answer(408, {"error": "the body did not come in time"})
+            late.force_close()
+            return late
+        status, body = await self._overview.explain(path, sent, credential, urgency)
         return web.Response(status=status, body=body, content_type="application/json")
 
     async def _nothing(self, request: web.Request) -> web.Response:

@@ -480,6 +480,20 @@ async def test_a_defect_is_a_500_in_json_and_is_logged(admin: Running, caplog: p
     assert [record.name for record in caplog.records if record.name != "aiohttp.server"] == ["cairn.admin"]
 
 
+@pytest.mark.parametrize("rest", [b"content-length: 9\r\n\r\n{", b"transfer-encoding: chunked\r\n\r\n"])
+async def test_a_body_that_does_not_come_is_not_waited_for(admin: Running, rest: bytes) -> None:
+    """The connection, on which a body is still due, ends with the answer."""
+    admin.overview.config = Config(server=Server(body_seconds=0.05))
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(admin.url.rpartition(":")[2]))
+    writer.write(b"POST /explain HTTP/1.1\r\nhost: localhost\r\n" + rest)
+    async with asyncio.timeout(10):
+        got = await reader.readuntil(b"}")
+    writer.close()
+    assert got.startswith(b"HTTP/1.1 408 ")
+    assert b"\r\nConnection: close\r\n" in got
+    assert got.endswith(b'\r\n\r\n{"error":"the body did not come in time"}')
+
+
 async def test_a_client_that_leaves_within_its_body_is_no_defect(
     admin: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
