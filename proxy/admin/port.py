@@ -19,7 +19,7 @@ from aiohttp.typedefs import Handler
 from proxy.accounting.savings import By, SavingsReport, as_json
 from proxy.accounting.totals_reader import Unreadable
 from proxy.admin import openapi
-from proxy.admin.answers import AdminProtocol, accepts_gzip, json_answer
+from proxy.admin.answers import accepts_gzip, json_answer
 from proxy.admin.expect import AnyTarget, meet_expectation
 from proxy.admin.status import EVENTS_PATH, PAGE_PATHS, StatusBoard, StatusRoutes
 from proxy.config.checks import host_of, is_loopback
@@ -77,7 +77,6 @@ class AdminPort:
         self._scraping = asyncio.Lock()
         self._documents: dict[str, bytes] = {}
         self._runner: web.AppRunner | None = None
-        self._listener: asyncio.Server | None = None
         self._methods: dict[str, str] = {}  # by path, as the header `Allow` names them
 
     def application(self) -> web.Application:
@@ -100,22 +99,13 @@ class AdminPort:
     async def start(self, listening: socket.socket) -> None:
         """Start to serve on `listening`."""
         app = self.application()
-        self._runner = web.AppRunner(app, shutdown_timeout=_CLOSE_SECONDS)
+        # some hundred bytes can expand to gigabytes, and would as they arrive, whatever the path and the token
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_CLOSE_SECONDS, auto_decompress=False)
         await self._runner.setup()
-        server, loop = self._runner.server, asyncio.get_running_loop()
-        assert server is not None  # noqa: S101 - it was set up
-
-        def connect() -> AdminProtocol:
-            # without auto_decompress=False, some hundred bytes can expand to gigabytes as they arrive, whatever the
-            # path and the token; None turns off the access log, as for aiohttp's own sites
-            return AdminProtocol(server, loop=loop, access_log=None, auto_decompress=False)  # type: ignore[arg-type]
-
-        self._listener = await loop.create_server(connect, sock=listening)
+        await web.SockSite(self._runner, listening).start()
 
     async def close(self) -> None:
         """Stop serving."""
-        if self._listener is not None:
-            self._listener.close()
         if self._runner is not None:
             await self._runner.cleanup()
 
