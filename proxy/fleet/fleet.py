@@ -212,15 +212,23 @@ class Fleet:
         """Return the number of this process's requests that were sent to a replica and have no first token yet."""
         return self._replicas[number].work.unanswered
 
-    def is_prefilling(self, number: int) -> bool:
-        """Return True if a request of any process was sent to a replica and has no first token yet."""
+    def least_unanswered(self, number: int) -> int:
+        """Return how many requests of all processes were sent to a replica and have no first token yet, at least.
+
+        Of each other process only the oldest one is known.
+        """
         replica = self._replicas[number]
-        return replica.work.unanswered > 0 or bool(replica.peers.heads)
+        return replica.work.unanswered + len(replica.peers.heads)
 
     def sent_seconds(self, number: int, now_seconds: float) -> float:
         """Return the seconds of prefill that were sent to a replica and are not done, without queued requests."""
         replica = self._replicas[number]
         return replica.sent_tokens(now_seconds) / replica.rate_now
+
+    def own_sent_seconds(self, number: int, now_seconds: float) -> float:
+        """Return what of `sent_seconds` this process has sent, at least: as if the engine computed it first."""
+        work, rate = self._replicas[number].work, self._replicas[number].rate_now
+        return (work.sent_tokens - work.progress_tokens(rate, now_seconds)) / rate
 
     def own_in_flight(self, number: int) -> int:
         """Return the number of this process's requests at a replica."""

@@ -18,8 +18,9 @@ from proxy.routing.replica_queue import QueueLimits, ReplicaQueue
 SENT_AHEAD: Final = (1.0, 4)
 SENT_AHEAD_CONTENDED: Final = (0.1, 1)
 """Seconds of prefill, and requests without a first token, that a replica is sent before others wait here; the
-second pair holds while several tenants are active, and then for the requests of all processes together, since a few
-of each would make a long queue in the engine. An engine serves in order of arrival, so only the queue here
+second pair holds while several tenants are active. Both are for all processes together, since as much from each would
+make a long queue in the engine. A burst reaches them all before they hear of each other, so each sends no more than
+its part of the first pair, and one request. An engine serves in order of arrival, so only the queue here
 can keep an order, and a tenant that arrives while another floods the replicas waits for all requests already
 sent. With smaller values an engine could run out of work. The seconds are for a pace of 1.
 """
@@ -125,21 +126,30 @@ class ReplicaQueues:
 
     def _is_crowded(self, number: int) -> bool:
         """Return True if a replica has enough work: more would wait there, in order of arrival."""
-        unanswered = self._fleet.unanswered(number)
+        fleet = self._fleet
+        unanswered = fleet.unanswered(number)
+        if unanswered < SENT_AHEAD_CONTENDED[1] or not self._keeps_order(number):
+            return False
+        now_seconds = self._clock.monotonic()
+        if self._shares.is_contended(now_seconds):
+            return fleet.sent_seconds(number, now_seconds) > SENT_AHEAD_CONTENDED[0] * self._pace
+        processes = 1 + self._journal.others
+        if unanswered < SENT_AHEAD[1] // processes:
+            return False
+        seconds = SENT_AHEAD[0] * self._pace
+        return (
+            fleet.sent_seconds(number, now_seconds) > seconds
+            or fleet.own_sent_seconds(number, now_seconds) > seconds / processes
+        )
+
+    def is_crowded_by_others(self, number: int) -> bool:
+        """Return True if a replica has enough work of all processes."""
+        unanswered = self._fleet.least_unanswered(number)
         if unanswered < SENT_AHEAD_CONTENDED[1] or not self._keeps_order(number):
             return False
         now_seconds = self._clock.monotonic()
         seconds, requests = SENT_AHEAD_CONTENDED if self._shares.is_contended(now_seconds) else SENT_AHEAD
         return unanswered >= requests and self._fleet.sent_seconds(number, now_seconds) > seconds * self._pace
-
-    def is_crowded_by_others(self, number: int) -> bool:
-        """Return True if a replica has enough work of other processes, while several tenants are active."""
-        if not self._keeps_order(number) or not self._fleet.is_prefilling(number):
-            return False
-        now_seconds = self._clock.monotonic()
-        if not self._shares.is_contended(now_seconds):
-            return False
-        return self._fleet.sent_seconds(number, now_seconds) > SENT_AHEAD_CONTENDED[0] * self._pace
 
     def _keeps_order(self, number: int) -> bool:
         """Return True if a replica serves in order of arrival, so that more would wait there in that order."""

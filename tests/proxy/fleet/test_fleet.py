@@ -458,8 +458,8 @@ def test_the_progress_of_a_replica_counts_once_for_what_all_processes_have_sent(
     one.absorb("other", other.share(0.5), 0.5)
     assert one.sent_seconds(0, 0.5) == pytest.approx(1.5)
     assert one.sent_seconds(0, 1.0) == pytest.approx(1.0)
-    assert one.is_prefilling(0)
-    assert not fleet_of("a").is_prefilling(0)
+    assert one.own_sent_seconds(0, 0.5) == pytest.approx(0.5)
+    assert (one.least_unanswered(0), other.least_unanswered(0), fleet_of("a").least_unanswered(0)) == (2, 1, 0)
 
 
 def test_what_goes_before_all_others_may_have_every_free_place():

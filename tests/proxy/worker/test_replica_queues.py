@@ -27,10 +27,10 @@ SENT = 3 * SENT_AHEAD[1]
 class Bench:
     """The queues of replicas that compute a request in a second."""
 
-    def __init__(self, *, is_engine: bool, limit: int | None = None, replicas: int = 1) -> None:
+    def __init__(self, *, is_engine: bool, limit: int | None = None, replicas: int = 1, others: int = 0) -> None:
         self.fleet, self.clock, self.shares = Fleet(Random(1).random), FakeClock(), TenantShares()
         pools: Any = SimpleNamespace(served=range(replicas))
-        journal: Any = SimpleNamespace(others=0, state=JournalState.LIVE)
+        journal: Any = SimpleNamespace(others=others, state=JournalState.LIVE)
         for number in range(replicas):
             self.fleet.add(ReplicaSpec(f"r{number}", "pool", prefill_tokens_per_second=RATE, in_flight_limit=limit))
         self.queues = ReplicaQueues(
@@ -45,13 +45,13 @@ class Bench:
         )
         self.queues.update()
 
-    def sent(self) -> int:
-        """Count the requests that need not wait, of many that come at once."""
+    def sent(self, seconds: float = 1.0) -> int:
+        """Count the requests of so many seconds that need not wait, of many that come at once."""
         permits = 0
         for _ in range(SENT):
             if self.queues.by_replica[0].try_acquire() is not None:
                 permits += 1
-                self.fleet.charge(0, RATE, self.clock.monotonic())
+                self.fleet.charge(0, seconds * RATE, self.clock.monotonic())
         return permits
 
 
@@ -73,17 +73,42 @@ def test_more_is_sent_ahead_where_the_gate_has_more_time(pace, at_once):
     assert bench.sent() == at_once
 
 
-def test_what_others_have_sent_is_enough_while_several_tenants_are_active():
-    """Of a replica that keeps no order, or for a tenant alone, nothing of others counts."""
-    for is_engine, tenants, crowded in ((True, "ab", True), (True, "a", False), (False, "ab", False)):
+@pytest.mark.parametrize(("others", "of_a_second", "of_half_a_second"), [(0, 4, 4), (1, 2, 2), (3, 1, 1), (15, 1, 1)])
+def test_processes_together_send_as_much_ahead_as_one(others, of_a_second, of_half_a_second):
+    """A burst reaches all before they hear of each other: four of each would be what a newcomer then waits for."""
+    assert Bench(is_engine=True, others=others).sent() == of_a_second
+    assert Bench(is_engine=True, others=others).sent(0.5) == of_half_a_second
+
+
+@pytest.mark.parametrize(("seconds", "at_once"), [(0.0, 2), (0.7, 2), (1.1, 1)])
+def test_what_another_process_has_sent_ahead_counts_too(seconds, at_once):
+    """It is one engine, which computes what it was sent in order of arrival."""
+    bench = Bench(is_engine=True, others=3)
+    tokens = seconds * RATE
+    sent = ShareRow(tokens, 1, tokens, 0.0, 0.0, 9.0, sent_tokens=tokens)
+    bench.fleet.absorb("peer", {"r0": tuple(sent)}, bench.clock.monotonic())
+    assert bench.sent(0.2) == at_once
+
+
+def test_what_others_have_sent_is_enough_for_an_engine():
+    """With several tenants, any work; for a tenant alone, as many requests as one process sends ahead."""
+    for is_engine, tenants, peers, crowded in (
+        (True, "ab", 1, True),
+        (True, "a", 1, False),
+        (True, "a", SENT_AHEAD[1], True),
+        (False, "ab", SENT_AHEAD[1], False),
+    ):
         bench = Bench(is_engine=is_engine)
         for tenant in tenants:
             bench.shares.seen(tenant, 1.0, bench.clock.monotonic())
-        sent = ShareRow(RATE, 1, RATE, 0.0, 0.0, 9.0, sent_tokens=RATE)
-        bench.fleet.absorb("peer", {"r0": tuple(sent)}, bench.clock.monotonic())
+        tokens = 1.5 * RATE / peers
+        sent = ShareRow(tokens, 1, tokens, 0.0, 0.0, 9.0, sent_tokens=tokens)
+        for peer in range(peers):
+            bench.fleet.absorb(f"peer {peer}", {"r0": tuple(sent)}, bench.clock.monotonic())
         assert bench.queues.is_crowded_by_others(0) is crowded
-        bench.clock.advance(0.95)
-        assert not bench.queues.is_crowded_by_others(0)
+        if peers == 1:
+            bench.clock.advance(1.45)
+            assert not bench.queues.is_crowded_by_others(0)
 
 
 async def test_what_waits_is_told_to_the_other_processes():
