@@ -20,7 +20,7 @@ the work.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from math import inf
 from typing import Final, Generic, NamedTuple, TypeVar
@@ -86,6 +86,10 @@ class Priority(enum.IntEnum):
     HIGH = 0
     NORMAL = 1
     LOW = 2
+
+
+ALONE: Final = (0,) * len(Priority)
+"""In how many other processes each priority waits, if there are none."""
 
 
 class _Counters:
@@ -511,24 +515,33 @@ class FairQueue(Generic[T]):
                 if not heap:
                     del heaps[priority]
 
-    def serve(self, claimant: Claimant[T]) -> None:
-        """Remove a request that is sent now, and count its work for its tenant and priority."""
+    def serve(self, claimant: Claimant[T], elsewhere: Sequence[int] = ALONE) -> None:
+        """Remove a request that is sent now, and count its work for its tenant and priority.
+
+        `elsewhere` is in how many other processes each priority waits for the same thing.
+        """
         self.leave(claimant)
         self._shares.serve(claimant.tenant, claimant.tokens, claimant.weight, contended=self._waiting > 0)
         owed = self._owed
         owed[claimant.priority] = max(owed[claimant.priority] - claimant.tokens, 0.0)
+        self._owe(claimant.priority, claimant.tokens, elsewhere)
         for priority in Priority:
-            if priority > claimant.priority:
-                waits = self._classes[priority].lines
-                owed[priority] = min(owed[priority] + FLOOR * claimant.tokens, MAX_OWED_TOKENS) if waits else 0.0
+            if priority > claimant.priority and not self._classes[priority].lines:
+                owed[priority] = 0.0
 
-    def owe(self, tokens: list[float]) -> None:
-        """Add tokens that lower priorities are owed for the work of each priority elsewhere."""
-        for above, owed in enumerate(tokens):
-            if owed:
-                for priority in Priority:
-                    if priority > above and self._classes[priority].lines:
-                        self._owed[priority] = min(self._owed[priority] + owed, MAX_OWED_TOKENS)
+    def sent_elsewhere(self, tokens: Sequence[float], elsewhere: Sequence[int]) -> None:
+        """Note the work of other processes, by priority, of which lower ones that wait here are owed a part."""
+        for above, sent in enumerate(tokens):
+            if sent:
+                self._owe(above, sent, elsewhere)
+
+    def _owe(self, above: int, tokens: float, elsewhere: Sequence[int]) -> None:
+        """Owe each lower priority its floor of `tokens`, divided by the processes in which it waits."""
+        owed = self._owed
+        for priority in Priority:
+            if priority > above and self._classes[priority].lines:
+                own_part = FLOOR * tokens / (1 + elsewhere[priority])
+                owed[priority] = min(owed[priority] + own_part, MAX_OWED_TOKENS)
 
     def is_owed(self, claimant: Claimant[T]) -> bool:
         """Return True if the priority of a request has saved up its work by its floor."""
@@ -541,6 +554,10 @@ class FairQueue(Generic[T]):
             for priority, found in self._classes.items()
             for tenant, line in found.lines.items()
         }
+
+    def priorities(self) -> int:
+        """Return the priorities that wait, as bits `1 << priority`."""
+        return sum([1 << priority for priority, found in self._classes.items() if found.lines])
 
     def highest(self, skipped: Container[str] = ()) -> Priority | None:
         """Return the highest priority with which a tenant waits that is not in `skipped`, None if there is none."""

@@ -5,16 +5,17 @@ request comes later lets that one go first: a lower priority, or another tenant 
 tenant and priority do not wait for each other across processes, since that would only cost time.
 
 A lower priority must not starve while a higher one waits elsewhere. Each process therefore tells how many tokens of
-each priority it has sent from the queue, of which the others owe a part to the lower priorities that wait there.
+each priority it has sent from the queue, and which priorities wait there. What all have sent is owed in part to each
+lower priority, which the processes in which it waits divide among them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from typing import Final, NamedTuple
 
-from proxy.routing.fair_shares import FLOOR, Priority
+from proxy.routing.fair_shares import Priority
 
 SILENCE_SECONDS: Final = 1.0
 """A process that has told nothing for this long is gone, or tells nobody what it sends either."""
@@ -30,18 +31,19 @@ _QUEUE: Final = "\0queue:"
 """Prefix of the rows in the message about in-flight work, which no replica's name can have."""
 
 _END: Final = "\0"
-_ROW_LENGTH: Final = 2 + len(Priority)
+_ROW_LENGTH: Final = 3 + len(Priority)
 
 
 class Head(NamedTuple):
     """The request that goes next in a queue: its priority or `OWED`, and its tenant's round. `sent_tokens` are those
-    that were sent from the queue so far, by priority.
+    that were sent from the queue so far, by priority; `waiting` has the bit `1 << priority` of each that waits there.
     """
 
     tenant: str
     priority: int
     round_number: int
     sent_tokens: tuple[float, ...]
+    waiting: int
 
     def goes_before(self, other: Head) -> bool:
         """Return True if it must go before `other`, False if that one goes first or if it makes no difference."""
@@ -72,7 +74,7 @@ class QueueHeads:
         for name, row in rows.items():
             if name.startswith(_QUEUE) and len(row) == _ROW_LENGTH and all(abs(each) < inf for each in row):
                 replica, _, tenant = name[len(_QUEUE) :].partition(_END)
-                head = Head(tenant, int(row[0]), int(row[1]), tuple(row[2:]))
+                head = Head(tenant, int(row[0]), int(row[1]), tuple(row[3:]), int(row[2]))
                 self._by_replica.setdefault(replica, {})[peer] = head
                 self._heard_seconds[peer] = now_seconds
 
@@ -104,8 +106,13 @@ class QueueHeads:
 
 def row_of(replica: str, head: Head) -> tuple[str, tuple[float, ...]]:
     """Return the name and the values by which the others are told of a head."""
-    place = float(head.priority), float(head.round_number)
+    place = float(head.priority), float(head.round_number), float(head.waiting)
     return f"{_QUEUE}{replica}{_END}{head.tenant}", (*place, *head.sent_tokens)
+
+
+def waiting_in(heads: Mapping[str, Head]) -> Sequence[int]:
+    """Return in how many processes each priority waits, by their heads."""
+    return [sum([head.waiting >> priority & 1 for head in heads.values()]) for priority in Priority]
 
 
 class Elsewhere:
@@ -118,17 +125,16 @@ class Elsewhere:
         self._held_since_seconds = 0.0
         self._known: dict[str, tuple[float, ...]] = {}  # tokens sent, by process
 
-    def owed_tokens(self, heads: Mapping[str, Head]) -> list[float]:
-        """Return the tokens that others have newly sent, by priority, as far as each lower one is owed a part."""
-        owed = [0.0] * len(Priority)
+    def newly_sent(self, heads: Mapping[str, Head]) -> list[float]:
+        """Return the tokens that others have sent from their queues since the last call, by priority."""
+        sent = [0.0] * len(Priority)
         for peer, head in heads.items():
             known = self._known.get(peer)
             if known is not None:
                 for priority, tokens in enumerate(head.sent_tokens):
-                    waiting = 1 + sum([other.priority > priority for other in heads.values()])
-                    owed[priority] += FLOOR * max(tokens - known[priority], 0.0) / waiting
+                    sent[priority] += max(tokens - known[priority], 0.0)
         self._known = {peer: head.sent_tokens for peer, head in heads.items()}
-        return owed
+        return sent
 
     def must_hold(self, own: Head, heads: Mapping[str, Head], now_seconds: float) -> bool:
         """Return True if another process's request goes first, and has not been waited for in vain."""

@@ -14,8 +14,8 @@ from typing import Final
 
 from proxy.clock import Clock
 from proxy.errors import CairnError, DeadlineUnreachable, Overloaded, RateLimited
-from proxy.routing.fair_shares import Claimant, FairQueue, Priority, Share, TenantShares
-from proxy.routing.queue_heads import OWED, Elsewhere, Head
+from proxy.routing.fair_shares import ALONE, Claimant, FairQueue, Priority, Share, TenantShares
+from proxy.routing.queue_heads import OWED, Elsewhere, Head, waiting_in
 from proxy.routing.shortest_job import AGEING, ShortestJobQueue
 from proxy.routing.waiting_rate import WaitingRate
 
@@ -291,7 +291,8 @@ class ReplicaQueue:
     def _head_of(self, claimant: Claimant[asyncio.Future[None]]) -> Head:
         priority = claimant.priority
         placed = OWED if priority > Priority.HIGH and self._waiting.is_owed(claimant) else int(priority)
-        return Head(claimant.tenant, placed, self._shares.round_of(claimant.tenant), tuple(self._sent_tokens))
+        round_number = self._shares.round_of(claimant.tenant)
+        return Head(claimant.tenant, placed, round_number, tuple(self._sent_tokens), self._waiting.priorities())
 
     def _heads_elsewhere(self) -> Mapping[str, Head]:
         """Return the first requests that wait for this replica in other processes."""
@@ -352,7 +353,8 @@ class ReplicaQueue:
 
     def _wake(self) -> None:
         heads = self._heads_elsewhere()
-        self._waiting.owe(self._elsewhere.owed_tokens(heads))
+        elsewhere = waiting_in(heads) if heads else ALONE
+        self._waiting.sent_elsewhere(self._elsewhere.newly_sent(heads), elsewhere)
         while len(self._waiting):
             if not self._has_room(heads):
                 self._elsewhere.no_room()
@@ -361,7 +363,7 @@ class ReplicaQueue:
             claimant = self._waiting.head(now_seconds)
             if claimant is None or (heads and not self._may_go(claimant, heads)):
                 return
-            self._waiting.serve(claimant)
+            self._waiting.serve(claimant, elsewhere)
             self._went_seconds = now_seconds
             self._sent_tokens[claimant.priority] += claimant.tokens
             if not claimant.item.done():

@@ -19,7 +19,7 @@ NOTHING_SENT = (0.0, 0.0, 0.0)
 
 
 def head(tenant: str, priority: int = Priority.NORMAL, round_number: int = 0, sent: Any = NOTHING_SENT) -> Head:
-    return Head(tenant, priority, round_number, sent)
+    return Head(tenant, priority, round_number, sent, 1 << max(priority, 0))
 
 
 async def settle() -> None:
@@ -98,6 +98,22 @@ async def test_a_lower_priority_gets_its_floor_of_what_another_process_sends():
         await processes.room()
     assert processes.sent.count("low") == 1
     assert 19 <= processes.sent.index("low") <= 23
+    processes.end()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+async def test_a_lower_priority_that_waits_in_several_processes_gets_its_floor_once(count):
+    """Behind a higher one in each: every process owed it a twentieth of what all had sent."""
+    processes = Processes(count)
+    for number in range(count):
+        for _ in range(400 // count):
+            processes.ask(number, "low", Priority.LOW)
+            processes.ask(number, "high", Priority.HIGH)
+    await settle()
+    for _ in range(400):
+        await processes.room()
+    assert len(processes.sent) == 400
+    assert 14 <= processes.sent.count("low") <= 20
     processes.end()
 
 
@@ -193,7 +209,7 @@ def test_only_a_higher_priority_or_another_tenant_in_an_earlier_round_goes_first
 def test_heads_are_told_and_end_with_their_process():
     """By a goodbye, by silence, or by a message without them; damaged rows are no heads."""
     heads, told = QueueHeads(), head("tenant", Priority.LOW, 7, (1.0, 2.0, 3.0))
-    rows = dict([row_of("replica", told), ("\0queue:replica\0x", (inf,) * 5), ("\0queue:replica\0y", (1.0,))])
+    rows = dict([row_of("replica", told), ("\0queue:replica\0x", (inf,) * 6), ("\0queue:replica\0y", (1.0,))])
     for end in (lambda: heads.forget("peer"), lambda: heads.absorb("peer", {}, 0.0)):
         heads.absorb("peer", rows, 0.0)
         assert heads.at("replica", 0.5) == {"peer": told}

@@ -123,7 +123,7 @@ async def test_what_waits_is_told_to_the_other_processes():
     await asyncio.sleep(0)
     heads = QueueHeads()
     heads.absorb("peer", bench.queues.rows(), 0.0)
-    assert heads.at("r1", 0.0) == {"peer": Head("tenant", Priority.LOW, 0, (0.0, 0.0, 0.0))}
+    assert heads.at("r1", 0.0) == {"peer": Head("tenant", Priority.LOW, 0, (0.0, 0.0, 0.0), 1 << Priority.LOW)}
     permit.done()
     (await waiting).done()
     assert bench.queues.rows() == {}
