@@ -124,11 +124,15 @@ class ColdTurns:
         return verdict
 
     def _judge_place(self, exchange: Exchange, plan: Plan, verdict: Verdict | None) -> Verdict | None:
-        """Return whether the request waits for a place at its replica; else the verdict given."""
+        """Return whether the request waits for a place at its replica; else the verdict given.
+
+        Raises RateLimited if too many wait for it already.
+        """
         chosen = plan.chosen.replica
         queue = self._queues.get(chosen.id)
         if queue is None or queue.has_place:
             return verdict
+        queue.check_length()
         share = exchange.waiting_share_of(plan.chosen)
         sent_seconds = self._gate.warm.sent_seconds(chosen.id, self._clock.monotonic())
         return Verdict(

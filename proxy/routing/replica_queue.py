@@ -160,10 +160,7 @@ class ReplicaQueue:
         permit = self.try_acquire(share)
         if permit is not None:
             return permit
-        if len(self._waiting) >= self._limits.max_waiting:
-            raise RateLimited(
-                "Too many requests wait for a replica.", retry_after_seconds=self._retry_after_seconds()
-            )
+        self.check_length()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         now_seconds = self._clock.monotonic()
@@ -235,6 +232,13 @@ class ReplicaQueue:
             elif each.tokens <= share.tokens:
                 own += each.tokens
         return before + own + self._shares.most_before(share.tenant, own, others)
+
+    def check_length(self) -> None:
+        """Raise RateLimited if no further request may wait."""
+        if len(self._waiting) >= self._limits.max_waiting:
+            raise RateLimited(
+                "Too many requests wait for a replica.", retry_after_seconds=self._retry_after_seconds()
+            )
 
     def wait_seconds(self, work_seconds: float, share: Share, sent_seconds: float) -> float:
         """Estimate how long a request would wait for a place, by the rate at which waiting ones got one lately.

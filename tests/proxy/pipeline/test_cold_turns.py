@@ -714,7 +714,9 @@ async def test_an_explanation_tells_whether_a_prompt_would_wait_and_changes_noth
 
 
 async def test_an_explanation_tells_of_the_wait_for_a_place_at_the_replica() -> None:
-    """Also of one at a provider, which nothing else keeps waiting, and of a prompt with nothing to share."""
+    """Also of one at a provider, which nothing else keeps waiting, and of a prompt with nothing to share; and that it
+    would be refused while too many wait.
+    """
     gated = Gated(1, pressed=False)
     permit = await gated.queues[0].acquire(1.0)
     waiting = gated.tasks.start(gated.queues[0].acquire(0.5, Share("tenant", tokens=500.0)), "waits")
@@ -728,6 +730,9 @@ async def test_an_explanation_tells_of_the_wait_for_a_place_at_the_replica() -> 
         assert verdict.reason == "its replica has as many requests, or as much work, as it is sent at a time"
     assert [round(each.seconds, 3) for each in verdicts if each is not None] == [0.5, 0.5, 0.0]
     assert len(gated.queues[0]) == 1
+    gated.queues[0].set_limits(QueueLimits(max_waiting=1))
+    with pytest.raises(RateLimited, match="Too many requests wait for a replica"):
+        gated.cold_turns.judge(plain)
     gated.clock.advance(4.0)
     permit.done()
     (await waiting).done()
