@@ -75,6 +75,10 @@ class Authenticator:
         self._secret = secret if len(secret) <= _HASH_KEY_BYTES_MOST else hashlib.blake2b(secret).digest()
         self._seen: dict[bytes, Tenant] = {}
 
+    def weights(self) -> dict[str, float]:
+        """Return the weights of the configuration's clients, by their tenant's id."""
+        return {self._tenant_of(client).id: client.weight for client in self._clients}
+
     def admit(self, method: str, headers: Sequence[tuple[bytes, bytes]], target: str = "") -> Tenant:
         """Return the tenant of a request, from its keys.
 
@@ -128,10 +132,13 @@ class Authenticator:
                 found = client
         if found is None:
             raise Unauthorized("Incorrect API key provided." if credential else _NO_KEY)
+        return self._tenant_of(found)
+
+    def _tenant_of(self, client: KnownClient) -> Tenant:
         tenant = self._tenant(
-            found.tenant.encode(), found.models, found.tenant, found.name or found.tenant, is_listed=True
+            client.tenant.encode(), client.models, client.tenant, client.name or client.tenant, is_listed=True
         )
-        return dataclasses.replace(tenant, weight=found.weight, highest_priority=found.highest_priority)
+        return dataclasses.replace(tenant, weight=client.weight, highest_priority=client.highest_priority)
 
     def _keyed(self, credential: bytes) -> Tenant:
         if not credential:

@@ -132,6 +132,7 @@ class TenantShares:
         self._newcomers: dict[str, float] = {}  # the others that are active, with the time of their last request
         self._active_weight = 0.0
         self._answered_weight = 0.0  # of active tenants that are no newcomers
+        self._configured_weights: Mapping[str, float] = {}  # in force, also for what waits
         self._checked_seconds = -inf
         self.falls = 0  # how often the round of a tenant may have fallen; otherwise rounds only rise
 
@@ -156,6 +157,14 @@ class TenantShares:
     def name_of(self, tenant: str) -> str:
         """Return the name under which a tenant shares: its own once it was answered, or while nobody was."""
         return tenant if tenant in self._answered or not self._answered else _group_of(tenant)
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Use the weights of a new configuration, by tenant, also for requests that wait already."""
+        self._configured_weights = weights
+        for name, (last_seconds, _) in self._seen.items():
+            if name in weights:
+                self._seen[name] = last_seconds, weights[name]
+        self._checked_seconds = -inf
 
     def weight_of(self, name: str) -> float:
         """Return the weight that this name was last seen with; 1 if it is not active."""
@@ -276,7 +285,7 @@ class TenantShares:
         if not contended:
             counters.lift(self._reached)
         self._reached = max(self._reached, counters.total)
-        counters.own += tokens / weight
+        counters.own += tokens / self._configured_weights.get(tenant, weight)
         self._unsent[tenant] = SENDS
 
     def rows(self) -> dict[str, tuple[float, ...]]:

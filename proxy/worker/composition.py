@@ -413,10 +413,12 @@ def _requests(config: Config, secret: bytes, built: Built, traces: Traces | None
     pipeline = make_pipeline(reader, planner, relay, models_endpoint, settlement, stored, cold_turns)
     routes = Routes(config.server.engine_paths, config.server.allowed_paths, config.admin.port)
     in_flight_limit = InFlightLimit(config.server.max_in_flight_requests)
+    authenticator = from_config.authenticator(config, secret)
+    sharing.shares.set_weights(authenticator.weights())
     http_server = HttpServer(
         port_settings(config),
         routes=routes,
-        authenticator=from_config.authenticator(config, secret),
+        authenticator=authenticator,
         room=in_flight_limit,
         pipeline=pipeline,
         recorder=basics.recorder,
@@ -518,6 +520,7 @@ def _live_config(config: Config, secret: bytes, built: Built, requests: Requests
         templates=built.replicas.templates,
         queues=requests.queues,
         cold_gate=built.sharing.cold_gate,
+        shares=built.sharing.shares,
         model_names=built.replicas.model_names,
         prices=built.accounting.prices,
         contexts=built.contexts.store,

@@ -13,6 +13,7 @@ from proxy.fleet.discovery import Discovery
 from proxy.fleet.templates import Templates
 from proxy.metrics.model_labels import ModelNames
 from proxy.routing.cold_gate import ColdGate
+from proxy.routing.fair_shares import TenantShares
 from proxy.worker import from_config
 from proxy.worker.http_server import HttpServer
 from proxy.worker.replica_queues import ReplicaQueues
@@ -27,6 +28,7 @@ class LiveParts:
     templates: Templates
     queues: ReplicaQueues
     cold_gate: ColdGate
+    shares: TenantShares
     model_names: ModelNames
     prices: PriceBook
     contexts: ContextStore
@@ -73,4 +75,6 @@ class LiveConfig:
         self._set_authenticator()
 
     def _set_authenticator(self) -> None:
-        self._parts.http_server.authenticator = from_config.authenticator(self.config, self._secret)
+        authenticator = from_config.authenticator(self.config, self._secret)
+        self._parts.http_server.authenticator = authenticator
+        self._parts.shares.set_weights(authenticator.weights())

@@ -231,6 +231,26 @@ def test_a_row_that_is_repeated_adds_nothing_though_its_process_has_learned_of_m
     assert here.round_of("a") == 1
 
 
+def test_a_new_configuration_changes_the_weights_of_what_waits_already():
+    """And what is known of the tenants' parts; whoever is not in it keeps the weight that it had."""
+    shares = TenantShares()
+    waiting: FairQueue[str] = FairQueue(shares, lambda: ShortestJobQueue(120.0))
+    for tenant in "abc":
+        shares.seen(tenant, 1.0, 0.0)
+        for _ in range(40):
+            waiting.join(claimant(tenant, tenant, QUANTUM_TOKENS), 0.0, 0.0)
+    shares.set_weights({"a": 1.0, "b": 4.0})
+    got: list[str] = []
+    for _ in range(36):
+        head = waiting.head(0.0)
+        assert head is not None
+        waiting.serve(head)
+        got.append(head.item)
+    assert [got.count(each) for each in "abc"] == [6, 24, 6]
+    assert shares.share_of("b", 0.05) == pytest.approx(4 / 6)
+    assert shares.weight_of("c") == 1.0
+
+
 def test_what_another_process_did_for_a_tenant_leaves_the_weight_that_is_known_here():
     """It is unknown only where no request of the tenant came."""
     here = TenantShares()

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, Final, cast
 
+import msgspec
 import pytest
 
 from proxy.config.reload import taken_over
@@ -19,6 +20,7 @@ _LEFT_OUT: Final = {
     # different in every worker
     *("clock", "_clock", "_access", "writer_id", "_writer_id", "_writer", "_head", "head", "_number"),
     *("_secret", "_origin", "_next_id", "_builtin"),
+    "_configured_weights",  # by tenants' ids, which depend on the secret; a test of its own is below
     "_settings",  # the section `server` of the client port, which reads only what needs a restart
     "_listed",  # names of models that were configured once stay allowed as labels
     *("_rates", "_pools"),  # empty ones of pools that are gone
@@ -54,6 +56,18 @@ def served(parts: Parts) -> dict[str, object]:
     """The replicas that a worker serves, by name, without their numbers."""
     fleet, pools, queues = parts.built.replicas.fleet, parts.built.replicas.pools, parts.requests.queues.by_replica
     return {name: (pools.backends[number], queues[number]._limit) for name, number in fleet.members().items()}  # noqa: SLF001
+
+
+async def test_a_new_weight_of_a_client_counts_for_its_requests_that_wait(tmp_path: Path) -> None:
+    """They are kept with the weight that they came with."""
+    old = settings.base(tmp_path)
+    parts = await worker(old)
+    client = msgspec.structs.replace(old.clients[0], weight=old.clients[0].weight * 4)
+    shares, before = parts.built.sharing.shares, old.clients[0].weight
+    tenant = next(iter(parts.requests.http_server.authenticator.weights()))
+    shares.seen(tenant, before, 0.0)
+    await reload(parts, msgspec.structs.replace(old, clients=(client, *old.clients[1:])))
+    assert shares.weight_of(tenant) == 4 * before
 
 
 @pytest.mark.parametrize("path", settings.paths())
