@@ -220,7 +220,12 @@ class TenantShares:
         seen = self._seen
         if now_seconds - self._checked_seconds >= CHECK_SECONDS:
             self._checked_seconds = now_seconds
-            for name in self._went & seen.keys():
+            went = self._went & seen.keys()
+            if not went.isdisjoint(NEWCOMER_GROUPS):
+                groups = {_group_of(newcomer) for newcomer in self._newcomers}
+                for name in went.intersection(NEWCOMER_GROUPS) - groups:
+                    del seen[name]  # all of it were answered while they waited, and would share with themselves
+            for name in went & seen.keys():
                 seen[name] = now_seconds, seen[name][1]
             self._went.clear()
             oldest = now_seconds - ACTIVE_SECONDS

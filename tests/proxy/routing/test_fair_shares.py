@@ -765,6 +765,21 @@ def test_a_newcomer_that_is_answered_does_not_share_with_itself():
     assert shares.share_of("other", 1.5) == 0.5
 
 
+@pytest.mark.parametrize(("newcomers", "is_alone"), [(1, True), (40, False)])
+def test_a_newcomer_that_was_answered_while_its_requests_waited_is_alone_once_these_have_gone(newcomers, is_alone):
+    """Its group does not stay active for ten seconds, unless other newcomers are in it."""
+    shares = TenantShares()
+    shares.answered("gone")
+    for number in range(newcomers):
+        shares.newcomer_seen(f"new {number}", 0.0)
+    group = shares.name_of("new 0")
+    shares.waits(group, 1)
+    shares.answered("new 0")
+    assert shares.share_of("new 0", 1.0) < 1.0
+    shares.waits(group, -1)
+    assert (shares.share_of("new 0", 2.0) == 1.0) is is_alone
+
+
 def test_the_other_processes_know_who_was_answered():
     """A tenant that always came to one worker is no newcomer at another one."""
     here, there = TenantShares(), TenantShares()
