@@ -138,7 +138,13 @@ class TenantShares:
 
     def seen(self, tenant: str, weight: float, now_seconds: float) -> None:
         """Note a request of the tenant, whether or not it will wait."""
+        before = self._seen.get(tenant)
         self._seen[tenant] = now_seconds, weight
+        added = weight if before is None else weight - before[1]
+        if added:  # at once, or a flood that begins soon after a check would pass for the only tenant
+            self._active_weight += added
+            if tenant not in NEWCOMER_GROUPS:
+                self._answered_weight += added
         if len(self._seen) > MAX_TENANTS:
             self._check(now_seconds)  # else those that are no longer active would stay until requests wait
 

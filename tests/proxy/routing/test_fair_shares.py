@@ -15,6 +15,7 @@ from cache.replication import codec
 from proxy.routing import fair_shares
 from proxy.routing.fair_shares import (
     ACTIVE_SECONDS,
+    CHECK_SECONDS,
     FLOOR,
     MAX_OWED_TOKENS,
     MAX_PEERS,
@@ -763,6 +764,19 @@ def test_a_newcomer_that_is_answered_does_not_share_with_itself():
     assert shares.share_of("new", 1.0) == 1.0
     shares.seen("other", 1.0, 1.5)
     assert shares.share_of("other", 1.5) == 0.5
+
+
+def test_a_tenant_has_its_share_from_its_first_request_on():
+    """Also within the time for which the set of active tenants is kept: a flood would be sent whole in it."""
+    shares = TenantShares()
+    shares.seen("old", 1.0, 0.0)
+    shares.answered("old")
+    assert shares.share_of("old", 0.0) == 1.0
+    shares.newcomer_seen("new", CHECK_SECONDS / 4)
+    assert shares.share_of(shares.name_of("new"), CHECK_SECONDS / 4) == 0.5
+    assert shares.share_of("old", CHECK_SECONDS / 4) == 0.5
+    shares.seen("third", 2.0, CHECK_SECONDS / 2)
+    assert shares.share_of("third", CHECK_SECONDS / 2) == 0.5
 
 
 @pytest.mark.parametrize(("newcomers", "is_alone"), [(1, True), (40, False)])
