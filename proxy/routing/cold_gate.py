@@ -49,6 +49,10 @@ CLAIM_PATIENCE_SECONDS: Final = 30.0
 """A claim expires after `CLAIM_PATIENCE` times the predicted prefill plus this time."""
 
 
+ANY_NUMBER: Final = 1_000_000
+"""Replicas that a tenant alone may have: more than there are."""
+
+
 UNKNOWN_SECONDS: Final = 10.0
 """Time for which turns wait on while the capacity of a replica is not known."""
 
@@ -562,9 +566,13 @@ class ColdGate:
         return [view for view in self._fleet.snapshot(pool.name, self._clock.monotonic()) if view.available]
 
     def _part(self, tenant: str, replicas: int, now: float) -> int:
-        """Return how many replicas may compute cold turns of one tenant at once: all of them if it is alone."""
+        """Return how many replicas may compute cold turns of one tenant at once: any number if it is alone.
+
+        Its turns then count as this worker's oldest also while it has all replicas. Otherwise those of a lower
+        priority would pass them that wait in the worker which hears first of a free replica.
+        """
         share = self._shares.share_of(tenant, now)
-        return replicas if share >= 1.0 else max(min(int(share * replicas), replicas - 1), 1)
+        return ANY_NUMBER if share >= 1.0 else max(min(int(share * replicas), replicas - 1), 1)
 
     def _serve(self, pool: _Pool, waiting: Waiting[_Waiter], replica: ReplicaView, *, shared: bool) -> None:
         now = self._clock.monotonic()

@@ -12,7 +12,7 @@ from cache import PART_TAKEN, CacheError
 from proxy.errors import DeadlineUnreachable, RateLimited, TurnedAway
 from proxy.records import ReplicaView
 from proxy.routing.cold_admission import REST_SECONDS, SPARING_ROUNDS, TurnKind
-from proxy.routing.cold_gate import UNKNOWN_SECONDS, ColdGate, Pass
+from proxy.routing.cold_gate import ANY_NUMBER, UNKNOWN_SECONDS, ColdGate, Pass
 from proxy.routing.cold_pressure import CROWDED_SECONDS, RESTING_SECONDS, ColdPressure
 from proxy.routing.cold_turn import GateLimits, Turn
 from proxy.routing.cold_wait import SENDS, pool_of
@@ -521,7 +521,7 @@ async def test_with_other_workers_a_replica_is_claimed_first_and_released_after(
 async def test_with_other_workers_one_tenant_of_two_claims_half_of_the_replicas_at_most():
     """The claim says how many, since the passes that other workers gave are known only there."""
     bench = Bench(4, alone=False)
-    for seen, most in (("alone", 4), ("other", 2)):
+    for seen, most in (("alone", ANY_NUMBER), ("other", 2)):
         bench.shares.seen(seen, 1.0, bench.clock.monotonic())
         bench.clock.advance(2.0)
         waiting = bench.begin(tenant="alone")
@@ -529,6 +529,23 @@ async def test_with_other_workers_one_tenant_of_two_claims_half_of_the_replicas_
         assert (bench.claims.asked[-1]["tenant"], bench.claims.asked[-1]["most"]) == ("alone", most)
         waiting.cancel()
         await settle()
+
+
+async def test_a_tenant_alone_names_its_next_turn_while_it_has_all_replicas():
+    """Its lower priorities in other workers would pass it otherwise, as these hear first that a replica is free."""
+    bench = Bench(1, alone=False)
+    bench.claims.answer = "replica-0"
+    first = bench.begin()
+    await settle()
+    assert first.done()
+    bench.claims.answer, withdrawn = None, bench.claims.withdrawn
+    second = bench.begin(prompt_end=2)
+    await settle()
+    assert len(bench.claims.asked) == 2
+    assert bench.claims.asked[-1]["replicas"] == []
+    assert bench.claims.withdrawn == withdrawn
+    second.cancel()
+    await settle()
 
 
 async def test_a_tenant_that_has_its_part_in_other_workers_keeps_no_other_waiting():
