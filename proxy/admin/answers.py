@@ -8,7 +8,9 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
-_HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+"""What each answer of the port has that says nothing else."""
+
 _GZIP_NAMES: Final = ("gzip", "x-gzip")
 
 
@@ -16,7 +18,7 @@ def json_answer(status: int, content: object, headers: Mapping[str, str] | None 
     """Return a whole answer with `content` as JSON, which nobody may store."""
     body = msgspec.json.encode(content)
     return web.Response(
-        status=status, body=body, content_type="application/json", headers={**_HEADERS, **(headers or {})}
+        status=status, body=body, content_type="application/json", headers={**HEADERS, **(headers or {})}
     )
 
 

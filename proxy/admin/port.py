@@ -19,7 +19,7 @@ from aiohttp.typedefs import Handler
 from proxy.accounting.savings import By, SavingsReport, as_json
 from proxy.accounting.totals_reader import Unreadable
 from proxy.admin import openapi
-from proxy.admin.answers import accepts_gzip, json_answer
+from proxy.admin.answers import HEADERS, accepts_gzip, json_answer
 from proxy.admin.expect import AnyTarget, meet_expectation
 from proxy.admin.status import EVENTS_PATH, PAGE_PATHS, StatusBoard, StatusRoutes
 from proxy.config.checks import host_of, is_loopback
@@ -119,8 +119,8 @@ class AdminPort:
         except web.HTTPException as error:
             response = json_answer(error.status, {"error": error.reason.lower()})
         if not response.prepared:  # a stream has already sent its headers
-            response.headers["X-Content-Type-Options"] = "nosniff"
-            response.headers.setdefault("Cache-Control", "no-store")
+            for name, value in HEADERS.items():
+                response.headers.setdefault(name, value)
         return response
 
     def _is_open(self, path: str) -> bool:

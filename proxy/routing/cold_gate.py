@@ -48,10 +48,8 @@ CLAIM_PATIENCE: Final = 3.0
 CLAIM_PATIENCE_SECONDS: Final = 30.0
 """A claim expires after `CLAIM_PATIENCE` times the predicted prefill plus this time."""
 
-
 ANY_NUMBER: Final = 1_000_000
 """Replicas that a tenant alone may have: more than there are."""
-
 
 UNKNOWN_SECONDS: Final = 10.0
 """Time for which turns wait on while the capacity of a replica is not known."""

@@ -39,7 +39,7 @@ def pools(*served: ServedPool, default: str | None = "shared") -> Pools:
 
 
 def lists(pool: str, model: str) -> bool:
-    """Whether a replica lists a model."""
+    """Return whether a replica lists a model."""
     return (pool, model) == ("any", "org/name")
 
 

@@ -490,7 +490,7 @@ async def test_unfinished_json_until_the_connection_closes_is_broken_off(
 async def test_json_that_was_cut_behind_a_bracket_inside_it_is_broken_off(
     end: bytes, is_cut: bool, padding: int
 ) -> None:
-    """Where the body is read for its usage in any case; a short one has not begun by then."""
+    """The body is read for its usage in any case there; a short one has not begun by then."""
     bench = Bench(replicas=1)
     made = Upstream(bench.clock, 200, JSON)
     made.response.framing = Framing.CLOSE

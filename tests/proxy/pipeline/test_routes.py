@@ -173,7 +173,7 @@ def test_engine_paths_are_served_only_if_they_are_configured_and_are_routed_by_t
     ],
 )
 def test_an_engine_s_own_path_may_have_effects_unless_it_is_known_to_compute(path: str, computes: bool) -> None:
-    """What may have effects is not sent twice."""
+    """All other paths may have effects, and what is sent there is not sent twice."""
     assert Routes(("/*",)).route("POST", path).may_have_effects is not computes
 
 

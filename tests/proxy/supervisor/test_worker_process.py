@@ -100,17 +100,23 @@ async def test_nobody_explains_where_there_is_no_worker() -> None:
         await slot.explain(Explain(1, "/v1/x", b""), 10.0)
 
 
-async def test_a_worker_that_hears_nothing_is_killed_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A drain ends even if the worker is frozen."""
-    monkeypatch.setattr(slot_module, "KILL_MARGIN_SECONDS", 0.05)
+async def drained_in_silence(seconds: float) -> WorkerProcess:
+    """Start a worker that says and hears nothing, drain it once its process is there, and wait for its end."""
     program = Program([sys.executable, "-c", SILENT], dict(os.environ))  # noqa: TID251
     slot = WorkerProcess(0, program, [], Config(), Heard(), SystemClock())
     running = asyncio.ensure_future(slot.run())  # noqa: TID251
     async with asyncio.timeout(LIMIT_SECONDS):
         while slot.pid is None:  # noqa: ASYNC110 - turns of the loop, until the process is there
             await asyncio.sleep(0)
-        slot.drain(0.0)
+        slot.drain(seconds)
         await running
+    return slot
+
+
+async def test_a_worker_that_hears_nothing_is_killed_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drain ends even if the worker is frozen."""
+    monkeypatch.setattr(slot_module, "KILL_MARGIN_SECONDS", 0.05)
+    slot = await drained_in_silence(0.0)
     assert slot.pid is None
 
 
@@ -118,14 +124,7 @@ async def test_a_worker_that_is_frozen_before_it_is_ready_delays_no_drain(monkey
     """It has no requests that could finish within the time of the drain."""
     for module in (slot_module, silence):
         monkeypatch.setattr(module, "SILENCE_LIMIT_SECONDS", 0.1)
-    program = Program([sys.executable, "-c", SILENT], dict(os.environ))  # noqa: TID251
-    slot = WorkerProcess(0, program, [], Config(), Heard(), SystemClock())
-    running = asyncio.ensure_future(slot.run())  # noqa: TID251
-    async with asyncio.timeout(LIMIT_SECONDS):
-        while slot.pid is None:  # noqa: ASYNC110 - turns of the loop, until the process is there
-            await asyncio.sleep(0)
-        slot.drain(10 * LIMIT_SECONDS)
-        await running
+    slot = await drained_in_silence(10 * LIMIT_SECONDS)
     assert slot.pid is None
 
 
